@@ -1,0 +1,62 @@
+"""Stateless random streams: every draw is a function of (seed, step, data rank, micro-batch, purpose).
+
+Nothing has to be saved for an exact resume, and ranks of one context-parallel group (equal data rank) draw equal numbers without
+communication.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+def generator(*, seed: int, step: int, dp_rank: int, purpose: str, micro: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+    """Fresh generator at the start of the stream named by the key; equal keys give equal streams.
+
+    `purpose` is a word such as "noise" or "time"; a second call with the same key starts the same stream again. The key is hashed, so
+    neighbouring steps and ranks are unrelated. CPU and CUDA generators of one key produce different numbers, and torch's CPU generator uses
+    the low 32 bits of the hash only. Raises `ValueError` on an empty purpose.
+    """
+    if not purpose:
+        raise ValueError("generator(purpose=...) must be a non-empty word: it is what keeps two streams of one step apart")
+    key = "\x1f".join((str(int(seed)), str(int(step)), str(int(dp_rank)), str(int(micro)), purpose))
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    # manual_seed takes a signed 64-bit integer: keep 63 bits.
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def randn(
+    shape: Sequence[int],
+    *,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Standard normal tensor of `shape`, drawn in float32 on the generator's device, then cast to `dtype` and moved to `device`.
+
+    The float32 draw makes the numbers of a key the same in every precision (a float64 run sees the float32 noise). `device` None keeps the
+    generator's device.
+    """
+    draw = torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=torch.float32)
+    return draw.to(device=generator.device if device is None else device, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class StepRng:
+    """The random streams of one micro-batch of one training step on one data rank; `device` is where the generators live.
+
+    Holds only the key, so asking twice for a purpose restarts its stream: keep the generator when more draws of a purpose are needed.
+    """
+
+    seed: int
+    step: int
+    dp_rank: int
+    micro: int = 0
+    device: torch.device | str = "cpu"
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Fresh generator of the stream `purpose`; independent of every other purpose, step, rank and micro-batch."""
+        return generator(seed=self.seed, step=self.step, dp_rank=self.dp_rank, micro=self.micro, purpose=purpose, device=self.device)

@@ -1,0 +1,1 @@
+"""Layer 1: pure algebra of time, paths and blocks. No networks, no devices, no state."""

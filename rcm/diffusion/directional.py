@@ -1,0 +1,141 @@
+"""Derivative of a network along a path of its own input, by exact forward mode or by differences; one call for all (spec 2.1, 2.3).
+
+Wanted is `scale * d/dt fn(x(t), t)` with dx/dt = `velocity`: the tangent of consistency training when `velocity` is the teacher's. `scale`
+[B, 1] or [B, T] (None: 1) multiplies the direction before the network sees it in the exact scheme, which keeps tangents small in low
+precision; TrigFlow uses cos(tau) sin(tau), rectified flow uses 1.
+
+Choose the object: `Exact()`, `SemiContinuous(geometry)` (exact in x, difference in t) or `Discrete(geometry)` (difference in both; no
+forward mode at all). A geometry knows how to step back by h along a straight line (`RFStep`) or a circle (`TrigStep`). Differences are
+first order in h and need a timestep precision that resolves h. They move the time of every frame and scale afterwards, so they fit inputs
+on one path and take `scale` [B, 1] only; a packed clean-and-noisy input, whose clean half must stand still, needs `Exact` with a `scale`
+that is 0 there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from rcm.core.dual import jvp
+from rcm.core.errors import ConfigError
+from rcm.diffusion.interpolant import scale_per_frame
+
+Field = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Directional(Protocol):
+    """Common signature: field fn(x [B, C, T, H, W], t [B, 1] or [B, T]) -> same shape as x; returns scale * derivative, no graph."""
+
+    def __call__(
+        self, fn: Field, x: torch.Tensor, t: torch.Tensor, *, velocity: torch.Tensor, scale: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
+
+
+class Geometry(Protocol):
+    """How one backward step of size h acts on a sample, and how two values of a field h apart make a derivative."""
+
+    def back(self, x: torch.Tensor, velocity: torch.Tensor, h: float) -> torch.Tensor:
+        """The sample at t - h."""
+        ...
+
+    def slope(self, now: torch.Tensor, before: torch.Tensor, h: float) -> torch.Tensor:
+        """Derivative from the field at t (`now`) and at t - h (`before`), error O(h)."""
+        ...
+
+
+class RFStep:
+    """Straight line: x - h v; (now - before) / h."""
+
+    def back(self, x: torch.Tensor, velocity: torch.Tensor, h: float) -> torch.Tensor:
+        """x - h velocity."""
+        return x - h * velocity
+
+    def slope(self, now: torch.Tensor, before: torch.Tensor, h: float) -> torch.Tensor:
+        """(now - before) / h."""
+        return (now - before) / h
+
+
+class TrigStep:
+    """Rotation: cos(h) x - sin(h) F, exact when x and F belong to one pair (x0, eps); (cos(h) now - before) / sin(h)."""
+
+    def back(self, x: torch.Tensor, velocity: torch.Tensor, h: float) -> torch.Tensor:
+        """cos(h) x - sin(h) velocity."""
+        return math.cos(h) * x - math.sin(h) * velocity
+
+    def slope(self, now: torch.Tensor, before: torch.Tensor, h: float) -> torch.Tensor:
+        """(cos(h) now - before) / sin(h)."""
+        return (math.cos(h) * now - before) / math.sin(h)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Forward-mode derivative: one dual pass (`fd_type` 0)."""
+
+    def __call__(
+        self, fn: Field, x: torch.Tensor, t: torch.Tensor, *, velocity: torch.Tensor, scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """jvp of fn in the direction (scale velocity, scale)."""
+        t_dot = torch.ones_like(t) if scale is None else scale.to(t.dtype).expand_as(t).contiguous()
+        return jvp(fn, (x, t), (_scaled(velocity, scale).to(x.dtype), t_dot))[1]
+
+
+@dataclass(frozen=True)
+class SemiContinuous:
+    """Exact in x with the time held, plus a difference in time with x held (`fd_type` 1). `ConfigError` unless 0 < h < 1."""
+
+    geometry: Geometry
+    h: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _require_step(self.h)
+
+    def __call__(
+        self, fn: Field, x: torch.Tensor, t: torch.Tensor, *, velocity: torch.Tensor, scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One dual pass and one plain pass at t - h; `ValueError` if `scale` differs between frames."""
+        _require_shared(scale)
+        now, moved = jvp(fn, (x, t), (_scaled(velocity, scale).to(x.dtype), None))
+        with torch.no_grad():
+            before = fn(x, t - self.h)
+        return moved + _scaled(self.geometry.slope(now, before, self.h), scale)
+
+
+@dataclass(frozen=True)
+class Discrete:
+    """Difference of two plain passes along the path (`fd_type` 2). `ConfigError` unless 0 < h < 1."""
+
+    geometry: Geometry
+    h: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _require_step(self.h)
+
+    def __call__(
+        self, fn: Field, x: torch.Tensor, t: torch.Tensor, *, velocity: torch.Tensor, scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Plain passes at (x, t) and one step back, without a graph; `ValueError` if `scale` differs between frames."""
+        _require_shared(scale)
+        with torch.no_grad():
+            now = fn(x, t)
+            before = fn(self.geometry.back(x, velocity, self.h), t - self.h)
+            return _scaled(self.geometry.slope(now, before, self.h), scale)
+
+
+def _scaled(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    return x if scale is None else scale_per_frame(scale, x)
+
+
+def _require_shared(scale: torch.Tensor | None) -> None:
+    if scale is not None and (scale.dim() != 2 or scale.shape[1] != 1):
+        raise ValueError(
+            f"scale has shape {tuple(scale.shape)}, finite differences need one per sample, [B, 1]; a scale per frame needs Exact"
+        )
+
+
+def _require_step(h: float) -> None:
+    if not 0 < h < 1:
+        raise ConfigError(f"fd_size={h} must lie strictly between 0 and 1 (release: 1e-4)")

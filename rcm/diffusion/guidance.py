@@ -1,0 +1,15 @@
+"""Classifier-free guidance, the only copy of the formula."""
+
+from __future__ import annotations
+
+import torch
+
+
+def cfg(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
+    """uncond + scale (cond - uncond) (spec 2.1): scale 1 is `cond`, 0 is `uncond`. Any prediction linear in v (v, x0, F), equal shapes.
+
+    Self-Forcing writes cond + s (cond - uncond), which is this with scale s + 1. Raises `ValueError` on different shapes.
+    """
+    if cond.shape != uncond.shape:
+        raise ValueError(f"guidance needs equal shapes, got cond {tuple(cond.shape)} and uncond {tuple(uncond.shape)}")
+    return uncond + scale * (cond - uncond)

@@ -1,0 +1,87 @@
+"""Time parameterisations and the maps between them (spec 1.1, 1.3; Causal-rCM appendix A).
+
+    t_rf in [0, 1]      rectified-flow time, x = (1 - t) x0 + t eps; 1 is noise
+    tau  in [0, pi/2]   TrigFlow time, x = cos(tau) x0 + sin(tau) eps; pi/2 is noise
+    sigma in [0, inf)   noise-to-data ratio, sigma = t / (1 - t) = tan(tau)
+    timestep in [0, 1000]   what a Wan network is told, 1000 t_rf
+
+All maps are elementwise, keep shape and dtype, are differentiable inside their domain, and read no values on the host: an argument outside
+its domain is the caller's error. Give float64; float32 is accepted, lower precision raises `TypeError`.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+
+TIMESTEP_SCALE = 1000.0
+
+FloatOrTensor = TypeVar("FloatOrTensor", float, torch.Tensor)
+
+
+def rf_to_trig(t_rf: torch.Tensor) -> torch.Tensor:
+    """tau = arctan(t / (1 - t)), written arctan2(t, 1 - t): exact at t = 1, where it is pi/2."""
+    _require_precise("t_rf", t_rf)
+    return torch.atan2(t_rf, 1 - t_rf)
+
+
+def trig_to_rf(tau: torch.Tensor) -> torch.Tensor:
+    """t = sin(tau) / (cos(tau) + sin(tau)); dt/dtau = 1 / (cos + sin)^2."""
+    _require_precise("tau", tau)
+    sin = torch.sin(tau)
+    return sin / (torch.cos(tau) + sin)
+
+
+def rf_to_sigma(t_rf: torch.Tensor) -> torch.Tensor:
+    """sigma = t / (1 - t), with t clamped to [0, 1 - machine epsilon] so that pure noise has a large finite sigma."""
+    _require_precise("t_rf", t_rf)
+    t_rf = t_rf.clamp(0.0, 1.0 - torch.finfo(t_rf.dtype).eps)
+    return t_rf / (1 - t_rf)
+
+
+def sigma_to_rf(sigma: torch.Tensor) -> torch.Tensor:
+    """t = sigma / (1 + sigma) for finite sigma >= 0."""
+    _require_precise("sigma", sigma)
+    return sigma / (1 + sigma)
+
+
+def rf_to_timestep(t_rf: torch.Tensor) -> torch.Tensor:
+    """timestep = 1000 t, in the dtype of t; the cast to the network's time precision happens in the denoiser."""
+    _require_precise("t_rf", t_rf)
+    return TIMESTEP_SCALE * t_rf
+
+
+def timestep_to_rf(timestep: torch.Tensor) -> torch.Tensor:
+    """t = timestep / 1000."""
+    _require_precise("timestep", timestep)
+    return timestep / TIMESTEP_SCALE
+
+
+def shift_time(t: FloatOrTensor, shift: float) -> FloatOrTensor:
+    """s t / (1 + (s - 1) t) of t in [0, 1], tensor or float: multiplies sigma by s; s <= 0 is the identity (release)."""
+    return t if shift <= 0 else shift * t / (1 + (shift - 1) * t)
+
+
+def unshift_time(t: FloatOrTensor, shift: float) -> FloatOrTensor:
+    """Inverse of `shift_time`: t / (s - (s - 1) t); s <= 0 is the identity."""
+    return t if shift <= 0 else t / (shift - (shift - 1) * t)
+
+
+def per_frame(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """View of a time [B, 1] (one per sample) or [B, T] (one per frame) that broadcasts over x [B, C, T, H, W].
+
+    Returns [B, 1, 1, 1, 1] or [B, 1, T, 1, 1] in the dtype of `t`. Raises `ValueError` on anything else; [B] is refused because against
+    square data it would broadcast over the width without a word.
+    """
+    if x.dim() != 5:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected [B, C, T, H, W]")
+    batch, frames = x.shape[0], x.shape[2]
+    if t.dim() != 2 or t.shape[0] != batch or t.shape[1] not in (1, frames):
+        raise ValueError(f"time has shape {tuple(t.shape)}, expected ({batch}, 1) or ({batch}, {frames}) for x of shape {tuple(x.shape)}")
+    return t[:, None, :, None, None]
+
+
+def _require_precise(name: str, value: torch.Tensor) -> None:
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} is {value.dtype}, expected float64 (float32 accepted): lower precision merges neighbouring times")

@@ -1,0 +1,164 @@
+"""Training-time distributions over RF time, per video or per block (spec 1.4, 3.1, 6.4).
+
+Every draw is float64 on the device of the generator it is given, and lies in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from rcm.core.errors import ConfigError
+from rcm.diffusion.blocks import BlockPattern
+from rcm.diffusion.time import shift_time, unshift_time
+
+BlockStrategy = Literal["random", "same", "fopp"]
+
+
+class TimeLaw(Protocol):
+    """A distribution of RF time with its cumulative function and the inverse of it."""
+
+    def sample(self, shape: Sequence[int], *, generator: torch.Generator) -> torch.Tensor:
+        """Independent float64 draws in [0, 1]."""
+        ...
+
+    def cdf(self, t_rf: torch.Tensor) -> torch.Tensor:
+        """P(time <= t_rf), elementwise."""
+        ...
+
+    def icdf(self, u: torch.Tensor) -> torch.Tensor:
+        """The time with cdf u, elementwise, u in [0, 1]."""
+        ...
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """log sigma ~ N(p_mean, p_std^2) and t = sigma / (1 + sigma): t is logit-normal. `ConfigError` unless p_std > 0."""
+
+    p_mean: float
+    p_std: float
+
+    def __post_init__(self) -> None:
+        if not self.p_std > 0:
+            raise ConfigError(f"LogNormal needs p_std > 0, got p_std={self.p_std}")
+
+    def sample(self, shape: Sequence[int], *, generator: torch.Generator) -> torch.Tensor:
+        """sigmoid(p_mean + p_std z) with z standard normal."""
+        z = torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=torch.float64)
+        return torch.sigmoid(self.p_mean + self.p_std * z)
+
+    def cdf(self, t_rf: torch.Tensor) -> torch.Tensor:
+        """Phi((logit t - p_mean) / p_std); 0 at t = 0 and 1 at t = 1."""
+        return torch.special.ndtr((torch.logit(t_rf) - self.p_mean) / self.p_std)
+
+    def icdf(self, u: torch.Tensor) -> torch.Tensor:
+        """sigmoid(p_mean + p_std Phi^-1(u))."""
+        return torch.sigmoid(self.p_mean + self.p_std * torch.special.ndtri(u))
+
+
+@dataclass(frozen=True)
+class UniformShift:
+    """u ~ U[0, 1) and t = shift(u) (`time.shift_time`); shift <= 0 means no shift."""
+
+    shift: float
+
+    def sample(self, shape: Sequence[int], *, generator: torch.Generator) -> torch.Tensor:
+        """shift_time(u)."""
+        u = torch.rand(tuple(shape), generator=generator, device=generator.device, dtype=torch.float64)
+        return self.icdf(u)
+
+    def cdf(self, t_rf: torch.Tensor) -> torch.Tensor:
+        """unshift_time(t)."""
+        return unshift_time(t_rf, self.shift)
+
+    def icdf(self, u: torch.Tensor) -> torch.Tensor:
+        """shift_time(u), clamped to [0, 1]."""
+        return shift_time(u, self.shift).clamp(0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class ConsistencyGrid:
+    """Adjacent times of discrete consistency: steps of 1/num_steps in unshifted time from a continuous random phase (spec 3.1, 6.6).
+
+    `skip` teacher steps separate student and target. Bidirectional shift 5, causal 3; both num_steps 48, skip 1. Raises `ConfigError`
+    unless 1 <= skip <= num_steps.
+    """
+
+    num_steps: int = 48
+    skip: int = 1
+    shift: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.skip <= self.num_steps:
+            raise ConfigError(f"dcm_skipping_interval_steps={self.skip} must lie in 1..{self.num_steps} (dcm_total_steps={self.num_steps})")
+
+    def sample(self, batch: int, *, generator: torch.Generator) -> torch.Tensor:
+        """Float64 [B, skip + 1], strictly decreasing along dim 1: column 0 is the student's time, the last one the target's, >= 0."""
+        phase = torch.rand((batch, 1), generator=generator, device=generator.device, dtype=torch.float64)
+        return self.times((1 - self.skip / self.num_steps) * phase)
+
+    def times(self, u: torch.Tensor) -> torch.Tensor:
+        """t_k = shift(1 - (u + k / num_steps)), k = 0..skip, for phases u [B, 1] in [0, 1 - skip / num_steps]: [B, skip + 1]."""
+        if u.dim() != 2 or u.shape[1] != 1:
+            raise ValueError(f"phase u has shape {tuple(u.shape)}, expected [B, 1]")
+        k = torch.arange(self.skip + 1, device=u.device, dtype=u.dtype)
+        return shift_time(1 - (u + k / self.num_steps), self.shift)
+
+
+def block_times(
+    law: TimeLaw,
+    *,
+    strategy: BlockStrategy,
+    batch: int,
+    pattern: BlockPattern,
+    num_frames: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """RF times of every frame, float64 [batch, num_frames], constant inside a block (spec 6.4).
+
+    "same": one draw of `law` per video. "random": one per block, independent. "fopp" (frame-oriented probability propagation, after
+    SkyReels-V2 and AR-Diffusion): non-decreasing over blocks; a uniformly chosen anchor block follows `law`, blocks before it are sorted
+    draws of `law` conditioned below the anchor's time, blocks after it sorted draws conditioned above. Raises `ConfigError` on another
+    strategy or a pattern that does not fit.
+    """
+    num_blocks = pattern.num_blocks(num_frames)
+    if strategy == "same":
+        times = law.sample((batch, 1), generator=generator).expand(batch, num_blocks)
+    elif strategy == "random":
+        times = law.sample((batch, num_blocks), generator=generator)
+    elif strategy == "fopp":
+        times = _fopp(law, batch=batch, num_blocks=num_blocks, generator=generator)
+    else:
+        raise ConfigError(f"df_timestep_strategy={strategy!r} is unknown; choose from random, same, fopp")
+    return times[:, list(pattern.block_of_frame(num_frames))]
+
+
+def _fopp(law: TimeLaw, *, batch: int, num_blocks: int, generator: torch.Generator) -> torch.Tensor:
+    device = generator.device
+    anchor = torch.randint(num_blocks, (batch, 1), generator=generator, device=device)
+    t_anchor = law.sample((batch, 1), generator=generator)
+    u_anchor = law.cdf(t_anchor)
+    before = _sorted_uniforms(anchor, width=num_blocks, generator=generator)
+    after = _sorted_uniforms(num_blocks - 1 - anchor, width=num_blocks, generator=generator)
+
+    block = torch.arange(num_blocks, device=device).expand(batch, num_blocks)
+    after = after.gather(1, (block - anchor - 1).clamp_min(0))
+    # Clamping to the anchor only removes rounding of icdf(cdf(.)): the order of the blocks is exact.
+    left = torch.minimum(law.icdf(u_anchor * before), t_anchor)
+    right = torch.maximum(law.icdf(u_anchor + (1 - u_anchor) * after), t_anchor)
+    return torch.where(block < anchor, left, torch.where(block > anchor, right, t_anchor))
+
+
+def _sorted_uniforms(count: torch.Tensor, *, width: int, generator: torch.Generator) -> torch.Tensor:
+    """Row b: `count[b]` < width sorted uniforms on (0, 1) in its first columns, 1 in the rest; count [B, 1].
+
+    Partial sums of count + 1 exponential draws over their total are the order statistics of count uniforms.
+    """
+    uniform = torch.rand((count.shape[0], width), generator=generator, device=generator.device, dtype=torch.float64)
+    sums = (-torch.log1p(-uniform)).cumsum(1)
+    total = sums.gather(1, count)
+    return (sums / total.clamp_min(math.ulp(0.0))).clamp_max(1.0)
