@@ -1,0 +1,1 @@
+"""Networks: the Wan diffusion transformer, its attention, layouts and cache, and the denoiser that objectives talk to."""

@@ -1,0 +1,216 @@
+"""Where parameterisations and dtypes meet: networks speak Wan's language (velocity, timestep 0..1000), objectives and samplers ask in
+RF or TrigFlow time.
+
+`Guided` and `Switched` wrap denoisers and are denoisers, so no objective or sampler mentions guidance or experts. All are transparent
+to dual numbers. spec/algorithms 1.2, 1.5, 2.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from rcm.core.dtypes import Precision
+from rcm.core.errors import ConfigError
+from rcm.diffusion.guidance import cfg
+from rcm.diffusion.time import rf_to_timestep
+from rcm.diffusion.wan_as_trigflow import rf_point, trig_F
+from rcm.nets.condition import Condition
+from rcm.nets.kv_cache import CacheView, Keys, KVCache, KVCodec
+from rcm.nets.layout import TokenLayout
+
+
+class VelocityModel:
+    """What objectives and samplers need of a denoiser; `velocity` is its only primitive."""
+
+    def velocity(
+        self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
+    ) -> Tensor:
+        """RF velocity v = eps - x0 of the output frames of `layout`, [B, C, F_out, H, W].
+
+        `x` [B, C, F, H, W] any float dtype; `t` RF time in [0, 1], float64 [B, 1] or [B, F]; `cache` a fresh view of `new_cache`'s cache.
+        Returns the dtype of `x`, at least float32.
+        """
+        raise NotImplementedError
+
+    def trig_F(
+        self, x_tau: Tensor, tau: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
+    ) -> Tensor:
+        """TrigFlow velocity F at `x_tau` [B, C, F, H, W], `tau` in [0, pi/2] float64 [B, 1] or [B, F]; every frame of the layout is
+        predicted.
+
+        F = (cos - sin) x_t + v / (cos + sin), with x_t, t the RF point of (x_tau, tau). Finite on the closed interval.
+        """
+        x_t, t = rf_point(x_tau, tau)
+        return trig_F(x_t, self.velocity(x_t, t, cond, layout, cache=cache), tau)
+
+    def new_cache(self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope") -> KVCache | PairedCache:
+        """An empty cache with room for `num_frames` frames of `grid` = (h, w) tokens."""
+        raise NotImplementedError
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Tokens (h, w) of a latent frame; `ConfigError` if the patch does not divide it."""
+        raise NotImplementedError
+
+    def prepare(self, cond: Condition) -> Condition:
+        """`cond` with everything that depends on the prompt alone computed once, for passes without gradient."""
+        raise NotImplementedError
+
+
+class Denoiser(VelocityModel):
+    """A network with its precision policy. `net` is a `WanDiT` or a parallelised one."""
+
+    def __init__(self, net: nn.Module, precision: Precision) -> None:
+        self.net, self.precision = net, precision
+
+    def velocity(
+        self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
+    ) -> Tensor:
+        """See `VelocityModel`. Casts `x` and the condition to precision.compute and 1000 t to precision.time: the only casts at the
+        network's door.
+        """
+        compute = self.precision.compute
+        timestep = rf_to_timestep(t).to(device=x.device, dtype=self.precision.time)
+        v = self.net(x.to(compute), timestep, cond.to(device=x.device, dtype=compute), layout, cache)
+        return v.to(torch.promote_types(x.dtype, torch.float32))
+
+    def new_cache(self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope", codec: KVCodec | None = None) -> KVCache:
+        """See `VelocityModel`; `codec` stores chunks quantised."""
+        return KVCache(self.net.config.num_layers, capacity_tokens=num_frames * grid[0] * grid[1], keys=keys, codec=codec)
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """See `VelocityModel`."""
+        return self.net.config.token_grid(height, width)
+
+    def prepare(self, cond: Condition) -> Condition:
+        """See `VelocityModel`; for a network that is not sharded."""
+        weight = self.net.patch_embedding.weight
+        return self.net.prepare(cond.to(device=weight.device, dtype=self.precision.compute))
+
+    def eval_params(self) -> Self:
+        """Freeze the network's parameters and set it to evaluation, for teachers; returns itself."""
+        self.net.requires_grad_(False).eval()
+        return self
+
+
+class Guided(VelocityModel):
+    """Classifier-free guidance: v = v_neg + scale (v_cond - v_neg), the negative pass skipped for scale <= 1.
+
+    `negative` has a batch of 1 or that of the sample; image conditioning is taken from the sample where the negative has none.
+    """
+
+    def __init__(self, denoiser: VelocityModel, negative: Condition, scale: float) -> None:
+        self.denoiser, self.negative, self.scale = denoiser, negative, scale
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a negative pass."""
+        return self.scale > 1
+
+    def velocity(
+        self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
+    ) -> Tensor:
+        """See `VelocityModel`; `cache` is a view of a `PairedCache`. Raises `TypeError` for another."""
+        if cache is not None and not isinstance(cache, PairedView):
+            raise TypeError(f"a guided denoiser takes views of its own new_cache(), a PairedCache, got {type(cache).__name__}")
+        v = self.denoiser.velocity(x, t, cond, layout, cache=None if cache is None else cache.cond)
+        if not self.active:
+            return v
+        if cache is not None and cache.negative is None:
+            raise ValueError(
+                f"guidance scale {self.scale} needs the negative half of the cache, which was made without; make a new_cache()"
+            )
+        negative = self.negative.expand(x.shape[0]).to(device=x.device).with_images_of(cond)
+        return cfg(v, self.denoiser.velocity(x, t, negative, layout, cache=None if cache is None else cache.negative), self.scale)
+
+    def new_cache(self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope") -> PairedCache:
+        """See `VelocityModel`: one cache per branch, the negative one only if it is used."""
+        caches = [self.denoiser.new_cache(num_frames=num_frames, grid=grid, keys=keys) for _ in range(2 if self.active else 1)]
+        return PairedCache(*caches)
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """See `VelocityModel`."""
+        return self.denoiser.token_grid(height, width)
+
+    def prepare(self, cond: Condition) -> Condition:
+        """See `VelocityModel`. Prepares the positive branch; give the constructor a prepared negative for the other."""
+        return self.denoiser.prepare(cond)
+
+
+class Switched(VelocityModel):
+    """Two experts by time (Wan2.2 A14B): `high` for t >= boundary, `low` below (0.9 image-to-video, 0.875 text-to-video).
+
+    All times of a call must lie on one side; `ValueError` otherwise. Reading the side synchronises with the device that holds `t`.
+    """
+
+    def __init__(self, high: VelocityModel, low: VelocityModel, boundary: float) -> None:
+        if not 0 < boundary < 1:
+            raise ConfigError(f"expert boundary must be an RF time between 0 and 1, got {boundary}; set boundary")
+        self.high, self.low, self.boundary = high, low, boundary
+
+    def velocity(
+        self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
+    ) -> Tensor:
+        """See `VelocityModel`."""
+        above = (t >= self.boundary).flatten().tolist()
+        if any(above) != all(above):
+            raise ValueError(f"times of one call lie on both sides of the expert boundary {self.boundary}; call each side by itself")
+        return (self.high if above[0] else self.low).velocity(x, t, cond, layout, cache=cache)
+
+    def new_cache(self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope") -> KVCache | PairedCache:
+        """Not defined: keys of one expert mean nothing to the other. Raises `ConfigError`."""
+        raise ConfigError("a pair of experts switched by time has no common KV cache; stream with a single network")
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """See `VelocityModel`."""
+        return self.high.token_grid(height, width)
+
+    def prepare(self, cond: Condition) -> Condition:
+        """The condition itself: prepared keys belong to one network."""
+        return replace(cond, prepared=None)
+
+
+@dataclass(frozen=True)
+class PairedView:
+    """Views of both branches for one guided forward."""
+
+    cond: CacheView
+    negative: CacheView | None
+
+
+class PairedCache:
+    """Caches of the conditional and the negative branch, moved in step; `negative` is None without guidance."""
+
+    def __init__(self, cond: KVCache, negative: KVCache | None = None) -> None:
+        self.cond, self.negative = cond, negative
+
+    @property
+    def num_tokens(self) -> int:
+        """Committed tokens of either branch."""
+        return self.cond.num_tokens
+
+    @property
+    def num_chunks(self) -> int:
+        """Committed chunks of either branch."""
+        return self.cond.num_chunks
+
+    @property
+    def branches(self) -> tuple[KVCache, ...]:
+        """The caches that exist."""
+        return (self.cond,) if self.negative is None else (self.cond, self.negative)
+
+    def append(self) -> PairedView:
+        """As `KVCache.append`, for both."""
+        return PairedView(self.cond.append(), None if self.negative is None else self.negative.append())
+
+    def readonly(self, num_chunks: int | None = None, *, transient: bool = False) -> PairedView:
+        """As `KVCache.readonly`, for both."""
+        return PairedView(*(branch and branch.readonly(num_chunks, transient=transient) for branch in (self.cond, self.negative)))
+
+    def reset(self, free_buffers: bool = True) -> None:
+        """As `KVCache.reset`, for both."""
+        for branch in self.branches:
+            branch.reset(free_buffers)

@@ -1,0 +1,148 @@
+"""One transformer block of Wan: modulated self-attention, cross-attention to text (and image), modulated feed-forward. spec/wan.md 1.3."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rcm.nets.attention import AttentionBackend, AttentionCore
+from rcm.nets.kv_cache import LayerView
+from rcm.nets.layers import AffineLayerNorm, GatedAdd, ModulatedNorm, RMSNorm
+from rcm.nets.layout import TokenLayout
+from rcm.nets.rope import RopePair, Rotate
+from rcm.nets.wan.config import WanConfig
+
+
+class ContextTokens(NamedTuple):
+    """Embedded conditioning: text [B, L_text, E], image [B, L_image, E] or None."""
+
+    text: Tensor
+    image: Tensor | None = None
+
+
+class ContextKV(NamedTuple):
+    """Keys and values [B, L, N, D] that one block makes of `ContextTokens`; depends on the prompt alone."""
+
+    text: tuple[Tensor, Tensor]
+    image: tuple[Tensor, Tensor] | None = None
+
+
+class SelfAttentionCore(nn.Module):
+    """Rotation, cache and attention over all tokens of the heads at hand; context parallelism wraps it in its all-to-alls."""
+
+    def __init__(self, attention: AttentionCore) -> None:
+        super().__init__()
+        self.rotate = Rotate()
+        self.attention = attention
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rope: RopePair, cached: LayerView | None = None) -> Tensor:
+        """`q`, `k`, `v` [B, L, N, D] with the L tokens of `layout`, not yet rotated, to [B, L, N, D]."""
+        q = self.rotate(q, rope.query)
+        if cached is None:
+            return self.attention(q, self.rotate(k, rope.key), v, layout.mask)
+        if cached.keys == "post_rope":
+            k, v = cached.assemble(self.rotate(k, rope.key), v)
+        else:
+            k, v = cached.assemble(k, v)
+            k = self.rotate(k, rope.key)
+        return self.attention(q, k, v, layout.mask, cached.prefix_tokens)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with query and key norms over the full width."""
+
+    def __init__(self, config: WanConfig, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.q = nn.Linear(config.dim, config.dim)
+        self.k = nn.Linear(config.dim, config.dim)
+        self.v = nn.Linear(config.dim, config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = RMSNorm(config.dim, eps=config.eps)
+        self.norm_k = RMSNorm(config.dim, eps=config.eps)
+        self.core = SelfAttentionCore(AttentionCore(backend))
+
+    def forward(self, x: Tensor, layout: TokenLayout, rope: RopePair, cached: LayerView | None) -> Tensor:
+        """`x` [B, F, S, E] to the same shape."""
+        q, k, v = (self._heads(y) for y in (self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)))
+        return self.o(self.core(q, k, v, layout, rope, cached).reshape(x.shape))
+
+    def _heads(self, y: Tensor) -> Tensor:
+        return y.unflatten(3, (self.num_heads, self.head_dim)).flatten(1, 2)
+
+
+class CrossAttention(nn.Module):
+    """Attention from video tokens to the text, and beside it to the image where the network has that branch; results add before the
+    projection.
+    """
+
+    def __init__(self, config: WanConfig, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.has_image = config.num_heads, config.head_dim, config.image_branch
+        self.q = nn.Linear(config.dim, config.dim)
+        self.k = nn.Linear(config.dim, config.dim)
+        self.v = nn.Linear(config.dim, config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = RMSNorm(config.dim, eps=config.eps)
+        self.norm_k = RMSNorm(config.dim, eps=config.eps)
+        if self.has_image:
+            self.k_img = nn.Linear(config.dim, config.dim)
+            self.v_img = nn.Linear(config.dim, config.dim)
+            self.norm_k_img = RMSNorm(config.dim, eps=config.eps)
+        self.attention = AttentionCore(backend)
+
+    def keys_values(self, context: ContextTokens) -> ContextKV:
+        """Keys and values of a prompt; reusable for every pass with that prompt."""
+        text = (self._heads(self.norm_k(self.k(context.text))), self._heads(self.v(context.text)))
+        if not self.has_image:
+            return ContextKV(text)
+        return ContextKV(text, (self._heads(self.norm_k_img(self.k_img(context.image))), self._heads(self.v_img(context.image))))
+
+    def forward(self, x: Tensor, context: ContextTokens | ContextKV) -> Tensor:
+        """`x` [B, F, S, E] to the same shape."""
+        known = context if isinstance(context, ContextKV) else self.keys_values(context)
+        q = self._heads(self.norm_q(self.q(x)).flatten(1, 2))
+        out = self.attention(q, *known.text)
+        if known.image is not None:
+            out = out + self.attention(q, *known.image)
+        return self.o(out.reshape(x.shape))
+
+    def _heads(self, y: Tensor) -> Tensor:
+        return y.unflatten(2, (self.num_heads, self.head_dim))
+
+
+class WanBlock(nn.Module):
+    """One block. `modulation` is added to the projected time embedding and gives shift, scale, gate of both modulated branches."""
+
+    def __init__(self, config: WanConfig, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
+        self.norm1 = ModulatedNorm(config.dim, eps=config.eps)
+        self.self_attn = SelfAttention(config, backend)
+        self.gate1 = GatedAdd()
+        self.norm3 = AffineLayerNorm(config.dim, eps=config.eps)
+        self.cross_attn = CrossAttention(config, backend)
+        self.norm2 = ModulatedNorm(config.dim, eps=config.eps)
+        self.ffn = nn.Sequential(nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim))
+        self.gate2 = GatedAdd()
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        context: ContextTokens | ContextKV,
+        layout: TokenLayout,
+        rope: RopePair,
+        cached: LayerView | None = None,
+    ) -> Tensor:
+        """`x` [B, F, S, E] to the same; `time` [B, F or 1, 6, E] float32 or wider, rows: shift, scale, gate of attention, then of
+        feed-forward.
+        """
+        rows = (self.modulation.to(time.dtype) + time).unsqueeze(3).unbind(2)
+        attn_shift, attn_scale, attn_gate, ffn_shift, ffn_scale, ffn_gate = rows
+        attended = self.self_attn(self.norm1(x, attn_shift, attn_scale).to(x.dtype), layout, rope, cached)
+        x = self.gate1(x, attended, attn_gate)
+        x = x + self.cross_attn(self.norm3(x), context)
+        return self.gate2(x, self.ffn(self.norm2(x, ffn_shift, ffn_scale).to(x.dtype)), ffn_gate)

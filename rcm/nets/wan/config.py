@@ -1,0 +1,79 @@
+"""Sizes of the Wan family. spec/wan.md 1.1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rcm.core.errors import ConfigError, require_divisible, require_equal
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Architecture of one Wan network. Raises `ConfigError` for sizes that do not fit each other.
+
+    `in_dim` counts all input channels, those of `Condition.concat` included (16 latent + 20 for image-to-video). `image_branch` adds the
+    CLIP tokens of Wan2.1 image-to-video. `max_frames`, `max_rows`, `max_columns` limit rotary positions.
+    """
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int = 16
+    out_dim: int = 16
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    patch: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    image_branch: bool = False
+    image_dim: int = 1280
+    max_frames: int = 1024
+    max_rows: int = 1024
+    max_columns: int = 1024
+
+    def __post_init__(self) -> None:
+        require_divisible("net.dim", value=self.dim, by=self.num_heads, by_name="net.num_heads", knob="net.num_heads")
+        require_divisible("net.freq_dim", value=self.freq_dim, by=2, by_name="cosine and sine halves", knob="net.freq_dim")
+        require_equal("net.patch[0] (frames per token)", got=self.patch[0], expected=1, knob="net.patch")
+        if self.head_dim < 6 or self.head_dim % 2:
+            raise ConfigError(
+                f"net.dim={self.dim} over net.num_heads={self.num_heads} gives head size {self.head_dim}; "
+                "rotary embedding needs an even one, at least 6"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head."""
+        return self.dim // self.num_heads
+
+    @property
+    def patch_area(self) -> int:
+        """Latent positions per token."""
+        return self.patch[1] * self.patch[2]
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Tokens (h, w) of a latent frame of `height` x `width`; `ConfigError` if the patch does not divide it."""
+        require_divisible("latent height", value=height, by=self.patch[1], by_name="net.patch[1]", knob="the resolution or net.patch")
+        require_divisible("latent width", value=width, by=self.patch[2], by_name="net.patch[2]", knob="the resolution or net.patch")
+        return height // self.patch[1], width // self.patch[2]
+
+
+_LARGE = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
+
+PRESETS: dict[str, WanConfig] = {
+    "tiny": WanConfig(dim=64, ffn_dim=128, num_heads=4, num_layers=2, freq_dim=32, text_dim=32, text_len=16),
+    "1.3B": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "14B": WanConfig(**_LARGE),
+    "i2v-14B": WanConfig(**_LARGE, in_dim=36, image_branch=True),
+    "A14B": WanConfig(**_LARGE, in_dim=36),
+}
+"""tiny for tests and the toy world; Wan2.1 text-to-video 1.3B and 14B (also a Wan2.2 text-to-video expert); Wan2.1 image-to-video; a Wan2.2
+image-to-video expert."""
+
+
+def preset(name: str) -> WanConfig:
+    """The configuration called `name`; `ConfigError` lists the choices."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown network preset {name!r}; choose net from {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,218 @@
+"""The Wan diffusion transformer: one forward for every use; what the frames are is said by the `TokenLayout`. spec/wan.md 1."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rcm.nets.attention import AttentionCore, resolve
+from rcm.nets.condition import Condition
+from rcm.nets.kv_cache import CacheView
+from rcm.nets.layers import AffineLayerNorm, ModulatedNorm, Patchify, PromotedLinear, Sinusoid, Unpatchify, accumulate_dtype
+from rcm.nets.layout import TokenLayout
+from rcm.nets.rope import RopePair, RopeTables
+from rcm.nets.wan.block import ContextKV, ContextTokens, WanBlock
+from rcm.nets.wan.config import WanConfig
+
+IMAGE_NORM_EPS = 1e-5
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP tokens to network width (Wan2.1 image-to-video)."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            AffineLayerNorm(config.image_dim, eps=IMAGE_NORM_EPS),
+            nn.Linear(config.image_dim, config.image_dim),
+            nn.GELU(),
+            nn.Linear(config.image_dim, config.dim),
+            AffineLayerNorm(config.dim, eps=IMAGE_NORM_EPS),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """`image` [B, L_image, image_dim] to [B, L_image, E]."""
+        return self.proj(image)
+
+
+class Head(nn.Module):
+    """Modulated norm and projection to the patch, in float32 or wider; its modulation is added to the time embedding itself, not the
+    projected one.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
+        self.norm = ModulatedNorm(config.dim, eps=config.eps)
+        self.head = PromotedLinear(config.dim, config.out_dim * config.patch_area)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """`x` [B, F, S, E] and `time` [B, F or 1, E] to [B, F, S, patch_area * out_dim], dtype of `time`."""
+        shift, scale = (self.modulation.to(time.dtype) + time.unsqueeze(2)).unsqueeze(3).unbind(2)
+        return self.head(self.norm(x, shift, scale))
+
+
+class WanDiT(nn.Module):
+    """Wan's transformer: predicts the rectified-flow velocity v = eps - x0 of latent frames.
+
+    `attention` names the back end of `nets/attention.py` ("auto": environment, then sdpa). State-dict keys are those of the original
+    weights, with `patch_embedding` stored as a linear layer on flattened patches. `enter` and `leave` (identities on [B, F, S, E]
+    tokens) and `block.self_attn.core` are the places where context parallelism attaches from outside. Construct, then load weights or
+    call `init_weights`.
+    """
+
+    def __init__(self, config: WanConfig, attention: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        backend = resolve(attention)
+        self.attention_backend = backend.name
+        self.patchify = Patchify(config.patch[1:])
+        self.patch_embedding = nn.Linear(config.in_dim * config.patch_area, config.dim)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), nn.Linear(config.dim, config.dim)
+        )
+        self.sinusoid = Sinusoid(config.freq_dim)
+        self.time_embedding = nn.Sequential(PromotedLinear(config.freq_dim, config.dim), nn.SiLU(), PromotedLinear(config.dim, config.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), PromotedLinear(config.dim, 6 * config.dim))
+        if config.image_branch:
+            self.img_emb = ImageEmbedding(config)
+        self.enter = nn.Identity()
+        self.blocks = nn.ModuleList(WanBlock(config, backend) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self.leave = nn.Identity()
+        self.unpatchify = Unpatchify(config.patch[1:])
+        self._rope = RopeTables(config.head_dim, max_positions=(config.max_frames, config.max_rows, config.max_columns))
+
+    def forward(self, x: Tensor, timestep: Tensor, cond: Condition, layout: TokenLayout, cache: CacheView | None = None) -> Tensor:
+        """Velocity of the output frames, [B, out_dim, F_out, H, W], in float32 (float64 for float64).
+
+        x          [B, C, F, H, W] packed latents in the compute dtype; with `cond.concat`, C plus its channels make in_dim.
+        timestep   [B, 1] or [B, F], 0..1000 (1000 = noise), any float dtype.
+        cond       text (and image) condition of batch B, in the compute dtype.
+        layout     what the F frames are; `cache`, a view made for this forward, holds the tokens that the layout expects before them.
+        Raises `ValueError` for shapes that do not fit each other, the configuration or the cache.
+        """
+        self._check(x, timestep, cond, layout)
+        if cache is not None:
+            cache.begin(layout)
+        elif layout.context_frames:
+            raise ValueError(f"the layout expects {layout.context_frames} cached frames; pass cache=")
+        if cond.concat is not None:
+            x = torch.cat([x, _concat_frames(cond.concat, layout)], dim=1)
+        time = self.time_embedding(self.sinusoid(timestep, accumulate_dtype(x.dtype)))
+        rows = self.time_projection(time).unflatten(2, (6, -1))
+        contexts = self._contexts(cond)
+        tokens = self.enter(self.patch_embedding(self.patchify(x)))
+        rope = self._rope_pair(layout, cache, device=x.device, dtype=time.dtype)
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens, rows, contexts[i], layout, rope, None if cache is None else cache.layer(i))
+        if cache is not None:
+            cache.commit(layout)
+        start, stop = layout.output
+        time = time if time.shape[1] == 1 else time[:, start:stop]
+        return self.unpatchify(self.leave(self.head(tokens[:, start:stop], time)), layout.grid)
+
+    @torch.no_grad()
+    def prepare(self, cond: Condition) -> Condition:
+        """`cond` with the cross-attention keys and values of every block, for passes without gradient of this network only."""
+        tokens = self._embed(cond)
+        return replace(cond, prepared=tuple(block.cross_attn.keys_values(tokens) for block in self.blocks))
+
+    def set_jvp_implementation(self, name: str) -> None:
+        """Choose the primal + tangent attention: "reference", "triton" or "auto" (see `AttentionCore`)."""
+        for module in self.modules():
+            if isinstance(module, AttentionCore):
+                module.jvp_implementation = name
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Initialise in place: Xavier-uniform linears with zero bias, N(0, 0.02) text and time embeddings, N(0, 1/E) modulation, zero
+        output head.
+
+        Draws are float32 on the generator's device, then copied, so weights do not depend on where the network lives. spec/wan.md 1.6.
+        """
+        device = torch.device("cpu") if generator is None else generator.device
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                fan_out, fan_in = module.weight.shape
+                embeds = name.startswith(("text_embedding", "time_embedding"))
+                std = 0.02 if embeds else (2.0 / (fan_in + fan_out)) ** 0.5
+                draw = torch.randn if embeds else _centred_uniform
+                module.weight.copy_(std * draw(module.weight.shape, generator=generator, device=device))
+                module.bias.zero_()
+            elif isinstance(module, (WanBlock, Head)):
+                draws = torch.randn(module.modulation.shape, generator=generator, device=device)
+                module.modulation.copy_(draws * self.config.dim**-0.5)
+            elif isinstance(getattr(module, "weight", None), nn.Parameter):
+                module.weight.fill_(1.0)
+                if isinstance(getattr(module, "bias", None), nn.Parameter):
+                    module.bias.zero_()
+        self.head.head.weight.zero_()
+
+    def _embed(self, cond: Condition) -> ContextTokens:
+        missing = self.config.text_len - cond.text.shape[1]
+        text = F.pad(cond.text, (0, 0, 0, missing)) if missing else cond.text
+        return ContextTokens(self.text_embedding(text), self.img_emb(cond.image) if self.config.image_branch else None)
+
+    def _contexts(self, cond: Condition) -> tuple[ContextTokens | ContextKV, ...]:
+        if cond.prepared is None:
+            return (self._embed(cond),) * len(self.blocks)
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a prepared condition carries no gradient to the cross-attention; pass the plain condition, or use torch.no_grad"
+            )
+        return cond.prepared
+
+    def _rope_pair(self, layout: TokenLayout, cache: CacheView | None, *, device: torch.device, dtype: torch.dtype) -> RopePair:
+        query = self._rope.table(layout.frame_index, layout.grid, device=device, dtype=dtype)
+        if cache is None or cache.keys == "post_rope":
+            return RopePair(query, query)
+        keys = cache.positions(layout) + layout.frame_index
+        return RopePair(query, self._rope.table(keys, layout.grid, device=device, dtype=dtype))
+
+    def _check(self, x: Tensor, timestep: Tensor, cond: Condition, layout: TokenLayout) -> None:
+        config, batch = self.config, x.shape[0]
+        extra = 0 if cond.concat is None else cond.concat.shape[1]
+        if x.dim() != 5 or x.shape[1] + extra != config.in_dim:
+            raise ValueError(f"x must be [B, C, F, H, W] with C + {extra} concat channels = in_dim {config.in_dim}, got {tuple(x.shape)}")
+        grid = config.token_grid(x.shape[3], x.shape[4])
+        if (x.shape[2], grid) != (layout.num_frames, layout.grid):
+            raise ValueError(f"x has {x.shape[2]} frames of {grid} tokens, the layout describes {layout.num_frames} of {layout.grid}")
+        if tuple(timestep.shape) not in ((batch, 1), (batch, layout.num_frames)):
+            raise ValueError(f"timestep must be [{batch}, 1] or [{batch}, {layout.num_frames}], got {tuple(timestep.shape)}")
+        if not timestep.is_floating_point():
+            raise ValueError(f"timestep must be floating (0..1000), got {timestep.dtype}")
+        if cond.batch != batch:
+            raise ValueError(f"condition has batch {cond.batch}, x has {batch}; use cond.expand({batch})")
+        if cond.text.shape[1] > config.text_len or cond.text.shape[2] != config.text_dim:
+            raise ValueError(f"text must be [B, <= {config.text_len}, {config.text_dim}], got {tuple(cond.text.shape)}")
+        if (cond.image is not None) != config.image_branch:
+            raise ValueError(
+                f"image tokens are {'given' if cond.image is not None else 'missing'}, but net.image_branch={config.image_branch}"
+            )
+
+
+def _centred_uniform(shape: torch.Size, *, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Uniform with mean 0 and variance 1."""
+    return (torch.rand(shape, generator=generator, device=device) - 0.5) * 12**0.5
+
+
+def _concat_frames(concat: Tensor, layout: TokenLayout) -> Tensor:
+    """Extra channels for the packed frames: as they are when the counts agree, else those at the frames' temporal positions, run by run."""
+    if concat.shape[2] == layout.num_frames:
+        return concat
+    if max(layout.frame_index) >= concat.shape[2]:
+        raise ValueError(
+            f"concat has {concat.shape[2]} frames, the layout needs position {max(layout.frame_index)}; "
+            "give one per input frame, or the whole video"
+        )
+    runs: list[list[int]] = []
+    for position in layout.frame_index:
+        if runs and runs[-1][1] == position:
+            runs[-1][1] += 1
+        else:
+            runs.append([position, position + 1])
+    return torch.cat([concat[:, :, start:stop] for start, stop in runs], dim=2)
