@@ -1,0 +1,1 @@
+"""The autoregressive chunk loop, shared by self-forcing training and streaming inference."""

@@ -1,0 +1,156 @@
+"""What a rollout does, decided before it runs: per chunk the frames, the denoising times and how its context is committed.
+
+Plans are pure functions of host numbers (pattern, schedule, global step), so every rank issues the same network calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rcm.core.errors import ConfigError
+from rcm.diffusion.blocks import BlockPattern
+from rcm.samplers.schedule import few_step_grid
+
+Commit = Literal["clean", "last_input", "renoised"]
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """Mid times per chunk: chunk i takes entry min(i, last) and makes len(entry) + 1 steps.
+
+    `StepSchedule(((15/16, 5/6, 5/8), (5/6,)))` is the 2-step preset: 4 steps in chunk 0, 2 steps in later chunks.
+    """
+
+    mids: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.mids:
+            raise ConfigError("a step schedule needs at least one entry of mid times (an empty entry () means one step)")
+        for entry in self.mids:
+            few_step_grid(entry, first=1.0)
+
+    def entry(self, chunk: int) -> tuple[float, ...]:
+        """Mid times of generated chunk `chunk` (the last entry repeats)."""
+        return self.mids[min(chunk, len(self.mids) - 1)]
+
+    def steps(self, chunk: int) -> int:
+        """Number of denoising steps of generated chunk `chunk`."""
+        return len(self.entry(chunk)) + 1
+
+    def context_time(self, chunk: int) -> float:
+        """RF time of noisy context left by chunk `chunk`: the last of its full schedule, 1 if that is empty."""
+        entry = self.entry(chunk)
+        return entry[-1] if entry else 1.0
+
+    @classmethod
+    def from_lists(
+        cls, *, steps: Sequence[int], schedules: Sequence[Sequence[float]], default_mids: Sequence[float], knob: str = "steps_per_chunk"
+    ) -> StepSchedule:
+        """Schedule from the two lists users write. No `schedules`: every entry is a prefix of `default_mids`. Extra mid times are cut off."""
+        if schedules and not steps:
+            raise ConfigError(f"mid-time schedules were given without {knob}; give one step count per schedule")
+        if schedules and len(schedules) != len(steps):
+            raise ConfigError(f"{len(schedules)} mid-time schedules for {len(steps)} entries of {knob}={list(steps)}; give one schedule per entry")
+        mids = []
+        for i, num in enumerate(steps):
+            if num < 1:
+                raise ConfigError(f"{knob}[{i}]={num} must be at least 1")
+            source = tuple(schedules[i]) if schedules else tuple(default_mids)
+            if len(source) < num - 1:
+                raise ConfigError(f"Need {num - 1} mid_t values for {num} steps, got {len(source)} (entry {i} of {knob})")
+            mids.append(source[: num - 1])
+        return cls(tuple(mids))
+
+    def require_non_increasing(self, knob: str) -> None:
+        """Training refuses schedules whose step counts grow along the video (the step-count cycle is defined by chunk 0)."""
+        counts = [len(entry) + 1 for entry in self.mids]
+        if any(b > a for a, b in zip(counts, counts[1:], strict=False)):
+            raise ConfigError(f"{knob}={counts} increases; step counts per chunk must be non-increasing in training")
+
+
+@dataclass(frozen=True)
+class ContextRule:
+    """Noisy context: chunks with index >= start_chunk leave the KV of their last denoising input in the cache instead of a clean pass."""
+
+    noisy: bool = False
+    start_chunk: int = 0
+
+    def __post_init__(self) -> None:
+        if self.start_chunk < 0:
+            raise ConfigError(f"context_from_last_step_start_chunk={self.start_chunk} must be >= 0")
+
+    def applies(self, block: int) -> bool:
+        """Whether block `block` (absolute index; an image prefix counts as block 0) leaves noisy context."""
+        return self.noisy and block >= self.start_chunk
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """One chunk: latent frames [start, stop), times walked (decreasing, last 0), and the commit into the cache.
+
+    commit "clean" appends x0 at time 0; "last_input" appends the last denoising input at its own time; "renoised" re-noises x0 to `commit_time`.
+    """
+
+    block: int
+    start: int
+    stop: int
+    times: tuple[float, ...]
+    commit: Commit
+    commit_time: float
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising evaluations (the commit pass not counted)."""
+        return len(self.times) - 1
+
+
+def inference_plan(
+    pattern: BlockPattern,
+    num_frames: int,
+    schedule: StepSchedule,
+    *,
+    first_time: float,
+    context: ContextRule = ContextRule(),
+    prefix_blocks: int = 0,
+) -> tuple[ChunkPlan, ...]:
+    """Few-step plan of the blocks after `prefix_blocks` given ones. The schedule indexes generated chunks; the context rule absolute blocks."""
+    plans = []
+    for block, (start, stop) in enumerate(pattern.bounds(num_frames)):
+        if block < prefix_blocks:
+            continue
+        times = few_step_grid(schedule.entry(block - prefix_blocks), first=first_time)
+        noisy = context.applies(block)
+        plans.append(ChunkPlan(block, start, stop, times, "last_input" if noisy else "clean", times[-2] if noisy else 0.0))
+    return tuple(plans)
+
+
+def ode_plan(pattern: BlockPattern, num_frames: int, times: tuple[float, ...], *, prefix_blocks: int = 0) -> tuple[ChunkPlan, ...]:
+    """Many-step plan: the same grid in every chunk, clean context."""
+    bounds = tuple(enumerate(pattern.bounds(num_frames)))[prefix_blocks:]
+    return tuple(ChunkPlan(block, start, stop, times, "clean", 0.0) for block, (start, stop) in bounds)
+
+
+def training_plan(
+    pattern: BlockPattern, num_frames: int, schedule: StepSchedule, *, index: int, context: ContextRule = ContextRule()
+) -> tuple[ChunkPlan, ...]:
+    """Self-forcing rollout of effective update `index` (spec/algorithms 6.10).
+
+    n = index mod (steps of chunk 0) + 1; chunk i makes min(n, its maximum) steps along a prefix of its schedule, starting at exactly t = 1.
+    Noisy context: a chunk at its maximum leaves its last input; a shorter one is re-noised to the last time of its full schedule (1 if empty).
+    """
+    count = index % schedule.steps(0) + 1
+    plans = []
+    for block, (start, stop) in enumerate(pattern.bounds(num_frames)):
+        entry = schedule.entry(block)
+        steps = min(count, len(entry) + 1)
+        times = few_step_grid(entry[: steps - 1], first=1.0)
+        if not context.applies(block):
+            commit, commit_time = "clean", 0.0
+        elif steps == len(entry) + 1:
+            commit, commit_time = "last_input", times[-2]
+        else:
+            commit, commit_time = "renoised", schedule.context_time(block)
+        plans.append(ChunkPlan(block, start, stop, times, commit, commit_time))
+    return tuple(plans)

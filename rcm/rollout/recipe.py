@@ -1,0 +1,106 @@
+"""How a causal checkpoint is meant to be sampled: a record that travels with the weights and builds plans.
+
+Sampling from a checkpoint needs only its path because this record is stored beside it; a sampler that contradicts it is refused unless forced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from rcm.core.errors import ConfigError
+from rcm.diffusion.blocks import BlockPattern
+from rcm.rollout.plan import ChunkPlan, ContextRule, StepSchedule, inference_plan, ode_plan
+from rcm.samplers.schedule import CAUSAL_MID_TIMES, initial_time, shifted_grid
+from rcm.samplers.steps import ConsistencyStep, EulerStep, StepRule
+
+
+@dataclass(frozen=True)
+class SamplingRecipe:
+    """Sampling of a causal network.
+
+    kind "few_step": consistency steps along `mids` (per chunk, last repeats; see StepSchedule). kind "ode": Euler over `ode_steps` with `shift`
+    and guidance. `pattern` is a name such as "c3-3"; `sigma_max` sets the first time sigma/(sigma+1).
+    """
+
+    kind: Literal["few_step", "ode"]
+    pattern: str
+    mids: tuple[tuple[float, ...], ...] = (CAUSAL_MID_TIMES,)
+    sigma_max: float = 1600.0
+    noisy_context: bool = False
+    noisy_context_start_chunk: int = 0
+    ode_steps: int = 50
+    shift: float = 3.0
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("few_step", "ode"):
+            raise ConfigError(f"sampling kind {self.kind!r} is not one of 'few_step', 'ode'")
+        BlockPattern.parse(self.pattern)
+        StepSchedule(self.mids)
+
+    @property
+    def blocks(self) -> BlockPattern:
+        """The block pattern."""
+        return BlockPattern.parse(self.pattern)
+
+    @property
+    def rule(self) -> StepRule:
+        """The update rule of a denoising step."""
+        return ConsistencyStep() if self.kind == "few_step" else EulerStep()
+
+    def plans(self, num_frames: int, *, prefix_blocks: int = 0) -> tuple[ChunkPlan, ...]:
+        """Chunk plans for a video of `num_frames` latent frames whose first `prefix_blocks` blocks are given."""
+        if self.kind == "ode":
+            grid = shifted_grid(self.ode_steps, shift=self.shift, sigma_max=self.sigma_max)
+            return ode_plan(self.blocks, num_frames, grid, prefix_blocks=prefix_blocks)
+        return inference_plan(
+            self.blocks,
+            num_frames,
+            StepSchedule(self.mids),
+            first_time=initial_time(self.sigma_max),
+            context=ContextRule(self.noisy_context, self.noisy_context_start_chunk),
+            prefix_blocks=prefix_blocks,
+        )
+
+    def with_steps(self, *steps: int) -> SamplingRecipe:
+        """The same recipe with other step counts per chunk; mid times are prefixes of the longest stored schedule."""
+        source = max((*self.mids, CAUSAL_MID_TIMES), key=len)
+        schedule = StepSchedule.from_lists(steps=steps, schedules=(), default_mids=source)
+        return replace(self, kind="few_step", mids=schedule.mids)
+
+    def contradictions(self, trained: SamplingRecipe) -> list[str]:
+        """What in this recipe a checkpoint trained for `trained` does not support: one sentence each, empty if compatible.
+
+        Fewer or other step counts are a supported use (the 2-step checkpoint is sampled in 1 step); another pattern, kind or context is not.
+        """
+        found = []
+        for name, knob in (("pattern", "first_chunk_t / chunk_t"), ("kind", "--distilled"), ("noisy_context", "--context_from_last_step")):
+            mine, theirs = getattr(self, name), getattr(trained, name)
+            if mine != theirs:
+                found.append(f"{name}: the checkpoint was trained for {theirs!r}, the sampler asks for {mine!r} ({knob})")
+        if self.noisy_context and trained.noisy_context and self.mids[-1][-1:] != trained.mids[-1][-1:]:
+            found.append(f"noisy-context time: trained at {trained.mids[-1][-1:]}, sampler uses {self.mids[-1][-1:]} (mid_t_schedules)")
+        return found
+
+    def require_compatible(self, trained: SamplingRecipe, *, allow: bool = False) -> list[str]:
+        """Raise `ConfigError` on contradictions unless `allow`; returns them for the log."""
+        found = self.contradictions(trained)
+        if found and not allow:
+            raise ConfigError("the sampler contradicts the checkpoint: " + "; ".join(found) + ". Pass --ignore_recipe to sample anyway")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready dict."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> SamplingRecipe:
+        """Inverse of `to_dict`; unknown keys raise `ConfigError`."""
+        unknown = set(data) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise ConfigError(f"sampling recipe has unknown keys {sorted(unknown)}; known: {sorted(cls.__dataclass_fields__)}")
+        fields = dict(data)
+        if "mids" in fields:
+            fields["mids"] = tuple(tuple(float(t) for t in entry) for entry in fields["mids"])
+        return cls(**fields)

@@ -1,0 +1,1 @@
+"""Time grids and the update rules that walk along them."""

@@ -1,0 +1,41 @@
+"""One update of a sampler: from x at time t to x at time t_next, given the velocity. Pure functions of tensors.
+
+Both rules read x_t = (1 - t) x0 + t eps and v = eps - x0. Times are RF, Python floats (shared by the batch).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class StepRule(Protocol):
+    """x [B, C, T, H, W] at `t`, velocity of the same shape, fresh unit noise or None -> x at `t_next`."""
+
+    needs_noise: bool
+
+    def __call__(self, x: torch.Tensor, v: torch.Tensor, *, t: float, t_next: float, noise: torch.Tensor | None) -> torch.Tensor: ...
+
+
+class EulerStep:
+    """Deterministic probability-flow step x - (t - t_next) v."""
+
+    needs_noise = False
+
+    def __call__(self, x: torch.Tensor, v: torch.Tensor, *, t: float, t_next: float, noise: torch.Tensor | None = None) -> torch.Tensor:
+        return x - (t - t_next) * v
+
+
+class ConsistencyStep:
+    """Multistep consistency sampling: jump to x0 = x - t v, then renoise to t_next with fresh noise. At t_next = 0 it is the clean prediction."""
+
+    needs_noise = True
+
+    def __call__(self, x: torch.Tensor, v: torch.Tensor, *, t: float, t_next: float, noise: torch.Tensor | None) -> torch.Tensor:
+        x0 = x - t * v
+        if t_next == 0.0:
+            return x0
+        if noise is None:
+            raise ValueError(f"renoising to t={t_next:g} needs a noise tensor of shape {tuple(x.shape)}, got None")
+        return (1.0 - t_next) * x0 + t_next * noise

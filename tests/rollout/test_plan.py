@@ -1,0 +1,93 @@
+"""Rollout plans against the hand-written tables of spec/algorithms 6.10 and spec/causal_inference 2."""
+
+from __future__ import annotations
+
+import pytest
+
+from rcm.core.errors import ConfigError
+from rcm.diffusion.blocks import BlockPattern
+from rcm.rollout.plan import ContextRule, StepSchedule, inference_plan, ode_plan, training_plan
+from rcm.rollout.recipe import SamplingRecipe
+
+C11, C33, C14 = BlockPattern(1, 1), BlockPattern(3, 3), BlockPattern(1, 4)
+FOUR, TWO = (15 / 16, 5 / 6, 5 / 8), (5 / 6,)
+
+
+def test_step_count_cycle_of_four_two():
+    schedule = StepSchedule((FOUR, TWO))
+    counts = [tuple(p.num_steps for p in training_plan(C33, 9, schedule, index=i)) for i in range(5)]
+    assert counts == [(1, 1, 1), (2, 2, 2), (3, 2, 2), (4, 2, 2), (1, 1, 1)]
+
+
+def test_training_times_are_prefixes_from_exactly_one():
+    schedule = StepSchedule((FOUR, TWO))
+    first, second = training_plan(C33, 6, schedule, index=2)
+    assert first.times == (1.0, 15 / 16, 5 / 6, 0.0)
+    assert second.times == (1.0, 5 / 6, 0.0)
+    assert training_plan(C33, 6, schedule, index=0)[0].times == (1.0, 0.0)
+
+
+def test_training_context_is_last_input_at_the_maximum_and_renoised_below_it():
+    schedule = StepSchedule((FOUR, (5 / 8,)))
+    rule = ContextRule(noisy=True, start_chunk=1)
+    full = training_plan(C33, 9, schedule, index=3, context=rule)
+    assert [(p.commit, p.commit_time) for p in full] == [("clean", 0.0), ("last_input", 5 / 8), ("last_input", 5 / 8)]
+    short = training_plan(C33, 9, schedule, index=0, context=rule)
+    assert [(p.commit, p.commit_time) for p in short] == [("clean", 0.0), ("renoised", 5 / 8), ("renoised", 5 / 8)]
+
+
+def test_one_step_chunks_with_noisy_context_leave_pure_noise():
+    """A13: an empty schedule makes the context time 1; configurations warn, the plan says so."""
+    plan = training_plan(C33, 6, StepSchedule((FOUR, ())), index=3, context=ContextRule(True, 1))
+    assert (plan[1].commit, plan[1].commit_time) == ("last_input", 1.0)
+
+
+def test_inference_frames_and_repeated_last_entry():
+    plans = inference_plan(C14, 9, StepSchedule((FOUR, TWO)), first_time=1600 / 1601)
+    assert [(p.block, p.start, p.stop, p.num_steps) for p in plans] == [(0, 0, 1, 4), (1, 1, 5, 2), (2, 5, 9, 2)]
+    assert all(p.times[0] == 1600 / 1601 for p in plans)
+
+
+def test_given_blocks_shift_the_schedule_but_not_the_context_rule():
+    plans = inference_plan(C11, 4, StepSchedule((FOUR, TWO)), first_time=1.0, context=ContextRule(True, 1), prefix_blocks=1)
+    assert [(p.block, p.num_steps, p.commit) for p in plans] == [(1, 4, "last_input"), (2, 2, "last_input"), (3, 2, "last_input")]
+
+
+def test_ode_plan_repeats_one_grid():
+    assert {p.times for p in ode_plan(C11, 3, (1.0, 0.5, 0.0))} == {(1.0, 0.5, 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("steps", "schedules", "message"),
+    [
+        ((), ((0.5,),), "without"),
+        ((2, 1), ((0.5,),), "one schedule per entry"),
+        ((3,), ((0.5,),), "Need 2 mid_t values for 3 steps"),
+        ((0,), (), "at least 1"),
+    ],
+)
+def test_bad_step_lists(steps, schedules, message):
+    with pytest.raises(ConfigError, match=message):
+        StepSchedule.from_lists(steps=steps, schedules=schedules, default_mids=FOUR)
+
+
+def test_extra_mid_times_are_cut():
+    assert StepSchedule.from_lists(steps=(4, 2), schedules=(), default_mids=FOUR).mids == (FOUR, FOUR[:1])
+
+
+def test_training_refuses_growing_step_counts():
+    with pytest.raises(ConfigError, match="non-increasing"):
+        StepSchedule((TWO, FOUR)).require_non_increasing("steps")
+    StepSchedule((FOUR, FOUR, TWO)).require_non_increasing("steps")
+
+
+def test_recipe_round_trip_and_contradictions():
+    trained = SamplingRecipe(kind="few_step", pattern="c3-3", mids=(FOUR, TWO))
+    assert SamplingRecipe.from_dict(trained.to_dict()) == trained
+    assert trained.with_steps(4, 1).contradictions(trained) == []
+    other = SamplingRecipe(kind="few_step", pattern="c1-1", mids=(FOUR,), noisy_context=True)
+    with pytest.raises(ConfigError, match="pattern.*c3-3.*c1-1"):
+        other.require_compatible(trained)
+    assert len(other.require_compatible(trained, allow=True)) == 2
+    with pytest.raises(ConfigError, match="unknown keys"):
+        SamplingRecipe.from_dict({"kind": "few_step", "pattern": "c1-1", "steps": 4})
