@@ -1,0 +1,154 @@
+"""Who computes what: the three parallel axes, their validation, and the device meshes and groups built from them.
+
+Ranks are laid out row-major as [dp_replicate, dp_shard, cp], cp fastest. Two views of that layout are used:
+
+* sharding: parameters are sharded over (dp_shard, cp) together and replicated over dp_replicate, so that the mean that FSDP2 takes runs
+  over all ranks;
+* data: ranks of one cp group read the same data and draw the same noise, so data is keyed by `data_rank` = rank // cp.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from rcm.core.errors import ConfigError, require_divisible, require_equal
+
+SHARD_KNOB = "model.config.fsdp_shard_size"
+CP_KNOB = "model_parallel.context_parallel_size"
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """Sizes of the parallel axes; their product is the world size.
+
+    `dp_replicate`: copies of the sharded model. `dp_shard`: data-parallel ranks among which one copy is sharded. `cp`: ranks that share
+    one sequence. `device_type`: "cpu" or "cuda", where the meshes live. Raises ConfigError for a size below 1.
+    """
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    device_type: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("dp_replicate", "dp_shard", "cp"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"parallel size {name}={getattr(self, name)} must be at least 1; set {SHARD_KNOB} and {CP_KNOB}")
+
+    @classmethod
+    def plan(cls, world_size: int, *, fsdp_shard_size: int, cp: int, device_type: str = "cpu") -> ParallelDims:
+        """Dims from the public keys: parameters sharded over `fsdp_shard_size` consecutive ranks (which include the cp ranks), replicated
+        over the rest.
+
+        Raises ConfigError unless cp divides fsdp_shard_size and fsdp_shard_size divides the world size.
+        """
+        require_divisible("world size", value=world_size, by=cp, by_name="context parallel size", knob=CP_KNOB)
+        require_divisible("world size", value=world_size, by=fsdp_shard_size, by_name="shard size", knob=SHARD_KNOB)
+        if fsdp_shard_size % cp:
+            raise ConfigError(
+                f"{SHARD_KNOB}={fsdp_shard_size} must be a multiple of {CP_KNOB}={cp}: "
+                f"the ranks of a cp group share the parameters; choose a multiple of {cp} that divides the world size {world_size}"
+            )
+        return cls(world_size // fsdp_shard_size, fsdp_shard_size // cp, cp, device_type)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks these dims describe."""
+        return self.dp_replicate * self.dp_shard * self.cp
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Number of different data streams: dp_replicate * dp_shard."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def shard_size(self) -> int:
+        """Ranks over which one copy of the parameters is sharded: dp_shard * cp."""
+        return self.dp_shard * self.cp
+
+    @property
+    def rank(self) -> int:
+        """This process's global rank; 0 without a process group."""
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def data_rank(self) -> int:
+        """Index of this process's data stream, in [0, num_data_ranks): the key of its data shard and of its random draws."""
+        return self.rank // self.cp
+
+    @property
+    def cp_rank(self) -> int:
+        """Place of this process inside its context-parallel group, in [0, cp)."""
+        return self.rank % self.cp
+
+    def check(self, *, num_heads: int | None = None, tokens_per_frame: int | None = None, world_size: int | None = None) -> None:
+        """Raise ConfigError unless heads and tokens of a frame divide over cp, and the dims multiply to the world size (where given)."""
+        if world_size is not None:
+            require_equal("dp_replicate * dp_shard * cp", got=self.world_size, expected=world_size, knob=f"{SHARD_KNOB}, {CP_KNOB}")
+        if num_heads is not None:
+            require_divisible("num_heads", value=num_heads, by=self.cp, by_name="context parallel size", knob=CP_KNOB)
+        if tokens_per_frame is not None:
+            require_divisible("tokens per frame", value=tokens_per_frame, by=self.cp, by_name="context parallel size", knob=CP_KNOB)
+
+    def _require_group(self) -> None:
+        if not dist.is_initialized():
+            raise ConfigError(
+                f"a mesh of {self.world_size} rank(s) needs a process group; enter rcm.parallel.mesh.process_group(device_type) first"
+            )
+        self.check(world_size=dist.get_world_size())
+
+    @cached_property
+    def fsdp_mesh(self) -> DeviceMesh:
+        """Mesh over which parameters are sharded: axes ("dp_replicate", "shard"), or ("shard",) without replication. Collective on first
+        use.
+        """
+        self._require_group()
+        if self.dp_replicate == 1:
+            return init_device_mesh(self.device_type, (self.shard_size,), mesh_dim_names=("shard",))
+        return init_device_mesh(self.device_type, (self.dp_replicate, self.shard_size), mesh_dim_names=("dp_replicate", "shard"))
+
+    @cached_property
+    def data_mesh(self) -> DeviceMesh:
+        """Mesh with axes ("data", "cp"). Collective on first use."""
+        self._require_group()
+        return init_device_mesh(self.device_type, (self.num_data_ranks, self.cp), mesh_dim_names=("data", "cp"))
+
+    @property
+    def cp_group(self) -> dist.ProcessGroup:
+        """Process group of the ranks that share this rank's sequence."""
+        return self.data_mesh.get_group("cp")
+
+
+@contextmanager
+def process_group(device_type: str) -> Iterator[torch.device]:
+    """Enter the process group of this launch and yield this rank's device.
+
+    Under torchrun (RANK in the environment) the group spans its ranks: gloo for CPU tensors, and NCCL for CUDA tensors where
+    `device_type` is "cuda". Otherwise a group of one rank is made in memory, so that a single process takes the same code path (FSDP2
+    mixed precision included). An existing group is used as it is and left open.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device(device_type, local_rank) if device_type != "cpu" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield device
+        return
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, device_id=None if device.type == "cpu" else device)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

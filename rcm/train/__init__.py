@@ -1,0 +1,1 @@
+"""Training: state, one step, the loop, optimiser, EMA, checkpoints, export, metrics and observers."""

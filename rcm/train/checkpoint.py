@@ -1,0 +1,237 @@
+"""Save and load everything that training changes, with torch.distributed.checkpoint (DCP).
+
+    <job>/checkpoints/latest_checkpoint.txt          name of the newest complete checkpoint
+    <job>/checkpoints/iter_000000500/rcm.json        self-description
+                                    /model/          net.*, net_ema.*, net_fake_score.*
+                                    /optim_net/, /optim_fake_score/    optimiser state by slot and parameter name
+                                    /scheduler/      update counts
+                                    /trainer/        iteration, data positions
+
+A checkpoint is written under another name and renamed when complete; `latest_checkpoint.txt` changes last, atomically. A save that is
+killed or finds no space therefore leaves the previous checkpoint in use. Loading is strict and collective; the world size may differ from
+the one that saved.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from loguru import logger
+from torch.distributed.checkpoint.api import CheckpointException
+
+from rcm.core.errors import CheckpointError
+from rcm.parallel.mesh import ParallelDims
+from rcm.train.describe import FILE_NAME, Description, write_atomically
+from rcm.train.snapshot import Part, Positioned, capture, gather_positions, restore
+from rcm.train.state import TrainState
+
+LATEST = "latest_checkpoint.txt"
+
+
+class Checkpointer:
+    """Saves and loads a run's state under `<job>/checkpoints`.
+
+    `description`: what every checkpoint says about itself. `keep_last`: keep only that many newest checkpoints (0: all).
+    `asynchronous`: `save` returns once the state is copied to host memory; errors of the write surface at the next `save` or at `wait`.
+    """
+
+    def __init__(
+        self, job: str | Path, *, dims: ParallelDims, description: Description, keep_last: int = 0, asynchronous: bool = False
+    ) -> None:
+        self.root = Path(job) / "checkpoints"
+        self.dims, self.description = dims, description
+        self.keep_last, self.asynchronous = keep_last, asynchronous
+        self._groups: dict[str, dist.ProcessGroup] = {}
+        self._writer: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(self, state: TrainState, *, loader: Positioned | None = None) -> Path:
+        """Write a checkpoint of `state` (and the loader's position) and return its directory. Collective; `state` is never changed.
+
+        Raises OSError with the path when the disk is full or not writable, CheckpointError for other failures; the previous checkpoint
+        stays in use.
+        """
+        self.wait()
+        parts = capture(state, positions=gather_positions(loader, self.dims))
+        final = self.root / f"iter_{state.iteration:09d}"
+        unfinished = self.root / f".writing_{final.name}"
+        description = self.description.at(state.iteration)
+        self._on_first(lambda: _clear(self.root, unfinished), group=None)
+        write = self._write_later if self.asynchronous else self._write
+        futures: list[Any] = []
+        try:
+            for name, part in parts.items():
+                futures.append(_together(partial(write, name, part, unfinished), path=unfinished))
+        except Exception:
+            _drain(futures)
+            raise
+        if not self.asynchronous:
+            self._on_first(lambda: self._publish(unfinished, final, description), group=None)
+            return final
+        finishing = self._group("finish")
+        self._writer = threading.Thread(
+            target=self._finish, args=(futures, unfinished, final, description, finishing), name="checkpoint", daemon=False
+        )
+        self._writer.start()
+        return final
+
+    def settle(self) -> None:
+        """Block until no write is running. What went wrong in it is kept for `wait`."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def wait(self) -> None:
+        """Block until an asynchronous save has finished; raise what went wrong in it."""
+        self.settle()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def latest(self) -> Path | None:
+        """Directory of the newest complete checkpoint, None if there is none. CheckpointError if it is named but gone."""
+        pointer = self.root / LATEST
+        if not pointer.is_file():
+            return None
+        found = self.root / pointer.read_text().strip()
+        if not found.is_dir():
+            raise CheckpointError(
+                f"{pointer} names {found.name}, which does not exist; write the name of an existing iter_* directory into it"
+            )
+        return found
+
+    def load(self, state: TrainState, *, loader: Positioned | None = None, path: str | Path | None = None) -> Path | None:
+        """Restore `state` and the loader's position from `path`, or from the latest checkpoint; None when there is none. Collective.
+
+        Raises CheckpointError for another network (both named), missing or unexpected keys, wrong shapes, or a damaged file.
+        """
+        self.wait()
+        found = Path(path) if path is not None else self.latest()
+        if found is None:
+            return None
+        self.description.require_same_network(Description.read(found / FILE_NAME), source=str(found))
+        _translated(lambda: restore(state, found, loader=loader, dims=self.dims), path=found)
+        return found
+
+    def _write(self, name: str, part: Part, unfinished: Path) -> None:
+        dcp.save(part, checkpoint_id=str(unfinished / name), no_dist=not dist.is_initialized())
+
+    def _write_later(self, name: str, part: Part, unfinished: Path) -> Any:
+        return dcp.async_save(
+            part, checkpoint_id=str(unfinished / name), process_group=self._group(name), no_dist=not dist.is_initialized()
+        )
+
+    def _group(self, name: str) -> dist.ProcessGroup | None:
+        """A gloo group of all ranks for background collectives of one kind; made on first use, in the same order on every rank."""
+        if not dist.is_initialized():
+            return None
+        if name not in self._groups:
+            self._groups[name] = dist.new_group(backend="gloo")
+        return self._groups[name]
+
+    def _finish(self, futures: list[Any], unfinished: Path, final: Path, description: Description, group: dist.ProcessGroup | None) -> None:
+        """Body of the writer thread: wait for all parts on all ranks, then publish."""
+        try:
+            problem = None
+            for future in futures:
+                try:
+                    future.result()
+                except BaseException as error:
+                    problem = _readable(error, path=unfinished)
+            _agree(problem, group=group)
+            self._on_first(lambda: self._publish(unfinished, final, description), group=group)
+        except Exception as error:
+            self._failure = error
+
+    def _on_first(self, action: Callable[[], None], *, group: dist.ProcessGroup | None) -> None:
+        """Run `action` on rank 0 and let every rank share its outcome."""
+        problem = None
+        if self.dims.rank == 0:
+            try:
+                action()
+            except Exception as error:
+                problem = _readable(error, path=self.root)
+        _agree(problem, group=group)
+
+    def _publish(self, unfinished: Path, final: Path, description: Description) -> None:
+        description.write(unfinished / FILE_NAME)
+        replaced = self.root / f".replaced_{final.name}"
+        if final.exists():
+            final.rename(replaced)
+        unfinished.rename(final)
+        write_atomically(self.root / LATEST, final.name + "\n")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self.keep_last > 0:
+            older = sorted(d for d in self.root.glob("iter_*") if d.is_dir() and d != final)
+            for directory in older[: max(0, len(older) + 1 - self.keep_last)]:
+                shutil.rmtree(directory)
+        logger.info("saved {}", final)
+
+
+def _clear(root: Path, unfinished: Path) -> None:
+    """Make room for a new save: drop leftovers of killed ones."""
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in (*root.glob(".writing_iter_*"), *root.glob(".replaced_iter_*")):
+        shutil.rmtree(leftover)
+    unfinished.mkdir()
+
+
+def _agree(problem: Exception | None, *, group: dist.ProcessGroup | None) -> None:
+    """Raise the first problem of any rank on every rank."""
+    problems: list[Exception | None] = [problem]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem, group=group)
+    for found in problems:
+        if found is not None:
+            raise found
+
+
+def _drain(futures: list[Any]) -> None:
+    """Wait for background writes whose outcome no longer matters."""
+    for future in futures:
+        if future is not None:
+            future.exception()
+
+
+def _together(action: Callable[[], Any], *, path: Path) -> Any:
+    """Run `action`, a step of a collective operation; a failure on any rank is raised on every rank, so that none waits for the others."""
+    result, problem = None, None
+    try:
+        result = action()
+    except (CheckpointException, Exception) as error:
+        problem = _readable(error, path=path)
+    _agree(problem, group=None)
+    return result
+
+
+def _translated(action: Callable[[], Any], *, path: Path) -> Any:
+    """Run `action`; DCP's failures become OSError or CheckpointError about `path`."""
+    try:
+        return action()
+    except (CheckpointException, OSError) as error:
+        raise _readable(error, path=path) from error
+
+
+def _readable(error: BaseException, *, path: Path) -> Exception:
+    """An OSError that names `path` if the system refused, else a CheckpointError; CheckpointErrors pass."""
+    if isinstance(error, CheckpointException):
+        causes = [failure[0] for failure in error.failures.values()]
+        error = next((cause for cause in causes if isinstance(cause, OSError)), causes[0] if causes else error)
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+        return OSError(
+            error.errno,
+            f"{reason}: checkpoint not written or read completely; the previous checkpoint is untouched",
+            str(error.filename or path),
+        )
+    if isinstance(error, CheckpointError):
+        return error
+    return CheckpointError(f"{path}: {type(error).__name__}: {error}")

@@ -1,0 +1,118 @@
+"""What a checkpoint says about itself, in a small JSON file beside the weights: enough to sample from the path alone, and to notice a
+contradiction.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rcm.core.errors import CheckpointError
+
+FILE_NAME = "rcm.json"
+FORMAT = 1
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what computed the weights: rcm, torch, Python."""
+    try:
+        own = version("rcm")
+    except PackageNotFoundError:
+        own = "uninstalled"
+    return {"rcm": own, "torch": torch.__version__, "python": platform.python_version()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """Self-description of a checkpoint; every value is JSON (numbers, strings, lists, mappings, None).
+
+    `stage`: method name (tf, tf_scm, sf_dmd, ...). `network`: fields of the network's configuration. `network_name`: its preset or config
+    name. `pattern`: chunk pattern such as "c3-3", None for bidirectional. `schedule`: step schedule the student was trained for.
+    `noisy_context`: settings of the noisy context, None where unused. `sigma_max`: the sampler's. `parent`: checkpoint this run started
+    from. `data_hash`: of the training data. `iteration`: finished iterations. `experiment`: configuration name. `extra`: anything else
+    worth keeping.
+    """
+
+    stage: str
+    network: Mapping[str, Any]
+    network_name: str = ""
+    pattern: str | None = None
+    schedule: Any = None
+    noisy_context: Any = None
+    sigma_max: float | None = None
+    parent: str | None = None
+    data_hash: str | None = None
+    experiment: str | None = None
+    iteration: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=installed_versions)
+
+    def at(self, iteration: int) -> Description:
+        """The same description after `iteration` iterations."""
+        return replace(self, iteration=iteration)
+
+    def to_json(self) -> str:
+        """Indented JSON with a format number. Raises TypeError for a value that is not JSON."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str) -> Description:
+        """Parse `to_json`'s output; CheckpointError naming `source` when it is none, or of a newer format."""
+        try:
+            values = json.loads(text)
+            number = values.pop("format")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{source} is not a checkpoint description: {error}") from error
+        if number != FORMAT:
+            raise CheckpointError(
+                f"{source} has description format {number}, this version of rcm reads {FORMAT}; use the version that wrote it"
+            )
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise CheckpointError(f"{source} has unknown fields {', '.join(unknown)}")
+        return cls(**values)
+
+    def write(self, path: Path) -> None:
+        """Write atomically: either the old file or the complete new one exists."""
+        write_atomically(path, self.to_json())
+
+    @classmethod
+    def read(cls, path: Path) -> Description:
+        """Read one file; CheckpointError when it does not exist or does not parse."""
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist: the checkpoint does not describe itself")
+        return cls.from_json(path.read_text(), source=str(path))
+
+    def require_same_network(self, other: Description, *, source: str) -> None:
+        """Raise CheckpointError naming both networks and every differing field, unless `other` (found at `source`) has this network."""
+        mine, found = _plain(self.network), _plain(other.network)
+        different = sorted(k for k in set(mine) | set(found) if mine.get(k) != found.get(k))
+        if different:
+            details = ", ".join(f"{k}: {found.get(k)} there, {mine.get(k)} here" for k in different)
+            raise CheckpointError(
+                f"{source} holds network {other.network_name or 'of unknown name'!r}, "
+                f"this run has {self.network_name or 'of unknown name'!r} ({details}); choose the matching net or another checkpoint"
+            )
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON would return it (tuples become lists)."""
+    return json.loads(json.dumps(dict(values)))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` beside `path`, flush it to disk, and rename it into place."""
+    temporary = path.with_name(path.name + ".writing")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

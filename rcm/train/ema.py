@@ -1,0 +1,97 @@
+"""Exponential moving averages with a power-function profile, kept on local shards.
+
+The profile (Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv 2312.02696, eq. 1) weights the
+weights of update tau by tau^gamma; its width relative to the training length, `std`, stays constant as training goes on. The exponent
+gamma and std determine each other:
+
+    std(gamma) = sqrt((gamma + 1) / ((gamma + 2)^2 (gamma + 3)))                           (eq. 123)
+    gamma^3 + 7 gamma^2 + (16 - std^-2) gamma + (12 - std^-2) = 0, its largest real root    (eq. 126)
+    beta_i = (1 - 1/(i + 1))^(gamma + 1), a copy for i < 1                                  (eq. 127 with one update per unit of time)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rcm.core.errors import ConfigError
+from rcm.parallel.fsdp import local, stored_parameters
+
+
+def exponent_to_std(exponent: float) -> float:
+    """Relative width of the profile tau^exponent, exponent > -1 (eq. 123)."""
+    if exponent <= -1:
+        raise ConfigError(f"EMA exponent {exponent} must be greater than -1")
+    return math.sqrt(exponent + 1) / ((exponent + 2) * math.sqrt(exponent + 3))
+
+
+def std_to_exponent(std: float) -> float:
+    """Exponent of the profile of relative width `std`, 0 < std < 1/sqrt(12) = 0.2887 (the uniform average, exponent 0) (eq. 126)."""
+    if not 0 < std < 12**-0.5:
+        raise ConfigError(
+            f"model.config.ema.rate={std} must lie in (0, {12**-0.5:.4f}): the width of the averaging profile relative to the run"
+        )
+    precision = std**-2
+    roots = np.roots([1.0, 7.0, 16.0 - precision, 12.0 - precision])
+    return float(max(root.real for root in roots if abs(root.imag) < 1e-8 * max(1.0, abs(root))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMAConfig:
+    """`rate`: relative width std of the profile. `iteration_shift`: added to the student's update index before beta is computed."""
+
+    rate: float = 0.1
+    iteration_shift: int = 0
+
+    def __post_init__(self) -> None:
+        std_to_exponent(self.rate)
+
+
+class PowerEMA:
+    """Average of a network's parameters; `shadow` maps parameter names to fp32 (or wider) tensors sharded as the parameters are."""
+
+    def __init__(self, net: nn.Module, config: EMAConfig) -> None:
+        self.config = config
+        self.exponent = std_to_exponent(config.rate)
+        self.shadow: dict[str, Tensor] = {
+            name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for name, p in stored_parameters(net).items()
+        }
+
+    def beta(self, index: int) -> float:
+        """Weight of the old average at the student's effective update `index` (0-based); 0 while index + iteration_shift < 1."""
+        i = index + self.config.iteration_shift
+        return 0.0 if i < 1 else (1.0 - 1.0 / (i + 1)) ** (self.exponent + 1.0)
+
+    @torch.no_grad()
+    def update(self, net: nn.Module, *, index: int) -> None:
+        """shadow <- beta shadow + (1 - beta) parameters, after the student's update `index`."""
+        parameters = stored_parameters(net)
+        shadow = [local(self.shadow[name]) for name in parameters]
+        current = [local(p.detach()).to(s.dtype) for p, s in zip(parameters.values(), shadow, strict=True)]
+        beta = self.beta(index)
+        if beta == 0.0:
+            torch._foreach_copy_(shadow, current)
+        else:
+            torch._foreach_lerp_(shadow, current, 1.0 - beta)
+
+    @contextmanager
+    def swapped(self, net: nn.Module) -> Iterator[None]:
+        """Within the context `net` computes with the averaged weights (rounded to its dtype); afterwards its own are back, bit by bit."""
+        kept = {name: local(p.detach()).clone() for name, p in stored_parameters(net).items()}
+        try:
+            self._fill(net, self.shadow)
+            yield
+        finally:
+            self._fill(net, kept)
+
+    @staticmethod
+    @torch.no_grad()
+    def _fill(net: nn.Module, values: dict[str, Tensor]) -> None:
+        for name, p in stored_parameters(net).items():
+            local(p.detach()).copy_(local(values[name]))

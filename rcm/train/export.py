@@ -1,0 +1,90 @@
+"""From a DCP checkpoint to one file that anybody can load: `net.*` tensors of one role, in one dtype, with the self-description beside
+them.
+
+Runs in one process on CPU; reads only the tensors asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from rcm.core.errors import CheckpointError, ConfigError
+from rcm.parallel.init import dcp_shapes
+from rcm.train.describe import FILE_NAME, Description
+
+PREFIXES = {"ema": "net_ema.", "reg": "net.", "fake_score": "net_fake_score."}
+"""Name of a set of weights -> its key prefix: the student's average, the student itself, the critic."""
+
+
+def model_directory(path: str | Path) -> Path:
+    """The DCP directory with the weights: `path` itself, its `model/`, or that of the newest checkpoint of a job directory."""
+    path = Path(path)
+    pointer = path / "checkpoints" / "latest_checkpoint.txt"
+    if pointer.is_file():
+        path = path / "checkpoints" / pointer.read_text().strip()
+    for candidate in (path, path / "model"):
+        if (candidate / ".metadata").is_file():
+            return candidate
+    raise CheckpointError(f"{path} is not a DCP checkpoint: neither it nor {path / 'model'} has a .metadata file")
+
+
+def describe(path: str | Path) -> Description | None:
+    """Self-description that travels with a DCP checkpoint or an exported file; None where there is none."""
+    path = Path(path)
+    if path.is_file():
+        beside = path.with_name(path.name + ".json")
+    else:
+        directory = model_directory(path)
+        beside = next((d / FILE_NAME for d in (directory, directory.parent) if (d / FILE_NAME).is_file()), directory / FILE_NAME)
+    return Description.read(beside) if beside.is_file() else None
+
+
+def read_weights(path: str | Path, *, weights: str = "ema", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Full tensors of one set of `weights` ("ema", "reg", "fake_score") of a DCP checkpoint, by network key, in `dtype` (None: as
+    stored).
+    """
+    if weights not in PREFIXES:
+        raise ConfigError(f"unknown weights {weights!r}; choose from {', '.join(PREFIXES)}")
+    directory, prefix = model_directory(path), PREFIXES[weights]
+    shapes = {k: v for k, v in dcp_shapes(directory).items() if k.startswith(prefix)}
+    if not shapes:
+        present = sorted({k.partition(".")[0] for k in dcp_shapes(directory)})
+        raise CheckpointError(
+            f"{directory} holds no {prefix}* weights (it has {', '.join(present)}); choose other weights than {weights!r}"
+        )
+    metadata = dcp.FileSystemReader(str(directory)).read_metadata().state_dict_metadata
+    full = {k: torch.empty(shape, dtype=dtype or metadata[k].properties.dtype) for k, shape in shapes.items()}
+    try:
+        dcp.load(full, checkpoint_id=str(directory), no_dist=True)
+    except CheckpointException as error:
+        raise CheckpointError(f"{directory} is damaged: {next(iter(error.failures.values()))[0]}") from error
+    return {k.removeprefix(prefix): v for k, v in full.items()}
+
+
+def export(path: str | Path, save_path: str | Path, *, weights: str = "ema", dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write one set of weights to `save_path` (.safetensors or .pt/.pth) under `net.*` keys, atomically, and return it.
+
+    The self-description goes into a safetensors file's metadata and into `<save_path>.json`. Raises ConfigError for another suffix.
+    """
+    target = Path(save_path)
+    if target.suffix not in (".safetensors", ".pt", ".pth"):
+        raise ConfigError(f"save path {target} must end in .safetensors, .pt or .pth")
+    tensors = {f"net.{k}": v for k, v in read_weights(path, weights=weights, dtype=dtype).items()}
+    description = describe(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".writing_{target.name}")
+    if target.suffix == ".safetensors":
+        save_file(tensors, partial, metadata={"format": "pt", **({"rcm": description.to_json()} if description else {})})
+    else:
+        torch.save(tensors, partial)
+    if description is not None:
+        description.write(target.with_name(target.name + ".json"))
+    os.replace(partial, target)
+    return target

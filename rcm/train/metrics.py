@@ -1,0 +1,149 @@
+"""Numbers of a run: accumulated on the device, read and averaged over ranks only when logged, written to sinks.
+
+Sinks: JSON lines in the job directory, always; wandb when asked. Neither influences training.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rcm.core.errors import ConfigError
+
+
+class Averages:
+    """Running means of named scalars; `add` never synchronises, `collect` does once."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
+        """Count `values` (scalars, on any device) once more each."""
+        for name, value in values.items():
+            value = value.detach().double() if isinstance(value, Tensor) else float(value)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def collect(self, *, device: torch.device | str, world_size: int = 1) -> dict[str, float]:
+        """Means since the last call, over the world, by sorted name; then forget. Collective: every rank has seen the same names."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        sums = torch.stack([torch.as_tensor(self._sums[n], dtype=torch.float64, device=device) for n in names])
+        if world_size > 1:
+            dist.all_reduce(sums)
+        counts = [self._counts[n] * world_size for n in names]
+        self._sums, self._counts = {}, {}
+        return {name: total / count for name, total, count in zip(names, sums.tolist(), counts, strict=True)}
+
+
+class Sink(Protocol):
+    """Where logged numbers go; only rank 0 has sinks."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record `values` after iteration `step`."""
+        ...
+
+    def close(self) -> None:
+        """Flush and release."""
+        ...
+
+
+class JsonLines:
+    """One JSON object per logged iteration, a line each, written at once.
+
+    On resume, lines after `resumed_at` (iterations that will be run again) and a torn last line are dropped, so no step appears twice.
+    """
+
+    def __init__(self, path: str | Path, *, resumed_at: int = 0) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= resumed_at]
+            partial = self.path.with_name(self.path.name + ".writing")
+            partial.write_text("".join(line + "\n" for line in kept))
+            os.replace(partial, self.path)
+        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close())
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """Step of a line; infinite for one that was torn by a crash, so that it is dropped."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class Wandb:
+    """Weights & Biases; `mode` "online", "offline" (no network needed) or "disabled". ConfigError saying what to install when the package
+    is missing.
+    """
+
+    def __init__(
+        self,
+        *,
+        project: str,
+        name: str,
+        directory: str | Path,
+        mode: str = "online",
+        config: Mapping[str, Any] | None = None,
+        run_id: str | None = None,
+    ) -> None:
+        if importlib.util.find_spec("wandb") is None:
+            raise ConfigError(
+                "logging to wandb was asked for, but the package is missing: pip install 'rcm[wandb]', or take wandb off the sinks"
+            )
+        import wandb
+
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=project,
+            name=name,
+            dir=str(directory),
+            mode=mode,
+            config=dict(config or {}),
+            id=run_id,
+            resume="allow" if run_id else None,
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Log `values` at `step`."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class Broadcasting:
+    """Several sinks as one."""
+
+    def __init__(self, sinks: Iterable[Sink]) -> None:
+        self.sinks = tuple(sinks)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write to every sink."""
+        for sink in self.sinks:
+            sink.write(step, values)
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self.sinks:
+            sink.close()

@@ -1,0 +1,162 @@
+"""Things that watch a run and may be removed without changing a weight: sample grids, profiler, memory, progress line.
+
+An observer reads the state and returns numbers to log. It draws no random number from a shared stream and writes no weight; the EMA swap
+that sampling uses puts every bit back.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from loguru import logger
+from torch import Tensor
+
+from rcm.core.errors import ConfigError
+from rcm.train.state import STUDENT, TrainState
+
+
+class Observer(Protocol):
+    """Called by the trainer on every rank, in the same order, outside of any gradient."""
+
+    def started(self, state: TrainState) -> None:
+        """Before the first iteration of this process."""
+        ...
+
+    def stepped(self, state: TrainState, *, is_main: bool) -> Mapping[str, float]:
+        """After every iteration; returns numbers to log with the next line."""
+        ...
+
+
+class SampleGrid:
+    """Draw samples every `every` iterations with the student's own or averaged weights and hand them to a writer on rank 0.
+
+    `draw(iteration)` returns any tensor of frames and is called on every rank (a sharded network needs all of them); it must seed its own
+    generator. `write(path_without_suffix, frames)` runs on rank 0. `weights`: "reg" or "ema".
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int,
+        draw: Callable[[int], Tensor],
+        write: Callable[[Path, Tensor], None],
+        folder: str | Path,
+        weights: str = "ema",
+        at_start: bool = False,
+    ) -> None:
+        if every < 1 or weights not in ("reg", "ema"):
+            raise ConfigError(f"sample grid needs every >= 1 and weights reg or ema, got every={every}, weights={weights!r}")
+        self.every, self.draw, self.write, self.folder, self.weights, self.at_start = every, draw, write, Path(folder), weights, at_start
+
+    def started(self, state: TrainState) -> None:
+        """Sample the initial weights where asked."""
+        if self.at_start:
+            self._sample(state, is_main=_is_main())
+
+    def stepped(self, state: TrainState, *, is_main: bool) -> Mapping[str, float]:
+        """Sample when it is time."""
+        if state.iteration % self.every == 0:
+            self._sample(state, is_main=is_main)
+        return {}
+
+    @torch.no_grad()
+    def _sample(self, state: TrainState, *, is_main: bool) -> None:
+        averaged = self.weights == "ema" and state.ema is not None
+        with state.ema.swapped(state.roles[STUDENT].net) if averaged else nullcontext():
+            frames = self.draw(state.iteration)
+        if is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.write(self.folder / f"iter_{state.iteration:09d}_{self.weights}", frames)
+
+
+class Memory:
+    """Peak device memory in GiB since the last log, on CUDA devices."""
+
+    def started(self, state: TrainState) -> None:
+        """Forget earlier peaks."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def stepped(self, state: TrainState, *, is_main: bool) -> Mapping[str, float]:
+        """Current peak."""
+        return {"memory/peak_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}
+
+
+class Profiler:
+    """A trace of `active` iterations after `skip` ones of this process, one Chrome trace file per rank in `folder`."""
+
+    def __init__(self, *, folder: str | Path, skip: int = 3, active: int = 2) -> None:
+        self.folder, self.skip, self.active = Path(folder), skip, active
+        self._profile: torch.profiler.profile | None = None
+        self._seen = 0
+
+    def started(self, state: TrainState) -> None:
+        """Arm the profiler."""
+        if self.skip == 0:
+            self._begin()
+
+    def stepped(self, state: TrainState, *, is_main: bool) -> Mapping[str, float]:
+        """Begin or end the trace when it is time."""
+        self._seen += 1
+        if self._seen == self.skip:
+            self._begin()
+        elif self._profile is not None and self._seen == self.skip + self.active:
+            self._profile.__exit__(None, None, None)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+            self._profile.export_chrome_trace(str(self.folder / f"trace_rank{rank}.json"))
+            self._profile = None
+        return {}
+
+    def _begin(self) -> None:
+        self._profile = torch.profiler.profile()
+        self._profile.__enter__()
+
+
+class Progress:
+    """Where the run is: a line that rewrites itself on a terminal, else nothing between log lines. Rank 0 only."""
+
+    def __init__(self, *, max_iter: int, stream: Any = None) -> None:
+        self.max_iter, self.stream = max_iter, stream or sys.stderr
+        self._begun = (0, 0.0)
+
+    def started(self, state: TrainState) -> None:
+        """Start the clock."""
+        self._begun = (state.iteration, time.monotonic())
+
+    def stepped(self, state: TrainState, *, is_main: bool) -> Mapping[str, float]:
+        """Rewrite the line."""
+        if not is_main or not self.stream.isatty():
+            return {}
+        first, since = self._begun
+        pace = (time.monotonic() - since) / max(1, state.iteration - first)
+        left = int(pace * (self.max_iter - state.iteration))
+        filled = 30 * state.iteration // max(1, self.max_iter)
+        end = "\n" if state.iteration >= self.max_iter else ""
+        bar = "=" * filled + " " * (30 - filled)
+        self.stream.write(
+            f"\r[{bar}] {state.iteration}/{self.max_iter}  {pace:.2f} s/it  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left{end}"
+        )
+        self.stream.flush()
+        return {}
+
+
+class LogLines:
+    """A sink that logs every record as one line of text."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Log one line."""
+        logger.info("iteration {}  {}", step, "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def _is_main() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

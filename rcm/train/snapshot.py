@@ -1,0 +1,147 @@
+"""What a checkpoint holds: the state as named tensors, and the way back.
+
+Parts: `model` (net.*, net_ema.*, net_fake_score.*), `optim_net` and `optim_fake_score` (slot.parameter), `scheduler` (update counts),
+`trainer` (one JSON record of the iteration and the data positions, as bytes). Random generators are not among them: every draw is keyed
+by seed, step and data rank.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from loguru import logger
+from torch import Tensor
+
+from rcm.core.errors import CheckpointError
+from rcm.parallel.fsdp import local, stored_parameters, stored_tensors
+from rcm.parallel.init import check_keys, dcp_shapes
+from rcm.parallel.mesh import ParallelDims
+from rcm.train.state import CHECKPOINT_NAMES, RoleState, TrainState
+
+Part = dict[str, Tensor]
+
+
+class Positioned(Protocol):
+    """A data stream that can say and restore its exact position; the state is JSON."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the batches handed out so far."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`."""
+        ...
+
+
+def capture(state: TrainState, *, positions: list[dict[str, Any] | None]) -> dict[str, Part]:
+    """The state as flat parts of tensors that share memory with it; what `restore` expects to find."""
+    parts: dict[str, Part] = {"model": _model_part(state)}
+    for role, slot in state.roles.items():
+        parts[_optim_name(role)] = {f"{key}.{name}": value for name, key, value in _slots(slot)}
+    parts["scheduler"] = {f"{CHECKPOINT_NAMES[role]}.updates": torch.tensor(slot.updates) for role, slot in state.roles.items()}
+    record = json.dumps({"iteration": state.iteration, "positions": positions}).encode()
+    parts["trainer"] = {"record": torch.frombuffer(bytearray(record), dtype=torch.uint8)}
+    return parts
+
+
+def restore(state: TrainState, directory: Path, *, loader: Positioned | None, dims: ParallelDims) -> None:
+    """Fill `state` and the loader from a checkpoint directory. Everything is checked against the directory's key lists before anything is
+    written.
+    """
+    model = _model_part(state)
+    found = {name: dcp_shapes(directory / name) for name in ("model", "scheduler", "trainer", *map(_optim_name, state.roles))}
+    check_keys(f"{directory}/model", shapes=found["model"], expected=_shapes(model))
+    optim = {
+        role: _empty_slots(slot, found[_optim_name(role)], source=f"{directory}/{_optim_name(role)}") for role, slot in state.roles.items()
+    }
+    counts = {f"{CHECKPOINT_NAMES[role]}.updates": torch.tensor(0) for role in state.roles}
+    check_keys(f"{directory}/scheduler", shapes=found["scheduler"], expected=_shapes(counts))
+    record = {"record": torch.empty(found["trainer"].get("record", (0,)), dtype=torch.uint8)}
+    _read(record, directory / "trainer")
+    _read(counts, directory / "scheduler")
+    _read(model, directory / "model")
+    for role, slot in state.roles.items():
+        flat, by_parameter = optim[role]
+        _read(flat, directory / _optim_name(role))
+        for parameter, values in by_parameter.items():
+            slot.optimizer.state[parameter] = {key: flat[name] for key, name in values.items()}
+        slot.updates = int(counts[f"{CHECKPOINT_NAMES[role]}.updates"])
+    facts = json.loads(bytes(record["record"].tolist()))
+    state.iteration = facts["iteration"]
+    if loader is not None:
+        _reposition(loader, facts["positions"], dims=dims, source=directory)
+
+
+def _optim_name(role: str) -> str:
+    name = CHECKPOINT_NAMES[role]
+    return "optim_" + (name.removeprefix("net_") if name != "net" else name)
+
+
+def _shapes(part: Part) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in part.items()}
+
+
+def _model_part(state: TrainState) -> Part:
+    part = {f"{CHECKPOINT_NAMES[role]}.{k}": v for role, slot in state.roles.items() for k, v in stored_tensors(slot.net).items()}
+    if state.ema is not None:
+        part |= {f"net_ema.{name}": value for name, value in state.ema.shadow.items()}
+    return part
+
+
+def _slots(slot: RoleState) -> list[tuple[str, str, Tensor]]:
+    """(parameter name, slot key, value) of the optimiser state that exists so far."""
+    named = ((name, slot.optimizer.state.get(p, {})) for name, p in stored_parameters(slot.net).items())
+    return [(name, key, value) for name, values in named for key, value in values.items()]
+
+
+def _empty_slots(slot: RoleState, found: dict[str, tuple[int, ...]], *, source: str) -> tuple[Part, dict[Tensor, dict[str, str]]]:
+    """Tensors to read an optimiser's state into, flat, and by parameter: slot key -> flat key. Empty when the optimiser had not stepped."""
+    flat: Part = {}
+    by_parameter: dict[Tensor, dict[str, str]] = {}
+    keys = sorted({name.partition(".")[0] for name in found})
+    for name, p in stored_parameters(slot.net).items():
+        if not p.requires_grad or not keys:
+            continue
+        by_parameter[p] = {key: f"{key}.{name}" for key in keys}
+        for key in keys:
+            # AdamW keeps its step count as a float32 scalar, on the parameter's device when fused.
+            step = torch.zeros((), device=local(p).device if slot.optimizer.defaults.get("fused") else "cpu")
+            flat[f"{key}.{name}"] = step if key == "step" else torch.zeros_like(p, requires_grad=False)
+    check_keys(source, shapes=found, expected=_shapes(flat))
+    return flat, by_parameter
+
+
+def _read(part: Part, directory: Path) -> None:
+    if part:
+        dcp.load(part, checkpoint_id=str(directory), no_dist=not dist.is_initialized())
+
+
+def gather_positions(loader: Positioned | None, dims: ParallelDims) -> list[dict[str, Any] | None]:
+    """The loader's position on every data rank (None without a loader). Collective."""
+    own = None if loader is None else loader.state_dict()
+    everyone: list[Any] = [own]
+    if dims.world_size > 1:
+        everyone = [None] * dims.world_size
+        dist.all_gather_object(everyone, own)
+    return everyone[:: dims.cp]
+
+
+def _reposition(loader: Positioned, positions: list[dict[str, Any] | None], *, dims: ParallelDims, source: Path) -> None:
+    if len(positions) == dims.num_data_ranks:
+        position = positions[dims.data_rank]
+    else:
+        position = positions[0]
+        logger.warning(
+            "{} was written by {} data ranks, now there are {}; data continues from rank 0's position",
+            source,
+            len(positions),
+            dims.num_data_ranks,
+        )
+    if position is None:
+        raise CheckpointError(f"{source} holds no data position; it was saved without a loader")
+    loader.load_state_dict(position)

@@ -1,0 +1,186 @@
+"""The loop: data, step, log, observe, save, stop. It receives built objects and owns none of the mathematics."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from loguru import logger
+
+from rcm.core.dual import guard_tangents
+from rcm.core.errors import ConfigError
+from rcm.core.rng import StepRng
+from rcm.data.batch import LatentBatch
+from rcm.methods.base import Method
+from rcm.parallel.mesh import ParallelDims
+from rcm.train.checkpoint import Checkpointer
+from rcm.train.metrics import Averages, Sink
+from rcm.train.observers import Observer
+from rcm.train.snapshot import Positioned
+from rcm.train.state import TrainState
+from rcm.train.step import StepConfig, StepReport, run_step
+
+Outcome = Literal["finished", "interrupted"]
+
+
+class Loader(Positioned, Protocol):
+    """An endless stream of this data rank's batches with an exact position."""
+
+    def __iter__(self) -> Iterator[LatentBatch]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """`max_iter`: iterations (updates of either role) of the whole run. `grad_accum_iter`: micro-batches per iteration. `logging_iter`,
+    `save_iter`: every how many iterations. `seed`: of all random draws. `guard_first_step`: check in the first iteration of the process
+    that no module loses a tangent. `step`: how gradients are treated. Raises ConfigError for numbers below 1 (max_iter: below 0).
+    """
+
+    max_iter: int
+    grad_accum_iter: int = 1
+    logging_iter: int = 50
+    save_iter: int = 500
+    seed: int = 0
+    guard_first_step: bool = True
+    step: StepConfig = field(default_factory=StepConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("grad_accum_iter", "logging_iter", "save_iter"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"trainer.{name}={getattr(self, name)} must be at least 1")
+        if self.max_iter < 0:
+            raise ConfigError(f"trainer.max_iter={self.max_iter} must not be negative")
+
+
+class Trainer:
+    """Runs a method until `config.max_iter`, from wherever `state` is.
+
+    `state`: built by TrainState.create and, on resume, loaded by `checkpointer.load(state, loader=loader)` before `run`. `dims`: of the
+    launch. `checkpointer` None: nothing is saved. `sinks`: where numbers go, used on rank 0. `observers`: see observers.py.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        loader: Loader,
+        *,
+        state: TrainState,
+        dims: ParallelDims,
+        config: TrainerConfig,
+        device: torch.device | str = "cpu",
+        checkpointer: Checkpointer | None = None,
+        sinks: Sequence[Sink] = (),
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self.method, self.loader, self.state, self.dims, self.config = method, loader, state, dims, config
+        self.device, self.checkpointer = torch.device(device), checkpointer
+        self.observers = tuple(observers)
+        self.is_main = dims.rank == 0
+        self.sinks = tuple(sinks) if self.is_main else ()
+        self._averages = Averages()
+        self._stop = threading.Event()
+
+    def request_stop(self) -> None:
+        """Finish the running iteration on every rank, save, and return from `run`. Safe to call from a signal handler or another thread."""
+        self._stop.set()
+
+    def run(self) -> Outcome:
+        """Train until max_iter ("finished") or until any rank is asked to stop ("interrupted"); save before returning.
+
+        SIGTERM and SIGINT ask to stop; a second one takes its usual effect. Raises what a step raises, without saving: the last
+        checkpoint stays in use.
+        """
+        state, config = self.state, self.config
+        with self._signals(), self._closing():
+            self._observe(lambda observer: observer.started(state))
+            batches = iter(self.loader)
+            saved, clock, stop, first = state.iteration, time.monotonic(), False, True
+            while state.iteration < config.max_iter and not stop:
+                report = self._iterate(batches, guard=first and config.guard_first_step)
+                first, stop = False, report.stop
+                self._averages.add(report.logs)
+                self._averages.add({"time/seconds_per_iteration": time.monotonic() - clock})
+                self._observe(lambda observer: self._averages.add(observer.stepped(state, is_main=self.is_main)))
+                clock = time.monotonic()
+                if state.iteration % config.logging_iter == 0 or state.iteration == config.max_iter or stop:
+                    self._log()
+                if state.iteration % config.save_iter == 0 and state.iteration < config.max_iter and not stop:
+                    saved = self._save()
+            if saved != state.iteration:
+                self._save()
+            if self.checkpointer is not None:
+                self.checkpointer.wait()
+        logger.info("{} after {} of {} iterations", "interrupted" if stop else "finished", state.iteration, config.max_iter)
+        return "interrupted" if stop and state.iteration < config.max_iter else "finished"
+
+    def _iterate(self, batches: Iterator[LatentBatch], *, guard: bool) -> StepReport:
+        config = self.config
+        data = [self._next(batches) for _ in range(config.grad_accum_iter)]
+        rngs = [
+            StepRng(config.seed, self.state.iteration, self.dims.data_rank, micro, self.device) for micro in range(config.grad_accum_iter)
+        ]
+        with ExitStack() as guards:
+            if guard:
+                for net in self.method.trainable.values():
+                    guards.enter_context(guard_tangents(net))
+            return run_step(self.state, self.method, batches=data, rngs=rngs, dims=self.dims, config=config.step, stop=self._stop.is_set())
+
+    def _next(self, batches: Iterator[LatentBatch]) -> LatentBatch:
+        try:
+            return next(batches).to(self.device)
+        except StopIteration:
+            raise RuntimeError(
+                f"the data ended at iteration {self.state.iteration}; a training loader starts over instead of ending"
+            ) from None
+
+    def _log(self) -> None:
+        values = self._averages.collect(device=self.device, world_size=self.dims.world_size)
+        for sink in self.sinks:
+            sink.write(self.state.iteration, values)
+
+    def _save(self) -> int:
+        if self.checkpointer is not None:
+            self.checkpointer.save(self.state, loader=self.loader)
+        return self.state.iteration
+
+    def _observe(self, call: Callable[[Observer], object]) -> None:
+        with torch.no_grad():
+            for observer in self.observers:
+                call(observer)
+
+    @contextmanager
+    def _closing(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            for sink in self.sinks:
+                sink.close()
+            if self.checkpointer is not None:
+                self.checkpointer.settle()  # its collectives must not outlive the process group, whatever ended the run
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """While training, the first SIGTERM or SIGINT asks to stop and reinstates what was there before."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def ask(number: int, _frame: object) -> None:
+            logger.warning("{} received: stopping after this iteration; again to stop at once", signal.Signals(number).name)
+            signal.signal(number, before[number])
+            self.request_stop()
+
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

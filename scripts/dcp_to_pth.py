@@ -1,0 +1,39 @@
+"""Turn a DCP checkpoint into one file: `python -m scripts.dcp_to_pth --dcp_checkpoint_dir JOB/checkpoints/iter_000001000/model
+--save_path student.pth`.
+
+By default the averaged weights (`net_ema.*`, renamed to `net.*`) in bfloat16, as the released checkpoints are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from rcm.core.errors import CheckpointError, ConfigError
+from rcm.train.export import PREFIXES, export
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, export, report; exit status 1 with one line on stderr when the checkpoint or the target is unusable."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dcp_checkpoint_dir", required=True, help="DCP directory (iter_*/model), its parent iter_*, or a job directory")
+    parser.add_argument("--save_path", required=True, help="target file: .pth, .pt or .safetensors")
+    parser.add_argument("--weights", choices=sorted(PREFIXES), default="ema", help="which weights (default: ema)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="stored dtype (default: bf16)")
+    options = parser.parse_args(arguments)
+    try:
+        target = export(options.dcp_checkpoint_dir, options.save_path, weights=options.weights, dtype=DTYPES[options.dtype])
+    except (CheckpointError, ConfigError, OSError) as error:
+        print(f"dcp_to_pth: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {options.weights} weights to {target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

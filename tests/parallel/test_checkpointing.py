@@ -1,0 +1,109 @@
+"""Activation checkpointing recomputes when it should, steps aside when it should, and renames nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rcm.core.errors import ConfigError
+from rcm.nets.condition import Condition
+from rcm.nets.kv_cache import KVCache
+from rcm.nets.layout import TokenLayout
+from rcm.nets.wan.model import WanDiT
+from rcm.parallel.checkpointing import checkpoint_blocks
+from tests.support.toy_method import CHANNELS, CONFIG, FRAMES, HEIGHT, LAYOUT, WIDTH, make_net
+
+TOKENS = LAYOUT.num_tokens
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products as they are executed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def prepared(mode: str) -> tuple[WanDiT, Counter]:
+    """A network under `mode` that counts how often each block's feed-forward runs."""
+    net, runs = make_net(seed=0, dtype=torch.float64), Counter()
+    for i, block in enumerate(net.blocks):
+        block.ffn.register_forward_hook(lambda *_, i=i: runs.update([i]))
+    checkpoint_blocks(net, mode=mode)
+    return net, runs
+
+
+def forward(net: WanDiT, cache=None) -> torch.Tensor:
+    x = torch.linspace(-1, 1, CHANNELS * FRAMES * HEIGHT * WIDTH, dtype=torch.float64).view(1, CHANNELS, FRAMES, HEIGHT, WIDTH)
+    text = torch.linspace(-1, 1, 5 * CONFIG.text_dim, dtype=torch.float64).view(1, 5, -1)
+    return net(x, torch.full((1, 1), 300.0, dtype=torch.float64), Condition(text), LAYOUT, cache)
+
+
+@pytest.mark.parametrize(("mode", "runs_with_gradient"), [("none", 1), ("block_wise", 2), ("mm_only", 2)])
+def test_gradients_are_the_same_and_blocks_run_as_often_as_the_mode_says(mode: str, runs_with_gradient: int) -> None:
+    plain, _ = prepared("none")
+    forward(plain).square().mean().backward()
+    net, runs = prepared(mode)
+    assert sorted(net.state_dict()) == sorted(plain.state_dict())
+    forward(net).square().mean().backward()
+    assert set(runs.values()) == {runs_with_gradient}
+    for (name, p), (_, q) in zip(net.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14, msg=name)
+
+
+def test_mm_only_recomputes_no_matrix_product() -> None:
+    counts = {}
+    for mode in ("none", "block_wise", "mm_only"):
+        net, _ = prepared(mode)
+        with Products() as products:
+            loss = forward(net).square().mean()
+            loss.backward()
+        counts[mode] = products.count
+    assert counts["none"] == counts["mm_only"] < counts["block_wise"]
+
+
+@pytest.mark.parametrize("mode", ["block_wise", "mm_only"])
+def test_steps_aside_without_gradient_and_in_cache_append(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even torch's checkpoint is called: torch 2.11's raises on dual tensors, gradients enabled or not."""
+    net, runs = prepared(mode)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("torch.utils.checkpoint was called")
+
+    monkeypatch.setattr("rcm.parallel.checkpointing.checkpoint", refuse)
+    with torch.no_grad():
+        forward(net)
+    assert set(runs.values()) == {1}
+    runs.clear()
+    cache = KVCache(CONFIG.num_layers, capacity_tokens=TOKENS)
+    forward(net, cache.append()).square().mean().backward()
+    assert set(runs.values()) == {1}, "an append forward was recomputed"
+
+
+def test_readonly_forward_is_recomputed_against_the_same_prefix() -> None:
+    layout = TokenLayout(LAYOUT.grid, LAYOUT.frame_index, type(LAYOUT.mask)(TOKENS, 2 * TOKENS), LAYOUT.output, context_frames=FRAMES)
+    gradients = []
+    for mode in ("none", "block_wise"):
+        net, runs = prepared(mode)
+        cache = KVCache(CONFIG.num_layers, capacity_tokens=2 * TOKENS)
+        with torch.no_grad():
+            forward(net, cache.append())
+        runs.clear()
+        x = torch.ones(1, CHANNELS, FRAMES, HEIGHT, WIDTH, dtype=torch.float64)
+        text = torch.ones(1, 5, CONFIG.text_dim, dtype=torch.float64)
+        net(x, torch.full((1, 1), 10.0, dtype=torch.float64), Condition(text), layout, cache.readonly()).square().mean().backward()
+        gradients.append(net.blocks[0].self_attn.k.weight.grad)
+    assert set(runs.values()) == {2}
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-15)
+
+
+def test_unknown_mode_names_the_choices() -> None:
+    with pytest.raises(ConfigError, match="net.sac_config.mode.*mm_only"):
+        checkpoint_blocks(make_net(seed=0), mode="blockwise")

@@ -1,0 +1,80 @@
+"""One file out of a DCP checkpoint: names, weights, dtype, self-description, and the public command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from rcm.core.errors import CheckpointError, ConfigError
+from rcm.train.export import describe, export, model_directory, read_weights
+from rcm.train.state import TrainState
+from scripts.dcp_to_pth import main
+from tests.train.run_support import launch
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
+    job = tmp_path_factory.mktemp("job")
+    trainer = launch(job, max_iter=4, precision="fp32")
+    trainer.run()
+    return job, trainer.state
+
+
+def test_every_way_to_name_a_checkpoint_finds_its_weights(trained: tuple[Path, TrainState]) -> None:
+    job, _ = trained
+    model = job / "checkpoints" / "iter_000000004" / "model"
+    assert model_directory(job) == model_directory(model.parent) == model_directory(model) == model
+    with pytest.raises(CheckpointError, match="checkpoints is not a DCP checkpoint"):
+        model_directory(job / "checkpoints")
+    assert describe(model).iteration == describe(job).iteration == 4 and describe(job).stage == "toy"
+
+
+@pytest.mark.parametrize("weights", ["ema", "reg", "fake_score"])
+def test_selected_weights_arrive_exactly(trained: tuple[Path, TrainState], weights: str) -> None:
+    job, state = trained
+    found = read_weights(job, weights=weights)
+    role = "fake_score" if weights == "fake_score" else "student"
+    expected = state.ema.shadow if weights == "ema" else state.roles[role].net.state_dict()
+    assert sorted(found) == sorted(expected) and all(torch.equal(found[k], expected[k]) for k in expected)
+    if weights == "ema":
+        assert not torch.equal(found["head.head.weight"], state.roles["student"].net.head.head.weight)
+
+
+def test_safetensors_carry_the_description(trained: tuple[Path, TrainState], tmp_path: Path) -> None:
+    job, state = trained
+    target = export(job, tmp_path / "deep" / "student.safetensors", dtype=torch.float32)
+    with safe_open(target, framework="pt") as file:
+        assert json.loads(file.metadata()["rcm"])["stage"] == "toy"
+        assert torch.equal(file.get_tensor("net.head.head.weight"), state.ema.shadow["head.head.weight"])
+    assert describe(target).iteration == 4
+    assert sorted(p.name for p in target.parent.iterdir()) == ["student.safetensors", "student.safetensors.json"]
+
+
+def test_the_public_command_writes_averaged_weights_in_bf16(
+    trained: tuple[Path, TrainState], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    job, state = trained
+    model = job / "checkpoints" / "iter_000000004" / "model"
+    assert main(["--dcp_checkpoint_dir", str(model), "--save_path", str(tmp_path / "out.pth")]) == 0
+    found = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert all(k.startswith("net.") and v.dtype == torch.bfloat16 for k, v in found.items())
+    assert torch.equal(found["net.head.head.weight"], state.ema.shadow["head.head.weight"].bfloat16())
+    assert main(["--dcp_checkpoint_dir", str(tmp_path), "--save_path", str(tmp_path / "x.pth")]) == 1
+    assert main(["--dcp_checkpoint_dir", str(model), "--save_path", str(tmp_path / "x.bin")]) == 1
+    errors = capsys.readouterr().err
+    assert "is not a DCP checkpoint" in errors and "must end in" in errors and not (tmp_path / "x.pth").exists()
+
+
+def test_absent_weights_and_unknown_names_are_errors(tmp_path: Path) -> None:
+    trainer = launch(tmp_path, max_iter=0)
+    trainer.state.roles.pop("fake_score")
+    trainer.state.ema = None
+    trainer.checkpointer.save(trainer.state)
+    with pytest.raises(CheckpointError, match=r"no net_ema\.\* weights \(it has net\)"):
+        read_weights(tmp_path)
+    with pytest.raises(ConfigError, match="ema, reg, fake_score"):
+        read_weights(tmp_path, weights="teacher")

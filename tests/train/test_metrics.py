@@ -1,0 +1,105 @@
+"""Means, sinks, and the progress line."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rcm.core.errors import ConfigError
+from rcm.train.metrics import Averages, Broadcasting, JsonLines, Wandb
+from rcm.train.observers import LogLines, Progress, SampleGrid
+
+
+def test_means_are_over_the_steps_that_had_the_number() -> None:
+    averages = Averages()
+    averages.add({"a": torch.tensor(1.0, requires_grad=True), "b": 4.0})
+    averages.add({"a": torch.tensor(2.0)})
+    assert averages.collect(device="cpu") == {"a": 1.5, "b": 4.0}
+    assert averages.collect(device="cpu") == {}
+
+
+def test_large_counts_lose_no_digits() -> None:
+    """Sums are float64: 2^24 + 1 in float32 would be 2^24."""
+    averages = Averages()
+    averages.add({"a": torch.tensor(2.0**24)})
+    averages.add({"a": torch.tensor(1.0)})
+    assert averages.collect(device="cpu") == {"a": (2.0**24 + 1) / 2}
+
+
+def test_json_lines_are_complete_at_once_and_drop_what_will_be_run_again(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path / "deep" / "m.jsonl")
+    for step in (1, 2, 3):
+        sink.write(step, {"x": step / 2})
+    assert [json.loads(line)["step"] for line in (tmp_path / "deep" / "m.jsonl").read_text().splitlines()] == [1, 2, 3]
+    sink.close()
+    again = JsonLines(tmp_path / "deep" / "m.jsonl", resumed_at=2)
+    again.write(3, {"x": 9.0})
+    again.close()
+    assert [json.loads(line) for line in (tmp_path / "deep" / "m.jsonl").read_text().splitlines()][1:] == [
+        {"step": 2, "x": 1.0},
+        {"step": 3, "x": 9.0},
+    ]
+
+
+def test_sinks_as_one() -> None:
+    seen: list[object] = []
+    one = SimpleNamespace(write=lambda step, values: seen.append((step, dict(values))), close=lambda: seen.append("closed"))
+    both = Broadcasting([one, LogLines(), one])
+    both.write(1, {"x": 2.0})
+    both.close()
+    assert seen == [(1, {"x": 2.0}), (1, {"x": 2.0}), "closed", "closed"]
+
+
+def test_missing_wandb_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'rcm\[wandb\]'"):
+        Wandb(project="p", name="n", directory=tmp_path)
+
+
+def test_wandb_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the package: what it is told is what was logged."""
+    calls: list[object] = []
+    run = SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish"))
+    package = SimpleNamespace(init=lambda **options: calls.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    sink = Wandb(project="p", name="n", directory=tmp_path / "w", mode="offline", config={"a": 1}, run_id="r1")
+    sink.write(3, {"x": 1.0})
+    sink.close()
+    assert calls[0] == {
+        "project": "p",
+        "name": "n",
+        "dir": str(tmp_path / "w"),
+        "mode": "offline",
+        "config": {"a": 1},
+        "id": "r1",
+        "resume": "allow",
+    }
+    assert calls[1:] == [(3, {"x": 1.0}), "finish"]
+
+
+def test_progress_writes_to_a_terminal_only() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, is_main, expected in ((Terminal(), True, True), (Terminal(), False, False), (io.StringIO(), True, False)):
+        progress = Progress(max_iter=4, stream=stream)
+        progress.started(SimpleNamespace(iteration=0))
+        for iteration in (1, 4):
+            progress.stepped(SimpleNamespace(iteration=iteration), is_main=is_main)
+        assert ("4/4" in stream.getvalue()) is expected
+        assert stream.getvalue().endswith("\n") is expected
+
+
+def test_sample_grid_settings_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="every"):
+        SampleGrid(every=0, draw=None, write=None, folder=tmp_path)
+    with pytest.raises(ConfigError, match="weights"):
+        SampleGrid(every=1, draw=None, write=None, folder=tmp_path, weights="best")

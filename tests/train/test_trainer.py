@@ -1,0 +1,163 @@
+"""The loop on one rank: golden losses, exact resume, stopping, observers that may be removed, the tangent guard of the first step."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from rcm.core.errors import ConfigError, NonFinite, TangentLost
+from rcm.nets.condition import Condition
+from rcm.train.observers import Memory, Profiler, Progress, SampleGrid
+from rcm.train.state import TrainState
+from rcm.train.trainer import TrainerConfig
+from tests.support.toy_method import LAYOUT
+from tests.train.run_support import everything, launch, lines, same
+
+GOLDEN = Path(__file__).parent / "golden_losses.json"
+
+
+class At:
+    """An observer that calls a function after one iteration."""
+
+    def __init__(self, iteration: int, call) -> None:
+        self.iteration, self.call = iteration, call
+
+    def started(self, state: TrainState) -> None:
+        pass
+
+    def stepped(self, state: TrainState, *, is_main: bool) -> Mapping[str, float]:
+        if state.iteration == self.iteration:
+            self.call()
+        return {}
+
+
+def test_twenty_steps_match_the_golden_losses(tmp_path: Path) -> None:
+    """A change of any number here is a change of the training mathematics. To record anew: RCM_RECORD_GOLDEN=1."""
+    assert launch(tmp_path, max_iter=20).run() == "finished"
+    found = lines(tmp_path)
+    if os.environ.get("RCM_RECORD_GOLDEN"):
+        GOLDEN.write_text("[\n" + ",\n".join(json.dumps(record, sort_keys=True) for record in found) + "\n]\n")
+    expected = json.loads(GOLDEN.read_text())
+    assert [sorted(r) for r in found] == [sorted(r) for r in expected] and len(found) == 20
+    for record, golden in zip(found, expected, strict=True):
+        assert record == pytest.approx(golden, rel=1e-8), f"step {golden['step']}"
+
+
+@pytest.mark.parametrize(("prefetch", "asynchronous"), [(0, False), (2, True)])
+def test_resume_is_bit_identical(tmp_path: Path, prefetch: int, asynchronous: bool) -> None:
+    """Twenty iterations at once, and ten, a new process's worth of objects, and ten more: equal weights, averages, optimisers and log."""
+    whole = launch(tmp_path / "whole", max_iter=20, grad_accum_iter=2, precision="fp32")
+    whole.run()
+    options = {"grad_accum_iter": 2, "prefetch": prefetch, "asynchronous": asynchronous, "precision": "fp32"}
+    launch(tmp_path / "parts", max_iter=10, **options).run()
+    second = launch(tmp_path / "parts", max_iter=20, **options)
+    assert second.state.iteration == 10
+    second.run()
+    assert same(everything(whole.state), everything(second.state))
+    assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
+
+
+def test_resume_repeats_no_logged_step(tmp_path: Path) -> None:
+    """Killed at 13 after saving at 10: steps 11 to 13 are run and logged again, once."""
+    broken = launch(tmp_path, max_iter=20, save_iter=5, fault=lambda i, v: v * float("nan") if i == 13 else v)
+    with pytest.raises(NonFinite):
+        broken.run()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 14, "torn')
+    again = launch(tmp_path, max_iter=15)
+    assert again.state.iteration == 10
+    again.run()
+    assert [record["step"] for record in lines(tmp_path)] == list(range(1, 16))
+
+
+def test_a_run_that_fails_leaves_no_save_half_done(tmp_path: Path) -> None:
+    """The asynchronous save of iteration 4 is finished, and its thread gone, when the NaN of the next iteration reaches the caller."""
+    broken = launch(tmp_path, max_iter=9, save_iter=4, asynchronous=True, fault=lambda i, v: v * float("nan") if i == 4 else v)
+    with pytest.raises(NonFinite):
+        broken.run()
+    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+    assert broken.checkpointer.latest().name == "iter_000000004"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_returns(tmp_path: Path, number: int) -> None:
+    before = signal.getsignal(number)
+    trainer = launch(tmp_path, max_iter=50, observers=[At(4, lambda: os.kill(os.getpid(), number))])
+    assert trainer.run() == "interrupted"
+    assert trainer.state.iteration == 5, "the running iteration is finished, one more carries the request to all ranks"
+    assert signal.getsignal(number) is before
+    assert launch(tmp_path, max_iter=50).state.iteration == 5
+
+
+def test_observers_may_be_removed(tmp_path: Path) -> None:
+    """With samples from averaged and own weights, a profiler, memory and a progress line the weights are the same, bit for bit."""
+    plain = launch(tmp_path / "plain", max_iter=6)
+    plain.run()
+    drawn: list[Tensor] = []
+    watched = launch(tmp_path / "watched", max_iter=6)
+    net = watched.method.nets["student"]
+
+    def draw(iteration: int) -> Tensor:
+        torch.rand(3)  # a shared stream, which training must not depend on
+        x = torch.ones(1, 4, LAYOUT.num_frames, 4, 8, dtype=torch.float64)
+        return net(x, torch.full((1, 1), 500.0, dtype=torch.float64), Condition(torch.ones(1, 2, 8, dtype=torch.float64)), LAYOUT)
+
+    def write(path: Path, frames: Tensor) -> None:
+        drawn.append(frames.clone())
+        path.with_suffix(".txt").write_text("x")
+
+    watched.observers = (
+        SampleGrid(every=2, draw=draw, write=write, folder=tmp_path / "samples", at_start=True),
+        SampleGrid(every=2, draw=draw, write=write, folder=tmp_path / "samples", weights="reg"),
+        Memory(),
+        Profiler(folder=tmp_path / "traces", skip=1, active=1),
+        Progress(max_iter=6),
+    )
+    watched.run()
+    assert same(everything(plain.state), everything(watched.state))
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == sorted(
+        [f"iter_{i:09d}_{w}.txt" for i in (2, 4, 6) for w in ("ema", "reg")] + ["iter_000000000_ema.txt"]
+    )
+    assert not torch.equal(drawn[-1], drawn[-2]) and not any(frames.requires_grad for frames in drawn)
+    assert (tmp_path / "traces" / "trace_rank0.json").is_file()
+
+
+def test_lost_tangent_stops_the_first_step(tmp_path: Path) -> None:
+    """A module that detaches is named; with the guard off, or after the first step, nobody looks."""
+
+    def tangent_pass(iteration: int, v: Tensor) -> Tensor:
+        with torch.no_grad(), forward_ad.dual_level():
+            forward_ad.unpack_dual(
+                trainer.method.nets["student"].blocks[0].ffn(forward_ad.make_dual(torch.ones(1, 32).double(), torch.ones(1, 32).double()))
+            )
+        return v
+
+    trainer = launch(tmp_path / "a", max_iter=1, fault=tangent_pass)
+    ffn = trainer.method.nets["student"].blocks[0].ffn
+    ffn[1].forward = lambda x: torch.nn.functional.gelu(x.detach())
+    with pytest.raises(TangentLost, match=r"blocks\.0\.ffn\.1"):
+        trainer.run()
+    trainer = launch(tmp_path / "b", max_iter=1, fault=tangent_pass, guard_first_step=False)
+    trainer.method.nets["student"].blocks[0].ffn[1].forward = lambda x: torch.nn.functional.gelu(x.detach())
+    trainer.run()
+
+
+def test_data_that_ends_and_bad_settings_are_errors(tmp_path: Path) -> None:
+    trainer = launch(tmp_path, max_iter=5)
+    trainer.loader = iter([next(trainer.loader)])
+    with pytest.raises(RuntimeError, match="data ended at iteration 1"):
+        trainer.run()
+    for name in ("grad_accum_iter", "logging_iter", "save_iter"):
+        with pytest.raises(ConfigError, match=name):
+            TrainerConfig(max_iter=1, **{name: 0})
+    with pytest.raises(ConfigError, match="max_iter"):
+        TrainerConfig(max_iter=-1)
