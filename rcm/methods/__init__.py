@@ -1,0 +1,1 @@
+"""Training objectives with state: which networks, which phase, which loss terms. Methods describe; `rcm.train` executes."""

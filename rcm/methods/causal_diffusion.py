@@ -1,0 +1,141 @@
+"""Stage 1: velocity regression with a causal network, by teacher forcing or diffusion forcing; and its bidirectional form.
+
+Teacher forcing (Causal-rCM eq. 8-9): one time per video, clean past as context. Diffusion forcing: the noisy past itself is the context,
+with its own time per block. Bidirectional: one time, full attention; it makes the teacher of toy runs and fine-tunes Wan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from rcm.core.errors import ConfigError
+from rcm.core.rng import StepRng
+from rcm.data.batch import LatentBatch
+from rcm.diffusion.blocks import BlockPattern
+from rcm.diffusion.interpolant import rf_noise
+from rcm.diffusion.time_sampling import BlockStrategy, TimeLaw, block_times
+from rcm.losses.denoising import TimeWeight, diffusion_loss
+from rcm.losses.term import LossTerm
+from rcm.methods.base import Phase, Thunk, student_only
+from rcm.methods.draws import draw_noise, draw_times
+from rcm.methods.teacher_forcing import TeacherForcing
+from rcm.nets.condition import Condition
+from rcm.nets.denoiser import Denoiser
+from rcm.nets.layout import TokenLayout
+from rcm.rollout.plan import ContextRule, StepSchedule
+
+
+class _VelocityRegression:
+    """Shared frame of the three forms: one student, one term; subclasses draw times and run the network."""
+
+    name: str
+
+    def __init__(self, student: Denoiser, *, law: TimeLaw, weight: TimeWeight | None, loss_scale: float) -> None:
+        self.student, self.law, self.weight, self.loss_scale = student, law, weight, loss_scale
+
+    @property
+    def trainable(self) -> Mapping[str, nn.Module]:
+        """The student."""
+        return {"student": self.student.net}
+
+    def phase(self, iteration: int) -> Phase:
+        """Always the student's turn."""
+        return student_only(iteration)
+
+    def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
+        """One regression of v onto eps - x0."""
+        yield lambda: self._term(batch, rng)
+
+    def _term(self, batch: LatentBatch, rng: StepRng) -> LossTerm:
+        x0 = batch.latents
+        t = self._times(x0, rng)
+        eps = draw_noise(rng, "noise", x0.shape, x0.device)
+        v = self._velocity(rf_noise(x0, eps, t), t, x0, Condition(batch.text), rng)
+        return diffusion_loss(v, x0, eps, t, weight=self.weight, loss_scale=self.loss_scale, name=self.name)
+
+    def _times(self, x0: torch.Tensor, rng: StepRng) -> torch.Tensor:
+        return draw_times(rng, "time", self.law, batch=x0.shape[0], device=x0.device)
+
+    def _velocity(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, cond: Condition, rng: StepRng) -> torch.Tensor:
+        raise NotImplementedError  # abstract: the forms below
+
+
+class BidirectionalDiffusion(_VelocityRegression):
+    """Ordinary flow matching over whole videos with full attention."""
+
+    name = "diffusion"
+
+    def _velocity(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, cond: Condition, rng: StepRng) -> torch.Tensor:
+        layout = TokenLayout.bidirectional(x_t.shape[2], grid=self.student.token_grid(x_t.shape[3], x_t.shape[4]))
+        return self.student.velocity(x_t, t, cond, layout)
+
+
+class TeacherForcedDiffusion(_VelocityRegression):
+    """`tf`: packed [x0 at 0; x_t at t], one time per video shared by its blocks; the release weights it with the Gaussian bell.
+
+    Where `context` applies, the first half is noised to the last time of `context_schedule` instead (spec 6.5).
+    """
+
+    name = "tf"
+
+    def __init__(
+        self,
+        student: Denoiser,
+        *,
+        forcing: TeacherForcing,
+        law: TimeLaw,
+        weight: TimeWeight | None,
+        loss_scale: float,
+        context: ContextRule = ContextRule(),
+        context_schedule: StepSchedule | None = None,
+    ) -> None:
+        super().__init__(student, law=law, weight=weight, loss_scale=loss_scale)
+        self.forcing, self.context, self.context_schedule = forcing, context, context_schedule
+        if context.noisy and context_schedule is None:
+            raise ConfigError("noisy context in teacher forcing needs context_schedule: its times come from model.config.backward_timesteps")
+
+    def _velocity(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, cond: Condition, rng: StepRng) -> torch.Tensor:
+        context = self.forcing.clean(x0)
+        if self.context.noisy:
+            context = self.forcing.noisy(x0, rule=self.context, schedule=self.context_schedule, rng=rng, purpose="context")
+        return self.forcing.velocity(self.student, x_t, t, cond, context=context)
+
+
+class DiffusionForcing(_VelocityRegression):
+    """`df`: T frames under the block-causal mask with a time per block ("random", "same" or "fopp"), weight 1 by default."""
+
+    name = "df"
+
+    def __init__(
+        self,
+        student: Denoiser,
+        *,
+        pattern: BlockPattern,
+        strategy: BlockStrategy,
+        law: TimeLaw,
+        weight: TimeWeight | None,
+        loss_scale: float,
+        window: int | None = None,
+        sinks: int = 0,
+    ) -> None:
+        super().__init__(student, law=law, weight=weight, loss_scale=loss_scale)
+        self.pattern, self.strategy, self.window, self.sinks = pattern, strategy, window, sinks
+
+    def _times(self, x0: torch.Tensor, rng: StepRng) -> torch.Tensor:
+        times = block_times(
+            self.law,
+            strategy=self.strategy,
+            batch=x0.shape[0],
+            pattern=self.pattern,
+            num_frames=x0.shape[2],
+            generator=rng.generator("time"),
+        )
+        return times.to(x0.device)
+
+    def _velocity(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, cond: Condition, rng: StepRng) -> torch.Tensor:
+        grid = self.student.token_grid(x_t.shape[3], x_t.shape[4])
+        layout = TokenLayout.block_causal(x_t.shape[2], grid=grid, pattern=self.pattern, window=self.window, sinks=self.sinks)
+        return self.student.velocity(x_t, t, cond, layout)

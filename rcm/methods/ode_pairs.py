@@ -1,0 +1,82 @@
+"""Baseline initialisations by regression on stored teacher trajectories: TF-KD (causal teacher's, clean context) and DF-KD
+(bidirectional's).
+
+Batches carry `trajectory` [B, K, C, T, H, W], index 0 clean, index k at RF time `times[k]` (spec/algorithms 6.8; recipes of Self-Forcing
+and Causal-Forcing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from rcm.core.errors import ConfigError
+from rcm.core.rng import StepRng
+from rcm.data.batch import LatentBatch
+from rcm.diffusion.interpolant import rf_x0
+from rcm.losses.denoising import ode_pair_loss, pick_states
+from rcm.losses.term import LossTerm
+from rcm.methods.base import Phase, Thunk, student_only
+from rcm.methods.teacher_forcing import TeacherForcing
+from rcm.nets.condition import Condition
+from rcm.nets.denoiser import Denoiser
+from rcm.nets.layout import TokenLayout
+
+
+class ODEPairs:
+    """`tf_kd` or `df_kd`: predict the trajectory's clean end from one of its states.
+
+    `times[k]` is the RF time of stored state k; times[0] must be 0. TF-KD draws one state per video and gives the clean past as context;
+    DF-KD draws one state per block under the block-causal mask.
+    """
+
+    def __init__(
+        self, student: Denoiser, *, forcing: TeacherForcing, times: Sequence[float], per_block: bool, loss_scale: float = 1.0
+    ) -> None:
+        if len(times) < 2 or times[0] != 0.0 or any(not 0 < t <= 1 for t in times[1:]):
+            raise ConfigError(f"trajectory times {list(times)} must start with 0 (the clean end) and then lie in (0, 1]")
+        self.student, self.forcing, self.times, self.per_block, self.loss_scale = student, forcing, tuple(times), per_block, loss_scale
+        self.name = "df_kd" if per_block else "tf_kd"
+
+    @property
+    def trainable(self) -> Mapping[str, nn.Module]:
+        """The student."""
+        return {"student": self.student.net}
+
+    def phase(self, iteration: int) -> Phase:
+        """Always the student's turn."""
+        return student_only(iteration)
+
+    def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
+        """One regression term; `ConfigError` if the batch has no matching trajectory."""
+        if batch.trajectory is None or batch.trajectory.shape[1] != len(self.times):
+            got = "none" if batch.trajectory is None else f"{batch.trajectory.shape[1]} states"
+            raise ConfigError(
+                f"{self.name} needs trajectories of {len(self.times)} states in the data, got {got}; "
+                "check dataloader_train.tar_path_pattern"
+            )
+        yield lambda: self._term(batch, rng)
+
+    def _term(self, batch: LatentBatch, rng: StepRng) -> LossTerm:
+        trajectory, cond = batch.trajectory, Condition(batch.text)
+        num_frames, device = trajectory.shape[3], trajectory.device
+        blocks = torch.tensor(self.forcing.pattern.block_of_frame(num_frames))
+        draws = (trajectory.shape[0], int(blocks.max()) + 1 if self.per_block else 1)
+        # State 0 is the clean end itself; per-block draws include it so that a block may see clean neighbours, as in Self-Forcing.
+        index = torch.randint(0 if self.per_block else 1, len(self.times), draws, generator=rng.generator("state"))
+        index = index[:, blocks] if self.per_block else index
+        t = torch.tensor(self.times, dtype=torch.float64)[index].to(device)
+        x_t, x0 = pick_states(trajectory, index.to(device)), trajectory[:, 0]
+        x0_student = rf_x0(x_t, self._velocity(x_t, t, x0, cond), t)
+        return ode_pair_loss(x0_student, x0, t, loss_scale=self.loss_scale, name=self.name)
+
+    def _velocity(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, cond: Condition) -> torch.Tensor:
+        if not self.per_block:
+            return self.forcing.velocity(self.student, x_t, t, cond, context=self.forcing.clean(x0))
+        grid = self.student.token_grid(x_t.shape[3], x_t.shape[4])
+        layout = TokenLayout.block_causal(
+            x_t.shape[2], grid=grid, pattern=self.forcing.pattern, window=self.forcing.window, sinks=self.forcing.sinks
+        )
+        return self.student.velocity(x_t, t, cond, layout)

@@ -1,0 +1,157 @@
+"""Stage 3: self-forced distribution matching. The student rolls out its own video; teacher and fake score judge it whole.
+
+Teacher and fake score are bidirectional networks over the full video with one time per sample (Causal-rCM eq. 7, 11-14; spec 6.10, 6.11).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from rcm.core.rng import StepRng
+from rcm.data.batch import LatentBatch
+from rcm.diffusion.interpolant import rf_noise, rf_x0
+from rcm.diffusion.time_sampling import TimeLaw
+from rcm.losses.denoising import causal_critic_loss
+from rcm.losses.dmd import dmd_loss, dmd_target
+from rcm.losses.term import LossTerm, NonFinitePolicy
+from rcm.methods.base import Phase, Thunk
+from rcm.methods.draws import draw_noise, draw_times
+from rcm.methods.schedule import Alternation
+from rcm.methods.teacher_forcing import TeacherForcing
+from rcm.nets.condition import Condition
+from rcm.nets.denoiser import Denoiser
+from rcm.nets.layout import TokenLayout
+from rcm.rollout.autoregressive import Canvas, ChunkResult, rollout
+from rcm.rollout.noise import VideoNoise
+from rcm.rollout.plan import ContextRule, StepSchedule, training_plan
+from rcm.rollout.replay import replay_chunk
+from rcm.samplers.steps import ConsistencyStep
+
+
+@dataclass
+class _Rollout:
+    """A finished rollout: its chunks in order, the canvas and the cache they were written on."""
+
+    canvas: Canvas
+    cache: object
+    chunks: list[ChunkResult] = field(default_factory=list)
+
+    @property
+    def video(self) -> torch.Tensor:
+        return torch.cat([chunk.x0 for chunk in self.chunks], dim=2)
+
+
+class SelfForcedDMD:
+    """`sf_dmd`: student phases move the rollout along the score difference, fake-score phases fit the critic to fresh rollouts.
+
+    `schedule` gives the step counts per chunk (non-increasing); update k rolls out (k mod max) + 1 steps. `replayed` recomputes one chunk
+    at a time for the gradient: equal gradients, activation memory of one chunk. The latents of a batch give the shape only.
+    """
+
+    name = "sf_dmd"
+
+    def __init__(
+        self,
+        student: Denoiser,
+        teacher: Denoiser,
+        fake_score: Denoiser,
+        *,
+        forcing: TeacherForcing,
+        schedule: StepSchedule,
+        law: TimeLaw,
+        alternation: Alternation,
+        context: ContextRule = ContextRule(),
+        loss_scale: float = 1.0,
+        replayed: bool = False,
+        nonfinite: NonFinitePolicy = "propagate",
+    ) -> None:
+        schedule.require_non_increasing("model.config.sf_simulation_steps_per_chunk")
+        self.student, self.teacher, self.fake_score = student, teacher, fake_score
+        self.forcing, self.schedule, self.law, self.alternation, self.context = forcing, schedule, law, alternation, context
+        self.loss_scale, self.replayed, self.nonfinite = loss_scale, replayed, nonfinite
+
+    @property
+    def trainable(self) -> Mapping[str, nn.Module]:
+        """Student and fake score."""
+        return {"student": self.student.net, "fake_score": self.fake_score.net}
+
+    def phase(self, iteration: int) -> Phase:
+        """1 student update, then student_update_freq - 1 fake-score updates."""
+        return self.alternation.phase(iteration)
+
+    def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
+        """Student phase: one term (plain) or one per chunk (replayed). Fake-score phase: one regression."""
+        cond, like = Condition(batch.text), batch.latents
+        if phase.role == "fake_score":
+            yield lambda: self._critic_term(phase, cond, like, rng)
+        elif not self.replayed:
+            yield lambda: self._student_term(phase, cond, like, rng)
+        else:
+            yield from self._replayed_terms(phase, cond, like, rng)
+
+    def _roll(self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng, *, grad: bool) -> _Rollout:
+        """A video of the shape and precision of `like` (its values are not used)."""
+        shape = like.shape
+        plans = training_plan(self.forcing.pattern, shape[2], self.schedule, index=phase.index, context=self.context)
+        grid = self.student.token_grid(shape[3], shape[4])
+        canvas = Canvas(shape[2], grid, self.forcing.pattern, self.forcing.window, self.forcing.sinks)
+        out = _Rollout(canvas, self.student.new_cache(num_frames=shape[2], grid=grid))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        noise = VideoNoise.for_plans(plans, shape, generator=rng.generator("rollout"), dtype=dtype, device=like.device)
+        with torch.set_grad_enabled(grad):
+            chunks = rollout(
+                self.student,
+                cond,
+                plans,
+                canvas=canvas,
+                noise=noise,
+                rule=ConsistencyStep(),
+                cache=out.cache,
+                grad="last_step" if grad else "none",
+                commit_last=False,
+            )
+            out.chunks.extend(chunks)
+        return out
+
+    def _student_term(self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng) -> LossTerm:
+        video = self._roll(phase, cond, like, rng, grad=True).video
+        target = self._target(video, cond, rng)
+        return dmd_loss(video, target, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name)
+
+    def _replayed_terms(self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng) -> Iterator[Thunk]:
+        rolled = self._roll(phase, cond, like, rng, grad=False)
+        target = self._target(rolled.video, cond, rng)
+
+        def term(chunk: ChunkResult) -> LossTerm:
+            x0 = replay_chunk(self.student, cond, chunk, canvas=rolled.canvas, cache=rolled.cache)
+            part = target[:, :, chunk.plan.start : chunk.plan.stop]
+            found = dmd_loss(x0, part, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name)
+            share = part.shape[2] / target.shape[2]  # the step adds up the logs of its terms: together they are the video's
+            return replace(found, logs={key: value * share for key, value in found.logs.items()})
+
+        for chunk in rolled.chunks:
+            yield lambda chunk=chunk: term(chunk)
+
+    @torch.no_grad()
+    def _target(self, video: torch.Tensor, cond: Condition, rng: StepRng) -> torch.Tensor:
+        """Pseudo-target of the whole video: G - (x0_fake - x0_teacher) / w at one time per sample."""
+        t = draw_times(rng, "dmd/time", self.law, batch=video.shape[0], device=video.device)
+        y = rf_noise(video, draw_noise(rng, "dmd/noise", video.shape, video.device), t)
+        layout = self._whole(y)
+        x0_fake = rf_x0(y, self.fake_score.velocity(y, t, cond, layout), t)
+        x0_teacher = rf_x0(y, self.teacher.velocity(y, t, cond, layout), t)
+        return dmd_target(video, x0_fake, x0_teacher)
+
+    def _critic_term(self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng) -> LossTerm:
+        video = self._roll(phase, cond, like, rng, grad=False).video
+        t = draw_times(rng, "critic/time", self.law, batch=video.shape[0], device=video.device)
+        eps = draw_noise(rng, "critic/noise", video.shape, video.device)
+        v_fake = self.fake_score.velocity(rf_noise(video, eps, t), t, cond, self._whole(video))
+        return causal_critic_loss(v_fake, video, eps, nonfinite=self.nonfinite)
+
+    def _whole(self, x: torch.Tensor) -> TokenLayout:
+        return TokenLayout.bidirectional(x.shape[2], grid=self.fake_score.token_grid(x.shape[3], x.shape[4]))

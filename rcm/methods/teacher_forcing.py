@@ -1,0 +1,84 @@
+"""The clean-context pass of every teacher-forced method: packed for gradients, context-cached for tangents (spec/algorithms 6.2, 6.3,
+6.5, 6.7).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rcm.core.dual import jvp
+from rcm.core.rng import StepRng
+from rcm.diffusion.blocks import BlockPattern
+from rcm.diffusion.interpolant import rf_noise
+from rcm.methods.draws import draw_noise
+from rcm.nets.condition import Condition
+from rcm.nets.denoiser import Denoiser
+from rcm.nets.layout import TokenLayout
+from rcm.rollout.plan import ContextRule, StepSchedule
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the noisy half is conditioned on: latents [B, C, T, H, W] and the RF time of every frame, float64 [B, T] (0 = clean)."""
+
+    latents: torch.Tensor
+    times: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TeacherForcing:
+    """Block structure of teacher-forced passes: pattern, and optionally a window and sinks in blocks."""
+
+    pattern: BlockPattern
+    window: int | None = None
+    sinks: int = 0
+
+    def clean(self, x0: torch.Tensor) -> Context:
+        """Clean context: the data at time 0."""
+        return Context(x0, torch.zeros(x0.shape[0], x0.shape[2], dtype=torch.float64, device=x0.device))
+
+    def noisy(self, x0: torch.Tensor, *, rule: ContextRule, schedule: StepSchedule, rng: StepRng, purpose: str) -> Context:
+        """Context noised with fresh noise where `rule` applies, to the last time of each block's schedule; clean elsewhere (spec 6.5)."""
+        blocks = self.pattern.block_of_frame(x0.shape[2])
+        per_frame = [schedule.context_time(block) if rule.applies(block) else 0.0 for block in blocks]
+        times = torch.tensor(per_frame, dtype=torch.float64, device=x0.device).expand(x0.shape[0], -1).contiguous()
+        return Context(rf_noise(x0, draw_noise(rng, purpose, x0.shape, x0.device), times), times)
+
+    def velocity(self, denoiser: Denoiser, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, *, context: Context) -> torch.Tensor:
+        """Velocity of the noisy half [B, C, T, H, W] from one packed [context; noisy] pass; t is RF [B, 1] or [B, T]."""
+        num_frames = x_t.shape[2]
+        packed = torch.cat([context.latents.to(x_t.dtype), x_t], dim=2)
+        times = torch.cat([context.times, t.expand(-1, num_frames)], dim=1)
+        layout = TokenLayout.teacher_forcing(num_frames, **self._structure(denoiser, x_t))
+        return denoiser.velocity(packed, times, cond, layout)
+
+    def tangent(
+        self,
+        denoiser: Denoiser,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        cond: Condition,
+        *,
+        context: Context,
+        x_dot: torch.Tensor,
+        t_dot: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Velocity of the noisy half and its derivative along (x_dot, t_dot), both constants.
+
+        The clean half attends to clean tokens only and its times do not move, so its tangent is exactly zero: it runs once, plainly, into a
+        context cache, and tangents exist for the noisy half alone (Causal-rCM section 3.2; same numbers as the packed dual pass).
+        """
+        num_frames = x_t.shape[2]
+        structure = self._structure(denoiser, x_t)
+        cache = denoiser.new_cache(num_frames=num_frames, grid=structure["grid"])
+        with torch.no_grad():
+            layout = TokenLayout.context(num_frames, **structure)
+            denoiser.velocity(context.latents.to(x_t.dtype), context.times, cond, layout, cache=cache.append())
+        layout = TokenLayout.noisy_over_context(num_frames, **structure)
+        return jvp(lambda x, time: denoiser.velocity(x, time, cond, layout, cache=cache.readonly()), (x_t, t), (x_dot, t_dot))
+
+    def _structure(self, denoiser: Denoiser, x: torch.Tensor) -> dict:
+        grid = denoiser.token_grid(x.shape[3], x.shape[4])
+        return {"grid": grid, "pattern": self.pattern, "window": self.window, "sinks": self.sinks}
