@@ -1,0 +1,168 @@
+"""Tar shards of latents and text embeddings: `KEY.latent.pt`, `KEY.embed.pt`, `KEY.prompt.txt`, as the release stores them.
+
+Why not stream with webdataset: it has no resumable position and shuffles within a buffer. Here the order belongs to `loader.Loader`, a
+permutation over all samples, and this source answers "give me samples i, j, k". Released shards are read as they are.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rcm.core.errors import ConfigError
+from rcm.data.batch import LatentBatch
+from rcm.data.tar_index import ShardError, ShardIndex, index_shard
+
+PATTERN_KNOB = "dataloader_train.tar_path_pattern"
+_LATENT, _EMBED, _PROMPT = range(3)
+
+
+def expand_pattern(pattern: str) -> list[Path]:
+    """Files of a pattern with braces ("shard-{000000..000011}.tar", "{a,b}.tar") and globs ("*", "?", "[...]"), sorted within each brace
+    alternative.
+
+    A file that braces spell out and that is missing raises, as does a pattern that matches nothing: `ConfigError` naming the key to change.
+    """
+    files: list[Path] = []
+    for name in _expand_braces(pattern):
+        matches = sorted(glob.glob(name, recursive=True))
+        if not matches:
+            raise ConfigError(f"no shard matches {name!r} (from {PATTERN_KNOB}={pattern!r}); change {PATTERN_KNOB}")
+        files += [Path(match) for match in matches]
+    return list(dict.fromkeys(files))
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    ends = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if ends:
+        low, high, width = int(ends[1]), int(ends[2]), len(ends[1])
+        choices = [f"{i:0{width}d}" for i in range(low, high + 1)]
+    else:
+        choices = match[1].split(",")
+    return [name for choice in choices for name in _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])]
+
+
+class LatentShards:
+    """Random access to the samples of tar shards, a `loader.Source`.
+
+    `num_latent_frames`: take the first that many latent frames of each sample (None: all). `latent_channels`, `text_shape` (L, E): refuse
+    samples that differ (None: whatever the first sample has, since a batch needs equal shapes). `cache_bytes`: keep decoded samples in
+    memory up to this many bytes. Raises `ConfigError` for a pattern without files and for shapes that contradict the settings,
+    `ShardError` for damage, both naming shard and member.
+    """
+
+    def __init__(
+        self,
+        tar_path_pattern: str,
+        *,
+        num_latent_frames: int | None = None,
+        latent_channels: int | None = None,
+        text_shape: tuple[int, int] | None = None,
+        cache_bytes: int = 0,
+    ) -> None:
+        self.shards: list[ShardIndex] = [index_shard(path) for path in expand_pattern(tar_path_pattern)]
+        self._first = np.cumsum([0] + [len(shard.keys) for shard in self.shards])
+        self._frames, self._channels, self._text_shape = num_latent_frames, latent_channels, text_shape
+        self._cache: dict[int, tuple[torch.Tensor, torch.Tensor, str]] = {}
+        self._cache_room = cache_bytes
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def fingerprint(self) -> str:
+        """Hash of shard names, sizes and keys and of the first sample's bytes: what a checkpoint records as its data."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(f"{shard.path.name}\n{shard.size}\n{' '.join(shard.keys)}\n".encode())
+        digest.update(self.shards[0].read(0, _LATENT))
+        return digest.hexdigest()[:16]
+
+    def fetch(self, indices: Sequence[int]) -> LatentBatch:
+        """The batch of samples `indices`, each in [0, len): latents and embeddings as float32."""
+        samples = [self._sample(index) for index in indices]
+        for what, part in (("latents", 0), ("text embeddings", 1)):
+            shapes = {tuple(sample[part].shape) for sample in samples}
+            if len(shapes) > 1:
+                names = [f"{self._name(i, part)} {tuple(s[part].shape)}" for i, s in zip(indices, samples, strict=True)]
+                raise ConfigError(f"{what} of one batch differ in shape: {'; '.join(names)}; use shards of one shape")
+        stacked = torch.stack([sample[0] for sample in samples])
+        return LatentBatch(
+            latents=stacked[:, 0] if stacked.ndim == 6 else stacked,
+            cond=torch.stack([sample[1] for sample in samples]),
+            prompts=[sample[2] for sample in samples],
+            keys=[self._locate(index)[0].keys[self._locate(index)[1]] for index in indices],
+            trajectory=stacked if stacked.ndim == 6 else None,
+        )
+
+    def _locate(self, index: int) -> tuple[ShardIndex, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a data set of {len(self)}")
+        shard = int(np.searchsorted(self._first, index, side="right")) - 1
+        return self.shards[shard], index - int(self._first[shard])
+
+    def _name(self, index: int, field: int) -> str:
+        shard, sample = self._locate(index)
+        return f"{shard.path}: {shard.member(sample, field)}"
+
+    def _sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor, str]:
+        if index in self._cache:
+            return self._cache[index]
+        shard, sample = self._locate(index)
+        latents = self._check_latents(self._tensor(shard, sample, _LATENT), self._name(index, _LATENT))
+        text = self._tensor(shard, sample, _EMBED)
+        if text.ndim != 2 or (self._text_shape and tuple(text.shape) != self._text_shape):
+            wanted = self._text_shape or "[L, E]"
+            raise ConfigError(
+                f"{self._name(index, _EMBED)} has shape {tuple(text.shape)}, expected {wanted} "
+                f"(the network's text_len, text_dim); change {PATTERN_KNOB}"
+            )
+        try:
+            prompt = shard.read(sample, _PROMPT).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ShardError(f"shard {self._name(index, _PROMPT)} is not UTF-8: {error}") from error
+        result = (latents, text, prompt)
+        bytes_used = latents.nbytes + text.nbytes
+        if bytes_used <= self._cache_room:
+            self._cache[index], self._cache_room = result, self._cache_room - bytes_used
+        return result
+
+    def _tensor(self, shard: ShardIndex, sample: int, field: int) -> torch.Tensor:
+        name = f"shard {shard.path}: member {shard.member(sample, field)}"
+        data = shard.read(sample, field)
+        try:
+            value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises many kinds, all mean the same here
+            raise ShardError(f"{name} is not a readable tensor file: {error}") from error
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            raise ShardError(f"{name} holds {type(value).__name__}, expected one floating-point tensor")
+        value = value.float()
+        if not torch.isfinite(value).all():
+            raise ShardError(f"{name} holds NaN or infinite values")
+        return value
+
+    def _check_latents(self, latents: torch.Tensor, name: str) -> torch.Tensor:
+        """[C, T, H, W], or [K, C, T, H, W] for ODE trajectories, cut to the first frames asked for."""
+        if latents.ndim not in (4, 5):
+            raise ConfigError(
+                f"{name} has shape {tuple(latents.shape)}, expected [C, T, H, W] or a trajectory [K, C, T, H, W]; change {PATTERN_KNOB}"
+            )
+        channels, frames = latents.shape[-4], latents.shape[-3]
+        if self._channels is not None and channels != self._channels:
+            raise ConfigError(
+                f"{name} has {channels} channels, the network takes {self._channels}; change {PATTERN_KNOB} or the network's in_dim"
+            )
+        if self._frames is not None and frames < self._frames:
+            raise ConfigError(
+                f"{name} has {frames} latent frames, fewer than state_t={self._frames}; change model.config.state_t or {PATTERN_KNOB}"
+            )
+        return latents if self._frames is None else latents[..., : self._frames, :, :].clone()

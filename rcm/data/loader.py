@@ -1,0 +1,142 @@
+"""Order, sharding and position of any source: the same batches for the same (seed, data rank), and an exact place to continue from.
+
+Epoch e visits the samples in the permutation drawn from (seed, e). Step s of an epoch takes the next `batch_size * data_world` of them,
+and data rank r the r-th part. Ranks of one context-parallel group pass the same data rank and so read the same batch: nothing is
+broadcast. Incomplete last batches are dropped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from loguru import logger
+
+from rcm.core.errors import ConfigError
+from rcm.core.rng import generator
+
+Batch = TypeVar("Batch", covariant=True)
+
+
+class Source(Protocol[Batch]):
+    """Samples by number: shards, prompt files, the toy world, fakes. `fetch` is called from one background thread."""
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, indices: Sequence[int]) -> Batch:
+        """The batch of these samples, in this order."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A short hash of the data's identity."""
+        ...
+
+
+class Loader(Generic[Batch]):
+    """Endless iterator over batches of `source`, with an exact position.
+
+    `batch_size` samples per data rank; `data_rank` in [0, data_world); `shuffle` False keeps the order of the source in every epoch;
+    `prefetch` batches are read ahead by a thread (0: read when asked). Raises `ConfigError` for a source smaller than one global batch,
+    or a rank out of range.
+    """
+
+    def __init__(
+        self,
+        source: Source[Batch],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        data_rank: int = 0,
+        data_world: int = 1,
+        shuffle: bool = True,
+        prefetch: int = 2,
+    ) -> None:
+        if batch_size < 1 or prefetch < 0 or not 0 <= data_rank < data_world:
+            raise ConfigError(f"loader got batch_size={batch_size}, prefetch={prefetch}, data_rank={data_rank} of data_world={data_world}")
+        if len(source) < batch_size * data_world:
+            raise ConfigError(
+                f"{len(source)} samples do not fill one global batch of {batch_size} x {data_world} data ranks; "
+                "lower dataloader_train.batch_size"
+            )
+        self.source, self.batch_size, self.seed = source, batch_size, seed
+        self._rank, self._world, self._shuffle, self._prefetch = data_rank, data_world, shuffle, prefetch
+        self._epoch, self._position = 0, 0
+        self._planned = (0, 0)  # where the next batch to be read ahead begins
+        self._order: tuple[int, torch.Tensor] | None = None
+        self._ahead: deque[tuple[tuple[int, int], Future[Batch]]] = deque()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __iter__(self) -> Loader[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._prefetch:
+            after, indices = self._plan((self._epoch, self._position))
+            batch = self.source.fetch(indices)
+        else:
+            self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="rcm-data")
+            while len(self._ahead) <= self._prefetch:
+                self._planned, indices = self._plan(self._planned)
+                self._ahead.append((self._planned, self._pool.submit(self.source.fetch, indices)))
+            after, future = self._ahead.popleft()
+            batch = future.result()
+        self._epoch, self._position = after
+        return batch
+
+    def _plan(self, at: tuple[int, int]) -> tuple[tuple[int, int], list[int]]:
+        """The place after the batch that begins at `at` = (epoch, samples used by all ranks), and this rank's samples of it."""
+        epoch, position = at
+        step = self.batch_size * self._world
+        if position + step > len(self.source):
+            epoch, position = epoch + 1, 0
+        start = position + self._rank * self.batch_size
+        return (epoch, position + step), self._permutation(epoch)[start : start + self.batch_size].tolist()
+
+    def _permutation(self, epoch: int) -> torch.Tensor:
+        if self._order is None or self._order[0] != epoch:
+            count = len(self.source)
+            stream = generator(seed=self.seed, step=epoch, dp_rank=0, purpose="data_order")
+            self._order = (epoch, torch.randperm(count, generator=stream) if self._shuffle else torch.arange(count))
+        return self._order[1]
+
+    def state_dict(self) -> dict[str, int | str]:
+        """The place after the last batch handed out (what was read ahead does not count), and what it is a place in."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "seed": self.seed,
+            "shuffle": int(self._shuffle),
+            "num_samples": len(self.source),
+            "fingerprint": self.source.fingerprint(),
+            "global_batch": self.batch_size * self._world,
+        }
+
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
+        """Continue from a stored place. Raises `ConfigError` when the data or the seed are others; a new batch size or world is noted
+        and accepted.
+        """
+        mine = self.state_dict()
+        for name in ("seed", "shuffle", "num_samples", "fingerprint"):
+            if state[name] != mine[name]:
+                raise ConfigError(
+                    f"stored data position is for {name}={state[name]!r}, this loader has {mine[name]!r}; resume with the data it came from"
+                )
+        if state["global_batch"] != mine["global_batch"]:
+            logger.warning(
+                f"global batch changed from {state['global_batch']} to {mine['global_batch']}: "
+                "the run continues at the same sample, not bit-exactly"
+            )
+        self._ahead.clear()
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._planned = (self._epoch, self._position)
+
+    def close(self) -> None:
+        """Stop reading ahead; the loader can still be used."""
+        self._ahead.clear()
+        self._planned = (self._epoch, self._position)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None

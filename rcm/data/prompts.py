@@ -1,0 +1,63 @@
+"""Prompts without videos, for on-policy training and for sampling."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from rcm.core.errors import ConfigError
+from rcm.data.batch import PromptBatch
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Prompts of a text file (one per line, blank lines skipped) or of a `.jsonl` file (objects with a "prompt" string, which may be
+    empty).
+
+    Raises `ConfigError` for a missing or empty file, or a line without a prompt, naming file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no prompt file at {path}; change the prompt file's path")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if path.suffix == ".jsonl":
+        prompts = [_json_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    else:
+        prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(f"prompt file {path} holds no prompt")
+    return prompts
+
+
+def _json_prompt(line: str, place: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{place} is not JSON: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise ConfigError(f'{place} needs a "prompt" string, got {line[:80]}')
+    return record["prompt"]
+
+
+class Prompts:
+    """A `loader.Source` of `PromptBatch`: `encode` turns prompts into embeddings [B, L, E] (a `TextEncoder.encode`)."""
+
+    def __init__(self, prompts: Sequence[str], *, encode: Callable[[Sequence[str]], torch.Tensor]) -> None:
+        if not prompts:
+            raise ConfigError("a prompt source needs at least one prompt")
+        self._prompts, self._encode = list(prompts), encode
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def fetch(self, indices: Sequence[int]) -> PromptBatch:
+        """Prompts number `indices` and their embeddings."""
+        chosen = [self._prompts[i] for i in indices]
+        return PromptBatch(self._encode(chosen).float(), chosen)
+
+    def fingerprint(self) -> str:
+        """Hash of the list."""
+        return hashlib.sha256("\n".join(self._prompts).encode()).hexdigest()[:16]

@@ -1,0 +1,133 @@
+"""Writing shards in the release's layout: whole or not at all, the same bytes for the same build, and continuable after a stop."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from loguru import logger
+
+from rcm.core.errors import ConfigError
+from rcm.data.tar_index import FIELDS, INDEX_SUFFIX, ShardError, scan_shard, write_index
+
+MANIFEST = "dataset.json"
+
+
+@dataclass(frozen=True)
+class ShardSample:
+    """One sample to store: `latents` [C, T, h, w] or [K, C, T, h, w], `text` [L, E], `prompt`; dtypes are stored as given."""
+
+    latents: torch.Tensor
+    text: torch.Tensor
+    prompt: str
+
+
+def shard_name(number: int) -> str:
+    """File name of shard `number`."""
+    return f"shard-{number:06d}.tar"
+
+
+def write_shard(path: Path, samples: Iterable[ShardSample], *, first_key: int) -> int:
+    """Write one shard under a temporary name, rename it when complete, and store its index beside it; returns the number of samples.
+
+    Keys count from `first_key`, nine digits. Any `OSError` (disk full, no permission) is raised again with the path, and nothing
+    half-written stays.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    count = 0
+    try:
+        with open(temporary, "wb") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+                for count, sample in enumerate(samples, 1):
+                    contents = (_tensor_bytes(sample.latents), _tensor_bytes(sample.text), sample.prompt.encode())
+                    for field, data in zip(FIELDS, contents, strict=True):
+                        info = tarfile.TarInfo(f"{first_key + count - 1:09d}.{field}")
+                        info.size, info.mode = len(data), 0o644
+                        archive.addfile(info, io.BytesIO(data))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        write_index(scan_shard(path))
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write shard: {error.strerror}", str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):  # never hide the reason of the failure
+            temporary.unlink(missing_ok=True)
+    return count
+
+
+def _tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """A `.pt` file of this tensor alone: a view would drag the storage of its whole batch along."""
+    buffer = io.BytesIO()
+    torch.save(tensor.detach().cpu().contiguous().clone(), buffer)
+    return buffer.getvalue()
+
+
+def build_shards(
+    folder: Path,
+    *,
+    num_samples: int,
+    shard_size: int,
+    recipe: Mapping[str, object],
+    make: Callable[[int, int], Iterable[ShardSample]],
+) -> list[Path]:
+    """Write samples 0 .. num_samples - 1 as shards of `shard_size`, and continue a build that was stopped; returns the shards' paths.
+
+    `make(start, stop)` yields those samples, whatever was written before. `recipe` says what they are made of: it is stored in
+    `dataset.json` first, and a folder built by another recipe is refused with `ConfigError` naming what differs. Whole shards are kept; a
+    damaged one is written again, with a warning.
+    """
+    if num_samples < 1 or shard_size < 1:
+        raise ConfigError(f"a data set needs at least one sample and one per shard, got num={num_samples}, shard_size={shard_size}")
+    _claim(folder, {**recipe, "num_samples": num_samples, "shard_size": shard_size})
+    paths = []
+    for number, start in enumerate(range(0, num_samples, shard_size)):
+        path, stop = folder / shard_name(number), min(start + shard_size, num_samples)
+        paths.append(path)
+        if path.is_file() and _is_whole(path, stop - start):
+            continue
+        written = write_shard(path, make(start, stop), first_key=start)
+        if written != stop - start:
+            path.unlink()
+            path.with_name(path.name + INDEX_SUFFIX).unlink(missing_ok=True)
+            raise ShardError(f"shard {path} got {written} of {stop - start} samples from its source; it was removed")
+    return paths
+
+
+def _claim(folder: Path, recipe: Mapping[str, object]) -> None:
+    manifest = folder / MANIFEST
+    wanted = json.loads(json.dumps(recipe))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if manifest.is_file():
+            stored = json.loads(manifest.read_text())
+            differing = sorted(k for k in stored.keys() | wanted.keys() if stored.get(k) != wanted.get(k))
+            if differing:
+                told = "; ".join(f"{k}: there {stored.get(k)!r}, asked {wanted.get(k)!r}" for k in differing)
+                raise ConfigError(f"{folder} holds a data set built otherwise ({told}); choose another output folder")
+            return
+        temporary = folder / f".{MANIFEST}.partial"
+        temporary.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n")
+        os.replace(temporary, manifest)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{manifest} is not JSON ({error}); choose another output folder") from error
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write to the output folder: {error.strerror}", str(folder)) from error
+
+
+def _is_whole(path: Path, expected: int) -> bool:
+    try:
+        found = len(scan_shard(path).keys)
+    except ShardError as error:
+        logger.warning(f"writing a damaged shard again: {error}")
+        return False
+    if found != expected:
+        logger.warning(f"writing shard {path} again: it has {found} of {expected} samples")
+    return found == expected

@@ -1,0 +1,92 @@
+"""What the rest of the package asks of a video codec: causal in time, chunkable, with whitened latents.
+
+Shape legend: B batch, C latent channels, F pixel frames, T latent frames, H W pixel size, h w latent size.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from rcm.core.errors import ConfigError
+
+
+@runtime_checkable
+class LatentStream(Protocol):
+    """A decoder in the middle of one video: it remembers what the codec needs of earlier chunks."""
+
+    def decode_chunk(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels [B, 3, f, H, W] of the next latent frames [B, C, t, h, w]. Chunks concatenated along time equal `decode` of the whole."""
+        ...
+
+
+@runtime_checkable
+class LatentCodec(Protocol):
+    """Video in [-1, 1] to latents and back. The first pixel frame is a latent frame of its own; each further one covers
+    `temporal_stride` frames.
+    """
+
+    @property
+    def temporal_stride(self) -> int:
+        """Pixel frames per latent frame after the first."""
+        ...
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels per latent cell along height and width."""
+        ...
+
+    @property
+    def latent_channels(self) -> int:
+        """C."""
+        ...
+
+    def encode(self, video: torch.Tensor) -> torch.Tensor:
+        """Latents [B, C, T, h, w] (float32 or wider) of `video` [B, 3, F, H, W] in [-1, 1]; `ConfigError` for sizes that do not fold."""
+        ...
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels [B, 3, F, H, W] of latents [B, C, T, h, w]. Not clamped: whoever writes a file clamps."""
+        ...
+
+    def latent_frames_for(self, num_frames: int) -> int:
+        """T of a video of `num_frames` pixel frames; `ConfigError` unless num_frames = 1 + k * temporal_stride."""
+        ...
+
+    def frames_for(self, num_latent_frames: int) -> int:
+        """F of `num_latent_frames` latent frames."""
+        ...
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of a frame; `ConfigError` unless both are multiples of spatial_stride."""
+        ...
+
+    def stream(self) -> LatentStream:
+        """A fresh streaming decoder, for one video (or one batch of videos in step)."""
+        ...
+
+
+def latent_frames(num_frames: int, *, stride: int) -> int:
+    """T = 1 + (F - 1) / stride. `ConfigError`, naming the two nearest lengths that fold, when F is not 1 + k * stride."""
+    if num_frames < 1 or (num_frames - 1) % stride:
+        below = max(0, num_frames - 1) // stride * stride + 1
+        raise ConfigError(
+            f"{num_frames} frames do not fold with temporal_stride={stride} (first frame alone, then groups of {stride}); "
+            f"choose num_frames={below} or {below + stride}"
+        )
+    return 1 + (num_frames - 1) // stride
+
+
+def pixel_frames(num_latent_frames: int, *, stride: int) -> int:
+    """F = 1 + (T - 1) * stride; `ConfigError` for T < 1."""
+    if num_latent_frames < 1:
+        raise ConfigError(f"a video has at least one latent frame, got {num_latent_frames}")
+    return 1 + (num_latent_frames - 1) * stride
+
+
+def latent_grid(height: int, width: int, *, stride: int) -> tuple[int, int]:
+    """(h, w) = (H, W) / stride; `ConfigError` when either does not divide."""
+    if height % stride or width % stride or height < stride or width < stride:
+        raise ConfigError(f"frame size {height}x{width} (HxW) does not fold with spatial_stride={stride}; choose multiples of {stride}")
+    return height // stride, width // stride

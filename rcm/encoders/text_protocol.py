@@ -1,0 +1,32 @@
+"""What the rest of the package asks of a text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Prompts to padded embeddings. Rows after a prompt's last token are exact zeros, as umT5 embeddings are stored (spec/wan 5)."""
+
+    @property
+    def text_len(self) -> int:
+        """Rows of an embedding, padding included."""
+        ...
+
+    @property
+    def text_dim(self) -> int:
+        """Width of an embedding."""
+        ...
+
+    @property
+    def negative_prompt(self) -> str:
+        """The prompt of the unconditional branch of guidance."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Embeddings [len(prompts), text_len, text_dim]. The empty prompt is legal: one end-of-sentence row, then zeros."""
+        ...

@@ -1,0 +1,1 @@
+"""From prompts and files to videos, and back to files."""

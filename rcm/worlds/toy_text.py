@@ -1,0 +1,75 @@
+"""A deterministic caption embedding: every word is a fixed random sign vector, told apart by position, with nothing to download."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rcm.core.errors import ConfigError
+
+END_OF_SENTENCE = "</s>"
+_POSITION_WEIGHT = 0.25  # position moves a row by a quarter of a word: order is visible, words stay recognisable
+
+
+def tokens_of(prompt: str) -> list[str]:
+    """Lower-case words (letters and digits of any script), then the end-of-sentence token; the empty prompt is that token alone."""
+    return [*re.findall(r"\w+", prompt.lower()), END_OF_SENTENCE]
+
+
+def word_vector(word: str, *, dim: int) -> torch.Tensor:
+    """Signs [dim] in {-1, +1}, float32, from SHA-256 of the word: nearly orthogonal between words, the same on every machine and
+    version.
+    """
+    bits: list[int] = []
+    for block in range(math.ceil(dim / 256)):
+        digest = hashlib.sha256(f"{block}:{word}".encode()).digest()
+        bits += [(byte >> i) & 1 for byte in digest for i in range(8)]
+    return 2.0 * torch.tensor(bits[:dim], dtype=torch.float32) - 1.0
+
+
+@dataclass(frozen=True)
+class ToyTextEncoder:
+    """A `TextEncoder` of `text_len` rows of width `text_dim`.
+
+    `negative_prompt` is the unconditional branch's prompt; empty by default, which is also what `build_dataset --empty-prompts` trains.
+    """
+
+    text_len: int = 8
+    text_dim: int = 64
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        if self.text_len < 1 or self.text_dim < 2 or self.text_dim % 2:
+            raise ConfigError(f"toy text needs text_len >= 1 and an even text_dim, got {self.text_len} and {self.text_dim}")
+
+    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Embeddings float32 [len(prompts), text_len, text_dim]: word vector plus position, then exact zeros.
+
+        Raises `ConfigError` for a prompt with more words than `text_len - 1` (a truncated caption would train the wrong thing).
+        """
+        out = torch.zeros(len(prompts), self.text_len, self.text_dim)
+        positions = _POSITION_WEIGHT * self._positions()
+        vectors: dict[str, torch.Tensor] = {}
+        for row, prompt in zip(out, prompts, strict=True):
+            words = tokens_of(prompt)
+            if len(words) > self.text_len:
+                raise ConfigError(
+                    f"prompt of {len(words) - 1} words and the end token does not fit text_len={self.text_len}: {prompt[:80]!r}; "
+                    "shorten it or raise text_len"
+                )
+            for word in words:
+                if word not in vectors:
+                    vectors[word] = word_vector(word, dim=self.text_dim)
+            row[: len(words)] = torch.stack([vectors[word] for word in words]) + positions[: len(words)]
+        return out
+
+    def _positions(self) -> torch.Tensor:
+        """Sinusoids [text_len, text_dim] over geometric wavelengths, unit mean square."""
+        half = self.text_dim // 2
+        angle = torch.arange(self.text_len)[:, None] * torch.exp(-math.log(100.0) * torch.arange(half) / half)
+        return math.sqrt(2.0) * torch.cat([angle.sin(), angle.cos()], dim=1)

@@ -1,0 +1,253 @@
+"""Reading: against webdataset as a peer, and every kind of damage with its message."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+import webdataset as wds
+
+from rcm.core.errors import ConfigError
+from rcm.data.latents import LatentShards, expand_pattern
+from rcm.data.shard_writer import ShardSample, shard_name, write_shard
+from rcm.data.tar_index import INDEX_SUFFIX, ShardError, index_shard, scan_shard
+
+
+def sample(number: int, shape=(4, 3, 2, 2), text=(5, 6), dtype=torch.bfloat16) -> ShardSample:
+    generator = torch.Generator().manual_seed(number)
+    draw = lambda size: torch.randn(size, generator=generator).to(dtype)  # noqa: E731
+    return ShardSample(draw(shape), draw(text), f"prompt {number} ö")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for shard in range(3):
+        write_shard(tmp_path / shard_name(shard), [sample(5 * shard + i) for i in range(5)], first_key=5 * shard)
+    return tmp_path
+
+
+def shards(folder: Path, **options) -> LatentShards:
+    return LatentShards(str(folder / "shard-*.tar"), **options)
+
+
+def forget_index(path: Path) -> None:
+    path.with_name(path.name + INDEX_SUFFIX).unlink()
+
+
+def rewrite(path: Path, change) -> None:
+    """Pass every member (name, bytes) of a shard through `change`, which may return None to drop it."""
+    with tarfile.open(path) as archive:
+        members = [(info.name, archive.extractfile(info).read()) for info in archive]
+    with tarfile.open(path, "w") as archive:
+        for name, data in filter(None, (change(name, data) for name, data in members)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def tensor_bytes(value) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def test_samples_come_back_whole(folder):
+    source = shards(folder, latent_channels=4, text_shape=(5, 6))
+    assert len(source) == 15
+    batch = source.fetch([13, 0, 5])
+    for row, number in enumerate((13, 0, 5)):
+        told = sample(number)
+        assert torch.equal(batch.latents[row], told.latents.float()) and torch.equal(batch.cond[row], told.text.float())
+        assert batch.prompts[row] == told.prompt and batch.keys[row] == f"{number:09d}"
+    assert batch.latents.dtype == batch.cond.dtype == torch.float32
+    assert batch.trajectory is None
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_webdataset_reads_the_same(folder, indexed):
+    """The layout is webdataset's: its own reader yields the same samples in the same order."""
+    if not indexed:
+        for path in folder.glob("shard-*.tar"):
+            forget_index(path)
+    source = shards(folder)
+    load = lambda data: torch.load(io.BytesIO(data), weights_only=True).float()  # noqa: E731
+    peer = list(wds.WebDataset([str(path) for path in sorted(folder.glob("*.tar"))], shardshuffle=False))
+    assert len(peer) == len(source) == 15
+    mine = source.fetch(range(15))
+    for row, other in enumerate(peer):
+        assert mine.keys[row] == other["__key__"]
+        assert mine.prompts[row] == other["prompt.txt"].decode()
+        assert torch.equal(mine.latents[row], load(other["latent.pt"]))
+        assert torch.equal(mine.cond[row], load(other["embed.pt"]))
+
+
+def test_shards_written_by_webdataset_are_read(tmp_path):
+    with wds.TarWriter(str(tmp_path / "shard-0.tar")) as writer:
+        for number in range(3):
+            told = sample(number)
+            record = {"latent.pt": tensor_bytes(told.latents), "embed.pt": tensor_bytes(told.text), "prompt.txt": told.prompt.encode()}
+            writer.write({"__key__": f"sub/{number:09d}", **record})
+    batch = shards(tmp_path).fetch([2])
+    assert batch.keys == ["sub/000000002"] and torch.equal(batch.latents[0], sample(2).latents.float())
+
+
+def test_patterns(folder):
+    names = lambda pattern: [path.name for path in expand_pattern(str(folder / pattern))]  # noqa: E731
+    assert names("shard-{000000..000001}.tar") == ["shard-000000.tar", "shard-000001.tar"]
+    assert names("shard-{000002,000000}.tar") == ["shard-000002.tar", "shard-000000.tar"]
+    assert names("shard-00000[12].tar") == ["shard-000001.tar", "shard-000002.tar"]
+    assert names("{shard-*,shard-000001}.tar") == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
+    for missing in ("nothing-*.tar", "shard-{000000..000003}.tar"):
+        with pytest.raises(ConfigError, match=r"dataloader_train\.tar_path_pattern"):
+            expand_pattern(str(folder / missing))
+
+
+def test_first_frames_and_trajectories(tmp_path):
+    states = [sample(i, shape=(5, 4, 3, 2, 2)) for i in range(2)]
+    write_shard(tmp_path / shard_name(0), states, first_key=0)
+    batch = shards(tmp_path, num_latent_frames=2).fetch([1, 0])
+    told = torch.stack([states[1].latents, states[0].latents]).float()
+    assert batch.trajectory.shape == (2, 5, 4, 2, 2, 2)
+    assert torch.equal(batch.trajectory, told[:, :, :, :2])
+    assert torch.equal(batch.latents, told[:, 0, :, :2])
+
+
+def test_shapes_that_contradict_the_settings(folder):
+    with pytest.raises(ConfigError, match=r"000000002\.latent\.pt has 4 channels, the network takes 16"):
+        shards(folder, latent_channels=16).fetch([2])
+    with pytest.raises(ConfigError, match=r"has 3 latent frames, fewer than state_t=4"):
+        shards(folder, num_latent_frames=4).fetch([0])
+    with pytest.raises(ConfigError, match=r"000000001\.embed\.pt has shape \(5, 6\), expected \(8, 6\)"):
+        shards(folder, text_shape=(8, 6)).fetch([1])
+    write_shard(folder / shard_name(3), [sample(15, shape=(4, 3, 2, 4)), sample(16, shape=(4, 3))], first_key=15)
+    with pytest.raises(ConfigError, match="differ in shape.*shard-000003"):
+        shards(folder).fetch([0, 15])
+    with pytest.raises(ConfigError, match=r"000000016\.latent\.pt has shape \(4, 3\)"):
+        shards(folder).fetch([16])
+    with pytest.raises(IndexError, match="99"):
+        shards(folder).fetch([99])
+
+
+@pytest.mark.parametrize("cut", ["middle", "boundary", "marker"])
+def test_a_truncated_shard_is_named(folder, cut):
+    """Cut inside a member, exactly between two members (which tarfile takes for a good end), and inside the end marker."""
+    path = folder / shard_name(1)
+    member = int(index_shard(path).spans[3, 0, 0])
+    whole = path.read_bytes()
+    end = tarfile_end(path)
+    size = {"middle": member + 700, "boundary": member - 512, "marker": end + 512}[cut]
+    path.write_bytes(whole[:size])
+    with pytest.raises(ShardError, match=r"shard-000001\.tar.*00000000\d\.(latent|prompt)"):
+        shards(folder)
+
+
+def tarfile_end(path: Path) -> int:
+    with tarfile.open(path) as archive:
+        archive.getmembers()
+        return archive.offset
+
+
+def test_a_damaged_header_is_not_the_end(folder):
+    path = folder / shard_name(0)
+    data = bytearray(path.read_bytes())
+    data[int(scan_shard(path).spans[2, 1, 0]) - 512 + 150] ^= 0xFF  # checksum field of 000000002.embed.pt
+    path.write_bytes(data)
+    forget_index(path)
+    with pytest.raises(ShardError, match=r"shard-000000\.tar.*000000002\.latent\.pt.*header is damaged"):
+        shards(folder)
+
+
+def test_damage_after_indexing_is_named(folder):
+    source = shards(folder)
+    path = folder / shard_name(2)
+    path.write_bytes(path.read_bytes()[: int(source.shards[2].spans[4, 0, 0]) + 40])
+    with pytest.raises(ShardError, match=r"shard-000002\.tar: member 000000014\.latent\.pt has 40 of"):
+        source.fetch([14])
+
+
+def test_a_missing_member_is_named(folder):
+    rewrite(folder / shard_name(0), lambda name, data: None if name == "000000003.embed.pt" else (name, data))
+    with pytest.raises(ShardError, match=r"sample 000000003 lacks 000000003\.embed\.pt"):
+        shards(folder)
+
+
+def test_a_doubled_member_is_named(folder):
+    rewrite(folder / shard_name(0), lambda name, data: ("000000000.prompt.txt" if name == "000000001.prompt.txt" else name, data))
+    with pytest.raises(ShardError, match=r"000000000\.prompt\.txt appears twice"):
+        shards(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"not a tensor", "not a readable tensor file"),
+        (tensor_bytes({"x": torch.zeros(1)}), "holds dict"),
+        (tensor_bytes(torch.zeros(4, 3, 2, 2, dtype=torch.int64)), "expected one floating-point tensor"),
+        (tensor_bytes(torch.full((4, 3, 2, 2), float("nan"))), "NaN"),
+    ],
+)
+def test_a_damaged_member_is_named(folder, content, word):
+    rewrite(folder / shard_name(0), lambda name, data: (name, content if name == "000000004.latent.pt" else data))
+    with pytest.raises(ShardError, match=rf"shard-000000\.tar: member 000000004\.latent\.pt.*{word}"):
+        shards(folder).fetch([4])
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "shard-0.tar").write_bytes(b"x" * 3000)
+    with pytest.raises(ShardError, match="not a whole uncompressed tar"):
+        shards(tmp_path)
+    with tarfile.open(tmp_path / "shard-0.tar", "w:gz"):
+        pass
+    with pytest.raises(ShardError, match=r"shard-0\.tar"):
+        shards(tmp_path)
+    with tarfile.open(tmp_path / "shard-0.tar", "w"):
+        pass
+    with pytest.raises(ShardError, match="holds no samples"):
+        shards(tmp_path)
+
+
+def test_index_beside_the_shard(folder):
+    """It spares the scan; one of another version of the shard is not believed."""
+    path = folder / shard_name(0)
+    beside = path.with_name(path.name + INDEX_SUFFIX)
+    stored = json.loads(beside.read_text())
+    scanned = scan_shard(path)
+    assert index_shard(path).keys == scanned.keys and (index_shard(path).spans == scanned.spans).all()
+    stored["keys"][0] = "renamed"
+    beside.write_text(json.dumps(stored))
+    assert index_shard(path).keys[0] == "renamed"
+    os.utime(beside, ns=(0, path.stat().st_mtime_ns - 1))  # a shard rewritten in place may well keep its size: tar pads
+    assert index_shard(path).keys[0] == "000000000"
+    stored["size"] += 1
+    beside.write_text(json.dumps(stored))
+    assert index_shard(path).keys[0] == "000000000"
+    beside.write_text("{")
+    assert index_shard(path).keys[0] == "000000000"
+
+
+def test_memory_cache_gives_the_same_and_respects_its_room(folder):
+    plain, cached = shards(folder), shards(folder, cache_bytes=2 * 4 * (48 + 30))
+    for _ in range(2):
+        assert torch.equal(plain.fetch([0, 1, 2]).latents, cached.fetch([0, 1, 2]).latents)
+    for path in folder.glob("*.tar"):
+        path.unlink()
+    assert cached.fetch([0, 1]).keys == ["000000000", "000000001"]
+    with pytest.raises(OSError):
+        cached.fetch([2])
+
+
+def test_fingerprint_follows_the_data(folder):
+    before = shards(folder).fingerprint()
+    assert before == shards(folder).fingerprint()
+    changed = sample(0)
+    write_shard(
+        folder / shard_name(0),
+        [ShardSample(changed.latents + 1, changed.text, changed.prompt), *(sample(i) for i in range(1, 5))],
+        first_key=0,
+    )
+    assert shards(folder).fingerprint() != before
