@@ -1,0 +1,1 @@
+"""Measuring and reporting: latency, memory, and the page that a run leaves behind."""

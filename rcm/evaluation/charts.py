@@ -1,0 +1,128 @@
+"""Line charts as inline SVG, drawn with the page's own colours (CSS variables), for pages without scripts or outside resources."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+MAX_POINTS = 400
+"""Points drawn per curve; longer ones are averaged in equal runs of neighbours."""
+
+_WIDTH, _HEIGHT = 340, 190
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 26
+_LOG_FROM = 30.0  # positive values that span more than this factor get a logarithmic axis
+_SMOOTH_FROM = 30  # curves with more points also get a running mean
+
+Point = tuple[float, float]
+
+
+def line_chart(points: Sequence[Sequence[float]], *, label: str) -> str:
+    """An `<svg>` of (x, y) pairs in order of x, with axes and, for long curves, a running mean over the raw line.
+
+    Values that are not finite leave a gap and are counted on the chart. `label` is what a screen reader says.
+    """
+    pairs = [(float(x), float(y)) for x, y in points]
+    curve = thinned([p for p in pairs if math.isfinite(p[1])])
+    lost = sum(not math.isfinite(y) for _, y in pairs)
+    if not curve:
+        return f'<p class="quiet">{escape(label)}: no finite value in {len(pairs)} points</p>'
+    ys = [y for _, y in curve]
+    logarithmic = min(ys) > 0 and max(ys) / min(ys) > _LOG_FROM
+    x_scale = _Scale(min(x for x, _ in curve), max(x for x, _ in curve), _LEFT, _WIDTH - _RIGHT)
+    y_scale = _Scale(min(ys), max(ys), _HEIGHT - _BOTTOM, _TOP, logarithmic=logarithmic)
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">']
+    parts += _axes(x_scale, y_scale)
+    smooth = len(curve) > _SMOOTH_FROM
+    parts.append(_path(curve, x_scale, y_scale, style="raw" if smooth else "line"))
+    if smooth:
+        parts.append(_path(running_mean(curve, width=max(3, len(curve) // 15)), x_scale, y_scale, style="line"))
+    if lost:
+        parts.append(f'<text class="bad" x="{_WIDTH - _RIGHT}" y="{_TOP + 10}" text-anchor="end">{lost} not finite</text>')
+    return "".join(parts) + "</svg>"
+
+
+def thinned(points: Sequence[Point], *, limit: int = MAX_POINTS) -> list[Point]:
+    """At most `limit` points: means over equal runs of neighbours."""
+    if len(points) <= limit:
+        return list(points)
+    edges = [round(i * len(points) / limit) for i in range(limit + 1)]
+    runs = [points[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [(sum(x for x, _ in run) / len(run), sum(y for _, y in run) / len(run)) for run in runs]
+
+
+def running_mean(points: Sequence[Point], *, width: int) -> list[Point]:
+    """Mean of y over the `width` neighbours around each point, fewer at the ends (symmetric there)."""
+    half, out = width // 2, []
+    for i, (x, _) in enumerate(points):
+        reach = min(half, i, len(points) - 1 - i)
+        window = points[i - reach : i + reach + 1]
+        out.append((x, sum(y for _, y in window) / len(window)))
+    return out
+
+
+def ticks(low: float, high: float, *, about: int = 4) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) inside [low, high]."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten inside [low, high], with 2 and 5 times them where there would be fewer than three."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    decades = [10.0**e for e in exponents if low <= 10.0**e <= high]
+    if len(decades) >= 3:
+        return decades[:: math.ceil(len(decades) / 6)]
+    return [m * 10.0**e for e in exponents for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+
+
+class _Scale:
+    """From values to picture coordinates; a single value sits in the middle."""
+
+    def __init__(self, low: float, high: float, start: float, stop: float, *, logarithmic: bool = False) -> None:
+        self.low, self.high, self.logarithmic = low, high, logarithmic
+        self._start, self._stop = start, stop
+
+    def __call__(self, value: float) -> float:
+        low, high = self._map(self.low), self._map(self.high)
+        share = 0.5 if high <= low else (self._map(value) - low) / (high - low)
+        return self._start + share * (self._stop - self._start)
+
+    def ticks(self) -> list[float]:
+        return log_ticks(self.low, self.high) if self.logarithmic else ticks(self.low, self.high)
+
+    def _map(self, value: float) -> float:
+        return math.log10(value) if self.logarithmic else value
+
+
+def _axes(x_scale: _Scale, y_scale: _Scale) -> list[str]:
+    parts = []
+    for value in y_scale.ticks():
+        y = y_scale(value)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_short(value)}</text>')
+    base = _HEIGHT - _BOTTOM
+    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>')
+    for value in x_scale.ticks():
+        x = x_scale(value)
+        anchor = "end" if x > _WIDTH - _RIGHT - 8 else "middle"
+        parts.append(f'<text x="{x:.1f}" y="{base + 15}" text-anchor="{anchor}">{_short(value)}</text>')
+    return parts
+
+
+def _path(points: Sequence[Point], x_scale: _Scale, y_scale: _Scale, *, style: str) -> str:
+    spots = [(x_scale(x), y_scale(y)) for x, y in points]
+    if len(spots) == 1:
+        return f'<circle class="dot" cx="{spots[0][0]:.1f}" cy="{spots[0][1]:.1f}" r="3"/>'
+    return f'<polyline class="{style}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in spots)}"/>'
+
+
+def _short(value: float) -> str:
+    if 1 <= abs(value) < 1e5 and value == round(value):
+        return f"{value:.0f}"
+    return f"{value:.3g}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")

@@ -1,0 +1,1 @@
+"""Command lines that sample: each parses its arguments, opens a checkpoint, and calls one pipeline."""

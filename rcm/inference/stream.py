@@ -1,0 +1,235 @@
+"""Stream a video from a checkpoint's path: `python -m rcm.inference.stream --ckpt PATH --prompt "a red circle moving left"`.
+
+Chunks are decoded and written as they arrive. Network, codec, pattern and steps come from the checkpoint; flags change the sampling where
+the checkpoint supports it. Exit status 2, and one sentence, for what the user can put right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rcm.core.errors import CheckpointError, ConfigError
+from rcm.evaluation.throughput import Throughput, measure
+from rcm.inference.stream_recipe import add_recipe_flags, chosen_recipe
+from rcm.pipelines.first_block import first_latents, is_image
+from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
+from rcm.pipelines.streaming import StreamedChunk, StreamReport
+from rcm.pipelines.video_io import Mp4Writer, VideoError
+from rcm.rollout.recipe import SamplingRecipe
+from rcm.train.describe import installed_versions, write_atomically
+
+USER_ERRORS = (ConfigError, CheckpointError, VideoError, OSError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `rcm-stream`; returns the exit status."""
+    flags = _parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what this is meant for
+            run(flags)
+    except USER_ERRORS as error:
+        sentence = " ".join(str(error).split())
+        print(f"error: {sentence}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Check the flags, open the checkpoint, time it if asked, then stream into the file."""
+    prompts = read_prompts(flags.prompt, flags.prompt_file, allow_empty=flags.allow_empty_prompt)
+    _check_flags(flags)
+    save_path = _writable(flags.save_path, suffix=".mp4")
+    report_path = None if flags.report is None else _writable(flags.report, suffix=".json")
+    model = open_checkpoint(flags.ckpt, weights=flags.weights, device=flags.device, precision=flags.precision)
+    recipe = chosen_recipe(flags, model.trained_recipe)
+    prefix = _prefix(flags, model, recipe)
+
+    def start() -> Iterator[StreamedChunk]:
+        return model.stream(
+            prompts,
+            recipe=recipe,
+            seed=flags.seed,
+            num_frames=flags.num_frames,
+            prefix=prefix,
+            ignore_recipe=flags.ignore_recipe,
+        )
+
+    stream = start()
+    about = f"{model.description.stage}, iteration {model.description.iteration}, {flags.weights} weights"
+    print(f"{model.source}: {about}; {_told(recipe)}", flush=True)
+    timing = _timed(flags, start, device=model.device)
+    fps = flags.fps or model.fps
+    report = _write(stream, save_path, fps=fps, upscale=flags.upscale)
+    if report_path is not None:
+        write_atomically(report_path, json.dumps(_record(flags, model, recipe, prompts, report, timing), indent=2))
+
+
+def read_prompts(given: Sequence[str] | None, file: str | None, *, allow_empty: bool) -> list[str]:
+    """Prompts of the command line, then the lines of a file. `ConfigError` without any, or for an empty one that is not allowed by name."""
+    named = [(f"--prompt number {i}", text) for i, text in enumerate(given or (), 1)]
+    if file is not None:
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"--prompt_file {file} is not UTF-8 text: {error}") from error
+        named += [(f"line {i} of {file}", text) for i, text in enumerate(lines, 1)]
+    if not named:
+        raise ConfigError("no prompt; give --prompt TEXT (repeatable) or --prompt_file FILE with one prompt per line")
+    for where, text in named:
+        if not text.strip() and not allow_empty:
+            raise ConfigError(f"{where} is empty; write a prompt, or pass --allow_empty_prompt to sample without one")
+    return [text.strip() for _, text in named]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rcm-stream", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--ckpt", required=True, metavar="PATH", help="job folder, iter_* folder, or exported .pt/.pth/.safetensors")
+    add("--weights", choices=("ema", "reg"), default="ema", help="averaged or last weights [%(default)s]")
+    add("--prompt", action="append", metavar="TEXT", help="repeat for several videos side by side")
+    add("--prompt_file", metavar="FILE", help="one prompt per line")
+    add("--allow_empty_prompt", action="store_true", help="sample an empty prompt, the unconditional one")
+    add("--num_frames", type=int, metavar="N", help="pixel frames, given first frames included [as trained]")
+    add("--seed", type=int, default=0)
+    add_recipe_flags(parser)
+    add("--first_frames", metavar="FILE", help="a video or an image whose beginning is continued")
+    add("--first_latents", type=int, metavar="N", help="latent frames taken from it [the first block of the pattern; 1 of an image]")
+    add("--save_path", default="output/stream.mp4", metavar="FILE.mp4", help="[%(default)s]")
+    add("--upscale", type=int, default=1, metavar="N", help="write every pixel as N x N [%(default)s]")
+    add("--fps", type=float, help="frames per second of the file [as trained]")
+    add("--report", metavar="FILE.json", help="settings and timings as JSON")
+    add("--warmup_iters", type=int, default=0, help="untimed runs before the timed ones [%(default)s]")
+    add("--num_runs", type=int, default=1, help="timed runs; with more than 1, or with a warm-up, timing runs write nothing [%(default)s]")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+    add("--precision", choices=("fp32", "bf16", "bf16_fp32_time", "fp64"), help="[that of the training run]")
+    return parser
+
+
+def _check_flags(flags: argparse.Namespace) -> None:
+    if flags.upscale < 1 or (flags.fps is not None and flags.fps <= 0):
+        raise ConfigError(f"--upscale and --fps must be positive, got {flags.upscale} and {flags.fps}")
+    if flags.first_latents is not None and flags.first_frames is None:
+        raise ConfigError("--first_latents says how much of a file to take; give --first_frames FILE with it")
+    if flags.warmup_iters < 0 or flags.num_runs < 1:
+        raise ConfigError(f"--warmup_iters must be >= 0 and --num_runs >= 1, got {flags.warmup_iters} and {flags.num_runs}")
+    try:
+        torch.empty(0, device=flags.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {flags.device} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _writable(path: str, *, suffix: str) -> Path:
+    """The path, once it is clear that a file can be made there: before weights are read and not after the video is computed."""
+    target = Path(path)
+    if target.suffix != suffix:
+        raise ConfigError(f"{path} must end in {suffix}")
+    probe = target.with_name(f".{target.name}.{os.getpid()}.probe")
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write there: {error.strerror}", path) from error
+    return target
+
+
+def _prefix(flags: argparse.Namespace, model: LoadedModel, recipe: Any) -> torch.Tensor | None:
+    if flags.first_frames is None:
+        return None
+    if not isinstance(recipe, SamplingRecipe):
+        stage = model.description.stage
+        raise ConfigError(f"--first_frames needs a causal checkpoint; {model.source} (stage {stage}) samples whole videos")
+    count = flags.first_latents
+    if count is None:
+        count = 1 if is_image(flags.first_frames) else recipe.blocks.first
+    height, width = model.pixel_size
+    return first_latents(flags.first_frames, codec=model.codec, num_latents=count, height=height, width=width, device=model.device)
+
+
+def _timed(flags: argparse.Namespace, start: Callable[[], Iterator[StreamedChunk]], *, device: torch.device) -> Throughput | None:
+    if flags.warmup_iters == 0 and flags.num_runs == 1:
+        return None
+    timing = measure(start, warmup=flags.warmup_iters, num_runs=flags.num_runs, device=device)
+    memory = "" if timing.peak_memory_gib is None else f", peak memory {timing.peak_memory_gib:.2f} GiB"
+    print(
+        f"timing over {timing.num_runs} runs after {flags.warmup_iters}: first chunk {timing.first_chunk:.3f} s, later chunks "
+        f"{timing.later_chunks:.3f} s, {timing.num_frames} frames in {timing.total:.3f} s, {timing.fps:.1f} fps{memory}",
+        flush=True,
+    )
+    return timing
+
+
+def _write(stream: Iterator[StreamedChunk], path: Path, *, fps: float, upscale: int) -> StreamReport:
+    """Write chunks as they arrive, videos of a batch side by side, and print each latency; the time of writing is taken out."""
+    report, writing, previous = StreamReport(), 0.0, 0.0
+    with Mp4Writer(path, fps=fps, scale=upscale, pad=True) as writer:
+        for arrived in stream:
+            chunk = replace(arrived, seconds=arrived.seconds - writing)
+            report.add(chunk)
+            begin = time.perf_counter()
+            writer.append(torch.cat(list(chunk.frames), dim=-1))
+            frames, spent = chunk.frames.shape[2], chunk.seconds - previous
+            previous = chunk.seconds
+            writing += time.perf_counter() - begin
+            print(f"chunk {chunk.block}: {frames} frames, {spent:.3f} s, {frames / max(spent, 1e-9):.1f} fps", flush=True)
+    print(
+        f"{path}: {report.num_frames} frames in {report.chunk_seconds[-1]:.3f} s ({report.fps:.1f} fps), first chunk after "
+        f"{report.first_chunk:.3f} s, later chunks every {report.later_chunks:.3f} s",
+        flush=True,
+    )
+    return report
+
+
+def _told(recipe: Any) -> str:
+    if not isinstance(recipe, SamplingRecipe):
+        return f"whole video, {recipe.kind}, {recipe.steps} steps, sigma_max {recipe.sigma_max:g}, guidance {recipe.guidance:g}"
+    if recipe.kind == "ode":
+        return f"pattern {recipe.pattern}, {recipe.ode_steps} ODE steps per chunk, shift {recipe.shift:g}, guidance {recipe.guidance:g}"
+    steps = " ".join(str(len(entry) + 1) for entry in recipe.mids)
+    times = "; ".join(", ".join(f"{t:.4g}" for t in entry) or "none" for entry in recipe.mids)
+    context = f"noisy context from chunk {recipe.noisy_context_start_chunk}" if recipe.noisy_context else "clean context"
+    return f"pattern {recipe.pattern}, steps per chunk {steps} (mid times {times}), {context}"
+
+
+def _record(
+    flags: argparse.Namespace, model: LoadedModel, recipe: Any, prompts: list[str], report: StreamReport, timing: Throughput | None
+) -> dict[str, Any]:
+    description = model.description
+    return {
+        "checkpoint": {"path": str(model.source), "weights": flags.weights, "stage": description.stage, "iteration": description.iteration},
+        "recipe": asdict(recipe),
+        "prompts": prompts,
+        "seed": flags.seed,
+        "num_frames": report.num_frames,
+        "first_frames": flags.first_frames,
+        "video": str(flags.save_path),
+        "device": str(model.device),
+        "chunk_seconds": report.chunk_seconds,
+        "first_chunk_seconds": report.first_chunk,
+        "later_chunk_seconds": report.later_chunks,
+        "fps": report.fps,
+        "timing": None if timing is None else timing.to_dict(),
+        "versions": installed_versions(),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""What a checkpoint's self-description stands for: network sizes, precision, codec, text encoder. Each is checked, none is guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from rcm.core.dtypes import Precision
+from rcm.core.errors import CheckpointError, ConfigError
+from rcm.encoders.codec import LatentCodec
+from rcm.encoders.text_protocol import TextEncoder
+from rcm.nets.wan.config import WanConfig
+from rcm.train.describe import Description
+from rcm.train.export import describe, model_directory
+from rcm.worlds.toy_codec import ToyCodec
+from rcm.worlds.toy_text import ToyTextEncoder
+
+
+def description_at(path: Path) -> Description:
+    """Self-description of a checkpoint folder or file, beside it or inside a safetensors file; `CheckpointError` without one."""
+    found = describe(path)
+    if found is None and path.suffix == ".safetensors" and path.is_file():
+        found = _embedded(path)
+    if found is None:
+        beside = f"{path}.json" if path.is_file() else f"rcm.json in {model_directory(path).parent}"
+        raise CheckpointError(
+            f"{path} does not describe itself: there is no {beside}; "
+            "sampling needs the file that training and scripts.dcp_to_pth write there"
+        )
+    return found
+
+
+def _embedded(path: Path) -> Description | None:
+    """The description inside a safetensors file that was separated from its JSON."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("rcm")
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read ({first_line(error)}); it is damaged or not a safetensors file") from error
+    return None if text is None else Description.from_json(text, source=f"the metadata of {path}")
+
+
+def network_of(description: Description, path: Path) -> WanConfig:
+    """The described network's sizes; `CheckpointError` for unknown or impossible ones."""
+    fields = dict(description.network)
+    unknown = sorted(set(fields) - set(WanConfig.__dataclass_fields__))
+    if unknown:
+        raise CheckpointError(f"{path} describes a network with unknown sizes {', '.join(unknown)}; a newer version of rcm wrote it")
+    if "patch" in fields:
+        fields["patch"] = tuple(fields["patch"])
+    try:
+        return WanConfig(**fields)
+    except (TypeError, ConfigError) as error:
+        raise CheckpointError(f"{path} describes no possible network: {error}") from error
+
+
+def precision_of(asked: Precision | str | None, described: Mapping[str, str] | None) -> Precision:
+    """`asked` (a record or a preset's name), else that of the run with parameters in its compute dtype, else fp32."""
+    if isinstance(asked, str):
+        return Precision.preset(asked)
+    if asked is not None:
+        return asked
+    if described is None:
+        return Precision.preset("fp32")
+    try:
+        compute, when = (getattr(torch, described[key]) for key in ("compute", "time"))
+    except (KeyError, AttributeError) as error:
+        raise CheckpointError(f"the checkpoint describes an unknown precision {dict(described)}") from error
+    return Precision(params=compute, compute=compute, reduce=torch.promote_types(compute, torch.float32), time=when)
+
+
+def codec_of(described: Mapping[str, Any] | None, path: Path) -> LatentCodec:
+    """The described codec; `ConfigError` for one that is not part of this version, `CheckpointError` for an incomplete description."""
+    name, fields = _named(described, "codec", path)
+    if name != "toy":
+        raise ConfigError(f"{path} was trained on latents of the codec {name!r}; this version decodes only 'toy' (Wan's VAE comes later)")
+    return _built(ToyCodec, fields, what="codec", path=path)
+
+
+def text_of(described: Mapping[str, Any] | None, path: Path) -> TextEncoder:
+    """The described text encoder; errors as `codec_of`."""
+    name, fields = _named(described, "text encoder", path)
+    if name != "toy":
+        raise ConfigError(f"{path} was trained on embeddings of {name!r}; this version encodes only with 'toy' (umT5 comes later)")
+    return _built(ToyTextEncoder, fields, what="text encoder", path=path)
+
+
+def _named(described: Mapping[str, Any] | None, what: str, path: Path) -> tuple[str, dict[str, Any]]:
+    if not described or "name" not in described:
+        raise CheckpointError(f"{path} does not say which {what} it was trained with")
+    return described["name"], {key: value for key, value in described.items() if key != "name"}
+
+
+def _built(kind: type, fields: dict[str, Any], *, what: str, path: Path) -> Any:
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise CheckpointError(f"{path} describes a {what} that this version does not know: {error}") from error
+
+
+def latent_shape_of(
+    stored: Sequence[int] | None, config: WanConfig, *, codec: LatentCodec, text: TextEncoder, path: Path
+) -> tuple[int, int, int, int]:
+    """The described shape of a sample, once network, codec and text encoder are seen to agree."""
+    if stored is None or len(stored) != 4:
+        raise CheckpointError(f"{path} must describe latent_shape as [C, T, H, W], got {stored}")
+    channels, frames, height, width = (int(n) for n in stored)
+    config.token_grid(height, width)
+    pairs = (
+        ("latent channels", channels, "the codec", codec.latent_channels),
+        ("latent channels", channels, "the network", config.out_dim),
+        ("text width", text.text_dim, "the network", config.text_dim),
+    )
+    for what, mine, where, theirs in pairs:
+        if mine != theirs:
+            raise CheckpointError(f"{path} contradicts itself: {mine} {what}, but {theirs} in {where}")
+    return channels, frames, height, width
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message."""
+    return (str(error).strip().splitlines() or [""])[0][:200]

@@ -1,0 +1,248 @@
+"""From a path to videos: a checkpoint describes its network, codec, text encoder and sampler, so nothing else is needed.
+
+model = open_checkpoint("outputs/toy/toy_sf_dmd_c3-3")
+for chunk in model.stream(["a red circle moving left"]): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rcm.core.dtypes import Precision
+from rcm.core.errors import CheckpointError, ConfigError
+from rcm.diffusion.blocks import BlockPattern
+from rcm.encoders.codec import LatentCodec
+from rcm.encoders.text_protocol import TextEncoder
+from rcm.nets.condition import Condition
+from rcm.nets.denoiser import Denoiser, Guided, VelocityModel
+from rcm.nets.wan.convert import to_wan
+from rcm.nets.wan.model import WanDiT
+from rcm.parallel.init import load_full, materialise, on_meta
+from rcm.pipelines.described import codec_of, description_at, first_line, latent_shape_of, network_of, precision_of, text_of
+from rcm.pipelines.streaming import StreamedChunk, StreamReport, count_prefix_blocks, stream_video
+from rcm.pipelines.text_to_video import WholeVideoRecipe, whole_video
+from rcm.rollout.recipe import SamplingRecipe
+from rcm.train.describe import Description
+from rcm.train.export import PREFIXES, read_weights
+
+Recipe = SamplingRecipe | WholeVideoRecipe
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint ready to sample.
+
+    `denoiser` frozen, in evaluation; `recipe` how a causal checkpoint was trained to be sampled, None for a bidirectional one, which has
+    `sampler` instead; `latent_shape` (C, T, H, W) of a training sample; `fps` of its videos; `source` the path it came from.
+    """
+
+    denoiser: Denoiser
+    description: Description
+    recipe: SamplingRecipe | None
+    sampler: WholeVideoRecipe | None
+    codec: LatentCodec
+    text: TextEncoder
+    latent_shape: tuple[int, int, int, int]
+    fps: float
+    device: torch.device
+    source: Path
+
+    @property
+    def trained_recipe(self) -> Recipe:
+        """`recipe` or `sampler`, whichever this checkpoint has."""
+        found = self.recipe or self.sampler
+        assert found is not None
+        return found
+
+    @property
+    def pixel_size(self) -> tuple[int, int]:
+        """(height, width) of its videos."""
+        stride = self.codec.spatial_stride
+        return self.latent_shape[2] * stride, self.latent_shape[3] * stride
+
+    @cached_property
+    def negative(self) -> Condition:
+        """Condition of the unconditional branch, batch 1."""
+        return self.condition([self.text.negative_prompt])
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """Encoded prompts with their cross-attention keys computed once. `ConfigError` for no prompts, or one the encoder refuses."""
+        if isinstance(prompts, str) or not prompts:
+            raise ConfigError(f"prompts must be a list with at least one string, got {prompts!r}")
+        return self.denoiser.prepare(Condition(self.text.encode(list(prompts)).to(self.device)))
+
+    def num_latent_frames(self, num_frames: int | None, *, pattern: BlockPattern | None) -> int:
+        """Latent frames of a video of `num_frames` pixel frames (None: as trained). `ConfigError`, naming the nearest lengths, unless codec
+        and pattern divide it; and beyond the network's table of positions.
+        """
+        frames = self.latent_shape[1] if num_frames is None else _fold(num_frames, codec=self.codec, pattern=pattern)
+        limit = self.denoiser.net.config.max_frames
+        if frames > limit:
+            raise ConfigError(f"num_frames={num_frames} is {frames} latent frames, the network has positions for {limit}; shorten it")
+        if pattern is not None:
+            pattern.bounds(frames)
+        return frames
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        *,
+        recipe: Recipe | None = None,
+        seed: int = 0,
+        num_frames: int | None = None,
+        prefix: Tensor | None = None,
+        guidance: float | None = None,
+        ignore_recipe: bool = False,
+    ) -> Iterator[StreamedChunk]:
+        """Chunks of one video per prompt, as they are made; a bidirectional checkpoint yields the whole video as one chunk.
+
+        `recipe` replaces the trained one; one that contradicts it raises `ConfigError` unless `ignore_recipe`. `num_frames` counts pixel
+        frames (None: as trained; longer is allowed). `prefix` [1 or B, C, k, H, W]: latents of given first frames, ending on a block.
+        `guidance` replaces the recipe's scale; above 1 the negative prompt is used. All checks are made here, before the first chunk is
+        asked for. Noise comes from `seed` on the CPU, the same on every device.
+        """
+        chosen = self._agreed(recipe, ignore=ignore_recipe)
+        causal = isinstance(chosen, SamplingRecipe)
+        frames = self.num_latent_frames(num_frames, pattern=chosen.blocks if causal else None)
+        channels, _, height, width = self.latent_shape
+        cond = self.condition(prompts)
+        options: dict[str, Any] = {
+            "shape": (len(prompts), channels, frames, height, width),
+            "generator": torch.Generator().manual_seed(seed),
+            "device": self.device,
+        }
+        model = self._guided(chosen.guidance if guidance is None else guidance)
+        if causal:
+            chosen.plans(frames)  # raises for times that do not decrease from the first one
+            given = None if prefix is None else self._prefix(prefix, chosen, shape=options["shape"])
+            return stream_video(model, self.codec, cond, chosen, prefix=given, **options)
+        if prefix is not None:
+            raise ConfigError(f"{self.source} samples whole videos (stage {self.description.stage}); it cannot continue given first frames")
+        return whole_video(model, self.codec, cond, chosen, **options)
+
+    def generate(self, prompts: Sequence[str], **options: Any) -> tuple[Tensor, StreamReport]:
+        """The whole video [B, 3, F, H, W] and its latencies; options as `stream`."""
+        report, frames = StreamReport(), []
+        for chunk in self.stream(prompts, **options):
+            report.add(chunk)
+            frames.append(chunk.frames)
+        return torch.cat(frames, dim=2), report
+
+    def _agreed(self, recipe: Recipe | None, *, ignore: bool) -> Recipe:
+        trained = self.trained_recipe
+        if recipe is None or recipe == trained:
+            return trained
+        if isinstance(recipe, SamplingRecipe) and isinstance(trained, SamplingRecipe):
+            found = recipe.require_compatible(trained, allow=ignore)
+        else:
+            found = [] if type(recipe) is type(trained) and recipe.kind == trained.kind else [_other_family(recipe, trained)]
+            if found and not ignore:
+                raise ConfigError(f"the sampler contradicts the checkpoint: {found[0]}. Pass --ignore_recipe to sample anyway")
+        for sentence in found:
+            logger.warning("sampling against the checkpoint's description: {}", sentence)
+        return recipe
+
+    def _guided(self, scale: float) -> VelocityModel:
+        return Guided(self.denoiser, self.negative, scale) if scale > 1 else self.denoiser
+
+    def _prefix(self, prefix: Tensor, recipe: SamplingRecipe, *, shape: tuple[int, ...]) -> Tensor:
+        batch, channels, frames, height, width = shape
+        fits = prefix.ndim == 5 and prefix.shape[0] in (1, batch) and (prefix.shape[1], *prefix.shape[3:]) == (channels, height, width)
+        if not fits:
+            raise ConfigError(f"given latents must be [1 or {batch}, {channels}, k, {height}, {width}], got {list(prefix.shape)}")
+        count_prefix_blocks(recipe, prefix.shape[2], frames)
+        return prefix.expand(batch, -1, -1, -1, -1)
+
+
+def open_checkpoint(
+    path: str | Path,
+    *,
+    weights: str = "ema",
+    device: torch.device | str = "cpu",
+    precision: Precision | str | None = None,
+    attention: str = "auto",
+) -> LoadedModel:
+    """Everything needed to sample from `path`: a job folder (its newest checkpoint), an iter_* folder, or an exported file.
+
+    `weights` "ema" or "reg" (an exported file holds one set, which is taken). `precision` a record, a preset's name, or None: that of the
+    run. Raises `CheckpointError` for a missing, damaged or undescribed checkpoint or one that does not fit its own description, and
+    `ConfigError` where its codec or text encoder is not part of this version.
+    """
+    path = Path(path)
+    if weights not in PREFIXES:
+        raise ConfigError(f"unknown weights {weights!r}; choose from {', '.join(PREFIXES)}")
+    if not path.exists():
+        raise CheckpointError(f"no checkpoint at {path}")
+    description = description_at(path)
+    extra = description.extra
+    codec, text = codec_of(extra.get("codec"), path), text_of(extra.get("text"), path)
+    config = network_of(description, path)
+    policy = precision_of(precision, extra.get("precision"))
+    net = on_meta(lambda: WanDiT(config, attention=attention)).requires_grad_(False).to(policy.compute)
+    materialise(net, device=device)
+    tensors = read_file(path, weights=weights) if path.is_file() else read_weights(path, weights=weights, dtype=policy.compute)
+    load_full(net, tensors, source=f"{path} ({weights})")
+    recipe, sampler = extra.get("recipe"), extra.get("sampler")
+    if recipe is None and sampler is None:
+        raise CheckpointError(f"{path} does not say how to sample it: its description has neither a recipe nor a sampler")
+    return LoadedModel(
+        denoiser=Denoiser(net, policy).eval_params(),
+        description=description,
+        recipe=None if recipe is None else SamplingRecipe.from_dict(dict(recipe)),
+        sampler=None if recipe is not None else WholeVideoRecipe.from_dict(sampler),
+        codec=codec,
+        text=text,
+        latent_shape=latent_shape_of(extra.get("latent_shape"), config, codec=codec, text=text, path=path),
+        fps=float(extra.get("fps", 16)),
+        device=torch.device(device),
+        source=path,
+    )
+
+
+def read_file(path: str | Path, *, weights: str = "ema") -> dict[str, Tensor]:
+    """Full tensors of a .pt, .pth or .safetensors file under the network's own keys; `CheckpointError` if it cannot be read."""
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            state: Mapping[str, object] = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        told = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{path} cannot be read ({told}); it is damaged or not a checkpoint") from error
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a state dict")
+    if weights == "fake_score":
+        return to_wan(state, prefix=PREFIXES[weights])
+    return to_wan(state, weights="ema" if weights == "ema" else "live")
+
+
+def _fold(num_frames: int, *, codec: LatentCodec, pattern: BlockPattern | None) -> int:
+    if pattern is None:
+        return codec.latent_frames_for(num_frames)
+    blocks = 1
+    while (length := codec.frames_for(pattern.frames_before(blocks))) < num_frames:
+        blocks += 1
+    if length == num_frames:
+        return pattern.frames_before(blocks)
+    below = [] if blocks == 1 else [codec.frames_for(pattern.frames_before(blocks - 1))]
+    raise ConfigError(
+        f"num_frames={num_frames} does not fit latent blocks of {pattern.first}, then {pattern.chunk} frames (pattern {pattern.name}) with "
+        f"{codec.temporal_stride} pixel frames per latent frame; choose num_frames={' or '.join(map(str, [*below, length]))}"
+    )
+
+
+def _other_family(recipe: Recipe, trained: Recipe) -> str:
+    def told(r: Recipe) -> str:
+        return f"{r.pattern} {r.kind!r}" if isinstance(r, SamplingRecipe) else f"whole-video {r.kind!r}"
+
+    return f"it was trained for {told(trained)} sampling, the sampler asks for {told(recipe)}"
