@@ -55,8 +55,9 @@ def _expand_braces(pattern: str) -> list[str]:
 class LatentShards:
     """Random access to the samples of tar shards, a `loader.Source`.
 
-    `num_latent_frames`: take the first that many latent frames of each sample (None: all). `latent_channels`, `text_shape` (L, E): refuse
-    samples that differ (None: whatever the first sample has, since a batch needs equal shapes). `cache_bytes`: keep decoded samples in
+    `num_latent_frames`: take the first that many latent frames of each sample (None: all). `latent_channels`, `latent_size` (H, W),
+    `text_shape` (most rows L, E): refuse samples that differ (None: whatever the first sample has, since a batch needs equal shapes).
+    `cache_bytes`: keep decoded samples in
     memory up to this many bytes. Raises `ConfigError` for a pattern without files and for shapes that contradict the settings,
     `ShardError` for damage, both naming shard and member.
     """
@@ -67,12 +68,13 @@ class LatentShards:
         *,
         num_latent_frames: int | None = None,
         latent_channels: int | None = None,
+        latent_size: tuple[int, int] | None = None,
         text_shape: tuple[int, int] | None = None,
         cache_bytes: int = 0,
     ) -> None:
         self.shards: list[ShardIndex] = [index_shard(path) for path in expand_pattern(tar_path_pattern)]
         self._first = np.cumsum([0] + [len(shard.keys) for shard in self.shards])
-        self._frames, self._channels, self._text_shape = num_latent_frames, latent_channels, text_shape
+        self._frames, self._channels, self._size, self._text_shape = num_latent_frames, latent_channels, latent_size, text_shape
         self._cache: dict[int, tuple[torch.Tensor, torch.Tensor, str]] = {}
         self._cache_room = cache_bytes
 
@@ -120,11 +122,12 @@ class LatentShards:
         shard, sample = self._locate(index)
         latents = self._check_latents(self._tensor(shard, sample, _LATENT), self._name(index, _LATENT))
         text = self._tensor(shard, sample, _EMBED)
-        if text.ndim != 2 or (self._text_shape and tuple(text.shape) != self._text_shape):
-            wanted = self._text_shape or "[L, E]"
+        most, width = self._text_shape or (None, None)
+        if text.ndim != 2 or (most is not None and (text.shape[0] > most or text.shape[1] != width)):
+            wanted = "[L, E]" if most is None else f"[at most {most}, {width}]"
             raise ConfigError(
-                f"{self._name(index, _EMBED)} has shape {tuple(text.shape)}, expected {wanted} "
-                f"(the network's text_len, text_dim); change {PATTERN_KNOB}"
+                f"{self._name(index, _EMBED)} has shape {list(text.shape)}, expected {wanted} "
+                f"(the network's text_len, text_dim); change {PATTERN_KNOB} or model.config.net"
             )
         try:
             prompt = shard.read(sample, _PROMPT).decode("utf-8")
@@ -164,5 +167,10 @@ class LatentShards:
         if self._frames is not None and frames < self._frames:
             raise ConfigError(
                 f"{name} has {frames} latent frames, fewer than state_t={self._frames}; change model.config.state_t or {PATTERN_KNOB}"
+            )
+        if self._size is not None and tuple(latents.shape[-2:]) != tuple(self._size):
+            raise ConfigError(
+                f"{name} has latent frames of {latents.shape[-2]} x {latents.shape[-1]}, the run is set to {self._size[0]} x {self._size[1]}; "
+                f"change model.config.latent_hw (or resolution and aspect_ratio) or {PATTERN_KNOB}"
             )
         return latents if self._frames is None else latents[..., : self._frames, :, :].clone()

@@ -68,9 +68,9 @@ def rollout(
 ) -> Iterator[ChunkResult]:
     """Generate the chunks of `plans` in order, one `ChunkResult` each.
 
-    `cache` comes from `denoiser.new_cache` and already holds every block before plans[0].block (see `prefill`). `grad="last_step"` keeps the
-    graph of each chunk's last step only; the committed context is always detached, so no gradient crosses chunks. `in_place` uses the cache's
-    transient writes (inference). `commit_last=False` skips the context pass of the final chunk, which nothing reads.
+    `cache` comes from `denoiser.new_cache` and already holds every block before plans[0].block (see `prefill`). `grad="last_step"` keeps
+    the graph of each chunk's last step only; the committed context is always detached, so no gradient crosses chunks. `in_place` uses the
+    cache's transient writes (inference). `commit_last=False` skips the context pass of the final chunk, which nothing reads.
     A chunk that leaves its last input as context costs no extra forward when no gradient is kept: that forward runs in append mode.
     """
     for position, plan in enumerate(plans):

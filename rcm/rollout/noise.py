@@ -10,7 +10,8 @@ from rcm.rollout.plan import ChunkPlan
 class VideoNoise:
     """All noise of one video, drawn up front in a fixed order: start, then one tensor per further draw.
 
-    `shape` [B, C, T, H, W]; draws are float32 on the generator's device, handed out in `dtype` on `device`. Step j of every chunk reads draw j
+    `shape` [B, C, T, H, W]; draws are float32 on the generator's device, handed out in `dtype` on `device`. Step j of every chunk reads
+    draw j
     (sliced to the chunk's frames); the release draws the step noises after the start noise, whether or not the last is used: `num_draws`
     is the number of step tensors. Context noise (re-noised commits) is drawn on demand from the same generator.
     """
@@ -23,7 +24,9 @@ class VideoNoise:
         self._draws = [self._draw(self.shape) for _ in range(num_draws + 1)]
 
     @classmethod
-    def for_plans(cls, plans: tuple[ChunkPlan, ...], shape: tuple[int, ...], *, generator, dtype, device, renoises: bool = True) -> VideoNoise:
+    def for_plans(
+        cls, plans: tuple[ChunkPlan, ...], shape: tuple[int, ...], *, generator, dtype, device, renoises: bool = True
+    ) -> VideoNoise:
         """Noise for `plans`; `renoises` False (ODE) draws the start only."""
         num = max(plan.num_steps for plan in plans) if renoises else 0
         return cls(shape, num_draws=num, generator=generator, dtype=dtype, device=device)

@@ -48,11 +48,15 @@ class StepSchedule:
     def from_lists(
         cls, *, steps: Sequence[int], schedules: Sequence[Sequence[float]], default_mids: Sequence[float], knob: str = "steps_per_chunk"
     ) -> StepSchedule:
-        """Schedule from the two lists users write. No `schedules`: every entry is a prefix of `default_mids`. Extra mid times are cut off."""
+        """Schedule from the two lists users write. No `schedules`: every entry is a prefix of `default_mids`. Extra mid times are cut
+        off.
+        """
         if schedules and not steps:
             raise ConfigError(f"mid-time schedules were given without {knob}; give one step count per schedule")
         if schedules and len(schedules) != len(steps):
-            raise ConfigError(f"{len(schedules)} mid-time schedules for {len(steps)} entries of {knob}={list(steps)}; give one schedule per entry")
+            raise ConfigError(
+                f"{len(schedules)} mid-time schedules for {len(steps)} entries of {knob}={list(steps)}; give one schedule per entry"
+            )
         mids = []
         for i, num in enumerate(steps):
             if num < 1:
@@ -90,7 +94,8 @@ class ContextRule:
 class ChunkPlan:
     """One chunk: latent frames [start, stop), times walked (decreasing, last 0), and the commit into the cache.
 
-    commit "clean" appends x0 at time 0; "last_input" appends the last denoising input at its own time; "renoised" re-noises x0 to `commit_time`.
+    commit "clean" appends x0 at time 0; "last_input" appends the last denoising input at its own time; "renoised" re-noises x0 to
+    `commit_time`.
     """
 
     block: int
@@ -115,7 +120,9 @@ def inference_plan(
     context: ContextRule = ContextRule(),
     prefix_blocks: int = 0,
 ) -> tuple[ChunkPlan, ...]:
-    """Few-step plan of the blocks after `prefix_blocks` given ones. The schedule indexes generated chunks; the context rule absolute blocks."""
+    """Few-step plan of the blocks after `prefix_blocks` given ones. The schedule indexes generated chunks; the context rule absolute
+    blocks.
+    """
     plans = []
     for block, (start, stop) in enumerate(pattern.bounds(num_frames)):
         if block < prefix_blocks:
@@ -138,7 +145,8 @@ def training_plan(
     """Self-forcing rollout of effective update `index` (spec/algorithms 6.10).
 
     n = index mod (steps of chunk 0) + 1; chunk i makes min(n, its maximum) steps along a prefix of its schedule, starting at exactly t = 1.
-    Noisy context: a chunk at its maximum leaves its last input; a shorter one is re-noised to the last time of its full schedule (1 if empty).
+    Noisy context: a chunk at its maximum leaves its last input; a shorter one is re-noised to the last time of its full schedule (1 if
+    empty).
     """
     count = index % schedule.steps(0) + 1
     plans = []

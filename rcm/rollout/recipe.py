@@ -1,6 +1,7 @@
 """How a causal checkpoint is meant to be sampled: a record that travels with the weights and builds plans.
 
-Sampling from a checkpoint needs only its path because this record is stored beside it; a sampler that contradicts it is refused unless forced.
+Sampling from a checkpoint needs only its path because this record is stored beside it; a sampler that contradicts it is refused unless
+forced.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from rcm.samplers.steps import ConsistencyStep, EulerStep, StepRule
 class SamplingRecipe:
     """Sampling of a causal network.
 
-    kind "few_step": consistency steps along `mids` (per chunk, last repeats; see StepSchedule). kind "ode": Euler over `ode_steps` with `shift`
-    and guidance. `pattern` is a name such as "c3-3"; `sigma_max` sets the first time sigma/(sigma+1).
+    kind "few_step": consistency steps along `mids` (per chunk, last repeats; see StepSchedule). kind "ode": Euler over `ode_steps` with
+    `shift` and guidance. `pattern` is a name such as "c3-3"; `sigma_max` sets the first time sigma/(sigma+1).
     """
 
     kind: Literal["few_step", "ode"]
@@ -72,7 +73,8 @@ class SamplingRecipe:
     def contradictions(self, trained: SamplingRecipe) -> list[str]:
         """What in this recipe a checkpoint trained for `trained` does not support: one sentence each, empty if compatible.
 
-        Fewer or other step counts are a supported use (the 2-step checkpoint is sampled in 1 step); another pattern, kind or context is not.
+        Fewer or other step counts are a supported use (the 2-step checkpoint is sampled in 1 step); another pattern, kind or context is
+        not.
         """
         found = []
         for name, knob in (("pattern", "first_chunk_t / chunk_t"), ("kind", "--distilled"), ("noisy_context", "--context_from_last_step")):

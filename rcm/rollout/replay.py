@@ -1,7 +1,7 @@
 """Replayed back-propagation: recompute one chunk's last step at a time, with gradient, against its readonly prefix.
 
-The rollout ran without gradient and kept, per chunk, the last input and its time, plus the (detached) cache. Replaying a chunk gives the same
-x0 and the same parameter gradient as keeping the graph of every chunk, with the activation memory of one chunk (spec/algorithms 6.11).
+The rollout ran without gradient and kept, per chunk, the last input and its time, plus the (detached) cache. Replaying a chunk gives the
+same x0 and the same parameter gradient as keeping the graph of every chunk, with the activation memory of one chunk (spec/algorithms 6.11).
 """
 
 from __future__ import annotations

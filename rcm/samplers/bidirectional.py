@@ -20,8 +20,8 @@ def sample_video(
 ) -> torch.Tensor:
     """Walk a whole video along `times` (decreasing, last 0) with one rule.
 
-    `velocity(x, t)` returns v for x [B, C, T, H, W] at RF time t. `noise` is the unit Gaussian start; the state keeps its dtype (use float64).
-    `scale_first` starts from times[0] * noise (few-step samplers); off starts from the unscaled noise (the many-step teacher).
+    `velocity(x, t)` returns v for x [B, C, T, H, W] at RF time t. `noise` is the unit Gaussian start; the state keeps its dtype (use
+    float64). `scale_first` starts from times[0] * noise (few-step samplers); off starts from the unscaled noise (the many-step teacher).
     `generator` draws the renoising tensors, one per step that needs one, in order.
     """
     x = noise * times[0] if scale_first else noise

@@ -54,7 +54,9 @@ def few_step_grid(mid_times: Sequence[float], *, first: float) -> tuple[float, .
 
 
 def trig_grid(num_steps: int, *, sigma_max: float, mid_times: Sequence[float] = TRIG_MID_TIMES) -> tuple[float, ...]:
-    """RF grid of bidirectional rCM sampling: TrigFlow times (arctan sigma_max, first num_steps - 1 of `mid_times`, 0) mapped by sin/(sin + cos)."""
+    """RF grid of bidirectional rCM sampling: TrigFlow times (arctan sigma_max, first num_steps - 1 of `mid_times`, 0) mapped by sin/(sin
+    + cos).
+    """
     if not 1 <= num_steps <= len(mid_times) + 1:
         raise ConfigError(f"num_steps={num_steps} is not in 1..{len(mid_times) + 1}: only {len(mid_times)} mid times are given")
     taus = (math.atan(sigma_max), *mid_times[: num_steps - 1])

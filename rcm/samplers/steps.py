@@ -28,7 +28,9 @@ class EulerStep:
 
 
 class ConsistencyStep:
-    """Multistep consistency sampling: jump to x0 = x - t v, then renoise to t_next with fresh noise. At t_next = 0 it is the clean prediction."""
+    """Multistep consistency sampling: jump to x0 = x - t v, then renoise to t_next with fresh noise. At t_next = 0 it is the clean
+    prediction.
+    """
 
     needs_noise = True
 

@@ -122,8 +122,12 @@ def test_shapes_that_contradict_the_settings(folder):
         shards(folder, latent_channels=16).fetch([2])
     with pytest.raises(ConfigError, match=r"has 3 latent frames, fewer than state_t=4"):
         shards(folder, num_latent_frames=4).fetch([0])
-    with pytest.raises(ConfigError, match=r"000000001\.embed\.pt has shape \(5, 6\), expected \(8, 6\)"):
-        shards(folder, text_shape=(8, 6)).fetch([1])
+    for text_shape in ((4, 6), (8, 7)):
+        with pytest.raises(ConfigError, match=r"000000001\.embed\.pt has shape \[5, 6\], expected \[at most \d, \d\]"):
+            shards(folder, text_shape=text_shape).fetch([1])
+    shards(folder, text_shape=(8, 6)).fetch([1])
+    with pytest.raises(ConfigError, match=r"000000001\.latent\.pt has latent frames of 2 x 2, the run is set to 4 x 4.*latent_hw"):
+        shards(folder, latent_size=(4, 4)).fetch([1])
     write_shard(folder / shard_name(3), [sample(15, shape=(4, 3, 2, 4)), sample(16, shape=(4, 3))], first_key=15)
     with pytest.raises(ConfigError, match="differ in shape.*shard-000003"):
         shards(folder).fetch([0, 15])

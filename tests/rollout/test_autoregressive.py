@@ -33,15 +33,24 @@ def run(denoiser, name, *, context=ContextRule(), in_place=False, mids=(MIDS, MI
     with torch.no_grad():
         out = list(
             rollout(
-                denoiser, condition(tiny_config()), plans, canvas=canvas, noise=noise, rule=ConsistencyStep(), cache=cache,
-                in_place=in_place, commit_last=commit_last,
+                denoiser,
+                condition(tiny_config()),
+                plans,
+                canvas=canvas,
+                noise=noise,
+                rule=ConsistencyStep(),
+                cache=cache,
+                in_place=in_place,
+                commit_last=commit_last,
             )
         )
     return plans, noise, out, cache
 
 
 def by_hand(denoiser, name, plans, noise, *, noisy_from=None):
-    """The same video without any cache: every network call is a packed pass over [context so far; current chunk repeated into a full video]."""
+    """The same video without any cache: every network call is a packed pass over [context so far; current chunk repeated into a full
+    video].
+    """
     pattern, frames = BlockPattern.parse(name), PATTERNS[name]
     shape = (2, 4, frames, HEIGHT, WIDTH)
     context, times = torch.zeros(shape, dtype=torch.float64), torch.zeros(2, frames, dtype=torch.float64)

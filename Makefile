@@ -1,0 +1,35 @@
+# Each target makes its own virtual environment on a fresh machine. torch is installed first, in an exact version: on machines that offer a CPU
+# build of it this is the one that is taken. triton goes with it: torch's CPU build does not ask for the release it was made for.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0 triton==3.7.1
+VENV ?= .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-all lint install clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml rcm/__init__.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e ".[test]"
+	@touch $@
+
+demo: install
+	$(BIN)/python -m scripts.demo $(DEMO_ARGUMENTS)
+
+test: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slow"
+
+test-all: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: install
+	$(BIN)/ruff check rcm scripts tests
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist outputs .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,1 @@
+"""Configuration: typed schema, registries, composition and checks. Imported by command lines only."""

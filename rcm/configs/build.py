@@ -1,0 +1,206 @@
+"""A composed run, executed: networks, method, data, state, checkpoints, logs, and the loop. The only place where all layers meet."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from loguru import logger
+
+from rcm.configs.build_data import build_loader, latent_shape, negative_condition, toy_pieces
+from rcm.configs.build_method import build_method, sampling_recipe
+from rcm.configs.build_nets import NetBuilder
+from rcm.configs.build_samples import sample_observers
+from rcm.configs.compose import Run
+from rcm.configs.network import wan_config
+from rcm.configs.schema import TrainConfig
+from rcm.configs.schema_model import CausalConfig, OptimizerConfig, SchedulerConfig
+from rcm.diffusion.blocks import BlockPattern
+from rcm.nets.denoiser import Denoiser
+from rcm.parallel.mesh import ParallelDims, process_group
+from rcm.train.checkpoint import Checkpointer
+from rcm.train.describe import Description, write_atomically
+from rcm.train.ema import EMAConfig
+from rcm.train.metrics import JsonLines, Sink, Wandb
+from rcm.train.observers import LogLines, Memory, Observer, Profiler, Progress
+from rcm.train.optim import AdamWConfig, LambdaLinear
+from rcm.train.state import TrainState
+from rcm.train.step import StepConfig
+from rcm.train.trainer import Outcome, Trainer, TrainerConfig
+
+
+def job_folder(run: Run) -> Path:
+    """`<output_root>/<project>/<group>/<name>` of a run (empty parts left out; the name defaults to the experiment's)."""
+    job = run.config.job
+    parts = (job.project, job.group, job.name or run.experiment or "unnamed")
+    return Path(job.output_root or "outputs").joinpath(*(part for part in parts if part))
+
+
+def run(run: Run) -> Outcome:
+    """Train until `trainer.max_iter`, resuming from this job's newest checkpoint if there is one. Writes under `job_folder(run)`.
+
+    Raises what composing missed: `CheckpointError`, `ConfigError` of the data, `NonFinite` (nothing updated), `OSError` with the path.
+    """
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    with process_group(device_type) as device:
+        replicate, shard, cp = run.mesh
+        dims = ParallelDims(dp_replicate=replicate, dp_shard=shard, cp=cp, device_type=device_type)
+        return build_trainer(run, dims=dims, device=device).run()
+
+
+def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trainer:
+    """Everything of a run, ready to go; on return the state is where the run continues. Collective."""
+    config = run.config
+    folder = job_folder(run)
+    if dims.rank == 0:
+        _prepare_folder(folder, run)
+    _allow_tf32()
+    nets = NetBuilder(config.model.config, dims=dims, device=device, seed=config.trainer.seed)
+    method = build_method(config, nets, negative=lambda: negative_condition(config, device=device))
+    loader = build_loader(config, dims=dims)
+    state = _state(config, method)
+    checkpointer = Checkpointer(
+        folder,
+        dims=dims,
+        description=description(run, data_hash=loader.source.fingerprint()),
+        keep_last=config.checkpoint.keep_last,
+        asynchronous=config.checkpoint.dcp_async_mode_enabled,
+    )
+    _resume(config, checkpointer, state, loader)
+    return Trainer(
+        method,
+        loader,
+        state=state,
+        dims=dims,
+        config=_trainer_config(config),
+        device=device,
+        checkpointer=checkpointer,
+        sinks=_sinks(run, folder, resumed_at=state.iteration) if dims.rank == 0 else (),
+        observers=_observers(run, folder, Denoiser(method.trainable["student"], nets.precision), device=device),
+    )
+
+
+def description(run: Run, *, data_hash: str | None = None) -> Description:
+    """What checkpoints of this run say about themselves: enough to sample from the path alone."""
+    config, model = run.config, run.config.model.config
+    causal = isinstance(model, CausalConfig) and model.training_type != "bidirectional"
+    recipe = sampling_recipe(model)
+    codec, text = toy_pieces(config)
+    return Description(
+        stage=model.training_type if isinstance(model, CausalConfig) else "rcm",
+        network=asdict(wan_config(model.net)),
+        network_name=model.net.preset,
+        pattern=BlockPattern(model.first_chunk_t, model.chunk_t).name if causal else None,
+        schedule=[list(entry) for entry in recipe.mids] if recipe is not None and recipe.kind == "few_step" else None,
+        noisy_context={"start_chunk": recipe.noisy_context_start_chunk} if recipe is not None and recipe.noisy_context else None,
+        sigma_max=model.sigma_max,
+        parent=model.student_ckpt or None,
+        data_hash=data_hash,
+        experiment=run.experiment or None,
+        extra={
+            "recipe": None if recipe is None else recipe.to_dict(),
+            "sampler": _bidirectional_sampler(model) if recipe is None else None,
+            "codec": codec,
+            "text": text,
+            "latent_shape": list(latent_shape(model)),
+            "fps": 8 if config.model.config.text_encoder_class == "toy" else 16,
+            "precision": {"compute": model.precision, "time": model.time_precision},
+        },
+    )
+
+
+def _bidirectional_sampler(model) -> dict:
+    if isinstance(model, CausalConfig):
+        return {
+            "kind": "ode",
+            "shift": model.sample_timestep_shift,
+            "sigma_max": model.sigma_max,
+            "guidance": model.bidirectional_guidance,
+            "steps": 50,
+        }
+    return {"kind": "rcm_few_step", "sigma_max": model.sigma_max, "guidance": 1.0, "steps": 4}
+
+
+def _prepare_folder(folder: Path, run: Run) -> None:
+    """Create the job's folder and record the resolved run in it; an `OSError` names the folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.yaml", run.to_yaml())
+    except OSError as error:
+        raise OSError(
+            f"cannot write to the job folder {folder}: {error.strerror or error}; set job.output_root or IMAGINAIRE_OUTPUT_ROOT"
+        ) from error
+    for use in run.environment:
+        logger.info("environment: {}", use)
+
+
+def _allow_tf32() -> None:
+    """float32 matrix products on tensor cores, as the release trains (spec/algorithms 1.5); no effect on CPU."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def _state(config: TrainConfig, method) -> TrainState:
+    model = config.model.config
+    return TrainState.create(
+        method.trainable,
+        optim={"student": _adamw(config.optimizer), "fake_score": _adamw(model.optimizer_fake_score)},
+        schedule={"student": _schedule(config.scheduler), "fake_score": _schedule(model.scheduler_fake_score)},
+        ema=EMAConfig(rate=model.ema.rate, iteration_shift=model.ema.iteration_shift) if model.ema.enabled else None,
+    )
+
+
+def _adamw(config: OptimizerConfig) -> AdamWConfig:
+    return AdamWConfig(lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps)
+
+
+def _schedule(config: SchedulerConfig) -> LambdaLinear:
+    return LambdaLinear(
+        warm_up_steps=config.warm_up_steps,
+        f_start=config.f_start,
+        f_max=config.f_max,
+        f_min=config.f_min,
+        cycle_length=config.cycle_length or None,
+    )
+
+
+def _resume(config: TrainConfig, checkpointer: Checkpointer, state: TrainState, loader) -> None:
+    """Continue this job's newest checkpoint, else `checkpoint.load_path`, else start at 0."""
+    found = checkpointer.load(state, loader=loader)
+    if found is None and config.checkpoint.load_path:
+        found = checkpointer.load(state, loader=loader, path=config.checkpoint.load_path)
+    if found is not None:
+        logger.info("resumed at iteration {} from {}", state.iteration, found)
+
+
+def _trainer_config(config: TrainConfig) -> TrainerConfig:
+    trainer, model = config.trainer, config.model.config
+    return TrainerConfig(
+        max_iter=trainer.max_iter,
+        grad_accum_iter=trainer.grad_accum_iter,
+        logging_iter=trainer.logging_iter,
+        save_iter=config.checkpoint.save_iter,
+        seed=trainer.seed,
+        guard_first_step=trainer.guard_tangents,
+        step=StepConfig(grad_clip=model.grad_clip, clip_norm=model.grad_clip_norm),
+    )
+
+
+def _sinks(run: Run, folder: Path, *, resumed_at: int) -> list[Sink]:
+    job = run.config.job
+    sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", resumed_at=resumed_at), LogLines()]
+    if job.wandb_mode in ("online", "offline"):
+        name = job.name or run.experiment
+        sinks.append(Wandb(project=job.wandb_project or job.project, name=name, directory=folder, mode=job.wandb_mode, config=run.record()))
+    return sinks
+
+
+def _observers(run: Run, folder: Path, student, *, device: torch.device) -> list[Observer]:
+    trainer = run.config.trainer
+    observers: list[Observer] = [Memory()] if device.type == "cuda" else []
+    if trainer.progress_bar:
+        observers.append(Progress(max_iter=trainer.max_iter))
+    if trainer.profile_iter:
+        observers.append(Profiler(folder=folder / "profile", skip=trainer.profile_iter))
+    return observers + sample_observers(run, folder, student, device=device)

@@ -1,0 +1,162 @@
+"""Data of a run: the loader of this data rank, the negative embedding, and the toy world's codec and text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from rcm.configs.network import wan_config
+from rcm.configs.schema import TrainConfig
+from rcm.configs.schema_model import CausalConfig, CommonModelConfig
+from rcm.core.errors import ConfigError
+from rcm.data.batch import LatentBatch
+from rcm.data.fake import FakeLatents
+from rcm.data.latents import LatentShards
+from rcm.data.loader import Loader, Source
+from rcm.data.prompts import Prompts, read_prompts
+from rcm.nets.condition import Condition
+from rcm.parallel.mesh import ParallelDims
+from rcm.worlds.toy_codec import ToyCodec
+from rcm.worlds.toy_latents import ToyLatents
+from rcm.worlds.toy_text import ToyTextEncoder
+from rcm.worlds.toy_world import ToyWorld, ToyWorldConfig
+
+LATENT_CACHE_BYTES = 1 << 30
+"""Decoded samples kept in memory: all of a toy data set, none that matters of a real one (a 480p sample takes 12 MB)."""
+
+
+def latent_shape(model: CommonModelConfig) -> tuple[int, int, int, int]:
+    """[C, T, H, W] of one sample."""
+    return (model.state_ch, model.state_t, *model.latent_size())
+
+
+def build_loader(run: TrainConfig, *, dims: ParallelDims) -> Loader:
+    """The endless loader of this data rank; ranks of one context-parallel group read the same samples."""
+    data = run.dataloader_train
+    return Loader(
+        _source(run),
+        batch_size=data.batch_size,
+        seed=data.shuffle_seed,
+        data_rank=dims.data_rank,
+        data_world=dims.num_data_ranks,
+        prefetch=data.prefetch_factor if data.num_workers else 0,
+    )
+
+
+def _source(run: TrainConfig) -> Source:
+    data, model = run.dataloader_train, run.model.config
+    net = wan_config(model.net)
+    text_shape = (net.text_len, net.text_dim)
+    channels, frames, height, width = latent_shape(model)
+    match data.kind:
+        case "fake":
+            states = len(model.kd_timesteps) + 1 if _wants_trajectories(model) else 0
+            return FakeLatents(
+                num=max(data.num_videos, data.batch_size), latent_shape=latent_shape(model), text_shape=text_shape, trajectory_states=states
+            )
+        case "toy":
+            codec = toy_codec(model)
+            return ToyLatents(toy_world(model), codec, toy_text(model), num=data.num_videos, seed=data.shuffle_seed)
+        case "latents":
+            return LatentShards(
+                data.tar_path_pattern,
+                num_latent_frames=frames,
+                latent_channels=channels,
+                latent_size=(height, width),
+                text_shape=text_shape,
+                cache_bytes=LATENT_CACHE_BYTES,
+            )
+        case "prompts":
+            return _PromptedShapes(Prompts(read_prompts(data.tar_path_pattern), encode=_encoder(model)), latent_shape(model))
+    raise ConfigError(f"dataloader_train.kind={data.kind!r} has no source")
+
+
+def _wants_trajectories(model: CommonModelConfig) -> bool:
+    return isinstance(model, CausalConfig) and model.training_type in ("tf_kd", "df_kd")
+
+
+class _PromptedShapes:
+    """Prompts as latent batches for on-policy training, which reads the shape of the latents only: they are zeros."""
+
+    def __init__(self, prompts: Prompts, shape: tuple[int, int, int, int]) -> None:
+        self._prompts, self._shape = prompts, shape
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def fingerprint(self) -> str:
+        """That of the prompts."""
+        return self._prompts.fingerprint()
+
+    def fetch(self, indices: Sequence[int]) -> LatentBatch:
+        """Embeddings of prompts `indices` and zero latents."""
+        batch = self._prompts.fetch(indices)
+        return LatentBatch(torch.zeros(len(indices), *self._shape), batch.text, batch.prompts, [str(i) for i in indices])
+
+
+def _encoder(model: CommonModelConfig):
+    if model.text_encoder_class != "toy":
+        raise ConfigError(
+            f"model.config.text_encoder_class={model.text_encoder_class} cannot encode prompts in this version; "
+            "use data=latents, whose shards carry embeddings, or text_encoder_class=toy"
+        )
+    return toy_text(model).encode
+
+
+def negative_condition(run: TrainConfig, *, device: torch.device) -> Condition:
+    """The unconditional branch of a guided teacher, batch 1: `neg_embed_path` ([L, E] or [1, L, E]), or the encoder's negative prompt."""
+    model = run.model.config
+    if model.neg_embed_path:
+        text = _stored_embedding(model.neg_embed_path)
+    elif run.dataloader_train.kind == "fake":
+        net = wan_config(model.net)
+        text = torch.zeros(1, net.text_len, net.text_dim)
+    else:
+        encode = _encoder(model)
+        text = encode([toy_text(model).negative_prompt])
+    return Condition(text.to(device))
+
+
+def _stored_embedding(path: str) -> torch.Tensor:
+    stored = torch.load(Path(path), map_location="cpu", weights_only=True)
+    if not isinstance(stored, torch.Tensor) or stored.ndim not in (2, 3):
+        raise ConfigError(f"model.config.neg_embed_path={path} must hold a tensor [L, E] or [1, L, E], got {type(stored).__name__}")
+    return stored.float() if stored.ndim == 3 else stored.float()[None]
+
+
+def toy_codec(model: CommonModelConfig) -> ToyCodec:
+    """The toy codec that `model.config.tokenizer` names; `ConfigError` unless its channels are `state_ch`."""
+    t = model.tokenizer
+    codec = ToyCodec(t.temporal_stride, t.spatial_stride, t.gain, t.boost, t.centre)
+    if codec.latent_channels != model.state_ch:
+        raise ConfigError(
+            f"the toy codec with strides {t.temporal_stride} x {t.spatial_stride} has {codec.latent_channels} channels, "
+            f"model.config.state_ch={model.state_ch}; change model.config.tokenizer or state_ch"
+        )
+    return codec
+
+
+def toy_text(model: CommonModelConfig) -> ToyTextEncoder:
+    """The toy text encoder of the student's text size."""
+    net = wan_config(model.net)
+    return ToyTextEncoder(text_len=net.text_len, text_dim=net.text_dim)
+
+
+def toy_world(model: CommonModelConfig) -> ToyWorld:
+    """The embedded world at the pixel size that the latents decode to."""
+    codec = toy_codec(model)
+    height, width = (size * codec.spatial_stride for size in model.latent_size())
+    return ToyWorld(ToyWorldConfig.at_size(height, width, num_frames=codec.frames_for(model.state_t)))
+
+
+def toy_pieces(run: TrainConfig) -> tuple[dict, dict]:
+    """How a checkpoint describes the codec and the text encoder it needs."""
+    model = run.model.config
+    codec = {"name": "wan"}
+    if model.tokenizer.name == "toy":
+        codec = {"name": "toy", **asdict(toy_codec(model))}
+    text = {"name": "toy", **asdict(toy_text(model))} if model.text_encoder_class == "toy" else {"name": "umT5"}
+    return codec, text

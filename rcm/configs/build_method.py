@@ -1,0 +1,220 @@
+"""The training method a config describes, and how its checkpoints are meant to be sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rcm.configs.build_nets import NetBuilder
+from rcm.configs.schema import TrainConfig
+from rcm.configs.schema_model import CausalConfig, CommonModelConfig, RCMConfig, TimeLawConfig
+from rcm.core.errors import ConfigError
+from rcm.diffusion.blocks import BlockPattern
+from rcm.diffusion.directional import Directional, Discrete, Exact, RFStep, SemiContinuous, TrigStep
+from rcm.diffusion.time_sampling import ConsistencyGrid, LogNormal, TimeLaw, UniformShift
+from rcm.losses.denoising import gaussian_bell
+from rcm.methods.base import Joint, Method
+from rcm.methods.causal_diffusion import BidirectionalDiffusion, DiffusionForcing, TeacherForcedDiffusion
+from rcm.methods.ode_pairs import ODEPairs
+from rcm.methods.rcm import BackwardSimulation, ContinuousConsistency, DiscreteConsistency, DistributionMatching
+from rcm.methods.schedule import Alternation
+from rcm.methods.sf_dmd import SelfForcedDMD
+from rcm.methods.teacher_forcing import TeacherForcing
+from rcm.methods.tf_consistency import TFContinuousConsistency, TFDiscreteConsistency
+from rcm.nets.condition import Condition
+from rcm.nets.denoiser import Guided, VelocityModel
+from rcm.rollout.plan import ContextRule, StepSchedule
+from rcm.rollout.recipe import SamplingRecipe
+
+Negative = Callable[[], Condition]
+
+
+def time_law(config: TimeLawConfig) -> TimeLaw:
+    """The law a config names."""
+    return LogNormal(config.p_mean, config.p_std) if config.law == "lognormal" else UniformShift(config.shift)
+
+
+def step_schedule(config: CausalConfig) -> StepSchedule:
+    """Full step schedule per chunk of a causal student (spec/algorithms 6.10, 6.13)."""
+    return StepSchedule.from_lists(
+        steps=config.sf_simulation_steps_per_chunk or (config.max_simulation_steps_fake,),
+        schedules=config.sf_backward_timestep_schedules,
+        default_mids=config.backward_timesteps,
+        knob="model.config.sf_simulation_steps_per_chunk",
+    )
+
+
+def sampling_recipe(config: CommonModelConfig) -> SamplingRecipe | None:
+    """How a checkpoint of this run is sampled; None for bidirectional networks."""
+    if not isinstance(config, CausalConfig) or config.training_type == "bidirectional":
+        return None
+    pattern = BlockPattern(config.first_chunk_t, config.chunk_t).name
+    if config.training_type in ("tf", "df"):
+        return SamplingRecipe(
+            kind="ode", pattern=pattern, sigma_max=config.sigma_max, shift=config.sample_timestep_shift, guidance=config.causal_guidance
+        )
+    rollout = config.training_type in ("sf_dmd", "tf_scm_sf_dmd")
+    mids = step_schedule(config).mids if rollout else (tuple(config.backward_timesteps),)
+    return SamplingRecipe(
+        kind="few_step",
+        pattern=pattern,
+        mids=mids,
+        sigma_max=config.sigma_max,
+        noisy_context=config.context_from_last_step,
+        noisy_context_start_chunk=config.context_from_last_step_start_chunk,
+    )
+
+
+def build_method(run: TrainConfig, nets: NetBuilder, *, negative: Negative) -> Method:
+    """Networks and objective of `run`. `negative` gives the unconditional embedding when a teacher is guided."""
+    config = run.model.config
+    return _RCM(run, nets, negative).build() if isinstance(config, RCMConfig) else _Causal(run, nets, negative).build()
+
+
+class _Parts:
+    """What both families share."""
+
+    def __init__(self, run: TrainConfig, nets: NetBuilder, negative: Negative) -> None:
+        self.config, self.nets, self._negative = run.model.config, nets, negative
+        self.nonfinite = "zero_sample" if run.trainer.nan_policy == "skip_sample" else "propagate"
+
+    def guided(self, teacher: VelocityModel, scale: float) -> VelocityModel:
+        return Guided(teacher, self._negative(), scale) if scale > 1 else teacher
+
+    def student(self, default: str = "") -> VelocityModel:
+        return self.nets.trained(self.config.net, knob="net", checkpoint=self.config.student_ckpt or default)
+
+    def fake_score(self, teacher_ckpt: str) -> VelocityModel:
+        return self.nets.trained(self.config.net_fake_score, knob="net_fake_score", checkpoint=self.config.fake_score_ckpt or teacher_ckpt)
+
+
+class _Causal(_Parts):
+    config: CausalConfig
+
+    def build(self) -> Method:
+        c = self.config
+        student = self.student()
+        if c.training_type == "bidirectional":
+            return BidirectionalDiffusion(student, law=time_law(c.p_G), weight=self._weight(), loss_scale=c.loss_scale)
+        forcing = TeacherForcing(BlockPattern(c.first_chunk_t, c.chunk_t))
+        simple = {"law": time_law(c.p_G), "weight": self._weight(), "loss_scale": c.loss_scale}
+        match c.training_type:
+            case "tf":
+                noisy = {"context": self._context(), "context_schedule": StepSchedule((tuple(c.backward_timesteps),))}
+                return TeacherForcedDiffusion(student, forcing=forcing, **simple, **noisy)
+            case "df":
+                return DiffusionForcing(student, pattern=forcing.pattern, strategy=c.df_timestep_strategy, **simple)
+            case "tf_kd" | "df_kd":
+                times = (0.0, *c.kd_timesteps)
+                return ODEPairs(student, forcing=forcing, times=times, per_block=c.training_type == "df_kd", loss_scale=c.loss_scale)
+            case "sf_dmd":
+                return self._self_forced(student, forcing)
+            case "tf_scm_sf_dmd":
+                return Joint(c.training_type, self._continuous(student, forcing, self._teacher()), self._self_forced(student, forcing))
+            case "tf_dcm":
+                return self._discrete(student, forcing, self._teacher())
+            case "tf_scm":
+                return self._continuous(student, forcing, self._teacher())
+            case "tf_dscm":
+                teacher = self._teacher()
+                return Joint(c.training_type, self._discrete(student, forcing, teacher), self._continuous(student, forcing, teacher))
+        raise ConfigError(f"model.config.training_type={c.training_type!r} has no method")
+
+    def _weight(self):
+        return gaussian_bell if self.config.loss_weighting == "gaussian_bell" else None
+
+    def _teacher(self) -> VelocityModel:
+        c = self.config
+        teacher = self.nets.frozen(c.net_causal_teacher, knob="net_causal_teacher", checkpoint=c.causal_teacher_ckpt)
+        return self.guided(teacher, c.causal_guidance)
+
+    def _context(self) -> ContextRule:
+        return ContextRule(self.config.context_from_last_step, self.config.context_from_last_step_start_chunk)
+
+    def _shared(self, forcing: TeacherForcing) -> dict:
+        """Arguments of both consistency forms. In the joint stage noisy context takes the rollout's times (spec 6.5)."""
+        c = self.config
+        joint = c.training_type == "tf_scm_sf_dmd"
+        schedule = step_schedule(c) if joint else StepSchedule((tuple(c.backward_timesteps),))
+        return {
+            "forcing": forcing,
+            "loss_scale": c.loss_scale,
+            "context": self._context(),
+            "context_schedule": schedule,
+            "nonfinite": self.nonfinite,
+        }
+
+    def _discrete(self, student: VelocityModel, forcing: TeacherForcing, teacher: VelocityModel) -> Method:
+        c = self.config
+        grid = ConsistencyGrid(c.dcm_total_steps, c.dcm_skipping_interval_steps, c.sample_timestep_shift)
+        return TFDiscreteConsistency(student, teacher, grid=grid, **self._shared(forcing))
+
+    def _continuous(self, student: VelocityModel, forcing: TeacherForcing, teacher: VelocityModel) -> Method:
+        c = self.config
+        return TFContinuousConsistency(student, teacher, law=time_law(c.p_G), tangent_warmup=c.tangent_warmup, **self._shared(forcing))
+
+    def _self_forced(self, student: VelocityModel, forcing: TeacherForcing) -> Method:
+        c = self.config
+        teacher = self.nets.frozen(c.net_bidirectional_teacher, knob="net_bidirectional_teacher", checkpoint=c.bidirectional_teacher_ckpt)
+        return SelfForcedDMD(
+            student,
+            self.guided(teacher, c.bidirectional_guidance),
+            self.fake_score(c.bidirectional_teacher_ckpt),
+            forcing=forcing,
+            schedule=step_schedule(c),
+            law=time_law(c.p_D),
+            alternation=Alternation(c.student_update_freq),
+            context=self._context(),
+            loss_scale=c.loss_scale_dmd,
+            replayed=c.replayed_training,
+            nonfinite=self.nonfinite,
+        )
+
+
+class _RCM(_Parts):
+    config: RCMConfig
+
+    def build(self) -> Method:
+        c = self.config
+        student = self.student(c.teacher_ckpt)
+        teacher = self.guided(self.nets.frozen(c.net_teacher, knob="net_teacher", checkpoint=c.teacher_ckpt), c.teacher_guidance)
+        consistency = self._consistency(student, teacher) if c.loss_scale > 0 else None
+        if c.net_fake_score is None or c.loss_scale_dmd <= 0:
+            return consistency
+        matching = self._matching(student, teacher)
+        return Joint("rcm", consistency, matching) if consistency is not None else matching
+
+    def _consistency(self, student: VelocityModel, teacher: VelocityModel) -> Method:
+        c = self.config
+        if c.cm_type == "dcm":
+            grid = ConsistencyGrid(c.dcm_total_steps, c.dcm_skipping_interval_steps, c.dcm_timestep_shift)
+            return DiscreteConsistency(student, teacher, grid=grid, loss_scale=c.loss_scale, nonfinite=self.nonfinite)
+        return ContinuousConsistency(
+            student,
+            teacher,
+            law=time_law(c.p_G),
+            directional=self._directional(),
+            rf_native=c.use_rf_scm,
+            tangent_warmup=c.tangent_warmup,
+            loss_scale=c.loss_scale,
+            nonfinite=self.nonfinite,
+        )
+
+    def _directional(self) -> Directional:
+        c = self.config
+        geometry = RFStep() if c.use_rf_scm else TrigStep()
+        return {0: Exact(), 1: SemiContinuous(geometry, c.fd_size), 2: Discrete(geometry, c.fd_size)}[c.fd_type]
+
+    def _matching(self, student: VelocityModel, teacher: VelocityModel) -> Method:
+        c = self.config
+        law = time_law(c.p_D)
+        fixed = tuple(c.backward_timesteps) if c.dmd_fix_timesteps else None
+        return DistributionMatching(
+            student,
+            teacher,
+            self.fake_score(c.teacher_ckpt),
+            law=law,
+            simulation=BackwardSimulation(c.max_simulation_steps_fake, law, fixed),
+            alternation=Alternation(c.student_update_freq, warmup=c.tangent_warmup),
+            loss_scale=c.loss_scale_dmd,
+            nonfinite=self.nonfinite,
+        )

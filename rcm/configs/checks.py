@@ -1,0 +1,315 @@
+"""Cross-field checks: what each key alone allows but together cannot work. Every message names the knob. Nothing is built here.
+
+`check` looks at the config alone, `check_mesh` at the number of ranks, `missing_inputs` at files a run needs.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from rcm.configs.convert import get_key
+from rcm.configs.network import networks, wan_config
+from rcm.configs.schema import TrainConfig
+from rcm.configs.schema_model import PIXELS, CausalConfig, CommonModelConfig, RCMConfig, TimeLawConfig
+from rcm.core.errors import ConfigError, require_divisible
+from rcm.diffusion.blocks import BlockPattern
+from rcm.rollout.plan import ContextRule, StepSchedule
+
+M = "model.config"
+SELF_FORCED = ("sf_dmd", "tf_scm_sf_dmd")
+UMT5_WIDTH = 4096
+CONSISTENCY = ("tf_dcm", "tf_scm", "tf_dscm", "tf_scm_sf_dmd")
+_OPTIMIZERS = ("optimizer", f"{M}.optimizer_fake_score")
+_SCHEDULERS = ("scheduler", f"{M}.scheduler_fake_score")
+
+
+def check(config: TrainConfig) -> None:
+    """Raise `ConfigError` at the first contradiction."""
+    model = config.model.config
+    _ranges(config)
+    _laws(model)
+    if isinstance(model, CausalConfig):
+        _pattern(model)
+        _stage(model)
+        _rollout(model)
+    else:
+        _rcm(model)
+    _consistency_grid(model)
+    _data(config)
+    _networks(config)
+
+
+def check_mesh(config: TrainConfig, *, world_size: int) -> tuple[int, int, int]:
+    """(dp_replicate, dp_shard, cp) for `world_size` ranks; `ConfigError` if they do not multiply to it.
+
+    fsdp_shard_size counts all ranks that share one copy of the parameters, context-parallel ranks among them, so dp_shard = shard / cp;
+    a shard size below cp shards over the context-parallel group alone.
+    """
+    shard, cp = config.model.config.fsdp_shard_size, config.model_parallel.context_parallel_size
+    require_divisible("world size", value=world_size, by=cp, by_name="context_parallel_size", knob="model_parallel.context_parallel_size")
+    require_divisible("world size", value=world_size, by=shard, by_name="fsdp_shard_size", knob=f"{M}.fsdp_shard_size")
+    if shard % cp and cp % shard:
+        raise ConfigError(f"{M}.fsdp_shard_size={shard} and model_parallel.context_parallel_size={cp}: one must divide the other")
+    dp_shard = max(1, shard // cp)
+    span, knob = "max(fsdp_shard_size, context_parallel_size)", f"{M}.fsdp_shard_size or model_parallel.context_parallel_size"
+    require_divisible("world size", value=world_size, by=dp_shard * cp, by_name=span, knob=knob)
+    return world_size // (dp_shard * cp), dp_shard, cp
+
+
+def missing_inputs(config: TrainConfig) -> list[str]:
+    """What the run needs from outside and does not have yet: one sentence per key, empty when it can start."""
+    model, data = config.model.config, config.dataloader_train
+    missing = []
+    for key, why in _checkpoints(model).items():
+        path = getattr(model, key)
+        if not path and not model.allow_random_init:
+            missing.append(f"{M}.{key} is empty: {why} (or {M}.allow_random_init=True to start from random weights)")
+        elif path and not Path(path).exists():
+            missing.append(f"{M}.{key}={path!r} does not exist")
+    if data.kind in ("latents", "prompts"):
+        if not data.tar_path_pattern:
+            missing.append(f"dataloader_train.tar_path_pattern is empty: data={data.kind} reads its shards there (data=fake needs none)")
+        elif _guided(model) and not model.neg_embed_path and not model.text_encoder_path:
+            missing.append(f"{M}.neg_embed_path is empty: guidance needs the negative prompt's embedding (or {M}.text_encoder_path)")
+    if data.kind == "toy" and isinstance(model, CausalConfig) and model.training_type in ("tf_kd", "df_kd"):
+        missing.append(
+            f"dataloader_train.kind=toy has no ODE trajectories, which training_type={model.training_type} learns from: "
+            "data=latents with shards that hold them (data=fake for a dry run)"
+        )
+    if config.checkpoint.load_path and not Path(config.checkpoint.load_path).exists():
+        missing.append(f"checkpoint.load_path={config.checkpoint.load_path!r} does not exist")
+    for key in ("neg_embed_path", "text_encoder_path"):
+        if getattr(model, key) and not Path(getattr(model, key)).exists():
+            missing.append(f"{M}.{key}={getattr(model, key)!r} does not exist")
+    return missing
+
+
+def _checkpoints(model: CommonModelConfig) -> dict[str, str]:
+    """Checkpoint keys this stage reads -> what for; keys that must be set or may be."""
+    if isinstance(model, RCMConfig):
+        needed = {"teacher_ckpt": "the teacher's weights (the student starts from them)"}
+    else:
+        assert isinstance(model, CausalConfig)
+        kind = model.training_type
+        needed = {"student_ckpt": f"the weights that training_type={kind} starts from"}
+        if kind in CONSISTENCY:
+            needed["causal_teacher_ckpt"] = f"training_type={kind} distils a causal teacher"
+        if kind in SELF_FORCED:
+            needed["bidirectional_teacher_ckpt"] = f"training_type={kind} scores with a bidirectional teacher"
+    optional = {key: "" for key in ("student_ckpt", "fake_score_ckpt") if getattr(model, key) and key not in needed}
+    return needed | optional
+
+
+def _guided(model: CommonModelConfig) -> bool:
+    if isinstance(model, RCMConfig):
+        return model.teacher_guidance > 1
+    assert isinstance(model, CausalConfig)
+    causal = model.training_type in CONSISTENCY and model.causal_guidance > 1
+    return causal or (model.training_type in SELF_FORCED and model.bidirectional_guidance > 1)
+
+
+_AT_LEAST = {
+    1: (
+        "trainer.max_iter",
+        "trainer.grad_accum_iter",
+        "trainer.logging_iter",
+        "trainer.sampling.num_samples",
+        "checkpoint.save_iter",
+        "dataloader_train.batch_size",
+        "dataloader_train.prefetch_factor",
+        "dataloader_train.num_videos",
+        "model_parallel.context_parallel_size",
+        f"{M}.fsdp_shard_size",
+        f"{M}.state_ch",
+        f"{M}.state_t",
+        f"{M}.student_update_freq",
+        f"{M}.max_simulation_steps_fake",
+    ),
+    0: (
+        "trainer.seed",
+        "trainer.profile_iter",
+        "trainer.sampling.every_n",
+        "trainer.sampling.ema_every_n",
+        "checkpoint.keep_last",
+        "dataloader_train.num_workers",
+        "dataloader_train.shuffle_seed",
+        f"{M}.loss_scale",
+        f"{M}.loss_scale_dmd",
+        f"{M}.tangent_warmup",
+        f"{M}.ema.iteration_shift",
+        *(f"{root}.weight_decay" for root in _OPTIMIZERS),
+        *(f"{root}.{name}" for root in _SCHEDULERS for name in ("warm_up_steps", "cycle_length", "f_start", "f_max", "f_min")),
+    ),
+}
+_POSITIVE = (f"{M}.grad_clip_norm", f"{M}.sigma_max", *(f"{root}.{name}" for root in _OPTIMIZERS for name in ("lr", "eps")))
+
+
+def _ranges(config: TrainConfig) -> None:
+    for least, keys in _AT_LEAST.items():
+        for key in keys:
+            if get_key(config, key) < least:
+                raise ConfigError(f"{key}={get_key(config, key)} must be at least {least}")
+    for key in _POSITIVE:
+        if not get_key(config, key) > 0:
+            raise ConfigError(f"{key}={get_key(config, key)} must be positive")
+    for root in _OPTIMIZERS:
+        for i, beta in enumerate(get_key(config, f"{root}.betas")):
+            if not 0 <= beta < 1:
+                raise ConfigError(f"{root}.betas[{i}]={beta} must be in [0, 1)")
+    model, limit = config.model.config, config.trainer.nan_sample_limit
+    if not 0 <= limit <= 1:
+        raise ConfigError(f"trainer.nan_sample_limit={limit} must be a share in [0, 1]")
+    if model.ema.enabled and not 0 < model.ema.rate < 12**-0.5:
+        raise ConfigError(f"{M}.ema.rate={model.ema.rate} must be in (0, {12**-0.5:.3f}), the widths a power-function average can have")
+    scale = model.rectified_flow_t_scaling_factor
+    if scale != 1000:
+        raise ConfigError(f"{M}.rectified_flow_t_scaling_factor={scale} must be 1000, Wan's timestep of t = 1")
+
+
+def _laws(model: CommonModelConfig) -> None:
+    for key in ("p_G", "p_D"):
+        law: TimeLawConfig = getattr(model, key)
+        name, value = ("p_std", law.p_std) if law.law == "lognormal" else ("shift", law.shift)
+        if not value > 0:
+            raise ConfigError(f"{M}.{key}.{name}={value} must be positive")
+
+
+def _pattern(model: CausalConfig) -> None:
+    if model.training_type == "bidirectional":
+        return
+    if model.first_chunk_t == 0 or model.chunk_t == 0:
+        raise ConfigError(
+            f"this experiment is a template: its block pattern is unset (first_chunk_t={model.first_chunk_t}, chunk_t={model.chunk_t}). "
+            f"Add _c1-1, _c3-3 or _c1-4 to its name, or pattern=c3-3, or set {M}.first_chunk_t and {M}.chunk_t"
+        )
+    BlockPattern(model.first_chunk_t, model.chunk_t).num_blocks(model.state_t)
+
+
+def _stage(model: CausalConfig) -> None:
+    kind = model.training_type
+    scored = kind in SELF_FORCED
+    needs = {"net_causal_teacher": kind in CONSISTENCY, "net_bidirectional_teacher": scored, "net_fake_score": scored}
+    for key, needed in needs.items():
+        if needed and getattr(model, key) is None:
+            raise ConfigError(f"{M}.{key} is null, but training_type={kind} uses it; choose one with {key}=NAME")
+        if not needed and getattr(model, key) is not None:
+            raise ConfigError(f"{M}.{key} is set, but training_type={kind} has no use for it; leave it out or set {key}=null")
+    if kind in SELF_FORCED and model.student_update_freq < 2:
+        raise ConfigError(f"{M}.student_update_freq=1 never trains the fake score; training_type={kind} needs at least 2")
+    if model.replayed_training and kind not in SELF_FORCED:
+        raise ConfigError(f"{M}.replayed_training=True replays a self-forced rollout; training_type={kind} has none, use it with sf_dmd")
+    if kind in ("tf_kd", "df_kd") and not (model.kd_timesteps and all(0 < t <= 1 for t in model.kd_timesteps)):
+        raise ConfigError(f"{M}.kd_timesteps={list(model.kd_timesteps)} must be times in (0, 1], one per noisy trajectory entry")
+
+
+def _rollout(model: CausalConfig) -> None:
+    """Times and step counts of the few-step rollout (spec/algorithms 6.10; A13)."""
+    _times(f"{M}.backward_timesteps", model.backward_timesteps, last=1.0)
+    counts, schedules = model.sf_simulation_steps_per_chunk, model.sf_backward_timestep_schedules
+    knob, key = f"{M}.sf_simulation_steps_per_chunk", f"{M}.sf_backward_timestep_schedules"
+    if (counts or schedules) and model.training_type not in SELF_FORCED:
+        raise ConfigError(f"{knob if counts else key} is read by self-forced training only, not by training_type={model.training_type}")
+    if not counts and not schedules and model.training_type in SELF_FORCED:
+        knob, counts = f"{M}.max_simulation_steps_fake", (model.max_simulation_steps_fake,)
+    if any(later > before for before, later in zip(counts, counts[1:], strict=False)):
+        raise ConfigError(f"{knob}={list(counts)} increases; step counts must be non-increasing along the video (chunk 0 sets the cycle)")
+    for i, times in enumerate(schedules):
+        if i < len(counts) and len(times) != counts[i] - 1:
+            raise ConfigError(f"{key}[{i}] has {len(times)} times, expected {counts[i] - 1}: {knob}[{i}]={counts[i]} steps start at t = 1")
+        _times(f"{key}[{i}]", times, last=1.0)
+    if model.training_type in SELF_FORCED:
+        blocks = BlockPattern(model.first_chunk_t, model.chunk_t).num_blocks(model.state_t)
+        if len(counts) > blocks:
+            raise ConfigError(f"{knob} has {len(counts)} entries, the video has {blocks} blocks; leave the surplus out")
+        schedule = StepSchedule.from_lists(steps=counts, schedules=schedules, default_mids=model.backward_timesteps, knob=knob)
+        rule = ContextRule(model.context_from_last_step, model.context_from_last_step_start_chunk)
+        empty = [i for i in range(blocks) if rule.applies(i) and not schedule.entry(i)]
+        if empty:
+            raise ConfigError(
+                f"{M}.context_from_last_step with a one-step schedule leaves pure noise (t = 1) as the context of block {empty[0]}; "
+                f"give it two steps or more in {knob}, or turn context_from_last_step off"
+            )
+    start = model.context_from_last_step_start_chunk
+    if model.context_from_last_step and model.training_type not in (*SELF_FORCED, "tf", "tf_dcm", "tf_scm", "tf_dscm"):
+        raise ConfigError(f"{M}.context_from_last_step has no context to make noisy in training_type={model.training_type}")
+    if model.context_from_last_step:
+        blocks = BlockPattern(model.first_chunk_t, model.chunk_t).num_blocks(model.state_t)
+        if start >= blocks:
+            raise ConfigError(f"{M}.context_from_last_step_start_chunk={start} is beyond the last of {blocks} blocks (0 to {blocks - 1})")
+
+
+def _times(key: str, times: tuple[float, ...], *, last: float) -> None:
+    """Times must lie strictly inside (0, last) and decrease strictly."""
+    for i, t in enumerate(times):
+        if not 0 < t < last:
+            raise ConfigError(f"{key}[{i}]={t:g} must lie strictly between 0 and {last:g}")
+        if i and t >= times[i - 1]:
+            raise ConfigError(f"{key}={[round(x, 6) for x in times]} must decrease strictly: entry {i} is {t:g} after {times[i - 1]:g}")
+
+
+def _rcm(model: RCMConfig) -> None:
+    if model.net_teacher is None:
+        raise ConfigError(f"{M}.net_teacher is null, but rCM distils a teacher; choose one with net_teacher=NAME")
+    if model.sigma_data != 1:
+        raise ConfigError(f"{M}.sigma_data={model.sigma_data} must be 1: the TrigFlow wrapper is written for it")
+    if not 0 < model.fd_size < 0.1:
+        raise ConfigError(f"{M}.fd_size={model.fd_size} must be in (0, 0.1)")
+    if model.cm_type == "dcm" and (model.use_rf_scm or model.fd_type):
+        raise ConfigError(f"{M}.use_rf_scm and {M}.fd_type belong to cm_type=scm, but {M}.cm_type=dcm")
+    if model.net_fake_score is None and model.loss_scale == 0:
+        raise ConfigError(f"nothing to train: {M}.loss_scale=0 turns consistency off and {M}.net_fake_score=null turns DMD off")
+    if model.net_fake_score is not None and model.student_update_freq < 2:
+        raise ConfigError(f"{M}.student_update_freq=1 never trains the fake score; use at least 2, or {M}.net_fake_score=null")
+    _times(f"{M}.backward_timesteps", model.backward_timesteps, last=math.pi / 2)
+    if model.dmd_fix_timesteps and model.max_simulation_steps_fake > len(model.backward_timesteps) + 1:
+        raise ConfigError(
+            f"{M}.max_simulation_steps_fake={model.max_simulation_steps_fake} needs {model.max_simulation_steps_fake - 1} entries in "
+            f"{M}.backward_timesteps, got {len(model.backward_timesteps)}"
+        )
+
+
+def _consistency_grid(model: CommonModelConfig) -> None:
+    total, skip = model.dcm_total_steps, model.dcm_skipping_interval_steps
+    if not 1 <= skip < total:
+        raise ConfigError(f"{M}.dcm_skipping_interval_steps={skip} must be in 1..{M}.dcm_total_steps - 1 = {total - 1}")
+
+
+def _networks(config: TrainConfig) -> None:
+    model, cp = config.model.config, config.model_parallel.context_parallel_size
+    if model.latent_hw is None and (model.resolution, model.aspect_ratio) not in PIXELS:
+        known = ", ".join(f"{r} {a}" for r, a in PIXELS)
+        asked = f"{M}.resolution={model.resolution!r} with aspect_ratio={model.aspect_ratio!r}"
+        raise ConfigError(f"{asked} is not one of {known}; or give {M}.latent_hw")
+    student = wan_config(model.net)
+    stored_text = config.dataloader_train.kind in ("latents", "prompts")
+    if stored_text and model.text_encoder_class == "umT5" and student.text_dim != UMT5_WIDTH:
+        raise ConfigError(
+            f"{M}.net.text_dim={student.text_dim} does not fit text_encoder_class=umT5 of width {UMT5_WIDTH}; "
+            "choose another net or text_encoder_class"
+        )
+    for role, net in networks(model).items():
+        knob = f"{M}.{role}"
+        wan = wan_config(net, knob=knob)
+        for name in ("text_dim", "text_len"):
+            mine, students = getattr(wan, name), getattr(student, name)
+            if mine != students:
+                raise ConfigError(f"{knob}.{name}={mine} differs from the student's {students}; all networks read the same text")
+        for name, channels in (("in_dim", wan.in_dim), ("out_dim", wan.out_dim)):
+            if channels != model.state_ch:
+                raise ConfigError(f"{knob}.{name}={channels} does not fit latents of {M}.state_ch={model.state_ch}; set one of them")
+        if wan.max_frames < model.state_t:
+            raise ConfigError(f"{M}.state_t={model.state_t} is beyond the rotary table of {knob}.max_frames={wan.max_frames}")
+        grid = wan.token_grid(*model.latent_size())
+        context = "model_parallel.context_parallel_size"
+        require_divisible(f"{knob} num_heads", value=wan.num_heads, by=cp, by_name="context_parallel_size", knob=context)
+        require_divisible(f"tokens per frame of {knob}", value=grid[0] * grid[1], by=cp, by_name="context_parallel_size", knob=context)
+
+
+def _data(config: TrainConfig) -> None:
+    model, kind = config.model.config, config.dataloader_train.kind
+    if kind == "prompts" and not (isinstance(model, CausalConfig) and model.training_type == "sf_dmd"):
+        what = model.training_type if isinstance(model, CausalConfig) else "rCM"
+        raise ConfigError(f"data=prompts has no latents, which {what} trains on (only sf_dmd is purely on-policy); use data=latents")
+    if kind == "toy" and model.text_encoder_class != "toy":
+        raise ConfigError(f"data=toy needs {M}.text_encoder_class=toy, got {model.text_encoder_class!r}")

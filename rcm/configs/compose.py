@@ -1,0 +1,199 @@
+"""Command-line overrides -> a resolved, checked, frozen `Run`. Nothing is built; every refusal names the key.
+
+Order: read the overrides, refuse unknown keys and unknown options (also with + or ++), compose with Hydra, convert into the schema,
+fill in what the environment decides, check fields against each other.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rcm import __version__
+from rcm.configs import registry_distill
+from rcm.configs.checks import check, check_mesh, missing_inputs
+from rcm.configs.convert import known_paths, plain, read, suggestions, unknown_key
+from rcm.configs.environment import EnvironmentUse, apply_environment
+from rcm.configs.schema import TrainConfig
+from rcm.configs.schema_model import CausalConfig
+from rcm.core.errors import ConfigError
+
+SHIFT3_TIMES = (0.9, 0.75, 0.5)
+"""`shift3_backward`: shift 3 of 3/4, 1/2, 1/4."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a launch asked for.
+
+    config       the resolved and checked config.
+    experiment   its name, "" if none was chosen.
+    registry     the registry module or file that provided it.
+    overrides    the command line's overrides.
+    environment  which variables decided a key, and which were overruled.
+    mesh         (dp_replicate, dp_shard, cp) for the world size it was composed for.
+    missing      files the run still needs (empty unless composed with `require_inputs=False`).
+    """
+
+    config: TrainConfig
+    experiment: str
+    registry: str
+    overrides: tuple[str, ...]
+    environment: tuple[EnvironmentUse, ...]
+    mesh: tuple[int, int, int]
+    missing: tuple[str, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """Everything as plain dicts and lists: goes into the run's folder and into its checkpoints."""
+        head = {"experiment": self.experiment, "registry": self.registry, "overrides": list(self.overrides), "rcm_version": __version__}
+        return {**head, "mesh": list(self.mesh), "environment": plain(self.environment), "config": plain(self.config)}
+
+    def to_yaml(self) -> str:
+        """The record as YAML text."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.record()))
+
+
+def compose_run(
+    overrides: Sequence[str],
+    *,
+    registry: str = registry_distill.__name__,
+    world_size: int | None = 1,
+    environ: Mapping[str, str] | None = None,
+    require_inputs: bool = True,
+) -> Run:
+    """`Run` for overrides such as `["experiment=toy_tf_c3-3", "trainer.max_iter=10"]`; the registry must be registered.
+
+    `world_size` None skips the check of ranks (for tables). `require_inputs` False lists missing checkpoints and data in `Run.missing`
+    instead of raising. Raises `ConfigError`.
+    """
+    parsed = _parse(overrides)
+    _refuse_unknown(parsed)
+    config = read(TrainConfig, _compose([_for_hydra(override) for override in parsed]))
+    experiment = next((o.value() for o in parsed if o.key_or_group == "experiment"), None) or ""
+    config, environment = apply_environment(_resolve(config, experiment, parsed), os.environ if environ is None else environ)
+    _refuse_dead_laws(config, parsed)
+    check(config)
+    mesh = check_mesh(config, world_size=world_size) if world_size else (0, 0, 0)
+    missing = tuple(missing_inputs(config))
+    if missing and require_inputs:
+        raise ConfigError(f"{experiment or 'this run'} cannot start:\n  " + "\n  ".join(missing))
+    return Run(config, experiment, registry, tuple(overrides), environment, mesh, missing)
+
+
+def groups() -> list[str]:
+    """Names of all config groups: folders of YAML files and groups in Hydra's ConfigStore."""
+    folders = [p.name for p in registry_distill.config_dir().iterdir() if p.is_dir()]
+    stored = [name for name, node in ConfigStore.instance().repo.items() if isinstance(node, dict)]
+    return sorted({*folders, *stored} - {"hydra"})
+
+
+def options(group: str) -> list[str]:
+    """Options of a config group, sorted; templates included for `experiment`."""
+    files = [p.stem for p in (registry_distill.config_dir() / group).glob("*.yaml")]
+    stored = ConfigStore.instance().repo.get(group, {})
+    return sorted({*files, *(name.removesuffix(".yaml") for name in stored)})
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            override = parser.parse_overrides([text])[0]
+        except HydraException as error:
+            raise ConfigError(f"cannot read override {text!r}: write key=value (quote lists and spaces for the shell)") from error
+        if override.is_delete():
+            raise ConfigError(f"override {text!r} deletes a key; every key has a value: set it, or choose null where null is allowed")
+        if override.is_sweep_override():
+            raise ConfigError(f"override {text!r} asks for several runs; launch one at a time (a list is written [a,b])")
+        parsed.append(override)
+    return parsed
+
+
+def _refuse_unknown(parsed: Sequence[Override]) -> None:
+    known, choosable = known_paths(TrainConfig), groups()
+    for override in parsed:
+        key = override.key_or_group
+        if key in choosable:
+            _refuse_unknown_option(key, override)
+            continue
+        for path in _paths(key, override.value()):
+            if path not in known:
+                raise unknown_key(path, known_keys=[*known, *choosable])
+
+
+def _paths(key: str, value: Any) -> list[str]:
+    """The key itself, and every key inside a value written as {a: 1, b: {c: 2}}."""
+    inner = value.items() if isinstance(value, dict) else ()
+    return [key, *(path for name, v in inner for path in _paths(f"{key}.{name}", v))]
+
+
+def _refuse_unknown_option(group: str, override: Override) -> None:
+    if override.is_add():
+        raise ConfigError(f"write {group}=NAME without +")
+    name, choices = override.value(), options(group)
+    if name in choices or (name is None and group in registry_distill.EXTRA_NETS):
+        return
+    if not isinstance(name, str):
+        raise ConfigError(f"{group} is chosen by name: {group}={'|'.join(choices[:4])}")
+    if group != "experiment":
+        raise ConfigError(f"unknown {group}={name!r}; choose from {', '.join(choices)}")
+    plain_name = name.removesuffix("_debug").removesuffix("_replayed")
+    if "_replayed" in name and plain_name in choices and not plain_name.endswith("_debug"):
+        raise ConfigError(f"unknown experiment {name!r}: _replayed exists for self-forced experiments (sf_dmd) only, which have a rollout")
+    near = suggestions(name, choices, limit=4)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`python -m scripts.train --list` shows all"
+    raise ConfigError(f"unknown experiment {name!r}; {hint}")
+
+
+def _for_hydra(override: Override) -> str:
+    """The override's text; Hydra leaves an optional network out when told ~net_fake_score, and breaks on net_fake_score=null."""
+    left_out = override.key_or_group in registry_distill.EXTRA_NETS and override.value() is None
+    return f"~{override.key_or_group}" if left_out else override.input_line
+
+
+def _compose(overrides: Sequence[str]) -> Any:
+    try:
+        with initialize_config_dir(config_dir=str(registry_distill.config_dir()), version_base="1.3"):
+            return OmegaConf.to_container(compose("train", overrides=list(overrides)), resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        refused = re.search(r"Could not override '([^']+)'", str(error))
+        if refused:  # the key is known to the schema, but this run has no such group
+            raise ConfigError(
+                f"key {refused[1]!r} does not exist in this run: it belongs to the other model family (causal or bidirectional rCM), "
+                "or to a network that is null (choose one first, as in net_fake_score=NAME)"
+            ) from error
+        raise ConfigError(f"the config does not compose: {error}") from error
+
+
+def _resolve(config: TrainConfig, experiment: str, parsed: Sequence[Override]) -> TrainConfig:
+    """Fill the run's name, and replace switches that stand for values by the values."""
+    job = replace(config.job, name=config.job.name or experiment or "run")
+    model = config.model.config
+    if isinstance(model, CausalConfig) and model.shift3_backward:
+        if any(o.key_or_group == "model.config.backward_timesteps" for o in parsed) and model.backward_timesteps != SHIFT3_TIMES:
+            raise ConfigError("model.config.shift3_backward=True contradicts model.config.backward_timesteps; give one of them")
+        model = replace(model, backward_timesteps=SHIFT3_TIMES)
+    return replace(config, job=job, model=replace(config.model, config=model))
+
+
+def _refuse_dead_laws(config: TrainConfig, parsed: Sequence[Override]) -> None:
+    """An explicitly set number that the chosen time law does not read."""
+    for law_key in ("p_G", "p_D"):
+        law = getattr(config.model.config, law_key).law
+        dead = ("shift",) if law == "lognormal" else ("p_mean", "p_std")
+        for name in dead:
+            key = f"model.config.{law_key}.{name}"
+            if any(o.key_or_group == key for o in parsed):
+                raise ConfigError(f"{key} has no effect while model.config.{law_key}.law={law}; set the law too")

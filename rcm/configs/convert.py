@@ -1,0 +1,168 @@
+"""Mapping <-> frozen dataclasses, with the exact key named in every error. No Hydra here.
+
+`read` is strict: unknown keys, wrong types and values outside an enumeration raise `ConfigError`; nothing is dropped or guessed.
+Conveniences: a float may be a fraction ("15/16"), an int may be an integral float (1e5), a text may be a number.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from fractions import Fraction
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from rcm.core.errors import ConfigError
+
+
+def read(cls: type, data: Mapping[str, Any], *, path: str = "") -> Any:
+    """Instance of dataclass `cls` from a plain mapping; keys left out keep their default. `path` is the name of `data` in messages."""
+    if not isinstance(data, Mapping):
+        names = ", ".join(f.name for f in fields(cls))
+        raise ConfigError(f"{path or 'the config'} must be a group of keys, got {data!r}; keys: {names}")
+    known = {f.name: f for f in fields(cls)}
+    for key in data:
+        if key not in known:
+            raise unknown_key(_join(path, str(key)), known_keys=[_join(path, name) for name in known])
+    hints = _hints(cls)
+    values = {}
+    for name, value in data.items():
+        hint = _variant(known[name], data, path) or hints[name]
+        values[name] = _convert(hint, value, _join(path, name))
+    return cls(**values)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and tuples as nested dicts and lists (the inverse of `read`, ready for YAML)."""
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    return [plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def get_key(config: Any, key: str) -> Any:
+    """Value at a dotted path."""
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def known_paths(cls: type, *, path: str = "") -> dict[str, Any]:
+    """Dotted path -> default of every key below `cls`, groups included; optional groups and variants are walked too."""
+    found: dict[str, Any] = {}
+    hints = _hints(cls)
+    for f in fields(cls):
+        here = _join(path, f.name)
+        found[here] = _default(f)
+        for inner in _dataclasses_in(f, hints[f.name]):
+            for key, default in known_paths(inner, path=here).items():
+                found.setdefault(key, default)
+    return found
+
+
+def unknown_key(key: str, *, known_keys: Iterable[str]) -> ConfigError:
+    """The error for a key that does not exist, with the nearest known ones."""
+    near = suggestions(key, known_keys)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; `--dryrun` prints every key"
+    return ConfigError(f"unknown key {key!r}{hint}")
+
+
+def suggestions(word: str, known: Iterable[str], *, limit: int = 3) -> list[str]:
+    """Known names close to `word`: those with the same last part first, then by similarity of the whole or of the last part."""
+    known = list(known)
+    leaf = word.rsplit(".", 1)[-1]
+    leaves = {k.rsplit(".", 1)[-1]: k for k in sorted(known, key=len, reverse=True)}
+    exact = sorted((k for k in known if k.rsplit(".", 1)[-1] == leaf), key=lambda k: -difflib.SequenceMatcher(None, word, k).ratio())
+    close = difflib.get_close_matches(word, known, n=limit, cutoff=0.75)
+    similar = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=limit, cutoff=0.65)]
+    return list(dict.fromkeys([*exact, *close, *similar]))[:limit]
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _default(f: Field) -> Any:
+    if f.default is not MISSING:
+        return f.default
+    return f.default_factory() if f.default_factory is not MISSING else None
+
+
+def _dataclasses_in(f: Field, hint: Any) -> list[type]:
+    if "variants" in f.metadata:
+        return list(f.metadata["variants"].values())
+    return [h for h in (hint, *get_args(hint)) if is_dataclass(h)]
+
+
+def _variant(f: Field, data: Mapping[str, Any], path: str) -> type | None:
+    """The class of a tagged union: the sibling key named by metadata `tag` selects it."""
+    if "variants" not in f.metadata:
+        return None
+    variants, tag = f.metadata["variants"], f.metadata["tag"]
+    if data.get(tag) not in variants:
+        raise ConfigError(f"{_join(path, tag)}={data.get(tag)!r} must be one of {', '.join(variants)}")
+    return variants[data[tag]]
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, path)
+    if is_dataclass(hint):
+        return read(hint, value, path=path)
+    if origin is Literal:
+        return _literal(args, value, path)
+    if origin is tuple:
+        return _tuple(args, value, path)
+    return _scalar(hint, value, path)
+
+
+def _literal(allowed: tuple[Any, ...], value: Any, path: str) -> Any:
+    for choice in allowed:
+        if value == choice and isinstance(value, bool) == isinstance(choice, bool):
+            return choice
+    near = suggestions(str(value), [str(a) for a in allowed], limit=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"{path}={value!r} must be one of {', '.join(repr(a) for a in allowed)}{hint}")
+
+
+def _tuple(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{path}={value!r} must be a list, such as {path}=[...]")
+    if args[-1] is Ellipsis:
+        return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+    if len(value) != len(args):
+        raise ConfigError(f"{path}={list(value)!r} must have {len(args)} entries, got {len(value)}")
+    return tuple(_convert(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+
+
+def _scalar(hint: type, value: Any, path: str) -> Any:
+    names = {bool: "true or false", int: "an integer", float: "a number (fractions such as 15/16 are fine)", str: "a text"}
+    wrong = ConfigError(f"{path}={value!r} must be {names[hint]}")
+    if isinstance(value, bool) or hint is bool:
+        if hint is bool and isinstance(value, bool):
+            return value
+        raise wrong
+    if hint is str and isinstance(value, str | int | float):
+        return str(value)
+    if hint is int and isinstance(value, int | float) and math.isfinite(value) and value == int(value):
+        return int(value)
+    if hint is float and isinstance(value, str) and "/" in value:
+        try:
+            return float(Fraction(value))
+        except (ValueError, ZeroDivisionError):
+            raise wrong from None
+    if hint is float and isinstance(value, int | float):
+        if not math.isfinite(value):
+            raise ConfigError(f"{path}={value!r} must be finite")
+        return float(value)
+    raise wrong

@@ -1,0 +1,43 @@
+"""What a net config means in numbers: the network's sizes and its parameters. Nothing is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+from rcm.configs.schema_model import CommonModelConfig, NetConfig
+from rcm.core.errors import ConfigError
+from rcm.nets.wan.config import PRESETS, WanConfig
+
+ROLES = ("net", "net_teacher", "net_causal_teacher", "net_bidirectional_teacher", "net_fake_score")
+"""Keys of `model.config` that hold a network."""
+
+_SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "freq_dim", "text_dim", "text_len", "max_frames")
+
+
+def wan_config(net: NetConfig, *, knob: str = "model.config.net") -> WanConfig:
+    """The network's sizes: its preset with the given numbers put in. `ConfigError` on an unknown preset."""
+    if net.preset not in PRESETS:
+        raise ConfigError(f"{knob}.preset={net.preset!r} must be one of {', '.join(PRESETS)}")
+    given = {name: getattr(net, name) for name in _SIZES if getattr(net, name) is not None}
+    try:
+        return replace(PRESETS[net.preset], **given)
+    except ConfigError as error:
+        raise ConfigError(f"{knob}: {error}") from error
+
+
+def networks(config: CommonModelConfig) -> dict[str, NetConfig]:
+    """Key -> net config of every network that this run has."""
+    found = {role: getattr(config, role, None) for role in ROLES}
+    return {role: net for role, net in found.items() if net is not None}
+
+
+@cache
+def parameter_count(net: NetConfig) -> int:
+    """Parameters of the network, counted on the meta device."""
+    import torch
+
+    from rcm.nets.wan.model import WanDiT
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in WanDiT(wan_config(net)).parameters())

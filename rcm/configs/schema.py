@@ -1,0 +1,108 @@
+"""Every key a user may set, with type, default, unit and meaning: the part that is common to all stages.
+
+Frozen dataclasses, no Hydra: `rcm.configs.convert` reads a composed mapping into them and names unknown or mistyped keys. The keys of
+`model.config` stand in `rcm.configs.schema_model`. Keys and defaults: spec/algorithms 5.2 to 5.4, 6.12, 6.13.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rcm.configs.schema_model import CausalConfig, OptimizerConfig, RCMConfig, SchedulerConfig
+
+MODEL_VARIANTS = {"fsdp_t2v_causal": CausalConfig, "fsdp_t2v_distill_rcm": RCMConfig}
+"""Options of the `model` group: which class `model.config` has."""
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """Names of a run. Files go to `<output_root>/<project>/<group>/<name>`."""
+
+    project: str = "rcm"  # first folder below the output root, and the wandb project
+    group: str = ""  # second folder, and the wandb group ("" = left out)
+    name: str = ""  # third folder, and the wandb run name ("" = the experiment's name)
+    output_root: str = ""  # "" = environment IMAGINAIRE_OUTPUT_ROOT, else "outputs"
+    wandb_mode: Literal["", "disabled", "offline", "online"] = ""  # "" = environment WANDB_MODE, else disabled
+    wandb_project: str = ""  # "" = environment WANDB_PROJECT, else job.project
+    wandb_entity: str = ""  # "" = environment WANDB_ENTITY, else wandb's own default
+
+
+@dataclass(frozen=True)
+class ModelNode:
+    """The model: which family of keys, and the keys."""
+
+    name: Literal["fsdp_t2v_causal", "fsdp_t2v_distill_rcm"] = "fsdp_t2v_causal"  # chosen with model=NAME (a method implies it)
+    config: CausalConfig | RCMConfig = field(default_factory=CausalConfig, metadata={"tag": "name", "variants": MODEL_VARIANTS})
+
+
+@dataclass(frozen=True)
+class ModelParallelConfig:
+    """How one sample is spread over ranks."""
+
+    context_parallel_size: int = 1  # ranks that share one sample (Ulysses); divides heads and tokens per frame
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Sample videos during training."""
+
+    every_n: int = 0  # iterations between sample grids of the live student; 0 = never
+    ema_every_n: int = 0  # the same for the EMA weights; 0 = never
+    num_samples: int = 5  # prompts per grid
+    run_at_start: bool = False  # also before the first iteration
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The loop. An iteration is one optimiser step of any role: student and fake-score updates both count."""
+
+    max_iter: int = 100_000  # iterations of either kind
+    grad_accum_iter: int = 1  # micro-batches per iteration
+    logging_iter: int = 50  # iterations between log lines
+    seed: int = 0  # key of every random draw, with (step, data rank, purpose)
+    nan_policy: Literal["stop", "skip_sample"] = "stop"  # skip_sample zeroes a sample whose tangent or output has a NaN and counts it
+    nan_sample_limit: float = 0.01  # skip_sample: largest share of skipped samples before the run stops anyway
+    guard_tangents: bool = True  # check on the first step that no module drops a tangent
+    progress_bar: bool = True  # on rank 0
+    profile_iter: int = 0  # iteration to record with the profiler; 0 = none
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    save_iter: int = 500  # iterations between checkpoints
+    keep_last: int = 0  # number of checkpoints kept; 0 = all
+    load_path: str = ""  # checkpoint to continue from; "" = the newest one in this run's folder, if any
+    load_training_state: bool = True  # also optimisers, step, data position (False: weights only, the run starts at 0)
+    strict_resume: bool = True  # False: missing or foreign keys are listed in the log instead of stopping the run
+    dcp_async_mode_enabled: bool = False  # write in the background
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where batches come from."""
+
+    kind: Literal["fake", "toy", "latents", "prompts"] = "latents"  # set by data=NAME
+    tar_path_pattern: str = ""  # latents: shards with latent.pt, embed.pt, prompt.txt (glob or {0000..0099}); prompts: text file or shards
+    batch_size: int = 1  # samples per data rank and micro-batch
+    num_workers: int = 8  # loader processes; 0 = in the training process
+    prefetch_factor: int = 2  # batches each worker prepares ahead
+    shuffle_seed: int = 0  # permutation of shards and samples per epoch
+    num_videos: int = 512  # toy: size of the procedural data set
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole training run, as `rcm.configs.compose.compose_run` returns it: resolved and checked."""
+
+    job: JobConfig = field(default_factory=JobConfig)
+    model: ModelNode = field(default_factory=ModelNode)
+    model_parallel: ModelParallelConfig = field(default_factory=ModelParallelConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    dataloader_train: DataConfig = field(default_factory=DataConfig)

@@ -1,0 +1,38 @@
+"""Settings of every test: one thread, no network, GPU tests skipped with a reason where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Two workers share two cores: more threads per process only make them wait for each other."""
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say why a GPU test did not run."""
+    if torch.cuda.is_available():
+        return
+    reason = pytest.mark.skip(reason="needs a CUDA device, this machine has none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(reason)
+
+
+@pytest.fixture(autouse=True)
+def _same_defaults() -> object:
+    """No test leaves torch's default dtype or gradient mode changed for the next one."""
+    yield
+    changed = torch.get_default_dtype() is not torch.float32 or not torch.is_grad_enabled()
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    assert not changed, "the test left torch's default dtype or gradient mode changed"
