@@ -66,6 +66,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hop", type=int, help="videos: distance of two samples of a clip in frames (default: end to end)")
     parser.add_argument("--skip-bad-clips", action="store_true", help="videos: warn about unreadable or short clips and go on")
     parser.add_argument("--codec", choices=tuple(CODECS), help="latent scaling (default: toy for toy videos, natural for real ones)")
+    parser.add_argument("--temporal-stride", type=int, default=2, help="toy codec: frames per latent frame, as model.config.tokenizer")
+    parser.add_argument("--spatial-stride", type=int, default=2, help="toy codec: pixels per latent cell, as model.config.tokenizer")
     parser.add_argument("--text-len", type=int, default=8, help="rows of a text embedding, end token included")
     parser.add_argument("--text-dim", type=int, default=64, help="width of a text embedding")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="stored number format")
@@ -100,6 +102,11 @@ def toy_world(options: argparse.Namespace) -> ToyWorld:
 def codec_name(options: argparse.Namespace) -> str:
     """The codec asked for, else the one that fits the source."""
     return options.codec or ("natural" if options.source == "videos" else "toy")
+
+
+def toy_codec(options: argparse.Namespace) -> ToyCodec:
+    """The codec of the options' strides."""
+    return ToyCodec(temporal_stride=options.temporal_stride, spatial_stride=options.spatial_stride)
 
 
 def build(options: argparse.Namespace) -> list[Path]:

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from rcm.configs import registry_distill
+from rcm.configs.compose import compose_run
 from rcm.evaluation.report import write_report
 from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
 from rcm.pipelines.video_io import contact_sheet, write_mp4
@@ -34,6 +36,8 @@ from scripts.demo_world import DATA_ARGUMENTS, WORLD
 PATTERNS = ("c3-3", "c1-1")
 STEPS = ((4,), (4, 2), (4, 1))
 """Steps of the first and of later chunks: the 4-, 2- and 1-step samplers (spec/causal_inference 2)."""
+
+VERDICTS = {True: "pass", False: "FAIL", None: "  - "}
 
 LONG_FRAMES = 65
 """Pixel frames of the long streams: four windows of 17 that share their border frames."""
@@ -69,8 +73,9 @@ FIRST = Stage("bidirectional", "toy_bidirectional")
 class Demo:
     """State of one demo run: its folder, its seconds per stage, its scores."""
 
-    def __init__(self, folder: Path, *, iterations_scale: float, num_videos: int) -> None:
+    def __init__(self, folder: Path, stages: Sequence[Stage], *, iterations_scale: float, num_videos: int) -> None:
         self.folder, self.scale, self.num_videos = folder, iterations_scale, num_videos
+        self.iterations = {stage.experiment: published_iterations(stage.experiment) for stage in stages} if iterations_scale != 1 else {}
         self.seconds: dict[str, float] = {}
         self.world = ToyWorld(WORLD)
         self.scorer = ToyScorer(self.world)
@@ -102,18 +107,10 @@ class Demo:
             *(f"model.config.{key}={self.run(source)}" for key, source in stage.feeds.items()),
         ]
         if self.scale != 1:
-            overrides.append(f"trainer.max_iter={max(2, round(self.iterations(stage) * self.scale))}")
+            overrides.append(f"trainer.max_iter={max(2, round(self.iterations[stage.experiment] * self.scale))}")
         _call([sys.executable, "-m", "scripts.train", *overrides], log=self.folder / "logs" / f"{stage.name}.log", threads=threads)
         self.seconds[stage.name] = time.perf_counter() - begin
         print(f"  {stage.name:<16} trained in {self.seconds[stage.name]:5.0f} s", flush=True)
-
-    def iterations(self, stage: Stage) -> int:
-        """max_iter of the stage's experiment."""
-        from rcm.configs import registry_distill
-        from rcm.configs.compose import compose_run
-
-        registry_distill.register()
-        return compose_run([f"experiment={stage.experiment}"], require_inputs=False).config.trainer.max_iter
 
     def run(self, name: str) -> Path:
         """Job folder of a stage."""
@@ -161,6 +158,12 @@ class Demo:
         self.videos.append(
             {"title": label, "caption": caption, "path": f"videos/{stem}.mp4", "poster": f"videos/{stem}.png", "group": name}
         )
+
+
+def published_iterations(experiment: str) -> int:
+    """`trainer.max_iter` of an experiment."""
+    registry_distill.register()
+    return compose_run([f"experiment={experiment}"], require_inputs=False).config.trainer.max_iter
 
 
 def sampling_plans(model: LoadedModel) -> list[tuple[str, SamplingRecipe | None]]:
@@ -233,7 +236,7 @@ def _print_table(demo: Demo, verdicts: dict[str, tuple[str, bool | None]]) -> No
         print(f"{name:<16} streamed {LONG_FRAMES} frames: adherence drifts by {drift['drift over 4 windows']:+.1f}")
     print()
     for name, (sentence, passed) in verdicts.items():
-        print(f"{'pass' if passed else 'FAIL'}  {name:<16} {sentence}")
+        print(f"{VERDICTS[passed]}  {name:<16} {sentence}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -246,9 +249,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
     if args.out.exists():
         shutil.rmtree(args.out)
-    demo = Demo(args.out, iterations_scale=args.scale, num_videos=args.videos)
     branches = [branch(pattern) for pattern in PATTERNS]
     stages = (FIRST, *(stage for one in branches for stage in one))
+    demo = Demo(args.out, stages, iterations_scale=args.scale, num_videos=args.videos)
     print(f"training {len(stages)} stages on {os.cpu_count()} cores; logs in {args.out / 'logs'}", flush=True)
     demo.build_data()
     demo.train(FIRST, threads=max(1, min(2, os.cpu_count() or 1)))

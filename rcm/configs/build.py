@@ -29,6 +29,9 @@ from rcm.train.state import TrainState
 from rcm.train.step import StepConfig
 from rcm.train.trainer import Outcome, Trainer, TrainerConfig
 
+UNCHECKED = ".config.yaml"
+"""Name of a run's record until everything is loaded: a launch that is refused leaves the record of the run before it."""
+
 
 def job_folder(run: Run) -> Path:
     """`<output_root>/<project>/<group>/<name>` of a run (empty parts left out; the name defaults to the experiment's)."""
@@ -68,6 +71,8 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
         asynchronous=config.checkpoint.dcp_async_mode_enabled,
     )
     _resume(config, checkpointer, state, loader)
+    if dims.rank == 0:
+        (folder / UNCHECKED).replace(folder / "config.yaml")  # the run fits what the folder holds
     return Trainer(
         method,
         loader,
@@ -123,10 +128,10 @@ def _bidirectional_sampler(model) -> dict:
 
 
 def _prepare_folder(folder: Path, run: Run) -> None:
-    """Create the job's folder and record the resolved run in it; an `OSError` names the folder."""
+    """Create the job's folder and write the resolved run into it, not yet in place of an earlier one; an `OSError` names the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.yaml", run.to_yaml())
+        write_atomically(folder / UNCHECKED, run.to_yaml())
     except OSError as error:
         raise OSError(
             f"cannot write to the job folder {folder}: {error.strerror or error}; set job.output_root or IMAGINAIRE_OUTPUT_ROOT"

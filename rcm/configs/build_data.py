@@ -17,6 +17,8 @@ from rcm.data.fake import FakeLatents
 from rcm.data.latents import LatentShards
 from rcm.data.loader import Loader, Source
 from rcm.data.prompts import Prompts, read_prompts
+from rcm.data.shard_writer import MANIFEST, read_manifest
+from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.condition import Condition
 from rcm.parallel.mesh import ParallelDims
 from rcm.worlds.toy_codec import ToyCodec
@@ -61,7 +63,7 @@ def _source(run: TrainConfig) -> Source:
             codec = toy_codec(model)
             return ToyLatents(toy_world(model), codec, toy_text(model), num=data.num_videos, seed=data.shuffle_seed)
         case "latents":
-            return LatentShards(
+            shards = LatentShards(
                 data.tar_path_pattern,
                 num_latent_frames=frames,
                 latent_channels=channels,
@@ -69,6 +71,9 @@ def _source(run: TrainConfig) -> Source:
                 text_shape=text_shape,
                 cache_bytes=LATENT_CACHE_BYTES,
             )
+            if _wants_trajectories(model):
+                _check_trajectories(model, {shard.path.parent for shard in shards.shards})
+            return shards
         case "prompts":
             return _PromptedShapes(Prompts(read_prompts(data.tar_path_pattern), encode=_encoder(model)), latent_shape(model))
     raise ConfigError(f"dataloader_train.kind={data.kind!r} has no source")
@@ -76,6 +81,22 @@ def _source(run: TrainConfig) -> Source:
 
 def _wants_trajectories(model: CommonModelConfig) -> bool:
     return isinstance(model, CausalConfig) and model.training_type in ("tf_kd", "df_kd")
+
+
+def _check_trajectories(model: CausalConfig, folders: set[Path]) -> None:
+    """Shards that say how their trajectories were made must be made for this run: their number of states alone would not tell."""
+    mine = {"training_type": model.training_type, "kd_timesteps": list(model.kd_timesteps)}
+    if model.training_type == "tf_kd":
+        mine["pattern"] = BlockPattern(model.first_chunk_t, model.chunk_t).name
+    for folder in sorted(folders):
+        stored = read_manifest(folder)
+        for key in mine:
+            if key in stored and stored[key] != mine[key]:
+                knob = "first_chunk_t / chunk_t" if key == "pattern" else key
+                raise ConfigError(
+                    f"the trajectories in {folder} were built for {key}={stored[key]} (its {MANIFEST}), the run has {key}={mine[key]}; "
+                    f"change model.config.{knob} or dataloader_train.tar_path_pattern"
+                )
 
 
 class _PromptedShapes:

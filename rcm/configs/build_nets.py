@@ -58,7 +58,7 @@ def read_checkpoint(path: str | Path, *, knob: str) -> dict[str, Tensor]:
             raise CheckpointError(f"it holds a {type(state).__name__}, not a state dict")
         return to_wan(state)
     except Exception as error:
-        reason = str(error).split("\n")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise CheckpointError(f"{knob}={path} cannot be read ({type(error).__name__}: {reason}); it is damaged or not a checkpoint") from error
 
 
@@ -106,4 +106,4 @@ def _size(network: Mapping[str, object]) -> str:
 def _said(checkpoint: str) -> str:
     """Which network a checkpoint says it holds; nothing for a file that does not describe itself."""
     found = describe(checkpoint)
-    return "" if found is None else f", which holds {found.network_name or 'a network'} of {_size(found.network)},"
+    return "" if found is None else f", which holds {found.network_name or 'a network'} of {_size(found.network)}"

@@ -70,12 +70,12 @@ def missing_inputs(config: TrainConfig) -> list[str]:
     if data.kind in ("latents", "prompts"):
         if not data.tar_path_pattern:
             missing.append(f"dataloader_train.tar_path_pattern is empty: data={data.kind} reads its shards there (data=fake needs none)")
-        elif _guided(model) and not model.neg_embed_path and not model.text_encoder_path:
+        elif _guided(model) and not model.neg_embed_path and not model.text_encoder_path and model.text_encoder_class != "toy":
             missing.append(f"{M}.neg_embed_path is empty: guidance needs the negative prompt's embedding (or {M}.text_encoder_path)")
     if data.kind == "toy" and isinstance(model, CausalConfig) and model.training_type in ("tf_kd", "df_kd"):
         missing.append(
             f"dataloader_train.kind=toy has no ODE trajectories, which training_type={model.training_type} learns from: "
-            "data=latents with shards that hold them (data=fake for a dry run)"
+            "data=toy_shards with shards of scripts.build_ode_pairs (data=fake for a dry run)"
         )
     if config.checkpoint.load_path and not Path(config.checkpoint.load_path).exists():
         missing.append(f"checkpoint.load_path={config.checkpoint.load_path!r} does not exist")

@@ -18,10 +18,13 @@ import torch
 
 from rcm.core.errors import ConfigError
 from rcm.data.batch import LatentBatch
-from rcm.data.tar_index import ShardError, ShardIndex, index_shard
+from rcm.data.tar_index import CONTEXT, FIELDS, ShardError, ShardIndex, index_shard
 
 PATTERN_KNOB = "dataloader_train.tar_path_pattern"
-_LATENT, _EMBED, _PROMPT = range(3)
+_LATENT, _EMBED, _PROMPT, _CONTEXT = range(4)
+
+_Sample = tuple[torch.Tensor, torch.Tensor, str, torch.Tensor | None]
+"""Latents, text embedding, prompt, context."""
 
 
 def expand_pattern(pattern: str) -> list[Path]:
@@ -57,9 +60,9 @@ class LatentShards:
 
     `num_latent_frames`: take the first that many latent frames of each sample (None: all). `latent_channels`, `latent_size` (H, W),
     `text_shape` (most rows L, E): refuse samples that differ (None: whatever the first sample has, since a batch needs equal shapes).
-    `cache_bytes`: keep decoded samples in
-    memory up to this many bytes. Raises `ConfigError` for a pattern without files and for shapes that contradict the settings,
-    `ShardError` for damage, both naming shard and member.
+    `cache_bytes`: keep decoded samples in memory up to this many bytes. Trajectories [K, C, T, H, W] arrive as `LatentBatch.trajectory`,
+    with `context.pt` as `latents` where the shards have it, else the trajectory's clean end. Raises `ConfigError` for a pattern without
+    files and for shapes that contradict the settings, `ShardError` for damage, both naming shard and member.
     """
 
     def __init__(
@@ -75,7 +78,11 @@ class LatentShards:
         self.shards: list[ShardIndex] = [index_shard(path) for path in expand_pattern(tar_path_pattern)]
         self._first = np.cumsum([0] + [len(shard.keys) for shard in self.shards])
         self._frames, self._channels, self._size, self._text_shape = num_latent_frames, latent_channels, latent_size, text_shape
-        self._cache: dict[int, tuple[torch.Tensor, torch.Tensor, str]] = {}
+        with_context = [shard.path for shard in self.shards if CONTEXT in shard.fields]
+        if len(with_context) not in (0, len(self.shards)):
+            without = next(shard.path for shard in self.shards if CONTEXT not in shard.fields)
+            raise ConfigError(f"{with_context[0]} has {CONTEXT} members and {without} has none: two kinds of data; change {PATTERN_KNOB}")
+        self._cache: dict[int, _Sample] = {}
         self._cache_room = cache_bytes
 
     def __len__(self) -> int:
@@ -98,8 +105,9 @@ class LatentShards:
                 names = [f"{self._name(i, part)} {tuple(s[part].shape)}" for i, s in zip(indices, samples, strict=True)]
                 raise ConfigError(f"{what} of one batch differ in shape: {'; '.join(names)}; use shards of one shape")
         stacked = torch.stack([sample[0] for sample in samples])
+        clean = stacked[:, 0] if stacked.ndim == 6 else stacked
         return LatentBatch(
-            latents=stacked[:, 0] if stacked.ndim == 6 else stacked,
+            latents=clean if samples[0][3] is None else torch.stack([sample[3] for sample in samples]),
             cond=torch.stack([sample[1] for sample in samples]),
             prompts=[sample[2] for sample in samples],
             keys=[self._locate(index)[0].keys[self._locate(index)[1]] for index in indices],
@@ -116,7 +124,7 @@ class LatentShards:
         shard, sample = self._locate(index)
         return f"{shard.path}: {shard.member(sample, field)}"
 
-    def _sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor, str]:
+    def _sample(self, index: int) -> _Sample:
         if index in self._cache:
             return self._cache[index]
         shard, sample = self._locate(index)
@@ -133,11 +141,23 @@ class LatentShards:
             prompt = shard.read(sample, _PROMPT).decode("utf-8")
         except UnicodeDecodeError as error:
             raise ShardError(f"shard {self._name(index, _PROMPT)} is not UTF-8: {error}") from error
-        result = (latents, text, prompt)
-        bytes_used = latents.nbytes + text.nbytes
+        context = self._context(shard, sample, latents) if CONTEXT in shard.fields else None
+        result = (latents, text, prompt, context)
+        bytes_used = latents.nbytes + text.nbytes + (0 if context is None else context.nbytes)
         if bytes_used <= self._cache_room:
             self._cache[index], self._cache_room = result, self._cache_room - bytes_used
         return result
+
+    def _context(self, shard: ShardIndex, sample: int, latents: torch.Tensor) -> torch.Tensor:
+        """The data's latents [C, T, H, W] of a trajectory `latents`, cut to the same frames."""
+        name = f"{shard.path}: {shard.member(sample, _CONTEXT)}"
+        context = self._check_latents(self._tensor(shard, sample, _CONTEXT), name)
+        if latents.ndim != 5 or context.shape != latents.shape[1:]:
+            raise ConfigError(
+                f"{name} has shape {tuple(context.shape)}, beside {FIELDS[0]} {tuple(latents.shape)}; "
+                f"it belongs to a trajectory [K, C, T, H, W] of its own shape; change {PATTERN_KNOB}"
+            )
+        return context
 
     def _tensor(self, shard: ShardIndex, sample: int, field: int) -> torch.Tensor:
         name = f"shard {shard.path}: member {shard.member(sample, field)}"
@@ -170,7 +190,8 @@ class LatentShards:
             )
         if self._size is not None and tuple(latents.shape[-2:]) != tuple(self._size):
             raise ConfigError(
-                f"{name} has latent frames of {latents.shape[-2]} x {latents.shape[-1]}, the run is set to {self._size[0]} x {self._size[1]}; "
+                f"{name} has latent frames of {latents.shape[-2]} x {latents.shape[-1]}, "
+                f"the run is set to {self._size[0]} x {self._size[1]}; "
                 f"change model.config.latent_hw (or resolution and aspect_ratio) or {PATTERN_KNOB}"
             )
         return latents if self._frames is None else latents[..., : self._frames, :, :].clone()

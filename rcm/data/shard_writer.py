@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tarfile
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +16,28 @@ import torch
 from loguru import logger
 
 from rcm.core.errors import ConfigError
-from rcm.data.tar_index import FIELDS, INDEX_SUFFIX, ShardError, scan_shard, write_index
+from rcm.data.tar_index import CONTEXT, FIELDS, INDEX_SUFFIX, ShardError, scan_shard, write_index
 
 MANIFEST = "dataset.json"
 
 
 @dataclass(frozen=True)
 class ShardSample:
-    """One sample to store: `latents` [C, T, h, w] or [K, C, T, h, w], `text` [L, E], `prompt`; dtypes are stored as given."""
+    """One sample to store: `latents` [C, T, h, w] or [K, C, T, h, w], `text` [L, E], `prompt`; dtypes are stored as given.
+
+    `context` [C, T, h, w]: the data's latents, for a trajectory whose clean end is not the data; in all samples of a shard or in none.
+    """
 
     latents: torch.Tensor
     text: torch.Tensor
     prompt: str
+    context: torch.Tensor | None = None
+
+    def members(self) -> dict[str, bytes]:
+        """Contents by member name."""
+        contents = (_tensor_bytes(self.latents), _tensor_bytes(self.text), self.prompt.encode())
+        found = dict(zip(FIELDS, contents, strict=True))
+        return found if self.context is None else {**found, CONTEXT: _tensor_bytes(self.context)}
 
 
 def shard_name(number: int) -> str:
@@ -46,8 +57,7 @@ def write_shard(path: Path, samples: Iterable[ShardSample], *, first_key: int) -
         with open(temporary, "wb") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
                 for count, sample in enumerate(samples, 1):
-                    contents = (_tensor_bytes(sample.latents), _tensor_bytes(sample.text), sample.prompt.encode())
-                    for field, data in zip(FIELDS, contents, strict=True):
+                    for field, data in sample.members().items():
                         info = tarfile.TarInfo(f"{first_key + count - 1:09d}.{field}")
                         info.size, info.mode = len(data), 0o644
                         archive.addfile(info, io.BytesIO(data))
@@ -77,8 +87,11 @@ def build_shards(
     shard_size: int,
     recipe: Mapping[str, object],
     make: Callable[[int, int], Iterable[ShardSample]],
+    part: tuple[int, int] = (0, 1),
 ) -> list[Path]:
     """Write samples 0 .. num_samples - 1 as shards of `shard_size`, and continue a build that was stopped; returns the shards' paths.
+
+    `part` (i, n): only shards i, i + n, i + 2n, ..., so that n processes may share a build; their paths alone are returned.
 
     `make(start, stop)` yields those samples, whatever was written before. `recipe` says what they are made of: it is stored in
     `dataset.json` first, and a folder built by another recipe is refused with `ConfigError` naming what differs. Whole shards are kept; a
@@ -86,9 +99,13 @@ def build_shards(
     """
     if num_samples < 1 or shard_size < 1:
         raise ConfigError(f"a data set needs at least one sample and one per shard, got num={num_samples}, shard_size={shard_size}")
+    if not 0 <= part[0] < part[1]:
+        raise ConfigError(f"part {part[0]} of {part[1]} does not exist; parts of a build count from 0")
     _claim(folder, {**recipe, "num_samples": num_samples, "shard_size": shard_size})
     paths = []
     for number, start in enumerate(range(0, num_samples, shard_size)):
+        if number % part[1] != part[0]:
+            continue
         path, stop = folder / shard_name(number), min(start + shard_size, num_samples)
         paths.append(path)
         if path.is_file() and _is_whole(path, stop - start):
@@ -99,6 +116,17 @@ def build_shards(
             path.with_name(path.name + INDEX_SUFFIX).unlink(missing_ok=True)
             raise ShardError(f"shard {path} got {written} of {stop - start} samples from its source; it was removed")
     return paths
+
+
+def read_manifest(folder: Path) -> dict[str, object]:
+    """What the data set in `folder` was made from; empty without a `dataset.json`. `ConfigError` if that is damaged."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return {}
+    try:
+        return json.loads(manifest.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{manifest} is not JSON ({error}); it was damaged") from error
 
 
 def _claim(folder: Path, recipe: Mapping[str, object]) -> None:
@@ -113,7 +141,7 @@ def _claim(folder: Path, recipe: Mapping[str, object]) -> None:
                 told = "; ".join(f"{k}: there {stored.get(k)!r}, asked {wanted.get(k)!r}" for k in differing)
                 raise ConfigError(f"{folder} holds a data set built otherwise ({told}); choose another output folder")
             return
-        temporary = folder / f".{MANIFEST}.partial"
+        temporary = folder / f".{MANIFEST}.{uuid.uuid4().hex}.partial"  # several processes may begin at once
         temporary.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n")
         os.replace(temporary, manifest)
     except json.JSONDecodeError as error:

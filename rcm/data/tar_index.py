@@ -17,6 +17,9 @@ import numpy as np
 from loguru import logger
 
 FIELDS = ("latent.pt", "embed.pt", "prompt.txt")
+CONTEXT = "context.pt"
+"""Further member of trajectory shards whose clean end is not the data (TF-KD): the data's latents; in all samples of a shard or in none."""
+
 INDEX_SUFFIX = ".index.json"
 _END = bytes(2 * tarfile.BLOCKSIZE)
 
@@ -27,15 +30,20 @@ class ShardError(RuntimeError):
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """One shard: `path`, `size` in bytes, `keys` of its N samples, `spans` int64 [N, 3, 2]: (offset, length) of the members `FIELDS`."""
+    """One shard: `path`, `size` in bytes, `keys` of its N samples, `spans` int64 [N, fields, 2]: (offset, length) of members `fields`."""
 
     path: Path
     size: int
     keys: tuple[str, ...]
     spans: np.ndarray
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Members of every sample: `FIELDS`, and `CONTEXT` where the shard has it."""
+        return (*FIELDS, CONTEXT)[: self.spans.shape[1]]
+
     def read(self, sample: int, field: int) -> bytes:
-        """Bytes of member `FIELDS[field]` of a sample; `ShardError` if the file ends early."""
+        """Bytes of member `fields[field]` of a sample; `ShardError` if the file ends early."""
         offset, length = (int(x) for x in self.spans[sample, field])
         with open(self.path, "rb") as file:
             file.seek(offset)
@@ -48,19 +56,20 @@ class ShardIndex:
 
     def member(self, sample: int, field: int) -> str:
         """Name of a member, for messages."""
-        return f"{self.keys[sample]}.{FIELDS[field]}"
+        return f"{self.keys[sample]}.{self.fields[field]}"
 
 
 def index_shard(path: Path) -> ShardIndex:
     """Index of a shard: from the file beside it if that is of this shard (its size, and not older than it), else from the tar headers."""
     size, beside = path.stat().st_size, _beside(path)
+    known = [list(FIELDS), [*FIELDS, CONTEXT]]
     if beside.is_file():
         try:
             stored = json.loads(beside.read_text())
-            if beside.stat().st_mtime_ns < path.stat().st_mtime_ns or stored["size"] != size or stored["fields"] != list(FIELDS):
+            if beside.stat().st_mtime_ns < path.stat().st_mtime_ns or stored["size"] != size or stored["fields"] not in known:
                 logger.warning(f"index {beside} is of an older version of its shard; scanning the shard")
             else:
-                spans = np.asarray(stored["spans"], dtype=np.int64).reshape(len(stored["keys"]), len(FIELDS), 2)
+                spans = np.asarray(stored["spans"], dtype=np.int64).reshape(len(stored["keys"]), len(stored["fields"]), 2)
                 return ShardIndex(path, size, tuple(stored["keys"]), spans)
         except (ValueError, KeyError, TypeError) as error:
             logger.warning(f"index {beside} is unreadable ({error}); scanning the shard")
@@ -70,7 +79,7 @@ def index_shard(path: Path) -> ShardIndex:
 def write_index(index: ShardIndex) -> Path:
     """Store an index beside its shard (atomically), to spare later runs the scan; returns its path."""
     beside = _beside(index.path)
-    record = {"size": index.size, "fields": list(FIELDS), "keys": list(index.keys), "spans": index.spans.reshape(-1).tolist()}
+    record = {"size": index.size, "fields": list(index.fields), "keys": list(index.keys), "spans": index.spans.reshape(-1).tolist()}
     temporary = beside.with_name(f".{beside.name}.partial")
     temporary.write_text(json.dumps(record))
     os.replace(temporary, beside)
@@ -99,15 +108,16 @@ def scan_shard(path: Path) -> ShardIndex:
     except (tarfile.TarError, EOFError) as error:
         raise ShardError(f"shard {path} is not a whole uncompressed tar: {error}; last good member {last}") from error
     _check_end(path, end, last=last)
+    fields = (*FIELDS, CONTEXT) if any(CONTEXT in members for members in found.values()) else FIELDS
     for key, members in found.items():
-        missing = [field for field in FIELDS if field not in members]
+        missing = [field for field in fields if field not in members]
         if missing:
             raise ShardError(
                 f"shard {path}: sample {key} lacks {', '.join(f'{key}.{m}' for m in missing)}, it has {', '.join(sorted(members))}"
             )
     if not found:
         raise ShardError(f"shard {path} holds no samples")
-    spans = np.array([[members[field] for field in FIELDS] for members in found.values()], dtype=np.int64)
+    spans = np.array([[members[field] for field in fields] for members in found.values()], dtype=np.int64)
     return ShardIndex(path, path.stat().st_size, tuple(found), spans)
 
 

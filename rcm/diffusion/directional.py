@@ -47,6 +47,7 @@ class Geometry(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class RFStep:
     """Straight line: x - h v; (now - before) / h."""
 
@@ -59,6 +60,7 @@ class RFStep:
         return (now - before) / h
 
 
+@dataclass(frozen=True)
 class TrigStep:
     """Rotation: cos(h) x - sin(h) F, exact when x and F belong to one pair (x0, eps); (cos(h) now - before) / sin(h)."""
 

@@ -1,8 +1,8 @@
 """Baseline initialisations by regression on stored teacher trajectories: TF-KD (causal teacher's, clean context) and DF-KD
 (bidirectional's).
 
-Batches carry `trajectory` [B, K, C, T, H, W], index 0 clean, index k at RF time `times[k]` (spec/algorithms 6.8; recipes of Self-Forcing
-and Causal-Forcing).
+Batches carry `trajectory` [B, K, C, T, H, W], index 0 the ODE's clean end, index k at RF time `times[k]` (spec/algorithms 6.8; recipes of
+Self-Forcing and Causal-Forcing), and in `latents` the data that a causal teacher had as context.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from rcm.nets.layout import TokenLayout
 class ODEPairs:
     """`tf_kd` or `df_kd`: predict the trajectory's clean end from one of its states.
 
-    `times[k]` is the RF time of stored state k; times[0] must be 0. TF-KD draws one state per video and gives the clean past as context;
-    DF-KD draws one state per block under the block-causal mask.
+    `times[k]` is the RF time of stored state k; times[0] must be 0. TF-KD draws one state per video and gives the data as clean
+    context, as its teacher had it; DF-KD draws one state per block under the block-causal mask.
     """
 
     def __init__(
@@ -54,8 +54,9 @@ class ODEPairs:
         if batch.trajectory is None or batch.trajectory.shape[1] != len(self.times):
             got = "none" if batch.trajectory is None else f"{batch.trajectory.shape[1]} states"
             raise ConfigError(
-                f"{self.name} needs trajectories of {len(self.times)} states in the data, got {got}; "
-                "check dataloader_train.tar_path_pattern"
+                f"{self.name} needs trajectories of {len(self.times)} states, the clean end and model.config.kd_timesteps="
+                f"{[round(t, 6) for t in self.times[1:]]}, got {got} in the data; set kd_timesteps to the --times that "
+                "scripts.build_ode_pairs was given, or change dataloader_train.tar_path_pattern"
             )
         yield lambda: self._term(batch, rng)
 
@@ -69,12 +70,12 @@ class ODEPairs:
         index = index[:, blocks] if self.per_block else index
         t = torch.tensor(self.times, dtype=torch.float64)[index].to(device)
         x_t, x0 = pick_states(trajectory, index.to(device)), trajectory[:, 0]
-        x0_student = rf_x0(x_t, self._velocity(x_t, t, x0, cond), t)
+        x0_student = rf_x0(x_t, self._velocity(x_t, t, cond, context=batch.latents), t)
         return ode_pair_loss(x0_student, x0, t, loss_scale=self.loss_scale, name=self.name)
 
-    def _velocity(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, cond: Condition) -> torch.Tensor:
+    def _velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, *, context: torch.Tensor) -> torch.Tensor:
         if not self.per_block:
-            return self.forcing.velocity(self.student, x_t, t, cond, context=self.forcing.clean(x0))
+            return self.forcing.velocity(self.student, x_t, t, cond, context=self.forcing.clean(context))
         grid = self.student.token_grid(x_t.shape[3], x_t.shape[4])
         layout = TokenLayout.block_causal(
             x_t.shape[2], grid=grid, pattern=self.forcing.pattern, window=self.forcing.window, sinks=self.forcing.sinks

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,12 +76,23 @@ class JsonLines:
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close())
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Append one line. Raises OSError with the path when the disk is full."""
+        with _naming(self.path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with _naming(self.path):
+            self._file.close()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What the system refuses about an open file comes without its name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}: numbers of the run not written; the last checkpoint is in use", str(path)) from error
 
 
 def _step_of(line: str) -> float:

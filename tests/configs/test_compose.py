@@ -17,7 +17,7 @@ TF = "experiment=toy_tf_c3-3"
 
 
 def test_command_line_wins_over_experiment(composed) -> None:
-    config = composed(TF, "optimizer.lr=3e-4", M + "p_G={law:lognormal,p_mean:0.5}", "trainer.max_iter=1e3").config
+    config = composed(TF, "optimizer.lr=3e-4", M + "p_G={law:lognormal,p_mean:0.5,shift:5.0}", "trainer.max_iter=1e3").config
     assert config.optimizer.lr == 3e-4
     assert config.model.config.p_G == TimeLawConfig(law="lognormal", p_mean=0.5)
     assert config.trainer.max_iter == 1000

@@ -133,7 +133,7 @@ REFUSED_ROLLOUTS = {
     "noisy context before the start": ([M + "context_from_last_step_start_chunk=-1"], r"start_chunk=-1 must be >= 0"),
     "critic never trained": ([M + "student_update_freq=1"], r"student_update_freq=1 never trains the fake score"),
     "no critic": ([M + "net_fake_score=null"], r"net_fake_score is null, but training_type=sf_dmd uses it"),
-    "other text": ([M + "net_fake_score.text_len=8"], r"net_fake_score.text_len=8 differs from the student's 16"),
+    "other text": ([M + "net_fake_score.text_len=16"], r"net_fake_score.text_len=16 differs from the student's 8"),
 }
 
 REFUSED_RCM = {

@@ -117,6 +117,36 @@ def test_first_frames_and_trajectories(tmp_path):
     assert torch.equal(batch.latents, told[:, 0, :, :2])
 
 
+def trajectory(number: int, *, context=(4, 3, 2, 2)) -> ShardSample:
+    told = sample(number, shape=(5, 4, 3, 2, 2))
+    return ShardSample(told.latents, told.text, told.prompt, sample(100 + number, shape=context).latents)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_the_data_a_trajectory_ran_under_is_its_latents(tmp_path, indexed):
+    """`context.pt` arrives as `latents`, cut to the same frames; the trajectory's clean end stays its own."""
+    told = [trajectory(i) for i in range(2)]
+    write_shard(tmp_path / shard_name(0), told, first_key=0)
+    if not indexed:
+        forget_index(tmp_path / shard_name(0))
+    batch = shards(tmp_path, num_latent_frames=2, cache_bytes=1 << 20).fetch([1, 0, 1])
+    assert torch.equal(batch.latents, torch.stack([told[i].context[:, :2] for i in (1, 0, 1)]).float())
+    assert torch.equal(batch.trajectory, torch.stack([told[i].latents[:, :, :2] for i in (1, 0, 1)]).float())
+
+
+def test_contexts_are_in_all_samples_and_fit_them(tmp_path):
+    path = tmp_path / shard_name(0)
+    write_shard(path, [trajectory(0, context=(4, 2, 2, 2))], first_key=0)
+    with pytest.raises(ConfigError, match=r"000000000\.context\.pt has shape \(4, 2, 2, 2\), beside latent\.pt \(5, 4, 3, 2, 2\)"):
+        shards(tmp_path).fetch([0])
+    with pytest.raises(ShardError, match=r"sample 000000001 lacks 000000001\.context\.pt"):
+        write_shard(path, [trajectory(0), sample(1, shape=(5, 4, 3, 2, 2))], first_key=0)
+    write_shard(path, [trajectory(0)], first_key=0)
+    write_shard(tmp_path / shard_name(1), [sample(1, shape=(5, 4, 3, 2, 2))], first_key=1)
+    with pytest.raises(ConfigError, match=r"shard-000000\.tar has context\.pt members and .*shard-000001\.tar has none"):
+        shards(tmp_path)
+
+
 def test_shapes_that_contradict_the_settings(folder):
     with pytest.raises(ConfigError, match=r"000000002\.latent\.pt has 4 channels, the network takes 16"):
         shards(folder, latent_channels=16).fetch([2])

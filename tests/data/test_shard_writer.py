@@ -10,7 +10,7 @@ import torch
 
 from rcm.core.errors import ConfigError
 from rcm.data.latents import LatentShards
-from rcm.data.shard_writer import MANIFEST, ShardSample, build_shards, shard_name, write_shard
+from rcm.data.shard_writer import MANIFEST, ShardSample, build_shards, read_manifest, shard_name, write_shard
 from rcm.data.tar_index import ShardError
 
 
@@ -116,3 +116,23 @@ def test_an_unwritable_output_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write to the output folder.*file/set"):
         build(tmp_path / "file" / "set")
+
+
+def test_parts_of_a_build_make_the_whole(tmp_path):
+    whole = build(tmp_path / "whole")
+    asked = [
+        build_shards(tmp_path / "parts", num_samples=10, shard_size=4, recipe={"made": "here"}, make=make, part=(i, 2)) for i in (1, 0)
+    ]
+    assert [[path.name for path in paths] for paths in asked] == [[shard_name(1)], [shard_name(0), shard_name(2)]]
+    assert [p.read_bytes() for p in sorted((tmp_path / "parts").glob("*.tar"))] == [p.read_bytes() for p in whole]
+    with pytest.raises(ConfigError, match="part 2 of 2"):
+        build_shards(tmp_path / "parts", num_samples=10, shard_size=4, recipe={"made": "here"}, make=make, part=(2, 2))
+
+
+def test_a_folder_tells_what_it_was_made_from(tmp_path):
+    assert read_manifest(tmp_path) == {}
+    build(tmp_path)
+    assert read_manifest(tmp_path)["made"] == "here"
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(ConfigError, match="not JSON"):
+        read_manifest(tmp_path)

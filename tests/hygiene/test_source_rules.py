@@ -99,4 +99,4 @@ def test_test_folders_mirror_the_package() -> None:
     packages = {p.name for p in (ROOT / "rcm").iterdir() if p.is_dir() and not p.name.startswith("_")}
     assert {"core", "nets", "kernels"} <= packages, "no packages found: the rules above would pass on nothing"
     found = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and not p.name.startswith("_")}
-    assert found <= packages | {"hygiene", "support", "scripts"}
+    assert found <= packages | {"hygiene", "integration", "support", "scripts"}

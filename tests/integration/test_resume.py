@@ -11,10 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.integration.entry import everything, launch, lines, same, small, write_network
-from tests.support.dist import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 M = "model.config."
