@@ -59,7 +59,9 @@ def read_checkpoint(path: str | Path, *, knob: str) -> dict[str, Tensor]:
         return to_wan(state)
     except Exception as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise CheckpointError(f"{knob}={path} cannot be read ({type(error).__name__}: {reason}); it is damaged or not a checkpoint") from error
+        raise CheckpointError(
+            f"{knob}={path} cannot be read ({type(error).__name__}: {reason}); it is damaged or not a checkpoint"
+        ) from error
 
 
 class NetBuilder:

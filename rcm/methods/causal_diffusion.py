@@ -95,7 +95,9 @@ class TeacherForcedDiffusion(_VelocityRegression):
         super().__init__(student, law=law, weight=weight, loss_scale=loss_scale)
         self.forcing, self.context, self.context_schedule = forcing, context, context_schedule
         if context.noisy and context_schedule is None:
-            raise ConfigError("noisy context in teacher forcing needs context_schedule: its times come from model.config.backward_timesteps")
+            raise ConfigError(
+                "noisy context in teacher forcing needs context_schedule: its times come from model.config.backward_timesteps"
+            )
 
     def _velocity(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, cond: Condition, rng: StepRng) -> torch.Tensor:
         context = self.forcing.clean(x0)

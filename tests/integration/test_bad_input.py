@@ -95,7 +95,10 @@ def stored(folder: Path, value: object) -> Path:
 
 FILES = {
     "missing key": (missing_key, ("missing 1 key", "blocks.0.self_attn.q.weight", "model.config.net = tiny, 1 layers of width 32")),
-    "another network": (wider, ("wider.safetensors", "model.config.net = tiny", "patch_embedding.weight has shape (64, 16), expected (32, 16)")),
+    "another network": (
+        wider,
+        ("wider.safetensors", "model.config.net = tiny", "patch_embedding.weight has shape (64, 16), expected (32, 16)"),
+    ),
     "truncated .pt": (lambda folder: truncated(folder, ".pt"), ("cut.pt cannot be read", "damaged")),
     "truncated .safetensors": (lambda folder: truncated(folder, ".safetensors"), ("cut.safetensors cannot be read", "damaged")),
     "noise": (noise, ("noise.pt cannot be read", "damaged or not a checkpoint")),
@@ -156,7 +159,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def from_shards(folder: Path) -> list[str]:
     """Words that read them."""
-    toy = [f"net.{key}=24" for key in ("in_dim", "out_dim")] + ["net.text_len=8", "state_ch=24", "tokenizer.name=toy", "text_encoder_class=toy"]
+    toy = [f"net.{key}=24" for key in ("in_dim", "out_dim")] + [
+        "net.text_len=8",
+        "state_ch=24",
+        "tokenizer.name=toy",
+        "text_encoder_class=toy",
+    ]
     return ["data=latents", f"dataloader_train.tar_path_pattern={folder}/*.tar", *(M + word for word in toy)]
 
 
@@ -171,7 +179,10 @@ def test_shards_train(shards: Path, job: Path) -> None:
         ([M + "state_t=9"], "has 6 latent frames, fewer than state_t=9; change model.config.state_t"),
         ([M + "net.text_dim=16"], "has shape [8, 8], expected [at most 8, 16] (the network's text_len, text_dim)"),
         ([M + "net.text_len=4"], "has shape [8, 8], expected [at most 4, 8] (the network's text_len, text_dim)"),
-        (["dataloader_train.batch_size=7"], "6 samples do not fill one global batch of 7 x 1 data ranks; lower dataloader_train.batch_size"),
+        (
+            ["dataloader_train.batch_size=7"],
+            "6 samples do not fill one global batch of 7 x 1 data ranks; lower dataloader_train.batch_size",
+        ),
         (["method=ode_kd", M + "training_type=tf_kd"], "tf_kd needs trajectories of 5 states"),
     ],
 )
@@ -258,7 +269,9 @@ def test_full_disk_keeps_the_checkpoint_before(small_disk: Callable[[str], Path]
     assert len(everything(job)) > 100
 
 
-@pytest.mark.parametrize(("size", "iterations", "sentence"), [("4k", 3, "cannot write to the job folder"), ("64k", 10_000, "metrics.jsonl")])
+@pytest.mark.parametrize(
+    ("size", "iterations", "sentence"), [("4k", 3, "cannot write to the job folder"), ("64k", 10_000, "metrics.jsonl")]
+)
 def test_a_disk_too_small_for_the_log(small_disk, told: Told, size: str, iterations: int, sentence: str) -> None:
     job = small_disk(size) / "job"
     assert launch(TF, *small(job, iterations=iterations)) == 1

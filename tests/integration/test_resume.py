@@ -90,7 +90,14 @@ def test_other_data_is_not_continued(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def command(*words: str, ranks: int = 1) -> subprocess.Popen:
     """The training command as a user types it, with its output in pipes."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={ranks}",
+        "--master_port=0",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+    ]
     return subprocess.Popen(
         [sys.executable, *(torchrun if ranks > 1 else []), "-m", "scripts.train", *words],
         cwd=ROOT,
@@ -137,14 +144,20 @@ def latest(job: Path) -> str:
     return (job / "checkpoints/latest_checkpoint.txt").read_text().strip()
 
 
+def lines_logged(job: Path) -> int:
+    """Lines of the job's metrics so far."""
+    metrics = job / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
 @pytest.mark.slow
 def test_kill_at_any_moment_leaves_a_checkpoint_that_continues_exactly(tmp_path: Path) -> None:
     """Saves after every iteration, so that most kills land in one; three kills at different moments of one job."""
     job, whole = tmp_path / "job", tmp_path / "whole"
     for extra in (3, 9, 14):
-        before = len((job / "metrics.jsonl").read_text().splitlines()) if job.exists() else 0
+        before = lines_logged(job)
         process = command(*teacher_forced(job, "checkpoint.save_iter=1", iterations=100_000))
-        wait_for(lambda: (job / "metrics.jsonl").exists() and len((job / "metrics.jsonl").read_text().splitlines()) > before + extra, process)  # noqa: B023
+        wait_for(lambda target=before + extra: lines_logged(job) > target, process)
         time.sleep(0.013 * extra)
         process.kill()
         process.communicate()

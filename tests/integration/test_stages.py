@@ -102,7 +102,9 @@ STAGES = {
 def starts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Weights for student and teachers, none of them zero."""
     folder = tmp_path_factory.mktemp("starts")
-    return {name: write_network(folder / f"{name}.safetensors", seed=seed) for seed, name in enumerate((STUDENT, CAUSAL, BIDIRECTIONAL, FAKE))}
+    return {
+        name: write_network(folder / f"{name}.safetensors", seed=seed) for seed, name in enumerate((STUDENT, CAUSAL, BIDIRECTIONAL, FAKE))
+    }
 
 
 def words(stage: Stage, job: Path, starts: dict[str, Path], *more: str, iterations: int = 4) -> list[str]:

@@ -72,7 +72,9 @@ def test_states_converge_to_the_exact_path_to_first_order():
 
 
 def test_kept_times_are_points_of_the_samplers_grid():
-    assert plan(4).grid() == (*KD_TIMES, 0.0)  # shift 5 of 1, 3/4, 1/2, 1/4: nothing is walked twice for a rounding error
+    assert plan(4).grid() == (*KD_TIMES, 0.0)  # shift 5 of 1, 3/4, 1/2, 1/4
+    sixths = (1.0, *(round(3 * k / (6 + 2 * k), 15) for k in (5, 4, 3, 2, 1)))  # shift 3, equal to the sampler's but for rounding
+    assert plan(6, times=sixths, shift=3.0).grid() == (*sixths, 0.0)
     grid = plan(6, times=(1.0, 0.5)).grid()
     own = [5 * u / (1 + 4 * u) for u in (1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0)]  # 1, .96, .91, .83, .71, .5, 0
     assert grid == pytest.approx(own) and 0.5 in grid and grid[0] == 1
