@@ -38,6 +38,35 @@ def check(config: TrainConfig) -> None:
     _consistency_grid(model)
     _data(config)
     _networks(config)
+    _without_effect(config)
+
+
+_ONLY_VALUE = {
+    "checkpoint.load_training_state": (True, f"to start from weights alone give them as {M}.student_ckpt"),
+    "checkpoint.strict_resume": (True, "checkpoints are always loaded strictly"),
+    "optimizer.type": ("fusedadamw", "the fused kernel is taken wherever torch has it"),
+    f"{M}.optimizer_fake_score.type": ("fusedadamw", "the fused kernel is taken wherever torch has it"),
+    f"{M}.input_data_key": ("videos", "batches are records, not dictionaries"),
+    f"{M}.input_latent_key": ("latents", "batches are records, not dictionaries"),
+    f"{M}.input_caption_key": ("prompts", "batches are records, not dictionaries"),
+    f"{M}.loss_scale_fake_score": (1.0, "the release defines it and uses it nowhere; scale the learning rate instead"),
+}
+"""Public keys of the release that have one value here, and why."""
+
+
+def _without_effect(config: TrainConfig) -> None:
+    """No key is accepted and ignored."""
+    model = config.model.config
+    for key, (value, why) in _ONLY_VALUE.items():
+        if key.endswith("loss_scale_fake_score") and not isinstance(model, CausalConfig):
+            continue
+        if get_key(config, key) != value:
+            raise ConfigError(f"{key}={get_key(config, key)} has no effect in this version: {why}; leave it at {value}")
+    if not isinstance(model, CausalConfig) and model.fd_type and model.time_precision == "bfloat16":
+        raise ConfigError(
+            f"{M}.fd_type={model.fd_type} steps time by fd_size={model.fd_size}, which {M}.time_precision=bfloat16 cannot resolve; "
+            f"set {M}.time_precision=float32"
+        )
 
 
 def check_mesh(config: TrainConfig, *, world_size: int) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -14,7 +14,7 @@ import torch
 from loguru import logger
 
 from rcm.core.dual import guard_tangents
-from rcm.core.errors import ConfigError
+from rcm.core.errors import ConfigError, NonFinite
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.methods.base import Method
@@ -39,7 +39,8 @@ class Loader(Positioned, Protocol):
 class TrainerConfig:
     """`max_iter`: iterations (updates of either role) of the whole run. `grad_accum_iter`: micro-batches per iteration. `logging_iter`,
     `save_iter`: every how many iterations. `seed`: of all random draws. `guard_first_step`: check in the first iteration of the process
-    that no module loses a tangent. `step`: how gradients are treated. Raises ConfigError for numbers below 1 (max_iter: below 0).
+    that no module loses a tangent. `skipped_limit`: largest share of samples that losses may zero as not finite between two log lines.
+    `step`: how gradients are treated. Raises ConfigError for numbers below 1 (max_iter: below 0).
     """
 
     max_iter: int
@@ -48,6 +49,7 @@ class TrainerConfig:
     save_iter: int = 500
     seed: int = 0
     guard_first_step: bool = True
+    skipped_limit: float = 1.0
     step: StepConfig = field(default_factory=StepConfig)
 
     def __post_init__(self) -> None:
@@ -84,6 +86,7 @@ class Trainer:
         self.is_main = dims.rank == 0
         self.sinks = tuple(sinks) if self.is_main else ()
         self._averages = Averages()
+        self._batch_size = 1
         self._stop = threading.Event()
 
     def request_stop(self) -> None:
@@ -122,6 +125,7 @@ class Trainer:
     def _iterate(self, batches: Iterator[LatentBatch], *, guard: bool) -> StepReport:
         config = self.config
         data = [self._next(batches) for _ in range(config.grad_accum_iter)]
+        self._batch_size = data[0].batch_size
         rngs = [
             StepRng(config.seed, self.state.iteration, self.dims.data_rank, micro, self.device) for micro in range(config.grad_accum_iter)
         ]
@@ -143,6 +147,17 @@ class Trainer:
         values = self._averages.collect(device=self.device, world_size=self.dims.world_size)
         for sink in self.sinks:
             sink.write(self.state.iteration, values)
+        self._judge_skipped(values)
+
+    def _judge_skipped(self, values: Mapping[str, float]) -> None:
+        """Raise NonFinite on every rank when losses zeroed more samples since the last log line than `skipped_limit` allows."""
+        for name, count in values.items():
+            share = count / self._batch_size
+            if name.endswith("/nonfinite_samples") and share > self.config.skipped_limit:
+                raise NonFinite(
+                    f"{name}: {share:.1%} of the samples up to iteration {self.state.iteration} were not finite and skipped, "
+                    f"more than trainer.nan_sample_limit={self.config.skipped_limit:g}; the last checkpoint stays in use"
+                )
 
     def _save(self) -> int:
         if self.checkpointer is not None:

@@ -287,3 +287,24 @@ def test_guidance_asks_for_the_negative_prompt(composed, tmp_path) -> None:
     assert "neg_embed_path is empty" in composed(SMALL + "tf_dcm_c3-3", *inputs).missing[0]
     assert not composed(SMALL + "tf_dcm_c3-3", *inputs, M + "causal_guidance=1").missing
     assert not composed(SMALL + "tf_dcm_c3-3", *inputs, f"{M}neg_embed_path={there}").missing
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "checkpoint.load_training_state=False",
+        "checkpoint.strict_resume=False",
+        "optimizer.type=adamw",
+        "model.config.optimizer_fake_score.type=adamw",
+        "model.config.input_latent_key=x",
+        "model.config.loss_scale_fake_score=2.0",
+    ],
+)
+def test_keys_without_effect_are_refused(composed, override) -> None:
+    with pytest.raises(ConfigError, match=override.split("=")[0].split(".")[-1] + ".*no effect"):
+        composed("experiment=toy_sf_dmd_c3-3", override)
+
+
+def test_differences_need_a_timestep_that_resolves_them(composed) -> None:
+    with pytest.raises(ConfigError, match="fd_type=2.*time_precision=bfloat16"):
+        composed("experiment=toy_rCM", "model.config.fd_type=2", "model.config.time_precision=bfloat16")

@@ -129,6 +129,9 @@ def test_the_data_a_trajectory_ran_under_is_its_latents(tmp_path, indexed):
     write_shard(tmp_path / shard_name(0), told, first_key=0)
     if not indexed:
         forget_index(tmp_path / shard_name(0))
+    else:
+        beside = tmp_path / (shard_name(0) + INDEX_SUFFIX)
+        assert json.loads(beside.read_text())["fields"][3:] == ["context.pt"]
     batch = shards(tmp_path, num_latent_frames=2, cache_bytes=1 << 20).fetch([1, 0, 1])
     assert torch.equal(batch.latents, torch.stack([told[i].context[:, :2] for i in (1, 0, 1)]).float())
     assert torch.equal(batch.trajectory, torch.stack([told[i].latents[:, :, :2] for i in (1, 0, 1)]).float())

@@ -56,7 +56,7 @@ def test_refused_launches_leave_no_folder(job: Path, told: Told, words: list[str
 
 
 def test_ode_pairs_are_missing_from_the_toy_world(job: Path, capsys: pytest.CaptureFixture) -> None:
-    assert launch("experiment=toy_tf_kd_c3-3", *small(job)[1:], M + "tokenizer.name=toy", M + "text_encoder_class=toy") == 2
+    assert launch("experiment=toy_tf_kd_c3-3", "data=toy", *small(job)[1:], M + "tokenizer.name=toy", M + "text_encoder_class=toy") == 2
     assert "dataloader_train.kind=toy has no ODE trajectories" in capsys.readouterr().err
     assert not job.exists()
 

@@ -114,6 +114,7 @@ def test_a_stopped_build_continues_with_any_batch_and_in_parts(world, tmp_path, 
     assert [path.read_bytes() for path in shards(whole)] == before
     for part in ("1/2", "0/2"):
         assert run(*words(world, kind, parts, "--batch", 1, "--part", part)) == 0
+        assert [path.name for path in shards(parts)][:1] == ["shard-000001.tar" if part == "1/2" else "shard-000000.tar"]
     assert [path.name for path in shards(parts)] == [path.name for path in shards(whole)]
     one, other = (LatentShards(f"{folder}/*.tar").fetch(range(NUM)) for folder in (whole, parts))
     torch.testing.assert_close(other.trajectory, one.trajectory, rtol=1e-3, atol=1e-3)

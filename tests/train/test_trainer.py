@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from rcm.core.errors import ConfigError, NonFinite, TangentLost
 from rcm.nets.condition import Condition
 from rcm.train.observers import Memory, Profiler, Progress, SampleGrid
 from rcm.train.state import TrainState
-from rcm.train.trainer import TrainerConfig
+from rcm.train.trainer import Trainer, TrainerConfig
 from tests.support.toy_method import LAYOUT
 from tests.train.run_support import everything, launch, lines, same
 
@@ -161,3 +162,15 @@ def test_data_that_ends_and_bad_settings_are_errors(tmp_path: Path) -> None:
             TrainerConfig(max_iter=1, **{name: 0})
     with pytest.raises(ConfigError, match="max_iter"):
         TrainerConfig(max_iter=-1)
+
+
+def test_too_many_skipped_samples_stop_the_run() -> None:
+    """nan_policy=skip_sample: 2 of 4 samples zeroed per step stop a run that allows 10 %, and not one that allows 60 %."""
+    trainer = Trainer.__new__(Trainer)
+    trainer.state, trainer._batch_size = SimpleNamespace(iteration=7), 4
+    trainer.config = TrainerConfig(max_iter=9, skipped_limit=0.6)
+    trainer._judge_skipped({"tf_scm/nonfinite_samples": 2.0})
+    trainer.config = TrainerConfig(max_iter=9, skipped_limit=0.1)
+    trainer._judge_skipped({"tf_scm/nonfinite_samples": 0.3, "loss/tf_scm": 100.0})
+    with pytest.raises(NonFinite, match="50.0%.*iteration 7.*nan_sample_limit=0.1"):
+        trainer._judge_skipped({"tf_scm/nonfinite_samples": 2.0})
