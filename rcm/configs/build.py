@@ -189,7 +189,7 @@ def _trainer_config(config: TrainConfig) -> TrainerConfig:
         seed=trainer.seed,
         guard_first_step=trainer.guard_tangents,
         skipped_limit=trainer.nan_sample_limit if trainer.nan_policy == "skip_sample" else 1.0,
-        step=StepConfig(grad_clip=model.grad_clip, clip_norm=model.grad_clip_norm),
+        step=StepConfig(grad_clip=model.grad_clip, clip_norm=model.grad_clip_norm, gradient_sync=config.trainer.gradient_sync),
     )
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 from rcm.configs.convert import get_key
@@ -241,7 +242,7 @@ def _rollout(model: CausalConfig) -> None:
         raise ConfigError(f"{knob if counts else key} is read by self-forced training only, not by training_type={model.training_type}")
     if not counts and not schedules and model.training_type in SELF_FORCED:
         knob, counts = f"{M}.max_simulation_steps_fake", (model.max_simulation_steps_fake,)
-    if any(later > before for before, later in zip(counts, counts[1:], strict=False)):
+    if any(later > before for before, later in pairwise(counts)):
         raise ConfigError(f"{knob}={list(counts)} increases; step counts must be non-increasing along the video (chunk 0 sets the cycle)")
     for i, times in enumerate(schedules):
         if i < len(counts) and len(times) != counts[i] - 1:

@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `--list | head`: the reader has seen enough; the interpreter's own flush at exit must not complain either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     if flags.dryrun:
         print(run.to_yaml(), end="")
         for sentence in run.missing:

@@ -63,6 +63,9 @@ class TrainerConfig:
     seed: int = 0  # key of every random draw, with (step, data rank, purpose)
     nan_policy: Literal["stop", "skip_sample"] = "stop"  # skip_sample zeroes a sample whose tangent or output has a NaN and counts it
     nan_sample_limit: float = 0.01  # skip_sample: largest share of skipped samples before the run stops anyway
+    gradient_sync: Literal["last", "each"] = (
+        "last"  # each: reduce after every term (14B: no unsharded gradients, more traffic)
+    )
     guard_tangents: bool = True  # check on the first step that no module drops a tangent
     progress_bar: bool = True  # on rank 0
     profile_iter: int = 0  # iteration to record with the profiler; 0 = none
@@ -75,7 +78,7 @@ class CheckpointConfig:
 
     save_iter: int = 500  # iterations between checkpoints
     keep_last: int = 0  # number of checkpoints kept; 0 = all
-    load_path: str = ""  # checkpoint to continue from; "" = the newest one in this run's folder, if any
+    load_path: str = ""  # checkpoint to continue from where this run's folder has none yet ("" = start at 0); its own newest wins
     load_training_state: bool = True  # also optimisers, step, data position (False: weights only, the run starts at 0)
     strict_resume: bool = True  # False: missing or foreign keys are listed in the log instead of stopping the run
     dcp_async_mode_enabled: bool = False  # write in the background

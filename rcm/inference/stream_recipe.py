@@ -8,9 +8,8 @@ from typing import Any
 
 from rcm.core.errors import ConfigError
 from rcm.pipelines.text_to_video import WholeVideoRecipe
-from rcm.rollout.plan import StepSchedule
 from rcm.rollout.recipe import SamplingRecipe
-from rcm.samplers.schedule import CAUSAL_MID_TIMES, parse_schedules
+from rcm.samplers.schedule import parse_schedules
 
 _FEW_STEP = ("steps_per_chunk", "mid_t_schedules", "context_from_last_step", "context_from_last_step_start_chunk")
 
@@ -49,7 +48,8 @@ def _causal(flags: argparse.Namespace, trained: SamplingRecipe) -> SamplingRecip
     elif flags.num_steps is not None:
         steps = [flags.num_steps]
     if steps is not None:
-        changes |= {"kind": "few_step", "mids": _schedule(steps, flags.mid_t_schedules, trained).mids}
+        given = () if flags.mid_t_schedules is None else parse_schedules(flags.mid_t_schedules)
+        trained = trained.with_steps(*steps, schedules=given, knob="--steps_per_chunk")
     if flags.timestep_shift is not None and trained.kind != "ode":
         raise ConfigError(f"--timestep_shift belongs to many-step sampling; the checkpoint is sampled with {trained.kind!r} steps")
     renamed = {
@@ -64,16 +64,6 @@ def _causal(flags: argparse.Namespace, trained: SamplingRecipe) -> SamplingRecip
     if flags.context_from_last_step_start_chunk is not None and not chosen.noisy_context:
         raise ConfigError("--context_from_last_step_start_chunk has no effect with clean context; add --context_from_last_step")
     return chosen
-
-
-def _schedule(steps: list[int], schedules: str | None, trained: SamplingRecipe) -> StepSchedule:
-    """Without given times, entry i takes the first ones of chunk i's trained schedule, or of the longest one where that is too short."""
-    if schedules is not None:
-        return StepSchedule.from_lists(steps=steps, schedules=parse_schedules(schedules), default_mids=(), knob="--steps_per_chunk")
-    longest = max((*trained.mids, CAUSAL_MID_TIMES), key=len)
-    own = StepSchedule(trained.mids)
-    sources = [own.entry(i) if len(own.entry(i)) >= num - 1 else longest for i, num in enumerate(steps)]
-    return StepSchedule.from_lists(steps=steps, schedules=sources, default_mids=(), knob="--steps_per_chunk")
 
 
 def _whole(flags: argparse.Namespace, trained: WholeVideoRecipe) -> WholeVideoRecipe:

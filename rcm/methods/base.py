@@ -32,7 +32,11 @@ class Phase:
 
 
 class Method(Protocol):
-    """A training objective. `terms` yields thunks; each is evaluated and back-propagated before the next is asked for."""
+    """A training objective. `terms` yields thunks, evaluated and back-propagated one by one.
+
+    The trainer may ask for one thunk ahead, to know which is the last: work that needs memory, or must come after the previous term,
+    belongs inside the thunk.
+    """
 
     name: str
 

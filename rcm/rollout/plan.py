@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from rcm.core.errors import ConfigError
@@ -70,7 +71,7 @@ class StepSchedule:
     def require_non_increasing(self, knob: str) -> None:
         """Training refuses schedules whose step counts grow along the video (the step-count cycle is defined by chunk 0)."""
         counts = [len(entry) + 1 for entry in self.mids]
-        if any(b > a for a, b in zip(counts, counts[1:], strict=False)):
+        if any(b > a for a, b in pairwise(counts)):
             raise ConfigError(f"{knob}={counts} increases; step counts per chunk must be non-increasing in training")
 
 

@@ -6,6 +6,7 @@ forced.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -64,10 +65,17 @@ class SamplingRecipe:
             prefix_blocks=prefix_blocks,
         )
 
-    def with_steps(self, *steps: int) -> SamplingRecipe:
-        """The same recipe with other step counts per chunk; mid times are prefixes of the longest stored schedule."""
-        source = max((*self.mids, CAUSAL_MID_TIMES), key=len)
-        schedule = StepSchedule.from_lists(steps=steps, schedules=(), default_mids=source)
+    def with_steps(self, *steps: int, schedules: Sequence[Sequence[float]] = (), knob: str = "steps_per_chunk") -> SamplingRecipe:
+        """The same recipe with other step counts per chunk (the last repeats) and, if given, one mid-time schedule per count.
+
+        Without `schedules` entry i takes the first times of chunk i's own schedule, which the checkpoint was trained at; one that is too
+        short for the count, those of the longest known schedule. Raises `ConfigError`, naming `knob`, as `StepSchedule.from_lists`.
+        """
+        if not schedules:
+            own, longest = StepSchedule(self.mids), max((*self.mids, CAUSAL_MID_TIMES), key=len)
+            entries = [own.entry(i) for i in range(len(steps))]
+            schedules = [entry if len(entry) >= num - 1 else longest for entry, num in zip(entries, steps, strict=True)]
+        schedule = StepSchedule.from_lists(steps=steps, schedules=schedules, default_mids=(), knob=knob)
         return replace(self, kind="few_step", mids=schedule.mids)
 
     def contradictions(self, trained: SamplingRecipe) -> list[str]:

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 from rcm.core.errors import ConfigError
 
@@ -45,7 +46,7 @@ def few_step_grid(mid_times: Sequence[float], *, first: float) -> tuple[float, .
     grid = (float(first), *(float(t) for t in mid_times), 0.0)
     if not 0 < first <= 1:
         raise ConfigError(f"first time {first} of a few-step grid must be in (0, 1]")
-    if any(a <= b for a, b in zip(grid, grid[1:], strict=False)):
+    if any(a <= b for a, b in pairwise(grid)):
         raise ConfigError(
             f"few-step times must decrease strictly from {first:g} to 0, got {[f'{t:g}' for t in grid]}; change mid_t / mid_t_schedules "
             "(training: model.config.backward_timesteps or sf_backward_timestep_schedules)"

@@ -91,3 +91,15 @@ def test_recipe_round_trip_and_contradictions():
     assert len(other.require_compatible(trained, allow=True)) == 2
     with pytest.raises(ConfigError, match="unknown keys"):
         SamplingRecipe.from_dict({"kind": "few_step", "pattern": "c1-1", "steps": 4})
+
+
+def test_other_step_counts_keep_the_trained_times():
+    """A 2-step checkpoint was trained to finish later chunks from TWO's time, not from the first time of chunk 0."""
+    trained = SamplingRecipe(kind="few_step", pattern="c3-3", mids=(FOUR, TWO))
+    assert trained.with_steps(4, 2).mids == (FOUR, TWO)
+    assert trained.with_steps(2, 2).mids == (FOUR[:1], TWO)
+    assert trained.with_steps(1).mids == ((),)
+    assert trained.with_steps(4, 3).mids == (FOUR, FOUR[:2])  # TWO is too short for 3 steps
+    assert trained.with_steps(4, 2, schedules=(FOUR, (0.4,))).mids == (FOUR, (0.4,))
+    with pytest.raises(ConfigError, match="--steps_per_chunk"):
+        trained.with_steps(5, knob="--steps_per_chunk")

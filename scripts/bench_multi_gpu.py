@@ -1,0 +1,201 @@
+"""Several GPUs against one: the TF-sCM passes of a real-width network, values and peak memory.
+
+    torchrun --nproc_per_node=1 -m scripts.bench_multi_gpu --truth truth.pt
+    torchrun --nproc_per_node=2 -m scripts.bench_multi_gpu --truth truth.pt --json result.json
+
+One rank writes the truth file; more ranks run FSDP2, Ulysses and both with recomputation of blocks, and compare outputs, tangents and
+parameter gradients with it. Two samples make a batch whatever the number of ranks. Random weights, the same for every world size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from rcm.core.dtypes import Precision
+from rcm.core.rng import StepRng, randn
+from rcm.diffusion.blocks import BlockPattern
+from rcm.methods.teacher_forcing import TeacherForcing
+from rcm.nets.condition import Condition
+from rcm.nets.denoiser import Denoiser
+from rcm.nets.wan.config import WanConfig
+from rcm.nets.wan.model import WanDiT
+from rcm.parallel.apply import parallelize
+from rcm.parallel.fsdp import local, stored_tensors
+from rcm.parallel.init import materialise, on_meta
+from rcm.parallel.mesh import ParallelDims, process_group
+
+SAMPLES = 2
+KEPT_ENTRIES = 65536  # of every gradient, evenly spread: a wrong shard, factor or order cannot hide from them
+LIMITS = {"fp32": 2e-4, "bf16": 3e-2}
+"""Largest allowed relative L2 difference: reordered sums in float32; two bfloat16 runs with other kernels and orders."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is run: precision preset, latent frames, latent height and width."""
+
+    precision: str
+    frames: int
+    height: int = 60
+    width: int = 104
+
+
+SIZES = (Size("fp32", 6, 30, 52), Size("bf16", 21))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all sizes and combinations; exit status 1 when a comparison exceeds its limit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--truth", type=Path, required=True, help="file of one rank's results: written by one rank, read by several")
+    parser.add_argument("--json", type=Path, help="write the table here (rank 0)")
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--dim", type=int, default=1536, help="width, a multiple of 128")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--small", action="store_true", help="tiny latents, for trying the script")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("bench_multi_gpu needs CUDA devices (or --device cpu --small)", file=sys.stderr)
+        return 2
+    if options.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    config = WanConfig(dim=options.dim, ffn_dim=options.dim * 35 // 6, num_heads=options.dim // 128, num_layers=options.layers)
+    sizes = (Size("fp32", 6, 4, 8), Size("bf16", 6, 4, 8)) if options.small else SIZES
+    rows: list[dict[str, Any]] = []
+    with process_group(options.device):
+        world, truth = dist.get_world_size(), {}
+        if world > 1:
+            truth = torch.load(options.truth, map_location="cpu", weights_only=True)
+        combinations = {"one": (1, 1)} if world == 1 else {f"FSDP2 over {world}": (world, 1), f"Ulysses over {world}": (1, world)}
+        if world >= 4:
+            combinations["FSDP2 x Ulysses 2"] = (world // 2, 2)
+        for size in sizes:
+            for name, (shard, cp) in combinations.items():
+                found, row = run(config, size, ParallelDims(1, shard, cp, options.device))
+                row = {"size": f"{size.precision} {size.frames} frames", "ranks": name, **row}
+                if world == 1:
+                    truth[size.precision] = found
+                else:
+                    row |= compare(found, truth[size.precision])
+                    row["ok"] = max(row[key] for key in ("v", "v_dot", "grad")) <= LIMITS[size.precision]
+                rows.append(row)
+                if dist.get_rank() == 0:
+                    print({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        if world == 1:
+            torch.save(truth, options.truth)
+        elif dist.get_rank() == 0 and options.json:
+            machine = {"gpu": torch.cuda.get_device_name() if options.device == "cuda" else "cpu", "torch": torch.__version__}
+            options.json.write_text(json.dumps({"machine": machine, "date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=1))
+    return 0 if all(row.get("ok", True) for row in rows) else 1
+
+
+def run(config: WanConfig, size: Size, dims: ParallelDims) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Outputs, tangents and sampled gradients of this rank's samples; seconds and peak GiB of both passes (worst rank)."""
+    precision = Precision.preset(size.precision)
+    net = parallelize(on_meta(lambda: WanDiT(config)), dims=dims, precision=precision, checkpoint="block_wise")
+    materialise(net, device=dims.device_type)
+    fill(net)
+    denoiser, forcing = Denoiser(net, precision), TeacherForcing(BlockPattern(3, 3))
+    samples = [s for s in range(SAMPLES) if s % dims.num_data_ranks == dims.data_rank % SAMPLES]
+    found: dict[str, Tensor] = {}
+    measured: dict[str, float] = {}
+    for timed in (False, True):
+        tangents = Meter(dims.device_type)
+        for s in samples:
+            x0, x_t, x_dot, t, cond = inputs(config, size, s, dims.device_type)
+            clean = forcing.clean(x0)
+            _, v_dot = forcing.tangent(denoiser, x_t, t, cond, context=clean, x_dot=x_dot, t_dot=torch.ones_like(t))
+            found[f"v_dot.{s}"] = v_dot.cpu()
+        measured |= tangents.read("tangent", per=len(samples))
+        gradients = Meter(dims.device_type)
+        net.zero_grad(set_to_none=True)
+        for s in samples:
+            x0, x_t, target, t, cond = inputs(config, size, s, dims.device_type)
+            v = forcing.velocity(denoiser, x_t, t, cond, context=forcing.clean(x0))
+            found[f"v.{s}"] = v.detach().cpu()
+            ((v - target).square().mean() / len(samples)).backward()
+        measured |= gradients.read("gradient", per=len(samples))
+        if not timed and dims.device_type == "cpu":
+            break
+    for name, parameter in net.named_parameters():
+        full = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        flat = full.flatten()
+        found[f"grad.{name}"] = flat[:: max(1, flat.numel() // KEPT_ENTRIES)].float().cpu()
+    return found, worst_over_ranks(measured, dims.device_type)
+
+
+def inputs(config: WanConfig, size: Size, sample: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Condition]:
+    """Clean and noisy latents, a third tensor (direction or target), time and text of one sample; float32 on the CPU, then moved."""
+    rng = StepRng(3, sample, 0)
+    shape = (1, 16, size.frames, size.height, size.width)
+    x0, x_t, other = (randn(shape, generator=rng.generator(name)).to(device) for name in ("x0", "x_t", "other"))
+    text = randn((1, config.text_len, config.text_dim), generator=rng.generator("text")).to(device)
+    return x0, x_t, other, torch.full((1, 1), 0.7 - 0.2 * sample, dtype=torch.float64, device=device), Condition(text)
+
+
+@torch.no_grad()
+def fill(net: nn.Module) -> None:
+    """Weights from the name of each tensor alone, drawn whole on this rank's device, of which it keeps its shard."""
+    for name, target in stored_tensors(net).items():
+        shard = local(target)
+        generator = torch.Generator(shard.device).manual_seed(zlib.crc32(name.encode()))
+        draws = torch.randn(target.shape, generator=generator, device=shard.device)
+        if name.endswith("modulation") or target.ndim >= 2:
+            draws = draws * target.shape[-1] ** -0.5
+        else:
+            draws = 0.02 * draws + float(name.endswith("weight"))
+        if isinstance(target, DTensor):
+            draws = distribute_tensor(draws, target.device_mesh, target.placements, src_data_rank=None).to_local()
+        shard.copy_(draws)
+
+
+class Meter:
+    """Seconds and peak memory from its making to `read`."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self.begin = time.perf_counter()
+
+    def read(self, name: str, *, per: int) -> dict[str, float]:
+        """`name`_s, seconds per sample, and `name`_gib."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        found = {f"{name}_s": (time.perf_counter() - self.begin) / per}
+        return found | ({f"{name}_gib": torch.cuda.max_memory_allocated() / 2**30} if self.cuda else {})
+
+
+def compare(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """Worst relative L2 difference of outputs, tangents and gradients over all tensors and ranks."""
+    kinds: dict[str, float] = {"v": 0.0, "v_dot": 0.0, "grad": 0.0}
+    for key, value in found.items():
+        expected = truth[key].float()
+        difference = ((value.float() - expected).norm() / expected.norm()).item()
+        kind = key.split(".")[0]
+        kinds[kind] = max(kinds[kind], difference if difference == difference else float("inf"))
+    return worst_over_ranks(kinds, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def worst_over_ranks(numbers: dict[str, float], device: str) -> dict[str, float]:
+    """The largest value of every rank, by name."""
+    values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return dict(zip(numbers, values.tolist(), strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
