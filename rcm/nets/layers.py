@@ -8,16 +8,37 @@ of it. spec/wan.md 1.3, 1.5.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rcm.core.dual import has_tangent
+from rcm.core.dual import has_tangent, pack, unpack
+from rcm.kernels.fused import choice, reference
+
+accumulate_dtype = reference.accumulate_dtype
 
 
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.promote_types(dtype, torch.float32)
+class FusedLayer(nn.Module):
+    """A layer with a fused kernel beside its plain formula; `fused` is "auto", "on" or "off" (rcm.kernels.fused.choice.use_fused)."""
+
+    fused = "auto"
+
+    def runs_fused(self, x: Tensor) -> bool:
+        """Whether the kernel serves `x` [.., E]. Raises `ConfigError` where it is demanded and cannot."""
+        return choice.use_fused(self.fused, x, width=x.shape[-1])
+
+
+class Linear(nn.Linear):
+    """A linear layer whose tangent is one matrix product: torch's own adds zero tangents of weight and bias in passes over memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., in_features] to [..., out_features]; plain or dual."""
+        primal, tangent = unpack(x)
+        if tangent is None or has_tangent(self.weight) or (self.bias is not None and has_tangent(self.bias)):
+            return super().forward(x)
+        return pack(super().forward(primal), F.linear(tangent, self.weight))
 
 
 class PromotedLinear(nn.Linear):
@@ -28,7 +49,7 @@ class PromotedLinear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(FusedLayer):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; statistics in float32."""
 
     def __init__(self, dim: int, *, eps: float) -> None:
@@ -37,44 +58,51 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised `x` [..., dim], same dtype. A dual `x` takes the written-out formula: the fused one has no tangent everywhere."""
-        if not has_tangent(x):
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        wide = x.to(accumulate_dtype(x.dtype))
-        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (wide * scale * self.weight.to(wide.dtype)).to(x.dtype)
+        """Normalised `x` [..., dim], same dtype."""
+        if self.runs_fused(x):
+            return _kernels().rms_norm(x, self.weight, eps=self.eps)
+        return reference.rms_norm(x, self.weight, eps=self.eps)
 
 
-class AffineLayerNorm(nn.LayerNorm):
+class AffineLayerNorm(nn.LayerNorm, FusedLayer):
     """Layer norm with weight and bias; statistics in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised `x` [..., dim], same dtype. A dual `x` is widened first: torch returns float32 tangents of reduced-precision norms."""
-        if not has_tangent(x):
-            return super().forward(x)
-        wide = x.to(accumulate_dtype(x.dtype))
-        affine = (self.weight.to(wide.dtype), self.bias.to(wide.dtype))
-        return F.layer_norm(wide, self.normalized_shape, *affine, self.eps).to(x.dtype)
+        """Normalised `x` [..., dim], same dtype."""
+        if self.runs_fused(x):
+            return _kernels().affine_norm(x, self.weight, self.bias, eps=self.eps)
+        return reference.affine_norm(x, self.weight, self.bias, eps=self.eps)
 
 
-class ModulatedNorm(nn.Module):
+class ModulatedNorm(FusedLayer):
     """Layer norm without parameters, then `* (1 + scale) + shift` in float32: the adaptive norm of a DiT."""
 
     def __init__(self, dim: int, *, eps: float) -> None:
         super().__init__()
         self.dim, self.eps = dim, eps
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """`x` [B, F, S, E]; `shift`, `scale` [B, F or 1, 1, E] float32 or wider. Returns the dtype of `shift`."""
-        return torch.addcmul(shift, F.layer_norm(x, (self.dim,), None, None, self.eps), 1 + scale)
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        """`x` [B, F, S, E]; `shift`, `scale` [B, F or 1, 1, E] float32 or wider. Returns `dtype`, by default that of `shift`."""
+        dtype = shift.dtype if dtype is None else dtype
+        if self.runs_fused(x):
+            return _kernels().modulated_norm(x, shift, scale, eps=self.eps, dtype=dtype)
+        return reference.modulated_norm(x, shift, scale, eps=self.eps).to(dtype)
 
 
-class GatedAdd(nn.Module):
+class GatedAdd(FusedLayer):
     """x + gate * y, in the dtype of the residual stream."""
 
     def forward(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         """`x`, `y` [B, F, S, E] of one dtype, `gate` [B, F or 1, 1, E]."""
-        return torch.addcmul(x, y, gate.to(x.dtype))
+        return _kernels().gated_add(x, y, gate) if self.runs_fused(x) else reference.gated_add(x, y, gate)
+
+
+class Gelu(FusedLayer):
+    """GELU in its tanh form."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` of any shape, same dtype."""
+        return _kernels().gelu_tanh(x) if choice.use_fused(self.fused, x, width=1) else reference.gelu_tanh(x)
 
 
 class Sinusoid(nn.Module):
@@ -119,3 +147,10 @@ class Unpatchify(nn.Module):
         rows, columns = self.patch
         cut = x.unflatten(3, (rows, columns, -1)).unflatten(2, grid)
         return cut.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+
+
+def _kernels() -> ModuleType:
+    """The kernels, imported by the first layer that runs them: Triton is absent on machines without a GPU."""
+    from rcm.kernels.fused import api
+
+    return api

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from rcm.kernels.fused import reference
+from rcm.nets.layers import FusedLayer
 
 THETA = 10000.0
 TABLES_KEPT = 32
@@ -29,6 +33,12 @@ class RopeTable:
     def num_tokens(self) -> int:
         """Number of tokens L."""
         return self.cos.shape[0]
+
+    @cached_property
+    def per_pair(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of the angles themselves, [L, D / 2] contiguous, for the fused kernel."""
+        with torch.inference_mode(False), torch.no_grad():  # kept as long as the table
+            return self.cos[:, 0, 0::2].contiguous(), self.sin[:, 0, 1::2].contiguous()
 
 
 @dataclass(frozen=True)
@@ -52,21 +62,29 @@ def rotate(x: Tensor, table: RopeTable) -> Tensor:
 
     Linear in `x`, so a tangent turns with it. Raises `ValueError` unless L and D agree with the table.
     """
+    _check_fit(x, table)
+    return reference.rotate_pairs(x, table.cos, table.sin)
+
+
+def _check_fit(x: Tensor, table: RopeTable) -> None:
     if x.shape[1] != table.num_tokens or x.shape[3] != table.cos.shape[2]:
         raise ValueError(
             f"rotary table covers {table.num_tokens} tokens of head size {table.cos.shape[2]}, "
             f"got x {tuple(x.shape)} as [B, L, N, D]; the layout must describe the tokens of this call"
         )
-    swapped = x.unflatten(3, (-1, 2)).flip(4).flatten(3)
-    return torch.addcmul(x * table.cos, swapped, table.sin).to(x.dtype)
 
 
-class Rotate(nn.Module):
-    """`rotate` as a module, so that the tangent guard watches it."""
+class Rotate(FusedLayer):
+    """`rotate` as a module: the tangent guard watches it, and it has a fused kernel."""
 
     def forward(self, x: Tensor, table: RopeTable) -> Tensor:
         """`x` [B, L, N, D] rotated by `table`."""
-        return rotate(x, table)
+        if not self.runs_fused(x):
+            return rotate(x, table)
+        _check_fit(x, table)
+        from rcm.kernels.fused.api import rotate_pairs  # Triton is imported only where it runs
+
+        return rotate_pairs(x, *table.per_pair)
 
 
 class RopeTables:

@@ -1,8 +1,8 @@
 """The one place where parallelism meets a network, in the one order that works.
 
-1. activation checkpointing: innermost, it recomputes exactly what a block computes;
-2. compile: one graph per block, the recomputation inside;
-3. Ulysses: replaces modules inside blocks; its collectives stay out of the graphs;
+1. compile: the code of a block before and after its self-attention, one graph each for all blocks;
+2. activation checkpointing around it: a compiler that finds the checkpoint inside compiles nothing;
+3. Ulysses: replaces modules inside blocks; the core of the self-attention, collectives included, stays out of the graphs;
 4. FSDP2: outermost, its hooks gather a block's parameters before any of the above runs.
 """
 
@@ -38,22 +38,21 @@ def parallelize(
     `net` has `blocks`, `enter`, `leave`, `blocks[i].self_attn.core` and `config.num_heads`; it may be on the meta device (materialise it
     afterwards with rcm.parallel.init). State-dict keys do not change. A frozen network (no parameter requires a gradient) is stored in
     `precision.compute`; a trained one in `precision.params`. A single rank without mixed precision needs neither FSDP2 nor a process
-    group. Raises ConfigError where cp does not divide the heads, the dims do not multiply to the world size, or a process group is
-    missing.
+    group. Raises ConfigError where cp does not divide the heads, the dims do not multiply to the world size, a process group is
+    missing, or `checkpoint` and `compile` exclude each other.
     """
     dims.check(num_heads=net.config.num_heads)
     frozen = is_frozen(net)
     net.to(precision.compute if frozen else precision.params)
+    if compile:
+        _compile_blocks(net, mode="none" if frozen else checkpoint)
     if not frozen:
         checkpoint_blocks(net, mode=checkpoint)
-    if compile:
-        for block in net.blocks:
-            block.forward = torch.compile(block.forward)
     if dims.cp > 1:
         shard_sequence(net, group=dims.cp_group)
-        if compile:
-            for block in net.blocks:
-                block.self_attn.core.forward = torch.compiler.disable(block.self_attn.core.forward)
+    if compile:
+        for block in net.blocks:  # masks, caches and launches of the attention are not the compiler's business
+            block.self_attn.core.forward = torch.compiler.disable(block.self_attn.core.forward)
     if dims.world_size > 1 or (is_mixed(precision) and not frozen):
         if not torch.distributed.is_initialized() and dims.world_size == 1:
             raise ConfigError(
@@ -62,3 +61,13 @@ def parallelize(
             )
         shard_parameters(net, dims=dims, precision=precision, reshard_after_forward=reshard_after_forward)
     return net
+
+
+def _compile_blocks(net: nn.Module, *, mode: str) -> None:
+    if mode == "mm_only":
+        raise ConfigError(
+            "net.sac_config.mode=mm_only keeps single operators, which are out of sight inside compiled code; with compile=true choose "
+            "block_wise, block_wise_keep_attention or none"
+        )
+    for block in net.blocks:
+        block.forward = torch.compile(block.forward)

@@ -8,7 +8,8 @@ cache-append forwards, which must run exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from rcm.core.errors import ConfigError
+from rcm.kernels import replay
 
-MODES = ("none", "block_wise", "mm_only")
+MODES = ("none", "block_wise", "block_wise_keep_attention", "mm_only")
 _MATMULS = ("mm", "addmm", "bmm", "baddbmm")
 _ATTENTIONS = (
     "_scaled_dot_product_flash_attention",
@@ -29,14 +31,37 @@ _ATTENTIONS = (
 )
 
 
-def _saved_operators() -> frozenset[Any]:
-    """Operators whose outputs mm_only keeps: matrix products and fused attention."""
-    aten = torch.ops.aten
-    return frozenset(getattr(aten, name).default for name in (*_MATMULS, *_ATTENTIONS) if hasattr(aten, name))
+def _operators(*names: str) -> frozenset[Any]:
+    """Operators of torch whose outputs are kept."""
+    return frozenset(getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name))
 
 
-def _keep_products(saved: frozenset[Any], _ctx: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in saved else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(saved: frozenset[Any], _ctx: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in saved and replay.is_keeping() else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _contexts(saved: frozenset[Any]) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Contexts of a block's forward and of its recomputation that keep the operators `saved` and kernels behind `replay.kept`."""
+    forward, recomputation = create_selective_checkpoint_contexts(partial(_policy, saved))
+    tape = replay.Tape()
+    return _both(tape.recording(), forward), _both(tape.replaying(), recomputation)
+
+
+@contextmanager
+def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
+class _Keeping:
+    """A forward whose attention results, or products too, are kept; used inside recomputed blocks."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with replay.keeping():
+            return self.forward(*args, **kwargs)
 
 
 class Recompute:
@@ -61,15 +86,22 @@ class Recompute:
 def checkpoint_blocks(net: nn.Module, *, mode: str) -> None:
     """Apply the policy `mode` (net.sac_config.mode) to every block of `net`, in place.
 
-    "none": store everything. "block_wise": store block inputs only. "mm_only": store outputs of matrix products and attention, recompute
-    the cheap rest. Raises ConfigError for another mode.
+    "none": store everything. "block_wise": store block inputs only. "block_wise_keep_attention": also the result of each block's
+    self-attention (E values per token and block), so that the dearest kernel is not run again. "mm_only": store outputs of matrix
+    products and attention, recompute the cheap rest. Attention is kept if it is one of torch's fused operators or a kernel of this
+    package; other back ends are recomputed. Raises ConfigError for another mode.
     """
     if mode not in MODES:
         raise ConfigError(f"unknown activation checkpointing mode {mode!r}; set net.sac_config.mode to one of {', '.join(MODES)}")
     if mode == "none":
         return
     context_fn = None
-    if mode == "mm_only":
-        context_fn = partial(create_selective_checkpoint_contexts, partial(_keep_products, _saved_operators()))
+    if mode == "block_wise_keep_attention":
+        context_fn = partial(_contexts, _operators(*_ATTENTIONS))
+    elif mode == "mm_only":
+        context_fn = partial(_contexts, _operators(*_MATMULS, *_ATTENTIONS))
     for block in net.blocks:
-        block.forward = Recompute(block.forward, context_fn=context_fn)
+        forward = _Keeping(block.forward) if mode == "mm_only" else block.forward
+        block.forward = Recompute(forward, context_fn=context_fn)
+        if mode == "block_wise_keep_attention":
+            block.self_attn.core.forward = _Keeping(block.self_attn.core.forward)

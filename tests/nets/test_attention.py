@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
 
+from rcm.configs.schema_model import CommonModelConfig
 from rcm.core.dual import jvp, unpack
 from rcm.core.errors import ConfigError
 from rcm.kernels.masks import BlockCausal, Full, TeacherForcing
-from rcm.nets import attention
-from rcm.nets.attention import SDPA, AttentionCore, Reference, resolve
+from rcm.nets import attention, attention_dense
+from rcm.nets.attention import BACKENDS, AttentionCore, attention_name, attention_record, configured, resolve
+from rcm.nets.attention_auto import Auto
+from rcm.nets.attention_dense import SDPA, Reference
 from rcm.nets.wan.model import WanDiT
 from tests.support.tiny_nets import pattern, tiny_config
 
@@ -34,25 +39,27 @@ def inputs(mask, dtype=torch.float64) -> list[torch.Tensor]:
 @pytest.mark.parametrize("limit", [0, 1 << 20], ids=["segments", "matrix"])
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_sdpa_equals_reference_in_value_and_gradient(mask, limit, monkeypatch):
-    monkeypatch.setattr(attention, "DENSE_MASK_LIMIT", limit)
+    monkeypatch.setattr(attention_dense, "DENSE_MASK_LIMIT", limit)
     q, k, v = inputs(mask)
     results = []
-    for backend in (Reference(), SDPA()):
+    for backend in (Reference(), SDPA(), Auto()):
         o = backend(q, k, v, mask=mask, scale=0.3)
         results.append((o, *torch.autograd.grad(o.square().sum(), (q, k, v))))
-    for got, expected in zip(*results, strict=True):
+    for expected, got, by_choice in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+        assert torch.equal(by_choice, got), "on the CPU the choice is sdpa"
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 20], ids=["segments", "matrix"])
 def test_number_of_fused_calls(limit, monkeypatch):
-    monkeypatch.setattr(attention, "DENSE_MASK_LIMIT", limit)
     calls = []
-    original = attention._sdpa
-    monkeypatch.setattr(attention, "_sdpa", lambda *args, **options: calls.append(options.get("matrix")) or original(*args, **options))
+    original = attention_dense._sdpa
+    monkeypatch.setattr(
+        attention_dense, "_sdpa", lambda *args, **options: calls.append(options.get("matrix")) or original(*args, **options)
+    )
     for mask, runs in {None: 1, MASKS[1]: 1, MASKS[2]: 2, MASKS[4]: 2, MASKS[6]: 4}.items():
         calls.clear()
-        SDPA()(*inputs(mask), mask=mask, scale=1.0)
+        SDPA(matrix_pairs=limit)(*inputs(mask), mask=mask, scale=1.0)
         assert len(calls) == (runs if limit == 0 else 1)
         assert (calls[0] is not None) == (limit > 0 and runs > 1)
 
@@ -69,7 +76,7 @@ def test_matrices_survive_inference_mode(backend):
 
 def test_choice_of_the_backend(monkeypatch):
     monkeypatch.delenv("RCM_ATTENTION_BACKEND", raising=False)
-    assert resolve("auto").name == "sdpa" and resolve("reference").name == "reference"
+    assert resolve("auto").name == "auto" and resolve("reference").name == "reference"
     monkeypatch.setenv("RCM_ATTENTION_BACKEND", "reference")
     assert resolve("auto").name == "reference"
     assert resolve("sdpa").name == "sdpa", "a named back end wins over the environment"
@@ -78,14 +85,35 @@ def test_choice_of_the_backend(monkeypatch):
     monkeypatch.setenv("RCM_ATTENTION_BACKEND", "sdap")
     with pytest.raises(ConfigError, match="'sdap' from environment variable RCM_ATTENTION_BACKEND"):
         resolve("auto")
-    with pytest.raises(ConfigError, match="choose from auto, sdpa"):
+    with pytest.raises(ConfigError, match="choose from auto, reference, sdpa"):
         resolve("nonsense")
 
 
-@pytest.mark.parametrize("name", ["flash2", "flash3", "te", "magi", "flex"])
-def test_missing_backends_say_what_to_install(name):
-    with pytest.raises(ConfigError, match=f"'{name}' is not available.*(not installed: |no binding)"):
-        resolve(name)
+def test_the_configuration_takes_exactly_these_names():
+    hints = get_type_hints(CommonModelConfig)
+    assert set(get_args(hints["attention_backend"])) - {""} == set(BACKENDS)
+    kernels = set(get_args(hints["flex_backend"])) - {"", "auto"}
+    assert {f"flex_{kernel}" for kernel in kernels} | {"flex"} == {name for name in BACKENDS if name.startswith("flex")}
+
+
+def test_flex_backend_has_its_effect_or_is_refused():
+    assert attention_name("", flex_backend="") == attention_name("auto", flex_backend="auto") == "auto"
+    assert attention_name("flex", flex_backend="") == "flex"
+    assert attention_name("flex", flex_backend="flash") == attention_name("flex_flash", flex_backend="flash") == "flex_flash"
+    assert attention_name("flex", flex_backend="triton") == "flex_triton"
+    for backend in ("", "auto", "sdpa", "flex_triton"):
+        with pytest.raises(ConfigError, match=r"flex_backend=flash \(or RCM_FLEX_BACKEND\) has no effect with attention_backend="):
+            attention_name(backend, flex_backend="flash")
+
+
+def test_the_configuration_wins_over_the_environment(monkeypatch):
+    monkeypatch.setenv("RCM_ATTENTION_BACKEND", "reference")
+    assert resolve("auto").name == "reference"
+    chosen = configured("auto", flex_backend="auto")
+    assert isinstance(chosen, Auto)
+    assert resolve(chosen) is chosen
+    assert WanDiT(tiny_config(), attention=chosen).attention_backend == "auto"
+    assert configured("flex", flex_backend="triton").name == "flex_triton"
 
 
 def test_dispatcher_passes_structural_zeros_and_the_constant_prefix(monkeypatch):
@@ -119,6 +147,23 @@ def test_dispatcher_passes_structural_zeros_and_the_constant_prefix(monkeypatch)
     core.jvp_implementation = "nonsense"
     with pytest.raises(ValueError, match="nonsense"):
         jvp(lambda y: core(y, k, v), (q,), (dot,))
+
+
+def test_the_record_says_what_served_each_kind_of_call():
+    net = torch.nn.ModuleList([AttentionCore(backend := Auto()), AttentionCore(backend)])
+    assert attention_record(net) == {"backend": "auto", "calls": {"dense": "sdpa"}}
+    mask = MASKS[2]
+    q, k, v = inputs(mask)
+    net[0](q, k, v, mask)
+    with torch.no_grad():
+        net[1](q, k, v, mask)
+        net[1](q, k, v, mask)
+    calls = {"dense": "sdpa", "masked with gradient": "sdpa", "masked": "sdpa"}
+    assert attention_record(net) == {"backend": "auto", "calls": calls}
+    q, k, v = (x.detach() for x in (q, k, v))
+    jvp(lambda y: net[0](y, k, v, mask), (q,), (q,))
+    assert attention_record(net)["calls"] == {**calls, "tangent": "reference"}
+    assert attention_record(AttentionCore(Reference())) == {"backend": "reference", "calls": {"all": "reference"}}
 
 
 def test_reduced_precision_reference_computes_in_float32():

@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rcm.nets.layers import AffineLayerNorm, GatedAdd, ModulatedNorm, Patchify, PromotedLinear, RMSNorm, Sinusoid, Unpatchify
+from rcm.core.dual import jvp
+from rcm.core.errors import ConfigError
+from rcm.nets.layers import (
+    AffineLayerNorm,
+    GatedAdd,
+    Gelu,
+    Linear,
+    ModulatedNorm,
+    Patchify,
+    PromotedLinear,
+    RMSNorm,
+    Sinusoid,
+    Unpatchify,
+)
+from rcm.nets.rope import RopeTables, Rotate
+from tests.support.tiny_nets import tiny_net
 
 F64 = torch.float64
 
@@ -33,6 +50,7 @@ def test_dtypes_of_reduced_precision():
     assert AffineLayerNorm(8, eps=1e-6).bfloat16()(x).dtype == torch.bfloat16
     assert GatedAdd()(x, x, wide).dtype == torch.bfloat16
     assert ModulatedNorm(8, eps=1e-6)(x, wide, wide).dtype == torch.float32
+    assert ModulatedNorm(8, eps=1e-6)(x, wide, wide, dtype=torch.bfloat16).dtype == torch.bfloat16
     linear = PromotedLinear(8, 5).bfloat16()
     expected = torch.nn.functional.linear(wide, linear.weight.float(), linear.bias.float())
     assert torch.equal(linear(wide), expected) and linear(wide).dtype == torch.float32
@@ -71,3 +89,78 @@ def test_patch_orders():
     for c, f, row, column in [(0, 0, 0, 0), (2, 1, 3, 4), (1, 0, 2, 5), (2, 1, 1, 1)]:
         feature = ((row % 2) * 2 + column % 2) * 3 + c
         assert got[1, c, f, row, column] == patches[1, f, (row // 2) * 3 + column // 2, feature]
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that touch data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_carries_a_tangent_in_one_product(bias):
+    x, x_dot = (torch.randn(2, 3, 4, 8, dtype=F64) for _ in range(2))
+    linear = Linear(8, 5, bias=bias).double()
+    plain = torch.nn.Linear(8, 5, bias=bias).double()
+    plain.load_state_dict(linear.state_dict())
+    with Operators() as operators:
+        got = jvp(linear, (x,), (x_dot,))
+    torch.testing.assert_close(got, jvp(plain, (x,), (x_dot,)))
+    views = {"view", "_unsafe_view", "t", "alias", "is_same_size", "_has_same_storage_numel"}
+    moving = [name for name in operators.seen if name not in views]
+    assert sorted(moving) == ["addmm" if bias else "mm", "mm"], "the tangent of a constant weight or bias costs passes over memory"
+
+
+def test_linear_keeps_a_tangent_of_its_weight():
+    x, linear = torch.randn(3, 8, dtype=F64), Linear(8, 5).double()
+    weight, weight_dot = torch.randn(2, 5, 8, dtype=F64)
+
+    def call(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(linear, {"weight": weight}, (x,))
+
+    _, tangent = jvp(call, (weight, x), (weight_dot, x))
+    torch.testing.assert_close(tangent, x @ weight_dot.T + x @ weight.T)
+
+
+def test_demanded_kernels_never_give_way_to_plain_formulas(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x, row = torch.randn(1, 1, 4, 16), torch.randn(1, 1, 1, 16)
+    table = RopeTables(16, max_positions=(4, 4, 4)).table((0,), (2, 2), device=torch.device("cpu"), dtype=torch.float32)
+    calls = [
+        (RMSNorm(16, eps=1e-6), (x,)),
+        (AffineLayerNorm(16, eps=1e-6), (x,)),
+        (ModulatedNorm(16, eps=1e-6), (x, row, row)),
+        (GatedAdd(), (x, x, row)),
+        (Gelu(), (x,)),
+        (Rotate(), (x.transpose(1, 2), table)),
+    ]
+    for layer, inputs in calls:
+        layer.fused = "on"
+        with pytest.raises(ConfigError, match=r"fused_layers=on"):
+            layer(*inputs)
+
+
+def test_the_setting_reaches_every_layer_of_a_network():
+    net = tiny_net()
+    assert net.fused == "auto"
+    net.set_fused("off")
+    settings = [module.fused for module in net.modules() if hasattr(module, "fused")]
+    assert len(settings) > 20 and set(settings) == {"off"}
+    with pytest.raises(ConfigError, match="fused_layers"):
+        net.set_fused("maybe")
+
+
+def test_rope_tables_per_pair():
+    table = RopeTables(16, max_positions=(9, 9, 9)).table((3, 1), (2, 3), device=torch.device("cpu"), dtype=torch.float32)
+    cos, sin = table.per_pair
+    assert cos.shape == sin.shape == (12, 8) and cos.is_contiguous() and sin.is_contiguous() and table.per_pair[0] is cos
+    x = torch.randn(1, 12, 2, 16)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = torch.stack([even * cos[:, None] - odd * sin[:, None], even * sin[:, None] + odd * cos[:, None]], dim=-1).flatten(3)
+    torch.testing.assert_close(Rotate()(x, table), turned)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rcm.core.errors import CheckpointError
+from rcm.core.errors import CheckpointError, ConfigError
 from rcm.nets.wan import convert
 from rcm.nets.wan.config import preset
 from rcm.nets.wan.model import WanDiT
@@ -48,6 +48,36 @@ def test_containers_and_prefixes(state):
         {**prefixed(state, "net."), "net.head._extra_state": b"x"},
     ):
         assert equal(convert.to_wan(file), state)
+
+
+@pytest.mark.parametrize("form", sorted(convert.FORMS))
+def test_every_form_is_a_bijection(state, form):
+    """One key each, and back to the same bits."""
+    there = convert.from_wan(state, form=form)
+    assert len(there) == len(state) and all(key.startswith(convert.FORMS[form].prefix) for key in there)
+    assert equal(convert.to_wan(there), state)
+    assert equal(
+        convert.to_wan({"generator_ema": there, "critic": convert.from_wan({k: v + 1 for k, v in state.items()}, form=form)}), state
+    )
+
+
+def test_networks_are_found_by_their_prefix(state):
+    keys = [lead + key for lead in ("net.", "net_ema.", "net_fake_score.", "teacher.") for key in state]
+    assert convert.network_prefixes(keys) == {"net.": "live", "net_ema.": "ema", "net_fake_score.": "fake_score", "teacher.": "teacher"}
+    assert convert.network_prefixes(convert.from_wan(state, form="diffusers")) == {"": "live"}
+    assert convert.network_prefixes(["critic.model._fsdp_wrapped_module.blocks.0._orig_mod.modulation"]) == {"critic.model.": "fake_score"}
+    assert convert.network_prefixes(["decoder.conv1.weight", "optimizer.state.patch_embedding.weight.exp_avg"]) == {}
+
+
+def test_absent_copies_are_named(state):
+    with pytest.raises(CheckpointError, match=r"holds no net.\* \(generator\) \(it has net_ema.\*\)"):
+        convert.to_wan(prefixed(state, "net_ema."), weights="live")
+    with pytest.raises(CheckpointError, match=r"no net_fake_score.\* weights .*it has one network without prefix"):
+        convert.to_wan(state, weights="fake_score")
+    with pytest.raises(CheckpointError, match="several networks could be the live weights"):
+        convert.to_wan({"model": state, "generator": state})
+    with pytest.raises(ConfigError, match="unknown weights 'best'"):
+        convert.to_wan(state, weights="best")
 
 
 def test_choice_between_copies(state):
@@ -107,13 +137,13 @@ def test_loading_refuses_all_or_nothing(state):
     net = WanDiT(tiny_config()).double()
     before = {key: value.clone() for key, value in net.state_dict().items()}
     missing = {key: value for key, value in state.items() if key != "blocks.1.norm3.bias"}
-    with pytest.raises(CheckpointError, match="missing: blocks.1.norm3.bias"):
+    with pytest.raises(CheckpointError, match=r"missing 1 key\(s\): blocks.1.norm3.bias; choose the net preset"):
         convert.load(net, missing)
-    with pytest.raises(CheckpointError, match="not in the network: blocks.2.modulation"):
+    with pytest.raises(CheckpointError, match=r"does not fit the network of \d+ tensors: 1 unexpected key\(s\): blocks.2.modulation"):
         convert.load(net, {**state, "blocks.2.modulation": torch.zeros(1, 6, 64)})
-    with pytest.raises(CheckpointError, match=r"another shape: head.head.bias \(3,\), expected \(16,\)"):
+    with pytest.raises(CheckpointError, match=r"another shape: head.head.bias has shape \(3,\), expected \(16,\)"):
         convert.load(net, {**state, "head.head.bias": torch.zeros(3)})
-    with pytest.raises(CheckpointError, match="not in the network: .* and .* more"):
+    with pytest.raises(CheckpointError, match="unexpected.*: .* and .* more"):
         convert.load(net, tiny_net(num_layers=3).state_dict())
     with pytest.raises(CheckpointError, match="not tensors: step"):
         convert.load(net, {**state, "step": 3})

@@ -7,7 +7,7 @@ import torch
 
 from rcm.core.dtypes import Precision
 from rcm.core.dual import guard_tangents, in_dual_level, jvp, unpack
-from rcm.nets import attention
+from rcm.nets import attention_dense
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.layout import TokenLayout
 from tests.support.tiny_nets import GRID, condition, latents, pattern, tiny_net
@@ -62,7 +62,7 @@ def test_tangent_in_bfloat16(implementation):
 @pytest.mark.parametrize("limit", [0, 1 << 20], ids=["segments", "matrix"])
 @torch.no_grad()
 def test_packed_pass_in_bfloat16(limit, monkeypatch):
-    monkeypatch.setattr(attention, "DENSE_MASK_LIMIT", limit)
+    monkeypatch.setattr(attention_dense, "DENSE_MASK_LIMIT", limit)
     results = []
     for preset, device, dtype in (("fp64", "cpu", torch.float64), ("bf16_fp32_time", "cuda", torch.bfloat16)):
         denoiser = Denoiser(tiny_net(dtype=torch.bfloat16).to(device, dtype), Precision.preset(preset))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rcm.core.errors import ConfigError
+from rcm.kernels import replay
+from rcm.kernels.masked_attention import api as masked_api
 from rcm.nets.condition import Condition
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.layout import TokenLayout
 from rcm.nets.wan.model import WanDiT
 from rcm.parallel.checkpointing import checkpoint_blocks
+from tests.support.tiny_nets import tiny_net
 from tests.support.toy_method import CHANNELS, CONFIG, FRAMES, HEIGHT, LAYOUT, WIDTH, make_net
 
 TOKENS = LAYOUT.num_tokens
@@ -33,7 +38,7 @@ class Products(TorchDispatchMode):
 
 def prepared(mode: str) -> tuple[WanDiT, Counter]:
     """A network under `mode` that counts how often each block's feed-forward runs."""
-    net, runs = make_net(seed=0, dtype=torch.float64), Counter()
+    net, runs = tiny_net(attention="sdpa", **asdict(CONFIG)), Counter()
     for i, block in enumerate(net.blocks):
         block.ffn.register_forward_hook(lambda *_, i=i: runs.update([i]))
     checkpoint_blocks(net, mode=mode)
@@ -46,7 +51,7 @@ def forward(net: WanDiT, cache=None) -> torch.Tensor:
     return net(x, torch.full((1, 1), 300.0, dtype=torch.float64), Condition(text), LAYOUT, cache)
 
 
-@pytest.mark.parametrize(("mode", "runs_with_gradient"), [("none", 1), ("block_wise", 2), ("mm_only", 2)])
+@pytest.mark.parametrize(("mode", "runs_with_gradient"), [("none", 1), ("block_wise", 2), ("block_wise_keep_attention", 2), ("mm_only", 2)])
 def test_gradients_are_the_same_and_blocks_run_as_often_as_the_mode_says(mode: str, runs_with_gradient: int) -> None:
     plain, _ = prepared("none")
     forward(plain).square().mean().backward()
@@ -69,7 +74,66 @@ def test_mm_only_recomputes_no_matrix_product() -> None:
     assert counts["none"] == counts["mm_only"] < counts["block_wise"]
 
 
-@pytest.mark.parametrize("mode", ["block_wise", "mm_only"])
+class Attentions(TorchDispatchMode):
+    """Counts fused attention operators as they are executed, by the number of keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            self.keys[args[1].shape[2]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("mode", "selfs", "crosses"), [("block_wise", 2, 2), ("block_wise_keep_attention", 1, 2), ("mm_only", 1, 1)])
+def test_which_attention_runs_again(mode: str, selfs: int, crosses: int) -> None:
+    net, _ = prepared(mode)
+    with Attentions() as counted:
+        forward(net).square().mean().backward()
+    assert counted.keys == {TOKENS: selfs * CONFIG.num_layers, CONFIG.text_len: crosses * CONFIG.num_layers}
+
+
+class _Launched(torch.autograd.Function):
+    """Mean over the keys' values as a stand-in for a kernel of this package: its launch is no operator of torch."""
+
+    launches = 0
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        def launch() -> tuple[torch.Tensor, ...]:
+            _Launched.launches += 1
+            return v.mean(dim=1, keepdim=True).expand_as(q).clone(), v.new_ones(1)
+
+        o, other = replay.kept(launch)
+        ctx.save_for_backward(o, other)
+        ctx.keys = v.shape[1]
+        return o
+
+    @staticmethod
+    def backward(ctx, grad):
+        _, other = ctx.saved_tensors
+        return torch.zeros_like(grad), None, (other * grad.sum(dim=1, keepdim=True) / ctx.keys).expand(-1, ctx.keys, -1, -1)
+
+
+@pytest.mark.parametrize(("mode", "launches"), [("none", 1), ("block_wise", 2), ("block_wise_keep_attention", 1), ("mm_only", 1)])
+def test_kernels_behind_kept_are_not_launched_again(mode: str, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def grad(chosen: str) -> torch.Tensor:
+        net, _ = prepared(chosen)
+        for block in net.blocks:
+            monkeypatch.setattr(block.self_attn.core.attention, "backend", lambda q, k, v, mask, scale: _Launched.apply(q, k, v))
+        _Launched.launches = 0
+        forward(net).square().mean().backward()
+        return net.blocks[0].self_attn.v.weight.grad
+
+    plain = grad("none")
+    got = grad(mode)
+    assert _Launched.launches == launches * CONFIG.num_layers
+    torch.testing.assert_close(got, plain, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("mode", ["block_wise", "block_wise_keep_attention", "mm_only"])
 def test_steps_aside_without_gradient_and_in_cache_append(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even torch's checkpoint is called: torch 2.11's raises on dual tensors, gradients enabled or not."""
     net, runs = prepared(mode)
@@ -107,3 +171,27 @@ def test_readonly_forward_is_recomputed_against_the_same_prefix() -> None:
 def test_unknown_mode_names_the_choices() -> None:
     with pytest.raises(ConfigError, match="net.sac_config.mode.*mm_only"):
         checkpoint_blocks(make_net(seed=0), mode="blockwise")
+
+
+def test_masked_attention_keeps_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's own attention with gradient is behind `kept`: launched once per block, gradients as without recomputation."""
+    counts: Counter[str] = Counter()
+
+    def counted(*args: object) -> tuple[torch.Tensor, ...]:
+        counts[mode] += 1
+        return original(*args)
+
+    original = masked_api._forward
+    monkeypatch.setattr(masked_api, "_forward", counted)
+    gradients = {}
+    for mode in ("none", "block_wise", "block_wise_keep_attention"):
+        net, _ = prepared(mode)
+        own = partial(masked_api.masked_attention, forward="reference", backward="eager")
+        for block in net.blocks:
+            monkeypatch.setattr(block.self_attn.core.attention, "backend", own)
+        forward(net).square().mean().backward()
+        gradients[mode] = net.blocks[0].self_attn.q.weight.grad
+    layers = CONFIG.num_layers
+    assert counts == {"none": layers, "block_wise": 2 * layers, "block_wise_keep_attention": layers}
+    for mode in ("block_wise", "block_wise_keep_attention"):
+        torch.testing.assert_close(gradients[mode], gradients["none"], rtol=1e-12, atol=1e-15)

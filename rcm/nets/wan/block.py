@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rcm.core.dual import pack, unpack
 from rcm.nets.attention import AttentionBackend, AttentionCore
 from rcm.nets.kv_cache import LayerView
-from rcm.nets.layers import AffineLayerNorm, GatedAdd, ModulatedNorm, RMSNorm
+from rcm.nets.layers import AffineLayerNorm, GatedAdd, Gelu, Linear, ModulatedNorm, RMSNorm
 from rcm.nets.layout import TokenLayout
 from rcm.nets.rope import RopePair, Rotate
 from rcm.nets.wan.config import WanConfig
@@ -43,11 +45,20 @@ class SelfAttentionCore(nn.Module):
         if cached is None:
             return self.attention(q, self.rotate(k, rope.key), v, layout.mask)
         if cached.keys == "post_rope":
-            k, v = cached.assemble(self.rotate(k, rope.key), v)
+            k, v = _behind_cached(self.rotate(k, rope.key), v, cached)
         else:
-            k, v = cached.assemble(k, v)
+            k, v = _behind_cached(k, v, cached)
             k = self.rotate(k, rope.key)
         return self.attention(q, k, v, layout.mask, cached.prefix_tokens)
+
+
+def _behind_cached(k: Tensor, v: Tensor, cached: LayerView) -> tuple[Tensor, Tensor]:
+    """`cached.assemble`, with tangents laid behind zeros in one pass: torch concatenates a plain and a dual tensor in several."""
+    (k, k_dot), (v, v_dot) = unpack(k), unpack(v)
+    whole = cached.assemble(k, v)
+    behind = (0, 0, 0, 0, cached.prefix_tokens, 0)
+    k, v = (pack(x, None if x_dot is None else F.pad(x_dot, behind)) for x, x_dot in zip(whole, (k_dot, v_dot), strict=True))
+    return k, v
 
 
 class SelfAttention(nn.Module):
@@ -56,10 +67,10 @@ class SelfAttention(nn.Module):
     def __init__(self, config: WanConfig, backend: AttentionBackend) -> None:
         super().__init__()
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        self.q = nn.Linear(config.dim, config.dim)
-        self.k = nn.Linear(config.dim, config.dim)
-        self.v = nn.Linear(config.dim, config.dim)
-        self.o = nn.Linear(config.dim, config.dim)
+        self.q = Linear(config.dim, config.dim)
+        self.k = Linear(config.dim, config.dim)
+        self.v = Linear(config.dim, config.dim)
+        self.o = Linear(config.dim, config.dim)
         self.norm_q = RMSNorm(config.dim, eps=config.eps)
         self.norm_k = RMSNorm(config.dim, eps=config.eps)
         self.core = SelfAttentionCore(AttentionCore(backend))
@@ -81,10 +92,10 @@ class CrossAttention(nn.Module):
     def __init__(self, config: WanConfig, backend: AttentionBackend) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.has_image = config.num_heads, config.head_dim, config.image_branch
-        self.q = nn.Linear(config.dim, config.dim)
-        self.k = nn.Linear(config.dim, config.dim)
-        self.v = nn.Linear(config.dim, config.dim)
-        self.o = nn.Linear(config.dim, config.dim)
+        self.q = Linear(config.dim, config.dim)
+        self.k = Linear(config.dim, config.dim)
+        self.v = Linear(config.dim, config.dim)
+        self.o = Linear(config.dim, config.dim)
         self.norm_q = RMSNorm(config.dim, eps=config.eps)
         self.norm_k = RMSNorm(config.dim, eps=config.eps)
         if self.has_image:
@@ -125,7 +136,7 @@ class WanBlock(nn.Module):
         self.norm3 = AffineLayerNorm(config.dim, eps=config.eps)
         self.cross_attn = CrossAttention(config, backend)
         self.norm2 = ModulatedNorm(config.dim, eps=config.eps)
-        self.ffn = nn.Sequential(nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim))
+        self.ffn = nn.Sequential(Linear(config.dim, config.ffn_dim), Gelu(), Linear(config.ffn_dim, config.dim))
         self.gate2 = GatedAdd()
 
     def forward(
@@ -142,7 +153,7 @@ class WanBlock(nn.Module):
         """
         rows = (self.modulation.to(time.dtype) + time).unsqueeze(3).unbind(2)
         attn_shift, attn_scale, attn_gate, ffn_shift, ffn_scale, ffn_gate = rows
-        attended = self.self_attn(self.norm1(x, attn_shift, attn_scale).to(x.dtype), layout, rope, cached)
+        attended = self.self_attn(self.norm1(x, attn_shift, attn_scale, dtype=x.dtype), layout, rope, cached)
         x = self.gate1(x, attended, attn_gate)
         x = x + self.cross_attn(self.norm3(x), context)
-        return self.gate2(x, self.ffn(self.norm2(x, ffn_shift, ffn_scale).to(x.dtype)), ffn_gate)
+        return self.gate2(x, self.ffn(self.norm2(x, ffn_shift, ffn_scale, dtype=x.dtype)), ffn_gate)

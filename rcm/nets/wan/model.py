@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rcm.kernels.fused.choice import check_setting
 from rcm.nets.attention import AttentionCore, resolve
 from rcm.nets.condition import Condition
 from rcm.nets.kv_cache import CacheView
-from rcm.nets.layers import AffineLayerNorm, ModulatedNorm, Patchify, PromotedLinear, Sinusoid, Unpatchify, accumulate_dtype
+from rcm.nets.layers import AffineLayerNorm, FusedLayer, ModulatedNorm, Patchify, PromotedLinear, Sinusoid, Unpatchify, accumulate_dtype
 from rcm.nets.layout import TokenLayout
 from rcm.nets.rope import RopePair, RopeTables
 from rcm.nets.wan.block import ContextKV, ContextTokens, WanBlock
@@ -58,13 +59,14 @@ class Head(nn.Module):
 class WanDiT(nn.Module):
     """Wan's transformer: predicts the rectified-flow velocity v = eps - x0 of latent frames.
 
-    `attention` names the back end of `nets/attention.py` ("auto": environment, then sdpa). State-dict keys are those of the original
+    `attention` names the back end of `nets/attention.py` ("auto": environment, then sdpa); `fused` says where the fused elementwise
+    kernels run ("auto": on CUDA; see `rcm.kernels.fused.choice`). State-dict keys are those of the original
     weights, with `patch_embedding` stored as a linear layer on flattened patches. `enter` and `leave` (identities on [B, F, S, E]
     tokens) and `block.self_attn.core` are the places where context parallelism attaches from outside. Construct, then load weights or
     call `init_weights`.
     """
 
-    def __init__(self, config: WanConfig, attention: str = "auto") -> None:
+    def __init__(self, config: WanConfig, attention: str = "auto", *, fused: str = "auto") -> None:
         super().__init__()
         self.config = config
         backend = resolve(attention)
@@ -84,6 +86,7 @@ class WanDiT(nn.Module):
         self.head = Head(config)
         self.leave = nn.Identity()
         self.unpatchify = Unpatchify(config.patch[1:])
+        self.set_fused(fused)
         self._rope = RopeTables(config.head_dim, max_positions=(config.max_frames, config.max_rows, config.max_columns))
 
     def forward(self, x: Tensor, timestep: Tensor, cond: Condition, layout: TokenLayout, cache: CacheView | None = None) -> Tensor:
@@ -126,6 +129,13 @@ class WanDiT(nn.Module):
         for module in self.modules():
             if isinstance(module, AttentionCore):
                 module.jvp_implementation = name
+
+    def set_fused(self, name: str) -> None:
+        """Choose where the fused elementwise kernels run: "auto", "on" or "off". Raises `ConfigError` for another name."""
+        self.fused = check_setting(name)
+        for module in self.modules():
+            if isinstance(module, FusedLayer):
+                module.fused = name
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

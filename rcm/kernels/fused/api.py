@@ -1,0 +1,143 @@
+"""Fused layers as functions of plain or dual tensors: one launch forward, one for value and tangent together, one backward.
+
+Every function takes any strides, computes in float32, and knows three uses. Plain tensors without gradient: one kernel. Plain tensors
+with gradient: an autograd Function whose backward is one kernel (and a sum of partial sums for parameters, in a fixed order). Dual
+tensors: value and tangent in one kernel, each input with or without a tangent; the tangent is a constant of the loss, so a dual input
+that also needs a gradient raises. The plain formulas are in `reference.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rcm.core.dual import in_dual_level, pack, unpack
+from rcm.kernels.fused import launch
+from rcm.kernels.fused.launch import NormKind
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift, without intermediate rounding.
+
+    `x` [B, F, S, E]; `shift`, `scale` [B or 1, F or 1, 1, E] any float dtype. Returns `dtype`. spec/wan.md 1.3.
+    """
+    return _norm(x, scale, shift, NormKind(center=True, offset=1.0, eps=eps), dtype)
+
+
+def affine_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+    """LayerNorm(x) * weight + bias for `x` [.., E], `weight`, `bias` [E]; dtype of `x`."""
+    return _norm(x, weight, bias, NormKind(center=True, offset=0.0, eps=eps), x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight for `x` [.., E], `weight` [E]; dtype of `x`."""
+    return _norm(x, weight, None, NormKind(center=False, offset=0.0, eps=eps), x.dtype)
+
+
+def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * y with the gate rounded to the dtype of `x`, `y` [B, F, S, E]; `gate` [B or 1, F or 1, 1, E]."""
+    if x.shape != y.shape or x.dtype != y.dtype:
+        raise ValueError(f"a gated add needs one shape and dtype, got {tuple(x.shape)} {x.dtype} and {tuple(y.shape)} {y.dtype}")
+    (x, y, gate), tangents = _split(x, y, gate)
+    if any(t is not None for t in tangents):
+        return pack(*launch.gated_add(x, y, gate, tangents))
+    return _GatedAdd.apply(x, y, gate) if _graph(x, y, gate) else launch.gated_add(x, y, gate, tangents)[0]
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh form; shape and dtype of `x`."""
+    (x,), (x_dot,) = _split(x)
+    if x_dot is not None:
+        return pack(*launch.gelu(x, x_dot))
+    return _Gelu.apply(x) if _graph(x) else launch.gelu(x, None)[0]
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Channel pairs (2j, 2j+1) of `x` [B, L, N, D] turned by angles given as `cos`, `sin` [L, D / 2], float32 and contiguous."""
+    (x,), (x_dot,) = _split(x)
+    if x_dot is not None:
+        return pack(*launch.rotate(x, x_dot, cos, sin))
+    return _Rotate.apply(x, cos, sin) if _graph(x) else launch.rotate(x, None, cos, sin)[0]
+
+
+def _split(*tensors: Tensor | None) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """Primals and tangents. Raises `RuntimeError` for a tangent together with a gradient."""
+    if not in_dual_level():
+        return tensors, (None,) * len(tensors)
+    pairs = [(None, None) if x is None else unpack(x) for x in tensors]
+    primals, tangents = zip(*pairs, strict=True)
+    if any(t is not None for t in tangents) and _graph(*(x for x in (*primals, *tangents) if x is not None)):
+        raise RuntimeError("fused layers give a tangent that is a constant: run the tangent pass under no_grad, or set fused_layers=off")
+    return primals, tangents
+
+
+def _graph(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _like(x: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return x.shape, x.dtype
+
+
+def _norm(x: Tensor, gain: Tensor, shift: Tensor | None, kind: NormKind, dtype: torch.dtype) -> Tensor:
+    (x, gain, shift), tangents = _split(x, gain, shift)
+    if any(t is not None for t in tangents):
+        return pack(*launch.norm_tangent(x, gain, shift, tangents, kind=kind, dtype=dtype))
+    if _graph(x, gain, *(() if shift is None else (shift,))):
+        return _Norm.apply(x, gain, shift, kind, dtype)
+    return launch.norm(x, gain, shift, kind=kind, dtype=dtype)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, shift: Tensor | None, kind: NormKind, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, gain)
+        ctx.kind, ctx.shift_like = kind, None if shift is None else _like(shift)
+        return launch.norm(x, gain, shift, kind=kind, dtype=dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, gain = ctx.saved_tensors
+        options = {"kind": ctx.kind, "needs": ctx.needs_input_grad[:3], "gain_like": _like(gain), "shift_like": ctx.shift_like}
+        return *launch.norm_backward(x, gain, grad, **options), None, None
+
+
+class _GatedAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(y, gate)
+        return launch.gated_add(x, y, gate, (None, None, None))[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        y, gate = ctx.saved_tensors
+        return grad, *launch.gated_add_backward(y, gate, grad, needs=ctx.needs_input_grad[1:], gate_like=_like(gate))
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return launch.gelu(x, None)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return launch.gelu_backward(*ctx.saved_tensors, grad)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return launch.rotate(x, None, cos, sin)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return launch.rotate(grad, None, *ctx.saved_tensors, backwards=True)[0], None, None

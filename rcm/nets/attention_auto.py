@@ -1,0 +1,125 @@
+"""This package's own masked attention as a back end, and the choice between back ends by measured rules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rcm.core.errors import ConfigError
+from rcm.kernels.masked_attention.api import forward_obstacle, masked_attention
+from rcm.kernels.masked_attention.dense import rectangle_obstacle
+from rcm.kernels.masks import Full, MaskSpec
+from rcm.nets.attention_dense import SDPA
+
+RECTANGLES = ("cudnn", "flash")
+"""Fused backward passes of a rectangle, the faster first (39.0 and 66.5 ms, chunks of 3)."""
+MATRIX_WITH_GRADIENT = 4e8
+MATRIX_WITHOUT_GRADIENT = 1e8
+"""Batch x heads x query-key pairs up to which one SDPA call with a bool matrix beats kernels that know the mask; see `choose`."""
+LARGEST_MATRIX = 1 << 26
+"""Pairs that such a matrix may have whatever the number of heads: 64 MiB."""
+
+
+class Fused:
+    """This package's masked attention: one launch forward, dense rectangles backward (`rcm/kernels/masked_attention/`).
+
+    CUDA; bf16 / fp16 with a gradient (head sizes in multiples of 8), also fp32 without. Raises `ConfigError` naming the reason for
+    anything else.
+    """
+
+    name = "triton"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
+        """See `AttentionBackend`."""
+        obstacle = forward_obstacle(q, v)
+        if not obstacle and not wants_gradient(q, k, v):
+            return masked_attention(q, k, v, mask=mask, scale=scale, forward="triton", backward="cudnn")
+        shape = Full(q.shape[1], k.shape[1]) if mask is None else mask
+        obstacles = {} if obstacle else {name: rectangle_obstacle(name, q, v, mask=shape) for name in RECTANGLES}
+        usable = [name for name, why in obstacles.items() if why is None]
+        if not usable:
+            reasons = obstacle or "; ".join(f"backward {name}: {why}" for name, why in obstacles.items())
+            raise ConfigError(
+                f"attention backend 'triton' does not apply: {reasons}; choose attention_backend / RCM_ATTENTION_BACKEND from "
+                "auto, sdpa, reference"
+            )
+        return masked_attention(q, k, v, mask=mask, scale=scale, forward="triton", backward=usable[0])
+
+
+def wants_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> str:
+    """What serves this call best, as measured: "sdpa", "matrix" (SDPA with a bool matrix), "triton", "triton + cudnn", "triton + flash".
+
+    One H200, torch 2.11, 12 heads of 128, bf16, milliseconds (docs/performance_log.md):
+
+        teacher forcing over 65,520 tokens        chunks of 3   chunks of 1   chunks of 1, 4
+        triton, no gradient                           11.9          11.2          13.1
+        triton + cudnn, forward + backward            51.4          47.9          52.5
+        one SDPA call per segment                     63.1          88.6          61.8
+        FlexAttention (Triton)                        73.6          68.2          76.3
+
+        chunks of 3 over                          2,016     4,032     8,064    16,380 tokens
+        matrix, forward + backward                 0.62      1.33      4.72     23.1
+        triton + cudnn, forward + backward         2.41      2.88      2.38      4.73
+        matrix, no gradient                        0.14      0.39      1.37      6.09
+        triton, no gradient                        0.19      0.31      0.46      1.01
+
+        dense                                     32,760 x 32,760   4,680 x 32,760   32,760 x 512
+        sdpa (cuDNN), forward + backward               43.0               5.8             1.7
+        triton + cudnn, forward + backward             42.5               6.2             2.1
+        sdpa, no gradient                              11.7               1.85            0.20
+        triton, no gradient                            11.1               2.11            0.41
+
+    Dense calls therefore go to SDPA always. Other cards than compute capability 9.0 were not measured: masked calls stay with SDPA there.
+    """
+    if mask is None or mask.is_full:
+        return "sdpa"
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return "sdpa"
+    gradient = wants_gradient(q, k, v)
+    pairs = mask.q_len * mask.kv_len
+    work = q.shape[0] * q.shape[2] * pairs
+    if work <= (MATRIX_WITH_GRADIENT if gradient else MATRIX_WITHOUT_GRADIENT) and pairs <= LARGEST_MATRIX:
+        return "matrix"
+    if forward_obstacle(q, v):
+        return "sdpa"
+    if not gradient:
+        return "triton"
+    usable = [name for name in RECTANGLES if rectangle_obstacle(name, q, v, mask=mask) is None]
+    return f"triton + {usable[0]}" if usable else "sdpa"
+
+
+class Auto:
+    """The back end that `choose` names, per call. `decisions` tells which kind of call went where."""
+
+    name = "auto"
+
+    def __init__(self) -> None:
+        self._sdpa = SDPA()
+        self.decisions: dict[str, str] = {"dense": "sdpa"}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
+        """See `AttentionBackend`."""
+        if mask is None or mask.is_full:
+            return self._sdpa(q, k, v, mask=None, scale=scale)
+        return _masked(self, q, k, v, mask, scale)
+
+
+@torch._disable_dynamo  # torch.compiler.disable would import the compiler with this module; this one does at the first call
+def _masked(auto: Auto, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: float) -> Tensor:
+    """A masked call: choose, note the choice, run."""
+    choice = choose(q, k, v, mask=mask)
+    kind = "masked with gradient" if wants_gradient(q, k, v) else "masked"
+    noted = auto.decisions.get(kind, "").split(", ")
+    if choice not in noted:
+        auto.decisions[kind] = ", ".join([*filter(None, noted), choice])
+    if choice == "matrix":
+        return auto._sdpa.with_matrix(q, k, v, mask=mask, scale=scale)
+    if choice == "sdpa":
+        return auto._sdpa(q, k, v, mask=mask, scale=scale)
+    backward = choice.removeprefix("triton").removeprefix(" + ") or "cudnn"
+    return masked_attention(q, k, v, mask=mask, scale=scale, forward="triton", backward=backward)

@@ -1,0 +1,143 @@
+"""Attention back ends of packages that are installed apart: FlashAttention-2 and -3, MagiAttention, Transformer Engine.
+
+Written against the documented interfaces named below and tested with stand-ins of the same signatures; not run against the packages
+themselves. Each raises `ConfigError` saying what to install when its package is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from rcm.core.errors import ConfigError
+from rcm.kernels.masks import Full, MaskSpec
+from rcm.nets.attention_dense import by_segment
+
+CHOOSE = "choose attention_backend / RCM_ATTENTION_BACKEND from auto, triton, cudnn, sdpa, reference"
+
+
+def require_package(backend: str, module: str, *, hint: str) -> None:
+    """Raise `ConfigError` naming what to install unless `module` can be found; only the parents of a dotted name are imported."""
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent package is missing
+        found = False
+    if not found:
+        raise ConfigError(f"attention backend '{backend}' is not available: {module} is not installed: {hint}; or {CHOOSE}")
+
+
+class _Package:
+    """What the four have in common: the package's module, imported at the first call, and 16-bit CUDA tensors."""
+
+    name: str
+    module: str
+    hint: str
+
+    def __init__(self) -> None:
+        require_package(self.name, self.module, hint=self.hint)
+
+    def _open(self, q: Tensor) -> ModuleType:
+        if q.dtype not in (torch.bfloat16, torch.float16):
+            raise ConfigError(f"attention backend '{self.name}' needs bfloat16 or float16, got {q.dtype}; set precision, or {CHOOSE}")
+        return importlib.import_module(self.module)
+
+
+class Flash2(_Package):
+    """FlashAttention-2, `flash_attn.flash_attn_func` (2.7 and later): one dense call per run of queries with equal keys."""
+
+    name, module, hint = "flash2", "flash_attn", "pip install 'rcm[flash]' (flash-attn 2, built from source, needs CUDA)"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
+        """See `AttentionBackend`."""
+        attend, deterministic = self._open(q).flash_attn_func, torch.are_deterministic_algorithms_enabled()
+        return by_segment(lambda q, k, v: attend(q, k, v, softmax_scale=scale, deterministic=deterministic), q, k, v, mask=mask)
+
+
+class Flash3(_Package):
+    """FlashAttention-3, `flash_attn_interface.flash_attn_func` (Hopper): one dense call per run of queries with equal keys.
+
+    Versions differ in whether the log-sum-exp comes beside the result; both are read.
+    """
+
+    name, module, hint = "flash3", "flash_attn_interface", "build FlashAttention-3 (the folder hopper/ of its sources), needs sm90"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
+        """See `AttentionBackend`."""
+        attend, deterministic = self._open(q).flash_attn_func, torch.are_deterministic_algorithms_enabled()
+
+        def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return _first(attend(q, k, v, softmax_scale=scale, deterministic=deterministic))
+
+        return by_segment(dense, q, k, v, mask=mask)
+
+
+class Magi(_Package):
+    """MagiAttention, `magi_attention.api.flex_flash_attn_func` (1.0 and later, Hopper): one call over (query range, key range) pairs, all
+    of the full type; a batch is a longer sequence whose entries share no pair.
+    """
+
+    name, module, hint = "magi", "magi_attention.api", "build MagiAttention from source (github.com/SandAI-org/MagiAttention), needs sm90"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
+        """See `AttentionBackend`."""
+        attend = self._open(q).flex_flash_attn_func
+        mask = Full(q.shape[1], k.shape[1]) if mask is None else mask
+        q_ranges, k_ranges = _ranges(mask, q.shape[0], q.device)
+        kinds = torch.zeros(len(q_ranges), dtype=torch.int32, device=q.device)
+        extra: dict[str, int] = {}
+        if "max_seqlen_k" in inspect.signature(attend).parameters:  # until 1.0.3; later versions find it out themselves
+            segments = mask.row_segments()
+            extra["max_seqlen_q"] = max(s.q_stop - s.q_start for s in segments)
+            extra["max_seqlen_k"] = max(stop - start for s in segments for start, stop in s.intervals)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        out = attend(
+            *flat, q_ranges=q_ranges, k_ranges=k_ranges, attn_type_map=kinds, softmax_scale=scale, deterministic=deterministic, **extra
+        )
+        return _first(out).to(q.dtype).unflatten(0, (q.shape[0], q.shape[1]))
+
+
+class TransformerEngine(_Package):
+    """NVIDIA Transformer Engine, `transformer_engine.pytorch.DotProductAttention` (2.0 and later) in the layout "bshd" without mask: one
+    dense call per run of queries with equal keys.
+    """
+
+    name, module, hint = "te", "transformer_engine.pytorch", "pip install 'rcm[te]' (needs a CUDA toolchain)"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._modules: dict[tuple[int, int, int, float], torch.nn.Module] = {}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
+        """See `AttentionBackend`."""
+        key = (q.shape[2], q.shape[3], v.shape[3], scale)
+        if key not in self._modules:
+            width = q.shape[3] if q.shape[3] == v.shape[3] else (q.shape[3], v.shape[3])
+            self._modules[key] = self._open(q).DotProductAttention(
+                q.shape[2], width, attention_dropout=0.0, qkv_format="bshd", attn_mask_type="no_mask", softmax_scale=scale
+            )
+        attend = self._modules[key]
+        return by_segment(lambda q, k, v: attend(q, k, v).unflatten(2, (q.shape[2], v.shape[3])), q, k, v, mask=mask)
+
+
+def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+@lru_cache(maxsize=64)
+def _ranges(mask: MaskSpec, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Query and key ranges of every visible rectangle, int32 `[R, 2]`, batch entries one behind the other."""
+    pairs = [
+        ((b * mask.q_len + s.q_start, b * mask.q_len + s.q_stop), (b * mask.kv_len + start, b * mask.kv_len + stop))
+        for b in range(batch)
+        for s in mask.row_segments()
+        for start, stop in s.intervals
+    ]
+    with torch.inference_mode(False):  # the tables may outlive the mode they were first asked for in
+        return tuple(torch.tensor(ranges, dtype=torch.int32, device=device) for ranges in zip(*pairs, strict=True))

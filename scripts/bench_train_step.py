@@ -1,0 +1,307 @@
+"""One training step of the TF-sCM student, and one bidirectional forward against its floor: correctness first, then times and memory.
+
+    python -m scripts.bench_train_step [--net 1.3B|14B] [--layers N] [--frames 21] [--pattern c3-3 --pattern c1-1]
+                                       [--recompute block_wise] [--fused auto|off] [--json FILE]
+
+The student is built as training builds it (float32 master weights, bfloat16 computation, FSDP2 in a group of one) with random weights;
+the teacher is left out: its velocity is noise. Passes are those of the method (`rcm.methods.tf_consistency`): tangent pass = the clean half
+into the context cache, then the noisy half with tangents over it; gradient pass = packed [clean; noisy] forward and backward.
+
+The floor of the forward is the sum over the network's own matrix products, each timed alone at its shape, plus its attention calls, each
+timed alone: medians of calls in a row, times how often the forward makes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rcm.core.dtypes import Precision
+from rcm.core.dual import jvp
+from rcm.core.rng import StepRng, randn
+from rcm.data.batch import LatentBatch
+from rcm.diffusion.blocks import BlockPattern
+from rcm.diffusion.time_sampling import LogNormal
+from rcm.losses.scm import normalise, rf_tangent, scm_regression
+from rcm.methods.teacher_forcing import TeacherForcing
+from rcm.methods.tf_consistency import TFContinuousConsistency
+from rcm.nets.condition import Condition
+from rcm.nets.denoiser import Denoiser, VelocityModel
+from rcm.nets.layout import TokenLayout
+from rcm.nets.wan.config import WanConfig, preset
+from rcm.nets.wan.model import WanDiT
+from rcm.parallel.apply import parallelize
+from rcm.parallel.checkpointing import MODES
+from rcm.parallel.fsdp import stored_parameters
+from rcm.parallel.init import materialise, on_meta
+from rcm.parallel.mesh import ParallelDims, process_group
+from scripts.bench_measure import breakdown, floor_of, timed, write
+
+HEIGHT, WIDTH = 60, 104  # 480 x 832 pixels
+
+
+class NoiseTeacher(VelocityModel):
+    """Stands where the teacher would: a velocity that costs nothing."""
+
+    def __init__(self, config: WanConfig) -> None:
+        self.config = config
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """That of the network whose teacher it replaces."""
+        return self.config.token_grid(height, width)
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: object = None) -> Tensor:
+        """Unit noise for the predicted frames of `layout`."""
+        start, stop = layout.output
+        generator = torch.Generator(x.device).manual_seed(7)
+        return torch.randn(x[:, :, start:stop].shape, generator=generator, device=x.device)
+
+
+def build(config: WanConfig, options: argparse.Namespace, *, frozen: bool) -> Denoiser:
+    """The network as a run builds it: on meta, parallelised, given memory, filled with random weights."""
+    policy = Precision.preset("bf16_fp32_time")
+    net = on_meta(lambda: WanDiT(config, attention=options.attention, fused=options.fused)).requires_grad_(not frozen)
+    dims = ParallelDims(device_type="cuda")
+    parallelize(net, dims=dims, precision=policy, checkpoint=options.recompute, compile=options.compile and not frozen)
+    materialise(net, device="cuda")
+    fill(net)
+    return Denoiser(net, policy)
+
+
+@torch.no_grad()
+def exact_student(config: WanConfig) -> Denoiser:
+    """The same weights, rounded as a bfloat16 network computes with them, in float64 and plain formulas."""
+    net = WanDiT(config, attention="reference", fused="off").to("cuda", torch.float64)
+    net.set_jvp_implementation("reference")
+    fill(net)
+    for parameter in net.parameters():
+        parameter.copy_(parameter.bfloat16())
+    return Denoiser(net, Precision.preset("fp64"))
+
+
+@torch.no_grad()
+def fill(net: nn.Module) -> None:
+    """Random weights without zeros: products of fan-in variance, norms around 1. Zeros would draw less power and run faster."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    for name, parameter in stored_parameters(net).items():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        draws = torch.randn(local.shape, generator=generator, device="cuda")
+        if parameter.ndim >= 2:
+            local.copy_(draws * parameter.shape[-1] ** -0.5)
+        else:
+            local.copy_(0.02 * draws + float(name.endswith("weight")))
+
+
+class Step:
+    """Inputs of one student step and its passes, called as the method calls them."""
+
+    def __init__(self, student: Denoiser, pattern: BlockPattern, *, frames: int) -> None:
+        self.student, self.forcing, config = student, TeacherForcing(pattern), student.net.config
+        rng = StepRng(3, 0, 0)
+        shape = (1, config.out_dim, frames, HEIGHT, WIDTH)
+        self.x0, self.x_t, self.v_teacher = (randn(shape, generator=rng.generator(name), device="cuda") for name in ("x0", "x_t", "v"))
+        self.text = randn((1, config.text_len, config.text_dim), generator=rng.generator("text"), device="cuda")
+        self.cond, self.context = Condition(self.text), self.forcing.clean(self.x0)
+        self.t = torch.full((1, 1), 0.6, dtype=torch.float64, device="cuda")
+        self.structure = {"grid": student.token_grid(HEIGHT, WIDTH), "pattern": pattern}
+        self.frames = frames
+
+    @torch.no_grad()
+    def context_pass(self) -> Any:
+        """The clean half into a fresh cache, as `TeacherForcing.tangent` does it first."""
+        cache = self.student.new_cache(num_frames=self.frames, grid=self.structure["grid"])
+        layout = TokenLayout.context(self.frames, **self.structure)
+        self.student.velocity(self.x0, self.context.times, self.cond, layout, cache=cache.append())
+        return cache
+
+    def noisy_pass(self, cache: Any) -> tuple[Tensor, Tensor]:
+        """The noisy half with tangents over the cache, as `TeacherForcing.tangent` does it second."""
+        layout = TokenLayout.noisy_over_context(self.frames, **self.structure)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            return self.student.velocity(x, t, self.cond, layout, cache=cache.readonly())
+
+        return jvp(velocity, (self.x_t, self.t), (self.v_teacher, torch.ones_like(self.t)))
+
+    def tangent_pass(self) -> tuple[Tensor, Tensor]:
+        """Both."""
+        dots = {"x_dot": self.v_teacher, "t_dot": torch.ones_like(self.t)}
+        return self.forcing.tangent(self.student, self.x_t, self.t, self.cond, context=self.context, **dots)
+
+    def gradient_pass(self, v_dot: Tensor) -> None:
+        """Packed forward, tangent of the loss, regression, backward."""
+        v = self.forcing.velocity(self.student, self.x_t, self.t, self.cond, context=self.context)
+        g_hat = normalise(rf_tangent(v.detach(), self.v_teacher, v_dot, self.t))
+        scm_regression(v, g_hat).value.backward()
+
+    @torch.no_grad()
+    def packed_forward(self) -> Tensor:
+        """The packed forward without gradient."""
+        return self.forcing.velocity(self.student, self.x_t, self.t, self.cond, context=self.context)
+
+    def whole(self) -> None:
+        """The method's own step, its teacher replaced by noise."""
+        teacher = NoiseTeacher(self.student.net.config)
+        method = TFContinuousConsistency(self.student, teacher, forcing=self.forcing, law=LogNormal(-0.8, 1.6))
+        batch = LatentBatch(self.x0, self.text, [""], [""])
+        for term in method.terms(method.phase(2000), batch, StepRng(3, 0, 0)):
+            term().value.backward()
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        self.student.net.zero_grad(set_to_none=True)
+
+
+def bench_step(config: WanConfig, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every pass of the student step, for every pattern; the first row holds the seconds of the very first step."""
+    student = build(config, options, frozen=False)
+    rows: list[dict[str, Any]] = []
+    for name in options.pattern:
+        step = Step(student, BlockPattern.parse(name), frames=options.frames)
+
+        def measure(work: str, call: Callable[[], object], *, traced: bool = False, name: str = name, step: Step = step) -> None:
+            row = {"work": f"{name} {work}"} | timed(call, repeats=options.repeats, prepare=step.forget)
+            report(rows, row | (breakdown(call) if traced and options.profile else {}))
+
+        begin = time.perf_counter()
+        step.whole()
+        torch.cuda.synchronize()
+        report(rows, {"work": f"{name} first step", "ms": 1e3 * (time.perf_counter() - begin)})
+        measure("context pass", step.context_pass, traced=True)
+        v_dot = bench_noisy(step, measure)
+        measure("tangent pass (both)", step.tangent_pass)
+        measure("packed forward without gradient", step.packed_forward)
+        measure("gradient pass", partial(step.gradient_pass, v_dot), traced=True)
+        measure("step (tangent + gradient)", step.whole)
+        step.forget()
+    return rows
+
+
+def bench_noisy(step: Step, measure: Callable[..., None]) -> Tensor:
+    """Measure the noisy pass over a cache that dies here, and return its tangent."""
+    cache = step.context_pass()
+    measure("noisy pass with tangents", partial(step.noisy_pass, cache), traced=True)
+    return step.noisy_pass(cache)[1]
+
+
+@torch.no_grad()
+def bench_forward(config: WanConfig, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One bidirectional forward and its floor, alternating, in one run."""
+    denoiser = build(config, changed(options, recompute="none"), frozen=True).eval_params()
+    layout = TokenLayout.bidirectional(options.frames, grid=denoiser.token_grid(HEIGHT, WIDTH))
+    x = torch.randn(1, config.out_dim, options.frames, HEIGHT, WIDTH, device="cuda")
+    cond = Condition(torch.randn(1, config.text_len, config.text_dim, device="cuda"))
+    t = torch.full((1, 1), 0.6, dtype=torch.float64, device="cuda")
+
+    def call() -> Tensor:
+        return denoiser.velocity(x, t, cond, layout)
+
+    rows: list[dict[str, Any]] = []
+    row = {"work": f"bidirectional forward, {layout.num_tokens} tokens"} | timed(call, repeats=options.repeats)
+    floor = floor_of(denoiser.net, call, repeats=options.repeats)
+    for part in floor["parts"]:
+        print(f"    {part['count']:4d} x {part['ms']:8.3f} ms = {part['count'] * part['ms']:8.2f} ms  {part['what']}", flush=True)
+    row["ms"] = statistics.median([row["ms"], timed(call, repeats=options.repeats)["ms"]])
+    row |= floor | {"over_floor": row["ms"] / floor["floor_ms"]}
+    report(rows, row | (breakdown(call) if options.profile else {}))
+    return rows
+
+
+def changed(options: argparse.Namespace, **changes: object) -> argparse.Namespace:
+    """A copy with changes."""
+    return argparse.Namespace(**{**vars(options), **changes})
+
+
+def check(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A small network in bfloat16, fused and plain, against itself in float64: value, tangent, gradients; relative L2 errors."""
+    config = WanConfig(dim=256, ffn_dim=704, num_heads=4, num_layers=3, text_dim=64, text_len=24)
+    rows: list[dict[str, Any]] = []
+    truth: dict[str, Tensor] = {}
+    for name, fused in (("float64", None), ("plain", "off"), ("fused", "on")):
+        student = exact_student(config) if fused is None else build(config, changed(options, fused=fused, compile=False), frozen=False)
+        step = Step(student, BlockPattern(3, 3), frames=6)
+        found = {"tangent": step.tangent_pass()[1]}
+        v = step.forcing.velocity(student, step.x_t, step.t, step.cond, context=step.context)
+        (v * step.v_teacher).sum().backward()
+        found |= {"value": v.detach()}
+        found |= {f"gradient {key}": full(p.grad) for key, p in stored_parameters(student.net).items()}
+        if name == "float64":
+            truth = found
+            continue
+        errors = {key: ((x.double() - truth[key].double()).norm() / truth[key].double().norm()).item() for key, x in found.items()}
+        gradients = [error for key, error in errors.items() if key.startswith("gradient")]
+        row = {"work": f"check: {name} layers in bf16 against float64", "value": errors["value"], "tangent": errors["tangent"]}
+        report(rows, row | {"gradients_worst": max(gradients), "gradients_median": statistics.median(gradients)})
+    plain, fused_row = rows
+    for key in ("value", "tangent", "gradients_worst", "gradients_median"):
+        if not fused_row[key] <= 1.5 * plain[key] + 1e-3:
+            raise SystemExit(f"the fused layers are wrong: {key} error {fused_row[key]:.2e}, plain layers {plain[key]:.2e}")
+    return rows
+
+
+def full(x: Tensor) -> Tensor:
+    """A tensor whole."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def report(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    """Keep and print a row."""
+    rows.append(row)
+    shown = {k: (f"{v:.4g}" if isinstance(v, float) else v) for k, v in row.items() if k not in ("work", "parts", "largest_others")}
+    print(f"{row['work']:48s} " + "  ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
+    for name, spent, count in row.get("largest_others", ()):
+        print(f"        {spent:8.2f} ms in {count:5d}  {name[:140]}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", default="1.3B", choices=("1.3B", "14B"))
+    parser.add_argument("--layers", type=int, help="fewer blocks than the network has")
+    parser.add_argument("--frames", type=int, default=21, help="latent frames of 1560 tokens")
+    parser.add_argument("--pattern", action="append", help="block pattern of the student step; repeatable (c3-3 and c1-1)")
+    parser.add_argument("--recompute", default="block_wise", choices=MODES)
+    parser.add_argument("--attention", default="auto", help="attention back end")
+    parser.add_argument("--fused", default="auto", choices=("auto", "on", "off"))
+    parser.add_argument("--compile", action="store_true", help="compile the student's blocks")
+    parser.add_argument("--only", default="all", choices=("all", "check", "step", "forward"))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="break passes down by kind of kernel")
+    parser.add_argument("--json", help="write all rows to this file")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("bench_train_step needs a CUDA device", file=sys.stderr)
+        return 2
+    import triton
+
+    options.pattern = options.pattern or ["c3-3", "c1-1"]
+    config = preset(options.net)
+    config = config if options.layers is None else replace(config, num_layers=options.layers)
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
+    machine = {"gpu": torch.cuda.get_device_name(), **versions, "date": time.strftime("%Y-%m-%d"), "options": vars(options)}
+    print(machine, flush=True)
+    parts = {
+        "check": partial(check, options),
+        "step": partial(bench_step, config, options),
+        "forward": partial(bench_forward, config, options),
+    }
+    with process_group("cuda"):
+        chosen = parts if options.only == "all" else {options.only: parts[options.only]}
+        rows = [row for part in chosen.values() for row in part()]
+    if options.json:
+        write(options.json, {"machine": machine, "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

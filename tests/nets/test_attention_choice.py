@@ -1,0 +1,123 @@
+"""`auto` follows its table of measurements, by shape, device, dtype and gradient; nothing is replaced silently."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rcm.core.errors import ConfigError
+from rcm.diffusion.blocks import BlockPattern
+from rcm.kernels.masks import BlockCausal, Full, TeacherForcing
+from rcm.nets import attention_auto
+from rcm.nets.attention_auto import Auto, Fused, choose
+from rcm.nets.attention_dense import Cudnn
+
+PATTERN = BlockPattern(3, 3)
+
+
+class Shaped:
+    """What the rules may look at, without the memory: the largest case has a billion pairs."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, *shape: int, dtype=torch.bfloat16, grad: bool = True) -> None:
+        self.shape, self.dtype, self.requires_grad = shape, dtype, grad
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+
+def chosen(mask, *, heads: int = 12, width: int = 128, length: int | None = None, **options) -> str:
+    q_len, kv_len = (length, length) if mask is None else (mask.q_len, mask.kv_len)
+    q, k = Shaped(1, q_len, heads, width, **options), Shaped(1, kv_len, heads, width, **options)
+    return choose(q, k, k, mask=mask)
+
+
+def forced(tokens_per_frame: int, frames: int = 21) -> TeacherForcing:
+    return TeacherForcing(PATTERN, frames, tokens_per_frame)
+
+
+def test_training_shapes():
+    assert chosen(forced(1560)) == "triton + cudnn"
+    assert chosen(forced(1560), heads=3) == "triton + cudnn", "heads of one of four context-parallel ranks"
+    assert chosen(forced(1560), grad=False) == "triton"
+    with torch.no_grad():
+        assert chosen(forced(1560)) == "triton"
+    assert chosen(BlockCausal(PATTERN, 21, 1560, window=3, sinks=1)) == "triton + cudnn"
+
+
+def test_dense_calls_stay_with_sdpa():
+    assert chosen(None, length=32760) == chosen(Full(32760, 512)) == chosen(BlockCausal(PATTERN, 6, 1560, q_block_offset=1)) == "sdpa"
+
+
+def test_small_masks_are_a_matrix():
+    assert chosen(forced(96)) == "matrix", "4,032 tokens: 1.33 against 2.88 ms"
+    assert chosen(forced(96), grad=False) == "triton", "4,032 tokens: 0.39 against 0.31 ms"
+    assert chosen(forced(48), grad=False) == "matrix", "2,016 tokens: 0.14 against 0.19 ms"
+    assert chosen(forced(192)) == "triton + cudnn", "8,064 tokens: 4.72 against 2.38 ms"
+    assert chosen(forced(250), heads=1) == "triton + cudnn", "a matrix never exceeds 64 MiB"
+
+
+def test_what_the_fused_kernels_do_not_take():
+    assert chosen(forced(1560), dtype=torch.float64) == "sdpa"
+    assert chosen(forced(1560), dtype=torch.float32) == "sdpa"
+    assert chosen(forced(1560), dtype=torch.float32, grad=False) == "triton"
+    assert chosen(forced(1560), width=12) == "sdpa"
+    assert chosen(forced(1560), width=36) == "sdpa", "no fused backward for this head size"
+    assert chosen(forced(1560), width=36, grad=False) == "triton"
+
+
+def test_reproducible_runs_avoid_atomic_sums():
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert chosen(forced(1560)) == "triton + flash"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_blocks_of_one_key_avoid_cudnn():
+    assert chosen(TeacherForcing(BlockPattern(1, 1), 60, 1), heads=30_000) == "triton + flash"
+
+
+def test_cards_without_measurement_keep_dense_calls(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert chosen(forced(1560)) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [("triton", ("triton", "cudnn")), ("triton + cudnn", ("triton", "cudnn")), ("triton + flash", ("triton", "flash"))],
+)
+def test_the_choice_is_carried_out_and_noted(choice, expected, monkeypatch):
+    ran = []
+
+    def spy(q, k, v, *, mask, scale, forward, backward):
+        ran.append((forward, backward, mask, scale))
+        return q
+
+    monkeypatch.setattr(attention_auto, "choose", lambda q, k, v, *, mask: choice)
+    monkeypatch.setattr(attention_auto, "masked_attention", spy)
+    auto, mask = Auto(), forced(1)
+    q = torch.zeros(1, mask.q_len, 1, 8)
+    auto(q, q, q, mask=mask, scale=0.5)
+    assert ran == [(*expected, mask, 0.5)]
+    assert auto.decisions["masked"] == choice
+    monkeypatch.setattr(attention_auto, "choose", lambda q, k, v, *, mask: "matrix")
+    auto(q, q, q, mask=mask, scale=0.5)
+    auto(q, q, q, mask=mask, scale=0.5)
+    assert auto.decisions["masked"] == f"{choice}, matrix", "every choice once"
+
+
+def test_named_back_ends_refuse_what_they_cannot_do():
+    q = torch.zeros(1, 63, 1, 16, requires_grad=True)
+    with pytest.raises(
+        ConfigError, match="'triton' does not apply: it needs a CUDA device, the inputs are on cpu; choose attention_backend"
+    ):
+        Fused()(q, q, q, mask=forced(3), scale=1.0)
+    with pytest.raises(ConfigError, match="'cudnn' needs bfloat16 or float16 on a CUDA device, got torch.float32 on cpu"):
+        Cudnn()(q, q, q, mask=None, scale=1.0)
+    on_card = Shaped(1, 63, 1, 16, dtype=torch.float32)
+    with pytest.raises(ConfigError, match="backward cudnn: it needs bfloat16 or float16, got torch.float32; backward flash: it needs"):
+        Fused()(on_card, on_card, on_card, mask=forced(3), scale=1.0)
