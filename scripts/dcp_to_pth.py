@@ -21,8 +21,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, export, report; exit status 1 with one line on stderr when the checkpoint or the target is unusable."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dcp_checkpoint_dir", required=True, help="DCP directory (iter_*/model), its parent iter_*, or a job directory")
-    parser.add_argument("--save_path", required=True, help="target file: .pth, .pt or .safetensors")
+    where = "DCP directory (iter_*/model), its parent iter_*, or a job directory (default: %(default)s)"
+    parser.add_argument("--dcp_checkpoint_dir", default="checkpoints/iter_000010000/model", help=where)
+    parser.add_argument("--save_path", default="saved_model.pt", help="target file: .pth, .pt or .safetensors (default: %(default)s)")
     parser.add_argument("--weights", choices=sorted(PREFIXES), default="ema", help="which weights (default: ema)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="stored dtype (default: bf16)")
     options = parser.parse_args(arguments)

@@ -9,6 +9,8 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -26,6 +28,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(reason)
+
+
+@pytest.fixture
+def warned() -> Iterator[list[str]]:
+    """Messages of level WARNING and above, as they come."""
+    from loguru import logger  # kernels and networks are also tested where it is not installed
+
+    messages: list[str] = []
+    sink = logger.add(lambda message: messages.append(message.record["message"]), level="WARNING")
+    yield messages
+    logger.remove(sink)
 
 
 @pytest.fixture(autouse=True)

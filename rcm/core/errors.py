@@ -1,4 +1,4 @@
-"""The package's own exceptions, and two checks whose messages carry both numbers and the knob to turn."""
+"""The package's own exceptions, two checks whose messages carry both numbers and the knob to turn, and how another's error is quoted."""
 
 from __future__ import annotations
 
@@ -34,3 +34,8 @@ def require_divisible(name: str, *, value: int, by: int, by_name: str, knob: str
     if value % by:
         choices = ", ".join(str(d) for d in range(1, value + 1) if value % d == 0)
         raise ConfigError(f"{by_name}={by} does not divide {name}={value}; choose {knob} from {choices}")
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of a library's error and the first line of its message, at most 200 characters of it."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"

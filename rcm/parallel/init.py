@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rcm.core.errors import CheckpointError
+from rcm.core.errors import CheckpointError, ConfigError
 from rcm.parallel.fsdp import local, stored_tensors
 from rcm.parallel.mesh import ParallelDims
+from rcm.storage.state_dicts import check_keys, shapes_of
+
+T = TypeVar("T")
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
@@ -32,65 +36,94 @@ def materialise(net: nn.Module, *, device: torch.device | str) -> nn.Module:
     return net.to_empty(device=device)
 
 
-def _report(keys: set[str]) -> str:
-    shown = sorted(keys)[:5]
-    return ", ".join(shown) + (f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else "")
+def on_first(action: Callable[[], T]) -> T | None:
+    """What `action` returns on rank 0, None elsewhere; its failure is raised on every rank, so that none waits for the others.
+    Collective where a process group of several ranks exists.
+    """
+    result, problem = None, None
+    if not _spread() or dist.get_rank() == 0:
+        try:
+            result = action()
+        except Exception as error:
+            if not _spread():
+                raise
+            problem = error
+    _raise_everywhere(problem)
+    return result
 
 
-def check_keys(source: str, *, shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError naming missing, unexpected and misshapen tensors of `source` against what the network expects."""
-    problems = []
-    if missing := set(expected) - set(shapes):
-        problems.append(f"missing {len(missing)} key(s): {_report(missing)}")
-    if extra := set(shapes) - set(expected):
-        problems.append(f"{len(extra)} unexpected key(s): {_report(extra)}")
-    wrong = [
-        f"{key} has shape {tuple(shapes[key])}, expected {tuple(expected[key])}"
-        for key in expected
-        if key in shapes and tuple(shapes[key]) != tuple(expected[key])
-    ]
-    if wrong:
-        problems.append(f"{len(wrong)} tensor(s) of another shape: " + "; ".join(wrong[:3]))
-    if problems:
-        raise CheckpointError(f"{source} does not fit this network: " + "; ".join(problems))
+def shared(value: T | None) -> T:
+    """The object that rank 0 passes, on every rank. Collective."""
+    box = [value]
+    if _spread():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def load_full(net: nn.Module, weights: Mapping[str, Tensor] | None, *, source: str = "state dict") -> None:
     """Load a full (unsharded) state dict, strictly, into a network that may be sharded. Collective.
 
-    `weights` is read on rank 0 only and may be None elsewhere; dtypes are converted to the parameters'. Raises CheckpointError on every
-    rank, naming keys and shapes, when it does not fit.
+    `weights` is read on rank 0 only, one tensor at a time, and may be None elsewhere; a `LazyWeights` is checked before anything is
+    read. Dtypes are converted to the parameters'. Raises CheckpointError on every rank, naming keys and shapes, when it does not fit
+    (then no weight has changed), or naming the tensor that could not be read (then the network is incomplete).
     """
     targets = stored_tensors(net)
-    verdict: list[str | None] = [None]
-    if weights is not None:
-        try:
-            check_keys(
-                source, shapes={k: tuple(v.shape) for k, v in weights.items()}, expected={k: tuple(v.shape) for k, v in targets.items()}
-            )
-        except CheckpointError as error:
-            verdict[0] = str(error)
-    spread = dist.is_initialized() and dist.get_world_size() > 1
-    if spread:
-        dist.broadcast_object_list(verdict, src=0)
-    elif weights is None:
-        raise CheckpointError(f"{source}: no weights were given on rank 0")
-    if verdict[0]:
-        raise CheckpointError(verdict[0])
+
+    def check() -> None:
+        if weights is None:
+            raise CheckpointError(f"{source}: no weights were given on rank 0")
+        check_keys(source, shapes=shapes_of(weights), expected=shapes_of(targets))
+
+    on_first(check)
     for name, target in targets.items():
         shard = local(target)
-        if weights is not None:
-            full = weights[name].to(device=shard.device, dtype=target.dtype).contiguous()
-        else:
-            full = torch.empty(target.shape, dtype=target.dtype, device=shard.device)
-        if spread:
-            dist.broadcast(full, src=0)
+        full = _received(name, target, weights, device=shard.device, source=source)
         part = (
             distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None).to_local()
             if isinstance(target, DTensor)
             else full
         )
         shard.copy_(part)
+
+
+def _received(name: str, target: Tensor, weights: Mapping[str, Tensor] | None, *, device: torch.device, source: str) -> Tensor:
+    """One full tensor in the dtype of `target` on every rank, read on rank 0."""
+    full, problem = None, None
+    try:
+        if not _spread() or dist.get_rank() == 0:
+            full = weights[name].to(device=device, dtype=target.dtype).contiguous()
+    except Exception as error:
+        problem = CheckpointError(f"{source}: {name} could not be read ({type(error).__name__}: {error}); the network is incomplete now")
+        if not _spread():
+            raise problem from error
+    if not _spread():
+        return full
+    # one byte per tensor instead of a pickled object: several hundred of these travel per network
+    ready = torch.tensor([problem is None], dtype=torch.uint8, device=device)
+    dist.broadcast(ready, src=0)
+    if not ready.item():
+        _raise_everywhere(problem)
+    if full is None:
+        full = torch.empty(target.shape, dtype=target.dtype, device=device)
+    dist.broadcast(full, src=0)
+    return full
+
+
+def _spread() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _raise_everywhere(problem: Exception | None) -> None:
+    """Raise rank 0's `problem` on every rank, as it is where it can travel."""
+    if not _spread():
+        return
+    told = None if problem is None else (type(problem) if isinstance(problem, CheckpointError | ConfigError) else None, str(problem))
+    told = shared((told,))[0]
+    if problem is not None:
+        raise problem
+    if told is not None:
+        kind, words = told
+        raise (kind or CheckpointError)(words)
 
 
 def load_dcp(net: nn.Module, directory: str | Path, *, prefix: str = "net.") -> None:
@@ -103,7 +136,7 @@ def load_dcp(net: nn.Module, directory: str | Path, *, prefix: str = "net.") -> 
     check_keys(
         f"{directory} ({prefix}*)",
         shapes={k: v for k, v in found.items() if k.startswith(prefix)},
-        expected={k: tuple(v.shape) for k, v in expected.items()},
+        expected=shapes_of(expected),
     )
     dcp.load(expected, checkpoint_id=str(directory), no_dist=not dist.is_initialized())
 
@@ -127,12 +160,13 @@ def initialise(net: nn.Module, build: Callable[[], nn.Module], *, seed: int) -> 
 
     For networks trained from scratch (the embedded world, ablations): rank 0 holds the whole network in CPU memory meanwhile.
     """
-    weights = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
+
+    def draw() -> Mapping[str, Tensor]:
         full = build()
         full.init_weights(torch.Generator().manual_seed(seed))
-        weights = full.state_dict()
-    load_full(net, weights, source="initial weights")
+        return full.state_dict()
+
+    load_full(net, on_first(draw), source="initial weights")
 
 
 def check_equal(net: nn.Module, *, dims: ParallelDims) -> None:

@@ -59,6 +59,10 @@ class Description:
         """The same description after `iteration` iterations."""
         return replace(self, iteration=iteration)
 
+    def holding(self, weights: str) -> Description:
+        """The same description beside one set of weights only: "ema", "reg" (or "live") or "fake_score"."""
+        return replace(self, extra={**self.extra, "weights": "live" if weights == "reg" else weights})
+
     def to_json(self) -> str:
         """Indented JSON with a format number. Raises TypeError for a value that is not JSON."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, sort_keys=True)

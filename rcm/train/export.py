@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rcm.core.errors import CheckpointError, ConfigError
+from rcm.nets.wan.convert import WRAPPERS
 from rcm.parallel.init import dcp_shapes
 from rcm.train.describe import FILE_NAME, Description
 
@@ -23,16 +24,23 @@ PREFIXES = {"ema": "net_ema.", "reg": "net.", "fake_score": "net_fake_score."}
 """Name of a set of weights -> its key prefix: the student's average, the student itself, the critic."""
 
 
-def model_directory(path: str | Path) -> Path:
-    """The DCP directory with the weights: `path` itself, its `model/`, or that of the newest checkpoint of a job directory."""
+def find_model_directory(path: str | Path) -> Path | None:
+    """The DCP directory with the weights: `path` itself, its `model/`, or that of the newest checkpoint of a job directory; None where
+    there is none.
+    """
     path = Path(path)
     pointer = path / "checkpoints" / "latest_checkpoint.txt"
     if pointer.is_file():
         path = path / "checkpoints" / pointer.read_text().strip()
-    for candidate in (path, path / "model"):
-        if (candidate / ".metadata").is_file():
-            return candidate
-    raise CheckpointError(f"{path} is not a DCP checkpoint: neither it nor {path / 'model'} has a .metadata file")
+    return next((found for found in (path, path / "model") if (found / ".metadata").is_file()), None)
+
+
+def model_directory(path: str | Path) -> Path:
+    """As `find_model_directory`; `CheckpointError` where there is none."""
+    found = find_model_directory(path)
+    if found is None:
+        raise CheckpointError(f"{path} is not a DCP checkpoint: neither it nor {Path(path) / 'model'} has a .metadata file")
+    return found
 
 
 def describe(path: str | Path) -> Description | None:
@@ -41,19 +49,20 @@ def describe(path: str | Path) -> Description | None:
     if path.is_file():
         beside = path.with_name(path.name + ".json")
     else:
-        directory = model_directory(path)
-        beside = next((d / FILE_NAME for d in (directory, directory.parent) if (d / FILE_NAME).is_file()), directory / FILE_NAME)
+        model = find_model_directory(path)
+        places = [path] if model is None else [model, model.parent]
+        beside = next((place / FILE_NAME for place in places if (place / FILE_NAME).is_file()), places[0] / FILE_NAME)
     return Description.read(beside) if beside.is_file() else None
 
 
 def read_weights(path: str | Path, *, weights: str = "ema", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Full tensors of one set of `weights` ("ema", "reg", "fake_score") of a DCP checkpoint, by network key, in `dtype` (None: as
-    stored).
+    """Full tensors of one set of `weights` ("ema", "reg", "fake_score") of a DCP checkpoint, by network key (without the names that
+    wrappers leave), in `dtype` (None: as stored).
     """
     if weights not in PREFIXES:
         raise ConfigError(f"unknown weights {weights!r}; choose from {', '.join(PREFIXES)}")
     directory, prefix = model_directory(path), PREFIXES[weights]
-    shapes = {k: v for k, v in dcp_shapes(directory).items() if k.startswith(prefix)}
+    shapes = {k: v for k, v in dcp_shapes(directory).items() if k.startswith(prefix) and not k.endswith("._extra_state")}
     if not shapes:
         present = sorted({k.partition(".")[0] for k in dcp_shapes(directory)})
         raise CheckpointError(
@@ -65,19 +74,22 @@ def read_weights(path: str | Path, *, weights: str = "ema", dtype: torch.dtype |
         dcp.load(full, checkpoint_id=str(directory), no_dist=True)
     except CheckpointException as error:
         raise CheckpointError(f"{directory} is damaged: {next(iter(error.failures.values()))[0]}") from error
-    return {k.removeprefix(prefix): v for k, v in full.items()}
+    return {WRAPPERS.sub("", k.removeprefix(prefix)): v for k, v in full.items()}
 
 
 def export(path: str | Path, save_path: str | Path, *, weights: str = "ema", dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write one set of weights to `save_path` (.safetensors or .pt/.pth) under `net.*` keys, atomically, and return it.
 
-    The self-description goes into a safetensors file's metadata and into `<save_path>.json`. Raises ConfigError for another suffix.
+    The self-description goes into a safetensors file's metadata and into `<save_path>.json`, with the set of weights in
+    `extra["weights"]`. Raises ConfigError for another suffix.
     """
     target = Path(save_path)
     if target.suffix not in (".safetensors", ".pt", ".pth"):
         raise ConfigError(f"save path {target} must end in .safetensors, .pt or .pth")
     tensors = {f"net.{k}": v for k, v in read_weights(path, weights=weights, dtype=dtype).items()}
     description = describe(path)
+    if description is not None:
+        description = description.holding(weights)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".writing_{target.name}")
     if target.suffix == ".safetensors":

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from rcm.core.errors import CheckpointError
 from rcm.parallel.fsdp import local, stored_parameters, stored_tensors
-from rcm.parallel.init import check_keys, dcp_shapes
+from rcm.parallel.init import dcp_shapes
 from rcm.parallel.mesh import ParallelDims
+from rcm.storage.state_dicts import check_keys, shapes_of
 from rcm.train.state import CHECKPOINT_NAMES, RoleState, TrainState
 
 Part = dict[str, Tensor]
@@ -55,12 +56,12 @@ def restore(state: TrainState, directory: Path, *, loader: Positioned | None, di
     """
     model = _model_part(state)
     found = {name: dcp_shapes(directory / name) for name in ("model", "scheduler", "trainer", *map(_optim_name, state.roles))}
-    check_keys(f"{directory}/model", shapes=found["model"], expected=_shapes(model))
+    check_keys(f"{directory}/model", shapes=found["model"], expected=shapes_of(model))
     optim = {
         role: _empty_slots(slot, found[_optim_name(role)], source=f"{directory}/{_optim_name(role)}") for role, slot in state.roles.items()
     }
     counts = {f"{CHECKPOINT_NAMES[role]}.updates": torch.tensor(0) for role in state.roles}
-    check_keys(f"{directory}/scheduler", shapes=found["scheduler"], expected=_shapes(counts))
+    check_keys(f"{directory}/scheduler", shapes=found["scheduler"], expected=shapes_of(counts))
     record = {"record": torch.empty(found["trainer"].get("record", (0,)), dtype=torch.uint8)}
     _read(record, directory / "trainer")
     _read(counts, directory / "scheduler")
@@ -80,10 +81,6 @@ def restore(state: TrainState, directory: Path, *, loader: Positioned | None, di
 def _optim_name(role: str) -> str:
     name = CHECKPOINT_NAMES[role]
     return "optim_" + (name.removeprefix("net_") if name != "net" else name)
-
-
-def _shapes(part: Part) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in part.items()}
 
 
 def _model_part(state: TrainState) -> Part:
@@ -112,7 +109,7 @@ def _empty_slots(slot: RoleState, found: dict[str, tuple[int, ...]], *, source: 
             # AdamW keeps its step count as a float32 scalar, on the parameter's device when fused.
             step = torch.zeros((), device=local(p).device if slot.optimizer.defaults.get("fused") else "cpu")
             flat[f"{key}.{name}"] = step if key == "step" else torch.zeros_like(p, requires_grad=False)
-    check_keys(source, shapes=found, expected=_shapes(flat))
+    check_keys(source, shapes=found, expected=shapes_of(flat))
     return flat, by_parameter
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 
 from rcm.core.errors import CheckpointError, ConfigError
@@ -67,6 +68,28 @@ def test_the_public_command_writes_averaged_weights_in_bf16(
     assert main(["--dcp_checkpoint_dir", str(model), "--save_path", str(tmp_path / "x.bin")]) == 1
     errors = capsys.readouterr().err
     assert "is not a DCP checkpoint" in errors and "must end in" in errors and not (tmp_path / "x.pth").exists()
+
+
+@pytest.mark.parametrize(("weights", "held"), [("ema", "ema"), ("reg", "live"), ("fake_score", "fake_score")])
+def test_an_exported_file_says_which_weights_it_holds(trained: tuple[Path, TrainState], tmp_path: Path, weights: str, held: str) -> None:
+    """In both places; the rest of the description is the run's."""
+    job, _ = trained
+    target = export(job, tmp_path / "x.safetensors", weights=weights)
+    told = describe(target)
+    assert told.extra["weights"] == held and told == describe(job).holding(weights)
+    with safe_open(target, framework="pt") as file:
+        assert json.loads(file.metadata()["rcm"])["extra"]["weights"] == held
+
+
+def test_names_that_wrappers_leave_are_removed(tmp_path: Path) -> None:
+    """rcm's trainer wraps blocks and head for recomputation, and the names reach its checkpoints."""
+    wrapped = {
+        "net_ema.blocks.0._checkpoint_wrapped_module.modulation": torch.ones(2),
+        "net_ema.head._extra_state": torch.zeros(0),
+        "net.x": torch.zeros(1),
+    }
+    dcp.save(wrapped, checkpoint_id=str(tmp_path / "model"), no_dist=True)
+    assert sorted(read_weights(tmp_path)) == ["blocks.0.modulation"]
 
 
 def test_absent_weights_and_unknown_names_are_errors(tmp_path: Path) -> None:

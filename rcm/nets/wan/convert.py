@@ -1,33 +1,51 @@
-"""Strict conversion between the checkpoint formats of Wan and its descendants. Tensors in dicts only; reading files is not this
+"""Strict conversion between the checkpoint formats of Wan and its descendants. Names and tensors in dicts only; reading files is not this
 module's business.
 
 The package's own form is the original Wan naming with `patch_embedding.weight` as [dim, in_dim * patch area]. Understood: original Wan
 (5-D patch weight), diffusers, rcm (`net.`, `net_ema.`, other roles by prefix), the Self-Forcing family (generator / generator_ema /
-model containers, wrapper names left by FSDP, checkpointing and compile), ComfyUI prefixes. spec/wan.md 1.2, 2.1, 3.
+critic / model containers, wrapper names left by FSDP, checkpointing and compile), ComfyUI prefixes. spec/wan.md 1.2, 2.1, 3.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
 
-from rcm.core.errors import CheckpointError
+from rcm.core.errors import CheckpointError, ConfigError
 from rcm.nets.wan.config import WanConfig
+from rcm.storage.state_dicts import check_keys, flatten, listed, shapes_of
 
-Format = Literal["rcm", "wan", "diffusers"]
-Weights = Literal["ema", "live"]
+Format = Literal["rcm", "wan", "diffusers", "self_forcing", "comfyui"]
+Weights = Literal["ema", "live", "fake_score"]
 
-CONTAINERS = {"ema": ("generator_ema", "generator"), "live": ("generator", "generator_ema")}
-PLAIN_CONTAINERS = ("model", "state_dict", "module")
-ROLE_PREFIXES = {"ema": ("net_ema.", "net."), "live": ("net.", "net_ema.")}
-OUTER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.")
 WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 HEAD_DIM = 128
 PATCH_KEY = "patch_embedding.weight"
+ANCHORS = (PATCH_KEY, "blocks.0.modulation", "blocks.0.scale_shift_table", "head.modulation", "scale_shift_table")
+"""Keys that every network has in one of its namings; what stands before one of them is the prefix of a network."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a family writes a network: the prefix of every key, whether the patch weight is a convolution's, the entry of the file that
+    holds the state dict ("" for none)."""
+
+    prefix: str
+    patch_5d: bool
+    container: str = ""
+
+
+FORMS: dict[str, Form] = {
+    "rcm": Form("net.", patch_5d=False),
+    "wan": Form("", patch_5d=True),
+    "diffusers": Form("", patch_5d=True),
+    "self_forcing": Form("model.", patch_5d=True, container="generator"),
+    "comfyui": Form("model.diffusion_model.", patch_5d=True),
+}
 
 # original name, diffusers name; whole dotted components, at the start of a key
 _TOP = (
@@ -64,50 +82,115 @@ _BLOCK = (
 _BLOCK_KEY = re.compile(r"(blocks\.\d+\.)(.+)")
 
 
-def to_wan(state: Mapping[str, object], *, weights: Weights = "ema", prefix: str | None = None) -> dict[str, Tensor]:
-    """Any understood state dict in the package's own form.
+def network_prefixes(keys: Iterable[str]) -> dict[str, str]:
+    """Which networks a file holds: prefix -> "ema", "live", "fake_score", or another lead as the file names it. `keys` may still carry
+    wrapper names."""
+    found: dict[str, str] = {}
+    for key in keys:
+        name = WRAPPERS.sub("", key)
+        for anchor in ANCHORS:
+            prefix = name.removesuffix(anchor)
+            if prefix != name and (not prefix or prefix.endswith(".")) and not re.search(r"(^|\.)(blocks\.\d+|head)\.$", prefix):
+                found.setdefault(prefix, _copy_of(prefix))
+    return found
 
-    `weights`: which copy to take where a file holds a live and an averaged one. `prefix`: take exactly the keys under it (for example
-    "net_fake_score."), for files that hold several networks. Keys ending in `._extra_state` are dropped.
-    Raises `CheckpointError` if the prefix is absent, two keys become one, an entry is no tensor, or a diffusers key is unknown.
+
+def network_names(
+    keys: Iterable[str], *, weights: Weights = "ema", prefix: str | None = None, others: Iterable[str] = ()
+) -> dict[str, str]:
+    """Name in the package's own form -> key in the file, for one network of a file whose flat tensor keys are `keys`.
+
+    `weights`: which copy to take; "ema" takes the only copy where there is no averaged one. `prefix`: take exactly the keys under it
+    (for example "net_fake_score."). `others`: keys of entries that are no tensors. Keys ending in `._extra_state` are dropped.
+    Raises `CheckpointError` if the copy or prefix is absent or not unique, two keys become one, an entry of the network is no tensor, or a
+    diffusers key is unknown.
     """
-    flat = _unwrap(state, weights)
-    flat = _cleaned(flat)
-    flat = _select(flat, weights=weights, prefix=prefix)
-    if any(key.startswith("condition_embedder.") for key in flat):
-        flat = _renamed(flat, to_diffusers=False)
-    strangers = sorted(key for key, value in flat.items() if not isinstance(value, Tensor))
+    cleaned = _cleaned(keys)
+    chosen = prefix
+    if chosen is None:
+        chosen = choose_prefix(network_prefixes(cleaned), weights)
+    names = {name.removeprefix(chosen): key for name, key in cleaned.items() if name.startswith(chosen)}
+    if prefix and not names:
+        raise CheckpointError(f"no key starts with {prefix!r}; there are {listed(sorted({key.split('.')[0] + '.' for key in cleaned}))}")
+    strangers = sorted(key for key in others if WRAPPERS.sub("", key).startswith(chosen) and not key.endswith("._extra_state"))
     if strangers:
         raise CheckpointError(
-            f"entries are not tensors: {_listed(strangers)}; not a network's state dict, or a container that needs prefix="
+            f"entries are not tensors: {listed(strangers)}; not a network's state dict, or a container that needs prefix="
         )
-    if PATCH_KEY in flat:
-        flat[PATCH_KEY] = flat[PATCH_KEY].flatten(1)
-    return flat
+    if any(name.startswith("condition_embedder.") for name in names):
+        names = {wan_name(name): key for name, key in names.items()}
+    return names
+
+
+def choose_prefix(found: Mapping[str, str], weights: str) -> str:
+    """The prefix of one copy among `network_prefixes`; "" where nothing was found. `CheckpointError` as in `network_names`."""
+    if weights not in ("ema", "live", "fake_score"):
+        raise ConfigError(f"unknown weights {weights!r}; choose from ema, live, fake_score")
+    has = ", ".join(f"{prefix}*" if prefix else "one network without prefix" for prefix in found)
+    wanted = ("ema", "live") if weights == "ema" else (weights,)
+    for copy in wanted:
+        prefixes = [prefix for prefix, held in found.items() if held == copy]
+        if len(prefixes) > 1:
+            raise CheckpointError(f"several networks could be the {copy} weights: {has}; name one with prefix=")
+        if prefixes:
+            return prefixes[0]
+    if not found and weights != "fake_score":
+        return ""
+    names = {"ema": "net_ema.* (generator_ema)", "live": "net.* (generator)", "fake_score": "net_fake_score.* weights (critic)"}
+    raise CheckpointError(f"it holds no {names[weights]} (it has {has or 'no network'}); choose other weights than {weights!r}")
+
+
+def to_wan(state: Mapping[str, object], *, weights: Weights = "ema", prefix: str | None = None) -> dict[str, Tensor]:
+    """Any understood state dict, nested or flat, in the package's own form; arguments and errors as `network_names`."""
+    flat = flatten(state)
+    tensors = {key for key, value in flat.items() if isinstance(value, Tensor)}
+    names = network_names(tensors, weights=weights, prefix=prefix, others=[key for key in flat if key not in tensors])
+    return {name: own_form(name, flat[key]) for name, key in names.items()}
+
+
+def own_form(name: str, tensor: Tensor) -> Tensor:
+    """A tensor of another family as the package keeps it: the patch weight flattened, channel slowest."""
+    return tensor.flatten(1) if name == PATCH_KEY else tensor
+
+
+def other_form(name: str, tensor: Tensor, *, form: Format, patch: tuple[int, int, int] = (1, 2, 2)) -> Tensor:
+    """The reverse of `own_form` for a family that keeps the patch weight as a convolution's [dim, in_dim, 1, 2, 2]."""
+    return tensor.unflatten(1, (-1, *patch)) if name == PATCH_KEY and FORMS[form].patch_5d else tensor
+
+
+def other_name(name: str, *, form: Format, prefix: str | None = None) -> str:
+    """The key of tensor `name` in another family; `prefix` instead of the family's."""
+    if form not in FORMS:
+        raise ValueError(f"checkpoint form must be one of {', '.join(map(repr, FORMS))}, got {form!r}")
+    lead = FORMS[form].prefix if prefix is None else prefix
+    return lead + (_renamed(name, to_diffusers=True) if form == "diffusers" else name)
+
+
+def wan_name(name: str) -> str:
+    """The original name of a diffusers key; `CheckpointError` for an unknown one."""
+    return _renamed(name, to_diffusers=False)
 
 
 def from_wan(
-    state: Mapping[str, Tensor], *, form: Format, patch: tuple[int, int, int] = (1, 2, 2), prefix: str = "net."
+    state: Mapping[str, Tensor], *, form: Format, patch: tuple[int, int, int] = (1, 2, 2), prefix: str | None = None
 ) -> dict[str, Tensor]:
-    """The package's own form as another. "rcm": `prefix` before every key; "wan", "diffusers": the patch weight as a convolution's."""
-    if form == "rcm":
-        return {prefix + key: value for key, value in state.items()}
-    if form not in ("wan", "diffusers"):
-        raise ValueError(f"checkpoint form must be 'rcm', 'wan' or 'diffusers', got {form!r}")
-    out = dict(state)
-    out[PATCH_KEY] = out[PATCH_KEY].unflatten(1, (-1, *patch))
-    return _renamed(out, to_diffusers=True) if form == "diffusers" else out
+    """The package's own form as another, flat; `prefix` replaces that of the family (`FORMS`)."""
+    return {other_name(name, form=form, prefix=prefix): other_form(name, value, form=form, patch=patch) for name, value in state.items()}
 
 
 def detect_config(state: Mapping[str, Tensor], *, head_dim: int = HEAD_DIM) -> WanConfig:
-    """The configuration of a network in the package's own form, read off its shapes; head size, text length and patch are not stored
-    and keep the family's values. Raises `CheckpointError` naming a missing tensor."""
+    """The configuration of a network in the package's own form, read off its shapes (meta tensors suffice); head size, text length and
+    patch are not stored and keep the family's values. Raises `CheckpointError` naming a missing tensor."""
     shape = {key: tuple(tensor.shape) for key, tensor in state.items()}
     base = WanConfig(dim=head_dim, ffn_dim=1, num_heads=1, num_layers=1)
     try:
         dim, patched_in = shape[PATCH_KEY]
         blocks = {int(key.split(".")[1]) for key in shape if key.startswith("blocks.")}
         image = "img_emb.proj.0.weight" in shape
+        if dim % head_dim:
+            raise CheckpointError(
+                f"width {dim} is no multiple of the head size {head_dim}; say how many heads it has (a config.json beside it)"
+            )
         return replace(
             base,
             dim=dim,
@@ -122,7 +205,7 @@ def detect_config(state: Mapping[str, Tensor], *, head_dim: int = HEAD_DIM) -> W
             image_dim=shape["img_emb.proj.0.weight"][0] if image else base.image_dim,
         )
     except (KeyError, ValueError) as missing:
-        raise CheckpointError(f"not a Wan network: {missing}; it has {len(shape)} tensors: {_listed(sorted(shape))}") from missing
+        raise CheckpointError(f"not a Wan network: {missing}; it has {len(shape)} tensors: {listed(sorted(shape))}") from missing
 
 
 def load(net: nn.Module, state: Mapping[str, object], *, weights: Weights = "ema", prefix: str | None = None) -> None:
@@ -131,88 +214,43 @@ def load(net: nn.Module, state: Mapping[str, object], *, weights: Weights = "ema
     Raises `CheckpointError` listing keys that are missing, left over, or of another shape.
     """
     ours, theirs = net.state_dict(), to_wan(state, weights=weights, prefix=prefix)
-    check_keys(ours, theirs)
+    check_keys(
+        "checkpoint",
+        shapes=shapes_of(theirs),
+        expected=shapes_of(ours),
+        network=f"the network of {len(ours)} tensors",
+        advice="choose the net preset it was made for",
+    )
     net.load_state_dict(theirs, strict=True, assign=any(tensor.is_meta for tensor in ours.values()))
 
 
-def check_keys(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
-    """Raise `CheckpointError` unless both have the same keys and shapes, naming what differs."""
-    problems = []
-    if missing := sorted(expected.keys() - got.keys()):
-        problems.append(f"missing: {_listed(missing)}")
-    if extra := sorted(got.keys() - expected.keys()):
-        problems.append(f"not in the network: {_listed(extra)}")
-    shapes = [
-        f"{key} {tuple(got[key].shape)}, expected {tuple(expected[key].shape)}"
-        for key in sorted(expected.keys() & got.keys())
-        if got[key].shape != expected[key].shape
-    ]
-    if shapes:
-        problems.append(f"of another shape: {_listed(shapes)}")
-    if problems:
-        raise CheckpointError(
-            f"checkpoint does not fit the network of {len(expected)} tensors; "
-            + "; ".join(problems)
-            + ". Choose the net preset it was made for"
-        )
+def _copy_of(prefix: str) -> str:
+    """What the prefix of a network says about its weights; a plain or technical prefix means the live ones."""
+    words = prefix.split(".")[:-1]
+    if any(word.endswith("ema") for word in words):
+        return "ema"
+    if any(word == "critic" or word.endswith("fake_score") for word in words):
+        return "fake_score"
+    named = [word for word in words if word not in ("net", "generator", "model", "diffusion_model", "module", "state_dict", "transformer")]
+    return ".".join(named) or "live"
 
 
-def _unwrap(state: Mapping[str, object], weights: Weights) -> Mapping[str, object]:
-    """Descend into the containers that trainers put around a state dict."""
-    while True:
-        inner = next((name for name in (*CONTAINERS[weights], *PLAIN_CONTAINERS) if isinstance(state.get(name), Mapping)), None)
-        if inner is None:
-            return state
-        state = state[inner]
-
-
-def _cleaned(flat: Mapping[str, object]) -> dict[str, object]:
-    """Keys without wrapper names and extra states."""
-    out: dict[str, object] = {}
-    for key, value in flat.items():
+def _cleaned(keys: Iterable[str]) -> dict[str, str]:
+    """Key without wrapper names -> key, extra states left out."""
+    out: dict[str, str] = {}
+    for key in keys:
         name = WRAPPERS.sub("", key)
         if name in out:
             raise CheckpointError(f"key {name!r} occurs twice, with and without wrapper names; the file mixes two copies")
         if not name.endswith("._extra_state"):
-            out[name] = value
+            out[name] = key
     return out
 
 
-def _select(flat: dict[str, object], *, weights: Weights, prefix: str | None) -> dict[str, object]:
-    """Keys of one network, without prefixes."""
-    if prefix is not None:
-        chosen = {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
-        if not chosen:
-            raise CheckpointError(f"no key starts with {prefix!r}; there are {_listed(sorted({key.split('.')[0] + '.' for key in flat}))}")
-        return chosen
-    for role in ROLE_PREFIXES[weights]:
-        if any(key.startswith(role) for key in flat):
-            return {key.removeprefix(role): value for key, value in flat.items() if key.startswith(role)}
-    for outer in OUTER_PREFIXES:
-        if flat and all(key.startswith(outer) for key in flat):
-            return {key.removeprefix(outer): value for key, value in flat.items()}
-    return flat
-
-
-def _renamed(state: Mapping[str, object], *, to_diffusers: bool) -> dict[str, object]:
-    out = {}
-    for key, value in state.items():
-        block = _BLOCK_KEY.fullmatch(key)
-        lead, rest, table = (block[1], block[2], _BLOCK) if block else ("", key, _TOP)
-        name = next(
-            (lead + new + rest[len(old) :] for old, new in _directed(table, to_diffusers) if rest == old or rest.startswith(old + ".")),
-            None,
-        )
-        if name is None:
-            raise CheckpointError(f"key {key!r} has no {'diffusers' if to_diffusers else 'Wan'} counterpart; is this a Wan transformer?")
-        out[name] = value
-    return out
-
-
-def _directed(table: tuple[tuple[str, str], ...], to_diffusers: bool) -> tuple[tuple[str, str], ...]:
-    return table if to_diffusers else tuple((theirs, ours) for ours, theirs in table)
-
-
-def _listed(names: list[str], shown: int = 8) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+def _renamed(key: str, *, to_diffusers: bool) -> str:
+    block = _BLOCK_KEY.fullmatch(key)
+    lead, rest, table = (block[1], block[2], _BLOCK) if block else ("", key, _TOP)
+    for old, new in table if to_diffusers else tuple((theirs, ours) for ours, theirs in table):
+        if rest == old or rest.startswith(old + "."):
+            return lead + new + rest[len(old) :]
+    raise CheckpointError(f"key {key!r} has no {'diffusers' if to_diffusers else 'Wan'} counterpart; is this a Wan transformer?")

@@ -1,0 +1,109 @@
+"""Low-rank updates of a Wan network (LoRA): their names, and the update itself. Names and tensors in dicts only.
+
+W <- W + scale * (alpha / rank) * B A, with A [rank, in] and B [out, rank], summed in float32. Understood: PEFT (`lora_A`, `lora_B`, with or
+without an adapter's name, as LongLive writes them), the `lora_down` / `lora_up` of other trainers, `.alpha` entries; target names in the
+original or the diffusers naming. spec/wan.md 3.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rcm.core.errors import CheckpointError
+from rcm.nets.wan.convert import WRAPPERS, wan_name
+
+CONTAINERS = ("generator_lora.", "generator.")
+LEADS = ("base_model.model.", "diffusion_model.", "transformer.", "model.", "net.")
+_DOWN = re.compile(r"(.+)\.(?:lora_A|lora_down)(?:\.[\w-]+)?\.weight")
+_UP = re.compile(r"(.+)\.(?:lora_B|lora_up)(?:\.[\w-]+)?\.weight")
+_ALPHA = re.compile(r"(.+)\.alpha")
+
+
+@dataclass(frozen=True)
+class LoRAPair:
+    """Keys in the file of one target's factors; `alpha` None where the file does not say."""
+
+    down: str
+    up: str
+    alpha: str | None = None
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether these are the keys of low-rank factors."""
+    return any(_DOWN.fullmatch(key) for key in keys)
+
+
+def lora_pairs(headers: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
+    """Name of the target weight in the package's own form -> its pair, for a file with these entries (meta tensors suffice).
+
+    A file with several adapters gives that of the generator. Raises `CheckpointError` for an entry of the adapter that is none of
+    these, a factor without its partner, or ranks that disagree.
+    """
+    keys = list(headers)
+    for container in CONTAINERS:
+        inside = [key for key in keys if key.startswith(container)]
+        if is_lora(inside):
+            keys = inside
+            break
+    found: dict[str, dict[str, str]] = {}
+    for key in keys:
+        kind, target = _part(key)
+        if kind is None:
+            raise CheckpointError(
+                f"{key!r} is no factor of a low-rank update (lora_A, lora_B, lora_down, lora_up, alpha); it cannot be merged"
+            )
+        name = _target(target)
+        if kind in found.setdefault(name, {}):
+            raise CheckpointError(f"{key!r} and {found[name][kind]!r} are both the {kind} of {name}; give one adapter")
+        found[name][kind] = key
+    pairs = {}
+    for name, parts in found.items():
+        if "down" not in parts or "up" not in parts:
+            raise CheckpointError(f"{name} has {' and '.join(sorted(parts))} only; a low-rank update needs down and up")
+        down, up = headers[parts["down"]].shape, headers[parts["up"]].shape
+        if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
+            raise CheckpointError(f"the factors of {name} do not fit: down {tuple(down)}, up {tuple(up)}")
+        pairs[name] = LoRAPair(parts["down"], parts["up"], parts.get("alpha"))
+    return pairs
+
+
+def check_targets(pairs: Mapping[str, LoRAPair], headers: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` naming every target that the network (`base`, own form) does not have, or whose shape is another."""
+    unknown = sorted(name for name in pairs if name not in base)
+    if unknown:
+        raise CheckpointError(f"{len(unknown)} of {len(pairs)} targets are not in the network: {', '.join(unknown[:8])}")
+    for name, pair in pairs.items():
+        product = (headers[pair.up].shape[0], headers[pair.down].shape[1])
+        if product != tuple(base[name].shape):
+            raise CheckpointError(
+                f"the update of {name} has shape {product}, the weight {tuple(base[name].shape)}; it is for another network"
+            )
+
+
+def merge(weight: Tensor, *, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """`weight` [out, in] + scale * up [out, r] @ down [r, in], in float32 (float64 for float64) on the device of `weight`."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    factors = (up.to(device=weight.device, dtype=wide), down.to(device=weight.device, dtype=wide))
+    return torch.addmm(weight.to(wide), *factors, alpha=scale)
+
+
+def _part(key: str) -> tuple[str | None, str]:
+    for kind, pattern in (("down", _DOWN), ("up", _UP), ("alpha", _ALPHA)):
+        if match := pattern.fullmatch(key):
+            return kind, match[1]
+    return None, key
+
+
+def _target(target: str) -> str:
+    """Name of the weight that a factor's lead belongs to."""
+    name = WRAPPERS.sub("", target)
+    for lead in (*CONTAINERS, *LEADS, *LEADS):
+        name = name.removeprefix(lead)
+    if re.search(r"\.attn[12]\.|\.ffn\.net\.|^condition_embedder\.|^proj_out$", name):
+        name = wan_name(name)
+    return name + ".weight"

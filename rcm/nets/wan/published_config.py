@@ -1,0 +1,79 @@
+"""The config.json that published folders keep beside the weights: written for a network, and compared with the tensors it lies beside.
+spec/wan.md 1.1, 2.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from rcm.core.errors import CheckpointError
+from rcm.nets.wan.config import WanConfig
+from rcm.nets.wan.convert import Format
+
+# field of WanConfig -> name in the original, in the diffusers settings; None where that form does not say it
+_NAMES: dict[str, tuple[str | None, str | None]] = {
+    "dim": ("dim", None),
+    "ffn_dim": ("ffn_dim", "ffn_dim"),
+    "num_heads": ("num_heads", "num_attention_heads"),
+    "num_layers": ("num_layers", "num_layers"),
+    "in_dim": ("in_dim", "in_channels"),
+    "out_dim": ("out_dim", "out_channels"),
+    "freq_dim": ("freq_dim", "freq_dim"),
+    "text_dim": (None, "text_dim"),
+    "text_len": ("text_len", None),
+    "eps": ("eps", "eps"),
+}
+_IN_TENSORS = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "freq_dim", "text_dim")
+
+
+def published_settings(config: WanConfig, *, form: Format) -> dict[str, Any] | None:
+    """The content of config.json for a network in the "wan" or "diffusers" form; None for a form that has none."""
+    if form == "wan":
+        named = {ours: getattr(config, field) for field, (ours, _) in _NAMES.items() if ours}
+        return {"_class_name": "WanModel", "model_type": "i2v" if config.in_dim > config.out_dim else "t2v", **named}
+    if form == "diffusers":
+        named = {theirs: getattr(config, field) for field, (_, theirs) in _NAMES.items() if theirs}
+        return {
+            "_class_name": "WanTransformer3DModel",
+            **named,
+            "attention_head_dim": config.head_dim,
+            "patch_size": list(config.patch),
+            "cross_attn_norm": True,
+            "qk_norm": "rms_norm_across_heads",
+            "image_dim": config.image_dim if config.image_branch else None,
+            "added_kv_proj_dim": config.dim if config.image_branch else None,
+            "pos_embed_seq_len": None,
+        }
+    return None
+
+
+def heads_in(settings: Mapping[str, Any] | None) -> int | None:
+    """The number of heads that a config.json states; None where there is none."""
+    found = (settings or {}).get("num_heads", (settings or {}).get("num_attention_heads"))
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def with_settings(found: WanConfig, settings: Mapping[str, Any] | None) -> WanConfig:
+    """`found` (read off tensors) with what only the settings say (eps, text length); `CheckpointError` naming every setting that the
+    tensors contradict."""
+    if not settings:
+        return found
+    stated = {
+        field: next(settings[name] for name in names if name in settings)
+        for field, names in _NAMES.items()
+        if any(name in settings for name in names if name)
+    }
+    if "num_attention_heads" in settings and "attention_head_dim" in settings:
+        stated["dim"] = settings["num_attention_heads"] * settings["attention_head_dim"]
+    wrong = [
+        f"{field} {stated[field]}, the tensors have {getattr(found, field)}" for field in _IN_TENSORS if _differs(field, stated, found)
+    ]
+    if wrong:
+        raise CheckpointError(f"config.json contradicts the tensors beside it: {'; '.join(wrong)}")
+    return replace(found, **{field: stated[field] for field in ("eps", "text_len") if field in stated})
+
+
+def _differs(field: str, stated: Mapping[str, Any], found: WanConfig) -> bool:
+    return field in stated and stated[field] != getattr(found, field)

@@ -1,0 +1,282 @@
+"""From a path to a Wan network: which network a file holds, its weights under the package's own names, and a frozen denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from loguru import logger
+from torch import Tensor
+
+from rcm.core.dtypes import Precision
+from rcm.core.errors import CheckpointError, ConfigError
+from rcm.nets.denoiser import Denoiser
+from rcm.nets.wan.config import PRESETS, WanConfig
+from rcm.nets.wan.config import preset as named_config
+from rcm.nets.wan.convert import HEAD_DIM, choose_prefix, detect_config, network_names, network_prefixes, own_form
+from rcm.nets.wan.foreign import foreign
+from rcm.nets.wan.lora import LoRAPair, check_targets, lora_pairs, merge
+from rcm.nets.wan.model import WanDiT
+from rcm.nets.wan.published_config import heads_in, with_settings
+from rcm.parallel.init import load_full, materialise, on_first, on_meta, shared
+from rcm.pipelines.described import network_of
+from rcm.pipelines.weight_files import open_weights
+from rcm.storage.state_dicts import LazyWeights, check_keys, shapes_of
+from rcm.storage.weight_files import CONFIGS, WeightFile
+from rcm.train.describe import Description
+from rcm.train.export import describe
+
+COPIES = {"ema": "ema", "live": "live", "reg": "live", "fake_score": "fake_score"}
+"""What a command may ask for -> which copy that is; "reg" is rcm's word for the live weights."""
+_SHAPED = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "freq_dim", "text_dim", "image_branch")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A low-rank update to merge: its file or PEFT folder, the strength of the merge, and alpha (None: that of the file or of its
+    adapter_config.json, else the rank, so that the strength alone counts).
+    """
+
+    path: str | Path
+    scale: float = 1.0
+    alpha: float | None = None
+
+
+class NetworkWeights(LazyWeights):
+    """One network of a file under the package's own names, read one tensor at a time: all entries of `file` whose keys start with `prefix`.
+
+    `copy`: "ema", "live" or "fake_score", or "unstated" where the file does not say. Raises `CheckpointError` for entries that are no
+    tensors, or names that are no network's.
+    """
+
+    def __init__(self, file: WeightFile, *, prefix: str, copy: str) -> None:
+        self.file, self.prefix, self.copy = file, prefix, copy
+        self.names = network_names(file.headers, prefix=prefix, others=file.others)
+        self.headers = {name: own_form(name, file.headers[key]) for name, key in self.names.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return own_form(name, self.file[self.names[name]])
+
+
+class MergedWeights(LazyWeights):
+    """`base` with a low-rank update added while it is read, in float32 on `device`. Raises `CheckpointError` naming the LoRA's file for a
+    target that the network does not have, or factors of another shape.
+    """
+
+    def __init__(self, base: LazyWeights, lora: LoRA, *, device: torch.device | str = "cpu") -> None:
+        self.base, self.lora, self.device = base, lora, device
+        self.headers = base.headers
+        self._file = open_weights(lora.path)
+        try:
+            self.pairs: dict[str, LoRAPair] = lora_pairs(self._file.headers)
+            check_targets(self.pairs, self._file.headers, base.headers)
+        except CheckpointError as error:
+            raise CheckpointError(f"LoRA {lora.path}: {error}") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight, pair = self.base[name], self.pairs.get(name)
+        if pair is None:
+            return weight
+        down, up = self._file[pair.down], self._file[pair.up]
+        strength = self.lora.scale * self._alpha(pair, rank=down.shape[0]) / down.shape[0]
+        return merge(weight.to(self.device), down=down, up=up, scale=strength)
+
+    def _alpha(self, pair: LoRAPair, *, rank: int) -> float:
+        if self.lora.alpha is not None:
+            return self.lora.alpha
+        if pair.alpha is not None:
+            return float(self._file[pair.alpha])
+        return float((self._file.config or {}).get("lora_alpha", rank))
+
+
+def copies_in(file: WeightFile) -> dict[str, str]:
+    """Prefix -> copy of every network in `file`, averaged first; "" -> "unstated" where nothing looks like one. The only network of a file
+    is what its description says, or "unstated" where neither that nor its name tells.
+    """
+    held = network_prefixes(file.headers) or {"": "live"}
+    if len(held) == 1 and "live" in held.values():
+        description = description_of(file)
+        stated = None if description is None else description.extra.get("weights")
+        return dict.fromkeys(held, stated or "unstated")
+    order = [*dict.fromkeys(COPIES.values())]
+    return dict(sorted(held.items(), key=lambda item: order.index(item[1]) if item[1] in order else len(order)))
+
+
+def network_weights(file: WeightFile, *, weights: str = "ema") -> NetworkWeights:
+    """One network of `file`: its averaged ("ema"; the only copy where there is no average), "live" (or "reg") or "fake_score" weights. The
+    only network of a file that describes itself as another copy is taken with a warning.
+
+    Raises `CheckpointError` naming the file when it holds no such copy, another architecture, something else, or quantised weights;
+    `ConfigError` for an unknown word.
+    """
+    if weights not in COPIES:
+        raise ConfigError(f"unknown weights {weights!r}; choose from {', '.join(COPIES)}")
+    told = foreign(file.headers)
+    if told is not None:
+        raise CheckpointError(f"{file.path} is {told}")
+    named, held, wanted = network_prefixes(file.headers), copies_in(file), COPIES[weights]
+    try:
+        untold = len(held) == 1 and set(named.values()) <= {"live"} and (wanted != "fake_score" or wanted in held.values())
+        prefix = next(iter(held)) if untold else choose_prefix(named, wanted)
+        network = NetworkWeights(file, prefix=prefix, copy=held[prefix])
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.path}: {error}") from error
+    if network.copy not in ("unstated", wanted):
+        logger.warning("{} has no {} weights; its {} weights are taken", file.path, weights, network.copy)
+    file.require_floats(network.names.values())
+    return network
+
+
+def config_of(network: NetworkWeights, *, expect: WanConfig | str | None = None) -> WanConfig:
+    """Sizes of a network: from `expect`, else its self-description, else its shapes with the config.json beside it.
+
+    Raises `CheckpointError` where tensors and words disagree, naming --model_size where it is `expect`. Names and shapes of all tensors
+    are `require_fit`'s business.
+    """
+    file = network.file
+    wanted = named_config(expect) if isinstance(expect, str) else expect
+    description = description_of(file)
+    described = None if description is None else network_of(description, file.path)
+    known = wanted or described
+    try:
+        found = detect_config(network.headers, head_dim=known.head_dim if known else _head_dim(network))
+        settled = with_settings(found, file.config)
+    except CheckpointError as error:
+        if known is not None:
+            require_fit(network, known)
+        raise CheckpointError(f"{file.path}: {error}") from error
+    if described is not None and (wrong := _different(found, described)):
+        raise CheckpointError(f"{file.path} contradicts its own description: {wrong} (in the tensors, in the description)")
+    if wanted is not None and (wrong := _different(found, wanted)):
+        raise CheckpointError(
+            f"{file.path} holds {told_size(found)}, but {told_size(wanted)} was asked for ({wrong}); "
+            f"{_advice(found)}, or give the file that belongs to it"
+        )
+    if known is None and file.config is None and (whole := _cut_from(settled)):
+        raise CheckpointError(
+            f"{file.path} holds {settled.num_layers} layers of {whole}, which has {PRESETS[whole].num_layers}; it is incomplete"
+        )
+    return known or settled
+
+
+def require_fit(network: Mapping[str, Tensor], config: WanConfig, *, source: str | Path | None = None) -> None:
+    """Raise `CheckpointError` naming missing, unexpected and misshapen tensors of `network` against a net of these sizes."""
+    path = source or (network.file.path if isinstance(network, NetworkWeights) else "state dict")
+    check_keys(
+        f"{path} (for {told_size(config)})",
+        shapes=shapes_of(network),
+        expected=shapes_of(network_headers(config)),
+    )
+
+
+def network_headers(config: WanConfig) -> dict[str, Tensor]:
+    """Every tensor of a net of these sizes, as meta tensors of the default dtype."""
+    return on_meta(lambda: WanDiT(config, attention="sdpa")).state_dict()
+
+
+def preset_of(config: WanConfig) -> str | None:
+    """Name of the preset with these sizes, None for others."""
+    return next((name for name, known in PRESETS.items() if known == config), None)
+
+
+def told_size(config: WanConfig) -> str:
+    """A network in words."""
+    branch = ", image branch" if config.image_branch else ""
+    name = preset_of(config) or "a network"
+    return f"{name} of {config.num_layers} layers of width {config.dim}, {config.in_dim} input channels{branch}"
+
+
+def description_of(file: WeightFile) -> Description | None:
+    """The self-description beside the weights or inside a safetensors file; None without one."""
+    found = describe(file.path)
+    if found is None and file.path.stem in CONFIGS:  # a published folder describes itself as a whole
+        found = describe(file.path.parent)
+    if found is None and "rcm" in file.metadata:
+        found = Description.from_json(file.metadata["rcm"], source=f"the metadata of {file.path}")
+    return found
+
+
+def load_wan(
+    path: str | Path,
+    *,
+    expect: WanConfig | str | None = None,
+    weights: str = "ema",
+    device: torch.device | str = "cpu",
+    precision: Precision,
+    attention: str = "auto",
+    loras: Sequence[LoRA] = (),
+) -> Denoiser:
+    """A frozen network filled from any understood file or folder. Collective where a process group of several ranks exists: rank 0
+    reads and sends.
+
+    `expect`: preset or sizes that it must have (None: whatever the file holds). `weights`: "ema" (the only copy where there is no
+    average), "live" or "fake_score". `loras` are added in the order given. The net is built without memory, materialised on `device` in
+    precision.compute, and filled tensor by tensor. Raises `CheckpointError` on every rank, before memory is taken, for a file that is
+    damaged, of another kind or of another network.
+    """
+
+    def read() -> tuple[LazyWeights, WanConfig]:
+        network = network_weights(open_weights(path), weights=weights)
+        config = config_of(network, expect=expect)
+        require_fit(network, config)
+        logger.info("{}: {} from {}", path, told_size(config), f"{network.prefix}*" if network.prefix else network.file.container)
+        merged: LazyWeights = network
+        for lora in loras:
+            merged = MergedWeights(merged, lora, device=device)
+            logger.info("{}: {} weights updated by {} (scale {})", path, len(merged.pairs), lora.path, lora.scale)
+        return merged, config
+
+    opened = on_first(read)
+    config = shared(None if opened is None else opened[1])
+    net = _empty(config, device=device, precision=precision, attention=attention)
+    load_full(net, None if opened is None else opened[0], source=str(path))
+    return Denoiser(net, precision).eval_params()
+
+
+def random_wan(
+    preset: WanConfig | str, *, device: torch.device | str = "cpu", precision: Precision, attention: str = "auto", seed: int = 0
+) -> Denoiser:
+    """A frozen network with random weights, the output head included: for measurements of speed and memory, and for tests.
+
+    Drawn on `device` from `seed`, tensor by tensor; another kind of device gives other numbers.
+    """
+    config = named_config(preset) if isinstance(preset, str) else preset
+    net = _empty(config, device=device, precision=precision, attention=attention)
+    generator = torch.Generator(device).manual_seed(seed)
+    net.init_weights(generator)
+    with torch.no_grad():
+        head = net.head.head.weight
+        head.copy_(torch.randn(head.shape, generator=generator, device=generator.device) * config.dim**-0.5)
+    return Denoiser(net, precision).eval_params()
+
+
+def _empty(config: WanConfig, *, device: torch.device | str, precision: Precision, attention: str) -> WanDiT:
+    net = on_meta(lambda: WanDiT(config, attention=attention)).requires_grad_(False).to(precision.compute)
+    return materialise(net, device=device)
+
+
+def _head_dim(network: NetworkWeights) -> int:
+    """Channels per head: what config.json says, else that of all published networks."""
+    heads, patch = heads_in(network.file.config), network.headers.get("patch_embedding.weight")
+    if heads is None or patch is None:
+        return HEAD_DIM
+    if patch.shape[0] % heads:
+        raise CheckpointError(f"config.json states {heads} heads, which do not divide the width {patch.shape[0]}")
+    return patch.shape[0] // heads
+
+
+def _different(found: WanConfig, other: WanConfig) -> str:
+    wrong = [name for name in _SHAPED if getattr(found, name) != getattr(other, name)]
+    return ", ".join(f"{name} {getattr(found, name)} and {getattr(other, name)}" for name in wrong)
+
+
+def _cut_from(found: WanConfig) -> str | None:
+    """The preset that differs in the number of layers alone: a file that lost its last blocks looks like a smaller network."""
+    return next((name for name, known in PRESETS.items() if known != found and replace(known, num_layers=found.num_layers) == found), None)
+
+
+def _advice(found: WanConfig) -> str:
+    name = preset_of(found)
+    return f"pass --model_size {name}" if name else "pass the sizes that it has"

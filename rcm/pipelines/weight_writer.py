@@ -1,0 +1,208 @@
+"""A network written in the form of any family, atomically: a torch pickle, a safetensors file, a published folder, a DCP directory.
+
+safetensors are written tensor by tensor, so memory holds one at a time; the other containers need the whole network (memory-mapped if it
+comes from a torch pickle and keeps its dtype). spec/wan.md 3.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+
+from rcm.core.errors import ConfigError
+from rcm.nets.wan.config import WanConfig
+from rcm.nets.wan.convert import FORMS, Format, other_form, other_name
+from rcm.nets.wan.published_config import published_settings
+from rcm.storage.safetensors_file import SAFETENSORS_DTYPES
+from rcm.storage.state_dicts import LazyWeights
+from rcm.storage.weight_files import INDEX
+from rcm.train.describe import FILE_NAME, Description
+
+FOLDER_STEM = "diffusion_pytorch_model"
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+class OtherForm(LazyWeights):
+    """A network (package's own form) under the names, shapes and dtype of another family, read one tensor at a time. `dtype` None keeps
+    each tensor's.
+    """
+
+    def __init__(self, network: LazyWeights, *, form: Format, config: WanConfig, dtype: torch.dtype | None) -> None:
+        self.network, self.form, self.patch, self.dtype = network, form, config.patch, dtype
+        self.names = {other_name(name, form=form): name for name in network}
+        self.headers = {key: self._as(name, network.headers[name]) for key, name in self.names.items()}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._as(self.names[key], self.network[self.names[key]])
+
+    def _as(self, name: str, tensor: Tensor) -> Tensor:
+        # a merged update comes in float32, whatever the dtype that the network keeps
+        return other_form(name, tensor, form=self.form, patch=self.patch).to(self.dtype or self.network.headers[name].dtype)
+
+
+def save_network(
+    path: str | Path,
+    network: LazyWeights,
+    *,
+    form: Format,
+    config: WanConfig,
+    description: Description,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write `network` (package's own form) to `path` and return it.
+
+    The suffix chooses the container: .safetensors; .pt or .pth; .dcp, a directory of torch.distributed.checkpoint; none, a folder of
+    safetensors (sharded above `max_shard_bytes`) with the config.json of the form, where it has one. The description goes beside a file as
+    <name>.json (and into a safetensors' metadata), into a folder as rcm.json. Raises `ConfigError`, before anything is written, for another
+    suffix, a form that the container cannot hold, or a path that exists while `overwrite` is False. Whatever fails later leaves `path`
+    as it was.
+    """
+    target = Path(path)
+    _check_target(target, form=form, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
+    weights = OtherForm(network, form=form, config=config, dtype=dtype)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".writing_{target.name}")
+    _remove(partial)
+    try:
+        _write(partial, weights, kind=target.suffix, config=config, description=description, max_shard_bytes=max_shard_bytes)
+        if partial.is_file():
+            description.write(target.with_name(target.name + ".json"))
+        _replace(partial, target)
+    finally:
+        _remove(partial)
+    return target
+
+
+def _write(path: Path, weights: OtherForm, *, kind: str, config: WanConfig, description: Description, max_shard_bytes: int | None) -> None:
+    """The container of suffix `kind` at `path`."""
+    if kind == ".safetensors":
+        write_safetensors(path, weights.headers, weights.__getitem__, metadata={"format": "pt", "rcm": description.to_json()})
+    elif kind in (".pt", ".pth"):
+        torch.save(_contained(weights, copy=str(description.extra.get("weights"))), path)
+    elif kind == ".dcp":
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
+            dcp.save(_whole(weights), storage_writer=FileSystemWriter(str(path), single_file_per_rank=True), no_dist=True)
+        description.write(path / FILE_NAME)
+    else:
+        _write_folder(path, weights, config=config, description=description, max_shard_bytes=max_shard_bytes)
+
+
+def write_safetensors(path: Path, headers: Mapping[str, Tensor], read: Callable[[str], Tensor], *, metadata: Mapping[str, str]) -> None:
+    """A safetensors file of the entries in `headers` (meta tensors), each fetched with `read` when its turn comes; flushed to disk.
+
+    Wide dtypes come first, so that every entry is aligned to its element size.
+    """
+    order = sorted(headers, key=lambda key: -headers[key].element_size())
+    listed: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for key in order:
+        start, end = end, end + _bytes(headers[key])
+        listed[key] = {"dtype": _DTYPE_NAMES[headers[key].dtype], "shape": list(headers[key].shape), "data_offsets": [start, end]}
+    text = json.dumps(listed).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            tensor = read(key).contiguous().cpu()
+            if tensor.shape != headers[key].shape or tensor.dtype != headers[key].dtype:
+                raise ValueError(
+                    f"{key} was announced as {headers[key].dtype} {tuple(headers[key].shape)}, came as {tensor.dtype} {tuple(tensor.shape)}"
+                )
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_folder(folder: Path, weights: LazyWeights, *, config: WanConfig, description: Description, max_shard_bytes: int | None) -> None:
+    folder.mkdir()
+    shards = _shards(weights.headers, max_shard_bytes)
+    where = {}
+    for number, keys in enumerate(shards, 1):
+        name = f"{FOLDER_STEM}.safetensors" if len(shards) == 1 else f"{FOLDER_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+        where |= dict.fromkeys(keys, name)
+        write_safetensors(folder / name, {key: weights.headers[key] for key in keys}, weights.__getitem__, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(map(_bytes, weights.headers.values()))}, "weight_map": where}
+        (folder / f"{FOLDER_STEM}.safetensors{INDEX}").write_text(json.dumps(index, indent=2))
+    settings = published_settings(config, form=weights.form)
+    if settings is not None:
+        (folder / "config.json").write_text(json.dumps(settings, indent=2))
+    description.write(folder / FILE_NAME)
+
+
+def _shards(headers: Mapping[str, Tensor], limit: int | None) -> list[list[str]]:
+    """Keys in order, cut where a shard would grow beyond `limit` bytes; a tensor larger than that stands alone."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for key, header in headers.items():
+        if limit is not None and shards[-1] and filled + _bytes(header) > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(key)
+        filled += _bytes(header)
+    return shards
+
+
+def _contained(weights: OtherForm, *, copy: str) -> dict[str, object]:
+    """The dict that torch.save writes: a family with containers gets the one of this copy."""
+    entry = {"ema": "generator_ema", "fake_score": "critic"}.get(copy, FORMS[weights.form].container)
+    return {entry: _whole(weights)} if FORMS[weights.form].container else _whole(weights)
+
+
+def _whole(weights: LazyWeights) -> dict[str, Tensor]:
+    """Every tensor with a storage of its own: torch.save writes whole storages, and views into a mapped file would repeat it."""
+    tensors = {key: weights[key].cpu() for key in weights}
+    return {key: t if t.untyped_storage().nbytes() == _bytes(t) else t.clone() for key, t in tensors.items()}
+
+
+def _check_target(target: Path, *, form: Format, max_shard_bytes: int | None, overwrite: bool) -> None:
+    if form not in FORMS:
+        raise ConfigError(f"unknown form {form!r}; choose --to from {', '.join(FORMS)}")
+    if target.suffix not in (".safetensors", ".pt", ".pth", ".dcp", ""):
+        raise ConfigError(
+            f"cannot tell what {target} should be: end it in .safetensors, .pt, .pth or .dcp, or give a folder without suffix"
+        )
+    if FORMS[form].container and target.suffix not in (".pt", ".pth"):
+        raise ConfigError(f"the form {form} nests state dicts, which only .pt and .pth hold; {target} is none")
+    if max_shard_bytes is not None and (target.suffix or max_shard_bytes < 1):
+        raise ConfigError(f"--max_shard_size is a positive size for a folder of shards; {target} with {max_shard_bytes} bytes is none")
+    if target.exists() and not overwrite:
+        raise ConfigError(f"{target} exists; pass --overwrite to replace it, or choose another target")
+
+
+def _replace(partial: Path, target: Path) -> None:
+    """Put `partial` where `target` is; a folder cannot be replaced in one step, so the old one is moved aside first."""
+    old = target.with_name(f".replaced_{target.name}")
+    _remove(old)
+    if target.is_dir():
+        os.replace(target, old)
+    try:
+        os.replace(partial, target)
+    except OSError:
+        if old.exists():
+            os.replace(old, target)
+        raise
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,102 @@
+"""Dicts of tensors from anywhere: keys joined, shapes known before reading, and one wording for what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rcm.core.errors import CheckpointError
+
+
+class LazyWeights(Mapping[str, Tensor]):
+    """Weights that are read when asked for: a read-only mapping of names to CPU tensors whose shapes and dtypes are known beforehand."""
+
+    headers: Mapping[str, Tensor]
+    """Name -> meta tensor with the shape and dtype of the entry."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.headers)
+
+    def __len__(self) -> int:
+        return len(self.headers)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.headers
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} of {len(self)} tensors"
+
+
+def headers_of(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors with the shapes and dtypes of `weights`, without reading any."""
+    return weights.headers if isinstance(weights, LazyWeights) else weights
+
+
+def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor, without reading any."""
+    return {name: tuple(tensor.shape) for name, tensor in headers_of(weights).items()}
+
+
+def flatten(state: Mapping[str, object], *, lead: str = "") -> dict[str, object]:
+    """Nested state dicts as one, their keys joined with dots; what is no mapping with string keys stays as it is."""
+    out: dict[str, object] = {}
+    for key, value in state.items():
+        if isinstance(value, Mapping) and value and all(isinstance(inner, str) for inner in value):
+            out |= flatten(value, lead=f"{lead}{key}.")
+        else:
+            out[f"{lead}{key}"] = value
+    return out
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Names that are missing, names that nobody expects (sorted), and names with both shapes where they differ.
+
+    The first and the last are in the order of what is expected: the first tensor of a network tells most about its size.
+    """
+
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    misshapen: tuple[str, ...]
+
+
+def misfit(shapes: Mapping[str, tuple[int, ...]], *, expected: Mapping[str, tuple[int, ...]]) -> Misfit:
+    """What separates tensors of these `shapes` from the expected ones."""
+    differing = [name for name in expected if name in shapes and tuple(shapes[name]) != tuple(expected[name])]
+    return Misfit(
+        missing=tuple(name for name in expected if name not in shapes),
+        extra=tuple(sorted(shapes.keys() - expected.keys())),
+        misshapen=tuple(f"{name} has shape {tuple(shapes[name])}, expected {tuple(expected[name])}" for name in differing),
+    )
+
+
+def check_keys(
+    source: str,
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    network: str = "this network",
+    advice: str = "",
+) -> None:
+    """Raise `CheckpointError` unless names and shapes in `source` are exactly those that `network` (in words) expects.
+
+    It names what is missing, unexpected or misshapen, and ends in `advice`.
+    """
+    found = misfit(shapes, expected=expected)
+    problems = []
+    if found.missing:
+        problems.append(f"missing {len(found.missing)} key(s): {listed(found.missing)}")
+    if found.extra:
+        problems.append(f"{len(found.extra)} unexpected key(s): {listed(found.extra)}")
+    if found.misshapen:
+        problems.append(f"{len(found.misshapen)} tensor(s) of another shape: {listed(found.misshapen, most=3, separator='; ')}")
+    if problems:
+        raise CheckpointError(f"{source} does not fit {network}: {'; '.join(problems)}" + (f"; {advice}" if advice else ""))
+
+
+def listed(names: Iterable[str], *, most: int = 8, separator: str = ", ") -> str:
+    """The first `most` of many names, and how many there are besides."""
+    names = list(names)
+    return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,143 @@
+"""What a file of weights is, and the same weights in another form.
+
+    python -m scripts.checkpoint inspect PATH [PATH ...] [--json]
+    python -m scripts.checkpoint convert SOURCE TARGET --to {rcm,wan,diffusers,self_forcing,comfyui}
+
+PATH and SOURCE: .pth, .pt, .safetensors, a published folder (shards, diffusers, Wan2.2), a DCP directory, a job or iter_* folder. TARGET's
+suffix chooses the container: .pth, .pt, .safetensors, .dcp, or none for a folder. docs/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from rcm.core.errors import CheckpointError, ConfigError
+from rcm.nets.wan.config import PRESETS, WanConfig
+from rcm.nets.wan.convert import FORMS
+from rcm.pipelines.wan_files import (
+    COPIES,
+    LoRA,
+    MergedWeights,
+    NetworkWeights,
+    config_of,
+    description_of,
+    network_weights,
+    preset_of,
+    require_fit,
+)
+from rcm.pipelines.weight_files import open_weights
+from rcm.pipelines.weight_report import inspect_weights
+from rcm.pipelines.weight_writer import save_network
+from rcm.storage.state_dicts import LazyWeights
+from rcm.train.describe import Description
+
+DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+IMPORTED = "imported"
+"""Stage of a description made for weights that came without one."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse and run; exit status 1 with one line on stderr when a file is unusable, 2 for a wrong call."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _inspect(options) if options.command == "inspect" else _convert(options)
+    except (CheckpointError, ConfigError, OSError) as error:
+        print(f"checkpoint {options.command}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    look = commands.add_parser("inspect", help="say what a file is, which network fits, what is missing, where to pass it")
+    look.add_argument("path", nargs="+")
+    look.add_argument("--json", action="store_true", help="one JSON list instead of text")
+    turn = commands.add_parser("convert", help="write one network of a file in another form")
+    turn.add_argument("source")
+    turn.add_argument("target", help=".pth, .pt, .safetensors, .dcp, or a folder")
+    turn.add_argument("--to", choices=sorted(FORMS), default="rcm", help="names and patch weight of this family (default: rcm)")
+    turn.add_argument("--weights", choices=sorted(COPIES), default="ema", help="which copy; ema takes the only one too (default: ema)")
+    turn.add_argument("--dtype", choices=sorted(DTYPES), default="keep", help="stored dtype (default: keep)")
+    turn.add_argument("--expect", choices=sorted(PRESETS), help="network that it must be (default: what it is)")
+    turn.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merge a low-rank update; may be repeated")
+    turn.add_argument("--lora_alpha", type=float, help="alpha of every --lora (default: that of its file, else its rank)")
+    turn.add_argument("--max_shard_size", type=size_in_bytes, metavar="5GB", help="cut a folder into shards of at most this size")
+    turn.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
+    return parser
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    reports = [inspect_weights(path) for path in options.path]
+    if options.json:
+        print(json.dumps([report.to_dict() for report in reports], indent=2))
+    else:
+        print("\n\n".join(map(str, reports)))
+    return 0 if all(report.ok for report in reports) else 1
+
+
+def _convert(options: argparse.Namespace) -> int:
+    network = network_weights(open_weights(options.source), weights=options.weights)
+    config = config_of(network, expect=options.expect)
+    require_fit(network, config)
+    merged: LazyWeights = network
+    loras = [_lora(word, alpha=options.lora_alpha) for word in options.lora]
+    for lora in loras:
+        merged = MergedWeights(merged, lora)
+    target = save_network(
+        options.target,
+        merged,
+        form=options.to,
+        config=config,
+        description=_description(network, config, loras),
+        dtype=DTYPES[options.dtype],
+        max_shard_bytes=options.max_shard_size,
+        overwrite=options.overwrite,
+    )
+    name = preset_of(config) or f"a network of {config.num_layers} layers of width {config.dim}"
+    copy = "" if network.copy == "unstated" else f"{network.copy} "
+    print(f"wrote {name}, {copy}weights, {len(network)} tensors, as {options.to} to {target}")
+    return 0
+
+
+def _description(network: NetworkWeights, config: WanConfig, loras: Sequence[LoRA]) -> Description:
+    """That of the source or a new one, with the copy that was taken and what was merged."""
+    source = str(network.file.path)
+    found = description_of(network.file)
+    if found is None:
+        found = Description(stage=IMPORTED, network=asdict(config), network_name=preset_of(config) or "", parent=source)
+    merged = [{"path": str(lora.path), "scale": lora.scale, "alpha": lora.alpha} for lora in loras]
+    extra = {**found.extra, "converted_from": source, **({"loras": [*found.extra.get("loras", ()), *merged]} if merged else {})}
+    return replace(found, extra=extra).holding(network.copy)
+
+
+def _lora(word: str, *, alpha: float | None) -> LoRA:
+    """FILE or FILE:SCALE; a path that exists is a path, whatever it contains."""
+    path, colon, scale = word.rpartition(":")
+    if not colon or Path(word).exists():
+        return LoRA(word, alpha=alpha)
+    try:
+        return LoRA(path, scale=float(scale), alpha=alpha)
+    except ValueError as error:
+        raise ConfigError(f"--lora {word}: {scale!r} is no number, and there is no file of that name; write FILE or FILE:0.8") from error
+
+
+def size_in_bytes(word: str) -> int:
+    """Bytes of "500MB", "5GB" or a plain number; argparse's error for anything else."""
+    unit = next((unit for unit in UNITS if word.upper().endswith(unit)), "")
+    number = word[: len(word) - len(unit)]
+    try:
+        return int(float(number) * UNITS.get(unit, 1))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{word!r} is no size; write 5GB, 500MB or a number of bytes") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
