@@ -1,0 +1,263 @@
+"""umT5 as a text encoder: prompts to [B, 512, 4096] with exact zeros after each prompt's end. spec/wan.md 5.
+
+The 11 GB are read at the first prompt that is not cached, and freed by `unload()`. Prompts go through the network one by one, padded to
+`text_len` with the pads masked, as the original does for a batch of one; so an embedding never depends on its neighbours in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from loguru import logger
+
+from rcm.core.errors import ConfigError, NonFinite
+from rcm.encoders.lazy_module import LazyModule
+from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT, NEGATIVE_PROMPT_FLF2V, NEGATIVE_PROMPT_I2V, clean_prompt
+from rcm.encoders.random_text import RandomRows
+from rcm.encoders.text_cache import EmbeddingCache, PromptRows
+from rcm.encoders.umt5_tokenizer import UMT5Tokenizer, find_tokenizer, open_tokenizer
+from rcm.encoders.umt5_weights import DTYPES, UMT5_FILE, UMT5Shape, load_umt5, open_umt5
+from rcm.storage.identity import content_identity
+
+__all__ = ["NEGATIVE_PROMPT", "NEGATIVE_PROMPT_FLF2V", "NEGATIVE_PROMPT_I2V", "UMT5_FILE", "RowSource", "UMT5Rows", "UMT5TextEncoder"]
+
+TEXT_LEN = 512
+PAD_ID = 0
+_QUOTED = 300  # characters of a cut that a warning shows
+
+
+class RowSource(Protocol):
+    """What makes the unpadded rows of a cleaned prompt."""
+
+    @property
+    def text_dim(self) -> int:
+        """Width of a row."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows are made."""
+        ...
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether weights are in memory."""
+        ...
+
+    def embed(self, cleaned: str) -> PromptRows:
+        """Rows of one cleaned prompt, on `device`."""
+        ...
+
+    def load(self) -> None:
+        """Have the weights on `device`."""
+        ...
+
+    def unload(self) -> None:
+        """Free the weights."""
+        ...
+
+    def to(self, device: torch.device | str) -> None:
+        """Make rows on `device` from now on."""
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """Name and files."""
+        ...
+
+
+class UMT5Rows:
+    """A `RowSource` that runs umT5, whose weights (of the given `shape`, by `open_umt5`) are read when they are needed."""
+
+    def __init__(
+        self,
+        weights: Path,
+        *,
+        shape: UMT5Shape,
+        tokenizer: UMT5Tokenizer,
+        text_len: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        if tokenizer.vocab > shape.vocab:
+            raise ConfigError(f"{tokenizer.path} has {tokenizer.vocab} ids, {weights} embeds {shape.vocab}: they do not belong together")
+        self.text_dim = shape.dim
+        self._weights, self._tokenizer, self._text_len = weights, tokenizer, text_len
+        # opened again for every load: the file may have been replaced in the meantime
+        self._net = LazyModule(lambda where: load_umt5(open_umt5(weights), device=where, dtype=dtype), device=device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder runs."""
+        return self._net.device
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._net.is_loaded
+
+    def embed(self, cleaned: str) -> PromptRows:
+        """Rows [tokens, text_dim] in the weights' dtype. Raises `NonFinite` if one is NaN or infinite."""
+        tokens = self._tokenizer.tokens(cleaned, text_len=self._text_len)
+        length = len(tokens.ids)
+        ids = torch.full((1, self._text_len), PAD_ID)
+        ids[0, :length] = torch.tensor(tokens.ids)
+        mask = (torch.arange(self._text_len) < length).long()[None]
+        out = self._net.load()(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
+        rows = out[0, :length].clone()
+        if not bool(torch.isfinite(rows).all()):
+            raise NonFinite(f"umT5 gives values that are not finite for {cleaned[:80]!r}: damaged weights in {self._weights}?")
+        return PromptRows(rows, tokens.cut)
+
+    def load(self) -> None:
+        """Read the weights now."""
+        self._net.load()
+
+    def unload(self) -> None:
+        """Free the weights."""
+        self._net.unload()
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the weights, or where they will be read to."""
+        self._net.to(device)
+
+    def describe(self) -> dict[str, str]:
+        """Name and files, as a checkpoint's self-description keeps them."""
+        return {"name": "umt5", "path": str(self._weights), "tokenizer": str(self._tokenizer.path.parent)}
+
+
+class UMT5TextEncoder:
+    """A `TextEncoder` for Wan: cleans, looks into the cache, encodes what is not there, pads with exact zeros.
+
+    Make one with `from_files` or `random`. `text_len` rows of width `text_dim`; `dtype` is that of the embeddings.
+    """
+
+    def __init__(
+        self,
+        source: RowSource,
+        *,
+        text_len: int,
+        dtype: torch.dtype,
+        cache: EmbeddingCache | None = None,
+        negative_prompt: str = NEGATIVE_PROMPT,
+    ) -> None:
+        if text_len < 1:
+            raise ConfigError(f"text_len must be at least 1 (the end-of-sentence row), got {text_len}")
+        self.text_len, self.text_dim, self.negative_prompt = text_len, source.text_dim, negative_prompt
+        self.dtype = dtype
+        self._source, self._cache = source, cache
+
+    @classmethod
+    def from_files(
+        cls,
+        weights: str | Path = UMT5_FILE,
+        *,
+        tokenizer: str | Path | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        cache: str | Path | None = None,
+        text_len: int = TEXT_LEN,
+        negative_prompt: str = NEGATIVE_PROMPT,
+    ) -> UMT5TextEncoder:
+        """umT5 from its original `.pth`, a safetensors file or a folder of shards (original or transformers' names), read when needed.
+
+        `tokenizer`: folder of google/umt5-xxl's files; None looks beside the weights. `cache`: a folder for embeddings, which processes
+        may share; with every prompt in it the weights are never read. Raises now: `CheckpointError` for weights that are missing,
+        truncated or do not fit, `ConfigError` for a missing tokenizer, an unsupported dtype or a missing package.
+        """
+        weights = Path(weights)
+        if dtype not in DTYPES:
+            raise ConfigError(f"umT5 runs in bfloat16 or float32 (it overflows in float16), got dtype={dtype}")
+        shape = open_umt5(weights).shape  # before the tokenizer: whoever has neither file hears of the larger one first
+        words = open_tokenizer(find_tokenizer(tokenizer, weights=weights))
+        source = UMT5Rows(weights, shape=shape, tokenizer=words, text_len=text_len, device=device, dtype=dtype)
+        store = None
+        if cache is not None:
+            identity = {
+                "weights": content_identity(weights),
+                "tokenizer": words.identity,
+                "text_len": str(text_len),
+                "dtype": str(dtype),
+            }
+            store = EmbeddingCache(cache, identity=identity)
+        return cls(source, text_len=text_len, dtype=dtype, cache=store, negative_prompt=negative_prompt)
+
+    @classmethod
+    def random(
+        cls,
+        *,
+        text_len: int = TEXT_LEN,
+        text_dim: int = 4096,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> UMT5TextEncoder:
+        """Noise in umT5's shape that depends on (seed, prompt) alone, one row per word; no files. For speed tests: it means nothing."""
+        source = RandomRows(text_len=text_len, text_dim=text_dim, seed=seed, device=device, dtype=dtype)
+        return cls(source, text_len=text_len, dtype=dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where embeddings are made."""
+        return self._source.device
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are in memory now."""
+        return self._source.is_loaded
+
+    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Embeddings [len(prompts), text_len, text_dim] on `device`; equal prompts are encoded once.
+
+        A prompt that is too long is cut after `text_len - 1` tokens; a warning quotes the rest, also when the rows come from the cache.
+        """
+        if isinstance(prompts, str):
+            raise TypeError(f"encode takes a list of prompts, got one string {prompts[:80]!r}; wrap it in a list")
+        cleaned = [clean_prompt(prompt) for prompt in prompts]
+        found = {text: self._rows(text) for text in dict.fromkeys(cleaned)}
+        out = torch.zeros(len(cleaned), self.text_len, self.text_dim, dtype=self.dtype, device=self.device)
+        for padded, text in zip(out, cleaned, strict=True):
+            rows = found[text].rows
+            padded[: rows.shape[0]] = rows
+        return out
+
+    def load(self) -> None:
+        """Read the weights now instead of at the first prompt."""
+        self._source.load()
+
+    def unload(self) -> None:
+        """Free the weights; the next prompt that is not cached reads them again."""
+        self._source.unload()
+
+    def to(self, device: torch.device | str) -> UMT5TextEncoder:
+        """Work on `device` from now on, and return self; loaded weights move there."""
+        self._source.to(device)
+        return self
+
+    @contextmanager
+    def loaded(self) -> Iterator[UMT5TextEncoder]:
+        """Inside, weights stay in memory once a prompt has needed them; on leaving they are freed."""
+        try:
+            yield self
+        finally:
+            self.unload()
+
+    def describe(self) -> dict[str, str]:
+        """Name and files, as a checkpoint's self-description keeps them."""
+        return self._source.describe()
+
+    def _rows(self, cleaned: str) -> PromptRows:
+        found = None
+        if self._cache is not None:
+            found = self._cache.get(cleaned, text_len=self.text_len, text_dim=self.text_dim, dtype=self.dtype)
+        if found is None:
+            found = self._source.embed(cleaned)
+            if self._cache is not None:
+                self._cache.put(cleaned, found)
+        if found.cut:
+            quoted = found.cut if len(found.cut) <= _QUOTED else f"{found.cut[:_QUOTED]}... ({len(found.cut)} characters)"
+            logger.warning(f"the prompt {cleaned[:60]!r} is longer than {self.text_len} tokens; left out: {quoted!r}")
+        return found

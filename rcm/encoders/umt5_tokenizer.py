@@ -1,0 +1,118 @@
+"""umT5's tokenizer from local files: `tokenizer.json` through the tokenizers library, else `spiece.model` through sentencepiece.
+
+The files are used as they are. transformers' tokenizer classes are not: from version 5 they rebuild normalisation and pre-tokenisation
+with settings of their own. Nothing is ever downloaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rcm.core.errors import ConfigError
+from rcm.encoders.text_extra import text_extra
+
+FAST_FILE, SLOW_FILE = "tokenizer.json", "spiece.model"
+END_TOKEN = "</s>"
+BESIDE_WEIGHTS = ("google/umt5-xxl", "umt5-xxl", "tokenizer")  # the last: a diffusers folder
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Ids of a prompt, end-of-sentence included, and the part of the prompt that did not fit ("" if all did)."""
+
+    ids: list[int]
+    cut: str
+
+
+@dataclass(frozen=True)
+class UMT5Tokenizer:
+    """Turns cleaned prompts into ids; `identity` changes with the file. Made by `open_tokenizer`."""
+
+    path: Path
+    identity: str
+    vocab: int
+    end_id: int
+    pieces: Callable[[str], tuple[list[int], list[int]]]
+
+    def tokens(self, cleaned: str, *, text_len: int) -> Tokens:
+        """At most `text_len` ids, the last of them end-of-sentence; the empty prompt is that id alone."""
+        ids, starts = self.pieces(cleaned)
+        if len(ids) < text_len:
+            return Tokens([*ids, self.end_id], "")
+        return Tokens([*ids[: text_len - 1], self.end_id], cleaned[starts[text_len - 1] :].lstrip())
+
+
+def find_tokenizer(given: str | Path | None, *, weights: Path) -> Path:
+    """The tokenizer file to use: in the folder (or the file) `given`, else in one of the usual folders beside the weights.
+
+    Raises `ConfigError` that lists the places and says where the files are published.
+    """
+    places = [Path(given)] if given is not None else [weights.parent / name for name in BESIDE_WEIGHTS]
+    for place in places:
+        if place.is_file() and place.name in (FAST_FILE, SLOW_FILE):
+            return place
+        for name in (FAST_FILE, SLOW_FILE):
+            if (place / name).is_file():
+                return place / name
+    target = places[0]
+    raise ConfigError(
+        f"no umT5 tokenizer ({FAST_FILE} or {SLOW_FILE}) in {', '.join(map(str, places))}; get it once with: huggingface-cli download "
+        f'google/umt5-xxl --include "tokenizer*" "{SLOW_FILE}" "special_tokens_map.json" --local-dir {target}; '
+        "or name its folder (--tokenizer_path)"
+    )
+
+
+def open_tokenizer(path: Path) -> UMT5Tokenizer:
+    """The tokenizer in a file that `find_tokenizer` returned; `ConfigError` for a damaged file or one without an end-of-sentence token."""
+    identity = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    return _from_json(path, identity) if path.name == FAST_FILE else _from_sentencepiece(path, identity)
+
+
+def _from_json(path: Path, identity: str) -> UMT5Tokenizer:
+    library = text_extra("tokenizers", purpose="umT5's tokenizer")
+    try:
+        tokenizer = library.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigError(f"{path} is no tokenizer file ({error}); damaged? download it again") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    end = tokenizer.token_to_id(END_TOKEN)
+    if end is None:
+        raise ConfigError(f"{path} has no end-of-sentence token {END_TOKEN!r}: not umT5's tokenizer")
+
+    def pieces(text: str) -> tuple[list[int], list[int]]:
+        # without special tokens: the end-of-sentence id is added here, whatever the file's own template says
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        return list(encoding.ids), [start for start, _ in encoding.offsets]
+
+    return UMT5Tokenizer(path=path, identity=identity, vocab=tokenizer.get_vocab_size(), end_id=end, pieces=pieces)
+
+
+def _from_sentencepiece(path: Path, identity: str) -> UMT5Tokenizer:
+    try:
+        import sentencepiece
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"reading {path} needs sentencepiece (pip install sentencepiece), or put {FAST_FILE} beside it") from error
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(f"{path} is no sentencepiece model ({error}); damaged? download it again") from error
+    if processor.eos_id() < 0:
+        raise ConfigError(f"{path} has no end-of-sentence token: not umT5's tokenizer")
+
+    def pieces(text: str) -> tuple[list[int], list[int]]:
+        return processor.encode(text, out_type=int), _starts(text, processor.encode(text, out_type=str))
+
+    return UMT5Tokenizer(path=path, identity=identity, vocab=processor.get_piece_size(), end_id=processor.eos_id(), pieces=pieces)
+
+
+def _starts(text: str, pieces: Sequence[str]) -> list[int]:
+    """Where each piece begins in `text`, by the pieces' lengths. Normalisation may shift it: good enough to quote what was cut."""
+    starts, at = [], -1  # the first piece carries a space that the text does not have
+    for piece in pieces:
+        starts.append(min(max(at, 0), len(text)))
+        at += len(piece)
+    return starts

@@ -1,0 +1,189 @@
+"""The Wan2.1 autoencoder as a `LatentCodec`: weights from the published file, whitened latents, whole videos, streams and tiles.
+
+Shape legend: B batch, C = 16 latent channels, F pixel frames, T latent frames, H W pixel size, h w latent size. Spec wan.md 4.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rcm.core.errors import ConfigError
+from rcm.encoders.codec import latent_frames, latent_grid, pixel_frames
+from rcm.encoders.wan_vae_net import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE, WanVAE, WanVAEConfig
+from rcm.encoders.wan_vae_stream import (
+    DecodeStream,
+    Graphs,
+    LatentStatistics,
+    TiledDecodeStream,
+    decode_in_tiles,
+    encode_frames,
+    require_latents,
+)
+from rcm.encoders.wan_vae_tiles import plan_tiles
+from rcm.encoders.wan_vae_weights import WAN_VAE_FILE, load_weights
+
+__all__ = ["WAN_VAE_FILE", "WanVAE", "WanVAECodec", "WanVAEConfig"]
+
+# per channel, of the published network's latents (spec wan.md 4.1)
+MEANS = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
+MEANS += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+DEVIATIONS = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
+DEVIATIONS += (3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+DECODE_STEP = 2
+ENCODE_STEP = 4
+
+
+class WanVAECodec:
+    """A `LatentCodec` around a frozen `WanVAE`.
+
+    Precision is one choice, the dtype of the weights: float32 computes everything in float32 (convolutions on CUDA without TF32), as the
+    official code does; bfloat16 stores weights and activations in bfloat16, with sums, norms and statistics in float32, and is the fast
+    one. `tile`: side of spatial tiles in latent cells, None for whole frames (tiles are approximate, see `wan_vae_tiles`).
+    """
+
+    temporal_stride = TEMPORAL_STRIDE
+    spatial_stride = SPATIAL_STRIDE
+    latent_channels = LATENT_CHANNELS
+
+    def __init__(self, vae: WanVAE, *, path: str | Path | None = None, tile: int | None = None) -> None:
+        if vae.config.latent_channels != LATENT_CHANNELS:
+            raise ConfigError(f"latent statistics exist for {LATENT_CHANNELS} channels, the autoencoder has {vae.config.latent_channels}")
+        if tile is not None:
+            plan_tiles((tile, tile), tile=tile, scale=1)
+        self.vae = vae.requires_grad_(False).eval()
+        self.tile = tile
+        self._path = None if path is None else str(path)
+        self._statistics = LatentStatistics(torch.tensor(MEANS, dtype=torch.float64), torch.tensor(DEVIATIONS, dtype=torch.float64))
+
+    @classmethod
+    def from_file(
+        cls, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16, tile: int | None = None
+    ) -> WanVAECodec:
+        """The codec with the weights of a .pth or .safetensors file, original or diffusers names; strict (`load_weights`)."""
+        require_dtype(dtype)
+        with torch.device("meta"):
+            vae = WanVAE()
+        load_weights(vae, path, device=device, dtype=dtype)
+        return cls(vae, path=path, tile=tile)
+
+    @classmethod
+    def random(
+        cls,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        seed: int = 0,
+        base_dim: int = 96,
+        tile: int | None = None,
+    ) -> WanVAECodec:
+        """The codec with random weights (gammas away from 1, biases away from 0), for speed measurements and tests; its pictures are noise.
+
+        Drawn in float32 on `device`, so CPU and CUDA give different weights for one seed.
+        """
+        require_dtype(dtype)
+        with torch.device("meta"):
+            vae = WanVAE(WanVAEConfig(base_dim=base_dim))
+        # memory in the final dtype from the start; values are drawn in float32 one tensor at a time
+        vae = vae.to(dtype).to_empty(device=device)
+        fill_random(vae, seed=seed)
+        return cls(vae, tile=tile)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; inputs are moved there."""
+        return self.vae.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return self.vae.dtype
+
+    def to(self, device: torch.device | str) -> WanVAECodec:
+        """Move the weights and return self; open streams keep their state on the old device and refuse to go on."""
+        self.vae.to(device)
+        return self
+
+    def latent_frames_for(self, num_frames: int) -> int:
+        """T = 1 + (F - 1) / 4; `ConfigError` for a remainder."""
+        return latent_frames(num_frames, stride=self.temporal_stride)
+
+    def frames_for(self, num_latent_frames: int) -> int:
+        """F = 1 + 4 (T - 1)."""
+        return pixel_frames(num_latent_frames, stride=self.temporal_stride)
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """(H / 8, W / 8); `ConfigError` unless both divide."""
+        return latent_grid(height, width, stride=self.spatial_stride)
+
+    def encode(self, video: Tensor, *, frames_per_step: int = ENCODE_STEP) -> Tensor:
+        """Whitened latent means [B, 16, T, h, w] float32 (float64 in a float64 codec) of `video` [B, 3, F, H, W] in [-1, 1].
+
+        Deterministic: the variance is not used. One frame, then `frames_per_step` at a time (any multiple of 4 gives the same latents);
+        `video` may stay on the CPU, each step moves its frames. `ConfigError` for a wrong shape, an F that is not 1 + 4 k, an H or W that
+        is no multiple of 8, a dtype that is not floating.
+        """
+        if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
+            raise ConfigError(f"the Wan autoencoder encodes floating [B, 3, F, H, W] in [-1, 1], got {video.dtype} {tuple(video.shape)}")
+        if frames_per_step < 1 or frames_per_step % self.temporal_stride:
+            raise ConfigError(f"frames_per_step={frames_per_step} must be a multiple of {self.temporal_stride} pixel frames")
+        frames = self.latent_frames_for(video.shape[2])
+        cells = self.latent_size(video.shape[3], video.shape[4])
+        if self.tile is None:
+            return encode_frames(self.vae, self._statistics, video, frames_per_step=frames_per_step)
+        total: Tensor | None = None
+        for tile in plan_tiles(cells, tile=self.tile, scale=1):
+            rows, columns = (slice(s.start * self.spatial_stride, s.stop * self.spatial_stride) for s in (tile.rows, tile.columns))
+            piece = encode_frames(self.vae, self._statistics, video[..., rows, columns], frames_per_step=frames_per_step)
+            if total is None:
+                total = piece.new_zeros(video.shape[0], self.latent_channels, frames, *cells)
+            tile.add(piece, total, scale=1)
+        return total
+
+    def decode(self, latents: Tensor, *, frames_per_step: int = DECODE_STEP) -> Tensor:
+        """Pixels [B, 3, F, H, W] of whitened latents [B, 16, T, h, w], in their dtype, on the codec's device, not clamped.
+
+        `frames_per_step` latent frames go through the network at once: more of them use the card better and take more memory; the result is
+        the same up to rounding. `ConfigError` for a wrong shape.
+        """
+        require_latents(latents, channels=self.latent_channels)
+        if self.tile is not None:
+            return decode_in_tiles(self.vae, self._statistics, latents, tile=self.tile, frames_per_step=frames_per_step)
+        return DecodeStream(self.vae, self._statistics, frames_per_step=frames_per_step).decode_chunk(latents)
+
+    def stream(self, *, frames_per_step: int = 1, graphs: Graphs = "off") -> DecodeStream | TiledDecodeStream:
+        """A fresh streaming decoder, for one video or one batch in step; any number of streams may be open. See `DecodeStream`."""
+        if self.tile is None:
+            return DecodeStream(self.vae, self._statistics, frames_per_step=frames_per_step, graphs=graphs)
+        if graphs != "off":
+            raise ConfigError("graphs='on' is for whole frames; set tile=None or graphs='off'")
+        return TiledDecodeStream(self.vae, self._statistics, tile=self.tile, frames_per_step=frames_per_step)
+
+    def describe(self) -> dict[str, Any]:
+        """Name and file, as a checkpoint's self-description stores them; path None for random weights."""
+        return {"name": "wan_vae", "path": self._path}
+
+
+def fill_random(vae: nn.Module, *, seed: int) -> None:
+    """Random weights in place: convolutions keep the size of what they see, gammas are 1 +- 0.2, biases +- 0.1."""
+    generator = torch.Generator(device=next(vae.parameters()).device).manual_seed(seed)
+    for name, parameter in vae.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+        if name.endswith("gamma"):
+            value = 1 + 0.2 * noise
+        elif name.endswith("bias"):
+            value = 0.1 * noise
+        else:
+            value = noise / parameter[0].numel() ** 0.5
+        with torch.no_grad():
+            parameter.copy_(value)
+
+
+def require_dtype(dtype: torch.dtype) -> None:
+    """`ConfigError` unless the autoencoder can run in `dtype`."""
+    known = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    if dtype not in known:
+        raise ConfigError(f"the autoencoder's dtype is {dtype}, expected one of {', '.join(str(d) for d in known)}")

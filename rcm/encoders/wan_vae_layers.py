@@ -1,0 +1,197 @@
+"""Building blocks of the Wan video autoencoder, in the cached form that defines it: every convolution over time sees the last frames of
+its input in earlier calls (spec wan.md 4.2, 4.3).
+
+Parameters carry the names and shapes of the published file. Frames are channels-last everywhere: [B, T, H, W, C]. A block takes and
+returns `Features`, a sum that the next window carries out, so bias and residual cost no pass of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rcm.encoders.wan_vae_state import Slot, StreamState
+from rcm.kernels.vae_conv import Form, PackedKernel, best_form, convolve, fold_nearest, pack
+from rcm.kernels.vae_window import Features, window
+
+Resampling = Literal["down2d", "down3d", "up2d", "up3d"]
+EDGE = (1, 1)
+
+
+class RMSNorm(nn.Module):
+    """Scale of a normalisation over channels: gamma [C, 1, ...] with `axes` trailing ones. y = x / |x| * sqrt(C) * gamma."""
+
+    def __init__(self, channels: int, *, axes: int = 3) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *(1,) * axes))
+
+    def flat(self) -> Tensor:
+        """gamma as [C]."""
+        return self.gamma.flatten()
+
+
+class Conv(nn.Module):
+    """A convolution's published parameters, and the packed weights it runs with, made again whenever the parameters change.
+
+    weight [N, C, *taps] with 2 or 3 taps, bias [N]. `carries` frames of its input are remembered between calls (0: it has no slot).
+    `reads`: channels of the frames it is given, if more than C; those beyond are zeros, which fast copies need as filling.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        *,
+        taps: tuple[int, ...],
+        carries: int = 0,
+        stride: tuple[int, int, int] = (1, 1, 1),
+        reads: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels_out, channels_in, *taps))
+        self.bias = nn.Parameter(torch.empty(channels_out))
+        self.carries, self.stride, self.slot = carries, stride, -1
+        self.reads = channels_in if reads is None else reads
+        self.form: Form | Literal["auto"] = "auto"
+        self._packed: PackedKernel | None = None
+        self._packed_from: tuple[object, ...] = ()
+
+    def over(self, padded: Tensor) -> Tensor:
+        """The convolution of a window, without bias."""
+        # tensors made in inference mode count no versions, and cannot change outside it
+        version = 0 if self.weight.is_inference() else self.weight._version
+        key = (self.weight.data_ptr(), version, self.weight.dtype, self.form)
+        if self._packed is None or key != self._packed_from:
+            weight = self._kernel()
+            form = best_form(weight, stride=self.stride) if self.form == "auto" else self.form
+            self._packed, self._packed_from = pack(weight, form=form, stride=self.stride), key
+        return convolve(padded, self._packed)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Conv:
+        # a move to another device must not leave the packed weights behind
+        self._packed = None
+        return super()._apply(fn, recurse)
+
+    def _kernel(self) -> Tensor:
+        weight = self.weight if self.weight.ndim == 5 else self.weight[:, :, None]
+        filling = self.reads - weight.shape[1]
+        return F.pad(weight, (0, 0, 0, 0, 0, 0, 0, filling)) if filling else weight
+
+    def pointwise(self, x: Tensor, *, with_bias: bool = True) -> Tensor:
+        """A convolution of one tap as a product over channels of [..., C]."""
+        return F.linear(x, self.weight.flatten(1), self.bias if with_bias else None)
+
+
+class NearestThenConv(Conv):
+    """Nearest-neighbour doubling, then a 3x3 convolution, as one 2x2 convolution of the small image (`fold_nearest`)."""
+
+    def _kernel(self) -> Tensor:
+        return fold_nearest(self.weight)
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, 3x3x3, norm, SiLU, 3x3x3, plus the input (through a 1x1x1 convolution where the channels change)."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.residual = nn.ModuleDict(
+            {
+                "0": RMSNorm(channels_in),
+                "2": Conv(channels_in, channels_out, taps=(3, 3, 3), carries=2),
+                "3": RMSNorm(channels_out),
+                "6": Conv(channels_out, channels_out, taps=(3, 3, 3), carries=2),
+            }
+        )
+        if channels_in != channels_out:
+            self.shortcut = Conv(channels_in, channels_out, taps=(1, 1, 1))
+
+    def forward(self, features: Features, state: StreamState) -> Features:
+        """Features of the same frames."""
+        first, second = self.residual["2"], self.residual["6"]
+        seen = window(features, gamma=self.residual["0"].flat(), norm="rms_silu", carried=state.frames(first), border=EDGE, keep=True)
+        value, entered = first.over(seen.padded), seen.kept
+        # the window is as large as the features: give it back before the next one is made
+        del features, seen
+        value = window(
+            Features(value, first.bias), gamma=self.residual["3"].flat(), norm="rms_silu", carried=state.frames(second), border=EDGE
+        ).padded
+        shortcut = self.shortcut.pointwise(entered) if hasattr(self, "shortcut") else entered
+        return Features(second.over(value), second.bias, shortcut)
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention over the positions of each frame, plus the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(channels, axes=2)
+        self.to_qkv = Conv(channels, 3 * channels, taps=(1, 1))
+        self.proj = Conv(channels, channels, taps=(1, 1))
+
+    def forward(self, features: Features, state: StreamState) -> Features:
+        """Features of the same frames; nothing is carried."""
+        seen = window(features, gamma=self.norm.flat(), norm="rms", keep=True)
+        b, t, h, w, c = seen.padded.shape
+        qkv = self.to_qkv.pointwise(seen.padded).view(b * t, 1, h * w, 3, c)
+        q, k, v = qkv.unbind(dim=3)
+        out = F.scaled_dot_product_attention(q, k, v).reshape(b, t, h, w, c)
+        return Features(self.proj.pointwise(out, with_bias=False), self.proj.bias, seen.kept)
+
+
+class Resample(nn.Module):
+    """Halve or double the image, and for "down3d" and "up3d" the frames. The first frame of a video is never folded in time."""
+
+    def __init__(self, channels: int, *, kind: Resampling) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind in ("up2d", "up3d"):
+            self.resample = nn.ModuleDict({"1": NearestThenConv(channels, channels // 2, taps=(3, 3))})
+        else:
+            self.resample = nn.ModuleDict({"1": Conv(channels, channels, taps=(3, 3), stride=(1, 2, 2))})
+        if kind == "up3d":
+            self.time_conv = Conv(channels, 2 * channels, taps=(3, 1, 1), carries=2)
+        if kind == "down3d":
+            self.time_conv = Conv(channels, channels, taps=(3, 1, 1), carries=1, stride=(2, 1, 1))
+
+    def forward(self, features: Features, state: StreamState) -> Features:
+        """Features of half or twice the size; [B, T, ...] becomes T/2 or 2T behind the first frame for the kinds in three dimensions."""
+        conv = self.resample["1"]
+        if self.kind in ("up2d", "up3d"):
+            if self.kind == "up3d" and state.started:
+                time = self.time_conv
+                value = time.over(window(features, carried=state.frames(time)).padded)
+                features = Features(value, time.bias, layout="frame_pairs")
+            return Features(conv.over(window(features, border=EDGE).padded), conv.bias, layout="pixel_quads")
+        small = Features(conv.over(window(features, border=(0, 1)).padded), conv.bias)
+        if self.kind == "down2d":
+            return small
+        time = self.time_conv
+        seen = window(small, carried=state.frames(time)).padded
+        # nothing precedes the first frame of a video: it passes unfolded and is remembered
+        return Features(time.over(seen), time.bias) if state.started else Features(seen[:, time.carries :].contiguous())
+
+
+def number_slots(root: nn.Module, order: Iterator[nn.Module], *, height: int = 1, width: int = 1) -> list[Slot]:
+    """Give every convolution that carries frames its index, in the order of the forward pass, and list the slots for one latent cell.
+
+    `order` yields the blocks of `root` in that order. Slot sizes are relative: rows and columns per cell of the smallest image.
+    """
+    slots: list[Slot] = []
+    scale = (height, width)
+    for block in order:
+        for conv in (m for m in block.modules() if isinstance(m, Conv) and m.carries):
+            after = isinstance(block, Resample) and block.kind == "down3d"
+            size = (scale[0] // 2, scale[1] // 2) if after else scale
+            conv.slot = len(slots)
+            slots.append(Slot(frames=conv.carries, rows=size[0], columns=size[1], channels=conv.reads))
+        if isinstance(block, Resample):
+            up = block.kind in ("up2d", "up3d")
+            scale = (scale[0] * 2, scale[1] * 2) if up else (scale[0] // 2, scale[1] // 2)
+    unnumbered = [name for name, m in root.named_modules() if isinstance(m, Conv) and m.carries and m.slot < 0]
+    if unnumbered:
+        raise ValueError(f"convolutions that carry frames are missing from the order of the forward pass: {unnumbered}")
+    return slots

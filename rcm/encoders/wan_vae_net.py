@@ -1,0 +1,177 @@
+"""The Wan2.1 video autoencoder (also used by Wan2.2 A14B): encoder and decoder with the published tensor names. Spec wan.md 4.
+
+Nothing here knows latent statistics, files or streams; the codec (rcm/encoders/wan_vae.py) does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rcm.encoders.wan_vae_layers import EDGE, AttentionBlock, Conv, Resample, Resampling, ResidualBlock, RMSNorm, number_slots
+from rcm.encoders.wan_vae_state import StreamState
+from rcm.kernels.vae_conv import Form
+from rcm.kernels.vae_window import Features, window
+
+LATENT_CHANNELS = 16
+SPATIAL_STRIDE = 8
+TEMPORAL_STRIDE = 4
+# red, green, blue and filling: 16 bytes per pixel in 16 bits, the least that bulk copies move
+PIXEL_CHANNELS = 8
+LEVELS = (1, 2, 4, 4)
+ENCODER_BLOCKS, DECODER_BLOCKS = 2, 3
+
+
+@dataclass(frozen=True)
+class WanVAEConfig:
+    """Sizes that differ between the published autoencoder (`base_dim` 96: 126,892,531 parameters) and those of tests."""
+
+    base_dim: int = 96
+    latent_channels: int = LATENT_CHANNELS
+
+
+class Encoder(nn.Module):
+    """Pixels [B, T, H, W, 3] to moments [B, T', H/8, W/8, 2 C]; T is 1 in the first call, then any multiple of 4."""
+
+    def __init__(self, config: WanVAEConfig) -> None:
+        super().__init__()
+        widths = [config.base_dim * level for level in LEVELS]
+        kinds: tuple[Resampling | None, ...] = ("down2d", "down3d", "down3d", None)
+        self.conv1 = Conv(3, widths[0], taps=(3, 3, 3), carries=2, reads=PIXEL_CHANNELS)
+        blocks: list[nn.Module] = []
+        width = widths[0]
+        for wider, kind in zip(widths, kinds, strict=True):
+            for _ in range(ENCODER_BLOCKS):
+                blocks.append(ResidualBlock(width, wider))
+                width = wider
+            if kind is not None:
+                blocks.append(Resample(width, kind=kind))
+        self.downsamples = nn.ModuleList(blocks)
+        self.middle = _middle(width)
+        self.head = _head(width, 2 * config.latent_channels)
+        self.slots = number_slots(self, self._order(), height=SPATIAL_STRIDE, width=SPATIAL_STRIDE)
+
+    def _order(self) -> Iterator[nn.Module]:
+        yield from (self.conv1, *self.downsamples, *self.middle, self.head)
+
+    def forward(self, pixels: Tensor, state: StreamState) -> Tensor:
+        """Moments of the next frames; `state` is advanced."""
+        pixels = F.pad(pixels, (0, PIXEL_CHANNELS - pixels.shape[-1]))
+        return _run(pixels, state, enter=self.conv1, blocks=(*self.downsamples, *self.middle), head=self.head)
+
+
+class Decoder(nn.Module):
+    """Latents [B, T, h, w, C] to pixels [B, T', 8 h, 8 w, 3]; T is 1 in the first call (T' = 1), then anything (T' = 4 T)."""
+
+    def __init__(self, config: WanVAEConfig) -> None:
+        super().__init__()
+        widths = [config.base_dim * level for level in reversed(LEVELS)]
+        kinds: tuple[Resampling | None, ...] = ("up3d", "up3d", "up2d", None)
+        self.conv1 = Conv(config.latent_channels, widths[0], taps=(3, 3, 3), carries=2)
+        self.middle = _middle(widths[0])
+        blocks: list[nn.Module] = []
+        width = widths[0]
+        for wider, kind in zip(widths, kinds, strict=True):
+            for _ in range(DECODER_BLOCKS):
+                blocks.append(ResidualBlock(width, wider))
+                width = wider
+            if kind is not None:
+                blocks.append(Resample(width, kind=kind))
+                width //= 2
+        self.upsamples = nn.ModuleList(blocks)
+        self.head = _head(width, 3)
+        self.slots = number_slots(self, self._order())
+
+    def _order(self) -> Iterator[nn.Module]:
+        yield from (self.conv1, *self.middle, *self.upsamples, self.head)
+
+    def forward(self, latents: Tensor, state: StreamState) -> Tensor:
+        """Pixels of the next latent frames; `state` is advanced."""
+        return _run(latents, state, enter=self.conv1, blocks=(*self.middle, *self.upsamples), head=self.head)
+
+
+class WanVAE(nn.Module):
+    """Encoder, decoder and the two 1x1x1 convolutions between them and the latents: 194 tensors under their published names.
+
+    Built without values (the weights are uninitialised memory); `WanVAECodec.from_file` and `.random` fill it. Latents here are the
+    network's own, not whitened.
+    """
+
+    def __init__(self, config: WanVAEConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or WanVAEConfig()
+        c = self.config.latent_channels
+        self.encoder, self.decoder = Encoder(self.config), Decoder(self.config)
+        self.conv1 = Conv(2 * c, 2 * c, taps=(1, 1, 1))
+        self.conv2 = Conv(c, c, taps=(1, 1, 1))
+        self.generation = 0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WanVAE:
+        self.generation += 1
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> object:
+        """As `nn.Module.load_state_dict`; counts as a change of the weights, like a move (`generation`), which captured steps watch."""
+        self.generation += 1
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def use(self, form: Form | None) -> None:
+        """Run every convolution in `form`, None for the measured best of each; for benchmarks. What a form cannot compute raises."""
+        self.generation += 1
+        for module in self.modules():
+            if isinstance(module, Conv):
+                module.form = "auto" if form is None else form
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return self.conv1.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.conv1.weight.device
+
+    def encoder_state(self, *, batch: int, cells: tuple[int, int]) -> StreamState:
+        """State of one encoded video (or batch in step) of latent size `cells`."""
+        return StreamState(self.encoder.slots, batch=batch, cells=cells, dtype=self.dtype, device=self.device)
+
+    def decoder_state(self, *, batch: int, cells: tuple[int, int]) -> StreamState:
+        """State of one decoded video (or batch in step) of latent size `cells`; 944,286,720 elements at 60x104 and base_dim 96."""
+        return StreamState(self.decoder.slots, batch=batch, cells=cells, dtype=self.dtype, device=self.device)
+
+    def encode_step(self, pixels: Tensor, state: StreamState) -> Tensor:
+        """Latent means [B, T', h, w, C] of the next pixel frames [B, T, H, W, 3]: one frame first, then multiples of 4.
+
+        The published network predicts a log-variance too; encoding is deterministic and drops it.
+        """
+        moments = self.conv1.pointwise(self.encoder(pixels, state))
+        return moments[..., : self.config.latent_channels]
+
+    def decode_step(self, latents: Tensor, state: StreamState) -> Tensor:
+        """Pixels [B, T', H, W, 3] of the next latent frames [B, T, h, w, C]: one frame first, then any number."""
+        return self.decoder(self.conv2.pointwise(latents), state)
+
+
+def _middle(width: int) -> nn.ModuleList:
+    return nn.ModuleList([ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width)])
+
+
+def _head(channels_in: int, channels_out: int) -> nn.ModuleDict:
+    return nn.ModuleDict({"0": RMSNorm(channels_in), "2": Conv(channels_in, channels_out, taps=(3, 3, 3), carries=2)})
+
+
+def _run(x: Tensor, state: StreamState, *, enter: Conv, blocks: tuple[nn.Module, ...], head: nn.ModuleDict) -> Tensor:
+    """First convolution, blocks, then norm, SiLU and last convolution; marks the first frame as passed."""
+    features = Features(enter.over(window(Features(x), carried=state.frames(enter), border=EDGE).padded), enter.bias)
+    for block in blocks:
+        features = block(features, state)
+    last = head["2"]
+    padded = window(features, gamma=head["0"].flat(), norm="rms_silu", carried=state.frames(last), border=EDGE).padded
+    del features
+    state.started = True
+    return Features(last.over(padded), last.bias).total()

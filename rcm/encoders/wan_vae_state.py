@@ -1,0 +1,73 @@
+"""What an autoencoder remembers between two calls on one video: preallocated frames per convolution, outside the module.
+
+Frames are overwritten in place, so addresses and shapes never change, one module serves any number of streams, and a step can be
+captured in a CUDA graph. Spec wan.md 4.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rcm.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The frames one convolution remembers: `frames` of `channels`, and its image size per latent cell."""
+
+    frames: int
+    rows: int
+    columns: int
+    channels: int
+
+
+class Carrying(Protocol):
+    """A convolution that knows which slot is its own."""
+
+    slot: int
+
+
+class StreamState:
+    """Carried frames [B, K, H, W, C] of every slot, zero at the start of a video, and whether the first frame has passed.
+
+    Zeros are exactly what the causal padding puts in front of a video. `cells` = (h, w) of the latent image.
+    """
+
+    def __init__(self, slots: Sequence[Slot], *, batch: int, cells: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.batch, self.cells, self.started = batch, cells, False
+        self._frames = tuple(
+            torch.zeros(batch, s.frames, s.rows * cells[0], s.columns * cells[1], s.channels, dtype=dtype, device=device) for s in slots
+        )
+
+    def frames(self, conv: Carrying) -> Tensor:
+        """The frames that `conv` remembers, to be read and overwritten in place."""
+        return self._frames[conv.slot]
+
+    def numel(self) -> int:
+        """Elements of all slots together."""
+        return sum(frames.numel() for frames in self._frames)
+
+    def restart(self) -> None:
+        """Forget the video; addresses stay."""
+        self.started = False
+        for frames in self._frames:
+            frames.zero_()
+
+    def require_fit(self, *, batch: int, cells: tuple[int, int], device: torch.device, dtype: torch.dtype) -> None:
+        """`ConfigError` unless a chunk of this batch and latent size, on weights of this device and dtype, belongs to the video at hand."""
+        if (batch, cells) != (self.batch, self.cells):
+            raise ConfigError(
+                f"this stream serves a batch of {self.batch} at {self.cells[0]}x{self.cells[1]} latent cells, got {batch} at "
+                f"{cells[0]}x{cells[1]}; open one stream per video with codec.stream()"
+            )
+        mine = self._frames[0]
+        if (mine.device, mine.dtype) != (device, dtype):
+            raise ConfigError(
+                f"this stream began on {mine.device} in {mine.dtype}, the weights are now on {device} in {dtype}; move them back or open a "
+                "new stream with codec.stream()"
+            )

@@ -1,0 +1,229 @@
+"""Decoding and encoding in calls, with everything remembered in the stream: any split of a video gives the result of one call.
+
+The first frame of a video is special (it is not folded in time); the rule is handled here, whatever the first chunk holds. Latents at this
+level are whitened [B, C, T, h, w], pixels [B, 3, F, H, W]; the network's channels-last frames stay inside. Spec wan.md 4.1, 4.3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rcm.core.errors import ConfigError
+from rcm.encoders.wan_vae_net import SPATIAL_STRIDE, TEMPORAL_STRIDE, WanVAE
+from rcm.encoders.wan_vae_state import StreamState
+from rcm.encoders.wan_vae_tiles import Tile, plan_tiles
+
+Graphs = Literal["off", "on"]
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Mean and standard deviation per latent channel [C], float64, of the network's latents; whitened ones have 0 and 1."""
+
+    mean: Tensor
+    std: Tensor
+
+    def to(self, device: torch.device) -> LatentStatistics:
+        """On `device`, so that no step copies from the host."""
+        return LatentStatistics(self.mean.to(device), self.std.to(device))
+
+    def whiten(self, latents: Tensor) -> Tensor:
+        """(latents - mean) / std over the last axis, in the dtype of `latents`."""
+        return (latents - self.mean.to(latents)) * (1 / self.std).to(latents)
+
+    def colour(self, latents: Tensor) -> Tensor:
+        """latents * std + mean over the last axis, in the dtype of `latents`."""
+        return latents * self.std.to(latents) + self.mean.to(latents)
+
+
+class DecodeStream:
+    """A `LatentStream` over one video, or one batch in step. `frames_per_step` latent frames go through the network at once.
+
+    `graphs="on"` (CUDA): the first steady step of a length runs as usual, the second is captured, later ones are replayed; one capture
+    per length, bound to this stream. Memory: the state (1.8 GiB in bfloat16 at 480x832) and the activations of one step.
+    """
+
+    def __init__(self, vae: WanVAE, statistics: LatentStatistics, *, frames_per_step: int = 1, graphs: Graphs = "off") -> None:
+        if frames_per_step < 1:
+            raise ConfigError(f"frames_per_step={frames_per_step} must be at least 1 latent frame")
+        if graphs not in ("off", "on"):
+            raise ConfigError(f"graphs must be 'off' or 'on', got {graphs!r}")
+        if graphs == "on" and vae.device.type != "cuda":
+            raise ConfigError(f"graphs='on' needs a CUDA device, the autoencoder is on {vae.device}; use graphs='off'")
+        self._vae, self._statistics, self._frames_per_step, self._graphs = vae, statistics.to(vae.device), frames_per_step, graphs
+        self._state: StreamState | None = None
+        self._half_done = False
+        self._captured: dict[int, _CapturedStep | None] = {}
+        self._generation = vae.generation
+
+    @property
+    def state(self) -> StreamState | None:
+        """What is remembered; None before the first chunk."""
+        return self._state
+
+    @torch.no_grad()
+    def decode_chunk(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, f, H, W] of the next whitened latent frames [B, C, t, h, w], in the dtype of `latents` on the codec's device.
+
+        f = 4 t, less 3 in the first call. `ConfigError` for another batch or size than the first chunk's; `RuntimeError` after a call that
+        failed half-way (out of memory, say), since what is remembered is then of two moments.
+        """
+        if self._half_done:
+            raise RuntimeError("an earlier chunk of this stream failed half-way; restart() it or open a new one with codec.stream()")
+        require_latents(latents, channels=self._vae.config.latent_channels)
+        batch, _, count, *cells = latents.shape
+        if self._state is None:
+            self._state = self._vae.decoder_state(batch=batch, cells=(cells[0], cells[1]))
+        self._state.require_fit(batch=batch, cells=(cells[0], cells[1]), device=self._vae.device, dtype=self._vae.dtype)
+        frames = TEMPORAL_STRIDE * count - (0 if self._state.started else TEMPORAL_STRIDE - 1)
+        height, width = (SPATIAL_STRIDE * n for n in cells)
+        pixels = latents.new_empty(batch, 3, frames, height, width, device=self._vae.device)
+        done = 0
+        self._half_done = True
+        with network_scope(self._vae):
+            for part in _steps(count, first_alone=not self._state.started, most=self._frames_per_step):
+                piece = self._step(self._prepared(latents[:, :, part]))
+                pixels[:, :, done : done + piece.shape[1]] = piece.permute(0, 4, 1, 2, 3)
+                done += piece.shape[1]
+        self._half_done = False
+        return pixels
+
+    def restart(self) -> None:
+        """Begin another video of the same batch and size, in the memory (and with the captured steps) of this one."""
+        self._half_done = False
+        if self._state is not None:
+            self._state.restart()
+
+    def _prepared(self, latents: Tensor) -> Tensor:
+        """Channels-last latents of the network: statistics in float32 or wider, one cast."""
+        moved = latents.to(self._vae.device).permute(0, 2, 3, 4, 1)
+        wide = moved.to(torch.promote_types(moved.dtype, torch.float32))
+        return self._statistics.colour(wide).to(self._vae.dtype).contiguous()
+
+    def _step(self, frames: Tensor) -> Tensor:
+        if self._graphs == "off" or not self._state.started:
+            return self._vae.decode_step(frames, self._state)
+        if self._generation != self._vae.generation:
+            # captured steps read the weights where they were
+            self._captured.clear()
+            self._generation = self._vae.generation
+        count = frames.shape[1]
+        if count not in self._captured:
+            # compiles kernels and packs weights, which a capture may not
+            self._captured[count] = None
+            return self._vae.decode_step(frames, self._state)
+        if self._captured[count] is None:
+            self._captured[count] = _CapturedStep(self._vae, self._state, frames)
+        return self._captured[count].replay(frames)
+
+
+class _CapturedStep:
+    """One steady step of a stream as a CUDA graph."""
+
+    def __init__(self, vae: WanVAE, state: StreamState, frames: Tensor) -> None:
+        self._input = frames.clone()
+        self._graph = torch.cuda.CUDAGraph()
+        # other threads may be launching a denoiser meanwhile
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._output = vae.decode_step(self._input, state)
+
+    def replay(self, frames: Tensor) -> Tensor:
+        """Pixels of `frames`; overwritten by the next replay."""
+        self._input.copy_(frames)
+        self._graph.replay()
+        return self._output
+
+
+class TiledDecodeStream:
+    """A `LatentStream` that decodes tile by tile and blends (`wan_vae_tiles`); every tile remembers its own frames."""
+
+    def __init__(self, vae: WanVAE, statistics: LatentStatistics, *, tile: int, frames_per_step: int = 1) -> None:
+        plan_tiles((tile, tile), tile=tile, scale=SPATIAL_STRIDE)
+        self._vae, self._statistics, self._tile, self._frames_per_step = vae, statistics, tile, frames_per_step
+        self._tiles: list[tuple[Tile, DecodeStream]] = []
+        self._cells: tuple[int, int] | None = None
+
+    @torch.no_grad()
+    def decode_chunk(self, latents: Tensor) -> Tensor:
+        """As `DecodeStream.decode_chunk`; blended in float32 or wider."""
+        require_latents(latents, channels=self._vae.config.latent_channels)
+        cells = (latents.shape[3], latents.shape[4])
+        if self._cells is None:
+            self._cells = cells
+            plan = plan_tiles(cells, tile=self._tile, scale=SPATIAL_STRIDE)
+            self._tiles = [(t, DecodeStream(self._vae, self._statistics, frames_per_step=self._frames_per_step)) for t in plan]
+        if cells != self._cells:
+            raise ConfigError(f"this stream decodes {self._cells} latent cells, got {cells}; open one stream per video with codec.stream()")
+        return blend_tiles(self._tiles, latents)
+
+
+def decode_in_tiles(vae: WanVAE, statistics: LatentStatistics, latents: Tensor, *, tile: int, frames_per_step: int) -> Tensor:
+    """A whole video, one tile through all its frames after the other, so that one tile's state is in memory at a time."""
+    plan = plan_tiles((latents.shape[3], latents.shape[4]), tile=tile, scale=SPATIAL_STRIDE)
+    return blend_tiles(((t, DecodeStream(vae, statistics, frames_per_step=frames_per_step)) for t in plan), latents)
+
+
+def blend_tiles(tiles: Iterator[tuple[Tile, DecodeStream]] | list[tuple[Tile, DecodeStream]], latents: Tensor) -> Tensor:
+    """Pixels of the next latent frames of every tile, weighted and added."""
+    total: Tensor | None = None
+    height, width = (SPATIAL_STRIDE * n for n in latents.shape[3:])
+    for tile, stream in tiles:
+        piece = stream.decode_chunk(latents[..., tile.rows, tile.columns])
+        if total is None:
+            wide = torch.promote_types(piece.dtype, torch.float32)
+            total = piece.new_zeros(*piece.shape[:3], height, width, dtype=wide)
+        tile.add(piece, total, scale=SPATIAL_STRIDE)
+        del stream
+    return total.to(latents.dtype)
+
+
+@torch.no_grad()
+def encode_frames(vae: WanVAE, statistics: LatentStatistics, video: Tensor, *, frames_per_step: int) -> Tensor:
+    """Whitened latents [B, C, T, h, w], float32 or wider, of pixels [B, 3, F, H, W], F = 1 + 4 k; steps of `frames_per_step` pixel
+    frames, each moved to the autoencoder's device alone.
+    """
+    batch, _, count, height, width = video.shape
+    cells = (height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
+    state, statistics = vae.encoder_state(batch=batch, cells=cells), statistics.to(vae.device)
+    pieces = []
+    with network_scope(vae):
+        for part in _steps(count, first_alone=True, most=frames_per_step):
+            frames = video[:, :, part].to(vae.device, vae.dtype).permute(0, 2, 3, 4, 1)
+            means = vae.encode_step(frames, state)
+            wide = means.to(torch.promote_types(means.dtype, torch.float32))
+            pieces.append(statistics.whiten(wide).permute(0, 4, 1, 2, 3))
+    return torch.cat(pieces, dim=2)
+
+
+def require_latents(latents: Tensor, *, channels: int) -> None:
+    """`ConfigError` unless floating [B, channels, T, h, w] with T >= 1."""
+    if latents.ndim != 5 or latents.shape[1] != channels or min(latents.shape) < 1 or not latents.is_floating_point():
+        raise ConfigError(
+            f"the Wan autoencoder decodes floating latents [B, {channels}, T, h, w], got {latents.dtype} of shape {tuple(latents.shape)}"
+        )
+
+
+@contextlib.contextmanager
+def network_scope(vae: WanVAE) -> Iterator[None]:
+    """The codec's precision is its dtype: no autocast of the caller's, and float32 convolutions in float32 (not TF32)."""
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
+    with torch.autocast(vae.device.type, enabled=False), exact if vae.device.type == "cuda" else contextlib.nullcontext():
+        yield
+
+
+def _steps(count: int, *, first_alone: bool, most: int) -> Iterator[slice]:
+    """Consecutive slices of `count` frames: the first alone if nothing came before, then at most `most`."""
+    start = 0
+    if first_alone and count:
+        yield slice(0, 1)
+        start = 1
+    while start < count:
+        stop = min(start + most, count)
+        yield slice(start, stop)
+        start = stop

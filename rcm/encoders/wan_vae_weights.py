@@ -1,0 +1,104 @@
+"""Files of the Wan autoencoder: reading them whole before anything changes, and the names of the two public formats.
+
+Original: `Wan2.1_VAE.pth`, a flat pickle of 194 float32 tensors. Diffusers: `vae/diffusion_pytorch_model.safetensors`, the same tensors
+under other names and with equal shapes. Either may come as .pth / .pt or .safetensors. Spec wan.md 2.2, 4.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rcm.core.errors import CheckpointError
+from rcm.storage.state_dicts import check_keys, shapes_of
+from rcm.storage.weight_files import open_container
+
+WAN_VAE_FILE = "assets/checkpoints/Wan2.1_VAE.pth"
+PUBLISHED_AT = "Wan2.1_VAE.pth is published at https://huggingface.co/Wan-AI/Wan2.1-T2V-1.3B"
+_DIFFUSERS_MARK = "quant_conv."
+
+# original beginning of a name, diffusers beginning; the rest of a block's name follows
+_ENDS = (
+    ("conv1.", "quant_conv."),
+    ("conv2.", "post_quant_conv."),
+    *((f"{side}.conv1.", f"{side}.conv_in.") for side in ("encoder", "decoder")),
+    *((f"{side}.head.0.", f"{side}.norm_out.") for side in ("encoder", "decoder")),
+    *((f"{side}.head.2.", f"{side}.conv_out.") for side in ("encoder", "decoder")),
+    *((f"{side}.middle.0.", f"{side}.mid_block.resnets.0.") for side in ("encoder", "decoder")),
+    *((f"{side}.middle.1.", f"{side}.mid_block.attentions.0.") for side in ("encoder", "decoder")),
+    *((f"{side}.middle.2.", f"{side}.mid_block.resnets.1.") for side in ("encoder", "decoder")),
+)
+_INSIDE = (
+    ("residual.0.", "norm1."),
+    ("residual.2.", "conv1."),
+    ("residual.3.", "norm2."),
+    ("residual.6.", "conv2."),
+    ("shortcut.", "conv_shortcut."),
+)
+_BLOCK = re.compile(r"(encoder\.downsamples|decoder\.upsamples)\.(\d+)\.(.+)")
+_UP_GROUP = 4
+
+
+def diffusers_name(original: str) -> str:
+    """The diffusers name of an original tensor name; `CheckpointError` for a name of neither encoder nor decoder."""
+    block = _BLOCK.fullmatch(original)
+    if block is not None:
+        side, index, rest = block.group(1), int(block.group(2)), block.group(3)
+        if side == "encoder.downsamples":
+            return f"encoder.down_blocks.{index}.{_renamed_inside(rest)}"
+        group, member = divmod(index, _UP_GROUP)
+        part = "upsamplers.0" if member == _UP_GROUP - 1 else f"resnets.{member}"
+        return f"decoder.up_blocks.{group}.{part}.{_renamed_inside(rest)}"
+    for ours, theirs in _ENDS:
+        if original.startswith(ours):
+            return theirs + _renamed_inside(original[len(ours) :])
+    raise CheckpointError(f"{original!r} is no tensor of the Wan autoencoder")
+
+
+def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under diffusers' names (AutoencoderKLWan)."""
+    return {diffusers_name(key): value for key, value in state.items()}
+
+
+def to_original(state: Mapping[str, Tensor], *, expected: Iterable[str]) -> dict[str, Tensor]:
+    """The same tensors under the original names; `expected` lists them all. Names of neither format stay."""
+    names = original_names(state, expected=expected)
+    return {names[key]: value for key, value in state.items()}
+
+
+def original_names(names: Iterable[str], *, expected: Iterable[str]) -> dict[str, str]:
+    """Each of `names`, of either format, with its original name; `expected` lists the original ones. Names of neither format stay."""
+    names = list(names)
+    if not any(name.startswith(_DIFFUSERS_MARK) for name in names):
+        return {name: name for name in names}
+    back = {diffusers_name(original): original for original in expected}
+    return {name: back.get(name, name) for name in names}
+
+
+def load_weights(vae: nn.Module, path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Fill `vae` (on the meta device or not) from a file of either format, or diffusers' `vae` folder, cast to `dtype` on `device`.
+
+    Everything is checked and read first. Raises `CheckpointError` for a file that is missing, truncated, of another kind, or whose tensors
+    are missing, extra or of other shapes, each named; `vae` is then unchanged.
+    """
+    expected = shapes_of(vae.state_dict())
+    file = open_container(path, hint=f"{PUBLISHED_AT}: put the file there, or name its place with --vae_path (tokenizer.vae_pth)")
+    file.require_tensors_only()
+    names = original_names(file, expected=expected)
+    shapes = {names[theirs]: shape for theirs, shape in shapes_of(file).items()}
+    check_keys(str(file.path), shapes=shapes, expected=expected, network="the Wan2.1 autoencoder")
+    file.require_floats(file)
+    # copies: a mapped view would change with the file
+    state = {ours: file[theirs].to(device=device, dtype=dtype, copy=True) for theirs, ours in names.items()}
+    vae.load_state_dict(state, strict=True, assign=True)
+
+
+def _renamed_inside(rest: str) -> str:
+    for ours, theirs in _INSIDE:
+        if rest.startswith(ours):
+            return theirs + rest[len(ours) :]
+    return rest

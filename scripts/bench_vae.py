@@ -1,0 +1,240 @@
+"""Wan autoencoder at full size with random weights: correctness first, then times and memory, as a table and JSON.
+
+    python -m scripts.bench_vae [--json FILE] [--height 480 --width 832 --frames 81] [--repeats 5] [--profile]
+
+Speed does not depend on the values of the weights. A failed check ends the run before anything is timed. Quote ratios of one run; machines
+differ by 10 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from rcm.encoders.wan_vae import WanVAECodec
+
+DEVICE = "cuda"
+SMALL = (12, 20)
+# release of June 2026 on the same kind of card, and the target
+RELEASE_MS, TARGET_MS, TARGET_TOTAL_S = 77.0, 45.0, 1.0
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b| in float64."""
+    a, b = a.double(), b.double()
+    return ((a - b).norm() / b.norm()).item()
+
+
+def check() -> dict[str, float]:
+    """Errors against their budgets; exits on the first that is above."""
+    fast, exact = (WanVAECodec.random(device=DEVICE, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    exact.vae.load_state_dict(fast.vae.state_dict())
+    latents = torch.randn(1, 16, 5, *SMALL, device=DEVICE)
+    video = torch.rand(1, 3, 9, 8 * SMALL[0], 8 * SMALL[1], device=DEVICE) * 2 - 1
+    whole, sharp = fast.decode(latents), exact.decode(latents)
+    stream = fast.stream()
+    pieces = torch.cat([stream.decode_chunk(part) for part in latents.split([2, 1, 2], dim=2)], dim=2)
+    exact_stream = exact.stream()
+    exact_pieces = torch.cat([exact_stream.decode_chunk(part) for part in latents.split([1, 3, 1], dim=2)], dim=2)
+    first, second = fast.stream(graphs="on"), fast.stream(graphs="on")
+    plain, other = fast.stream(), torch.randn_like(latents)
+    graphed, expected = [], []
+    for part, disturbing in zip(latents.split(1, dim=2), other.split(1, dim=2), strict=True):
+        graphed.append(first.decode_chunk(part))
+        second.decode_chunk(disturbing)
+        expected.append(plain.decode_chunk(part))
+    fast.vae.use("direct")
+    library = fast.decode(latents)
+    fast.vae.use(None)
+    errors = {
+        "decode, bfloat16 against float32": (relative(whole, sharp), 4e-2),
+        "encode, bfloat16 against float32": (relative(fast.encode(video), exact.encode(video)), 4e-2),
+        "decode, our convolutions against the library's": (relative(whole, library), 3e-2),
+        "library's convolutions against float32": (relative(library, sharp), 4e-2),
+        "streamed against one-shot, bfloat16": (relative(pieces, whole), 3e-2),
+        "streamed against one-shot, float32": (relative(exact_pieces, sharp), 1e-5),
+        "CUDA graph against plain, two streams interleaved": (relative(torch.cat(graphed, 2), torch.cat(expected, 2)), 0.0),
+    }
+    for name, (error, budget) in errors.items():
+        print(f"{name:55s} {error:9.2e}  (budget {budget:.0e})")
+    if any(not error <= budget for error, budget in errors.values()):
+        sys.exit("a check failed; nothing is timed")
+    return {name: error for name, (error, _) in errors.items()}
+
+
+def cold_start(options: argparse.Namespace) -> float:
+    """Seconds of the first three latent frames of a process with nothing compiled; call it before anything else runs on the card."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        codec = WanVAECodec.random(device=DEVICE, dtype=torch.bfloat16)
+        latents = torch.randn(1, 16, 3, options.height // 8, options.width // 8, device=DEVICE)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        codec.stream().decode_chunk(latents)
+        torch.cuda.synchronize()
+        spent = time.perf_counter() - start
+        del os.environ["TRITON_CACHE_DIR"]
+    return spent
+
+
+def timed(work: Callable[[], object], *, repeats: int) -> float:
+    """Median milliseconds of a synchronised call, after one that does not count."""
+    work()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return median(times)
+
+
+def streaming(codec: WanVAECodec, latents: Tensor, *, per_chunk: int, graphs: str, repeats: int) -> dict[str, float]:
+    """Milliseconds of the first latent frame and per later one, pixels included, in chunks of `per_chunk` that are not split further;
+    `launch_ms` is how long the host is busy with a later one.
+    """
+    stream = codec.stream(frames_per_step=per_chunk, graphs=graphs)
+    first, steady, launch = [], [], []
+    for _ in range(repeats + 1):
+        stream.restart()
+        for index, chunk in enumerate((latents[:, :, :1], *latents[:, :, 1 : 1 + 3 * per_chunk].split(per_chunk, dim=2))):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            stream.decode_chunk(chunk)
+            returned = time.perf_counter()
+            torch.cuda.synchronize()
+            (steady if index else first).append(1e3 * (time.perf_counter() - start) / chunk.shape[2])
+            launch += [1e3 * (returned - start) / chunk.shape[2]] if index else []
+    # the first round compiles, packs and captures
+    return {"first_ms": median(first[1:]), "steady_ms": median(steady[3:]), "launch_ms": median(launch[3:])}
+
+
+def median(values: list[float]) -> float:
+    """Middle value, the upper of two."""
+    return sorted(values)[len(values) // 2]
+
+
+def peak(work: Callable[[], object]) -> float:
+    """GiB that `work` allocates at its highest, weights included."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def measure(options: argparse.Namespace) -> dict[str, object]:
+    """All times and memory of the full-size codec in bfloat16."""
+    cells, count = (options.height // 8, options.width // 8), 1 + (options.frames - 1) // 4
+    codec = WanVAECodec.random(device=DEVICE, dtype=torch.bfloat16)
+    latents = torch.randn(1, 16, count, *cells, device=DEVICE)
+    result: dict[str, object] = {}
+    result["streaming"] = {
+        f"{per_chunk} per chunk, graphs {graphs}": streaming(codec, latents, per_chunk=per_chunk, graphs=graphs, repeats=options.repeats)
+        for per_chunk in (1, 3)
+        for graphs in ("off", "on")
+    }
+    result["one_shot"] = {
+        f"{step} per step": {
+            "total_ms": timed(lambda step=step: codec.decode(latents, frames_per_step=step), repeats=options.repeats),
+            "peak_gib": peak(lambda step=step: codec.decode(latents, frames_per_step=step)),
+        }
+        for step in (1, 2, 4, 5, 10)
+    }
+    video = torch.rand(1, 3, options.frames, options.height, options.width, device=DEVICE) * 2 - 1
+    result["encode"] = {
+        f"{step} pixel frames per step": {
+            "total_ms": timed(lambda step=step: codec.encode(video, frames_per_step=step), repeats=options.repeats),
+            "peak_gib": peak(lambda step=step: codec.encode(video, frames_per_step=step)),
+        }
+        for step in (4, 8, 16)
+    }
+    codec.tile = 32
+    result["tiled"] = {
+        "tile": 32,
+        "decode_ms": timed(lambda: codec.decode(latents), repeats=1),
+        "peak_gib": peak(lambda: codec.decode(latents)),
+    }
+    codec.tile = None
+    if options.profile:
+        profile(codec, latents)
+    return result
+
+
+def profile(codec: WanVAECodec, latents: Tensor) -> None:
+    """Kernel times of one steady step, longest first."""
+    stream = codec.stream()
+    stream.decode_chunk(latents[:, :, :3])
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as watched:
+        stream.decode_chunk(latents[:, :, 3:4])
+        torch.cuda.synchronize()
+    events = sorted((e for e in watched.key_averages() if e.self_device_time_total > 0), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in events)
+    print(f"kernels of one steady step: {total / 1e3:.2f} ms in {sum(e.count for e in events)} launches")
+    for event in events[:16]:
+        print(f"  {event.self_device_time_total / 1e3:8.3f} ms  {event.count:4d} x  {event.key[:90]}")
+
+
+def show(result: dict[str, object], options: argparse.Namespace) -> None:
+    """The table."""
+    print(f"\n{options.frames} frames at {options.height}x{options.width}, bfloat16, batch 1 (release: {RELEASE_MS} ms per latent frame)")
+    print(f"first three latent frames with nothing compiled: {result['cold_start_s']:.2f} s")
+    for name, row in result["streaming"].items():
+        times = f"first {row['first_ms']:7.2f} ms   steady {row['steady_ms']:7.2f} ms per latent frame"
+        print(f"stream, {name:28s} {times} (host busy {row['launch_ms']:.2f})")
+    for name, row in result["one_shot"].items():
+        print(f"decode, {name:28s} {row['total_ms']:8.1f} ms   peak {row['peak_gib']:6.2f} GiB")
+    for name, row in result["encode"].items():
+        print(f"encode, {name:28s} {row['total_ms']:8.1f} ms   peak {row['peak_gib']:6.2f} GiB")
+    tiled = result["tiled"]
+    print(f"decode, tiles of {tiled['tile']} cells{'':14s} {tiled['decode_ms']:8.1f} ms   peak {tiled['peak_gib']:6.2f} GiB")
+    steady = min(row["steady_ms"] for row in result["streaming"].values())
+    total = min(row["total_ms"] for row in result["one_shot"].values()) / 1e3
+    print(f"targets: {steady:.1f} of {TARGET_MS} ms per latent frame, {total:.2f} of {TARGET_TOTAL_S} s in all")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse, check, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--width", type=int, default=832)
+    parser.add_argument("--frames", type=int, default=81, help="1 + 4 k")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="print the kernels of one steady step")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a CUDA device; on the CPU run the tests in tests/encoders")
+    machine = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "python": platform.python_version(),
+    }
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    cold = cold_start(options)
+    errors = check()
+    result = {"cold_start_s": cold, **measure(options)}
+    show(result, options)
+    if options.json:
+        partial = options.json.with_suffix(".partial")
+        partial.write_text(json.dumps({"machine": machine, "errors": errors, **result}, indent=1))
+        partial.replace(options.json)
+
+
+if __name__ == "__main__":
+    main()

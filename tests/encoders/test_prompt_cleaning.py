@@ -1,0 +1,49 @@
+"""Cleaning, against strings whose clean form is known."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+
+import pytest
+
+from rcm.core.errors import ConfigError
+from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT, NEGATIVE_PROMPT_FLF2V, NEGATIVE_PROMPT_I2V, clean_prompt
+
+DIGEST = "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"  # of spec/wan.md 5
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("  A  Cat\t\n runs ", "A Cat runs"),
+        ("", ""),
+        (" \n\t", ""),
+        ("cat &amp; dog", "cat & dog"),
+        ("<b>cat &amp;amp; dog", "<b>cat & dog"),  # with a tag, ftfy leaves entities alone: two passes are needed
+        ("a&nbsp; cat", "a cat"),
+        ("schÃ¶n", "schön"),
+        ("“quoted” it’s", '"quoted" it\'s'),
+        ("色调，ＡＢ", "色调,AB"),
+        ("a\u3000b\u2028c", "a b c"),
+    ],
+    ids=["spaces", "empty", "blank", "entity", "entity-twice", "nbsp", "mojibake", "quotes", "full-width", "unicode-spaces"],
+)
+def test_known_strings(raw: str, clean: str) -> None:
+    assert clean_prompt(raw) == clean
+    assert clean_prompt(clean) == clean
+
+
+def test_negative_prompts_are_the_published_ones() -> None:
+    """The stock string as a hash of its characters: a typo in one of 120 Chinese characters is invisible to most readers."""
+    parts = NEGATIVE_PROMPT.split("，")
+    assert (len(NEGATIVE_PROMPT), len(parts), parts[0], parts[-1]) == (137, 28, "色调艳丽", "倒着走")
+    assert hashlib.sha256(NEGATIVE_PROMPT.encode()).hexdigest() == DIGEST
+    assert f"镜头晃动，{NEGATIVE_PROMPT}" == NEGATIVE_PROMPT_I2V
+    assert f"镜头切换，镜头晃动，{NEGATIVE_PROMPT}" == NEGATIVE_PROMPT_FLF2V
+
+
+def test_without_ftfy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(ConfigError, match=r"pip install 'rcm\[text\]'"):
+        clean_prompt("cat")
