@@ -7,9 +7,7 @@ the checkpoint supports it. Exit status 2, and one sentence, for what the user c
 from __future__ import annotations
 
 import argparse
-import errno
 import json
-import os
 import sys
 import time
 import warnings
@@ -20,40 +18,37 @@ from typing import Any
 
 import torch
 
-from rcm.core.errors import CheckpointError, ConfigError
+from rcm.core.errors import ConfigError
 from rcm.evaluation.throughput import Throughput, measure
+from rcm.inference.outcome import check_device, exit_status, writable
 from rcm.inference.stream_recipe import add_recipe_flags, chosen_recipe
+from rcm.pipelines.described import PieceFiles
 from rcm.pipelines.first_block import first_latents, is_image
 from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
 from rcm.pipelines.streaming import StreamedChunk, StreamReport
-from rcm.pipelines.video_io import Mp4Writer, VideoError
+from rcm.pipelines.video_io import Mp4Writer
 from rcm.rollout.recipe import SamplingRecipe
 from rcm.train.describe import installed_versions, write_atomically
-
-USER_ERRORS = (ConfigError, CheckpointError, VideoError, OSError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `rcm-stream`; returns the exit status."""
     flags = _parser().parse_args(argv)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what this is meant for
-            run(flags)
-    except USER_ERRORS as error:
-        sentence = " ".join(str(error).split())
-        print(f"error: {sentence}", file=sys.stderr)
-        return 2
-    return 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what this is meant for
+        return exit_status(lambda: run(flags))
 
 
 def run(flags: argparse.Namespace) -> None:
     """Check the flags, open the checkpoint, time it if asked, then stream into the file."""
     prompts = read_prompts(flags.prompt, flags.prompt_file, allow_empty=flags.allow_empty_prompt)
     _check_flags(flags)
-    save_path = _writable(flags.save_path, suffix=".mp4")
-    report_path = None if flags.report is None else _writable(flags.report, suffix=".json")
-    model = open_checkpoint(flags.ckpt, weights=flags.weights, device=flags.device, precision=flags.precision)
+    save_path = writable(flags.save_path, suffix=".mp4")
+    report_path = None if flags.report is None else writable(flags.report, suffix=".json")
+    files = PieceFiles(
+        vae=flags.vae_path, text_encoder=flags.text_encoder_path, tokenizer=flags.tokenizer_path, text_cache=flags.text_cache
+    )
+    model = open_checkpoint(flags.ckpt, weights=flags.weights, device=flags.device, precision=flags.precision, files=files)
     recipe = chosen_recipe(flags, model.trained_recipe)
     prefix = _prefix(flags, model, recipe)
 
@@ -101,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--ckpt", required=True, metavar="PATH", help="job folder, iter_* folder, or exported .pt/.pth/.safetensors")
     add("--weights", choices=("ema", "reg"), default="ema", help="averaged or last weights [%(default)s]")
+    add("--vae_path", metavar="PATH", help="Wan2.1_VAE.pth, for a checkpoint trained on its latents [where the checkpoint says]")
+    add("--text_encoder_path", metavar="PATH", help="umT5, for a checkpoint trained on its embeddings [where the checkpoint says]")
+    add("--tokenizer_path", metavar="DIR", help="folder of umT5's tokenizer [beside the text encoder]")
+    add("--text_cache", metavar="DIR", help="keep umT5's embeddings there, and read them from there")
     add("--prompt", action="append", metavar="TEXT", help="repeat for several videos side by side")
     add("--prompt_file", metavar="FILE", help="one prompt per line")
     add("--allow_empty_prompt", action="store_true", help="sample an empty prompt, the unconditional one")
@@ -127,27 +126,7 @@ def _check_flags(flags: argparse.Namespace) -> None:
         raise ConfigError("--first_latents says how much of a file to take; give --first_frames FILE with it")
     if flags.warmup_iters < 0 or flags.num_runs < 1:
         raise ConfigError(f"--warmup_iters must be >= 0 and --num_runs >= 1, got {flags.warmup_iters} and {flags.num_runs}")
-    try:
-        torch.empty(0, device=flags.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {flags.device} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def _writable(path: str, *, suffix: str) -> Path:
-    """The path, once it is clear that a file can be made there: before weights are read and not after the video is computed."""
-    target = Path(path)
-    if target.suffix != suffix:
-        raise ConfigError(f"{path} must end in {suffix}")
-    probe = target.with_name(f".{target.name}.{os.getpid()}.probe")
-    try:
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write there: {error.strerror}", path) from error
-    return target
+    check_device(flags.device)
 
 
 def _prefix(flags: argparse.Namespace, model: LoadedModel, recipe: Any) -> torch.Tensor | None:

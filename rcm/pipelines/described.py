@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from rcm.core.dtypes import Precision
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.encoders.codec import LatentCodec
 from rcm.encoders.text_protocol import TextEncoder
+from rcm.encoders.umt5 import UMT5_FILE, UMT5TextEncoder
+from rcm.encoders.wan_vae import WAN_VAE_FILE, WanVAECodec
 from rcm.nets.wan.config import WanConfig
+from rcm.storage.weight_files import open_container
 from rcm.train.describe import Description
 from rcm.train.export import describe, model_directory
 from rcm.worlds.toy_codec import ToyCodec
@@ -36,11 +39,7 @@ def description_at(path: Path) -> Description:
 
 def _embedded(path: Path) -> Description | None:
     """The description inside a safetensors file that was separated from its JSON."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("rcm")
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read ({first_line(error)}); it is damaged or not a safetensors file") from error
+    text = open_container(path).metadata.get("rcm")
     return None if text is None else Description.from_json(text, source=f"the metadata of {path}")
 
 
@@ -73,20 +72,68 @@ def precision_of(asked: Precision | str | None, described: Mapping[str, str] | N
     return Precision(params=compute, compute=compute, reduce=torch.promote_types(compute, torch.float32), time=when)
 
 
-def codec_of(described: Mapping[str, Any] | None, path: Path) -> LatentCodec:
-    """The described codec; `ConfigError` for one that is not part of this version, `CheckpointError` for an incomplete description."""
+@dataclass(frozen=True)
+class PieceFiles:
+    """Where this machine keeps what a checkpoint needs beside its weights. None: where the checkpoint says, else the usual place.
+
+    `vae`, `text_encoder`: files of Wan's VAE and umT5; `tokenizer`: folder of umT5's tokenizer; `text_cache`: folder for embeddings.
+    """
+
+    vae: str | Path | None = None
+    text_encoder: str | Path | None = None
+    tokenizer: str | Path | None = None
+    text_cache: str | Path | None = None
+
+
+def codec_of(
+    described: Mapping[str, Any] | None,
+    path: Path,
+    *,
+    files: PieceFiles = PieceFiles(),
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+) -> LatentCodec:
+    """The described codec: "toy", or Wan's VAE ("wan_vae"; older: "wan") read from `files`, the described path or the usual one.
+
+    Raises `ConfigError` for one that is not part of this version, or files that it does not use; `CheckpointError` for an incomplete
+    description, or a file that is missing or damaged.
+    """
     name, fields = _named(described, "codec", path)
-    if name != "toy":
-        raise ConfigError(f"{path} was trained on latents of the codec {name!r}; this version decodes only 'toy' (Wan's VAE comes later)")
-    return _built(ToyCodec, fields, what="codec", path=path)
+    if name == "toy":
+        _refuse_files({"vae": files.vae}, path, what="the codec 'toy'")
+        return _built(ToyCodec, fields, what="codec", path=path)
+    if name not in ("wan_vae", "wan"):
+        raise ConfigError(f"{path} was trained on latents of the codec {name!r}; this version decodes 'toy' and 'wan_vae'")
+    where = files.vae or fields.get("path") or WAN_VAE_FILE
+    if not Path(where).exists():
+        raise CheckpointError(
+            f"{path} was trained on latents of Wan's VAE, and there is no {where}; say where Wan2.1_VAE.pth is with --vae_path "
+            "(published in huggingface.co/Wan-AI/Wan2.1-T2V-1.3B)"
+        )
+    return WanVAECodec.from_file(where, device=device, dtype=dtype)
 
 
-def text_of(described: Mapping[str, Any] | None, path: Path) -> TextEncoder:
-    """The described text encoder; errors as `codec_of`."""
+def text_of(
+    described: Mapping[str, Any] | None, path: Path, *, files: PieceFiles = PieceFiles(), device: torch.device | str = "cpu"
+) -> TextEncoder:
+    """The described text encoder: "toy", or umT5 ("umt5", "umT5"), read at the first prompt; files and errors as `codec_of`."""
     name, fields = _named(described, "text encoder", path)
-    if name != "toy":
-        raise ConfigError(f"{path} was trained on embeddings of {name!r}; this version encodes only with 'toy' (umT5 comes later)")
-    return _built(ToyTextEncoder, fields, what="text encoder", path=path)
+    if name == "toy":
+        given = {"text_encoder": files.text_encoder, "tokenizer": files.tokenizer, "text_cache": files.text_cache}
+        _refuse_files(given, path, what="the text encoder 'toy'")
+        return _built(ToyTextEncoder, fields, what="text encoder", path=path)
+    if name not in ("umt5", "umT5"):
+        raise ConfigError(f"{path} was trained on embeddings of {name!r}; this version encodes with 'toy' and 'umt5'")
+    where = files.text_encoder or fields.get("path") or UMT5_FILE
+    moved = files.text_encoder is not None  # the described tokenizer lies beside the described weights, perhaps on another machine
+    tokenizer = files.tokenizer or (None if moved else fields.get("tokenizer"))
+    return UMT5TextEncoder.from_files(where, tokenizer=tokenizer, device=device, cache=files.text_cache)
+
+
+def _refuse_files(given: Mapping[str, str | Path | None], path: Path, *, what: str) -> None:
+    named = [f"{name}={value}" for name, value in given.items() if value is not None]
+    if named:
+        raise ConfigError(f"{path} was trained with {what}, which reads no file; leave out {', '.join(named)}")
 
 
 def _named(described: Mapping[str, Any] | None, what: str, path: Path) -> tuple[str, dict[str, Any]]:
@@ -119,8 +166,3 @@ def latent_shape_of(
         if mine != theirs:
             raise CheckpointError(f"{path} contradicts itself: {mine} {what}, but {theirs} in {where}")
     return channels, frames, height, width
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's message."""
-    return (str(error).strip().splitlines() or [""])[0][:200]

@@ -5,13 +5,12 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from rcm.core.errors import ConfigError
 from rcm.encoders.codec import LatentCodec
-from rcm.pipelines.video_io import VideoError, iter_frames, resize_frame
+from rcm.pipelines.image_condition import read_image
+from rcm.pipelines.video_io import iter_frames, resize_frame
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -28,7 +27,7 @@ def read_first_frames(path: str | Path, *, num_frames: int, height: int, width: 
     cannot be read, `ConfigError` for one with too few frames.
     """
     path = Path(path)
-    frames = [_read_image(path)] if is_image(path) else list(islice(iter_frames(path), num_frames))
+    frames = [read_image(path)] if is_image(path) else list(islice(iter_frames(path), num_frames))
     if len(frames) < num_frames:
         raise ConfigError(f"{path} has {len(frames)} frame(s), {num_frames} are needed; give fewer first latent frames or another file")
     return torch.stack([resize_frame(frame, height=height, width=width) for frame in frames], dim=1).unsqueeze(0)
@@ -47,14 +46,3 @@ def first_latents(
             "and a checkpoint whose first block is one frame"
         )
     return codec.encode(read_first_frames(path, num_frames=frames, height=height, width=width).to(device))
-
-
-def _read_image(path: Path) -> torch.Tensor:
-    """Pixels uint8 [H, W, 3], turned upright as the file's EXIF says."""
-    if not path.is_file():
-        raise VideoError(f"no image file at {path}")
-    try:
-        with Image.open(path) as image:
-            return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB")))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise VideoError(f"cannot decode {path}: {error}") from error

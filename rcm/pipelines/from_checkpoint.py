@@ -6,7 +6,7 @@ for chunk in model.stream(["a red circle moving left"]): ...
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from loguru import logger
-from safetensors.torch import load_file
 from torch import Tensor
 
 from rcm.core.dtypes import Precision
@@ -24,15 +23,15 @@ from rcm.encoders.codec import LatentCodec
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, Guided, VelocityModel
-from rcm.nets.wan.convert import to_wan
 from rcm.nets.wan.model import WanDiT
-from rcm.parallel.init import load_full, materialise, on_meta
-from rcm.pipelines.described import codec_of, description_at, first_line, latent_shape_of, network_of, precision_of, text_of
+from rcm.parallel.init import load_full, materialise, on_first, on_meta
+from rcm.pipelines.described import PieceFiles, codec_of, description_at, latent_shape_of, network_of, precision_of, text_of
 from rcm.pipelines.streaming import StreamedChunk, StreamReport, count_prefix_blocks, stream_video
 from rcm.pipelines.text_to_video import WholeVideoRecipe, whole_video
+from rcm.pipelines.wan_files import COPIES, network_weights
+from rcm.pipelines.weight_files import open_weights
 from rcm.rollout.recipe import SamplingRecipe
 from rcm.train.describe import Description
-from rcm.train.export import PREFIXES, read_weights
 
 Recipe = SamplingRecipe | WholeVideoRecipe
 
@@ -170,26 +169,29 @@ def open_checkpoint(
     device: torch.device | str = "cpu",
     precision: Precision | str | None = None,
     attention: str = "auto",
+    files: PieceFiles = PieceFiles(),
 ) -> LoadedModel:
     """Everything needed to sample from `path`: a job folder (its newest checkpoint), an iter_* folder, or an exported file.
 
     `weights` "ema" or "reg" (an exported file holds one set, which is taken). `precision` a record, a preset's name, or None: that of the
-    run. Raises `CheckpointError` for a missing, damaged or undescribed checkpoint or one that does not fit its own description, and
-    `ConfigError` where its codec or text encoder is not part of this version.
+    run. `files`: where this machine keeps Wan's VAE and umT5, for checkpoints trained with them. Raises `CheckpointError` for a missing,
+    damaged or undescribed checkpoint or one that does not fit its own description, and `ConfigError` where its codec or text encoder is
+    not part of this version.
     """
     path = Path(path)
-    if weights not in PREFIXES:
-        raise ConfigError(f"unknown weights {weights!r}; choose from {', '.join(PREFIXES)}")
+    if weights not in COPIES:
+        raise ConfigError(f"unknown weights {weights!r}; choose from {', '.join(COPIES)}")
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}")
     description = description_at(path)
     extra = description.extra
-    codec, text = codec_of(extra.get("codec"), path), text_of(extra.get("text"), path)
     config = network_of(description, path)
     policy = precision_of(precision, extra.get("precision"))
+    text = text_of(extra.get("text"), path, files=files, device=device)
+    codec = codec_of(extra.get("codec"), path, files=files, device=device, dtype=_codec_dtype(policy))
+    tensors = on_first(lambda: network_weights(open_weights(path), weights=weights))
     net = on_meta(lambda: WanDiT(config, attention=attention)).requires_grad_(False).to(policy.compute)
     materialise(net, device=device)
-    tensors = read_file(path, weights=weights) if path.is_file() else read_weights(path, weights=weights, dtype=policy.compute)
     load_full(net, tensors, source=f"{path} ({weights})")
     recipe, sampler = extra.get("recipe"), extra.get("sampler")
     if recipe is None and sampler is None:
@@ -208,22 +210,9 @@ def open_checkpoint(
     )
 
 
-def read_file(path: str | Path, *, weights: str = "ema") -> dict[str, Tensor]:
-    """Full tensors of a .pt, .pth or .safetensors file under the network's own keys; `CheckpointError` if it cannot be read."""
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            state: Mapping[str, object] = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        told = f"{type(error).__name__}: {first_line(error)}"
-        raise CheckpointError(f"{path} cannot be read ({told}); it is damaged or not a checkpoint") from error
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a state dict")
-    if weights == "fake_score":
-        return to_wan(state, prefix=PREFIXES[weights])
-    return to_wan(state, weights="ema" if weights == "ema" else "live")
+def _codec_dtype(policy: Precision) -> torch.dtype:
+    """The codec is as precise as the network."""
+    return torch.bfloat16 if policy.compute.itemsize == 2 else torch.float32
 
 
 def _fold(num_frames: int, *, codec: LatentCodec, pattern: BlockPattern | None) -> int:

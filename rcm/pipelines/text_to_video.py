@@ -16,18 +16,23 @@ from rcm.nets.denoiser import VelocityModel
 from rcm.nets.layout import TokenLayout
 from rcm.pipelines.streaming import StreamedChunk
 from rcm.rollout.autoregressive import time_tensor
-from rcm.samplers.bidirectional import sample_video
+from rcm.samplers.bidirectional import Sampler, SingleStep
 from rcm.samplers.schedule import shifted_grid, trig_grid
-from rcm.samplers.steps import ConsistencyStep, EulerStep, StepRule
+from rcm.samplers.steps import ConsistencyStep, EulerStep
+from rcm.samplers.unipc import UniPC
+
+SOLVERS = {"ode": ("euler", "unipc"), "rcm_few_step": ("consistency", "euler")}
+"""Kind of a recipe -> the solvers that walk its grid, the usual one first."""
 
 
 @dataclass(frozen=True)
 class WholeVideoRecipe:
     """Sampling of a bidirectional network; the counterpart of `SamplingRecipe`.
 
-    kind "ode": Euler over `steps` with `shift` from unscaled noise (spec/causal_inference 1.2). kind "rcm_few_step": consistency steps
-    along the TrigFlow grid of `sigma_max`, from noise scaled to its first time (1.1); `shift` is unused. Raises `ConfigError` for an
-    impossible grid.
+    kind "ode": along the grid of `steps`, `shift` and `sigma_max` from unscaled noise (spec/causal_inference 1.2), `solver` "euler" or
+    "unipc" (order 2). kind "rcm_few_step": along the TrigFlow grid of `sigma_max`, from noise scaled to its first time (1.1), `solver`
+    "consistency" or, deterministic, "euler"; `shift` is unused. `solver` None: the first of each. Raises `ConfigError` for an impossible
+    grid or pairing.
     """
 
     kind: Literal["ode", "rcm_few_step"]
@@ -35,11 +40,14 @@ class WholeVideoRecipe:
     steps: int
     shift: float = 1.0
     guidance: float = 1.0
+    solver: Literal["euler", "unipc", "consistency"] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("ode", "rcm_few_step"):
+        if self.kind not in SOLVERS:
             raise ConfigError(f"whole-video sampling kind {self.kind!r} is not one of 'ode', 'rcm_few_step'")
-        self.times()
+        if self.solver is not None and self.solver not in SOLVERS[self.kind]:
+            raise ConfigError(f"solver {self.solver!r} does not walk the grid of {self.kind!r} sampling; choose {_either(self.kind)}")
+        self.sampler()
 
     def times(self) -> tuple[float, ...]:
         """RF times walked, decreasing to 0."""
@@ -47,10 +55,14 @@ class WholeVideoRecipe:
             return shifted_grid(self.steps, shift=self.shift, sigma_max=self.sigma_max)
         return trig_grid(self.steps, sigma_max=self.sigma_max)
 
-    @property
-    def rule(self) -> StepRule:
-        """The update rule of a step."""
-        return EulerStep() if self.kind == "ode" else ConsistencyStep()
+    def sampler(self) -> Sampler:
+        """The solver on its grid."""
+        times, scaled = self.times(), self.kind == "rcm_few_step"
+        solver = self.solver or SOLVERS[self.kind][0]
+        if solver == "unipc":
+            return UniPC(times)
+        rules = {"euler": EulerStep, "consistency": ConsistencyStep}
+        return SingleStep(times, rules[solver](), scale_first=scaled)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> WholeVideoRecipe:
@@ -80,8 +92,7 @@ def whole_latents(
     def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
         return denoiser.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout)
 
-    scaled = recipe.kind == "rcm_few_step"
-    return sample_video(velocity, noise, times=recipe.times(), rule=recipe.rule, generator=generator, scale_first=scaled).float()
+    return recipe.sampler().sample(velocity, noise, generator=generator).float()
 
 
 def whole_video(
@@ -101,3 +112,7 @@ def whole_video(
     if frames.is_cuda:
         torch.cuda.synchronize(frames.device)
     yield StreamedChunk(0, latents, frames, time.perf_counter() - begin)
+
+
+def _either(kind: str) -> str:
+    return " or ".join(repr(name) for name in SOLVERS[kind])

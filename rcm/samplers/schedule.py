@@ -56,11 +56,14 @@ def few_step_grid(mid_times: Sequence[float], *, first: float) -> tuple[float, .
 
 def trig_grid(num_steps: int, *, sigma_max: float, mid_times: Sequence[float] = TRIG_MID_TIMES) -> tuple[float, ...]:
     """RF grid of bidirectional rCM sampling: TrigFlow times (arctan sigma_max, first num_steps - 1 of `mid_times`, 0) mapped by sin/(sin
-    + cos).
+    + cos). `ConfigError` for more steps than mid times, or a sigma_max at or below the first of them.
     """
     if not 1 <= num_steps <= len(mid_times) + 1:
         raise ConfigError(f"num_steps={num_steps} is not in 1..{len(mid_times) + 1}: only {len(mid_times)} mid times are given")
     taus = (math.atan(sigma_max), *mid_times[: num_steps - 1])
+    if any(a <= b for a, b in zip(taus, (*taus[1:], 0.0), strict=True)):
+        least = math.tan(taus[1]) if num_steps > 1 else 0.0
+        raise ConfigError(f"sigma_max={sigma_max:g} must be above {least:.4g}, the noise level of the second step; raise sigma_max")
     return (*(math.sin(a) / (math.sin(a) + math.cos(a)) for a in taus), 0.0)
 
 

@@ -16,10 +16,11 @@ from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, Guided
 from rcm.nets.layout import TokenLayout
 from rcm.pipelines.first_block import first_latents, read_first_frames
-from rcm.pipelines.from_checkpoint import open_checkpoint, read_file
+from rcm.pipelines.from_checkpoint import open_checkpoint
 from rcm.pipelines.streaming import generate_video
 from rcm.pipelines.text_to_video import whole_latents
 from rcm.pipelines.video_io import VideoError, write_mp4
+from rcm.pipelines.weight_files import open_weights
 from rcm.train.export import export
 from tests.support.tiny_checkpoint import (
     CODEC,
@@ -241,17 +242,19 @@ def test_unreadable_checkpoints_say_so(job, tmp_path):
     file = export(job, tmp_path / "cut.pt", weights="reg")
     file.write_bytes(file.read_bytes()[:-2000])
     with pytest.raises(CheckpointError, match=r"cut\.pt cannot be read"):
-        read_file(file)
+        open_weights(file)
     torch.save([1, 2], file)
     with pytest.raises(CheckpointError, match="holds a list"):
-        read_file(file)
+        open_weights(file)
 
 
 @pytest.mark.parametrize(
     ("extra", "error", "words"),
     [
-        ({"codec": {"name": "wan"}}, ConfigError, "Wan's VAE comes later"),
-        ({"text": {"name": "umT5"}}, ConfigError, "umT5 comes later"),
+        ({"codec": {"name": "pixels"}}, ConfigError, "the codec 'pixels'; this version decodes 'toy' and 'wan_vae'"),
+        ({"text": {"name": "t9"}}, ConfigError, "embeddings of 't9'; this version encodes with 'toy' and 'umt5'"),
+        ({"codec": {"name": "wan_vae", "path": "gone.pth"}}, CheckpointError, "there is no gone.pth; say where .* with --vae_path"),
+        ({"text": {"name": "umt5", "path": "gone.pth"}}, CheckpointError, "gone.pth"),
         ({"codec": None}, CheckpointError, "which codec"),
         ({"text": {"name": "toy", "length": 3}}, CheckpointError, "does not know"),
         ({"latent_shape": [12, 6, 4, 4]}, CheckpointError, "12 latent channels, but 24 in the codec"),

@@ -1,0 +1,197 @@
+"""What the four Wan commands do with their flags: check everything, build the pipeline, make the video, write it, tell what it cost."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rcm.core.errors import ConfigError
+from rcm.inference.outcome import OutOfMemory, check_device, exit_status, writable
+from rcm.inference.wan_flags import NetworkFile
+from rcm.inference.wan_models import build_pipeline, check_files
+from rcm.inference.wan_report import BANNER, StepLines, cost_lines, write_report
+from rcm.nets.attention import resolve
+from rcm.nets.wan.config import preset
+from rcm.parallel.init import on_first, shared
+from rcm.parallel.mesh import process_group
+from rcm.pipelines.image_condition import image_size, read_image
+from rcm.pipelines.part_clock import PartClock
+from rcm.pipelines.text_to_video import WholeVideoRecipe
+from rcm.pipelines.video_io import contact_sheet, write_mp4
+from rcm.pipelines.wan_pipeline import GeneratedVideo, VideoRequest, WanPipeline
+from rcm.pipelines.wan_ranks import check_ranks, num_ranks
+from rcm.pipelines.wan_sizes import FrameSize, adaptive_size, table_size, written_size
+
+PREVIEW_HEIGHT = 160
+PREVIEW_COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command asks for beyond the flags that all share. `family` "rcm" or "diffusion": whose files it samples."""
+
+    family: str
+    recipe: WholeVideoRecipe
+    networks: tuple[NetworkFile, ...]
+    negative_prompt: str | None = None
+    image_path: str | None = None
+
+
+def wan_main(parser: argparse.ArgumentParser, argv: Sequence[str] | None, plan: Callable[[argparse.Namespace], Job]) -> int:
+    """The body of a command: exit status 0, or 2 and one sentence for what the user can put right."""
+    flags = parser.parse_args(argv)
+    leads = os.environ.get("RANK", "0") == "0" and (not dist.is_initialized() or dist.get_rank() == 0)
+    return exit_status(lambda: _launch(flags, plan(flags)), tell=leads)
+
+
+def _launch(flags: argparse.Namespace, job: Job) -> None:
+    _check_flags(flags)
+    with _device(flags.device) as device:
+        clock = PartClock(device)
+        with _out_of_memory_told(flags, clock):
+            run(flags, job, clock=clock)
+
+
+@contextmanager
+def _device(name: str) -> Iterator[torch.device]:
+    """The device of this rank; under torchrun inside a process group."""
+    if not dist.is_initialized() and "RANK" not in os.environ:
+        yield torch.device(name)
+        return
+    with process_group(torch.device(name).type) as device:
+        yield device
+
+
+@contextmanager
+def _out_of_memory_told(flags: argparse.Namespace, clock: PartClock) -> Iterator[None]:
+    """Turn an allocation that failed into a sentence about flags."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        knobs = ["--num_samples 1"] if flags.num_samples > 1 else []
+        knobs += ["--offload low"] if flags.offload != "low" else []
+        knobs += ["--vae_tile 256"] if flags.vae_tile is None else []
+        knobs += ["a smaller --resolution or --size", "fewer --num_frames", "several GPUs (torchrun --nproc_per_node=N)"]
+        where = "" if clock.interrupted is None else f" in the part {clock.interrupted!r}"
+        told = str(error).splitlines()[0][:160]
+        raise OutOfMemory(f"out of memory on {flags.device}{where}: {told} Try {', '.join(knobs)}") from error
+
+
+def _check_flags(flags: argparse.Namespace) -> None:
+    if flags.fps <= 0 or flags.warmup_iters < 0:
+        raise ConfigError(f"--fps must be positive and --warmup_iters not negative, got {flags.fps:g} and {flags.warmup_iters}")
+    if flags.vae_tile is not None and (flags.vae_tile < 64 or flags.vae_tile % 8):
+        raise ConfigError(f"--vae_tile {flags.vae_tile} must be a multiple of 8 pixels, at least 64")
+    if not flags.prompt.strip() and not flags.allow_empty_prompt:
+        raise ConfigError("--prompt is empty; write a prompt, or pass --allow_empty_prompt to sample without one")
+    if flags.random_weights and flags.model_size == "auto":
+        raise ConfigError("--random_weights reads no file, so --model_size auto has nothing to go by; name a size")
+    if flags.device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "there is no CUDA device here; --device cpu runs without one, but slowly: a forward of the 1.3B network over 81 frames at "
+            "480p is 283 TFLOP, many minutes per step (a first try: --device cpu --size 160x272 --num_frames 9)"
+        )
+    check_device(flags.device)
+    if "RANK" in os.environ:
+        _check_launch(flags.device)
+    resolve(flags.attention)
+
+
+def _check_launch(device: str) -> None:
+    """Under torchrun every rank has a GPU of its own."""
+    if ":" in device:
+        raise ConfigError(f"--device {device}: under torchrun every rank takes its own GPU; write --device cuda")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device == "cuda" and here > torch.cuda.device_count():
+        raise ConfigError(f"{here} ranks on a machine with {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
+
+
+def run(flags: argparse.Namespace, job: Job, *, clock: PartClock) -> None:
+    """Check, make, write, tell. Collective over the ranks of a launch; rank 0 reads, prints and writes."""
+    on_first(lambda: _check_outputs(flags))
+    image = shared(on_first(lambda: None if job.image_path is None else read_image(job.image_path)))
+    request = VideoRequest(
+        prompt=flags.prompt,
+        recipe=job.recipe,
+        size=frame_size(flags, image),
+        num_frames=flags.num_frames,
+        num_samples=flags.num_samples,
+        seed=flags.seed,
+        negative_prompt=job.negative_prompt,
+        image=image,
+    )
+    tokens = request.tokens_per_frame
+    if flags.model_size != "auto":
+        check_ranks(num_ranks(), num_heads=preset(flags.model_size).num_heads, tokens_per_frame=tokens)
+    if not flags.random_weights:
+        on_first(lambda: check_files(flags, job.networks, family=job.family, channels=request.input_channels))
+    leads = not dist.is_initialized() or dist.get_rank() == 0
+    pipeline = build_pipeline(flags, job.networks, clock=clock, tokens_per_frame=tokens, leads=leads)
+    if not leads:
+        _generate(flags, pipeline, request, lines=None)
+        return
+    if flags.random_weights:
+        print(BANNER, flush=True)
+    _, _, frames, height, width = request.latent_shape
+    print(
+        f"{flags.num_samples} x {flags.num_frames} frames of {request.size} (HxW), {frames}x{height}x{width} latents, "
+        f"{frames * tokens} tokens; {len(job.recipe.times()) - 1} steps on {num_ranks()} x {clock.device}",
+        flush=True,
+    )
+    made = _generate(flags, pipeline, request, lines=StepLines(sys.stdout))
+    with clock.part("write"):
+        _write(flags, made.frames)
+    for line in cost_lines(clock, made.steps):
+        print(line, flush=True)
+    print(f"wrote {flags.save_path}", flush=True)
+    if flags.report is not None:
+        write_report(Path(flags.report), flags, request, made, clock=clock, networks=job.networks)
+
+
+def frame_size(flags: argparse.Namespace, image: Tensor | None) -> FrameSize:
+    """The size that the flags ask for; `ConfigError` lists what there is."""
+    adaptive = getattr(flags, "adaptive_resolution", False)
+    if flags.size is not None:
+        if adaptive:
+            raise ConfigError("--size and --adaptive_resolution both set the size; give one of them")
+        return written_size(flags.size)
+    size = table_size(flags.resolution, flags.aspect_ratio)
+    return adaptive_size(size, image=image_size(image)) if adaptive else size
+
+
+def _check_outputs(flags: argparse.Namespace) -> None:
+    for path, suffix in ((flags.save_path, ".mp4"), (flags.preview_grid, ".png"), (flags.report, ".json")):
+        if path is not None:
+            writable(path, suffix=suffix)
+
+
+def _generate(flags: argparse.Namespace, pipeline: WanPipeline, request: VideoRequest, *, lines: StepLines | None) -> GeneratedVideo:
+    for _ in range(flags.warmup_iters):
+        pipeline.generate(request)
+    if flags.warmup_iters:
+        pipeline.clock.restart()
+    return pipeline.generate(request, on_step=lines)
+
+
+def _write(flags: argparse.Namespace, frames: Tensor) -> None:
+    """Samples side by side; and the contact sheet, a row per sample."""
+    write_mp4(flags.save_path, torch.cat(list(frames), dim=-1), fps=flags.fps)
+    if flags.preview_grid is not None:
+        height = min(PREVIEW_HEIGHT, frames.shape[3])
+        width = max(1, round(frames.shape[4] * height / frames.shape[3]))
+        picks = torch.linspace(0, frames.shape[2] - 1, min(PREVIEW_COLUMNS, frames.shape[2])).round().long()
+        small = torch.nn.functional.interpolate(frames[:, :, picks], size=(len(picks), height, width), mode="area")
+        prompt = flags.prompt.strip()[:120].encode("ascii", "replace").decode()  # the built-in font may have no other letters
+        labels = [f"seed {flags.seed}, sample {i}: {prompt}" for i in range(len(small))]
+        contact_sheet(flags.preview_grid, small, labels=labels, columns=PREVIEW_COLUMNS, scale=1)

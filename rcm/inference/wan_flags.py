@@ -1,0 +1,227 @@
+"""Flags of the four commands that sample Wan's bidirectional networks; what differs between them is passed in. spec/causal_inference 1."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rcm.core.errors import ConfigError
+from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT
+from rcm.nets.attention import BACKENDS
+from rcm.pipelines.residency import POLICIES
+from rcm.pipelines.text_to_video import WholeVideoRecipe
+from rcm.pipelines.wan_files import LoRA
+from rcm.pipelines.wan_sizes import SIZES
+
+FOLDER = "assets/checkpoints"
+VAE_PATH = f"{FOLDER}/Wan2.1_VAE.pth"
+TEXT_ENCODER_PATH = f"{FOLDER}/models_t5_umt5-xxl-enc-bf16.pth"
+
+PROMPT = (
+    "A stylish woman walks down a Tokyo street filled with warm glowing neon and animated city signage. She wears a black leather jacket, "
+    "a long red dress, and black boots, and carries a black purse. She wears sunglasses and red lipstick. She walks confidently and "
+    "casually. The street is damp and reflective, creating a mirror effect of the colorful lights. Many pedestrians walk about."
+)
+"""The prompt of the released scripts."""
+
+PUBLISHED = {
+    "--vae_path": "Wan2.1_VAE.pth (0.5 GB) of huggingface.co/Wan-AI/Wan2.1-T2V-1.3B",
+    "--text_encoder_path": "models_t5_umt5-xxl-enc-bf16.pth (11.4 GB) of huggingface.co/Wan-AI/Wan2.1-T2V-1.3B",
+    "rcm --dit_path": "rCM_Wan2.1_T2V_1.3B_480p.pt and its 14B and 720p relatives, huggingface.co/worstcoder/rcm-Wan",
+    "diffusion --dit_path": "Wan2.1-T2V-1.3B.pth and Wan2.1-T2V-14B.pth, huggingface.co/worstcoder/Wan, or the folder of "
+    "huggingface.co/Wan-AI/Wan2.1-T2V-14B",
+    "rcm --high_noise_model_path": "Wan2.2-I2V-A14B-high-rCM-merged.pth, huggingface.co/worstcoder/rcm-Wan",
+    "rcm --low_noise_model_path": "Wan2.2-I2V-A14B-low-rCM-merged.pth, huggingface.co/worstcoder/rcm-Wan",
+    "diffusion --high_noise_model_path": "Wan2.2-I2V-A14B-high.pth, huggingface.co/worstcoder/Wan, or high_noise_model of "
+    "huggingface.co/Wan-AI/Wan2.2-I2V-A14B",
+    "diffusion --low_noise_model_path": "Wan2.2-I2V-A14B-low.pth, huggingface.co/worstcoder/Wan, or low_noise_model of "
+    "huggingface.co/Wan-AI/Wan2.2-I2V-A14B",
+}
+"""Where the files that a flag names are published."""
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """A choice of --precision: a preset of `Precision`, and where the fused elementwise kernels run."""
+
+    precision: str
+    fused: str = "auto"
+
+
+PRECISIONS = {
+    "fast": Numerics("bf16"),
+    "exact": Numerics("bf16", fused="off"),
+    "bf16_fp32_time": Numerics("bf16_fp32_time"),
+    "fp32": Numerics("fp32", fused="off"),
+}
+"""fast: bf16 weights and activations, float32 time, modulation and head, timestep rounded to bf16 as in training; fused
+kernels on CUDA round less often. exact: the same, every rounding where the release has it. bf16_fp32_time: fast, the timestep not rounded.
+fp32: everything in float32.
+"""
+
+
+@dataclass(frozen=True)
+class NetworkFile:
+    """A network that a command needs: the flag that names it, its path, the RF time down to which it is in charge, low-rank updates."""
+
+    flag: str
+    path: str
+    down_to: float = 0.0
+    loras: tuple[LoRA, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """dit, high_noise_model or low_noise_model."""
+        return self.flag.removeprefix("--").removesuffix("_path")
+
+
+def wan_parser(name: str, *, about: str | None) -> argparse.ArgumentParser:
+    """An empty parser for `python -m rcm.inference.NAME`."""
+    return argparse.ArgumentParser(
+        prog=f"python -m rcm.inference.{name}",
+        allow_abbrev=False,
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="docs/inference.md says which files to fetch, and what to do on small cards and with several GPUs.",
+    )
+
+
+def add_video_flags(
+    parser: argparse.ArgumentParser,
+    *,
+    sizes: Sequence[str],
+    size: str,
+    num_samples: int,
+    num_frames: int,
+    resolution: str,
+    prompt: str | None = PROMPT,
+) -> None:
+    """What to make, of what; `prompt` None makes it required."""
+    add = parser.add_argument_group("video").add_argument
+    add("--model_size", choices=(*sizes, "auto"), default=size, help="auto (an addition): whatever the file holds [%(default)s]")
+    add("--prompt", required=prompt is None, default=prompt, metavar="TEXT", help="[required]" if prompt is None else "[a walk in Tokyo]")
+    add("--allow_empty_prompt", action="store_true", help="sample an empty prompt, the unconditional one")
+    add("--num_samples", type=int, default=num_samples, metavar="N", help="videos of the prompt, side by side [%(default)s]")
+    add("--num_frames", type=int, default=num_frames, metavar="N", help="pixel frames, 4n + 1 [%(default)s]")
+    add("--resolution", default=resolution, metavar="NAME", help=f"{', '.join(SIZES)} [%(default)s]")
+    add("--aspect_ratio", default="16:9", metavar="W:H", help=f"{', '.join(SIZES['480p'])} [16:9]")
+    add("--size", metavar="HxW", help="pixels, multiples of 16, instead of the table (an addition)")
+    add("--seed", type=int, default=0, help="[%(default)s]")
+    add("--save_path", default="output/generated_video.mp4", metavar="FILE.mp4", help="[%(default)s]")
+    add("--fps", type=float, default=16.0, help="frames per second of the file [%(default)g]")
+    add("--preview_grid", metavar="FILE.png", help="also a contact sheet of frames")
+    add("--report", metavar="FILE.json", help="settings, seconds and peak memory per part as JSON")
+
+
+def add_few_step_flags(parser: argparse.ArgumentParser, *, sigma_max: float) -> None:
+    """Few-step sampling."""
+    add = parser.add_argument_group("sampling").add_argument
+    add("--num_steps", type=int, choices=(1, 2, 3, 4), default=4, help="[%(default)s]")
+    add(
+        "--sigma_max", type=float, default=sigma_max, help="noise level of the first step; 1600: less diverse, perhaps better [%(default)g]"
+    )
+
+
+def add_many_step_flags(parser: argparse.ArgumentParser) -> None:
+    """Many-step sampling with guidance."""
+    add = parser.add_argument_group("sampling").add_argument
+    add("--num_steps", type=int, default=50, metavar="N", help="[%(default)s]")
+    add("--sigma_max", type=int, default=5000, help="noise level of the first step [%(default)s]")
+    add("--sampler", choices=("Euler", "UniPC"), default="UniPC", help="[%(default)s]")
+    add("--guidance_scale", type=float, default=5.0, help="classifier-free guidance; 1: none, and half the work [%(default)g]")
+    add("--timestep_shift", type=float, default=5.0, help="[%(default)g]")
+    add("--negative_prompt", default=NEGATIVE_PROMPT, metavar="TEXT", help="[Wan's own, in Chinese]")
+
+
+def add_image_flags(parser: argparse.ArgumentParser) -> None:
+    """The first frame, and the two experts of Wan2.2."""
+    add = parser.add_argument_group("image").add_argument
+    add("--image_path", required=True, metavar="FILE", help="the first frame [required]")
+    add("--adaptive_resolution", action="store_true", help="keep the image's shape, with about the pixels of the table's size")
+    add("--boundary", type=float, default=0.9, help="time at which the low-noise expert takes over [%(default)g]")
+
+
+def add_single_network_flags(parser: argparse.ArgumentParser, *, dit_path: str) -> None:
+    """One network."""
+    add = parser.add_argument_group("networks").add_argument
+    add("--dit_path", default=dit_path, metavar="PATH", help=f"any format that scripts.checkpoint understands [{dit_path or 'required'}]")
+    add("--lora", action="append", default=[], metavar="PATH[=SCALE]", help="merge a low-rank update; may be repeated")
+
+
+def add_expert_flags(parser: argparse.ArgumentParser, *, high: str, low: str) -> None:
+    """Two experts."""
+    add = parser.add_argument_group("networks").add_argument
+    for name, path in (("high", high), ("low", low)):
+        add(f"--{name}_noise_model_path", default=path, metavar="PATH", help=f"[{path}]")
+        add(f"--{name}_noise_lora", action="append", default=[], metavar="PATH[=SCALE]", help="merge a low-rank update; may be repeated")
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """Files that all commands share, and how to use the machine."""
+    add = parser.add_argument_group("other files").add_argument
+    add("--vae_path", default=VAE_PATH, metavar="PATH", help="[%(default)s]")
+    add("--text_encoder_path", default=TEXT_ENCODER_PATH, metavar="PATH", help="[%(default)s]")
+    add("--tokenizer_path", metavar="DIR", help="folder of google/umt5-xxl's files [beside the text encoder]")
+    add("--text_cache", metavar="DIR", help="keep embeddings there; with every prompt in it the text encoder is not read")
+    add(
+        "--weights",
+        choices=("ema", "live"),
+        default="ema",
+        help="averaged weights (the only ones in most files) or live ones [%(default)s]",
+    )
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="cuda", help="cuda or cpu [%(default)s]")
+    add("--precision", choices=tuple(PRECISIONS), default="fast", help="of the networks; see docs/inference.md [%(default)s]")
+    add("--vae_precision", choices=("bf16", "fp32"), default="bf16", help="[%(default)s]")
+    add("--attention", choices=("auto", *BACKENDS), default="auto", help="[%(default)s]")
+    add("--compile", action="store_true", help="compile the blocks (one GPU): slow first step, faster later ones")
+    add(
+        "--offload",
+        choices=tuple(POLICIES),
+        default="idle",
+        help="what leaves the GPU when it is done; see docs/inference.md [%(default)s]",
+    )
+    add("--low_memory", dest="offload", action="store_const", const="low", help="the same as --offload low")
+    add("--vae_tile", type=int, metavar="N", help="decode in tiles of N x N pixels [whole frames]")
+    add("--warmup_iters", type=int, default=0, metavar="N", help="untimed videos before the one that is kept [%(default)s]")
+    add("--random_weights", action="store_true", help="RANDOM numbers for all weights, no file is read: measures time and memory only")
+
+
+def many_step_recipe(flags: argparse.Namespace) -> WholeVideoRecipe:
+    """How a many-step command samples."""
+    return WholeVideoRecipe(
+        "ode",
+        sigma_max=flags.sigma_max,
+        steps=flags.num_steps,
+        shift=flags.timestep_shift,
+        guidance=flags.guidance_scale,
+        solver=flags.sampler.lower(),
+    )
+
+
+def lora_of(text: str) -> LoRA:
+    """A low-rank update from "PATH" or "PATH=SCALE"; `ConfigError` for a scale that is no number."""
+    path, sign, scale = text.rpartition("=")
+    if not sign or Path(text).exists():
+        return LoRA(text)
+    try:
+        return LoRA(path, scale=float(scale))
+    except ValueError as error:
+        raise ConfigError(f"--lora {text}: {scale!r} after = is no number; write PATH or PATH=SCALE") from error
+
+
+def single_network(flags: argparse.Namespace) -> tuple[NetworkFile, ...]:
+    """The network of a text-to-video command."""
+    return (NetworkFile("--dit_path", flags.dit_path, loras=tuple(map(lora_of, flags.lora))),)
+
+
+def experts(flags: argparse.Namespace) -> tuple[NetworkFile, ...]:
+    """The experts of an image-to-video command; `ConfigError` unless the boundary is a time between 0 and 1."""
+    if not 0 < flags.boundary < 1:
+        raise ConfigError(f"--boundary {flags.boundary:g} must be a time between 0 and 1 (0.9 for image-to-video)")
+    return (
+        NetworkFile("--high_noise_model_path", flags.high_noise_model_path, flags.boundary, tuple(map(lora_of, flags.high_noise_lora))),
+        NetworkFile("--low_noise_model_path", flags.low_noise_model_path, 0.0, tuple(map(lora_of, flags.low_noise_lora))),
+    )

@@ -1,0 +1,140 @@
+"""The models of a Wan command: are their files there and of the right size, and a pipeline that reads each when it needs it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from rcm.core.dtypes import Precision
+from rcm.core.errors import CheckpointError, ConfigError
+from rcm.encoders.codec import LatentCodec
+from rcm.encoders.text_protocol import TextEncoder
+from rcm.encoders.umt5 import UMT5TextEncoder
+from rcm.encoders.wan_vae import WanVAECodec
+from rcm.inference.wan_flags import PRECISIONS, PUBLISHED, NetworkFile
+from rcm.nets.denoiser import Denoiser
+from rcm.nets.wan.config import preset
+from rcm.parallel.apply import parallelize
+from rcm.parallel.mesh import ParallelDims
+from rcm.pipelines.part_clock import PartClock
+from rcm.pipelines.residency import MemoryPolicy, Resident
+from rcm.pipelines.wan_files import MergedWeights, config_of, load_wan, network_weights, random_wan, require_fit
+from rcm.pipelines.wan_pipeline import Expert, WanPipeline
+from rcm.pipelines.wan_ranks import num_ranks, share_tokens
+from rcm.pipelines.weight_files import open_weights
+
+VAE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def check_files(flags: argparse.Namespace, networks: Sequence[NetworkFile], *, family: str, channels: int) -> None:
+    """Raise `CheckpointError` for a file that is missing (where it is published), damaged, of another network than --model_size, or of
+    another task (its number of input channels), before any of them is read.
+    """
+    needed = [(network.flag, network.path, f"{family} {network.flag}") for network in networks]
+    needed += [("--vae_path", flags.vae_path, "--vae_path"), ("--text_encoder_path", flags.text_encoder_path, "--text_encoder_path")]
+    for flag, path, key in needed:
+        if not path or not Path(path).exists():
+            told = f"{flag} {path} does not exist" if path else f"{flag} is not given"
+            raise CheckpointError(f"{told}; fetch {PUBLISHED[key]}, and say where it is with {flag}")
+    for network in networks:
+        _check_network(network, size=flags.model_size, weights=flags.weights, channels=channels)
+
+
+def _check_network(file: NetworkFile, *, size: str, weights: str, channels: int) -> None:
+    """Names and shapes of a network and its low-rank updates, from the headers of their files."""
+    try:
+        network = network_weights(open_weights(file.path), weights=weights)
+        config = config_of(network, expect=None if size == "auto" else size)
+        require_fit(network, config)
+        if config.in_dim != channels:
+            raise CheckpointError(
+                f"{file.path} reads {config.in_dim} channels, this command gives {channels}: it was made for another task"
+            )
+        for lora in file.loras:
+            MergedWeights(network, lora)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.flag} with --model_size {size}: {error}") from error
+
+
+def build_pipeline(
+    flags: argparse.Namespace, networks: Sequence[NetworkFile], *, clock: PartClock, tokens_per_frame: int, leads: bool
+) -> WanPipeline:
+    """The pipeline of a command. The rank that `leads` checks text encoder and codec now; networks are read when they are needed."""
+    if flags.compile and num_ranks() > 1:
+        raise ConfigError("--compile works on one GPU; leave it out under torchrun")
+    device, policy = clock.device, MemoryPolicy.preset(flags.offload)
+    if policy.expert == "cpu" and flags.warmup_iters == 0:
+        policy = replace(policy, expert="free")  # one video: the expert that is done is not needed again, and copying 29 GB takes 15 s
+    codec = Resident[LatentCodec](partial(_codec, flags, device=device), move=_move_codec, device=device, clock=clock)
+    if leads:
+        codec.use()
+        codec.rest(policy.codec)
+    experts = [
+        Expert(
+            network.name,
+            Resident[Denoiser](
+                partial(_network, flags, network, number=number, device=device, tokens_per_frame=tokens_per_frame),
+                move=_move_network,
+                device=device,
+                clock=clock,
+            ),
+            network.down_to,
+        )
+        for number, network in enumerate(networks)
+    ]
+    text = _text(flags, device=device) if leads else _NoText()
+    return WanPipeline(text=text, experts=experts, codec=codec, device=device, clock=clock, memory=policy)
+
+
+def _text(flags: argparse.Namespace, *, device: torch.device) -> TextEncoder:
+    if flags.random_weights:
+        return UMT5TextEncoder.random(text_dim=preset(flags.model_size).text_dim, device=device)
+    return UMT5TextEncoder.from_files(flags.text_encoder_path, tokenizer=flags.tokenizer_path, device=device, cache=flags.text_cache)
+
+
+def _codec(flags: argparse.Namespace, *, device: torch.device) -> LatentCodec:
+    dtype = VAE_DTYPES[flags.vae_precision]
+    tile = None if flags.vae_tile is None else flags.vae_tile // WanVAECodec.spatial_stride
+    if flags.random_weights:
+        return WanVAECodec.random(device=device, dtype=dtype, tile=tile)
+    return WanVAECodec.from_file(flags.vae_path, device=device, dtype=dtype, tile=tile)
+
+
+def _network(flags: argparse.Namespace, file: NetworkFile, *, number: int, device: torch.device, tokens_per_frame: int) -> Denoiser:
+    numerics = PRECISIONS[flags.precision]
+    precision = Precision.preset(numerics.precision)
+    if flags.random_weights:
+        denoiser = random_wan(preset(flags.model_size), device=device, precision=precision, attention=flags.attention, seed=number)
+    else:
+        denoiser = load_wan(
+            file.path,
+            expect=None if flags.model_size == "auto" else flags.model_size,
+            weights=flags.weights,
+            device=device,
+            precision=precision,
+            attention=flags.attention,
+            loras=file.loras,
+        )
+    denoiser.net.set_fused(numerics.fused)
+    if flags.compile:
+        parallelize(denoiser.net, dims=ParallelDims(), precision=precision, compile=True)
+    return share_tokens(denoiser, tokens_per_frame=tokens_per_frame)
+
+
+def _move_codec(codec: LatentCodec, device: torch.device) -> None:
+    codec.to(device)
+
+
+def _move_network(denoiser: Denoiser, device: torch.device) -> None:
+    denoiser.net.to(device)
+
+
+class _NoText:
+    """The text encoder of ranks that do not encode: they receive what rank 0 encoded."""
+
+    negative_prompt = ""

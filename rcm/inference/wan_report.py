@@ -1,0 +1,100 @@
+"""What a Wan command tells while it works and after: a line per step, seconds and peak memory per part, a JSON report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from rcm.inference.wan_flags import NetworkFile
+from rcm.pipelines.part_clock import PartClock
+from rcm.pipelines.wan_pipeline import GeneratedVideo, Step, VideoRequest
+from rcm.pipelines.wan_ranks import num_ranks
+from rcm.train.describe import installed_versions, write_atomically
+
+BANNER = "\n".join(
+    (
+        "#" * 100,
+        "#  RANDOM WEIGHTS: networks, VAE and text encoder are random numbers, no file is read.".ljust(99) + "#",
+        "#  The video means nothing. Only times and memory do.".ljust(99) + "#",
+        "#" * 100,
+    )
+)
+WATERMARK = "RANDOM WEIGHTS: the video means nothing, only times and memory do"
+BAR_WIDTH = 30
+
+
+class StepLines:
+    """Progress of sampling: a bar on a terminal, a line per step elsewhere."""
+
+    def __init__(self, out: TextIO) -> None:
+        self.out = out
+
+    def __call__(self, step: Step, total: int) -> None:
+        """See `rcm.pipelines.wan_pipeline.OnStep`."""
+        done = step.index + 1
+        told = f"step {done}/{total}: t {step.t:.4f}, {step.expert}, {step.seconds:.3f} s"
+        if not self.out.isatty():
+            self.out.write(f"{told}\n")
+        else:
+            filled = BAR_WIDTH * done // total
+            end = "\n" if done == total else ""
+            self.out.write(f"\r[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {told}\x1b[K{end}")
+        self.out.flush()
+
+
+def cost_lines(clock: PartClock, steps: Sequence[Step]) -> list[str]:
+    """Seconds of every part, of a step, and peak memory, in words."""
+    parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in clock.seconds.items())
+    forward = [step.seconds for step in steps]
+    lines = [
+        f"seconds: {parts}; total {clock.total:.2f} s",
+        f"network: {len(forward)} steps, {sum(forward) / len(forward):.3f} s each (first {forward[0]:.3f}, last {forward[-1]:.3f})",
+    ]
+    if clock.peak is not None:
+        peaks = ", ".join(f"{name} {_gib(size):.2f}" for name, size in clock.peak_bytes.items())
+        lines.append(f"peak GPU memory: {_gib(clock.peak):.2f} GiB ({peaks})")
+    return lines
+
+
+def write_report(
+    path: Path,
+    flags: argparse.Namespace,
+    request: VideoRequest,
+    made: GeneratedVideo,
+    *,
+    clock: PartClock,
+    networks: Sequence[NetworkFile],
+) -> None:
+    """Everything needed to make the video again, and what it cost, as JSON; written whole or not at all."""
+    on_cuda = clock.device.type == "cuda"
+    record: dict[str, Any] = {
+        "random_weights": flags.random_weights,
+        **({"watermark": WATERMARK} if flags.random_weights else {}),
+        "flags": {name: value for name, value in vars(flags).items() if name != "report"},
+        "networks": [asdict(network) for network in networks],
+        "size": {"height": request.size.height, "width": request.size.width, "num_frames": request.num_frames},
+        "latent_shape": list(request.latent_shape),
+        "tokens": request.latent_shape[2] * request.tokens_per_frame,
+        "recipe": asdict(request.recipe),
+        "times": list(request.recipe.times()),
+        "steps": [asdict(step) for step in made.steps],
+        "seconds": {**clock.seconds, "total": clock.total},
+        "seconds_per_step": sum(step.seconds for step in made.steps) / len(made.steps),
+        "peak_memory_gib": None if clock.peak is None else {**{k: _gib(v) for k, v in clock.peak_bytes.items()}, "all": _gib(clock.peak)},
+        "device": torch.cuda.get_device_name(clock.device) if on_cuda else "cpu",
+        "ranks": num_ranks(),
+        "versions": installed_versions(),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    write_atomically(path, json.dumps(record, indent=2, default=str))
+
+
+def _gib(size: int) -> float:
+    return size / 2**30

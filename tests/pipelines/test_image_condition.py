@@ -1,0 +1,77 @@
+"""The 20 extra channels of image-to-video against a computation by hand; images that cannot be read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from rcm.core.errors import ConfigError
+from rcm.pipelines.image_condition import fit_image, image_channels, image_size, read_image
+from rcm.pipelines.video_io import VideoError
+from rcm.pipelines.wan_sizes import FrameSize
+from rcm.worlds.toy_codec import ToyCodec
+from tests.support.stand_in_codec import StandInCodec
+
+
+def picture(height: int = 20, width: int = 30) -> torch.Tensor:
+    return torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+def test_channels_by_hand():
+    frame = fit_image(picture(), FrameSize(16, 32))
+    got = image_channels(StandInCodec(), frame, num_frames=9)
+    assert tuple(got.shape) == (1, 20, 3, 2, 4)
+    assert torch.equal(got[:, :4, 0], torch.ones(1, 4, 2, 4)), "the mask is one on the first latent frame"
+    assert not got[:, :4, 1:].any(), "and zero on the others"
+    cells = torch.nn.functional.avg_pool2d(frame[:, :, 0], 8)
+    torch.testing.assert_close(got[:, 4:7, 0], cells)
+    assert not got[:, 4:, 1:].any(), "grey frames (zeros) have zero means"
+
+
+def test_fitting_stretches_and_maps_to_minus_one_and_one():
+    image = torch.zeros(8, 8, 3, dtype=torch.uint8)
+    image[:, 4:] = 255
+    fitted = fit_image(image, FrameSize(4, 16))
+    assert tuple(fitted.shape) == (1, 3, 1, 4, 16)
+    assert (fitted[..., :6] == -1).all() and (fitted[..., 10:] == 1).all()
+    torch.testing.assert_close(fit_image(picture(), FrameSize(20, 30))[0, :, 0], picture().permute(2, 0, 1) / 127.5 - 1)
+
+
+def test_downscaling_is_antialiased():
+    """To a third, the centres fall on every third pixel: without the filter alternately black and white."""
+    stripes = torch.zeros(48, 48, 3, dtype=torch.uint8)
+    stripes[:, ::2] = 255
+    assert fit_image(stripes, FrameSize(16, 16))[..., 1:-1].abs().max() < 0.4
+
+
+def test_reading(tmp_path):
+    Image.fromarray(picture().numpy()).save(tmp_path / "a.png")
+    assert torch.equal(read_image(tmp_path / "a.png"), picture())
+    assert image_size(picture()) == (20, 30)
+    turned = Image.fromarray(picture().numpy())
+    exif = turned.getexif()
+    exif[0x0112] = 6  # rotate by 90 degrees to be upright
+    turned.save(tmp_path / "b.png", exif=exif)
+    assert image_size(read_image(tmp_path / "b.png")) == (30, 20)
+    Image.new("L", (4, 4), 128).save(tmp_path / "grey.png")
+    assert tuple(read_image(tmp_path / "grey.png").shape) == (4, 4, 3)
+
+
+def test_unreadable_images(tmp_path):
+    with pytest.raises(VideoError, match="no image file at"):
+        read_image(tmp_path / "gone.png")
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(VideoError, match=r"cannot decode .*text\.png"):
+        read_image(tmp_path / "text.png")
+    Image.fromarray(picture().numpy()).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
+    with pytest.raises(VideoError, match=r"cannot decode .*half\.png"):
+        read_image(tmp_path / "half.png")
+
+
+def test_a_codec_of_another_stride_has_no_mask():
+    with pytest.raises(ConfigError, match="mask has a channel per pixel frame"):
+        image_channels(ToyCodec(), torch.zeros(1, 3, 1, 8, 8), num_frames=5)
+    with pytest.raises(ConfigError, match="num_frames=5 or 9"):
+        image_channels(StandInCodec(), torch.zeros(1, 3, 1, 8, 8), num_frames=7)
