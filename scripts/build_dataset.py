@@ -1,12 +1,15 @@
-"""Build training shards (webdataset layout: latent.pt, embed.pt, prompt.txt) from the toy world or from a folder of mp4 files, or look
-into a shard.
+"""Build training shards (webdataset layout: latent.pt, embed.pt, prompt.txt) from the toy world, from a folder of mp4 files, or by sampling
+a teacher over a list of prompts; or look into a shard.
 
     python -m scripts.build_dataset --source toy --num 2048 --out DIR
     python -m scripts.build_dataset --source videos --input FOLDER --size 32x32 --frames 17 --out DIR
+    python -m scripts.build_dataset --source videos --codec wan_vae --input FOLDER --size 480x832 --frames 81 --out DIR
+    torchrun --nproc_per_node=8 -m scripts.build_dataset --source teacher --prompts prompts.txt --num_samples 250000 --out DIR
+    python -m scripts.build_dataset --source teacher --teacher outputs/.../toy_bidirectional --prompts prompts.txt --out DIR
     python -m scripts.build_dataset --view DIR/shard-000000.tar --sheet sheet.png
 
-A build that was stopped goes on where it was when the same command is given again. A clip's caption is the text file beside it, else its
-file name.
+A build that was stopped goes on where it was when the same command is given again, on any number of ranks. A clip's caption is the text
+file beside it, else its file name. Words in a flag may be joined by - or by _.
 """
 
 from __future__ import annotations
@@ -15,24 +18,33 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from rcm.core.errors import ConfigError
+from rcm.core.errors import CheckpointError, ConfigError
 from rcm.data.latents import LatentShards
 from rcm.data.shard_writer import MANIFEST, ShardSample, build_shards
 from rcm.data.tar_index import ShardError
+from rcm.encoders.codec import LatentCodec, latent_frames
+from rcm.encoders.text_protocol import TextEncoder
+from rcm.encoders.umt5 import UMT5TextEncoder
+from rcm.encoders.wan_vae import WAN_VAE_FILE, WanVAECodec
 from rcm.pipelines.clip_folder import find_clips, plan_windows, read_windows
 from rcm.pipelines.video_io import VideoError, contact_sheet
+from rcm.pipelines.wan_sizes import written_size
 from rcm.worlds.toy_codec import NATURAL, ToyCodec
 from rcm.worlds.toy_text import ToyTextEncoder
 from rcm.worlds.toy_world import ToyWorld, ToyWorldConfig
+from scripts.teacher_source import WAN_TEMPORAL_STRIDE, add_teacher_flags, build_from_teacher, umt5_of
 
 CODECS = {"toy": ToyCodec(), "natural": NATURAL}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _ENCODE_BATCH = 64
+_TOY_NUM, _TOY_SIZE, _TOY_FRAMES = 2048, (8, 8), 17
+_WAN_CHANNELS = 16
+_THUMBNAIL = 208
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -48,32 +60,43 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts.build_dataset", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", choices=("toy", "videos", "teacher"), default="toy", help="where videos come from")
-    parser.add_argument("--out", type=Path, help="folder of the shards")
-    parser.add_argument("--num", type=int, default=2048, help="toy: number of videos")
-    parser.add_argument("--shard-size", type=int, default=256, help="samples per shard")
-    parser.add_argument("--seed", type=int, default=0, help="toy: seed of the scenes")
-    parser.add_argument("--size", type=parse_size, default=(8, 8), metavar="HxW", help="pixels of a frame")
-    parser.add_argument("--frames", type=int, default=17, help="pixel frames of a sample")
-    parser.add_argument("--num-shapes", type=int, default=1, help="toy: shapes per video")
-    parser.add_argument("--turns", type=int, default=0, help="toy: changes of direction per video")
-    parser.add_argument("--boundary", choices=("wrap", "bounce"), default="wrap", help="toy: what happens at the border")
-    parser.add_argument(
-        "--empty-prompts", type=float, default=0.0, metavar="FRACTION", help="toy: share of samples stored with an empty caption"
+
+    def add(name: str, *others: str, **options: object) -> None:
+        spellings = (f"--{spelt}" for word in (name, *others) for spelt in (word, word.replace("-", "_")))
+        parser.add_argument(*dict.fromkeys(spellings), **options)
+
+    add("source", choices=("toy", "videos", "teacher"), default="toy", help="where videos come from")
+    add("out", type=Path, help="folder of the shards")
+    # torchrun takes --num for its own --numa-binding, wherever it stands
+    add("num", "num-samples", type=int, help="toy: videos [2048]; teacher: samples, prompts repeat with other noise [one per prompt]")
+    add("shard-size", type=int, default=256, help="samples per shard")
+    add("seed", type=int, default=0, help="toy: seed of the scenes; teacher: seed of sample 0, sample i has seed + i")
+    add("size", type=parse_size, metavar="HxW", help="pixels of a frame [8x8; teacher: the checkpoint's, or --resolution]")
+    add("frames", type=int, help="pixel frames of a sample [17; teacher: the checkpoint's, or 81]")
+    add("num-shapes", type=int, default=1, help="toy: shapes per video")
+    add("turns", type=int, default=0, help="toy: changes of direction per video")
+    add("boundary", choices=("wrap", "bounce"), default="wrap", help="toy: what happens at the border")
+    add("empty-prompts", type=float, default=0.0, metavar="FRACTION", help="toy: share of samples stored with an empty caption")
+    add("input", type=Path, help="videos: folder of mp4 files")
+    add("frame-stride", type=int, default=1, help="videos: distance of the frames of a sample")
+    add("hop", type=int, help="videos: distance of two samples of a clip in frames (default: end to end)")
+    add("skip-bad-clips", action="store_true", help="videos: warn about unreadable or short clips and go on")
+    add(
+        "codec",
+        choices=(*CODECS, "wan_vae"),
+        help="toy, natural: scalings of the toy codec; wan_vae: Wan's VAE and umT5 (default: toy for toy videos, natural for real ones; "
+        "view: the data set's)",
     )
-    parser.add_argument("--input", type=Path, help="videos: folder of mp4 files")
-    parser.add_argument("--frame-stride", type=int, default=1, help="videos: distance of the frames of a sample")
-    parser.add_argument("--hop", type=int, help="videos: distance of two samples of a clip in frames (default: end to end)")
-    parser.add_argument("--skip-bad-clips", action="store_true", help="videos: warn about unreadable or short clips and go on")
-    parser.add_argument("--codec", choices=tuple(CODECS), help="latent scaling (default: toy for toy videos, natural for real ones)")
-    parser.add_argument("--temporal-stride", type=int, default=2, help="toy codec: frames per latent frame, as model.config.tokenizer")
-    parser.add_argument("--spatial-stride", type=int, default=2, help="toy codec: pixels per latent cell, as model.config.tokenizer")
-    parser.add_argument("--text-len", type=int, default=8, help="rows of a text embedding, end token included")
-    parser.add_argument("--text-dim", type=int, default=64, help="width of a text embedding")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="stored number format")
-    parser.add_argument("--view", type=Path, metavar="SHARD", help="instead of building: draw the first samples of a shard")
-    parser.add_argument("--sheet", type=Path, help="view: PNG to write")
-    parser.add_argument("--rows", type=int, default=12, help="view: number of samples")
+    add("temporal-stride", type=int, default=2, help="toy codec: frames per latent frame, as model.config.tokenizer")
+    add("spatial-stride", type=int, default=2, help="toy codec: pixels per latent cell, as model.config.tokenizer")
+    add("text-len", type=int, default=8, help="rows of a text embedding, end token included")
+    add("text-dim", type=int, default=64, help="width of a text embedding")
+    add("dtype", choices=tuple(DTYPES), default="bf16", help="stored number format")
+    add("view", type=Path, metavar="SHARD", help="instead of building: draw the first samples of a shard")
+    add("sheet", type=Path, help="view: PNG to write")
+    add("rows", type=int, default=12, help="view: number of samples")
+    add("vae-path", type=Path, help="weights of Wan's VAE [assets/checkpoints/Wan2.1_VAE.pth]")
+    add_teacher_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -111,57 +134,122 @@ def toy_codec(options: argparse.Namespace) -> ToyCodec:
 
 def build(options: argparse.Namespace) -> list[Path]:
     """Build the shards the options ask for; returns their paths."""
-    if options.out is None:
+    if options.out is None and not (options.source == "teacher" and options.write_negative_embedding):
         raise ConfigError("--out FOLDER is needed to build a data set")
     if options.source == "teacher":
-        raise ConfigError("--source teacher (videos sampled from a teacher network) is not built yet; choose --source toy or videos")
-    codec = CODECS[codec_name(options)]
-    text = ToyTextEncoder(text_len=options.text_len, text_dim=options.text_dim)
-    codec.latent_frames_for(options.frames)
-    codec.latent_size(*options.size)
-    recipe: dict[str, object] = {
-        "source": options.source,
-        "codec": {"name": codec_name(options), **asdict(codec)},
-        "text": asdict(text),
-        "dtype": options.dtype,
-    }
-    if options.source == "toy":
-        recipe |= {"world": asdict(toy_world(options).config), "seed": options.seed, "empty_prompts": options.empty_prompts}
-        return build_shards(
-            options.out,
-            num_samples=options.num,
-            shard_size=options.shard_size,
-            recipe=recipe,
-            make=lambda start, stop: toy_samples(options, codec, text, start, stop),
-        )
+        return build_from_teacher(options, dtype=DTYPES[options.dtype])
+    options.size, options.frames = options.size or _TOY_SIZE, options.frames if options.frames is not None else _TOY_FRAMES
+    if options.codec == "wan_vae" and options.source == "toy":
+        raise ConfigError("--codec wan_vae is for real videos (--source videos) and --view; the toy world has the codecs toy and natural")
+    return _build_toy(options) if options.source == "toy" else _build_clips(options)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Codec and text encoder of a build, the device the codec works on, and the manifest's words for all of them."""
+
+    codec: LatentCodec
+    text: TextEncoder
+    device: torch.device
+    recipe: dict[str, object]
+
+
+def _pieces(options: argparse.Namespace) -> Pieces:
+    """What the options ask for, seen to fit the frames. Wan's VAE is read only then."""
+    if codec_name(options) == "wan_vae":
+        latent_frames(options.frames, stride=WAN_TEMPORAL_STRIDE)
+        written_size(f"{options.size[0]}x{options.size[1]}")
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        codec: LatentCodec = WanVAECodec.from_file(options.vae_path or WAN_VAE_FILE, device=device)
+        recipe: dict[str, object] = {"codec": {"name": "wan_vae"}, "text": {"name": "umt5"}}
+        pieces = Pieces(codec, umt5_of(options, device), device, recipe)
+    else:
+        toy, words = CODECS[codec_name(options)], ToyTextEncoder(text_len=options.text_len, text_dim=options.text_dim)
+        toy.latent_frames_for(options.frames)
+        toy.latent_size(*options.size)
+        recipe = {"codec": {"name": codec_name(options), **asdict(toy)}, "text": asdict(words)}
+        pieces = Pieces(toy, words, torch.device("cpu"), recipe)
+    pieces.recipe.update(source=options.source, dtype=options.dtype)
+    return pieces
+
+
+def _build_toy(options: argparse.Namespace) -> list[Path]:
+    pieces = _pieces(options)
+    recipe = pieces.recipe | {"world": asdict(toy_world(options).config), "seed": options.seed, "empty_prompts": options.empty_prompts}
+    return build_shards(
+        options.out,
+        num_samples=_TOY_NUM if options.num is None else options.num,
+        shard_size=options.shard_size,
+        recipe=recipe,
+        make=lambda start, stop: toy_samples(options, pieces.codec, pieces.text, start, stop),
+    )
+
+
+def _build_clips(options: argparse.Namespace) -> list[Path]:
     if options.input is None:
         raise ConfigError("--source videos needs --input FOLDER of mp4 files")
+    pieces = _pieces(options)
     windows = plan_windows(
         find_clips(options.input), num_frames=options.frames, stride=options.frame_stride, hop=options.hop, skip_bad=options.skip_bad_clips
     )
-    embeddings = dict(zip(prompts := sorted({w.prompt for w in windows}), text.encode(prompts), strict=True))
+    embeddings = _embeddings(pieces.text, sorted({w.prompt for w in windows}))
     height, width = options.size
     places = [f"{w.clip.relative_to(options.input)}:{w.start}" for w in windows]
-    recipe |= {"windows": places, "size": [height, width], "frames": options.frames, "frame_stride": options.frame_stride}
+    recipe = pieces.recipe | {"windows": places, "size": [height, width], "frames": options.frames, "frame_stride": options.frame_stride}
 
     def clip_samples(start: int, stop: int) -> Iterator[ShardSample]:
         chosen, dtype = windows[start:stop], DTYPES[options.dtype]
         for window, video in zip(chosen, read_windows(chosen, height=height, width=width), strict=True):
-            yield ShardSample(codec.encode(video.unsqueeze(0))[0].to(dtype), embeddings[window.prompt].to(dtype), window.prompt)
+            latents = pieces.codec.encode(video.unsqueeze(0).to(pieces.device))[0].to("cpu", dtype)
+            yield ShardSample(latents, embeddings[window.prompt].to(dtype), window.prompt)
 
     return build_shards(options.out, num_samples=len(windows), shard_size=options.shard_size, recipe=recipe, make=clip_samples)
 
 
+def _embeddings(text: TextEncoder, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """Rows of every prompt on the CPU; umT5 is freed before videos are encoded."""
+    found = {prompt: text.encode([prompt])[0].cpu() for prompt in prompts}
+    if isinstance(text, UMT5TextEncoder):
+        text.unload()
+    return found
+
+
+def view_codec(options: argparse.Namespace, *, channels: int) -> LatentCodec:
+    """The codec asked for, else that of the shard's `dataset.json`; without one, Wan's VAE for 16 channels and else the toy's."""
+    manifest = options.view.with_name(MANIFEST)
+    guess = {"name": "wan_vae" if channels == _WAN_CHANNELS else "toy"}
+    stored = json.loads(manifest.read_text()).get("codec", guess) if manifest.is_file() else guess
+    name = options.codec or stored["name"]
+    if name in ("wan_vae", "wan"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return WanVAECodec.from_file(options.vae_path or WAN_VAE_FILE, device=device)
+    if name not in CODECS:
+        raise ConfigError(f"{manifest} names the codec {name!r}; choose --codec from {', '.join(CODECS)}, wan_vae")
+    if options.codec or set(stored) == {"name"}:
+        return CODECS[name]
+    return ToyCodec(**{key: value for key, value in stored.items() if key != "name"})
+
+
 def view(options: argparse.Namespace) -> Path:
-    """Decode the first samples of a shard into a contact sheet, with the codec its folder's `dataset.json` names; returns its path."""
+    """Decode the first samples of a shard into a contact sheet, one at a time; returns its path."""
     shards = LatentShards(str(options.view))
     batch = shards.fetch(range(min(options.rows, len(shards))))
-    manifest = options.view.with_name(MANIFEST)
-    stored = json.loads(manifest.read_text())["codec"]["name"] if manifest.is_file() else "toy"
-    pixels = CODECS[options.codec or stored].decode(batch.latents)
+    codec = view_codec(options, channels=batch.latents.shape[1])
+    pixels = torch.cat([_thumbnail(codec, latents.unsqueeze(0)) for latents in batch.latents])
     labels = [f"{key}: {prompt}" for key, prompt in zip(batch.keys, batch.prompts, strict=True)]
     scale = max(1, 64 // pixels.shape[-1])
     return contact_sheet(options.sheet or options.view.with_suffix(".png"), pixels, labels=labels, scale=scale)
+
+
+@torch.no_grad()
+def _thumbnail(codec: LatentCodec, latents: torch.Tensor) -> torch.Tensor:
+    """Decoded frames [1, 3, F, H, W] on the CPU, at most `_THUMBNAIL` pixels wide."""
+    video = codec.decode(latents.to(getattr(codec, "device", "cpu"))).float().cpu()
+    if video.shape[-1] <= _THUMBNAIL:
+        return video
+    size = (round(video.shape[-2] * _THUMBNAIL / video.shape[-1]), _THUMBNAIL)
+    frames = torch.nn.functional.interpolate(video[0].transpose(0, 1), size=size, mode="area")
+    return frames.transpose(0, 1).unsqueeze(0)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -170,13 +258,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.view:
             print(view(options))
-        else:
-            paths = build(options)
-            print(f"{len(LatentShards(str(options.out / 'shard-*.tar')))} samples in {len(paths)} shards: {options.out}/shard-*.tar")
-    except (ConfigError, ShardError, VideoError, OSError) as error:
+        elif paths := build(options):
+            print(f"{len(LatentShards(_joined(paths)))} samples in {len(paths)} shards: {options.out}/shard-*.tar")
+    except (ConfigError, CheckpointError, ShardError, VideoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _joined(paths: list[Path]) -> str:
+    """A pattern that matches exactly these files of one folder."""
+    return str(paths[0].with_name("{" + ",".join(path.name for path in paths) + "}"))
 
 
 if __name__ == "__main__":

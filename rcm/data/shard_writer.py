@@ -80,6 +80,49 @@ def _tensor_bytes(tensor: torch.Tensor) -> bytes:
     return buffer.getvalue()
 
 
+@dataclass(frozen=True)
+class ShardSpan:
+    """A shard that is still to be written: samples start .. stop - 1 go to `path`."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+def pending_shards(
+    folder: Path, *, num_samples: int, shard_size: int, recipe: Mapping[str, object], part: tuple[int, int] = (0, 1)
+) -> tuple[list[Path], list[ShardSpan]]:
+    """Paths of all shards of this `part`, and those among them that are missing or damaged. Claims `folder` for `recipe`.
+
+    `part` (i, n): only shards i, i + n, i + 2n, ..., so that n processes may share a build. `recipe` says what the samples are made of: it
+    is stored in `dataset.json` first, and a folder built by another recipe is refused with `ConfigError` naming what differs. A damaged
+    shard is reported with a warning.
+    """
+    if num_samples < 1 or shard_size < 1:
+        raise ConfigError(f"a data set needs at least one sample and one per shard, got num={num_samples}, shard_size={shard_size}")
+    if not 0 <= part[0] < part[1]:
+        raise ConfigError(f"part {part[0]} of {part[1]} does not exist; parts of a build count from 0")
+    _claim(folder, {**recipe, "num_samples": num_samples, "shard_size": shard_size})
+    paths, missing = [], []
+    for number, start in enumerate(range(0, num_samples, shard_size)):
+        if number % part[1] != part[0]:
+            continue
+        path, stop = folder / shard_name(number), min(start + shard_size, num_samples)
+        paths.append(path)
+        if not (path.is_file() and _is_whole(path, stop - start)):
+            missing.append(ShardSpan(path, start, stop))
+    return paths, missing
+
+
+def write_span(span: ShardSpan, samples: Iterable[ShardSample]) -> None:
+    """Write the shard of `span`; `ShardError` if the source gives another number of samples, and nothing stays."""
+    written = write_shard(span.path, samples, first_key=span.start)
+    if written != span.stop - span.start:
+        span.path.unlink()
+        span.path.with_name(span.path.name + INDEX_SUFFIX).unlink(missing_ok=True)
+        raise ShardError(f"shard {span.path} got {written} of {span.stop - span.start} samples from its source; it was removed")
+
+
 def build_shards(
     folder: Path,
     *,
@@ -91,30 +134,12 @@ def build_shards(
 ) -> list[Path]:
     """Write samples 0 .. num_samples - 1 as shards of `shard_size`, and continue a build that was stopped; returns the shards' paths.
 
-    `part` (i, n): only shards i, i + n, i + 2n, ..., so that n processes may share a build; their paths alone are returned.
-
-    `make(start, stop)` yields those samples, whatever was written before. `recipe` says what they are made of: it is stored in
-    `dataset.json` first, and a folder built by another recipe is refused with `ConfigError` naming what differs. Whole shards are kept; a
-    damaged one is written again, with a warning.
+    `make(start, stop)` yields those samples, whatever was written before. Whole shards are kept, a damaged one is written again. `recipe`
+    and `part` as in `pending_shards`; the paths of this part alone are returned.
     """
-    if num_samples < 1 or shard_size < 1:
-        raise ConfigError(f"a data set needs at least one sample and one per shard, got num={num_samples}, shard_size={shard_size}")
-    if not 0 <= part[0] < part[1]:
-        raise ConfigError(f"part {part[0]} of {part[1]} does not exist; parts of a build count from 0")
-    _claim(folder, {**recipe, "num_samples": num_samples, "shard_size": shard_size})
-    paths = []
-    for number, start in enumerate(range(0, num_samples, shard_size)):
-        if number % part[1] != part[0]:
-            continue
-        path, stop = folder / shard_name(number), min(start + shard_size, num_samples)
-        paths.append(path)
-        if path.is_file() and _is_whole(path, stop - start):
-            continue
-        written = write_shard(path, make(start, stop), first_key=start)
-        if written != stop - start:
-            path.unlink()
-            path.with_name(path.name + INDEX_SUFFIX).unlink(missing_ok=True)
-            raise ShardError(f"shard {path} got {written} of {stop - start} samples from its source; it was removed")
+    paths, missing = pending_shards(folder, num_samples=num_samples, shard_size=shard_size, recipe=recipe, part=part)
+    for span in missing:
+        write_span(span, make(span.start, span.stop))
     return paths
 
 

@@ -2,19 +2,26 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from rcm.data.latents import LatentShards
+from rcm.encoders.umt5 import UMT5TextEncoder
+from rcm.pipelines.clip_folder import find_clips, plan_windows, read_windows
 from rcm.pipelines.video_io import resize_frame, to_uint8, write_mp4
 from rcm.worlds.toy_codec import NATURAL, ToyCodec
 from rcm.worlds.toy_latents import ToyLatents
 from rcm.worlds.toy_scores import ToyScorer
 from rcm.worlds.toy_text import ToyTextEncoder
 from rcm.worlds.toy_world import ToyWorld, ToyWorldConfig
+from scripts import build_dataset
 from scripts.build_dataset import main
+from tests.support.stand_in_codec import StandInCodec
+from tests.support.tiny_umt5 import TINY, save_umt5
 
 
 def run(*words: object) -> int:
@@ -107,17 +114,43 @@ def test_view_draws_a_sheet(tmp_path, capsys):
     assert "tar_path_pattern" in capsys.readouterr().err
 
 
+def test_real_files_as_wan_latents(tmp_path, monkeypatch):
+    """Frames through the codec that --vae_path names, captions through umT5; stretched to cover, cut at the centre."""
+    codec = StandInCodec()
+    asked = []
+    opened = SimpleNamespace(from_file=lambda path, *, device: asked.append((path, device)) or codec)
+    monkeypatch.setattr(build_dataset, "WanVAECodec", opened)
+    world = ToyWorld(ToyWorldConfig.at_size(32, 48, num_frames=12))
+    write_mp4(tmp_path / "in" / "a_red_cat.mp4", world.render(world.scenes(1, seed=0))[0], fps=8, crf=1)
+    umt5 = save_umt5(tmp_path / "umt5")
+    words = ["--source", "videos", "--codec", "wan_vae", "--input", tmp_path / "in", "--size", "32x32", "--frames", 5, "--dtype", "fp32"]
+    words += ["--vae_path", "vae.pth", "--text_encoder_path", umt5, "--device", "cpu"]
+    assert run(*words, "--out", tmp_path / "out") == 0
+    assert asked == [(Path("vae.pth"), torch.device("cpu"))]
+    shards = LatentShards(str(tmp_path / "out" / "*.tar"), text_shape=(512, TINY.dim))
+    batch = shards.fetch(range(len(shards)))
+    assert batch.prompts == ["a red cat"] * 2 and batch.latents.shape == (2, 16, 2, 4, 4)
+    (first, _) = read_windows(plan_windows(find_clips(tmp_path / "in"), num_frames=5, stride=1), height=32, width=32)
+    assert torch.allclose(batch.latents[0], codec.encode(first[None])[0], atol=1e-6)
+    assert torch.equal(batch.text[0], UMT5TextEncoder.from_files(umt5).encode(["a red cat"])[0].float())
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["codec"] == {"name": "wan_vae"}
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--num", 4], "--out"),
-        (["--source", "teacher", "--out", "x"], "not built yet"),
+        (["--source", "teacher", "--out", "x"], "--prompts"),
         (["--source", "videos", "--out", "x"], "--input"),
         (["--source", "videos", "--input", "empty", "--out", "x"], "no .mp4 file under"),
         (["--source", "videos", "--input", "broken", "--out", "x"], "cannot decode"),
         (["--source", "videos", "--input", "short", "--out", "x"], "has 5 frames, a window needs 17"),
         (["--source", "videos", "--input", "wordy", "--frames", 5, "--out", "x"], "text_len=8"),
         (["--num", 4, "--frames", 16, "--out", "x"], "num_frames=15 or 17"),
+        (["--num", 4, "--codec", "wan_vae", "--out", "x"], "for real videos"),
+        (["--source", "videos", "--codec", "wan_vae", "--input", "short", "--frames", 6, "--out", "x"], "num_frames=5 or 9"),
+        (["--source", "videos", "--codec", "wan_vae", "--input", "short", "--size", "40x32", "--out", "x"], "40x32"),
+        (["--source", "videos", "--codec", "wan_vae", "--input", "short", "--size", "32x32", "--out", "x"], "Wan2.1_VAE.pth"),
         (["--num", 4, "--size", "17x16", "--out", "x"], "spatial_stride=2"),
         (["--num", 4, "--out", "file/x"], "cannot write to the output folder"),
         (["--num", 0, "--out", "x"], "num=0"),

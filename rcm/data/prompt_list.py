@@ -1,0 +1,95 @@
+"""Prompt files for building data: one sample per prompt, so that a prompt nobody meant must not slip in unseen."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from loguru import logger
+
+from rcm.core.errors import ConfigError
+
+COLUMNS = ("prompt", "caption", "text")
+"""Names under which a .csv column or a .jsonl key holds the prompt, in order of preference."""
+
+MAX_PROMPT_CHARS = 4000
+"""Longer prompts are taken for a mistake in the file: umT5's 512 tokens are about 2,500 characters of English."""
+
+_SHOWN = 5
+
+
+class _Entry(NamedTuple):
+    place: str
+    prompt: str
+
+
+def read_prompt_list(path: str | Path, *, skip_bad: bool = False, max_chars: int = MAX_PROMPT_CHARS) -> list[str]:
+    """Prompts of a .txt (one per line), .csv (with a header) or .jsonl file, stripped of surrounding blanks, in order.
+
+    Empty prompts (blank lines between others among them) and prompts above `max_chars` characters raise `ConfigError` naming file and line;
+    with `skip_bad` they are left out, with a warning. Blank lines at the end of a file are no prompts. Raises `ConfigError` for a missing
+    or empty file, one that is not UTF-8, and a .csv or .jsonl without a prompt column.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no prompt file at {path}; change --prompts")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompt file {path} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+    entries = list(_entries(path, text.rstrip()))
+    if not entries:
+        raise ConfigError(f"prompt file {path} holds no prompt")
+    bad = {entry.place: fault for entry in entries if (fault := _fault(entry.prompt, max_chars))}
+    if bad:
+        told = "; ".join(f"{place} {fault}" for place, fault in list(bad.items())[:_SHOWN])
+        more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        if not skip_bad:
+            raise ConfigError(
+                f"{len(bad)} of {len(entries)} prompts cannot be used: {told}{more}; mend the file or pass --skip_bad_prompts"
+            )
+        logger.warning("{} of {} prompts left out: {}{}", len(bad), len(entries), told, more)
+    kept = [entry.prompt for entry in entries if entry.place not in bad]
+    if not kept:
+        raise ConfigError(f"prompt file {path} holds no usable prompt")
+    return kept
+
+
+def _fault(prompt: str, max_chars: int) -> str:
+    if not prompt:
+        return "is empty"
+    if len(prompt) > max_chars:
+        return f"has {len(prompt)} characters, at most {max_chars} are taken for a prompt ({prompt[:40]!r}...)"
+    return ""
+
+
+def _entries(path: Path, text: str) -> Iterator[_Entry]:
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(text.splitlines(), 1):
+            yield _Entry(f"{path}:{number}", _json_prompt(line, f"{path}:{number}") if line.strip() else "")
+    elif path.suffix == ".csv":
+        rows = csv.DictReader(text.splitlines(keepends=True))
+        column = next((name for name in COLUMNS if name in (rows.fieldnames or ())), None)
+        if column is None:
+            raise ConfigError(
+                f"{path} needs a header with a column {' or '.join(COLUMNS)}, got {', '.join(rows.fieldnames or ()) or 'none'}"
+            )
+        for row in rows:
+            yield _Entry(f"{path}:{rows.line_num}", (row[column] or "").strip())
+    else:
+        for number, line in enumerate(text.splitlines(), 1):
+            yield _Entry(f"{path}:{number}", line.strip())
+
+
+def _json_prompt(line: str, place: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{place} is not JSON: {error}") from error
+    found = [record[name] for name in COLUMNS if isinstance(record, dict) and isinstance(record.get(name), str)]
+    if not found:
+        raise ConfigError(f"{place} needs a string under {' or '.join(COLUMNS)}, got {line[:80]}")
+    return found[0].strip()

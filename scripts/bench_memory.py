@@ -1,0 +1,276 @@
+"""Measure what scripts.plan predicts: peak memory and seconds of real training iterations on random weights and made-up data.
+
+    python -m scripts.bench_memory                      # the three cases of docs/planner.md, on one CUDA card
+    python -m scripts.bench_memory --case mine experiment=causal_wan2pt1_1pt3B_res480p_t2v_tf_c1-1 model.config.net.sac_config.mode=none
+    torchrun --nproc_per_node=2 -m scripts.bench_memory --case two experiment=... model.config.fsdp_shard_size=2
+
+Networks are made on the device with RANDOM weights, no checkpoint is read, data are made up: numbers say nothing about quality. Every kind
+of iteration runs twice with its longest rollout, through the training step itself; the second is measured (by then the optimiser's states
+exist). On the CPU a counter of live tensors stands in for CUDA's, and the plain formulas are predicted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rcm.configs.build_data import build_loader, negative_condition
+from rcm.configs.build_method import build_method, step_schedule
+from rcm.configs.build_nets import NetBuilder
+from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
+from rcm.configs.compose import Run, compose_run
+from rcm.configs.network import wan_config
+from rcm.configs.plan_job import plan_job
+from rcm.configs.schema_model import CausalConfig, NetConfig
+from rcm.core.errors import ConfigError
+from rcm.core.rng import StepRng
+from rcm.data.batch import LatentBatch
+from rcm.methods.base import Method, Phase, Thunk
+from rcm.nets.attention import attention_name
+from rcm.nets.wan.model import WanDiT
+from rcm.parallel.apply import parallelize
+from rcm.parallel.init import materialise, on_meta
+from rcm.parallel.mesh import ParallelDims, process_group
+from rcm.train.describe import write_atomically
+from rcm.train.ema import EMAConfig
+from rcm.train.memory_trace import MemoryTrace
+from rcm.train.optim import AdamWConfig, LambdaLinear
+from rcm.train.planner import Prediction, predict
+from rcm.train.planner_card import GIB, H200
+from rcm.train.state import TrainState
+from rcm.train.step import StepConfig, run_step
+
+_PREFIX = "experiment=causal_wan2pt1_1pt3B_res480p_t2v_"
+CASES: dict[str, list[str]] = {
+    "teacher forcing": [_PREFIX + "tf_c3-3"],
+    "continuous consistency, 14B teacher": [_PREFIX + "tf_scm_c3-3"],
+    "self-forced DMD, 14B teacher": [_PREFIX + "sf_dmd_2step_c3-3", "net_fake_score=wan2pt1_1pt3b"],
+}
+"""On one card; the 14B fake score of the last one would need 213 GiB of states and gradients."""
+
+ONE_CARD = ["model.config.fsdp_shard_size=1", "model_parallel.context_parallel_size=1"]
+NO_FILES = [
+    "dataloader_train.kind=fake",
+    "dataloader_train.num_workers=0",
+    "dataloader_train.num_videos=2",
+    "model.config.allow_random_init=True",
+]
+_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One kind of iteration: bytes allocated before it and at its peak, and its seconds, beside the prediction's."""
+
+    case: str
+    role: str
+    before: float
+    peak: float
+    seconds: float
+    predicted_peak: float
+    predicted_seconds: float
+
+    @property
+    def memory_ratio(self) -> float:
+        """Predicted over measured peak."""
+        return self.predicted_peak / self.peak
+
+
+class RandomNets(NetBuilder):
+    """Builds networks as training does, and fills them with random numbers on the device."""
+
+    def _build(self, net_config: NetConfig, *, knob: str, checkpoint: str, frozen: bool) -> nn.Module:
+        sizes, config = wan_config(net_config, knob=f"model.config.{knob}"), self.config
+        net = on_meta(
+            lambda: WanDiT(sizes, attention=attention_name(config.attention_backend, flex_backend=config.flex_backend))
+        ).requires_grad_(not frozen)
+        parallelize(net, dims=self.dims, precision=self.precision, checkpoint=net_config.sac_config.mode, compile=config.compile)
+        net.set_jvp_implementation(config.jvp_implementation)
+        materialise(net, device=self.device)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.normal_(std=0.02)
+        return net
+
+
+class AtPhase:
+    """A method held at one phase, whatever the iteration."""
+
+    def __init__(self, method: Method, role: str, index: int) -> None:
+        self.method, self.role, self.index, self.name = method, role, index, method.name
+
+    @property
+    def trainable(self) -> Mapping[str, nn.Module]:
+        """The method's."""
+        return self.method.trainable
+
+    def phase(self, iteration: int) -> Phase:
+        """The held phase."""
+        return Phase(self.role, self.index, iteration)
+
+    def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
+        """The method's."""
+        return self.method.terms(phase, batch, rng)
+
+
+class Meter:
+    """Peak of allocated bytes: CUDA's own counter, or a trace of tensors on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.trace = None if device.type == "cuda" else MemoryTrace()
+
+    def start(self) -> float:
+        """Begin a new maximum; returns what is allocated now."""
+        if self.trace is not None:
+            self.trace.reset_peak()
+            return self.trace.current
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> float:
+        """The maximum since `start`, all work done."""
+        if self.trace is not None:
+            return self.trace.peak
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
+
+
+def measure(case: str, run: Run, *, dims: ParallelDims, device: torch.device) -> list[Measured]:
+    """Both rounds of every kind of iteration of `run`, with random weights; one row per kind. Collective."""
+    torch.backends.cuda.matmul.allow_tf32 = True  # as training does
+    meter = Meter(device)
+    if meter.trace is None:
+        return _measure(case, run, meter, dims=dims, device=device)
+    with meter.trace.watching():
+        return _measure(case, run, meter, dims=dims, device=device)
+
+
+def _measure(case: str, run: Run, meter: Meter, *, dims: ParallelDims, device: torch.device) -> list[Measured]:
+    config, model = run.config, run.config.model.config
+    nets = RandomNets(model, dims=dims, device=device, seed=config.trainer.seed)
+    method = build_method(config, nets, negative=lambda: negative_condition(config, device=device))
+    state = TrainState.create(
+        method.trainable,
+        optim={role: AdamWConfig(lr=1e-9) for role in method.trainable},
+        schedule=LambdaLinear(),
+        ema=EMAConfig() if model.ema.enabled else None,
+    )
+    batches = iter(build_loader(config, dims=dims))
+    expected = expect(run, ranks=dims.world_size, device=device)
+    found: dict[str, Measured] = {}
+    for _ in range(_ROUNDS):
+        for phase in expected.phases:
+            data = [next(batches).to(device) for _ in range(config.trainer.grad_accum_iter)]
+            rngs = [StepRng(config.trainer.seed, state.iteration, dims.data_rank, micro, device) for micro in range(len(data))]
+            before, begin = meter.start(), time.perf_counter()
+            held = AtPhase(method, phase.role, longest_rollout(run))
+            run_step(state, held, batches=data, rngs=rngs, dims=dims, config=StepConfig())
+            peak = meter.peak()
+            found[phase.role] = Measured(case, phase.role, before, peak, time.perf_counter() - begin, phase.peak, phase.seconds)
+    return list(found.values())
+
+
+def expect(run: Run, *, ranks: int, device: torch.device) -> Prediction:
+    """The planner's word on `run`, for the longest rollouts."""
+    return predict(plan_job(run, ranks=ranks, fused=device.type == "cuda", rollouts="longest"), H200)
+
+
+def longest_rollout(run: Run) -> int:
+    """Index of the update with the most rollout steps."""
+    model = run.config.model.config
+    if isinstance(model, CausalConfig):
+        return step_schedule(model).steps(0) - 1
+    return model.max_simulation_steps_fake - 1
+
+
+def table(rows: Sequence[Measured]) -> str:
+    """Predicted beside measured."""
+    head = f"{'case':<38}{'iteration':<12}{'measured GiB':>13}{'predicted':>11}{'ratio':>7}{'seconds':>9}{'predicted':>11}{'ratio':>7}"
+    lines = [
+        f"{row.case:<38}{row.role:<12}{row.peak / GIB:>13.3f}{row.predicted_peak / GIB:>11.3f}{row.memory_ratio:>7.3f}"
+        f"{row.seconds:>9.2f}{row.predicted_seconds:>11.2f}{row.predicted_seconds / row.seconds:>7.2f}"
+        for row in rows
+    ]
+    return "\n".join([head, *lines])
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="scripts.bench_memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=DEFAULT_REGISTRY, metavar="REGISTRY", help="as for scripts.train [%(default)s]")
+    parser.add_argument("--case", default="given", metavar="NAME", help="name of the case that the words describe")
+    parser.add_argument("--predict", action="store_true", help="print the predictions and stop")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there, after every case")
+    parser.add_argument(
+        "words", nargs="*", metavar="key=value", help="as for scripts.train; without them the three cases of docs/planner.md"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line on standard error."""
+    flags = arguments(argv)
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        registry = load_registry(flags.config)
+        cases = {flags.case: flags.words} if flags.words else {name: [*words, *ONE_CARD] for name, words in CASES.items()}
+        if flags.predict:
+            return _print_predictions(cases, registry)
+        if not flags.words and device_type == "cpu":
+            raise ConfigError("the three full-size cases need a CUDA card; give a small experiment, or --predict")
+        rows: list[Measured] = []
+        with process_group(device_type) as device:
+            for name, words in cases.items():
+                world = torch.distributed.get_world_size()
+                run = compose_run([*words, *NO_FILES], registry=registry, world_size=world, require_inputs=False)
+                replicate, shard, cp = run.mesh
+                dims = ParallelDims(dp_replicate=replicate, dp_shard=shard, cp=cp, device_type=device_type)
+                try:
+                    rows += measure(name, run, dims=dims, device=device)
+                except torch.OutOfMemoryError as error:
+                    print(f"{name}: out of memory ({str(error).splitlines()[0][:200]})", file=sys.stderr, flush=True)
+                if dims.rank == 0 and rows:
+                    _report(name, rows, flags.json, device)
+                _empty(device)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _report(case: str, rows: Sequence[Measured], path: Path | None, device: torch.device) -> None:
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU (counted tensors)"
+    print(f"\n{case}: done on {where}, torch {torch.__version__}, RANDOM weights, made-up data", flush=True)
+    print(table(rows), flush=True)
+    if path is not None:
+        write_atomically(path, json.dumps({"device": where, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}) + "\n")
+
+
+def _empty(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _print_predictions(cases: Mapping[str, Sequence[str]], registry: str) -> int:
+    for name, words in cases.items():
+        run = compose_run([*words, *NO_FILES], registry=registry, world_size=None, require_inputs=False)
+        found = expect(run, ranks=1, device=torch.device("cuda"))
+        for phase in found.phases:
+            print(f"{name:<38}{phase.role:<12}{phase.peak / GIB:>9.2f} GiB{phase.seconds:>9.2f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

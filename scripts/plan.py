@@ -1,0 +1,224 @@
+"""Predict the memory and time of a training job before it runs, and find a layout that fits.
+
+    python -m scripts.plan experiment=causal_wan2pt1_1pt3B_res480p_t2v_tf_scm_c3-3 gpus=32 gpu=h100
+    python -m scripts.plan experiment=toy_tf_c3-3 gpus=1 memory_gib=8 --json plan.json
+
+Words are the keys of scripts.train, and besides: gpus=N (ranks), gpu=NAME (h200, h100, ...), memory_gib=N (another memory size),
+global_batch=N (samples per update; the config's by default). The model is explained in docs/planner.md; scripts.bench_memory measures what
+is predicted here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
+from rcm.configs.compose import Run, compose_run
+from rcm.configs.plan_job import plan_job, recompute_modes
+from rcm.core.errors import ConfigError
+from rcm.train.describe import write_atomically
+from rcm.train.planner import Prediction, Proposal, enough_ranks, predict, propose
+from rcm.train.planner_card import CARDS, GIB, Card, card
+from rcm.train.planner_memory import Term
+
+OWN_KEYS = ("gpus", "gpu", "memory_gib", "global_batch")
+
+
+def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str], list[str]]:
+    """Flags, the planner's own words, and the overrides of the config."""
+    parser = argparse.ArgumentParser(prog="scripts.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=DEFAULT_REGISTRY, metavar="REGISTRY", help="as for scripts.train [%(default)s]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
+    parser.add_argument("--as-is", "--as_is", action="store_true", help="predict the configured layout only, search for no other")
+    parser.add_argument("words", nargs="+", metavar="key=value", help=f"config keys, and {', '.join(OWN_KEYS)}")
+    flags = parser.parse_args(argv)
+    own, overrides = {}, []
+    for word in flags.words:
+        key, equals, value = word.partition("=")
+        if equals and key in OWN_KEYS:
+            own[key] = value
+        else:
+            overrides.append(word)
+    return flags, own, overrides
+
+
+def whole(own: dict[str, str], key: str, default: int | None) -> int | None:
+    """The positive whole number `key`; `ConfigError` for anything else."""
+    text = own.get(key)
+    if text is None:
+        return default
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"{key}={text} must be a whole number, at least 1")
+    return int(text)
+
+
+def chosen_card(own: dict[str, str]) -> Card:
+    """The card of gpu= and memory_gib=."""
+    try:
+        size = float(own["memory_gib"]) if "memory_gib" in own else None
+    except ValueError as error:
+        raise ConfigError(f"memory_gib={own['memory_gib']} is not a number of GiB") from error
+    return card(own.get("gpu", "h200"), memory_gib=size)
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, small ones in MiB."""
+    return f"{size / GIB:8.2f} GiB" if size >= 0.01 * GIB else f"{size / (1 << 20):8.2f} MiB"
+
+
+def print_terms(terms: Sequence[Term]) -> None:
+    """One line per share of the memory."""
+    for term in terms:
+        print(f"    {gib(term.bytes)}  {term.name:<34} {term.what}")
+
+
+def print_prediction(found: Prediction) -> None:
+    """Memory and time of one layout: states, then each kind of iteration."""
+    job = found.job
+    print(
+        f"  {job.ranks} ranks, {job.data_ranks} data ranks x batch {job.batch} x accumulation {job.accumulation} = "
+        f"global batch {job.global_batch}; fsdp_shard_size {job.shard_ranks}, context_parallel_size {job.context}, "
+        f"recompute {', '.join(sorted({net.recompute for net in job.nets if net.trained}))}"
+    )
+    print(f"  always there: {gib(found.state_bytes).strip()}")
+    print_terms(found.states)
+    for phase in found.phases:
+        often = "" if len(found.phases) == 1 else f" ({phase.share:.0%} of the iterations)"
+        print(f"  {phase.role} iteration{often}: peak {gib(phase.peak).strip()} in '{phase.fullest}', {seconds(phase.seconds)}")
+        print_terms(phase.terms)
+        told: dict[str, list[float]] = {}
+        for step in phase.passes:
+            row = told.setdefault(f"{step.name} ({step.mode})", [0.0, 0.0, 0.0])
+            row[0], row[1], row[2] = max(row[0], step.bytes), row[1] + step.seconds, row[2] + step.flops
+        for name, (size, timing, flops) in told.items():
+            print(f"      pass {name:<42} {gib(size)} beside the states, {seconds(timing):>9}, {flops / 1e12:10.2f} TFLOP")
+        print(f"      update {'':<40} {'':>29} {seconds(phase.update_seconds):>9}")
+    verdict = "fits" if found.fits else "DOES NOT FIT"
+    scale = "" if found.card.measured else " (rates scaled from the H200's)"
+    print(
+        f"  => needs {gib(found.reserved).strip()} of {found.card.gib:g} GiB with the allocator's slack: {verdict}; "
+        f"{seconds(found.seconds)} per iteration on {found.card.name}{scale}, {found.seconds_per_sample:.3f} s per sample"
+    )
+
+
+def seconds(value: float) -> str:
+    """Seconds or milliseconds."""
+    return f"{value:.2f} s" if value >= 0.1 else f"{1000 * value:.1f} ms"
+
+
+def keys_of(found: Prediction) -> list[str]:
+    """The overrides that give this layout."""
+    job = found.job
+    nets = {"student": "net", "fake_score": "net_fake_score"}
+    modes = [f"model.config.{nets[net.role]}.sac_config.mode={net.recompute}" for net in job.nets if net.trained]
+    shape = [f"model.config.fsdp_shard_size={job.shard_ranks}", f"model_parallel.context_parallel_size={job.context}"]
+    return [*shape, *modes, f"trainer.grad_accum_iter={job.accumulation}"]
+
+
+def print_proposal(proposal: Proposal, wider: Prediction | None) -> None:
+    """The best layout, or what would be needed."""
+    print(f"\nproposed, out of {proposal.tried} layouts:")
+    if proposal.best is not None:
+        print("  " + " ".join(keys_of(proposal.best)))
+        print_prediction(proposal.best)
+        return
+    small = proposal.smallest
+    print(f"  nothing fits {small.card.gib:g} GiB. The layout that needs least, {gib(small.reserved).strip()}:")
+    print("  " + " ".join(keys_of(small)))
+    print_prediction(small)
+    print("  what would fit:")
+    for other in CARDS.values():
+        if small.reserved <= other.gib * GIB:
+            print(f"    this layout on cards of {other.gib:g} GiB (gpu={other.name})")
+    if wider is not None:
+        print(f"    gpus={wider.job.ranks} of these cards: {' '.join(keys_of(wider))} (global batch {wider.job.global_batch})")
+    if any("rollout's last steps" in step.name for phase in small.phases for step in phase.passes):
+        print("    back-propagating one chunk at a time: the experiment's _replayed variant")
+    print("    fewer latent frames or a smaller resolution: model.config.state_t, model.config.resolution")
+
+
+def plan(flags: argparse.Namespace, own: dict[str, str], overrides: list[str]) -> dict[str, Any]:
+    """Predict, search, print; everything as plain data."""
+    ranks = whole(own, "gpus", 1)
+    chosen, wanted = chosen_card(own), whole(own, "global_batch", None)
+    run = compose_run(overrides, registry=load_registry(flags.config), world_size=None, require_inputs=False)
+    print(f"{run.experiment or 'this run'} on {ranks} x {chosen.name} ({chosen.gib:g} GiB)")
+    as_configured = configured(run, ranks=ranks, chosen=chosen)
+    record: dict[str, Any] = {"experiment": run.experiment, "overrides": overrides, "card": asdict(chosen)}
+    if as_configured is not None:
+        print("\nas configured:")
+        print_prediction(as_configured)
+        record["configured"] = plain(as_configured)
+    if flags.as_is:
+        return record
+    job = plan_job(alone(run), ranks=ranks)
+    batch, modes = wanted or (as_configured.job.global_batch if as_configured else None), recompute_modes()
+    proposal = propose(job, chosen, global_batch=batch, modes=modes)
+    wider = None if proposal.best is not None else enough_ranks(job, chosen, modes=modes)
+    print_proposal(proposal, wider)
+    record["proposed"] = None if proposal.best is None else {"keys": keys_of(proposal.best), **plain(proposal.best)}
+    record["smallest"] = {"keys": keys_of(proposal.smallest), **plain(proposal.smallest)}
+    return record
+
+
+def configured(run: Run, *, ranks: int, chosen: Card) -> Prediction | None:
+    """The prediction for the config as it is; None, with a sentence, where its layout needs other ranks."""
+    try:
+        return predict(plan_job(run, ranks=ranks), chosen)
+    except ConfigError as error:
+        print(f"\nnot possible as configured: {error}")
+        return None
+
+
+def alone(run: Run) -> Run:
+    """The run laid out for any number of ranks: no shards, no context parallelism."""
+    model = replace(run.config.model, config=replace(run.config.model.config, fsdp_shard_size=1))
+    parallel = replace(run.config.model_parallel, context_parallel_size=1)
+    return replace(run, config=replace(run.config, model=model, model_parallel=parallel))
+
+
+def plain(found: Prediction) -> dict[str, Any]:
+    """A prediction as plain data: layout, terms and passes in bytes and seconds."""
+    job = found.job
+    return {
+        "layout": {
+            "ranks": job.ranks,
+            "fsdp_shard_size": job.shard_ranks,
+            "context_parallel_size": job.context,
+            "batch": job.batch,
+            "accumulation": job.accumulation,
+            "global_batch": job.global_batch,
+            "recompute": {net.role: net.recompute for net in job.nets if net.trained},
+        },
+        "peak_bytes": found.peak,
+        "reserved_bytes": found.reserved,
+        "fits": found.fits,
+        "seconds": found.seconds,
+        "seconds_per_sample": found.seconds_per_sample,
+        "states": [asdict(term) for term in found.states],
+        "phases": [asdict(phase) for phase in found.phases],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line on standard error."""
+    flags, own, overrides = arguments(argv)
+    try:
+        record = plan(flags, own, overrides)
+        if flags.json is not None:
+            write_atomically(flags.json, json.dumps(record, indent=1) + "\n")
+            print(f"\nwritten to {flags.json}")
+    except (ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

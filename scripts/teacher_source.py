@@ -1,0 +1,219 @@
+"""`scripts.build_dataset --source teacher`: its flags, and the way from them to shards."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from rcm.core.dtypes import Precision
+from rcm.core.errors import ConfigError
+from rcm.data.prompt_list import MAX_PROMPT_CHARS, read_prompt_list
+from rcm.encoders.codec import latent_frames, latent_grid
+from rcm.encoders.text_protocol import TextEncoder
+from rcm.encoders.umt5 import UMT5_FILE, UMT5TextEncoder
+from rcm.parallel.mesh import ParallelDims, process_group
+from rcm.pipelines.described import PieceFiles, description_at, text_of
+from rcm.pipelines.teacher_dataset import (
+    Teacher,
+    TeacherSampler,
+    build_teacher_shards,
+    described_teacher,
+    wan_teacher,
+    write_negative_embedding,
+)
+from rcm.pipelines.text_to_video import WholeVideoRecipe
+from rcm.pipelines.wan_files import load_wan, random_wan
+from rcm.pipelines.wan_sizes import SIZES, table_size, written_size
+from rcm.worlds.toy_text import ToyTextEncoder
+
+WAN_FRAMES, WAN_CHANNELS = 81, 16
+WAN_TEMPORAL_STRIDE, WAN_SPATIAL_STRIDE = 4, 8
+PROGRESS_SECONDS = 10.0
+_PRECISIONS = ("bf16", "fp32", "bf16_fp32_time", "fp64")
+
+
+def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `--source teacher`, under both spellings."""
+    group = parser.add_argument_group(
+        "teacher", "Without --teacher: Wan2.1-14B at 480p, 81 frames, as the released data were made; with it, as the checkpoint says."
+    )
+
+    def add(name: str, **options: object) -> None:
+        group.add_argument(*dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")), **options)
+
+    add("prompts", type=Path, metavar="FILE", help="a prompt per line, or .csv / .jsonl with a prompt, caption or text column")
+    add("skip_bad_prompts", action="store_true", help="warn about empty or too long prompts and leave them out")
+    add("max_prompt_chars", type=int, default=MAX_PROMPT_CHARS, help="longer prompts are refused [%(default)s]")
+    add("teacher", metavar="PATH", help="job folder, iter_* folder or exported file of this package, which describes itself")
+    add("weights", choices=("ema", "reg"), default="ema", help="averaged or last weights, where a file has both [%(default)s]")
+    add("dit_path", type=Path, metavar="FILE", help="original or converted Wan weights [assets/checkpoints/Wan2.1-T2V-<model_size>.pth]")
+    add("model_size", choices=("1.3B", "14B", "auto"), default="14B", help="network of --dit_path; auto: what the file holds [%(default)s]")
+    add("text_encoder_path", type=Path, metavar="FILE", help="umT5 weights [assets/checkpoints/models_t5_umt5-xxl-enc-bf16.pth]")
+    add("tokenizer_path", dest="tokenizer", type=Path, metavar="FOLDER", help="umT5's tokenizer [beside its weights]")
+    add("text_cache", type=Path, metavar="FOLDER", help="keep and reuse text embeddings there")
+    add(
+        "random_weights", action="store_true", help="RANDOM network and text encoder of the full size, to measure speed: no data come of it"
+    )
+    add("resolution", choices=tuple(SIZES), default="480p", help="with --aspect_ratio: pixels [%(default)s]")
+    add("aspect_ratio", choices=tuple(SIZES["480p"]), default="16:9", help="width to height [%(default)s]")
+    add("num_steps", type=int, help="Euler steps [100; the checkpoint's]")
+    add("timestep_shift", type=float, help="shift of the time grid [3; the checkpoint's]")
+    add("guidance_scale", type=float, help="above 1 with the negative prompt [5; the checkpoint's]")
+    add("sigma_max", type=float, help="first noise level [5000; the checkpoint's]")
+    add("batch", type=int, default=1, help="samples computed together [%(default)s]")
+    add("precision", choices=_PRECISIONS, help="of the network [bf16; the checkpoint's]")
+    add("attention", default="auto", help="attention back end [%(default)s]")
+    add("context_parallel_size", type=int, default=1, help="ranks that share each sample [%(default)s]")
+    add("device", help="[cuda where there is one]")
+    add("write_negative_embedding", type=Path, metavar="FILE", help="store the negative prompt's embedding [L, E]; alone without --out")
+
+
+def build_from_teacher(options: argparse.Namespace, *, dtype: torch.dtype) -> list[Path]:
+    """Shards of the teacher's samples; returns those of this rank (none where only the negative embedding was asked for)."""
+    if options.out is not None and options.prompts is None:
+        raise ConfigError("--source teacher needs --prompts FILE")
+    prompts = []
+    if options.out is not None:
+        prompts = read_prompt_list(options.prompts, skip_bad=options.skip_bad_prompts, max_chars=options.max_prompt_chars)
+    with ExitStack() as stack:
+        dims, device = _ranks(options, stack)
+        if options.write_negative_embedding and dims.rank == 0:
+            print(write_negative_embedding(options.write_negative_embedding, _text_alone(options, device)), flush=True)
+        if options.out is None:
+            return []
+        teacher = _teacher(options, device)
+        _refuse_unencodable(teacher.text, prompts)
+        sampler = TeacherSampler(teacher.over(dims), _recipe(options, teacher), prompts=prompts, seed=options.seed, dtype=dtype)
+        return build_teacher_shards(
+            options.out,
+            sampler,
+            num=len(prompts) if options.num is None else options.num,
+            shard_size=options.shard_size,
+            batch=options.batch,
+            part=(dims.data_rank, dims.num_data_ranks),
+            told=Progress(label=f"rank {dims.rank}: " if dims.world_size > 1 else "") if dims.cp_rank == 0 else lambda done, total: None,
+        )
+
+
+class Progress:
+    """A line of progress with the time left, at most every `every` seconds and at the end."""
+
+    def __init__(self, *, label: str = "", every: float = PROGRESS_SECONDS) -> None:
+        self.label, self.every = label, every
+        self._begin = self._told = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """`done` of `total` samples are made."""
+        now = time.monotonic()
+        if done < total and now - self._told < self.every:
+            return
+        self._told, each = now, (now - self._begin) / done
+        left = each * (total - done)
+        words = f"{left / 3600:.1f} h" if left > 5400 else f"{left / 60:.1f} min" if left > 90 else f"{left:.0f} s"
+        print(f"{self.label}{done} of {total} samples, {each:.2f} s each, {words} left", flush=True)
+
+
+def _ranks(options: argparse.Namespace, stack: ExitStack) -> tuple[_Ranks, torch.device]:
+    """The launch's ranks and this rank's device. Without context parallelism ranks work alone, in no process group."""
+    world, cp = int(os.environ.get("WORLD_SIZE", "1")), options.context_parallel_size
+    kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if cp < 1 or world % cp:
+        raise ConfigError(f"--context_parallel_size={cp} must divide the {world} ranks of this launch")
+    if cp == 1:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device(kind, local) if kind == "cuda" and "RANK" in os.environ else torch.device(kind)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return _Ranks(dp_replicate=world, device_type=device.type), device
+    device = stack.enter_context(process_group(kind))
+    return _Ranks(dp_replicate=world // cp, cp=cp, device_type=kind), device
+
+
+class _Ranks(ParallelDims):
+    """Dims that know their rank from the launcher, also where no process group exists."""
+
+    @property
+    def rank(self) -> int:
+        """RANK of the environment; 0 without a launcher."""
+        return int(os.environ.get("RANK", "0"))
+
+
+def _recipe(options: argparse.Namespace, teacher: Teacher) -> WholeVideoRecipe:
+    given = {
+        "steps": options.num_steps,
+        "shift": options.timestep_shift,
+        "guidance": options.guidance_scale,
+        "sigma_max": options.sigma_max,
+    }
+    return replace(teacher.recipe, **{name: value for name, value in given.items() if value is not None})
+
+
+def _teacher(options: argparse.Namespace, device: torch.device) -> Teacher:
+    if options.teacher is not None:
+        for flag in ("dit_path", "random_weights", "size", "frames"):
+            if getattr(options, flag):
+                raise ConfigError(f"--teacher describes its network and the shape of its samples; leave out --{flag}")
+        return described_teacher(
+            options.teacher,
+            weights=options.weights,
+            device=device,
+            precision=options.precision,
+            attention=options.attention,
+            files=_files(options),
+        )
+    asked = options.size or table_size(options.resolution, options.aspect_ratio)
+    height, width = written_size(f"{asked[0]}x{asked[1]}")
+    frames = latent_frames(WAN_FRAMES if options.frames is None else options.frames, stride=WAN_TEMPORAL_STRIDE)
+    shape = (WAN_CHANNELS, frames, *latent_grid(height, width, stride=WAN_SPATIAL_STRIDE))
+    precision = Precision.preset(options.precision or "bf16")
+    if options.model_size == "auto" and (options.dit_path is None or options.random_weights):
+        raise ConfigError("--model_size auto reads the size off a file; give --dit_path FILE")
+    if options.random_weights:
+        print("RANDOM WEIGHTS: these samples are noise, good for measuring speed only", file=sys.stderr, flush=True)
+        net = random_wan(options.model_size, device=device, precision=precision, attention=options.attention)
+        return wan_teacher(
+            net, umt5_of(options, device), latent_shape=shape, identity={"random_weights": options.model_size}, device=device
+        )
+    path = options.dit_path or Path(f"assets/checkpoints/Wan2.1-T2V-{options.model_size}.pth")
+    expect = None if options.model_size == "auto" else options.model_size
+    net = load_wan(path, expect=expect, weights=options.weights, device=device, precision=precision, attention=options.attention)
+    identity = {"path": str(path.resolve()), "weights": options.weights, "model_size": options.model_size}
+    return wan_teacher(net, umt5_of(options, device), latent_shape=shape, identity=identity, device=device)
+
+
+def umt5_of(options: argparse.Namespace, device: torch.device) -> TextEncoder:
+    """umT5 of the options, or rows of noise with --random_weights."""
+    if options.random_weights:
+        return UMT5TextEncoder.random(device=device)
+    path = options.text_encoder_path or Path(UMT5_FILE)
+    return UMT5TextEncoder.from_files(path, tokenizer=options.tokenizer, device=device, cache=options.text_cache)
+
+
+def _text_alone(options: argparse.Namespace, device: torch.device) -> TextEncoder:
+    """The text encoder without its network: of the described checkpoint, or umT5."""
+    if options.teacher is None:
+        return umt5_of(options, device)
+    path = Path(options.teacher)
+    return text_of(description_at(path).extra.get("text"), path, files=_files(options), device=device)
+
+
+def _files(options: argparse.Namespace) -> PieceFiles:
+    """Where the pieces of a described checkpoint of Wan latents are."""
+    return PieceFiles(options.vae_path, options.text_encoder_path, options.tokenizer, options.text_cache)
+
+
+def _refuse_unencodable(text: TextEncoder, prompts: list[str]) -> None:
+    """Ask an encoder that refuses prompts (the toy world's) about all of them now, not in the middle of the work; umT5 cuts and warns."""
+    if isinstance(text, ToyTextEncoder):
+        for number, prompt in enumerate(prompts):
+            try:
+                text.encode([prompt])
+            except ConfigError as error:
+                raise ConfigError(f"prompt {number}: {error}") from error

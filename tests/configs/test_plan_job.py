@@ -1,0 +1,87 @@
+"""Runs as the planner sees them: forwards of a rollout, guidance, caches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from rcm.configs import registry_distill
+from rcm.configs.compose import Run, compose_run
+from rcm.configs.plan_job import Rollouts, plan_job, recompute_modes
+from rcm.train.planner_job import Job, Pass
+from rcm.train.planner_memory import PassMemory
+
+SMALL = "causal_wan2pt1_1pt3B_res480p_t2v_"
+ONE = ["model.config.fsdp_shard_size=1", "model_parallel.context_parallel_size=1"]
+
+
+@cache
+def job(experiment: str, *overrides: str, rollouts: Rollouts = "longest") -> Job:
+    registry_distill.register()
+    run: Run = compose_run([f"experiment={experiment}", *ONE, *overrides], world_size=None, require_inputs=False)
+    return plan_job(run, ranks=1, rollouts=rollouts)
+
+
+def passes(planned: Job, role: str) -> dict[str, Pass]:
+    return {step.name: step for phase in planned.phases if phase.role == role for step in phase.passes}
+
+
+def test_forwards_of_a_rollout_over_seven_chunks():
+    """Four steps in the first chunk, two in later ones, a context pass after all but the last (spec/algorithms 6.10)."""
+    longest, mean = job(SMALL + "sf_dmd_2step_c3-3"), job(SMALL + "sf_dmd_2step_c3-3", rollouts="mean")
+    assert passes(longest, "fake_score")["rollout"].repeats == (5, 3, 3, 3, 3, 3, 2)
+    assert passes(longest, "student")["rollout"].repeats == (4, 2, 2, 2, 2, 2, 1)  # the last step of each has the gradient
+    assert passes(mean, "fake_score")["rollout"].repeats == (3.5, *(2.75,) * 5, 1.75)  # 1 to 4 steps, at most 2 in later chunks
+    assert [phase.share for phase in mean.phases] == pytest.approx([1 / 6, 5 / 6])
+
+
+def test_noisy_context_saves_the_context_pass_where_no_gradient_is_kept():
+    noisy = job(SMALL + "sf_dmd_2step_noisy_ctx_c3-3", "model.config.context_from_last_step_start_chunk=0")
+    clean = job(SMALL + "sf_dmd_2step_c3-3")
+    critic, student = (
+        (sum(passes(noisy, role)["rollout"].repeats), sum(passes(clean, role)["rollout"].repeats)) for role in ("fake_score", "student")
+    )
+    assert critic[0] == critic[1] - 6 and student[0] == student[1]
+
+
+def test_replayed_rollouts_back_propagate_chunk_by_chunk():
+    plain, replayed = job(SMALL + "sf_dmd_c3-3"), job(SMALL + "sf_dmd_c3-3_replayed")
+    trained = [[step for step in planned.phases[0].passes if step.mode == "train"] for planned in (plain, replayed)]
+    assert [len(steps) for steps in trained] == [1, 7] and trained[0][0].layouts == tuple(step.layouts[0] for step in trained[1])
+    assert (plain.phases[0].terms, replayed.phases[0].terms) == (1, 7)
+    assert job(SMALL + "tf_scm_sf_dmd_c3-3_replayed").phases[0].terms == 8
+
+
+def test_guidance_doubles_the_teachers_passes():
+    for scale, count in ((3.0, 2.0), (1.0, 1.0)):
+        teacher = passes(job(SMALL + "tf_scm_c3-3", f"model.config.causal_guidance={scale}"), "student")["causal teacher"]
+        assert teacher.repeats == (count,)
+    dcm = job(SMALL + "tf_dcm_c3-3", "model.config.dcm_skipping_interval_steps=3")
+    assert passes(dcm, "student")["causal teacher"].repeats == (6.0,)
+
+
+@pytest.mark.parametrize(("net", "bytes_per_frame"), [("wan2pt1_1pt3b", 287_539_200), ("wan2pt1_14b", 1_277_952_000)])
+def test_cache_bytes_are_the_published_ones(net, bytes_per_frame):
+    """spec/wan 9: keys and values of a latent frame in all layers, bfloat16, 480p."""
+    planned = job(SMALL + "sf_dmd_c3-3", f"net={net}")
+    (cache,) = PassMemory(planned, passes(planned, "fake_score")["rollout"]).held()
+    assert cache.bytes == 21 * bytes_per_frame
+    shared = replace(planned, ranks=4, context=4, shard=4)
+    (cache,) = PassMemory(shared, passes(shared, "fake_score")["rollout"]).held()
+    assert cache.bytes == 21 * bytes_per_frame / 4
+
+
+@pytest.mark.parametrize(
+    ("fd_type", "modes"), [(0, ["tangent"]), (1, ["tangent", "infer"]), (2, ["infer"])], ids=["exact", "semi-continuous", "discrete"]
+)
+def test_finite_differences_of_the_bidirectional_tangent(fd_type, modes):
+    planned = job("wan2pt1_1pt3B_res480p_t2v_rCM", f"model.config.fd_type={fd_type}", "model.config.time_precision=float32")
+    found = [step for step in planned.phases[0].passes if step.name.startswith("student's")]
+    assert [step.mode for step in found] == modes
+    assert sum(sum(step.repeats or (1,)) for step in found) == (1 if fd_type == 0 else 2)
+
+
+def test_modes_are_those_that_a_config_may_name():
+    assert {"none", "mm_only", "block_wise"} <= set(recompute_modes())

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+
+from rcm.core.errors import ConfigError
+from rcm.data.prompt_list import read_prompt_list
+
+
+def written(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "one, two\n three \n\n\n"),
+        ("a.csv", 'id,caption\n1,"one, two"\n2, three \n'),
+        ("a.jsonl", '{"prompt": "one, two"}\n{"caption": " three"}\n'),
+        ("b.csv", '\ufeffprompt,text\n"one, two",no\nthree,no\n'),
+    ],
+)
+def test_formats(tmp_path, name, text):
+    assert read_prompt_list(written(tmp_path, name, text)) == ["one, two", "three"]
+
+
+def test_bad_prompts_are_named_or_left_out(tmp_path):
+    path = written(tmp_path, "a.txt", "first\n\n" + "x" * 50 + "\nlast\n")
+    with pytest.raises(
+        ConfigError, match=r"2 of 4 prompts.*a\.txt:2 is empty; .*a\.txt:3 has 50 characters, at most 40.*--skip_bad_prompts"
+    ):
+        read_prompt_list(path, max_chars=40)
+    assert read_prompt_list(path, max_chars=40, skip_bad=True) == ["first", "last"]
+    assert read_prompt_list(path, max_chars=50, skip_bad=True)[1] == "x" * 50
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.txt", b"\n \n", "holds no prompt"),
+        ("a.txt", b"\xff\xfe", "not UTF-8"),
+        ("a.csv", b"id,words\n1,x\n", "header with a column prompt or caption or text, got id, words"),
+        ("a.jsonl", b'{"prompt": 3}', "a.jsonl:1 needs a string under prompt"),
+        ("a.jsonl", b"{", "a.jsonl:1 is not JSON"),
+        ("a.jsonl", b'{"prompt": ""}', "is empty"),
+    ],
+)
+def test_unusable_files(tmp_path, name, content, told):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=told):
+        read_prompt_list(tmp_path / name)
+    with pytest.raises(ConfigError, match="no prompt file at"):
+        read_prompt_list(tmp_path / "none.txt")

@@ -1,0 +1,149 @@
+"""FLOPs against the published table, times, and the search for a layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from rcm.configs import registry_distill
+from rcm.configs.compose import compose_run
+from rcm.configs.plan_job import plan_job
+from rcm.core.errors import ConfigError
+from rcm.diffusion.blocks import BlockPattern
+from rcm.kernels.masks import TeacherForcing
+from rcm.nets.layout import TokenLayout
+from rcm.nets.wan.config import PRESETS
+from rcm.train.planner import enough_ranks, layouts, predict, propose
+from rcm.train.planner_card import CARDS, GIB, H200, card
+from rcm.train.planner_job import Job, NetPlan, Pass, PhasePlan, visible_pairs
+from rcm.train.planner_time import forward_work, pass_flops, pass_seconds, phase_seconds, update_seconds
+
+GRID = (30, 52)
+C33 = BlockPattern(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("preset", "layout", "total", "linear", "attention", "cross"),
+    [
+        ("1.3B", TokenLayout.bidirectional(21, grid=GRID), 283.0, 82.1, 197.8, 3.1),
+        ("1.3B", TokenLayout.bidirectional(21, grid=(45, 80)), 1249.8, 189.2, 1053.5, 7.1),
+        ("14B", TokenLayout.bidirectional(21, grid=GRID), 1678.4, 785.4, 879.2, 13.7),
+        ("1.3B", TokenLayout.cached_chunk(0, grid=GRID, pattern=C33, num_frames=21), 16.2, None, None, None),
+        ("1.3B", TokenLayout.cached_chunk(6, grid=GRID, pattern=C33, num_frames=21), 40.4, None, None, None),
+        ("14B", TokenLayout.cached_chunk(3, grid=GRID, pattern=C33, num_frames=21), 185.6, None, None, None),
+        ("1.3B", TokenLayout.block_causal(21, grid=GRID, pattern=C33), 198, None, None, None),
+        ("14B", TokenLayout.block_causal(21, grid=GRID, pattern=C33), 1299, None, None, None),
+    ],
+)
+def test_forward_flops_are_the_published_ones(preset, layout, total, linear, attention, cross):
+    """spec/wan 9, in TFLOP; chunks there without the text's keys, at most 2.2 TFLOP."""
+    work = forward_work(PRESETS[preset], layout)
+    assert work.total / 1e12 == pytest.approx(total, rel=4e-3, abs=0.3 if linear else 2.2)
+    if linear is not None:
+        found = (work.linear, work.attention, work.cross)
+        assert [round(value / 1e12, 1) for value in found] == pytest.approx([linear, attention, cross], abs=0.31)
+
+
+def test_pairs_are_the_masks_own():
+    layout = TokenLayout.teacher_forcing(6, grid=(2, 3), pattern=C33)
+    assert visible_pairs(layout) == int(layout.mask.dense().sum())
+    over = TokenLayout.noisy_over_context(6, grid=(2, 3), pattern=C33)
+    dense = TeacherForcing(C33, 6, 6, queries="noisy").dense()
+    assert visible_pairs(over, first_key=36) == int(dense[:, 36:].sum())
+
+
+def one_pass(mode, layout, *, recompute="none", **changes) -> tuple[Job, Pass]:
+    net = NetPlan("student", PRESETS["1.3B"], trained=True, recompute=recompute)
+    step = Pass("student", "student", mode, (layout,))
+    return Job("job", (net,), (PhasePlan("student", (step,)),), 1, **changes), step
+
+
+def test_backward_recompute_and_tangent_multiply_the_forward():
+    whole = TokenLayout.bidirectional(21, grid=GRID)
+    work = forward_work(PRESETS["1.3B"], whole)
+    dense, attention = work.linear + work.cross, work.attention
+    for mode, recompute, expected in (
+        ("infer", "none", dense + attention),
+        ("tangent", "none", 2 * dense + 3 * attention),
+        ("train", "none", 3 * dense + 3.5 * attention),
+        ("train", "mm_only", 3 * dense + 3.5 * attention),
+        ("train", "block_wise_keep_attention", 4 * dense + 3.5 * attention),
+        ("train", "block_wise", 4 * dense + 4.5 * attention),
+    ):
+        assert pass_flops(*one_pass(mode, whole, recompute=recompute)) == pytest.approx(expected)
+    noisy = TokenLayout.noisy_over_context(21, grid=GRID, pattern=C33)
+    work = forward_work(PRESETS["1.3B"], noisy)
+    own = visible_pairs(noisy, first_key=21 * 1560)
+    constant = 1 - own / visible_pairs(noisy)
+    expected = 2 * (work.linear + work.cross) + (3 - constant) * work.attention
+    assert pass_flops(*one_pass("tangent", noisy)) == pytest.approx(expected)
+
+
+def test_times_of_the_published_shapes():
+    """One H200, plain eager mode, first version of the kernels: 0.56 s for the clean half, 1.62 s for the noisy half with tangents. The
+    model has fused elementwise work: faster than those, slower than the arithmetic alone.
+    """
+    clean = TokenLayout.context(21, grid=GRID, pattern=C33)
+    noisy = TokenLayout.noisy_over_context(21, grid=GRID, pattern=C33)
+    assert 0.33 < pass_seconds(*with_card(one_pass("infer", clean))) < 0.56
+    assert 0.8 < pass_seconds(*with_card(one_pass("tangent", noisy))) < 1.62
+
+
+def with_card(case: tuple[Job, Pass]):
+    return case[0], H200, case[1]
+
+
+def test_seconds_add_up_and_communication_costs():
+    job, step = one_pass("train", TokenLayout.bidirectional(21, grid=GRID), recompute="block_wise", accumulation=3)
+    phase = job.phases[0]
+    assert phase_seconds(job, H200, phase) == pytest.approx(3 * pass_seconds(job, H200, step) + update_seconds(job, H200, phase))
+    lone = pass_seconds(job, H200, step)
+    shared = pass_seconds(replace(job, ranks=4, context=4, shard=4), H200, step)
+    assert lone / 4 < shared < lone  # exchanges are not free
+    slow = replace(H200, network=1e8, link=1e8)
+    assert pass_seconds(replace(job, ranks=16, shard=16), slow, step) > 2 * lone  # gathering no longer hides
+
+
+def composed(*overrides: str, ranks: int) -> Job:
+    registry_distill.register()
+    words = [f"experiment={overrides[0]}", *overrides[1:], "model.config.fsdp_shard_size=1", "model_parallel.context_parallel_size=1"]
+    return plan_job(compose_run(words, world_size=None, require_inputs=False), ranks=ranks)
+
+
+def test_the_proposal_fits_and_is_the_fastest_that_does():
+    job = composed("causal_wan2pt1_1pt3B_res480p_t2v_tf_scm_c3-3", ranks=8)
+    found = propose(job, CARDS["h100"], global_batch=16)
+    assert found.best is not None and found.best.fits and found.best.job.global_batch == 16
+    for candidate in layouts(job, global_batch=16):
+        other = predict(candidate, CARDS["h100"])
+        assert candidate.global_batch == 16 and 12 % candidate.context == 0 and candidate.shard_ranks % candidate.context == 0
+        assert other.reserved >= found.smallest.reserved
+        assert not other.fits or other.seconds_per_sample >= found.best.seconds_per_sample - 1e-6
+    assert propose(job, H200, global_batch=16).best.seconds_per_sample <= found.best.seconds_per_sample  # more memory, less recomputation
+
+
+def test_nothing_fits_and_what_would():
+    job = composed("causal_wan2pt1_14B_res480p_t2v_tf_c3-3", ranks=2)
+    small = card("a100-80")
+    found = propose(job, small)
+    assert found.best is None and not found.smallest.fits and found.smallest.reserved > small.gib * GIB
+    wider = enough_ranks(job, small)
+    assert wider is not None and wider.fits and wider.job.ranks > 2
+    half = replace(job, ranks=wider.job.ranks // 2)
+    assert half.ranks == 2 or not any(predict(c, small).fits for c in layouts(half, global_batch=half.ranks))
+    assert enough_ranks(job, card("h200", memory_gib=2), limit=64) is None
+
+
+def test_impossible_requests():
+    job = composed("toy_tf_c3-3", ranks=4)
+    with pytest.raises(ConfigError, match="no layout of 4 ranks"):
+        propose(replace(job, batch=3), H200, global_batch=7)
+    with pytest.raises(ConfigError, match="global_batch=0"):
+        list(layouts(job, global_batch=0))
+    with pytest.raises(ConfigError, match="6 ranks do not divide"):
+        replace(job, ranks=6, shard=4)
+    with pytest.raises(ConfigError, match="choose from h200"):
+        card("v100")
+    with pytest.raises(ConfigError, match="memory_gib=-1"):
+        card("h100", memory_gib=-1)
