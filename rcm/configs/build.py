@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from loguru import logger
 
-from rcm.configs.build_data import build_loader, latent_shape, negative_condition, toy_pieces
+from rcm.configs.build_data import build_loader, latent_shape, negative_condition
 from rcm.configs.build_method import build_method, sampling_recipe
 from rcm.configs.build_nets import NetBuilder
 from rcm.configs.build_samples import sample_observers
 from rcm.configs.compose import Run
 from rcm.configs.network import wan_config
+from rcm.configs.pieces import described_pieces
 from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_model import CausalConfig, OptimizerConfig, SchedulerConfig
 from rcm.diffusion.blocks import BlockPattern
@@ -23,7 +24,7 @@ from rcm.train.checkpoint import Checkpointer
 from rcm.train.describe import Description, write_atomically
 from rcm.train.ema import EMAConfig
 from rcm.train.metrics import JsonLines, Sink, Wandb
-from rcm.train.observers import LogLines, Memory, Observer, Profiler, Progress
+from rcm.train.observers import KernelRecord, LogLines, Memory, Observer, Profiler, Progress
 from rcm.train.optim import AdamWConfig, LambdaLinear
 from rcm.train.state import TrainState
 from rcm.train.step import StepConfig
@@ -61,7 +62,7 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
     _allow_tf32()
     nets = NetBuilder(config.model.config, dims=dims, device=device, seed=config.trainer.seed)
     method = build_method(config, nets, negative=lambda: negative_condition(config, device=device))
-    loader = build_loader(config, dims=dims)
+    loader = build_loader(config, dims=dims, device=device)
     state = _state(config, method)
     checkpointer = Checkpointer(
         folder,
@@ -91,7 +92,7 @@ def description(run: Run, *, data_hash: str | None = None) -> Description:
     config, model = run.config, run.config.model.config
     causal = isinstance(model, CausalConfig) and model.training_type != "bidirectional"
     recipe = sampling_recipe(model)
-    codec, text = toy_pieces(config)
+    codec, text = described_pieces(model)
     return Description(
         stage=model.training_type if isinstance(model, CausalConfig) else "rcm",
         network=asdict(wan_config(model.net)),
@@ -204,7 +205,9 @@ def _sinks(run: Run, folder: Path, *, resumed_at: int) -> list[Sink]:
 
 def _observers(run: Run, folder: Path, student, *, device: torch.device) -> list[Observer]:
     trainer = run.config.trainer
-    observers: list[Observer] = [Memory()] if device.type == "cuda" else []
+    observers: list[Observer] = [KernelRecord(folder / "kernels.json")]
+    if device.type == "cuda":
+        observers.append(Memory())
     if trainer.progress_bar:
         observers.append(Progress(max_iter=trainer.max_iter))
     if trainer.profile_iter:

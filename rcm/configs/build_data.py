@@ -1,14 +1,14 @@
-"""Data of a run: the loader of this data rank, the negative embedding, and the toy world's codec and text encoder."""
+"""Data of a run: the loader of this data rank, and the negative embedding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from rcm.configs.network import wan_config
+from rcm.configs.pieces import encode_once, text_encoder, toy_codec, toy_text, toy_world
 from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_model import CausalConfig, CommonModelConfig
 from rcm.core.errors import ConfigError
@@ -21,10 +21,7 @@ from rcm.data.shard_writer import MANIFEST, read_manifest
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.condition import Condition
 from rcm.parallel.mesh import ParallelDims
-from rcm.worlds.toy_codec import ToyCodec
 from rcm.worlds.toy_latents import ToyLatents
-from rcm.worlds.toy_text import ToyTextEncoder
-from rcm.worlds.toy_world import ToyWorld, ToyWorldConfig
 
 LATENT_CACHE_BYTES = 1 << 30
 """Decoded samples kept in memory: all of a toy data set, none that matters of a real one (a 480p sample takes 12 MB)."""
@@ -35,11 +32,11 @@ def latent_shape(model: CommonModelConfig) -> tuple[int, int, int, int]:
     return (model.state_ch, model.state_t, *model.latent_size())
 
 
-def build_loader(run: TrainConfig, *, dims: ParallelDims) -> Loader:
-    """The endless loader of this data rank; ranks of one context-parallel group read the same samples."""
+def build_loader(run: TrainConfig, *, dims: ParallelDims, device: torch.device | str = "cpu") -> Loader:
+    """The endless loader of this data rank; ranks of one context-parallel group read the same samples. Prompts are encoded on `device`."""
     data = run.dataloader_train
     return Loader(
-        _source(run),
+        _source(run, device=device),
         batch_size=data.batch_size,
         seed=data.shuffle_seed,
         data_rank=dims.data_rank,
@@ -48,7 +45,7 @@ def build_loader(run: TrainConfig, *, dims: ParallelDims) -> Loader:
     )
 
 
-def _source(run: TrainConfig) -> Source:
+def _source(run: TrainConfig, *, device: torch.device | str) -> Source:
     data, model = run.dataloader_train, run.model.config
     net = wan_config(model.net)
     text_shape = (net.text_len, net.text_dim)
@@ -75,7 +72,9 @@ def _source(run: TrainConfig) -> Source:
                 _check_trajectories(model, {shard.path.parent for shard in shards.shards})
             return shards
         case "prompts":
-            return _PromptedShapes(Prompts(read_prompts(data.tar_path_pattern), encode=_encoder(model)), latent_shape(model))
+            encoder = text_encoder(model, device=device)
+            prompts = Prompts(read_prompts(data.tar_path_pattern), encode=lambda words: encoder.encode(words).cpu())
+            return _PromptedShapes(prompts, latent_shape(model))
     raise ConfigError(f"dataloader_train.kind={data.kind!r} has no source")
 
 
@@ -118,17 +117,10 @@ class _PromptedShapes:
         return LatentBatch(torch.zeros(len(indices), *self._shape), batch.text, batch.prompts, [str(i) for i in indices])
 
 
-def _encoder(model: CommonModelConfig):
-    if model.text_encoder_class != "toy":
-        raise ConfigError(
-            f"model.config.text_encoder_class={model.text_encoder_class} cannot encode prompts in this version; "
-            "use data=latents, whose shards carry embeddings, or text_encoder_class=toy"
-        )
-    return toy_text(model).encode
-
-
 def negative_condition(run: TrainConfig, *, device: torch.device) -> Condition:
-    """The unconditional branch of a guided teacher, batch 1: `neg_embed_path` ([L, E] or [1, L, E]), or the encoder's negative prompt."""
+    """The unconditional branch of a guided teacher, batch 1: `neg_embed_path` ([L, E] or [1, L, E]), or the encoder's negative prompt.
+    Collective.
+    """
     model = run.model.config
     if model.neg_embed_path:
         text = _stored_embedding(model.neg_embed_path)
@@ -136,8 +128,7 @@ def negative_condition(run: TrainConfig, *, device: torch.device) -> Condition:
         net = wan_config(model.net)
         text = torch.zeros(1, net.text_len, net.text_dim)
     else:
-        encode = _encoder(model)
-        text = encode([toy_text(model).negative_prompt])
+        text = encode_once(model, lambda encoder: [encoder.negative_prompt], device=device)
     return Condition(text.to(device))
 
 
@@ -146,38 +137,3 @@ def _stored_embedding(path: str) -> torch.Tensor:
     if not isinstance(stored, torch.Tensor) or stored.ndim not in (2, 3):
         raise ConfigError(f"model.config.neg_embed_path={path} must hold a tensor [L, E] or [1, L, E], got {type(stored).__name__}")
     return stored.float() if stored.ndim == 3 else stored.float()[None]
-
-
-def toy_codec(model: CommonModelConfig) -> ToyCodec:
-    """The toy codec that `model.config.tokenizer` names; `ConfigError` unless its channels are `state_ch`."""
-    t = model.tokenizer
-    codec = ToyCodec(t.temporal_stride, t.spatial_stride, t.gain, t.boost, t.centre)
-    if codec.latent_channels != model.state_ch:
-        raise ConfigError(
-            f"the toy codec with strides {t.temporal_stride} x {t.spatial_stride} has {codec.latent_channels} channels, "
-            f"model.config.state_ch={model.state_ch}; change model.config.tokenizer or state_ch"
-        )
-    return codec
-
-
-def toy_text(model: CommonModelConfig) -> ToyTextEncoder:
-    """The toy text encoder of the student's text size."""
-    net = wan_config(model.net)
-    return ToyTextEncoder(text_len=net.text_len, text_dim=net.text_dim)
-
-
-def toy_world(model: CommonModelConfig) -> ToyWorld:
-    """The embedded world at the pixel size that the latents decode to."""
-    codec = toy_codec(model)
-    height, width = (size * codec.spatial_stride for size in model.latent_size())
-    return ToyWorld(ToyWorldConfig.at_size(height, width, num_frames=codec.frames_for(model.state_t)))
-
-
-def toy_pieces(run: TrainConfig) -> tuple[dict, dict]:
-    """How a checkpoint describes the codec and the text encoder it needs."""
-    model = run.model.config
-    codec = {"name": "wan"}
-    if model.tokenizer.name == "toy":
-        codec = {"name": "toy", **asdict(toy_codec(model))}
-    text = {"name": "toy", **asdict(toy_text(model))} if model.text_encoder_class == "toy" else {"name": "umT5"}
-    return codec, text

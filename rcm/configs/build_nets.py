@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from zipfile import is_zipfile
 
 import torch
 from loguru import logger
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from rcm.configs.network import wan_config
-from rcm.configs.schema_model import CommonModelConfig, NetConfig
+from rcm.configs.schema_model import CausalConfig, CommonModelConfig, NetConfig
 from rcm.core.dtypes import Precision
 from rcm.core.errors import CheckpointError
+from rcm.diffusion.blocks import BlockPattern
+from rcm.nets.attention import configured
 from rcm.nets.denoiser import Denoiser
-from rcm.nets.wan.convert import to_wan
 from rcm.nets.wan.model import WanDiT
 from rcm.parallel.apply import parallelize
-from rcm.parallel.init import check_equal, initialise, load_full, materialise, on_meta
+from rcm.parallel.init import check_equal, initialise, load_full, materialise, on_first, on_meta
 from rcm.parallel.mesh import ParallelDims
-from rcm.train.export import describe, read_weights
+from rcm.pipelines.wan_files import NetworkWeights, description_of, network_weights
+from rcm.pipelines.weight_files import open_weights
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -34,34 +34,15 @@ def precision_of(config: CommonModelConfig) -> Precision:
     return Precision(params=wide, compute=compute, reduce=wide, time=_DTYPES[config.time_precision])
 
 
-def read_checkpoint(path: str | Path, *, knob: str) -> dict[str, Tensor]:
-    """Full weights under Wan's original names from a file (.pt, .pth, .safetensors) or a checkpoint folder of this package (EMA preferred).
+def open_network(path: str | Path, *, knob: str) -> NetworkWeights:
+    """The network of any file or folder that `open_weights` takes, averaged weights preferred; nothing is read yet.
 
     Raises `CheckpointError` naming the path and the config key for a missing, truncated or foreign file.
     """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{knob}={path} does not exist")
-    if path.is_dir():
-        try:
-            return read_weights(path, weights="ema")
-        except CheckpointError as error:
-            if "net_ema" not in str(error):
-                raise
-            return read_weights(path, weights="reg")
     try:
-        if path.suffix == ".safetensors":
-            state: object = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))  # files of old torch are no zip
-        if not isinstance(state, Mapping):
-            raise CheckpointError(f"it holds a {type(state).__name__}, not a state dict")
-        return to_wan(state)
-    except Exception as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise CheckpointError(
-            f"{knob}={path} cannot be read ({type(error).__name__}: {reason}); it is damaged or not a checkpoint"
-        ) from error
+        return network_weights(open_weights(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{knob}: {error}") from error
 
 
 class NetBuilder:
@@ -83,17 +64,20 @@ class NetBuilder:
         sizes, config = wan_config(net_config, knob=f"model.config.{knob}"), self.config
 
         def build() -> WanDiT:
-            return WanDiT(sizes, attention=config.attention_backend or "auto")
+            backend = configured(config.attention_backend, flex_backend=config.flex_backend)
+            return WanDiT(sizes, attention=backend, fused=config.fused_layers)
 
         net = on_meta(build).requires_grad_(not frozen)
         parallelize(net, dims=self.dims, precision=self.precision, checkpoint=net_config.sac_config.mode, compile=config.compile)
         net.set_jvp_implementation(config.jvp_implementation)
         materialise(net, device=self.device)
         if checkpoint:
-            weights = read_checkpoint(checkpoint, knob=f"model.config.{knob}'s checkpoint") if self.dims.rank == 0 else None
+            weights = on_first(lambda: open_network(checkpoint, knob=f"model.config.{knob}'s checkpoint"))
             about = f"model.config.{knob} = {net_config.preset}, {_size(asdict(sizes))}"
-            load_full(net, weights, source=f"{checkpoint}{_said(checkpoint) if self.dims.rank == 0 else ''} (for {about})")
+            load_full(net, weights, source=f"{checkpoint}{'' if weights is None else _said(weights)} (for {about})")
             logger.info("{}: weights from {}", knob, checkpoint)
+            if weights is not None and (told := _other_pattern(weights, config)):
+                logger.warning("{}: {} {}", knob, checkpoint, told)
         else:
             initialise(net, build, seed=self.seed)
             logger.warning("{}: RANDOM weights (seed {}), no checkpoint was given", knob, self.seed)
@@ -105,7 +89,16 @@ def _size(network: Mapping[str, object]) -> str:
     return f"{network.get('num_layers')} layers of width {network.get('dim')}"
 
 
-def _said(checkpoint: str) -> str:
+def _said(weights: NetworkWeights) -> str:
     """Which network a checkpoint says it holds; nothing for a file that does not describe itself."""
-    found = describe(checkpoint)
+    found = description_of(weights.file)
     return "" if found is None else f", which holds {found.network_name or 'a network'} of {_size(found.network)}"
+
+
+def _other_pattern(weights: NetworkWeights, config: CommonModelConfig) -> str:
+    """What to say of a checkpoint that was trained in other blocks than the run's; "" for no contradiction. Legal, seldom meant."""
+    found = description_of(weights.file)
+    if found is None or found.pattern is None or not isinstance(config, CausalConfig) or config.training_type == "bidirectional":
+        return ""
+    mine = BlockPattern(config.first_chunk_t, config.chunk_t).name
+    return "" if found.pattern == mine else f"was trained in blocks {found.pattern}, this run has {mine} (first_chunk_t, chunk_t)"

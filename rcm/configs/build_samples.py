@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
 from loguru import logger
 
-from rcm.configs.build_data import latent_shape, toy_codec, toy_text, toy_world
+from rcm.configs.build_data import latent_shape
 from rcm.configs.build_method import sampling_recipe
 from rcm.configs.compose import Run
+from rcm.configs.pieces import codec_of_run, encode_once, toy_world
 from rcm.configs.schema import TrainConfig
+from rcm.configs.schema_model import CommonModelConfig
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Guided, VelocityModel
-from rcm.nets.layout import TokenLayout
+from rcm.parallel.init import on_first
 from rcm.pipelines.streaming import stream_latents
+from rcm.pipelines.text_to_video import WholeVideoRecipe, whole_latents
 from rcm.pipelines.video_io import write_mp4
-from rcm.rollout.autoregressive import time_tensor
-from rcm.samplers.bidirectional import sample_video
-from rcm.samplers.schedule import shifted_grid
-from rcm.samplers.steps import EulerStep
 from rcm.train.observers import Observer, SampleGrid
 
 PREVIEW_STEPS = 50
 """Euler steps of bidirectional previews, as in the release."""
+
+PREVIEW_SIGMA_MAX = 1600.0
+"""Noise level that they start from."""
+
+PREVIEW_PROMPTS = (
+    "A red fox trots through fresh snow at the edge of a pine forest, its breath visible in the cold morning light.",
+    "A sailing boat leans into the wind on a choppy blue sea while gulls circle above the mast.",
+    "Hands knead dough on a floured wooden table, close-up, warm light from a window on the left.",
+    "A yellow tram climbs a steep street between tiled houses, people step aside, the camera follows slowly.",
+    "Rain falls on a neon-lit crossing at night; umbrellas move in every direction, seen from above.",
+)
+"""What a run on Wan latents draws."""
 
 
 def sample_observers(run: Run, folder: Path, student: VelocityModel, *, device: torch.device) -> list[Observer]:
@@ -34,56 +44,64 @@ def sample_observers(run: Run, folder: Path, student: VelocityModel, *, device: 
     wanted = [(weights, every) for weights, every in (("reg", sampling.every_n), ("ema", sampling.ema_every_n)) if every]
     if not wanted:
         return []
-    if config.model.config.tokenizer.name != "toy" or config.model.config.text_encoder_class != "toy":
-        logger.warning(
-            "trainer.sampling: previews need Wan's VAE and umT5 in the training process, which this version has not; no previews"
-        )
+    if lacking := _lacking(config.model.config):
+        logger.warning("trainer.sampling: no previews, {}", lacking)
         return []
-    draw = _toy_drawer(config, student, device=device)
+    draw = _drawer(config, student, device=device)
+    write = _write_enlarged if config.model.config.tokenizer.name == "toy" else _write
     return [
-        SampleGrid(every=every, draw=draw, write=_write, folder=folder / "samples", weights=weights, at_start=sampling.run_at_start)
+        SampleGrid(every=every, draw=draw, write=write, folder=folder / "samples", weights=weights, at_start=sampling.run_at_start)
         for weights, every in wanted
     ]
 
 
-def _toy_drawer(config: TrainConfig, student: VelocityModel, *, device: torch.device) -> Callable[[int], torch.Tensor]:
+def _lacking(model: CommonModelConfig) -> str:
+    """What previews would need and the run does not have, "" for nothing: training itself goes by stored latents and embeddings."""
+    if model.text_encoder_class == "umT5" and not model.text_encoder_path:
+        return "they need prompts encoded: set model.config.text_encoder_path, or trainer.sampling.every_n=0 and ema_every_n=0"
+    if model.tokenizer.name == "wan" and not Path(model.tokenizer.vae_pth).exists():
+        return f"they need Wan's VAE, and there is no {model.tokenizer.vae_pth}: set model.config.tokenizer.vae_pth"
+    return ""
+
+
+def _drawer(config: TrainConfig, student: VelocityModel, *, device: torch.device) -> Callable[[int], torch.Tensor]:
+    """Frames of the preview prompts on rank 0; the other ranks take part in the network's passes and return latents. Collective."""
     model, count = config.model.config, config.trainer.sampling.num_samples
-    world, text, codec = toy_world(model), toy_text(model), toy_codec(model)
-    prompts = world.captions(world.scenes(count, seed=config.trainer.seed + 1))
-    cond = Condition(text.encode(prompts).to(device))
+    codec = on_first(lambda: codec_of_run(model, device=device))
+    texts = encode_once(model, lambda encoder: [*preview_prompts(config), encoder.negative_prompt], device=device).to(device)
+    cond = Condition(texts[:-1])
     shape = (count, *latent_shape(model))
     recipe = sampling_recipe(model)
+    preview = WholeVideoRecipe("ode", sigma_max=PREVIEW_SIGMA_MAX, steps=PREVIEW_STEPS, shift=getattr(model, "sample_timestep_shift", 5.0))
     if recipe is not None and recipe.kind == "ode" and recipe.guidance > 1:
-        student = Guided(student, Condition(text.encode([text.negative_prompt]).to(device)), recipe.guidance)
+        student = Guided(student, Condition(texts[-1:]), recipe.guidance)
 
     def draw(iteration: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(config.trainer.seed)
         if recipe is None:
-            latents = _whole_video(
-                student, cond, shape, shift=getattr(model, "sample_timestep_shift", 5.0), generator=generator, device=device
-            )
+            latents = whole_latents(student, cond, preview, shape=shape, generator=generator, device=device)
         else:
             chunks = stream_latents(student, cond, recipe, shape=shape, generator=generator, device=device)
             latents = torch.cat([x for _, x in chunks], dim=2)
-        return codec.decode(latents.float().cpu())
+        return latents if codec is None else codec.decode(latents.float())
 
     return draw
 
 
-def _whole_video(student, cond, shape, *, shift, generator, device) -> torch.Tensor:
-    layout = TokenLayout.bidirectional(shape[2], grid=student.token_grid(shape[3], shape[4]))
-    noise = torch.randn(shape, generator=generator).to(device, torch.float64)
-    velocity = partial(_velocity, student, cond, layout)
-    return sample_video(
-        velocity, noise, times=shifted_grid(PREVIEW_STEPS, shift=shift, sigma_max=1600.0), rule=EulerStep(), scale_first=False
-    )
-
-
-def _velocity(student, cond, layout, x: torch.Tensor, t: float) -> torch.Tensor:
-    return student.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout)
+def preview_prompts(config: TrainConfig) -> list[str]:
+    """As many prompts as a grid has columns: captions of the embedded world, or the built-in ones in turn."""
+    model, count = config.model.config, config.trainer.sampling.num_samples
+    if model.text_encoder_class == "toy":
+        world = toy_world(model)
+        return world.captions(world.scenes(count, seed=config.trainer.seed + 1))
+    return [PREVIEW_PROMPTS[i % len(PREVIEW_PROMPTS)] for i in range(count)]
 
 
 def _write(path: Path, videos: torch.Tensor) -> None:
-    """[B, 3, F, H, W] side by side in width, enlarged."""
-    tiled = torch.cat(list(videos), dim=-1)
-    write_mp4(path.with_suffix(".mp4"), tiled, fps=8, scale=8)
+    """[B, 3, F, H, W] side by side in width."""
+    write_mp4(path.with_suffix(".mp4"), torch.cat(list(videos), dim=-1), fps=16)
+
+
+def _write_enlarged(path: Path, videos: torch.Tensor) -> None:
+    """The same for videos that are too small and short for the eye."""
+    write_mp4(path.with_suffix(".mp4"), torch.cat(list(videos), dim=-1), fps=8, scale=8)

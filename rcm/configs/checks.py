@@ -15,6 +15,7 @@ from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_model import PIXELS, CausalConfig, CommonModelConfig, RCMConfig, TimeLawConfig
 from rcm.core.errors import ConfigError, require_divisible
 from rcm.diffusion.blocks import BlockPattern
+from rcm.nets.attention import attention_name
 from rcm.rollout.plan import ContextRule, StepSchedule
 
 M = "model.config"
@@ -63,6 +64,18 @@ def _without_effect(config: TrainConfig) -> None:
             continue
         if get_key(config, key) != value:
             raise ConfigError(f"{key}={get_key(config, key)} has no effect in this version: {why}; leave it at {value}")
+    attention = attention_name(model.attention_backend, flex_backend=model.flex_backend)
+    if model.compile and attention.startswith("flex"):
+        raise ConfigError(
+            f"{M}.attention_backend={attention} compiles a kernel of its own, which {M}.compile=True leaves uncompiled with the rest of "
+            f"the attention, at the memory of a whole score matrix; choose {M}.attention_backend=auto, or leave {M}.compile at False"
+        )
+    for knob, net in (("net", model.net), ("net_fake_score", model.net_fake_score)):
+        if model.compile and net is not None and net.sac_config.mode == "mm_only":
+            raise ConfigError(
+                f"{M}.{knob}.sac_config.mode=mm_only keeps single operators, which {M}.compile=True hides inside compiled code; choose "
+                "block_wise, block_wise_keep_attention or none"
+            )
     if not isinstance(model, CausalConfig) and model.fd_type and model.time_precision == "bfloat16":
         raise ConfigError(
             f"{M}.fd_type={model.fd_type} steps time by fd_size={model.fd_size}, which {M}.time_precision=bfloat16 cannot resolve; "
@@ -102,6 +115,8 @@ def missing_inputs(config: TrainConfig) -> list[str]:
             missing.append(f"dataloader_train.tar_path_pattern is empty: data={data.kind} reads its shards there (data=fake needs none)")
         elif _guided(model) and not model.neg_embed_path and not model.text_encoder_path and model.text_encoder_class != "toy":
             missing.append(f"{M}.neg_embed_path is empty: guidance needs the negative prompt's embedding (or {M}.text_encoder_path)")
+    if data.kind == "prompts" and model.text_encoder_class == "umT5" and not model.text_encoder_path:
+        missing.append(f"{M}.text_encoder_path is empty: data=prompts has text alone, which umT5 must encode (data=latents has embeddings)")
     if data.kind == "toy" and isinstance(model, CausalConfig) and model.training_type in ("tf_kd", "df_kd"):
         missing.append(
             f"dataloader_train.kind=toy has no ODE trajectories, which training_type={model.training_type} learns from: "

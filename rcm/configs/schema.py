@@ -63,9 +63,7 @@ class TrainerConfig:
     seed: int = 0  # key of every random draw, with (step, data rank, purpose)
     nan_policy: Literal["stop", "skip_sample"] = "stop"  # skip_sample zeroes a sample whose tangent or output has a NaN and counts it
     nan_sample_limit: float = 0.01  # skip_sample: largest share of skipped samples before the run stops anyway
-    gradient_sync: Literal["last", "each"] = (
-        "last"  # each: reduce after every term (14B: no unsharded gradients, more traffic)
-    )
+    gradient_sync: Literal["last", "each"] = "last"  # each: reduce after every term (14B: no unsharded gradients, more traffic)
     guard_tangents: bool = True  # check on the first step that no module drops a tangent
     progress_bar: bool = True  # on rank 0
     profile_iter: int = 0  # iteration to record with the profiler; 0 = none

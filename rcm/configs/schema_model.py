@@ -11,6 +11,10 @@ from typing import Literal
 
 TrainingType = Literal["bidirectional", "tf", "df", "tf_kd", "df_kd", "tf_dcm", "tf_scm", "tf_dscm", "sf_dmd", "tf_scm_sf_dmd"]
 Dtype = Literal["bfloat16", "float32", "float64"]
+AttentionBackendName = Literal[
+    "", "auto", "reference", "sdpa", "cudnn", "triton", "flex", "flex_triton", "flex_flash", "flash2", "flash3", "magi", "te"
+]
+"""The names of `rcm.nets.attention.BACKENDS`, and "" for the environment's."""
 
 PIXELS = {
     ("480p", "1:1"): (640, 640),
@@ -78,7 +82,8 @@ class TimeLawConfig:
 class SACConfig:
     """Activation checkpointing of one network."""
 
-    mode: Literal["none", "block_wise", "mm_only"] = "block_wise"  # keep nothing of a block, or its matrix products only
+    # what a block keeps for its backward pass: everything, nothing, the result of self-attention, or all matrix products and attentions
+    mode: Literal["none", "block_wise", "block_wise_keep_attention", "mm_only"] = "block_wise"
 
 
 @dataclass(frozen=True)
@@ -131,9 +136,12 @@ class CommonModelConfig:
     grad_clip: bool = False  # clip the gradient norm (it is measured either way)
     grad_clip_norm: float = 1.0  # largest norm when grad_clip is on
     fsdp_shard_size: int = 1  # ranks over which one copy of the parameters is sharded, context-parallel ranks included
-    attention_backend: Literal["", "auto", "reference", "sdpa", "flash3", "flex"] = ""  # "" = environment RCM_ATTENTION_BACKEND, else auto
-    flex_backend: Literal["", "auto", "triton", "flash"] = ""  # kernel under FlexAttention; "" = environment RCM_FLEX_BACKEND, else auto
+    attention_backend: AttentionBackendName = ""  # attention of plain passes; "" = environment RCM_ATTENTION_BACKEND, else auto
+    flex_backend: Literal["", "auto", "triton", "flash"] = (
+        ""  # kernel of attention_backend=flex; "" = environment RCM_FLEX_BACKEND, else auto
+    )
     jvp_implementation: Literal["auto", "reference", "triton"] = "auto"  # attention with tangents; auto = triton on CUDA, reference on CPU
+    fused_layers: Literal["auto", "on", "off"] = "auto"  # fused norms, gates and GELU; auto = on CUDA, on = refuse to run without
     compile: bool = False  # compile each block (tangent passes stay eager)
     # the video
     state_ch: int = 16  # latent channels
@@ -146,7 +154,8 @@ class CommonModelConfig:
     input_caption_key: str = "prompts"  # batch key of prompts
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     text_encoder_class: Literal["umT5", "toy"] = "umT5"  # encoder of sample prompts and of the negative prompt
-    text_encoder_path: str = ""  # its weights; "" = prompts must come with embeddings
+    text_encoder_path: str = ""  # umT5: its weights, the tokenizer's folder beside them; "" = prompts must come with embeddings
+    text_cache: str = ""  # folder where umT5's embeddings are kept between runs; "" = none
     neg_embed_path: str = ""  # stored embedding of the negative prompt; "" = encode it with the text encoder
     rectified_flow_t_scaling_factor: float = 1000.0  # network timestep of t = 1 (fixed by the released weights)
     # objective

@@ -6,6 +6,7 @@ that sampling uses puts every bit back.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,8 @@ from loguru import logger
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
+from rcm.nets.attention import attention_record
+from rcm.train.describe import write_atomically
 from rcm.train.state import STUDENT, TrainState
 
 
@@ -86,6 +89,33 @@ class Memory:
     def stepped(self, state: TrainState, *, is_main: bool) -> Mapping[str, float]:
         """Current peak."""
         return {"memory/peak_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}
+
+
+class KernelRecord:
+    """Which kernels the trained networks ran, in the log and in the file `path`: attention back ends (what "auto" chose per kind of call)
+    and the setting of the fused layers. Looked at during the first `watched` iterations of this process, for a role's turn may come late.
+    """
+
+    def __init__(self, path: str | Path, *, watched: int = 20) -> None:
+        self.path, self._left = Path(path), watched
+        self._told: dict[str, Any] = {}
+
+    def started(self, state: TrainState) -> None:
+        """Nothing ran yet."""
+
+    def stepped(self, state: TrainState, *, is_main: bool) -> Mapping[str, float]:
+        """Write when something new was used."""
+        if self._left == 0 or not is_main:
+            return {}
+        self._left -= 1
+        found = {role: {"attention": attention_record(entry.net), "fused_layers": entry.net.fused} for role, entry in state.roles.items()}
+        for role, record in found.items():
+            if record != self._told.get(role):
+                logger.info("kernels of {}: {}", role, record)
+        if found != self._told:
+            write_atomically(self.path, json.dumps(found, indent=1) + "\n")
+            self._told = found
+        return {}
 
 
 class Profiler:

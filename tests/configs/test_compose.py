@@ -72,12 +72,13 @@ def test_config_wins_over_environment_and_the_record_says_so(composed, variable,
             node = getattr(node, part)
         return node
 
-    assert used(composed(TF)) == fallback
-    assert not composed(TF).environment
-    by_environment = composed(TF, environ={variable: value})
+    base = (TF, M + "attention_backend=flex") if variable == "RCM_FLEX_BACKEND" else (TF,)  # it has no effect elsewhere
+    assert used(composed(*base)) == fallback
+    assert not composed(*base).environment
+    by_environment = composed(*base, environ={variable: value})
     assert used(by_environment) == value
     assert [dataclasses.astuple(u) for u in by_environment.environment] == [(variable, key, value, "environment")]
-    by_config = composed(TF, f"{key}={other}", environ={variable: value})
+    by_config = composed(*base, f"{key}={other}", environ={variable: value})
     assert used(by_config) == other
     assert [u.decided_by for u in by_config.environment] == ["config"]
     assert by_config.record()["environment"][0]["value"] == other
@@ -86,6 +87,16 @@ def test_config_wins_over_environment_and_the_record_says_so(composed, variable,
 def test_a_bad_variable_is_named(composed) -> None:
     with pytest.raises(ConfigError, match=r"environment variable RCM_ATTENTION_BACKEND: attention_backend='fast' must be one of"):
         composed(TF, environ={"RCM_ATTENTION_BACKEND": "fast"})
+
+
+def test_a_variable_without_effect_is_refused(composed) -> None:
+    with pytest.raises(ConfigError, match=r"flex_backend=flash \(or RCM_FLEX_BACKEND\) has no effect with attention_backend=sdpa"):
+        composed(TF, M + "attention_backend=sdpa", environ={"RCM_FLEX_BACKEND": "flash"})
+
+
+def test_compiled_blocks_and_a_compiled_attention_exclude_each_other(composed) -> None:
+    with pytest.raises(ConfigError, match=r"attention_backend=flex_triton compiles a kernel of its own, which model.config.compile=True"):
+        composed(TF, M + "attention_backend=flex_triton", M + "compile=True")
 
 
 def test_no_secret_enters_the_record(composed) -> None:

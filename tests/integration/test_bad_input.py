@@ -101,7 +101,7 @@ FILES = {
     ),
     "truncated .pt": (lambda folder: truncated(folder, ".pt"), ("cut.pt cannot be read", "damaged")),
     "truncated .safetensors": (lambda folder: truncated(folder, ".safetensors"), ("cut.safetensors cannot be read", "damaged")),
-    "noise": (noise, ("noise.pt cannot be read", "damaged or not a checkpoint")),
+    "noise": (noise, ("noise.pt cannot be read", "damaged, truncated or not a torch pickle")),
     "not a network": (lambda folder: stored(folder, {"epoch": 3}), ("value.pt", "entries are not tensors: epoch")),
     "not a mapping": (lambda folder: stored(folder, [1, 2]), ("value.pt", "holds a list, not a state dict")),
     "a folder of something else": (lambda folder: folder, ("is not a DCP checkpoint",)),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loguru import logger
 
 from tests.integration.entry import FRAMES, launch, lines, small, stored, weights, write_network
 
@@ -210,3 +211,20 @@ def test_replayed_training_gives_the_same_weights(tmp_path: Path, starts: dict[s
         a, b = weights(plain_job, role), weights(replayed_job, role)
         assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-9
     assert max((weights(plain_job)[k] - start[k]).abs().max().item() for k in start) > 1e-5
+
+
+def test_weights_of_other_blocks_are_told_of(tmp_path: Path, starts: dict[str, Path]) -> None:
+    """A checkpoint trained in chunks of 3 may start a frame-wise student, but not without a word."""
+    first, second = STAGES["tf c3-3"], tmp_path / "second"
+    assert launch(*words(first, tmp_path / "first", starts, iterations=1)) == 0
+    said: list[str] = []
+    sink = logger.add(said.append, level="WARNING")
+    try:
+        again = [f"{M}student_ckpt={tmp_path / 'first'}", "checkpoint.save_iter=9"]
+        assert launch("experiment=toy_tf_c1-1", *small(second, frames=3, iterations=1, roles=("net",)), *again) == 0
+        assert any("was trained in blocks c3-3, this run has c1-1" in line for line in said)
+        said.clear()
+        assert launch(*words(first, tmp_path / "third", {STUDENT: tmp_path / "first"}, iterations=1)) == 0
+        assert not any("trained in blocks" in line for line in said)
+    finally:
+        logger.remove(sink)

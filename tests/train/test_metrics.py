@@ -13,7 +13,8 @@ import torch
 
 from rcm.core.errors import ConfigError
 from rcm.train.metrics import Averages, Broadcasting, JsonLines, Wandb
-from rcm.train.observers import LogLines, Progress, SampleGrid
+from rcm.train.observers import KernelRecord, LogLines, Progress, SampleGrid
+from tests.train.run_support import launch
 
 
 def test_means_are_over_the_steps_that_had_the_number() -> None:
@@ -103,3 +104,15 @@ def test_sample_grid_settings_are_checked(tmp_path: Path) -> None:
         SampleGrid(every=0, draw=None, write=None, folder=tmp_path)
     with pytest.raises(ConfigError, match="weights"):
         SampleGrid(every=1, draw=None, write=None, folder=tmp_path, weights="best")
+
+
+def test_kernels_are_recorded_when_they_were_used(tmp_path: Path) -> None:
+    """After the first step the file names what served each kind of call; it is written again only when something new ran."""
+    launch(tmp_path / "job", max_iter=2, observers=[KernelRecord(tmp_path / "kernels.json", watched=1)]).run()
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    assert found["student"]["fused_layers"] == "auto"
+    assert found["student"]["attention"]["backend"] in ("auto", "sdpa", "reference")
+    assert found["student"]["attention"]["calls"]
+    before = (tmp_path / "kernels.json").stat().st_mtime_ns
+    launch(tmp_path / "job", max_iter=3, observers=[KernelRecord(tmp_path / "other.json", watched=0)]).run()
+    assert not (tmp_path / "other.json").exists() and (tmp_path / "kernels.json").stat().st_mtime_ns == before
