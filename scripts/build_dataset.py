@@ -15,7 +15,6 @@ file beside it, else its file name. Words in a flag may be joined by - or by _.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -25,12 +24,13 @@ import torch
 
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.data.latents import LatentShards
-from rcm.data.shard_writer import MANIFEST, ShardSample, build_shards
+from rcm.data.shard_writer import MANIFEST, ShardSample, build_shards, read_manifest
 from rcm.data.tar_index import ShardError
 from rcm.encoders.codec import LatentCodec, latent_frames
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.encoders.wan_vae import WAN_VAE_FILE, WanVAECodec
+from rcm.inference.outcome import check_device
 from rcm.pipelines.clip_folder import find_clips, plan_windows, read_windows
 from rcm.pipelines.video_io import VideoError, contact_sheet
 from rcm.pipelines.wan_sizes import written_size
@@ -159,7 +159,9 @@ def _pieces(options: argparse.Namespace) -> Pieces:
     if codec_name(options) == "wan_vae":
         latent_frames(options.frames, stride=WAN_TEMPORAL_STRIDE)
         written_size(f"{options.size[0]}x{options.size[1]}")
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_device(name)
+        device = torch.device(name)
         codec: LatentCodec = WanVAECodec.from_file(options.vae_path or WAN_VAE_FILE, device=device)
         recipe: dict[str, object] = {"codec": {"name": "wan_vae"}, "text": {"name": "umt5"}}
         pieces = Pieces(codec, umt5_of(options, device), device, recipe)
@@ -192,13 +194,15 @@ def _build_clips(options: argparse.Namespace) -> list[Path]:
     windows = plan_windows(
         find_clips(options.input), num_frames=options.frames, stride=options.frame_stride, hop=options.hop, skip_bad=options.skip_bad_clips
     )
-    embeddings = _embeddings(pieces.text, sorted({w.prompt for w in windows}))
+    if not isinstance(pieces.text, UMT5TextEncoder):  # the toy encoder refuses captions: hear of it before the first shard
+        _embeddings(pieces.text, sorted({w.prompt for w in windows}))
     height, width = options.size
     places = [f"{w.clip.relative_to(options.input)}:{w.start}" for w in windows]
     recipe = pieces.recipe | {"windows": places, "size": [height, width], "frames": options.frames, "frame_stride": options.frame_stride}
 
     def clip_samples(start: int, stop: int) -> Iterator[ShardSample]:
         chosen, dtype = windows[start:stop], DTYPES[options.dtype]
+        embeddings = _embeddings(pieces.text, sorted({w.prompt for w in chosen}))
         for window, video in zip(chosen, read_windows(chosen, height=height, width=width), strict=True):
             latents = pieces.codec.encode(video.unsqueeze(0).to(pieces.device))[0].to("cpu", dtype)
             yield ShardSample(latents, embeddings[window.prompt].to(dtype), window.prompt)
@@ -207,7 +211,7 @@ def _build_clips(options: argparse.Namespace) -> list[Path]:
 
 
 def _embeddings(text: TextEncoder, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """Rows of every prompt on the CPU; umT5 is freed before videos are encoded."""
+    """Rows of every prompt on the CPU; umT5 is freed before the videos of a shard are encoded."""
     found = {prompt: text.encode([prompt])[0].cpu() for prompt in prompts}
     if isinstance(text, UMT5TextEncoder):
         text.unload()
@@ -218,7 +222,7 @@ def view_codec(options: argparse.Namespace, *, channels: int) -> LatentCodec:
     """The codec asked for, else that of the shard's `dataset.json`; without one, Wan's VAE for 16 channels and else the toy's."""
     manifest = options.view.with_name(MANIFEST)
     guess = {"name": "wan_vae" if channels == _WAN_CHANNELS else "toy"}
-    stored = json.loads(manifest.read_text()).get("codec", guess) if manifest.is_file() else guess
+    stored = read_manifest(manifest.parent).get("codec", guess)
     name = options.codec or stored["name"]
     if name in ("wan_vae", "wan"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -232,6 +236,8 @@ def view_codec(options: argparse.Namespace, *, channels: int) -> LatentCodec:
 
 def view(options: argparse.Namespace) -> Path:
     """Decode the first samples of a shard into a contact sheet, one at a time; returns its path."""
+    if options.rows < 1:
+        raise ConfigError(f"--rows {options.rows} must be at least 1")
     shards = LatentShards(str(options.view))
     batch = shards.fetch(range(min(options.rows, len(shards))))
     codec = view_codec(options, channels=batch.latents.shape[1])

@@ -53,7 +53,7 @@ def whole(own: dict[str, str], key: str, default: int | None) -> int | None:
     text = own.get(key)
     if text is None:
         return default
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"{key}={text} must be a whole number, at least 1")
     return int(text)
 
@@ -210,6 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on standard error."""
     flags, own, overrides = arguments(argv)
     try:
+        if flags.json is not None and not flags.json.resolve().parent.is_dir():
+            raise ConfigError(f"--json {flags.json}: there is no folder {flags.json.parent}")
         record = plan(flags, own, overrides)
         if flags.json is not None:
             write_atomically(flags.json, json.dumps(record, indent=1) + "\n")

@@ -18,6 +18,7 @@ from rcm.data.prompt_list import MAX_PROMPT_CHARS, read_prompt_list
 from rcm.encoders.codec import latent_frames, latent_grid
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.encoders.umt5 import UMT5_FILE, UMT5TextEncoder
+from rcm.inference.outcome import check_device, check_seed
 from rcm.parallel.mesh import ParallelDims, process_group
 from rcm.pipelines.described import PieceFiles, description_at, text_of
 from rcm.pipelines.teacher_dataset import (
@@ -28,7 +29,7 @@ from rcm.pipelines.teacher_dataset import (
     wan_teacher,
     write_negative_embedding,
 )
-from rcm.pipelines.text_to_video import WholeVideoRecipe
+from rcm.pipelines.text_to_video import WholeVideoRecipe, check_guided
 from rcm.pipelines.wan_files import load_wan, random_wan
 from rcm.pipelines.wan_sizes import SIZES, table_size, written_size
 from rcm.worlds.toy_text import ToyTextEncoder
@@ -54,15 +55,15 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     add("teacher", metavar="PATH", help="job folder, iter_* folder or exported file of this package, which describes itself")
     add("weights", choices=("ema", "reg"), default="ema", help="averaged or last weights, where a file has both [%(default)s]")
     add("dit_path", type=Path, metavar="FILE", help="original or converted Wan weights [assets/checkpoints/Wan2.1-T2V-<model_size>.pth]")
-    add("model_size", choices=("1.3B", "14B", "auto"), default="14B", help="network of --dit_path; auto: what the file holds [%(default)s]")
+    add("model_size", choices=("1.3B", "14B", "auto"), help="network of --dit_path; auto: what the file holds [14B]")
     add("text_encoder_path", type=Path, metavar="FILE", help="umT5 weights [assets/checkpoints/models_t5_umt5-xxl-enc-bf16.pth]")
     add("tokenizer_path", dest="tokenizer", type=Path, metavar="FOLDER", help="umT5's tokenizer [beside its weights]")
     add("text_cache", type=Path, metavar="FOLDER", help="keep and reuse text embeddings there")
     add(
         "random_weights", action="store_true", help="RANDOM network and text encoder of the full size, to measure speed: no data come of it"
     )
-    add("resolution", choices=tuple(SIZES), default="480p", help="with --aspect_ratio: pixels [%(default)s]")
-    add("aspect_ratio", choices=tuple(SIZES["480p"]), default="16:9", help="width to height [%(default)s]")
+    add("resolution", choices=tuple(SIZES), help="with --aspect_ratio: pixels [480p]")
+    add("aspect_ratio", choices=tuple(SIZES["480p"]), help="width to height [16:9]")
     add("num_steps", type=int, help="Euler steps [100; the checkpoint's]")
     add("timestep_shift", type=float, help="shift of the time grid [3; the checkpoint's]")
     add("guidance_scale", type=float, help="above 1 with the negative prompt [5; the checkpoint's]")
@@ -82,6 +83,8 @@ def build_from_teacher(options: argparse.Namespace, *, dtype: torch.dtype) -> li
     prompts = []
     if options.out is not None:
         prompts = read_prompt_list(options.prompts, skip_bad=options.skip_bad_prompts, max_chars=options.max_prompt_chars)
+    num = len(prompts) if options.num is None else options.num
+    check_seed(options.seed, draws=max(num, 1))
     with ExitStack() as stack:
         dims, device = _ranks(options, stack)
         if options.write_negative_embedding and dims.rank == 0:
@@ -94,7 +97,7 @@ def build_from_teacher(options: argparse.Namespace, *, dtype: torch.dtype) -> li
         return build_teacher_shards(
             options.out,
             sampler,
-            num=len(prompts) if options.num is None else options.num,
+            num=num,
             shard_size=options.shard_size,
             batch=options.batch,
             part=(dims.data_rank, dims.num_data_ranks),
@@ -126,9 +129,10 @@ def _ranks(options: argparse.Namespace, stack: ExitStack) -> tuple[_Ranks, torch
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if cp < 1 or world % cp:
         raise ConfigError(f"--context_parallel_size={cp} must divide the {world} ranks of this launch")
+    check_device(kind)
     if cp == 1:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        device = torch.device(kind, local) if kind == "cuda" and "RANK" in os.environ else torch.device(kind)
+        # with a number: torch.cuda.set_device takes no other device
+        device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         return _Ranks(dp_replicate=world, device_type=device.type), device
@@ -152,12 +156,14 @@ def _recipe(options: argparse.Namespace, teacher: Teacher) -> WholeVideoRecipe:
         "guidance": options.guidance_scale,
         "sigma_max": options.sigma_max,
     }
-    return replace(teacher.recipe, **{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    check_guided(shift=given.get("shift", 1.0), guidance=given.get("guidance", 1.0))
+    return replace(teacher.recipe, **given)
 
 
 def _teacher(options: argparse.Namespace, device: torch.device) -> Teacher:
     if options.teacher is not None:
-        for flag in ("dit_path", "random_weights", "size", "frames"):
+        for flag in ("dit_path", "random_weights", "model_size", "size", "frames", "resolution", "aspect_ratio"):
             if getattr(options, flag):
                 raise ConfigError(f"--teacher describes its network and the shape of its samples; leave out --{flag}")
         return described_teacher(
@@ -168,24 +174,31 @@ def _teacher(options: argparse.Namespace, device: torch.device) -> Teacher:
             attention=options.attention,
             files=_files(options),
         )
-    asked = options.size or table_size(options.resolution, options.aspect_ratio)
+    asked, model_size = _size(options), options.model_size or "14B"
     height, width = written_size(f"{asked[0]}x{asked[1]}")
     frames = latent_frames(WAN_FRAMES if options.frames is None else options.frames, stride=WAN_TEMPORAL_STRIDE)
     shape = (WAN_CHANNELS, frames, *latent_grid(height, width, stride=WAN_SPATIAL_STRIDE))
     precision = Precision.preset(options.precision or "bf16")
-    if options.model_size == "auto" and (options.dit_path is None or options.random_weights):
+    if model_size == "auto" and (options.dit_path is None or options.random_weights):
         raise ConfigError("--model_size auto reads the size off a file; give --dit_path FILE")
     if options.random_weights:
         print("RANDOM WEIGHTS: these samples are noise, good for measuring speed only", file=sys.stderr, flush=True)
-        net = random_wan(options.model_size, device=device, precision=precision, attention=options.attention)
-        return wan_teacher(
-            net, umt5_of(options, device), latent_shape=shape, identity={"random_weights": options.model_size}, device=device
-        )
-    path = options.dit_path or Path(f"assets/checkpoints/Wan2.1-T2V-{options.model_size}.pth")
-    expect = None if options.model_size == "auto" else options.model_size
+        net = random_wan(model_size, device=device, precision=precision, attention=options.attention)
+        return wan_teacher(net, umt5_of(options, device), latent_shape=shape, identity={"random_weights": model_size}, device=device)
+    path = options.dit_path or Path(f"assets/checkpoints/Wan2.1-T2V-{model_size}.pth")
+    expect = None if model_size == "auto" else model_size
     net = load_wan(path, expect=expect, weights=options.weights, device=device, precision=precision, attention=options.attention)
-    identity = {"path": str(path.resolve()), "weights": options.weights, "model_size": options.model_size}
+    identity = {"path": str(path.resolve()), "weights": options.weights, "model_size": model_size}
     return wan_teacher(net, umt5_of(options, device), latent_shape=shape, identity=identity, device=device)
+
+
+def _size(options: argparse.Namespace) -> tuple[int, int]:
+    """(height, width) by hand or from the table; `ConfigError` for both."""
+    if options.size is None:
+        return table_size(options.resolution or "480p", options.aspect_ratio or "16:9")
+    if options.resolution or options.aspect_ratio:
+        raise ConfigError("--size and --resolution / --aspect_ratio both set the size; give one of them")
+    return options.size
 
 
 def umt5_of(options: argparse.Namespace, device: torch.device) -> TextEncoder:

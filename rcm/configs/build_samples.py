@@ -16,7 +16,7 @@ from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_model import CommonModelConfig
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Guided, VelocityModel
-from rcm.parallel.init import on_first
+from rcm.parallel.init import on_first, shared
 from rcm.pipelines.streaming import stream_latents
 from rcm.pipelines.text_to_video import WholeVideoRecipe, whole_latents
 from rcm.pipelines.video_io import write_mp4
@@ -39,12 +39,12 @@ PREVIEW_PROMPTS = (
 
 
 def sample_observers(run: Run, folder: Path, student: VelocityModel, *, device: torch.device) -> list[Observer]:
-    """Grids of the live and of the averaged student, where `trainer.sampling` asks for them."""
+    """Grids of the live and of the averaged student, where `trainer.sampling` asks for them. Collective."""
     config, sampling = run.config, run.config.trainer.sampling
     wanted = [(weights, every) for weights, every in (("reg", sampling.every_n), ("ema", sampling.ema_every_n)) if every]
     if not wanted:
         return []
-    if lacking := _lacking(config.model.config):
+    if lacking := shared(on_first(lambda: _lacking(config.model.config))):
         logger.warning("trainer.sampling: no previews, {}", lacking)
         return []
     draw = _drawer(config, student, device=device)
@@ -83,7 +83,9 @@ def _drawer(config: TrainConfig, student: VelocityModel, *, device: torch.device
         else:
             chunks = stream_latents(student, cond, recipe, shape=shape, generator=generator, device=device)
             latents = torch.cat([x for _, x in chunks], dim=2)
-        return latents if codec is None else codec.decode(latents.float())
+        if codec is None:
+            return latents
+        return torch.cat([codec.decode(x[None].float()).cpu() for x in latents])  # one by one: training holds the card's memory
 
     return draw
 

@@ -70,6 +70,10 @@ def _without_effect(config: TrainConfig) -> None:
             f"{M}.attention_backend={attention} compiles a kernel of its own, which {M}.compile=True leaves uncompiled with the rest of "
             f"the attention, at the memory of a whole score matrix; choose {M}.attention_backend=auto, or leave {M}.compile at False"
         )
+    if model.compile and model.fused_layers == "on":
+        raise ConfigError(
+            f"{M}.fused_layers=on refuses the plain formulas, which {M}.compile=True hands to the compiler; choose {M}.fused_layers=auto"
+        )
     for knob, net in (("net", model.net), ("net_fake_score", model.net_fake_score)):
         if model.compile and net is not None and net.sac_config.mode == "mm_only":
             raise ConfigError(

@@ -3,7 +3,8 @@
 The tangent rides through the ordinary network on `torch.autograd.forward_ad` dual tensors. Rules (docs/architecture.md section 4):
 
 1. `jvp` opens the dual level together with `no_grad` and with compiled code switched to eager (Inductor drops tangents silently).
-   Besides it, only the attention dispatcher (`nets/attention.py`) and the all-to-all (`parallel/ulysses.py`) pack duals.
+   Besides it, only code with tangents of its own packs duals: the attention dispatcher (`nets/attention.py`), linear layers
+   (`nets/layers.py`), fused layers (`kernels/fused/api.py`) and keys behind a cache (`nets/wan/block.py`).
 2. Broadcast or shard inputs before calling `jvp`; gather its two results afterwards.
 3. Collectives inside a network go through `Function`s that define jvp.
 4. Activation checkpointing calls the block directly while gradients are off.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,8 @@ def read_prompt_list(path: str | Path, *, skip_bad: bool = False, max_chars: int
 
     Empty prompts (blank lines between others among them) and prompts above `max_chars` characters raise `ConfigError` naming file and line;
     with `skip_bad` they are left out, with a warning. Blank lines at the end of a file are no prompts. Raises `ConfigError` for a missing
-    or empty file, one that is not UTF-8, and a .csv or .jsonl without a prompt column.
+    or empty file, one that is not UTF-8, a .csv or .jsonl without a prompt column, and a .csv with broken
+    quotes or more fields than its header.
     """
     path = Path(path)
     if not path.is_file():
@@ -67,21 +69,31 @@ def _fault(prompt: str, max_chars: int) -> str:
 
 
 def _entries(path: Path, text: str) -> Iterator[_Entry]:
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
-            yield _Entry(f"{path}:{number}", _json_prompt(line, f"{path}:{number}") if line.strip() else "")
-    elif path.suffix == ".csv":
-        rows = csv.DictReader(text.splitlines(keepends=True))
-        column = next((name for name in COLUMNS if name in (rows.fieldnames or ())), None)
+    if path.suffix == ".csv":
+        yield from _csv_entries(path, text)
+        return
+    # not splitlines(), which also cuts at characters that a prompt may contain, such as U+2028
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+        place = f"{path}:{number}"
+        yield _Entry(place, _json_prompt(line, place) if path.suffix == ".jsonl" and line.strip() else line.strip())
+
+
+def _csv_entries(path: Path, text: str) -> Iterator[_Entry]:
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = rows.fieldnames or ()
+        column = next((name for name in COLUMNS if name in header), None)
         if column is None:
-            raise ConfigError(
-                f"{path} needs a header with a column {' or '.join(COLUMNS)}, got {', '.join(rows.fieldnames or ()) or 'none'}"
-            )
+            raise ConfigError(f"{path} needs a header with a column {' or '.join(COLUMNS)}, got {', '.join(header) or 'none'}")
         for row in rows:
+            if None in row:
+                found = len(header) + len(row[None])
+                raise ConfigError(
+                    f"{path}:{rows.line_num} has {found} fields, the header {len(header)}; put a prompt with a comma in quotes"
+                )
             yield _Entry(f"{path}:{rows.line_num}", (row[column] or "").strip())
-    else:
-        for number, line in enumerate(text.splitlines(), 1):
-            yield _Entry(f"{path}:{number}", line.strip())
+    except csv.Error as error:
+        raise ConfigError(f"{path}:{rows.reader.line_num} cannot be read as csv ({error}); look at its quotes") from error
 
 
 def _json_prompt(line: str, place: str) -> str:

@@ -22,7 +22,7 @@ def read_prompts(path: str | Path) -> list[str]:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"no prompt file at {path}; change the prompt file's path")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also cut at characters of a prompt, such as U+2028
     if path.suffix == ".jsonl":
         prompts = [_json_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     else:

@@ -42,7 +42,9 @@ class EmbeddingCache:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"cannot make the folder {folder} for cached embeddings ({error}); choose another cache=") from error
+            raise ConfigError(
+                f"cannot make the folder {folder} for cached embeddings ({error}); choose another folder (--text_cache, cache=)"
+            ) from error
 
     def path(self, prompt: str) -> Path:
         """Where the embedding of a cleaned prompt is, or would be."""

@@ -51,7 +51,15 @@ def writable(path: str, *, suffix: str) -> Path:
 
 def check_device(name: str) -> None:
     """`ConfigError` unless tensors can be made on the device called `name`."""
+    if name.partition(":")[0] == "meta":
+        raise ConfigError("--device meta has no memory; choose cuda or cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def check_seed(seed: int, *, draws: int = 1) -> None:
+    """`ConfigError` unless `seed` .. `seed + draws - 1` are seeds that a generator takes."""
+    if not -(2**63) <= seed <= 2**64 - draws:
+        raise ConfigError(f"--seed {seed} must be at least -2^63 and, with {draws} in a row, below 2^64; choose a smaller one")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 import warnings
@@ -20,7 +21,7 @@ import torch
 
 from rcm.core.errors import ConfigError
 from rcm.evaluation.throughput import Throughput, measure
-from rcm.inference.outcome import check_device, exit_status, writable
+from rcm.inference.outcome import check_device, check_seed, exit_status, writable
 from rcm.inference.stream_recipe import add_recipe_flags, chosen_recipe
 from rcm.pipelines.described import PieceFiles
 from rcm.pipelines.first_block import first_latents, is_image
@@ -77,7 +78,8 @@ def read_prompts(given: Sequence[str] | None, file: str | None, *, allow_empty: 
     named = [(f"--prompt number {i}", text) for i, text in enumerate(given or (), 1)]
     if file is not None:
         try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
+            text = Path(file).read_text(encoding="utf-8")
+            lines = text.removesuffix("\n").split("\n") if text else []  # splitlines() also cuts at characters of a prompt
         except UnicodeDecodeError as error:
             raise ConfigError(f"--prompt_file {file} is not UTF-8 text: {error}") from error
         named += [(f"line {i} of {file}", text) for i, text in enumerate(lines, 1)]
@@ -120,13 +122,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_flags(flags: argparse.Namespace) -> None:
-    if flags.upscale < 1 or (flags.fps is not None and flags.fps <= 0):
+    if flags.upscale < 1 or (flags.fps is not None and not 0 < flags.fps < math.inf):
         raise ConfigError(f"--upscale and --fps must be positive, got {flags.upscale} and {flags.fps}")
     if flags.first_latents is not None and flags.first_frames is None:
         raise ConfigError("--first_latents says how much of a file to take; give --first_frames FILE with it")
     if flags.warmup_iters < 0 or flags.num_runs < 1:
         raise ConfigError(f"--warmup_iters must be >= 0 and --num_runs >= 1, got {flags.warmup_iters} and {flags.num_runs}")
     check_device(flags.device)
+    check_seed(flags.seed)
 
 
 def _prefix(flags: argparse.Namespace, model: LoadedModel, recipe: Any) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
-from rcm.inference.outcome import OutOfMemory, check_device, exit_status, writable
+from rcm.inference.outcome import OutOfMemory, check_device, check_seed, exit_status, writable
 from rcm.inference.wan_flags import NetworkFile
 from rcm.inference.wan_models import build_pipeline, check_files
 from rcm.inference.wan_report import BANNER, StepLines, cost_lines, write_report
@@ -89,8 +90,9 @@ def _out_of_memory_told(flags: argparse.Namespace, clock: PartClock) -> Iterator
 
 
 def _check_flags(flags: argparse.Namespace) -> None:
-    if flags.fps <= 0 or flags.warmup_iters < 0:
+    if not 0 < flags.fps < math.inf or flags.warmup_iters < 0:
         raise ConfigError(f"--fps must be positive and --warmup_iters not negative, got {flags.fps:g} and {flags.warmup_iters}")
+    check_seed(flags.seed)
     if flags.vae_tile is not None and (flags.vae_tile < 64 or flags.vae_tile % 8):
         raise ConfigError(f"--vae_tile {flags.vae_tile} must be a multiple of 8 pixels, at least 64")
     if not flags.prompt.strip() and not flags.allow_empty_prompt:
@@ -137,7 +139,7 @@ def run(flags: argparse.Namespace, job: Job, *, clock: PartClock) -> None:
     if not flags.random_weights:
         on_first(lambda: check_files(flags, job.networks, family=job.family, channels=request.input_channels))
     leads = not dist.is_initialized() or dist.get_rank() == 0
-    pipeline = build_pipeline(flags, job.networks, clock=clock, tokens_per_frame=tokens, leads=leads)
+    pipeline = build_pipeline(flags, job.networks, clock=clock, tokens_per_frame=tokens)
     if not leads:
         _generate(flags, pipeline, request, lines=None)
         return

@@ -11,7 +11,7 @@ from rcm.core.errors import ConfigError
 from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT
 from rcm.nets.attention import BACKENDS
 from rcm.pipelines.residency import POLICIES
-from rcm.pipelines.text_to_video import WholeVideoRecipe
+from rcm.pipelines.text_to_video import WholeVideoRecipe, check_guided
 from rcm.pipelines.wan_files import LoRA
 from rcm.pipelines.wan_sizes import SIZES
 
@@ -175,7 +175,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cuda", help="cuda or cpu [%(default)s]")
     add("--precision", choices=tuple(PRECISIONS), default="fast", help="of the networks; see docs/inference.md [%(default)s]")
     add("--vae_precision", choices=("bf16", "fp32"), default="bf16", help="[%(default)s]")
-    add("--attention", choices=("auto", *BACKENDS), default="auto", help="[%(default)s]")
+    add("--attention", choices=tuple(BACKENDS), default="auto", help="[%(default)s]")
     add("--compile", action="store_true", help="compile the blocks (one GPU): slow first step, faster later ones")
     add(
         "--offload",
@@ -190,7 +190,8 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def many_step_recipe(flags: argparse.Namespace) -> WholeVideoRecipe:
-    """How a many-step command samples."""
+    """How a many-step command samples; `ConfigError` for a shift or a scale that is no number to work with."""
+    check_guided(shift=flags.timestep_shift, guidance=flags.guidance_scale)
     return WholeVideoRecipe(
         "ode",
         sigma_max=flags.sigma_max,

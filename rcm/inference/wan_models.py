@@ -20,6 +20,7 @@ from rcm.inference.wan_flags import PRECISIONS, PUBLISHED, NetworkFile
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.wan.config import preset
 from rcm.parallel.apply import parallelize
+from rcm.parallel.init import on_first
 from rcm.parallel.mesh import ParallelDims
 from rcm.pipelines.part_clock import PartClock
 from rcm.pipelines.residency import MemoryPolicy, Resident
@@ -61,19 +62,23 @@ def _check_network(file: NetworkFile, *, size: str, weights: str, channels: int)
         raise CheckpointError(f"{file.flag} with --model_size {size}: {error}") from error
 
 
-def build_pipeline(
-    flags: argparse.Namespace, networks: Sequence[NetworkFile], *, clock: PartClock, tokens_per_frame: int, leads: bool
-) -> WanPipeline:
-    """The pipeline of a command. The rank that `leads` checks text encoder and codec now; networks are read when they are needed."""
+def build_pipeline(flags: argparse.Namespace, networks: Sequence[NetworkFile], *, clock: PartClock, tokens_per_frame: int) -> WanPipeline:
+    """The pipeline of a command. Rank 0 checks text encoder and codec now, and its refusal is everyone's; networks are read when they are
+    needed. Collective over the ranks of a launch.
+    """
     if flags.compile and num_ranks() > 1:
         raise ConfigError("--compile works on one GPU; leave it out under torchrun")
     device, policy = clock.device, MemoryPolicy.preset(flags.offload)
     if policy.expert == "cpu" and flags.warmup_iters == 0:
         policy = replace(policy, expert="free")  # one video: the expert that is done is not needed again, and copying 29 GB takes 15 s
     codec = Resident[LatentCodec](partial(_codec, flags, device=device), move=_move_codec, device=device, clock=clock)
-    if leads:
+
+    def open_text() -> TextEncoder:
         codec.use()
         codec.rest(policy.codec)
+        return _text(flags, device=device)
+
+    text = on_first(open_text)
     experts = [
         Expert(
             network.name,
@@ -87,8 +92,7 @@ def build_pipeline(
         )
         for number, network in enumerate(networks)
     ]
-    text = _text(flags, device=device) if leads else _NoText()
-    return WanPipeline(text=text, experts=experts, codec=codec, device=device, clock=clock, memory=policy)
+    return WanPipeline(text=_NoText() if text is None else text, experts=experts, codec=codec, device=device, clock=clock, memory=policy)
 
 
 def _text(flags: argparse.Namespace, *, device: torch.device) -> TextEncoder:

@@ -6,6 +6,8 @@ a second launch and without a race.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -168,24 +170,25 @@ def launch_window(
         raise ValueError("the fused window reads contiguous channels-last tensors only")
     # absent tensors are never read; any pointer will do
     arguments = [value if x is None else x for x in tensors]
-    window_kernel[(triton.cdiv((h + low + high) * (w + low + high), block_p), b)](
-        *arguments,
-        t,
-        h,
-        w,
-        FLOOR=NORM_FLOOR,
-        ROOT=c**0.5,
-        CHANNELS=c,
-        LAYOUT=_LAYOUTS[features.layout],
-        NORM=_NORMS[norm],
-        CARRIED=count,
-        LOW=low,
-        HIGH=high,
-        HAS_BIAS=features.bias is not None,
-        HAS_RESIDUAL=features.residual is not None,
-        KEEP=keep and not nothing_to_add,
-        BLOCK_P=block_p,
-        BLOCK_C=block_c,
-        num_warps=warps,
-    )
+    with torch.cuda.device(value.device) if value.is_cuda else contextlib.nullcontext():
+        window_kernel[(triton.cdiv((h + low + high) * (w + low + high), block_p), b)](
+            *arguments,
+            t,
+            h,
+            w,
+            FLOOR=NORM_FLOOR,
+            ROOT=c**0.5,
+            CHANNELS=c,
+            LAYOUT=_LAYOUTS[features.layout],
+            NORM=_NORMS[norm],
+            CARRIED=count,
+            LOW=low,
+            HIGH=high,
+            HAS_BIAS=features.bias is not None,
+            HAS_RESIDUAL=features.residual is not None,
+            KEEP=keep and not nothing_to_add,
+            BLOCK_P=block_p,
+            BLOCK_C=block_c,
+            num_warps=warps,
+        )
     return Window(padded, kept)

@@ -19,17 +19,21 @@ DenseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class MaskMatrices:
-    """Bool matrices of the last few masks on a device; a cache, not state."""
+    """Bool matrices of the last masks on a device, together at most `limit` bytes (one may exceed it); a cache, not state.
 
-    def __init__(self, kept: int = 8) -> None:
+    Bounded by memory, not by number: selective recomputation refuses to make a forgotten matrix again in the backward pass, and the
+    chunks of one rollout have a mask each.
+    """
+
+    def __init__(self, limit: int = 1 << 28) -> None:
         self._kept: dict[tuple[MaskSpec, torch.device], Tensor] = {}
-        self._limit = kept
+        self._limit = limit
 
     def matrix(self, mask: MaskSpec, device: torch.device) -> Tensor:
         """`mask` as bool `[q_len, kv_len]` on `device`."""
         key = (mask, device)
         if key not in self._kept:
-            while len(self._kept) >= self._limit:
+            while self._kept and sum(x.nbytes for x in self._kept.values()) + mask.q_len * mask.kv_len > self._limit:
                 self._kept.pop(next(iter(self._kept)))
             with torch.inference_mode(False):  # a matrix may outlive the mode it was first asked for in
                 self._kept[key] = mask.dense(device)

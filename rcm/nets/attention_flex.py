@@ -70,7 +70,7 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)  # more than the chunks of a rollout: what recomputation needs again must still be there
 def block_mask(mask: MaskSpec, device: torch.device) -> BlockMask:
     """FlexAttention's description of `mask`: which key blocks each query block needs, which of them fully, and the rule for the others.
 

@@ -116,10 +116,10 @@ class TransformerEngine(_Package):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
         """See `AttentionBackend`."""
-        key = (q.shape[2], q.shape[3], v.shape[3], scale)
+        package, key = self._open(q), (q.shape[2], q.shape[3], v.shape[3], scale)
         if key not in self._modules:
             width = q.shape[3] if q.shape[3] == v.shape[3] else (q.shape[3], v.shape[3])
-            self._modules[key] = self._open(q).DotProductAttention(
+            self._modules[key] = package.DotProductAttention(
                 q.shape[2], width, attention_dropout=0.0, qkv_format="bshd", attn_mask_type="no_mask", softmax_scale=scale
             )
         attend = self._modules[key]

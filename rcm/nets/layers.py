@@ -146,7 +146,9 @@ class Unpatchify(nn.Module):
         """`x` [B, F, S, rows * columns * C] with S = h * w of `grid` to [B, C, F, H, W]."""
         rows, columns = self.patch
         cut = x.unflatten(3, (rows, columns, -1)).unflatten(2, grid)
-        return cut.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+        height, width = grid[0] * rows, grid[1] * columns
+        # one reshape, which copies: FSDP2 warns of a network that returns a view
+        return cut.permute(0, 6, 1, 2, 4, 3, 5).reshape(x.shape[0], -1, x.shape[1], height, width)
 
 
 def _kernels() -> ModuleType:

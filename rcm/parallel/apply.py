@@ -18,6 +18,10 @@ from rcm.parallel.fsdp import is_mixed, shard_parameters
 from rcm.parallel.mesh import ParallelDims
 from rcm.parallel.ulysses import shard_sequence
 
+_VARIANTS = 64
+"""Compiled variants of a block's code, shared by all networks of a process: kinds of pass, shapes, with and without gradient. Behind its
+limit, by default 8, torch runs the rest uncompiled and only warns."""
+
 
 def is_frozen(net: nn.Module) -> bool:
     """Whether no parameter of `net` requires a gradient."""
@@ -69,5 +73,8 @@ def _compile_blocks(net: nn.Module, *, mode: str) -> None:
             "net.sac_config.mode=mm_only keeps single operators, which are out of sight inside compiled code; with compile=true choose "
             "block_wise, block_wise_keep_attention or none"
         )
+    import torch._dynamo.config as compiler  # takes two seconds, so not with this module
+
+    compiler.recompile_limit = max(compiler.recompile_limit, _VARIANTS)
     for block in net.blocks:
         block.forward = torch.compile(block.forward)

@@ -8,8 +8,8 @@ cache-append forwards, which must run exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -44,13 +44,24 @@ def _contexts(saved: frozenset[Any]) -> tuple[AbstractContextManager, AbstractCo
     """Contexts of a block's forward and of its recomputation that keep the operators `saved` and kernels behind `replay.kept`."""
     forward, recomputation = create_selective_checkpoint_contexts(partial(_policy, saved))
     tape = replay.Tape()
-    return _both(tape.recording(), forward), _both(tape.replaying(), recomputation)
+    return _Both(tape.recording, forward), _Both(tape.replaying, recomputation)
 
 
-@contextmanager
-def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Iterator[None]:
-    with outer, inner:
-        yield
+class _Both(AbstractContextManager):
+    """Two contexts as one that can be entered again: in a second backward pass theirs is the word on why it is refused."""
+
+    def __init__(self, outer: Callable[[], AbstractContextManager], inner: AbstractContextManager) -> None:
+        self._outer, self._inner = outer, inner
+        self._entered = ExitStack()
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(self._outer())
+            stack.enter_context(self._inner)
+            self._entered = stack.pop_all()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.__exit__(*error)
 
 
 class _Keeping:

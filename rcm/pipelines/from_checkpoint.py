@@ -7,7 +7,7 @@ for chunk in model.stream(["a red circle moving left"]): ...
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rcm.core.errors import CheckpointError, ConfigError
 from rcm.diffusion.blocks import BlockPattern
 from rcm.encoders.codec import LatentCodec
 from rcm.encoders.text_protocol import TextEncoder
+from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, Guided, VelocityModel
 from rcm.nets.wan.model import WanDiT
@@ -54,6 +55,7 @@ class LoadedModel:
     fps: float
     device: torch.device
     source: Path
+    _kept: dict[tuple[str, ...], Condition] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def trained_recipe(self) -> Recipe:
@@ -71,13 +73,20 @@ class LoadedModel:
     @cached_property
     def negative(self) -> Condition:
         """Condition of the unconditional branch, batch 1."""
-        return self.condition([self.text.negative_prompt])
+        return self.denoiser.prepare(Condition(self.text.encode([self.text.negative_prompt]).to(self.device)))
 
     def condition(self, prompts: Sequence[str]) -> Condition:
-        """Encoded prompts with their cross-attention keys computed once. `ConfigError` for no prompts, or one the encoder refuses."""
+        """Encoded prompts with their cross-attention keys computed once; those of the last call are kept. `ConfigError` for no prompts, or
+        one the encoder refuses.
+        """
         if isinstance(prompts, str) or not prompts:
             raise ConfigError(f"prompts must be a list with at least one string, got {prompts!r}")
-        return self.denoiser.prepare(Condition(self.text.encode(list(prompts)).to(self.device)))
+        wanted = tuple(prompts)
+        if wanted not in self._kept:
+            made = self.denoiser.prepare(Condition(self.text.encode(list(wanted)).to(self.device)))
+            self._kept.clear()
+            self._kept[wanted] = made
+        return self._kept[wanted]
 
     def num_latent_frames(self, num_frames: int | None, *, pattern: BlockPattern | None) -> int:
         """Latent frames of a video of `num_frames` pixel frames (None: as trained). `ConfigError`, naming the nearest lengths, unless codec
@@ -120,6 +129,8 @@ class LoadedModel:
             "device": self.device,
         }
         model = self._guided(chosen.guidance if guidance is None else guidance)
+        if isinstance(self.text, UMT5TextEncoder):
+            self.text.unload()  # 11 GB that sampling does not need; both conditions are kept
         if causal:
             chosen.plans(frames)  # raises for times that do not decrease from the first one
             given = None if prefix is None else self._prefix(prefix, chosen, shape=options["shape"])

@@ -18,13 +18,20 @@ MASK_CHANNELS = 4
 
 
 def read_image(path: str | Path) -> torch.Tensor:
-    """Pixels uint8 [H, W, 3] of an image file, turned upright as its EXIF says; `VideoError` names a missing or unreadable file."""
+    """Pixels uint8 [H, W, 3] of an image file, turned upright as its EXIF says, 16-bit grey scaled to 8; `VideoError` names a file that is
+    missing, unreadable, or of 32-bit pixels, whose range nobody states.
+    """
     path = Path(path)
     if not path.is_file():
         raise VideoError(f"no image file at {path}")
     try:
         with Image.open(path) as image:
-            return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB")))
+            if image.mode in ("I", "F"):
+                raise VideoError(f"{path} holds 32-bit pixels of no stated range; convert it to 8 bits")
+            upright = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # PIL would clip at 255 instead: a white picture
+                upright = Image.fromarray(((np.asarray(upright).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+            return torch.from_numpy(np.array(upright.convert("RGB")))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise VideoError(f"cannot decode {path}: {error}") from error
 

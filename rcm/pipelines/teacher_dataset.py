@@ -143,16 +143,18 @@ class TeacherSampler:
 
     def manifest(self) -> dict[str, object]:
         """What the samples are made of; nothing that leaves them as they are (batch size, ranks) is in it."""
+        precision = self.teacher.denoiser.precision
         return {
             "source": "teacher",
             "teacher": dict(self.teacher.identity),
             "sampler": {**asdict(self.recipe), "solver": self.recipe.solver or "euler"},
+            "precision": {"compute": _dtype_name(precision.compute), "time": _dtype_name(precision.time)},
             "seed": self.seed,
             "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16],
             "latent_shape": list(self.teacher.latent_shape),
             "codec": dict(self.teacher.codec),
             "text": dict(self.teacher.encoder),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": _dtype_name(self.dtype),
         }
 
     def samples(self, start: int, stop: int, *, batch: int) -> Iterator[ShardSample]:
@@ -204,6 +206,10 @@ class TeacherSampler:
             bad = [number for number, sample in zip(numbers, x0, strict=True) if not torch.isfinite(sample).all()]
             raise ConfigError(f"samples {bad} came out with NaN or infinite latents; look at the teacher's weights and precision")
         return x0.to("cpu", self.dtype)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def build_teacher_shards(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -73,6 +74,14 @@ class WholeVideoRecipe:
             known = ", ".join(cls.__dataclass_fields__)
             raise ConfigError(f"whole-video sampler has unknown keys {unknown} and lacks {missing}; known: {known}")
         return cls(**data)
+
+
+def check_guided(*, shift: float, guidance: float) -> None:
+    """`ConfigError` naming the flag unless the shift is positive and both numbers are finite."""
+    if not 0 < shift < math.inf:
+        raise ConfigError(f"--timestep_shift {shift:g} must be positive and finite (1: no shift)")
+    if not math.isfinite(guidance):
+        raise ConfigError(f"--guidance_scale {guidance:g} is no scale; give a finite number (1: no guidance)")
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,12 +37,18 @@ _SHAPED = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "freq_dim", "tex
 @dataclass(frozen=True)
 class LoRA:
     """A low-rank update to merge: its file or PEFT folder, the strength of the merge, and alpha (None: that of the file or of its
-    adapter_config.json, else the rank, so that the strength alone counts).
+    adapter_config.json, else the rank, so that the strength alone counts). Raises `ConfigError` for a number that is not finite.
     """
 
     path: str | Path
     scale: float = 1.0
     alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale) or not math.isfinite(self.alpha or 0.0):
+            raise ConfigError(
+                f"LoRA {self.path} with scale {self.scale:g}, alpha {self.alpha or 0:g}: both must be finite (--lora, --lora_alpha)"
+            )
 
 
 class NetworkWeights(LazyWeights):

@@ -18,12 +18,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 
-from rcm.core.errors import ConfigError
+from rcm.core.errors import CheckpointError, ConfigError
 from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.convert import FORMS, Format, other_form, other_name
 from rcm.nets.wan.published_config import published_settings
 from rcm.storage.safetensors_file import SAFETENSORS_DTYPES
-from rcm.storage.state_dicts import LazyWeights
+from rcm.storage.state_dicts import LazyWeights, listed
 from rcm.storage.weight_files import INDEX
 from rcm.train.describe import FILE_NAME, Description
 
@@ -42,7 +42,13 @@ class OtherForm(LazyWeights):
         self.headers = {key: self._as(name, network.headers[name]) for key, name in self.names.items()}
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._as(self.names[key], self.network[self.names[key]])
+        stored = self.network[self.names[key]]
+        converted = self._as(self.names[key], stored)
+        if converted.dtype is torch.float16 and not bool(converted.isfinite().all()) and bool(stored.isfinite().all()):
+            raise CheckpointError(
+                f"{key} has values up to {stored.abs().max():.3g}, beyond float16's 65504; convert with --dtype bf16 or fp32"
+            )
+        return converted
 
     def _as(self, name: str, tensor: Tensor) -> Tensor:
         # a merged update comes in float32, whatever the dtype that the network keeps
@@ -65,8 +71,8 @@ def save_network(
     The suffix chooses the container: .safetensors; .pt or .pth; .dcp, a directory of torch.distributed.checkpoint; none, a folder of
     safetensors (sharded above `max_shard_bytes`) with the config.json of the form, where it has one. The description goes beside a file as
     <name>.json (and into a safetensors' metadata), into a folder as rcm.json. Raises `ConfigError`, before anything is written, for another
-    suffix, a form that the container cannot hold, or a path that exists while `overwrite` is False. Whatever fails later leaves `path`
-    as it was.
+    suffix, a form that the container cannot hold, or a path that exists while `overwrite` is False, a folder with other files.
+    Whatever fails later leaves `path` as it was.
     """
     target = Path(path)
     _check_target(target, form=form, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
@@ -180,6 +186,16 @@ def _check_target(target: Path, *, form: Format, max_shard_bytes: int | None, ov
         raise ConfigError(f"--max_shard_size is a positive size for a folder of shards; {target} with {max_shard_bytes} bytes is none")
     if target.exists() and not overwrite:
         raise ConfigError(f"{target} exists; pass --overwrite to replace it, or choose another target")
+    others = _foreign_files(target)
+    if others:
+        raise ConfigError(f"{target} holds other files ({listed(others, most=3)}), which would be lost; choose another target")
+
+
+def _foreign_files(folder: Path) -> list[str]:
+    """What a folder holds beside the files that this module writes."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    ours = (FILE_NAME, "config.json", ".metadata")
+    return [name for name in names if name not in ours and not name.startswith(FOLDER_STEM) and not name.endswith(".distcp")]
 
 
 def _replace(partial: Path, target: Path) -> None:

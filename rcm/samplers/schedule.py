@@ -21,9 +21,11 @@ CAUSAL_MID_TIMES = (15 / 16, 5 / 6, 5 / 8)
 
 
 def initial_time(sigma_max: float) -> float:
-    """RF time of noise level `sigma_max`: t = sigma / (sigma + 1). `ConfigError` unless sigma_max > 0."""
-    if not sigma_max > 0:
-        raise ConfigError(f"sigma_max={sigma_max} must be positive; set sigma_max (80 for bidirectional rCM, 1600 for causal sampling)")
+    """RF time of noise level `sigma_max`: t = sigma / (sigma + 1). `ConfigError` unless sigma_max > 0 and finite."""
+    if not 0 < sigma_max < math.inf:
+        raise ConfigError(
+            f"sigma_max={sigma_max} must be positive and finite; set sigma_max (80 for bidirectional rCM, 1600 for causal sampling)"
+        )
     return sigma_max / (sigma_max + 1)
 
 
@@ -34,6 +36,8 @@ def shifted_grid(num_steps: int, *, shift: float, sigma_max: float) -> tuple[flo
     """
     if num_steps < 1:
         raise ConfigError(f"num_steps={num_steps} must be at least 1")
+    if not math.isfinite(shift):
+        raise ConfigError(f"shift={shift} must be finite; change the timestep shift")
     s = shift if shift > 0 else 1.0
     start = initial_time(sigma_max)
     u0 = start / (s - (s - 1) * start)
@@ -61,7 +65,7 @@ def trig_grid(num_steps: int, *, sigma_max: float, mid_times: Sequence[float] = 
     if not 1 <= num_steps <= len(mid_times) + 1:
         raise ConfigError(f"num_steps={num_steps} is not in 1..{len(mid_times) + 1}: only {len(mid_times)} mid times are given")
     taus = (math.atan(sigma_max), *mid_times[: num_steps - 1])
-    if any(a <= b for a, b in zip(taus, (*taus[1:], 0.0), strict=True)):
+    if not all(a > b for a, b in zip(taus, (*taus[1:], 0.0), strict=True)):
         least = math.tan(taus[1]) if num_steps > 1 else 0.0
         raise ConfigError(f"sigma_max={sigma_max:g} must be above {least:.4g}, the noise level of the second step; raise sigma_max")
     return (*(math.sin(a) / (math.sin(a) + math.cos(a)) for a in taus), 0.0)

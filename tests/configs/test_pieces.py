@@ -88,6 +88,15 @@ def test_previews_say_what_they_lack(tmp_path: Path) -> None:
     assert "there is no none.pth" in build_samples._lacking(model)
 
 
+def test_rank_0_decides_whether_there_are_previews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The VAE may lie beside rank 0 alone; a rank that decided for itself would leave the others waiting in a collective."""
+    monkeypatch.setattr(build_samples, "shared", lambda _: "they need a file that rank 0 does not have")
+    (tmp_path / "vae.pth").touch()
+    words = [M + f"text_encoder_path={save_umt5(tmp_path)}", M + f"tokenizer.vae_pth={tmp_path / 'vae.pth'}"]
+    run = composed(*words, "trainer.sampling={every_n: 1, ema_every_n: 0, num_samples: 2}")
+    assert sample_observers(run, tmp_path, Denoiser(tiny_net(), Precision.preset("fp32")), device=torch.device("cpu")) == []
+
+
 def test_previews_on_wan_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts through umT5, frames through the codec of the run, a row of videos in the file."""
     monkeypatch.setattr(build_samples, "codec_of_run", lambda model, *, device: StandInCodec())

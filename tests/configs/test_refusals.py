@@ -37,6 +37,7 @@ REFUSED = {
     "enumeration": ([M + "training_type=tf_csm"], r"training_type='tf_csm' must be one of .*'tf_dcm'.*did you mean tf_"),
     "law": ([M + "p_G.law=uniform"], r"p_G.law='uniform' must be one of 'lognormal', 'uniform_shift'"),
     "recomputation inside compiled code": ([M + "compile=true", M + "net.sac_config.mode=mm_only"], r"net.sac_config.mode=mm_only keeps"),
+    "fused layers inside compiled code": ([M + "compile=true", M + "fused_layers=on"], r"fused_layers=on refuses .*compile=True"),
     "number the law ignores": ([M + "p_G.p_mean=1"], r"p_G.p_mean has no effect while model.config.p_G.law=uniform_shift"),
     "batch": (["dataloader_train.batch_size=0"], r"dataloader_train.batch_size=0 must be at least 1"),
     "accumulation": (["trainer.grad_accum_iter=0"], r"trainer.grad_accum_iter=0 must be at least 1"),

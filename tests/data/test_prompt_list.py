@@ -19,10 +19,22 @@ def written(tmp_path, name, text):
         ("a.csv", 'id,caption\n1,"one, two"\n2, three \n'),
         ("a.jsonl", '{"prompt": "one, two"}\n{"caption": " three"}\n'),
         ("b.csv", '\ufeffprompt,text\n"one, two",no\nthree,no\n'),
+        ("c.csv", 'prompt\r\n"one, two"\r\nthree\r\n'),
+        ("b.txt", "one, two\r\nthree\r"),
     ],
 )
 def test_formats(tmp_path, name, text):
     assert read_prompt_list(written(tmp_path, name, text)) == ["one, two", "three"]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0c", "\x1e"])
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.txt", "a{}b\nc"), ("a.csv", "prompt\na{}b\nc"), ("a.jsonl", '{{"text": "a{}b"}}\n{{"text": "c"}}')]
+)
+def test_only_a_new_line_ends_a_prompt(tmp_path, name, text, mark):
+    if name == "a.jsonl" and mark < " ":
+        mark = "\u2029"  # JSON has no raw control characters
+    assert read_prompt_list(written(tmp_path, name, text.format(mark))) == [f"a{mark}b", "c"]
 
 
 def test_bad_prompts_are_named_or_left_out(tmp_path):
@@ -41,6 +53,9 @@ def test_bad_prompts_are_named_or_left_out(tmp_path):
         ("a.txt", b"\n \n", "holds no prompt"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),
         ("a.csv", b"id,words\n1,x\n", "header with a column prompt or caption or text, got id, words"),
+        ("a.csv", b"prompt\na cat, on a mat\n", r"a\.csv:2 has 2 fields, the header 1; put a prompt with a comma in quotes"),
+        ("a.csv", b'prompt,id\n"open, 1\nb,2\n', r"a\.csv:3 .*unexpected end of data"),
+        pytest.param("a.csv", b'prompt\n"' + b"x" * 200000 + b'"\n', r"a\.csv:.*field larger", id="huge field"),
         ("a.jsonl", b'{"prompt": 3}', "a.jsonl:1 needs a string under prompt"),
         ("a.jsonl", b"{", "a.jsonl:1 is not JSON"),
         ("a.jsonl", b'{"prompt": ""}', "is empty"),

@@ -212,7 +212,7 @@ def test_refusals(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         opened(weights)
     (tmp_path / "file").write_text("")
     save_umt5(weights.parent)
-    with pytest.raises(ConfigError, match="choose another cache="):
+    with pytest.raises(ConfigError, match="another folder .--text_cache, cache="):
         opened(weights, cache=tmp_path / "file" / "cache")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"the umT5 text encoder needs .*pip install 'rcm\[text\]'"):

@@ -50,7 +50,7 @@ def test_networks_take_no_open_keywords() -> None:
 
 
 def test_duals_are_made_in_two_places() -> None:
-    """core/dual.py opens the level; the attention dispatcher and the all-to-all repack through its `pack`."""
+    """core/dual.py opens the level; code with tangents of its own repacks through its `pack`."""
     found = {name(p) for p in files("rcm") for _, called in calls(p) if called == "make_dual"}
     assert found == {"rcm/core/dual.py"}
 

@@ -273,6 +273,15 @@ def _on_ranks(files: WanFiles, out: str) -> int:
     return sample(COMMANDS[3], files, Path(out), "--num_steps", "2", "--num_samples", "1", "--boundary", "0.9")
 
 
+def _without_tokenizer(files: WanFiles, out: str) -> int:
+    return sample(COMMANDS[0], files, Path(out), "--size", "32x64", "--tokenizer_path", "gone")
+
+
+@pytest.mark.dist
+def test_a_refusal_of_the_first_rank_ends_the_others_too(files, tmp_path):
+    assert run_ranks(2, _without_tokenizer, files, str(tmp_path / "a.mp4"), tmp_path=tmp_path, timeout=60) == [2, 2]
+
+
 @pytest.mark.dist
 def test_two_ranks_write_what_one_writes(files, tmp_path):
     assert sample(COMMANDS[3], files, tmp_path / "one.mp4", "--num_steps", "2", "--num_samples", "1") == 0

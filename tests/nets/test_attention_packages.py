@@ -137,6 +137,7 @@ def test_bindings_equal_the_reference_in_value_and_gradient(name, backend):
 
 def test_bindings_refuse_other_dtypes(backend):
     q = torch.zeros(1, 4, 1, 8)
+    backend(q.half(), q.half(), q.half(), mask=None, scale=1.0)
     with pytest.raises(ConfigError, match=f"'{backend.name}' needs bfloat16 or float16, got torch.float32"):
         backend(q, q, q, mask=None, scale=1.0)
 

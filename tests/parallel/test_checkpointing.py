@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rcm.core.errors import ConfigError
+from rcm.diffusion.blocks import BlockPattern
 from rcm.kernels import replay
 from rcm.kernels.masked_attention import api as masked_api
 from rcm.nets.condition import Condition
@@ -18,7 +19,7 @@ from rcm.nets.kv_cache import KVCache
 from rcm.nets.layout import TokenLayout
 from rcm.nets.wan.model import WanDiT
 from rcm.parallel.checkpointing import checkpoint_blocks
-from tests.support.tiny_nets import tiny_net
+from tests.support.tiny_nets import GRID, condition, latents, tiny_net
 from tests.support.toy_method import CHANNELS, CONFIG, FRAMES, HEIGHT, LAYOUT, WIDTH, make_net
 
 TOKENS = LAYOUT.num_tokens
@@ -166,6 +167,33 @@ def test_readonly_forward_is_recomputed_against_the_same_prefix() -> None:
         gradients.append(net.blocks[0].self_attn.k.weight.grad)
     assert set(runs.values()) == {2}
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("mode", ["block_wise_keep_attention", "mm_only"])
+def test_masks_of_many_chunks_stay_known_until_the_backward_pass(mode: str) -> None:
+    """Selective recomputation refuses an operator that its forward did not run, such as making a forgotten mask again."""
+    frames = 11
+    net, pattern = tiny_net(attention="reference"), BlockPattern(1, 1)
+    checkpoint_blocks(net, mode=mode)
+    cache = KVCache(net.config.num_layers, capacity_tokens=frames * GRID[0] * GRID[1])
+    x, text, time = latents(frames), condition(net.config), torch.full((2, 1), 300.0, dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64)
+    for block in range(frames):
+        layout = TokenLayout.cached_chunk(block, grid=GRID, pattern=pattern, num_frames=frames, window=2)
+        chunk = x[:, :, block : block + 1]
+        loss = loss + net(chunk, time, text, layout, cache.readonly()).square().mean()
+        with torch.no_grad():
+            net(chunk, time, text, layout, cache.append())
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+
+
+def test_a_second_backward_pass_says_why_it_is_refused() -> None:
+    net, _ = prepared("block_wise_keep_attention")
+    loss = forward(net).square().mean()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward"):
+        loss.backward()
 
 
 def test_unknown_mode_names_the_choices() -> None:

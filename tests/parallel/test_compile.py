@@ -10,9 +10,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
+from rcm.nets.layout import TokenLayout
 from rcm.parallel.apply import parallelize
 from rcm.parallel.mesh import ParallelDims
 from tests.parallel.test_checkpointing import forward
+from tests.support.tiny_nets import GRID, condition, latents, pattern, tiny_net
 from tests.support.toy_method import make_net
 
 
@@ -41,3 +43,17 @@ def test_compiled_gradients_and_number_of_graphs(monkeypatch: pytest.MonkeyPatch
 def test_single_operators_cannot_be_kept_inside_compiled_code() -> None:
     with pytest.raises(ConfigError, match=r"mm_only.*compile=true.*block_wise"):
         parallel_net("mm_only", compiled=True)
+
+
+def test_every_kind_of_pass_stays_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All networks and passes are variants of one function; behind torch's own limit (8) the rest runs uncompiled with a warning."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    layouts = (TokenLayout.bidirectional(4, grid=GRID), TokenLayout.teacher_forcing(4, grid=GRID, pattern=pattern("c1-1")))
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        net = tiny_net(num_layers=1)
+        parallelize(net, dims=ParallelDims(), precision=Precision.preset("fp64"), checkpoint="none", compile=True)
+        for gradient in (False, True):
+            for layout in layouts:
+                with torch.set_grad_enabled(gradient):
+                    net(latents(layout.num_frames), torch.full((2, 1), 300.0, dtype=torch.float64), condition(net.config), layout)

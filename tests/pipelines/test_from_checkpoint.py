@@ -12,6 +12,7 @@ from PIL import Image
 
 from rcm.core.dtypes import Precision
 from rcm.core.errors import CheckpointError, ConfigError
+from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, Guided
 from rcm.nets.layout import TokenLayout
@@ -276,3 +277,20 @@ def test_precision_is_that_of_the_run_unless_asked(job, tmp_path):
     policy = open_checkpoint(file).denoiser.precision
     assert (policy.params, policy.compute, policy.reduce, policy.time) == (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
     assert open_checkpoint(file, precision="fp64").denoiser.net.head.head.weight.dtype == torch.float64
+
+
+def test_umt5_leaves_before_sampling_and_is_not_read_again(model, monkeypatch):
+    """The 11 GB are freed once the prompts are encoded; a second stream of the same prompts finds its condition."""
+    width, rows = model.denoiser.net.config.text_dim, model.denoiser.net.config.text_len
+    text = UMT5TextEncoder.random(text_len=rows, text_dim=width, dtype=torch.float32)
+    log: list[str] = []
+    encode = text.encode
+    monkeypatch.setattr(text, "encode", lambda prompts: log.append(f"encode {len(prompts)}") or encode(prompts))
+    monkeypatch.setattr(text, "unload", lambda: log.append("unload"))
+    wan = replace(model, text=text, _kept={})
+    first = [chunk.frames for chunk in wan.stream([PROMPT, PROMPT], seed=1, guidance=2.0)]
+    assert log == ["encode 2", "encode 1", "unload"]  # prompts, the negative prompt
+    again = [chunk.frames for chunk in wan.stream([PROMPT, PROMPT], seed=1, guidance=2.0)]
+    assert log == ["encode 2", "encode 1", "unload", "unload"] and all(map(torch.equal, first, again))
+    wan.condition(["other words"])
+    assert log[-1] == "encode 1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -56,6 +57,16 @@ def test_reading(tmp_path):
     assert image_size(read_image(tmp_path / "b.png")) == (30, 20)
     Image.new("L", (4, 4), 128).save(tmp_path / "grey.png")
     assert tuple(read_image(tmp_path / "grey.png").shape) == (4, 4, 3)
+
+
+def test_pictures_of_more_than_8_bits_keep_their_greys(tmp_path):
+    grey = np.linspace(0, 65535, 24 * 8).reshape(8, 24).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    read = read_image(tmp_path / "deep.png")
+    assert (read.double() - torch.from_numpy(grey / 257.0)[..., None]).abs().max() <= 0.5
+    Image.fromarray(grey.astype(np.float32) / 65535).save(tmp_path / "float.tiff")
+    with pytest.raises(VideoError, match=r"float\.tiff holds 32-bit .* convert it to 8 bits"):
+        read_image(tmp_path / "float.tiff")
 
 
 def test_unreadable_images(tmp_path):

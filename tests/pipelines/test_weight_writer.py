@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from rcm.core.dtypes import Precision
-from rcm.core.errors import ConfigError
+from rcm.core.errors import CheckpointError, ConfigError
 from rcm.nets.wan.convert import FORMS, from_wan
 from rcm.pipelines import load_wan, open_weights, save_network
 from rcm.pipelines.weight_writer import write_safetensors
@@ -84,6 +84,15 @@ def test_dtype_is_cast_on_the_way(tmp_path):
         assert torch.equal(file["net.head.head.weight"], small_state()["head.head.weight"].bfloat16())
 
 
+def test_values_beyond_float16_are_not_made_infinite(tmp_path):
+    state = small_state()
+    name = next(iter(state))
+    state[name] = state[name].float().flatten().fill_(1e5).reshape(state[name].shape)
+    with pytest.raises(CheckpointError, match=rf"{name} has values up to 1e\+05, beyond float16"):
+        save(tmp_path / "a.safetensors", weights=Counting(state), dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_pickle_is_not_larger_than_its_tensors(tmp_path):
     """Views of one large storage (slices of a fused weight, views into a mapped file) must not take all of it with them."""
     state = small_state()
@@ -149,6 +158,18 @@ def test_mixed_dtypes_stay_aligned(tmp_path):
     assert all(header[key]["data_offsets"][0] % value.element_size() == 0 for key, value in tensors.items())
     with pytest.raises(ValueError, match="b was announced as"):
         write_safetensors(tmp_path / "y", {"b": torch.empty(4, device="meta")}, tensors.__getitem__, metadata={})
+
+
+def test_a_folder_with_other_files_is_not_replaced(tmp_path):
+    folder = save(tmp_path / "folder")
+    (folder / "holiday.jpg").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=r"folder holds other files \(holiday\.jpg\)"):
+        save(folder, overwrite=True)
+    assert (folder / "holiday.jpg").read_bytes() == b"mine"
+    (folder / "holiday.jpg").unlink()
+    save(folder, overwrite=True)
+    save(tmp_path / "a.dcp")
+    save(tmp_path / "a.dcp", overwrite=True)
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "folder"])

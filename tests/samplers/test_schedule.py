@@ -68,6 +68,13 @@ def test_other_bad_numbers():
         trig_grid(5, sigma_max=80)
     with pytest.raises(ConfigError, match="num_steps"):
         shifted_grid(0, shift=1.0, sigma_max=80)
+    for sigma in (math.nan, math.inf):
+        with pytest.raises(ConfigError, match=f"sigma_max={sigma}"):
+            initial_time(sigma)
+    with pytest.raises(ConfigError, match="sigma_max=nan"):
+        trig_grid(1, sigma_max=math.nan)
+    with pytest.raises(ConfigError, match="shift=nan"):
+        shifted_grid(4, shift=math.nan, sigma_max=80)
 
 
 def test_euler_integrates_a_linear_field_to_first_order():

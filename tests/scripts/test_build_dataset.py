@@ -112,6 +112,11 @@ def test_view_draws_a_sheet(tmp_path, capsys):
         assert sheet.size[0] > 9 * 64 and sheet.size[1] > 2 * 64
     assert run("--view", tmp_path / "none.tar") == 1
     assert "tar_path_pattern" in capsys.readouterr().err
+    assert run("--view", tmp_path / "shard-000000.tar", "--rows", 0) == 1
+    assert "--rows 0 must be at least 1" in capsys.readouterr().err
+    (tmp_path / "dataset.json").write_text("{")
+    assert run("--view", tmp_path / "shard-000000.tar") == 1
+    assert "dataset.json is not JSON" in capsys.readouterr().err
 
 
 def test_real_files_as_wan_latents(tmp_path, monkeypatch):
@@ -136,10 +141,31 @@ def test_real_files_as_wan_latents(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["codec"] == {"name": "wan_vae"}
 
 
+def test_captions_are_encoded_shard_by_shard(tmp_path, monkeypatch):
+    """512 rows of 4096 are 4 MB per caption: those of a large folder do not fit in memory together."""
+    monkeypatch.setattr(build_dataset, "WanVAECodec", SimpleNamespace(from_file=lambda path, *, device: StandInCodec()))
+    encode, asked = UMT5TextEncoder.encode, []
+    monkeypatch.setattr(
+        UMT5TextEncoder, "encode", lambda self, prompts: asked.append((len(list(out.glob("*.tar"))), prompts)) or encode(self, prompts)
+    )
+    for name in "ab":
+        write_mp4(tmp_path / "in" / f"{name}.mp4", torch.zeros(3, 5, 32, 32), fps=8)
+    out = tmp_path / "out"
+    words = ["--source", "videos", "--codec", "wan_vae", "--input", tmp_path / "in", "--size", "32x32", "--frames", 5, "--shard-size", 1]
+    words += ["--text_encoder_path", save_umt5(tmp_path / "umt5"), "--device", "cpu", "--out", out]
+    assert run(*words) == 0 and asked == [(0, ["a"]), (1, ["b"])]
+    assert run(*words) == 0 and len(asked) == 2, "nothing is left to do"
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--num", 4], "--out"),
+        (
+            ["--source", "videos", "--codec", "wan_vae", "--input", "short", "--size", "32x32", "--device", "gpu7", "--out", "x"],
+            "--device gpu7",
+        ),
+        (["--source", "videos", "--input", "wordy", "--frames", 5, "--shard-size", 1, "--out", "x"], "text_len=8"),
         (["--source", "teacher", "--out", "x"], "--prompts"),
         (["--source", "videos", "--out", "x"], "--input"),
         (["--source", "videos", "--input", "empty", "--out", "x"], "no .mp4 file under"),

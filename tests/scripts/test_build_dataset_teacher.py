@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from PIL import Image
 
 from rcm.configs import cli
 from rcm.core.dtypes import Precision
+from rcm.core.errors import ConfigError
 from rcm.data.latents import LatentShards
 from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.nets.condition import Condition
@@ -123,6 +126,7 @@ def test_another_recipe_in_the_same_folder_is_refused(world, tmp_path, capsys):
         (["--num-steps", 3], "'steps': 2"),
         (["--weights", "reg"], "'weights': 'reg'"),
         (["--dtype", "fp32"], "dtype: there 'bfloat16', asked 'float32'"),
+        (["--precision", "fp64"], "precision: there {'compute': 'float32'"),
     ):
         assert run(*words(world, tmp_path / "data", *more)) == 1
         assert told in (error := capsys.readouterr().err) and "choose another output folder" in error
@@ -158,6 +162,21 @@ def test_negative_embedding_and_view(world, tmp_path, capsys):
     (tmp_path / "data" / "dataset.json").write_text('{"codec": {"name": "other"}}')
     assert main(["--view", str(tmp_path / "data" / "shard-000000.tar")]) == 1
     assert "'other'; choose --codec" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("launch", "index"), [({}, 0), ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 1)])
+def test_a_rank_takes_its_own_gpu(monkeypatch, launch, index):
+    with ExitStack() as stack, pytest.raises(ConfigError, match="--device gpu7 cannot be used"):
+        teacher_source._ranks(SimpleNamespace(context_parallel_size=1, device="gpu7"), stack)
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(teacher_source, "check_device", lambda name: None)
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
+    with ExitStack() as stack:
+        _, device = teacher_source._ranks(SimpleNamespace(context_parallel_size=1, device="cuda"), stack)
+    # without a number torch.cuda.set_device refuses
+    assert taken == [device] == [torch.device("cuda", index)]
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +248,13 @@ def test_an_image_to_video_network_is_no_teacher(published, tmp_path, capsys):
         (["--teacher", "causal"], "is causal"),
         (["--teacher", "nowhere"], "no checkpoint at"),
         (["--frames", 9], "leave out --frames"),
+        (["--resolution", "720p"], "leave out --resolution"),
+        (["--aspect_ratio", "1:1"], "leave out --aspect_ratio"),
+        (["--model_size", "1.3B"], "leave out --model_size"),
+        (["--seed", 2**64 - 2], "--seed 18446744073709551614"),
+        (["--timestep_shift", "nan"], "--timestep_shift nan must be positive"),
+        (["--timestep_shift", "0"], "--timestep_shift 0 must be positive"),
+        (["--guidance_scale", "inf"], "--guidance_scale inf is no scale"),
         (["--batch", 0], "--batch"),
         (["--num", 0], "num=0"),
         (["--num_steps", 0], "num_steps=0"),

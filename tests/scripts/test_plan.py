@@ -74,6 +74,7 @@ def test_a_job_that_does_not_fit_hears_what_would(capsys):
     ("words", "told"),
     [
         ([SCM, "gpus=none"], "gpus=none must be a whole number"),
+        ([SCM, "gpus=\u00b2"], "gpus=\u00b2 must be a whole number"),
         ([SCM, "gpu=v100"], "unknown gpu='v100'"),
         ([SCM, "memory_gib=much"], "memory_gib=much is not a number"),
         (["experiment=causal_wan2pt1_1pt3B_res480p_t2v_tf"], "template"),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rcm.kernels.fused.choice import check_setting
-from rcm.nets.attention import AttentionCore, resolve
+from rcm.nets.attention import AttentionBackend, AttentionCore, resolve
 from rcm.nets.condition import Condition
 from rcm.nets.kv_cache import CacheView
 from rcm.nets.layers import AffineLayerNorm, FusedLayer, ModulatedNorm, Patchify, PromotedLinear, Sinusoid, Unpatchify, accumulate_dtype
@@ -59,14 +59,14 @@ class Head(nn.Module):
 class WanDiT(nn.Module):
     """Wan's transformer: predicts the rectified-flow velocity v = eps - x0 of latent frames.
 
-    `attention` names the back end of `nets/attention.py` ("auto": environment, then sdpa); `fused` says where the fused elementwise
-    kernels run ("auto": on CUDA; see `rcm.kernels.fused.choice`). State-dict keys are those of the original
-    weights, with `patch_embedding` stored as a linear layer on flattened patches. `enter` and `leave` (identities on [B, F, S, E]
-    tokens) and `block.self_attn.core` are the places where context parallelism attaches from outside. Construct, then load weights or
-    call `init_weights`.
+    `attention` is a back end of `nets/attention.py` or its name ("auto": the environment's, else chosen per call); `fused` says where
+    the fused elementwise kernels run ("auto": on CUDA; see `rcm.kernels.fused.choice`). State-dict keys are those of the original weights,
+    with `patch_embedding` stored as a linear layer on flattened patches. `enter` and `leave` (identities on [B, F, S, E] tokens) and
+    `block.self_attn.core` are the places where context parallelism attaches from outside. Construct, then load weights or call
+    `init_weights`.
     """
 
-    def __init__(self, config: WanConfig, attention: str = "auto", *, fused: str = "auto") -> None:
+    def __init__(self, config: WanConfig, attention: str | AttentionBackend = "auto", *, fused: str = "auto") -> None:
         super().__init__()
         self.config = config
         backend = resolve(attention)
