@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -127,7 +128,7 @@ class WanPipeline:
         clip: ImageEncoder | None = None,
     ) -> None:
         bounds = [expert.down_to for expert in experts]
-        if not bounds or bounds[-1] != 0 or any(not 0 <= b < a for a, b in zip([1.0, *bounds], bounds, strict=False)):
+        if not bounds or bounds[-1] != 0 or any(not 0 <= b < a for a, b in pairwise([1.0, *bounds])):
             raise ConfigError(f"experts must be in charge down to decreasing times below 1 that end at 0, got {bounds}; change --boundary")
         self.text, self.experts, self.codec, self.clip = text, tuple(experts), codec, clip
         self.device, self.clock, self.memory = device, clock, memory

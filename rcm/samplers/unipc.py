@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -53,7 +54,7 @@ class UniPC:
                 f"UniPC walks times from below 1 to exactly 0 (its log signal-to-noise ratio is infinite at 1), got {self.times[:1]} ... "
                 f"{self.times[-1:]}; lower sigma_max"
             )
-        if any(a <= b for a, b in zip(self.times, self.times[1:], strict=False)):
+        if any(a <= b for a, b in pairwise(self.times)):
             raise ConfigError("UniPC times must decrease strictly")
 
     def sample(self, velocity: Velocity, noise: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
