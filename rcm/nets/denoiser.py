@@ -34,7 +34,7 @@ class VelocityModel:
         `x` [B, C, F, H, W] any float dtype; `t` RF time in [0, 1], float64 [B, 1] or [B, F]; `cache` a fresh view of `new_cache`'s cache.
         Returns the dtype of `x`, at least float32.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # a model says this itself
 
     def trig_F(
         self, x_tau: Tensor, tau: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
@@ -49,15 +49,15 @@ class VelocityModel:
 
     def new_cache(self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope") -> KVCache | PairedCache:
         """An empty cache with room for `num_frames` frames of `grid` = (h, w) tokens."""
-        raise NotImplementedError
+        raise NotImplementedError  # a model says this itself
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Tokens (h, w) of a latent frame; `ConfigError` if the patch does not divide it."""
-        raise NotImplementedError
+        raise NotImplementedError  # a model says this itself
 
     def prepare(self, cond: Condition) -> Condition:
         """`cond` with everything that depends on the prompt alone computed once, for passes without gradient."""
-        raise NotImplementedError
+        raise NotImplementedError  # a model says this itself
 
 
 class Denoiser(VelocityModel):

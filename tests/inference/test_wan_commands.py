@@ -16,6 +16,7 @@ from rcm.inference import wan_models
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, Guided
 from rcm.pipelines.image_condition import fit_image, image_channels, read_image
+from rcm.pipelines.residency import Resident
 from rcm.pipelines.text_to_video import WholeVideoRecipe, whole_latents
 from rcm.pipelines.video_io import probe, read_mp4
 from rcm.pipelines.wan_sizes import FrameSize
@@ -143,6 +144,15 @@ def test_same_bytes_for_the_same_seed_under_every_memory_policy(files, tmp_path)
         made[name] = (tmp_path / f"{name}.mp4").read_bytes()
     assert made["none"] == made["idle"] == made["low"]
     assert made["other"] != made["idle"]
+
+
+@pytest.mark.parametrize(("flags", "rests"), [((), "free"), (("--warmup_iters", "1"), "cpu"), (("--offload", "none"), "keep")])
+def test_the_finished_expert_waits_on_the_host_only_if_it_is_needed_again(files, tmp_path, monkeypatch, flags, rests):
+    asked = []
+    rest = Resident.rest
+    monkeypatch.setattr(Resident, "rest", lambda self, idle: asked.append(idle) or rest(self, idle))
+    assert sample(COMMANDS[2], files, tmp_path / "a.mp4", *flags) == 0
+    assert rests in asked and not {"free", "cpu"} & set(asked) - {rests}
 
 
 def test_a_text_cache_replaces_the_encoder(files, tmp_path, monkeypatch):

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -84,7 +86,7 @@ def test_true_map_leaves_a_second_order_residual(form):
         student, target = consistency(x, per_frame(now, x)), consistency(stepped, per_frame(later, x))
         residuals.append((student - target).norm().item())
         loss_values.append(bidirectional_dcm(student, target).value.item())
-    for coarse, fine in zip(residuals, residuals[1:], strict=False):
+    for coarse, fine in pairwise(residuals):
         assert 3.7 < coarse / fine < 4.3
     assert loss_values[0] / loss_values[1] == pytest.approx((residuals[0] / residuals[1]) ** 2, rel=1e-9)
     assert loss_values[-1] < 1e-4

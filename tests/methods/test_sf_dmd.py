@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -138,4 +140,4 @@ def test_bidirectional_dmd_waits_for_the_warm_up_and_cycles_its_rollout():
     drawn = BackwardSimulation(4, law)
     lengths.clear()
     drawn(student, condition(tiny_config()), batch().latents.shape, StepRng(0, 3, 0), index=3, grad=False)
-    assert len(lengths) == 4 and all(a >= b for a, b in zip(lengths, lengths[1:], strict=False))
+    assert len(lengths) == 4 and all(a >= b for a, b in pairwise(lengths))

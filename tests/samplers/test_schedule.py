@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def test_shifted_grid_is_uniform_after_unshifting():
     grid = shifted_grid(50, shift=3.0, sigma_max=1600.0)
     assert grid[0] == pytest.approx(1600 / 1601, abs=1e-14) and grid[-1] == 0.0 and len(grid) == 51
     unshifted = [t / (3 - 2 * t) for t in grid]
-    gaps = [a - b for a, b in zip(unshifted, unshifted[1:], strict=False)]
+    gaps = [a - b for a, b in pairwise(unshifted)]
     assert max(gaps) - min(gaps) < 1e-12
 
 
