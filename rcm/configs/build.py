@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from loguru import logger
 
-from rcm.configs.build_data import build_loader, latent_shape, negative_condition
+from rcm.configs.build_data import build_loader, known_words, latent_shape, negative_condition
 from rcm.configs.build_method import build_method, sampling_recipe
 from rcm.configs.build_nets import NetBuilder
 from rcm.configs.build_samples import sample_observers
@@ -67,7 +68,7 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
     checkpointer = Checkpointer(
         folder,
         dims=dims,
-        description=description(run, data_hash=loader.source.fingerprint()),
+        description=description(run, data_hash=loader.source.fingerprint(), words=known_words(config.model.config, loader.source)),
         keep_last=config.checkpoint.keep_last,
         asynchronous=config.checkpoint.dcp_async_mode_enabled,
     )
@@ -87,12 +88,12 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
     )
 
 
-def description(run: Run, *, data_hash: str | None = None) -> Description:
-    """What checkpoints of this run say about themselves: enough to sample from the path alone."""
+def description(run: Run, *, data_hash: str | None = None, words: Sequence[str] = ()) -> Description:
+    """What checkpoints of this run say about themselves: enough to sample from the path alone. `words`: of the captions, for a toy text."""
     config, model = run.config, run.config.model.config
     causal = isinstance(model, CausalConfig) and model.training_type != "bidirectional"
     recipe = sampling_recipe(model)
-    codec, text = described_pieces(model)
+    codec, text = described_pieces(model, words=words)
     return Description(
         stage=model.training_type if isinstance(model, CausalConfig) else "rcm",
         network=asdict(wan_config(model.net)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.condition import Condition
 from rcm.parallel.mesh import ParallelDims
 from rcm.worlds.toy_latents import ToyLatents
+from rcm.worlds.toy_text import vocabulary
 
 LATENT_CACHE_BYTES = 1 << 30
 """Decoded samples kept in memory: all of a toy data set, none that matters of a real one (a 480p sample takes 12 MB)."""
@@ -78,6 +79,13 @@ def _source(run: TrainConfig, *, device: torch.device | str) -> Source:
     raise ConfigError(f"dataloader_train.kind={data.kind!r} has no source")
 
 
+def known_words(model: CommonModelConfig, source: Source) -> tuple[str, ...]:
+    """Vocabulary of the captions, for a text encoder that has none of its own: the toy one."""
+    if model.text_encoder_class != "toy" or isinstance(source, FakeLatents):
+        return ()
+    return vocabulary(source.captions())
+
+
 def _wants_trajectories(model: CommonModelConfig) -> bool:
     return isinstance(model, CausalConfig) and model.training_type in ("tf_kd", "df_kd")
 
@@ -110,6 +118,10 @@ class _PromptedShapes:
     def fingerprint(self) -> str:
         """That of the prompts."""
         return self._prompts.fingerprint()
+
+    def captions(self) -> Iterator[str]:
+        """Those of the prompts."""
+        return self._prompts.captions()
 
     def fetch(self, indices: Sequence[int]) -> LatentBatch:
         """Embeddings of prompts `indices` and zero latents."""

@@ -21,14 +21,16 @@ from rcm.worlds.toy_text import ToyTextEncoder
 from rcm.worlds.toy_world import ToyWorld, ToyWorldConfig
 
 
-def described_pieces(model: CommonModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How a checkpoint describes the codec and the text encoder it needs, as `rcm/pipelines/described.py` reads it."""
+def described_pieces(model: CommonModelConfig, *, words: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How a checkpoint describes the codec and the text encoder it needs, as `rcm/pipelines/described.py` reads it; `words` of the captions
+    it was trained with.
+    """
     if model.tokenizer.name == "toy":
         codec = {"name": "toy", **asdict(toy_codec(model))}
     else:
         codec = {"name": "wan_vae", "path": model.tokenizer.vae_pth}
     if model.text_encoder_class == "toy":
-        return codec, {"name": "toy", **asdict(toy_text(model))}
+        return codec, {"name": "toy", **asdict(toy_text(model)), "words": list(words)}
     return codec, {"name": "umt5", "path": model.text_encoder_path or UMT5_FILE}
 
 

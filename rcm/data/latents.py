@@ -10,7 +10,7 @@ import glob
 import hashlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +95,10 @@ class LatentShards:
             digest.update(f"{shard.path.name}\n{shard.size}\n{' '.join(shard.keys)}\n".encode())
         digest.update(self.shards[0].read(0, _LATENT))
         return digest.hexdigest()[:16]
+
+    def captions(self) -> Iterator[str]:
+        """Every caption, in order, without reading latents; what is not UTF-8 in them is replaced (`fetch` refuses it)."""
+        return (shard.read(i, _PROMPT).decode("utf-8", errors="replace") for shard in self.shards for i in range(len(shard.keys)))
 
     def fetch(self, indices: Sequence[int]) -> LatentBatch:
         """The batch of samples `indices`, each in [0, len): latents and embeddings as float32."""

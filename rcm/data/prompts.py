@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -57,6 +57,10 @@ class Prompts:
         """Prompts number `indices` and their embeddings."""
         chosen = [self._prompts[i] for i in indices]
         return PromptBatch(self._encode(chosen).float(), chosen)
+
+    def captions(self) -> Iterator[str]:
+        """The list."""
+        return iter(self._prompts)
 
     def fingerprint(self) -> str:
         """Hash of the list."""

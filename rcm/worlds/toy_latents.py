@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -31,6 +31,10 @@ class ToyLatents:
     def fingerprint(self) -> str:
         """Names what the samples are made from."""
         return self._name
+
+    def captions(self) -> Iterator[str]:
+        """Every caption, in order."""
+        return iter(self._prompts)
 
     def fetch(self, indices: Sequence[int]) -> LatentBatch:
         """The batch of scenes `indices`."""

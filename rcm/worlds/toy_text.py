@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from loguru import logger
 
 from rcm.core.errors import ConfigError
 
@@ -19,6 +20,16 @@ _POSITION_WEIGHT = 0.25  # position moves a row by a quarter of a word: order is
 def tokens_of(prompt: str) -> list[str]:
     """Lower-case words (letters and digits of any script), then the end-of-sentence token; the empty prompt is that token alone."""
     return [*re.findall(r"\w+", prompt.lower()), END_OF_SENTENCE]
+
+
+def vocabulary(captions: Iterable[str], *, limit: int = 256) -> tuple[str, ...]:
+    """Distinct words of captions, sorted; none where there are more than `limit`, which nobody would read."""
+    words: set[str] = set()
+    for caption in captions:
+        words.update(tokens_of(caption))
+        if len(words) > limit:
+            return ()
+    return tuple(sorted(words - {END_OF_SENTENCE}))
 
 
 def word_vector(word: str, *, dim: int) -> torch.Tensor:
@@ -37,13 +48,17 @@ class ToyTextEncoder:
     """A `TextEncoder` of `text_len` rows of width `text_dim`.
 
     `negative_prompt` is the unconditional branch's prompt; empty by default, which is also what `build_dataset --empty-prompts` trains.
+    `words`: those of the captions it was trained with (empty: not recorded); others are encoded too, after a warning, for their rows mean
+    nothing to the network.
     """
 
     text_len: int = 8
     text_dim: int = 64
     negative_prompt: str = ""
+    words: Sequence[str] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "words", tuple(self.words))  # a description brings a list
         if self.text_len < 1 or self.text_dim < 2 or self.text_dim % 2:
             raise ConfigError(f"toy text needs text_len >= 1 and an even text_dim, got {self.text_len} and {self.text_dim}")
 
@@ -57,6 +72,14 @@ class ToyTextEncoder:
         vectors: dict[str, torch.Tensor] = {}
         for row, prompt in zip(out, prompts, strict=True):
             words = tokens_of(prompt)
+            if unknown := self.unknown_words(prompt):
+                logger.warning(
+                    "prompt {!r}: {} {} new to this checkpoint and will be ignored or misread; it knows {}",
+                    prompt[:80],
+                    ", ".join(map(repr, unknown)),
+                    "is" if len(unknown) == 1 else "are",
+                    ", ".join(self.words),
+                )
             if len(words) > self.text_len:
                 raise ConfigError(
                     f"prompt of {len(words) - 1} words and the end token does not fit text_len={self.text_len}: {prompt[:80]!r}; "
@@ -67,6 +90,11 @@ class ToyTextEncoder:
                     vectors[word] = word_vector(word, dim=self.text_dim)
             row[: len(words)] = torch.stack([vectors[word] for word in words]) + positions[: len(words)]
         return out
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of `prompt`, each once, that the training captions did not have; none where those are not recorded."""
+        known = {*self.words, END_OF_SENTENCE}
+        return [word for word in dict.fromkeys(tokens_of(prompt)) if word not in known] if self.words else []
 
     def _positions(self) -> torch.Tensor:
         """Sinusoids [text_len, text_dim] over geometric wavelengths, unit mean square."""

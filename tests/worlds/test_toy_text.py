@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from loguru import logger
 
 from rcm.core.errors import ConfigError
 from rcm.encoders.text_protocol import TextEncoder
-from rcm.worlds.toy_text import ToyTextEncoder, tokens_of, word_vector
+from rcm.worlds.toy_text import ToyTextEncoder, tokens_of, vocabulary, word_vector
 from rcm.worlds.toy_world import ToyWorld
 
 
@@ -66,3 +67,21 @@ def test_too_long_prompt_is_refused():
         ToyTextEncoder().encode(["one two three four five six seven eight"])
     with pytest.raises(ConfigError, match="even text_dim"):
         ToyTextEncoder(text_dim=7)
+
+
+def test_words_of_the_training_captions_are_known_and_others_told():
+    encoder = ToyTextEncoder(words=list(vocabulary(ToyWorld().prompts())))
+    assert encoder.words == ("a", "blue", "cross", "down", "green", "left", "moving", "red", "right", "square", "triangle", "up", "yellow")
+    told: list[str] = []
+    sink = logger.add(lambda message: told.append(message.record["message"]), level="WARNING")
+    try:
+        encoder.encode(["A Red square, moving left", ""])
+        assert not told
+        rows = encoder.encode(["a purple dog moving left, purple"])
+    finally:
+        logger.remove(sink)
+    assert len(told) == 1
+    assert "'purple', 'dog' are new to this checkpoint" in told[0] and told[0].endswith("square, triangle, up, yellow")
+    assert torch.equal(rows, ToyTextEncoder().encode(["a purple dog moving left, purple"])), "the bits do not depend on what is known"
+    assert ToyTextEncoder().unknown_words("a purple dog") == [], "nothing is known of an older checkpoint's words"
+    assert vocabulary(["a b", "c d"], limit=3) == ()
