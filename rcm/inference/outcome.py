@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from loguru import logger
 
 from rcm.core.errors import CheckpointError, ConfigError, NonFinite
 from rcm.pipelines.video_io import VideoError
@@ -19,6 +20,12 @@ class OutOfMemory(ConfigError):
 
 
 USER_ERRORS = (ConfigError, CheckpointError, NonFinite, VideoError, OSError)
+
+
+def short_log() -> None:
+    """Log lines of a command for reading, "warning: ..." on stderr; what progress says goes to stdout."""
+    logger.remove()
+    logger.add(lambda line: sys.stderr.write(line), level="WARNING", format=lambda record: f"{record['level'].name.lower()}: {{message}}\n")
 
 
 def exit_status(work: Callable[[], None], *, tell: bool = True) -> int:

@@ -1,7 +1,11 @@
-"""Stream a video from a checkpoint's path: `python -m rcm.inference.stream --ckpt PATH --prompt "a red circle moving left"`.
+"""Stream a video from a checkpoint: chunks are decoded and written as they arrive.
 
-Chunks are decoded and written as they arrive. Network, codec, pattern and steps come from the checkpoint; flags change the sampling where
-the checkpoint supports it. Exit status 2, and one sentence, for what the user can put right.
+    rcm stream                                                   # the shipped checkpoint of the embedded world
+    rcm stream --prompt "a green cross moving up" --num_frames 65
+    rcm stream --ckpt outputs/rcm/toy/toy_tf_c3-3 --prompt "a red square moving left" --num_steps 20
+
+Network, codec, pattern and steps come from the checkpoint; flags change the sampling where the checkpoint supports it. Exit status 2, and
+one sentence, for what the user can put right.
 """
 
 from __future__ import annotations
@@ -21,20 +25,25 @@ import torch
 
 from rcm.core.errors import ConfigError
 from rcm.evaluation.throughput import Throughput, measure
-from rcm.inference.outcome import check_device, check_seed, exit_status, writable
+from rcm.inference.outcome import check_device, check_seed, exit_status, short_log, writable
 from rcm.inference.stream_recipe import add_recipe_flags, chosen_recipe
+from rcm.parallel.threads import settle_threads
 from rcm.pipelines.described import PieceFiles
 from rcm.pipelines.first_block import first_latents, is_image
 from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
 from rcm.pipelines.streaming import StreamedChunk, StreamReport
-from rcm.pipelines.video_io import Mp4Writer
+from rcm.pipelines.video_io import COMFORTABLE, Mp4Writer, comfortable_scale
 from rcm.rollout.recipe import SamplingRecipe
+from rcm.storage.shipped import TOY_PROMPTS, asset, toy_checkpoint
 from rcm.train.describe import installed_versions, write_atomically
 
+SHOWN = 4
+"""Prompts of the shipped list that are streamed side by side when none is given."""
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `rcm-stream`; returns the exit status."""
+    """Entry point of `rcm stream` and `rcm-stream`; returns the exit status."""
     flags = _parser().parse_args(argv)
+    short_log()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what this is meant for
         return exit_status(lambda: run(flags))
@@ -42,14 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(flags: argparse.Namespace) -> None:
     """Check the flags, open the checkpoint, time it if asked, then stream into the file."""
-    prompts = read_prompts(flags.prompt, flags.prompt_file, allow_empty=flags.allow_empty_prompt)
+    shipped = flags.ckpt is None
+    if shipped and flags.prompt is None and flags.prompt_file is None:
+        prompts = read_prompts(None, str(asset(TOY_PROMPTS)), allow_empty=False)[:SHOWN]
+    else:
+        prompts = read_prompts(flags.prompt, flags.prompt_file, allow_empty=flags.allow_empty_prompt)
     _check_flags(flags)
     save_path = writable(flags.save_path, suffix=".mp4")
     report_path = None if flags.report is None else writable(flags.report, suffix=".json")
     files = PieceFiles(
         vae=flags.vae_path, text_encoder=flags.text_encoder_path, tokenizer=flags.tokenizer_path, text_cache=flags.text_cache
     )
-    model = open_checkpoint(flags.ckpt, weights=flags.weights, device=flags.device, precision=flags.precision, files=files)
+    path = toy_checkpoint() if shipped else flags.ckpt
+    model = open_checkpoint(path, weights=flags.weights, device=flags.device, precision=flags.precision, files=files)
+    settle_threads(model.denoiser.net, device=model.device)
     recipe = chosen_recipe(flags, model.trained_recipe)
     prefix = _prefix(flags, model, recipe)
 
@@ -66,11 +81,23 @@ def run(flags: argparse.Namespace) -> None:
     stream = start()
     about = f"{model.description.stage}, iteration {model.description.iteration}, {flags.weights} weights"
     print(f"{model.source}: {about}; {_told(recipe)}", flush=True)
+    if flags.prompt is None and flags.prompt_file is None:
+        print(f"prompts, side by side: {'; '.join(prompts)}", flush=True)
     timing = _timed(flags, start, device=model.device)
     fps = flags.fps or model.fps
-    report = _write(stream, save_path, fps=fps, upscale=flags.upscale)
+    upscale = flags.upscale or comfortable_scale(*model.pixel_size)
+    report = _write(stream, save_path, fps=fps, upscale=upscale)
     if report_path is not None:
         write_atomically(report_path, json.dumps(_record(flags, model, recipe, prompts, report, timing), indent=2))
+    if shipped:
+        print(f"next: {next_command(flags)}", flush=True)
+
+
+def next_command(flags: argparse.Namespace) -> str:
+    """What to try after a first look at the shipped checkpoint."""
+    if flags.prompt is None and flags.prompt_file is None:
+        return 'rcm stream --prompt "a blue triangle moving down" --num_frames 65 --save_path outputs/long.mp4'
+    return "rcm demo   # trains every stage behind this checkpoint, and scores them (python -m scripts.demo --help)"
 
 
 def read_prompts(given: Sequence[str] | None, file: str | None, *, allow_empty: bool) -> list[str]:
@@ -93,36 +120,39 @@ def read_prompts(given: Sequence[str] | None, file: str | None, *, allow_empty: 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="rcm-stream", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="rcm stream", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--ckpt", required=True, metavar="PATH", help="job folder, iter_* folder, or exported .pt/.pth/.safetensors")
-    add("--weights", choices=("ema", "reg"), default="ema", help="averaged or last weights [%(default)s]")
-    add("--vae_path", metavar="PATH", help="Wan2.1_VAE.pth, for a checkpoint trained on its latents [where the checkpoint says]")
-    add("--text_encoder_path", metavar="PATH", help="umT5, for a checkpoint trained on its embeddings [where the checkpoint says]")
-    add("--tokenizer_path", metavar="DIR", help="folder of umT5's tokenizer [beside the text encoder]")
-    add("--text_cache", metavar="DIR", help="keep umT5's embeddings there, and read them from there")
+    add = parser.add_argument_group("what to stream").add_argument
+    add("--ckpt", metavar="PATH", help="job folder, iter_* folder, or exported .pt/.pth/.safetensors [the shipped toy checkpoint]")
     add("--prompt", action="append", metavar="TEXT", help="repeat for several videos side by side")
     add("--prompt_file", metavar="FILE", help="one prompt per line")
     add("--allow_empty_prompt", action="store_true", help="sample an empty prompt, the unconditional one")
     add("--num_frames", type=int, metavar="N", help="pixel frames, given first frames included [as trained]")
     add("--seed", type=int, default=0)
-    add_recipe_flags(parser)
     add("--first_frames", metavar="FILE", help="a video or an image whose beginning is continued")
     add("--first_latents", type=int, metavar="N", help="latent frames taken from it [the first block of the pattern; 1 of an image]")
-    add("--save_path", default="output/stream.mp4", metavar="FILE.mp4", help="[%(default)s]")
-    add("--upscale", type=int, default=1, metavar="N", help="write every pixel as N x N [%(default)s]")
+    add = parser.add_argument_group("what to write").add_argument
+    add("--save_path", default="outputs/stream.mp4", metavar="FILE.mp4", help="[%(default)s]")
+    add("--upscale", type=int, metavar="N", help=f"write every pixel as N x N [toy videos: {COMFORTABLE} pixels or more; others: 1]")
     add("--fps", type=float, help="frames per second of the file [as trained]")
     add("--report", metavar="FILE.json", help="settings and timings as JSON")
-    add("--warmup_iters", type=int, default=0, help="untimed runs before the timed ones [%(default)s]")
-    add("--num_runs", type=int, default=1, help="timed runs; with more than 1, or with a warm-up, timing runs write nothing [%(default)s]")
+    add_recipe_flags(parser)
+    add = parser.add_argument_group("weights and machine").add_argument
+    add("--weights", choices=("ema", "reg"), default="ema", help="averaged or last weights [%(default)s]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
     add("--precision", choices=("fp32", "bf16", "bf16_fp32_time", "fp64"), help="[that of the training run]")
+    add("--vae_path", metavar="PATH", help="Wan2.1_VAE.pth, for a checkpoint trained on its latents [where the checkpoint says]")
+    add("--text_encoder_path", metavar="PATH", help="umT5, for a checkpoint trained on its embeddings [where the checkpoint says]")
+    add("--tokenizer_path", metavar="DIR", help="folder of umT5's tokenizer [beside the text encoder]")
+    add("--text_cache", metavar="DIR", help="keep umT5's embeddings there, and read them from there")
+    add = parser.add_argument_group("timing").add_argument
+    add("--warmup_iters", type=int, default=0, help="untimed runs before the timed ones [%(default)s]")
+    add("--num_runs", type=int, default=1, help="timed runs; with more than 1, or with a warm-up, timing runs write nothing [%(default)s]")
     return parser
 
 
 def _check_flags(flags: argparse.Namespace) -> None:
-    if flags.upscale < 1 or (flags.fps is not None and not 0 < flags.fps < math.inf):
+    if (flags.upscale is not None and flags.upscale < 1) or (flags.fps is not None and not 0 < flags.fps < math.inf):
         raise ConfigError(f"--upscale and --fps must be positive, got {flags.upscale} and {flags.fps}")
     if flags.first_latents is not None and flags.first_frames is None:
         raise ConfigError("--first_latents says how much of a file to take; give --first_frames FILE with it")

@@ -109,7 +109,7 @@ def add_video_flags(
     add("--aspect_ratio", default="16:9", metavar="W:H", help=f"{', '.join(SIZES['480p'])} [16:9]")
     add("--size", metavar="HxW", help="pixels, multiples of 16, instead of the table (an addition)")
     add("--seed", type=int, default=0, help="[%(default)s]")
-    add("--save_path", default="output/generated_video.mp4", metavar="FILE.mp4", help="[%(default)s]")
+    add("--save_path", default="outputs/generated_video.mp4", metavar="FILE.mp4", help="[%(default)s]")
     add("--fps", type=float, default=16.0, help="frames per second of the file [%(default)g]")
     add("--preview_grid", metavar="FILE.png", help="also a contact sheet of frames")
     add("--report", metavar="FILE.json", help="settings, seconds and peak memory per part as JSON")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import subprocess
 import tempfile
@@ -20,6 +21,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from rcm.core.errors import ConfigError
+
+COMFORTABLE = 256
+"""Pixels on the shorter side of a toy video that is enlarged for the eye."""
 
 
 class VideoError(RuntimeError):
@@ -46,6 +50,12 @@ def to_uint8(video: torch.Tensor) -> torch.Tensor:
 def enlarge(video: torch.Tensor, factor: int) -> torch.Tensor:
     """Every pixel of [..., H, W] as a `factor` x `factor` square: toy videos are too small for the eye."""
     return video.repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2)
+
+
+def comfortable_scale(height: int, width: int) -> int:
+    """Whole factor for `enlarge` that makes the shorter side at least `COMFORTABLE`; 1 for a video that has more than a quarter of it."""
+    side = min(height, width)
+    return 1 if 4 * side > COMFORTABLE else math.ceil(COMFORTABLE / side)
 
 
 class Mp4Writer:

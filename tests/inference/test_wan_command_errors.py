@@ -27,7 +27,7 @@ RCM, DIFFUSION, I2V_RCM, I2V_DIFFUSION = (
 SHARED = {
     "aspect_ratio": "16:9",
     "seed": 0,
-    "save_path": "output/generated_video.mp4",
+    "save_path": "outputs/generated_video.mp4",
     "vae_path": "assets/checkpoints/Wan2.1_VAE.pth",
     "text_encoder_path": "assets/checkpoints/models_t5_umt5-xxl-enc-bf16.pth",
     "fps": 16.0,

@@ -275,7 +275,7 @@ def test_random_weights_need_no_files_and_say_so(files, tmp_path, capsys, monkey
     record = json.loads(Path("x.json").read_text())
     assert record["random_weights"] is True and record["watermark"].startswith("RANDOM WEIGHTS")
     assert capsys.readouterr().out.count("RANDOM WEIGHTS") == 1
-    assert probe("output/generated_video.mp4").num_frames == 1
+    assert probe("outputs/generated_video.mp4").num_frames == 1
 
 
 def _on_ranks(files: WanFiles, out: str) -> int:

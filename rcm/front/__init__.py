@@ -1,0 +1,1 @@
+"""What a user meets first: the command `rcm`, and `rcm.load`."""

@@ -1,0 +1,112 @@
+"""The command `rcm`: finds the subcommand, imports what it needs and nothing else, and hands the rest of the line over."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import io
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import rcm
+from rcm.front.commands import COMMANDS, GROUPS, Command
+
+HELP = ("-h", "--help", "help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `rcm`; returns the exit status: that of the subcommand, 2 for a line that names none, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in HELP:
+        _write(overview())
+        return 0
+    if words[0] in ("--version", "-V"):
+        _write(f"rcm {rcm.__version__}\n")
+        return 0
+    try:
+        return _run("rcm", COMMANDS, words)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def overview() -> str:
+    """The help of `rcm` itself: subcommands by group."""
+    lines = ["usage: rcm COMMAND ...", "", "Distil video diffusion models into few-step generators that stream, and use them.", ""]
+    for title, commands in GROUPS.items():
+        lines += [f"{title}:", *(f"  {name:<12} {command.does}" for name, command in commands.items()), ""]
+    lines += ["Begin with `rcm stream`. `rcm COMMAND --help` tells the rest; `rcm --version` the version."]
+    return "\n".join(lines) + "\n"
+
+
+def load_main(command: Command) -> Callable[[Sequence[str]], int | None]:
+    """The function behind a command. Modules of `scripts` are found beside the package, or inside it in an installed wheel."""
+    if command.module.startswith("scripts."):
+        _find_scripts()
+    return importlib.import_module(command.module).main
+
+
+def _run(line: str, commands: Mapping[str, Command], words: Sequence[str]) -> int:
+    name, *rest = words
+    command = commands.get(name)
+    if command is None:
+        near = difflib.get_close_matches(name, commands, n=1, cutoff=0.6)
+        meant = f"did you mean {near[0]}? " if near else ""
+        print(f"error: {line} has no command {name!r}; {meant}choose from {', '.join(commands)}", file=sys.stderr)
+        return 2
+    line = f"{line} {name}"
+    if command.parts:
+        if not rest or rest[0] in HELP:
+            _write(_parts_help(line, command))
+            return 0 if rest else 2
+        return _run(line, command.parts, rest)
+    if rest and rest[0] in HELP:
+        _write(_help(line, command))
+        return 0
+    return load_main(command)([*command.given, *rest]) or 0
+
+
+def _parts_help(line: str, command: Command) -> str:
+    listed = [f"  {name:<14} {part.does}" for name, part in command.parts.items()]
+    return "\n".join([f"usage: {line} WHICH ...", "", f"It can {command.does}:", "", *listed, *_examples(*command.parts.values())]) + "\n"
+
+
+def _help(line: str, command: Command) -> str:
+    """What the command's own parser says, under the name it was called by, after the examples."""
+    if command.usage:
+        return "\n".join([f"{line}: {command.does}", *_examples(command), "", f"usage: {line} {command.usage}"]) + "\n"
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):
+        load_main(command)([*command.given, "--help"])
+    text = told.getvalue().replace(f"python -m {command.module} {' '.join(command.given)}".rstrip(), line)
+    _, colon, usage = text.partition(": ")
+    called = usage.split(" [")[0].split("\n")[0]
+    usage = usage.replace(called, line, 1) if colon else text
+    return "\n".join([f"{line}: {command.does}", *_examples(command), "", f"usage: {usage}"])
+
+
+def _examples(*commands: Command) -> list[str]:
+    lines = [f"  {example}" for command in commands for example in command.examples]
+    return ["", "examples:", *lines] if lines else []
+
+
+def _find_scripts() -> None:
+    """Make `scripts` the folder of this package's entry points, whatever else has that name on the path."""
+    package = Path(rcm.__file__).resolve().parent
+    folder = next(path for path in (package / "_scripts", package.parent / "scripts") if (path / "__init__.py").is_file())
+    loaded = sys.modules.get("scripts")
+    if loaded is not None and Path(loaded.__path__[0]) == folder:
+        return
+    spec = importlib.util.spec_from_file_location("scripts", folder / "__init__.py", submodule_search_locations=[str(folder)])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["scripts"] = module
+    spec.loader.exec_module(module)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)

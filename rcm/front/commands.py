@@ -1,0 +1,148 @@
+"""The subcommands of `rcm`: name, group, one line, examples, and the module whose `main(argv)` does the work. Nothing is imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One word after `rcm`.
+
+    `does` completes "it ..."; `examples` are whole command lines. `module`: dotted, with `main(argv) -> status` (`scripts.*` is found in a
+    source tree and in a wheel alike); `given`: words put before the user's; `usage`: its help beside the examples, where that of the module
+    says more than is meant. Or `parts`: words that choose a command.
+    """
+
+    does: str
+    examples: tuple[str, ...] = ()
+    module: str = ""
+    given: tuple[str, ...] = ()
+    usage: str = ""
+    parts: Mapping[str, Command] = field(default_factory=dict)
+
+
+SAMPLE = {
+    "rcm": Command(
+        does="text to video in 1 to 4 steps, with a distilled Wan student",
+        module="rcm.inference.wan2pt1_t2v_rcm_infer",
+        examples=('rcm sample rcm --dit_path assets/checkpoints/rCM_Wan2.1_T2V_1.3B_480p.pt --prompt "a cat on a skateboard"',),
+    ),
+    "diffusion": Command(
+        does="text to video in many steps, with a Wan teacher",
+        module="rcm.inference.wan2pt1_t2v_diffusion_infer",
+        examples=('rcm sample diffusion --prompt "a cat on a skateboard" --num_steps 50',),
+    ),
+    "i2v-rcm": Command(
+        does="image to video in few steps, with a distilled Wan2.2 student",
+        module="rcm.inference.wan2pt2_i2v_rcm_infer",
+        examples=('rcm sample i2v-rcm --image_path first.png --prompt "she turns round" --adaptive_resolution',),
+    ),
+    "i2v-diffusion": Command(
+        does="image to video in many steps, with the Wan2.2 teacher",
+        module="rcm.inference.wan2pt2_i2v_diffusion_infer",
+        examples=('rcm sample i2v-diffusion --image_path first.png --prompt "she turns round"',),
+    ),
+}
+
+DATA = {
+    "build": Command(
+        does="write shards of latents from the embedded world, video files or a teacher",
+        module="scripts.build_dataset",
+        examples=(
+            "rcm data build --source toy --size 8x8 --num 2048 --out outputs/data/toy",
+            "rcm data build --source videos --input clips --size 32x32 --frames 17 --out outputs/data/clips",
+        ),
+    ),
+    "ode-pairs": Command(
+        does="write a teacher's trajectories, which the _tf_kd and _df_kd baselines learn from",
+        module="scripts.build_ode_pairs",
+        examples=("rcm data ode-pairs --teacher outputs/demo/runs/bidirectional --num 2048 --out outputs/data/pairs",),
+    ),
+}
+
+CHECKPOINT = {
+    "inspect": Command(
+        does="say what a file or folder of weights is, which network fits, what is missing",
+        module="scripts.checkpoint",
+        given=("inspect",),
+        examples=("rcm checkpoint inspect outputs/demo/runs/tf_c3-3",),
+    ),
+    "convert": Command(
+        does="write one network of a file in another form",
+        module="scripts.checkpoint",
+        given=("convert",),
+        examples=("rcm checkpoint convert Wan2.1-T2V-1.3B-Diffusers student.safetensors --to rcm",),
+    ),
+    "export": Command(
+        does="turn a training checkpoint into one file that describes itself",
+        module="scripts.dcp_to_pth",
+        examples=("rcm checkpoint export --dcp_checkpoint_dir outputs/demo/runs/tf_c3-3 --save_path outputs/tf.safetensors",),
+    ),
+}
+
+BENCH = {
+    "check": Command(does="attention with tangent: errors against float64, speed, a verdict", module="rcm.kernels.flash_jvp.selfcheck"),
+    "attention": Command(does="every attention variant, checked and timed", module="scripts.bench_attention"),
+    "train-step": Command(does="training steps at full size", module="scripts.bench_train_step"),
+    "memory": Command(does="peak memory of training, beside what the planner predicts", module="scripts.bench_memory"),
+    "vae": Command(does="Wan's VAE, whole and streamed", module="scripts.bench_vae"),
+    "multi-gpu": Command(does="several GPUs against one (start it with torchrun -m rcm)", module="scripts.bench_multi_gpu"),
+}
+
+GROUPS: dict[str, dict[str, Command]] = {
+    "Look": {
+        "stream": Command(
+            does="stream a video from a checkpoint, by default the shipped one",
+            module="rcm.inference.stream",
+            examples=(
+                "rcm stream",
+                'rcm stream --prompt "a green cross moving up" --num_frames 65',
+                'rcm stream --ckpt outputs/demo/runs/sf_dmd_c3-3 --prompt "a red square moving left" --steps_per_chunk 4 1',
+            ),
+        ),
+        "demo": Command(
+            does="train every stage on the embedded world, stream, score, and show it on a page",
+            module="scripts.demo",
+            examples=("rcm demo", "rcm demo --quick", "rcm demo --fresh"),
+        ),
+        "sample": Command(does="make videos with Wan's files", parts=SAMPLE),
+    },
+    "Train": {
+        "experiments": Command(
+            does="list the experiments whose names contain all given words",
+            module="rcm.configs.cli",
+            given=("--list",),
+            usage="[WORD ...]",
+            examples=("rcm experiments toy", "rcm experiments sf_dmd c3-3"),
+        ),
+        "train": Command(
+            does="run an experiment, or continue it where it stopped",
+            module="rcm.configs.cli",
+            examples=(
+                "rcm train experiment=toy_tf_c3-3 trainer.max_iter=100",
+                "rcm train --dryrun experiment=causal_wan2pt1_1pt3B_res480p_t2v_tf_scm_c3-3",
+                "torchrun --nproc_per_node=8 -m rcm train experiment=NAME key=value",
+            ),
+        ),
+        "plan": Command(
+            does="predict memory and time of a run, and propose a layout",
+            module="scripts.plan",
+            examples=(
+                "rcm plan experiment=toy_tf_c3-3 gpus=1 memory_gib=8",
+                "rcm plan experiment=causal_wan2pt1_1pt3B_res480p_t2v_tf_scm_c3-3 gpus=32 gpu=h100",
+            ),
+        ),
+    },
+    "Files": {
+        "data": Command(does="build data sets", parts=DATA),
+        "checkpoint": Command(does="inspect, convert and export weights", parts=CHECKPOINT),
+    },
+    "Measure": {
+        "bench": Command(does="check and time kernels, training steps, the VAE", parts=BENCH),
+    },
+}
+"""Subcommands by group, in the order of the help."""
+
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}

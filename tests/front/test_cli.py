@@ -1,0 +1,108 @@
+"""The command `rcm`: every entry point has its word, help is quick and true, wrong words are answered in one sentence."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from rcm.front import cli
+from rcm.front.commands import COMMANDS, Command
+from tests.hygiene.source import ROOT
+
+PARTS_OF_ANOTHER = {"scripts.train", "scripts.bench_masked"}
+"""`rcm train` runs what scripts.train runs; bench_masked is a part of bench_attention."""
+
+
+def leaves(commands=COMMANDS, line: str = "rcm") -> Iterator[tuple[str, Command]]:
+    for name, command in commands.items():
+        if command.parts:
+            yield from leaves(command.parts, f"{line} {name}")
+        else:
+            yield f"{line} {name}", command
+
+
+def test_every_entry_point_has_a_word() -> None:
+    behind = {command.module for _, command in leaves()}
+    entries = {f"scripts.{p.stem}" for p in (ROOT / "scripts").glob("*.py") if "\ndef main(" in p.read_text() or p.stem == "train"}
+    entries |= {f"rcm.inference.{p.stem}" for p in (ROOT / "rcm" / "inference").glob("*_infer.py")}
+    assert entries - PARTS_OF_ANOTHER <= behind
+    missing = [m for m in behind if not (ROOT / (m.replace(".", "/") + ".py")).is_file()]
+    assert not missing
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    code = "import sys, rcm.front.cli as c; c.main(['--help']); sys.exit('torch' in sys.modules or 'hydra' in sys.modules)"
+    begin = time.perf_counter()
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - begin < 5  # 0.1 s on an idle machine
+    assert all(f"  {name} " in told.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize(("line", "command"), [pytest.param(*leaf, id=leaf[0]) for leaf in leaves()])
+def test_each_command_tells_its_own_name(line: str, command: Command, capsys) -> None:
+    assert cli.main([*shlex.split(line)[1:], "--help"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{line}: {command.does}\n")
+    assert f"\nusage: {line} " in said
+    assert all(f"  {example}\n" in said for example in command.examples)
+
+
+def test_examples_call_commands_that_exist() -> None:
+    known = {line for line, _ in leaves()}
+    for line, command in leaves():
+        for example in command.examples:
+            called = example.split("-m ")[-1] if example.startswith("torchrun") else example
+            assert any(called.startswith(name) for name in known if name == line), example
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["experiments", "toy_tf_c3-3"], "toy_tf_c3-3"),
+        (["train", "--dryrun", "experiment=toy_tf_c3-3"], "max_iter: 600"),
+        (["plan", "experiment=toy_tf_c3-3", "gpus=1", "memory_gib=8"], "fits"),
+        (["--version"], "rcm 0."),
+        (["sample", "--help"], "i2v-rcm"),
+    ],
+)
+def test_commands_do_what_they_say(words: list[str], expected: str, capsys) -> None:
+    assert cli.main(words) == 0
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["strem"], "error: rcm has no command 'strem'; did you mean stream? choose from stream, demo"),
+        (["checkpoint", "look"], "error: rcm checkpoint has no command 'look'; choose from inspect, convert, export"),
+        (["train"], "error: nothing chosen; give experiment=NAME"),
+    ],
+)
+def test_wrong_words_are_answered_in_one_sentence(words: list[str], sentence: str, capsys) -> None:
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(sentence)
+    assert said.count("\n") == 1
+
+
+def test_ctrl_c_is_one_word_and_status_130(monkeypatch, capsys) -> None:
+    def interrupted(command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_main", interrupted)
+    assert cli.main(["stream"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_scripts_are_ours_whatever_else_has_that_name(tmp_path) -> None:
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "__init__.py").write_text("raise RuntimeError('another project')")
+    command, env = [sys.executable, "-m", "rcm", "plan", "--help"], {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "usage: rcm plan" in done.stdout
