@@ -30,6 +30,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(reason)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Counts of the fault-injection suite per class of fault."""
+    from tests.faults.case import PROPERTY, table
+
+    reports = [r for listed in terminalreporter.stats.values() for r in listed if getattr(r, "when", None) == "call"]
+    if outcomes := [value for report in reports for name, value in report.user_properties if name == PROPERTY]:
+        terminalreporter.section("injected faults")
+        for line in table((kind, verdict) for kind, verdict in outcomes):
+            terminalreporter.write_line(line)
+
+
 @pytest.fixture
 def warned() -> Iterator[list[str]]:
     """Messages of level WARNING and above, as they come."""
