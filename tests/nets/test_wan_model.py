@@ -169,7 +169,8 @@ def test_initialisation_depends_on_the_seed_alone_and_starts_from_zero_output():
     assert len(drawn) == sum(p.dim() > 1 for p in same.values()) - 1  # all matrices and modulations but the head
     assert torch.count_nonzero(same["head.head.weight"]) == 0
     assert abs(same["blocks.0.ffn.0.weight"].std().item() - (2 / (64 + 96)) ** 0.5) < 0.01
-    assert abs(same["text_embedding.0.weight"].std().item() - 0.02) < 0.002
+    for name in ("text_embedding.0", "time_embedding.0", "time_projection.1"):
+        assert abs(same[f"{name}.weight"].std().item() - 0.02) < 0.002, name
     with torch.no_grad():
         out = nets[0](latents(3, dtype=torch.float32), frame_times(3), condition(tiny_config(), dtype=torch.float32), LAYOUT)
     assert torch.count_nonzero(out) == 0

@@ -148,7 +148,7 @@ class WanDiT(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 fan_out, fan_in = module.weight.shape
-                embeds = name.startswith(("text_embedding", "time_embedding"))
+                embeds = name.startswith(("text_embedding", "time_embedding", "time_projection"))
                 std = 0.02 if embeds else (2.0 / (fan_in + fan_out)) ** 0.5
                 draw = torch.randn if embeds else _centred_uniform
                 module.weight.copy_(std * draw(module.weight.shape, generator=generator, device=device))
