@@ -1,0 +1,257 @@
+"""What can sample a suite: checkpoints that describe themselves, and Wan's networks, bidirectional or causal, with their original
+files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rcm.core.errors import ConfigError
+from rcm.encoders.codec import LatentCodec
+from rcm.encoders.text_protocol import TextEncoder
+from rcm.evaluation.vbench_manifest import checkpoint_digest
+from rcm.evaluation.vbench_prompts import SuiteItem
+from rcm.evaluation.vbench_sampling import ClipRequest
+from rcm.nets.condition import Condition
+from rcm.nets.denoiser import Denoiser, Guided, VelocityModel
+from rcm.pipelines.from_checkpoint import LoadedModel, Recipe
+from rcm.pipelines.image_condition import read_image
+from rcm.pipelines.streaming import generate_video
+from rcm.pipelines.text_to_video import WholeVideoRecipe
+from rcm.pipelines.wan_pipeline import VideoRequest, WanPipeline
+from rcm.pipelines.wan_sizes import FrameSize
+from rcm.rollout.recipe import SamplingRecipe
+
+
+class KnownText:
+    """The embeddings of a fixed list of prompts, encoded one by one (so that they do not depend on what is encoded with them), after
+    which the encoder is freed. A text encoder itself; `KeyError` for another prompt.
+    """
+
+    def __init__(self, encoder: TextEncoder, prompts: Sequence[str]) -> None:
+        self.text_len, self.text_dim, self.negative_prompt = encoder.text_len, encoder.text_dim, encoder.negative_prompt
+        wanted = dict.fromkeys((*prompts, encoder.negative_prompt))
+        self._rows = {prompt: encoder.encode([prompt]).cpu() for prompt in wanted}
+        if hasattr(encoder, "unload"):
+            encoder.unload()
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings [B, text_len, text_dim] of known prompts."""
+        return torch.cat([self._rows[prompt] for prompt in prompts])
+
+
+class DescribedSampler:
+    """A checkpoint that says itself how it is sampled; its noise is drawn on the CPU from the request's seed.
+
+    `weights` and `recipe` as for `open_checkpoint` and `LoadedModel.stream`; `num_frames` None: as trained; `fps` None: as trained.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        weights: str,
+        recipe: Recipe | None = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        ignore_recipe: bool = False,
+    ) -> None:
+        self._model, self._weights, self._recipe = model, weights, recipe or model.trained_recipe
+        self._frames, self._ignore = num_frames, ignore_recipe
+        self.fps = model.fps if fps is None else fps
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """See `VideoSampler`."""
+        model, precision = self._model, self._model.denoiser.precision
+        height, width = model.pixel_size
+        return {
+            "sampler": "described",
+            "checkpoint": {
+                "digest": checkpoint_digest(model.source),
+                "weights": self._weights,
+                "stage": model.description.stage,
+                "iteration": model.description.iteration,
+            },
+            "recipe": asdict(self._recipe),
+            "size": f"{height}x{width}",
+            "num_frames": self._frames or model.codec.frames_for(model.latent_shape[1]),
+            "precision": {"compute": str(precision.compute), "time": str(precision.time)},
+            "device": model.device.type,
+        }
+
+    def prepare(self, texts: Sequence[str]) -> None:
+        """See `VideoSampler`."""
+        self._model = replace(self._model, text=KnownText(self._model.text, texts), _kept={})
+
+    def sample(self, request: ClipRequest) -> Tensor:
+        """See `VideoSampler`."""
+        model = self._model
+        prefix = None
+        if request.image is not None:
+            prefix = model.codec.encode(stretched_image(request.image, FrameSize(*model.pixel_size)).to(model.device))
+        frames, _ = model.generate(
+            [request.text],
+            recipe=self._recipe,
+            seed=request.seed,
+            num_frames=self._frames,
+            prefix=prefix,
+            ignore_recipe=self._ignore,
+        )
+        return frames[0].cpu()
+
+
+class WanSampler:
+    """Wan's bidirectional networks; noise from a generator on the device. `files`: the network's files by flag, for the settings."""
+
+    def __init__(
+        self,
+        pipeline: WanPipeline,
+        *,
+        recipe: WholeVideoRecipe,
+        size: FrameSize,
+        num_frames: int,
+        files: Mapping[str, str | Path],
+        about: Mapping[str, Any],
+        fps: float = 16.0,
+        negative_prompt: str | None = None,
+    ) -> None:
+        self._pipeline, self._recipe, self._size, self._frames = pipeline, recipe, size, num_frames
+        self._files, self._about, self._negative, self.fps = dict(files), dict(about), negative_prompt, fps
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """See `VideoSampler`."""
+        return {
+            "sampler": "wan",
+            "checkpoint": {flag: checkpoint_digest(path) for flag, path in self._files.items()},
+            "recipe": {**asdict(self._recipe), "negative_prompt": self._negative},
+            "size": str(self._size),
+            "num_frames": self._frames,
+            "device": self._pipeline.device.type,
+            **self._about,
+        }
+
+    def prepare(self, texts: Sequence[str]) -> None:
+        """See `VideoSampler`. On ranks that do not encode there is nothing to keep."""
+        pipeline = self._pipeline
+        if not isinstance(pipeline.text, TextEncoder):
+            return
+        wanted = [*texts] if self._negative is None else [*texts, self._negative]
+        pipeline.text = KnownText(pipeline.text, wanted)
+
+    def sample(self, request: ClipRequest) -> Tensor | None:
+        """See `VideoSampler`."""
+        image = None if request.image is None else read_image(request.image)  # the pipeline stretches it to the size
+        asked = VideoRequest(
+            prompt=request.text,
+            recipe=self._recipe,
+            size=self._size,
+            num_frames=self._frames,
+            seed=request.seed,
+            negative_prompt=self._negative,
+            image=image,
+        )
+        made = self._pipeline.generate(asked)
+        return None if made.frames is None else made.frames[0].cpu()
+
+
+def stretched_image(path: str | Path, size: FrameSize) -> Tensor:
+    """An image file stretched to `size` (Lanczos, nothing is cut), as the image-to-video suite gives its crops to a model: float32
+    [1, 3, 1, H, W] in [-1, 1]. `VideoError` for a file that cannot be read.
+    """
+    pixels = Image.fromarray(read_image(path).numpy()).resize((size.width, size.height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
+
+
+def require_images(items: Sequence[SuiteItem], folder: str | Path, *, skip_missing: bool = False) -> list[SuiteItem]:
+    """The items whose first frame is in `folder`: all of them, or `ConfigError` naming the first missing one unless `skip_missing`."""
+    unnamed = [item.prompt for item in items if item.image_name is None]
+    if unnamed:
+        raise ConfigError(f"the prompt {unnamed[0]!r} has no image_name; --prompt_json must be that suite's list")
+    there = [item for item in items if (Path(folder) / item.image_name).is_file()]
+    if len(there) < len(items) and not skip_missing:
+        first = next(item.image_name for item in items if item not in there)
+        raise ConfigError(
+            f"{len(items) - len(there)} of {len(items)} images are not in --image_dir {folder}, the first is {first!r}; put them there "
+            "(VBench's crops of one aspect ratio), or pass --skip_missing_images for a partial suite"
+        )
+    return there
+
+
+class CausalSampler:
+    """A causal Wan network from its original file; noise from a generator on the CPU, the same on every rank and device.
+
+    `latent_shape` (C, T, H, W); `guidance` above 1 uses the negative prompt. On several ranks all compute, the first one decodes and
+    writes.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        text: TextEncoder,
+        codec: LatentCodec,
+        recipe: SamplingRecipe,
+        latent_shape: tuple[int, int, int, int],
+        negative_prompt: str | None = None,
+        file: str | Path,
+        about: Mapping[str, Any],
+        device: torch.device,
+        fps: float = 16.0,
+    ) -> None:
+        recipe.plans(latent_shape[1])
+        self._denoiser, self._text, self._codec, self._recipe, self._shape = denoiser, text, codec, recipe, latent_shape
+        self._negative = text.negative_prompt if negative_prompt is None else negative_prompt
+        self._file, self._about, self._device, self.fps = file, dict(about), device, fps
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """See `VideoSampler`."""
+        _, frames, height, width = self._shape
+        stride = self._codec.spatial_stride
+        return {
+            "sampler": "causal",
+            "checkpoint": {"--dit_path": checkpoint_digest(self._file)},
+            "recipe": {**asdict(self._recipe), "negative_prompt": self._negative if self._recipe.guidance > 1 else None},
+            "size": f"{height * stride}x{width * stride}",
+            "num_frames": self._codec.frames_for(frames),
+            "device": self._device.type,
+            **self._about,
+        }
+
+    def prepare(self, texts: Sequence[str]) -> None:
+        """See `VideoSampler`."""
+        self._text = KnownText(self._text, [*texts, self._negative])
+
+    def sample(self, request: ClipRequest) -> Tensor:
+        """See `VideoSampler`."""
+        model: VelocityModel = self._denoiser
+        if self._recipe.guidance > 1:
+            model = Guided(self._denoiser, self._condition(self._negative), self._recipe.guidance)
+        prefix = None
+        if request.image is not None:
+            size = FrameSize(*(side * self._codec.spatial_stride for side in self._shape[2:]))
+            prefix = self._codec.encode(stretched_image(request.image, size).to(self._device)).float()
+        frames, _ = generate_video(
+            model,
+            self._codec,
+            self._condition(request.text),
+            self._recipe,
+            shape=(1, *self._shape),
+            generator=torch.Generator().manual_seed(request.seed),
+            prefix=prefix,
+            device=self._device,
+        )
+        return frames[0].float().cpu()
+
+    def _condition(self, text: str) -> Condition:
+        return self._denoiser.prepare(Condition(self._text.encode([text]).to(self._device)))

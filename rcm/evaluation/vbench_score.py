@@ -1,0 +1,175 @@
+"""Group scores and totals of the VBench suites from per-dimension results. Nothing is clamped, nothing missing is passed over.
+
+Every dimension is mapped to (x - low) / (high - low); a group is the weighted mean of its dimensions, the total the weighted mean of the
+groups. Text-to-video: quality counts four times semantic; image-to-video: both groups count once. Constants as in VBench's own score
+scripts (arXiv 2311.17982), scores on the 0-1 scale throughout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rcm.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A dimension: its group, the raw values that are mapped to 0 and 1, its weight in the group."""
+
+    name: str
+    group: str
+    low: float = 0.0
+    high: float = 1.0
+    weight: float = 1.0
+
+    def normalised(self, raw: float) -> float:
+        """`raw` on the scale of the group; outside [0, 1] where the raw value is outside its bounds."""
+        return (raw - self.low) / (self.high - self.low)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite: its dimensions in the order of its tables, and the weight of every group in the total."""
+
+    name: str
+    dimensions: tuple[Dimension, ...]
+    group_weights: Mapping[str, float]
+
+    def __getitem__(self, name: str) -> Dimension:
+        return next(d for d in self.dimensions if d.name == name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the dimensions."""
+        return tuple(d.name for d in self.dimensions)
+
+
+def _quality(*, aesthetic_last: bool = False) -> tuple[Dimension, ...]:
+    return (
+        Dimension("subject_consistency", "quality", 0.1462),
+        Dimension("background_consistency", "quality", 0.2615),
+        *(() if aesthetic_last else (Dimension("temporal_flickering", "quality", 0.6293),)),
+        Dimension("motion_smoothness", "quality", 0.706, 0.9975),
+        Dimension("dynamic_degree", "quality", weight=0.5),
+        Dimension("aesthetic_quality", "quality"),
+        Dimension("imaging_quality", "quality"),
+    )
+
+
+T2V = Suite(
+    "t2v",
+    (
+        *_quality(),
+        Dimension("object_class", "semantic"),
+        Dimension("multiple_objects", "semantic"),
+        Dimension("human_action", "semantic"),
+        Dimension("color", "semantic"),
+        Dimension("spatial_relationship", "semantic"),
+        Dimension("scene", "semantic", 0.0, 0.8222),
+        Dimension("appearance_style", "semantic", 0.0009, 0.2855),
+        Dimension("temporal_style", "semantic", 0.0, 0.364),
+        Dimension("overall_consistency", "semantic", 0.0, 0.364),
+    ),
+    {"quality": 4.0, "semantic": 1.0},
+)
+
+I2V = Suite(
+    "i2v",
+    (
+        Dimension("i2v_subject", "i2v", 0.1462),
+        Dimension("i2v_background", "i2v", 0.2615),
+        Dimension("camera_motion", "i2v", weight=0.1),
+        *_quality(aesthetic_last=True),
+    ),
+    {"i2v": 1.0, "quality": 1.0},
+)
+
+SUITES = {suite.name: suite for suite in (T2V, I2V)}
+
+
+@dataclass(frozen=True)
+class SuiteScore:
+    """Scores of a run on the 0-1 scale. `raw` and `normalised` by dimension, `groups` and `total` after normalisation; `missing` names
+    the dimensions that a partial score lacks: its groups and total are of the others, and `total` is None where a whole group is missing.
+    """
+
+    suite: str
+    raw: Mapping[str, float]
+    normalised: Mapping[str, float]
+    groups: Mapping[str, float]
+    total: float | None
+    missing: tuple[str, ...] = ()
+
+    @property
+    def partial(self) -> bool:
+        """Whether dimensions are missing: not comparable with a complete score."""
+        return bool(self.missing)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready dict, with the word partial in it."""
+        return {**asdict(self), "missing": list(self.missing), "partial": self.partial}
+
+
+def aggregate(raw: Mapping[str, float], suite: Suite = T2V, *, partial: bool = False) -> SuiteScore:
+    """Groups and total of the raw values (0-1) by dimension.
+
+    Raises `ConfigError`, naming the dimension, for an unknown one, one that is missing (unless `partial`) and one that is no finite
+    number. A value beyond 1 is refused: percent and 0-100 results of single videos look like that.
+    """
+    unknown = sorted(set(raw) - set(suite.names))
+    if unknown:
+        raise ConfigError(f"{', '.join(unknown)}: no dimension of the suite {suite.name}, whose dimensions are {', '.join(suite.names)}")
+    missing = tuple(name for name in suite.names if name not in raw)
+    if missing and not partial:
+        raise ConfigError(
+            f"no result for {', '.join(missing)} ({len(raw)} of {len(suite.names)} dimensions are there); score them, or pass --partial "
+            "for a score that is marked as partial"
+        )
+    if not raw:
+        raise ConfigError(f"no result for any dimension of the suite {suite.name}")
+    for name, value in raw.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"the result of {name} is {value!r}, no finite number (a dimension without videos gives NaN); score it again")
+        if abs(value) > 1:
+            raise ConfigError(f"the result of {name} is {value:g}; raw results are shares or cosines, at most 1 (divide percent by 100)")
+    normalised = {name: suite[name].normalised(raw[name]) for name in suite.names if name in raw}
+    groups = {group: _mean(suite, group, normalised) for group in suite.group_weights}
+    groups = {group: value for group, value in groups.items() if value is not None}
+    total = None
+    if len(groups) == len(suite.group_weights):
+        weights = suite.group_weights
+        total = sum(weights[group] * value for group, value in groups.items()) / sum(weights.values())
+    return SuiteScore(suite.name, {n: float(raw[n]) for n in normalised}, normalised, groups, total, missing)
+
+
+def total_of_groups(groups: Mapping[str, float], suite: Suite = T2V) -> float:
+    """The total of published group scores, in their own unit."""
+    weights = suite.group_weights
+    return sum(weights[group] * groups[group] for group in weights) / sum(weights.values())
+
+
+def table(score: SuiteScore) -> str:
+    """The score as text: a line per dimension with raw value, normalised value, weight and group; groups and total in percent."""
+    suite = SUITES[score.suite]
+    lines = [f"{'dimension':<24}{'raw':>9}{'norm':>9}{'weight':>8}  group"]
+    for dimension in suite.dimensions:
+        if dimension.name not in score.raw:
+            lines.append(f"{dimension.name:<24}{'missing':>9}{'':>9}{dimension.weight:>8g}  {dimension.group}")
+            continue
+        raw, norm = score.raw[dimension.name], score.normalised[dimension.name]
+        lines.append(f"{dimension.name:<24}{raw:>9.4f}{norm:>9.4f}{dimension.weight:>8g}  {dimension.group}")
+    lines += [f"{group:<24}{100 * value:>8.2f}%" for group, value in score.groups.items()]
+    lines.append(f"{'total':<24}" + ("  not defined: a group is missing" if score.total is None else f"{100 * score.total:>8.2f}%"))
+    if score.partial:
+        lines.append(f"PARTIAL: {len(score.missing)} of {len(suite.names)} dimensions are missing; not comparable with a complete score")
+    return "\n".join(lines)
+
+
+def _mean(suite: Suite, group: str, normalised: Mapping[str, float]) -> float | None:
+    members = [d for d in suite.dimensions if d.group == group and d.name in normalised]
+    if not members:
+        return None
+    return sum(d.weight * normalised[d.name] for d in members) / sum(d.weight for d in members)

@@ -1,0 +1,136 @@
+"""Sample a VBench suite from a checkpoint: every prompt several times, under the names that the scorer expects.
+
+    python -m scripts.vbench_sample --dit_path outputs/.../toy_sf_dmd_c3-3 --no_augmented_prompt --max_prompts 20
+    torchrun --nproc_per_node=8 -m scripts.vbench_sample --arch bidirectional --distilled --dit_path rCM_Wan2.1_T2V_1.3B_480p.pt
+    torchrun --nproc_per_node=8 -m scripts.vbench_sample --arch causal --distilled --num_steps 4 --chunk_t 3 --first_chunk_t 3 --dit_path
+    ... python -m scripts.vbench_sample --suite i2v --prompt_json vbench2_i2v_full_info.json --image_dir crop/16-9 --dit_path ...
+
+The same command goes on where a stopped one ended, on any number of ranks. Videos lie in --output_dir, records of the run in
+OUTPUT_DIR_run. Sample i has the seed --seed + i for every prompt. A checkpoint that describes itself is sampled as it was trained unless
+a flag says otherwise; for Wan's own files the defaults are those of the release (4 steps, sigma_max 1600, or 50 steps, guidance 5 and
+shift 5 without --distilled).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from rcm.core.errors import ConfigError
+from rcm.evaluation.vbench_prompts import (
+    T2V_FILE,
+    SuiteItem,
+    by_dimension,
+    placed_extensions,
+    read_rows,
+    read_suite,
+    with_extended,
+)
+from rcm.evaluation.vbench_samplers import require_images
+from rcm.evaluation.vbench_sampling import Share, SuiteRun, group_of_video, sample_suite
+from rcm.inference.outcome import check_device, check_seed, exit_status
+from scripts.vbench_models import add_model_flags, open_sampler, output_name
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets" / "vbench"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    flags = arguments(argv)
+    return exit_status(lambda: run(flags))
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="scripts.vbench_sample", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("suite").add_argument
+    add("--suite", choices=("t2v", "i2v"), default="t2v", help="[%(default)s]")
+    add("--prompt_json", type=Path, metavar="FILE", help="prompt list [the public text-to-video list; required for i2v]")
+    add("--augmented_prompts", type=Path, metavar="FILE", help="extended prompts [in --prompt_json, else assets/vbench/*augmented*]")
+    add("--no_augmented_prompt", action="store_true", help="give the model the short prompts")
+    add("--image_dir", type=Path, metavar="DIR", help="i2v: first frames, cropped to the aspect ratio")
+    add("--skip_missing_images", action="store_true", help="i2v: leave out prompts without an image")
+    add("--output_dir", type=Path, metavar="DIR", help="folder of the videos [beside --prompt_json, else outputs/vbench]")
+    add("--num_samples", type=int, default=5, metavar="N", help="videos per prompt [%(default)s]")
+    add("--seed", type=int, default=0, help="of sample 0 [%(default)s]")
+    add("--dimension", nargs="+", metavar="NAME", help="only prompts that these dimensions score")
+    add("--max_prompts", type=int, metavar="N", help="only the first N prompts")
+    add("--dry_run", action="store_true", help="say what would be sampled; reads no weights")
+    add_model_flags(parser)
+    return parser.parse_args(argv)
+
+
+def suite_items(flags: argparse.Namespace) -> list[SuiteItem]:
+    """The prompts to sample, with the text that the model is given."""
+    if flags.suite == "i2v" and flags.prompt_json is None:
+        raise ConfigError("--suite i2v needs --prompt_json vbench2_i2v_full_info.json, which VBench publishes with its images")
+    if (flags.suite == "i2v") != (flags.image_dir is not None):
+        raise ConfigError("--image_dir belongs to --suite i2v, which needs it")
+    if flags.no_augmented_prompt and flags.augmented_prompts is not None:
+        raise ConfigError("--no_augmented_prompt and --augmented_prompts contradict each other; give one of them")
+    listed = flags.prompt_json or ASSETS / T2V_FILE
+    items = read_suite(listed)
+    if flags.no_augmented_prompt:
+        items = [replace(item, extended=None) for item in items]
+    elif flags.augmented_prompts is not None:
+        items = with_extended(items, flags.augmented_prompts, rows=read_rows(listed))
+    elif flags.suite == "t2v" and any(item.extended is None for item in items):
+        items = with_extended(items, placed_extensions(ASSETS), rows=read_rows(listed))
+    if flags.dimension is not None:
+        known = by_dimension(items)
+        unknown = [name for name in flags.dimension if name not in known]
+        if unknown:
+            raise ConfigError(f"--dimension {unknown[0]} is not in {listed}, which has {', '.join(known)}")
+        items = [item for item in items if set(item.dimensions) & set(flags.dimension)]
+    if flags.max_prompts is not None:
+        if flags.max_prompts < 1:
+            raise ConfigError(f"--max_prompts {flags.max_prompts} must be at least 1")
+        items = items[: flags.max_prompts]
+    return require_images(items, flags.image_dir, skip_missing=flags.skip_missing_images) if flags.suite == "i2v" else items
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Check the flags, open the model, sample this rank's share."""
+    check_seed(flags.seed, draws=max(1, flags.num_samples))
+    items, share = suite_items(flags), Share.of_launch(cp_size=flags.cp_size)
+    beside = Path("outputs/vbench") if flags.prompt_json is None else flags.prompt_json.parent
+    folder = flags.output_dir or beside / output_name(flags)
+    job = SuiteRun(items, folder, num_samples=flags.num_samples, seed=flags.seed, image_dir=flags.image_dir)
+    extended = sum(item.extended is not None for item in items)
+    who = f"rank {share.dp_rank * share.cp_size + share.cp_rank}: " if share.dp_size * share.cp_size > 1 else ""
+    if share == replace(share, dp_rank=0, cp_rank=0):
+        print(f"{len(items)} prompts ({extended} extended) x {flags.num_samples} samples into {folder}", flush=True)
+    if flags.dry_run:
+        for dimension, members in by_dimension(items).items():
+            print(f"  {dimension}: {len(members)} prompts")
+        print(f"  first file: {items[0].video_name(0)}\n  text given: {items[0].text}")
+        return
+    check_device(flags.device)
+    device = torch.device(flags.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", share.local_rank)
+        torch.cuda.set_device(device)
+    with group_of_video(share, device=device):
+        sampler = open_sampler(flags, device=device)
+        about = {"dit_path": str(flags.dit_path), "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
+        complete = sample_suite(
+            job,
+            sampler,
+            share=share,
+            settings={"suite": flags.suite, "extended_prompts": extended > 0},
+            about=about,
+            tell=lambda line: print(f"{who}{line}", flush=True),
+        )
+    if complete:
+        print(f"{who}complete: {len(items) * flags.num_samples} videos in {folder}, records in {folder}_run", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
