@@ -1,0 +1,278 @@
+"""Codes of one tensor: groups with a scale, numbers of 8, 4 or 2 bits, packed into bytes.
+
+A tensor [B, S, N, D] is seen as rows [R, L, C]: groups run along L, and C is what lies innermost in memory (all channels of all heads
+where groups run over tokens, else 1). So only groups that run over the tokens and channels of a head transpose the tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rcm.core.errors import ConfigError
+from rcm.kernels.kv_codec.spec import BITS
+
+E4M3 = torch.float8_e4m3fn
+TOP = {"int8": 127.0, "int4": 7.0, "int2": 1.5, "fp8": 448.0, "fp4": 6.0}
+"""Largest number that a symmetric code stands for."""
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes of a number of 4 bits: the low three bits count them, the fourth is the sign."""
+MID_RISE = (-1.5, -0.5, 0.5, 1.5)
+FLOOR = 1e-8
+"""Least absmax of a group ("release", "rcm")."""
+OFFICIAL_FLOOR = 1e-10
+"""Least scale of a group before it is rounded ("official")."""
+E4M3_MAX, E4M3_STEP = 448.0, 2.0**-9
+
+
+@dataclass(frozen=True)
+class CodeFormat:
+    """How groups become codes: the type of the numbers, the elements of a group (0: all), along which axis, with a zero or not, and the
+    mode (`spec.KVCodecSpec`).
+    """
+
+    dtype: str
+    group_size: int
+    granularity: str
+    asymmetric: bool
+    mode: str
+
+    @property
+    def per_byte(self) -> int:
+        """Codes in a byte."""
+        return 8 // BITS[self.dtype]
+
+    @property
+    def high_first(self) -> bool:
+        """Whether the first code of a byte lies in its high bits."""
+        return self.mode == "official"
+
+    @property
+    def offset(self) -> float:
+        """What is subtracted from an unsigned code to get the number it stands for."""
+        if self.asymmetric or self.dtype in ("fp8", "fp4"):
+            return 0.0
+        if self.mode == "official":
+            return {"int8": 0.0, "int4": 7.0, "int2": 1.0}[self.dtype]
+        return {"int8": 0.0, "int4": 8.0, "int2": 1.5}[self.dtype]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A coded tensor of `shape` [B, S, N, D].
+
+    data    uint8 (e4m3 for fp8, int8 for symmetric int8), [R, ceil(L / codes in a byte), C].
+    scales  [R, groups, C]; zeros: the same, or None.
+    unit    float32 [B]: powers of two that e4m3 scales of mode "rcm" count in, or None.
+    """
+
+    format: CodeFormat
+    shape: tuple[int, int, int, int]
+    data: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    unit: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(x.nbytes for x in (self.data, self.scales, self.zeros, self.unit) if x is not None)
+
+
+def rows(x: Tensor, granularity: str) -> Tensor:
+    """[B, S, N, D] as [R, L, C]."""
+    b, s, n, d = x.shape
+    if granularity == "token":
+        return x.reshape(b * s * n, d, 1)
+    if granularity == "channel":
+        return x.reshape(b, s, n * d)
+    if granularity == "tensor":
+        return x.reshape(b, s * n * d, 1)
+    return x.transpose(1, 2).reshape(b * n, s * d, 1)
+
+
+def unrows(r: Tensor, shape: tuple[int, int, int, int], granularity: str) -> Tensor:
+    """The inverse of `rows`."""
+    b, s, n, d = shape
+    return r.reshape(b, n, s, d).transpose(1, 2) if granularity == "head" else r.reshape(shape)
+
+
+def group_length(length: int, group_size: int) -> int:
+    """Elements of a group on an axis of `length`."""
+    return length if group_size <= 0 or group_size >= length else group_size
+
+
+def encode(x: Tensor, fmt: CodeFormat) -> Codes:
+    """Codes of `x` [B, S, N, D], computed in float32."""
+    shape = tuple(x.shape)
+    grouped, length = _grouped(rows(x, fmt.granularity).float(), fmt)
+    low, high = grouped.amin(2), grouped.amax(2)
+    scales, zeros, unit = scales_of(low, high, fmt, batch=shape[0])
+    unsigned = numbers(grouped, *divisors(low, high, scales, zeros, unit, fmt), fmt)
+    flat = unsigned.flatten(1, 2)[:, :length]
+    return Codes(fmt, shape, pack(flat, fmt), scales, zeros, unit)
+
+
+def decode(codes: Codes) -> Tensor:
+    """float32 [B, S, N, D]."""
+    fmt, (r, groups, c) = codes.format, codes.scales.shape
+    length = rows_shape(codes.shape, fmt.granularity)[1]
+    g = group_length(length, fmt.group_size)
+    values = F.pad(unpack(codes.data, fmt, length), (0, 0, 0, groups * g - length)).view(r, groups, g, c)
+    values = values * effective(codes.scales, codes.unit).unsqueeze(2)
+    if codes.zeros is not None:
+        values = values + codes.zeros.float().unsqueeze(2)
+    return unrows(values.flatten(1, 2)[:, :length], codes.shape, fmt.granularity)
+
+
+def rows_shape(shape: tuple[int, int, int, int], granularity: str) -> tuple[int, int, int]:
+    """(R, L, C) of `rows`."""
+    b, s, n, d = shape
+    return {"token": (b * s * n, d, 1), "channel": (b, s, n * d), "head": (b * n, s * d, 1), "tensor": (b, s * n * d, 1)}[granularity]
+
+
+def scales_of(low: Tensor, high: Tensor, fmt: CodeFormat, *, batch: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Stored scales, zeros and units of groups with extremes `low`, `high` float32 [R, groups, C]."""
+    exact = exact_scales(low, high, fmt)
+    if fmt.asymmetric:
+        stored = E4M3 if fmt.mode == "official" else torch.float16
+        zeros = low.clamp(-E4M3_MAX, E4M3_MAX) if stored == E4M3 else low
+        exact = exact.clamp(max=E4M3_MAX) if stored == E4M3 else exact
+        return _at_least_a_step(exact.to(stored), fmt), zeros.to(stored), None
+    if fmt.mode != "rcm":
+        return exact.clamp(max=E4M3_MAX).to(E4M3), None, None
+    if BITS[fmt.dtype] == 8:
+        return _at_least_a_step(exact.to(torch.float16), fmt), None, None
+    largest = exact.reshape(batch, -1).amax(1)
+    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest / E4M3_MAX).exponent)
+    per_row = _per_row(unit, exact.shape[0])
+    return (exact / per_row).clamp(min=E4M3_STEP, max=E4M3_MAX).to(E4M3), None, unit
+
+
+def exact_scales(low: Tensor, high: Tensor, fmt: CodeFormat) -> Tensor:
+    """Scales before they are rounded for storage."""
+    if fmt.asymmetric:
+        floor = OFFICIAL_FLOOR if fmt.mode == "official" else FLOOR
+        return ((high - low) / (2 ** BITS[fmt.dtype] - 1)).clamp(min=floor)
+    absmax = torch.maximum(high, -low)
+    if fmt.mode == "official":
+        return (absmax / (2 ** (BITS[fmt.dtype] - 1) - 1)).clamp(min=OFFICIAL_FLOOR)
+    return absmax.clamp(min=FLOOR) / TOP[fmt.dtype]
+
+
+def divisors(
+    low: Tensor, high: Tensor, scales: Tensor, zeros: Tensor | None, unit: Tensor | None, fmt: CodeFormat
+) -> tuple[Tensor, Tensor | None]:
+    """What codes are computed with, float32 [R, groups, C]: the scale and the zero. "release" divides by the scale before rounding it."""
+    scale = exact_scales(low, high, fmt) if fmt.mode == "release" else effective(scales, unit)
+    return scale, None if zeros is None else zeros.float()
+
+
+def effective(scales: Tensor, unit: Tensor | None) -> Tensor:
+    """Stored scales as float32."""
+    return scales.float() if unit is None else scales.float() * _per_row(unit, scales.shape[0])
+
+
+def numbers(x: Tensor, scale: Tensor, zero: Tensor | None, fmt: CodeFormat) -> Tensor:
+    """Codes of `x` [R, groups, g, C]: e4m3 for fp8, int8 for symmetric int8, else uint8."""
+    scale = scale.unsqueeze(2)
+    y = (x if zero is None else x - zero.unsqueeze(2)) / scale
+    if fmt.mode == "official":  # a scale that rounded to zero divides by it; the number does not matter, it is multiplied by zero again
+        y = torch.where(scale > 0, y, 0.0)
+    top = 2 ** BITS[fmt.dtype] - 1
+    if fmt.dtype == "fp8":
+        return y.clamp(-TOP["fp8"], TOP["fp8"]).to(E4M3)
+    if fmt.dtype == "fp4":
+        magnitude = nearest(y.abs(), E2M1)
+        return magnitude + 8 * ((y < 0) & (magnitude > 0)).to(torch.uint8)
+    if fmt.asymmetric:
+        return _rounded(y, fmt).clamp(0, top).to(torch.uint8)
+    if fmt.mode == "official":
+        bound = top // 2
+        signed = _rounded(y, fmt).clamp(-bound, bound)
+        return signed.to(torch.int8) if fmt.dtype == "int8" else (signed + bound).to(torch.uint8)
+    if fmt.dtype == "int2":
+        return nearest(y, MID_RISE)
+    half = (top + 1) // 2
+    signed = _rounded(y, fmt).clamp(-half, half - 1)
+    return signed.to(torch.int8) if fmt.dtype == "int8" else (signed + half).to(torch.uint8)
+
+
+def nearest(y: Tensor, table: tuple[float, ...]) -> Tensor:
+    """Index (uint8) of the entry nearest to each element by float32 distance; the first of equals."""
+    index = torch.zeros(y.shape, dtype=torch.uint8, device=y.device)
+    best = (y - table[0]).abs()
+    for i, entry in enumerate(table[1:], 1):
+        distance = (y - entry).abs()
+        closer = distance < best
+        index, best = torch.where(closer, i, index).to(torch.uint8), torch.where(closer, distance, best)
+    return index
+
+
+def pack(numbers: Tensor, fmt: CodeFormat) -> Tensor:
+    """[R, L, C] codes as bytes [R, ceil(L / codes in a byte), C]; the last byte is filled up with zeros."""
+    if fmt.per_byte == 1:
+        return numbers.contiguous()
+    r, length, c = numbers.shape
+    filled = F.pad(numbers, (0, 0, 0, -length % fmt.per_byte)).view(r, -1, fmt.per_byte, c)
+    byte = torch.zeros_like(filled[:, :, 0])
+    for place in range(fmt.per_byte):
+        byte |= filled[:, :, place] << shift(place, fmt)
+    return byte
+
+
+def unpack(data: Tensor, fmt: CodeFormat, length: int) -> Tensor:
+    """The numbers (float32 [R, L, C]) that bytes stand for, before scale and zero."""
+    if fmt.per_byte == 1:
+        return data.float()
+    mask = 2 ** BITS[fmt.dtype] - 1
+    parts = torch.stack([(data >> shift(place, fmt)) & mask for place in range(fmt.per_byte)], dim=2)
+    unsigned = parts.flatten(1, 2)[:, :length]
+    if fmt.dtype == "fp4":
+        magnitudes = torch.tensor(E2M1, device=data.device)
+        return magnitudes[(unsigned & 7).long()] * (1.0 - 2.0 * (unsigned >> 3).float())
+    return unsigned.float() - fmt.offset
+
+
+def shift(place: int, fmt: CodeFormat) -> int:
+    """Bits by which the code number `place` of a byte is shifted."""
+    return BITS[fmt.dtype] * (fmt.per_byte - 1 - place if fmt.high_first else place)
+
+
+def check_official(shape: tuple[int, ...], fmt: CodeFormat, *, flag: str) -> CodeFormat:
+    """`fmt` with its group fixed for heads of D channels; `ConfigError` where the group does not divide them, as the package demands."""
+    g = group_length(shape[3], fmt.group_size)
+    if shape[3] % g:
+        raise ConfigError(f"--{flag}={g} must divide the {shape[3]} channels of a head with --kv_mode official")
+    return replace(fmt, group_size=g)
+
+
+def _grouped(x: Tensor, fmt: CodeFormat) -> tuple[Tensor, int]:
+    """[R, L, C] as [R, groups, g, C], filled up with zeros, and L."""
+    r, length, c = x.shape
+    g = group_length(length, fmt.group_size)
+    missing = -length % g
+    if missing and fmt.asymmetric:  # zeros would widen the range of the last group
+        return torch.cat([x, x[:, -1:].expand(-1, missing, -1)], dim=1).view(r, -1, g, c), length
+    return F.pad(x, (0, 0, 0, missing)).view(r, -1, g, c), length
+
+
+def _rounded(y: Tensor, fmt: CodeFormat) -> Tensor:
+    """To whole numbers; halves to even, or away from zero in mode "official"."""
+    if fmt.mode != "official":
+        return y.round()
+    whole = y.trunc()
+    return whole + torch.where((y - whole).abs() >= 0.5, y.sign(), 0.0)
+
+
+def _at_least_a_step(scales: Tensor, fmt: CodeFormat) -> Tensor:
+    """fp16 scales kept above zero, so that codes can be computed with them."""
+    return scales if fmt.mode == "official" else scales.clamp(min=2.0**-24)
+
+
+def _per_row(unit: Tensor, count: int) -> Tensor:
+    """[B] spread over the rows of each sample, [R, 1, 1]."""
+    return unit.repeat_interleave(count // unit.shape[0]).view(-1, 1, 1)
