@@ -1,0 +1,254 @@
+"""One stage of the demo: trained by the training entry point in a process of its own, then sampled, scored and shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from rcm.configs import registry_distill
+from rcm.configs.compose import compose_run
+from rcm.evaluation.throughput import measure
+from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
+from rcm.rollout.recipe import SamplingRecipe
+from rcm.worlds.toy_scores import ToyScorer
+from rcm.worlds.toy_world import ToyWorld
+from scripts.demo_clips import keep_clips, keep_drift
+from scripts.demo_gates import Scores
+from scripts.demo_progress import Board
+from scripts.demo_record import Record
+from scripts.demo_stages import Stage
+from scripts.demo_world import DATA_ARGUMENTS, WORLD
+
+STEPS = ((4,), (4, 2), (4, 1))
+"""Steps of the first and of later chunks: the 4-, 2- and 1-step samplers."""
+LONG_FRAMES = 65
+"""Pixel frames of the long streams: four windows of 17 that share their border frames."""
+SEED, LONG_SEED = 1234, 99
+"""Every sampler gets the same noise, so that videos can be compared one by one."""
+
+
+class Stopped(Exception):
+    """The demo was asked to stop."""
+
+
+class Failed(RuntimeError):
+    """A training process failed; the message holds the end of its log."""
+
+
+class Demo:
+    """Trains and scores stages into `record.folder`; methods may run in several threads. `changed` is called after every result."""
+
+    def __init__(self, record: Record, board: Board, *, scale: float, num_videos: int, changed: Callable[[], None]) -> None:
+        self.record, self.board, self.folder, self.scale, self.changed = record, board, record.folder, scale, changed
+        self.world = ToyWorld(WORLD)
+        self.scorer = ToyScorer(self.world)
+        self.prompts = (self.world.prompts() * 8)[:num_videos]
+        self._stop, self._running, self._kept = threading.Event(), set[subprocess.Popen](), threading.Lock()
+
+    def run(self, name: str) -> Path:
+        """Job folder of a stage."""
+        return self.folder / "runs" / name
+
+    def build_data(self) -> None:
+        """Shards of the toy world in the release's layout; those that are whole stay."""
+        command = ["data", "build", "--source", "toy", "--out", str(self.folder / "data"), *DATA_ARGUMENTS]
+        self._call(command, log="data", threads=1, watch=lambda: None)
+
+    def train(self, stage: Stage, *, threads: int) -> None:
+        """Train, or continue, until the stage's last iteration."""
+        entry = self.record.stage(stage.name)
+        if entry["trained"]:
+            return
+        total, begin, train_share = self.iterations(stage), time.perf_counter(), stage.cost[0] / sum(stage.cost)
+
+        def watch() -> None:
+            done = last_iteration(self.run(stage.name) / "metrics.jsonl")
+            self.board.update(stage.name, train_share * done / total, f"iteration {done} of {total}" if done else "starting")
+
+        try:
+            self._call(["train", *self._overrides(stage, total)], log=stage.name, threads=threads, watch=watch)
+        finally:
+            entry["train_seconds"] += time.perf_counter() - begin
+            self.record.write()
+        if checkpointed_iteration(self.run(stage.name)) != total:
+            raise Failed(f"stage {stage.name} ended before iteration {total}; see {self.folder / 'logs' / stage.name}.log")
+        entry["trained"] = True
+        self.record.write()
+
+    def score(self, stage: Stage) -> None:
+        """Sample with every step count the checkpoint supports, score, keep a few videos; what is there already stays."""
+        if self.record.is_scored(stage.name):
+            return
+        entry, begin = self.record.stage(stage.name), time.perf_counter()
+        model = open_checkpoint(self.run(stage.name))
+        plans = sampling_plans(model)
+        lengthy = stage.kind == "sf_dmd"
+        first, rest = stage.cost[0] / sum(stage.cost), stage.cost[1] / sum(stage.cost)
+        for i, (label, recipe) in enumerate(plans):
+            self.board.update(stage.name, first + rest * i / (len(plans) + lengthy), f"sampling in {label}")
+            if label not in entry["plans"]:
+                entry["plans"][label] = self._sampled(stage, model, label, recipe)
+                self.record.write()
+            self._check_stop()
+        if lengthy and not entry["drift"]:
+            self.board.update(stage.name, first + rest * len(plans) / (len(plans) + 1), f"streaming {LONG_FRAMES} frames")
+            entry["drift"] = self._drift(stage, model)
+        entry["score_seconds"] += time.perf_counter() - begin
+        entry["scored"] = True
+        self.record.write()
+        self.board.update(stage.name, 1.0, "done")
+        self.board.say(f"{self.board.number(stage.name)}  {stage.name:<14} {told(entry)}")
+        self.changed()
+
+    def scores(self) -> dict[tuple[str, str], Scores]:
+        """By stage and sampler, of everything scored."""
+        return {(name, label): Scores(plan["scores"]) for name, e in list(self.record.stages.items()) for label, plan in e["plans"].items()}
+
+    def history(self, name: str) -> dict[str, list[list[float]]]:
+        """Logged losses of a stage by term: [[step, loss], ...]."""
+        curves: dict[str, list[list[float]]] = {}
+        path = self.run(name) / "metrics.jsonl"
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            record = json.loads(line)
+            for key, value in record.items():
+                if key.startswith("loss/"):
+                    curves.setdefault(key.removeprefix("loss/"), []).append([record["step"], value])
+        return curves
+
+    def iterations(self, stage: Stage) -> int:
+        """Iterations of a stage at this scale."""
+        registry_distill.register()
+        run = compose_run([f"experiment={stage.experiment}", *stage.overrides], require_inputs=False)
+        full = run.config.trainer.max_iter
+        return full if self.scale == 1 else max(2, round(full * self.scale))
+
+    def share(self, stage: Stage) -> float:
+        """How much of a stage earlier sessions did, 0 to 1."""
+        entry, train = self.record.stages.get(stage.name, {}), stage.cost[0] / sum(stage.cost)
+        if entry.get("scored"):
+            return 1.0
+        return train if entry.get("trained") else train * (checkpointed_iteration(self.run(stage.name)) or 0) / self.iterations(stage)
+
+    def stop(self) -> None:
+        """Ask everything to stop: training processes save and end, scoring ends after the sampler it is at."""
+        self._stop.set()
+        for process in list(self._running):
+            process.send_signal(signal.SIGINT)
+
+    def kill(self) -> None:
+        """End training processes at once."""
+        for process in list(self._running):
+            process.kill()
+
+    def _overrides(self, stage: Stage, total: int) -> list[str]:
+        return [
+            f"experiment={stage.experiment}",
+            *stage.overrides,
+            f"job.output_root={self.folder}",
+            "job.project=runs",
+            "job.group=",
+            f"job.name={stage.name}",
+            "data=toy_shards",
+            f"dataloader_train.tar_path_pattern={self.folder}/data/*.tar",
+            "trainer.progress_bar=False",
+            "trainer.logging_iter=10",
+            f"model.config.allow_random_init={not stage.feeds}",
+            *(f"model.config.{key}={self.run(source)}" for key, source in stage.feeds.items()),
+            *([] if self.scale == 1 else [f"trainer.max_iter={total}"]),
+        ]
+
+    def _sampled(self, stage: Stage, model: LoadedModel, label: str, recipe: SamplingRecipe | None) -> dict:
+        video, _ = model.generate(self.prompts, recipe=recipe, seed=SEED)
+        scores = self.scorer.score(video.clamp(-1, 1), self.prompts).as_dict()
+        alone = measure(lambda: model.stream(self.prompts[:1], recipe=recipe, seed=SEED), warmup=0, num_runs=1)
+        keep_clips(self.folder, stage, label, video, self.prompts)
+        return {"scores": scores, "speed": {"first_chunk": alone.first_chunk, "later_chunks": alone.later_chunks, "fps": alone.fps}}
+
+    def _drift(self, stage: Stage, model: LoadedModel) -> dict[str, float]:
+        """Adherence per window of a stream four times as long as the training videos, 2 steps per later chunk."""
+        prompts = self.prompts[: max(8, len(self.prompts) // 2)]
+        video, _ = model.generate(prompts, recipe=model.trained_recipe.with_steps(4, 2), num_frames=LONG_FRAMES, seed=LONG_SEED)
+        report = self.scorer.drift(video.clamp(-1, 1), prompts)
+        keep_drift(self.folder, stage, video, prompts)
+        windows = {f"adherence in window {i + 1}": value for i, value in enumerate(report.adherence)}
+        return {**windows, "drift over 4 windows": report.drift}
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Stopped
+
+    def _call(self, words: Sequence[str], *, log: str, threads: int, watch: Callable[[], None]) -> None:
+        """Run `rcm WORDS` with its output in a log, watching; `Failed` with the end of the log, `Stopped` when asked to stop."""
+        self._check_stop()
+        path = self.folder / "logs" / f"{log}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "WANDB_MODE": "disabled"}
+        environment.pop("IMAGINAIRE_OUTPUT_ROOT", None)
+        command = [sys.executable, "-m", "rcm", *words]
+        with open(path, "a") as out:
+            # In a session of its own: Ctrl-C reaches the demo alone, which asks each process once, and waits until it has saved.
+            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+            self._running.add(process)
+            if self._stop.is_set():
+                process.send_signal(signal.SIGINT)
+            while process.poll() is None:
+                watch()
+                time.sleep(0.3)
+            self._running.discard(process)
+        watch()
+        self._check_stop()
+        if process.returncode:
+            tail = "\n".join(path.read_text().splitlines()[-15:])
+            raise Failed(f"rcm {words[0]} failed with exit status {process.returncode}; the end of {path}:\n{tail}")
+
+
+def sampling_plans(model: LoadedModel) -> list[tuple[str, SamplingRecipe | None]]:
+    """(label, recipe) of the samplers shown for a checkpoint: its own many-step one, or 4, 2 and 1 steps."""
+    recipe = model.recipe
+    if recipe is None or recipe.kind == "ode":
+        return [("many steps", recipe)]
+    return [(f"{steps[-1]} step{'s' if steps[-1] > 1 else ''}", recipe.with_steps(*steps)) for steps in STEPS]
+
+
+def last_iteration(path: Path) -> int:
+    """Iteration of the last whole line of a metrics file, 0 without one."""
+    try:
+        tail = path.read_bytes()[-4000:].split(b"\n")
+        return int(json.loads(tail[-2])["step"]) if len(tail) > 1 else 0
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def checkpointed_iteration(job: Path) -> int | None:
+    """Iteration of a job's newest checkpoint, None without one."""
+    pointer = job / "checkpoints" / "latest_checkpoint.txt"
+    return int(pointer.read_text().strip().rpartition("_")[2]) if pointer.is_file() else None
+
+
+def told(entry: dict) -> str:
+    """A scored stage in one line."""
+    scores = ", ".join(f"{plan['scores']['score']:.1f} in {label}" for label, plan in entry["plans"].items())
+    seconds = entry["train_seconds"] + entry["score_seconds"]
+    return f"{seconds:4.0f} s   score {scores}"
+
+
+def free_threads() -> int:
+    """Threads for the stage that runs alone: the idle cores, at most 2; what OMP_NUM_THREADS says where it is set."""
+    if told := os.environ.get("OMP_NUM_THREADS", ""):
+        return int(told) if told.isdecimal() and int(told) > 0 else 1
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(1, min(2, (os.cpu_count() or 1) - round(busy)))
+
+
+def one_thread_here() -> None:
+    """Sampling of toy videos runs beside training processes: more threads would wait for each other."""
+    torch.set_num_threads(1)

@@ -1,0 +1,177 @@
+"""The demo's frame: what it may delete, what it remembers, how it counts time, what its page holds; stopped and continued, end to end."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from rich.console import Console
+
+from rcm.core.errors import ConfigError
+from scripts import demo, demo_progress
+from scripts.demo_clips import mosaic, picks, teacher_of
+from scripts.demo_page import processor, verdict, write_page
+from scripts.demo_progress import Board
+from scripts.demo_record import FILE_NAME, Record
+from scripts.demo_run import Demo, checkpointed_iteration, free_threads, last_iteration
+from scripts.demo_stages import branches, flat
+from tests.hygiene.source import ROOT
+
+SETTINGS = {"quick": False, "scale": 1.0, "videos": 96}
+
+
+def refused(capsys, *flags: str) -> str:
+    assert demo.main(list(flags)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    return said
+
+
+def test_nothing_of_others_is_deleted_and_flags_are_checked_first(tmp_path, capsys) -> None:
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "thesis.tex").write_text("years of work")
+    Record.open(mine, SETTINGS)
+    (mine / "video").write_text("")
+    for flags, words in (
+        (["--out", str(theirs), "--fresh"], "holds files that no demo wrote"),
+        (["--out", str(theirs / "thesis.tex")], "is a file"),
+        (["--out", str(mine), "--fresh", "--scale", "nan"], "must be a positive number"),
+        (["--out", str(mine), "--fresh", "--videos", "4"], "must be at least 8"),
+        (["--out", str(mine), "--scale", "0.5"], "holds a demo with other settings (scale 1.0 there, 0.5 here); begin anew with --fresh"),
+    ):
+        assert words in refused(capsys, *flags)
+    assert (theirs / "thesis.tex").read_text() == "years of work"
+    assert (mine / "video").exists()
+    demo._open(demo._parser().parse_args(["--out", str(mine), "--fresh", "--scale", "0.5"]))
+    assert [p.name for p in mine.iterdir()] == [FILE_NAME]
+
+
+def test_record_is_kept_and_a_damaged_one_is_refused(tmp_path) -> None:
+    record = Record.open(tmp_path / "a", SETTINGS)
+    record.stage("tf_c1-1")["trained"], record.seconds = True, 12.5
+    record.write()
+    again = Record.open(tmp_path / "a", SETTINGS)
+    assert (again.seconds, again.stages["tf_c1-1"]["trained"], again.is_scored("tf_c1-1")) == (12.5, True, False)
+    (tmp_path / "a" / FILE_NAME).write_text("{")
+    with pytest.raises(ConfigError, match="is not the record of a demo"):
+        Record.open(tmp_path / "a", SETTINGS)
+
+
+def test_time_left_follows_the_longest_way_at_the_pace_so_far(monkeypatch) -> None:
+    """Two branches side by side: the second is longer, so what the first still has does not count."""
+    clock = [1000.0]
+    monkeypatch.setattr(demo_progress.time, "monotonic", lambda: clock[0])
+    chosen = branches(quick=False)
+    said = io.StringIO()
+    board = Board(chosen, console=Console(file=said, width=200))
+    board.resume({"bidirectional": 1.0})
+    costs = [sum(sum(stage.cost) for stage in one) for one in chosen]
+    clock[0] += 100
+    longest = max(chosen[1:], key=lambda one: sum(sum(stage.cost) for stage in one))
+    other = next(one for one in chosen[1:] if one is not longest)
+    for one in (longest, other):
+        share = 50 / sum(one[0].cost)
+        board.update(one[0].name, share, "iteration 1 of 2")
+    assert board.left() == pytest.approx((max(costs[1:]) - 50) * 100 / 50)
+    board.show()
+    board.update(longest[0].name, 1.0, "done")
+    board.show()
+    lines = said.getvalue().splitlines()
+    assert len(lines) == 1, "no second line within PLAIN_EVERY"
+    assert f"{board.number(longest[0].name)}  {longest[0].name}" in lines[0]
+    assert board.number(flat(chosen)[-1].name) == "stage 9 of 9"
+
+
+def test_threads_leave_busy_cores_alone(monkeypatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for load, threads in ((0.1, 2), (0.9, 1), (7.0, 1)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0, 0), raising=False)
+        assert free_threads() == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert free_threads() == 3
+
+
+def test_positions_are_read_from_what_a_run_writes(tmp_path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    assert last_iteration(metrics) == 0 and checkpointed_iteration(tmp_path) is None
+    metrics.write_text('{"step": 10}\n{"step": 20}\n{"st')
+    assert last_iteration(metrics) == 20
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest_checkpoint.txt").write_text("iter_000000300\n")
+    assert checkpointed_iteration(tmp_path) == 300
+
+
+def test_mosaic_places_videos_in_rows() -> None:
+    videos = torch.arange(4.0).view(4, 1, 1, 1, 1).expand(4, 3, 2, 8, 8) / 4
+    tiled = mosaic(videos, rows=2, scale=8)
+    assert tiled.shape == (3, 2, 2 * 68, 2 * 68)
+    assert [float(tiled[0, 0, y, x]) for y, x in ((34, 34), (34, 102), (102, 34), (102, 102))] == [0.0, 0.25, 0.5, 0.75]
+    assert len(picks(96)) == 6
+    assert [teacher_of(name) for name in ("bidirectional", "tf_c1-1", "sf_dmd_c3-3")] == [
+        None,
+        ("bidirectional", "many steps"),
+        ("tf_c3-3", "many steps"),
+    ]
+
+
+def scored(score: float, labels=("4 steps", "2 steps", "1 step")) -> dict:
+    plan = {
+        "scores": dict.fromkeys(("joint", "colour", "shape", "direction", "motion", "realism", "diversity"), 0.9) | {"score": score},
+        "speed": {"first_chunk": 0.1, "later_chunks": 0.01, "fps": 50.0},
+    }
+    return {"trained": True, "train_seconds": 9.0, "score_seconds": 1.0, "plans": dict.fromkeys(labels, plan), "drift": {}, "scored": True}
+
+
+def test_page_tells_what_is_done_and_what_is_not(tmp_path) -> None:
+    stages = flat(branches(quick=False))
+    record = Record.open(tmp_path, SETTINGS)
+    record.stages = {"bidirectional": scored(90.0, ["many steps"]), "tf_c1-1": scored(95.0, ["many steps"]), "tf_dcm_c1-1": scored(94.0)}
+    made = Demo(record, Board(branches(quick=False)), scale=1.0, num_videos=96, changed=lambda: None)
+    page = write_page(made, stages, judged=True, status="3 of 9 stages done").read_text()
+    data = json.loads((tmp_path / "report.json").read_text())
+    gates = {stage["name"]: stage["passed"] for stage in data["stages"]}
+    assert [gates[n] for n in ("bidirectional", "tf_c1-1", "tf_dcm_c1-1", "sf_dmd_c1-1")] == [True, True, True, None]
+    assert "3 of 9 stages done" in page and "All 3 gates passed" in page
+    (chart,) = [c for c in data["charts"] if c["title"].endswith("c1-1")]
+    assert {line["name"]: len(line["points"]) for line in chart["lines"]} == {"bidirectional": 1, "tf": 1, "tf_dcm": 3}
+    assert all(stage["expect"] and stage["about"] for stage in data["stages"])
+    assert data["machine"]["processor"] == processor() not in ("", "x86_64")
+    assert verdict(stages[-1], made.scores(), judged=True)[1] is None
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_one_sentence_and_the_same_command_continues(tmp_path) -> None:
+    """Interrupted while training: the run saves, the demo ends with 130, and the second call goes on from the saved iteration."""
+    out = tmp_path / "demo"
+    command = [sys.executable, "-m", "rcm", "demo", "--quick", "--scale", "0.4", "--videos", "8", "--out", str(out)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = out / "runs" / "tf_c1-1" / "metrics.jsonl"
+    deadline = time.monotonic() + 180
+    while last_iteration(metrics) < 10 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert said == "stopped at stage 1 of 1 (tf_c1-1); the same command continues there, --fresh begins anew\n"
+    saved = checkpointed_iteration(out / "runs" / "tf_c1-1")
+    total = round(0.4 * 560)
+    assert saved is not None and 10 <= saved < total
+    before = json.loads((out / FILE_NAME).read_text())["seconds"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert f"resumed at iteration {saved}" in (out / "logs" / "tf_c1-1.log").read_text()
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == total
+    assert json.loads((out / FILE_NAME).read_text())["seconds"] > before
+    assert "data:video/mp4" in (out / "report.html").read_text()
+    assert f"next: rcm stream --ckpt {out}/runs/tf_c1-1" in done.stdout
