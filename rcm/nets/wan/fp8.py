@@ -1,0 +1,160 @@
+"""Which linear layers of a Wan network run in FP8, the replacement in place, and the error that it costs.
+
+Only layers inside the blocks are offered. Patch and text embedding, time layers, modulation and the output head act
+on few values that reach every token; the keys and values of the prompt are computed once per prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rcm.core.errors import ConfigError
+from rcm.kernels.fused.quantise import ALIGNMENT
+from rcm.nets.condition import Condition
+from rcm.nets.fp8_linear import FP8Linear, FP8Part, SharedProjections, check_device, refuse_loading, refuse_saving
+from rcm.nets.layers import Gelu
+from rcm.nets.layout import TokenLayout
+from rcm.nets.wan.block import WanBlock
+from rcm.nets.wan.model import WanDiT
+
+LAYERS = {
+    "qkv": ("self_attn.q", "self_attn.k", "self_attn.v"),
+    "o": ("self_attn.o",),
+    "cross_q": ("cross_attn.q",),
+    "cross_o": ("cross_attn.o",),
+    "ffn_in": ("ffn.0",),
+    "ffn_out": ("ffn.2",),
+}
+"""Name to the layers of a block that it replaces, together."""
+PRESETS = {"off": (), "auto": ("qkv", "ffn_in", "ffn_out"), "all": tuple(LAYERS)}
+"""auto: the layers whose product outweighs the pass that rounds its input."""
+Velocity = Callable[[WanDiT], Tensor]
+
+
+@dataclass(frozen=True)
+class FP8Report:
+    """Names of the layers `replaced` and `kept`, and the relative `error` of the velocity against the network as it
+    was (None where it was not asked for).
+    """
+
+    replaced: tuple[str, ...]
+    kept: tuple[str, ...]
+    error: float | None
+
+    def __str__(self) -> str:
+        error = "not measured" if self.error is None else f"{self.error:.2e} of the velocity, same noise and weights"
+        kept = f", {len(self.kept)} kept because their sizes are not multiples of {ALIGNMENT}" if self.kept else ""
+        return f"FP8 linears: {len(self.replaced)} layers replaced{kept}; error {error}"
+
+
+def chosen_layers(which: str | Iterable[str]) -> tuple[str, ...]:
+    """Names of `LAYERS` in their order, from a preset, comma-separated names or an iterable of names; `ConfigError`
+    for others.
+    """
+    if isinstance(which, str):
+        which = PRESETS[which] if which in PRESETS else [name.strip() for name in which.split(",")]
+    names = list(which)
+    for name in names:
+        if name not in LAYERS:
+            choices = f"{', '.join(PRESETS)}, or a list of {', '.join(LAYERS)}"
+            raise ConfigError(f"unknown FP8 layers {name!r}; set fp8 to {choices}")
+    return tuple(name for name in LAYERS if name in names)
+
+
+@torch.no_grad()
+def quantise_linears_(
+    net: WanDiT,
+    *,
+    which: str | Iterable[str] = "auto",
+    skip_blocks: Iterable[int] = (),
+    velocity: Velocity | None = None,
+) -> FP8Report:
+    """Replace linear layers of the blocks of `net` by `FP8Linear`, in place, for inference, and free their weights.
+
+    which         of `chosen_layers`.
+    skip_blocks   blocks that are left as they are; negative numbers count from the end.
+    velocity      how to compute a velocity, such as `noise_velocity(net, ...)`; runs before and after, and the report
+                  states the error.
+    A layer whose sizes do not fit is kept, and named in the report. Afterwards `net` is in eval mode and refuses
+    training, tangents and its state dict. `ConfigError` for unknown names, blocks that do not exist, a network that
+    is quantised, or a GPU without FP8.
+    """
+    names, skipped = chosen_layers(which), _block_indices(net, skip_blocks)
+    if is_quantised(net):
+        raise ConfigError("this network is quantised already; load the weights anew to choose other FP8 layers")
+    check_device(net.patch_embedding.weight.device)
+    before = None if velocity is None else velocity(net)
+    if before is not None and not before.any():
+        raise ConfigError(
+            "the velocity is zero, as of an untrained network: no FP8 error can be stated; load weights first"
+        )
+    net.eval()
+    replaced, kept = [], []
+    for index, block in enumerate(net.blocks):
+        for name in names if index not in skipped else ():
+            done = replaced if _replace(block, name) else kept
+            done += [f"blocks.{index}.{path}" for path in LAYERS[name]]
+    if replaced:
+        net.register_state_dict_pre_hook(refuse_saving)
+        net.register_load_state_dict_pre_hook(refuse_loading)
+    return FP8Report(tuple(replaced), tuple(kept), None if velocity is None else relative_error(velocity(net), before))
+
+
+def is_quantised(net: nn.Module) -> bool:
+    """Whether any layer of `net` is an FP8 one."""
+    return any(isinstance(module, FP8Linear) for module in net.modules())
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|, in float64."""
+    found, expected = found.double(), expected.double()
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def noise_velocity(
+    net: WanDiT, *, size: tuple[int, int], frames: int = 1, timestep: float = 500.0, seed: int = 0
+) -> Velocity:
+    """A velocity of noise [1, in_dim, frames, *size] and random text under full attention; the same inputs at every
+    call.
+    """
+    config, weight = net.config, net.patch_embedding.weight
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(weight)
+
+    image = draw(1, 257, config.image_dim) if config.image_branch else None
+    x, cond = draw(1, config.in_dim, frames, *size), Condition(draw(1, config.text_len, config.text_dim), image=image)
+    time = torch.full((1, 1), timestep, dtype=torch.float32, device=weight.device)
+    layout = TokenLayout.bidirectional(frames, grid=config.token_grid(*size))
+    return lambda network: network(x, time, cond, layout)
+
+
+def _block_indices(net: WanDiT, skip_blocks: Iterable[int]) -> set[int]:
+    count = len(net.blocks)
+    for index in (skipped := list(skip_blocks)):
+        if not -count <= index < count:
+            raise ConfigError(
+                f"skip_blocks names block {index}, the network has {count}; choose from {-count} to {count - 1}"
+            )
+    return {index % count for index in skipped}
+
+
+def _replace(block: WanBlock, name: str) -> bool:
+    """Replace the layers of `name`; False, and nothing done, where the products do not take their sizes."""
+    layers = [block.get_submodule(path) for path in LAYERS[name]]
+    if any(size % ALIGNMENT for layer in layers for size in layer.weight.shape):
+        return False
+    if name == "ffn_out" and isinstance(block.ffn[1], Gelu):
+        block.ffn[1], block.ffn[2] = nn.Identity(), FP8Linear(*layers, gelu=True)
+    elif len(layers) == 1:
+        block.set_submodule(LAYERS[name][0], FP8Linear(*layers))
+    else:
+        shared = SharedProjections(FP8Linear(*layers), tuple(layer.out_features for layer in layers))
+        for index, path in enumerate(LAYERS[name]):
+            block.set_submodule(path, FP8Part(shared, index))
+    return True
