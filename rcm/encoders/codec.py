@@ -5,7 +5,7 @@ Shape legend: B batch, C latent channels, F pixel frames, T latent frames, H W p
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -18,6 +18,18 @@ class LatentStream(Protocol):
 
     def decode_chunk(self, latents: torch.Tensor) -> torch.Tensor:
         """Pixels [B, 3, f, H, W] of the next latent frames [B, C, t, h, w]. Chunks concatenated along time equal `decode` of the whole."""
+        ...
+
+    def state_copy(self) -> Any:
+        """A copy of what is remembered, for a snapshot."""
+        ...
+
+    def load_state(self, state: Any) -> None:
+        """Go on from a `state_copy` of this stream or of one opened alike."""
+        ...
+
+    def num_bytes(self) -> int:
+        """Bytes that are remembered on the device."""
         ...
 
 

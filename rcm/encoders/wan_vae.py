@@ -93,6 +93,11 @@ class WanVAECodec:
         return cls(vae, tile=tile)
 
     @property
+    def captures(self) -> bool:
+        """Whether `stream` takes graphs='on'."""
+        return self.tile is None and self.device.type == "cuda"
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are; inputs are moved there."""
         return self.vae.device

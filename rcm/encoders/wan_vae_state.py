@@ -52,6 +52,20 @@ class StreamState:
         """Elements of all slots together."""
         return sum(frames.numel() for frames in self._frames)
 
+    def copy(self) -> tuple[bool, list[Tensor]]:
+        """Everything remembered, as copies."""
+        return self.started, [frames.clone() for frames in self._frames]
+
+    def load(self, copy: tuple[bool, list[Tensor]]) -> None:
+        """Take up a `copy`; addresses stay."""
+        self.started = copy[0]
+        for mine, frames in zip(self._frames, copy[1], strict=True):
+            mine.copy_(frames)
+
+    def num_bytes(self) -> int:
+        """Bytes of all slots together."""
+        return sum(frames.nbytes for frames in self._frames)
+
     def restart(self) -> None:
         """Forget the video; addresses stay."""
         self.started = False

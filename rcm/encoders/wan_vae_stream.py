@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -100,6 +100,26 @@ class DecodeStream:
         if self._state is not None:
             self._state.restart()
 
+    def state_copy(self) -> tuple[int, tuple[int, int], tuple[bool, list[Tensor]]] | None:
+        """See `LatentStream`: batch, cells and frames; None before the first chunk."""
+        return None if self._state is None else (self._state.batch, self._state.cells, self._state.copy())
+
+    def load_state(self, state: tuple[int, tuple[int, int], tuple[bool, list[Tensor]]] | None) -> None:
+        """See `LatentStream`."""
+        if state is None:
+            self.restart()
+            return
+        batch, cells, frames = state
+        if self._state is None:
+            self._state = self._vae.decoder_state(batch=batch, cells=cells)
+        self._state.require_fit(batch=batch, cells=cells, device=self._vae.device, dtype=self._vae.dtype)
+        self._state.load(frames)
+        self._half_done = False
+
+    def num_bytes(self) -> int:
+        """See `LatentStream`."""
+        return 0 if self._state is None else self._state.num_bytes()
+
     def _prepared(self, latents: Tensor) -> Tensor:
         """Channels-last latents of the network: statistics in float32 or wider, one cast."""
         moved = latents.to(self._vae.device).permute(0, 2, 3, 4, 1)
@@ -155,12 +175,33 @@ class TiledDecodeStream:
         require_latents(latents, channels=self._vae.config.latent_channels)
         cells = (latents.shape[3], latents.shape[4])
         if self._cells is None:
-            self._cells = cells
-            plan = plan_tiles(cells, tile=self._tile, scale=SPATIAL_STRIDE)
-            self._tiles = [(t, DecodeStream(self._vae, self._statistics, frames_per_step=self._frames_per_step)) for t in plan]
+            self._open(cells)
         if cells != self._cells:
             raise ConfigError(f"this stream decodes {self._cells} latent cells, got {cells}; open one stream per video with codec.stream()")
         return blend_tiles(self._tiles, latents)
+
+    def state_copy(self) -> Any:
+        """See `LatentStream`: one copy per tile."""
+        return self._cells, [stream.state_copy() for _, stream in self._tiles]
+
+    def load_state(self, state: Any) -> None:
+        """See `LatentStream`."""
+        cells, copies = state
+        if cells is None:
+            self._cells, self._tiles = None, []
+            return
+        self._open(cells)
+        for (_, stream), copy in zip(self._tiles, copies, strict=True):
+            stream.load_state(copy)
+
+    def num_bytes(self) -> int:
+        """See `LatentStream`."""
+        return sum(stream.num_bytes() for _, stream in self._tiles)
+
+    def _open(self, cells: tuple[int, int]) -> None:
+        self._cells = cells
+        plan = plan_tiles(cells, tile=self._tile, scale=SPATIAL_STRIDE)
+        self._tiles = [(t, DecodeStream(self._vae, self._statistics, frames_per_step=self._frames_per_step)) for t in plan]
 
 
 def decode_in_tiles(vae: WanVAE, statistics: LatentStatistics, latents: Tensor, *, tile: int, frames_per_step: int) -> Tensor:

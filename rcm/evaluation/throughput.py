@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rcm.core.errors import ConfigError
-from rcm.pipelines.streaming import StreamedChunk, StreamReport
+from rcm.pipelines.stream_spec import StreamedChunk, StreamReport
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
 from rcm.pipelines.described import PieceFiles
 from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
-from rcm.pipelines.streaming import StreamedChunk, StreamReport
+from rcm.pipelines.stream_spec import StreamedChunk, StreamReport
 from rcm.pipelines.video_io import Mp4Writer, comfortable_scale
 from rcm.storage.shipped import toy_checkpoint
 

@@ -31,7 +31,7 @@ from rcm.parallel.threads import settle_threads
 from rcm.pipelines.described import PieceFiles
 from rcm.pipelines.first_block import first_latents, is_image
 from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
-from rcm.pipelines.streaming import StreamedChunk, StreamReport
+from rcm.pipelines.stream_spec import StreamedChunk, StreamReport
 from rcm.pipelines.video_io import COMFORTABLE, Mp4Writer, comfortable_scale
 from rcm.rollout.recipe import SamplingRecipe
 from rcm.storage.shipped import TOY_PROMPTS, asset, toy_checkpoint

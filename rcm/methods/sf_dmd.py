@@ -26,6 +26,8 @@ from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.layout import TokenLayout
 from rcm.rollout.autoregressive import Canvas, ChunkResult, rollout
+from rcm.rollout.eviction.base import CachePolicy
+from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.noise import VideoNoise
 from rcm.rollout.plan import ContextRule, StepSchedule, training_plan
 from rcm.rollout.replay import replay_chunk
@@ -98,7 +100,7 @@ class SelfForcedDMD:
         shape = like.shape
         plans = training_plan(self.forcing.pattern, shape[2], self.schedule, index=phase.index, context=self.context)
         grid = self.student.token_grid(shape[3], shape[4])
-        canvas = Canvas(shape[2], grid, self.forcing.pattern, self.forcing.window, self.forcing.sinks)
+        canvas = Canvas(grid, self._policy)
         out = _Rollout(canvas, self.student.new_cache(num_frames=shape[2], grid=grid))
         dtype = torch.promote_types(like.dtype, torch.float32)
         noise = VideoNoise.for_plans(plans, shape, generator=rng.generator("rollout"), dtype=dtype, device=like.device)
@@ -152,6 +154,13 @@ class SelfForcedDMD:
         eps = draw_noise(rng, "critic/noise", video.shape, video.device)
         v_fake = self.fake_score.velocity(rf_noise(video, eps, t), t, cond, self._whole(video))
         return causal_critic_loss(v_fake, video, eps, nonfinite=self.nonfinite)
+
+    @property
+    def _policy(self) -> CachePolicy:
+        """What a chunk of the rollout sees; nothing is dropped, since replayed chunks look back."""
+        if self.forcing.window is None:
+            return CachePolicy()
+        return SlidingWindow(self.forcing.window, self.forcing.sinks, keep=True)
 
     def _whole(self, x: torch.Tensor) -> TokenLayout:
         return TokenLayout.bidirectional(x.shape[2], grid=self.fake_score.token_grid(x.shape[3], x.shape[4]))

@@ -54,6 +54,16 @@ class Condition:
         image = other.image if self.image is None else self.image
         return replace(self, concat=concat, image=image)
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in a fixed order."""
+        found: list[Tensor] = []
+        self._map(lambda x: found.append(x) or x)
+        return found
+
+    def copies(self) -> Condition:
+        """The same condition in memory of its own."""
+        return self._map(torch.clone)
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Condition:
         return replace(self, **{name: _map_tensors(getattr(self, name), change) for name in FIELDS})
 

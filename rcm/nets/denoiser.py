@@ -7,6 +7,7 @@ to dual numbers. spec/algorithms 1.2, 1.5, 2.1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -19,8 +20,11 @@ from rcm.diffusion.guidance import cfg
 from rcm.diffusion.time import rf_to_timestep
 from rcm.diffusion.wan_as_trigflow import rf_point, trig_F
 from rcm.nets.condition import Condition
-from rcm.nets.kv_cache import CacheView, Keys, KVCache, KVCodec
+from rcm.nets.kv_cache import KVCache
+from rcm.nets.kv_store import KVCodec
+from rcm.nets.kv_view import CacheView, Keys, Observer
 from rcm.nets.layout import TokenLayout
+from rcm.nets.rope import RopeTables
 
 
 class VelocityModel:
@@ -47,12 +51,26 @@ class VelocityModel:
         x_t, t = rf_point(x_tau, tau)
         return trig_F(x_t, self.velocity(x_t, t, cond, layout, cache=cache), tau)
 
-    def new_cache(self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope") -> KVCache | PairedCache:
-        """An empty cache with room for `num_frames` frames of `grid` = (h, w) tokens."""
+    def new_cache(
+        self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope", codec: KVCodec | None = None, hot_chunks: int = 0
+    ) -> KVCache | PairedCache:
+        """An empty cache with room for `num_frames` frames of `grid` = (h, w) tokens; `codec` stores chunks quantised, except the newest
+        `hot_chunks`.
+        """
         raise NotImplementedError  # a model says this itself
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Tokens (h, w) of a latent frame; `ConfigError` if the patch does not divide it."""
+        raise NotImplementedError  # a model says this itself
+
+    @property
+    def rope(self) -> RopeTables:
+        """The network's rotary tables."""
+        raise NotImplementedError  # a model says this itself
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the network computes in."""
         raise NotImplementedError  # a model says this itself
 
     def prepare(self, cond: Condition) -> Condition:
@@ -77,13 +95,26 @@ class Denoiser(VelocityModel):
         v = self.net(x.to(compute), timestep, cond.to(device=x.device, dtype=compute), layout, cache)
         return v.to(torch.promote_types(x.dtype, torch.float32))
 
-    def new_cache(self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope", codec: KVCodec | None = None) -> KVCache:
-        """See `VelocityModel`; `codec` stores chunks quantised."""
-        return KVCache(self.net.config.num_layers, capacity_tokens=num_frames * grid[0] * grid[1], keys=keys, codec=codec)
+    def new_cache(
+        self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope", codec: KVCodec | None = None, hot_chunks: int = 0
+    ) -> KVCache:
+        """See `VelocityModel`."""
+        tokens = num_frames * grid[0] * grid[1]
+        return KVCache(self.net.config.num_layers, capacity_tokens=tokens, keys=keys, codec=codec, hot_chunks=hot_chunks)
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """See `VelocityModel`."""
         return self.net.config.token_grid(height, width)
+
+    @property
+    def rope(self) -> RopeTables:
+        """See `VelocityModel`."""
+        return self.net.rope
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """See `VelocityModel`."""
+        return self.precision.compute
 
     def prepare(self, cond: Condition) -> Condition:
         """See `VelocityModel`; for a network that is not sharded."""
@@ -126,14 +157,29 @@ class Guided(VelocityModel):
         negative = self.negative.expand(x.shape[0]).to(device=x.device).with_images_of(cond)
         return cfg(v, self.denoiser.velocity(x, t, negative, layout, cache=None if cache is None else cache.negative), self.scale)
 
-    def new_cache(self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope") -> PairedCache:
-        """See `VelocityModel`: one cache per branch, the negative one only if it is used."""
-        caches = [self.denoiser.new_cache(num_frames=num_frames, grid=grid, keys=keys) for _ in range(2 if self.active else 1)]
-        return PairedCache(*caches)
+    def new_cache(
+        self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope", codec: KVCodec | None = None, hot_chunks: int = 0
+    ) -> PairedCache:
+        """See `VelocityModel`: one cache per branch, the negative one only if it is used; a codec's warm state is not shared."""
+        shape = {"num_frames": num_frames, "grid": grid, "keys": keys, "hot_chunks": hot_chunks}
+        positive = self.denoiser.new_cache(codec=codec, **shape)
+        if not self.active:
+            return PairedCache(positive)
+        return PairedCache(positive, self.denoiser.new_cache(codec=codec if codec is None else codec.fork(), **shape))
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """See `VelocityModel`."""
         return self.denoiser.token_grid(height, width)
+
+    @property
+    def rope(self) -> RopeTables:
+        """See `VelocityModel`."""
+        return self.denoiser.rope
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """See `VelocityModel`."""
+        return self.denoiser.compute_dtype
 
     def prepare(self, cond: Condition) -> Condition:
         """See `VelocityModel`. Prepares the positive branch; give the constructor a prepared negative for the other."""
@@ -160,7 +206,7 @@ class Switched(VelocityModel):
             raise ValueError(f"times of one call lie on both sides of the expert boundary {self.boundary}; call each side by itself")
         return (self.high if above[0] else self.low).velocity(x, t, cond, layout, cache=cache)
 
-    def new_cache(self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope") -> KVCache | PairedCache:
+    def new_cache(self, **_: object) -> KVCache | PairedCache:
         """Not defined: keys of one expert mean nothing to the other. Raises `ConfigError`."""
         raise ConfigError("a pair of experts switched by time has no common KV cache; stream with a single network")
 
@@ -179,6 +225,11 @@ class PairedView:
 
     cond: CacheView
     negative: CacheView | None
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Visible cached tokens, as many in either branch."""
+        return self.cond.prefix_tokens
 
 
 class PairedCache:
@@ -202,13 +253,20 @@ class PairedCache:
         """The caches that exist."""
         return (self.cond,) if self.negative is None else (self.cond, self.negative)
 
-    def append(self) -> PairedView:
+    def append(
+        self, visible: Sequence[int] | None = None, *, observers: Sequence[Observer | None] = (), as_id: int | None = None
+    ) -> PairedView:
         """As `KVCache.append`, for both."""
-        return PairedView(self.cond.append(), None if self.negative is None else self.negative.append())
+        given = observers or (None, None)
+        views = [c.append(visible, observers=(o,), as_id=as_id) for c, o in zip(self.branches, given, strict=False)]
+        return PairedView(views[0], views[1] if len(views) > 1 else None)
 
-    def readonly(self, num_chunks: int | None = None, *, transient: bool = False) -> PairedView:
+    def readonly(
+        self, num_chunks: int | None = None, *, visible: Sequence[int] | None = None, transient: bool = False
+    ) -> PairedView:
         """As `KVCache.readonly`, for both."""
-        return PairedView(*(branch and branch.readonly(num_chunks, transient=transient) for branch in (self.cond, self.negative)))
+        views = [branch.readonly(num_chunks, visible=visible, transient=transient) for branch in self.branches]
+        return PairedView(views[0], views[1] if len(views) > 1 else None)
 
     def reset(self, free_buffers: bool = True) -> None:
         """As `KVCache.reset`, for both."""

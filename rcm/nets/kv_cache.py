@@ -1,307 +1,244 @@
-"""Keys and values of finished chunks, per layer: append, readonly and transient access, compaction.
+"""Keys and values of finished chunks: what is held, where it stands in time, and what one forward sees of it.
 
 All bookkeeping is host integers. A forward works on a `CacheView` made for it alone, which is never changed afterwards, so that
-recomputation of that forward sees the same context. The cache does not know schedules, eviction policies or context parallelism
-(behind the all-to-all it sees all tokens and fewer heads). spec/causal_inference.md 3.
+recomputation of that forward sees the same context. The cache knows neither schedules nor eviction policies (`rollout/eviction`) nor
+context parallelism: behind the all-to-all it sees all tokens and fewer heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rcm.core.dual import in_dual_level
-from rcm.nets.layout import TokenLayout
-
-Keys = Literal["post_rope", "pre_rope"]
-_REFUSES_DUALS = "append under a dual level: a cache holds constants; fill it outside the tangent pass and read it there"
-
-
-class KVCodec(Protocol):
-    """Storage format of a quantised cache: one blob per layer, chunk and side."""
-
-    def encode(self, x: Tensor, *, side: Literal["key", "value"], layer: int) -> Any:
-        """Blob of `x` [B, S, N, D]."""
-
-    def decode(self, blob: Any, *, side: Literal["key", "value"]) -> Tensor:
-        """[B, S, N, D] of a blob."""
-
-
-class _DenseLayer:
-    """Keys and values in two buffers [B, capacity, N, D], allocated by the first write."""
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._buffers: tuple[Tensor, Tensor] | None = None
-
-    def write(self, start: int, k: Tensor, v: Tensor, sizes: tuple[int, ...]) -> None:
-        if self._buffers is None:
-            self._buffers = tuple(x.new_empty(x.shape[0], self._capacity, *x.shape[2:]) for x in (k, v))
-        for buffer, x in zip(self._buffers, (k, v), strict=True):
-            if (x.dtype, x.shape[0], x.shape[2:]) != (buffer.dtype, buffer.shape[0], buffer.shape[2:]):
-                raise ValueError(
-                    f"cache buffers are {tuple(buffer.shape)} {buffer.dtype}, got {tuple(x.shape)} {x.dtype}; "
-                    "reset(free_buffers=True) before another batch"
-                )
-            buffer[:, start : start + x.shape[1]].copy_(x)
-
-    def read(self, tokens: int) -> tuple[Tensor, Tensor]:
-        keys, values = self._buffers
-        return keys[:, :tokens], values[:, :tokens]
-
-    def clear(self, *, free_buffers: bool) -> None:
-        if free_buffers:
-            self._buffers = None
-
-
-class _CodedLayer:
-    """Keys and values as one pair of codec blobs per chunk."""
-
-    def __init__(self, codec: KVCodec, layer: int) -> None:
-        self._codec, self._layer = codec, layer
-        self._chunks: list[tuple[int, Any, Any]] = []
-
-    def write(self, start: int, k: Tensor, v: Tensor, sizes: tuple[int, ...]) -> None:
-        self._chunks = [chunk for chunk in self._chunks if chunk[0] <= start]
-        end = start
-        for k_part, v_part in zip(k.split(sizes, dim=1), v.split(sizes, dim=1), strict=True):
-            end += k_part.shape[1]
-            key, value = (self._codec.encode(x, side=side, layer=self._layer) for x, side in ((k_part, "key"), (v_part, "value")))
-            self._chunks.append((end, key, value))
-
-    def read(self, tokens: int) -> tuple[Tensor, Tensor]:
-        seen = [chunk for chunk in self._chunks if chunk[0] <= tokens]
-        keys = torch.cat([self._codec.decode(key, side="key") for _, key, _ in seen], dim=1)
-        return keys, torch.cat([self._codec.decode(value, side="value") for _, _, value in seen], dim=1)
-
-    def clear(self, *, free_buffers: bool) -> None:
-        self._chunks = []
+from rcm.nets.kv_store import CodedStore, DenseStore, KVCodec, Spans, free_spans, part_of, pieces_of, size, take
+from rcm.nets.kv_view import CachedChunk, CacheView, Keys, Observer
+from rcm.nets.positions import Positions, gathered
 
 
 class KVCache:
     """Cache of `num_layers` layers with room for `capacity_tokens` tokens each.
 
-    keys    "post_rope": keys are stored rotated, positions are final. "pre_rope": stored before rotation and rotated at every read by
-            `frame_index`, which an eviction policy may set anew.
-    codec   how chunks are stored; None keeps plain tensors in one buffer per layer, allocated by the first write in its dtype.
-    Committed state: `num_tokens`, `chunk_ends` (cumulative tokens), `frame_index` (temporal position per cached frame; None = unknown,
-    after a compaction that did not say).
+    keys        "post_rope": keys are stored rotated, positions are final. "pre_rope": stored before rotation and rotated at every read by
+                the positions that the cache keeps, which `place` may set anew.
+    codec       how chunks are stored; None keeps plain tensors in one buffer per layer. `hot_chunks` newest chunks stay plain.
+    Committed state: `chunks`, oldest first. Dropped chunks leave slots that the next ones take, so memory is bounded by the capacity and
+    positions are not bounded at all.
     """
 
-    def __init__(self, num_layers: int, *, capacity_tokens: int, keys: Keys = "post_rope", codec: KVCodec | None = None) -> None:
+    def __init__(
+        self, num_layers: int, *, capacity_tokens: int, keys: Keys = "post_rope", codec: KVCodec | None = None, hot_chunks: int = 0
+    ) -> None:
         if num_layers < 1 or capacity_tokens < 1:
             raise ValueError(
                 f"a cache needs at least one layer and one token, got {num_layers} layers and capacity_tokens={capacity_tokens}"
             )
         if keys not in ("post_rope", "pre_rope"):
             raise ValueError(f"keys must be 'post_rope' or 'pre_rope', got {keys!r}")
-        self.capacity_tokens, self.keys = capacity_tokens, keys
-        self._layers: list[_DenseLayer | _CodedLayer] = [
-            _DenseLayer(capacity_tokens) if codec is None else _CodedLayer(codec, i) for i in range(num_layers)
-        ]
-        self._codec = codec
-        self.chunk_ends: list[int] = []
-        self.frame_index: tuple[int, ...] | None = ()
-        self._epoch = 0
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers."""
-        return len(self._layers)
+        self.num_layers, self.capacity_tokens, self.keys, self.hot_chunks = num_layers, capacity_tokens, keys, hot_chunks
+        self.chunks: tuple[CachedChunk, ...] = ()
+        self.epoch, self._next_id = 0, 0
+        self.store: DenseStore | CodedStore = (
+            DenseStore(num_layers, capacity_tokens)
+            if codec is None
+            else CodedStore(num_layers, capacity_tokens, codec, hot_chunks=hot_chunks)
+        )
 
     @property
     def num_tokens(self) -> int:
         """Committed tokens."""
-        return self.chunk_ends[-1] if self.chunk_ends else 0
+        return sum(chunk.num_tokens for chunk in self.chunks)
 
     @property
     def num_chunks(self) -> int:
         """Committed chunks."""
-        return len(self.chunk_ends)
+        return len(self.chunks)
 
-    def prefix_tokens(self, num_chunks: int | None = None) -> int:
-        """Tokens of the first `num_chunks` chunks (None = all). `ValueError` if negative, `IndexError` beyond the committed chunks."""
-        if num_chunks is None:
-            return self.num_tokens
-        if num_chunks < 0:
-            raise ValueError(f"num_chunks must not be negative, got {num_chunks}")
-        if num_chunks > self.num_chunks:
-            raise IndexError(f"asked for {num_chunks} chunks of a cache that holds {self.num_chunks}")
-        return self.chunk_ends[num_chunks - 1] if num_chunks else 0
+    @property
+    def branches(self) -> tuple[KVCache, ...]:
+        """Itself: a guided stream has two (`PairedCache`)."""
+        return (self,)
 
-    def append(self) -> CacheView:
-        """View of one forward that adds its tokens. Refuses dual tensors; stores detached; `RuntimeError` beyond the capacity."""
-        return CacheView(self, "append", self.num_tokens)
+    def chunk(self, chunk_id: int) -> CachedChunk:
+        """The chunk called `chunk_id`; `IndexError` if it is not held."""
+        for chunk in self.chunks:
+            if chunk.id == chunk_id:
+                return chunk
+        raise IndexError(f"chunk {chunk_id} is not in the cache, which holds {[chunk.id for chunk in self.chunks]}")
 
-    def readonly(self, num_chunks: int | None = None, *, transient: bool = False) -> CacheView:
-        """View of one forward that sees the first `num_chunks` chunks (None = all) before its own tokens and leaves the cache as it is.
+    def append(
+        self, visible: Sequence[int] | None = None, *, observers: Sequence[Observer | None] = (), as_id: int | None = None
+    ) -> CacheView:
+        """View of one forward that adds its tokens after seeing the chunks with ids `visible` (None: all), in the order of the cache.
 
-        `transient=True` (inference only): the forward's tokens are written in place after the committed end and read from there,
-        without a copy of the prefix; bookkeeping does not change and the next such forward overwrites them. Needs the whole cache as
-        prefix, no codec, and room.
+        Refuses dual tensors; stores detached; `RuntimeError` beyond the capacity. An observer `(layer, q, k)` is shown the rotated queries
+        and all rotated keys of every layer. `as_id` enters a dropped chunk again under its id, as the newest.
         """
-        prefix = self.prefix_tokens(num_chunks)
-        if transient and prefix != self.num_tokens:
-            raise ValueError(
-                f"a transient write after {prefix} tokens would overwrite committed ones ({self.num_tokens}); use transient=False"
-            )
-        if transient and self._codec is not None:
-            raise ValueError("a cache with a codec has no transient write; use transient=False")
-        return CacheView(self, "transient" if transient else "readonly", prefix)
+        if as_id is not None and (as_id >= self._next_id or any(chunk.id == as_id for chunk in self.chunks)):
+            raise ValueError(f"chunk {as_id} was not dropped from this cache")
+        return CacheView(self, "append", self._visible(visible), observer=observers[0] if observers else None, as_id=as_id)
 
-    def reset(self, free_buffers: bool = True) -> None:
-        """Forget everything; `free_buffers=False` keeps the allocations for inputs of the same shape and dtype."""
-        self.chunk_ends, self.frame_index = [], ()
-        self._epoch += 1
-        for layer in self._layers:
-            layer.clear(free_buffers=free_buffers)
+    def readonly(
+        self, num_chunks: int | None = None, *, visible: Sequence[int] | None = None, transient: bool = False
+    ) -> CacheView:
+        """View of one forward that sees committed chunks before its own tokens and leaves the cache as it is: the first `num_chunks`, or
+        those with ids `visible`, or all.
 
-    def compact_(self, index: Tensor | None, *, frame_index: Sequence[int] | None = None) -> None:
-        """Keep only the tokens `index`, in that order: int [budget] for all samples or [B, budget] per sample. Afterwards all is one chunk.
+        `transient=True` (inference only): the forward's tokens are written in place into free slots and read from there, without a copy of
+        the prefix; bookkeeping does not change and the next such forward overwrites them.
+        """
+        if num_chunks is not None and visible is not None:
+            raise ValueError("give num_chunks or visible, not both")
+        if num_chunks is not None and num_chunks < 0:
+            raise ValueError(f"num_chunks must not be negative, got {num_chunks}")
+        if num_chunks is not None and num_chunks > self.num_chunks:
+            raise IndexError(f"asked for {num_chunks} chunks of a cache that holds {self.num_chunks}")
+        chunks = self.chunks[:num_chunks] if num_chunks is not None else self._visible(visible)
+        return CacheView(self, "transient" if transient else "readonly", chunks)
 
-        `frame_index` states the temporal positions of the kept frames; without it they are unknown, which a pre-RoPE cache refuses to read.
+    def evict(self, ids: Sequence[int]) -> None:
+        """Drop the chunks with these ids; their slots are free at once. `IndexError` for an id that is not held."""
+        gone = {self.chunk(i).id for i in ids}
+        if not gone:
+            return
+        self.chunks = tuple(chunk for chunk in self.chunks if chunk.id not in gone)
+        for chunk_id in gone:
+            self.store.drop(chunk_id)
+        self.epoch += 1
+
+    def place(self, positions: Mapping[int, Positions | Sequence[int]]) -> None:
+        """Give chunks other temporal positions, by id: one per frame, or a `Positions`. `ValueError` in a post-RoPE cache, whose keys are
+        turned already, and for another number of frames.
+        """
+        if self.keys == "post_rope":
+            raise ValueError("keys of a post_rope cache stand at their final positions; make the cache with keys='pre_rope'")
+        new = {}
+        for chunk_id, given in positions.items():
+            chunk = self.chunk(chunk_id)
+            new[chunk_id] = replace(chunk, positions=given if isinstance(given, Positions) else chunk.positions.moved_to(tuple(given)))
+        self.chunks = tuple(new.get(chunk.id, chunk) for chunk in self.chunks)
+
+    def compact_(self, index: Tensor | Sequence[Tensor] | None) -> None:
+        """Keep only the tokens `index` (counted over all chunks in order), in that order: int [budget] for all samples or [B, budget] per
+        sample, or one such tensor per layer. Afterwards all is one chunk, with a new id; positions go with their tokens (with an index per
+        layer, a pre-RoPE cache is refused: its positions are common to the layers).
+
         None, or an empty cache, does nothing; an empty index clears. Raises `ValueError` for more than two dimensions, a wrong batch or a
         non-integer index, `IndexError` for tokens that are not cached. Reads the index on the host.
         """
         if index is None or self.num_tokens == 0:
             return
-        self._check_index(index)
-        if index.shape[-1] == 0:
+        per_layer = list(index) if not isinstance(index, Tensor) else [index] * self.num_layers
+        self._check_index(per_layer)
+        budget = per_layer[0].shape[-1]
+        if budget == 0:
             self.reset(free_buffers=False)
             return
-        for layer in self._layers:
-            k, v = (_take(x, index) for x in layer.read(self.num_tokens))
-            layer.write(0, k, v, (index.shape[-1],))
-        self._epoch += 1
-        self.chunk_ends = [index.shape[-1]]
-        self.frame_index = None if frame_index is None else tuple(frame_index)
+        if self.keys == "pre_rope" and not isinstance(index, Tensor):
+            raise ValueError("an index per layer needs keys='post_rope': rotary positions of a pre_rope cache are common to all layers")
+        kept = [tuple(_take(x, at) for x in self._all(layer)) for layer, at in enumerate(per_layer)]
+        positions = gathered([chunk.positions for chunk in self.chunks], per_layer[0])
+        for chunk in self.chunks:
+            self.store.drop(chunk.id)
+        self.chunks, self._next_id, self.epoch = (), self._next_id + 1, self.epoch + 1
+        merged = CachedChunk(self._next_id - 1, ((0, budget),), positions)
+        for layer, pair in enumerate(kept):
+            self._put(layer, merged, pair)
+        self.store.commit(merged.id, merged.spans)
+        self.chunks = (merged,)
 
-    def _check_index(self, index: Tensor) -> None:
-        if index.dim() not in (1, 2):
-            raise ValueError(f"compaction index must be [budget] or [B, budget], got shape {tuple(index.shape)}")
-        if index.is_floating_point() or index.dtype == torch.bool:
-            raise ValueError(f"compaction index must be of integers, got {index.dtype}")
-        if index.shape[-1] > self.capacity_tokens:
-            raise ValueError(f"compaction to {index.shape[-1]} tokens exceeds the capacity of {self.capacity_tokens}")
-        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= self.num_tokens):
-            raise IndexError(f"compaction index spans {int(index.min())} to {int(index.max())}, the cache holds {self.num_tokens} tokens")
+    def reset(self, free_buffers: bool = True) -> None:
+        """Forget everything; `free_buffers=False` keeps the allocations for inputs of the same shape and dtype."""
+        self.chunks, self._next_id = (), 0
+        self.epoch += 1
+        self.store.clear(free_buffers=free_buffers)
 
+    def num_bytes(self) -> int:
+        """Bytes that keys and values take on the device now."""
+        return self.store.num_bytes()
 
-class CacheView:
-    """What one forward may see and write. `frame_index`: temporal positions of the committed frames, None if unknown.
+    def state(self) -> dict[str, Any]:
+        """Everything the cache holds, as a copy that later steps do not change."""
+        return {"chunks": self.chunks, "next_id": self._next_id, "store": self.store.state()}
 
-    Made by `KVCache.append` / `readonly`. The network calls `begin` before its first layer and `commit` after its last.
-    """
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up a `state` of a cache made alike."""
+        self.chunks, self._next_id = state["chunks"], state["next_id"]
+        self.epoch += 1
+        self.store.load_state(state["store"])
 
-    def __init__(self, cache: KVCache, mode: Literal["append", "readonly", "transient"], prefix_tokens: int) -> None:
-        self._cache, self._epoch = cache, cache._epoch
-        self.mode, self.prefix_tokens = mode, prefix_tokens
-        self.keys, self.frame_index = cache.keys, cache.frame_index
-        self._chunk_tokens: tuple[int, ...] = ()
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers."""
-        return self._cache.num_layers
-
-    def begin(self, layout: TokenLayout) -> None:
-        """Check this forward before its first layer.
-
-        `ValueError` unless the visible tokens are what `layout` expects before its frames; `RuntimeError` if a write finds no room, if
-        the view was used for another append, or if an append happens under a dual level.
+    def room(self, tokens: int) -> Spans:
+        """Slots for `tokens` more. Chunks beyond the first `num_tokens + tokens` slots are moved down, so that a whole cache and the new
+        tokens always lie in one run. `RuntimeError` where there is no room.
         """
-        expected = layout.context_frames * layout.tokens_per_frame
-        if self.prefix_tokens != expected:
-            raise ValueError(
-                f"the layout expects {expected} cached tokens ({layout.context_frames} frames of {layout.tokens_per_frame}), "
-                f"the cache view shows {self.prefix_tokens}; append earlier chunks first, or choose num_chunks in readonly()"
-            )
-        if self.mode == "append" and self._cache.num_tokens != self.prefix_tokens:
-            raise RuntimeError("an append view serves one forward; take a fresh one from cache.append()")
-        if self.mode == "append" and in_dual_level():
-            raise RuntimeError(_REFUSES_DUALS)
-        if self.mode != "readonly" and self.prefix_tokens + layout.num_tokens > self._cache.capacity_tokens:
+        total = self.num_tokens + tokens
+        if total > self.capacity_tokens:
             raise RuntimeError(
-                f"{layout.num_tokens} tokens after {self.prefix_tokens} exceed capacity_tokens={self._cache.capacity_tokens} of the cache; "
-                "make it larger or compact it"
+                f"{tokens} tokens after {self.num_tokens} exceed capacity_tokens={self.capacity_tokens} of the cache; "
+                "make it larger, or let a policy drop chunks"
             )
-        self._chunk_tokens = tuple(frames * layout.tokens_per_frame for frames in layout.chunks or (layout.num_frames,))
+        if self.store.in_place and any(stop > total for chunk in self.chunks for _, stop in chunk.spans):
+            self._move_down(below=total)
+        return take(free_spans([span for chunk in self.chunks for span in chunk.spans], below=total), tokens)
 
-    def positions(self, layout: TokenLayout) -> tuple[int, ...]:
-        """Temporal positions of the visible cached frames, for keys rotated at reading. `ValueError` if they are unknown or not one
-        per frame.
-        """
-        frames, rest = divmod(self.prefix_tokens, layout.tokens_per_frame)
-        committed = self._cache.num_tokens // layout.tokens_per_frame
-        if rest or self.frame_index is None or len(self.frame_index) not in (frames, committed):
-            raise ValueError(
-                f"a pre_rope cache needs one temporal position per cached frame ({self.prefix_tokens} tokens, "
-                f"{layout.tokens_per_frame} per frame), got {self.frame_index}; pass frame_index to compact_() or set cache.frame_index"
-            )
-        return self.frame_index[:frames]
+    def _move_down(self, *, below: int) -> None:
+        for chunk in self.chunks:
+            high = tuple((max(start, below), stop) for start, stop in chunk.spans if stop > below)
+            if not high:
+                continue
+            target = take(free_spans([span for other in self.chunks for span in other.spans], below=below), size(high))
+            self.store.move(high, target)
+            moved = replace(chunk, spans=_substituted(chunk.spans, below, target))
+            self.chunks = tuple(moved if other is chunk else other for other in self.chunks)
+        self.epoch += 1
 
-    def layer(self, index: int) -> LayerView:
-        """View of layer `index`."""
-        return LayerView(self, index)
+    def _visible(self, ids: Sequence[int] | None) -> tuple[CachedChunk, ...]:
+        if ids is None:
+            return self.chunks
+        wanted = {self.chunk(i).id for i in ids}
+        return tuple(chunk for chunk in self.chunks if chunk.id in wanted)
 
-    def commit(self, layout: TokenLayout) -> None:
-        """After all layers of an append: count the new tokens, a chunk per entry of `layout.chunks`. Nothing in the other modes."""
-        if self.mode != "append":
-            return
-        cache = self._cache
-        cache.chunk_ends += [self.prefix_tokens + tokens for tokens in accumulate(self._chunk_tokens)]
-        if cache.frame_index is not None:
-            cache.frame_index = (*cache.frame_index, *layout.frame_index)
+    def _all(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.store.read(layer, [piece for chunk in self.chunks for piece in pieces_of(chunk.spans, chunk=chunk.id)])
+
+    def _put(self, layer: int, chunk: CachedChunk, pair: tuple[Tensor, Tensor]) -> None:
+        if isinstance(self.store, CodedStore):
+            self.store.put(layer, chunk.id, pair)
+        else:
+            self.store.write(layer, chunk.spans, pair)
+
+    def _check_index(self, per_layer: list[Tensor]) -> None:
+        if len(per_layer) != self.num_layers:
+            raise ValueError(f"{len(per_layer)} compaction indices for {self.num_layers} layers")
+        for index in {id(x): x for x in per_layer}.values():
+            if index.dim() not in (1, 2):
+                raise ValueError(f"compaction index must be [budget] or [B, budget], got shape {tuple(index.shape)}")
+            if index.is_floating_point() or index.dtype == torch.bool:
+                raise ValueError(f"compaction index must be of integers, got {index.dtype}")
+            if index.shape[-1] != per_layer[0].shape[-1]:
+                counts = f"{index.shape[-1]} and {per_layer[0].shape[-1]}"
+                raise ValueError(f"compaction indices keep {counts} tokens; keep as many in every layer")
+            if index.shape[-1] > self.capacity_tokens:
+                raise ValueError(f"compaction to {index.shape[-1]} tokens exceeds the capacity of {self.capacity_tokens}")
+            if index.numel() and (int(index.min()) < 0 or int(index.max()) >= self.num_tokens):
+                spanned = f"{int(index.min())} to {int(index.max())}"
+                raise IndexError(f"compaction index spans {spanned}, the cache holds {self.num_tokens} tokens")
 
 
-class LayerView:
-    """One layer of a `CacheView`."""
-
-    def __init__(self, view: CacheView, index: int) -> None:
-        self._view, self._store = view, view._cache._layers[index]
-
-    @property
-    def keys(self) -> Keys:
-        """Whether keys pass through `assemble` before or after rotation."""
-        return self._view.keys
-
-    @property
-    def appends(self) -> bool:
-        """Whether this forward writes committed tokens, so that it must run exactly once (no activation recomputation)."""
-        return self._view.mode == "append"
-
-    @property
-    def prefix_tokens(self) -> int:
-        """Cached tokens that precede the forward's own in the results of `assemble`."""
-        return self._view.prefix_tokens
-
-    def assemble(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, prefix + L, N, D] for the attention of this forward from its own `k`, `v` [B, L, N, D].
-
-        Cached tokens are constants: no gradient, no tangent. Append stores detached tensors; gradients still reach this forward's own.
-        """
-        view, prefix = self._view, self._view.prefix_tokens
-        if view._epoch != view._cache._epoch:
-            raise RuntimeError("the cache was reset or compacted after this view was made; take a fresh view")
-        if view.mode == "append":
-            if in_dual_level():
-                raise RuntimeError(_REFUSES_DUALS)
-            self._store.write(prefix, k.detach(), v.detach(), view._chunk_tokens or (k.shape[1],))
-            if not (k.requires_grad or v.requires_grad):
-                return self._store.read(prefix + k.shape[1])
-        elif view.mode == "transient":
-            if in_dual_level() or k.requires_grad or v.requires_grad:
-                raise RuntimeError("a transient write keeps neither tangents nor gradients; use readonly(transient=False)")
-            self._store.write(prefix, k, v, (k.shape[1],))
-            return self._store.read(prefix + k.shape[1])
-        if prefix == 0:
-            return k, v
-        k_past, v_past = self._store.read(prefix)
-        return torch.cat([k_past, k], dim=1), torch.cat([v_past, v], dim=1)
+def _substituted(spans: Spans, below: int, target: Spans) -> Spans:
+    """`spans` with every slot from `below` on replaced by the next one of `target`, in order of the tokens."""
+    found, used = [], 0
+    for start, stop in spans:
+        if start < below:
+            found.append((start, min(stop, below)))
+        high = stop - max(start, below)
+        if high > 0:
+            found += part_of(target, used, high)
+            used += high
+    return tuple(found)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

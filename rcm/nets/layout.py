@@ -6,6 +6,7 @@ A layout replaces modes: the network reads it and has no branch for a training r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rcm.core.errors import ConfigError
@@ -22,7 +23,7 @@ class TokenLayout:
     frame_index      temporal rotary position of each packed frame.
     mask             over packed tokens; its keys are the cached tokens followed by the packed ones.
     output           packed frames [start, stop) whose velocity is predicted.
-    context_frames   cached frames that the mask expects before the packed ones.
+    context_tokens   cached tokens that the mask expects before the packed ones.
     chunks           frame counts of the chunks that an append pass commits; empty means one chunk.
     Raises `ConfigError` where these do not fit each other.
     """
@@ -31,7 +32,7 @@ class TokenLayout:
     frame_index: tuple[int, ...]
     mask: MaskSpec
     output: tuple[int, int]
-    context_frames: int = 0
+    context_tokens: int = 0
     chunks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -41,11 +42,11 @@ class TokenLayout:
             raise ConfigError(f"output frames {self.output} must be a non-empty range within the {self.num_frames} packed frames")
         if self.chunks and sum(self.chunks) != self.num_frames:
             raise ConfigError(f"chunks {self.chunks} must add up to the {self.num_frames} packed frames")
-        queries, keys = self.num_tokens, self.num_tokens + self.context_frames * self.tokens_per_frame
+        queries, keys = self.num_tokens, self.num_tokens + self.context_tokens
         if (self.mask.q_len, self.mask.kv_len) != (queries, keys):
             raise ConfigError(
                 f"mask {self.mask} covers {self.mask.q_len} queries x {self.mask.kv_len} keys, the layout has {queries} x {keys} tokens "
-                f"({self.num_frames} frames after {self.context_frames} cached ones, grid {self.grid})"
+                f"({self.num_frames} frames after {self.context_tokens} cached tokens, grid {self.grid})"
             )
 
     @property
@@ -107,7 +108,13 @@ class TokenLayout:
             raise ConfigError(f"block must be in [0, {len(bounds)}) for {num_frames} frames in {pattern.name}, got {block}")
         start, stop = bounds[block]
         mask = BlockCausal(pattern, stop, grid[0] * grid[1], q_block_offset=block, num_q_blocks=1, window=window, sinks=sinks)
-        return cls(grid, tuple(range(start, stop)), mask, (0, stop - start), context_frames=start)
+        return cls(grid, tuple(range(start, stop)), mask, (0, stop - start), context_tokens=start * grid[0] * grid[1])
+
+    @classmethod
+    def over_cache(cls, frame_index: Sequence[int], *, grid: Grid, context_tokens: int) -> TokenLayout:
+        """One chunk of frames at temporal positions `frame_index` that sees all a cache shows it, `context_tokens` tokens."""
+        own = len(frame_index) * grid[0] * grid[1]
+        return cls(grid, tuple(frame_index), Full(own, context_tokens + own), (0, len(frame_index)), context_tokens=context_tokens)
 
     @classmethod
     def noisy_over_context(
@@ -118,4 +125,4 @@ class TokenLayout:
         The clean half sees nothing noisy and its times are constant, so in a tangent pass it has no tangent: run it once as plain tensors.
         """
         mask = TeacherForcing(pattern, num_frames, grid[0] * grid[1], queries="noisy", window=window, sinks=sinks)
-        return cls(grid, tuple(range(num_frames)), mask, (0, num_frames), context_frames=num_frames)
+        return cls(grid, tuple(range(num_frames)), mask, (0, num_frames), context_tokens=num_frames * grid[0] * grid[1])

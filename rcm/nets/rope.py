@@ -6,6 +6,7 @@ and 2 (D // 6) channels (44 / 42 / 42 for D = 128); pair j of an axis of d chann
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,17 +14,21 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from rcm.core.errors import ConfigError
 from rcm.kernels.fused import reference
 from rcm.nets.layers import FusedLayer
+from rcm.nets.positions import Positions
 
 THETA = 10000.0
 TABLES_KEPT = 32
+TABLE_BYTES_KEPT = 1 << 28
+"""The tables of one network's recent layouts: a stream without end makes new ones for ever."""
 
 
 @dataclass(frozen=True)
 class RopeTable:
-    """Rotation of L tokens: `cos` and `sin` [L, 1, D], float32 (float64 for float64 networks); `sin` of the even channels has the sign
-    of the rotation.
+    """Rotation of L tokens: `cos` and `sin` [L, 1, D], or [B or 1, L, N or 1, D] where positions differ between samples or heads; float32
+    (float64 for float64 networks); `sin` of the even channels has the sign of the rotation.
     """
 
     cos: Tensor
@@ -32,7 +37,17 @@ class RopeTable:
     @property
     def num_tokens(self) -> int:
         """Number of tokens L."""
-        return self.cos.shape[0]
+        return self.cos.shape[-3]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of both tables."""
+        return self.cos.nbytes + self.sin.nbytes
+
+    @property
+    def is_common(self) -> bool:
+        """Whether all samples and heads turn alike, which the fused kernel needs."""
+        return self.cos.dim() == 3
 
     @cached_property
     def per_pair(self) -> tuple[Tensor, Tensor]:
@@ -66,10 +81,24 @@ def rotate(x: Tensor, table: RopeTable) -> Tensor:
     return reference.rotate_pairs(x, table.cos, table.sin)
 
 
+def turned_in_time(keys: Tensor, frames: Tensor | float, *, ntk: float = 1.0) -> Tensor:
+    """Keys [B, S, N, D] that are rotated already, moved by `frames` temporal positions: a number, or [B or 1, S] per token.
+
+    Rows and columns stay. `ntk`: the time axis' ratio of the tables that rotated them. Float32 arithmetic (float64 for float64 keys).
+    """
+    channels = axis_channels(keys.shape[-1])[0]
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    moved = torch.as_tensor(frames, dtype=torch.float64, device=keys.device)
+    angle = (moved if moved.dim() == 2 else moved.reshape(1, 1))[:, :, None, None] * _rates(channels, ntk).to(keys.device)
+    cos, sin = angle.cos(), angle.sin()
+    time = reference.rotate_pairs(keys[..., :channels].to(wide), _paired(cos, cos).to(wide), _paired(-sin, sin).to(wide))
+    return torch.cat([time.to(keys.dtype), keys[..., channels:]], dim=-1)
+
+
 def _check_fit(x: Tensor, table: RopeTable) -> None:
-    if x.shape[1] != table.num_tokens or x.shape[3] != table.cos.shape[2]:
+    if x.shape[1] != table.num_tokens or x.shape[3] != table.cos.shape[-1]:
         raise ValueError(
-            f"rotary table covers {table.num_tokens} tokens of head size {table.cos.shape[2]}, "
+            f"rotary table covers {table.num_tokens} tokens of head size {table.cos.shape[-1]}, "
             f"got x {tuple(x.shape)} as [B, L, N, D]; the layout must describe the tokens of this call"
         )
 
@@ -79,7 +108,7 @@ class Rotate(FusedLayer):
 
     def forward(self, x: Tensor, table: RopeTable) -> Tensor:
         """`x` [B, L, N, D] rotated by `table`."""
-        if not self.runs_fused(x):
+        if not table.is_common or not self.runs_fused(x):
             return rotate(x, table)
         _check_fit(x, table)
         from rcm.kernels.fused.api import rotate_pairs  # Triton is imported only where it runs
@@ -90,19 +119,26 @@ class Rotate(FusedLayer):
 class RopeTables:
     """Builds tables and keeps the most recently used ones; they are no state of the network and stay out of its state dict.
 
-    `max_positions` (frames, rows, columns) are the limits of the positions, above which the network was never trained.
+    `max_rows` and `max_columns` bound the positions within a frame. Time is not bounded: angles are exact for any integer. `ntk`: how many
+    times slower the slowest pair of each axis (frame, row, column) turns than in training (see `stretch`).
     """
 
-    def __init__(self, head_dim: int, *, max_positions: tuple[int, int, int]) -> None:
+    def __init__(self, head_dim: int, *, max_rows: int, max_columns: int) -> None:
         self.channels = axis_channels(head_dim)
-        self.max_positions = max_positions
+        self.limits = {"row": max_rows, "column": max_columns}
+        self.ntk = (1.0, 1.0, 1.0)
         self._kept: OrderedDict[tuple, RopeTable] = OrderedDict()
+
+    def stretch(self, ntk: tuple[float, float, float]) -> None:
+        """Set `ntk`, for every table from now on. `ConfigError` unless the ratios are positive and finite."""
+        if not all(0 < ratio < math.inf for ratio in ntk):
+            raise ConfigError(f"NTK ratios of frames, rows and columns must be positive numbers, got {ntk}")
+        self.ntk = ntk
+        self._kept.clear()
 
     def table(self, frame_index: tuple[int, ...], grid: tuple[int, int], *, device: torch.device, dtype: torch.dtype) -> RopeTable:
         """Table for the tokens of the frames at temporal positions `frame_index`, each a `grid` (rows, columns), row-major, columns
-        fastest.
-
-        Raises `ValueError` for a position below 0 or beyond the limits.
+        fastest. Raises `ValueError` for a grid beyond the limits.
         """
         key = (frame_index, grid, device, dtype)
         found = self._kept.pop(key, None)
@@ -111,19 +147,28 @@ class RopeTables:
             with torch.inference_mode(False), torch.no_grad():  # a table may outlive the mode it was first asked for in
                 found = self._build(frame_index, grid, device=device, dtype=dtype)
         self._kept[key] = found
-        if len(self._kept) > TABLES_KEPT:
+        while len(self._kept) > TABLES_KEPT or (len(self._kept) > 1 and sum(x.num_bytes for x in self._kept.values()) > TABLE_BYTES_KEPT):
             self._kept.popitem(last=False)
         return found
+
+    def at(self, positions: Positions, *, device: torch.device, dtype: torch.dtype) -> RopeTable:
+        """Table for tokens at `positions`: kept for whole frames, made anew for positions that differ between samples or heads."""
+        if positions.frames is not None:
+            return self.table(positions.frames, positions.grid, device=device, dtype=dtype)
+        where = positions.per_token.to(device=device, dtype=torch.float64)
+        parts = [where[..., axis, None] * _rates(channels, self.ntk[axis]).to(device) for axis, channels in enumerate(self.channels)]
+        angle = torch.cat(parts, dim=-1)
+        cos, sin = angle.cos(), angle.sin()
+        return RopeTable(_paired(cos, cos).to(dtype), _paired(-sin, sin).to(dtype))
 
     def _check(self, frame_index: tuple[int, ...], grid: tuple[int, int]) -> None:
         if not frame_index:
             raise ValueError("rotary table of no frames; frame_index is empty")
-        spans = ((min(frame_index), max(frame_index)), (0, grid[0] - 1), (0, grid[1] - 1))
-        for axis, (low, high), limit in zip(("frame", "row", "column"), spans, self.max_positions, strict=True):
-            if low < 0 or high >= limit:
+        for count, (axis, limit) in zip(grid, self.limits.items(), strict=True):
+            if count > limit:
                 raise ValueError(
-                    f"rotary {axis} positions must be in [0, {limit}), got {low} to {high}; "
-                    f"shorten the video or raise WanConfig.max_{axis}s"
+                    f"rotary {axis} positions must be in [0, {limit}), got 0 to {count - 1}; "
+                    f"choose a smaller resolution or raise WanConfig.max_{axis}s"
                 )
 
     def _build(self, frame_index: tuple[int, ...], grid: tuple[int, int], *, device: torch.device, dtype: torch.dtype) -> RopeTable:
@@ -131,12 +176,22 @@ class RopeTables:
         full = (len(frame_index), *grid)
         angles = []
         for axis, (position, channels) in enumerate(zip(positions, self.channels, strict=True)):
-            rates = THETA ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
             shape = [1, 1, 1, channels // 2]
             shape[axis] = full[axis]
-            angles.append((position.double()[:, None] * rates).reshape(shape).expand(*full, channels // 2))
+            angles.append((position.double()[:, None] * _rates(channels, self.ntk[axis])).reshape(shape).expand(*full, channels // 2))
         angle = torch.cat(angles, dim=3).flatten(0, 2).to(device)
         cos, sin = angle.cos(), angle.sin()
-        cos = torch.stack([cos, cos], dim=2).flatten(1)[:, None]
-        sin = torch.stack([-sin, sin], dim=2).flatten(1)[:, None]
-        return RopeTable(cos.to(dtype), sin.to(dtype))
+        return RopeTable(_paired(cos, cos)[:, None].to(dtype), _paired(-sin, sin)[:, None].to(dtype))
+
+
+def _rates(channels: int, ntk: float = 1.0) -> Tensor:
+    """Turns per position of the pairs of an axis, float64 [channels / 2]. `ntk` stretches the base so that the slowest pair turns that
+    many times slower and the fastest as before.
+    """
+    base = THETA * ntk ** (channels / (channels - 2)) if channels > 2 else THETA
+    return base ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+
+
+def _paired(even: Tensor, odd: Tensor) -> Tensor:
+    """[..., P] and [..., P] interleaved to [..., 2 P]."""
+    return torch.stack([even, odd], dim=-1).flatten(-2)

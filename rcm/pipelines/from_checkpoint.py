@@ -27,7 +27,9 @@ from rcm.nets.denoiser import Denoiser, Guided, VelocityModel
 from rcm.nets.wan.model import WanDiT
 from rcm.parallel.init import load_full, materialise, on_first, on_meta
 from rcm.pipelines.described import PieceFiles, codec_of, description_at, latent_shape_of, network_of, precision_of, text_of
-from rcm.pipelines.streaming import StreamedChunk, StreamReport, count_prefix_blocks, stream_video
+from rcm.pipelines.session import Session
+from rcm.pipelines.stream_spec import StreamedChunk, StreamReport, StreamSpec, count_prefix_blocks
+from rcm.pipelines.streaming import stream_video
 from rcm.pipelines.text_to_video import WholeVideoRecipe, whole_video
 from rcm.pipelines.wan_files import COPIES, network_weights
 from rcm.pipelines.weight_files import open_weights
@@ -90,11 +92,11 @@ class LoadedModel:
 
     def num_latent_frames(self, num_frames: int | None, *, pattern: BlockPattern | None) -> int:
         """Latent frames of a video of `num_frames` pixel frames (None: as trained). `ConfigError`, naming the nearest lengths, unless codec
-        and pattern divide it; and beyond the network's table of positions.
+        and pattern divide it; for a whole video beyond the network's positions (a stream has no limit).
         """
         frames = self.latent_shape[1] if num_frames is None else _fold(num_frames, codec=self.codec, pattern=pattern)
         limit = self.denoiser.net.config.max_frames
-        if frames > limit:
+        if pattern is None and frames > limit:
             raise ConfigError(f"num_frames={num_frames} is {frames} latent frames, the network has positions for {limit}; shorten it")
         if pattern is not None:
             pattern.bounds(frames)
@@ -139,6 +141,23 @@ class LoadedModel:
             raise ConfigError(f"{self.source} samples whole videos (stage {self.description.stage}); it cannot continue given first frames")
         return whole_video(model, self.codec, cond, chosen, **options)
 
+    def open(
+        self, prompts: Sequence[str], *, recipe: SamplingRecipe | None = None, num_frames: int | None = None, prefix: Tensor | None = None,
+        ignore_recipe: bool = False, **options: Any,
+    ) -> Session:  # fmt: skip
+        """A session over one video per prompt: `num_frames` pixel frames, or None: without end. `options` of `StreamSpec`; the rest,
+        and the errors, as `stream`. Change the prompts under way with `session.set_condition(model.condition([...]))`.
+        """
+        chosen = self._agreed(recipe, ignore=ignore_recipe)
+        if not isinstance(chosen, SamplingRecipe):
+            raise ConfigError(f"{self.source} samples whole videos (stage {self.description.stage}); only causal checkpoints open sessions")
+        channels, _, height, width = self.latent_shape
+        frames = None if num_frames is None else self.num_latent_frames(num_frames, pattern=chosen.blocks)
+        spec = StreamSpec(chosen, (channels, height, width), batch=len(prompts), num_frames=frames, **options)
+        given = prefix if prefix is None else self._prefix(prefix, chosen, shape=(len(prompts), channels, frames, height, width))
+        model = self._guided(chosen.guidance)
+        return Session(model, self.codec, self.condition(prompts), spec, device=self.device, prefix=given)
+
     def generate(self, prompts: Sequence[str], **options: Any) -> tuple[Tensor, StreamReport]:
         """The whole video [B, 3, F, H, W] and its latencies; options as `stream`."""
         report, frames = StreamReport(), []
@@ -164,7 +183,7 @@ class LoadedModel:
     def _guided(self, scale: float) -> VelocityModel:
         return Guided(self.denoiser, self.negative, scale) if scale > 1 else self.denoiser
 
-    def _prefix(self, prefix: Tensor, recipe: SamplingRecipe, *, shape: tuple[int, ...]) -> Tensor:
+    def _prefix(self, prefix: Tensor, recipe: SamplingRecipe, *, shape: tuple[int | None, ...]) -> Tensor:
         batch, channels, frames, height, width = shape
         fits = prefix.ndim == 5 and prefix.shape[0] in (1, batch) and (prefix.shape[1], *prefix.shape[3:]) == (channels, height, width)
         if not fits:

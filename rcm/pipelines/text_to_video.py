@@ -15,7 +15,7 @@ from rcm.encoders.codec import LatentCodec
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import VelocityModel
 from rcm.nets.layout import TokenLayout
-from rcm.pipelines.streaming import StreamedChunk
+from rcm.pipelines.stream_spec import StreamedChunk
 from rcm.rollout.autoregressive import time_tensor
 from rcm.samplers.bidirectional import Sampler, SingleStep
 from rcm.samplers.schedule import shifted_grid, trig_grid

@@ -1,120 +1,204 @@
-"""One chunk loop for training and streaming: denoise a chunk against the cache, yield it, commit its context.
+"""One chunk loop for training and streaming: denoise a chunk against the cache, hand it out, commit its context.
 
-What varies is a value: the plan (steps, times, context rule), the step rule (consistency or Euler), where gradient is kept, and the cache.
-Spec: algorithms 6.10, 7.2, 7.3; causal_inference 2.
+What varies is a value: the plan (steps, times, context rule), the step rule (consistency or Euler), where gradient is kept, the cache and
+the policy that decides what of it is seen. An engine that captures passes overrides `ChunkLoop.advance` alone. Causal-rCM sections 4, 5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.condition import Condition
-from rcm.nets.denoiser import Denoiser
+from rcm.nets.denoiser import PairedCache, PairedView, VelocityModel
+from rcm.nets.kv_cache import KVCache
+from rcm.nets.kv_view import CachedChunk, CacheView
 from rcm.nets.layout import TokenLayout
-from rcm.rollout.noise import VideoNoise
+from rcm.rollout.eviction.base import CachePolicy, Placement
+from rcm.rollout.noise import Noise
 from rcm.rollout.plan import ChunkPlan
 from rcm.samplers.steps import StepRule
+
+Cache = KVCache | PairedCache
+View = CacheView | PairedView
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """The video being written: latent frames, token grid (h, w) per frame, block pattern, optional attention window and sinks in blocks."""
+    """What is written on: the token grid (h, w) of a frame, and the policy that says what of the past a chunk sees."""
 
-    num_frames: int
     grid: tuple[int, int]
-    pattern: BlockPattern
-    window: int | None = None
-    sinks: int = 0
+    policy: CachePolicy = CachePolicy()
 
-    def layout(self, block: int) -> TokenLayout:
-        """Layout of block `block` over the cached prefix of all earlier blocks."""
-        return TokenLayout.cached_chunk(
-            block, grid=self.grid, pattern=self.pattern, num_frames=self.num_frames, window=self.window, sinks=self.sinks
-        )
+    def layout(self, frame_index: tuple[int, ...], view: View) -> TokenLayout:
+        """Layout of a chunk whose frames stand at `frame_index`, over what `view` shows."""
+        return TokenLayout.over_cache(frame_index, grid=self.grid, context_tokens=view.prefix_tokens)
 
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """A finished chunk: prediction x0 [B, C, frames, H, W], the input of its last step and that step's RF time."""
+    """A finished chunk: prediction x0 [B, C, frames, H, W], the input of its last step, that step's RF time, and where it was placed.
+
+    `committed`: its context is in the cache already, left by its last step.
+    """
 
     plan: ChunkPlan
-    x0: torch.Tensor
-    last_input: torch.Tensor
+    x0: Tensor
+    last_input: Tensor
     last_time: float
+    placement: Placement
+    committed: bool = False
 
 
-def time_tensor(t: float, batch: int, device: torch.device) -> torch.Tensor:
+def time_tensor(t: float, batch: int, device: torch.device) -> Tensor:
     """RF time `t` as the float64 [B, 1] tensor that denoisers take."""
     return torch.full((batch, 1), t, dtype=torch.float64, device=device)
 
 
+class ChunkLoop:
+    """The state of a rollout between chunks: a cache from `denoiser.new_cache`, and what fills it.
+
+    `grad="last_step"` keeps the graph of each chunk's last step only; the committed context is always detached, so no gradient crosses
+    chunks. `in_place` uses the cache's transient writes (inference). `interrupt` is called before every pass and may raise to stop.
+    """
+
+    def __init__(
+        self,
+        denoiser: VelocityModel,
+        *,
+        canvas: Canvas,
+        noise: Noise,
+        rule: StepRule,
+        cache: Cache,
+        grad: Literal["none", "last_step"] = "none",
+        in_place: bool = False,
+        interrupt: Callable[[], None] | None = None,
+    ) -> None:
+        self.denoiser, self.canvas, self.noise, self.rule, self.cache = denoiser, canvas, noise, rule, cache
+        self.grad, self.in_place, self.interrupt = grad, in_place, interrupt
+        self.newest: int | None = None  # id of the chunk that was appended last
+
+    def denoise(self, plan: ChunkPlan, cond: Condition, *, keep: bool = True) -> ChunkResult:
+        """Generate the chunk of `plan`. `keep`: its context will be needed, so a plan that leaves its last input as context does so in its
+        last step, where no gradient is kept.
+        """
+        frames = slice(plan.start, plan.stop)
+        placement = self.place(plan)
+        x = self.noise.start(frames) * plan.times[0]
+        fuse = keep and self.grad == "none" and plan.commit == "last_input"
+        for step, (t, t_next) in enumerate(zip(plan.times[:-1], plan.times[1:], strict=True)):
+            last = step == plan.num_steps - 1
+            noise = self.noise.step(step, frames) if self.rule.needs_noise and t_next > 0 else None
+            with torch.set_grad_enabled(last and self.grad == "last_step" and torch.is_grad_enabled()):
+                x_next = self.advance(x, cond, placement, t=t, t_next=t_next, noise=noise, append=last and fuse)
+            if last:
+                if fuse:
+                    self.settle(plan)
+                return ChunkResult(plan, x_next, x, t, placement, committed=fuse)
+            x = x_next
+        raise AssertionError("a plan has at least one step")
+
+    @torch.no_grad()
+    def commit(self, result: ChunkResult, cond: Condition) -> tuple[Tensor, float]:
+        """Append the context of a finished chunk, unless it is there already: clean, as last seen, or re-noised; returns it and its
+        time.
+        """
+        plan = result.plan
+        if result.committed:
+            return result.last_input, result.last_time
+        if plan.commit == "clean":
+            x, t = result.x0, 0.0
+        elif plan.commit == "last_input":
+            x, t = result.last_input, result.last_time
+        else:
+            t = plan.commit_time
+            x = (1.0 - t) * result.x0 + t * self.noise.context(slice(plan.start, plan.stop))
+        self.fill(x.detach(), cond, self._append(result.placement), result.placement.frame_index, t=t)
+        self.settle(plan)
+        return x, t
+
+    @torch.no_grad()
+    def prefill(self, x: Tensor, plan: ChunkPlan, cond: Condition, *, t: float) -> None:
+        """Append given frames as the block of `plan`: `x` [B, C, frames, H, W] at RF time `t`."""
+        placement = self.place(plan)
+        self.fill(x.detach(), cond, self._append(placement), placement.frame_index, t=t)
+        self.settle(plan)
+
+    @torch.no_grad()
+    def refill(self, x: Tensor, cond: Condition, chunk: CachedChunk, *, t: float) -> None:
+        """Enter a chunk that was dropped once more, under its id and at its positions: `x` at RF time `t`."""
+        caches = self.cache.branches
+        hidden = self.canvas.policy.hidden(caches)
+        visible = tuple(held.id for held in caches[0].chunks if held.id not in hidden)
+        self.fill(x, cond, self.cache.append(visible, as_id=chunk.id), chunk.positions.frames, t=t)
+
+    def close(self) -> None:
+        """Free the cache."""
+        self.cache.reset()
+
+    def place(self, plan: ChunkPlan) -> Placement:
+        """Ask the policy what the chunk sees."""
+        return self.canvas.policy.before(self.cache.branches, plan)
+
+    def settle(self, plan: ChunkPlan) -> None:
+        """Tell the policy that the chunk is in the cache."""
+        self.newest = self.cache.branches[0].chunks[-1].id
+        self.canvas.policy.after(self.cache.branches, plan)
+
+    def advance(
+        self, x: Tensor, cond: Condition, placement: Placement, *, t: float, t_next: float, noise: Tensor | None, append: bool
+    ) -> Tensor:
+        """One denoising step from RF time `t` to `t_next`; `append` leaves the pass in the cache."""
+        view = self.view(placement, append=append)
+        layout = self.canvas.layout(placement.frame_index, view)
+        v = self.denoiser.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view)
+        return self.rule(x, v, t=t, t_next=t_next, noise=noise)
+
+    def fill(self, x: Tensor, cond: Condition, view: View, frame_index: tuple[int, ...], *, t: float) -> None:
+        """One pass whose only result is its context."""
+        layout = self.canvas.layout(frame_index, view)
+        self.denoiser.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view)
+
+    def view(self, placement: Placement, *, append: bool) -> View:
+        """The view of one denoising pass."""
+        if self.interrupt is not None:
+            self.interrupt()
+        return self._append(placement) if append else self.cache.readonly(visible=placement.visible, transient=self.in_place)
+
+    def _append(self, placement: Placement) -> View:
+        return self.cache.append(placement.visible, observers=placement.observers)
+
+
 def rollout(
-    denoiser: Denoiser,
+    denoiser: VelocityModel,
     cond: Condition,
-    plans: tuple[ChunkPlan, ...],
+    plans: Iterable[ChunkPlan],
     *,
     canvas: Canvas,
-    noise: VideoNoise,
+    noise: Noise,
     rule: StepRule,
-    cache,
+    cache: Cache,
     grad: Literal["none", "last_step"] = "none",
     in_place: bool = False,
     commit_last: bool = True,
 ) -> Iterator[ChunkResult]:
-    """Generate the chunks of `plans` in order, one `ChunkResult` each.
+    """Generate the chunks of `plans` in order, one `ChunkResult` each; options as `ChunkLoop`.
 
-    `cache` comes from `denoiser.new_cache` and already holds every block before plans[0].block (see `prefill`). `grad="last_step"` keeps
-    the graph of each chunk's last step only; the committed context is always detached, so no gradient crosses chunks. `in_place` uses the
-    cache's transient writes (inference). `commit_last=False` skips the context pass of the final chunk, which nothing reads.
-    A chunk that leaves its last input as context costs no extra forward when no gradient is kept: that forward runs in append mode.
+    `cache` already holds every block before the first plan's (see `ChunkLoop.prefill`). `commit_last=False` skips the context pass of the
+    final chunk, which nothing reads.
     """
-    for position, plan in enumerate(plans):
-        commits = commit_last or position < len(plans) - 1
-        result, committed = _denoise_chunk(
-            denoiser, cond, plan, canvas=canvas, noise=noise, rule=rule, cache=cache, grad=grad, in_place=in_place, may_fuse=commits
-        )
+    loop = ChunkLoop(denoiser, canvas=canvas, noise=noise, rule=rule, cache=cache, grad=grad, in_place=in_place)
+    upcoming = iter(plans)
+    plan = next(upcoming, None)
+    while plan is not None:
+        following = next(upcoming, None)
+        commits = commit_last or following is not None
+        result = loop.denoise(plan, cond, keep=commits)
         yield result
-        if commits and not committed:
-            _commit(denoiser, cond, result, canvas=canvas, noise=noise, cache=cache)
-
-
-def _denoise_chunk(denoiser, cond, plan, *, canvas, noise, rule, cache, grad, in_place, may_fuse) -> tuple[ChunkResult, bool]:
-    frames = slice(plan.start, plan.stop)
-    layout = canvas.layout(plan.block)
-    x = noise.start(frames) * plan.times[0]
-    fuse = may_fuse and grad == "none" and plan.commit == "last_input"
-    for step, (t, t_next) in enumerate(zip(plan.times[:-1], plan.times[1:], strict=True)):
-        last = step == plan.num_steps - 1
-        view = cache.append() if (last and fuse) else cache.readonly(plan.block, transient=in_place)
-        with torch.set_grad_enabled(last and grad == "last_step" and torch.is_grad_enabled()):
-            v = denoiser.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view)
-            x_next = rule(x, v, t=t, t_next=t_next, noise=noise.step(step, frames) if rule.needs_noise and t_next > 0 else None)
-        if last:
-            return ChunkResult(plan, x_next, x, t), fuse
-        x = x_next
-    raise AssertionError("a plan has at least one step")
-
-
-@torch.no_grad()
-def _commit(denoiser, cond, result: ChunkResult, *, canvas, noise, cache) -> None:
-    """Append the context of a finished chunk: clean, as last seen, or re-noised."""
-    plan = result.plan
-    if plan.commit == "clean":
-        x, t = result.x0, 0.0
-    elif plan.commit == "last_input":
-        x, t = result.last_input, result.last_time
-    else:
-        t = plan.commit_time
-        x = (1.0 - t) * result.x0 + t * noise.context(slice(plan.start, plan.stop))
-    prefill(denoiser, cond, x, t=t, block=plan.block, canvas=canvas, cache=cache)
-
-
-@torch.no_grad()
-def prefill(denoiser: Denoiser, cond: Condition, x: torch.Tensor, *, t: float, block: int, canvas: Canvas, cache) -> None:
-    """Append block `block` (x [B, C, frames, H, W], at RF time t) to the cache: given frames of a continuation, or a finished chunk."""
-    denoiser.velocity(x.detach(), time_tensor(t, x.shape[0], x.device), cond, canvas.layout(block), cache=cache.append())
+        if commits:
+            loop.commit(result, cond)
+        plan = following

@@ -1,19 +1,82 @@
-"""The noise a rollout consumes: one full-video tensor per step index, sliced by frames (spec/causal_inference 2)."""
+"""The noise a rollout consumes: of a whole video in the order of the release, or keyed per chunk for videos without end."""
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 
+from rcm.core.rng import generator, randn
 from rcm.rollout.plan import ChunkPlan
+
+
+class Noise(Protocol):
+    """Unit noise [B, C, frames, H, W] of the latent frames [frames.start, frames.stop) of a video."""
+
+    def start(self, frames: slice) -> torch.Tensor:
+        """What a chunk starts from."""
+
+    def step(self, index: int, frames: slice) -> torch.Tensor:
+        """What is added when leaving step `index` (0-based) of a chunk."""
+
+    def context(self, frames: slice) -> torch.Tensor:
+        """For a context that is noised again."""
+
+    def state(self) -> Any:
+        """What later draws depend on, for a snapshot."""
+
+    def load_state(self, state: Any) -> None:
+        """Take up a `state`."""
+
+
+class ChunkNoise:
+    """Noise without end: every draw has a key of its own, (seed, first frame, use), so that any chunk can be drawn at any time, in any
+    order, and nothing is stored. `shape` [B, C, H, W]; draws are float32 on `draw_on`, handed out in `dtype` on `device`.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        draw_on: torch.device | str = "cpu",
+    ) -> None:
+        self.shape, self.seed, self.dtype, self.device, self.draw_on = tuple(shape), seed, dtype, torch.device(device), draw_on
+
+    def start(self, frames: slice) -> torch.Tensor:
+        """See `Noise`."""
+        return self._draw("start", frames)
+
+    def step(self, index: int, frames: slice) -> torch.Tensor:
+        """See `Noise`."""
+        return self._draw(f"step {index}", frames)
+
+    def context(self, frames: slice) -> torch.Tensor:
+        """See `Noise`."""
+        return self._draw("context", frames)
+
+    def state(self) -> Any:
+        """Nothing: a draw depends on its key alone."""
+        return None
+
+    def load_state(self, state: Any) -> None:
+        """See `state`."""
+
+    def _draw(self, purpose: str, frames: slice) -> torch.Tensor:
+        batch, channels, height, width = self.shape
+        source = generator(seed=self.seed, step=frames.start, dp_rank=0, purpose=f"stream/{purpose}", device=self.draw_on)
+        draw = randn((batch, channels, frames.stop - frames.start, height, width), generator=source)
+        return _moved(draw, self.device).to(self.dtype)
 
 
 class VideoNoise:
     """All noise of one video, drawn up front in a fixed order: start, then one tensor per further draw.
 
     `shape` [B, C, T, H, W]; draws are float32 on the generator's device, handed out in `dtype` on `device`. Step j of every chunk reads
-    draw j
-    (sliced to the chunk's frames); the release draws the step noises after the start noise, whether or not the last is used: `num_draws`
-    is the number of step tensors. Context noise (re-noised commits) is drawn on demand from the same generator.
+    draw j (sliced to the chunk's frames); the release draws the step noises after the start noise, whether or not the last is used:
+    `num_draws` is the number of step tensors. Context noise (re-noised commits) is drawn on demand from the same generator.
     """
 
     def __init__(
@@ -33,16 +96,31 @@ class VideoNoise:
 
     def start(self, frames: slice) -> torch.Tensor:
         """Unit noise a chunk starts from, [B, C, frames, H, W]."""
-        return self._draws[0][:, :, frames].to(self.device, self.dtype)
+        return self._draws[0][:, :, frames].to(self.dtype)
 
     def step(self, index: int, frames: slice) -> torch.Tensor:
         """Unit noise used when leaving step `index` (0-based) of a chunk."""
-        return self._draws[index + 1][:, :, frames].to(self.device, self.dtype)
+        return self._draws[index + 1][:, :, frames].to(self.dtype)
 
     def context(self, frames: slice) -> torch.Tensor:
         """Fresh noise for a re-noised context of these frames."""
         batch, channels, _, height, width = self.shape
-        return self._draw((batch, channels, frames.stop - frames.start, height, width)).to(self.device, self.dtype)
+        return self._draw((batch, channels, frames.stop - frames.start, height, width)).to(self.dtype)
+
+    def state(self) -> Any:
+        """The generator's state, on which context noise depends."""
+        return self._generator.get_state()
+
+    def load_state(self, state: Any) -> None:
+        """Take up a `state`."""
+        self._generator.set_state(state)
 
     def _draw(self, shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.randn(shape, generator=self._generator, device=self._generator.device, dtype=torch.float32)
+        return _moved(torch.randn(shape, generator=self._generator, device=self._generator.device, dtype=torch.float32), self.device)
+
+
+def _moved(draw: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`draw` on `device`; through pinned memory, so that the host does not wait for the device's queue."""
+    if device.type == "cuda" and draw.device.type == "cpu":
+        return draw.pin_memory().to(device, non_blocking=True)
+    return draw.to(device)

@@ -112,6 +112,24 @@ class ChunkPlan:
         return len(self.times) - 1
 
 
+def block_plan(
+    pattern: BlockPattern,
+    block: int,
+    schedule: StepSchedule,
+    *,
+    first_time: float,
+    context: ContextRule = ContextRule(),
+    prefix_blocks: int = 0,
+) -> ChunkPlan:
+    """Few-step plan of one block of a video, however long, whose first `prefix_blocks` blocks are given. The schedule indexes generated
+    chunks; the context rule absolute blocks.
+    """
+    times = few_step_grid(schedule.entry(block - prefix_blocks), first=first_time)
+    noisy = context.applies(block)
+    start, stop = pattern.frames_before(block), pattern.frames_before(block + 1)
+    return ChunkPlan(block, start, stop, times, "last_input" if noisy else "clean", times[-2] if noisy else 0.0)
+
+
 def inference_plan(
     pattern: BlockPattern,
     num_frames: int,
@@ -121,23 +139,14 @@ def inference_plan(
     context: ContextRule = ContextRule(),
     prefix_blocks: int = 0,
 ) -> tuple[ChunkPlan, ...]:
-    """Few-step plan of the blocks after `prefix_blocks` given ones. The schedule indexes generated chunks; the context rule absolute
-    blocks.
-    """
-    plans = []
-    for block, (start, stop) in enumerate(pattern.bounds(num_frames)):
-        if block < prefix_blocks:
-            continue
-        times = few_step_grid(schedule.entry(block - prefix_blocks), first=first_time)
-        noisy = context.applies(block)
-        plans.append(ChunkPlan(block, start, stop, times, "last_input" if noisy else "clean", times[-2] if noisy else 0.0))
-    return tuple(plans)
+    """The plans of a video of `num_frames` latent frames, each a `block_plan`."""
+    options = {"first_time": first_time, "context": context, "prefix_blocks": prefix_blocks}
+    return tuple(block_plan(pattern, block, schedule, **options) for block in range(prefix_blocks, pattern.num_blocks(num_frames)))
 
 
-def ode_plan(pattern: BlockPattern, num_frames: int, times: tuple[float, ...], *, prefix_blocks: int = 0) -> tuple[ChunkPlan, ...]:
-    """Many-step plan: the same grid in every chunk, clean context."""
-    bounds = tuple(enumerate(pattern.bounds(num_frames)))[prefix_blocks:]
-    return tuple(ChunkPlan(block, start, stop, times, "clean", 0.0) for block, (start, stop) in bounds)
+def ode_block_plan(pattern: BlockPattern, block: int, times: tuple[float, ...]) -> ChunkPlan:
+    """Many-step plan of one block: the same grid in every chunk, clean context."""
+    return ChunkPlan(block, pattern.frames_before(block), pattern.frames_before(block + 1), times, "clean", 0.0)
 
 
 def training_plan(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from rcm.core.errors import ConfigError
 from rcm.diffusion.blocks import BlockPattern
-from rcm.rollout.plan import ChunkPlan, ContextRule, StepSchedule, inference_plan, ode_plan
+from rcm.rollout.plan import ChunkPlan, ContextRule, StepSchedule, block_plan, ode_block_plan
 from rcm.samplers.schedule import CAUSAL_MID_TIMES, initial_time, shifted_grid
 from rcm.samplers.steps import ConsistencyStep, EulerStep, StepRule
 
@@ -51,19 +51,24 @@ class SamplingRecipe:
         """The update rule of a denoising step."""
         return ConsistencyStep() if self.kind == "few_step" else EulerStep()
 
-    def plans(self, num_frames: int, *, prefix_blocks: int = 0) -> tuple[ChunkPlan, ...]:
-        """Chunk plans for a video of `num_frames` latent frames whose first `prefix_blocks` blocks are given."""
+    def plan(self, block: int, *, prefix_blocks: int = 0) -> ChunkPlan:
+        """Plan of block `block` of a video of any length whose first `prefix_blocks` blocks are given. `ValueError` for a given block."""
+        if block < prefix_blocks:
+            raise ValueError(f"block {block} is one of the {prefix_blocks} given ones")
         if self.kind == "ode":
-            grid = shifted_grid(self.ode_steps, shift=self.shift, sigma_max=self.sigma_max)
-            return ode_plan(self.blocks, num_frames, grid, prefix_blocks=prefix_blocks)
-        return inference_plan(
+            return ode_block_plan(self.blocks, block, shifted_grid(self.ode_steps, shift=self.shift, sigma_max=self.sigma_max))
+        return block_plan(
             self.blocks,
-            num_frames,
+            block,
             StepSchedule(self.mids),
             first_time=initial_time(self.sigma_max),
             context=ContextRule(self.noisy_context, self.noisy_context_start_chunk),
             prefix_blocks=prefix_blocks,
         )
+
+    def plans(self, num_frames: int, *, prefix_blocks: int = 0) -> tuple[ChunkPlan, ...]:
+        """Plans of a video of `num_frames` latent frames whose first `prefix_blocks` blocks are given; `ConfigError` as `num_blocks`."""
+        return tuple(self.plan(block, prefix_blocks=prefix_blocks) for block in range(prefix_blocks, self.blocks.num_blocks(num_frames)))
 
     def with_steps(self, *steps: int, schedules: Sequence[Sequence[float]] = (), knob: str = "steps_per_chunk") -> SamplingRecipe:
         """The same recipe with other step counts per chunk (the last repeats) and, if given, one mid-time schedule per count.

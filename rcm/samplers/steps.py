@@ -17,6 +17,10 @@ class StepRule(Protocol):
 
     def __call__(self, x: torch.Tensor, v: torch.Tensor, *, t: float, t_next: float, noise: torch.Tensor | None) -> torch.Tensor: ...
 
+    def on_device(self, x: torch.Tensor, v: torch.Tensor, *, t: torch.Tensor, t_next: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The same with times [B, 1] in device memory, for captured steps; `noise` is read, and of no effect, where none is needed."""
+        ...
+
 
 class EulerStep:
     """Deterministic probability-flow step x - (t - t_next) v."""
@@ -25,6 +29,10 @@ class EulerStep:
 
     def __call__(self, x: torch.Tensor, v: torch.Tensor, *, t: float, t_next: float, noise: torch.Tensor | None = None) -> torch.Tensor:
         return x - (t - t_next) * v
+
+    def on_device(self, x: torch.Tensor, v: torch.Tensor, *, t: torch.Tensor, t_next: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """See `StepRule`."""
+        return x - _over(t - t_next, x) * v
 
 
 class ConsistencyStep:
@@ -41,3 +49,12 @@ class ConsistencyStep:
         if noise is None:
             raise ValueError(f"renoising to t={t_next:g} needs a noise tensor of shape {tuple(x.shape)}, got None")
         return (1.0 - t_next) * x0 + t_next * noise
+
+    def on_device(self, x: torch.Tensor, v: torch.Tensor, *, t: torch.Tensor, t_next: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """See `StepRule`."""
+        return _over(1.0 - t_next, x) * (x - _over(t, x) * v) + _over(t_next, x) * noise
+
+
+def _over(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Times [B, 1] over `x` [B, C, T, H, W]."""
+    return t.reshape(-1, *[1] * (x.dim() - 1))

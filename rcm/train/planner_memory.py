@@ -95,9 +95,9 @@ class PassMemory:
 
     def joined_keys(self, layout: TokenLayout) -> float:
         """Cached and own keys and values put together for one block's attention; no copy without a cache."""
-        if not layout.context_frames:
+        if not layout.context_tokens:
             return 0.0
-        keys = layout.num_tokens + layout.context_frames * layout.tokens_per_frame
+        keys = layout.num_tokens + layout.context_tokens
         return 2 * self.job.batch * keys / self.job.context * self.job.compute_bytes * self.net.config.dim
 
     def stored(self, layout: TokenLayout) -> float:
@@ -131,7 +131,7 @@ class PassMemory:
         """Fullest moment inside one block without gradient."""
         t = self.tensors
         if self.step.mode == "tangent":
-            extra = t.tangent_keys * layout.context_frames / layout.num_frames
+            extra = t.tangent_keys * layout.context_tokens / layout.num_tokens
             return max(self.rows(layout, *t.tangent), self.rows(layout, t.tangent_attention + extra))
         return max(self.rows(layout, *t.infer), self.rows(layout, t.attention) + self.joined_keys(layout))
 

@@ -61,7 +61,7 @@ def _factors(net: NetPlan, step: Pass, layout: TokenLayout) -> tuple[float, floa
         return 1.0, 1.0
     if step.mode == "tangent":
         pairs = visible_pairs(layout)
-        own = visible_pairs(layout, first_key=layout.context_frames * layout.tokens_per_frame)
+        own = visible_pairs(layout, first_key=layout.context_tokens)
         return 2.0, (3.0 * own + 2.0 * (pairs - own)) / pairs  # six products of two, four where the keys are constant
     again = 1.0 if net.recompute.startswith("block_wise") else 0.0
     attention_again = 1.0 if net.recompute == "block_wise" else 0.0

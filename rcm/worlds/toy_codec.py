@@ -135,6 +135,18 @@ class ToyStream:
         self._begins = False
         return frames
 
+    def state_copy(self) -> bool:
+        """Whether the video begins: all there is to remember."""
+        return self._begins
+
+    def load_state(self, state: bool) -> None:
+        """Go on from a `state_copy`."""
+        self._begins = state
+
+    def num_bytes(self) -> int:
+        """Nothing is held."""
+        return 0
+
 
 def _deal(x: torch.Tensor, dim: int, stride: int) -> tuple[torch.Tensor, ...]:
     """Split an axis into its `stride` interleaved parts."""

@@ -129,7 +129,6 @@ def test_prompts_come_from_a_file_and_empty_ones_need_a_name(tmp_path):
     [
         ("student", ("--num_frames", "12"), "num_frames=12 does not fit latent blocks of 3, then 3 frames"),
         ("many", ("--num_frames", "12"), "12 frames do not fold with temporal_stride=2"),
-        ("student", ("--num_frames", "35"), "the network has positions for 16"),
         ("student", ("--mid_t_schedules", "1/2"), "--mid_t_schedules needs --steps_per_chunk"),
         ("student", ("--mid_t_schedules", "1/2;1/3", "--steps_per_chunk", "2"), "2 mid-time schedules for 1 entries"),
         ("student", ("--mid_t_schedules", "1/2", "--steps_per_chunk", "4"), "Need 3 mid_t values for 4 steps"),

@@ -8,7 +8,9 @@ import torch
 from rcm.core.dual import jvp
 from rcm.kernels.masks import Full
 from rcm.nets.kv_cache import KVCache
+from rcm.nets.kv_store import pieces_of
 from rcm.nets.layout import TokenLayout
+from rcm.nets.positions import Positions, at_frames
 from tests.support.tiny_nets import GRID, condition, frame_times, latents, pattern, tiny_net
 
 S = 6
@@ -20,7 +22,7 @@ def tokens(count: int, *, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
 
 def chunk(frames: int, *, after: int) -> TokenLayout:
     count = frames * S
-    return TokenLayout(GRID, tuple(range(after, after + frames)), Full(count, count + after * S), (0, frames), context_frames=after)
+    return TokenLayout(GRID, tuple(range(after, after + frames)), Full(count, count + after * S), (0, frames), context_tokens=after * S)
 
 
 def filled(*frames: int, **options) -> tuple[KVCache, torch.Tensor, torch.Tensor]:
@@ -40,8 +42,8 @@ def filled(*frames: int, **options) -> tuple[KVCache, torch.Tensor, torch.Tensor
 
 def test_prefixes():
     cache, k, v = filled(1, 3, 2)
-    assert (cache.num_chunks, cache.num_tokens, cache.chunk_ends) == (3, 36, [6, 24, 36])
-    assert cache.frame_index == tuple(range(6))
+    assert (cache.num_chunks, cache.num_tokens, [c.num_tokens for c in cache.chunks]) == (3, 36, [6, 18, 12])
+    assert [c.positions.frames for c in cache.chunks] == [(0,), (1, 2, 3), (4, 5)] and [c.id for c in cache.chunks] == [0, 1, 2]
     own = tokens(5)
     for chunks, end in ((None, 36), (3, 36), (2, 24), (1, 6), (0, 0)):
         view = cache.readonly(chunks)
@@ -58,12 +60,12 @@ def test_append_stores_detached_and_keeps_the_gradient_of_its_own_tokens():
     cache, past, _ = filled(1)
     k, v = (x.requires_grad_() for x in tokens(S))
     view = cache.append()
+    view.begin(chunk(1, after=1))
     assert view.layer(0).appends and not cache.readonly().layer(0).appends
     k_all, v_all = view.layer(0).assemble(k, v)
     assert k_all.requires_grad and torch.equal(k_all[:, :S], past)
     (k_all.square().sum() + v_all.sum()).backward()
     torch.testing.assert_close(k.grad, 2 * k.detach())
-    view.begin(chunk(1, after=1))
     view.commit(chunk(1, after=1))
     stored, _ = cache.readonly().layer(0).assemble(*tokens(1))
     assert not stored.requires_grad and torch.equal(stored[:, S : 2 * S], k)
@@ -116,17 +118,65 @@ def test_duals_enter_readonly_and_nothing_else():
     assert cache.num_tokens == S
 
 
+def begun(view, frames: int):
+    """The first layer of a view whose forward adds so many frames."""
+    view.begin(TokenLayout.over_cache(range(50, 50 + frames), grid=GRID, context_tokens=view.prefix_tokens))
+    return view.layer(0)
+
+
+def committed(cache: KVCache, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Append random tokens of so many frames."""
+    view = cache.append()
+    own = tokens(frames * S)
+    begun(view, frames).assemble(*own)
+    view.commit(None)
+    return own
+
+
 def test_transient_writes_in_place_without_a_copy():
     cache, past, _ = filled(1, 1)
     k, v = tokens(S)
-    first, _ = cache.readonly(2, transient=True).layer(0).assemble(k, v)
-    second, _ = cache.readonly(2, transient=True).layer(0).assemble(*(again := tokens(S)))
-    assert first.data_ptr() == second.data_ptr() == cache._layers[0]._buffers[0].data_ptr()
+    first, _ = begun(cache.readonly(2, transient=True), 1).assemble(k, v)
+    second, _ = begun(cache.readonly(2, transient=True), 1).assemble(*(again := tokens(S)))
+    assert first.data_ptr() == second.data_ptr() == cache.store.buffers[0][0].data_ptr()
     assert torch.equal(second, torch.cat([past, again[0]], dim=1)) and cache.num_tokens == 2 * S
-    with pytest.raises(ValueError, match="overwrite"):
-        cache.readonly(1, transient=True)
+    apart, _ = begun(cache.readonly(1, transient=True), 1).assemble(k, v)
+    assert torch.equal(apart, torch.cat([past[:, :S], k], dim=1)), "a part of the cache is read without the rest"
     with pytest.raises(RuntimeError, match="gradients"):
-        cache.readonly(transient=True).layer(0).assemble(k.requires_grad_(), v)
+        begun(cache.readonly(transient=True), 1).assemble(k.requires_grad_(), v)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (1, 2, 2, 2, 2), (3, 1, 1, 2, 1), (2, 1, 3, 1, 2)])
+def test_a_ring_without_holes(sizes):
+    """Chunks come and go in a cache of 36 tokens; what is read is what is held, and always one run of the buffer."""
+    cache = KVCache(1, capacity_tokens=6 * S)
+    held: dict[int, torch.Tensor] = {}
+    for at, frames in enumerate(sizes * 3):
+        while sum(k.shape[1] for k in held.values()) + frames * S > 6 * S:
+            oldest = sorted(held)[1 if len(held) > 1 else 0]  # the first one is a sink
+            cache.evict([oldest])
+            del held[oldest]
+        k, _ = committed(cache, frames)
+        assert cache.chunks[-1].id == at, "ids are stable and count appended chunks"
+        held[at] = k
+        read, _ = cache.store.read(0, sorted(p for c in cache.chunks for p in pieces_of(c.spans, chunk=c.id)))
+        assert read.shape[1] == cache.num_tokens and read.data_ptr() == cache.store.buffers[0][0].data_ptr()
+        for chunk_id, expected in held.items():
+            spans = cache.chunk(chunk_id).spans
+            assert torch.equal(torch.cat([cache.store.buffers[0][0][:, a:b] for a, b in spans], dim=1), expected)
+    with pytest.raises(IndexError, match="chunk 99 is not in the cache"):
+        cache.evict([99])
+
+
+def test_snapshots_are_not_changed_by_later_steps():
+    for options in ({}, {"codec": Halving()}, {"codec": Halving(), "hot_chunks": 1}):
+        cache, *_ = filled(1, 2, **options)
+        state, own = cache.state(), tokens(S)
+        before = begun(cache.readonly(), 1).assemble(*own)[0].clone()
+        cache.evict([0])
+        committed(cache, 1)
+        cache.load_state(state)
+        assert torch.equal(begun(cache.readonly(), 1).assemble(*own)[0], before) and [c.id for c in cache.chunks] == [0, 1]
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
@@ -135,7 +185,10 @@ def test_compaction(per_sample):
     index = torch.tensor([[20, 0, 3, 7], [1, 1, 23, 12]]) if per_sample else torch.tensor([20, 0, 3, 7])
     expected = [torch.stack([x[b, index[b] if per_sample else index] for b in range(2)]) for x in (k, v)]
     cache.compact_(index)
-    assert (cache.chunk_ends, cache.frame_index) == ([4], None)
+    assert [(c.id, c.num_tokens) for c in cache.chunks] == [(3, 4)]
+    where = cache.chunks[0].positions.per_token.expand(2, -1, -1, -1)[:, :, 0]
+    rows = index if per_sample else index.expand(2, -1)
+    assert torch.equal(where, torch.stack([rows // S, rows % S // GRID[1], rows % GRID[1]], dim=-1)), "positions go with their tokens"
     k_all, v_all = cache.readonly(1).layer(0).assemble(*(own := tokens(2)))
     assert torch.equal(k_all, torch.cat([expected[0], own[0]], dim=1)) and torch.equal(v_all, torch.cat([expected[1], own[1]], dim=1))
 
@@ -156,26 +209,28 @@ def test_compaction_edges():
         cache.compact_(torch.zeros(61, dtype=torch.long))
     cache.compact_(None)
     assert cache.num_chunks == 2
-    cache.compact_(torch.arange(6, 18), frame_index=(4, 5))
-    assert cache.frame_index == (4, 5)
+    cache.compact_(torch.arange(6, 18))
+    assert cache.chunks[0].positions.frames == (1, 2), "whole frames stay whole frames"
+    with pytest.raises(ValueError, match="pre_rope"):
+        cache.place({3: (4, 5)})
     with pytest.raises(RuntimeError, match="compacted"):
         view.layer(0).assemble(*tokens(S))
     cache.compact_(torch.zeros(0, dtype=torch.long))
-    assert (cache.num_tokens, cache.num_chunks, cache.frame_index) == (0, 0, ())
+    assert (cache.num_tokens, cache.num_chunks) == (0, 0)
     cache.compact_(torch.arange(3))  # nothing there: nothing happens
     assert cache.num_tokens == 0
 
 
 def test_reset_keeps_or_frees_buffers():
     cache, *_ = filled(2)
-    buffers = cache._layers[0]._buffers
+    buffers = cache.store.buffers[0]
     cache.reset(free_buffers=False)
-    assert cache.num_tokens == 0 and cache._layers[0]._buffers is buffers
+    assert cache.num_tokens == 0 and cache.store.buffers[0] is buffers
     with pytest.raises(ValueError, match="another batch"):
-        cache.append().layer(0).assemble(*tokens(S, batch=1))
+        begun(cache.append(), 1).assemble(*tokens(S, batch=1))
     cache.reset()
-    assert cache._layers[0]._buffers is None
-    cache.append().layer(0).assemble(*tokens(S, batch=1))
+    assert cache.store.buffers[0] is None and cache.num_bytes() == 0
+    begun(cache.append(), 1).assemble(*tokens(S, batch=1))
 
 
 class Halving:
@@ -191,6 +246,9 @@ class Halving:
     def decode(self, blob, *, side):
         return blob / 2
 
+    def decode_into(self, blob, out, *, side):
+        out.copy_(blob / 2)
+
 
 def test_codec_sees_chunks_and_its_result_is_what_is_read():
     codec = Halving()
@@ -198,14 +256,21 @@ def test_codec_sees_chunks_and_its_result_is_what_is_read():
     assert codec.calls == [("key", 0, S), ("value", 0, S), ("key", 0, 2 * S), ("value", 0, 2 * S)]
     k_all, _ = cache.readonly(1).layer(0).assemble(*(own := tokens(S)))
     assert torch.equal(k_all, torch.cat([k[:, :S] / 2, own[0]], dim=1))
-    k_all, _ = cache.append().layer(0).assemble(*own)
+    k_all, _ = begun(cache.append(), 1).assemble(*own)
     assert torch.equal(k_all, torch.cat([k, own[0]], dim=1) / 2), "in append a chunk attends to its coded self"
     assert torch.equal(cache.readonly().layer(0).assemble(*own)[0], torch.cat([k / 2, own[0]], dim=1))
-    with pytest.raises(ValueError, match="codec"):
-        cache.readonly(transient=True)
+    assert torch.equal(begun(cache.readonly(transient=True), 1).assemble(*own)[0], torch.cat([k / 2, own[0]], dim=1))
     cache.compact_(torch.arange(6, 18))
     k_all, _ = cache.readonly().layer(0).assemble(*own)
     assert torch.equal(k_all[:, :12], k[:, 6:] / 4)
+
+
+def test_hot_chunks_are_plain_until_they_grow_older():
+    codec = Halving()
+    cache, k, _ = filled(1, 1, 1, codec=codec, hot_chunks=2)
+    assert codec.calls == [("key", 0, S), ("value", 0, S)], "only the oldest was coded"
+    k_all, _ = begun(cache.append(), 1).assemble(*(own := tokens(S)))
+    assert torch.equal(k_all, torch.cat([k[:, :S] / 2, k[:, S:], own[0]], dim=1))
 
 
 @torch.no_grad()
@@ -217,17 +282,24 @@ def test_pre_rope_keys_can_be_renumbered():
     alone = TokenLayout.context(2, window=1, **structure)
     cache = KVCache(net.config.num_layers, capacity_tokens=5 * S, keys="pre_rope")
     net(x[:, :, :2], t[:, :2], cond, alone, cache.append())
-    current = TokenLayout(GRID, (1,), Full(S, 2 * S), (0, 1), context_frames=1)
+    current = TokenLayout.over_cache((1,), grid=GRID, context_tokens=S)
 
     fresh = KVCache(net.config.num_layers, capacity_tokens=5 * S, keys="pre_rope")
     first = TokenLayout.cached_chunk(0, num_frames=3, **structure)
     net(x[:, :, 1:2], t[:, 1:2], cond, first, fresh.append())
     expected = net(x[:, :, 2:], t[:, 2:], cond, current, fresh.readonly())
 
+    def seen() -> torch.Tensor:
+        return net(x[:, :, 2:], t[:, 2:], cond, current, cache.readonly())
+
     cache.compact_(torch.arange(S, 2 * S))
-    with pytest.raises(ValueError, match="frame_index"):
-        net(x[:, :, 2:], t[:, 2:], cond, current, cache.readonly())
-    cache.frame_index = (0,)
-    torch.testing.assert_close(net(x[:, :, 2:], t[:, 2:], cond, current, cache.readonly()), expected, rtol=0, atol=1e-12)
-    cache.frame_index = (3,)
-    assert (net(x[:, :, 2:], t[:, 2:], cond, current, cache.readonly()) - expected).abs().max() > 1e-3
+    assert (seen() - expected).abs().max() > 1e-3, "a compacted cache works, and its keys stand where they stood"
+    kept = cache.chunks[0].id
+    cache.place({kept: (0,)})
+    torch.testing.assert_close(seen(), expected, rtol=0, atol=1e-12)
+    cache.place({kept: Positions(GRID, tokens=at_frames((0,), GRID).per_token.expand(2, -1, 4, -1))})  # per sample and head
+    torch.testing.assert_close(seen(), expected, rtol=0, atol=1e-12)
+    cache.place({kept: Positions(GRID, tokens=at_frames((3,), GRID).per_token)})
+    assert (seen() - expected).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="2 temporal positions"):
+        cache.place({kept: (0, 1)})

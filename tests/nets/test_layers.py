@@ -131,7 +131,7 @@ def test_linear_keeps_a_tangent_of_its_weight():
 def test_demanded_kernels_never_give_way_to_plain_formulas(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x, row = torch.randn(1, 1, 4, 16), torch.randn(1, 1, 1, 16)
-    table = RopeTables(16, max_positions=(4, 4, 4)).table((0,), (2, 2), device=torch.device("cpu"), dtype=torch.float32)
+    table = RopeTables(16, max_rows=4, max_columns=4).table((0,), (2, 2), device=torch.device("cpu"), dtype=torch.float32)
     calls = [
         (RMSNorm(16, eps=1e-6), (x,)),
         (AffineLayerNorm(16, eps=1e-6), (x,)),
@@ -157,7 +157,7 @@ def test_the_setting_reaches_every_layer_of_a_network():
 
 
 def test_rope_tables_per_pair():
-    table = RopeTables(16, max_positions=(9, 9, 9)).table((3, 1), (2, 3), device=torch.device("cpu"), dtype=torch.float32)
+    table = RopeTables(16, max_rows=9, max_columns=9).table((3, 1), (2, 3), device=torch.device("cpu"), dtype=torch.float32)
     cos, sin = table.per_pair
     assert cos.shape == sin.shape == (12, 8) and cos.is_contiguous() and sin.is_contiguous() and table.per_pair[0] is cos
     x = torch.randn(1, 12, 2, 16)

@@ -14,7 +14,7 @@ GRID = (2, 3)
 
 def test_constructors():
     layout = TokenLayout.bidirectional(3, grid=GRID)
-    assert (layout.frame_index, layout.output, layout.mask, layout.context_frames) == ((0, 1, 2), (0, 3), Full(18, 18), 0)
+    assert (layout.frame_index, layout.output, layout.mask, layout.context_tokens) == ((0, 1, 2), (0, 3), Full(18, 18), 0)
     assert (layout.tokens_per_frame, layout.num_frames, layout.num_tokens, layout.num_output_frames) == (6, 3, 18, 3)
 
     c14 = pattern("c1-4")
@@ -28,13 +28,13 @@ def test_constructors():
     assert layout.mask == TeacherForcing(c14, 5, 6)
 
     layout = TokenLayout.cached_chunk(1, grid=GRID, pattern=c14, num_frames=9)
-    assert (layout.frame_index, layout.output, layout.context_frames) == ((1, 2, 3, 4), (0, 4), 1)
+    assert (layout.frame_index, layout.output, layout.context_tokens) == ((1, 2, 3, 4), (0, 4), 6)
     assert layout.mask.is_full and layout.mask.kv_len == 30
     assert not TokenLayout.cached_chunk(2, grid=GRID, pattern=c14, num_frames=9, window=2).mask.is_full
 
     layout = TokenLayout.noisy_over_context(5, grid=GRID, pattern=c14, window=1, sinks=1)
     assert layout.mask == TeacherForcing(c14, 5, 6, queries="noisy", window=1, sinks=1)
-    assert (layout.frame_index, layout.context_frames, layout.output) == ((0, 1, 2, 3, 4), 5, (0, 5))
+    assert (layout.frame_index, layout.context_tokens, layout.output) == ((0, 1, 2, 3, 4), 30, (0, 5))
 
 
 def test_contradictions_raise():
@@ -47,8 +47,8 @@ def test_contradictions_raise():
     }.items():
         with pytest.raises(ConfigError, match=message):
             TokenLayout(*arguments)
-    with pytest.raises(ConfigError, match="1 cached ones"):
-        TokenLayout(GRID, (0, 1), full, (0, 2), context_frames=1)
+    with pytest.raises(ConfigError, match="6 cached tokens"):
+        TokenLayout(GRID, (0, 1), full, (0, 2), context_tokens=6)
     with pytest.raises(ConfigError, match=r"block must be in \[0, 3\)"):
         TokenLayout.cached_chunk(3, grid=GRID, pattern=pattern("c1-4"), num_frames=9)
     with pytest.raises(ConfigError, match="does not split"):

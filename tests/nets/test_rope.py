@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import cmath
+import itertools
 
 import pytest
 import torch
 
+from rcm.nets.positions import Positions
 from rcm.nets.rope import RopeTables, axis_channels, rotate
 
 CPU = torch.device("cpu")
@@ -34,7 +36,7 @@ def test_channel_split_of_the_published_head_size():
 @pytest.mark.parametrize("head_dim", [16, 128])
 def test_rotation_of_every_token(head_dim):
     frames, grid = (3, 0, 7), (2, 3)
-    table = RopeTables(head_dim, max_positions=(8, 4, 4)).table(frames, grid, device=CPU, dtype=torch.float64)
+    table = RopeTables(head_dim, max_rows=4, max_columns=4).table(frames, grid, device=CPU, dtype=torch.float64)
     x = torch.randn(1, 18, 2, head_dim, dtype=torch.float64)
     got = rotate(x, table)
     for token in range(18):
@@ -44,7 +46,7 @@ def test_rotation_of_every_token(head_dim):
 
 
 def test_dtypes():
-    tables = RopeTables(16, max_positions=(8, 4, 4))
+    tables = RopeTables(16, max_rows=4, max_columns=4)
     exact = tables.table((5,), (2, 2), device=CPU, dtype=torch.float64)
     single = tables.table((5,), (2, 2), device=CPU, dtype=torch.float32)
     assert torch.equal(single.cos, exact.cos.float()), "angles are float64 before the cast"
@@ -54,10 +56,8 @@ def test_dtypes():
 
 
 def test_limits_and_mismatches_raise():
-    tables = RopeTables(16, max_positions=(8, 4, 5))
+    tables = RopeTables(16, max_rows=4, max_columns=5)
     for frames, grid, axis in (
-        ((8,), (1, 1), "max_frames"),
-        ((-1,), (1, 1), "max_frames"),
         ((0,), (5, 1), "max_rows"),
         ((0,), (1, 6), "max_columns"),
     ):
@@ -72,8 +72,29 @@ def test_limits_and_mismatches_raise():
         rotate(torch.randn(1, 8, 1, 12), table)
 
 
+def test_time_has_no_limit():
+    """Rotary attention knows differences of positions only, however far they are from the beginning."""
+    tables = RopeTables(16, max_rows=2, max_columns=2)
+    q, k = torch.randn(2, 1, 4, 1, 16, dtype=torch.float64).unbind(0)
+    near, far = (
+        torch.einsum("bqnd,bknd->bqk", *(rotate(x, tables.table((t,), (2, 2), device=CPU, dtype=torch.float64)) for x, t in pair))
+        for pair in (((q, 7), (k, 2)), ((q, 10**7 + 5), (k, 10**7)))
+    )
+    torch.testing.assert_close(near, far, rtol=0, atol=1e-7)
+
+
+def test_positions_per_sample_and_head():
+    tables = RopeTables(16, max_rows=4, max_columns=4)
+    where = torch.randint(0, 4, (2, 6, 3, 3))
+    x = torch.randn(2, 6, 3, 16, dtype=torch.float64)
+    got = rotate(x, tables.at(Positions((2, 2), tokens=where), device=CPU, dtype=torch.float64))
+    for b, token, head in itertools.product(range(2), range(6), range(3)):
+        expected = by_hand(x[b, token, head], tuple(where[b, token, head].tolist()), axis_channels(16))
+        torch.testing.assert_close(got[b, token, head], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
 def test_tables_are_kept_bounded_and_usable_after_inference_mode():
-    tables = RopeTables(16, max_positions=(100, 4, 4))
+    tables = RopeTables(16, max_rows=4, max_columns=4)
     with torch.inference_mode():
         first = tables.table((0,), (1, 1), device=CPU, dtype=torch.float32)
     assert tables.table((0,), (1, 1), device=CPU, dtype=torch.float32) is first

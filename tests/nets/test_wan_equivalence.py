@@ -38,8 +38,8 @@ def test_chunk_by_chunk_append_equals_one_masked_pass(name, reach, keys):
     streamed = fill(net, cache, x, t, cond, name=name, blocks=pattern(name).num_blocks(frames), **reach)
     torch.testing.assert_close(torch.cat(streamed, dim=2), whole, **TOLERANCE)
     tokens = GRID[0] * GRID[1]
-    assert cache.chunk_ends == [stop * tokens for _, stop in pattern(name).bounds(frames)]
-    assert cache.frame_index == tuple(range(frames))
+    assert [chunk.num_tokens for chunk in cache.chunks] == [(stop - start) * tokens for start, stop in pattern(name).bounds(frames)]
+    assert [chunk.positions.frames for chunk in cache.chunks] == [tuple(range(*bounds)) for bounds in pattern(name).bounds(frames)]
 
 
 @pytest.mark.parametrize("reach", REACH, ids=str)
@@ -73,7 +73,7 @@ def test_context_pass_commits_a_chunk_per_block(name):
     at_once, by_chunk = cache_for(net, frames), cache_for(net, frames)
     net(x, t, cond, TokenLayout.context(frames, grid=GRID, pattern=pattern(name)), at_once.append())
     fill(net, by_chunk, x, t, cond, name=name, blocks=pattern(name).num_blocks(frames))
-    assert at_once.chunk_ends == by_chunk.chunk_ends
+    assert [chunk.spans for chunk in at_once.chunks] == [chunk.spans for chunk in by_chunk.chunks]
     start, stop = pattern(name).bounds(frames)[1]
     layout = TokenLayout.cached_chunk(1, grid=GRID, pattern=pattern(name), num_frames=frames)
     results = [net(x[:, :, start:stop], t[:, :1], cond, layout, cache.readonly(1)) for cache in (at_once, by_chunk)]
@@ -105,16 +105,16 @@ def test_readonly_leaves_the_cache_bit_identical_and_transient_equals_concat():
     x, t, cond = latents(frames), frame_times(frames), condition(net.config)
     cache = cache_for(net, frames)
     fill(net, cache, x, t, cond, name=name, blocks=2)
-    before = [[b[:, : cache.num_tokens].clone() for b in layer._buffers] for layer in cache._layers]
-    ends, index = list(cache.chunk_ends), cache.frame_index
+    before = [[b[:, : cache.num_tokens].clone() for b in pair] for pair in cache.store.buffers]
+    chunks = cache.chunks
     layout = TokenLayout.cached_chunk(2, grid=GRID, pattern=pattern(name), num_frames=frames)
     concat = net(x[:, :, 2:3], t[:, :1], cond, layout, cache.readonly(2))
     for _ in range(2):  # the second write goes to the same place
         transient = net(x[:, :, 2:3], t[:, :1], cond, layout, cache.readonly(2, transient=True))
         torch.testing.assert_close(transient, concat, rtol=0, atol=0)
-    assert (cache.chunk_ends, cache.frame_index) == (ends, index)
-    for layer, (k, v) in zip(cache._layers, before, strict=True):
-        assert torch.equal(layer._buffers[0][:, : cache.num_tokens], k) and torch.equal(layer._buffers[1][:, : cache.num_tokens], v)
+    assert cache.chunks == chunks
+    for pair, (k, v) in zip(cache.store.buffers, before, strict=True):
+        assert torch.equal(pair[0][:, : cache.num_tokens], k) and torch.equal(pair[1][:, : cache.num_tokens], v)
 
 
 @torch.no_grad()

@@ -153,7 +153,7 @@ def test_steps_aside_without_gradient_and_in_cache_append(mode: str, monkeypatch
 
 
 def test_readonly_forward_is_recomputed_against_the_same_prefix() -> None:
-    layout = TokenLayout(LAYOUT.grid, LAYOUT.frame_index, type(LAYOUT.mask)(TOKENS, 2 * TOKENS), LAYOUT.output, context_frames=FRAMES)
+    layout = TokenLayout(LAYOUT.grid, LAYOUT.frame_index, type(LAYOUT.mask)(TOKENS, 2 * TOKENS), LAYOUT.output, context_tokens=TOKENS)
     gradients = []
     for mode in ("none", "block_wise"):
         net, runs = prepared(mode)

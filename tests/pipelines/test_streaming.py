@@ -11,7 +11,8 @@ from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
-from rcm.pipelines.streaming import StreamedChunk, StreamReport, count_prefix_blocks, generate_video, stream_latents, stream_video
+from rcm.pipelines.stream_spec import StreamedChunk, StreamReport, count_prefix_blocks
+from rcm.pipelines.streaming import generate_video, stream_latents, stream_video
 from tests.support.tiny_checkpoint import CODEC, LATENT_SHAPE, PROMPT, STUDENT, TEACHER, TEXT, world_net
 
 SHAPE = (2, *LATENT_SHAPE)

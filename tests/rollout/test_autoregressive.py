@@ -9,7 +9,7 @@ from rcm.core.dtypes import Precision
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.denoiser import Denoiser, Guided
 from rcm.nets.layout import TokenLayout
-from rcm.rollout.autoregressive import Canvas, prefill, rollout, time_tensor
+from rcm.rollout.autoregressive import Canvas, ChunkLoop, rollout, time_tensor
 from rcm.rollout.noise import VideoNoise
 from rcm.rollout.plan import ContextRule, StepSchedule, inference_plan
 from rcm.samplers.steps import ConsistencyStep
@@ -28,7 +28,7 @@ def run(denoiser, name, *, context=ContextRule(), in_place=False, mids=(MIDS, MI
     plans = inference_plan(pattern, frames, StepSchedule(mids), first_time=0.999, context=context)
     shape = (2, 4, frames, HEIGHT, WIDTH)
     noise = VideoNoise.for_plans(plans, shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64, device="cpu")
-    canvas = Canvas(frames, GRID, pattern)
+    canvas = Canvas(GRID)
     cache = denoiser.new_cache(num_frames=frames, grid=GRID)
     with torch.no_grad():
         out = list(
@@ -117,11 +117,11 @@ def test_guidance_keeps_two_caches_in_step(denoiser):
 def test_prefill_puts_given_frames_in_front(denoiser):
     """Generating block 1 after a given block 0 equals the same step of a rollout whose block 0 came out as that block."""
     plans, noise, out, _ = run(denoiser, "c3-3")
-    canvas, cond = Canvas(6, GRID, BlockPattern(3, 3)), condition(tiny_config())
-    cache = denoiser.new_cache(num_frames=6, grid=GRID)
-    prefill(denoiser, cond, out[0].x0, t=0.0, block=0, canvas=canvas, cache=cache)
+    cond, cache = condition(tiny_config()), denoiser.new_cache(num_frames=6, grid=GRID)
+    loop = ChunkLoop(denoiser, canvas=Canvas(GRID), noise=noise, rule=ConsistencyStep(), cache=cache)
+    loop.prefill(out[0].x0, plans[0], cond, t=0.0)
     with torch.no_grad():
-        again = list(rollout(denoiser, cond, plans[1:], canvas=canvas, noise=noise, rule=ConsistencyStep(), cache=cache))
+        again = [loop.denoise(plan, cond) for plan in plans[1:]]
     torch.testing.assert_close(again[0].x0, out[1].x0, rtol=0, atol=1e-12)
 
 

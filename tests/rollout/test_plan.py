@@ -6,7 +6,7 @@ import pytest
 
 from rcm.core.errors import ConfigError
 from rcm.diffusion.blocks import BlockPattern
-from rcm.rollout.plan import ContextRule, StepSchedule, inference_plan, ode_plan, training_plan
+from rcm.rollout.plan import ContextRule, StepSchedule, inference_plan, ode_block_plan, training_plan
 from rcm.rollout.recipe import SamplingRecipe
 
 C11, C33, C14 = BlockPattern(1, 1), BlockPattern(3, 3), BlockPattern(1, 4)
@@ -54,7 +54,9 @@ def test_given_blocks_shift_the_schedule_but_not_the_context_rule():
 
 
 def test_ode_plan_repeats_one_grid():
-    assert {p.times for p in ode_plan(C11, 3, (1.0, 0.5, 0.0))} == {(1.0, 0.5, 0.0)}
+    plans = [ode_block_plan(C14, block, (1.0, 0.5, 0.0)) for block in (0, 2, 10**6)]
+    assert {p.times for p in plans} == {(1.0, 0.5, 0.0)}
+    assert [(p.start, p.stop) for p in plans] == [(0, 1), (5, 9), (4 * 10**6 - 3, 4 * 10**6 + 1)]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rcm.core.dual import pack, unpack
 from rcm.nets.attention import AttentionBackend, AttentionCore
-from rcm.nets.kv_cache import LayerView
+from rcm.nets.kv_view import LayerView
 from rcm.nets.layers import AffineLayerNorm, GatedAdd, Gelu, Linear, ModulatedNorm, RMSNorm
 from rcm.nets.layout import TokenLayout
 from rcm.nets.rope import RopePair, Rotate
@@ -49,6 +49,7 @@ class SelfAttentionCore(nn.Module):
         else:
             k, v = _behind_cached(k, v, cached)
             k = self.rotate(k, rope.key)
+        cached.observe(q, k)
         return self.attention(q, k, v, layout.mask, cached.prefix_tokens)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rcm.kernels.fused.choice import check_setting
 from rcm.nets.attention import AttentionBackend, AttentionCore, resolve
 from rcm.nets.condition import Condition
-from rcm.nets.kv_cache import CacheView
+from rcm.nets.kv_view import CacheView
 from rcm.nets.layers import AffineLayerNorm, FusedLayer, ModulatedNorm, Patchify, PromotedLinear, Sinusoid, Unpatchify, accumulate_dtype
 from rcm.nets.layout import TokenLayout
 from rcm.nets.rope import RopePair, RopeTables
@@ -87,7 +87,7 @@ class WanDiT(nn.Module):
         self.leave = nn.Identity()
         self.unpatchify = Unpatchify(config.patch[1:])
         self.set_fused(fused)
-        self._rope = RopeTables(config.head_dim, max_positions=(config.max_frames, config.max_rows, config.max_columns))
+        self.rope = RopeTables(config.head_dim, max_rows=config.max_rows, max_columns=config.max_columns)
 
     def forward(self, x: Tensor, timestep: Tensor, cond: Condition, layout: TokenLayout, cache: CacheView | None = None) -> Tensor:
         """Velocity of the output frames, [B, out_dim, F_out, H, W], in float32 (float64 for float64).
@@ -99,10 +99,15 @@ class WanDiT(nn.Module):
         Raises `ValueError` for shapes that do not fit each other, the configuration or the cache.
         """
         self._check(x, timestep, cond, layout)
+        if cache is None and max(layout.frame_index) >= self.config.max_frames:
+            raise ValueError(
+                f"a whole video of {max(layout.frame_index) + 1} latent frames is longer than WanConfig.max_frames="
+                f"{self.config.max_frames}; shorten it, or stream it over a cache, which has no limit"
+            )
         if cache is not None:
             cache.begin(layout)
-        elif layout.context_frames:
-            raise ValueError(f"the layout expects {layout.context_frames} cached frames; pass cache=")
+        elif layout.context_tokens:
+            raise ValueError(f"the layout expects {layout.context_tokens} cached tokens; pass cache=")
         if cond.concat is not None:
             x = torch.cat([x, _concat_frames(cond.concat, layout)], dim=1)
         time = self.time_embedding(self.sinusoid(timestep, accumulate_dtype(x.dtype)))
@@ -139,8 +144,8 @@ class WanDiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Initialise in place: Xavier-uniform linears with zero bias, N(0, 0.02) text and time embeddings, N(0, 1/E) modulation, zero
-        output head.
+        """Initialise in place: Xavier-uniform linears with zero bias, N(0, 0.02^2) text and time embeddings and time projection, N(0, 1/E)
+        modulation, zero output head.
 
         Draws are float32 on the generator's device, then copied, so weights do not depend on where the network lives. spec/wan.md 1.6.
         """
@@ -177,11 +182,12 @@ class WanDiT(nn.Module):
         return cond.prepared
 
     def _rope_pair(self, layout: TokenLayout, cache: CacheView | None, *, device: torch.device, dtype: torch.dtype) -> RopePair:
-        query = self._rope.table(layout.frame_index, layout.grid, device=device, dtype=dtype)
+        if cache is not None and cache.tables is not None:
+            return cache.tables
+        query = self.rope.table(layout.frame_index, layout.grid, device=device, dtype=dtype)
         if cache is None or cache.keys == "post_rope":
             return RopePair(query, query)
-        keys = cache.positions(layout) + layout.frame_index
-        return RopePair(query, self._rope.table(keys, layout.grid, device=device, dtype=dtype))
+        return RopePair(query, self.rope.at(cache.positions(layout), device=device, dtype=dtype))
 
     def _check(self, x: Tensor, timestep: Tensor, cond: Condition, layout: TokenLayout) -> None:
         config, batch = self.config, x.shape[0]

@@ -1,0 +1,110 @@
+"""Cached chunks replaced by others: cut in two, gathered, merged, turned in time. What policies that reshape the past are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from torch import Tensor
+
+from rcm.nets.kv_cache import KVCache
+from rcm.nets.kv_store import CodedStore, Pair, free_spans, part_of, pieces_of, take
+from rcm.nets.kv_view import CachedChunk
+from rcm.nets.positions import Positions, cut
+
+Make = Callable[[int, Tensor, Tensor], Pair]
+
+
+def split(cache: KVCache, *, before: Sequence[int]) -> None:
+    """Cut chunks so that one begins at each token of `before`, counted over all chunks in order; what is not cut keeps its id.
+
+    Costs nothing in a plain cache; in a coded one a cut chunk is restored and coded again in parts.
+    """
+    found, start = [], 0
+    for chunk in cache.chunks:
+        stop = start + chunk.num_tokens
+        inner = sorted({at - start for at in before if start < at < stop})
+        found += _cut_chunk(cache, chunk, [0, *inner, stop - start]) if inner else [chunk]
+        start = stop
+    if len(found) > len(cache.chunks):
+        cache.chunks, cache.epoch = tuple(found), cache.epoch + 1
+
+
+def rewrite(cache: KVCache, ids: Sequence[int], parts: Sequence[Positions], make: Make) -> tuple[int, ...]:
+    """Replace the neighbouring chunks `ids` by one new chunk per entry of `parts`, at their place; returns the new ids.
+
+    `make(layer, keys, values)` is given the tokens of `ids` in order, [B, S, N, D], rotated or not as the cache keeps keys, and returns
+    those of all `parts` in order. `ValueError` for chunks that are not neighbours or another number of tokens, `RuntimeError` beyond the
+    capacity.
+    """
+    old = [cache.chunk(i) for i in ids]
+    at = cache.chunks.index(old[0])
+    if list(cache.chunks[at : at + len(old)]) != old:
+        raise ValueError(f"chunks {list(ids)} are not neighbours in a cache of {[chunk.id for chunk in cache.chunks]}")
+    kept = [chunk for chunk in cache.chunks if chunk not in old]
+    total = sum(part.num_tokens for part in parts)
+    if sum(chunk.num_tokens for chunk in kept) + total > cache.capacity_tokens:
+        raise RuntimeError(f"{total} tokens in the place of chunks {list(ids)} exceed capacity_tokens={cache.capacity_tokens}")
+    new = _at_free_slots(cache, kept, parts)
+    for layer in range(cache.num_layers):
+        pieces = [piece for chunk in old for piece in pieces_of(chunk.spans, chunk=chunk.id)]
+        pair = make(layer, *cache.store.read(layer, pieces))
+        if any(x.shape[1] != total for x in pair):
+            raise ValueError(f"a rewrite to {total} tokens was given {pair[0].shape[1]} keys and {pair[1].shape[1]} values")
+        _put(cache, layer, new, pair)
+    for chunk in old:
+        cache.store.drop(chunk.id)
+    cache.chunks = (*cache.chunks[:at], *new, *cache.chunks[at + len(old) :])
+    cache.epoch += 1
+    return tuple(chunk.id for chunk in new)
+
+
+def region(cache: KVCache, start: int, stop: int) -> tuple[int, ...]:
+    """Ids of the chunks that lie within tokens [start, stop), counted over all chunks in order."""
+    found, at = [], 0
+    for chunk in cache.chunks:
+        if start <= at and at + chunk.num_tokens <= stop:
+            found.append(chunk.id)
+        at += chunk.num_tokens
+    return tuple(found)
+
+
+def _cut_chunk(cache: KVCache, chunk: CachedChunk, bounds: list[int]) -> list[CachedChunk]:
+    parts = []
+    for start, stop in pairwise(bounds):
+        spans = part_of(chunk.spans, start, stop - start)
+        parts.append(CachedChunk(_new_id(cache), spans, cut(chunk.positions, start, stop - start)))
+    if isinstance(cache.store, CodedStore):
+        for layer in range(cache.num_layers):
+            _put(cache, layer, parts, cache.store.plain(layer, chunk.id))
+        cache.store.drop(chunk.id)
+    return parts
+
+
+def _at_free_slots(cache: KVCache, kept: Sequence[CachedChunk], parts: Sequence[Positions]) -> list[CachedChunk]:
+    used, new = [span for chunk in kept for span in chunk.spans], []
+    for part in parts:
+        spans = take(free_spans(used, below=cache.capacity_tokens), part.num_tokens)
+        used += spans
+        new.append(CachedChunk(_new_id(cache), spans, part))
+    return new
+
+
+def _new_id(cache: KVCache) -> int:
+    cache._next_id += 1
+    return cache._next_id - 1
+
+
+def _put(cache: KVCache, layer: int, chunks: Sequence[CachedChunk], pair: Pair) -> None:
+    """Write the tokens of `pair` into `chunks`, in order; a pair that lies in the cache's own memory is copied before."""
+    store, start = cache.store, 0
+    if not isinstance(store, CodedStore):
+        mine = {x.untyped_storage().data_ptr() for x in store.buffers[layer]}
+        pair = tuple(x.clone() if x.untyped_storage().data_ptr() in mine else x for x in pair)
+    for chunk in chunks:
+        part = tuple(x[:, start : start + chunk.num_tokens] for x in pair)
+        start += chunk.num_tokens
+        if isinstance(store, CodedStore):
+            store.put(layer, chunk.id, part, hot=False)
+        else:
+            store.write(layer, chunk.spans, part)

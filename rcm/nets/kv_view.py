@@ -1,0 +1,229 @@
+"""What one forward sees of a cache and writes to it, as a whole (`CacheView`) and layer by layer (`LayerView`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from rcm.core.dual import in_dual_level
+from rcm.nets.kv_store import Piece, Spans, part_of, pieces_of, size
+from rcm.nets.layout import TokenLayout
+from rcm.nets.positions import Positions, at_frames, concatenated, cut
+
+if TYPE_CHECKING:
+    from rcm.nets.kv_cache import KVCache
+
+Keys = Literal["post_rope", "pre_rope"]
+Mode = Literal["append", "readonly", "transient"]
+Observer = Callable[[int, Tensor, Tensor], None]
+_REFUSES_DUALS = "append under a dual level: a cache holds constants; fill it outside the tangent pass and read it there"
+
+
+@dataclass(frozen=True)
+class CachedChunk:
+    """A chunk that a cache holds: a stable `id` (counted since the last reset), its token slots, and the positions of its tokens."""
+
+    id: int
+    spans: Spans
+    positions: Positions
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the chunk."""
+        return size(self.spans)
+
+
+class CacheView:
+    """What one forward sees and writes. Made by `KVCache.append` / `readonly`; the network calls `begin` before its first layer
+    and `commit` after its last.
+
+    `prefix_tokens` visible cached tokens. `tables`: rotary tables to use instead of those of the layout (static ones of a captured pass).
+    """
+
+    tables: Any = None
+
+    def __init__(
+        self, cache: KVCache, mode: Mode, chunks: tuple[CachedChunk, ...], *, observer: Observer | None = None, as_id: int | None = None
+    ) -> None:
+        self._as_id = as_id
+        self._cache, self._epoch, self._next_id = cache, cache.epoch, cache._next_id
+        self.mode, self.visible, self.observer = mode, chunks, observer
+        self.keys = cache.keys
+        self.prefix_tokens = sum(chunk.num_tokens for chunk in chunks)
+        self._new: tuple[CachedChunk, ...] = ()
+        self._order: list[Piece] | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return self._cache.num_layers
+
+    def begin(self, layout: TokenLayout) -> None:
+        """Check this forward and find its slots, before its first layer.
+
+        `ValueError` unless the visible tokens are as many as `layout` expects before its frames; `RuntimeError` if a write finds no room,
+        if the cache has changed since the view was made, or if an append happens under a dual level.
+        """
+        if self.prefix_tokens != layout.context_tokens:
+            raise ValueError(
+                f"the layout expects {layout.context_tokens} cached tokens ({layout.tokens_per_frame} per frame), the cache view shows "
+                f"{self.prefix_tokens}; append earlier chunks first, choose num_chunks in readonly(), or build the layout from the view"
+            )
+        self._require_current()
+        if self.mode == "append" and self._next_id != self._cache._next_id:
+            raise RuntimeError("an append view serves one forward; take a fresh one from cache.append()")
+        if self.mode == "append" and in_dual_level():
+            raise RuntimeError(_REFUSES_DUALS)
+        if self.mode == "readonly":
+            return
+        spans, chunks, first = self._cache.room(layout.num_tokens), [], 0
+        # room() may have moved chunks
+        self._epoch, self.visible = self._cache.epoch, tuple(self._cache.chunk(chunk.id) for chunk in self.visible)
+        for frames in layout.chunks or (layout.num_frames,):
+            place = at_frames(layout.frame_index[first : first + frames], layout.grid)
+            own = part_of(spans, first * layout.tokens_per_frame, frames * layout.tokens_per_frame)
+            new_id = self._cache._next_id + len(chunks) if self._as_id is None else self._as_id
+            chunks.append(CachedChunk(new_id, own, place))
+            first += frames
+        self._new = tuple(chunks)
+        self._order = _read_order(self.visible, self._new, in_place=self._cache.store.in_place)
+        if not layout.mask.is_full and self._order != _read_order(self.visible, self._new, in_place=False):
+            raise RuntimeError("a mask that distinguishes keys needs the cached chunks in order before the new ones; reset() the cache")
+
+    @property
+    def own_spans(self) -> Spans:
+        """Slots of the forward's own tokens, once `begin` found them; empty for a readonly view."""
+        return tuple(span for chunk in self._new for span in chunk.spans)
+
+    @property
+    def is_one_run(self) -> bool:
+        """Whether what is read, own tokens included, lies in the first slots without a hole."""
+        at = 0
+        for piece in self._order or ():
+            if piece.start != at:
+                return False
+            at = piece.stop
+        return self._order is not None
+
+    def in_order(self, x: Tensor) -> Tensor:
+        """What `assemble` returned, [B, prefix + L, N, D], as cached chunks in order and the forward's own tokens behind them."""
+        if self._order is None or not self._cache.store.in_place:
+            return x
+        starts, at = {}, 0
+        for piece in self._order:
+            starts[piece.start] = at
+            at += piece.stop - piece.start
+        wanted = _read_order(self.visible, self._new, in_place=False)
+        if wanted == self._order:
+            return x
+        return torch.cat([x[:, starts[p.start] : starts[p.start] + p.stop - p.start] for p in wanted], dim=1)
+
+    def positions(self, layout: TokenLayout) -> Positions:
+        """Positions of all keys of this forward, in the order of `assemble`, for keys that are rotated at reading."""
+        own = at_frames(layout.frame_index, layout.grid)
+        if self._order is None or not self._cache.store.in_place:
+            return concatenated([*(chunk.positions for chunk in self.visible), own])
+        known = {chunk.id: chunk.positions for chunk in self.visible}
+        new = {chunk.spans: chunk.positions for chunk in self._new}
+        found = []
+        for piece in self._order:
+            whole = known[piece.chunk] if piece.chunk is not None else next(p for s, p in new.items() if _holds(s, piece))
+            found.append(cut(whole, piece.offset, piece.stop - piece.start))
+        return concatenated(found)
+
+    def layer(self, index: int) -> LayerView:
+        """View of layer `index`."""
+        return LayerView(self, index)
+
+    def commit(self, layout: TokenLayout) -> None:
+        """After all layers of an append: count the new tokens, a chunk per entry of `layout.chunks`. Nothing in the other modes."""
+        if self.mode != "append":
+            return
+        cache = self._cache
+        cache.chunks += self._new
+        cache._next_id += len(self._new) if self._as_id is None else 0
+        for chunk in self._new:
+            cache.store.commit(chunk.id, chunk.spans)
+
+    def _require_current(self) -> None:
+        if self._epoch != self._cache.epoch:
+            raise RuntimeError("the cache was reset, compacted or dropped chunks after this view was made; take a fresh view")
+
+
+class LayerView:
+    """One layer of a `CacheView`."""
+
+    def __init__(self, view: CacheView, index: int) -> None:
+        self._view, self._index = view, index
+
+    @property
+    def keys(self) -> Keys:
+        """Whether keys pass through `assemble` before or after rotation."""
+        return self._view.keys
+
+    @property
+    def appends(self) -> bool:
+        """Whether this forward writes committed tokens, so that it must run exactly once (no activation recomputation)."""
+        return self._view.mode == "append"
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Cached tokens that precede the forward's own in the results of `assemble` where tangents or masks tell them apart."""
+        return self._view.prefix_tokens
+
+    def observe(self, q: Tensor, k: Tensor) -> None:
+        """Show the rotated queries [B, L, N, D] and all rotated keys [B, prefix + L, N, D], cached chunks in order, to whoever asked."""
+        if self._view.observer is not None:
+            self._view.observer(self._index, q, self._view.in_order(k))
+
+    def assemble(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, prefix + L, N, D] for the attention of this forward from its own `k`, `v` [B, L, N, D].
+
+        Cached tokens are constants: no gradient, no tangent. Append stores detached tensors; gradients still reach this forward's own.
+        """
+        view, cache, layer = self._view, self._view._cache, self._index
+        view._require_current()
+        past = [piece for chunk in view.visible for piece in pieces_of(chunk.spans, chunk=chunk.id)]
+        if view.mode == "append":
+            if in_dual_level():
+                raise RuntimeError(_REFUSES_DUALS)
+            self._store(k.detach(), v.detach())
+        elif view.mode == "transient" and (in_dual_level() or k.requires_grad or v.requires_grad):
+            raise RuntimeError("a transient write keeps neither tangents nor gradients; use readonly(transient=False)")
+        if view.mode != "readonly" and not (k.requires_grad or v.requires_grad):
+            if cache.store.in_place:
+                if view.mode == "transient":
+                    self._store(k, v)
+                return cache.store.read(layer, view._order)
+            if view.mode == "append" and not cache.hot_chunks:
+                # what is cached is what is attended to: a chunk sees its coded self
+                return cache.store.read(layer, past + [Piece(0, c.num_tokens, c.id, 0) for c in view._new])
+            return cache.store.read(layer, past, (k, v))
+        if not past:
+            return k, v
+        k_past, v_past = cache.store.read(layer, past)
+        return torch.cat([k_past, k], dim=1), torch.cat([v_past, v], dim=1)
+
+    def _store(self, k: Tensor, v: Tensor) -> None:
+        view, start = self._view, 0
+        if not view._new:
+            raise RuntimeError("begin() must run before the layers of a forward that writes")
+        for chunk in view._new:
+            stop = start + chunk.num_tokens
+            view._cache._put(self._index, chunk, (k[:, start:stop], v[:, start:stop]))
+            start = stop
+
+
+def _read_order(visible: Sequence[CachedChunk], new: Sequence[CachedChunk], *, in_place: bool) -> list[Piece]:
+    """Pieces in the order in which they are read: that of the slots, so that what lies in one run is read as one."""
+    past = [piece for chunk in visible for piece in pieces_of(chunk.spans, chunk=chunk.id)]
+    own = [piece for chunk in new for piece in pieces_of(chunk.spans, chunk=None)]
+    return sorted(past + own) if in_place else past + own
+
+
+def _holds(spans: Spans, piece: Piece) -> bool:
+    return any(start <= piece.start and piece.stop <= stop for start, stop in spans)

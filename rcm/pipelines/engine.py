@@ -1,0 +1,304 @@
+"""The speed of a stream: its passes as CUDA graphs, decoding on a stream of its own, pixels to the host through pinned memory.
+
+A graph is kept per (frames of the chunk, tokens that it sees); it holds a whole denoising step, sampler arithmetic included. What changes
+between steps is device data: latents, noise, times, slots of the ring, rotary tables, the prompt's keys. So fill-up replays one graph per
+length of the past, and everything after the window is full, prompt changes included, replays a single one. A denoising pass and the
+context pass of a chunk are the same graph: both write the chunk's keys and attend to all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rcm.encoders.codec import LatentCodec
+from rcm.nets.condition import Condition
+from rcm.nets.denoiser import PairedView, VelocityModel
+from rcm.nets.kv_cache import KVCache
+from rcm.nets.kv_store import Spans
+from rcm.nets.kv_view import CacheView
+from rcm.nets.layout import TokenLayout
+from rcm.nets.rope import RopePair, RopeTable
+from rcm.rollout.autoregressive import Cache, ChunkLoop, View, time_tensor
+from rcm.rollout.eviction.base import Placement
+from rcm.samplers.steps import StepRule
+
+
+class CapturedLoop(ChunkLoop):
+    """A `ChunkLoop` that replays graphs. The first pass of a chunk size runs eagerly, which compiles kernels and allocates the
+    cache; passes that a graph cannot serve (a coded cache, an observed pass, positions per sample, a view of a part of the cache)
+    run eagerly, too.
+
+    `counts`: how many passes were replayed, captured, and run eagerly, for reports.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.counts = {"replayed": 0, "captured": 0, "eager": 0}
+        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._inputs: dict[int, _Inputs] = {}
+        self._pool = None
+
+    def advance(
+        self, x: Tensor, cond: Condition, placement: Placement, *, t: float, t_next: float, noise: Tensor | None, append: bool
+    ) -> Tensor:
+        """See `ChunkLoop`."""
+        view = self.view(placement, append=append)
+        return self._run(x, cond, view, placement.frame_index, t=t, t_next=t_next, noise=noise)
+
+    def fill(self, x: Tensor, cond: Condition, view: View, frame_index: tuple[int, ...], *, t: float) -> None:
+        """See `ChunkLoop`."""
+        self._run(x, cond, view, frame_index, t=t, t_next=0.0, noise=None)
+
+    def close(self) -> None:
+        """Free graphs and cache."""
+        self._graphs.clear()
+        self._inputs.clear()
+        super().close()
+
+    def _run(
+        self, x: Tensor, cond: Condition, view: View, frame_index: tuple[int, ...], *, t: float, t_next: float, noise: Tensor | None
+    ) -> Tensor:
+        layout = self.canvas.layout(frame_index, view)
+        frames = len(frame_index)
+        if frames not in self._inputs or not self._begin(view, layout):
+            self.counts["eager"] += 1
+            v = self.denoiser.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view)
+            if frames not in self._inputs:
+                self._inputs[frames] = _Inputs(x, cond, layout)
+            return self.rule(x, v, t=t, t_next=t_next, noise=noise)
+        inputs = self._inputs[frames]
+        inputs.set(x, noise, t=t, t_next=t_next)
+        inputs.place(_branches(view), layout, self.denoiser)
+        inputs.prompt(cond)
+        key = (frames, layout.context_tokens)
+        if key not in self._graphs:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._graphs[key] = _Graph(self.denoiser, self.rule, self.cache, inputs, layout, pool=self._pool)
+            self.counts["captured"] += 1
+        self._graphs[key].replay()
+        self.counts["replayed"] += 1
+        for branch in _branches(view):
+            branch.commit(layout)
+        return inputs.x.clone()
+
+    def _begin(self, view: View, layout: TokenLayout) -> bool:
+        """Find the slots of the pass; whether a graph can serve it."""
+        ok = all(cache.store.in_place for cache in self.cache.branches)
+        for branch in _branches(view):
+            if not ok or branch.observer is not None or branch.mode == "readonly":
+                return False
+            branch.begin(layout)
+            ok = branch.is_one_run and (branch.keys == "post_rope" or branch.positions(layout).frames is not None)
+        return ok
+
+
+class _Inputs:
+    """Device memory that the graphs of one chunk size read: latents, noise, times, slots, tables, the prompt."""
+
+    def __init__(self, x: Tensor, cond: Condition, layout: TokenLayout) -> None:
+        self.x, self.noise = torch.zeros_like(x), torch.zeros_like(x)
+        self.t, self.t_next = (torch.zeros(x.shape[0], 1, dtype=torch.float64, device=x.device) for _ in range(2))
+        self.slots = torch.zeros(layout.num_tokens, dtype=torch.int64, device=x.device)
+        self.cond = cond.copies()
+        self._prompt: Condition | None = cond
+        self._spans: Spans | None = None
+        self._placed: tuple[Any, ...] | None = None
+        self.query: RopeTable | None = None
+        self.keys: dict[int, list[RopeTable]] = {}
+
+    def set(self, x: Tensor, noise: Tensor | None, *, t: float, t_next: float) -> None:
+        """Latents and times of a step."""
+        self.x.copy_(x)
+        if noise is not None:
+            self.noise.copy_(noise)
+        self.t.fill_(t)
+        self.t_next.fill_(t_next)
+
+    def prompt(self, cond: Condition) -> None:
+        """Take up a condition, if it is another object than the one at hand."""
+        if cond is self._prompt:
+            return
+        _copy_tensors(self.cond, cond)
+        self._prompt = cond
+
+    def place(self, branches: list[CacheView], layout: TokenLayout, denoiser: VelocityModel) -> None:
+        """Slots and rotary tables of a chunk; nothing if they are those of the pass before."""
+        placed = (branches[0].own_spans, layout.frame_index, tuple(b.keys == "pre_rope" and b.positions(layout).frames for b in branches))
+        if placed == self._placed:
+            return
+        self._placed, at = placed, 0
+        for start, stop in branches[0].own_spans:
+            torch.arange(start, stop, out=self.slots[at : at + stop - start])
+            at += stop - start
+        rope, dtype, device = denoiser.rope, torch.promote_types(denoiser.compute_dtype, torch.float32), self.x.device
+        found = rope.table(layout.frame_index, layout.grid, device=device, dtype=dtype)
+        self.query = _static(self.query, found)
+        for i, branch in enumerate(branches):
+            if branch.keys == "pre_rope":
+                known = self.keys.setdefault(layout.context_tokens, [])
+                table = rope.at(branch.positions(layout), device=device, dtype=dtype)
+                known[i:] = [_static(known[i] if i < len(known) else None, table)]
+
+    def tables(self, branch: int, context_tokens: int) -> RopePair:
+        """Rotary tables of one branch over a past of so many tokens."""
+        keys = self.keys.get(context_tokens)
+        return RopePair(self.query, self.query if not keys else keys[branch])
+
+
+class _Graph:
+    """One denoising step over a past of one length, captured."""
+
+    def __init__(
+        self, denoiser: VelocityModel, rule: StepRule, cache: Cache, inputs: _Inputs, layout: TokenLayout, *, pool: Any
+    ) -> None:
+        views = [_StaticView(c, inputs, i, layout) for i, c in enumerate(cache.branches)]
+        view = views[0] if isinstance(cache, KVCache) else PairedView(views[0], views[1] if len(views) > 1 else None)
+        self._graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(inputs.x.device)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), torch.no_grad():
+            # not torch.cuda.graph: it collects garbage and waits for the device, and other streams are decoding meanwhile
+            self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                v = denoiser.velocity(inputs.x, inputs.t, inputs.cond, layout, cache=view)
+                inputs.x.copy_(rule.on_device(inputs.x, v, t=inputs.t, t_next=inputs.t_next, noise=inputs.noise))
+            finally:
+                self._graph.capture_end()
+        torch.cuda.current_stream().wait_stream(side)
+
+    def replay(self) -> None:
+        """Run the step on what the inputs hold."""
+        self._graph.replay()
+
+
+class _StaticView(CacheView):
+    """A view whose slots and tables are device data: what it writes and reads was found by the view of the pass at hand."""
+
+    def __init__(self, cache: KVCache, inputs: _Inputs, branch: int, layout: TokenLayout) -> None:
+        super().__init__(cache, "transient", ())
+        self.prefix_tokens, self._inputs = layout.context_tokens, inputs
+        self._total = layout.context_tokens + layout.num_tokens
+        self.tables = inputs.tables(branch, layout.context_tokens)
+
+    def begin(self, layout: TokenLayout) -> None:
+        """Nothing: see the class."""
+
+    def layer(self, index: int) -> _StaticLayer:
+        """See `CacheView`."""
+        return _StaticLayer(self, index)
+
+
+class _StaticLayer:
+    """One layer of a `_StaticView`."""
+
+    appends = False
+
+    def __init__(self, view: _StaticView, index: int) -> None:
+        self.keys, self.prefix_tokens = view.keys, view.prefix_tokens
+        self._pair, self._slots, self._total = view._cache.store.buffers[index], view._inputs.slots, view._total
+
+    def observe(self, q: Tensor, k: Tensor) -> None:
+        """Nobody asked."""
+
+    def assemble(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See `LayerView`."""
+        for buffer, x in zip(self._pair, (k, v), strict=True):
+            buffer.index_copy_(1, self._slots, x)
+        keys, values = self._pair
+        return keys[:, : self._total], values[:, : self._total]
+
+
+class DecodeLane:
+    """The decoder of a stream; on CUDA optionally on a stream of its own, so that it runs beside the denoiser.
+
+    `to_host`: pixels also go to pinned host memory as uint8.
+    """
+
+    def __init__(self, codec: LatentCodec, *, device: torch.device, own_stream: bool, graphs: str, to_host: bool) -> None:
+        self._codec, self._to_host = codec, to_host
+        self._stream = torch.cuda.Stream(device) if own_stream else None
+        self._cuda = device.type == "cuda"
+        self._decoder = codec.stream(graphs="on") if graphs == "on" and getattr(codec, "captures", False) else codec.stream()
+
+    def decode(self, latents: Tensor) -> Decoding:
+        """Start decoding the next latents."""
+        if not self._cuda:
+            frames = self._decoder.decode_chunk(latents)
+            return Decoding(frames, _images(frames) if self._to_host else None, None)
+        now = torch.cuda.current_stream(latents.device)
+        lane = self._stream or now
+        lane.wait_stream(now)
+        with torch.cuda.stream(lane):
+            frames, images = self._decoder.decode_chunk(latents), None
+            if self._to_host:
+                pixels = _images(frames)
+                images = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+                images.copy_(pixels, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(lane)
+        if lane is not now:
+            latents.record_stream(lane)
+            frames.record_stream(now)
+        return Decoding(frames, images, done)
+
+    def state(self) -> Any:
+        """A copy of what the decoder remembers."""
+        return self._decoder.state_copy()
+
+    def load_state(self, state: Any) -> None:
+        """Take up a `state`."""
+        self._decoder.load_state(state)
+
+    def num_bytes(self) -> int:
+        """Bytes that the decoder remembers."""
+        return self._decoder.num_bytes()
+
+    def close(self) -> None:
+        """Free the decoder."""
+        self._decoder = None
+
+
+class Decoding:
+    """Pixels on their way."""
+
+    def __init__(self, frames: Tensor, images: Tensor | None, done: torch.cuda.Event | None) -> None:
+        self._frames, self._images, self._done = frames, images, done
+
+    def result(self) -> tuple[Tensor, Tensor | None]:
+        """Pixels and host images, once they are there."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._frames, self._images
+
+
+def _images(frames: Tensor) -> Tensor:
+    """Pixels [B, 3, F, H, W] in [-1, 1] as uint8 [B, F, H, W, 3], rounded to nearest."""
+    return ((frames.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+
+
+def _branches(view: View) -> list[CacheView]:
+    return [view] if isinstance(view, CacheView) else [v for v in (view.cond, view.negative) if v is not None]
+
+
+def _static(mine: RopeTable | None, table: RopeTable) -> RopeTable:
+    """`table` in memory that graphs may read: made at the first call, overwritten later."""
+    if mine is None:
+        mine = RopeTable(table.cos.clone(), table.sin.clone())
+        mine.__dict__["per_pair"] = tuple(x.clone() for x in table.per_pair)
+        return mine
+    mine.cos.copy_(table.cos)
+    mine.sin.copy_(table.sin)
+    for x, y in zip(mine.per_pair, table.per_pair, strict=True):
+        x.copy_(y)
+    return mine
+
+
+def _copy_tensors(target: Condition, source: Condition) -> None:
+    """Overwrite every tensor of `target` with that of `source`. `ValueError` for conditions of another make."""
+    mine, theirs = target.tensors(), source.tensors()
+    if [x.shape for x in mine] != [x.shape for x in theirs]:
+        raise ValueError("a stream's conditions must have the same shapes and preparation; prepare() the new one like the first")
+    for x, y in zip(mine, theirs, strict=True):
+        x.copy_(y)

@@ -1,0 +1,274 @@
+"""One stream of video, from a loaded network to decoded chunks: opened, stepped, steered, snapshotted and closed.
+
+A bounded video is a session that stops. What a session costs does not grow with its length: plans are made chunk by chunk, noise is keyed
+per chunk, the cache is a ring, positions are arithmetic.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from rcm.core.errors import ConfigError
+from rcm.encoders.codec import LatentCodec
+from rcm.nets.condition import Condition
+from rcm.nets.denoiser import VelocityModel
+from rcm.pipelines.engine import CapturedLoop, DecodeLane
+from rcm.pipelines.stream_spec import Receipt, StreamedChunk, StreamSpec, SwitchMode, count_prefix_blocks
+from rcm.rollout.autoregressive import Canvas, ChunkLoop, ChunkResult
+from rcm.rollout.noise import ChunkNoise, Noise, VideoNoise
+from rcm.rollout.plan import ChunkPlan
+
+
+class StreamCancelled(RuntimeError):
+    """A step was asked of a session that is closed, or was cancelled meanwhile."""
+
+
+class Session:
+    """A stream that is under way. `codec` None: latents only (chunks carry them as `frames`, too).
+
+    `prefix` [B, C, k, h, w]: given first frames (an image, or the start of a clip), entered as clean context and handed out unchanged. With
+    noisy context from block 0 the prefix is noised to the first generated chunk's last time (the release's image-to-video). State in
+    float64. Iterating steps until the video ends.
+    """
+
+    def __init__(
+        self,
+        denoiser: VelocityModel,
+        codec: LatentCodec | None,
+        cond: Condition,
+        spec: StreamSpec,
+        *,
+        device: torch.device | str = "cpu",
+        prefix: Tensor | None = None,
+    ) -> None:
+        self.spec, self.device = spec, torch.device(device)
+        if spec.graphs == "on" and self.device.type != "cuda":
+            raise ConfigError(f"graphs='on' needs a CUDA device, the stream is on {self.device}; use graphs='off'")
+        self._begun = time.perf_counter()
+        self._given = 0 if prefix is None else count_prefix_blocks(spec.recipe, prefix.shape[2], spec.num_frames)
+        self._prefix = None if prefix is None else prefix.to(self.device, torch.float64)
+        self._cond, self._wanted = cond, deque[tuple[Condition, SwitchMode, Receipt]]()
+        self._block = 0
+        self._pending: ChunkResult | tuple[ChunkPlan, Tensor, float] | None = None
+        self._history: dict[int, tuple[Tensor, float]] = {}
+        self._ahead: tuple[int, Tensor] | None = None
+        self._pieces: deque[tuple[int, Tensor]] = deque()
+        self._cancelled = False
+        self._loop = self._new_loop(denoiser)
+        lane = spec.look_ahead and self.device.type == "cuda"
+        options = {"device": self.device, "own_stream": lane, "graphs": spec.graphs, "to_host": spec.to_host}
+        self._lane = None if codec is None else DecodeLane(codec, **options)
+
+    @property
+    def next_block(self) -> int:
+        """The next block that will be denoised."""
+        return self._block
+
+    @property
+    def loop(self) -> ChunkLoop:
+        """The chunk loop, with its cache."""
+        return self._loop
+
+    @property
+    def ended(self) -> bool:
+        """Whether everything was handed out."""
+        return not self._pieces and self._ahead is None and self._is_last(self._block - 1)
+
+    @torch.no_grad()
+    def step(self) -> StreamedChunk | None:
+        """The next chunk (or part of one), None after the last. Raises `StreamCancelled` on a closed session."""
+        self._require_open()
+        if self.ended:
+            return None
+        if not self._pieces:
+            block, latents = self._ahead or self._produce()
+            self._ahead = None
+            alone = self.spec.first_alone and block == 0 and latents.shape[2] > 1
+            self._pieces.extend((block, part) for part in (latents.split([1, latents.shape[2] - 1], dim=2) if alone else (latents,)))
+        block, latents = self._pieces.popleft()
+        decoding = None if self._lane is None else self._lane.decode(latents)
+        if self.spec.look_ahead and not self._pieces and not self._is_last(self._block - 1):
+            self._ahead = self._produce()
+        frames, images = (latents, None) if decoding is None else decoding.result()
+        return StreamedChunk(block, latents, frames, time.perf_counter() - self._begun, images)
+
+    def __iter__(self) -> Iterator[StreamedChunk]:
+        while (chunk := self.step()) is not None:
+            yield chunk
+
+    def set_condition(self, cond: Condition, *, mode: SwitchMode = "keep") -> Receipt:
+        """Take up another condition at the next chunk boundary; the latest of several wins.
+
+        mode "keep": later chunks still attend to what was made under the old condition. "recache": what the window holds is entered anew
+        under the new one (its latents at their context times), sinks excepted. The receipt says when it was applied.
+        """
+        self._require_open()
+        if mode not in ("keep", "recache"):
+            raise ConfigError(f"switch mode {mode!r} is not one of 'keep', 'recache'")
+        if cond.batch not in (1, self.spec.batch):
+            raise ConfigError(f"the new condition has batch {cond.batch}, the stream {self.spec.batch}")
+        while self._wanted:
+            self._wanted.pop()[2].superseded = True
+        receipt = Receipt()
+        self._wanted.append((cond, mode, receipt))
+        return receipt
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything from which the stream goes on, as copies; for `restore` of this session or of one opened alike."""
+        self._require_open()
+        return {
+            "block": self._block,
+            "pending": self._pending,
+            "cond": self._cond,
+            "wanted": [(cond, mode) for cond, mode, _ in self._wanted],
+            "history": dict(self._history),
+            "ahead": self._ahead,
+            "pieces": list(self._pieces),
+            "caches": [cache.state() for cache in self._loop.cache.branches],
+            "policy": self._loop.canvas.policy.state(),
+            "noise": self._loop.noise.state(),
+            "decoder": None if self._lane is None else self._lane.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `snapshot`: the following chunks are those that followed it, bit by bit."""
+        self._require_open()
+        self._block, self._pending, self._cond = state["block"], state["pending"], state["cond"]
+        self._wanted = deque((cond, mode, Receipt()) for cond, mode in state["wanted"])
+        self._history, self._ahead, self._pieces = dict(state["history"]), state["ahead"], deque(state["pieces"])
+        for cache, held in zip(self._loop.cache.branches, state["caches"], strict=True):
+            cache.load_state(held)
+        self._loop.canvas.policy.load_state(state["policy"])
+        self._loop.noise.load_state(state["noise"])
+        if self._lane is not None:
+            self._lane.load_state(state["decoder"])
+
+    def cancel(self) -> None:
+        """Stop as soon as possible, from any thread: a step under way raises `StreamCancelled` before its next pass."""
+        self._cancelled = True
+
+    def close(self) -> None:
+        """Free cache, decoder and graphs. Any further step raises `StreamCancelled`."""
+        self._cancelled = True
+        self._loop.close()
+        if self._lane is not None:
+            self._lane.close()
+        self._pieces.clear()
+        self._history.clear()
+        self._ahead = self._pending = self._prefix = None
+
+    def num_bytes(self) -> int:
+        """Bytes that the stream holds on the device beside the weights, as far as it allocated them itself: cache and decoder."""
+        held = sum(cache.num_bytes() for cache in self._loop.cache.branches)
+        return held + (0 if self._lane is None else self._lane.num_bytes())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _new_loop(self, denoiser: VelocityModel) -> ChunkLoop:
+        spec = self.spec
+        channels, height, width = spec.latent
+        policy = spec.policy.fresh()
+        grid = denoiser.token_grid(height, width)
+        cache = denoiser.new_cache(
+            num_frames=spec.cache_frames, grid=grid, keys=spec.keys or policy.keys, codec=spec.kv_codec, hot_chunks=spec.hot_chunks
+        )
+        kind = CapturedLoop if spec.graphs == "on" else ChunkLoop
+        return kind(
+            denoiser,
+            canvas=Canvas(grid, policy),
+            noise=self._new_noise((spec.batch, channels, height, width)),
+            rule=spec.recipe.rule,
+            cache=cache,
+            in_place=True,
+            interrupt=self._require_open,
+        )
+
+    def _new_noise(self, shape: tuple[int, int, int, int]) -> Noise:
+        spec, options = self.spec, {"dtype": torch.float64, "device": self.device}
+        if spec.noise == "chunk":
+            return ChunkNoise(shape, seed=spec.seed, draw_on=spec.draw_on, **options)
+        source = spec.generator or torch.Generator(device=spec.draw_on).manual_seed(spec.seed)
+        plans = spec.recipe.plans(spec.num_frames, prefix_blocks=self._given)
+        whole = (shape[0], shape[1], spec.num_frames, *shape[2:])
+        return VideoNoise.for_plans(plans, whole, generator=source, renoises=spec.recipe.rule.needs_noise, **options)
+
+    def _produce(self) -> tuple[int, Tensor]:
+        """Latents of the next block: given, or denoised after the context of the one before was committed."""
+        self._leave_context()
+        self._apply_wanted()
+        block, recipe = self._block, self.spec.recipe
+        self._block += 1
+        if block < self._given:
+            return block, self._enter_given(block)
+        plan = recipe.plan(block, prefix_blocks=self._given)
+        result = self._loop.denoise(plan, self._cond, keep=not self._is_last(block))
+        self._pending = None if self._is_last(block) else result
+        return block, result.x0.float()
+
+    def _enter_given(self, block: int) -> Tensor:
+        recipe = self.spec.recipe
+        first = recipe.plan(self._given, prefix_blocks=self._given)
+        start, stop = recipe.blocks.frames_before(block), recipe.blocks.frames_before(block + 1)
+        noisy = recipe.noisy_context and block >= recipe.noisy_context_start_chunk
+        x, t = self._prefix[:, :, start:stop], first.times[-2] if noisy else 0.0
+        self._pending = (replace(first, block=block, start=start, stop=stop), x, t)
+        return x.float()
+
+    def _leave_context(self) -> None:
+        """Put the context of the block that was handed out last into the cache; what it was is remembered for `recache`."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        if isinstance(pending, ChunkResult):
+            x, t = self._loop.commit(pending, self._cond)
+        else:
+            plan, x, t = pending
+            x = (1.0 - t) * x + t * self._loop.noise.context(slice(plan.start, plan.stop)) if t > 0 else x
+            self._loop.prefill(x, plan, self._cond, t=t)
+        self._history[self._loop.newest] = (x, t)
+        ids = {chunk.id for chunk in self._loop.cache.branches[0].chunks}
+        self._history = {chunk_id: found for chunk_id, found in self._history.items() if chunk_id in ids}
+
+    def _apply_wanted(self) -> None:
+        if not self._wanted:
+            return
+        cond, mode, receipt = self._wanted.pop()
+        self._cond = cond
+        if mode == "recache":
+            self._recache()
+        receipt.applied_at = self._block
+
+    def _recache(self) -> None:
+        """Enter what the cache holds anew under the present condition, sinks excepted."""
+        caches = self._loop.cache.branches
+        kept = set(self._loop.canvas.policy.protected(caches))
+        old = [chunk for chunk in caches[0].chunks if chunk.id not in kept]
+        if missing := [chunk.id for chunk in old if chunk.id not in self._history or chunk.positions.frames is None]:
+            raise ConfigError(
+                f"mode='recache' replays cached chunks, and {missing} are no longer what was generated (the policy merged them); "
+                "use mode='keep', or a policy that keeps whole chunks"
+            )
+        for cache in caches:
+            cache.evict([chunk.id for chunk in old])
+        for chunk in old:
+            x, t = self._history[chunk.id]
+            self._loop.refill(x, self._cond, chunk, t=t)
+
+    def _is_last(self, block: int) -> bool:
+        frames = self.spec.num_frames
+        return frames is not None and self.spec.recipe.blocks.frames_before(block + 1) >= frames
+
+    def _require_open(self) -> None:
+        if self._cancelled:
+            raise StreamCancelled("this stream was cancelled or closed; open another session")

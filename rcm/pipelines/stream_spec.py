@@ -1,0 +1,146 @@
+"""What a stream is (`StreamSpec`), what it hands out (`StreamedChunk`), and what it took (`StreamReport`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rcm.core.errors import ConfigError
+from rcm.nets.kv_store import KVCodec
+from rcm.nets.kv_view import Keys
+from rcm.rollout.eviction.base import CachePolicy
+from rcm.rollout.recipe import SamplingRecipe
+
+SwitchMode = Literal["keep", "recache"]
+
+
+@dataclass(frozen=True)
+class StreamedChunk:
+    """One chunk of a stream, or a part of one: its block, latents [B, C, frames, H, W] and decoded pixels [B, 3, pixel frames, H', W'] in
+    [-1, 1].
+
+    `seconds` since the stream was opened, after the pixels are ready. `images`: the pixels as uint8 [B, pixel frames, H', W', 3] in host
+    memory, where the session was asked for them.
+    """
+
+    block: int
+    latents: Tensor
+    frames: Tensor
+    seconds: float
+    images: Tensor | None = None
+
+
+@dataclass
+class StreamReport:
+    """Latency of a stream, in seconds: first chunk, gaps between later chunks, and frames per second over the whole stream."""
+
+    chunk_seconds: list[float] = field(default_factory=list)
+    num_frames: int = 0
+
+    def add(self, chunk: StreamedChunk) -> None:
+        """Record a chunk in order of arrival."""
+        self.chunk_seconds.append(chunk.seconds)
+        self.num_frames += chunk.frames.shape[2]
+
+    @property
+    def first_chunk(self) -> float:
+        """Seconds until the first pixels."""
+        return self.chunk_seconds[0]
+
+    @property
+    def later_chunks(self) -> float:
+        """Mean seconds between later chunks (0 for a single chunk)."""
+        times = self.chunk_seconds
+        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+
+    @property
+    def fps(self) -> float:
+        """Pixel frames per second over the whole stream."""
+        return self.num_frames / max(self.chunk_seconds[-1], 1e-9)
+
+
+@dataclass
+class Receipt:
+    """A change of condition: the block from which it applies, None while it waits; `superseded` by a later one that came first."""
+
+    applied_at: int | None = None
+    superseded: bool = False
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """What a stream is, beside its network and its condition.
+
+    recipe        steps, context rule, block pattern.
+    latent        (C, h, w) of a latent frame; `batch` videos in step.
+    num_frames    latent frames, given ones included; None: without end.
+    noise         "chunk": keyed by `seed` and chunk. "video": the release's order, all of it drawn up front by `generator` (default: one
+                  seeded with `seed` on `draw_on`); needs `num_frames`.
+    policy        what the cache keeps; a stream without end needs one that bounds it. `kv_codec`, `hot_chunks`: how it is stored.
+    keys          stored before or after rotation; None: as the policy wants. Quantised keys are better off unrotated.
+    graphs        "on": passes are captured as CUDA graphs and replayed; "off": launched one by one, the reference.
+    look_ahead    the next chunk is denoised while this one is decoded (on CUDA, on a stream of its own). A change of condition then applies
+                  one chunk later.
+    first_alone   the first latent frame is decoded and handed out before the rest of its chunk.
+    to_host       chunks carry `images` in pinned host memory.
+    """
+
+    recipe: SamplingRecipe
+    latent: tuple[int, int, int]
+    batch: int = 1
+    num_frames: int | None = None
+    seed: int = 0
+    noise: Literal["chunk", "video"] = "chunk"
+    generator: torch.Generator | None = None
+    draw_on: torch.device | str = "cpu"
+    policy: CachePolicy = CachePolicy()
+    keys: Keys | None = None
+    kv_codec: KVCodec | None = None
+    hot_chunks: int = 0
+    graphs: Literal["on", "off"] = "off"
+    look_ahead: bool = False
+    first_alone: bool = False
+    to_host: bool = False
+
+    def __post_init__(self) -> None:
+        if self.noise not in ("chunk", "video"):
+            raise ConfigError(f"noise={self.noise!r} is not one of 'chunk', 'video'")
+        if self.graphs not in ("on", "off"):
+            raise ConfigError(f"graphs={self.graphs!r} is not one of 'on', 'off'")
+        if self.batch < 1:
+            raise ConfigError(f"batch={self.batch} must be at least 1 video")
+        if self.keys not in (None, self.policy.keys) and not self.policy.any_keys:
+            raise ConfigError(f"{type(self.policy).__name__} needs keys={self.policy.keys!r}, got {self.keys!r}; leave keys out")
+        if self.num_frames is None and self.noise == "video":
+            raise ConfigError("noise='video' draws the noise of a whole video up front; give num_frames, or noise='chunk'")
+        if self.num_frames is None and self.policy.capacity_frames(self.recipe.blocks) is None:
+            raise ConfigError("a stream without end needs a policy that bounds its cache, such as a window of blocks; or give num_frames")
+        if self.num_frames is not None:
+            self.recipe.blocks.num_blocks(self.num_frames)
+
+    @property
+    def cache_frames(self) -> int:
+        """Latent frames that the cache has room for."""
+        bound = self.policy.capacity_frames(self.recipe.blocks)
+        return min(n for n in (bound, self.num_frames) if n is not None)
+
+
+def count_prefix_blocks(recipe: SamplingRecipe, prefix_frames: int, num_frames: int | None) -> int:
+    """Blocks covered by `prefix_frames` given latent frames; `ConfigError` unless they end on a block and leave something to generate."""
+    if prefix_frames == 0:
+        return 0
+    if num_frames is None:
+        num_frames = prefix_frames + recipe.blocks.first + recipe.blocks.chunk
+        ends = [end for block in range(num_frames) if (end := recipe.blocks.frames_before(block + 1)) <= num_frames]
+    else:
+        ends = [stop for _, stop in recipe.blocks.bounds(num_frames)]
+    if prefix_frames not in ends[:-1]:
+        choices = f"give {', '.join(map(str, ends[:-1]))} latent frames" if ends[:-1] else "make the video longer"
+        raise ConfigError(
+            f"{prefix_frames} given latent frames do not end on a block of pattern {recipe.pattern} over {num_frames} frames; "
+            f"{choices}, or change first_chunk_t / chunk_t"
+        )
+    return ends.index(prefix_frames) + 1

@@ -1,0 +1,75 @@
+"""What a cache policy is: asked before and after every chunk, it says what the chunk sees and what is kept. It never touches keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rcm.diffusion.blocks import BlockPattern
+from rcm.nets.kv_cache import KVCache
+from rcm.nets.kv_view import Keys, Observer
+
+
+class ChunkSpan(Protocol):
+    """Of a plan, what a policy may look at: its block and its latent frames [start, stop) counted from the beginning of the video."""
+
+    block: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What the passes of one chunk see and where they stand.
+
+    visible       ids of the cached chunks that it attends to.
+    frame_index   temporal position of each of its own frames.
+    observers     per branch of the cache, who is shown queries and keys of the append pass.
+    """
+
+    visible: tuple[int, ...]
+    frame_index: tuple[int, ...]
+    observers: tuple[Observer | None, ...] = ()
+
+
+class CachePolicy:
+    """A policy for one stream: `before` and `after` every chunk, in order. The base keeps everything at absolute positions.
+
+    `branches` are the caches of the stream, one or (guided) two, which hold chunks with the same ids. A policy with state is made anew
+    for every stream (`fresh`), and gives it to snapshots (`state`).
+    """
+
+    keys: Keys = "post_rope"
+    any_keys = True
+    """Whether keys may as well be stored the other way: true of policies that leave positions as they are."""
+
+    def capacity_frames(self, pattern: BlockPattern) -> int | None:
+        """Latent frames that a cache must hold while a chunk is being made, its own included; None: all of the video."""
+        return None
+
+    def before(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> Placement:
+        """What `chunk` sees. May drop chunks and set positions of those that stay."""
+        return Placement(tuple(held.id for held in branches[0].chunks), tuple(range(chunk.start, chunk.stop)))
+
+    def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
+        """`chunk` is in the cache now, as its newest entry."""
+
+    def protected(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
+        """Ids of the sinks: what a change of prompt does not rewrite."""
+        return ()
+
+    def hidden(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
+        """Ids of cached chunks that the newest chunk did not see: what is entered again after a change of prompt does not, either."""
+        return ()
+
+    def fresh(self) -> CachePolicy:
+        """The same policy for another stream."""
+        return self
+
+    def state(self) -> Any:
+        """What the policy remembers, for a snapshot."""
+        return None
+
+    def load_state(self, state: Any) -> None:
+        """Take up a `state`."""

@@ -1,0 +1,257 @@
+"""Sessions on a tiny network: fixed-length rollouts, windows against an explicit mask, snapshots, prompts, ends."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rcm.core.dtypes import Precision
+from rcm.core.errors import ConfigError
+from rcm.kernels.masks import BlockCausal
+from rcm.nets.denoiser import Denoiser, Guided
+from rcm.nets.layout import TokenLayout
+from rcm.pipelines.session import Session, StreamCancelled
+from rcm.pipelines.stream_spec import StreamSpec
+from rcm.pipelines.streaming import bounded
+from rcm.rollout.eviction.base import CachePolicy
+from rcm.rollout.eviction.sliding_window import SlidingWindow
+from rcm.rollout.noise import ChunkNoise
+from rcm.rollout.recipe import SamplingRecipe
+from rcm.worlds.toy_codec import ToyCodec
+from tests.support.tiny_nets import GRID, HEIGHT, WIDTH, condition, tiny_config, tiny_net
+
+RECIPE = SamplingRecipe("few_step", "c1-1", mids=((0.8, 0.5), (0.5,)))
+NOISY = replace(RECIPE, noisy_context=True)
+LATENT = (4, HEIGHT, WIDTH)
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> Denoiser:
+    return Denoiser(tiny_net(), Precision.preset("fp64")).eval_params()
+
+
+def opened(denoiser, spec: StreamSpec, *, cond=None, codec=None, **options) -> Session:
+    return Session(denoiser, codec, condition(tiny_config()) if cond is None else cond, replace(spec, batch=2), **options)
+
+
+def spec(recipe: SamplingRecipe = RECIPE, **options) -> StreamSpec:
+    return StreamSpec(recipe, LATENT, **options)
+
+
+def latents(session: Session, count: int | None = None) -> torch.Tensor:
+    return torch.cat([chunk.latents for chunk in itertools.islice(session, count)], dim=2)
+
+
+@pytest.mark.parametrize("name", ["c1-1", "c3-3", "c1-3"])
+def test_an_endless_session_begins_like_a_bounded_one_bit_by_bit(denoiser, name):
+    recipe = replace(RECIPE, pattern=name)
+    frames = recipe.blocks.frames_before(4)
+    whole = latents(opened(denoiser, spec(recipe, num_frames=frames)))
+    window = SlidingWindow(blocks=4)
+    assert torch.equal(latents(opened(denoiser, spec(recipe, policy=window)), 4), whole)
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, NOISY], ids=["clean", "noisy"])
+@pytest.mark.parametrize(
+    ("name", "blocks", "sinks"), [("c1-1", 3, 0), ("c1-1", 3, 1), ("c1-1", 1, 0), ("c3-3", 2, 1), ("c1-3", 3, 1), ("c3-1", 3, 1)]
+)
+@torch.no_grad()
+def test_a_wrapping_window_equals_recomputation_with_an_explicit_mask(denoiser, recipe, name, blocks, sinks):
+    """Every pass again without any cache: [contexts so far; noisy chunk] packed, each block attending through window and sinks."""
+    recipe = replace(recipe, pattern=name)
+    session = opened(denoiser, spec(recipe, policy=SlidingWindow(blocks, sinks)))
+    chunks = [chunk.latents.double() for chunk in itertools.islice(session, 8)]
+    assert session.loop.cache.num_chunks <= blocks + sinks
+    pattern, cond, noise = recipe.blocks, condition(tiny_config()), ChunkNoise((2, *LATENT), seed=0, dtype=torch.float64, device="cpu")
+    context, times = [], []
+    for block in range(8):
+        plan = recipe.plan(block)
+        mask = BlockCausal(pattern, plan.stop, GRID[0] * GRID[1], window=blocks, sinks=sinks)
+        layout = TokenLayout(GRID, tuple(range(plan.stop)), mask, (plan.start, plan.stop))
+        x = noise.start(slice(plan.start, plan.stop)) * plan.times[0]
+        for step, (t, t_next) in enumerate(itertools.pairwise(plan.times)):
+            packed = torch.cat([*context, x], dim=2)
+            stamp = torch.cat([*times, torch.full((2, plan.stop - plan.start), t, dtype=torch.float64)], dim=1)
+            last = x, t
+            x0 = x - t * denoiser.velocity(packed, stamp, cond, layout)
+            x = (1 - t_next) * x0 + t_next * noise.step(step, slice(plan.start, plan.stop)) if t_next else x0
+        torch.testing.assert_close(chunks[block], x.float().double(), rtol=0, atol=2e-6)
+        kept, t = last if plan.commit == "last_input" else (x, 0.0)
+        context.append(kept)
+        times.append(torch.full((2, plan.stop - plan.start), t, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_snapshots_go_on_bit_by_bit(denoiser, guided, look_ahead):
+    model = Guided(denoiser, condition(tiny_config(), batch=1, seed=9), 2.0) if guided else denoiser
+    wanted = spec(NOISY, policy=SlidingWindow(3, 1), look_ahead=look_ahead)
+    codec = ToyCodec()
+    small = StreamSpec(NOISY, LATENT, num_frames=6, noise="video", look_ahead=look_ahead)
+    for what in (wanted, small):
+        session = opened(model, what)
+        latents(session, 3)
+        state = session.snapshot()
+        following = latents(session, 3)
+        session.restore(state)
+        assert torch.equal(latents(session, 3), following), "the same session"
+        if what is wanted:
+            other = opened(model, what)
+            other.restore(state)
+            assert torch.equal(latents(other, 3), following), "another session, opened alike"
+    assert codec.stream().state_copy() is True
+
+
+def test_look_ahead_changes_nothing_but_the_order_of_work(denoiser):
+    plain = latents(opened(denoiser, spec(num_frames=5)))
+    assert torch.equal(latents(opened(denoiser, spec(num_frames=5, look_ahead=True))), plain)
+
+
+def test_prompts_change_at_a_chunk_boundary_and_the_latest_wins(denoiser):
+    other = condition(tiny_config(), seed=5)
+    session = opened(denoiser, spec(policy=SlidingWindow(3)))
+    first = latents(session, 2)
+    early, late = session.set_condition(condition(tiny_config(), seed=6)), session.set_condition(other)
+    assert early.superseded and late.applied_at is None
+    rest = latents(session, 2)
+    assert (early.applied_at, late.applied_at) == (None, 2)
+    untouched = opened(denoiser, spec(policy=SlidingWindow(3)))
+    assert torch.equal(latents(untouched, 2), first) and not torch.equal(latents(untouched, 2), rest)
+    ahead = opened(denoiser, spec(policy=SlidingWindow(3), look_ahead=True))
+    latents(ahead, 2)
+    receipt = ahead.set_condition(other)
+    latents(ahead, 2)
+    assert receipt.applied_at == 3, "one chunk was under way"
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, NOISY], ids=["clean", "noisy"])
+def test_recaching_is_as_if_the_window_had_been_made_under_the_new_prompt(denoiser, recipe):
+    """The keys of the window become those of a cache that was filled with the same latents under the new prompt; sinks stay."""
+    other, policy = condition(tiny_config(), seed=5), SlidingWindow(3, 1)
+    session = opened(denoiser, spec(recipe, policy=policy))
+    latents(session, 5)
+    held = [chunk.id for chunk in session.loop.cache.chunks]
+    session.set_condition(other, mode="recache")
+    sink = [x[:, slice(*session.loop.cache.chunk(0).spans[0])].clone() for x in session.loop.cache.store.buffers[0]]
+    got = latents(session, 1)
+    cache = session.loop.cache
+    assert [chunk.id for chunk in cache.chunks][: len(held) - 1] == [0, *held[2:]], "ids are stable"
+    assert all(torch.equal(x[:, slice(*cache.chunk(0).spans[0])], y) for x, y in zip(cache.store.buffers[0], sink, strict=True))
+    kept = opened(denoiser, spec(recipe, policy=policy))
+    latents(kept, 5)
+    kept.set_condition(other, mode="keep")
+    assert not torch.equal(latents(kept, 1), got)
+
+
+class Merging(CachePolicy):
+    """Makes one chunk of everything once there are three."""
+
+    def capacity_frames(self, pattern):
+        return 60
+
+    def after(self, branches, chunk):
+        if branches[0].num_chunks == 3:
+            branches[0].compact_(torch.arange(branches[0].num_tokens))
+
+
+def test_recaching_refuses_what_a_policy_merged(denoiser):
+    session = opened(denoiser, spec(policy=Merging()))
+    latents(session, 4)
+    session.set_condition(condition(tiny_config(), seed=5), mode="recache")
+    with pytest.raises(ConfigError, match="mode='keep'"):
+        session.step()
+
+
+def test_streams_without_end_are_bounded(denoiser, monkeypatch):
+    for wrong, message in (
+        ({}, "without end needs a policy"),
+        ({"noise": "video", "policy": SlidingWindow(2)}, "give num_frames"),
+        ({"num_frames": 3, "batch": 0}, "at least 1 video"),
+        ({"num_frames": 3, "noise": "film"}, "'film'"),
+        ({"num_frames": 3, "graphs": "yes"}, "'yes'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            spec(**wrong)
+    with pytest.raises(ConfigError, match="needs a CUDA device"):
+        opened(denoiser, spec(num_frames=2, graphs="on"))
+    with pytest.raises(ConfigError, match="switch mode"):
+        opened(denoiser, spec(num_frames=2)).set_condition(condition(tiny_config()), mode="mix")
+    session = opened(denoiser, spec(policy=SlidingWindow(2)))
+    sizes = set()
+    monkeypatch.setattr(denoiser.net, "config", replace(denoiser.net.config, max_frames=8))
+    for _ in range(40):
+        session.step()
+        sizes.add(session.num_bytes())
+    assert len(sizes) == 1 and session.loop.cache.chunks[-1].positions.frames[0] > denoiser.net.config.max_frames
+
+
+def test_the_last_chunk_ends_it(denoiser):
+    session = opened(denoiser, spec(num_frames=2))
+    assert [session.step() is None for _ in range(4)] == [False, False, True, True] and session.ended
+
+
+def test_cancelling_at_every_pass(denoiser, monkeypatch):
+    """A stream cancelled before any of its passes stops there; what it held is free."""
+    for passes in range(7):
+        session = opened(denoiser, spec(num_frames=3))
+        seen = itertools.count()
+        original = denoiser.velocity
+
+        def counting(*args, session=session, seen=seen, original=original, passes=passes, **options):
+            if next(seen) == passes:
+                session.cancel()
+            return original(*args, **options)
+
+        monkeypatch.setattr(denoiser, "velocity", counting, raising=False)
+        with pytest.raises(StreamCancelled):
+            latents(session)
+        monkeypatch.undo()
+        session.close()
+        assert session.num_bytes() == 0
+        with pytest.raises(StreamCancelled, match="open another"):
+            session.step()
+
+
+def test_cancel_from_another_thread(denoiser):
+    session = opened(denoiser, spec(policy=SlidingWindow(2)))
+    timer = threading.Timer(0.3, session.cancel)
+    timer.start()
+    with pytest.raises(StreamCancelled):
+        latents(session, 100_000)
+    timer.join()
+
+
+def test_opening_and_closing_leaks_nothing(denoiser):
+    def cycle() -> None:
+        with opened(denoiser, spec(policy=SlidingWindow(2))) as session:
+            session.step()
+
+    cycle()
+    gc.collect()
+    before = sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+    for _ in range(50):
+        cycle()
+    gc.collect()
+    assert sum(isinstance(x, torch.Tensor) for x in gc.get_objects()) <= before + 2
+
+
+def test_first_frame_comes_alone_and_host_images_are_the_pixels():
+    codec, cond = ToyCodec(), condition(tiny_config())
+    net = tiny_net()
+    recipe = replace(RECIPE, pattern="c3-3")
+    whole = list(bounded(Denoiser(net, Precision.preset("fp64")), None, cond, recipe, shape=(2, 4, 6, HEIGHT, WIDTH),
+                         generator=torch.Generator().manual_seed(1)))  # fmt: skip
+    parts = list(bounded(Denoiser(net, Precision.preset("fp64")), None, cond, recipe, shape=(2, 4, 6, HEIGHT, WIDTH),
+                         generator=torch.Generator().manual_seed(1), first_alone=True))  # fmt: skip
+    assert [c.latents.shape[2] for c in parts] == [1, 2, 3] and [c.block for c in parts] == [0, 0, 1]
+    assert torch.equal(torch.cat([c.latents for c in parts], dim=2), torch.cat([c.latents for c in whole], dim=2))
+    assert codec.latent_channels != 4, "this network has no decodable latents"
+
+
+def test_policies_keep_everything_by_default():
+    assert CachePolicy().capacity_frames(RECIPE.blocks) is None and CachePolicy().fresh().protected(()) == ()
