@@ -40,7 +40,7 @@ figure { margin: 0; padding: 10px; background: var(--card); border: 1px solid va
 figcaption { margin-top: 7px; font-size: 13px; display: flex; flex-wrap: wrap; gap: 0 10px; font-variant-numeric: tabular-nums; }
 figcaption span { color: var(--quiet); }
 video, img { display: block; width: 100%; height: auto; border-radius: 7px; background: var(--screen); image-rendering: pixelated; }
-.row { display: grid; grid-template-columns: minmax(150px, 1fr) repeat(var(--columns), minmax(0, 220px)); gap: 14px; padding: 14px 0;
+.row { display: grid; grid-template-columns: minmax(130px, 200px) repeat(var(--columns), minmax(0, 230px)); gap: 14px; padding: 14px 0;
   border-top: 1px solid var(--rule); }
 .stage { padding-top: 8px; }
 .row h3 { overflow-wrap: anywhere; }

@@ -82,6 +82,11 @@ CHECKPOINT = {
     ),
 }
 
+VBENCH = {
+    "sample": Command(does="make the videos of a suite of prompts, and go on where a stopped run ended", module="scripts.vbench_sample"),
+    "score": Command(does="run VBench over sampled videos, and tabulate its results", module="scripts.vbench_score"),
+}
+
 BENCH = {
     "check": Command(does="attention with tangent: errors against float64, speed, a verdict", module="rcm.kernels.flash_jvp.selfcheck"),
     "attention": Command(does="every attention variant, checked and timed", module="scripts.bench_attention"),
@@ -141,6 +146,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     },
     "Measure": {
         "bench": Command(does="check and time kernels, training steps, the VAE", parts=BENCH),
+        "vbench": Command(does="sample and score the suites of VBench", parts=VBENCH),
     },
 }
 """Subcommands by group, in the order of the help."""

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
+from base64 import b64decode
 from html.parser import HTMLParser
 
 import pytest
 import torch
 
 from rcm.core.errors import ConfigError
-from rcm.evaluation.charts import MAX_POINTS, line_chart, log_ticks, running_mean, thinned, ticks
-from rcm.evaluation.report import write_report
+from rcm.evaluation.charts import MAX_POINTS, line_chart, lines_chart, log_ticks, running_mean, thinned, ticks
+from rcm.evaluation.report import EMBEDDED_BYTES, write_report
 from rcm.evaluation.throughput import measure
-from rcm.pipelines.streaming import StreamedChunk
+from rcm.pipelines.stream_spec import StreamedChunk
 
 NASTY = "a <script>alert(\"x\")</script> & 'b'"
 VOID = {"meta", "img"}
+FILES = {"a b.mp4": b"grid", "a.png": b"still", "small.mp4": b"small", "large.mp4": b"large", "long.mp4": b"x" * (EMBEDDED_BYTES + 1)}
 
 
 def data(**changes) -> dict:
@@ -47,9 +51,13 @@ def data(**changes) -> dict:
         "stages": stages,
         "tables": [{"title": NASTY, "note": NASTY, "better": {"FD": "lower", "caption": "higher"}, "rows": rows}],
         "videos": [
-            {"title": NASTY, "caption": NASTY, "path": "videos/a b.mp4", "poster": "videos/a.png", "group": NASTY},
+            {"title": NASTY, "caption": NASTY, "path": "videos/a b.mp4", "poster": "videos/a.png", "group": NASTY, "facts": [NASTY]},
             {"caption": "gone", "path": "videos/gone.mp4"},
+            {"title": "1 step", "caption": NASTY, "path": "videos/small.mp4", "beside": "videos/large.mp4", "group": "TF-sCM"},
+            {"title": "long", "path": "videos/long.mp4", "section": "drift"},
         ],
+        "charts": [{"title": NASTY, "x": NASTY, "y": "score", "lines": [{"name": NASTY, "points": [[1, 2.0], [50, 4.0]], "colour": 3}]}],
+        "glossary": {NASTY: NASTY},
         **changes,
     }
 
@@ -58,7 +66,8 @@ def data(**changes) -> dict:
 def written(tmp_path):
     folder = tmp_path / "new" / "report"
     (folder / "videos").mkdir(parents=True)
-    (folder / "videos" / "a b.mp4").write_bytes(b"")
+    for name, content in FILES.items():
+        (folder / "videos" / name).write_bytes(content)
     page = write_report(folder, data())
     return page.read_text(), json.loads((folder / "report.json").read_text())
 
@@ -117,14 +126,17 @@ def test_text_is_escaped_and_tags_are_balanced(written):
     assert parsed.open == []
     assert not parsed.all("script")
     assert "".join(parsed.words).count('<script>alert("x")</script>') >= 10
-    assert parsed.all("svg")[0]["aria-label"] == f"teacher {NASTY}: loss"
+    assert [svg["aria-label"] for svg in parsed.all("svg")][:2] == [NASTY, f"teacher {NASTY}: loss"]
 
 
 def test_nothing_comes_from_outside(written):
     page, _ = written
     parsed = Page(page)
     sources = [value for _, attrs in parsed.tags for name, value in attrs.items() if name in ("src", "href", "poster", "data", "srcset")]
-    assert sorted(set(sources)) == ["videos/a%20b.mp4", "videos/a.png"]
+    outside = {source for source in sources if not source.startswith("data:")}
+    assert outside == {"videos/long.mp4", "videos/a%20b.mp4", "videos/small.mp4", "videos/large.mp4"}, "links for viewers without video"
+    shown = [attrs["src"] for tag in ("video", "img") for attrs in parsed.all(tag)]
+    assert [source for source in shown if not source.startswith("data:")] == ["videos/long.mp4"]
     assert not re.search(r"https?:|url\(|@import", page)
     assert not parsed.all("link")
     assert "prefers-color-scheme: dark" in page
@@ -132,11 +144,25 @@ def test_nothing_comes_from_outside(written):
 
 def test_videos_play_and_missing_ones_are_said_to_be(written):
     page, _ = written
-    (video,) = Page(page).all("video")
-    assert video["src"] == "videos/a%20b.mp4"
-    assert {"autoplay", "loop", "muted"} <= set(video)
-    assert video["poster"] == "videos/a.png"
+    videos = Page(page).all("video")
+    held = [b64decode(video["src"].partition("base64,")[2]) for video in videos]
+    assert held == [b"grid", b"small", b"large", b""]
+    assert all({"autoplay", "loop", "muted"} <= set(video) for video in videos)
+    assert b64decode(videos[0]["poster"].removeprefix("data:image/png;base64,")) == b"still"
     assert "missing file: videos/gone.mp4" in page
+
+
+def test_videos_come_first_in_a_grid_and_open_large_at_a_click(written):
+    page, _ = written
+    titles = ("Videos", "Measured", "The long stream", "Loss curves", "All scores", "Words", "Machine")
+    order = [page.index(f"<h2>{title}") for title in titles]
+    assert order == sorted(order)
+    parsed = Page(page)
+    opened = [attrs["id"] for attrs in parsed.all("div") if "popover" in attrs]
+    buttons = [attrs["popovertarget"] for attrs in parsed.all("button")]
+    assert buttons == [opened[0], opened[0]], "one button opens, one closes"
+    rows = [attrs["style"] for attrs in parsed.all("div") if attrs.get("class") == "row"]
+    assert rows == ["--columns:3"] * 3, "a row per group, a column per title"
 
 
 def test_gates_and_best_values_are_marked(written):
@@ -189,6 +215,19 @@ def test_curves_stay_inside_the_picture_and_are_thinned():
     assert "no finite value" in line_chart([[0, float("inf")]], label="loss")
     assert thinned([(float(i), 1.0) for i in range(1000)], limit=10)[0] == (49.5, 1.0)
     assert running_mean([(0, 0.0), (1, 3.0), (2, 6.0), (3, 0.0)], width=3) == [(0, 0.0), (1, 3.0), (2, 3.0), (3, 0.0)]
+
+
+def test_several_curves_share_a_frame_and_a_log_axis():
+    svg = lines_chart(
+        [{"name": "a", "points": [[1, 10.0], [2, 20.0], [4, 30.0]]}, {"name": "b", "points": [[50, 40.0]]}, {"name": "c", "points": []}],
+        label="score",
+    )
+    places = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg)]
+    steps = [b[0] - a[0] for a, b in itertools.pairwise(places)]
+    assert steps[0] == pytest.approx(steps[1], abs=0.2) and steps[2] == pytest.approx(steps[0] * math.log2(12.5), rel=0.01)
+    assert all(52 <= x <= 330 and 10 <= y <= 164 for x, y in places)
+    assert re.findall(r'<li class="(s\d)">(\w)', svg) == [("s1", "a"), ("s2", "b"), ("s3", "c")]
+    assert "nothing measured yet" in lines_chart([{"name": "a", "points": [[1, float("nan")]]}], label="score")
 
 
 def test_throughput_averages_timed_runs_only():
