@@ -83,6 +83,7 @@ CHECKPOINT = {
 }
 
 VBENCH = {
+    "env": Command(does="make the environment that VBench runs in", module="scripts.vbench_env"),
     "sample": Command(does="make the videos of a suite of prompts, and go on where a stopped run ended", module="scripts.vbench_sample"),
     "score": Command(does="run VBench over sampled videos, and tabulate its results", module="scripts.vbench_score"),
 }

@@ -1,4 +1,6 @@
-"""A built wheel is complete: configs, licence, entry points; it composes and lists experiments from a folder without the source tree."""
+"""A built wheel is complete: configs, scripts, assets, licence, entry points; it composes, plans, streams and demonstrates from a folder
+without the source tree.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from rcm.configs import registry_distill
+from rcm.pipelines.video_io import probe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +38,11 @@ def test_wheel_holds_configs_and_entry_points_and_works_alone(tmp_path: Path) ->
     assert sources <= names
     assert "rcm/py.typed" in names
     assert any(n.endswith("licenses/LICENSE.txt") for n in names)
-    assert not [n for n in names if n.startswith(("tests", "scripts", "configs", "outputs"))]
+    for folder, inside in (("scripts", "_scripts"), ("assets", "_assets")):
+        tracked = subprocess.run(["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+        shipped = {f"rcm/{inside}/{path.removeprefix(folder + '/')}" for path in tracked if path != "assets/README.md"}
+        assert shipped <= names, sorted(shipped - names)
+    assert not [n for n in names if n.startswith(("tests", "scripts", "configs", "assets", "outputs", "rcm/_assets/checkpoints"))]
     scripts = next(zipfile.ZipFile(wheel).read(n).decode() for n in names if n.endswith("entry_points.txt"))
     assert "rcm-train = rcm.configs.cli:main" in scripts
     target = tmp_path / "site"
@@ -56,3 +63,11 @@ def test_wheel_holds_configs_and_entry_points_and_works_alone(tmp_path: Path) ->
         path=target,
     )
     assert "registry: rcm.configs.registry_distill" in dry
+    command = str(target / "bin" / "rcm")
+    assert "usage: rcm COMMAND" in _run(command, cwd=tmp_path, path=target)
+    assert "fits" in _run(command, "plan", "experiment=toy_tf_c3-3", "gpus=1", "memory_gib=8", cwd=tmp_path, path=target)
+    said = _run(command, "stream", cwd=tmp_path, path=target)
+    assert f"{target}/rcm/_assets/toy" in said and "next: rcm stream --prompt" in said
+    assert min(probe(tmp_path / "outputs" / "stream.mp4").height, probe(tmp_path / "outputs" / "stream.mp4").width) >= 256
+    quick = ("demo", "--quick", "--scale", "0.02", "--videos", "8")
+    assert "open outputs/demo_quick/report.html" in _run(command, *quick, cwd=tmp_path, path=target)
