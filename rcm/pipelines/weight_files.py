@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rcm.core.errors import CheckpointError
-from rcm.pipelines.dcp_files import dcp_entries
+from rcm.storage.dcp_folder import DcpFolder
 from rcm.storage.weight_files import WeightFile, open_container
 from rcm.train.export import find_model_directory
 
@@ -38,8 +38,8 @@ def open_weights(path: str | Path) -> WeightFile:
     model = find_model_directory(path)
     if model is None:
         return open_container(path, hint="it is not a DCP checkpoint either (no .metadata in it or in its model/)")
-    headers, others, read = dcp_entries(model)
-    return WeightFile(model, container="DCP directory", headers=headers, read=read, others=others)
+    folder = DcpFolder(model)
+    return WeightFile(model, container="DCP directory", headers=folder.headers, read=folder.__getitem__, others=folder.others)
 
 
 def experts_at(path: str | Path) -> tuple[Path, ...]:

@@ -1,22 +1,73 @@
-"""torch's pickles, of tensors only: the zip archive, mapped; and the format from before torch 1.6, read into memory."""
+"""torch's pickles, of tensors only: the zip archive, mapped; and the format from before torch 1.6, read into memory.
+
+torch.load is not used: even its restricted form trusts the sizes that a pickle states about the bytes beside it, and a list of names that
+any imported library may extend. Here the pickle is read inert (rcm/storage/inert_pickle.py), every tensor is compared with the bytes that
+are there, and only then made.
+"""
 
 from __future__ import annotations
 
+import io
+import math
 import pickle
-import re
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from loguru import logger
 from torch import Tensor
 
 from rcm.core.errors import CheckpointError, first_line
+from rcm.storage.inert_pickle import Made, Named, Stranger, read_inert
 from rcm.storage.state_dicts import flatten
 
 _LOCAL_HEADER = b"PK\x03\x04"
+_OLD_MAGIC = 0x1950A86A20F9469CFC6C
+_MOST_PICKLE = 1 << 28
+"""Bytes of the pickle inside an archive: names and shapes; 256 MiB is a million tensors."""
+
+_WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.bool)
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+_EIGHT = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
+DTYPES = {str(dtype): dtype for dtype in (*_WIDE, *_WHOLE, *_EIGHT)}
+"""Dtypes that a stored tensor may have, by torch's name."""
+_STORAGES = {
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.ComplexFloatStorage": torch.complex64,
+    "torch.ComplexDoubleStorage": torch.complex128,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+    "torch.storage.UntypedStorage": torch.uint8,
+}
+_TENSOR = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
+_TENSOR_OF_NEW_DTYPE = "torch._utils._rebuild_tensor_v3"
+_PARAMETER = "torch._utils._rebuild_parameter"
+_WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
+_CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter")
+NAMES = frozenset(
+    (*DTYPES, *_STORAGES, *_TENSOR, *_CLASSES, _TENSOR_OF_NEW_DTYPE, _PARAMETER, _WITH_ATTRIBUTES)
+    + ("collections.OrderedDict", "torch.Size", "torch.device")
+)
+"""Everything that a pickle of tensors may name."""
+_ODD_TENSORS = {
+    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
+    "torch._utils._rebuild_qtensor": "a quantised tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage": "a meta tensor, which has no values",
+    "torch._utils._rebuild_nested_tensor": "a nested tensor",
+    "torch._utils._rebuild_wrapper_subclass": "a tensor subclass",
+    "torch.distributed.tensor.DTensor": "a sharded tensor (DTensor)",
+}
 
 
 @dataclass(frozen=True)
@@ -28,20 +79,45 @@ class PickledTensors:
     mapped: bool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Piece:
+    """Bytes of one storage: those of key `key`, `count` elements of `dtype`."""
+
+    key: str
+    dtype: torch.dtype
+    count: int
+
+
 def read_pickle(path: Path) -> PickledTensors:
     """The tensors of a torch pickle.
 
     Raises `CheckpointError` for a file that is truncated, damaged, of another format, no dict, larger than this machine can map, or that
     needs other Python objects (none is executed).
     """
-    mapped, state = _loaded(path)
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a state dict")
+    with _explained(path):
+        mapped = is_archive(path)
+        value, made = _opened(path)
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{path} holds {_kind_of(value)}, not a state dict")
+        if len({str(key) for key in value}) < len(value):
+            raise CheckpointError(f"{path} has two entries of one name")
+        flat = flatten({str(key): inner for key, inner in value.items()})
+        tensors = {key: made(inner) for key, inner in flat.items() if _is_tensor(inner)}
     if not mapped:
         logger.warning("{} has torch's format from before version 1.6, which cannot be mapped: it was read into memory as a whole", path)
-    flat = flatten({str(key): value for key, value in state.items()})
-    tensors = {key: value.detach() for key, value in flat.items() if isinstance(value, Tensor)}
     return PickledTensors(tensors, others=tuple(key for key in flat if key not in tensors), mapped=mapped)
+
+
+def read_tensor(source: Path | bytes, *, name: str) -> Tensor:
+    """The one tensor of a torch pickle: of the file `source`, or of these bytes; `name` says in errors what it is.
+
+    Dense, on the CPU, without gradient. Raises `CheckpointError` as `read_pickle`, and for anything else than one tensor.
+    """
+    with _explained(name):
+        value, made = _opened(source)
+        if not _is_tensor(value):
+            raise CheckpointError(f"{name} holds {_kind_of(value)}, expected one tensor")
+        return made(value)
 
 
 def is_archive(path: Path) -> bool:
@@ -50,39 +126,159 @@ def is_archive(path: Path) -> bool:
         return file.read(len(_LOCAL_HEADER)) == _LOCAL_HEADER
 
 
-def _loaded(path: Path) -> tuple[bool, Any]:
-    told = "it is damaged, truncated or not a torch pickle: copy or download it again"
+@contextmanager
+def _explained(source: Path | str) -> Iterator[None]:
+    """Turn every failure inside into a `CheckpointError` about `source`."""
     try:
-        mapped = is_archive(path)
-        if mapped:
-            _require_whole(path)
-        return mapped, torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        if stranger := re.search(r"GLOBAL (\S+)", str(error)):
-            words = f"it needs Python objects other than tensors ({stranger[1]}), which are not executed; save its state dict alone"
-            raise CheckpointError(f"{path} cannot be read: {words}") from error
-        # before that mark torch explains how to execute the file, which nobody should do
-        reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)
-        raise CheckpointError(f"{path} cannot be read ({first_line(pickle.UnpicklingError(reason))}); {told}") from error
+        yield
+    except Stranger as error:
+        odd = _ODD_TENSORS.get(error.name)
+        words = f"it holds {odd}; save dense tensors" if odd else f"{error}; save its state dict alone"
+        raise CheckpointError(f"{source} cannot be read: {words}") from error
+    except CheckpointError as error:
+        raise error if str(source) in str(error) else CheckpointError(f"{source} cannot be read: {error}") from error
     except Exception as error:
+        told = "it is damaged, truncated or not a torch pickle: copy or download it again"
         if "Cannot allocate memory" in str(error):
             told = "a torch pickle is mapped as a whole, and this machine has less memory; use a safetensors file of the same weights"
-        raise CheckpointError(f"{path} cannot be read ({first_line(error)}); {told}") from error
+        raise CheckpointError(f"{source} cannot be read ({first_line(error)}); {told}") from error
 
 
-def _require_whole(path: Path) -> None:
-    """Check an archive's directory and the place of every entry, so that a file with a hole in the middle is found before it is used."""
-    if not zipfile.is_zipfile(path):
+def _opened(source: Path | bytes) -> tuple[Any, Callable[[Any], Tensor]]:
+    """What the pickle holds, inert, and the function that makes a tensor of an entry that is one."""
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        archive = file.read(len(_LOCAL_HEADER)) == _LOCAL_HEADER
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        value, places = _archive(file) if archive else _old_format(file)
+    if isinstance(source, bytes):
+        whole = torch.frombuffer(bytearray(source), dtype=torch.uint8).untyped_storage()
+    else:
+        whole = torch.UntypedStorage.from_file(str(source), False, size)
+    made: dict[str, torch.UntypedStorage] = {}
+
+    def storage(piece: _Piece) -> torch.UntypedStorage:
+        start, length = places[piece.key]
+        if piece.key not in made:
+            part = whole[start : start + length]
+            made[piece.key] = part if archive else part.clone()
+        return made[piece.key]
+
+    def make(entry: Any) -> Tensor:
+        piece, dtype, offset, size, stride = _described(entry)
+        _require_inside(piece, places[piece.key][1] if piece.key in places else 0, dtype, offset, size, stride)
+        return torch.empty(0, dtype=dtype).set_(storage(piece), offset, size, stride)
+
+    return value, make
+
+
+def _archive(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """The value of an archive, and where (first byte, length) its storages are. A file with a hole in the middle is found here."""
+    if not zipfile.is_zipfile(file):
         raise zipfile.BadZipFile("the end of the archive is missing")
-    with zipfile.ZipFile(path) as archive:
-        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-        end = archive.start_dir
-    with open(path, "rb") as file:
-        for entry, following in zip(entries, [e.header_offset for e in entries[1:]] + [end], strict=True):
-            file.seek(entry.header_offset)
-            head = file.read(30)
-            name_size, extra_size = int.from_bytes(head[26:28], "little"), int.from_bytes(head[28:30], "little")
-            name = file.read(name_size).decode("utf-8" if entry.flag_bits & 0x800 else "cp437")
-            ends = entry.header_offset + 30 + name_size + extra_size + entry.compress_size
-            if head[:4] != _LOCAL_HEADER or name != entry.orig_filename or ends > following:
-                raise zipfile.BadZipFile(f"entry {entry.filename} is not where the directory says")
+    with zipfile.ZipFile(file) as archive:
+        entries, end = sorted(archive.infolist(), key=lambda entry: entry.header_offset), archive.start_dir
+    places: dict[str, tuple[int, int]] = {}
+    for entry, following in zip(entries, [e.header_offset for e in entries[1:]] + [end], strict=True):
+        file.seek(entry.header_offset)
+        head = file.read(30)
+        name_size, extra_size = int.from_bytes(head[26:28], "little"), int.from_bytes(head[28:30], "little")
+        name = file.read(name_size).decode("utf-8" if entry.flag_bits & 0x800 else "cp437")
+        start = entry.header_offset + 30 + name_size + extra_size
+        if head[:4] != _LOCAL_HEADER or name != entry.orig_filename or start + entry.compress_size > following:
+            raise zipfile.BadZipFile(f"entry {entry.filename} is not where the directory says")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise zipfile.BadZipFile(f"entry {entry.filename} is compressed, which torch does not do")
+        inner = name.partition("/")[2]
+        if inner in places:
+            raise zipfile.BadZipFile(f"entry {entry.filename} occurs twice")
+        places[inner] = (start, entry.file_size)
+    if "data.pkl" not in places:
+        raise zipfile.BadZipFile("it has no data.pkl; another kind of archive")
+    if _bytes(file, places.get("byteorder", (0, 0))) not in (b"little", b""):
+        raise pickle.UnpicklingError("its numbers are not little-endian")
+    if places["data.pkl"][1] > _MOST_PICKLE:
+        raise pickle.UnpicklingError(f"its data.pkl has more than {_MOST_PICKLE} bytes")
+    value = read_inert(io.BytesIO(_bytes(file, places["data.pkl"])), names=NAMES, storages=_piece)
+    return value, {key.removeprefix("data/"): place for key, place in places.items() if key.startswith("data/")}
+
+
+def _old_format(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """As `_archive`, of torch's first format: five pickles, then each storage after its number of elements."""
+    if read_inert(file, names=()) != _OLD_MAGIC:
+        raise pickle.UnpicklingError("it does not begin as a torch file does")
+    read_inert(file, names=())
+    read_inert(file, names=())
+    pieces: dict[str, _Piece] = {}
+
+    def noted(pid: Any) -> _Piece:
+        piece = _piece(pid)
+        return pieces.setdefault(piece.key, piece)
+
+    value = read_inert(file, names=NAMES, storages=noted)
+    places: dict[str, tuple[int, int]] = {}
+    for key in read_inert(file, names=()):
+        piece, count = pieces[key], int.from_bytes(file.read(8), "little")
+        length = count * piece.dtype.itemsize
+        places[key] = (file.tell(), length)
+        if count != piece.count or file.seek(length, io.SEEK_CUR) > file.seek(0, io.SEEK_END):
+            raise pickle.UnpicklingError(f"storage {key} is incomplete")
+        file.seek(places[key][0] + length)
+    if file.read(1):
+        raise pickle.UnpicklingError("there are bytes after its last storage")
+    return value, places
+
+
+def _bytes(file: BinaryIO, place: tuple[int, int]) -> bytes:
+    file.seek(place[0])
+    return file.read(place[1])
+
+
+def _piece(pid: Any) -> _Piece:
+    """The storage of a persistent id ("storage", class, key, device, elements[, view])."""
+    word, kind, key, _, count, *view = pid
+    if word != "storage" or not isinstance(kind, Named) or kind.name not in _STORAGES or type(count) is not int or any(view):
+        raise pickle.UnpicklingError("it refers to something that is no storage")
+    return _Piece(str(key), _STORAGES[kind.name], count)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Made) and value.kind in (*_TENSOR, _TENSOR_OF_NEW_DTYPE, _PARAMETER, _WITH_ATTRIBUTES)
+
+
+def _kind_of(value: Any) -> str:
+    return "a tensor" if _is_tensor(value) else f"an object {value.kind}" if isinstance(value, Made) else f"a {type(value).__name__}"
+
+
+def _described(entry: Any) -> tuple[_Piece, torch.dtype, int, tuple[int, ...], tuple[int, ...]]:
+    """(storage, dtype, offset, size, stride in elements) of a tensor."""
+    kind, arguments = entry.kind, entry.arguments
+    for _ in range(3):  # a parameter with attributes around a tensor
+        if kind == _PARAMETER and _is_tensor(arguments[0]):
+            kind, arguments = arguments[0].kind, arguments[0].arguments
+        elif kind == _WITH_ATTRIBUTES and isinstance(arguments[0], Named) and isinstance(arguments[1], Named):
+            if arguments[1].name not in _CLASSES:
+                raise pickle.UnpicklingError(f"it holds a tensor of the class {arguments[1].name}")
+            kind, arguments = arguments[0].name, arguments[2]
+    if kind not in (*_TENSOR, _TENSOR_OF_NEW_DTYPE) or not isinstance(arguments[0], _Piece):
+        raise pickle.UnpicklingError("it holds a tensor that is none")
+    piece, offset, size, stride = arguments[:4]
+    dtype = piece.dtype
+    if kind == _TENSOR_OF_NEW_DTYPE:
+        if not isinstance(arguments[6], Named) or arguments[6].name not in DTYPES:
+            raise pickle.UnpicklingError("it holds a tensor of no known dtype")
+        dtype = DTYPES[arguments[6].name]
+    size, stride = (tuple(v.arguments[0]) if isinstance(v, Made) and v.kind == "torch.Size" else tuple(v) for v in (size, stride))
+    if any(type(n) is not int or n < 0 or n >= 1 << 62 for n in (offset, *size, *stride)) or len(size) != len(stride):
+        raise pickle.UnpicklingError(f"it holds a tensor of impossible shape {size} and strides {stride}")
+    return piece, dtype, offset, size, stride
+
+
+def _require_inside(piece: _Piece, length: int, dtype: torch.dtype, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    """The storage has the bytes that it states, and the tensor lies in it, each element in a place of its own."""
+    if piece.count < 0 or piece.count * piece.dtype.itemsize != length:
+        raise pickle.UnpicklingError(f"storage {piece.key} should have {piece.count * piece.dtype.itemsize} bytes, the file has {length}")
+    elements, there = math.prod(size), length // dtype.itemsize
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1 if elements else 0
+    if last > there or elements > there:
+        raise pickle.UnpicklingError(f"a tensor of shape {list(size)} reaches beyond the {there} elements of its storage")

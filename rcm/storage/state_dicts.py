@@ -9,6 +9,9 @@ from torch import Tensor
 
 from rcm.core.errors import CheckpointError
 
+MOST_LEVELS = 32
+MOST_ENTRIES = 1_000_000
+
 
 class LazyWeights(Mapping[str, Tensor]):
     """Weights that are read when asked for: a read-only mapping of names to CPU tensors whose shapes and dtypes are known beforehand."""
@@ -39,14 +42,29 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in headers_of(weights).items()}
 
 
-def flatten(state: Mapping[str, object], *, lead: str = "") -> dict[str, object]:
-    """Nested state dicts as one, their keys joined with dots; what is no mapping with string keys stays as it is."""
+def flatten(state: Mapping[str, object]) -> dict[str, object]:
+    """Nested state dicts as one, their keys joined with dots; what is no mapping with string keys stays as it is.
+
+    Raises `CheckpointError` for two entries of one joined name, and for more levels or entries than a state dict has (a dict that holds
+    itself, or one dict many times over).
+    """
     out: dict[str, object] = {}
-    for key, value in state.items():
-        if isinstance(value, Mapping) and value and all(isinstance(inner, str) for inner in value):
-            out |= flatten(value, lead=f"{lead}{key}.")
-        else:
-            out[f"{lead}{key}"] = value
+
+    def add(inner: Mapping[str, object], lead: str, depth: int) -> None:
+        for key, value in inner.items():
+            name = f"{lead}{key}"
+            if isinstance(value, Mapping) and value and all(isinstance(word, str) for word in value):
+                if depth == MOST_LEVELS:
+                    raise CheckpointError(f"dicts are nested in more than {MOST_LEVELS} levels")
+                add(value, f"{name}.", depth + 1)
+                continue
+            if name in out:
+                raise CheckpointError(f"two entries are called {name!r}")
+            out[name] = value
+            if len(out) > MOST_ENTRIES:
+                raise CheckpointError(f"there are more than {MOST_ENTRIES:,} entries")
+
+    add(state, "", 1)
     return out
 
 

@@ -10,14 +10,12 @@ import os
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.nets.wan.convert import WRAPPERS
-from rcm.parallel.init import dcp_shapes
+from rcm.storage.dcp_folder import DcpFolder
 from rcm.train.describe import FILE_NAME, Description
 
 PREFIXES = {"ema": "net_ema.", "reg": "net.", "fake_score": "net_fake_score."}
@@ -62,19 +60,14 @@ def read_weights(path: str | Path, *, weights: str = "ema", dtype: torch.dtype |
     if weights not in PREFIXES:
         raise ConfigError(f"unknown weights {weights!r}; choose from {', '.join(PREFIXES)}")
     directory, prefix = model_directory(path), PREFIXES[weights]
-    shapes = {k: v for k, v in dcp_shapes(directory).items() if k.startswith(prefix) and not k.endswith("._extra_state")}
-    if not shapes:
-        present = sorted({k.partition(".")[0] for k in dcp_shapes(directory)})
+    folder = DcpFolder(directory)
+    keys = [k for k in folder if k.startswith(prefix) and not k.endswith("._extra_state")]
+    if not keys:
+        present = sorted({k.partition(".")[0] for k in folder})
         raise CheckpointError(
             f"{directory} holds no {prefix}* weights (it has {', '.join(present)}); choose other weights than {weights!r}"
         )
-    metadata = dcp.FileSystemReader(str(directory)).read_metadata().state_dict_metadata
-    full = {k: torch.empty(shape, dtype=dtype or metadata[k].properties.dtype) for k, shape in shapes.items()}
-    try:
-        dcp.load(full, checkpoint_id=str(directory), no_dist=True)
-    except CheckpointException as error:
-        raise CheckpointError(f"{directory} is damaged: {next(iter(error.failures.values()))[0]}") from error
-    return {WRAPPERS.sub("", k.removeprefix(prefix)): v for k, v in full.items()}
+    return {WRAPPERS.sub("", k.removeprefix(prefix)): folder[k].to(dtype) if dtype else folder[k] for k in keys}
 
 
 def export(path: str | Path, save_path: str | Path, *, weights: str = "ema", dtype: torch.dtype = torch.bfloat16) -> Path:

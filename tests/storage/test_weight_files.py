@@ -201,7 +201,7 @@ def test_a_pickle_larger_than_memory_says_so(state, tmp_path, monkeypatch):
         raise RuntimeError("unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)")
 
     path = write(tmp_path / "new.pt", state)
-    monkeypatch.setattr(torch, "load", full)
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", full)
     with pytest.raises(CheckpointError, match=r"new\.pt cannot be read .*this machine has less memory; use a safetensors file"):
         open_container(path)
 
@@ -219,7 +219,7 @@ def test_other_files_are_refused(tmp_path):
     for name, words in {
         "objects.pt": r"needs Python objects other than tensors \(.*Opaque\), which are not executed",
         "list.pt": "holds a list, not a state dict",
-        "page.pth": r"page\.pth cannot be read \(UnpicklingError: Unsupported operand 60\); it is damaged",
+        "page.pth": r"page\.pth cannot be read \(UnpicklingError: it has the instruction b'<'.*\); it is damaged",
         "nowhere.pt": "nowhere.pt does not exist; ask Ann",
         "model.gguf": "GGUF file, whose weights are quantised",
         "notes.txt": "no file of weights: expected a name ending in .pt",

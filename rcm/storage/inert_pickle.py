@@ -1,0 +1,105 @@
+"""Pickles read without executing anything: what a pickle names is noted, never imported and never called.
+
+A pickle is a program for a stack machine whose instructions may import any object and call it. This reader knows the instructions that
+build plain values; where a file names a class or a function, it is compared with a list of exact names and becomes a `Named`, and where it
+would be called, the call is noted as a `Made`. What these stand for is for the caller to say, who builds its own objects from them.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from rcm.core.errors import CheckpointError
+
+_INSTRUCTIONS = (
+    *("PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+    *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
+    *("SHORT_BINSTRING", "BINUNICODE", "SHORT_BINUNICODE"),
+    *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS"),
+    *("GLOBAL", "STACK_GLOBAL", "BINPERSID"),
+)
+_DICTS = ("collections.OrderedDict",)
+
+
+class Stranger(CheckpointError):
+    """The pickle names something that is not on the list; `name` is what."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"it needs Python objects other than tensors ({name}), which are not executed")
+        self.name = name
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Named:
+    """A class, function or constant that the file names; not imported."""
+
+    name: str
+
+
+@dataclass(slots=True, eq=False)
+class Made:
+    """What the file would have made by calling `kind` with `arguments` and giving it `state`; not made."""
+
+    kind: str
+    arguments: tuple[Any, ...]
+    state: Any = field(default=None)
+
+
+def read_inert(stream: BinaryIO, *, names: Collection[str], storages: Callable[[Any], Any] | None = None) -> Any:
+    """The next pickle of `stream` as dicts, lists, tuples, strings, numbers, None, `Named` and `Made`; ordered dicts as dicts.
+
+    `names`: the "module.name" that it may name. `storages` is given each persistent id (plain values too) and returns what stands for it.
+    Raises `Stranger` for another name, `pickle.UnpicklingError` or any other exception for what is no pickle of plain values.
+    """
+    reader = _Reader(stream)
+    reader.names, reader.storages = names, storages
+    return reader.load()
+
+
+class _Instructions(dict):
+    def __missing__(self, code: int) -> Any:
+        raise pickle.UnpicklingError(f"it has the instruction {bytes([code])!r}, which plain values do not need")
+
+
+class _Reader(pickle._Unpickler):  # the one in Python: its memo is a dict, so a forged index takes no memory
+    names: Collection[str]
+    storages: Callable[[Any], Any] | None
+
+    def find_class(self, module: str, name: str) -> Named:
+        full = f"{module}.{name}"
+        if full not in self.names:
+            raise Stranger(full)
+        return Named(full)
+
+    def persistent_load(self, pid: Any) -> Any:
+        if self.storages is None:
+            raise pickle.UnpicklingError("it refers to objects outside itself")
+        return self.storages(pid)
+
+    def make(self) -> None:
+        arguments, kind = self.stack.pop(), self.stack.pop()
+        if not isinstance(kind, Named) or not isinstance(arguments, tuple):
+            raise pickle.UnpicklingError("it calls something that it does not name")
+        if kind.name in _DICTS:
+            self.append(dict(*arguments[:1]))
+        else:
+            self.append(Made(kind.name, arguments))
+
+    def give_state(self) -> None:
+        state, made = self.stack.pop(), self.stack[-1]
+        if isinstance(made, Made):
+            made.state = state
+        elif not isinstance(made, dict):  # an ordered dict's attributes (versions of modules) are left out
+            raise pickle.UnpicklingError(f"it gives a {type(made).__name__} a state")
+
+    dispatch = _Instructions(
+        {
+            **{code: pickle._Unpickler.dispatch[code] for name in _INSTRUCTIONS for code in getattr(pickle, name)},
+            pickle.REDUCE[0]: make,
+            pickle.NEWOBJ[0]: make,
+            pickle.BUILD[0]: give_state,
+        }
+    )
