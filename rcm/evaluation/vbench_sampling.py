@@ -21,7 +21,7 @@ from torch import Tensor
 from rcm.core.errors import ConfigError
 from rcm.evaluation.vbench_manifest import RunFolder, VideoRecord, file_sha256
 from rcm.evaluation.vbench_prompts import SuiteItem
-from rcm.parallel.init import on_first, shared
+from rcm.parallel.agree import on_first, shared
 from rcm.pipelines.video_io import write_mp4
 
 CRF = 12

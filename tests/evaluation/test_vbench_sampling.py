@@ -1,4 +1,4 @@
-"""Sampling of a suite: names, shares, seeds, what is refused; a run that is killed and resumed, on one rank and on two, makes the same files."""
+"""Sampling of a suite: names, shares, seeds, refusals; a run killed and resumed, on one rank or on two, makes the same files."""
 
 from __future__ import annotations
 
@@ -137,7 +137,8 @@ def test_samples_seeds_and_records(tmp_path: Path) -> None:
     assert record["sha256"] == hashes(run.folder)["prompt 1-1.mp4"]
     assert manifest["runs"][0]["versions"]["torch"] == torch.__version__ and "commit" in manifest["runs"][0]
     rows = json.loads((tmp_path / "v_run" / "vbench_eval_info.json").read_text())
-    assert rows[0] == {"prompt_en": "prompt 0", "dimension": ["scene"], "video_list": [str(run.folder / f"prompt 0-{i}.mp4") for i in (0, 1)]}
+    files = [str(run.folder / f"prompt 0-{i}.mp4") for i in (0, 1)]
+    assert rows[0] == {"prompt_en": "prompt 0", "dimension": ["scene"], "video_list": files}
     again = Noise()
     assert sample_suite(run, again) and not again.asked and not again.prepared, "existing files are skipped"
 

@@ -1,0 +1,117 @@
+"""The model files that VBench's dimensions need: sizes, check sums, where they are published. Nothing here downloads.
+
+Sizes and sums as published for VBench 0.1.5; the four dimensions on GRiT also need a compiled detectron2, which no registry has.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+GRIT = ("object_class", "multiple_objects", "color", "spatial_relationship")
+_VICLIP = ("temporal_style", "overall_consistency")
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A file under VBench's cache folder: bytes, beginning of its SHA-256, the dimensions that read it, where it is published."""
+
+    path: str
+    bytes: int
+    sha256: str
+    dimensions: tuple[str, ...]
+    published: str
+
+
+_HF = "huggingface.co/OpenGVLab/VBench_Used_Models/resolve/main"
+FILES = (
+    ModelFile(
+        "caption_model/tag2text_swin_14m.pth",
+        4_478_705_095,
+        "4ce96f0ce98f",
+        ("scene",),
+        "huggingface.co/spaces/xinyu1205/recognize-anything",
+    ),
+    ModelFile("ViCLIP/ViClip-InternVid-10M-FLT.pth", 1_710_545_812, "7a4d6ad6eac6", _VICLIP, _HF),
+    ModelFile("ViCLIP/bpe_simple_vocab_16e6.txt.gz", 1_356_917, "924691ac288e", _VICLIP, "raw.githubusercontent.com/openai/CLIP"),
+    ModelFile("clip_model/ViT-L-14.pt", 932_768_134, "b8cca3fd41ae", ("aesthetic_quality",), "openaipublic.azureedge.net/clip"),
+    ModelFile(
+        "clip_model/ViT-B-32.pt",
+        353_976_522,
+        "40d365715913",
+        ("background_consistency", "appearance_style", "i2v_background"),
+        "openaipublic.azureedge.net/clip",
+    ),
+    ModelFile("umt_model/l16_ptk710_ftk710_ftk400_f16_res224.pth", 607_024_201, "bfee78a03bf8", ("human_action",), _HF),
+    ModelFile(
+        "grit_model/grit_b_densecap_objectdet.pth", 417_381_733, "53b6e9b3fd94", GRIT, "datarelease.blob.core.windows.net/grit/models"
+    ),
+    ModelFile(
+        "dino_model/dino_vitbase16_pretrain.pth",
+        343_242_485,
+        "bf34ad0f424b",
+        ("subject_consistency", "i2v_subject"),
+        "dl.fbaipublicfiles.com/dino (and github.com/facebookresearch/dino as a clone; also as "
+        "$TORCH_HOME/hub/checkpoints/dino_vitbase16_pretrain.pth)",
+    ),
+    ModelFile(
+        "pyiqa_model/musiq_spaq_ckpt-358bb6af.pth", 108_610_983, "358bb6af275e", ("imaging_quality",), "github.com/chaofengc/IQA-PyTorch"
+    ),
+    ModelFile(
+        "raft_model/models/raft-things.pth", 21_108_000, "fcfa4125d641", ("dynamic_degree",), "dl.dropboxusercontent.com (models.zip)"
+    ),
+    ModelFile("amt_model/amt-s.pth", 12_038_359, "07e7e03405c2", ("motion_smoothness",), "huggingface.co/lalala125/AMT"),
+    ModelFile(
+        "aesthetic_model/emb_reader/sa_0_4_vit_l_14_linear.pth",
+        4_071,
+        "2cd4e60f4f24",
+        ("aesthetic_quality",),
+        "github.com/LAION-AI/aesthetic-predictor",
+    ),
+)
+
+OTHER_NEEDS = {
+    **dict.fromkeys(GRIT, "detectron2, compiled in the environment, and bert-base-uncased in the Hugging Face cache"),
+    "scene": "bert-base-uncased in the Hugging Face cache (the whole model)",
+    "i2v_subject": "the images of the suite under vbench2_beta_i2v/data/crop, and dreamsim for VBench-I2V's older form",
+    "i2v_background": "the images of the suite under vbench2_beta_i2v/data/crop, dreamsim",
+    "camera_motion": "CoTracker (torch.hub), the images of the suite",
+}
+"""Dimension -> what it needs that is no file of the cache."""
+
+
+def cache_folder(given: str | Path | None = None) -> Path:
+    """VBench's cache: `given`, else $VBENCH_CACHE_DIR, else ~/.cache/vbench."""
+    return Path(given or os.environ.get("VBENCH_CACHE_DIR") or Path.home() / ".cache" / "vbench")
+
+
+def files_for(dimensions: Sequence[str]) -> list[ModelFile]:
+    """Files that any of `dimensions` reads."""
+    return [file for file in FILES if set(file.dimensions) & set(dimensions)]
+
+
+def problems(cache: Path, dimensions: Sequence[str]) -> dict[str, str]:
+    """Path -> what is wrong with it, for every file of `dimensions` that is missing or of another size."""
+    found = {}
+    for file in files_for(dimensions):
+        path = cache / file.path
+        if not path.is_file():
+            found[file.path] = "missing"
+        elif path.stat().st_size != file.bytes:
+            found[file.path] = f"{path.stat().st_size:,} bytes, {file.bytes:,} expected"
+    return found
+
+
+def told(cache: Path, dimensions: Sequence[str]) -> str:
+    """The files of `dimensions` as lines: whether it is there, bytes, sum, dimensions, where it is published; and other needs."""
+    wrong, lines = problems(cache, dimensions), []
+    for file in files_for(dimensions):
+        state = wrong.get(file.path, "there")
+        lines.append(
+            f"{cache / file.path}: {state}; {file.bytes:,} bytes, sha256 {file.sha256}...; {', '.join(file.dimensions)}; {file.published}"
+        )
+    lines += [f"{name} also needs {OTHER_NEEDS[name]}" for name in dimensions if name in OTHER_NEEDS]
+    total = sum(file.bytes for file in files_for(dimensions))
+    return "\n".join([*lines, f"in all {total:,} bytes"]) if lines else "no file is needed"

@@ -1,0 +1,132 @@
+"""Running VBench in its own environment: one command per dimension, over a folder that holds nothing but the videos."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rcm.core.errors import ConfigError
+from rcm.evaluation import vbench_driver
+from rcm.evaluation.vbench_results import SUFFIX
+from rcm.train.describe import write_atomically
+
+DRIVER = Path(vbench_driver.__file__)
+SCORED_SAMPLES = 5
+"""VBench looks at samples 0 to 4 of a prompt, whatever else is there."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to run VBench. `python` of its environment; `gpus` of one machine (more than 1: torchrun); `cache` of its model files; `local`:
+    use them without asking the network; `repository`: a clone of VBench, which its long and image-to-video suites read files from.
+    """
+
+    python: Path
+    output: Path
+    suite: str = "t2v"
+    device: str = "cuda"
+    gpus: int = 1
+    cache: Path | None = None
+    local: bool = False
+    repository: Path | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1 or (self.gpus > 1 and self.device == "cpu"):
+            raise ConfigError(f"--ngpus {self.gpus} on {self.device}: at least 1, and several only on cuda")
+
+    @property
+    def view(self) -> Path:
+        """Folder of links to the videos."""
+        return self.output / "videos"
+
+    @property
+    def full_json(self) -> Path:
+        """The prompts that are scored."""
+        return self.output / "scored_prompts.json"
+
+    def result(self, dimension: str) -> Path:
+        """The file that the dimension's result is written to."""
+        return self.output / f"{dimension}{SUFFIX}"
+
+    def command(self, dimension: str) -> list[str]:
+        """The command line that scores one dimension."""
+        if self.suite == "long":
+            return self._long(dimension)
+        words = ["--suite", self.suite, "--dimension", dimension, "--videos", self.view, "--full_json", self.full_json]
+        words += ["--output", self.output, "--device", self.device, "--local", int(self.local), "--options", json.dumps(dict(self.options))]
+        many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus}"] if self.gpus > 1 else []
+        return [str(word) for word in (self.python, *many, DRIVER, *words)]
+
+    def _long(self, dimension: str) -> list[str]:
+        if self.repository is None:
+            raise ConfigError("--suite long runs VBench-Long from a clone of github.com/Vchitect/VBench; say where with --vbench_repo DIR")
+        words = ["--videos_path", self.view, "--dimension", dimension, "--output_path", self.output, "--full_json_dir", self.full_json]
+        words += ["--mode", "long_vbench_standard", "--dev_flag"]
+        words += ["--static_filter_flag"] if dimension == "temporal_flickering" else []
+        words += ["--load_ckpt_from_local", "1"] if self.local else []
+        return [str(word) for word in (self.python, self.repository / "vbench2_beta_long" / "eval_long.py", *words)]
+
+    def environment(self) -> dict[str, str]:
+        """Variables of the command beyond the caller's."""
+        extra = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+        if self.cache is not None:
+            extra["VBENCH_CACHE_DIR"] = str(self.cache)
+        return extra
+
+    def check(self, dimension: str) -> str | None:
+        """None if the dimension's module can be imported in the environment, else the last line of what it said."""
+        words = [str(self.python), str(DRIVER), "--check", "--dimension", dimension, "--suite", "i2v" if self.suite == "i2v" else "t2v"]
+        done = subprocess.run(words, env=os.environ | self.environment(), capture_output=True, text=True, timeout=600)
+        return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
+
+    def run(self, dimension: str) -> None:
+        """Score one dimension. `ConfigError` with the end of VBench's own words where it fails or leaves no result."""
+        if not self.python.is_file():
+            raise ConfigError(
+                f"no Python of a VBench environment at {self.python}; make one with `python -m scripts.vbench_env`, or name one with "
+                "--vbench_python"
+            )
+        log = self.output / f"{dimension}.log"
+        before = set(self.output.glob(f"*{SUFFIX}"))
+        with log.open("wb") as out:
+            done = subprocess.run(
+                self.command(dimension), env=os.environ | self.environment(), cwd=self.repository, stdout=out, stderr=subprocess.STDOUT
+            )
+        written = set(self.output.glob(f"*{SUFFIX}")) - before
+        if done.returncode or not written:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            raise ConfigError(
+                f"VBench failed on {dimension} (exit status {done.returncode}): {lines[-1][:200] if lines else '?'}; see {log}"
+            )
+        if self.suite == "long":
+            os.replace(written.pop(), self.result(dimension))  # its own name holds the time
+
+
+def prepare(launch: Launch, videos: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Make the folder of links to `videos`' mp4 files and the list of prompts to score. VBench names files by the suffix of whatever
+    entry it sees first, so nothing else may lie among them.
+    """
+    launch.view.mkdir(parents=True, exist_ok=True)
+    wanted = {path.name: path.resolve() for path in videos.glob("*.mp4")}
+    for link in launch.view.iterdir():
+        if link.is_symlink() and wanted.get(link.name) != link.readlink():
+            link.unlink()
+    for name, path in wanted.items():
+        if not (launch.view / name).is_symlink():
+            (launch.view / name).symlink_to(path)
+    write_atomically(
+        launch.full_json, json.dumps([{k: v for k, v in row.items() if k != "video_list"} for row in rows], ensure_ascii=False)
+    )
+
+
+def missing_videos(videos: Path, rows: Sequence[Mapping[str, Any]], dimension: str, *, num_samples: int = SCORED_SAMPLES) -> list[str]:
+    """Files that VBench would look for and not find; it only warns of them, and scores what is left."""
+    prompts = [row["prompt_en"] for row in rows if dimension in row["dimension"]]
+    names = [f"{prompt}-{sample}.mp4" for prompt in prompts for sample in range(num_samples)]
+    return [name for name in names if not (videos / name).is_file()]

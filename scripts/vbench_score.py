@@ -1,0 +1,206 @@
+"""Score a folder of VBench videos in VBench's own environment, or add up results that are there.
+
+    python -m scripts.vbench_score --videos_path D --vbench_python .venv-vbench/bin/python --ngpus 8
+    python -m scripts.vbench_score --videos_path D --dimension temporal_flickering --device cpu --partial
+    python -m scripts.vbench_score --result_dir D_eval_results
+    python -m scripts.vbench_score --videos_path D --dry_run
+    python -m scripts.vbench_score --explain D_eval_results E_eval_results
+    python -m scripts.vbench_score --explain D_eval_results "Wan2.1-T2V-1.3B (2025-05-03"
+    python -m scripts.vbench_score --suite long --vbench_repo ~/VBench --videos_path D
+    python -m scripts.vbench_score --videos_path D --vision_reward "python score.py --eval_info {eval_info} --output {output}"
+
+A dimension whose result is there is not scored again. --dry_run needs neither VBench nor its model files: it prints the commands, the
+files they read and what is missing. The score lands in score.json beside the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rcm.core.errors import ConfigError
+from rcm.evaluation.vbench_explain import PUBLISHED, explain, published_side, run_side, told
+from rcm.evaluation.vbench_files import cache_folder, problems
+from rcm.evaluation.vbench_files import told as files_told
+from rcm.evaluation.vbench_hooks import MODEL, SCORES, read_vision_reward, vision_reward_command
+from rcm.evaluation.vbench_launch import SCORED_SAMPLES, Launch, missing_videos, prepare
+from rcm.evaluation.vbench_manifest import EVAL_INFO
+from rcm.evaluation.vbench_prompts import T2V_FILE, read_suite
+from rcm.evaluation.vbench_results import DimensionResult, read_results
+from rcm.evaluation.vbench_score import SUITES, Suite, aggregate, table
+from rcm.inference.outcome import exit_status
+from rcm.train.describe import write_atomically
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets" / "vbench"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    flags = arguments(argv)
+    return exit_status(lambda: run(flags))
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="scripts.vbench_score", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--videos_path", type=Path, metavar="DIR", help="folder of scripts.vbench_sample, or any with VBench's file names")
+    add("--result_dir", "--output_path", type=Path, metavar="DIR", help="results [VIDEOS_PATH_eval_results]")
+    add("--suite", choices=("t2v", "i2v", "long"), default="t2v", help="long: VBench-Long, added up like t2v [%(default)s]")
+    add("--dimension", nargs="+", metavar="NAME", help="[all of the suite]")
+    add("--full_json_dir", type=Path, metavar="FILE", help="prompts to score [the run's vbench_eval_info.json, else the public list]")
+    add("--partial", action="store_true", help="allow missing dimensions and videos; the score is marked partial")
+    add("--dry_run", action="store_true", help="print commands, files and what is missing; runs nothing")
+    add("--explain", nargs=2, metavar=("A", "B"), help="why two results differ: folders of results, or B the name of a published row")
+    add("--vbench_python", type=Path, default=Path(".venv-vbench/bin/python"), metavar="FILE", help="[%(default)s]")
+    add("--vbench_repo", type=Path, metavar="DIR", help="clone of VBench, for --suite long and i2v")
+    add("--vbench_cache", type=Path, metavar="DIR", help="its model files [$VBENCH_CACHE_DIR, else ~/.cache/vbench]")
+    add("--load_ckpt_from_local", action="store_true", help="never ask the network for model files")
+    add("--device", default="cuda", choices=("cuda", "cpu"), help="[%(default)s]")
+    add("--ngpus", type=int, default=1, metavar="N", help="[%(default)s]; appearance_style has another rule with more than one")
+    add("--resolution", default="16-9", choices=("1-1", "8-5", "7-4", "16-9"), help="i2v: crops of the images [%(default)s]")
+    add("--vision_reward", metavar="COMMAND", help="also run VisionReward; {eval_info}, {output} and {model} are filled in")
+    add("--vision_reward_model", default=MODEL, metavar="NAME", help="[%(default)s]")
+    return parser.parse_args(argv)
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Explain, or score what is missing and add up."""
+    if flags.explain is not None:
+        _explain(flags)
+        return
+    if flags.videos_path is None and flags.result_dir is None:
+        raise ConfigError("give --videos_path DIR to score, --result_dir DIR to add up results, or --explain A B")
+    suite = SUITES["i2v" if flags.suite == "i2v" else "t2v"]
+    unknown = sorted(set(flags.dimension or ()) - set(suite.names))
+    if unknown:
+        raise ConfigError(f"--dimension {unknown[0]} is not of the suite {suite.name}: {', '.join(suite.names)}")
+    results = flags.result_dir or Path(f"{flags.videos_path}_eval_results")
+    if flags.videos_path is not None and _score_videos(flags, suite, results):
+        return
+    found = read_results(results)
+    if flags.videos_path is not None:
+        _require_current(flags, found)
+    score = aggregate({name: result.score for name, result in found.items()}, suite, partial=flags.partial)
+    print(table(score))
+    record = {
+        **score.to_dict(),
+        "num_videos": {name: result.num_videos for name, result in found.items()},
+        "suite_run": flags.suite,
+        "ngpus": flags.ngpus,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    if flags.vision_reward is not None:
+        record["vision_reward"] = _vision_reward(flags, results)
+        print(f"VisionReward: {record['vision_reward']}")
+    write_atomically(results / "score.json", json.dumps(record, indent=1))
+
+
+def _score_videos(flags: argparse.Namespace, suite: Suite, results: Path) -> bool:
+    """Score the dimensions without a result; True after a dry run."""
+    if not flags.videos_path.is_dir():
+        raise ConfigError(f"--videos_path {flags.videos_path} is no folder")
+    rows = _rows(flags)
+    launch = Launch(
+        python=flags.vbench_python.absolute(),
+        output=results.absolute(),
+        suite=flags.suite,
+        device=flags.device,
+        gpus=flags.ngpus,
+        cache=cache_folder(flags.vbench_cache),
+        local=flags.load_ckpt_from_local,
+        repository=flags.vbench_repo,
+        options={"resolution": flags.resolution} if flags.suite == "i2v" else {},
+    )
+    wanted = [name for name in flags.dimension or suite.names if not launch.result(name).is_file()]
+    lost = {name: missing_videos(flags.videos_path, rows, name) for name in wanted}
+    lost = {name: files for name, files in lost.items() if files}
+    if flags.dry_run:
+        _tell(launch, wanted, lost)
+        return True
+    if lost and not flags.partial:
+        name, files = next(iter(lost.items()))
+        raise ConfigError(
+            f"{len(files)} videos of {name} are missing in {flags.videos_path}, the first is {files[0]!r} (VBench would only warn); "
+            "sample them, or pass --partial"
+        )
+    wrong = problems(launch.cache, wanted) if flags.load_ckpt_from_local else {}
+    if wrong:
+        path, what = next(iter(wrong.items()))
+        raise ConfigError(f"{len(wrong)} model files are not in {launch.cache}, the first is {path} ({what}); --dry_run lists them all")
+    if wanted:
+        launch.output.mkdir(parents=True, exist_ok=True)
+        prepare(launch, flags.videos_path, rows)
+    for name in wanted:
+        begin = time.perf_counter()
+        launch.run(name)
+        print(f"{name}: scored in {time.perf_counter() - begin:.1f} s", flush=True)
+    return False
+
+
+def _tell(launch: Launch, wanted: Sequence[str], lost: Mapping[str, Sequence[str]]) -> None:
+    """What would run, and what it lacks."""
+    python = "there" if launch.python.is_file() else "MISSING: python -m scripts.vbench_env makes it"
+    print(f"# Python of VBench's environment {launch.python}: {python}")
+    variables = " ".join(f"{key}={shlex.quote(value)}" for key, value in launch.environment().items())
+    for name in wanted:
+        print(f"# {name}" + (f": {len(lost[name])} videos missing, the first is {lost[name][0]!r}" if name in lost else ""))
+        print(f"{variables} {shlex.join(launch.command(name))}")
+    print("# model files")
+    print(files_told(launch.cache, wanted))
+
+
+def _rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """The prompts to score: of the run if it left them, else the public list. Samples beyond the fifth are not scored."""
+    records = flags.videos_path.with_name(f"{flags.videos_path.name}_run") / EVAL_INFO
+    source = flags.full_json_dir or (records if records.is_file() else ASSETS / T2V_FILE)
+    if flags.suite == "i2v" and source == ASSETS / T2V_FILE:
+        raise ConfigError("--suite i2v needs --full_json_dir vbench2_i2v_full_info.json")
+    return [item.eval_row([item.video_name(i) for i in range(SCORED_SAMPLES)]) for item in read_suite(source)]
+
+
+def _require_current(flags: argparse.Namespace, found: Mapping[str, DimensionResult]) -> None:
+    """`ConfigError` for a result that is not of the videos that are there now: it is old, or VBench passed over files it could not read."""
+    rows = _rows(flags)
+    for name, result in found.items():
+        wanted = [video for row in rows if name in row["dimension"] for video in row["video_list"]]
+        there = sum((flags.videos_path / video).is_file() for video in wanted)
+        few = result.num_videos < there and name != "color"  # color leaves out videos in which the object was not seen
+        if result.num_videos and (few or result.num_videos > there):
+            raise ConfigError(
+                f"{result.file} is of {result.num_videos} videos of {name}, {there} are there now; delete it to have them scored again"
+            )
+
+
+def _explain(flags: argparse.Namespace) -> None:
+    mine = run_side(flags.explain[0])
+    published = not Path(flags.explain[1]).is_dir()
+    theirs = published_side(flags.explain[1], file=ASSETS / PUBLISHED) if published else run_side(flags.explain[1])
+    print(told(explain(mine, theirs, suite=SUITES["i2v" if flags.suite == "i2v" else "t2v"]), mine, theirs))
+
+
+def _vision_reward(flags: argparse.Namespace, results: Path) -> dict[str, float]:
+    if flags.videos_path is None:
+        raise ConfigError("--vision_reward needs --videos_path with the videos and their vbench_eval_info.json")
+    info = flags.videos_path.with_name(f"{flags.videos_path.name}_run") / EVAL_INFO
+    if not info.is_file():
+        raise ConfigError(f"no {info}: sampling of the suite is not complete")
+    scores = results / SCORES
+    if not scores.is_file():
+        command = vision_reward_command(flags.vision_reward, eval_info=info, output=scores, model=flags.vision_reward_model)
+        if subprocess.run(command).returncode or not scores.is_file():
+            raise ConfigError(f"VisionReward failed or wrote no {scores}: {shlex.join(command)}")
+    return read_vision_reward(scores, json.loads(info.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
