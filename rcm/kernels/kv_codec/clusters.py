@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,35 +46,48 @@ class Clustering:
     mode: str
 
 
-def cluster(x: Tensor, how: Clustering, warm: Sequence[Tensor] | None = None) -> tuple[Tensor, Clusters, list[Tensor]]:
-    """(residual, clusters, centres) of `x` [B, S, N, D]; centres per stage start the next chunk where they fit.
+class Clustered(NamedTuple):
+    """A tensor taken apart. `residual` of all stages but the last, whose `subtract` = (centroids [B, k, N, D], assignments) is still to be
+    taken off (`members`); `centres` per stage, which start the next chunk where they fit.
+    """
 
-    The residual is float32, or of the dtype of `x` in mode "official". It is taken against the centroids as stored, except in mode
-    "release", which subtracts them unrounded.
+    residual: Tensor
+    subtract: tuple[Tensor, Tensor] | None
+    clusters: Clusters
+    centres: list[Tensor]
+
+
+def cluster(x: Tensor, how: Clustering, warm: Sequence[Tensor] | None = None) -> Clustered:
+    """Clusters of `x` [B, S, N, D].
+
+    The residual is float32, or of the dtype of `x` in mode "official" and before any stage. It is taken against the centroids as stored,
+    except in mode "release", which subtracts them unrounded.
     """
     official = how.mode == "official"
-    residual = x if official else x.float()
+    residual = x
     k = min(how.clusters, x.shape[1])
     if k <= 1 and not official:
-        mean = residual.mean(1, keepdim=True)
+        mean = x.float().mean(1, keepdim=True)
         stored = mean.to(torch.bfloat16)
-        return residual - (mean if how.mode == "release" else stored.float()), Clusters(stored[None], None), []
-    centroids, assignments, centres = [], [], []
+        return Clustered(x.float() - (mean if how.mode == "release" else stored.float()), None, Clusters(stored[None], None), [])
+    centroids, assignments, centres, subtract = [], [], [], None
     for stage in range(how.stages):
+        if subtract is not None:
+            residual = (residual if official else residual.float()) - members(*subtract)
         start = warm[stage] if warm is not None and stage < len(warm) else None
         if official:
             means, assigned, centre = euclidean(residual, k, iters=how.iters, start=start)
             stored = means
         else:
-            assigned, centre = spherical(features(residual, shared=how.shared), k, iters=how.iters, start=start)
-            means = member_means(residual, assigned, k)
+            full = residual.float()
+            assigned, centre = spherical(features(full, shared=how.shared), k, iters=how.iters, start=start)
+            means = member_means(full, assigned, k)
             stored = means.to(torch.bfloat16)
-        subtracted = means if official or how.mode == "release" else stored.float()
-        residual = residual - members(subtracted, assigned)
+        subtract = (means if official or how.mode == "release" else stored.float(), assigned)
         centroids.append(stored)
         assignments.append(assigned.to(index_dtype(k)))
         centres.append(centre)
-    return residual, Clusters(torch.stack(centroids), torch.stack(assignments), official), centres
+    return Clustered(residual, subtract, Clusters(torch.stack(centroids), torch.stack(assignments), official), centres)
 
 
 def add_back(residual: Tensor, clusters: Clusters) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rcm.kernels.kv_codec import codes as coding
-from rcm.kernels.kv_codec.clusters import Clustering, Clusters, add_back, cluster
+from rcm.kernels.kv_codec import fused as fused_kernels
+from rcm.kernels.kv_codec.clusters import Clustering, Clusters, add_back, cluster, members
 from rcm.kernels.kv_codec.codes import CodeFormat, Codes
 from rcm.kernels.kv_codec.smoothing import Undo, smooth, unsmooth
 from rcm.kernels.kv_codec.spec import KVCodecSpec, Side
@@ -17,7 +18,10 @@ from rcm.kernels.kv_codec.spec import KVCodecSpec, Side
 
 @dataclass(frozen=True)
 class Blob:
-    """Keys or values of one chunk and layer: `codes`, or the plain bf16 tensor; what undoes the smoothing; clusters. `dtype` is what came."""
+    """Keys or values of one chunk and layer: `codes`, or the plain bf16 tensor; what undoes the smoothing; clusters.
+
+    `dtype` is what was encoded.
+    """
 
     codes: Codes | Tensor
     undo: Undo
@@ -36,8 +40,8 @@ class Blob:
 
 
 class KVCodec:
-    """Encodes and restores chunks [B, S, N, D] after `spec`. Holds nothing but the cluster centres that the next chunk of a layer starts from;
-    a second stream takes a `fork`.
+    """Encodes and restores chunks [B, S, N, D] after `spec`. Holds nothing but the cluster centres that the next chunk of a layer starts
+    from; a second stream takes a `fork`.
     """
 
     def __init__(self, spec: KVCodecSpec) -> None:
@@ -61,7 +65,9 @@ class KVCodec:
         """`decode` written into `out` [B, S, N, D] of any strides and floating dtype."""
         if out.shape != blob.shape:
             raise ValueError(f"the blob holds {list(blob.shape)}, out is {list(out.shape)}")
-        out.copy_(reference(blob))
+        fused = self.spec.triton_restore and isinstance(blob.codes, Codes) and blob.undo.kind == "none"
+        if not (fused and fused_kernels.restore_into(blob.codes, blob.clusters, out)):
+            out.copy_(reference(blob))
 
     def blob_bytes(self, blob: Blob) -> int:
         """Bytes that the blob takes on its device."""
@@ -91,19 +97,25 @@ class KVCodec:
 
     def _encode(self, x: Tensor, side: Side, warm: list[Tensor] | None) -> tuple[Blob, list[Tensor]]:
         spec, how = self.spec, self.spec.side(side)
-        clusters, centres, undo, smoothed = None, [], Undo(), x
+        clusters, centres, undo, smoothed, subtract = None, [], Undo(), x, None
         if how.smoothing == "qvg":
             settings = Clustering(spec.qvg_clusters, spec.qvg_iters, spec.qvg_stages, spec.qvg_share_assignments, spec.mode)
-            smoothed, clusters, centres = cluster(x, settings, warm if spec.qvg_warm_start else None)
+            smoothed, subtract, clusters, centres = cluster(x, settings, warm if spec.qvg_warm_start else None)
         elif how.smoothing != "none":
             smoothed, undo = smooth(x.float(), how.smoothing, alpha=spec.smooth_alpha, percentile=spec.clip_percentile)
         if how.dtype == "bf16":
-            held = smoothed.to(torch.bfloat16, copy=smoothed.data_ptr() == x.data_ptr()).contiguous()
+            smoothed = smoothed if subtract is None else smoothed - members(*subtract)
+            held = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device).copy_(smoothed)
             return Blob(held, undo, clusters, x.dtype), centres
         fmt = CodeFormat(how.dtype, how.group_size, spec.granularity(side), how.asymmetric, spec.mode)
         if spec.mode == "official":
             fmt = coding.check_official(x.shape, fmt, flag=f"kv_group_size_{side[0]}")
-        return Blob(coding.encode(smoothed, fmt), undo, clusters, x.dtype), centres
+            if subtract is not None:  # rounds the residual to the dtype of x, which the kernel does not
+                smoothed, subtract = smoothed - members(*subtract), None
+        codes = fused_kernels.encode(smoothed, fmt, subtract) if spec.triton_restore else None
+        if codes is None:
+            codes = coding.encode(smoothed if subtract is None else smoothed - members(*subtract), fmt)
+        return Blob(codes, undo, clusters, x.dtype), centres
 
 
 def reference(blob: Blob) -> Tensor:

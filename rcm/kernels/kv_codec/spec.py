@@ -83,7 +83,7 @@ class KVCodecSpec:
         return self.key if side == "key" else self.value
 
     def granularity(self, side: Side) -> str:
-        """The granularity of a side with "auto" resolved: keys by channel, values by token; by token what stays bf16 and all of official."""
+        """The granularity of a side with "auto" resolved: keys by channel, values by token; bf16 and all of "official" by token."""
         chosen = self.side(side)
         if chosen.granularity != "auto":
             return chosen.granularity
@@ -91,7 +91,7 @@ class KVCodecSpec:
 
     @property
     def keys_before_rotation(self) -> bool:
-        """Whether the cache should hold keys before their rotation: always when keys are coded (rotation spreads their outlier channels)."""
+        """Whether the cache should hold keys before their rotation: always where keys are coded, as rotation spreads their outliers."""
         return not self.key.is_identity
 
     def describe(self) -> str:

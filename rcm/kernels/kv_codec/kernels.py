@@ -1,0 +1,236 @@
+"""Triton kernels of the codec: restore, extremes of groups, codes.
+
+A tensor is seen as [B, S, W], W = N D channels of all heads. CHANNEL: groups and bytes run over tokens, else over channels; either way
+neighbouring lanes read neighbouring addresses. Numbers of e4m3 are taken apart by integer arithmetic, so nothing here needs hardware
+with that type, and every product of a number and its scale is exact (README.md).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _e4m3(bits):
+    """float32 of the bits (int32) of e4m3 numbers."""
+    magnitude = bits & 127
+    normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
+    return tl.where((bits & 128) != 0, -value, value)
+
+
+@triton.jit
+def _to_e4m3(y):
+    """Bits (int32) of the e4m3 numbers nearest to float32 `y` within +-448, halves to even."""
+    size = tl.abs(y)
+    exponent = tl.maximum((size.to(tl.int32, bitcast=True) >> 23) - 127, -6)
+    per_step = ((130 - exponent) << 23).to(tl.float32, bitcast=True)
+    steps = _to_even(size * per_step).to(tl.int32)
+    return (exponent + 6) * 8 + steps + ((y.to(tl.int32, bitcast=True) >> 24) & 128)
+
+
+@triton.jit
+def _to_even(y):
+    """Whole numbers nearest to `y`, |y| < 2^22, halves to even: 1.5 2^23 leaves no bits for a fraction."""
+    return (y + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _stored(ptr, index, keep, E4M3: tl.constexpr):
+    """Scales or zeros as float32."""
+    raw = tl.load(ptr + index, mask=keep, other=0)
+    if E4M3:
+        return _e4m3(raw.to(tl.int32))
+    return raw.to(tl.float32)
+
+
+@triton.jit
+def _number(code, DTYPE: tl.constexpr, OFFSET: tl.constexpr):
+    """float32 of unsigned codes (int32)."""
+    if DTYPE == "fp8":
+        return _e4m3(code)
+    if DTYPE == "fp4":
+        size = code & 7
+        half = tl.where(size < 4, size, tl.where(size < 6, 2 * size - 4, 4 * size - 16)).to(tl.float32)
+        return tl.where(code >= 8, -0.5 * half, 0.5 * half)
+    return code.to(tl.float32) - OFFSET
+
+
+@triton.jit
+def _centroid(centroids, assigned, batch, token, head, col, keep, cluster_sizes, PER_HEAD: tl.constexpr):
+    """Centroids of tokens [T, C]; `cluster_sizes` = (tokens, heads, clusters, width)."""
+    tokens, heads, clusters, width = cluster_sizes
+    if PER_HEAD:
+        which = tl.load(assigned + (batch * tokens + token) * heads + head, mask=keep, other=0).to(tl.int64)
+    else:
+        which = tl.load(assigned + batch * tokens + token, mask=token < tokens, other=0).to(tl.int64)
+    return tl.load(centroids + (batch * clusters + which) * width + col, mask=keep, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def restore(
+    data, scales, zeros, unit, centroids, assigned, out, strides, sizes,
+    DTYPE: tl.constexpr, OFFSET: tl.constexpr, SIGNED: tl.constexpr, HIGH_FIRST: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    CHANNEL: tl.constexpr, E4M3: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_UNIT: tl.constexpr, STAGES: tl.constexpr,
+    FIRST_FIRST: tl.constexpr, PER_HEAD: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """out[b, s, w] = number * scale (+ zero) + centroids.
+
+    `strides` of out over batch, token, head; `sizes` = (batch, tokens, heads, clusters).
+    """
+    batches, tokens, heads, clusters = sizes
+    width = heads * D
+    per_byte: tl.constexpr = 8 // BITS
+    batch = tl.program_id(2).to(tl.int64)
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None]
+    col = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
+    keep = (token < tokens) & (col < width)
+    if CHANNEL:
+        byte = (batch * tl.cdiv(tokens, per_byte) + token // per_byte) * width + col
+        group = (batch * tl.cdiv(tokens, GROUP) + token // GROUP) * width + col
+        place = token % per_byte
+    else:
+        byte = ((batch * tokens + token) * width + col) // per_byte
+        group = ((batch * tokens + token) * width + col) // GROUP
+        place = col % per_byte
+    code = tl.load(data + byte, mask=keep, other=0).to(tl.int32)
+    if BITS < 8:
+        bits = BITS * (per_byte - 1 - place) if HIGH_FIRST else BITS * place
+        code = (code >> bits) & ((1 << BITS) - 1)
+    scale = _stored(scales, group, keep, E4M3)
+    if HAS_UNIT:
+        scale *= tl.load(unit + batch)
+    value = (code.to(tl.float32) if SIGNED else _number(code, DTYPE, OFFSET)) * scale
+    if HAS_ZERO:
+        value += _stored(zeros, group, keep, E4M3)
+    head = col // D
+    for i in tl.static_range(STAGES):
+        stage = i if FIRST_FIRST else STAGES - 1 - i
+        table = centroids + stage * batches * clusters * width
+        index = assigned + stage * batches * tokens * (heads if PER_HEAD else 1)
+        value += _centroid(table, index, batch, token, head, col, keep, (tokens, heads, clusters, width), PER_HEAD)
+    stride_b, stride_s, stride_n = strides
+    place_out = out + batch * stride_b + token.to(tl.int64) * stride_s + head * stride_n + col % D
+    tl.store(place_out, value.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _residual(
+    x, centroids, assigned, batch, token, col, keep, strides, sizes,
+    HAS_CLUSTERS: tl.constexpr, PER_HEAD: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Elements of the tensor, less the centroids of their tokens, in float32."""
+    _, tokens, heads, clusters = sizes
+    stride_b, stride_s, stride_n = strides
+    head = col // D
+    value = tl.load(x + batch * stride_b + token.to(tl.int64) * stride_s + head * stride_n + col % D, mask=keep, other=0.0).to(tl.float32)
+    if HAS_CLUSTERS:
+        value -= _centroid(centroids, assigned, batch, token, head, col, keep, (tokens, heads, clusters, heads * D), PER_HEAD)
+    return value
+
+
+@triton.jit
+def extremes(
+    x, centroids, assigned, low, high, strides, sizes,
+    GROUP: tl.constexpr, CHANNEL: tl.constexpr, HAS_CLUSTERS: tl.constexpr, PER_HEAD: tl.constexpr, D: tl.constexpr,
+    ALONG: tl.constexpr, ACROSS: tl.constexpr,
+):  # fmt: skip
+    """Least and largest element of every group, float32. A program takes ACROSS groups; ALONG is GROUP up to a power of two."""
+    _, tokens, heads, _ = sizes
+    width = heads * D
+    batch = tl.program_id(2).to(tl.int64)
+    inside = tl.arange(0, ALONG)[:, None]
+    across = tl.program_id(0) * ACROSS + tl.arange(0, ACROSS)
+    if CHANNEL:
+        token = tl.program_id(1) * GROUP + inside
+        col = across[None, :]
+        group = (batch * tl.cdiv(tokens, GROUP) + tl.program_id(1)) * width + across
+        there = across < width
+    else:
+        per_token = width // GROUP
+        token = (across // per_token)[None, :]
+        col = (across % per_token)[None, :] * GROUP + inside
+        group = batch * tokens * per_token + across
+        there = across < tokens * per_token
+    keep = (inside < GROUP) & (token < tokens) & there[None, :]
+    value = _residual(x, centroids, assigned, batch, token, col, keep, strides, sizes, HAS_CLUSTERS, PER_HEAD, D)
+    tl.store(low + group, tl.min(tl.where(keep, value, float("inf")), axis=0), mask=there)
+    tl.store(high + group, tl.max(tl.where(keep, value, float("-inf")), axis=0), mask=there)
+
+
+@triton.jit
+def _code(y, DTYPE: tl.constexpr, ASYMMETRIC: tl.constexpr, OFFICIAL: tl.constexpr, BITS: tl.constexpr):
+    """Unsigned codes (int32) of scaled elements; of int8 the low byte of the signed number."""
+    top: tl.constexpr = (1 << BITS) - 1
+    half: tl.constexpr = 1 << (BITS - 1)
+    if DTYPE == "fp8":
+        return _to_e4m3(tl.minimum(tl.maximum(y, -448.0), 448.0))
+    if DTYPE == "fp4":
+        size = tl.abs(y)
+        index, best = tl.zeros_like(size).to(tl.int32), size
+        for i in tl.static_range(1, 8):
+            distance = tl.abs(size - (0.5 * i if i < 4 else (i - 2.0 if i < 6 else 2.0 * i - 8.0)))
+            index = tl.where(distance < best, i, index)
+            best = tl.minimum(distance, best)
+        return index + tl.where((y < 0) & (index > 0), 8, 0)
+    if DTYPE == "int2" and not ASYMMETRIC and not OFFICIAL:
+        index, best = tl.zeros_like(y).to(tl.int32), tl.abs(y + 1.5)
+        for i in tl.static_range(1, 4):
+            distance = tl.abs(y - (i - 1.5))
+            index = tl.where(distance < best, i, index)
+            best = tl.minimum(distance, best)
+        return index
+    bounded = tl.minimum(tl.maximum(y, -1024.0), 1024.0)
+    if OFFICIAL:
+        size = tl.abs(bounded)
+        whole = tl.floor(size)
+        size = whole + tl.where(size - whole >= 0.5, 1.0, 0.0)
+        number = tl.where(bounded < 0, -size, size).to(tl.int32)
+    else:
+        number = _to_even(bounded).to(tl.int32)
+    if ASYMMETRIC:
+        return tl.minimum(tl.maximum(number, 0), top)
+    if OFFICIAL:
+        number = tl.minimum(tl.maximum(number, 1 - half), half - 1)
+        return number if BITS == 8 else number + half - 1
+    number = tl.minimum(tl.maximum(number, -half), half - 1)
+    return number if BITS == 8 else number + half
+
+
+@triton.jit
+def write_codes(
+    x, centroids, assigned, scale, zero, data, strides, sizes,
+    DTYPE: tl.constexpr, ASYMMETRIC: tl.constexpr, OFFICIAL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, CHANNEL: tl.constexpr,
+    HAS_CLUSTERS: tl.constexpr, PER_HEAD: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Packed codes of a tensor given what they are computed with: float32 `scale` and `zero` per group.
+
+    A program writes TOKENS x COLS bytes.
+    """
+    _, tokens, heads, _ = sizes
+    width = heads * D
+    per_byte: tl.constexpr = 8 // BITS
+    batch = tl.program_id(2).to(tl.int64)
+    at = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None]
+    across = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
+    rows = tl.cdiv(tokens, per_byte) if CHANNEL else tokens
+    columns = width if CHANNEL else width // per_byte
+    total = tl.zeros((TOKENS, COLS), tl.int32)
+    for place in tl.static_range(per_byte):
+        token = at * per_byte + place if CHANNEL else at
+        col = across if CHANNEL else across * per_byte + place
+        keep = (token < tokens) & (col < width)
+        if CHANNEL:
+            group = (batch * tl.cdiv(tokens, GROUP) + token // GROUP) * width + col
+        else:
+            group = ((batch * tokens + token) * width + col) // GROUP
+        value = _residual(x, centroids, assigned, batch, token, col, keep, strides, sizes, HAS_CLUSTERS, PER_HEAD, D)
+        if ASYMMETRIC:
+            value -= tl.load(zero + group, mask=keep, other=0.0)
+        divisor = tl.load(scale + group, mask=keep, other=1.0)
+        value = tl.where(divisor > 0, tl.div_rn(value, tl.where(divisor > 0, divisor, 1.0)), 0.0)
+        code = _code(value, DTYPE, ASYMMETRIC, OFFICIAL, BITS)
+        total |= tl.where(keep, code, 0) << (BITS * (per_byte - 1 - place) if OFFICIAL else BITS * place)
+    inside = (at < rows) & (across < columns)
+    tl.store(data + (batch * rows + at) * columns + across, total.to(tl.uint8), mask=inside)

@@ -1,0 +1,45 @@
+"""The codec's kernels equal plain torch bit for bit (Triton's interpreter), and compile for Hopper with wide accesses, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def run(module: str, *arguments: str, interpret: bool) -> object:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    command = [sys.executable, "-m", f"tests.support.{module}", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_kernels_equal_plain_torch():
+    found = run("interpreted_kv_codec", "cases", interpret=True)
+    assert len(found) > 40
+    assert {name: different for name, different in found.items() if different} == {}
+
+
+@pytest.mark.slow
+def test_broken_kernels_are_caught():
+    caught = run("interpreted_kv_codec", "mutants", interpret=True)
+    assert len(caught) > 10
+    assert [name for name, seen in caught.items() if not seen] == []
+
+
+@pytest.mark.slow
+def test_kernels_compile_and_store_wide():
+    found = run("compile_kv_codec", interpret=False)
+    assert {kernel["kernel"] for kernel in found} == {"restore", "extremes", "write_codes"}
+    for kernel in found:
+        stores = {access for access in kernel["accesses"] if access.startswith("st")}
+        if kernel["kernel"] == "restore":
+            assert stores == {"st.global.v4.b32"}, kernel
+        if kernel["kernel"] == "restore" and kernel["constants"]["CHANNEL"] and not kernel["constants"]["STAGES"]:
+            assert not any(access.startswith("ld.global.b8") for access in kernel["accesses"]), kernel

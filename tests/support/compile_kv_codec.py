@@ -1,0 +1,91 @@
+"""Compile the codec's kernels for compute capability 9.0 without a GPU, from the very arguments that `fused.py` passes, in a process without
+the interpreter: python -m tests.support.compile_kv_codec prints, per kernel, its constants and how it accesses memory, as JSON.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import sys
+from collections import Counter
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rcm.kernels.kv_codec import codes as coding
+from rcm.kernels.kv_codec import fused, kernels
+from rcm.kernels.kv_codec.clusters import Clustering, cluster
+from rcm.kernels.kv_codec.codes import CodeFormat
+
+TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
+    torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+NAMES = ("restore", "extremes", "write_codes")
+
+
+def _type(value: object) -> object:
+    if isinstance(value, Tensor):
+        return f"*{TYPES[value.dtype]}"
+    if isinstance(value, tuple):
+        return tuple(_type(item) for item in value)
+    return "i32"
+
+
+class Compiled:
+    """Stands in for a kernel: a launch compiles it and counts."""
+
+    def __init__(self, kernel: triton.JITFunction, found: list[dict]) -> None:
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, _grid: object) -> object:
+        return self._compile
+
+    def _compile(self, *args: object, num_warps: int, **constants: object) -> None:
+        names = self.kernel.arg_names
+        signature = {name: "constexpr" if name in constants else _type(value) for name, value in zip(names, args, strict=False)}
+        signature |= dict.fromkeys(constants, "constexpr")
+        aligned = {}
+        for i, value in enumerate(args):
+            if isinstance(value, Tensor):
+                aligned[(i,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, tuple):
+                aligned |= {(i, j): [["tt.divisibility", 16]] for j, part in enumerate(value) if part % 16 == 0}
+        source = ASTSource(self.kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
+        done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+        accesses = Counter(re.findall(r"(?:ld|st)\.global[.\w]*", done.asm["ptx"]))
+        self.found.append({"kernel": done.metadata.name, "constants": constants, "accesses": accesses})
+
+
+def main() -> None:
+    found: list[dict] = []
+    x = torch.randn(1, 256, 12, 128).to(torch.bfloat16)
+    out = torch.empty_like(x)
+    patches = [patch.object(kernels, name, Compiled(getattr(kernels, name), found)) for name in NAMES]
+    with patch.object(fused, "runs_on", lambda _: True):
+        for p in patches:
+            p.start()
+        for (dtype, mode, asymmetric), granularity in itertools.product(
+            (("fp8", "rcm", False), ("fp4", "release", False), ("int8", "rcm", True), ("int4", "rcm", False), ("int2", "official", True)),
+            ("token", "channel"),
+        ):
+            fmt = CodeFormat(dtype, 64, granularity, asymmetric, mode)
+            fused.encode(x, fmt)
+            fused.restore_into(coding.encode(x, fmt), None, out)
+        for shared in (True, False):
+            parts = cluster(x, Clustering(8, 1, 2, shared, "rcm"))
+            fmt = CodeFormat("int2", 64, "channel", False, "rcm")
+            fused.encode(parts.residual, fmt, parts.subtract)
+            fused.restore_into(coding.encode(x, fmt), parts.clusters, out)
+        for p in patches:
+            p.stop()
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

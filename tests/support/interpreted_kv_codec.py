@@ -1,0 +1,122 @@
+"""Runs the codec's kernels in Triton's interpreter and prints, as JSON, which results differ from plain torch in any bit.
+
+TRITON_INTERPRET=1 python -m tests.support.interpreted_kv_codec cases|mutants
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rcm.kernels.kv_codec import codes as coding
+from rcm.kernels.kv_codec import fused, kernels
+from rcm.kernels.kv_codec.clusters import Clustering, cluster, members
+from rcm.kernels.kv_codec.codec import Blob, reference
+from rcm.kernels.kv_codec.codes import CodeFormat
+from rcm.kernels.kv_codec.smoothing import Undo
+from rcm.kernels.kv_codec.spec import INTEGERS
+from tests.support import mutants
+
+SHAPE = (2, 11, 3, 16)
+MODE_DTYPES = [*itertools.product(("rcm", "release"), ("fp8", "fp4", *INTEGERS)), *itertools.product(("official",), INTEGERS)]
+FORMATS = {
+    f"{mode} {dtype} {granularity}{' asymmetric' if asymmetric else ''}": CodeFormat(dtype, 8, granularity, asymmetric, mode)
+    for (mode, dtype), granularity, asymmetric in itertools.product(MODE_DTYPES, ("token", "channel"), (False, True))
+    if not (asymmetric and (dtype not in INTEGERS or mode == "release")) and not (mode == "official" and granularity == "channel")
+}
+MUTANTS = {
+    "e4m3 without subnormals": ("tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)", "normal", "release int8 token"),
+    "e4m3 without sign": ("+ ((y.to(tl.int32, bitcast=True) >> 24) & 128)", "", "rcm fp8 token"),
+    "halves up": ("return (y + 12582912.0) - 12582912.0", "return tl.floor(y + 0.5)", "rcm int4 token"),
+    "last group of tokens": ("group = (batch * tl.cdiv(tokens, GROUP) + tl.program_id(1))", "group = (batch * (tokens // GROUP) + tl.program_id(1))", "rcm int4 channel"),
+    "unit forgotten": ("scale *= tl.load(unit + batch)", "scale *= 1.0", "rcm int2 token"),
+    "zero forgotten": ("value += _stored(zeros, group, keep, E4M3)", "value += 0.0", "rcm int4 channel asymmetric"),
+    "bytes reversed": ("if HIGH_FIRST else BITS * place\n        code", "if not HIGH_FIRST else BITS * place\n        code", "rcm int2 channel"),
+    "sign of four bits": ("tl.where(code >= 8, -0.5 * half, 0.5 * half)", "0.5 * half", "rcm fp4 token"),
+    "padding in the extremes": ("(inside < GROUP) & (token < tokens)", "(inside < GROUP)", "rcm int8 channel asymmetric"),
+    "one stage": ("for i in tl.static_range(STAGES)", "for i in tl.static_range(1)", "clusters 2 shared"),
+    "order of the stages": ("stage = i if FIRST_FIRST", "stage = i if not FIRST_FIRST", "clusters 2 official"),
+    "head of the assignment": ("token) * heads + head, mask", "token) * heads, mask", "clusters 1 per head"),
+    "stride of the output": ("+ head * stride_n + col % D\n    tl.store", "+ col\n    tl.store", "rcm int4 token"),
+}  # fmt: skip
+
+
+def sample(dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    """Elements of every size, halves among them, an outlier channel, a token of zeros."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    x[..., 2] *= 30
+    x[:, 1] = (x[:, 1] * 2).round() / 2
+    x[:, 3] = torch.tensor([7.0, 0.5, 1.5, -2.5, -0.5, 3.5, 0.0, -0.0]).repeat(shape[3] // 8)
+    x[-1] *= 2.0**-7
+    x[0, 2] = 0
+    return x.to(dtype)
+
+
+def differences(x: Tensor, fmt: CodeFormat, subtract: tuple[Tensor, Tensor] | None, clusters: object) -> list[str]:
+    """What of encode and restore is not equal to plain torch."""
+    wanted = coding.encode(x if subtract is None else x - members(*subtract), fmt)
+    got = fused.encode(x, fmt, subtract)
+    found = [] if got is not None else ["encode refused"]
+    for name in ("data", "scales", "zeros", "unit") if got is not None else ():
+        mine, theirs = getattr(got, name), getattr(wanted, name)
+        if (mine is None) != (theirs is None) or (mine is not None and not torch.equal(_bits(mine), _bits(theirs))):
+            found.append(name)
+    blob = Blob(wanted, Undo(), clusters, x.dtype)
+    for dtype in (torch.float32, torch.float16):  # the interpreter stores bf16 without rounding
+        room = torch.full((x.shape[0], x.shape[1] + 3, 5, x.shape[3] + 2), float("nan"), dtype=dtype)
+        view = room[:, 2:-1, 1 : 1 + x.shape[2], : x.shape[3]]
+        if not fused.restore_into(wanted, clusters, view):
+            found.append("restore refused")
+        elif not torch.equal(view, reference(blob).to(dtype)):
+            found.append(f"restored {dtype}")
+        if room.isnan().sum() != room.numel() - view.numel():
+            found.append("wrote elsewhere")
+    return found
+
+
+def cases() -> dict[str, tuple]:
+    """Name -> arguments of `differences`."""
+    found: dict[str, tuple] = {name: (sample(torch.float32), fmt, None, None) for name, fmt in FORMATS.items()}
+    found["fp16 input, whole axis"] = (sample(torch.float16), CodeFormat("int4", 0, "channel", False, "rcm"), None, None)
+    found["slice of heads"] = (sample(torch.float32, (2, 5, 6, 16))[:, :, 1:4], CodeFormat("int2", 8, "token", False, "rcm"), None, None)
+    for stages, shared in itertools.product((1, 2), (True, False)):
+        for mode, granularity in (("rcm", "token"), ("release", "channel")):
+            x = sample(torch.float32)
+            parts = cluster(x, Clustering(4, 2, stages, shared, mode))
+            fmt = CodeFormat("int2", 8, granularity, False, mode)
+            name = f"clusters {stages} {'shared' if shared else 'per head'}{'' if mode == 'rcm' else ', release by channel'}"
+            found[name] = (parts.residual, fmt, parts.subtract, parts.clusters)
+    x = sample(torch.float32)
+    parts = cluster(x, Clustering(4, 3, 2, False, "official"))
+    found["clusters 2 official"] = (parts.residual - members(*parts.subtract), CodeFormat("int2", 8, "token", False, "official"), None, parts.clusters)
+    return found
+
+
+def run_cases() -> dict[str, list[str]]:
+    """Every case and what differs."""
+    return {name: differences(*arguments) for name, arguments in cases().items()}
+
+
+def run_mutants() -> dict[str, bool]:
+    """Whether each broken kernel shows on the case named for it."""
+    caught, known = {}, cases()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (old, new, case) in MUTANTS.items():
+            sys.modules["rcm.kernels.kv_codec"].kernels = mutants.load(kernels, old=old, new=new, folder=Path(folder))
+            caught[name] = bool(differences(*known[case]))
+    return caught
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.uint8) if x.dtype == coding.E4M3 else x
+
+
+if __name__ == "__main__":
+    fused.ELEMENTS, fused.MAX_COLS = 256, 32
+    json.dump({"cases": run_cases, "mutants": run_mutants}[sys.argv[1]](), sys.stdout)
