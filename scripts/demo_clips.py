@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from rcm.pipelines.video_io import enlarge, to_uint8, write_mp4
+from rcm.storage.pickle_file import read_tensor
 from scripts.demo_stages import Stage
 
 SMALL, LARGE = 4, 6
@@ -61,4 +62,4 @@ def mosaic(videos: torch.Tensor, *, rows: int, scale: int) -> torch.Tensor:
 
 
 def _stored(path: Path) -> torch.Tensor | None:
-    return torch.load(path, weights_only=True).float() / 127.5 - 1 if path.is_file() else None
+    return read_tensor(path, name=str(path)).float() / 127.5 - 1 if path.is_file() else None

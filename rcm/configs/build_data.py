@@ -20,7 +20,9 @@ from rcm.data.prompts import Prompts, read_prompts
 from rcm.data.shard_writer import MANIFEST, read_manifest
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.condition import Condition
+from rcm.nets.wan.config import WanConfig
 from rcm.parallel.mesh import ParallelDims
+from rcm.storage.pickle_file import read_tensor
 from rcm.worlds.toy_latents import ToyLatents
 from rcm.worlds.toy_text import vocabulary
 
@@ -135,7 +137,7 @@ def negative_condition(run: TrainConfig, *, device: torch.device) -> Condition:
     """
     model = run.model.config
     if model.neg_embed_path:
-        text = _stored_embedding(model.neg_embed_path)
+        text = _stored_embedding(model.neg_embed_path, wan_config(model.net))
     elif run.dataloader_train.kind == "fake":
         net = wan_config(model.net)
         text = torch.zeros(1, net.text_len, net.text_dim)
@@ -144,8 +146,17 @@ def negative_condition(run: TrainConfig, *, device: torch.device) -> Condition:
     return Condition(text.to(device))
 
 
-def _stored_embedding(path: str) -> torch.Tensor:
-    stored = torch.load(Path(path), map_location="cpu", weights_only=True)
-    if not isinstance(stored, torch.Tensor) or stored.ndim not in (2, 3):
-        raise ConfigError(f"model.config.neg_embed_path={path} must hold a tensor [L, E] or [1, L, E], got {type(stored).__name__}")
-    return stored.float() if stored.ndim == 3 else stored.float()[None]
+def _stored_embedding(path: str, net: WanConfig) -> torch.Tensor:
+    stored = read_tensor(Path(path), name=f"model.config.neg_embed_path={path}")
+    if not stored.is_floating_point() or stored.ndim not in (2, 3) or stored.shape[:-2] not in ((), (1,)) or not stored.numel():
+        told = f"{str(stored.dtype).removeprefix('torch.')} {list(stored.shape)}"
+        raise ConfigError(f"model.config.neg_embed_path={path} must hold a floating-point tensor [L, E] or [1, L, E], it holds {told}")
+    if stored.shape[-2] > net.text_len or stored.shape[-1] != net.text_dim:
+        raise ConfigError(
+            f"model.config.neg_embed_path={path} has shape {list(stored.shape)}, the network takes at most {net.text_len} tokens of "
+            f"width {net.text_dim}; give an embedding of its text encoder or change model.config.net"
+        )
+    wide = stored.float()
+    if not wide.isfinite().all():
+        raise ConfigError(f"model.config.neg_embed_path={path} holds NaN or infinite values; encode the negative prompt again")
+    return wide.reshape(1, *stored.shape[-2:])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rcm.core.errors import ConfigError
+from rcm.core.errors import CheckpointError, ConfigError
 from rcm.data.batch import LatentBatch
 from rcm.data.tar_index import CONTEXT, FIELDS, ShardError, ShardIndex, index_shard
+from rcm.storage.pickle_file import read_tensor
 
 PATTERN_KNOB = "dataloader_train.tar_path_pattern"
 _LATENT, _EMBED, _PROMPT, _CONTEXT = range(4)
@@ -165,13 +165,12 @@ class LatentShards:
 
     def _tensor(self, shard: ShardIndex, sample: int, field: int) -> torch.Tensor:
         name = f"shard {shard.path}: member {shard.member(sample, field)}"
-        data = shard.read(sample, field)
         try:
-            value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises many kinds, all mean the same here
-            raise ShardError(f"{name} is not a readable tensor file: {error}") from error
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            raise ShardError(f"{name} holds {type(value).__name__}, expected one floating-point tensor")
+            value = read_tensor(shard.read(sample, field), name=name)
+        except CheckpointError as error:
+            raise ShardError(str(error)) from error
+        if not value.is_floating_point():
+            raise ShardError(f"{name} holds a tensor of {value.dtype}, expected one of floating-point numbers")
         value = value.float()
         if not torch.isfinite(value).all():
             raise ShardError(f"{name} holds NaN or infinite values")

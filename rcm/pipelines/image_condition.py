@@ -15,6 +15,8 @@ from rcm.pipelines.wan_sizes import FrameSize
 
 MASK_CHANNELS = 4
 """One per pixel frame of a latent frame (temporal stride 4)."""
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Told by content, not by name. Pillow's others include EPS, which it hands to Ghostscript: a program inside a picture would run."""
 
 
 def read_image(path: str | Path) -> torch.Tensor:
@@ -25,14 +27,16 @@ def read_image(path: str | Path) -> torch.Tensor:
     if not path.is_file():
         raise VideoError(f"no image file at {path}")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.mode in ("I", "F"):
                 raise VideoError(f"{path} holds 32-bit pixels of no stated range; convert it to 8 bits")
             upright = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):  # PIL would clip at 255 instead: a white picture
                 upright = Image.fromarray(((np.asarray(upright).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
             return torch.from_numpy(np.array(upright.convert("RGB")))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except VideoError:
+        raise
+    except Exception as error:  # a decoder's; Pillow's raise many kinds for damaged files
         raise VideoError(f"cannot decode {path}: {error}") from error
 
 
