@@ -170,7 +170,7 @@ class ChunkLoop:
         return self._append(placement) if append else self.cache.readonly(visible=placement.visible, transient=self.in_place)
 
     def _append(self, placement: Placement) -> View:
-        return self.cache.append(placement.visible, observers=placement.observers)
+        return self.cache.append(placement.visible, observers=self.canvas.policy.observers(self.cache.branches))
 
 
 def rollout(

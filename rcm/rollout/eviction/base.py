@@ -25,12 +25,10 @@ class Placement:
 
     visible       ids of the cached chunks that it attends to.
     frame_index   temporal position of each of its own frames.
-    observers     per branch of the cache, who is shown queries and keys of the append pass.
     """
 
     visible: tuple[int, ...]
     frame_index: tuple[int, ...]
-    observers: tuple[Observer | None, ...] = ()
 
 
 class CachePolicy:
@@ -51,6 +49,10 @@ class CachePolicy:
     def before(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> Placement:
         """What `chunk` sees. May drop chunks and set positions of those that stay."""
         return Placement(tuple(held.id for held in branches[0].chunks), tuple(range(chunk.start, chunk.stop)))
+
+    def observers(self, branches: Sequence[KVCache]) -> tuple[Observer | None, ...]:
+        """Per branch, who is shown queries and keys of the pass that enters a chunk."""
+        return ()
 
     def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
         """`chunk` is in the cache now, as its newest entry."""

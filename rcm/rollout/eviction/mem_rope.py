@@ -1,0 +1,111 @@
+"""MemRoPE (arXiv 2603.12513): what grows old enters two running means, which are seen as two frames between sinks and the newest ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rcm.core.errors import ConfigError
+from rcm.diffusion.blocks import BlockPattern
+from rcm.nets.kv_cache import KVCache
+from rcm.nets.kv_rewrite import region, rewrite, split
+from rcm.nets.kv_store import Pair
+from rcm.nets.positions import at_frames
+from rcm.rollout.eviction.base import CachePolicy, ChunkSpan, Placement
+from rcm.rollout.eviction.frames import cached_frames, frame_tokens, place_in_a_row
+
+MEMORY_FRAMES = 2
+
+
+@dataclass
+class MemRope(CachePolicy):
+    """The cache is [sinks | long memory | short memory | local], positions in a row from 0, the chunk being made behind them.
+
+    A memory is a running mean of the keys and values (before rotation) of the frames that leave the local ones, one vector per head and
+    layer repeated over its frame: m <- (1 - alpha) m + alpha (mean over all tokens of those frames), beginning with the first such mean.
+    `per_position` averages over frames only, as the paper does, so that a memory is a whole frame. The release averages its own memory
+    frames into every later mean; here only frames that were generated enter. Raises `ConfigError` unless sinks >= 0, local >= 1 and both
+    rates lie in (0, 1].
+    """
+
+    sinks: int = 3
+    local: int = 4
+    alpha_long: float = 0.01
+    alpha_short: float = 0.1
+    per_position: bool = False
+
+    keys = "pre_rope"
+    any_keys = False
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0 or self.local < 1:
+            raise ConfigError(f"mr_sink_frames={self.sinks} must be at least 0 and mr_local_frames={self.local} at least 1")
+        for name, alpha in (("mr_alpha_long", self.alpha_long), ("mr_alpha_short", self.alpha_short)):
+            if not 0 < alpha <= 1:
+                raise ConfigError(f"{name}={alpha:g} must lie above 0 and not above 1")
+        self._memory: dict[tuple[int, int], tuple[Pair, Pair]] = {}
+
+    @property
+    def budget(self) -> int:
+        """Frames that the cache keeps."""
+        return self.sinks + MEMORY_FRAMES + self.local
+
+    def capacity_frames(self, pattern: BlockPattern) -> int | None:
+        """See `CachePolicy`."""
+        return self.budget + max(pattern.first, pattern.chunk)
+
+    def before(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> Placement:
+        """See `CachePolicy`."""
+        held = branches[0].chunks
+        first = place_in_a_row(branches, held, first=0)
+        return Placement(tuple(entry.id for entry in held), tuple(range(first, first + chunk.stop - chunk.start)))
+
+    def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
+        """See `CachePolicy`."""
+        frames = cached_frames(branches[0])
+        if frames <= self.budget:
+            return
+        per_frame, grid = frame_tokens(branches[0]), branches[0].chunks[0].positions.grid
+        start, stop = self.sinks * per_frame, (frames - self.local) * per_frame
+        parts = [at_frames((self.sinks + i,), grid) for i in range(MEMORY_FRAMES)]
+        for number, cache in enumerate(branches):
+            split(cache, before=(start, stop))
+            rewrite(cache, region(cache, start, stop), parts, partial(self._remember, number, per_frame))
+
+    def _remember(self, branch: int, per_frame: int, layer: int, keys: Tensor, values: Tensor) -> Pair:
+        """The two memory frames of a layer, after the tokens that grow old entered them."""
+        known = self._memory.get((branch, layer))
+        aged = [x[:, 0 if known is None else MEMORY_FRAMES * per_frame :] for x in (keys, values)]
+        means = tuple(self._mean(x, per_frame) for x in aged)
+        updated = []
+        for i, alpha in enumerate((self.alpha_long, self.alpha_short)):
+            updated.append(means if known is None else tuple((1 - alpha) * m + alpha * x for m, x in zip(known[i], means, strict=True)))
+        self._memory[branch, layer] = tuple(updated)
+        frames = [[x.expand(-1, per_frame, -1, -1).to(keys.dtype) for x in memory] for memory in updated]
+        return tuple(torch.cat(both, dim=1) for both in zip(*frames, strict=True))
+
+    def _mean(self, x: Tensor, per_frame: int) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return wide.unflatten(1, (-1, per_frame)).mean(1) if self.per_position else wide.mean(1, keepdim=True)
+
+    def protected(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
+        """See `CachePolicy`."""
+        held = branches[0]
+        return region(held, 0, self.sinks * frame_tokens(held)) if held.chunks else ()
+
+    def fresh(self) -> MemRope:
+        """See `CachePolicy`."""
+        return replace(self)
+
+    def state(self) -> Any:
+        """See `CachePolicy`; memories are replaced, never written."""
+        return dict(self._memory)
+
+    def load_state(self, state: Any) -> None:
+        """See `CachePolicy`."""
+        self._memory = dict(state)

@@ -1,0 +1,132 @@
+"""Relax Forcing by its paper's rule (arXiv 2603.21366): a few blocks in the roles sink, history and tail, with hybrid rotary indices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rcm.core.errors import ConfigError
+from rcm.diffusion.blocks import BlockPattern
+from rcm.nets.kv_cache import KVCache
+from rcm.nets.kv_store import pieces_of
+from rcm.nets.kv_view import CachedChunk
+from rcm.rollout.eviction.base import CachePolicy, ChunkSpan, Placement
+from rcm.rollout.eviction.compressed import Reduce
+from rcm.rollout.eviction.frames import num_frames, place_in_a_row
+from rcm.rollout.eviction.relax_forcing import cosines
+
+
+@dataclass
+class RelaxForcingPaper(CachePolicy):
+    """A chunk sees the first `sinks` blocks, the best `history` blocks of the past and the last `tail` blocks.
+
+    Candidates are the later half of the last `pool` blocks between sinks and tail (of an odd number, the larger half), which the cache
+    holds for that. The score is cos(block, sinks) - `redundancy` cos(block, tail), of mean keys of layer 0 over tokens, averaged over the
+    samples: the blocks of a batch are chosen together. Indices are hybrid: sinks keep their own, from 0; the chunk stands at the end of
+    `horizon` frames and the tail right before it; history keeps its distance to the tail as far as the room behind the sinks allows.
+    The release has another rule under the same name (`RelaxForcing`). Raises `ConfigError` for counts that do not fit.
+    """
+
+    sinks: int = 2
+    history: int = 1
+    tail: int = 1
+    pool: int = 8
+    redundancy: float = 0.5
+    horizon: int = 21
+    reduce: Reduce | None = None
+
+    keys = "pre_rope"
+    any_keys = False
+
+    def __post_init__(self) -> None:
+        if self.sinks < 1 or self.tail < 1 or self.history < 0:
+            raise ConfigError(
+                f"rx_sink_blocks={self.sinks} and rx_tail_blocks={self.tail} must be at least 1, "
+                f"rx_history_blocks={self.history} at least 0"
+            )
+        if (self.pool + 1) // 2 < self.history:
+            raise ConfigError(
+                f"rx_pool_blocks={self.pool} leaves {(self.pool + 1) // 2} candidates for rx_history_blocks={self.history}; "
+                f"set it to {2 * self.history} or more"
+            )
+        if not 0 <= self.redundancy < float("inf"):
+            raise ConfigError(f"rx_redundancy={self.redundancy:g} must be at least 0")
+        self._vectors: dict[int, Tensor] = {}
+        self._seen: tuple[int, ...] = ()
+
+    def capacity_frames(self, pattern: BlockPattern) -> int | None:
+        """See `CachePolicy`. `ConfigError` for a horizon into which what a chunk sees does not fit."""
+        largest = max(pattern.first, pattern.chunk)
+        seen = (self.sinks + self.history + self.tail + 1) * largest
+        if seen > self.horizon:
+            raise ConfigError(f"f_limit={self.horizon} frames are fewer than the {seen} that a chunk and the blocks it sees take; raise it")
+        return (self.sinks + self.pool + self.tail + 1) * largest
+
+    def before(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> Placement:
+        """See `CachePolicy`."""
+        held, own = branches[0].chunks, chunk.stop - chunk.start
+        now = min(self.horizon, chunk.stop) - own
+        sinks, later = held[: self.sinks], held[self.sinks :]
+        between, tail = later[: -self.tail], later[-self.tail :]
+        chosen = self._chosen(sinks, tail, between[len(between) // 2 :])
+        seen = (*sinks, *chosen, *tail)
+        behind, limit = place_in_a_row(branches, sinks, first=0), now
+        room = behind + sum(map(num_frames, (*chosen, *tail)))
+        distance, at = {}, 0
+        for entry in reversed(later):
+            at += num_frames(entry)
+            distance[entry.id] = at
+        for entry in reversed(seen[len(sinks) :]):
+            room -= num_frames(entry)
+            limit = max(room, min(limit - num_frames(entry), now - distance[entry.id]))
+            place_in_a_row(branches, [entry], first=limit)
+        self._seen = tuple(entry.id for entry in seen)
+        return Placement(self._seen, tuple(range(now, now + own)))
+
+    def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
+        """See `CachePolicy`."""
+        ids, newest = [entry.id for entry in branches[0].chunks], branches[0].chunks[-1]
+        keys, _ = branches[0].store.read(0, pieces_of(newest.spans, chunk=newest.id))
+        self._vectors[newest.id] = keys.to(torch.promote_types(keys.dtype, torch.float32)).mean(1).flatten(1)
+        gone = ids[self.sinks : max(self.sinks, len(ids) - self.pool - self.tail)]
+        for cache in branches:
+            cache.evict(gone)
+        for chunk_id in gone:
+            del self._vectors[chunk_id]
+
+    def _chosen(self, sinks: Sequence[CachedChunk], tail: Sequence[CachedChunk], candidates: Sequence[CachedChunk]) -> list[CachedChunk]:
+        """The best candidates, in order; by the keys of the first branch, the conditional one."""
+        if len(candidates) <= self.history:
+            return list(candidates)
+        known = self._vectors
+        rows = [known[entry.id] for entry in candidates]
+        ends = [torch.stack([known[entry.id] for entry in group]).mean(0) for group in (sinks, tail)]
+        cosine = cosines(torch.stack([*rows, *ends], dim=1), self.reduce).mean(0)
+        score = cosine[: len(rows), -2] - self.redundancy * cosine[: len(rows), -1]
+        best = score.sort(descending=True, stable=True).indices[: self.history].tolist()
+        return [candidates[i] for i in sorted(best)]
+
+    def protected(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
+        """See `CachePolicy`."""
+        return tuple(entry.id for entry in branches[0].chunks[: self.sinks])
+
+    def hidden(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
+        """See `CachePolicy`."""
+        return tuple(entry.id for entry in branches[0].chunks[:-1] if entry.id not in self._seen)
+
+    def fresh(self) -> RelaxForcingPaper:
+        """See `CachePolicy`."""
+        return replace(self)
+
+    def state(self) -> Any:
+        """See `CachePolicy`."""
+        return dict(self._vectors), self._seen
+
+    def load_state(self, state: Any) -> None:
+        """See `CachePolicy`."""
+        vectors, self._seen = state
+        self._vectors = dict(vectors)

@@ -1,0 +1,149 @@
+"""Every policy, as whole streams, against recomputation token by token; every policy with every codec and context rule."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rcm.core.dtypes import Precision
+from rcm.kernels.kv_codec.codec import KVCodec
+from rcm.kernels.kv_codec.spec import KVCodecSpec, SideSpec
+from rcm.nets.denoiser import Denoiser, Guided
+from rcm.pipelines.session import Session, StreamSpec
+from rcm.rollout.eviction.base import CachePolicy
+from rcm.rollout.eviction.deep_forcing import DeepForcing
+from rcm.rollout.eviction.infinity_rope import InfinityRope
+from rcm.rollout.eviction.mem_rope import MemRope
+from rcm.rollout.eviction.relax_forcing import RelaxForcing
+from rcm.rollout.eviction.relax_forcing_paper import RelaxForcingPaper
+from rcm.rollout.eviction.rolling_sink import RollingSink
+from rcm.rollout.eviction.sliding_window import SlidingWindow
+from rcm.rollout.noise import ChunkNoise
+from rcm.rollout.recipe import SamplingRecipe
+from tests.support import policy_rules as rules
+from tests.support.stream_oracle import Rule, stream
+from tests.support.tiny_nets import HEIGHT, WIDTH, condition, tiny_config, tiny_net
+
+RECIPE = SamplingRecipe("few_step", "c1-1", mids=((0.6,), (0.5,)))
+LATENT = (4, HEIGHT, WIDTH)
+BLOCKS = 9
+
+POLICIES = {
+    "everything": (CachePolicy(), Rule()),
+    "sliding": (SlidingWindow(4), rules.Window(3)),
+    "sliding+sink": (SlidingWindow(3, 1), rules.Window(3, 1)),
+    "rolling": (RollingSink(3, 2, 1), rules.Rolling(3, 2, 1)),
+    "rolling 4": (RollingSink(4, 2, 2), rules.Rolling(4, 2, 2)),
+    "infinity": (InfinityRope(3, 1, 8), rules.Infinity(3, 1, 8)),
+    "infinity clamped": (InfinityRope(4, 0, 3), rules.Infinity(4, 0, 3)),
+    "infinity flush": (InfinityRope(3, 1, 8, flush_interval=4), rules.Infinity(3, 1, 8, interval=4)),
+    "infinity cut": (InfinityRope(3, 1, 8, cut_delta=5, cuts=frozenset({4, 7})), rules.Infinity(3, 1, 8, delta=5, cuts=(4, 7))),
+    "mem": (MemRope(2, 2, 0.3, 0.6), rules.Memory(2, 2, 0.3, 0.6)),
+    "mem no sink": (MemRope(0, 1, 0.3, 0.6), rules.Memory(0, 1, 0.3, 0.6)),
+    "mem positions": (MemRope(1, 2, 0.3, 0.6, per_position=True), rules.Memory(1, 2, 0.3, 0.6, per_position=True)),
+    "deep": (DeepForcing(2, 6, 2), rules.Deep(2, 6, 2)),
+    "deep last layer": (DeepForcing(1, 5, 1, observation_layers=1), rules.Deep(1, 5, 1, layers=1)),
+    "deep without history": (DeepForcing(2, 4, 2), rules.Deep(2, 4, 2)),
+    "relax": (RelaxForcing(1, 5, 2, 0.5), rules.Relax(1, 5, 2, 0.5)),
+    "relax by contrast": (RelaxForcing(0, 4, 1, 0.1), rules.Relax(0, 4, 1, 0.1)),
+    "relax paper": (RelaxForcingPaper(1, 1, 1, 5, 0.5, 12), rules.Roles(1, 1, 1, 5, 0.5, 12)),
+}
+ROLES = {"relax paper": (RelaxForcingPaper(2, 2, 1, 6, 0.5, 24), rules.Roles(2, 2, 1, 6, 0.5, 24))}
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> Denoiser:
+    return Denoiser(tiny_net(), Precision.preset("fp64")).eval_params()
+
+
+def check(model, policy, rule, recipe=RECIPE, *, blocks=BLOCKS, batch=2, codec=None, cond=None, ntk=1.0, **options) -> Session:
+    """Run a session, then the oracle on the same noise, and compare."""
+    cond = condition(tiny_config(), batch=batch) if cond is None else cond
+    codec = None if codec is None else codec.fork()
+    pre = None if codec is None or policy.keys == "pre_rope" or not policy.any_keys else "pre_rope"
+    frames = None if policy.capacity_frames(recipe.blocks) else recipe.blocks.frames_before(blocks + 1)
+    spec = StreamSpec(recipe, LATENT, batch=batch, num_frames=frames, policy=policy, keys=pre, kv_codec=codec, **options)
+    session = Session(model, None, cond, spec)
+    got = torch.cat([chunk.latents for chunk in itertools.islice(session, blocks)], dim=2)
+    noise = ChunkNoise((batch, *LATENT), seed=0, dtype=torch.float64, device="cpu")
+    fork = None if codec is None else codec.fork()
+    wanted = stream(model, cond, recipe, rule, blocks=blocks, noise=noise, latent=LATENT, batch=batch, codec=fork, ntk=ntk)
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=3e-6 * (1 + float(wanted.abs().max())))
+    return session
+
+
+def fresh(name: str, table=POLICIES):
+    """Policy and a rule without memory of another test."""
+    policy, rule = table[name]
+    return policy, copy.deepcopy(rule)
+
+
+@pytest.mark.parametrize("pattern", ["c1-1", "c3-2"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_stream_equals_recomputation_token_by_token(denoiser, name, pattern):
+    policy, rule = fresh(name, ROLES if name == "relax paper" and pattern != "c1-1" else POLICIES)
+    check(denoiser, policy, rule, replace(RECIPE, pattern=pattern))
+
+
+@pytest.mark.parametrize("recipe", [replace(RECIPE, noisy_context=True), replace(RECIPE, kind="ode", ode_steps=3)], ids=["noisy", "ode"])
+@pytest.mark.parametrize("name", ["sliding+sink", "rolling", "infinity cut", "mem", "deep", "relax", "relax paper"])
+def test_guidance_noisy_context_and_many_steps(denoiser, name, recipe):
+    """Both branches of a guided stream have a memory of their own."""
+    policy, rule = fresh(name)
+    check(Guided(denoiser, condition(tiny_config(), batch=1, seed=9), 2.0), policy, rule, recipe, blocks=7)
+
+
+@pytest.mark.parametrize("name", ["sliding", "infinity", "deep", "relax"])
+def test_slower_turning_time(name):
+    """An NTK ratio reaches the tables and the keys that a policy turns on."""
+    net = tiny_net()
+    net.rope.stretch((1.7, 1.0, 1.0))
+    policy, rule = fresh(name)
+    policy = replace(policy, ntk_time=1.7) if name in ("deep", "relax") else policy
+    check(Denoiser(net, Precision.preset("fp64")).eval_params(), policy, rule, blocks=8, ntk=1.7)
+
+
+def side(dtype: str, **options) -> SideSpec:
+    return SideSpec(dtype, **options)
+
+
+CODECS = {
+    "plain": None,
+    "fp8 clip": KVCodecSpec(side("fp8", smoothing="clip"), side("fp8")),
+    "fp4 balance": KVCodecSpec(side("fp4", smoothing="balance", group_size=8), side("fp4", granularity="head")),
+    "int8 tensor": KVCodecSpec(side("int8", granularity="tensor"), side("int8", smoothing="hadamard"), mode="release"),
+    "int4 official": KVCodecSpec(side("int4", group_size=16), side("int4", group_size=16), mode="official"),
+    "int2 qvg": KVCodecSpec(side("int2", smoothing="qvg", group_size=16), side("int2", smoothing="qvg", group_size=16), qvg_clusters=4),
+    "int2 kivi": KVCodecSpec(side("int2", asymmetric=True), side("int2", asymmetric=True)),
+}
+CONTEXTS = {
+    "clean": RECIPE,
+    "noisy": replace(RECIPE, noisy_context=True),
+    "from block 2": replace(RECIPE, noisy_context=True, noisy_context_start_chunk=2),
+}
+METHODS = ("everything", "sliding+sink", "rolling", "infinity cut", "infinity flush", "mem", "deep", "relax", "relax paper")
+
+
+def pairs() -> list[tuple[str, str, str]]:
+    """Every method with every codec; contexts in turn, shifted from row to row, so that each meets every method and every codec."""
+    contexts = list(CONTEXTS)
+    return [(method, codec, contexts[(i + j) % len(contexts)]) for i, method in enumerate(METHODS) for j, codec in enumerate(CODECS)]
+
+
+def test_the_pairs_are_all_pairs():
+    table = pairs()
+    for a, b in itertools.combinations((0, 1, 2), 2):
+        found = {(row[a], row[b]) for row in table}
+        assert len(found) == len({r[a] for r in table}) * len({r[b] for r in table})
+
+
+@pytest.mark.parametrize(("method", "codec", "context"), pairs())
+def test_every_method_with_every_codec_and_context(denoiser, method, codec, context):
+    """A coded cache is the plain one with every chunk replaced by what its codec makes of it, at the time it enters."""
+    policy, rule = fresh(method)
+    spec = CODECS[codec]
+    check(denoiser, policy, rule, CONTEXTS[context], blocks=7, codec=None if spec is None else KVCodec(spec))
