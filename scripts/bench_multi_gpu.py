@@ -36,6 +36,7 @@ from rcm.parallel.apply import parallelize
 from rcm.parallel.fsdp import local, stored_tensors
 from rcm.parallel.init import materialise, on_meta
 from rcm.parallel.mesh import ParallelDims, process_group
+from rcm.storage.pickle_file import read_pickle
 
 SAMPLES = 2
 KEPT_ENTRIES = 65536  # of every gradient, evenly spread: a wrong shard, factor or order cannot hide from them
@@ -78,7 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     with process_group(options.device):
         world, truth = dist.get_world_size(), {}
         if world > 1:
-            truth = torch.load(options.truth, map_location="cpu", weights_only=True)
+            for key, value in read_pickle(options.truth).tensors.items():
+                precision, _, name = key.partition(".")
+                truth.setdefault(precision, {})[name] = value
         combinations = {"one": (1, 1)} if world == 1 else {f"FSDP2 over {world}": (world, 1), f"Ulysses over {world}": (1, world)}
         if world >= 4:
             combinations["FSDP2 x Ulysses 2"] = (world // 2, 2)

@@ -222,9 +222,9 @@ def test_a_doubled_member_is_named(folder):
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        (b"not a tensor", "not a readable tensor file"),
-        (tensor_bytes({"x": torch.zeros(1)}), "holds dict"),
-        (tensor_bytes(torch.zeros(4, 3, 2, 2, dtype=torch.int64)), "expected one floating-point tensor"),
+        (b"not a tensor", "cannot be read"),
+        (tensor_bytes({"x": torch.zeros(1)}), "holds a dict"),
+        (tensor_bytes(torch.zeros(4, 3, 2, 2, dtype=torch.int64)), "holds a tensor of torch.int64"),
         (tensor_bytes(torch.full((4, 3, 2, 2), float("nan"))), "NaN"),
     ],
 )
