@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rcm.core.errors import ConfigError
 from rcm.encoders.codec import latent_frames, latent_grid, pixel_frames
+from rcm.encoders.wan_vae_compile import compile_decoder
 from rcm.encoders.wan_vae_net import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE, WanVAE, WanVAEConfig
 from rcm.encoders.wan_vae_stream import (
     DecodeStream,
@@ -25,6 +26,7 @@ from rcm.encoders.wan_vae_stream import (
 )
 from rcm.encoders.wan_vae_tiles import plan_tiles
 from rcm.encoders.wan_vae_weights import WAN_VAE_FILE, load_weights
+from rcm.kernels.precompile import Compiled
 
 __all__ = ["WAN_VAE_FILE", "WanVAE", "WanVAECodec", "WanVAEConfig"]
 
@@ -166,6 +168,16 @@ class WanVAECodec:
         if graphs != "off":
             raise ConfigError("graphs='on' is for whole frames; set tile=None or graphs='off'")
         return TiledDecodeStream(self.vae, self._statistics, tile=self.tile, frames_per_step=frames_per_step)
+
+    def warm_up(self, size: tuple[int, int], *, batch: int = 1, frames_per_step: int = 1) -> Compiled:
+        """Compile the kernels that a `stream` of videos of `size` = (H, W) pixels will launch, before its first frame (`compile_decoder`).
+
+        May run in a thread beside other work. `compile_decoder` itself needs no codec, so it can run while the weights are read.
+        """
+        cells = self.latent_size(*size) if self.tile is None else (min(n, self.tile) for n in self.latent_size(*size))
+        pixels = tuple(n * self.spatial_stride for n in cells)
+        options = {"dtype": self.dtype, "config": self.vae.config, "batch": batch, "frames_per_step": frames_per_step}
+        return compile_decoder(self.device, size=pixels, **options)
 
     def describe(self) -> dict[str, Any]:
         """Name and file, as a checkpoint's self-description stores them; path None for random weights."""

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rcm.kernels.precompile import device_for
+
 Form = Literal["direct", "pairs", "tma", "columns"]
 TMA_CAPABILITY = (9, 0)
 FEW_CHANNELS_OUT = 16
@@ -40,10 +42,11 @@ class PackedKernel:
 
 def best_form(weight: Tensor, *, stride: tuple[int, int, int] = (1, 1, 1)) -> Form:
     """The form measured fastest for weights [N, C, kt, ky, kx] on their device and dtype."""
-    if not weight.is_cuda or weight.element_size() != 2 or stride != (1, 1, 1):
+    device = device_for(weight)
+    if device.type != "cuda" or weight.element_size() != 2 or stride != (1, 1, 1):
         return "direct"
     n, c = weight.shape[:2]
-    if torch.cuda.get_device_capability(weight.device) == TMA_CAPABILITY and tma_obstacle(weight) is None:
+    if torch.cuda.get_device_capability(device) == TMA_CAPABILITY and tma_obstacle(weight) is None:
         return "columns" if n < FEW_CHANNELS_OUT and weight.shape[4] > 1 else "tma"
     return "pairs" if c in PAIR_CHANNELS and weight.shape[4] == 3 else "direct"
 

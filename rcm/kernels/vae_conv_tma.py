@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rcm.kernels.precompile import launch
 from rcm.kernels.vae_conv import PackedKernel, row_multiple
 
 FEW_PROGRAMS = 132
@@ -124,7 +125,9 @@ def launch_convolution(
     out = padded.new_empty(b, *size, n, dtype=out_dtype or padded.dtype)
     columns = triton.cdiv(n, tiles.block_n + tiles.rest_n)
     with torch.cuda.device(padded.device) if padded.is_cuda else contextlib.nullcontext():
-        convolution_kernel[(triton.cdiv(size[0] * h * w, tiles.block_m) * columns, b)](
+        launch(
+            convolution_kernel,
+            (triton.cdiv(size[0] * h * w, tiles.block_m) * columns, b),
             rows,
             weight,
             rest,

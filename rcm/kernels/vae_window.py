@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rcm.kernels.precompile import device_for
+
 Layout = Literal["plain", "frame_pairs", "pixel_quads"]
 Norm = Literal["none", "rms", "rms_silu"]
 NORM_FLOOR = 1e-12
@@ -76,7 +78,7 @@ def window(
     Raises `ValueError` for shapes that do not fit. Spec wan.md 4.2, 4.3.
     """
     _check(features, gamma=gamma, norm=norm, carried=carried, border=border)
-    if features.value.is_cuda:
+    if device_for(features.value).type == "cuda":
         from rcm.kernels.vae_window_triton import launch_window  # Triton is imported only where there is a card for it
 
         return launch_window(features, gamma=gamma, norm=norm, carried=carried, border=border, keep=keep)

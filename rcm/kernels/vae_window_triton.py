@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from rcm.kernels.precompile import launch
 from rcm.kernels.vae_window import NORM_FLOOR, Features, Norm, Window
 
 _LAYOUTS = {"plain": 0, "frame_pairs": 1, "pixel_quads": 2}
@@ -171,7 +172,9 @@ def launch_window(
     # absent tensors are never read; any pointer will do
     arguments = [value if x is None else x for x in tensors]
     with torch.cuda.device(value.device) if value.is_cuda else contextlib.nullcontext():
-        window_kernel[(triton.cdiv((h + low + high) * (w + low + high), block_p), b)](
+        launch(
+            window_kernel,
+            (triton.cdiv((h + low + high) * (w + low + high), block_p), b),
             *arguments,
             t,
             h,

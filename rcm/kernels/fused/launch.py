@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rcm.kernels import precompile
 from rcm.kernels.fused import norm_kernels, pointwise_kernels
 
 ROWS_FORWARD, ROWS_BACKWARD = 8, 32
@@ -101,8 +102,9 @@ def norm(x: Tensor, gain: Tensor, shift: Tensor | None, *, kind: NormKind, dtype
     added = gain if shift is None else _vectors(shift, rows, name="shift")
     grid, sizes = _cut(rows, ROWS_FORWARD)
     operands = (_rows(rows), gain, added, y, rows.shape[1], rows.shape[2], kind.eps)
+    options = {"CENTER": kind.center, "OFFSET": kind.offset, "HAS_SHIFT": shift is not None}
     with _device(x):
-        norm_kernels.norm_forward[grid](*operands, CENTER=kind.center, OFFSET=kind.offset, HAS_SHIFT=shift is not None, **sizes)
+        precompile.launch(norm_kernels.norm_forward, grid, *operands, **options, **sizes)
     return y
 
 
@@ -200,7 +202,9 @@ def gated_add(
     grid, sizes = _cut(rows, ROWS_FORWARD)
     x_dot, y_dot, gate_dot = tangents
     with _device(x):
-        pointwise_kernels.gated_add_forward[grid](
+        precompile.launch(
+            pointwise_kernels.gated_add_forward,
+            grid,
             _rows(rows),
             _tangent_rows(x_dot, rows),
             _rows(values),
@@ -251,9 +255,8 @@ def gelu(x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
     grid = (_divided(x.numel(), POINTWISE_BLOCK),)
     if x.numel():
         with _device(x):
-            pointwise_kernels.gelu_forward[grid](
-                x, moved, y, target, x.numel(), HAS_DOT=x_dot is not None, BLOCK=POINTWISE_BLOCK, num_warps=8
-            )
+            options = {"HAS_DOT": x_dot is not None, "BLOCK": POINTWISE_BLOCK, "num_warps": 8}
+            precompile.launch(pointwise_kernels.gelu_forward, grid, x, moved, y, target, x.numel(), **options)
     return y, y_dot
 
 
@@ -279,7 +282,9 @@ def rotate(x: Tensor, x_dot: Tensor | None, cos: Tensor, sin: Tensor, *, backwar
     tokens = max(1, TABLE_ELEMENTS // pairs)
     if x.numel():
         with _device(x):
-            pointwise_kernels.rotate_pairs[(batch * _divided(length, tokens),)](
+            precompile.launch(
+                pointwise_kernels.rotate_pairs,
+                (batch * _divided(length, tokens),),
                 _rows(rows),
                 _rows(moved),
                 cos,

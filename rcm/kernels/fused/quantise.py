@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rcm.kernels import precompile
 from rcm.kernels.fused.reference import accumulate_dtype, gelu_tanh
 
 Rows = tuple[Tensor, Tensor]
@@ -55,8 +56,17 @@ def launch(x: Tensor, *, gelu: bool) -> Rows:
     block = _power_of_2(width)
     if rows:
         with _device(x):
-            quantise_kernels.quantise_rows[(rows,)](
-                x, q, scale, x.stride(0), GELU=gelu, WIDTH=width, BLOCK=block, num_warps=min(16, max(4, block // 1024))
+            precompile.launch(
+                quantise_kernels.quantise_rows,
+                (rows,),
+                x,
+                q,
+                scale,
+                x.stride(0),
+                GELU=gelu,
+                WIDTH=width,
+                BLOCK=block,
+                num_warps=min(16, max(4, block // 1024)),
             )
     return q, scale
 

@@ -1,0 +1,102 @@
+"""Compiling kernels before they are needed, side by side in threads: one by one they take seconds of a first frame.
+
+While `precompile` runs a plan, a launch made with `launch` starts the compilation of its kernel and runs nothing. So
+code that computes on tensors of the meta device tells which kernels it will want, before any weight is loaded. Triton
+compiles outside of Python's lock, and the last step in a process of its own: threads are enough.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_THREADS = 32
+_planned: ContextVar[torch.device | None] = ContextVar("planned", default=None)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Distinct kernels of a plan, and the seconds until they were loaded on the device (from Triton's cache on disk,
+    where it has them).
+    """
+
+    kernels: int = 0
+    seconds: float = 0.0
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
+    """`kernel[grid](*arguments, **constants)`; in a plan of `precompile`, only the compilation of what that would run."""
+    if _planned.get() is None:
+        kernel[grid](*arguments, **constants)
+    else:
+        kernel.warmup(*arguments, grid=grid, **constants)
+
+
+def device_for(x: Tensor) -> torch.device:
+    """Where `x` computes: on its device, or for a tensor on meta in a plan of `precompile`, on the one compiled for."""
+    planned = _planned.get()
+    return planned if planned is not None and x.is_meta else x.device
+
+
+def precompile(plan: Callable[[], object], *, device: torch.device | str, threads: int | None = None) -> Compiled:
+    """Compile the kernels that `plan` launches (by `launch`, in this thread) for a CUDA `device`, load them there,
+    and wait.
+
+    `threads`: how many at once, by default the cores of this process, at most MOST_THREADS. The first error of a
+    compilation is raised. May run in a thread of its own, beside the loading of weights.
+    """
+    return copy_context().run(_precompile, plan, _indexed(device), threads or default_threads())
+
+
+def default_threads() -> int:
+    """Cores that this process may use, at most MOST_THREADS."""
+    return min(MOST_THREADS, len(os.sched_getaffinity(0)))
+
+
+def _indexed(device: torch.device | str) -> torch.device:
+    """With the index that it stands for."""
+    device = torch.device(device)
+    return device if device.index is not None else torch.device(device.type, torch.cuda.current_device())
+
+
+def _precompile(plan: Callable[[], object], device: torch.device, threads: int) -> Compiled:
+    import triton  # absent on machines without a GPU
+
+    start = time.perf_counter()
+    _planned.set(device)
+    with torch.cuda.device(device), _LoadingPool(device, threads) as pool, triton.AsyncCompileMode(pool):
+        plan()
+    return Compiled(pool.submitted, time.perf_counter() - start)
+
+
+class _LoadingPool(ThreadPoolExecutor):
+    """Threads that compile a kernel and then build its launcher and load it, which the first launch would do
+    otherwise.
+    """
+
+    def __init__(self, device: torch.device, threads: int) -> None:
+        super().__init__(threads, thread_name_prefix="compile", initializer=torch.cuda.set_device, initargs=(device,))
+        self.submitted = 0
+        # kernels of one function share launchers: the first to be ready builds, the others find it
+        self._building: defaultdict[object, threading.Lock] = defaultdict(threading.Lock)
+
+    def submit(self, compile_kernel: Callable[[], Any], /) -> Future:
+        """Compile and load."""
+        self.submitted += 1
+        return super().submit(self._compile_and_load, compile_kernel)
+
+    def _compile_and_load(self, compile_kernel: Callable[[], Any]) -> Any:
+        kernel = compile_kernel()
+        with self._building[kernel.src.fn.fn]:
+            _ = kernel.run  # a property, which loads
+        return kernel
