@@ -1,0 +1,73 @@
+"""The list of experiments for reading: grouped by row, at most `WIDTH` columns, quick."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from rcm.configs import compose
+from rcm.configs.network import networks, parameter_count
+from rcm.core.errors import ConfigError
+
+WIDTH = 120
+_SUFFIXES = re.compile(r"(_c\d+-\d+)?(_replayed)?(_debug)?$")
+_SHORT = {"net_teacher": "teacher", "net_causal_teacher": "causal", "net_bidirectional_teacher": "bidir", "net_fake_score": "fake"}
+
+
+def matching(words: Sequence[str]) -> dict[str, list[str]]:
+    """Runnable experiments whose names contain all `words`, by row; `_debug` variants only if a word asks for them."""
+    known = set(compose.options("experiment"))
+    debug = any("debug" in word for word in words)
+    found: dict[str, list[str]] = {}
+    for name in sorted(known):
+        template = any(other.startswith(f"{name}_c") and _SUFFIXES.sub("", other) == name for other in known)
+        if not template and all(word in name for word in words) and (debug or not name.endswith("_debug")):
+            found.setdefault(_SUFFIXES.sub("", name), []).append(name)
+    return found
+
+
+def lines(words: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """(line, whether it tells of a failure). Rows are composed, one variant each, when words narrow the list down: that takes a moment."""
+    rows = matching(words)
+    if not rows:
+        raise ConfigError(f"no experiment has {' and '.join(map(repr, words))} in its name; the whole list: rcm experiments")
+    for title, group in (("embedded world, two CPU cores", True), ("Wan", False)):
+        chosen = {row: names for row, names in rows.items() if row.startswith("toy_") == group}
+        if not chosen:
+            continue
+        yield f"{title}:", False
+        for row, names in chosen.items():
+            yield from _row(row, names, composed=bool(words))
+    yield "Each name also exists with _debug (25 iterations).", False
+    if words:
+        yield "batch: per data rank x accumulation; ranks: context x shard.", False
+    else:
+        yield "With words from the names it also tells networks, sizes and needs: rcm experiments toy sf_dmd", False
+
+
+def _row(row: str, names: Sequence[str], *, composed: bool) -> Iterator[tuple[str, bool]]:
+    if composed:
+        about, failed = details(names[0])
+        yield f"  {row}", failed
+        yield from ((line, failed) for line in textwrap.wrap(about, WIDTH, initial_indent="      ", subsequent_indent="      "))
+    for name in names:
+        yield f"    {name}" if composed else f"  {name}", False
+
+
+def details(name: str) -> tuple[str, bool]:
+    """Networks, sizes and needs of an experiment in words, and whether it does not even compose."""
+    try:
+        run = compose.compose_run([f"experiment={name}"], world_size=None, require_inputs=False)
+    except ConfigError as error:
+        return f"FAILS: {error}", True
+    config, model = run.config, run.config.model.config
+    nets = networks(model)
+    mine = f"net {nets['net'].preset} ({parameter_count(nets['net']) / 1e6:,.2f} M)"
+    others = ", ".join(f"{_SHORT[role]} {net.preset}" for role, net in nets.items() if role != "net")
+    batch = f"{config.dataloader_train.batch_size}x{config.trainer.grad_accum_iter}"
+    ranks = f"{config.model_parallel.context_parallel_size}x{model.fsdp_shard_size}"
+    needs = sorted({lack.split()[0].removeprefix("model.config.").removeprefix("dataloader_train.") for lack in run.missing})
+    sizes = f"lr {config.optimizer.lr:.0e}, batch {batch}, {config.trainer.max_iter} steps, ranks {ranks}"
+    verdict = f"ok; needs {', '.join(needs)}" if needs else "ok"
+    return f"{mine}{', with ' + others if others else ''}; {sizes}; {verdict}", False
