@@ -52,7 +52,7 @@ class Demo:
         self.world = ToyWorld(WORLD)
         self.scorer = ToyScorer(self.world)
         self.prompts = (self.world.prompts() * 8)[:num_videos]
-        self._stop, self._running, self._kept = threading.Event(), set[subprocess.Popen](), threading.Lock()
+        self._stop, self._running, self._iterations = threading.Event(), set[subprocess.Popen](), dict[str, int]()
 
     def run(self, name: str) -> Path:
         """Job folder of a stage."""
@@ -125,18 +125,20 @@ class Demo:
         return curves
 
     def iterations(self, stage: Stage) -> int:
-        """Iterations of a stage at this scale."""
-        registry_distill.register()
-        run = compose_run([f"experiment={stage.experiment}", *stage.overrides], require_inputs=False)
-        full = run.config.trainer.max_iter
-        return full if self.scale == 1 else max(2, round(full * self.scale))
+        """Iterations of a stage at this scale. Composing is not for threads: ask once for every stage before they start."""
+        if stage.name not in self._iterations:
+            registry_distill.register()
+            run = compose_run([f"experiment={stage.experiment}", *stage.overrides], require_inputs=False)
+            full = run.config.trainer.max_iter
+            self._iterations[stage.name] = full if self.scale == 1 else max(2, round(full * self.scale))
+        return self._iterations[stage.name]
 
     def share(self, stage: Stage) -> float:
         """How much of a stage earlier sessions did, 0 to 1."""
-        entry, train = self.record.stages.get(stage.name, {}), stage.cost[0] / sum(stage.cost)
+        entry, train, total = self.record.stages.get(stage.name, {}), stage.cost[0] / sum(stage.cost), self.iterations(stage)
         if entry.get("scored"):
             return 1.0
-        return train if entry.get("trained") else train * (checkpointed_iteration(self.run(stage.name)) or 0) / self.iterations(stage)
+        return train if entry.get("trained") else train * (checkpointed_iteration(self.run(stage.name)) or 0) / total
 
     def stop(self) -> None:
         """Ask everything to stop: training processes save and end, scoring ends after the sampler it is at."""
