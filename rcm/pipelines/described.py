@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from rcm.train.export import describe, model_directory
 from rcm.worlds.toy_codec import ToyCodec
 from rcm.worlds.toy_text import ToyTextEncoder
 
+TOY_PROMPT = "a red square moving left"
+"""A sentence of the default embedded world."""
+
 
 def description_at(path: Path) -> Description:
     """Self-description of a checkpoint folder or file, beside it or inside a safetensors file; `CheckpointError` without one."""
@@ -41,6 +45,19 @@ def _embedded(path: Path) -> Description | None:
     """The description inside a safetensors file that was separated from its JSON."""
     text = open_container(path).metadata.get("rcm")
     return None if text is None else Description.from_json(text, source=f"the metadata of {path}")
+
+
+def stream_command(path: str | Path, description: Description) -> str | None:
+    """The line that streams from this checkpoint, ready to be typed; None where it does not say how it is sampled."""
+    extra = description.extra
+    if not (extra.get("recipe") or extra.get("sampler")):
+        return None
+    text = extra.get("text") or {}
+    prompt = "a cat on a skateboard"
+    if text.get("name") == "toy":
+        words = tuple(text.get("words") or TOY_PROMPT.split())
+        prompt = TOY_PROMPT if set(TOY_PROMPT.split()) <= set(words) else " ".join(words[: text.get("text_len", 8) - 1][:4])
+    return f"rcm stream --ckpt {shlex.quote(str(path))} --prompt {shlex.quote(prompt)}"
 
 
 def network_of(description: Description, path: Path) -> WanConfig:

@@ -18,6 +18,7 @@ from rcm.nets.wan.config import PRESETS
 from rcm.nets.wan.convert import PATCH_KEY
 from rcm.nets.wan.foreign import LORA, foreign
 from rcm.nets.wan.lora import lora_pairs
+from rcm.pipelines.described import stream_command
 from rcm.pipelines.wan_files import NetworkWeights, config_of, copies_in, description_of, network_headers, preset_of, told_size
 from rcm.pipelines.weight_files import experts_at, open_weights
 from rcm.storage.state_dicts import listed, misfit, shapes_of
@@ -147,7 +148,7 @@ def inspect_weights(path: str | Path) -> WeightsReport:
         description=description
         and f"stage {description.stage}, iteration {description.iteration}, {description.network_name or 'no name'}",
         problem=_problem(copies),
-        uses=_uses(str(path), copies[0]) if copies[0].fits else (),
+        uses=_uses(str(path), copies[0], streamed=description and stream_command(path, description)) if copies[0].fits else (),
         **common,
     )
 
@@ -234,9 +235,11 @@ def _family(file: WeightFile, patch: int | None, prefixes: Iterable[str]) -> str
     return "original Wan" if patch == 5 else "unknown"
 
 
-def _uses(path: str, first: CopyReport) -> tuple[str, ...]:
-    """Where a network of this size can be passed."""
+def _uses(path: str, first: CopyReport, *, streamed: str | None) -> tuple[str, ...]:
+    """Where a network of this size can be passed; `streamed`: the line for one that says how it is sampled."""
     size = first.preset
+    if streamed:
+        return (f"stream it: {streamed}", f"training from it: model.config.student_ckpt={path} (or a teacher's *_ckpt)")
     module = "python -m rcm.inference."
     if size in ("1.3B", "14B"):
         return (
