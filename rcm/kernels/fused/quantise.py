@@ -41,7 +41,9 @@ def reference(x: Tensor) -> Rows:
     """The plain formula of `quantise_rows` without GELU."""
     wide = x.float()
     amax = wide.abs().amax(dim=1, keepdim=True).clamp_min(SMALLEST_AMAX)
-    return (wide * (LARGEST / amax)).clamp(-LARGEST, LARGEST).to(E4M3), amax / LARGEST
+    # both divisions between tensors: by a number, torch multiplies with a rounded inverse
+    largest = torch.full_like(amax, LARGEST)
+    return (wide * (largest / amax)).clamp(-LARGEST, LARGEST).to(E4M3), amax / largest
 
 
 def launch(x: Tensor, *, gelu: bool) -> Rows:

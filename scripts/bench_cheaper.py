@@ -1,0 +1,399 @@
+"""Cheaper arithmetic and a quicker start on one card, random weights at full size: checks, times, a table and JSON.
+
+    python -m scripts.bench_cheaper [--json FILE] [--parts vae_cold,fp8_check,fp8_layers,...]
+
+Every part runs in a process of its own: an error of one is printed and leaves the others alone. A part whose check fails
+times nothing. Products are timed inside a CUDA graph over weights that together exceed the L2 cache, as a
+network's do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scripts.bench_measure import write
+
+DEVICE = "cuda"
+ROWS = (4680, 1560, 780)
+"""Tokens of a chunk of three frames and of one at 480x832, and of one frame over two cards."""
+WIDTH, HIDDEN, HEADS = 1536, 8960, 12
+COPIES, REPEATS = 8, 9
+SIZE = (480, 832)
+CELLS = (60, 104)
+LAYERS = {
+    "qkv": (WIDTH, 3 * WIDTH, False),
+    "o": (WIDTH, WIDTH, False),
+    "cross_q": (WIDTH, WIDTH, False),
+    "cross_o": (WIDTH, WIDTH, False),
+    "ffn_in": (WIDTH, HIDDEN, False),
+    "ffn_out": (HIDDEN, WIDTH, True),
+}
+"""Choice of FP8 layers to channels in, channels out, and whether a GELU comes before."""
+
+
+class CheckFailed(RuntimeError):
+    """A result is not what it should be; nothing of that part is timed."""
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected| in float64."""
+    found, expected = found.double(), expected.double()
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def require(checks: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Print errors beside their budgets; `CheckFailed` if any is above."""
+    for name, (error, budget) in checks.items():
+        print(f"  {name:66s} {error:9.2e}  (budget {budget:.0e})", flush=True)
+    failed = [name for name, (error, budget) in checks.items() if not error <= budget]
+    if failed:
+        raise CheckFailed(f"above budget: {failed}")
+    return {name: error for name, (error, _) in checks.items()}
+
+
+def milliseconds(calls: list[Callable[[], object]]) -> float:
+    """Of one call: the `calls`, one after the other, captured in a graph; median of REPEATS replays."""
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side), torch.no_grad():
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    spent = []
+    for _ in range(REPEATS + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        spent.append(begin.elapsed_time(end) / len(calls))
+    return sorted(spent[2:])[REPEATS // 2]
+
+
+def random_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A bfloat16 layer without gradient, weights of the size that training leaves."""
+    layer = nn.Linear(inputs, outputs, device=DEVICE, dtype=torch.bfloat16).requires_grad_(False)
+    layer.weight.normal_(std=inputs**-0.5)
+    layer.bias.normal_(std=0.1)
+    return layer
+
+
+def fp8_check() -> dict[str, Any]:
+    """The kernel against its formula, products against emulation and float64, a captured layer against the eager one."""
+    from rcm.kernels.fused import quantise
+    from rcm.nets.fp8_linear import FP8Linear
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.manual_seed(0)
+    checks: dict[str, tuple[float, float]] = {}
+    for rows, width in ((1560, WIDTH), (4680, HIDDEN), (33, 48)):
+        x = (
+            torch.randn(rows, width, device=DEVICE, dtype=torch.bfloat16)
+            * torch.rand(rows, 1, device=DEVICE).mul(9).exp().bfloat16()
+        )
+        (q, scale), (plain, plain_scale) = quantise.launch(x, gelu=False), quantise.reference(x)
+        checks[f"rounded {rows} x {width}: share that differs"] = (
+            (q.float() != plain.float()).float().mean().item(),
+            0.0,
+        )
+        checks[f"scales {rows} x {width}: greatest difference"] = ((scale / plain_scale - 1).abs().max().item(), 2e-7)
+        x = torch.randn(rows, width, device=DEVICE, dtype=torch.bfloat16)
+        q, scale = quantise.launch(x, gelu=True)
+        checks[f"GELU and rounding {rows} x {width}"] = (
+            relative(q.double() * scale, F.gelu(x.double(), approximate="tanh")),
+            4e-2,
+        )
+    odd = torch.zeros(4, 64, device=DEVICE, dtype=torch.bfloat16)
+    odd[1, 3], odd[2, 5] = float("nan"), float("inf")
+    y = FP8Linear(random_linear(64, 32))(odd)
+    checks["rows with NaN or infinity that come out finite"] = (float(y[1:3].isfinite().any()), 0.0)
+    checks["rows of zeros that come out wrong"] = (float(not y[::3].isfinite().all()), 0.0)
+    for name, (inputs, outputs, gelu) in LAYERS.items():
+        layer, x = random_linear(inputs, outputs), torch.randn(1560, inputs, device=DEVICE, dtype=torch.bfloat16)
+        fast = FP8Linear(layer, gelu=gelu)
+        seen = F.gelu(x.double(), approximate="tanh") if gelu else x.double()
+        exact = F.linear(seen, layer.weight.double(), layer.bias.double())
+        (q, scale), found = quantise.launch(x, gelu=gelu), fast(x)
+        emulated = (q.float() @ fast.weight.float().t()) * scale * fast.weight_scale.t() + layer.bias.float()
+        checks[f"{name}: FP8 product against its emulation"] = (relative(found, emulated), 1e-2)
+        checks[f"{name}: FP8 layer against float64"] = (relative(found, exact), 6e-2)
+        held, graph = x.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = fast(held)
+        held.copy_(x.flip(0))
+        graph.replay()
+        checks[f"{name}: captured against eager"] = (relative(captured, fast(x.flip(0))), 0.0)
+    return {"errors": require(checks)}
+
+
+def fp8_layers() -> dict[str, Any]:
+    """bfloat16 against FP8 per layer and number of rows, with the parts of FP8, and which wins."""
+    from rcm.kernels.fused import quantise
+    from rcm.kernels.fused.launch import gelu as fused_gelu
+    from rcm.nets.fp8_linear import FP8Linear
+
+    found: dict[str, Any] = {}
+    for rows in ROWS:
+        for name, (inputs, outputs, gelu) in LAYERS.items():
+            layers = [random_linear(inputs, outputs) for _ in range(COPIES)]
+            fast = [FP8Linear(layer, gelu=gelu) for layer in layers]
+            xs = [torch.randn(rows, inputs, device=DEVICE, dtype=torch.bfloat16) for _ in range(COPIES)]
+            rounded = [quantise.quantise_rows(x, gelu=gelu) for x in xs]
+            one = torch.ones((), device=DEVICE)
+
+            def plain(layer: nn.Linear, x: Tensor, gelu: bool = gelu) -> Tensor:
+                return layer(fused_gelu(x, None)[0] if gelu else x)
+
+            def product(layer: FP8Linear, r: tuple[Tensor, Tensor]) -> Tensor:
+                return quantise.product(r, (layer.weight, layer.weight_scale), layer.bias, dtype=torch.bfloat16)
+
+            def tensorwise(layer: FP8Linear, r: tuple[Tensor, Tensor], one: Tensor = one) -> Tensor:
+                scales = {"scale_a": one, "scale_b": one}
+                return torch._scaled_mm(
+                    r[0], layer.weight.t(), **scales, bias=layer.bias, out_dtype=torch.bfloat16, use_fast_accum=True
+                )
+
+            pairs = list(zip(layers, fast, xs, rounded, strict=True))
+            row = {
+                "bf16_ms": milliseconds([lambda p=p: plain(p[0], p[2]) for p in pairs]),
+                "fp8_ms": milliseconds([lambda p=p: p[1](p[2]) for p in pairs]),
+                "fp8_product_ms": milliseconds([lambda p=p: product(p[1], p[3]) for p in pairs]),
+                "fp8_rounding_ms": milliseconds([lambda x=x, g=gelu: quantise.quantise_rows(x, gelu=g) for x in xs]),
+            }
+            try:
+                row["fp8_product_one_scale_ms"] = milliseconds([lambda p=p: tensorwise(p[1], p[3]) for p in pairs])
+            except Exception as error:
+                print(f"  product with one scale: {type(error).__name__}: {error}")
+            if name == "qkv":
+                thirds = [[random_linear(inputs, outputs // 3) for _ in range(3)] for _ in range(COPIES)]
+                apart = [[FP8Linear(layer) for layer in three] for three in thirds]
+                row["bf16_three_ms"] = milliseconds(
+                    [lambda t=t, x=x: [y(x) for y in t] for t, x in zip(thirds, xs, strict=True)]
+                )
+                row["fp8_three_ms"] = milliseconds(
+                    [lambda t=t, x=x: [y(x) for y in t] for t, x in zip(apart, xs, strict=True)]
+                )
+            base = row.get("bf16_three_ms", row["bf16_ms"])
+            row["gain"] = base / row["fp8_ms"]
+            found[f"{name}, {rows} rows"] = row
+            flops = 2 * rows * inputs * outputs * 1e-9
+            detail = "  ".join(f"{key[:-3]} {1e3 * value:.1f}" for key, value in row.items() if key.endswith("_ms"))
+            winner = "fp8" if row["gain"] > 1 else "bf16"
+            speed = f"{flops / base:.0f} and {flops / row['fp8_ms']:.0f} TFLOP/s"
+            print(
+                f"  {name:8s} {rows:5d} x {inputs} x {outputs}: {detail} us; gain {row['gain']:.2f}, {winner} ({speed})",
+                flush=True,
+            )
+    return found
+
+
+def fp8_network() -> dict[str, Any]:
+    """A captured forward of the 1.3B network on chunks of three frames and one: bfloat16 against FP8, and its error."""
+    from rcm.nets.wan.config import preset
+    from rcm.nets.wan.fp8 import LAYERS as NAMES
+    from rcm.nets.wan.fp8 import noise_velocity, quantise_linears_
+    from rcm.nets.wan.model import WanDiT
+
+    with torch.device(DEVICE):
+        plain = WanDiT(preset("1.3B"), fused="on").to(torch.bfloat16).requires_grad_(False).eval()
+    plain.init_weights(torch.Generator(DEVICE).manual_seed(0))
+    torch.manual_seed(0)
+    plain.head.head.weight.normal_(std=WIDTH**-0.5)
+    found: dict[str, Any] = {}
+    for which in ("bf16", "auto", "all", *NAMES):
+        net, row = deepcopy(plain), {}
+        if which != "bf16":
+            report = quantise_linears_(net, which=which, velocity=noise_velocity(net, size=CELLS, frames=3))
+            row["error"] = report.error
+            if not 0 < report.error < 0.3:
+                raise CheckFailed(f"{which}: error of the velocity is {report.error}")
+        for frames in (3, 1):
+            forward = chunk_forward(net, frames)
+            row[f"{frames}_frames_ms"] = milliseconds([forward])
+            row[f"{frames}_frames_gain"] = found.get("bf16", row)[f"{frames}_frames_ms"] / row[f"{frames}_frames_ms"]
+        row["weights_gib"] = sum(x.nbytes for x in (*net.parameters(), *net.buffers())) / 2**30
+        found[which] = row
+        print(f"  {which:8s} " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
+        del net, forward
+    return found
+
+
+def chunk_forward(net: nn.Module, frames: int) -> Callable[[], Tensor]:
+    """A forward of `frames` noisy frames that see each other, the prompt's keys and values computed before."""
+    from rcm.nets.condition import Condition
+    from rcm.nets.layout import TokenLayout
+
+    x = torch.randn(1, 16, frames, *CELLS, device=DEVICE, dtype=torch.bfloat16)
+    cond = net.prepare(Condition(torch.randn(1, 512, 4096, device=DEVICE, dtype=torch.bfloat16)))
+    time_of_all = torch.full((1, 1), 500.0, device=DEVICE)
+    layout = TokenLayout.bidirectional(frames, grid=net.config.token_grid(*CELLS))
+    return lambda: net(x, time_of_all, cond, layout)
+
+
+def tiny_decoder() -> dict[str, Any]:
+    """The tiny decoder: streamed against one-shot, bfloat16 against float32; milliseconds beside the full one."""
+    from rcm.encoders.taehv import TinyDecoderCodec
+
+    from rcm.encoders.wan_vae import WanVAECodec
+
+    torch.manual_seed(0)
+    fast = TinyDecoderCodec.random(device=DEVICE, dtype=torch.bfloat16)
+    exact = TinyDecoderCodec.random(device=DEVICE, dtype=torch.float32)
+    exact.net.load_state_dict(fast.net.state_dict())
+    latents = torch.randn(1, 16, 6, 12, 20, device=DEVICE)
+    whole, stream = exact.decode(latents), exact.stream()
+    pieces = torch.cat([stream.decode_chunk(part) for part in latents.split([1, 3, 2], dim=2)], dim=2)
+    found: dict[str, Any] = {
+        "errors": require(
+            {
+                "streamed against one-shot, float32": (relative(pieces, whole), 1e-5),
+                "bfloat16 against float32": (relative(fast.decode(latents), whole), 5e-2),
+            }
+        )
+    }
+    latents = torch.randn(1, 16, 13, *CELLS, device=DEVICE)
+    full = WanVAECodec.random(device=DEVICE, dtype=torch.bfloat16)
+    for name, codec in (("tiny", fast), ("full", full)):
+        for per_chunk in (1, 3):
+            for graphs in ("off", "on"):
+                stream, spent = codec.stream(graphs=graphs), []
+                for _ in range(3):
+                    stream.restart()
+                    for chunk in (latents[:, :, :1], *latents[:, :, 1:].split(per_chunk, dim=2)):
+                        torch.cuda.synchronize()
+                        start = time.perf_counter()
+                        stream.decode_chunk(chunk)
+                        torch.cuda.synchronize()
+                        spent.append(1e3 * (time.perf_counter() - start) / chunk.shape[2])
+                row = {"steady_ms": sorted(spent[-8:])[4], "state_mib": stream.num_bytes() / 2**20}
+                key = f"{name}, {per_chunk} per chunk, graphs {graphs}"
+                found[key] = row
+                print(
+                    f"  {key:34s} {row['steady_ms']:7.2f} ms per latent frame, state {row['state_mib']:.0f} MiB",
+                    flush=True,
+                )
+    return found
+
+
+def kernels_cold() -> dict[str, Any]:
+    """Seconds to compile the transformer's fused and quantised layers with an empty cache, side by side in threads."""
+    return compiled_cold(threads=None)
+
+
+def kernels_cold_serial() -> dict[str, Any]:
+    """The same kernels one by one."""
+    return compiled_cold(threads=1)
+
+
+def compiled_cold(*, threads: int | None) -> dict[str, Any]:
+    """Kernels and seconds; the process must not have compiled any of them."""
+    from rcm.kernels.fused.compile_list import inference_plan
+    from rcm.kernels.precompile import default_threads, precompile
+
+    torch.zeros(1, device=DEVICE)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        plan = inference_plan(width=WIDTH, hidden=HIDDEN, heads=HEADS, fp8=True)
+        done = precompile(plan, device=DEVICE, threads=threads)
+    threads = threads or default_threads()
+    print(f"  {done.kernels} kernels in {done.seconds:.2f} s, {threads} at once", flush=True)
+    return {"kernels": done.kernels, "seconds": done.seconds, "threads": threads}
+
+
+def vae_cold() -> dict[str, Any]:
+    """Fresh processes up to three decoded latent frames, with an empty and a filled cache."""
+    from scripts.bench_vae import cold_starts, show_cold
+
+    found = cold_starts(height=SIZE[0], width=SIZE[1])
+    show_cold(found)
+    return found
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "vae_cold": vae_cold,
+    "kernels_cold": kernels_cold,
+    "kernels_cold_serial": kernels_cold_serial,
+    "fp8_check": fp8_check,
+    "fp8_layers": fp8_layers,
+    "fp8_network": fp8_network,
+    "tiny_decoder": tiny_decoder,
+}
+
+
+def run_part(name: str, *, limit_s: int) -> dict[str, Any]:
+    """The result of one part, from a process of its own; its error in place of it."""
+    print(f"{name}: {PARTS[name].__doc__.splitlines()[0]}", flush=True)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "result.json"
+        try:
+            command = [sys.executable, "-m", "scripts.bench_cheaper", "--child", name, "--json", str(target)]
+            done = subprocess.run(command, check=False, timeout=limit_s, stderr=subprocess.PIPE, text=True)
+            error = None if done.returncode == 0 else done.stderr.strip()[-3000:]
+            result = json.loads(target.read_text()) if error is None else {"error": error}
+        except (subprocess.TimeoutExpired, OSError, ValueError) as problem:
+            result = {"error": f"{type(problem).__name__}: {str(problem)[-1000:]}"}
+    if "error" in result:
+        print(f"  FAILED: {result['error']}", flush=True)
+    print(f"  ({time.perf_counter() - start:.0f} s)", flush=True)
+    return result
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the parts, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the numbers here, after every part")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
+    parser.add_argument("--limit", type=int, default=240, help="seconds per part")
+    parser.add_argument("--child", choices=tuple(PARTS), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    chosen = options.parts.split(",")
+    if unknown := [name for name in chosen if name not in PARTS]:
+        parser.error(f"unknown parts {unknown}; choose from {', '.join(PARTS)}")
+    if not torch.cuda.is_available():
+        sys.exit(
+            "this benchmark needs a CUDA device; on the CPU run the tests in tests/nets/test_fp8_linear.py and tests/encoders"
+        )
+    if options.child:
+        write(str(options.json), PARTS[options.child]())
+        return
+    import triton
+
+    machine = {
+        "gpu": torch.cuda.get_device_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+    }
+    machine |= {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    found: dict[str, Any] = {"machine": machine}
+    for name in chosen:
+        found[name] = run_part(name, limit_s=options.limit)
+        if options.json:
+            write(str(options.json), found)
+    failed = [name for name in chosen if "error" in found[name]]
+    if failed:
+        sys.exit(f"parts that failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
