@@ -238,7 +238,7 @@ def view(options: argparse.Namespace) -> Path:
     """Decode the first samples of a shard into a contact sheet, one at a time; returns its path."""
     if options.rows < 1:
         raise ConfigError(f"--rows {options.rows} must be at least 1")
-    shards = LatentShards(str(options.view))
+    shards = LatentShards([options.view])
     batch = shards.fetch(range(min(options.rows, len(shards))))
     codec = view_codec(options, channels=batch.latents.shape[1])
     pixels = torch.cat([_thumbnail(codec, latents.unsqueeze(0)) for latents in batch.latents])
@@ -265,16 +265,11 @@ def main(argv: list[str] | None = None) -> int:
         if options.view:
             print(view(options))
         elif paths := build(options):
-            print(f"{len(LatentShards(_joined(paths)))} samples in {len(paths)} shards: {options.out}/shard-*.tar")
+            print(f"{len(LatentShards(paths))} samples in {len(paths)} shards: {options.out}/shard-*.tar")
     except (ConfigError, CheckpointError, ShardError, VideoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _joined(paths: list[Path]) -> str:
-    """A pattern that matches exactly these files of one folder."""
-    return str(paths[0].with_name("{" + ",".join(path.name for path in paths) + "}"))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,18 +14,24 @@ from rcm.configs.build_data import build_loader, known_words, latent_shape, nega
 from rcm.configs.build_method import build_method, sampling_recipe
 from rcm.configs.build_nets import NetBuilder
 from rcm.configs.build_samples import sample_observers
+from rcm.configs.checks import unread_files
 from rcm.configs.compose import Run
+from rcm.configs.continuity import continued_settings, shared_by_ranks
+from rcm.configs.convert import get_key
 from rcm.configs.network import wan_config
 from rcm.configs.pieces import described_pieces
 from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_model import CausalConfig, OptimizerConfig, SchedulerConfig
+from rcm.core.files import discard
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.denoiser import Denoiser
-from rcm.parallel.mesh import ParallelDims, process_group
+from rcm.parallel.agree import on_first, require_same, together
+from rcm.parallel.mesh import ParallelDims, launch_group
 from rcm.train.checkpoint import Checkpointer
 from rcm.train.describe import Description, write_atomically
 from rcm.train.ema import EMAConfig
-from rcm.train.metrics import JsonLines, Sink, Wandb
+from rcm.train.job_lock import job_lock
+from rcm.train.metrics import JsonLines, Sink, Wandb, require_wandb
 from rcm.train.observers import KernelRecord, LogLines, Memory, Observer, Profiler, Progress
 from rcm.train.optim import AdamWConfig, LambdaLinear
 from rcm.train.state import TrainState
@@ -45,36 +52,42 @@ def job_folder(run: Run) -> Path:
 def run(run: Run) -> Outcome:
     """Train until `trainer.max_iter`, resuming from this job's newest checkpoint if there is one. Writes under `job_folder(run)`.
 
-    Raises what composing missed: `CheckpointError`, `ConfigError` of the data, `NonFinite` (nothing updated), `OSError` with the path.
+    Raises what composing missed: `CheckpointError`, `ConfigError` of the data, of ranks that differ, or of a job folder in use, `NonFinite`
+    (nothing updated), `OSError` with the path, `PeerGone`.
     """
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    with process_group(device_type) as device:
+    with launch_group() as device, ExitStack() as held:
         replicate, shard, cp = run.mesh
-        dims = ParallelDims(dp_replicate=replicate, dp_shard=shard, cp=cp, device_type=device_type)
+        dims = ParallelDims(dp_replicate=replicate, dp_shard=shard, cp=cp, device_type=device.type)
+        require_same("their configuration", shared_by_ranks(run.config), knob="give every rank the same command and environment")
+        on_first(lambda: held.enter_context(_claimed(job_folder(run), run)))
         return build_trainer(run, dims=dims, device=device).run()
 
 
 def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trainer:
-    """Everything of a run, ready to go; on return the state is where the run continues. Collective."""
+    """Everything of a run, ready to go; on return the state is where the run continues. Its folder is claimed. Collective."""
     config = run.config
     folder = job_folder(run)
-    if dims.rank == 0:
-        _prepare_folder(folder, run)
     _allow_tf32()
+    if dims.rank == 0:
+        _warn_of_unread(config)
+    if config.job.wandb_mode in ("online", "offline"):
+        on_first(lambda: require_wandb(config.job.wandb_mode))
+    loader = together(lambda: build_loader(config, dims=dims, device=device))
+    identity = {"fingerprint": loader.source.fingerprint(), "samples": len(loader.source)}
+    require_same("their data", identity, knob="dataloader_train.tar_path_pattern must name the same files for every rank")
     nets = NetBuilder(config.model.config, dims=dims, device=device, seed=config.trainer.seed)
     method = build_method(config, nets, negative=lambda: negative_condition(config, device=device))
-    loader = build_loader(config, dims=dims, device=device)
     state = _state(config, method)
     checkpointer = Checkpointer(
         folder,
         dims=dims,
-        description=description(run, data_hash=loader.source.fingerprint(), words=known_words(config.model.config, loader.source)),
+        description=description(run, data_hash=identity["fingerprint"], words=known_words(config.model.config, loader.source)),
+        settings=continued_settings(config),
         keep_last=config.checkpoint.keep_last,
         asynchronous=config.checkpoint.dcp_async_mode_enabled,
     )
     _resume(config, checkpointer, state, loader)
-    if dims.rank == 0:
-        (folder / UNCHECKED).replace(folder / "config.yaml")  # the run fits what the folder holds
+    sinks = on_first(lambda: _begin_record(run, folder, resumed_at=state.iteration))
     return Trainer(
         method,
         loader,
@@ -83,7 +96,7 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
         config=_trainer_config(config),
         device=device,
         checkpointer=checkpointer,
-        sinks=_sinks(run, folder, resumed_at=state.iteration) if dims.rank == 0 else (),
+        sinks=sinks or (),
         observers=_observers(run, folder, Denoiser(method.trainable["student"], nets.precision), device=device),
     )
 
@@ -129,17 +142,38 @@ def _bidirectional_sampler(model) -> dict:
     return {"kind": "rcm_few_step", "sigma_max": model.sigma_max, "guidance": 1.0, "steps": 4}
 
 
-def _prepare_folder(folder: Path, run: Run) -> None:
-    """Create the job's folder and write the resolved run into it, not yet in place of an earlier one; an `OSError` names the folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / UNCHECKED, run.to_yaml())
-    except OSError as error:
-        raise OSError(
-            f"cannot write to the job folder {folder}: {error.strerror or error}; set job.output_root or IMAGINAIRE_OUTPUT_ROOT"
-        ) from error
-    for use in run.environment:
-        logger.info("environment: {}", use)
+@contextmanager
+def _claimed(folder: Path, run: Run) -> Iterator[None]:
+    """The job's folder for this run alone, with the resolved run written into it, not yet in place of an earlier one. `OSError` names the
+    folder, `ConfigError` the run that has it.
+    """
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(job_lock(folder))
+            write_atomically(folder / UNCHECKED, run.to_yaml())
+        except OSError as error:
+            raise OSError(
+                f"cannot write to the job folder {folder}: {error.strerror or error}; set job.output_root or IMAGINAIRE_OUTPUT_ROOT"
+            ) from error
+        for use in run.environment:
+            logger.info("environment: {}", use)
+        yield
+
+
+def _begin_record(run: Run, folder: Path, *, resumed_at: int) -> list[Sink]:
+    """The run fits what the folder holds: its record takes the place of an earlier one, and its numbers go on after `resumed_at`."""
+    record = folder / "config.yaml"
+    if record.is_dir():
+        discard(record)
+    (folder / UNCHECKED).replace(record)
+    return _sinks(run, folder, resumed_at=resumed_at)
+
+
+def _warn_of_unread(config: TrainConfig) -> None:
+    """Say which files are named by keys that this run reads nowhere."""
+    for key in unread_files(config):
+        logger.warning("{}={} is not read by this run (see `--dryrun` for its stage and networks)", key, get_key(config, key))
 
 
 def _allow_tf32() -> None:
@@ -199,8 +233,8 @@ def _sinks(run: Run, folder: Path, *, resumed_at: int) -> list[Sink]:
     job = run.config.job
     sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", resumed_at=resumed_at), LogLines()]
     if job.wandb_mode in ("online", "offline"):
-        name = job.name or run.experiment
-        sinks.append(Wandb(project=job.wandb_project or job.project, name=name, directory=folder, mode=job.wandb_mode, config=run.record()))
+        place = {"project": job.wandb_project or job.project, "entity": job.wandb_entity, "group": job.group}
+        sinks.append(Wandb(**place, name=job.name, directory=folder, mode=job.wandb_mode, config=run.record()))
     return sinks
 
 

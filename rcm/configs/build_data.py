@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def build_loader(run: TrainConfig, *, dims: ParallelDims, device: torch.device |
         seed=data.shuffle_seed,
         data_rank=dims.data_rank,
         data_world=dims.num_data_ranks,
-        prefetch=data.prefetch_factor if data.num_workers else 0,
+        prefetch=data.prefetch_factor * data.num_workers,
+        threads=max(1, data.num_workers),
     )
 
 
@@ -76,7 +78,13 @@ def _source(run: TrainConfig, *, device: torch.device | str) -> Source:
             return shards
         case "prompts":
             encoder = text_encoder(model, device=device)
-            prompts = Prompts(read_prompts(data.tar_path_pattern), encode=lambda words: encoder.encode(words).cpu())
+            turn = threading.Lock()  # an encoder serves one thread at a time
+
+            def encode(words: Sequence[str]) -> torch.Tensor:
+                with turn:
+                    return encoder.encode(words).cpu()
+
+            prompts = Prompts(read_prompts(data.tar_path_pattern), encode=encode)
             return _PromptedShapes(prompts, latent_shape(model))
     raise ConfigError(f"dataloader_train.kind={data.kind!r} has no source")
 

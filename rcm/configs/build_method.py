@@ -180,7 +180,7 @@ class _RCM(_Parts):
         consistency = self._consistency(student, teacher) if c.loss_scale > 0 else None
         if c.net_fake_score is None or c.loss_scale_dmd <= 0:
             return consistency
-        matching = self._matching(student, teacher)
+        matching = self._matching(student, teacher, warmup=0 if consistency is None else c.tangent_warmup)
         return Joint("rcm", consistency, matching) if consistency is not None else matching
 
     def _consistency(self, student: VelocityModel, teacher: VelocityModel) -> Method:
@@ -194,6 +194,7 @@ class _RCM(_Parts):
             law=time_law(c.p_G),
             directional=self._directional(),
             rf_native=c.use_rf_scm,
+            variant=c.tangent_form,
             tangent_warmup=c.tangent_warmup,
             loss_scale=c.loss_scale,
             nonfinite=self.nonfinite,
@@ -204,7 +205,8 @@ class _RCM(_Parts):
         geometry = RFStep() if c.use_rf_scm else TrigStep()
         return {0: Exact(), 1: SemiContinuous(geometry, c.fd_size), 2: Discrete(geometry, c.fd_size)}[c.fd_type]
 
-    def _matching(self, student: VelocityModel, teacher: VelocityModel) -> Method:
+    def _matching(self, student: VelocityModel, teacher: VelocityModel, *, warmup: int) -> Method:
+        """DMD; during `warmup` iterations the consistency term has the student for itself."""
         c = self.config
         law = time_law(c.p_D)
         fixed = tuple(c.backward_timesteps) if c.dmd_fix_timesteps else None
@@ -214,7 +216,7 @@ class _RCM(_Parts):
             self.fake_score(c.teacher_ckpt),
             law=law,
             simulation=BackwardSimulation(c.max_simulation_steps_fake, law, fixed),
-            alternation=Alternation(c.student_update_freq, warmup=c.tangent_warmup),
+            alternation=Alternation(c.student_update_freq, warmup=warmup),
             loss_scale=c.loss_scale_dmd,
             nonfinite=self.nonfinite,
         )

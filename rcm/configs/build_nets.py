@@ -18,8 +18,9 @@ from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.attention import configured
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.wan.model import WanDiT
+from rcm.parallel.agree import on_first
 from rcm.parallel.apply import parallelize
-from rcm.parallel.init import check_equal, initialise, load_full, materialise, on_first, on_meta
+from rcm.parallel.init import check_equal, initialise, load_full, materialise, on_meta
 from rcm.parallel.mesh import ParallelDims
 from rcm.pipelines.wan_files import NetworkWeights, description_of, network_weights
 from rcm.pipelines.weight_files import open_weights

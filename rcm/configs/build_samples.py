@@ -16,7 +16,7 @@ from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_model import CommonModelConfig
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Guided, VelocityModel
-from rcm.parallel.init import on_first, shared
+from rcm.parallel.agree import on_first, shared
 from rcm.pipelines.streaming import stream_latents
 from rcm.pipelines.text_to_video import WholeVideoRecipe, whole_latents
 from rcm.pipelines.video_io import write_mp4

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from rcm.configs.convert import get_key
+from rcm.configs.limits import check_limits
 from rcm.configs.network import networks, wan_config
 from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_model import PIXELS, CausalConfig, CommonModelConfig, RCMConfig, TimeLawConfig
@@ -22,14 +23,12 @@ M = "model.config"
 SELF_FORCED = ("sf_dmd", "tf_scm_sf_dmd")
 UMT5_WIDTH = 4096
 CONSISTENCY = ("tf_dcm", "tf_scm", "tf_dscm", "tf_scm_sf_dmd")
-_OPTIMIZERS = ("optimizer", f"{M}.optimizer_fake_score")
-_SCHEDULERS = ("scheduler", f"{M}.scheduler_fake_score")
 
 
 def check(config: TrainConfig) -> None:
     """Raise `ConfigError` at the first contradiction."""
     model = config.model.config
-    _ranges(config)
+    check_limits(config)
     _laws(model)
     if isinstance(model, CausalConfig):
         _pattern(model)
@@ -134,6 +133,16 @@ def missing_inputs(config: TrainConfig) -> list[str]:
     return missing
 
 
+def unread_files(config: TrainConfig) -> list[str]:
+    """Keys that name a file or folder which nothing in this run reads."""
+    model = config.model.config
+    used = _checkpoints(model).keys() | ({"fake_score_ckpt"} if model.net_fake_score is not None else set())
+    keys = [key for key in ("teacher_ckpt", "causal_teacher_ckpt", "bidirectional_teacher_ckpt", "fake_score_ckpt") if key not in used]
+    if not _guided(model):
+        keys.append("neg_embed_path")
+    return [f"{M}.{key}" for key in keys if getattr(model, key, "")]
+
+
 def _checkpoints(model: CommonModelConfig) -> dict[str, str]:
     """Checkpoint keys this stage reads -> what for; keys that must be set or may be."""
     if isinstance(model, RCMConfig):
@@ -158,70 +167,14 @@ def _guided(model: CommonModelConfig) -> bool:
     return causal or (model.training_type in SELF_FORCED and model.bidirectional_guidance > 1)
 
 
-_AT_LEAST = {
-    1: (
-        "trainer.max_iter",
-        "trainer.grad_accum_iter",
-        "trainer.logging_iter",
-        "trainer.sampling.num_samples",
-        "checkpoint.save_iter",
-        "dataloader_train.batch_size",
-        "dataloader_train.prefetch_factor",
-        "dataloader_train.num_videos",
-        "model_parallel.context_parallel_size",
-        f"{M}.fsdp_shard_size",
-        f"{M}.state_ch",
-        f"{M}.state_t",
-        f"{M}.student_update_freq",
-        f"{M}.max_simulation_steps_fake",
-    ),
-    0: (
-        "trainer.seed",
-        "trainer.profile_iter",
-        "trainer.sampling.every_n",
-        "trainer.sampling.ema_every_n",
-        "checkpoint.keep_last",
-        "dataloader_train.num_workers",
-        "dataloader_train.shuffle_seed",
-        f"{M}.loss_scale",
-        f"{M}.loss_scale_dmd",
-        f"{M}.tangent_warmup",
-        f"{M}.ema.iteration_shift",
-        *(f"{root}.weight_decay" for root in _OPTIMIZERS),
-        *(f"{root}.{name}" for root in _SCHEDULERS for name in ("warm_up_steps", "cycle_length", "f_start", "f_max", "f_min")),
-    ),
-}
-_POSITIVE = (f"{M}.grad_clip_norm", f"{M}.sigma_max", *(f"{root}.{name}" for root in _OPTIMIZERS for name in ("lr", "eps")))
-
-
-def _ranges(config: TrainConfig) -> None:
-    for least, keys in _AT_LEAST.items():
-        for key in keys:
-            if get_key(config, key) < least:
-                raise ConfigError(f"{key}={get_key(config, key)} must be at least {least}")
-    for key in _POSITIVE:
-        if not get_key(config, key) > 0:
-            raise ConfigError(f"{key}={get_key(config, key)} must be positive")
-    for root in _OPTIMIZERS:
-        for i, beta in enumerate(get_key(config, f"{root}.betas")):
-            if not 0 <= beta < 1:
-                raise ConfigError(f"{root}.betas[{i}]={beta} must be in [0, 1)")
-    model, limit = config.model.config, config.trainer.nan_sample_limit
-    if not 0 <= limit <= 1:
-        raise ConfigError(f"trainer.nan_sample_limit={limit} must be a share in [0, 1]")
-    if model.ema.enabled and not 0 < model.ema.rate < 12**-0.5:
-        raise ConfigError(f"{M}.ema.rate={model.ema.rate} must be in (0, {12**-0.5:.3f}), the widths a power-function average can have")
-    scale = model.rectified_flow_t_scaling_factor
-    if scale != 1000:
-        raise ConfigError(f"{M}.rectified_flow_t_scaling_factor={scale} must be 1000, Wan's timestep of t = 1")
-
-
 def _laws(model: CommonModelConfig) -> None:
     for key in ("p_G", "p_D"):
         law: TimeLawConfig = getattr(model, key)
         name, value = ("p_std", law.p_std) if law.law == "lognormal" else ("shift", law.shift)
         if not value > 0:
             raise ConfigError(f"{M}.{key}.{name}={value} must be positive")
+        if name == "shift" and not 1e-3 <= value <= 1e3:
+            raise ConfigError(f"{M}.{key}.shift={value:g} must be in 0.001 to 1000; shifts in use are 1 to 12")
 
 
 def _pattern(model: CausalConfig) -> None:
@@ -244,6 +197,9 @@ def _stage(model: CausalConfig) -> None:
             raise ConfigError(f"{M}.{key} is null, but training_type={kind} uses it; choose one with {key}=NAME")
         if not needed and getattr(model, key) is not None:
             raise ConfigError(f"{M}.{key} is set, but training_type={kind} has no use for it; leave it out or set {key}=null")
+    term = "loss_scale_dmd" if scored else "loss_scale"
+    if getattr(model, term) == 0:
+        raise ConfigError(f"{M}.{term}=0 leaves training_type={kind} nothing to train; give it a positive value")
     if kind in SELF_FORCED and model.student_update_freq < 2:
         raise ConfigError(f"{M}.student_update_freq=1 never trains the fake score; training_type={kind} needs at least 2")
     if model.replayed_training and kind not in SELF_FORCED:
@@ -306,8 +262,11 @@ def _rcm(model: RCMConfig) -> None:
         raise ConfigError(f"{M}.fd_size={model.fd_size} must be in (0, 0.1)")
     if model.cm_type == "dcm" and (model.use_rf_scm or model.fd_type):
         raise ConfigError(f"{M}.use_rf_scm and {M}.fd_type belong to cm_type=scm, but {M}.cm_type=dcm")
-    if model.net_fake_score is None and model.loss_scale == 0:
-        raise ConfigError(f"nothing to train: {M}.loss_scale=0 turns consistency off and {M}.net_fake_score=null turns DMD off")
+    if model.loss_scale == 0 and (model.net_fake_score is None or model.loss_scale_dmd == 0):
+        off = f"{M}.net_fake_score=null" if model.net_fake_score is None else f"{M}.loss_scale_dmd=0"
+        raise ConfigError(f"nothing to train: {M}.loss_scale=0 turns consistency off and {off} turns DMD off")
+    if model.tangent_form != "paper" and (model.cm_type == "dcm" or model.use_rf_scm):
+        raise ConfigError(f"{M}.tangent_form={model.tangent_form} is a TrigFlow tangent's; it needs cm_type=scm and use_rf_scm=False")
     if model.net_fake_score is not None and model.student_update_freq < 2:
         raise ConfigError(f"{M}.student_update_freq=1 never trains the fake score; use at least 2, or {M}.net_fake_score=null")
     _times(f"{M}.backward_timesteps", model.backward_timesteps, last=math.pi / 2)

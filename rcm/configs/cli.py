@@ -7,24 +7,26 @@ REGISTRY is a Python file or module with a `register()`.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
 import rcm
-from rcm.configs import registry_distill
-from rcm.configs.compose import Run, compose_run, options
-from rcm.configs.network import networks, parameter_count
-from rcm.configs.schema_model import CausalConfig
-from rcm.core.errors import CheckpointError, ConfigError, NonFinite
+from rcm.configs import listing
+from rcm.configs.compose import compose_run
+from rcm.core.errors import CheckpointError, ConfigError, NonFinite, PeerGone
 from rcm.data.tar_index import ShardError
+from rcm.parallel.agree import sentence, together
+from rcm.parallel.mesh import launch_group, launched_world
+from rcm.pipelines.video_io import VideoError
 
 DEFAULT_REGISTRY = "rcm/configs/registry_distill.py"
-_COLUMNS = ("experiment", "net", "teachers", "pattern", "lr", "batch", "steps", "ranks", "check")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _print_table(overrides)
         if not overrides:
             raise ConfigError("nothing chosen; give experiment=NAME (`python -m scripts.train --list` shows the names)")
-        ranks = os.environ.get("WORLD_SIZE", "" if flags.dryrun else "1")
-        run = compose_run(overrides, registry=registry, world_size=int(ranks) if ranks else None, require_inputs=not flags.dryrun)
+        if flags.dryrun:
+            return _show(overrides, registry)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
@@ -50,24 +52,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `--list | head`: the reader has seen enough; the interpreter's own flush at exit must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    if flags.dryrun:
-        print(run.to_yaml(), end="")
-        for sentence in run.missing:
-            print(f"# still missing: {sentence}")
-        return 0
-    return _train(run)
+    return _train(overrides, registry)
 
 
-def _train(run: Run) -> int:
-    """Every rank that fails speaks: a full disk or a damaged shard may be known to one alone."""
-    from rcm.configs.build import run as run_training
+def _show(overrides: Sequence[str], registry: str) -> int:
+    """Print the resolved config and what it still needs."""
+    ranks = os.environ.get("WORLD_SIZE", "")
+    run = compose_run(overrides, registry=registry, world_size=launched_world() if ranks else None, require_inputs=False)
+    print(run.to_yaml(), end="")
+    for lack in run.missing:
+        print(f"# still missing: {lack}")
+    return 0
 
+
+def _train(overrides: Sequence[str], registry: str) -> int:
+    """Compose and train. What one rank refuses or meets, all ranks hear of before they wait for it: each says its own, the others whose."""
+    status = 2
     try:
-        run_training(run)
-    except (ConfigError, CheckpointError, ShardError, NonFinite, OSError) as error:
-        rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        print(f"error{rank}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        world = launched_world()
+        if world == 1:
+            run = compose_run(overrides, registry=registry)
+        from rcm.configs.build import run as run_training
+
+        with launch_group() if world > 1 else nullcontext():
+            if world > 1:
+                run = together(lambda: compose_run(overrides, registry=registry, world_size=world))
+            status = 1
+            run_training(run)
+    except (ConfigError, CheckpointError, ShardError, NonFinite, PeerGone, VideoError, OSError) as error:
+        if told := sentence(error):
+            print(told, file=sys.stderr, flush=True)
+        return status
     return 0
 
 
@@ -89,16 +104,6 @@ def load_registry(name: str) -> str:
     return module.__name__ if module.__spec__ and module.__name__.startswith("rcm.") else name
 
 
-def experiment_rows(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Table rows of every experiment whose name contains all `words`; `_debug` variants only if a word asks for them."""
-    names = [n for n in options("experiment") if all(w in n for w in words)]
-    templates = {row.name for row in registry_distill.ROWS if row.causal}
-    for name in names:
-        if name in templates or (name.endswith("_debug") and not any("debug" in w for w in words)):
-            continue
-        yield _row(name)
-
-
 def _flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="scripts.train", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -112,7 +117,9 @@ def _flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     flags, rest = parser.parse_known_args(argv)
     for word in rest:
         if word.startswith("-"):
-            raise ConfigError(f"unknown flag {word!r}; flags are --config, --dryrun, --list, --help; settings are written key=value")
+            near = difflib.get_close_matches(word, ("--config", "--dryrun", "--list", "--help"), n=1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(f"unknown flag {word!r}; {meant}flags are --config, --dryrun, --list, --help; settings are written key=value")
     return flags, rest
 
 
@@ -140,29 +147,8 @@ def _module_of(name: str) -> ModuleType:
 
 
 def _print_table(words: Sequence[str]) -> int:
-    widths = (70, 18, 34, 7, 7, 5, 6, 5)
-    print("  ".join(c.ljust(w) for c, w in zip((*_COLUMNS,), (*widths, 0), strict=True)))
-    failed = 0
-    for row in experiment_rows(words):
-        failed += not row[-1].startswith("ok")
-        print("  ".join(c.ljust(w) for c, w in zip(row, (*widths, 0), strict=True)), flush=True)
-    print("Each name also exists with _debug (25 iterations). batch: per data rank x accumulation; ranks: context x shard.")
-    return 1 if failed else 0
-
-
-def _row(name: str) -> tuple[str, ...]:
-    try:
-        run = compose_run([f"experiment={name}"], world_size=None, require_inputs=False)
-    except ConfigError as error:
-        return (name, *[""] * (len(_COLUMNS) - 2), f"FAILS: {error}")
-    config, model = run.config, run.config.model.config
-    nets = {role: f"{net.preset} ({parameter_count(net) / 1e6:,.2f} M)" for role, net in networks(model).items()}
-    short = {"net_teacher": "teacher", "net_causal_teacher": "causal", "net_bidirectional_teacher": "bidir", "net_fake_score": "fake"}
-    teachers = ", ".join(f"{short[role]} {net.preset}" for role, net in networks(model).items() if role != "net")
-    causal = isinstance(model, CausalConfig) and model.training_type != "bidirectional"
-    pattern = f"c{model.first_chunk_t}-{model.chunk_t}" if causal else "-"
-    ranks = f"{config.model_parallel.context_parallel_size}x{model.fsdp_shard_size}"
-    batch = f"{config.dataloader_train.batch_size}x{config.trainer.grad_accum_iter}"
-    needs = sorted({sentence.split()[0].removeprefix("model.config.").removeprefix("dataloader_train.") for sentence in run.missing})
-    verdict = "ok" + (f"; needs {', '.join(needs)}" if needs else "")
-    return name, nets["net"], teachers or "-", pattern, f"{config.optimizer.lr:.0e}", batch, str(config.trainer.max_iter), ranks, verdict
+    failed = False
+    for line, fails in listing.lines(words):
+        failed |= fails
+        print(line, flush=True)
+    return int(failed)

@@ -14,7 +14,6 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -25,6 +24,7 @@ from rcm.configs import registry_distill
 from rcm.configs.checks import check, check_mesh, missing_inputs
 from rcm.configs.convert import known_paths, plain, read, suggestions, unknown_key
 from rcm.configs.environment import EnvironmentUse, apply_environment
+from rcm.configs.overrides import parse_overrides
 from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_model import CausalConfig
 from rcm.core.errors import ConfigError
@@ -77,7 +77,7 @@ def compose_run(
     `world_size` None skips the check of ranks (for tables). `require_inputs` False lists missing checkpoints and data in `Run.missing`
     instead of raising. Raises `ConfigError`.
     """
-    parsed = _parse(overrides)
+    parsed = parse_overrides(overrides)
     _refuse_unknown(parsed)
     config = read(TrainConfig, _compose([_for_hydra(override) for override in parsed]))
     experiment = next((o.value() for o in parsed if o.key_or_group == "experiment"), None) or ""
@@ -103,22 +103,6 @@ def options(group: str) -> list[str]:
     files = [p.stem for p in (registry_distill.config_dir() / group).glob("*.yaml")]
     stored = ConfigStore.instance().repo.get(group, {})
     return sorted({*files, *(name.removesuffix(".yaml") for name in stored)})
-
-
-def _parse(overrides: Sequence[str]) -> list[Override]:
-    parser = OverridesParser.create()
-    parsed = []
-    for text in overrides:
-        try:
-            override = parser.parse_overrides([text])[0]
-        except HydraException as error:
-            raise ConfigError(f"cannot read override {text!r}: write key=value (quote lists and spaces for the shell)") from error
-        if override.is_delete():
-            raise ConfigError(f"override {text!r} deletes a key; every key has a value: set it, or choose null where null is allowed")
-        if override.is_sweep_override():
-            raise ConfigError(f"override {text!r} asks for several runs; launch one at a time (a list is written [a,b])")
-        parsed.append(override)
-    return parsed
 
 
 def _refuse_unknown(parsed: Sequence[Override]) -> None:

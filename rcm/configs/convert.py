@@ -1,7 +1,7 @@
 """Mapping <-> frozen dataclasses, with the exact key named in every error. No Hydra here.
 
 `read` is strict: unknown keys, wrong types and values outside an enumeration raise `ConfigError`; nothing is dropped or guessed.
-Conveniences: a float may be a fraction ("15/16"), an int may be an integral float (1e5), a text may be a number.
+Conveniences: a float may be a fraction ("15/16"), an int may be an integral float (1e5).
 """
 
 from __future__ import annotations
@@ -59,6 +59,18 @@ def known_paths(cls: type, *, path: str = "") -> dict[str, Any]:
         for inner in _dataclasses_in(f, hints[f.name]):
             for key, default in known_paths(inner, path=here).items():
                 found.setdefault(key, default)
+    return found
+
+
+def text_paths(cls: type, *, path: str = "") -> set[str]:
+    """Dotted paths of every key below `cls` that is a text, or one of several words."""
+    found: set[str] = set()
+    for f in fields(cls):
+        here, hint = _join(path, f.name), _hints(cls)[f.name]
+        if hint is str or (get_origin(hint) is Literal and all(isinstance(word, str) for word in get_args(hint))):
+            found.add(here)
+        for inner in _dataclasses_in(f, hint):
+            found |= text_paths(inner, path=here)
     return found
 
 
@@ -152,8 +164,10 @@ def _scalar(hint: type, value: Any, path: str) -> Any:
         if hint is bool and isinstance(value, bool):
             return value
         raise wrong
-    if hint is str and isinstance(value, str | int | float):
-        return str(value)
+    if hint is str and isinstance(value, str):
+        return value
+    if hint is str and isinstance(value, int | float):  # its characters are gone: 1_3 has become 13
+        raise ConfigError(f"{path}={value!r} is a text; write it in quotes, such as {path.rsplit('.', 1)[-1]}: \"{value}\"")
     if hint is int and isinstance(value, int | float) and math.isfinite(value) and value == int(value):
         return int(value)
     if hint is float and isinstance(value, str) and "/" in value:

@@ -15,7 +15,7 @@ from rcm.encoders.codec import LatentCodec
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.encoders.umt5 import UMT5_FILE, UMT5TextEncoder
 from rcm.encoders.wan_vae import WanVAECodec
-from rcm.parallel.init import on_first, shared
+from rcm.parallel.agree import on_first, shared
 from rcm.worlds.toy_codec import ToyCodec
 from rcm.worlds.toy_text import ToyTextEncoder
 from rcm.worlds.toy_world import ToyWorld, ToyWorldConfig

@@ -17,7 +17,7 @@ MODEL_VARIANTS = {"fsdp_t2v_causal": CausalConfig, "fsdp_t2v_distill_rcm": RCMCo
 
 @dataclass(frozen=True)
 class JobConfig:
-    """Names of a run. Files go to `<output_root>/<project>/<group>/<name>`."""
+    """Names of a run. Files go to `<output_root>/<project>/<group>/<name>`; the last three never leave the first."""
 
     project: str = "rcm"  # first folder below the output root, and the wandb project
     group: str = ""  # second folder, and the wandb group ("" = left out)
@@ -89,8 +89,8 @@ class DataConfig:
     kind: Literal["fake", "toy", "latents", "prompts"] = "latents"  # set by data=NAME
     tar_path_pattern: str = ""  # latents: shards with latent.pt, embed.pt, prompt.txt (glob or {0000..0099}); prompts: text file or shards
     batch_size: int = 1  # samples per data rank and micro-batch
-    num_workers: int = 8  # loader processes; 0 = in the training process
-    prefetch_factor: int = 2  # batches each worker prepares ahead
+    num_workers: int = 8  # threads that read ahead; 0 = batches are read when asked for
+    prefetch_factor: int = 2  # batches that each thread reads ahead
     shuffle_seed: int = 0  # permutation of shards and samples per epoch
     num_videos: int = 512  # toy: size of the procedural data set
 

@@ -189,6 +189,7 @@ class RCMConfig(CommonModelConfig):
     sigma_max: float = 80.0  # first noise level when sampling
     cm_type: Literal["scm", "dcm"] = "scm"  # continuous or discrete consistency
     use_rf_scm: bool = False  # sCM in rectified-flow form instead of TrigFlow
+    tangent_form: Literal["paper", "release"] = "paper"  # warm-up of the TrigFlow tangent: release leaves its JVP term unscaled
     fd_type: Literal[0, 1, 2] = 0  # 0 exact JVP, 1 semi-continuous, 2 discrete difference
     fd_size: float = 1e-4  # step of the difference, radians
     backward_timesteps: tuple[float, ...] = (1.5, 1.4, 1.0)  # TrigFlow angles after pi/2, when dmd_fix_timesteps

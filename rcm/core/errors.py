@@ -15,6 +15,10 @@ class NonFinite(RuntimeError):
     """A loss or gradient is NaN or infinite; raised before the update that would have used it."""
 
 
+class PeerGone(RuntimeError):
+    """Another rank of this launch ended or cannot be reached; its own output says why."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, truncated, or does not fit what it is loaded into."""
 

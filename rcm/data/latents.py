@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +22,12 @@ from rcm.data.batch import LatentBatch
 from rcm.data.tar_index import CONTEXT, FIELDS, ShardError, ShardIndex, index_shard
 from rcm.storage.pickle_file import read_tensor
 
+FINGERPRINT = "v2-"
+"""Beginning of fingerprints that cover all shards; earlier versions looked at the first sample alone."""
+
 PATTERN_KNOB = "dataloader_train.tar_path_pattern"
+_RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
+_MOST_SHARDS = 1_000_000
 _LATENT, _EMBED, _PROMPT, _CONTEXT = range(4)
 
 _Sample = tuple[torch.Tensor, torch.Tensor, str, torch.Tensor | None]
@@ -29,34 +36,53 @@ _Sample = tuple[torch.Tensor, torch.Tensor, str, torch.Tensor | None]
 
 def expand_pattern(pattern: str) -> list[Path]:
     """Files of a pattern with braces ("shard-{000000..000011}.tar", "{a,b}.tar") and globs ("*", "?", "[...]"), sorted within each brace
-    alternative.
+    alternative. Folders and files that exist under the very name that is written ("run[1]", "x{y}") are meant as they stand.
 
     A file that braces spell out and that is missing raises, as does a pattern that matches nothing: `ConfigError` naming the key to change.
     """
     files: list[Path] = []
-    for name in _expand_braces(pattern):
-        matches = sorted(glob.glob(name, recursive=True))
+    start, rest = _split_literal(pattern)
+    for name in _expand_braces(rest):
+        literal, magic = _split_literal(start + name)
+        matches = sorted(glob.glob(glob.escape(literal) + magic, recursive=True)) if magic else [literal]
+        matches = [match for match in matches if not os.path.basename(match).startswith("._")]
         if not matches:
-            raise ConfigError(f"no shard matches {name!r} (from {PATTERN_KNOB}={pattern!r}); change {PATTERN_KNOB}")
-        files += [Path(match) for match in matches]
+            raise ConfigError(f"no shard matches {start + name!r} (from {PATTERN_KNOB}={pattern!r}); change {PATTERN_KNOB}")
+        for match in map(Path, matches):
+            if not match.is_file():
+                raise ConfigError(f"{match} is no file but a folder or a device (from {PATTERN_KNOB}={pattern!r}); change {PATTERN_KNOB}")
+            files.append(match)
     return list(dict.fromkeys(files))
 
 
+def _split_literal(pattern: str) -> tuple[str, str]:
+    """The longest beginning of a pattern, in whole names, that exists as it is written, and the rest."""
+    ends = [found.start() for found in re.finditer(r"(?<=[^/])/", pattern)] + [len(pattern)]
+    there = max((end for end in ends if os.path.exists(pattern[:end])), default=0)
+    return pattern[:there], pattern[there:]
+
+
 def _expand_braces(pattern: str) -> list[str]:
-    match = re.search(r"\{([^{}]*)\}", pattern)
+    """Every alternative of a pattern, as bash spells it out: braces without a comma or a range are characters like others."""
+    match = next((m for m in re.finditer(r"\{([^{}]*)\}", pattern) if "," in m[1] or _RANGE.fullmatch(m[1])), None)
     if match is None:
         return [pattern]
-    ends = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    ends = _RANGE.fullmatch(match[1])
     if ends:
         low, high, width = int(ends[1]), int(ends[2]), len(ends[1])
-        choices = [f"{i:0{width}d}" for i in range(low, high + 1)]
+        if abs(high - low) >= _MOST_SHARDS:
+            raise ConfigError(f"{{{match[1]}}} names more than {_MOST_SHARDS} shards; change {PATTERN_KNOB}")
+        choices = [f"{i:0{width}d}" for i in (range(low, high + 1) if low <= high else range(low, high - 1, -1))]
     else:
         choices = match[1].split(",")
-    return [name for choice in choices for name in _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])]
+    names = [name for choice in choices for name in _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])]
+    if len(names) > _MOST_SHARDS:
+        raise ConfigError(f"{pattern!r} names more than {_MOST_SHARDS} shards; change {PATTERN_KNOB}")
+    return names
 
 
 class LatentShards:
-    """Random access to the samples of tar shards, a `loader.Source`.
+    """Random access to the samples of tar shards, a `loader.Source`: files of a pattern, or the given ones.
 
     `num_latent_frames`: take the first that many latent frames of each sample (None: all). `latent_channels`, `latent_size` (H, W),
     `text_shape` (most rows L, E): refuse samples that differ (None: whatever the first sample has, since a batch needs equal shapes).
@@ -67,7 +93,7 @@ class LatentShards:
 
     def __init__(
         self,
-        tar_path_pattern: str,
+        tar_path_pattern: str | Sequence[Path],
         *,
         num_latent_frames: int | None = None,
         latent_channels: int | None = None,
@@ -75,7 +101,8 @@ class LatentShards:
         text_shape: tuple[int, int] | None = None,
         cache_bytes: int = 0,
     ) -> None:
-        self.shards: list[ShardIndex] = [index_shard(path) for path in expand_pattern(tar_path_pattern)]
+        paths = expand_pattern(tar_path_pattern) if isinstance(tar_path_pattern, str) else tar_path_pattern
+        self.shards: list[ShardIndex] = [index_shard(path) for path in paths]
         self._first = np.cumsum([0] + [len(shard.keys) for shard in self.shards])
         self._frames, self._channels, self._size, self._text_shape = num_latent_frames, latent_channels, latent_size, text_shape
         with_context = [shard.path for shard in self.shards if CONTEXT in shard.fields]
@@ -84,17 +111,17 @@ class LatentShards:
             raise ConfigError(f"{with_context[0]} has {CONTEXT} members and {without} has none: two kinds of data; change {PATTERN_KNOB}")
         self._cache: dict[int, _Sample] = {}
         self._cache_room = cache_bytes
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     def fingerprint(self) -> str:
-        """Hash of shard names, sizes and keys and of the first sample's bytes: what a checkpoint records as its data."""
+        """Hash of names, keys and contents of all shards (`content_digest`): what a checkpoint records as its data."""
         digest = hashlib.sha256()
         for shard in self.shards:
-            digest.update(f"{shard.path.name}\n{shard.size}\n{' '.join(shard.keys)}\n".encode())
-        digest.update(self.shards[0].read(0, _LATENT))
-        return digest.hexdigest()[:16]
+            digest.update(f"{shard.path.name}\n{shard.size}\n{' '.join(shard.keys)}\n{shard.digest}\n".encode(errors="surrogateescape"))
+        return f"{FINGERPRINT}{digest.hexdigest()[:16]}"
 
     def captions(self) -> Iterator[str]:
         """Every caption, in order, without reading latents; what is not UTF-8 in them is replaced (`fetch` refuses it)."""
@@ -148,8 +175,9 @@ class LatentShards:
         context = self._context(shard, sample, latents) if CONTEXT in shard.fields else None
         result = (latents, text, prompt, context)
         bytes_used = latents.nbytes + text.nbytes + (0 if context is None else context.nbytes)
-        if bytes_used <= self._cache_room:
-            self._cache[index], self._cache_room = result, self._cache_room - bytes_used
+        with self._lock:
+            if index not in self._cache and bytes_used <= self._cache_room:
+                self._cache[index], self._cache_room = result, self._cache_room - bytes_used
         return result
 
     def _context(self, shard: ShardIndex, sample: int, latents: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ Batch = TypeVar("Batch", covariant=True)
 
 
 class Source(Protocol[Batch]):
-    """Samples by number: shards, prompt files, the toy world, fakes. `fetch` is called from one background thread."""
+    """Samples by number: shards, prompt files, the toy world, fakes. `fetch` may be called from several threads at once."""
 
     def __len__(self) -> int: ...
 
@@ -39,8 +39,8 @@ class Loader(Generic[Batch]):
     """Endless iterator over batches of `source`, with an exact position.
 
     `batch_size` samples per data rank; `data_rank` in [0, data_world); `shuffle` False keeps the order of the source in every epoch;
-    `prefetch` batches are read ahead by a thread (0: read when asked). Raises `ConfigError` for a source smaller than one global batch,
-    or a rank out of range.
+    `prefetch` batches are read ahead by `threads` threads (0: read when asked). Raises `ConfigError` for a source smaller than one global
+    batch, or a rank out of range.
     """
 
     def __init__(
@@ -53,8 +53,9 @@ class Loader(Generic[Batch]):
         data_world: int = 1,
         shuffle: bool = True,
         prefetch: int = 2,
+        threads: int = 1,
     ) -> None:
-        if batch_size < 1 or prefetch < 0 or not 0 <= data_rank < data_world:
+        if batch_size < 1 or prefetch < 0 or threads < 1 or not 0 <= data_rank < data_world:
             raise ConfigError(f"loader got batch_size={batch_size}, prefetch={prefetch}, data_rank={data_rank} of data_world={data_world}")
         if len(source) < batch_size * data_world:
             raise ConfigError(
@@ -62,7 +63,7 @@ class Loader(Generic[Batch]):
                 "lower dataloader_train.batch_size"
             )
         self.source, self.batch_size, self.seed = source, batch_size, seed
-        self._rank, self._world, self._shuffle, self._prefetch = data_rank, data_world, shuffle, prefetch
+        self._rank, self._world, self._shuffle, self._prefetch, self._threads = data_rank, data_world, shuffle, prefetch, threads
         self._epoch, self._position = 0, 0
         self._planned = (0, 0)  # where the next batch to be read ahead begins
         self._order: tuple[int, torch.Tensor] | None = None
@@ -77,7 +78,7 @@ class Loader(Generic[Batch]):
             after, indices = self._plan((self._epoch, self._position))
             batch = self.source.fetch(indices)
         else:
-            self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="rcm-data")
+            self._pool = self._pool or ThreadPoolExecutor(self._threads, thread_name_prefix="rcm-data")
             while len(self._ahead) <= self._prefetch:
                 self._planned, indices = self._plan(self._planned)
                 self._ahead.append((self._planned, self._pool.submit(self.source.fetch, indices)))
@@ -119,11 +120,18 @@ class Loader(Generic[Batch]):
         and accepted.
         """
         mine = self.state_dict()
-        for name in ("seed", "shuffle", "num_samples", "fingerprint"):
+        if lacking := mine.keys() - state.keys():
+            raise ConfigError(f"stored data position lacks {', '.join(sorted(lacking))}; it is of another version, or damaged")
+        older = str(mine["fingerprint"]).startswith("v2-") and not str(state["fingerprint"]).startswith("v2-")
+        if older:
+            logger.warning("the checkpoint names its data as an older version did; they are not compared, see that they are the same")
+        for name in ("seed", "shuffle", "num_samples") if older else ("seed", "shuffle", "num_samples", "fingerprint"):
             if state[name] != mine[name]:
                 raise ConfigError(
                     f"stored data position is for {name}={state[name]!r}, this loader has {mine[name]!r}; resume with the data it came from"
                 )
+        if not 0 <= state["position"] <= len(self.source) or state["epoch"] < 0:
+            raise ConfigError(f"stored data position {state['epoch']}:{state['position']} is outside of {len(self.source)} samples")
         if state["global_batch"] != mine["global_batch"]:
             logger.warning(
                 f"global batch changed from {state['global_batch']} to {mine['global_batch']}: "

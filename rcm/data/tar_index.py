@@ -2,19 +2,25 @@
 
 Reading by index is what makes a resumed run exact: the order is a permutation over samples, and a position in it is one number. The
 layout stays that of the webdataset format (members of a sample share the key before the first dot and stand together), which webdataset
-itself reads.
+itself reads. What macOS adds to archives (`._*`, `.DS_Store`, `__MACOSX`) is no sample.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tarfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from loguru import logger
+
+from rcm.core.errors import first_line
+from rcm.core.files import discard
 
 FIELDS = ("latent.pt", "embed.pt", "prompt.txt")
 CONTEXT = "context.pt"
@@ -22,6 +28,8 @@ CONTEXT = "context.pt"
 
 INDEX_SUFFIX = ".index.json"
 _END = bytes(2 * tarfile.BLOCKSIZE)
+_WHOLE, _BLOCK, _BLOCKS = 1 << 24, 1 << 14, 64
+_LONGEST_NAME = 100
 
 
 class ShardError(RuntimeError):
@@ -30,12 +38,15 @@ class ShardError(RuntimeError):
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """One shard: `path`, `size` in bytes, `keys` of its N samples, `spans` int64 [N, fields, 2]: (offset, length) of members `fields`."""
+    """One shard: `path`, `size` in bytes, `keys` of its N samples, `spans` int64 [N, fields, 2]: (offset, length) of members `fields`,
+    `digest` of its contents (see `content_digest`).
+    """
 
     path: Path
     size: int
     keys: tuple[str, ...]
     spans: np.ndarray
+    digest: str
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -43,11 +54,15 @@ class ShardIndex:
         return (*FIELDS, CONTEXT)[: self.spans.shape[1]]
 
     def read(self, sample: int, field: int) -> bytes:
-        """Bytes of member `fields[field]` of a sample; `ShardError` if the file ends early."""
+        """Bytes of member `fields[field]` of a sample; `ShardError` if the file ends early, or if another member stands there by now."""
         offset, length = (int(x) for x in self.spans[sample, field])
         with open(self.path, "rb") as file:
-            file.seek(offset)
-            data = file.read(length)
+            file.seek(offset - tarfile.BLOCKSIZE)
+            header, data = file.read(tarfile.BLOCKSIZE), file.read(length)
+        if not _is_header_of(header, self.member(sample, field), length):
+            raise ShardError(
+                f"shard {self.path}: member {self.member(sample, field)} is not where it was found before; the file was changed or damaged"
+            )
         if len(data) != length:
             raise ShardError(
                 f"shard {self.path}: member {self.member(sample, field)} has {len(data)} of {length} bytes; the file was truncated"
@@ -60,28 +75,65 @@ class ShardIndex:
 
 
 def index_shard(path: Path) -> ShardIndex:
-    """Index of a shard: from the file beside it if that is of this shard (its size, and not older than it), else from the tar headers."""
-    size, beside = path.stat().st_size, _beside(path)
-    known = [list(FIELDS), [*FIELDS, CONTEXT]]
+    """Index of a shard: from the file beside it if made from a shard of these contents (`content_digest`), else from the headers."""
+    beside = _beside(path)
     if beside.is_file():
+        size, digest = path.stat().st_size, content_digest(path)
         try:
             stored = json.loads(beside.read_text())
-            if beside.stat().st_mtime_ns < path.stat().st_mtime_ns or stored["size"] != size or stored["fields"] not in known:
-                logger.warning(f"index {beside} is of an older version of its shard; scanning the shard")
-            else:
-                spans = np.asarray(stored["spans"], dtype=np.int64).reshape(len(stored["keys"]), len(stored["fields"]), 2)
-                return ShardIndex(path, size, tuple(stored["keys"]), spans)
-        except (ValueError, KeyError, TypeError) as error:
-            logger.warning(f"index {beside} is unreadable ({error}); scanning the shard")
+            if stored["size"] == size and stored.get("digest") == digest:
+                return ShardIndex(path, size, tuple(stored["keys"]), _spans(stored, size), digest)
+            logger.warning(f"index {beside} is of another version of its shard; scanning the shard")
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            logger.warning(f"index {beside} is unreadable ({first_line(error)}); scanning the shard")
     return scan_shard(path)
+
+
+def content_digest(path: Path) -> str:
+    """Hash of a file's size and bytes: of all of them up to 16 MiB, else of 64 blocks of 16 KiB spread from its first to its last byte."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    digest.update(str(size).encode())
+    with open(path, "rb") as file:
+        if size <= _WHOLE:
+            digest.update(file.read())
+        else:
+            for block in range(_BLOCKS):
+                file.seek((size - _BLOCK) * block // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:32]
+
+
+def _spans(stored: Mapping[str, Any], size: int) -> np.ndarray:
+    """The spans of a stored index; `ValueError` unless they lie inside a file of `size` bytes and belong to different keys."""
+    keys, fields = stored["keys"], stored["fields"]
+    if fields not in (list(FIELDS), [*FIELDS, CONTEXT]) or not keys or not all(isinstance(key, str) for key in keys):
+        raise ValueError("its fields or keys are none")
+    spans = np.asarray(stored["spans"], dtype=np.int64).reshape(len(keys), len(fields), 2)
+    inside = (spans[..., 0] >= tarfile.BLOCKSIZE) & (spans[..., 1] >= 0) & (spans[..., 1] <= size - spans[..., 0])
+    if len(set(keys)) != len(keys) or not inside.all():
+        raise ValueError("its members lie outside of the shard, or its keys repeat")
+    return spans
+
+
+def _is_header_of(header: bytes, name: str, length: int) -> bool:
+    """Whether a tar header announces this member; a name that is too long for the header stands elsewhere."""
+    try:
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return info.size == length and (len(os.fsencode(name)) > _LONGEST_NAME or os.path.basename(info.name) == os.path.basename(name))
 
 
 def write_index(index: ShardIndex) -> Path:
     """Store an index beside its shard (atomically), to spare later runs the scan; returns its path."""
     beside = _beside(index.path)
-    record = {"size": index.size, "fields": list(index.fields), "keys": list(index.keys), "spans": index.spans.reshape(-1).tolist()}
+    record = {"size": index.size, "digest": index.digest, "fields": list(index.fields), "keys": list(index.keys)}
     temporary = beside.with_name(f".{beside.name}.partial")
-    temporary.write_text(json.dumps(record))
+    for path in (temporary, beside):
+        if path.is_dir():
+            discard(path)
+    temporary.unlink(missing_ok=True)
+    temporary.write_text(json.dumps({**record, "spans": index.spans.reshape(-1).tolist()}))
     os.replace(temporary, beside)
     return beside
 
@@ -95,7 +147,7 @@ def scan_shard(path: Path) -> ShardIndex:
     try:
         with tarfile.open(path, "r:") as archive:
             for info in archive:
-                if not info.isfile():
+                if not info.isfile() or _is_of_macos(info.name):
                     continue
                 last = info.name
                 key, _, field = os.path.basename(info.name).partition(".")
@@ -118,7 +170,12 @@ def scan_shard(path: Path) -> ShardIndex:
     if not found:
         raise ShardError(f"shard {path} holds no samples")
     spans = np.array([[members[field] for field in fields] for members in found.values()], dtype=np.int64)
-    return ShardIndex(path, path.stat().st_size, tuple(found), spans)
+    return ShardIndex(path, path.stat().st_size, tuple(found), spans, content_digest(path))
+
+
+def _is_of_macos(name: str) -> bool:
+    base = os.path.basename(name)
+    return base.startswith("._") or base == ".DS_Store" or "__MACOSX" in name.split("/")
 
 
 def _check_end(path: Path, end: int, *, last: str) -> None:

@@ -22,7 +22,7 @@ from rcm.inference.wan_models import build_pipeline, check_files
 from rcm.inference.wan_report import BANNER, StepLines, cost_lines, write_report
 from rcm.nets.attention import resolve
 from rcm.nets.wan.config import preset
-from rcm.parallel.init import on_first, shared
+from rcm.parallel.agree import on_first, shared
 from rcm.parallel.mesh import process_group
 from rcm.pipelines.image_condition import image_size, read_image
 from rcm.pipelines.part_clock import PartClock

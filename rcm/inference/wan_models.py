@@ -19,8 +19,8 @@ from rcm.encoders.wan_vae import WanVAECodec
 from rcm.inference.wan_flags import PRECISIONS, PUBLISHED, NetworkFile
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.wan.config import preset
+from rcm.parallel.agree import on_first
 from rcm.parallel.apply import parallelize
-from rcm.parallel.init import on_first
 from rcm.parallel.mesh import ParallelDims
 from rcm.pipelines.part_clock import PartClock
 from rcm.pipelines.residency import MemoryPolicy, Resident

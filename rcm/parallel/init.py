@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rcm.core.errors import CheckpointError, ConfigError
+from rcm.core.errors import CheckpointError
+from rcm.parallel.agree import agree, on_first, spread
 from rcm.parallel.fsdp import local, stored_tensors
 from rcm.parallel.mesh import ParallelDims
+from rcm.storage.dcp_folder import DcpFolder
 from rcm.storage.state_dicts import check_keys, shapes_of
-
-T = TypeVar("T")
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
@@ -34,30 +31,6 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 def materialise(net: nn.Module, *, device: torch.device | str) -> nn.Module:
     """Give a network built on meta (already sharded or not) memory on `device`. Its values are undefined until loaded; return `net`."""
     return net.to_empty(device=device)
-
-
-def on_first(action: Callable[[], T]) -> T | None:
-    """What `action` returns on rank 0, None elsewhere; its failure is raised on every rank, so that none waits for the others.
-    Collective where a process group of several ranks exists.
-    """
-    result, problem = None, None
-    if not _spread() or dist.get_rank() == 0:
-        try:
-            result = action()
-        except Exception as error:
-            if not _spread():
-                raise
-            problem = error
-    _raise_everywhere(problem)
-    return result
-
-
-def shared(value: T | None) -> T:
-    """The object that rank 0 passes, on every rank. Collective."""
-    box = [value]
-    if _spread():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def load_full(net: nn.Module, weights: Mapping[str, Tensor] | None, *, source: str = "state dict") -> None:
@@ -90,40 +63,23 @@ def _received(name: str, target: Tensor, weights: Mapping[str, Tensor] | None, *
     """One full tensor in the dtype of `target` on every rank, read on rank 0."""
     full, problem = None, None
     try:
-        if not _spread() or dist.get_rank() == 0:
+        if not spread() or dist.get_rank() == 0:
             full = weights[name].to(device=device, dtype=target.dtype).contiguous()
     except Exception as error:
         problem = CheckpointError(f"{source}: {name} could not be read ({type(error).__name__}: {error}); the network is incomplete now")
-        if not _spread():
+        if not spread():
             raise problem from error
-    if not _spread():
+    if not spread():
         return full
     # one byte per tensor instead of a pickled object: several hundred of these travel per network
     ready = torch.tensor([problem is None], dtype=torch.uint8, device=device)
     dist.broadcast(ready, src=0)
     if not ready.item():
-        _raise_everywhere(problem)
+        agree(problem)
     if full is None:
         full = torch.empty(target.shape, dtype=target.dtype, device=device)
     dist.broadcast(full, src=0)
     return full
-
-
-def _spread() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _raise_everywhere(problem: Exception | None) -> None:
-    """Raise rank 0's `problem` on every rank, as it is where it can travel."""
-    if not _spread():
-        return
-    told = None if problem is None else (type(problem) if isinstance(problem, CheckpointError | ConfigError) else None, str(problem))
-    told = shared((told,))[0]
-    if problem is not None:
-        raise problem
-    if told is not None:
-        kind, words = told
-        raise (kind or CheckpointError)(words)
 
 
 def load_dcp(net: nn.Module, directory: str | Path, *, prefix: str = "net.") -> None:
@@ -131,27 +87,14 @@ def load_dcp(net: nn.Module, directory: str | Path, *, prefix: str = "net.") -> 
 
     Raises CheckpointError when the directory is no DCP checkpoint, or naming missing, unexpected and misshapen keys under `prefix`.
     """
-    found = dcp_shapes(directory)
+    folder = DcpFolder(directory)
     expected = {prefix + name: tensor for name, tensor in stored_tensors(net).items()}
     check_keys(
         f"{directory} ({prefix}*)",
-        shapes={k: v for k, v in found.items() if k.startswith(prefix)},
+        shapes={k: v for k, v in shapes_of(folder).items() if k.startswith(prefix)},
         expected=shapes_of(expected),
     )
-    dcp.load(expected, checkpoint_id=str(directory), no_dist=not dist.is_initialized())
-
-
-def dcp_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of every tensor in a DCP directory. Raises CheckpointError when `directory` is none."""
-    if not (Path(directory) / ".metadata").is_file():
-        raise CheckpointError(
-            f"{directory} is not a DCP checkpoint: it has no .metadata file (an interrupted save, or another path is meant)"
-        )
-    try:
-        entries = FileSystemReader(str(directory)).read_metadata().state_dict_metadata
-    except Exception as error:
-        raise CheckpointError(f"{directory}/.metadata cannot be read ({type(error).__name__}: {error}); it is damaged") from error
-    return {key: tuple(entry.size) for key, entry in entries.items() if hasattr(entry, "size")}
+    folder.load_into(expected)
 
 
 def initialise(net: nn.Module, build: Callable[[], nn.Module], *, seed: int) -> None:

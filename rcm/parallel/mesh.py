@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from rcm.core.errors import ConfigError, require_divisible, require_equal
+from rcm.core.errors import ConfigError, PeerGone, require_divisible, require_equal
+from rcm.parallel.agree import naming_lost_peers
 
 SHARD_KNOB = "model.config.fsdp_shard_size"
 CP_KNOB = "model_parallel.context_parallel_size"
@@ -135,7 +136,7 @@ def process_group(device_type: str) -> Iterator[torch.device]:
     `device_type` is "cuda". Otherwise a group of one rank is made in memory, so that a single process takes the same code path (FSDP2
     mixed precision included). An existing group is used as it is and left open.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = _number("LOCAL_RANK", 0)
     device = torch.device(device_type, local_rank) if device_type != "cpu" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -144,7 +145,7 @@ def process_group(device_type: str) -> Iterator[torch.device]:
         return
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, device_id=None if device.type == "cpu" else device)
+        _meet(backend, None if device.type == "cpu" else device)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -152,3 +153,38 @@ def process_group(device_type: str) -> Iterator[torch.device]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def launch_group() -> Iterator[torch.device]:
+    """`process_group` on CUDA where there is one; a collective inside that broke because another rank ended raises PeerGone."""
+    with process_group("cuda" if torch.cuda.is_available() else "cpu") as device, naming_lost_peers():
+        yield device
+
+
+def _meet(backend: str, device: torch.device | None) -> None:
+    """Make the group of the launcher's ranks; ConfigError for an environment that no launcher leaves, PeerGone where they do not meet."""
+    lacking = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if lacking:
+        raise ConfigError(f"RANK is set in the environment, {' and '.join(lacking)} is not; start several ranks with torchrun")
+    rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    if not 0 <= rank < world:
+        raise ConfigError(f"RANK={rank} must be at least 0 and below WORLD_SIZE={world}; start several ranks with torchrun")
+    try:
+        dist.init_process_group(backend, device_id=device)
+    except (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise PeerGone(f"the {world} ranks of this launch did not meet at {place}; see what the others say") from error
+
+
+def _number(name: str, default: int) -> int:
+    """The whole number in an environment variable."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"environment variable {name}={text!r} must be a whole number; start several ranks with torchrun")
+    return int(text)
+
+
+def launched_world() -> int:
+    """Ranks of this launch, as its launcher says; 1 without one. ConfigError unless it is a number."""
+    return _number("WORLD_SIZE", 1)

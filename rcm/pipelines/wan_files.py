@@ -21,7 +21,8 @@ from rcm.nets.wan.foreign import foreign
 from rcm.nets.wan.lora import LoRAPair, check_targets, lora_pairs, merge
 from rcm.nets.wan.model import WanDiT
 from rcm.nets.wan.published_config import heads_in, with_settings
-from rcm.parallel.init import load_full, materialise, on_first, on_meta, shared
+from rcm.parallel.agree import on_first, shared
+from rcm.parallel.init import load_full, materialise, on_meta
 from rcm.pipelines.described import network_of
 from rcm.pipelines.weight_files import open_weights
 from rcm.storage.state_dicts import LazyWeights, check_keys, shapes_of

@@ -22,7 +22,7 @@ from rcm.encoders.text_protocol import TextEncoder
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.layout import TokenLayout
-from rcm.parallel.init import on_first, shared
+from rcm.parallel.agree import on_first, shared
 from rcm.pipelines.image_condition import MASK_CHANNELS, fit_image, image_channels
 from rcm.pipelines.part_clock import PartClock
 from rcm.pipelines.residency import MemoryPolicy, Resident

@@ -8,13 +8,14 @@
                                     /trainer/        iteration, data positions
 
 A checkpoint is written under another name and renamed when complete; `latest_checkpoint.txt` changes last, atomically. A save that is
-killed or finds no space therefore leaves the previous checkpoint in use. Loading is strict and collective; the world size may differ from
-the one that saved.
+killed or finds no space therefore leaves the previous checkpoint in use; one that fails removes what it wrote. Loading is strict and
+collective; the world size may differ from the one that saved.
 """
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import os
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -26,8 +27,11 @@ import torch.distributed.checkpoint as dcp
 from loguru import logger
 from torch.distributed.checkpoint.api import CheckpointException
 
-from rcm.core.errors import CheckpointError
+from rcm.core.errors import CheckpointError, PeerGone
+from rcm.core.files import as_disk_full, discard
+from rcm.parallel.agree import agree, is_lost_peer, on_first, shared, together
 from rcm.parallel.mesh import ParallelDims
+from rcm.train.continuity import Settings
 from rcm.train.describe import FILE_NAME, Description, write_atomically
 from rcm.train.snapshot import Part, Positioned, capture, gather_positions, restore
 from rcm.train.state import TrainState
@@ -38,15 +42,23 @@ LATEST = "latest_checkpoint.txt"
 class Checkpointer:
     """Saves and loads a run's state under `<job>/checkpoints`.
 
-    `description`: what every checkpoint says about itself. `keep_last`: keep only that many newest checkpoints (0: all).
+    `description`: what every checkpoint says about itself. `settings`: what a run that continues from one must share. `keep_last`: keep
+    only that many newest checkpoints (0: all).
     `asynchronous`: `save` returns once the state is copied to host memory; errors of the write surface at the next `save` or at `wait`.
     """
 
     def __init__(
-        self, job: str | Path, *, dims: ParallelDims, description: Description, keep_last: int = 0, asynchronous: bool = False
+        self,
+        job: str | Path,
+        *,
+        dims: ParallelDims,
+        description: Description,
+        settings: Settings = Settings(),
+        keep_last: int = 0,
+        asynchronous: bool = False,
     ) -> None:
         self.root = Path(job) / "checkpoints"
-        self.dims, self.description = dims, description
+        self.dims, self.description, self.settings = dims, description, settings
         self.keep_last, self.asynchronous = keep_last, asynchronous
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._writer: threading.Thread | None = None
@@ -59,7 +71,7 @@ class Checkpointer:
         stays in use.
         """
         self.wait()
-        parts = capture(state, positions=gather_positions(loader, self.dims))
+        parts = capture(state, positions=gather_positions(loader, self.dims), settings=self.settings)
         final = self.root / f"iter_{state.iteration:09d}"
         unfinished = self.root / f".writing_{final.name}"
         description = self.description.at(state.iteration)
@@ -69,11 +81,12 @@ class Checkpointer:
         try:
             for name, part in parts.items():
                 futures.append(_together(partial(write, name, part, unfinished), path=unfinished))
-        except Exception:
+        except Exception as error:
             _drain(futures)
+            self._give_up(unfinished, error, group=None)
             raise
         if not self.asynchronous:
-            self._on_first(lambda: self._publish(unfinished, final, description), group=None)
+            self._finish_with(unfinished, final, description, problem=None, group=None)
             return final
         finishing = self._group("finish")
         self._writer = threading.Thread(
@@ -110,14 +123,15 @@ class Checkpointer:
     def load(self, state: TrainState, *, loader: Positioned | None = None, path: str | Path | None = None) -> Path | None:
         """Restore `state` and the loader's position from `path`, or from the latest checkpoint; None when there is none. Collective.
 
-        Raises CheckpointError for another network (both named), missing or unexpected keys, wrong shapes, or a damaged file.
+        Raises CheckpointError for another network (both named), missing or unexpected keys, wrong shapes, or a damaged file; ConfigError
+        for settings or data that do not continue the run.
         """
         self.wait()
-        found = Path(path) if path is not None else self.latest()
+        found = Path(path) if path is not None else shared(on_first(self.latest))
         if found is None:
             return None
-        self.description.require_same_network(Description.read(found / FILE_NAME), source=str(found))
-        _translated(lambda: restore(state, found, loader=loader, dims=self.dims), path=found)
+        together(lambda: self.description.require_same_network(Description.read(found / FILE_NAME), source=str(found)))
+        _translated(lambda: restore(state, found, loader=loader, dims=self.dims, settings=self.settings), path=found)
         return found
 
     def _write(self, name: str, part: Part, unfinished: Path) -> None:
@@ -145,10 +159,28 @@ class Checkpointer:
                     future.result()
                 except BaseException as error:
                     problem = _readable(error, path=unfinished)
-            _agree(problem, group=group)
-            self._on_first(lambda: self._publish(unfinished, final, description), group=group)
+            self._finish_with(unfinished, final, description, problem=problem, group=group)
         except Exception as error:
             self._failure = error
+
+    def _finish_with(
+        self, unfinished: Path, final: Path, description: Description, *, problem: Exception | None, group: dist.ProcessGroup | None
+    ) -> None:
+        """Publish when all parts are written everywhere; else remove them and raise the first `problem`."""
+        try:
+            agree(problem, group=group)
+            self._on_first(lambda: self._publish(unfinished, final, description), group=group)
+        except Exception as error:
+            self._give_up(unfinished, error, group=group)
+            raise
+
+    def _give_up(self, unfinished: Path, error: Exception, *, group: dist.ProcessGroup | None) -> None:
+        """Remove a save that failed, so that it takes no space from the next one. No rank goes on before; a lost peer is not waited for."""
+        if self.dims.rank == 0:
+            with contextlib.suppress(OSError):  # the reason of the failure counts
+                discard(unfinished)
+        if not isinstance(error, PeerGone):
+            agree(None, group=group)
 
     def _on_first(self, action: Callable[[], None], *, group: dist.ProcessGroup | None) -> None:
         """Run `action` on rank 0 and let every rank share its outcome."""
@@ -158,40 +190,32 @@ class Checkpointer:
                 action()
             except Exception as error:
                 problem = _readable(error, path=self.root)
-        _agree(problem, group=group)
+        agree(problem, group=group)
 
     def _publish(self, unfinished: Path, final: Path, description: Description) -> None:
         description.write(unfinished / FILE_NAME)
-        replaced = self.root / f".replaced_{final.name}"
-        if final.exists():
+        replaced, pointer = self.root / f".replaced_{final.name}", self.root / LATEST
+        if os.path.lexists(final):
             final.rename(replaced)
         unfinished.rename(final)
-        write_atomically(self.root / LATEST, final.name + "\n")
-        shutil.rmtree(replaced, ignore_errors=True)
+        if pointer.is_dir():
+            discard(pointer)
+        write_atomically(pointer, final.name + "\n")
+        with contextlib.suppress(OSError):  # the new checkpoint is in use; the next save tries again
+            discard(replaced)
         if self.keep_last > 0:
             older = sorted(d for d in self.root.glob("iter_*") if d.is_dir() and d != final)
             for directory in older[: max(0, len(older) + 1 - self.keep_last)]:
-                shutil.rmtree(directory)
+                discard(directory)
         logger.info("saved {}", final)
 
 
 def _clear(root: Path, unfinished: Path) -> None:
-    """Make room for a new save: drop leftovers of killed ones."""
+    """Make room for a new save: drop leftovers of killed ones, whatever they are."""
     root.mkdir(parents=True, exist_ok=True)
     for leftover in (*root.glob(".writing_iter_*"), *root.glob(".replaced_iter_*")):
-        shutil.rmtree(leftover)
+        discard(leftover)
     unfinished.mkdir()
-
-
-def _agree(problem: Exception | None, *, group: dist.ProcessGroup | None) -> None:
-    """Raise the first problem of any rank on every rank."""
-    problems: list[Exception | None] = [problem]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem, group=group)
-    for found in problems:
-        if found is not None:
-            raise found
 
 
 def _drain(futures: list[Any]) -> None:
@@ -208,7 +232,7 @@ def _together(action: Callable[[], Any], *, path: Path) -> Any:
         result = action()
     except (CheckpointException, Exception) as error:
         problem = _readable(error, path=path)
-    _agree(problem, group=None)
+    agree(problem)
     return result
 
 
@@ -225,6 +249,9 @@ def _readable(error: BaseException, *, path: Path) -> Exception:
     if isinstance(error, CheckpointException):
         causes = [failure[0] for failure in error.failures.values()]
         error = next((cause for cause in causes if isinstance(cause, OSError)), causes[0] if causes else error)
+    if is_lost_peer(error):
+        return PeerGone(f"another rank of this launch ended while {path} was written or read; the previous checkpoint stays in use")
+    error = as_disk_full(error, path) or error
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
         return OSError(

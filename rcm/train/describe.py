@@ -4,6 +4,7 @@ contradiction.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from rcm.core.errors import CheckpointError
+from rcm.core.files import discard
 
 FILE_NAME = "rcm.json"
 FORMAT = 1
@@ -115,8 +117,14 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` beside `path`, flush it to disk, and rename it into place."""
     temporary = path.with_name(path.name + ".writing")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    discard(temporary)  # whatever a killed process or another program left there, a link to elsewhere among it
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):  # the reason of the failure counts
+            discard(temporary)
+        raise

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import netrc
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rcm.core.errors import ConfigError
+from rcm.core.errors import ConfigError, first_line
+from rcm.core.files import discard
+from rcm.train.describe import write_atomically
 
 
 class Averages:
@@ -69,10 +74,8 @@ class JsonLines:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= resumed_at]
-            partial = self.path.with_name(self.path.name + ".writing")
-            partial.write_text("".join(line + "\n" for line in kept))
-            os.replace(partial, self.path)
+            kept = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= resumed_at]
+            write_atomically(self.path, "".join(line + "\n" for line in kept))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close())
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -104,8 +107,10 @@ def _step_of(line: str) -> float:
 
 
 class Wandb:
-    """Weights & Biases; `mode` "online", "offline" (no network needed) or "disabled". ConfigError saying what to install when the package
-    is missing.
+    """Weights & Biases; `mode` "online", "offline" (no network needed) or "disabled". `entity` "" is wandb's own default.
+
+    A run that goes on in `directory` goes on in wandb too: the run's id is kept in a file there. ConfigError when the package is missing
+    (what to install), when `mode` is online and there is no key, or with wandb's reason when it refuses.
     """
 
     def __init__(
@@ -116,24 +121,26 @@ class Wandb:
         directory: str | Path,
         mode: str = "online",
         config: Mapping[str, Any] | None = None,
-        run_id: str | None = None,
+        entity: str = "",
+        group: str = "",
     ) -> None:
-        if importlib.util.find_spec("wandb") is None:
-            raise ConfigError(
-                "logging to wandb was asked for, but the package is missing: pip install 'rcm[wandb]', or take wandb off the sinks"
-            )
+        require_wandb(mode)
         import wandb
 
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            project=project,
-            name=name,
-            dir=str(directory),
-            mode=mode,
-            config=dict(config or {}),
-            id=run_id,
-            resume="allow" if run_id else None,
-        )
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        place = {"project": project, "name": name, "entity": entity or None, "group": group or None}
+        try:
+            self._run = wandb.init(
+                **place,
+                dir=str(directory),
+                mode=mode,
+                config=dict(config or {}),
+                id=_run_id(directory / WANDB_ID),
+                resume="allow",
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(f"wandb refuses ({first_line(error)}); mend its settings, or choose job.wandb_mode=offline") from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log `values` at `step`."""
@@ -142,6 +149,39 @@ class Wandb:
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
+
+
+WANDB_ID = "wandb_id.txt"
+"""Name of the file in a job's folder that keeps the id of its wandb run."""
+
+
+def require_wandb(mode: str) -> None:
+    """ConfigError where logging to wandb in `mode` cannot work: without the package, or online without a key (looked for, not read)."""
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "logging to wandb was asked for, but the package is missing: pip install 'rcm[wandb]', or set job.wandb_mode=disabled"
+        )
+    if mode != "online" or any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        known = netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        known = False
+    if not known:
+        raise ConfigError(
+            f"job.wandb_mode=online needs a key for {host}: run `wandb login`, set WANDB_API_KEY, or choose job.wandb_mode=offline"
+        )
+
+
+def _run_id(path: Path) -> str:
+    """The id kept at `path`, or a new one that is kept there now."""
+    if path.is_file() and (kept := path.read_text(errors="replace").strip()).isalnum():
+        return kept
+    discard(path)
+    fresh = uuid.uuid4().hex[:12]
+    write_atomically(path, fresh + "\n")
+    return fresh
 
 
 class Broadcasting:

@@ -1,8 +1,8 @@
 """What a checkpoint holds: the state as named tensors, and the way back.
 
 Parts: `model` (net.*, net_ema.*, net_fake_score.*), `optim_net` and `optim_fake_score` (slot.parameter), `scheduler` (update counts),
-`trainer` (one JSON record of the iteration and the data positions, as bytes). Random generators are not among them: every draw is keyed
-by seed, step and data rank.
+`trainer` (one JSON record of the iteration, the data positions and the settings, as bytes). Random generators are not among them: every
+draw is keyed by seed, step and data rank.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from loguru import logger
 from torch import Tensor
 
-from rcm.core.errors import CheckpointError
+from rcm.core.errors import CheckpointError, first_line
+from rcm.parallel.agree import together
 from rcm.parallel.fsdp import local, stored_parameters, stored_tensors
-from rcm.parallel.init import dcp_shapes
 from rcm.parallel.mesh import ParallelDims
+from rcm.storage.dcp_folder import DcpFolder
 from rcm.storage.state_dicts import check_keys, shapes_of
+from rcm.train.continuity import Settings
 from rcm.train.state import CHECKPOINT_NAMES, RoleState, TrainState
 
 Part = dict[str, Tensor]
@@ -39,43 +40,70 @@ class Positioned(Protocol):
         ...
 
 
-def capture(state: TrainState, *, positions: list[dict[str, Any] | None]) -> dict[str, Part]:
+def capture(state: TrainState, *, positions: list[dict[str, Any] | None], settings: Settings = Settings()) -> dict[str, Part]:
     """The state as flat parts of tensors that share memory with it; what `restore` expects to find."""
     parts: dict[str, Part] = {"model": _model_part(state)}
     for role, slot in state.roles.items():
         parts[_optim_name(role)] = {f"{key}.{name}": value for name, key, value in _slots(slot)}
     parts["scheduler"] = {f"{CHECKPOINT_NAMES[role]}.updates": torch.tensor(slot.updates) for role, slot in state.roles.items()}
-    record = json.dumps({"iteration": state.iteration, "positions": positions}).encode()
+    record = json.dumps({"iteration": state.iteration, "positions": positions, "settings": settings.record()}).encode()
     parts["trainer"] = {"record": torch.frombuffer(bytearray(record), dtype=torch.uint8)}
     return parts
 
 
-def restore(state: TrainState, directory: Path, *, loader: Positioned | None, dims: ParallelDims) -> None:
-    """Fill `state` and the loader from a checkpoint directory. Everything is checked against the directory's key lists before anything is
+def restore(
+    state: TrainState, directory: Path, *, loader: Positioned | None, dims: ParallelDims, settings: Settings = Settings()
+) -> None:
+    """Fill `state` and the loader from a checkpoint directory. Key lists, settings and the data position are checked before any weight is
     written.
     """
     model = _model_part(state)
-    found = {name: dcp_shapes(directory / name) for name in ("model", "scheduler", "trainer", *map(_optim_name, state.roles))}
-    check_keys(f"{directory}/model", shapes=found["model"], expected=shapes_of(model))
-    optim = {
-        role: _empty_slots(slot, found[_optim_name(role)], source=f"{directory}/{_optim_name(role)}") for role, slot in state.roles.items()
-    }
     counts = {f"{CHECKPOINT_NAMES[role]}.updates": torch.tensor(0) for role in state.roles}
-    check_keys(f"{directory}/scheduler", shapes=found["scheduler"], expected=shapes_of(counts))
-    record = {"record": torch.empty(found["trainer"].get("record", (0,)), dtype=torch.uint8)}
-    _read(record, directory / "trainer")
-    _read(counts, directory / "scheduler")
-    _read(model, directory / "model")
+    names = {role: _optim_name(role) for role in state.roles}
+
+    def check() -> tuple[dict[str, DcpFolder], dict[str, tuple[Part, dict[Tensor, dict[str, str]]]], Part]:
+        folders = {name: DcpFolder(directory / name) for name in ("model", "scheduler", "trainer", *names.values())}
+        found = {name: shapes_of(folder) for name, folder in folders.items()}
+        check_keys(f"{directory}/model", shapes=found["model"], expected=shapes_of(model))
+        optim = {role: _empty_slots(slot, found[names[role]], source=f"{directory}/{names[role]}") for role, slot in state.roles.items()}
+        check_keys(f"{directory}/scheduler", shapes=found["scheduler"], expected=shapes_of(counts))
+        return folders, optim, {"record": torch.empty(found["trainer"].get("record", (0,)), dtype=torch.uint8)}
+
+    folders, optim, record = together(check)
+    folders["trainer"].load_into(record)
+    facts = together(lambda: _continued(record["record"], directory, loader=loader, dims=dims, settings=settings))
+    folders["scheduler"].load_into(counts)
+    folders["model"].load_into(model)
     for role, slot in state.roles.items():
         flat, by_parameter = optim[role]
-        _read(flat, directory / _optim_name(role))
+        folders[_optim_name(role)].load_into(flat)
         for parameter, values in by_parameter.items():
             slot.optimizer.state[parameter] = {key: flat[name] for key, name in values.items()}
         slot.updates = int(counts[f"{CHECKPOINT_NAMES[role]}.updates"])
-    facts = json.loads(bytes(record["record"].tolist()))
     state.iteration = facts["iteration"]
+
+
+def _continued(
+    record: Tensor, directory: Path, *, loader: Positioned | None, dims: ParallelDims, settings: Settings
+) -> dict[str, Any]:
+    """The facts of the record, once they are seen to be those of this run; the loader stands where they say."""
+    facts = _facts(record, source=directory / "trainer")
+    settings.require_continues(facts.get("settings"), source=str(directory))
     if loader is not None:
         _reposition(loader, facts["positions"], dims=dims, source=directory)
+    return facts
+
+
+def _facts(record: Tensor, *, source: Path) -> dict[str, Any]:
+    """The JSON record of `capture`; CheckpointError unless it is one."""
+    try:
+        facts = json.loads(bytes(record.tolist()))
+        whole = isinstance(facts["iteration"], int) and facts["iteration"] >= 0 and isinstance(facts["positions"], list)
+        if not (whole and facts["positions"] and isinstance(facts.get("settings", {}), dict)):
+            raise ValueError("a field has another type")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{source} holds no iteration and data positions ({first_line(error)}); it is damaged") from error
+    return facts
 
 
 def _optim_name(role: str) -> str:
@@ -111,11 +139,6 @@ def _empty_slots(slot: RoleState, found: dict[str, tuple[int, ...]], *, source: 
             flat[f"{key}.{name}"] = step if key == "step" else torch.zeros_like(p, requires_grad=False)
     check_keys(source, shapes=found, expected=shapes_of(flat))
     return flat, by_parameter
-
-
-def _read(part: Part, directory: Path) -> None:
-    if part:
-        dcp.load(part, checkpoint_id=str(directory), no_dist=not dist.is_initialized())
 
 
 def gather_positions(loader: Positioned | None, dims: ParallelDims) -> list[dict[str, Any] | None]:

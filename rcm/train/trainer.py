@@ -18,6 +18,7 @@ from rcm.core.errors import ConfigError, NonFinite
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.methods.base import Method
+from rcm.parallel.agree import together
 from rcm.parallel.mesh import ParallelDims
 from rcm.train.checkpoint import Checkpointer
 from rcm.train.metrics import Averages, Sink
@@ -96,12 +97,12 @@ class Trainer:
     def run(self) -> Outcome:
         """Train until max_iter ("finished") or until any rank is asked to stop ("interrupted"); save before returning.
 
-        SIGTERM and SIGINT ask to stop; a second one takes its usual effect. Raises what a step raises, without saving: the last
-        checkpoint stays in use.
+        SIGTERM and SIGINT ask to stop; a second one takes its usual effect. Raises what a step raises, and on every rank what reading
+        data, observing or logging raises on one, without saving: the last checkpoint stays in use.
         """
         state, config = self.state, self.config
         with self._signals(), self._closing():
-            self._observe(lambda observer: observer.started(state))
+            together(lambda: self._observe(lambda observer: observer.started(state)))
             batches = iter(self.loader)
             saved, clock, stop, first = state.iteration, time.monotonic(), False, True
             while state.iteration < config.max_iter and not stop:
@@ -109,7 +110,7 @@ class Trainer:
                 first, stop = False, report.stop
                 self._averages.add(report.logs)
                 self._averages.add({"time/seconds_per_iteration": time.monotonic() - clock})
-                self._observe(lambda observer: self._averages.add(observer.stepped(state, is_main=self.is_main)))
+                together(lambda: self._observe(lambda observer: self._averages.add(observer.stepped(state, is_main=self.is_main))))
                 clock = time.monotonic()
                 if state.iteration % config.logging_iter == 0 or state.iteration == config.max_iter or stop:
                     self._log()
@@ -124,7 +125,7 @@ class Trainer:
 
     def _iterate(self, batches: Iterator[LatentBatch], *, guard: bool) -> StepReport:
         config = self.config
-        data = [self._next(batches) for _ in range(config.grad_accum_iter)]
+        data = together(lambda: [self._next(batches) for _ in range(config.grad_accum_iter)])
         self._batch_size = data[0].batch_size
         rngs = [
             StepRng(config.seed, self.state.iteration, self.dims.data_rank, micro, self.device) for micro in range(config.grad_accum_iter)
@@ -145,8 +146,7 @@ class Trainer:
 
     def _log(self) -> None:
         values = self._averages.collect(device=self.device, world_size=self.dims.world_size)
-        for sink in self.sinks:
-            sink.write(self.state.iteration, values)
+        together(lambda: [sink.write(self.state.iteration, values) for sink in self.sinks])
         self._judge_skipped(values)
 
     def _judge_skipped(self, values: Mapping[str, float]) -> None:

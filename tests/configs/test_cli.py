@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hydra.core.config_store import ConfigStore
 
-from rcm.configs import cli, registry_distill
+from rcm.configs import cli, listing, registry_distill
 from rcm.configs.compose import compose_run
 from rcm.configs.registry_distill import Row
 from rcm.core.errors import ConfigError
@@ -107,6 +107,7 @@ def test_an_import_error_inside_a_registry_is_not_hidden(tmp_path: Path) -> None
     [
         ([], "nothing chosen; give experiment=NAME"),
         (["--confg=x", TF], "unknown flag '--confg=x'"),
+        (["--dry-run", TF], "unknown flag '--dry-run'; did you mean --dryrun? flags are"),
         (["trainer.max_iter=3"], "template"),
         ([TF, "trainer.max_itr=3"], "did you mean trainer.max_iter"),
         (
@@ -119,12 +120,6 @@ def test_refusals_exit_with_2_and_launch_nothing(launched: list, capsys: pytest.
     assert cli.main(argv) == 2
     assert message in capsys.readouterr().err
     assert not launched
-
-
-def test_only_rank_0_speaks(launched: list, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    assert cli.main(["zebra=1"]) == 2
-    assert not capsys.readouterr().err
 
 
 def test_world_size_comes_from_torchrun(launched: list, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,24 +140,36 @@ def test_dryrun_prints_the_resolved_config_and_what_is_missing(launched: list, c
 
 def test_table_lists_variants_with_sizes_and_needs(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["--list", "1pt3B", "tf_dcm"]) == 0
+    said = capsys.readouterr().out
+    names = [line.strip() for line in said.splitlines() if line.startswith("    causal_")]
+    assert [name.rsplit("_", 1)[1] for name in names] == ["c1-1", "c1-4", "c3-3"]
+    about = " ".join(said.split())
+    assert "net 1.3B (1,419.00 M), with causal 14B; lr 2e-06, batch 4x32, " in about
+    assert "ok; needs causal_teacher_ckpt, student_ckpt, tar_path_pattern" in about
+
+
+def test_whole_list_is_grouped_narrow_and_composes_nothing(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing.compose, "compose_run", None)
+    assert cli.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    rows = [line for line in lines if line.startswith("causal_")]
-    assert [row.split()[0].rsplit("_", 1)[1] for row in rows] == ["c1-1", "c1-4", "c3-3"]
-    assert all("1,419.00 M" in row and "causal 14B" in row and "2e-06" in row and "4x32" in row for row in rows)
-    assert all("ok; needs causal_teacher_ckpt, student_ckpt, tar_path_pattern" in row for row in rows)
+    assert max(map(len, lines)) <= listing.WIDTH
+    assert [line for line in lines if line.endswith(":")] == ["embedded world, two CPU cores:", "Wan:"]
+    assert {line.strip() for line in lines if line.startswith("  ")} == {n for n in registry_distill.experiment_names() if "debug" not in n}
+    assert cli.main(["--list", "1pt3B", "tf_sdm"]) == 2
+    assert "no experiment has '1pt3B' and 'tf_sdm' in its name" in capsys.readouterr().err
 
 
 def test_listing_has_its_own_entry_point(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["rcm-experiments", "toy_tf_c3-3", "debug"])
     assert cli.list_main() == 0
-    assert [row.split()[0] for row in capsys.readouterr().out.splitlines() if row.startswith("toy_")] == ["toy_tf_c3-3_debug"]
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines() if row.startswith("    toy_")] == ["toy_tf_c3-3_debug"]
 
 
 def test_a_row_that_fails_shows_in_the_table_and_the_exit_code(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise ConfigError("impossible")
 
-    monkeypatch.setattr(cli, "compose_run", refuse)
+    monkeypatch.setattr(listing.compose, "compose_run", refuse)
     assert cli.main(["--list", "toy_tf_c3-3"]) == 1
     assert "FAILS: impossible" in capsys.readouterr().out
 

@@ -248,23 +248,61 @@ def test_other_files_are_refused(tmp_path):
         shards(tmp_path)
 
 
-def test_index_beside_the_shard(folder):
-    """It spares the scan; one of another version of the shard is not believed."""
-    path = folder / shard_name(0)
+def test_an_index_is_believed_for_its_own_shard_only(folder, caplog):
+    """It spares the scan; a shard of the same size and date but other bytes is scanned, and members are looked at where they are read."""
+    path, other = folder / shard_name(0), folder / shard_name(1)
     beside = path.with_name(path.name + INDEX_SUFFIX)
-    stored = json.loads(beside.read_text())
-    scanned = scan_shard(path)
+    scanned, stored = scan_shard(path), json.loads(beside.read_text())
     assert index_shard(path).keys == scanned.keys and (index_shard(path).spans == scanned.spans).all()
     stored["keys"][0] = "renamed"
     beside.write_text(json.dumps(stored))
     assert index_shard(path).keys[0] == "renamed"
-    os.utime(beside, ns=(0, path.stat().st_mtime_ns - 1))  # a shard rewritten in place may well keep its size: tar pads
-    assert index_shard(path).keys[0] == "000000000"
-    stored["size"] += 1
-    beside.write_text(json.dumps(stored))
-    assert index_shard(path).keys[0] == "000000000"
-    beside.write_text("{")
-    assert index_shard(path).keys[0] == "000000000"
+    with pytest.raises(ShardError, match=r"renamed\.latent\.pt is not where it was found"):
+        shards(folder).fetch([0])
+    for change in ({"spans": stored["spans"][:-1]}, {"spans": [10**12] * len(stored["spans"])}, {"keys": [None] * 5}, {"digest": 3}):
+        beside.write_text(json.dumps({**stored, **change}))
+        assert index_shard(path).keys == scanned.keys
+    for text in ("{", "[]", "null", '"x"'):
+        beside.write_text(text)
+        assert index_shard(path).keys == scanned.keys
+    write_shard(path, [sample(i) for i in range(5)], first_key=0)
+    assert other.stat().st_size == path.stat().st_size
+    before = path.stat()
+    path.write_bytes(other.read_bytes())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert index_shard(path).keys == scan_shard(other).keys
+
+
+def test_patterns_mean_what_exists_and_else_what_bash_would(tmp_path):
+    for name in ("run[1]/a.tar", "x{y}/a.tar", "x{y}/b.tar", "{0..3}/a.tar", "s-1.tar", "s-2.tar", "._s-1.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def found(pattern: str) -> list[str]:
+        return [str(path.relative_to(tmp_path)) for path in expand_pattern(f"{tmp_path}/{pattern}")]
+
+    assert found("run[1]/*.tar") == found("run[1]/a.tar") == ["run[1]/a.tar"]
+    assert found("x{y}/{b,a}.tar") == ["x{y}/b.tar", "x{y}/a.tar"]
+    assert found("{0..3}/*.tar") == ["{0..3}/a.tar"]
+    assert found("s-{2..1}.tar") == ["s-2.tar", "s-1.tar"]
+    assert found("[s]-*.tar") == ["s-1.tar", "s-2.tar"]
+    refused = {"s-{1..10000000000}.tar": "more than", "s-{1..3}.tar": "no shard matches", "x{y}": "is no file", "z{y}": "no shard"}
+    for pattern, words in refused.items():
+        with pytest.raises(ConfigError, match=words):
+            found(pattern)
+
+
+def test_what_macos_adds_is_no_sample(folder):
+    path = folder / shard_name(0)
+    with tarfile.open(path) as archive:
+        members = [(info.name, archive.extractfile(info).read()) for info in archive]
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            for added in (f"._{name}", name, f"__MACOSX/._{name}", ".DS_Store"):
+                info = tarfile.TarInfo(added)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    assert shards(folder).fetch([0, 14]).keys == ["000000000", "000000014"]
 
 
 def test_memory_cache_gives_the_same_and_respects_its_room(folder):
@@ -281,10 +319,7 @@ def test_memory_cache_gives_the_same_and_respects_its_room(folder):
 def test_fingerprint_follows_the_data(folder):
     before = shards(folder).fingerprint()
     assert before == shards(folder).fingerprint()
-    changed = sample(0)
-    write_shard(
-        folder / shard_name(0),
-        [ShardSample(changed.latents + 1, changed.text, changed.prompt), *(sample(i) for i in range(1, 5))],
-        first_key=0,
-    )
+    forget_index(folder / shard_name(1))
+    assert before == shards(folder).fingerprint()
+    rewrite(folder / shard_name(2), lambda name, data: (name, data[:-1] + b"x" if name == "000000013.prompt.txt" else data))
     assert shards(folder).fingerprint() != before

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rcm.core.errors import ConfigError
-from rcm.train.metrics import Averages, Broadcasting, JsonLines, Wandb
+from rcm.train.metrics import Averages, Broadcasting, JsonLines, Wandb, require_wandb
 from rcm.train.observers import KernelRecord, LogLines, Progress, SampleGrid
 from tests.train.run_support import launch
 
@@ -63,26 +63,39 @@ def test_missing_wandb_says_what_to_install(tmp_path: Path, monkeypatch: pytest.
         Wandb(project="p", name="n", directory=tmp_path)
 
 
-def test_wandb_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for the package: what it is told is what was logged."""
-    calls: list[object] = []
-    run = SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish"))
-    package = SimpleNamespace(init=lambda **options: calls.append(options) or run)
-    monkeypatch.setitem(sys.modules, "wandb", package)
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What a stand-in for wandb is told."""
+    told: list[object] = []
+    run = SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("finish"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: told.append(options) or run))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    sink = Wandb(project="p", name="n", directory=tmp_path / "w", mode="offline", config={"a": 1}, run_id="r1")
-    sink.write(3, {"x": 1.0})
-    sink.close()
-    assert calls[0] == {
-        "project": "p",
-        "name": "n",
-        "dir": str(tmp_path / "w"),
-        "mode": "offline",
-        "config": {"a": 1},
-        "id": "r1",
-        "resume": "allow",
-    }
-    assert calls[1:] == [(3, {"x": 1.0}), "finish"]
+    return told
+
+
+def test_wandb_gets_the_numbers_and_a_resumed_run_is_the_same_one(tmp_path: Path, calls: list) -> None:
+    for step in (3, 4):
+        sink = Wandb(project="p", name="n", entity="team", group="g", directory=tmp_path / "w", mode="offline", config={"a": 1})
+        sink.write(step, {"x": 1.0})
+        sink.close()
+    first, _, _, second, *_ = calls
+    assert first == second and first["resume"] == "allow" and len(first["id"]) == 12
+    assert (first["entity"], first["group"], first["mode"], first["config"]) == ("team", "g", "offline", {"a": 1})
+    assert calls[1:3] == [(3, {"x": 1.0}), "finish"]
+    Wandb(project="p", name="n", directory=tmp_path / "other", mode="offline")
+    assert calls[-1]["id"] != first["id"] and calls[-1]["entity"] is None
+
+
+def test_wandb_online_needs_a_key(tmp_path: Path, calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(ConfigError, match=r"needs a key for api\.wandb\.ai: run `wandb login`"):
+        require_wandb("online")
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    require_wandb("online")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    require_wandb("offline")
 
 
 def test_progress_writes_to_a_terminal_only() -> None:

@@ -1,0 +1,108 @@
+"""Words of the command line -> overrides as Hydra reads them, with what a user means by text and by the release's names put right.
+
+Text keys keep the characters that were typed: `job.name=1_3` is no 13, and a path may have '=', '#', braces and brackets. Nothing that a
+word names is imported.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from rcm.configs.convert import text_paths
+from rcm.configs.schema import TrainConfig
+from rcm.core.errors import ConfigError
+
+_WORD = re.compile(r"(\+{0,2})([\w./@]+)=(.*)", re.DOTALL)
+
+TIME_LAWS = {
+    "rcm.utils.timestep_utils.LogNormal": ("lognormal", ("p_mean", "p_std")),
+    "rcm.utils.timestep_utils.UniformShift": ("uniform_shift", ("shift",)),
+}
+"""The release's `_target_` of a time law -> the law here, and the numbers it takes."""
+
+_LAW_KEYS = ("model.config.p_G", "model.config.p_D")
+
+
+def parse_overrides(words: Sequence[str]) -> list[Override]:
+    """One override per word. Raises `ConfigError` for a word that is none, deletes a key, or asks for several runs."""
+    return [override for word in words for override in _of_release(_checked(_read(word), word))]
+
+
+def quoted(text: str) -> str:
+    """`text` as a value that Hydra reads as exactly these characters."""
+    inner = re.sub(r'(\\*)"', lambda found: found[1] * 2 + '\\"', text)
+    end = len(inner) - len(inner.rstrip("\\"))
+    return f'"{inner}{inner[len(inner) - end :]}"'
+
+
+def as_typed(key: str, text: str) -> str:
+    """The word that sets a text key, as a shell takes it: Hydra's quotes inside, the shell's around them."""
+    return shlex.quote(f"{key}={quoted(text)}")
+
+
+@cache
+def _texts() -> frozenset[str]:
+    return frozenset(text_paths(TrainConfig))
+
+
+def _read(word: str) -> Override:
+    parser, found = OverridesParser.create(), _WORD.fullmatch(word)
+    text = found is not None and found[2] in _texts()
+    try:
+        override = parser.parse_overrides([word])[0]
+        is_text = override.is_sweep_override() or override.is_delete() or isinstance(override.value(), str | None)
+        if not text or is_text:
+            return override
+    except (HydraException, ValueError) as error:
+        if not text:
+            advice = "write key=value (quote lists and spaces for the shell, as in 'key=[1, 2]')"
+            raise ConfigError(f"cannot read override {_short(word)!r}: {advice}") from error
+    plus, key, characters = found.groups()
+    return parser.parse_overrides([f"{plus}{key}={quoted(characters.strip())}"])[0]
+
+
+def _checked(override: Override, word: str) -> Override:
+    if override.is_delete():
+        raise ConfigError(f"override {_short(word)!r} deletes a key; every key has a value: set it, or choose null where null is allowed")
+    if override.is_sweep_override():
+        key, text = override.key_or_group, word.partition("=")[2]
+        advice = f"a text with a comma: {as_typed(key, text)}" if key in _texts() else f"a list: {shlex.quote(f'{key}=[{text}]')}"
+        raise ConfigError(f"override {_short(word)!r} asks for several runs; launch one at a time (or do you mean {advice}?)")
+    return override
+
+
+def _of_release(override: Override) -> Iterator[Override]:
+    """The override, or those that say the same here: a time law given by the release's class."""
+    key, value = override.key_or_group, override.value()
+    law_key = key.removesuffix("._target_")
+    if law_key not in _LAW_KEYS or not (law_key != key or (isinstance(value, dict) and "_target_" in value)):
+        yield override
+        return
+    given = {"_target_": value} if law_key != key else {str(name): number for name, number in value.items()}
+    target = given.pop("_target_")
+    if target not in TIME_LAWS:
+        known = " and ".join(f"{name} ({law_key}.law={law})" for name, (law, _) in TIME_LAWS.items())
+        raise ConfigError(f"{law_key}._target_={target!r} is not imported; the time laws known by name are {known}")
+    law, numbers = TIME_LAWS[target]
+    for name in given:
+        if name not in numbers:
+            raise ConfigError(f"{law_key}.{name} is no number of {target}, which takes {', '.join(numbers)}")
+    yield from OverridesParser.create().parse_overrides(
+        [f"{law_key}.law={law}", *(f"{law_key}.{name}={_number(number)}" for name, number in given.items())]
+    )
+
+
+def _number(value: Any) -> str:
+    return quoted(value) if isinstance(value, str) else str(value)
+
+
+def _short(word: str) -> str:
+    return word if len(word) <= 200 else word[:200] + "..."
