@@ -12,6 +12,8 @@ from typing import NamedTuple
 from loguru import logger
 
 from rcm.core.errors import ConfigError
+from rcm.core.text_file import lines_of, read_text
+from rcm.encoders.prompt_cleaning import says_nothing
 
 COLUMNS = ("prompt", "caption", "text")
 """Names under which a .csv column or a .jsonl key holds the prompt, in order of preference."""
@@ -32,16 +34,11 @@ def read_prompt_list(path: str | Path, *, skip_bad: bool = False, max_chars: int
 
     Empty prompts (blank lines between others among them) and prompts above `max_chars` characters raise `ConfigError` naming file and line;
     with `skip_bad` they are left out, with a warning. Blank lines at the end of a file are no prompts. Raises `ConfigError` for a missing
-    or empty file, one that is not UTF-8, a .csv or .jsonl without a prompt column, and a .csv with broken
+    or empty file, one that is no text (`read_text`), a .csv or .jsonl without a prompt column, and a .csv with broken
     quotes or more fields than its header.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no prompt file at {path}; change --prompts")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"prompt file {path} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+    text = read_text(path, what="prompt file", knob="--prompts")
     entries = list(_entries(path, text.rstrip()))
     if not entries:
         raise ConfigError(f"prompt file {path} holds no prompt")
@@ -61,7 +58,7 @@ def read_prompt_list(path: str | Path, *, skip_bad: bool = False, max_chars: int
 
 
 def _fault(prompt: str, max_chars: int) -> str:
-    if not prompt:
+    if says_nothing(prompt):
         return "is empty"
     if len(prompt) > max_chars:
         return f"has {len(prompt)} characters, at most {max_chars} are taken for a prompt ({prompt[:40]!r}...)"
@@ -72,8 +69,7 @@ def _entries(path: Path, text: str) -> Iterator[_Entry]:
     if path.suffix == ".csv":
         yield from _csv_entries(path, text)
         return
-    # not splitlines(), which also cuts at characters that a prompt may contain, such as U+2028
-    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+    for number, line in enumerate(lines_of(text), 1):
         place = f"{path}:{number}"
         yield _Entry(place, _json_prompt(line, place) if path.suffix == ".jsonl" and line.strip() else line.strip())
 
@@ -99,8 +95,8 @@ def _csv_entries(path: Path, text: str) -> Iterator[_Entry]:
 def _json_prompt(line: str, place: str) -> str:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{place} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # also numbers too long and lists too deep to be read
+        raise ConfigError(f"{place} is not JSON: {str(error)[:200]}") from error
     found = [record[name] for name in COLUMNS if isinstance(record, dict) and isinstance(record.get(name), str)]
     if not found:
         raise ConfigError(f"{place} needs a string under {' or '.join(COLUMNS)}, got {line[:80]}")

@@ -10,23 +10,23 @@ from pathlib import Path
 import torch
 
 from rcm.core.errors import ConfigError
+from rcm.core.text_file import read_lines
 from rcm.data.batch import PromptBatch
+from rcm.encoders.prompt_cleaning import says_nothing
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a text file (one per line, blank lines skipped) or of a `.jsonl` file (objects with a "prompt" string, which may be
-    empty).
+    """Prompts of a text file (one per line, those that say nothing skipped) or of a `.jsonl` file (objects with a "prompt" string, which
+    may be empty).
 
-    Raises `ConfigError` for a missing or empty file, or a line without a prompt, naming file and line.
+    Raises `ConfigError` for a missing or empty file, one that is no text (`read_text`), or a line without a prompt, naming file and line.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no prompt file at {path}; change the prompt file's path")
-    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also cut at characters of a prompt, such as U+2028
+    lines = read_lines(path, what="prompt file", knob="the prompt file's path")
     if path.suffix == ".jsonl":
         prompts = [_json_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     else:
-        prompts = [line.strip() for line in lines if line.strip()]
+        prompts = [line.strip() for line in lines if not says_nothing(line)]
     if not prompts:
         raise ConfigError(f"prompt file {path} holds no prompt")
     return prompts
@@ -35,8 +35,8 @@ def read_prompts(path: str | Path) -> list[str]:
 def _json_prompt(line: str, place: str) -> str:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{place} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # also numbers too long and lists too deep to be read
+        raise ConfigError(f"{place} is not JSON: {str(error)[:200]}") from error
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise ConfigError(f'{place} needs a "prompt" string, got {line[:80]}')
     return record["prompt"]

@@ -1,10 +1,13 @@
-"""A prompt as umT5 was shown it: repaired text, no HTML entities, single spaces. spec/wan.md 5."""
+"""A prompt as umT5 was shown it: repaired text, no HTML entities, single spaces; and which prompts say nothing. spec/wan.md 5."""
 
 from __future__ import annotations
 
 import html
 import re
+import unicodedata
+from collections.abc import Iterable
 
+from rcm.core.errors import ConfigError
 from rcm.encoders.text_extra import text_extra
 
 NEGATIVE_PROMPT = (
@@ -21,7 +24,32 @@ def clean_prompt(prompt: str) -> str:
     """`prompt` with broken Unicode repaired (ftfy), HTML entities resolved twice, runs of whitespace made one space, and ends stripped.
 
     Case is kept. ftfy also turns full-width punctuation into ASCII and curly quotes into straight ones, as when the model was trained.
-    Raises `ConfigError` when ftfy is not installed.
+    A prompt that `says_nothing` becomes the empty one. Raises `ConfigError` when ftfy is not installed.
     """
+    if says_nothing(prompt):
+        return ""
     repaired = text_extra("ftfy", purpose="cleaning prompts for umT5").fix_text(prompt)
     return _WHITESPACE.sub(" ", html.unescape(html.unescape(repaired))).strip()
+
+
+def says_nothing(prompt: str) -> bool:
+    """Whether nothing of a prompt can be read: blanks, controls (NUL), characters of no width, also as HTML entities."""
+    return all(unicodedata.category(letter)[0] in "ZC" for letter in html.unescape(html.unescape(prompt)))
+
+
+def checked_prompts(named: Iterable[tuple[str, str]], *, allow_empty: bool, knob: str = "--allow_empty_prompt") -> list[str]:
+    """The prompts of (where it stands, prompt) pairs without blanks at their ends, "" for those that say nothing.
+
+    `ConfigError`, naming the place, for an empty one unless `allow_empty`, and for bytes of a command line that are no text.
+    """
+    prompts = []
+    for where, prompt in named:
+        empty = says_nothing(prompt) and not any("\ud800" <= letter <= "\udfff" for letter in prompt)
+        if empty and not allow_empty:
+            raise ConfigError(f"{where} is empty; write a prompt, or pass {knob} to sample without one")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{where} is not UTF-8 text (character {error.start + 1})") from error
+        prompts.append("" if empty else prompt.strip())
+    return prompts

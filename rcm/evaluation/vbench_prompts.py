@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rcm.core.errors import ConfigError
+from rcm.core.text_file import read_lines, read_text
 
 T2V_FILE = "t2v_prompts.jsonl"
 """The public prompt list, in the order of VBench_full_info.json: one entry a line."""
@@ -88,7 +89,7 @@ def with_extended(items: Sequence[SuiteItem], path: str | Path, *, rows: Sequenc
     if path.suffix in (".json", ".jsonl"):
         texts = {item.prompt: item.extended for item in read_suite(path) if item.extended is not None}
     else:
-        lines = _text(path).removesuffix("\n").split("\n")
+        lines = read_lines(path, what="file of extended prompts")
         if len(lines) != len(rows):
             raise ConfigError(f"{path} has {len(lines)} lines, the prompt list has {len(rows)} entries; extended prompts go line by line")
         texts = dict(zip(rows, (line.strip() for line in lines), strict=True))
@@ -121,26 +122,19 @@ def by_dimension(items: Iterable[SuiteItem]) -> dict[str, list[SuiteItem]]:
 
 def _rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
     """(place, object) of every entry."""
-    text = _text(path)
+    text = read_text(path, what="prompt list")
     try:
         if path.suffix == ".jsonl":
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {str(error)[:200]}") from error
     if isinstance(rows, dict) and isinstance(rows.get("prompts"), list):
         rows = rows["prompts"]
     if not isinstance(rows, list):
         raise ConfigError(f"{path} must be a list of prompts, got a {type(rows).__name__}")
     return [(f"{path}, entry {i}", row) for i, row in enumerate(rows)]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _item(row: Any, place: str) -> SuiteItem:

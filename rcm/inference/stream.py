@@ -24,6 +24,8 @@ from typing import Any
 import torch
 
 from rcm.core.errors import ConfigError
+from rcm.core.text_file import read_lines
+from rcm.encoders.prompt_cleaning import checked_prompts
 from rcm.evaluation.throughput import Throughput, measure
 from rcm.inference.outcome import check_device, check_seed, exit_status, short_log, writable
 from rcm.inference.stream_recipe import add_recipe_flags, chosen_recipe
@@ -104,18 +106,11 @@ def read_prompts(given: Sequence[str] | None, file: str | None, *, allow_empty: 
     """Prompts of the command line, then the lines of a file. `ConfigError` without any, or for an empty one that is not allowed by name."""
     named = [(f"--prompt number {i}", text) for i, text in enumerate(given or (), 1)]
     if file is not None:
-        try:
-            text = Path(file).read_text(encoding="utf-8")
-            lines = text.removesuffix("\n").split("\n") if text else []  # splitlines() also cuts at characters of a prompt
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"--prompt_file {file} is not UTF-8 text: {error}") from error
+        lines = read_lines(file, what="prompt file", knob="--prompt_file")
         named += [(f"line {i} of {file}", text) for i, text in enumerate(lines, 1)]
     if not named:
         raise ConfigError("no prompt; give --prompt TEXT (repeatable) or --prompt_file FILE with one prompt per line")
-    for where, text in named:
-        if not text.strip() and not allow_empty:
-            raise ConfigError(f"{where} is empty; write a prompt, or pass --allow_empty_prompt to sample without one")
-    return [text.strip() for _, text in named]
+    return checked_prompts(named, allow_empty=allow_empty)
 
 
 def _parser() -> argparse.ArgumentParser:

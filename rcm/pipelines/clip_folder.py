@@ -11,7 +11,12 @@ import torch
 from loguru import logger
 
 from rcm.core.errors import ConfigError
+from rcm.core.text_file import read_text
+from rcm.encoders.prompt_cleaning import says_nothing
 from rcm.pipelines.video_io import VideoError, iter_frames, probe, resize_frame
+
+COMPANION = "._"
+"""Begins the name of a file in which macOS keeps what another file system cannot (AppleDouble): no video, whatever its suffix."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +36,25 @@ class Window:
 
 
 def find_clips(folder: Path) -> list[Path]:
-    """The mp4 files under `folder`, sorted; `ConfigError` when there is no such folder, or nothing in it."""
+    """The mp4 files under `folder`, sorted, without macOS's `._*` companions; `ConfigError` for no such folder, or nothing in it."""
     if not folder.is_dir():
         raise ConfigError(f"no folder {folder}; change --input")
-    clips = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".mp4" and path.is_file())
+    clips = sorted(path for path in folder.rglob("*") if _is_clip(path))
     if not clips:
         raise ConfigError(f"no .mp4 file under {folder}; change --input")
     return clips
 
 
+def _is_clip(path: Path) -> bool:
+    return path.suffix.lower() == ".mp4" and not path.name.startswith(COMPANION) and path.is_file()
+
+
 def caption_of(clip: Path) -> str:
-    """The text beside the clip (`clip.txt`, may be empty), else the words of its file name."""
+    """The text beside the clip (`clip.txt`, may be empty), else the words of its file name. Errors of `read_text`."""
     beside = clip.with_suffix(".txt")
     if beside.is_file():
-        return " ".join(beside.read_text(encoding="utf-8").split())
+        text = read_text(beside, what="caption file")
+        return "" if says_nothing(text) else " ".join(text.split())
     return " ".join(clip.stem.replace("_", " ").replace("-", " ").split())
 
 

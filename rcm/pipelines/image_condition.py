@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,31 +14,52 @@ from rcm.encoders.codec import LatentCodec
 from rcm.pipelines.video_io import VideoError
 from rcm.pipelines.wan_sizes import FrameSize
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+"""Of images that are read: none that starts another program or refers to other files."""
+
+MAX_PIXELS = 128 * 10**6
+
 MASK_CHANNELS = 4
 """One per pixel frame of a latent frame (temporal stride 4)."""
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Told by content, not by name. Pillow's others include EPS, which it hands to Ghostscript: a program inside a picture would run."""
 
 
 def read_image(path: str | Path) -> torch.Tensor:
-    """Pixels uint8 [H, W, 3] of an image file, turned upright as its EXIF says, 16-bit grey scaled to 8; `VideoError` names a file that is
-    missing, unreadable, or of 32-bit pixels, whose range nobody states.
+    """Pixels uint8 [H, W, 3] of a still image: upright as its EXIF says, transparent parts over white, 16-bit grey scaled to 8.
+
+    `VideoError` names a file that is missing, cut off, of another format than `FORMATS`, animated, larger than `MAX_PIXELS`, or of 32-bit
+    pixels, whose range nobody states.
     """
     path = Path(path)
-    if not path.is_file():
-        raise VideoError(f"no image file at {path}")
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.mode in ("I", "F"):
-                raise VideoError(f"{path} holds 32-bit pixels of no stated range; convert it to 8 bits")
-            upright = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # PIL would clip at 255 instead: a white picture
-                upright = Image.fromarray(((np.asarray(upright).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
-            return torch.from_numpy(np.array(upright.convert("RGB")))
+        if not path.is_file():
+            raise VideoError(f"no image file at {path}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is looked at here
+            with Image.open(path, formats=FORMATS) as image:
+                return _pixels(image, path)
     except VideoError:
         raise
-    except Exception as error:  # a decoder's; Pillow's raise many kinds for damaged files
-        raise VideoError(f"cannot decode {path}: {error}") from error
+    except Exception as error:  # decoders of damaged files raise anything
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise VideoError(f"cannot decode {path}: {told}") from error
+
+
+def _pixels(image: Image.Image, path: Path) -> torch.Tensor:
+    if image.width * image.height > MAX_PIXELS:
+        raise VideoError(f"{path} has {image.width}x{image.height} pixels, at most {MAX_PIXELS // 10**6} million are read; scale it down")
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photograph with a preview
+        raise VideoError(f"{path} holds {image.n_frames} pictures, an animation or pages; give one still image, or a video file")
+    if image.mode in ("I", "F"):
+        raise VideoError(f"{path} holds 32-bit pixels of no stated range; convert it to 8 bits")
+    upright = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # PIL would clip at 255 instead: a white picture
+        upright = Image.fromarray(((np.asarray(upright).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    if upright.has_transparency_data:
+        clear = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
+    return torch.from_numpy(np.array(upright.convert("RGB")))
 
 
 def image_size(image: torch.Tensor) -> FrameSize:

@@ -9,18 +9,34 @@ import contextlib
 import errno
 import math
 import os
+import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import imageio_ffmpeg
 import numpy as np
 import torch
+from loguru import logger
 from PIL import Image, ImageDraw
 
-from rcm.core.errors import ConfigError
+from rcm.core.errors import ConfigError, NonFinite
+from rcm.core.output_file import OutputFile
+
+KEPT_BYTES = 1 << 30
+"""Pixels that a writer remembers for the case that the write fails: 14 minutes at 256x256 and 16 frames per second."""
+
+MAX_SIDE = 8192
+"""Pixels a side of a frame, read or written."""
+
+PICTURES = {".png": "PNG", ".gif": "GIF"}
+
+_FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,h264,hevc,ivf,webp_pipe,m4v,mpegvideo"
+_SQUARE_PIXELS = "scale='max(1,round(iw*sar))':ih,setsar=1"
 
 COMFORTABLE = 256
 """Pixels on the shorter side of a toy video that is enlarged for the eye."""
@@ -41,9 +57,9 @@ class VideoInfo:
 
 
 def to_uint8(video: torch.Tensor) -> torch.Tensor:
-    """Pixels in [-1, 1] (clamped) to uint8, rounded to nearest; any shape. `ConfigError` for NaN."""
+    """Pixels in [-1, 1] (clamped) to uint8, rounded to nearest; any shape. `NonFinite` for NaN."""
     if not torch.isfinite(video).all():
-        raise ConfigError("video holds NaN or infinite pixels; nothing was written")
+        raise NonFinite("video holds NaN or infinite pixels; nothing was written")
     return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -62,120 +78,244 @@ class Mp4Writer:
     """A file that grows by chunks: `append` frames while they are made; the file appears under its name when the `with` block ends well.
 
     `fps` frames per second; `scale` enlarges by an integer; `crf` x264 quality (0 lossless, 18 visually lossless); `pad` repeats the last
-    row or column of odd sizes, which otherwise raise `ConfigError`. An `OSError` (no folder, disk full) carries the path; a failed write
-    leaves no file and an older one as it was.
+    row or column of odd sizes, which otherwise raise `ConfigError`. A failed write is an `OSError` that carries the path and says where the
+    frames (the last GiB of them) are kept; an older file stays as it was. A block that is interrupted, or fails in its own work after some
+    chunks, leaves those in NAME.partial.mp4, with a warning.
     """
 
-    def __init__(self, path: str | Path, *, fps: float, scale: int = 1, crf: int = 12, pad: bool = False) -> None:
-        if fps <= 0 or scale < 1:
+    def __init__(self, path: str | Path | OutputFile, *, fps: float, scale: int = 1, crf: int = 12, pad: bool = False) -> None:
+        if not 0 < fps < math.inf or scale < 1:
             raise ConfigError(f"mp4 needs fps > 0 and an integer scale >= 1, got fps={fps}, scale={scale}")
-        self.path = Path(path)
-        self._temporary = self.path.with_name(f".{self.path.name}.partial")
-        self._fps, self._scale, self._crf, self._pad = fps, scale, crf, pad
-        self._size: tuple[int, int] | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the writer
+        self.path = Path(path.given) if isinstance(path, OutputFile) else Path(path)
+        self._target = path
+        self._settings = {"fps": fps, "scale": scale, "crf": crf, "pad": pad}
+        self._encoder: _Encoder | None = None
+        self._kept: list[torch.Tensor] = []
 
     def __enter__(self) -> Mp4Writer:
         return self
 
     def append(self, video: torch.Tensor) -> None:
-        """Write frames [3, f, H, W] in [-1, 1]; all chunks have one size."""
+        """Write frames [3, f, H, W] in [-1, 1]; all chunks have one size. `NonFinite` for NaN."""
         if video.ndim != 4 or video.shape[0] != 3:
             raise ConfigError(f"mp4 frames are [3, F, H, W], got {tuple(video.shape)}; write one video of a batch at a time")
-        frames = enlarge(to_uint8(video), self._scale)
-        if self._pad:
-            height, width = frames.shape[-2:]
-            frames = torch.cat([frames, frames[..., -1:, :]], dim=-2) if height % 2 else frames
-            frames = torch.cat([frames, frames[..., -1:]], dim=-1) if width % 2 else frames
-        size = (frames.shape[-1], frames.shape[-2])
-        if size[0] % 2 or size[1] % 2:
-            raise ConfigError(f"mp4 (yuv420p) needs even sides, got {size[0]}x{size[1]}; choose an even size or scale, or pad=True")
-        if self._size is None:
-            self._open(size)
-        if size != self._size:
-            raise ConfigError(f"frame size changed from {self._size} to {size} inside {self.path}")
-        assert self._process is not None and self._process.stdin is not None
+        pixels = to_uint8(video).cpu()
+        if self._encoder is None:
+            check_frame(*pixels.shape[-2:], scale=self._settings["scale"], pad=self._settings["pad"])
+            target = OutputFile.claim(self._target)
+            self._encoder = _Encoder(target.temporary(), **self._settings)
+            self._target = target
+        if self._kept and self._kept[-1].shape[-2:] != pixels.shape[-2:]:
+            sizes = [f"{shape[-1]}x{shape[-2]}" for shape in (self._kept[-1].shape, pixels.shape)]
+            raise ConfigError(f"frame size changed from {sizes[0]} to {sizes[1]} inside {self.path}")
+        self._kept.append(pixels)
+        while len(self._kept) > 1 and sum(chunk.numel() for chunk in self._kept) > KEPT_BYTES:
+            self._kept.pop(0)
         try:
-            self._process.stdin.write(frames.permute(1, 2, 3, 0).contiguous().cpu().numpy().tobytes())
+            self._encoder.write(pixels)
         except OSError as error:
-            raise self._failure() from error
+            raise self._failure(error) from error
 
-    def _open(self, size: tuple[int, int]) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(error.errno, f"cannot make the folder of a video: {error.strerror}", str(self.path)) from error
-        source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{size[0]}x{size[1]}", "-r", f"{self._fps}", "-i", "-"]
-        target = ["-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", f"{self._crf}", "-movflags", "+faststart", "-f", "mp4"]
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *source, *target, str(self._temporary)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._log)
-        self._size = size
-
-    def _failure(self) -> OSError:
-        if self._process is not None:
-            self._process.wait()
-        self._log.seek(0)
-        told = " ".join(self._log.read().decode(errors="replace").split())[-300:]
-        return OSError(errno.EIO, f"cannot write video: {told or 'ffmpeg stopped'}", str(self.path))
+    def _failure(self, error: OSError) -> OSError:
+        """The error of a failed write, once the frames are somewhere else."""
+        assert self._encoder is not None
+        self._encoder.remove()
+        self._encoder = None
+        kept = _keep(self._kept, name=self.path.stem, **self._settings)
+        count = sum(chunk.shape[1] for chunk in self._kept)
+        told = f"its {count} frames are kept in {kept}" if kept else f"its {count} frames could not be kept anywhere else either"
+        return OSError(error.errno or errno.EIO, f"cannot write video: {error.strerror or error}; {told}", str(self.path))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._encoder is None:
+            if kind is None:
+                raise ConfigError(f"no frames were given for {self.path}")
+            return
         try:
-            if self._process is None:
-                if kind is None:
-                    raise ConfigError(f"no frames were given for {self.path}")
-                return
-            assert self._process.stdin is not None
-            if kind is not None:
-                self._process.kill()
-                self._process.wait()
-                return
-            try:
-                self._process.stdin.close()
-            except OSError as error:
-                raise self._failure() from error
-            if self._process.wait():
-                raise self._failure()
-            os.replace(self._temporary, self.path)
+            if kind is None:
+                self._place(self._target.path)
+            elif not issubclass(kind, ConfigError | GeneratorExit) and self._kept:
+                self._place(self._target.path.with_suffix(".partial.mp4"))
+                logger.warning(f"broken off; what there was until then is in {self.path.with_suffix('.partial.mp4')}")
+        except OSError as error:
+            if kind is None:
+                raise self._failure(error) from error
+            logger.warning(f"broken off, and what there was until then could not be kept: {error}")
         finally:
-            self._log.close()
-            with contextlib.suppress(OSError):  # the reason it cannot be removed is the one already being raised
-                self._temporary.unlink(missing_ok=True)
+            if self._encoder is not None:
+                self._encoder.remove()
+
+    def _place(self, path: Path) -> None:
+        self._encoder.finish()
+        os.replace(self._encoder.path, path)
 
 
-def write_mp4(path: str | Path, video: torch.Tensor, *, fps: float, scale: int = 1, crf: int = 12, pad: bool = False) -> Path:
+class _Encoder:
+    """One ffmpeg that writes `path` from pixels; failures are `OSError`s of what it told."""
+
+    def __init__(self, path: Path, *, fps: float, scale: int, crf: int, pad: bool) -> None:
+        self.path, self._fps, self._scale, self._crf, self._pad = path, fps, scale, crf, pad
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the encoder
+
+    def write(self, pixels: torch.Tensor) -> None:
+        """Frames uint8 [3, f, H, W]."""
+        frames = enlarge(pixels, self._scale)
+        height, width = frames.shape[-2:]
+        if self._pad:
+            frames = torch.cat([frames, frames[..., -1:, :]], dim=-2) if height % 2 else frames
+            frames = torch.cat([frames, frames[..., -1:]], dim=-1) if width % 2 else frames
+        if self._process is None:
+            self._start(frames.shape[-1], frames.shape[-2])
+        try:
+            self._process.stdin.write(frames.permute(1, 2, 3, 0).contiguous().numpy().tobytes())
+        except OSError as error:
+            raise self._told() from error
+
+    def _start(self, width: int, height: int) -> None:
+        source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{self._fps}", "-i", "-"]
+        target = ["-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", f"{self._crf}", "-movflags", "+faststart", "-f", "mp4"]
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *source, *target, str(self.path.absolute())]
+        self._process = subprocess.Popen(  # in a session of its own: Ctrl-C is for this process to answer
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._log, start_new_session=True
+        )
+
+    def finish(self) -> None:
+        """The file is whole after this."""
+        try:
+            self._process.stdin.close()
+        except OSError as error:
+            raise self._told() from error
+        if self._process.wait():
+            raise self._told()
+
+    def _told(self) -> OSError:
+        self._process.wait()
+        self._log.seek(0)
+        words = " ".join(self._log.read().decode(errors="replace").split())[-300:]
+        return OSError(errno.ENOSPC if os.strerror(errno.ENOSPC) in words else errno.EIO, words or "ffmpeg stopped")
+
+    def remove(self) -> None:
+        """End the process; no file is left."""
+        if self._process is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+
+def _keep(chunks: Sequence[torch.Tensor], *, name: str, **settings: Any) -> Path | None:
+    """Write chunks in a folder of their own where there is room: an mp4, or an array [F, H, W, 3] if the encoder is what fails."""
+    for folder in (tempfile.gettempdir(), os.curdir, os.path.expanduser("~")):
+        try:
+            made = Path(tempfile.mkdtemp(prefix="rcm-kept-", dir=os.path.abspath(folder)))
+        except OSError:
+            continue
+        encoder = _Encoder(made / f"{name}.mp4", **settings)
+        try:
+            for chunk in chunks:
+                encoder.write(chunk)
+            encoder.finish()
+            return encoder.path
+        except OSError:
+            encoder.remove()
+        try:
+            np.save(made / f"{name}.npy", torch.cat(list(chunks), dim=1).permute(1, 2, 3, 0).numpy())
+            return made / f"{name}.npy"
+        except OSError:
+            shutil.rmtree(made, ignore_errors=True)
+    return None
+
+
+def check_frame(height: int, width: int, *, scale: int, pad: bool = False) -> None:
+    """`ConfigError` unless frames of height x width, enlarged by `scale`, fit an mp4: even sides (or `pad`), none above `MAX_SIDE`."""
+    height, width = height * scale, width * scale
+    if not pad and (width % 2 or height % 2):
+        raise ConfigError(f"mp4 (yuv420p) needs even sides, got {width}x{height}; choose an even size or scale, or pad=True")
+    if max(height, width) > MAX_SIDE:
+        raise ConfigError(f"frames of {height}x{width} (HxW) are too large for an mp4, {MAX_SIDE} a side at most; lower --upscale")
+
+
+def write_mp4(path: str | Path | OutputFile, video: torch.Tensor, *, fps: float, scale: int = 1, crf: int = 12, pad: bool = False) -> Path:
     """Write `video` [3, F, H, W] in [-1, 1]; arguments and errors of `Mp4Writer`. Returns the path."""
     with Mp4Writer(path, fps=fps, scale=scale, crf=crf, pad=pad) as writer:
         writer.append(video)
-    return Path(path)
+    return writer.path
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """`VideoInfo` of a file, its frames counted by decoding; `VideoError` if it is missing or not a video."""
+    """`VideoInfo` of a file as it is read (square pixels), its frames counted by decoding; `VideoError` if it is missing or not a video."""
     path = _existing(path)
-    try:
-        stream = imageio_ffmpeg.read_frames(str(path))
-        meta = next(stream)
-        stream.close()
-        count, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
-    except (OSError, RuntimeError, KeyError, ValueError, IndexError) as error:
-        raise _unreadable(path, error) from error
-    width, height = meta["size"]
-    return VideoInfo(float(meta["fps"]), width, height, count)
+    command = _decoder(path, "-progress", "pipe:1", "-f", "null", "-fps_mode", "cfr", log="info")
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False)
+    _require_whole(path, done.returncode, done.stderr)
+    lines = [line for line in done.stderr.splitlines() if re.match(r"\s*Stream #.* Video: ", line)]
+    sizes = [re.search(r" (\d+)x(\d+)[, ]", line) for line in lines]
+    rate = re.search(r" ([\d.]+)(k?) fps", lines[0]) if lines else None
+    count = re.findall(r"^frame=(\d+)$", done.stdout, re.M)
+    if not (lines and sizes[-1] and count):
+        raise VideoError(f"cannot decode {path}: no video stream was found")
+    fps = 0.0 if rate is None else float(rate[1]) * (1000 if rate[2] else 1)
+    return VideoInfo(fps, int(sizes[-1][1]), int(sizes[-1][2]), int(count[-1]))
 
 
 def iter_frames(path: str | Path) -> Iterator[torch.Tensor]:
-    """Frames uint8 [H, W, 3] of a file, one at a time; `VideoError` if it is missing or cannot be decoded."""
+    """Frames uint8 [H, W, 3] of a file, one at a time, upright and of square pixels (wider ones are stretched to their shape).
+
+    `VideoError` if the file is missing, cannot be decoded, ends early, or refers to other files.
+    """
     path = _existing(path)
-    stream = imageio_ffmpeg.read_frames(str(path))
+    command = _decoder(path, "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", log="error")
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
+        try:
+            while (frame := _next_ppm(process.stdout, path)) is not None:
+                yield frame
+            process.wait()
+            log.seek(0)
+            _require_whole(path, process.returncode, log.read().decode(errors="replace"))
+        finally:
+            process.stdout.close()
+            process.kill()
+            process.wait()
+
+
+def _decoder(path: Path, *output: str, log: str) -> list[str]:
+    """An ffmpeg that decodes the first video stream of one file: with an absolute path no part of a name is a protocol, and formats that
+    are lists of other files are none.
+    """
+    source = ["-nostdin", "-hide_banner", "-nostats", "-loglevel", log, "-format_whitelist", _FORMATS, "-i", str(path.absolute())]
+    return [imageio_ffmpeg.get_ffmpeg_exe(), *source, "-map", "0:v:0", "-vf", _SQUARE_PIXELS, *output, "-"]
+
+
+def _next_ppm(stream: IO[bytes], path: Path) -> torch.Tensor | None:
+    """The next picture of a stream of binary PPMs; None at its end."""
+    if not stream.readline():
+        return None
     try:
-        width, height = next(stream)["size"]
-        for data in stream:
-            yield torch.from_numpy(np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3).copy())
-    except (OSError, RuntimeError, KeyError, ValueError, IndexError) as error:
-        raise _unreadable(path, error) from error
-    finally:
-        stream.close()
+        width, height = map(int, stream.readline().split())
+    except ValueError as error:
+        raise VideoError(f"cannot decode {path}: it ended inside a frame") from error
+    if max(width, height) > MAX_SIDE:
+        raise VideoError(f"cannot decode {path}: frames of {height}x{width} (HxW) are too large, at most {MAX_SIDE} a side")
+    stream.readline()
+    data = stream.read(width * height * 3)
+    if len(data) < width * height * 3:
+        raise VideoError(f"cannot decode {path}: it ended inside a frame")
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3).copy())
+
+
+def _require_whole(path: Path, status: int, told: str) -> None:
+    """`VideoError` with ffmpeg's reason where it failed, or met the end of the file before the end of the video."""
+    lines = [re.sub(r"^\[[^]]*\] ", "", line.strip()) for line in told.splitlines() if line.strip()]
+    if status:
+        known = [line for line in lines if re.search("Invalid data|moov atom|not on whitelist|matches no streams|Invalid argument", line)]
+        raise VideoError(f"cannot decode {path}: {(known or lines or ['ffmpeg stopped'])[0][:200]}")
+    if "partial file" in told:
+        raise VideoError(f"cannot decode {path}: the file is cut off, its last frames are missing")
 
 
 def read_mp4(path: str | Path) -> torch.Tensor:
@@ -196,7 +336,9 @@ def resize_frame(frame: torch.Tensor, *, height: int, width: int) -> torch.Tenso
     return scaled[0, :, top : top + height, left : left + width].clamp(-1, 1)
 
 
-def contact_sheet(path: str | Path, videos: torch.Tensor, *, labels: Sequence[str] | None = None, columns: int = 9, scale: int = 4) -> Path:
+def contact_sheet(
+    path: str | Path | OutputFile, videos: torch.Tensor, *, labels: Sequence[str] | None = None, columns: int = 9, scale: int = 4
+) -> Path:
     """A PNG with one row per video of [B, 3, F, H, W]: `columns` frames spread evenly over time, its label above. Returns the path."""
     if videos.ndim != 5 or (labels is not None and len(labels) != len(videos)):
         raise ConfigError(
@@ -223,29 +365,22 @@ def write_gif(path: str | Path, video: torch.Tensor, *, fps: float, scale: int =
     return _save(first, path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
 
 
-def _save(image: Image.Image, path: str | Path, **options: object) -> Path:
+def _save(image: Image.Image, path: str | Path | OutputFile, **options: object) -> Path:
     """Save under a temporary name, then rename; an `OSError` carries the path."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    target = OutputFile.claim(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(temporary, **options)
-        os.replace(temporary, path)
+        with target.replacing() as temporary:
+            image.save(temporary, format=PICTURES.get(target.path.suffix.lower(), "PNG"), **options)
     except OSError as error:
-        raise OSError(error.errno or errno.EIO, f"cannot write picture: {error.strerror or error}", str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return path
+        raise OSError(error.errno or errno.EIO, f"cannot write picture: {error.strerror or error}", target.given) from error
+    return Path(target.given)
 
 
 def _existing(path: str | Path) -> Path:
     path = Path(path)
-    if not path.is_file():
-        raise VideoError(f"no video file at {path}")
-    return path
-
-
-def _unreadable(path: Path, error: Exception) -> VideoError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return VideoError(f"cannot decode {path}: {lines[-1] if lines else type(error).__name__}")
+    try:
+        if path.is_file():
+            return path
+    except (OSError, ValueError):  # a name that no file can have
+        pass
+    raise VideoError(f"no video file at {path}")

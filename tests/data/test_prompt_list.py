@@ -51,7 +51,11 @@ def test_bad_prompts_are_named_or_left_out(tmp_path):
     ("name", "content", "told"),
     [
         ("a.txt", b"\n \n", "holds no prompt"),
-        ("a.txt", b"\xff\xfe", "not UTF-8"),
+        ("a.txt", b"one\ncaf\xe9\n", r"a\.txt:2 is not UTF-8 .*iconv -f LATIN1 -t UTF-8 .*a\.utf8\.txt"),
+        ("a.txt", "one\ntwo".encode("utf-16-le"), "UTF-16 without a byte order mark"),
+        ("a.txt", b"one\n&nbsp;\n\0\n\xe2\x80\x8b\n", "3 of 4 prompts cannot be used: .*:2 is empty; .*:3 is empty; .*:4 is empty"),
+        ("a.jsonl", b"[" * 100000, "a.jsonl:1 is not JSON"),
+        ("a.jsonl", b"9" * 5000, "a.jsonl:1 is not JSON"),
         ("a.csv", b"id,words\n1,x\n", "header with a column prompt or caption or text, got id, words"),
         ("a.csv", b"prompt\na cat, on a mat\n", r"a\.csv:2 has 2 fields, the header 1; put a prompt with a comma in quotes"),
         ("a.csv", b'prompt,id\n"open, 1\nb,2\n', r"a\.csv:3 .*unexpected end of data"),
@@ -67,3 +71,11 @@ def test_unusable_files(tmp_path, name, content, told):
         read_prompt_list(tmp_path / name)
     with pytest.raises(ConfigError, match="no prompt file at"):
         read_prompt_list(tmp_path / "none.txt")
+    with pytest.raises(ConfigError, match="is a folder or a device, not a prompt file"):
+        read_prompt_list(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_what_an_editor_puts_before_the_text_is_no_part_of_it(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes("caf\xe9\r\ntwo\r\n\r\n".encode(encoding))
+    assert read_prompt_list(tmp_path / "a.txt") == ["caf\xe9", "two"]

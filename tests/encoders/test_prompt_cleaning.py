@@ -8,7 +8,14 @@ import sys
 import pytest
 
 from rcm.core.errors import ConfigError
-from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT, NEGATIVE_PROMPT_FLF2V, NEGATIVE_PROMPT_I2V, clean_prompt
+from rcm.encoders.prompt_cleaning import (
+    NEGATIVE_PROMPT,
+    NEGATIVE_PROMPT_FLF2V,
+    NEGATIVE_PROMPT_I2V,
+    checked_prompts,
+    clean_prompt,
+    says_nothing,
+)
 
 DIGEST = "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"  # of spec/wan.md 5
 
@@ -47,3 +54,19 @@ def test_without_ftfy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(ConfigError, match=r"pip install 'rcm\[text\]'"):
         clean_prompt("cat")
+
+
+@pytest.mark.parametrize("blank", ["", " \n", "&nbsp;", "&amp;nbsp;&#8203;", "\0", "\u200b\u200d\ufeff", "\u2060 \u00ad", "\x1b"])
+def test_what_cleans_to_nothing_is_the_empty_prompt(blank):
+    assert says_nothing(blank)
+    assert clean_prompt(blank) == ""
+    assert checked_prompts([("a", blank)], allow_empty=True) == [""]
+    with pytest.raises(ConfigError, match="^here is empty; write a prompt, or pass --allow_empty_prompt"):
+        checked_prompts([("here", blank)], allow_empty=False)
+
+
+def test_what_says_something_is_kept():
+    assert checked_prompts([("a", " &amp; "), ("b", "a\u200bb")], allow_empty=False) == ["&amp;", "a\u200bb"]
+    assert not says_nothing(".") and not says_nothing("\u0301")
+    with pytest.raises(ConfigError, match="--prompt is not UTF-8 text"):
+        checked_prompts([("--prompt", "caf\udce9")], allow_empty=True)

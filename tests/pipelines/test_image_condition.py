@@ -69,6 +69,23 @@ def test_pictures_of_more_than_8_bits_keep_their_greys(tmp_path):
         read_image(tmp_path / "float.tiff")
 
 
+def test_what_is_transparent_shows_white_and_a_preview_is_no_second_picture(tmp_path):
+    pixels = np.full((4, 6, 4), (10, 20, 30, 255), np.uint8)
+    pixels[:, 3:, 3] = 0
+    pixels[0, 0, 3] = 128
+    Image.fromarray(pixels).save(tmp_path / "clear.png")
+    read = read_image(tmp_path / "clear.png")
+    assert (read[:, 3:] == 255).all() and read[1, 1].tolist() == [10, 20, 30] and 130 < read[0, 0, 0] < 135
+    indexed = Image.new("P", (2, 1))
+    indexed.putpalette([255, 0, 0, 0, 0, 255])
+    indexed.putdata([0, 1])
+    indexed.save(tmp_path / "indexed.png", transparency=1)
+    assert read_image(tmp_path / "indexed.png").tolist() == [[[255, 0, 0], [255, 255, 255]]]
+    photo = Image.new("RGB", (8, 8), (200, 100, 0))
+    photo.save(tmp_path / "photo.jpg", format="MPO", save_all=True, append_images=[Image.new("RGB", (4, 4))])
+    assert tuple(read_image(tmp_path / "photo.jpg").shape) == (8, 8, 3)
+
+
 def test_unreadable_images(tmp_path):
     with pytest.raises(VideoError, match="no image file at"):
         read_image(tmp_path / "gone.png")

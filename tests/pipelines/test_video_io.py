@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import os
+import subprocess
+from pathlib import Path
+
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from rcm.core.errors import ConfigError
+from rcm.core.errors import ConfigError, NonFinite
 from rcm.pipelines.video_io import (
     Mp4Writer,
     VideoError,
@@ -68,7 +73,7 @@ def test_a_failed_write_keeps_the_older_file(tmp_path, video):
     before = path.read_bytes()
     with pytest.raises(ConfigError, match="frame size changed"):
         write_chunks(path, [video, video[:, :, :8]])
-    with pytest.raises(ConfigError, match="NaN"):
+    with pytest.raises(NonFinite, match="NaN"):
         write_mp4(path, video * float("nan"), fps=8)
     with pytest.raises(ConfigError, match="no frames"):
         write_chunks(path, [])
@@ -83,11 +88,7 @@ def test_unwritable_places_are_named(tmp_path, video):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"a\.mp4"):
         write_mp4(tmp_path / "file" / "a.mp4", video, fps=8)
-    (tmp_path / ".b.mp4.partial").mkdir()  # ffmpeg cannot open its output
-    for size in (1, 32):  # less and more than a pipe holds
-        with pytest.raises(OSError, match=r"cannot write video.*'.*/b\.mp4'"):
-            write_mp4(tmp_path / "b.mp4", video.repeat(1, 1, size, size), fps=8)
-    with pytest.raises(OSError, match=r"cannot write picture.*a\.png"):
+    with pytest.raises(OSError, match=r"cannot write there.*a\.png"):
         contact_sheet(tmp_path / "file" / "a.png", video.unsqueeze(0))
 
 
@@ -131,3 +132,86 @@ def test_contact_sheet_and_gif(tmp_path, video):
         contact_sheet(path, video.unsqueeze(0), labels=["a", "b"])
     with Image.open(write_gif(tmp_path / "a.gif", video, fps=8)) as gif:
         assert gif.n_frames == 17 and gif.size == (64, 64)
+
+
+def ffmpeg(*words: str, folder) -> None:
+    source = ("-f", "lavfi", "-i", "testsrc=s=64x32:d=4:r=10", "-pix_fmt", "yuv420p", "-g", "5", "-movflags", "+faststart")
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *source, *words], cwd=folder, check=True)
+
+
+@pytest.mark.parametrize(("ratio", "width"), [("4/3", 85), ("1/1", 64), ("8/9", 57), ("0", 64)])
+def test_pixels_that_are_not_square_are_stretched_to_their_shape(tmp_path, ratio, width):
+    ffmpeg("-vf", f"setsar={ratio}", "a.mp4", folder=tmp_path)
+    assert next(iter_frames(tmp_path / "a.mp4")).shape == (32, width, 3)
+    info = probe(tmp_path / "a.mp4")
+    assert (info.width, info.height, info.num_frames, info.fps) == (width, 32, 40, 10)
+
+
+def test_a_rotated_clip_is_upright(tmp_path):
+    ffmpeg("a.mp4", folder=tmp_path)
+    turned = ("-display_rotation", "90", "-i", "a.mp4", "-c", "copy", "b.mp4")
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *turned], cwd=tmp_path, check=True)
+    assert next(iter_frames(tmp_path / "b.mp4")).shape == (64, 32, 3)
+    assert (probe(tmp_path / "b.mp4").width, probe(tmp_path / "b.mp4").height) == (32, 64)
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "-y.mp4", "a b'\"#%d[1].mp4", "http:a.mp4", "\N{SNOWMAN}.mp4", "x" * 251 + ".mp4"])
+def test_any_name_is_a_name(tmp_path, monkeypatch, video, name):
+    """In the current folder, without a path before it, as it is typed."""
+    monkeypatch.chdir(tmp_path)
+    assert write_mp4(name, video, fps=8) == Path(name)
+    assert os.listdir() == [name]
+    assert probe(name).num_frames == len(list(iter_frames(name))) == 17
+
+
+def test_a_file_that_is_cut_off_or_names_others_is_refused(tmp_path):
+    ffmpeg("whole.mp4", folder=tmp_path)
+    whole = (tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile whole.mp4\n")
+    for name, told in (("cut", "the file is cut off"), ("list", "not on whitelist")):
+        for read in (probe, read_mp4):
+            with pytest.raises(VideoError, match=f"cannot decode .*{name}.mp4: .*{told}"):
+                read(tmp_path / f"{name}.mp4")
+
+
+@pytest.mark.parametrize("size", [1, 32], ids=["less than a pipe holds", "more"])
+def test_a_failed_write_says_where_the_frames_are(tmp_path, monkeypatch, video, size):
+    """The encoder fails under the chosen name, then everywhere."""
+    real, fake, kept = imageio_ffmpeg.get_ffmpeg_exe(), tmp_path / "fake", tmp_path / "kept"
+    fake.write_text(
+        f'#!/bin/sh\ncase "$*" in */kept/*) [ -e {tmp_path}/broken ] || exec {real} "$@";; esac\n'
+        "echo No space left on device >&2\nexit 1\n"
+    )
+    fake.chmod(0o755)
+    kept.mkdir()
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(fake))
+    monkeypatch.setattr("tempfile.tempdir", str(kept))
+    chunks = video.repeat(1, 1, size, size).split([5, 12], dim=1)
+    with pytest.raises(OSError, match=r"No space left.*its (5|17) frames are kept in .*/kept/.*/b\.mp4.*'.*/b\.mp4'"):
+        write_chunks(tmp_path / "b.mp4", chunks)
+    [found] = kept.rglob("b.mp4")
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: real)
+    assert probe(found).num_frames in (5, 17)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(fake))
+    (tmp_path / "broken").touch()
+    with pytest.raises(OSError, match=r"frames are kept in .*/kept/.*/b\.npy"):
+        write_chunks(tmp_path / "b.mp4", chunks)
+    [found] = kept.rglob("b.npy")
+    pixels = torch.from_numpy(np.load(found)).permute(3, 0, 1, 2)
+    assert torch.equal(pixels, to_uint8(torch.cat(chunks, dim=1))[:, : pixels.shape[1]])
+    assert not [p for p in tmp_path.iterdir() if "b.mp4" in p.name or "partial" in p.name]
+
+
+def test_what_was_made_before_ctrl_c_is_kept(tmp_path, video):
+    (tmp_path / "a.mp4").write_bytes(b"older")
+
+    def chunks():
+        yield video
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_chunks(tmp_path / "a.mp4", chunks())
+    assert probe(tmp_path / "a.partial.mp4").num_frames == 17
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "a.partial.mp4"]
+    assert (tmp_path / "a.mp4").read_bytes() == b"older"

@@ -1,0 +1,96 @@
+"""A file that a command will write: looked at once, before the work, and what was looked at is what is written after it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rcm.core.errors import ConfigError
+from rcm.core.files import discard
+
+_PROBE = bytes(4096)
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """`path` is absolute, links followed; `given` as the user wrote it, for messages. Made by `claim`."""
+
+    path: Path
+    given: str
+
+    @classmethod
+    def claim(cls, given: str | Path | OutputFile, *, suffix: str | Sequence[str] = (), knob: str = "") -> OutputFile:
+        """The target, once it is clear that a file can be made there; folders above it are made.
+
+        `ConfigError` for a name that no file can have, or of a suffix other than `suffix` (or one of them); `OSError` with the path for a
+        folder, a device, a place without permission or without room. A file that is there stays as it is.
+        """
+        if isinstance(given, OutputFile):
+            return given
+        text, named = str(given), f"{knob} {str(given)!r}" if knob else f"{str(given)!r}"
+        if not text.strip() or "\0" in text:
+            raise ConfigError(f"{named} is no name of a file")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{named} is not UTF-8; choose another name") from error
+        suffixes = (suffix,) if isinstance(suffix, str) else tuple(suffix)
+        if suffixes and Path(text).suffix.lower() not in suffixes:
+            raise ConfigError(f"{knob + ' ' if knob else ''}{text} must end in {' or '.join(suffixes)}")
+        try:
+            target = cls(Path(os.path.realpath(text)), text)
+            target._probe()
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write there: {error.strerror or error}", text) from error
+        return target
+
+    def _probe(self) -> None:
+        if os.path.lexists(self.path):
+            mode = self.path.stat().st_mode
+            if stat.S_ISDIR(mode):
+                raise IsADirectoryError(errno.EISDIR, "is a folder")
+            if not stat.S_ISREG(mode):
+                raise OSError(errno.EINVAL, "is a device or a pipe, no file")
+            if not os.access(self.path, os.W_OK):
+                raise PermissionError(errno.EACCES, "the file is write-protected")
+        if len(os.fsencode(self.path.name)) > os.pathconf("/", "PC_NAME_MAX"):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.replacing(keep=False) as temporary, open(temporary, "wb") as file:
+            file.write(_PROBE)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def temporary(self) -> Path:
+        """A new name beside the target, of the same suffix, short enough for any file system."""
+        return self.path.parent / f".{secrets.token_hex(6)}.partial{self.path.suffix if len(self.path.suffix) < 16 else ''}"
+
+    @contextlib.contextmanager
+    def replacing(self, *, keep: bool = True) -> Iterator[Path]:
+        """A new path beside the target, for any program to write to; renamed onto the target when the block ends well, else removed.
+        An older file stays until then. `keep` False: removed in any case.
+        """
+        temporary = self.temporary()
+        try:
+            yield temporary
+            if keep:
+                os.replace(temporary, self.path)
+        finally:
+            with contextlib.suppress(OSError):  # the reason that it cannot be removed is the one already being raised
+                discard(temporary)
+
+    def write(self, data: bytes | str) -> None:
+        """All of `data` (text as UTF-8), flushed to disk, under its name at once; an `OSError` carries the path."""
+        try:
+            with self.replacing() as temporary, open(temporary, "wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write: {error.strerror or error}", self.given) from error
