@@ -25,6 +25,7 @@ from torch.futures import Future
 
 from rcm.core.errors import CheckpointError, first_line
 from rcm.storage.inert_pickle import Made, Named, Stranger, read_inert
+from rcm.storage.inside import is_plain_name
 from rcm.storage.pickle_file import DTYPES, read_tensor
 from rcm.storage.state_dicts import LazyWeights
 
@@ -199,9 +200,12 @@ def _parsed(
         if name not in listed or (name, offset) in places:
             raise CheckpointError(f"it states the place of {name!r} at {offset}, which is no entry or has two")
         places[name, offset] = _place(name, place)
-    for key, (_, _, boxes) in tensors.items():
-        if absent := [box[0] for box in boxes if (key, box[0]) not in places]:
-            raise CheckpointError(f"the piece of {key!r} at {absent[0]} has no place")
+    for key, (dtype, _, boxes) in tensors.items():
+        for offsets, sizes in boxes:
+            if (key, offsets) not in places:
+                raise CheckpointError(f"the piece of {key!r} at {offsets} has no place")
+            if places[key, offsets][2] < math.prod(sizes) * dtype.itemsize:
+                raise CheckpointError(f"the piece of {key!r} at {offsets} has fewer bytes than its shape needs")
     wanted = {(key, box[0]) for key, (_, _, boxes) in tensors.items() for box in boxes}
     if strangers := [name for name, offset in places if name in tensors and (name, offset) not in wanted]:
         raise CheckpointError(f"it states the place of a piece of {strangers[0]!r} that the entry does not have")
@@ -283,7 +287,7 @@ def _place(key: str, place: Any) -> tuple[str, int, int]:
     file, offset, length = state.get("relative_path"), state.get("offset"), state.get("length")
     if isinstance(file, Made) and file.kind.startswith("pathlib."):
         file = "/".join(map(str, file.arguments))
-    if not isinstance(file, str) or file in ("", ".", "..") or any(mark in file for mark in "/\\:\0"):
+    if not is_plain_name(file):
         raise CheckpointError(f"the file of {key!r} is {file!r}, which is no name in the folder")
     if type(offset) is not int or type(length) is not int or not (0 <= offset < 1 << 62 and 0 <= length < 1 << 62):
         raise CheckpointError(f"the place of {key!r} is impossible")

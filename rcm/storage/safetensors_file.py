@@ -1,14 +1,24 @@
-"""The safetensors format: an 8-byte length, a JSON header of names, dtypes, shapes and places, then the bytes of the tensors."""
+"""The safetensors format: an 8-byte length, a JSON header of names, dtypes, shapes and places, then the bytes of the tensors.
+
+The official library judges a file first; it does not tell where tensors are, and its own loading maps the file privately, which counts as
+memory, so places are read here.
+"""
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from rcm.core.errors import CheckpointError, first_line
+from rcm.storage.json_file import parse_json
+
+MOST_HEADER = 100_000_000
+"""Bytes of a header; the library's limit."""
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -32,15 +42,16 @@ SAFETENSORS_DTYPES = {
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[Tensor, int]], dict[str, str]]:
-    """Key -> (meta tensor, first byte) of a safetensors file, its length checked against them; and its metadata.
+    """Key -> (meta tensor, first byte) of a safetensors file, and its metadata, once the tensors are seen to fill the file in order.
 
     Raises `CheckpointError` for a file that is truncated, damaged or of another format.
     """
     try:
         return _parsed(path)
     except Exception as error:
+        reason = str(error) if isinstance(error, CheckpointError) else first_line(error)
         raise CheckpointError(
-            f"{path} cannot be read ({first_line(error)}); it is damaged, truncated or not a safetensors file: copy or download it again"
+            f"{path} cannot be read ({reason}); it is damaged, truncated or not a safetensors file: copy or download it again"
         ) from error
 
 
@@ -64,19 +75,31 @@ def _parsed(path: Path) -> tuple[dict[str, tuple[Tensor, int]], dict[str, str]]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
-            raise ValueError(f"its header should have {length} bytes, the file has {size}")
-        listed = json.loads(file.read(length))
+        if not 2 <= length <= min(size - 8, MOST_HEADER):
+            raise ValueError(f"its header should have {length} bytes, the file has {size}; at most {MOST_HEADER} are read")
+        listed = parse_json(file.read(length), source="its header")
+    with safe_open(path, framework="np"):
+        pass
     metadata = listed.pop("__metadata__", {})
-    entries, ends = {}, 0
-    for key, entry in listed.items():
-        if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise ValueError(f"{key} has the unknown dtype {entry['dtype']}")
-        header = torch.empty(entry["shape"], dtype=SAFETENSORS_DTYPES[entry["dtype"]], device="meta")
-        start, end = entry["data_offsets"]
-        if end - start != header.numel() * header.element_size():
-            raise ValueError(f"{key} has {end - start} bytes, its shape needs {header.numel() * header.element_size()}")
-        entries[key], ends = (header, 8 + length + start), max(ends, end)
-    if size != 8 + length + ends:
-        raise ValueError(f"the file has {size} bytes, its tensors need {8 + length + ends}")
-    return entries, metadata
+    places = sorted((_entry(key, entry) for key, entry in listed.items()), key=lambda place: place[2:])
+    entries, begin, end = {}, 8 + length, 0
+    for key, header, start, stop in places:
+        if start != end:
+            raise ValueError(f"{key} begins at byte {start}, the tensor before it ends at {end}")
+        entries[key], end = (header, begin + start), stop
+    if size != begin + end:
+        raise ValueError(f"the file has {size} bytes, its tensors need {begin + end}")
+    return {key: entries[key] for key in listed}, metadata
+
+
+def _entry(key: str, entry: dict[str, Any]) -> tuple[str, Tensor, int, int]:
+    """(key, meta tensor, first byte, byte after the last) of an entry of the header."""
+    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in SAFETENSORS_DTYPES:
+        raise ValueError(f"{key} has the unknown dtype {dtype}")
+    if any(type(n) is not int or n < 0 for n in (*shape, start, end)):
+        raise ValueError(f"{key} has an impossible shape or place")
+    needed = math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize
+    if end - start != needed:
+        raise ValueError(f"{key} has {end - start} bytes, its shape needs {needed}")
+    return key, torch.empty(shape, dtype=SAFETENSORS_DTYPES[dtype], device="meta"), start, end

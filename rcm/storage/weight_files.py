@@ -11,7 +11,6 @@ Keys are those of the file, nested state dicts joined with dots; whose they are 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import CheckpointError, first_line
+from rcm.storage.inside import is_plain_name
+from rcm.storage.json_file import read_object
 from rcm.storage.pickle_file import read_pickle
 from rcm.storage.safetensors_file import read_entry, read_header
 from rcm.storage.state_dicts import LazyWeights, listed
@@ -112,7 +113,7 @@ def _open_folder(path: Path, *, hint: str) -> WeightFile:
         )
     file = _open_file(chosen[0])
     if file.config is None and (path / "config.json").is_file():
-        file.config = _json(path / "config.json")
+        file.config = read_object(path / "config.json")
     return file
 
 
@@ -131,7 +132,7 @@ def _open_file(path: Path) -> WeightFile:
     file = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
     for stem, name in CONFIGS.items():
         if path.stem.startswith(stem) and (config := path.with_name(name)).is_file():
-            file.config = _json(config)
+            file.config = read_object(config)
     return file
 
 
@@ -154,9 +155,11 @@ def _open_safetensors(path: Path) -> WeightFile:
 
 def _open_shards(index: Path) -> WeightFile:
     """Files that an index lists; every one must be there and together they must hold what it says."""
-    where = _json(index).get("weight_map")
+    where = read_object(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise CheckpointError(f"{index} has no weight_map; it is not an index of shards")
+    if outside := [name for name in where.values() if not is_plain_name(name)]:
+        raise CheckpointError(f"{index} names the shard {outside[0]!r}, which is no file of its folder")
     names = sorted(set(where.values()))
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
@@ -177,13 +180,3 @@ def _open_shards(index: Path) -> WeightFile:
         metadata=first.metadata,
         config=first.config,
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({first_line(error)})") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a {type(found).__name__}, not an object of settings")
-    return found

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ import torch
 
 from rcm.core.errors import CheckpointError
 from rcm.core.files import discard
+from rcm.storage.json_file import parse_json
+from rcm.train.description_rules import check_description
 
 FILE_NAME = "rcm.json"
 FORMAT = 1
+MOST_BYTES = 1 << 22
 
 
 def installed_versions() -> dict[str, str]:
@@ -70,20 +73,18 @@ class Description:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str, *, source: str) -> Description:
-        """Parse `to_json`'s output; CheckpointError naming `source` when it is none, or of a newer format."""
-        try:
-            values = json.loads(text)
-            number = values.pop("format")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{source} is not a checkpoint description: {error}") from error
-        if number != FORMAT:
+    def from_json(cls, text: str | bytes, *, source: str) -> Description:
+        """Parse `to_json`'s output; CheckpointError naming `source` when it is none, of a newer format, or breaks the rules of
+        `rcm/train/description_rules.py`.
+        """
+        values = parse_json(text, source=source)
+        if not isinstance(values, dict) or "format" not in values:
+            raise CheckpointError(f"{source} is not a checkpoint description: it is no object with a format number")
+        if (number := values.pop("format")) != FORMAT or isinstance(number, bool):
             raise CheckpointError(
-                f"{source} has description format {number}, this version of rcm reads {FORMAT}; use the version that wrote it"
+                f"{source} has description format {str(number)[:40]}, this version of rcm reads {FORMAT}; use the version that wrote it"
             )
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise CheckpointError(f"{source} has unknown fields {', '.join(unknown)}")
+        check_description(values, source=source)
         return cls(**values)
 
     def write(self, path: Path) -> None:
@@ -95,7 +96,9 @@ class Description:
         """Read one file; CheckpointError when it does not exist or does not parse."""
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist: the checkpoint does not describe itself")
-        return cls.from_json(path.read_text(), source=str(path))
+        if path.stat().st_size > MOST_BYTES:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; a checkpoint's description has at most {MOST_BYTES}")
+        return cls.from_json(path.read_bytes(), source=str(path))
 
     def require_same_network(self, other: Description, *, source: str) -> None:
         """Raise CheckpointError naming both networks and every differing field, unless `other` (found at `source`) has this network."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.nets.wan.convert import WRAPPERS
 from rcm.storage.dcp_folder import DcpFolder
+from rcm.storage.inside import pointed_at
 from rcm.train.describe import FILE_NAME, Description
 
 PREFIXES = {"ema": "net_ema.", "reg": "net.", "fake_score": "net_fake_score."}
@@ -29,7 +30,7 @@ def find_model_directory(path: str | Path) -> Path | None:
     path = Path(path)
     pointer = path / "checkpoints" / "latest_checkpoint.txt"
     if pointer.is_file():
-        path = path / "checkpoints" / pointer.read_text().strip()
+        path = pointed_at(pointer)
     return next((found for found in (path, path / "model") if (found / ".metadata").is_file()), None)
 
 

@@ -257,10 +257,10 @@ def test_unreadable_checkpoints_say_so(job, tmp_path):
         ({"text": {"name": "umt5", "path": "gone.pth"}}, CheckpointError, "gone.pth"),
         ({"codec": None}, CheckpointError, "which codec"),
         ({"text": {"name": "toy", "length": 3}}, CheckpointError, "does not know"),
-        ({"latent_shape": [12, 6, 4, 4]}, CheckpointError, "12 latent channels, but 24 in the codec"),
-        ({"latent_shape": [24, 6]}, CheckpointError, r"\[C, T, H, W\]"),
+        ({"latent_shape": [12, 6, 4, 4]}, CheckpointError, "network.out_dim is 24, extra.latent_shape.0. is 12"),
+        ({"latent_shape": [24, 6]}, CheckpointError, r"latent_shape is list .24, 6., expected a list of 4 values"),
         ({"recipe": None}, CheckpointError, "neither a recipe nor a sampler"),
-        ({"precision": {"compute": "float3"}}, CheckpointError, "unknown precision"),
+        ({"precision": {"compute": "float3"}}, CheckpointError, "precision.compute is 'float3', expected one of"),
     ],
 )
 def test_incomplete_or_later_descriptions_are_refused(job, tmp_path, extra, error, words):

@@ -1,0 +1,270 @@
+"""What a checkpoint's self-description may say: one table of fields, types and bounds, checked before anything is built from it.
+
+The bounds are far above every published network and far below what would stop a machine. Relations between fields are checked too; those
+with tensors by who reads them (`rcm/pipelines/wan_files.py:config_of`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rcm.core.errors import CheckpointError, ConfigError
+from rcm.nets.wan.config import WanConfig
+from rcm.rollout.recipe import SamplingRecipe
+
+Rule = Callable[[Any], str | None]
+"""A value's objection, as the end of "is ..., expected ..."; None where it is fine."""
+
+MOST_VALUES = 100_000
+MOST_CHARACTERS = 1 << 20
+MOST_LATENT = 1 << 31
+
+
+def whole(low: int, high: int) -> Rule:
+    """An integer in [low, high]."""
+    return lambda v: None if type(v) is int and low <= v <= high else f"a whole number from {low} to {high}"
+
+
+def number(low: float, high: float, *, above: bool = False) -> Rule:
+    """A finite number in [low, high], or (low, high] if `above`."""
+
+    def check(v: Any) -> str | None:
+        fits = type(v) in (int, float) and math.isfinite(v) and (low < v if above else low <= v) and v <= high
+        return None if fits else f"a number {'above' if above else 'from'} {low:g}{' and at most' if above else ' to'} {high:g}"
+
+    return check
+
+
+def word(most: int = 100) -> Rule:
+    """Printable text of one line."""
+    return lambda v: None if isinstance(v, str) and len(v) <= most and v.isprintable() else f"a line of at most {most} characters"
+
+
+def text(most: int = 1 << 16) -> Rule:
+    """Any text that UTF-8 can hold."""
+
+    def check(v: Any) -> str | None:
+        fits = isinstance(v, str) and len(v) <= most and not re.search("[\0\ud800-\udfff]", v)
+        return None if fits else f"text of at most {most} characters"
+
+    return check
+
+
+def one_of(*choices: object) -> Rule:
+    """One of these values."""
+    return lambda v: None if any(type(v) is type(c) and v == c for c in choices) else f"one of {', '.join(map(repr, choices))}"
+
+
+def listed(rule: Rule, *, low: int, high: int) -> Rule:
+    """A list of low to high values that fit `rule`."""
+
+    def check(v: Any) -> str | None:
+        if not isinstance(v, list) or not low <= len(v) <= high:
+            return f"a list of {low if low == high else f'{low} to {high}'} values"
+        return next((f"a list whose entries are each {told}" for told in map(rule, v) if told), None)
+
+    return check
+
+
+def optional(rule: Rule) -> Rule:
+    """`rule`, or null."""
+    return lambda v: None if v is None or rule(v) is None else f"{rule(v)}, or null"
+
+
+def pattern(v: Any) -> str | None:
+    """A block pattern of at most four digits each."""
+    return None if isinstance(v, str) and re.fullmatch(r"c[1-9]\d{0,3}-[1-9]\d{0,3}", v) else "a block pattern such as 'c3-3'"
+
+
+def bare(v: Any) -> str | None:
+    """Any JSON value of bounded size (`_require_bounded` has seen to that)."""
+    return None
+
+
+_FLAG, _GUIDANCE, _SHIFT, _SIGMA = one_of(False, True), number(0, 1000), number(0, 1e6, above=True), number(0, 1e9, above=True)
+_WIDTH, _POSITIONS = whole(1, 1 << 17), whole(1, 1 << 14)
+_PATH = text(4096)
+
+NETWORK: dict[str, Rule] = {
+    **dict.fromkeys(("dim", "ffn_dim", "freq_dim", "text_dim", "image_dim"), _WIDTH),
+    **dict.fromkeys(("max_frames", "max_rows", "max_columns", "text_len"), _POSITIONS),
+    **dict.fromkeys(("num_heads", "in_dim", "out_dim"), whole(1, 1 << 14)),
+    "num_layers": whole(1, 1000),
+    "patch": listed(whole(1, 16), low=3, high=3),
+    "eps": number(0, 1, above=True),
+    "image_branch": _FLAG,
+}
+RECIPE: dict[str, Rule] = {
+    "kind": one_of("few_step", "ode"),
+    "pattern": pattern,
+    "mids": listed(listed(number(0, 1), low=0, high=1000), low=1, high=10_000),
+    "sigma_max": _SIGMA,
+    "noisy_context": _FLAG,
+    "noisy_context_start_chunk": whole(0, 1 << 20),
+    "ode_steps": whole(1, 10_000),
+    "shift": _SHIFT,
+    "guidance": _GUIDANCE,
+}
+SAMPLER: dict[str, Rule] = {
+    "kind": one_of("ode", "rcm_few_step"),
+    "sigma_max": _SIGMA,
+    "steps": whole(1, 10_000),
+    "shift": _SHIFT,
+    "guidance": _GUIDANCE,
+    "solver": optional(one_of("euler", "unipc", "consistency")),
+}
+CODEC: dict[str, Rule] = {
+    "name": word(),
+    "path": optional(_PATH),
+    "temporal_stride": whole(1, 64),
+    "spatial_stride": whole(1, 64),
+    "gain": number(0, 1e6, above=True),
+    "boost": number(0, 1e6, above=True),
+    "centre": number(-1e6, 1e6),
+}
+TEXT: dict[str, Rule] = {
+    "name": word(),
+    "path": optional(_PATH),
+    "tokenizer": optional(_PATH),
+    "text_len": _POSITIONS,
+    "text_dim": _WIDTH,
+    "negative_prompt": text(),
+    "words": listed(text(1000), low=0, high=MOST_VALUES),
+}
+_DTYPES = one_of("float32", "float64", "float16", "bfloat16")
+EXTRA: dict[str, Rule | dict[str, Rule]] = {
+    "recipe": RECIPE,
+    "sampler": SAMPLER,
+    "codec": CODEC,
+    "text": TEXT,
+    "latent_shape": optional(listed(_POSITIONS, low=4, high=4)),
+    "fps": number(0, 1000, above=True),
+    "precision": {"compute": _DTYPES, "time": _DTYPES},
+    "weights": one_of("ema", "live", "fake_score", "unstated"),
+    "converted_from": _PATH,
+    "loras": listed(bare, low=0, high=1000),
+}
+FIELDS: dict[str, Rule | dict[str, Rule]] = {
+    "stage": word(),
+    "network": NETWORK,
+    "network_name": word(),
+    "pattern": optional(pattern),
+    "schedule": bare,
+    "noisy_context": bare,
+    "sigma_max": optional(_SIGMA),
+    "parent": optional(_PATH),
+    "data_hash": optional(text()),
+    "experiment": optional(text(1000)),
+    "iteration": whole(0, 1 << 53),
+    "versions": bare,
+    "extra": bare,
+}
+_OPEN = ("codec", "text")
+"""Parts that a newer version may say more of; what it says is refused by who builds them."""
+_NULLABLE = ("recipe", "sampler", "codec", "text", "precision")
+
+
+def check_description(values: Mapping[str, Any], *, source: str) -> None:
+    """Raise `CheckpointError` naming `source`, the field, what it is and what it may be, unless the fields of a description make sense
+    each by itself and together.
+    """
+    _require_bounded(values, source=source)
+    for key in ("stage", "network"):
+        if key not in values:
+            raise CheckpointError(f"{source} lacks the field {key!r}; it is not a checkpoint's description")
+    for key in ("extra", "versions"):
+        if not isinstance(values.get(key, {}), Mapping):
+            raise CheckpointError(f"{source}: {key} is {_told(values[key])}, expected an object")
+    _check(values, FIELDS, "", source)
+    for key, version in values.get("versions", {}).items():
+        _value(version, text(), f"versions.{key}", source)
+    extra = values.get("extra", {})
+    _check({k: v for k, v in extra.items() if k in EXTRA}, EXTRA, "extra.", source)
+    _agree(values, extra, source)
+
+
+def _check(values: Mapping[str, Any], rules: Mapping[str, Rule | dict[str, Rule]], lead: str, source: str) -> None:
+    for key, value in values.items():
+        name, rule = f"{lead}{key}", rules.get(key)
+        if rule is None:
+            if lead.removeprefix("extra.").removesuffix(".") in _OPEN:
+                continue
+            raise CheckpointError(f"{source}: {name} is not known to this version of rcm; a newer one wrote it, or it is misspelt")
+        if isinstance(rule, dict):
+            if value is None and key in _NULLABLE:
+                continue
+            if not isinstance(value, Mapping):
+                raise CheckpointError(f"{source}: {name} is {_told(value)}, expected an object")
+            _check(value, rule, f"{name}.", source)
+        else:
+            _value(value, rule, name, source)
+
+
+def _value(value: Any, rule: Rule, name: str, source: str) -> None:
+    if objection := rule(value):
+        raise CheckpointError(f"{source}: {name} is {_told(value)}, expected {objection}")
+
+
+def _told(value: Any) -> str:
+    words = repr(value) if isinstance(value, str | int | float | bool | None) else f"{type(value).__name__} {str(value)[:40]}"
+    return words if len(words) <= 80 else f"{words[:77]}..."
+
+
+def _require_bounded(values: Any, *, source: str) -> None:
+    """At most `MOST_VALUES` values and `MOST_CHARACTERS` characters in all."""
+    count, characters, waiting = 0, 0, [values]
+    while waiting:
+        value = waiting.pop()
+        count += 1
+        if isinstance(value, Mapping):
+            characters += sum(len(str(key)) for key in value)
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+        elif isinstance(value, str):
+            characters += len(value)
+        if count > MOST_VALUES or characters > MOST_CHARACTERS:
+            raise CheckpointError(f"{source} holds more than {MOST_VALUES} values or {MOST_CHARACTERS} characters; it is no description")
+
+
+def _agree(values: Mapping[str, Any], extra: Mapping[str, Any], source: str) -> None:
+    """Relations between fields."""
+    network, recipe, sampler = values["network"], extra.get("recipe"), extra.get("sampler")
+    if {"dim", "ffn_dim", "num_heads", "num_layers"} <= set(network):
+        try:
+            WanConfig(**{**network, "patch": tuple(network.get("patch", (1, 2, 2)))})
+        except ConfigError as error:
+            raise CheckpointError(f"{source} describes no possible network: {error}") from error
+    stated = []
+    if recipe is not None and sampler is not None:
+        raise CheckpointError(f"{source} contradicts itself: extra has both a recipe and a sampler; a network is causal or it is not")
+    if recipe is not None:
+        if not {"kind", "pattern"} <= set(recipe):
+            raise CheckpointError(f"{source}: extra.recipe lacks kind or pattern")
+        stated += [("pattern", values.get("pattern"), recipe["pattern"], "extra.recipe.pattern")]
+        try:
+            built = SamplingRecipe.from_dict(dict(recipe))
+            built.plan(0), built.plan(1)
+        except ConfigError as error:
+            raise CheckpointError(f"{source}: extra.recipe: {error}") from error
+    if sampler is not None and values.get("pattern") is not None:
+        raise CheckpointError(f"{source} contradicts itself: pattern is {values['pattern']!r}, but extra.sampler is for whole videos")
+    shape = extra.get("latent_shape")
+    if shape is not None:
+        stated.append(("network.out_dim", network.get("out_dim"), shape[0], "extra.latent_shape[0]"))
+        if math.prod(shape) > MOST_LATENT:
+            raise CheckpointError(f"{source}: extra.latent_shape {shape} has more than {MOST_LATENT} values")
+        if recipe is not None:
+            try:
+                built.blocks.num_blocks(shape[1])
+            except ConfigError as error:
+                raise CheckpointError(f"{source} contradicts itself: extra.latent_shape and extra.recipe.pattern: {error}") from error
+    described = extra.get("text") or {}
+    for key in ("text_len", "text_dim"):
+        stated.append((f"network.{key}", network.get(key), described.get(key), f"extra.text.{key}"))
+    for here, mine, theirs, there in stated:
+        if mine is not None and theirs is not None and mine != theirs:
+            raise CheckpointError(f"{source} contradicts itself: {here} is {mine}, {there} is {theirs}")
