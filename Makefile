@@ -4,9 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0 triton==3.7.1
 VENV ?= .venv
 BIN := $(VENV)/bin
-export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint install clean
+.PHONY: demo quick stream test test-all lint install clean
 
 install: $(VENV)/installed
 
@@ -18,8 +17,19 @@ $(VENV)/installed: pyproject.toml rcm/__init__.py
 	$(BIN)/python -m pip install --quiet -e ".[test]"
 	@touch $@
 
+# All stages on the embedded world. Goes on where it was stopped; DEMO_ARGUMENTS=--fresh begins anew.
 demo: install
-	$(BIN)/python -m scripts.demo $(DEMO_ARGUMENTS)
+	@$(BIN)/rcm demo $(DEMO_ARGUMENTS)
+
+# One method on the embedded world.
+quick: install
+	@$(BIN)/rcm demo --quick $(DEMO_ARGUMENTS)
+
+# A video from the shipped checkpoint.
+stream: install
+	@$(BIN)/rcm stream
+
+test test-all: export OMP_NUM_THREADS ?= 1
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slow"
@@ -28,7 +38,7 @@ test-all: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: install
-	$(BIN)/ruff check rcm scripts tests
+	$(BIN)/ruff check rcm scripts tests examples
 	$(BIN)/lint-imports
 
 clean:

@@ -27,6 +27,7 @@ body { margin: 0 auto; max-width: 1240px; padding: 36px 28px 72px; background: v
 h1 { font-size: 30px; line-height: 1.2; letter-spacing: -0.02em; margin: 0 0 6px; }
 h2 { font-size: 20px; letter-spacing: -0.01em; margin: 48px 0 6px; }
 h3 { font-size: 15px; margin: 0 0 4px; }
+h3.over { margin: 20px 0 8px; }
 p { margin: 4px 0 12px; }
 .lead { max-width: 70ch; font-size: 16px; color: var(--quiet); }
 .quiet { color: var(--quiet); font-weight: 400; font-size: 13px; }

@@ -9,8 +9,8 @@ The data is a plain dict:
     stages               [{name, about, seconds, gate, passed, history, expect, scores, note}]: `about` what the stage is; `gate` its
                          sentence, `passed` True, False or None (no gate); `history` [[step, loss], ...] or {curve: [[step, loss], ...]},
                          `expect` what these should look like; `scores` {name: number}
-    tables               [{title, note, better, rows: [{stage, steps, scores: {column: number}}]}]; `better` {column: "lower" or "higher"}
-                         marks the best of a column
+    tables               [{title, note, better, section, rows: [{stage, steps, scores: {column: number}}]}]; `better` {column: "lower" or
+                         "higher"} marks the best of a column; `section` "measured" puts it below the charts
     charts               [{title, note, x, y, lines: [{name, points, colour}]}]: curves in one frame; `x`, `y` name the axes
     videos               [{title, caption, facts, path, poster, group, beside, section}]: a grid with a row per `group` and a column per
                          `title`; `path` relative to the folder, an .mp4 or a picture; `facts` short texts below it; `beside` a larger one
@@ -39,7 +39,7 @@ EMBEDDED_BYTES = 2_000_000
 KEYS = {
     "": {"title", "subtitle", "status", "machine", "stages", "tables", "charts", "videos", "glossary"},
     "stages": {"name", "about", "seconds", "gate", "passed", "history", "expect", "scores", "note"},
-    "tables": {"title", "note", "better", "rows"},
+    "tables": {"title", "note", "better", "section", "rows"},
     "rows": {"stage", "steps", "scores"},
     "charts": {"title", "note", "x", "y", "lines"},
     "lines": {"name", "points", "colour"},

@@ -21,13 +21,15 @@ def render(data: Mapping[str, Any], *, folder: Path, embedded_bytes: int) -> str
     media = Media(folder, embedded_bytes)
     grid = [video for video in videos if not video.get("section")]
     drift = [video for video in videos if video.get("section")]
-    charts = [_chart(chart) for chart in data.get("charts", ())]
+    charts, tables = [_chart(chart) for chart in data.get("charts", ())], data.get("tables", ())
+    drawn = f'<div class="charts wide-charts">{"".join(charts)}</div>' if charts else ""
+    below = "".join(_score_table(table) for table in tables if table.get("section"))
     sections = [
         _section("Videos", _grid(grid, stages, media), note="Click one to see it large." if any(v.get("beside") for v in grid) else ""),
-        _section("Measured", f'<div class="charts wide-charts">{"".join(charts)}</div>' if charts else ""),
+        _section("Measured", drawn + below),
         _section("The long stream", "".join(_figure(video, media) for video in drift), wrap="strip"),
         _section("Loss curves", _curves(stages)),
-        _section("All scores", "".join(_score_table(table) for table in data.get("tables", ()))),
+        _section("All scores", "".join(_score_table(table) for table in tables if not table.get("section"))),
         _section("Stages and gates", _stage_table(stages) if stages else ""),
         _section("Words", _facts(data.get("glossary", {}))),
         _section("Machine", _facts(data.get("machine", {}))),
@@ -167,7 +169,8 @@ def _stage_table(stages: Sequence[Mapping[str, Any]]) -> str:
             f'<td><ul class="scores">{scores}</ul></td>',
         )
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    head = "<tr><th>Stage</th><th>Time</th><th>Result</th><th>Gate</th><th>Scores</th></tr>"
+    scored = "Scores" if any(stage.get("scores") for stage in stages) else ""
+    head = f"<tr><th>Stage</th><th>Time</th><th>Result</th><th>Gate</th><th>{scored}</th></tr>"
     told = f'<p class="quiet">Work in all {_duration(total)}; stages may run side by side.</p>'
     return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>{told}'
 
@@ -189,7 +192,7 @@ def _score_table(table: Mapping[str, Any]) -> str:
         name = escape(row["stage"]) if row["stage"] != previous else ""
         previous = row["stage"]
         lines.append(f'<tr{start}><th scope="row">{name}</th><td>{number(row.get("steps"))}</td>{"".join(cells)}</tr>')
-    title = f"<h3>{escape(table['title'])}</h3>" if table.get("title") else ""
+    title = f'<h3 class="over">{escape(table["title"])}</h3>' if table.get("title") else ""
     note = f'<p class="quiet">{escape(table["note"])}</p>' if table.get("note") else ""
     head = f"<tr><th>Stage</th><th>Steps</th>{head}</tr>"
     return f'{title}<div class="wide"><table class="numbers">{head}{"".join(lines)}</table></div>{note}'
