@@ -76,27 +76,37 @@ class VideoNoise:
 
     `shape` [B, C, T, H, W]; draws are float32 on the generator's device, handed out in `dtype` on `device`. Step j of every chunk reads
     draw j (sliced to the chunk's frames); the release draws the step noises after the start noise, whether or not the last is used:
-    `num_draws` is the number of step tensors. Context noise (re-noised commits) is drawn on demand from the same generator.
+    `num_draws` is the number of step tensors. The first `given` frames are not generated: the start draw leaves them out, the others do
+    not. Context noise (re-noised commits) is drawn on demand from the same generator.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], *, num_draws: int, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str
+        self,
+        shape: tuple[int, ...],
+        *,
+        num_draws: int,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        given: int = 0,
     ) -> None:
-        self.shape, self.dtype, self.device = tuple(shape), dtype, torch.device(device)
+        self.shape, self.dtype, self.device, self.given = tuple(shape), dtype, torch.device(device), given
         self._generator = generator
-        self._draws = [self._draw(self.shape) for _ in range(num_draws + 1)]
+        batch, channels, frames, height, width = self.shape
+        self._draws = [self._draw((batch, channels, frames - given, height, width))]
+        self._draws += [self._draw(self.shape) for _ in range(num_draws)]
 
     @classmethod
     def for_plans(
         cls, plans: tuple[ChunkPlan, ...], shape: tuple[int, ...], *, generator, dtype, device, renoises: bool = True
     ) -> VideoNoise:
-        """Noise for `plans`; `renoises` False (ODE) draws the start only."""
+        """Noise for `plans`, before the first of which all frames are given; `renoises` False (ODE) draws the start only."""
         num = max(plan.num_steps for plan in plans) if renoises else 0
-        return cls(shape, num_draws=num, generator=generator, dtype=dtype, device=device)
+        return cls(shape, num_draws=num, generator=generator, dtype=dtype, device=device, given=plans[0].start)
 
     def start(self, frames: slice) -> torch.Tensor:
         """Unit noise a chunk starts from, [B, C, frames, H, W]."""
-        return self._draws[0][:, :, frames].to(self.dtype)
+        return self._draws[0][:, :, frames.start - self.given : frames.stop - self.given].to(self.dtype)
 
     def step(self, index: int, frames: slice) -> torch.Tensor:
         """Unit noise used when leaving step `index` (0-based) of a chunk."""

@@ -144,9 +144,11 @@ def inference_plan(
     return tuple(block_plan(pattern, block, schedule, **options) for block in range(prefix_blocks, pattern.num_blocks(num_frames)))
 
 
-def ode_block_plan(pattern: BlockPattern, block: int, times: tuple[float, ...]) -> ChunkPlan:
-    """Many-step plan of one block: the same grid in every chunk, clean context."""
-    return ChunkPlan(block, pattern.frames_before(block), pattern.frames_before(block + 1), times, "clean", 0.0)
+def ode_block_plan(pattern: BlockPattern, block: int, times: tuple[float, ...], *, context: ContextRule = ContextRule()) -> ChunkPlan:
+    """Many-step plan of one block: the same grid in every chunk."""
+    noisy = context.applies(block)
+    start, stop = pattern.frames_before(block), pattern.frames_before(block + 1)
+    return ChunkPlan(block, start, stop, times, "last_input" if noisy else "clean", times[-2] if noisy else 0.0)
 
 
 def training_plan(

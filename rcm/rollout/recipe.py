@@ -55,14 +55,16 @@ class SamplingRecipe:
         """Plan of block `block` of a video of any length whose first `prefix_blocks` blocks are given. `ValueError` for a given block."""
         if block < prefix_blocks:
             raise ValueError(f"block {block} is one of the {prefix_blocks} given ones")
+        context = ContextRule(self.noisy_context, self.noisy_context_start_chunk)
         if self.kind == "ode":
-            return ode_block_plan(self.blocks, block, shifted_grid(self.ode_steps, shift=self.shift, sigma_max=self.sigma_max))
+            times = shifted_grid(self.ode_steps, shift=self.shift, sigma_max=self.sigma_max)
+            return ode_block_plan(self.blocks, block, times, context=context)
         return block_plan(
             self.blocks,
             block,
             StepSchedule(self.mids),
             first_time=initial_time(self.sigma_max),
-            context=ContextRule(self.noisy_context, self.noisy_context_start_chunk),
+            context=context,
             prefix_blocks=prefix_blocks,
         )
 

@@ -254,6 +254,8 @@ def test_snapshots_go_on_bit_by_bit_and_memory_does_not_grow(denoiser, name, cod
         assert len(sizes) == 1
     else:
         assert max(sizes) <= 1.1 * min(sizes)
+        cache = session.loop.cache
+        assert all(list(hot) == [cache.chunks[-1].id] for hot in cache.store._hot), "what a policy rewrites is coded at once"
 
 
 @pytest.mark.parametrize("name", ["rolling", "infinity", "paper"])
@@ -262,12 +264,16 @@ def test_recaching_rewrites_what_is_no_sink(denoiser, name):
     session = opened(denoiser, policy)
     latents(session, 9)
     session.set_condition(condition(tiny_config(), seed=5), mode="recache")
+    hidden, shown = session.loop.canvas.policy.hidden(session.loop.cache.branches), []
+    append = session.loop.cache.append
+    session.loop.cache.append = lambda visible=None, **options: (shown.append(visible), append(visible, **options))[1]
     kept = opened(denoiser, policy)
     latents(kept, 9)
     kept.set_condition(condition(tiny_config(), seed=5), mode="keep")
     a, b = latents(session, 1), latents(kept, 1)
     assert not torch.equal(a, b)
     assert [c.id for c in session.loop.cache.chunks] == [c.id for c in kept.loop.cache.chunks]
+    assert bool(hidden) == (name != "infinity") and all(not set(hidden) & set(visible) for visible in shown[1:])
 
 
 @pytest.mark.parametrize("name", ["mem", "deep", "relax"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from rcm.core.errors import ConfigError
 from rcm.diffusion.blocks import BlockPattern
+from rcm.rollout.noise import VideoNoise
 from rcm.rollout.plan import ContextRule, StepSchedule, inference_plan, ode_block_plan, training_plan
 from rcm.rollout.recipe import SamplingRecipe
 
@@ -105,3 +107,22 @@ def test_other_step_counts_keep_the_trained_times():
     assert trained.with_steps(4, 2, schedules=(FOUR, (0.4,))).mids == (FOUR, (0.4,))
     with pytest.raises(ConfigError, match="--steps_per_chunk"):
         trained.with_steps(5, knob="--steps_per_chunk")
+
+
+def test_noise_of_a_video_with_given_frames_in_the_release_s_order():
+    """The start draw leaves given frames out, the step draws do not; context noise comes last."""
+    shape, source = (1, 2, 4, 1, 1), torch.Generator().manual_seed(3)
+    plans = SamplingRecipe("few_step", "c1-1", mids=((0.5,),)).plans(4, prefix_blocks=1)
+    noise = VideoNoise.for_plans(plans, shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64, device="cpu")
+    start, *steps = torch.randn(1, 2, 3, 1, 1, generator=source), *(torch.randn(shape, generator=source) for _ in range(2))
+    context = torch.randn(1, 2, 1, 1, 1, generator=source)
+    assert torch.equal(noise.start(slice(1, 3)), start[:, :, 0:2].double())
+    assert all(torch.equal(noise.step(i, slice(1, 3)), steps[i][:, :, 1:3].double()) for i in range(2))
+    assert torch.equal(noise.context(slice(0, 1)), context.double())
+
+
+def test_many_steps_may_leave_noisy_context():
+    recipe = SamplingRecipe("ode", "c1-1", ode_steps=4, noisy_context=True, noisy_context_start_chunk=1)
+    first, second = recipe.plan(0), recipe.plan(1)
+    assert (first.commit, first.commit_time) == ("clean", 0.0)
+    assert (second.commit, second.commit_time) == ("last_input", second.times[-2])

@@ -56,7 +56,7 @@ class RelaxForcingPaper(CachePolicy):
         if not 0 <= self.redundancy < float("inf"):
             raise ConfigError(f"rx_redundancy={self.redundancy:g} must be at least 0")
         self._vectors: dict[int, Tensor] = {}
-        self._seen: tuple[int, ...] = ()
+        self._hidden: tuple[int, ...] = ()
 
     def capacity_frames(self, pattern: BlockPattern) -> int | None:
         """See `CachePolicy`. `ConfigError` for a horizon into which what a chunk sees does not fit."""
@@ -84,8 +84,8 @@ class RelaxForcingPaper(CachePolicy):
             room -= num_frames(entry)
             limit = max(room, min(limit - num_frames(entry), now - distance[entry.id]))
             place_in_a_row(branches, [entry], first=limit)
-        self._seen = tuple(entry.id for entry in seen)
-        return Placement(self._seen, tuple(range(now, now + own)))
+        self._hidden = tuple(entry.id for entry in held if entry not in seen)
+        return Placement(tuple(entry.id for entry in seen), tuple(range(now, now + own)))
 
     def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
         """See `CachePolicy`."""
@@ -116,7 +116,8 @@ class RelaxForcingPaper(CachePolicy):
 
     def hidden(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
         """See `CachePolicy`."""
-        return tuple(entry.id for entry in branches[0].chunks[:-1] if entry.id not in self._seen)
+        held = {entry.id for entry in branches[0].chunks}
+        return tuple(i for i in self._hidden if i in held)
 
     def fresh(self) -> RelaxForcingPaper:
         """See `CachePolicy`."""
@@ -124,9 +125,9 @@ class RelaxForcingPaper(CachePolicy):
 
     def state(self) -> Any:
         """See `CachePolicy`."""
-        return dict(self._vectors), self._seen
+        return dict(self._vectors), self._hidden
 
     def load_state(self, state: Any) -> None:
         """See `CachePolicy`."""
-        vectors, self._seen = state
+        vectors, self._hidden = state
         self._vectors = dict(vectors)
