@@ -15,6 +15,7 @@ from pathlib import Path
 import torch.nn.functional as F
 
 from rcm.core.errors import ConfigError
+from rcm.core.text_file import read_lines
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.condition import Condition
 from rcm.pipelines.session import Session
@@ -91,14 +92,11 @@ def parse_timeline(text: str) -> Timeline:
 
 
 def read_timeline(path: str | Path) -> Timeline:
-    """A timeline from a UTF-8 file with one segment per line, empty lines left out; a | belongs to the prompt there. `ConfigError` for a
-    file without segments.
+    """A timeline from a text file with one segment per line, empty lines left out; a | belongs to the prompt there. `ConfigError` for a
+    file that cannot be read or has no segments.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
-    found = [_segment(line, where=f"line {i} of {path}", several=True) for i, line in enumerate(lines, 1) if line.strip()]
+    lines = enumerate(read_lines(path, what="timeline", knob="--scene_file"), 1)
+    found = [_segment(line, where=f"line {i} of {path}", several=True) for i, line in lines if line.strip()]
     if not found:
         raise ConfigError(f"{path} has no segments; write one prompt per line, such as: a harbour at dawn[5s]")
     if not Timeline(tuple(found)).is_timed:

@@ -63,7 +63,7 @@ def test_files(tmp_path):
         path.write_text(content)
         with pytest.raises(ConfigError, match=re.escape(sentence)):
             read_timeline(path)
-    path.write_bytes(b"\xff\xfe\x00")
+    path.write_bytes(b"caf\xe9[2s]")
     with pytest.raises(ConfigError, match="UTF-8"):
         read_timeline(path)
 
