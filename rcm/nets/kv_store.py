@@ -238,7 +238,8 @@ class CodedStore:
         """Bytes held: codes, hot chunks and the scratch buffer."""
         held = [x for chunks in self._blobs for pair in chunks.values() for blob in pair for x in _tensors(blob)]
         held += [x for chunks in self._hot for pair in chunks.values() for x in pair]
-        return sum(x.nbytes for x in held) + sum(x.nbytes for x in self._scratch or ())
+        kept = self.codec.num_bytes() if hasattr(self.codec, "num_bytes") else 0
+        return kept + sum(x.nbytes for x in held) + sum(x.nbytes for x in self._scratch or ())
 
     def state(self) -> Any:
         """Everything held. Blobs and hot chunks are never written again, so they are shared, not copied; the codec says its own state."""

@@ -153,19 +153,24 @@ class WanPipeline:
         if guided:
             prompts.append(self._negative_prompt(request))
 
+        embedded = self.embed(prompts)
+        images: dict[str, Tensor] = {}
+        if request.image is not None:
+            images["concat"] = self.from_first(lambda: self._image_channels(request))
+            if self.clip is not None:
+                images["image"] = self.from_first(lambda: self._image_tokens(request))
+        return tuple(Condition(row[None], **images) for row in embedded) if guided else (Condition(embedded, **images), None)
+
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings [P, L, E] of prompts, made by rank 0, equal on all ranks; then the text encoder rests."""
+
         def encode() -> Tensor:
             with self.clock.part("text"):
-                encoded = self.text.encode(prompts).to(self.device)
+                encoded = self.text.encode(list(prompts)).to(self.device)
                 self._rest(self.text)
             return encoded
 
-        embedded = self._from_first(encode)
-        images: dict[str, Tensor] = {}
-        if request.image is not None:
-            images["concat"] = self._from_first(lambda: self._image_channels(request))
-            if self.clip is not None:
-                images["image"] = self._from_first(lambda: self._image_tokens(request))
-        return tuple(Condition(row[None], **images) for row in embedded) if guided else (Condition(embedded, **images), None)
+        return self.from_first(encode)
 
     def sample(
         self,
@@ -223,7 +228,7 @@ class WanPipeline:
             self._rest(self.clip)
         return tokens
 
-    def _from_first(self, make: Callable[[], Tensor]) -> Tensor:
+    def from_first(self, make: Callable[[], Tensor]) -> Tensor:
         """What `make` returns on rank 0, on every rank."""
         made = on_first(make)
         if not dist.is_initialized() or dist.get_world_size() == 1:
