@@ -1,0 +1,54 @@
+"""A codec that keeps what it restored: time for memory, for caches that are quantised for their effect and not for their size."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+
+from rcm.nets.kv_store import KVCodec, Side
+
+
+class MemoisedCodec:
+    """`codec`, with every blob restored once and kept, in plain form, as long as the blob lives."""
+
+    def __init__(self, codec: KVCodec) -> None:
+        self.codec = codec
+        self._kept: dict[int, Tensor] = {}
+
+    def encode(self, x: Tensor, *, side: Side, layer: int) -> Any:
+        """See `KVCodec`."""
+        return self.codec.encode(x, side=side, layer=layer)
+
+    def decode(self, blob: Any, *, side: Side) -> Tensor:
+        """See `KVCodec`; not to be written to."""
+        key = id(blob)
+        if key not in self._kept:
+            self._kept[key] = self.codec.decode(blob, side=side)
+            weakref.finalize(blob, self._kept.pop, key, None)
+        return self._kept[key]
+
+    def decode_into(self, blob: Any, out: Tensor, *, side: Side) -> None:
+        """See `KVCodec`."""
+        out.copy_(self.decode(blob, side=side))
+
+    def num_bytes(self) -> int:
+        """Bytes of what is kept."""
+        return sum(x.nbytes for x in self._kept.values())
+
+    def fork(self) -> MemoisedCodec:
+        """See `KVCodec`."""
+        return MemoisedCodec(self.codec.fork())
+
+    def state(self) -> Any:
+        """See `KVCodec`."""
+        return self.codec.state()
+
+    def load_state(self, state: Any) -> None:
+        """See `KVCodec`."""
+        self.codec.load_state(state)
+
+    def reset(self) -> None:
+        """See `KVCodec`."""
+        self.codec.reset()
