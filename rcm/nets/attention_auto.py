@@ -9,6 +9,7 @@ from rcm.core.errors import ConfigError
 from rcm.kernels.masked_attention.api import forward_obstacle, masked_attention
 from rcm.kernels.masked_attention.dense import rectangle_obstacle
 from rcm.kernels.masks import Full, MaskSpec
+from rcm.kernels.split_attention.api import num_splits, split_attention
 from rcm.nets.attention_dense import SDPA
 
 RECTANGLES = ("cudnn", "flash")
@@ -93,6 +94,18 @@ def choose(q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> str:
     return f"triton + {usable[0]}" if usable else "sdpa"
 
 
+def parts_of(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """Parts along the keys in which a dense call runs best: more than one only inside a captured graph, where further launches cost
+    nothing, without gradient, on compute capability 9.0.
+    """
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or not torch.cuda.is_current_stream_capturing():
+        return 1
+    if wants_gradient(q, k, v) or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return 1
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    return num_splits(q.shape[1], k.shape[1], q.shape[0] * q.shape[2], processors)
+
+
 class Auto:
     """The back end that `choose` names, per call. `decisions` tells which kind of call went where."""
 
@@ -105,6 +118,9 @@ class Auto:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
         """See `AttentionBackend`."""
         if mask is None or mask.is_full:
+            if (parts := parts_of(q, k, v)) > 1:
+                self.decisions["dense, captured"] = "cudnn in parts"
+                return split_attention(q, k, v, scale=scale, parts=parts)
             return self._sdpa(q, k, v, mask=None, scale=scale)
         return _masked(self, q, k, v, mask, scale)
 

@@ -73,6 +73,11 @@ class VelocityModel:
         """What the network computes in."""
         raise NotImplementedError  # a model says this itself
 
+    @property
+    def fused(self) -> str:
+        """Where the network's fused layers run: "auto", "on" or "off"."""
+        raise NotImplementedError  # a model says this itself
+
     def prepare(self, cond: Condition) -> Condition:
         """`cond` with everything that depends on the prompt alone computed once, for passes without gradient."""
         raise NotImplementedError  # a model says this itself
@@ -115,6 +120,11 @@ class Denoiser(VelocityModel):
     def compute_dtype(self) -> torch.dtype:
         """See `VelocityModel`."""
         return self.precision.compute
+
+    @property
+    def fused(self) -> str:
+        """See `VelocityModel`."""
+        return self.net.fused
 
     def prepare(self, cond: Condition) -> Condition:
         """See `VelocityModel`; for a network that is not sharded."""
@@ -180,6 +190,11 @@ class Guided(VelocityModel):
     def compute_dtype(self) -> torch.dtype:
         """See `VelocityModel`."""
         return self.denoiser.compute_dtype
+
+    @property
+    def fused(self) -> str:
+        """See `VelocityModel`."""
+        return self.denoiser.fused
 
     def prepare(self, cond: Condition) -> Condition:
         """See `VelocityModel`. Prepares the positive branch; give the constructor a prepared negative for the other."""

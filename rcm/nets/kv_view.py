@@ -155,7 +155,9 @@ class CacheView:
 
 
 class LayerView:
-    """One layer of a `CacheView`."""
+    """One layer of a `CacheView`. `takes_projections`: whether it offers `enter`, as layers of captured passes do."""
+
+    takes_projections = False
 
     def __init__(self, view: CacheView, index: int) -> None:
         self._view, self._index = view, index

@@ -8,22 +8,23 @@ context pass of a chunk are the same graph: both write the chunk's keys and atte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rcm.encoders.codec import LatentCodec
+from rcm.encoders.codec import LatentCodec, LatentStream
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import PairedView, VelocityModel
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.kv_store import Spans
 from rcm.nets.kv_view import CacheView
+from rcm.nets.layers import RMSNorm
 from rcm.nets.layout import TokenLayout
 from rcm.nets.rope import RopePair, RopeTable
-from rcm.rollout.autoregressive import Cache, ChunkLoop, View, time_tensor
+from rcm.rollout.autoregressive import ChunkLoop, View, time_tensor
 from rcm.rollout.eviction.base import Placement
-from rcm.samplers.steps import StepRule
 
 
 class CapturedLoop(ChunkLoop):
@@ -67,7 +68,7 @@ class CapturedLoop(ChunkLoop):
             self.counts["eager"] += 1
             v = self.denoiser.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view)
             if frames not in self._inputs:
-                self._inputs[frames] = _Inputs(x, cond, layout)
+                self._inputs[frames] = _Inputs(x, cond, layout, fused=self.denoiser.fused != "off")
             return self.rule(x, v, t=t, t_next=t_next, noise=noise)
         inputs = self._inputs[frames]
         inputs.set(x, noise, t=t, t_next=t_next)
@@ -75,14 +76,28 @@ class CapturedLoop(ChunkLoop):
         inputs.prompt(cond)
         key = (frames, layout.context_tokens)
         if key not in self._graphs:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._graphs[key] = _Graph(self.denoiser, self.rule, self.cache, inputs, layout, pool=self._pool)
+            self._graphs[key] = self._captured(inputs, layout)
             self.counts["captured"] += 1
         self._graphs[key].replay()
         self.counts["replayed"] += 1
         for branch in _branches(view):
             branch.commit(layout)
         return inputs.x.clone()
+
+    def _captured(self, inputs: _Inputs, layout: TokenLayout) -> _Graph:
+        """One denoising step over a past of one length, as a graph; all share one pool of memory, since none runs beside another."""
+        views = [_StaticView(c, inputs, i, layout) for i, c in enumerate(self.cache.branches)]
+        view = views[0] if isinstance(self.cache, KVCache) else PairedView(views[0], views[1] if len(views) > 1 else None)
+
+        def step() -> None:
+            v = self.denoiser.velocity(inputs.x, inputs.t, inputs.cond, layout, cache=view)
+            inputs.x.copy_(self.rule.on_device(inputs.x, v, t=inputs.t, t_next=inputs.t_next, noise=inputs.noise))
+
+        return self._graph(step, inputs.x.device)
+
+    def _graph(self, step: Callable[[], None], device: torch.device) -> _Graph:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        return _Graph(step, device, pool=self._pool)
 
     def _begin(self, view: View, layout: TokenLayout) -> bool:
         """Find the slots of the pass; whether a graph can serve it."""
@@ -98,7 +113,8 @@ class CapturedLoop(ChunkLoop):
 class _Inputs:
     """Device memory that the graphs of one chunk size read: latents, noise, times, slots, tables, the prompt."""
 
-    def __init__(self, x: Tensor, cond: Condition, layout: TokenLayout) -> None:
+    def __init__(self, x: Tensor, cond: Condition, layout: TokenLayout, *, fused: bool) -> None:
+        self.fused = fused
         self.x, self.noise = torch.zeros_like(x), torch.zeros_like(x)
         self.t, self.t_next = (torch.zeros(x.shape[0], 1, dtype=torch.float64, device=x.device) for _ in range(2))
         self.slots = torch.zeros(layout.num_tokens, dtype=torch.int64, device=x.device)
@@ -140,7 +156,7 @@ class _Inputs:
             if branch.keys == "pre_rope":
                 known = self.keys.setdefault(layout.context_tokens, [])
                 table = rope.at(branch.positions(layout), device=device, dtype=dtype)
-                known[i:] = [_static(known[i] if i < len(known) else None, table)]
+                known[i : i + 1] = [_static(known[i] if i < len(known) else None, table)]
 
     def tables(self, branch: int, context_tokens: int) -> RopePair:
         """Rotary tables of one branch over a past of so many tokens."""
@@ -149,24 +165,19 @@ class _Inputs:
 
 
 class _Graph:
-    """One denoising step over a past of one length, captured."""
+    """What `step` launches, captured: it reads and writes memory that stays where it is."""
 
-    def __init__(
-        self, denoiser: VelocityModel, rule: StepRule, cache: Cache, inputs: _Inputs, layout: TokenLayout, *, pool: Any
-    ) -> None:
-        views = [_StaticView(c, inputs, i, layout) for i, c in enumerate(cache.branches)]
-        view = views[0] if isinstance(cache, KVCache) else PairedView(views[0], views[1] if len(views) > 1 else None)
-        self._graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(inputs.x.device)
-        side.wait_stream(torch.cuda.current_stream())
+    def __init__(self, step: Callable[[], None], device: torch.device, *, pool: Any) -> None:
+        self._graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side), torch.no_grad():
             # not torch.cuda.graph: it collects garbage and waits for the device, and other streams are decoding meanwhile
             self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
-                v = denoiser.velocity(inputs.x, inputs.t, inputs.cond, layout, cache=view)
-                inputs.x.copy_(rule.on_device(inputs.x, v, t=inputs.t, t_next=inputs.t_next, noise=inputs.noise))
+                step()
             finally:
                 self._graph.capture_end()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream(device).wait_stream(side)
 
     def replay(self) -> None:
         """Run the step on what the inputs hold."""
@@ -180,7 +191,7 @@ class _StaticView(CacheView):
         super().__init__(cache, "transient", ())
         self.prefix_tokens, self._inputs = layout.context_tokens, inputs
         self._total = layout.context_tokens + layout.num_tokens
-        self.tables = inputs.tables(branch, layout.context_tokens)
+        self.tables, self.fused = inputs.tables(branch, layout.context_tokens), inputs.fused
 
     def begin(self, layout: TokenLayout) -> None:
         """Nothing: see the class."""
@@ -198,6 +209,22 @@ class _StaticLayer:
     def __init__(self, view: _StaticView, index: int) -> None:
         self.keys, self.prefix_tokens = view.keys, view.prefix_tokens
         self._pair, self._slots, self._total = view._cache.store.buffers[index], view._inputs.slots, view._total
+        self.takes_projections = view.fused and self._pair[0].is_cuda and self._pair[0].dtype != torch.float64
+
+    def enter(self, projected: tuple[Tensor, ...], norms: tuple[RMSNorm, RMSNorm], table: RopeTable) -> tuple[Tensor, Tensor, Tensor]:
+        """Turned queries [B, L, N, D] of the projections q, k, v [B, L, E], and all keys and values with this pass's own among them."""
+        from rcm.kernels.fused.enter_cache import enter_cache  # Triton is imported only on CUDA
+
+        q = enter_cache(
+            projected,
+            tuple(norm.weight for norm in norms),
+            table.per_pair,
+            self._slots,
+            self._pair,
+            eps=norms[0].eps,
+            rotate_keys=self.keys == "post_rope",
+        )
+        return q, *(x[:, : self._total] for x in self._pair)
 
     def observe(self, q: Tensor, k: Tensor) -> None:
         """Nobody asked."""
@@ -220,7 +247,18 @@ class DecodeLane:
         self._codec, self._to_host = codec, to_host
         self._stream = torch.cuda.Stream(device) if own_stream else None
         self._cuda = device.type == "cuda"
-        self._decoder = codec.stream(graphs="on") if graphs == "on" and getattr(codec, "captures", False) else codec.stream()
+        self._captures = graphs == "on" and getattr(codec, "captures", False)
+        self._decoder = self._opened()
+
+    def restart(self) -> None:
+        """Begin another video, in the memory of this one where the decoder can."""
+        if hasattr(self._decoder, "restart"):
+            self._decoder.restart()
+        else:
+            self._decoder = self._opened()
+
+    def _opened(self) -> LatentStream:
+        return self._codec.stream(graphs="on") if self._captures else self._codec.stream()
 
     def decode(self, latents: Tensor) -> Decoding:
         """Start decoding the next latents."""

@@ -51,8 +51,15 @@ class Session:
         self.spec, self.device = spec, torch.device(device)
         if spec.graphs == "on" and self.device.type != "cuda":
             raise ConfigError(f"graphs='on' needs a CUDA device, the stream is on {self.device}; use graphs='off'")
+        self._begin(cond, prefix)
+        self._loop = self._new_loop(denoiser)
+        lane = spec.look_ahead and self.device.type == "cuda"
+        options = {"device": self.device, "own_stream": lane, "graphs": spec.graphs, "to_host": spec.to_host}
+        self._lane = None if codec is None else DecodeLane(codec, **options)
+
+    def _begin(self, cond: Condition, prefix: Tensor | None) -> None:
         self._begun = time.perf_counter()
-        self._given = 0 if prefix is None else count_prefix_blocks(spec.recipe, prefix.shape[2], spec.num_frames)
+        self._given = 0 if prefix is None else count_prefix_blocks(self.spec.recipe, prefix.shape[2], self.spec.num_frames)
         self._prefix = None if prefix is None else prefix.to(self.device, torch.float64)
         self._cond, self._wanted = cond, deque[tuple[Condition, SwitchMode, Receipt]]()
         self._block = 0
@@ -61,10 +68,21 @@ class Session:
         self._ahead: tuple[int, Tensor] | None = None
         self._pieces: deque[tuple[int, Tensor]] = deque()
         self._cancelled = False
-        self._loop = self._new_loop(denoiser)
-        lane = spec.look_ahead and self.device.type == "cuda"
-        options = {"device": self.device, "own_stream": lane, "graphs": spec.graphs, "to_host": spec.to_host}
-        self._lane = None if codec is None else DecodeLane(codec, **options)
+
+    def restart(self, cond: Condition | None = None, *, seed: int | None = None, prefix: Tensor | None = None) -> None:
+        """Begin another video in the memory, and with the captured passes, of this one: as a session opened alike. `cond` None: the same;
+        `seed` None: that of the `StreamSpec` (with noise="video", its generator is seeded with it).
+        """
+        self._require_open()
+        spec = self.spec = replace(self.spec, seed=self.spec.seed if seed is None else seed)
+        if spec.generator is not None and seed is not None:
+            spec.generator.manual_seed(seed)
+        self._begin(self._cond if cond is None else cond, prefix)
+        self._loop.cache.reset(free_buffers=False)
+        self._loop.canvas = Canvas(self._loop.canvas.grid, spec.policy.fresh())
+        self._loop.noise = self._new_noise((spec.batch, *spec.latent))
+        if self._lane is not None:
+            self._lane.restart()
 
     @property
     def next_block(self) -> int:
@@ -98,6 +116,12 @@ class Session:
             self._ahead = self._produce()
         frames, images = (latents, None) if decoding is None else decoding.result()
         return StreamedChunk(block, latents, frames, time.perf_counter() - self._begun, images)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Put the context of the newest chunk into the cache now, and not when the next one is begun; for timings."""
+        self._require_open()
+        self._leave_context()
 
     def __iter__(self) -> Iterator[StreamedChunk]:
         while (chunk := self.step()) is not None:
@@ -180,9 +204,9 @@ class Session:
         channels, height, width = spec.latent
         policy = spec.policy.fresh()
         grid = denoiser.token_grid(height, width)
-        cache = denoiser.new_cache(
-            num_frames=spec.cache_frames, grid=grid, keys=spec.keys or policy.keys, codec=spec.kv_codec, hot_chunks=spec.hot_chunks
-        )
+        codec = None if spec.kv_codec is None else spec.kv_codec.fork()
+        keys = spec.keys or policy.keys
+        cache = denoiser.new_cache(num_frames=spec.cache_frames, grid=grid, keys=keys, codec=codec, hot_chunks=spec.hot_chunks)
         kind = CapturedLoop if spec.graphs == "on" else ChunkLoop
         return kind(
             denoiser,

@@ -15,10 +15,13 @@ from rcm.core.errors import ConfigError
 from rcm.kernels.masks import BlockCausal
 from rcm.nets.denoiser import Denoiser, Guided
 from rcm.nets.layout import TokenLayout
+from rcm.pipelines import session as session_module
+from rcm.pipelines.engine import CapturedLoop
 from rcm.pipelines.session import Session, StreamCancelled
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.pipelines.streaming import bounded
 from rcm.rollout.eviction.base import CachePolicy
+from rcm.rollout.eviction.infinity_rope import InfinityRope
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.noise import ChunkNoise
 from rcm.rollout.recipe import SamplingRecipe
@@ -107,6 +110,16 @@ def test_snapshots_go_on_bit_by_bit(denoiser, guided, look_ahead):
     assert codec.stream().state_copy() is True
 
 
+@pytest.mark.parametrize("options", [{"num_frames": 5}, {"policy": SlidingWindow(2)}, {"num_frames": 5, "noise": "video"}])
+def test_a_restarted_session_is_a_new_one(denoiser, options):
+    session = opened(denoiser, spec(**options))
+    first = latents(session, 5)
+    session.restart(seed=7)
+    assert torch.equal(latents(session, 5), latents(opened(denoiser, spec(seed=7, **options)), 5))
+    session.restart(condition(tiny_config()), seed=0)
+    assert torch.equal(latents(session, 5), first)
+
+
 def test_look_ahead_changes_nothing_but_the_order_of_work(denoiser):
     plain = latents(opened(denoiser, spec(num_frames=5)))
     assert torch.equal(latents(opened(denoiser, spec(num_frames=5, look_ahead=True))), plain)
@@ -188,6 +201,51 @@ def test_streams_without_end_are_bounded(denoiser, monkeypatch):
         session.step()
         sizes.add(session.num_bytes())
     assert len(sizes) == 1 and session.loop.cache.chunks[-1].positions.frames[0] > denoiser.net.config.max_frames
+
+
+class Rerun:
+    """In place of a graph where there is no CUDA: runs the step again, on whatever its inputs hold by then."""
+
+    def __init__(self, step):
+        self.replay = step
+
+
+class RerunLoop(CapturedLoop):
+    def _graph(self, step, device):
+        return Rerun(step)
+
+
+POLICIES = {
+    "window": SlidingWindow(3, 1),
+    "everything": None,
+    "relative": InfinityRope(blocks=3, sinks=1, horizon=9),
+}
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("kind", ["few_step", "ode"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_captured_passes_read_nothing_but_device_data(denoiser, monkeypatch, policy, kind, guided):
+    """A step that was made once serves every later pass of its length: latents, times, slots, tables and prompts are its inputs.
+    Equal to the eager loop bit by bit through fill-up, wrap and a change of prompt.
+    """
+    model = Guided(denoiser, condition(tiny_config(), batch=1, seed=9), 2.0) if guided else denoiser
+    recipe = replace(NOISY, pattern="c1-3") if kind == "few_step" else SamplingRecipe("ode", "c3-3", ode_steps=3)
+    chosen = POLICIES[policy]
+    wanted = spec(recipe, num_frames=recipe.blocks.frames_before(8)) if chosen is None else spec(recipe, policy=chosen)
+
+    def run() -> tuple[torch.Tensor, Session]:
+        session = opened(model, wanted)
+        first = latents(session, 4)
+        session.set_condition(condition(tiny_config(), seed=5))
+        return torch.cat([first, latents(session, 4)], dim=2), session
+
+    expected, _ = run()
+    monkeypatch.setattr(session_module, "ChunkLoop", RerunLoop)
+    found, session = run()
+    counts = session.loop.counts
+    assert counts["replayed"] > counts["captured"] > 0 and counts["eager"] <= 2, counts
+    assert torch.equal(found, expected)
 
 
 def test_the_last_chunk_ends_it(denoiser):

@@ -52,6 +52,12 @@ class SelfAttentionCore(nn.Module):
         cached.observe(q, k)
         return self.attention(q, k, v, layout.mask, cached.prefix_tokens)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rope: RopePair, cached: LayerView) -> Tensor:
+        """Attention of turned queries over what `cached.enter` returned."""
+        if cached.keys == "pre_rope":
+            k = self.rotate(k, rope.key)
+        return self.attention(q, k, v, layout.mask, cached.prefix_tokens)
+
 
 def _behind_cached(k: Tensor, v: Tensor, cached: LayerView) -> tuple[Tensor, Tensor]:
     """`cached.assemble`, with tangents laid behind zeros in one pass: torch concatenates a plain and a dual tensor in several."""
@@ -78,7 +84,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: TokenLayout, rope: RopePair, cached: LayerView | None) -> Tensor:
         """`x` [B, F, S, E] to the same shape."""
-        q, k, v = (self._heads(y) for y in (self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)))
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if cached is not None and cached.takes_projections and isinstance(self.core, SelfAttentionCore):
+            # a captured pass: norms, rotation and the cache's slots in one kernel
+            q, k, v = cached.enter(tuple(y.flatten(1, 2) for y in (q, k, v)), (self.norm_q, self.norm_k), rope.query)
+            return self.o(self.core.attend(q, k, v, layout, rope, cached).reshape(x.shape))
+        q, k, v = (self._heads(y) for y in (self.norm_q(q), self.norm_k(k), v))
         return self.o(self.core(q, k, v, layout, rope, cached).reshape(x.shape))
 
     def _heads(self, y: Tensor) -> Tensor:
