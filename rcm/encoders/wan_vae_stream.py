@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,31 @@ from rcm.encoders.wan_vae_state import StreamState
 from rcm.encoders.wan_vae_tiles import Tile, plan_tiles
 
 Graphs = Literal["off", "on"]
+
+
+class ChunkDecoder(Protocol):
+    """What a `DecodeStream` runs: a network whose memory of a video is outside of it. `generation` counts changes of its weights."""
+
+    config: Any
+    generation: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        ...
+
+    def decoder_state(self, *, batch: int, cells: tuple[int, int]) -> StreamState:
+        """A video that has not begun, of latent size `cells`."""
+        ...
+
+    def decode_step(self, latents: Tensor, state: StreamState) -> Tensor:
+        """Pixels [B, T', H, W, 3] of the next latent frames [B, T, h, w, C]: one frame first, then any number."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +74,7 @@ class DecodeStream:
     per length, bound to this stream. Memory: the state (1.8 GiB in bfloat16 at 480x832) and the activations of one step.
     """
 
-    def __init__(self, vae: WanVAE, statistics: LatentStatistics, *, frames_per_step: int = 1, graphs: Graphs = "off") -> None:
+    def __init__(self, vae: ChunkDecoder, statistics: LatentStatistics, *, frames_per_step: int = 1, graphs: Graphs = "off") -> None:
         if frames_per_step < 1:
             raise ConfigError(f"frames_per_step={frames_per_step} must be at least 1 latent frame")
         if graphs not in ("off", "on"):
@@ -146,7 +171,7 @@ class DecodeStream:
 class _CapturedStep:
     """One steady step of a stream as a CUDA graph."""
 
-    def __init__(self, vae: WanVAE, state: StreamState, frames: Tensor) -> None:
+    def __init__(self, vae: ChunkDecoder, state: StreamState, frames: Tensor) -> None:
         self._input = frames.clone()
         self._graph = torch.cuda.CUDAGraph()
         # other threads may be launching a denoiser meanwhile
@@ -246,12 +271,12 @@ def require_latents(latents: Tensor, *, channels: int) -> None:
     """`ConfigError` unless floating [B, channels, T, h, w] with T >= 1."""
     if latents.ndim != 5 or latents.shape[1] != channels or min(latents.shape) < 1 or not latents.is_floating_point():
         raise ConfigError(
-            f"the Wan autoencoder decodes floating latents [B, {channels}, T, h, w], got {latents.dtype} of shape {tuple(latents.shape)}"
+            f"a decoder of this latent space reads floating latents [B, {channels}, T, h, w], got {latents.dtype} of shape {tuple(latents.shape)}"
         )
 
 
 @contextlib.contextmanager
-def network_scope(vae: WanVAE) -> Iterator[None]:
+def network_scope(vae: WanVAE | ChunkDecoder) -> Iterator[None]:
     """The codec's precision is its dtype: no autocast of the caller's, and float32 convolutions in float32 (not TF32)."""
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
     with torch.autocast(vae.device.type, enabled=False), exact if vae.device.type == "cuda" else contextlib.nullcontext():

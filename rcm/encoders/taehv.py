@@ -1,0 +1,176 @@
+"""The tiny decoder as a `LatentCodec`, for previews: loaded from its published file by name, streamed as Wan's own
+decoder is.
+
+It reads latents as the diffusion network makes them, whitened: no statistics are applied, and pixels come in [0, 1]
+out of the network, in [-1, 1] out of this codec.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rcm.core.errors import ConfigError
+from rcm.encoders.codec import latent_frames, latent_grid, pixel_frames
+from rcm.encoders.taehv_net import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE, TinyConfig, TinyDecoder
+from rcm.encoders.wan_vae_stream import DecodeStream, Graphs, LatentStatistics, require_latents
+from rcm.kernels.precompile import Compiled
+from rcm.storage.state_dicts import check_keys, shapes_of
+from rcm.storage.weight_files import open_container
+
+PUBLISHED_AT = "taew2_1.pth is published at https://github.com/madebyollin/taehv"
+
+
+class TinyDecoderCodec:
+    """A `LatentCodec` that only decodes. Its precision is the dtype of the weights; bfloat16 is the fast one."""
+
+    temporal_stride = TEMPORAL_STRIDE
+    spatial_stride = SPATIAL_STRIDE
+    latent_channels = LATENT_CHANNELS
+
+    def __init__(self, net: TinyDecoder, *, path: str | Path | None = None) -> None:
+        self.net = net.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        self._path = None if path is None else str(path)
+        channels = net.config.latent_channels
+        whitened = torch.zeros(channels, dtype=torch.float64), torch.ones(channels, dtype=torch.float64)
+        self._statistics = LatentStatistics(*whitened)
+
+    @classmethod
+    def from_file(
+        cls, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+    ) -> TinyDecoderCodec:
+        """The codec with the weights of a .pth or .safetensors file; strict (`load_weights`)."""
+        with torch.device("meta"):
+            net = TinyDecoder()
+        load_weights(net, path, device=device, dtype=dtype)
+        return cls(net, path=path)
+
+    @classmethod
+    def random(
+        cls,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        seed: int = 0,
+        config: TinyConfig | None = None,
+    ) -> TinyDecoderCodec:
+        """The codec with random weights, for speed measurements and tests; its pictures are noise. Drawn in float32
+        on the CPU.
+        """
+        net, generator = TinyDecoder(config), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in net.named_parameters():
+                size = 0.1 if name.endswith("bias") else parameter[0].numel() ** -0.5
+                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+        return cls(net.to(device, dtype))
+
+    @property
+    def captures(self) -> bool:
+        """Whether `stream` takes graphs='on'."""
+        return self.device.type == "cuda"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; inputs are moved there."""
+        return self.net.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return self.net.dtype
+
+    def to(self, device: torch.device | str) -> TinyDecoderCodec:
+        """Move the weights and return self; open streams keep their state on the old device and refuse to go on."""
+        self.net.to(device)
+        return self
+
+    def latent_frames_for(self, num_frames: int) -> int:
+        """T = 1 + (F - 1) / 4; `ConfigError` for a remainder."""
+        return latent_frames(num_frames, stride=self.temporal_stride)
+
+    def frames_for(self, num_latent_frames: int) -> int:
+        """F = 1 + 4 (T - 1)."""
+        return pixel_frames(num_latent_frames, stride=self.temporal_stride)
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """(H / 8, W / 8); `ConfigError` unless both divide."""
+        return latent_grid(height, width, stride=self.spatial_stride)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Refuses: what the network was conditioned on in training are latents of Wan's own encoder."""
+        raise ConfigError(
+            "the tiny decoder does not encode; encode with Wan's autoencoder (--vae_path), or leave --tiny_decoder out"
+        )
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, F, H, W] of whitened latents [B, 16, T, h, w], in their dtype, on the codec's device, not
+        clamped.
+
+        One latent frame at a time, as a stream does: the result is that of any split into chunks, bit for bit.
+        """
+        require_latents(latents, channels=self.latent_channels)
+        return self.stream().decode_chunk(latents)
+
+    def stream(self, *, frames_per_step: int = 1, graphs: Graphs = "off") -> DecodeStream:
+        """A fresh streaming decoder, for one video or one batch in step; any number of streams may be open. See
+        `DecodeStream`.
+        """
+        return DecodeStream(self.net, self._statistics, frames_per_step=frames_per_step, graphs=graphs)
+
+    def warm_up(self, size: tuple[int, int], *, batch: int = 1, frames_per_step: int = 1) -> Compiled:
+        """Nothing: the network has no kernels of its own to compile."""
+        return Compiled()
+
+    def describe(self) -> dict[str, Any]:
+        """Name and file; path None for random weights."""
+        return {"name": "tiny_decoder", "path": self._path}
+
+
+def load_weights(net: TinyDecoder, path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Fill `net` (on the meta device or not) from a published file, cast to `dtype` on `device`; the encoder in it is
+    left.
+
+    Everything is checked and read first. Raises `CheckpointError` for a file that is missing, damaged, of another
+    kind, or whose tensors (those of the encoder included, where it has them) are missing, extra or of other shapes;
+    `net` is then unchanged. Where the file grows more frames than the network, the last ones are taken, as their
+    author does.
+    """
+    decoder = shapes_of(net.state_dict())
+    file = open_container(path, hint=f"{PUBLISHED_AT}: name its place with --tiny_decoder")
+    file.require_tensors_only()
+    shapes = shapes_of(file)
+    encoder = encoder_shapes(net.config) if any(name.startswith("encoder.") for name in shapes) else {}
+    rows = {name: decoder[name][0] for name in decoder if _grows_more(shapes.get(name, ()), decoder[name])}
+    fitting = {name: (rows.get(name, shape[0]), *shape[1:]) if shape else shape for name, shape in shapes.items()}
+    check_keys(str(file.path), shapes=fitting, expected={**encoder, **decoder}, network="the tiny decoder for Wan2.1")
+    file.require_floats(decoder)
+    # copies: a mapped view would change with the file
+    kept = {name: file[name][-decoder[name][0] :].to(device=device, dtype=dtype, copy=True) for name in decoder}
+    net.load_state_dict(kept, strict=True, assign=True)
+
+
+def _grows_more(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a product over channels makes a whole number of times the frames that are wanted of it."""
+    pointwise = len(found) == len(wanted) == 4 and found[1:] == wanted[1:] and wanted[2:] == (1, 1)
+    return pointwise and found[0] > wanted[0] and found[0] % wanted[0] == 0
+
+
+def encoder_shapes(config: TinyConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the encoder in a published file: three levels of 64 channels, two of them halving time."""
+    width = 64
+    shapes: dict[str, tuple[int, ...]] = {"encoder.0.weight": (width, 3, 3, 3), "encoder.0.bias": (width,)}
+    place = 2
+    for frames in (2, 2, 1):
+        shapes[f"encoder.{place}.conv.weight"] = (width, frames * width, 1, 1)
+        shapes[f"encoder.{place + 1}.weight"] = (width, width, 3, 3)
+        for block in range(place + 2, place + 5):
+            for conv, read in ((0, 2 * width), (2, width), (4, width)):
+                shapes[f"encoder.{block}.conv.{conv}.weight"] = (width, read, 3, 3)
+                shapes[f"encoder.{block}.conv.{conv}.bias"] = (width,)
+        place += 5
+    shapes[f"encoder.{place}.weight"] = (config.latent_channels, width, 3, 3)
+    shapes[f"encoder.{place}.bias"] = (config.latent_channels,)
+    return shapes

@@ -1,0 +1,160 @@
+"""The decoder of TAEHV (Boer Bohan, github.com/madebyollin/taehv) in its layout for Wan2.1: a small network that
+turns whitened latents into pictures of lower quality than the autoencoder's own decoder, at a few per cent of its
+arithmetic.
+
+Parameters carry the names and shapes of the published file; frames are channels-last everywhere: [B, T, H, W, C]. A
+block with memory sees, beside each frame of its input, the frame before it, zeros at the start of a video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rcm.encoders.wan_vae_state import Slot, StreamState
+
+LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE = 16, 8, 4
+BLOCKS = 3
+BOUND = 3.0
+"""Latents are bent softly into (-BOUND, BOUND)."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """Blocks of `width` channels, then doubling in space, `grow` frames out of one, and a convolution to `narrower`."""
+
+    width: int
+    grow: int
+    narrower: int
+
+
+LEVELS = (Level(256, 1, 128), Level(128, 2, 64), Level(64, 2, 64))
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """Sizes; the published ones by default."""
+
+    levels: tuple[Level, ...] = LEVELS
+    latent_channels: int = LATENT_CHANNELS
+
+
+class MemoryBlock(nn.Module):
+    """relu(x + three convolutions of (x, the frame before)), each but the last followed by a ReLU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        widths = {"0": 2 * width, "2": width, "4": width}
+        self.conv = nn.ModuleDict({name: nn.Conv2d(read, width, 3, padding=1) for name, read in widths.items()})
+        self.slot = -1
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        """Frames of the same shape; `state` then holds the last frame of `x`."""
+        memory = state.frames(self)
+        y = torch.cat([x, torch.cat([memory, x[:, :-1]], dim=1)], dim=-1)
+        memory.copy_(x[:, -1:])
+        for name, conv in self.conv.items():
+            y = convolved(conv, F.relu(y) if name != "0" else y)
+        return F.relu(x + y)
+
+
+class Grow(nn.Module):
+    """`stride` frames out of each, by a product over channels: consecutive groups of its output are consecutive
+    frames.
+    """
+
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(width, stride * width, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, H, W, C] to [B, stride T, H, W, C]."""
+        grown = F.linear(x, self.conv.weight.flatten(1))
+        return grown.unflatten(4, (self.stride, -1)).movedim(4, 2).flatten(1, 2)
+
+
+class TinyDecoder(nn.Module):
+    """Whitened latents to pixels; one module serves any number of streams, each with a `StreamState` of its own.
+
+    `TinyDecoderCodec.from_file` and `.random` give it values. `generation` counts changes of the weights.
+    """
+
+    def __init__(self, config: TinyConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or TinyConfig()
+        levels, channels = self.config.levels, self.config.latent_channels
+        layers: dict[str, nn.Module] = {"1": nn.Conv2d(channels, levels[0].width, 3, padding=1)}
+        self._slots: list[Slot] = []
+        place, scale = 3, 1
+        for level in levels:
+            for _ in range(BLOCKS):
+                layers[str(place)] = block = MemoryBlock(level.width)
+                block.slot = len(self._slots)
+                self._slots.append(Slot(frames=1, rows=scale, columns=scale, channels=level.width))
+                place += 1
+            # the published list has the doubling here, which has no parameters
+            layers[str(place + 1)] = Grow(level.width, level.grow)
+            layers[str(place + 2)] = nn.Conv2d(level.width, level.narrower, 3, padding=1, bias=False)
+            place, scale = place + 3, 2 * scale
+        layers[str(place + 1)] = nn.Conv2d(levels[-1].narrower, 3, 3, padding=1)
+        self.decoder = nn.ModuleDict(layers)
+        self.generation = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return self.decoder["1"].weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.decoder["1"].weight.device
+
+    def decoder_state(self, *, batch: int, cells: tuple[int, int]) -> StreamState:
+        """State of one decoded video (or batch in step) of latent size `cells`."""
+        return StreamState(self._slots, batch=batch, cells=cells, dtype=self.dtype, device=self.device)
+
+    def decode_step(self, latents: Tensor, state: StreamState) -> Tensor:
+        """Pixels [B, T', 8 h, 8 w, 3] in [-1, 1], not clamped, of the next latent frames [B, T, h, w, C]; T' = 4 T,
+        and 3 less in the first call: of the frames that the first latent frame grows into, the video begins with the
+        last.
+        """
+        x = BOUND * torch.tanh(latents / BOUND)
+        last = len(self.decoder) - 1
+        for index, layer in enumerate(self.decoder.values()):
+            if isinstance(layer, MemoryBlock):
+                x = layer(x, state)
+            elif isinstance(layer, Grow):
+                # published in the other order: the same values, for four times the work
+                x = doubled(layer(x))
+            else:
+                x = convolved(layer, F.relu(x) if index == last else x)
+                x = F.relu(x) if index == 0 else x
+        skipped = 0 if state.started else TEMPORAL_STRIDE - 1
+        state.started = True
+        return 2 * x[:, skipped:] - 1
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> object:
+        """As `nn.Module.load_state_dict`; counts as a change of the weights."""
+        self.generation += 1
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TinyDecoder:
+        self.generation += 1
+        return super()._apply(fn, recurse)
+
+
+def convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """`conv` of every frame of `x` [B, T, H, W, C]."""
+    return conv(x.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Every pixel of [B, T, H, W, C] as two by two."""
+    b, t, h, w, c = x.shape
+    return x[:, :, :, None, :, None].expand(b, t, h, 2, w, 2, c).reshape(b, t, 2 * h, 2 * w, c)
