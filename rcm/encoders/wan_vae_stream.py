@@ -271,7 +271,7 @@ def require_latents(latents: Tensor, *, channels: int) -> None:
     """`ConfigError` unless floating [B, channels, T, h, w] with T >= 1."""
     if latents.ndim != 5 or latents.shape[1] != channels or min(latents.shape) < 1 or not latents.is_floating_point():
         raise ConfigError(
-            f"a decoder of this latent space reads floating latents [B, {channels}, T, h, w], got {latents.dtype} of shape {tuple(latents.shape)}"
+            f"this decoder reads floating latents [B, {channels}, T, h, w], got {latents.dtype} of shape {tuple(latents.shape)}"
         )
 
 
