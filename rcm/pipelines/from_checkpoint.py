@@ -6,7 +6,7 @@ for chunk in model.stream(["a red circle moving left"]): ...
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from rcm.encoders.text_protocol import TextEncoder
 from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, Guided, VelocityModel
+from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.model import WanDiT
 from rcm.parallel.init import load_full, materialise, on_first, on_meta
 from rcm.pipelines.described import PieceFiles, codec_of, description_at, latent_shape_of, network_of, precision_of, text_of
@@ -31,7 +32,7 @@ from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamedChunk, StreamReport, StreamSpec, count_prefix_blocks
 from rcm.pipelines.streaming import stream_video
 from rcm.pipelines.text_to_video import WholeVideoRecipe, whole_video
-from rcm.pipelines.wan_files import COPIES, network_weights
+from rcm.pipelines.wan_files import COPIES, NetworkWeights, network_weights, require_fit
 from rcm.pipelines.weight_files import open_weights
 from rcm.rollout.recipe import SamplingRecipe
 from rcm.train.describe import Description
@@ -219,25 +220,46 @@ def open_checkpoint(
     policy = precision_of(precision, extra.get("precision"))
     text = text_of(extra.get("text"), path, files=files, device=device)
     codec = codec_of(extra.get("codec"), path, files=files, device=device, dtype=_codec_dtype(policy))
-    tensors = on_first(lambda: network_weights(open_weights(path), weights=weights))
+    recipe, sampler = _recipes(extra, path)
+    shape = latent_shape_of(extra.get("latent_shape"), config, codec=codec, text=text, path=path)
+    tensors = on_first(lambda: _fitting(path, weights, config))
     net = on_meta(lambda: WanDiT(config, attention=attention)).requires_grad_(False).to(policy.compute)
     materialise(net, device=device)
     load_full(net, tensors, source=f"{path} ({weights})")
-    recipe, sampler = extra.get("recipe"), extra.get("sampler")
-    if recipe is None and sampler is None:
-        raise CheckpointError(f"{path} does not say how to sample it: its description has neither a recipe nor a sampler")
     return LoadedModel(
         denoiser=Denoiser(net, policy).eval_params(),
         description=description,
-        recipe=None if recipe is None else SamplingRecipe.from_dict(dict(recipe)),
-        sampler=None if recipe is not None else WholeVideoRecipe.from_dict(sampler),
+        recipe=recipe,
+        sampler=sampler,
         codec=codec,
         text=text,
-        latent_shape=latent_shape_of(extra.get("latent_shape"), config, codec=codec, text=text, path=path),
+        latent_shape=shape,
         fps=float(extra.get("fps", 16)),
         device=torch.device(device),
         source=path,
     )
+
+
+def _recipes(extra: Mapping[str, Any], path: Path) -> tuple[SamplingRecipe | None, WholeVideoRecipe | None]:
+    """The described recipe, or the sampler of whole videos."""
+    recipe, sampler = extra.get("recipe"), extra.get("sampler")
+    if recipe is not None:
+        return SamplingRecipe.from_dict(dict(recipe)), None
+    if sampler is None:
+        raise CheckpointError(f"{path} does not say how to sample it: its description has neither a recipe nor a sampler")
+    try:
+        return None, WholeVideoRecipe.from_dict(sampler)
+    except ConfigError as error:
+        raise CheckpointError(f"{path} describes an impossible sampler: {error}") from error
+
+
+def _fitting(path: Path, weights: str, config: WanConfig) -> NetworkWeights:
+    """The weights at `path`, once their names and shapes are seen to be those of the described network, of which nothing exists yet."""
+    network = network_weights(open_weights(path), weights=weights)
+    if config.num_layers > len(network):  # told before a net of so many layers is laid out to compare names
+        raise CheckpointError(f"{path} contradicts itself: {config.num_layers} layers are described, the file has {len(network)} tensors")
+    require_fit(network, config, source=f"{path} ({weights})")
+    return network
 
 
 def _codec_dtype(policy: Precision) -> torch.dtype:

@@ -19,12 +19,14 @@ from rcm.nets.wan.config import preset as named_config
 from rcm.nets.wan.convert import HEAD_DIM, choose_prefix, detect_config, network_names, network_prefixes, own_form
 from rcm.nets.wan.foreign import foreign
 from rcm.nets.wan.lora import LoRAPair, check_targets, lora_pairs, merge
+from rcm.nets.wan.lora_settings import LoRASettings, lora_settings
 from rcm.nets.wan.model import WanDiT
 from rcm.nets.wan.published_config import heads_in, with_settings
 from rcm.parallel.agree import on_first, shared
 from rcm.parallel.init import load_full, materialise, on_meta
 from rcm.pipelines.described import network_of
 from rcm.pipelines.weight_files import open_weights
+from rcm.storage.json_file import read_object
 from rcm.storage.state_dicts import LazyWeights, check_keys, shapes_of
 from rcm.storage.weight_files import CONFIGS, WeightFile
 from rcm.train.describe import Description
@@ -37,8 +39,8 @@ _SHAPED = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "freq_dim", "tex
 
 @dataclass(frozen=True)
 class LoRA:
-    """A low-rank update to merge: its file or PEFT folder, the strength of the merge, and alpha (None: that of the file or of its
-    adapter_config.json, else the rank, so that the strength alone counts). Raises `ConfigError` for a number that is not finite.
+    """A low-rank update to merge: its file or PEFT folder, the strength of the merge, and alpha (None: that of the file, of its metadata or
+    of its adapter_config.json, else the rank, so that the strength alone counts). Raises `ConfigError` for a number that is not finite.
     """
 
     path: str | Path
@@ -80,6 +82,8 @@ class MergedWeights(LazyWeights):
         try:
             self.pairs: dict[str, LoRAPair] = lora_pairs(self._file.headers)
             check_targets(self.pairs, self._file.headers, base.headers)
+            settings = adapter_settings(self._file, given=lora.alpha is not None)
+            self.strengths = {name: lora.scale * self._strength(pair, settings) for name, pair in self.pairs.items()}
         except CheckpointError as error:
             raise CheckpointError(f"LoRA {lora.path}: {error}") from error
 
@@ -87,16 +91,22 @@ class MergedWeights(LazyWeights):
         weight, pair = self.base[name], self.pairs.get(name)
         if pair is None:
             return weight
-        down, up = self._file[pair.down], self._file[pair.up]
-        strength = self.lora.scale * self._alpha(pair, rank=down.shape[0]) / down.shape[0]
-        return merge(weight.to(self.device), down=down, up=up, scale=strength)
+        return merge(weight.to(self.device), down=self._file[pair.down], up=self._file[pair.up], scale=self.strengths[name])
 
-    def _alpha(self, pair: LoRAPair, *, rank: int) -> float:
-        if self.lora.alpha is not None:
-            return self.lora.alpha
-        if pair.alpha is not None:
-            return float(self._file[pair.alpha])
-        return float((self._file.config or {}).get("lora_alpha", rank))
+    def _strength(self, pair: LoRAPair, settings: LoRASettings) -> float:
+        alpha = self.lora.alpha
+        if alpha is None and pair.alpha is not None:
+            alpha = float(self._file[pair.alpha])
+            if not math.isfinite(alpha):
+                raise CheckpointError(f"{pair.alpha} is {alpha:g}, expected a finite number")
+        return settings.strength(pair.module, rank=self._file.headers[pair.down].shape[0], alpha=alpha)
+
+
+def adapter_settings(file: WeightFile, *, given: bool = False) -> LoRASettings:
+    """What a low-rank update says of its strength, in its metadata and in the adapter_config.json beside it; errors as `lora_settings`."""
+    beside = (file.path if file.path.is_dir() else file.path.parent) / "adapter_config.json"
+    config = file.config if file.config is not None else read_object(beside) if beside.is_file() else None
+    return lora_settings(config, file.metadata, others=file.others, given=given)
 
 
 def copies_in(file: WeightFile) -> dict[str, str]:

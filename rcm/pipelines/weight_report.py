@@ -19,7 +19,16 @@ from rcm.nets.wan.convert import PATCH_KEY
 from rcm.nets.wan.foreign import LORA, foreign
 from rcm.nets.wan.lora import lora_pairs
 from rcm.pipelines.described import stream_command
-from rcm.pipelines.wan_files import NetworkWeights, config_of, copies_in, description_of, network_headers, preset_of, told_size
+from rcm.pipelines.wan_files import (
+    NetworkWeights,
+    adapter_settings,
+    config_of,
+    copies_in,
+    description_of,
+    network_headers,
+    preset_of,
+    told_size,
+)
 from rcm.pipelines.weight_files import experts_at, open_weights
 from rcm.storage.state_dicts import listed, misfit, shapes_of
 from rcm.storage.weight_files import WeightFile
@@ -209,9 +218,11 @@ def _lora_report(file: WeightFile, common: dict[str, Any]) -> WeightsReport:
     try:
         pairs = lora_pairs(file.headers)
         ranks = sorted({file.headers[pair.down].shape[0] for pair in pairs.values()})
-        alpha = (file.config or {}).get(
-            "lora_alpha", "in the file" if any(pair.alpha for pair in pairs.values()) else "unstated (the rank)"
-        )
+        settings = adapter_settings(file, given=True)
+        said = "in the file" if any(pair.alpha for pair in pairs.values()) else "unstated (the rank)"
+        alpha = f"{settings.alpha:g}" if settings.alpha is not None else said
+        alpha += " over the square root of the rank" if settings.stabilised else ""
+        alpha += f", {len(settings.alphas)} layers with their own" if settings.alphas else ""
         family = f"low-rank update (LoRA) of {len(pairs)} weights, rank {', '.join(map(str, ranks))}, alpha {alpha}"
     except CheckpointError as error:
         return WeightsReport(family="low-rank update (LoRA)", problem=str(error), **common)

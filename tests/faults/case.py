@@ -16,7 +16,7 @@ To add cases, write `tests/faults/test_<what>.py`:
 `folder`, an empty directory that `call` and `argv` get as their only argument and where they write what they need:
 
     call            in this process: must raise one of `ERRORS`, nothing else
-    main + argv     a command's main(argv) in this process: status other than 0, the refusal on stderr
+    main + argv     a command's main(argv) in this process: status other than 0, the refusal in what it prints
     module + argv   `python -m module ...` in a process of its own (seconds: importing torch): the same, and killed at the deadline
 
 `refusal` is a regular expression that the sentence must match; None for an input that must be accepted (leftovers that stop no
@@ -158,7 +158,7 @@ class Fault:
                 status = 1
         except BaseException as error:
             raise Broken("traceback", f"{type(error).__name__}: {str(error)[:1500]}") from error
-        return int(status or 0), err.getvalue()
+        return int(status or 0), f"{err.getvalue()}\n{out.getvalue()}"
 
     def _run_apart(self, folder: Path) -> tuple[int, str]:
         command = [sys.executable, "-m", self.module, *(str(word) for word in self.argv(folder))]
@@ -174,12 +174,12 @@ class Fault:
             start_new_session=True,
         )
         try:
-            _, err = process.communicate(timeout=self.deadline)
+            out, err = process.communicate(timeout=self.deadline)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             _, err = process.communicate()
             raise Broken("hang", f"still running after {self.deadline:g} s: {err[-1500:]}") from None
-        return process.returncode, err
+        return process.returncode, f"{err}\n{out}"
 
 
 def each(cases: Iterable[Fault]) -> pytest.MarkDecorator:

@@ -25,6 +25,8 @@ Weights = Literal["ema", "live", "fake_score"]
 WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 HEAD_DIM = 128
 PATCH_KEY = "patch_embedding.weight"
+_AVERAGED = frozenset(("ema", "avg", "average", "averaged", "shadow", "swa"))
+"""Words by which trainers call a running average."""
 ANCHORS = (PATCH_KEY, "blocks.0.modulation", "blocks.0.scale_shift_table", "head.modulation", "scale_shift_table")
 """Keys that every network has in one of its namings; what stands before one of them is the prefix of a network."""
 
@@ -130,6 +132,9 @@ def choose_prefix(found: Mapping[str, str], weights: str) -> str:
     wanted = ("ema", "live") if weights == "ema" else (weights,)
     for copy in wanted:
         prefixes = [prefix for prefix, held in found.items() if held == copy]
+        unknown = [prefix for prefix, held in found.items() if held not in ("ema", "live", "fake_score")]
+        if copy != weights and prefixes and unknown:
+            raise CheckpointError(f"it names no averaged weights, and one of {has} may be them; ask for the live ones or rename the prefix")
         if len(prefixes) > 1:
             raise CheckpointError(f"several networks could be the {copy} weights: {has}; name one with prefix=")
         if prefixes:
@@ -182,10 +187,14 @@ def detect_config(state: Mapping[str, Tensor], *, head_dim: int = HEAD_DIM) -> W
     """The configuration of a network in the package's own form, read off its shapes (meta tensors suffice); head size, text length and
     patch are not stored and keep the family's values. Raises `CheckpointError` naming a missing tensor."""
     shape = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    base = WanConfig(dim=head_dim, ffn_dim=1, num_heads=1, num_layers=1)
+    if empty := [key for key, sizes in shape.items() if 0 in sizes]:
+        raise CheckpointError(f"not a Wan network: {listed(empty)} without elements")
     try:
+        base = WanConfig(dim=head_dim, ffn_dim=1, num_heads=1, num_layers=1)
         dim, patched_in = shape[PATCH_KEY]
         blocks = {int(key.split(".")[1]) for key in shape if key.startswith("blocks.")}
+        if not 0 <= min(blocks) <= max(blocks) < len(shape):
+            raise CheckpointError(f"not a Wan network: it has a block {max(blocks, key=abs)}, and {len(shape)} tensors in all")
         image = "img_emb.proj.0.weight" in shape
         if dim % head_dim:
             raise CheckpointError(
@@ -204,7 +213,7 @@ def detect_config(state: Mapping[str, Tensor], *, head_dim: int = HEAD_DIM) -> W
             image_branch=image,
             image_dim=shape["img_emb.proj.0.weight"][0] if image else base.image_dim,
         )
-    except (KeyError, ValueError) as missing:
+    except (KeyError, ValueError, IndexError) as missing:
         raise CheckpointError(f"not a Wan network: {missing}; it has {len(shape)} tensors: {listed(sorted(shape))}") from missing
 
 
@@ -227,7 +236,7 @@ def load(net: nn.Module, state: Mapping[str, object], *, weights: Weights = "ema
 def _copy_of(prefix: str) -> str:
     """What the prefix of a network says about its weights; a plain or technical prefix means the live ones."""
     words = prefix.split(".")[:-1]
-    if any(word.endswith("ema") for word in words):
+    if any(_AVERAGED.intersection(word.lower().split("_")) for word in words):
         return "ema"
     if any(word == "critic" or word.endswith("fake_score") for word in words):
         return "fake_score"

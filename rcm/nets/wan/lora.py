@@ -1,8 +1,8 @@
 """Low-rank updates of a Wan network (LoRA): their names, and the update itself. Names and tensors in dicts only.
 
-W <- W + scale * (alpha / rank) * B A, with A [rank, in] and B [out, rank], summed in float32. Understood: PEFT (`lora_A`, `lora_B`, with or
-without an adapter's name, as LongLive writes them), the `lora_down` / `lora_up` of other trainers, `.alpha` entries; target names in the
-original or the diffusers naming. spec/wan.md 3.
+W <- W + scale * strength * B A, with A [rank, in] and B [out, rank], summed in float32; strength is alpha / rank, or what the adapter's
+settings say (rcm/nets/wan/lora_settings.py). Understood: PEFT (`lora_A`, `lora_B`, with or without an adapter's name, as LongLive writes
+them), the `lora_down` / `lora_up` of other trainers, `.alpha` entries; target names in the original or the diffusers naming.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ _ALPHA = re.compile(r"(.+)\.alpha")
 
 @dataclass(frozen=True)
 class LoRAPair:
-    """Keys in the file of one target's factors; `alpha` None where the file does not say."""
+    """Keys in the file of one target's factors; `alpha` None where the file does not say. `module`: the target as the trainer calls it."""
 
     down: str
     up: str
     alpha: str | None = None
+    module: str = ""
 
 
 def is_lora(keys: Iterable[str]) -> bool:
@@ -68,7 +69,9 @@ def lora_pairs(headers: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
         down, up = headers[parts["down"]].shape, headers[parts["up"]].shape
         if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
             raise CheckpointError(f"the factors of {name} do not fit: down {tuple(down)}, up {tuple(up)}")
-        pairs[name] = LoRAPair(parts["down"], parts["up"], parts.get("alpha"))
+        if "alpha" in parts and headers[parts["alpha"]].numel() != 1:
+            raise CheckpointError(f"{parts['alpha']!r} has shape {tuple(headers[parts['alpha']].shape)}, expected one number")
+        pairs[name] = LoRAPair(parts["down"], parts["up"], parts.get("alpha"), _module(_part(parts["down"])[1]))
     return pairs
 
 
@@ -97,6 +100,12 @@ def _part(key: str) -> tuple[str | None, str]:
         if match := pattern.fullmatch(key):
             return kind, match[1]
     return None, key
+
+
+def _module(target: str) -> str:
+    for lead in (*CONTAINERS, "base_model.model."):
+        target = target.removeprefix(lead)
+    return target
 
 
 def _target(target: str) -> str:

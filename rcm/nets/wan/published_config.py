@@ -25,6 +25,7 @@ _NAMES: dict[str, tuple[str | None, str | None]] = {
     "text_len": ("text_len", None),
     "eps": ("eps", "eps"),
 }
+_MOST = 1 << 20
 _IN_TENSORS = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "freq_dim", "text_dim")
 
 
@@ -50,9 +51,11 @@ def published_settings(config: WanConfig, *, form: Format) -> dict[str, Any] | N
 
 
 def heads_in(settings: Mapping[str, Any] | None) -> int | None:
-    """The number of heads that a config.json states; None where there is none."""
-    found = (settings or {}).get("num_heads", (settings or {}).get("num_attention_heads"))
-    return found if isinstance(found, int) and found > 0 else None
+    """The number of heads that a config.json states; None where there is none. `CheckpointError` for one that is no such number."""
+    for name in ("num_heads", "num_attention_heads"):
+        if settings and name in settings:
+            return _whole(settings, name)
+    return None
 
 
 def with_settings(found: WanConfig, settings: Mapping[str, Any] | None) -> WanConfig:
@@ -60,13 +63,13 @@ def with_settings(found: WanConfig, settings: Mapping[str, Any] | None) -> WanCo
     tensors contradict."""
     if not settings:
         return found
-    stated = {
-        field: next(settings[name] for name in names if name in settings)
-        for field, names in _NAMES.items()
-        if any(name in settings for name in names if name)
-    }
+    stated: dict[str, float] = {}
+    for field, names in _NAMES.items():
+        for name in names:
+            if name in settings:
+                stated.setdefault(field, _positive(settings, name) if field == "eps" else _whole(settings, name))
     if "num_attention_heads" in settings and "attention_head_dim" in settings:
-        stated["dim"] = settings["num_attention_heads"] * settings["attention_head_dim"]
+        stated["dim"] = _whole(settings, "num_attention_heads") * _whole(settings, "attention_head_dim")
     wrong = [
         f"{field} {stated[field]}, the tensors have {getattr(found, field)}" for field in _IN_TENSORS if _differs(field, stated, found)
     ]
@@ -77,3 +80,17 @@ def with_settings(found: WanConfig, settings: Mapping[str, Any] | None) -> WanCo
 
 def _differs(field: str, stated: Mapping[str, Any], found: WanConfig) -> bool:
     return field in stated and stated[field] != getattr(found, field)
+
+
+def _whole(settings: Mapping[str, Any], name: str) -> int:
+    value = settings[name]
+    if type(value) is not int or not 1 <= value <= _MOST:
+        raise CheckpointError(f"config.json states {name} {str(value)[:40]!r}, expected a whole number from 1 to {_MOST}")
+    return value
+
+
+def _positive(settings: Mapping[str, Any], name: str) -> float:
+    value = settings[name]
+    if type(value) not in (int, float) or not 0 < value <= 1:
+        raise CheckpointError(f"config.json states {name} {str(value)[:40]!r}, expected a number above 0 and at most 1")
+    return value
