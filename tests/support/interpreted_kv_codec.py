@@ -34,10 +34,14 @@ MUTANTS = {
     "e4m3 without subnormals": ("tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)", "normal", "release int8 token"),
     "e4m3 without sign": ("+ ((y.to(tl.int32, bitcast=True) >> 24) & 128)", "", "rcm fp8 token"),
     "halves up": ("return (y + 12582912.0) - 12582912.0", "return tl.floor(y + 0.5)", "rcm int4 token"),
-    "last group of tokens": ("group = (batch * tl.cdiv(tokens, GROUP) + tl.program_id(1))", "group = (batch * (tokens // GROUP) + tl.program_id(1))", "rcm int4 channel"),
+    "last group of tokens": (
+        "group = (batch * tl.cdiv(tokens, GROUP) + tl.program_id(1))", "group = (batch * (tokens // GROUP) + tl.program_id(1))", "rcm int4 channel",
+    ),
     "unit forgotten": ("scale *= tl.load(unit + batch)", "scale *= 1.0", "rcm int2 token"),
     "zero forgotten": ("value += _stored(zeros, group, keep, E4M3)", "value += 0.0", "rcm int4 channel asymmetric"),
-    "bytes reversed": ("if HIGH_FIRST else BITS * place\n        code", "if not HIGH_FIRST else BITS * place\n        code", "rcm int2 channel"),
+    "bytes reversed": (
+        "if HIGH_FIRST else BITS * place\n        code", "if not HIGH_FIRST else BITS * place\n        code", "rcm int2 channel",
+    ),
     "sign of four bits": ("tl.where(code >= 8, -0.5 * half, 0.5 * half)", "0.5 * half", "rcm fp4 token"),
     "padding in the extremes": ("(inside < GROUP) & (token < tokens)", "(inside < GROUP)", "rcm int8 channel asymmetric"),
     "one stage": ("for i in tl.static_range(STAGES)", "for i in tl.static_range(1)", "clusters 2 shared"),
@@ -94,7 +98,8 @@ def cases() -> dict[str, tuple]:
             found[name] = (parts.residual, fmt, parts.subtract, parts.clusters)
     x = sample(torch.float32)
     parts = cluster(x, Clustering(4, 3, 2, False, "official"))
-    found["clusters 2 official"] = (parts.residual - members(*parts.subtract), CodeFormat("int2", 8, "token", False, "official"), None, parts.clusters)
+    fmt = CodeFormat("int2", 8, "token", False, "official")
+    found["clusters 2 official"] = (parts.residual - members(*parts.subtract), fmt, None, parts.clusters)
     return found
 
 

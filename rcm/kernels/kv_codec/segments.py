@@ -1,0 +1,65 @@
+"""Softmax attention over keys that come in segments, one restored at a time: each gives its output and log-sum-exp, and these merge exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""(q [B, L, N, D], k, v [B, S, N, D], scale) -> (output [B, L, N, D], log-sum-exp of the scaled logits [B, N, L])."""
+
+
+class Segment(NamedTuple):
+    """Keys and values [B, S, N, D] and what their attention mass is too large by, in logits: [B, N, L] (`bias.segment_gain`) or None."""
+
+    k: Tensor
+    v: Tensor
+    gain: Tensor | None = None
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of one segment, materialised, in the dtype of the inputs but at least float32."""
+    work = torch.promote_types(q.dtype, torch.float32)
+    logits = torch.einsum("blnd,bsnd->bnls", q.to(work), k.to(work)) * scale
+    lse = logits.logsumexp(-1)
+    return torch.einsum("bnls,bsnd->blnd", (logits - lse.unsqueeze(-1)).exp(), v.to(work)), lse
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The same by torch's FlashAttention, which also gives the log-sum-exp; on CUDA in bf16 or fp16."""
+    operands = [x.transpose(1, 2) for x in (q, k, v)]
+    if q.is_cuda:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(*operands, scale=scale)[:2]
+    else:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*operands, scale=scale)
+    return out.transpose(1, 2), lse
+
+
+def attend_segments(q: Tensor, segments: Iterable[Segment], *, scale: float, attend: Attend = plain) -> Tensor:
+    """softmax(scale q k^T - gain) v over all segments together: [B, L, N, D] in the dtype of `q`; `ValueError` without any.
+
+    Takes one segment after another, so an iterator may restore each into the same memory. Sums are float32 (float64 for such inputs).
+    """
+    out = total = None
+    for segment in segments:
+        if segment.k.shape[1] == 0:
+            continue
+        part, lse = attend(q, segment.k, segment.v, scale)
+        part, lse = part.to(torch.promote_types(q.dtype, torch.float32)), lse if segment.gain is None else lse - segment.gain
+        if out is None:
+            out, total = part, lse
+            continue
+        merged = torch.logaddexp(total, lse)
+        out = out * _weight(total - merged) + part * _weight(lse - merged)
+        total = merged
+    if out is None:
+        raise ValueError("attention needs at least one key; every segment was empty")
+    return out.to(q.dtype)
+
+
+def _weight(log: Tensor) -> Tensor:
+    """[B, N, L] -> [B, L, N, 1]."""
+    return log.exp().transpose(1, 2).unsqueeze(-1)
