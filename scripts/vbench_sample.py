@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from rcm.core.errors import ConfigError
+from rcm.core.rng import require_seed
 from rcm.evaluation.vbench_prompts import (
     T2V_FILE,
     SuiteItem,
@@ -33,7 +34,8 @@ from rcm.evaluation.vbench_prompts import (
 )
 from rcm.evaluation.vbench_samplers import require_images
 from rcm.evaluation.vbench_sampling import Share, SuiteRun, group_of_video, sample_suite
-from rcm.inference.outcome import check_device, check_seed, exit_status
+from rcm.inference.flag_ranges import check_numbers
+from rcm.inference.outcome import check_device, exit_status
 from scripts.vbench_models import add_model_flags, open_sampler, output_name
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "vbench"
@@ -98,7 +100,8 @@ def suite_items(flags: argparse.Namespace) -> list[SuiteItem]:
 
 def run(flags: argparse.Namespace) -> None:
     """Check the flags, open the model, sample this rank's share."""
-    check_seed(flags.seed, draws=max(1, flags.num_samples))
+    check_numbers(flags)
+    require_seed(flags.seed, knob="--seed", draws=flags.num_samples)
     items, share = suite_items(flags), Share.of_launch(cp_size=flags.cp_size)
     beside = Path("outputs/vbench") if flags.prompt_json is None else flags.prompt_json.parent
     folder = flags.output_dir or beside / output_name(flags)

@@ -1,25 +1,27 @@
-"""How command lines end: where they may write, which device they may use, one sentence and exit status 2 for what a user can change."""
+"""How command lines end: one sentence and an exit status that is not 0 for what a user can change, and for Ctrl-C."""
 
 from __future__ import annotations
 
-import errno
-import os
+import functools
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 from loguru import logger
 
-from rcm.core.errors import CheckpointError, ConfigError, NonFinite
+from rcm.core.errors import CheckpointError, ConfigError, NonFinite, PeerGone
+from rcm.data.tar_index import ShardError
 from rcm.pipelines.video_io import VideoError
+
+STOPPED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
 
 class OutOfMemory(ConfigError):
     """Memory of a device ran out; told by the rank that it happened to, for the others may have enough."""
 
 
-USER_ERRORS = (ConfigError, CheckpointError, NonFinite, VideoError, OSError)
+USER_ERRORS = (ConfigError, CheckpointError, NonFinite, VideoError, ShardError, PeerGone, OSError)
 
 
 def short_log() -> None:
@@ -28,32 +30,43 @@ def short_log() -> None:
     logger.add(lambda line: sys.stderr.write(line), level="WARNING", format=lambda record: f"{record['level'].name.lower()}: {{message}}\n")
 
 
-def exit_status(work: Callable[[], None], *, tell: bool = True) -> int:
-    """0 after `work`; 2 after an error that the user can put right, told in one sentence on stderr by the rank that may `tell`."""
+def exit_status(work: Callable[[], int | None], *, tell: bool = True, failure: int = 2) -> int:
+    """What `work` returns, else 0; `failure` after an error that the user can put right, told in one sentence on stderr by the rank that
+    may `tell`; 130 and one sentence after Ctrl-C.
+    """
     try:
-        work()
+        return work() or 0
     except USER_ERRORS as error:
         if tell or isinstance(error, OutOfMemory):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+            _say(f"error: {' '.join(str(error).split())}")
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        _say(f"error: out of memory: {(str(error).strip().splitlines() or ['no more to be had'])[0][:160]}; ask for less")
+    except KeyboardInterrupt:
+        if tell:
+            _say("stopped")
+        return STOPPED
+    return failure
 
 
-def writable(path: str, *, suffix: str) -> Path:
-    """The path, once it is clear that a file can be made there: before weights are read and not after the video is computed."""
-    target = Path(path)
-    if target.suffix != suffix:
-        raise ConfigError(f"{path} must end in {suffix}")
-    probe = target.with_name(f".{target.name}.{os.getpid()}.probe")
-    try:
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write there: {error.strerror}", path) from error
-    return target
+def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Sequence[str] | None], int]:
+    """Decorate the `main(argv)` of a command: whatever its own handling lets through ends as `exit_status` says."""
+
+    @functools.wraps(main)
+    def ending(argv: Sequence[str] | None = None) -> int:
+        return exit_status(lambda: main(argv))
+
+    return ending
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or in host memory."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _say(sentence: str) -> None:
+    print(sentence.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
 def check_device(name: str) -> None:
@@ -62,11 +75,6 @@ def check_device(name: str) -> None:
         raise ConfigError("--device meta has no memory; choose cuda or cpu")
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def check_seed(seed: int, *, draws: int = 1) -> None:
-    """`ConfigError` unless `seed` .. `seed + draws - 1` are seeds that a generator takes."""
-    if not -(2**63) <= seed <= 2**64 - draws:
-        raise ConfigError(f"--seed {seed} must be at least -2^63 and, with {draws} in a row, below 2^64; choose a smaller one")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        told = (str(error).splitlines() or ["it is not known here"])[0]
+        raise ConfigError(f"--device {name} cannot be used: {told}") from error

@@ -12,35 +12,36 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from rcm.core.errors import ConfigError
+from rcm.core.output_file import OutputFile
 from rcm.core.text_file import read_lines
 from rcm.encoders.prompt_cleaning import checked_prompts
 from rcm.evaluation.throughput import Throughput, measure
-from rcm.inference.outcome import check_device, check_seed, exit_status, short_log, writable
+from rcm.inference.flag_ranges import check_numbers
+from rcm.inference.outcome import check_device, exit_status, short_log
 from rcm.inference.stream_recipe import add_recipe_flags, chosen_recipe
 from rcm.parallel.threads import settle_threads
 from rcm.pipelines.described import PieceFiles
 from rcm.pipelines.first_block import first_latents, is_image
 from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
 from rcm.pipelines.stream_spec import StreamedChunk, StreamReport
-from rcm.pipelines.video_io import COMFORTABLE, Mp4Writer, comfortable_scale
+from rcm.pipelines.video_io import COMFORTABLE, Mp4Writer, check_frame, comfortable_scale
 from rcm.rollout.recipe import SamplingRecipe
 from rcm.storage.shipped import TOY_PROMPTS, asset, toy_checkpoint
-from rcm.train.describe import installed_versions, write_atomically
+from rcm.train.describe import installed_versions
 
 SHOWN = 4
 """Prompts of the shipped list that are streamed side by side when none is given."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `rcm stream` and `rcm-stream`; returns the exit status."""
@@ -59,8 +60,8 @@ def run(flags: argparse.Namespace) -> None:
     else:
         prompts = read_prompts(flags.prompt, flags.prompt_file, allow_empty=flags.allow_empty_prompt)
     _check_flags(flags)
-    save_path = writable(flags.save_path, suffix=".mp4")
-    report_path = None if flags.report is None else writable(flags.report, suffix=".json")
+    save_to = OutputFile.claim(flags.save_path, suffix=".mp4", knob="--save_path")
+    report_to = None if flags.report is None else OutputFile.claim(flags.report, suffix=".json", knob="--report")
     files = PieceFiles(
         vae=flags.vae_path, text_encoder=flags.text_encoder_path, tokenizer=flags.tokenizer_path, text_cache=flags.text_cache
     )
@@ -68,6 +69,8 @@ def run(flags: argparse.Namespace) -> None:
     model = open_checkpoint(path, weights=flags.weights, device=flags.device, precision=flags.precision, files=files)
     settle_threads(model.denoiser.net, device=model.device)
     recipe = chosen_recipe(flags, model.trained_recipe)
+    upscale = flags.upscale or comfortable_scale(*model.pixel_size)
+    check_frame(model.pixel_size[0], model.pixel_size[1] * len(prompts), scale=upscale, pad=True)
     prefix = _prefix(flags, model, recipe)
 
     def start() -> Iterator[StreamedChunk]:
@@ -87,10 +90,9 @@ def run(flags: argparse.Namespace) -> None:
         print(f"prompts, side by side: {'; '.join(prompts)}", flush=True)
     timing = _timed(flags, start, device=model.device)
     fps = flags.fps or model.fps
-    upscale = flags.upscale or comfortable_scale(*model.pixel_size)
-    report = _write(stream, save_path, fps=fps, upscale=upscale)
-    if report_path is not None:
-        write_atomically(report_path, json.dumps(_record(flags, model, recipe, prompts, report, timing), indent=2))
+    report = _write(stream, save_to, fps=fps, upscale=upscale)
+    if report_to is not None:
+        report_to.write(json.dumps(_record(flags, model, recipe, prompts, report, timing), indent=2))
     if shipped:
         print(f"next: {next_command(flags)}", flush=True)
 
@@ -147,14 +149,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_flags(flags: argparse.Namespace) -> None:
-    if (flags.upscale is not None and flags.upscale < 1) or (flags.fps is not None and not 0 < flags.fps < math.inf):
-        raise ConfigError(f"--upscale and --fps must be positive, got {flags.upscale} and {flags.fps}")
+    check_numbers(flags)
     if flags.first_latents is not None and flags.first_frames is None:
         raise ConfigError("--first_latents says how much of a file to take; give --first_frames FILE with it")
-    if flags.warmup_iters < 0 or flags.num_runs < 1:
-        raise ConfigError(f"--warmup_iters must be >= 0 and --num_runs >= 1, got {flags.warmup_iters} and {flags.num_runs}")
     check_device(flags.device)
-    check_seed(flags.seed)
 
 
 def _prefix(flags: argparse.Namespace, model: LoadedModel, recipe: Any) -> torch.Tensor | None:
@@ -183,7 +181,7 @@ def _timed(flags: argparse.Namespace, start: Callable[[], Iterator[StreamedChunk
     return timing
 
 
-def _write(stream: Iterator[StreamedChunk], path: Path, *, fps: float, upscale: int) -> StreamReport:
+def _write(stream: Iterator[StreamedChunk], path: OutputFile, *, fps: float, upscale: int) -> StreamReport:
     """Write chunks as they arrive, videos of a batch side by side, and print each latency; the time of writing is taken out."""
     report, writing, previous = StreamReport(), 0.0, 0.0
     with Mp4Writer(path, fps=fps, scale=upscale, pad=True) as writer:
@@ -197,7 +195,7 @@ def _write(stream: Iterator[StreamedChunk], path: Path, *, fps: float, upscale: 
             writing += time.perf_counter() - begin
             print(f"chunk {chunk.block}: {frames} frames, {spent:.3f} s, {frames / max(spent, 1e-9):.1f} fps", flush=True)
     print(
-        f"{path}: {report.num_frames} frames in {report.chunk_seconds[-1]:.3f} s ({report.fps:.1f} fps), first chunk after "
+        f"{path.given}: {report.num_frames} frames in {report.chunk_seconds[-1]:.3f} s ({report.fps:.1f} fps), first chunk after "
         f"{report.first_chunk:.3f} s, later chunks every {report.later_chunks:.3f} s",
         flush=True,
     )

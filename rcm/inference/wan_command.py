@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
-from rcm.inference.outcome import OutOfMemory, check_device, check_seed, exit_status, writable
+from rcm.core.output_file import OutputFile
+from rcm.encoders.prompt_cleaning import checked_prompts
+from rcm.inference.flag_ranges import check_numbers
+from rcm.inference.outcome import OutOfMemory, check_device, exit_status, out_of_memory
 from rcm.inference.wan_flags import NetworkFile
 from rcm.inference.wan_models import build_pipeline, check_files
-from rcm.inference.wan_report import BANNER, StepLines, cost_lines, write_report
+from rcm.inference.wan_progress import Progress
+from rcm.inference.wan_report import BANNER, cost_lines, write_report
 from rcm.nets.attention import resolve
 from rcm.nets.wan.config import preset
 from rcm.parallel.agree import on_first, shared
@@ -34,6 +37,8 @@ from rcm.pipelines.wan_sizes import FrameSize, adaptive_size, table_size, writte
 
 PREVIEW_HEIGHT = 160
 PREVIEW_COLUMNS = 8
+MAX_PIXELS_GIB = 64
+"""Of the float32 pixels of a request; 81 frames at 480p are 0.4."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +52,29 @@ class Job:
     image_path: str | None = None
 
 
-def wan_main(parser: argparse.ArgumentParser, argv: Sequence[str] | None, plan: Callable[[argparse.Namespace], Job]) -> int:
-    """The body of a command: exit status 0, or 2 and one sentence for what the user can put right."""
+def wan_main(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    plan: Callable[[argparse.Namespace], Any],
+    *,
+    make: Callable[..., None] | None = None,
+) -> int:
+    """The body of a command: exit status 0, or 2 and one sentence for what the user can put right.
+
+    `plan` checks the flags and says what they ask for, `make(flags, job, clock=clock)` does it (`run` for the bidirectional commands).
+    """
     flags = parser.parse_args(argv)
     leads = os.environ.get("RANK", "0") == "0" and (not dist.is_initialized() or dist.get_rank() == 0)
-    return exit_status(lambda: _launch(flags, plan(flags)), tell=leads)
+    return exit_status(lambda: _launch(flags, plan, make or run), tell=leads)
 
 
-def _launch(flags: argparse.Namespace, job: Job) -> None:
+def _launch(flags: argparse.Namespace, plan: Callable[[argparse.Namespace], Any], make: Callable[..., None]) -> None:
     _check_flags(flags)
+    job = plan(flags)
     with _device(flags.device) as device:
         clock = PartClock(device)
         with _out_of_memory_told(flags, clock):
-            run(flags, job, clock=clock)
+            make(flags, job, clock=clock)
 
 
 @contextmanager
@@ -78,7 +93,7 @@ def _out_of_memory_told(flags: argparse.Namespace, clock: PartClock) -> Iterator
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         knobs = ["--num_samples 1"] if flags.num_samples > 1 else []
         knobs += ["--offload low"] if flags.offload != "low" else []
@@ -90,13 +105,12 @@ def _out_of_memory_told(flags: argparse.Namespace, clock: PartClock) -> Iterator
 
 
 def _check_flags(flags: argparse.Namespace) -> None:
-    if not 0 < flags.fps < math.inf or flags.warmup_iters < 0:
-        raise ConfigError(f"--fps must be positive and --warmup_iters not negative, got {flags.fps:g} and {flags.warmup_iters}")
-    check_seed(flags.seed)
     if flags.vae_tile is not None and (flags.vae_tile < 64 or flags.vae_tile % 8):
         raise ConfigError(f"--vae_tile {flags.vae_tile} must be a multiple of 8 pixels, at least 64")
-    if not flags.prompt.strip() and not flags.allow_empty_prompt:
-        raise ConfigError("--prompt is empty; write a prompt, or pass --allow_empty_prompt to sample without one")
+    check_numbers(flags)
+    [flags.prompt] = checked_prompts([("--prompt", flags.prompt)], allow_empty=flags.allow_empty_prompt)
+    if getattr(flags, "negative_prompt", None) is not None:
+        [flags.negative_prompt] = checked_prompts([("--negative_prompt", flags.negative_prompt)], allow_empty=True)
     if flags.random_weights and flags.model_size == "auto":
         raise ConfigError("--random_weights reads no file, so --model_size auto has nothing to go by; name a size")
     if flags.device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
@@ -121,7 +135,7 @@ def _check_launch(device: str) -> None:
 
 def run(flags: argparse.Namespace, job: Job, *, clock: PartClock) -> None:
     """Check, make, write, tell. Collective over the ranks of a launch; rank 0 reads, prints and writes."""
-    on_first(lambda: _check_outputs(flags))
+    outputs = on_first(lambda: Outputs.claim(flags))
     image = shared(on_first(lambda: None if job.image_path is None else read_image(job.image_path)))
     request = VideoRequest(
         prompt=flags.prompt,
@@ -133,6 +147,7 @@ def run(flags: argparse.Namespace, job: Job, *, clock: PartClock) -> None:
         negative_prompt=job.negative_prompt,
         image=image,
     )
+    _check_amount(request)
     tokens = request.tokens_per_frame
     if flags.model_size != "auto":
         check_ranks(num_ranks(), num_heads=preset(flags.model_size).num_heads, tokens_per_frame=tokens)
@@ -141,8 +156,9 @@ def run(flags: argparse.Namespace, job: Job, *, clock: PartClock) -> None:
     leads = not dist.is_initialized() or dist.get_rank() == 0
     pipeline = build_pipeline(flags, job.networks, clock=clock, tokens_per_frame=tokens)
     if not leads:
-        _generate(flags, pipeline, request, lines=None)
+        _generate(flags, pipeline, request, progress=None)
         return
+    assert outputs is not None
     if flags.random_weights:
         print(BANNER, flush=True)
     _, _, frames, height, width = request.latent_shape
@@ -151,14 +167,16 @@ def run(flags: argparse.Namespace, job: Job, *, clock: PartClock) -> None:
         f"{frames * tokens} tokens; {len(job.recipe.times()) - 1} steps on {num_ranks()} x {clock.device}",
         flush=True,
     )
-    made = _generate(flags, pipeline, request, lines=StepLines(sys.stdout))
-    with clock.part("write"):
-        _write(flags, made.frames)
+    with Progress(sys.stdout) as progress:
+        clock.watch = progress.part
+        made = _generate(flags, pipeline, request, progress=progress)
+        with clock.part("write"):
+            outputs.write(flags, made.frames)
     for line in cost_lines(clock, made.steps):
         print(line, flush=True)
     print(f"wrote {flags.save_path}", flush=True)
-    if flags.report is not None:
-        write_report(Path(flags.report), flags, request, made, clock=clock, networks=job.networks)
+    if outputs.report is not None:
+        write_report(outputs.report, flags, request, made, clock=clock, networks=job.networks)
 
 
 def frame_size(flags: argparse.Namespace, image: Tensor | None) -> FrameSize:
@@ -172,28 +190,47 @@ def frame_size(flags: argparse.Namespace, image: Tensor | None) -> FrameSize:
     return adaptive_size(size, image=image_size(image)) if adaptive else size
 
 
-def _check_outputs(flags: argparse.Namespace) -> None:
-    for path, suffix in ((flags.save_path, ".mp4"), (flags.preview_grid, ".png"), (flags.report, ".json")):
-        if path is not None:
-            writable(path, suffix=suffix)
+def _check_amount(request: VideoRequest) -> None:
+    gib = request.num_samples * request.num_frames * request.size.height * request.size.width * 12 / 2**30
+    if gib > MAX_PIXELS_GIB:
+        raise ConfigError(
+            f"{request.num_samples} x {request.num_frames} frames of {request.size} are {gib:.0f} GiB of pixels, "
+            f"at most {MAX_PIXELS_GIB} are made at once; lower --num_samples, --num_frames or --size"
+        )
 
 
-def _generate(flags: argparse.Namespace, pipeline: WanPipeline, request: VideoRequest, *, lines: StepLines | None) -> GeneratedVideo:
+def _generate(flags: argparse.Namespace, pipeline: WanPipeline, request: VideoRequest, *, progress: Progress | None) -> GeneratedVideo:
     for _ in range(flags.warmup_iters):
         pipeline.generate(request)
     if flags.warmup_iters:
         pipeline.clock.restart()
-    return pipeline.generate(request, on_step=lines)
+    return pipeline.generate(request, on_step=None if progress is None else progress.step)
 
 
-def _write(flags: argparse.Namespace, frames: Tensor) -> None:
-    """Samples side by side; and the contact sheet, a row per sample."""
-    write_mp4(flags.save_path, torch.cat(list(frames), dim=-1), fps=flags.fps)
-    if flags.preview_grid is not None:
+@dataclass(frozen=True)
+class Outputs:
+    """Where a command writes, known to be writable before the work begins."""
+
+    video: OutputFile
+    preview: OutputFile | None
+    report: OutputFile | None
+
+    @classmethod
+    def claim(cls, flags: argparse.Namespace) -> Outputs:
+        """Errors of `OutputFile.claim`."""
+        asked = (("save_path", ".mp4"), ("preview_grid", ".png"), ("report", ".json"))
+        given = [(name, getattr(flags, name), suffix) for name, suffix in asked]
+        return cls(*(None if path is None else OutputFile.claim(path, suffix=suffix, knob=f"--{name}") for name, path, suffix in given))
+
+    def write(self, flags: argparse.Namespace, frames: Tensor) -> None:
+        """Samples side by side; and the contact sheet, a row per sample."""
+        write_mp4(self.video, torch.cat(list(frames), dim=-1), fps=flags.fps)
+        if self.preview is None:
+            return
         height = min(PREVIEW_HEIGHT, frames.shape[3])
         width = max(1, round(frames.shape[4] * height / frames.shape[3]))
         picks = torch.linspace(0, frames.shape[2] - 1, min(PREVIEW_COLUMNS, frames.shape[2])).round().long()
         small = torch.nn.functional.interpolate(frames[:, :, picks], size=(len(picks), height, width), mode="area")
-        prompt = flags.prompt.strip()[:120].encode("ascii", "replace").decode()  # the built-in font may have no other letters
+        prompt = flags.prompt[:120].encode("ascii", "replace").decode()  # the built-in font may have no other letters
         labels = [f"seed {flags.seed}, sample {i}: {prompt}" for i in range(len(small))]
-        contact_sheet(flags.preview_grid, small, labels=labels, columns=PREVIEW_COLUMNS, scale=1)
+        contact_sheet(self.preview, small, labels=labels, columns=PREVIEW_COLUMNS, scale=1)

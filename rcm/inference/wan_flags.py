@@ -11,7 +11,7 @@ from rcm.core.errors import ConfigError
 from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT
 from rcm.nets.attention import BACKENDS
 from rcm.pipelines.residency import POLICIES
-from rcm.pipelines.text_to_video import WholeVideoRecipe, check_guided
+from rcm.pipelines.text_to_video import WholeVideoRecipe
 from rcm.pipelines.wan_files import LoRA
 from rcm.pipelines.wan_sizes import SIZES
 
@@ -32,6 +32,8 @@ PUBLISHED = {
     "rcm --dit_path": "rCM_Wan2.1_T2V_1.3B_480p.pt and its 14B and 720p relatives, huggingface.co/worstcoder/rcm-Wan",
     "diffusion --dit_path": "Wan2.1-T2V-1.3B.pth and Wan2.1-T2V-14B.pth, huggingface.co/worstcoder/Wan, or the folder of "
     "huggingface.co/Wan-AI/Wan2.1-T2V-14B",
+    "causal --dit_path": "Causal_rCM_Wan2.1_T2V_1.3B_480p_TF-sCM-init_SF-DMD_c3-3_step4.pt and its relatives, "
+    "huggingface.co/worstcoder/rcm-Wan",
     "rcm --high_noise_model_path": "Wan2.2-I2V-A14B-high-rCM-merged.pth, huggingface.co/worstcoder/rcm-Wan",
     "rcm --low_noise_model_path": "Wan2.2-I2V-A14B-low-rCM-merged.pth, huggingface.co/worstcoder/rcm-Wan",
     "diffusion --high_noise_model_path": "Wan2.2-I2V-A14B-high.pth, huggingface.co/worstcoder/Wan, or high_noise_model of "
@@ -130,7 +132,7 @@ def add_many_step_flags(parser: argparse.ArgumentParser) -> None:
     add("--num_steps", type=int, default=50, metavar="N", help="[%(default)s]")
     add("--sigma_max", type=int, default=5000, help="noise level of the first step [%(default)s]")
     add("--sampler", choices=("Euler", "UniPC"), default="UniPC", help="[%(default)s]")
-    add("--guidance_scale", type=float, default=5.0, help="classifier-free guidance; 1: none, and half the work [%(default)g]")
+    add("--guidance_scale", type=float, default=5.0, help="classifier-free guidance; 1 or less: none, and half the work [%(default)g]")
     add("--timestep_shift", type=float, default=5.0, help="[%(default)g]")
     add("--negative_prompt", default=NEGATIVE_PROMPT, metavar="TEXT", help="[Wan's own, in Chinese]")
 
@@ -190,8 +192,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def many_step_recipe(flags: argparse.Namespace) -> WholeVideoRecipe:
-    """How a many-step command samples; `ConfigError` for a shift or a scale that is no number to work with."""
-    check_guided(shift=flags.timestep_shift, guidance=flags.guidance_scale)
+    """How a many-step command samples; its numbers are checked."""
     return WholeVideoRecipe(
         "ode",
         sigma_max=flags.sigma_max,

@@ -1,4 +1,4 @@
-"""What a Wan command tells while it works and after: a line per step, seconds and peak memory per part, a JSON report."""
+"""What a Wan command tells of its work: seconds and peak memory per part, a JSON report."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
+from rcm.core.output_file import OutputFile
 from rcm.inference.wan_flags import NetworkFile
 from rcm.pipelines.part_clock import PartClock
 from rcm.pipelines.wan_pipeline import GeneratedVideo, Step, VideoRequest
 from rcm.pipelines.wan_ranks import num_ranks
-from rcm.train.describe import installed_versions, write_atomically
+from rcm.train.describe import installed_versions
 
 BANNER = "\n".join(
     (
@@ -27,26 +27,6 @@ BANNER = "\n".join(
     )
 )
 WATERMARK = "RANDOM WEIGHTS: the video means nothing, only times and memory do"
-BAR_WIDTH = 30
-
-
-class StepLines:
-    """Progress of sampling: a bar on a terminal, a line per step elsewhere."""
-
-    def __init__(self, out: TextIO) -> None:
-        self.out = out
-
-    def __call__(self, step: Step, total: int) -> None:
-        """See `rcm.pipelines.wan_pipeline.OnStep`."""
-        done = step.index + 1
-        told = f"step {done}/{total}: t {step.t:.4f}, {step.expert}, {step.seconds:.3f} s"
-        if not self.out.isatty():
-            self.out.write(f"{told}\n")
-        else:
-            filled = BAR_WIDTH * done // total
-            end = "\n" if done == total else ""
-            self.out.write(f"\r[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {told}\x1b[K{end}")
-        self.out.flush()
 
 
 def cost_lines(clock: PartClock, steps: Sequence[Step]) -> list[str]:
@@ -64,7 +44,7 @@ def cost_lines(clock: PartClock, steps: Sequence[Step]) -> list[str]:
 
 
 def write_report(
-    path: Path,
+    target: OutputFile,
     flags: argparse.Namespace,
     request: VideoRequest,
     made: GeneratedVideo,
@@ -93,7 +73,7 @@ def write_report(
         "versions": installed_versions(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    write_atomically(path, json.dumps(record, indent=2, default=str))
+    target.write(json.dumps(record, indent=2, default=str))
 
 
 def _gib(size: int) -> float:

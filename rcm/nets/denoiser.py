@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
-from rcm.diffusion.guidance import cfg
+from rcm.diffusion.guidance import cfg, is_guided
 from rcm.diffusion.time import rf_to_timestep
 from rcm.diffusion.wan_as_trigflow import rf_point, trig_F
 from rcm.nets.condition import Condition
@@ -149,7 +149,7 @@ class Guided(VelocityModel):
     @property
     def active(self) -> bool:
         """Whether there is a negative pass."""
-        return self.scale > 1
+        return is_guided(self.scale)
 
     def velocity(
         self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,7 @@ class PartClock:
 
     `seconds` by name, in order of first use. `peak_bytes` by name: most memory that tensors held during the part, what was there before
     included; empty where the device does not count (CPU). `interrupted`: the part in which the last exception began, None without one.
+    `watch` is called with the innermost open part (None: no part) whenever that changes.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -21,6 +22,7 @@ class PartClock:
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
         self.interrupted: str | None = None
+        self.watch: Callable[[str | None], None] = lambda name: None
         self._open: list[str] = []
         self._since = time.perf_counter()
 
@@ -46,6 +48,7 @@ class PartClock:
         self._book()
         self._open.append(name)
         self.seconds.setdefault(name, 0.0)
+        self.watch(name)
         try:
             yield
         except BaseException:
@@ -54,6 +57,7 @@ class PartClock:
         finally:
             self._book()
             self._open.pop()
+            self.watch(self._open[-1] if self._open else None)
 
     def _book(self) -> None:
         """Give the time since the last border to the innermost open part."""

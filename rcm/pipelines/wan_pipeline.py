@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rcm.core.errors import ConfigError, NonFinite
-from rcm.diffusion.guidance import cfg
+from rcm.diffusion.guidance import cfg, is_guided
 from rcm.encoders.codec import LatentCodec, latent_frames
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.nets.condition import Condition
@@ -139,7 +139,7 @@ class WanPipeline:
         `NonFinite` for a network that returns NaN.
         """
         shape = request.latent_shape
-        guided = request.recipe.guidance != 1
+        guided = is_guided(request.recipe.guidance)
         cond, negative = self.conditions(request, guided=guided)
         generator = torch.Generator(self.device).manual_seed(request.seed)
         latents, steps = self.sample(cond, negative, request.recipe, shape=shape, generator=generator, on_step=on_step)

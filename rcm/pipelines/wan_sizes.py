@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from rcm.core.errors import ConfigError
 
+MAX_SIDE = 8192
+"""Pixels a side of a frame that is written by hand."""
+
 SIZE_MULTIPLE = 16
 """Pixels per side of a token: 8 by the VAE, 2 by the patch."""
 
@@ -57,11 +60,13 @@ def adaptive_size(area: FrameSize, *, image: FrameSize) -> FrameSize:
 
 
 def written_size(text: str) -> FrameSize:
-    """ "HEIGHTxWIDTH" in pixels; `ConfigError` unless both are positive multiples of 16, naming the nearest ones."""
-    match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", text)
+    """ "HEIGHTxWIDTH" in pixels; `ConfigError` unless both are positive multiples of 16 (naming the nearest ones), at most `MAX_SIDE`."""
+    match = re.fullmatch(r"\s*0*([0-9]{1,9})\s*[xX]\s*0*([0-9]{1,9})\s*", text)
     if match is None:
-        raise ConfigError(f"--size {text!r} is not HEIGHTxWIDTH in pixels, such as 480x832")
+        raise ConfigError(f"--size {text[:40]!r} is not HEIGHTxWIDTH in pixels, such as 480x832")
     size = FrameSize(int(match[1]), int(match[2]))
+    if max(size) > MAX_SIDE:
+        raise ConfigError(f"--size {size} (HxW) is too large, at most {MAX_SIDE} pixels a side are sampled")
     if any(side % SIZE_MULTIPLE or not side for side in size):
         nearest = FrameSize(*(max(SIZE_MULTIPLE, SIZE_MULTIPLE * round(side / SIZE_MULTIPLE)) for side in size))
         raise ConfigError(f"--size {size} (HxW) must be multiples of {SIZE_MULTIPLE} (VAE 8 x patch 2); the nearest is {nearest}")

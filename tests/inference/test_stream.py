@@ -136,7 +136,7 @@ def test_prompts_come_from_a_file_and_empty_ones_need_a_name(tmp_path):
         ("student", ("--mid_t_schedules", "1/2,3/4", "--steps_per_chunk", "3"), "must decrease strictly"),
         ("student", ("--steps_per_chunk", "0"), "must be at least 1"),
         ("student", ("--steps_per_chunk", "2", "--num_steps", "2"), "give one of them"),
-        ("student", ("--sigma_max", "-1"), "must be positive"),
+        ("student", ("--sigma_max", "-1"), "--sigma_max -1 must be positive"),
         ("student", ("--timestep_shift", "3"), "belongs to many-step sampling"),
         ("student", ("--context_from_last_step",), "--ignore_recipe"),
         ("student", ("--context_from_last_step_start_chunk", "1"), "no effect with clean context"),
@@ -147,8 +147,8 @@ def test_prompts_come_from_a_file_and_empty_ones_need_a_name(tmp_path):
         ("few", ("--timestep_shift", "3"), "belongs to many-step sampling"),
         ("student", ("--first_latents", "1"), "give --first_frames FILE"),
         ("student", ("--first_frames", "gone.mp4"), "no video file at gone.mp4"),
-        ("student", ("--upscale", "0"), "must be positive"),
-        ("student", ("--num_runs", "0"), "--num_runs >= 1"),
+        ("student", ("--upscale", "0"), "--upscale 0 must be at least 1"),
+        ("student", ("--num_runs", "0"), "--num_runs 0 must be at least 1"),
         ("student", ("--prompt_file", "gone.txt"), "gone.txt"),
         ("student", ("--prompt", " "), "--prompt number 2 is empty"),
         ("student", ("--prompt", "one two three four five six seven eight nine"), "does not fit text_len=8"),
@@ -201,10 +201,10 @@ def test_an_unwritable_place_is_found_before_the_checkpoint_is_read(jobs, tmp_pa
 
 
 def test_a_full_disk_is_found_before_the_checkpoint_is_read(tmp_path, capsys, monkeypatch):
-    def full(self):
+    def full(number):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "touch", full)
+    monkeypatch.setattr("os.fsync", full)
     assert stream(tmp_path / "no checkpoint", tmp_path / "a.mp4") == 2
     assert "No space left on device" in capsys.readouterr().err
 

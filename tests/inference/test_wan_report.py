@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 
-from rcm.inference.wan_report import StepLines, cost_lines
+from rcm.inference.wan_progress import StepLines
+from rcm.inference.wan_report import cost_lines
 from rcm.pipelines.part_clock import PartClock
 from rcm.pipelines.wan_pipeline import Step
 

@@ -1,0 +1,76 @@
+"""What a number on a command line may be, by the name of its flag: one table for all commands, so that none forgets a check."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from rcm.core.errors import ConfigError
+from rcm.core.rng import SEEDS
+
+MAX_SEED = SEEDS - 1
+"""torch's CPU generator reads 32 bits: larger seeds would repeat smaller ones, and negative ones large ones."""
+
+MAX_SIDE, MAX_FRAMES = 8192, 100_000
+"""Pixels a side, and frames: 104 minutes at 16 a second."""
+
+RANGES: dict[str, tuple[float, float]] = {
+    "batch": (1, 100_000),
+    "context_from_last_step_start_chunk": (0, MAX_FRAMES),
+    "context_parallel_size": (1, 4096),
+    "empty_prompts": (0, 1),
+    "first_latents": (1, MAX_FRAMES),
+    "fps": (0.01, 1000),
+    "frame_stride": (1, MAX_FRAMES),
+    "frames": (1, MAX_FRAMES),
+    "guidance": (0, 1000),
+    "guidance_scale": (0, 1000),
+    "hop": (1, MAX_FRAMES),
+    "max_prompt_chars": (1, 10**6),
+    "num": (1, 10**8),
+    "num_frames": (1, MAX_FRAMES),
+    "num_runs": (1, 10_000),
+    "num_samples": (1, 4096),
+    "num_shapes": (1, 64),
+    "num_steps": (1, 10_000),
+    "rows": (1, 1000),
+    "seed": (0, MAX_SEED),
+    "shard_size": (1, 10**7),
+    "shift": (0.01, 1000),
+    "sigma_max": (1e-3, 1e9),
+    "spatial_stride": (1, 64),
+    "steps": (1, 10_000),
+    "steps_per_chunk": (1, 10_000),
+    "temporal_stride": (1, 64),
+    "text_dim": (1, 2**16),
+    "text_len": (1, 4096),
+    "timestep_shift": (0.01, 1000),
+    "turns": (0, 1000),
+    "upscale": (1, 256),
+    "vae_tile": (64, MAX_SIDE),
+    "warmup_iters": (0, 10_000),
+}
+"""Destination of a flag -> least and most of it. A number under any other name is finite, and a whole one has at most 63 bits."""
+
+
+def check_numbers(flags: argparse.Namespace, **others: tuple[float, float]) -> None:
+    """`ConfigError` naming the first flag whose number, or one of whose numbers, is out of range; `others` replaces ranges."""
+    for name, value in vars(flags).items():
+        least, most = {**RANGES, **others}.get(name, (-(2**63), 2**63))
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"--{name} {number:g} must be a finite number, from {_told(least)} to {_told(most)}")
+            if not least <= number <= most:
+                bound = f"at least {_told(least)}" if number < least else f"at most {_told(most)}"
+                bound = f"positive, {bound}" if least > 0 >= number and isinstance(number, float) else bound
+                raise ConfigError(f"--{name} {_told(number)} must be {bound}{_REASONS.get(name, '')}")
+
+
+_REASONS = {"timestep_shift": " (1: no shift)", "shift": " (1: no shift)", "guidance_scale": " (1: none)", "guidance": " (1: none)"}
+
+
+def _told(number: float) -> str:
+    words = str(number) if isinstance(number, int) else f"{number:g}"
+    return words if len(words) <= 24 else f"{words[:20]}... ({len(words)} digits)"
