@@ -112,7 +112,7 @@ def is_quantised(net: nn.Module) -> bool:
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """|found - expected| / |expected|, in float64."""
     found, expected = found.double(), expected.double()
-    return ((found - expected).norm() / expected.norm()).item()
+    return float((found - expected).norm() / expected.norm())
 
 
 def noise_velocity(
