@@ -16,6 +16,7 @@ from rcm.configs.build_nets import NetBuilder
 from rcm.configs.build_samples import sample_observers
 from rcm.configs.checks import unread_files
 from rcm.configs.compose import Run
+from rcm.configs.console import told
 from rcm.configs.continuity import continued_settings, shared_by_ranks
 from rcm.configs.convert import get_key
 from rcm.configs.network import wan_config
@@ -27,9 +28,12 @@ from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.denoiser import Denoiser
 from rcm.parallel.agree import on_first, require_same, together
 from rcm.parallel.mesh import ParallelDims, launch_group
+from rcm.parallel.threads import settle_threads
+from rcm.pipelines.described import description_at, stream_command
 from rcm.train.checkpoint import Checkpointer
 from rcm.train.describe import Description, write_atomically
 from rcm.train.ema import EMAConfig
+from rcm.train.export import find_model_directory
 from rcm.train.job_lock import job_lock
 from rcm.train.metrics import JsonLines, Sink, Wandb, require_wandb
 from rcm.train.observers import KernelRecord, LogLines, Memory, Observer, Profiler, Progress
@@ -59,8 +63,23 @@ def run(run: Run) -> Outcome:
         replicate, shard, cp = run.mesh
         dims = ParallelDims(dp_replicate=replicate, dp_shard=shard, cp=cp, device_type=device.type)
         require_same("their configuration", shared_by_ranks(run.config), knob="give every rank the same command and environment")
+        if run.config.job.wandb_mode in ("online", "offline"):
+            on_first(lambda: require_wandb(run.config.job.wandb_mode))
         on_first(lambda: held.enter_context(_claimed(job_folder(run), run)))
-        return build_trainer(run, dims=dims, device=device).run()
+        held.enter_context(told(job_folder(run), rank=dims.rank, world_size=dims.world_size))
+        trainer = build_trainer(run, dims=dims, device=device)
+        settle_threads(trainer.method.trainable["student"], device=device)
+        outcome = trainer.run()
+        if dims.rank == 0:
+            _tell_how_to_go_on(outcome, job_folder(run))
+        return outcome
+
+
+def _tell_how_to_go_on(outcome: Outcome, folder: Path) -> None:
+    if outcome == "interrupted":
+        logger.info("the same command continues it")
+    elif line := stream_command(folder, description_at(folder)):
+        logger.info("stream it: {}", line)
 
 
 def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trainer:
@@ -70,12 +89,11 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
     _allow_tf32()
     if dims.rank == 0:
         _warn_of_unread(config)
-    if config.job.wandb_mode in ("online", "offline"):
-        on_first(lambda: require_wandb(config.job.wandb_mode))
     loader = together(lambda: build_loader(config, dims=dims, device=device))
     identity = {"fingerprint": loader.source.fingerprint(), "samples": len(loader.source)}
     require_same("their data", identity, knob="dataloader_train.tar_path_pattern must name the same files for every rank")
-    nets = NetBuilder(config.model.config, dims=dims, device=device, seed=config.trainer.seed)
+    resumes = bool(config.checkpoint.load_path) or find_model_directory(folder) is not None
+    nets = NetBuilder(config.model.config, dims=dims, device=device, seed=config.trainer.seed, resumes=resumes)
     method = build_method(config, nets, negative=lambda: negative_condition(config, device=device))
     state = _state(config, method)
     checkpointer = Checkpointer(
@@ -151,6 +169,7 @@ def _claimed(folder: Path, run: Run) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(job_lock(folder))
+            discard(folder / UNCHECKED)
             write_atomically(folder / UNCHECKED, run.to_yaml())
         except OSError as error:
             raise OSError(

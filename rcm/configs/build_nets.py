@@ -47,10 +47,12 @@ def open_network(path: str | Path, *, knob: str) -> NetworkWeights:
 
 
 class NetBuilder:
-    """Builds the networks of one run on this rank; every call is collective."""
+    """Builds the networks of one run on this rank; every call is collective. `resumes`: a checkpoint will replace the trained weights."""
 
-    def __init__(self, config: CommonModelConfig, *, dims: ParallelDims, device: torch.device, seed: int) -> None:
-        self.config, self.dims, self.device, self.seed = config, dims, device, seed
+    def __init__(
+        self, config: CommonModelConfig, *, dims: ParallelDims, device: torch.device, seed: int, resumes: bool = False
+    ) -> None:
+        self.config, self.dims, self.device, self.seed, self.resumes = config, dims, device, seed, resumes
         self.precision = precision_of(config)
 
     def trained(self, net: NetConfig, *, knob: str, checkpoint: str) -> Denoiser:
@@ -81,7 +83,8 @@ class NetBuilder:
                 logger.warning("{}: {} {}", knob, checkpoint, told)
         else:
             initialise(net, build, seed=self.seed)
-            logger.warning("{}: RANDOM weights (seed {}), no checkpoint was given", knob, self.seed)
+            if frozen or not self.resumes:
+                logger.warning("{}: RANDOM weights (seed {}), no checkpoint was given", knob, self.seed)
         check_equal(net, dims=self.dims)
         return net
 

@@ -178,11 +178,14 @@ class Progress:
 
 
 class LogLines:
-    """A sink that logs every record as one line of text."""
+    """A sink that logs every record: losses and pace for reading, all values at the level that goes into the log file."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log one line."""
-        logger.info("iteration {}  {}", step, "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        """Log both lines."""
+        losses = "  ".join(f"{name.removeprefix('loss/')} {value:.4g}" for name, value in values.items() if name.startswith("loss/"))
+        pace = values.get("time/seconds_per_iteration")
+        logger.info("iteration {}  {}{}", step, losses, "" if pace is None else f"  {pace:.2f} s/it")
+        logger.debug("iteration {}  {}", step, "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     def close(self) -> None:
         """Nothing to release."""

@@ -1,0 +1,36 @@
+"""What a training command says on its console, and what it keeps in the job's folder: short lines there, whole ones here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from loguru import logger
+
+LOG_FILE = "train.log"
+FULL = "{time:YYYY-MM-DD HH:mm:ss.SSS} | {level: <8} | {name}:{function}:{line} - {message}"
+
+
+@contextmanager
+def told(folder: Path, *, rank: int = 0, world_size: int = 1) -> Iterator[None]:
+    """Inside, log lines are short on stderr (time and message, from INFO on; ranks other than 0: warnings), in place of loguru's own
+    handler, and whole in `folder`/train.log (rank 0, from DEBUG on, appended).
+    """
+    with suppress(ValueError):  # taken away before
+        logger.remove(0)
+    who = f"rank {rank}: " if world_size > 1 else ""
+
+    def short(record: dict) -> str:
+        level = record["level"].name
+        return f"{{time:HH:mm:ss}}  {who}{'' if level == 'INFO' else level.lower() + ': '}{{message}}\n"
+
+    mine = [logger.add(lambda line: sys.stderr.write(line), level="WARNING" if rank else "INFO", format=short)]
+    if rank == 0:
+        mine.append(logger.add(folder / LOG_FILE, level="DEBUG", format=FULL, mode="a"))
+    try:
+        yield
+    finally:
+        for handler in mine:
+            logger.remove(handler)
