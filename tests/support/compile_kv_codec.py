@@ -1,5 +1,6 @@
-"""Compile the codec's kernels for compute capability 9.0 without a GPU, from the very arguments that `fused.py` passes, in a process without
-the interpreter: python -m tests.support.compile_kv_codec prints, per kernel, its constants and how it accesses memory, as JSON.
+"""Compile the codec's kernels for compute capability 9.0 without a GPU, from the very arguments that `fused.py` passes.
+
+python -m tests.support.compile_kv_codec, without the interpreter, prints per kernel its constants and its memory accesses as JSON.
 """
 
 from __future__ import annotations

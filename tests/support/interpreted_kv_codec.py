@@ -35,7 +35,8 @@ MUTANTS = {
     "e4m3 without sign": ("+ ((y.to(tl.int32, bitcast=True) >> 24) & 128)", "", "rcm fp8 token"),
     "halves up": ("return (y + 12582912.0) - 12582912.0", "return tl.floor(y + 0.5)", "rcm int4 token"),
     "last group of tokens": (
-        "group = (batch * tl.cdiv(tokens, GROUP) + tl.program_id(1))", "group = (batch * (tokens // GROUP) + tl.program_id(1))", "rcm int4 channel",
+        "(batch * tl.cdiv(tokens, GROUP) + tl.program_id(1)) * width", "(batch * (tokens // GROUP) + tl.program_id(1)) * width",
+        "rcm int4 channel",
     ),
     "unit forgotten": ("scale *= tl.load(unit + batch)", "scale *= 1.0", "rcm int2 token"),
     "zero forgotten": ("value += _stored(zeros, group, keep, E4M3)", "value += 0.0", "rcm int4 channel asymmetric"),

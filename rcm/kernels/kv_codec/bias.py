@@ -66,10 +66,15 @@ def augment(q: Tensor, k_hat: Tensor, blob: Blob, *, scale: float, rotated: bool
 
 
 def _float_step(number: Tensor, dtype: str) -> Tensor:
-    """Distance of the neighbours of a floating-point `number` before its scale."""
+    """Width of the uniform error that has the variance of rounding to a floating-point `number`, before its scale.
+
+    The neighbour above lies a step away; below a power of two it lies half a step away, which takes a quarter off the variance.
+    """
     mantissa, lowest = (3, -6) if dtype == "fp8" else (1, 0)
-    exponent = (torch.frexp(number.abs()).exponent - 1).clamp(min=lowest)
-    return torch.ldexp(torch.ones_like(number), exponent - mantissa)
+    fraction, exponent = torch.frexp(number.abs())
+    narrow = (fraction == 0.5) & (exponent - 1 > lowest)
+    step = torch.ldexp(torch.ones_like(number), (exponent - 1).clamp(min=lowest) - mantissa)
+    return torch.where(narrow, 0.75**0.5 * step, step)
 
 
 def _through(variance: Tensor, blob: Blob) -> Tensor:
@@ -85,4 +90,5 @@ def _through(variance: Tensor, blob: Blob) -> Tensor:
 
 
 def _paired(variance: Tensor, rotated: bool) -> Tensor:
-    return variance.unflatten(-1, (-1, 2)).mean(-1, keepdim=True).expand(*variance.shape[:-1], variance.shape[-1] // 2, 2).flatten(-2) if rotated else variance
+    """Variances of channel pairs that rotation mixes replaced by their mean."""
+    return variance.unflatten(-1, (-1, 2)).mean(-1).repeat_interleave(2, dim=-1) if rotated else variance

@@ -1,4 +1,4 @@
-"""Softmax attention over keys that come in segments, one restored at a time: each gives its output and log-sum-exp, and these merge exactly."""
+"""Softmax attention over keys that come in segments, one restored at a time: each gives its output and log-sum-exp; these merge exactly."""
 
 from __future__ import annotations
 

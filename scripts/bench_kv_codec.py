@@ -1,0 +1,185 @@
+"""Measure the codec of cached keys and values on one GPU: python -m scripts.bench_kv_codec --out kv_codec.json
+
+Correctness first: fused encode and restore against plain torch, bit for bit, in bf16. Then, for keys and values of one layer and chunk:
+bytes, compression, milliseconds to encode and to restore, squared error, and the error of attention to coded chunks and a plain one, with
+and without the correction of the keys' bias. `--tiny` runs the same on a CPU, where times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+
+from rcm.kernels.kv_codec import fused
+from rcm.kernels.kv_codec.bias import segment_gain
+from rcm.kernels.kv_codec.codec import KVCodec, reference
+from rcm.kernels.kv_codec.codes import Codes
+from rcm.kernels.kv_codec.segments import Segment, attend_segments, flash, plain
+from rcm.kernels.kv_codec.spec import SIDES, KVCodecSpec, SideSpec, kivi
+from scripts.bench_measure import alone, write
+
+LAYERS, FORWARDS = 30, 5
+"""Layers of the 1.3B network; forwards per chunk (4 steps and the append), each of which restores all cold chunks."""
+
+
+def cases(clusters: int) -> dict[str, KVCodecSpec]:
+    """Codecs by name."""
+
+    def both(dtype: str, smoothing: str = "none", **settings: object) -> KVCodecSpec:
+        side = SideSpec(dtype, smoothing)
+        return KVCodecSpec(side, side, qvg_clusters=clusters, **settings)
+
+    return {
+        "bf16": both("bf16"),
+        "fp8": both("fp8"),
+        "int8": both("int8"),
+        "fp4": both("fp4"),
+        "int4": both("int4"),
+        "int2": both("int2"),
+        "int2 kivi": kivi("int2"),
+        "int2 hadamard": both("int2", "hadamard"),
+        "int4 qvg": both("int4", "qvg"),
+        "int2 qvg": both("int2", "qvg"),
+        "int2 qvg, 2 iterations": both("int2", "qvg", qvg_iters=2),
+        "int2 qvg release": both("int2", "qvg", mode="release"),
+        "int2 qvg official": both("int2", "qvg", mode="official"),
+    }
+
+
+def draw(kind: str, shape: tuple[int, int, int], device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [1, S, N, D] bf16. "random": normal. "real-like": tokens of 64 kinds, channels of uneven size, a few channels with a large
+    constant, as keys before rotation have them.
+    """
+    s, n, d = shape
+    g = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, device=device)
+
+    q, k, v = normal(1, s, n, d), normal(1, s, n, d), normal(1, s, n, d)
+    if kind == "real-like":
+        kinds = torch.randint(64, (s,), generator=g, device=device)
+        spread = torch.exp(0.5 * normal(1, 1, n, d))
+        heavy = 6 * normal(1, 1, n, d) * (torch.rand(1, 1, n, d, generator=g, device=device) < 0.04)
+        k = spread * (normal(1, 64, n, d)[:, kinds] + 0.4 * k) + heavy
+        v = normal(1, 64, n, d)[:, kinds] + 0.4 * v
+        q = q / spread
+    return tuple(x.to(torch.bfloat16) for x in (q, k, v))
+
+
+def timed(call: Callable[[], object], *, repeats: int, device: str) -> float:
+    """Milliseconds of a call."""
+    if device == "cuda":
+        return alone(call, repeats=repeats)
+    begin = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def equal_to_plain(codec: KVCodec, blob: object, x: Tensor, side: str) -> list[str]:
+    """What of a blob and its restoring is not equal to plain torch, bit for bit, on the same device."""
+    wrong = []
+    if not torch.equal(codec.decode(blob, side=side), reference(blob).to(x.dtype)):
+        wrong.append("restore")
+    how = codec.spec.side(side)
+    if isinstance(blob.codes, Codes) and how.smoothing in ("none", "qvg"):
+        slow = KVCodec(KVCodecSpec(**{**vars(codec.spec), "triton_restore": False})).encode(x, side=side, layer=0)
+        for name in ("data", "scales"):
+            mine, theirs = (getattr(b.codes, name).view(torch.uint8) for b in (blob, slow))
+            if not torch.equal(mine, theirs):
+                wrong.append(f"{name} of the codes ({float((mine != theirs).float().mean()):.1e} of the bytes)")
+    return wrong
+
+
+def measure(name: str, spec: KVCodecSpec, data: tuple[Tensor, Tensor, Tensor], args: argparse.Namespace) -> dict:
+    """One row."""
+    q, k, v = data
+    codec, scale = KVCodec(spec), k.shape[3] ** -0.5
+    row: dict = {"codec": name, "encode_ms": 0.0, "restore_ms": 0.0, "bytes": 0}
+    hats, blobs = {}, {}
+    for side, x in zip(SIDES, (k, v), strict=True):
+        blobs[side] = KVCodec(spec).encode(x, side=side, layer=0)
+        row[f"{side}s differ from plain torch"] = equal_to_plain(codec, blobs[side], x, side)
+        codec.encode(x, side=side, layer=0)
+        row["encode_ms"] += timed(lambda x=x, side=side: codec.encode(x, side=side, layer=0), repeats=args.repeats, device=args.device)
+        hats[side] = torch.empty_like(x)
+        row["restore_ms"] += timed(
+            lambda side=side: codec.decode_into(blobs[side], hats[side], side=side), repeats=args.repeats, device=args.device
+        )
+        row["bytes"] += codec.blob_bytes(blobs[side])
+        row[f"{side} error"] = float(((hats[side].float() - x.float()).norm() / x.float().norm()) ** 2)
+    row["compression"] = (k.nbytes + v.nbytes) / row["bytes"]
+    row["encode of a chunk, all layers, ms"] = row["encode_ms"] * LAYERS
+    row["restores of a chunk's forwards, all layers, ms"] = row["restore_ms"] * LAYERS * FORWARDS * args.chunks
+    attend = flash if args.device == "cuda" else plain
+    own = tuple(x.roll(7, 1) for x in (k, v))  # the chunk that is being made: never coded
+    some = q[:, :: max(1, q.shape[1] // 512)].contiguous()
+
+    def output(keys: Tensor, values: Tensor, gain: Tensor | None = None) -> Tensor:
+        return attend_segments(some, [Segment(keys, values, gain), Segment(*own)], scale=scale, attend=attend).float()
+
+    exact = output(k, v)
+
+    def error(out: Tensor) -> float:
+        return float(((out - exact).norm() / exact.norm()) ** 2)
+
+    gain = segment_gain(some, blobs["key"], scale=scale)
+    found = attend(some, hats["key"], v, scale)[1].float() - attend(some, k, v, scale)[1].float()
+    mean = found.mean(-1, keepdim=True)  # what the coded chunk gains on average over queries, per head: its bias
+    row["attention error"], row["corrected"] = error(output(hats["key"], hats["value"])), error(output(hats["key"], hats["value"], gain))
+    row["without the bias"] = error(output(hats["key"], hats["value"], mean.expand_as(found)))
+    row["gain"], row["gain left"] = float(mean.abs().mean()), float((found - gain).mean(-1).abs().mean())
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="", help="JSON file to write")
+    parser.add_argument("--tokens", type=int, default=4680, help="tokens of a chunk")
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--channels", type=int, default=128, help="channels of a head")
+    parser.add_argument("--chunks", type=int, default=6, help="cold chunks that every forward restores")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--only", default="", help="part of a codec's name")
+    parser.add_argument("--tiny", action="store_true", help="256 tokens, 2 heads, on the CPU: a check of this script")
+    args = parser.parse_args()
+    args.device = "cpu" if args.tiny else "cuda"
+    if args.tiny:
+        args.tokens, args.heads = 256, 2
+    elif not torch.cuda.is_available():
+        parser.error("no CUDA device; --tiny runs on the CPU")
+    hardware = platform.processor() if args.tiny else torch.cuda.get_device_name()
+    print(f"{hardware}, torch {torch.__version__}, triton {triton.__version__}, chunk {args.tokens} x {args.heads} x {args.channels}")
+    rows, wrong = [], 0
+    for kind in ("random", "real-like"):
+        data = draw(kind, (args.tokens, args.heads, args.channels), args.device)
+        for name, spec in cases(min(256, max(1, args.tokens // 16))).items():
+            if args.only not in name:
+                continue
+            row = {"data": kind, **measure(name, spec, data, args)}
+            rows.append(row)
+            differ = row["keys differ from plain torch"] + row["values differ from plain torch"]
+            wrong += bool(differ)
+            print(
+                f"{kind:9s} {name:22s} {row['bytes'] / 2**20:6.2f} MiB {row['compression']:5.2f}x  encode {row['encode_ms']:7.3f}"
+                f"  restore {row['restore_ms']:7.4f} ms  error k {row['key error']:.1e} v {row['value error']:.1e}"
+                f"  attention {row['attention error']:.2e} corrected {row['corrected']:.2e} without bias {row['without the bias']:.2e}"
+                f"  gain {row['gain']:.3f} left {row['gain left']:.3f}  {'DIFFERS: ' + ', '.join(differ) if differ else 'ok'}",
+                flush=True,
+            )
+    if args.out:
+        versions = {"hardware": hardware, "torch": torch.__version__, "triton": triton.__version__}
+        write(args.out, {**versions, "arguments": vars(args), "rows": rows})
+    fused_used = fused.runs_on(torch.empty(1, device=args.device))
+    print(f"fused kernels {'ran' if fused_used else 'did not run'}; {wrong} rows differ from plain torch")
+    raise SystemExit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
