@@ -52,11 +52,11 @@ _STORAGES = {
 }
 _TENSOR = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
 _TENSOR_OF_NEW_DTYPE = "torch._utils._rebuild_tensor_v3"
-_PARAMETER = "torch._utils._rebuild_parameter"
+_PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
 _CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter")
 NAMES = frozenset(
-    (*DTYPES, *_STORAGES, *_TENSOR, *_CLASSES, _TENSOR_OF_NEW_DTYPE, _PARAMETER, _WITH_ATTRIBUTES)
+    (*DTYPES, *_STORAGES, *_TENSOR, *_CLASSES, _TENSOR_OF_NEW_DTYPE, *_PARAMETERS, _WITH_ATTRIBUTES)
     + ("collections.OrderedDict", "torch.Size", "torch.device")
 )
 """Everything that a pickle of tensors may name."""
@@ -243,7 +243,7 @@ def _piece(pid: Any) -> _Piece:
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Made) and value.kind in (*_TENSOR, _TENSOR_OF_NEW_DTYPE, _PARAMETER, _WITH_ATTRIBUTES)
+    return isinstance(value, Made) and value.kind in (*_TENSOR, _TENSOR_OF_NEW_DTYPE, *_PARAMETERS, _WITH_ATTRIBUTES)
 
 
 def _kind_of(value: Any) -> str:
@@ -254,7 +254,7 @@ def _described(entry: Any) -> tuple[_Piece, torch.dtype, int, tuple[int, ...], t
     """(storage, dtype, offset, size, stride in elements) of a tensor."""
     kind, arguments = entry.kind, entry.arguments
     for _ in range(3):  # a parameter with attributes around a tensor
-        if kind == _PARAMETER and _is_tensor(arguments[0]):
+        if kind in _PARAMETERS and _is_tensor(arguments[0]):
             kind, arguments = arguments[0].kind, arguments[0].arguments
         elif kind == _WITH_ATTRIBUTES and isinstance(arguments[0], Named) and isinstance(arguments[1], Named):
             if arguments[1].name not in _CLASSES:

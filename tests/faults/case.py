@@ -31,13 +31,16 @@ failure; all but the first must be 0.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,9 +51,10 @@ from types import FrameType
 import pytest
 
 from rcm.core.errors import CheckpointError, ConfigError
+from rcm.pipelines.video_io import VideoError
 
 ROOT = Path(__file__).resolve().parents[2]
-ERRORS = (CheckpointError, ConfigError, OSError)
+ERRORS = (CheckpointError, ConfigError, VideoError, OSError)
 """What a library call may raise for a user's mistake."""
 VERDICTS = ("traceback", "execution", "hang", "exit 0", "unclear")
 """What a failed case did: raised what is no refusal, ran code of the file, passed its deadline, reported success, said something else."""
@@ -77,6 +81,13 @@ def _explode(path: str, value: object) -> object:
 def canary(folder: Path) -> Path:
     """The path that exists once a hostile file was executed."""
     return folder / "executed"
+
+
+def kept_folder() -> Path:
+    """An empty folder that lasts as long as this process: for what many cases copy."""
+    folder = Path(tempfile.mkdtemp(prefix="rcm_faults_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 class Broken(AssertionError):

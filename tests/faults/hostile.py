@@ -1,4 +1,4 @@
-"""Files as nobody's program writes them: pickles that run code or lie about their bytes, DCP folders and safetensors with altered records."""
+"""Files as nobody's program writes them: pickles that run code or lie about their bytes, DCP folders and safetensors of altered records."""
 
 from __future__ import annotations
 
