@@ -22,11 +22,12 @@ from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
 from rcm.configs.compose import Run, compose_run
 from rcm.configs.plan_job import plan_job, recompute_modes
 from rcm.core.errors import ConfigError
-from rcm.train.describe import write_atomically
+from rcm.core.output_file import OutputFile
 from rcm.train.planner import Prediction, Proposal, enough_ranks, predict, propose
 from rcm.train.planner_card import CARDS, GIB, Card, card
 from rcm.train.planner_memory import Term
 
+_MOST_GPUS, _MOST_BATCH, _MOST_GIB = 2**16, 2**24, 2**20
 OWN_KEYS = ("gpus", "gpu", "memory_gib", "global_batch")
 
 
@@ -48,13 +49,13 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str,
     return flags, own, overrides
 
 
-def whole(own: dict[str, str], key: str, default: int | None) -> int | None:
-    """The positive whole number `key`; `ConfigError` for anything else."""
+def whole(own: dict[str, str], key: str, default: int | None, *, most: int) -> int | None:
+    """The whole number `key` from 1 to `most`; `ConfigError` for anything else."""
     text = own.get(key)
     if text is None:
         return default
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"{key}={text} must be a whole number, at least 1")
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and 1 <= int(text) <= most):
+        raise ConfigError(f"{key}={text[:40]} must be a whole number from 1 to {most}")
     return int(text)
 
 
@@ -64,6 +65,8 @@ def chosen_card(own: dict[str, str]) -> Card:
         size = float(own["memory_gib"]) if "memory_gib" in own else None
     except ValueError as error:
         raise ConfigError(f"memory_gib={own['memory_gib']} is not a number of GiB") from error
+    if size is not None and not 0 < size <= _MOST_GIB:
+        raise ConfigError(f"memory_gib={own['memory_gib']} must be above 0 and at most {_MOST_GIB}")
     return card(own.get("gpu", "h200"), memory_gib=size)
 
 
@@ -145,8 +148,8 @@ def print_proposal(proposal: Proposal, wider: Prediction | None) -> None:
 
 def plan(flags: argparse.Namespace, own: dict[str, str], overrides: list[str]) -> dict[str, Any]:
     """Predict, search, print; everything as plain data."""
-    ranks = whole(own, "gpus", 1)
-    chosen, wanted = chosen_card(own), whole(own, "global_batch", None)
+    ranks = whole(own, "gpus", 1, most=_MOST_GPUS)
+    chosen, wanted = chosen_card(own), whole(own, "global_batch", None, most=_MOST_BATCH)
     run = compose_run(overrides, registry=load_registry(flags.config), world_size=None, require_inputs=False)
     print(f"{run.experiment or 'this run'} on {ranks} x {chosen.name} ({chosen.gib:g} GiB)")
     as_configured = configured(run, ranks=ranks, chosen=chosen)
@@ -210,11 +213,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on standard error."""
     flags, own, overrides = arguments(argv)
     try:
-        if flags.json is not None and not flags.json.resolve().parent.is_dir():
+        if flags.json is not None and not flags.json.absolute().parent.is_dir():
             raise ConfigError(f"--json {flags.json}: there is no folder {flags.json.parent}")
+        target = None if flags.json is None else OutputFile.claim(flags.json, knob="--json")
         record = plan(flags, own, overrides)
-        if flags.json is not None:
-            write_atomically(flags.json, json.dumps(record, indent=1) + "\n")
+        if target is not None:
+            target.write(json.dumps(record, indent=1) + "\n")
             print(f"\nwritten to {flags.json}")
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

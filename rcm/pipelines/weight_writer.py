@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 
 from rcm.core.errors import CheckpointError, ConfigError
+from rcm.core.output_file import OutputFile
 from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.convert import FORMS, Format, other_form, other_name
 from rcm.nets.wan.published_config import published_settings
@@ -76,6 +77,8 @@ def save_network(
     """
     target = Path(path)
     _check_target(target, form=form, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
+    if target.suffix in (".safetensors", ".pt", ".pth"):
+        OutputFile.claim(target)
     weights = OtherForm(network, form=form, config=config, dtype=dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".writing_{target.name}")

@@ -1,0 +1,164 @@
+"""Values that the commands that sample cannot work with: refused before any work, naming the flag."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from rcm.inference import stream
+from scripts import bench_memory, demo, vbench_sample, vbench_score
+from tests.faults.case import Fault, each
+from tests.support.tiny_wan_files import WanFiles, write_wan_files
+
+HUGE = "9" * 20
+DEADLINE = 5
+
+
+@functools.cache
+def wan_files() -> WanFiles:
+    """Small files in Wan's layout, made once."""
+    return write_wan_files(Path(tempfile.mkdtemp()))
+
+
+def _nothing_written(folder: Path) -> None:
+    left = [path for path in folder.rglob("*") if path.suffix in (".mp4", ".png", ".json") or "partial" in path.name]
+    assert not left, left
+
+
+def streamed(name: str, refusal: str, *words: str) -> Fault:
+    """The shipped checkpoint streamed with these words."""
+    argv = lambda folder: ["--save_path", folder / "a.mp4", "--device", "cpu", *words]  # noqa: E731
+    return Fault(
+        name, kind="values of stream", refusal=refusal, main=stream.main, argv=argv, after=_nothing_written, deadline=DEADLINE
+    )
+
+
+def sampled(name: str, refusal: str, *words: str, which: str = "diffusion") -> Fault:
+    """A Wan command (rcm or diffusion, text to video) on tiny files with these words."""
+
+    def argv(folder: Path) -> list[object]:
+        files = wan_files()
+        return [*files.shared_flags, "--dit_path", files.dit, "--prompt", "a cat", "--save_path", folder / "a.mp4", *words]
+
+    main = import_module(f"rcm.inference.wan2pt1_t2v_{which}_infer").main
+    return Fault(
+        name, kind=f"values of wan {which}", refusal=refusal, main=main, argv=argv, after=_nothing_written, deadline=DEADLINE
+    )
+
+
+def plain(name: str, refusal: str, command: object, words: Sequence[str], *, kind: str) -> Fault:
+    """A command with these words; FOLDER in them is the case's."""
+    argv = lambda folder: [word.replace("FOLDER", str(folder)) for word in words]  # noqa: E731
+    return Fault(name, kind=kind, refusal=refusal, main=command.main, argv=argv, after=_nothing_written, deadline=DEADLINE)
+
+
+def _demo(name: str, refusal: str, *words: str) -> Fault:
+    return plain(name, refusal, demo, ["--out", "FOLDER/demo", *words], kind="values of demo")
+
+
+def _foreign_folder(folder: Path) -> list[object]:
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis.tex").write_text("years of work")
+    return ["--out", folder / "mine", "--fresh"]
+
+
+def _still_there(folder: Path) -> None:
+    assert (folder / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+STREAM = [
+    *(
+        streamed(f"{flag} {value or 'of 20 digits'}", f"--{flag} .*must be|--{flag}.*invalid int", f"--{flag}={value or HUGE}")
+        for flag, values in {
+            "num_frames": ("0", "-5", "100001", ""),
+            "seed": ("-1", "4294967296", "", "1.5"),
+            "upscale": ("0", "-2", "100000"),
+            "fps": ("0", "-1", "nan", "inf", "1e-300", "1e300"),
+            "num_steps": ("0", "-1", ""),
+            "sigma_max": ("0", "-1", "nan", "inf", "1e-300", "1e300"),
+            "timestep_shift": ("0", "-1", "nan", "1e-300"),
+            "guidance_scale": ("-1", "nan", "inf", "1e300"),
+            "warmup_iters": ("-1", ""),
+            "num_runs": ("0", ""),
+        }.items()
+        for value in values
+    ),
+    streamed("upscale beyond an mp4", "too large for an mp4.*--upscale", "--upscale", "256", *(["--prompt", "a red cross moving up"] * 8)),
+    streamed("steps per chunk of 20 digits", "--steps_per_chunk .*at most", "--steps_per_chunk", HUGE),
+    streamed("device that is none", "--device gpu7 cannot be used", "--device", "gpu7"),
+    streamed("device of a number that is none", "--device cuda:99 cannot be used", "--device", "cuda:99"),
+    streamed("device without tensors", "--device meta", "--device", "meta"),
+    streamed("an empty prompt", "number 1 is empty", "--prompt", ""),
+    streamed("a prompt of an entity", "number 1 is empty", "--prompt", "&nbsp;"),
+    streamed("a prompt of no width", "number 1 is empty", "--prompt", "\u200b\u200d\ufeff"),
+    streamed("a prompt that is no text", "number 1 is not UTF-8", "--prompt", "caf\udce9"),
+    streamed("first latents without frames", "give --first_frames", "--first_latents", "1"),
+    streamed("a checkpoint that is not there", "no checkpoint at", "--ckpt", "none", "--prompt", "a red cross moving up"),
+]
+
+WAN = [
+    *(
+        sampled(f"{flag} {value or 'of 20 digits'}", f"--{flag} .*must be|--{flag}.*invalid int", f"--{flag}={value or HUGE}")
+        for flag, values in {
+            "num_frames": ("0", "-1", ""),
+            "num_samples": ("0", "-1", ""),
+            "num_steps": ("0", "-1", ""),
+            "seed": ("-1", "4294967296", ""),
+            "fps": ("0", "nan", "inf", "1e300"),
+            "sigma_max": ("0", "-1", ""),
+            "timestep_shift": ("0", "-1", "nan", "1e-300", "inf"),
+            "guidance_scale": ("-1", "nan", "inf"),
+            "warmup_iters": ("-1", ""),
+            "vae_tile": ("0", "63", "-8", ""),
+        }.items()
+        for value in values
+    ),
+    sampled("size beyond all memory", "--size 100000x100000 .*at most 8192", "--size", "100000x100000"),
+    sampled("size of many digits", "is not HEIGHTxWIDTH", "--size", f"{HUGE}x16"),
+    sampled("size of no area", "multiples of 16", "--size", "0x0"),
+    sampled("size negative", "is not HEIGHTxWIDTH", "--size=-16x16"),
+    sampled("size in other digits", "is not HEIGHTxWIDTH", "--size", "\u0661\u0666x16"),
+    sampled("more pixels than memory", "GiB of pixels.*lower --num_samples", "--num_samples=4096", "--num_frames=81", "--size=480x832"),
+    sampled("a prompt of no width", "--prompt is empty", "--prompt", "\u2060&#8203;"),
+    sampled("a negative prompt that is no text", "--negative_prompt is not UTF-8", "--negative_prompt", "\udcff"),
+    sampled("device that is none", "--device gpu7 cannot be used", "--device", "gpu7"),
+    sampled("sigma below the second step", "must be above", "--sigma_max", "10", which="rcm"),
+    sampled("sigma nan", "--sigma_max nan must be a finite number", "--sigma_max", "nan", which="rcm"),
+]
+
+OTHERS = [
+    *(
+        _demo(f"{flag} {value}", f"--{flag}", f"--{flag}={value}")
+        for flag, values in {"scale": ("nan", "inf", "0", "-1"), "videos": ("nan", "0", "-8", "7")}.items()
+        for value in values
+    ),
+    Fault(
+        "a folder of somebody's",
+        kind="values of demo",
+        refusal="holds files that no demo wrote",
+        main=demo.main,
+        argv=_foreign_folder,
+        after=_still_there,
+        deadline=DEADLINE,
+    ),
+    *(
+        plain(f"{words[0]} {words[1][:12]}", words[0], vbench_sample, words, kind="values of vbench_sample")
+        for words in (
+            ["--seed", "-1"],
+            ["--seed", HUGE],
+            ["--num_samples", "0"],
+            ["--guidance_scale", "nan"],
+            ["--timestep_shift", "1e-300"],
+        )
+    ),
+    plain("a folder that is not there", "none", vbench_score, ["--videos_path", "FOLDER/none"], kind="values of vbench_score"),
+    plain("a case without a card", "CUDA", bench_memory, [], kind="values of benchmarks"),
+]
+
+
+@each([*STREAM, *WAN, *OTHERS])
+def test_refused(case: Fault, tmp_path: Path) -> None:
+    case.check(tmp_path)
