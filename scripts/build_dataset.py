@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 
 from rcm.core.errors import CheckpointError, ConfigError
+from rcm.core.rng import require_seed
 from rcm.data.latents import LatentShards
-from rcm.data.shard_writer import MANIFEST, ShardSample, build_shards, read_manifest
+from rcm.data.shard_writer import MANIFEST, ShardSample, build_shards, check_build, read_manifest
 from rcm.data.tar_index import ShardError
 from rcm.encoders.codec import LatentCodec, latent_frames
 from rcm.encoders.text_protocol import TextEncoder
@@ -43,6 +44,7 @@ CODECS = {"toy": ToyCodec(), "natural": NATURAL}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _ENCODE_BATCH = 64
 _TOY_NUM, _TOY_SIZE, _TOY_FRAMES = 2048, (8, 8), 17
+_MOST_TOY_PIXELS = 1 << 22
 _WAN_CHANNELS = 16
 _THUMBNAIL = 208
 
@@ -118,6 +120,9 @@ def toy_world(options: argparse.Namespace) -> ToyWorld:
     if not 0 <= options.empty_prompts <= 1:
         raise ConfigError(f"--empty-prompts={options.empty_prompts} is a share, choose it in [0, 1]")
     height, width = options.size
+    if options.frames * height * width > _MOST_TOY_PIXELS:
+        most = f"the toy world makes {_MOST_TOY_PIXELS} pixels a video at most"
+        raise ConfigError(f"--frames {options.frames} of --size {height}x{width}: {most}")
     config = ToyWorldConfig.at_size(height, width, num_frames=options.frames)
     return ToyWorld(replace(config, num_shapes=options.num_shapes, turns=options.turns, boundary=options.boundary))
 
@@ -136,6 +141,9 @@ def build(options: argparse.Namespace) -> list[Path]:
     """Build the shards the options ask for; returns their paths."""
     if options.out is None and not (options.source == "teacher" and options.write_negative_embedding):
         raise ConfigError("--out FOLDER is needed to build a data set")
+    if options.out is not None:
+        check_build(options.out, num=options.num, shard_size=options.shard_size, batch=options.batch)
+    require_seed(options.seed, knob="--seed")
     if options.source == "teacher":
         return build_from_teacher(options, dtype=DTYPES[options.dtype])
     options.size, options.frames = options.size or _TOY_SIZE, options.frames if options.frames is not None else _TOY_FRAMES
@@ -176,8 +184,8 @@ def _pieces(options: argparse.Namespace) -> Pieces:
 
 
 def _build_toy(options: argparse.Namespace) -> list[Path]:
-    pieces = _pieces(options)
-    recipe = pieces.recipe | {"world": asdict(toy_world(options).config), "seed": options.seed, "empty_prompts": options.empty_prompts}
+    world, pieces = toy_world(options), _pieces(options)
+    recipe = pieces.recipe | {"world": asdict(world.config), "seed": options.seed, "empty_prompts": options.empty_prompts}
     return build_shards(
         options.out,
         num_samples=_TOY_NUM if options.num is None else options.num,
@@ -190,6 +198,9 @@ def _build_toy(options: argparse.Namespace) -> list[Path]:
 def _build_clips(options: argparse.Namespace) -> list[Path]:
     if options.input is None:
         raise ConfigError("--source videos needs --input FOLDER of mp4 files")
+    for flag, value in (("--frame-stride", options.frame_stride), ("--hop", options.hop)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag} {value} must be at least 1")
     pieces = _pieces(options)
     windows = plan_windows(
         find_clips(options.input), num_frames=options.frames, stride=options.frame_stride, hop=options.hop, skip_bad=options.skip_bad_clips
@@ -238,7 +249,7 @@ def view(options: argparse.Namespace) -> Path:
     """Decode the first samples of a shard into a contact sheet, one at a time; returns its path."""
     if options.rows < 1:
         raise ConfigError(f"--rows {options.rows} must be at least 1")
-    shards = LatentShards([options.view])
+    shards = LatentShards(str(options.view))
     batch = shards.fetch(range(min(options.rows, len(shards))))
     codec = view_codec(options, channels=batch.latents.shape[1])
     pixels = torch.cat([_thumbnail(codec, latents.unsqueeze(0)) for latents in batch.latents])
@@ -267,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
         elif paths := build(options):
             print(f"{len(LatentShards(paths))} samples in {len(paths)} shards: {options.out}/shard-*.tar")
     except (ConfigError, CheckpointError, ShardError, VideoError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 

@@ -20,12 +20,14 @@ from typing import Any
 import torch
 
 from rcm.core.errors import CheckpointError, ConfigError
+from rcm.core.rng import require_seed
 from rcm.data.latents import LatentShards
 from rcm.data.prompts import read_prompts
-from rcm.data.shard_writer import ShardSample, build_shards, shard_name
+from rcm.data.shard_writer import ShardSample, build_shards, check_build, shard_name
 from rcm.data.tar_index import ShardError
+from rcm.inference.outcome import check_device
 from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
-from rcm.pipelines.ode_pairs import KD_TIMES, ODEPairBuilder, TrajectoryPlan, check_inputs
+from rcm.pipelines.ode_pairs import KD_TIMES, ODEPairBuilder, TrajectoryPlan, check_inputs, check_numbers
 from rcm.samplers.schedule import parse_times
 from rcm.worlds.toy_codec import ToyCodec
 from rcm.worlds.toy_world import ToyWorld, ToyWorldConfig
@@ -105,9 +107,19 @@ def inputs(options: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:
     return {"prompts": toy_prompts(model, _DEFAULT_NUM if options.num is None else options.num, seed=options.seed)}
 
 
+def check(options: argparse.Namespace) -> tuple[float, ...]:
+    """The times, once every number is seen to be possible: before the teacher is read."""
+    times = parse_times(options.times)
+    check_build(options.out, num=options.num, shard_size=options.shard_size, batch=options.batch)
+    check_numbers(times=times, shift=options.shift, guidance=options.guidance)
+    require_seed(options.seed, knob="--seed")
+    check_device(options.device)
+    return times
+
+
 def build(options: argparse.Namespace) -> list[Path]:
     """Build the shards the options ask for; returns their paths."""
-    times = parse_times(options.times)
+    times = check(options)
     model = open_checkpoint(options.teacher, weights=options.weights, device=options.device, precision=options.precision)
     plan = TrajectoryPlan.of(model, times=times, steps=options.steps, shift=options.shift, guidance=options.guidance, seed=options.seed)
     given = inputs(options, model)
@@ -162,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         paths = build(options)
     except (ConfigError, CheckpointError, ShardError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     print(f"{len(paths)} shards of trajectories: {options.out}/shard-*.tar")
     return 0

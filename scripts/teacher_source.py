@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -14,12 +15,13 @@ import torch
 
 from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
+from rcm.core.rng import require_seed
 from rcm.data.prompt_list import MAX_PROMPT_CHARS, read_prompt_list
 from rcm.encoders.codec import latent_frames, latent_grid
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.encoders.umt5 import UMT5_FILE, UMT5TextEncoder
-from rcm.inference.outcome import check_device, check_seed
-from rcm.parallel.mesh import ParallelDims, process_group
+from rcm.inference.outcome import check_device
+from rcm.parallel.mesh import ParallelDims, launched_world, process_group
 from rcm.pipelines.described import PieceFiles, description_at, text_of
 from rcm.pipelines.teacher_dataset import (
     Teacher,
@@ -37,6 +39,7 @@ from rcm.worlds.toy_text import ToyTextEncoder
 WAN_FRAMES, WAN_CHANNELS = 81, 16
 WAN_TEMPORAL_STRIDE, WAN_SPATIAL_STRIDE = 4, 8
 PROGRESS_SECONDS = 10.0
+_MOST_STEPS = 100_000
 _PRECISIONS = ("bf16", "fp32", "bf16_fp32_time", "fp64")
 
 
@@ -78,13 +81,14 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
 
 def build_from_teacher(options: argparse.Namespace, *, dtype: torch.dtype) -> list[Path]:
     """Shards of the teacher's samples; returns those of this rank (none where only the negative embedding was asked for)."""
+    check_sampler(options)
     if options.out is not None and options.prompts is None:
         raise ConfigError("--source teacher needs --prompts FILE")
     prompts = []
     if options.out is not None:
         prompts = read_prompt_list(options.prompts, skip_bad=options.skip_bad_prompts, max_chars=options.max_prompt_chars)
     num = len(prompts) if options.num is None else options.num
-    check_seed(options.seed, draws=max(num, 1))
+    require_seed(options.seed, knob="--seed", draws=num)
     with ExitStack() as stack:
         dims, device = _ranks(options, stack)
         if options.write_negative_embedding and dims.rank == 0:
@@ -103,6 +107,18 @@ def build_from_teacher(options: argparse.Namespace, *, dtype: torch.dtype) -> li
             part=(dims.data_rank, dims.num_data_ranks),
             told=Progress(label=f"rank {dims.rank}: " if dims.world_size > 1 else "") if dims.cp_rank == 0 else lambda done, total: None,
         )
+
+
+def check_sampler(options: argparse.Namespace) -> None:
+    """`ConfigError` naming the flag for a number that no sampler can be: before files are read."""
+    shift, guidance = options.timestep_shift, options.guidance_scale
+    check_guided(shift=1.0 if shift is None else shift, guidance=1.0 if guidance is None else guidance)
+    if options.sigma_max is not None and not 0 < options.sigma_max < math.inf:
+        raise ConfigError(f"--sigma_max {options.sigma_max:g} must be positive and finite")
+    if options.num_steps is not None and not 1 <= options.num_steps <= _MOST_STEPS:
+        raise ConfigError(f"num_steps={options.num_steps} must be in 1 to {_MOST_STEPS}; change --num_steps")
+    if options.max_prompt_chars < 1:
+        raise ConfigError(f"--max_prompt_chars {options.max_prompt_chars} must be at least 1")
 
 
 class Progress:
@@ -125,7 +141,7 @@ class Progress:
 
 def _ranks(options: argparse.Namespace, stack: ExitStack) -> tuple[_Ranks, torch.device]:
     """The launch's ranks and this rank's device. Without context parallelism ranks work alone, in no process group."""
-    world, cp = int(os.environ.get("WORLD_SIZE", "1")), options.context_parallel_size
+    world, cp = launched_world(), options.context_parallel_size
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if cp < 1 or world % cp:
         raise ConfigError(f"--context_parallel_size={cp} must divide the {world} ranks of this launch")
@@ -157,7 +173,6 @@ def _recipe(options: argparse.Namespace, teacher: Teacher) -> WholeVideoRecipe:
         "sigma_max": options.sigma_max,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    check_guided(shift=given.get("shift", 1.0), guidance=given.get("guidance", 1.0))
     return replace(teacher.recipe, **given)
 
 

@@ -47,6 +47,7 @@ def build_loader(run: TrainConfig, *, dims: ParallelDims, device: torch.device |
         data_world=dims.num_data_ranks,
         prefetch=data.prefetch_factor * data.num_workers,
         threads=max(1, data.num_workers),
+        accept_changed=run.checkpoint.accept_changed_data,
     )
 
 

@@ -79,6 +79,7 @@ class CheckpointConfig:
     load_path: str = ""  # checkpoint to continue from where this run's folder has none yet ("" = start at 0); its own newest wins
     load_training_state: bool = True  # also optimisers, step, data position (False: weights only, the run starts at 0)
     strict_resume: bool = True  # False: missing or foreign keys are listed in the log instead of stopping the run
+    accept_changed_data: bool = False  # resume although as many samples have other contents (mended ones)
     dcp_async_mode_enabled: bool = False  # write in the background
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from rcm.core.errors import ConfigError
+
 
 def generator(*, seed: int, step: int, dp_rank: int, purpose: str, micro: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
     """Fresh generator at the start of the stream named by the key; equal keys give equal streams.
@@ -26,6 +28,17 @@ def generator(*, seed: int, step: int, dp_rank: int, purpose: str, micro: int = 
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     # manual_seed takes a signed 64-bit integer: keep 63 bits.
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+SEEDS = 2**32
+"""How many seeds a CPU generator tells apart: it takes 64 bits and uses the lower half."""
+
+
+def require_seed(seed: int, *, knob: str, draws: int = 1) -> None:
+    """ConfigError naming `knob` unless `seed` .. `seed + draws - 1` are seeds of which no two give the same numbers on any device."""
+    if not 0 <= seed <= SEEDS - max(draws, 1):
+        room = "" if draws <= 1 else f" with room for {draws} in a row"
+        raise ConfigError(f"{knob} {seed} must be a whole number from 0 to {SEEDS - 1}{room}; choose a smaller one")
 
 
 def randn(

@@ -39,7 +39,8 @@ class Loader(Generic[Batch]):
     """Endless iterator over batches of `source`, with an exact position.
 
     `batch_size` samples per data rank; `data_rank` in [0, data_world); `shuffle` False keeps the order of the source in every epoch;
-    `prefetch` batches are read ahead by `threads` threads (0: read when asked). Raises `ConfigError` for a source smaller than one global
+    `prefetch` batches are read ahead by `threads` threads (0: read when asked). `accept_changed`: a
+    stored place is taken over for as many samples of other contents. Raises `ConfigError` for a source smaller than one global
     batch, or a rank out of range.
     """
 
@@ -54,6 +55,7 @@ class Loader(Generic[Batch]):
         shuffle: bool = True,
         prefetch: int = 2,
         threads: int = 1,
+        accept_changed: bool = False,
     ) -> None:
         if batch_size < 1 or prefetch < 0 or threads < 1 or not 0 <= data_rank < data_world:
             raise ConfigError(f"loader got batch_size={batch_size}, prefetch={prefetch}, data_rank={data_rank} of data_world={data_world}")
@@ -64,6 +66,7 @@ class Loader(Generic[Batch]):
             )
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self._rank, self._world, self._shuffle, self._prefetch, self._threads = data_rank, data_world, shuffle, prefetch, threads
+        self._accept_changed = accept_changed
         self._epoch, self._position = 0, 0
         self._planned = (0, 0)  # where the next batch to be read ahead begins
         self._order: tuple[int, torch.Tensor] | None = None
@@ -122,14 +125,13 @@ class Loader(Generic[Batch]):
         mine = self.state_dict()
         if lacking := mine.keys() - state.keys():
             raise ConfigError(f"stored data position lacks {', '.join(sorted(lacking))}; it is of another version, or damaged")
-        older = str(mine["fingerprint"]).startswith("v2-") and not str(state["fingerprint"]).startswith("v2-")
-        if older:
-            logger.warning("the checkpoint names its data as an older version did; they are not compared, see that they are the same")
-        for name in ("seed", "shuffle", "num_samples") if older else ("seed", "shuffle", "num_samples", "fingerprint"):
+        for name in ("seed", "shuffle", "num_samples"):
             if state[name] != mine[name]:
                 raise ConfigError(
                     f"stored data position is for {name}={state[name]!r}, this loader has {mine[name]!r}; resume with the data it came from"
                 )
+        if state["fingerprint"] != mine["fingerprint"]:
+            self._judge_change(str(state["fingerprint"]), str(mine["fingerprint"]))
         if not 0 <= state["position"] <= len(self.source) or state["epoch"] < 0:
             raise ConfigError(f"stored data position {state['epoch']}:{state['position']} is outside of {len(self.source)} samples")
         if state["global_batch"] != mine["global_batch"]:
@@ -140,6 +142,18 @@ class Loader(Generic[Batch]):
         self._ahead.clear()
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
         self._planned = (self._epoch, self._position)
+
+    def _judge_change(self, stored: str, mine: str) -> None:
+        """The data's contents are others than those of a stored place."""
+        if mine.startswith("v2-") and not stored.startswith("v2-"):
+            logger.warning("the checkpoint names its data as an older version did; they are not compared, see that they are the same")
+        elif self._accept_changed:
+            logger.warning("the data are others than the checkpoint's ({} there, {} here); the run goes on with them", stored, mine)
+        else:
+            raise ConfigError(
+                f"stored data position is for fingerprint={stored!r}, this loader has {mine!r}; resume with the data it came from, or set "
+                "checkpoint.accept_changed_data=True where samples were mended in their place"
+            )
 
     def close(self) -> None:
         """Stop reading ahead; the loader can still be used."""

@@ -8,22 +8,25 @@ import json
 import os
 import tarfile
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from loguru import logger
 
-from rcm.core.errors import ConfigError
+from rcm.core.errors import ConfigError, first_line
+from rcm.core.files import discard
 from rcm.data.tar_index import CONTEXT, FIELDS, INDEX_SUFFIX, ShardError, scan_shard, write_index
 
 MANIFEST = "dataset.json"
+_MOST_SAMPLES = 10**9
 
 
 @dataclass(frozen=True)
 class ShardSample:
-    """One sample to store: `latents` [C, T, h, w] or [K, C, T, h, w], `text` [L, E], `prompt`; dtypes are stored as given.
+    """One sample to store: `latents` [C, T, h, w] or [K, C, T, h, w], `text` [L, E], `prompt`; dtypes are stored as given, numbers that are
+    not finite are refused (`ShardError`).
 
     `context` [C, T, h, w]: the data's latents, for a trajectory whose clean end is not the data; in all samples of a shard or in none.
     """
@@ -35,9 +38,31 @@ class ShardSample:
 
     def members(self) -> dict[str, bytes]:
         """Contents by member name."""
-        contents = (_tensor_bytes(self.latents), _tensor_bytes(self.text), self.prompt.encode())
-        found = dict(zip(FIELDS, contents, strict=True))
-        return found if self.context is None else {**found, CONTEXT: _tensor_bytes(self.context)}
+        tensors = {FIELDS[0]: self.latents, FIELDS[1]: self.text}
+        if self.context is not None:
+            tensors[CONTEXT] = self.context
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ShardError(f"{name} of a sample ({self.prompt[:60]!r}) holds NaN or infinite values; its shard was not written")
+        stored = {name: _tensor_bytes(tensor) for name, tensor in tensors.items()}
+        return {FIELDS[0]: stored.pop(FIELDS[0]), FIELDS[1]: stored.pop(FIELDS[1]), FIELDS[2]: self.prompt.encode(), **stored}
+
+
+def require_finite(samples: torch.Tensor, numbers: Sequence[int], *, what: str, knob: str) -> None:
+    """ConfigError naming the samples of a batch that came out with NaN or infinite values."""
+    bad = [number for number, sample in zip(numbers, samples, strict=True) if not torch.isfinite(sample).all()]
+    if bad:
+        raise ConfigError(f"samples {bad} came out with NaN or infinite {what}; {knob}")
+
+
+def check_build(out: Path, *, num: int | None, shard_size: int, batch: int = 1) -> None:
+    """ConfigError naming the flag for counts below 1 or beyond reason, or a folder that cannot be one: before any work."""
+    for name, value in (("num", num), ("shard-size", shard_size), ("batch", batch)):
+        if value is not None and not 1 <= value <= _MOST_SAMPLES:
+            raise ConfigError(f"{name}={value} must be in 1 to {_MOST_SAMPLES}; change --{name}")
+    there = next((folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder)), None)
+    if there is not None and not there.is_dir():
+        raise ConfigError(f"cannot write to the output folder {out}: {there} is a file; change --out")
 
 
 def shard_name(number: int) -> str:
@@ -54,6 +79,9 @@ def write_shard(path: Path, samples: Iterable[ShardSample], *, first_key: int) -
     temporary = path.with_name(f".{path.name}.partial")
     count = 0
     try:
+        for leftover in (temporary, path):
+            if leftover.is_dir() or leftover.is_symlink():
+                discard(leftover)
         with open(temporary, "wb") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
                 for count, sample in enumerate(samples, 1):
@@ -69,7 +97,7 @@ def write_shard(path: Path, samples: Iterable[ShardSample], *, first_key: int) -
         raise OSError(error.errno, f"cannot write shard: {error.strerror}", str(path)) from error
     finally:
         with contextlib.suppress(OSError):  # never hide the reason of the failure
-            temporary.unlink(missing_ok=True)
+            discard(temporary)
     return count
 
 
@@ -149,9 +177,12 @@ def read_manifest(folder: Path) -> dict[str, object]:
     if not manifest.is_file():
         return {}
     try:
-        return json.loads(manifest.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{manifest} is not JSON ({error}); it was damaged") from error
+        found = json.loads(manifest.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{manifest} is not JSON ({first_line(error)}); it was damaged") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{manifest} holds a {type(found).__name__}, no record of a data set; it was damaged")
+    return found
 
 
 def _claim(folder: Path, recipe: Mapping[str, object]) -> None:
@@ -160,7 +191,7 @@ def _claim(folder: Path, recipe: Mapping[str, object]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if manifest.is_file():
-            stored = json.loads(manifest.read_text())
+            stored = read_manifest(folder)
             differing = sorted(k for k in stored.keys() | wanted.keys() if stored.get(k) != wanted.get(k))
             if differing:
                 told = "; ".join(f"{k}: there {stored.get(k)!r}, asked {wanted.get(k)!r}" for k in differing)
@@ -169,8 +200,6 @@ def _claim(folder: Path, recipe: Mapping[str, object]) -> None:
         temporary = folder / f".{MANIFEST}.{uuid.uuid4().hex}.partial"  # several processes may begin at once
         temporary.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n")
         os.replace(temporary, manifest)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{manifest} is not JSON ({error}); choose another output folder") from error
     except OSError as error:
         raise OSError(error.errno, f"cannot write to the output folder: {error.strerror}", str(folder)) from error
 

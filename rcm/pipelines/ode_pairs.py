@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
-from rcm.core.rng import generator, randn
+from rcm.core.rng import generator, randn, require_seed
 from rcm.data.loader import Source
-from rcm.data.shard_writer import ShardSample
+from rcm.data.shard_writer import ShardSample, require_finite
 from rcm.diffusion.time import shift_time, unshift_time
 from rcm.methods.teacher_forcing import TeacherForcing
 from rcm.nets.condition import Condition
@@ -32,6 +32,9 @@ KD_TIMES = (1.0, *CAUSAL_MID_TIMES)
 """RF times of the stored states; the default of model.config.kd_timesteps."""
 
 _SAME_TIME = 1e-6
+_MOST_STEPS = 100_000
+_SHIFTS = (1e-3, 1e3)
+_MOST_GUIDANCE = 1e3
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """v for x [B, C, T, H, W] float64 at RF times [B, 1] float64."""
@@ -53,13 +56,10 @@ class TrajectoryPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.times or not all(0 < t <= 1 for t in self.times):
-            raise ConfigError(f"trajectory times {list(self.times)} must be RF times in (0, 1], one or more; change --times")
-        for before, later in pairwise(self.times):
-            if later >= before:
-                raise ConfigError(f"trajectory times must decrease strictly, got {later:g} after {before:g}; change --times")
-        if self.steps < 1:
-            raise ConfigError(f"steps={self.steps} must be at least 1; change --steps")
+        check_numbers(times=self.times, shift=self.shift, guidance=self.guidance)
+        if not 1 <= self.steps <= _MOST_STEPS:
+            raise ConfigError(f"steps={self.steps} must be in 1 to {_MOST_STEPS}; change --steps")
+        require_seed(self.seed, knob="--seed")
         self.grid()
 
     @classmethod
@@ -99,6 +99,19 @@ class TrajectoryPlan:
         points = (shift_time(start * (self.steps - k) / self.steps, self.shift) for k in range(self.steps + 1))
         between = {p for p in points if all(abs(p - t) > _SAME_TIME for t in self.times)}
         return tuple(sorted(between.union(self.times), reverse=True))
+
+
+def check_numbers(*, times: Sequence[float], shift: float | None = None, guidance: float | None = None) -> None:
+    """`ConfigError` naming the flag for numbers that no trajectory can be walked with; None is the teacher's own."""
+    if not times or not all(0 < t <= 1 for t in times):
+        raise ConfigError(f"trajectory times {list(times)} must be RF times in (0, 1], one or more; change --times")
+    for before, later in pairwise(times):
+        if later >= before:
+            raise ConfigError(f"trajectory times must decrease strictly, got {later:g} after {before:g}; change --times")
+    if shift is not None and not _SHIFTS[0] <= shift <= _SHIFTS[1]:
+        raise ConfigError(f"shift={shift:g} must be in {_SHIFTS[0]:g} to {_SHIFTS[1]:g} (1: no shift); change --shift")
+    if guidance is not None and not abs(guidance) <= _MOST_GUIDANCE:
+        raise ConfigError(f"guidance={guidance:g} must be a number up to {_MOST_GUIDANCE:g} (1: no guidance); change --guidance")
 
 
 @torch.no_grad()
@@ -151,6 +164,7 @@ class ODEPairBuilder:
         cond = self.model.denoiser.prepare(Condition(text.to(self.model.device)))
         noise = numbered_noise(self.model.latent_shape, numbers, seed=self.plan.seed).to(self.model.device)
         states = walk(self._velocity(cond, context), noise, self.plan).to("cpu", dtype)
+        require_finite(states, numbers, what="trajectories", knob="look at the teacher's weights and precision, or lower --guidance")
         contexts = [None] * len(prompts) if context is None else context.to(dtype)
         yield from map(ShardSample, states, text.to(dtype), prompts, contexts)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
-from rcm.data.shard_writer import ShardSample, ShardSpan, pending_shards, write_span
+from rcm.data.shard_writer import ShardSample, ShardSpan, pending_shards, require_finite, write_span
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, Guided, VelocityModel
@@ -202,9 +202,7 @@ class TeacherSampler:
             return model.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout)
 
         x0 = self.recipe.sampler().sample(velocity, noise)
-        if not torch.isfinite(x0).all():
-            bad = [number for number, sample in zip(numbers, x0, strict=True) if not torch.isfinite(sample).all()]
-            raise ConfigError(f"samples {bad} came out with NaN or infinite latents; look at the teacher's weights and precision")
+        require_finite(x0, numbers, what="latents", knob="look at the teacher's weights and precision, or lower --guidance_scale")
         return x0.to("cpu", self.dtype)
 
 

@@ -46,7 +46,7 @@ def job_lock(folder: Path) -> Iterator[None]:
 def _acquired(path: Path) -> IO[str]:
     """The file, locked by this process and still under its name."""
     for _ in range(_TRIES):
-        if path.is_dir() or path.is_symlink():
+        if path.is_symlink() or (path.exists() and not path.is_file()):
             discard(path)
         file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (held as long as the run)
         free = _lock(file)

@@ -231,7 +231,9 @@ def test_nan_in_data_stops_the_run_and_the_last_checkpoint_continues(shards: Pat
     shutil.copytree(shards, spoilt, dirs_exist_ok=True)
     whole = tmp_path / "whole"
     assert launch(TF, *small(whole, iterations=6), *from_shards(shards)) == 0
-    assert launch(*words) == 0
+    assert launch(*words) == 1
+    assert "set checkpoint.accept_changed_data=True where samples were mended" in told(1)
+    assert launch(*words, "checkpoint.accept_changed_data=True") == 0
     assert lines(job) == lines(whole) and same(everything(job), everything(whole))
 
 
