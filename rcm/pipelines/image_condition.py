@@ -36,7 +36,7 @@ def read_image(path: str | Path) -> torch.Tensor:
         if not path.is_file():
             raise VideoError(f"no image file at {path}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is looked at here
+            warnings.simplefilter("ignore")  # the size is looked at here; a damaged EXIF turns nothing
             with Image.open(path, formats=FORMATS) as image:
                 return _pixels(image, path)
     except VideoError:
