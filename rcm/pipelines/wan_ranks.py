@@ -14,6 +14,11 @@ def num_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def leads() -> bool:
+    """Whether this rank reads, prints and writes for the launch."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def fitting_ranks(*, num_heads: int, tokens_per_frame: int) -> tuple[int, ...]:
     """Numbers of ranks that divide both the heads and the tokens of a frame."""
     return tuple(n for n in range(1, num_heads + 1) if num_heads % n == 0 and tokens_per_frame % n == 0)
