@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from rcm.inference.outcome import command, writable_file
 from rcm.kernels.kv_codec import fused
 from rcm.kernels.kv_codec.bias import segment_gain
 from rcm.kernels.kv_codec.codec import KVCodec, reference
@@ -138,9 +139,10 @@ def measure(name: str, spec: KVCodecSpec, data: tuple[Tensor, Tensor, Tensor], a
     return row
 
 
-def main() -> None:
+@command
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="", help="JSON file to write")
+    parser.add_argument("--out", type=writable_file, help="JSON file to write")
     parser.add_argument("--tokens", type=int, default=4680, help="tokens of a chunk")
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--channels", type=int, default=128, help="channels of a head")
@@ -148,7 +150,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--only", default="", help="part of a codec's name")
     parser.add_argument("--tiny", action="store_true", help="256 tokens, 2 heads, on the CPU: a check of this script")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.device = "cpu" if args.tiny else "cuda"
     if args.tiny:
         args.tokens, args.heads = 256, 2

@@ -180,8 +180,8 @@ def numbers(x: Tensor, scale: Tensor, zero: Tensor | None, fmt: CodeFormat) -> T
     """Codes of `x` [R, groups, g, C]: e4m3 for fp8, int8 for symmetric int8, else uint8."""
     scale = scale.unsqueeze(2)
     y = (x if zero is None else x - zero.unsqueeze(2)) / scale
-    if fmt.mode == "official":  # a scale that rounded to zero divides by it; the number does not matter, it is multiplied by zero again
-        y = torch.where(scale > 0, y, 0.0)
+    if fmt.mode == "official":  # a scale that rounded to zero divides by it: infinities become the last code, 0 / 0 is taken as 0
+        y = torch.where(y.isnan(), 0.0, y)
     top = 2 ** BITS[fmt.dtype] - 1
     if fmt.dtype == "fp8":
         return y.clamp(-TOP["fp8"], TOP["fp8"]).to(E4M3)

@@ -229,7 +229,8 @@ def write_codes(
         if ASYMMETRIC:
             value -= tl.load(zero + group, mask=keep, other=0.0)
         divisor = tl.load(scale + group, mask=keep, other=1.0)
-        value = tl.where(divisor > 0, tl.div_rn(value, tl.where(divisor > 0, divisor, 1.0)), 0.0)
+        beyond = tl.where(value > 0, 1024.0, tl.where(value < 0, -1024.0, 0.0))
+        value = tl.where(divisor > 0, tl.div_rn(value, tl.where(divisor > 0, divisor, 1.0)), beyond)
         code = _code(value, DTYPE, ASYMMETRIC, OFFICIAL, BITS)
         total |= tl.where(keep, code, 0) << (BITS * (per_byte - 1 - place) if OFFICIAL else BITS * place)
     inside = (at < rows) & (across < columns)

@@ -55,12 +55,12 @@ class KVCodecSpec:
     key: SideSpec = SideSpec()
     value: SideSpec = SideSpec()
     mode: str = "rcm"
-    smooth_alpha: float = 0.5
     clip_percentile: float = 0.999
-    qvg_clusters: int = 256
-    qvg_iters: int = 4
+    smooth_alpha: float = 0.5
     qvg_stages: int = 1
+    qvg_clusters: int = 256
     qvg_share_assignments: bool = True
+    qvg_iters: int = 4
     qvg_warm_start: bool = True
     triton_restore: bool = True
 

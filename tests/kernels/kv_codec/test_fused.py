@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -20,9 +21,17 @@ def run(module: str, *arguments: str, interpret: bool) -> object:
     return json.loads(done.stdout)
 
 
-def test_kernels_equal_plain_torch():
-    found = run("interpreted_kv_codec", "cases", interpret=True)
-    assert len(found) > 40
+@pytest.mark.parametrize(("what", "count"), [("few", 10), pytest.param("cases", 40, marks=pytest.mark.slow)])
+def test_kernels_equal_plain_torch(what, count):
+    found = run("interpreted_kv_codec", what, interpret=True)
+    assert len(found) > count
+    assert {name: different for name, different in found.items() if different} == {}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("quant_videogen") is None, reason="pip install --no-deps quant-videogen==0.1.0")
+def test_official_equals_the_package():
+    found = run("official_kv_codec", interpret=True)
+    assert len(found) == 18
     assert {name: different for name, different in found.items() if different} == {}
 
 
