@@ -19,6 +19,7 @@ from rcm.configs.compose import compose_run
 from rcm.evaluation.throughput import measure
 from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
 from rcm.rollout.recipe import SamplingRecipe
+from rcm.storage.inside import pointed_at
 from rcm.worlds.toy_scores import ToyScorer
 from rcm.worlds.toy_world import ToyWorld
 from scripts.demo_clips import keep_clips, keep_drift
@@ -233,7 +234,7 @@ def last_iteration(path: Path) -> int:
 def checkpointed_iteration(job: Path) -> int | None:
     """Iteration of a job's newest checkpoint, None without one."""
     pointer = job / "checkpoints" / "latest_checkpoint.txt"
-    return int(pointer.read_text().strip().rpartition("_")[2]) if pointer.is_file() else None
+    return int(pointed_at(pointer).name.rpartition("_")[2]) if pointer.is_file() else None
 
 
 def told(entry: dict) -> str:

@@ -84,7 +84,7 @@ def index_shard(path: Path) -> ShardIndex:
             if stored["size"] == size and stored.get("digest") == digest:
                 return ShardIndex(path, size, tuple(stored["keys"]), _spans(stored, size), digest)
             logger.warning(f"index {beside} is of another version of its shard; scanning the shard")
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             logger.warning(f"index {beside} is unreadable ({first_line(error)}); scanning the shard")
     return scan_shard(path)
 

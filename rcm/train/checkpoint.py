@@ -31,6 +31,7 @@ from rcm.core.errors import CheckpointError, PeerGone
 from rcm.core.files import as_disk_full, discard
 from rcm.parallel.agree import agree, is_lost_peer, on_first, shared, together
 from rcm.parallel.mesh import ParallelDims
+from rcm.storage.inside import pointed_at
 from rcm.train.continuity import Settings
 from rcm.train.describe import FILE_NAME, Description, write_atomically
 from rcm.train.snapshot import Part, Positioned, capture, gather_positions, restore
@@ -113,7 +114,7 @@ class Checkpointer:
         pointer = self.root / LATEST
         if not pointer.is_file():
             return None
-        found = self.root / pointer.read_text().strip()
+        found = pointed_at(pointer)
         if not found.is_dir():
             raise CheckpointError(
                 f"{pointer} names {found.name}, which does not exist; write the name of an existing iter_* directory into it"

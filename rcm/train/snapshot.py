@@ -21,6 +21,7 @@ from rcm.parallel.agree import together
 from rcm.parallel.fsdp import local, stored_parameters, stored_tensors
 from rcm.parallel.mesh import ParallelDims
 from rcm.storage.dcp_folder import DcpFolder
+from rcm.storage.json_file import parse_json
 from rcm.storage.state_dicts import check_keys, shapes_of
 from rcm.train.continuity import Settings
 from rcm.train.state import CHECKPOINT_NAMES, RoleState, TrainState
@@ -97,7 +98,7 @@ def _continued(
 def _facts(record: Tensor, *, source: Path) -> dict[str, Any]:
     """The JSON record of `capture`; CheckpointError unless it is one."""
     try:
-        facts = json.loads(bytes(record.tolist()))
+        facts = parse_json(bytes(record.tolist()), source=source)
         whole = isinstance(facts["iteration"], int) and facts["iteration"] >= 0 and isinstance(facts["positions"], list)
         if not (whole and facts["positions"] and isinstance(facts.get("settings", {}), dict)):
             raise ValueError("a field has another type")
