@@ -21,6 +21,7 @@ from rcm.encoders.codec import LatentStream, latent_frames
 from rcm.encoders.prompt_cleaning import checked_prompts
 from rcm.inference.causal_flags import Defaults, causal_parser, codec_spec_of, networks_of, policy_of, recipe_of, settle_flags
 from rcm.inference.causal_report import Marks, Stopwatch, Timing, timing_lines, write_causal_report
+from rcm.inference.flag_ranges import MAX_FRAMES
 from rcm.inference.wan_command import frame_size, wan_main
 from rcm.inference.wan_models import build_pipeline, check_files
 from rcm.inference.wan_report import BANNER
@@ -262,6 +263,10 @@ def _film(flags: argparse.Namespace, timeline: Timeline, job: CausalJob, number:
     pattern = job.recipe.blocks
     if timeline.is_timed:
         latents = pattern.frames_before(timeline.num_blocks(pattern))
+        if latents * TEMPORAL_STRIDE > MAX_FRAMES:
+            raise ConfigError(
+                f"the durations of the prompts make {latents * TEMPORAL_STRIDE} frames, at most {MAX_FRAMES} are made at once"
+            )
         if (latents - 1) * TEMPORAL_STRIDE + 1 != flags.num_frames and leads():
             told = f"{(latents - 1) * TEMPORAL_STRIDE + 1} frames by the durations of the prompts"
             print(f"note: {told}; --num_frames {flags.num_frames} is not used", flush=True)

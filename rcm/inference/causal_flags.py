@@ -267,9 +267,6 @@ def _settle_sampling(flags: argparse.Namespace) -> None:
 
 def recipe_of(flags: argparse.Namespace) -> SamplingRecipe:
     """How every chunk is sampled. `ConfigError` for schedules that do not fit, in the words of the flags."""
-    for name in ("first_chunk_t", "chunk_t"):
-        if getattr(flags, name) < 1:
-            raise ConfigError(f"--{name} {getattr(flags, name)} must be at least 1 latent frame")
     common = {
         "pattern": f"c{flags.first_chunk_t}-{flags.chunk_t}",
         "sigma_max": flags.sigma_max,
@@ -307,8 +304,6 @@ def policy_of(flags: argparse.Namespace, *, cuts: frozenset[int], reduce: Reduce
 def codec_spec_of(flags: argparse.Namespace) -> KVCodecSpec | None:
     """How the cache stores what it keeps; None: as it is. `ConfigError` for a flag of a quantised cache without one."""
     spec = KVCodecSpec.from_flags(vars(flags))
-    if flags.kv_hot_chunks < 0:
-        raise ConfigError(f"--kv_hot_chunks {flags.kv_hot_chunks} must be at least 0")
     if not (spec.key.is_identity and spec.value.is_identity):
         return spec
     for name, set_to in (("kv_hot_chunks", flags.kv_hot_chunks), ("kv_dense_prefix_cache", flags.kv_dense_prefix_cache)):

@@ -23,6 +23,8 @@ from rcm.pipelines.stream_spec import StreamedChunk, SwitchMode
 
 FRAMES_PER_SECOND, TEMPORAL_STRIDE = 16, 4
 """Of Wan's videos: durations are counted in them."""
+MAX_SECONDS = 24 * 3600.0
+"""Of a segment."""
 _DURATION = re.compile(r"\[\s*(\d+(?:\.\d*)?|\.\d+)\s*s?\s*(#?)\s*\]", re.IGNORECASE)
 _ATTEMPT = re.compile(r"\[\s*(?:[-+.\d][^\[\]]*|(?:inf|nan)\s*s?\s*#?|s?\s*#?)\s*\]", re.IGNORECASE)
 
@@ -152,4 +154,6 @@ def _segment(text: str, *, where: str, several: bool) -> Segment:
     prompt = (text if match is None else text[: match.start()] + text[match.end() :]).strip()
     if several and not prompt:
         raise ConfigError(f"{where} of the timeline has no prompt; write one, or remove the |")
+    if match is not None and float(match[1]) > MAX_SECONDS:
+        raise ConfigError(f"a duration in {where} is more than a day; write seconds")
     return Segment(prompt) if match is None else Segment(prompt, float(match[1]), match[2] == "#")
