@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rcm.diffusion.blocks import BlockPattern
+from rcm.inference.outcome import command, writable_file
 from rcm.kernels.flash_jvp.budget import errors_and_budgets, relative_error
 from rcm.kernels.flash_jvp.launch import Tiles, triton_jvp
 from rcm.kernels.flash_jvp.selfcheck import time_ms
@@ -175,11 +176,12 @@ def measure(work: Work, *, only: str, repeats: int) -> list[dict]:
     return rows
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Measure everything and print it."""
     parser = argparse.ArgumentParser(description="Benchmark attention with tangent and masked attention with gradient.")
     parser.add_argument("--part", choices=("all", "tangent", "gradient"), default="all")
-    parser.add_argument("--json", help="write all rows to this file")
+    parser.add_argument("--json", type=writable_file, help="write all rows to this file")
     parser.add_argument("--frames", type=int, default=21, help="latent frames of 1560 tokens")
     parser.add_argument("--only", default="", help="substring of 'work variant' to run")
     parser.add_argument("--repeats", type=int, default=7)

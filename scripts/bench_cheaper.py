@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rcm.inference.outcome import command, writable_file
 from scripts.bench_measure import write
 
 DEVICE = "cuda"
@@ -252,7 +253,6 @@ def chunk_forward(net: nn.Module, frames: int) -> Callable[[], Tensor]:
 def tiny_decoder() -> dict[str, Any]:
     """The tiny decoder: streamed against one-shot, bfloat16 against float32; milliseconds beside the full one."""
     from rcm.encoders.taehv import TinyDecoderCodec
-
     from rcm.encoders.wan_vae import WanVAECodec
 
     torch.manual_seed(0)
@@ -358,10 +358,11 @@ def run_part(name: str, *, limit_s: int) -> dict[str, Any]:
     return result
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Run the parts, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the numbers here, after every part")
+    parser.add_argument("--json", type=writable_file, help="write the numbers here, after every part")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
     parser.add_argument("--limit", type=int, default=240, help="seconds per part")
     parser.add_argument("--child", choices=tuple(PARTS), help=argparse.SUPPRESS)

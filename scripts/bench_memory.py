@@ -34,6 +34,7 @@ from rcm.configs.schema_model import CausalConfig, NetConfig
 from rcm.core.errors import ConfigError
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
+from rcm.inference.outcome import command, writable_file
 from rcm.methods.base import Method, Phase, Thunk
 from rcm.nets.attention import attention_name
 from rcm.nets.wan.model import WanDiT
@@ -211,13 +212,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", default=DEFAULT_REGISTRY, metavar="REGISTRY", help="as for scripts.train [%(default)s]")
     parser.add_argument("--case", default="given", metavar="NAME", help="name of the case that the words describe")
     parser.add_argument("--predict", action="store_true", help="print the predictions and stop")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there, after every case")
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help="also write the rows there, after every case")
     parser.add_argument(
         "words", nargs="*", metavar="key=value", help="as for scripts.train; without them the three cases of docs/planner.md"
     )
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on standard error."""
     flags = arguments(argv)

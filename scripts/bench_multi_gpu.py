@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from rcm.core.dtypes import Precision
 from rcm.core.rng import StepRng, randn
 from rcm.diffusion.blocks import BlockPattern
+from rcm.inference.outcome import command, writable_file
 from rcm.methods.teacher_forcing import TeacherForcing
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
@@ -58,11 +59,12 @@ class Size:
 SIZES = (Size("fp32", 6, 30, 52), Size("bf16", 21))
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Run all sizes and combinations; exit status 1 when a comparison exceeds its limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--truth", type=Path, required=True, help="file of one rank's results: written by one rank, read by several")
-    parser.add_argument("--json", type=Path, help="write the table here (rank 0)")
+    parser.add_argument("--json", type=writable_file, help="write the table here (rank 0)")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--dim", type=int, default=1536, help="width, a multiple of 128")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))

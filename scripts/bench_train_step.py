@@ -32,6 +32,7 @@ from rcm.core.rng import StepRng, randn
 from rcm.data.batch import LatentBatch
 from rcm.diffusion.blocks import BlockPattern
 from rcm.diffusion.time_sampling import LogNormal
+from rcm.inference.outcome import command, writable_file
 from rcm.losses.scm import normalise, rf_tangent, scm_regression
 from rcm.methods.teacher_forcing import TeacherForcing
 from rcm.methods.tf_consistency import TFContinuousConsistency
@@ -263,6 +264,7 @@ def report(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
         print(f"        {spent:8.2f} ms in {count:5d}  {name[:140]}", flush=True)
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Check, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -277,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="all", choices=("all", "check", "step", "forward"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="break passes down by kind of kernel")
-    parser.add_argument("--json", help="write all rows to this file")
+    parser.add_argument("--json", type=writable_file, help="write all rows to this file")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench_train_step needs a CUDA device", file=sys.stderr)

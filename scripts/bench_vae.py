@@ -18,13 +18,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import triton
 from torch import Tensor
 
 from rcm.encoders.wan_vae import WanVAECodec
+from rcm.inference.outcome import command, writable_file
 
 DEVICE = "cuda"
 SMALL = (12, 20)
@@ -243,10 +243,11 @@ def show(result: dict[str, object], options: argparse.Namespace) -> None:
     print(f"targets: {steady:.1f} of {TARGET_MS} ms per latent frame, {total:.2f} of {TARGET_TOTAL_S} s in all")
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Parse, check, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--json", type=writable_file, help="write the numbers here")
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--frames", type=int, default=81, help="1 + 4 k")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from rcm.core.errors import CheckpointError, ConfigError
+from rcm.core.errors import CheckpointError, ConfigError, PeerGone
 from rcm.core.rng import require_seed
 from rcm.data.latents import LatentShards
 from rcm.data.shard_writer import MANIFEST, ShardSample, build_shards, check_build, read_manifest
@@ -31,7 +31,8 @@ from rcm.encoders.codec import LatentCodec, latent_frames
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.encoders.wan_vae import WAN_VAE_FILE, WanVAECodec
-from rcm.inference.outcome import check_device
+from rcm.inference.outcome import check_device, command
+from rcm.parallel.agree import sentence
 from rcm.pipelines.clip_folder import find_clips, plan_windows, read_windows
 from rcm.pipelines.video_io import VideoError, contact_sheet
 from rcm.pipelines.wan_sizes import written_size
@@ -269,6 +270,7 @@ def _thumbnail(codec: LatentCodec, latents: torch.Tensor) -> torch.Tensor:
     return frames.transpose(0, 1).unsqueeze(0)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 1 with one line on standard error."""
     options = arguments(argv)
@@ -277,8 +279,8 @@ def main(argv: list[str] | None = None) -> int:
             print(view(options))
         elif paths := build(options):
             print(f"{len(LatentShards(paths))} samples in {len(paths)} shards: {options.out}/shard-*.tar")
-    except (ConfigError, CheckpointError, ShardError, VideoError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ConfigError, CheckpointError, ShardError, VideoError, PeerGone, OSError) as error:
+        print(sentence(error), file=sys.stderr)
         return 1
     return 0
 

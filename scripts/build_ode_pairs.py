@@ -25,7 +25,7 @@ from rcm.data.latents import LatentShards
 from rcm.data.prompts import read_prompts
 from rcm.data.shard_writer import ShardSample, build_shards, check_build, shard_name
 from rcm.data.tar_index import ShardError
-from rcm.inference.outcome import check_device
+from rcm.inference.outcome import check_device, command
 from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
 from rcm.pipelines.ode_pairs import KD_TIMES, ODEPairBuilder, TrajectoryPlan, check_inputs, check_numbers
 from rcm.samplers.schedule import parse_times
@@ -168,6 +168,7 @@ def _digest(prompts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 1 with one line on standard error."""
     options = arguments(argv)

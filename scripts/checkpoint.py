@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from rcm.core.errors import CheckpointError, ConfigError
+from rcm.inference.outcome import command
 from rcm.nets.wan.config import PRESETS, WanConfig
 from rcm.nets.wan.convert import FORMS
 from rcm.pipelines.wan_files import (
@@ -44,6 +45,7 @@ IMPORTED = "imported"
 """Stage of a description made for weights that came without one."""
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; exit status 1 with one line on stderr when a file is unusable, 2 for a wrong call."""
     options = _parser().parse_args(arguments)

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 import torch
 
 from rcm.core.errors import CheckpointError, ConfigError
+from rcm.inference.outcome import command
 from rcm.train.export import PREFIXES, export
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, export, report; exit status 1 with one line on stderr when the checkpoint or the target is unusable."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

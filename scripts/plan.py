@@ -23,6 +23,7 @@ from rcm.configs.compose import Run, compose_run
 from rcm.configs.plan_job import plan_job, recompute_modes
 from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
+from rcm.inference.outcome import command
 from rcm.train.planner import Prediction, Proposal, enough_ranks, predict, propose
 from rcm.train.planner_card import CARDS, GIB, Card, card
 from rcm.train.planner_memory import Term
@@ -209,6 +210,7 @@ def plain(found: Prediction) -> dict[str, Any]:
     }
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on standard error."""
     flags, own, overrides = arguments(argv)

@@ -23,7 +23,7 @@ from rcm.evaluation.vbench_files import cache_folder
 from rcm.evaluation.vbench_files import told as files_told
 from rcm.evaluation.vbench_launch import Launch
 from rcm.evaluation.vbench_score import T2V
-from rcm.inference.outcome import exit_status
+from rcm.inference.outcome import command, exit_status
 
 VERSION = "0.1.5"
 PACKAGES = ("numpy<2", "setuptools<82")
@@ -32,6 +32,7 @@ MINIMAL = ("opencv-python-headless<4.12", "decord", "tqdm", "pillow")
 """What vbench.utils and temporal_flickering import besides torch, torchvision and numpy; later OpenCV asks for numpy 2."""
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(

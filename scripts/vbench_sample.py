@@ -35,12 +35,13 @@ from rcm.evaluation.vbench_prompts import (
 from rcm.evaluation.vbench_samplers import require_images
 from rcm.evaluation.vbench_sampling import Share, SuiteRun, group_of_video, sample_suite
 from rcm.inference.flag_ranges import check_numbers
-from rcm.inference.outcome import check_device, exit_status
+from rcm.inference.outcome import check_device, command, exit_status
 from scripts.vbench_models import add_model_flags, open_sampler, output_name
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "vbench"
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     flags = arguments(argv)

@@ -35,12 +35,13 @@ from rcm.evaluation.vbench_manifest import EVAL_INFO
 from rcm.evaluation.vbench_prompts import T2V_FILE, read_suite
 from rcm.evaluation.vbench_results import DimensionResult, read_results
 from rcm.evaluation.vbench_score import SUITES, Suite, aggregate, table
-from rcm.inference.outcome import exit_status
+from rcm.inference.outcome import command, exit_status
 from rcm.train.describe import write_atomically
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "vbench"
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     flags = arguments(argv)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from loguru import logger
 
 from rcm.core.errors import CheckpointError, ConfigError, NonFinite, PeerGone
+from rcm.core.output_file import OutputFile
 from rcm.data.tar_index import ShardError
 from rcm.pipelines.video_io import VideoError
 
@@ -58,6 +61,14 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
         return exit_status(lambda: main(argv))
 
     return ending
+
+
+def writable_file(text: str) -> Path:
+    """An argparse type: a file that a command writes in the end, found to be writable when the line is read."""
+    try:
+        return OutputFile.claim(text).path
+    except (ConfigError, OSError) as error:
+        raise argparse.ArgumentTypeError(f"{error}") from error
 
 
 def out_of_memory(error: BaseException) -> bool:

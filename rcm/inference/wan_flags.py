@@ -53,14 +53,16 @@ class Numerics:
 
 
 PRECISIONS = {
-    "fast": Numerics("bf16"),
-    "exact": Numerics("bf16", fused="off"),
+    "bf16": Numerics("bf16"),
+    "bf16_exact": Numerics("bf16", fused="off"),
     "bf16_fp32_time": Numerics("bf16_fp32_time"),
     "fp32": Numerics("fp32", fused="off"),
+    "fast": Numerics("bf16"),
+    "exact": Numerics("bf16", fused="off"),
 }
-"""fast: bf16 weights and activations, float32 time, modulation and head, timestep rounded to bf16 as in training; fused
-kernels on CUDA round less often. exact: the same, every rounding where the release has it. bf16_fp32_time: fast, the timestep not rounded.
-fp32: everything in float32.
+"""The names of `Precision.preset`, as in every command, and what is special here. bf16 (or fast): bf16 weights and activations, float32 time,
+modulation and head, timestep rounded to bf16 as in training; fused kernels on CUDA round less often. bf16_exact (or exact): the same,
+every rounding where the release has it. bf16_fp32_time: bf16, the timestep not rounded. fp32: everything in float32.
 """
 
 
@@ -175,7 +177,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="cuda", help="cuda or cpu [%(default)s]")
-    add("--precision", choices=tuple(PRECISIONS), default="fast", help="of the networks; see docs/inference.md [%(default)s]")
+    add("--precision", choices=tuple(PRECISIONS), default="bf16", help="of the networks; see docs/inference.md [%(default)s]")
     add("--vae_precision", choices=("bf16", "fp32"), default="bf16", help="[%(default)s]")
     add("--attention", choices=tuple(BACKENDS), default="auto", help="[%(default)s]")
     add("--compile", action="store_true", help="compile the blocks (one GPU): slow first step, faster later ones")
