@@ -2,7 +2,6 @@
 
     python -m scripts.bench_stream --out stream.json                 # every part, one GPU
     python -m scripts.bench_stream --parts correct,c33,c11,steady
-    torchrun --nproc_per_node=2 -m scripts.bench_stream --parts ulysses
 
 Times are wall-clock, from the call to pixels in host memory (uint8, pinned), the text already encoded; medians of several videos after one
 that compiles and captures. Floors are the products and attention calls of the passes and the decoder's convolutions, each timed alone.
@@ -25,7 +24,9 @@ import torch.nn.functional as F
 import triton
 
 from rcm.core.dtypes import Precision
+from rcm.core.errors import ConfigError
 from rcm.encoders.wan_vae import WanVAECodec
+from rcm.inference.outcome import command, writable_file
 from rcm.kernels.flash_jvp.api import flash_jvp
 from rcm.kernels.fused.api import gelu_tanh
 from rcm.kernels.split_attention.api import num_splits, split_attention
@@ -148,21 +149,31 @@ def correct(denoiser: Denoiser, codec: WanVAECodec) -> dict[str, Any]:
 
 
 def steady(
-    denoiser: Denoiser, codec: WanVAECodec, recipe: SamplingRecipe, *, chunks: int, window: int = 7, sinks: int = 0
+    denoiser: Denoiser,
+    codec: WanVAECodec | None,
+    recipe: SamplingRecipe,
+    *,
+    chunks: int,
+    window: int = 7,
+    sinks: int = 0,
+    idle: bool = True,
 ) -> dict[str, Any]:
     """A stream without end in its steady state: time per chunk, drift of time and memory, GPU idle share."""
     spec = engine(recipe, policy=SlidingWindow(window, sinks))
     with Session(denoiser, codec, prompt(denoiser), spec, device="cuda") as session:
-        for _ in range(window + sinks + 4):
+        for _ in range(window + sinks + 6):
             session.step()
         torch.cuda.synchronize()
-        stamps, memory, issue = [], [], []
+        session.step()  # the first step after a pause finds nothing under way
+        stamps, memory = [], []
         begin = time.perf_counter()
         for _ in range(chunks):
             session.step()
+            if codec is None:
+                torch.cuda.synchronize()
             stamps.append(time.perf_counter() - begin)
             memory.append(torch.cuda.memory_allocated())
-        idle = idle_share(session)
+        share = idle_share(session) if idle else None
         block = session.next_block
         begin = time.perf_counter()
         session._produce()  # host time of issuing one chunk: graphs are replayed asynchronously
@@ -179,7 +190,7 @@ def steady(
         "memory_growth": memory[-1] / memory[0] - 1,
         "memory_gib": memory[-1] / GIB,
         "host_issue_ms": 1e3 * issue,
-        "idle_share": idle,
+        "idle_share": share,
         "last_block": block,
     }
 
@@ -292,14 +303,17 @@ def several(denoiser: Denoiser, codec: WanVAECodec, *, count: int, chunks: int) 
     }
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Run the parts and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default="correct,c33,c11,steady,several,fp8", help="comma-separated")
     parser.add_argument("--size", default="1.3B", choices=("1.3B", "14B"))
     parser.add_argument("--chunks", type=int, default=24, help="steady chunks that are timed")
-    parser.add_argument("--out", default="stream.json")
+    parser.add_argument("--out", type=writable_file, default="stream.json")
     options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        raise ConfigError("bench_stream needs a CUDA device")
     card = torch.cuda.get_device_name()
     versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
     report: dict[str, Any] = {"card": card, "versions": versions, "size": options.size, "date": time.strftime("%Y-%m-%d")}

@@ -18,6 +18,7 @@ from rcm.core.errors import ConfigError
 from rcm.encoders.wan_vae_net import SPATIAL_STRIDE, TEMPORAL_STRIDE, WanVAE
 from rcm.encoders.wan_vae_state import StreamState
 from rcm.encoders.wan_vae_tiles import Tile, plan_tiles
+from rcm.kernels.cuda_graph import CudaGraph
 
 Graphs = Literal["off", "on"]
 
@@ -171,12 +172,9 @@ class DecodeStream:
 class _CapturedStep:
     """One steady step of a stream as a CUDA graph."""
 
-    def __init__(self, vae: ChunkDecoder, state: StreamState, frames: Tensor) -> None:
+    def __init__(self, vae: WanVAE, state: StreamState, frames: Tensor) -> None:
         self._input = frames.clone()
-        self._graph = torch.cuda.CUDAGraph()
-        # other threads may be launching a denoiser meanwhile
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._output = vae.decode_step(self._input, state)
+        self._graph = CudaGraph(lambda: setattr(self, "_output", vae.decode_step(self._input, state)), frames.device)
 
     def replay(self, frames: Tensor) -> Tensor:
         """Pixels of `frames`; overwritten by the next replay."""

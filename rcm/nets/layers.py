@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rcm.core.dual import has_tangent, pack, unpack
+from rcm.core.dual import has_tangent, in_dual_level, pack, unpack
 from rcm.kernels.fused import choice, reference
 
 accumulate_dtype = reference.accumulate_dtype
@@ -99,6 +99,16 @@ class GatedAdd(FusedLayer):
 
 class Gelu(FusedLayer):
     """GELU in its tanh form."""
+
+    def joins_product(self, x: Tensor) -> bool:
+        """Whether the product before may compute it: while a CUDA graph of 16-bit passes is captured."""
+        return (
+            self.fused == "on"
+            and x.is_cuda
+            and x.dtype in (torch.bfloat16, torch.float16)
+            and not (torch.is_grad_enabled() or in_dual_level())
+            and torch.cuda.is_current_stream_capturing()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` of any shape, same dtype."""

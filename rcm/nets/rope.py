@@ -176,10 +176,12 @@ class RopeTables:
         full = (len(frame_index), *grid)
         angles = []
         for axis, (position, channels) in enumerate(zip(positions, self.channels, strict=True)):
-            shape = [1, 1, 1, channels // 2]
+            shape = [1, 1, 1]
             shape[axis] = full[axis]
-            angles.append((position.double()[:, None] * _rates(channels, self.ntk[axis])).reshape(shape).expand(*full, channels // 2))
-        angle = torch.cat(angles, dim=3).flatten(0, 2).to(device)
+            # three small copies: one of the whole table from pageable memory would wait for the device's queue
+            angle = (position.double()[:, None] * _rates(channels, self.ntk[axis])).to(device)
+            angles.append(angle.reshape(*shape, -1).expand(*full, channels // 2))
+        angle = torch.cat(angles, dim=3).flatten(0, 2)
         cos, sin = angle.cos(), angle.sin()
         return RopeTable(_paired(cos, cos)[:, None].to(dtype), _paired(-sin, sin)[:, None].to(dtype))
 

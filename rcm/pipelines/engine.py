@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rcm.encoders.codec import LatentCodec, LatentStream
+from rcm.kernels.cuda_graph import CudaGraph
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import PairedView, VelocityModel
 from rcm.nets.kv_cache import KVCache
@@ -38,7 +39,7 @@ class CapturedLoop(ChunkLoop):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.counts = {"replayed": 0, "captured": 0, "eager": 0}
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graphs: dict[tuple[int, int], CudaGraph] = {}
         self._inputs: dict[int, _Inputs] = {}
         self._pool = None
 
@@ -84,7 +85,7 @@ class CapturedLoop(ChunkLoop):
             branch.commit(layout)
         return inputs.x.clone()
 
-    def _captured(self, inputs: _Inputs, layout: TokenLayout) -> _Graph:
+    def _captured(self, inputs: _Inputs, layout: TokenLayout) -> CudaGraph:
         """One denoising step over a past of one length, as a graph; all share one pool of memory, since none runs beside another."""
         views = [_StaticView(c, inputs, i, layout) for i, c in enumerate(self.cache.branches)]
         view = views[0] if isinstance(self.cache, KVCache) else PairedView(views[0], views[1] if len(views) > 1 else None)
@@ -95,9 +96,9 @@ class CapturedLoop(ChunkLoop):
 
         return self._graph(step, inputs.x.device)
 
-    def _graph(self, step: Callable[[], None], device: torch.device) -> _Graph:
+    def _graph(self, step: Callable[[], None], device: torch.device) -> CudaGraph:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        return _Graph(step, device, pool=self._pool)
+        return CudaGraph(step, device, pool=self._pool)
 
     def _begin(self, view: View, layout: TokenLayout) -> bool:
         """Find the slots of the pass; whether a graph can serve it."""
@@ -164,26 +165,6 @@ class _Inputs:
         return RopePair(self.query, self.query if not keys else keys[branch])
 
 
-class _Graph:
-    """What `step` launches, captured: it reads and writes memory that stays where it is."""
-
-    def __init__(self, step: Callable[[], None], device: torch.device, *, pool: Any) -> None:
-        self._graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side), torch.no_grad():
-            # not torch.cuda.graph: it collects garbage and waits for the device, and other streams are decoding meanwhile
-            self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                step()
-            finally:
-                self._graph.capture_end()
-        torch.cuda.current_stream(device).wait_stream(side)
-
-    def replay(self) -> None:
-        """Run the step on what the inputs hold."""
-        self._graph.replay()
-
-
 class _StaticView(CacheView):
     """A view whose slots and tables are device data: what it writes and reads was found by the view of the pass at hand."""
 
@@ -238,15 +219,17 @@ class _StaticLayer:
 
 
 class DecodeLane:
-    """The decoder of a stream; on CUDA optionally on a stream of its own, so that it runs beside the denoiser.
+    """The decoder of a stream; on CUDA optionally on a stream of its own, so that it runs beside the denoiser, and on another card than
+    the denoiser's, if that is where the codec is.
 
     `to_host`: pixels also go to pinned host memory as uint8.
     """
 
     def __init__(self, codec: LatentCodec, *, device: torch.device, own_stream: bool, graphs: str, to_host: bool) -> None:
         self._codec, self._to_host = codec, to_host
-        self._stream = torch.cuda.Stream(device) if own_stream else None
         self._cuda = device.type == "cuda"
+        self._device = torch.device(getattr(codec, "device", device)) if self._cuda else device
+        self._stream = torch.cuda.Stream(self._device) if own_stream else None
         self._captures = graphs == "on" and getattr(codec, "captures", False)
         self._decoder = self._opened()
 
@@ -265,17 +248,17 @@ class DecodeLane:
         if not self._cuda:
             frames = self._decoder.decode_chunk(latents)
             return Decoding(frames, _images(frames) if self._to_host else None, None)
-        now = torch.cuda.current_stream(latents.device)
+        ready = torch.cuda.current_stream(latents.device).record_event()
+        now = torch.cuda.current_stream(self._device)
         lane = self._stream or now
-        lane.wait_stream(now)
-        with torch.cuda.stream(lane):
-            frames, images = self._decoder.decode_chunk(latents), None
+        with torch.cuda.device(self._device), torch.cuda.stream(lane):
+            lane.wait_event(ready)
+            frames, images = self._decoder.decode_chunk(latents.to(self._device, non_blocking=True)), None
             if self._to_host:
                 pixels = _images(frames)
                 images = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
                 images.copy_(pixels, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(lane)
+            done = lane.record_event()
         if lane is not now:
             latents.record_stream(lane)
             frames.record_stream(now)

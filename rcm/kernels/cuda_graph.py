@@ -1,0 +1,32 @@
+"""Capturing a step as a CUDA graph while other streams, and other cards, go on working."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class CudaGraph:
+    """What `step` launches on `device`, captured: it reads and writes memory that stays where it is. `pool` shares memory with other
+    graphs, of which none may run beside this one.
+
+    Not `torch.cuda.graph`, which collects garbage, waits for the device, and captures on a stream of whichever card came first.
+    """
+
+    def __init__(self, step: Callable[[], None], device: torch.device, *, pool: Any = None) -> None:
+        self._graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device), torch.cuda.stream(side), torch.no_grad():
+            # only calls of this thread may not synchronise: others are decoding or launching a denoiser meanwhile
+            self._graph.capture_begin(*([] if pool is None else [pool]), capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                self._graph.capture_end()
+        torch.cuda.current_stream(device).wait_stream(side)
+
+    def replay(self) -> None:
+        """Run the step on what its inputs hold, on the current stream."""
+        self._graph.replay()

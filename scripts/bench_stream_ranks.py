@@ -1,0 +1,84 @@
+"""One stream over several cards, random weights at full size: Ulysses on 1, 2 and 4 ranks, and the decoder on a second card.
+
+    torchrun --nproc_per_node=4 -m scripts.bench_stream_ranks --out ranks.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rcm.encoders.wan_vae import WanVAECodec
+from rcm.nets.denoiser import Denoiser
+from rcm.parallel.ulysses import shard_sequence
+from rcm.pipelines.session import Session
+from scripts.bench_measure import write
+from scripts.bench_stream import RECIPES, build, engine, prompt, steady
+
+
+def on_several(size: str, name: str, *, chunks: int) -> dict[str, Any]:
+    """One stream over 1, 2 and 4 ranks (Ulysses), decoded by the first: time per chunk, and latents against one rank. Collective."""
+    rank, world, found, alone_latents = dist.get_rank(), dist.get_world_size(), {}, None
+    for count in (n for n in (1, 2, 4) if n <= world):
+        group = dist.new_group(list(range(count)))
+        if rank < count:
+            denoiser = build(size)
+            if count > 1:
+                shard_sequence(denoiser.net, group=group)
+            codec = WanVAECodec.random(device="cuda") if rank == 0 else None
+            with Session(denoiser, None, prompt(denoiser), engine(RECIPES[name], num_frames=9), device="cuda") as session:
+                latents = torch.cat([chunk.latents for chunk in session], dim=2)
+            alone_latents = latents if alone_latents is None else alone_latents
+            row = steady(denoiser, codec, RECIPES[name], chunks=chunks, idle=False)
+            row["latents_error"] = float((latents - alone_latents).norm() / alone_latents.norm())
+            row["fps"] = 1e3 * 4 * RECIPES[name].blocks.chunk / row["chunk_ms"]
+            found[f"{count} ranks"] = row
+            del denoiser, codec
+        torch.cuda.empty_cache()
+        dist.barrier()
+    return found
+
+
+def apart(denoiser: Denoiser, *, chunks: int) -> dict[str, Any]:
+    """Time per chunk with the decoder on the same card and on a second one."""
+    found = {}
+    for where in ("cuda:0", "cuda:1"):
+        with torch.cuda.device(where):
+            codec = WanVAECodec.random(device=where)
+        found[where] = steady(denoiser, codec, RECIPES["c3-3 [4,2]"], chunks=chunks, idle=False)
+    found["ratio"] = found["cuda:1"]["chunk_ms"] / found["cuda:0"]["chunk_ms"]
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the rows and print them on the first rank."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chunks", type=int, default=12, help="steady chunks that are timed")
+    parser.add_argument("--sizes", default="1.3B,14B", help="comma-separated")
+    parser.add_argument("--out", default="stream_ranks.json")
+    options = parser.parse_args(argv)
+    dist.init_process_group("nccl", device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    report: dict[str, Any] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "world": dist.get_world_size()}
+    rows = [("1.3B", "c3-3 [4,2]"), ("1.3B", "c1-1 [4,1]"), ("14B", "c3-3 [4,2]")]
+    for size, name in (row for row in rows if row[0] in options.sizes.split(",")):
+        found = on_several(size, name, chunks=options.chunks)
+        report[f"{size} {name}"] = found
+        if dist.get_rank() == 0:
+            print(size, name, json.dumps(found), flush=True)
+            write(options.out, report)
+    if dist.get_rank() == 0 and torch.cuda.device_count() > 1:
+        report["decoder"] = apart(build("1.3B"), chunks=options.chunks)
+        print("decoder", json.dumps(report["decoder"]), flush=True)
+        write(options.out, report)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
