@@ -21,7 +21,7 @@ from rcm.nets.wan.foreign import foreign
 from rcm.nets.wan.lora import LoRAPair, check_targets, lora_pairs, merge
 from rcm.nets.wan.lora_settings import LoRASettings, lora_settings
 from rcm.nets.wan.model import WanDiT
-from rcm.nets.wan.published_config import heads_in, with_settings
+from rcm.nets.wan.published_config import heads_in, unread_settings, with_settings
 from rcm.parallel.agree import on_first, shared
 from rcm.parallel.init import load_full, materialise, on_meta
 from rcm.pipelines.described import network_of
@@ -161,6 +161,8 @@ def config_of(network: NetworkWeights, *, expect: WanConfig | str | None = None)
     try:
         found = detect_config(network.headers, head_dim=known.head_dim if known else _head_dim(network))
         settled = with_settings(found, file.config)
+        if unread := unread_settings(file.config):
+            logger.warning("{}: nothing here reads {} of its config.json", file.path, ", ".join(unread))
     except CheckpointError as error:
         if known is not None:
             require_fit(network, known)

@@ -205,6 +205,6 @@ def test_description_of_a_newer_format_or_with_unknown_fields_is_refused() -> No
     text = json.loads(DESCRIPTION.to_json())
     with pytest.raises(CheckpointError, match="format 99"):
         Description.from_json(json.dumps({**text, "format": 99}), source="here")
-    with pytest.raises(CheckpointError, match="here has unknown fields sorcery"):
+    with pytest.raises(CheckpointError, match="here: sorcery is not known to this version"):
         Description.from_json(json.dumps({**text, "sorcery": 1}), source="here")
     assert Description.from_json(DESCRIPTION.to_json(), source="").to_json() == DESCRIPTION.to_json()

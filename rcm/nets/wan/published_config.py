@@ -25,6 +25,20 @@ _NAMES: dict[str, tuple[str | None, str | None]] = {
     "text_len": ("text_len", None),
     "eps": ("eps", "eps"),
 }
+# settings of other libraries that change the network -> the values that this architecture has
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "_class_name": ("WanModel", "WanTransformer3DModel", "CausalWanModel"),
+    "model_type": ("t2v", "i2v"),
+    "patch_size": ([1, 2, 2],),
+    "qk_norm": (True, "rms_norm_across_heads"),
+    "cross_attn_norm": (True,),
+    "window_size": ([-1, -1],),
+    "pos_embed_seq_len": (None,),
+    "rope_max_seq_len": (1024,),
+    "vace_layers": (None,),
+    "quantization_config": (None,),
+}
+_DERIVED = ("attention_head_dim", "image_dim", "added_kv_proj_dim")
 _MOST = 1 << 20
 _IN_TENSORS = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "freq_dim", "text_dim")
 
@@ -50,6 +64,12 @@ def published_settings(config: WanConfig, *, form: Format) -> dict[str, Any] | N
     return None
 
 
+def unread_settings(settings: Mapping[str, Any] | None) -> list[str]:
+    """Settings of a config.json that nothing here reads or knows, private ones of its library left out."""
+    known = {name for names in _NAMES.values() for name in names} | _FIXED.keys() | set(_DERIVED)
+    return sorted(name for name in settings or () if name not in known and not name.startswith("_"))
+
+
 def heads_in(settings: Mapping[str, Any] | None) -> int | None:
     """The number of heads that a config.json states; None where there is none. `CheckpointError` for one that is no such number."""
     for name in ("num_heads", "num_attention_heads"):
@@ -63,6 +83,10 @@ def with_settings(found: WanConfig, settings: Mapping[str, Any] | None) -> WanCo
     tensors contradict."""
     if not settings:
         return found
+    for name, allowed in _FIXED.items():
+        if name in settings and settings[name] not in allowed:
+            told = " or ".join(map(str, allowed))
+            raise CheckpointError(f"config.json states {name} {str(settings[name])[:60]}; this architecture has {told}")
     stated: dict[str, float] = {}
     for field, names in _NAMES.items():
         for name in names:
