@@ -34,6 +34,21 @@ SAMPLE = {
         module="rcm.inference.wan2pt1_t2v_diffusion_infer",
         examples=('rcm sample diffusion --prompt "a cat on a skateboard" --num_steps 50',),
     ),
+    "causal": Command(
+        does="text (or a first image) to video, chunk by chunk, with a causal Wan network",
+        module="rcm.inference.wan2pt1_t2v_causal_infer",
+        examples=('rcm sample causal --distilled --num_steps 4 --chunk_t 3 --dit_path FILE --prompt "a cat"',),
+    ),
+    "causal-long": Command(
+        does="the same for videos longer than those trained on, at bounded memory",
+        module="rcm.inference.wan2pt1_t2v_causal_extrapolation_infer",
+        examples=("rcm sample causal-long --distilled --num_steps 4 --num_frames 957 --extrapolation_method rolling_sink --dit_path FILE",),
+    ),
+    "causal-quant": Command(
+        does="the same with a quantised cache",
+        module="rcm.inference.wan2pt1_t2v_causal_quant_infer",
+        examples=("rcm sample causal-quant --distilled --num_steps 4 --kv_dtype_k int2 --kv_dtype_v int2 --dit_path FILE",),
+    ),
     "i2v-rcm": Command(
         does="image to video in few steps, with a distilled Wan2.2 student",
         module="rcm.inference.wan2pt2_i2v_rcm_infer",
@@ -93,7 +108,12 @@ BENCH = {
     "attention": Command(does="every attention variant, checked and timed", module="scripts.bench_attention"),
     "train-step": Command(does="training steps at full size", module="scripts.bench_train_step"),
     "memory": Command(does="peak memory of training, beside what the planner predicts", module="scripts.bench_memory"),
+    "stream": Command(does="streams at full size: latencies, gaps, memory, idle share", module="scripts.bench_stream"),
+    "kv-codec": Command(does="the codec of cached keys and values", module="scripts.bench_kv_codec"),
+    "cheaper": Command(does="cheaper arithmetic and a quicker start on one card", module="scripts.bench_cheaper"),
+    "metrics": Command(does="harm clips in known ways, and see whether the offline metrics notice", module="scripts.judge_metrics"),
     "vae": Command(does="Wan's VAE, whole and streamed", module="scripts.bench_vae"),
+    "stream-ranks": Command(does="one stream over several cards (start it with torchrun -m rcm)", module="scripts.bench_stream_ranks"),
     "multi-gpu": Command(does="several GPUs against one (start it with torchrun -m rcm)", module="scripts.bench_multi_gpu"),
 }
 
