@@ -79,6 +79,7 @@ def causal_main(name: str, argv: Sequence[str] | None, *, about: str | None, def
     return wan_main(causal_parser(name, about=about, defaults=defaults), argv, plan, make=run)
 
 
+@torch.no_grad()
 def run(flags: argparse.Namespace, job: CausalJob, *, clock: PartClock) -> None:
     """Check, make, write, tell. Collective over the ranks of a launch; rank 0 reads, prints and writes."""
     image = shared(on_first(lambda: read_image(flags.image_path) if flags.image_path else None))
