@@ -57,13 +57,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "vae_tile": (64, MAX_SIDE),
     "warmup_iters": (0, 10_000),
 }
-"""Destination of a flag -> least and most of it. A number under any other name is finite, and a whole one has at most 63 bits."""
+"""Destination of a flag -> least and most of it. A number under any other name is finite, and none is beyond 63 bits."""
 
 
-def check_numbers(flags: argparse.Namespace, **others: tuple[float, float]) -> None:
-    """`ConfigError` naming the first flag whose number, or one of whose numbers, is out of range; `others` replaces ranges."""
+def check_numbers(flags: argparse.Namespace) -> None:
+    """`ConfigError` naming the first flag whose number, or one of whose numbers, is out of range."""
     for name, value in vars(flags).items():
-        least, most = {**RANGES, **others}.get(name, (-(2**63), 2**63))
+        least, most = RANGES.get(name, (-(2**63), 2**63))
         for number in value if isinstance(value, list | tuple) else (value,):
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue

@@ -60,8 +60,8 @@ PRECISIONS = {
     "fast": Numerics("bf16"),
     "exact": Numerics("bf16", fused="off"),
 }
-"""The names of `Precision.preset`, as in every command, and what is special here. bf16 (or fast): bf16 weights and activations, float32 time,
-modulation and head, timestep rounded to bf16 as in training; fused kernels on CUDA round less often. bf16_exact (or exact): the same,
+"""The names of `Precision.preset`, as in every command, and two of fused kernels. bf16 (or fast): bf16 weights and activations, float32
+time, modulation and head, timestep rounded to bf16 as in training; fused kernels on CUDA round less often. bf16_exact (or exact): the same,
 every rounding where the release has it. bf16_fp32_time: bf16, the timestep not rounded. fp32: everything in float32.
 """
 
