@@ -36,9 +36,10 @@ from rcm.evaluation.vbench_samplers import require_images
 from rcm.evaluation.vbench_sampling import Share, SuiteRun, group_of_video, sample_suite
 from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.outcome import check_device, command, exit_status
+from rcm.storage.shipped import asset
 from scripts.vbench_models import add_model_flags, open_sampler, output_name
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets" / "vbench"
+ASSETS = asset("vbench")
 
 
 @command

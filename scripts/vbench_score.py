@@ -36,9 +36,10 @@ from rcm.evaluation.vbench_prompts import T2V_FILE, read_suite
 from rcm.evaluation.vbench_results import DimensionResult, read_results
 from rcm.evaluation.vbench_score import SUITES, Suite, aggregate, table
 from rcm.inference.outcome import command, exit_status
+from rcm.storage.shipped import asset
 from rcm.train.describe import write_atomically
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets" / "vbench"
+ASSETS = asset("vbench")
 
 
 @command
