@@ -221,7 +221,9 @@ class Switched(VelocityModel):
             raise ValueError(f"times of one call lie on both sides of the expert boundary {self.boundary}; call each side by itself")
         return (self.high if above[0] else self.low).velocity(x, t, cond, layout, cache=cache)
 
-    def new_cache(self, **_: object) -> KVCache | PairedCache:
+    def new_cache(
+        self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope", codec: KVCodec | None = None, hot_chunks: int = 0
+    ) -> KVCache | PairedCache:
         """Not defined: keys of one expert mean nothing to the other. Raises `ConfigError`."""
         raise ConfigError("a pair of experts switched by time has no common KV cache; stream with a single network")
 

@@ -81,10 +81,11 @@ def gathered(parts: Sequence[Positions], index: Tensor) -> Positions:
     whole = concatenated(parts)
     per_frame = whole.grid[0] * whole.grid[1]
     if whole.frames is not None and index.dim() == 1 and len(index) % per_frame == 0:
-        rows = index.cpu().reshape(-1, per_frame)
+        rows = index.reshape(-1, per_frame)
         starts = rows[:, 0]
-        if bool((rows == starts[:, None] + torch.arange(per_frame)).all()) and bool((starts % per_frame == 0).all()):
-            return Positions(whole.grid, frames=tuple(whole.frames[int(start) // per_frame] for start in starts))
+        runs = rows == starts[:, None] + torch.arange(per_frame, device=index.device)
+        if bool(runs.all()) and bool((starts % per_frame == 0).all()):
+            return Positions(whole.grid, frames=tuple(whole.frames[start // per_frame] for start in starts.tolist()))
     tokens = whole.per_token
     at = index.to(tokens.device)
     if at.dim() == 1:
