@@ -16,6 +16,8 @@ SMALL, LARGE = 4, 6
 FPS = 6
 GAP, GROUND = 2, -0.7
 """Pixels between videos, and their grey."""
+CRF = 26
+"""Quality of x264: squares of one colour stand more compression than natural pictures, and all videos are part of one page."""
 
 
 def picks(num: int) -> list[int]:
@@ -42,17 +44,17 @@ def keep_clips(folder: Path, stage: Stage, label: str, videos: torch.Tensor, pro
     target = folder / "videos"
     target.mkdir(parents=True, exist_ok=True)
     torch.save(to_uint8(shown), target / f"{name}.pt")
-    write_mp4(target / f"{name}.mp4", mosaic(shown[:SMALL], rows=2, scale=8), fps=FPS, pad=True)
+    write_mp4(target / f"{name}.mp4", mosaic(shown[:SMALL], rows=2, scale=8), fps=FPS, pad=True, crf=CRF)
     teacher = teacher_of(stage.name)
     above = None if teacher is None else _stored(target / f"{stem(*teacher)}.pt")
     both = shown if above is None or above.shape != shown.shape else torch.cat([above, shown])
-    write_mp4(target / f"{name}_large.mp4", mosaic(both, rows=len(both) // len(shown), scale=16), fps=FPS, pad=True)
+    write_mp4(target / f"{name}_large.mp4", mosaic(both, rows=len(both) // len(shown), scale=12), fps=FPS, pad=True, crf=CRF)
 
 
 def keep_drift(folder: Path, stage: Stage, videos: torch.Tensor, prompts: Sequence[str]) -> None:
     """Write the long stream's video."""
     shown = videos[picks(len(prompts))[:SMALL]].clamp(-1, 1)
-    write_mp4(folder / "videos" / f"{stage.name}_long.mp4", mosaic(shown, rows=1, scale=12), fps=FPS, pad=True)
+    write_mp4(folder / "videos" / f"{stage.name}_long.mp4", mosaic(shown, rows=1, scale=12), fps=FPS, pad=True, crf=CRF)
 
 
 def mosaic(videos: torch.Tensor, *, rows: int, scale: int) -> torch.Tensor:
