@@ -80,9 +80,13 @@ class DcpFolder(LazyWeights):
     def piece(self, key: str, box: Box) -> Tensor:
         """One stored piece, of the dtype and the sizes that the metadata states."""
         file, offset, length = self._places[key, box[0]]
-        with open(self.path / file, "rb") as stream:
+        content = bytearray(length)
+        with open(self.path / file, "rb", buffering=0) as stream:
             stream.seek(offset)
-            found = read_tensor(stream.read(length), name=f"{self.path / file}: the piece of {key} at byte {offset}")
+            view, done = memoryview(content), 0
+            while done < length and (got := stream.readinto(view[done:])):
+                done += got
+        found = read_tensor(content, name=f"{self.path / file}: the piece of {key} at byte {offset}")
         if found.dtype != self.headers[key].dtype or tuple(found.shape) != box[1]:
             raise CheckpointError(
                 f"{self.path / file}: the piece of {key} has shape {tuple(found.shape)} and dtype {found.dtype}, "

@@ -108,10 +108,11 @@ def read_pickle(path: Path) -> PickledTensors:
     return PickledTensors(tensors, others=tuple(key for key in flat if key not in tensors), mapped=mapped)
 
 
-def read_tensor(source: Path | bytes, *, name: str) -> Tensor:
+def read_tensor(source: Path | bytes | bytearray, *, name: str) -> Tensor:
     """The one tensor of a torch pickle: of the file `source`, or of these bytes; `name` says in errors what it is.
 
-    Dense, on the CPU, without gradient. Raises `CheckpointError` as `read_pickle`, and for anything else than one tensor.
+    Dense, on the CPU, without gradient; of a bytearray, a view of it. Raises `CheckpointError` as `read_pickle`, and for anything else than
+    one tensor.
     """
     with _explained(name):
         value, made = _opened(source)
@@ -144,17 +145,41 @@ def _explained(source: Path | str) -> Iterator[None]:
         raise CheckpointError(f"{source} cannot be read ({first_line(error)}); {told}") from error
 
 
-def _opened(source: Path | bytes) -> tuple[Any, Callable[[Any], Tensor]]:
+class _Held(io.RawIOBase):
+    """Bytes in memory as a file; io.BytesIO would copy them."""
+
+    def __init__(self, content: bytearray) -> None:
+        self.content, self.at = memoryview(content), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = max(0, offset + (0, self.at, len(self.content))[whence])
+        return self.at
+
+    def readinto(self, target: Any) -> int:
+        part = self.content[self.at : self.at + len(target)]
+        target[: len(part)] = part
+        self.at += len(part)
+        return len(part)
+
+
+def _opened(source: Path | bytes | bytearray) -> tuple[Any, Callable[[Any], Tensor]]:
     """What the pickle holds, inert, and the function that makes a tensor of an entry that is one."""
-    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+    held = None if isinstance(source, Path) else source if isinstance(source, bytearray) else bytearray(source)
+    with open(source, "rb") if held is None else io.BufferedReader(_Held(held)) as file:
         archive = file.read(len(_LOCAL_HEADER)) == _LOCAL_HEADER
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         value, places = _archive(file) if archive else _old_format(file)
-    if isinstance(source, bytes):
-        whole = torch.frombuffer(bytearray(source), dtype=torch.uint8).untyped_storage()
-    else:
+    if held is None:
         whole = torch.UntypedStorage.from_file(str(source), False, size)
+    else:
+        whole = torch.frombuffer(held, dtype=torch.uint8).untyped_storage()
     made: dict[str, torch.UntypedStorage] = {}
 
     def storage(piece: _Piece) -> torch.UntypedStorage:
