@@ -21,6 +21,7 @@ from rcm.encoders.codec import latent_frames, latent_grid
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.encoders.umt5 import UMT5_FILE, UMT5TextEncoder
 from rcm.inference.outcome import check_device
+from rcm.parallel.agree import naming_lost_peers
 from rcm.parallel.mesh import ParallelDims, launched_world, process_group
 from rcm.pipelines.described import PieceFiles, description_at, text_of
 from rcm.pipelines.teacher_dataset import (
@@ -153,6 +154,7 @@ def _ranks(options: argparse.Namespace, stack: ExitStack) -> tuple[_Ranks, torch
             torch.cuda.set_device(device)
         return _Ranks(dp_replicate=world, device_type=device.type), device
     device = stack.enter_context(process_group(kind))
+    stack.enter_context(naming_lost_peers())
     return _Ranks(dp_replicate=world // cp, cp=cp, device_type=kind), device
 
 

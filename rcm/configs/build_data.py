@@ -22,6 +22,7 @@ from rcm.data.shard_writer import MANIFEST, read_manifest
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.condition import Condition
 from rcm.nets.wan.config import WanConfig
+from rcm.parallel.agree import together
 from rcm.parallel.mesh import ParallelDims
 from rcm.storage.pickle_file import read_tensor
 from rcm.worlds.toy_latents import ToyLatents
@@ -146,7 +147,7 @@ def negative_condition(run: TrainConfig, *, device: torch.device) -> Condition:
     """
     model = run.model.config
     if model.neg_embed_path:
-        text = _stored_embedding(model.neg_embed_path, wan_config(model.net))
+        text = together(lambda: _stored_embedding(model.neg_embed_path, wan_config(model.net)))
     elif run.dataloader_train.kind == "fake":
         net = wan_config(model.net)
         text = torch.zeros(1, net.text_len, net.text_dim)

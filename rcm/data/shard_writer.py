@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from loguru import logger
@@ -76,13 +78,16 @@ def write_shard(path: Path, samples: Iterable[ShardSample], *, first_key: int) -
     Keys count from `first_key`, nine digits. Any `OSError` (disk full, no permission) is raised again with the path, and nothing
     half-written stays.
     """
-    temporary = path.with_name(f".{path.name}.partial")
-    count = 0
+    temporary, count, mine = path.with_name(f".{path.name}.partial"), 0, False
     try:
         for leftover in (temporary, path):
             if leftover.is_dir() or leftover.is_symlink():
                 discard(leftover)
-        with open(temporary, "wb") as file:
+        with open(temporary, "ab") as file:
+            mine = _taken(file)
+            if not mine:
+                raise ConfigError(f"shard {path} is being written by another process; wait for it, or choose another --out or --part")
+            file.truncate(0)
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
                 for count, sample in enumerate(samples, 1):
                     for field, data in sample.members().items():
@@ -92,13 +97,26 @@ def write_shard(path: Path, samples: Iterable[ShardSample], *, first_key: int) -
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        mine = False
         write_index(scan_shard(path))
     except OSError as error:
         raise OSError(error.errno, f"cannot write shard: {error.strerror}", str(path)) from error
     finally:
-        with contextlib.suppress(OSError):  # never hide the reason of the failure
-            discard(temporary)
+        if mine:
+            with contextlib.suppress(OSError):  # never hide the reason of the failure
+                discard(temporary)
     return count
+
+
+def _taken(file: IO[bytes]) -> bool:
+    """Whether this process alone writes the file; the system forgets it with the process."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def _tensor_bytes(tensor: torch.Tensor) -> bytes:
