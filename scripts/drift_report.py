@@ -115,7 +115,7 @@ def report(drifts: Sequence[Drift], *, window: int, folder: Path, fps: float) ->
         "charts": charts,
         "tables": [table],
         "videos": strips,
-        "glossary": {title: note for title, note in CURVES.values()},
+        "glossary": dict(CURVES.values()),
     }
     return write_report(folder, data)
 

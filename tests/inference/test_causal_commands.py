@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from importlib import import_module
 from pathlib import Path
 
@@ -288,3 +289,20 @@ def test_help_has_a_line_for_every_flag(command, capsys):
     for action in parser._actions:
         assert all(option in said for option in action.option_strings)
         assert action.help or action.option_strings[0].startswith("--kv_"), action.option_strings
+
+
+def test_the_documented_uses_are_understood():
+    """Every line of the table of uses, with the flags of each command."""
+    text = (Path(__file__).parents[2] / "docs" / "inference.md").read_text()
+    rows = re.findall(r"^\| [^|]+ \| `(--[^`]+)`", text, re.M)
+    uses = [shlex.split(row.replace("\\|", "|")) for row in rows if "--dit_path FILE" in row]
+    assert len(uses) == 11
+    for words in uses:
+        flags = causal_parser(PLAIN, about=None, defaults=CAUSAL).parse_args(words)
+        causal_command.settle_flags(flags, CAUSAL)
+        recipe, _ = causal_command.recipe_of(flags), causal_command.codec_spec_of(flags)
+        timeline = causal_command.parse_timeline(flags.prompt)
+        frames = recipe.blocks.frames_before(timeline.num_blocks(recipe.blocks)) if timeline.is_timed else None
+        frames = frames or causal_command._latent_frames(flags.num_frames, recipe)
+        policy = causal_command.policy_of(flags, cuts=frozenset(), reduce=None)
+        assert recipe.blocks.num_blocks(frames) > 1 and (policy.capacity_frames(recipe.blocks) or frames) <= max(frames, 24)
