@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rcm.core.errors import CheckpointError
-from rcm.parallel.agree import agree, on_first, spread
+from rcm.parallel.agree import agree, on_first, spread, together
 from rcm.parallel.fsdp import local, stored_tensors
 from rcm.parallel.mesh import ParallelDims
 from rcm.storage.dcp_folder import DcpFolder
@@ -87,7 +87,7 @@ def load_dcp(net: nn.Module, directory: str | Path, *, prefix: str = "net.") -> 
 
     Raises CheckpointError when the directory is no DCP checkpoint, or naming missing, unexpected and misshapen keys under `prefix`.
     """
-    folder = DcpFolder(directory)
+    folder = together(lambda: DcpFolder(directory))
     expected = {prefix + name: tensor for name, tensor in stored_tensors(net).items()}
     check_keys(
         f"{directory} ({prefix}*)",

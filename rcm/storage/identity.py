@@ -6,11 +6,12 @@ import hashlib
 import zipfile
 from pathlib import Path
 
+from rcm.core.errors import CheckpointError, first_line
 from rcm.storage.pickle_file import is_archive
 
 
 def content_identity(path: str | Path) -> str:
-    """A short hash that changes when the weights at `path` do; reads no weights.
+    """A short hash that changes when the weights at `path` do; reads no weights. `CheckpointError` for a damaged archive.
 
     Of a torch pickle: the names, sizes and checksums in its directory, so a copy or a renamed file keeps its identity. Of safetensors,
     which store no checksum: file names, sizes and modification times.
@@ -18,8 +19,11 @@ def content_identity(path: str | Path) -> str:
     path = Path(path)
     digest = hashlib.blake2b(digest_size=16)
     if path.is_file() and is_archive(path):
-        with zipfile.ZipFile(path) as archive:
-            entries = [f"{e.filename.partition('/')[2]}:{e.file_size}:{e.CRC}" for e in archive.infolist()]
+        try:
+            with zipfile.ZipFile(path) as archive:
+                entries = [f"{e.filename.partition('/')[2]}:{e.file_size}:{e.CRC}" for e in archive.infolist()]
+        except (zipfile.BadZipFile, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read ({first_line(error)}); it is damaged or truncated") from error
     else:
         files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
         entries = [f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files]

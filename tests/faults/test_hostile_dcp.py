@@ -91,6 +91,16 @@ READERS = [
     ),
 ]  # fmt: skip
 
+APART = [
+    Fault(f"{module}, a process of its own", kind="DCP that runs code", refusal=RUNS, module=module, argv=argv, deadline=120, slow=True)
+    for module, argv in {
+        "scripts.checkpoint": lambda f: ["inspect", job(f)],
+        "scripts.dcp_to_pth": lambda f: ["--dcp_checkpoint_dir", job(f), "--save_path", f / "x.safetensors"],
+        "rcm.inference.stream": lambda f: sampled(f, job(f)),
+        "scripts.build_ode_pairs": pairs,
+    }.items()
+]
+
 
 def read(change=None, after=None, state=None):
     """Opens and reads a whole folder whose metadata `change` altered and whose files `after` did."""
@@ -254,6 +264,7 @@ def _saved(value: object) -> bytes:
 
 CASES = [
     *READERS,
+    *APART,
     *(Fault(name, kind=KIND, refusal=words, call=read(change, after)) for name, (change, after, words) in RECORDS.items()),
     Fault("a sound folder", kind=KIND, refusal=None, call=read()),
     Fault("entries that are no tensors are not opened", kind=KIND, refusal=None, call=read(bytes_entry)),
