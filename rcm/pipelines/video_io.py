@@ -381,6 +381,6 @@ def _existing(path: str | Path) -> Path:
     try:
         if path.is_file():
             return path
-    except (OSError, ValueError):  # a name that no file can have
-        pass
+    except (OSError, ValueError):
+        pass  # a name that no file can have
     raise VideoError(f"no video file at {path}")

@@ -219,6 +219,34 @@ def test_a_failed_stream_leaves_an_older_file_as_it_was(jobs, tmp_path, capsys, 
     assert out.read_bytes() == b"older"
 
 
+def test_ctrl_c_is_one_sentence_and_keeps_what_was_made(jobs, tmp_path, capsys, monkeypatch):
+    out, made = tmp_path / "12:30.mp4", []
+
+    def decode(self, x):
+        if made:
+            raise KeyboardInterrupt
+        made.append(1)
+        return torch.zeros(1, 3, 5, 8, 8)
+
+    monkeypatch.setattr(type(CODEC.stream()), "decode_chunk", decode)
+    assert stream(jobs["student"], out) == 130
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == "stopped" and "12:30.partial.mp4" in said[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["12:30.partial.mp4"]
+    assert probe(tmp_path / "12:30.partial.mp4").num_frames == 5
+
+
+def test_a_failed_write_says_where_the_frames_are(jobs, tmp_path, capsys, monkeypatch):
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "kept"))
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: "/bin/false")
+    assert stream(jobs["student"], tmp_path / "a.mp4") == 2
+    said = capsys.readouterr().err
+    [kept] = (tmp_path / "kept").rglob("a.npy")
+    assert said.count("\n") == 1 and f"frames are kept in {kept}" in said
+    assert not list(tmp_path.glob("*.mp4"))
+
+
 def test_damaged_checkpoints_exit_with_2(tmp_path, capsys):
     write_checkpoint(tmp_path / "cut")
     model = tmp_path / "cut" / "checkpoints" / "iter_000000007" / "model"
