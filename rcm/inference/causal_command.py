@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,45 +20,29 @@ from rcm.core.output_file import OutputFile
 from rcm.core.text_file import read_lines
 from rcm.encoders.codec import LatentStream, latent_frames
 from rcm.encoders.prompt_cleaning import checked_prompts
+from rcm.inference.causal_film import Film, FilmWriter, Reel
 from rcm.inference.causal_flags import Defaults, causal_parser, codec_spec_of, networks_of, policy_of, recipe_of, settle_flags
 from rcm.inference.causal_report import Marks, Stopwatch, Timing, timing_lines, write_causal_report
 from rcm.inference.flag_ranges import MAX_FRAMES
 from rcm.inference.wan_command import frame_size, wan_main
 from rcm.inference.wan_models import build_pipeline, check_files
+from rcm.inference.wan_progress import Progress
 from rcm.inference.wan_report import BANNER
 from rcm.kernels.kv_codec.codec import KVCodec
 from rcm.kernels.kv_codec.spec import KVCodecSpec
 from rcm.nets.condition import Condition
-from rcm.nets.denoiser import Denoiser, Guided, VelocityModel
+from rcm.nets.denoiser import Guided
 from rcm.nets.kv_memo import MemoisedCodec
 from rcm.nets.wan.config import preset
 from rcm.parallel.agree import on_first, shared
 from rcm.pipelines.image_condition import fit_image, read_image
 from rcm.pipelines.part_clock import PartClock
-from rcm.pipelines.scenes import Timeline, parse_timeline, play, read_timeline
-from rcm.pipelines.session import Session
+from rcm.pipelines.scenes import Timeline, parse_timeline, read_timeline
 from rcm.pipelines.stream_spec import StreamSpec
-from rcm.pipelines.video_io import Mp4Writer, contact_sheet
 from rcm.pipelines.wan_pipeline import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE, WanPipeline
 from rcm.pipelines.wan_ranks import check_ranks, leads, num_ranks
 from rcm.pipelines.wan_sizes import FrameSize
 from rcm.rollout.recipe import SamplingRecipe
-
-PREVIEW_HEIGHT, PREVIEW_COLUMNS = 160, 8
-
-
-@dataclass(frozen=True)
-class Film:
-    """A video to make: its prompts, its latent frames, and the file it goes to."""
-
-    timeline: Timeline
-    latent_frames: int
-    target: OutputFile
-
-    @property
-    def num_frames(self) -> int:
-        """Pixel frames."""
-        return (self.latent_frames - 1) * TEMPORAL_STRIDE + 1
 
 
 @dataclass(frozen=True)
@@ -100,7 +85,10 @@ def run(flags: argparse.Namespace, job: CausalJob, *, clock: PartClock) -> None:
     maker = Maker(flags, job, build_pipeline(flags, networks, clock=clock, tokens_per_frame=tokens), image=image, size=size)
     timings = []
     for film, spec, sheet in zip(films, specs, sheets, strict=True):
-        timings.append(maker.make(film, spec, preview=sheet))
+        with Progress(sys.stdout) if leads() else nullcontext() as progress:
+            if progress is not None:
+                clock.watch = progress.part
+            timings.append(maker.make(film, spec, preview=sheet, progress=progress))
         if leads():
             print("\n".join([*timing_lines(timings[-1], clock), f"wrote {film.target.given}"]), flush=True)
     if leads() and report is not None:
@@ -119,50 +107,58 @@ class Maker:
         self.negative = Condition(rows[-1:]) if guided else None
         self.prefix = None if image is None else models.from_first(lambda: self._encoded(image))
 
-    def make(self, film: Film, spec: StreamSpec, *, preview: OutputFile | None) -> Timing:
-        """Warm-ups and timed runs of one video, all alike; the last one is written."""
+    def make(self, film: Film, spec: StreamSpec, *, preview: OutputFile | None, progress: Progress | None) -> Timing:
+        """Warm-ups and timed runs of one video, all alike; the last one is written. The network and its cache are let go before the last
+        decoding, where the memory policy asks for it.
+        """
         flags, models = self.flags, self.models
-        denoiser = models.experts[0].network.use()
-        denoiser.net.rope.stretch((flags.ntk_t, flags.ntk_h, flags.ntk_w))
-        negative = self.negative
-        model = denoiser if negative is None else Guided(denoiser, denoiser.prepare(negative), self.job.recipe.guidance)
-        reel = Reel(denoiser, model, film, spec, given=self.prefix)
+        reel = self._reel(film, spec, progress)
         timing, count = Timing(film.num_frames), flags.warmup_iters + flags.num_runs
         for number in range(count):
             timed, last = number >= flags.warmup_iters, number == count - 1
             if number == flags.warmup_iters:
                 models.clock.restart()
             with ExitStack() as stack:
-                writer = _FilmWriter(flags, film, preview, stack) if last and leads() else None
-                marks = self._run(reel, decode=timed, writer=writer)
+                writer = FilmWriter(flags, film, preview, stack) if last and leads() else None
+                marks, latents = self._sampled(reel, decode=timed, writer=writer)
+                if last:
+                    timing.cache_bytes, timing.passes = reel.cache_bytes(), reel.passes()
+                    reel.close()
+                    del reel
+                    models.experts[0].network.rest(models.memory.network)
+                if timed and leads() and not flags.streaming_vae:
+                    stream = models.codec.use().stream()
+                    for chunk in latents:
+                        self._decode(stream, chunk, marks, writer)
+                    del stream
             if timed:
                 timing.runs.append(marks.run(streaming=flags.streaming_vae))
-        timing.cache_bytes, timing.passes = reel.cache_bytes(), reel.passes()
-        reel.close()
-        del denoiser, model, reel
-        models.experts[0].network.rest(models.memory.network)
         models.codec.rest(models.memory.codec)
         return timing
 
-    def _run(self, reel: Reel, *, decode: bool, writer: _FilmWriter | None) -> Marks:
-        """Sample once; `decode` its pixels on rank 0, as chunks are made or behind the last, and give them to the writer."""
+    def _reel(self, film: Film, spec: StreamSpec, progress: Progress | None) -> Reel:
+        flags = self.flags
+        denoiser = self.models.experts[0].network.use()
+        denoiser.net.rope.stretch((flags.ntk_t, flags.ntk_h, flags.ntk_w))
+        negative = self.negative
+        model = denoiser if negative is None else Guided(denoiser, denoiser.prepare(negative), self.job.recipe.guidance)
+        return Reel(denoiser, model, film, spec, given=self.prefix, progress=progress)
+
+    def _sampled(self, reel: Reel, *, decode: bool, writer: FilmWriter | None) -> tuple[Marks, list[Tensor]]:
+        """Sample once: the latents of all chunks, none where they are decoded as they are made."""
         flags, clock = self.flags, self.models.clock
         marks, latents = Marks(Stopwatch(clock.device), given=0 if self.prefix is None else 1), []
-        here = decode and leads()
-        stream = self.models.codec.use().stream() if here and flags.streaming_vae else None
+        stream = self.models.codec.use().stream() if decode and flags.streaming_vae and leads() else None
         with clock.part("network"):
             for chunk in reel.chunks(flags, self._condition, marks):
-                latents.append(chunk)
                 if stream is not None:
-                    self._decode(stream, latents.pop(), marks, writer)
+                    self._decode(stream, chunk, marks, writer)
+                elif not flags.streaming_vae:
+                    latents.append(chunk)
             marks.mark("end")
-        if here and stream is None:
-            stream = self.models.codec.use().stream()
-            for chunk in latents:
-                self._decode(stream, chunk, marks, writer)
-        return marks
+        return marks, latents
 
-    def _decode(self, stream: LatentStream, latents: Tensor, marks: Marks, writer: _FilmWriter | None) -> None:
+    def _decode(self, stream: LatentStream, latents: Tensor, marks: Marks, writer: FilmWriter | None) -> None:
         with self.models.clock.part("decode"), marks.decoding():
             frames = stream.decode_chunk(latents)
         if writer is not None:
@@ -180,72 +176,6 @@ class Maker:
         del codec
         self.models.codec.rest(self.models.memory.codec)
         return latents
-
-
-class Reel:
-    """One video, sampled again and again in one session."""
-
-    def __init__(self, denoiser: Denoiser, model: VelocityModel, film: Film, spec: StreamSpec, *, given: Tensor | None) -> None:
-        self.denoiser, self.model, self.film, self.spec = denoiser, model, film, spec
-        self.given = None if given is None else given.expand(spec.batch, -1, -1, -1, -1)
-        self._session: Session | None = None
-
-    def chunks(self, flags: argparse.Namespace, condition: Callable[[str], Condition], marks: Marks) -> Iterator[Tensor]:
-        """The latents of each chunk, once its context is in the cache."""
-        marks.mark("begin")
-        first = self._prepared(condition(self.film.timeline.prompts[0]))
-        if self._session is None:
-            device = next(self.denoiser.net.parameters()).device
-            self._session = Session(self.model, None, first, self.spec, device=device, prefix=self.given)
-        else:
-            self._session.restart(first, seed=flags.seed, prefix=self.given)
-        marks.mark("ready")
-        options = {"mode": flags.prompt_switch, "blend": flags.prompt_blend, "prepare": self._prepared}
-        for chunk in play(self._session, self.film.timeline, condition, **options):
-            self._session.settle()
-            marks.chunk()
-            yield chunk.latents
-
-    def _prepared(self, cond: Condition) -> Condition:
-        return self.denoiser.prepare(cond).expand(self.spec.batch)
-
-    def cache_bytes(self) -> int:
-        """Bytes of the cache, all branches."""
-        return 0 if self._session is None else sum(cache.num_bytes() for cache in self._session.loop.cache.branches)
-
-    def passes(self) -> dict[str, int]:
-        """How many passes were captured, replayed and run eagerly, where graphs were asked for."""
-        return dict(getattr(self._session.loop, "counts", {})) if self._session is not None else {}
-
-    def close(self) -> None:
-        """Free the session."""
-        if self._session is not None:
-            self._session.close()
-
-
-class _FilmWriter:
-    """The file of a video, samples side by side, and its contact sheet, which appear when the stack ends well."""
-
-    def __init__(self, flags: argparse.Namespace, film: Film, preview: OutputFile | None, stack: ExitStack) -> None:
-        self.flags, self.film, self.preview = flags, film, preview
-        self._writer = stack.enter_context(Mp4Writer(film.target, fps=flags.fps))
-        self._picks = set(torch.linspace(0, film.num_frames - 1, min(PREVIEW_COLUMNS, film.num_frames)).round().long().tolist())
-        self._small: list[Tensor] = []
-        self._written = 0
-
-    def append(self, frames: Tensor) -> None:
-        """Pixels [B, 3, f, H, W] in [-1, 1]."""
-        self._writer.append(torch.cat(list(frames), dim=-1))
-        for i in range(frames.shape[2]):
-            if self.preview is not None and self._written + i in self._picks:
-                height = min(PREVIEW_HEIGHT, frames.shape[3])
-                width = max(1, round(frames.shape[4] * height / frames.shape[3]))
-                self._small.append(torch.nn.functional.interpolate(frames[:, :, i].float(), size=(height, width), mode="area").cpu())
-        self._written += frames.shape[2]
-        if self.preview is not None and self._written == self.film.num_frames:
-            prompt = self.film.timeline.prompts[0][:120].encode("ascii", "replace").decode()  # the built-in font may have no other letters
-            labels = [f"seed {self.flags.seed}, sample {i}: {prompt}" for i in range(frames.shape[0])]
-            contact_sheet(self.preview, torch.stack(self._small, dim=2), labels=labels, columns=PREVIEW_COLUMNS, scale=1)
 
 
 def _timelines(flags: argparse.Namespace) -> tuple[Timeline, ...]:

@@ -31,9 +31,12 @@ class StepLines:
 
     def __call__(self, step: Step, total: int) -> None:
         """See `rcm.pipelines.wan_pipeline.OnStep`."""
-        done = step.index + 1
-        self._spent = [*self._spent[: step.index], step.seconds]
-        told = f"step {done}/{total}: t {step.t:.4f}, {step.expert}, {step.seconds:.3f} s"
+        told = f"step {step.index + 1}/{total}: t {step.t:.4f}, {step.expert}, {step.seconds:.3f} s"
+        self.show(told, done=step.index + 1, total=total, seconds=step.seconds)
+
+    def show(self, told: str, *, done: int, total: int, seconds: float) -> None:
+        """`told`, of unit `done` of `total`, which took `seconds`."""
+        self._spent = [*self._spent[: done - 1], seconds]
         if not self.out.isatty():
             self.out.write(f"{told}\n")
         else:
@@ -81,6 +84,12 @@ class Progress:
         """A step is done."""
         with self._lock:
             self._lines(step, total)
+            self._since = self._told = time.monotonic()
+
+    def chunk(self, done: int, total: int, *, seconds: float) -> None:
+        """A chunk of a video is done."""
+        with self._lock:
+            self._lines.show(f"chunk {done}/{total}: {seconds:.3f} s", done=done, total=total, seconds=seconds)
             self._since = self._told = time.monotonic()
 
     def _watch(self) -> None:
