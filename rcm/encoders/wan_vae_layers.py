@@ -83,6 +83,8 @@ class Conv(nn.Module):
 
     def pointwise(self, x: Tensor, *, with_bias: bool = True) -> Tensor:
         """A convolution of one tap as a product over channels of [..., C]."""
+        if x.is_meta:  # a plan of kernels to compile: torch would import its decompositions, two seconds of a cold start
+            return x.new_empty(*x.shape[:-1], self.weight.shape[0])
         return F.linear(x, self.weight.flatten(1), self.bias if with_bias else None)
 
 
@@ -138,7 +140,9 @@ class AttentionBlock(nn.Module):
         b, t, h, w, c = seen.padded.shape
         qkv = self.to_qkv.pointwise(seen.padded).view(b * t, 1, h * w, 3, c)
         q, k, v = qkv.unbind(dim=3)
-        out = F.scaled_dot_product_attention(q, k, v).reshape(b, t, h, w, c)
+        # on meta as in `pointwise`
+        attended = q.new_empty(q.shape) if q.is_meta else F.scaled_dot_product_attention(q, k, v)
+        out = attended.reshape(b, t, h, w, c)
         return Features(self.proj.pointwise(out, with_bias=False), self.proj.bias, seen.kept)
 
 

@@ -111,6 +111,8 @@ def fold_nearest(weight: Tensor) -> Tensor:
     axis two always meet the same small pixel, so they are added; arithmetic falls to 4/9. Sums in float32 or wider, one rounding.
     """
     n, c = weight.shape[:2]
+    if weight.is_meta:  # shapes are enough, and torch's Python code for meta tensors takes seconds to import
+        return weight.new_empty(4 * n, c, 1, 2, 2)
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     folded = wide.new_zeros(2, 2, n, c, 2, 2)
     for y_parity in (0, 1):
@@ -158,7 +160,7 @@ def _columns(padded: Tensor, kernel: PackedKernel) -> Tensor:
     parts = launch_convolution(padded, inner, out_dtype=torch.float32)
     width = parts.shape[3] - kx + 1
     total = parts[..., :width, :n].contiguous()
-    for tap in range(1, kx):
+    for tap in () if parts.is_meta else range(1, kx):  # meta: as in `fold_nearest`
         total += parts[..., tap : tap + width, tap * n : (tap + 1) * n]
     return total
 

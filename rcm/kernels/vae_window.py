@@ -113,6 +113,8 @@ def eager_window(
 def _sum(features: Features) -> Tensor:
     value = features.value.to(torch.promote_types(features.value.dtype, torch.float32))
     b, t, h, w, c = features.shape
+    if value.is_meta:  # a plan of kernels to compile: as in `vae_conv.fold_nearest`
+        return value.new_empty(b, t, h, w, c)
     if features.layout == "frame_pairs":
         value = value if features.bias is None else value + features.bias
         value = value.unflatten(-1, (2, c)).movedim(4, 2).reshape(b, t, h, w, c)
