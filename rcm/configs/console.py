@@ -28,7 +28,8 @@ def told(folder: Path, *, rank: int = 0, world_size: int = 1) -> Iterator[None]:
 
     mine = [logger.add(lambda line: sys.stderr.write(line), level="WARNING" if rank else "INFO", format=short)]
     if rank == 0:
-        mine.append(logger.add(folder / LOG_FILE, level="DEBUG", format=FULL, mode="a"))
+        path = str(folder / LOG_FILE).replace("{", "{{").replace("}", "}}")  # loguru fills in braces of a name
+        mine.append(logger.add(path, level="DEBUG", format=FULL, mode="a"))
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ def word(name: str, refusal: str, *words: str, experiment: str = TF, kind: str =
     """A launch with these words."""
 
     def argv(folder: Path) -> list[str]:
-        return [experiment, "data=fake", f"job.output_root={folder}/outputs", *words]
+        return [experiment, f"job.output_root={folder}/outputs", *words]
 
     def left_nothing(folder: Path) -> None:
         assert not (folder / "outputs").exists()
