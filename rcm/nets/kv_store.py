@@ -229,6 +229,8 @@ class CodedStore:
         """Forget everything."""
         for held in (*self._blobs, *self._hot):
             held.clear()
+        if hasattr(self.codec, "reset"):  # warm starts of the last video
+            self.codec.reset()
         if hasattr(self.codec, "reset"):
             self.codec.reset()
         if free_buffers:
