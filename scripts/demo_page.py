@@ -200,7 +200,7 @@ def _videos(demo: Demo, stages: Sequence[Stage], record: Mapping) -> list[dict[s
 
 
 def _long_videos(demo: Demo, stages: Sequence[Stage], record: Mapping) -> list[dict[str, Any]]:
-    prompts = [demo.prompts[i] for i in picks(len(demo.prompts))[:SMALL]]
+    prompts = [demo.long_prompts[i] for i in picks(len(demo.long_prompts))[:SMALL]]
     return [
         {
             "title": stage.name,

@@ -55,6 +55,11 @@ class Demo:
         self.prompts = (self.world.prompts() * 8)[:num_videos]
         self._stop, self._running, self._iterations = threading.Event(), set[subprocess.Popen](), dict[str, int]()
 
+    @property
+    def long_prompts(self) -> list[str]:
+        """Prompts of the long streams: half of them."""
+        return self.prompts[: max(8, len(self.prompts) // 2)]
+
     def run(self, name: str) -> Path:
         """Job folder of a stage."""
         return self.folder / "runs" / name
@@ -178,7 +183,7 @@ class Demo:
 
     def _drift(self, stage: Stage, model: LoadedModel) -> dict[str, float]:
         """Adherence per window of a stream four times as long as the training videos, 2 steps per later chunk."""
-        prompts = self.prompts[: max(8, len(self.prompts) // 2)]
+        prompts = self.long_prompts
         video, _ = model.generate(prompts, recipe=model.trained_recipe.with_steps(4, 2), num_frames=LONG_FRAMES, seed=LONG_SEED)
         report = self.scorer.drift(video.clamp(-1, 1), prompts)
         keep_drift(self.folder, stage, video, prompts)
