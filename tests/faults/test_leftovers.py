@@ -105,7 +105,7 @@ def lock_says(text: bytes) -> Fault:
     def gone(folder: Path) -> None:
         assert not (folder / "job" / NAME).exists() and everything(folder / "job")
 
-    told = repr(text[:30]).replace(str(os.getpid()), "own")  # every worker must give a case the same name
+    told = repr(text.replace(str(os.getpid()).encode(), b"own")[:30])  # every worker must give a case the same name
     return Fault(f"left lock {told}", kind="locks", refusal=None, main=cli.main, argv=argv, after=gone)
 
 
