@@ -146,6 +146,10 @@ class DecodeStream:
         """See `LatentStream`."""
         return 0 if self._state is None else self._state.num_bytes()
 
+    def bytes_for(self, *, batch: int, cells: tuple[int, int]) -> int:
+        """What `num_bytes` will be for such a video: every slot grows with the number of cells."""
+        return self._vae.decoder_state(batch=1, cells=(1, 1)).num_bytes() * batch * cells[0] * cells[1]
+
     def _prepared(self, latents: Tensor) -> Tensor:
         """Channels-last latents of the network: statistics in float32 or wider, one cast."""
         moved = latents.to(self._vae.device).permute(0, 2, 3, 4, 1)
@@ -220,6 +224,11 @@ class TiledDecodeStream:
     def num_bytes(self) -> int:
         """See `LatentStream`."""
         return sum(stream.num_bytes() for _, stream in self._tiles)
+
+    def bytes_for(self, *, batch: int, cells: tuple[int, int]) -> int:
+        """As `DecodeStream.bytes_for`, over all tiles."""
+        stream = DecodeStream(self._vae, self._statistics)
+        return sum(stream.bytes_for(batch=batch, cells=t.cells) for t in plan_tiles(cells, tile=self._tile, scale=SPATIAL_STRIDE))
 
     def _open(self, cells: tuple[int, int]) -> None:
         self._cells = cells

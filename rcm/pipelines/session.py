@@ -24,6 +24,7 @@ from rcm.pipelines.stream_spec import Receipt, StreamedChunk, StreamSpec, Switch
 from rcm.rollout.autoregressive import Canvas, ChunkLoop, ChunkResult
 from rcm.rollout.noise import ChunkNoise, Noise, VideoNoise
 from rcm.rollout.plan import ChunkPlan
+from rcm.rollout.recipe import SamplingRecipe
 
 
 class StreamCancelled(RuntimeError):
@@ -144,10 +145,26 @@ class Session:
         self._wanted.append((cond, mode, receipt))
         return receipt
 
+    def set_recipe(self, recipe: SamplingRecipe) -> int:
+        """Take other steps, or another context rule, from the next block on, and return that block. `ConfigError` for another pattern, kind
+        or guidance, which need a session of their own, and where the noise of all steps was drawn up front.
+        """
+        self._require_open()
+        for name in ("pattern", "kind", "guidance"):
+            mine, new = getattr(self.spec.recipe, name), getattr(recipe, name)
+            if mine != new:
+                raise ConfigError(f"a stream under way keeps its {name}={mine!r}, the new recipe has {new!r}; open another session")
+        if self.spec.noise == "video":
+            raise ConfigError("noise='video' was drawn for the steps of the first recipe; open the session with noise='chunk'")
+        recipe.plan(max(self._block, self._given), prefix_blocks=self._given)  # raises for times that do not decrease
+        self.spec = replace(self.spec, recipe=recipe)
+        return self._block
+
     def snapshot(self) -> dict[str, Any]:
         """Everything from which the stream goes on, as copies; for `restore` of this session or of one opened alike."""
         self._require_open()
         return {
+            "recipe": self.spec.recipe,
             "block": self._block,
             "pending": self._pending,
             "cond": self._cond,
@@ -164,6 +181,7 @@ class Session:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `snapshot`: the following chunks are those that followed it, bit by bit."""
         self._require_open()
+        self.spec = replace(self.spec, recipe=state["recipe"])
         self._block, self._pending, self._cond = state["block"], state["pending"], state["cond"]
         self._wanted = deque((cond, mode, Receipt()) for cond, mode in state["wanted"])
         self._history, self._ahead, self._pieces = dict(state["history"]), state["ahead"], deque(state["pieces"])
