@@ -102,7 +102,7 @@ def processor() -> str:
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, StopIteration, subprocess.CalledProcessError):
-        pass
+        pass  # then the name that Python knows
     return platform.processor() or platform.machine()
 
 
