@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from torch import Tensor
@@ -108,3 +109,31 @@ def _put(cache: KVCache, layer: int, chunks: Sequence[CachedChunk], pair: Pair) 
             store.put(layer, chunk.id, part, hot=False)
         else:
             store.write(layer, chunk.spans, part)
+
+
+def lift(cache: KVCache, hidden: Sequence[int], *, room: int) -> None:
+    """Move the chunks `hidden` of a plain cache above the others and above `room` slots for the tokens of the next chunk, so that what it
+    sees and its own tokens lie in one run from the first slot on, which is read without a copy. Nothing changes but where tokens lie.
+    """
+    store = cache.store
+    if isinstance(store, CodedStore):
+        return
+    away = [chunk for chunk in cache.chunks if chunk.id in set(hidden)]
+    if not away:
+        return
+    ceiling = min(cache.num_tokens + room, cache.capacity_tokens)
+    edge = ceiling - sum(chunk.num_tokens for chunk in away)
+    rising = [chunk for chunk in away if any(start < edge or stop > ceiling for start, stop in chunk.spans)]
+    sinking = [chunk for chunk in cache.chunks if chunk not in away and any(stop > edge for _, stop in chunk.spans)]
+    if not rising and not sinking:
+        return
+    moving, moved = [*rising, *sinking], {}
+    used = [span for chunk in cache.chunks if chunk not in moving for span in chunk.spans]
+    for chunk in moving:
+        low = [(0, edge)] if chunk in rising else []
+        spans = take(free_spans([*used, *low], below=ceiling), chunk.num_tokens)
+        used += spans
+        moved[chunk.id] = replace(chunk, spans=spans)
+    store.move([span for chunk in moving for span in chunk.spans], [span for chunk in moving for span in moved[chunk.id].spans])
+    cache.chunks = tuple(moved.get(chunk.id, chunk) for chunk in cache.chunks)
+    cache.epoch += 1

@@ -358,3 +358,21 @@ def test_ranks_with_other_heads_choose_alike(policy):
         parts = list(pool.map(lambda heads: list(run(heads, meeting)), (slice(0, 2), slice(2, 4))))
     for one, left, right in zip(run(slice(0, 4), None), *parts, strict=True):
         assert torch.equal(one[0], torch.cat([left[0], right[0]], dim=2)) and one[1] == left[1] == right[1]
+
+
+@pytest.mark.parametrize("pattern", ["c1-1", "c3-2"])
+@pytest.mark.parametrize("name", SMALL)
+def test_what_a_chunk_sees_lies_in_one_run(denoiser, name, pattern):
+    """Once the cache is full, every pass reads its keys as one view of the buffers, which captured passes need."""
+    policy = replace(SMALL[name], horizon=24) if name == "paper" else SMALL[name]
+    session = Session(
+        denoiser, None, condition(tiny_config()), StreamSpec(replace(RECIPE, pattern=pattern), LATENT, batch=2, policy=policy)
+    )
+    views = []
+    cache = session.loop.cache
+    make = cache.readonly
+    cache.readonly = lambda *args, **options: views.append(make(*args, **options)) or views[-1]
+    latents(session, 8)
+    views.clear()
+    latents(session, 8)
+    assert len(views) == 16 and all(view.is_one_run for view in views)

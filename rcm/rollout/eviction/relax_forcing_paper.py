@@ -12,11 +12,12 @@ from torch import Tensor
 from rcm.core.errors import ConfigError
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.kv_cache import KVCache
+from rcm.nets.kv_rewrite import lift
 from rcm.nets.kv_store import pieces_of
 from rcm.nets.kv_view import CachedChunk
 from rcm.rollout.eviction.base import CachePolicy, ChunkSpan, Placement
 from rcm.rollout.eviction.compressed import Reduce
-from rcm.rollout.eviction.frames import num_frames, place_in_a_row
+from rcm.rollout.eviction.frames import frame_tokens, num_frames, place_in_a_row
 from rcm.rollout.eviction.relax_forcing import cosines
 
 
@@ -85,6 +86,8 @@ class RelaxForcingPaper(CachePolicy):
             limit = max(room, min(limit - num_frames(entry), now - distance[entry.id]))
             place_in_a_row(branches, [entry], first=limit)
         self._hidden = tuple(entry.id for entry in held if entry not in seen)
+        for cache in branches if held else ():
+            lift(cache, self._hidden, room=(chunk.stop - chunk.start) * frame_tokens(cache))
         return Placement(tuple(entry.id for entry in seen), tuple(range(now, now + own)))
 
     def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 from rcm.core.errors import ConfigError
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.kv_cache import KVCache
+from rcm.nets.kv_rewrite import lift
 from rcm.rollout.eviction.base import CachePolicy, ChunkSpan, Placement
-from rcm.rollout.eviction.frames import num_frames
+from rcm.rollout.eviction.frames import frame_tokens, num_frames
 
 
 @dataclass
@@ -63,9 +64,10 @@ class RollingSink(CachePolicy):
         for entry in recent:
             placed[entry.id] = tuple(range(at, at + num_frames(entry)))
             at += num_frames(entry)
+        self._hidden = tuple(i for i in ids if i not in placed)
         for cache in branches:
             cache.place(placed)
-        self._hidden = tuple(i for i in ids if i not in placed)
+            lift(cache, self._hidden, room=(chunk.stop - chunk.start) * frame_tokens(cache))
         return Placement(tuple(placed), own)
 
     def rolled(self, phase: int) -> tuple[list[int], bool]:
