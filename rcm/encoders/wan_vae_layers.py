@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rcm.encoders.wan_vae_state import Slot, StreamState
-from rcm.kernels.vae_conv import Form, PackedKernel, best_form, convolve, fold_nearest, pack
-from rcm.kernels.vae_window import Features, window
+from rcm.kernels.vae_conv import convolve
+from rcm.kernels.vae_conv_pack import Form, PackedKernel, best_form, fold_nearest, pack
+from rcm.kernels.vae_window import window
+from rcm.kernels.vae_window_eager import Features
 
 Resampling = Literal["down2d", "down3d", "up2d", "up3d"]
 EDGE = (1, 1)

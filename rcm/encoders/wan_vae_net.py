@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from rcm.encoders.wan_vae_layers import EDGE, AttentionBlock, Conv, Resample, Resampling, ResidualBlock, RMSNorm, number_slots
 from rcm.encoders.wan_vae_state import StreamState
-from rcm.kernels.vae_conv import Form
-from rcm.kernels.vae_window import Features, window
+from rcm.kernels.vae_conv_pack import Form
+from rcm.kernels.vae_window import window
+from rcm.kernels.vae_window_eager import Features
 
 LATENT_CHANNELS = 16
 SPATIAL_STRIDE = 8

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rcm.kernels.precompile import launch
-from rcm.kernels.vae_conv import PackedKernel, row_multiple
+from rcm.kernels.vae_conv_pack import PackedKernel, row_multiple
 
 FEW_PROGRAMS = 132
 

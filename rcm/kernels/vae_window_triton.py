@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from rcm.kernels.precompile import launch
-from rcm.kernels.vae_window import NORM_FLOOR, Features, Norm, Window
+from rcm.kernels.vae_window_eager import NORM_FLOOR, Features, Norm, Window
 
 _LAYOUTS = {"plain": 0, "frame_pairs": 1, "pixel_quads": 2}
 _NORMS = {"none": 0, "rms": 1, "rms_silu": 2}

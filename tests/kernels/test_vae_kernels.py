@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rcm.kernels.vae_conv import best_form, convolve, fold_nearest, pack
-from rcm.kernels.vae_window import Features, window
+from rcm.kernels.vae_conv import convolve
+from rcm.kernels.vae_conv_pack import best_form, fold_nearest, pack
+from rcm.kernels.vae_window import window
+from rcm.kernels.vae_window_eager import Features
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,10 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from rcm.kernels.vae_conv import _columns, convolve, fold_nearest, pack
+from rcm.kernels.vae_conv import _columns, convolve
+from rcm.kernels.vae_conv_pack import fold_nearest, pack
 from rcm.kernels.vae_conv_tma import ConvTiles, launch_convolution
-from rcm.kernels.vae_window import Features, eager_window
+from rcm.kernels.vae_window_eager import Features, eager_window
 from rcm.kernels.vae_window_triton import launch_window
 
 CONVOLUTIONS = {

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 from torch import Tensor
 
 from rcm.kernels.flash_jvp.forward import portable_forward
-from rcm.kernels.flash_jvp.schedule import make_plan
+from rcm.kernels.flash_jvp.schedule import Tiles, make_plan
 from rcm.kernels.flash_jvp.validation import Problem
 
-LOG2_E = 1.4426950408889634
 MIN_HEAD, MAX_HEAD = 16, 256
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How one launch is cut: query rows and keys per tile, warps, pipeline depth. Never a function of the sequence length."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
 
 _SMALL_TILES = (Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1), Tiles(16, 16, 4, 1))
 """Tried in this order on cards whose shared memory is too small for the preferred tiles."""
@@ -128,16 +114,6 @@ def _interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def flags(problem: Problem) -> int:
-    """A bit per tangent that exists: 1 for q, 2 for k, 4 for v."""
-    return sum(1 << bit for bit, t in enumerate((problem.q_dot, problem.k_dot, problem.v_dot)) if t is not None)
-
-
-def effective_tangent_start(problem: Problem) -> int:
-    """Where tangent tiles begin: 0 if no key has a tangent, since the flags then already leave the work out."""
-    return problem.tangent_start if problem.k_dot is not None or problem.v_dot is not None else 0
-
-
 def _launch_portable(problem: Problem, o: Tensor, o_dot: Tensor | None, lse: Tensor, *, tiles: Tiles | None) -> None:
     q, k, v = problem.q, problem.k, problem.v
     d_qk, d_v = q.shape[3], v.shape[3]
@@ -145,9 +121,9 @@ def _launch_portable(problem: Problem, o: Tensor, o_dot: Tensor | None, lse: Ten
     if tiles is None:
         shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin if q.is_cuda else 1 << 17
         tiles = portable_tiles(
-            d_qk=block_qk, d_v=block_v, element_size=q.element_size(), num_tangents=flags(problem).bit_count(), shared_bytes=shared
+            d_qk=block_qk, d_v=block_v, element_size=q.element_size(), num_tangents=problem.flags.bit_count(), shared_bytes=shared
         )
-    start = effective_tangent_start(problem)
+    start = problem.first_tangent_key
     plan = make_plan(problem.mask, block_m=tiles.block_m, block_n=tiles.block_n, tangent_start=start, device=q.device)
 
     def described(x: Tensor | None, stand_in: Tensor) -> tuple:
@@ -172,9 +148,9 @@ def _launch_portable(problem: Problem, o: Tensor, o_dot: Tensor | None, lse: Ten
         q.shape[1],
         k.shape[1],
         start,
-        problem.scale * LOG2_E,
+        problem.scale_base2,
         problem.scale,
-        FLAGS=flags(problem),
+        FLAGS=problem.flags,
         CLASSES=plan.classes,
         EDGE=plan.edge_mode,
         BLOCK_M=tiles.block_m,

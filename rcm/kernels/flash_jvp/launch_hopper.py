@@ -6,9 +6,8 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from rcm.kernels.flash_jvp import launch
 from rcm.kernels.flash_jvp.hopper import hopper_forward
-from rcm.kernels.flash_jvp.schedule import make_plan
+from rcm.kernels.flash_jvp.schedule import Tiles, make_plan
 from rcm.kernels.flash_jvp.validation import Problem
 
 SHARED_BYTES = 225 * 1024
@@ -18,20 +17,20 @@ REGISTERS = 168
 ROWS = 64
 
 
-def hopper_tiles(*, d_qk: int, d_v: int, flags: int) -> launch.Tiles:
+def hopper_tiles(*, d_qk: int, d_v: int, flags: int) -> Tiles:
     """Tile sizes: 128 query rows; keys as many as the registers of two accumulators allow; as many ring slots as fit, at most four."""
     block_n = 128 if not flags or max(d_qk, d_v) == 64 else 64
     q_bytes = 2 * 2 * ROWS * d_qk * (1 + (flags & 1))
     slot_bytes = 2 * block_n * (d_qk * (1 + (flags >> 1 & 1)) + d_v * (1 + (flags >> 2 & 1)))
-    return launch.Tiles(2 * ROWS, block_n, 4, min(4, (SHARED_BYTES - q_bytes) // slot_bytes))
+    return Tiles(2 * ROWS, block_n, 4, min(4, (SHARED_BYTES - q_bytes) // slot_bytes))
 
 
-def launch_hopper(problem: Problem, o: Tensor, o_dot: Tensor | None, lse: Tensor, *, tiles: launch.Tiles | None = None) -> None:
+def launch_hopper(problem: Problem, o: Tensor, o_dot: Tensor | None, lse: Tensor, *, tiles: Tiles | None = None) -> None:
     """Run the kernel on a problem for which `launch.hopper_obstacle` is None; writes into the three outputs."""
     q, k, v = problem.q, problem.k, problem.v
-    d_qk, d_v, flags = q.shape[3], v.shape[3], launch.flags(problem)
-    tiles = tiles or hopper_tiles(d_qk=d_qk, d_v=d_v, flags=flags)
-    start = launch.effective_tangent_start(problem)
+    d_qk, d_v = q.shape[3], v.shape[3]
+    tiles = tiles or hopper_tiles(d_qk=d_qk, d_v=d_v, flags=problem.flags)
+    start = problem.first_tangent_key
     plan = make_plan(problem.mask, block_m=tiles.block_m, block_n=tiles.block_n, tangent_start=start, device=q.device)
 
     def described(x: Tensor | None, stand_in: Tensor, rows: int) -> TensorDescriptor:
@@ -60,9 +59,9 @@ def launch_hopper(problem: Problem, o: Tensor, o_dot: Tensor | None, lse: Tensor
         o.stride(0),
         o.stride(1),
         o.stride(2),
-        problem.scale * launch.LOG2_E,
+        problem.scale_base2,
         problem.scale,
-        FLAGS=flags,
+        FLAGS=problem.flags,
         CLASSES=plan.classes,
         EDGE=plan.edge_mode,
         BLOCK_N=tiles.block_n,

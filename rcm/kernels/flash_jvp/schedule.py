@@ -20,6 +20,16 @@ KIND_COST = (4, 6, 6.5)
 """Relative cost of a key tile: its matrix products, and the predicate at a boundary."""
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """How one launch is cut: query rows and keys per tile, warps, pipeline depth. Never a function of the sequence length."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
 class Piece(NamedTuple):
     """`count` key tiles from `start`; only keys below `stop` exist for a boundary piece."""
 

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from rcm.kernels.masks import Full, MaskSpec
 
+LOG2_E = 1.4426950408889634
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -33,7 +34,22 @@ class Problem:
     @property
     def has_tangent(self) -> bool:
         """Whether any input has a tangent; without one there is no output tangent either."""
-        return any(t is not None for t in (self.q_dot, self.k_dot, self.v_dot))
+        return self.flags != 0
+
+    @property
+    def flags(self) -> int:
+        """A bit per tangent that exists: 1 for q, 2 for k, 4 for v."""
+        return sum(1 << bit for bit, t in enumerate((self.q_dot, self.k_dot, self.v_dot)) if t is not None)
+
+    @property
+    def first_tangent_key(self) -> int:
+        """Where tangent tiles begin: 0 if no key has a tangent, since the flags then already leave the work out."""
+        return self.tangent_start if self.flags & 6 else 0
+
+    @property
+    def scale_base2(self) -> float:
+        """The scale of scores that are exponents of 2, as the kernels take exponentials."""
+        return self.scale * LOG2_E
 
 
 def check_problem(
