@@ -90,7 +90,10 @@ def parse_timeline(text: str) -> Timeline:
     parts = text.split("|")
     if len(parts) > 1 and not any(_DURATION.search(part) or _ATTEMPT.search(part) for part in parts):
         return Timeline((Segment(text.strip()),))
-    return Timeline(tuple(_segment(part, where=f"segment {i}", several=len(parts) > 1) for i, part in enumerate(parts, 1)))
+    found = Timeline(tuple(_segment(part, where=f"segment {i}", several=len(parts) > 1) for i, part in enumerate(parts, 1)))
+    if len(parts) > 1 and not found.is_timed:
+        raise ConfigError("no segment of the timeline lasts longer than 0 s; write seconds, such as [5s]")
+    return found
 
 
 def read_timeline(path: str | Path) -> Timeline:

@@ -48,6 +48,8 @@ def test_what_is_read(text):
         ("a[#] | b[2]", "[#] in segment 1"),
         ("a[2s] |  [3s]", "segment 2 of the timeline has no prompt"),
         ("a[2s] | ", "segment 2 of the timeline has no prompt"),
+        ("a[0s] | b[0]", "no segment of the timeline lasts longer than 0 s"),
+        ("a[100000s] | b", "a duration in segment 1 is more than a day"),
     ],
 )
 def test_what_is_refused(text, sentence):
