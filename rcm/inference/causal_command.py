@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -86,8 +86,7 @@ def run(flags: argparse.Namespace, job: CausalJob, *, clock: PartClock) -> None:
     timings = []
     for film, spec, sheet in zip(films, specs, sheets, strict=True):
         with Progress(sys.stdout) if leads() else nullcontext() as progress:
-            if progress is not None:
-                clock.watch = progress.part
+            clock.watch = _watching(progress)
             timings.append(maker.make(film, spec, preview=sheet, progress=progress))
         if leads():
             print("\n".join([*timing_lines(timings[-1], clock), f"wrote {film.target.given}"]), flush=True)
@@ -127,10 +126,7 @@ class Maker:
                     del reel
                     models.experts[0].network.rest(models.memory.network)
                 if timed and leads() and not flags.streaming_vae:
-                    stream = models.codec.use().stream()
-                    for chunk in latents:
-                        self._decode(stream, chunk, marks, writer)
-                    del stream
+                    self._decode_all(latents, marks, writer, progress)
             if timed:
                 timing.runs.append(marks.run(streaming=flags.streaming_vae))
         models.codec.rest(models.memory.codec)
@@ -158,6 +154,14 @@ class Maker:
             marks.mark("end")
         return marks, latents
 
+    def _decode_all(self, latents: list[Tensor], marks: Marks, writer: FilmWriter | None, progress: Progress | None) -> None:
+        stream = self.models.codec.use().stream()
+        with self.models.clock.part("decode"):
+            if progress is not None:
+                progress.part("decode")
+            for chunk in latents:
+                self._decode(stream, chunk, marks, writer)
+
     def _decode(self, stream: LatentStream, latents: Tensor, marks: Marks, writer: FilmWriter | None) -> None:
         with self.models.clock.part("decode"), marks.decoding():
             frames = stream.decode_chunk(latents)
@@ -176,6 +180,16 @@ class Maker:
         del codec
         self.models.codec.rest(self.models.memory.codec)
         return latents
+
+
+def _watching(progress: Progress | None) -> Callable[[str | None], None]:
+    """What follows the parts of a clock; decoding and writing take turns chunk by chunk, too often to be told each time."""
+
+    def watch(name: str | None) -> None:
+        if progress is not None and name not in ("decode", "write"):
+            progress.part(name)
+
+    return watch
 
 
 def _timelines(flags: argparse.Namespace) -> tuple[Timeline, ...]:

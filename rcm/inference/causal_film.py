@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -60,15 +59,17 @@ class Reel:
             self._session.restart(first, seed=flags.seed, prefix=self.given)
         marks.mark("ready")
         options = {"mode": flags.prompt_switch, "blend": flags.prompt_blend, "prepare": self._prepared}
-        total, since = self.spec.recipe.blocks.num_blocks(self.film.latent_frames), time.perf_counter()
         for chunk in play(self._session, self.film.timeline, condition, **options):
             self._session.settle()
             marks.chunk()
-            if self.progress is not None:
-                now = time.perf_counter()
-                self.progress.chunk(chunk.block + 1, total, seconds=now - since)
-                since = now
+            self._tell(marks, number=chunk.block - 1)  # one chunk late, so that the device always has work
             yield chunk.latents
+        self._tell(marks, number=len(marks.chunks) - 1)
+
+    def _tell(self, marks: Marks, *, number: int) -> None:
+        if self.progress is not None and number >= 0:
+            seconds = marks.watch.ms(marks.chunks[number - 1] if number else marks.points["ready"], marks.chunks[number]) / 1000
+            self.progress.chunk(number + 1, self.spec.recipe.blocks.num_blocks(self.film.latent_frames), seconds=seconds)
 
     def _prepared(self, cond: Condition) -> Condition:
         return self.denoiser.prepare(cond).expand(self.spec.batch)
