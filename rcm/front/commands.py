@@ -37,7 +37,7 @@ SAMPLE = {
     "causal": Command(
         does="text (or a first image) to video, chunk by chunk, with a causal Wan network",
         module="rcm.inference.wan2pt1_t2v_causal_infer",
-        examples=('rcm sample causal --distilled --num_steps 4 --chunk_t 3 --dit_path FILE --prompt "a cat"',),
+        examples=('rcm sample causal --distilled --num_steps 4 --first_chunk_t 3 --chunk_t 3 --dit_path FILE --prompt "a cat"',),
     ),
     "causal-long": Command(
         does="the same for videos longer than those trained on, at bounded memory",
@@ -111,6 +111,11 @@ BENCH = {
     "stream": Command(does="streams at full size: latencies, gaps, memory, idle share", module="scripts.bench_stream"),
     "kv-codec": Command(does="the codec of cached keys and values", module="scripts.bench_kv_codec"),
     "cheaper": Command(does="cheaper arithmetic and a quicker start on one card", module="scripts.bench_cheaper"),
+    "drift": Command(
+        does="how long videos drift: curves per window, several videos side by side on one page",
+        module="scripts.drift_report",
+        examples=("rcm bench drift sliding_window=a.mp4 rolling_sink=b.mp4 --out outputs/drift",),
+    ),
     "metrics": Command(does="harm clips in known ways, and see whether the offline metrics notice", module="scripts.judge_metrics"),
     "vae": Command(does="Wan's VAE, whole and streamed", module="scripts.bench_vae"),
     "stream-ranks": Command(does="one stream over several cards (start it with torchrun -m rcm)", module="scripts.bench_stream_ranks"),
