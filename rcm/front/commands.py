@@ -133,6 +133,11 @@ GROUPS: dict[str, dict[str, Command]] = {
                 'rcm stream --ckpt outputs/demo/runs/sf_dmd_c3-3 --prompt "a red square moving left" --steps_per_chunk 4 1',
             ),
         ),
+        "serve": Command(
+            does="stream in a browser: type a prompt, watch it take effect",
+            module="rcm.serve.command",
+            examples=("rcm serve", "rcm serve --ckpt outputs/demo/runs/sf_dmd_c3-3 --max_sessions 2", "rcm serve --port 9000"),
+        ),
         "demo": Command(
             does="train every stage on the embedded world, stream, score, and show it on a page",
             module="scripts.demo",

@@ -1,0 +1,82 @@
+"""uvicorn over the application, on a socket of our own, with an end that tells everyone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+
+import uvicorn
+
+from rcm.core.errors import ConfigError
+from rcm.serve.access import Access
+from rcm.serve.app import make_app
+from rcm.serve.hub import Hub
+
+SEND_BUFFER = 256 * 1024
+"""Bytes that the kernel holds for a client. What waits there can no longer be dropped, so it is the delay of a slow reader."""
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that leaves signals to us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing to capture."""
+        yield
+
+
+def listen(host: str, port: int, *, send_s: float, send_buffer: int = SEND_BUFFER) -> socket.socket:
+    """A listening socket whose connections hold little and are dropped when they take nothing; `ConfigError` where it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2e3 * send_s))
+    try:
+        listener.bind((host, port))
+        listener.listen(256)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port or --host") from error
+    return listener
+
+
+async def serve(hub: Hub, access: Access, listener: socket.socket, *, ready: threading.Event | None = None) -> int:
+    """Serve until SIGINT, SIGTERM (in the main thread) or `Server.should_exit`; returns how many sessions were closed at the end."""
+    config = uvicorn.Config(
+        make_app(hub, access),
+        ws_max_size=hub.limits.message_bytes,
+        ws_per_message_deflate=False,  # pictures are compressed already
+        ws_ping_interval=20,
+        ws_ping_timeout=20,
+        limit_concurrency=None,
+        timeout_graceful_shutdown=3,
+        access_log=False,
+        log_level="critical",
+        lifespan="off",
+    )
+    server = Server(config)
+    server.config.load()
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    hub.request_stop = lambda: loop.call_soon_threadsafe(stop.set)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+    await hub.start()
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    if ready is not None:
+        ready.set()
+    waiting = asyncio.create_task(stop.wait())
+    await asyncio.wait((waiting, serving), return_when=asyncio.FIRST_COMPLETED)
+    closed = await hub.stop()
+    server.should_exit = True
+    await serving
+    waiting.cancel()
+    return closed
