@@ -6,10 +6,8 @@ Shape legend: B images, H W their pixel size, N tokens (one for the class, one p
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +15,10 @@ import torch
 
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.encoders.lazy_module import LazyModule
+from rcm.encoders.published import PublishedShape, PublishedWeights, Row, checked, count_blocks, fill, repeated
 from rcm.encoders.text_extra import text_extra
-from rcm.storage.state_dicts import check_keys, listed, shapes_of
-from rcm.storage.weight_files import WeightFile, open_container
+from rcm.storage.state_dicts import listed
+from rcm.storage.weight_files import open_container
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel
@@ -36,13 +35,12 @@ NORM_EPS = 1e-5
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _OTHER_HALF = ("textual.", "log_scale")
-_UNUSED = "head"  # projects the class token into the space shared with text
-_LAYER_KEY = re.compile(r"transformer\.(\d+)\.(.+)")
+_BLOCK = "transformer.{}."
 
 
 @dataclass(frozen=True)
-class CLIPShape:
-    """Sizes of the vision half; the defaults are ViT-H/14's at 224 pixels, with the projection that Wan does not use."""
+class CLIPShape(PublishedShape):
+    """Sizes of the vision half, whose names begin with `visual.` in the file; the defaults are ViT-H/14's at 224 pixels."""
 
     dim: int = 1280
     mlp_dim: int = 5120
@@ -57,49 +55,44 @@ class CLIPShape:
         """Pixels along each side of the input."""
         return self.grid * self.patch
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor, by its original name without `visual.`."""
+    def rows(self) -> list[Row]:
+        """Every tensor; Wan does not use the last, which projects the class token into the space shared with text."""
         dim, wide = self.dim, self.mlp_dim
-        norms = {f"{norm}.{part}": (dim,) for norm in ("pre_norm", "post_norm") for part in ("weight", "bias")}
-        layer = {
-            **{f"{norm}.{part}": (dim,) for norm in ("norm1", "norm2") for part in ("weight", "bias")},
-            "attn.to_qkv.weight": (3 * dim, dim),
-            "attn.to_qkv.bias": (3 * dim,),
-            "attn.proj.weight": (dim, dim),
-            "attn.proj.bias": (dim,),
-            "mlp.0.weight": (wide, dim),
-            "mlp.0.bias": (wide,),
-            "mlp.2.weight": (dim, wide),
-            "mlp.2.bias": (dim,),
-        }
-        return {
-            "cls_embedding": (1, 1, dim),
-            "patch_embedding.weight": (dim, 3, self.patch, self.patch),
-            "pos_embedding": (1, 1 + self.grid**2, dim),
-            **norms,
-            **{f"transformer.{i}.{name}": shape for i in range(self.layers) for name, shape in layer.items()},
-            _UNUSED: (dim, self.projection),
-        }
+        block = [
+            *_affine("norm1", ("layer_norm1",), (dim,)),
+            *_affine("attn.to_qkv", tuple(f"self_attn.{side}_proj" for side in "qkv"), (3 * dim, dim)),
+            *_affine("attn.proj", ("self_attn.out_proj",), (dim, dim)),
+            *_affine("norm2", ("layer_norm2",), (dim,)),
+            *_affine("mlp.0", ("mlp.fc1",), (wide, dim)),
+            *_affine("mlp.2", ("mlp.fc2",), (dim, wide)),
+        ]
+        return [
+            Row("cls_embedding", ("embeddings.class_embedding",), (1, 1, dim)),
+            Row("patch_embedding.weight", ("embeddings.patch_embedding.weight",), (dim, 3, self.patch, self.patch)),
+            Row("pos_embedding", ("embeddings.position_embedding.weight",), (1, 1 + self.grid**2, dim)),
+            *_affine("pre_norm", ("pre_layrnorm",), (dim,)),
+            *_affine("post_norm", ("post_layernorm",), (dim,)),
+            *repeated(block, self.layers, ours=_BLOCK, theirs="encoder.layers.{}."),
+            Row("head", (), (dim, self.projection)),
+        ]
 
 
-@dataclass(frozen=True)
-class CLIPWeights:
-    """A file that was found to hold exactly one vision half."""
-
-    file: WeightFile
-    shape: CLIPShape
+def _affine(ours: str, theirs: tuple[str, ...], weight: tuple[int, ...]) -> Iterator[Row]:
+    """A weight and its bias, one per row of the weight."""
+    for part, shape in (("weight", weight), ("bias", weight[:1])):
+        yield Row(f"{ours}.{part}", tuple(f"{name}.{part}" for name in theirs), shape)
 
 
-class ClipVision:
+class ClipVision(LazyModule):
     """Images to CLIP features [B, 257, 1280]: the output of the last block but one, without a final norm.
 
     Make one with `from_file`; the weights are read at the first image, or by `load()`, and freed by `unload()`.
     """
 
-    def __init__(self, weights: CLIPWeights, *, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(self, weights: PublishedWeights[CLIPShape], *, device: torch.device | str, dtype: torch.dtype) -> None:
         self.shape, self.dtype = weights.shape, dtype
         self._path = weights.file.path
-        self._net = LazyModule(lambda where: load_clip(open_clip(self._path), device=where, dtype=dtype), device=device)
+        super().__init__(lambda where: load_clip(open_clip(self._path), device=where, dtype=dtype), device=device)
 
     @classmethod
     def from_file(
@@ -114,38 +107,15 @@ class ClipVision:
             raise ConfigError(f"CLIP runs in float16, bfloat16 or float32, got dtype={dtype}")
         return cls(open_clip(path), device=device, dtype=dtype)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the encoder runs."""
-        return self._net.device
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the weights are in memory."""
-        return self._net.is_loaded
-
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Features [B, N, E] in `dtype` on `device` of `images` [B, 3, H, W] in [-1, 1], of any size; `ConfigError` for another shape."""
         pixels = preprocess(images, size=self.shape.image_size).to(self.device, self.dtype)
-        states = self._net.load()(pixel_values=pixels, output_hidden_states=True).hidden_states
+        states = self.load()(pixel_values=pixels, output_hidden_states=True).hidden_states
         if len(states) != self.shape.layers + 1:
             raise RuntimeError(
                 f"transformers returned {len(states)} hidden states of {self.shape.layers} blocks; expected one more than blocks"
             )
         return states[-2]
-
-    def load(self) -> None:
-        """Read the weights now instead of at the first image."""
-        self._net.load()
-
-    def unload(self) -> None:
-        """Free the weights."""
-        self._net.unload()
-
-    def to(self, device: torch.device | str) -> ClipVision:
-        """Work on `device` from now on, and return self; loaded weights move there."""
-        self._net.to(device)
-        return self
 
     def describe(self) -> dict[str, str]:
         """Name and file."""
@@ -164,7 +134,7 @@ def preprocess(images: torch.Tensor, *, size: int) -> torch.Tensor:
     return (resized * 0.5 + 0.5 - mean) / std
 
 
-def open_clip(path: str | Path) -> CLIPWeights:
+def open_clip(path: str | Path) -> PublishedWeights[CLIPShape]:
     """Open and check the vision half without reading it.
 
     Raises `CheckpointError`: no such file (where to get it), truncated, or tensors missing, left over or misshapen (named).
@@ -174,16 +144,12 @@ def open_clip(path: str | Path) -> CLIPWeights:
     strangers = sorted(name for name in file if not name.startswith(("visual.", *_OTHER_HALF)))
     if strangers:
         raise CheckpointError(f"{file.path} is not the CLIP file of Wan2.1: it holds {listed(strangers)}")
-    shapes = {name.removeprefix("visual."): shape for name, shape in shapes_of(file).items() if name.startswith("visual.")}
-    shape = _shape_of(shapes, path=file.path)
-    network = f"a CLIP vision encoder of {shape.layers} layers and width {shape.dim}"
-    check_keys(str(file.path), shapes=shapes, expected=shape.tensors(), network=network)
-    file.require_floats(f"visual.{name}" for name in shapes)
-    return CLIPWeights(file=file, shape=shape)
+    names = {name.removeprefix("visual."): name for name in file if name.startswith("visual.")}
+    return checked(file, names, shape_of=_shape_of, network="a CLIP vision encoder")
 
 
-def load_clip(weights: CLIPWeights, *, device: torch.device | str, dtype: torch.dtype) -> CLIPVisionModel:
-    """transformers' vision model filled tensor by tensor from the file, on `device`."""
+def load_clip(weights: PublishedWeights[CLIPShape], *, device: torch.device | str, dtype: torch.dtype) -> CLIPVisionModel:
+    """transformers' vision model with the weights of the file (`fill`: do not overwrite it while they are in use), on `device`."""
     transformers = text_extra("transformers", purpose="the CLIP image encoder")
     shape = weights.shape
     config = transformers.CLIPVisionConfig(
@@ -199,45 +165,10 @@ def load_clip(weights: CLIPWeights, *, device: torch.device | str, dtype: torch.
     )
     with torch.device("meta"):
         model = transformers.CLIPVisionModel(config)
-    # transformers before version 5 has one level more
-    prefix = "vision_model." if any(name.startswith("vision_model.") for name in model.state_dict()) else ""
-    state = {}
-    for name, (original, take) in sources(shape).items():
-        state[prefix + name] = take(weights.file[f"visual.{original}"].to(device).to(dtype))
-    model.load_state_dict(state, strict=True, assign=True)
-    positions = torch.arange(1 + shape.grid**2, device=device)[None]
-    model.get_submodule(f"{prefix}embeddings").position_ids = positions  # not stored, so still on meta
+    net = getattr(model, "vision_model", model)  # transformers before version 5 has one level more
+    fill(net, weights, device=device, dtype=dtype)
+    net.embeddings.position_ids = torch.arange(1 + shape.grid**2, device=device)[None]  # not stored, so still on meta
     return model.eval().requires_grad_(False)
-
-
-def sources(shape: CLIPShape) -> Mapping[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
-    """For every tensor of transformers' vision model: the original name (without `visual.`), and what to take of that tensor."""
-    found: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
-        "embeddings.class_embedding": ("cls_embedding", torch.flatten),
-        "embeddings.patch_embedding.weight": ("patch_embedding.weight", _whole),
-        "embeddings.position_embedding.weight": ("pos_embedding", partial(torch.squeeze, dim=0)),
-    }
-    pairs = [("pre_layrnorm", "pre_norm"), ("post_layernorm", "post_norm")]
-    for i in range(shape.layers):
-        theirs, ours = f"encoder.layers.{i}", f"transformer.{i}"
-        pairs += [(f"{theirs}.layer_norm1", f"{ours}.norm1"), (f"{theirs}.layer_norm2", f"{ours}.norm2")]
-        pairs += [(f"{theirs}.self_attn.out_proj", f"{ours}.attn.proj")]
-        pairs += [(f"{theirs}.mlp.fc1", f"{ours}.mlp.0"), (f"{theirs}.mlp.fc2", f"{ours}.mlp.2")]
-        for part in ("weight", "bias"):
-            for third, side in enumerate("qkv"):
-                found[f"{theirs}.self_attn.{side}_proj.{part}"] = (f"{ours}.attn.to_qkv.{part}", partial(_third, number=third))
-    for theirs, ours in pairs:
-        for part in ("weight", "bias"):
-            found[f"{theirs}.{part}"] = (f"{ours}.{part}", _whole)
-    return found
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def _third(tensor: torch.Tensor, number: int) -> torch.Tensor:
-    return tensor.chunk(3)[number].clone()  # a view would keep the other two alive
 
 
 def _shape_of(shapes: Mapping[str, tuple[int, ...]], *, path: Path) -> CLIPShape:
@@ -245,11 +176,11 @@ def _shape_of(shapes: Mapping[str, tuple[int, ...]], *, path: Path) -> CLIPShape
         dim, _, patch, _ = shapes["patch_embedding.weight"]
         tokens = shapes["pos_embedding"][1]
         mlp_dim, _ = shapes["transformer.0.mlp.0.weight"]
-        _, projection = shapes[_UNUSED]
+        _, projection = shapes["head"]
     except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(f"{path} holds no CLIP vision encoder ({error}); expected visual.* of {Path(CLIP_FILE).name}") from error
     grid = math.isqrt(max(tokens - 1, 0))
     if grid**2 + 1 != tokens or dim % HEAD_DIM:
         raise CheckpointError(f"{path}: {tokens} positions are not 1 + a square, or width {dim} is no multiple of the head size {HEAD_DIM}")
-    layers = 1 + max(int(match[1]) for name in shapes if (match := _LAYER_KEY.fullmatch(name)))
+    layers = count_blocks(shapes, _BLOCK)
     return CLIPShape(dim=dim, mlp_dim=mlp_dim, layers=layers, heads=dim // HEAD_DIM, patch=patch, grid=grid, projection=projection)

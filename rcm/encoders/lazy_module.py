@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import nn
@@ -38,8 +39,8 @@ class LazyModule:
         self._module = None
         self._release()
 
-    def to(self, device: torch.device | str) -> None:
-        """Use `device` from now on; a loaded network moves there and leaves no copy behind. If it does not fit there, it is freed."""
+    def to(self, device: torch.device | str) -> Self:
+        """Use `device` from now on, and return self; a loaded network moves there without a copy, or is freed if it does not fit."""
         target, left = torch.device(device), self._device
         if self._module is not None:
             try:
@@ -50,6 +51,7 @@ class LazyModule:
         self._device = target
         if target != left:
             self._release()
+        return self
 
     def _release(self) -> None:
         # a module in a reference cycle (hooks make them) would keep its storages until some later collection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from rcm.core.rng import generator, randn
 from rcm.encoders.text_cache import PromptRows
@@ -11,30 +12,21 @@ from rcm.encoders.text_cache import PromptRows
 class RandomRows:
     """Standard normal rows that depend on (seed, prompt) only: one per word, and one for the end of the sentence."""
 
-    is_loaded = True
-
-    def __init__(self, *, text_len: int, text_dim: int, seed: int, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(self, *, text_len: int, text_dim: int, seed: int, dtype: torch.dtype) -> None:
         self.text_dim = text_dim
-        self.device = torch.device(device)
         self._text_len, self._seed, self._dtype = text_len, seed, dtype
 
-    def embed(self, cleaned: str) -> PromptRows:
-        """Rows [words + 1, text_dim], at most text_len of them; the words that did not fit are the cut."""
+    def build(self, device: torch.device) -> nn.Module:
+        """There is nothing to load."""
+        return nn.Identity()
+
+    def embed(self, cleaned: str, *, net: nn.Module, device: torch.device) -> PromptRows:
+        """Rows [words + 1, text_dim], at most text_len of them, the same on every device; words that did not fit are the cut."""
         words = cleaned.split()
         length = min(len(words) + 1, self._text_len)
         stream = generator(seed=self._seed, step=0, dp_rank=0, purpose=f"text of {cleaned}")
-        rows = randn((length, self.text_dim), generator=stream, dtype=self._dtype, device=self.device)
+        rows = randn((length, self.text_dim), generator=stream, dtype=self._dtype, device=device)
         return PromptRows(rows, " ".join(words[self._text_len - 1 :]))
-
-    def load(self) -> None:
-        """There is nothing to load."""
-
-    def unload(self) -> None:
-        """There is nothing to free."""
-
-    def to(self, device: torch.device | str) -> None:
-        """Make rows on `device` from now on; they are drawn on the CPU, so the numbers stay the same."""
-        self.device = torch.device(device)
 
     def describe(self) -> dict[str, str]:
         """Says that the embeddings mean nothing."""

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from loguru import logger
+from torch import nn
 
 from rcm.core.errors import ConfigError, NonFinite
 from rcm.encoders.lazy_module import LazyModule
@@ -31,105 +32,55 @@ _QUOTED = 300  # characters of a cut that a warning shows
 
 
 class RowSource(Protocol):
-    """What makes the unpadded rows of a cleaned prompt."""
+    """What makes the unpadded rows of a cleaned prompt, of width `text_dim`."""
 
-    @property
-    def text_dim(self) -> int:
-        """Width of a row."""
+    text_dim: int
+
+    def build(self, device: torch.device) -> nn.Module:
+        """The network that `embed` needs, on `device`."""
         ...
 
-    @property
-    def device(self) -> torch.device:
-        """Where rows are made."""
-        ...
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether weights are in memory."""
-        ...
-
-    def embed(self, cleaned: str) -> PromptRows:
-        """Rows of one cleaned prompt, on `device`."""
-        ...
-
-    def load(self) -> None:
-        """Have the weights on `device`."""
-        ...
-
-    def unload(self) -> None:
-        """Free the weights."""
-        ...
-
-    def to(self, device: torch.device | str) -> None:
-        """Make rows on `device` from now on."""
+    def embed(self, cleaned: str, *, net: nn.Module, device: torch.device) -> PromptRows:
+        """Rows of one cleaned prompt, on `device`, where `net` is."""
         ...
 
     def describe(self) -> dict[str, str]:
-        """Name and files."""
+        """Name and files, as a checkpoint's self-description keeps them."""
         ...
 
 
 class UMT5Rows:
-    """A `RowSource` that runs umT5, whose weights (of the given `shape`, by `open_umt5`) are read when they are needed."""
+    """A `RowSource` that runs umT5 of the given `shape`, which `open_umt5` found in the file `weights`."""
 
-    def __init__(
-        self,
-        weights: Path,
-        *,
-        shape: UMT5Shape,
-        tokenizer: UMT5Tokenizer,
-        text_len: int,
-        device: torch.device | str,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, weights: Path, *, shape: UMT5Shape, tokenizer: UMT5Tokenizer, text_len: int, dtype: torch.dtype) -> None:
         if tokenizer.vocab > shape.vocab:
             raise ConfigError(f"{tokenizer.path} has {tokenizer.vocab} ids, {weights} embeds {shape.vocab}: they do not belong together")
         self.text_dim = shape.dim
-        self._weights, self._tokenizer, self._text_len = weights, tokenizer, text_len
-        # opened again for every load: the file may have been replaced in the meantime
-        self._net = LazyModule(lambda where: load_umt5(open_umt5(weights), device=where, dtype=dtype), device=device)
+        self._weights, self._tokenizer, self._text_len, self._dtype = weights, tokenizer, text_len, dtype
 
-    @property
-    def device(self) -> torch.device:
-        """Where the encoder runs."""
-        return self._net.device
+    def build(self, device: torch.device) -> nn.Module:
+        """The encoder; the file is opened again for every load, as it may have been replaced in the meantime."""
+        return load_umt5(open_umt5(self._weights), device=device, dtype=self._dtype)
 
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the weights are in memory."""
-        return self._net.is_loaded
-
-    def embed(self, cleaned: str) -> PromptRows:
+    def embed(self, cleaned: str, *, net: nn.Module, device: torch.device) -> PromptRows:
         """Rows [tokens, text_dim] in the weights' dtype. Raises `NonFinite` if one is NaN or infinite."""
         tokens = self._tokenizer.tokens(cleaned, text_len=self._text_len)
         length = len(tokens.ids)
         ids = torch.full((1, self._text_len), PAD_ID)
         ids[0, :length] = torch.tensor(tokens.ids)
         mask = (torch.arange(self._text_len) < length).long()[None]
-        out = self._net.load()(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
+        out = net(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
         rows = out[0, :length].clone()
         if not bool(torch.isfinite(rows).all()):
             raise NonFinite(f"umT5 gives values that are not finite for {cleaned[:80]!r}: damaged weights in {self._weights}?")
         return PromptRows(rows, tokens.cut)
-
-    def load(self) -> None:
-        """Read the weights now."""
-        self._net.load()
-
-    def unload(self) -> None:
-        """Free the weights."""
-        self._net.unload()
-
-    def to(self, device: torch.device | str) -> None:
-        """Move the weights, or where they will be read to."""
-        self._net.to(device)
 
     def describe(self) -> dict[str, str]:
         """Name and files, as a checkpoint's self-description keeps them."""
         return {"name": "umt5", "path": str(self._weights), "tokenizer": str(self._tokenizer.path.parent)}
 
 
-class UMT5TextEncoder:
+class UMT5TextEncoder(LazyModule):
     """A `TextEncoder` for Wan: cleans, looks into the cache, encodes what is not there, pads with exact zeros.
 
     Make one with `from_files` or `random`. `text_len` rows of width `text_dim`; `dtype` is that of the embeddings.
@@ -140,12 +91,14 @@ class UMT5TextEncoder:
         source: RowSource,
         *,
         text_len: int,
+        device: torch.device | str,
         dtype: torch.dtype,
         cache: EmbeddingCache | None = None,
         negative_prompt: str = NEGATIVE_PROMPT,
     ) -> None:
         if text_len < 1:
             raise ConfigError(f"text_len must be at least 1 (the end-of-sentence row), got {text_len}")
+        super().__init__(source.build, device=device)
         self.text_len, self.text_dim, self.negative_prompt = text_len, source.text_dim, negative_prompt
         self.dtype = dtype
         self._source, self._cache = source, cache
@@ -173,7 +126,7 @@ class UMT5TextEncoder:
             raise ConfigError(f"umT5 runs in bfloat16 or float32 (it overflows in float16), got dtype={dtype}")
         shape = open_umt5(weights).shape  # before the tokenizer: whoever has neither file hears of the larger one first
         words = open_tokenizer(find_tokenizer(tokenizer, weights=weights))
-        source = UMT5Rows(weights, shape=shape, tokenizer=words, text_len=text_len, device=device, dtype=dtype)
+        source = UMT5Rows(weights, shape=shape, tokenizer=words, text_len=text_len, dtype=dtype)
         store = None
         if cache is not None:
             identity = {
@@ -183,7 +136,7 @@ class UMT5TextEncoder:
                 "dtype": str(dtype),
             }
             store = EmbeddingCache(cache, identity=identity)
-        return cls(source, text_len=text_len, dtype=dtype, cache=store, negative_prompt=negative_prompt)
+        return cls(source, text_len=text_len, device=device, dtype=dtype, cache=store, negative_prompt=negative_prompt)
 
     @classmethod
     def random(
@@ -196,18 +149,8 @@ class UMT5TextEncoder:
         dtype: torch.dtype = torch.bfloat16,
     ) -> UMT5TextEncoder:
         """Noise in umT5's shape that depends on (seed, prompt) alone, one row per word; no files. For speed tests: it means nothing."""
-        source = RandomRows(text_len=text_len, text_dim=text_dim, seed=seed, device=device, dtype=dtype)
-        return cls(source, text_len=text_len, dtype=dtype)
-
-    @property
-    def device(self) -> torch.device:
-        """Where embeddings are made."""
-        return self._source.device
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the weights are in memory now."""
-        return self._source.is_loaded
+        source = RandomRows(text_len=text_len, text_dim=text_dim, seed=seed, dtype=dtype)
+        return cls(source, text_len=text_len, device=device, dtype=dtype)
 
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
         """Embeddings [len(prompts), text_len, text_dim] on `device`; equal prompts are encoded once.
@@ -223,19 +166,6 @@ class UMT5TextEncoder:
             rows = found[text].rows
             padded[: rows.shape[0]] = rows
         return out
-
-    def load(self) -> None:
-        """Read the weights now instead of at the first prompt."""
-        self._source.load()
-
-    def unload(self) -> None:
-        """Free the weights; the next prompt that is not cached reads them again."""
-        self._source.unload()
-
-    def to(self, device: torch.device | str) -> UMT5TextEncoder:
-        """Work on `device` from now on, and return self; loaded weights move there."""
-        self._source.to(device)
-        return self
 
     @contextmanager
     def loaded(self) -> Iterator[UMT5TextEncoder]:
@@ -254,7 +184,7 @@ class UMT5TextEncoder:
         if self._cache is not None:
             found = self._cache.get(cleaned, text_len=self.text_len, text_dim=self.text_dim, dtype=self.dtype)
         if found is None:
-            found = self._source.embed(cleaned)
+            found = self._source.embed(cleaned, net=self.load(), device=self.device)
             if self._cache is not None:
                 self._cache.put(cleaned, found)
         if found.cut:

@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from rcm.core.errors import CheckpointError, ConfigError
-from rcm.encoders.clip_vision import CLIPShape, ClipVision, load_clip, open_clip, preprocess, sources
+from rcm.encoders.clip_vision import CLIPShape, ClipVision, load_clip, open_clip, preprocess
 
 # 2 heads of 80, images of 4 x 4 patches of 6 pixels
 TINY = CLIPShape(dim=160, mlp_dim=96, layers=3, heads=2, patch=6, grid=4, projection=24)
@@ -43,8 +43,7 @@ def test_full_size_has_the_published_counts() -> None:
     assert len(shapes) == 392
     assert sum(map(prod, shapes.values())) == 632_076_800
     assert (CLIPShape().image_size, shapes["pos_embedding"][1]) == (224, 257)
-    taken = {original for original, _ in sources(CLIPShape()).values()}
-    assert shapes.keys() - taken == {"head"}
+    assert [row.ours for row in CLIPShape().rows() if not row.theirs] == ["head"]
 
 
 @torch.no_grad()
@@ -105,10 +104,9 @@ def test_features_equal_transformers_from_its_own_state_dict(tmp_path: Path) -> 
         parameter.add_(0.1 * torch.randn_like(parameter))
     theirs = {name.removeprefix("vision_model."): value for name, value in net.state_dict().items()}
     state = random_clip()
-    for name in TINY.tensors():
-        parts = [theirs[key] for key, (original, _) in sources(TINY).items() if original == name]
-        if parts:  # q, k and v in this order, or one tensor
-            state[f"visual.{name}"] = torch.cat(parts).reshape(state[f"visual.{name}"].shape)
+    for row in TINY.rows():
+        if row.theirs:  # q, k and v in this order, or one tensor
+            state[f"visual.{row.ours}"] = torch.cat([theirs[name] for name in row.theirs]).reshape(row.shape)
     clip = ClipVision.from_file(saved(tmp_path, state), dtype=torch.float32)
     batch = images(2, 3, 40, 24)
     expected = net(pixel_values=preprocess(batch, size=24), output_hidden_states=True).hidden_states[-2]

@@ -73,7 +73,7 @@ def test_weights_are_read_at_the_first_prompt_and_freed(weights: Path) -> None:
     assert not encoder.is_loaded
     encoder.encode(["cat"])
     assert encoder.is_loaded
-    storages = [weakref.ref(p) for p in encoder._source._net.load().parameters()]
+    storages = [weakref.ref(p) for p in encoder.load().parameters()]
     encoder.unload()
     assert not encoder.is_loaded
     assert [ref() for ref in storages] == [None] * len(storages)
@@ -97,7 +97,7 @@ def test_moving_takes_the_weights_along(weights: Path) -> None:
     assert encoder.to("meta").device == torch.device("meta")
     assert not encoder.is_loaded
     encoder.to("cpu").load()
-    net = encoder.to("meta")._source._net.load()
+    net = encoder.to("meta").load()
     assert all(p.is_meta for p in net.parameters())
     assert net.shared is net.encoder.embed_tokens
 

@@ -10,7 +10,6 @@ import torch
 from transformers import UMT5Config, UMT5EncoderModel
 
 from rcm.encoders.umt5 import UMT5TextEncoder
-from rcm.encoders.umt5_weights import original_name
 from tests.support.tiny_umt5 import TINY, random_umt5, save_tokenizer, save_umt5
 
 LONG = "a red cat moves left, a square cat. " * 16  # 160 tokens: distances beyond the last bucket
@@ -107,7 +106,8 @@ def peer(tmp_path: Path) -> tuple[UMT5EncoderModel, Path]:
 def test_rows_equal_transformers_from_its_own_files(tmp_path: Path) -> None:
     net, folder = peer(tmp_path)
     save_tokenizer(tmp_path / "tokenizer")
-    renamed = {original_name(name): value for name, value in net.state_dict().items()}
+    state = net.state_dict()
+    renamed = {row.ours: state[row.theirs[0]] for row in TINY.rows()}
     torch.save(renamed, tmp_path / "original.pth")
     theirs_named = encoder_of(folder)
     original = encoder_of(tmp_path / "original.pth")
@@ -128,7 +128,7 @@ def test_bfloat16_is_bfloat16_everywhere(tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "tokenizer")
     encoder = encoder_of(folder, dtype=torch.bfloat16)
     encoder.load()
-    assert {p.dtype for p in encoder._source._net.load().parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in encoder.load().parameters()} == {torch.bfloat16}
     ids = ids_of(encoder, PROMPTS[0])
     padded = torch.tensor([ids + [0] * (TEXT_LEN - len(ids))])
     expected = net.to(torch.bfloat16)(input_ids=padded, attention_mask=(torch.arange(TEXT_LEN) < len(ids)).long()[None])
