@@ -1,0 +1,96 @@
+"""Offline numbers of folders of videos, on a page: one folder alone, or several on the same prompts and noise, compared video by video.
+
+    python -m scripts.compare_checkpoints outputs/vbench/videos_a --out outputs/compare
+    python -m scripts.compare_checkpoints videos_a videos_b videos_c --out outputs/compare --max_videos 40
+
+Folders are those of scripts.vbench_sample; with any other, --ignore_conditions leaves unchecked that prompts and noise agree. The suite
+is this package's own (docs/evaluation.md), not VBench.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rcm.core.errors import ConfigError
+from rcm.evaluation.compare import compare, require_same_conditions, side_by_side
+from rcm.evaluation.metrics_pixels import clip_of
+from rcm.evaluation.metrics_report import write_comparison_page, write_metrics_page
+from rcm.evaluation.metrics_suite import ClipScores, Models, measure_clip
+from rcm.inference.outcome import exit_status
+from rcm.pipelines.video_io import probe, read_mp4, write_mp4
+from rcm.train.describe import installed_versions, write_atomically
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="scripts.compare_checkpoints", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("folders", nargs="+", type=Path, metavar="DIR", help="folders of mp4 files with equal names; the first is the reference")
+    add("--out", type=Path, default=Path("outputs/compare"), metavar="DIR", help="[%(default)s]")
+    add("--max_videos", type=int, metavar="N", help="only the first N names")
+    add("--grid_videos", type=int, default=12, metavar="N", help="videos shown side by side [%(default)s]")
+    add("--pixels_only", action="store_true", help="without the networks")
+    add("--ignore_conditions", action="store_true", help="do not check that prompts and seeds agree")
+    add("--device", default="cpu", help="of the networks [%(default)s]")
+    flags = parser.parse_args(argv)
+    return exit_status(lambda: run(flags))
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Check that the folders belong together, measure, write the page."""
+    names = common_videos(flags.folders)[: flags.max_videos]
+    if len(flags.folders) > 1 and not flags.ignore_conditions:
+        require_same_conditions(flags.folders)
+    models = Models() if flags.pixels_only else Models.installed(device=flags.device)
+    for why in models.absent.values():
+        print(f"without: {why}")
+    labels = {str(folder): folder for folder in flags.folders}
+    scores = {label: {name: _measured(folder / name, models) for name in names} for label, folder in labels.items()}
+    flags.out.mkdir(parents=True, exist_ok=True)
+    kept = {label: {name: asdict(score) for name, score in by_video.items()} for label, by_video in scores.items()}
+    write_atomically(flags.out / "scores.json", json.dumps(kept))
+    machine = {**installed_versions(), "machine": platform.machine()}
+    shown = names[: flags.grid_videos]
+    for number, name in enumerate(shown if len(labels) > 1 else names):
+        videos = [read_mp4(folder / name) for folder in labels.values()]
+        target = flags.out / (f"grid-{number:04d}.mp4" if len(labels) > 1 else name)
+        write_mp4(target, side_by_side(videos) if len(videos) > 1 else videos[0], fps=probe(flags.folders[0] / name).fps, pad=True)
+    if len(labels) == 1:
+        page = write_metrics_page(flags.out, scores[str(flags.folders[0])], title=f"Offline numbers of {flags.folders[0]}", machine=machine)
+    else:
+        order = ", ".join(labels)
+        grids = [{"path": f"grid-{i:04d}.mp4", "title": name, "caption": f"left to right: {order}"} for i, name in enumerate(shown)]
+        page = write_comparison_page(flags.out, compare(scores), grids, title=f"{len(labels)} checkpoints compared", machine=machine)
+    print(f"{len(names)} videos of {len(labels)} folder(s); page {page}")
+
+
+def common_videos(folders: Sequence[Path]) -> list[str]:
+    """Names of the mp4 files that all folders have, sorted. `ConfigError` for a folder that is missing or named twice, and for none in
+    common.
+    """
+    if len(set(folders)) < len(folders):
+        raise ConfigError("a folder is named twice; a checkpoint is not compared with itself")
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is no folder")
+    held = [{path.name for path in folder.glob("*.mp4")} for folder in folders]
+    common = sorted(set.intersection(*held))
+    if not common:
+        raise ConfigError(f"the folders {', '.join(map(str, folders))} have no .mp4 name in common")
+    return common
+
+
+def _measured(path: Path, models: Models) -> ClipScores:
+    return measure_clip(clip_of(read_mp4(path)), models=models, feature_stride=2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
