@@ -19,6 +19,7 @@ from rcm.inference.wan_flags import (
     wan_parser,
 )
 from rcm.kernels.kv_codec.spec import DTYPES, FLAGS, GRANULARITIES, MODES, SMOOTHINGS, KVCodecSpec
+from rcm.nets.wan.fp8 import chosen_layers
 from rcm.rollout.eviction.base import CachePolicy
 from rcm.rollout.eviction.compressed import Reduce
 from rcm.rollout.eviction.deep_forcing import DeepForcing
@@ -219,11 +220,16 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add("--num_runs", type=int, default=1, metavar="N", help="timed samplings of the same video, the last one is written [%(default)s]")
     add("--benchmark", action="store_true", help=f"the same as --warmup_iters {BENCHMARK} --num_runs {BENCHMARK}")
     add("--streaming_vae", action="store_true", help="decode and write each chunk as it is made, not all at the end")
+    add("--fp8", default="off", metavar="LAYERS", help="linear layers in FP8: off, auto, all or names; tells its error [%(default)s]")
+    add("--tiny_decoder", default="", metavar="FILE", help="decode with a tiny decoder (taew2_1.pth) instead of Wan's: previews [off]")
     add("--graphs", choices=GRAPHS, default="auto", help="passes as CUDA graphs; auto: on one GPU with a plain cache [%(default)s]")
 
 
 def settle_flags(flags: argparse.Namespace, defaults: Defaults) -> None:
     """Fill in defaults that depend on other flags. `ConfigError` for a flag that would have no effect."""
+    chosen_layers(flags.fp8)
+    if flags.tiny_decoder and flags.image_path:
+        raise ConfigError("--tiny_decoder does not encode, and --image_path must be encoded; leave one of them out")
     method = METHODS[flags.extrapolation_method]
     for name in sorted({flag for known in METHODS.values() for flag in known.flags}):
         value = getattr(flags, name)

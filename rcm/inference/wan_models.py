@@ -9,16 +9,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from loguru import logger
 
 from rcm.core.dtypes import Precision
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.encoders.codec import LatentCodec
+from rcm.encoders.taehv import TinyDecoderCodec
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.encoders.wan_vae import WanVAECodec
 from rcm.inference.wan_flags import PRECISIONS, PUBLISHED, NetworkFile
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.wan.config import preset
+from rcm.nets.wan.fp8 import noise_velocity, quantise_linears_
 from rcm.parallel.agree import on_first
 from rcm.parallel.apply import parallelize
 from rcm.parallel.mesh import ParallelDims
@@ -29,6 +32,8 @@ from rcm.pipelines.wan_pipeline import Expert, WanPipeline
 from rcm.pipelines.wan_ranks import num_ranks, share_tokens
 from rcm.pipelines.weight_files import open_weights
 
+FP8_PROBE = (32, 32)
+"""Latent size of the noise on which --fp8 states its error."""
 VAE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -103,6 +108,9 @@ def _text(flags: argparse.Namespace, *, device: torch.device) -> TextEncoder:
 
 def _codec(flags: argparse.Namespace, *, device: torch.device) -> LatentCodec:
     dtype = VAE_DTYPES[flags.vae_precision]
+    if tiny := getattr(flags, "tiny_decoder", ""):
+        kind = TinyDecoderCodec
+        return kind.random(device=device, dtype=dtype) if flags.random_weights else kind.from_file(tiny, device=device, dtype=dtype)
     tile = None if flags.vae_tile is None else flags.vae_tile // WanVAECodec.spatial_stride
     if flags.random_weights:
         return WanVAECodec.random(device=device, dtype=dtype, tile=tile)
@@ -125,6 +133,9 @@ def _network(flags: argparse.Namespace, file: NetworkFile, *, number: int, devic
             loras=file.loras,
         )
     denoiser.net.set_fused(numerics.fused)
+    if (fp8 := getattr(flags, "fp8", "off")) != "off":
+        report = quantise_linears_(denoiser.net, which=fp8, velocity=noise_velocity(denoiser.net, size=FP8_PROBE))
+        logger.info("{}", report)
     if flags.compile:
         parallelize(denoiser.net, dims=ParallelDims(), precision=precision, compile=True)
     return share_tokens(denoiser, tokens_per_frame=tokens_per_frame)

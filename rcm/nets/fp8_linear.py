@@ -48,7 +48,7 @@ class FP8Linear(nn.Module):
             raise _refusal("give neither gradients nor tangents")
         if x.is_cuda and x.dtype != torch.bfloat16:
             raise ConfigError(
-                f"FP8 products on a GPU need bfloat16, the input is {x.dtype}; run in bfloat16, or set fp8=off"
+                f"FP8 products on a GPU need bfloat16, the input is {x.dtype}; run in bfloat16, or set --fp8 off"
             )
         rows = quantise.quantise_rows(x.reshape(-1, self.in_features), gelu=self.gelu)
         y = quantise.product(rows, (self.weight, self.weight_scale), self.bias, dtype=x.dtype)
@@ -132,7 +132,7 @@ def check_device(device: torch.device) -> None:
     """`ConfigError` for a GPU without FP8 products; other devices emulate them."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
         found = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        raise ConfigError(f"FP8 products need compute capability 8.9 or later, {device} has {found}; set fp8=off")
+        raise ConfigError(f"FP8 products need compute capability 8.9 or later, {device} has {found}; set --fp8 off")
 
 
 def refuse_saving(*_: Any) -> None:
@@ -146,4 +146,4 @@ def refuse_loading(*_: Any) -> None:
 
 
 def _refusal(what: str) -> ConfigError:
-    return ConfigError(f"FP8 linears {what}: they are rounded copies for inference; load the network with fp8=off")
+    return ConfigError(f"FP8 linears {what}: they are rounded copies for inference; load the network without --fp8")

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from rcm.core.dtypes import Precision
+from rcm.encoders.taehv import TinyDecoderCodec
 from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.inference import causal_command, wan_models
 from rcm.inference.causal_flags import CAUSAL, EXTRAPOLATION, METHODS, QUANT, causal_parser
@@ -306,3 +307,26 @@ def test_the_documented_uses_are_understood():
         frames = frames or causal_command._latent_frames(flags.num_frames, recipe)
         policy = causal_command.policy_of(flags, cuts=frozenset(), reduce=None)
         assert recipe.blocks.num_blocks(frames) > 1 and (policy.capacity_frames(recipe.blocks) or frames) <= max(frames, 24)
+
+
+def test_fp8_and_the_tiny_decoder_are_asked_for_by_name(files, tmp_path, capsys, monkeypatch):
+    plain = made(PLAIN, files, tmp_path, *FEW, "--num_frames", "5")
+    (tmp_path / "fp8").mkdir()
+    assert (made(PLAIN, files, tmp_path / "fp8", *FEW, "--num_frames", "5", "--fp8", "all") - plain).abs().float().mean() > 0
+    assert sample(PLAIN, files, tmp_path / "b.mp4", "--fp8", "qkw") == 2
+    assert sample(PLAIN, files, tmp_path / "b.mp4", "--tiny_decoder", str(tmp_path / "no.pth")) == 2
+    assert sample(PLAIN, files, tmp_path / "b.mp4", "--tiny_decoder", "x.pth", "--image_path", str(files.folder / "first.png")) == 2
+    told = capsys.readouterr().err
+    assert "unknown FP8 layers 'qkw'; set --fp8 to" in told and "--tiny_decoder" in told and "does not encode" in told
+    monkeypatch.setattr(wan_models, "TinyDecoderCodec", SmallTiny)
+    (tmp_path / "tiny").mkdir()
+    shape = made(PLAIN, files, tmp_path / "tiny", *FEW, "--num_frames", "5", "--tiny_decoder", "taew2_1.pth").shape
+    assert shape == plain.shape
+
+
+class SmallTiny(TinyDecoderCodec):
+    """The tiny decoder with random weights, whatever file is named."""
+
+    @classmethod
+    def from_file(cls, path, *, device="cpu", dtype=torch.bfloat16):
+        return cls.random(device=device, dtype=dtype)

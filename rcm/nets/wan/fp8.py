@@ -61,7 +61,7 @@ def chosen_layers(which: str | Iterable[str]) -> tuple[str, ...]:
     for name in names:
         if name not in LAYERS:
             choices = f"{', '.join(PRESETS)}, or a list of {', '.join(LAYERS)}"
-            raise ConfigError(f"unknown FP8 layers {name!r}; set fp8 to {choices}")
+            raise ConfigError(f"unknown FP8 layers {name!r}; set --fp8 to {choices}")
     return tuple(name for name in LAYERS if name in names)
 
 
