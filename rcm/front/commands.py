@@ -109,6 +109,7 @@ BENCH = {
     "train-step": Command(does="training steps at full size", module="scripts.bench_train_step"),
     "memory": Command(does="peak memory of training, beside what the planner predicts", module="scripts.bench_memory"),
     "stream": Command(does="streams at full size: latencies, gaps, memory, idle share", module="scripts.bench_stream"),
+    "stream-cache": Command(does="streams over quantised caches: memory, time, error", module="scripts.bench_stream_cache"),
     "kv-codec": Command(does="the codec of cached keys and values", module="scripts.bench_kv_codec"),
     "cheaper": Command(does="cheaper arithmetic and a quicker start on one card", module="scripts.bench_cheaper"),
     "drift": Command(
