@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,11 +144,18 @@ class Hub:
         return self.metrics.text(gauges)
 
     async def _open(self, which: str) -> Channel:
+        while True:
+            try:
+                seat = await asyncio.wrap_future(self.worker.call(self._seat))
+                break
+            except PoolFull as error:
+                left = [channel for channel in self.channels.values() if not channel.viewers]
+                if not left:
+                    raise Refused(str(error), retry_after=10) from error
+                oldest = min(left, key=lambda channel: channel.watched)
+                oldest.end("nobody watched it")
+                await asyncio.wrap_future(self._forget(oldest))
         offer = self.offer
-        try:
-            seat = await asyncio.wrap_future(self.worker.call(lambda: self.worker.pool.open([offer.prompt], to_host=True, **offer.options)))
-        except PoolFull as error:
-            raise Refused(str(error), retry_after=10) from error
         name = SHARED if which == SHARED else secrets.token_urlsafe(9)
         playback = Playback(offer.fps, offer.kind, offer.quality, self._encoders)
         hands = Hands(self.worker.want, self._soon)
@@ -168,10 +175,13 @@ class Hub:
             if channel.ended:
                 self._forget(channel)
 
-    def _forget(self, channel: Channel) -> None:
+    def _seat(self) -> Seat:
+        return self.worker.pool.open([self.offer.prompt], to_host=True, **self.offer.options)
+
+    def _forget(self, channel: Channel) -> Future[None]:
         self.channels.pop(channel.name, None)
         self._by_seat.pop(channel.seat, None)
-        self.worker.call(lambda: self.worker.pool.close(channel.seat))
+        return self.worker.call(lambda: self.worker.pool.close(channel.seat))
 
     async def _reap(self) -> None:
         """Once a second: timings to viewers, and an end to streams that are over."""
