@@ -32,7 +32,7 @@ TEACHER_SCORE, TEACHER_CAPTIONS = 75.0, 0.8
 CAUSAL_TEACHER_SHARE = 0.9
 CONSISTENCY_SHARE = 0.8
 SELF_FORCED_START = {"c1-1": "tf_dcm", "c3-3": "tf_scm"}
-"""What SF-DMD starts from, as in the paper's best rows (spec/algorithms A17)."""
+"""What SF-DMD starts from, as in the paper's best rows (docs/reference/training.md#experiments)."""
 SELF_FORCED_MARGIN = 3.0
 SELF_FORCED_CAPTIONS = 0.8
 

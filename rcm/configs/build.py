@@ -196,7 +196,7 @@ def _warn_of_unread(config: TrainConfig) -> None:
 
 
 def _allow_tf32() -> None:
-    """float32 matrix products on tensor cores, as the release trains (spec/algorithms 1.5); no effect on CPU."""
+    """float32 matrix products on tensor cores, as the release trains (docs/reference/wan.md#precision); no effect on CPU."""
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
 

@@ -209,7 +209,7 @@ def _stage(model: CausalConfig) -> None:
 
 
 def _rollout(model: CausalConfig) -> None:
-    """Times and step counts of the few-step rollout (spec/algorithms 6.10; A13)."""
+    """Times and step counts of the few-step rollout (Causal_rCM.md section 6, decision A13)."""
     _times(f"{M}.backward_timesteps", model.backward_timesteps, last=1.0)
     counts, schedules = model.sf_simulation_steps_per_chunk, model.sf_backward_timestep_schedules
     knob, key = f"{M}.sf_simulation_steps_per_chunk", f"{M}.sf_backward_timestep_schedules"

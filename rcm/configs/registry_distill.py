@@ -130,7 +130,9 @@ def _put(group: str, name: str, node: dict, *, package: str = "_global_") -> Non
 
 
 def _debug(row: Row) -> dict:
-    """25 iterations with everything happening early, and random weights where no checkpoint is given (spec/algorithms 5.4)."""
+    """25 iterations with everything happening early, and random weights where no checkpoint is given
+    (docs/reference/training.md#experiments).
+    """
     config = {"allow_random_init": True, **({"tangent_warmup": 8} if row.tangent else {})}
     return {
         "model": {"config": config},

@@ -1,7 +1,8 @@
 """Every key a user may set, with type, default, unit and meaning: the part that is common to all stages.
 
 Frozen dataclasses, no Hydra: `rcm.configs.convert` reads a composed mapping into them and names unknown or mistyped keys. The keys of
-`model.config` stand in `rcm.configs.schema_model`. Keys and defaults: spec/algorithms 5.2 to 5.4, 6.12, 6.13.
+`model.config` stand in `rcm.configs.schema_model`. Keys and defaults: docs/reference/training.md#optimiser-and-ema, #bidirectional-keys,
+#experiments, #causal-keys.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The keys of `model.config`: networks, objective, time laws, rollout, checkpoints. Two families, causal and bidirectional rCM.
 
 Times named `backward_timesteps`, `sf_backward_timestep_schedules`, `kd_timesteps` are rectified-flow (RF) times in (0, 1), 1 = noise, in
-the causal family, and TrigFlow angles in (0, pi/2) in the bidirectional one (spec/algorithms 5.3, 6.12).
+the causal family, and TrigFlow angles in (0, pi/2) in the bidirectional one (docs/reference/training.md#bidirectional-keys, #causal-keys).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PIXELS = {
     ("720p", "16:9"): (1280, 720),
     ("720p", "9:16"): (720, 1280),
 }
-"""Video (width, height) in pixels by (resolution, aspect ratio); spec/causal_inference section 0."""
+"""Video (width, height) in pixels by (resolution, aspect ratio); docs/reference/wan.md#frame-sizes."""
 
 VAE_STRIDE = 8
 """Pixels per latent cell of Wan's VAE, both ways."""
@@ -58,7 +58,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class EMAConfig:
-    """Power-function EMA of the student (spec/algorithms 5.2)."""
+    """Power-function EMA of the student (docs/reference/training.md#optimiser-and-ema)."""
 
     enabled: bool = True  # keep and evaluate averaged weights
     rate: float = 0.1  # relative standard deviation s of the averaging profile, in (0, 0.288)
@@ -179,7 +179,7 @@ class CommonModelConfig:
 
 @dataclass(frozen=True)
 class RCMConfig(CommonModelConfig):
-    """`model=fsdp_t2v_distill_rcm`: bidirectional rCM (spec/algorithms 5.3)."""
+    """`model=fsdp_t2v_distill_rcm`: bidirectional rCM (docs/reference/training.md#bidirectional-keys)."""
 
     net_teacher: NetConfig | None = None  # the diffusion teacher
     teacher_ckpt: str = ""  # its weights; the student starts from them too unless student_ckpt is set
@@ -199,7 +199,7 @@ class RCMConfig(CommonModelConfig):
 
 @dataclass(frozen=True)
 class CausalConfig(CommonModelConfig):
-    """`model=fsdp_t2v_causal`: causal training (spec/algorithms 6.12). `sigma_max` is used when sampling only."""
+    """`model=fsdp_t2v_causal`: causal training (docs/reference/training.md#causal-keys). `sigma_max` is used when sampling only."""
 
     training_type: TrainingType = "tf"  # the stage
     net_causal_teacher: NetConfig | None = None  # stages tf_dcm, tf_scm, tf_dscm

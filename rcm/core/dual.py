@@ -1,6 +1,6 @@
 """Forward-mode differentiation of whole networks by dual tensors, and the guard that catches a lost tangent.
 
-The tangent rides through the ordinary network on `torch.autograd.forward_ad` dual tensors. Rules (docs/architecture.md section 4):
+The tangent rides through the ordinary network on `torch.autograd.forward_ad` dual tensors. Rules (docs/architecture.md#dual-numbers):
 
 1. `jvp` opens the dual level together with `no_grad` and with compiled code switched to eager (Inductor drops tangents silently).
    Besides it, only code with tangents of its own packs duals: the attention dispatcher (`nets/attention.py`), linear layers
@@ -10,8 +10,10 @@ The tangent rides through the ordinary network on `torch.autograd.forward_ad` du
 4. Activation checkpointing calls the block directly while gradients are off.
 5. A kernel or custom op that does not know duals drops the tangent silently: keep it out of the tangent pass, or unpack around it.
 6. `.detach()`, `.data` and `inference_mode` drop tangents silently: none of them in a network (the cache's append excepted, and it
-refuses duals). 7. A tangent lost inside a residual network leaves an output that still has one, only a wrong one: check every module
-with `guard_tangents`. 8. Time maps are computed, primal and tangent, in float32 or float64 before any cast.
+   refuses duals).
+7. A tangent lost inside a residual network leaves an output that still has one, only a wrong one: check every module with
+   `guard_tangents`.
+8. Time maps are computed, primal and tangent, in float32 or float64 before any cast.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ class LatentBatch:
 
     `latents` [B, C, T, H, W] float32, clean and whitened; `cond` [B, L, E] float32, text embeddings (also readable as `text`); `prompts`,
     `keys` one string per sample (a key names a sample inside its data set); `trajectory` [B, K, C, T, H, W] float32 or None: stored
-    states of a teacher's ODE, index 0 its clean end (spec/algorithms 6.8). `latents` are the data that a causal teacher had as context,
-    or the clean end itself where there was no data (a bidirectional teacher). Raises `ConfigError` when shapes disagree.
+    states of a teacher's ODE, index 0 its clean end (docs/reference/training.md#ode-pairs). `latents` are the data that a causal teacher
+    had as context, or the clean end itself where there was no data (a bidirectional teacher). Raises `ConfigError` when shapes disagree.
     """
 
     latents: torch.Tensor

@@ -1,4 +1,5 @@
-"""Derivative of a network along a path of its own input, by exact forward mode or by differences; one call for all (spec 2.1, 2.3).
+"""Derivative of a network along a path of its own input, by exact forward mode or by differences; one call for all
+(Causal_rCM.md section 8, docs/reference/objectives.md#differences).
 
 Wanted is `scale * d/dt fn(x(t), t)` with dx/dt = `velocity`: the tangent of consistency training when `velocity` is the teacher's. `scale`
 [B, 1] or [B, T] (None: 1) multiplies the direction before the network sees it in the exact scheme, which keeps tangents small in low

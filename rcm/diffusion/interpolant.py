@@ -1,4 +1,4 @@
-"""The two noising paths and every conversion between predictions (spec 1.1, 6.11; Causal-rCM appendix A).
+"""The two noising paths and every conversion between predictions (Causal_rCM.md sections 1, 6; Causal-rCM appendix A).
 
                  rectified flow (RF), t in [0, 1]      TrigFlow, tau in [0, pi/2], sigma_data = 1
     path         x = (1 - t) x0 + t eps                x = cos x0 + sin eps

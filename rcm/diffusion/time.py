@@ -1,4 +1,4 @@
-"""Time parameterisations and the maps between them (spec 1.1, 1.3; Causal-rCM appendix A).
+"""Time parameterisations and the maps between them (Causal_rCM.md section 1; Causal-rCM appendix A).
 
     t_rf in [0, 1]      rectified-flow time, x = (1 - t) x0 + t eps; 1 is noise
     tau  in [0, pi/2]   TrigFlow time, x = cos(tau) x0 + sin(tau) eps; pi/2 is noise

@@ -1,4 +1,4 @@
-"""Training-time distributions over RF time, per video or per block (spec 1.4, 3.1, 6.4).
+"""Training-time distributions over RF time, per video or per block (Causal_rCM.md sections 1, 3, 4).
 
 Every draw is float64 on the device of the generator it is given, and lies in [0, 1].
 """
@@ -82,7 +82,8 @@ class UniformShift:
 
 @dataclass(frozen=True)
 class ConsistencyGrid:
-    """Adjacent times of discrete consistency: steps of 1/num_steps in unshifted time from a continuous random phase (spec 3.1, 6.6).
+    """Adjacent times of discrete consistency: steps of 1/num_steps in unshifted time from a continuous random phase
+    (Causal_rCM.md section 4).
 
     `skip` teacher steps separate student and target. Bidirectional shift 5, causal 3; both num_steps 48, skip 1. Raises `ConfigError`
     unless 1 <= skip <= num_steps.
@@ -118,7 +119,7 @@ def block_times(
     num_frames: int,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """RF times of every frame, float64 [batch, num_frames], constant inside a block (spec 6.4).
+    """RF times of every frame, float64 [batch, num_frames], constant inside a block (Causal_rCM.md section 3).
 
     "same": one draw of `law` per video. "random": one per block, independent. "fopp" (frame-oriented probability propagation, after
     SkyReels-V2 and AR-Diffusion): non-decreasing over blocks; a uniformly chosen anchor block follows `law`, blocks before it are sorted

@@ -1,4 +1,5 @@
-"""A rectified-flow network seen as a TrigFlow denoiser, without dividing by sin(tau) (spec 1.2; Causal-rCM eq. 23-25, 29-37).
+"""A rectified-flow network seen as a TrigFlow denoiser, without dividing by sin(tau) (docs/reference/objectives.md#wrapper; Causal-rCM eq.
+23-25, 29-37).
 
 With Z = cos + sin: x_t = x_tau / Z and t = sin / Z are what the network is asked about, and the two data predictions agree,
 cos x_tau - sin F = x_t - t v. Solving for F,
@@ -31,7 +32,8 @@ def trig_F(x_t: torch.Tensor, v: torch.Tensor, tau: torch.Tensor) -> torch.Tenso
 
 
 def trig_F_dot(x_t: torch.Tensor, v: torch.Tensor, *, v_teacher: torch.Tensor, jvp: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-    """dF/dtau along the teacher's path, from the RF tangent `jvp` J = d_x v . V + d_t v (spec 1.2, Causal-rCM eq. 29-37).
+    """dF/dtau along the teacher's path, from the RF tangent `jvp` J = d_x v . V + d_t v (docs/reference/objectives.md#wrapper, Causal-rCM
+    eq. 29-37).
 
     dF/dtau = -Z x_t + (cos - sin) b^2 (V - v) + b^3 J with b = 1/Z; V = `v_teacher`. All latents at the RF point of tau.
     tau is [B, 1]: with a time per frame, b^2 would not factor out of a direction in which frames see each other. `ValueError` otherwise.

@@ -1,4 +1,5 @@
-"""CLIP's image features for Wan2.1 I2V-14B: the ViT-H/14 half of the original file, run by transformers. spec/wan.md 1.3 (5), 2.4, 7.
+"""CLIP's image features for Wan2.1 I2V-14B: the ViT-H/14 half of the original file, run by transformers. docs/reference/wan.md#forward,
+docs/reference/encoders.md#clip.
 
 Shape legend: B images, H W their pixel size, N tokens (one for the class, one per patch), E width.
 """
@@ -125,7 +126,8 @@ class ClipVision(LazyModule):
 def preprocess(images: torch.Tensor, *, size: int) -> torch.Tensor:
     """`images` [B, 3, H, W] in [-1, 1] as the float32 [B, 3, size, size] that CLIP was trained on.
 
-    Bicubic without antialiasing, whatever the aspect; mapped to [0, 1], not clamped; then (x - mean) / std per channel. spec/wan.md 7.
+    Bicubic without antialiasing, whatever the aspect; mapped to [0, 1], not clamped; then (x - mean) / std per channel.
+    docs/reference/encoders.md#clip.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ConfigError(f"CLIP takes float images [B, 3, H, W] in [-1, 1], got {images.dtype} {list(images.shape)}")

@@ -1,4 +1,6 @@
-"""A prompt as umT5 was shown it: repaired text, no HTML entities, single spaces; and which prompts say nothing. spec/wan.md 5."""
+"""A prompt as umT5 was shown it: repaired text, no HTML entities, single spaces; and which prompts say nothing.
+docs/reference/encoders.md#prompts.
+"""
 
 from __future__ import annotations
 

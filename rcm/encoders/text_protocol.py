@@ -10,7 +10,9 @@ import torch
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """Prompts to padded embeddings. Rows after a prompt's last token are exact zeros, as umT5 embeddings are stored (spec/wan 5)."""
+    """Prompts to padded embeddings. Rows after a prompt's last token are exact zeros, as umT5 embeddings are stored
+    (docs/reference/encoders.md#umt5).
+    """
 
     @property
     def text_len(self) -> int:

@@ -1,4 +1,4 @@
-"""umT5 as a text encoder: prompts to [B, 512, 4096] with exact zeros after each prompt's end. spec/wan.md 5.
+"""umT5 as a text encoder: prompts to [B, 512, 4096] with exact zeros after each prompt's end. docs/reference/encoders.md#umt5.
 
 The 11 GB are read at the first prompt that is not cached, and freed by `unload()`. Prompts go through the network one by one, padded to
 `text_len` with the pads masked, as the original does for a batch of one; so an embedding never depends on its neighbours in a batch.

@@ -1,8 +1,8 @@
 """umT5's encoder weights: names and shapes of the original file, the map to transformers' names, and filling transformers' encoder.
 
-spec/wan.md 2.3 and 5. Precision: every weight has the dtype asked for, `wo` included. transformers' own loader may keep `wo` in float32;
-the original ran everything in bfloat16, and that is what is repeated here. So is its order of rounding in the attention ("eager"): logits
-rounded, bias added, softmax in float32, rounded; fused attention kernels keep the logits in float32.
+docs/reference/encoders.md#umt5-weights, #umt5. Precision: every weight has the dtype asked for, `wo` included. transformers' own loader may
+keep `wo` in float32; the original ran everything in bfloat16, and that is what is repeated here. So is its order of rounding in the
+attention ("eager"): logits rounded, bias added, softmax in float32, rounded; fused attention kernels keep the logits in float32.
 """
 
 from __future__ import annotations

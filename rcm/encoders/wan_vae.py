@@ -1,6 +1,7 @@
 """The Wan2.1 autoencoder as a `LatentCodec`: weights from the published file, whitened latents, whole videos, streams and tiles.
 
-Shape legend: B batch, C = 16 latent channels, F pixel frames, T latent frames, H W pixel size, h w latent size. Spec wan.md 4.
+Shape legend: B batch, C = 16 latent channels, F pixel frames, T latent frames, H W pixel size, h w latent size.
+docs/reference/encoders.md#vae-layers.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from rcm.kernels.precompile import Compiled
 
 __all__ = ["WAN_VAE_FILE", "WanVAE", "WanVAECodec", "WanVAEConfig"]
 
-# per channel, of the published network's latents (spec wan.md 4.1)
+# per channel, of the published network's latents (docs/reference/encoders.md#vae-normalisation)
 MEANS = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
 MEANS += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
 DEVIATIONS = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)

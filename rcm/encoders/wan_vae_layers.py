@@ -1,5 +1,5 @@
 """Building blocks of the Wan video autoencoder, in the cached form that defines it: every convolution over time sees the last frames of
-its input in earlier calls (spec wan.md 4.2, 4.3).
+its input in earlier calls (docs/reference/encoders.md#vae-layers).
 
 Parameters carry the names and shapes of the published file. Frames are channels-last everywhere: [B, T, H, W, C]. A block takes and
 returns `Features`, a sum that the next window carries out, so bias and residual cost no pass of their own.

@@ -1,4 +1,5 @@
-"""The Wan2.1 video autoencoder (also used by Wan2.2 A14B): encoder and decoder with the published tensor names. Spec wan.md 4.
+"""The Wan2.1 video autoencoder (also used by Wan2.2 A14B): encoder and decoder with the published tensor names.
+docs/reference/encoders.md#vae-layers, #vae-names.
 
 Nothing here knows latent statistics, files or streams; the codec (rcm/encoders/wan_vae.py) does.
 """

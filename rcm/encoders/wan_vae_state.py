@@ -1,7 +1,7 @@
 """What an autoencoder remembers between two calls on one video: preallocated frames per convolution, outside the module.
 
 Frames are overwritten in place, so addresses and shapes never change, one module serves any number of streams, and a step can be
-captured in a CUDA graph. Spec wan.md 4.3.
+captured in a CUDA graph. docs/reference/encoders.md#vae-layers.
 """
 
 from __future__ import annotations

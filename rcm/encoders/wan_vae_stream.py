@@ -1,7 +1,8 @@
 """Decoding and encoding in calls, with everything remembered in the stream: any split of a video gives the result of one call.
 
 The first frame of a video is special (it is not folded in time); the rule is handled here, whatever the first chunk holds. Latents at this
-level are whitened [B, C, T, h, w], pixels [B, 3, F, H, W]; the network's channels-last frames stay inside. Spec wan.md 4.1, 4.3.
+level are whitened [B, C, T, h, w], pixels [B, 3, F, H, W]; the network's channels-last frames stay inside.
+docs/reference/encoders.md#vae-normalisation, #vae-layers.
 """
 
 from __future__ import annotations

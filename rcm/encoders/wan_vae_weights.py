@@ -1,7 +1,7 @@
 """Files of the Wan autoencoder: reading them whole before anything changes, and the names of the two public formats.
 
 Original: `Wan2.1_VAE.pth`, a flat pickle of 194 float32 tensors. Diffusers: `vae/diffusion_pytorch_model.safetensors`, the same tensors
-under other names and with equal shapes. Either may come as .pth / .pt or .safetensors. Spec wan.md 2.2, 4.
+under other names and with equal shapes. Either may come as .pth / .pt or .safetensors. docs/reference/encoders.md#vae-names.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def measure(
 ) -> Throughput:
     """`Throughput` of the stream that `start` begins anew each time: `warmup` untimed runs, then `num_runs` timed ones.
 
-    fps is frames over the mean total (spec/causal_inference 1.5). Raises `ConfigError` for negative warm-up or no timed run.
+    fps is frames over the mean total (docs/reference/sampling.md#timing). Raises `ConfigError` for negative warm-up or no timed run.
     """
     if warmup < 0 or num_runs < 1:
         raise ConfigError(f"timing needs warmup_iters >= 0 and num_runs >= 1, got {warmup} and {num_runs}")

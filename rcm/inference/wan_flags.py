@@ -1,4 +1,6 @@
-"""Flags of the four commands that sample Wan's bidirectional networks; what differs between them is passed in. spec/causal_inference 1."""
+"""Flags of the four commands that sample Wan's bidirectional networks; what differs between them is passed in.
+docs/reference/sampling.md.
+"""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ class Full(_IntervalMask):
 
 @dataclass(frozen=True)
 class BlockCausal(_IntervalMask):
-    """A query of block i sees key blocks j <= i (spec/algorithms 6.2, block_causal).
+    """A query of block i sees key blocks j <= i (Causal_rCM.md section 2, block_causal).
 
     With `window=K`: of those only j >= i - (K - 1), and j < `sinks`. Keys are the blocks 0 .. last query block and cover `num_frames`
     frames; queries are the blocks `q_block_offset` .. last, so a streaming chunk over its cache is `q_block_offset = num_blocks - 1`.
@@ -183,7 +183,7 @@ class BlockCausal(_IntervalMask):
 
 @dataclass(frozen=True)
 class TeacherForcing(_IntervalMask):
-    """Keys are `[clean L ; noisy L]` tokens with L = num_frames * tokens_per_frame (spec/algorithms 6.2, teacher_forcing).
+    """Keys are `[clean L ; noisy L]` tokens with L = num_frames * tokens_per_frame (Causal_rCM.md section 2, teacher_forcing).
 
     A clean query of block i sees clean blocks j <= i and nothing noisy. A noisy query of block i sees clean blocks j < i (strictly) and
     the noisy tokens of its own block. `window=K` restricts the clean blocks to j >= i - (K - 1), so K counts the query's own block;

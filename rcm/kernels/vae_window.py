@@ -29,7 +29,7 @@ def window(
     float32 (float64 for float64), one rounding at the end. `carried` [B, K, H, W, C], K of 1 or 2, is read and then overwritten in place
     with the last K frames of the window. `border` = rows (and columns) of zeros before and after. `keep` also returns the sum, which a
     residual connection needs. On CUDA one Triton launch, elsewhere eager; no gradient.
-    Raises `ValueError` for shapes that do not fit. Spec wan.md 4.2, 4.3.
+    Raises `ValueError` for shapes that do not fit. docs/reference/encoders.md#vae-layers.
     """
     _check(features, gamma=gamma, norm=norm, carried=carried, border=border)
     if device_for(features.value).type == "cuda":

@@ -23,7 +23,7 @@ class Features:
     `value` is contiguous, in one of three layouts: "plain" [B, T, H, W, C]; "frame_pairs" [B, T/2, H, W, 2C], two consecutive frames side
     by side in the channels; "pixel_quads" [B, T, H/2+1, W/2+1, 4C], where pixel (y, x) is channel group 2 (y mod 2) + x mod 2 of cell
     ((y+1) div 2, (x+1) div 2), the form in which a 2x2 convolution leaves an image of twice the size. `bias` has C entries, 2C for
-    "frame_pairs". `residual` is plain. Spec wan.md 4.2.
+    "frame_pairs". `residual` is plain. docs/reference/encoders.md#vae-layers.
     """
 
     value: Tensor

@@ -1,4 +1,5 @@
-"""Distribution matching (DMD), the student's share (spec 4, 6.11; Causal-rCM eq. 7). The fake score's regression: `losses/denoising.py`.
+"""Distribution matching (DMD), the student's share (Causal_rCM.md sections 6, 8; Causal-rCM eq. 7). The fake score's regression:
+`losses/denoising.py`.
 
 All inputs are data predictions [B, C, T, H, W] at one noised version of the generated video: `x0_fake` by the fake score without
 guidance, `x0_teacher` by the guided teacher. The pseudo-target is a tensor of its own because replayed back-propagation regresses block

@@ -1,4 +1,5 @@
-"""Continuous-time consistency (sCM): the tangent in both parameterisations, its normalisation, and the regression (spec 2.1, 2.4, 6.7).
+"""Continuous-time consistency (sCM): the tangent in both parameterisations, its normalisation, and the regression
+(Causal_rCM.md sections 5, 8).
 
 The tangent g is the weighted time derivative of the consistency function along the teacher's ODE. RF-native, for the causal stages, and
 TrigFlow, for the bidirectional ancestor, stand side by side. At full warm-up
@@ -24,7 +25,9 @@ TrigVariant = Literal["paper", "release", "original"]
 
 
 def warmup_ratio(iteration: int, *, warmup_steps: int) -> float:
-    """Tangent warm-up r = min(1, iteration / warmup_steps) of the raw trainer iteration; 1 when `warmup_steps` is 0 (spec 2.1 step 5)."""
+    """Tangent warm-up r = min(1, iteration / warmup_steps) of the raw trainer iteration; 1 when `warmup_steps` is 0
+    (Causal_rCM.md section 5).
+    """
     if iteration < 0 or warmup_steps < 0:
         raise ValueError(f"warmup_ratio needs iteration and tangent_warmup >= 0, got {iteration} and {warmup_steps}")
     return 1.0 if warmup_steps == 0 else min(1.0, iteration / warmup_steps)
@@ -51,7 +54,7 @@ def trigflow_tangent(
     warmup: float = 1.0,
     variant: TrigVariant = "paper",
 ) -> torch.Tensor:
-    """TrigFlow tangent g, cos(tau) df/dtau at r = 1, without graph (spec 2.1 step 6; rCM algorithm 1).
+    """TrigFlow tangent g, cos(tau) df/dtau at r = 1, without graph (Causal_rCM.md section 8; rCM algorithm 1).
 
     paper:    -cos sqrt(1 - r^2 sin^2) (F - F_T) - r (cos sin x + jvp_cs)      warm-up multiplies every r-term (decision A2)
     release:  -cos sqrt(1 - r^2 sin^2) (F - F_T) - (r cos sin x + jvp_cs)      the later public code leaves the JVP term at full weight
@@ -89,7 +92,7 @@ def scm_regression(
     nonfinite: NonFinitePolicy = "propagate",
     name: str = "scm",
 ) -> LossTerm:
-    """loss_scale * sum (pred - sg[pred] - g_hat)^2 per sample, mean over the batch (spec 2.1 step 9, 2.4).
+    """loss_scale * sum (pred - sg[pred] - g_hat)^2 per sample, mean over the batch (Causal_rCM.md sections 5, 8).
 
     `pred` is the student's F or v, with graph; `g_hat` the normalised tangent. The gradient with respect to `pred` is -2 loss_scale g_hat
     / B, of norm at most 2 loss_scale per sample before the batch mean. Logs: the norm of g_hat (near 1 when ||g|| >> c) and the number of

@@ -23,7 +23,7 @@ Thunk = Callable[[], LossTerm]
 class Phase:
     """Whose turn it is: the trained role, its effective update index (own counter of that role's updates), and the trainer iteration.
 
-    Step-count cycles and EMA follow `index`; the tangent warm-up follows `iteration` (spec/algorithms 2.1, 4).
+    Step-count cycles and EMA follow `index`; the tangent warm-up follows `iteration` (Causal_rCM.md sections 5, 6).
     """
 
     role: str

@@ -76,7 +76,7 @@ class BidirectionalDiffusion(_VelocityRegression):
 class TeacherForcedDiffusion(_VelocityRegression):
     """`tf`: packed [x0 at 0; x_t at t], one time per video shared by its blocks; the release weights it with the Gaussian bell.
 
-    Where `context` applies, the first half is noised to the last time of `context_schedule` instead (spec 6.5).
+    Where `context` applies, the first half is noised to the last time of `context_schedule` instead (Causal_rCM.md section 5).
     """
 
     name = "tf"

@@ -1,8 +1,9 @@
 """Baseline initialisations by regression on stored teacher trajectories: TF-KD (causal teacher's, clean context) and DF-KD
 (bidirectional's).
 
-Batches carry `trajectory` [B, K, C, T, H, W], index 0 the ODE's clean end, index k at RF time `times[k]` (spec/algorithms 6.8; recipes of
-Self-Forcing and Causal-Forcing), and in `latents` the data that a causal teacher had as context.
+Batches carry `trajectory` [B, K, C, T, H, W], index 0 the ODE's clean end, index k at RF time `times[k]`
+(docs/reference/training.md#ode-pairs; recipes of Self-Forcing and Causal-Forcing), and in `latents` the data that a causal teacher had as
+context.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whose turn it is when a fake score is trained beside the student (spec/algorithms 4, 6.11)."""
+"""Whose turn it is when a fake score is trained beside the student (Causal_rCM.md sections 6, 8)."""
 
 from __future__ import annotations
 

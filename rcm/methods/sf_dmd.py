@@ -1,6 +1,7 @@
 """Stage 3: self-forced distribution matching. The student rolls out its own video; teacher and fake score judge it whole.
 
-Teacher and fake score are bidirectional networks over the full video with one time per sample (Causal-rCM eq. 7, 11-14; spec 6.10, 6.11).
+Teacher and fake score are bidirectional networks over the full video with one time per sample (Causal-rCM eq. 7, 11-14; Causal_rCM.md
+section 6).
 """
 
 from __future__ import annotations

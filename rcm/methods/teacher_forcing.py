@@ -1,5 +1,5 @@
-"""The clean-context pass of every teacher-forced method: packed for gradients, context-cached for tangents (spec/algorithms 6.2, 6.3,
-6.5, 6.7).
+"""The clean-context pass of every teacher-forced method: packed for gradients, context-cached for tangents
+(Causal_rCM.md sections 2, 5).
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class TeacherForcing:
         return Context(x0, torch.zeros(x0.shape[0], x0.shape[2], dtype=torch.float64, device=x0.device))
 
     def noisy(self, x0: torch.Tensor, *, rule: ContextRule, schedule: StepSchedule, rng: StepRng, purpose: str) -> Context:
-        """Context noised with fresh noise where `rule` applies, to the last time of each block's schedule; clean elsewhere (spec 6.5)."""
+        """Context noised with fresh noise where `rule` applies, to the last time of each block's schedule; clean elsewhere
+        (Causal_rCM.md section 5).
+        """
         blocks = self.pattern.block_of_frame(x0.shape[2])
         per_frame = [schedule.context_time(block) if rule.applies(block) else 0.0 for block in blocks]
         times = torch.tensor(per_frame, dtype=torch.float64, device=x0.device).expand(x0.shape[0], -1).contiguous()

@@ -66,7 +66,7 @@ class _TeacherForcedConsistency:
 
 
 class TFDiscreteConsistency(_TeacherForcedConsistency):
-    """`tf_dcm`: the student at t_0 against itself one teacher step (or `grid.skip` steps) earlier (spec 6.6)."""
+    """`tf_dcm`: the student at t_0 against itself one teacher step (or `grid.skip` steps) earlier (Causal_rCM.md section 4)."""
 
     name = "tf_dcm"
 
@@ -98,7 +98,7 @@ class TFDiscreteConsistency(_TeacherForcedConsistency):
 
 
 class TFContinuousConsistency(_TeacherForcedConsistency):
-    """`tf_scm`: the tangent of the consistency function along the teacher's ODE, by exact forward mode (spec 6.7).
+    """`tf_scm`: the tangent of the consistency function along the teacher's ODE, by exact forward mode (Causal_rCM.md section 5).
 
     g = -(v - V) - r t J with J the derivative of v in the direction (V, 1); the clean half carries no tangent.
     """

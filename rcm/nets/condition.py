@@ -16,7 +16,7 @@ class Condition:
     """Conditioning of a batch.
 
     text     [B, L_text, E_text] embeddings; shorter than the network's text length means zero padding, which is attended to
-             (spec/wan.md 1.3).
+             (docs/reference/wan.md#forward).
     concat   [B, C_extra, T, H, W] channels put after those of the latent (image-to-video: 4 mask + 16 image latent), or None. With as
              many frames as the network input they are taken as they are; otherwise the input's frame at temporal position f takes frame f.
     image    [B, 257, 1280] CLIP tokens (Wan2.1 image-to-video), or None.

@@ -2,7 +2,7 @@
 RF or TrigFlow time.
 
 `Guided` and `Switched` wrap denoisers and are denoisers, so no objective or sampler mentions guidance or experts. All are transparent
-to dual numbers. spec/algorithms 1.2, 1.5, 2.1.
+to dual numbers. Causal_rCM.md section 1, docs/reference/objectives.md#wrapper, docs/reference/wan.md#precision.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ in float32.
 
 Tokens are [B, F, S, E]: frames F, tokens per frame S, width E. Modulation vectors are [B, F or 1, 1, E], so that per-frame times are a
 broadcast. Reduced precision: activations and residual stream in the dtype of the input, everything named above in `accumulate_dtype`
-of it. spec/wan.md 1.3, 1.5.
+of it. docs/reference/wan.md#forward, #precision.
 """
 
 from __future__ import annotations

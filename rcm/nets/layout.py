@@ -91,7 +91,7 @@ class TokenLayout:
     def teacher_forcing(
         cls, num_frames: int, *, grid: Grid, pattern: BlockPattern, window: int | None = None, sinks: int = 0
     ) -> TokenLayout:
-        """Packed [clean T frames | noisy T frames] at the same positions; the noisy half is predicted (spec/algorithms 6.2, 6.3)."""
+        """Packed [clean T frames | noisy T frames] at the same positions; the noisy half is predicted (Causal_rCM.md section 2)."""
         mask = TeacherForcing(pattern, num_frames, grid[0] * grid[1], queries="both", window=window, sinks=sinks)
         positions = tuple(range(num_frames))
         return cls(grid, positions + positions, mask, (num_frames, 2 * num_frames))

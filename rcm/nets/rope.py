@@ -1,7 +1,8 @@
 """Rotary position embedding over (frame, row, column): tables from host integers, and the rotation.
 
 A head of D channels is D/2 interleaved pairs (2j, 2j+1). The axes take, in the order frame, row, column, D - 4 (D // 6), 2 (D // 6)
-and 2 (D // 6) channels (44 / 42 / 42 for D = 128); pair j of an axis of d channels turns by position * 10000^(-2j/d). spec/wan.md 1.4.
+and 2 (D // 6) channels (44 / 42 / 42 for D = 128); pair j of an axis of d channels turns by position * 10000^(-2j/d).
+docs/reference/wan.md#positions.
 """
 
 from __future__ import annotations

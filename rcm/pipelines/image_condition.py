@@ -77,8 +77,9 @@ def fit_image(image: torch.Tensor, size: FrameSize) -> torch.Tensor:
 def image_channels(codec: LatentCodec, frame: torch.Tensor, *, num_frames: int) -> torch.Tensor:
     """The 20 extra input channels [1, 4 + C, T, h, w] of a video of `num_frames` pixel frames that begins with `frame` [1, 3, 1, H, W].
 
-    First the mask, 1 on latent frame 0; then the latents of the frame followed by frames of zeros (mid grey). spec/wan 7. float32, on the
-    device of `frame`. `ConfigError` for a codec of another temporal stride, or a number of frames that does not fold.
+    First the mask, 1 on latent frame 0; then the latents of the frame followed by frames of zeros (mid grey).
+    docs/reference/wan.md#image-condition. float32, on the device of `frame`. `ConfigError` for a codec of another temporal stride, or a
+    number of frames that does not fold.
     """
     if codec.temporal_stride != MASK_CHANNELS:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Trajectories of a teacher's probability-flow ODE, the data of TF-KD and DF-KD (spec/algorithms 6.8).
+"""Trajectories of a teacher's probability-flow ODE, the data of TF-KD and DF-KD (docs/reference/training.md#ode-pairs).
 
 A bidirectional teacher walks whole videos from noise, a causal one all blocks at once, each under the clean data before it. Sample i
 depends on its number and the seed alone, whatever the batch size, the rank, or what was built before.

@@ -1,4 +1,4 @@
-"""Synthetic data: a bidirectional many-step teacher samples a list of prompts into shards (spec/wan 8; spec/algorithms 5.5).
+"""Synthetic data: a bidirectional many-step teacher samples a list of prompts into shards (docs/reference/training.md#data).
 
 Sample i is a function of the teacher, prompt i and `seed + i`, whatever the batch size, the number of ranks, or what was built before.
 """
@@ -32,7 +32,7 @@ from rcm.pipelines.text_to_video import WholeVideoRecipe
 from rcm.rollout.autoregressive import time_tensor
 
 RELEASE_RECIPE = WholeVideoRecipe("ode", sigma_max=5000.0, steps=100, shift=3.0, guidance=5.0)
-"""How the released data sets were sampled from Wan2.1-14B (spec/wan 8)."""
+"""How the released data sets were sampled from Wan2.1-14B (docs/reference/training.md#data)."""
 
 _TEXT_BATCH = 8
 
@@ -264,8 +264,8 @@ def _on_leader(look: Callable[[], _Pending], dims: ParallelDims | None) -> _Pend
 
 
 def write_negative_embedding(path: Path, text: TextEncoder, *, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Store the negative prompt's embedding as a tensor [L, E], as `model.config.neg_embed_path` reads it (spec/wan 5); whole or not at
-    all.
+    """Store the negative prompt's embedding as a tensor [L, E], as `model.config.neg_embed_path` reads it
+    (docs/reference/encoders.md#umt5); whole or not at all.
     """
     embedding = text.encode([text.negative_prompt])[0].to("cpu", dtype).contiguous().clone()
     temporary = path.with_name(f".{path.name}.partial")

@@ -30,10 +30,10 @@ SOLVERS = {"ode": ("euler", "unipc"), "rcm_few_step": ("consistency", "euler")}
 class WholeVideoRecipe:
     """Sampling of a bidirectional network; the counterpart of `SamplingRecipe`.
 
-    kind "ode": along the grid of `steps`, `shift` and `sigma_max` from unscaled noise (spec/causal_inference 1.2), `solver` "euler" or
-    "unipc" (order 2). kind "rcm_few_step": along the TrigFlow grid of `sigma_max`, from noise scaled to its first time (1.1), `solver`
-    "consistency" or, deterministic, "euler"; `shift` is unused. `solver` None: the first of each. Raises `ConfigError` for an impossible
-    grid or pairing.
+    kind "ode": along the grid of `steps`, `shift` and `sigma_max` from unscaled noise (docs/reference/sampling.md#many-steps), `solver`
+    "euler" or "unipc" (order 2). kind "rcm_few_step": along the TrigFlow grid of `sigma_max`, from noise scaled to its first time
+    (docs/reference/sampling.md#few-steps), `solver` "consistency" or, deterministic, "euler"; `shift` is unused. `solver` None: the first of each. Raises `ConfigError` for an
+    impossible grid or pairing.
     """
 
     kind: Literal["ode", "rcm_few_step"]

@@ -1,7 +1,8 @@
 """Wan's bidirectional sampling, whole: prompt and perhaps image to pixels, for every size, sampler and memory policy.
 
 One network, or two experts that take over from each other; each model is on the device when the `MemoryPolicy` says. Under torchrun all
-ranks share each video (Ulysses): rank 0 encodes and decodes, every rank computes its tokens. spec/causal_inference 1.1-1.4, spec/wan 7, 8.
+ranks share each video (Ulysses): rank 0 encodes and decodes, every rank computes its tokens. docs/reference/sampling.md,
+docs/reference/wan.md#image-condition, #frame-sizes.
 """
 
 from __future__ import annotations

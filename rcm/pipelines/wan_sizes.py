@@ -1,4 +1,6 @@
-"""Frame sizes of Wan videos: the table of resolutions, sizes that follow an image's shape, sizes written by hand. spec/wan 8."""
+"""Frame sizes of Wan videos: the table of resolutions, sizes that follow an image's shape, sizes written by hand.
+docs/reference/wan.md#frame-sizes.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
     folder                                   a DCP directory, or a checkpoint of a run
     folder of folders                        diffusers (transformer/, transformer_2/), Wan2.2 (high_noise_model/, low_noise_model/)
 
-Whose network the keys are is `rcm/pipelines/wan_files.py`'s business. spec/wan.md 3.
+Whose network the keys are is `rcm/pipelines/wan_files.py`'s business. docs/reference/wan.md#files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A network written in the form of any family, atomically: a torch pickle, a safetensors file, a published folder, a DCP directory.
 
 safetensors are written tensor by tensor, so memory holds one at a time; the other containers need the whole network (memory-mapped if it
-comes from a torch pickle and keeps its dtype). spec/wan.md 3.
+comes from a torch pickle and keeps its dtype). docs/reference/wan.md#files.
 """
 
 from __future__ import annotations

@@ -72,12 +72,12 @@ class ChunkNoise:
 
 
 class VideoNoise:
-    """All noise of one video, drawn up front in a fixed order: start, then one tensor per further draw.
+    """All noise of one video, drawn up front in a fixed order: the start, then `num_draws` step tensors of the whole video.
 
     `shape` [B, C, T, H, W]; draws are float32 on the generator's device, handed out in `dtype` on `device`. Step j of every chunk reads
-    draw j (sliced to the chunk's frames); the release draws the step noises after the start noise, whether or not the last is used:
-    `num_draws` is the number of step tensors. The first `given` frames are not generated: the start draw leaves them out, the others do
-    not. Context noise (re-noised commits) is drawn on demand from the same generator.
+    its frames of step tensor j. As in the release, a last step that adds no noise has its tensor too. The first `given` frames are not
+    generated: the start tensor leaves them out, step tensors do not. Noise for a context that is noised again is drawn on demand from
+    the same generator.
     """
 
     def __init__(

@@ -154,7 +154,7 @@ def ode_block_plan(pattern: BlockPattern, block: int, times: tuple[float, ...], 
 def training_plan(
     pattern: BlockPattern, num_frames: int, schedule: StepSchedule, *, index: int, context: ContextRule = ContextRule()
 ) -> tuple[ChunkPlan, ...]:
-    """Self-forcing rollout of effective update `index` (spec/algorithms 6.10).
+    """Self-forcing rollout of effective update `index` (Causal_rCM.md section 6).
 
     n = index mod (steps of chunk 0) + 1; chunk i makes min(n, its maximum) steps along a prefix of its schedule, starting at exactly t = 1.
     Noisy context: a chunk at its maximum leaves its last input; a shorter one is re-noised to the last time of its full schedule (1 if

@@ -40,7 +40,8 @@ class UniPC:
     """Sampler along `times` (RF, decreasing from below 1 to 0): `order` 1 to 3, lower over the first and the last steps.
 
     One network evaluation per step; the corrector reuses it. The start is the unscaled noise. Raises `ConfigError` for an impossible grid
-    or order. Source: arXiv 2302.04867, algorithms 1, 2 and appendix; order 2 is what Wan is sampled with (spec/wan 1.7).
+    or order. Source: arXiv 2302.04867, algorithms 1, 2 and appendix; order 2 is what Wan is sampled with
+    (docs/reference/sampling.md#many-steps).
     """
 
     times: tuple[float, ...]

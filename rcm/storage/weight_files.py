@@ -6,7 +6,7 @@ is read.
     *.index.json, or its folder shards
     folder                      the only file of weights in it
 
-Keys are those of the file, nested state dicts joined with dots; whose they are is the caller's business. spec/wan.md 3.
+Keys are those of the file, nested state dicts joined with dots; whose they are is the caller's business. docs/reference/wan.md#files.
 """
 
 from __future__ import annotations

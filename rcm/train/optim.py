@@ -15,7 +15,8 @@ _FUSED_DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig:
-    """AdamW (arXiv 1711.05101) with decay on every parameter, norms and biases included, as in the release (spec/algorithms 5.2).
+    """AdamW (arXiv 1711.05101) with decay on every parameter, norms and biases included, as in the release
+    (docs/reference/training.md#optimiser-and-ema).
 
     `lr` is the rate that the schedule multiplies; `weight_decay` is per unit of lr; `betas` in [0, 1). Raises ConfigError outside these
     domains.

@@ -1,7 +1,7 @@
 """How long a job takes: arithmetic, memory traffic and communication of every pass, over rates that were measured.
 
-FLOPs count two per multiply-add (spec/wan 9), and per block and sample L (12 E^2 + 4 E H) + 512 * 4 E^2 for the linear layers, 4 P E for
-self-attention over the P pairs that the mask lets through, 4 L 512 E for cross-attention.
+FLOPs count two per multiply-add (docs/reference/wan.md#cost), and per block and sample L (12 E^2 + 4 E H) + 512 * 4 E^2 for the linear
+layers, 4 P E for self-attention over the P pairs that the mask lets through, 4 L 512 E for cross-attention.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Work:
 
 
 def forward_work(config: WanConfig, layout: TokenLayout) -> Work:
-    """Forward FLOPs of one sample (spec/wan 9)."""
+    """Forward FLOPs of one sample (docs/reference/wan.md#cost)."""
     tokens, width, hidden, text = layout.num_tokens, config.dim, config.ffn_dim, config.text_len
     linear = tokens * (12 * width**2 + 4 * width * hidden) + text * 4 * width**2
     scale = config.num_layers
@@ -44,62 +44,58 @@ def forward_work(config: WanConfig, layout: TokenLayout) -> Work:
     return Work(scale * linear, scale * 4.0 * pairs * width, scale * 4.0 * tokens * text * width, masked=not layout.mask.is_full)
 
 
+@dataclass(frozen=True)
+class _Multiples:
+    """A pass in units of one forward: linear layers and cross-attention; self-attention forward and backward; elementwise traffic;
+    exchanges of context parallelism; launches.
+    """
+
+    linear: float
+    attention: float
+    backward: float
+    rows: float
+    exchanges: float
+    launches: float
+
+
+def _multiples(net: NetPlan, step: Pass, layout: TokenLayout) -> _Multiples:
+    if step.mode == "infer":
+        return _Multiples(1, 1, 0, 1, 1, 1)
+    if step.mode == "tangent":
+        constant = 1 - visible_pairs(layout, first_key=layout.context_tokens) / visible_pairs(layout)
+        return _Multiples(2, 3 - constant, 0, 2, 2, 1)  # attention: six products of two, four where the keys are constant
+    again = net.recompute != "none"
+    linear, attention = 3 + net.recompute.startswith("block_wise"), 1 + (net.recompute == "block_wise")
+    return _Multiples(linear, attention, BACKWARD_ATTENTION, 3 + again, 2 + again, 3)
+
+
 def pass_flops(job: Job, step: Pass) -> float:
     """FLOPs of a pass on all ranks of a context group, one micro-batch: recomputation included."""
-    net = job.net(step.role)
-    total = 0.0
+    net, total = job.net(step.role), 0.0
     for layout, count in step.runs():
-        work = forward_work(net.config, layout)
-        linear, attention = _factors(net, step, layout)
-        total += count * job.batch * (linear * (work.linear + work.cross) + attention * work.attention)
+        work, times = forward_work(net.config, layout), _multiples(net, step, layout)
+        attention = times.attention + times.backward
+        total += count * job.batch * (times.linear * (work.linear + work.cross) + attention * work.attention)
     return total
-
-
-def _factors(net: NetPlan, step: Pass, layout: TokenLayout) -> tuple[float, float]:
-    """Multiples of the forward's FLOPs: linear layers and cross-attention; self-attention."""
-    if step.mode == "infer":
-        return 1.0, 1.0
-    if step.mode == "tangent":
-        pairs = visible_pairs(layout)
-        own = visible_pairs(layout, first_key=layout.context_tokens)
-        return 2.0, (3.0 * own + 2.0 * (pairs - own)) / pairs  # six products of two, four where the keys are constant
-    again = 1.0 if net.recompute.startswith("block_wise") else 0.0
-    attention_again = 1.0 if net.recompute == "block_wise" else 0.0
-    return 3.0 + again, 1.0 + attention_again + BACKWARD_ATTENTION
 
 
 def pass_seconds(job: Job, card: Card, step: Pass) -> float:
     """Seconds of a pass for one micro-batch: the slower of arithmetic and communication that it hides, plus the exchanges it cannot."""
     net = job.net(step.role)
-    config, total = net.config, 0.0
+    config, total, share = net.config, 0.0, job.batch / job.context
+    rate = card.attention_tangent if step.mode == "tangent" else card.attention
     for layout, count in step.runs():
-        work = forward_work(config, layout)
-        linear, attention = _factors(net, step, layout)
-        share = job.batch / job.context
-        dense = card.masked if work.masked else 1.0
-        seconds = linear * work.linear * share / card.matmul + linear * work.cross * share / card.attention
-        if step.mode == "train":
-            forwards = attention - BACKWARD_ATTENTION
-            rates = forwards / card.attention + BACKWARD_ATTENTION / card.attention_backward
-            seconds += work.attention * share * rates / dense
-        else:
-            rate = card.attention_tangent if step.mode == "tangent" else card.attention
-            seconds += attention * work.attention * share / (rate * dense)
-        seconds += _elementwise(job, net, step, layout) / card.bandwidth
-        passes = 3.0 if step.mode == "train" else 1.0
-        seconds = max(seconds, passes * config.num_layers * card.launch)
-        total += count * (max(seconds, _gathering(job, card, net, step)) + _exchanging(job, card, net, step, layout))
+        work, times = forward_work(config, layout), _multiples(net, step, layout)
+        attention = work.attention / (card.masked if work.masked else 1.0)
+        seconds = share * times.linear * (work.linear / card.matmul + work.cross / card.attention)
+        seconds += share * attention * (times.attention / rate + times.backward / card.attention_backward)
+        # norms, rotations, gates and GELU
+        rows = share * layout.num_tokens * (ELEMENTWISE_ROWS * config.dim + 2 * config.ffn_dim)
+        seconds += times.rows * config.num_layers * rows * job.compute_bytes / card.bandwidth
+        seconds = max(seconds, times.launches * config.num_layers * card.launch)
+        exchanging = times.exchanges * _exchanging(job, card, net, layout)
+        total += count * (max(seconds, _gathering(job, card, net, step)) + exchanging)
     return total
-
-
-def _elementwise(job: Job, net: NetPlan, step: Pass, layout: TokenLayout) -> float:
-    """Bytes that norms, rotations, gates and GELU move: twice that with tangents; twice in a backward pass, once more if recomputed."""
-    config = net.config
-    rows = ELEMENTWISE_ROWS * config.dim + 2 * config.ffn_dim
-    forward = config.num_layers * job.batch * layout.num_tokens / job.context * rows * job.compute_bytes
-    if step.mode == "train":
-        return forward * (3.0 if net.recompute == "none" else 4.0)
-    return forward * (2.0 if step.mode == "tangent" else 1.0)
 
 
 def _gathering(job: Job, card: Card, net: NetPlan, step: Pass) -> float:
@@ -115,14 +111,10 @@ def _gathering(job: Job, card: Card, net: NetPlan, step: Pass) -> float:
     return bytes_moved / speed
 
 
-def _exchanging(job: Job, card: Card, net: NetPlan, step: Pass, layout: TokenLayout) -> float:
-    """Ulysses: q, k, v and the result cross the group in every block; with tangents twice, with gradient forward, again and backward."""
-    if job.context == 1:
-        return 0.0
+def _exchanging(job: Job, card: Card, net: NetPlan, layout: TokenLayout) -> float:
+    """Ulysses, of one forward: q, k, v and the result cross the group in every block."""
     rows = 4 * job.batch * layout.num_tokens / job.context * (job.context - 1) / job.context
-    again = {"infer": 1.0, "tangent": 2.0, "train": 2.0 if net.recompute == "none" else 3.0}[step.mode]
-    speed = card.link if job.context <= card.node else card.network
-    return again * rows * net.config.dim * job.compute_bytes * net.config.num_layers / speed
+    return rows * net.config.dim * job.compute_bytes * net.config.num_layers / (card.link if job.context <= card.node else card.network)
 
 
 def update_seconds(job: Job, card: Card, phase: PhasePlan) -> float:

@@ -135,5 +135,5 @@ def test_net_numbers_replace_those_of_the_preset() -> None:
 
 @pytest.mark.parametrize(("preset", "count"), [("1.3B", 1_418_996_800), ("14B", 14_288_491_584)])
 def test_parameter_counts_on_meta(preset: str, count: int) -> None:
-    """spec/wan.md section 9 (verified counts)."""
+    """docs/reference/wan.md#sizes."""
     assert parameter_count(NetConfig(preset=preset)) == count

@@ -109,7 +109,7 @@ job.name
 
 
 def test_every_public_key_exists() -> None:
-    """Architecture section 6 and spec/algorithms 5.3, 5.4, 6.12: keys that users know must keep working."""
+    """docs/reference/training.md: keys that users know must keep working."""
     public = {f"model.config.{key}" for key in MODEL_KEYS.split()} | set(OTHER_KEYS.split())
     assert len(public) > 60
     assert not public - set(known_paths(TrainConfig))
@@ -218,7 +218,7 @@ ROW_NUMBERS = {
 
 @pytest.mark.parametrize("name", ROW_NUMBERS)
 def test_published_rows_have_the_published_numbers(name: str) -> None:
-    """spec/algorithms 5.4 and 6.13."""
+    """docs/reference/training.md#experiments, Causal_rCM.md section 10."""
     config = compose_run([f"experiment={name}"], environ={}, world_size=None, require_inputs=False).config
     for key, expected in ROW_NUMBERS[name].items():
         node: object = config

@@ -29,7 +29,7 @@ def passes(planned: Job, role: str) -> dict[str, Pass]:
 
 
 def test_forwards_of_a_rollout_over_seven_chunks():
-    """Four steps in the first chunk, two in later ones, a context pass after all but the last (spec/algorithms 6.10)."""
+    """Four steps in the first chunk, two in later ones, a context pass after all but the last (Causal_rCM.md section 6)."""
     longest, mean = job(SMALL + "sf_dmd_2step_c3-3"), job(SMALL + "sf_dmd_2step_c3-3", rollouts="mean")
     assert passes(longest, "fake_score")["rollout"].repeats == (5, 3, 3, 3, 3, 3, 2)
     assert passes(longest, "student")["rollout"].repeats == (4, 2, 2, 2, 2, 2, 1)  # the last step of each has the gradient
@@ -64,7 +64,7 @@ def test_guidance_doubles_the_teachers_passes():
 
 @pytest.mark.parametrize(("net", "bytes_per_frame"), [("wan2pt1_1pt3b", 287_539_200), ("wan2pt1_14b", 1_277_952_000)])
 def test_cache_bytes_are_the_published_ones(net, bytes_per_frame):
-    """spec/wan 9: keys and values of a latent frame in all layers, bfloat16, 480p."""
+    """docs/reference/wan.md#cost: keys and values of a latent frame in all layers, bfloat16, 480p."""
     planned = job(SMALL + "sf_dmd_c3-3", f"net={net}")
     (cache,) = PassMemory(planned, passes(planned, "fake_score")["rollout"]).held()
     assert cache.bytes == 21 * bytes_per_frame

@@ -5,7 +5,7 @@ from rcm.diffusion.blocks import BlockPattern
 
 
 def test_published_patterns_at_21_frames():
-    """Counts stated in spec 6.1."""
+    """Counts stated in Causal_rCM.md section 2."""
     assert [BlockPattern.parse(n).num_blocks(21) for n in ("c1-1", "c3-3", "c1-4")] == [21, 7, 6]
     assert BlockPattern.parse("c1-4").bounds(9) == ((0, 1), (1, 5), (5, 9))
     assert BlockPattern.parse("c3-3").bounds(6) == ((0, 3), (3, 6))
@@ -14,7 +14,7 @@ def test_published_patterns_at_21_frames():
 
 @pytest.mark.parametrize("name", ["c1-1", "c3-3", "c1-4", "c4-2", "c12-10"])
 def test_against_the_frame_formula(name):
-    """block = 0 if frame < first else 1 + floor((frame - first) / chunk), spec 6.1."""
+    """block = 0 if frame < first else 1 + floor((frame - first) / chunk), Causal_rCM.md section 2."""
     pattern = BlockPattern.parse(name)
     frames = pattern.first + 3 * pattern.chunk
     expected = tuple(0 if f < pattern.first else 1 + (f - pattern.first) // pattern.chunk for f in range(frames))

@@ -50,7 +50,7 @@ def test_differences_are_first_order(kind, geometry):
 
 
 def test_release_formulas_are_followed_to_the_digit():
-    """Spec 2.3, with a step so large that any other first-order scheme differs."""
+    """docs/reference/objectives.md#differences, with a step so large that any other first-order scheme differs."""
     field, x, F_teacher, tau, cs = _setup()
     h = 0.3
     wide = per_frame(cs, x)
@@ -75,7 +75,7 @@ def test_trig_step_is_exact_on_its_path():
 
 
 def test_packed_input_needs_a_scale_with_zeros():
-    """Exact with scale [B, T] zero on the clean frames is the tangent [0; V], [0; 1] of teacher forcing (spec 6.7)."""
+    """Exact with scale [B, T] zero on the clean frames is the tangent [0; V], [0; 1] of teacher forcing (Causal_rCM.md section 5)."""
     field, x, velocity, t, _ = _setup(N)
     scale = torch.tensor([[0.0, 0.0, 1.0]], dtype=F64).expand(N, N)
     only_last = velocity.clone()

@@ -42,7 +42,7 @@ def test_derivatives():
 
 
 def test_known_values():
-    """sigma_max values of the samplers (spec 7) and round numbers."""
+    """sigma_max values of the samplers (Causal_rCM.md section 9) and round numbers."""
     assert T.sigma_to_rf(torch.tensor(1600.0, dtype=F64)).item() == pytest.approx(1600 / 1601, rel=1e-15)
     assert T.rf_to_timestep(torch.tensor(15 / 16, dtype=F64)).item() == 937.5
     assert T.timestep_to_rf(torch.tensor(937.5, dtype=F64)).item() == 0.9375
@@ -81,7 +81,7 @@ def test_shift(s):
 
 
 def test_shift_of_the_published_schedule():
-    """backward_timesteps are shift 5 of 3/4, 1/2, 1/4; with shift3_backward, shift 3 (spec 6.12)."""
+    """backward_timesteps are shift 5 of 3/4, 1/2, 1/4; with shift3_backward, shift 3 (docs/reference/training.md#causal-keys)."""
     assert [T.shift_time(u, 5.0) for u in (0.75, 0.5, 0.25)] == pytest.approx([15 / 16, 5 / 6, 5 / 8], rel=1e-15)
     assert [T.shift_time(u, 3.0) for u in (0.75, 0.5, 0.25)] == pytest.approx([0.9, 0.75, 0.5], rel=1e-15)
     assert [T.unshift_time(u, 5.0) for u in (15 / 16, 5 / 6, 5 / 8)] == pytest.approx([0.75, 0.5, 0.25], rel=1e-14)

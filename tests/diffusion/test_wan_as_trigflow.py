@@ -21,7 +21,7 @@ def _setup(columns=1, seed=0):
 
 @pytest.mark.parametrize("columns", [1, N])
 def test_equals_the_division_form(columns):
-    """The coefficients of spec 1.2: x0 = c_skip x + c_out v, F = (cos x - x0) / sin."""
+    """The coefficients of docs/reference/objectives.md#wrapper: x0 = c_skip x + c_out v, F = (cos x - x0) / sin."""
     x_tau, v, tau = _setup(columns)
     cos, sin = torch.cos(per_frame(tau, x_tau)), torch.sin(per_frame(tau, x_tau))
     z = cos + sin

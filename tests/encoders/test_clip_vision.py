@@ -48,7 +48,7 @@ def test_full_size_has_the_published_counts() -> None:
 
 @torch.no_grad()
 def oracle(state: dict[str, torch.Tensor], pixels: torch.Tensor, *, layers: int) -> torch.Tensor:
-    """The first `layers` blocks in float64, from the original names. spec/wan.md 2.4: pre-norm, exact GELU, eps 1e-5."""
+    """The first `layers` blocks in float64, from the original names. docs/reference/encoders.md#clip: pre-norm, exact GELU, eps 1e-5."""
     w = {name.removeprefix("visual."): value.double() for name, value in state.items()}
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:

@@ -17,7 +17,7 @@ from rcm.encoders.prompt_cleaning import (
     says_nothing,
 )
 
-DIGEST = "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"  # of spec/wan.md 5
+DIGEST = "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"  # of docs/reference/encoders.md#umt5
 
 
 @pytest.mark.parametrize(

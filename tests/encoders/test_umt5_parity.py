@@ -18,7 +18,9 @@ TEXT_LEN = 192
 
 
 def bucket(rel: int) -> int:
-    """Bucket of key position minus query position: 16 per direction, 8 exact, 8 logarithmic up to distance 128. spec/wan.md 5."""
+    """Bucket of key position minus query position: 16 per direction, 8 exact, 8 logarithmic up to distance 128.
+    docs/reference/encoders.md#umt5.
+    """
     side, distance = (16, rel) if rel > 0 else (0, -rel)
     if distance < 8:
         return side + distance

@@ -30,7 +30,7 @@ Checker = Callable[[str], str | None]
 
 def documents() -> list[Path]:
     """The documents a reader is sent to."""
-    return [ROOT / "README.md", METHOD, *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", METHOD, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def broken(pattern: str, check: Checker) -> list[str]:

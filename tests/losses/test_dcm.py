@@ -67,7 +67,9 @@ def test_shapes(loss):
 
 @pytest.mark.parametrize("form", ["rf", "trig"])
 def test_true_map_leaves_a_second_order_residual(form):
-    """Fixed point (spec 10.7): teacher step by Euler, student = target = the exact consistency map; halving du quarters the residual."""
+    """Fixed point (docs/reference/objectives.md#fixed-points): teacher step by Euler, student = target = the exact consistency map; halving
+    du quarters the residual.
+    """
     world = LinearGaussian()
     g = torch.Generator().manual_seed(2)
     n = 3

@@ -25,7 +25,7 @@ def _rand(count, seed=0, shape=SHAPE):
 
 
 def test_gaussian_bell():
-    """e^{-2 (t - 1/2)^2} - e^{-1/2} (spec 6.4)."""
+    """e^{-2 (t - 1/2)^2} - e^{-1/2} (Causal_rCM.md section 3)."""
     t = torch.tensor([0.0, 1.0, 0.5, 0.25, 0.8], dtype=F64)
     expected = [0.0, 0.0, 1 - math.exp(-0.5), math.exp(-0.125) - math.exp(-0.5), math.exp(-0.18) - math.exp(-0.5)]
     torch.testing.assert_close(gaussian_bell(t), torch.tensor(expected, dtype=F64), rtol=1e-13, atol=1e-15)
@@ -54,7 +54,7 @@ def test_diffusion_loss_by_loops(columns, weight):
 
 
 def test_bidirectional_critic_is_the_division_form():
-    """Definition: sum (G - x0_fake)^2 / sin^2 with x0_fake from the network; also sum |F_fake - F_target|^2 (spec 4)."""
+    """Definition: sum (G - x0_fake)^2 / sin^2 with x0_fake from the network; also sum |F_fake - F_target|^2 (Causal_rCM.md section 8)."""
     shape = (3, 3, 3, 3, 3)
     v, generated, eps = _rand(3, shape=shape)
     tau = torch.tensor([[0.2], [0.9], [1.5]], dtype=F64)
@@ -83,7 +83,7 @@ def test_causal_critic_is_a_mean_and_unweighted():
 
 
 def test_critics_differ_by_the_weight_only():
-    """A7: bidirectional = b^2 times the sum, causal = the mean."""
+    """decision A7: bidirectional = b^2 times the sum, causal = the mean."""
     v, generated, eps = _rand(3)
     tau = torch.full((2, 1), 0.7, dtype=F64)
     b = (1 - trig_to_rf(tau)[0, 0]) / math.cos(0.7)

@@ -13,7 +13,7 @@ def _rand(count, seed=0):
 
 
 def test_gradient_is_twice_the_normalised_score_difference():
-    """dL/dG = 2 (x0_fake - x0_teacher) / max(mean |G - x0_teacher|, 1e-5) (spec 4), then the batch mean."""
+    """dL/dG = 2 (x0_fake - x0_teacher) / max(mean |G - x0_teacher|, 1e-5) (Causal_rCM.md section 8), then the batch mean."""
     generated, fake, teacher = _rand(3)
     generated.requires_grad_()
     term = dmd_loss(generated, dmd_target(generated, fake, teacher))

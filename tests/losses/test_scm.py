@@ -75,7 +75,7 @@ def test_trigflow_tangent_is_the_weighted_derivative(variant):
 
 
 def test_both_forms_agree_at_full_warmup():
-    """g_trig(r=1) = cos tau b^2 (V - v - t J) (spec 1.2, 10.1), both tangents from forward mode."""
+    """g_trig(r=1) = cos tau b^2 (V - v - t J) (docs/reference/objectives.md#wrapper), both tangents from forward mode."""
     net, teacher = ToyField(seed=0), ToyField(seed=1)
     (x_tau,), tau = _rand(1), _tau()
     g_trig = trigflow_tangent(*_trig_parts(net, teacher, x_tau, tau), x_tau, tau)
@@ -88,7 +88,9 @@ def test_both_forms_agree_at_full_warmup():
 
 
 def test_true_consistency_map_has_zero_tangent():
-    """Fixed point (spec 10.7): a student that is the linear-Gaussian consistency map; and it is not a fixed point of a wrong student."""
+    """Fixed point (docs/reference/objectives.md#fixed-points): a student that is the linear-Gaussian consistency map; and it is not a fixed
+    point of a wrong student.
+    """
     world = LinearGaussian()
     (x,), tau = _rand(1), _tau()
     x_t, t = rf_point(x, tau)
@@ -111,7 +113,7 @@ def test_true_consistency_map_has_zero_tangent():
 @pytest.mark.parametrize("r", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("columns", [1, N])
 def test_warmup_element_by_element(r, columns):
-    """The formulas of spec 2.1 step 6 and 2.4, written out with scalars on square data."""
+    """The formulas of Causal_rCM.md sections 5, 8, written out with scalars on square data."""
     F, F_T, T, x = _rand(4, seed=3)
     tau = _tau(columns)
     for b, c, f, h, w in ((0, 1, 2, 0, 1), (2, 0, 1, 1, 0), (1, 2, 0, 2, 2)):

@@ -109,7 +109,9 @@ def test_context_cached_tangent_equals_packed_functorch(name):
 
 
 def test_scm_gradient_is_the_papers():
-    """Gradient of the whole method = -2 loss_scale g_hat pulled back through v, with g from spec 6.7 assembled here by hand."""
+    """Gradient of the whole method = -2 loss_scale g_hat pulled back through v, with g from Causal_rCM.md section 5 assembled here by
+    hand.
+    """
     forcing = FORCING
     student, teacher = Denoiser(tiny_net(seed=1), Precision.preset("fp64")), Denoiser(tiny_net(seed=2), Precision.preset("fp64"))
     negative = condition(tiny_config(), batch=1, seed=11)
@@ -144,7 +146,9 @@ def test_scm_gradient_is_the_papers():
 
 
 def test_noisy_context_reaches_the_student_and_not_the_teacher(monkeypatch):
-    """Spec 6.5: student context noised to the last mid time from the start chunk on; the teacher always sees clean context."""
+    """Causal_rCM.md section 5: student context noised to the last mid time from the start chunk on; the teacher always sees clean
+    context.
+    """
     seen = []
     student, teacher = gaussian_pair(WORLD)
     forcing = TeacherForcing(BlockPattern(3, 3))

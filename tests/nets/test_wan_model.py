@@ -15,7 +15,7 @@ from rcm.nets.wan.config import PRESETS, WanConfig, preset
 from rcm.nets.wan.model import WanDiT
 from tests.support.tiny_nets import GRID, condition, frame_times, latents, pattern, tiny_config, tiny_net
 
-# spec/wan.md 1.1, 1.2, 9: parameters, tensors
+# docs/reference/wan.md#sizes, #tensors: parameters, tensors
 PUBLISHED = {
     "1.3B": (1_418_996_800, 825),
     "14B": (14_288_491_584, 1095),
@@ -26,7 +26,7 @@ LAYOUT = TokenLayout.bidirectional(3, grid=GRID)
 
 
 def published_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the original weights, written down from the table of spec/wan.md 1.2 (patch weight flattened)."""
+    """Every tensor of the original weights, written down from the table of docs/reference/wan.md#tensors (patch weight flattened)."""
     d, f = config.dim, config.ffn_dim
     shapes: dict[str, tuple[int, ...]] = {"head.modulation": (1, 2, d)}
 

@@ -50,7 +50,7 @@ def test_settings_round_trip(form):
 
 
 def test_settings_are_the_published_ones():
-    """Names and values that other loaders read. spec/wan.md 1.1."""
+    """Names and values that other loaders read. docs/reference/wan.md#sizes."""
     wan = published_settings(PRESETS["A14B"], form="wan")
     assert wan["model_type"] == "i2v" and (wan["dim"], wan["in_dim"], wan["num_heads"], wan["eps"]) == (5120, 36, 40, 1e-6)
     theirs = published_settings(PRESETS["i2v-14B"], form="diffusers")

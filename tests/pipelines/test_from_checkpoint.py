@@ -119,7 +119,7 @@ def test_bidirectional_checkpoints_sample_whole_videos(tmp_path, recipe):
 
 
 def test_whole_video_few_step_sampling_by_hand(tmp_path):
-    """Start noise scaled to the first time, jump to x0, renoise with the same generator (spec/causal_inference 1.1)."""
+    """Start noise scaled to the first time, jump to x0, renoise with the same generator (docs/reference/sampling.md#few-steps)."""
     net = in_memory(write_checkpoint(tmp_path, FEW_STEP))
     cond, generator = Condition(TEXT.encode([PROMPT])), torch.Generator().manual_seed(4)
     layout = TokenLayout.bidirectional(6, grid=(2, 2))

@@ -20,7 +20,9 @@ from rcm.samplers.unipc import UniPC
 
 
 def test_many_step_grid_is_the_released_one():
-    """sigma 5000, shift 5, 50 steps: even before the shift, and not truncated to whole timesteps (spec/wan 1.7)."""
+    """sigma 5000, shift 5, 50 steps: even before the shift, and not truncated to whole timesteps
+    (docs/reference/sampling.md#many-steps).
+    """
     s = 5000 / 5001
     even = np.linspace(s / (5 - 4 * s), 0, 51)
     times = WholeVideoRecipe("ode", sigma_max=5000, steps=50, shift=5.0).times()
@@ -31,7 +33,7 @@ def test_many_step_grid_is_the_released_one():
 
 @pytest.mark.parametrize(("sigma_max", "expected"), [(80, 988), (200, 996), (120, 992)])
 def test_networks_are_told_bf16_timesteps(sigma_max, expected):
-    """987.654 becomes 988 and so on: what the checkpoints were trained with (spec/wan 1.5)."""
+    """987.654 becomes 988 and so on: what the checkpoints were trained with (docs/reference/wan.md#precision)."""
     seen = []
 
     class Net(nn.Module):

@@ -1,4 +1,4 @@
-"""Rollout plans against the hand-written tables of spec/algorithms 6.10 and spec/causal_inference 2."""
+"""Rollout plans against the hand-written tables of Causal_rCM.md section 6 and docs/reference/sampling.md#chunks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_training_context_is_last_input_at_the_maximum_and_renoised_below_it():
 
 
 def test_one_step_chunks_with_noisy_context_leave_pure_noise():
-    """A13: an empty schedule makes the context time 1; configurations warn, the plan says so."""
+    """Decision A13: an empty schedule makes the context time 1; configurations warn, the plan says so."""
     plan = training_plan(C33, 6, StepSchedule((FOUR, ())), index=3, context=ContextRule(True, 1))
     assert (plan[1].commit, plan[1].commit_time) == ("last_input", 1.0)
 

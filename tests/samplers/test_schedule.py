@@ -1,4 +1,4 @@
-"""Time grids against the numbers of spec/wan 1.5, spec/algorithms 7 and closed forms."""
+"""Time grids against the numbers of docs/reference/wan.md#precision, Causal_rCM.md section 9 and closed forms."""
 
 from __future__ import annotations
 

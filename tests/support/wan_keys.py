@@ -1,4 +1,4 @@
-"""The tensors of the published Wan networks as the specification lists them (spec/wan.md 1.2), written without the network's code."""
+"""The tensors of the published Wan networks as docs/reference/wan.md#tensors lists them, written without the network's code."""
 
 from __future__ import annotations
 

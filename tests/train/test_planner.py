@@ -37,7 +37,7 @@ C33 = BlockPattern(3, 3)
     ],
 )
 def test_forward_flops_are_the_published_ones(preset, layout, total, linear, attention, cross):
-    """spec/wan 9, in TFLOP; chunks there without the text's keys, at most 2.2 TFLOP."""
+    """docs/reference/wan.md#cost, in TFLOP; chunks there without the text's keys, at most 2.2 TFLOP."""
     work = forward_work(PRESETS[preset], layout)
     assert work.total / 1e12 == pytest.approx(total, rel=4e-3, abs=0.3 if linear else 2.2)
     if linear is not None:

@@ -22,7 +22,7 @@ from rcm.kernels.fused.launch import NormKind
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift, without intermediate rounding.
 
-    `x` [B, F, S, E]; `shift`, `scale` [B or 1, F or 1, 1, E] any float dtype. Returns `dtype`. spec/wan.md 1.3.
+    `x` [B, F, S, E]; `shift`, `scale` [B or 1, F or 1, 1, E] any float dtype. Returns `dtype`. docs/reference/wan.md#forward.
     """
     return _norm(x, scale, shift, NormKind(center=True, offset=1.0, eps=eps), dtype)
 

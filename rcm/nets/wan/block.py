@@ -1,4 +1,6 @@
-"""One transformer block of Wan: modulated self-attention, cross-attention to text (and image), modulated feed-forward. spec/wan.md 1.3."""
+"""One transformer block of Wan: modulated self-attention, cross-attention to text (and image), modulated feed-forward.
+docs/reference/wan.md#forward.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes of the Wan family. spec/wan.md 1.1."""
+"""Sizes of the Wan family. docs/reference/wan.md#sizes."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@ module's business.
 
 The package's own form is the original Wan naming with `patch_embedding.weight` as [dim, in_dim * patch area]. Understood: original Wan
 (5-D patch weight), diffusers, rcm (`net.`, `net_ema.`, other roles by prefix), the Self-Forcing family (generator / generator_ema /
-critic / model containers, wrapper names left by FSDP, checkpointing and compile), ComfyUI prefixes. spec/wan.md 1.2, 2.1, 3.
+critic / model containers, wrapper names left by FSDP, checkpointing and compile), ComfyUI prefixes. docs/reference/wan.md#tensors,
+#names-elsewhere, #files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Files that are not a network of this package, recognised by names and shapes so that the refusal can say what they are. spec/wan.md 3."""
+"""Files that are not a network of this package, recognised by names and shapes so that the refusal can say what they are.
+docs/reference/wan.md#files.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Wan diffusion transformer: one forward for every use; what the frames are is said by the `TokenLayout`. spec/wan.md 1."""
+"""The Wan diffusion transformer: one forward for every use; what the frames are is said by the `TokenLayout`. docs/reference/wan.md."""
 
 from __future__ import annotations
 
@@ -147,7 +147,8 @@ class WanDiT(nn.Module):
         """Initialise in place: Xavier-uniform linears with zero bias, N(0, 0.02^2) text and time embeddings and time projection, N(0, 1/E)
         modulation, zero output head.
 
-        Draws are float32 on the generator's device, then copied, so weights do not depend on where the network lives. spec/wan.md 1.6.
+        Draws are float32 on the generator's device, then copied, so weights do not depend on where the network lives.
+        docs/reference/wan.md#random-weights.
         """
         device = torch.device("cpu") if generator is None else generator.device
         for name, module in self.named_modules():

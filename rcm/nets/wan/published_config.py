@@ -1,5 +1,5 @@
 """The config.json that published folders keep beside the weights: written for a network, and compared with the tensors it lies beside.
-spec/wan.md 1.1, 2.1.
+docs/reference/wan.md#sizes, #names-elsewhere.
 """
 
 from __future__ import annotations
