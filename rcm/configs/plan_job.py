@@ -81,52 +81,40 @@ def _guided(scale: float) -> float:
     return 2.0 if scale > 1 else 1.0
 
 
+def _trained(*layouts: TokenLayout) -> Pass:
+    return Pass("student", "student", "train", layouts)
+
+
 class _Causal:
-    """Passes of the causal stages. `whole`, `packed`, ...: the layouts of `rcm.methods`."""
+    """Passes of the causal stages. `whole`, `packed`, `masked`, `noisy`, `chunks`: the layouts of `rcm.methods`."""
 
     def __init__(self, model: CausalConfig, frames: int, rollouts: Rollouts) -> None:
-        self.model, self.frames, self.grid, self.rollouts = model, frames, _grid(model), rollouts
+        self.model, self.frames, self.rollouts = model, frames, rollouts
         self.pattern = BlockPattern(model.first_chunk_t, model.chunk_t)
-
-    @property
-    def _structure(self) -> dict:
-        return {"grid": self.grid, "pattern": self.pattern}
-
-    @property
-    def packed(self) -> TokenLayout:
-        return TokenLayout.teacher_forcing(self.frames, **self._structure)
-
-    @property
-    def whole(self) -> TokenLayout:
-        return TokenLayout.bidirectional(self.frames, grid=self.grid)
-
-    @property
-    def masked(self) -> TokenLayout:
-        return TokenLayout.block_causal(self.frames, **self._structure)
-
-    def chunks(self) -> tuple[TokenLayout, ...]:
-        blocks = self.pattern.num_blocks(self.frames)
-        return tuple(TokenLayout.cached_chunk(block, num_frames=self.frames, **self._structure) for block in range(blocks))
-
-    def regression(self, layout: TokenLayout) -> tuple[Pass, ...]:
-        return (Pass("student", "student", "train", (layout,)),)
+        grid = _grid(model)
+        structure = {"grid": grid, "pattern": self.pattern}
+        self.whole = TokenLayout.bidirectional(frames, grid=grid)
+        self.packed = TokenLayout.teacher_forcing(frames, **structure)
+        self.masked = TokenLayout.block_causal(frames, **structure)
+        self.noisy = TokenLayout.noisy_over_context(frames, **structure)
+        blocks = range(self.pattern.num_blocks(frames))
+        self.chunks = tuple(TokenLayout.cached_chunk(block, num_frames=frames, **structure) for block in blocks)
+        self.cache = Held("student", frames=frames)
 
     def discrete(self) -> tuple[Pass, ...]:
         evaluations = self.model.dcm_skipping_interval_steps * _guided(self.model.causal_guidance)
         return (
             Pass("causal teacher", "causal_teacher", "infer", (self.packed,), (evaluations,)),
             Pass("student's target", "student", "infer", (self.packed,)),
-            Pass("student", "student", "train", (self.packed,)),
+            _trained(self.packed),
         )
 
     def continuous(self) -> tuple[Pass, ...]:
-        cached = (Held("cache", "student", frames=self.frames),)
-        noisy = TokenLayout.noisy_over_context(self.frames, **self._structure)
         return (
             Pass("causal teacher", "causal_teacher", "infer", (self.packed,), (_guided(self.model.causal_guidance),)),
-            Pass("student's clean context", "student", "infer", (self.masked,), held=cached),
-            Pass("student's tangent", "student", "tangent", (noisy,), held=cached),
-            Pass("student", "student", "train", (self.packed,)),
+            Pass("student's clean context", "student", "infer", (self.masked,), held=(self.cache,)),
+            Pass("student's tangent", "student", "tangent", (self.noisy,), held=(self.cache,)),
+            _trained(self.packed),
         )
 
     def rollout(self, *, last_with_gradient: bool) -> tuple[float, ...]:
@@ -134,7 +122,7 @@ class _Causal:
         schedule, model = step_schedule(self.model), self.model
         rule = ContextRule(model.context_from_last_step, model.context_from_last_step_start_chunk)
         indices = range(schedule.steps(0)) if self.rollouts == "mean" else (schedule.steps(0) - 1,)
-        counts = [0.0] * self.pattern.num_blocks(self.frames)
+        counts = [0.0] * len(self.chunks)
         for index in indices:
             for plan in training_plan(self.pattern, self.frames, schedule, index=index, context=rule):
                 free = plan.commit == "last_input" and not last_with_gradient
@@ -151,19 +139,18 @@ class _Causal:
 
     def self_forced(self) -> tuple[Pass, ...]:
         """A student phase: the rollout, its judgement, and the gradient of every chunk's last step, together or one chunk at a time."""
-        cache, chunks = Held("cache", "student", frames=self.frames), self.chunks()
+        cache, chunks = self.cache, self.chunks
         if self.model.replayed_training:
             unkept = Pass("rollout", "student", "infer", chunks, self.rollout(last_with_gradient=False), (cache,))
             replays = (Pass("replayed chunk", "student", "train", (chunk,), held=(cache,)) for chunk in chunks)
             return (unkept, *self.scores((cache,)), *replays)
         last = Pass("rollout's last steps", "student", "train", chunks, held=(cache,))
-        held = (cache, Held("graph", "student", of=last))
+        held = (cache, Held("student", of=last))
         return (Pass("rollout", "student", "infer", chunks, self.rollout(last_with_gradient=True), held), *self.scores(held), last)
 
     def critic(self) -> PhasePlan:
-        cache = Held("cache", "student", frames=self.frames)
         passes = (
-            Pass("rollout", "student", "infer", self.chunks(), self.rollout(last_with_gradient=False), (cache,)),
+            Pass("rollout", "student", "infer", self.chunks, self.rollout(last_with_gradient=False), (self.cache,)),
             Pass("fake score", "fake_score", "train", (self.whole,)),
         )
         frequency = self.model.student_update_freq
@@ -172,14 +159,13 @@ class _Causal:
 
 def _causal_phases(model: CausalConfig, frames: int, rollouts: Rollouts) -> tuple[PhasePlan, ...]:
     if model.training_type == "bidirectional":
-        whole = TokenLayout.bidirectional(frames, grid=_grid(model))
-        return (PhasePlan("student", (Pass("student", "student", "train", (whole,)),)),)
+        return (PhasePlan("student", (_trained(TokenLayout.bidirectional(frames, grid=_grid(model))),)),)
     parts = _Causal(model, frames, rollouts)
     match model.training_type:
         case "tf" | "tf_kd":
-            return (PhasePlan("student", parts.regression(parts.packed)),)
+            return (PhasePlan("student", (_trained(parts.packed),)),)
         case "df" | "df_kd":
-            return (PhasePlan("student", parts.regression(parts.masked)),)
+            return (PhasePlan("student", (_trained(parts.masked),)),)
         case "tf_dcm":
             return (PhasePlan("student", parts.discrete()),)
         case "tf_scm":
@@ -187,21 +173,20 @@ def _causal_phases(model: CausalConfig, frames: int, rollouts: Rollouts) -> tupl
         case "tf_dscm":
             return (PhasePlan("student", (*parts.discrete(), *parts.continuous()), terms=2),)
     joint = parts.continuous() if model.training_type == "tf_scm_sf_dmd" else ()
-    terms = (len(parts.chunks()) if model.replayed_training else 1) + bool(joint)
+    terms = (len(parts.chunks) if model.replayed_training else 1) + bool(joint)
     student = PhasePlan("student", (*joint, *parts.self_forced()), share=1 / model.student_update_freq, terms=terms)
     return student, parts.critic()
 
 
 def _rcm_phases(model: RCMConfig, frames: int, rollouts: Rollouts) -> tuple[PhasePlan, ...]:
     whole = (TokenLayout.bidirectional(frames, grid=_grid(model)),)
-    guided, student = _guided(model.teacher_guidance), ()
-    if model.loss_scale > 0:
-        student = _consistency(model, whole, guided)
+    guided = _guided(model.teacher_guidance)
+    student = _consistency(model, whole, guided) if model.loss_scale > 0 else ()
     if model.net_fake_score is None or model.loss_scale_dmd <= 0:
         return (PhasePlan("student", student),)
     steps = (model.max_simulation_steps_fake + 1) / 2 if rollouts == "mean" else model.max_simulation_steps_fake
     last = Pass("simulation's last step", "student", "train", whole)
-    held = (Held("graph", "student", of=last),)
+    held = (Held("student", of=last),)
     matching = (
         Pass("simulation", "student", "infer", whole, (steps - 1,)),
         Pass("fake score", "fake_score", "infer", whole, held=held),
@@ -217,12 +202,11 @@ def _rcm_phases(model: RCMConfig, frames: int, rollouts: Rollouts) -> tuple[Phas
 
 
 def _consistency(model: RCMConfig, whole: tuple[TokenLayout, ...], guided: float) -> tuple[Pass, ...]:
-    trained = Pass("student", "student", "train", whole)
     if model.cm_type == "dcm":
         evaluations = model.dcm_skipping_interval_steps * guided
         target = Pass("student's target", "student", "infer", whole)
-        return Pass("teacher", "teacher", "infer", whole, (evaluations,)), target, trained
+        return Pass("teacher", "teacher", "infer", whole, (evaluations,)), target, _trained(*whole)
     exact = Pass("student's tangent", "student", "tangent", whole)
     plain = Pass("student's difference", "student", "infer", whole)
     tangent = {0: (exact,), 1: (exact, plain), 2: (replace(plain, repeats=(2.0,)),)}[model.fd_type]
-    return (Pass("teacher", "teacher", "infer", whole, (guided,)), *tangent, trained)
+    return (Pass("teacher", "teacher", "infer", whole, (guided,)), *tangent, _trained(*whole))

@@ -69,11 +69,10 @@ class NetPlan:
 
 @dataclass(frozen=True)
 class Held:
-    """Something that stays in memory during a pass: "cache", the keys and values of `frames` frames, or "graph", what the pass `of`
-    stored for its backward pass.
+    """What `role` keeps in memory during a pass: all that the pass `of` stored for its backward pass, or a cache of the keys and values of
+    `frames` frames.
     """
 
-    kind: Literal["cache", "graph"]
     role: str
     frames: int = 0
     of: Pass | None = None

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 from rcm.nets.layout import TokenLayout
-from rcm.train.planner_job import Held, Job, Pass, PhasePlan
+from rcm.train.planner_job import Job, Pass, PhasePlan
 
 LATENT_TENSORS = 8
 """Float32 tensors of the size of the latents that are alive in a loss: data, noise, times them, velocities, targets, float64 sums."""
@@ -104,14 +105,11 @@ class PassMemory:
         """What one block keeps of a forward with gradient: its input, and by recompute mode nothing, self-attention's result, all products,
         or everything.
         """
-        match self.net.recompute:
-            case "block_wise":
-                return self.rows(layout, 1)
-            case "block_wise_keep_attention":
-                return self.rows(layout, 2)
-            case "mm_only":
-                return self.rows(layout, 1 + self.tensors.products[0], self.tensors.products[1])
-        return self.rows(layout, 1 + self.tensors.saved[0], self.tensors.saved[1]) + self.joined_keys(layout)
+        if self.net.recompute == "none":
+            return self.rows(layout, 1 + self.tensors.saved[0], self.tensors.saved[1]) + self.joined_keys(layout)
+        products, hidden = self.tensors.products
+        kept = {"block_wise": (1,), "block_wise_keep_attention": (2,), "mm_only": (1 + products, hidden)}
+        return self.rows(layout, *kept[self.net.recompute])
 
     def blocks_graph(self) -> float:
         """What all blocks keep of all layouts until the backward pass."""
@@ -148,20 +146,21 @@ class PassMemory:
         tokens = self.job.batch * layout.num_output_frames * layout.tokens_per_frame / self.job.context
         return self.rows(layout, 1) + 4 * tokens * self.net.config.dim
 
+    def backward(self, layout: TokenLayout) -> float:
+        """One block's input, what it saves, and its gradients on the way, under context parallelism to other ranks."""
+        e_rows, h_rows = self.tensors.backward
+        return self.rows(layout, 1 + e_rows + (2 if self.job.context > 1 else 0), h_rows) + self.joined_keys(layout)
+
     def held(self) -> Iterator[Term]:
         """What other passes left in memory."""
         for thing in self.step.held:
-            yield self._held(thing)
-
-    def _held(self, thing: Held) -> Term:
-        net = self.job.net(thing.role)
-        if thing.kind == "graph":
-            assert thing.of is not None
-            return Term(f"stored by {thing.of.name}", PassMemory(self.job, thing.of).graph(), "kept until its backward pass")
-        layout = self.step.layouts[0]
-        keys = self.job.batch * thing.frames * layout.tokens_per_frame / self.job.context
-        size = 2 * keys * self.job.compute_bytes * net.config.dim * net.config.num_layers
-        return Term("key-value cache", size, f"keys and values of {thing.frames} latent frames in {net.config.num_layers} layers")
+            if thing.of is not None:
+                yield Term(f"stored by {thing.of.name}", PassMemory(self.job, thing.of).graph(), "kept until its backward pass")
+                continue
+            config, frames = self.job.net(thing.role).config, thing.frames
+            keys = self.job.batch * frames * self.step.layouts[0].tokens_per_frame / self.job.context
+            size = 2 * keys * self.job.compute_bytes * config.dim * config.num_layers
+            yield Term("key-value cache", size, f"keys and values of {frames} latent frames in {config.num_layers} layers")
 
 
 def gathered_terms(job: Job, phase: PhasePlan) -> list[Term]:
@@ -180,21 +179,17 @@ def gradient_terms(job: Job, phase: PhasePlan, *, earlier: bool) -> tuple[float,
     Reduced: shards in the reduce dtype, at once with `gradient_sync` "each". Held back until the last of several terms or micro-batches:
     whole, in the reduce dtype, on every rank ("last"). For a moment: the block before, on its way to the other ranks in the reduce dtype.
     """
-    net = job.net(phase.role)
+    net, shards = job.net(phase.role), job.shard_ranks
     reached = 1 - (net.block_elements + net.elements(part="root")) / net.elements()
     several = phase.terms * job.accumulation > 1
-    if not job.is_sharded(net):
-        whole = float(job.param_bytes * net.elements())
-        return (whole, whole, 0.0) if several and (earlier or job.accumulation > 1) else (0.0, reached * whole, 0.0)
-    reduced = reached * job.reduce_bytes * net.elements(shard=job.shard_ranks)
-    moment = float(job.reduce_bytes * net.block_elements)
-    if several and job.gradient_sync == "each" and (earlier or job.accumulation > 1):
-        shards = float(job.reduce_bytes * net.elements(shard=job.shard_ranks))
-        return shards, shards, moment
-    if not several or job.gradient_sync == "each":
-        return 0.0, reduced, moment
-    whole = float(job.reduce_bytes * net.elements())
-    return (whole if earlier or job.accumulation > 1 else 0.0), (whole if job.shard_ranks == 1 else whole + reduced), moment
+    waiting = several and (earlier or job.accumulation > 1)
+    own, moment = float(job.param_bytes * net.elements()), 0.0
+    if job.is_sharded(net):
+        own, moment = float(job.reduce_bytes * net.elements(shard=shards)), float(job.reduce_bytes * net.block_elements)
+        if several and job.gradient_sync != "each":
+            whole = float(job.reduce_bytes * net.elements())
+            return (whole if waiting else 0.0), (whole if shards == 1 else whole + reached * own), moment
+    return (own, own, moment) if waiting else (0.0, reached * own, moment)
 
 
 def pass_terms(job: Job, phase: PhasePlan, step: Pass) -> list[Term]:
@@ -202,7 +197,8 @@ def pass_terms(job: Job, phase: PhasePlan, step: Pass) -> list[Term]:
     memory = PassMemory(job, step)
     small = Term("latents", LATENT_TENSORS * 4 * job.batch * job.latent_elements, "samples, noise, velocities and targets of the loss")
     common = [*gathered_terms(job, phase), *memory.held(), small]
-    before, after, moment = gradient_terms(job, phase, earlier=_follows_a_backward(phase, step))
+    follows = any(other.mode == "train" for other in takewhile(lambda other: other is not step, phase.passes))
+    before, after, moment = gradient_terms(job, phase, earlier=follows)
     if step.mode != "train":
         inside = max(memory.forward(layout) + memory.exchange(layout) + memory.tables(layout) for layout in step.layouts)
         how = "reduced" if job.gradient_sync == "each" else "whole and unreduced"
@@ -210,34 +206,17 @@ def pass_terms(job: Job, phase: PhasePlan, step: Pass) -> list[Term]:
         return [*common, *kept, Term(f"inside a block ({step.mode})", inside, "rows of the block that is running")]
     largest = max(step.layouts, key=lambda layout: layout.num_tokens)
     graph, around = memory.blocks_graph(), sum(memory.embeddings() + memory.head(layout) for layout in step.layouts)
-    block, head = _backward(memory, largest), memory.head(largest)
+    block, head = memory.backward(largest), memory.head(largest)
     moments = {
         "before the backward pass": (graph + around, head, before),
         "in the backward of the last block": (graph - memory.stored(largest) + around - head, block, before + moment),
         "in the backward of the first block": (memory.embeddings(), block, after + moment),
     }
+    unreduced = "held whole until the last term is reduced"
     when, (kept_bytes, inside, grads) = max(moments.items(), key=lambda item: sum(item[1]))
     return [
         *common,
         Term("stored for the backward pass", kept_bytes, f"recompute={memory.net.recompute}, {when}"),
         Term("inside a block (train)", inside + memory.tables(largest), "one block recomputed and back-propagated"),
-        Term(
-            "gradients",
-            grads,
-            "held whole until the last term is reduced"
-            if before and job.gradient_sync == "last"
-            else "reduced shards and those on their way",
-        ),
+        Term("gradients", grads, unreduced if before and job.gradient_sync == "last" else "reduced shards and those on their way"),
     ]
-
-
-def _follows_a_backward(phase: PhasePlan, step: Pass) -> bool:
-    """Whether an earlier pass of the phase has left gradients."""
-    place = next(i for i, other in enumerate(phase.passes) if other is step)
-    return any(other.mode == "train" for other in phase.passes[:place])
-
-
-def _backward(memory: PassMemory, layout: TokenLayout) -> float:
-    """One block's input, what it saves, and its gradients on the way."""
-    e_rows, h_rows = memory.tensors.backward
-    return memory.rows(layout, 1 + e_rows, h_rows) + memory.joined_keys(layout) + (memory.rows(layout, 2) if memory.job.context > 1 else 0)
