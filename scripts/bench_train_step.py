@@ -4,7 +4,7 @@
                                        [--recompute block_wise] [--fused auto|off] [--json FILE]
 
 The student is built as training builds it (float32 master weights, bfloat16 computation, FSDP2 in a group of one) with random weights;
-the teacher is left out: its velocity is noise. Passes are those of the method (`rcm.methods.tf_consistency`): tangent pass = the clean half
+the teacher is left out: its velocity is noise. Passes are those of the method (`rcm.methods.tf_scm`): tangent pass = the clean half
 into the context cache, then the noisy half with tangents over it; gradient pass = packed [clean; noisy] forward and backward.
 
 The floor of the forward is the sum over the network's own matrix products, each timed alone at its shape, plus its attention calls, each
@@ -35,7 +35,7 @@ from rcm.diffusion.time_sampling import LogNormal
 from rcm.inference.outcome import command, writable_file
 from rcm.losses.scm import normalise, rf_tangent, scm_regression
 from rcm.methods.teacher_forcing import TeacherForcing
-from rcm.methods.tf_consistency import TFContinuousConsistency
+from rcm.methods.tf_scm import TFContinuousConsistency
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, VelocityModel
 from rcm.nets.layout import TokenLayout

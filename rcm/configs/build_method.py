@@ -19,7 +19,8 @@ from rcm.methods.rcm import BackwardSimulation, ContinuousConsistency, DiscreteC
 from rcm.methods.schedule import Alternation
 from rcm.methods.sf_dmd import SelfForcedDMD
 from rcm.methods.teacher_forcing import TeacherForcing
-from rcm.methods.tf_consistency import TFContinuousConsistency, TFDiscreteConsistency
+from rcm.methods.tf_dcm import TFDiscreteConsistency
+from rcm.methods.tf_scm import TFContinuousConsistency
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Guided, VelocityModel
 from rcm.rollout.plan import ContextRule, StepSchedule

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from rcm.core.errors import ConfigError
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.diffusion.blocks import BlockPattern
@@ -21,7 +20,7 @@ from rcm.losses.denoising import TimeWeight, diffusion_loss
 from rcm.losses.term import LossTerm
 from rcm.methods.base import Phase, Thunk, student_only
 from rcm.methods.draws import draw_noise, draw_times
-from rcm.methods.teacher_forcing import TeacherForcing
+from rcm.methods.teacher_forcing import StudentContext, TeacherForcing
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.layout import TokenLayout
@@ -93,16 +92,10 @@ class TeacherForcedDiffusion(_VelocityRegression):
         context_schedule: StepSchedule | None = None,
     ) -> None:
         super().__init__(student, law=law, weight=weight, loss_scale=loss_scale)
-        self.forcing, self.context, self.context_schedule = forcing, context, context_schedule
-        if context.noisy and context_schedule is None:
-            raise ConfigError(
-                "noisy context in teacher forcing needs context_schedule: its times come from model.config.backward_timesteps"
-            )
+        self.forcing, self.context = forcing, StudentContext(context, context_schedule)
 
     def _velocity(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, cond: Condition, rng: StepRng) -> torch.Tensor:
-        context = self.forcing.clean(x0)
-        if self.context.noisy:
-            context = self.forcing.noisy(x0, rule=self.context, schedule=self.context_schedule, rng=rng, purpose="context")
+        context = self.context.of(x0, forcing=self.forcing, rng=rng, purpose="context")
         return self.forcing.velocity(self.student, x_t, t, cond, context=context)
 
 

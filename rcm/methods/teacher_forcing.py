@@ -1,17 +1,22 @@
-"""The clean-context pass of every teacher-forced method: packed for gradients, context-cached for tangents
-(Causal_rCM.md sections 2, 5).
+"""What teacher-forced methods share: passes over a context, packed for gradients and context-cached for tangents; the student's context;
+the roles of consistency (Causal_rCM.md sections 2, 5).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from rcm.core.dual import jvp
+from rcm.core.errors import ConfigError
 from rcm.core.rng import StepRng
 from rcm.diffusion.blocks import BlockPattern
 from rcm.diffusion.interpolant import rf_noise
+from rcm.losses.term import NonFinitePolicy
+from rcm.methods.base import Phase, student_only
 from rcm.methods.draws import draw_noise
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
@@ -84,3 +89,57 @@ class TeacherForcing:
     def _structure(self, denoiser: Denoiser, x: torch.Tensor) -> dict:
         grid = denoiser.token_grid(x.shape[3], x.shape[4])
         return {"grid": grid, "pattern": self.pattern, "window": self.window, "sinks": self.sinks}
+
+
+@dataclass(frozen=True)
+class StudentContext:
+    """The context a student is trained on: clean, or noised where `rule` applies to the last times of `schedule` (Causal_rCM.md section 5).
+
+    Raises `ConfigError` for a noisy rule without a schedule.
+    """
+
+    rule: ContextRule = ContextRule()
+    schedule: StepSchedule | None = None
+
+    def __post_init__(self) -> None:
+        if self.rule.noisy and self.schedule is None:
+            raise ConfigError(
+                "noisy context in teacher forcing needs context_schedule: its times come from model.config.backward_timesteps"
+            )
+
+    def of(self, x0: torch.Tensor, *, forcing: TeacherForcing, rng: StepRng, purpose: str) -> Context:
+        """Context of the data `x0`; noise is drawn for `purpose`."""
+        if self.schedule is None or not self.rule.noisy:
+            return forcing.clean(x0)
+        return forcing.noisy(x0, rule=self.rule, schedule=self.schedule, rng=rng, purpose=purpose)
+
+
+class TeacherForcedConsistency:
+    """Roles of TF-dCM and TF-sCM: student, guided causal teacher (always on clean context), block structure, the student's context."""
+
+    def __init__(
+        self,
+        student: Denoiser,
+        teacher: Denoiser,
+        *,
+        forcing: TeacherForcing,
+        loss_scale: float = 100.0,
+        context: ContextRule = ContextRule(),
+        context_schedule: StepSchedule | None = None,
+        nonfinite: NonFinitePolicy = "propagate",
+    ) -> None:
+        self.student, self.teacher, self.forcing, self.loss_scale = student, teacher, forcing, loss_scale
+        self.context, self.nonfinite = StudentContext(context, context_schedule), nonfinite
+
+    @property
+    def trainable(self) -> Mapping[str, nn.Module]:
+        """The student."""
+        return {"student": self.student.net}
+
+    def phase(self, iteration: int) -> Phase:
+        """Always the student's turn."""
+        return student_only(iteration)
+
+    def student_context(self, x0: torch.Tensor, rng: StepRng, purpose: str) -> Context:
+        """What the student is conditioned on in this step."""
+        return self.context.of(x0, forcing=self.forcing, rng=rng, purpose=purpose)

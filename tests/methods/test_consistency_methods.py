@@ -16,7 +16,8 @@ from rcm.diffusion.time_sampling import ConsistencyGrid, LogNormal, UniformShift
 from rcm.methods.base import Joint, Phase
 from rcm.methods.rcm import ContinuousConsistency, DiscreteConsistency
 from rcm.methods.teacher_forcing import TeacherForcing
-from rcm.methods.tf_consistency import TFContinuousConsistency, TFDiscreteConsistency
+from rcm.methods.tf_dcm import TFDiscreteConsistency
+from rcm.methods.tf_scm import TFContinuousConsistency
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, Guided
 from rcm.nets.layout import TokenLayout
