@@ -118,6 +118,7 @@ BENCH = {
         examples=("rcm bench drift sliding_window=a.mp4 rolling_sink=b.mp4 --out outputs/drift",),
     ),
     "metrics": Command(does="harm clips in known ways, and see whether the offline metrics notice", module="scripts.judge_metrics"),
+    "serve": Command(does="the live page's server under many clients, slow and vanishing ones among them", module="scripts.bench_serve"),
     "vae": Command(does="Wan's VAE, whole and streamed", module="scripts.bench_vae"),
     "stream-ranks": Command(does="one stream over several cards (start it with torchrun -m rcm)", module="scripts.bench_stream_ranks"),
     "multi-gpu": Command(does="several GPUs against one (start it with torchrun -m rcm)", module="scripts.bench_multi_gpu"),

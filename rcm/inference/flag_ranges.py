@@ -48,6 +48,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "quality": (1, 100),
     "rows": (1, 1000),
     "seed": (0, MAX_SEED),
+    "send_kib": (1, 10**6),
     "session_s": (1, 10**9),
     "shard_size": (1, 10**7),
     "shift": (0.01, 1000),

@@ -63,7 +63,7 @@ def run(flags: argparse.Namespace) -> None:
     from rcm.serve.server import listen, serve
 
     limits = Limits(sessions=flags.max_sessions, clients=flags.max_clients, idle_s=flags.idle_s, session_s=flags.session_s)
-    listener = listen(flags.host, flags.port, send_s=limits.send_s)
+    listener = listen(flags.host, flags.port, send_s=limits.send_s, send_buffer=flags.send_kib * 1024)
     try:
         model = _model(flags)
         hub = Hub(make_offer(flags, model), limits, _budget(flags, model.device))
@@ -160,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_sessions", type=int, default=4, metavar="N", help="streams at once, the shared one included [%(default)s]")
     add("--max_clients", type=int, default=100, metavar="N", help="viewers at once [%(default)s]")
     add("--memory_gib", type=float, metavar="X", help="for cache and decoder of all streams [cuda: 0.9 of what is left; cpu: no bound]")
+    add("--send_kib", type=int, default=256, metavar="N", help="that the kernel holds for a client, the delay of a slow one [%(default)s]")
     add("--idle_s", type=float, default=60.0, metavar="S", help="a stream that nobody watches is closed after so long [%(default)s]")
     add("--session_s", type=float, default=3600.0, metavar="S", help="a private stream is closed after so long [%(default)s]")
     add = parser.add_argument_group("weights and machine").add_argument
