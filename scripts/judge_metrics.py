@@ -62,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, metavar="FILE", help="also write the tables between the markers of this file")
     flags = parser.parse_args(argv)
     passed: list[bool] = []
-    status = exit_status(lambda: passed.append(run(flags, list(sys.argv[1:] if argv is None else argv))))
+    status = exit_status(lambda: passed.append(run(flags)))
     return status or int(not all(passed))
 
 
-def run(flags: argparse.Namespace, words: list[str]) -> bool:
+def run(flags: argparse.Namespace) -> bool:
     """Measure what is missing, judge, tell. Returns whether enough are ranked right."""
     models = Models() if flags.pixels_only else Models.installed()
     for why in models.absent.values():
@@ -84,8 +84,9 @@ def run(flags: argparse.Namespace, words: list[str]) -> bool:
         print(f"{name}: {share_right(made)[0]} of {len(made)} right, {(time.perf_counter() - begin) / new:.2f} s per video", flush=True)
     right, total = share_right(cases)
     spent = f"{(time.perf_counter() - begin) / new:.1f} s per video of 32 frames at height {HEIGHT}" if new else "time as measured before"
-    command = f"python -m scripts.judge_metrics {' '.join(words)}".strip()
-    head = f"`{command}` on {time.strftime('%Y-%m-%d')}, {platform.machine()}, {torch.get_num_threads()} thread(s): {spent}."
+    options = (" --clips FOLDER" if flags.clips else "") + (" --pixels_only" if flags.pixels_only else "")
+    when = f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {torch.get_num_threads()} thread(s)"
+    head = f"`python -m scripts.judge_metrics{options}` on {when}: {spent}."
     text = f"{head}\n\n{right} of {total} harmed clips are ranked below the untouched one ({100 * right / total:.1f} %).\n\n{tables(cases)}"
     write_atomically(flags.out / "judged.md", text + "\n")
     print(text)

@@ -4,10 +4,7 @@ support vector regression that the package `brisque` ships. Computed here from i
 
 from __future__ import annotations
 
-import io
-import pickle
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +13,7 @@ from torch.nn import functional
 from rcm.core.errors import ConfigError
 from rcm.evaluation.metrics_pixels import luma
 from rcm.evaluation.metrics_weights import packaged_file
+from rcm.storage.inert_pickle import read_inert
 
 PACKAGE = "brisque"
 _WINDOW, _SIGMA = 7, 7 / 6
@@ -95,16 +93,10 @@ def _shape_table() -> tuple[Tensor, Tensor]:
     return shapes, torch.exp(2 * torch.lgamma(2 / shapes) - torch.lgamma(1 / shapes) - torch.lgamma(3 / shapes))
 
 
-class _Plain(pickle.Unpickler):
-    """Reads lists, numbers and strings only."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise ConfigError(f"the ranges of {PACKAGE} hold {module}.{name}, which is no plain number; another version is installed")
-
-
 def _ranges() -> tuple[list[float], list[float]]:
-    data = packaged_file(PACKAGE, "brisque/models/normalize.pickle").read_bytes()
-    held = _Plain(io.BytesIO(data)).load()
+    """Least and greatest value of every feature, from a pickle of plain numbers."""
+    with packaged_file(PACKAGE, "brisque/models/normalize.pickle").open("rb") as stream:
+        held = read_inert(stream, names=())
     return held["min_"], held["max_"]
 
 

