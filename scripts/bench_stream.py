@@ -341,7 +341,11 @@ def main(argv: list[str] | None = None) -> None:
             "c3-3 [4] window 21": lambda: steady(denoiser, codec, RECIPES["c3-3 [4]"], chunks=options.chunks),
             "c1-1 [4,1] window 21": lambda: steady(denoiser, codec, RECIPES["c1-1 [4,1]"], chunks=options.chunks, window=21),
         },
-        "long": {"c3-3 [4,2] noisy, window 21 + sink": lambda: steady(denoiser, codec, RECIPES["c3-3 [4,2] noisy"], chunks=options.chunks, sinks=1)},
+        "long": {
+            "c3-3 [4,2] noisy, window 21 + sink": lambda: steady(
+                denoiser, codec, RECIPES["c3-3 [4,2] noisy"], chunks=options.chunks, sinks=1
+            )
+        },
         "attention": {"parts": lambda: attention_in_parts(denoiser)},
         "own": {"kernels": lambda: own_attention(denoiser)},
         "profile": {
