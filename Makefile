@@ -40,6 +40,7 @@ test-all: install
 lint: install
 	$(BIN)/ruff check rcm scripts tests examples
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist outputs .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist outputs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from torch.autograd import forward_ad
 
 from rcm.core.errors import TangentLost
 
-Output = Tensor | tuple[Tensor, ...]
+Output = TypeVar("Output", Tensor, tuple[Tensor, ...])
 
 
 def in_dual_level() -> bool:

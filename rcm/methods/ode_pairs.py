@@ -52,17 +52,18 @@ class ODEPairs:
 
     def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
         """One regression term; `ConfigError` if the batch has no matching trajectory."""
-        if batch.trajectory is None or batch.trajectory.shape[1] != len(self.times):
-            got = "none" if batch.trajectory is None else f"{batch.trajectory.shape[1]} states"
+        trajectory = batch.trajectory
+        if trajectory is None or trajectory.shape[1] != len(self.times):
+            got = "none" if trajectory is None else f"{trajectory.shape[1]} states"
             raise ConfigError(
                 f"{self.name} needs trajectories of {len(self.times)} states, the clean end and model.config.kd_timesteps="
                 f"{[round(t, 6) for t in self.times[1:]]}, got {got} in the data; set kd_timesteps to the --times that "
                 "scripts.build_ode_pairs was given, or change dataloader_train.tar_path_pattern"
             )
-        yield lambda: self._term(batch, rng)
+        yield lambda: self._term(batch, trajectory, rng)
 
-    def _term(self, batch: LatentBatch, rng: StepRng) -> LossTerm:
-        trajectory, cond = batch.trajectory, Condition(batch.text)
+    def _term(self, batch: LatentBatch, trajectory: torch.Tensor, rng: StepRng) -> LossTerm:
+        cond = Condition(batch.text)
         num_frames, device = trajectory.shape[3], trajectory.device
         blocks = torch.tensor(self.forcing.pattern.block_of_frame(num_frames))
         draws = (trajectory.shape[0], int(blocks.max()) + 1 if self.per_block else 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from rcm.methods.teacher_forcing import TeacherForcing
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.layout import TokenLayout
-from rcm.rollout.autoregressive import Canvas, ChunkResult, rollout
+from rcm.rollout.autoregressive import Cache, Canvas, ChunkResult, rollout
 from rcm.rollout.eviction.base import CachePolicy
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.noise import VideoNoise
@@ -40,7 +41,7 @@ class _Rollout:
     """A finished rollout: its chunks in order, the canvas and the cache they were written on."""
 
     canvas: Canvas
-    cache: object
+    cache: Cache
     chunks: list[ChunkResult] = field(default_factory=list)
 
     @property
@@ -137,7 +138,7 @@ class SelfForcedDMD:
             return replace(found, logs={key: value * share for key, value in found.logs.items()})
 
         for chunk in rolled.chunks:
-            yield lambda chunk=chunk: term(chunk)
+            yield partial(term, chunk)
 
     @torch.no_grad()
     def _target(self, video: torch.Tensor, cond: Condition, rng: StepRng) -> torch.Tensor:

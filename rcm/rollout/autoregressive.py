@@ -130,7 +130,12 @@ class ChunkLoop:
 
     @torch.no_grad()
     def refill(self, x: Tensor, cond: Condition, chunk: CachedChunk, *, t: float) -> None:
-        """Enter a chunk that was dropped once more, under its id and at its positions: `x` at RF time `t`."""
+        """Enter a chunk that was dropped once more, under its id and at its positions: `x` at RF time `t`.
+
+        Raises `ValueError` for a chunk that lost tokens: its frames have no positions of their own any more.
+        """
+        if chunk.positions.frames is None:
+            raise ValueError(f"chunk {chunk.id} holds chosen tokens, not whole frames, so it cannot be entered again")
         caches = self.cache.branches
         hidden = self.canvas.policy.hidden(caches)
         visible = tuple(held.id for held in caches[0].chunks if held.id not in hidden)

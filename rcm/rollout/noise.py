@@ -98,7 +98,14 @@ class VideoNoise:
 
     @classmethod
     def for_plans(
-        cls, plans: tuple[ChunkPlan, ...], shape: tuple[int, ...], *, generator, dtype, device, renoises: bool = True
+        cls,
+        plans: tuple[ChunkPlan, ...],
+        shape: tuple[int, ...],
+        *,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        renoises: bool = True,
     ) -> VideoNoise:
         """Noise for `plans`, before the first of which all frames are given; `renoises` False (ODE) draws the start only."""
         num = max(plan.num_steps for plan in plans) if renoises else 0

@@ -140,8 +140,10 @@ def inference_plan(
     prefix_blocks: int = 0,
 ) -> tuple[ChunkPlan, ...]:
     """The plans of a video of `num_frames` latent frames, each a `block_plan`."""
-    options = {"first_time": first_time, "context": context, "prefix_blocks": prefix_blocks}
-    return tuple(block_plan(pattern, block, schedule, **options) for block in range(prefix_blocks, pattern.num_blocks(num_frames)))
+    return tuple(
+        block_plan(pattern, block, schedule, first_time=first_time, context=context, prefix_blocks=prefix_blocks)
+        for block in range(prefix_blocks, pattern.num_blocks(num_frames))
+    )
 
 
 def ode_block_plan(pattern: BlockPattern, block: int, times: tuple[float, ...], *, context: ContextRule = ContextRule()) -> ChunkPlan:
@@ -166,6 +168,7 @@ def training_plan(
         entry = schedule.entry(block)
         steps = min(count, len(entry) + 1)
         times = few_step_grid(entry[: steps - 1], first=1.0)
+        commit: Commit
         if not context.applies(block):
             commit, commit_time = "clean", 0.0
         elif steps == len(entry) + 1:

@@ -14,9 +14,17 @@ from rcm.nets.kv_view import Keys, Observer
 class ChunkSpan(Protocol):
     """Of a plan, what a policy may look at: its block and its latent frames [start, stop) counted from the beginning of the video."""
 
-    block: int
-    start: int
-    stop: int
+    @property
+    def block(self) -> int:
+        """Absolute index of the block."""
+
+    @property
+    def start(self) -> int:
+        """First latent frame."""
+
+    @property
+    def stop(self) -> int:
+        """One past the last latent frame."""
 
 
 @dataclass(frozen=True)

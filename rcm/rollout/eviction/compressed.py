@@ -98,7 +98,8 @@ class CompressedHistory(CachePolicy):
                 keys, values = (_gathered(x[:, split_at:], at) for x in (keys, values))
                 moves = self.moves(at, start=start, base=self._base, per_frame=per_frame)
                 found.append((turned_in_time(keys, moves, ntk=self.ntk_time), values))
-            return tuple(torch.cat(both, dim=1) for both in zip(*found, strict=True))
+            keys, values = (torch.cat(both, dim=1) for both in zip(*found, strict=True))
+            return keys, values
 
         return make
 
@@ -109,7 +110,7 @@ class CompressedHistory(CachePolicy):
 
     def fresh(self) -> Self:
         """See `CachePolicy`."""
-        return replace(self)
+        return replace(self)  # type: ignore[type-var]  # every policy that derives from this is a dataclass
 
     def state(self) -> Any:
         """See `CachePolicy`."""

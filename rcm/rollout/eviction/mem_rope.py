@@ -81,13 +81,17 @@ class MemRope(CachePolicy):
         """The two memory frames of a layer, after the tokens that grow old entered them."""
         known = self._memory.get((branch, layer))
         aged = [x[:, 0 if known is None else MEMORY_FRAMES * per_frame :] for x in (keys, values)]
-        means = tuple(self._mean(x, per_frame) for x in aged)
-        updated = []
-        for i, alpha in enumerate((self.alpha_long, self.alpha_short)):
-            updated.append(means if known is None else tuple((1 - alpha) * m + alpha * x for m, x in zip(known[i], means, strict=True)))
-        self._memory[branch, layer] = tuple(updated)
-        frames = [[x.expand(-1, per_frame, -1, -1).to(keys.dtype) for x in memory] for memory in updated]
-        return tuple(torch.cat(both, dim=1) for both in zip(*frames, strict=True))
+        means = [self._mean(x, per_frame) for x in aged]
+
+        def updated(i: int, alpha: float) -> Pair:
+            key, value = means if known is None else ((1 - alpha) * m + alpha * x for m, x in zip(known[i], means, strict=True))
+            return key, value
+
+        memory = updated(0, self.alpha_long), updated(1, self.alpha_short)
+        self._memory[branch, layer] = memory
+        frames = [[x.expand(-1, per_frame, -1, -1).to(keys.dtype) for x in pair] for pair in memory]
+        keys, values = (torch.cat(both, dim=1) for both in zip(*frames, strict=True))
+        return keys, values
 
     def _mean(self, x: Tensor, per_frame: int) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
