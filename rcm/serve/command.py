@@ -88,7 +88,7 @@ def make_offer(flags: argparse.Namespace, model: LoadedModel) -> Any:
     window = flags.window or max(1, _trained_blocks(model) - flags.sinks)
     options: dict[str, Any] = {"policy": SlidingWindow(window, flags.sinks), "seed": flags.seed}
     if graphs:
-        options |= {"graphs": "on", "look_ahead": True}
+        options |= {"graphs": "on", "look_ahead": True, "first_alone": True}
     words = tuple(getattr(model.text, "words", ()))
     presets = _presets(words)
     kind = flags.format

@@ -8,8 +8,10 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from rcm.core.errors import ConfigError
 from rcm.serve.access import Access
@@ -18,6 +20,15 @@ from rcm.serve.hub import Hub
 
 SEND_BUFFER = 256 * 1024
 """Bytes that the kernel holds for a client. What waits there can no longer be dropped, so it is the delay of a slow reader."""
+
+
+class Unbuffered(WebSocketsSansIOProtocol):
+    """A WebSocket whose sends wait until the kernel has taken everything: what lies in a buffer of ours could no longer be dropped."""
+
+    def connection_made(self, transport: Any) -> None:
+        """See `asyncio.Protocol`."""
+        transport.set_write_buffer_limits(high=0)
+        super().connection_made(transport)
 
 
 class Server(uvicorn.Server):
@@ -50,6 +61,7 @@ async def serve(hub: Hub, access: Access, listener: socket.socket, *, ready: thr
     """Serve until SIGINT, SIGTERM (in the main thread) or `Server.should_exit`; returns how many sessions were closed at the end."""
     config = uvicorn.Config(
         make_app(hub, access),
+        ws=Unbuffered,
         ws_max_size=hub.limits.message_bytes,
         ws_per_message_deflate=False,  # pictures are compressed already
         ws_ping_interval=20,
