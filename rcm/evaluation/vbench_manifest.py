@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -69,7 +71,19 @@ class RunFolder:
             runs = [*(before or {}).get("runs", []), entry]
             self._write({"format": FORMAT, "settings": plain, "runs": runs, "videos": (before or {}).get("videos", {})})
         self.videos.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.staging, ignore_errors=True)  # what a kill has left there is no video
         self._known = self._recorded()
+
+    @property
+    def staging(self) -> Path:
+        """Where this rank's video is written until it is whole; on the file system of the videos, not among them."""
+        return self.records / f"writing_rank{self._rank}"
+
+    def place(self, staged: Path) -> Path:
+        """Move a whole file from `staging` to its place among the videos, at once."""
+        target = self.videos / staged.name
+        os.replace(staged, target)
+        return target
 
     def has(self, file: str, *, text: str, seed: int, sample: int) -> bool:
         """Whether `file` is there, complete and made from this text. Adds a record for a file whose run died before writing it.
@@ -103,6 +117,7 @@ class RunFolder:
 
         Any rank may call it; the last one to end finds all. Returns whether the suite is complete.
         """
+        shutil.rmtree(self.staging, ignore_errors=True)  # empty by now; a folder that stays does no harm
         names = [name for row in rows for name in row["video_list"]]
         if not all((self.videos / name).is_file() for name in names):
             return False

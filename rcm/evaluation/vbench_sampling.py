@@ -165,7 +165,7 @@ def sample_suite(
             continue
         assert frames is not None
         seconds = time.perf_counter() - begin
-        path = write_mp4(run.folder / item.video_name(sample), frames, fps=sampler.fps, crf=CRF)
+        path = folder.place(write_mp4(folder.staging / item.video_name(sample), frames, fps=sampler.fps, crf=CRF))
         record = VideoRecord(
             path.name, sample, request.seed, item.text, path.stat().st_size, file_sha256(path), frames.shape[1], round(seconds, 3)
         )
