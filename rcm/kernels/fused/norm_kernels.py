@@ -12,13 +12,15 @@ import triton.language as tl
 
 
 @triton.jit
-def _place(frames, tokens, ROWS: tl.constexpr):
-    """(batch, frame, first token, last token + 1, group, program) of this program; 64 bit."""
+def _place(frames, tokens, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """(batch, frame, first token, last token + 1, group, program) of this program, 64 bit; its channels, and which of them exist."""
     program = tl.program_id(0).to(tl.int64)
     chunks = (tokens + ROWS - 1) // ROWS
     group = program // chunks
     start = (program % chunks) * ROWS
-    return group // frames, group % frames, start, tl.minimum(start + ROWS, tokens), group, program
+    batch, frame, stop = group // frames, group % frames, tl.minimum(start + ROWS, tokens)
+    cols = tl.arange(0, BLOCK)
+    return batch, frame, start, stop, group, program, cols, cols < WIDTH
 
 
 @triton.jit
@@ -61,9 +63,7 @@ def norm_forward(
     BLOCK: tl.constexpr,
 ):
     """y = n(x) * (OFFSET + gain) [+ shift]; y is contiguous."""
-    batch, frame, start, stop, group, program = _place(frames, tokens, ROWS)
-    cols = tl.arange(0, BLOCK)
-    inside = cols < WIDTH
+    batch, frame, start, stop, group, program, cols, inside = _place(frames, tokens, ROWS, WIDTH, BLOCK)
     factor = _vector(gain, batch, frame, cols, inside) + OFFSET
     if HAS_SHIFT:
         added = _vector(shift, batch, frame, cols, inside)
@@ -97,9 +97,7 @@ def norm_tangent(
     BLOCK: tl.constexpr,
 ):
     """y and y_dot = n_dot * (OFFSET + gain) + n * gain_dot + shift_dot. FLAGS: 1, 2, 4 for a tangent of x, gain, shift."""
-    batch, frame, start, stop, group, program = _place(frames, tokens, ROWS)
-    cols = tl.arange(0, BLOCK)
-    inside = cols < WIDTH
+    batch, frame, start, stop, group, program, cols, inside = _place(frames, tokens, ROWS, WIDTH, BLOCK)
     factor = _vector(gain, batch, frame, cols, inside) + OFFSET
     if HAS_SHIFT:
         added = _vector(shift, batch, frame, cols, inside)
@@ -146,9 +144,7 @@ def norm_backward(
     BLOCK: tl.constexpr,
 ):
     """grad_x, contiguous, and this program's sums over its tokens for gain and shift. NEEDS: 1, 2, 4 for x, gain, shift."""
-    batch, frame, start, stop, group, program = _place(frames, tokens, ROWS)
-    cols = tl.arange(0, BLOCK)
-    inside = cols < WIDTH
+    batch, frame, start, stop, group, program, cols, inside = _place(frames, tokens, ROWS, WIDTH, BLOCK)
     factor = _vector(gain, batch, frame, cols, inside) + OFFSET
     gain_sum = tl.zeros([BLOCK], dtype=tl.float32)
     shift_sum = tl.zeros([BLOCK], dtype=tl.float32)

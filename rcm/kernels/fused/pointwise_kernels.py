@@ -26,9 +26,7 @@ def gated_add_forward(
     BLOCK: tl.constexpr,
 ):
     """out = x + gate * y with the gate rounded to the dtype of out, and its tangent. FLAGS: 1, 2, 4 for a tangent of x, y, gate."""
-    batch, frame, start, stop, group, program = _place(frames, tokens, ROWS)
-    cols = tl.arange(0, BLOCK)
-    inside = cols < WIDTH
+    batch, frame, start, stop, group, program, cols, inside = _place(frames, tokens, ROWS, WIDTH, BLOCK)
     element: tl.constexpr = out_ptr.dtype.element_ty
     factor = _vector(gate, batch, frame, cols, inside).to(element).to(tl.float32)
     if FLAGS & 4 != 0:
@@ -64,9 +62,7 @@ def gated_add_backward(
     BLOCK: tl.constexpr,
 ):
     """grad_y = gate * grad, contiguous, and this program's sum of grad * y over its tokens. NEEDS: 1, 2 for y, gate."""
-    batch, frame, start, stop, group, program = _place(frames, tokens, ROWS)
-    cols = tl.arange(0, BLOCK)
-    inside = cols < WIDTH
+    batch, frame, start, stop, group, program, cols, inside = _place(frames, tokens, ROWS, WIDTH, BLOCK)
     element: tl.constexpr = grad_y_ptr.dtype.element_ty
     factor = _vector(gate, batch, frame, cols, inside).to(element).to(tl.float32)
     gate_sum = tl.zeros([BLOCK], dtype=tl.float32)
