@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
-import pytest
 import torch
 
 from rcm.kernels.fused.enter_cache import enter_cache_reference
 from rcm.nets.layers import RMSNorm
 from rcm.nets.rope import RopeTables, rotate
+from tests.support.in_interpreter import in_interpreter
 
 
 def test_kernel_in_the_interpreter():
-    pytest.importorskip("triton")
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.support.interpreted_enter_cache"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    report = json.loads(process.stdout)
+    report = in_interpreter("interpreted_enter_cache")
     assert report["kernel"] < 1e-5
     assert min(report["mutants"].values()) > 0.05
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from rcm.kernels.flash_jvp import flash_jvp
 from tests.support.attention_oracle import random_inputs
+from tests.support.in_interpreter import in_interpreter
 
 pytest.importorskip("triton")
 
@@ -40,17 +36,9 @@ CASE_NAMES = [
 ]
 
 
-def interpret(what: str) -> dict:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.support.interpreted_kernel", what]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
-
-
 @pytest.fixture(scope="module")
 def report() -> dict:
-    return interpret("cases")
+    return in_interpreter("interpreted_kernel", "cases")
 
 
 def test_every_case_is_named_here(report):
@@ -71,7 +59,7 @@ def test_output_dtypes_and_absent_tangent(report):
 
 @pytest.mark.slow
 def test_broken_kernels_are_caught():
-    caught = interpret("mutants")
+    caught = in_interpreter("interpreted_kernel", "mutants")
     assert len(caught) > 15
     assert [name for name, seen in caught.items() if not seen] == []
 

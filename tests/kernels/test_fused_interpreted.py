@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.support.in_interpreter import in_interpreter
 
 pytest.importorskip("triton")
 
@@ -32,17 +29,9 @@ CASE_NAMES = [
 ]
 
 
-def interpret(what: str) -> dict:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.support.interpreted_fused", what]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
-
-
 @pytest.fixture(scope="module")
 def report() -> dict:
-    return interpret("cases")
+    return in_interpreter("interpreted_fused", "cases")
 
 
 def test_every_case_is_named_here(report):
@@ -59,6 +48,6 @@ def test_layer_matches_float64(report, name):
 
 @pytest.mark.slow
 def test_broken_layers_are_caught():
-    caught = interpret("mutants")
+    caught = in_interpreter("interpreted_fused", "mutants")
     assert len(caught) > 20
     assert [name for name, seen in caught.items() if not seen] == []

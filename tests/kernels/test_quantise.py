@@ -4,23 +4,16 @@ capability 9.0.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+
+from tests.support.in_interpreter import in_interpreter
 
 pytest.importorskip("triton")
 
 
 def test_kernel_rounds_as_the_plain_formula():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.support.interpreted_quantise"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name, found in json.loads(done.stdout).items():
+    for name, found in in_interpreter("interpreted_quantise").items():
         budget = 2e-7 if name == "gelu" else 0.0
         assert found["scale"] <= budget, name
         assert found["differing"] <= (0.01 if name == "gelu" else 0.0), name

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,6 +13,7 @@ from rcm.kernels.masked_attention.backward import Teeth, plan_sum
 from rcm.kernels.masked_attention.rectangles import Comb, combs, cost
 from rcm.kernels.masks import BlockCausal, Full, MaskSpec, Segment, TeacherForcing
 from tests.support import mutants
+from tests.support.in_interpreter import in_interpreter
 
 
 def random_mask(seed: int) -> MaskSpec:
@@ -148,15 +145,6 @@ def test_broken_covers_are_noticed(name, tmp_path):
 
 def test_the_kernel_that_adds_up_in_tritons_interpreter():
     """Against torch in both modes and three pairs of dtypes; broken kernels are noticed."""
-    pytest.importorskip("triton")
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.support.interpreted_deposit"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    report = json.loads(process.stdout)
+    report = in_interpreter("interpreted_deposit")
     assert max(report["cases"].values()) <= 2e-3, "one rounding of half precision"
     assert min(report["mutants"].values()) > 0.05

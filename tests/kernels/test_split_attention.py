@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from rcm.kernels.split_attention.api import merge_reference, num_splits, split_attention
+from tests.support.in_interpreter import in_interpreter
 
 
 @pytest.mark.parametrize("scale", [1.0, 40.0])
@@ -26,16 +22,7 @@ def test_merged_parts_are_the_whole(scale):
 
 
 def test_kernel_in_the_interpreter():
-    pytest.importorskip("triton")
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.support.interpreted_merge"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    report = json.loads(process.stdout)
+    report = in_interpreter("interpreted_merge")
     assert report["kernel"] < 1e-5
     assert min(report["mutants"].values()) > 0.05
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,16 +10,12 @@ from rcm.kernels.vae_conv import convolve
 from rcm.kernels.vae_conv_pack import best_form, fold_nearest, pack
 from rcm.kernels.vae_window import window
 from rcm.kernels.vae_window_eager import Features
+from tests.support.in_interpreter import in_interpreter
 
 
 @pytest.fixture(scope="module")
 def report() -> dict:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.support.interpreted_vae"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return in_interpreter("interpreted_vae")
 
 
 def test_convolution_kernel_matches_float64(report):
