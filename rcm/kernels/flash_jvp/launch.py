@@ -8,9 +8,7 @@ from torch import Tensor
 
 from rcm.kernels.flash_jvp.forward import portable_forward
 from rcm.kernels.flash_jvp.schedule import Tiles, make_plan
-from rcm.kernels.flash_jvp.validation import Problem
-
-MIN_HEAD, MAX_HEAD = 16, 256
+from rcm.kernels.flash_jvp.validation import MAX_HEAD, MIN_HEAD, Problem
 
 _SMALL_TILES = (Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1), Tiles(16, 16, 4, 1))
 """Tried in this order on cards whose shared memory is too small for the preferred tiles."""

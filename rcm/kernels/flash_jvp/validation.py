@@ -11,6 +11,8 @@ from torch.autograd import forward_ad
 from rcm.kernels.masks import Full, MaskSpec
 
 LOG2_E = 1.4426950408889634
+MIN_HEAD, MAX_HEAD = 16, 256
+"""Head sizes of the fused kernels."""
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 

@@ -10,14 +10,11 @@ from torch.autograd.function import once_differentiable
 
 from rcm.core.errors import ConfigError
 from rcm.kernels.flash_jvp.reference import reference_jvp
-from rcm.kernels.flash_jvp.validation import check_problem
+from rcm.kernels.flash_jvp.validation import MAX_HEAD, MIN_HEAD, check_problem
 from rcm.kernels.masked_attention.backward import masked_backward
 from rcm.kernels.masked_attention.dense import RECTANGLES, rectangle_obstacle
 from rcm.kernels.masks import MaskSpec
 from rcm.kernels.replay import kept
-
-MIN_HEAD, MAX_HEAD = 16, 256
-"""Head sizes of the fused forward."""
 
 Forward = Literal["triton", "reference"]
 Backward = Literal["cudnn", "flash", "eager"]
