@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rcm.core.errors import ConfigError
+from rcm.nets.condition import Condition
 
 
 def _check_text(text: torch.Tensor, prompts: list[str]) -> None:
@@ -51,6 +52,10 @@ class LatentBatch:
     def text(self) -> torch.Tensor:
         """Text embeddings [B, L, E]: another name of `cond`, shared with `PromptBatch`."""
         return self.cond
+
+    def condition(self) -> Condition:
+        """What the networks are conditioned on; a batch that carries more says so here, and no method has to know."""
+        return Condition(self.text)
 
     @property
     def batch_size(self) -> int:

@@ -52,7 +52,7 @@ class _VelocityRegression:
         x0 = batch.latents
         t = self._times(x0, rng)
         eps = draw_noise(rng, "noise", x0.shape, x0.device)
-        v = self._velocity(rf_noise(x0, eps, t), t, x0, Condition(batch.text), rng)
+        v = self._velocity(rf_noise(x0, eps, t), t, x0, batch.condition(), rng)
         return diffusion_loss(v, x0, eps, t, weight=self.weight, loss_scale=self.loss_scale, name=self.name)
 
     def _times(self, x0: torch.Tensor, rng: StepRng) -> torch.Tensor:

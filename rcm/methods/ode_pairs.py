@@ -63,7 +63,7 @@ class ODEPairs:
         yield lambda: self._term(batch, trajectory, rng)
 
     def _term(self, batch: LatentBatch, trajectory: torch.Tensor, rng: StepRng) -> LossTerm:
-        cond = Condition(batch.text)
+        cond = batch.condition()
         num_frames, device = trajectory.shape[3], trajectory.device
         blocks = torch.tensor(self.forcing.pattern.block_of_frame(num_frames))
         draws = (trajectory.shape[0], int(blocks.max()) + 1 if self.per_block else 1)

@@ -77,7 +77,7 @@ class ContinuousConsistency:
         yield lambda: form(batch, rng, warmup_ratio(phase.iteration, warmup_steps=self.tangent_warmup))
 
     def _trig_term(self, batch: LatentBatch, rng: StepRng, warmup: float) -> LossTerm:
-        x0, cond = batch.latents, Condition(batch.text)
+        x0, cond = batch.latents, batch.condition()
         tau = rf_to_trig(draw_times(rng, "scm/time", self.law, batch=x0.shape[0], device=x0.device))
         x = trig_noise(x0, draw_noise(rng, "scm/noise", x0.shape, x0.device), tau)
         layout = _whole(self.student, x)
@@ -90,7 +90,7 @@ class ContinuousConsistency:
         return scm_regression(F, normalise(g), loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name)
 
     def _rf_term(self, batch: LatentBatch, rng: StepRng, warmup: float) -> LossTerm:
-        x0, cond = batch.latents, Condition(batch.text)
+        x0, cond = batch.latents, batch.condition()
         t = draw_times(rng, "scm/time", self.law, batch=x0.shape[0], device=x0.device)
         x = rf_noise(x0, draw_noise(rng, "scm/noise", x0.shape, x0.device), t)
         layout = _whole(self.student, x)
@@ -134,7 +134,7 @@ class DiscreteConsistency:
         yield lambda: self._term(batch, rng)
 
     def _term(self, batch: LatentBatch, rng: StepRng) -> LossTerm:
-        x0, cond = batch.latents, Condition(batch.text)
+        x0, cond = batch.latents, batch.condition()
         taus = rf_to_trig(self.grid.sample(x0.shape[0], generator=rng.generator("dcm/time")).to(x0.device))
         x = trig_noise(x0, draw_noise(rng, "dcm/noise", x0.shape, x0.device), taus[:, :1])
         layout = _whole(self.student, x)
@@ -223,7 +223,7 @@ class DistributionMatching:
 
     def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
         """Student: one DMD term once the warm-up is over. Fake score: one regression."""
-        cond, shape = Condition(batch.text), batch.latents.shape
+        cond, shape = batch.condition(), batch.latents.shape
         if phase.role == "fake_score":
             yield lambda: self._critic_term(phase, cond, shape, rng)
         elif phase.iteration >= self.alternation.warmup:

@@ -89,7 +89,7 @@ class SelfForcedDMD:
 
     def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
         """Student phase: one term (plain) or one per chunk (replayed). Fake-score phase: one regression."""
-        cond, like = Condition(batch.text), batch.latents
+        cond, like = batch.condition(), batch.latents
         if phase.role == "fake_score":
             yield lambda: self._critic_term(phase, cond, like, rng)
         elif not self.replayed:

@@ -38,7 +38,7 @@ class TFDiscreteConsistency(TeacherForcedConsistency):
         yield lambda: self._term(batch, rng)
 
     def _term(self, batch: LatentBatch, rng: StepRng) -> LossTerm:
-        x0, cond, forcing = batch.latents, Condition(batch.text), self.forcing
+        x0, cond, forcing = batch.latents, batch.condition(), self.forcing
         times = self.grid.sample(x0.shape[0], generator=rng.generator("dcm/time")).to(x0.device)
         x_t = rf_noise(x0, draw_noise(rng, "dcm/noise", x0.shape, x0.device), times[:, :1])
         with torch.no_grad():

@@ -19,7 +19,6 @@ from rcm.losses.term import LossTerm
 from rcm.methods.base import Phase, Thunk
 from rcm.methods.draws import draw_noise, draw_times
 from rcm.methods.teacher_forcing import TeacherForcedConsistency
-from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
 
 
@@ -40,7 +39,7 @@ class TFContinuousConsistency(TeacherForcedConsistency):
         yield lambda: self._term(batch, rng, warmup_ratio(phase.iteration, warmup_steps=self.tangent_warmup))
 
     def _term(self, batch: LatentBatch, rng: StepRng, warmup: float) -> LossTerm:
-        x0, cond, forcing = batch.latents, Condition(batch.text), self.forcing
+        x0, cond, forcing = batch.latents, batch.condition(), self.forcing
         t = draw_times(rng, "scm/time", self.law, batch=x0.shape[0], device=x0.device)
         x_t = rf_noise(x0, draw_noise(rng, "scm/noise", x0.shape, x0.device), t)
         context = self.student_context(x0, rng, "scm/context")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-FIELDS = ("text", "concat", "image", "prepared")
-
 
 @dataclass(frozen=True)
 class Condition:
-    """Conditioning of a batch.
+    """Conditioning of a batch. A subclass may add fields: None, tensors [B, ...], or tuples and records of such.
 
     text     [B, L_text, E_text] embeddings; shorter than the network's text length means zero padding, which is attended to
              (docs/reference/wan.md#forward).
@@ -65,7 +63,7 @@ class Condition:
         return self._map(torch.clone)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Condition:
-        return replace(self, **{name: _map_tensors(getattr(self, name), change) for name in FIELDS})
+        return replace(self, **{field.name: _map_tensors(getattr(self, field.name), change) for field in fields(self)})
 
 
 def _map_tensors(value: object, change: Callable[[Tensor], Tensor]) -> object:

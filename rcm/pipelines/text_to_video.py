@@ -32,8 +32,8 @@ class WholeVideoRecipe:
 
     kind "ode": along the grid of `steps`, `shift` and `sigma_max` from unscaled noise (docs/reference/sampling.md#many-steps), `solver`
     "euler" or "unipc" (order 2). kind "rcm_few_step": along the TrigFlow grid of `sigma_max`, from noise scaled to its first time
-    (docs/reference/sampling.md#few-steps), `solver` "consistency" or, deterministic, "euler"; `shift` is unused. `solver` None: the first of each. Raises `ConfigError` for an
-    impossible grid or pairing.
+    (docs/reference/sampling.md#few-steps), `solver` "consistency" or, deterministic, "euler"; `shift` is unused. `solver` None: the
+    first of each. Raises `ConfigError` for an impossible grid or pairing.
     """
 
     kind: Literal["ode", "rcm_few_step"]

@@ -27,6 +27,7 @@ from rcm.rollout.recipe import SamplingRecipe
 from tests.support import policy_rules as rules
 from tests.support.stream_oracle import Rule, stream
 from tests.support.tiny_nets import HEIGHT, WIDTH, condition, tiny_config, tiny_net
+from tests.support.toy_extensions import Thinning
 
 RECIPE = SamplingRecipe("few_step", "c1-1", mids=((0.6,), (0.5,)))
 LATENT = (4, HEIGHT, WIDTH)
@@ -51,6 +52,7 @@ POLICIES = {
     "relax": (RelaxForcing(1, 5, 2, 0.5), rules.Relax(1, 5, 2, 0.5)),
     "relax by contrast": (RelaxForcing(0, 4, 1, 0.1), rules.Relax(0, 4, 1, 0.1)),
     "relax paper": (RelaxForcingPaper(1, 1, 1, 5, 0.5, 12), rules.Roles(1, 1, 1, 5, 0.5, 12)),
+    "toy": (Thinning(3), rules.Thinned(3)),
 }
 ROLES = {"relax paper": (RelaxForcingPaper(2, 2, 1, 6, 0.5, 24), rules.Roles(2, 2, 1, 6, 0.5, 24))}
 

@@ -307,3 +307,17 @@ class Roles(Rule):
         for pieces in everywhere(branches):
             while len(pieces) > self.sinks + self.pool + self.tail:
                 del pieces[self.sinks]
+
+
+class Thinned(Rule):
+    """Every `every`-th block, and the newest."""
+
+    def __init__(self, every):
+        self.every, self.blocks = every, []
+
+    def after(self, branches, plan):
+        self.blocks.append(plan.block)
+        kept = [block == plan.block or block % self.every == 0 for block in self.blocks]
+        self.blocks = list(itertools.compress(self.blocks, kept))
+        for pieces in everywhere(branches):
+            pieces[:] = itertools.compress(list(pieces), kept)
