@@ -189,7 +189,8 @@ class Hub:
             await asyncio.sleep(1)
             now, limits = time.monotonic(), self.limits
             for channel in list(self.channels.values()):
-                channel.broadcast(channel.stats())
+                for viewer in channel.viewers:
+                    viewer.inform(channel.stats())
                 if not channel.viewers and now - channel.watched > limits.idle_s:
                     channel.end("nobody watched it")
                 elif not channel.shared and now - channel.opened > limits.session_s:

@@ -23,6 +23,7 @@ class Viewer:
         self._pictures: deque[bytes] = deque(maxlen=limits.queue_frames)
         self._texts: deque[dict[str, Any]] = deque()
         self._wake = asyncio.Event()
+        self._timings: dict[str, Any] | None = None
         self._closing: tuple[int, str] | None = None
         self.dropped = 0
 
@@ -47,6 +48,11 @@ class Viewer:
         self._texts.append(message)
         self._wake.set()
 
+    def inform(self, timings: dict[str, Any]) -> None:
+        """Timings of the moment: the newest replace older ones, and wait until the client has caught up with the pictures."""
+        self._timings = timings
+        self._wake.set()
+
     def close(self, code: int, reason: str) -> None:
         """Close after the messages that wait."""
         self._closing = self._closing or (code, reason)
@@ -63,7 +69,10 @@ class Viewer:
                     code, reason = self._closing
                     await self._timed(socket.close(code, reason.encode()[:120].decode(errors="ignore")))
                     return
-                if self._pictures:
+                if self._timings is not None and len(self._pictures) <= 1:
+                    timings, self._timings = self._timings, None
+                    await self._timed(socket.send_json(timings))
+                elif self._pictures:
                     await self._timed(socket.send_bytes(self._pictures.popleft()))
                     self._metrics.sent += 1
                 else:

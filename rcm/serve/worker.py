@@ -58,24 +58,31 @@ class Worker(threading.Thread):
     @torch.no_grad()
     def run(self) -> None:
         """See `Thread`."""
-        while not self._stopping:
-            while self._calls:
-                work, future = self._calls.popleft()
-                if future.set_running_or_notify_cancel():
-                    _settle(work, future)
-            turn = self.pool.turn(lambda seat: self._credit.get(seat, 0) > 0)
-            if turn is not None:
-                self._spend(turn)
-                if not self._stopping:
-                    self._deliver(turn)
-                continue
+        try:
+            while not self._stopping:
+                self._next()
+        finally:
             with self._wake:
-                if not (self._stopping or self._calls or any(self._credit.get(seat) for seat in self.pool.seats)):
-                    self._wake.wait()
-        self.pool.close_all()
+                self._stopping = True
+                for _, future in self._calls:
+                    future.cancel()
+            self.pool.close_all()
+
+    def _next(self) -> None:
+        """All calls that wait, then one turn; or sleep until there is something to do."""
+        while self._calls:
+            work, future = self._calls.popleft()
+            if future.set_running_or_notify_cancel():
+                _settle(work, future)
+        turn = self.pool.turn(lambda seat: self._credit.get(seat, 0) > 0)
+        if turn is not None:
+            self._spend(turn)
+            if not self._stopping:
+                self._deliver(turn)
+            return
         with self._wake:
-            for _, future in self._calls:
-                future.cancel()
+            if not (self._stopping or self._calls or any(self._credit.get(seat) for seat in self.pool.seats)):
+                self._wake.wait()
 
     def _spend(self, turn: Turn) -> None:
         with self._wake:

@@ -87,12 +87,13 @@ def test_guided_sessions_count_both_caches(model):
     assert guided.num_bytes() == predicted_bytes(model, guided)
 
 
-def test_the_latest_order_of_each_kind_wins_and_says_where_it_applies(model):
+@pytest.mark.parametrize("mode", ["keep", "recache"])
+def test_the_latest_order_of_each_kind_wins_and_says_where_it_applies(model, mode):
     pool = SessionPool(model)
     seat = pool.open([PROMPT], seed=5, **WINDOW)
     latents(pool, 3)
     told: list[tuple[str, str]] = []
-    orders = [Order("prompt", [text], told=lambda o: told.append((o.value[0], o.state))) for text in ("a red cross", OTHER)]
+    orders = [Order("prompt", [text], mode=mode, told=lambda o: told.append((o.value[0], o.state))) for text in ("a red cross", OTHER)]
     steps = Order("recipe", lambda recipe: recipe.with_steps(1))
     threads = [threading.Thread(target=seat.steer, args=(order,)) for order in (orders[0], steps)]
     for thread in threads:
@@ -105,7 +106,7 @@ def test_the_latest_order_of_each_kind_wins_and_says_where_it_applies(model):
     with model.open([PROMPT], seed=5, **WINDOW) as alone:
         for _ in range(3):
             alone.step()
-        alone.set_condition(model.condition([OTHER]))
+        alone.set_condition(model.condition([OTHER]), mode=mode)
         assert alone.set_recipe(RECIPE.with_steps(1)) == 3
         assert all(torch.equal(mine, alone.step().latents) for mine in got)
 

@@ -137,6 +137,7 @@ def test_a_slow_reader_gets_the_newest_pictures_and_is_closed_in_the_end():
             viewer.offer(bytes([i]))
         assert viewer.waiting == 4 and viewer.dropped == metrics.dropped == 6
         viewer.tell({"first": True})
+        viewer.inform({"timings": True})
         await asyncio.wait_for(viewer.pump(socket), 5)
         assert socket.got == [{"first": True}, b"\x06", b"\x07"], "messages first, then pictures, the oldest are gone"
         assert metrics.closed_slow == 1 and metrics.sent == 2
