@@ -1,4 +1,4 @@
-"""The three faces of a mask agree with each other and with an oracle written from the specification's sentences."""
+"""The three faces of a mask agree with each other and with an oracle written from Causal_rCM.md section 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary embedding against complex multiplication written from the specification, and its limits."""
+"""Rotary embedding against complex multiplication written from docs/reference/wan.md#positions, and its limits."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from tests.support.wan_keys import PUBLISHED, published_tensors
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_keys_shapes_and_counts(name):
-    """Every tensor of the specification, nothing else, in both directions."""
+    """Every tensor of docs/reference/wan.md#tensors, nothing else, in both directions."""
     shapes, tensors, parameters = PUBLISHED[name]
     assert len(shapes) == tensors and sum(map(math.prod, shapes.values())) == parameters
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Masks written out token by token from the specification's sentences: slow, independent of `rcm.kernels.masks` and of `BlockPattern`."""
+"""Masks token by token, from Causal_rCM.md section 2: slow, independent of `rcm.kernels.masks` and of `BlockPattern`."""
 
 from __future__ import annotations
 
