@@ -115,7 +115,7 @@ def _taken(file: IO[bytes]) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        pass  # a file system without locks
+        return True  # a file system without locks: nothing can be said, so the write goes on
     return True
 
 
