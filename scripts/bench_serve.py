@@ -196,9 +196,9 @@ async def _watch(address: str, seconds: float, *, first: dict[str, Any] | None =
 
 
 def _small(address: str) -> socket.socket:
-    """A socket that holds next to nothing, so that reading slowly is felt by the server."""
+    """A socket that holds a few pictures, so that reading slowly is felt by the server."""
     mine = socket.socket()
-    mine.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    mine.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
     mine.connect(("127.0.0.1", int(re.search(r":(\d+)/", address)[1])))
     mine.setblocking(False)
     return mine
