@@ -16,5 +16,5 @@ def test_fifty_clients_share_a_stream():
             break
     assert not load.faults, table(load)
     assert load.slow_pictures < load.shared["gaps"] / load.shared["clients"] / 3, "slow readers see fewer pictures"
-    assert load.slow_pictures > 10, "but one a second is what they can read, and they get it"
-    assert load.counters["rcm_closed_slow_total"] == 5, "who takes nothing is closed, who reads slowly is not"
+    assert load.slow_pictures > 5, "and go on seeing some"
+    assert load.counters["rcm_closed_slow_total"] == 0, "who reads slowly is not closed"
