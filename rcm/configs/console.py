@@ -34,4 +34,7 @@ def told(folder: Path, *, rank: int = 0, world_size: int = 1) -> Iterator[None]:
         yield
     finally:
         for handler in mine:
-            logger.remove(handler)
+            try:
+                logger.remove(handler)
+            except OSError as error:  # what could not be written comes up again when the file is closed; it must not hide why the run ends
+                sys.stderr.write(f"warning: {folder / LOG_FILE} is incomplete: {error.strerror}\n")

@@ -117,6 +117,7 @@ BENCH = {
         module="scripts.drift_report",
         examples=("rcm bench drift sliding_window=a.mp4 rolling_sink=b.mp4 --out outputs/drift",),
     ),
+    "compare": Command(does="checkpoints on the same prompts and noise, with paired differences", module="scripts.compare_checkpoints"),
     "metrics": Command(does="harm clips in known ways, and see whether the offline metrics notice", module="scripts.judge_metrics"),
     "serve": Command(does="the live page's server under many clients, slow and vanishing ones among them", module="scripts.bench_serve"),
     "vae": Command(does="Wan's VAE, whole and streamed", module="scripts.bench_vae"),

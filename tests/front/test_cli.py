@@ -78,7 +78,7 @@ def test_commands_do_what_they_say(words: list[str], expected: str, capsys) -> N
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["strem"], "error: rcm has no command 'strem'; did you mean stream? choose from stream, demo"),
+        (["strem"], "error: rcm has no command 'strem'; did you mean stream? choose from stream, serve, demo"),
         (["checkpoint", "look"], "error: rcm checkpoint has no command 'look'; choose from inspect, convert, export"),
         (["train"], "error: nothing chosen; give experiment=NAME"),
     ],
