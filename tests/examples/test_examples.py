@@ -36,6 +36,7 @@ def cells() -> list[str]:
     return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
+@pytest.mark.slow
 def test_notebook(tmp_path: Path, monkeypatch) -> None:
     """Its cells, one after another, with IPython's display replaced."""
     shown = types.ModuleType("IPython.display")
