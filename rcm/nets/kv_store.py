@@ -231,8 +231,6 @@ class CodedStore:
             held.clear()
         if hasattr(self.codec, "reset"):  # warm starts of the last video
             self.codec.reset()
-        if hasattr(self.codec, "reset"):
-            self.codec.reset()
         if free_buffers:
             self._scratch = None
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from rcm.core.errors import ConfigError
+from rcm.core.errors import ConfigError, first_line
 from rcm.encoders.codec import LatentCodec
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import VelocityModel
+from rcm.nets.kv_view import CachedChunk
 from rcm.pipelines.engine import CapturedLoop, DecodeLane
 from rcm.pipelines.stream_spec import Receipt, StreamedChunk, StreamSpec, SwitchMode, count_prefix_blocks
 from rcm.rollout.autoregressive import Canvas, ChunkLoop, ChunkResult
@@ -59,10 +61,12 @@ class Session:
         self._lane = None if codec is None else DecodeLane(codec, **options)
 
     def _begin(self, cond: Condition, prefix: Tensor | None) -> None:
+        given, cond = self._checked_prefix(prefix), self._for_batch(cond)
         self._begun = time.perf_counter()
-        self._given = 0 if prefix is None else count_prefix_blocks(self.spec.recipe, prefix.shape[2], self.spec.num_frames)
-        self._prefix = None if prefix is None else prefix.to(self.device, torch.float64)
-        self._cond, self._wanted = cond, deque[tuple[Condition, SwitchMode, Receipt]]()
+        (self._given, self._prefix), self._cond = given, cond
+        self._wanted = deque[tuple[Condition, SwitchMode, Receipt]]()
+        self._failed: Exception | None = None
+        self._refused: ConfigError | None = None
         self._block = 0
         self._pending: ChunkResult | tuple[ChunkPlan, Tensor, float] | None = None
         self._history: dict[int, tuple[Tensor, float]] = {}
@@ -70,15 +74,31 @@ class Session:
         self._pieces: deque[tuple[int, Tensor]] = deque()
         self._cancelled = False
 
+    def _checked_prefix(self, prefix: Tensor | None) -> tuple[int, Tensor | None]:
+        """Given blocks and their latents, for the whole batch, in memory of their own."""
+        if prefix is None:
+            return 0, None
+        spec, (channels, height, width) = self.spec, self.spec.latent
+        fits = prefix.ndim == 5 and prefix.shape[0] in (1, spec.batch) and (prefix.shape[1], *prefix.shape[3:]) == tuple(spec.latent)
+        if not fits:
+            raise ConfigError(f"prefix must be [1 or {spec.batch}, {channels}, k, {height}, {width}], got {list(prefix.shape)}")
+        blocks = count_prefix_blocks(spec.recipe, prefix.shape[2], spec.num_frames)
+        return blocks, prefix.to(self.device, torch.float64, copy=True).expand(spec.batch, -1, -1, -1, -1)
+
+    def _for_batch(self, cond: Condition) -> Condition:
+        if cond.batch not in (1, self.spec.batch):
+            raise ConfigError(f"the condition has batch {cond.batch}, the stream {self.spec.batch}; give a batch of 1 or {self.spec.batch}")
+        return cond.expand(self.spec.batch)
+
     def restart(self, cond: Condition | None = None, *, seed: int | None = None, prefix: Tensor | None = None) -> None:
         """Begin another video in the memory, and with the captured passes, of this one: as a session opened alike. `cond` None: the same;
         `seed` None: that of the `StreamSpec` (with noise="video", its generator is seeded with it).
         """
         self._require_open()
+        self._begin(self._cond if cond is None else cond, prefix)  # refuses before anything is changed
         spec = self.spec = replace(self.spec, seed=self.spec.seed if seed is None else seed)
         if spec.generator is not None and seed is not None:
             spec.generator.manual_seed(seed)
-        self._begin(self._cond if cond is None else cond, prefix)
         self._loop.cache.reset(free_buffers=False)
         self._loop.canvas = Canvas(self._loop.canvas.grid, spec.policy.fresh())
         self._loop.noise = self._new_noise((spec.batch, *spec.latent))
@@ -102,8 +122,15 @@ class Session:
 
     @torch.no_grad()
     def step(self) -> StreamedChunk | None:
-        """The next chunk (or part of one), None after the last. Raises `StreamCancelled` on a closed session."""
-        self._require_open()
+        """The next chunk (or part of one), None after the last. Raises `StreamCancelled` on a closed session.
+
+        A change of condition that is refused raises `ConfigError` once and the stream goes on under the old one. After any other error the
+        cache may lack a chunk, so further steps raise `StreamCancelled` until `restart` or `restore`.
+        """
+        self._require_whole()
+        if self._refused is not None:
+            error, self._refused = self._refused, None
+            raise error
         if self.ended:
             return None
         if not self._pieces:
@@ -114,15 +141,21 @@ class Session:
         block, latents = self._pieces.popleft()
         decoding = None if self._lane is None else self._lane.decode(latents)
         if self.spec.look_ahead and not self._pieces and not self._is_last(self._block - 1):
-            self._ahead = self._produce()
+            try:
+                self._ahead = self._produce()
+            except ConfigError as error:  # this chunk is whole: the next step tells
+                if self._failed is not None:
+                    raise
+                self._refused = error
         frames, images = (latents, None) if decoding is None else decoding.result()
         return StreamedChunk(block, latents, frames, time.perf_counter() - self._begun, images)
 
     @torch.no_grad()
     def settle(self) -> None:
         """Put the context of the newest chunk into the cache now, and not when the next one is begun; for timings."""
-        self._require_open()
-        self._leave_context()
+        self._require_whole()
+        with self._marking():
+            self._leave_context()
 
     def __iter__(self) -> Iterator[StreamedChunk]:
         while (chunk := self.step()) is not None:
@@ -137,8 +170,7 @@ class Session:
         self._require_open()
         if mode not in ("keep", "recache"):
             raise ConfigError(f"switch mode {mode!r} is not one of 'keep', 'recache'")
-        if cond.batch not in (1, self.spec.batch):
-            raise ConfigError(f"the new condition has batch {cond.batch}, the stream {self.spec.batch}")
+        cond = self._for_batch(cond)
         while self._wanted:
             self._wanted.pop()[2].superseded = True
         receipt = Receipt()
@@ -162,9 +194,11 @@ class Session:
 
     def snapshot(self) -> dict[str, Any]:
         """Everything from which the stream goes on, as copies; for `restore` of this session or of one opened alike."""
-        self._require_open()
+        self._require_whole()
         return {
             "recipe": self.spec.recipe,
+            "seed": self.spec.seed,
+            "given": (self._given, self._prefix),
             "block": self._block,
             "pending": self._pending,
             "cond": self._cond,
@@ -181,7 +215,9 @@ class Session:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `snapshot`: the following chunks are those that followed it, bit by bit."""
         self._require_open()
-        self.spec = replace(self.spec, recipe=state["recipe"])
+        self.spec = replace(self.spec, recipe=state["recipe"], seed=state["seed"])
+        self._given, self._prefix = state["given"]
+        self._failed = self._refused = None
         self._block, self._pending, self._cond = state["block"], state["pending"], state["cond"]
         self._wanted = deque((cond, mode, Receipt()) for cond, mode in state["wanted"])
         self._history, self._ahead, self._pieces = dict(state["history"]), state["ahead"], deque(state["pieces"])
@@ -247,16 +283,20 @@ class Session:
 
     def _produce(self) -> tuple[int, Tensor]:
         """Latents of the next block: given, or denoised after the context of the one before was committed."""
-        self._leave_context()
-        self._apply_wanted()
-        block, recipe = self._block, self.spec.recipe
-        self._block += 1
-        if block < self._given:
-            return block, self._enter_given(block)
-        plan = recipe.plan(block, prefix_blocks=self._given)
-        result = self._loop.denoise(plan, self._cond, keep=not self._is_last(block))
-        self._pending = None if self._is_last(block) else result
-        return block, result.x0.float()
+        with self._marking():
+            self._leave_context()
+        wanted = self._wanted_next()
+        with self._marking():
+            if wanted is not None:
+                self._apply(*wanted)
+            block, recipe = self._block, self.spec.recipe
+            self._block += 1
+            if block < self._given:
+                return block, self._enter_given(block)
+            plan = recipe.plan(block, prefix_blocks=self._given)
+            result = self._loop.denoise(plan, self._cond, keep=not self._is_last(block))
+            self._pending = None if self._is_last(block) else result
+            return block, result.x0.float()
 
     def _enter_given(self, block: int) -> Tensor:
         recipe = self.spec.recipe
@@ -282,17 +322,23 @@ class Session:
         ids = {chunk.id for chunk in self._loop.cache.branches[0].chunks}
         self._history = {chunk_id: found for chunk_id, found in self._history.items() if chunk_id in ids}
 
-    def _apply_wanted(self) -> None:
+    def _wanted_next(self) -> tuple[Condition, SwitchMode, Receipt] | None:
+        """The change of condition that is due; refused here, before the old condition is gone."""
         if not self._wanted:
-            return
-        cond, mode, receipt = self._wanted.pop()
+            return None
+        wanted = self._wanted.pop()
+        if wanted[1] == "recache":
+            self._replayed()
+        return wanted
+
+    def _apply(self, cond: Condition, mode: SwitchMode, receipt: Receipt) -> None:
         self._cond = cond
         if mode == "recache":
             self._recache()
         receipt.applied_at = self._block
 
-    def _recache(self) -> None:
-        """Enter what the cache holds anew under the present condition, sinks excepted."""
+    def _replayed(self) -> list[CachedChunk]:
+        """What a recache enters anew: all that the cache holds, sinks excepted. `ConfigError` for chunks that cannot be."""
         caches = self._loop.cache.branches
         kept = set(self._loop.canvas.policy.protected(caches))
         old = [chunk for chunk in caches[0].chunks if chunk.id not in kept]
@@ -301,11 +347,30 @@ class Session:
                 f"mode='recache' replays cached chunks, and {missing} are no longer what was generated (the policy merged them); "
                 "use mode='keep', or a policy that keeps whole chunks"
             )
-        for cache in caches:
+        return old
+
+    def _recache(self) -> None:
+        """Enter what the cache holds anew under the present condition, sinks excepted."""
+        old = self._replayed()
+        for cache in self._loop.cache.branches:
             cache.evict([chunk.id for chunk in old])
         for chunk in old:
             x, t = self._history[chunk.id]
             self._loop.refill(x, self._cond, chunk, t=t)
+
+    @contextmanager
+    def _marking(self) -> Iterator[None]:
+        """An error within leaves the stream between two states: remembered, so that no later chunk is made of half a past."""
+        try:
+            yield
+        except Exception as error:
+            self._failed = error
+            raise
+
+    def _require_whole(self) -> None:
+        self._require_open()
+        if self._failed is not None:
+            raise StreamCancelled(f"this stream failed ({first_line(self._failed)}); restart() it, or restore() a snapshot")
 
     def _is_last(self, block: int) -> bool:
         frames = self.spec.num_frames

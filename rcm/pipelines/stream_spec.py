@@ -112,6 +112,10 @@ class StreamSpec:
             raise ConfigError(f"graphs={self.graphs!r} is not one of 'on', 'off'")
         if self.batch < 1:
             raise ConfigError(f"batch={self.batch} must be at least 1 video")
+        if self.hot_chunks < 0:
+            raise ConfigError(f"hot_chunks={self.hot_chunks} must be 0 or more")
+        if self.keys not in (None, "post_rope", "pre_rope"):
+            raise ConfigError(f"keys={self.keys!r} is not one of 'post_rope', 'pre_rope'; or leave keys out")
         if self.keys not in (None, self.policy.keys) and not self.policy.any_keys:
             raise ConfigError(f"{type(self.policy).__name__} needs keys={self.policy.keys!r}, got {self.keys!r}; leave keys out")
         if self.num_frames is None and self.noise == "video":

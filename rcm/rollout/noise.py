@@ -58,11 +58,12 @@ class ChunkNoise:
         return self._draw("context", frames)
 
     def state(self) -> Any:
-        """Nothing: a draw depends on its key alone."""
-        return None
+        """The seed: a draw depends on its key alone."""
+        return self.seed
 
     def load_state(self, state: Any) -> None:
-        """See `state`."""
+        """Take up a `state`."""
+        self.seed = state
 
     def _draw(self, purpose: str, frames: slice) -> torch.Tensor:
         batch, channels, height, width = self.shape
@@ -125,12 +126,14 @@ class VideoNoise:
         return self._draw((batch, channels, frames.stop - frames.start, height, width)).to(self.dtype)
 
     def state(self) -> Any:
-        """The generator's state, on which context noise depends."""
-        return self._generator.get_state()
+        """What was drawn, which is never written again, and the generator's state, on which context noise depends."""
+        return self.given, tuple(self._draws), self._generator.get_state()
 
     def load_state(self, state: Any) -> None:
         """Take up a `state`."""
-        self._generator.set_state(state)
+        self.given, draws, generator = state
+        self._draws = list(draws)
+        self._generator.set_state(generator)
 
     def _draw(self, shape: tuple[int, ...]) -> torch.Tensor:
         return _moved(torch.randn(shape, generator=self._generator, device=self._generator.device, dtype=torch.float32), self.device)

@@ -180,6 +180,75 @@ def test_recaching_refuses_what_a_policy_merged(denoiser):
         session.step()
 
 
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_a_refused_recache_changes_nothing_and_loses_no_chunk(denoiser, look_ahead):
+    session, untouched = (opened(denoiser, spec(policy=Merging(), look_ahead=look_ahead)) for _ in range(2))
+    got = [session.step() for _ in range(4)]
+    receipt, refusals = session.set_condition(condition(tiny_config(), seed=5), mode="recache"), 0
+    while len(got) < 8:
+        try:
+            got.append(session.step())
+        except ConfigError:
+            refusals += 1
+    assert refusals == 1 and receipt.applied_at is None
+    assert torch.equal(torch.cat([chunk.latents for chunk in got], dim=2), latents(untouched, 8))
+
+
+@pytest.mark.parametrize("options", [{"policy": SlidingWindow(3, 1)}, {"num_frames": 6, "noise": "video"}], ids=["chunk", "video"])
+def test_a_snapshot_is_taken_up_after_a_restart_with_another_seed_and_prefix(denoiser, options):
+    first = torch.randn(1, 4, 2, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    session = opened(denoiser, spec(NOISY, **options), prefix=first)
+    latents(session, 1)
+    state = session.snapshot()
+    following = latents(session, 4)
+    session.restart(seed=7)
+    latents(session, 2)
+    first.zero_()  # the stream holds its own
+    session.restore(state)
+    assert torch.equal(latents(session, 4), following) and session.spec.seed == 0
+
+
+def test_one_condition_and_one_prefix_serve_the_whole_batch(denoiser):
+    first, cond = torch.randn(1, 4, 1, HEIGHT, WIDTH), condition(tiny_config(), batch=1, seed=5)
+    alone = opened(denoiser, spec(policy=SlidingWindow(3)), cond=cond, prefix=first)
+    given = opened(denoiser, spec(policy=SlidingWindow(3)), cond=cond.expand(2), prefix=first.expand(2, -1, -1, -1, -1))
+    for session, other in (
+        (alone, condition(tiny_config(), batch=1, seed=6)),
+        (given, condition(tiny_config(), batch=1, seed=6).expand(2)),
+    ):
+        session.step()
+        session.set_condition(other)
+    assert torch.equal(latents(alone, 2), latents(given, 2))
+    with pytest.raises(ConfigError, match="batch of 1 or 2"):
+        alone.restart(condition(tiny_config(), batch=3), seed=9)
+    with pytest.raises(ConfigError, match=r"prefix must be \[1 or 2, 4, k"):
+        alone.restart(seed=9, prefix=torch.zeros(2, 4, 1, HEIGHT + 2, WIDTH))
+    assert alone.spec.seed == 0 and alone.next_block == 3, "a refused restart changes nothing"
+
+
+def test_a_step_that_failed_is_not_passed_over(denoiser, monkeypatch):
+    """A stream whose pass died would go on with a hole in its past."""
+    session = opened(denoiser, spec(policy=SlidingWindow(3)))
+    whole, state = latents(session, 2), session.snapshot()
+    monkeypatch.setattr(session.loop, "denoise", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        session.step()
+    monkeypatch.undo()
+    for use in (session.step, session.snapshot, session.settle):
+        with pytest.raises(StreamCancelled, match=r"division by zero.*restart\(\)"):
+            use()
+    session.restore(state)
+    third = session.step().latents
+    session.restart()
+    assert torch.equal(latents(session, 3), torch.cat([whole, third], dim=2))
+
+
+@pytest.mark.parametrize(("wrong", "told"), [({"hot_chunks": -1}, "hot_chunks=-1"), ({"keys": "rope"}, "keys='rope'")])
+def test_impossible_storage_is_refused(wrong, told):
+    with pytest.raises(ConfigError, match=told):
+        spec(policy=SlidingWindow(2), **wrong)
+
+
 def test_streams_without_end_are_bounded(denoiser, monkeypatch):
     for wrong, message in (
         ({}, "without end needs a policy"),
