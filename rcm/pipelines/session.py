@@ -33,6 +33,10 @@ class StreamCancelled(RuntimeError):
     """A step was asked of a session that is closed, or was cancelled meanwhile."""
 
 
+class SwitchRefused(ConfigError):
+    """A change of condition that cannot be; the stream goes on under the old one."""
+
+
 class Session:
     """A stream that is under way. `codec` None: latents only (chunks carry them as `frames`, too).
 
@@ -66,7 +70,7 @@ class Session:
         (self._given, self._prefix), self._cond = given, cond
         self._wanted = deque[tuple[Condition, SwitchMode, Receipt]]()
         self._failed: Exception | None = None
-        self._refused: ConfigError | None = None
+        self._refused: SwitchRefused | None = None
         self._block = 0
         self._pending: ChunkResult | tuple[ChunkPlan, Tensor, float] | None = None
         self._history: dict[int, tuple[Tensor, float]] = {}
@@ -124,8 +128,8 @@ class Session:
     def step(self) -> StreamedChunk | None:
         """The next chunk (or part of one), None after the last. Raises `StreamCancelled` on a closed session.
 
-        A change of condition that is refused raises `ConfigError` once and the stream goes on under the old one. After any other error the
-        cache may lack a chunk, so further steps raise `StreamCancelled` until `restart` or `restore`.
+        A change of condition that is refused raises `SwitchRefused` once and the stream goes on under the old one. After any other error
+        the cache may lack a chunk, so further steps raise `StreamCancelled` until `restart` or `restore`.
         """
         self._require_whole()
         if self._refused is not None:
@@ -143,9 +147,7 @@ class Session:
         if self.spec.look_ahead and not self._pieces and not self._is_last(self._block - 1):
             try:
                 self._ahead = self._produce()
-            except ConfigError as error:  # this chunk is whole: the next step tells
-                if self._failed is not None:
-                    raise
+            except SwitchRefused as error:  # this chunk is whole: the next step tells
                 self._refused = error
         frames, images = (latents, None) if decoding is None else decoding.result()
         return StreamedChunk(block, latents, frames, time.perf_counter() - self._begun, images)
@@ -328,7 +330,11 @@ class Session:
             return None
         wanted = self._wanted.pop()
         if wanted[1] == "recache":
-            self._replayed()
+            try:
+                self._replayed()
+            except SwitchRefused as error:
+                wanted[2].refused = str(error)
+                raise
         return wanted
 
     def _apply(self, cond: Condition, mode: SwitchMode, receipt: Receipt) -> None:
@@ -338,12 +344,12 @@ class Session:
         receipt.applied_at = self._block
 
     def _replayed(self) -> list[CachedChunk]:
-        """What a recache enters anew: all that the cache holds, sinks excepted. `ConfigError` for chunks that cannot be."""
+        """What a recache enters anew: all that the cache holds, sinks excepted. `SwitchRefused` for chunks that cannot be."""
         caches = self._loop.cache.branches
         kept = set(self._loop.canvas.policy.protected(caches))
         old = [chunk for chunk in caches[0].chunks if chunk.id not in kept]
         if missing := [chunk.id for chunk in old if chunk.id not in self._history or chunk.positions.frames is None]:
-            raise ConfigError(
+            raise SwitchRefused(
                 f"mode='recache' replays cached chunks, and {missing} are no longer what was generated (the policy merged them); "
                 "use mode='keep', or a policy that keeps whole chunks"
             )

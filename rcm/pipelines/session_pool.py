@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from rcm.core.errors import ConfigError, first_line
 from rcm.pipelines.from_checkpoint import LoadedModel
-from rcm.pipelines.session import Session
+from rcm.pipelines.session import Session, SwitchRefused
 from rcm.pipelines.stream_spec import Receipt, StreamedChunk
 from rcm.rollout.eviction.base import CachePolicy
 from rcm.rollout.recipe import SamplingRecipe
@@ -59,6 +59,7 @@ class Seat:
 
     def __init__(self, name: str, session: Session, prompts: list[str], options: dict[str, Any], *, predicted: int) -> None:
         self.name, self.session, self.prompts, self.options, self.predicted = name, session, prompts, options, predicted
+        self.standing = prompts  # under which the latest chunk was made; `prompts` may still wait
         self.take, self.turns = 0, 0
         self.failed: Exception | None = None
         self.closed = False
@@ -93,8 +94,12 @@ class Seat:
         for order, receipt in self._waiting:
             if receipt.applied_at is not None:
                 order.become("applied", at=receipt.applied_at, take=self.take)
+                self.standing = list(order.value)
             elif receipt.superseded:
                 order.become("superseded")
+            elif receipt.refused:
+                order.become("refused", reason=" ".join(receipt.refused.split()))
+                self.prompts = self.standing
             else:
                 still.append((order, receipt))
         self._waiting = still
@@ -174,7 +179,7 @@ class SessionPool:
         try:
             for order in seat._taken():
                 self._apply(seat, order)
-            chunk = seat.session.step()
+            chunk = self._chunk(seat)
             seat._report()
         except Exception as error:  # whatever a session dies of, the others live on
             seat.failed = error
@@ -182,6 +187,14 @@ class SessionPool:
             return Turn(seat, None, seat.take, time.perf_counter() - begin, error)
         seat.turns += 1
         return Turn(seat, chunk, seat.take, time.perf_counter() - begin)
+
+    @staticmethod
+    def _chunk(seat: Seat) -> StreamedChunk | None:
+        try:
+            return seat.session.step()
+        except SwitchRefused:  # its order is told by the receipt, and the stream goes on
+            seat._report()
+            return seat.session.step()
 
     def _apply(self, seat: Seat, order: Order) -> None:
         try:
@@ -213,7 +226,7 @@ class SessionPool:
         seat.take += 1
         for order, _ in seat._waiting:  # its prompt is the one that the new take begins with
             order.become("applied", at=0, take=seat.take)
-        seat._waiting = []
+        seat._waiting, seat.standing = [], seat.prompts
 
     def _set_recipe(self, seat: Seat, order: Order) -> int:
         recipe: SamplingRecipe | Callable[[SamplingRecipe], SamplingRecipe] = order.value

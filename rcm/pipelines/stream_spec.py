@@ -64,10 +64,13 @@ class StreamReport:
 
 @dataclass
 class Receipt:
-    """A change of condition: the block from which it applies, None while it waits; `superseded` by a later one that came first."""
+    """A change of condition: the block from which it applies, None while it waits; `superseded` by a later one that came first; `refused`
+    says why it cannot be.
+    """
 
     applied_at: int | None = None
     superseded: bool = False
+    refused: str = ""
 
 
 @dataclass(frozen=True)

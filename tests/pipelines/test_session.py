@@ -190,7 +190,7 @@ def test_a_refused_recache_changes_nothing_and_loses_no_chunk(denoiser, look_ahe
             got.append(session.step())
         except ConfigError:
             refusals += 1
-    assert refusals == 1 and receipt.applied_at is None
+    assert refusals == 1 and receipt.applied_at is None and "mode='keep'" in receipt.refused
     assert torch.equal(torch.cat([chunk.latents for chunk in got], dim=2), latents(untouched, 8))
 
 

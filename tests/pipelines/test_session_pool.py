@@ -12,6 +12,7 @@ import torch
 from rcm.core.errors import ConfigError
 from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
 from rcm.pipelines.session_pool import Order, PoolFull, SessionPool, predicted_bytes
+from rcm.rollout.eviction.mem_rope import MemRope
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.recipe import SamplingRecipe
 from tests.support.tiny_checkpoint import PROMPT, write_checkpoint
@@ -139,6 +140,20 @@ def test_an_impossible_order_is_refused_and_the_stream_goes_on(model, order, sen
     assert order.state == "refused" and sentence in order.reason
     with model.open([PROMPT], seed=5, **WINDOW) as alone:
         assert all(torch.equal(mine, alone.step().latents) for mine in got)
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_a_prompt_that_is_refused_late_does_not_end_the_seat(model, look_ahead):
+    """Whether a window can be entered anew is known at the chunk boundary only."""
+    options = {"policy": MemRope(1, 1), "look_ahead": look_ahead}
+    pool = SessionPool(model)
+    seat = pool.open([PROMPT], **options)
+    before = latents(pool, 6)["s1"]
+    order = seat.steer(Order("prompt", [OTHER], mode="recache"))
+    after = latents(pool, 2)["s1"]
+    assert order.state == "refused" and "mode='keep'" in order.reason and seat.prompts == [PROMPT]
+    with model.open([PROMPT], **options) as alone:
+        assert all(torch.equal(mine, alone.step().latents) for mine in [*before, *after])
 
 
 def test_a_session_that_fails_ends_alone(model, monkeypatch):
