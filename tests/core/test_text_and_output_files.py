@@ -77,3 +77,9 @@ def test_only_files_are_replaced(tmp_path):
         Path(tmp_path / "locked").mkdir(mode=0o500)
         with pytest.raises(OSError, match="cannot write there: Permission denied"):
             OutputFile.claim(tmp_path / "locked" / "a.mp4")
+
+
+def test_a_folder_is_called_one(tmp_path):
+    (tmp_path / "a.mp4").mkdir()
+    with pytest.raises(OSError, match="is a folder"):
+        OutputFile.claim(str(tmp_path / "a.mp4"), suffix=(".mp4",), knob="--save_path")
