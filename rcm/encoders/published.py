@@ -37,7 +37,7 @@ class PublishedShape:
 
     def rows(self) -> Iterable[Row]:
         """Every tensor."""
-        raise NotImplementedError
+        raise NotImplementedError  # each family says its own
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, by its published name."""

@@ -102,7 +102,7 @@ class Maker:
         prompts = list(dict.fromkeys(prompt for timeline in job.timelines for prompt in timeline.prompts))
         guided = job.recipe.kind == "ode" and job.recipe.guidance > 1
         rows = models.embed([*prompts, flags.negative_prompt] if guided else prompts)
-        self.embedded = dict(zip(prompts, rows, strict=False))
+        self.embedded = dict(zip(prompts, rows, strict=False))  # a last row may be the negative prompt's
         self.negative = Condition(rows[-1:]) if guided else None
         self.prefix = None if image is None else models.from_first(lambda: self._encoded(image))
 
