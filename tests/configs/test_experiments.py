@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rcm.configs import registry_distill
-from rcm.configs.compose import compose_run, options
+from rcm.configs.compose import Run, compose_run, options
 from rcm.configs.convert import known_paths, plain
 from rcm.configs.schema import MODEL_VARIANTS, TrainConfig
 from rcm.core.errors import ConfigError
@@ -28,9 +31,50 @@ def golden(file: str, lines: list[str]) -> None:
     assert lines == path.read_text().splitlines()
 
 
+DIGESTS = HERE / "digests.json"
+FROZEN = json.loads(DIGESTS.read_text())
+"""`keys`: the keys that existed when the digests were first taken. `digests`: that of every experiment's plain config."""
+
+
+def leaves(node: Any, path: str = "") -> dict[str, Any]:
+    """Dotted path -> value of a plain config; a group stands for itself as {}, so that its presence counts."""
+    if not isinstance(node, dict):
+        return {path: node}
+    found = {path: {}} if path else {}
+    for key, value in node.items():
+        found |= leaves(value, f"{path}.{key}" if path else key)
+    return found
+
+
+def digest(run: Run) -> str:
+    """SHA-256 of the composed config as canonical JSON.
+
+    Keys that were added since the freeze count only where they differ from their default: adding a key moves no digest, while a value that
+    an experiment composes to cannot change unseen. (A default of a newer key is held by override_keys.txt.)
+    """
+    family = MODEL_VARIANTS[run.config.model.name]
+    defaults = {**known_paths(TrainConfig), **known_paths(family, path="model.config")}
+    old = set(FROZEN["keys"])
+    kept = {k: v for k, v in leaves(plain(run.config)).items() if k in old or v != ({} if _is_group(defaults[k]) else plain(defaults[k]))}
+    return sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _run(name: str) -> Run:
+    return compose_run([f"experiment={name}"], environ={}, world_size=None, require_inputs=False)
+
+
+def test_a_digest_is_recorded_for_every_experiment() -> None:
+    if os.environ.get("RCM_UPDATE_GOLDEN"):
+        taken = {name: digest(_run(name)) for name in sorted(registry_distill.experiment_names())}
+        DIGESTS.write_text(json.dumps({"keys": FROZEN["keys"], "digests": taken}, indent=0) + "\n")
+        pytest.skip("golden file rewritten: no line of an older experiment may have changed")
+    assert set(FROZEN["digests"]) == set(registry_distill.experiment_names())
+
+
 def _composes(name: str) -> None:
-    run = compose_run([f"experiment={name}"], environ={}, world_size=None, require_inputs=False)
+    run = _run(name)
     assert run.experiment == run.config.job.name == name
+    assert digest(run) == FROZEN["digests"][name], f"{name} composes to another config than the recorded one"
     model = run.config.model.config
     for suffix, sizes in (("c1-1", (1, 1)), ("c3-3", (3, 3)), ("c1-4", (1, 4))):
         if f"_{suffix}" in name:
