@@ -86,7 +86,7 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
     """Everything of a run, ready to go; on return the state is where the run continues. Its folder is claimed. Collective."""
     config = run.config
     folder = job_folder(run)
-    _allow_tf32()
+    allow_tf32()
     if dims.rank == 0:
         _warn_of_unread(config)
     loader = together(lambda: build_loader(config, dims=dims, device=device))
@@ -95,7 +95,7 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
     resumes = bool(config.checkpoint.load_path) or find_model_directory(folder) is not None
     nets = NetBuilder(config.model.config, dims=dims, device=device, seed=config.trainer.seed, resumes=resumes)
     method = build_method(config, nets, negative=lambda: negative_condition(config, device=device))
-    state = _state(config, method)
+    state = train_state(config, method)
     checkpointer = Checkpointer(
         folder,
         dims=dims,
@@ -111,7 +111,7 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
         loader,
         state=state,
         dims=dims,
-        config=_trainer_config(config),
+        config=trainer_config(config),
         device=device,
         checkpointer=checkpointer,
         sinks=sinks or (),
@@ -195,13 +195,14 @@ def _warn_of_unread(config: TrainConfig) -> None:
         logger.warning("{}={} is not read by this run (see `--dryrun` for its stage and networks)", key, get_key(config, key))
 
 
-def _allow_tf32() -> None:
+def allow_tf32() -> None:
     """float32 matrix products on tensor cores, as the release trains (docs/reference/wan.md#precision); no effect on CPU."""
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
 
 
-def _state(config: TrainConfig, method) -> TrainState:
+def train_state(config: TrainConfig, method) -> TrainState:
+    """What training changes: optimisers, schedules and average as configured. `method`: the networks, built."""
     model = config.model.config
     return TrainState.create(
         method.trainable,
@@ -234,7 +235,8 @@ def _resume(config: TrainConfig, checkpointer: Checkpointer, state: TrainState, 
         logger.info("resumed at iteration {} from {}", state.iteration, found)
 
 
-def _trainer_config(config: TrainConfig) -> TrainerConfig:
+def trainer_config(config: TrainConfig) -> TrainerConfig:
+    """The loop's own settings of a run."""
     trainer, model = config.trainer, config.model.config
     return TrainerConfig(
         max_iter=trainer.max_iter,
