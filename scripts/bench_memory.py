@@ -94,7 +94,14 @@ class RandomNets(NetBuilder):
         net = on_meta(
             lambda: WanDiT(sizes, attention=attention_name(config.attention_backend, flex_backend=config.flex_backend))
         ).requires_grad_(not frozen)
-        parallelize(net, dims=self.dims, precision=self.precision, checkpoint=net_config.sac_config.mode, compile=config.compile)
+        parallelize(
+            net,
+            dims=self.dims,
+            precision=self.precision,
+            checkpoint=net_config.sac_config.mode,
+            checkpoint_every=net_config.sac_config.every_n_blocks,
+            compile=config.compile,
+        )
         net.set_jvp_implementation(config.jvp_implementation)
         materialise(net, device=self.device)
         with torch.no_grad():

@@ -26,6 +26,7 @@ from rcm.core.output_file import OutputFile
 from rcm.inference.outcome import command
 from rcm.train.planner import Prediction, Proposal, enough_ranks, predict, propose
 from rcm.train.planner_card import CARDS, GIB, Card, card
+from rcm.train.planner_job import NetPlan
 from rcm.train.planner_memory import Term
 
 _MOST_GPUS, _MOST_BATCH, _MOST_GIB = 2**16, 2**24, 2**20
@@ -88,7 +89,7 @@ def print_prediction(found: Prediction) -> None:
     print(
         f"  {job.ranks} ranks, {job.data_ranks} data ranks x batch {job.batch} x accumulation {job.accumulation} = "
         f"global batch {job.global_batch}; fsdp_shard_size {job.shard_ranks}, context_parallel_size {job.context}, "
-        f"recompute {', '.join(sorted({net.recompute for net in job.nets if net.trained}))}"
+        f"recompute {', '.join(sorted({told_recompute(net) for net in job.nets if net.trained}))}"
     )
     print(f"  always there: {gib(found.state_bytes).strip()}")
     print_terms(found.states)
@@ -116,11 +117,22 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 0.1 else f"{1000 * value:.1f} ms"
 
 
+def told_recompute(net: NetPlan) -> str:
+    """The mode, and of which blocks where not of all."""
+    some = net.recomputed_blocks not in (0, net.config.num_layers)
+    return f"{net.recompute} ({net.recomputed_blocks} of {net.config.num_layers} blocks)" if some else net.recompute
+
+
 def keys_of(found: Prediction) -> list[str]:
     """The overrides that give this layout."""
     job = found.job
     nets = {"student": "net", "fake_score": "net_fake_score"}
-    modes = [f"model.config.{nets[net.role]}.sac_config.mode={net.recompute}" for net in job.nets if net.trained]
+    modes = []
+    for net in (net for net in job.nets if net.trained):
+        sac = f"model.config.{nets[net.role]}.sac_config"
+        modes.append(f"{sac}.mode={net.recompute}")
+        if net.recompute == "none" and net.recompute_every != 1:  # which would have no effect
+            modes.append(f"{sac}.every_n_blocks=1")
     shape = [f"model.config.fsdp_shard_size={job.shard_ranks}", f"model_parallel.context_parallel_size={job.context}"]
     return [*shape, *modes, f"trainer.grad_accum_iter={job.accumulation}"]
 
@@ -198,7 +210,7 @@ def plain(found: Prediction) -> dict[str, Any]:
             "batch": job.batch,
             "accumulation": job.accumulation,
             "global_batch": job.global_batch,
-            "recompute": {net.role: net.recompute for net in job.nets if net.trained},
+            "recompute": {net.role: told_recompute(net) for net in job.nets if net.trained},
         },
         "peak_bytes": found.peak,
         "reserved_bytes": found.reserved,

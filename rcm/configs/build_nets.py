@@ -71,7 +71,14 @@ class NetBuilder:
             return WanDiT(sizes, attention=backend, fused=config.fused_layers)
 
         net = on_meta(build).requires_grad_(not frozen)
-        parallelize(net, dims=self.dims, precision=self.precision, checkpoint=net_config.sac_config.mode, compile=config.compile)
+        parallelize(
+            net,
+            dims=self.dims,
+            precision=self.precision,
+            checkpoint=net_config.sac_config.mode,
+            checkpoint_every=net_config.sac_config.every_n_blocks,
+            compile=config.compile,
+        )
         net.set_jvp_implementation(config.jvp_implementation)
         materialise(net, device=self.device)
         if checkpoint:

@@ -74,6 +74,11 @@ def _without_effect(config: TrainConfig) -> None:
             f"{M}.fused_layers=on refuses the plain formulas, which {M}.compile=True hands to the compiler; choose {M}.fused_layers=auto"
         )
     for knob, net in (("net", model.net), ("net_fake_score", model.net_fake_score)):
+        if net is not None and net.sac_config.mode == "none" and net.sac_config.every_n_blocks != 1:
+            raise ConfigError(
+                f"{M}.{knob}.sac_config.every_n_blocks={net.sac_config.every_n_blocks} has no effect while {M}.{knob}.sac_config.mode=none "
+                "recomputes no block; choose another mode, or leave it at 1"
+            )
         if model.compile and net is not None and net.sac_config.mode == "mm_only":
             raise ConfigError(
                 f"{M}.{knob}.sac_config.mode=mm_only keeps single operators, which {M}.compile=True hides inside compiled code; choose "

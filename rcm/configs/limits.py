@@ -136,6 +136,9 @@ def _shapes(model: CommonModelConfig) -> None:
 
 def _sizes(knob: str, net: NetConfig) -> None:
     """Every given size of a network is one that a machine can hold."""
+    every = net.sac_config.every_n_blocks
+    if not 1 <= every <= _SIZES_AT_MOST["num_layers"]:
+        raise ConfigError(f"{knob}.sac_config.every_n_blocks={every} must be in 1 to {_SIZES_AT_MOST['num_layers']}; 1 is every block")
     for field in fields(net):
         value, most = getattr(net, field.name), _SIZES_AT_MOST.get(field.name, _SIZE_AT_MOST)
         if isinstance(value, int) and not 1 <= value <= most:

@@ -66,9 +66,9 @@ def _nets(model: CommonModelConfig) -> tuple[NetPlan, ...]:
     found = []
     for key, net in networks(model).items():
         trained = key in ("net", "net_fake_score")
-        recompute = net.sac_config.mode if trained else "none"
+        recompute, every = (net.sac_config.mode, net.sac_config.every_n_blocks) if trained else ("none", 1)
         averaged = key == "net" and model.ema.enabled
-        found.append(NetPlan(ROLE_OF[key], wan_config(net), trained=trained, averaged=averaged, recompute=recompute))
+        found.append(NetPlan(ROLE_OF[key], wan_config(net), trained, averaged, recompute, every))
     return tuple(found)
 
 

@@ -84,6 +84,7 @@ class SACConfig:
 
     # what a block keeps for its backward pass: everything, nothing, the result of self-attention, or all matrix products and attentions
     mode: Literal["none", "block_wise", "block_wise_keep_attention", "mm_only"] = "block_wise"
+    every_n_blocks: int = 1  # recompute blocks 0, n, 2n, ... alone; the blocks between them keep everything
 
 
 @dataclass(frozen=True)

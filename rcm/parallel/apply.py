@@ -34,6 +34,7 @@ def parallelize(
     dims: ParallelDims,
     precision: Precision,
     checkpoint: str = "none",
+    checkpoint_every: int = 1,
     compile: bool = False,
     reshard_after_forward: bool = True,
 ) -> nn.Module:
@@ -43,7 +44,8 @@ def parallelize(
     afterwards with rcm.parallel.init). State-dict keys do not change. A frozen network (no parameter requires a gradient) is stored in
     `precision.compute`; a trained one in `precision.params`. A single rank without mixed precision needs neither FSDP2 nor a process
     group. Raises ConfigError where cp does not divide the heads, the dims do not multiply to the world size, a process group is
-    missing, or `checkpoint` and `compile` exclude each other.
+    missing, or `checkpoint` and `compile` exclude each other; `checkpoint` and `checkpoint_every` are `mode` and `every` of
+    `checkpoint_blocks`.
     """
     dims.check(num_heads=net.config.num_heads)
     frozen = is_frozen(net)
@@ -51,7 +53,7 @@ def parallelize(
     if compile:
         _compile_blocks(net, mode="none" if frozen else checkpoint)
     if not frozen:
-        checkpoint_blocks(net, mode=checkpoint)
+        checkpoint_blocks(net, mode=checkpoint, every=checkpoint_every)
     if dims.cp > 1:
         shard_sequence(net, group=dims.cp_group)
     if compile:

@@ -94,16 +94,19 @@ class Recompute:
         return checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=False, **self.options, **kwargs)
 
 
-def checkpoint_blocks(net: nn.Module, *, mode: str) -> None:
-    """Apply the policy `mode` (net.sac_config.mode) to every block of `net`, in place.
+def checkpoint_blocks(net: nn.Module, *, mode: str, every: int = 1) -> None:
+    """Apply the policy `mode` (net.sac_config.mode) to blocks 0, `every`, 2 `every`, ... of `net` (net.sac_config.every_n_blocks), in
+    place. The blocks between them store everything.
 
     "none": store everything. "block_wise": store block inputs only. "block_wise_keep_attention": also the result of each block's
     self-attention (E values per token and block), so that the dearest kernel is not run again. "mm_only": store outputs of matrix
     products and attention, recompute the cheap rest. Attention is kept if it is one of torch's fused operators or a kernel of this
-    package; other back ends are recomputed. Raises ConfigError for another mode.
+    package; other back ends are recomputed. Raises ConfigError for another mode, and for `every` below 1.
     """
     if mode not in MODES:
         raise ConfigError(f"unknown activation checkpointing mode {mode!r}; set net.sac_config.mode to one of {', '.join(MODES)}")
+    if every < 1:
+        raise ConfigError(f"net.sac_config.every_n_blocks={every} must be at least 1, which recomputes every block")
     if mode == "none":
         return
     context_fn = None
@@ -111,7 +114,7 @@ def checkpoint_blocks(net: nn.Module, *, mode: str) -> None:
         context_fn = partial(_contexts, _operators(*_ATTENTIONS))
     elif mode == "mm_only":
         context_fn = partial(_contexts, _operators(*_MATMULS, *_ATTENTIONS))
-    for block in net.blocks:
+    for block in list(net.blocks)[::every]:
         forward = _Keeping(block.forward) if mode == "mm_only" else block.forward
         block.forward = Recompute(forward, context_fn=context_fn)
         if mode == "block_wise_keep_attention":

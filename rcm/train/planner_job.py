@@ -42,7 +42,7 @@ def _elements(config: WanConfig, shard: int, part: str) -> int:
 @dataclass(frozen=True)
 class NetPlan:
     """One network of a job. `trained`: it has master weights, an optimiser and gradients; `averaged`: it has an EMA; `recompute`: its
-    activation checkpointing (`net.sac_config.mode`), without meaning for a frozen one.
+    activation checkpointing (`net.sac_config.mode`) and `recompute_every` (`every_n_blocks`), without meaning for a frozen one.
     """
 
     role: str
@@ -50,6 +50,7 @@ class NetPlan:
     trained: bool
     averaged: bool = False
     recompute: Recompute = "none"
+    recompute_every: int = 1
 
     def __post_init__(self) -> None:
         if self.recompute not in MODES:
@@ -60,6 +61,15 @@ class NetPlan:
         stays whole on rank 0.
         """
         return _elements(self.config, shard, part)
+
+    def is_recomputed(self, block: int) -> bool:
+        """Whether this block runs again in the backward pass."""
+        return self.recompute != "none" and block % self.recompute_every == 0
+
+    @property
+    def recomputed_blocks(self) -> int:
+        """How many blocks run again in the backward pass: 0, `recompute_every`, 2 `recompute_every`, ..."""
+        return sum(map(self.is_recomputed, range(self.config.num_layers)))
 
     @property
     def block_elements(self) -> int:

@@ -101,11 +101,11 @@ class PassMemory:
         keys = layout.num_tokens + layout.context_tokens
         return 2 * self.job.batch * keys / self.job.context * self.job.compute_bytes * self.net.config.dim
 
-    def stored(self, layout: TokenLayout) -> float:
-        """What one block keeps of a forward with gradient: its input, and by recompute mode nothing, self-attention's result, all products,
+    def stored(self, layout: TokenLayout, block: int) -> float:
+        """What a block keeps of a forward with gradient: its input, and by recompute mode nothing, self-attention's result, all products,
         or everything.
         """
-        if self.net.recompute == "none":
+        if not self.net.is_recomputed(block):
             return self.rows(layout, 1 + self.tensors.saved[0], self.tensors.saved[1]) + self.joined_keys(layout)
         products, hidden = self.tensors.products
         kept = {"block_wise": (1,), "block_wise_keep_attention": (2,), "mm_only": (1 + products, hidden)}
@@ -113,7 +113,8 @@ class PassMemory:
 
     def blocks_graph(self) -> float:
         """What all blocks keep of all layouts until the backward pass."""
-        return self.net.config.num_layers * sum(self.stored(layout) for layout in self.step.layouts)
+        blocks = range(self.net.config.num_layers)
+        return sum(self.stored(layout, block) for layout in self.step.layouts for block in blocks)
 
     def graph(self) -> float:
         """The same with what lies around the blocks."""
@@ -207,9 +208,10 @@ def pass_terms(job: Job, phase: PhasePlan, step: Pass) -> list[Term]:
     largest = max(step.layouts, key=lambda layout: layout.num_tokens)
     graph, around = memory.blocks_graph(), sum(memory.embeddings() + memory.head(layout) for layout in step.layouts)
     block, head = memory.backward(largest), memory.head(largest)
+    last = memory.stored(largest, memory.net.config.num_layers - 1)
     moments = {
         "before the backward pass": (graph + around, head, before),
-        "in the backward of the last block": (graph - memory.stored(largest) + around - head, block, before + moment),
+        "in the backward of the last block": (graph - last + around - head, block, before + moment),
         "in the backward of the first block": (memory.embeddings(), block, after + moment),
     }
     unreduced = "held whole until the last term is reduced"

@@ -64,8 +64,8 @@ def _multiples(net: NetPlan, step: Pass, layout: TokenLayout) -> _Multiples:
     if step.mode == "tangent":
         constant = 1 - visible_pairs(layout, first_key=layout.context_tokens) / visible_pairs(layout)
         return _Multiples(2, 3 - constant, 0, 2, 2, 1)  # attention: six products of two, four where the keys are constant
-    again = net.recompute != "none"
-    linear, attention = 3 + net.recompute.startswith("block_wise"), 1 + (net.recompute == "block_wise")
+    again = net.recomputed_blocks / net.config.num_layers
+    linear, attention = 3 + again * net.recompute.startswith("block_wise"), 1 + again * (net.recompute == "block_wise")
     return _Multiples(linear, attention, BACKWARD_ATTENTION, 3 + again, 2 + again, 3)
 
 

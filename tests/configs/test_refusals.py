@@ -37,6 +37,11 @@ REFUSED = {
     "enumeration": ([M + "training_type=tf_csm"], r"training_type='tf_csm' must be one of .*'tf_dcm'.*did you mean tf_"),
     "law": ([M + "p_G.law=uniform"], r"p_G.law='uniform' must be one of 'lognormal', 'uniform_shift'"),
     "recomputation inside compiled code": ([M + "compile=true", M + "net.sac_config.mode=mm_only"], r"net.sac_config.mode=mm_only keeps"),
+    "recomputing every zeroth block": ([M + "net.sac_config.every_n_blocks=0"], r"net.sac_config.every_n_blocks=0 must be in 1 to 1024"),
+    "which blocks of none": (
+        [M + "net.sac_config.every_n_blocks=2"],
+        r"net.sac_config.every_n_blocks=2 has no effect while model.config.net.sac_config.mode=none",
+    ),
     "fused layers inside compiled code": ([M + "compile=true", M + "fused_layers=on"], r"fused_layers=on refuses .*compile=True"),
     "number the law ignores": ([M + "p_G.p_mean=1"], r"p_G.p_mean has no effect while model.config.p_G.law=uniform_shift"),
     "batch": (["dataloader_train.batch_size=0"], r"dataloader_train.batch_size=0 must be at least 1"),

@@ -37,12 +37,12 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def prepared(mode: str) -> tuple[WanDiT, Counter]:
+def prepared(mode: str, *, every: int = 1, layers: int = CONFIG.num_layers) -> tuple[WanDiT, Counter]:
     """A network under `mode` that counts how often each block's feed-forward runs."""
-    net, runs = tiny_net(attention="sdpa", **asdict(CONFIG)), Counter()
+    net, runs = tiny_net(attention="sdpa", **asdict(CONFIG) | {"num_layers": layers}), Counter()
     for i, block in enumerate(net.blocks):
         block.ffn.register_forward_hook(lambda *_, i=i: runs.update([i]))
-    checkpoint_blocks(net, mode=mode)
+    checkpoint_blocks(net, mode=mode, every=every)
     return net, runs
 
 
@@ -60,6 +60,22 @@ def test_gradients_are_the_same_and_blocks_run_as_often_as_the_mode_says(mode: s
     assert sorted(net.state_dict()) == sorted(plain.state_dict())
     forward(net).square().mean().backward()
     assert set(runs.values()) == {runs_with_gradient}
+    for (name, p), (_, q) in zip(net.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["block_wise", "block_wise_keep_attention", "mm_only"])
+@pytest.mark.parametrize(("every", "again"), [(1, {0, 1, 2, 3, 4}), (2, {0, 2, 4}), (3, {0, 3}), (5, {0}), (9, {0})])
+def test_every_nth_block_alone_runs_again(mode: str, every: int, again: set[int]) -> None:
+    """Blocks 0, n, 2n, ... run twice, the others once and keep all their products; the gradient is that of no recomputation."""
+    plain, _ = prepared("none", layers=5)
+    forward(plain).square().mean().backward()
+    net, runs = prepared(mode, every=every, layers=5)
+    with Attentions() as counted:
+        forward(net).square().mean().backward()
+    assert {i for i, count in runs.items() if count == 2} == again
+    assert sum(runs.values()) == 5 + len(again)
+    assert counted.keys[CONFIG.text_len] == 5 + len(again) * (mode != "mm_only")
     for (name, p), (_, q) in zip(net.named_parameters(), plain.named_parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14, msg=name)
 
@@ -199,6 +215,8 @@ def test_a_second_backward_pass_says_why_it_is_refused() -> None:
 def test_unknown_mode_names_the_choices() -> None:
     with pytest.raises(ConfigError, match="net.sac_config.mode.*mm_only"):
         checkpoint_blocks(make_net(seed=0), mode="blockwise")
+    with pytest.raises(ConfigError, match="every_n_blocks=0 must be at least 1"):
+        checkpoint_blocks(make_net(seed=0), mode="block_wise", every=0)
 
 
 def test_masked_attention_keeps_its_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,11 @@ from rcm.configs import registry_distill
 from rcm.configs.compose import compose_run
 from rcm.configs.network import parameter_count
 from rcm.configs.plan_job import plan_job
+from rcm.configs.schema_model import SACConfig
 from rcm.train.planner import predict
 from rcm.train.planner_card import H200
 from scripts import bench_memory
-from scripts.plan import main
+from scripts.plan import keys_of, main
 
 SCM = "experiment=causal_wan2pt1_1pt3B_res480p_t2v_tf_scm_c3-3"
 
@@ -61,6 +62,15 @@ def test_the_command_explains_and_proposes(tmp_path, capsys):
     layout = plan_job(run, ranks=32)
     assert layout.global_batch == 32 and layout.shard_ranks == int(keys["model.config.fsdp_shard_size"])
     assert predict(layout, H200).peak == pytest.approx(record["proposed"]["peak_bytes"])
+
+
+def test_proposed_keys_undo_a_choice_of_blocks_that_would_have_no_effect(capsys):
+    words = ["experiment=toy_tf_c3-3", "model.config.net.sac_config.mode=block_wise", "model.config.net.sac_config.every_n_blocks=2"]
+    assert main([*words, "--as-is"]) == 0
+    assert "recompute block_wise (2 of 4 blocks)" in capsys.readouterr().out
+    job = plan_job(compose_run(words), ranks=1)
+    keys = keys_of(predict(job.with_recompute("none"), H200))
+    assert compose_run([*words, *keys]).config.model.config.net.sac_config == SACConfig("none", 1)
 
 
 def test_a_job_that_does_not_fit_hears_what_would(capsys):

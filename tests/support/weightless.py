@@ -90,7 +90,7 @@ class MetaNets(NetBuilder):
     def _build(self, net_config: NetConfig, *, knob: str, checkpoint: str, frozen: bool) -> nn.Module:
         net = on_meta(lambda: WanDiT(wan_config(net_config))).to(torch.bfloat16).requires_grad_(not frozen)
         if not frozen:
-            checkpoint_blocks(net, mode=net_config.sac_config.mode)
+            checkpoint_blocks(net, mode=net_config.sac_config.mode, every=net_config.sac_config.every_n_blocks)
         self.built.append(net)
         return net
 

@@ -72,6 +72,9 @@ def test_backward_recompute_and_tangent_multiply_the_forward():
         ("train", "block_wise", 4 * dense + 4.5 * attention),
     ):
         assert pass_flops(*one_pass(mode, whole, recompute=recompute)) == pytest.approx(expected)
+    job, step = one_pass("train", whole, recompute="block_wise")
+    fourth = replace(job, nets=tuple(replace(net, recompute_every=4) for net in job.nets))  # 8 of 30 blocks
+    assert pass_flops(fourth, step) == pytest.approx((3 + 8 / 30) * dense + (3.5 + 8 / 30) * attention)
     noisy = TokenLayout.noisy_over_context(21, grid=GRID, pattern=C33)
     work = forward_work(PRESETS["1.3B"], noisy)
     own = visible_pairs(noisy, first_key=21 * 1560)

@@ -55,6 +55,9 @@ CASES = [
     (SMALL + "tf_c1-1", "student", {"mode": "mm_only"}),
     ("causal_wan2pt1_14B_res480p_t2v_df_c1-4", "student", {"mode": "mm_only"}),
     (SMALL + "tf_c3-3", "student", {"mode": "block_wise_keep_attention"}),
+    (SMALL + "tf_c3-3", "student", {"layers": 7, "every": 3}),
+    (SMALL + "tf_c3-3", "student", {"layers": 6, "mode": "block_wise_keep_attention", "every": 4}),
+    (SMALL + "sf_dmd_c3-3", "student", {"mode": "mm_only", "every": 2}),
     (SMALL + "tf_dcm_c3-3", "student", {}),
     (SMALL + "tf_scm_c3-3", "student", {}),
     (SMALL + "sf_dmd_2step_c3-3", "student", {}),
@@ -65,7 +68,7 @@ CASES = [
     ("wan2pt1_14B_res480p_t2v_rCM", "student", {"cm_type": "dcm"}),
     ("wan2pt1_14B_res480p_t2v_rCM", "fake_score", {"mode": "mm_only"}),
 ]
-"""Experiment, whose iteration, and: `layers` of every network, its recompute `mode`, another `cm_type`."""
+"""Experiment, whose iteration, and: `layers` of every network, its recompute `mode` of `every` so many blocks, another `cm_type`."""
 
 
 @pytest.mark.parametrize(("experiment", "role", "changes"), CASES, ids=lambda value: str(value).replace(" ", ""))
@@ -76,7 +79,7 @@ def test_activations_of_the_real_methods(monkeypatch, experiment, role, changes)
     model, layers = run.config.model.config, changes.get("layers", 2)
     nets = {}
     for key, net in networks(model).items():
-        sac = SACConfig(changes.get("mode", net.sac_config.mode))
+        sac = SACConfig(changes.get("mode", net.sac_config.mode), changes.get("every", 1))
         nets[key] = replace(net, num_layers=layers, sac_config=sac)
     more = {"cm_type": changes["cm_type"]} if "cm_type" in changes else {}
     run = with_model(run, replace(model, tangent_warmup=0, fsdp_shard_size=1, **nets, **more))
