@@ -82,7 +82,7 @@ class TeacherForcing:
         cache = denoiser.new_cache(num_frames=num_frames, grid=structure["grid"])
         with torch.no_grad():
             layout = TokenLayout.context(num_frames, **structure)
-            denoiser.velocity(context.latents.to(x_t.dtype), context.times, cond, layout, cache=cache.append())
+            denoiser.enter_context(context.latents.to(x_t.dtype), context.times, cond, layout, cache=cache.append())
         layout = TokenLayout.noisy_over_context(num_frames, **structure)
         return jvp(lambda x, time: denoiser.velocity(x, time, cond, layout, cache=cache.readonly()), (x_t, t), (x_dot, t_dot))
 

@@ -40,6 +40,10 @@ class VelocityModel:
         """
         raise NotImplementedError  # a model says this itself
 
+    def enter_context(self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView) -> None:
+        """The pass of `velocity` for what it leaves in `cache`; a model skips what that does not need."""
+        self.velocity(x, t, cond, layout, cache=cache)
+
     def trig_F(
         self, x_tau: Tensor, tau: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
     ) -> Tensor:
@@ -95,10 +99,17 @@ class Denoiser(VelocityModel):
         """See `VelocityModel`. Casts `x` and the condition to precision.compute and 1000 t to precision.time: the only casts at the
         network's door.
         """
+        v = self.net(*self._inputs(x, t, cond), layout, cache)
+        return v.to(torch.promote_types(x.dtype, torch.float32))
+
+    def enter_context(self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView) -> None:
+        """See `VelocityModel`."""
+        self.net(*self._inputs(x, t, cond), layout, cache, context_only=True)
+
+    def _inputs(self, x: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor, Condition]:
         compute = self.precision.compute
         timestep = rf_to_timestep(t).to(device=x.device, dtype=self.precision.time)
-        v = self.net(x.to(compute), timestep, cond.to(device=x.device, dtype=compute), layout, cache)
-        return v.to(torch.promote_types(x.dtype, torch.float32))
+        return x.to(compute), timestep, cond.to(device=x.device, dtype=compute)
 
     def new_cache(
         self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope", codec: KVCodec | None = None, hot_chunks: int = 0
@@ -160,12 +171,23 @@ class Guided(VelocityModel):
         v = self.denoiser.velocity(x, t, cond, layout, cache=None if cache is None else cache.cond)
         if not self.active:
             return v
+        negative = self._negative(x, cond, cache)
+        return cfg(v, self.denoiser.velocity(x, t, negative, layout, cache=None if cache is None else cache.negative), self.scale)
+
+    def enter_context(self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView) -> None:
+        """See `VelocityModel`; `cache` as in `velocity`."""
+        if not isinstance(cache, PairedView):
+            raise TypeError(f"a guided denoiser takes views of its own new_cache(), a PairedCache, got {type(cache).__name__}")
+        self.denoiser.enter_context(x, t, cond, layout, cache=cache.cond)
+        if self.active:
+            self.denoiser.enter_context(x, t, self._negative(x, cond, cache), layout, cache=cache.negative)
+
+    def _negative(self, x: Tensor, cond: Condition, cache: PairedView | None) -> Condition:
         if cache is not None and cache.negative is None:
             raise ValueError(
                 f"guidance scale {self.scale} needs the negative half of the cache, which was made without; make a new_cache()"
             )
-        negative = self.negative.expand(x.shape[0]).to(device=x.device).with_images_of(cond)
-        return cfg(v, self.denoiser.velocity(x, t, negative, layout, cache=None if cache is None else cache.negative), self.scale)
+        return self.negative.expand(x.shape[0]).to(device=x.device).with_images_of(cond)
 
     def new_cache(
         self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope", codec: KVCodec | None = None, hot_chunks: int = 0

@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from rcm.core.device_copy import to_device
 from rcm.core.errors import ConfigError
 from rcm.kernels.fused import reference
 from rcm.nets.layers import FusedLayer
@@ -89,8 +90,8 @@ def turned_in_time(keys: Tensor, frames: Tensor | float, *, ntk: float = 1.0) ->
     """
     channels = axis_channels(keys.shape[-1])[0]
     wide = torch.promote_types(keys.dtype, torch.float32)
-    moved = torch.as_tensor(frames, dtype=torch.float64, device=keys.device)
-    angle = (moved if moved.dim() == 2 else moved.reshape(1, 1))[:, :, None, None] * _rates(channels, ntk).to(keys.device)
+    moved = to_device(torch.as_tensor(frames, dtype=torch.float64), keys.device)
+    angle = (moved if moved.dim() == 2 else moved.reshape(1, 1))[:, :, None, None] * to_device(_rates(channels, ntk), keys.device)
     cos, sin = angle.cos(), angle.sin()
     time = reference.rotate_pairs(keys[..., :channels].to(wide), _paired(cos, cos).to(wide), _paired(-sin, sin).to(wide))
     return torch.cat([time.to(keys.dtype), keys[..., channels:]], dim=-1)
@@ -156,8 +157,9 @@ class RopeTables:
         """Table for tokens at `positions`: kept for whole frames, made anew for positions that differ between samples or heads."""
         if positions.frames is not None:
             return self.table(positions.frames, positions.grid, device=device, dtype=dtype)
-        where = positions.per_token.to(device=device, dtype=torch.float64)
-        parts = [where[..., axis, None] * _rates(channels, self.ntk[axis]).to(device) for axis, channels in enumerate(self.channels)]
+        where = to_device(positions.per_token.to(torch.float64), device)
+        rates = [to_device(_rates(channels, ntk), device) for channels, ntk in zip(self.channels, self.ntk, strict=True)]
+        parts = [where[..., axis, None] * rate for axis, rate in enumerate(rates)]
         angle = torch.cat(parts, dim=-1)
         cos, sin = angle.cos(), angle.sin()
         return RopeTable(_paired(cos, cos).to(dtype), _paired(-sin, sin).to(dtype))
@@ -179,8 +181,7 @@ class RopeTables:
         for axis, (position, channels) in enumerate(zip(positions, self.channels, strict=True)):
             shape = [1, 1, 1]
             shape[axis] = full[axis]
-            # three small copies: one of the whole table from pageable memory would wait for the device's queue
-            angle = (position.double()[:, None] * _rates(channels, self.ntk[axis])).to(device)
+            angle = to_device(position.double()[:, None] * _rates(channels, self.ntk[axis]), device)
             angles.append(angle.reshape(*shape, -1).expand(*full, channels // 2))
         angle = torch.cat(angles, dim=3).flatten(0, 2)
         cos, sin = angle.cos(), angle.sin()

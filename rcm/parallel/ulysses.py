@@ -161,8 +161,10 @@ class HeadParallelCore(nn.Module):
             )
         self.core, self.group = core, group
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Any, rope: Any, layer_view: Any) -> Tensor:
-        """q, k, v [B, F*S/P, N, D] -> attention output of the same shape. One exchange for q, k and v together, one for the output."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Any, rope: Any, layer_view: Any, attend: bool = True) -> Tensor | None:
+        """q, k, v [B, F*S/P, N, D] -> attention output of the same shape. One exchange for q, k and v together, one for the output.
+        `attend=False`: the core is shown them and returns nothing.
+        """
         size, num_frames = self.group.size(), layout.num_frames
         if q.shape[2] % size:
             raise ConfigError(
@@ -170,6 +172,8 @@ class HeadParallelCore(nn.Module):
                 "set model_parallel.context_parallel_size to a divisor"
             )
         qkv = _TokensToHeads.apply(torch.cat((q, k, v)), num_frames, self.group)
+        if not attend:
+            return self.core(*qkv.chunk(3), layout, rope, layer_view, attend=False)
         out = self.core(*qkv.chunk(3), layout, rope, layer_view)
         return _HeadsToTokens.apply(out, num_frames, self.group)
 

@@ -1,9 +1,8 @@
 """The speed of a stream: its passes as CUDA graphs, decoding on a stream of its own, pixels to the host through pinned memory.
 
-A graph is kept per (frames of the chunk, tokens that it sees); it holds a whole denoising step, sampler arithmetic included. What changes
-between steps is device data: latents, noise, times, slots of the ring, rotary tables, the prompt's keys. So fill-up replays one graph per
-length of the past, and everything after the window is full, prompt changes included, replays a single one. A denoising pass and the
-context pass of a chunk are the same graph: both write the chunk's keys and attend to all of them.
+A graph is kept per (frames of the chunk, tokens that it sees, role); it holds a whole denoising step, sampler arithmetic included, or a
+context pass. What changes between steps is device data: latents, noise, times, slots of the ring, rotary tables, the prompt's keys. So
+fill-up replays one graph per length of the past, and everything after the window is full, prompt changes included, replays these two.
 """
 
 from __future__ import annotations
@@ -33,13 +32,17 @@ class CapturedLoop(ChunkLoop):
     cache; passes that a graph cannot serve (a coded cache, an observed pass, positions per sample, a view of a part of the cache)
     run eagerly, too.
 
+    A context pass has a graph of its own, which is shorter, once its length of the past has come before: until then, while a window fills
+    up, it replays that of the denoising step, which does all that it needs, too.
+
     `counts`: how many passes were replayed, captured, and run eagerly, for reports.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.counts = {"replayed": 0, "captured": 0, "eager": 0}
-        self._graphs: dict[tuple[int, int], CudaGraph] = {}
+        self._graphs: dict[tuple[int, int, bool], CudaGraph] = {}
+        self._filled: set[tuple[int, int]] = set()
         self._inputs: dict[int, _Inputs] = {}
         self._pool = None
 
@@ -48,53 +51,73 @@ class CapturedLoop(ChunkLoop):
     ) -> Tensor:
         """See `ChunkLoop`."""
         view = self.view(placement, append=append)
-        return self._run(x, cond, view, placement.frame_index, t=t, t_next=t_next, noise=noise)
+        layout = self.canvas.layout(placement.frame_index, view)
+        inputs = self._prepared(x, cond, view, layout)
+        if inputs is None:
+            v = self.denoiser.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view)
+            self._keep_inputs(x, cond, layout)
+            return self.rule(x, v, t=t, t_next=t_next, noise=noise)
+        inputs.set(x, noise, t=t, t_next=t_next)
+        self._replay(inputs, view, layout, context_only=False)
+        return inputs.x.clone()
 
     def fill(self, x: Tensor, cond: Condition, view: View, frame_index: tuple[int, ...], *, t: float) -> None:
         """See `ChunkLoop`."""
-        self._run(x, cond, view, frame_index, t=t, t_next=0.0, noise=None)
+        layout = self.canvas.layout(frame_index, view)
+        inputs = self._prepared(x, cond, view, layout)
+        if inputs is None:
+            self.denoiser.enter_context(x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view)
+            self._keep_inputs(x, cond, layout)
+            return
+        inputs.set(x, None, t=t, t_next=0.0)
+        length = (len(frame_index), layout.context_tokens)
+        self._replay(inputs, view, layout, context_only=length in self._filled or (*length, False) not in self._graphs)
+        self._filled.add(length)
 
     def close(self) -> None:
         """Free graphs and cache."""
         self._graphs.clear()
+        self._filled.clear()
         self._inputs.clear()
         super().close()
 
-    def _run(
-        self, x: Tensor, cond: Condition, view: View, frame_index: tuple[int, ...], *, t: float, t_next: float, noise: Tensor | None
-    ) -> Tensor:
-        layout = self.canvas.layout(frame_index, view)
-        frames = len(frame_index)
-        if frames not in self._inputs or not self._begin(view, layout):
+    def _prepared(self, x: Tensor, cond: Condition, view: View, layout: TokenLayout) -> _Inputs | None:
+        """The device memory that graphs of such a pass read, with slots, tables and prompt of this one; None if it must run eagerly."""
+        inputs = self._inputs.get(layout.num_frames)
+        if inputs is None or not self._begin(view, layout):
             self.counts["eager"] += 1
-            v = self.denoiser.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view)
-            if frames not in self._inputs:
-                self._inputs[frames] = _Inputs(x, cond, layout, fused=self.denoiser.fused != "off")
-            return self.rule(x, v, t=t, t_next=t_next, noise=noise)
-        inputs = self._inputs[frames]
-        inputs.set(x, noise, t=t, t_next=t_next)
+            return None
         inputs.place(_branches(view), layout, self.denoiser)
         inputs.prompt(cond)
-        key = (frames, layout.context_tokens)
+        return inputs
+
+    def _keep_inputs(self, x: Tensor, cond: Condition, layout: TokenLayout) -> None:
+        if layout.num_frames not in self._inputs:
+            self._inputs[layout.num_frames] = _Inputs(x, cond, layout, fused=self.denoiser.fused != "off")
+
+    def _replay(self, inputs: _Inputs, view: View, layout: TokenLayout, *, context_only: bool) -> None:
+        key = (layout.num_frames, layout.context_tokens, context_only)
         if key not in self._graphs:
-            self._graphs[key] = self._captured(inputs, layout)
+            self._graphs[key] = self._captured(inputs, layout, context_only=context_only)
             self.counts["captured"] += 1
         self._graphs[key].replay()
         self.counts["replayed"] += 1
         for branch in _branches(view):
             branch.commit(layout)
-        return inputs.x.clone()
 
-    def _captured(self, inputs: _Inputs, layout: TokenLayout) -> CudaGraph:
-        """One denoising step over a past of one length, as a graph; all share one pool of memory, since none runs beside another."""
+    def _captured(self, inputs: _Inputs, layout: TokenLayout, *, context_only: bool) -> CudaGraph:
+        """One pass over a past of one length, as a graph; all share one pool of memory, since none runs beside another."""
         views = [_StaticView(c, inputs, i, layout) for i, c in enumerate(self.cache.branches)]
         view = views[0] if isinstance(self.cache, KVCache) else PairedView(views[0], views[1] if len(views) > 1 else None)
+
+        def enter() -> None:
+            self.denoiser.enter_context(inputs.x, inputs.t, inputs.cond, layout, cache=view)
 
         def step() -> None:
             v = self.denoiser.velocity(inputs.x, inputs.t, inputs.cond, layout, cache=view)
             inputs.x.copy_(self.rule.on_device(inputs.x, v, t=inputs.t, t_next=inputs.t_next, noise=inputs.noise))
 
-        return self._graph(step, inputs.x.device)
+        return self._graph(enter if context_only else step, inputs.x.device)
 
     def _graph(self, step: Callable[[], None], device: torch.device) -> CudaGraph:
         self._pool = self._pool or torch.cuda.graph_pool_handle()

@@ -166,7 +166,7 @@ class ChunkLoop:
     def fill(self, x: Tensor, cond: Condition, view: View, frame_index: tuple[int, ...], *, t: float) -> None:
         """One pass whose only result is its context."""
         layout = self.canvas.layout(frame_index, view)
-        self.denoiser.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view)
+        self.denoiser.enter_context(x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view)
 
     def view(self, placement: Placement, *, append: bool) -> View:
         """The view of one denoising pass."""

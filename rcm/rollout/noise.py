@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
+from rcm.core.device_copy import to_device
 from rcm.core.rng import generator, randn
 from rcm.rollout.plan import ChunkPlan
 
@@ -69,7 +70,7 @@ class ChunkNoise:
         batch, channels, height, width = self.shape
         source = generator(seed=self.seed, step=frames.start, dp_rank=0, purpose=f"stream/{purpose}", device=self.draw_on)
         draw = randn((batch, channels, frames.stop - frames.start, height, width), generator=source)
-        return _moved(draw, self.device).to(self.dtype)
+        return to_device(draw, self.device).to(self.dtype)
 
 
 class VideoNoise:
@@ -136,11 +137,5 @@ class VideoNoise:
         self._generator.set_state(generator)
 
     def _draw(self, shape: tuple[int, ...]) -> torch.Tensor:
-        return _moved(torch.randn(shape, generator=self._generator, device=self._generator.device, dtype=torch.float32), self.device)
+        return to_device(torch.randn(shape, generator=self._generator, device=self._generator.device, dtype=torch.float32), self.device)
 
-
-def _moved(draw: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`draw` on `device`; through pinned memory, so that the host does not wait for the device's queue."""
-    if device.type == "cuda" and draw.device.type == "cpu":
-        return draw.pin_memory().to(device, non_blocking=True)
-    return draw.to(device)

@@ -72,6 +72,34 @@ def test_guidance():
     torch.testing.assert_close(Guided(d, negative, 5.0).trig_F(x, tau, cond, LAYOUT), F_negative + 5 * (F - F_negative))
 
 
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("keys", ["post_rope", "pre_rope"])
+@torch.no_grad()
+def test_a_context_pass_leaves_what_a_velocity_leaves_and_computes_less(keys, guided):
+    """Keys and values of every layer, and what an observer sees, bit by bit; nothing behind the last block's keys runs."""
+    d, x = denoiser(), latents(3)
+    cond, ran = condition(d.net.config), []
+    model = Guided(d, condition(d.net.config, batch=1, seed=11), 3.0) if guided else d
+    last = d.net.blocks[-1]
+    for module in (last.self_attn.core.attention, last.self_attn.o, last.cross_attn, last.ffn, d.net.head):
+        module.register_forward_hook(lambda *_: ran.append(1))
+    kept, seen = [], []
+    for name in ("velocity", "enter_context"):
+        cache, shown = model.new_cache(num_frames=3, grid=GRID, keys=keys), []
+        observers = tuple((lambda layer, q, k, shown=shown: shown.append((q.clone(), k.clone()))) for _ in cache.branches)
+        for block in range(3):
+            view = cache.append(observers=observers)
+            layout = TokenLayout.over_cache((block,), grid=GRID, context_tokens=view.prefix_tokens)
+            ran.clear()
+            returned = getattr(model, name)(x[:, :, block : block + 1], TIME, cond, layout, cache=view)
+            assert bool(ran) == (name == "velocity") == (returned is not None)
+        kept.append([branch.state()["store"] for branch in cache.branches])
+        seen.append(shown)
+    torch.testing.assert_close(kept[1], kept[0], rtol=0, atol=0)
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=0)
+    assert len(seen[0]) == 3 * 2 * (2 if guided else 1)
+
+
 @torch.no_grad()
 def test_guided_streaming_equals_two_separate_streams():
     d, x = denoiser(), latents(3)

@@ -41,8 +41,12 @@ class SelfAttentionCore(nn.Module):
         self.rotate = Rotate()
         self.attention = attention
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rope: RopePair, cached: LayerView | None = None) -> Tensor:
-        """`q`, `k`, `v` [B, L, N, D] with the L tokens of `layout`, not yet rotated, to [B, L, N, D]."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rope: RopePair, cached: LayerView | None = None, attend: bool = True
+    ) -> Tensor | None:
+        """`q`, `k`, `v` [B, L, N, D] with the L tokens of `layout`, not yet rotated, to [B, L, N, D]. `attend=False`: only what the cache
+        takes and its observer sees; nothing is returned.
+        """
         q = self.rotate(q, rope.query)
         if cached is None:
             return self.attention(q, self.rotate(k, rope.key), v, layout.mask)
@@ -52,7 +56,7 @@ class SelfAttentionCore(nn.Module):
             k, v = _behind_cached(k, v, cached)
             k = self.rotate(k, rope.key)
         cached.observe(q, k)
-        return self.attention(q, k, v, layout.mask, cached.prefix_tokens)
+        return self.attention(q, k, v, layout.mask, cached.prefix_tokens) if attend else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rope: RopePair, cached: LayerView) -> Tensor:
         """Attention of turned queries over what `cached.enter` returned."""
@@ -84,14 +88,16 @@ class SelfAttention(nn.Module):
         self.norm_k = RMSNorm(config.dim, eps=config.eps)
         self.core = SelfAttentionCore(AttentionCore(backend))
 
-    def forward(self, x: Tensor, layout: TokenLayout, rope: RopePair, cached: LayerView | None) -> Tensor:
-        """`x` [B, F, S, E] to the same shape."""
+    def forward(self, x: Tensor, layout: TokenLayout, rope: RopePair, cached: LayerView | None, attend: bool = True) -> Tensor | None:
+        """`x` [B, F, S, E] to the same shape; `attend` as in `SelfAttentionCore`."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         if cached is not None and cached.takes_projections and isinstance(self.core, SelfAttentionCore):
             # a captured pass: norms, rotation and the cache's slots in one kernel
             q, k, v = cached.enter(tuple(y.flatten(1, 2) for y in (q, k, v)), (self.norm_q, self.norm_k), rope.query)
-            return self.o(self.core.attend(q, k, v, layout, rope, cached).reshape(x.shape))
+            return self.o(self.core.attend(q, k, v, layout, rope, cached).reshape(x.shape)) if attend else None
         q, k, v = (self._heads(y) for y in (self.norm_q(q), self.norm_k(k), v))
+        if not attend:
+            return self.core(q, k, v, layout, rope, cached, attend=False)
         return self.o(self.core(q, k, v, layout, rope, cached).reshape(x.shape))
 
     def _heads(self, y: Tensor) -> Tensor:
@@ -144,7 +150,7 @@ class FeedForward(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, F, S, E] to the same shape."""
         grow, gelu, shrink = self
-        if not (isinstance(grow, Linear) and isinstance(gelu, Gelu) and gelu.joins_product(x)):
+        if not (type(grow) is Linear and isinstance(gelu, Gelu) and gelu.joins_product(x)):
             return super().forward(x)
         rows = torch._addmm_activation(grow.bias, x.flatten(0, -2), grow.weight.t(), use_gelu=True)  # the tanh form
         return shrink(rows.unflatten(0, x.shape[:-1]))
@@ -173,13 +179,17 @@ class WanBlock(nn.Module):
         layout: TokenLayout,
         rope: RopePair,
         cached: LayerView | None = None,
-    ) -> Tensor:
+        keys_only: bool = False,
+    ) -> Tensor | None:
         """`x` [B, F, S, E] to the same; `time` [B, F or 1, 6, E] float32 or wider, rows: shift, scale, gate of attention, then of
-        feed-forward.
+        feed-forward. `keys_only`: keys and values go to the cache, and nothing else is computed or returned.
         """
         rows = (self.modulation.to(time.dtype) + time).unsqueeze(3).unbind(2)
         attn_shift, attn_scale, attn_gate, ffn_shift, ffn_scale, ffn_gate = rows
-        attended = self.self_attn(self.norm1(x, attn_shift, attn_scale, dtype=x.dtype), layout, rope, cached)
+        normed = self.norm1(x, attn_shift, attn_scale, dtype=x.dtype)
+        if keys_only:
+            return self.self_attn(normed, layout, rope, cached, attend=False)
+        attended = self.self_attn(normed, layout, rope, cached)
         x = self.gate1(x, attended, attn_gate)
         x = x + self.cross_attn(self.norm3(x), context)
         return self.gate2(x, self.ffn(self.norm2(x, ffn_shift, ffn_scale, dtype=x.dtype)), ffn_gate)

@@ -89,13 +89,23 @@ class WanDiT(nn.Module):
         self.set_fused(fused)
         self.rope = RopeTables(config.head_dim, max_rows=config.max_rows, max_columns=config.max_columns)
 
-    def forward(self, x: Tensor, timestep: Tensor, cond: Condition, layout: TokenLayout, cache: CacheView | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        cond: Condition,
+        layout: TokenLayout,
+        cache: CacheView | None = None,
+        *,
+        context_only: bool = False,
+    ) -> Tensor | None:
         """Velocity of the output frames, [B, out_dim, F_out, H, W], in float32 (float64 for float64).
 
         x          [B, C, F, H, W] packed latents in the compute dtype; with `cond.concat`, C plus its channels make in_dim.
         timestep   [B, 1] or [B, F], 0..1000 (1000 = noise), any float dtype.
         cond       text (and image) condition of batch B, in the compute dtype.
         layout     what the F frames are; `cache`, a view made for this forward, holds the tokens that the layout expects before them.
+        context_only   the pass is for the cache alone: nothing is returned, and nothing computed behind the keys of the last block.
         Raises `ValueError` for shapes that do not fit each other, the configuration or the cache.
         """
         self._check(x, timestep, cond, layout)
@@ -106,7 +116,7 @@ class WanDiT(nn.Module):
             )
         if cache is not None:
             cache.begin(layout)
-        elif layout.context_tokens:
+        elif layout.context_tokens or context_only:
             raise ValueError(f"the layout expects {layout.context_tokens} cached tokens; pass cache=")
         if cond.concat is not None:
             x = torch.cat([x, _concat_frames(cond.concat, layout)], dim=1)
@@ -115,8 +125,15 @@ class WanDiT(nn.Module):
         contexts = self._contexts(cond)
         tokens = self.enter(self.patch_embedding(self.patchify(x)))
         rope = self._rope_pair(layout, cache, device=x.device, dtype=time.dtype)
-        for i, block in enumerate(self.blocks):
+        *blocks, last = self.blocks
+        for i, block in enumerate(blocks):
             tokens = block(tokens, rows, contexts[i], layout, rope, None if cache is None else cache.layer(i))
+        final = None if cache is None else cache.layer(len(blocks))
+        if context_only:
+            last(tokens, rows, contexts[-1], layout, rope, final, keys_only=True)
+            cache.commit(layout)
+            return None
+        tokens = last(tokens, rows, contexts[-1], layout, rope, final)
         if cache is not None:
             cache.commit(layout)
         start, stop = layout.output
