@@ -41,15 +41,16 @@ def parallelize(
     """Apply activation checkpointing, compilation, Ulysses and FSDP2 to `net` in place, as `dims` and `precision` ask, and return it.
 
     `net` has `blocks`, `enter`, `leave`, `blocks[i].self_attn.core` and `config.num_heads`; it may be on the meta device (materialise it
-    afterwards with rcm.parallel.init). State-dict keys do not change. A frozen network (no parameter requires a gradient) is stored in
-    `precision.compute`; a trained one in `precision.params`. A single rank without mixed precision needs neither FSDP2 nor a process
-    group. Raises ConfigError where cp does not divide the heads, the dims do not multiply to the world size, a process group is
-    missing, or `checkpoint` and `compile` exclude each other; `checkpoint` and `checkpoint_every` are `mode` and `every` of
+    afterwards with rcm.parallel.init). State-dict keys do not change. Frozen parameters (those of a teacher, or below low-rank adapters)
+    are stored in `precision.compute`, trained ones in `precision.params`. A single rank without mixed precision needs neither FSDP2 nor
+    a process group. Raises ConfigError where cp does not divide the heads, the dims do not multiply to the world size, a process group
+    is missing, or `checkpoint` and `compile` exclude each other; `checkpoint` and `checkpoint_every` are `mode` and `every` of
     `checkpoint_blocks`.
     """
     dims.check(num_heads=net.config.num_heads)
     frozen = is_frozen(net)
-    net.to(precision.compute if frozen else precision.params)
+    for parameter in net.parameters():
+        parameter.data = parameter.data.to(precision.params if parameter.requires_grad else precision.compute)
     if compile:
         _compile_blocks(net, mode="none" if frozen else checkpoint)
     if not frozen:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from rcm.core.errors import ConfigError
 from rcm.kernels import replay
+from rcm.nets.lora import Chosen
 
 MODES = ("none", "block_wise", "block_wise_keep_attention", "mm_only")
 _MATMULS = ("mm", "addmm", "bmm", "baddbmm")
@@ -78,12 +79,15 @@ class _Keeping:
 class Recompute:
     """A block's forward under non-reentrant checkpointing.
 
-    `forward` is the block's own forward; `context_fn` selects what is stored (None: only the block's inputs).
+    `forward` is the block's own forward; `context_fn` selects what is stored (None: only the block's inputs); `chosen` says with which
+    low-rank adapters the network computes, at that moment and in the recomputation (None: it has none).
     Called with the block's arguments; an argument whose `appends` attribute is true marks a cache-append forward.
     """
 
-    def __init__(self, forward: Callable[..., Any], *, context_fn: Callable[[], Any] | None = None) -> None:
-        self.forward = forward
+    def __init__(
+        self, forward: Callable[..., Any], *, context_fn: Callable[[], Any] | None = None, chosen: Chosen | None = None
+    ) -> None:
+        self.forward, self.chosen = forward, chosen
         self.options = {} if context_fn is None else {"context_fn": context_fn}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -91,7 +95,8 @@ class Recompute:
         appending = any(getattr(value, "appends", False) for value in (*args, *kwargs.values()))
         if appending or not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
-        return checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=False, **self.options, **kwargs)
+        forward = self.forward if self.chosen is None else self.chosen.bound(self.forward)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **self.options, **kwargs)
 
 
 def checkpoint_blocks(net: nn.Module, *, mode: str, every: int = 1) -> None:
@@ -116,6 +121,6 @@ def checkpoint_blocks(net: nn.Module, *, mode: str, every: int = 1) -> None:
         context_fn = partial(_contexts, _operators(*_MATMULS, *_ATTENTIONS))
     for block in list(net.blocks)[::every]:
         forward = _Keeping(block.forward) if mode == "mm_only" else block.forward
-        block.forward = Recompute(forward, context_fn=context_fn)
+        block.forward = Recompute(forward, context_fn=context_fn, chosen=getattr(net, "chosen", None))
         if mode == "block_wise_keep_attention":
             block.self_attn.core.forward = _Keeping(block.self_attn.core.forward)

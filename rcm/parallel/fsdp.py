@@ -54,8 +54,9 @@ def stored_tensors(net: nn.Module) -> dict[str, torch.Tensor]:
 
 def set_gradient_sync(net: nn.Module, enabled: bool) -> None:
     """Whether the next backward passes reduce gradients (True) or keep them unreduced on every rank. Does nothing without FSDP2."""
-    if isinstance(net, FSDPModule):
-        net.set_requires_gradient_sync(enabled)
+    root = next((module for module in net.modules() if isinstance(module, FSDPModule)), None)
+    if root is not None:
+        root.set_requires_gradient_sync(enabled)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

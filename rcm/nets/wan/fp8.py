@@ -18,6 +18,7 @@ from rcm.nets.condition import Condition
 from rcm.nets.fp8_linear import FP8Linear, FP8Part, SharedProjections, check_device, refuse_loading, refuse_saving
 from rcm.nets.layers import Gelu
 from rcm.nets.layout import TokenLayout
+from rcm.nets.lora import is_adapted
 from rcm.nets.wan.block import WanBlock
 from rcm.nets.wan.model import WanDiT
 
@@ -81,9 +82,14 @@ def quantise_linears_(
                   states the error.
     A layer whose sizes do not fit is kept, and named in the report. Afterwards `net` is in eval mode and refuses
     training, tangents and its state dict. `ConfigError` for unknown names, blocks that do not exist, a network that
-    is quantised, or a GPU without FP8.
+    is quantised or has low-rank adapters, or a GPU without FP8.
     """
     names, skipped = chosen_layers(which), _block_indices(net, skip_blocks)
+    if is_adapted(net):
+        raise ConfigError(
+            "a network with low-rank adapters has no FP8 products, which would leave the adapters out; merge them into its weights first "
+            "(python -m scripts.checkpoint convert)"
+        )
     if is_quantised(net):
         raise ConfigError("this network is quantised already; load the weights anew to choose other FP8 layers")
     check_device(net.patch_embedding.weight.device)
