@@ -102,7 +102,7 @@ def open_sampler(flags: argparse.Namespace, *, device: torch.device) -> VideoSam
         raise CheckpointError(f"--dit_path {flags.dit_path} does not exist")
     if _describes_itself(flags.dit_path):
         return _described(flags, device)
-    if flags.arch is None:
+    if flags.arch is None and flags.suite == "t2v":
         raise ConfigError(f"{flags.dit_path} does not describe itself; say --arch bidirectional or --arch causal")
     return _bidirectional(flags, device) if flags.arch == "bidirectional" else _causal(flags, device)
 

@@ -3,7 +3,7 @@
     python -m scripts.vbench_sample --dit_path outputs/.../toy_sf_dmd_c3-3 --no_augmented_prompt --max_prompts 20
     torchrun --nproc_per_node=8 -m scripts.vbench_sample --arch bidirectional --distilled --dit_path rCM_Wan2.1_T2V_1.3B_480p.pt
     torchrun --nproc_per_node=8 -m scripts.vbench_sample --arch causal --distilled --num_steps 4 --chunk_t 3 --first_chunk_t 3 --dit_path
-    ... python -m scripts.vbench_sample --suite i2v --prompt_json vbench2_i2v_full_info.json --image_dir crop/16-9 --dit_path ...
+    ... python -m scripts.vbench_sample --suite i2v --vbench_repo ~/VBench --no_augmented_prompt --dit_path ...
 
 The same command goes on where a stopped one ended, on any number of ranks. Videos lie in --output_dir, records of the run in
 OUTPUT_DIR_run. Sample i has the seed --seed + i for every prompt. A checkpoint that describes itself is sampled as it was trained unless
@@ -23,6 +23,7 @@ import torch
 
 from rcm.core.errors import ConfigError
 from rcm.core.rng import require_seed
+from rcm.evaluation.vbench_images import placed_crops, placed_list, require_images, with_images
 from rcm.evaluation.vbench_prompts import (
     T2V_FILE,
     SuiteItem,
@@ -32,7 +33,6 @@ from rcm.evaluation.vbench_prompts import (
     read_suite,
     with_extended,
 )
-from rcm.evaluation.vbench_samplers import require_images
 from rcm.evaluation.vbench_sampling import Share, SuiteRun, group_of_video, sample_suite
 from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.outcome import check_device, command, exit_status
@@ -56,10 +56,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument_group("suite").add_argument
     add("--suite", choices=("t2v", "i2v"), default="t2v", help="[%(default)s]")
-    add("--prompt_json", type=Path, metavar="FILE", help="prompt list [the public text-to-video list; required for i2v]")
+    add("--prompt_json", type=Path, metavar="FILE", help="prompt list [the public one; i2v: of --vbench_repo or assets/vbench]")
     add("--augmented_prompts", type=Path, metavar="FILE", help="extended prompts [in --prompt_json, else assets/vbench/*augmented*]")
     add("--no_augmented_prompt", action="store_true", help="give the model the short prompts")
-    add("--image_dir", type=Path, metavar="DIR", help="i2v: first frames, cropped to the aspect ratio")
+    add("--image_dir", type=Path, metavar="DIR", help="i2v: cropped first frames [crop/16-9 of --vbench_repo or assets/vbench]")
+    add("--vbench_repo", type=Path, metavar="DIR", help="i2v: clone of VBench with the list and the images")
     add("--skip_missing_images", action="store_true", help="i2v: leave out prompts without an image")
     add("--output_dir", type=Path, metavar="DIR", help="folder of the videos [beside --prompt_json, else outputs/vbench]")
     add("--num_samples", type=int, default=5, metavar="N", help="videos per prompt [%(default)s]")
@@ -73,14 +74,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def suite_items(flags: argparse.Namespace) -> list[SuiteItem]:
     """The prompts to sample, with the text that the model is given."""
-    if flags.suite == "i2v" and flags.prompt_json is None:
-        raise ConfigError("--suite i2v needs --prompt_json vbench2_i2v_full_info.json, which VBench publishes with its images")
-    if (flags.suite == "i2v") != (flags.image_dir is not None):
-        raise ConfigError("--image_dir belongs to --suite i2v, which needs it")
+    image_flags = [f"--{name}" for name in ("image_dir", "vbench_repo", "skip_missing_images") if getattr(flags, name)]
+    if flags.suite == "t2v" and image_flags:
+        raise ConfigError(f"{', '.join(image_flags)} belong to --suite i2v; leave them out, or say --suite i2v")
     if flags.no_augmented_prompt and flags.augmented_prompts is not None:
         raise ConfigError("--no_augmented_prompt and --augmented_prompts contradict each other; give one of them")
-    listed = flags.prompt_json or ASSETS / T2V_FILE
+    listed = flags.prompt_json or _placed(flags)
     items = read_suite(listed)
+    if flags.suite == "i2v":
+        items = with_images(items)
     if flags.no_augmented_prompt:
         items = [replace(item, extended=None) for item in items]
     elif flags.augmented_prompts is not None:
@@ -97,7 +99,20 @@ def suite_items(flags: argparse.Namespace) -> list[SuiteItem]:
         if flags.max_prompts < 1:
             raise ConfigError(f"--max_prompts {flags.max_prompts} must be at least 1")
         items = items[: flags.max_prompts]
-    return require_images(items, flags.image_dir, skip_missing=flags.skip_missing_images) if flags.suite == "i2v" else items
+    images = image_folder(flags)
+    return items if images is None else require_images(items, images, skip_missing=flags.skip_missing_images)
+
+
+def image_folder(flags: argparse.Namespace) -> Path | None:
+    """Where the first frames are; None for text to video."""
+    if flags.suite == "t2v":
+        return None
+    return flags.image_dir or placed_crops(ASSETS, clone=flags.vbench_repo, aspect_ratio=flags.aspect_ratio)
+
+
+def _placed(flags: argparse.Namespace) -> Path:
+    """The suite's list where none is named."""
+    return placed_list(ASSETS, clone=flags.vbench_repo, knob="--prompt_json") if flags.suite == "i2v" else ASSETS / T2V_FILE
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -107,7 +122,7 @@ def run(flags: argparse.Namespace) -> None:
     items, share = suite_items(flags), Share.of_launch(cp_size=flags.cp_size)
     beside = Path("outputs/vbench") if flags.prompt_json is None else flags.prompt_json.parent
     folder = flags.output_dir or beside / output_name(flags)
-    job = SuiteRun(items, folder, num_samples=flags.num_samples, seed=flags.seed, image_dir=flags.image_dir)
+    job = SuiteRun(items, folder, num_samples=flags.num_samples, seed=flags.seed, image_dir=image_folder(flags))
     extended = sum(item.extended is not None for item in items)
     who = f"rank {share.dp_rank * share.cp_size + share.cp_rank}: " if share.dp_size * share.cp_size > 1 else ""
     if share == replace(share, dp_rank=0, cp_rank=0):

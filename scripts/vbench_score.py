@@ -30,6 +30,7 @@ from rcm.evaluation.vbench_explain import PUBLISHED, explain, published_side, ru
 from rcm.evaluation.vbench_files import cache_folder, problems
 from rcm.evaluation.vbench_files import told as files_told
 from rcm.evaluation.vbench_hooks import MODEL, SCORES, read_vision_reward, vision_reward_command
+from rcm.evaluation.vbench_images import placed_list
 from rcm.evaluation.vbench_launch import SCORED_SAMPLES, Launch, missing_videos, prepare
 from rcm.evaluation.vbench_manifest import EVAL_INFO
 from rcm.evaluation.vbench_prompts import T2V_FILE, read_suite
@@ -164,9 +165,10 @@ def _tell(launch: Launch, wanted: Sequence[str], lost: Mapping[str, Sequence[str
 def _rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
     """The prompts to score: of the run if it left them, else the public list. Samples beyond the fifth are not scored."""
     records = flags.videos_path.with_name(f"{flags.videos_path.name}_run") / EVAL_INFO
-    source = flags.full_json_dir or (records if records.is_file() else ASSETS / T2V_FILE)
-    if flags.suite == "i2v" and source == ASSETS / T2V_FILE:
-        raise ConfigError("--suite i2v needs --full_json_dir vbench2_i2v_full_info.json")
+    source = flags.full_json_dir or (records if records.is_file() else None)
+    if source is None and flags.suite == "i2v":
+        source = placed_list(ASSETS, clone=flags.vbench_repo, knob="--full_json_dir")
+    source = source or ASSETS / T2V_FILE
     return [item.eval_row([item.video_name(i) for i in range(SCORED_SAMPLES)]) for item in read_suite(source)]
 
 

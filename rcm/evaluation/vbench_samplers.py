@@ -9,16 +9,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from rcm.core.errors import ConfigError
 from rcm.encoders.codec import LatentCodec
 from rcm.encoders.text_protocol import TextEncoder
+from rcm.evaluation.vbench_images import stretched_image
 from rcm.evaluation.vbench_manifest import checkpoint_digest
-from rcm.evaluation.vbench_prompts import SuiteItem
 from rcm.evaluation.vbench_sampling import ClipRequest
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, Guided, VelocityModel
@@ -162,29 +159,6 @@ class WanSampler:
         )
         made = self._pipeline.generate(asked)
         return None if made.frames is None else made.frames[0].cpu()
-
-
-def stretched_image(path: str | Path, size: FrameSize) -> Tensor:
-    """An image file stretched to `size` (Lanczos, nothing is cut), as the image-to-video suite gives its crops to a model: float32
-    [1, 3, 1, H, W] in [-1, 1]. `VideoError` for a file that cannot be read.
-    """
-    pixels = Image.fromarray(read_image(path).numpy()).resize((size.width, size.height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
-
-
-def require_images(items: Sequence[SuiteItem], folder: str | Path, *, skip_missing: bool = False) -> list[SuiteItem]:
-    """The items whose first frame is in `folder`: all of them, or `ConfigError` naming the first missing one unless `skip_missing`."""
-    unnamed = [item.prompt for item in items if item.image_name is None]
-    if unnamed:
-        raise ConfigError(f"the prompt {unnamed[0]!r} has no image_name; --prompt_json must be that suite's list")
-    there = [item for item in items if (Path(folder) / item.image_name).is_file()]
-    if len(there) < len(items) and not skip_missing:
-        first = next(item.image_name for item in items if item not in there)
-        raise ConfigError(
-            f"{len(items) - len(there)} of {len(items)} images are not in --image_dir {folder}, the first is {first!r}; put them there "
-            "(VBench's crops of one aspect ratio), or pass --skip_missing_images for a partial suite"
-        )
-    return there
 
 
 class CausalSampler:

@@ -86,3 +86,31 @@ def test_image_to_video_begins_with_the_image(tmp_path: Path, capsys: pytest.Cap
     assert float(first[0].mean()) > 0.5 > -0.5 > float(first[2].mean()), "red, as the image"
     info = json.loads((tmp_path / "o_run" / "vbench_eval_info.json").read_text())
     assert [row["image_name"] for row in info] == ["a red wall.jpg"]
+
+
+def test_image_to_video_runs_from_a_clone_of_vbench(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """List and crops are found where VBench's repository has them; a motion prompt without an image takes that of what it begins with."""
+    write_checkpoint(tmp_path / "job", SamplingRecipe("few_step", "c1-1", mids=((5 / 6,),)))
+    base = tmp_path / "VBench" / "vbench2_beta_i2v"
+    crops = base / "data" / "crop" / "16-9"
+    how = ["--suite", "i2v", "--vbench_repo", str(tmp_path / "VBench"), "--device", "cpu"]
+    assert sample(tmp_path / "o", tmp_path / "job", *how) == 2
+    assert str(base / "vbench2_i2v_full_info.json") in capsys.readouterr().err
+    crops.parent.mkdir(parents=True)
+    motion = {"prompt_en": "a red wall, camera pans left", "dimension": ["camera_motion"]}
+    rows = [{"prompt_en": "a red wall", "dimension": ["i2v_background"], "image_name": "a red wall.jpg"}, motion]
+    (base / "vbench2_i2v_full_info.json").write_text(json.dumps(rows))
+    assert sample(tmp_path / "o", tmp_path / "job", *how) == 2
+    assert f"no images of the image-to-video suite at {crops}; unpack crop.zip there" in capsys.readouterr().err
+    crops.mkdir()
+    assert sample(tmp_path / "o", tmp_path / "job", *how, "--skip_missing_images") == 2
+    assert "2 of 2 images are not in" in capsys.readouterr().err
+    assert sample(tmp_path / "o", tmp_path / "job", *how, "--aspect_ratio", "4:3") == 2
+    assert "no images of --aspect_ratio 4:3 (only 1-1, 8-5, 7-4, 16-9)" in capsys.readouterr().err
+    Image.fromarray(np.full((40, 60, 3), (250, 10, 10), dtype=np.uint8)).save(crops / "a red wall.jpg")
+    assert sample(tmp_path / "o", tmp_path / "job", *how, "--dimension", "camera_motion") == 0
+    first = read_mp4(tmp_path / "o" / "a red wall, camera pans left-0.mp4")[:, 0]
+    assert float(first[0].mean()) > 0.5 > -0.5 > float(first[2].mean()), "red, as the image"
+    (base / "vbench2_i2v_full_info.json").write_text(json.dumps([motion]))
+    assert sample(tmp_path / "o2", tmp_path / "job", *how) == 2
+    assert "'a red wall, camera pans left' has no image_name" in capsys.readouterr().err

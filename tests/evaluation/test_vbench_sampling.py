@@ -244,7 +244,8 @@ def test_killed_and_resumed_on_one_rank_and_on_two(tmp_path: Path) -> None:
     [
         ([], "no file of extended prompts"),
         (["--no_augmented_prompt", "--augmented_prompts", "x"], "contradict each other"),
-        (["--no_augmented_prompt", "--suite", "i2v"], "needs --prompt_json"),
+        (["--no_augmented_prompt", "--suite", "i2v"], "place it there, name one with --prompt_json FILE"),
+        (["--no_augmented_prompt", "--image_dir", "x"], "--image_dir belong to --suite i2v"),
         (["--no_augmented_prompt", "--dimension", "colour"], "--dimension colour is not in"),
         (["--no_augmented_prompt", "--max_prompts", "0"], "--max_prompts 0 must be at least 1"),
         (["--no_augmented_prompt", "--chunk_t", "3"], "--chunk_t would have no effect"),
