@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 import traceback
+from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -41,6 +42,7 @@ from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.recipe import SamplingRecipe
 from scripts.bench_measure import GIB, alone, breakdown, write
+from scripts.bench_stream_host import host_time, timing
 from scripts.bench_train_step import fill
 
 LATENT = (16, 60, 104)
@@ -173,11 +175,12 @@ def steady(
                 torch.cuda.synchronize()
             stamps.append(time.perf_counter() - begin)
             memory.append(torch.cuda.memory_allocated())
-        share = idle_share(session) if idle else None
         block = session.next_block
-        begin = time.perf_counter()
-        session._produce()  # host time of issuing one chunk: graphs are replayed asynchronously
-        issue = time.perf_counter() - begin
+        issues: dict[str, list[float]] = defaultdict(list)
+        with timing(session, issues):  # before any profiler, which slows launches down for the rest of the process
+            for _ in range(5):
+                session.step()
+        share = idle_share(session) if idle else None
         torch.cuda.synchronize()
     times = [b - a for a, b in zip([0.0, *stamps[:-1]], stamps, strict=True)]
     tenth = max(1, len(times) // 10)
@@ -189,7 +192,7 @@ def steady(
         "last_over_first_tenth": statistics.median(times[-tenth:]) / statistics.median(times[:tenth]),
         "memory_growth": memory[-1] / memory[0] - 1,
         "memory_gib": memory[-1] / GIB,
-        "host_issue_ms": 1e3 * issue,
+        "host_issue_ms": statistics.median(issues["produce (issue of a chunk)"]),
         "idle_share": share,
         "last_block": block,
     }
@@ -246,6 +249,14 @@ def own_attention(denoiser: Denoiser) -> dict[str, Any]:
         product = alone(lambda x=x, w=w, b=b: F.linear(x, w, b), repeats=3)
         rows[f"gelu {tokens}"] = {"apart": apart, "in one": joined, "errors": errors, "product": product}
     return rows
+
+
+def host(denoiser: Denoiser, codec: WanVAECodec | None, name: str, window: int) -> dict[str, Any]:
+    """`host_time` of a stream whose window is full."""
+    with Session(denoiser, codec, prompt(denoiser), engine(RECIPES[name], policy=SlidingWindow(window)), device="cuda") as session:
+        for _ in range(window + 6):
+            session.step()
+        return host_time(session)
 
 
 def profile_steady(denoiser: Denoiser, codec: WanVAECodec, name: str, window: int) -> dict[str, Any]:
@@ -351,6 +362,11 @@ def main(argv: list[str] | None = None) -> None:
         "profile": {
             "c3-3 [4]": lambda: profile_steady(denoiser, codec, "c3-3 [4]", 7),
             "c1-1 [4,1]": lambda: profile_steady(denoiser, codec, "c1-1 [4,1]", 21),
+        },
+        "host": {
+            "c3-3 [4], decoder on the card": lambda: host(denoiser, codec, "c3-3 [4]", 7),
+            "c1-1 [4,1], decoder on the card": lambda: host(denoiser, codec, "c1-1 [4,1]", 21),
+            "c1-1 [4,1], no decoder": lambda: host(denoiser, None, "c1-1 [4,1]", 21),
         },
         "fp8": {which: lambda which=which: fp8(options.size, codec, which) for which in ("auto", "all")},
         "several": {"4 sessions": lambda: several(denoiser, codec, count=4, chunks=8)},

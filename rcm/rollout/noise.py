@@ -138,4 +138,3 @@ class VideoNoise:
 
     def _draw(self, shape: tuple[int, ...]) -> torch.Tensor:
         return to_device(torch.randn(shape, generator=self._generator, device=self._generator.device, dtype=torch.float32), self.device)
-
