@@ -30,7 +30,9 @@ def host_time(session: Session, *, steps: int = 8) -> dict[str, Any]:
             begin = time.perf_counter()
             session.step()
             parts["step"].append(1e3 * (time.perf_counter() - begin))
-    rows = {name: {"per_step": sum(spent) / steps, "calls": len(spent) / steps, "largest": max(spent)} for name, spent in parts.items() if spent}
+    rows = {
+        name: {"per_step": sum(spent) / steps, "calls": len(spent) / steps, "largest": max(spent)} for name, spent in parts.items() if spent
+    }
     rows["step"]["median"] = statistics.median(parts["step"])
     return {"ms": rows, "waits": waits(session), "runtime_calls": runtime_calls(session)}
 
