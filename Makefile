@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0 triton==3.7.1
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo quick stream test test-all lint install clean
+.PHONY: demo quick stream test test-all test-gpu lint install clean
 
 install: $(VENV)/installed
 
@@ -36,6 +36,10 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Most of the time of GPU tests is compilation, on the CPU: eight processes share the card.
+test-gpu: install
+	$(BIN)/python -m pytest -n 8 -m "gpu and not slow"
 
 lint: install
 	$(BIN)/ruff check rcm scripts tests examples
