@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +39,7 @@ from rcm.train.metrics import JsonLines, Sink, Wandb, require_wandb
 from rcm.train.observers import KernelRecord, LogLines, Memory, Observer, Profiler, Progress
 from rcm.train.optim import AdamWConfig, LambdaLinear
 from rcm.train.state import TrainState
+from rcm.train.resume import Taken
 from rcm.train.step import StepConfig
 from rcm.train.trainer import Outcome, Trainer, TrainerConfig
 
@@ -71,13 +72,15 @@ def run(run: Run) -> Outcome:
         settle_threads(trainer.method.trainable["student"], device=device)
         outcome = trainer.run()
         if dims.rank == 0:
-            _tell_how_to_go_on(outcome, job_folder(run))
+            _tell_how_to_go_on(outcome, run)
         return outcome
 
 
-def _tell_how_to_go_on(outcome: Outcome, folder: Path) -> None:
+def _tell_how_to_go_on(outcome: Outcome, run: Run) -> None:
+    folder = job_folder(run)
     if outcome == "interrupted":
-        logger.info("the same command continues it")
+        left = Taken.all_but(run.config.checkpoint.keys_not_to_resume).left
+        logger.info("the same command continues it{}", f", again without {', '.join(left)}" if left else "")
     elif line := stream_command(folder, description_at(folder)):
         logger.info("stream it: {}", line)
 
@@ -94,6 +97,7 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
     require_same("their data", identity, knob="dataloader_train.tar_path_pattern must name the same files for every rank")
     resumes = bool(config.checkpoint.load_path) or find_model_directory(folder) is not None
     nets = NetBuilder(config.model.config, dims=dims, device=device, seed=config.trainer.seed, resumes=resumes)
+    resumes &= "model" in Taken.all_but(config.checkpoint.keys_not_to_resume).parts
     method = build_method(config, nets, negative=lambda: negative_condition(config, device=device))
     state = train_state(config, method)
     checkpointer = Checkpointer(
@@ -227,12 +231,20 @@ def _schedule(config: SchedulerConfig) -> LambdaLinear:
 
 
 def _resume(config: TrainConfig, checkpointer: Checkpointer, state: TrainState, loader) -> None:
-    """Continue this job's newest checkpoint, else `checkpoint.load_path`, else start at 0."""
-    found = checkpointer.load(state, loader=loader)
-    if found is None and config.checkpoint.load_path:
-        found = checkpointer.load(state, loader=loader, path=config.checkpoint.load_path)
+    """Continue this job's newest checkpoint, else `checkpoint.load_path` as far as its keys ask for, else start at 0."""
+    keys = config.checkpoint
+    taken = Taken.all_but(keys.keys_not_to_resume)
+    found = checkpointer.load(state, loader=loader, taken=taken)
+    if found is None and keys.load_path:
+        if keys.load_training_state:
+            taken = replace(taken, averaged=keys.load_ema_to_reg)
+        else:
+            taken = taken.weights_alone(scheduler=keys.only_load_scheduler_state, averaged=keys.load_ema_to_reg)
+        found = checkpointer.load(state, loader=loader, path=keys.load_path, taken=taken)
     if found is not None:
-        logger.info("resumed at iteration {} from {}", state.iteration, found)
+        less = f", without {', '.join(taken.left)}" if taken.left else ""
+        averaged = ", the student from averaged weights" if taken.averaged else ""
+        logger.info("resumed at iteration {} from {}{}{}", state.iteration, found, less, averaged)
 
 
 def trainer_config(config: TrainConfig) -> TrainerConfig:

@@ -12,13 +12,14 @@ from pathlib import Path
 from rcm.configs.convert import get_key
 from rcm.configs.limits import check_limits
 from rcm.configs.network import networks, wan_config
-from rcm.configs.schema import TrainConfig
+from rcm.configs.schema import CheckpointConfig, TrainConfig
 from rcm.configs.schema_model import PIXELS, CausalConfig, CommonModelConfig, RCMConfig, TimeLawConfig
 from rcm.core.errors import ConfigError, require_divisible
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.attention import attention_name
 from rcm.rollout.plan import ContextRule, StepSchedule
 
+from rcm.train.resume import Taken
 M = "model.config"
 SELF_FORCED = ("sf_dmd", "tf_scm_sf_dmd")
 UMT5_WIDTH = 4096
@@ -43,7 +44,6 @@ def check(config: TrainConfig) -> None:
 
 
 _ONLY_VALUE = {
-    "checkpoint.load_training_state": (True, f"to start from weights alone give them as {M}.student_ckpt"),
     "checkpoint.strict_resume": (True, "checkpoints are always loaded strictly"),
     "optimizer.type": ("fusedadamw", "the fused kernel is taken wherever torch has it"),
     f"{M}.optimizer_fake_score.type": ("fusedadamw", "the fused kernel is taken wherever torch has it"),
@@ -65,6 +65,7 @@ def _without_effect(config: TrainConfig) -> None:
             raise ConfigError(f"{key}={get_key(config, key)} has no effect in this version: {why}; leave it at {value}")
     attention = attention_name(model.attention_backend, flex_backend=model.flex_backend)
     if model.compile and attention.startswith("flex"):
+    _resume(config.checkpoint)
         raise ConfigError(
             f"{M}.attention_backend={attention} compiles a kernel of its own, which {M}.compile=True leaves uncompiled with the rest of "
             f"the attention, at the memory of a whole score matrix; choose {M}.attention_backend=auto, or leave {M}.compile at False"
@@ -93,6 +94,22 @@ def _without_effect(config: TrainConfig) -> None:
 
 def check_mesh(config: TrainConfig, *, world_size: int) -> tuple[int, int, int]:
     """(dp_replicate, dp_shard, cp) for `world_size` ranks; `ConfigError` if they do not multiply to it.
+def _resume(checkpoint: CheckpointConfig) -> None:
+    """What is taken of `load_path`, and of it alone: a run's own newest checkpoint is resumed, not started from."""
+    taken = Taken.all_but(checkpoint.keys_not_to_resume)
+    started = {"load_training_state": False, "load_ema_to_reg": True, "only_load_scheduler_state": True}
+    for key, value in started.items():
+        if getattr(checkpoint, key) == value and not checkpoint.load_path:
+            raise ConfigError(f"checkpoint.{key}={value} has no effect without checkpoint.load_path, the checkpoint to start from; set it")
+    if checkpoint.only_load_scheduler_state and checkpoint.load_training_state:
+        raise ConfigError(
+            "checkpoint.only_load_scheduler_state=True has no effect while checkpoint.load_training_state=True takes the schedules and all "
+            "else; set checkpoint.load_training_state=False"
+        )
+    if checkpoint.load_ema_to_reg and "model" not in taken.parts:
+        raise ConfigError("checkpoint.load_ema_to_reg=True starts from weights that checkpoint.keys_not_to_resume leaves out; choose one")
+
+
 
     fsdp_shard_size counts all ranks that share one copy of the parameters, context-parallel ranks among them, so dp_shard = shard / cp;
     a shard size below cp shards over the context-parallel group alone.

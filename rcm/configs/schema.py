@@ -78,7 +78,10 @@ class CheckpointConfig:
     save_iter: int = 500  # iterations between checkpoints
     keep_last: int = 0  # number of checkpoints kept; 0 = all
     load_path: str = ""  # checkpoint to continue from where this run's folder has none yet ("" = start at 0); its own newest wins
-    load_training_state: bool = True  # also optimisers, step, data position (False: weights only, the run starts at 0)
+    load_training_state: bool = True  # also optimisers, step, data position of load_path (False: weights only, the run starts at 0)
+    only_load_scheduler_state: bool = False  # with load_training_state=False: also the update counts, where the rates' schedules stand
+    load_ema_to_reg: bool = False  # the student starts from the averaged weights of load_path
+    keys_not_to_resume: tuple[str, ...] = ()  # parts left as built: model, optim[_net|_fake_score], scheduler[_net|_fake_score], trainer
     strict_resume: bool = True  # False: missing or foreign keys are listed in the log instead of stopping the run
     accept_changed_data: bool = False  # resume although as many samples have other contents (mended ones)
     dcp_async_mode_enabled: bool = False  # write in the background

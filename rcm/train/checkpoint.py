@@ -34,6 +34,7 @@ from rcm.parallel.mesh import ParallelDims
 from rcm.storage.inside import pointed_at
 from rcm.train.continuity import Settings
 from rcm.train.describe import FILE_NAME, Description, write_atomically
+from rcm.train.resume import Taken
 from rcm.train.snapshot import Part, Positioned, capture, gather_positions, restore
 from rcm.train.state import TrainState
 
@@ -121,8 +122,11 @@ class Checkpointer:
             )
         return found
 
-    def load(self, state: TrainState, *, loader: Positioned | None = None, path: str | Path | None = None) -> Path | None:
-        """Restore `state` and the loader's position from `path`, or from the latest checkpoint; None when there is none. Collective.
+    def load(
+        self, state: TrainState, *, loader: Positioned | None = None, path: str | Path | None = None, taken: Taken = Taken()
+    ) -> Path | None:
+        """Restore the parts `taken` of `state` and the loader's position from `path`, or from the latest checkpoint; None when there is
+        none. Collective.
 
         Raises CheckpointError for another network (both named), missing or unexpected keys, wrong shapes, or a damaged file; ConfigError
         for settings or data that do not continue the run.
@@ -132,7 +136,7 @@ class Checkpointer:
         if found is None:
             return None
         together(lambda: self.description.require_same_network(Description.read(found / FILE_NAME), source=str(found)))
-        _translated(lambda: restore(state, found, loader=loader, dims=self.dims, settings=self.settings), path=found)
+        _translated(lambda: restore(state, found, loader=loader, dims=self.dims, settings=self.settings, taken=taken), path=found)
         return found
 
     def _write(self, name: str, part: Part, unfinished: Path) -> None:

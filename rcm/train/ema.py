@@ -80,6 +80,10 @@ class PowerEMA:
         else:
             torch._foreach_lerp_(shadow, current, 1.0 - beta)
 
+    def write_to(self, net: nn.Module) -> None:
+        """`net` takes the averaged weights, rounded to its dtype."""
+        self._fill(net, self.shadow)
+
     @contextmanager
     def swapped(self, net: nn.Module) -> Iterator[None]:
         """Within the context `net` computes with the averaged weights (rounded to its dtype); afterwards its own are back, bit by bit."""

@@ -24,7 +24,9 @@ from rcm.storage.dcp_folder import DcpFolder
 from rcm.storage.json_file import parse_json
 from rcm.storage.state_dicts import check_keys, shapes_of
 from rcm.train.continuity import Settings
-from rcm.train.state import CHECKPOINT_NAMES, RoleState, TrainState
+from rcm.train.ema import EMAConfig, PowerEMA
+from rcm.train.resume import Taken
+from rcm.train.state import CHECKPOINT_NAMES, STUDENT, RoleState, TrainState
 
 Part = dict[str, Tensor]
 
@@ -43,7 +45,7 @@ class Positioned(Protocol):
 
 def capture(state: TrainState, *, positions: list[dict[str, Any] | None], settings: Settings = Settings()) -> dict[str, Part]:
     """The state as flat parts of tensors that share memory with it; what `restore` expects to find."""
-    parts: dict[str, Part] = {"model": _model_part(state)}
+    parts: dict[str, Part] = {"model": _model_part(state, average=state.ema)}
     for role, slot in state.roles.items():
         parts[_optim_name(role)] = {f"{key}.{name}": value for name, key, value in _slots(slot)}
     parts["scheduler"] = {f"{CHECKPOINT_NAMES[role]}.updates": torch.tensor(slot.updates) for role, slot in state.roles.items()}
@@ -53,35 +55,56 @@ def capture(state: TrainState, *, positions: list[dict[str, Any] | None], settin
 
 
 def restore(
-    state: TrainState, directory: Path, *, loader: Positioned | None, dims: ParallelDims, settings: Settings = Settings()
+    state: TrainState,
+    directory: Path,
+    *,
+    loader: Positioned | None,
+    dims: ParallelDims,
+    settings: Settings = Settings(),
+    taken: Taken = Taken(),
 ) -> None:
-    """Fill `state` and the loader from a checkpoint directory. Key lists, settings and the data position are checked before any weight is
-    written.
+    """Fill `state` and the loader with the parts `taken` of a checkpoint directory. Their key lists, settings and the data position are
+    checked before any weight is written.
     """
-    model = _model_part(state)
+    average = state.ema
+    if average is None and taken.averaged:
+        average = PowerEMA(state.roles[STUDENT].net, EMAConfig())  # a place to read into
     counts = {f"{CHECKPOINT_NAMES[role]}.updates": torch.tensor(0) for role in state.roles}
-    names = {role: _optim_name(role) for role in state.roles}
+    scheduled = [role for role in state.roles if _optim_name(role).replace("optim", "scheduler") in taken.parts]
+    names = {role: _optim_name(role) for role in state.roles if _optim_name(role) in taken.parts}
+    opened = [name for name in ("model", "trainer") if name in taken.parts] + ["scheduler"] * bool(scheduled) + [*names.values()]
+    model = _model_part(state, average=average)
 
-    def check() -> tuple[dict[str, DcpFolder], dict[str, tuple[Part, dict[Tensor, dict[str, str]]]], Part]:
-        folders = {name: DcpFolder(directory / name) for name in ("model", "scheduler", "trainer", *names.values())}
+    def check() -> tuple[dict[str, DcpFolder], dict[str, tuple[Part, dict[Tensor, dict[str, str]]]]]:
+        folders = {name: DcpFolder(directory / name) for name in opened}
         found = {name: shapes_of(folder) for name, folder in folders.items()}
-        check_keys(f"{directory}/model", shapes=found["model"], expected=shapes_of(model))
-        optim = {role: _empty_slots(slot, found[names[role]], source=f"{directory}/{names[role]}") for role, slot in state.roles.items()}
-        check_keys(f"{directory}/scheduler", shapes=found["scheduler"], expected=shapes_of(counts))
-        return folders, optim, {"record": torch.empty(found["trainer"].get("record", (0,)), dtype=torch.uint8)}
+        if "model" in folders:
+            if taken.averaged and not any(name.startswith("net_ema.") for name in found["model"]):
+                raise CheckpointError(f"{directory}/model holds no averaged weights, which checkpoint.load_ema_to_reg=True starts from")
+            check_keys(f"{directory}/model", shapes=found["model"], expected=shapes_of(model))
+        optim = {role: _empty_slots(state.roles[role], found[name], source=f"{directory}/{name}") for role, name in names.items()}
+        if scheduled:
+            check_keys(f"{directory}/scheduler", shapes=found["scheduler"], expected=shapes_of(counts))
+        return folders, optim
 
-    folders, optim, record = together(check)
-    folders["trainer"].load_into(record)
-    facts = together(lambda: _continued(record["record"], directory, loader=loader, dims=dims, settings=settings))
-    folders["scheduler"].load_into(counts)
-    folders["model"].load_into(model)
-    for role, slot in state.roles.items():
-        flat, by_parameter = optim[role]
-        folders[_optim_name(role)].load_into(flat)
+    folders, optim = together(check)
+    if "trainer" in folders:
+        record = {"record": torch.empty(shapes_of(folders["trainer"]).get("record", (0,)), dtype=torch.uint8)}
+        folders["trainer"].load_into(record)
+        facts = together(lambda: _continued(record["record"], directory, loader=loader, dims=dims, settings=settings))
+        state.iteration = facts["iteration"]
+    if scheduled:
+        folders["scheduler"].load_into(counts)
+    if "model" in folders:
+        folders["model"].load_into(model)
+    if average is not None and taken.averaged:
+        average.write_to(state.roles[STUDENT].net)
+    for role, (flat, by_parameter) in optim.items():
+        folders[names[role]].load_into(flat)
         for parameter, values in by_parameter.items():
-            slot.optimizer.state[parameter] = {key: flat[name] for key, name in values.items()}
-        slot.updates = int(counts[f"{CHECKPOINT_NAMES[role]}.updates"])
-    state.iteration = facts["iteration"]
+            state.roles[role].optimizer.state[parameter] = {key: flat[name] for key, name in values.items()}
+    for role in scheduled:
+        state.roles[role].updates = int(counts[f"{CHECKPOINT_NAMES[role]}.updates"])
 
 
 def _continued(
@@ -112,10 +135,10 @@ def _optim_name(role: str) -> str:
     return "optim_" + (name.removeprefix("net_") if name != "net" else name)
 
 
-def _model_part(state: TrainState) -> Part:
+def _model_part(state: TrainState, *, average: PowerEMA | None) -> Part:
     part = {f"{CHECKPOINT_NAMES[role]}.{k}": v for role, slot in state.roles.items() for k, v in stored_tensors(slot.net).items()}
-    if state.ema is not None:
-        part |= {f"net_ema.{name}": value for name, value in state.ema.shadow.items()}
+    if average is not None:
+        part |= {f"net_ema.{name}": value for name, value in average.shadow.items()}
     return part
 
 

@@ -297,9 +297,31 @@ def test_guidance_asks_for_the_negative_prompt(composed, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["checkpoint.keys_not_to_resume=[ema]"], r"keys_not_to_resume has 'ema', which is no part of a checkpoint; its parts are model,"),
+        (["checkpoint.keys_not_to_resume=[model,optim,scheduler,trainer]"], r"leaves nothing to resume"),
+        (["checkpoint.keys_not_to_resume=model"], r"keys_not_to_resume='model' must be a list"),
+        (["checkpoint.load_ema_to_reg=True"], r"load_ema_to_reg=True has no effect without checkpoint.load_path"),
+        (["checkpoint.load_training_state=False"], r"load_training_state=False has no effect without checkpoint.load_path"),
+        (
+            ["checkpoint.only_load_scheduler_state=True", "checkpoint.load_path=x"],
+            r"only_load_scheduler_state=True has no effect while checkpoint.load_training_state=True",
+        ),
+        (
+            ["checkpoint.load_ema_to_reg=True", "checkpoint.load_path=x", "checkpoint.keys_not_to_resume=[model]"],
+            r"load_ema_to_reg=True starts from weights that checkpoint.keys_not_to_resume leaves out",
+        ),
+    ],
+)
+def test_parts_to_resume(composed, overrides, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        composed("experiment=toy_sf_dmd_c3-3", *overrides)
+
+
+@pytest.mark.parametrize(
     "override",
     [
-        "checkpoint.load_training_state=False",
         "checkpoint.strict_resume=False",
         "optimizer.type=adamw",
         "model.config.optimizer_fake_score.type=adamw",

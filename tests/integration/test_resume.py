@@ -79,6 +79,41 @@ def test_load_path_continues_another_run(tmp_path: Path) -> None:
     assert [record["step"] for record in lines(second)] == [4, 5, 6]
 
 
+def start_from(job: Path, source: Path, *more: str, iterations: int) -> dict:
+    """What a job of other settings holds that started from another's checkpoint at 3."""
+    there = f"checkpoint.load_path={source}/checkpoints/iter_000000003"
+    assert launch(*teacher_forced(job, there, "trainer.seed=7", "checkpoint.load_training_state=False", *more, iterations=iterations)) == 0
+    return everything(job)
+
+
+def test_weights_alone_start_another_run(tmp_path: Path) -> None:
+    """At rate 0 nothing but the starting weights tells the runs apart: iteration 0, own settings, the weights of the other run."""
+    source, still = tmp_path / "source", ("optimizer.lr=1e-300", "optimizer.eps=1")
+    assert launch(*teacher_forced(source, "optimizer.lr=0.01", iterations=3)) == 0
+    there = everything(source)
+    plain = start_from(tmp_path / "plain", source, *still, iterations=2)
+    assert [record["step"] for record in lines(tmp_path / "plain")] == [1, 2]
+    scheduled = start_from(tmp_path / "scheduled", source, *still, "checkpoint.only_load_scheduler_state=True", iterations=1)
+    averaged = start_from(tmp_path / "averaged", source, *still, "checkpoint.load_ema_to_reg=True", iterations=1)
+    assert (int(plain["scheduler/net.updates"]), int(scheduled["scheduler/net.updates"])) == (2, 4)
+    for name in (key for key in there if key.startswith("model/net.")):
+        assert plain[name].equal(there[name]) and scheduled[name].equal(there[name])
+        assert averaged[name].equal(there[name.replace("model/net.", "model/net_ema.")])
+    assert launch(*teacher_forced(tmp_path / "plain", "trainer.seed=7", *still, iterations=3)) == 0  # its own newest one, whole
+    assert [record["step"] for record in lines(tmp_path / "plain")] == [1, 2, 3]
+
+
+def test_parts_that_are_not_resumed(tmp_path: Path) -> None:
+    """A job goes on with other moments and from iteration 0: the settings of a new beginning, the weights of the old run."""
+    job = tmp_path / "job"
+    assert launch(*teacher_forced(job, iterations=3)) == 0
+    assert launch(*teacher_forced(job, "checkpoint.keys_not_to_resume=[optim,trainer]", "trainer.seed=7", iterations=2)) == 0
+    now = everything(job)
+    assert int(now["scheduler/net.updates"]) == 5
+    assert {int(value) for key, value in now.items() if key.startswith("optim_net/step.")} == {2}
+    assert [record["step"] for record in lines(job)] == [1, 2]
+
+
 def test_other_data_is_not_continued(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     job = tmp_path / "job"
     assert launch(*teacher_forced(job, iterations=1)) == 0

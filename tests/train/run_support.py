@@ -14,6 +14,7 @@ from torch import Tensor
 from rcm.parallel.fsdp import stored_tensors
 from rcm.parallel.mesh import ParallelDims
 from rcm.train.checkpoint import Checkpointer
+from rcm.train.continuity import Settings
 from rcm.train.describe import Description
 from rcm.train.metrics import JsonLines
 from rcm.train.observers import Observer
@@ -37,18 +38,21 @@ def launch(
     keep_last: int = 0,
     fault: Callable[[int, Tensor], Tensor] | None = None,
     precision: str = "fp64",
+    settings: Settings = Settings(),
     **config: Any,
 ) -> Trainer:
     """A trainer in `job`, resumed from its latest checkpoint where there is one."""
     dims = dims or ParallelDims()
     method, state = make_run(dims=dims, precision=precision, fault=fault)
     loader = make_loader(dims=dims, prefetch=prefetch)
-    checkpointer = Checkpointer(job, dims=dims, description=DESCRIPTION, asynchronous=asynchronous, keep_last=keep_last)
+    checkpointer = Checkpointer(
+        job, dims=dims, description=DESCRIPTION, settings=settings, asynchronous=asynchronous, keep_last=keep_last
+    )
     if resume:
         checkpointer.load(state, loader=loader)
     sinks = [JsonLines(job / "metrics.jsonl", resumed_at=state.iteration)] if dims.rank == 0 else []
-    settings = TrainerConfig(max_iter=max_iter, save_iter=save_iter, logging_iter=1, **config)
-    return Trainer(method, loader, state=state, dims=dims, config=settings, checkpointer=checkpointer, sinks=sinks, observers=observers)
+    loop = TrainerConfig(max_iter=max_iter, save_iter=save_iter, logging_iter=1, **config)
+    return Trainer(method, loader, state=state, dims=dims, config=loop, checkpointer=checkpointer, sinks=sinks, observers=observers)
 
 
 def lines(job: Path) -> list[dict[str, float]]:
