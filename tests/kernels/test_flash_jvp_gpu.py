@@ -54,7 +54,13 @@ def assert_within_budget(problem, kernel: str) -> None:
         assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"
 
 
-FLOAT32 = ("dense", "cross-attention, no tangent", "heads of 80 and 48", "tangent only from key 301", "teacher-forced both, window 1, sinks 1")
+FLOAT32 = (
+    "dense",
+    "cross-attention, no tangent",
+    "heads of 80 and 48",
+    "tangent only from key 301",
+    "teacher-forced both, window 1, sinks 1",
+)
 """Cases that the portable kernel also computes in float32 here. Its products are unrolled there, so that each case compiles for 40 s;
 Triton's interpreter runs all of them in float32 (test_flash_jvp_interpreted.py)."""
 COMBINATIONS = [
