@@ -117,8 +117,8 @@ def alone(call: Callable[[], object], *, repeats: int) -> float:
 
 
 def write(path: str, content: object) -> None:
-    """JSON, whole or not at all."""
-    text = json.dumps(content, indent=1)
+    """JSON, whole or not at all; what JSON does not know (paths, dtypes) as its text."""
+    text = json.dumps(content, indent=1, default=str)
     with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(os.path.abspath(path)), delete=False) as file:
         file.write(text)
     os.replace(file.name, path)

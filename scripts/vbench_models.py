@@ -149,7 +149,7 @@ def _bidirectional(flags: argparse.Namespace, device: torch.device) -> WanSample
     numerics = _wan_flags(flags, device)
     networks = (NetworkFile("--dit_path", flags.dit_path),)
     check_files(numerics, networks, family="rcm" if flags.distilled else "diffusion", channels=LATENT_CHANNELS)
-    pipeline = build_pipeline(numerics, networks, clock=PartClock(device), tokens_per_frame=size.height * size.width // 256)
+    pipeline = build_pipeline(numerics, networks, clock=PartClock(device), size=size)
     return WanSampler(
         pipeline,
         recipe=_whole_recipe(flags),

@@ -82,7 +82,7 @@ def run(flags: argparse.Namespace, job: CausalJob, *, clock: PartClock) -> None:
         on_first(lambda: check_files(flags, networks, family="causal", channels=LATENT_CHANNELS))
     if leads():
         _say_what_is_made(flags, job, films, specs[0], size)
-    maker = Maker(flags, job, build_pipeline(flags, networks, clock=clock, tokens_per_frame=tokens), image=image, size=size)
+    maker = Maker(flags, job, build_pipeline(flags, networks, clock=clock, size=size), image=image, size=size)
     timings = []
     for film, spec, sheet in zip(films, specs, sheets, strict=True):
         with Progress(sys.stdout) if leads() else nullcontext() as progress:

@@ -154,7 +154,7 @@ def run(flags: argparse.Namespace, job: Job, *, clock: PartClock) -> None:
     if not flags.random_weights:
         on_first(lambda: check_files(flags, job.networks, family=job.family, channels=request.input_channels))
     leads = not dist.is_initialized() or dist.get_rank() == 0
-    pipeline = build_pipeline(flags, job.networks, clock=clock, tokens_per_frame=tokens)
+    pipeline = build_pipeline(flags, job.networks, clock=clock, size=request.size)
     if not leads:
         _generate(flags, pipeline, request, progress=None)
         return
