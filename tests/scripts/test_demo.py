@@ -15,9 +15,10 @@ import torch
 from rich.console import Console
 
 from rcm.core.errors import ConfigError
+from rcm.evaluation.throughput import processor
 from scripts import demo, demo_progress
 from scripts.demo_clips import mosaic, picks, teacher_of
-from scripts.demo_page import processor, verdict, write_page
+from scripts.demo_page import verdict, write_page
 from scripts.demo_progress import Board
 from scripts.demo_record import FILE_NAME, Record
 from scripts.demo_run import Demo, checkpointed_iteration, free_threads, last_iteration
