@@ -38,8 +38,8 @@ from rcm.train.job_lock import job_lock
 from rcm.train.metrics import JsonLines, Sink, Wandb, require_wandb
 from rcm.train.observers import KernelRecord, LogLines, Memory, Observer, Profiler, Progress
 from rcm.train.optim import AdamWConfig, LambdaLinear
-from rcm.train.state import TrainState
 from rcm.train.resume import Taken
+from rcm.train.state import TrainState
 from rcm.train.step import StepConfig
 from rcm.train.trainer import Outcome, Trainer, TrainerConfig
 
@@ -96,8 +96,8 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
     identity = {"fingerprint": loader.source.fingerprint(), "samples": len(loader.source)}
     require_same("their data", identity, knob="dataloader_train.tar_path_pattern must name the same files for every rank")
     resumes = bool(config.checkpoint.load_path) or find_model_directory(folder) is not None
-    nets = NetBuilder(config.model.config, dims=dims, device=device, seed=config.trainer.seed, resumes=resumes)
     resumes &= "model" in Taken.all_but(config.checkpoint.keys_not_to_resume).parts
+    nets = NetBuilder(config.model.config, dims=dims, device=device, seed=config.trainer.seed, resumes=resumes)
     method = build_method(config, nets, negative=lambda: negative_condition(config, device=device))
     state = train_state(config, method)
     checkpointer = Checkpointer(

@@ -18,8 +18,8 @@ from rcm.core.errors import ConfigError, require_divisible
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.attention import attention_name
 from rcm.rollout.plan import ContextRule, StepSchedule
-
 from rcm.train.resume import Taken
+
 M = "model.config"
 SELF_FORCED = ("sf_dmd", "tf_scm_sf_dmd")
 UMT5_WIDTH = 4096
@@ -63,9 +63,9 @@ def _without_effect(config: TrainConfig) -> None:
             continue
         if get_key(config, key) != value:
             raise ConfigError(f"{key}={get_key(config, key)} has no effect in this version: {why}; leave it at {value}")
+    _resume(config.checkpoint)
     attention = attention_name(model.attention_backend, flex_backend=model.flex_backend)
     if model.compile and attention.startswith("flex"):
-    _resume(config.checkpoint)
         raise ConfigError(
             f"{M}.attention_backend={attention} compiles a kernel of its own, which {M}.compile=True leaves uncompiled with the rest of "
             f"the attention, at the memory of a whole score matrix; choose {M}.attention_backend=auto, or leave {M}.compile at False"
@@ -92,8 +92,6 @@ def _without_effect(config: TrainConfig) -> None:
         )
 
 
-def check_mesh(config: TrainConfig, *, world_size: int) -> tuple[int, int, int]:
-    """(dp_replicate, dp_shard, cp) for `world_size` ranks; `ConfigError` if they do not multiply to it.
 def _resume(checkpoint: CheckpointConfig) -> None:
     """What is taken of `load_path`, and of it alone: a run's own newest checkpoint is resumed, not started from."""
     taken = Taken.all_but(checkpoint.keys_not_to_resume)
@@ -110,6 +108,8 @@ def _resume(checkpoint: CheckpointConfig) -> None:
         raise ConfigError("checkpoint.load_ema_to_reg=True starts from weights that checkpoint.keys_not_to_resume leaves out; choose one")
 
 
+def check_mesh(config: TrainConfig, *, world_size: int) -> tuple[int, int, int]:
+    """(dp_replicate, dp_shard, cp) for `world_size` ranks; `ConfigError` if they do not multiply to it.
 
     fsdp_shard_size counts all ranks that share one copy of the parameters, context-parallel ranks among them, so dp_shard = shard / cp;
     a shard size below cp shards over the context-parallel group alone.
