@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 import socket
 import threading
 import time
@@ -16,11 +14,11 @@ from rcm.pipelines.from_checkpoint import open_checkpoint
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.serve.hub import Offer
 from rcm.storage.shipped import toy_checkpoint
+from tests.support import browser
 from tests.support.live_server import PATIENCE, Live, live
 
 pytestmark = pytest.mark.slow
 PROMPTS = ("a red square moving left", "a green cross moving right")
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync")
 
 
 class Relay:
@@ -69,14 +67,8 @@ def _pass_on(source: socket.socket, sink: socket.socket) -> None:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser: pip install playwright")
-    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("no Chromium here: install it, or name it in CHROMIUM")
-    with api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=list(FLAGS))
-        yield browser
-        browser.close()
+    with browser.chromium() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
