@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,8 +28,8 @@ from rcm.train.planner_card import CARDS, GIB, Card, card
 from rcm.train.planner_job import NetPlan
 from rcm.train.planner_memory import Term
 
-_MOST_GPUS, _MOST_BATCH, _MOST_GIB = 2**16, 2**24, 2**20
-OWN_KEYS = ("gpus", "gpu", "memory_gib", "global_batch")
+OWN_KEYS = {"gpus": 2**16, "gpu": None, "memory_gib": 2**20, "global_batch": 2**24}
+"""The planner's own words, and the largest value of those that are numbers."""
 
 
 def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str], list[str]]:
@@ -41,21 +40,15 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str,
     parser.add_argument("--as-is", "--as_is", action="store_true", help="predict the configured layout only, search for no other")
     parser.add_argument("words", nargs="+", metavar="key=value", help=f"config keys, and {', '.join(OWN_KEYS)}")
     flags = parser.parse_args(argv)
-    own, overrides = {}, []
-    for word in flags.words:
-        key, equals, value = word.partition("=")
-        if equals and key in OWN_KEYS:
-            own[key] = value
-        else:
-            overrides.append(word)
-    return flags, own, overrides
+    own = [word for word in flags.words if "=" in word and word.split("=")[0] in OWN_KEYS]
+    return flags, dict(word.split("=", 1) for word in own), [word for word in flags.words if word not in own]
 
 
-def whole(own: dict[str, str], key: str, default: int | None, *, most: int) -> int | None:
-    """The whole number `key` from 1 to `most`; `ConfigError` for anything else."""
-    text = own.get(key)
+def whole(own: dict[str, str], key: str) -> int | None:
+    """The whole number `key` from 1 to its most, None if it is not given; `ConfigError` for anything else."""
+    text, most = own.get(key), OWN_KEYS[key]
     if text is None:
-        return default
+        return None
     if not (text.isascii() and text.isdecimal() and len(text) < 20 and 1 <= int(text) <= most):
         raise ConfigError(f"{key}={text[:40]} must be a whole number from 1 to {most}")
     return int(text)
@@ -63,12 +56,14 @@ def whole(own: dict[str, str], key: str, default: int | None, *, most: int) -> i
 
 def chosen_card(own: dict[str, str]) -> Card:
     """The card of gpu= and memory_gib=."""
-    try:
-        size = float(own["memory_gib"]) if "memory_gib" in own else None
-    except ValueError as error:
-        raise ConfigError(f"memory_gib={own['memory_gib']} is not a number of GiB") from error
-    if size is not None and not 0 < size <= _MOST_GIB:
-        raise ConfigError(f"memory_gib={own['memory_gib']} must be above 0 and at most {_MOST_GIB}")
+    text, most, size = own.get("memory_gib"), OWN_KEYS["memory_gib"], None
+    if text is not None:
+        try:
+            size = float(text)
+        except ValueError as error:
+            raise ConfigError(f"memory_gib={text} is not a number of GiB") from error
+        if not 0 < size <= most:
+            raise ConfigError(f"memory_gib={text} must be above 0 and at most {most}")
     return card(own.get("gpu", "h200"), memory_gib=size)
 
 
@@ -125,16 +120,14 @@ def told_recompute(net: NetPlan) -> str:
 
 def keys_of(found: Prediction) -> list[str]:
     """The overrides that give this layout."""
-    job = found.job
-    nets = {"student": "net", "fake_score": "net_fake_score"}
-    modes = []
+    job, nets = found.job, {"student": "net", "fake_score": "net_fake_score"}
+    keys = [f"model.config.fsdp_shard_size={job.shard_ranks}", f"model_parallel.context_parallel_size={job.context}"]
     for net in (net for net in job.nets if net.trained):
         sac = f"model.config.{nets[net.role]}.sac_config"
-        modes.append(f"{sac}.mode={net.recompute}")
+        keys.append(f"{sac}.mode={net.recompute}")
         if net.recompute == "none" and net.recompute_every != 1:  # which would have no effect
-            modes.append(f"{sac}.every_n_blocks=1")
-    shape = [f"model.config.fsdp_shard_size={job.shard_ranks}", f"model_parallel.context_parallel_size={job.context}"]
-    return [*shape, *modes, f"trainer.grad_accum_iter={job.accumulation}"]
+            keys.append(f"{sac}.every_n_blocks=1")
+    return [*keys, f"trainer.grad_accum_iter={job.accumulation}"]
 
 
 def print_proposal(proposal: Proposal, wider: Prediction | None) -> None:
@@ -161,35 +154,27 @@ def print_proposal(proposal: Proposal, wider: Prediction | None) -> None:
 
 def plan(flags: argparse.Namespace, own: dict[str, str], overrides: list[str]) -> dict[str, Any]:
     """Predict, search, print; everything as plain data."""
-    ranks = whole(own, "gpus", 1, most=_MOST_GPUS)
-    chosen, wanted = chosen_card(own), whole(own, "global_batch", None, most=_MOST_BATCH)
+    ranks, chosen, wanted = whole(own, "gpus") or 1, chosen_card(own), whole(own, "global_batch")
     run = compose_run(overrides, registry=load_registry(flags.config), world_size=None, require_inputs=False)
     print(f"{run.experiment or 'this run'} on {ranks} x {chosen.name} ({chosen.gib:g} GiB)")
-    as_configured = configured(run, ranks=ranks, chosen=chosen)
     record: dict[str, Any] = {"experiment": run.experiment, "overrides": overrides, "card": asdict(chosen)}
-    if as_configured is not None:
+    try:
+        as_configured = predict(plan_job(run, ranks=ranks), chosen)
+    except ConfigError as error:
+        print(f"\nnot possible as configured: {error}")
+    else:
         print("\nas configured:")
         print_prediction(as_configured)
         record["configured"] = plain(as_configured)
+        wanted = wanted or as_configured.job.global_batch
     if flags.as_is:
         return record
-    job = plan_job(alone(run), ranks=ranks)
-    batch, modes = wanted or (as_configured.job.global_batch if as_configured else None), recompute_modes()
-    proposal = propose(job, chosen, global_batch=batch, modes=modes)
+    job, modes = plan_job(alone(run), ranks=ranks), recompute_modes()
+    proposal = propose(job, chosen, global_batch=wanted, modes=modes)
     wider = None if proposal.best is not None else enough_ranks(job, chosen, modes=modes)
     print_proposal(proposal, wider)
-    record["proposed"] = None if proposal.best is None else {"keys": keys_of(proposal.best), **plain(proposal.best)}
-    record["smallest"] = {"keys": keys_of(proposal.smallest), **plain(proposal.smallest)}
-    return record
-
-
-def configured(run: Run, *, ranks: int, chosen: Card) -> Prediction | None:
-    """The prediction for the config as it is; None, with a sentence, where its layout needs other ranks."""
-    try:
-        return predict(plan_job(run, ranks=ranks), chosen)
-    except ConfigError as error:
-        print(f"\nnot possible as configured: {error}")
-        return None
+    found = {"proposed": proposal.best, "smallest": proposal.smallest}
+    return record | {name: None if it is None else {"keys": keys_of(it), **plain(it)} for name, it in found.items()}
 
 
 def alone(run: Run) -> Run:
@@ -202,41 +187,26 @@ def alone(run: Run) -> Run:
 def plain(found: Prediction) -> dict[str, Any]:
     """A prediction as plain data: layout, terms and passes in bytes and seconds."""
     job = found.job
-    return {
-        "layout": {
-            "ranks": job.ranks,
-            "fsdp_shard_size": job.shard_ranks,
-            "context_parallel_size": job.context,
-            "batch": job.batch,
-            "accumulation": job.accumulation,
-            "global_batch": job.global_batch,
-            "recompute": {net.role: told_recompute(net) for net in job.nets if net.trained},
-        },
-        "peak_bytes": found.peak,
-        "reserved_bytes": found.reserved,
-        "fits": found.fits,
-        "seconds": found.seconds,
-        "seconds_per_sample": found.seconds_per_sample,
-        "states": [asdict(term) for term in found.states],
-        "phases": [asdict(phase) for phase in found.phases],
-    }
+    layout = {"ranks": job.ranks, "fsdp_shard_size": job.shard_ranks, "context_parallel_size": job.context}
+    layout |= {"batch": job.batch, "accumulation": job.accumulation, "global_batch": job.global_batch}
+    layout["recompute"] = {net.role: told_recompute(net) for net in job.nets if net.trained}
+    needed = {"peak_bytes": found.peak, "reserved_bytes": found.reserved, "fits": found.fits}
+    taken = {"seconds": found.seconds, "seconds_per_sample": found.seconds_per_sample}
+    terms = {"states": [asdict(term) for term in found.states], "phases": [asdict(phase) for phase in found.phases]}
+    return {"layout": layout, **needed, **taken, **terms}
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on standard error."""
     flags, own, overrides = arguments(argv)
-    try:
-        if flags.json is not None and not flags.json.absolute().parent.is_dir():
-            raise ConfigError(f"--json {flags.json}: there is no folder {flags.json.parent}")
-        target = None if flags.json is None else OutputFile.claim(flags.json, knob="--json")
-        record = plan(flags, own, overrides)
-        if target is not None:
-            target.write(json.dumps(record, indent=1) + "\n")
-            print(f"\nwritten to {flags.json}")
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if flags.json is not None and not flags.json.absolute().parent.is_dir():
+        raise ConfigError(f"--json {flags.json}: there is no folder {flags.json.parent}")
+    target = None if flags.json is None else OutputFile.claim(flags.json, knob="--json")
+    record = plan(flags, own, overrides)
+    if target is not None:
+        target.write(json.dumps(record, indent=1) + "\n")
+        print(f"\nwritten to {flags.json}")
     return 0
 
 

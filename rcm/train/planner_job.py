@@ -1,7 +1,7 @@
 """What a planner needs to know of a training job: its networks, and per phase the passes through them. No bytes, no seconds.
 
-The vocabulary is that of the methods (`rcm.methods`): a student phase of TF-sCM is a guided teacher pass, a context pass, a tangent pass
-and a pass with gradient. `rcm.configs.plan_job` writes a config down in it.
+The vocabulary is that of the methods (`rcm.methods`): a student phase of TF-sCM is a guided teacher pass, a context pass, a tangent
+pass and a pass with gradient. `rcm.configs.plan_job` writes a config down in it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from rcm.nets.wan.model import WanDiT
 from rcm.parallel.checkpointing import MODES
 
 Recompute = Literal["none", "mm_only", "block_wise_keep_attention", "block_wise"]
-PassMode = Literal["infer", "tangent", "train"]
 
 
 @cache
@@ -32,35 +31,33 @@ def parameter_shapes(config: WanConfig) -> tuple[tuple[str, tuple[int, ...]], ..
 
 @cache
 def _elements(config: WanConfig, shard: int, part: str) -> int:
-    total = 0
-    for name, shape in parameter_shapes(config):
-        if part == "all" or name.startswith("blocks.") == (part == "blocks"):
-            total += -(-shape[0] // shard) * math.prod(shape[1:])
-    return total
+    shapes = [shape for name, shape in parameter_shapes(config) if part == "all" or name.startswith("blocks.") == (part == "blocks")]
+    return sum(-(-shape[0] // shard) * math.prod(shape[1:]) for shape in shapes)
 
 
 @dataclass(frozen=True)
 class NetPlan:
-    """One network of a job. `trained`: it has master weights, an optimiser and gradients; `averaged`: it has an EMA; `recompute`: its
-    activation checkpointing (`net.sac_config.mode`) and `recompute_every` (`every_n_blocks`), without meaning for a frozen one.
-    """
+    """One network of a job."""
 
     role: str
     config: WanConfig
-    trained: bool
-    averaged: bool = False
-    recompute: Recompute = "none"
-    recompute_every: int = 1
+    trained: bool  # it has master weights, an optimiser and gradients
+    averaged: bool = False  # it has an EMA
+    recompute: Recompute = "none"  # `sac_config.mode`, of a trained network
+    recompute_every: int = 1  # `sac_config.every_n_blocks`
 
     def __post_init__(self) -> None:
         if self.recompute not in MODES:
             raise ConfigError(f"{self.role}: recompute={self.recompute!r} is not one of {', '.join(MODES)}")
 
     def elements(self, *, shard: int = 1, part: Literal["all", "blocks", "root"] = "all") -> int:
-        """Parameters that rank 0 of a group of `shard` ranks stores. FSDP2 cuts every tensor along its first axis, so a [1, 6, E] tensor
-        stays whole on rank 0.
-        """
+        """Parameters on rank 0 of `shard` ranks. FSDP2 cuts every tensor along its first axis: [1, 6, E] stays whole on rank 0."""
         return _elements(self.config, shard, part)
+
+    @property
+    def block_elements(self) -> int:
+        """Parameters of one block."""
+        return self.elements(part="blocks") // self.config.num_layers
 
     def is_recomputed(self, block: int) -> bool:
         """Whether this block runs again in the backward pass."""
@@ -68,50 +65,27 @@ class NetPlan:
 
     @property
     def recomputed_blocks(self) -> int:
-        """How many blocks run again in the backward pass: 0, `recompute_every`, 2 `recompute_every`, ..."""
+        """How many blocks run again in the backward pass."""
         return sum(map(self.is_recomputed, range(self.config.num_layers)))
-
-    @property
-    def block_elements(self) -> int:
-        """Parameters of one block."""
-        return self.elements(part="blocks") // self.config.num_layers
-
-
-@dataclass(frozen=True)
-class Held:
-    """What `role` keeps in memory during a pass: all that the pass `of` stored for its backward pass, or a cache of the keys and values of
-    `frames` frames.
-    """
-
-    role: str
-    frames: int = 0
-    of: Pass | None = None
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Forwards through one network over `layouts`, one after another.
-
-    mode "infer": without gradient. "tangent": under dual numbers; cached keys have none. "train": with gradient, all layouts kept until one
-    backward pass. `repeats`: how often each layout is run (guidance, Euler steps; a mean where it varies), for the time alone; () is once.
-    `held`: what is in memory beside it.
-    """
+    """Forwards through one network over `layouts`, one after another."""
 
     name: str
     role: str
-    mode: PassMode
+    # without gradient; under dual numbers (cached keys have none); with gradient, all layouts kept until one backward pass
+    mode: Literal["infer", "tangent", "train"]
     layouts: tuple[TokenLayout, ...]
-    repeats: tuple[float, ...] = ()
-    held: tuple[Held, ...] = ()
-
-    def runs(self) -> tuple[tuple[TokenLayout, float], ...]:
-        """Each layout with how often it is run."""
-        return tuple(zip(self.layouts, self.repeats or (1.0,) * len(self.layouts), strict=True))
+    repeats: tuple[float, ...] = ()  # runs of each layout (guidance, steps; a mean where it varies), for time alone; () is once
+    cached: int = 0  # latent frames whose student keys and values are in memory
+    beside: Pass | None = None  # an earlier pass whose backward pass is yet to come
 
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One kind of iteration: which role is updated, its passes in order, and the share of iterations that are of this kind.
+    """One kind of iteration: which role is updated, its passes in order, and its share of the iterations.
 
     `terms`: loss terms that are back-propagated one by one; with more than one (or several micro-batches) gradients are held
     unreduced, unless `gradient_sync` is "each".
@@ -125,32 +99,25 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Job:
-    """A run as the planner sees it.
-
-    `latent_elements` of one sample; `batch` samples per data rank and micro-batch; `accumulation` micro-batches per update; `shard` and
-    `context` as `fsdp_shard_size` and `context_parallel_size`; `ranks` in all; element sizes in bytes: `param_bytes` of master weights,
-    optimiser and EMA, `compute_bytes` of activations and frozen weights, `reduce_bytes` of gradients. `fused`: whether the fused kernels
-    run (CUDA) or the plain formulas. `gradient_sync`: as in the training step's configuration.
-    """
+    """A run as the planner sees it; sizes of elements in bytes."""
 
     name: str
     nets: tuple[NetPlan, ...]
     phases: tuple[PhasePlan, ...]
-    latent_elements: int
-    batch: int = 1
-    accumulation: int = 1
+    latent_elements: int  # of one sample
+    batch: int = 1  # samples per data rank and micro-batch
+    accumulation: int = 1  # micro-batches per update
     ranks: int = 1
-    shard: int = 1
-    context: int = 1
-    param_bytes: int = 4
-    compute_bytes: int = 2
-    reduce_bytes: int = 4
-    fused: bool = True
-    gradient_sync: str = "last"
+    shard: int = 1  # `fsdp_shard_size`
+    context: int = 1  # `context_parallel_size`
+    param_bytes: int = 4  # master weights, optimiser, EMA
+    compute_bytes: int = 2  # activations, frozen weights
+    reduce_bytes: int = 4  # gradients
+    fused: bool = True  # the fused kernels run (CUDA), not the plain formulas
+    gradient_sync: str = "last"  # as in the training step's configuration
 
     def __post_init__(self) -> None:
-        shard = max(self.shard, self.context)
-        if self.ranks % shard or shard % self.context:
+        if self.ranks % self.shard_ranks or self.shard_ranks % self.context:
             raise ConfigError(
                 f"{self.ranks} ranks do not divide into shards of fsdp_shard_size={self.shard} with context_parallel_size={self.context}"
             )
@@ -174,10 +141,14 @@ class Job:
         """Samples per update."""
         return self.data_ranks * self.batch * self.accumulation
 
-    def is_sharded(self, net: NetPlan) -> bool:
-        """Whether FSDP2 wraps `net` (see `rcm.parallel.apply`)."""
+    def shards_of(self, net: NetPlan) -> int:
+        """Ranks over which FSDP2 spreads `net`; 0 where it does not wrap it (see `rcm.parallel.apply`)."""
         mixed = not self.param_bytes == self.compute_bytes == self.reduce_bytes
-        return self.ranks > 1 or (net.trained and mixed)
+        return self.shard_ranks if self.ranks > 1 or (net.trained and mixed) else 0
+
+    def stored(self, net: NetPlan) -> int:
+        """Parameters of `net` on rank 0."""
+        return net.elements(shard=max(1, self.shards_of(net)))
 
     def with_recompute(self, mode: Recompute) -> Job:
         """The same job with this recomputation in every trained network."""
@@ -187,8 +158,8 @@ class Job:
 @lru_cache(maxsize=1024)
 def visible_pairs(layout: TokenLayout, *, first_key: int = 0) -> int:
     """(query, key) pairs that the mask lets through, with keys from `first_key` on: what attention costs."""
-    total = 0
-    for segment in layout.mask.row_segments():
-        keys = sum(max(0, stop - max(start, first_key)) for start, stop in segment.intervals)
-        total += (segment.q_stop - segment.q_start) * keys
-    return total
+    return sum(
+        (segment.q_stop - segment.q_start) * max(0, stop - max(start, first_key))
+        for segment in layout.mask.row_segments()
+        for start, stop in segment.intervals
+    )
