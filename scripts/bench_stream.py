@@ -159,9 +159,10 @@ def steady(
     window: int = 7,
     sinks: int = 0,
     idle: bool = True,
+    **options: Any,
 ) -> dict[str, Any]:
     """A stream without end in its steady state: time per chunk, drift of time and memory, GPU idle share."""
-    spec = engine(recipe, policy=SlidingWindow(window, sinks))
+    spec = engine(recipe, policy=SlidingWindow(window, sinks), **options)
     with Session(denoiser, codec, prompt(denoiser), spec, device="cuda") as session:
         for _ in range(window + sinks + 6):
             session.step()

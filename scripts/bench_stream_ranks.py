@@ -22,7 +22,9 @@ from scripts.bench_stream import RECIPES, build, engine, prompt, steady
 
 
 def on_several(size: str, name: str, *, chunks: int) -> dict[str, Any]:
-    """One stream over 1, 2 and 4 ranks (Ulysses), decoded by the first: time per chunk, and latents against one rank. Collective."""
+    """One stream over 1, 2 and 4 ranks (Ulysses): time per chunk with the decoder on the first of them and, where all ranks of the launch
+    make the stream, in stages on two and on all; latents and pixels against those of one rank. Collective.
+    """
     rank, world, found, alone_latents = dist.get_rank(), dist.get_world_size(), {}, None
     for count in (n for n in (1, 2, 4) if n <= world):
         group = dist.new_group(list(range(count)))
@@ -30,18 +32,31 @@ def on_several(size: str, name: str, *, chunks: int) -> dict[str, Any]:
             denoiser = build(size)
             if count > 1:
                 shard_sequence(denoiser.net, group=group)
-            codec = WanVAECodec.random(device="cuda") if rank == 0 else None
+            codec = WanVAECodec.random(device="cuda") if rank == 0 or count == world else None
             with Session(denoiser, None, prompt(denoiser), engine(RECIPES[name], num_frames=9), device="cuda") as session:
                 latents = torch.cat([chunk.latents for chunk in session], dim=2)
             alone_latents = latents if alone_latents is None else alone_latents
-            row = steady(denoiser, codec, RECIPES[name], chunks=chunks, idle=False)
-            row["latents_error"] = float((latents - alone_latents).norm() / alone_latents.norm())
-            row["fps"] = 1e3 * 4 * RECIPES[name].blocks.chunk / row["chunk_ms"]
-            found[f"{count} ranks"] = row
+            for decode in sorted({1, 2, count} if count == world > 1 else {1}):
+                row = steady(denoiser, codec, RECIPES[name], chunks=chunks, idle=False, decode_ranks=decode)
+                row["latents_error"] = float((latents - alone_latents).norm() / alone_latents.norm())
+                row["fps"] = 1e3 * 4 * RECIPES[name].blocks.chunk / row["chunk_ms"]
+                found[f"{count} ranks, {decode} of them decode"] = row
+            if count == world > 1:
+                found["pixels of stages, largest difference"] = staged_difference(denoiser, codec, name)
             del denoiser, codec
         torch.cuda.empty_cache()
         dist.barrier()
     return found
+
+
+def staged_difference(denoiser: Denoiser, codec: WanVAECodec, name: str) -> float:
+    """Pixels of a short stream decoded in stages against those of its latents decoded on one card; 0 on the ranks without pixels."""
+    with Session(denoiser, codec, prompt(denoiser), engine(RECIPES[name], num_frames=9), device="cuda") as session:
+        chunks = list(session)
+    if chunks[0].images is None:
+        return 0.0
+    whole = codec.stream()
+    return max(float((whole.decode_chunk(chunk.latents) - chunk.frames).abs().max()) for chunk in chunks)
 
 
 def apart(denoiser: Denoiser, *, chunks: int) -> dict[str, Any]:

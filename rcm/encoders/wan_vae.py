@@ -60,7 +60,7 @@ class WanVAECodec:
         self.vae = vae.requires_grad_(False).eval()
         self.tile = tile
         self._path = None if path is None else str(path)
-        self._statistics = LatentStatistics(torch.tensor(MEANS, dtype=torch.float64), torch.tensor(DEVIATIONS, dtype=torch.float64))
+        self.statistics = LatentStatistics(torch.tensor(MEANS, dtype=torch.float64), torch.tensor(DEVIATIONS, dtype=torch.float64))
 
     @classmethod
     def from_file(
@@ -141,11 +141,11 @@ class WanVAECodec:
         frames = self.latent_frames_for(video.shape[2])
         cells = self.latent_size(video.shape[3], video.shape[4])
         if self.tile is None:
-            return encode_frames(self.vae, self._statistics, video, frames_per_step=frames_per_step)
+            return encode_frames(self.vae, self.statistics, video, frames_per_step=frames_per_step)
         total: Tensor | None = None
         for tile in plan_tiles(cells, tile=self.tile, scale=1):
             rows, columns = (slice(s.start * self.spatial_stride, s.stop * self.spatial_stride) for s in (tile.rows, tile.columns))
-            piece = encode_frames(self.vae, self._statistics, video[..., rows, columns], frames_per_step=frames_per_step)
+            piece = encode_frames(self.vae, self.statistics, video[..., rows, columns], frames_per_step=frames_per_step)
             if total is None:
                 total = piece.new_zeros(video.shape[0], self.latent_channels, frames, *cells)
             tile.add(piece, total, scale=1)
@@ -159,16 +159,16 @@ class WanVAECodec:
         """
         require_latents(latents, channels=self.latent_channels)
         if self.tile is not None:
-            return decode_in_tiles(self.vae, self._statistics, latents, tile=self.tile, frames_per_step=frames_per_step)
-        return DecodeStream(self.vae, self._statistics, frames_per_step=frames_per_step).decode_chunk(latents)
+            return decode_in_tiles(self.vae, self.statistics, latents, tile=self.tile, frames_per_step=frames_per_step)
+        return DecodeStream(self.vae, self.statistics, frames_per_step=frames_per_step).decode_chunk(latents)
 
     def stream(self, *, frames_per_step: int = 1, graphs: Graphs = "off") -> DecodeStream | TiledDecodeStream:
         """A fresh streaming decoder, for one video or one batch in step; any number of streams may be open. See `DecodeStream`."""
         if self.tile is None:
-            return DecodeStream(self.vae, self._statistics, frames_per_step=frames_per_step, graphs=graphs)
+            return DecodeStream(self.vae, self.statistics, frames_per_step=frames_per_step, graphs=graphs)
         if graphs != "off":
             raise ConfigError("graphs='on' is for whole frames; set tile=None or graphs='off'")
-        return TiledDecodeStream(self.vae, self._statistics, tile=self.tile, frames_per_step=frames_per_step)
+        return TiledDecodeStream(self.vae, self.statistics, tile=self.tile, frames_per_step=frames_per_step)
 
     def warm_up(self, size: tuple[int, int], *, batch: int = 1, frames_per_step: int = 1) -> Compiled:
         """Compile the kernels that a `stream` of videos of `size` = (H, W) pixels will launch, before its first frame (`compile_decoder`).

@@ -7,14 +7,14 @@ Nothing here knows latent statistics, files or streams; the codec (rcm/encoders/
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rcm.encoders.wan_vae_layers import EDGE, AttentionBlock, Conv, Resample, Resampling, ResidualBlock, RMSNorm, number_slots
-from rcm.encoders.wan_vae_state import StreamState
+from rcm.encoders.wan_vae_state import Slot, StreamState
 from rcm.kernels.vae_conv_pack import Form
 from rcm.kernels.vae_window import window
 from rcm.kernels.vae_window_eager import Features
@@ -89,11 +89,31 @@ class Decoder(nn.Module):
         self.slots = number_slots(self, self._order())
 
     def _order(self) -> Iterator[nn.Module]:
-        yield from (self.conv1, *self.middle, *self.upsamples, self.head)
+        yield from (self.conv1, *self.units, self.head)
 
-    def forward(self, latents: Tensor, state: StreamState) -> Tensor:
-        """Pixels of the next latent frames; `state` is advanced."""
-        return _run(latents, state, enter=self.conv1, blocks=(*self.middle, *self.upsamples), head=self.head)
+    @property
+    def units(self) -> tuple[nn.Module, ...]:
+        """The blocks in their order, between any two of which the decoder may be cut; the first convolution goes with the first of them,
+        the head with the last.
+        """
+        return (*self.middle, *self.upsamples)
+
+    def forward(self, x: Tensor, state: StreamState, units: range | None = None) -> Tensor:
+        """Pixels of the next latent frames; `state` is advanced. `units`: only those blocks, from the features before them to the features
+        behind them [B, T, H, W, C], rounded as the next block would.
+        """
+        blocks = self.units
+        part = units or range(len(blocks))
+        enter, head = self.conv1 if part.start == 0 else None, self.head if part.stop == len(blocks) else None
+        return _run(x, state, enter=enter, blocks=blocks[part.start : part.stop], head=head)
+
+    def slots_of(self, units: range) -> list[Slot]:
+        """`slots`, without frames for what lies outside of `units`."""
+        blocks = self.units
+        ends = [self.conv1] * (units.start == 0) + [self.head] * (units.stop == len(blocks))
+        convs = [m for block in (*blocks[units.start : units.stop], *ends) for m in block.modules() if isinstance(m, Conv)]
+        mine = {conv.slot for conv in convs}
+        return [slot if i in mine else replace(slot, frames=0) for i, slot in enumerate(self.slots)]
 
 
 class WanVAE(nn.Module):
@@ -142,9 +162,12 @@ class WanVAE(nn.Module):
         """State of one encoded video (or batch in step) of latent size `cells`."""
         return StreamState(self.encoder.slots, batch=batch, cells=cells, dtype=self.dtype, device=self.device)
 
-    def decoder_state(self, *, batch: int, cells: tuple[int, int]) -> StreamState:
-        """State of one decoded video (or batch in step) of latent size `cells`; 944,286,720 elements at 60x104 and base_dim 96."""
-        return StreamState(self.decoder.slots, batch=batch, cells=cells, dtype=self.dtype, device=self.device)
+    def decoder_state(self, *, batch: int, cells: tuple[int, int], units: range | None = None) -> StreamState:
+        """State of one decoded video (or batch in step) of latent size `cells`; 944,286,720 elements at 60x104 and base_dim 96. `units`:
+        what those blocks of the decoder remember.
+        """
+        slots = self.decoder.slots if units is None else self.decoder.slots_of(units)
+        return StreamState(slots, batch=batch, cells=cells, dtype=self.dtype, device=self.device)
 
     def encode_step(self, pixels: Tensor, state: StreamState) -> Tensor:
         """Latent means [B, T', h, w, C] of the next pixel frames [B, T, H, W, 3]: one frame first, then multiples of 4.
@@ -154,9 +177,9 @@ class WanVAE(nn.Module):
         moments = self.conv1.pointwise(self.encoder(pixels, state))
         return moments[..., : self.config.latent_channels]
 
-    def decode_step(self, latents: Tensor, state: StreamState) -> Tensor:
-        """Pixels [B, T', H, W, 3] of the next latent frames [B, T, h, w, C]: one frame first, then any number."""
-        return self.decoder(self.conv2.pointwise(latents), state)
+    def decode_step(self, x: Tensor, state: StreamState, units: range | None = None) -> Tensor:
+        """Pixels [B, T', H, W, 3] of the next latent frames [B, T, h, w, C]: one frame first, then any number. `units`: see `Decoder`."""
+        return self.decoder(x if units is not None and units.start else self.conv2.pointwise(x), state, units)
 
 
 def _middle(width: int) -> nn.ModuleList:
@@ -167,11 +190,16 @@ def _head(channels_in: int, channels_out: int) -> nn.ModuleDict:
     return nn.ModuleDict({"0": RMSNorm(channels_in), "2": Conv(channels_in, channels_out, taps=(3, 3, 3), carries=2)})
 
 
-def _run(x: Tensor, state: StreamState, *, enter: Conv, blocks: tuple[nn.Module, ...], head: nn.ModuleDict) -> Tensor:
-    """First convolution, blocks, then norm, SiLU and last convolution; marks the first frame as passed."""
-    features = Features(enter.over(window(Features(x), carried=state.frames(enter), border=EDGE).padded), enter.bias)
+def _run(x: Tensor, state: StreamState, *, enter: Conv | None, blocks: tuple[nn.Module, ...], head: nn.ModuleDict | None) -> Tensor:
+    """First convolution, blocks, then norm, SiLU and last convolution, where they are given; marks the first frame as passed."""
+    features = Features(x)
+    if enter is not None:
+        features = Features(enter.over(window(features, carried=state.frames(enter), border=EDGE).padded), enter.bias)
     for block in blocks:
         features = block(features, state)
+    if head is None:
+        state.started = True
+        return window(features).padded
     last = head["2"]
     padded = window(features, gamma=head["0"].flat(), norm="rms_silu", carried=state.frames(last), border=EDGE).padded
     del features

@@ -109,16 +109,20 @@ class DecodeStream:
             self._state = self._vae.decoder_state(batch=batch, cells=(cells[0], cells[1]))
         self._state.require_fit(batch=batch, cells=(cells[0], cells[1]), device=self._vae.device, dtype=self._vae.dtype)
         frames = TEMPORAL_STRIDE * count - (0 if self._state.started else TEMPORAL_STRIDE - 1)
-        height, width = (SPATIAL_STRIDE * n for n in cells)
-        pixels = latents.new_empty(batch, 3, frames, height, width, device=self._vae.device)
-        done = 0
+        size = (batch, 3, frames, SPATIAL_STRIDE * cells[0], SPATIAL_STRIDE * cells[1])
         self._half_done = True
         with network_scope(self._vae):
-            for part in _steps(count, first_alone=not self._state.started, most=self._frames_per_step):
-                piece = self._step(self._prepared(latents[:, :, part]))
-                pixels[:, :, done : done + piece.shape[1]] = piece.permute(0, 4, 1, 2, 3)
-                done += piece.shape[1]
+            pixels = self._through(latents, size)
         self._half_done = False
+        return pixels
+
+    def _through(self, latents: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Pixels of `size` of checked latents, part by part."""
+        pixels, done = latents.new_empty(size, device=self._vae.device), 0
+        for part in steps_of(latents.shape[2], first_alone=not self._state.started, most=self._frames_per_step):
+            piece = self._step(self._prepared(latents[:, :, part]))
+            pixels[:, :, done : done + piece.shape[1]] = piece.permute(0, 4, 1, 2, 3)
+            done += piece.shape[1]
         return pixels
 
     def restart(self) -> None:
@@ -267,7 +271,7 @@ def encode_frames(vae: WanVAE, statistics: LatentStatistics, video: Tensor, *, f
     state, statistics = vae.encoder_state(batch=batch, cells=cells), statistics.to(vae.device)
     pieces = []
     with network_scope(vae):
-        for part in _steps(count, first_alone=True, most=frames_per_step):
+        for part in steps_of(count, first_alone=True, most=frames_per_step):
             frames = video[:, :, part].to(vae.device, vae.dtype).permute(0, 2, 3, 4, 1)
             means = vae.encode_step(frames, state)
             wide = means.to(torch.promote_types(means.dtype, torch.float32))
@@ -291,7 +295,7 @@ def network_scope(vae: WanVAE | ChunkDecoder) -> Iterator[None]:
         yield
 
 
-def _steps(count: int, *, first_alone: bool, most: int) -> Iterator[slice]:
+def steps_of(count: int, *, first_alone: bool, most: int) -> Iterator[slice]:
     """Consecutive slices of `count` frames: the first alone if nothing came before, then at most `most`."""
     start = 0
     if first_alone and count:

@@ -21,7 +21,7 @@ from rcm.diffusion.time import rf_to_timestep
 from rcm.diffusion.wan_as_trigflow import rf_point, trig_F
 from rcm.nets.condition import Condition
 from rcm.nets.kv_cache import KVCache
-from rcm.nets.kv_store import KVCodec
+from rcm.nets.kv_coded import KVCodec
 from rcm.nets.kv_view import CacheView, Keys, Observer
 from rcm.nets.layout import TokenLayout
 from rcm.nets.rope import RopeTables
@@ -86,6 +86,11 @@ class VelocityModel:
         """`cond` with everything that depends on the prompt alone computed once, for passes without gradient."""
         raise NotImplementedError  # a model says this itself
 
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that compute each forward together."""
+        return 1
+
 
 class Denoiser(VelocityModel):
     """A network with its precision policy. `net` is a `WanDiT` or a parallelised one."""
@@ -141,6 +146,12 @@ class Denoiser(VelocityModel):
         """See `VelocityModel`; for a network that is not sharded."""
         weight = self.net.patch_embedding.weight
         return self.net.prepare(cond.to(device=weight.device, dtype=self.precision.compute))
+
+    @property
+    def num_ranks(self) -> int:
+        """See `VelocityModel`."""
+        group = getattr(getattr(self.net, "enter", None), "group", None)
+        return 1 if group is None else group.size()
 
     def eval_params(self) -> Self:
         """Freeze the network's parameters and set it to evaluation, for teachers; returns itself."""
@@ -217,6 +228,11 @@ class Guided(VelocityModel):
     def fused(self) -> str:
         """See `VelocityModel`."""
         return self.denoiser.fused
+
+    @property
+    def num_ranks(self) -> int:
+        """See `VelocityModel`."""
+        return self.denoiser.num_ranks
 
     def prepare(self, cond: Condition) -> Condition:
         """See `VelocityModel`. Prepares the positive branch; give the constructor a prepared negative for the other."""

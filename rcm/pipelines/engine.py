@@ -7,8 +7,9 @@ fill-up replays one graph per length of the past, and everything after the windo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,19 +19,21 @@ from rcm.kernels.cuda_graph import CudaGraph
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import PairedView, VelocityModel
 from rcm.nets.kv_cache import KVCache
-from rcm.nets.kv_store import Spans
+from rcm.nets.kv_coded import CodedStore, Group
+from rcm.nets.kv_store import Piece
 from rcm.nets.kv_view import CacheView
-from rcm.nets.layers import RMSNorm
 from rcm.nets.layout import TokenLayout
 from rcm.nets.rope import RopePair, RopeTable
+from rcm.pipelines.captured_views import CodedView, StaticView
 from rcm.rollout.autoregressive import ChunkLoop, View, time_tensor
 from rcm.rollout.eviction.base import Placement
 
 
 class CapturedLoop(ChunkLoop):
     """A `ChunkLoop` that replays graphs. The first pass of a chunk size runs eagerly, which compiles kernels and allocates the
-    cache; passes that a graph cannot serve (a coded cache, an observed pass, positions per sample, a view of a part of the cache)
-    run eagerly, too.
+    cache, and over a coded cache so does the first that encodes; passes that a graph cannot serve (an observed pass, positions per
+    sample, a view of a part of a plain cache, a coded cache with plain newest chunks or a codec that is not read by address) run eagerly,
+    too.
 
     A context pass has a graph of its own, which is shorter, once its length of the past has come before: until then, while a window fills
     up, it replays that of the denoising step, which does all that it needs, too.
@@ -41,7 +44,7 @@ class CapturedLoop(ChunkLoop):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.counts = {"replayed": 0, "captured": 0, "eager": 0}
-        self._graphs: dict[tuple[int, int, bool], CudaGraph] = {}
+        self._graphs: dict[_Key, CudaGraph] = {}
         self._filled: set[tuple[int, int]] = set()
         self._inputs: dict[int, _Inputs] = {}
         self._pool = None
@@ -71,7 +74,8 @@ class CapturedLoop(ChunkLoop):
             return
         inputs.set(x, None, t=t, t_next=0.0)
         length = (len(frame_index), layout.context_tokens)
-        self._replay(inputs, view, layout, context_only=length in self._filled or (*length, False) not in self._graphs)
+        shared = inputs.kinds is None and length not in self._filled and (*length, None, False) in self._graphs
+        self._replay(inputs, view, layout, context_only=not shared)
         self._filled.add(length)
 
     def close(self) -> None:
@@ -87,7 +91,7 @@ class CapturedLoop(ChunkLoop):
         if inputs is None or not self._begin(view, layout):
             self.counts["eager"] += 1
             return None
-        inputs.place(_branches(view), layout, self.denoiser)
+        inputs.place(_branches(view), [_codes(branch) for branch in _branches(view)], layout, self.denoiser)
         inputs.prompt(cond)
         return inputs
 
@@ -96,7 +100,7 @@ class CapturedLoop(ChunkLoop):
             self._inputs[layout.num_frames] = _Inputs(x, cond, layout, fused=self.denoiser.fused != "off")
 
     def _replay(self, inputs: _Inputs, view: View, layout: TokenLayout, *, context_only: bool) -> None:
-        key = (layout.num_frames, layout.context_tokens, context_only)
+        key = (layout.num_frames, layout.context_tokens, inputs.kinds, context_only)
         if key not in self._graphs:
             self._graphs[key] = self._captured(inputs, layout, context_only=context_only)
             self.counts["captured"] += 1
@@ -107,7 +111,12 @@ class CapturedLoop(ChunkLoop):
 
     def _captured(self, inputs: _Inputs, layout: TokenLayout, *, context_only: bool) -> CudaGraph:
         """One pass over a past of one length, as a graph; all share one pool of memory, since none runs beside another."""
-        views = [_StaticView(c, inputs, i, layout) for i, c in enumerate(self.cache.branches)]
+        views = [
+            StaticView(cache, inputs, i, layout)
+            if inputs.kinds is None
+            else CodedView(cache, inputs, i, layout, groups=inputs.groups[i, inputs.kinds], appends=inputs.kinds[i].appends)
+            for i, cache in enumerate(self.cache.branches)
+        ]
         view = views[0] if isinstance(self.cache, KVCache) else PairedView(views[0], views[1] if len(views) > 1 else None)
 
         def enter() -> None:
@@ -125,13 +134,46 @@ class CapturedLoop(ChunkLoop):
 
     def _begin(self, view: View, layout: TokenLayout) -> bool:
         """Find the slots of the pass; whether a graph can serve it."""
-        ok = all(cache.store.in_place for cache in self.cache.branches)
+        ok = True
         for branch in _branches(view):
             if not ok or branch.observer is not None or branch.mode == "readonly":
                 return False
             branch.begin(layout)
-            ok = branch.is_one_run and (branch.keys == "post_rope" or branch.positions(layout).frames is not None)
+            ok = branch.can_be_captured and (branch.keys == "post_rope" or branch.positions(layout).frames is not None)
         return ok
+
+
+class _Kind(NamedTuple):
+    """What tells captured passes over a coded cache apart: whether they append, tokens of the chunks in order, and what moved meanwhile."""
+
+    appends: bool
+    sizes: tuple[int, ...]
+    generation: tuple[int, int]
+
+
+class _Codes(NamedTuple):
+    """Codes that a pass reads, its own chunk included if it appends."""
+
+    kind: _Kind
+    pieces: tuple[Piece, ...]
+    groups: Sequence[Group]
+
+
+_Kinds = tuple[_Kind, ...]
+_Key = tuple[int, int, _Kinds | None, bool]
+"""Frames of the chunk, tokens of the past, what the codes of each branch are (None: plain caches), whether it ends at the last keys."""
+
+
+def _codes(branch: CacheView) -> _Codes | None:
+    """The codes of a pass; None where the cache is plain. An append is given memory for its own."""
+    store, own = branch.store, branch.own_chunk
+    if not isinstance(store, CodedStore):
+        return None
+    if own is not None:
+        store.reserve(own.id, own.num_tokens)
+    pieces = tuple(Piece(0, c.num_tokens, c.id, 0) for c in (*branch.visible, *([] if own is None else [own])))
+    sizes = tuple(piece.stop for piece in pieces)
+    return _Codes(_Kind(own is not None, sizes, store.generation), pieces, store.groups(pieces))
 
 
 class _Inputs:
@@ -144,10 +186,11 @@ class _Inputs:
         self.slots = torch.zeros(layout.num_tokens, dtype=torch.int64, device=x.device)
         self.cond = cond.copies()
         self._prompt: Condition | None = cond
-        self._spans: Spans | None = None
         self._placed: tuple[Any, ...] | None = None
         self.query: RopeTable | None = None
         self.keys: dict[int, list[RopeTable]] = {}
+        self.kinds: _Kinds | None = None
+        self.groups: dict[tuple[int, _Kinds], list[Group]] = {}
 
     def set(self, x: Tensor, noise: Tensor | None, *, t: float, t_next: float) -> None:
         """Latents and times of a step."""
@@ -164,13 +207,19 @@ class _Inputs:
         _copy_tensors(self.cond, cond)
         self._prompt = cond
 
-    def place(self, branches: list[CacheView], layout: TokenLayout, denoiser: VelocityModel) -> None:
-        """Slots and rotary tables of a chunk; nothing if they are those of the pass before."""
-        placed = (branches[0].own_spans, layout.frame_index, tuple(b.keys == "pre_rope" and b.positions(layout).frames for b in branches))
+    def place(
+        self, branches: list[CacheView], codes: Sequence[_Codes | None], layout: TokenLayout, denoiser: VelocityModel
+    ) -> None:
+        """Slots, rotary tables and codes of a chunk; nothing if they are those of the pass before."""
+        kinds = tuple(found.kind for found in codes if found is not None)
+        self.kinds = kinds or None
+        spans = branches[0].own_spans if not kinds else ((layout.context_tokens, layout.context_tokens + layout.num_tokens),)
+        turned = tuple(b.keys == "pre_rope" and b.positions(layout).frames for b in branches)
+        placed = (spans, layout.frame_index, turned, tuple(found and found[:2] for found in codes))
         if placed == self._placed:
             return
         self._placed, at = placed, 0
-        for start, stop in branches[0].own_spans:
+        for start, stop in spans:
             torch.arange(start, stop, out=self.slots[at : at + stop - start])
             at += stop - start
         rope, dtype, device = denoiser.rope, torch.promote_types(denoiser.compute_dtype, torch.float32), self.x.device
@@ -181,64 +230,15 @@ class _Inputs:
                 known = self.keys.setdefault(layout.context_tokens, [])
                 table = rope.at(branch.positions(layout), device=device, dtype=dtype)
                 known[i : i + 1] = [_static(known[i] if i < len(known) else None, table)]
+        for i, found in enumerate(codes):
+            if found is not None:
+                held = self.groups.setdefault((i, kinds), [])
+                held[:] = [_same_place(*pair) for pair in zip_longest(held, found.groups)]
 
     def tables(self, branch: int, context_tokens: int) -> RopePair:
         """Rotary tables of one branch over a past of so many tokens."""
         keys = self.keys.get(context_tokens)
         return RopePair(self.query, self.query if not keys else keys[branch])
-
-
-class _StaticView(CacheView):
-    """A view whose slots and tables are device data: what it writes and reads was found by the view of the pass at hand."""
-
-    def __init__(self, cache: KVCache, inputs: _Inputs, branch: int, layout: TokenLayout) -> None:
-        super().__init__(cache, "transient", ())
-        self.prefix_tokens, self._inputs = layout.context_tokens, inputs
-        self._total = layout.context_tokens + layout.num_tokens
-        self.tables, self.fused = inputs.tables(branch, layout.context_tokens), inputs.fused
-
-    def begin(self, layout: TokenLayout) -> None:
-        """Nothing: see the class."""
-
-    def layer(self, index: int) -> _StaticLayer:
-        """See `CacheView`."""
-        return _StaticLayer(self, index)
-
-
-class _StaticLayer:
-    """One layer of a `_StaticView`."""
-
-    appends = False
-
-    def __init__(self, view: _StaticView, index: int) -> None:
-        self.keys, self.prefix_tokens = view.keys, view.prefix_tokens
-        self._pair, self._slots, self._total = view._cache.store.buffers[index], view._inputs.slots, view._total
-        self.takes_projections = view.fused and self._pair[0].is_cuda and self._pair[0].dtype != torch.float64
-
-    def enter(self, projected: tuple[Tensor, ...], norms: tuple[RMSNorm, RMSNorm], table: RopeTable) -> tuple[Tensor, Tensor, Tensor]:
-        """Turned queries [B, L, N, D] of the projections q, k, v [B, L, E], and all keys and values with this pass's own among them."""
-        from rcm.kernels.fused.enter_cache import enter_cache  # Triton is imported only on CUDA
-
-        q = enter_cache(
-            projected,
-            tuple(norm.weight for norm in norms),
-            table.per_pair,
-            self._slots,
-            self._pair,
-            eps=norms[0].eps,
-            rotate_keys=self.keys == "post_rope",
-        )
-        return q, *(x[:, : self._total] for x in self._pair)
-
-    def observe(self, q: Tensor, k: Tensor) -> None:
-        """Nobody asked."""
-
-    def assemble(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See `LayerView`."""
-        for buffer, x in zip(self._pair, (k, v), strict=True):
-            buffer.index_copy_(1, self._slots, x)
-        keys, values = self._pair
-        return keys[:, : self._total], values[:, : self._total]
 
 
 class DecodeLane:
@@ -252,7 +252,9 @@ class DecodeLane:
         self._codec, self._to_host = codec, to_host
         self._cuda = device.type == "cuda"
         self._device = torch.device(getattr(codec, "device", device)) if self._cuda else device
-        self._stream = torch.cuda.Stream(self._device) if own_stream else None
+        # beside transfers between ranks (rcm/parallel/links.py) no hardware queue may be shared with the denoiser
+        priority = -1 if getattr(codec, "collective", False) else 0
+        self._stream = torch.cuda.Stream(self._device, priority=priority) if own_stream else None
         self._captures = graphs == "on" and getattr(codec, "captures", False)
         self._decoder = self._opened()
 
@@ -267,24 +269,25 @@ class DecodeLane:
         return self._codec.stream(graphs="on") if self._captures else self._codec.stream()
 
     def decode(self, latents: Tensor) -> Decoding:
-        """Start decoding the next latents."""
+        """Start decoding the next latents. No pixels come of it where another rank has the last stage of the decoder."""
         if not self._cuda:
             frames = self._decoder.decode_chunk(latents)
-            return Decoding(frames, _images(frames) if self._to_host else None, None)
+            return Decoding(frames, _images(frames) if self._to_host and frames is not None else None, None)
         ready = torch.cuda.current_stream(latents.device).record_event()
         now = torch.cuda.current_stream(self._device)
         lane = self._stream or now
         with torch.cuda.device(self._device), torch.cuda.stream(lane):
             lane.wait_event(ready)
             frames, images = self._decoder.decode_chunk(latents.to(self._device, non_blocking=True)), None
-            if self._to_host:
+            if self._to_host and frames is not None:
                 pixels = _images(frames)
                 images = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
                 images.copy_(pixels, non_blocking=True)
             done = lane.record_event()
         if lane is not now:
             latents.record_stream(lane)
-            frames.record_stream(now)
+            if frames is not None:
+                frames.record_stream(now)
         return Decoding(frames, images, done)
 
     def state(self) -> Any:
@@ -307,10 +310,10 @@ class DecodeLane:
 class Decoding:
     """Pixels on their way."""
 
-    def __init__(self, frames: Tensor, images: Tensor | None, done: torch.cuda.Event | None) -> None:
+    def __init__(self, frames: Tensor | None, images: Tensor | None, done: torch.cuda.Event | None) -> None:
         self._frames, self._images, self._done = frames, images, done
 
-    def result(self) -> tuple[Tensor, Tensor | None]:
+    def result(self) -> tuple[Tensor | None, Tensor | None]:
         """Pixels and host images, once they are there."""
         if self._done is not None:
             self._done.synchronize()
@@ -336,6 +339,14 @@ def _static(mine: RopeTable | None, table: RopeTable) -> RopeTable:
     mine.sin.copy_(table.sin)
     for x, y in zip(mine.per_pair, table.per_pair, strict=True):
         x.copy_(y)
+    return mine
+
+
+def _same_place(mine: Group | None, group: Group) -> Group:
+    """`group` in memory that graphs may read: made at the first call, overwritten later."""
+    if mine is None:
+        return group._replace(addresses=group.addresses.clone(), starts=group.starts.clone())
+    mine.addresses.copy_(group.addresses)
     return mine
 
 

@@ -22,6 +22,7 @@ from rcm.nets.condition import Condition
 from rcm.nets.denoiser import VelocityModel
 from rcm.nets.kv_view import CachedChunk
 from rcm.pipelines.engine import CapturedLoop, DecodeLane
+from rcm.pipelines.shared_decoder import shared_decoder
 from rcm.pipelines.stream_spec import Receipt, StreamedChunk, StreamSpec, SwitchMode, count_prefix_blocks
 from rcm.rollout.autoregressive import Canvas, ChunkLoop, ChunkResult
 from rcm.rollout.noise import ChunkNoise, Noise, VideoNoise
@@ -38,7 +39,7 @@ class SwitchRefused(ConfigError):
 
 
 class Session:
-    """A stream that is under way. `codec` None: latents only (chunks carry them as `frames`, too).
+    """A stream that is under way. `codec` None, or another rank's to decode with: latents only (chunks carry them as `frames`, too).
 
     `prefix` [B, C, k, h, w]: given first frames (an image, or the start of a clip), entered as clean context and handed out unchanged. With
     noisy context from block 0 the prefix is noised to the first generated chunk's last time (the release's image-to-video). State in
@@ -60,6 +61,8 @@ class Session:
             raise ConfigError(f"graphs='on' needs a CUDA device, the stream is on {self.device}; use graphs='off'")
         self._begin(cond, prefix)
         self._loop = self._new_loop(denoiser)
+        if denoiser.num_ranks > 1:
+            codec = shared_decoder(codec, ranks=spec.decode_ranks, sharing=denoiser.num_ranks)
         lane = spec.look_ahead and self.device.type == "cuda"
         options = {"device": self.device, "own_stream": lane, "graphs": spec.graphs, "to_host": spec.to_host}
         self._lane = None if codec is None else DecodeLane(codec, **options)
@@ -149,7 +152,8 @@ class Session:
                 self._ahead = self._produce()
             except SwitchRefused as error:  # this chunk is whole: the next step tells
                 self._refused = error
-        frames, images = (latents, None) if decoding is None else decoding.result()
+        frames, images = (None, None) if decoding is None else decoding.result()
+        frames = latents if frames is None else frames
         return StreamedChunk(block, latents, frames, time.perf_counter() - self._begun, images)
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
-from rcm.nets.kv_store import KVCodec
+from rcm.nets.kv_coded import KVCodec
 from rcm.nets.kv_view import Keys
 from rcm.rollout.eviction.base import CachePolicy
 from rcm.rollout.recipe import SamplingRecipe
@@ -89,6 +89,8 @@ class StreamSpec:
                   one chunk later.
     first_alone   the first latent frame is decoded and handed out before the rest of its chunk.
     to_host       chunks carry `images` in pinned host memory.
+    decode_ranks  of the ranks that make a stream together, how many decode (the Wan decoder in stages, one per rank); None: up to four.
+                  Only rank 0 has pixels.
     """
 
     recipe: SamplingRecipe
@@ -107,6 +109,7 @@ class StreamSpec:
     look_ahead: bool = False
     first_alone: bool = False
     to_host: bool = False
+    decode_ranks: int | None = None
 
     def __post_init__(self) -> None:
         if self.noise not in ("chunk", "video"):
@@ -115,6 +118,8 @@ class StreamSpec:
             raise ConfigError(f"graphs={self.graphs!r} is not one of 'on', 'off'")
         if self.batch < 1:
             raise ConfigError(f"batch={self.batch} must be at least 1 video")
+        if self.decode_ranks is not None and self.decode_ranks < 1:
+            raise ConfigError(f"decode_ranks={self.decode_ranks} must be 1 or more; leave it out to let up to four ranks decode")
         if self.hot_chunks < 0:
             raise ConfigError(f"hot_chunks={self.hot_chunks} must be 0 or more")
         if self.keys not in (None, "post_rope", "pre_rope"):

@@ -1,0 +1,155 @@
+"""The Wan decoder in stages, each on a rank of its own: a stage decodes one latent frame while the next stage decodes the one before.
+
+What goes from stage to stage is the rounded sum that the next block would make first, so pixels are those of the whole decoder, bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rcm.encoders.wan_vae import WanVAECodec
+from rcm.encoders.wan_vae_layers import Conv, NearestThenConv, Resample, ResidualBlock
+from rcm.encoders.wan_vae_net import Decoder, WanVAE
+from rcm.encoders.wan_vae_state import StreamState
+from rcm.encoders.wan_vae_stream import DecodeStream, Graphs, LatentStatistics, steps_of
+
+NARROW = 72
+"""A convolution of C channels takes 1 + NARROW / C times as long as its arithmetic says: at 96 channels, where a third of the arithmetic
+is, half of the time is spent."""
+AHEAD = 2
+"""Latent frames that a stage is ready to receive before it needs them."""
+
+
+class Sink(Protocol):
+    """Where a stage's results go."""
+
+    def send(self, x: Tensor) -> None:
+        """Hand over `x`, which is not written again."""
+        ...
+
+
+class Source(Protocol):
+    """Where a stage's inputs come from, in the order in which they are expected."""
+
+    def expect(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> None:
+        """Be ready for the next one."""
+        ...
+
+    def take(self) -> Tensor:
+        """The oldest that is expected."""
+        ...
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What stands between two blocks of a decoder in its steady state: `frames` per latent frame, `scale` pixels per latent cell."""
+
+    channels: int
+    frames: int
+    scale: int
+
+
+def stages_of(decoder: Decoder, count: int) -> list[range]:
+    """The blocks of `decoder` as `count` stages, the longest of which is as short as can be. `ValueError` for more stages than blocks."""
+    costs = [_cost(block, boundary_before(decoder, i)) for i, block in enumerate(decoder.units)]
+    if not 1 <= count <= len(costs):
+        raise ValueError(f"a decoder of {len(costs)} blocks makes 1 to {len(costs)} stages, not {count}")
+    choices = ([0, *cuts, len(costs)] for cuts in combinations(range(1, len(costs)), count - 1))
+    best = min(choices, key=lambda bounds: max(sum(costs[a:b]) for a, b in pairwise(bounds)))
+    return [range(a, b) for a, b in pairwise(best)]
+
+
+def boundary_before(decoder: Decoder, unit: int) -> Boundary:
+    """What block `unit` of `decoder` is given."""
+    channels, frames, scale = decoder.conv1.weight.shape[0], 1, 1
+    for block in decoder.units[:unit]:
+        if isinstance(block, ResidualBlock):
+            channels = block.residual["6"].weight.shape[0]
+        if isinstance(block, Resample):
+            channels, scale = block.resample["1"].weight.shape[0], 2 * scale
+            frames *= 2 if block.kind == "up3d" else 1
+    return Boundary(channels, frames, scale)
+
+
+def _cost(block: torch.nn.Module, at: Boundary) -> float:
+    """Time of a block per latent frame, up to a factor."""
+    total = 0.0
+    for conv in (m for m in block.modules() if isinstance(m, Conv)):
+        # four pixels of twice the image, with 4 of 9 taps
+        taps, frames = (16 / 9, at.frames * (2 if block.kind == "up3d" else 1)) if isinstance(conv, NearestThenConv) else (1, at.frames)
+        total += conv.weight.numel() * taps * frames * at.scale**2 * (1 + NARROW / conv.weight.shape[1])
+    return total
+
+
+class StagedCodec:
+    """One stage of a codec's decoder, as a codec whose streams are stepped on all stages together, with the same latents. The last stage's
+    streams return pixels, the others None. `collective` tells whoever runs it that it waits for other ranks.
+    """
+
+    collective = True
+
+    def __init__(self, codec: WanVAECodec, units: range, *, source: Source | None, sink: Sink | None) -> None:
+        self.codec, self.units, self._source, self._sink = codec, units, source, sink
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.codec, name)
+
+    def stream(self, *, graphs: Graphs = "off") -> StageStream:
+        """A fresh streaming decoder."""
+        part = _Part(self.codec.vae, self.units)
+        return StageStream(part, self.codec.statistics, graphs=graphs, source=self._source, sink=self._sink)
+
+
+class _Part:
+    """Some blocks of a decoder, as a `ChunkDecoder`."""
+
+    def __init__(self, vae: WanVAE, units: range) -> None:
+        self.vae, self.units = vae, units
+        self.decoder_state: Callable[..., StreamState] = lambda **shape: vae.decoder_state(units=units, **shape)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.vae, name)
+
+    def decode_step(self, x: Tensor, state: StreamState) -> Tensor:
+        """See `ChunkDecoder`."""
+        return self.vae.decode_step(x, state, self.units)
+
+
+class StageStream(DecodeStream):
+    """A `DecodeStream` of one stage, one latent frame at a time."""
+
+    def __init__(self, part: _Part, statistics: LatentStatistics, *, graphs: Graphs, source: Source | None, sink: Sink | None) -> None:
+        super().__init__(part, statistics, graphs=graphs)
+        self._source, self._sink = source, sink
+        self._before = boundary_before(part.vae.decoder, part.units.start)
+
+    def _through(self, latents: Tensor, size: tuple[int, ...]) -> Tensor | None:
+        pixels = latents.new_empty(size, device=self._vae.device) if self._sink is None else None
+        parts, done = list(steps_of(latents.shape[2], first_alone=not self._state.started, most=1)), 0
+        expected = [self._expected(first=i == 0 and not self._state.started) for i in range(len(parts))]
+        for shape in expected[:AHEAD]:
+            self._expect(shape)
+        for i, part in enumerate(parts):
+            piece = self._step(self._prepared(latents[:, :, part]) if self._source is None else self._source.take())
+            for shape in expected[i + AHEAD : i + AHEAD + 1]:
+                self._expect(shape)
+            if pixels is None:
+                self._sink.send(piece if self._graphs == "off" else piece.clone())  # the next replay writes it again
+            else:
+                pixels[:, :, done : done + piece.shape[1]] = piece.permute(0, 4, 1, 2, 3)
+                done += piece.shape[1]
+        return pixels
+
+    def _expected(self, *, first: bool) -> tuple[int, ...]:
+        at, (height, width) = self._before, self._state.cells
+        return self._state.batch, 1 if first else at.frames, at.scale * height, at.scale * width, at.channels
+
+    def _expect(self, shape: tuple[int, ...]) -> None:
+        if self._source is not None:
+            self._source.expect(shape, dtype=self._vae.dtype, device=self._vae.device)
