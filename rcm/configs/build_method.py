@@ -81,19 +81,13 @@ class _Parts:
     def guided(self, teacher: VelocityModel, scale: float) -> VelocityModel:
         return Guided(teacher, self._negative(), scale) if scale > 1 else teacher
 
-    def student(self, default: str = "") -> VelocityModel:
-        return self.nets.trained(self.config.net, knob="net", checkpoint=self.config.student_ckpt or default)
-
-    def fake_score(self, teacher_ckpt: str) -> VelocityModel:
-        return self.nets.trained(self.config.net_fake_score, knob="net_fake_score", checkpoint=self.config.fake_score_ckpt or teacher_ckpt)
-
 
 class _Causal(_Parts):
     config: CausalConfig
 
     def build(self) -> Method:
         c = self.config
-        student = self.student()
+        student = self.nets.trained("net")
         if c.training_type == "bidirectional":
             return BidirectionalDiffusion(student, law=time_law(c.p_G), weight=self._weight(), loss_scale=c.loss_scale)
         forcing = TeacherForcing(BlockPattern(c.first_chunk_t, c.chunk_t))
@@ -125,7 +119,7 @@ class _Causal(_Parts):
 
     def _teacher(self) -> VelocityModel:
         c = self.config
-        teacher = self.nets.frozen(c.net_causal_teacher, knob="net_causal_teacher", checkpoint=c.causal_teacher_ckpt)
+        teacher = self.nets.frozen("net_causal_teacher")
         return self.guided(teacher, c.causal_guidance)
 
     def _context(self) -> ContextRule:
@@ -155,11 +149,11 @@ class _Causal(_Parts):
 
     def _self_forced(self, student: VelocityModel, forcing: TeacherForcing) -> Method:
         c = self.config
-        teacher = self.nets.frozen(c.net_bidirectional_teacher, knob="net_bidirectional_teacher", checkpoint=c.bidirectional_teacher_ckpt)
+        teacher = self.nets.frozen("net_bidirectional_teacher")
         return SelfForcedDMD(
             student,
             self.guided(teacher, c.bidirectional_guidance),
-            self.fake_score(c.bidirectional_teacher_ckpt),
+            self.nets.trained("net_fake_score"),
             forcing=forcing,
             schedule=step_schedule(c),
             law=time_law(c.p_D),
@@ -176,8 +170,8 @@ class _RCM(_Parts):
 
     def build(self) -> Method:
         c = self.config
-        student = self.student(c.teacher_ckpt)
-        teacher = self.guided(self.nets.frozen(c.net_teacher, knob="net_teacher", checkpoint=c.teacher_ckpt), c.teacher_guidance)
+        student = self.nets.trained("net")
+        teacher = self.guided(self.nets.frozen("net_teacher"), c.teacher_guidance)
         consistency = self._consistency(student, teacher) if c.loss_scale > 0 else None
         if c.net_fake_score is None or c.loss_scale_dmd <= 0:
             return consistency
@@ -214,7 +208,7 @@ class _RCM(_Parts):
         return DistributionMatching(
             student,
             teacher,
-            self.fake_score(c.teacher_ckpt),
+            self.nets.trained("net_fake_score"),
             law=law,
             simulation=BackwardSimulation(c.max_simulation_steps_fake, law, fixed),
             alternation=Alternation(c.student_update_freq, warmup=warmup),

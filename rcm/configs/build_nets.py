@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from loguru import logger
-from torch import nn
+from torch import Tensor, nn
 
+from rcm.configs.bases import TRAINED, Base, alpha_of, base_of, checkpoint_of, roles_on
 from rcm.configs.network import wan_config
 from rcm.configs.schema_model import CausalConfig, CommonModelConfig, NetConfig
 from rcm.core.dtypes import Precision
@@ -17,13 +19,16 @@ from rcm.core.errors import CheckpointError
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.attention import configured
 from rcm.nets.denoiser import Denoiser
+from rcm.nets.lora import AdaptedNet, attach, initial_factors
+from rcm.nets.wan.adapters import adapted_layers
 from rcm.nets.wan.model import WanDiT
-from rcm.parallel.agree import on_first
+from rcm.parallel.agree import on_first, shared
 from rcm.parallel.apply import parallelize
-from rcm.parallel.init import check_equal, initialise, load_full, materialise, on_meta
+from rcm.parallel.init import check_equal, drawn_weights, load_full, materialise, on_meta
 from rcm.parallel.mesh import ParallelDims
 from rcm.pipelines.wan_files import NetworkWeights, description_of, network_weights
 from rcm.pipelines.weight_files import open_weights
+from rcm.storage.digest import DigestedWeights
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -47,30 +52,69 @@ def open_network(path: str | Path, *, knob: str) -> NetworkWeights:
 
 
 class NetBuilder:
-    """Builds the networks of one run on this rank; every call is collective. `resumes`: a checkpoint will replace the trained weights."""
+    """Builds the networks of one run on this rank; every call is collective. `resumes`: a checkpoint will replace the trained weights.
+
+    With `lora.rank`, networks of the same sizes and checkpoint are one in memory: the adapters of student and fake score lie on it, and a
+    teacher is the base without them. `adapted`: role -> where its base comes from, as `rcm.json` says it.
+    """
 
     def __init__(
         self, config: CommonModelConfig, *, dims: ParallelDims, device: torch.device, seed: int, resumes: bool = False
     ) -> None:
         self.config, self.dims, self.device, self.seed, self.resumes = config, dims, device, seed, resumes
         self.precision = precision_of(config)
+        self.adapted: dict[str, dict[str, str | None]] = {}
+        self._bases: dict[Base, nn.Module] = {}
 
-    def trained(self, net: NetConfig, *, knob: str, checkpoint: str) -> Denoiser:
-        """A network that will be trained: master weights, activation checkpointing as configured."""
-        return Denoiser(self._build(net, knob=knob, checkpoint=checkpoint, frozen=False), self.precision)
+    def trained(self, knob: str) -> Denoiser:
+        """The network at `knob` ("net", "net_fake_score"), to be trained: master weights, activation checkpointing as configured."""
+        net = AdaptedNet(self._base(knob), TRAINED[knob]) if self.config.lora.rank else self._alone(knob, frozen=False)
+        return Denoiser(net, self.precision)
 
-    def frozen(self, net: NetConfig, *, knob: str, checkpoint: str) -> Denoiser:
+    def frozen(self, knob: str) -> Denoiser:
         """A teacher: compute precision, no gradient."""
-        return Denoiser(self._build(net, knob=knob, checkpoint=checkpoint, frozen=True), self.precision).eval_params()
+        shared = bool(roles_on(self.config, base_of(self.config, knob)))
+        net = AdaptedNet(self._base(knob), None) if shared else self._alone(knob, frozen=True)
+        return Denoiser(net, self.precision).eval_params()
 
-    def _build(self, net_config: NetConfig, *, knob: str, checkpoint: str, frozen: bool) -> nn.Module:
+    def adapters(self) -> dict[str, Any] | None:
+        """What a checkpoint says of its adapters; None where all weights are trained."""
+        lora = self.config.lora
+        if not lora.rank:
+            return None
+        return {"rank": lora.rank, "alpha": alpha_of(lora), "layers": list(adapted_layers(lora.targets)), "bases": self.adapted}
+
+    def _base(self, knob: str) -> nn.Module:
+        """The network that carries the adapters of every role that starts where `knob` does."""
+        base = base_of(self.config, knob)
+        if base not in self._bases:
+            roles = roles_on(self.config, base)
+            first = next(name for name, role in TRAINED.items() if role == roles[0])
+            net_config, checkpoint = getattr(self.config, first), checkpoint_of(self.config, first)
+            self._bases[base] = self._build(net_config, knob=first, checkpoint=checkpoint, frozen=False, roles=roles)
+            logger.info("{}: adapters of {} on one base", first, " and ".join(roles))
+        return self._bases[base]
+
+    def _alone(self, knob: str, *, frozen: bool) -> nn.Module:
+        return self._build(getattr(self.config, knob), knob=knob, checkpoint=checkpoint_of(self.config, knob), frozen=frozen)
+
+    def _build(
+        self, net_config: NetConfig, *, knob: str, checkpoint: str, frozen: bool, roles: tuple[str, ...] = ()
+    ) -> nn.Module:
+        """A filled network; with `roles` a frozen one with adapters for each."""
         sizes, config = wan_config(net_config, knob=f"model.config.{knob}"), self.config
 
-        def build() -> WanDiT:
+        def plain() -> WanDiT:
             backend = configured(config.attention_backend, flex_backend=config.flex_backend)
             return WanDiT(sizes, attention=backend, fused=config.fused_layers)
 
-        net = on_meta(build).requires_grad_(not frozen)
+        def build() -> WanDiT:
+            net = plain().requires_grad_(not frozen)
+            if roles:
+                attach(net, adapted_layers(config.lora.targets), roles=roles, rank=config.lora.rank, alpha=alpha_of(config.lora))
+            return net
+
+        net = on_meta(build)
         parallelize(
             net,
             dims=self.dims,
@@ -81,19 +125,42 @@ class NetBuilder:
         )
         net.set_jvp_implementation(config.jvp_implementation)
         materialise(net, device=self.device)
-        if checkpoint:
-            weights = on_first(lambda: open_network(checkpoint, knob=f"model.config.{knob}'s checkpoint"))
-            about = f"model.config.{knob} = {net_config.preset}, {_size(asdict(sizes))}"
-            load_full(net, weights, source=f"{checkpoint}{'' if weights is None else _said(weights)} (for {about})")
-            logger.info("{}: weights from {}", knob, checkpoint)
-            if weights is not None and (told := _other_pattern(weights, config)):
-                logger.warning("{}: {} {}", knob, checkpoint, told)
+        weights, source = self._weights(net_config, plain, knob=knob, checkpoint=checkpoint, quiet=self.resumes and not (frozen or roles))
+        if roles:
+            self._fill_adapted(net, weights, source=source, checkpoint=checkpoint, roles=roles)
         else:
-            initialise(net, build, seed=self.seed)
-            if frozen or not self.resumes:
-                logger.warning("{}: RANDOM weights (seed {}), no checkpoint was given", knob, self.seed)
+            load_full(net, weights, source=source)
         check_equal(net, dims=self.dims)
         return net
+
+    def _weights(
+        self, net_config: NetConfig, plain: Callable[[], WanDiT], *, knob: str, checkpoint: str, quiet: bool
+    ) -> tuple[Mapping[str, Tensor] | None, str]:
+        """What a network starts from, on rank 0, and its name in errors. `quiet`: nothing is said of random weights."""
+        if not checkpoint:
+            if not quiet:
+                logger.warning("{}: RANDOM weights (seed {}), no checkpoint was given", knob, self.seed)
+            return on_first(lambda: drawn_weights(plain, seed=self.seed)), "initial weights"
+        weights = on_first(lambda: open_network(checkpoint, knob=f"model.config.{knob}'s checkpoint"))
+        about = f"model.config.{knob} = {net_config.preset}, {_size(asdict(wan_config(net_config)))}"
+        logger.info("{}: weights from {}", knob, checkpoint)
+        if weights is not None and (told := _other_pattern(weights, self.config)):
+            logger.warning("{}: {} {}", knob, checkpoint, told)
+        return weights, f"{checkpoint}{'' if weights is None else _said(weights)} (for {about})"
+
+    def _fill_adapted(
+        self, net: nn.Module, weights: Mapping[str, Tensor] | None, *, source: str, checkpoint: str, roles: tuple[str, ...]
+    ) -> None:
+        """Load the base, take down which one it is, and start the adapters so that the network is its base."""
+        compute = self.precision.compute
+        digested = None if weights is None else DigestedWeights(weights, dtype=compute)
+        load_full(AdaptedNet(net, None), digested, source=source)
+        digest = shared(on_first(lambda: digested.digest))
+        told = {"path": checkpoint or None, "dtype": str(compute).removeprefix("torch."), "digest": digest}
+        for role in roles:
+            view, seed = AdaptedNet(net, role), self.seed + list(TRAINED.values()).index(role)
+            load_full(view, on_first(lambda view=view, seed=seed: initial_factors(view, seed=seed)), source="initial adapters")
+            self.adapted[role] = told
 
 
 def _size(network: Mapping[str, object]) -> str:

@@ -106,6 +106,15 @@ class NetConfig:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters on frozen weights instead of training all weights: student and fake score alike (docs/lora.md)."""
+
+    rank: int = 0  # rank of every update (PEFT's r); 0 = no adapters, all weights are trained
+    alpha: float | None = None  # strength of an update times the rank (lora_alpha); null = the rank, strength 1
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "ffn.0", "ffn.2")  # ends of layer names (target_modules), of both attentions
+
+
+@dataclass(frozen=True)
 class TokenizerConfig:
     """The video codec of the latents: training reads latents, the codec decodes samples and is recorded in checkpoints."""
 
@@ -125,6 +134,7 @@ class CommonModelConfig:
     # networks, optimisers
     net: NetConfig = field(default_factory=NetConfig)  # the student
     net_fake_score: NetConfig | None = None  # null = no DMD, no critic phases
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     optimizer_fake_score: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler_fake_score: SchedulerConfig = field(default_factory=SchedulerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)

@@ -97,19 +97,13 @@ def load_dcp(net: nn.Module, directory: str | Path, *, prefix: str = "net.") -> 
     folder.load_into(expected)
 
 
-def initialise(net: nn.Module, build: Callable[[], nn.Module], *, seed: int) -> None:
-    """Random weights, the same for every world size: rank 0 builds the network on CPU with `build`, calls `init_weights(generator)`, and
-    sends it out.
-
-    For networks trained from scratch (the embedded world, ablations): rank 0 holds the whole network in CPU memory meanwhile.
+def drawn_weights(build: Callable[[], nn.Module], *, seed: int) -> dict[str, Tensor]:
+    """Random weights of the network that `build` makes, the same for every world size: for `load_full` on rank 0, which holds the whole
+    network in CPU memory meanwhile. For networks trained from scratch (the embedded world, ablations).
     """
-
-    def draw() -> Mapping[str, Tensor]:
-        full = build()
-        full.init_weights(torch.Generator().manual_seed(seed))
-        return full.state_dict()
-
-    load_full(net, on_first(draw), source="initial weights")
+    full = build()
+    full.init_weights(torch.Generator().manual_seed(seed))
+    return full.state_dict()
 
 
 def check_equal(net: nn.Module, *, dims: ParallelDims) -> None:

@@ -111,6 +111,36 @@ class Description:
                 f"this run has {self.network_name or 'of unknown name'!r} ({details}); choose the matching net or another checkpoint"
             )
 
+    def require_same_adapters(self, other: Description, *, source: str) -> None:
+        """Raise CheckpointError unless `other` (found at `source`) has the adapters of this run on the same weights, or neither has any.
+        It names both sides.
+        """
+        mine, found = (told.extra.get("adapters") for told in (self, other))
+        if mine is None and found is None:
+            return
+        anew = f"or start from it under another job.name with model.config.student_ckpt={source}"
+        if mine is None or found is None:
+            what = "all weights" if found is None else f"low-rank adapters of rank {found['rank']}"
+            rank = 0 if found is None else found["rank"]
+            here = f"adapters of rank {mine['rank']}" if found is None else "all weights"
+            raise CheckpointError(f"{source} holds {what}, this run trains {here}; set model.config.lora.rank={rank}, {anew}")
+        mine, found = _plain(mine), _plain(found)
+        different = [key for key in ("rank", "alpha", "layers") if mine[key] != found[key]]
+        if different:
+            told = ", ".join(f"{key}: {found[key]} there, {mine[key]} here" for key in different)
+            raise CheckpointError(f"{source} holds other low-rank adapters ({told}); set model.config.lora as there, {anew}")
+        for role in sorted(mine["bases"].keys() & found["bases"].keys()):
+            here, there = mine["bases"][role], found["bases"][role]
+            if here["digest"] != there["digest"]:
+                raise CheckpointError(
+                    f"{source} holds adapters of the {role} on the weights of {_base(there)}, this run's are those of {_base(here)}; "
+                    f"give it the weights that they belong to, {anew}"
+                )
+
+
+def _base(told: Mapping[str, Any]) -> str:
+    return f"{told['path'] or 'a random start'} ({told['dtype']}, digest {told['digest'][:12]})"
+
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """As JSON would return it (tuples become lists)."""

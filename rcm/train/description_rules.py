@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rcm.core.errors import CheckpointError, ConfigError
+from rcm.nets.wan.adapters import LAYERS, largest_rank
 from rcm.nets.wan.config import WanConfig
 from rcm.rollout.recipe import SamplingRecipe
 
@@ -79,6 +80,11 @@ def pattern(v: Any) -> str | None:
     return None if isinstance(v, str) and re.fullmatch(r"c[1-9]\d{0,3}-[1-9]\d{0,3}", v) else "a block pattern such as 'c3-3'"
 
 
+def hexadecimal(v: Any) -> str | None:
+    """A digest of `rcm/storage/digest.py`."""
+    return None if isinstance(v, str) and re.fullmatch(r"[0-9a-f]{32}", v) else "32 hexadecimal digits"
+
+
 def bare(v: Any) -> str | None:
     """Any JSON value of bounded size (`_require_bounded` has seen to that)."""
     return None
@@ -135,7 +141,15 @@ TEXT: dict[str, Rule] = {
     "words": listed(text(1000), low=0, high=MOST_VALUES),
 }
 _DTYPES = one_of("float32", "float64", "float16", "bfloat16")
-EXTRA: dict[str, Rule | dict[str, Rule]] = {
+ADAPTED: dict[str, Rule] = {"path": optional(_PATH), "dtype": _DTYPES, "digest": hexadecimal}
+"""The weights under a set of adapters: where they were (null: random), and which they are in the dtype of the run."""
+ADAPTERS: dict[str, Any] = {
+    "rank": whole(1, 1 << 17),
+    "alpha": number(0, 1e9, above=True),
+    "layers": listed(one_of(*LAYERS), low=1, high=len(LAYERS)),
+    "bases": {"student": ADAPTED, "fake_score": ADAPTED},
+}
+EXTRA: dict[str, Any] = {
     "recipe": RECIPE,
     "sampler": SAMPLER,
     "codec": CODEC,
@@ -146,6 +160,7 @@ EXTRA: dict[str, Rule | dict[str, Rule]] = {
     "weights": one_of("ema", "live", "fake_score", "unstated"),
     "converted_from": _PATH,
     "loras": listed(bare, low=0, high=1000),
+    "adapters": ADAPTERS,
 }
 FIELDS: dict[str, Rule | dict[str, Rule]] = {
     "stage": word(),
@@ -238,6 +253,8 @@ def _agree(values: Mapping[str, Any], extra: Mapping[str, Any], source: str) -> 
             WanConfig(**{**network, "patch": tuple(network.get("patch", (1, 2, 2)))})
         except ConfigError as error:
             raise CheckpointError(f"{source} describes no possible network: {error}") from error
+    if "adapters" in extra:
+        _agree_adapters(network, extra, source)
     stated = []
     if recipe is not None and sampler is not None:
         raise CheckpointError(f"{source} contradicts itself: extra has both a recipe and a sampler; a network is causal or it is not")
@@ -268,3 +285,21 @@ def _agree(values: Mapping[str, Any], extra: Mapping[str, Any], source: str) -> 
     for here, mine, theirs, there in stated:
         if mine is not None and theirs is not None and mine != theirs:
             raise CheckpointError(f"{source} contradicts itself: {here} is {mine}, {there} is {theirs}")
+
+
+def _agree_adapters(network: Mapping[str, Any], extra: Mapping[str, Any], source: str) -> None:
+    """Adapters are whole, fit the network, and say which weights they belong to."""
+    adapters = extra["adapters"]
+    lacking = sorted(set(ADAPTERS) - set(adapters))
+    bases = {role: base for role, base in adapters.get("bases", {}).items() if set(base) != set(ADAPTED)}
+    if lacking or bases or "student" not in adapters["bases"]:
+        raise CheckpointError(
+            f"{source}: extra.adapters needs {', '.join(ADAPTERS)}, and of each base {', '.join(ADAPTED)}, the student's among them; "
+            f"it lacks {', '.join(lacking) or 'parts of the bases'}"
+        )
+    if {"dim", "ffn_dim", "num_heads", "num_layers"} <= set(network):
+        most = largest_rank(adapters["layers"], WanConfig(**{**network, "patch": tuple(network.get("patch", (1, 2, 2)))}))
+        if extra.get("weights") != "fake_score" and adapters["rank"] > most:
+            raise CheckpointError(
+                f"{source} contradicts itself: extra.adapters.rank is {adapters['rank']}, the smallest layer that they adapt has {most}"
+            )

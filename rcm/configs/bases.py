@@ -1,0 +1,81 @@
+"""Which networks of a run start from the same weights: with low-rank adapters they are one network in memory."""
+
+from __future__ import annotations
+
+import os
+
+from rcm.configs.network import networks, wan_config
+from rcm.configs.schema_model import CausalConfig, CommonModelConfig, LoRAConfig
+from rcm.core.errors import ConfigError
+from rcm.nets.wan.adapters import adapted_layers, largest_rank
+from rcm.nets.wan.config import WanConfig
+
+M = "model.config"
+TRAINED = {"net": "student", "net_fake_score": "fake_score"}
+"""Keys of the networks that are trained -> their roles."""
+
+Base = tuple[WanConfig, str]
+"""What makes two networks the same before training: sizes, and where the weights come from ("": random, of the run's seed)."""
+
+
+def checkpoint_of(model: CommonModelConfig, knob: str) -> str:
+    """Path of the weights that the network at `knob` starts from; "" for random ones."""
+    if knob == "net":
+        return model.student_ckpt or ("" if isinstance(model, CausalConfig) else model.teacher_ckpt)
+    if knob == "net_fake_score":
+        teacher = "bidirectional_teacher_ckpt" if isinstance(model, CausalConfig) else "teacher_ckpt"
+        return model.fake_score_ckpt or getattr(model, teacher)
+    return getattr(model, f"{knob.removeprefix('net_')}_ckpt")
+
+
+def base_of(model: CommonModelConfig, knob: str) -> Base:
+    """The base of the network at `knob`."""
+    path = checkpoint_of(model, knob)
+    return wan_config(getattr(model, knob), knob=f"{M}.{knob}"), os.path.realpath(path) if path else ""
+
+
+def roles_on(model: CommonModelConfig, base: Base) -> tuple[str, ...]:
+    """Roles that are trained on `base`: one set of adapters each. None without adapters (`lora.rank` 0)."""
+    if not model.lora.rank:
+        return ()
+    return tuple(role for knob, role in TRAINED.items() if knob in networks(model) and base_of(model, knob) == base)
+
+
+def alpha_of(lora: LoRAConfig) -> float:
+    """The alpha that `lora` means."""
+    return float(lora.rank if lora.alpha is None else lora.alpha)
+
+
+def check_lora(model: CommonModelConfig) -> None:
+    """Raise `ConfigError` for settings of the adapters that cannot be meant, or that nothing reads."""
+    lora = model.lora
+    if not lora.rank:
+        changed = {name: value for name in ("alpha", "targets") if (value := getattr(lora, name)) != getattr(type(lora)(), name)}
+        if changed:
+            told = ", ".join(f"{M}.lora.{name}={value}" for name, value in changed.items())
+            raise ConfigError(f"{told} has no effect while {M}.lora.rank=0 trains all weights; set {M}.lora.rank too, such as 64")
+        return
+    if lora.rank < 0:
+        raise ConfigError(f"{M}.lora.rank={lora.rank} must be at least 0, which trains all weights")
+    if lora.alpha is not None and not lora.alpha > 0:
+        raise ConfigError(f"{M}.lora.alpha={lora.alpha} must be positive; null is the rank")
+    layers, present = adapted_layers(lora.targets), networks(model)
+    for knob in TRAINED.keys() & present.keys():
+        most = largest_rank(layers, wan_config(present[knob], knob=f"{M}.{knob}"))
+        if lora.rank > most:
+            raise ConfigError(f"{M}.lora.rank={lora.rank} must be at most {most}, the smallest layer that {M}.{knob} adapts")
+    if model.compile:
+        raise ConfigError(f"{M}.compile=True compiles one set of weights per block, {M}.lora.rank={lora.rank} switches sets; leave out one")
+    _one_way_to_recompute(model)
+
+
+def _one_way_to_recompute(model: CommonModelConfig) -> None:
+    knobs = [knob for knob in TRAINED if knob in networks(model)]
+    if len(knobs) == 2 and base_of(model, knobs[0]) == base_of(model, knobs[1]):
+        mine, theirs = (getattr(model, knob).sac_config for knob in knobs)
+        if mine != theirs:
+            raise ConfigError(
+                f"{M}.net.sac_config ({mine.mode}, every {mine.every_n_blocks}) and {M}.net_fake_score.sac_config ({theirs.mode}, "
+                f"every {theirs.every_n_blocks}) differ, and with {M}.lora.rank={model.lora.rank} both are one network "
+                f"({checkpoint_of(model, 'net') or 'random weights'}); give both the same"
+            )

@@ -1,0 +1,53 @@
+"""Which layers of a Wan network carry low-rank adapters while it is trained: names, choice, and the largest rank that makes sense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rcm.core.errors import ConfigError
+from rcm.nets.wan.config import WanConfig
+from rcm.nets.wan.convert import other_name
+
+LAYERS = (
+    *(f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"),
+    "ffn.0",
+    "ffn.2",
+)
+"""Linear layers of a block that take adapters; embeddings, time layers, modulation and head stay as they are."""
+
+
+def adapted_layers(targets: Iterable[str], *, knob: str = "model.config.lora.targets") -> tuple[str, ...]:
+    """The `LAYERS` that `targets` name, in their order. As in PEFT, a target is the end of a layer's name in whole
+    words ("q", "self_attn.q", "ffn.0"), in Wan's or in diffusers' naming ("to_q", "attn1.to_q", "ffn.net.2").
+
+    Raises `ConfigError` naming a target that is none, and for no target at all.
+    """
+    spelt = {layer: (layer, other_name(f"blocks.0.{layer}", form="diffusers").removeprefix("blocks.0.")) for layer in LAYERS}
+    chosen = set()
+    for target in targets:
+        found = {layer for layer, names in spelt.items() if any(f".{name}".endswith(f".{target}") for name in names)}
+        if not found or not target:
+            raise ConfigError(
+                f"{knob} names {target!r}, which is no linear layer of a block; choose from q, k, v, o, ffn.0, ffn.2, "
+                f"or of one attention: {', '.join(LAYERS[:8])}"
+            )
+        chosen |= found
+    if not chosen:
+        raise ConfigError(f"{knob} is empty, which leaves nothing to train; choose from q, k, v, o, ffn.0, ffn.2")
+    return tuple(layer for layer in LAYERS if layer in chosen)
+
+
+def layer_size(layer: str, config: WanConfig) -> tuple[int, int]:
+    """(in_features, out_features) of a layer in `LAYERS`."""
+    wide = {"ffn.0": (config.dim, config.ffn_dim), "ffn.2": (config.ffn_dim, config.dim)}
+    return wide.get(layer, (config.dim, config.dim))
+
+
+def largest_rank(layers: Iterable[str], config: WanConfig) -> int:
+    """The rank of the smallest of these layers: factors of more are more numbers than the layer has directions."""
+    return min(min(layer_size(layer, config)) for layer in layers)
+
+
+def adapter_elements(layers: Iterable[str], config: WanConfig, *, rank: int) -> int:
+    """Numbers in one set of adapters of the whole network."""
+    return config.num_layers * sum(rank * sum(layer_size(layer, config)) for layer in layers)
