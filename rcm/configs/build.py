@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from loguru import logger
@@ -103,7 +104,9 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
     checkpointer = Checkpointer(
         folder,
         dims=dims,
-        description=description(run, data_hash=identity["fingerprint"], words=known_words(config.model.config, loader.source)),
+        description=description(
+            run, data_hash=identity["fingerprint"], words=known_words(config.model.config, loader.source), adapters=nets.adapters()
+        ),
         settings=continued_settings(config),
         keep_last=config.checkpoint.keep_last,
         asynchronous=config.checkpoint.dcp_async_mode_enabled,
@@ -123,8 +126,12 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
     )
 
 
-def description(run: Run, *, data_hash: str | None = None, words: Sequence[str] = ()) -> Description:
-    """What checkpoints of this run say about themselves: enough to sample from the path alone. `words`: of the captions, for a toy text."""
+def description(
+    run: Run, *, data_hash: str | None = None, words: Sequence[str] = (), adapters: Mapping[str, Any] | None = None
+) -> Description:
+    """What checkpoints of this run say about themselves: enough to sample from the path alone. `words`: of the captions, for a toy text;
+    `adapters`: what `NetBuilder.adapters` says of them.
+    """
     config, model = run.config, run.config.model.config
     causal = isinstance(model, CausalConfig) and model.training_type != "bidirectional"
     recipe = sampling_recipe(model)
@@ -148,6 +155,7 @@ def description(run: Run, *, data_hash: str | None = None, words: Sequence[str] 
             "latent_shape": list(latent_shape(model)),
             "fps": 8 if config.model.config.text_encoder_class == "toy" else 16,
             "precision": {"compute": model.precision, "time": model.time_precision},
+            **({} if adapters is None else {"adapters": adapters}),
         },
     )
 

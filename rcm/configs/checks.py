@@ -9,6 +9,7 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
+from rcm.configs.bases import check_lora
 from rcm.configs.convert import get_key
 from rcm.configs.limits import check_limits
 from rcm.configs.network import networks, wan_config
@@ -40,6 +41,7 @@ def check(config: TrainConfig) -> None:
     _consistency_grid(model)
     _data(config)
     _networks(config)
+    check_lora(model)
     _without_effect(config)
 
 

@@ -135,9 +135,13 @@ class Checkpointer:
         found = Path(path) if path is not None else shared(on_first(self.latest))
         if found is None:
             return None
-        together(lambda: self.description.require_same_network(Description.read(found / FILE_NAME), source=str(found)))
+        together(lambda: self._require_continues(Description.read(found / FILE_NAME), source=str(found)))
         _translated(lambda: restore(state, found, loader=loader, dims=self.dims, settings=self.settings, taken=taken), path=found)
         return found
+
+    def _require_continues(self, stored: Description, *, source: str) -> None:
+        self.description.require_same_network(stored, source=source)
+        self.description.require_same_adapters(stored, source=source)
 
     def _write(self, name: str, part: Part, unfinished: Path) -> None:
         dcp.save(part, checkpoint_id=str(unfinished / name), no_dist=not dist.is_initialized())
