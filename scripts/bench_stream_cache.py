@@ -1,92 +1,196 @@
-"""Streams over quantised caches, random weights at full size: memory that the cache takes, time per chunk, error of the latents.
+"""Streams over quantised caches, random weights at full size: memory, time per chunk with and without graphs, what the time is spent on.
 
-    python -m scripts.bench_stream_cache --out cache.json
+    python -m scripts.bench_stream_cache --out stream_cache.json
 
-1.3B, 480x832, chunks of three frames, steps [4,2], a window of 21 frames in its steady state, decoder left out. Memory is what the cache
-holds after a chunk (codes, plain newest chunk, scratch). Errors are of the latents after `--chunks` chunks against bf16 on the same noise;
-with random weights they say little of pictures.
+1.3B, 480x832, chunks of three frames, steps [4,2], a window of 21 frames in its steady state, decoder left out; coded keys are kept before
+rotation, as the commands do. Memory is what the cache holds between two chunks (codes, scratch), counted and allocated, and the most that
+was reserved while chunks were made, with what the passes need, weights apart. Encode, restore and attention are timed alone, as graphs, for
+as many calls as a chunk makes. Errors, relative: of attention to a coded chunk and a plain one (keys and values of uneven channels and 64
+kinds of token), and of the latents of the chunks against bf16 on the same noise; with random weights these say little of pictures.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import gc
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from rcm.inference.outcome import command, writable_file
+from rcm.kernels.cuda_graph import CudaGraph
 from rcm.kernels.kv_codec.codec import KVCodec
-from rcm.kernels.kv_codec.spec import KVCodecSpec, SideSpec
+from rcm.kernels.kv_codec.spec import SIDES, KVCodecSpec, SideSpec
+from rcm.kernels.split_attention.api import num_splits, split_attention
 from rcm.pipelines.session import Session
+from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.sliding_window import SlidingWindow
-from scripts.bench_measure import GIB, write
+from scripts.bench_kv_codec import draw
+from scripts.bench_measure import GIB, alone, write
 from scripts.bench_stream import RECIPES, build, engine, prompt
 
-ROWS: dict[str, dict[str, Any]] = {
-    "bf16, captured": {"graphs": "on"},
-    "bf16, eager": {"graphs": "off"},
-    "fp8": {"dtype": "fp8"},
-    "int4": {"dtype": "int4"},
-    "int2": {"dtype": "int2"},
-    "int2 qvg": {"dtype": "int2", "smoothing": "qvg"},
-    "int2 qvg, 2 iterations": {"dtype": "int2", "smoothing": "qvg", "qvg_iters": 2},
-    "int2 qvg, newest chunk plain": {"dtype": "int2", "smoothing": "qvg", "hot_chunks": 1},
+WINDOW, PASSES = 7, 3
+"""Chunks of the window, the newest included; passes of a chunk in the steady state: two denoising ones and its context."""
+
+
+def spec_of(dtype: str, smoothing: str = "none", **settings: Any) -> KVCodecSpec:
+    """Keys and values alike."""
+    side = SideSpec(dtype=dtype, smoothing=smoothing)
+    return KVCodecSpec(key=side, value=side, **settings)
+
+
+CACHES: dict[str, KVCodecSpec | None] = {
+    "bf16": None,
+    "fp8": spec_of("fp8"),
+    "int4": spec_of("int4"),
+    "int2": spec_of("int2"),
+    "int2+qvg": spec_of("int2", "qvg"),
+    "int2+qvg release": spec_of("int2", "qvg", mode="release"),
 }
 
 
-def row(denoiser: Any, settings: dict[str, Any], *, chunks: int) -> dict[str, Any]:
-    """Time, memory and latents of one kind of cache."""
-    given = {"look_ahead": False, "first_alone": False, "to_host": False, "policy": SlidingWindow(7)}
-    if "dtype" in settings:
-        side = SideSpec(dtype=settings["dtype"], smoothing=settings.get("smoothing", "none"))
-        codec = KVCodec(KVCodecSpec(key=side, value=side, qvg_iters=settings.get("qvg_iters", 4)))
-        given |= {"graphs": "off", "kv_codec": codec, "hot_chunks": settings.get("hot_chunks", 0)}
-    else:
-        given |= settings
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    times = []
-    with Session(denoiser, None, prompt(denoiser), engine(RECIPES["c3-3 [4,2]"], **given), device="cuda") as session:
-        latents = torch.cat([session.step().latents for _ in range(8)], dim=2)
-        for _ in range(chunks):
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
+def stream(spec: KVCodecSpec | None, **options: Any) -> StreamSpec:
+    """The stream over such a cache."""
+    coded = {} if spec is None else {"kv_codec": KVCodec(spec), "keys": "pre_rope"}
+    given = {"look_ahead": False, "first_alone": False, "to_host": False, "policy": SlidingWindow(WINDOW), **coded, **options}
+    return engine(RECIPES["c3-3 [4,2]"], **given)
+
+
+def chunk_ms(session: Session, count: int) -> tuple[float, Tensor]:
+    """Median milliseconds of a chunk, its context pass included, and the latents of `count` chunks."""
+    times, parts = [], []
+    for _ in range(count):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        parts.append(session.step().latents)
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times), torch.cat(parts, dim=2)
+
+
+def streamed(denoiser: Any, spec: KVCodecSpec | None, *, chunks: int) -> dict[str, Any]:
+    """Fill the window eagerly, time chunks; take the same state up with graphs, time the same chunks."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    weights, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    found: dict[str, Any] = {}
+    with Session(denoiser, None, prompt(denoiser), stream(spec, graphs="off"), device="cuda") as session:
+        for _ in range(WINDOW + 1):
             session.step()
-            torch.cuda.synchronize()
-            times.append(1e3 * (time.perf_counter() - begin))
-        held = session.loop.cache.num_bytes()
-        allocated = torch.cuda.memory_allocated() - before
-    return {
-        "chunk_ms": statistics.median(times),
-        "cache_gib": held / GIB,
-        "allocated_gib": allocated / GIB,
-        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
-        "latents": latents,
-    }
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the rows, compare them with the first two, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chunks", type=int, default=5)
-    parser.add_argument("--out", default="stream_cache.json")
-    options = parser.parse_args(argv)
-    denoiser, report = build("1.3B"), {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
-    plain: dict[str, Any] = {}
-    for name, settings in ROWS.items():
+        state = session.snapshot()
+        found["eager_ms"], found["latents"] = chunk_ms(session, chunks)
+    with Session(denoiser, None, prompt(denoiser), stream(spec, graphs="on"), device="cuda") as session:
+        session.restore(state)
+        del state
         torch.cuda.empty_cache()
-        found = row(denoiser, settings, chunks=options.chunks)
+        same = [session.step().latents for _ in range(2)]
+        torch.cuda.reset_peak_memory_stats()
+        found["graph_ms"], rest = chunk_ms(session, chunks - 2 if chunks > 4 else chunks)
+        both = torch.cat([*same, rest], dim=2)
+        length = min(both.shape[2], found["latents"].shape[2])
+        eager = found["latents"][:, :, :length]
+        found["graph_differs"] = float((both[:, :, :length] - eager).norm() / eager.norm())
+        found["cache_gib"] = session.loop.cache.num_bytes() / GIB
+        found["allocated_gib"] = (torch.cuda.memory_allocated() - weights) / GIB
+        found["peak_gib"] = (torch.cuda.max_memory_reserved() - reserved) / GIB
+        found["passes"] = dict(session.loop.counts)
+    return found
+
+
+def captured_ms(call: Callable[[], None]) -> float:
+    """GPU milliseconds of what a call launches, as a graph."""
+    call()
+    torch.cuda.synchronize()
+    return alone(CudaGraph(call, torch.device("cuda")).replay, repeats=3)
+
+
+def parts(spec: KVCodecSpec | None, layers: int) -> dict[str, float]:
+    """Encode, restore and attention of a chunk, and the relative error of attention."""
+    q, k, v = draw("real-like", (4680, 12, 128), "cuda")
+    total = WINDOW * k.shape[1]
+    splits = num_splits(q.shape[1], total, q.shape[2], torch.cuda.get_device_properties(0).multi_processor_count)
+    room = [torch.zeros(1, total, *x.shape[2:], dtype=x.dtype, device="cuda") for x in (k, v)]
+
+    def attend() -> None:
+        split_attention(q, *room, scale=q.shape[3] ** -0.5, parts=splits)
+
+    found = {"attention": captured_ms(attend) * layers * PASSES}
+    if spec is None:
+        return found
+    codec, blobs, restored = KVCodec(spec), {}, []
+    for side, x in zip(SIDES, (k, v), strict=True):
+        codec.encode(x, side=side, layer=0)
+        blobs[side] = [codec.encode(x, side=side, layer=0) for _ in range(WINDOW)]
+        restored.append(codec.decode(blobs[side][0], side=side))
+    tables = {side: codec.table([blobs[side]], k.device)[0] for side in SIDES}
+    starts = torch.arange(WINDOW, device="cuda") * k.shape[1]
+    angle = torch.zeros(total, q.shape[3] // 2, device="cuda")
+
+    def encode() -> None:
+        for side, x in zip(SIDES, (k, v), strict=True):
+            codec.encode_to(tables[side][-1], x, side=side, layer=0)
+
+    def restore(count: int) -> None:
+        for side, out in zip(SIDES, room, strict=True):
+            turn = (angle.cos(), angle.sin()) if side == "key" else None
+            codec.restore(blobs[side][0], tables[side][:count], starts[:count], out, side=side, turn=turn)
+
+    found["encode"] = captured_ms(encode) * layers
+    found["restore"] = layers * (captured_ms(lambda: restore(WINDOW)) + (PASSES - 1) * captured_ms(lambda: restore(WINDOW - 1)))
+    own = [x.roll(7, 1) for x in (k, v)]
+
+    def output(keys: Tensor, values: Tensor) -> Tensor:
+        pair = [torch.cat([x, y], dim=1) for x, y in zip((keys, values), own, strict=True)]
+        return split_attention(q[:, ::9].contiguous(), *pair, scale=q.shape[3] ** -0.5, parts=1).float()
+
+    exact = output(k, v)
+    found["attention_error"] = float((output(*restored) - exact).norm() / exact.norm())
+    return found
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Run the caches, compare them with the plain one, print one table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chunks", type=int, default=6, help="chunks that are timed")
+    parser.add_argument("--only", default="", help="part of a cache's name; bf16 always runs")
+    parser.add_argument("--out", type=writable_file, default="stream_cache.json")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("bench_stream_cache needs a CUDA device")
+    begin = time.perf_counter()
+    denoiser = build("1.3B")
+    report: dict[str, Any] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    print(f"{report['card']}, torch {report['torch']}, {report['date']}", flush=True)
+    print(
+        "| cache | held GiB | x | allocated | peak | graph ms | over | eager ms | over | encode | restore | attention "
+        "| attention error | latents error | graph differs |\n|" + "---|" * 15,
+        flush=True,
+    )
+    plain: dict[str, Any] = {}
+    for name, spec in CACHES.items():
+        if spec is not None and options.only not in name:
+            continue
+        found = streamed(denoiser, spec, chunks=options.chunks) | parts(spec, denoiser.net.config.num_layers)
         latents = found.pop("latents")
         plain = plain or {**found, "latents": latents}
         found["latents_error"] = float((latents - plain["latents"]).norm() / plain["latents"].norm())
-        found["memory_over_bf16"] = plain["cache_gib"] / found["cache_gib"]
-        found["time_over_captured"] = found["chunk_ms"] / plain["chunk_ms"]
-        found["time_over_eager"] = found["chunk_ms"] / report.get("bf16, eager", found)["chunk_ms"]
         report[name] = found
-        print(name, json.dumps({k: round(v, 4) for k, v in found.items()}), flush=True)
+        spent = [f"{found.get(part, 0):.1f} ({found.get(part, 0) / found['graph_ms']:.0%})" for part in ("encode", "restore", "attention")]
+        cells = [
+            name, f"{found['cache_gib']:.2f}", f"{plain['cache_gib'] / found['cache_gib']:.2f}", f"{found['allocated_gib']:.2f}",
+            f"{found['peak_gib']:.2f}", f"{found['graph_ms']:.1f}", f"{found['graph_ms'] / plain['graph_ms'] - 1:+.1%}",
+            f"{found['eager_ms']:.1f}", f"{found['eager_ms'] / plain['eager_ms'] - 1:+.1%}", *spent,
+            f"{found.get('attention_error', 0):.3g}", f"{found['latents_error']:.2g}", f"{found['graph_differs']:.2g}",
+        ]  # fmt: skip
+        print("| " + " | ".join(cells) + " |", flush=True)
         write(options.out, report)
+    passes = {name: row["passes"] for name, row in report.items() if isinstance(row, dict)}
+    print(f"{time.perf_counter() - begin:.0f} s; passes {passes}")
 
 
 if __name__ == "__main__":

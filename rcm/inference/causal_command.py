@@ -270,15 +270,17 @@ def _stream_spec(flags: argparse.Namespace, job: CausalJob, film: Film, *, size:
         keys=keys,
         kv_codec=MemoisedCodec(codec) if flags.kv_dense_prefix_cache else codec,
         hot_chunks=flags.kv_hot_chunks,
-        graphs=_graphs(flags, coded=codec is not None, device=device),
+        graphs=_graphs(flags, device=device),
     )
     assert spec.cache_frames > 0  # asks the policy, which may refuse the pattern
     return spec
 
 
-def _graphs(flags: argparse.Namespace, *, coded: bool, device: torch.device) -> str:
+def _graphs(flags: argparse.Namespace, *, device: torch.device) -> str:
     reasons = {
-        "a quantised cache is restored pass by pass": coded,
+        "--kv_dense_prefix_cache looks up what it restored before, pass by pass": flags.kv_dense_prefix_cache,
+        "--kv_hot_chunks codes chunks between passes": flags.kv_hot_chunks > 0,
+        "--no-kv_triton_restore restores in plain torch": not flags.kv_triton_restore,
         "several GPUs share each pass": num_ranks() > 1,
         f"--device {flags.device} has none": device.type != "cuda",
     }

@@ -222,7 +222,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add("--streaming_vae", action="store_true", help="decode and write each chunk as it is made, not all at the end")
     add("--fp8", default="off", metavar="LAYERS", help="linear layers in FP8: off, auto, all or names; tells its error [%(default)s]")
     add("--tiny_decoder", default="", metavar="FILE", help="decode with a tiny decoder (taew2_1.pth) instead of Wan's: previews [off]")
-    add("--graphs", choices=GRAPHS, default="auto", help="passes as CUDA graphs; auto: on one GPU with a plain cache [%(default)s]")
+    add("--graphs", choices=GRAPHS, default="auto", help="passes as CUDA graphs; auto: on one GPU, wherever they can be [%(default)s]")
 
 
 def settle_flags(flags: argparse.Namespace, defaults: Defaults) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcm.nets.kv_store import CodedStore, DenseStore, KVCodec, Spans, free_spans, part_of, pieces_of, size, take
+from rcm.nets.kv_coded import CodedStore, KVCodec
+from rcm.nets.kv_store import DenseStore, Spans, free_spans, part_of, pieces_of, size, take
 from rcm.nets.kv_view import CachedChunk, CacheView, Keys, Observer
 from rcm.nets.positions import Positions, gathered
 

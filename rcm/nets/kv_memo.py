@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rcm.nets.kv_store import KVCodec, Side
+from rcm.nets.kv_coded import KVCodec
+from rcm.nets.kv_store import Side
 
 
 class MemoisedCodec:

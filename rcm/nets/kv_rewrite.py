@@ -9,7 +9,8 @@ from itertools import pairwise
 from torch import Tensor
 
 from rcm.nets.kv_cache import KVCache
-from rcm.nets.kv_store import CodedStore, Pair, free_spans, part_of, pieces_of, take
+from rcm.nets.kv_coded import CodedStore
+from rcm.nets.kv_store import Pair, free_spans, part_of, pieces_of, take
 from rcm.nets.kv_view import CachedChunk
 from rcm.nets.positions import Positions, cut
 

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from rcm.core.dual import in_dual_level
-from rcm.nets.kv_store import Piece, Spans, part_of, pieces_of, size
+from rcm.nets.kv_coded import CodedStore
+from rcm.nets.kv_store import DenseStore, Piece, Spans, part_of, pieces_of, size
 from rcm.nets.layout import TokenLayout
 from rcm.nets.positions import Positions, at_frames, concatenated, cut
 
 if TYPE_CHECKING:
     from rcm.nets.kv_cache import KVCache
+    from rcm.nets.layers import RMSNorm
+    from rcm.nets.rope import RopeTable
 
 Keys = Literal["post_rope", "pre_rope"]
 Mode = Literal["append", "readonly", "transient"]
@@ -135,6 +138,26 @@ class CacheView:
             found.append(cut(whole, piece.offset, piece.stop - piece.start))
         return concatenated(found)
 
+    @property
+    def store(self) -> DenseStore | CodedStore:
+        """Where the cache's keys and values lie."""
+        return self._cache.store
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a captured pass can read and write what `begin` found: one run of a plain cache, codes at addresses of a coded one."""
+        store = self._cache.store
+        if isinstance(store, DenseStore):
+            return self.is_one_run
+        if self.mode == "append" and self.own_chunk is None:
+            return False
+        return store.captures([chunk.id for chunk in self.visible], adding=0 if self.own_chunk is None else self.own_chunk.num_tokens)
+
+    @property
+    def own_chunk(self) -> CachedChunk | None:
+        """The one chunk that this append adds, once `begin` found its place; None for other modes and for several."""
+        return self._new[0] if self.mode == "append" and len(self._new) == 1 else None
+
     def layer(self, index: int) -> LayerView:
         """View of layer `index`."""
         return LayerView(self, index)
@@ -155,9 +178,12 @@ class CacheView:
 
 
 class LayerView:
-    """One layer of a `CacheView`. `takes_projections`: whether it offers `enter`, as layers of captured passes do."""
+    """One layer of a `CacheView`. `takes_projections`: whether it offers `enter`, as layers of captured passes do; `enters_turned`: whether
+    the keys that `enter` returns are rotated.
+    """
 
     takes_projections = False
+    enters_turned = False
 
     def __init__(self, view: CacheView, index: int) -> None:
         self._view, self._index = view, index
@@ -176,6 +202,12 @@ class LayerView:
     def prefix_tokens(self) -> int:
         """Cached tokens that precede the forward's own in the results of `assemble` where tangents or masks tell them apart."""
         return self._view.prefix_tokens
+
+    def enter(
+        self, projected: tuple[Tensor, Tensor, Tensor], norms: tuple[RMSNorm, RMSNorm], table: RopeTable
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Turned queries [B, L, N, D] of the projections q, k, v [B, L, E], and all keys and values with this pass's own among them."""
+        raise NotImplementedError("only layers of captured passes take projections")
 
     def observe(self, q: Tensor, k: Tensor) -> None:
         """Show the rotated queries [B, L, N, D] and all rotated keys [B, prefix + L, N, D], cached chunks in order, to whoever asked."""

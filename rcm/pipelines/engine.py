@@ -207,9 +207,7 @@ class _Inputs:
         _copy_tensors(self.cond, cond)
         self._prompt = cond
 
-    def place(
-        self, branches: list[CacheView], codes: Sequence[_Codes | None], layout: TokenLayout, denoiser: VelocityModel
-    ) -> None:
+    def place(self, branches: list[CacheView], codes: Sequence[_Codes | None], layout: TokenLayout, denoiser: VelocityModel) -> None:
         """Slots, rotary tables and codes of a chunk; nothing if they are those of the pass before."""
         kinds = tuple(found.kind for found in codes if found is not None)
         self.kinds = kinds or None

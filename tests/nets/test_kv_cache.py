@@ -8,6 +8,7 @@ import torch
 from rcm.core.dual import jvp
 from rcm.kernels.masks import Full
 from rcm.nets.kv_cache import KVCache
+from rcm.nets.kv_coded import KVCodec
 from rcm.nets.kv_store import pieces_of
 from rcm.nets.layout import TokenLayout
 from rcm.nets.positions import Positions, at_frames
@@ -233,7 +234,7 @@ def test_reset_keeps_or_frees_buffers():
     begun(cache.append(), 1).assemble(*tokens(S, batch=1))
 
 
-class Halving:
+class Halving(KVCodec):
     """A lossy codec that shows itself: decode(encode(x)) = x / 2."""
 
     def __init__(self):

@@ -16,7 +16,6 @@ from rcm.kernels.masks import BlockCausal
 from rcm.nets.denoiser import Denoiser, Guided
 from rcm.nets.layout import TokenLayout
 from rcm.pipelines import session as session_module
-from rcm.pipelines.engine import CapturedLoop
 from rcm.pipelines.session import Session, StreamCancelled
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.pipelines.streaming import bounded
@@ -26,6 +25,7 @@ from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.noise import ChunkNoise
 from rcm.rollout.recipe import SamplingRecipe
 from rcm.worlds.toy_codec import ToyCodec
+from tests.support.rerun_loop import RerunLoop
 from tests.support.tiny_nets import GRID, HEIGHT, WIDTH, condition, tiny_config, tiny_net
 
 RECIPE = SamplingRecipe("few_step", "c1-1", mids=((0.8, 0.5), (0.5,)))
@@ -270,18 +270,6 @@ def test_streams_without_end_are_bounded(denoiser, monkeypatch):
         session.step()
         sizes.add(session.num_bytes())
     assert len(sizes) == 1 and session.loop.cache.chunks[-1].positions.frames[0] > denoiser.net.config.max_frames
-
-
-class Rerun:
-    """In place of a graph where there is no CUDA: runs the step again, on whatever its inputs hold by then."""
-
-    def __init__(self, step):
-        self.replay = step
-
-
-class RerunLoop(CapturedLoop):
-    def _graph(self, step, device):
-        return Rerun(step)
 
 
 POLICIES = {

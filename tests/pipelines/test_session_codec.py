@@ -11,18 +11,21 @@ from rcm.core.dtypes import Precision
 from rcm.kernels.kv_codec.codec import KVCodec
 from rcm.kernels.kv_codec.spec import KVCodecSpec, SideSpec
 from rcm.nets.denoiser import Denoiser, Guided
+from rcm.nets.kv_coded import KVCodec as Protocolled
+from rcm.pipelines import session as session_module
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.infinity_rope import InfinityRope
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.recipe import SamplingRecipe
+from tests.support.rerun_loop import RerunLoop
 from tests.support.tiny_nets import HEIGHT, WIDTH, condition, tiny_config, tiny_net
 
 RECIPE = SamplingRecipe("few_step", "c1-1", mids=((0.8, 0.5), (0.5,)))
 NOISY = replace(RECIPE, noisy_context=True)
 
 
-class Restored:
+class Restored(Protocolled):
     """A codec that stores what another one restores: the reference for the cache around it."""
 
     def __init__(self, codec: KVCodec) -> None:
@@ -41,9 +44,9 @@ class Restored:
         return Restored(self.codec.fork())
 
 
-def codec(dtype: str, smoothing: str = "none") -> KVCodec:
-    side = SideSpec(dtype=dtype, smoothing=smoothing)
-    return KVCodec(KVCodecSpec(key=side, value=side, qvg_clusters=4))
+def codec(dtype: str, smoothing: str = "none", **settings) -> KVCodec:
+    side = SideSpec(dtype=dtype, smoothing=smoothing, group_size=4)
+    return KVCodec(KVCodecSpec(key=side, value=side, qvg_clusters=4, **settings))
 
 
 def run(model, spec: StreamSpec, count: int = 6) -> tuple[torch.Tensor, Session]:
@@ -74,6 +77,57 @@ def test_streams_attend_to_what_the_codec_restores(denoiser, dtype, options, pol
     state, following = session.snapshot(), session.step().latents
     session.restore(state)
     assert torch.equal(session.step().latents, following)
+
+
+CODECS = {
+    "int4": codec("int4"),
+    "int2 qvg": codec("int2", "qvg"),
+    "int8 hadamard, keys plain": KVCodec(KVCodecSpec(key=SideSpec(), value=SideSpec("int8", "hadamard"))),
+    "release": codec("int2", "qvg", mode="release"),
+    "official": codec("int2", "qvg", mode="official"),
+    "one map per head, cold": codec("int2", "qvg", qvg_share_assignments=False, qvg_stages=2, qvg_warm_start=False),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "recipe", "policy", "keys", "guided"),
+    [
+        ("int4", "c1-3", RECIPE, SlidingWindow(3, 1), "pre_rope", False),
+        ("int2 qvg", "c1-1", RECIPE, SlidingWindow(3, 1), "pre_rope", True),
+        ("int2 qvg", "c1-3", NOISY, InfinityRope(blocks=3, sinks=1, horizon=9), None, False),
+        ("int8 hadamard, keys plain", "c3-3", NOISY, SlidingWindow(2), "post_rope", True),
+        ("release", "c1-1", RECIPE, SlidingWindow(3), "pre_rope", False),
+        ("official", "c1-1", RECIPE, SlidingWindow(3), "post_rope", False),
+        ("one map per head, cold", "c1-1", RECIPE, None, "pre_rope", False),
+    ],
+)
+def test_captured_passes_find_codes_as_device_data(denoiser, monkeypatch, name, pattern, recipe, policy, keys, guided):
+    """Passes that were made once serve later chunks, whose codes lie elsewhere, those that encode, too: equal to the eager loop bit by bit
+    through fill-up, wrap, a change of prompt, a snapshot taken up again and another video.
+    """
+    model = Guided(denoiser, condition(tiny_config(), batch=1, seed=9, dtype=torch.float32), 2.0) if guided else denoiser
+    recipe = replace(recipe, pattern=pattern)
+    bounds = {"policy": policy} if policy is not None else {"num_frames": recipe.blocks.frames_before(12)}
+    spec = StreamSpec(recipe, (4, HEIGHT, WIDTH), batch=2, keys=keys, kv_codec=CODECS[name], **bounds)
+
+    def story() -> tuple[torch.Tensor, Session]:
+        first, session = run(model, spec)
+        session.set_condition(condition(tiny_config(), dtype=torch.float32, seed=5))
+        state, then = session.snapshot(), [session.step().latents for _ in range(3)]
+        session.restore(state)
+        again = [session.step().latents for _ in range(3)]
+        assert all(map(torch.equal, then, again))
+        session.restart()
+        other = [session.step().latents for _ in range(6)]
+        return torch.cat([first, *then, *other], dim=2), session
+
+    expected, _ = story()
+    monkeypatch.setattr(session_module, "ChunkLoop", RerunLoop)
+    found, session = story()
+    counts = session.loop.counts
+    assert torch.equal(found, expected)
+    sizes = 2 if pattern == "c1-3" else 1
+    assert counts["replayed"] > counts["captured"] > 0 and counts["eager"] <= 4 * sizes, counts
 
 
 def test_a_restarted_stream_forgets_the_centres_of_the_last_one(denoiser):

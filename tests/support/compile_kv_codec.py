@@ -20,14 +20,16 @@ from triton.compiler import ASTSource
 
 from rcm.kernels.kv_codec import codes as coding
 from rcm.kernels.kv_codec import fused, kernels
+from rcm.kernels.kv_codec.blob import Blob
 from rcm.kernels.kv_codec.clusters import Clustering, cluster
 from rcm.kernels.kv_codec.codes import CodeFormat
+from rcm.kernels.kv_codec.smoothing import Undo
 
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
     torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
-NAMES = ("restore", "extremes", "write_codes")
+NAMES = ("restore", "deposit", "extremes", "write_codes")
 
 
 def _type(value: object) -> object:
@@ -56,7 +58,8 @@ class Compiled:
             if isinstance(value, Tensor):
                 aligned[(i,)] = [["tt.divisibility", 16]]
             elif isinstance(value, tuple):
-                aligned |= {(i, j): [["tt.divisibility", 16]] for j, part in enumerate(value) if part % 16 == 0}
+                whole = [j for j, part in enumerate(value) if isinstance(part, Tensor) or part % 16 == 0]
+                aligned |= {(i, j): [["tt.divisibility", 16]] for j in whole}
         source = ASTSource(self.kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
         done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
         accesses = Counter(re.findall(r"(?:ld|st)\.global[.\w]*", done.asm["ptx"]))
@@ -68,6 +71,13 @@ def main() -> None:
     x = torch.randn(1, 256, 12, 128).to(torch.bfloat16)
     out = torch.empty_like(x)
     patches = [patch.object(kernels, name, Compiled(getattr(kernels, name), found)) for name in NAMES]
+    angles = torch.zeros(256, 64)
+
+    def launch(blob: Blob, *, turned: bool = False) -> None:
+        table = torch.tensor([[blob.addresses]])[0]
+        fused.restore(blob, table, torch.zeros(1, dtype=torch.int64), out, turn=(angles, angles) if turned else None)
+        fused.deposit(blob, table[0])
+
     with patch.object(fused, "runs_on", lambda _: True):
         for p in patches:
             p.start()
@@ -77,15 +87,17 @@ def main() -> None:
         ):
             fmt = CodeFormat(dtype, 64, granularity, asymmetric, mode)
             fused.encode(x, fmt)
-            fused.restore_into(coding.encode(x, fmt), None, out)
+            launch(Blob(coding.encode(x, fmt), Undo(), None, x.dtype))
         for shared in (True, False):
             parts = cluster(x, Clustering(8, 1, 2, shared, "rcm"))
             fmt = CodeFormat("int2", 64, "channel", False, "rcm")
             fused.encode(parts.residual, fmt, parts.subtract)
-            fused.restore_into(coding.encode(x, fmt), parts.clusters, out)
+            launch(Blob(coding.encode(x, fmt), Undo(), parts.clusters, x.dtype), turned=True)
+        hadamard = Undo("hadamard")
+        launch(Blob(coding.encode(x, CodeFormat("int2", 64, "channel", False, "rcm")), hadamard, None, x.dtype), turned=True)
         for p in patches:
             p.stop()
-    json.dump(found, sys.stdout)
+    json.dump(found, sys.stdout, default=str)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Runs the codec's kernels in Triton's interpreter and prints, as JSON, which results differ from plain torch in any bit.
 
-TRITON_INTERPRET=1 python -m tests.support.interpreted_kv_codec few|cases|mutants
+TRITON_INTERPRET=1 python -m tests.support.interpreted_kv_codec few|cases|several|mutants
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import Tensor
 
 from rcm.kernels.kv_codec import codes as coding
 from rcm.kernels.kv_codec import fused, kernels
+from rcm.kernels.kv_codec.blob import Blob, reference
 from rcm.kernels.kv_codec.clusters import Clustering, cluster, members
-from rcm.kernels.kv_codec.codec import Blob, reference
+from rcm.kernels.kv_codec.codec import KVCodec
 from rcm.kernels.kv_codec.codes import CodeFormat
 from rcm.kernels.kv_codec.smoothing import Undo
-from rcm.kernels.kv_codec.spec import INTEGERS
+from rcm.kernels.kv_codec.spec import INTEGERS, SMOOTHINGS, KVCodecSpec, SideSpec
 from tests.support import interpreter_casts, mutants
 
 SHAPE = (2, 11, 3, 16)
@@ -38,17 +39,26 @@ MUTANTS = {
         "(batch * tl.cdiv(tokens, GROUP) + tl.program_id(1)) * width", "(batch * (tokens // GROUP) + tl.program_id(1)) * width",
         "rcm int4 channel",
     ),
-    "unit forgotten": ("scale *= tl.load(unit + batch)", "scale *= 1.0", "rcm int2 token"),
-    "zero forgotten": ("value += _stored(zeros, group, keep, E4M3)", "value += 0.0", "rcm int4 channel asymmetric"),
+    "unit forgotten": ("scale *= tl.load(_at(row, 3, tl.float32) + batch)", "scale *= 1.0", "rcm int2 token"),
+    "zero forgotten": ("value += _stored(_at(row, 2, scales), group, keep, E4M3)", "value += 0.0", "rcm int4 channel asymmetric"),
     "bytes reversed": (
-        "if HIGH_FIRST else BITS * place\n        code", "if not HIGH_FIRST else BITS * place\n        code", "rcm int2 channel",
+        "if HIGH_FIRST else BITS * place\n            code", "if not HIGH_FIRST else BITS * place\n            code", "rcm int2 channel",
     ),
     "sign of four bits": ("tl.where(code >= 8, -0.5 * half, 0.5 * half)", "0.5 * half", "rcm fp4 token"),
     "padding in the extremes": ("(inside < GROUP) & (token < tokens)", "(inside < GROUP)", "rcm int8 channel asymmetric"),
     "one stage": ("for i in tl.static_range(STAGES)", "for i in tl.static_range(1)", "clusters 2 shared"),
     "order of the stages": ("stage = i if FIRST_FIRST", "stage = i if not FIRST_FIRST", "clusters 2 official"),
     "head of the assignment": ("token) * heads + head, mask", "token) * heads, mask", "clusters 1 per head"),
-    "stride of the output": ("+ head * stride_n + col % D\n    tl.store", "+ col\n    tl.store", "rcm int4 token"),
+    "one blob for all": ("blob = tl.program_id(2) // batches", "blob = 0 * tl.program_id(2)", "several int4 by head"),
+    "start of a blob": ("tl.load(starts + blob) + token", "blob * tokens + token", "several int4 by head"),
+    "rows of a head": ("batch * heads + head, token * D", "batch * heads, token * D", "several int4 by head"),
+    "bytes of an uneven group": ("at // PER_BYTE, at % PER_BYTE, row * tl.cdiv", "at // PER_BYTE, 0 * at, row * tl.cdiv", "several uneven"),
+    "sign of the transform": ("tl.join(a + b, a - b)", "tl.join(a + b, b - a)", "several hadamard int4"),
+    "turned the other way": ("odd * c + even * s)", "odd * c - even * s)", "several none int4"),
+    "balance forgotten": ('if UNDO == "balance"', 'if UNDO == "none of them"', "several balance int4"),
+    "order forgotten": ('if UNDO == "reorder"', 'if UNDO == "none of them"', "several reorder int4"),
+    "a field not copied": ("if tl.program_id(1) == field:", "if tl.program_id(1) == field and field != 4:", "several qvg int4"),
+    "stride of the output": ("+ head * stride_n + col % D, value", "+ col, value", "rcm int4 token"),
 }  # fmt: skip
 
 
@@ -72,16 +82,74 @@ def differences(x: Tensor, fmt: CodeFormat, subtract: tuple[Tensor, Tensor] | No
         mine, theirs = getattr(got, name), getattr(wanted, name)
         if (mine is None) != (theirs is None) or (mine is not None and not torch.equal(_bits(mine), _bits(theirs))):
             found.append(name)
-    blob = Blob(wanted, Undo(), clusters, x.dtype)
+    blob = Blob(wanted, Undo(), clusters, x.dtype).packed()
+    return found + restored_differences([blob])
+
+
+def restored_differences(blobs: list[Blob]) -> list[str]:
+    """What of restoring blobs of one form with one launch, out of order and into the midst of other memory, is not equal to plain torch."""
+    found, (b, s, n, d) = [], blobs[0].shape
+    starts = [2 + (s + 3) * i for i in range(len(blobs))][::-1]
+    table = KVCodec(KVCodecSpec()).table([blobs], torch.device("cpu"))[0]
     for dtype in (torch.float32, torch.bfloat16):
-        room = torch.full((x.shape[0], x.shape[1] + 3, 5, x.shape[3] + 2), float("nan"), dtype=dtype)
-        view = room[:, 2:-1, 1 : 1 + x.shape[2], : x.shape[3]]
-        if not fused.restore_into(wanted, clusters, view):
+        room = torch.full((b, (s + 3) * len(blobs), n + 2, d + 2), float("nan"), dtype=dtype)
+        view = room[:, :, 1 : 1 + n, :d]
+        if not fused.restore(blobs[0], table, torch.tensor(starts), view):
             found.append("restore refused")
-        elif not torch.equal(view, reference(blob).to(dtype)):
-            found.append(f"restored {dtype}")
-        if room.isnan().sum() != room.numel() - view.numel():
+        for start, blob in zip(starts, blobs, strict=True):
+            if not torch.equal(view[:, start : start + s], reference(blob).to(dtype)):
+                found.append(f"restored {dtype}")
+        if room.isnan().sum() != room.numel() - len(blobs) * b * s * n * d:
             found.append("wrote elsewhere")
+    return found
+
+
+def turned_differences(blobs: list[Blob]) -> list[str]:
+    """The same for restoring and turning in one launch, against one after the other."""
+    b, s, n, d = blobs[0].shape
+    angle = torch.randn(s * len(blobs), d // 2, generator=torch.Generator().manual_seed(2))
+    out, (cos, sin) = torch.empty(b, s * len(blobs), n, d, dtype=torch.bfloat16), (angle.cos(), angle.sin())
+    table = KVCodec(KVCodecSpec()).table([blobs], torch.device("cpu"))[0]
+    fused.restore(blobs[0], table, torch.arange(len(blobs)) * s, out, turn=(cos, sin))
+    plain = torch.cat([reference(blob).to(torch.bfloat16) for blob in blobs], dim=1).float()
+    even, odd = plain[..., 0::2], plain[..., 1::2]
+    c, t = cos[None, :, None], sin[None, :, None]
+    wanted = torch.stack([even * c - odd * t, odd * c + even * t], dim=-1).flatten(-2).to(torch.bfloat16)
+    return [] if torch.equal(out, wanted) else ["turned"]
+
+
+def deposited_differences(blobs: list[Blob]) -> list[str]:
+    """Whether the bytes of a blob, all of them, arrive at the addresses of another."""
+    target = blobs[1].like("cpu")
+    fused.deposit(blobs[0], KVCodec(KVCodecSpec()).table([[target]], torch.device("cpu"))[0, 0])
+    pairs = zip(target.fields, blobs[0].fields, strict=True)
+    return [f"field {i}" for i, (mine, x) in enumerate(pairs) if x is not None and not torch.equal(_bits(mine), _bits(x))]
+
+
+def several_sides() -> dict[str, SideSpec]:
+    """Every smoothing and granularity."""
+    return {
+        **{f"{smoothing} {kind}": SideSpec(kind, smoothing, 8) for smoothing in SMOOTHINGS for kind in ("int4", "int2")},
+        **{f"int4 by {axis}": SideSpec("int4", "none", 8, axis, asymmetric=True) for axis in ("head", "tensor")},
+        "uneven": SideSpec("int4", "none", 5, "token"),
+        "bf16": SideSpec("bf16", "none"),
+        "bf16 hadamard": SideSpec("bf16", "hadamard"),
+        "fp8 balance": SideSpec("fp8", "balance"),
+    }
+
+
+def several_differences(side: SideSpec) -> list[str]:
+    """What differs when three blobs are restored, turned and deposited."""
+    codec = KVCodec(KVCodecSpec(side, side, triton_restore=False, qvg_clusters=4, qvg_iters=2))
+    blobs = [codec.encode(sample(torch.float32).roll(i, 1), side="key", layer=0) for i in range(3)]
+    return restored_differences(blobs) + turned_differences(blobs) + deposited_differences(blobs)
+
+
+def several() -> dict[str, list[str]]:
+    """Name -> what differs."""
+    found = {name: several_differences(side) for name, side in several_sides().items()}
+    single = KVCodec(KVCodecSpec(SideSpec("int4", "qvg", 8), triton_restore=False, qvg_clusters=1))
+    found["one cluster"] = restored_differences([single.encode(sample(torch.float32), side="key", layer=0)])
     return found
 
 
@@ -124,7 +192,8 @@ def run_mutants() -> dict[str, bool]:
     with tempfile.TemporaryDirectory() as folder:
         for name, (old, new, case) in MUTANTS.items():
             sys.modules["rcm.kernels.kv_codec"].kernels = mutants.load(kernels, old=old, new=new, folder=Path(folder))
-            caught[name] = bool(differences(*known[case]))
+            kind = case.removeprefix("several ")
+            caught[name] = bool(differences(*known[case]) if case in known else several_differences(several_sides()[kind]))
     return caught
 
 
@@ -135,4 +204,4 @@ def _bits(x: Tensor) -> Tensor:
 if __name__ == "__main__":
     interpreter_casts.install()
     fused.ELEMENTS, fused.MAX_COLS = 256, 32
-    json.dump({"few": run_few, "cases": run_cases, "mutants": run_mutants}[sys.argv[1]](), sys.stdout)
+    json.dump({"few": run_few, "cases": run_cases, "several": several, "mutants": run_mutants}[sys.argv[1]](), sys.stdout)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rcm.kernels.kv_codec import codes as coding
-from rcm.kernels.kv_codec.codec import Blob
+from rcm.kernels.kv_codec.blob import Blob
 from rcm.kernels.kv_codec.codes import Codes
 
 

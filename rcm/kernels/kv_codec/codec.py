@@ -2,62 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from rcm.core.device_copy import to_device
 from rcm.kernels.kv_codec import codes as coding
 from rcm.kernels.kv_codec import fused as fused_kernels
-from rcm.kernels.kv_codec.clusters import Clustering, Clusters, add_back, cluster, members
-from rcm.kernels.kv_codec.codes import CodeFormat, Codes
-from rcm.kernels.kv_codec.smoothing import Undo, smooth, unsmooth
+from rcm.kernels.kv_codec.blob import Blob, reference
+from rcm.kernels.kv_codec.clusters import Clustering, cluster, members
+from rcm.kernels.kv_codec.codes import CodeFormat
+from rcm.kernels.kv_codec.smoothing import Undo, smooth
 from rcm.kernels.kv_codec.spec import KVCodecSpec, Side
 
-
-@dataclass(frozen=True)
-class Blob:
-    """Keys or values of one chunk and layer: `codes`, or the plain bf16 tensor; what undoes the smoothing; clusters.
-
-    `dtype` is what was encoded.
-    """
-
-    codes: Codes | Tensor
-    undo: Undo
-    clusters: Clusters | None
-    dtype: torch.dtype
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """[B, S, N, D]."""
-        return tuple(self.codes.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that its tensors take."""
-        return self.codes.nbytes + self.undo.nbytes + (0 if self.clusters is None else self.clusters.nbytes)
+_BY_ADDRESS: WeakValueDictionary[int, Blob] = WeakValueDictionary()
+"""Blobs whose addresses were asked for, on devices whose kernels do not follow addresses."""
 
 
 class KVCodec:
     """Encodes and restores chunks [B, S, N, D] after `spec`. Holds nothing but the cluster centres that the next chunk of a layer starts
     from; a second stream takes a `fork`.
+
+    Blobs can also be read and written by address (`table`, `restore`, `encode_to`): which blobs is then device data, so that a captured
+    graph serves one chunk after another. Centres stay where they are for that; `generation` counts how often they could not.
     """
 
     def __init__(self, spec: KVCodecSpec) -> None:
         self.spec = spec
-        self._centres: dict[tuple[str, int], list[Tensor]] = {}
+        self.generation = 0
+        self._centres: dict[tuple[Side, int], list[Tensor]] = {}
+        self._warm: set[tuple[Side, int]] = set()
 
     def encode(self, x: Tensor, *, side: Side, layer: int) -> Blob:
         """Blob of `x` [B, S, N, D] (any floating dtype and strides)."""
-        blob, centres = self._encode(x.detach(), side, self._centres.get((side, layer)))
+        key = (side, layer)
+        blob, centres = self._encode(x.detach(), side, self._centres[key] if key in self._warm else None)
         if centres and self.spec.qvg_warm_start:
-            self._centres[side, layer] = centres
+            self._keep(key, centres)
         return blob
 
     def decode(self, blob: Blob, *, side: Side) -> Tensor:
         """[B, S, N, D] in the dtype that was encoded."""
-        out = torch.empty(blob.shape, dtype=blob.dtype, device=_device(blob))
+        out = torch.empty(blob.shape, dtype=blob.dtype, device=blob.device)
         self.decode_into(blob, out, side=side)
         return out
 
@@ -65,9 +54,48 @@ class KVCodec:
         """`decode` written into `out` [B, S, N, D] of any strides and floating dtype."""
         if out.shape != blob.shape:
             raise ValueError(f"the blob holds {list(blob.shape)}, out is {list(out.shape)}")
-        fused = self.spec.triton_restore and isinstance(blob.codes, Codes) and blob.undo.kind == "none"
-        if not (fused and fused_kernels.restore_into(blob.codes, blob.clusters, out)):
+        if not (self._fused(out) and self._launch(blob, self.table([[blob]], blob.device)[0], [0], out)):
             out.copy_(reference(blob))
+
+    def captures(self, device: torch.device) -> bool:
+        """Whether `restore` and `encode_to` can be part of a captured graph on `device`: not without the Triton launches."""
+        return device.type != "cuda" or self.spec.triton_restore
+
+    def table(self, rows: Sequence[Sequence[Blob]], device: torch.device) -> Tensor:
+        """Addresses of blobs, int64 [rows, blobs, 7] on `device`. The blobs must outlive what reads the table."""
+        if device.type != "cuda":
+            _BY_ADDRESS.update({blob.addresses[0]: blob for row in rows for blob in row})
+        return to_device(torch.tensor([[blob.addresses for blob in row] for row in rows], dtype=torch.int64), device)
+
+    def restore(
+        self, like: Blob, table: Tensor, starts: Tensor, out: Tensor, *, side: Side, turn: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """Write the blobs at the addresses in `table` int64 [P, 7], all in the form of `like`, into `out` [B, L, N, D] from its tokens
+        `starts` int64 [P] on. `turn`: cos and sin [L, D / 2] of a rotation of what was restored, on CUDA.
+        """
+        if self._fused(out) and fused_kernels.restore(like, table, starts, out, turn=turn):
+            return
+        if turn is not None:
+            raise ValueError("restored keys are turned by a Triton launch only; rotate them afterwards")
+        for start, row in zip(starts.tolist(), table.tolist(), strict=True):
+            out[:, start : start + like.shape[1]].copy_(reference(_BY_ADDRESS[row[0]]))
+
+    def encode_to(self, row: Tensor, x: Tensor, *, side: Side, layer: int) -> None:
+        """`encode`, written to the blob whose addresses are in `row` int64 [7]."""
+        blob = self.encode(x, side=side, layer=layer)
+        if fused_kernels.runs_on(x):
+            fused_kernels.deposit(blob, row)
+        else:
+            _BY_ADDRESS[int(row[0])].copy_(blob)
+
+    def is_ready(self, like: Blob, *, side: Side, layer: int) -> bool:
+        """Whether `encode_to` of a chunk in the form of `like` can be captured: its centres, if any, are at hand."""
+        if self.spec.side(side).smoothing != "qvg" or not self.spec.qvg_warm_start or like.clusters is None:
+            return True
+        if like.clusters.assignments is None:
+            return True
+        key, k = (side, layer), like.clusters.centroids.shape[2]
+        return key in self._warm and all(centre.shape[2] == k for centre in self._centres[key])
 
     def blob_bytes(self, blob: Blob) -> int:
         """Bytes that the blob takes on its device."""
@@ -83,17 +111,39 @@ class KVCodec:
         """The same settings, no centres."""
         return KVCodec(self.spec)
 
+    def num_bytes(self) -> int:
+        """Bytes of the centres."""
+        return sum(x.nbytes for stages in self._centres.values() for x in stages)
+
     def state(self) -> dict[str, Any]:
-        """Centres of the warm start, by (side, layer). They are never written in place, so the tensors are shared, not copied."""
-        return {"centres": {key: list(stages) for key, stages in self._centres.items()}}
+        """A copy of the centres of the warm start, by (side, layer)."""
+        return {"centres": {key: [x.clone() for x in self._centres[key]] for key in sorted(self._warm)}}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up a `state`."""
-        self._centres = {key: list(stages) for key, stages in state["centres"].items()}
+        self._warm.clear()
+        for key, stages in state["centres"].items():
+            self._keep(key, stages)
 
     def reset(self) -> None:
-        """Forget the centres: a new video begins."""
-        self._centres = {}
+        """Forget the centres: a new video begins. Their memory stays."""
+        self._warm.clear()
+
+    def _keep(self, key: tuple[Side, int], centres: Sequence[Tensor]) -> None:
+        """Centres for the next chunk, in the memory of the last ones where they fit."""
+        held = self._centres.get(key, [])
+        if [(x.shape, x.dtype) for x in held] != [(x.shape, x.dtype) for x in centres]:
+            self._centres[key] = held = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in centres]
+            self.generation += 1
+        for mine, x in zip(held, centres, strict=True):
+            mine.copy_(x)
+        self._warm.add(key)
+
+    def _fused(self, out: Tensor) -> bool:
+        return self.spec.triton_restore and fused_kernels.runs_on(out)
+
+    def _launch(self, like: Blob, table: Tensor, starts: Sequence[int], out: Tensor) -> bool:
+        return fused_kernels.restore(like, table, to_device(torch.tensor(starts), out.device), out)
 
     def _encode(self, x: Tensor, side: Side, warm: list[Tensor] | None) -> tuple[Blob, list[Tensor]]:
         spec, how = self.spec, self.spec.side(side)
@@ -106,7 +156,7 @@ class KVCodec:
         if how.dtype == "bf16":
             smoothed = smoothed if subtract is None else smoothed - members(*subtract)
             held = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device).copy_(smoothed)
-            return Blob(held, undo, clusters, x.dtype), centres
+            return Blob(held, undo, clusters, x.dtype).packed(), centres
         fmt = CodeFormat(how.dtype, how.group_size, spec.granularity(side), how.asymmetric, spec.mode)
         if spec.mode == "official":
             fmt = coding.check_official(x.shape, fmt, flag=f"kv_group_size_{side[0]}")
@@ -115,15 +165,4 @@ class KVCodec:
         codes = fused_kernels.encode(smoothed, fmt, subtract) if spec.triton_restore else None
         if codes is None:
             codes = coding.encode(smoothed if subtract is None else smoothed - members(*subtract), fmt)
-        return Blob(codes, undo, clusters, x.dtype), centres
-
-
-def reference(blob: Blob) -> Tensor:
-    """float32 [B, S, N, D] by plain torch: what every other way of restoring must equal once rounded to the same dtype."""
-    plain = coding.decode(blob.codes) if isinstance(blob.codes, Codes) else blob.codes.float()
-    plain = unsmooth(plain, blob.undo)
-    return plain if blob.clusters is None else add_back(plain, blob.clusters)
-
-
-def _device(blob: Blob) -> torch.device:
-    return blob.codes.data.device if isinstance(blob.codes, Codes) else blob.codes.device
+        return Blob(codes, undo, clusters, x.dtype).packed(), centres

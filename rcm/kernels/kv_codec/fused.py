@@ -1,5 +1,5 @@
-"""From tensors and blobs to launches of `kernels`: restore in one, encode in two. They equal the plain torch of `codes` and `clusters`
-bit for bit, and say no where they do not apply.
+"""From tensors and blobs to launches of `kernels`: any number of blobs restored in one, a tensor encoded in two. They equal the plain
+torch of `codes`, `smoothing` and `clusters` bit for bit, and say no where they do not apply.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rcm.kernels.kv_codec import codes as coding
+from rcm.kernels.kv_codec.blob import FIELDS, Blob
 from rcm.kernels.kv_codec.clusters import Clusters
 from rcm.kernels.kv_codec.codes import CodeFormat, Codes
 from rcm.kernels.kv_codec.spec import BITS
@@ -19,6 +20,8 @@ from rcm.kernels.kv_codec.spec import BITS
 ELEMENTS = 4096
 """Elements per program of restore, bytes per program of encode times codes in a byte."""
 MAX_COLS = 256
+DEPOSITED = 16384
+"""Bytes per program of deposit."""
 OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -29,56 +32,96 @@ def runs_on(x: Tensor) -> bool:
 
 
 def fits(shape: tuple[int, ...], fmt: CodeFormat) -> bool:
-    """Whether groups and bytes of the format are those of the kernels: over tokens, or within the channels of a head."""
+    """Whether groups and bytes of the format are those that encoding has kernels for: over tokens, or within the channels of a head."""
     if fmt.granularity == "channel":
         return True
     return fmt.granularity == "token" and not (shape[3] % coding.group_length(shape[3], fmt.group_size) or shape[3] % fmt.per_byte)
 
 
-def restore_into(codes: Codes, clusters: Clusters | None, out: Tensor) -> bool:
-    """Write number * scale (+ zero) + centroids into `out` [B, S, N, D] with one launch; False, and nothing done, where it cannot."""
-    fmt = codes.format
-    if not (runs_on(out) and fits(codes.shape, fmt) and out.dtype in OUTPUTS and out.stride(3) == 1):
+def restore(like: Blob, table: Tensor, starts: Tensor, out: Tensor, *, turn: tuple[Tensor, Tensor] | None = None) -> bool:
+    """Write the blobs at the addresses of `table` int64 [P, 7] (`Blob.addresses`), all in the form of `like`, into `out` [B, L, N, D] from
+    the tokens `starts` int64 [P] on, with one launch; False, and nothing done, where it cannot.
+
+    `turn`: cos and sin [L, D / 2] of the angles by which the restored channel pairs of each token are turned.
+    """
+    if not (runs_on(out) and out.dtype in OUTPUTS and out.stride(3) == 1):
         return False
-    if clusters is not None and clusters.assignments is None:
-        return False
-    b, s, n, d = codes.shape
-    if out.numel() == 0:
+    b, s, n, d = like.shape
+    if b * s * n * d == 0 or len(table) == 0:
         return True
-    channel = fmt.granularity == "channel"
-    e4m3 = codes.scales.dtype == coding.E4M3
-    stored = [_bits(x) for x in (codes.data, codes.scales, codes.scales if codes.zeros is None else codes.zeros)]
-    grouped = (out, out, 1) if clusters is None else (clusters.centroids, clusters.assignments, clusters.centroids.shape[2])
-    tokens, cols = _tile(n * d, ELEMENTS)
+    clusters = like.clusters
+    constants = _codes_constants(like.codes, d) | _clusters_constants(clusters)
+    tokens, cols = _tile(n * d, ELEMENTS, least=_power_of_2(d) if like.undo.kind == "hadamard" else 1)
+    cos, sin = (table, table) if turn is None else turn
     from rcm.kernels.kv_codec import kernels
 
     with _device(out):
-        kernels.restore[(-(-s // tokens), -(-n * d // cols), b)](
-            *stored,
-            stored[1] if codes.unit is None else codes.unit,
-            *grouped[:2],
+        kernels.restore[(-(-s // tokens), -(-n * d // cols), b * len(table))](
+            table,
+            starts,
             out,
+            cos,
+            sin,
             out.stride()[:3],
-            (b, s, n, grouped[2]),
-            DTYPE=fmt.dtype,
-            OFFSET=fmt.offset,
-            SIGNED=codes.data.dtype == torch.int8,
-            HIGH_FIRST=fmt.high_first,
-            BITS=BITS[fmt.dtype],
-            GROUP=coding.group_length(s if channel else d, fmt.group_size),
-            CHANNEL=channel,
-            E4M3=e4m3,
-            HAS_ZERO=codes.zeros is not None,
-            HAS_UNIT=codes.unit is not None,
-            STAGES=0 if clusters is None else clusters.centroids.shape[0],
-            FIRST_FIRST=clusters is not None and clusters.first_stage_first,
-            PER_HEAD=clusters is not None and clusters.assignments.dim() == 4,
+            (b, s, n, 1 if clusters is None else clusters.centroids.shape[2]),
+            UNDO=like.undo.kind,
+            ROOT=d**-0.5,
+            TURN=turn is not None,
+            FIELDS=FIELDS,
             D=d,
             TOKENS=tokens,
             COLS=cols,
             num_warps=8,
+            **constants,
         )
     return True
+
+
+def deposit(blob: Blob, row: Tensor) -> None:
+    """Copy the tensors of `blob` to the addresses in `row` int64 [7] of a table."""
+    from rcm.kernels.kv_codec import kernels
+
+    held = [None if x is None else x.reshape(-1).view(torch.uint8) for x in blob.fields]
+    sources = tuple(row.view(torch.uint8) if x is None else x for x in held)
+    sizes = tuple(0 if x is None else x.numel() for x in held)
+    with _device(row):
+        kernels.deposit[(-(-max(sizes) // DEPOSITED), FIELDS)](row, sources, sizes, FIELDS=FIELDS, BLOCK=DEPOSITED, num_warps=4)
+
+
+def _codes_constants(codes: Codes | Tensor, d: int) -> dict[str, Any]:
+    """What a launch of `kernels.restore` knows of the codes of heads of `d` channels."""
+    if not isinstance(codes, Codes):
+        absent = {"OFFSET": 0.0, "SIGNED": False, "HIGH_FIRST": False, "BITS": 16, "GROUP": 1, "AXIS": "token", "E4M3": False}
+        return {"DTYPE": "bf16", **absent, "HAS_ZERO": False, "HAS_UNIT": False}
+    fmt = codes.format
+    return {
+        "DTYPE": fmt.dtype,
+        "OFFSET": fmt.offset,
+        "SIGNED": codes.data.dtype == torch.int8,
+        "HIGH_FIRST": fmt.high_first,
+        "BITS": BITS[fmt.dtype],
+        "GROUP": coding.group_length(coding.rows_shape(codes.shape, fmt.granularity)[1], fmt.group_size),
+        "AXIS": fmt.granularity,
+        "E4M3": codes.scales.dtype == coding.E4M3,
+        "HAS_ZERO": codes.zeros is not None,
+        "HAS_UNIT": codes.unit is not None,
+    }
+
+
+def _clusters_constants(clusters: Clusters | None) -> dict[str, Any]:
+    """And of its clusters."""
+    if clusters is None:
+        return {"STAGES": 0, "FIRST_FIRST": False, "CENTROIDS": None, "INDEX": None, "PER_HEAD": False}
+    from rcm.kernels.kv_codec import kernels
+
+    assigned = clusters.assignments
+    return {
+        "STAGES": clusters.centroids.shape[0],
+        "FIRST_FIRST": clusters.first_stage_first,
+        "CENTROIDS": kernels.KINDS[clusters.centroids.dtype],
+        "INDEX": None if assigned is None else kernels.KINDS[assigned.dtype],
+        "PER_HEAD": assigned is not None and assigned.dim() == 4,
+    }
 
 
 def encode(x: Tensor, fmt: CodeFormat, subtract: tuple[Tensor, Tensor] | None = None) -> Codes | None:
@@ -136,14 +179,9 @@ def encode(x: Tensor, fmt: CodeFormat, subtract: tuple[Tensor, Tensor] | None = 
     return Codes(fmt, tuple(x.shape), held, scales, zeros, unit)
 
 
-def _bits(x: Tensor) -> Tensor:
-    """e4m3 as its bits; others as they are."""
-    return x.view(torch.uint8) if x.dtype == coding.E4M3 else x
-
-
-def _tile(width: int, elements: int) -> tuple[int, int]:
-    """Tokens and columns of a program."""
-    cols = min(MAX_COLS, _power_of_2(width))
+def _tile(width: int, elements: int, *, least: int = 1) -> tuple[int, int]:
+    """Tokens and columns of a program, at `least` so many columns."""
+    cols = max(least, min(MAX_COLS, _power_of_2(width)))
     return max(1, elements // cols), cols
 
 

@@ -65,7 +65,7 @@ def hadamard(x: Tensor) -> Tensor:
     for level in range(d.bit_length() - 1):
         a, b = x.unflatten(-1, (-1, 2, 1 << level)).unbind(-2)
         x = torch.stack([a + b, a - b], dim=-2).flatten(-3)
-    return x / math.sqrt(d)
+    return x * d**-0.5
 
 
 def quantile(x: Tensor, share: float) -> Tensor:

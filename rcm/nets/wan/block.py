@@ -60,7 +60,7 @@ class SelfAttentionCore(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rope: RopePair, cached: LayerView) -> Tensor:
         """Attention of turned queries over what `cached.enter` returned."""
-        if cached.keys == "pre_rope":
+        if not cached.enters_turned:
             k = self.rotate(k, rope.key)
         return self.attention(q, k, v, layout.mask, cached.prefix_tokens)
 
@@ -93,7 +93,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.q(x), self.k(x), self.v(x)
         if cached is not None and cached.takes_projections and isinstance(self.core, SelfAttentionCore):
             # a captured pass: norms, rotation and the cache's slots in one kernel
-            q, k, v = cached.enter(tuple(y.flatten(1, 2) for y in (q, k, v)), (self.norm_q, self.norm_k), rope.query)
+            q, k, v = cached.enter((q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)), (self.norm_q, self.norm_k), rope.query)
             return self.o(self.core.attend(q, k, v, layout, rope, cached).reshape(x.shape)) if attend else None
         q, k, v = (self._heads(y) for y in (self.norm_q(q), self.norm_k(k), v))
         if not attend:

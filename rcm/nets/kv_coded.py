@@ -1,0 +1,288 @@
+"""Cached keys and values as the blobs of a codec: cold chunks exist as codes only, and are restored one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from rcm.core.device_copy import to_device
+from rcm.nets.kv_store import Pair, Piece, Side, Spans
+
+SIDES: tuple[Side, Side] = ("key", "value")
+Blobs = tuple[Any, Any]
+"""Blobs of the keys and of the values of one chunk and layer."""
+
+
+class KVCodec(Protocol):
+    """Storage format of a quantised cache: one blob per layer, chunk and side. A codec that remembers nothing inherits the rest."""
+
+    def encode(self, x: Tensor, *, side: Side, layer: int) -> Any:
+        """Blob of `x` [B, S, N, D]."""
+
+    def decode(self, blob: Any, *, side: Side) -> Tensor:
+        """[B, S, N, D] of a blob, in the dtype that was encoded."""
+
+    def decode_into(self, blob: Any, out: Tensor, *, side: Side) -> None:
+        """`decode`, written into `out` [B, S, N, D] (any strides)."""
+
+    def num_bytes(self) -> int:
+        """Bytes that the codec holds beside the blobs."""
+        return 0
+
+    def fork(self) -> KVCodec:
+        """The same settings for another stream, which remembers nothing of this one."""
+        return self
+
+    def state(self) -> Any:
+        """A copy of what the codec remembers of the chunks that it encoded."""
+
+    def load_state(self, state: Any) -> None:
+        """Take up a `state`."""
+
+    def reset(self) -> None:
+        """Forget: a new video begins."""
+
+
+@runtime_checkable
+class AddressedCodec(KVCodec, Protocol):
+    """A codec whose blobs can be read and written by address, so that captured passes find them as data on the device.
+
+    A blob has `like(device)`, a blob of the same form with memory of its own; on "meta" the form alone. `generation` changes with the
+    place of what `encode_to` reads and writes beside the blob.
+    """
+
+    generation: int
+
+    def captures(self, device: torch.device) -> bool:
+        """Whether `restore` and `encode_to` can be captured on `device`."""
+
+    def table(self, rows: Sequence[Sequence[Any]], device: torch.device) -> Tensor:
+        """Addresses of blobs, int64 [rows, blobs, fields]."""
+
+    def restore(
+        self, like: Any, table: Tensor, starts: Tensor, out: Tensor, *, side: Side, turn: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """Write the blobs at `table` [P, fields], all in the form of `like`, into `out` [B, L, N, D] from its tokens `starts` [P] on;
+        `turn`: rotated by cos and sin [L, D / 2].
+        """
+
+    def encode_to(self, row: Tensor, x: Tensor, *, side: Side, layer: int) -> None:
+        """`encode`, into the blob at `row` [fields]."""
+
+    def is_ready(self, like: Any, *, side: Side, layer: int) -> bool:
+        """Whether `encode_to` in the form of `like` would do the same again and again."""
+
+
+class Group(NamedTuple):
+    """Chunks of equal form, as one launch restores them: forms of keys and values; addresses int64 [layers, 2, P, fields] and first tokens
+    int64 [P], on the device.
+    """
+
+    like: Blobs
+    addresses: Tensor
+    starts: Tensor
+
+    def restore(self, codec: AddressedCodec, layer: int, out: Pair, *, turn: tuple[Tensor, Tensor] | None = None) -> None:
+        """Write the keys, turned if `turn` is given, and the values of a layer into `out`, each [B, L, N, D]."""
+        for at, (x, side) in enumerate(zip(out, SIDES, strict=True)):
+            codec.restore(self.like[at], self.addresses[layer, at], self.starts, x, side=side, turn=turn if side == "key" else None)
+
+
+class CodedStore:
+    """Blobs of a codec, one per layer, chunk and side. The newest `hot_chunks` stay plain and are coded when they grow older.
+
+    What a forward reads is restored into one scratch buffer that all layers share, so cold chunks exist as codes only. `generation` changes
+    with the place of anything but blobs that a captured pass touches.
+    """
+
+    in_place = False
+
+    def __init__(self, num_layers: int, capacity: int, codec: KVCodec, *, hot_chunks: int = 0) -> None:
+        self.capacity, self.codec, self.hot_chunks = capacity, codec, hot_chunks
+        self._blobs: list[dict[int, Blobs]] = [{} for _ in range(num_layers)]
+        self._hot: list[dict[int, Pair]] = [{} for _ in range(num_layers)]
+        self._forms: dict[int, Blobs] = {}
+        self._groups: tuple[tuple[Piece, ...], list[Group]] | None = None
+        self._scratch: Pair | None = None
+        self._scratches = 0
+
+    @property
+    def generation(self) -> tuple[int, int]:
+        """See the class."""
+        return self._scratches, self.codec.generation if isinstance(self.codec, AddressedCodec) else 0
+
+    @property
+    def addressed(self) -> AddressedCodec:
+        """The codec, which must be read by address."""
+        assert isinstance(self.codec, AddressedCodec)
+        return self.codec
+
+    @property
+    def scratch(self) -> Pair:
+        """What the layers share, [B, capacity, N, D] each; `RuntimeError` before the first read."""
+        if self._scratch is None:
+            raise RuntimeError("the scratch buffer is allocated by the first read")
+        return self._scratch
+
+    def put(self, layer: int, chunk: int, pair: Pair, *, hot: bool = True) -> None:
+        """Hold a chunk: as codes, or plain while it is among the newest, which it is not if it is not `hot`."""
+        self._groups = None
+        if hot and self.hot_chunks:
+            self._hot[layer][chunk] = (pair[0].clone(), pair[1].clone())
+        else:
+            self._blobs[layer][chunk] = self._encode(layer, pair)
+
+    def commit(self, chunk: int, spans: Spans) -> None:
+        """A chunk was put by all layers: code what is no longer among the newest."""
+        for layer, hot in enumerate(self._hot):
+            for old in sorted(hot)[: max(0, len(hot) - self.hot_chunks)]:
+                self._blobs[layer][old] = self._encode(layer, hot.pop(old))
+                self._groups = None
+
+    def captures(self, chunks: Sequence[int], *, adding: int) -> bool:
+        """Whether a captured pass can read `chunks` and, if `adding` is not 0, encode a chunk of so many tokens."""
+        codec = self.codec
+        if not isinstance(codec, AddressedCodec) or self._scratch is None or not codec.captures(self._scratch[0].device):
+            return False
+        if any(chunk not in self._blobs[-1] for chunk in chunks):
+            return False
+        if not adding:
+            return True
+        forms, layers = self._forms.get(adding), range(len(self._blobs))
+        if forms is None or self.hot_chunks:
+            return False
+        return all(codec.is_ready(like, side=side, layer=i) for like, side in zip(forms, SIDES, strict=True) for i in layers)
+
+    def reserve(self, chunk: int, tokens: int) -> None:
+        """Memory for the codes of a chunk that a captured pass is about to encode."""
+        key, value = self._forms[tokens]
+        device = self.scratch[0].device
+        for blobs in self._blobs:
+            blobs[chunk] = (key.like(device), value.like(device))
+        self._groups = None
+
+    def groups(self, pieces: Sequence[Piece]) -> list[Group]:
+        """Whole coded chunks as `Group`s that put them behind each other in the order of `pieces`."""
+        wanted = tuple(pieces)
+        if self._groups is None or self._groups[0] != wanted:
+            self._groups = wanted, self._grouped(wanted)
+        return self._groups[1]
+
+    def read(self, layer: int, pieces: Sequence[Piece], own: Pair | None = None) -> Pair:
+        """Keys and values of whole chunks, in order, and `own` behind them: views of the scratch buffer, overwritten by the next read."""
+        like = own or self.plain(layer, _id(pieces[0]))
+        total = sum(p.stop - p.start for p in pieces) + (own[0].shape[1] if own else 0)
+        room = self._room(like, total)
+        keys, values = (x[:, :total] for x in room)
+        together = isinstance(self.codec, AddressedCodec) and all(p.chunk in self._blobs[-1] for p in pieces)
+        at = 0
+        for piece in pieces:
+            stop, chunk = at + piece.stop - piece.start, _id(piece)
+            if chunk in self._hot[layer]:
+                for out, x in zip((keys, values), self._hot[layer][chunk], strict=True):
+                    out[:, at:stop].copy_(x)
+            elif not together:
+                for out, blob, side in zip((keys, values), self._blobs[layer][chunk], SIDES, strict=True):
+                    self.codec.decode_into(blob, out[:, at:stop], side=side)
+            at = stop
+        if together:
+            for group in self.groups(pieces):
+                group.restore(self.codec, layer, (keys, values))
+        if own:
+            keys[:, at:].copy_(own[0])
+            values[:, at:].copy_(own[1])
+        return keys, values
+
+    def plain(self, layer: int, chunk: int) -> Pair:
+        """Keys and values of one chunk, restored into memory of their own."""
+        if chunk in self._hot[layer]:
+            return self._hot[layer][chunk]
+        key, value = self._blobs[layer][chunk]
+        return self.codec.decode(key, side="key"), self.codec.decode(value, side="value")
+
+    def drop(self, chunk: int) -> None:
+        """Free a chunk."""
+        self._groups = None
+        for blobs, hot in zip(self._blobs, self._hot, strict=True):
+            blobs.pop(chunk, None)
+            hot.pop(chunk, None)
+
+    def clear(self, *, free_buffers: bool) -> None:
+        """Forget everything."""
+        self._groups = None
+        for held in (*self._blobs, *self._hot):
+            held.clear()
+        self.codec.reset()  # warm starts of the last video
+        if free_buffers:
+            self._scratch, self._forms = None, {}
+
+    def num_bytes(self) -> int:
+        """Bytes held: codes, hot chunks, the scratch buffer and what the codec remembers."""
+        held = [x for chunks in self._blobs for pair in chunks.values() for blob in pair for x in _tensors(blob)]
+        held += [x for chunks in self._hot for pair in chunks.values() for x in pair]
+        return self.codec.num_bytes() + sum(x.nbytes for x in held) + sum(x.nbytes for x in self._scratch or ())
+
+    def state(self) -> Any:
+        """Everything held. Blobs and hot chunks are never written again, so they are shared, not copied; the codec says its own state."""
+        return [dict(x) for x in self._blobs], [dict(x) for x in self._hot], self.codec.state()
+
+    def load_state(self, state: Any) -> None:
+        """Take up a `state`."""
+        blobs, hot, own = state
+        self._groups = None
+        self._blobs, self._hot = [dict(x) for x in blobs], [dict(x) for x in hot]
+        self.codec.load_state(own)
+
+    def _encode(self, layer: int, pair: Pair) -> Blobs:
+        key, value = pair
+        made = self.codec.encode(key, side="key", layer=layer), self.codec.encode(value, side="value", layer=layer)
+        if isinstance(self.codec, AddressedCodec) and key.shape[1] not in self._forms:
+            self._forms[key.shape[1]] = (made[0].like("meta"), made[1].like("meta"))
+        return made
+
+    def _grouped(self, pieces: tuple[Piece, ...]) -> list[Group]:
+        codec, device = self.addressed, self.scratch[0].device
+        found: dict[int, list[tuple[int, int]]] = {}
+        at = 0
+        for piece in pieces:
+            found.setdefault(piece.stop - piece.start, []).append((_id(piece), at))
+            at += piece.stop - piece.start
+        groups = []
+        for chunks in found.values():
+            rows = [[blobs[chunk][side] for chunk, _ in chunks] for blobs in self._blobs for side in (0, 1)]
+            addresses = codec.table(rows, device).unflatten(0, (len(self._blobs), 2))
+            starts = to_device(torch.tensor([start for _, start in chunks]), device)
+            key, value = self._blobs[-1][chunks[0][0]]
+            groups.append(Group((key.like("meta"), value.like("meta")), addresses, starts))
+        return groups
+
+    def _room(self, like: Pair, total: int) -> Pair:
+        held = self._scratch
+        if held is not None and all(
+            (x.dtype, x.shape[0], x.shape[2:]) == (y.dtype, y.shape[0], y.shape[2:]) and x.shape[1] >= total
+            for x, y in zip(held, like, strict=True)
+        ):
+            return held
+        room = max(total, self.capacity)
+        key, value = (x.new_empty(x.shape[0], room, *x.shape[2:]) for x in like)
+        self._scratch, self._scratches = (key, value), self._scratches + 1
+        return key, value
+
+
+def _id(piece: Piece) -> int:
+    assert piece.chunk is not None, "only chunks are coded, not a forward's own tokens"
+    return piece.chunk
+
+
+def _tensors(blob: Any) -> list[Tensor]:
+    """The tensors of nested tuples, lists, dicts and records."""
+    if isinstance(blob, Tensor):
+        return [blob]
+    if isinstance(blob, dict):
+        return [x for item in blob.values() for x in _tensors(item)]
+    if isinstance(blob, (tuple, list)):
+        return [x for item in blob for x in _tensors(item)]
+    return [x for item in vars(blob).values() for x in _tensors(item)] if hasattr(blob, "__dict__") else []
