@@ -24,8 +24,8 @@ import torch
 
 from rcm.core.errors import CheckpointError, ConfigError, PeerGone
 from rcm.core.rng import require_seed
-from rcm.data.latents import LatentShards
-from rcm.data.shard_writer import MANIFEST, ShardSample, build_shards, check_build, read_manifest
+from rcm.data.latents import LatentShards, expand_pattern
+from rcm.data.shard_writer import ShardSample, build_shards, check_build
 from rcm.data.tar_index import ShardError
 from rcm.encoders.codec import LatentCodec, latent_frames
 from rcm.encoders.text_protocol import TextEncoder
@@ -34,20 +34,18 @@ from rcm.encoders.wan_vae import WAN_VAE_FILE, WanVAECodec
 from rcm.inference.outcome import check_device, command
 from rcm.parallel.agree import sentence
 from rcm.pipelines.clip_folder import find_clips, plan_windows, read_windows
-from rcm.pipelines.video_io import VideoError, contact_sheet
+from rcm.pipelines.video_io import VideoError
 from rcm.pipelines.wan_sizes import written_size
-from rcm.worlds.toy_codec import NATURAL, ToyCodec
+from rcm.worlds.toy_codec import ToyCodec
 from rcm.worlds.toy_text import ToyTextEncoder
 from rcm.worlds.toy_world import ToyWorld, ToyWorldConfig
 from scripts.teacher_source import WAN_TEMPORAL_STRIDE, add_teacher_flags, build_from_teacher, umt5_of
+from scripts.view_shards import CODECS, draw
 
-CODECS = {"toy": ToyCodec(), "natural": NATURAL}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _ENCODE_BATCH = 64
 _TOY_NUM, _TOY_SIZE, _TOY_FRAMES = 2048, (8, 8), 17
 _MOST_TOY_PIXELS = 1 << 22
-_WAN_CHANNELS = 16
-_THUMBNAIL = 208
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -230,53 +228,15 @@ def _embeddings(text: TextEncoder, prompts: list[str]) -> dict[str, torch.Tensor
     return found
 
 
-def view_codec(options: argparse.Namespace, *, channels: int) -> LatentCodec:
-    """The codec asked for, else that of the shard's `dataset.json`; without one, Wan's VAE for 16 channels and else the toy's."""
-    manifest = options.view.with_name(MANIFEST)
-    guess = {"name": "wan_vae" if channels == _WAN_CHANNELS else "toy"}
-    stored = read_manifest(manifest.parent).get("codec", guess)
-    name = options.codec or stored["name"]
-    if name in ("wan_vae", "wan"):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return WanVAECodec.from_file(options.vae_path or WAN_VAE_FILE, device=device)
-    if name not in CODECS:
-        raise ConfigError(f"{manifest} names the codec {name!r}; choose --codec from {', '.join(CODECS)}, wan_vae")
-    if options.codec or set(stored) == {"name"}:
-        return CODECS[name]
-    return ToyCodec(**{key: value for key, value in stored.items() if key != "name"})
-
-
-def view(options: argparse.Namespace) -> Path:
-    """Decode the first samples of a shard into a contact sheet, one at a time; returns its path."""
-    if options.rows < 1:
-        raise ConfigError(f"--rows {options.rows} must be at least 1")
-    shards = LatentShards(str(options.view))
-    batch = shards.fetch(range(min(options.rows, len(shards))))
-    codec = view_codec(options, channels=batch.latents.shape[1])
-    pixels = torch.cat([_thumbnail(codec, latents.unsqueeze(0)) for latents in batch.latents])
-    labels = [f"{key}: {prompt}" for key, prompt in zip(batch.keys, batch.prompts, strict=True)]
-    scale = max(1, 64 // pixels.shape[-1])
-    return contact_sheet(options.sheet or options.view.with_suffix(".png"), pixels, labels=labels, scale=scale)
-
-
-@torch.no_grad()
-def _thumbnail(codec: LatentCodec, latents: torch.Tensor) -> torch.Tensor:
-    """Decoded frames [1, 3, F, H, W] on the CPU, at most `_THUMBNAIL` pixels wide."""
-    video = codec.decode(latents.to(getattr(codec, "device", "cpu"))).float().cpu()
-    if video.shape[-1] <= _THUMBNAIL:
-        return video
-    size = (round(video.shape[-2] * _THUMBNAIL / video.shape[-1]), _THUMBNAIL)
-    frames = torch.nn.functional.interpolate(video[0].transpose(0, 1), size=size, mode="area")
-    return frames.transpose(0, 1).unsqueeze(0)
-
-
 @command
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 1 with one line on standard error."""
     options = arguments(argv)
     try:
         if options.view:
-            print(view(options))
+            rows, sheet = options.rows, options.sheet or options.view.with_suffix(".png")
+            shard = expand_pattern(str(options.view), knob="--view")[0]
+            print(draw(shard, sheet, rows=rows, codec=options.codec, vae_path=options.vae_path))
         elif paths := build(options):
             print(f"{len(LatentShards(paths))} samples in {len(paths)} shards: {options.out}/shard-*.tar")
     except (ConfigError, CheckpointError, ShardError, VideoError, PeerGone, OSError) as error:

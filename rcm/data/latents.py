@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rcm.core.errors import CheckpointError, ConfigError
+from rcm.core.errors import ConfigError
 from rcm.data.batch import LatentBatch
-from rcm.data.tar_index import CONTEXT, FIELDS, ShardError, ShardIndex, index_shard
-from rcm.storage.pickle_file import read_tensor
+from rcm.data.stored_sample import stored_prompt, stored_tensor
+from rcm.data.tar_index import CONTEXT, FIELDS, ShardIndex, index_shard
 
 FINGERPRINT = "v2-"
 """Beginning of fingerprints that cover all shards; earlier versions looked at the first sample alone."""
@@ -34,23 +34,24 @@ _Sample = tuple[torch.Tensor, torch.Tensor, str, torch.Tensor | None]
 """Latents, text embedding, prompt, context."""
 
 
-def expand_pattern(pattern: str) -> list[Path]:
+def expand_pattern(pattern: str, *, knob: str = PATTERN_KNOB) -> list[Path]:
     """Files of a pattern with braces ("shard-{000000..000011}.tar", "{a,b}.tar") and globs ("*", "?", "[...]"), sorted within each brace
     alternative. Folders and files that exist under the very name that is written ("run[1]", "x{y}") are meant as they stand.
 
-    A file that braces spell out and that is missing raises, as does a pattern that matches nothing: `ConfigError` naming the key to change.
+    A file that braces spell out and that is missing raises, as does a pattern that matches nothing: `ConfigError` naming `knob`, the key or
+    flag to change.
     """
     files: list[Path] = []
     start, rest = _split_literal(pattern)
-    for name in _expand_braces(rest):
+    for name in _expand_braces(rest, knob):
         literal, magic = _split_literal(start + name)
         matches = sorted(glob.glob(glob.escape(literal) + magic, recursive=True)) if magic else [literal]
         matches = [match for match in matches if not os.path.basename(match).startswith("._")]
         if not matches:
-            raise ConfigError(f"no shard matches {start + name!r} (from {PATTERN_KNOB}={pattern!r}); change {PATTERN_KNOB}")
+            raise ConfigError(f"no shard matches {start + name!r} (from {knob}={pattern!r}); change {knob}")
         for match in map(Path, matches):
             if not match.is_file():
-                raise ConfigError(f"{match} is no file but a folder or a device (from {PATTERN_KNOB}={pattern!r}); change {PATTERN_KNOB}")
+                raise ConfigError(f"{match} is no file but a folder or a device (from {knob}={pattern!r}); change {knob}")
             files.append(match)
     return list(dict.fromkeys(files))
 
@@ -62,7 +63,7 @@ def _split_literal(pattern: str) -> tuple[str, str]:
     return pattern[:there], pattern[there:]
 
 
-def _expand_braces(pattern: str) -> list[str]:
+def _expand_braces(pattern: str, knob: str) -> list[str]:
     """Every alternative of a pattern, as bash spells it out: braces without a comma or a range are characters like others."""
     match = next((m for m in re.finditer(r"\{([^{}]*)\}", pattern) if "," in m[1] or _RANGE.fullmatch(m[1])), None)
     if match is None:
@@ -71,13 +72,13 @@ def _expand_braces(pattern: str) -> list[str]:
     if ends:
         low, high, width = int(ends[1]), int(ends[2]), len(ends[1])
         if abs(high - low) >= _MOST_SHARDS:
-            raise ConfigError(f"{{{match[1]}}} names more than {_MOST_SHARDS} shards; change {PATTERN_KNOB}")
+            raise ConfigError(f"{{{match[1]}}} names more than {_MOST_SHARDS} shards; change {knob}")
         choices = [f"{i:0{width}d}" for i in (range(low, high + 1) if low <= high else range(low, high - 1, -1))]
     else:
         choices = match[1].split(",")
-    names = [name for choice in choices for name in _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])]
+    names = [name for choice in choices for name in _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :], knob)]
     if len(names) > _MOST_SHARDS:
-        raise ConfigError(f"{pattern!r} names more than {_MOST_SHARDS} shards; change {PATTERN_KNOB}")
+        raise ConfigError(f"{pattern!r} names more than {_MOST_SHARDS} shards; change {knob}")
     return names
 
 
@@ -159,8 +160,8 @@ class LatentShards:
         if index in self._cache:
             return self._cache[index]
         shard, sample = self._locate(index)
-        latents = self._check_latents(self._tensor(shard, sample, _LATENT), self._name(index, _LATENT))
-        text = self._tensor(shard, sample, _EMBED)
+        latents = self._check_latents(stored_tensor(shard, sample, _LATENT).float(), self._name(index, _LATENT))
+        text = stored_tensor(shard, sample, _EMBED).float()
         most, width = self._text_shape or (None, None)
         if text.ndim != 2 or (most is not None and (text.shape[0] > most or text.shape[1] != width)):
             wanted = "[L, E]" if most is None else f"[at most {most}, {width}]"
@@ -168,10 +169,7 @@ class LatentShards:
                 f"{self._name(index, _EMBED)} has shape {list(text.shape)}, expected {wanted} "
                 f"(the network's text_len, text_dim); change {PATTERN_KNOB} or model.config.net"
             )
-        try:
-            prompt = shard.read(sample, _PROMPT).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ShardError(f"shard {self._name(index, _PROMPT)} is not UTF-8: {error}") from error
+        prompt = stored_prompt(shard, sample)
         context = self._context(shard, sample, latents) if CONTEXT in shard.fields else None
         result = (latents, text, prompt, context)
         bytes_used = latents.nbytes + text.nbytes + (0 if context is None else context.nbytes)
@@ -183,26 +181,13 @@ class LatentShards:
     def _context(self, shard: ShardIndex, sample: int, latents: torch.Tensor) -> torch.Tensor:
         """The data's latents [C, T, H, W] of a trajectory `latents`, cut to the same frames."""
         name = f"{shard.path}: {shard.member(sample, _CONTEXT)}"
-        context = self._check_latents(self._tensor(shard, sample, _CONTEXT), name)
+        context = self._check_latents(stored_tensor(shard, sample, _CONTEXT).float(), name)
         if latents.ndim != 5 or context.shape != latents.shape[1:]:
             raise ConfigError(
                 f"{name} has shape {tuple(context.shape)}, beside {FIELDS[0]} {tuple(latents.shape)}; "
                 f"it belongs to a trajectory [K, C, T, H, W] of its own shape; change {PATTERN_KNOB}"
             )
         return context
-
-    def _tensor(self, shard: ShardIndex, sample: int, field: int) -> torch.Tensor:
-        name = f"shard {shard.path}: member {shard.member(sample, field)}"
-        try:
-            value = read_tensor(shard.read(sample, field), name=name)
-        except CheckpointError as error:
-            raise ShardError(str(error)) from error
-        if not value.is_floating_point():
-            raise ShardError(f"{name} holds a tensor of {value.dtype}, expected one of floating-point numbers")
-        value = value.float()
-        if not torch.isfinite(value).all():
-            raise ShardError(f"{name} holds NaN or infinite values")
-        return value
 
     def _check_latents(self, latents: torch.Tensor, name: str) -> torch.Tensor:
         """[C, T, H, W], or [K, C, T, H, W] for ODE trajectories, cut to the first frames asked for."""

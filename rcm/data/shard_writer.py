@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import torch
 from loguru import logger
@@ -72,7 +72,13 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def write_shard(path: Path, samples: Iterable[ShardSample], *, first_key: int) -> int:
+class Members(Protocol):
+    """What can be written as a sample: contents by member name, in the order in which they are to lie."""
+
+    def members(self) -> dict[str, bytes]: ...
+
+
+def write_shard(path: Path, samples: Iterable[Members], *, first_key: int) -> int:
     """Write one shard under a temporary name, rename it when complete, and store its index beside it; returns the number of samples.
 
     Keys count from `first_key`, nine digits. Any `OSError` (disk full, no permission) is raised again with the path, and nothing
@@ -160,7 +166,7 @@ def pending_shards(
     return paths, missing
 
 
-def write_span(span: ShardSpan, samples: Iterable[ShardSample]) -> None:
+def write_span(span: ShardSpan, samples: Iterable[Members]) -> None:
     """Write the shard of `span`; `ShardError` if the source gives another number of samples, and nothing stays."""
     written = write_shard(span.path, samples, first_key=span.start)
     if written != span.stop - span.start:
@@ -175,7 +181,7 @@ def build_shards(
     num_samples: int,
     shard_size: int,
     recipe: Mapping[str, object],
-    make: Callable[[int, int], Iterable[ShardSample]],
+    make: Callable[[int, int], Iterable[Members]],
     part: tuple[int, int] = (0, 1),
 ) -> list[Path]:
     """Write samples 0 .. num_samples - 1 as shards of `shard_size`, and continue a build that was stopped; returns the shards' paths.

@@ -70,6 +70,19 @@ DATA = {
             "rcm data build --source videos --input clips --size 32x32 --frames 17 --out outputs/data/clips",
         ),
     ),
+    "view": Command(
+        does="look into shards: keys, shapes and captions of their first samples, and a picture",
+        module="scripts.view_shards",
+        examples=(
+            "rcm data view outputs/data/toy/shard-000000.tar",
+            "rcm data view outputs/data/toy/shard-000000.tar --rows 4 --sheet sheet.png",
+        ),
+    ),
+    "merge": Command(
+        does="put many small shards together into larger ones",
+        module="scripts.merge_shards",
+        examples=("rcm data merge 'outputs/data/parts/*/shard-*.tar' --out outputs/data/whole --shard_size 1000",),
+    ),
     "ode-pairs": Command(
         does="write a teacher's trajectories, which the _tf_kd and _df_kd baselines learn from",
         module="scripts.build_ode_pairs",
@@ -175,7 +188,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
     },
     "Files": {
-        "data": Command(does="build data sets", parts=DATA),
+        "data": Command(does="build, view and merge data sets", parts=DATA),
         "checkpoint": Command(does="inspect, convert and export weights", parts=CHECKPOINT),
     },
     "Measure": {

@@ -1,0 +1,60 @@
+"""What lies in a shard, read without executing anything: one member, and one sample with all of its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from rcm.core.errors import CheckpointError
+from rcm.data.tar_index import FIELDS, ShardError, ShardIndex
+from rcm.storage.pickle_file import read_tensor
+
+_PROMPT = FIELDS.index("prompt.txt")
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """`contents`: bytes by member; `shapes`: the likes of "[24, 9, 4, 4] bfloat16" by member that is a tensor; `prompt`: the caption."""
+
+    key: str
+    contents: Mapping[str, bytes]
+    shapes: Mapping[str, str]
+    prompt: str
+
+    @classmethod
+    def read(cls, shard: ShardIndex, sample: int) -> StoredSample:
+        """Sample number `sample` of a shard; `ShardError` as `stored_tensor` and `stored_prompt` raise it, or for a member moved or cut."""
+        contents = {field: shard.read(sample, i) for i, field in enumerate(shard.fields)}
+        tensors = {f: stored_tensor(shard, sample, i, contents[f]) for i, f in enumerate(shard.fields) if i != _PROMPT}
+        shapes = {field: f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for field, tensor in tensors.items()}
+        return cls(shard.keys[sample], contents, shapes, stored_prompt(shard, sample, contents[FIELDS[_PROMPT]]))
+
+    def members(self) -> dict[str, bytes]:
+        """The bytes, for a writer."""
+        return dict(self.contents)
+
+
+def stored_tensor(shard: ShardIndex, sample: int, field: int, data: bytes | None = None) -> torch.Tensor:
+    """Member `field` of a sample (`data`: its bytes, where they were read already), in the dtype it has. `ShardError`, naming shard and
+    member, for anything but one dense tensor of floating-point numbers that float32 holds as finite ones.
+    """
+    name = f"shard {shard.path}: member {shard.member(sample, field)}"
+    try:
+        value = read_tensor(shard.read(sample, field) if data is None else data, name=name)
+    except CheckpointError as error:
+        raise ShardError(str(error)) from error
+    if not value.is_floating_point():
+        raise ShardError(f"{name} holds a tensor of {value.dtype}, expected one of floating-point numbers")
+    if not torch.isfinite(value.float()).all():
+        raise ShardError(f"{name} holds NaN or infinite values")
+    return value
+
+
+def stored_prompt(shard: ShardIndex, sample: int, data: bytes | None = None) -> str:
+    """The caption of a sample (`data`: its bytes); `ShardError` unless it is UTF-8."""
+    try:
+        return (shard.read(sample, _PROMPT) if data is None else data).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ShardError(f"shard {shard.path}: {shard.member(sample, _PROMPT)} is not UTF-8: {error}") from error
