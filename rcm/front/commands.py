@@ -124,6 +124,7 @@ BENCH = {
     "stream": Command(does="streams at full size: latencies, gaps, memory, idle share", module="scripts.bench_stream"),
     "stream-cache": Command(does="streams over quantised caches: memory, time, error", module="scripts.bench_stream_cache"),
     "kv-codec": Command(does="the codec of cached keys and values", module="scripts.bench_kv_codec"),
+    "fp8-attention": Command(does="FP8 attention against bf16: errors, then times", module="scripts.bench_fp8_attention"),
     "cheaper": Command(does="cheaper arithmetic and a quicker start on one card", module="scripts.bench_cheaper"),
     "drift": Command(
         does="how long videos drift: curves per window, several videos side by side on one page",

@@ -1,0 +1,356 @@
+"""FP8 attention against bf16 on one card: errors against float64 first, then every variant over a stream's shapes, as a table and JSON.
+
+    python -m scripts.bench_fp8_attention [--out FILE] [--only SUBSTRING] [--limit SECONDS]
+
+Every variant has a process of its own, so that an error, or a kernel that never ends, is a line of the table. They compile side by
+side and take the card in turn. Times are of calls inside a CUDA graph. "all" adds to attention what codes the queries and the chunk's
+own keys and values. bf16 is what a captured stream calls today: cuDNN, in parts along the keys where that is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from rcm.inference.outcome import command, writable_file
+from scripts.bench_measure import write
+
+WIDTH = 128
+FRAME = 1560
+SHAPES = [
+    *((FRAME, FRAME * frames, 12) for frames in (1, 3, 6, 12, 21)),
+    *((3 * FRAME, FRAME * frames, 12) for frames in (3, 6, 12, 21)),
+    (3 * FRAME, 12 * FRAME, 40),
+]
+"""Queries, keys, heads: chunks of 1 and of 3 latent frames at 480x832 of the small network, one of the large one."""
+CHECKS = [(1, 1, 1, 2), (130, 129, 2, 3), (64, 16, 1, 1), (1000, 3001, 1, 4), (FRAME, 6 * FRAME, 1, 12)]
+"""Queries, keys, batch, heads."""
+WORKER_SECONDS = 45
+"""The longest that a variant may hold the card."""
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def variants() -> dict[str, tuple[str, object]]:
+    """Name -> kind of kernel, and its tiles."""
+    from rcm.kernels.fp8_attention.schedule import PortableTiles, Tiles
+
+    return {
+        "bf16": ("bf16", None),
+        "gluon 128x128": ("hopper", Tiles()),
+        "gluon 128x128 turns": ("hopper", Tiles(turns=True)),
+        "gluon 128x128 6 stages": ("hopper", Tiles(stages=6)),
+        "gluon 128x128 2 stages": ("hopper", Tiles(stages=2)),
+        "gluon 128x128 one level": ("hopper", Tiles(two_level=False)),
+        "gluon 128x64": ("hopper", Tiles(block_n=64, stages=8)),
+        "gluon 192x64 one level": ("hopper", Tiles(3, 64, 8, two_level=False)),
+        "triton 128x128 w8 s3": ("portable", PortableTiles()),
+        "triton 128x64 w8 s4": ("portable", PortableTiles(128, 64, 8, 4)),
+        "triton 64x128 w4 s3": ("portable", PortableTiles(64, 128, 4, 3)),
+    }
+
+
+def draw(queries: int, keys: int, heads: int, *, batch: int = 1, kind: str = "real-like") -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, L, N, D] in bf16. "random": normal. "real-like": tokens of 64 kinds, channels of uneven size, a few of them with a
+    large constant.
+    """
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, device="cuda")
+
+    q, k, v = (normal(batch, n, heads, WIDTH) for n in (queries, keys, keys))
+    if kind == "real-like":
+        kinds = torch.randint(64, (keys,), generator=g, device="cuda")
+        spread = torch.exp(0.5 * normal(heads, WIDTH))
+        heavy = 6 * normal(heads, WIDTH) * (torch.rand(heads, WIDTH, generator=g, device="cuda") < 0.04)
+        k = spread * (normal(batch, 64, heads, WIDTH)[:, kinds] + 0.4 * k) + heavy
+        v = normal(batch, 64, heads, WIDTH)[:, kinds] + 0.4 * v + 0.5 * normal(heads, WIDTH)
+        q = q / spread
+    return tuple(x.to(torch.bfloat16) for x in (q, k, v))
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention in float64, head by head."""
+    out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+    for head in range(q.shape[2]):
+        a, b, c = (x[:, :, head].double() for x in (q, k, v))
+        out[:, :, head] = (a @ b.mT * WIDTH**-0.5).softmax(dim=-1) @ c
+    return out
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    """Norm of the difference over that of `truth`; infinite for what is not finite."""
+    error = float((found.double() - truth).norm() / truth.norm())
+    return error if error == error else float("inf")
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One library call."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def captured_ms(call: Callable[[], object], *, repeats: int = 7) -> float:
+    """Milliseconds of a call among several in a graph, median of replays."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+    count = max(1, min(40, int(4 / max(begin.elapsed_time(end), 1e-3))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            call()
+    samples = []
+    for _ in range(repeats + 1):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) / count)
+    return statistics.median(samples[1:])
+
+
+class Bf16:
+    """What a stream calls today."""
+
+    def prepare(self) -> None:
+        """Nothing to compile."""
+
+    def check(self, case: tuple[int, int, int, int], kind: str) -> tuple[float, float]:
+        """Error of the library, twice."""
+        q, k, v = draw(case[0], case[1], case[3], batch=case[2], kind=kind)
+        found = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        error = relative(found, exact(q, k, v))
+        return error, error
+
+    def measure(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
+        """One library call, and the engine's choice."""
+        from rcm.kernels.fp8_attention.launch import processors
+        from rcm.kernels.split_attention.api import num_splits, split_attention
+
+        parts = num_splits(q.shape[1], k.shape[1], q.shape[2], processors(q.device))
+        whole = captured_ms(lambda: cudnn(q, k, v))
+        chosen = captured_ms(lambda: split_attention(q, k, v, scale=WIDTH**-0.5, parts=parts))
+        return {"library_ms": whole, "ms": min(whole, chosen), "parts": parts}
+
+
+class Fp8:
+    """A kernel of this package with its tiles."""
+
+    def __init__(self, kind: str, tiles: object) -> None:
+        self.kind, self.tiles = kind, tiles
+
+    def prepare(self) -> None:
+        """Compile all kernels."""
+        from rcm.kernels.precompile import precompile
+
+        q, k, v = draw(130, 129, 1)
+        precompile(lambda: self.attend(*self.coded(q, k, v, capacity=144), 129), device="cuda", threads=4)
+
+    def coded(self, q: Tensor, k: Tensor, v: Tensor, *, capacity: int) -> tuple:
+        """Codes of the queries and of all keys and values."""
+        from rcm.kernels.fp8_attention import codes, launch
+
+        held = codes.new_codes(k, v, capacity=capacity)
+        launch.write(held, torch.arange(k.shape[1], device="cuda"), k, v)
+        return launch.code_queries(q, held.scales, scale=WIDTH**-0.5), held
+
+    def attend(self, queries: object, held: object, count: int) -> Tensor:
+        """The kernel."""
+        from rcm.kernels.fp8_attention import launch
+
+        if self.kind == "hopper":
+            return launch.attend_hopper(queries, held, count=count, dtype=torch.bfloat16, tiles=self.tiles)
+        batch, heads, q_len = queries.scale.shape
+        per_round = launch.processors(held.keys.device) * (8 // self.tiles.num_warps)
+        tiles = batch * heads * -(-q_len // self.tiles.block_m)
+        most = max(1, min(6, count // 2048))
+        parts = min(range(1, most + 1), key=lambda n: (-(-tiles * n // per_round) + 0.1 * n) / n)
+        return launch.attend_portable(queries, held, count=count, dtype=torch.bfloat16, tiles=self.tiles, parts=parts)
+
+    def check(self, case: tuple[int, int, int, int], kind: str) -> tuple[float, float]:
+        """Error of the kernel, and of the formula on the same codes, both against float64. Slots behind the keys hold codes, too."""
+        from rcm.kernels.fp8_attention import codes, launch, reference
+
+        q, k, v = draw(case[0], case[1], case[3], batch=case[2], kind=kind)
+        queries, held = self.coded(q, k, v, capacity=case[1] + 300)
+        plain, plain_queries = codes.new_codes(k, v, capacity=case[1]), codes.code_queries_reference(q, held.scales, scale=WIDTH**-0.5)
+        codes.write_reference(plain, torch.arange(case[1], device="cuda"), k, v)
+        rest = torch.arange(case[1], case[1] + 300, device="cuda")
+        launch.write(held, rest, *(torch.randn(case[2], 300, case[3], WIDTH, device="cuda", dtype=q.dtype) for _ in range(2)))
+        truth = exact(q, k, v)
+        by_formula = [
+            reference.attend_reference(
+                codes.CodedQueries(plain_queries.codes[:, h : h + 1], plain_queries.scale[:, h : h + 1]),
+                codes.Codes(plain.keys[:, h : h + 1], plain.values[:, h : h + 1], codes.Scales(*(x[h : h + 1] for x in plain.scales))),
+                count=case[1],
+                dtype=torch.float32,
+            )
+            for h in range(case[3])
+        ]
+        return relative(self.attend(queries, held, case[1]), truth), relative(torch.cat(by_formula, dim=2), truth)
+
+    def measure(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
+        """Attention alone, and with the coding of the queries and of the chunk's own keys and values."""
+        from rcm.kernels.fp8_attention import launch
+
+        queries, held = self.coded(q, k, v, capacity=21 * FRAME)
+        slots = torch.arange(q.shape[1], device="cuda")
+        own = k[:, : q.shape[1]], v[:, : q.shape[1]]
+        alone = captured_ms(lambda: self.attend(queries, held, k.shape[1]))
+        asked = captured_ms(lambda: launch.code_queries(q, held.scales, scale=WIDTH**-0.5))
+        entered = captured_ms(lambda: launch.write(held, slots, *own))
+        return {"ms": alone, "queries_ms": asked, "entry_ms": entered, "all_ms": alone + asked + entered}
+
+
+def say(**row: object) -> None:
+    """One line for the parent."""
+    sys.stdout.write(json.dumps(row) + "\n")
+    sys.stdout.flush()
+
+
+def work(name: str, lock: str) -> int:
+    """Everything about one variant, as JSON lines."""
+    kind, tiles = variants()[name]
+    subject = Bf16() if kind == "bf16" else Fp8(kind, tiles)
+    begin = time.perf_counter()
+    try:
+        subject.prepare()
+    except Exception as error:  # the first call compiles, then
+        say(variant=name, note=f"not compiled ahead: {type(error).__name__}: {error}"[:400])
+    say(variant=name, prepared_s=round(time.perf_counter() - begin, 1))
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        signal.alarm(WORKER_SECONDS)  # ends a process that waits for a kernel
+        with torch.no_grad():
+            wrong = False
+            for data in ("random", "real-like"):
+                for case in CHECKS:
+                    error, budget = subject.check(case, data)
+                    good = error <= 1.3 * budget + 4e-3
+                    wrong |= not good
+                    say(variant=name, data=data, case=case, error=error, formula=budget, good=good)
+            if wrong:
+                say(variant=name, failed="errors beyond those of the formula; not timed")
+                return 1
+            for queries, keys, heads in SHAPES:
+                numbers = subject.measure(*draw(queries, keys, heads))
+                say(variant=name, shape=(queries, keys, heads), **numbers)
+    return 0
+
+
+def run_all(names: list[str], *, limit: float) -> list[dict]:
+    """The lines of all variants; what failed has a line that says how."""
+    rows, running = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for place, name in enumerate(names):
+            paths = [Path(folder) / f"{place}.{end}" for end in ("out", "err")]
+            words = [sys.executable, "-m", "scripts.bench_fp8_attention", "--worker", name, "--lock", f"{folder}/lock"]
+            with paths[0].open("w") as out, paths[1].open("w") as err:
+                running[name] = subprocess.Popen(words, stdout=out, stderr=err), *paths
+        deadline = time.monotonic() + limit
+        for name, (process, out, err) in running.items():
+            try:
+                status = process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                status = process.wait()
+            rows += [json.loads(line) for line in out.read_text().splitlines() if line.startswith("{")]
+            if status:
+                said = [line for line in err.read_text().splitlines() if line.strip()]
+                why = " | ".join(said[-3:])[-400:] or "no message"
+                reason = f"status {status}" + (" (never ended)" if status in (-signal.SIGALRM, -signal.SIGKILL) else "") + f": {why}"
+                rows.append({"variant": name, "failed": reason})
+    return rows
+
+
+def table(rows: list[dict], names: list[str]) -> str:
+    """Errors, times, failures."""
+    lines = ["errors against float64, relative (formula on the same codes in brackets)"]
+    for name in names:
+        mine = [row for row in rows if row["variant"] == name and "case" in row]
+        words = [
+            f"{row['data'][:4]} {row['case'][0]}x{row['case'][1]} {row['error']:.1e} ({row['formula']:.1e})" + " WRONG" * (not row["good"])
+            for row in mine
+        ]
+        lines.append(f"  {name:26s} {'; '.join(words)}")
+    plain = {tuple(row["shape"]): row for row in rows if row["variant"] == "bf16" and "shape" in row}
+    lines.append("milliseconds (TFLOP/s) attention alone; all; x: bf16 over all")
+    for shape in SHAPES:
+        flop = 4 * shape[0] * shape[1] * shape[2] * WIDTH / 1e9
+        base = plain.get(shape)
+        if base:
+            lines.append(
+                f"{shape[0]} x {shape[1]}, {shape[2]} heads: bf16 {base['ms']:.4f} ({flop / base['ms']:.0f}), parts {base['parts']}; "
+                f"one call {base['library_ms']:.4f} ({flop / base['library_ms']:.0f})"
+            )
+        for row in rows:
+            if row["variant"] != "bf16" and tuple(row.get("shape", ())) == shape:
+                gain = f"x {base['ms'] / row['all_ms']:.2f}" if base else ""
+                lines.append(
+                    f"    {row['variant']:26s} {row['ms']:.4f} ({flop / row['ms']:.0f})  all {row['all_ms']:.4f}"
+                    f" (queries {row['queries_ms']:.4f}, entry {row['entry_ms']:.4f})  {gain}"
+                )
+    lines += [f"FAILED {row['variant']}: {row['failed']}" for row in rows if "failed" in row]
+    return "\n".join(lines)
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    """Check and measure everything, and print it."""
+    parser = argparse.ArgumentParser(description="FP8 attention against bf16: errors, then times.")
+    parser.add_argument("--out", type=writable_file, help="write all numbers to this JSON file")
+    parser.add_argument("--only", default="", help="substring of the variants to run, beside bf16")
+    parser.add_argument("--limit", type=float, default=110, help="seconds for everything [%(default)g]")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--lock", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("bench_fp8_attention needs a CUDA device")
+        return 2
+    if options.worker:
+        return work(options.worker, options.lock)
+    import triton
+
+    names = [name for name in variants() if name == "bf16" or options.only in name]
+    machine = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    print(machine, flush=True)
+    rows = run_all(names, limit=options.limit)
+    print(table(rows, names), flush=True)
+    if options.out:
+        write(options.out, {"machine": machine, "rows": rows})
+    return 1 if any("failed" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
