@@ -2,6 +2,7 @@
 
     python -m scripts.checkpoint inspect PATH [PATH ...] [--json]
     python -m scripts.checkpoint convert SOURCE TARGET --to {rcm,wan,diffusers,self_forcing,comfyui}
+    python -m scripts.checkpoint convert SOURCE TARGET --adapters {wan,diffusers,peft}
 
 PATH and SOURCE: .pth, .pt, .safetensors, a published folder (shards, diffusers, Wan2.2), a DCP directory, a job or iter_* folder. TARGET's
 suffix chooses the container: .pth, .pt, .safetensors, .dcp, or none for a folder. docs/checkpoints.md.
@@ -22,6 +23,9 @@ from rcm.core.errors import CheckpointError, ConfigError
 from rcm.inference.outcome import command
 from rcm.nets.wan.config import PRESETS, WanConfig
 from rcm.nets.wan.convert import FORMS
+from rcm.nets.wan.lora import LAYOUTS
+from rcm.pipelines.adapted_weights import AdaptedWeights
+from rcm.pipelines.adapter_writer import save_adapters
 from rcm.pipelines.wan_files import (
     COPIES,
     LoRA,
@@ -71,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     turn.add_argument("--expect", choices=sorted(PRESETS), help="network that it must be (default: what it is)")
     turn.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merge a low-rank update; may be repeated")
     turn.add_argument("--lora_alpha", type=float, help="alpha of every --lora (default: that of its file, else its rank)")
+    turn.add_argument("--base", metavar="PATH", help="weights below SOURCE's adapters (default: where it says they were)")
+    turn.add_argument("--adapters", choices=sorted(LAYOUTS), help="write SOURCE's adapters alone, in this layout")
     turn.add_argument("--max_shard_size", type=size_in_bytes, metavar="5GB", help="cut a folder into shards of at most this size")
     turn.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
     return parser
@@ -86,9 +92,11 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    network = network_weights(open_weights(options.source), weights=options.weights)
+    network = network_weights(open_weights(options.source), weights=options.weights, base=options.base)
     config = config_of(network, expect=options.expect)
     require_fit(network, config)
+    if options.adapters:
+        return _write_adapters(network, options)
     merged: LazyWeights = network
     loras = [_lora(word, alpha=options.lora_alpha) for word in options.lora]
     for lora in loras:
@@ -109,14 +117,31 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
-def _description(network: NetworkWeights, config: WanConfig, loras: Sequence[LoRA]) -> Description:
+def _write_adapters(network: NetworkWeights | AdaptedWeights, options: argparse.Namespace) -> int:
+    if not isinstance(network, AdaptedWeights):
+        raise ConfigError(f"{options.source} holds all weights, no adapters; leave out --adapters")
+    if options.lora or options.max_shard_size:
+        raise ConfigError("--adapters writes adapters alone; leave out --lora and --max_shard_size")
+    found = description_of(network.file)
+    description = replace(found, extra={**found.extra, "converted_from": str(network.file.path)}).holding(network.copy)
+    dtype, layout = DTYPES[options.dtype], options.adapters
+    target = save_adapters(options.target, network, layout=layout, description=description, dtype=dtype, overwrite=options.overwrite)
+    rank, alpha = network.described["rank"], network.described["alpha"]
+    print(f"wrote {network.copy} adapters of rank {rank}, alpha {alpha:g}, for {len(network.pairs)} layers, as {layout} to {target}")
+    return 0
+
+
+def _description(network: NetworkWeights | AdaptedWeights, config: WanConfig, loras: Sequence[LoRA]) -> Description:
     """That of the source or a new one, with the copy that was taken and what was merged."""
     source = str(network.file.path)
     found = description_of(network.file)
     if found is None:
         found = Description(stage=IMPORTED, network=asdict(config), network_name=preset_of(config) or "", parent=source)
     merged = [{"path": str(lora.path), "scale": lora.scale, "alpha": lora.alpha} for lora in loras]
-    extra = {**found.extra, "converted_from": source, **({"loras": [*found.extra.get("loras", ()), *merged]} if merged else {})}
+    if isinstance(network, AdaptedWeights):
+        merged.insert(0, {"path": source, "scale": 1.0, "alpha": network.described["alpha"]})
+    kept = {key: value for key, value in found.extra.items() if key != "adapters"}
+    extra = {**kept, "converted_from": source, **({"loras": [*found.extra.get("loras", ()), *merged]} if merged else {})}
     return replace(found, extra=extra).holding(network.copy)
 
 

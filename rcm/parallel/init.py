@@ -66,7 +66,9 @@ def _received(name: str, target: Tensor, weights: Mapping[str, Tensor] | None, *
         if not spread() or dist.get_rank() == 0:
             full = weights[name].to(device=device, dtype=target.dtype).contiguous()
     except Exception as error:
-        problem = CheckpointError(f"{source}: {name} could not be read ({type(error).__name__}: {error}); the network is incomplete now")
+        says_it_all = isinstance(error, CheckpointError)
+        told = error if says_it_all else f"{source}: {name} could not be read ({type(error).__name__}: {error})"
+        problem = CheckpointError(f"{told}; the network is incomplete now")
         if not spread():
             raise problem from error
     if not spread():

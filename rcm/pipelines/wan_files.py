@@ -24,6 +24,7 @@ from rcm.nets.wan.model import WanDiT
 from rcm.nets.wan.published_config import heads_in, unread_settings, with_settings
 from rcm.parallel.agree import on_first, shared
 from rcm.parallel.init import load_full, materialise, on_meta
+from rcm.pipelines.adapted_weights import AdaptedWeights, adapter_copies, base_of, chosen_copy
 from rcm.pipelines.described import network_of
 from rcm.pipelines.weight_files import open_weights
 from rcm.storage.json_file import read_object
@@ -34,6 +35,8 @@ from rcm.train.export import describe
 
 COPIES = {"ema": "ema", "live": "live", "reg": "live", "fake_score": "fake_score"}
 """What a command may ask for -> which copy that is; "reg" is rcm's word for the live weights."""
+MOST_ADAPTERS = 8
+"""Adapters on adapters that are followed."""
 _SHAPED = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "freq_dim", "text_dim", "image_branch")
 
 
@@ -122,15 +125,23 @@ def copies_in(file: WeightFile) -> dict[str, str]:
     return dict(sorted(held.items(), key=lambda item: order.index(item[1]) if item[1] in order else len(order)))
 
 
-def network_weights(file: WeightFile, *, weights: str = "ema") -> NetworkWeights:
+def network_weights(
+    file: WeightFile, *, weights: str = "ema", base: str | Path | None = None, above: int = 0
+) -> NetworkWeights | AdaptedWeights:
     """One network of `file`: its averaged ("ema"; the only copy where there is no average), "live" (or "reg") or "fake_score" weights. The
     only network of a file that describes itself as another copy is taken with a warning.
 
-    Raises `CheckpointError` naming the file when it holds no such copy, another architecture, something else, or quantised weights;
-    `ConfigError` for an unknown word.
+    A file that describes its entries as adapters is read on top of the weights they were trained on: at `base`, or where the description
+    says; `above` counts adapters on adapters. Raises `CheckpointError` naming the file when it holds no such copy, another architecture,
+    something else, or quantised weights, or when its base is missing; `ConfigError` for an unknown word, or a `base` that nothing reads.
     """
     if weights not in COPIES:
         raise ConfigError(f"unknown weights {weights!r}; choose from {', '.join(COPIES)}")
+    description = description_of(file)
+    if description is not None and "adapters" in description.extra:
+        return _adapted(file, description, wanted=COPIES[weights], base=base, above=above)
+    if base is not None:
+        raise ConfigError(f"{file.path} is a network by itself, no adapters that need {base}; leave the base out")
     told = foreign(file.headers)
     if told is not None:
         raise CheckpointError(f"{file.path} is {told}")
@@ -147,7 +158,28 @@ def network_weights(file: WeightFile, *, weights: str = "ema") -> NetworkWeights
     return network
 
 
-def config_of(network: NetworkWeights, *, expect: WanConfig | str | None = None) -> WanConfig:
+def _adapted(file: WeightFile, description: Description, *, wanted: str, base: str | Path | None, above: int) -> AdaptedWeights:
+    described, copies = description.extra["adapters"], adapter_copies(file, stated=description.extra.get("weights"))
+    prefix = chosen_copy(copies, wanted, path=file.path)
+    told = base_of(described, copies[prefix])
+    where = base or told["path"]
+    if where is None:
+        raise CheckpointError(f"{file.path} holds adapters on a random start, which was never saved; nothing can be made of them")
+    if not Path(where).exists():
+        raise CheckpointError(
+            f"{file.path} holds adapters on the weights of {where}, and there is no {where} here; make one network of both: "
+            f"python -m scripts.checkpoint convert {file.path} TARGET --base PATH"
+        )
+    if above == MOST_ADAPTERS:
+        raise CheckpointError(f"{file.path} is the last of more than {MOST_ADAPTERS} adapters on adapters; merge one of them first")
+    below = network_weights(open_weights(where), above=above + 1)
+    network = AdaptedWeights(file, below, described, prefix=prefix, copy=copies[prefix], base_path=where)
+    if network.copy not in ("unstated", wanted):
+        logger.warning("{} has no {} adapters; its {} ones are taken", file.path, wanted, network.copy)
+    return network
+
+
+def config_of(network: NetworkWeights | AdaptedWeights, *, expect: WanConfig | str | None = None) -> WanConfig:
     """Sizes of a network: from `expect`, else its self-description, else its shapes with the config.json beside it.
 
     Raises `CheckpointError` where tensors and words disagree, naming --model_size where it is `expect`. Names and shapes of all tensors
@@ -183,7 +215,7 @@ def config_of(network: NetworkWeights, *, expect: WanConfig | str | None = None)
 
 def require_fit(network: Mapping[str, Tensor], config: WanConfig, *, source: str | Path | None = None) -> None:
     """Raise `CheckpointError` naming missing, unexpected and misshapen tensors of `network` against a net of these sizes."""
-    path = source or (network.file.path if isinstance(network, NetworkWeights) else "state dict")
+    path = source or (network.file.path if isinstance(network, NetworkWeights | AdaptedWeights) else "state dict")
     check_keys(
         f"{path} (for {told_size(config)})",
         shapes=shapes_of(network),

@@ -26,12 +26,15 @@ from rcm.pipelines.wan_files import (
     copies_in,
     description_of,
     network_headers,
+    network_weights,
     preset_of,
+    require_fit,
     told_size,
 )
 from rcm.pipelines.weight_files import experts_at, open_weights
 from rcm.storage.state_dicts import listed, misfit, shapes_of
 from rcm.storage.weight_files import WeightFile
+from rcm.train.describe import Description
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def inspect_weights(path: str | Path) -> WeightsReport:
         "tensors": len(file.headers),
     }
     if told == LORA:
-        return _lora_report(file, common)
+        return _lora_report(file, common, description_of(file))
     if told is not None:
         return WeightsReport(family="not a network of this package", problem=f"it is {told}", **common)
     try:
@@ -154,8 +157,7 @@ def inspect_weights(path: str | Path) -> WeightsReport:
         patch=f"{patch}-D" if patch else "",
         copies=copies,
         others=len(file.headers) + len(file.others) - used,
-        description=description
-        and f"stage {description.stage}, iteration {description.iteration}, {description.network_name or 'no name'}",
+        description=description and _stated(description),
         problem=_problem(copies),
         uses=_uses(str(path), copies[0], streamed=description and stream_command(path, description)) if copies[0].fits else (),
         **common,
@@ -213,8 +215,10 @@ def _problem(copies: tuple[CopyReport, ...]) -> str | None:
     return None
 
 
-def _lora_report(file: WeightFile, common: dict[str, Any]) -> WeightsReport:
-    """A low-rank update; whether it fits is seen when it is merged."""
+def _lora_report(file: WeightFile, common: dict[str, Any], description: Description | None) -> WeightsReport:
+    """A low-rank update; whether it fits is seen when it is merged, or at once where it says to which weights it belongs."""
+    if description is not None and "adapters" in description.extra:
+        return _adapters_report(file, common, description)
     try:
         pairs = lora_pairs(file.headers)
         ranks = sorted({file.headers[pair.down].shape[0] for pair in pairs.values()})
@@ -228,6 +232,28 @@ def _lora_report(file: WeightFile, common: dict[str, Any]) -> WeightsReport:
         return WeightsReport(family="low-rank update (LoRA)", problem=str(error), **common)
     use = f"python -m scripts.checkpoint convert BASE TARGET --lora {file.path}"
     return WeightsReport(family=family, uses=(f"merge it: {use}",), **common)
+
+
+def _adapters_report(file: WeightFile, common: dict[str, Any], description: Description) -> WeightsReport:
+    """Adapters of a training run: a checkpoint together with the weights they were trained on."""
+    path, said = str(common["path"]), description.extra["adapters"]
+    common |= {
+        "family": f"adapters (LoRA) of rank {said['rank']}, alpha {said['alpha']:g}, on {', '.join(said['layers'])}",
+        "description": f"{_stated(description)}, on the weights of {said['bases']['student']['path'] or 'a random start'}",
+    }
+    try:
+        network = network_weights(file)
+        require_fit(network, config_of(network))
+    except CheckpointError as error:
+        return WeightsReport(problem=str(error).removeprefix(f"{file.path} "), **common)
+    streamed = stream_command(path, description)
+    uses = (f"stream it: {streamed}",) if streamed else ()
+    convert = f"python -m scripts.checkpoint convert {path} TARGET"
+    return WeightsReport(uses=(*uses, f"as one network: {convert}", f"alone, for other tools: {convert} --adapters wan"), **common)
+
+
+def _stated(description: Description) -> str:
+    return f"stage {description.stage}, iteration {description.iteration}, {description.network_name or 'no name'}"
 
 
 def _family(file: WeightFile, patch: int | None, prefixes: Iterable[str]) -> str:

@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -80,17 +81,24 @@ def save_network(
     if target.suffix in (".safetensors", ".pt", ".pth"):
         OutputFile.claim(target)
     weights = OtherForm(network, form=form, config=config, dtype=dtype)
+    with replacing(target) as partial:
+        _write(partial, weights, kind=target.suffix, config=config, description=description, max_shard_bytes=max_shard_bytes)
+        if partial.is_file():
+            description.write(target.with_name(target.name + ".json"))
+    return target
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A path beside `target` to write a file or folder to, put in its place at the end. Whatever fails before leaves `target` as it was."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".writing_{target.name}")
     _remove(partial)
     try:
-        _write(partial, weights, kind=target.suffix, config=config, description=description, max_shard_bytes=max_shard_bytes)
-        if partial.is_file():
-            description.write(target.with_name(target.name + ".json"))
+        yield partial
         _replace(partial, target)
     finally:
         _remove(partial)
-    return target
 
 
 def _write(path: Path, weights: OtherForm, *, kind: str, config: WanConfig, description: Description, max_shard_bytes: int | None) -> None:
@@ -187,18 +195,19 @@ def _check_target(target: Path, *, form: Format, max_shard_bytes: int | None, ov
         raise ConfigError(f"the form {form} nests state dicts, which only .pt and .pth hold; {target} is none")
     if max_shard_bytes is not None and (target.suffix or max_shard_bytes < 1):
         raise ConfigError(f"--max_shard_size is a positive size for a folder of shards; {target} with {max_shard_bytes} bytes is none")
+    check_free(target, overwrite=overwrite, ours=lambda name: name.startswith(FOLDER_STEM) or name.endswith(".distcp"))
+
+
+def check_free(target: Path, *, overwrite: bool, ours: Callable[[str], bool]) -> None:
+    """Raise `ConfigError` for a target that exists while `overwrite` is False, and for a folder with files that are not `ours` (nor what
+    every folder of weights has).
+    """
     if target.exists() and not overwrite:
         raise ConfigError(f"{target} exists; pass --overwrite to replace it, or choose another target")
-    others = _foreign_files(target)
+    names = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+    others = [name for name in names if name not in (FILE_NAME, "config.json", ".metadata") and not ours(name)]
     if others:
         raise ConfigError(f"{target} holds other files ({listed(others, most=3)}), which would be lost; choose another target")
-
-
-def _foreign_files(folder: Path) -> list[str]:
-    """What a folder holds beside the files that this module writes."""
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    ours = (FILE_NAME, "config.json", ".metadata")
-    return [name for name in names if name not in ours and not name.startswith(FOLDER_STEM) and not name.endswith(".distcp")]
 
 
 def _replace(partial: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.nets.wan.convert import WRAPPERS
+from rcm.nets.wan.lora import by_layer, published
 from rcm.storage.dcp_folder import DcpFolder
 from rcm.storage.inside import pointed_at
 from rcm.train.describe import FILE_NAME, Description
@@ -72,7 +73,8 @@ def read_weights(path: str | Path, *, weights: str = "ema", dtype: torch.dtype |
 
 
 def export(path: str | Path, save_path: str | Path, *, weights: str = "ema", dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write one set of weights to `save_path` (.safetensors or .pt/.pth) under `net.*` keys, atomically, and return it.
+    """Write one set of weights to `save_path` (.safetensors or .pt/.pth) under `net.*` keys, atomically, and return it. Of a run that
+    trained adapters, those alone, under the keys of the published layout "wan" (`rcm/nets/wan/lora.py:LAYOUTS`).
 
     The self-description goes into a safetensors file's metadata and into `<save_path>.json`, with the set of weights in
     `extra["weights"]`. Raises ConfigError for another suffix.
@@ -80,8 +82,12 @@ def export(path: str | Path, save_path: str | Path, *, weights: str = "ema", dty
     target = Path(save_path)
     if target.suffix not in (".safetensors", ".pt", ".pth"):
         raise ConfigError(f"save path {target} must end in .safetensors, .pt or .pth")
-    tensors = {f"net.{k}": v for k, v in read_weights(path, weights=weights, dtype=dtype).items()}
-    description = describe(path)
+    description, tensors = describe(path), read_weights(path, weights=weights, dtype=dtype)
+    adapters = None if description is None else description.extra.get("adapters")
+    if adapters is None:
+        tensors = {f"net.{k}": v for k, v in tensors.items()}
+    else:
+        tensors = published(by_layer(tensors), layout="wan", alpha=adapters["alpha"])
     if description is not None:
         description = description.holding(weights)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import CheckpointError
-from rcm.nets.wan.convert import WRAPPERS, wan_name
+from rcm.nets.wan.convert import WRAPPERS, other_name, wan_name
 
 CONTAINERS = ("generator_lora.", "generator.")
-LEADS = ("base_model.model.", "diffusion_model.", "transformer.", "model.", "net.")
+RUN_COPIES = ("net_ema.", "net.", "net_fake_score.")
+"""Sets of adapters in a checkpoint of a training run: average, student, fake score."""
+LEADS = ("base_model.model.", "diffusion_model.", "transformer.", "model.", *RUN_COPIES)
+LAYOUTS = {"wan": "diffusion_model.", "diffusers": "transformer.", "peft": "base_model.model."}
+"""How adapters are published -> what leads every key: ComfyUI and the trainers of Wan; diffusers; a folder of PEFT."""
 _DOWN = re.compile(r"(.+)\.(?:lora_A|lora_down)(?:\.[\w-]+)?\.weight")
 _UP = re.compile(r"(.+)\.(?:lora_B|lora_up)(?:\.[\w-]+)?\.weight")
 _ALPHA = re.compile(r"(.+)\.alpha")
@@ -42,11 +46,12 @@ def is_lora(keys: Iterable[str]) -> bool:
 def lora_pairs(headers: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
     """Name of the target weight in the package's own form -> its pair, for a file with these entries (meta tensors suffice).
 
-    A file with several adapters gives that of the generator. Raises `CheckpointError` for an entry of the adapter that is none of
-    these, a factor without its partner, or ranks that disagree.
+    A file with several adapters gives that of the generator, or the averaged one of a training run. Raises `CheckpointError` for an entry
+    of the adapter that is none of these, a factor without its partner, or ranks that disagree.
     """
     keys = list(headers)
-    for container in CONTAINERS:
+    of_run = all(key.startswith(RUN_COPIES) for key in keys)
+    for container in RUN_COPIES if of_run else CONTAINERS:
         inside = [key for key in keys if key.startswith(container)]
         if is_lora(inside):
             keys = inside
@@ -86,6 +91,35 @@ def check_targets(pairs: Mapping[str, LoRAPair], headers: Mapping[str, Tensor], 
             raise CheckpointError(
                 f"the update of {name} has shape {product}, the weight {tuple(base[name].shape)}; it is for another network"
             )
+
+
+def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> (A, B) of tensors under a network's own names."""
+    downs = {match[1]: tensor for key, tensor in tensors.items() if (match := _DOWN.fullmatch(key))}
+    ups = {match[1]: tensor for key, tensor in tensors.items() if (match := _UP.fullmatch(key))}
+    return {layer: (down, ups[layer]) for layer, down in downs.items()}
+
+
+def published(factors: Mapping[str, tuple[Tensor, Tensor]], *, layout: str, alpha: float) -> dict[str, Tensor]:
+    """Factors (A, B) by layer of the network under the keys of a published `LAYOUTS`; where nothing else in such a file says alpha, it is
+    an entry of each layer.
+    """
+    lead, diffusers = LAYOUTS[layout], layout == "diffusers"
+    found: dict[str, Tensor] = {}
+    for layer, (down, up) in factors.items():
+        name = lead + (other_name(layer, form="diffusers") if diffusers else layer)
+        found |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        if layout == "wan":
+            found[f"{name}.alpha"] = torch.tensor(float(alpha))
+    return found
+
+
+def peft_settings(layers: Iterable[str], *, layout: str, rank: int, alpha: float, base: str | None = None) -> dict[str, object]:
+    """PEFT's settings of adapters on these `layers` of each block, as adapter_config.json has them."""
+    if layout == "diffusers":
+        layers = [other_name(f"blocks.0.{layer}", form="diffusers").removeprefix("blocks.0.") for layer in layers]
+    sizes = {"r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False}
+    return {"peft_type": "LORA", **sizes, "target_modules": sorted(layers), "base_model_name_or_path": base}
 
 
 def merge(weight: Tensor, *, down: Tensor, up: Tensor, scale: float) -> Tensor:

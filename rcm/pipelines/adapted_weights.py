@@ -1,0 +1,111 @@
+"""A network kept as adapters on another checkpoint: the base, with what training added, while it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rcm.core.errors import CheckpointError
+from rcm.nets.wan.lora import LoRAPair, check_targets, lora_pairs, merge
+from rcm.storage.digest import DigestedWeights
+from rcm.storage.state_dicts import LazyWeights
+from rcm.storage.weight_files import WeightFile
+
+_COPIES = {"net_ema.": "ema", "net.": "live", "net_fake_score.": "fake_score"}
+
+
+def adapter_copies(file: WeightFile, *, stated: str | None) -> dict[str, str]:
+    """Prefix -> copy of every set of adapters in `file`: those of a run's checkpoint, or the only one ("" -> what its description
+    states, or "unstated").
+    """
+    found = {prefix: copy for prefix, copy in _COPIES.items() if any(key.startswith(prefix) for key in file.headers)}
+    several = found and all(key.startswith(tuple(found)) for key in file.headers)
+    return found if several and (len(found) > 1 or stated is None) else {"": stated or "unstated"}
+
+
+def chosen_copy(copies: Mapping[str, str], wanted: str, *, path: object) -> str:
+    """The prefix of the `wanted` copy ("ema" takes the live one where there is no average, any word the only one)."""
+    for copy in ("ema", "live") if wanted == "ema" else (wanted,):
+        if copy in copies.values():
+            return next(prefix for prefix, held in copies.items() if held == copy)
+    if list(copies) == [""]:
+        return ""
+    raise CheckpointError(f"{path} holds no {wanted} adapters (it has {', '.join(copies.values())}); choose other weights than {wanted!r}")
+
+
+class AdaptedWeights(LazyWeights):
+    """One set of adapters of `file`, merged into `base` in float32 (float64 for float64) as it is read: W + (alpha / rank) B A with W
+    rounded as in training. `described`: `extra.adapters` of the file's description.
+
+    Raises `CheckpointError` naming `file` for factors that are not as described, or that do not fit the base; and, once every tensor of
+    the base has been read, for a base that is not the one the adapters were trained on.
+    """
+
+    def __init__(
+        self, file: WeightFile, base: LazyWeights, described: Mapping[str, Any], *, prefix: str, copy: str, base_path: object
+    ) -> None:
+        self.file, self.base, self.prefix, self.copy, self.base_path = file, base, prefix, copy, base_path
+        self.described, self.told = dict(described), base_of(described, copy)
+        self.headers = base.headers
+        own = {key: header for key, header in file.headers.items() if key.startswith(prefix)}
+        try:
+            self.pairs: dict[str, LoRAPair] = lora_pairs(own)
+            check_targets(self.pairs, own, base.headers)
+            self._check_described(own)
+        except CheckpointError as error:
+            raise CheckpointError(f"{file.path} (adapters on {base_path}): {error}") from error
+        file.require_floats(own)
+        self._rounded = DigestedWeights(base, dtype=getattr(torch, self.told["dtype"]))
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Key in the file of every factor."""
+        return {key: key for pair in self.pairs.values() for key in (pair.down, pair.up)}
+
+    @property
+    def strength(self) -> float:
+        """Factor of B A."""
+        return self.described["alpha"] / self.described["rank"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight, pair = self._rounded[name], self.pairs.get(name)
+        if (digest := self._rounded.digest) not in (None, self.told["digest"]):
+            raise CheckpointError(
+                f"{self.file.path} holds adapters for the weights {self.told['digest'][:12]} of {self.told['path']}, and "
+                f"{self.base_path} has {digest[:12]} now; give them the weights they were trained on"
+            )
+        if pair is None:
+            return weight
+        return merge(weight, down=self.file[pair.down], up=self.file[pair.up], scale=self.strength)
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer -> (A, B) of every adapted layer."""
+        return {
+            name.removesuffix(".weight"): (self.file[pair.down], self.file[pair.up]) for name, pair in self.pairs.items()
+        }
+
+    def _check_described(self, headers: Mapping[str, Tensor]) -> None:
+        rank, layers = self.described["rank"], set(self.described["layers"])
+        for name, pair in self.pairs.items():
+            layer = name.removesuffix(".weight").split(".", 2)[-1]
+            if layer not in layers:
+                raise CheckpointError(f"{name} is adapted, and its description names {', '.join(sorted(layers))} alone")
+            if (found := headers[pair.down].shape[0]) != rank:
+                raise CheckpointError(f"the factors of {name} have rank {found}, its description says {rank}")
+            if pair.alpha is not None and (alpha := float(self.file[pair.alpha])) != self.described["alpha"]:
+                raise CheckpointError(f"{pair.alpha} is {alpha:g}, its description says {self.described['alpha']:g}")
+        blocks = {name.split(".")[1] for name in self.headers if name.startswith("blocks.")}
+        missing = sorted({f"blocks.{block}.{layer}.weight" for block in blocks for layer in layers} - self.pairs.keys())
+        if missing:
+            raise CheckpointError(f"{len(missing)} factors that its description names are missing, {missing[0]} among them")
+
+
+def base_of(described: Mapping[str, Any], copy: str) -> Mapping[str, Any]:
+    """What the description says of the base of a `copy`; `CheckpointError` where it says nothing."""
+    role = "fake_score" if copy == "fake_score" else "student"
+    if role not in described["bases"]:
+        raise CheckpointError(f"its description says nothing of the weights below the adapters of the {role}")
+    return described["bases"][role]
