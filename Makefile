@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0 triton==3.7.1
 VENV ?= .venv
 BIN := $(VENV)/bin
+HINT = command -v rcm >/dev/null || echo "first: . $(BIN)/activate"
 
 .PHONY: demo quick stream test test-all test-gpu lint install clean
 
@@ -20,14 +21,17 @@ $(VENV)/installed: pyproject.toml rcm/__init__.py
 # All stages on the embedded world. Goes on where it was stopped; DEMO_ARGUMENTS=--fresh begins anew.
 demo: install
 	@$(BIN)/rcm demo $(DEMO_ARGUMENTS)
+	@$(HINT)
 
 # One method on the embedded world.
 quick: install
 	@$(BIN)/rcm demo --quick $(DEMO_ARGUMENTS)
+	@$(HINT)
 
 # A video from the shipped checkpoint.
 stream: install
 	@$(BIN)/rcm stream
+	@$(HINT)
 
 test test-all: export OMP_NUM_THREADS ?= 1
 
