@@ -26,6 +26,11 @@ class StaticInputs(Protocol):
         """Rotary tables of one branch over a past of so many tokens."""
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Whether Triton launches serve tensors like `x`."""
+    return x.is_cuda and x.element_size() < 8
+
+
 class StaticView(CacheView):
     """A view whose slots and tables are device data: what it writes and reads was found by the view of the pass at hand."""
 
@@ -65,7 +70,7 @@ class _StaticLayer(LayerView):
     def __init__(self, view: StaticView, index: int, pair: tuple[Tensor, Tensor]) -> None:
         super().__init__(view, index)
         self._pair, self._slots, self._total = pair, view.inputs.slots, view.total
-        self.takes_projections = view.inputs.fused and pair[0].is_cuda and pair[0].element_size() < 8
+        self.takes_projections = view.inputs.fused and has_kernels(pair[0])
 
     def observe(self, q: Tensor, k: Tensor) -> None:
         """Nobody asked."""

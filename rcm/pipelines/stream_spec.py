@@ -122,10 +122,16 @@ class StreamSpec:
             raise ConfigError(f"decode_ranks={self.decode_ranks} must be 1 or more; leave it out to let up to four ranks decode")
         if self.hot_chunks < 0:
             raise ConfigError(f"hot_chunks={self.hot_chunks} must be 0 or more")
+        if self.hot_chunks and self.kv_codec is None:
+            raise ConfigError(f"hot_chunks={self.hot_chunks} keeps chunks of a quantised cache plain, and this one is; give kv_codec, or 0")
         if self.keys not in (None, "post_rope", "pre_rope"):
             raise ConfigError(f"keys={self.keys!r} is not one of 'post_rope', 'pre_rope'; or leave keys out")
         if self.keys not in (None, self.policy.keys) and not self.policy.any_keys:
             raise ConfigError(f"{type(self.policy).__name__} needs keys={self.policy.keys!r}, got {self.keys!r}; leave keys out")
+        if self.generator is not None and self.noise != "video":
+            raise ConfigError(f"generator= draws noise='video' only, got noise={self.noise!r}, which is keyed by seed; leave generator out")
+        for chunk in range(len(self.recipe.mids)):
+            self.recipe.plan(chunk)  # raises for times that cannot be walked
         if self.num_frames is None and self.noise == "video":
             raise ConfigError("noise='video' draws the noise of a whole video up front; give num_frames, or noise='chunk'")
         if self.num_frames is None and self.policy.capacity_frames(self.recipe.blocks) is None:

@@ -16,6 +16,13 @@ def test_kernel_in_the_interpreter():
     assert min(report["mutants"].values()) > 0.05
 
 
+def test_layers_over_codes_in_the_interpreter():
+    """Norms, rotation, encoding and restoring by kernels, restored keys turned as they are written, against plain torch."""
+    report = in_interpreter("interpreted_coded_layer")
+    assert len(report) == 12
+    assert max(report.values()) < 1e-5, report
+
+
 def test_formulas_are_those_of_the_layers():
     """The network's own norm and rotation, in float32."""
     projected = tuple(torch.randn(2, 4, 36) for _ in range(3))

@@ -100,6 +100,9 @@ def test_capacity_and_context_are_checked_before_any_write():
         used.begin(chunk(1, after=8))
     with pytest.raises(ValueError, match="capacity_tokens=0"):
         KVCache(1, capacity_tokens=0)
+    for wrong in ({"hot_chunks": 1}, {"hot_chunks": -1, "codec": Halving()}):
+        with pytest.raises(ValueError, match="hot_chunks must be 0 or more, and 0 without a codec"):
+            KVCache(1, capacity_tokens=S, **wrong)
     with pytest.raises(ValueError, match="pre_rope"):
         KVCache(1, capacity_tokens=1, keys="rope")
 

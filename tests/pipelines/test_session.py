@@ -243,7 +243,14 @@ def test_a_step_that_failed_is_not_passed_over(denoiser, monkeypatch):
     assert torch.equal(latents(session, 3), torch.cat([whole, third], dim=2))
 
 
-@pytest.mark.parametrize(("wrong", "told"), [({"hot_chunks": -1}, "hot_chunks=-1"), ({"keys": "rope"}, "keys='rope'")])
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"hot_chunks": -1}, "hot_chunks=-1"),
+        ({"hot_chunks": 2}, "hot_chunks=2 keeps chunks of a quantised cache plain, .* give kv_codec, or 0"),
+        ({"keys": "rope"}, "keys='rope'"),
+    ],
+)
 def test_impossible_storage_is_refused(wrong, told):
     with pytest.raises(ConfigError, match=told):
         spec(policy=SlidingWindow(2), **wrong)
@@ -305,27 +312,66 @@ def test_captured_passes_read_nothing_but_device_data(denoiser, monkeypatch, pol
     assert torch.equal(found, expected)
 
 
+def test_sessions_do_not_take_draws_from_each_other(denoiser):
+    """A generator serves one session at a time, by whatever way a second would draw from it; one that has ended or is closed lets it go."""
+    shared = torch.Generator().manual_seed(1)
+    options = {"num_frames": 3, "noise": "video"}
+    wanted = spec(generator=shared, **options)
+    first = opened(denoiser, wanted)
+    held = first.snapshot()
+    with pytest.raises(ConfigError, match="generator= draws for another session"):
+        opened(denoiser, wanted)
+    alone = opened(denoiser, spec(generator=torch.Generator().manual_seed(1), **options))
+    assert torch.equal(latents(first), latents(alone)), "the refused one drew nothing"
+    with opened(denoiser, wanted) as second:
+        for draw in (first.restart, lambda: first.restart(seed=4), lambda: first.restore(held)):
+            with pytest.raises(ConfigError, match="generator= draws for another session"):
+                draw()
+    first.restore(held)
+    with pytest.raises(ConfigError, match="generator= draws noise='video' only"):
+        spec(generator=shared, num_frames=3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"mids": ((0.8, 0.5), (0.9995,)), "sigma_max": 1600.0}, "must decrease strictly"),
+        ({"kind": "ode", "ode_steps": 0}, "steps"),
+        ({"noisy_context": True, "noisy_context_start_chunk": -1}, "start_chunk=-1"),
+    ],
+    ids=["times", "steps", "context"],
+)
+def test_schedules_are_checked_when_a_session_is_opened(denoiser, wrong, told):
+    """All entries of it, and those of a recipe that is taken up later, before the stream changes."""
+    recipe = replace(RECIPE, **wrong)
+    with pytest.raises(ConfigError, match=told):
+        spec(recipe, num_frames=4)
+    session = opened(denoiser, spec(replace(RECIPE, kind=recipe.kind), num_frames=4))
+    before = session.spec
+    with pytest.raises(ConfigError, match=told):
+        session.set_recipe(recipe)
+    assert session.spec is before
+
+
 def test_the_last_chunk_ends_it(denoiser):
     session = opened(denoiser, spec(num_frames=2))
     assert [session.step() is None for _ in range(4)] == [False, False, True, True] and session.ended
 
 
-def test_cancelling_at_every_pass(denoiser, monkeypatch):
-    """A stream cancelled before any of its passes stops there; what it held is free."""
-    for passes in range(7):
+def test_cancelling_at_every_pass(denoiser):
+    """A stream cancelled before any of its passes, context passes among them, stops there; what it held is free."""
+    for passes in range(3 + 1 + 2 + 1 + 2):
         session = opened(denoiser, spec(num_frames=3))
         seen = itertools.count()
-        original = denoiser.velocity
 
-        def counting(*args, session=session, seen=seen, original=original, passes=passes, **options):
+        def counting(*_, session=session, seen=seen, passes=passes):
             if next(seen) == passes:
                 session.cancel()
-            return original(*args, **options)
 
-        monkeypatch.setattr(denoiser, "velocity", counting, raising=False)
+        hook = denoiser.net.register_forward_pre_hook(counting)
         with pytest.raises(StreamCancelled):
             latents(session)
-        monkeypatch.undo()
+        hook.remove()
         session.close()
         assert session.num_bytes() == 0
         with pytest.raises(StreamCancelled, match="open another"):

@@ -67,9 +67,9 @@ def denoiser() -> Denoiser:
 @pytest.mark.parametrize(("hot", "guided"), [(0, False), (1, True)])
 def test_streams_attend_to_what_the_codec_restores(denoiser, dtype, options, policy, recipe, hot, guided):
     model = Guided(denoiser, condition(tiny_config(), batch=1, seed=9, dtype=torch.float32), 2.0) if guided else denoiser
-    spec = StreamSpec(recipe, (4, HEIGHT, WIDTH), batch=2, policy=policy, hot_chunks=hot)
-    found, session = run(model, replace(spec, kv_codec=codec(dtype, **options)))
-    expected, _ = run(model, replace(spec, kv_codec=Restored(codec(dtype, **options))))
+    spec = StreamSpec(recipe, (4, HEIGHT, WIDTH), batch=2, policy=policy)
+    found, session = run(model, replace(spec, kv_codec=codec(dtype, **options), hot_chunks=hot))
+    expected, _ = run(model, replace(spec, kv_codec=Restored(codec(dtype, **options)), hot_chunks=hot))
     assert torch.equal(found, expected)
     plain, _ = run(model, spec)
     error = float((found - plain).norm() / plain.norm())

@@ -83,7 +83,7 @@ class KVCodec:
     def encode_to(self, row: Tensor, x: Tensor, *, side: Side, layer: int) -> None:
         """`encode`, written to the blob whose addresses are in `row` int64 [7]."""
         blob = self.encode(x, side=side, layer=layer)
-        if fused_kernels.runs_on(x):
+        if self._fused(x):
             fused_kernels.deposit(blob, row)
         else:
             _BY_ADDRESS[int(row[0])].copy_(blob)
