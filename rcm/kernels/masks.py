@@ -53,6 +53,9 @@ class QueryTile(NamedTuple):
 class MaskSpec(Protocol):
     """What attention code may ask of a mask. Implementations are frozen and hashable, so that plans can be cached by mask."""
 
+    def __hash__(self) -> int:
+        """By value."""
+
     @property
     def q_len(self) -> int:
         """Number of query tokens."""

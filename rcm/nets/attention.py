@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
 from rcm.core.dual import in_dual_level, pack, unpack
 from rcm.core.errors import ConfigError
-from rcm.kernels.flash_jvp.api import flash_jvp
+from rcm.kernels.flash_jvp.api import Implementation, flash_jvp
 from rcm.kernels.masks import MaskSpec
 from rcm.nets.attention_auto import Auto, Fused
 from rcm.nets.attention_dense import SDPA, Cudnn, Reference
@@ -96,7 +96,7 @@ class AttentionCore(nn.Module):
     `jvp_implementation` is "reference", "triton", or "auto" = triton on CUDA and reference elsewhere.
     """
 
-    def __init__(self, backend: AttentionBackend, *, jvp_implementation: str = "auto") -> None:
+    def __init__(self, backend: AttentionBackend, *, jvp_implementation: Implementation | Literal["auto"] = "auto") -> None:
         super().__init__()
         self.backend = backend
         self.jvp_implementation = jvp_implementation
@@ -119,7 +119,7 @@ class AttentionCore(nn.Module):
                 return pack(o, o_dot)
         return self.backend(q, k, v, mask=mask, scale=scale)
 
-    def _jvp_choice(self, q: Tensor) -> str:
+    def _jvp_choice(self, q: Tensor) -> Implementation:
         if self.jvp_implementation == "auto":
             return "triton" if q.is_cuda else "reference"
         return self.jvp_implementation

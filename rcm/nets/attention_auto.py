@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
-from rcm.kernels.masked_attention.api import forward_obstacle, masked_attention
+from rcm.kernels.masked_attention.api import Backward, forward_obstacle, masked_attention
 from rcm.kernels.masked_attention.dense import rectangle_obstacle
 from rcm.kernels.masks import Full, MaskSpec
 from rcm.kernels.split_attention.api import num_splits, split_attention
 from rcm.nets.attention_dense import SDPA
 
-RECTANGLES = ("cudnn", "flash")
+RECTANGLES: tuple[Backward, ...] = ("cudnn", "flash")
 """Fused backward passes of a rectangle, the faster first (39.0 and 66.5 ms, chunks of 3)."""
 MATRIX_WITH_GRADIENT = 4e8
 MATRIX_WITHOUT_GRADIENT = 1e8
@@ -137,5 +137,5 @@ def _masked(auto: Auto, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: 
         return auto._sdpa.with_matrix(q, k, v, mask=mask, scale=scale)
     if choice == "sdpa":
         return auto._sdpa(q, k, v, mask=mask, scale=scale)
-    backward = choice.removeprefix("triton").removeprefix(" + ") or "cudnn"
+    backward: Backward = next((name for name in RECTANGLES if choice.endswith(name)), "cudnn")
     return masked_attention(q, k, v, mask=mask, scale=scale, forward="triton", backward=backward)

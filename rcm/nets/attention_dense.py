@@ -121,5 +121,5 @@ class Cudnn:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, matrix: Tensor | None = None) -> Tensor:
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*heads_first, attn_mask=matrix, scale=scale).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=matrix, scale=scale).transpose(1, 2)

@@ -140,4 +140,5 @@ def _ranges(mask: MaskSpec, batch: int, device: torch.device) -> tuple[Tensor, T
         for start, stop in s.intervals
     ]
     with torch.inference_mode(False):  # the tables may outlive the mode they were first asked for in
-        return tuple(torch.tensor(ranges, dtype=torch.int32, device=device) for ranges in zip(*pairs, strict=True))
+        queries, keys = (torch.tensor(ranges, dtype=torch.int32, device=device) for ranges in zip(*pairs, strict=True))
+    return queries, keys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,12 @@ class Condition:
     def tensors(self) -> list[Tensor]:
         """All tensors, in a fixed order."""
         found: list[Tensor] = []
-        self._map(lambda x: found.append(x) or x)
+
+        def see(x: Tensor) -> Tensor:
+            found.append(x)
+            return x
+
+        self._map(see)
         return found
 
     def copies(self) -> Condition:
@@ -66,7 +72,7 @@ class Condition:
         return replace(self, **{field.name: _map_tensors(getattr(self, field.name), change) for field in fields(self)})
 
 
-def _map_tensors(value: object, change: Callable[[Tensor], Tensor]) -> object:
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """`change` applied to the tensors of nested tuples and records."""
     if value is None:
         return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,8 @@ class Denoiser(VelocityModel):
     """A network with its precision policy. `net` is a `WanDiT` or a parallelised one."""
 
     def __init__(self, net: nn.Module, precision: Precision) -> None:
-        self.net, self.precision = net, precision
+        self.net: Any = net
+        self.precision = precision
 
     def velocity(
         self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
@@ -191,7 +192,9 @@ class Guided(VelocityModel):
             raise TypeError(f"a guided denoiser takes views of its own new_cache(), a PairedCache, got {type(cache).__name__}")
         self.denoiser.enter_context(x, t, cond, layout, cache=cache.cond)
         if self.active:
-            self.denoiser.enter_context(x, t, self._negative(x, cond, cache), layout, cache=cache.negative)
+            negative = self._negative(x, cond, cache)
+            assert cache.negative is not None
+            self.denoiser.enter_context(x, t, negative, layout, cache=cache.negative)
 
     def _negative(self, x: Tensor, cond: Condition, cache: PairedView | None) -> Condition:
         if cache is not None and cache.negative is None:
@@ -204,11 +207,13 @@ class Guided(VelocityModel):
         self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope", codec: KVCodec | None = None, hot_chunks: int = 0
     ) -> PairedCache:
         """See `VelocityModel`: one cache per branch, the negative one only if it is used; a codec's warm state is not shared."""
-        shape = {"num_frames": num_frames, "grid": grid, "keys": keys, "hot_chunks": hot_chunks}
-        positive = self.denoiser.new_cache(codec=codec, **shape)
-        if not self.active:
-            return PairedCache(positive)
-        return PairedCache(positive, self.denoiser.new_cache(codec=codec if codec is None else codec.fork(), **shape))
+
+        def branch(codec: KVCodec | None) -> KVCache:
+            cache = self.denoiser.new_cache(num_frames=num_frames, grid=grid, keys=keys, codec=codec, hot_chunks=hot_chunks)
+            assert isinstance(cache, KVCache), "guidance is around one network, not around guidance"
+            return cache
+
+        return PairedCache(branch(codec), branch(codec if codec is None else codec.fork()) if self.active else None)
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """See `VelocityModel`."""

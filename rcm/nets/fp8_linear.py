@@ -29,13 +29,17 @@ class FP8Linear(nn.Module):
     them alone, a move takes them along.
     """
 
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
     def __init__(self, *layers: nn.Linear, gelu: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = layers[0].in_features, sum(layer.out_features for layer in layers)
         self.gelu = gelu
         with torch.no_grad():
-            weight, scale = quantise.quantise_rows(torch.cat([layer.weight for layer in layers]))
-            biases = [layer.bias for layer in layers if layer.bias is not None]
+            weight, scale = quantise.quantise_rows(torch.cat([layer.weight.detach() for layer in layers]))
+            biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
             bias = torch.cat(biases) if biases else None
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("weight_scale", scale, persistent=False)
@@ -96,6 +100,7 @@ class SharedProjections:
         if held is None or not held.serves(x, index):
             held = self.held = _Held(x, _version(x), list(self.whole(x).split(self.sizes, dim=-1)))
         part, held.parts[index] = held.parts[index], None
+        assert part is not None
         if all(other is None for other in held.parts):
             self.held = None
         return part

@@ -39,6 +39,8 @@ class KVCache:
             )
         if keys not in ("post_rope", "pre_rope"):
             raise ValueError(f"keys must be 'post_rope' or 'pre_rope', got {keys!r}")
+        if hot_chunks < 0 or (hot_chunks and codec is None):
+            raise ValueError(f"hot_chunks must be 0 or more, and 0 without a codec, got {hot_chunks} and codec={codec!r}")
         self.num_layers, self.capacity_tokens, self.keys, self.hot_chunks = num_layers, capacity_tokens, keys, hot_chunks
         self.chunks: tuple[CachedChunk, ...] = ()
         self.epoch, self._next_id = 0, 0
@@ -140,7 +142,10 @@ class KVCache:
             return
         if self.keys == "pre_rope" and not isinstance(index, Tensor):
             raise ValueError("an index per layer needs keys='post_rope': rotary positions of a pre_rope cache are common to all layers")
-        kept = [tuple(_take(x, at) for x in self._all(layer)) for layer, at in enumerate(per_layer)]
+        kept = []
+        for layer, at in enumerate(per_layer):
+            keys, values = self._all(layer)
+            kept.append((_take(keys, at), _take(values, at)))
         positions = gathered([chunk.positions for chunk in self.chunks], per_layer[0])
         for chunk in self.chunks:
             self.store.drop(chunk.id)
@@ -181,17 +186,17 @@ class KVCache:
                 f"{tokens} tokens after {self.num_tokens} exceed capacity_tokens={self.capacity_tokens} of the cache; "
                 "make it larger, or let a policy drop chunks"
             )
-        if self.store.in_place and any(stop > total for chunk in self.chunks for _, stop in chunk.spans):
-            self._move_down(below=total)
+        if isinstance(self.store, DenseStore) and any(stop > total for chunk in self.chunks for _, stop in chunk.spans):
+            self._move_down(self.store, below=total)
         return take(free_spans([span for chunk in self.chunks for span in chunk.spans], below=total), tokens)
 
-    def _move_down(self, *, below: int) -> None:
+    def _move_down(self, store: DenseStore, *, below: int) -> None:
         for chunk in self.chunks:
             high = tuple((max(start, below), stop) for start, stop in chunk.spans if stop > below)
             if not high:
                 continue
             target = take(free_spans([span for other in self.chunks for span in other.spans], below=below), size(high))
-            self.store.move(high, target)
+            store.move(high, target)
             moved = replace(chunk, spans=_substituted(chunk.spans, below, target))
             self.chunks = tuple(moved if other is chunk else other for other in self.chunks)
         self.epoch += 1

@@ -190,7 +190,7 @@ class CodedStore:
             at = stop
         if together:
             for group in self.groups(pieces):
-                group.restore(self.codec, layer, (keys, values))
+                group.restore(self.addressed, layer, (keys, values))
         if own:
             keys[:, at:].copy_(own[0])
             values[:, at:].copy_(own[1])

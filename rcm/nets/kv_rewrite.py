@@ -101,11 +101,13 @@ def _put(cache: KVCache, layer: int, chunks: Sequence[CachedChunk], pair: Pair) 
     """Write the tokens of `pair` into `chunks`, in order; a pair that lies in the cache's own memory is copied before."""
     store, start = cache.store, 0
     if not isinstance(store, CodedStore):
-        mine = {x.untyped_storage().data_ptr() for x in store.buffers[layer]}
-        pair = tuple(x.clone() if x.untyped_storage().data_ptr() in mine else x for x in pair)
+        mine = {x.untyped_storage().data_ptr() for x in store.allocated(layer)}
+        keys, values = (x.clone() if x.untyped_storage().data_ptr() in mine else x for x in pair)
+    else:
+        keys, values = pair
     for chunk in chunks:
-        part = tuple(x[:, start : start + chunk.num_tokens] for x in pair)
-        start += chunk.num_tokens
+        stop = start + chunk.num_tokens
+        part, start = (keys[:, start:stop], values[:, start:stop]), stop
         if isinstance(store, CodedStore):
             store.put(layer, chunk.id, part, hot=False)
         else:
@@ -135,6 +137,7 @@ def lift(cache: KVCache, hidden: Sequence[int], *, room: int) -> None:
         spans = take(free_spans([*used, *low], below=ceiling), chunk.num_tokens)
         used += spans
         moved[chunk.id] = replace(chunk, spans=spans)
-    store.move([span for chunk in moving for span in chunk.spans], [span for chunk in moving for span in moved[chunk.id].spans])
+    source = tuple(span for chunk in moving for span in chunk.spans)
+    store.move(source, tuple(span for chunk in moving for span in moved[chunk.id].spans))
     cache.chunks = tuple(moved.get(chunk.id, chunk) for chunk in cache.chunks)
     cache.epoch += 1

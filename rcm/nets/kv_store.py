@@ -105,7 +105,7 @@ class DenseStore:
                 runs[-1][1] = piece.stop
             else:
                 runs.append([piece.start, piece.stop])
-        cut = [[x[:, start:stop] for start, stop in runs] for x in self.buffers[layer]]
+        cut = [[x[:, start:stop] for start, stop in runs] for x in self.allocated(layer)]
         keys, values = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in cut)
         return keys, values
 
@@ -142,8 +142,8 @@ class DenseStore:
             if pair is None:
                 continue
             if self.buffers[layer] is None:
-                self.buffers[layer] = tuple(torch.empty_like(x) for x in pair)
-            for mine, x in zip(self.buffers[layer], pair, strict=True):
+                self.buffers[layer] = (torch.empty_like(pair[0]), torch.empty_like(pair[1]))
+            for mine, x in zip(self.allocated(layer), pair, strict=True):
                 mine.copy_(x)
 
     def allocated(self, layer: int) -> Pair:

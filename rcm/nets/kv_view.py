@@ -83,7 +83,8 @@ class CacheView:
             raise RuntimeError(_REFUSES_DUALS)
         if self.mode == "readonly":
             return
-        spans, chunks, first = self._cache.room(layout.num_tokens), [], 0
+        spans, first = self._cache.room(layout.num_tokens), 0
+        chunks: list[CachedChunk] = []
         # room() may have moved chunks
         self._epoch, self.visible = self._cache.epoch, tuple(self._cache.chunk(chunk.id) for chunk in self.visible)
         for frames in layout.chunks or (layout.num_frames,):
@@ -228,18 +229,19 @@ class LayerView:
             self._store(k.detach(), v.detach())
         elif view.mode == "transient" and (in_dual_level() or k.requires_grad or v.requires_grad):
             raise RuntimeError("a transient write keeps neither tangents nor gradients; use readonly(transient=False)")
+        store = cache.store
         if view.mode != "readonly" and not (k.requires_grad or v.requires_grad):
-            if cache.store.in_place:
+            if isinstance(store, DenseStore):
                 if view.mode == "transient":
                     self._store(k, v)
-                return cache.store.read(layer, view._order)
+                return store.read(layer, view._order or ())
             if view.mode == "append" and not cache.hot_chunks:
                 # what is cached is what is attended to: a chunk sees its coded self
-                return cache.store.read(layer, past + [Piece(0, c.num_tokens, c.id, 0) for c in view._new])
-            return cache.store.read(layer, past, (k, v))
+                return store.read(layer, past + [Piece(0, c.num_tokens, c.id, 0) for c in view._new])
+            return store.read(layer, past, (k, v))
         if not past:
             return k, v
-        k_past, v_past = cache.store.read(layer, past)
+        k_past, v_past = store.read(layer, past)
         return torch.cat([k_past, k], dim=1), torch.cat([v_past, v], dim=1)
 
     def _store(self, k: Tensor, v: Tensor) -> None:

@@ -120,12 +120,12 @@ class Sinusoid(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.half = dim // 2
+        self.count = dim // 2
 
     def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         """`timestep` [B, F] on the 0..1000 scale to [B, F, dim] in `dtype`."""
-        j = torch.arange(self.half, dtype=torch.float64, device=timestep.device)
-        angle = timestep.double()[..., None] * torch.pow(10000.0, -j / self.half)
+        j = torch.arange(self.count, dtype=torch.float64, device=timestep.device)
+        angle = timestep.double()[..., None] * torch.pow(10000.0, -j / self.count)
         return torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
 
 

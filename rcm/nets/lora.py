@@ -65,7 +65,7 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """`y` [..., out_features] + strength B A `x` [..., in_features]; plain or dual."""
         (x, x_dot), (y, y_dot) = unpack(x), unpack(y)
-        if x_dot is not None:
+        if x_dot is not None and y_dot is not None:
             y_dot = self._added(x_dot, y_dot)
         return pack(self._added(x, y), y_dot)
 
@@ -83,8 +83,8 @@ class AdaptedLinear(Linear):
         self.weight, self.bias = layer.weight, layer.bias
         self.requires_grad_(False)
         self.chosen = chosen
-        sizes = {"rank": rank, "strength": strength}
-        self.adapters = nn.ModuleDict({role: LowRank(layer.in_features, layer.out_features, **sizes) for role in roles})
+        sizes = layer.in_features, layer.out_features
+        self.adapters = nn.ModuleDict({role: LowRank(*sizes, rank=rank, strength=strength) for role in roles})
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in_features] to [..., out_features]; plain or dual."""
@@ -101,7 +101,8 @@ class AdaptedNet(nn.Module):
 
     def __init__(self, net: nn.Module, role: str | None) -> None:
         super().__init__()
-        self.net, self.role = net, role
+        self.net: Any = net
+        self.role = role
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The network's forward with the adapters of this role."""
@@ -119,7 +120,7 @@ class AdaptedNet(nn.Module):
             if (own := self._own(name)) is not None:
                 yield own, parameter
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The role's own tensors."""
         named = ((self._own(name), value) for name, value in self.net.state_dict(*args, **kwargs).items())
         return {own: value for own, value in named if own is not None}
@@ -142,7 +143,7 @@ class AdaptedNet(nn.Module):
         return f"{found[1]}.{_NAMES[found[3]]}" if found[2] == self.role else None
 
 
-def attach(net: nn.Module, layers: Iterable[str], *, roles: Iterable[str], rank: int, alpha: float) -> None:
+def attach(net: Any, layers: Iterable[str], *, roles: Iterable[str], rank: int, alpha: float) -> None:
     """Freeze `net` and give `layers` (paths inside each of its `blocks`) adapters for every role, in place; their
     values are undefined until loaded. `ConfigError` for a layer that is no plain one (quantised, or adapted).
     """

@@ -28,12 +28,13 @@ class Positions:
     @property
     def num_tokens(self) -> int:
         """Tokens L."""
-        return self.tokens.shape[1] if self.frames is None else len(self.frames) * self.grid[0] * self.grid[1]
+        return self.per_token.shape[1] if self.frames is None else len(self.frames) * self.grid[0] * self.grid[1]
 
     @cached_property
     def per_token(self) -> Tensor:
         """The positions as [B or 1, L, N or 1, 3]."""
         if self.frames is None:
+            assert self.tokens is not None, "positions are frames or tokens"
             return self.tokens
         time, row, column = torch.meshgrid(torch.tensor(self.frames), *(torch.arange(n) for n in self.grid), indexing="ij")
         return torch.stack([time, row, column], dim=-1).reshape(1, -1, 1, 3)
@@ -56,8 +57,9 @@ def concatenated(parts: Sequence[Positions]) -> Positions:
     if len(parts) == 1:
         return parts[0]
     grid = parts[0].grid
-    if all(part.frames is not None and part.grid == grid for part in parts):
-        return Positions(grid, frames=tuple(t for part in parts for t in part.frames))
+    frames = [part.frames for part in parts if part.frames is not None and part.grid == grid]
+    if len(frames) == len(parts):
+        return Positions(grid, frames=tuple(t for times in frames for t in times))
     tensors = [part.per_token for part in parts]
     batch, heads = (max(x.shape[dim] for x in tensors) for dim in (0, 2))
     device = next((x.device for x in tensors if x.device.type != "cpu"), tensors[0].device)

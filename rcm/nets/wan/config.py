@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rcm.core.errors import ConfigError, require_divisible, require_equal
 
@@ -59,14 +59,14 @@ class WanConfig:
         return height // self.patch[1], width // self.patch[2]
 
 
-_LARGE = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
+_LARGE = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 
 PRESETS: dict[str, WanConfig] = {
     "tiny": WanConfig(dim=64, ffn_dim=128, num_heads=4, num_layers=2, freq_dim=32, text_dim=32, text_len=16),
     "1.3B": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
-    "14B": WanConfig(**_LARGE),
-    "i2v-14B": WanConfig(**_LARGE, in_dim=36, image_branch=True),
-    "A14B": WanConfig(**_LARGE, in_dim=36),
+    "14B": _LARGE,
+    "i2v-14B": replace(_LARGE, in_dim=36, image_branch=True),
+    "A14B": replace(_LARGE, in_dim=36),
 }
 """tiny for tests and the toy world; Wan2.1 text-to-video 1.3B and 14B (also a Wan2.2 text-to-video expert); Wan2.1 image-to-video; a Wan2.2
 image-to-video expert."""

@@ -149,9 +149,9 @@ def choose_prefix(found: Mapping[str, str], weights: str) -> str:
 def to_wan(state: Mapping[str, object], *, weights: Weights = "ema", prefix: str | None = None) -> dict[str, Tensor]:
     """Any understood state dict, nested or flat, in the package's own form; arguments and errors as `network_names`."""
     flat = flatten(state)
-    tensors = {key for key, value in flat.items() if isinstance(value, Tensor)}
-    names = network_names(tensors, weights=weights, prefix=prefix, others=[key for key in flat if key not in tensors])
-    return {name: own_form(name, flat[key]) for name, key in names.items()}
+    tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
+    names = network_names(set(tensors), weights=weights, prefix=prefix, others=[key for key in flat if key not in tensors])
+    return {name: own_form(name, tensors[key]) for name, key in names.items()}
 
 
 def own_form(name: str, tensor: Tensor) -> Tensor:

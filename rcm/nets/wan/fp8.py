@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -99,15 +100,17 @@ def quantise_linears_(
             "the velocity is zero, as of an untrained network: no FP8 error can be stated; load weights first"
         )
     net.eval()
-    replaced, kept = [], []
+    replaced: list[str] = []
+    kept: list[str] = []
     for index, block in enumerate(net.blocks):
         for name in names if index not in skipped else ():
-            done = replaced if _replace(block, name) else kept
+            done = replaced if _replace(cast(WanBlock, block), name) else kept
             done += [f"blocks.{index}.{path}" for path in LAYERS[name]]
     if replaced:
         net.register_state_dict_pre_hook(refuse_saving)
         net.register_load_state_dict_pre_hook(refuse_loading)
-    return FP8Report(tuple(replaced), tuple(kept), None if velocity is None else relative_error(velocity(net), before))
+    error = None if velocity is None or before is None else relative_error(velocity(net), before)
+    return FP8Report(tuple(replaced), tuple(kept), error)
 
 
 def is_quantised(net: nn.Module) -> bool:
@@ -152,7 +155,7 @@ def _block_indices(net: WanDiT, skip_blocks: Iterable[int]) -> set[int]:
 
 def _replace(block: WanBlock, name: str) -> bool:
     """Replace the layers of `name`; False, and nothing done, where the products do not take their sizes."""
-    layers = [block.get_submodule(path) for path in LAYERS[name]]
+    layers = [cast(nn.Linear, block.get_submodule(path)) for path in LAYERS[name]]
     if any(size % ALIGNMENT for layer in layers for size in layer.weight.shape):
         return False
     if name == "ffn_out" and isinstance(block.ffn[1], Gelu):

@@ -107,8 +107,8 @@ def _of_peft(settings: Mapping[str, Any]) -> LoRASettings:
         alpha=_number(settings, "lora_alpha"),
         rank=_rank(settings, "r"),
         stabilised=_flag(settings, "use_rslora"),
-        alphas={_plain(key): _number(patterns[0], key) for key in patterns[0]},
-        ranks={_plain(key): _rank(patterns[1], key) for key in patterns[1]},
+        alphas={_plain(key): alpha for key in patterns[0] if (alpha := _number(patterns[0], key)) is not None},
+        ranks={_plain(key): rank for key in patterns[1] if (rank := _rank(patterns[1], key)) is not None},
     )
 
 

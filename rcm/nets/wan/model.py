@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rcm.kernels.flash_jvp.api import Implementation
 from rcm.kernels.fused.choice import check_setting
 from rcm.nets.attention import AttentionBackend, AttentionCore, resolve
 from rcm.nets.condition import Condition
@@ -129,7 +131,7 @@ class WanDiT(nn.Module):
         for i, block in enumerate(blocks):
             tokens = block(tokens, rows, contexts[i], layout, rope, None if cache is None else cache.layer(i))
         final = None if cache is None else cache.layer(len(blocks))
-        if context_only:
+        if context_only and cache is not None:
             last(tokens, rows, contexts[-1], layout, rope, final, keys_only=True)
             cache.commit(layout)
             return None
@@ -144,9 +146,9 @@ class WanDiT(nn.Module):
     def prepare(self, cond: Condition) -> Condition:
         """`cond` with the cross-attention keys and values of every block, for passes without gradient of this network only."""
         tokens = self._embed(cond)
-        return replace(cond, prepared=tuple(block.cross_attn.keys_values(tokens) for block in self.blocks))
+        return replace(cond, prepared=tuple(cast(WanBlock, block).cross_attn.keys_values(tokens) for block in self.blocks))
 
-    def set_jvp_implementation(self, name: str) -> None:
+    def set_jvp_implementation(self, name: Implementation | Literal["auto"]) -> None:
         """Choose the primal + tangent attention: "reference", "triton" or "auto" (see `AttentionCore`)."""
         for module in self.modules():
             if isinstance(module, AttentionCore):

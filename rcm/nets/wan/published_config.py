@@ -89,9 +89,9 @@ def with_settings(found: WanConfig, settings: Mapping[str, Any] | None) -> WanCo
             raise CheckpointError(f"config.json states {name} {str(settings[name])[:60]}; this architecture has {told}")
     stated: dict[str, float] = {}
     for field, names in _NAMES.items():
-        for name in names:
-            if name in settings:
-                stated.setdefault(field, _positive(settings, name) if field == "eps" else _whole(settings, name))
+        for known in names:
+            if known is not None and known in settings:
+                stated.setdefault(field, _positive(settings, known) if field == "eps" else _whole(settings, known))
     if "num_attention_heads" in settings and "attention_head_dim" in settings:
         stated["dim"] = _whole(settings, "num_attention_heads") * _whole(settings, "attention_head_dim")
     wrong = [
@@ -99,7 +99,7 @@ def with_settings(found: WanConfig, settings: Mapping[str, Any] | None) -> WanCo
     ]
     if wrong:
         raise CheckpointError(f"config.json contradicts the tensors beside it: {'; '.join(wrong)}")
-    return replace(found, **{field: stated[field] for field in ("eps", "text_len") if field in stated})
+    return replace(found, eps=stated.get("eps", found.eps), text_len=int(stated.get("text_len", found.text_len)))
 
 
 def _differs(field: str, stated: Mapping[str, Any], found: WanConfig) -> bool:
