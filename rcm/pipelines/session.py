@@ -22,6 +22,7 @@ from rcm.nets.condition import Condition
 from rcm.nets.denoiser import VelocityModel
 from rcm.nets.kv_view import CachedChunk
 from rcm.pipelines.engine import CapturedLoop, DecodeLane
+from rcm.pipelines.generator_lease import lease
 from rcm.pipelines.shared_decoder import shared_decoder
 from rcm.pipelines.stream_spec import Receipt, StreamedChunk, StreamSpec, SwitchMode, count_prefix_blocks
 from rcm.rollout.autoregressive import Canvas, ChunkLoop, ChunkResult
@@ -60,6 +61,7 @@ class Session:
         if spec.graphs == "on" and self.device.type != "cuda":
             raise ConfigError(f"graphs='on' needs a CUDA device, the stream is on {self.device}; use graphs='off'")
         self._begin(cond, prefix)
+        self._lease_generator()
         self._loop = self._new_loop(denoiser)
         if denoiser.num_ranks > 1:
             codec = shared_decoder(codec, ranks=spec.decode_ranks, sharing=denoiser.num_ranks)
@@ -102,6 +104,7 @@ class Session:
         `seed` None: that of the `StreamSpec` (with noise="video", its generator is seeded with it).
         """
         self._require_open()
+        self._lease_generator()
         self._begin(self._cond if cond is None else cond, prefix)  # refuses before anything is changed
         spec = self.spec = replace(self.spec, seed=self.spec.seed if seed is None else seed)
         if spec.generator is not None and seed is not None:
@@ -126,6 +129,11 @@ class Session:
     def ended(self) -> bool:
         """Whether everything was handed out."""
         return not self._pieces and self._ahead is None and self._is_last(self._block - 1)
+
+    @property
+    def may_draw(self) -> bool:
+        """Whether it may ask its generator for more noise."""
+        return not self._cancelled and not self.ended
 
     @torch.no_grad()
     def step(self) -> StreamedChunk | None:
@@ -221,6 +229,7 @@ class Session:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `snapshot`: the following chunks are those that followed it, bit by bit."""
         self._require_open()
+        self._lease_generator()
         self.spec = replace(self.spec, recipe=state["recipe"], seed=state["seed"])
         self._given, self._prefix = state["given"]
         self._failed = self._refused = None
@@ -258,6 +267,10 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _lease_generator(self) -> None:
+        if self.spec.generator is not None:
+            lease(self.spec.generator, self)
 
     def _new_loop(self, denoiser: VelocityModel) -> ChunkLoop:
         spec = self.spec
@@ -344,7 +357,7 @@ class Session:
     def _apply(self, cond: Condition, mode: SwitchMode, receipt: Receipt) -> None:
         self._cond = cond
         if mode == "recache":
-            self._recache()
+            self._loop.refill([(chunk, *self._history[chunk.id]) for chunk in self._replayed()], cond)
         receipt.applied_at = self._block
 
     def _replayed(self) -> list[CachedChunk]:
@@ -358,15 +371,6 @@ class Session:
                 "use mode='keep', or a policy that keeps whole chunks"
             )
         return old
-
-    def _recache(self) -> None:
-        """Enter what the cache holds anew under the present condition, sinks excepted."""
-        old = self._replayed()
-        for cache in self._loop.cache.branches:
-            cache.evict([chunk.id for chunk in old])
-        for chunk in old:
-            x, t = self._history[chunk.id]
-            self._loop.refill(x, self._cond, chunk, t=t)
 
     @contextmanager
     def _marking(self) -> Iterator[None]:

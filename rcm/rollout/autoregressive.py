@@ -6,7 +6,7 @@ the policy that decides what of it is seen. An engine that captures passes overr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -129,17 +129,25 @@ class ChunkLoop:
         self.settle(plan)
 
     @torch.no_grad()
-    def refill(self, x: Tensor, cond: Condition, chunk: CachedChunk, *, t: float) -> None:
-        """Enter a chunk that was dropped once more, under its id and at its positions: `x` at RF time `t`.
+    def refill(self, chunks: Sequence[tuple[CachedChunk, Tensor, float]], cond: Condition) -> None:
+        """Enter cached chunks anew under `cond`, oldest first, each under its id and at its positions: (chunk, its latents, their RF time).
+        They are the newest ones, all but what the policy protects.
 
-        Raises `ValueError` for a chunk that lost tokens: its frames have no positions of their own any more.
+        Raises `ValueError`, before anything is changed, for a chunk that lost tokens: its frames have no positions of their own any more.
         """
-        if chunk.positions.frames is None:
-            raise ValueError(f"chunk {chunk.id} holds chosen tokens, not whole frames, so it cannot be entered again")
-        caches = self.cache.branches
-        hidden = self.canvas.policy.hidden(caches)
-        visible = tuple(held.id for held in caches[0].chunks if held.id not in hidden)
-        self.fill(x, cond, self.cache.append(visible, as_id=chunk.id), chunk.positions.frames, t=t)
+        for chunk, _, _ in chunks:
+            if chunk.positions.frames is None:
+                raise ValueError(f"chunk {chunk.id} holds chosen tokens, not whole frames, so it cannot be entered again")
+        caches, policy = self.cache.branches, self.canvas.policy
+        for cache in caches:
+            cache.evict([chunk.id for chunk, _, _ in chunks])
+        policy.forget(caches, [chunk for chunk, _, _ in chunks])
+        for chunk, x, t in chunks:
+            hidden = policy.hidden(caches)
+            visible = tuple(held.id for held in caches[0].chunks if held.id not in hidden)
+            view = self.cache.append(visible, observers=policy.observers(caches), as_id=chunk.id)
+            self.fill(x, cond, view, chunk.positions.frames, t=t)
+            policy.again(caches)
 
     def close(self) -> None:
         """Free the cache."""

@@ -57,6 +57,9 @@ POLICIES = {
 ROLES = {"relax paper": (RelaxForcingPaper(2, 2, 1, 6, 0.5, 24), rules.Roles(2, 2, 1, 6, 0.5, 24))}
 
 
+RECACHED = [name for name in POLICIES if name != "toy"]
+
+
 @pytest.fixture(scope="module")
 def denoiser() -> Denoiser:
     return Denoiser(tiny_net(), Precision.preset("fp64")).eval_params()
@@ -107,6 +110,34 @@ def test_slower_turning_time(name):
     policy, rule = fresh(name)
     policy = replace(policy, ntk_time=1.7) if name in ("deep", "relax") else policy
     check(Denoiser(net, Precision.preset("fp64")).eval_params(), policy, rule, blocks=8, ntk=1.7)
+
+
+@pytest.mark.parametrize("keep_from", [RECIPE, replace(RECIPE, noisy_context=True)], ids=["clean", "noisy"])
+@pytest.mark.parametrize("name", RECACHED)
+@torch.no_grad()
+def test_after_a_recache_a_policy_is_as_if_the_window_had_been_made_under_the_new_prompt(denoiser, name, keep_from):
+    """What it remembers of keys and queries, and every later chunk, beyond the budget: equal to a stream whose first chunks were entered
+    under the new prompt, those of the sinks under the old one.
+    """
+    old, new, blocks = condition(tiny_config()), condition(tiny_config(), seed=5), 3
+    spec = StreamSpec(keep_from, LATENT, batch=2, num_frames=12, policy=fresh(name)[0])
+    sessions = [Session(denoiser, None, old, spec) for _ in range(2)]
+    session, expected = sessions
+    for _ in range(blocks):
+        session.step()
+    session.settle()
+    kept = session.loop.canvas.policy.protected(session.loop.cache.branches)
+    for block, (chunk, (x, t)) in enumerate(session._history.items()):
+        expected.loop.prefill(x, keep_from.plan(block), old if chunk in kept else new, t=t)
+        expected._history[chunk] = (x, t)
+    expected._block, expected._cond = blocks, new
+    assert len(session._history) == blocks > len(kept)
+    session.set_condition(new, mode="recache")
+    session._apply(*session._wanted_next())
+    states = [(s.loop.canvas.policy.state(), [c.state()["store"] for c in s.loop.cache.branches]) for s in sessions]
+    torch.testing.assert_close(*states, rtol=0, atol=1e-9)
+    found, wanted = (torch.cat([s.step().latents for _ in range(6)], dim=2) for s in sessions)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
 def side(dtype: str, **options) -> SideSpec:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.kv_cache import KVCache
-from rcm.nets.kv_view import Keys, Observer
+from rcm.nets.kv_view import CachedChunk, Keys, Observer
 
 
 class ChunkSpan(Protocol):
@@ -72,6 +72,14 @@ class CachePolicy:
     def hidden(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
         """Ids of cached chunks that the newest chunk did not see: what is entered again after a change of prompt does not, either."""
         return ()
+
+    def forget(self, branches: Sequence[KVCache], chunks: Sequence[CachedChunk]) -> None:
+        """`chunks`, the newest that were in the cache, left it to be entered again under another condition, oldest first: what is
+        remembered of their old keys and queries no longer holds. Their passes are shown to `observers`.
+        """
+
+    def again(self, branches: Sequence[KVCache]) -> None:
+        """The newest entry of the cache is one of those, entered again."""
 
     def fresh(self) -> CachePolicy:
         """The same policy for another stream."""

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from rcm.core.errors import ConfigError
 from rcm.nets.kv_cache import KVCache
-from rcm.nets.kv_view import Observer
+from rcm.nets.kv_view import CachedChunk, Observer
 from rcm.rollout.eviction.base import ChunkSpan
 from rcm.rollout.eviction.compressed import CompressedHistory, Reduce, summed
-from rcm.rollout.eviction.frames import frame_tokens
+from rcm.rollout.eviction.frames import frame_tokens, num_frames
 
 
 @dataclass
@@ -50,6 +50,15 @@ class DeepForcing(CompressedHistory):
     def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
         """See `CachePolicy`."""
         super().after(branches, chunk)
+        self._scores.clear()
+
+    def forget(self, branches: Sequence[KVCache], chunks: Sequence[CachedChunk]) -> None:
+        """See `CachePolicy`: queries of other, older frames stay."""
+        frames = sum(map(num_frames, chunks))
+        self._queries = {key: known[:, : max(0, known.shape[1] - frames)] for key, known in self._queries.items()}
+
+    def again(self, branches: Sequence[KVCache]) -> None:
+        """See `CachePolicy`: scores serve the chunk after which tokens are chosen."""
         self._scores.clear()
 
     def _observe(self, branch: int, cache: KVCache, layer: int, q: Tensor, k: Tensor) -> None:

@@ -92,14 +92,24 @@ class RelaxForcingPaper(CachePolicy):
 
     def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
         """See `CachePolicy`."""
-        ids, newest = [entry.id for entry in branches[0].chunks], branches[0].chunks[-1]
-        keys, _ = branches[0].store.read(0, pieces_of(newest.spans, chunk=newest.id))
-        self._vectors[newest.id] = keys.to(torch.promote_types(keys.dtype, torch.float32)).mean(1).flatten(1)
+        self.again(branches)
+        ids = [entry.id for entry in branches[0].chunks]
         gone = ids[self.sinks : max(self.sinks, len(ids) - self.pool - self.tail)]
         for cache in branches:
             cache.evict(gone)
         for chunk_id in gone:
             del self._vectors[chunk_id]
+
+    def forget(self, branches: Sequence[KVCache], chunks: Sequence[CachedChunk]) -> None:
+        """See `CachePolicy`."""
+        for chunk in chunks:
+            del self._vectors[chunk.id]
+
+    def again(self, branches: Sequence[KVCache]) -> None:
+        """See `CachePolicy`: the vector of the newest block."""
+        newest = branches[0].chunks[-1]
+        keys, _ = branches[0].store.read(0, pieces_of(newest.spans, chunk=newest.id))
+        self._vectors[newest.id] = keys.to(torch.promote_types(keys.dtype, torch.float32)).mean(1).flatten(1)
 
     def _chosen(self, sinks: Sequence[CachedChunk], tail: Sequence[CachedChunk], candidates: Sequence[CachedChunk]) -> list[CachedChunk]:
         """The best candidates, in order; by the keys of the first branch, the conditional one."""
