@@ -174,7 +174,7 @@ class Fp8:
         """Codes of the queries and of all keys and values."""
         from rcm.kernels.fp8_attention import codes, launch
 
-        held = codes.new_codes(k, v, capacity=capacity)
+        held = codes.new_codes(codes.scales_of(k, v), batch=k.shape[0], capacity=capacity)
         launch.write(held, torch.arange(k.shape[1], device="cuda"), k, v)
         return launch.code_queries(q, held.scales, scale=WIDTH**-0.5), held
 
@@ -197,7 +197,8 @@ class Fp8:
 
         q, k, v = draw(case[0], case[1], case[3], batch=case[2], kind=kind)
         queries, held = self.coded(q, k, v, capacity=case[1] + 300)
-        plain, plain_queries = codes.new_codes(k, v, capacity=case[1]), codes.code_queries_reference(q, held.scales, scale=WIDTH**-0.5)
+        plain = codes.new_codes(held.scales, batch=case[2], capacity=case[1])
+        plain_queries = codes.code_queries_reference(q, held.scales, scale=WIDTH**-0.5)
         codes.write_reference(plain, torch.arange(case[1], device="cuda"), k, v)
         rest = torch.arange(case[1], case[1] + 300, device="cuda")
         launch.write(held, rest, *(torch.randn(case[2], 300, case[3], WIDTH, device="cuda", dtype=q.dtype) for _ in range(2)))

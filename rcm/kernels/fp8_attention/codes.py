@@ -50,13 +50,13 @@ class CodedQueries(NamedTuple):
     scale: Tensor
 
 
-def new_codes(k: Tensor, v: Tensor, *, capacity: int) -> Codes:
-    """Empty codes with room for `capacity` tokens, scaled by keys and values [B, L, N, D] that are like what will be coded."""
-    batch, _, heads, width = k.shape
+def new_codes(scales: Scales, *, batch: int, capacity: int) -> Codes:
+    """Room for `capacity` tokens, holding zeros: what is never written must not be a NaN."""
+    heads, width = scales.key_center.shape
     room = -(-capacity // GROUP) * GROUP
-    keys = torch.zeros(batch, heads, room, width, dtype=E4M3, device=k.device)
-    values = torch.zeros(batch, heads, width, room, dtype=E4M3, device=k.device)
-    return Codes(keys, values, scales_of(k, v))
+    keys = torch.zeros(batch, heads, room, width, dtype=E4M3, device=scales.key_scale.device)
+    values = torch.zeros(batch, heads, width, room, dtype=E4M3, device=scales.key_scale.device)
+    return Codes(keys, values, scales)
 
 
 def scales_of(k: Tensor, v: Tensor) -> Scales:
@@ -79,9 +79,11 @@ def to_e4m3(x: Tensor) -> Tensor:
     return x.clamp(-LARGEST, LARGEST).to(E4M3)
 
 
-def write_reference(codes: Codes, slots: Tensor, k: Tensor, v: Tensor) -> None:
-    """Code `k`, `v` [B, L, N, D] into `slots` int64 [L]."""
+def write_reference(codes: Codes, slots: Tensor, k: Tensor, v: Tensor, *, at_slots: bool = False) -> None:
+    """Code `k`, `v` [B, L, N, D] into `slots` int64 [L]; `at_slots`: they lie in those slots of longer ones."""
     scales = codes.scales
+    if at_slots:
+        k, v = k[:, slots], v[:, slots]
     key = (k.float() - scales.key_center) / scales.key_scale[:, None]
     value = (v.float() - scales.value_center) / scales.value_scale
     for target, x, axis, at in ((codes.keys, key, 2, rows_of(slots)), (codes.values, value, 3, slots)):

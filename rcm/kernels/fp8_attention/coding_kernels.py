@@ -34,9 +34,9 @@ def _coded(x, center, spread):
 def code_pair(
     k_ptr, v_ptr, slots_ptr, key_scale, key_center, value_scale, value_center, keys_ptr, values_ptr,
     length, heads, room, k_b, k_l, k_n, v_b, v_l, v_n,
-    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
+    AT_SLOTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """`BLOCK_L` tokens of one head to their slots: a key to its row, a value to its column."""
+    """`BLOCK_L` tokens of one head to their slots: a key to its row, a value to its column. AT_SLOTS: they are read there, too."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     column = tl.arange(0, BLOCK_D)
@@ -44,7 +44,7 @@ def code_pair(
     inside = (token < length)[:, None] & known[None, :]
     slot = tl.load(slots_ptr + token, mask=token < length, other=0)
     row = (slot & ~15) + ((slot & 2) << 2) + ((slot & 12) >> 1) + (slot & 1)
-    source = token.to(tl.int64)[:, None]
+    source = (slot if AT_SLOTS else token).to(tl.int64)[:, None]
     pair = batch * heads + head
 
     x = tl.load(k_ptr + batch * k_b + head * k_n + source * k_l + column[None, :], mask=inside, other=0.0)

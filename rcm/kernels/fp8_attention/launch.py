@@ -35,15 +35,16 @@ def code_queries(q: Tensor, scales: Scales, *, scale: float) -> CodedQueries:
     return CodedQueries(codes, spread)
 
 
-def write(codes: Codes, slots: Tensor, k: Tensor, v: Tensor) -> None:
-    """`codes.write_reference` in one kernel; `k`, `v` [B, L, N, D] with a unit last stride."""
-    batch, length, heads, width = k.shape
+def write(codes: Codes, slots: Tensor, k: Tensor, v: Tensor, *, at_slots: bool = False) -> None:
+    """`codes.write_reference` in one kernel; unit last strides."""
+    batch, _, heads, width = k.shape
+    length = slots.shape[0]
     with _device(k):
         precompile.launch(
             coding_kernels.code_pair, (-(-length // CODED_TOKENS), heads, batch),
             k, v, slots, *codes.scales, codes.keys, codes.values,
             length, heads, codes.keys.shape[2], *k.stride()[:3], *v.stride()[:3],
-            WIDTH=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_L=CODED_TOKENS, num_warps=4,
+            AT_SLOTS=at_slots, WIDTH=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_L=CODED_TOKENS, num_warps=4,
         )  # fmt: skip
 
 

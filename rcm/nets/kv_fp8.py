@@ -1,0 +1,123 @@
+"""A plain cache whose attention runs in FP8: codes lie beside keys and values and follow every write.
+
+Scales are those of the first keys and values of a layer, which a pass that is launched one by one must bring (`ready`); after `clear` the
+next ones set them anew, in the same memory. Codes depend on nothing but scales and what is held, so a snapshot needs only these.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rcm.core.dual import in_dual_level
+from rcm.kernels.fp8_attention import api
+from rcm.kernels.fp8_attention.codes import Codes, Scales, new_codes, scales_of
+from rcm.kernels.masks import MaskSpec
+from rcm.nets.kv_store import DenseStore, Pair, Spans
+
+
+class Fp8Store(DenseStore):
+    """A `DenseStore` with codes. `turned`: keys are stored rotated, so their codes serve every later pass; where they are rotated at every
+    read they are coded at every read.
+    """
+
+    def __init__(self, num_layers: int, capacity: int, *, turned: bool) -> None:
+        super().__init__(num_layers, capacity)
+        self.turned = turned
+        self.codes: list[Codes | None] = [None] * num_layers
+        self._scales: list[Scales | None] = [None] * num_layers
+        self._unset = set(range(num_layers))
+
+    @property
+    def ready(self) -> bool:
+        """Whether every layer has its scales, so that a captured pass can read them."""
+        return not self._unset
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, run: int | None) -> Tensor:
+        """Attention of queries [B, L, N, D] to keys and values [B, S, N, D], which are the first `run` slots of the layer, or (None) lie
+        elsewhere. `RuntimeError` for gradients, tangents, and a mask that is not full.
+        """
+        if in_dual_level() or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+            raise RuntimeError("attention='fp8' gives neither gradients nor tangents; use attention='net'")
+        if mask is not None and not mask.is_full:
+            raise RuntimeError(f"attention='fp8' lets every query see every key, this pass has {mask}; use attention='net'")
+        scale = q.shape[3] ** -0.5
+        if run is not None and (codes := self.codes[layer]) is not None:
+            return api.attend(q, codes, count=run, scale=scale)
+        return api.attend_plain(q, k, v, self._scaled(layer, k, v), scale=scale)
+
+    def code(self, layer: int, slots: Tensor) -> None:
+        """Code what was put into `slots` int64 [L] of the layer."""
+        if (codes := self.codes[layer]) is not None:
+            api.write(codes, slots, *self.allocated(layer), at_slots=True)
+
+    def write(self, layer: int, spans: Spans, pair: Pair) -> None:
+        """See `DenseStore`."""
+        super().write(layer, spans, pair)
+        if self.turned:
+            scales = self._scaled(layer, *pair)
+            if self.codes[layer] is None:
+                self.codes[layer] = new_codes(scales, batch=pair[0].shape[0], capacity=self.capacity)
+            self.code(layer, _slots(spans, pair[0].device))
+
+    def move(self, source: Spans, target: Spans) -> None:
+        """See `DenseStore`."""
+        super().move(source, target)
+        for layer, pair in enumerate(self.buffers):
+            if pair is not None:
+                self.code(layer, _slots(target, pair[0].device))
+
+    def clear(self, *, free_buffers: bool) -> None:
+        """See `DenseStore`."""
+        super().clear(free_buffers=free_buffers)
+        self._unset = set(range(len(self.buffers)))
+        if free_buffers:
+            self.codes, self._scales = [None] * len(self.codes), [None] * len(self._scales)
+
+    def num_bytes(self) -> int:
+        """See `DenseStore`."""
+        held = [x for codes in self.codes if codes is not None for x in (codes.keys, codes.values)]
+        return super().num_bytes() + sum(x.nbytes for x in (*held, *(x for scales in self._scales for x in scales or ())))
+
+    def state(self) -> Any:
+        """See `DenseStore`."""
+        scales = [None if held is None or i in self._unset else Scales(*(x.clone() for x in held)) for i, held in enumerate(self._scales)]
+        return super().state(), scales
+
+    def load_state(self, state: Any) -> None:
+        """See `DenseStore`."""
+        buffers, scales = state
+        super().load_state(buffers)
+        self._unset = {layer for layer, held in enumerate(scales) if held is None}
+        for layer, held in enumerate(scales):
+            if held is None:
+                continue
+            mine, pair = self._set(layer, held), self.buffers[layer]
+            if self.turned and pair is not None:
+                if self.codes[layer] is None:
+                    self.codes[layer] = new_codes(mine, batch=pair[0].shape[0], capacity=self.capacity)
+                self.code(layer, torch.arange(self.capacity, device=pair[0].device))
+
+    def _scaled(self, layer: int, k: Tensor, v: Tensor) -> Scales:
+        """The layer's scales, which are those of `k` and `v` if it has none."""
+        held = self._scales[layer]
+        if held is None or layer in self._unset:
+            held = self._set(layer, scales_of(k, v))
+            self._unset.discard(layer)
+        return held
+
+    def _set(self, layer: int, scales: Scales) -> Scales:
+        """Take up `scales`, in the memory at hand (what was captured keeps reading it)."""
+        held = self._scales[layer]
+        if held is None:
+            held = self._scales[layer] = Scales(*(x.clone() for x in scales))
+        else:
+            for mine, x in zip(held, scales, strict=True):
+                mine.copy_(x)
+        return held
+
+
+def _slots(spans: Spans, device: torch.device) -> Tensor:
+    return torch.cat([torch.arange(start, stop, device=device) for start, stop in spans])
