@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from loguru import logger
@@ -33,6 +33,15 @@ class Observer(Protocol):
 
     def stepped(self, state: TrainState, *, is_main: bool) -> Mapping[str, float]:
         """After every iteration; returns numbers to log with the next line."""
+        ...
+
+
+@runtime_checkable
+class Ending(Protocol):
+    """An observer that has something to end."""
+
+    def finished(self) -> None:
+        """Once after the last iteration of this process, however the run ended; must not raise."""
         ...
 
 
@@ -60,7 +69,7 @@ class SampleGrid:
     def started(self, state: TrainState) -> None:
         """Sample the initial weights where asked."""
         if self.at_start:
-            self._sample(state, is_main=_is_main())
+            self._sample(state, is_main=is_main())
 
     def stepped(self, state: TrainState, *, is_main: bool) -> Mapping[str, float]:
         """Sample when it is time."""
@@ -191,5 +200,6 @@ class LogLines:
         """Nothing to release."""
 
 
-def _is_main() -> bool:
+def is_main() -> bool:
+    """Whether this process is rank 0, or alone."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -22,7 +22,7 @@ from rcm.parallel.agree import together
 from rcm.parallel.mesh import ParallelDims
 from rcm.train.checkpoint import Checkpointer
 from rcm.train.metrics import Averages, Sink
-from rcm.train.observers import Observer
+from rcm.train.observers import Ending, Observer
 from rcm.train.snapshot import Positioned
 from rcm.train.state import TrainState
 from rcm.train.step import StepConfig, StepReport, run_step
@@ -125,7 +125,9 @@ class Trainer:
 
     def _iterate(self, batches: Iterator[LatentBatch], *, guard: bool) -> StepReport:
         config = self.config
+        begun = time.monotonic()
         data = together(lambda: [self._next(batches) for _ in range(config.grad_accum_iter)])
+        self._averages.add({"time/seconds_waiting_for_data": time.monotonic() - begun})
         self._batch_size = data[0].batch_size
         rngs = [
             StepRng(config.seed, self.state.iteration, self.dims.data_rank, micro, self.device) for micro in range(config.grad_accum_iter)
@@ -174,6 +176,9 @@ class Trainer:
         try:
             yield
         finally:
+            for observer in self.observers:
+                if isinstance(observer, Ending):
+                    observer.finished()
             for sink in self.sinks:
                 sink.close()
             if self.checkpointer is not None:
