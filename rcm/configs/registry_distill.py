@@ -47,14 +47,18 @@ def _rows() -> tuple[Row, ...]:
         Row("wan2pt1_14B_res480p_t2v_rCM", causal=False, tangent=True),
         Row("causal_wan2pt1_14B_res480p_t2v_tf"),
         Row("causal_wan2pt1_14B_res480p_t2v_df"),
+        Row("wan2pt1_14B_res480p_t2v_rCM_lora", causal=False, tangent=True),
+        Row("causal_wan2pt1_14B_res480p_t2v_tf_dcm_lora"),
         Row("toy_bidirectional", causal=False),
         Row("toy_rCM", causal=False, tangent=True),
+        Row("toy_rCM_lora", causal=False, tangent=True),
     ]
     for prefix in (small, toy):
         rows += [Row(prefix + stage) for stage in ("tf", "df", "tf_kd", "df_kd", "tf_dcm")]
         rows += [Row(prefix + stage, tangent=True) for stage in ("tf_scm", "tf_dscm")]
         rows += [Row(prefix + "sf_dmd" + preset, replayable=True) for preset in ("", "_1step", "_2step", "_2step_noisy_ctx")]
         rows += [Row(prefix + "tf_scm_sf_dmd", replayable=True, tangent=True)]
+        rows += [Row(prefix + "tf_dcm_lora"), Row(prefix + "sf_dmd_lora", replayable=True)]
     return tuple(rows)
 
 
