@@ -23,7 +23,7 @@ from rcm.configs.convert import get_key
 from rcm.configs.network import wan_config
 from rcm.configs.pieces import described_pieces
 from rcm.configs.schema import TrainConfig
-from rcm.configs.schema_model import CausalConfig, OptimizerConfig, SchedulerConfig
+from rcm.configs.schema_model import CausalConfig
 from rcm.core.files import discard
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.denoiser import Denoiser
@@ -33,12 +33,10 @@ from rcm.parallel.threads import settle_threads
 from rcm.pipelines.described import description_at, stream_command
 from rcm.train.checkpoint import Checkpointer
 from rcm.train.describe import Description, write_atomically
-from rcm.train.ema import EMAConfig
 from rcm.train.export import find_model_directory
 from rcm.train.job_lock import job_lock
 from rcm.train.metrics import JsonLines, Sink, Wandb, require_wandb
 from rcm.train.observers import KernelRecord, LogLines, Memory, Observer, Profiler, Progress
-from rcm.train.optim import AdamWConfig, LambdaLinear
 from rcm.train.resume import Taken
 from rcm.train.state import TrainState
 from rcm.train.step import StepConfig
@@ -218,23 +216,9 @@ def train_state(config: TrainConfig, method) -> TrainState:
     model = config.model.config
     return TrainState.create(
         method.trainable,
-        optim={"student": _adamw(config.optimizer), "fake_score": _adamw(model.optimizer_fake_score)},
-        schedule={"student": _schedule(config.scheduler), "fake_score": _schedule(model.scheduler_fake_score)},
-        ema=EMAConfig(rate=model.ema.rate, iteration_shift=model.ema.iteration_shift) if model.ema.enabled else None,
-    )
-
-
-def _adamw(config: OptimizerConfig) -> AdamWConfig:
-    return AdamWConfig(lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps)
-
-
-def _schedule(config: SchedulerConfig) -> LambdaLinear:
-    return LambdaLinear(
-        warm_up_steps=config.warm_up_steps,
-        f_start=config.f_start,
-        f_max=config.f_max,
-        f_min=config.f_min,
-        cycle_length=config.cycle_length or None,
+        optim={"student": config.optimizer, "fake_score": model.optimizer_fake_score},
+        schedule={"student": config.scheduler, "fake_score": model.scheduler_fake_score},
+        ema=model.ema if model.ema.enabled else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Cross-field checks: what each key alone allows but together cannot work. Every message names the knob. Nothing is built here.
+"""Rules across records: what each key alone allows but together cannot work. Every message names the knob. Nothing is built here.
 
 `check` looks at the config alone, `check_mesh` at the number of ranks, `missing_inputs` at files a run needs.
 """
@@ -11,10 +11,9 @@ from pathlib import Path
 
 from rcm.configs.bases import check_lora
 from rcm.configs.convert import get_key
-from rcm.configs.limits import check_limits
 from rcm.configs.network import networks, wan_config
 from rcm.configs.schema import CheckpointConfig, TrainConfig
-from rcm.configs.schema_model import PIXELS, CausalConfig, CommonModelConfig, RCMConfig, TimeLawConfig
+from rcm.configs.schema_model import PIXELS, CausalConfig, CommonModelConfig, RCMConfig
 from rcm.core.errors import ConfigError, require_divisible
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.attention import attention_name
@@ -30,22 +29,21 @@ CONSISTENCY = ("tf_dcm", "tf_scm", "tf_dscm", "tf_scm_sf_dmd")
 def check(config: TrainConfig) -> None:
     """Raise `ConfigError` at the first contradiction."""
     model = config.model.config
-    check_limits(config)
-    _laws(model)
+    _fixed(config)
+    _rates(config)
     if isinstance(model, CausalConfig):
         _pattern(model)
         _stage(model)
         _rollout(model)
     else:
         _rcm(model)
-    _consistency_grid(model)
     _data(config)
     _networks(config)
     check_lora(model)
     _without_effect(config)
 
 
-_ONLY_VALUE = {
+FIXED = {
     "checkpoint.strict_resume": (True, "checkpoints are always loaded strictly"),
     "optimizer.type": ("fusedadamw", "the fused kernel is taken wherever torch has it"),
     f"{M}.optimizer_fake_score.type": ("fusedadamw", "the fused kernel is taken wherever torch has it"),
@@ -53,18 +51,36 @@ _ONLY_VALUE = {
     f"{M}.input_latent_key": ("latents", "batches are records, not dictionaries"),
     f"{M}.input_caption_key": ("prompts", "batches are records, not dictionaries"),
     f"{M}.loss_scale_fake_score": (1.0, "the release defines it and uses it nowhere; scale the learning rate instead"),
+    f"{M}.rectified_flow_t_scaling_factor": (1000.0, "Wan's timestep of t = 1"),
+    f"{M}.sigma_data": (1.0, "the TrigFlow wrapper is written for it"),
 }
-"""Public keys of the release that have one value here, and why."""
+"""Every key of the release that has one value here, and why. Those of one model family are looked at in that family."""
+
+
+def _fixed(config: TrainConfig) -> None:
+    for key, (value, why) in FIXED.items():
+        group, _, name = key.rpartition(".")
+        found = getattr(get_key(config, group), name, value)
+        if found != value:
+            told = f"{value:g}" if isinstance(value, float) else value
+            raise ConfigError(f"{key}={found} must be {told}, another value has no effect in this version: {why}")
+
+
+def _rates(config: TrainConfig) -> None:
+    """The largest rate of a schedule, and the decay it multiplies, leave weights between updates what they are."""
+    for optimizer, scheduler in (("optimizer", "scheduler"), (f"{M}.optimizer_fake_score", f"{M}.scheduler_fake_score")):
+        adam, plan = get_key(config, optimizer), get_key(config, scheduler)
+        peak = adam.lr * max(plan.f_start, plan.f_max, plan.f_min)
+        if peak > 1:
+            raise ConfigError(f"{optimizer}.lr={adam.lr:g} times the largest factor of {scheduler} is {peak:g}; it must be at most 1")
+        if peak * adam.weight_decay >= 1:
+            decay = f"{optimizer}.weight_decay={adam.weight_decay:g}"
+            raise ConfigError(f"{decay} times the largest rate {peak:g} must be below 1: it would turn weights around")
 
 
 def _without_effect(config: TrainConfig) -> None:
     """No key is accepted and ignored."""
     model = config.model.config
-    for key, (value, why) in _ONLY_VALUE.items():
-        if key.endswith("loss_scale_fake_score") and not isinstance(model, CausalConfig):
-            continue
-        if get_key(config, key) != value:
-            raise ConfigError(f"{key}={get_key(config, key)} has no effect in this version: {why}; leave it at {value}")
     _resume(config.checkpoint)
     attention = attention_name(model.attention_backend, flex_backend=model.flex_backend)
     if model.compile and attention.startswith("flex"):
@@ -191,16 +207,6 @@ def _guided(model: CommonModelConfig) -> bool:
     return causal or (model.training_type in SELF_FORCED and model.bidirectional_guidance > 1)
 
 
-def _laws(model: CommonModelConfig) -> None:
-    for key in ("p_G", "p_D"):
-        law: TimeLawConfig = getattr(model, key)
-        name, value = ("p_std", law.p_std) if law.law == "lognormal" else ("shift", law.shift)
-        if not value > 0:
-            raise ConfigError(f"{M}.{key}.{name}={value} must be positive")
-        if name == "shift" and not 1e-3 <= value <= 1e3:
-            raise ConfigError(f"{M}.{key}.shift={value:g} must be in 0.001 to 1000; shifts in use are 1 to 12")
-
-
 def _pattern(model: CausalConfig) -> None:
     if model.training_type == "bidirectional":
         return
@@ -280,8 +286,6 @@ def _times(key: str, times: tuple[float, ...], *, last: float) -> None:
 def _rcm(model: RCMConfig) -> None:
     if model.net_teacher is None:
         raise ConfigError(f"{M}.net_teacher is null, but rCM distils a teacher; choose one with net_teacher=NAME")
-    if model.sigma_data != 1:
-        raise ConfigError(f"{M}.sigma_data={model.sigma_data} must be 1: the TrigFlow wrapper is written for it")
     if not 0 < model.fd_size < 0.1:
         raise ConfigError(f"{M}.fd_size={model.fd_size} must be in (0, 0.1)")
     if model.cm_type == "dcm" and (model.use_rf_scm or model.fd_type):
@@ -299,12 +303,6 @@ def _rcm(model: RCMConfig) -> None:
             f"{M}.max_simulation_steps_fake={model.max_simulation_steps_fake} needs {model.max_simulation_steps_fake - 1} entries in "
             f"{M}.backward_timesteps, got {len(model.backward_timesteps)}"
         )
-
-
-def _consistency_grid(model: CommonModelConfig) -> None:
-    total, skip = model.dcm_total_steps, model.dcm_skipping_interval_steps
-    if not 1 <= skip < total:
-        raise ConfigError(f"{M}.dcm_skipping_interval_steps={skip} must be in 1..{M}.dcm_total_steps - 1 = {total - 1}")
 
 
 def _networks(config: TrainConfig) -> None:

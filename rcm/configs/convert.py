@@ -1,6 +1,7 @@
 """Mapping <-> frozen dataclasses, with the exact key named in every error. No Hydra here.
 
-`read` is strict: unknown keys, wrong types and values outside an enumeration raise `ConfigError`; nothing is dropped or guessed.
+`read` is strict: unknown keys, wrong types, values outside an enumeration and what a record refuses itself raise `ConfigError`;
+nothing is dropped or guessed.
 Conveniences: a float may be a fraction ("15/16"), an int may be an integral float (1e5).
 """
 
@@ -32,7 +33,10 @@ def read(cls: type, data: Mapping[str, Any], *, path: str = "") -> Any:
     for name, value in data.items():
         hint = _variant(known[name], data, path) or hints[name]
         values[name] = _convert(hint, value, _join(path, name))
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ConfigError as error:  # of the record itself, which knows its keys, not where it stands
+        raise ConfigError(_join(path, str(error))) from error
 
 
 def plain(value: Any) -> Any:

@@ -5,21 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from rcm.configs.schema_model import CommonModelConfig, NetConfig
+from rcm.configs.schema_model import SIZES, CommonModelConfig, NetConfig
 from rcm.core.errors import ConfigError
 from rcm.nets.wan.config import PRESETS, WanConfig
 
 ROLES = ("net", "net_teacher", "net_causal_teacher", "net_bidirectional_teacher", "net_fake_score")
 """Keys of `model.config` that hold a network."""
 
-_SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "freq_dim", "text_dim", "text_len", "max_frames")
-
 
 def wan_config(net: NetConfig, *, knob: str = "model.config.net") -> WanConfig:
     """The network's sizes: its preset with the given numbers put in. `ConfigError` on an unknown preset."""
     if net.preset not in PRESETS:
         raise ConfigError(f"{knob}.preset={net.preset!r} must be one of {', '.join(PRESETS)}")
-    given = {name: getattr(net, name) for name in _SIZES if getattr(net, name) is not None}
+    given = {name: getattr(net, name) for name in SIZES if getattr(net, name) is not None}
     try:
         return replace(PRESETS[net.preset], **given)
     except ConfigError as error:

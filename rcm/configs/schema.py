@@ -10,14 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rcm.configs.schema_model import CausalConfig, OptimizerConfig, RCMConfig, SchedulerConfig
+from rcm.configs.schema_model import CausalConfig, RCMConfig
+from rcm.core.errors import ConfigError
+from rcm.core.records import Record, within
+from rcm.train.optim import AdamWConfig, LambdaLinear
 
 MODEL_VARIANTS = {"fsdp_t2v_causal": CausalConfig, "fsdp_t2v_distill_rcm": RCMConfig}
 """Options of the `model` group: which class `model.config` has."""
 
 
 @dataclass(frozen=True)
-class JobConfig:
+class JobConfig(Record):
     """Names of a run. Files go to `<output_root>/<project>/<group>/<name>`; the last three never leave the first."""
 
     project: str = "rcm"  # first folder below the output root, and the wandb project
@@ -27,6 +30,14 @@ class JobConfig:
     wandb_mode: Literal["", "disabled", "offline", "online"] = ""  # "" = environment WANDB_MODE, else disabled
     wandb_project: str = ""  # "" = environment WANDB_PROJECT, else job.project
     wandb_entity: str = ""  # "" = environment WANDB_ENTITY, else wandb's own default
+
+    def __post_init__(self) -> None:
+        for key in ("project", "group", "name", "output_root"):
+            text = getattr(self, key)
+            if key != "output_root" and (text.startswith(("/", "~")) or ".." in text.split("/")):
+                raise ConfigError(f"{key}={text!r} leaves job.output_root; give a relative name without '..', or set job.output_root")
+            if any(not c.isprintable() for c in text) or any(len(part.encode()) > 255 for part in text.split("/")):
+                raise ConfigError(f"{key}={text[:80]!r} is no name of a folder: printable characters, at most 255 bytes between two '/'")
 
 
 @dataclass(frozen=True)
@@ -38,45 +49,50 @@ class ModelNode:
 
 
 @dataclass(frozen=True)
-class ModelParallelConfig:
+class ModelParallelConfig(Record):
     """How one sample is spread over ranks."""
 
-    context_parallel_size: int = 1  # ranks that share one sample (Ulysses); divides heads and tokens per frame
+    context_parallel_size: int = within(1, least=1)  # ranks that share one sample (Ulysses); divides heads and tokens per frame
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Record):
     """Sample videos during training."""
 
-    every_n: int = 0  # iterations between sample grids of the live student; 0 = never
-    ema_every_n: int = 0  # the same for the EMA weights; 0 = never
-    num_samples: int = 5  # prompts per grid
+    every_n: int = within(0, least=0)  # iterations between sample grids of the live student; 0 = never
+    ema_every_n: int = within(0, least=0)  # the same for the EMA weights; 0 = never
+    num_samples: int = within(5, least=1, most=1024)  # prompts per grid
     run_at_start: bool = False  # also before the first iteration
 
 
 @dataclass(frozen=True)
-class TrainerConfig:
+class TrainerConfig(Record):
     """The loop. An iteration is one optimiser step of any role: student and fake-score updates both count."""
 
-    max_iter: int = 100_000  # iterations of either kind
-    grad_accum_iter: int = 1  # micro-batches per iteration
-    logging_iter: int = 50  # iterations between log lines
-    seed: int = 0  # key of every random draw, with (step, data rank, purpose)
+    max_iter: int = within(100_000, least=1, most=10**12)  # iterations of either kind
+    grad_accum_iter: int = within(1, least=1, most=2**16)  # micro-batches per iteration
+    logging_iter: int = within(50, least=1, most=10**12)  # iterations between log lines
+    seed: int = within(0, least=0, most=2**32 - 1)  # key of every random draw, with (step, data rank, purpose); 32 bits
     nan_policy: Literal["stop", "skip_sample"] = "stop"  # skip_sample zeroes a sample whose tangent or output has a NaN and counts it
     nan_sample_limit: float = 0.01  # skip_sample: largest share of skipped samples before the run stops anyway
     gradient_sync: Literal["last", "each"] = "last"  # each: reduce after every term (14B: no unsharded gradients, more traffic)
     guard_tangents: bool = True  # check on the first step that no module drops a tangent
     progress_bar: bool = True  # on rank 0
-    profile_iter: int = 0  # iteration to record with the profiler; 0 = none
+    profile_iter: int = within(0, least=0)  # iteration to record with the profiler; 0 = none
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.nan_sample_limit <= 1:
+            raise ConfigError(f"nan_sample_limit={self.nan_sample_limit} must be a share in [0, 1]")
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Record):
     """Saving and resuming."""
 
-    save_iter: int = 500  # iterations between checkpoints
-    keep_last: int = 0  # number of checkpoints kept; 0 = all
+    save_iter: int = within(500, least=1, most=10**12)  # iterations between checkpoints
+    keep_last: int = within(0, least=0)  # number of checkpoints kept; 0 = all
     load_path: str = ""  # checkpoint to continue from where this run's folder has none yet ("" = start at 0); its own newest wins
     load_training_state: bool = True  # also optimisers, step, data position of load_path (False: weights only, the run starts at 0)
     only_load_scheduler_state: bool = False  # with load_training_state=False: also the update counts, where the rates' schedules stand
@@ -88,16 +104,16 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Record):
     """Where batches come from."""
 
     kind: Literal["fake", "toy", "latents", "prompts"] = "latents"  # set by data=NAME
     tar_path_pattern: str = ""  # latents: shards with latent.pt, embed.pt, prompt.txt (glob or {0000..0099}); prompts: text file or shards
-    batch_size: int = 1  # samples per data rank and micro-batch
-    num_workers: int = 8  # threads that read ahead; 0 = batches are read when asked for
-    prefetch_factor: int = 2  # batches that each thread reads ahead
-    shuffle_seed: int = 0  # permutation of shards and samples per epoch
-    num_videos: int = 512  # toy: size of the procedural data set
+    batch_size: int = within(1, least=1, most=2**16)  # samples per data rank and micro-batch
+    num_workers: int = within(8, least=0, most=1024)  # threads that read ahead; 0 = batches are read when asked for
+    prefetch_factor: int = within(2, least=1, most=1024)  # batches that each thread reads ahead
+    shuffle_seed: int = within(0, least=0, most=2**32 - 1)  # permutation of shards and samples per epoch
+    num_videos: int = within(512, least=1, most=10**7)  # toy: size of the procedural data set
 
 
 @dataclass(frozen=True)
@@ -108,7 +124,7 @@ class TrainConfig:
     model: ModelNode = field(default_factory=ModelNode)
     model_parallel: ModelParallelConfig = field(default_factory=ModelParallelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
+    scheduler: LambdaLinear = field(default_factory=LambdaLinear)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     dataloader_train: DataConfig = field(default_factory=DataConfig)

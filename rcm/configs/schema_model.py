@@ -9,6 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rcm.core.errors import ConfigError
+from rcm.core.records import Record, within
+from rcm.train.ema import EMAConfig
+from rcm.train.optim import AdamWConfig, LambdaLinear
+
 TrainingType = Literal["bidirectional", "tf", "df", "tf_kd", "df_kd", "tf_dcm", "tf_scm", "tf_dscm", "sf_dmd", "tf_scm_sf_dmd"]
 Dtype = Literal["bfloat16", "float32", "float64"]
 AttentionBackendName = Literal[
@@ -30,43 +35,21 @@ PIXELS = {
 }
 """Video (width, height) in pixels by (resolution, aspect ratio); docs/reference/wan.md#frame-sizes."""
 
+SIZES = {
+    **dict.fromkeys(("dim", "ffn_dim", "in_dim", "out_dim", "freq_dim", "text_dim"), 2**17),
+    "num_heads": 2**12,
+    "num_layers": 1024,
+    "text_len": 2**16,
+    "max_frames": 2**16,
+}
+"""Sizes of a network that a config may replace, and the largest that a machine can hold."""
+
 VAE_STRIDE = 8
 """Pixels per latent cell of Wan's VAE, both ways."""
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW of one role; master weights are fp32."""
-
-    type: Literal["fusedadamw", "adamw"] = "fusedadamw"  # fused kernel or plain loop
-    lr: float = 1e-4  # peak learning rate
-    weight_decay: float = 0.1  # decoupled, applied to every parameter
-    betas: tuple[float, float] = (0.9, 0.99)  # decay of first and second moment
-    eps: float = 1e-8  # added to the root of the second moment
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """Learning-rate factor as a function of the role's own update count: f_start to f_max linearly, then towards f_min."""
-
-    warm_up_steps: int = 100  # updates from f_start to f_max
-    cycle_length: int = 0  # updates from the end of the warm-up to f_min; 0 = constant at f_max
-    f_start: float = 1e-6  # factor at update 0
-    f_max: float = 1.0  # factor after the warm-up
-    f_min: float = 1.0  # factor at the end of the cycle (kept from then on)
-
-
-@dataclass(frozen=True)
-class EMAConfig:
-    """Power-function EMA of the student (docs/reference/training.md#optimiser-and-ema)."""
-
-    enabled: bool = True  # keep and evaluate averaged weights
-    rate: float = 0.1  # relative standard deviation s of the averaging profile, in (0, 0.288)
-    iteration_shift: int = 0  # added to the student's update count
-
-
-@dataclass(frozen=True)
-class TimeLawConfig:
+class TimeLawConfig(Record):
     """A law of RF times.
 
     `lognormal`: log(t / (1 - t)) is normal, reads p_mean and p_std. `uniform_shift`: t = s u / (1 + (s - 1) u), u uniform, reads shift.
@@ -75,20 +58,31 @@ class TimeLawConfig:
     law: Literal["lognormal", "uniform_shift"] = "lognormal"  # which of the two
     p_mean: float = -0.8  # mean of log sigma
     p_std: float = 1.6  # standard deviation of log sigma
-    shift: float = 5.0  # s
+    shift: float = 5.0  # s, in 0.001 to 1000
+
+    def __post_init__(self) -> None:
+        name, value = ("p_std", self.p_std) if self.law == "lognormal" else ("shift", self.shift)
+        if not value > 0:
+            raise ConfigError(f"{name}={value} must be positive")
+        if name == "shift" and not 1e-3 <= value <= 1e3:
+            raise ConfigError(f"shift={value:g} must be in 0.001 to 1000; shifts in use are 1 to 12")
 
 
 @dataclass(frozen=True)
-class SACConfig:
+class SACConfig(Record):
     """Activation checkpointing of one network."""
 
     # what a block keeps for its backward pass: everything, nothing, the result of self-attention, or all matrix products and attentions
     mode: Literal["none", "block_wise", "block_wise_keep_attention", "mm_only"] = "block_wise"
     every_n_blocks: int = 1  # recompute blocks 0, n, 2n, ... alone; the blocks between them keep everything
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.every_n_blocks <= 1024:
+            raise ConfigError(f"every_n_blocks={self.every_n_blocks} must be in 1 to 1024; 1 is every block")
+
 
 @dataclass(frozen=True)
-class NetConfig:
+class NetConfig(Record):
     """One network: a preset of `rcm.nets.wan.config`, with single sizes replaced where a number is given."""
 
     preset: str = "tiny"  # set by net=NAME, net_fake_score=NAME, ...
@@ -103,6 +97,12 @@ class NetConfig:
     text_len: int | None = None  # text tokens
     max_frames: int | None = None  # latent frames covered by the rotary table
     sac_config: SACConfig = field(default_factory=SACConfig)
+
+    def __post_init__(self) -> None:
+        for name, most in SIZES.items():
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= most:
+                raise ConfigError(f"{name}={value} must be in 1 to {most}")
 
 
 @dataclass(frozen=True)
@@ -128,15 +128,15 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
-class CommonModelConfig:
+class CommonModelConfig(Record):
     """Keys that both families share."""
 
     # networks, optimisers
     net: NetConfig = field(default_factory=NetConfig)  # the student
     net_fake_score: NetConfig | None = None  # null = no DMD, no critic phases
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    optimizer_fake_score: OptimizerConfig = field(default_factory=OptimizerConfig)
-    scheduler_fake_score: SchedulerConfig = field(default_factory=SchedulerConfig)
+    optimizer_fake_score: AdamWConfig = field(default_factory=AdamWConfig)
+    scheduler_fake_score: LambdaLinear = field(default_factory=LambdaLinear)
     ema: EMAConfig = field(default_factory=EMAConfig)
     student_ckpt: str = ""  # weights the student starts from
     fake_score_ckpt: str = ""  # "" = the bidirectional teacher's
@@ -145,8 +145,8 @@ class CommonModelConfig:
     precision: Dtype = "bfloat16"  # compute dtype; set by precision=NAME
     time_precision: Dtype = "bfloat16"  # dtype of the timestep a network receives (released Wan weights were trained with bfloat16)
     grad_clip: bool = False  # clip the gradient norm (it is measured either way)
-    grad_clip_norm: float = 1.0  # largest norm when grad_clip is on
-    fsdp_shard_size: int = 1  # ranks over which one copy of the parameters is sharded, context-parallel ranks included
+    grad_clip_norm: float = within(1.0, above=0)  # largest norm when grad_clip is on
+    fsdp_shard_size: int = within(1, least=1)  # ranks over which one copy of the parameters is sharded, context-parallel ranks included
     attention_backend: AttentionBackendName = ""  # attention of plain passes; "" = environment RCM_ATTENTION_BACKEND, else auto
     flex_backend: Literal["", "auto", "triton", "flash"] = (
         ""  # kernel of attention_backend=flex; "" = environment RCM_FLEX_BACKEND, else auto
@@ -155,8 +155,8 @@ class CommonModelConfig:
     fused_layers: Literal["auto", "on", "off"] = "auto"  # fused norms, gates and GELU; auto = on CUDA, on = refuse to run without
     compile: bool = False  # compile each block (tangent passes stay eager)
     # the video
-    state_ch: int = 16  # latent channels
-    state_t: int = 21  # latent frames
+    state_ch: int = within(16, least=1, most=2**16)  # latent channels
+    state_t: int = within(21, least=1, most=2**16)  # latent frames
     resolution: str = "480p"  # with aspect_ratio: the latent size, unless latent_hw is given
     aspect_ratio: str = "16:9"  # width to height
     latent_hw: tuple[int, int] | None = None  # latent height and width; null = from resolution and aspect_ratio
@@ -172,13 +172,21 @@ class CommonModelConfig:
     # objective
     p_G: TimeLawConfig = field(default_factory=TimeLawConfig)  # student times
     p_D: TimeLawConfig = field(default_factory=lambda: TimeLawConfig(law="uniform_shift"))  # times of DMD and fake score
-    loss_scale: float = 100.0  # factor of the consistency / diffusion loss; 0 = term off
-    loss_scale_dmd: float = 1.0  # factor of the DMD loss
-    student_update_freq: int = 5  # 1 student iteration, then this number - 1 fake-score iterations
-    max_simulation_steps_fake: int = 4  # longest rollout of the step-count cycle
-    tangent_warmup: int = 0  # iterations over which the JVP term of sCM fades in
-    dcm_total_steps: int = 48  # N of the discrete consistency grid
+    loss_scale: float = within(100.0, least=0)  # factor of the consistency / diffusion loss; 0 = term off
+    loss_scale_dmd: float = within(1.0, least=0)  # factor of the DMD loss
+    student_update_freq: int = within(5, least=1)  # 1 student iteration, then this number - 1 fake-score iterations
+    max_simulation_steps_fake: int = within(4, least=1, most=1024)  # longest rollout of the step-count cycle
+    tangent_warmup: int = within(0, least=0, most=10**12)  # iterations over which the JVP term of sCM fades in
+    dcm_total_steps: int = within(48, most=2**16)  # N of the discrete consistency grid
     dcm_skipping_interval_steps: int = 1  # teacher steps between the two points of a pair
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.latent_hw is not None and any(not 1 <= size <= 4096 for size in self.latent_hw):
+            raise ConfigError(f"latent_hw={list(self.latent_hw)} must be two sizes from 1 to 4096")
+        if not 1 <= self.dcm_skipping_interval_steps < self.dcm_total_steps:
+            most = f"dcm_total_steps - 1 = {self.dcm_total_steps - 1}"
+            raise ConfigError(f"dcm_skipping_interval_steps={self.dcm_skipping_interval_steps} must be in 1..{most}")
 
     def latent_size(self) -> tuple[int, int]:
         """Latent (height, width): `latent_hw`, or the table entry of resolution and aspect ratio. `KeyError` if the table has none."""
@@ -197,7 +205,7 @@ class RCMConfig(CommonModelConfig):
     teacher_guidance: float = 5.0  # classifier-free guidance of the teacher; <= 1 skips the unconditional pass
     p_D: TimeLawConfig = field(default_factory=lambda: TimeLawConfig(law="lognormal", p_mean=0.0))
     sigma_data: float = 1.0  # fixed
-    sigma_max: float = 80.0  # first noise level when sampling
+    sigma_max: float = within(80.0, above=0)  # first noise level when sampling
     cm_type: Literal["scm", "dcm"] = "scm"  # continuous or discrete consistency
     use_rf_scm: bool = False  # sCM in rectified-flow form instead of TrigFlow
     tangent_form: Literal["paper", "release"] = "paper"  # warm-up of the TrigFlow tangent: release leaves its JVP term unscaled
@@ -219,7 +227,7 @@ class CausalConfig(CommonModelConfig):
     bidirectional_teacher_ckpt: str = ""  # weights of net_bidirectional_teacher (and of the fake score, unless fake_score_ckpt)
     causal_guidance: float = 3.0  # guidance of the causal teacher
     bidirectional_guidance: float = 5.0  # guidance of the bidirectional teacher
-    sigma_max: float = 1600.0  # first noise level when sampling
+    sigma_max: float = within(1600.0, above=0)  # first noise level when sampling
     first_chunk_t: int = 1  # latent frames of block 0; set by pattern=cF-C (0 = unset, a template)
     chunk_t: int = 1  # latent frames of each later block
     loss_scale_fake_score: float = 1.0  # factor of the fake score's loss

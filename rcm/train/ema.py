@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import Record, within
 from rcm.parallel.fsdp import local, stored_parameters
 
 
@@ -34,23 +35,24 @@ def exponent_to_std(exponent: float) -> float:
 def std_to_exponent(std: float) -> float:
     """Exponent of the profile of relative width `std`, 0 < std < 1/sqrt(12) = 0.2887 (the uniform average, exponent 0) (eq. 126)."""
     if not 0 < std < 12**-0.5:
-        raise ConfigError(
-            f"model.config.ema.rate={std} must lie in (0, {12**-0.5:.4f}): the width of the averaging profile relative to the run"
-        )
+        raise ConfigError(f"the width {std} of an average must lie in (0, {12**-0.5:.4f})")
     precision = std**-2
     roots = np.roots([1.0, 7.0, 16.0 - precision, 12.0 - precision])
     return float(max(root.real for root in roots if abs(root.imag) < 1e-8 * max(1.0, abs(root))))
 
 
 @dataclass(frozen=True, kw_only=True)
-class EMAConfig:
-    """`rate`: relative width std of the profile. `iteration_shift`: added to the student's update index before beta is computed."""
+class EMAConfig(Record):
+    """The average of the student's weights (docs/reference/training.md#optimiser-and-ema)."""
 
-    rate: float = 0.1
-    iteration_shift: int = 0
+    enabled: bool = True  # keep and evaluate averaged weights
+    rate: float = 0.1  # relative width std of the profile, in (0, 0.288)
+    iteration_shift: int = within(0, least=0, most=10**12)  # added to the student's update index before beta is computed
 
     def __post_init__(self) -> None:
-        std_to_exponent(self.rate)
+        super().__post_init__()
+        if self.enabled and not 0 < self.rate < 12**-0.5:
+            raise ConfigError(f"rate={self.rate} must be in (0, {12**-0.5:.3f}), the widths a power-function average can have")
 
 
 class PowerEMA:

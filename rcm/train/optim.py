@@ -4,36 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import Record, within
 
 _FUSED_DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamWConfig:
-    """AdamW (arXiv 1711.05101) with decay on every parameter, norms and biases included, as in the release
-    (docs/reference/training.md#optimiser-and-ema).
-
-    `lr` is the rate that the schedule multiplies; `weight_decay` is per unit of lr; `betas` in [0, 1). Raises ConfigError outside these
-    domains.
+class AdamWConfig(Record):
+    """AdamW of one role (arXiv 1711.05101) with decay on every parameter, norms and biases included, as in the release
+    (docs/reference/training.md#optimiser-and-ema). Master weights are fp32.
     """
 
-    lr: float = 1e-4
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
+    type: Literal["fusedadamw", "adamw"] = "fusedadamw"  # fusedadamw alone: the fused kernel is taken wherever torch has it
+    lr: float = within(1e-4, above=0, most=1)  # peak learning rate, which the schedule multiplies; a weight moves by about lr per update
+    weight_decay: float = within(0.1, least=0)  # decoupled, per unit of lr, applied to every parameter
+    betas: tuple[float, float] = (0.9, 0.99)  # decay of first and second moment, in [0, 1)
+    eps: float = within(1e-8, above=0)  # added to the root of the second moment
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ConfigError(f"optimizer.lr={self.lr} must be positive")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"optimizer.betas={self.betas} must be two numbers in [0, 1)")
-        if self.weight_decay < 0 or not self.eps > 0:
-            raise ConfigError(f"optimizer.weight_decay={self.weight_decay} must be >= 0 and optimizer.eps={self.eps} positive")
+        super().__post_init__()
+        for i, beta in enumerate(self.betas):
+            if not 0 <= beta < 1:
+                raise ConfigError(f"betas[{i}]={beta} must be in [0, 1)")
 
     def build(self, parameters: Iterable[Tensor]) -> torch.optim.AdamW:
         """The optimiser over those `parameters` that require a gradient; its state has their dtype (master weights) and their sharding."""
@@ -45,30 +43,29 @@ class AdamWConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LambdaLinear:
+class LambdaLinear(Record):
     """Learning-rate factor: linear warm-up, then a linear way from f_max to f_min over one cycle, f_min afterwards.
 
     Update n (0-based, of the role itself) gets f_start + (f_max - f_start) n / warm_up_steps while n < warm_up_steps, then
-    f_max + (f_min - f_max) (n - warm_up_steps) / (cycle_length - warm_up_steps). `cycle_length` None is an endless cycle: constant f_max.
+    f_max + (f_min - f_max) (n - warm_up_steps) / (cycle_length - warm_up_steps).
     """
 
-    warm_up_steps: int = 100
-    f_start: float = 1e-6
-    f_max: float = 1.0
-    f_min: float = 1.0
-    cycle_length: int | None = None
+    warm_up_steps: int = within(100, least=0)  # updates from f_start to f_max
+    cycle_length: int = within(0, least=0)  # update at which f_min is reached; 0 = constant at f_max
+    f_start: float = within(1e-6, least=0)  # factor at update 0
+    f_max: float = within(1.0, least=0)  # factor after the warm-up
+    f_min: float = within(1.0, least=0)  # factor at the end of the cycle (kept from then on)
 
     def __post_init__(self) -> None:
-        if self.warm_up_steps < 0:
-            raise ConfigError(f"scheduler.warm_up_steps={self.warm_up_steps} must be >= 0")
-        if self.cycle_length is not None and self.cycle_length <= self.warm_up_steps:
-            raise ConfigError(f"scheduler.cycle_length={self.cycle_length} must exceed scheduler.warm_up_steps={self.warm_up_steps}")
+        super().__post_init__()
+        if 0 < self.cycle_length <= self.warm_up_steps:
+            raise ConfigError(f"cycle_length={self.cycle_length} must exceed warm_up_steps={self.warm_up_steps}")
 
     def factor(self, update: int) -> float:
         """Factor of update `update` >= 0."""
         if update < self.warm_up_steps:
             return self.f_start + (self.f_max - self.f_start) * update / self.warm_up_steps
-        if self.cycle_length is None:
+        if not self.cycle_length:
             return self.f_max
         done = min((update - self.warm_up_steps) / (self.cycle_length - self.warm_up_steps), 1.0)
         return self.f_max + (self.f_min - self.f_max) * done

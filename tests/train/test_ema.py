@@ -76,7 +76,7 @@ def test_swap_puts_every_bit_back_even_after_an_error() -> None:
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, 0.3])
 def test_impossible_widths_name_the_knob(rate: float) -> None:
-    with pytest.raises(ConfigError, match="ema.rate"):
+    with pytest.raises(ConfigError, match=f"rate={rate} must be in"):
         EMAConfig(rate=rate)
     with pytest.raises(ConfigError, match="exponent"):
         exponent_to_std(-1.0)

@@ -36,9 +36,9 @@ def test_adamw_takes_trainable_parameters_only_and_decays_them_all() -> None:
 @pytest.mark.parametrize(
     ("build", "knob"),
     [
-        (lambda: AdamWConfig(lr=0.0), "optimizer.lr"),
-        (lambda: AdamWConfig(betas=(0.9, 1.0)), "optimizer.betas"),
-        (lambda: AdamWConfig(weight_decay=-1), "optimizer.weight_decay"),
+        (lambda: AdamWConfig(lr=0.0), "lr=0.0 must be positive"),
+        (lambda: AdamWConfig(betas=(0.9, 1.0)), r"betas\[1\]=1.0"),
+        (lambda: AdamWConfig(weight_decay=-1), "weight_decay=-1"),
         (lambda: LambdaLinear(warm_up_steps=-1), "warm_up_steps"),
         (lambda: LambdaLinear(warm_up_steps=10, cycle_length=10), "cycle_length"),
         (lambda: AdamWConfig().build(torch.nn.Linear(1, 1).requires_grad_(False).parameters()), "frozen"),
