@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rcm.kernels.kv_codec import cluster_kernels, fused, fused_clusters, kernels
 from rcm.kernels.kv_codec import codes as coding
-from rcm.kernels.kv_codec import fused, kernels
 from rcm.kernels.kv_codec.blob import Blob, reference
-from rcm.kernels.kv_codec.clusters import Clustering, cluster, members
+from rcm.kernels.kv_codec.clusters import Clustering, cluster, features, members, spherical
 from rcm.kernels.kv_codec.codec import KVCodec
 from rcm.kernels.kv_codec.codes import CodeFormat
 from rcm.kernels.kv_codec.smoothing import Undo
@@ -145,9 +145,21 @@ def several_differences(side: SideSpec) -> list[str]:
     return restored_differences(blobs) + turned_differences(blobs) + deposited_differences(blobs)
 
 
+def clustered_differences(k: int, *, warm: bool) -> list[str]:
+    """What k-means by kernels assigns or centres otherwise than plain torch; the last bits of sums apart."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 150, 3, 16, generator=generator)
+    start = torch.randn(2, 1, k, 16, generator=generator) if warm else None
+    mine = fused_clusters.spherical(x[:, 3:140], k, iters=3, start=start)
+    plain = spherical(features(x[:, 3:140], shared=True), k, iters=3, start=start)
+    found = [] if torch.equal(mine[0].long(), plain[0]) else ["assigned"]
+    return found if (mine[1] - plain[1]).abs().max() < 1e-6 else [*found, "centres"]
+
+
 def several() -> dict[str, list[str]]:
     """Name -> what differs."""
     found = {name: several_differences(side) for name, side in several_sides().items()}
+    found |= {f"k-means of {k}, warm {warm}": clustered_differences(k, warm=warm) for k, warm in ((5, False), (70, True))}
     single = KVCodec(KVCodecSpec(SideSpec("int4", "qvg", 8), triton_restore=False, qvg_clusters=1))
     found["one cluster"] = restored_differences([single.encode(sample(torch.float32), side="key", layer=0)])
     return found
@@ -186,6 +198,17 @@ def run_few() -> dict[str, list[str]]:
     return run_cases(every=False)
 
 
+CLUSTER_MUTANTS = {
+    "length of the mean": ("unit = mean / tl.maximum(length, 1e-12)[:, None]", "unit = mean"),
+    "squares of centres": ("square[None, :] - 2 *", "-2 *"),
+    "later blocks of centres": ("tl.where(closer, first + at, index)", "tl.where(closer, at, index)"),
+    "points past the end": ("mask=there[:, None], other=0.0)\n    best", "mask=there[:, None], other=1.0)\n    best"),
+    "one tile": ("for tile in range(tiles):", "for tile in range(1):"),
+    "length of the sum": ("tl.maximum(tl.sqrt(tl.sum(total * total, axis=1)), 1e-12)", "tl.sum(total * total, axis=1)"),
+    "empty clusters": ("tl.maximum(tl.sqrt(tl.sum(total * total, axis=1)), 1e-12)", "tl.sqrt(tl.sum(total * total, axis=1))"),
+}
+
+
 def run_mutants() -> dict[str, bool]:
     """Whether each broken kernel shows on the case named for it."""
     caught, known = {}, cases()
@@ -194,6 +217,10 @@ def run_mutants() -> dict[str, bool]:
             sys.modules["rcm.kernels.kv_codec"].kernels = mutants.load(kernels, old=old, new=new, folder=Path(folder))
             kind = case.removeprefix("several ")
             caught[name] = bool(differences(*known[case]) if case in known else several_differences(several_sides()[kind]))
+        for name, (old, new) in CLUSTER_MUTANTS.items():
+            broken = mutants.load(cluster_kernels, old=old, new=new, folder=Path(folder))
+            sys.modules["rcm.kernels.kv_codec"].cluster_kernels = broken
+            caught[name] = any(clustered_differences(k, warm=warm) for k, warm in ((5, False), (70, True)))
     return caught
 
 

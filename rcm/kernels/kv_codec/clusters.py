@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rcm.kernels.kv_codec import fused_clusters
+
 OFFICIAL_TOLERANCE = 1e-4
 
 
@@ -37,13 +39,16 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Clustering:
-    """How to cluster: `clusters`, `iters`, `stages`, one map for all heads or one per head, and the mode of the codec."""
+    """How to cluster: `clusters`, `iters`, `stages`, one map for all heads or one per head, the mode of the codec, and whether by kernels
+    where they apply, whose sums differ in the last bits.
+    """
 
     clusters: int
     iters: int
     stages: int
     shared: bool
     mode: str
+    fused: bool = False
 
 
 class Clustered(NamedTuple):
@@ -79,9 +84,9 @@ def cluster(x: Tensor, how: Clustering, warm: Sequence[Tensor] | None = None) ->
             means, assigned, centre = euclidean(residual, k, iters=how.iters, start=start)
             stored = means
         else:
-            full = residual.float()
-            assigned, centre = spherical(features(full, shared=how.shared), k, iters=how.iters, start=start)
-            means = member_means(full, assigned, k)
+            fused = fused_clusters.spherical(residual, k, iters=how.iters, start=start) if how.fused and how.shared else None
+            assigned, centre = fused or spherical(features(residual.float(), shared=how.shared), k, iters=how.iters, start=start)
+            means = member_means(residual, assigned, k, fused=how.fused)
             stored = means.to(torch.bfloat16)
         subtract = (means if official or how.mode == "release" else stored.float(), assigned)
         centroids.append(stored)
@@ -155,8 +160,11 @@ def nearest_centre(points: Tensor, centres: Tensor) -> Tensor:
     return torch.argmin(centres.square().sum(-1).unsqueeze(2) - 2 * (points @ centres.mT), dim=-1)
 
 
-def member_means(x: Tensor, assigned: Tensor, k: int) -> Tensor:
-    """Means [B, k, N, D] of the members of every cluster of `x` [B, S, N, D]; zero where there are none."""
+def member_means(x: Tensor, assigned: Tensor, k: int, *, fused: bool = False) -> Tensor:
+    """Means float32 [B, k, N, D] of the members of every cluster of `x` [B, S, N, D]; zero where there are none."""
+    if fused and (means := fused_clusters.member_means(x, assigned, k)) is not None:
+        return means
+    x = x.float()
     if assigned.dim() == 2:
         return _means(x.flatten(2).unsqueeze(1), assigned.unsqueeze(1), k)[0].squeeze(1).unflatten(-1, x.shape[2:])
     return _means(x.transpose(1, 2), assigned.transpose(1, 2), k)[0].transpose(1, 2)

@@ -149,7 +149,9 @@ class KVCodec:
         spec, how = self.spec, self.spec.side(side)
         clusters, centres, undo, smoothed, subtract = None, [], Undo(), x, None
         if how.smoothing == "qvg":
-            settings = Clustering(spec.qvg_clusters, spec.qvg_iters, spec.qvg_stages, spec.qvg_share_assignments, spec.mode)
+            settings = Clustering(
+                spec.qvg_clusters, spec.qvg_iters, spec.qvg_stages, spec.qvg_share_assignments, spec.mode, fused=spec.triton_restore
+            )
             smoothed, subtract, clusters, centres = cluster(x, settings, warm if spec.qvg_warm_start else None)
         elif how.smoothing != "none":
             smoothed, undo = smooth(x.float(), how.smoothing, alpha=spec.smooth_alpha, percentile=spec.clip_percentile)

@@ -4,8 +4,6 @@ torch of `codes`, `smoothing` and `clusters` bit for bit, and say no where they 
 
 from __future__ import annotations
 
-import os
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from rcm.kernels.kv_codec import codes as coding
 from rcm.kernels.kv_codec.blob import FIELDS, Blob
 from rcm.kernels.kv_codec.clusters import Clusters
 from rcm.kernels.kv_codec.codes import CodeFormat, Codes
+from rcm.kernels.kv_codec.launch import FLOATS, device_of, runs_on
 from rcm.kernels.kv_codec.spec import BITS
 
 ELEMENTS = 4096
@@ -22,13 +21,6 @@ ELEMENTS = 4096
 MAX_COLS = 256
 DEPOSITED = 16384
 """Bytes per program of deposit."""
-OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def runs_on(x: Tensor) -> bool:
-    """Whether kernels can be launched for `x`: on CUDA, or in Triton's interpreter, outside compiled code."""
-    interpreted = x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return (x.is_cuda or interpreted) and not torch.compiler.is_compiling()
 
 
 def fits(shape: tuple[int, ...], fmt: CodeFormat) -> bool:
@@ -44,7 +36,7 @@ def restore(like: Blob, table: Tensor, starts: Tensor, out: Tensor, *, turn: tup
 
     `turn`: cos and sin [L, D / 2] of the angles by which the restored channel pairs of each token are turned.
     """
-    if not (runs_on(out) and out.dtype in OUTPUTS and out.stride(3) == 1):
+    if not (runs_on(out) and out.dtype in FLOATS and out.stride(3) == 1):
         return False
     b, s, n, d = like.shape
     if b * s * n * d == 0 or len(table) == 0:
@@ -55,7 +47,7 @@ def restore(like: Blob, table: Tensor, starts: Tensor, out: Tensor, *, turn: tup
     cos, sin = (table, table) if turn is None else turn
     from rcm.kernels.kv_codec import kernels
 
-    with _device(out):
+    with device_of(out):
         kernels.restore[(-(-s // tokens), -(-n * d // cols), b * len(table))](
             table,
             starts,
@@ -84,7 +76,7 @@ def deposit(blob: Blob, row: Tensor) -> None:
     held = [None if x is None else x.reshape(-1).view(torch.uint8) for x in blob.fields]
     sources = tuple(row.view(torch.uint8) if x is None else x for x in held)
     sizes = tuple(0 if x is None else x.numel() for x in held)
-    with _device(row):
+    with device_of(row):
         kernels.deposit[(-(-max(sizes) // DEPOSITED), FIELDS)](row, sources, sizes, FIELDS=FIELDS, BLOCK=DEPOSITED, num_warps=4)
 
 
@@ -126,7 +118,7 @@ def _clusters_constants(clusters: Clusters | None) -> dict[str, Any]:
 
 def encode(x: Tensor, fmt: CodeFormat, subtract: tuple[Tensor, Tensor] | None = None) -> Codes | None:
     """`codes.encode` of `x` [B, S, N, D], less centroids [B, k, N, D] by assignments if `subtract` gives them; None where it cannot."""
-    if not (runs_on(x) and fits(x.shape, fmt) and x.dtype in OUTPUTS) or x.numel() == 0:
+    if not (runs_on(x) and fits(x.shape, fmt) and x.dtype in FLOATS) or x.numel() == 0:
         return None
     x = x if x.stride(3) == 1 else x.contiguous()
     b, s, n, d = x.shape
@@ -150,7 +142,7 @@ def encode(x: Tensor, fmt: CodeFormat, subtract: tuple[Tensor, Tensor] | None = 
     along = _power_of_2(group)
     across = max(1, min(256, ELEMENTS // along))
     groups = n * d if channel else s * n * d // group
-    with _device(x):
+    with device_of(x):
         grid = (-(-groups // across), -(-s // group) if channel else 1, b)
         kernels.extremes[grid](*source, low, high, x.stride()[:3], sizes, ALONG=along, ACROSS=across, **common)
         scales, zeros, unit = coding.scales_of(low, high, fmt, batch=b)
@@ -187,7 +179,3 @@ def _tile(width: int, elements: int, *, least: int = 1) -> tuple[int, int]:
 
 def _power_of_2(count: int) -> int:
     return 1 << (count - 1).bit_length()
-
-
-def _device(x: Tensor) -> Any:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
