@@ -270,6 +270,7 @@ def _stream_spec(flags: argparse.Namespace, job: CausalJob, film: Film, *, size:
         keys=keys,
         kv_codec=MemoisedCodec(codec) if flags.kv_dense_prefix_cache else codec,
         hot_chunks=flags.kv_hot_chunks,
+        attention="fp8" if flags.fp8_attention else "net",
         graphs=_graphs(flags, device=device),
     )
     assert spec.cache_frames > 0  # asks the policy, which may refuse the pattern

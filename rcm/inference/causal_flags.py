@@ -221,6 +221,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add("--benchmark", action="store_true", help=f"the same as --warmup_iters {BENCHMARK} --num_runs {BENCHMARK}")
     add("--streaming_vae", action="store_true", help="decode and write each chunk as it is made, not all at the end")
     add("--fp8", default="off", metavar="LAYERS", help="linear layers in FP8: off, auto, all or names; tells its error [%(default)s]")
+    add("--fp8_attention", action="store_true", help="attention over the cache in FP8 (H100, H200; a plain cache); inexact")
     add("--tiny_decoder", default="", metavar="FILE", help="decode with a tiny decoder (taew2_1.pth) instead of Wan's: previews [off]")
     add("--graphs", choices=GRAPHS, default="auto", help="passes as CUDA graphs; auto: on one GPU, wherever they can be [%(default)s]")
 
@@ -311,6 +312,8 @@ def codec_spec_of(flags: argparse.Namespace) -> KVCodecSpec | None:
     """How the cache stores what it keeps; None: as it is. `ConfigError` for a flag of a quantised cache without one."""
     spec = KVCodecSpec.from_flags(vars(flags))
     if not (spec.key.is_identity and spec.value.is_identity):
+        if flags.fp8_attention:
+            raise ConfigError("--fp8_attention needs a plain cache; leave out --kv_dtype_k and --kv_dtype_v, or --fp8_attention")
         return spec
     for name, set_to in (("kv_hot_chunks", flags.kv_hot_chunks), ("kv_dense_prefix_cache", flags.kv_dense_prefix_cache)):
         if set_to:

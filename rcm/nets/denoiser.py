@@ -19,10 +19,11 @@ from rcm.core.errors import ConfigError
 from rcm.diffusion.guidance import cfg, is_guided
 from rcm.diffusion.time import rf_to_timestep
 from rcm.diffusion.wan_as_trigflow import rf_point, trig_F
+from rcm.kernels.fp8_attention.api import obstacle
 from rcm.nets.condition import Condition
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.kv_coded import KVCodec
-from rcm.nets.kv_view import CacheView, Keys, Observer
+from rcm.nets.kv_view import Attention, CacheView, Keys, Observer
 from rcm.nets.layout import TokenLayout
 from rcm.nets.rope import RopeTables
 
@@ -56,10 +57,17 @@ class VelocityModel:
         return trig_F(x_t, self.velocity(x_t, t, cond, layout, cache=cache), tau)
 
     def new_cache(
-        self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope", codec: KVCodec | None = None, hot_chunks: int = 0
+        self,
+        *,
+        num_frames: int,
+        grid: tuple[int, int],
+        keys: Keys = "post_rope",
+        codec: KVCodec | None = None,
+        hot_chunks: int = 0,
+        attention: Attention = "net",
     ) -> KVCache | PairedCache:
         """An empty cache with room for `num_frames` frames of `grid` = (h, w) tokens; `codec` stores chunks quantised, except the newest
-        `hot_chunks`.
+        `hot_chunks`. `attention="fp8"`: passes attend to it in FP8; `ConfigError` where that cannot be.
         """
         raise NotImplementedError  # a model says this itself
 
@@ -118,11 +126,20 @@ class Denoiser(VelocityModel):
         return x.to(compute), timestep, cond.to(device=x.device, dtype=compute)
 
     def new_cache(
-        self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope", codec: KVCodec | None = None, hot_chunks: int = 0
+        self,
+        *,
+        num_frames: int,
+        grid: tuple[int, int],
+        keys: Keys = "post_rope",
+        codec: KVCodec | None = None,
+        hot_chunks: int = 0,
+        attention: Attention = "net",
     ) -> KVCache:
         """See `VelocityModel`."""
-        tokens = num_frames * grid[0] * grid[1]
-        return KVCache(self.net.config.num_layers, capacity_tokens=tokens, keys=keys, codec=codec, hot_chunks=hot_chunks)
+        tokens, config = num_frames * grid[0] * grid[1], self.net.config
+        if attention == "fp8" and (why := obstacle(self.net.patch_embedding.weight.device, width=config.head_dim)) is not None:
+            raise ConfigError(f"attention='fp8' is not possible here: {why}; use attention='net'")
+        return KVCache(config.num_layers, capacity_tokens=tokens, keys=keys, codec=codec, hot_chunks=hot_chunks, attention=attention)
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """See `VelocityModel`."""
@@ -204,12 +221,21 @@ class Guided(VelocityModel):
         return self.negative.expand(x.shape[0]).to(device=x.device).with_images_of(cond)
 
     def new_cache(
-        self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope", codec: KVCodec | None = None, hot_chunks: int = 0
+        self,
+        *,
+        num_frames: int,
+        grid: tuple[int, int],
+        keys: Keys = "post_rope",
+        codec: KVCodec | None = None,
+        hot_chunks: int = 0,
+        attention: Attention = "net",
     ) -> PairedCache:
         """See `VelocityModel`: one cache per branch, the negative one only if it is used; a codec's warm state is not shared."""
 
         def branch(codec: KVCodec | None) -> KVCache:
-            cache = self.denoiser.new_cache(num_frames=num_frames, grid=grid, keys=keys, codec=codec, hot_chunks=hot_chunks)
+            cache = self.denoiser.new_cache(
+                num_frames=num_frames, grid=grid, keys=keys, codec=codec, hot_chunks=hot_chunks, attention=attention
+            )
             assert isinstance(cache, KVCache), "guidance is around one network, not around guidance"
             return cache
 
@@ -265,7 +291,14 @@ class Switched(VelocityModel):
         return (self.high if above[0] else self.low).velocity(x, t, cond, layout, cache=cache)
 
     def new_cache(
-        self, *, num_frames: int, grid: tuple[int, int], keys: Keys = "post_rope", codec: KVCodec | None = None, hot_chunks: int = 0
+        self,
+        *,
+        num_frames: int,
+        grid: tuple[int, int],
+        keys: Keys = "post_rope",
+        codec: KVCodec | None = None,
+        hot_chunks: int = 0,
+        attention: Attention = "net",
     ) -> KVCache | PairedCache:
         """Not defined: keys of one expert mean nothing to the other. Raises `ConfigError`."""
         raise ConfigError("a pair of experts switched by time has no common KV cache; stream with a single network")
@@ -321,9 +354,7 @@ class PairedCache:
         views = [c.append(visible, observers=(o,), as_id=as_id) for c, o in zip(self.branches, given, strict=False)]
         return PairedView(views[0], views[1] if len(views) > 1 else None)
 
-    def readonly(
-        self, num_chunks: int | None = None, *, visible: Sequence[int] | None = None, transient: bool = False
-    ) -> PairedView:
+    def readonly(self, num_chunks: int | None = None, *, visible: Sequence[int] | None = None, transient: bool = False) -> PairedView:
         """As `KVCache.readonly`, for both."""
         views = [branch.readonly(num_chunks, visible=visible, transient=transient) for branch in self.branches]
         return PairedView(views[0], views[1] if len(views) > 1 else None)

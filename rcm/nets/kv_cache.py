@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from rcm.nets.kv_coded import CodedStore, KVCodec
+from rcm.nets.kv_fp8 import Fp8Store
 from rcm.nets.kv_store import DenseStore, Spans, free_spans, part_of, pieces_of, size, take
-from rcm.nets.kv_view import CachedChunk, CacheView, Keys, Observer
+from rcm.nets.kv_view import Attention, CachedChunk, CacheView, Keys, Observer
 from rcm.nets.positions import Positions, gathered
 
 
@@ -26,12 +27,20 @@ class KVCache:
     keys        "post_rope": keys are stored rotated, positions are final. "pre_rope": stored before rotation and rotated at every read by
                 the positions that the cache keeps, which `place` may set anew.
     codec       how chunks are stored; None keeps plain tensors in one buffer per layer. `hot_chunks` newest chunks stay plain.
+    attention   "fp8": passes attend to this cache in FP8, over codes that lie beside the plain tensors.
     Committed state: `chunks`, oldest first. Dropped chunks leave slots that the next ones take, so memory is bounded by the capacity and
     positions are not bounded at all.
     """
 
     def __init__(
-        self, num_layers: int, *, capacity_tokens: int, keys: Keys = "post_rope", codec: KVCodec | None = None, hot_chunks: int = 0
+        self,
+        num_layers: int,
+        *,
+        capacity_tokens: int,
+        keys: Keys = "post_rope",
+        codec: KVCodec | None = None,
+        hot_chunks: int = 0,
+        attention: Attention = "net",
     ) -> None:
         if num_layers < 1 or capacity_tokens < 1:
             raise ValueError(
@@ -41,14 +50,18 @@ class KVCache:
             raise ValueError(f"keys must be 'post_rope' or 'pre_rope', got {keys!r}")
         if hot_chunks < 0 or (hot_chunks and codec is None):
             raise ValueError(f"hot_chunks must be 0 or more, and 0 without a codec, got {hot_chunks} and codec={codec!r}")
+        if attention not in ("net", "fp8") or (attention == "fp8" and codec is not None):
+            raise ValueError(f"attention must be 'net' or, without a codec, 'fp8', got {attention!r} with codec={codec!r}")
         self.num_layers, self.capacity_tokens, self.keys, self.hot_chunks = num_layers, capacity_tokens, keys, hot_chunks
         self.chunks: tuple[CachedChunk, ...] = ()
         self.epoch, self._next_id = 0, 0
-        self.store: DenseStore | CodedStore = (
-            DenseStore(num_layers, capacity_tokens)
-            if codec is None
-            else CodedStore(num_layers, capacity_tokens, codec, hot_chunks=hot_chunks)
-        )
+        self.store: DenseStore | CodedStore
+        if codec is not None:
+            self.store = CodedStore(num_layers, capacity_tokens, codec, hot_chunks=hot_chunks)
+        elif attention == "fp8":
+            self.store = Fp8Store(num_layers, capacity_tokens, turned=keys == "post_rope")
+        else:
+            self.store = DenseStore(num_layers, capacity_tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -84,9 +97,7 @@ class KVCache:
             raise ValueError(f"chunk {as_id} was not dropped from this cache")
         return CacheView(self, "append", self._visible(visible), observer=observers[0] if observers else None, as_id=as_id)
 
-    def readonly(
-        self, num_chunks: int | None = None, *, visible: Sequence[int] | None = None, transient: bool = False
-    ) -> CacheView:
+    def readonly(self, num_chunks: int | None = None, *, visible: Sequence[int] | None = None, transient: bool = False) -> CacheView:
         """View of one forward that sees committed chunks before its own tokens and leaves the cache as it is: the first `num_chunks`, or
         those with ids `visible`, or all.
 

@@ -81,6 +81,8 @@ class DenseStore:
     """
 
     in_place = True
+    ready = True
+    """Whether captured passes find all that they read."""
 
     def __init__(self, num_layers: int, capacity: int) -> None:
         self.capacity = capacity

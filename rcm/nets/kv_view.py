@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from rcm.core.dual import in_dual_level
+from rcm.kernels.masks import MaskSpec
 from rcm.nets.kv_coded import CodedStore
+from rcm.nets.kv_fp8 import Fp8Store
 from rcm.nets.kv_store import DenseStore, Piece, Spans, part_of, pieces_of, size
 from rcm.nets.layout import TokenLayout
 from rcm.nets.positions import Positions, at_frames, concatenated, cut
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 Keys = Literal["post_rope", "pre_rope"]
 Mode = Literal["append", "readonly", "transient"]
+Attention = Literal["net", "fp8"]
+"""Who attends to what a cache shows: the network's own back end, or the cache in FP8."""
 Observer = Callable[[int, Tensor, Tensor], None]
 _REFUSES_DUALS = "append under a dual level: a cache holds constants; fill it outside the tangent pass and read it there"
 
@@ -149,7 +153,7 @@ class CacheView:
         """Whether a captured pass can read and write what `begin` found: one run of a plain cache, codes at addresses of a coded one."""
         store = self._cache.store
         if isinstance(store, DenseStore):
-            return self.is_one_run
+            return self.is_one_run and store.ready
         if self.mode == "append" and self.own_chunk is None:
             return False
         return store.captures([chunk.id for chunk in self.visible], adding=0 if self.own_chunk is None else self.own_chunk.num_tokens)
@@ -243,6 +247,17 @@ class LayerView:
             return k, v
         k_past, v_past = store.read(layer, past)
         return torch.cat([k_past, k], dim=1), torch.cat([v_past, v], dim=1)
+
+    @property
+    def attends(self) -> bool:
+        """Whether `attend` takes the place of the network's attention."""
+        return isinstance(self._view.store, Fp8Store)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> Tensor:
+        """Attention of rotated queries [B, L, N, D] to all keys, rotated, and values, as `assemble` returned them."""
+        view, store = self._view, self._view.store
+        assert isinstance(store, Fp8Store)
+        return store.attend(self._index, q, k, v, mask=mask, run=k.shape[1] if view.is_one_run else None)
 
     def _store(self, k: Tensor, v: Tensor) -> None:
         view, start = self._view, 0

@@ -7,8 +7,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from rcm.kernels.masks import MaskSpec
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.kv_coded import SIDES, CodedStore, Group
+from rcm.nets.kv_fp8 import Fp8Store
 from rcm.nets.kv_store import DenseStore
 from rcm.nets.kv_view import CacheView, LayerView
 from rcm.nets.layers import RMSNorm
@@ -103,13 +105,25 @@ class _DenseLayer(_StaticLayer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `LayerView`."""
         q = self._entered(projected, norms, table, rotate_keys=self.enters_turned)
+        self._code()
         return q, *self._gathered()
 
     def assemble(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """See `LayerView`."""
         for buffer, x in zip(self._pair, (k, v), strict=True):
             buffer.index_copy_(1, self._slots, x)
+        self._code()
         return self._gathered()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> Tensor:
+        """See `LayerView`."""
+        store = self._view.store
+        assert isinstance(store, Fp8Store)
+        return store.attend(self._index, q, k, v, mask=mask, run=self._total)
+
+    def _code(self) -> None:
+        if isinstance(store := self._view.store, Fp8Store):
+            store.code(self._index, self._slots)
 
 
 class _CodedLayer(_StaticLayer):

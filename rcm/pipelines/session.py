@@ -279,7 +279,9 @@ class Session:
         grid = denoiser.token_grid(height, width)
         codec = None if spec.kv_codec is None else spec.kv_codec.fork()
         keys = spec.keys or policy.keys
-        cache = denoiser.new_cache(num_frames=spec.cache_frames, grid=grid, keys=keys, codec=codec, hot_chunks=spec.hot_chunks)
+        cache = denoiser.new_cache(
+            num_frames=spec.cache_frames, grid=grid, keys=keys, codec=codec, hot_chunks=spec.hot_chunks, attention=spec.attention
+        )
         kind = CapturedLoop if spec.graphs == "on" else ChunkLoop
         return kind(
             denoiser,

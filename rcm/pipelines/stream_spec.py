@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rcm.core.errors import ConfigError
 from rcm.nets.kv_coded import KVCodec
-from rcm.nets.kv_view import Keys
+from rcm.nets.kv_view import Attention, Keys
 from rcm.rollout.eviction.base import CachePolicy
 from rcm.rollout.recipe import SamplingRecipe
 
@@ -84,6 +84,7 @@ class StreamSpec:
                   seeded with `seed` on `draw_on`); needs `num_frames`.
     policy        what the cache keeps; a stream without end needs one that bounds it. `kv_codec`, `hot_chunks`: how it is stored.
     keys          stored before or after rotation; None: as the policy wants. Quantised keys are better off unrotated.
+    attention     over the cache: "net", by the network's back end, or "fp8", over codes kept beside a plain cache (H100, H200; inexact).
     graphs        "on": passes are captured as CUDA graphs and replayed; "off": launched one by one, the reference.
     look_ahead    the next chunk is denoised while this one is decoded (on CUDA, on a stream of its own). A change of condition then applies
                   one chunk later.
@@ -103,6 +104,7 @@ class StreamSpec:
     draw_on: torch.device | str = "cpu"
     policy: CachePolicy = CachePolicy()
     keys: Keys | None = None
+    attention: Attention = "net"
     kv_codec: KVCodec | None = None
     hot_chunks: int = 0
     graphs: Literal["on", "off"] = "off"
@@ -124,6 +126,10 @@ class StreamSpec:
             raise ConfigError(f"hot_chunks={self.hot_chunks} must be 0 or more")
         if self.hot_chunks and self.kv_codec is None:
             raise ConfigError(f"hot_chunks={self.hot_chunks} keeps chunks of a quantised cache plain, and this one is; give kv_codec, or 0")
+        if self.attention not in ("net", "fp8"):
+            raise ConfigError(f"attention={self.attention!r} is not one of 'net', 'fp8'")
+        if self.attention == "fp8" and self.kv_codec is not None:
+            raise ConfigError("attention='fp8' keeps FP8 codes of its own beside a plain cache; leave out kv_codec, or attention")
         if self.keys not in (None, "post_rope", "pre_rope"):
             raise ConfigError(f"keys={self.keys!r} is not one of 'post_rope', 'pre_rope'; or leave keys out")
         if self.keys not in (None, self.policy.keys) and not self.policy.any_keys:

@@ -138,6 +138,7 @@ class LayerSide:
     def __init__(self, view: View, index: int) -> None:
         self.view, self.index, self.keys, self.prefix_tokens, self.appends = view, index, "pre_rope", view.prefix_tokens, view.append
         self.takes_projections = False
+        self.attends = False
 
     def assemble(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         branch, (t, row, col) = self.view.branch, self.view.where

@@ -56,12 +56,17 @@ class SelfAttentionCore(nn.Module):
             k, v = _behind_cached(k, v, cached)
             k = self.rotate(k, rope.key)
         cached.observe(q, k)
-        return self.attention(q, k, v, layout.mask, cached.prefix_tokens) if attend else None
+        return self._attended(q, k, v, layout, cached) if attend else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rope: RopePair, cached: LayerView) -> Tensor:
         """Attention of turned queries over what `cached.enter` returned."""
         if not cached.enters_turned:
             k = self.rotate(k, rope.key)
+        return self._attended(q, k, v, layout, cached)
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, cached: LayerView) -> Tensor:
+        if cached.attends:
+            return cached.attend(q, k, v, mask=layout.mask)
         return self.attention(q, k, v, layout.mask, cached.prefix_tokens)
 
 
