@@ -8,11 +8,13 @@ compiles outside of Python's lock, and the last step in a process of its own: th
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any
@@ -21,17 +23,21 @@ import torch
 from torch import Tensor
 
 MOST_THREADS = 32
+SWITCH_SECONDS = 2e-4
 _planned: ContextVar[torch.device | None] = ContextVar("planned", default=None)
 
 
 @dataclass(frozen=True)
 class Compiled:
     """Distinct kernels of a plan, and the seconds until they were loaded on the device (from Triton's cache on disk,
-    where it has them).
+    where it has them). `planned`: seconds until all were known; `parts`: per kernel its name and the seconds at which
+    its compilation began, was done, and it was loaded.
     """
 
     kernels: int = 0
     seconds: float = 0.0
+    planned: float = 0.0
+    parts: tuple[tuple[str, float, float, float], ...] = ()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
@@ -74,9 +80,28 @@ def _precompile(plan: Callable[[], object], device: torch.device, threads: int) 
 
     start = time.perf_counter()
     _planned.set(device)
-    with torch.cuda.device(device), _LoadingPool(device, threads) as pool, triton.AsyncCompileMode(pool):
+    with (
+        _quick_turns(),
+        torch.cuda.device(device),
+        _LoadingPool(device, threads, start) as pool,
+        triton.AsyncCompileMode(pool),
+    ):
         plan()
-    return Compiled(pool.submitted, time.perf_counter() - start)
+        planned = time.perf_counter() - start
+    return Compiled(pool.submitted, time.perf_counter() - start, planned, tuple(pool.parts))
+
+
+@contextmanager
+def _quick_turns() -> Iterator[None]:
+    """Compilations leave Python's lock dozens of times each; whoever wants it back waits a whole interval for another
+    thread's Python code.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, SWITCH_SECONDS))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 class _LoadingPool(ThreadPoolExecutor):
@@ -84,9 +109,10 @@ class _LoadingPool(ThreadPoolExecutor):
     otherwise.
     """
 
-    def __init__(self, device: torch.device, threads: int) -> None:
+    def __init__(self, device: torch.device, threads: int, start: float) -> None:
         super().__init__(threads, thread_name_prefix="compile", initializer=torch.cuda.set_device, initargs=(device,))
-        self.submitted = 0
+        self.submitted, self.start = 0, start
+        self.parts: list[tuple[str, float, float, float]] = []
         # kernels of one function share launchers: the first to be ready builds, the others find it
         self._building: defaultdict[object, threading.Lock] = defaultdict(threading.Lock)
 
@@ -96,7 +122,10 @@ class _LoadingPool(ThreadPoolExecutor):
         return super().submit(self._compile_and_load, compile_kernel)
 
     def _compile_and_load(self, compile_kernel: Callable[[], Any]) -> Any:
+        times = [time.perf_counter() - self.start]
         kernel = compile_kernel()
+        times.append(time.perf_counter() - self.start)
         with self._building[kernel.src.fn.fn]:
             _ = kernel.run  # a property, which loads
+        self.parts.append((kernel.src.fn.fn.__name__, times[0], times[1], time.perf_counter() - self.start))
         return kernel

@@ -21,7 +21,7 @@ TILE_ELEMENTS = 2048
 WARPS = 4
 
 
-@triton.jit(do_not_specialize=["frames", "height", "width"])
+@triton.jit(do_not_specialize=["frames", "height", "width", "adds", "keeps"])
 def window_kernel(
     value,
     bias,
@@ -33,6 +33,8 @@ def window_kernel(
     frames,
     height,
     width,
+    adds,
+    keeps,
     FLOOR: tl.constexpr,
     ROOT: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -42,12 +44,12 @@ def window_kernel(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    KEEP: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid (tiles of the padded plane, batch). Everything is contiguous; offsets of frames are 64 bit."""
+    """Grid (tiles of the padded plane, batch). Everything is contiguous; offsets of frames are 64 bit. Whether a residual is added and the
+    sum is kept are numbers, not variants: each of those is compiled before the first frame.
+    """
     padded_width = width + LOW + HIGH
     padded_pixels = (height + LOW + HIGH) * padded_width
     batch = tl.program_id(1).to(tl.int64)
@@ -115,11 +117,11 @@ def window_kernel(
                 x += tl.where(t % 2 == 0, shift, shift_odd)[None, :]
             else:
                 x += shift[None, :]
-        if HAS_RESIDUAL:
+        if adds != 0:
             x += tl.load(residual + t * plane + plain, mask=get, other=0.0).to(tl.float32)
         x = tl.where(get, x, 0.0)
         y = x.to(padded.dtype.element_ty)
-        if KEEP:
+        if keeps != 0:
             tl.store(kept + t * plane + plain, y, mask=get)
         if NORM > 0:
             # the norm sees the rounded sum, as a later reader of `kept` does
@@ -179,6 +181,8 @@ def launch_window(
             t,
             h,
             w,
+            int(features.residual is not None),
+            int(keep and not nothing_to_add),
             FLOOR=NORM_FLOOR,
             ROOT=c**0.5,
             CHANNELS=c,
@@ -188,8 +192,6 @@ def launch_window(
             LOW=low,
             HIGH=high,
             HAS_BIAS=features.bias is not None,
-            HAS_RESIDUAL=features.residual is not None,
-            KEEP=keep and not nothing_to_add,
             BLOCK_P=block_p,
             BLOCK_C=block_c,
             num_warps=warps,
