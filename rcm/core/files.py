@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _FULL = 1 << 16
@@ -16,6 +19,28 @@ def discard(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A path beside `target` to write a file or folder to, put in its place at the end. Whatever fails before leaves `target` as it was."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (target.with_name(f".{word}_{target.name}") for word in ("writing", "replaced"))
+    discard(partial)
+    try:
+        yield partial
+        discard(old)
+        if target.is_dir():  # which cannot be replaced in one step
+            os.replace(target, old)
+        try:
+            os.replace(partial, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
+        discard(old)
+    finally:
+        discard(partial)
 
 
 def as_disk_full(error: BaseException, path: Path) -> OSError | None:

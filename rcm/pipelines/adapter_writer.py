@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
+from rcm.core.files import replacing
 from rcm.core.output_file import OutputFile
 from rcm.nets.wan.lora import LAYOUTS, peft_settings, published
 from rcm.pipelines.adapted_weights import AdaptedWeights
-from rcm.pipelines.weight_writer import check_free, replacing, write_safetensors
+from rcm.pipelines.weight_writer import check_free
+from rcm.storage.safetensors_file import write_safetensors
 from rcm.train.describe import FILE_NAME, Description
 
 PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"

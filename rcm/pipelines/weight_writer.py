@@ -7,11 +7,8 @@ comes from a torch pickle and keeps its dtype). docs/reference/wan.md#files.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,17 +17,17 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 
 from rcm.core.errors import CheckpointError, ConfigError
+from rcm.core.files import replacing
 from rcm.core.output_file import OutputFile
 from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.convert import FORMS, Format, other_form, other_name
 from rcm.nets.wan.published_config import published_settings
-from rcm.storage.safetensors_file import SAFETENSORS_DTYPES
+from rcm.storage.safetensors_file import write_safetensors
 from rcm.storage.state_dicts import LazyWeights, listed
 from rcm.storage.weight_files import INDEX
 from rcm.train.describe import FILE_NAME, Description
 
 FOLDER_STEM = "diffusion_pytorch_model"
-_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 class OtherForm(LazyWeights):
@@ -88,19 +85,6 @@ def save_network(
     return target
 
 
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write a file or folder to, put in its place at the end. Whatever fails before leaves `target` as it was."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".writing_{target.name}")
-    _remove(partial)
-    try:
-        yield partial
-        _replace(partial, target)
-    finally:
-        _remove(partial)
-
-
 def _write(path: Path, weights: OtherForm, *, kind: str, config: WanConfig, description: Description, max_shard_bytes: int | None) -> None:
     """The container of suffix `kind` at `path`."""
     if kind == ".safetensors":
@@ -116,32 +100,6 @@ def _write(path: Path, weights: OtherForm, *, kind: str, config: WanConfig, desc
         _write_folder(path, weights, config=config, description=description, max_shard_bytes=max_shard_bytes)
 
 
-def write_safetensors(path: Path, headers: Mapping[str, Tensor], read: Callable[[str], Tensor], *, metadata: Mapping[str, str]) -> None:
-    """A safetensors file of the entries in `headers` (meta tensors), each fetched with `read` when its turn comes; flushed to disk.
-
-    Wide dtypes come first, so that every entry is aligned to its element size.
-    """
-    order = sorted(headers, key=lambda key: -headers[key].element_size())
-    listed: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for key in order:
-        start, end = end, end + _bytes(headers[key])
-        listed[key] = {"dtype": _DTYPE_NAMES[headers[key].dtype], "shape": list(headers[key].shape), "data_offsets": [start, end]}
-    text = json.dumps(listed).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for key in order:
-            tensor = read(key).contiguous().cpu()
-            if tensor.shape != headers[key].shape or tensor.dtype != headers[key].dtype:
-                raise ValueError(
-                    f"{key} was announced as {headers[key].dtype} {tuple(headers[key].shape)}, came as {tensor.dtype} {tuple(tensor.shape)}"
-                )
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _write_folder(folder: Path, weights: LazyWeights, *, config: WanConfig, description: Description, max_shard_bytes: int | None) -> None:
     folder.mkdir()
     shards = _shards(weights.headers, max_shard_bytes)
@@ -151,7 +109,7 @@ def _write_folder(folder: Path, weights: LazyWeights, *, config: WanConfig, desc
         where |= dict.fromkeys(keys, name)
         write_safetensors(folder / name, {key: weights.headers[key] for key in keys}, weights.__getitem__, metadata={"format": "pt"})
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(map(_bytes, weights.headers.values()))}, "weight_map": where}
+        index = {"metadata": {"total_size": sum(header.nbytes for header in weights.headers.values())}, "weight_map": where}
         (folder / f"{FOLDER_STEM}.safetensors{INDEX}").write_text(json.dumps(index, indent=2))
     settings = published_settings(config, form=weights.form)
     if settings is not None:
@@ -164,11 +122,11 @@ def _shards(headers: Mapping[str, Tensor], limit: int | None) -> list[list[str]]
     shards: list[list[str]] = [[]]
     filled = 0
     for key, header in headers.items():
-        if limit is not None and shards[-1] and filled + _bytes(header) > limit:
+        if limit is not None and shards[-1] and filled + header.nbytes > limit:
             shards.append([])
             filled = 0
         shards[-1].append(key)
-        filled += _bytes(header)
+        filled += header.nbytes
     return shards
 
 
@@ -181,7 +139,7 @@ def _contained(weights: OtherForm, *, copy: str) -> dict[str, object]:
 def _whole(weights: LazyWeights) -> dict[str, Tensor]:
     """Every tensor with a storage of its own: torch.save writes whole storages, and views into a mapped file would repeat it."""
     tensors = {key: weights[key].cpu() for key in weights}
-    return {key: t if t.untyped_storage().nbytes() == _bytes(t) else t.clone() for key, t in tensors.items()}
+    return {key: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for key, t in tensors.items()}
 
 
 def _check_target(target: Path, *, form: Format, max_shard_bytes: int | None, overwrite: bool) -> None:
@@ -208,29 +166,3 @@ def check_free(target: Path, *, overwrite: bool, ours: Callable[[str], bool]) ->
     others = [name for name in names if name not in (FILE_NAME, "config.json", ".metadata") and not ours(name)]
     if others:
         raise ConfigError(f"{target} holds other files ({listed(others, most=3)}), which would be lost; choose another target")
-
-
-def _replace(partial: Path, target: Path) -> None:
-    """Put `partial` where `target` is; a folder cannot be replaced in one step, so the old one is moved aside first."""
-    old = target.with_name(f".replaced_{target.name}")
-    _remove(old)
-    if target.is_dir():
-        os.replace(target, old)
-    try:
-        os.replace(partial, target)
-    except OSError:
-        if old.exists():
-            os.replace(old, target)
-        raise
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -6,7 +6,10 @@ memory, so places are read here.
 
 from __future__ import annotations
 
+import json
 import math
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[Tensor, int]], dict[str, str]]:
@@ -69,6 +73,32 @@ def read_entry(path: Path, header: Tensor, start: int) -> Tensor:
                 raise OSError(f"the file ends {len(view) - done} bytes early; it was changed after it was opened")
             done += got
     return flat.view(header.dtype).view(header.shape)
+
+
+def write_safetensors(path: Path, headers: Mapping[str, Tensor], read: Callable[[str], Tensor], *, metadata: Mapping[str, str]) -> None:
+    """A safetensors file of the entries in `headers` (meta tensors), each fetched with `read` when its turn comes; flushed to disk.
+
+    Wide dtypes come first, so that every entry is aligned to its element size.
+    """
+    order = sorted(headers, key=lambda key: -headers[key].element_size())
+    listed: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for key in order:
+        start, end = end, end + headers[key].nbytes
+        listed[key] = {"dtype": _NAMES[headers[key].dtype], "shape": list(headers[key].shape), "data_offsets": [start, end]}
+    text = json.dumps(listed).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            tensor = read(key).contiguous().cpu()
+            if tensor.shape != headers[key].shape or tensor.dtype != headers[key].dtype:
+                raise ValueError(
+                    f"{key} was announced as {headers[key].dtype} {tuple(headers[key].shape)}, came as {tensor.dtype} {tuple(tensor.shape)}"
+                )
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _parsed(path: Path) -> tuple[dict[str, tuple[Tensor, int]], dict[str, str]]:

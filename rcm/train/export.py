@@ -6,18 +6,18 @@ Runs in one process on CPU; reads only the tensors asked for.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rcm.core.errors import CheckpointError, ConfigError
+from rcm.core.files import replacing
 from rcm.nets.wan.convert import WRAPPERS
 from rcm.nets.wan.lora import by_layer, published
 from rcm.storage.dcp_folder import DcpFolder
 from rcm.storage.inside import pointed_at
+from rcm.storage.safetensors_file import write_safetensors
 from rcm.train.describe import FILE_NAME, Description
 
 PREFIXES = {"ema": "net_ema.", "reg": "net.", "fake_score": "net_fake_score."}
@@ -90,13 +90,12 @@ def export(path: str | Path, save_path: str | Path, *, weights: str = "ema", dty
         tensors = published(by_layer(tensors), layout="wan", alpha=adapters["alpha"])
     if description is not None:
         description = description.holding(weights)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".writing_{target.name}")
-    if target.suffix == ".safetensors":
-        save_file(tensors, partial, metadata={"format": "pt", **({"rcm": description.to_json()} if description else {})})
-    else:
-        torch.save(tensors, partial)
-    if description is not None:
-        description.write(target.with_name(target.name + ".json"))
-    os.replace(partial, target)
+    with replacing(target) as partial:
+        if target.suffix == ".safetensors":
+            metadata = {"format": "pt", **({"rcm": description.to_json()} if description else {})}
+            write_safetensors(partial, tensors, tensors.__getitem__, metadata=metadata)
+        else:
+            torch.save(tensors, partial)
+        if description is not None:
+            description.write(target.with_name(target.name + ".json"))
     return target

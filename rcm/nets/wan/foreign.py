@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from rcm.nets.wan.convert import PATCH_KEY, WRAPPERS
@@ -38,7 +37,6 @@ _WORDS: tuple[tuple[tuple[str, ...], str], ...] = (
         "a Wan network with a control, audio or motion branch that this architecture lacks",
     ),
 )
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def foreign(headers: Mapping[str, Tensor]) -> str | None:
@@ -49,11 +47,9 @@ def foreign(headers: Mapping[str, Tensor]) -> str | None:
     for marks, told in _WORDS:
         if words.intersection(marks):
             return told
-    odd = sorted(
-        {str(tensor.dtype).removeprefix("torch.") for tensor in headers.values()} - {str(d).removeprefix("torch.") for d in _FLOATS}
-    )
-    if any(name.startswith("float8") for name in odd):
-        return f"an fp8 repack ({', '.join(odd)}), whose rounding this package does not undo; take the bf16 or fp32 file of the same model"
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in headers.values()})
+    if eight := ", ".join(name for name in dtypes if name.startswith("float8")):
+        return f"an fp8 repack ({eight}), whose rounding this package does not undo; take the bf16 or fp32 file of the same model"
     for key, tensor in headers.items():
         if key.endswith(PATCH_KEY) and tensor.dim() in (2, 5) and tensor.shape[0] == 3072 and tensor.shape[1] in (48, 192):
             return (
