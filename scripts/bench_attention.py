@@ -10,7 +10,6 @@ useful ones: products x 2 x (query, key) pairs that the mask allows x head size 
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import sys
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rcm.core.arguments import Arguments
 from rcm.diffusion.blocks import BlockPattern
 from rcm.inference.outcome import command, writable_file
 from rcm.kernels.flash_jvp.budget import errors_and_budgets, relative_error
@@ -179,7 +179,7 @@ def measure(work: Work, *, only: str, repeats: int) -> list[dict]:
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Measure everything and print it."""
-    parser = argparse.ArgumentParser(description="Benchmark attention with tangent and masked attention with gradient.")
+    parser = Arguments(description="Benchmark attention with tangent and masked attention with gradient.")
     parser.add_argument("--part", choices=("all", "tangent", "gradient"), default="all")
     parser.add_argument("--json", type=writable_file, help="write all rows to this file")
     parser.add_argument("--frames", type=int, default=21, help="latent frames of 1560 tokens")

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rcm.core.arguments import Arguments
 from rcm.inference.outcome import command, writable_file
 from scripts.bench_measure import write
 
@@ -361,7 +362,7 @@ def run_part(name: str, *, limit_s: int) -> dict[str, Any]:
 @command
 def main(arguments: list[str] | None = None) -> None:
     """Run the parts, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=writable_file, help="write the numbers here, after every part")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
     parser.add_argument("--limit", type=int, default=240, help="seconds per part")

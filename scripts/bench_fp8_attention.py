@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rcm.core.arguments import Arguments
 from rcm.inference.outcome import command, writable_file
 from scripts.bench_measure import write
 
@@ -322,7 +323,7 @@ def table(rows: list[dict], names: list[str]) -> str:
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Check and measure everything, and print it."""
-    parser = argparse.ArgumentParser(description="FP8 attention against bf16: errors, then times.")
+    parser = Arguments(description="FP8 attention against bf16: errors, then times.")
     parser.add_argument("--out", type=writable_file, help="write all numbers to this JSON file")
     parser.add_argument("--only", default="", help="substring of the variants to run, beside bf16")
     parser.add_argument("--limit", type=float, default=110, help="seconds for everything [%(default)g]")

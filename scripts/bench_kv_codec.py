@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from rcm.core.arguments import Arguments
 from rcm.inference.outcome import command, writable_file
 from rcm.kernels.kv_codec import fused
 from rcm.kernels.kv_codec.bias import segment_gain
@@ -143,7 +144,7 @@ def measure(name: str, spec: KVCodecSpec, data: tuple[Tensor, Tensor, Tensor], a
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=writable_file, help="JSON file to write")
     parser.add_argument("--tokens", type=int, default=4680, help="tokens of a chunk")
     parser.add_argument("--heads", type=int, default=12)

@@ -31,6 +31,7 @@ from rcm.configs.compose import Run, compose_run
 from rcm.configs.network import wan_config
 from rcm.configs.plan_job import plan_job
 from rcm.configs.schema_model import CausalConfig, NetConfig
+from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
@@ -215,7 +216,7 @@ def table(rows: Sequence[Measured]) -> str:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="scripts.bench_memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(prog="scripts.bench_memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=DEFAULT_REGISTRY, metavar="REGISTRY", help="as for scripts.train [%(default)s]")
     parser.add_argument("--case", default="given", metavar="NAME", help="name of the case that the words describe")
     parser.add_argument("--predict", action="store_true", help="print the predictions and stop")

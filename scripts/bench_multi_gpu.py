@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rcm.core.arguments import Arguments
 from rcm.core.dtypes import Precision
 from rcm.core.rng import StepRng, randn
 from rcm.diffusion.blocks import BlockPattern
@@ -62,7 +63,7 @@ SIZES = (Size("fp32", 6, 30, 52), Size("bf16", 21))
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Run all sizes and combinations; exit status 1 when a comparison exceeds its limit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--truth", type=Path, required=True, help="file of one rank's results: written by one rank, read by several")
     parser.add_argument("--json", type=writable_file, help="write the table here (rank 0)")
     parser.add_argument("--layers", type=int, default=30)

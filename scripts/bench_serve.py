@@ -29,6 +29,7 @@ from typing import Any
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 
+from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
 from rcm.inference.outcome import exit_status
@@ -105,7 +106,7 @@ class ServedProcess:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `rcm bench serve`."""
-    parser = argparse.ArgumentParser(prog="rcm bench serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(prog="rcm bench serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120.0, help="of load; a client alone gets a quarter of it first [%(default)s]")
     parser.add_argument("--clients", type=int, default=50, help="all of them [%(default)s]")
     parser.add_argument("--slow", type=int, default=10, help="that read one message a second [%(default)s]")

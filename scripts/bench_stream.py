@@ -9,7 +9,6 @@ that compiles and captures. Floors are the products and attention calls of the p
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import statistics
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 import triton
 
+from rcm.core.arguments import Arguments
 from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
 from rcm.encoders.wan_vae import WanVAECodec
@@ -318,7 +318,7 @@ def several(denoiser: Denoiser, codec: WanVAECodec, *, count: int, chunks: int) 
 @command
 def main(argv: list[str] | None = None) -> None:
     """Run the parts and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Arguments(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default="correct,c33,c11,steady,several,fp8", help="comma-separated")
     parser.add_argument("--size", default="1.3B", choices=("1.3B", "14B"))
     parser.add_argument("--chunks", type=int, default=24, help="steady chunks that are timed")

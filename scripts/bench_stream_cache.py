@@ -11,7 +11,6 @@ kinds of token), and of the latents of the chunks against bf16 on the same noise
 
 from __future__ import annotations
 
-import argparse
 import gc
 import statistics
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rcm.core.arguments import Arguments
 from rcm.inference.outcome import command, writable_file
 from rcm.kernels.cuda_graph import CudaGraph
 from rcm.kernels.kv_codec.codec import KVCodec
@@ -155,7 +155,7 @@ def parts(spec: KVCodecSpec | None, layers: int) -> dict[str, float]:
 @command
 def main(argv: list[str] | None = None) -> None:
     """Run the caches, compare them with the plain one, print one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Arguments(description=__doc__.splitlines()[0])
     parser.add_argument("--chunks", type=int, default=6, help="chunks that are timed")
     parser.add_argument("--only", default="", help="part of a cache's name; bf16 always runs")
     parser.add_argument("--out", type=writable_file, default="stream_cache.json")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rcm.core.arguments import Arguments
 from rcm.encoders.wan_vae import WanVAECodec
 from rcm.nets.denoiser import Denoiser
 from rcm.parallel.ulysses import shard_sequence
@@ -72,7 +72,7 @@ def apart(denoiser: Denoiser, *, chunks: int) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the rows and print them on the first rank."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Arguments(description=__doc__.splitlines()[0])
     parser.add_argument("--chunks", type=int, default=12, help="steady chunks that are timed")
     parser.add_argument("--sizes", default="1.3B,14B", help="comma-separated")
     parser.add_argument("--out", default="stream_ranks.json")

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rcm.core.arguments import Arguments
 from rcm.core.dtypes import Precision
 from rcm.core.dual import jvp
 from rcm.core.rng import StepRng, randn
@@ -267,7 +268,7 @@ def report(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Check, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", default="1.3B", choices=("1.3B", "14B"))
     parser.add_argument("--layers", type=int, help="fewer blocks than the network has")
     parser.add_argument("--frames", type=int, default=21, help="latent frames of 1560 tokens")

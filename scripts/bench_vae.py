@@ -23,6 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
+from rcm.core.arguments import Arguments
 from rcm.encoders.wan_vae import WanVAECodec
 from rcm.inference.outcome import command, writable_file
 
@@ -246,7 +247,7 @@ def show(result: dict[str, object], options: argparse.Namespace) -> None:
 @command
 def main(arguments: list[str] | None = None) -> None:
     """Parse, check, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=writable_file, help="write the numbers here")
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=832)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from rcm.core.arguments import Arguments
 from rcm.core.errors import CheckpointError, ConfigError, PeerGone
 from rcm.core.rng import require_seed
 from rcm.data.latents import LatentShards, expand_pattern
@@ -58,7 +59,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="scripts.build_dataset", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from rcm.core.arguments import Arguments
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.core.rng import require_seed
 from rcm.data.latents import LatentShards
@@ -46,7 +47,7 @@ def parse_part(text: str) -> tuple[int, int]:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="scripts.build_ode_pairs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from rcm.core.arguments import Arguments
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.inference.outcome import command
 from rcm.nets.wan.config import PRESETS, WanConfig
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(prog="checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     look = commands.add_parser("inspect", help="say what a file is, which network fits, what is missing, where to pass it")
     look.add_argument("path", nargs="+")

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.evaluation.compare import compare, require_same_conditions, side_by_side
 from rcm.evaluation.metrics_pixels import clip_of
@@ -29,7 +30,7 @@ from rcm.train.describe import installed_versions, write_atomically
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="scripts.compare_checkpoints", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

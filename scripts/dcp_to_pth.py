@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from rcm.core.arguments import Arguments
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.inference.outcome import command
 from rcm.train.export import PREFIXES, export
@@ -22,7 +23,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, export, report; exit status 1 with one line on stderr when the checkpoint or the target is unusable."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = "DCP directory (iter_*/model), its parent iter_*, or a job directory (default: %(default)s)"
     parser.add_argument("--dcp_checkpoint_dir", default="checkpoints/iter_000010000/model", help=where)
     parser.add_argument("--save_path", default="saved_model.pt", help="target file: .pth, .pt or .safetensors (default: %(default)s)")

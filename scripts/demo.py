@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from scripts.demo_page import COLUMNS, verdict, write_page
 from scripts.demo_progress import Board
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="scripts.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(prog="scripts.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, help="folder of everything the demo writes [outputs/demo, or outputs/demo_quick]")
     add("--fresh", action="store_true", help="begin anew: empty the folder, if it is a demo's")

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.evaluation.metrics_degrade import SOURCE_FRAMES
 from rcm.evaluation.metrics_judge import Case, cases_of, share_right, tables
@@ -55,7 +56,7 @@ START, END = "<!-- judged -->", "<!-- end of judged -->"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 1 when too few are ranked right."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="scripts.judge_metrics", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("outputs/judge"), metavar="DIR", help="[%(default)s]")

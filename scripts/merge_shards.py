@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rcm.core.arguments import Arguments
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.data.latents import expand_pattern
 from rcm.data.shard_merge import merge_shards
@@ -23,7 +24,7 @@ from rcm.inference.outcome import command
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; argparse ends the process with status 2 for a wrong one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("shards", nargs="+", metavar="PATTERN", help="shards: names, globs, or bash's braces, in quotes")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the larger shards go, a folder of their own")
     parser.add_argument("--shard_size", "--shard-size", type=int, default=1000, metavar="N", help="samples per shard [%(default)s]")

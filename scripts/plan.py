@@ -20,6 +20,7 @@ from typing import Any
 from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
 from rcm.configs.compose import Run, compose_run
 from rcm.configs.plan_job import plan_job, recompute_modes
+from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
 from rcm.inference.outcome import command
@@ -34,7 +35,7 @@ OWN_KEYS = {"gpus": 2**16, "gpu": None, "memory_gib": 2**20, "global_batch": 2**
 
 def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str], list[str]]:
     """Flags, the planner's own words, and the overrides of the config."""
-    parser = argparse.ArgumentParser(prog="scripts.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(prog="scripts.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=DEFAULT_REGISTRY, metavar="REGISTRY", help="as for scripts.train [%(default)s]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
     parser.add_argument("--as-is", "--as_is", action="store_true", help="predict the configured layout only, search for no other")

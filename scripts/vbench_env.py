@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.evaluation.vbench_files import cache_folder
 from rcm.evaluation.vbench_files import told as files_told
@@ -35,7 +36,7 @@ MINIMAL = ("opencv-python-headless<4.12", "decord", "tqdm", "pillow")
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="scripts.vbench_env", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

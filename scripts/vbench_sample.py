@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.core.rng import require_seed
 from rcm.evaluation.vbench_images import placed_crops, placed_list, require_images, with_images
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="scripts.vbench_sample", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("suite").add_argument

@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.evaluation.vbench_explain import PUBLISHED, explain, published_side, run_side, told
 from rcm.evaluation.vbench_files import cache_folder, problems
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="scripts.vbench_score", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from rcm.core.arguments import Arguments
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.core.output_file import OutputFile
 from rcm.data.latents import LatentShards, expand_pattern
@@ -38,7 +39,7 @@ _CAPTION = 100
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; argparse ends the process with status 2 for a wrong one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("shards", nargs="+", metavar="PATTERN", help="shards: names, globs, or bash's braces, in quotes")
     parser.add_argument("--rows", type=int, default=8, help="samples per shard; 0: how many there are [%(default)s]")
     parser.add_argument("--sheet", metavar="PNG", help="draw the first --rows samples of the first shard")

@@ -20,6 +20,7 @@ from types import ModuleType
 import rcm
 from rcm.configs import listing
 from rcm.configs.compose import compose_run
+from rcm.core.arguments import Arguments
 from rcm.core.errors import CheckpointError, ConfigError, NonFinite, PeerGone
 from rcm.data.tar_index import ShardError
 from rcm.parallel.agree import sentence, together
@@ -105,7 +106,7 @@ def load_registry(name: str) -> str:
 
 
 def _flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="scripts.train", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default=DEFAULT_REGISTRY, metavar="REGISTRY", help="file or module with register() [%(default)s]")

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
 from rcm.core.text_file import read_lines
@@ -116,7 +117,7 @@ def read_prompts(given: Sequence[str] | None, file: str | None, *, allow_empty: 
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="rcm stream", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("what to stream").add_argument

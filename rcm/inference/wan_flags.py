@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT
 from rcm.nets.attention import BACKENDS
@@ -85,7 +86,7 @@ class NetworkFile:
 
 def wan_parser(name: str, *, about: str | None) -> argparse.ArgumentParser:
     """An empty parser for `python -m rcm.inference.NAME`."""
-    return argparse.ArgumentParser(
+    return Arguments(
         prog=f"python -m rcm.inference.{name}",
         allow_abbrev=False,
         description=about,

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.outcome import check_device, exit_status, short_log
@@ -140,7 +141,7 @@ def _budget(flags: argparse.Namespace, device: torch.device) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="rcm serve", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("what to stream").add_argument

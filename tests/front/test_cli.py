@@ -52,6 +52,33 @@ def test_each_command_tells_its_own_name(line: str, command: Command, capsys) ->
     assert all(f"  {example}\n" in said for example in command.examples)
 
 
+@pytest.mark.parametrize(("line", "command"), [pytest.param(*leaf, id=leaf[0]) for leaf in leaves()])
+def test_a_flag_that_no_command_has_is_refused_in_one_sentence(line: str, command: Command, capsys) -> None:
+    try:
+        status = cli.main([*shlex.split(line)[1:], "--no_such_flag"])
+    except SystemExit as end:
+        status = end.code
+    said = capsys.readouterr().err
+    assert status == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["stream", "--promt", "x"], "error: unrecognized arguments: --promt x; did you mean --prompt?; --help lists the flags"),
+        (["stream", "a red square"], "error: unrecognized arguments: a red square; a prompt is written --prompt TEXT; --help lists the flags"),
+        (["demo", "--quik"], "error: unrecognized arguments: --quik; did you mean --quick?; --help lists the flags"),
+        (["demo", "--videos", "x"], "error: argument --videos: invalid int value: 'x'; --help lists the flags"),
+        (["vbench", "sample"], "error: the following arguments are required: --dit_path; --help lists the flags"),
+        (["checkpoint", "inspect"], "error: the following arguments are required: path; --help lists the flags"),
+    ],
+)
+def test_words_that_a_parser_cannot_read(words: list[str], sentence: str, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words)
+    assert capsys.readouterr().err == f"{sentence}\n"
+
+
 def test_examples_call_commands_that_exist() -> None:
     known = {line for line, _ in leaves()}
     for line, command in leaves():

@@ -6,7 +6,6 @@ the library's dense attention. Exit status 0: the card is good. 1: a check faile
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rcm.core.arguments import Arguments
 from rcm.diffusion.blocks import BlockPattern
 from rcm.kernels.flash_jvp.budget import errors_and_budgets
 from rcm.kernels.flash_jvp.validation import Problem, check_problem
@@ -115,7 +115,7 @@ def dense_rates(*, tokens: int = 16384, heads: int = 8, width: int = 128) -> tup
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the checks, print them, and return the exit status; `--dtype bf16` (repeatable) restricts them."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="python -m rcm.kernels.flash_jvp.selfcheck", description="Is the fused kernel right and fast on this GPU?"
     )
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="check only this dtype; may be repeated")
