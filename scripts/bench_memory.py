@@ -28,19 +28,14 @@ from rcm.configs.build_method import build_method, step_schedule
 from rcm.configs.build_nets import NetBuilder
 from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
 from rcm.configs.compose import Run, compose_run
-from rcm.configs.network import wan_config
 from rcm.configs.plan_job import plan_job
-from rcm.configs.schema_model import CausalConfig, NetConfig
+from rcm.configs.schema_model import CausalConfig
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.inference.outcome import command, writable_file
 from rcm.methods.base import Method, Phase, Thunk
-from rcm.nets.attention import attention_name
-from rcm.nets.wan.model import WanDiT
-from rcm.parallel.apply import parallelize
-from rcm.parallel.init import materialise, on_meta
 from rcm.parallel.mesh import ParallelDims, process_group
 from rcm.train.describe import write_atomically
 from rcm.train.ema import EMAConfig
@@ -50,6 +45,7 @@ from rcm.train.planner import Prediction, predict
 from rcm.train.planner_card import GIB, H200
 from rcm.train.state import TrainState
 from rcm.train.step import StepConfig, run_step
+from scripts.bench_measure import fill
 
 _PREFIX = "experiment=causal_wan2pt1_1pt3B_res480p_t2v_"
 CASES: dict[str, list[str]] = {
@@ -90,25 +86,8 @@ class Measured:
 class RandomNets(NetBuilder):
     """Builds networks as training does, and fills them with random numbers on the device."""
 
-    def _build(self, net_config: NetConfig, *, knob: str, checkpoint: str, frozen: bool) -> nn.Module:
-        sizes, config = wan_config(net_config, knob=f"model.config.{knob}"), self.config
-        net = on_meta(
-            lambda: WanDiT(sizes, attention=attention_name(config.attention_backend, flex_backend=config.flex_backend))
-        ).requires_grad_(not frozen)
-        parallelize(
-            net,
-            dims=self.dims,
-            precision=self.precision,
-            checkpoint=net_config.sac_config.mode,
-            checkpoint_every=net_config.sac_config.every_n_blocks,
-            compile=config.compile,
-        )
-        net.set_jvp_implementation(config.jvp_implementation)
-        materialise(net, device=self.device)
-        with torch.no_grad():
-            for parameter in net.parameters():
-                parameter.normal_(std=0.02)
-        return net
+    def _fill(self, net: nn.Module, start: object, checkpoint: str, roles: tuple[str, ...]) -> None:
+        fill(net)
 
 
 class AtPhase:

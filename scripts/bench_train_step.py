@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rcm.core.arguments import Arguments
 from rcm.core.dtypes import Precision
@@ -47,7 +47,7 @@ from rcm.parallel.checkpointing import MODES
 from rcm.parallel.fsdp import stored_parameters
 from rcm.parallel.init import materialise, on_meta
 from rcm.parallel.mesh import ParallelDims, process_group
-from scripts.bench_measure import breakdown, floor_of, timed, write
+from scripts.bench_measure import breakdown, fill, floor_of, timed, write
 
 HEIGHT, WIDTH = 60, 104  # 480 x 832 pixels
 
@@ -89,19 +89,6 @@ def exact_student(config: WanConfig) -> Denoiser:
     for parameter in net.parameters():
         parameter.copy_(parameter.bfloat16())
     return Denoiser(net, Precision.preset("fp64"))
-
-
-@torch.no_grad()
-def fill(net: nn.Module) -> None:
-    """Random weights without zeros: products of fan-in variance, norms around 1. Zeros would draw less power and run faster."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    for name, parameter in stored_parameters(net).items():
-        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        draws = torch.randn(local.shape, generator=generator, device="cuda")
-        if parameter.ndim >= 2:
-            local.copy_(draws * parameter.shape[-1] ** -0.5)
-        else:
-            local.copy_(0.02 * draws + float(name.endswith("weight")))
 
 
 class Step:

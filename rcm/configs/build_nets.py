@@ -125,13 +125,20 @@ class NetBuilder:
         )
         net.set_jvp_implementation(config.jvp_implementation)
         materialise(net, device=self.device)
-        weights, source = self._weights(net_config, plain, knob=knob, checkpoint=checkpoint, quiet=self.resumes and not (frozen or roles))
+        quiet = self.resumes and not (frozen or roles)
+        self._fill(net, lambda: self._weights(net_config, plain, knob=knob, checkpoint=checkpoint, quiet=quiet), checkpoint, roles)
+        check_equal(net, dims=self.dims)
+        return net
+
+    def _fill(
+        self, net: nn.Module, start: Callable[[], tuple[Mapping[str, Tensor] | None, str]], checkpoint: str, roles: tuple[str, ...]
+    ) -> None:
+        """Give a network in memory its values: those of `start`, and adapters for each of `roles`."""
+        weights, source = start()
         if roles:
             self._fill_adapted(net, weights, source=source, checkpoint=checkpoint, roles=roles)
         else:
             load_full(net, weights, source=source)
-        check_equal(net, dims=self.dims)
-        return net
 
     def _weights(
         self, net_config: NetConfig, plain: Callable[[], WanDiT], *, knob: str, checkpoint: str, quiet: bool

@@ -1,0 +1,381 @@
+"""What a training step costs: time, memory, tokens per second, MFU and communication of every recipe, network and layout, beside what the
+planner says. Random weights at full size, made-up latents of 480p.
+
+    torchrun --nproc_per_node=4 --max-restarts=3 -m scripts.bench_scale --budget 520 --json scale.json
+    torchrun --nproc_per_node=1 -m scripts.bench_scale --rows tf_diffusion-1.3B-one --json scale.json
+    python -m scripts.bench_scale --plan-only --gpus 4 --gpu h100        # what fits, without a GPU
+    python -m scripts.bench_scale --report --json scale.json             # the table again, and scaling between its rows
+
+Every row is composed as `scripts.train` composes it and runs in the trainer's own loop: every kind of iteration once to warm up, then
+`--repeats` times, the last of them under the profiler. Seconds of an iteration are the mean of the repetitions (their rollouts differ in
+length, on the mean as a whole cycle's) of the slowest rank; kinds are weighed by their share. Tokens are those of the videos, 1560 per
+latent frame at 480p, not of packed halves. MFU: `scripts.bench_scale_flops`. "comm" is the share of the profiled iterations in which
+kernels of NCCL ran, "exposed" that in which nothing else did.
+
+A row whose prediction does not fit is tried without the student's average, and says so; one that does not fit then is not run. The file is
+written after every row; rows in it that this launch does not measure stay. A process that dies (a hung collective, a broken context) is
+started again by torchrun's --max-restarts and goes on behind the row that ended it.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault(
+    "NCCL_NVLS_ENABLE", "0"
+)  # multicast over NVLink is not to be had on shared machines
+
+import argparse
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
+from rcm.configs.compose import Run
+from rcm.configs.plan_job import plan_job
+from rcm.core.errors import ConfigError
+from rcm.inference.outcome import command, short_log, writable_file
+from rcm.parallel.mesh import ParallelDims, launched_world, process_group
+from rcm.train.planner import Prediction, predict
+from rcm.train.planner_card import CARDS, Card, card
+from scripts.bench_scale_flops import iteration_flops
+from scripts.bench_scale_report import (
+    Ledger,
+    measured_record,
+    print_plan,
+    print_record,
+    print_summary,
+)
+from scripts.bench_scale_rows import LEAN, Row, chosen, composed
+from scripts.bench_scale_run import Attempt, attempt
+
+BUILDING = 12.0
+"""Seconds that a row takes beside its iterations: networks, first kernels, reading the profile."""
+
+PATIENCE = 60.0
+"""Seconds that a rank waits for the others at the end of a row."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A row as it will be run: its configuration, what the planner says of it, words that were left out to fit, and model FLOPs by role."""
+
+    row: Row
+    run: Run
+    prediction: Prediction
+    lean: tuple[str, ...]
+    flops: dict[str, float]
+
+    def iterations_seconds(self, repeats: int) -> float:
+        """Of all iterations of the row."""
+        return (1 + repeats) * sum(phase.seconds for phase in self.prediction.phases)
+
+
+def planned(
+    row: Row, *, ranks: int, on: Card, tiny: bool, fused: bool, more: Sequence[str] = ()
+) -> Planned:
+    """The row as it is, or, where that does not fit, without what `LEAN` leaves out. `ConfigError` for keys that are not known."""
+    found = _planned(row, (), ranks=ranks, on=on, tiny=tiny, fused=fused, more=more)
+    if found.prediction.fits:
+        return found
+    return _planned(row, LEAN, ranks=ranks, on=on, tiny=tiny, fused=fused, more=more)
+
+
+def _planned(
+    row: Row,
+    lean: tuple[str, ...],
+    *,
+    ranks: int,
+    on: Card,
+    tiny: bool,
+    fused: bool,
+    more: Sequence[str],
+) -> Planned:
+    run = composed(row, ranks=ranks, tiny=tiny, more=(*lean, *more))
+    job = plan_job(run, ranks=ranks, fused=fused)
+    job = replace(job, reduce_bytes=2) if row.reduce else job
+    model = (
+        replace(run.config.model.config, replayed_training=False)
+        if row.recipe == "sf_dmd_replayed"
+        else run.config.model.config
+    )
+    once = plan_job(
+        replace(run, config=replace(run.config, model=replace(run.config.model, config=model))),
+        ranks=ranks,
+        fused=fused,
+    )
+    flops = {phase.role: iteration_flops(once, phase) for phase in once.phases}
+    return Planned(row, run, predict(job, on), lean, flops)
+
+
+def present_card() -> Card:
+    """The card of this machine as the planner knows it: by name, with the memory that it has."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    name = next(
+        (name for name in CARDS if name.partition("-")[0] in properties.name.lower()), "h200"
+    )
+    return card(name, memory_gib=properties.total_memory / 2**30)
+
+
+@cache
+def dims_of(mesh: tuple[int, int, int], device_type: str) -> ParallelDims:
+    """One set of meshes for all rows of a layout: every communicator of NCCL keeps memory that no allocator counts."""
+    return ParallelDims(*mesh, device_type)
+
+
+class Watchdog:
+    """Ends this process if the block takes longer than `seconds`: a collective that some ranks never reach cannot be interrupted."""
+
+    def __init__(self, seconds: float, what: str) -> None:
+        self._timer = threading.Timer(seconds, self._end, (seconds, what))
+        self._timer.daemon = True
+
+    def __enter__(self) -> None:
+        self._timer.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._timer.cancel()
+
+    @staticmethod
+    def _end(seconds: float, what: str) -> None:
+        print(
+            f"{what}: not done after {seconds:.0f} s; this process ends",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(3)
+
+
+class Bench:
+    """All rows of one launch, in turn. Decisions are taken by rank 0 and told to the others."""
+
+    def __init__(
+        self, options: argparse.Namespace, *, ranks: int, device: torch.device, ledger: Ledger
+    ) -> None:
+        self.options, self.ranks, self.device, self.ledger = options, ranks, device, ledger
+        self.on = (
+            present_card()
+            if device.type == "cuda"
+            else card(options.gpu, memory_gib=options.memory_gib)
+        )
+        self.main = dist.get_rank() == 0
+        self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE))
+
+    def run(self, rows: Sequence[Row]) -> bool:
+        """Whether every row ended in a way that a row may end."""
+        good = True
+        for row in rows:
+            if self.told(row.name in self.ledger.done):
+                continue
+            try:
+                found = planned(
+                    row,
+                    ranks=self.ranks,
+                    on=self.on,
+                    tiny=self.options.small,
+                    fused=self.device.type == "cuda",
+                )
+            except ConfigError as error:
+                self.finish(row, {"status": "refused", "why": str(error)})
+                good = False
+                continue
+            if why := self.told(self.reason_against(found)):
+                self.finish(row, {"status": "not run", "why": why}, found)
+                continue
+            self.ledger.begin(row.name)
+            good &= self.measure(found)
+        return good
+
+    def told(self, decision: Any) -> Any:
+        """What rank 0 says."""
+        box = [decision]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def reason_against(self, found: Planned) -> str:
+        """Why a row is left out, "" where it is not."""
+        needed = found.iterations_seconds(self.options.repeats)
+        prediction = found.prediction
+        if not prediction.fits:
+            return f"needs {prediction.reserved / 2**30:.1f} of {self.on.gib:.1f} GiB, the average left out"
+        if needed > self.options.limit:
+            return f"would take {needed:.0f} s, more than --limit {self.options.limit:g}"
+        left = self.options.budget - self.ledger.spent()
+        if needed + BUILDING > left:
+            return f"would take {needed + BUILDING:.0f} s, {left:.0f} of --budget {self.options.budget:g} are left"
+        return ""
+
+    def measure(self, found: Planned) -> bool:
+        """Run the row on all ranks and record it. Whether it was measured, or ran out of memory."""
+        row, options = found.row, self.options
+        began = time.monotonic()
+        with Watchdog(2 * options.limit + PATIENCE, row.name):
+            own = attempt(
+                found.run,
+                dims=dims_of(found.run.mesh, self.device.type),
+                device=self.device,
+                roles=[phase.role for phase in found.prediction.phases],
+                repeats=options.repeats,
+                profiled=not options.no_profile,
+                reduce=row.reduce,
+            )
+            ends: list[Attempt] = [own] * self.ranks
+            dist.all_gather_object(ends, own, group=self.control)
+        worst = next(
+            (end for end in ends if end.status == "failed"),
+            next((end for end in ends if end.status != "measured"), own),
+        )
+        if worst.status == "measured":
+            record = measured_record(found.prediction, found.flops, ends)
+        else:
+            record = {"status": worst.status, "why": worst.why}
+        self.finish(row, record | {"took_s": round(time.monotonic() - began, 1)}, found)
+        if worst.status == "failed" and _may_restart():
+            print(f"{row.name}: starting afresh behind it", file=sys.stderr, flush=True)
+            os._exit(3)
+        return worst.status != "failed"
+
+    def finish(self, row: Row, record: dict[str, Any], found: Planned | None = None) -> None:
+        """Print and write a row's end (rank 0)."""
+        if not self.main:
+            return
+        record = {"row": row.name, "ranks": self.ranks, **record}
+        if found is not None:
+            record |= {
+                "words": list(found.run.overrides),
+                "left_out": list(found.lean),
+                "predicted": {
+                    "seconds": found.prediction.seconds,
+                    "peak_gib": found.prediction.peak / 2**30,
+                    "reserved_gib": found.prediction.reserved / 2**30,
+                },
+            }
+        print_record(record)
+        self.ledger.end(record)
+
+
+def _may_restart() -> bool:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) < int(
+        os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)
+    )
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="scripts.bench_scale",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--rows",
+        metavar="A,B",
+        help="names or globs, in this order; without it all that the number of ranks allows",
+    )
+    parser.add_argument("--list", action="store_true", help="print the rows and stop")
+    parser.add_argument(
+        "--plan-only", action="store_true", help="print what the planner says of every row and stop"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="print the rows of the --json file and stop"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=520.0,
+        metavar="S",
+        help="seconds of this launch; rows beyond it are left out",
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=90.0,
+        metavar="S",
+        help="rows whose iterations take longer are left out",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=2,
+        choices=range(1, 10),
+        metavar="N",
+        help="iterations that count, of each kind",
+    )
+    parser.add_argument(
+        "--no-profile", action="store_true", help="without the share of communication"
+    )
+    parser.add_argument(
+        "--json",
+        type=writable_file,
+        metavar="FILE",
+        help="written after every row; read first, and by --report",
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=None, metavar="N", help="--plan-only, --list: ranks"
+    )
+    parser.add_argument("--gpu", default="h100", choices=tuple(CARDS), help="--plan-only: the card")
+    parser.add_argument(
+        "--memory-gib", "--memory_gib", type=float, help="--plan-only: another memory size"
+    )
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument(
+        "--small", action="store_true", help="tiny networks and videos, for trying the script"
+    )
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: every row was measured, left out, or ran out of memory. 1: one failed or was refused. 2: the request cannot be met."""
+    options = arguments(argv)
+    short_log()
+    load_registry(DEFAULT_REGISTRY)
+    ranks = options.gpus or launched_world()
+    if options.report:
+        if options.json is None:
+            raise ConfigError("--report reads the file of --json; give one")
+        print_summary(Ledger(options.json).records())
+        return 0
+    rows = chosen(options.rows, ranks=ranks)
+    if options.list:
+        for row in rows:
+            print(
+                f"{row.name:<44} {' '.join(row.overrides(ranks))}{f'  (gradients reduced in {row.reduce})' if row.reduce else ''}"
+            )
+        return 0
+    if options.plan_only:
+        on = card(options.gpu, memory_gib=options.memory_gib)
+        plans = [planned(row, ranks=ranks, on=on, tiny=options.small, fused=True) for row in rows]
+        print_plan(
+            [
+                (p.row.name, p.prediction, p.lean, p.iterations_seconds(options.repeats) + BUILDING)
+                for p in plans
+            ]
+        )
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "bench_scale needs CUDA devices; --plan-only needs none, --device cpu --small tries the script"
+        )
+    with process_group(options.device) as device:
+        ledger = Ledger(
+            options.json if dist.get_rank() == 0 else None,
+            ranks=dist.get_world_size(),
+            device=device,
+        )
+        good = Bench(options, ranks=dist.get_world_size(), device=device, ledger=ledger).run(rows)
+        if dist.get_rank() == 0:
+            print_summary(ledger.records())
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""What `scripts.bench_scale` writes and prints: the file of all rows, lines, and comparisons between rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from rcm.core.errors import ConfigError
+from rcm.train.planner import Prediction
+from scripts.bench_measure import write
+from scripts.bench_scale_flops import mfu
+from scripts.bench_scale_run import Attempt
+
+GIB = 2**30
+
+
+class Ledger:
+    """The rows of a file, by name and number of ranks, written after each. `path` None: kept in memory alone.
+
+    A launch leaves rows that it does not measure as they are. A launch that torchrun started again goes on with what the earlier process
+    wrote: `done` are the rows that it need not repeat, the one that was running when it died among them.
+    """
+
+    def __init__(
+        self, path: Path | None, *, ranks: int = 1, device: torch.device | None = None
+    ) -> None:
+        self.path, self.ranks = path, ranks
+        self._content: dict[str, Any] = _read(path)
+        self._machine = {} if device is None else machine(device)
+        self.done: set[str] = set()
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        launch = self._content.get("launch")
+        if restarted and launch is not None:
+            if launch["running"] is not None:
+                launch["done"].append(launch["running"])
+                self._keep(
+                    {
+                        "row": launch["running"],
+                        "ranks": ranks,
+                        "status": "failed",
+                        "why": "the process ended; its messages say why",
+                    }
+                )
+            self.done = set(launch["done"])
+        elif device is not None:
+            self._content["launch"] = {
+                "began": time.time(),
+                "ranks": ranks,
+                "running": None,
+                "done": [],
+            }
+
+    def spent(self) -> float:
+        """Seconds since the launch began, earlier processes of it included."""
+        return time.time() - self._content["launch"]["began"]
+
+    def begin(self, name: str) -> None:
+        """`name` runs now."""
+        self._content["launch"]["running"] = name
+        self._write()
+
+    def end(self, record: Mapping[str, Any]) -> None:
+        """Keep a row in place of an older one of its name and ranks, unless that was measured and this one was not run."""
+        launch = self._content["launch"]
+        launch["running"] = None
+        launch["done"].append(record["row"])
+        old = next((r for r in self.records() if _key(r) == _key(record)), None)
+        if record["status"] != "not run" or old is None or old["status"] != "measured":
+            self._keep(record)
+        self._write()
+
+    def records(self) -> list[dict[str, Any]]:
+        """All rows."""
+        return self._content["rows"]
+
+    def _keep(self, record: Mapping[str, Any]) -> None:
+        rest = [r for r in self.records() if _key(r) != _key(record)]
+        self._content["rows"] = [*rest, {**record, "machine": self._machine}]
+
+    def _write(self) -> None:
+        if self.path is not None:
+            write(str(self.path), self._content)
+
+
+def _key(record: Mapping[str, Any]) -> tuple[str, int]:
+    return record["row"], record["ranks"]
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    if path is None or not path.is_file() or not path.stat().st_size:
+        return {"rows": []}
+    try:
+        content = json.loads(path.read_text())
+        _ = [_key(record) for record in content["rows"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no file of bench_scale; give --json another name") from error
+    return content
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What a row was measured on."""
+    gpu = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {platform.machine()}"
+    )
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    if device.type == "cuda":
+        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return {"gpu": gpu, **versions, "date": time.strftime("%Y-%m-%d")}
+
+
+def measured_record(
+    prediction: Prediction, flops: Mapping[str, float], ends: Sequence[Attempt]
+) -> dict[str, Any]:
+    """A measured row: every kind of iteration, and what follows from their shares."""
+    job, kinds = prediction.job, {}
+    for phase in prediction.phases:
+        ranks = [[i for i in end.iterations if i.role == phase.role] for end in ends]
+        slowest = [max(i.seconds for i in turn) for turn in zip(*ranks, strict=True)]
+        profiled = next((i for i in ranks[0] if i.kernels), None)
+        kinds[phase.role] = {
+            "share": phase.share,
+            "seconds": mean(slowest),
+            "samples_s": slowest,
+            "predicted_s": phase.seconds,
+            "flops": flops[phase.role],
+            "mfu": mfu(flops[phase.role], seconds=mean(slowest), gpus=job.ranks),
+            "peak_gib": [max(i.allocated for i in own) / GIB for own in ranks],
+            "reserved_gib": [max(i.reserved for i in own) / GIB for own in ranks],
+            "predicted_peak_gib": phase.peak / GIB,
+            "kernels": {}
+            if profiled is None
+            else {**profiled.kernels, "seconds": profiled.seconds},
+        }
+    return {"status": "measured", "global_batch": job.global_batch, "kinds": kinds} | _totals(
+        prediction, kinds
+    )
+
+
+def _totals(prediction: Prediction, kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    job = prediction.job
+    seconds = _weighed(kinds, "seconds")
+    video = max(
+        (layout for phase in job.phases for step in phase.passes for layout in step.layouts),
+        key=lambda x: x.num_output_frames,
+    )
+    tokens = job.global_batch * video.num_output_frames * video.tokens_per_frame
+    peak = max(max(kind["peak_gib"]) for kind in kinds.values())
+    found = {
+        "seconds": seconds,
+        "seconds_per_sample": seconds / job.global_batch,
+        "tokens_per_s": tokens / seconds,
+        "mfu": mfu(_weighed(kinds, "flops"), seconds=seconds, gpus=job.ranks),
+        "peak_gib": peak,
+        "reserved_gib": max(max(kind["reserved_gib"]) for kind in kinds.values()),
+        "time_ratio": prediction.seconds / seconds,
+        "memory_ratio": prediction.peak / GIB / peak,
+    }
+    if all(kind["kernels"] for kind in kinds.values()):
+        whole = sum(kind["share"] * kind["kernels"]["seconds"] for kind in kinds.values())
+        for name in ("nccl", "exposed"):
+            found[f"{name}_share"] = (
+                sum(kind["share"] * kind["kernels"][f"{name}_ms"] for kind in kinds.values())
+                / 1e3
+                / whole
+            )
+    return found
+
+
+def _weighed(kinds: Mapping[str, Mapping[str, Any]], key: str) -> float:
+    return sum(kind["share"] * kind[key] for kind in kinds.values())
+
+
+def print_record(record: Mapping[str, Any]) -> None:
+    """One row, and a line for each of several kinds of iteration."""
+    name = f"{record['row']} on {record['ranks']}"
+    predicted = record.get("predicted", {})
+    if record["status"] != "measured":
+        told = (
+            f"; predicted {predicted['peak_gib']:.1f} GiB, {predicted['seconds']:.2f} s"
+            if predicted
+            else ""
+        )
+        print(f"{name:<52} {record['status']}: {record['why']}{told}", flush=True)
+        return
+    comm = (
+        f"comm {record['nccl_share']:.1%} (exposed {record['exposed_share']:.1%})"
+        if "nccl_share" in record
+        else ""
+    )
+    without = " without the average" if record.get("left_out") else ""
+    memory = f"{record['peak_gib']:6.2f} GiB ({record['memory_ratio']:.3f}), reserved {record['reserved_gib']:6.2f}"
+    speed = f"{record['tokens_per_s']:8.0f} tokens/s  MFU {record['mfu']:.1%}"
+    print(
+        f"{name:<52} {record['seconds']:7.3f} s ({record['time_ratio']:.2f})  {memory}  {speed}  {comm}{without}",
+        flush=True,
+    )
+    if len(record["kinds"]) > 1:
+        for role, kind in record["kinds"].items():
+            spent = f"{kind['seconds']:7.3f} s (planner {kind['predicted_s']:.2f})"
+            peak = f"{max(kind['peak_gib']):.2f} GiB (planner {kind['predicted_peak_gib']:.2f})"
+            print(
+                f"    {role:<12} x {kind['share']:.2f}: {spent}, {peak}, MFU {kind['mfu']:.1%}",
+                flush=True,
+            )
+
+
+def print_plan(plans: Iterable[tuple[str, Prediction, Sequence[str], float]]) -> None:
+    """What the planner says of rows: (name, prediction, words left out, seconds in a call)."""
+    total = 0.0
+    for name, found, lean, seconds in plans:
+        total += seconds if found.fits else 0.0
+        verdict = "fits" if found.fits else "DOES NOT FIT"
+        without = " without the average" if lean else ""
+        print(
+            f"{name:<44} {found.seconds:7.2f} s per iteration, peak {found.peak / GIB:6.1f} GiB, needs {found.reserved / GIB:6.1f} of "
+            f"{found.card.gib:g}: {verdict}{without}; {seconds:4.0f} s to measure"
+        )
+    print(f"{total:.0f} s for all that fit")
+
+
+def print_summary(records: Sequence[Mapping[str, Any]]) -> None:
+    """All rows again, then weak scaling and per-sample time against one GPU, and how far the planner was off."""
+    for record in records:
+        print_record(record)
+    done = [record for record in records if record["status"] == "measured"]
+    single = {
+        record["row"].removesuffix("-one"): record
+        for record in done
+        if record["row"].endswith("-one")
+    }
+    for record in done:
+        base, _, layout = record["row"].rpartition("-")
+        one = single.get(base)
+        if record["ranks"] == 1 or one is None:
+            continue
+        ratio = record["seconds_per_sample"] / one["seconds_per_sample"]
+        print(
+            f"{record['row']} on {record['ranks']}: per-sample time {ratio:.3f} of one GPU's, efficiency {1 / ratio / record['ranks']:.1%}"
+            + (
+                f" (weak scaling {one['seconds'] / record['seconds']:.1%})"
+                if layout in ("fsdp", "hsdp")
+                else ""
+            )
+        )
+    if done:
+        for key, what in (("time_ratio", "time"), ("memory_ratio", "peak memory")):
+            values = [record[key] for record in done]
+            print(
+                f"planner over measured {what}: {min(values):.3f} to {max(values):.3f} in {len(values)} rows"
+            )

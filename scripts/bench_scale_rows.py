@@ -1,0 +1,186 @@
+"""The rows of `scripts.bench_scale`: recipe, network and layout, as words of the command line of `scripts.train`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from rcm.configs.compose import Run, compose_run
+from rcm.configs.network import networks
+from rcm.core.errors import ConfigError
+
+M = "model.config"
+EXPERIMENTS = {
+    "tf_diffusion": "causal_wan2pt1_{size}_res480p_t2v_tf_c3-3",
+    "tf_dcm": "causal_wan2pt1_1pt3B_res480p_t2v_tf_dcm_c3-3",
+    "tf_scm": "causal_wan2pt1_1pt3B_res480p_t2v_tf_scm_c3-3",
+    "sf_dmd": "causal_wan2pt1_1pt3B_res480p_t2v_sf_dmd_c3-3",
+    "sf_dmd_replayed": "causal_wan2pt1_1pt3B_res480p_t2v_sf_dmd_c3-3_replayed",
+    "rcm": "wan2pt1_{size}_res480p_t2v_rCM",
+}
+"""Recipe -> published experiment. Those without a size train the 1.3B student under 14B teachers; their 14B rows change the student."""
+
+SIZES = {"1.3B": "1pt3B", "14B": "14B"}
+LAYOUTS = {
+    "one": (1, 1, 1),
+    "fsdp": (2, 1, 1),
+    "ulysses2": (2, 1, 2),
+    "ulysses4": (4, 1, 4),
+    "hsdp": (4, 2, 1),
+}
+"""Layout -> (divisor of the number of ranks, copies of the parameters, ranks that share a sample). "one" is one rank."""
+
+NO_FILES = (
+    "dataloader_train.kind=fake",
+    "dataloader_train.num_workers=0",
+    "dataloader_train.num_videos=64",
+    f"{M}.allow_random_init=True",
+)
+TINY = {
+    "dim": 128,
+    "ffn_dim": 512,
+    "num_heads": 4,
+    "num_layers": 3,
+    "text_dim": 64,
+    "text_len": 16,
+    "freq_dim": 32,
+}
+TINY_VIDEO = (f"{M}.latent_hw=[16,16]", f"{M}.state_t=6")
+MODE = f"{M}.net.sac_config.mode="
+LEAN = (f"{M}.ema.enabled=False",)
+"""What a row leaves out, and says so, where it does not fit as it is: the average can be taken over checkpoints."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. `variant` names what `words` change of the published experiment; `reduce`: dtype in which gradients are averaged,
+    "" for float32.
+    """
+
+    recipe: str
+    net: str
+    layout: str
+    variant: str = ""
+    words: tuple[str, ...] = ()
+    reduce: str = ""
+
+    @property
+    def name(self) -> str:
+        """RECIPE-NET-LAYOUT, then the variant."""
+        return "-".join(part for part in (self.recipe, self.net, self.layout, self.variant) if part)
+
+    def is_possible(self, ranks: int) -> bool:
+        """Whether `ranks` ranks can take the layout."""
+        return (
+            ranks == 1
+            if self.layout == "one"
+            else ranks > 1 and ranks % LAYOUTS[self.layout][0] == 0
+        )
+
+    def overrides(self, ranks: int) -> list[str]:
+        """The experiment and its changes on `ranks` ranks."""
+        _, copies, context = LAYOUTS[self.layout]
+        experiment = EXPERIMENTS[self.recipe].format(size=SIZES[self.net])
+        grown = (
+            ["net=wan2pt1_14b"]
+            if self.net == "14B" and "{size}" not in EXPERIMENTS[self.recipe]
+            else []
+        )
+        layout = [
+            f"{M}.fsdp_shard_size={ranks // copies}",
+            f"model_parallel.context_parallel_size={context}",
+        ]
+        return [f"experiment={experiment}", *grown, *layout, *self.words]
+
+
+_KEEP = (MODE + "block_wise_keep_attention",)
+_ALL_SMALL = ("net_bidirectional_teacher=wan2pt1_1pt3b", "net_fake_score=wan2pt1_1pt3b")
+_TWICE = ("trainer.grad_accum_iter=2",)
+
+ROWS = (
+    Row("tf_diffusion", "1.3B", "one"),
+    Row("tf_diffusion", "14B", "ulysses4"),
+    Row("tf_scm", "14B", "ulysses4"),
+    Row("tf_diffusion", "1.3B", "fsdp"),
+    Row("tf_diffusion", "1.3B", "ulysses4"),
+    Row("tf_diffusion", "14B", "ulysses4", "keep_attention", _KEEP),
+    Row("sf_dmd", "14B", "ulysses4"),
+    Row("tf_dcm", "14B", "ulysses4"),
+    Row("sf_dmd_replayed", "14B", "ulysses4", "each", ("trainer.gradient_sync=each",)),
+    Row("rcm", "14B", "ulysses4", "block_wise", (MODE + "block_wise",)),
+    Row("tf_diffusion", "1.3B", "ulysses2"),
+    Row("tf_diffusion", "1.3B", "hsdp"),
+    Row("sf_dmd", "1.3B", "ulysses4"),
+    Row("tf_scm", "1.3B", "ulysses4"),
+    Row("tf_diffusion", "14B", "fsdp"),
+    Row("tf_diffusion", "1.3B", "fsdp", "accumulate2_last", _TWICE),
+    Row(
+        "tf_diffusion", "1.3B", "fsdp", "accumulate2_each", (*_TWICE, "trainer.gradient_sync=each")
+    ),
+    Row("tf_diffusion", "1.3B", "fsdp", "bf16_reduce", reduce="bfloat16"),
+    Row(
+        "tf_diffusion",
+        "14B",
+        "ulysses4",
+        "accumulate2_each",
+        (*_TWICE, "trainer.gradient_sync=each"),
+    ),
+    Row("tf_diffusion", "14B", "ulysses4", "bf16_reduce", reduce="bfloat16"),
+    Row("tf_scm", "14B", "ulysses4", "keep_attention", _KEEP),
+    Row("sf_dmd_replayed", "1.3B", "ulysses4"),
+    Row("tf_dcm", "1.3B", "ulysses4"),
+    Row("rcm", "1.3B", "fsdp"),
+    Row("tf_diffusion", "14B", "ulysses2"),
+    Row("tf_scm", "14B", "fsdp"),
+    Row("tf_scm", "1.3B", "one"),
+    Row("tf_diffusion", "1.3B", "one", "keep_attention", _KEEP),
+    Row("tf_scm", "1.3B", "one", "small_teacher", ("net_causal_teacher=wan2pt1_1pt3b",)),
+    Row("tf_dcm", "1.3B", "one"),
+    Row("sf_dmd", "1.3B", "one", "small_roles", _ALL_SMALL),
+    Row("sf_dmd_replayed", "1.3B", "one", "small_roles", _ALL_SMALL),
+    Row("rcm", "1.3B", "one"),
+    Row("tf_scm", "1.3B", "fsdp"),
+    Row("tf_scm", "1.3B", "ulysses2"),
+    Row("sf_dmd", "1.3B", "fsdp"),
+)
+"""In order of importance: a run stops where its budget does."""
+
+
+def chosen(patterns: str | None, *, ranks: int) -> tuple[Row, ...]:
+    """The rows that `ranks` ranks can run, in order, or those of them that `patterns` (names or globs, joined by commas) names, in its
+    order. `ConfigError` for a pattern that names none.
+    """
+    possible = [row for row in ROWS if row.is_possible(ranks)]
+    if patterns is None:
+        return tuple(possible)
+    found: dict[str, Row] = {}
+    for pattern in patterns.split(","):
+        named = [row for row in possible if fnmatchcase(row.name, pattern)]
+        if not named:
+            raise ConfigError(
+                f"--rows {pattern}: no such row on {ranks} rank(s); `--list` shows the names"
+            )
+        found |= {row.name: row for row in named}
+    return tuple(found.values())
+
+
+def composed(row: Row, *, ranks: int, tiny: bool, more: Iterable[str] = ()) -> Run:
+    """The run of a row with made-up data and random weights. `tiny`: every network and the video at a size for CPU tests.
+
+    `ConfigError` where the configuration refuses, a key it does not know included.
+    """
+    words = [*row.overrides(ranks), *NO_FILES, *more]
+    run = _compose(words, ranks)
+    if not tiny:
+        return run
+    sizes = [
+        f"{M}.{key}.{name}={value}"
+        for key in networks(run.config.model.config)
+        for name, value in TINY.items()
+    ]
+    return _compose([*words, *sizes, *TINY_VIDEO], ranks)
+
+
+def _compose(words: Sequence[str], ranks: int) -> Run:
+    return compose_run(words, world_size=ranks, require_inputs=False)

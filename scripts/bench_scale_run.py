@@ -1,0 +1,266 @@
+"""One row of `scripts.bench_scale`: the run built as training builds it, with random weights, a few iterations of the trainer's own loop,
+and what was seen of them.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from rcm.configs.build import allow_tf32, train_state, trainer_config
+from rcm.configs.build_data import build_loader, negative_condition
+from rcm.configs.build_method import build_method, step_schedule
+from rcm.configs.compose import Run
+from rcm.configs.schema_model import CausalConfig
+from rcm.core.rng import StepRng
+from rcm.data.batch import LatentBatch
+from rcm.inference.outcome import out_of_memory
+from rcm.methods.base import Method, Phase, Thunk
+from rcm.parallel.mesh import ParallelDims
+from rcm.train.state import TrainState
+from rcm.train.trainer import Trainer
+from scripts.bench_memory import Meter, RandomNets
+
+GIB = 2**30
+WARM = 100_000
+"""Iteration that held phases claim: behind every warm-up of a loss."""
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_MARKS = ("nccl:", "FSDP::", "Optimizer.", "ProfilerStep")
+"""How the profiler's own marks on a GPU's time line begin; kernels of NCCL are called ncclDevKernel..."""
+
+
+@dataclass
+class Iteration:
+    """One iteration as a rank saw it: role, index of the role's update, seconds, peak bytes allocated and reserved, milliseconds of kernels
+    (empty where not profiled).
+    """
+
+    role: str
+    index: int
+    seconds: float
+    allocated: float
+    reserved: float
+    kernels: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How a row ended on this rank: "measured", "out of memory" or "failed", why, and its iterations without those that warmed up."""
+
+    status: str
+    why: str = ""
+    iterations: tuple[Iteration, ...] = ()
+
+
+class Scripted:
+    """A method whose phases are given in advance."""
+
+    def __init__(self, method: Method, phases: Sequence[Phase]) -> None:
+        self.method, self.phases, self.name = method, phases, method.name
+
+    @property
+    def trainable(self) -> Mapping[str, nn.Module]:
+        """The method's."""
+        return self.method.trainable
+
+    def phase(self, iteration: int) -> Phase:
+        """The given one."""
+        return self.phases[iteration]
+
+    def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
+        """The method's."""
+        return self.method.terms(phase, batch, rng)
+
+
+class Endless:
+    """A few batches in turn, made before the clock runs."""
+
+    def __init__(self, batches: Sequence[LatentBatch]) -> None:
+        self._batches = itertools.cycle(batches)
+
+    def __iter__(self) -> Iterator[LatentBatch]:
+        return self._batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Has no position."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Has no position."""
+
+
+class Watch:
+    """An observer of the trainer that measures every iteration, its data and update included; those of `profiled` with the profiler on."""
+
+    def __init__(
+        self, phases: Sequence[Phase], *, meter: Meter, profiled: frozenset[int] = frozenset()
+    ) -> None:
+        self.phases, self.meter, self.profiled = phases, meter, profiled
+        self.iterations: list[Iteration] = []
+        self._profile: profile | None = None
+
+    def started(self, state: TrainState) -> None:
+        """Begin."""
+        self._begin(state.iteration)
+
+    def stepped(self, state: TrainState, *, is_main: bool) -> Mapping[str, float]:
+        """Read the clock and the memory, and begin again."""
+        peak = self.meter.peak()  # waits for the device
+        seconds = time.perf_counter() - self._since
+        done = self.phases[state.iteration - 1]
+        reserved = (
+            torch.cuda.max_memory_reserved(self.meter.device) if self.meter.trace is None else peak
+        )
+        self.iterations.append(
+            Iteration(done.role, done.index, seconds, peak, reserved, self._kernels())
+        )
+        self._begin(state.iteration)
+        return {}
+
+    def _begin(self, iteration: int) -> None:
+        if iteration in self.profiled:
+            self._profile = profile(activities=[ProfilerActivity.CUDA])
+            self._profile.__enter__()
+        self.meter.start()
+        self._since = time.perf_counter()
+
+    def _kernels(self) -> dict[str, float]:
+        if self._profile is None:
+            return {}
+        self._profile.__exit__(None, None, None)
+        events = self._profile.profiler.kineto_results.events()
+        self._profile = None
+        spans = [
+            (event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
+            for event in events
+            if event.device_type() == torch.autograd.DeviceType.CUDA
+            and not event.name().startswith(_MARKS)
+        ]
+        return kernel_times(spans)
+
+
+def kernel_times(spans: Sequence[tuple[str, int, int]]) -> dict[str, float]:
+    """Milliseconds of GPU time from (name, begin, end) in nanoseconds, on any stream: `nccl_ms` during which a kernel of NCCL ran,
+    `exposed_ms` those of them in which nothing else did, `busy_ms` in which anything did. Kernels of NCCL also wait for other ranks.
+    """
+    nccl = _union((begin, end) for name, begin, end in spans if name.startswith("nccl"))
+    other = _union((begin, end) for name, begin, end in spans if not name.startswith("nccl"))
+    busy = _length(_union([*nccl, *other]))
+    return {"nccl_ms": _length(nccl), "exposed_ms": busy - _length(other), "busy_ms": busy}
+
+
+def _union(intervals: Any) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for begin, end in sorted(intervals):
+        if joined and begin <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
+        else:
+            joined.append((begin, end))
+    return joined
+
+
+def _length(intervals: Sequence[tuple[int, int]]) -> float:
+    return sum(end - begin for begin, end in intervals) / 1e6
+
+
+def middle_indices(run: Run, repeats: int) -> list[int]:
+    """Update indices whose rollouts are, on the mean of an even number of `repeats`, as long as those of a whole cycle of step counts."""
+    model = run.config.model.config
+    cycle = (
+        step_schedule(model).steps(0)
+        if isinstance(model, CausalConfig)
+        else model.max_simulation_steps_fake
+    )
+    return [(cycle - 1 + turn % 2) // 2 for turn in range(repeats)]
+
+
+def scripted_phases(run: Run, roles: Sequence[str], *, repeats: int) -> list[Phase]:
+    """Each role once to warm up (kernels, optimiser states), then `repeats` times in turn."""
+    indices = middle_indices(run, repeats)
+    return [
+        Phase(role, index, WARM + number)
+        for number, index in enumerate([indices[0], *indices])
+        for role in roles
+    ]
+
+
+def attempt(
+    run: Run,
+    *,
+    dims: ParallelDims,
+    device: torch.device,
+    roles: Sequence[str],
+    repeats: int = 2,
+    profiled: bool = True,
+    reduce: str = "",
+) -> Attempt:
+    """Measure a run; what goes wrong is told, not raised, and nothing stays on the device. Collective.
+
+    The last repetition of every role is profiled. Iterations count from the second of their role on.
+    """
+    phases = scripted_phases(run, roles, repeats=repeats)
+    last = (
+        frozenset(range(len(phases) - len(roles), len(phases)))
+        if profiled and device.type == "cuda"
+        else frozenset()
+    )
+    meter = Meter(device)
+    watch = Watch(phases, meter=meter, profiled=last)
+    try:
+        with nullcontext() if meter.trace is None else meter.trace.watching():
+            _train(run, watch, dims=dims, device=device, reduce=reduce)
+        found = Attempt("measured", iterations=tuple(watch.iterations[len(roles) :]))
+    except Exception as error:  # a row that fails must not take the others with it
+        status = "out of memory" if out_of_memory(error) else "failed"
+        found = Attempt(
+            status, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+        )
+    del watch, meter
+    forget(device)
+    return found
+
+
+def _train(
+    run: Run, watch: Watch, *, dims: ParallelDims, device: torch.device, reduce: str
+) -> None:
+    """What `rcm.configs.build` does for `scripts.train`, without files."""
+    config = run.config
+    allow_tf32()
+    nets = RandomNets(config.model.config, dims=dims, device=device, seed=config.trainer.seed)
+    if reduce:
+        nets.precision = replace(nets.precision, reduce=_DTYPES[reduce])
+    method = build_method(config, nets, negative=lambda: negative_condition(config, device=device))
+    loader = iter(build_loader(config, dims=dims))
+    settings = replace(
+        trainer_config(config),
+        max_iter=len(watch.phases),
+        logging_iter=len(watch.phases),
+        guard_first_step=False,
+    )
+    Trainer(
+        Scripted(method, watch.phases),
+        Endless([next(loader).to(device) for _ in range(2)]),
+        state=train_state(config, method),
+        dims=dims,
+        config=settings,
+        device=device,
+        observers=[watch],
+    ).run()
+
+
+def forget(device: torch.device) -> None:
+    """Give back what the last row left: graphs with cycles, gathered parameters, the allocator's cache."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
