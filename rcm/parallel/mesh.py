@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -171,10 +172,19 @@ def _meet(backend: str, device: torch.device | None) -> None:
     if not 0 <= rank < world:
         raise ConfigError(f"RANK={rank} must be at least 0 and below WORLD_SIZE={world}; start several ranks with torchrun")
     try:
-        dist.init_process_group(backend, device_id=device)
+        dist.init_process_group(backend, device_id=device, **_after_restart(rank, world))
     except (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise PeerGone(f"the {world} ranks of this launch did not meet at {place}; see what the others say") from error
+
+
+def _after_restart(rank: int, world: int) -> dict[str, Any]:
+    """How ranks meet that torchrun started again: its agent still keeps the addresses of the dead ones."""
+    restarts = _number("TORCHELASTIC_RESTART_COUNT", 0)
+    if not restarts or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0), is_master=False)
+    return {"store": dist.PrefixStore(f"restart {restarts}", store), "rank": rank, "world_size": world}
 
 
 def _number(name: str, default: int) -> int:
