@@ -1,0 +1,141 @@
+"""Training adapters by the command: one base for all roles, checkpoints of adapters alone, exact resume, refusals; on two ranks as on
+one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rcm.nets.wan.adapters import LAYERS
+from rcm.nets.wan.lora import by_layer
+from rcm.pipelines.wan_files import network_weights
+from rcm.pipelines.weight_files import open_weights
+from tests.integration.entry import everything, launch, lines, same, stored, weights, write_network
+from tests.integration.test_ranks import CONTEXT, SHARD, close, dmd, exit_codes, scm
+from tests.integration.test_resume import self_forced
+from tests.support.dist import run_ranks
+
+M = "model.config."
+LORA = M + "lora.rank=2"
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    return write_network(tmp_path / "start.safetensors", seed=3)
+
+
+def size(job: Path) -> int:
+    return sum(path.stat().st_size for path in (job / "checkpoints").rglob("*.distcp"))
+
+
+def test_three_and_three_iterations_are_six(tmp_path: Path, start: Path) -> None:
+    """Student, fake score and teacher start from one file."""
+    more = [LORA, M + "bidirectional_guidance=1"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert launch(*self_forced(whole, start, *more)) == 0
+    assert launch(*self_forced(parts, start, *more, iterations=3)) == 0
+    assert launch(*self_forced(parts, start, *more)) == 0
+    assert lines(parts) == lines(whole) and same(everything(parts), everything(whole))
+
+
+def test_checkpoints_hold_adapters_alone(tmp_path: Path, start: Path, capfd: pytest.CaptureFixture) -> None:
+    job, full = tmp_path / "job", tmp_path / "full"
+    assert launch(*self_forced(job, start, LORA)) == 0
+    assert launch(*self_forced(full, start)) == 0
+    assert "adapters of student and fake_score on one base" in capfd.readouterr().err
+    for role in ("reg", "ema", "fake_score"):
+        factors = by_layer(weights(job, role))
+        assert set(factors) == {f"blocks.0.{layer}" for layer in LAYERS} and len(weights(job, role)) == 2 * len(LAYERS)
+        assert all(up.abs().max() > 0 for _, up in factors.values()), f"{role} was not trained"
+    held = everything(job)
+    adapted = sum(p.numel() for p in weights(job).values())
+    base = sum(p.numel() for p in stored(start).values())
+    # per student number: weight, average, two moments and a count of steps; per number of the fake score one less
+    assert sum(v.numel() for k, v in held.items() if "exp_avg" in k or "net" in k.partition("/")[2].partition(".")[0]) < 8 * adapted
+    assert adapted < base / 5 and size(job) < size(full) / 2
+
+
+def test_the_base_stays_as_it_was(tmp_path: Path, start: Path) -> None:
+    assert launch(*self_forced(tmp_path / "job", start, LORA, M + "lora.targets=[self_attn.q,ffn.2]")) == 0
+    network, base = network_weights(open_weights(tmp_path / "job")), stored(start)
+    changed = {name for name in network if not torch.equal(network[name], base[name])}
+    assert changed == {"blocks.0.self_attn.q.weight", "blocks.0.ffn.2.weight"}
+
+
+def test_adapters_are_wide_on_a_narrow_base(tmp_path: Path, start: Path) -> None:
+    """bfloat16 with FSDP2 on one rank: factors and their averages are float32, and small steps are not lost."""
+    job = tmp_path / "job"
+    assert launch(*self_forced(job, start, LORA, "precision=bf16", "optimizer.lr=1e-6", iterations=4)) == 0
+    for role in ("reg", "ema", "fake_score"):
+        factors = weights(job, role)
+        assert {value.dtype for value in factors.values()} == {torch.float32}
+    moved = weights(job)["blocks.0.ffn.0.lora_B.weight"]
+    assert 0 < moved.abs().max() < 1e-5
+    assert open_weights(job).headers and network_weights(open_weights(job)).told["dtype"] == "bfloat16"
+
+
+def test_a_run_starts_from_adapters(tmp_path: Path, start: Path) -> None:
+    """Stage after stage: the base of the second run is the first one's network."""
+    assert launch(*self_forced(tmp_path / "first", start, LORA)) == 0
+    second = self_forced(tmp_path / "second", start, LORA, M + f"student_ckpt={tmp_path / 'first'}", iterations=1)
+    assert launch(*second, "optimizer.lr=1e-12", "scheduler.warm_up_steps=0") == 0
+    first, found = (network_weights(open_weights(tmp_path / name), weights="ema") for name in ("first", "second"))
+    assert all(torch.allclose(found[name], first[name], rtol=0, atol=1e-6) for name in first)
+
+
+REFUSED = {
+    "rank": ([M + "lora.rank=3"], "holds other low-rank adapters (rank: 2 there, 3 here, alpha: 2.0 there, 3.0 here); set model"),
+    "layers": ([LORA, M + "lora.targets=[q]"], "holds other low-rank adapters (layers: ["),
+    "all weights": ([], "holds low-rank adapters of rank 2, this run trains all weights; set model.config.lora.rank=2, or start from it"),
+    "another base": ([LORA, M + "student_ckpt=OTHER"], "holds adapters of the student on the weights of"),
+}
+
+
+def test_what_does_not_continue_is_refused(tmp_path: Path, start: Path, capfd: pytest.CaptureFixture) -> None:
+    job, other = tmp_path / "job", write_network(tmp_path / "other.safetensors", seed=4)
+    assert launch(*self_forced(job, start, LORA, iterations=2)) == 0
+    before = everything(job)
+    for case, (words, told) in REFUSED.items():
+        capfd.readouterr()
+        more = [word.replace("OTHER", str(other)) for word in words]
+        assert launch(*self_forced(job, start, *more)) != 0, case
+        error = capfd.readouterr().err
+        assert told in error and "Traceback" not in error, case
+        if case == "another base":
+            assert str(start) in error and str(other) in error
+    assert same(everything(job), before)
+    full = tmp_path / "full"
+    assert launch(*self_forced(full, start, iterations=1)) == 0
+    assert launch(*self_forced(full, start, LORA)) != 0
+    assert "holds all weights, this run trains adapters of rank 2; set model.config.lora.rank=0" in capfd.readouterr().err
+    moved = start.rename(tmp_path / "moved.safetensors")
+    assert launch(*self_forced(job, moved, LORA, iterations=3)) == 0, "the same weights elsewhere are the same base"
+
+
+@pytest.mark.dist
+def test_two_ranks_equal_one_and_resume_exactly(tmp_path: Path, start: Path) -> None:
+    """Tangents, rollouts and both roles through FSDP2 and Ulysses, in float64 with blocks recomputed."""
+    more = [LORA, M + "net.sac_config.mode=block_wise"]
+    dmd_more = [*more, M + "net_fake_score.sac_config.mode=block_wise"]
+    assert launch(*scm(tmp_path / "scm_one", start, *more)) == 0
+    assert launch(*dmd(tmp_path / "dmd_one", start, *dmd_more)) == 0
+    commands = [
+        scm(tmp_path / "scm_context", start, CONTEXT, *more),
+        scm(tmp_path / "scm_shard", start, SHARD, *more),
+        scm(tmp_path / "scm_replica", start, *more),
+        dmd(tmp_path / "dmd_context", start, CONTEXT, *dmd_more),
+        dmd(tmp_path / "dmd_parts", start, CONTEXT, *dmd_more, iterations=2),
+        dmd(tmp_path / "dmd_parts", start, CONTEXT, *dmd_more),
+    ]
+    assert run_ranks(2, exit_codes, commands, tmp_path=tmp_path) == [[0] * len(commands)] * 2
+    close(tmp_path / "scm_context", tmp_path / "scm_one", rel=1e-6)
+    close(tmp_path / "dmd_context", tmp_path / "dmd_one", rel=1e-6)
+    close(tmp_path / "scm_shard", tmp_path / "scm_replica", rel=1e-6)
+    assert lines(tmp_path / "dmd_parts") == lines(tmp_path / "dmd_context")
+    assert same(everything(tmp_path / "dmd_parts"), everything(tmp_path / "dmd_context"))
+    for kind in ("scm", "dmd"):
+        one, two = weights(tmp_path / f"{kind}_one"), weights(tmp_path / f"{kind}_context")
+        assert all(torch.allclose(two[name], one[name], rtol=1e-6, atol=1e-9) for name in one)
