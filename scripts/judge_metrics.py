@@ -80,9 +80,9 @@ def run(flags: argparse.Namespace) -> bool:
     for name, source in sources(flags.clips):
         if name in done:
             continue
-        begin, cpu = time.perf_counter(), time.process_time()
+        begin = time.process_time()
         made = cases_of(name, source, lambda clip: measure_clip(clip, models=models, feature_stride=4, brisque_stride=16).values)
-        measured.add(made, seconds=time.perf_counter() - begin, cpu_seconds=time.process_time() - cpu)
+        measured.add(made, cpu_seconds=time.process_time() - begin)
         print(f"{name}: {share_right(made)[0]} of {len(made)} right", flush=True)
     cases = measured.cases
     right, total = share_right(cases)
@@ -112,14 +112,13 @@ def _ranked(cases: Sequence[Case]) -> str:
 
 @dataclass
 class Measured:
-    """What measured.json holds: the cases, and for how many videos, in how long and how much processor time, where and when they were
-    measured. Every addition is written at once.
+    """What measured.json holds: the cases, and for how many videos, in how much processor time, where and when they were measured. Every
+    addition is written at once.
     """
 
     path: Path
     cases: list[Case]
     videos: int = 0
-    seconds: float = 0.0
     cpu_seconds: float = 0.0
     where: str = ""
     date: str = ""
@@ -135,18 +134,18 @@ class Measured:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{path} is no record of this command ({error}); delete it, or choose another --out") from error
 
-    def add(self, cases: list[Case], *, seconds: float, cpu_seconds: float) -> None:
+    def add(self, cases: list[Case], *, cpu_seconds: float) -> None:
         """Keep the cases of one clip."""
         self.cases += cases
-        self.videos, self.seconds, self.cpu_seconds = self.videos + len(cases) + 1, self.seconds + seconds, self.cpu_seconds + cpu_seconds
+        self.videos, self.cpu_seconds = self.videos + len(cases) + 1, self.cpu_seconds + cpu_seconds
         self.where = f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__} with {torch.get_num_threads()} thread(s)"
         self.date = time.strftime("%Y-%m-%d")
         write_atomically(self.path, json.dumps({key: value for key, value in asdict(self).items() if key != "path"}))
 
     def cost(self) -> str:
-        """Where, when, and the time per video. That of the processor does not depend on what else runs there."""
-        each, cpu = self.seconds / self.videos, self.cpu_seconds / self.videos
-        return f"{self.date}, {self.where}: {each:.1f} s per video of 32 frames at height {HEIGHT}, {cpu:.1f} s of processor time"
+        """Where, when, and the processor's time per video, which does not depend on what else runs there."""
+        each = self.cpu_seconds / self.videos
+        return f"{self.date}, {self.where}: {each:.1f} s of processor time per video of 32 frames at height {HEIGHT}"
 
 
 def sources(folder: Path | None) -> list[tuple[str, Tensor]]:
