@@ -19,6 +19,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from rcm.core.errors import ConfigError
 
 
+_ELSEWHERE = {"r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "target_modules": "targets"}
+"""What other trainers call a key -> what it is called here, for advice."""
+
+
 def read(cls: type, data: Mapping[str, Any], *, path: str = "") -> Any:
     """Instance of dataclass `cls` from a plain mapping; keys left out keep their default. `path` is the name of `data` in messages."""
     if not isinstance(data, Mapping):
@@ -89,6 +93,7 @@ def suggestions(word: str, known: Iterable[str], *, limit: int = 3) -> list[str]
     """Known names close to `word`: those with the same last part first, then by similarity of the whole or of the last part."""
     known = list(known)
     leaf = word.rsplit(".", 1)[-1]
+    leaf = _ELSEWHERE.get(leaf, leaf)
     leaves = {k.rsplit(".", 1)[-1]: k for k in sorted(known, key=len, reverse=True)}
     exact = sorted((k for k in known if k.rsplit(".", 1)[-1] == leaf), key=lambda k: -difflib.SequenceMatcher(None, word, k).ratio())
     close = difflib.get_close_matches(word, known, n=limit, cutoff=0.75)

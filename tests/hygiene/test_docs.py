@@ -168,7 +168,8 @@ def published_table() -> str:
         "recompute",
         "save / sample, EMA sample",
     )
-    rows = [tuple(_cells(row.name)) for row in registry_distill.ROWS if not row.name.startswith("toy_")]
+    published = [row.name for row in registry_distill.ROWS if not row.name.startswith("toy_") and not row.name.endswith("_lora")]
+    rows = [tuple(_cells(name)) for name in published]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows)) + "\n"
 
 
