@@ -39,7 +39,12 @@ MUTANTS = {
         "(batch * tl.cdiv(tokens, GROUP) + tl.program_id(1)) * width", "(batch * (tokens // GROUP) + tl.program_id(1)) * width",
         "rcm int4 channel",
     ),
-    "unit forgotten": ("scale *= tl.load(_at(row, 3, tl.float32) + batch)", "scale *= 1.0", "rcm int2 token"),
+    "unit forgotten": (
+        "    scale *= tl.load(_at(row, 3, tl.float32) + batch)\n        value", "    scale *= 1.0\n        value", "rcm int2 channel",
+    ),
+    "unit of bytes forgotten": (
+        "    scale *= tl.load(_at(row, 3, tl.float32) + batch)\n    zero", "    scale *= 1.0\n    zero", "rcm int2 token",
+    ),
     "zero forgotten": ("value += _stored(_at(row, 2, scales), group, keep, E4M3)", "value += 0.0", "rcm int4 channel asymmetric"),
     "bytes reversed": (
         "if HIGH_FIRST else BITS * place\n            code", "if not HIGH_FIRST else BITS * place\n            code", "rcm int2 channel",
@@ -53,6 +58,10 @@ MUTANTS = {
     "start of a blob": ("tl.load(starts + blob) + token", "blob * tokens + token", "several int4 by head"),
     "rows of a head": ("batch * heads + head, token * D", "batch * heads, token * D", "several int4 by head"),
     "bytes of an uneven group": ("at // PER_BYTE, at % PER_BYTE, row * tl.cdiv", "at // PER_BYTE, 0 * at, row * tl.cdiv", "several uneven"),
+    "places of a byte": (
+        "tl.join(first, third), tl.join(second, fourth)", "tl.join(first, second), tl.join(third, fourth)", "rcm int2 token",
+    ),
+    "groups of bytes": ("col // (GROUP // per_byte)", "col // GROUP", "rcm int4 token"),
     "sign of the transform": ("tl.join(a + b, a - b)", "tl.join(a + b, b - a)", "several hadamard int4"),
     "turned the other way": ("odd * c + even * s)", "odd * c - even * s)", "several none int4"),
     "balance forgotten": ('if UNDO == "balance"', 'if UNDO == "none of them"', "several balance int4"),

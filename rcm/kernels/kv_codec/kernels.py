@@ -104,6 +104,45 @@ def _place(
 
 
 @triton.jit
+def _part(
+    code, scale, zero, PLACE: tl.constexpr,
+    DTYPE: tl.constexpr, OFFSET: tl.constexpr, HIGH_FIRST: tl.constexpr, BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
+):  # fmt: skip
+    """The elements at one place of bytes."""
+    bits: tl.constexpr = BITS * (8 // BITS - 1 - PLACE) if HIGH_FIRST else BITS * PLACE
+    value = _number((code >> bits) & ((1 << BITS) - 1), DTYPE, OFFSET) * scale
+    return value + zero if HAS_ZERO else value
+
+
+@triton.jit
+def _along_channels(
+    row, batch, token, tokens, heads,
+    DTYPE: tl.constexpr, OFFSET: tl.constexpr, HIGH_FIRST: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, E4M3: tl.constexpr,
+    HAS_ZERO: tl.constexpr, HAS_UNIT: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Elements of bytes and groups that run along the channels of a head: a byte and its scale are loaded once, not once per element."""
+    per_byte: tl.constexpr = 8 // BITS
+    scales: tl.constexpr = tl.uint8 if E4M3 else tl.float16
+    col = tl.program_id(1) * (COLS // per_byte) + tl.arange(0, COLS // per_byte)[None, :]
+    keep = (token < tokens) & (col < heads * (D // per_byte))
+    code = tl.load(_at(row, 0, tl.uint8) + (batch * tokens + token) * (heads * (D // per_byte)) + col, mask=keep, other=0).to(tl.int32)
+    group = (batch * tokens + token) * (heads * (D // GROUP)) + col // (GROUP // per_byte)
+    scale = _stored(_at(row, 1, scales), group, keep, E4M3)
+    if HAS_UNIT:
+        scale *= tl.load(_at(row, 3, tl.float32) + batch)
+    zero = _stored(_at(row, 2, scales), group, keep, E4M3) if HAS_ZERO else scale
+    first = _part(code, scale, zero, 0, DTYPE, OFFSET, HIGH_FIRST, BITS, HAS_ZERO)
+    second = _part(code, scale, zero, 1, DTYPE, OFFSET, HIGH_FIRST, BITS, HAS_ZERO)
+    if BITS == 4:
+        parts = tl.join(first, second)
+    else:
+        third = _part(code, scale, zero, 2, DTYPE, OFFSET, HIGH_FIRST, BITS, HAS_ZERO)
+        fourth = _part(code, scale, zero, 3, DTYPE, OFFSET, HIGH_FIRST, BITS, HAS_ZERO)
+        parts = tl.join(tl.join(first, third), tl.join(second, fourth))
+    return tl.reshape(parts, (TOKENS, COLS))
+
+
+@triton.jit
 def _hadamard(x, ROOT: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr):
     """Walsh-Hadamard transform of every D neighbours of a row, as `smoothing.hadamard` adds."""
     half: tl.constexpr = D // 2
@@ -155,6 +194,10 @@ def restore(
     if DTYPE == "bf16":
         value = tl.load(_at(row, 0, tl.bfloat16) + (batch * tokens + token) * width + head * D + channel, mask=keep, other=0.0)
         value = value.to(tl.float32)
+    elif AXIS == "token" and BITS < 8 and D % GROUP == 0 and GROUP % per_byte == 0 and UNDO != "reorder":
+        value = _along_channels(
+            row, batch, token, tokens, heads, DTYPE, OFFSET, HIGH_FIRST, BITS, GROUP, E4M3, HAS_ZERO, HAS_UNIT, D, TOKENS, COLS
+        )
     else:
         byte, place, group = _place(batch, token, head, channel, tokens, heads, AXIS, GROUP, per_byte, D)
         if SIGNED:
