@@ -191,10 +191,10 @@ class WanBlock(nn.Module):
         """
         rows = (self.modulation.to(time.dtype) + time).unsqueeze(3).unbind(2)
         attn_shift, attn_scale, attn_gate, ffn_shift, ffn_scale, ffn_gate = rows
-        normed = self.norm1(x, attn_shift, attn_scale, dtype=x.dtype)
+        # the normalised rows have no name here: they would live until the block's end
+        attended = self.self_attn(self.norm1(x, attn_shift, attn_scale, dtype=x.dtype), layout, rope, cached, attend=not keys_only)
         if keys_only:
-            return self.self_attn(normed, layout, rope, cached, attend=False)
-        attended = self.self_attn(normed, layout, rope, cached)
+            return attended
         x = self.gate1(x, attended, attn_gate)
         x = x + self.cross_attn(self.norm3(x), context)
         return self.gate2(x, self.ffn(self.norm2(x, ffn_shift, ffn_scale, dtype=x.dtype)), ffn_gate)
