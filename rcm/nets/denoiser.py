@@ -1,8 +1,7 @@
 """Where parameterisations and dtypes meet: networks speak Wan's language (velocity, timestep 0..1000), objectives and samplers ask in
 RF or TrigFlow time.
 
-`Guided` and `Switched` wrap denoisers and are denoisers, so no objective or sampler mentions guidance or experts. All are transparent
-to dual numbers. Causal_rCM.md section 1, docs/reference/objectives.md#wrapper, docs/reference/wan.md#precision.
+`Guided` wraps a denoiser and is one, so no objective or sampler mentions guidance. All are transparent to dual numbers. Causal_rCM.md section 1, docs/reference/objectives.md#wrapper, docs/reference/wan.md#precision.
 """
 
 from __future__ import annotations
@@ -268,48 +267,6 @@ class Guided(VelocityModel):
     def prepare(self, cond: Condition) -> Condition:
         """See `VelocityModel`. Prepares the positive branch; give the constructor a prepared negative for the other."""
         return self.denoiser.prepare(cond)
-
-
-class Switched(VelocityModel):
-    """Two experts by time (Wan2.2 A14B): `high` for t >= boundary, `low` below (0.9 image-to-video, 0.875 text-to-video).
-
-    All times of a call must lie on one side; `ValueError` otherwise. Reading the side synchronises with the device that holds `t`.
-    """
-
-    def __init__(self, high: VelocityModel, low: VelocityModel, boundary: float) -> None:
-        if not 0 < boundary < 1:
-            raise ConfigError(f"expert boundary must be an RF time between 0 and 1, got {boundary}; set boundary")
-        self.high, self.low, self.boundary = high, low, boundary
-
-    def velocity(
-        self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
-    ) -> Tensor:
-        """See `VelocityModel`."""
-        above = (t >= self.boundary).flatten().tolist()
-        if any(above) != all(above):
-            raise ValueError(f"times of one call lie on both sides of the expert boundary {self.boundary}; call each side by itself")
-        return (self.high if above[0] else self.low).velocity(x, t, cond, layout, cache=cache)
-
-    def new_cache(
-        self,
-        *,
-        num_frames: int,
-        grid: tuple[int, int],
-        keys: Keys = "post_rope",
-        codec: KVCodec | None = None,
-        hot_chunks: int = 0,
-        attention: Attention = "net",
-    ) -> KVCache | PairedCache:
-        """Not defined: keys of one expert mean nothing to the other. Raises `ConfigError`."""
-        raise ConfigError("a pair of experts switched by time has no common KV cache; stream with a single network")
-
-    def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        """See `VelocityModel`."""
-        return self.high.token_grid(height, width)
-
-    def prepare(self, cond: Condition) -> Condition:
-        """The condition itself: prepared keys belong to one network."""
-        return replace(cond, prepared=None)
 
 
 @dataclass(frozen=True)

@@ -358,13 +358,6 @@ def contact_sheet(
     return _save(sheet, path)
 
 
-def write_gif(path: str | Path, video: torch.Tensor, *, fps: float, scale: int = 4) -> Path:
-    """An endless GIF of `video` [3, F, H, W]; returns the path."""
-    frames = enlarge(to_uint8(video), scale).permute(1, 2, 3, 0).contiguous().cpu().numpy()
-    first, *rest = [Image.fromarray(frame) for frame in frames]
-    return _save(first, path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
-
-
 def _save(image: Image.Image, path: str | Path | OutputFile, **options: object) -> Path:
     """Save under a temporary name, then rename; an `OSError` carries the path."""
     target = OutputFile.claim(path)

@@ -10,7 +10,7 @@ import json
 import netrc
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -182,20 +182,3 @@ def _run_id(path: Path) -> str:
     fresh = uuid.uuid4().hex[:12]
     write_atomically(path, fresh + "\n")
     return fresh
-
-
-class Broadcasting:
-    """Several sinks as one."""
-
-    def __init__(self, sinks: Iterable[Sink]) -> None:
-        self.sinks = tuple(sinks)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write to every sink."""
-        for sink in self.sinks:
-            sink.write(step, values)
-
-    def close(self) -> None:
-        """Close every sink."""
-        for sink in self.sinks:
-            sink.close()

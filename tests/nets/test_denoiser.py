@@ -10,7 +10,7 @@ import torch
 from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
 from rcm.nets.condition import Condition
-from rcm.nets.denoiser import Denoiser, Guided, PairedCache, Switched
+from rcm.nets.denoiser import Denoiser, Guided, PairedCache
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.layout import TokenLayout
 from tests.support.tiny_nets import GRID, condition, latents, pattern, tiny_net
@@ -136,23 +136,6 @@ def test_negative_prompt_takes_the_image_of_the_sample():
     by_hand = replace(text.expand(2), concat=full.concat, image=full.image)
     v, v_negative = d.velocity(x, TIME, full, LAYOUT), d.velocity(x, TIME, by_hand, LAYOUT)
     torch.testing.assert_close(Guided(d, text, 2.0).velocity(x, TIME, full, LAYOUT), v_negative + 2 * (v - v_negative))
-
-
-@torch.no_grad()
-def test_experts_switch_on_the_boundary():
-    high, low, cond, x = denoiser(0), denoiser(1), condition(tiny_net().config), latents(3)
-    both = Switched(high, low, 0.9)
-    for t, expert in ((0.95, high), (0.9, high), (0.8999, low)):
-        time = torch.full((2, 1), t, dtype=torch.float64)
-        assert torch.equal(both.velocity(x, time, cond, LAYOUT), expert.velocity(x, time, cond, LAYOUT))
-    with pytest.raises(ValueError, match="both sides"):
-        both.velocity(x, torch.tensor([[0.95], [0.5]], dtype=torch.float64), cond, LAYOUT)
-    with pytest.raises(ConfigError, match="boundary"):
-        Switched(high, low, 900)
-    with pytest.raises(ConfigError, match="no common KV cache"):
-        both.new_cache(num_frames=1, grid=GRID)
-    guided = Guided(both, condition(high.net.config, seed=5), 2.0)
-    assert guided.velocity(x, torch.full((2, 1), 0.5, dtype=torch.float64), cond, LAYOUT).shape == x.shape
 
 
 @torch.no_grad()

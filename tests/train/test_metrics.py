@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rcm.core.errors import ConfigError
-from rcm.train.metrics import Averages, Broadcasting, JsonLines, Wandb, require_wandb
+from rcm.train.metrics import Averages, JsonLines, Wandb, require_wandb
 from rcm.train.observers import KernelRecord, LogLines, Progress, SampleGrid
 from tests.train.run_support import launch
 
@@ -46,15 +46,6 @@ def test_json_lines_are_complete_at_once_and_drop_what_will_be_run_again(tmp_pat
         {"step": 2, "x": 1.0},
         {"step": 3, "x": 9.0},
     ]
-
-
-def test_sinks_as_one() -> None:
-    seen: list[object] = []
-    one = SimpleNamespace(write=lambda step, values: seen.append((step, dict(values))), close=lambda: seen.append("closed"))
-    both = Broadcasting([one, LogLines(), one])
-    both.write(1, {"x": 2.0})
-    both.close()
-    assert seen == [(1, {"x": 2.0}), (1, {"x": 2.0}), "closed", "closed"]
 
 
 def test_missing_wandb_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
