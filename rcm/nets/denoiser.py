@@ -1,13 +1,14 @@
 """Where parameterisations and dtypes meet: networks speak Wan's language (velocity, timestep 0..1000), objectives and samplers ask in
 RF or TrigFlow time.
 
-`Guided` wraps a denoiser and is one, so no objective or sampler mentions guidance. All are transparent to dual numbers. Causal_rCM.md section 1, docs/reference/objectives.md#wrapper, docs/reference/wan.md#precision.
+`Guided` wraps a denoiser and is one, so no objective or sampler mentions guidance. All are transparent to dual numbers.
+Causal_rCM.md section 1, docs/reference/objectives.md#wrapper, docs/reference/wan.md#precision.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from rcm.core.dtypes import Precision
-from rcm.core.errors import ConfigError
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, Guided, PairedCache
 from rcm.nets.kv_cache import KVCache

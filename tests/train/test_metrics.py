@@ -13,7 +13,7 @@ import torch
 
 from rcm.core.errors import ConfigError
 from rcm.train.metrics import Averages, JsonLines, Wandb, require_wandb
-from rcm.train.observers import KernelRecord, LogLines, Progress, SampleGrid
+from rcm.train.observers import KernelRecord, Progress, SampleGrid
 from tests.train.run_support import launch
 
 
