@@ -94,6 +94,10 @@ class VelocityModel:
         """`cond` with everything that depends on the prompt alone computed once, for passes without gradient."""
         raise NotImplementedError  # a model says this itself
 
+    def time_rows(self, t: Tensor) -> tuple[Tensor, ...] | None:
+        """What the passes at RF time `t`, float64 [B, 1], make of it alone; None if every pass makes it anew."""
+        return None
+
     @property
     def num_ranks(self) -> int:
         """Ranks that compute each forward together."""
@@ -164,6 +168,11 @@ class Denoiser(VelocityModel):
         """See `VelocityModel`; for a network that is not sharded."""
         weight = self.net.patch_embedding.weight
         return self.net.prepare(cond.to(device=weight.device, dtype=self.precision.compute))
+
+    def time_rows(self, t: Tensor) -> tuple[Tensor, ...] | None:
+        """See `VelocityModel`."""
+        made = getattr(self.net, "time_rows", None)
+        return None if made is None else made(rf_to_timestep(t).to(self.precision.time), dtype=self.precision.compute)
 
     @property
     def num_ranks(self) -> int:
@@ -259,6 +268,10 @@ class Guided(VelocityModel):
     def fused(self) -> str:
         """See `VelocityModel`."""
         return self.denoiser.fused
+
+    def time_rows(self, t: Tensor) -> tuple[Tensor, ...] | None:
+        """See `VelocityModel`."""
+        return self.denoiser.time_rows(t)
 
     @property
     def num_ranks(self) -> int:

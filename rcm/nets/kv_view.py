@@ -48,10 +48,12 @@ class CacheView:
     """What one forward sees and writes. Made by `KVCache.append` / `readonly`; the network calls `begin` before its first layer
     and `commit` after its last.
 
-    `prefix_tokens` visible cached tokens. `tables`: rotary tables to use instead of those of the layout (static ones of a captured pass).
+    `prefix_tokens` visible cached tokens. `tables`, `times`: rotary tables, and what the network makes of its time, to use instead of those
+    of layout and timestep (static ones of a captured pass).
     """
 
     tables: Any = None
+    times: Any = None
 
     def __init__(
         self, cache: KVCache, mode: Mode, chunks: tuple[CachedChunk, ...], *, observer: Observer | None = None, as_id: int | None = None

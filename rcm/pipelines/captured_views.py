@@ -19,10 +19,13 @@ from rcm.nets.rope import RopePair, RopeTable
 
 
 class StaticInputs(Protocol):
-    """Of the device memory of captured passes, what views read: `slots` int64 [L] of the pass's own tokens; whether kernels are fused."""
+    """Of the device memory of captured passes, what views read: `slots` int64 [L] of the pass's own tokens; whether kernels are fused;
+    `times`, what the network makes of its time, or None.
+    """
 
     slots: Tensor
     fused: bool
+    times: tuple[Tensor, ...] | None
 
     def tables(self, branch: int, context_tokens: int) -> RopePair:
         """Rotary tables of one branch over a past of so many tokens."""
@@ -40,7 +43,7 @@ class StaticView(CacheView):
         super().__init__(cache, "transient", ())
         self.prefix_tokens = layout.context_tokens
         self.inputs, self.total = inputs, layout.context_tokens + layout.num_tokens
-        self.tables = inputs.tables(branch, layout.context_tokens)
+        self.tables, self.times = inputs.tables(branch, layout.context_tokens), inputs.times
 
     def begin(self, layout: TokenLayout) -> None:
         """Nothing: see the class."""

@@ -25,8 +25,12 @@ from rcm.nets.kv_view import CacheView
 from rcm.nets.layout import TokenLayout
 from rcm.nets.rope import RopePair, RopeTable
 from rcm.pipelines.captured_views import CodedView, StaticView
-from rcm.rollout.autoregressive import ChunkLoop, View, time_tensor
+from rcm.rollout.autoregressive import Canvas, ChunkLoop, View, time_tensor
 from rcm.rollout.eviction.base import Placement
+from rcm.rollout.noise import Noise
+
+TIMES_KEPT = 64
+"""Times of which the network's rows are kept, 1.2 MB each at 1.3B: more than the steps of a schedule."""
 
 
 class CapturedLoop(ChunkLoop):
@@ -47,6 +51,7 @@ class CapturedLoop(ChunkLoop):
         self._graphs: dict[_Key, CudaGraph] = {}
         self._filled: set[tuple[int, int]] = set()
         self._inputs: dict[int, _Inputs] = {}
+        self._times: dict[float, tuple[Tensor, ...] | None] = {}
         self._pool = None
 
     def advance(
@@ -60,7 +65,7 @@ class CapturedLoop(ChunkLoop):
             v = self.denoiser.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view)
             self._keep_inputs(x, cond, layout)
             return self.rule(x, v, t=t, t_next=t_next, noise=noise)
-        inputs.set(x, noise, t=t, t_next=t_next)
+        inputs.set(x, noise, t=t, t_next=t_next, rows=self._time_rows(t, x))
         self._replay(inputs, view, layout, context_only=False)
         return inputs.x.clone()
 
@@ -72,18 +77,32 @@ class CapturedLoop(ChunkLoop):
             self.denoiser.enter_context(x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view)
             self._keep_inputs(x, cond, layout)
             return
-        inputs.set(x, None, t=t, t_next=0.0)
+        inputs.set(x, None, t=t, t_next=0.0, rows=self._time_rows(t, x))
         length = (len(frame_index), layout.context_tokens)
         shared = inputs.kinds is None and length not in self._filled and (*length, None, False) in self._graphs
         self._replay(inputs, view, layout, context_only=not shared)
         self._filled.add(length)
+
+    def restart(self, *, canvas: Canvas, noise: Noise) -> None:
+        """See `ChunkLoop`; weights may have changed meanwhile, which graphs read where they are."""
+        self._times.clear()
+        super().restart(canvas=canvas, noise=noise)
 
     def close(self) -> None:
         """Free graphs and cache."""
         self._graphs.clear()
         self._filled.clear()
         self._inputs.clear()
+        self._times.clear()
         super().close()
+
+    def _time_rows(self, t: float, x: Tensor) -> tuple[Tensor, ...] | None:
+        """What the network makes of a time, made once: schedules have few."""
+        if t not in self._times:
+            while len(self._times) >= TIMES_KEPT:
+                del self._times[next(iter(self._times))]
+            self._times[t] = self.denoiser.time_rows(time_tensor(t, x.shape[0], x.device))
+        return self._times[t]
 
     def _prepared(self, x: Tensor, cond: Condition, view: View, layout: TokenLayout) -> _Inputs | None:
         """The device memory that graphs of such a pass read, with slots, tables and prompt of this one; None if it must run eagerly."""
@@ -186,15 +205,20 @@ class _Inputs:
         self.slots = torch.zeros(layout.num_tokens, dtype=torch.int64, device=x.device)
         self.cond = cond.copies()
         self._prompt: Condition | None = cond
+        self.times: tuple[Tensor, ...] | None = None
         self._placed: tuple[Any, ...] | None = None
         self.query: RopeTable | None = None
         self.keys: dict[int, list[RopeTable]] = {}
         self.kinds: _Kinds | None = None
         self.groups: dict[tuple[int, _Kinds], list[Group]] = {}
 
-    def set(self, x: Tensor, noise: Tensor | None, *, t: float, t_next: float) -> None:
-        """Latents and times of a step."""
+    def set(self, x: Tensor, noise: Tensor | None, *, t: float, t_next: float, rows: tuple[Tensor, ...] | None) -> None:
+        """Latents and times of a step, and what the network makes of the first."""
         self.x.copy_(x)
+        if self.times is None and rows is not None:
+            self.times = type(rows)(*(known.clone() for known in rows))
+        for mine, known in zip(self.times or (), rows or (), strict=True):
+            mine.copy_(known)
         if noise is not None:
             self.noise.copy_(noise)
         self.t.fill_(t)

@@ -109,9 +109,8 @@ class Session:
         spec = self.spec = replace(self.spec, seed=self.spec.seed if seed is None else seed)
         if spec.generator is not None and seed is not None:
             spec.generator.manual_seed(seed)
-        self._loop.cache.reset(free_buffers=False)
-        self._loop.canvas = Canvas(self._loop.canvas.grid, spec.policy.fresh())
-        self._loop.noise = self._new_noise((spec.batch, *spec.latent))
+        canvas = Canvas(self._loop.canvas.grid, spec.policy.fresh())
+        self._loop.restart(canvas=canvas, noise=self._new_noise((spec.batch, *spec.latent)))
         if self._lane is not None:
             self._lane.restart()
 

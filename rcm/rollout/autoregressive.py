@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -135,19 +135,25 @@ class ChunkLoop:
 
         Raises `ValueError`, before anything is changed, for a chunk that lost tokens: its frames have no positions of their own any more.
         """
-        for chunk, _, _ in chunks:
-            if chunk.positions.frames is None:
-                raise ValueError(f"chunk {chunk.id} holds chosen tokens, not whole frames, so it cannot be entered again")
+        places = [chunk.positions.frames for chunk, _, _ in chunks]
+        if None in places:
+            lost = chunks[places.index(None)][0].id
+            raise ValueError(f"chunk {lost} holds chosen tokens, not whole frames, so it cannot be entered again")
         caches, policy = self.cache.branches, self.canvas.policy
         for cache in caches:
             cache.evict([chunk.id for chunk, _, _ in chunks])
         policy.forget(caches, [chunk for chunk, _, _ in chunks])
-        for chunk, x, t in chunks:
+        for (chunk, x, t), frames in zip(chunks, places, strict=True):
             hidden = policy.hidden(caches)
             visible = tuple(held.id for held in caches[0].chunks if held.id not in hidden)
             view = self.cache.append(visible, observers=policy.observers(caches), as_id=chunk.id)
-            self.fill(x, cond, view, chunk.positions.frames, t=t)
+            self.fill(x, cond, view, cast(tuple[int, ...], frames), t=t)
             policy.again(caches)
+
+    def restart(self, *, canvas: Canvas, noise: Noise) -> None:
+        """Begin another video in the memory of this one."""
+        self.cache.reset(free_buffers=False)
+        self.canvas, self.noise, self.newest = canvas, noise, None
 
     def close(self) -> None:
         """Free the cache."""

@@ -312,6 +312,23 @@ def test_captured_passes_read_nothing_but_device_data(denoiser, monkeypatch, pol
     assert torch.equal(found, expected)
 
 
+def test_captured_passes_make_the_rows_of_a_time_once(denoiser, monkeypatch):
+    """One embedding per time of the schedule, whatever number of passes; weights that changed are seen from the next video on."""
+    monkeypatch.setattr(session_module, "ChunkLoop", RerunLoop)
+    session, made = opened(denoiser, spec(NOISY, policy=SlidingWindow(3))), []
+    hook = denoiser.net.time_projection.register_forward_pre_hook(lambda *_: made.append(1))
+    first = latents(session, 8)
+    assert len(made) == session.loop.counts["eager"] + 3, "three times: 1 less a little, 0.8 and 0.5"
+    session.restart()
+    with torch.no_grad():
+        denoiser.net.blocks[0].modulation.add_(0.1)
+    changed, eager = latents(session, 8), latents(opened(denoiser, spec(NOISY, policy=SlidingWindow(3))), 8)
+    with torch.no_grad():
+        denoiser.net.blocks[0].modulation.sub_(0.1)
+    hook.remove()
+    assert not torch.equal(changed, first) and torch.equal(changed, eager)
+
+
 def test_sessions_do_not_take_draws_from_each_other(denoiser):
     """A generator serves one session at a time, by whatever way a second would draw from it; one that has ended or is closed lets it go."""
     shared = torch.Generator().manual_seed(1)

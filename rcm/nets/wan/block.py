@@ -33,6 +33,17 @@ class ContextKV(NamedTuple):
     image: tuple[Tensor, Tensor] | None = None
 
 
+class Modulation(NamedTuple):
+    """Shift, scale and gate [B, F or 1, 1, E] of a block's attention, then of its feed-forward."""
+
+    attn_shift: Tensor
+    attn_scale: Tensor
+    attn_gate: Tensor
+    ffn_shift: Tensor
+    ffn_scale: Tensor
+    ffn_gate: Tensor
+
+
 class SelfAttentionCore(nn.Module):
     """Rotation, cache and attention over all tokens of the heads at hand; context parallelism wraps it in its all-to-alls."""
 
@@ -179,18 +190,17 @@ class WanBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        time: Tensor,
+        time: Tensor | Modulation,
         context: ContextTokens | ContextKV,
         layout: TokenLayout,
         rope: RopePair,
         cached: LayerView | None = None,
         keys_only: bool = False,
     ) -> Tensor | None:
-        """`x` [B, F, S, E] to the same; `time` [B, F or 1, 6, E] float32 or wider, rows: shift, scale, gate of attention, then of
-        feed-forward. `keys_only`: keys and values go to the cache, and nothing else is computed or returned.
+        """`x` [B, F, S, E] to the same; `time` the projected embedding [B, F or 1, 6, E], float32 or wider, or what `modulate` made of it.
+        `keys_only`: keys and values go to the cache, and nothing else is computed or returned.
         """
-        rows = (self.modulation.to(time.dtype) + time).unsqueeze(3).unbind(2)
-        attn_shift, attn_scale, attn_gate, ffn_shift, ffn_scale, ffn_gate = rows
+        attn_shift, attn_scale, attn_gate, ffn_shift, ffn_scale, ffn_gate = time if isinstance(time, Modulation) else self.modulate(time)
         # the normalised rows have no name here: they would live until the block's end
         attended = self.self_attn(self.norm1(x, attn_shift, attn_scale, dtype=x.dtype), layout, rope, cached, attend=not keys_only)
         if keys_only:
@@ -198,3 +208,7 @@ class WanBlock(nn.Module):
         x = self.gate1(x, attended, attn_gate)
         x = x + self.cross_attn(self.norm3(x), context)
         return self.gate2(x, self.ffn(self.norm2(x, ffn_shift, ffn_scale, dtype=x.dtype)), ffn_gate)
+
+    def modulate(self, time: Tensor) -> Modulation:
+        """The block's own modulation added to the projected embedding [B, F or 1, 6, E]."""
+        return Modulation(*(self.modulation.to(time.dtype) + time).unsqueeze(3).unbind(2))

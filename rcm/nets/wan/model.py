@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from rcm.nets.kv_view import CacheView
 from rcm.nets.layers import AffineLayerNorm, FusedLayer, ModulatedNorm, Patchify, PromotedLinear, Sinusoid, Unpatchify, accumulate_dtype
 from rcm.nets.layout import TokenLayout
 from rcm.nets.rope import RopePair, RopeTables
-from rcm.nets.wan.block import ContextKV, ContextTokens, WanBlock
+from rcm.nets.wan.block import ContextKV, ContextTokens, Modulation, WanBlock
 from rcm.nets.wan.config import WanConfig
 
 IMAGE_NORM_EPS = 1e-5
@@ -39,6 +39,15 @@ class ImageEmbedding(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """`image` [B, L_image, image_dim] to [B, L_image, E]."""
         return self.proj(image)
+
+
+class TimeRows(NamedTuple):
+    """All that depends on the time of a pass alone: its embedding [B, F or 1, E], and the modulation of every block
+    [L, B, F or 1, 6, 1, E].
+    """
+
+    embedding: Tensor
+    blocks: Tensor
 
 
 class Head(nn.Module):
@@ -122,20 +131,23 @@ class WanDiT(nn.Module):
             raise ValueError(f"the layout expects {layout.context_tokens} cached tokens; pass cache=")
         if cond.concat is not None:
             x = torch.cat([x, _concat_frames(cond.concat, layout)], dim=1)
-        time = self.time_embedding(self.sinusoid(timestep, accumulate_dtype(x.dtype)))
-        rows = self.time_projection(time).unflatten(2, (6, -1))
+        if cache is not None and cache.times is not None:
+            time, rows = cache.times.embedding, [Modulation(*known.unbind(2)) for known in cache.times.blocks]
+        else:
+            time = self.time_embedding(self.sinusoid(timestep, accumulate_dtype(x.dtype)))
+            rows = [self.time_projection(time).unflatten(2, (6, -1))] * len(self.blocks)
         contexts = self._contexts(cond)
         tokens = self.enter(self.patch_embedding(self.patchify(x)))
         rope = self._rope_pair(layout, cache, device=x.device, dtype=time.dtype)
         *blocks, last = self.blocks
         for i, block in enumerate(blocks):
-            tokens = block(tokens, rows, contexts[i], layout, rope, None if cache is None else cache.layer(i))
+            tokens = block(tokens, rows[i], contexts[i], layout, rope, None if cache is None else cache.layer(i))
         final = None if cache is None else cache.layer(len(blocks))
         if context_only and cache is not None:
-            last(tokens, rows, contexts[-1], layout, rope, final, keys_only=True)
+            last(tokens, rows[-1], contexts[-1], layout, rope, final, keys_only=True)
             cache.commit(layout)
             return None
-        tokens = last(tokens, rows, contexts[-1], layout, rope, final)
+        tokens = last(tokens, rows[-1], contexts[-1], layout, rope, final)
         if cache is not None:
             cache.commit(layout)
         start, stop = layout.output
@@ -147,6 +159,13 @@ class WanDiT(nn.Module):
         """`cond` with the cross-attention keys and values of every block, for passes without gradient of this network only."""
         tokens = self._embed(cond)
         return replace(cond, prepared=tuple(cast(WanBlock, block).cross_attn.keys_values(tokens) for block in self.blocks))
+
+    @torch.no_grad()
+    def time_rows(self, timestep: Tensor, *, dtype: torch.dtype) -> TimeRows:
+        """What passes in the compute dtype `dtype` make of `timestep` alone; for a network that is not sharded."""
+        time = self.time_embedding(self.sinusoid(timestep, accumulate_dtype(dtype)))
+        rows = self.time_projection(time).unflatten(2, (6, -1))
+        return TimeRows(time, torch.stack([torch.stack(cast(WanBlock, block).modulate(rows), dim=2) for block in self.blocks]))
 
     def set_jvp_implementation(self, name: Implementation | Literal["auto"]) -> None:
         """Choose the primal + tangent attention: "reference", "triton" or "auto" (see `AttentionCore`)."""
