@@ -36,6 +36,7 @@ from rcm.train.describe import Description, write_atomically
 from rcm.train.export import find_model_directory
 from rcm.train.job_lock import job_lock
 from rcm.train.metrics import JsonLines, Sink, Wandb, require_wandb
+from rcm.train.monitor import DeviceMonitor, HeartBeat
 from rcm.train.observers import KernelRecord, LogLines, Memory, Observer, Profiler, Progress
 from rcm.train.resume import Taken
 from rcm.train.state import TrainState
@@ -270,6 +271,11 @@ def _observers(run: Run, folder: Path, student, *, device: torch.device) -> list
         observers.append(Memory())
     if trainer.progress_bar:
         observers.append(Progress(max_iter=trainer.max_iter))
+    beat, figures = trainer.callbacks.heart_beat, trainer.callbacks.device_monitor
+    if beat.every_n:
+        observers.append(HeartBeat(folder / "heartbeat.json", every=beat.every_n, minutes=beat.update_interval_in_minute))
+    if figures.every_n:
+        observers.append(DeviceMonitor(every=figures.every_n, device=device, detail=figures.log_memory_detail))
     if trainer.profile_iter:
         observers.append(Profiler(folder=folder / "profile", skip=trainer.profile_iter))
     return observers + sample_observers(run, folder, student, device=device)

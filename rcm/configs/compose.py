@@ -25,6 +25,7 @@ from rcm.configs.checks import check, check_mesh, missing_inputs
 from rcm.configs.convert import known_paths, plain, read, suggestions, unknown_key
 from rcm.configs.environment import EnvironmentUse, apply_environment
 from rcm.configs.overrides import parse_overrides
+from rcm.configs.release_words import refusal
 from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_model import CausalConfig
 from rcm.core.errors import ConfigError
@@ -113,6 +114,8 @@ def _refuse_unknown(parsed: Sequence[Override]) -> None:
             _refuse_unknown_option(key, override)
             continue
         for path in _paths(key, override.value()):
+            if why := refusal(path):
+                raise ConfigError(why)
             if path not in known:
                 raise unknown_key(path, known_keys=[*known, *choosable])
 
@@ -127,6 +130,8 @@ def _refuse_unknown_option(group: str, override: Override) -> None:
     if override.is_add():
         raise ConfigError(f"write {group}=NAME without +")
     name, choices = override.value(), options(group)
+    if group == "callbacks" and isinstance(name, list) and name:
+        name = next((one for one in name if one not in choices), name[0])
     if name in choices or (name is None and group in registry_distill.EXTRA_NETS):
         return
     if not isinstance(name, str):

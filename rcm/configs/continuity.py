@@ -38,6 +38,7 @@ FREE = (
     "trainer.max_iter",
     "trainer.logging_iter",
     "trainer.sampling",
+    "trainer.callbacks",
     "trainer.progress_bar",
     "trainer.profile_iter",
     "trainer.guard_tangents",

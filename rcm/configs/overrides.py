@@ -17,6 +17,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from rcm.configs.convert import text_paths
+from rcm.configs.release_words import RENAMED, said_here
 from rcm.configs.schema import TrainConfig
 from rcm.core.errors import ConfigError
 
@@ -32,7 +33,9 @@ _LAW_KEYS = ("model.config.p_G", "model.config.p_D")
 
 
 def parse_overrides(words: Sequence[str]) -> list[Override]:
-    """One override per word. Raises `ConfigError` for a word that is none, deletes a key, or asks for several runs."""
+    """One override per word, or those that a word of the release stands for. Raises `ConfigError` for a word that is none, deletes a key,
+    or asks for several runs.
+    """
     return [override for word in words for override in _of_release(_checked(_read(word), word))]
 
 
@@ -80,8 +83,16 @@ def _checked(override: Override, word: str) -> Override:
 
 
 def _of_release(override: Override) -> Iterator[Override]:
-    """The override, or those that say the same here: a time law given by the release's class."""
+    """The override, or those that say the same here: a group's choice, a key of another name, a time law given by the release's class."""
     key, value = override.key_or_group, override.value()
+    words = said_here(key, value)
+    if words is not None and override.is_add():
+        raise ConfigError(f"write {key}=NAME without +")
+    if words is None and key in RENAMED:
+        words = (override.input_line.replace(key, RENAMED[key], 1),)
+    if words is not None:
+        yield from OverridesParser.create().parse_overrides(list(words))
+        return
     law_key = key.removesuffix("._target_")
     if law_key not in _LAW_KEYS or not (law_key != key or (isinstance(value, dict) and "_target_" in value)):
         yield override

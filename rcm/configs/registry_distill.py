@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 import rcm
 from rcm.configs.convert import plain, read
+from rcm.configs.release_words import CALLBACKS
 from rcm.configs.schema import MODEL_VARIANTS, TrainConfig
 from rcm.configs.schema_model import NetConfig
 from rcm.core.errors import ConfigError
@@ -115,6 +116,8 @@ def register() -> None:
         node = plain(read(NetConfig, OmegaConf.to_container(OmegaConf.load(path)), path=f"net/{path.name}"))
         for group in EXTRA_NETS:
             _put(group, path.stem, node, package=f"model.config.{group}")
+    for name, body in CALLBACKS.items():
+        _put("callbacks", name, dict(body))
     for row in ROWS:
         add_row(row)
 

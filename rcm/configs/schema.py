@@ -13,6 +13,7 @@ from typing import Literal
 from rcm.configs.schema_model import CausalConfig, RCMConfig
 from rcm.core.errors import ConfigError
 from rcm.core.records import Record, within
+from rcm.train.monitor import CallbacksConfig
 from rcm.train.optim import AdamWConfig, LambdaLinear
 
 MODEL_VARIANTS = {"fsdp_t2v_causal": CausalConfig, "fsdp_t2v_distill_rcm": RCMConfig}
@@ -80,6 +81,7 @@ class TrainerConfig(Record):
     progress_bar: bool = True  # on rank 0
     profile_iter: int = within(0, least=0)  # iteration to record with the profiler; 0 = none
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,13 +21,47 @@ import torch
 import torch.distributed as dist
 from loguru import logger
 
-from rcm.core.errors import first_line
+from rcm.core.errors import ConfigError, first_line
+from rcm.core.records import Record, within
 from rcm.train.describe import write_atomically
 from rcm.train.observers import is_main
 from rcm.train.state import TrainState
 
 _PLACES = 3
 """Places of the main thread that a stall tells of."""
+
+
+@dataclass(frozen=True)
+class HeartBeatConfig(Record):
+    """Signs of life, `heartbeat.json` in the job's folder."""
+
+    every_n: int = within(0, least=0, most=10**12)  # iterations between two beats; 0 = no heartbeat
+    update_interval_in_minute: float = within(20.0, above=0, most=1e6)  # minutes between lines; as long without an iteration is a stall
+
+
+@dataclass(frozen=True)
+class DeviceMonitorConfig(Record):
+    """Figures of every rank's process and card, as `DeviceMonitor/...` in the log."""
+
+    every_n: int = within(0, least=0, most=10**12)  # iterations between two figures; 0 = never
+    log_memory_detail: bool = True  # CUDA: also what torch's allocator holds, splits and had to ask for again
+
+
+@dataclass(frozen=True)
+class CallbacksConfig:
+    """What watches a run without changing a weight. `callbacks=[basic]` turns both on."""
+
+    heart_beat: HeartBeatConfig = field(default_factory=HeartBeatConfig)
+    device_monitor: DeviceMonitorConfig = field(default_factory=DeviceMonitorConfig)
+
+    def __post_init__(self) -> None:
+        for name, given, idle in (
+            ("heart_beat", self.heart_beat, HeartBeatConfig()),
+            ("device_monitor", self.device_monitor, DeviceMonitorConfig()),
+        ):
+            if given.every_n == 0 and given != idle:
+                key = next(key.name for key in fields(given) if getattr(given, key.name) != getattr(idle, key.name))
+                raise ConfigError(f"{name}.{key}={getattr(given, key)} has no effect while its every_n=0; set that too")
 
 
 class HeartBeat:

@@ -33,10 +33,14 @@ REFUSED = {
     "infinite": (["optimizer.lr=inf"], r"optimizer.lr=inf must be finite"),
     "not a list": (["optimizer.betas=0.9"], r"optimizer.betas=0.9 must be a list"),
     "list of wrong length": (["optimizer.betas=[0.9]"], r"optimizer.betas.* must have 2 entries, got 1"),
-    "null": (["optimizer=null"], r"optimizer must be a group of keys"),
+    "null": (["optimizer=null"], r"unknown optimizer=None; choose from fusedadamw"),
     "enumeration": ([M + "training_type=tf_csm"], r"training_type='tf_csm' must be one of .*'tf_dcm'.*did you mean tf_"),
     "law": ([M + "p_G.law=uniform"], r"p_G.law='uniform' must be one of 'lognormal', 'uniform_shift'"),
     "recomputation inside compiled code": ([M + "compile=true", M + "net.sac_config.mode=mm_only"], r"net.sac_config.mode=mm_only keeps"),
+    "kept products inside compiled code": (
+        [M + "compile=true", M + "net.sac_config.mode=block_wise_keep_attention_mlp"],
+        r"net.sac_config.mode=block_wise_keep_attention_mlp keeps",
+    ),
     "recomputing every zeroth block": ([M + "net.sac_config.every_n_blocks=0"], r"net.sac_config.every_n_blocks=0 must be in 1 to 1024"),
     "which blocks of none": (
         [M + "net.sac_config.every_n_blocks=2"],
