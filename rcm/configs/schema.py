@@ -100,7 +100,7 @@ class CheckpointConfig(Record):
     only_load_scheduler_state: bool = False  # with load_training_state=False: also the update counts, where the rates' schedules stand
     load_ema_to_reg: bool = False  # the student starts from the averaged weights of load_path
     keys_not_to_resume: tuple[str, ...] = ()  # parts left as built: model, optim[_net|_fake_score], scheduler[_net|_fake_score], trainer
-    strict_resume: bool = True  # False: missing or foreign keys are listed in the log instead of stopping the run
+    strict_resume: bool = True  # this alone: missing or foreign keys stop the run
     accept_changed_data: bool = False  # resume although as many samples have other contents (mended ones)
     dcp_async_mode_enabled: bool = False  # write in the background
 

@@ -160,15 +160,15 @@ class CommonModelConfig(Record):
     resolution: str = "480p"  # with aspect_ratio: the latent size, unless latent_hw is given
     aspect_ratio: str = "16:9"  # width to height
     latent_hw: tuple[int, int] | None = None  # latent height and width; null = from resolution and aspect_ratio
-    input_data_key: str = "videos"  # batch key of decoded videos
-    input_latent_key: str = "latents"  # batch key of latents
-    input_caption_key: str = "prompts"  # batch key of prompts
+    input_data_key: str = "videos"  # this alone: batches are records
+    input_latent_key: str = "latents"  # this alone
+    input_caption_key: str = "prompts"  # this alone
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     text_encoder_class: Literal["umT5", "toy"] = "umT5"  # encoder of sample prompts and of the negative prompt
     text_encoder_path: str = ""  # umT5: its weights, the tokenizer's folder beside them; "" = prompts must come with embeddings
     text_cache: str = ""  # folder where umT5's embeddings are kept between runs; "" = none
     neg_embed_path: str = ""  # stored embedding of the negative prompt; "" = encode it with the text encoder
-    rectified_flow_t_scaling_factor: float = 1000.0  # network timestep of t = 1 (fixed by the released weights)
+    rectified_flow_t_scaling_factor: float = 1000.0  # network timestep of t = 1; this alone, of the released weights
     # objective
     p_G: TimeLawConfig = field(default_factory=TimeLawConfig)  # student times
     p_D: TimeLawConfig = field(default_factory=lambda: TimeLawConfig(law="uniform_shift"))  # times of DMD and fake score
@@ -204,7 +204,7 @@ class RCMConfig(CommonModelConfig):
     teacher_ckpt: str = ""  # its weights; the student starts from them too unless student_ckpt is set
     teacher_guidance: float = 5.0  # classifier-free guidance of the teacher; <= 1 skips the unconditional pass
     p_D: TimeLawConfig = field(default_factory=lambda: TimeLawConfig(law="lognormal", p_mean=0.0))
-    sigma_data: float = 1.0  # fixed
+    sigma_data: float = 1.0  # this alone: the TrigFlow wrapper is written for it
     sigma_max: float = within(80.0, above=0)  # first noise level when sampling
     cm_type: Literal["scm", "dcm"] = "scm"  # continuous or discrete consistency
     use_rf_scm: bool = False  # sCM in rectified-flow form instead of TrigFlow
@@ -230,7 +230,7 @@ class CausalConfig(CommonModelConfig):
     sigma_max: float = within(1600.0, above=0)  # first noise level when sampling
     first_chunk_t: int = 1  # latent frames of block 0; set by pattern=cF-C (0 = unset, a template)
     chunk_t: int = 1  # latent frames of each later block
-    loss_scale_fake_score: float = 1.0  # factor of the fake score's loss
+    loss_scale_fake_score: float = 1.0  # this alone: the release reads it nowhere
     loss_weighting: Literal["none", "gaussian_bell"] = "none"  # time weight of velocity regression
     df_timestep_strategy: Literal["random", "same", "fopp"] = "random"  # per-block times of diffusion forcing
     sample_timestep_shift: float = 3.0  # shift of the tf_dcm grid and of many-step sampling
