@@ -17,6 +17,7 @@ from rcm.configs.schema_model import PIXELS, CausalConfig, CommonModelConfig, RC
 from rcm.core.errors import ConfigError, require_divisible
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.attention import attention_name
+from rcm.parallel.checkpointing import KEEP_PRODUCTS
 from rcm.rollout.plan import ContextRule, StepSchedule
 from rcm.train.resume import Taken
 
@@ -98,10 +99,10 @@ def _without_effect(config: TrainConfig) -> None:
                 f"{M}.{knob}.sac_config.every_n_blocks={net.sac_config.every_n_blocks} has no effect while {M}.{knob}.sac_config.mode=none "
                 "recomputes no block; choose another mode, or leave it at 1"
             )
-        if model.compile and net is not None and net.sac_config.mode == "mm_only":
+        if model.compile and net is not None and net.sac_config.mode in KEEP_PRODUCTS:
             raise ConfigError(
-                f"{M}.{knob}.sac_config.mode=mm_only keeps single operators, which {M}.compile=True hides inside compiled code; choose "
-                "block_wise, block_wise_keep_attention or none"
+                f"{M}.{knob}.sac_config.mode={net.sac_config.mode} keeps single operators, which {M}.compile=True hides inside compiled "
+                "code; choose block_wise, block_wise_keep_attention or none"
             )
     if not isinstance(model, CausalConfig) and model.fd_type and model.time_precision == "bfloat16":
         raise ConfigError(

@@ -72,8 +72,9 @@ class TimeLawConfig(Record):
 class SACConfig(Record):
     """Activation checkpointing of one network."""
 
-    # what a block keeps for its backward pass: everything, nothing, the result of self-attention, or all matrix products and attentions
-    mode: Literal["none", "block_wise", "block_wise_keep_attention", "mm_only"] = "block_wise"
+    # what a block keeps for its backward pass: everything, nothing, the result of self-attention, those of it and the MLP, or all matrix
+    # products and attentions
+    mode: Literal["none", "block_wise", "block_wise_keep_attention", "block_wise_keep_attention_mlp", "mm_only"] = "block_wise"
     every_n_blocks: int = 1  # recompute blocks 0, n, 2n, ... alone; the blocks between them keep everything
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
-from rcm.parallel.checkpointing import checkpoint_blocks
+from rcm.parallel.checkpointing import KEEP_PRODUCTS, checkpoint_blocks
 from rcm.parallel.fsdp import is_mixed, shard_parameters
 from rcm.parallel.mesh import ParallelDims
 from rcm.parallel.ulysses import shard_sequence
@@ -71,9 +71,9 @@ def parallelize(
 
 
 def _compile_blocks(net: nn.Module, *, mode: str) -> None:
-    if mode == "mm_only":
+    if mode in KEEP_PRODUCTS:
         raise ConfigError(
-            "net.sac_config.mode=mm_only keeps single operators, which are out of sight inside compiled code; with compile=true choose "
+            f"net.sac_config.mode={mode} keeps single operators, which are out of sight inside compiled code; with compile=true choose "
             "block_wise, block_wise_keep_attention or none"
         )
     import torch._dynamo.config as compiler  # takes two seconds, so not with this module

@@ -21,7 +21,10 @@ from rcm.core.errors import ConfigError
 from rcm.kernels import replay
 from rcm.nets.lora import Chosen
 
-MODES = ("none", "block_wise", "block_wise_keep_attention", "mm_only")
+MODES = ("none", "block_wise", "block_wise_keep_attention", "block_wise_keep_attention_mlp", "mm_only")
+KEEP_PRODUCTS = ("block_wise_keep_attention_mlp", "mm_only")
+"""Modes that keep results of matrix products, which must be torch's own operators: compiled code has none."""
+
 _MATMULS = ("mm", "addmm", "bmm", "baddbmm")
 _ATTENTIONS = (
     "_scaled_dot_product_flash_attention",
@@ -104,9 +107,10 @@ def checkpoint_blocks(net: nn.Module, *, mode: str, every: int = 1) -> None:
     place. The blocks between them store everything.
 
     "none": store everything. "block_wise": store block inputs only. "block_wise_keep_attention": also the result of each block's
-    self-attention (E values per token and block), so that the dearest kernel is not run again. "mm_only": store outputs of matrix
-    products and attention, recompute the cheap rest. Attention is kept if it is one of torch's fused operators or a kernel of this
-    package; other back ends are recomputed. Raises ConfigError for another mode, and for `every` below 1.
+    self-attention (E values per token and block), so that the dearest kernel is not run again. "block_wise_keep_attention_mlp": also the
+    MLP's (as many), whose second product is the dearest per value kept. "mm_only": store outputs of matrix products and attention,
+    recompute the cheap rest. Attention is kept if it is one of torch's fused operators or a kernel of this package; other back ends are
+    recomputed. Raises ConfigError for another mode, and for `every` below 1.
     """
     if mode not in MODES:
         raise ConfigError(f"unknown activation checkpointing mode {mode!r}; set net.sac_config.mode to one of {', '.join(MODES)}")
@@ -117,10 +121,12 @@ def checkpoint_blocks(net: nn.Module, *, mode: str, every: int = 1) -> None:
     context_fn = None
     if mode == "block_wise_keep_attention":
         context_fn = partial(_contexts, _operators(*_ATTENTIONS))
-    elif mode == "mm_only":
+    elif mode in KEEP_PRODUCTS:
         context_fn = partial(_contexts, _operators(*_MATMULS, *_ATTENTIONS))
     for block in list(net.blocks)[::every]:
         forward = _Keeping(block.forward) if mode == "mm_only" else block.forward
         block.forward = Recompute(forward, context_fn=context_fn, chosen=getattr(net, "chosen", None))
-        if mode == "block_wise_keep_attention":
+        if mode.startswith("block_wise_keep_attention"):
             block.self_attn.core.forward = _Keeping(block.self_attn.core.forward)
+        if mode == "block_wise_keep_attention_mlp":
+            block.ffn[2].forward = _Keeping(block.ffn[2].forward)

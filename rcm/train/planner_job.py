@@ -19,7 +19,9 @@ from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.model import WanDiT
 from rcm.parallel.checkpointing import MODES
 
-Recompute = Literal["none", "mm_only", "block_wise_keep_attention", "block_wise"]
+Recompute = Literal[
+    "none", "mm_only", "block_wise_keep_attention_mlp", "block_wise_keep_attention", "block_wise"
+]
 
 
 @cache

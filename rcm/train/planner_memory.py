@@ -20,6 +20,7 @@ LATENT_TENSORS = 8
 ROWS = {  # with the fused kernels, with torch's own formulas (norms keep float32 copies, and their rows)
     "saved": ((16, 2), (27, 2)),  # what one block keeps for its backward pass, its input not counted
     "mm_only": ((10, 1), (10, 1)),  # its input and the results of matrix products and both attentions
+    "block_wise_keep_attention_mlp": ((3, 0), (3, 0)),  # its input, the results of self-attention and MLP
     "block_wise_keep_attention": ((2, 0), (2, 0)),  # its input and the result of self-attention
     "block_wise": ((1, 0), (1, 0)),  # its input
     # recomputed and back-propagated, in the MLP's second product: all that is saved, the gradients of

@@ -56,7 +56,9 @@ def _multiples(net: NetPlan, step: Pass, layout: TokenLayout) -> _Multiples:
         constant = 1 - visible_pairs(layout, first_key=layout.context_tokens) / visible_pairs(layout)
         return _Multiples(2, 3 - constant, 0, 2, 2, 1)
     again = net.recomputed_blocks / net.config.num_layers
-    linear = 3 + again * net.recompute.startswith("block_wise")
+    second = net.config.ffn_dim / (6 * net.config.dim + 2 * net.config.ffn_dim)  # of the MLP's products
+    kept = second if net.recompute.endswith("_mlp") else 0
+    linear = 3 + again * net.recompute.startswith("block_wise") * (1 - kept)
     attention = 1 + again * (net.recompute == "block_wise")
     return _Multiples(linear, attention, BACKWARD_ATTENTION, 3 + again, 2 + again, 3)
 

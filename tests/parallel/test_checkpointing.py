@@ -18,7 +18,7 @@ from rcm.nets.condition import Condition
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.layout import TokenLayout
 from rcm.nets.wan.model import WanDiT
-from rcm.parallel.checkpointing import checkpoint_blocks
+from rcm.parallel.checkpointing import MODES, checkpoint_blocks
 from tests.support.tiny_nets import GRID, condition, latents, tiny_net
 from tests.support.toy_method import CHANNELS, CONFIG, FRAMES, HEIGHT, LAYOUT, WIDTH, make_net
 
@@ -52,7 +52,11 @@ def forward(net: WanDiT, cache=None) -> torch.Tensor:
     return net(x, torch.full((1, 1), 300.0, dtype=torch.float64), Condition(text), LAYOUT, cache)
 
 
-@pytest.mark.parametrize(("mode", "runs_with_gradient"), [("none", 1), ("block_wise", 2), ("block_wise_keep_attention", 2), ("mm_only", 2)])
+RECOMPUTING = [mode for mode in MODES if mode != "none"]
+KEEPING = [mode for mode in MODES if mode.startswith("block_wise_keep_attention")]
+
+
+@pytest.mark.parametrize(("mode", "runs_with_gradient"), [("none", 1), *((mode, 2) for mode in RECOMPUTING)])
 def test_gradients_are_the_same_and_blocks_run_as_often_as_the_mode_says(mode: str, runs_with_gradient: int) -> None:
     plain, _ = prepared("none")
     forward(plain).square().mean().backward()
@@ -64,7 +68,7 @@ def test_gradients_are_the_same_and_blocks_run_as_often_as_the_mode_says(mode: s
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14, msg=name)
 
 
-@pytest.mark.parametrize("mode", ["block_wise", "block_wise_keep_attention", "mm_only"])
+@pytest.mark.parametrize("mode", RECOMPUTING)
 @pytest.mark.parametrize(("every", "again"), [(1, {0, 1, 2, 3, 4}), (2, {0, 2, 4}), (3, {0, 3}), (5, {0}), (9, {0})])
 def test_every_nth_block_alone_runs_again(mode: str, every: int, again: set[int]) -> None:
     """Blocks 0, n, 2n, ... run twice, the others once and keep all their products; the gradient is that of no recomputation."""
@@ -80,15 +84,17 @@ def test_every_nth_block_alone_runs_again(mode: str, every: int, again: set[int]
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14, msg=name)
 
 
-def test_mm_only_recomputes_no_matrix_product() -> None:
+def test_which_products_run_again() -> None:
+    """None of them, or one less per block where the MLP's result is kept."""
     counts = {}
-    for mode in ("none", "block_wise", "mm_only"):
+    for mode in MODES:
         net, _ = prepared(mode)
         with Products() as products:
             loss = forward(net).square().mean()
             loss.backward()
         counts[mode] = products.count
-    assert counts["none"] == counts["mm_only"] < counts["block_wise"]
+    assert counts["none"] == counts["mm_only"] < counts["block_wise"] == counts["block_wise_keep_attention"]
+    assert counts["block_wise_keep_attention_mlp"] == counts["block_wise"] - CONFIG.num_layers
 
 
 class Attentions(TorchDispatchMode):
@@ -104,7 +110,7 @@ class Attentions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("mode", "selfs", "crosses"), [("block_wise", 2, 2), ("block_wise_keep_attention", 1, 2), ("mm_only", 1, 1)])
+@pytest.mark.parametrize(("mode", "selfs", "crosses"), [("block_wise", 2, 2), *((mode, 1, 2) for mode in KEEPING), ("mm_only", 1, 1)])
 def test_which_attention_runs_again(mode: str, selfs: int, crosses: int) -> None:
     net, _ = prepared(mode)
     with Attentions() as counted:
@@ -134,7 +140,7 @@ class _Launched(torch.autograd.Function):
         return torch.zeros_like(grad), None, (other * grad.sum(dim=1, keepdim=True) / ctx.keys).expand(-1, ctx.keys, -1, -1)
 
 
-@pytest.mark.parametrize(("mode", "launches"), [("none", 1), ("block_wise", 2), ("block_wise_keep_attention", 1), ("mm_only", 1)])
+@pytest.mark.parametrize(("mode", "launches"), [("none", 1), ("block_wise", 2), *((mode, 1) for mode in KEEPING), ("mm_only", 1)])
 def test_kernels_behind_kept_are_not_launched_again(mode: str, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def grad(chosen: str) -> torch.Tensor:
         net, _ = prepared(chosen)
@@ -150,7 +156,7 @@ def test_kernels_behind_kept_are_not_launched_again(mode: str, launches: int, mo
     torch.testing.assert_close(got, plain, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("mode", ["block_wise", "block_wise_keep_attention", "mm_only"])
+@pytest.mark.parametrize("mode", RECOMPUTING)
 def test_steps_aside_without_gradient_and_in_cache_append(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even torch's checkpoint is called: torch 2.11's raises on dual tensors, gradients enabled or not."""
     net, runs = prepared(mode)

@@ -52,6 +52,10 @@ def test_pairs_are_the_masks_own():
     assert visible_pairs(over, first_key=36) == int(dense[:, 36:].sum())
 
 
+MLP_SECOND = 2 * 8960 / (12 * 1536 + 4 * 8960)
+"""Share of the second product of the MLP in the linear layers of a block, 1.3B."""
+
+
 def one_pass(mode, layout, *, recompute="none", **changes) -> tuple[Job, Pass]:
     net = NetPlan("student", PRESETS["1.3B"], trained=True, recompute=recompute)
     step = Pass("student", "student", mode, (layout,))
@@ -68,6 +72,7 @@ def test_backward_recompute_and_tangent_multiply_the_forward():
         ("train", "none", 3 * dense + 3.5 * attention),
         ("train", "mm_only", 3 * dense + 3.5 * attention),
         ("train", "block_wise_keep_attention", 4 * dense + 3.5 * attention),
+        ("train", "block_wise_keep_attention_mlp", (4 - MLP_SECOND) * dense + 3.5 * attention),
         ("train", "block_wise", 4 * dense + 4.5 * attention),
     ):
         assert cost(one_pass(mode, whole, recompute=recompute)).flops == pytest.approx(expected)

@@ -55,6 +55,7 @@ CASES = [
     (SMALL + "tf_c1-1", "student", {"mode": "mm_only"}),
     ("causal_wan2pt1_14B_res480p_t2v_df_c1-4", "student", {"mode": "mm_only"}),
     (SMALL + "tf_c3-3", "student", {"mode": "block_wise_keep_attention"}),
+    (SMALL + "tf_c3-3", "student", {"mode": "block_wise_keep_attention_mlp"}),
     (SMALL + "tf_c3-3", "student", {"layers": 7, "every": 3}),
     (SMALL + "tf_c3-3", "student", {"layers": 6, "mode": "block_wise_keep_attention", "every": 4}),
     (SMALL + "sf_dmd_c3-3", "student", {"mode": "mm_only", "every": 2}),
