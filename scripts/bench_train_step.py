@@ -1,7 +1,7 @@
 """One training step of the TF-sCM student, and one bidirectional forward against its floor: correctness first, then times and memory.
 
     python -m scripts.bench_train_step [--net 1.3B|14B] [--layers N] [--frames 21] [--pattern c3-3 --pattern c1-1]
-                                       [--recompute block_wise] [--fused auto|off] [--json FILE]
+                                       [--recompute block_wise --recompute ...] [--fused auto|off] [--json FILE]
 
 The student is built as training builds it (float32 master weights, bfloat16 computation, FSDP2 in a group of one) with random weights;
 the teacher is left out: its velocity is noise. Passes are those of the method (`rcm.methods.tf_scm`): tangent pass = the clean half
@@ -14,6 +14,7 @@ timed alone: medians of calls in a row, times how often the forward makes them.
 from __future__ import annotations
 
 import argparse
+import gc
 import platform
 import statistics
 import sys
@@ -72,6 +73,7 @@ class NoiseTeacher(VelocityModel):
 def build(config: WanConfig, options: argparse.Namespace, *, frozen: bool) -> Denoiser:
     """The network as a run builds it: on meta, parallelised, given memory, filled with random weights."""
     policy = Precision.preset("bf16_fp32_time")
+    gc.collect()  # an earlier network is a cycle of hooks
     net = on_meta(lambda: WanDiT(config, attention=options.attention, fused=options.fused)).requires_grad_(not frozen)
     dims = ParallelDims(device_type="cuda")
     parallelize(net, dims=dims, precision=policy, checkpoint=options.recompute, compile=options.compile and not frozen)
@@ -159,7 +161,7 @@ def bench_step(config: WanConfig, options: argparse.Namespace) -> list[dict[str,
         step = Step(student, BlockPattern.parse(name), frames=options.frames)
 
         def measure(work: str, call: Callable[[], object], *, traced: bool = False, name: str = name, step: Step = step) -> None:
-            row = {"work": f"{name} {work}"} | timed(call, repeats=options.repeats, prepare=step.forget)
+            row = {"work": f"{name} {work}", "recompute": options.recompute} | timed(call, repeats=options.repeats, prepare=step.forget)
             report(rows, row | (breakdown(call) if traced and options.profile else {}))
 
         begin = time.perf_counter()
@@ -229,7 +231,8 @@ def check(options: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         errors = {key: ((x.double() - truth[key].double()).norm() / truth[key].double().norm()).item() for key, x in found.items()}
         gradients = [error for key, error in errors.items() if key.startswith("gradient")]
-        row = {"work": f"check: {name} layers in bf16 against float64", "value": errors["value"], "tangent": errors["tangent"]}
+        row = {"work": f"check: {name} layers in bf16 against float64", "recompute": options.recompute}
+        row |= {"value": errors["value"], "tangent": errors["tangent"]}
         report(rows, row | {"gradients_worst": max(gradients), "gradients_median": statistics.median(gradients)})
     plain, fused_row = rows
     for key in ("value", "tangent", "gradients_worst", "gradients_median"):
@@ -260,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, help="fewer blocks than the network has")
     parser.add_argument("--frames", type=int, default=21, help="latent frames of 1560 tokens")
     parser.add_argument("--pattern", action="append", help="block pattern of the student step; repeatable (c3-3 and c1-1)")
-    parser.add_argument("--recompute", default="block_wise", choices=MODES)
+    parser.add_argument("--recompute", action="append", choices=MODES, help="recomputation of blocks; repeatable (block_wise)")
     parser.add_argument("--attention", default="auto", help="attention back end")
     parser.add_argument("--fused", default="auto", choices=("auto", "on", "off"))
     parser.add_argument("--compile", action="store_true", help="compile the student's blocks")
@@ -275,19 +278,20 @@ def main(arguments: list[str] | None = None) -> int:
     import triton
 
     options.pattern = options.pattern or ["c3-3", "c1-1"]
+    modes = options.recompute or ["block_wise"]
     config = preset(options.net)
     config = config if options.layers is None else replace(config, num_layers=options.layers)
     versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
     machine = {"gpu": torch.cuda.get_device_name(), **versions, "date": time.strftime("%Y-%m-%d"), "options": vars(options)}
     print(machine, flush=True)
-    parts = {
-        "check": partial(check, options),
-        "step": partial(bench_step, config, options),
-        "forward": partial(bench_forward, config, options),
-    }
+    parts = [
+        part
+        for chosen in (changed(options, recompute=mode) for mode in modes)
+        for part in (("check", partial(check, chosen)), ("step", partial(bench_step, config, chosen)))
+    ]
+    parts.append(("forward", partial(bench_forward, config, options)))
     with process_group("cuda"):
-        chosen = parts if options.only == "all" else {options.only: parts[options.only]}
-        rows = [row for part in chosen.values() for row in part()]
+        rows = [row for name, part in parts if options.only in ("all", name) for row in part()]
     if options.json:
         write(options.json, {"machine": machine, "rows": rows})
     return 0
