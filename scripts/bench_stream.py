@@ -367,7 +367,6 @@ def main(argv: list[str] | None = None) -> None:
         "host": {
             "c3-3 [4], decoder on the card": lambda: host(denoiser, codec, "c3-3 [4]", 7),
             "c1-1 [4,1], decoder on the card": lambda: host(denoiser, codec, "c1-1 [4,1]", 21),
-            "c1-1 [4,1], no decoder": lambda: host(denoiser, None, "c1-1 [4,1]", 21),
         },
         "fp8": {which: lambda which=which: fp8(options.size, codec, which) for which in ("auto", "all")},
         "several": {"4 sessions": lambda: several(denoiser, codec, count=4, chunks=8)},

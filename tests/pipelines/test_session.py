@@ -340,7 +340,7 @@ def test_sessions_do_not_take_draws_from_each_other(denoiser):
         opened(denoiser, wanted)
     alone = opened(denoiser, spec(generator=torch.Generator().manual_seed(1), **options))
     assert torch.equal(latents(first), latents(alone)), "the refused one drew nothing"
-    with opened(denoiser, wanted) as second:
+    with opened(denoiser, wanted):
         for draw in (first.restart, lambda: first.restart(seed=4), lambda: first.restore(held)):
             with pytest.raises(ConfigError, match="generator= draws for another session"):
                 draw()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -51,11 +52,19 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+@pytest.fixture
+def exact_products() -> Iterator[None]:
+    """No TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("fused", ["off", "on"])
-def test_captured_latents_are_the_eager_ones_in_float32(monkeypatch, fused, recipe, policy):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def test_captured_latents_are_the_eager_ones_in_float32(exact_products, fused, recipe, policy):
     which = {"recipe": recipe, "policy": policy}
     assert error(run("fp32", graphs="on", fused=fused, **which), run("fp32", **which)) <= 1e-6
 
