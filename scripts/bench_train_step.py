@@ -1,7 +1,8 @@
 """One training step of the TF-sCM student, and one bidirectional forward against its floor: correctness first, then times and memory.
 
     python -m scripts.bench_train_step [--net 1.3B|14B] [--layers N] [--frames 21] [--pattern c3-3 --pattern c1-1]
-                                       [--recompute block_wise --recompute ...] [--fused auto|off] [--json FILE]
+                                       [--recompute block_wise --recompute ...] [--fused auto|off] [--lora RANK]
+                                       [--json FILE]
 
 The student is built as training builds it (float32 master weights, bfloat16 computation, FSDP2 in a group of one) with random weights;
 the teacher is left out: its velocity is noise. Passes are those of the method (`rcm.methods.tf_scm`): tangent pass = the clean half
@@ -41,6 +42,8 @@ from rcm.methods.tf_scm import TFContinuousConsistency
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, VelocityModel
 from rcm.nets.layout import TokenLayout
+from rcm.nets.lora import AdaptedNet, attach
+from rcm.nets.wan.adapters import LAYERS
 from rcm.nets.wan.config import WanConfig, preset
 from rcm.nets.wan.model import WanDiT
 from rcm.parallel.apply import parallelize
@@ -74,23 +77,36 @@ def build(config: WanConfig, options: argparse.Namespace, *, frozen: bool) -> De
     """The network as a run builds it: on meta, parallelised, given memory, filled with random weights."""
     policy = Precision.preset("bf16_fp32_time")
     gc.collect()  # an earlier network is a cycle of hooks
-    net = on_meta(lambda: WanDiT(config, attention=options.attention, fused=options.fused)).requires_grad_(not frozen)
+    rank = 0 if frozen else options.lora
+
+    def laid_out() -> WanDiT:
+        net = WanDiT(config, attention=options.attention, fused=options.fused).requires_grad_(not frozen)
+        return adapted(net, rank)
+
+    net = on_meta(laid_out)
     dims = ParallelDims(device_type="cuda")
     parallelize(net, dims=dims, precision=policy, checkpoint=options.recompute, compile=options.compile and not frozen)
     materialise(net, device="cuda")
     fill(net)
-    return Denoiser(net, policy)
+    return Denoiser(AdaptedNet(net, "student") if rank else net, policy)
+
+
+def adapted(net: WanDiT, rank: int) -> WanDiT:
+    """`net` with adapters of this rank on every layer that takes them, alpha twice the rank (0: as it is)."""
+    if rank:
+        attach(net, LAYERS, roles=("student",), rank=rank, alpha=2.0 * rank)
+    return net
 
 
 @torch.no_grad()
-def exact_student(config: WanConfig) -> Denoiser:
+def exact_student(config: WanConfig, *, rank: int) -> Denoiser:
     """The same weights, rounded as a bfloat16 network computes with them, in float64 and plain formulas."""
-    net = WanDiT(config, attention="reference", fused="off").to("cuda", torch.float64)
+    net = adapted(WanDiT(config, attention="reference", fused="off"), rank).to("cuda", torch.float64)
     net.set_jvp_implementation("reference")
     fill(net)
     for parameter in net.parameters():
         parameter.copy_(parameter.bfloat16())
-    return Denoiser(net, Precision.preset("fp64"))
+    return Denoiser(AdaptedNet(net, "student") if rank else net, Precision.preset("fp64"))
 
 
 class Step:
@@ -219,7 +235,8 @@ def check(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     truth: dict[str, Tensor] = {}
     for name, fused in (("float64", None), ("plain", "off"), ("fused", "on")):
-        student = exact_student(config) if fused is None else build(config, changed(options, fused=fused, compile=False), frozen=False)
+        plain = changed(options, fused=fused, compile=False)
+        student = exact_student(config, rank=options.lora) if fused is None else build(config, plain, frozen=False)
         step = Step(student, BlockPattern(3, 3), frames=6)
         found = {"tangent": step.tangent_pass()[1]}
         v = step.forcing.velocity(student, step.x_t, step.t, step.cond, context=step.context)
@@ -266,6 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--recompute", action="append", choices=MODES, help="recomputation of blocks; repeatable (block_wise)")
     parser.add_argument("--attention", default="auto", help="attention back end")
     parser.add_argument("--fused", default="auto", choices=("auto", "on", "off"))
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank on a frozen student")
     parser.add_argument("--compile", action="store_true", help="compile the student's blocks")
     parser.add_argument("--only", default="all", choices=("all", "check", "step", "forward"))
     parser.add_argument("--repeats", type=int, default=3)
