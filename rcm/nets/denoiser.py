@@ -94,6 +94,9 @@ class VelocityModel:
         """`cond` with everything that depends on the prompt alone computed once, for passes without gradient."""
         raise NotImplementedError  # a model says this itself
 
+    def join_projections(self) -> None:
+        """Lay weights so that captured passes need fewer products; nothing where a model has no such layout."""
+
     def time_rows(self, t: Tensor) -> tuple[Tensor, ...] | None:
         """What the passes at RF time `t`, float64 [B, 1], make of it alone; None if every pass makes it anew."""
         return None
@@ -168,6 +171,11 @@ class Denoiser(VelocityModel):
         """See `VelocityModel`; for a network that is not sharded."""
         weight = self.net.patch_embedding.weight
         return self.net.prepare(cond.to(device=weight.device, dtype=self.precision.compute))
+
+    def join_projections(self) -> None:
+        """See `VelocityModel`."""
+        if hasattr(self.net, "join_projections"):
+            self.net.join_projections()
 
     def time_rows(self, t: Tensor) -> tuple[Tensor, ...] | None:
         """See `VelocityModel`."""
@@ -268,6 +276,10 @@ class Guided(VelocityModel):
     def fused(self) -> str:
         """See `VelocityModel`."""
         return self.denoiser.fused
+
+    def join_projections(self) -> None:
+        """See `VelocityModel`."""
+        self.denoiser.join_projections()
 
     def time_rows(self, t: Tensor) -> tuple[Tensor, ...] | None:
         """See `VelocityModel`."""

@@ -47,6 +47,7 @@ class CapturedLoop(ChunkLoop):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.denoiser.join_projections()
         self.counts = {"replayed": 0, "captured": 0, "eager": 0}
         self._graphs: dict[_Key, CudaGraph] = {}
         self._filled: set[tuple[int, int]] = set()

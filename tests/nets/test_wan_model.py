@@ -182,3 +182,35 @@ def test_every_parameter_gets_a_gradient():
         net(latents(3), frame_times(3), condition(net.config), LAYOUT).square().mean().backward()
         for name, p in net.named_parameters():
             assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().max() > 0, name
+
+
+@torch.no_grad()
+def test_joined_projections_are_the_three_layers(tmp_path):
+    """Values, names and a saved file stay; later loads reach both; what moves, learns or is another kind of layer is not joined."""
+    net = tiny_net()
+    before, attention = {name: x.clone() for name, x in net.state_dict().items()}, net.blocks[0].self_attn
+    net.requires_grad_(False).join_projections()
+    x = torch.randn(2, 3, 5, 64, dtype=torch.float64)
+
+    def apart() -> torch.Tensor:
+        return torch.cat([layer(x) for layer in (attention.q, attention.k, attention.v)], dim=-1)
+
+    weight, bias = attention.joined
+    torch.testing.assert_close(torch.nn.functional.linear(x, weight, bias), apart(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    torch.testing.assert_close(torch.load(tmp_path / "net.pt"), before, rtol=0, atol=0)
+    net.load_state_dict({name: 2 * x for name, x in before.items()})
+    torch.testing.assert_close(torch.nn.functional.linear(x, *attention.joined), apart(), rtol=0, atol=1e-12)
+    held = attention.joined
+    net.join_projections()
+    assert attention.joined is held, "graphs that read it go on"
+    attention.k.weight.data = attention.k.weight.data.clone()
+    assert attention.joined is None
+    net.join_projections()
+    assert attention.joined is not None and net.float().blocks[0].self_attn.joined is None
+    for change in (lambda: net.requires_grad_(True), lambda: setattr(attention, "v", torch.nn.Linear(64, 64))):
+        net.requires_grad_(False)
+        change()
+        net.join_projections()
+        assert attention.joined is None

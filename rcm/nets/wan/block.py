@@ -4,6 +4,7 @@ docs/reference/wan.md#forward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -103,18 +104,55 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(config.dim, eps=config.eps)
         self.norm_k = RMSNorm(config.dim, eps=config.eps)
         self.core = SelfAttentionCore(AttentionCore(backend))
+        self._joined: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, layout: TokenLayout, rope: RopePair, cached: LayerView | None, attend: bool = True) -> Tensor | None:
         """`x` [B, F, S, E] to the same shape; `attend` as in `SelfAttentionCore`."""
-        q, k, v = self.q(x), self.k(x), self.v(x)
         if cached is not None and cached.takes_projections and isinstance(self.core, SelfAttentionCore):
-            # a captured pass: norms, rotation and the cache's slots in one kernel
+            # a captured pass: one product, then norms, rotation and the cache's slots in one kernel
+            joined = self.joined
+            q, k, v = (self.q(x), self.k(x), self.v(x)) if joined is None else F.linear(x, *joined).chunk(3, dim=-1)
             q, k, v = cached.enter((q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)), (self.norm_q, self.norm_k), rope.query)
             return self.o(self.core.attend(q, k, v, layout, rope, cached).reshape(x.shape)) if attend else None
-        q, k, v = (self._heads(y) for y in (self.norm_q(q), self.norm_k(k), v))
+        q, k, v = (self._heads(y) for y in (self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)))
         if not attend:
             return self.core(q, k, v, layout, rope, cached, attend=False)
         return self.o(self.core(q, k, v, layout, rope, cached).reshape(x.shape))
+
+    @property
+    def joined(self) -> tuple[Tensor, Tensor] | None:
+        """Weights [3 E, E] and biases [3 E] of q, k and v in one piece, where `join` laid them so and they still are."""
+        if self._joined is None or any(type(layer) is not Linear for layer in (self.q, self.k, self.v)):
+            return None
+        width = self.q.out_features
+        for name, whole in zip(("weight", "bias"), self._joined, strict=True):
+            mine = [getattr(layer, name) for layer in (self.q, self.k, self.v)]
+            if [x.data_ptr() for x in mine] != [part.data_ptr() for part in whole.split(width)] or mine[0].dtype != whole.dtype:
+                return None
+        return self._joined
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Lay the weights of q, k and v side by side, so that captured passes take one product for them: with few tokens three small ones
+        leave a card half idle. Values, names and shapes stay. Only plain layers without gradient.
+        """
+        layers = (self.q, self.k, self.v)
+        held = [p for layer in layers for p in layer.parameters(recurse=False)]
+        if self.joined is not None or len(held) != 6 or any(type(layer) is not Linear for layer in layers):
+            return
+        if any(p.requires_grad or p.is_inference() or type(p.data) is not Tensor for p in held):
+            return
+        joined = []
+        for name in ("weight", "bias"):
+            whole = torch.cat([getattr(layer, name) for layer in layers])
+            for layer, part in zip(layers, whole.split(self.q.out_features), strict=True):
+                getattr(layer, name).data = part
+            joined.append(whole)
+        self._joined = joined[0], joined[1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfAttention:
+        self._joined = None  # what moves elsewhere leaves nothing behind
+        return super()._apply(fn, recurse)
 
     def _heads(self, y: Tensor) -> Tensor:
         return y.unflatten(3, (self.num_heads, self.head_dim)).flatten(1, 2)
