@@ -162,6 +162,11 @@ class WanDiT(nn.Module):
 
     @torch.no_grad()
     def time_rows(self, timestep: Tensor, *, dtype: torch.dtype) -> TimeRows:
+    def join_projections(self) -> None:
+        """See `SelfAttention.join`, for every block."""
+        for block in self.blocks:
+            cast(WanBlock, block).self_attn.join()
+
         """What passes in the compute dtype `dtype` make of `timestep` alone; for a network that is not sharded."""
         time = self.time_embedding(self.sinusoid(timestep, accumulate_dtype(dtype)))
         rows = self.time_projection(time).unflatten(2, (6, -1))
