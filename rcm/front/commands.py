@@ -49,6 +49,11 @@ SAMPLE = {
         module="rcm.inference.wan2pt1_t2v_causal_quant_infer",
         examples=("rcm sample causal-quant --distilled --num_steps 4 --kv_dtype_k int2 --kv_dtype_v int2 --dit_path FILE",),
     ),
+    "flf2v": Command(
+        does="image to video, or a first and a last frame to video, in many steps, with Wan2.1 I2V or FLF2V",
+        module="rcm.inference.wan2pt1_i2v_diffusion_infer",
+        examples=('rcm sample flf2v --image_path first.png --last_image_path last.png --dit_path FOLDER --prompt "she turns round"',),
+    ),
     "i2v-rcm": Command(
         does="image to video in few steps, with a distilled Wan2.2 student",
         module="rcm.inference.wan2pt2_i2v_rcm_infer",
@@ -193,6 +198,11 @@ GROUPS: dict[str, dict[str, Command]] = {
         "checkpoint": Command(does="inspect, convert and export weights", parts=CHECKPOINT),
     },
     "Measure": {
+        "doctor": Command(
+            does="check this machine, or all ranks of a launch: versions, card, kernels, network",
+            module="rcm.front.doctor",
+            examples=("rcm doctor", "rcm doctor --quick", "torchrun --nproc_per_node=8 -m rcm doctor"),
+        ),
         "bench": Command(does="check and time kernels, training steps, the VAE", parts=BENCH),
         "vbench": Command(does="sample and score the suites of VBench", parts=VBENCH),
     },
