@@ -20,7 +20,7 @@ from rcm.evaluation.vbench_sampling import VideoSampler
 from rcm.inference.stream_recipe import chosen_recipe
 from rcm.inference.wan_command import frame_size
 from rcm.inference.wan_flags import PRECISIONS, TEXT_ENCODER_PATH, VAE_PATH, NetworkFile
-from rcm.inference.wan_models import VAE_DTYPES, build_pipeline, check_files
+from rcm.inference.wan_models import VAE_DTYPES, Task, build_pipeline, check_files
 from rcm.nets.attention import BACKENDS
 from rcm.pipelines.described import PieceFiles
 from rcm.pipelines.from_checkpoint import open_checkpoint
@@ -148,7 +148,7 @@ def _bidirectional(flags: argparse.Namespace, device: torch.device) -> WanSample
     latent_frames(frames, stride=TEMPORAL_STRIDE)
     numerics = _wan_flags(flags, device)
     networks = (NetworkFile("--dit_path", flags.dit_path),)
-    check_files(numerics, networks, family="rcm" if flags.distilled else "diffusion", channels=LATENT_CHANNELS)
+    check_files(numerics, networks, family="rcm" if flags.distilled else "diffusion", task=Task(LATENT_CHANNELS))
     pipeline = build_pipeline(numerics, networks, clock=PartClock(device), size=size)
     return WanSampler(
         pipeline,
@@ -166,7 +166,7 @@ def _causal(flags: argparse.Namespace, device: torch.device) -> CausalSampler:
     size, frames = frame_size(flags, None), latent_frames(_or(flags.num_frames, 81), stride=TEMPORAL_STRIDE)
     recipe = _causal_recipe(flags)
     numerics = _wan_flags(flags, device)
-    check_files(numerics, (NetworkFile("--dit_path", flags.dit_path),), family="rcm", channels=LATENT_CHANNELS)
+    check_files(numerics, (NetworkFile("--dit_path", flags.dit_path),), family="rcm", task=Task(LATENT_CHANNELS))
     choice = PRECISIONS[numerics.precision]
     denoiser = load_wan(
         flags.dit_path,

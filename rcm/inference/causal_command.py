@@ -25,7 +25,7 @@ from rcm.inference.causal_flags import Defaults, causal_parser, codec_spec_of, n
 from rcm.inference.causal_report import Marks, Stopwatch, Timing, timing_lines, write_causal_report
 from rcm.inference.flag_ranges import MAX_FRAMES
 from rcm.inference.wan_command import frame_size, wan_main
-from rcm.inference.wan_models import build_pipeline, check_files
+from rcm.inference.wan_models import Task, build_pipeline, check_files
 from rcm.inference.wan_progress import Progress
 from rcm.inference.wan_report import BANNER
 from rcm.kernels.kv_codec.codec import KVCodec
@@ -79,7 +79,7 @@ def run(flags: argparse.Namespace, job: CausalJob, *, clock: PartClock) -> None:
     if flags.model_size != "auto":
         check_ranks(num_ranks(), num_heads=preset(flags.model_size).num_heads, tokens_per_frame=tokens)
     if not flags.random_weights:
-        on_first(lambda: check_files(flags, networks, family="causal", channels=LATENT_CHANNELS))
+        on_first(lambda: check_files(flags, networks, family="causal", task=Task(LATENT_CHANNELS)))
     if leads():
         _say_what_is_made(flags, job, films, specs[0], size)
     maker = Maker(flags, job, build_pipeline(flags, networks, clock=clock, size=size), image=image, size=size)

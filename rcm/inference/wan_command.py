@@ -20,7 +20,7 @@ from rcm.encoders.prompt_cleaning import checked_prompts
 from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.outcome import OutOfMemory, check_device, exit_status, out_of_memory
 from rcm.inference.wan_flags import NetworkFile
-from rcm.inference.wan_models import build_pipeline, check_files
+from rcm.inference.wan_models import Task, build_pipeline, check_files
 from rcm.inference.wan_progress import Progress
 from rcm.inference.wan_report import BANNER, cost_lines, write_report
 from rcm.nets.attention import resolve
@@ -50,6 +50,8 @@ class Job:
     networks: tuple[NetworkFile, ...]
     negative_prompt: str | None = None
     image_path: str | None = None
+    last_image_path: str | None = None
+    clip_path: str | None = None
 
 
 def wan_main(
@@ -136,25 +138,27 @@ def _check_launch(device: str) -> None:
 def run(flags: argparse.Namespace, job: Job, *, clock: PartClock) -> None:
     """Check, make, write, tell. Collective over the ranks of a launch; rank 0 reads, prints and writes."""
     outputs = on_first(lambda: Outputs.claim(flags))
-    image = shared(on_first(lambda: None if job.image_path is None else read_image(job.image_path)))
+    first, last = shared(on_first(lambda: tuple(p and read_image(p) for p in (job.image_path, job.last_image_path))))
     request = VideoRequest(
         prompt=flags.prompt,
         recipe=job.recipe,
-        size=frame_size(flags, image),
+        size=frame_size(flags, first),
         num_frames=flags.num_frames,
         num_samples=flags.num_samples,
         seed=flags.seed,
         negative_prompt=job.negative_prompt,
-        image=image,
+        image=first,
+        last_image=last,
     )
     _check_amount(request)
     tokens = request.tokens_per_frame
     if flags.model_size != "auto":
         check_ranks(num_ranks(), num_heads=preset(flags.model_size).num_heads, tokens_per_frame=tokens)
     if not flags.random_weights:
-        on_first(lambda: check_files(flags, job.networks, family=job.family, channels=request.input_channels))
+        task = Task(request.input_channels, images=0 if job.clip_path is None else 1 + (last is not None), clip_path=job.clip_path)
+        on_first(lambda: check_files(flags, job.networks, family=job.family, task=task))
     leads = not dist.is_initialized() or dist.get_rank() == 0
-    pipeline = build_pipeline(flags, job.networks, clock=clock, size=request.size)
+    pipeline = build_pipeline(flags, job.networks, clock=clock, size=request.size, clip_path=job.clip_path)
     if not leads:
         _generate(flags, pipeline, request, progress=None)
         return

@@ -37,6 +37,8 @@ PUBLISHED = {
     "huggingface.co/Wan-AI/Wan2.1-T2V-14B",
     "causal --dit_path": "Causal_rCM_Wan2.1_T2V_1.3B_480p_TF-sCM-init_SF-DMD_c3-3_step4.pt and its relatives, "
     "huggingface.co/worstcoder/rcm-Wan",
+    "diffusion i2v --dit_path": "the folder of huggingface.co/Wan-AI/Wan2.1-I2V-14B-480P (or -720P, or Wan2.1-FLF2V-14B-720P)",
+    "--clip_path": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth (4.8 GB) of huggingface.co/Wan-AI/Wan2.1-I2V-14B-480P",
     "rcm --high_noise_model_path": "Wan2.2-I2V-A14B-high-rCM-merged.pth, huggingface.co/worstcoder/rcm-Wan",
     "rcm --low_noise_model_path": "Wan2.2-I2V-A14B-low-rCM-merged.pth, huggingface.co/worstcoder/rcm-Wan",
     "diffusion --high_noise_model_path": "Wan2.2-I2V-A14B-high.pth, huggingface.co/worstcoder/Wan, or high_noise_model of "
@@ -131,22 +133,27 @@ def add_few_step_flags(parser: argparse.ArgumentParser, *, sigma_max: float) -> 
     )
 
 
-def add_many_step_flags(parser: argparse.ArgumentParser) -> None:
-    """Many-step sampling with guidance."""
+def add_many_step_flags(
+    parser: argparse.ArgumentParser, *, negative_prompt: str | None = NEGATIVE_PROMPT, timestep_shift: float | None = 5.0
+) -> None:
+    """Many-step sampling with guidance; a default of None is chosen by the command."""
     add = parser.add_argument_group("sampling").add_argument
     add("--num_steps", type=int, default=50, metavar="N", help="[%(default)s]")
     add("--sigma_max", type=int, default=5000, help="noise level of the first step [%(default)s]")
     add("--sampler", choices=("Euler", "UniPC"), default="UniPC", help="[%(default)s]")
     add("--guidance_scale", type=float, default=5.0, help="classifier-free guidance; 1 or less: none, and half the work [%(default)g]")
-    add("--timestep_shift", type=float, default=5.0, help="[%(default)g]")
-    add("--negative_prompt", default=NEGATIVE_PROMPT, metavar="TEXT", help="[Wan's own, in Chinese]")
+    told = "Wan's own" if timestep_shift is None else f"{timestep_shift:g}"
+    add("--timestep_shift", type=float, default=timestep_shift, help=f"[{told}]")
+    add("--negative_prompt", default=negative_prompt, metavar="TEXT", help="[Wan's own, in Chinese]")
 
 
-def add_image_flags(parser: argparse.ArgumentParser) -> None:
-    """The first frame, and the two experts of Wan2.2."""
+def add_image_flags(parser: argparse.ArgumentParser, *, experts: bool = True) -> None:
+    """The first frame, and with two `experts` (Wan2.2) when the second takes over."""
     add = parser.add_argument_group("image").add_argument
     add("--image_path", required=True, metavar="FILE", help="the first frame [required]")
     add("--adaptive_resolution", action="store_true", help="keep the image's shape, with about the pixels of the table's size")
+    if not experts:
+        return
     add("--boundary", type=float, default=0.9, help="time at which the low-noise expert takes over [%(default)g]")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +15,7 @@ from loguru import logger
 
 from rcm.core.dtypes import Precision
 from rcm.core.errors import CheckpointError, ConfigError
+from rcm.encoders.clip_vision import ClipVision, open_clip
 from rcm.encoders.codec import LatentCodec
 from rcm.encoders.taehv import TinyDecoderCodec
 from rcm.encoders.text_protocol import TextEncoder
@@ -23,7 +24,7 @@ from rcm.encoders.wan_vae import WanVAECodec
 from rcm.encoders.wan_vae_compile import compile_decoder
 from rcm.inference.wan_flags import PRECISIONS, PUBLISHED, NetworkFile
 from rcm.nets.denoiser import Denoiser
-from rcm.nets.wan.config import preset
+from rcm.nets.wan.config import WanConfig, preset
 from rcm.nets.wan.fp8 import noise_velocity, quantise_linears_
 from rcm.parallel.agree import on_first
 from rcm.parallel.apply import parallelize
@@ -31,7 +32,7 @@ from rcm.parallel.mesh import ParallelDims
 from rcm.pipelines.part_clock import PartClock
 from rcm.pipelines.residency import MemoryPolicy, Resident
 from rcm.pipelines.wan_files import MergedWeights, config_of, load_wan, network_weights, random_wan, require_fit
-from rcm.pipelines.wan_pipeline import Expert, WanPipeline
+from rcm.pipelines.wan_pipeline import Expert, ImageEncoder, WanPipeline
 from rcm.pipelines.wan_ranks import num_ranks, share_tokens
 from rcm.pipelines.wan_sizes import FrameSize
 from rcm.pipelines.weight_files import open_weights
@@ -41,30 +42,58 @@ FP8_PROBE = (32, 32)
 VAE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def check_files(flags: argparse.Namespace, networks: Sequence[NetworkFile], *, family: str, channels: int) -> None:
+@dataclass(frozen=True)
+class Task:
+    """What a command gives a network: so many input channels, CLIP's tokens of so many `images`, encoded by the file `clip_path`."""
+
+    channels: int
+    images: int = 0
+    clip_path: str | None = None
+
+    def require(self, config: WanConfig, path: str) -> None:
+        """`CheckpointError` for a network that was made for another task."""
+        if config.in_dim != self.channels:
+            raise CheckpointError(
+                f"{path} reads {config.in_dim} channels, this command gives {self.channels}: it was made for another task"
+            )
+        reads = 0 if not config.image_branch else 2 if config.image_positions else 1
+        if reads != self.images:
+            raise CheckpointError(f"{path} reads CLIP's tokens of {reads} images, this command gives {self.images}: {_TASKS[reads]}")
+
+
+_TASKS = (
+    "it has no image branch; Wan2.2's experts are sampled by wan2pt2_i2v_diffusion_infer",
+    "it was made for a first frame alone (Wan2.1 I2V); wan2pt1_i2v_diffusion_infer samples it without --last_image_path",
+    "it was made for a first and a last frame (Wan2.1 FLF2V); wan2pt1_i2v_diffusion_infer samples it with --last_image_path",
+)
+"""What a network is that reads 0, 1, 2 images."""
+
+
+def check_files(flags: argparse.Namespace, networks: Sequence[NetworkFile], *, family: str, task: Task) -> None:
     """Raise `CheckpointError` for a file that is missing (where it is published), damaged, of another network than --model_size, or of
-    another task (its number of input channels), before any of them is read.
+    another task, before any of them is read.
     """
     needed = [(network.flag, network.path, f"{family} {network.flag}") for network in networks]
     needed += [("--vae_path", flags.vae_path, "--vae_path"), ("--text_encoder_path", flags.text_encoder_path, "--text_encoder_path")]
+    if task.clip_path is not None:
+        needed.append(("--clip_path", task.clip_path, "--clip_path"))
     for flag, path, key in needed:
         if not path or not Path(path).exists():
             told = f"{flag} {path} does not exist" if path else f"{flag} is not given"
             raise CheckpointError(f"{told}; fetch {PUBLISHED[key]}, and say where it is with {flag}")
     for network in networks:
-        _check_network(network, size=flags.model_size, weights=flags.weights, channels=channels)
+        _check_network(network, size=flags.model_size, weights=flags.weights, task=task)
+    if task.clip_path is not None:
+        open_clip(task.clip_path)
 
 
-def _check_network(file: NetworkFile, *, size: str, weights: str, channels: int) -> None:
+def _check_network(file: NetworkFile, *, size: str, weights: str, task: Task) -> None:
     """Names and shapes of a network and its low-rank updates, from the headers of their files."""
     try:
         network = network_weights(open_weights(file.path), weights=weights)
         config = config_of(network, expect=None if size == "auto" else size)
         require_fit(network, config)
-        if config.in_dim != channels:
-            raise CheckpointError(
-                f"{file.path} reads {config.in_dim} channels, this command gives {channels}: it was made for another task"
-            )
+        task.require(config, file.path)
         for lora in file.loras:
             MergedWeights(network, lora)
     except CheckpointError as error:
@@ -72,10 +101,10 @@ def _check_network(file: NetworkFile, *, size: str, weights: str, channels: int)
 
 
 def build_pipeline(
-    flags: argparse.Namespace, networks: Sequence[NetworkFile], *, clock: PartClock, size: FrameSize
+    flags: argparse.Namespace, networks: Sequence[NetworkFile], *, clock: PartClock, size: FrameSize, clip_path: str | None = None
 ) -> WanPipeline:
-    """The pipeline of a command for frames of `size`. Rank 0 checks text encoder and codec now, and its refusal is
-    everyone's; networks are read when they are needed. Collective over the ranks of a launch.
+    """The pipeline of a command for frames of `size`, with CLIP where `clip_path` names its file. Rank 0 checks text encoder and codec now,
+    and its refusal is everyone's; networks are read when they are needed. Collective over the ranks of a launch.
     """
     if flags.compile and num_ranks() > 1:
         raise ConfigError("--compile works on one GPU; leave it out under torchrun")
@@ -105,7 +134,14 @@ def build_pipeline(
         )
         for number, network in enumerate(networks)
     ]
-    return WanPipeline(text=_NoText() if text is None else text, experts=experts, codec=codec, device=device, clock=clock, memory=policy)
+    clip = None if clip_path is None else _clip(flags, clip_path, device=device)
+    text = _NoText() if text is None else text
+    return WanPipeline(text=text, experts=experts, codec=codec, device=device, clock=clock, memory=policy, clip=clip)
+
+
+def _clip(flags: argparse.Namespace, path: str, *, device: torch.device) -> ImageEncoder:
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    return _RandomImages() if flags.random_weights else ClipVision.from_file(path, device=device, dtype=dtype)
 
 
 def _text(flags: argparse.Namespace, *, device: torch.device) -> TextEncoder:
@@ -169,6 +205,14 @@ def _move_codec(codec: LatentCodec, device: torch.device) -> None:
 
 def _move_network(denoiser: Denoiser, device: torch.device) -> None:
     denoiser.net.to(device)
+
+
+class _RandomImages:
+    """CLIP's place under --random_weights."""
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Random tokens [B, 257, 1280]."""
+        return torch.randn(images.shape[0], 257, 1280, generator=torch.Generator().manual_seed(0))
 
 
 class _NoText:

@@ -1,4 +1,4 @@
-"""What Wan's bidirectional image-to-video networks are told of the first frame: mask channels and the latents of image + grey frames."""
+"""What Wan's bidirectional image-to-video networks are told of a first (and a last) frame: mask channels, latents of images and grey."""
 
 from __future__ import annotations
 
@@ -74,20 +74,26 @@ def fit_image(image: torch.Tensor, size: FrameSize) -> torch.Tensor:
     return fitted.clamp(-1, 1).unsqueeze(2)
 
 
-def image_channels(codec: LatentCodec, frame: torch.Tensor, *, num_frames: int) -> torch.Tensor:
-    """The 20 extra input channels [1, 4 + C, T, h, w] of a video of `num_frames` pixel frames that begins with `frame` [1, 3, 1, H, W].
+def image_channels(codec: LatentCodec, frame: torch.Tensor, *, num_frames: int, last: torch.Tensor | None = None) -> torch.Tensor:
+    """The 20 extra input channels [1, 4 + C, T, h, w] of a video of `num_frames` pixel frames that begins with `frame` [1, 3, 1, H, W] and
+    ends with `last`, if given.
 
-    First the mask, 1 on latent frame 0; then the latents of the frame followed by frames of zeros (mid grey).
-    docs/reference/wan.md#image-condition. float32, on the device of `frame`. `ConfigError` for a codec of another temporal stride, or a
-    number of frames that does not fold.
+    First the mask, 1 on latent frame 0, and on the pixel frame of `last` (the fourth channel of the last latent frame); then the latents of
+    the given frames with frames of zeros (mid grey) between or behind. docs/reference/wan.md#image-condition. float32, on the device of
+    `frame`. `ConfigError` for a codec of another temporal stride, a number of frames that does not fold, or one frame to begin and to end.
     """
     if codec.temporal_stride != MASK_CHANNELS:
         raise ConfigError(
             f"the mask has a channel per pixel frame of a latent frame, {MASK_CHANNELS}; the codec folds {codec.temporal_stride} frames"
         )
     latent_frames = codec.latent_frames_for(num_frames)
-    grey = frame.new_zeros(()).expand(*frame.shape[:2], num_frames - 1, *frame.shape[3:])
-    latents = codec.encode(torch.cat([frame, grey], dim=2)).float()
+    if last is not None and latent_frames < 2:
+        raise ConfigError(f"a first and a last frame need at least {1 + MASK_CHANNELS} frames, got {num_frames}; change --num_frames")
+    ends = [] if last is None else [last]
+    grey = frame.new_zeros(()).expand(*frame.shape[:2], num_frames - 1 - len(ends), *frame.shape[3:])
+    latents = codec.encode(torch.cat([frame, grey, *ends], dim=2)).float()
     mask = latents.new_zeros(latents.shape[0], MASK_CHANNELS, latent_frames, *latents.shape[3:])
     mask[:, :, 0] = 1
+    if last is not None:
+        mask[:, -1, -1] = 1
     return torch.cat([mask, latents], dim=1)

@@ -69,7 +69,8 @@ OnStep = Callable[[Step, int], None]
 @dataclass(frozen=True)
 class VideoRequest:
     """What to make. `size` in pixels; `num_frames` 4n + 1; `negative_prompt` None is the encoder's own; `image` uint8 [H, W, 3], the first
-    frame, for image-to-video networks; `seed` of the one generator, on the device, from which all noise is drawn in float32.
+    frame, for image-to-video networks; `last_image` the last one, for networks that read two; `seed` of the one generator, on the device,
+    from which all noise is drawn in float32.
     """
 
     prompt: str
@@ -80,6 +81,7 @@ class VideoRequest:
     seed: int = 0
     negative_prompt: str | None = None
     image: Tensor | None = None
+    last_image: Tensor | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int, int]:
@@ -140,6 +142,8 @@ class WanPipeline:
         `NonFinite` for a network that returns NaN.
         """
         shape = request.latent_shape
+        if request.last_image is not None and request.image is None:
+            raise ConfigError("a last frame is given without a first one; give both")
         guided = is_guided(request.recipe.guidance)
         cond, negative = self.conditions(request, guided=guided)
         generator = torch.Generator(self.device).manual_seed(request.seed)
@@ -216,16 +220,16 @@ class WanPipeline:
     def _image_channels(self, request: VideoRequest) -> Tensor:
         codec = self.codec.use()
         with self.clock.part("image"):
-            frame = fit_image(request.image.to(self.device), request.size)
-            channels = image_channels(codec, frame, num_frames=request.num_frames)
+            first, *last = (fit_image(image.to(self.device), request.size) for image in _images(request))
+            channels = image_channels(codec, first, num_frames=request.num_frames, last=last[0] if last else None)
         del codec
         self.codec.rest(self.memory.codec)
         return channels
 
     def _image_tokens(self, request: VideoRequest) -> Tensor:
         with self.clock.part("image"):
-            pixels = request.image.to(self.device).permute(2, 0, 1)[None].float() / 127.5 - 1
-            tokens = self.clip.encode(pixels).to(self.device)
+            pixels = [image.to(self.device).permute(2, 0, 1)[None].float() / 127.5 - 1 for image in _images(request)]
+            tokens = torch.cat([self.clip.encode(each).to(self.device) for each in pixels], dim=1)
             self._rest(self.clip)
         return tokens
 
@@ -238,6 +242,11 @@ class WanPipeline:
         sent = torch.empty(shape, dtype=torch.float32, device=self.device) if made is None else made.to(self.device, torch.float32)
         dist.broadcast(sent, src=0)
         return sent.to(dtype)
+
+
+def _images(request: VideoRequest) -> list[Tensor]:
+    """The frames that are given, in time."""
+    return [image for image in (request.image, request.last_image) if image is not None]
 
 
 class _Walk:
@@ -297,3 +306,7 @@ def _require_task(denoiser: Denoiser, cond: Condition, *, channels: int, name: s
     if config.image_branch != (cond.image is not None):
         has = "has an image branch (Wan2.1 image-to-video) and needs the CLIP encoder" if config.image_branch else "has no image branch"
         raise ConfigError(f"the network {name} {has}; WanPipeline(clip=...) decides whether it is given image tokens")
+    ends = cond.concat is not None and cond.concat.shape[2] > 1 and bool(cond.concat[0, MASK_CHANNELS - 1, -1].any())
+    if ends != bool(config.image_positions):
+        made = "a first and a last frame (Wan2.1 FLF2V)" if config.image_positions else "a first frame alone"
+        raise ConfigError(f"the network {name} was made for {made}, {'both are' if ends else 'one is'} given (--last_image_path)")

@@ -101,9 +101,11 @@ class Description:
         return cls.from_json(path.read_bytes(), source=str(path))
 
     def require_same_network(self, other: Description, *, source: str) -> None:
-        """Raise CheckpointError naming both networks and every differing field, unless `other` (found at `source`) has this network."""
+        """Raise CheckpointError naming both networks and every differing field, unless `other` (found at `source`) has this network. A
+        field that an older version did not write counts as its zero.
+        """
         mine, found = _plain(self.network), _plain(other.network)
-        different = sorted(k for k in set(mine) | set(found) if mine.get(k) != found.get(k))
+        different = sorted(k for k in set(mine) | set(found) if (mine.get(k) or None) != (found.get(k) or None))
         if different:
             details = ", ".join(f"{k}: {found.get(k)} there, {mine.get(k)} here" for k in different)
             raise CheckpointError(

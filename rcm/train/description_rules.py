@@ -102,6 +102,7 @@ NETWORK: dict[str, Rule] = {
     "patch": listed(whole(1, 16), low=3, high=3),
     "eps": number(0, 1, above=True),
     "image_branch": _FLAG,
+    "image_positions": whole(0, 4096),
 }
 RECIPE: dict[str, Rule] = {
     "kind": one_of("few_step", "ode"),

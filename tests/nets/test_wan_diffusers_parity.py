@@ -17,12 +17,15 @@ CASES = {
     "t2v": {"num_heads": 2, "dim": 48, "in_dim": 16, "out_dim": 16},
     "head-128": {"num_heads": 1, "dim": 128, "in_dim": 4},
     "i2v-2.1": {"image_branch": True, "in_dim": 36, "out_dim": 16},
+    "flf2v-2.1": {"image_branch": True, "in_dim": 36, "out_dim": 16, "image_positions": 514},
     "A14B": {"in_dim": 36, "out_dim": 16},
 }
 
 
 def peer(config) -> torch.nn.Module:
     extra = {"image_dim": config.image_dim, "added_kv_proj_dim": config.dim} if config.image_branch else {}
+    if config.image_positions:
+        extra["pos_embed_seq_len"] = config.image_positions
     return diffusers.WanTransformer3DModel(
         patch_size=config.patch,
         num_attention_heads=config.num_heads,
@@ -50,9 +53,10 @@ def test_outputs_agree(case):
     extra = config.in_dim - config.out_dim
     x, text = torch.randn(2, config.out_dim, 3, 6, 8), torch.randn(2, 512, config.text_dim)
     concat = torch.randn(2, extra, 3, 6, 8) if extra else None
-    image = torch.randn(2, 257, config.image_dim) if config.image_branch else None
+    image = torch.randn(2, config.image_positions or 257, config.image_dim) if config.image_branch else None
     timestep = torch.tensor([937.5, 41.0])
-    image_argument = {"encoder_hidden_states_image": image} if image is not None else {}
+    given = image.unflatten(1, (2, 257)).flatten(0, 1) if config.image_positions else image  # the peer takes the two images as a batch
+    image_argument = {"encoder_hidden_states_image": given} if image is not None else {}
     packed = x if concat is None else torch.cat([x, concat], dim=1)
     expected = theirs(packed, timestep, text, **image_argument).sample
     got = net(x, timestep[:, None], Condition(text, concat, image), TokenLayout.bidirectional(3, grid=(3, 4)))

@@ -74,7 +74,6 @@ STRANGERS = {
         "TI2V-5B family .*LongLive-2.0",
     ),
     "TI2V-5B, flattened": (heads({"net.patch_embedding.weight": (3072, 192)}), "TI2V-5B"),
-    "FLF2V": (heads(TINY | {"img_emb.emb_pos": (1, 514, 1280)}), "FLF2V"),
     "VACE": (heads(TINY | {"vace_blocks.0.modulation": (1, 6, 64)}), "VACE"),
     "a LoRA": (heads({"base_model.model.blocks.0.ffn.0.lora_A.weight": (4, 64)}), "low-rank update"),
     "the VAE": (heads({"decoder.conv1.weight": (384, 16, 3, 3, 3), "conv1.weight": (32, 32, 1, 1, 1)}), VAE[:12]),

@@ -30,6 +30,21 @@ def test_channels_by_hand():
     assert not got[:, 4:, 1:].any(), "grey frames (zeros) have zero means"
 
 
+def test_channels_of_two_frames_by_hand():
+    """The last pixel frame is the fourth of its latent frame; grey lies between the two."""
+    size = FrameSize(16, 32)
+    first, last = fit_image(picture(), size), fit_image(picture(31, 17), size)
+    got = image_channels(StandInCodec(), first, num_frames=9, last=last)
+    mask = torch.zeros(1, 4, 3, 2, 4)
+    mask[:, :, 0], mask[:, 3, 2] = 1, 1
+    assert torch.equal(got[:, :4], mask)
+    for frame, image in ((0, first), (2, last)):
+        torch.testing.assert_close(got[:, 4:7, frame], torch.nn.functional.avg_pool2d(image[:, :, 0], 8))
+    assert not got[:, 4:, 1].any()
+    with pytest.raises(ConfigError, match="at least 5 frames, got 1; change --num_frames"):
+        image_channels(StandInCodec(), first, num_frames=1, last=last)
+
+
 def test_fitting_stretches_and_maps_to_minus_one_and_one():
     image = torch.zeros(8, 8, 3, dtype=torch.uint8)
     image[:, 4:] = 255

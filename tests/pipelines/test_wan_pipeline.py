@@ -211,17 +211,19 @@ def test_a_network_with_an_image_branch_is_given_clip_tokens():
 
 
 @pytest.mark.parametrize(
-    ("in_dim", "branch", "image", "told"),
+    ("in_dim", "branch", "images", "told"),
     [
-        (16, False, IMAGE, "reads 16 channels, 36 are given"),
-        (36, False, None, "reads 36 channels, 16 are given"),
-        (36, True, IMAGE, "image branch"),
+        (16, False, (IMAGE, None), "reads 16 channels, 36 are given"),
+        (36, False, (None, None), "reads 36 channels, 16 are given"),
+        (36, True, (IMAGE, None), "image branch"),
+        (36, False, (IMAGE, IMAGE), "made for a first frame alone, both are given"),
+        (36, False, (None, IMAGE), "last frame is given without a first"),
     ],
 )
-def test_a_network_of_another_task_is_refused_with_its_name(in_dim, branch, image, told):
+def test_a_network_of_another_task_is_refused_with_its_name(in_dim, branch, images, told):
     made = pipeline((0.0, wan_denoiser(in_dim=in_dim, image_branch=branch)))
     with pytest.raises(ConfigError, match=told):
-        made.generate(replace(REQUEST, image=image))
+        made.generate(replace(REQUEST, image=images[0], last_image=images[1]))
 
 
 def test_seeds():

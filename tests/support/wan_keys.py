@@ -5,7 +5,7 @@ from __future__ import annotations
 Shapes = dict[str, tuple[int, ...]]
 
 
-def published_tensors(*, dim: int, ffn: int, layers: int, channels: int, image: bool = False, out: int = 16) -> Shapes:
+def published_tensors(*, dim: int, ffn: int, layers: int, channels: int, image: bool = False, positions: int = 0, out: int = 16) -> Shapes:
     """Name -> shape in the original form, the patch weight with five dimensions."""
     shapes: Shapes = {"patch_embedding.weight": (dim, channels, 1, 2, 2), "patch_embedding.bias": (dim,), "head.modulation": (1, 2, dim)}
     linears = {
@@ -30,6 +30,8 @@ def published_tensors(*, dim: int, ffn: int, layers: int, channels: int, image: 
     if image:
         linears |= {"img_emb.proj.1": (1280, 1280), "img_emb.proj.3": (dim, 1280)}
         norms |= {f"img_emb.proj.{n}.{kind}": (width,) for n, width in ((0, 1280), (4, dim)) for kind in ("weight", "bias")}
+    if positions:
+        shapes["img_emb.emb_pos"] = (1, positions, 1280)
     for name, (rows, columns) in linears.items():
         shapes |= {name + ".weight": (rows, columns), name + ".bias": (rows,)}
     return shapes | norms
@@ -41,5 +43,6 @@ PUBLISHED = {
     "14B": (published_tensors(**LARGE, channels=16), 1095, 14_288_491_584),
     "A14B": (published_tensors(**LARGE, channels=36), 1095, 14_288_901_184),
     "i2v-14B": (published_tensors(**LARGE, channels=36, image=True), 1303, 16_394_878_784),
+    "flf2v-14B": (published_tensors(**LARGE, channels=36, image=True, positions=514), 1304, 16_395_536_704),
 }
 """Preset -> (tensors, their number, parameters)."""

@@ -12,7 +12,8 @@ class WanConfig:
     """Architecture of one Wan network. Raises `ConfigError` for sizes that do not fit each other.
 
     `in_dim` counts all input channels, those of `Condition.concat` included (16 latent + 20 for image-to-video). `image_branch` adds the
-    CLIP tokens of Wan2.1 image-to-video. `max_frames`, `max_rows`, `max_columns` limit rotary positions.
+    CLIP tokens of Wan2.1 image-to-video, `image_positions` a table of so many positions for them: 514 where they are those of a first and
+    a last frame (FLF2V), 0 for none. `max_frames`, `max_rows`, `max_columns` limit rotary positions.
     """
 
     dim: int
@@ -28,6 +29,7 @@ class WanConfig:
     eps: float = 1e-6
     image_branch: bool = False
     image_dim: int = 1280
+    image_positions: int = 0
     max_frames: int = 1024
     max_rows: int = 1024
     max_columns: int = 1024
@@ -36,6 +38,10 @@ class WanConfig:
         require_divisible("net.dim", value=self.dim, by=self.num_heads, by_name="net.num_heads", knob="net.num_heads")
         require_divisible("net.freq_dim", value=self.freq_dim, by=2, by_name="cosine and sine halves", knob="net.freq_dim")
         require_equal("net.patch[0] (frames per token)", got=self.patch[0], expected=1, knob="net.patch")
+        if self.image_positions and not (self.image_branch and self.image_positions % 2 == 0):
+            raise ConfigError(
+                f"net.image_positions={self.image_positions} are those of the tokens of two images: even, with net.image_branch=True"
+            )
         if self.head_dim < 6 or self.head_dim % 2:
             raise ConfigError(
                 f"net.dim={self.dim} over net.num_heads={self.num_heads} gives head size {self.head_dim}; "
@@ -66,10 +72,11 @@ PRESETS: dict[str, WanConfig] = {
     "1.3B": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "14B": _LARGE,
     "i2v-14B": replace(_LARGE, in_dim=36, image_branch=True),
+    "flf2v-14B": replace(_LARGE, in_dim=36, image_branch=True, image_positions=514),
     "A14B": replace(_LARGE, in_dim=36),
 }
-"""tiny for tests and the toy world; Wan2.1 text-to-video 1.3B and 14B (also a Wan2.2 text-to-video expert); Wan2.1 image-to-video; a Wan2.2
-image-to-video expert."""
+"""tiny for tests and the toy world; Wan2.1 text-to-video 1.3B and 14B (also a Wan2.2 text-to-video expert); Wan2.1 image-to-video; the same
+from a first and a last frame; a Wan2.2 image-to-video expert."""
 
 
 def preset(name: str) -> WanConfig:

@@ -57,6 +57,7 @@ _TOP = (
     ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
     ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
     ("time_projection.1", "condition_embedder.time_proj"),
+    ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
     ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
     ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
     ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
@@ -197,6 +198,7 @@ def detect_config(state: Mapping[str, Tensor], *, head_dim: int = HEAD_DIM) -> W
         if not 0 <= min(blocks) <= max(blocks) < len(shape):
             raise CheckpointError(f"not a Wan network: it has a block {max(blocks, key=abs)}, and {len(shape)} tensors in all")
         image = "img_emb.proj.0.weight" in shape
+        _, positions, _ = shape.get("img_emb.emb_pos", (1, 0, 0))
         if dim % head_dim:
             raise CheckpointError(
                 f"width {dim} is no multiple of the head size {head_dim}; say how many heads it has (a config.json beside it)"
@@ -213,6 +215,7 @@ def detect_config(state: Mapping[str, Tensor], *, head_dim: int = HEAD_DIM) -> W
             text_dim=shape["text_embedding.0.weight"][1],
             image_branch=image,
             image_dim=shape["img_emb.proj.0.weight"][0] if image else base.image_dim,
+            image_positions=positions,
         )
     except (KeyError, ValueError, IndexError) as missing:
         raise CheckpointError(f"not a Wan network: {missing}; it has {len(shape)} tensors: {listed(sorted(shape))}") from missing

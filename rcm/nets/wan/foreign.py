@@ -31,7 +31,6 @@ _WORDS: tuple[tuple[tuple[str, ...], str], ...] = (
         "a TurboDiffusion network with sparse-linear attention (proj_l), another architecture; take its file with plain attention",
     ),
     (("vace_blocks", "vace_patch_embedding"), "a VACE network, which has control blocks that this architecture lacks"),
-    (("emb_pos", "pos_embed"), "Wan2.1's first-and-last-frame network (FLF2V), whose image position table this architecture lacks"),
     (
         ("control_adapter", "ref_conv", "audio_injector", "audio_proj", "face_adapter", "motion_encoder"),
         "a Wan network with a control, audio or motion branch that this architecture lacks",

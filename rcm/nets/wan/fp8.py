@@ -136,7 +136,7 @@ def noise_velocity(
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(weight)
 
-    image = draw(1, 257, config.image_dim) if config.image_branch else None
+    image = draw(1, config.image_positions or 257, config.image_dim) if config.image_branch else None
     x, cond = draw(1, config.in_dim, frames, *size), Condition(draw(1, config.text_len, config.text_dim), image=image)
     time = torch.full((1, 1), timestep, dtype=torch.float32, device=weight.device)
     layout = TokenLayout.bidirectional(frames, grid=config.token_grid(*size))

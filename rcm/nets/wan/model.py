@@ -24,10 +24,12 @@ IMAGE_NORM_EPS = 1e-5
 
 
 class ImageEmbedding(nn.Module):
-    """CLIP tokens to network width (Wan2.1 image-to-video)."""
+    """CLIP tokens to network width (Wan2.1 image-to-video), after a table of positions where there are two images."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
+        if config.image_positions:
+            self.emb_pos = nn.Parameter(torch.zeros(1, config.image_positions, config.image_dim))
         self.proj = nn.Sequential(
             AffineLayerNorm(config.image_dim, eps=IMAGE_NORM_EPS),
             nn.Linear(config.image_dim, config.image_dim),
@@ -38,7 +40,7 @@ class ImageEmbedding(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """`image` [B, L_image, image_dim] to [B, L_image, E]."""
-        return self.proj(image)
+        return self.proj(image + self.emb_pos if hasattr(self, "emb_pos") else image)
 
 
 class TimeRows(NamedTuple):
@@ -160,13 +162,13 @@ class WanDiT(nn.Module):
         tokens = self._embed(cond)
         return replace(cond, prepared=tuple(cast(WanBlock, block).cross_attn.keys_values(tokens) for block in self.blocks))
 
-    @torch.no_grad()
-    def time_rows(self, timestep: Tensor, *, dtype: torch.dtype) -> TimeRows:
     def join_projections(self) -> None:
         """See `SelfAttention.join`, for every block."""
         for block in self.blocks:
             cast(WanBlock, block).self_attn.join()
 
+    @torch.no_grad()
+    def time_rows(self, timestep: Tensor, *, dtype: torch.dtype) -> TimeRows:
         """What passes in the compute dtype `dtype` make of `timestep` alone; for a network that is not sharded."""
         time = self.time_embedding(self.sinusoid(timestep, accumulate_dtype(dtype)))
         rows = self.time_projection(time).unflatten(2, (6, -1))
@@ -202,6 +204,9 @@ class WanDiT(nn.Module):
                 draw = torch.randn if embeds else _centred_uniform
                 module.weight.copy_(std * draw(module.weight.shape, generator=generator, device=device))
                 module.bias.zero_()
+            elif isinstance(module, ImageEmbedding) and self.config.image_positions:
+                draws = torch.randn(module.emb_pos.shape, generator=generator, device=device)
+                module.emb_pos.copy_(0.02 * draws)
             elif isinstance(module, (WanBlock, Head)):
                 draws = torch.randn(module.modulation.shape, generator=generator, device=device)
                 module.modulation.copy_(draws * self.config.dim**-0.5)
@@ -253,6 +258,8 @@ class WanDiT(nn.Module):
             raise ValueError(
                 f"image tokens are {'given' if cond.image is not None else 'missing'}, but net.image_branch={config.image_branch}"
             )
+        if cond.image is not None and config.image_positions not in (0, cond.image.shape[1]):
+            raise ValueError(f"net.image_positions={config.image_positions}, but {cond.image.shape[1]} image tokens are given")
 
 
 def _centred_uniform(shape: torch.Size, *, generator: torch.Generator | None, device: torch.device) -> Tensor:

@@ -28,17 +28,16 @@ _NAMES: dict[str, tuple[str | None, str | None]] = {
 # settings of other libraries that change the network -> the values that this architecture has
 _FIXED: dict[str, tuple[Any, ...]] = {
     "_class_name": ("WanModel", "WanTransformer3DModel", "CausalWanModel"),
-    "model_type": ("t2v", "i2v"),
+    "model_type": ("t2v", "i2v", "flf2v"),
     "patch_size": ([1, 2, 2],),
     "qk_norm": (True, "rms_norm_across_heads"),
     "cross_attn_norm": (True,),
     "window_size": ([-1, -1],),
-    "pos_embed_seq_len": (None,),
     "rope_max_seq_len": (1024,),
     "vace_layers": (None,),
     "quantization_config": (None,),
 }
-_DERIVED = ("attention_head_dim", "image_dim", "added_kv_proj_dim")
+_DERIVED = ("attention_head_dim", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
 _MOST = 1 << 20
 _IN_TENSORS = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "freq_dim", "text_dim")
 
@@ -47,7 +46,8 @@ def published_settings(config: WanConfig, *, form: Format) -> dict[str, Any] | N
     """The content of config.json for a network in the "wan" or "diffusers" form; None for a form that has none."""
     if form == "wan":
         named = {ours: getattr(config, field) for field, (ours, _) in _NAMES.items() if ours}
-        return {"_class_name": "WanModel", "model_type": "i2v" if config.in_dim > config.out_dim else "t2v", **named}
+        task = "flf2v" if config.image_positions else "i2v" if config.in_dim > config.out_dim else "t2v"
+        return {"_class_name": "WanModel", "model_type": task, **named}
     if form == "diffusers":
         named = {theirs: getattr(config, field) for field, (_, theirs) in _NAMES.items() if theirs}
         return {
@@ -59,7 +59,7 @@ def published_settings(config: WanConfig, *, form: Format) -> dict[str, Any] | N
             "qk_norm": "rms_norm_across_heads",
             "image_dim": config.image_dim if config.image_branch else None,
             "added_kv_proj_dim": config.dim if config.image_branch else None,
-            "pos_embed_seq_len": None,
+            "pos_embed_seq_len": config.image_positions or None,
         }
     return None
 
@@ -87,6 +87,9 @@ def with_settings(found: WanConfig, settings: Mapping[str, Any] | None) -> WanCo
         if name in settings and settings[name] not in allowed:
             told = " or ".join(map(str, allowed))
             raise CheckpointError(f"config.json states {name} {str(settings[name])[:60]}; this architecture has {told}")
+    if "pos_embed_seq_len" in settings and settings["pos_embed_seq_len"] != (found.image_positions or None):
+        told = f"{str(settings['pos_embed_seq_len'])[:60]}; the tensors have {found.image_positions or None}"
+        raise CheckpointError(f"config.json states pos_embed_seq_len {told}")
     stated: dict[str, float] = {}
     for field, names in _NAMES.items():
         for known in names:
