@@ -33,6 +33,10 @@ class Sink(Protocol):
         """Hand over `x`, which is not written again."""
         ...
 
+    def release(self) -> None:
+        """No more for now: keep nothing that has arrived."""
+        ...
+
 
 class Source(Protocol):
     """Where a stage's inputs come from, in the order in which they are expected."""
@@ -128,6 +132,11 @@ class StageStream(DecodeStream):
         super().__init__(part, statistics, graphs=graphs)
         self._source, self._sink = source, sink
         self._before = boundary_before(part.vae.decoder, part.units.start)
+
+    def close(self) -> None:
+        """The video is over."""
+        if self._sink is not None:
+            self._sink.release()
 
     def _through(self, latents: Tensor, size: tuple[int, ...]) -> Tensor | None:
         pixels = latents.new_empty(size, device=self._vae.device) if self._sink is None else None

@@ -35,6 +35,10 @@ class Link:
             self._sent.popleft()[0].wait()
         self._sent.append((dist.isend(x, dst=self._target, group=self._group), x))
 
+    def release(self) -> None:
+        """Let go of what has arrived; the rest goes with later sends."""
+        self._sent = deque(sent for sent in self._sent if not sent[0].is_completed())
+
     def expect(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> None:
         """Be ready for the next tensor."""
         x = torch.empty(shape, dtype=dtype, device=device)

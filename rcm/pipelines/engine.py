@@ -327,6 +327,8 @@ class DecodeLane:
 
     def close(self) -> None:
         """Free the decoder."""
+        if hasattr(self._decoder, "close"):
+            self._decoder.close()
         self._decoder = None
 
 

@@ -33,6 +33,9 @@ class Pipe(deque):
     def send(self, x):
         self.append(x)
 
+    def release(self):
+        self.released = True
+
     def expect(self, shape, *, dtype, device):
         self.wanted = (*getattr(self, "wanted", ()), (shape, dtype))
 
@@ -60,6 +63,9 @@ def test_pixels_do_not_depend_on_where_the_decoder_is_cut(dtype):
             found.append(second.decode_chunk(part))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), cut
         assert first.num_bytes() + second.num_bytes() == whole.num_bytes()
+        first.close()
+        second.close()
+        assert pipe.released
 
 
 def test_stages_of_the_published_decoder_take_alike():
