@@ -54,15 +54,15 @@ def variants() -> dict[str, tuple[str, object]]:
     return {
         "bf16": ("bf16", None),
         "gluon 128x128": ("hopper", Tiles()),
-        "gluon 128x128 turns": ("hopper", Tiles(turns=True)),
-        "gluon 128x128 6 stages": ("hopper", Tiles(stages=6)),
-        "gluon 128x128 2 stages": ("hopper", Tiles(stages=2)),
-        "gluon 128x128 one level": ("hopper", Tiles(two_level=False)),
-        "gluon 128x64": ("hopper", Tiles(block_n=64, stages=8)),
-        "gluon 192x64 one level": ("hopper", Tiles(3, 64, 8, two_level=False)),
-        "triton 128x128 w8 s3": ("portable", PortableTiles()),
-        "triton 128x64 w8 s4": ("portable", PortableTiles(128, 64, 8, 4)),
+        "gluon 128x128 poly 1": ("hopper", Tiles(by_products=1)),
+        "gluon 128x128 poly 2": ("hopper", Tiles(by_products=2)),
+        "gluon 128x128 poly 1 turns": ("hopper", Tiles(by_products=1, turns=True)),
+        "gluon 128x128 poly 1 held": ("hopper", Tiles(by_products=1, held=True)),
+        "gluon 128x128 one level": ("hopper", Tiles(two_level=False, by_products=1, held=True)),
+        "gluon 128x128 poly 1, 6": ("hopper", Tiles(by_products=1, stages=6)),
+        "gluon 192x64 one level": ("hopper", Tiles(3, 64, 8, two_level=False, by_products=1)),
         "triton 64x128 w4 s3": ("portable", PortableTiles(64, 128, 4, 3)),
+        "triton 64x128 w4 s2": ("portable", PortableTiles(64, 128, 4, 2)),
     }
 
 

@@ -26,35 +26,47 @@ def code_queries(
 
 
 @triton.jit
-def _coded(x, center, spread):
-    return tl.minimum(tl.maximum((x.to(tl.float32) - center[None, :]) / spread, -448.0), 448.0)
+def _codes_at(x_ptr, place, center_ptr, spread, inside, column, WIDTH: tl.constexpr):
+    """Codes [L, D], still in float32, of what lies at `place` [L, 1]."""
+    x = tl.load(x_ptr + place + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    center = tl.load(center_ptr + column, mask=column < WIDTH, other=0.0)
+    return tl.minimum(tl.maximum((x - center[None, :]) / spread, -448.0), 448.0)
 
 
-@triton.jit(do_not_specialize=["length", "heads", "room"])
+@triton.jit(do_not_specialize=["length", "heads", "groups"])
 def code_pair(
     k_ptr, v_ptr, slots_ptr, key_scale, key_center, value_scale, value_center, keys_ptr, values_ptr,
-    length, heads, room, k_b, k_l, k_n, v_b, v_l, v_n,
+    length, heads, groups, k_b, k_l, k_n, v_b, v_l, v_n,
     AT_SLOTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """`BLOCK_L` tokens of one head to their slots: a key to its row, a value to its column. AT_SLOTS: they are read there, too."""
+    """`BLOCK_L` tokens of one head to their slots, of 16 `groups`: every other program keys, each to its row, the others values,
+    each to its column. AT_SLOTS: they are read there, too.
+    """
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    token = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    start = tl.program_id(0) // 2 * BLOCK_L
+    token = start + tl.arange(0, BLOCK_L)
     column = tl.arange(0, BLOCK_D)
     known = column < WIDTH
     inside = (token < length)[:, None] & known[None, :]
-    slot = tl.load(slots_ptr + token, mask=token < length, other=0)
-    row = (slot & ~15) + ((slot & 2) << 2) + ((slot & 12) >> 1) + (slot & 1)
+    slot = tl.load(slots_ptr + token, mask=token < length, other=0).to(tl.int32)
     source = (slot if AT_SLOTS else token).to(tl.int64)[:, None]
     pair = batch * heads + head
-
-    x = tl.load(k_ptr + batch * k_b + head * k_n + source * k_l + column[None, :], mask=inside, other=0.0)
-    center = tl.load(key_center + head * WIDTH + column, mask=known, other=0.0)
-    code = _coded(x, center, tl.load(key_scale + head)).to(keys_ptr.dtype.element_ty)
-    tl.store(keys_ptr + (pair * room + row.to(tl.int64))[:, None] * WIDTH + column[None, :], code, mask=inside)
-
-    x = tl.load(v_ptr + batch * v_b + head * v_n + source * v_l + column[None, :], mask=inside, other=0.0)
-    center = tl.load(value_center + head * WIDTH + column, mask=known, other=0.0)
-    spread = tl.load(value_scale + head * WIDTH + column, mask=known, other=1.0)
-    code = tl.trans(_coded(x, center, spread[None, :])).to(values_ptr.dtype.element_ty)
-    lines = (pair * WIDTH + column.to(tl.int64))[:, None] * room + slot.to(tl.int64)[None, :]
-    tl.store(values_ptr + lines, code, mask=known[:, None] & (token < length)[None, :])
+    room = groups * 16
+    if tl.program_id(0) % 2 == 0:
+        scale = tl.load(key_scale + head)
+        key = _codes_at(k_ptr, batch * k_b + head * k_n + source * k_l, key_center + head * WIDTH, scale, inside, column, WIDTH)
+        row = (slot & ~15) + ((slot & 2) << 2) + ((slot & 12) >> 1) + (slot & 1)
+        tl.store(keys_ptr + pair * room * WIDTH + (row[:, None] * WIDTH + column[None, :]), key.to(keys_ptr.dtype.element_ty), mask=inside)
+    else:
+        spread = tl.load(value_scale + head * WIDTH + column, mask=known, other=1.0)[None, :]
+        value = _codes_at(v_ptr, batch * v_b + head * v_n + source * v_l, value_center + head * WIDTH, spread, inside, column, WIDTH)
+        turned = tl.trans(value.to(values_ptr.dtype.element_ty))
+        base, lines = values_ptr + pair * room * WIDTH, column[:, None] * room
+        first = tl.load(slots_ptr + start).to(tl.int32)
+        last = tl.load(slots_ptr + tl.minimum(start + BLOCK_L, length) - 1).to(tl.int32)
+        if (last - first == BLOCK_L - 1) & (first % 8 == 0):
+            # a run: eight codes at once, where slots one by one would touch a sector of memory for every byte
+            run = tl.multiple_of(first, 8) + tl.arange(0, BLOCK_L)
+            tl.store(base + (lines + run[None, :]), turned, mask=known[:, None])
+        else:
+            tl.store(base + (lines + slot[None, :]), turned, mask=known[:, None] & (token < length)[None, :])

@@ -86,6 +86,55 @@ def _produce(
 
 
 @gluon.jit
+def _top(s, ROW_LAYOUT: gl.constexpr):
+    """Largest score of every row [M]. Pairs first, so that the chain of dependent comparisons is half as long."""
+    M: gl.constexpr = s.shape[0]
+    J: gl.constexpr = s.shape[1]
+    top = gl.max(gl.max(gl.max(s.reshape([M, J // 8, 4, 2]), axis=3), axis=1), axis=1)
+    return gl.convert_layout(top, ROW_LAYOUT)
+
+
+@gluon.jit
+def _sums(p):
+    """[M, 4]: what each of the four threads of a row has of its sum. They are added up once, at the end."""
+    M: gl.constexpr = p.shape[0]
+    J: gl.constexpr = p.shape[1]
+    return gl.sum(gl.sum(p.reshape([M, J // 8, 4, 2]), axis=3), axis=1)
+
+
+@gluon.jit
+def _exp2(x, BY_PRODUCTS: gl.constexpr):
+    """2**x. The unit for it takes 16 numbers a cycle, which is as long as both products of attention take: BY_PRODUCTS of four
+    numbers are computed by the others instead, as a power of two times a polynomial (relative error 1.7e-3; e4m3 rounds by up to 6e-2).
+    """
+    if BY_PRODUCTS == 0:
+        return gl.exp2(x)
+    if BY_PRODUCTS == 1:
+        return gl.inline_asm_elementwise(
+            "{ .reg .f32 t, r, f; .reg .b32 i, k; ex2.approx.ftz.f32 $0, $4; ex2.approx.ftz.f32 $1, $5; ex2.approx.ftz.f32 $2, $6; "
+            "max.f32 t, $7, 0fC2FA0000; add.rn.f32 r, t, 0f4B400000; add.rn.f32 f, r, 0fCB400000; sub.rn.f32 f, t, f; "
+            "fma.rn.f32 t, f, 0f3E7425DE, 0f3F3414D4; fma.rn.f32 t, t, f, 0f3F800E84; mov.b32 i, r; shl.b32 i, i, 23; mov.b32 k, t; "
+            "add.s32 k, k, i; mov.b32 $3, k; }",
+            "=f,=f,=f,=f,f,f,f,f",
+            [x],
+            dtype=gl.float32,
+            is_pure=True,
+            pack=4,
+        )
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 t, r, f; .reg .b32 i, k; ex2.approx.ftz.f32 $0, $2; "
+        "max.f32 t, $3, 0fC2FA0000; add.rn.f32 r, t, 0f4B400000; add.rn.f32 f, r, 0fCB400000; sub.rn.f32 f, t, f; "
+        "fma.rn.f32 t, f, 0f3E7425DE, 0f3F3414D4; fma.rn.f32 t, t, f, 0f3F800E84; mov.b32 i, r; shl.b32 i, i, 23; mov.b32 k, t; "
+        "add.s32 k, k, i; mov.b32 $1, k; }",
+        "=f,=f,f,f",
+        [x],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
 def _weights(p, P_LAYOUT: gl.constexpr):
     """Weights [M, J] in e4m3 as the left operand of P V. Within 16 keys the registers of a result are those of an operand
     in another order of the keys: K is stored in the one order and V in the other, so nothing moves.
@@ -131,7 +180,7 @@ def _ordered(total):
 def _consume(
     half: gl.constexpr, buffers, bars, task,
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
-    TWO_LEVEL: gl.constexpr, TURNS: gl.constexpr,
+    TWO_LEVEL: gl.constexpr, TURNS: gl.constexpr, HELD: gl.constexpr, BY_PRODUCTS: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup: its 64 rows of every job."""
     q_buf, k_ring, v_ring = buffers
@@ -158,6 +207,9 @@ def _consume(
             scale = gl.load(row_scale + pair * q_len + q_rows, mask=q_rows < q_len, other=1.0)
             mbarrier.wait(q_full.index(half), done & 1)
             q = q_buf.index(half).reshape([ROWS, WIDTH])
+            if HELD:
+                q = q.load(gl.DotOperandLayout(operand_index=0, parent=s_layout, k_width=4))
+                mbarrier.arrive(q_empty.index(half), count=1)
 
             # the tile with the last keys comes first: only there are columns to be masked
             slot = it % STAGES
@@ -168,9 +220,10 @@ def _consume(
             column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
             key = (high - 1) * BLOCK_N + (column & ~15) + ((column & 6) << 1) + ((column & 8) >> 2) + (column & 1)
             s = gl.where((key < kv_len)[None, :], s, float("-inf"))
-            floor = gl.max(s, axis=1) * scale - TOP
-            p = gl.exp2(s * scale[:, None] - floor[:, None])
-            total = gl.sum(p, axis=1)
+            floor = _top(s, row_layout) * scale - TOP
+            p = _exp2(s * scale[:, None] - floor[:, None], 0)
+            total = _sums(p)
+            sum_row: gl.constexpr = gl.SliceLayout(1, total.type.layout)
             acc = gl.zeros([ROWS, WIDTH], gl.float32, o_layout)
             found = acc
             alpha = gl.full([ROWS], 1.0, gl.float32, acc_row)
@@ -191,10 +244,10 @@ def _consume(
                     mbarrier.arrive(turn.index(1 - half), count=1)
                 s = warpgroup_mma_wait(1, deps=[s])
                 mbarrier.arrive(k_empty.index(ahead), count=1)
-                raised = gl.maximum(floor, gl.max(s, axis=1) * scale - TOP)
+                raised = gl.maximum(floor, _top(s, row_layout) * scale - TOP)
                 change = gl.exp2(floor - raised)
-                p = gl.exp2(s * scale[:, None] - raised[:, None])
-                total = _ordered(total * change + gl.sum(p, axis=1))
+                p = _exp2(s * scale[:, None] - raised[:, None], BY_PRODUCTS)
+                total = _ordered(total * gl.convert_layout(change, sum_row)[:, None] + _sums(p))
                 floor = raised
                 found = warpgroup_mma_wait(0, deps=[found])
                 mbarrier.arrive(v_empty.index(slot), count=1)
@@ -202,7 +255,8 @@ def _consume(
                 alpha = gl.convert_layout(change, acc_row)
                 it += 1
 
-            mbarrier.arrive(q_empty.index(half), count=1)
+            if not HELD:
+                mbarrier.arrive(q_empty.index(half), count=1)
             slot = it % STAGES
             mbarrier.wait(v_full.index(slot), (it // STAGES) & 1)
             v = v_ring.index(slot).reshape([WIDTH, BLOCK_N]).permute([1, 0])
@@ -217,6 +271,7 @@ def _consume(
             it += 1
             done += 1
 
+            total = gl.convert_layout(gl.sum(total, axis=1), row_layout)
             inverse = gl.convert_layout(1.0 / total, acc_row)
             channel = gl.arange(0, WIDTH, gl.SliceLayout(0, o_layout))
             head = pair % heads
@@ -255,7 +310,7 @@ def hopper_forward(
     q_desc, k_desc, v_desc, row_scale, value_scale, value_center, o_ptr, part_o, part_lse,
     whole, remaining, blocks, heads, tiles_per_head, q_len, kv_len, stride_b, stride_l, stride_n,
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
-    TWO_LEVEL: gl.constexpr, TURNS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    TWO_LEVEL: gl.constexpr, TURNS: gl.constexpr, HELD: gl.constexpr, BY_PRODUCTS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As many programs as there are processors. `whole` query tiles for each, then a share of the `remaining` ones, of
     `blocks` key tiles each. Outputs are [B, L, N, D] with a unit last stride; parts as `merge` takes them.
@@ -292,8 +347,8 @@ def hopper_forward(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL, TURNS)),
-                (_consume, (1, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL, TURNS)),
+                (_consume, (0, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL, TURNS, HELD, BY_PRODUCTS)),
+                (_consume, (1, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL, TURNS, HELD, BY_PRODUCTS)),
                 (_produce, (descs, buffers, bars, plan, shape, CONSUMERS, BLOCK_N, STAGES)),
             ],
             [4, 1],
@@ -302,9 +357,9 @@ def hopper_forward(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL, TURNS)),
-                (_consume, (1, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL, TURNS)),
-                (_consume, (2, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL, TURNS)),
+                (_consume, (0, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL, TURNS, HELD, BY_PRODUCTS)),
+                (_consume, (1, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL, TURNS, HELD, BY_PRODUCTS)),
+                (_consume, (2, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL, TURNS, HELD, BY_PRODUCTS)),
                 (_produce, (descs, buffers, bars, plan, shape, CONSUMERS, BLOCK_N, STAGES)),
             ],
             [4, 4, 1],

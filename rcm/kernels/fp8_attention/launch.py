@@ -13,11 +13,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rcm.kernels import precompile
 from rcm.kernels.fp8_attention import coding_kernels, merge_kernel, portable
-from rcm.kernels.fp8_attention.codes import E4M3, CodedQueries, Codes, Scales
+from rcm.kernels.fp8_attention.codes import E4M3, GROUP, CodedQueries, Codes, Scales
 from rcm.kernels.fp8_attention.schedule import PortableTiles, Tiles, make_plan
 from rcm.kernels.split_attention.merge_kernel import merge
 
-CODED_TOKENS = 64
+CODED_TOKENS = 32
 """Tokens of one head that a coding program takes."""
 
 
@@ -41,9 +41,9 @@ def write(codes: Codes, slots: Tensor, k: Tensor, v: Tensor, *, at_slots: bool =
     length = slots.shape[0]
     with _device(k):
         precompile.launch(
-            coding_kernels.code_pair, (-(-length // CODED_TOKENS), heads, batch),
+            coding_kernels.code_pair, (2 * -(-length // CODED_TOKENS), heads, batch),
             k, v, slots, *codes.scales, codes.keys, codes.values,
-            length, heads, codes.keys.shape[2], *k.stride()[:3], *v.stride()[:3],
+            length, heads, codes.keys.shape[2] // GROUP, *k.stride()[:3], *v.stride()[:3],
             AT_SLOTS=at_slots, WIDTH=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_L=CODED_TOKENS, num_warps=4,
         )  # fmt: skip
 
@@ -77,7 +77,8 @@ def attend_hopper(queries: CodedQueries, codes: Codes, *, count: int, dtype: tor
             queries.scale, codes.scales.value_scale, codes.scales.value_center, out, part_o, part_lse,
             plan.whole, plan.remaining, plan.blocks, heads, plan.tiles_per_head, q_len, count, *out.stride()[:3],
             CONSUMERS=tiles.consumers, BLOCK_N=tiles.block_n, WIDTH=width, STAGES=tiles.stages,
-            TWO_LEVEL=tiles.two_level, TURNS=tiles.turns, CONSUMER_REGISTERS=consumer_registers,
+            TWO_LEVEL=tiles.two_level, TURNS=tiles.turns, HELD=tiles.held, BY_PRODUCTS=tiles.by_products,
+            CONSUMER_REGISTERS=consumer_registers,
             num_warps=4, maxnreg=at_launch,
         )  # fmt: skip
         if plan.remaining:

@@ -17,6 +17,8 @@ class Tiles:
     stages        slots of the rings of keys and of values.
     two_level     every product P V is added in float32, instead of by the tensor cores.
     turns         consumers start their products in turn, so that one computes its softmax while the other's products run.
+    held          queries are held in registers instead of shared memory.
+    by_products   of four powers of two, so many (0, 1, 2) are polynomials instead of work for the unit that computes such.
     """
 
     consumers: int = 2
@@ -24,6 +26,8 @@ class Tiles:
     stages: int = 4
     two_level: bool = True
     turns: bool = False
+    held: bool = False
+    by_products: int = 0
 
     @property
     def rows(self) -> int:
