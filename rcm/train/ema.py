@@ -75,7 +75,7 @@ class PowerEMA:
         """shadow <- beta shadow + (1 - beta) parameters, after the student's update `index`."""
         parameters = stored_parameters(net)
         shadow = [local(self.shadow[name]) for name in parameters]
-        current = [local(p.detach()).to(s.dtype) for p, s in zip(parameters.values(), shadow, strict=True)]
+        current = [local(p).to(s.dtype) for p, s in zip(parameters.values(), shadow, strict=True)]
         beta = self.beta(index)
         if beta == 0.0:
             torch._foreach_copy_(shadow, current)
