@@ -16,11 +16,9 @@ import time
 import traceback
 from collections import defaultdict
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 
 from rcm.core.arguments import Arguments
@@ -28,9 +26,6 @@ from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
 from rcm.encoders.wan_vae import WanVAECodec
 from rcm.inference.outcome import command, writable_file
-from rcm.kernels.flash_jvp.api import flash_jvp
-from rcm.kernels.fused.api import gelu_tanh
-from rcm.kernels.split_attention.api import num_splits, split_attention
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.wan.config import PRESETS
@@ -41,8 +36,9 @@ from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.recipe import SamplingRecipe
-from scripts.bench_measure import GIB, alone, breakdown, write
-from scripts.bench_stream_host import host_time, timing
+from scripts.bench_measure import GIB, breakdown, write
+from scripts.bench_stream_host import host_time, lane_priority, timing
+from scripts.bench_stream_kernels import attention_in_parts, own_attention
 from scripts.bench_train_step import fill
 
 LATENT = (16, 60, 104)
@@ -199,27 +195,6 @@ def steady(
     }
 
 
-def attention_in_parts(denoiser: Denoiser) -> dict[str, Any]:
-    """Milliseconds of one dense attention call by number of parts, as captured graphs of ten calls; the rule's choice in brackets."""
-    rows, heads = {}, denoiser.net.config.num_heads
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    for own, past in ((4680, 0), (4680, 4680), (4680, 14040), (4680, 28080), (1560, 3120), (1560, 14040), (1560, 31200)):
-        q, k, v = (torch.randn(1, n, heads, 128, device="cuda", dtype=torch.bfloat16) for n in (own, own + past, own + past))
-        row: dict[str, Any] = {"chosen": num_splits(own, own + past, heads, processors)}
-        for parts in range(1, 7):
-            call = partial(split_attention, q, k, v, scale=128**-0.5, parts=parts)
-            call()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for _ in range(10):
-                    call()
-            row[f"{parts}"] = round(alone(graph.replay, repeats=3) / 10, 4)
-            del graph
-        rows[f"{own} x {own + past}"] = row
-    return rows
-
-
 def fp8(size: str, codec: WanVAECodec, which: str) -> dict[str, Any]:
     """Videos with FP8 linears, and the error of the velocity that they cost."""
     quantised = build(size)
@@ -231,36 +206,18 @@ def fp8(size: str, codec: WanVAECodec, which: str) -> dict[str, Any]:
     return found
 
 
-def own_attention(denoiser: Denoiser) -> dict[str, Any]:
-    """Milliseconds of this package's forward beside cuDNN's, of three products and one, and of a product with its GELU apart and in one."""
-    rows, heads = {}, denoiser.net.config.num_heads
-    for own, keys in ((4680, 32760), (4680, 16380), (1560, 32760), (32760, 32760)):
-        q, k, v = (torch.randn(1, n, heads, 128, device="cuda", dtype=torch.bfloat16) for n in (own, keys, keys))
-        rows[f"{own} x {keys}"] = {
-            "own": alone(lambda q=q, k=k, v=v: flash_jvp(q, k, v, None, None, None, mask=None, implementation="triton"), repeats=3),
-            "cudnn": alone(partial(split_attention, q, k, v, scale=128**-0.5, parts=1), repeats=3),
-        }
-    for tokens in (1560, 4680):
-        x, w, b = (torch.randn(*s, device="cuda", dtype=torch.bfloat16) for s in ((tokens, 1536), (8960, 1536), (8960,)))
-        apart = alone(lambda x=x, w=w, b=b: gelu_tanh(F.linear(x, w, b)), repeats=3)
-        joined = alone(lambda x=x, w=w, b=b: torch._addmm_activation(b, x, w.t(), use_gelu=True), repeats=3)
-        exact = F.gelu(F.linear(x.double(), w.double(), b.double()), approximate="tanh")
-        both = gelu_tanh(F.linear(x, w, b)), torch._addmm_activation(b, x, w.t(), use_gelu=True)
-        errors = [float((y.double() - exact).norm() / exact.norm()) for y in both]
-        product = alone(lambda x=x, w=w, b=b: F.linear(x, w, b), repeats=3)
-        parts = [(y, c) for y, c in zip(w[:4608].split(1536), b[:4608].split(1536), strict=True)]
-        three = alone(lambda x=x, parts=parts: [F.linear(x, y, c) for y, c in parts], repeats=3)
-        rows[f"q, k, v {tokens}"] = {"three": three, "one": alone(lambda x=x, w=w, b=b: F.linear(x, w[:4608], b[:4608]), repeats=3)}
-        rows[f"gelu {tokens}"] = {"apart": apart, "in one": joined, "errors": errors, "product": product}
-    return rows
-
-
 def host(denoiser: Denoiser, codec: WanVAECodec | None, name: str, window: int) -> dict[str, Any]:
     """`host_time` of a stream whose window is full."""
     with Session(denoiser, codec, prompt(denoiser), engine(RECIPES[name], policy=SlidingWindow(window)), device="cuda") as session:
         for _ in range(window + 6):
             session.step()
         return host_time(session)
+
+
+def prioritised(denoiser: Denoiser, codec: WanVAECodec, priority: int, name: str, **shape: int) -> dict[str, Any]:
+    """`steady` with the decoder on a stream of this priority."""
+    with lane_priority(priority):
+        return steady(denoiser, codec, RECIPES[name], **shape)
 
 
 def profile_steady(denoiser: Denoiser, codec: WanVAECodec, name: str, window: int) -> dict[str, Any]:
@@ -367,9 +324,11 @@ def main(argv: list[str] | None = None) -> None:
             "c3-3 [4]": lambda: profile_steady(denoiser, codec, "c3-3 [4]", 7),
             "c1-1 [4,1]": lambda: profile_steady(denoiser, codec, "c1-1 [4,1]", 21),
         },
-        "host": {
-            "c3-3 [4], decoder on the card": lambda: host(denoiser, codec, "c3-3 [4]", 7),
-            "c1-1 [4,1], decoder on the card": lambda: host(denoiser, codec, "c1-1 [4,1]", 21),
+        "host": {name: lambda name=name, w=w: host(denoiser, codec, name, w) for name, w in (("c3-3 [4]", 7), ("c1-1 [4,1]", 21))},
+        "lane": {
+            f"{name}, priority {p}": lambda p=p, name=name, w=w: prioritised(denoiser, codec, p, name, window=w, chunks=options.chunks)
+            for name, w in (("c3-3 [4,2]", 7), ("c1-1 [4,1]", 21))
+            for p in (0, -1)
         },
         "fp8": {which: lambda which=which: fp8(options.size, codec, which) for which in ("auto", "all")},
         "several": {"4 sessions": lambda: several(denoiser, codec, count=4, chunks=8)},

@@ -76,6 +76,17 @@ def _timed(call: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
     return run
 
 
+@contextmanager
+def lane_priority(priority: int) -> Iterator[None]:
+    """Within, sessions are opened whose decoder runs on a stream of this priority (0: the network's)."""
+    before = engine.DecodeLane.PRIORITY
+    engine.DecodeLane.PRIORITY = priority
+    try:
+        yield
+    finally:
+        engine.DecodeLane.PRIORITY = before
+
+
 def waits(session: Session) -> list[str]:
     """Lines of this package in which torch waits for the device during one step, the wait for the pixels left out."""
     torch.cuda.set_sync_debug_mode("warn")

@@ -271,13 +271,16 @@ class DecodeLane:
     `to_host`: pixels also go to pinned host memory as uint8.
     """
 
+    PRIORITY = -1
+    """Before the denoiser's: pixels are there sooner, and the next chunk is issued long before this one is denoised. Beside transfers
+    between ranks (rcm/parallel/links.py) no hardware queue may be shared with the denoiser, as streams of one priority do.
+    """
+
     def __init__(self, codec: LatentCodec, *, device: torch.device, own_stream: bool, graphs: str, to_host: bool) -> None:
         self._codec, self._to_host = codec, to_host
         self._cuda = device.type == "cuda"
         self._device = torch.device(getattr(codec, "device", device)) if self._cuda else device
-        # beside transfers between ranks (rcm/parallel/links.py) no hardware queue may be shared with the denoiser
-        priority = -1 if getattr(codec, "collective", False) else 0
-        self._stream = torch.cuda.Stream(self._device, priority=priority) if own_stream else None
+        self._stream = torch.cuda.Stream(self._device, priority=self.PRIORITY) if own_stream else None
         self._captures = graphs == "on" and getattr(codec, "captures", False)
         self._decoder = self._opened()
 
