@@ -16,8 +16,10 @@ class CudaGraph:
     """
 
     def __init__(self, step: Callable[[], None], device: torch.device, *, pool: Any = None) -> None:
-        self._graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
+        now = torch.cuda.current_stream(device)
+        # kernels of a graph keep the priority of the stream on which it was captured, wherever it is launched
+        self._graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device, priority=now.priority)
+        side.wait_stream(now)
         with torch.cuda.device(device), torch.cuda.stream(side), torch.no_grad():
             # only calls of this thread may not synchronise: others are decoding or launching a denoiser meanwhile
             self._graph.capture_begin(*([] if pool is None else [pool]), capture_error_mode="thread_local")
@@ -25,7 +27,7 @@ class CudaGraph:
                 step()
             finally:
                 self._graph.capture_end()
-        torch.cuda.current_stream(device).wait_stream(side)
+        now.wait_stream(side)
 
     def replay(self) -> None:
         """Run the step on what its inputs hold, on the current stream."""
