@@ -1,0 +1,92 @@
+"""`rcm doctor` on one rank and on two; the page of questions and the launch recipes hold what they name."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from rcm.front import doctor
+from rcm.front.commands import COMMANDS
+from tests.hygiene.source import ROOT
+from tests.support.dist import run_ranks
+
+LAUNCH = ROOT / "examples" / "launch"
+
+
+def test_this_machine_is_examined(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    target = tmp_path / "found.json"
+    assert doctor.main(["--quick", "--json", str(target)]) == 0
+    said, found = capsys.readouterr().out, json.loads(target.read_text())
+    assert {entry["name"] for entry in found} >= {"python", "torch", "cores", "memory", "disk", "gpu"}
+    assert all(f"{entry['name']}" in said and entry["found"] in said for entry in found)
+    assert all(entry["advice"] for entry in found if entry["state"] != "ok")
+
+
+def test_a_fault_is_told_and_ends_with_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
+    assert doctor.main(["--quick"]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"fault +no-such-pack\w*-?\w* +not installed\n +-> pip install no-such-package", said)
+    assert "1 faults" in said
+
+
+def test_back_ends_are_named_with_what_is_missing() -> None:
+    [finding] = [f for f in doctor.kernels(torch.device("cpu")) if f.name == "attention"]
+    usable, missing = finding.found.split("; not here: ")
+    assert "reference" in usable.split(", ") and "flash3 (build FlashAttention-3" in missing
+
+
+def _two_ranks() -> None:
+    rank = dist.get_rank()
+    facts = doctor._facts(torch.device("cpu"))
+    told = list(doctor.agreement(facts))
+    assert [(f.name, f.state) for f in told] == [("ranks", "ok")] and "2 on 1 machine" in told[0].found
+    differ = list(doctor.agreement(facts | {"torch": f"2.{rank}"}))
+    assert [(f.name, f.state) for f in differ] == [("ranks", "ok"), ("torch", "fault")]
+    assert "2.0 on rank 0" in differ[1].found and "2.1 on rank 1" in differ[1].found
+    shared = list(doctor.agreement(facts | {"card": 0}))
+    assert shared[-1].state == "fault" and "share a card" in shared[-1].found
+    timed = {f.name: f for f in doctor.links(torch.device("cpu"))}
+    assert set(timed) == {"all-gather", "all-reduce", "latency"} and dist.get_world_size() == 2
+
+
+@pytest.mark.dist
+def test_ranks_are_compared_and_their_links_timed(tmp_path: Path) -> None:
+    run_ranks(2, _two_ranks, tmp_path=tmp_path)
+
+
+def test_questions_are_counted_and_name_what_exists() -> None:
+    page = (ROOT / "docs" / "questions.md").read_text()
+    assert [int(n) for n in re.findall(r"^\*\*(\d+)\. ", page, re.MULTILINE)] == list(range(1, 30))
+    words = set(re.findall(r"`rcm ([a-z]+)", page)) | set(re.findall(r"-m rcm ([a-z]+)", page))
+    assert words and words <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "machines.sh"])
+def test_launch_scripts_are_bash(name: str) -> None:
+    subprocess.run(["bash", "-n", str(LAUNCH / name)], check=True)
+
+
+def test_a_launch_script_asks_for_what_it_needs() -> None:
+    told = subprocess.run(["bash", str(LAUNCH / "machines.sh")], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}, check=False)
+    assert told.returncode != 0 and "number of machines" in told.stderr
+
+
+def test_the_job_of_kubernetes_is_whole() -> None:
+    yaml = pytest.importorskip("yaml")
+    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    template = job["spec"]["template"]["spec"]
+    [container] = template["containers"]
+    assert container["command"][0] == "torchrun" and template["subdomain"] == service["metadata"]["name"]
+    assert f"--nnodes={job['spec']['completions']}" in container["command"]
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in template["volumes"]}
+    [experiment] = [word.split("=")[1] for word in container["command"] if word.startswith("experiment=")]
+    family = experiment.rsplit("_c3-3", 1)[0].removeprefix("causal_wan2pt1_1pt3B_res480p_t2v_")
+    assert any(family in path.read_text() for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
