@@ -9,7 +9,7 @@ factors are PEFT's (`LAYER.lora_A.weight`, `LAYER.lora_B.weight`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 from rcm.core.dual import pack, unpack
 from rcm.core.errors import ConfigError
+from rcm.nets.condition import Condition
+from rcm.nets.kv_view import CacheView
 from rcm.nets.layers import Linear
+from rcm.nets.layout import TokenLayout
 
 _FACTOR = re.compile(r"(.+)\.adapters\.(\w+)\.(down|up)")
 _NAMES = {"down": "lora_A.weight", "up": "lora_B.weight"}
@@ -39,18 +42,6 @@ class Chosen:
             yield
         finally:
             self.name = before
-
-    def bound(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward` with the set of this moment, whenever it runs: before a block is recomputed in the backward
-        pass, other roles have computed.
-        """
-        name = self.name
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with self.using(name):
-                return forward(*args, **kwargs)
-
-        return run
 
 
 class LowRank(nn.Module):
@@ -104,28 +95,30 @@ class AdaptedNet(nn.Module):
         self.net: Any = net
         self.role = role
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, cond: Condition, layout: TokenLayout, cache: CacheView | None = None) -> Tensor:
         """The network's forward with the adapters of this role."""
         with self.net.chosen.using(self.role):
-            return self.net(*args, **kwargs)
+            return self.net(x, timestep, cond, layout, cache)
 
-    def prepare(self, *args: Any, **kwargs: Any) -> Any:
+    def prepare(self, cond: Condition) -> Condition:
         """The network's `prepare` with the adapters of this role."""
         with self.net.chosen.using(self.role):
-            return self.net.prepare(*args, **kwargs)
+            return self.net.prepare(cond)
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and parameter of the role's own."""
-        for name, parameter in self.net.named_parameters(*args, **kwargs):
+        for name, parameter in self.net.named_parameters(prefix, recurse, remove_duplicate):
             if (own := self._own(name)) is not None:
                 yield own, parameter
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """The role's own tensors."""
-        named = ((self._own(name), value) for name, value in self.net.state_dict(*args, **kwargs).items())
+        named = ((self._own(name), value) for name, value in self.net.state_dict().items())
         return {own: value for own, value in named if own is not None}
 
-    def load_state_dict(self, *_: Any, **__: Any) -> None:
+    def load_state_dict(self, *_: Any) -> None:
         """Refuses: `rcm.parallel.init.load_full` fills one role of a network, sharded or not."""
         raise TypeError("one role of an adapted network is filled with rcm.parallel.init.load_full")
 

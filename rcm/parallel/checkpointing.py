@@ -79,6 +79,17 @@ class _Keeping:
             return self.forward(*args, **kwargs)
 
 
+class _WithAdapters:
+    """A forward with the low-rank adapters of this moment whenever it runs: before a block is recomputed, other roles have computed."""
+
+    def __init__(self, forward: Callable[..., Any], chosen: Chosen) -> None:
+        self.forward, self.chosen, self.name = forward, chosen, chosen.name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.chosen.using(self.name):
+            return self.forward(*args, **kwargs)
+
+
 class Recompute:
     """A block's forward under non-reentrant checkpointing.
 
@@ -98,7 +109,7 @@ class Recompute:
         appending = any(getattr(value, "appends", False) for value in (*args, *kwargs.values()))
         if appending or not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
-        forward = self.forward if self.chosen is None else self.chosen.bound(self.forward)
+        forward = self.forward if self.chosen is None else _WithAdapters(self.forward, self.chosen)
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **self.options, **kwargs)
 
 

@@ -14,7 +14,7 @@ BYTES = 16
 
 
 class DigestedWeights(LazyWeights):
-    """`weights` in `dtype`, each tensor hashed (BLAKE2b, arXiv 1312.3911) as it is read.
+    """`weights` in `dtype`, each tensor hashed (BLAKE2b, RFC 7693) as it is read.
 
     The digest is that of names, shapes and values in `dtype`: it does not depend on the order of reading, on the
     container, or on a wider dtype in it. About a second per gigabyte.
