@@ -69,9 +69,13 @@ def prompt(denoiser: Denoiser, *, seed: int = 0) -> Condition:
     return denoiser.prepare(Condition(text))
 
 
+CHOSEN: dict[str, Any] = {}
+"""What the command line says of every stream."""
+
+
 def engine(recipe: SamplingRecipe, **options: Any) -> StreamSpec:
     """A stream as fast as it goes."""
-    given = {"graphs": "on", "look_ahead": True, "first_alone": True, "to_host": True, "draw_on": "cuda"} | options
+    given = {"graphs": "on", "look_ahead": True, "first_alone": True, "to_host": True, "draw_on": "cuda"} | CHOSEN | options
     return StreamSpec(recipe, LATENT, **given)
 
 
@@ -279,6 +283,7 @@ def several(denoiser: Denoiser, codec: WanVAECodec, *, count: int, chunks: int) 
 def main(argv: list[str] | None = None) -> None:
     """Run the parts and print a table."""
     parser = Arguments(description=__doc__.splitlines()[0])
+    parser.add_argument("--attention", default="net", choices=("net", "fp8"), help="over the cache, of all streams")
     parser.add_argument("--parts", default="correct,c33,c11,steady,several,fp8", help="comma-separated")
     parser.add_argument("--size", default="1.3B", choices=("1.3B", "14B"))
     parser.add_argument("--chunks", type=int, default=24, help="steady chunks that are timed")
@@ -292,6 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     begin = time.perf_counter()
     denoiser, codec = build(options.size), WanVAECodec.random(device="cuda")
     print(f"{card}, {versions}, built in {time.perf_counter() - begin:.1f} s", flush=True)
+    CHOSEN["attention"] = options.attention
     bounded = {"num_frames": FRAMES}
     plain = {"graphs": "off", "look_ahead": False, "first_alone": False}
     parts = {
