@@ -287,6 +287,7 @@ def _uses(path: str, first: CopyReport, *, streamed: str | None) -> tuple[str, .
     if size == "A14B":
         experts = "--high_noise_model_path or --low_noise_model_path, as its name says"
         return (f"one expert of two: {module}wan2pt2_i2v_rcm_infer (students), wan2pt2_i2v_diffusion_infer (teachers), {experts}",)
-    if size == "i2v-14B":
-        return ("in Python: rcm.pipelines.load_wan; no command here samples Wan2.1's image-to-video network",)
+    if size in ("i2v-14B", "flf2v-14B"):
+        last = " --last_image_path LAST" if size == "flf2v-14B" else ""
+        return (f"image to video: {module}wan2pt1_i2v_diffusion_infer --image_path FIRST{last} --dit_path {path}",)
     return ("in Python: rcm.pipelines.load_wan with the sizes of this network",)
