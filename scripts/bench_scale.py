@@ -30,7 +30,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -39,22 +38,18 @@ import torch
 import torch.distributed as dist
 
 from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
-from rcm.configs.compose import Run
-from rcm.configs.plan_job import plan_job
 from rcm.core.errors import ConfigError
-from rcm.inference.outcome import command, short_log, writable_file
+from rcm.inference.outcome import STOPPED, command, short_log, writable_file
 from rcm.parallel.mesh import ParallelDims, launched_world, process_group
-from rcm.train.planner import Prediction, predict
 from rcm.train.planner_card import CARDS, Card, card
-from scripts.bench_scale_flops import iteration_flops
 from scripts.bench_scale_report import (
     Ledger,
     measured_record,
+    print_comparison,
     print_plan,
     print_record,
-    print_summary,
 )
-from scripts.bench_scale_rows import LEAN, Row, chosen, composed
+from scripts.bench_scale_rows import Planned, Row, chosen, planned
 from scripts.bench_scale_run import Attempt, attempt
 
 BUILDING = 12.0
@@ -62,58 +57,6 @@ BUILDING = 12.0
 
 PATIENCE = 60.0
 """Seconds that a rank waits for the others at the end of a row."""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A row as it will be run: its configuration, what the planner says of it, words that were left out to fit, and model FLOPs by role."""
-
-    row: Row
-    run: Run
-    prediction: Prediction
-    lean: tuple[str, ...]
-    flops: dict[str, float]
-
-    def iterations_seconds(self, repeats: int) -> float:
-        """Of all iterations of the row."""
-        return (1 + repeats) * sum(phase.seconds for phase in self.prediction.phases)
-
-
-def planned(
-    row: Row, *, ranks: int, on: Card, tiny: bool, fused: bool, more: Sequence[str] = ()
-) -> Planned:
-    """The row as it is, or, where that does not fit, without what `LEAN` leaves out. `ConfigError` for keys that are not known."""
-    found = _planned(row, (), ranks=ranks, on=on, tiny=tiny, fused=fused, more=more)
-    if found.prediction.fits:
-        return found
-    return _planned(row, LEAN, ranks=ranks, on=on, tiny=tiny, fused=fused, more=more)
-
-
-def _planned(
-    row: Row,
-    lean: tuple[str, ...],
-    *,
-    ranks: int,
-    on: Card,
-    tiny: bool,
-    fused: bool,
-    more: Sequence[str],
-) -> Planned:
-    run = composed(row, ranks=ranks, tiny=tiny, more=(*lean, *more))
-    job = plan_job(run, ranks=ranks, fused=fused)
-    job = replace(job, reduce_bytes=2) if row.reduce else job
-    model = (
-        replace(run.config.model.config, replayed_training=False)
-        if row.recipe == "sf_dmd_replayed"
-        else run.config.model.config
-    )
-    once = plan_job(
-        replace(run, config=replace(run.config, model=replace(run.config.model, config=model))),
-        ranks=ranks,
-        fused=fused,
-    )
-    flops = {phase.role: iteration_flops(once, phase) for phase in once.phases}
-    return Planned(row, run, predict(job, on), lean, flops)
 
 
 def present_card() -> Card:
@@ -169,9 +112,10 @@ class Bench:
         self.main = dist.get_rank() == 0
         self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE))
 
-    def run(self, rows: Sequence[Row]) -> bool:
-        """Whether every row ended in a way that a row may end."""
-        good = True
+    def run(self, rows: Sequence[Row]) -> int:
+        """Exit status: 0 if every row of this launch was measured, left out, or ran out of memory;
+        1 if one failed or was refused; 130 when asked to stop.
+        """
         for row in rows:
             if self.told(row.name in self.ledger.done):
                 continue
@@ -185,14 +129,16 @@ class Bench:
                 )
             except ConfigError as error:
                 self.finish(row, {"status": "refused", "why": str(error)})
-                good = False
                 continue
             if why := self.told(self.reason_against(found)):
                 self.finish(row, {"status": "not run", "why": why}, found)
                 continue
             self.ledger.begin(row.name)
-            good &= self.measure(found)
-        return good
+            if self.measure(found) == "stopped":
+                return STOPPED
+        return self.told(
+            int(any(end in ("failed", "refused") for end in self.ledger.done.values()))
+        )
 
     def told(self, decision: Any) -> Any:
         """What rank 0 says."""
@@ -213,8 +159,8 @@ class Bench:
             return f"would take {needed + BUILDING:.0f} s, {left:.0f} of --budget {self.options.budget:g} are left"
         return ""
 
-    def measure(self, found: Planned) -> bool:
-        """Run the row on all ranks and record it. Whether it was measured, or ran out of memory."""
+    def measure(self, found: Planned) -> str:
+        """Run the row on all ranks and record it. How it ended."""
         row, options = found.row, self.options
         began = time.monotonic()
         with Watchdog(2 * options.limit + PATIENCE, row.name):
@@ -223,6 +169,7 @@ class Bench:
                 dims=dims_of(found.run.mesh, self.device.type),
                 device=self.device,
                 roles=[phase.role for phase in found.prediction.phases],
+                warm=found.warm,
                 repeats=options.repeats,
                 profiled=not options.no_profile,
                 reduce=row.reduce,
@@ -241,7 +188,7 @@ class Bench:
         if worst.status == "failed" and _may_restart():
             print(f"{row.name}: starting afresh behind it", file=sys.stderr, flush=True)
             os._exit(3)
-        return worst.status != "failed"
+        return worst.status
 
     def finish(self, row: Row, record: dict[str, Any], found: Planned | None = None) -> None:
         """Print and write a row's end (rank 0)."""
@@ -342,7 +289,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.report:
         if options.json is None:
             raise ConfigError("--report reads the file of --json; give one")
-        print_summary(Ledger(options.json).records())
+        records = Ledger(options.json).records()
+        for record in records:
+            print_record(record)
+        print_comparison(records)
         return 0
     rows = chosen(options.rows, ranks=ranks)
     if options.list:
@@ -371,10 +321,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             ranks=dist.get_world_size(),
             device=device,
         )
-        good = Bench(options, ranks=dist.get_world_size(), device=device, ledger=ledger).run(rows)
+        status = Bench(options, ranks=dist.get_world_size(), device=device, ledger=ledger).run(rows)
         if dist.get_rank() == 0:
-            print_summary(ledger.records())
-    return 0 if good else 1
+            print_comparison(ledger.records())
+    return status
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,65 +25,64 @@ GIB = 2**30
 class Ledger:
     """The rows of a file, by name and number of ranks, written after each. `path` None: kept in memory alone.
 
-    A launch leaves rows that it does not measure as they are. A launch that torchrun started again goes on with what the earlier process
-    wrote: `done` are the rows that it need not repeat, the one that was running when it died among them.
+    A launch leaves rows that it does not measure as they are. A launch that torchrun started again goes on with what the
+    earlier process wrote: `done` are the rows that it need not repeat, the one that was running when it died among them,
+    with how they ended.
     """
 
     def __init__(
         self, path: Path | None, *, ranks: int = 1, device: torch.device | None = None
     ) -> None:
-        self.path, self.ranks = path, ranks
+        self.path = path
         self._content: dict[str, Any] = _read(path)
         self._machine = {} if device is None else machine(device)
-        self.done: set[str] = set()
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        launch = self._content.get("launch")
-        if restarted and launch is not None:
-            if launch["running"] is not None:
-                launch["done"].append(launch["running"])
-                self._keep(
-                    {
-                        "row": launch["running"],
-                        "ranks": ranks,
-                        "status": "failed",
-                        "why": "the process ended; its messages say why",
-                    }
-                )
-            self.done = set(launch["done"])
-        elif device is not None:
+        if not restarted or "launch" not in self._content:
             self._content["launch"] = {
                 "began": time.time(),
                 "ranks": ranks,
                 "running": None,
-                "done": [],
+                "done": {},
             }
+        elif (name := self._launch["running"]) is not None:
+            why = "the process ended; its messages say why"
+            self.end({"row": name, "ranks": ranks, "status": "failed", "why": why})
+
+    @property
+    def _launch(self) -> dict[str, Any]:
+        return self._content["launch"]
+
+    @property
+    def done(self) -> dict[str, str]:
+        """Rows of this launch and how they ended."""
+        return self._launch["done"]
 
     def spent(self) -> float:
         """Seconds since the launch began, earlier processes of it included."""
-        return time.time() - self._content["launch"]["began"]
+        return time.time() - self._launch["began"]
 
     def begin(self, name: str) -> None:
         """`name` runs now."""
-        self._content["launch"]["running"] = name
+        self._launch["running"] = name
         self._write()
 
     def end(self, record: Mapping[str, Any]) -> None:
         """Keep a row in place of an older one of its name and ranks, unless that was measured and this one was not run."""
-        launch = self._content["launch"]
-        launch["running"] = None
-        launch["done"].append(record["row"])
+        self._launch["running"] = None
+        self.done[record["row"]] = record["status"]
         old = next((r for r in self.records() if _key(r) == _key(record)), None)
-        if record["status"] != "not run" or old is None or old["status"] != "measured":
-            self._keep(record)
+        if (
+            record["status"] not in ("not run", "stopped")
+            or old is None
+            or old["status"] != "measured"
+        ):
+            rest = [r for r in self.records() if r is not old]
+            self._content["rows"] = [*rest, {**record, "machine": self._machine}]
         self._write()
 
     def records(self) -> list[dict[str, Any]]:
         """All rows."""
         return self._content["rows"]
-
-    def _keep(self, record: Mapping[str, Any]) -> None:
-        rest = [r for r in self.records() if _key(r) != _key(record)]
-        self._content["rows"] = [*rest, {**record, "machine": self._machine}]
 
     def _write(self) -> None:
         if self.path is not None:
@@ -129,13 +128,14 @@ def measured_record(
         profiled = next((i for i in ranks[0] if i.kernels), None)
         kinds[phase.role] = {
             "share": phase.share,
-            "seconds": mean(slowest),
+            "seconds": median(slowest),
             "samples_s": slowest,
             "predicted_s": phase.seconds,
             "flops": flops[phase.role],
-            "mfu": mfu(flops[phase.role], seconds=mean(slowest), gpus=job.ranks),
+            "mfu": mfu(flops[phase.role], seconds=median(slowest), gpus=job.ranks),
             "peak_gib": [max(i.allocated for i in own) / GIB for own in ranks],
             "reserved_gib": [max(i.reserved for i in own) / GIB for own in ranks],
+            "allocator_retries": sum(i.retries for own in ranks for i in own),
             "predicted_peak_gib": phase.peak / GIB,
             "kernels": {}
             if profiled is None
@@ -197,7 +197,9 @@ def print_record(record: Mapping[str, Any]) -> None:
         if "nccl_share" in record
         else ""
     )
+    retries = sum(kind.get("allocator_retries", 0) for kind in record["kinds"].values())
     without = " without the average" if record.get("left_out") else ""
+    without += f" {retries} allocator retries" if retries else ""
     memory = f"{record['peak_gib']:6.2f} GiB ({record['memory_ratio']:.3f}), reserved {record['reserved_gib']:6.2f}"
     speed = f"{record['tokens_per_s']:8.0f} tokens/s  MFU {record['mfu']:.1%}"
     print(
@@ -228,10 +230,8 @@ def print_plan(plans: Iterable[tuple[str, Prediction, Sequence[str], float]]) ->
     print(f"{total:.0f} s for all that fit")
 
 
-def print_summary(records: Sequence[Mapping[str, Any]]) -> None:
-    """All rows again, then weak scaling and per-sample time against one GPU, and how far the planner was off."""
-    for record in records:
-        print_record(record)
+def print_comparison(records: Sequence[Mapping[str, Any]]) -> None:
+    """Weak scaling and per-sample time against one GPU, and how far the planner was off."""
     done = [record for record in records if record["status"] == "measured"]
     single = {
         record["row"].removesuffix("-one"): record

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from rcm.configs.compose import Run, compose_run
 from rcm.configs.network import networks
+from rcm.configs.plan_job import plan_job
 from rcm.core.errors import ConfigError
+from rcm.train.planner import Prediction, predict
+from rcm.train.planner_card import Card
+from scripts.bench_scale_flops import iteration_flops
 
 M = "model.config"
 EXPERIMENTS = {
@@ -48,6 +52,12 @@ TINY = {
 }
 TINY_VIDEO = (f"{M}.latent_hw=[16,16]", f"{M}.state_t=6")
 MODE = f"{M}.net.sac_config.mode="
+QUICK = 8.0
+"""Seconds of an iteration, all kinds together, that may be warmed up twice."""
+
+TIGHT = 0.94
+"""Share of the card that a prediction may fill; beyond it the allocator runs short in practice."""
+
 LEAN = (f"{M}.ema.enabled=False",)
 """What a row leaves out, and says so, where it does not fit as it is: the average can be taken over checkpoints."""
 
@@ -95,30 +105,34 @@ class Row:
 
 
 _KEEP = (MODE + "block_wise_keep_attention",)
+_KEEP_MLP = (MODE + "block_wise_keep_attention_mlp",)
 _ALL_SMALL = ("net_bidirectional_teacher=wan2pt1_1pt3b", "net_fake_score=wan2pt1_1pt3b")
 _TWICE = ("trainer.grad_accum_iter=2",)
 
 ROWS = (
     Row("tf_diffusion", "1.3B", "one"),
-    Row("tf_diffusion", "14B", "ulysses4"),
-    Row("tf_scm", "14B", "ulysses4"),
     Row("tf_diffusion", "1.3B", "fsdp"),
     Row("tf_diffusion", "1.3B", "ulysses4"),
-    Row("tf_diffusion", "14B", "ulysses4", "keep_attention", _KEEP),
+    Row("tf_diffusion", "14B", "fsdp", "keep_attention", _KEEP),
+    Row("sf_dmd", "1.3B", "ulysses4"),
+    Row("tf_diffusion", "14B", "ulysses4", "keep_attention_mlp", _KEEP_MLP),
+    Row("tf_scm", "14B", "ulysses4", "keep_attention_mlp", _KEEP_MLP),
     Row("sf_dmd", "14B", "ulysses4"),
+    Row("tf_diffusion", "14B", "ulysses4"),
+    Row("tf_scm", "14B", "ulysses4"),
     Row("tf_dcm", "14B", "ulysses4"),
-    Row("sf_dmd_replayed", "14B", "ulysses4", "each", ("trainer.gradient_sync=each",)),
     Row("rcm", "14B", "ulysses4", "block_wise", (MODE + "block_wise",)),
     Row("tf_diffusion", "1.3B", "ulysses2"),
     Row("tf_diffusion", "1.3B", "hsdp"),
-    Row("sf_dmd", "1.3B", "ulysses4"),
     Row("tf_scm", "1.3B", "ulysses4"),
-    Row("tf_diffusion", "14B", "fsdp"),
+    Row("sf_dmd_replayed", "1.3B", "ulysses4"),
     Row("tf_diffusion", "1.3B", "fsdp", "accumulate2_last", _TWICE),
     Row(
         "tf_diffusion", "1.3B", "fsdp", "accumulate2_each", (*_TWICE, "trainer.gradient_sync=each")
     ),
     Row("tf_diffusion", "1.3B", "fsdp", "bf16_reduce", reduce="bfloat16"),
+    Row("tf_diffusion", "14B", "ulysses4", "keep_attention", _KEEP),
+    Row("sf_dmd_replayed", "14B", "ulysses4", "each", ("trainer.gradient_sync=each",)),
     Row(
         "tf_diffusion",
         "14B",
@@ -127,15 +141,15 @@ ROWS = (
         (*_TWICE, "trainer.gradient_sync=each"),
     ),
     Row("tf_diffusion", "14B", "ulysses4", "bf16_reduce", reduce="bfloat16"),
-    Row("tf_scm", "14B", "ulysses4", "keep_attention", _KEEP),
-    Row("sf_dmd_replayed", "1.3B", "ulysses4"),
     Row("tf_dcm", "1.3B", "ulysses4"),
     Row("rcm", "1.3B", "fsdp"),
     Row("tf_diffusion", "14B", "ulysses2"),
+    Row("tf_diffusion", "14B", "fsdp"),
     Row("tf_scm", "14B", "fsdp"),
     Row("tf_scm", "1.3B", "one"),
-    Row("tf_diffusion", "1.3B", "one", "keep_attention", _KEEP),
     Row("tf_scm", "1.3B", "one", "small_teacher", ("net_causal_teacher=wan2pt1_1pt3b",)),
+    Row("tf_diffusion", "1.3B", "one", "keep_attention", _KEEP),
+    Row("tf_diffusion", "1.3B", "one", "keep_attention_mlp", _KEEP_MLP),
     Row("tf_dcm", "1.3B", "one"),
     Row("sf_dmd", "1.3B", "one", "small_roles", _ALL_SMALL),
     Row("sf_dmd_replayed", "1.3B", "one", "small_roles", _ALL_SMALL),
@@ -184,3 +198,62 @@ def composed(row: Row, *, ranks: int, tiny: bool, more: Iterable[str] = ()) -> R
 
 def _compose(words: Sequence[str], ranks: int) -> Run:
     return compose_run(words, world_size=ranks, require_inputs=False)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A row as it will be run: its configuration, what the planner says of it, words that were left out to fit, and model FLOPs by role."""
+
+    row: Row
+    run: Run
+    prediction: Prediction
+    lean: tuple[str, ...]
+    flops: dict[str, float]
+
+    @property
+    def warm(self) -> int:
+        """Iterations of each kind before those that count: two where that is cheap, for the second
+        still finds the allocator new to the optimiser's states.
+        """
+        return 2 if sum(phase.seconds for phase in self.prediction.phases) < QUICK else 1
+
+    def iterations_seconds(self, repeats: int) -> float:
+        """Of all iterations of the row."""
+        return (self.warm + repeats) * sum(phase.seconds for phase in self.prediction.phases)
+
+
+def planned(
+    row: Row, *, ranks: int, on: Card, tiny: bool, fused: bool, more: Sequence[str] = ()
+) -> Planned:
+    """The row as it is, or, where that does not fit, without what `LEAN` leaves out. `ConfigError` for keys that are not known."""
+    found = _planned(row, (), ranks=ranks, on=on, tiny=tiny, fused=fused, more=more)
+    if found.prediction.reserved <= TIGHT * on.gib * 2**30:
+        return found
+    return _planned(row, LEAN, ranks=ranks, on=on, tiny=tiny, fused=fused, more=more)
+
+
+def _planned(
+    row: Row,
+    lean: tuple[str, ...],
+    *,
+    ranks: int,
+    on: Card,
+    tiny: bool,
+    fused: bool,
+    more: Sequence[str],
+) -> Planned:
+    run = composed(row, ranks=ranks, tiny=tiny, more=(*lean, *more))
+    job = plan_job(run, ranks=ranks, fused=fused)
+    job = replace(job, reduce_bytes=2) if row.reduce else job
+    model = (
+        replace(run.config.model.config, replayed_training=False)
+        if row.recipe == "sf_dmd_replayed"
+        else run.config.model.config
+    )
+    once = plan_job(
+        replace(run, config=replace(run.config, model=replace(run.config.model, config=model))),
+        ranks=ranks,
+        fused=fused,
+    )
+    flops = {phase.role: iteration_flops(once, phase) for phase in once.phases}
+    return Planned(row, run, predict(job, on), lean, flops)

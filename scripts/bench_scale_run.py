@@ -27,7 +27,7 @@ from rcm.inference.outcome import out_of_memory
 from rcm.methods.base import Method, Phase, Thunk
 from rcm.parallel.mesh import ParallelDims
 from rcm.train.state import TrainState
-from rcm.train.trainer import Trainer
+from rcm.train.trainer import Outcome, Trainer
 from scripts.bench_memory import Meter, RandomNets
 
 GIB = 2**30
@@ -41,7 +41,8 @@ _MARKS = ("nccl:", "FSDP::", "Optimizer.", "ProfilerStep")
 
 @dataclass
 class Iteration:
-    """One iteration as a rank saw it: role, index of the role's update, seconds, peak bytes allocated and reserved, milliseconds of kernels
+    """One iteration as a rank saw it: role, index of the role's update, seconds, peak bytes allocated
+    and reserved, how often the allocator had to give back memory first, and milliseconds of kernels
     (empty where not profiled).
     """
 
@@ -50,12 +51,15 @@ class Iteration:
     seconds: float
     allocated: float
     reserved: float
+    retries: int
     kernels: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """How a row ended on this rank: "measured", "out of memory" or "failed", why, and its iterations without those that warmed up."""
+    """How a row ended on this rank: "measured", "out of memory", "stopped" or "failed", why, and its
+    iterations without those that warmed up.
+    """
 
     status: str
     why: str = ""
@@ -107,6 +111,7 @@ class Watch:
     ) -> None:
         self.phases, self.meter, self.profiled = phases, meter, profiled
         self.iterations: list[Iteration] = []
+        self._retries = 0
         self._profile: profile | None = None
 
     def started(self, state: TrainState) -> None:
@@ -118,12 +123,13 @@ class Watch:
         peak = self.meter.peak()  # waits for the device
         seconds = time.perf_counter() - self._since
         done = self.phases[state.iteration - 1]
-        reserved = (
-            torch.cuda.max_memory_reserved(self.meter.device) if self.meter.trace is None else peak
-        )
-        self.iterations.append(
-            Iteration(done.role, done.index, seconds, peak, reserved, self._kernels())
-        )
+        reserved, retries = peak, 0
+        if self.meter.trace is None:
+            reserved = torch.cuda.max_memory_reserved(self.meter.device)
+            retries = torch.cuda.memory_stats(self.meter.device)["num_alloc_retries"]
+        seen = (seconds, peak, reserved, retries - self._retries, self._kernels())
+        self.iterations.append(Iteration(done.role, done.index, *seen))
+        self._retries = retries
         self._begin(state.iteration)
         return {}
 
@@ -151,12 +157,18 @@ class Watch:
 
 def kernel_times(spans: Sequence[tuple[str, int, int]]) -> dict[str, float]:
     """Milliseconds of GPU time from (name, begin, end) in nanoseconds, on any stream: `nccl_ms` during which a kernel of NCCL ran,
-    `exposed_ms` those of them in which nothing else did, `busy_ms` in which anything did. Kernels of NCCL also wait for other ranks.
+    `exposed_ms` those of them in which nothing else did, `busy_ms` in which anything did, and by kind of collective the sums of
+    their kernels. Kernels of NCCL also wait for other ranks.
     """
+    kinds: dict[str, float] = {}
+    for name, begin, end in spans:
+        if name.startswith("nccl"):
+            kind = f"{name.removeprefix('ncclDevKernel_').partition('_')[0].partition('(')[0]}_ms"
+            kinds[kind] = kinds.get(kind, 0.0) + (end - begin) / 1e6
     nccl = _union((begin, end) for name, begin, end in spans if name.startswith("nccl"))
     other = _union((begin, end) for name, begin, end in spans if not name.startswith("nccl"))
     busy = _length(_union([*nccl, *other]))
-    return {"nccl_ms": _length(nccl), "exposed_ms": busy - _length(other), "busy_ms": busy}
+    return {"nccl_ms": _length(nccl), "exposed_ms": busy - _length(other), "busy_ms": busy, **kinds}
 
 
 def _union(intervals: Any) -> list[tuple[int, int]]:
@@ -184,12 +196,12 @@ def middle_indices(run: Run, repeats: int) -> list[int]:
     return [(cycle - 1 + turn % 2) // 2 for turn in range(repeats)]
 
 
-def scripted_phases(run: Run, roles: Sequence[str], *, repeats: int) -> list[Phase]:
-    """Each role once to warm up (kernels, optimiser states), then `repeats` times in turn."""
+def scripted_phases(run: Run, roles: Sequence[str], *, warm: int, repeats: int) -> list[Phase]:
+    """Each role `warm` times (kernels, optimiser states, the allocator's habits), then `repeats` times in turn."""
     indices = middle_indices(run, repeats)
     return [
         Phase(role, index, WARM + number)
-        for number, index in enumerate([indices[0], *indices])
+        for number, index in enumerate([indices[0]] * warm + indices)
         for role in roles
     ]
 
@@ -200,15 +212,16 @@ def attempt(
     dims: ParallelDims,
     device: torch.device,
     roles: Sequence[str],
+    warm: int = 1,
     repeats: int = 2,
     profiled: bool = True,
     reduce: str = "",
 ) -> Attempt:
     """Measure a run; what goes wrong is told, not raised, and nothing stays on the device. Collective.
 
-    The last repetition of every role is profiled. Iterations count from the second of their role on.
+    The last repetition of every role is profiled. Iterations count behind the first `warm` of their role.
     """
-    phases = scripted_phases(run, roles, repeats=repeats)
+    phases = scripted_phases(run, roles, warm=warm, repeats=repeats)
     last = (
         frozenset(range(len(phases) - len(roles), len(phases)))
         if profiled and device.type == "cuda"
@@ -218,8 +231,9 @@ def attempt(
     watch = Watch(phases, meter=meter, profiled=last)
     try:
         with nullcontext() if meter.trace is None else meter.trace.watching():
-            _train(run, watch, dims=dims, device=device, reduce=reduce)
-        found = Attempt("measured", iterations=tuple(watch.iterations[len(roles) :]))
+            outcome = _train(run, watch, dims=dims, device=device, reduce=reduce)
+        whole = Attempt("measured", iterations=tuple(watch.iterations[warm * len(roles) :]))
+        found = whole if outcome == "finished" else Attempt("stopped", "asked to stop")
     except Exception as error:  # a row that fails must not take the others with it
         status = "out of memory" if out_of_memory(error) else "failed"
         found = Attempt(
@@ -232,7 +246,7 @@ def attempt(
 
 def _train(
     run: Run, watch: Watch, *, dims: ParallelDims, device: torch.device, reduce: str
-) -> None:
+) -> Outcome:
     """What `rcm.configs.build` does for `scripts.train`, without files."""
     config = run.config
     allow_tf32()
@@ -247,7 +261,7 @@ def _train(
         logging_iter=len(watch.phases),
         guard_first_step=False,
     )
-    Trainer(
+    return Trainer(
         Scripted(method, watch.phases),
         Endless([next(loader).to(device) for _ in range(2)]),
         state=train_state(config, method),
