@@ -95,10 +95,19 @@ class AdaptedNet(nn.Module):
         self.net: Any = net
         self.role = role
 
-    def forward(self, x: Tensor, timestep: Tensor, cond: Condition, layout: TokenLayout, cache: CacheView | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        cond: Condition,
+        layout: TokenLayout,
+        cache: CacheView | None = None,
+        *,
+        context_only: bool = False,
+    ) -> Tensor | None:
         """The network's forward with the adapters of this role."""
         with self.net.chosen.using(self.role):
-            return self.net(x, timestep, cond, layout, cache)
+            return self.net(x, timestep, cond, layout, cache, context_only=context_only)
 
     def prepare(self, cond: Condition) -> Condition:
         """The network's `prepare` with the adapters of this role."""
