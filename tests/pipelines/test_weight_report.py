@@ -78,8 +78,8 @@ def test_files_of_full_size(tmp_path, name):
     shapes, tensors, parameters = PUBLISHED[name]
     report = inspect_weights(sparse_file(tmp_path / "diffusion_pytorch_model.safetensors", shapes))
     assert report.ok and report.preset == name and (report.copies[0].tensors, report.copies[0].parameters) == (tensors, parameters)
-    command = {"1.3B": "--model_size 1.3B", "14B": "--model_size 14B", "A14B": "--high_noise_model_path", "i2v-14B": "--image_path FIRST --dit"}
-        command["flf2v-14B"] = "--last_image_path LAST --dit_path"
+    command = {"1.3B": "--model_size 1.3B", "14B": "--model_size 14B", "A14B": "--high_noise_model_path"}
+    command |= {"i2v-14B": "--image_path FIRST --dit_path", "flf2v-14B": "--last_image_path LAST --dit_path"}
     assert command[name] in str(report)
     with pytest.raises(CheckpointError, match=f"holds {name} of .*; pass --model_size {name}"):
         load_wan(report.path, expect="14B" if name == "1.3B" else "1.3B", precision=Precision.preset("bf16"))
