@@ -11,7 +11,7 @@ runs=outputs/toy_checkpoint
 job="job.output_root=outputs job.project=toy_checkpoint job.group= dataloader_train.batch_size=16"
 job="$job model.config.latent_hw=[8,8] model.config.sample_timestep_shift=12"
 rcm train experiment=toy_bidirectional job.name=bidirectional $job \
-  model.config.p_G.shift=12 trainer.max_iter=2400 scheduler.cycle_length=2350
+  model.config.p_G.shift=12 trainer.max_iter=2400 scheduler.cycle_length=2350 scheduler.warm_up_steps=50 optimizer.lr=5.0e-3
 rcm train experiment=toy_tf_c1-1 job.name=tf $job model.config.student_ckpt=$runs/bidirectional \
   model.config.p_G.shift=12 trainer.max_iter=800 scheduler.cycle_length=770
 rcm train experiment=toy_tf_dcm_c1-1 job.name=tf_dcm $job model.config.student_ckpt=$runs/tf model.config.causal_teacher_ckpt=$runs/tf
