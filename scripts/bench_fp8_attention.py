@@ -1,10 +1,11 @@
 """FP8 attention against bf16 on one card: errors against float64 first, then every variant over a stream's shapes, as a table and JSON.
 
-    python -m scripts.bench_fp8_attention [--out FILE] [--only SUBSTRING] [--limit SECONDS]
+    python -m scripts.bench_fp8_attention [--out FILE] [--part kernels|stream] [--only SUBSTRING] [--limit SECONDS]
 
 Every variant has a process of its own, so that an error, or a kernel that never ends, is a line of the table. They compile side by
 side and take the card in turn. Times are of calls inside a CUDA graph. "all" adds to attention what codes the queries and the chunk's
-own keys and values. bf16 is what a captured stream calls today: cuDNN, in parts along the keys where that is faster.
+own keys and values. bf16 is what a captured stream calls today: cuDNN, in parts along the keys where that is faster. `--part stream` is
+whole streams instead.
 """
 
 from __future__ import annotations
@@ -325,6 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Check and measure everything, and print it."""
     parser = Arguments(description="FP8 attention against bf16: errors, then times.")
     parser.add_argument("--out", type=writable_file, help="write all numbers to this JSON file")
+    parser.add_argument("--part", choices=("kernels", "stream"), default="kernels")
     parser.add_argument("--only", default="", help="substring of the variants to run, beside bf16")
     parser.add_argument("--limit", type=float, default=110, help="seconds for everything [%(default)g]")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -347,6 +349,14 @@ def main(arguments: list[str] | None = None) -> int:
         "date": time.strftime("%Y-%m-%d"),
     }
     print(machine, flush=True)
+    if options.part == "stream":
+        from scripts.bench_fp8_stream import measure
+
+        with torch.no_grad():
+            found = measure()
+        if options.out:
+            write(options.out, {"machine": machine, **found})
+        return 0
     rows = run_all(names, limit=options.limit)
     print(table(rows, names), flush=True)
     if options.out:
