@@ -122,7 +122,7 @@ class AdaptedNet(nn.Module):
             if (own := self._own(name)) is not None:
                 yield own, parameter
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]  # the one form that is called
         """The role's own tensors."""
         named = ((self._own(name), value) for name, value in self.net.state_dict().items())
         return {own: value for own, value in named if own is not None}
