@@ -329,47 +329,6 @@ def test_captured_passes_make_the_rows_of_a_time_once(denoiser, monkeypatch):
     assert not torch.equal(changed, first) and torch.equal(changed, eager)
 
 
-def test_sessions_do_not_take_draws_from_each_other(denoiser):
-    """A generator serves one session at a time, by whatever way a second would draw from it; one that has ended or is closed lets it go."""
-    shared = torch.Generator().manual_seed(1)
-    options = {"num_frames": 3, "noise": "video"}
-    wanted = spec(generator=shared, **options)
-    first = opened(denoiser, wanted)
-    held = first.snapshot()
-    with pytest.raises(ConfigError, match="generator= draws for another session"):
-        opened(denoiser, wanted)
-    alone = opened(denoiser, spec(generator=torch.Generator().manual_seed(1), **options))
-    assert torch.equal(latents(first), latents(alone)), "the refused one drew nothing"
-    with opened(denoiser, wanted):
-        for draw in (first.restart, lambda: first.restart(seed=4), lambda: first.restore(held)):
-            with pytest.raises(ConfigError, match="generator= draws for another session"):
-                draw()
-    first.restore(held)
-    with pytest.raises(ConfigError, match="generator= draws noise='video' only"):
-        spec(generator=shared, num_frames=3)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        ({"mids": ((0.8, 0.5), (0.9995,)), "sigma_max": 1600.0}, "must decrease strictly"),
-        ({"kind": "ode", "ode_steps": 0}, "steps"),
-        ({"noisy_context": True, "noisy_context_start_chunk": -1}, "start_chunk=-1"),
-    ],
-    ids=["times", "steps", "context"],
-)
-def test_schedules_are_checked_when_a_session_is_opened(denoiser, wrong, told):
-    """All entries of it, and those of a recipe that is taken up later, before the stream changes."""
-    recipe = replace(RECIPE, **wrong)
-    with pytest.raises(ConfigError, match=told):
-        spec(recipe, num_frames=4)
-    session = opened(denoiser, spec(replace(RECIPE, kind=recipe.kind), num_frames=4))
-    before = session.spec
-    with pytest.raises(ConfigError, match=told):
-        session.set_recipe(recipe)
-    assert session.spec is before
-
-
 def test_the_last_chunk_ends_it(denoiser):
     session = opened(denoiser, spec(num_frames=2))
     assert [session.step() is None for _ in range(4)] == [False, False, True, True] and session.ended

@@ -140,13 +140,13 @@ class SelfAttention(nn.Module):
         held = [p for layer in layers for p in layer.parameters(recurse=False)]
         if self.joined is not None or len(held) != 6 or any(type(layer) is not Linear for layer in layers):
             return
-        if any(p.requires_grad or p.is_inference() or type(p.data) is not Tensor for p in held):
+        if any(p.requires_grad or p.is_inference() or type(p) is not nn.Parameter for p in held):
             return
         joined = []
         for name in ("weight", "bias"):
             whole = torch.cat([getattr(layer, name) for layer in layers])
             for layer, part in zip(layers, whole.split(self.q.out_features), strict=True):
-                getattr(layer, name).data = part
+                getattr(layer, name).set_(part)
             joined.append(whole)
         self._joined = joined[0], joined[1]
 

@@ -1,0 +1,76 @@
+"""What a session refuses when it is opened, and not later: a generator that another one draws from, schedules that cannot be walked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rcm.core.dtypes import Precision
+from rcm.core.errors import ConfigError
+from rcm.nets.denoiser import Denoiser
+from rcm.pipelines.session import Session
+from rcm.pipelines.stream_spec import StreamSpec
+from rcm.rollout.recipe import SamplingRecipe
+from tests.support.tiny_nets import HEIGHT, WIDTH, condition, tiny_config, tiny_net
+
+RECIPE = SamplingRecipe("few_step", "c1-1", mids=((0.8, 0.5), (0.5,)))
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> Denoiser:
+    return Denoiser(tiny_net(), Precision.preset("fp64")).eval_params()
+
+
+def spec(recipe: SamplingRecipe = RECIPE, **options) -> StreamSpec:
+    return StreamSpec(recipe, (4, HEIGHT, WIDTH), **options)
+
+
+def opened(denoiser: Denoiser, wanted: StreamSpec) -> Session:
+    return Session(denoiser, None, condition(tiny_config(), batch=1), wanted)
+
+
+def latents(session: Session) -> torch.Tensor:
+    return torch.cat([chunk.latents for chunk in session], dim=2)
+
+
+def test_sessions_do_not_take_draws_from_each_other(denoiser):
+    """A generator serves one session at a time, by whatever way a second would draw from it; one that has ended or is closed lets it go."""
+    shared = torch.Generator().manual_seed(1)
+    options = {"num_frames": 3, "noise": "video"}
+    wanted = spec(generator=shared, **options)
+    first = opened(denoiser, wanted)
+    held = first.snapshot()
+    with pytest.raises(ConfigError, match="generator= draws for another session"):
+        opened(denoiser, wanted)
+    alone = opened(denoiser, spec(generator=torch.Generator().manual_seed(1), **options))
+    assert torch.equal(latents(first), latents(alone)), "the refused one drew nothing"
+    with opened(denoiser, wanted):
+        for draw in (first.restart, lambda: first.restart(seed=4), lambda: first.restore(held)):
+            with pytest.raises(ConfigError, match="generator= draws for another session"):
+                draw()
+    first.restore(held)
+    with pytest.raises(ConfigError, match="generator= draws noise='video' only"):
+        spec(generator=shared, num_frames=3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"mids": ((0.8, 0.5), (0.9995,)), "sigma_max": 1600.0}, "must decrease strictly"),
+        ({"kind": "ode", "ode_steps": 0}, "steps"),
+        ({"noisy_context": True, "noisy_context_start_chunk": -1}, "start_chunk=-1"),
+    ],
+    ids=["times", "steps", "context"],
+)
+def test_schedules_are_checked_when_a_session_is_opened(denoiser, wrong, told):
+    """All entries of it, and those of a recipe that is taken up later, before the stream changes."""
+    recipe = replace(RECIPE, **wrong)
+    with pytest.raises(ConfigError, match=told):
+        spec(recipe, num_frames=4)
+    session = opened(denoiser, spec(replace(RECIPE, kind=recipe.kind), num_frames=4))
+    before = session.spec
+    with pytest.raises(ConfigError, match=told):
+        session.set_recipe(recipe)
+    assert session.spec is before
