@@ -28,6 +28,7 @@ from rcm.inference.wan_command import frame_size, wan_main
 from rcm.inference.wan_models import Task, build_pipeline, check_files
 from rcm.inference.wan_progress import Progress
 from rcm.inference.wan_report import BANNER
+from rcm.kernels.fp8_attention.api import WIDTH, obstacle
 from rcm.kernels.kv_codec.codec import KVCodec
 from rcm.kernels.kv_codec.spec import KVCodecSpec
 from rcm.nets.condition import Condition
@@ -256,6 +257,8 @@ def _stream_spec(flags: argparse.Namespace, job: CausalJob, film: Film, *, size:
         raise ConfigError(
             f"--kv_pre_rope_keys: {flags.extrapolation_method} turns rotated keys on, so they are cached rotated; leave it out"
         )
+    if flags.fp8_attention and (why := obstacle(device, width=WIDTH)) is not None:
+        raise ConfigError(f"--fp8_attention is not possible here: {why}; leave it out")
     codec = None if job.codec is None else KVCodec(job.codec)
     noise_device = device if flags.noise_device == "auto" else torch.device(flags.noise_device)
     spec = StreamSpec(
@@ -281,6 +284,7 @@ def _graphs(flags: argparse.Namespace, *, device: torch.device) -> str:
     reasons = {
         "--kv_dense_prefix_cache looks up what it restored before, pass by pass": flags.kv_dense_prefix_cache,
         "--kv_hot_chunks codes chunks between passes": flags.kv_hot_chunks > 0,
+        "--kv_bias_correction attends chunk by chunk": flags.kv_bias_correction,
         "--no-kv_triton_restore restores in plain torch": not flags.kv_triton_restore,
         "several GPUs share each pass": num_ranks() > 1,
         f"--device {flags.device} has none": device.type != "cuda",

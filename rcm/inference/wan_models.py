@@ -25,7 +25,7 @@ from rcm.encoders.wan_vae_compile import compile_decoder
 from rcm.inference.wan_flags import PRECISIONS, PUBLISHED, NetworkFile
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.wan.config import WanConfig, preset
-from rcm.nets.wan.fp8 import noise_velocity, quantise_linears_
+from rcm.nets.wan.fp8 import attention_error, noise_velocity, quantise_linears_
 from rcm.parallel.agree import on_first
 from rcm.parallel.apply import parallelize
 from rcm.parallel.mesh import ParallelDims
@@ -194,6 +194,9 @@ def _network(flags: argparse.Namespace, file: NetworkFile, *, number: int, devic
     if (fp8 := getattr(flags, "fp8", "off")) != "off":
         report = quantise_linears_(denoiser.net, which=fp8, velocity=noise_velocity(denoiser.net, size=FP8_PROBE))
         logger.info("{}", report)
+    if getattr(flags, "fp8_attention", False):
+        error = attention_error(denoiser, size=FP8_PROBE)
+        logger.info("FP8 attention: error {:.2e} of the velocity, same noise and weights", error)
     if flags.compile:
         parallelize(denoiser.net, dims=ParallelDims(), precision=precision, compile=True)
     return share_tokens(denoiser, tokens_per_frame=tokens_per_frame)

@@ -81,12 +81,15 @@ class DenseStore:
     """
 
     in_place = True
-    ready = True
-    """Whether captured passes find all that they read."""
 
     def __init__(self, num_layers: int, capacity: int) -> None:
         self.capacity = capacity
         self.buffers: list[Pair | None] = [None] * num_layers
+
+    @property
+    def ready(self) -> bool:
+        """Whether captured passes find all that they read."""
+        return True
 
     def write(self, layer: int, spans: Spans, pair: Pair) -> None:
         """Put the tokens of `pair` (keys, values [B, L, N, D]) into `spans`."""

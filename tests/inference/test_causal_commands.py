@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loguru import logger
 from PIL import Image
 
 from rcm.core.dtypes import Precision
@@ -322,6 +323,22 @@ def test_fp8_and_the_tiny_decoder_are_asked_for_by_name(files, tmp_path, capsys,
     (tmp_path / "tiny").mkdir()
     shape = made(PLAIN, files, tmp_path / "tiny", *FEW, "--num_frames", "5", "--tiny_decoder", "taew2_1.pth").shape
     assert shape == plain.shape
+
+
+def test_fp8_attention_is_asked_for_by_name(files, tmp_path, capsys, monkeypatch):
+    frames = ("--num_frames", "9")
+    (tmp_path / "fp8").mkdir()
+    plain, said = made(PLAIN, files, tmp_path, *FEW, *frames), []
+    sink = logger.add(said.append)
+    found = made(PLAIN, files, tmp_path / "fp8", *FEW, *frames, "--fp8_attention")
+    logger.remove(sink)
+    assert 0 < (found - plain).abs().float().mean() < 8, "other pixels, of 255 levels, and not by much"
+    assert any("FP8 attention: error" in line for line in said)
+    assert sample(PLAIN, files, tmp_path / "b.mp4", "--fp8_attention", "--kv_dtype_k", "int4") == 2
+    monkeypatch.setattr(causal_command, "obstacle", lambda *_, **__: "this card is a toaster")
+    assert sample(PLAIN, files, tmp_path / "b.mp4", "--fp8_attention") == 2
+    told = capsys.readouterr().err
+    assert "--fp8_attention needs a plain cache; leave out" in told and "not possible here: this card is a toaster; leave it out" in told
 
 
 class SmallTiny(TinyDecoderCodec):

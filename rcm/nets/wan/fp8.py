@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rcm.core.errors import ConfigError
 from rcm.kernels.fused.quantise import ALIGNMENT
 from rcm.nets.condition import Condition
+from rcm.nets.denoiser import Denoiser
 from rcm.nets.fp8_linear import FP8Linear, FP8Part, SharedProjections, check_device, refuse_loading, refuse_saving
 from rcm.nets.layers import Gelu
 from rcm.nets.layout import TokenLayout
@@ -95,10 +96,8 @@ def quantise_linears_(
         raise ConfigError("this network is quantised already; load the weights anew to choose other FP8 layers")
     check_device(net.patch_embedding.weight.device)
     before = None if velocity is None else velocity(net)
-    if before is not None and not before.any():
-        raise ConfigError(
-            "the velocity is zero, as of an untrained network: no FP8 error can be stated; load weights first"
-        )
+    if before is not None:
+        _require_some(before)
     net.eval()
     replaced: list[str] = []
     kept: list[str] = []
@@ -116,6 +115,13 @@ def quantise_linears_(
 def is_quantised(net: nn.Module) -> bool:
     """Whether any layer of `net` is an FP8 one."""
     return any(isinstance(module, FP8Linear) for module in net.modules())
+
+
+def _require_some(velocity: Tensor) -> None:
+    if not velocity.any():
+        raise ConfigError(
+            "the velocity is zero, as of an untrained network: no FP8 error can be stated; load weights first"
+        )
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -141,6 +147,32 @@ def noise_velocity(
     time = torch.full((1, 1), timestep, dtype=torch.float32, device=weight.device)
     layout = TokenLayout.bidirectional(frames, grid=config.token_grid(*size))
     return lambda network: network(x, time, cond, layout)
+
+
+def attention_error(denoiser: Denoiser, *, size: tuple[int, int], timestep: float = 500.0, seed: int = 0) -> float:
+    """Relative error of the velocity of a frame of noise [in_dim, 1, *size] over a cached one when attention runs in
+    FP8: same noise, random text and weights.
+    """
+    config, weight = denoiser.net.config, denoiser.net.patch_embedding.weight
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(weight)
+
+    image = draw(1, 257, config.image_dim) if config.image_branch else None
+    frames, cond = draw(2, 1, config.in_dim, 1, *size), Condition(draw(1, config.text_len, config.text_dim), image=image)
+    t = torch.full((1, 1), timestep / 1000.0, dtype=torch.float64, device=weight.device)
+    grid = denoiser.token_grid(*size)
+    found = []
+    with torch.no_grad():
+        for attention in ("net", "fp8"):
+            cache = denoiser.new_cache(num_frames=2, grid=grid, attention=attention)
+            for place, x in enumerate(frames):
+                layout = TokenLayout.over_cache((place,), grid=grid, context_tokens=cache.num_tokens)
+                velocity = denoiser.velocity(x, t, cond, layout, cache=cache.append())
+            found.append(velocity)
+    _require_some(found[0])
+    return relative_error(found[1], found[0])
 
 
 def _block_indices(net: WanDiT, skip_blocks: Iterable[int]) -> set[int]:
