@@ -106,10 +106,20 @@ class MergedWeights(LazyWeights):
 
 
 def adapter_settings(file: WeightFile, *, given: bool = False) -> LoRASettings:
-    """What a low-rank update says of its strength, in its metadata and in the adapter_config.json beside it; errors as `lora_settings`."""
+    """What a low-rank update says of its strength, in its metadata, in the adapter_config.json beside it, and in the description of the run
+    that trained it; errors as `lora_settings`.
+    """
     beside = (file.path if file.path.is_dir() else file.path.parent) / "adapter_config.json"
     config = file.config if file.config is not None else read_object(beside) if beside.is_file() else None
-    return lora_settings(config, file.metadata, others=file.others, given=given)
+    settings, description = lora_settings(config, file.metadata, others=file.others, given=given), description_of(file)
+    if description is None or "adapters" not in description.extra:
+        return settings
+    said = description.extra["adapters"]
+    if settings.alpha not in (None, said["alpha"]) and not given:
+        raise CheckpointError(
+            f"its description says alpha {said['alpha']:g}, its settings say {settings.alpha:g}; say which with --lora_alpha"
+        )
+    return replace(settings, alpha=said["alpha"], rank=said["rank"])
 
 
 def copies_in(file: WeightFile) -> dict[str, str]:
@@ -172,6 +182,10 @@ def _adapted(file: WeightFile, description: Description, *, wanted: str, base: s
         )
     if above == MOST_ADAPTERS:
         raise CheckpointError(f"{file.path} is the last of more than {MOST_ADAPTERS} adapters on adapters; merge one of them first")
+    try:
+        adapter_settings(file)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.path}: {error}") from error
     below = network_weights(open_weights(where), above=above + 1)
     network = AdaptedWeights(file, below, described, prefix=prefix, copy=copies[prefix], base_path=where)
     if network.copy not in ("unstated", wanted):

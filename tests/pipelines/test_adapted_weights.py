@@ -75,10 +75,12 @@ def test_every_form_streams_what_the_merged_network_streams(folder: Path, name: 
     assert report.uses[0].startswith("stream it: rcm stream --ckpt")
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS.values(), "exported.pt"])
+@pytest.mark.parametrize("name", ["job", *LAYOUTS.values(), "exported.pt"])
 def test_adapters_alone_are_merged_as_any_published_ones(folder: Path, name: str) -> None:
     precision = Precision.preset("fp32")
     merged = load_wan(folder / "merged.safetensors", precision=precision).net.state_dict()
+    if name == "job":  # of a run's copies the averaged one is published
+        merged = load_wan(folder / "job", precision=precision).net.state_dict()
     found = load_wan(folder / "base", precision=precision, loras=[LoRA(folder / name)]).net.state_dict()
     assert all(torch.equal(found[key], merged[key]) for key in merged)
 
@@ -172,6 +174,17 @@ def test_copies_that_are_not_there_and_files_that_are_something_else(folder: Pat
     shutil.copy(f"{folder}/{LAYOUTS['wan']}.json", tmp_path / "full.safetensors.json")
     with pytest.raises(CheckpointError, match=r"full.safetensors \(adapters on \S+base\): .* is no factor of a low-rank update"):
         network_weights(open_weights(tmp_path / "full.safetensors"))
+
+
+def test_two_strengths_are_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "peft", tmp_path / "peft")
+    config = tmp_path / "peft" / "adapter_config.json"
+    config.write_text(config.read_text().replace(f'"lora_alpha": {ALPHA}', '"lora_alpha": 8'))
+    told = "its description says alpha 3, its settings say 8; say which with --lora_alpha"
+    with pytest.raises(CheckpointError, match=told):
+        rcm.load(tmp_path / "peft", device="cpu")
+    with pytest.raises(CheckpointError, match=told):
+        load_wan(folder / "base", precision=Precision.preset("fp32"), loras=[LoRA(tmp_path / "peft")])
 
 
 def test_a_base_that_moved_is_named_once(folder: Path, tmp_path: Path) -> None:
