@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 from typing import Literal, get_args, get_type_hints
 
+from rcm.configs.bases import base_of, roles_on
 from rcm.configs.build_data import latent_shape
 from rcm.configs.build_method import step_schedule
 from rcm.configs.build_nets import precision_of
@@ -17,6 +18,7 @@ from rcm.configs.network import networks, wan_config
 from rcm.configs.schema_model import CausalConfig, CommonModelConfig, NetConfig, RCMConfig, SACConfig
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.layout import TokenLayout
+from rcm.nets.wan.adapters import adapted_layers
 from rcm.rollout.plan import ContextRule, training_plan
 from rcm.train.planner import ALL_MODES
 from rcm.train.planner_job import Job, NetPlan, Pass, PhasePlan, Recompute
@@ -54,10 +56,13 @@ def recompute_modes() -> tuple[Recompute, ...]:
 
 def _net(key: str, net: NetConfig, model: CommonModelConfig) -> NetPlan:
     role = key.removeprefix("net_") if key != "net" else "student"
+    carrier = next(iter(roles_on(model, base_of(model, key))), role)  # whose network carries the adapters, or none
+    base = "" if carrier == role else carrier
     if role not in ("student", "fake_score"):
-        return NetPlan(role, wan_config(net), trained=False)
+        return NetPlan(role, wan_config(net), trained=False, base=base)
     sac, averaged = net.sac_config, role == "student" and model.ema.enabled
-    return NetPlan(role, wan_config(net), True, averaged, sac.mode, sac.every_n_blocks)
+    layers = adapted_layers(model.lora.targets) if model.lora.rank else ()
+    return NetPlan(role, wan_config(net), True, averaged, sac.mode, sac.every_n_blocks, model.lora.rank, layers, base)
 
 
 def _grid(model: CommonModelConfig) -> tuple[int, int]:

@@ -15,6 +15,7 @@ import torch
 
 from rcm.core.errors import ConfigError
 from rcm.nets.layout import TokenLayout
+from rcm.nets.wan.adapters import adapter_elements
 from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.model import WanDiT
 from rcm.parallel.checkpointing import MODES
@@ -47,6 +48,9 @@ class NetPlan:
     averaged: bool = False  # it has an EMA
     recompute: Recompute = "none"  # `sac_config.mode`, of a trained network
     recompute_every: int = 1  # `sac_config.every_n_blocks`
+    rank: int = 0  # of the low-rank adapters on `layers`, which are trained in place of the weights; 0 = none
+    layers: tuple[str, ...] = ()
+    base: str = ""  # role whose network in memory computes this one, too; "" = its own
 
     def __post_init__(self) -> None:
         if self.recompute not in MODES:
@@ -56,10 +60,21 @@ class NetPlan:
         """Parameters on rank 0 of `shard` ranks. FSDP2 cuts every tensor along its first axis: [1, 6, E] stays whole on rank 0."""
         return _elements(self.config, shard, part)
 
+    def trained_elements(self, *, shard: int = 1) -> int:
+        """As `elements`, of what is trained."""
+        if self.rank:
+            return adapter_elements(self.layers, self.config, rank=self.rank, shard=shard)
+        return self.elements(shard=shard)
+
     @property
     def block_elements(self) -> int:
         """Parameters of one block."""
         return self.elements(part="blocks") // self.config.num_layers
+
+    @property
+    def trained_block(self) -> int:
+        """What is trained of one block."""
+        return self.trained_elements() // self.config.num_layers if self.rank else self.block_elements
 
     def is_recomputed(self, block: int) -> bool:
         """Whether this block runs again in the backward pass."""
@@ -151,6 +166,10 @@ class Job:
     def stored(self, net: NetPlan) -> int:
         """Parameters of `net` on rank 0."""
         return net.elements(shard=max(1, self.shards_of(net)))
+
+    def trained(self, net: NetPlan) -> int:
+        """What is trained of `net` on rank 0."""
+        return net.trained_elements(shard=max(1, self.shards_of(net)))
 
     def with_recompute(self, mode: Recompute) -> Job:
         """The same job with this recomputation in every trained network."""

@@ -37,6 +37,10 @@ ROWS = {  # with the fused kernels, with torch's own formulas (norms keep float3
 }
 """Tensors of a block that are alive at its fullest moments: E-wide and H-wide rows per token."""
 
+ADAPTED = {"saved": (-1, 0, 8), "mm_only": (7, 1, 8), "backward": (-1, 1, 8)}
+"""What low-rank adapters of all layers add to these rows, E-wide, H-wide and of their rank: sums beside the products; no gradient of
+a weight asks for its input."""
+
 TANGENT_KEYS = 7
 """E-wide rows per cached token of attention with tangents."""
 
@@ -54,17 +58,19 @@ def state_terms(job: Job) -> list[Term]:
     """What is there all the time: weights, optimiser states, averages (`rcm.train.state`)."""
     terms = []
     for net in job.nets:
-        stored, shards = job.stored(net), job.shards_of(net)
-        place = f"{f'1/{shards} of ' if shards > 1 else ''}{net.elements():,}"
+        shards = job.shards_of(net)
+        part = f"1/{shards} of " if shards > 1 else ""
+        if not net.base and (net.rank or not net.trained):
+            what = f"{part}{net.elements():,} parameters, frozen, in the compute dtype"
+            terms.append(Term(f"{net.role} weights", job.compute_bytes * job.stored(net), what))
         if not net.trained:
-            what = f"{place} parameters, frozen, in the compute dtype"
-            terms.append(Term(f"{net.role} weights", job.compute_bytes * stored, what))
             continue
-        size, adam = job.param_bytes * stored, "AdamW: first and second moment of every parameter"
-        terms.append(Term(f"{net.role} weights", size, f"{place} master parameters"))
+        size, adam = job.param_bytes * job.trained(net), "AdamW: first and second moment of every parameter"
+        name, kind = ("adapters", f"parameters of rank {net.rank}") if net.rank else ("weights", "master parameters")
+        terms.append(Term(f"{net.role} {name}", size, f"{part}{net.trained_elements():,} {kind}"))
         terms.append(Term(f"{net.role} optimiser", 2 * size, adam))
         if net.averaged:
-            average = max(4, job.param_bytes) * stored
+            average = max(4, job.param_bytes) * job.trained(net)
             terms.append(Term(f"{net.role} average", average, "EMA: a float32 copy of the shards"))
     return terms
 
@@ -81,7 +87,9 @@ class PassMemory:
     def rows(self, layout: TokenLayout, moment: str) -> float:
         """Of the rows that `ROWS` names."""
         e_rows, h_rows = ROWS[moment][0 if self.job.fused else 1]
-        return layout.num_tokens * self.row * (e_rows * self.config.dim + h_rows * self.config.ffn_dim)
+        e_more, h_more, rank_rows = ADAPTED.get(moment, (0, 0, 0)) if self.net.rank else (0, 0, 0)
+        width = (e_rows + e_more) * self.config.dim + (h_rows + h_more) * self.config.ffn_dim + rank_rows * self.net.rank
+        return layout.num_tokens * self.row * width
 
     def joined_keys(self, layout: TokenLayout) -> float:
         """Cached and own keys and values put together for attention; no copy without a cache."""
@@ -101,17 +109,18 @@ class PassMemory:
 
     def embeddings(self) -> float:
         """Kept by every forward with gradient: float32 copies of the time embedding's matrices
-        (7 E^2), and the embedded text.
+        (7 E^2) if they are trained, and the embedded text.
         """
-        copies = 4 * 7 * self.config.dim**2 if self.job.compute_bytes < 4 else 0
+        copies = 4 * 7 * self.config.dim**2 if self.job.compute_bytes < 4 and not self.net.rank else 0
         text = self.config.text_len * (self.config.text_dim + 3 * self.config.dim)
         return copies + self.job.batch * text * self.job.compute_bytes
 
     def head(self, layout: TokenLayout) -> float:
         """Kept for the head: the last block's rows, and for the predicted frames their normalised
-        rows in float32.
+        rows in float32 if it is trained.
         """
-        tokens = layout.num_output_frames * layout.tokens_per_frame * self.job.batch / self.job.context
+        frames = 0 if self.net.rank else layout.num_output_frames
+        tokens = frames * layout.tokens_per_frame * self.job.batch / self.job.context
         return self.rows(layout, "block_wise") + 4 * tokens * self.config.dim
 
     def around(self) -> float:
@@ -161,7 +170,8 @@ class PassMemory:
 def gathered_terms(job: Job, phase: PhasePlan) -> list[Term]:
     """Parameters that FSDP2 has gathered, of the phase's largest network."""
     nets = [job.net(role) for role in {step.role for step in phase.passes}]
-    sizes = [2 * net.block_elements + net.elements(part="root") for net in nets if job.shards_of(net)]
+    nets = [net for net in nets if job.shards_of(net)]
+    sizes = [2 * (net.block_elements + bool(net.rank) * net.trained_block) + net.elements(part="root") for net in nets]
     what = "FSDP2: a block in use, the next one arriving, and what lies outside the blocks"
     return [Term("gathered parameters", max(sizes) * job.compute_bytes, what)] if sizes else []
 
@@ -175,13 +185,14 @@ def gradient_terms(job: Job, phase: PhasePlan, *, earlier: bool) -> tuple[float,
     moment: the block before, on its way to the other ranks in the reduce dtype.
     """
     net, shards = job.net(phase.role), job.shards_of(job.net(phase.role))
-    reached = 1 - (net.block_elements + net.elements(part="root")) / net.elements()
+    root = 0 if net.rank else net.elements(part="root")
+    reached = 1 - (net.trained_block + root) / net.trained_elements()
     several = phase.terms * job.accumulation > 1
     waiting = several and (earlier or job.accumulation > 1)
-    own = float((job.reduce_bytes if shards else job.param_bytes) * job.stored(net))
-    moment = float(job.reduce_bytes * net.block_elements) if shards else 0.0
+    own = float((job.reduce_bytes if shards else job.param_bytes) * job.trained(net))
+    moment = float(job.reduce_bytes * net.trained_block) if shards else 0.0
     if shards and several and job.gradient_sync != "each":
-        whole = float(job.reduce_bytes * net.elements())
+        whole = float(job.reduce_bytes * net.trained_elements())
         return waiting * whole, (whole if shards == 1 else whole + reached * own), moment
     return (own, own, moment) if waiting else (0.0, reached * own, moment)
 

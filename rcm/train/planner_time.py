@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from rcm.nets.layout import TokenLayout
+from rcm.nets.wan.adapters import adapter_elements, layer_size
 from rcm.nets.wan.config import WanConfig
 from rcm.train.planner_card import Card
 from rcm.train.planner_job import Job, NetPlan, Pass, PhasePlan, visible_pairs
@@ -79,15 +80,20 @@ def pass_cost(job: Job, card: Card, step: Pass) -> Cost:
     net, flops, total, share = job.net(step.role), 0.0, 0.0, job.batch / job.context
     config, gathering = net.config, _gathering(job, card, net, step)
     rate = card.attention_tangent if step.mode == "tangent" else card.attention
+    frozen = bool(net.rank) and step.mode == "train"  # no gradient of the weights themselves
+    own = [layer for layer in net.layers if layer not in ("cross_attn.k", "cross_attn.v")]  # of tokens, not of the text
+    factors = 2 * adapter_elements(own, config, rank=net.rank)
+    beside = sum(wide_in + 2 * wide_out for wide_in, wide_out in (layer_size(layer, config) for layer in own))
     for layout, count in zip(step.layouts, step.repeats or (1.0,) * len(step.layouts), strict=True):
         work, times = forward_work(config, layout), _multiples(net, step, layout)
-        dense = times.linear * (work.linear + work.cross)
+        products = (times.linear - frozen) * work.linear + times.rows * factors * layout.num_tokens
+        dense = products + times.linear * work.cross
         flops += count * job.batch * (dense + (times.attention + times.backward) * work.attention)
         attention = work.attention / (1.0 if layout.mask.is_full else card.masked)
-        seconds = times.linear * (work.linear / card.matmul + work.cross / card.attention)
+        seconds = products / card.matmul + times.linear * work.cross / card.attention
         seconds += attention * (times.attention / rate + times.backward / card.attention_backward)
         # norms, rotations, gates and GELU
-        rows = layout.num_tokens * (ELEMENTWISE_ROWS * config.dim + 2 * config.ffn_dim)
+        rows = layout.num_tokens * (ELEMENTWISE_ROWS * config.dim + 2 * config.ffn_dim + beside)
         traffic = times.rows * config.num_layers * rows * job.compute_bytes
         seconds = share * (seconds + traffic / card.bandwidth)
         seconds = max(seconds, times.launches * config.num_layers * card.launch, gathering)
@@ -105,8 +111,8 @@ def _gathering(job: Job, card: Card, net: NetPlan, step: Pass) -> float:
     """
     ranks = max(1, job.shards_of(net))
     training = step.mode == "train"
-    per_element = job.compute_bytes * (1 + training) + job.reduce_bytes * training
-    return net.elements() * (ranks - 1) / ranks * per_element / _speed(card, ranks)
+    moved = job.compute_bytes * net.elements() * (1 + training) + job.reduce_bytes * net.trained_elements() * training
+    return moved * (ranks - 1) / ranks / _speed(card, ranks)
 
 
 def _exchanging(job: Job, card: Card, net: NetPlan, layout: TokenLayout) -> float:
@@ -119,4 +125,4 @@ def _exchanging(job: Job, card: Card, net: NetPlan, layout: TokenLayout) -> floa
 def update_seconds(job: Job, card: Card, phase: PhasePlan) -> float:
     """AdamW reads four and writes three numbers per parameter, the EMA reads two and writes one."""
     net = job.net(phase.role)
-    return job.stored(net) * job.param_bytes * (7 + 3 * net.averaged) / card.bandwidth
+    return job.trained(net) * job.param_bytes * (7 + 3 * net.averaged) / card.bandwidth

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rcm.configs.bases import alpha_of
 from rcm.configs.build_method import build_method
 from rcm.configs.build_nets import NetBuilder
 from rcm.configs.compose import Run
@@ -24,6 +25,8 @@ from rcm.kernels.replay import kept
 from rcm.methods.base import Method, Phase
 from rcm.nets.attention import AttentionCore
 from rcm.nets.condition import Condition
+from rcm.nets.lora import attach
+from rcm.nets.wan.adapters import adapted_layers
 from rcm.nets.wan.model import WanDiT
 from rcm.parallel.checkpointing import checkpoint_blocks
 from rcm.parallel.init import on_meta
@@ -87,8 +90,16 @@ class MetaNets(NetBuilder):
         super().__init__(run.config.model.config, dims=ParallelDims(), device=torch.device("meta"), seed=0)
         self.built: list[nn.Module] = []
 
-    def _build(self, net_config: NetConfig, *, knob: str, checkpoint: str, frozen: bool) -> nn.Module:
-        net = on_meta(lambda: WanDiT(wan_config(net_config))).to(torch.bfloat16).requires_grad_(not frozen)
+    def _build(
+        self, net_config: NetConfig, *, knob: str, checkpoint: str, frozen: bool, roles: tuple[str, ...] = ()
+    ) -> nn.Module:
+        def build() -> WanDiT:
+            net, lora = WanDiT(wan_config(net_config)).requires_grad_(not frozen), self.config.lora
+            if roles:
+                attach(net, adapted_layers(lora.targets), roles=roles, rank=lora.rank, alpha=alpha_of(lora))
+            return net
+
+        net = on_meta(build).to(torch.bfloat16)
         if not frozen:
             checkpoint_blocks(net, mode=net_config.sac_config.mode, every=net_config.sac_config.every_n_blocks)
         self.built.append(net)

@@ -79,6 +79,9 @@ def test_backward_recompute_and_tangent_multiply_the_forward():
     job, step = one_pass("train", whole, recompute="block_wise")
     fourth = replace(job, nets=tuple(replace(net, recompute_every=4) for net in job.nets))  # 8 of 30 blocks
     assert cost((fourth, step)).flops == pytest.approx((3 + 8 / 30) * dense + (3.5 + 8 / 30) * attention)
+    net = replace(job.nets[0], rank=64, layers=("self_attn.q", "cross_attn.k", "ffn.2"))  # frozen weights: no gradients of theirs
+    factors = 2 * 30 * 64 * whole.num_tokens * (2 * 1536 + 1536 + 8960)
+    assert cost((replace(job, nets=(net,)), step)).flops == pytest.approx(3 * work.linear + 4 * work.cross + 4 * factors + 4.5 * attention)
     noisy = TokenLayout.noisy_over_context(21, grid=GRID, pattern=C33)
     work = forward_work(PRESETS["1.3B"], noisy)
     own = visible_pairs(noisy, first_key=21 * 1560)

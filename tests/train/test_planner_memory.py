@@ -68,6 +68,10 @@ CASES = [
     ("wan2pt1_1pt3B_res480p_t2v_rCM", "student", {}),
     ("wan2pt1_14B_res480p_t2v_rCM", "student", {"cm_type": "dcm"}),
     ("wan2pt1_14B_res480p_t2v_rCM", "fake_score", {"mode": "mm_only"}),
+    *((SMALL + "tf_dcm_lora_c3-3", "student", {"mode": mode}) for mode in ALL_MODES),
+    (SMALL + "sf_dmd_lora_c3-3", "student", {}),
+    ("wan2pt1_14B_res480p_t2v_rCM_lora", "student", {}),
+    ("wan2pt1_14B_res480p_t2v_rCM_lora", "fake_score", {}),
 ]
 """Experiment, whose iteration, and: `layers` of every network, its recompute `mode` of `every` so many blocks, another `cm_type`."""
 
@@ -101,6 +105,23 @@ def test_parameter_bytes_are_exact(preset, count, shard):
     job = Job("job", (net, replace(net, role="teacher", trained=False)), (), 1, ranks=2 * shard, shard=shard)
     sizes = [term.bytes for term in state_terms(job)]
     assert sizes == [4 * first, 8 * first, 4 * first, 2 * first]
+
+
+def test_adapters_lie_on_one_base():
+    """14B rCM with adapters of rank 64 on one rank: one frozen base, two sets of factors with optimisers, one average."""
+    job = plan_job(replace_layout(composed("experiment=wan2pt1_14B_res480p_t2v_rCM_lora")), ranks=1)
+    rank, (dim, hidden) = job.net("student").rank, (5120, 13824)
+    factors = 40 * rank * (8 * 2 * dim + 2 * (dim + hidden))
+    assert rank and job.net("student").trained_elements() == factors
+    found = {term.name: term.bytes for term in state_terms(job)}
+    assert found.pop("student weights") == 2 * 14_288_491_584
+    assert found == {
+        "student adapters": 4 * factors,
+        "student optimiser": 8 * factors,
+        "student average": 4 * factors,
+        "fake_score adapters": 4 * factors,
+        "fake_score optimiser": 8 * factors,
+    }
 
 
 def tiny_job(**changes) -> Job:

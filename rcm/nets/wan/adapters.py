@@ -48,6 +48,7 @@ def largest_rank(layers: Iterable[str], config: WanConfig) -> int:
     return min(min(layer_size(layer, config)) for layer in layers)
 
 
-def adapter_elements(layers: Iterable[str], config: WanConfig, *, rank: int) -> int:
-    """Numbers in one set of adapters of the whole network."""
-    return config.num_layers * sum(rank * sum(layer_size(layer, config)) for layer in layers)
+def adapter_elements(layers: Iterable[str], config: WanConfig, *, rank: int, shard: int = 1) -> int:
+    """Numbers in one set of adapters of the whole network that rank 0 of `shard` ranks holds: factors are cut along their first axis."""
+    sizes = [layer_size(layer, config) for layer in layers]
+    return config.num_layers * sum(-(-rank // shard) * wide_in + -(-wide_out // shard) * rank for wide_in, wide_out in sizes)
