@@ -132,7 +132,8 @@ def test_first_steps_cost_seconds():
 
 
 MUTANTS = {
-    "o of the rectangle's first rows": ("rows.cut(o[b]), row_lse", "rows.cut(o[b]).roll(1, 1), row_lse"),
+    # strides stay those of o: with others cuDNN's backward reads outside of it, and takes the process along
+    "o of the rectangle's first rows": ("rows.cut(o[b]), row_lse", "rows.cut(o[b].roll(1, 0)), row_lse"),
     "lse in base 2": ("row_lse = rows.cut(lse[b], dim=1).contiguous()", "row_lse = (1.4427 * rows.cut(lse[b], dim=1)).contiguous()"),
     "a call is left out": ("enumerate(zip(queries, keys, strict=True))", "enumerate(zip(queries[:-1], keys[:-1], strict=True))"),
 }
