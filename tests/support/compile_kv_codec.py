@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rcm.kernels.kv_codec import cluster_kernels, fused, fused_clusters, kernels
+from rcm.kernels.kv_codec import cluster_kernels, fused, fused_clusters, kernels, restore_kernels
 from rcm.kernels.kv_codec import codes as coding
 from rcm.kernels.kv_codec.blob import Blob
 from rcm.kernels.kv_codec.clusters import Clustering, cluster
@@ -29,7 +29,11 @@ TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
     torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
-NAMES = {kernels: ("restore", "deposit", "extremes", "write_codes"), cluster_kernels: ("features", "assign", "recentre")}
+NAMES = {
+    restore_kernels: ("restore", "deposit"),
+    kernels: ("extremes", "write_codes"),
+    cluster_kernels: ("features", "assign", "recentre"),
+}
 
 
 def _type(value: object) -> object:

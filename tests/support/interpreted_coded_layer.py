@@ -37,6 +37,7 @@ class Inputs:
     slots: Tensor
     pair: RopePair
     fused: bool = True
+    times: None = None
 
     def tables(self, branch: int, context_tokens: int) -> RopePair:
         """The only ones."""

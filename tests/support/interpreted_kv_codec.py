@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rcm.kernels.kv_codec import cluster_kernels, fused, fused_clusters, kernels
+from rcm.kernels.kv_codec import cluster_kernels, fused, fused_clusters, kernels, restore_kernels
 from rcm.kernels.kv_codec import codes as coding
 from rcm.kernels.kv_codec.blob import Blob, reference
 from rcm.kernels.kv_codec.clusters import Clustering, cluster, features, members, spherical
@@ -32,7 +32,8 @@ FORMATS = {
     if not (asymmetric and (dtype not in INTEGERS or mode == "release")) and not (mode == "official" and granularity == "channel")
 }
 MUTANTS = {
-    "e4m3 without subnormals": ("tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)", "normal", "release int8 token"),
+    "exponents of e4m3": ("half.to(tl.float32) * 256.0", "half.to(tl.float32) * 128.0", "release int8 token"),
+    "sign of e4m3": ("(((bits & 127) << 7) | ((bits & 128) << 8))", "((bits & 127) << 7)", "rcm fp8 token"),
     "e4m3 without sign": ("+ ((y.to(tl.int32, bitcast=True) >> 24) & 128)", "", "rcm fp8 token"),
     "halves up": ("return (y + 12582912.0) - 12582912.0", "return tl.floor(y + 0.5)", "rcm int4 token"),
     "last group of tokens": (
@@ -40,30 +41,34 @@ MUTANTS = {
         "rcm int4 channel",
     ),
     "unit forgotten": (
-        "    scale *= tl.load(_at(row, 3, tl.float32) + batch)\n        value", "    scale *= 1.0\n        value", "rcm int2 channel",
+        "    scale *= tl.load(_at(row, 3, tl.float32) + batch)\n    value", "    scale *= 1.0\n    value", "rcm int2 channel",
     ),
     "unit of bytes forgotten": (
         "    scale *= tl.load(_at(row, 3, tl.float32) + batch)\n    zero", "    scale *= 1.0\n    zero", "rcm int2 token",
     ),
-    "zero forgotten": ("value += _stored(_at(row, 2, scales), group, keep, E4M3)", "value += 0.0", "rcm int4 channel asymmetric"),
-    "bytes reversed": (
-        "if HIGH_FIRST else BITS * place\n            code", "if not HIGH_FIRST else BITS * place\n            code", "rcm int2 channel",
-    ),
+    "zero forgotten": ("value += _stored(_at(row, 2, scales), group, known, E4M3)", "value += 0.0", "rcm int4 channel asymmetric"),
+    "bytes reversed": ("if HIGH_FIRST else BITS * place\n", "if not HIGH_FIRST else BITS * place\n", "rcm int2 channel"),
+    "scale of a tile": ("first = tl.program_id(0) * (TOKENS * per_byte) // GROUP", "first = tl.program_id(0)", "tiles in a group of int8"),
+    "tokens of a byte": ("* PLACES + place)[:, None]", "* PLACES)[:, None]", "rcm int4 channel"),
+    "angles of a head": ("% (D // 2))[None, :]", ")[None, :]", "several none int4"),
+    "groups of a row": ("tile * (COLS // GROUP) + tl.arange", "tl.arange", "rcm fp8 token"),
     "sign of four bits": ("tl.where(code >= 8, -0.5 * half, 0.5 * half)", "0.5 * half", "rcm fp4 token"),
     "padding in the extremes": ("(inside < GROUP) & (token < tokens)", "(inside < GROUP)", "rcm int8 channel asymmetric"),
     "one stage": ("for i in tl.static_range(STAGES)", "for i in tl.static_range(1)", "clusters 2 shared"),
     "order of the stages": ("stage = i if FIRST_FIRST", "stage = i if not FIRST_FIRST", "clusters 2 official"),
     "head of the assignment": ("token) * heads + head, mask", "token) * heads, mask", "clusters 1 per head"),
+    "head of the restored assignment": ("token * heads + head, mask", "token * heads, mask", "clusters 1 per head"),
+    "batch of the assignment": ("(stage * batches + batch) * tokens\n", "stage * batches * tokens\n", "clusters 1 shared"),
     "one blob for all": ("blob = tl.program_id(2) // batches", "blob = 0 * tl.program_id(2)", "several int4 by head"),
-    "start of a blob": ("tl.load(starts + blob) + token", "blob * tokens + token", "several int4 by head"),
+    "start of a blob": ("start = tl.load(starts + blob)", "start = blob * tokens", "several int4 by head"),
     "rows of a head": ("batch * heads + head, token * D", "batch * heads, token * D", "several int4 by head"),
     "bytes of an uneven group": ("at // PER_BYTE, at % PER_BYTE, row * tl.cdiv", "at // PER_BYTE, 0 * at, row * tl.cdiv", "several uneven"),
     "places of a byte": (
         "tl.join(first, third), tl.join(second, fourth)", "tl.join(first, second), tl.join(third, fourth)", "rcm int2 token",
     ),
-    "groups of bytes": ("col // (GROUP // per_byte)", "col // GROUP", "rcm int4 token"),
+    "groups of bytes": ("byte // (GROUP // per_byte)", "byte // GROUP", "rcm int4 token"),
     "sign of the transform": ("tl.join(a + b, a - b)", "tl.join(a + b, b - a)", "several hadamard int4"),
-    "turned the other way": ("odd * c + even * s)", "odd * c - even * s)", "several none int4"),
+    "turned the other way": ("odd * cos + even * sin)", "odd * cos - even * sin)", "several none int4"),
     "balance forgotten": ('if UNDO == "balance"', 'if UNDO == "none of them"', "several balance int4"),
     "order forgotten": ('if UNDO == "reorder"', 'if UNDO == "none of them"', "several reorder int4"),
     "a field not copied": ("if tl.program_id(1) == field:", "if tl.program_id(1) == field and field != 4:", "several qvg int4"),
@@ -180,6 +185,9 @@ def cases() -> dict[str, tuple]:
     found["fp16 input, whole axis"] = (sample(torch.float16), CodeFormat("int4", 0, "channel", False, "rcm"), None, None)
     found["bf16 input"] = (sample(torch.bfloat16), CodeFormat("int4", 8, "token", True, "rcm"), None, None)
     found["slice of heads"] = (sample(torch.float32, (2, 5, 6, 16))[:, :, 1:4], CodeFormat("int2", 8, "token", False, "rcm"), None, None)
+    for kind, group in (("int8", 32), ("int4", 32), ("int2", 32)):
+        fmt = CodeFormat(kind, group, "channel", False, "rcm")
+        found[f"tiles in a group of {kind}"] = (sample(torch.float32, (2, 75, 3, 16)), fmt, None, None)
     for stages, shared in itertools.product((1, 2), (True, False)):
         for mode, granularity in (("rcm", "token"), ("release", "channel")):
             x = sample(torch.float32)
@@ -197,7 +205,7 @@ def cases() -> dict[str, tuple]:
 def run_cases(*, every: bool = True) -> dict[str, list[str]]:
     """Every case and what differs; or one case per rule of the kernels."""
     few = ("rcm fp8 token", "rcm fp4 channel", "release int8 token", "rcm int4 channel asymmetric", "rcm int2 channel")
-    also = ("clusters 2", "slice", "official int4")
+    also = ("clusters 2", "slice", "official int4", "tiles")
     chosen = {name: case for name, case in cases().items() if every or name in few or name.startswith(also)}
     return {name: differences(*arguments) for name, arguments in chosen.items()}
 
@@ -222,13 +230,16 @@ def run_mutants() -> dict[str, bool]:
     """Whether each broken kernel shows on the case named for it."""
     caught, known = {}, cases()
     with tempfile.TemporaryDirectory() as folder:
+        package = sys.modules["rcm.kernels.kv_codec"]
         for name, (old, new, case) in MUTANTS.items():
-            sys.modules["rcm.kernels.kv_codec"].kernels = mutants.load(kernels, old=old, new=new, folder=Path(folder))
+            encodes = old in Path(kernels.__file__).read_text()
+            package.kernels = mutants.load(kernels, old=old, new=new, folder=Path(folder)) if encodes else kernels
+            package.restore_kernels = restore_kernels if encodes else mutants.load(restore_kernels, old=old, new=new, folder=Path(folder))
             kind = case.removeprefix("several ")
             caught[name] = bool(differences(*known[case]) if case in known else several_differences(several_sides()[kind]))
         for name, (old, new) in CLUSTER_MUTANTS.items():
             broken = mutants.load(cluster_kernels, old=old, new=new, folder=Path(folder))
-            sys.modules["rcm.kernels.kv_codec"].cluster_kernels = broken
+            package.cluster_kernels = broken
             caught[name] = any(clustered_differences(k, warm=warm) for k, warm in ((5, False), (70, True)))
     return caught
 

@@ -19,6 +19,8 @@ from rcm.kernels.kv_codec.spec import BITS
 ELEMENTS = 4096
 """Elements per program of restore, bytes per program of encode times codes in a byte."""
 MAX_COLS = 256
+TILES = 3
+"""Tiles across that a program of restore takes, for which it loads the angles of its tokens once."""
 DEPOSITED = 16384
 """Bytes per program of deposit."""
 
@@ -43,12 +45,18 @@ def restore(like: Blob, table: Tensor, starts: Tensor, out: Tensor, *, turn: tup
         return True
     clusters = like.clusters
     constants = _codes_constants(like.codes, d) | _clusters_constants(clusters)
-    tokens, cols = _tile(n * d, ELEMENTS, least=_power_of_2(d) if like.undo.kind == "hadamard" else 1)
+    rows, cols = _tile(n * d, ELEMENTS, least=_power_of_2(d) if like.undo.kind == "hadamard" or turn is not None else 1)
+    if turn is not None and cols % d:
+        return False
+    places = like.codes.format.per_byte if isinstance(like.codes, Codes) and like.codes.format.granularity == "channel" else 1
+    across = -(-n * d // cols)
+    tiles = min(TILES, across)
+    native = constants["DTYPE"] == "fp8" and out.is_cuda and torch.cuda.get_device_capability(out.device) >= (8, 9)
     cos, sin = (table, table) if turn is None else turn
-    from rcm.kernels.kv_codec import kernels
+    from rcm.kernels.kv_codec import restore_kernels as kernels
 
     with device_of(out):
-        kernels.restore[(-(-s // tokens), -(-n * d // cols), b * len(table))](
+        kernels.restore[(-(-s // (rows * places)), -(-across // tiles), b * len(table))](
             table,
             starts,
             out,
@@ -56,14 +64,17 @@ def restore(like: Blob, table: Tensor, starts: Tensor, out: Tensor, *, turn: tup
             sin,
             out.stride()[:3],
             (b, s, n, 1 if clusters is None else clusters.centroids.shape[2]),
+            NATIVE=native,
             UNDO=like.undo.kind,
             ROOT=d**-0.5,
             TURN=turn is not None,
             FIELDS=FIELDS,
             D=d,
-            TOKENS=tokens,
+            TOKENS=rows,
             COLS=cols,
-            num_warps=8,
+            PLACES=places,
+            TILES=tiles,
+            num_warps=4,
             **constants,
         )
     return True
@@ -71,7 +82,7 @@ def restore(like: Blob, table: Tensor, starts: Tensor, out: Tensor, *, turn: tup
 
 def deposit(blob: Blob, row: Tensor) -> None:
     """Copy the tensors of `blob` to the addresses in `row` int64 [7] of a table."""
-    from rcm.kernels.kv_codec import kernels
+    from rcm.kernels.kv_codec import restore_kernels as kernels
 
     held = [None if x is None else x.reshape(-1).view(torch.uint8) for x in blob.fields]
     sources = tuple(row.view(torch.uint8) if x is None else x for x in held)
@@ -104,7 +115,7 @@ def _clusters_constants(clusters: Clusters | None) -> dict[str, Any]:
     """And of its clusters."""
     if clusters is None:
         return {"STAGES": 0, "FIRST_FIRST": False, "CENTROIDS": None, "INDEX": None, "PER_HEAD": False}
-    from rcm.kernels.kv_codec import kernels
+    from rcm.kernels.kv_codec import restore_kernels as kernels
 
     assigned = clusters.assignments
     return {

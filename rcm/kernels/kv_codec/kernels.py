@@ -1,30 +1,13 @@
-"""Triton kernels of the codec: restore, deposit, extremes of groups, codes.
+"""Triton kernels that encode: extremes of groups, codes.
 
 A tensor is seen as [B, S, W], W = N D channels of all heads. CHANNEL: groups and bytes run over tokens, else over channels; either way
-neighbouring lanes read neighbouring addresses. Numbers of e4m3 are taken apart by integer arithmetic, so nothing here needs hardware
-with that type, and every product of a number and its scale is exact (README.md).
+neighbouring lanes read neighbouring addresses.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-
-KINDS = {
-    torch.float8_e4m3fn: tl.uint8, torch.uint8: tl.uint8, torch.int8: tl.int8, torch.int16: tl.int16, torch.int32: tl.int32,
-    torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32,
-}  # fmt: skip
-"""How the tensors of a blob are read at their addresses; e4m3 by its bits."""
-
-
-@triton.jit
-def _e4m3(bits):
-    """float32 of the bits (int32) of e4m3 numbers."""
-    magnitude = bits & 127
-    normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
-    return tl.where((bits & 128) != 0, -value, value)
 
 
 @triton.jit
@@ -44,27 +27,6 @@ def _to_even(y):
 
 
 @triton.jit
-def _stored(ptr, index, keep, E4M3: tl.constexpr):
-    """Scales or zeros as float32."""
-    raw = tl.load(ptr + index, mask=keep, other=0)
-    if E4M3:
-        return _e4m3(raw.to(tl.int32))
-    return raw.to(tl.float32)
-
-
-@triton.jit
-def _number(code, DTYPE: tl.constexpr, OFFSET: tl.constexpr):
-    """float32 of unsigned codes (int32)."""
-    if DTYPE == "fp8":
-        return _e4m3(code)
-    if DTYPE == "fp4":
-        size = code & 7
-        half = tl.where(size < 4, size, tl.where(size < 6, 2 * size - 4, 4 * size - 16)).to(tl.float32)
-        return tl.where(code >= 8, -0.5 * half, 0.5 * half)
-    return code.to(tl.float32) - OFFSET
-
-
-@triton.jit
 def _centroid(centroids, assigned, batch, token, head, col, keep, cluster_sizes, PER_HEAD: tl.constexpr):
     """Centroids of tokens [T, C]; `cluster_sizes` = (tokens, heads, clusters, width)."""
     tokens, heads, clusters, width = cluster_sizes
@@ -73,174 +35,6 @@ def _centroid(centroids, assigned, batch, token, head, col, keep, cluster_sizes,
     else:
         which = tl.load(assigned + batch * tokens + token, mask=token < tokens, other=0).to(tl.int64)
     return tl.load(centroids + (batch * clusters + which) * width + col, mask=keep, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _at(row, field: tl.constexpr, KIND: tl.constexpr):
-    """Pointer to elements of KIND at the address in the column `field` of a row of the table."""
-    return tl.multiple_of(tl.load(row + field).to(tl.pointer_type(KIND)), 16)
-
-
-@triton.jit
-def _place(
-    batch, token, head, channel, tokens, heads,
-    AXIS: tl.constexpr, GROUP: tl.constexpr, PER_BYTE: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """(byte, place in it, group) of elements: where `codes.pack` put them, and their scale."""
-    if AXIS == "channel":
-        col = head * D + channel
-        byte = (batch * tl.cdiv(tokens, PER_BYTE) + token // PER_BYTE) * (heads * D) + col
-        return byte, token % PER_BYTE + 0 * channel, (batch * tl.cdiv(tokens, GROUP) + token // GROUP) * (heads * D) + col
-    if AXIS == "token":
-        row, at, length = (batch * tokens + token) * heads + head, channel, D
-    elif AXIS == "head":
-        row, at, length = batch * heads + head, token * D + channel, tokens * D
-    else:
-        row, at, length = batch, (token * heads + head) * D + channel, tokens * heads * D
-    if AXIS == "token" and D % GROUP == 0 and D % PER_BYTE == 0:
-        flat = row * D + at  # one division of a running index keeps neighbouring lanes on neighbouring addresses
-        return flat // PER_BYTE, at % PER_BYTE, flat // GROUP
-    return row * tl.cdiv(length, PER_BYTE) + at // PER_BYTE, at % PER_BYTE, row * tl.cdiv(length, GROUP) + at // GROUP
-
-
-@triton.jit
-def _part(
-    code, scale, zero, PLACE: tl.constexpr,
-    DTYPE: tl.constexpr, OFFSET: tl.constexpr, HIGH_FIRST: tl.constexpr, BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
-):  # fmt: skip
-    """The elements at one place of bytes."""
-    bits: tl.constexpr = BITS * (8 // BITS - 1 - PLACE) if HIGH_FIRST else BITS * PLACE
-    value = _number((code >> bits) & ((1 << BITS) - 1), DTYPE, OFFSET) * scale
-    return value + zero if HAS_ZERO else value
-
-
-@triton.jit
-def _along_channels(
-    row, batch, token, tokens, heads,
-    DTYPE: tl.constexpr, OFFSET: tl.constexpr, HIGH_FIRST: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, E4M3: tl.constexpr,
-    HAS_ZERO: tl.constexpr, HAS_UNIT: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """Elements of bytes and groups that run along the channels of a head: a byte and its scale are loaded once, not once per element."""
-    per_byte: tl.constexpr = 8 // BITS
-    scales: tl.constexpr = tl.uint8 if E4M3 else tl.float16
-    col = tl.program_id(1) * (COLS // per_byte) + tl.arange(0, COLS // per_byte)[None, :]
-    keep = (token < tokens) & (col < heads * (D // per_byte))
-    code = tl.load(_at(row, 0, tl.uint8) + (batch * tokens + token) * (heads * (D // per_byte)) + col, mask=keep, other=0).to(tl.int32)
-    group = (batch * tokens + token) * (heads * (D // GROUP)) + col // (GROUP // per_byte)
-    scale = _stored(_at(row, 1, scales), group, keep, E4M3)
-    if HAS_UNIT:
-        scale *= tl.load(_at(row, 3, tl.float32) + batch)
-    zero = _stored(_at(row, 2, scales), group, keep, E4M3) if HAS_ZERO else scale
-    first = _part(code, scale, zero, 0, DTYPE, OFFSET, HIGH_FIRST, BITS, HAS_ZERO)
-    second = _part(code, scale, zero, 1, DTYPE, OFFSET, HIGH_FIRST, BITS, HAS_ZERO)
-    if BITS == 4:
-        parts = tl.join(first, second)
-    else:
-        third = _part(code, scale, zero, 2, DTYPE, OFFSET, HIGH_FIRST, BITS, HAS_ZERO)
-        fourth = _part(code, scale, zero, 3, DTYPE, OFFSET, HIGH_FIRST, BITS, HAS_ZERO)
-        parts = tl.join(tl.join(first, third), tl.join(second, fourth))
-    return tl.reshape(parts, (TOKENS, COLS))
-
-
-@triton.jit
-def _hadamard(x, ROOT: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr):
-    """Walsh-Hadamard transform of every D neighbours of a row, as `smoothing.hadamard` adds."""
-    half: tl.constexpr = D // 2
-    for level in tl.static_range(20):
-        if (1 << level) <= half:
-            pairs = tl.reshape(x, (TOKENS * COLS // (2 << level), 2, 1 << level))
-            a, b = tl.split(tl.permute(pairs, (0, 2, 1)))
-            x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (TOKENS, COLS))
-    return x * ROOT
-
-
-@triton.jit
-def _turned(x, cos, sin, place, there, kind, D: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr):
-    """Channel pairs of rows, rounded to `kind`, turned by the angles at `place` [T, 1] of cos and sin [L, D / 2]."""
-    even, odd = tl.split(tl.reshape(x.to(kind).to(tl.float32), (TOKENS, COLS // 2, 2)))
-    at = place * (D // 2) + (tl.arange(0, COLS // 2) % (D // 2))[None, :]
-    c = tl.load(cos + at, mask=there, other=0.0)
-    s = tl.load(sin + at, mask=there, other=0.0)
-    return tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (TOKENS, COLS))
-
-
-@triton.jit
-def restore(
-    table, starts, out, cos, sin, strides, sizes,
-    DTYPE: tl.constexpr, OFFSET: tl.constexpr, SIGNED: tl.constexpr, HIGH_FIRST: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    AXIS: tl.constexpr, E4M3: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_UNIT: tl.constexpr, UNDO: tl.constexpr, ROOT: tl.constexpr,
-    STAGES: tl.constexpr, FIRST_FIRST: tl.constexpr, CENTROIDS: tl.constexpr, INDEX: tl.constexpr, PER_HEAD: tl.constexpr,
-    TURN: tl.constexpr, FIELDS: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """out[b, start + s, n, d] = number * scale (+ zero), unsmoothed, + centroids, for every blob of a table; turned if TURN.
-
-    `table` int64 [blobs, FIELDS] of addresses (`fused.FIELDS`), `starts` int64 [blobs] first tokens in `out`, whose `strides` are over
-    batch, token, head; `sizes` = (batch, tokens, heads, clusters).
-    """
-    batches, tokens, heads, clusters = sizes
-    width = heads * D
-    per_byte: tl.constexpr = 8 // BITS if BITS <= 8 else 1
-    scales: tl.constexpr = tl.uint8 if E4M3 else tl.float16
-    blob = tl.program_id(2) // batches
-    batch = (tl.program_id(2) % batches).to(tl.int64)
-    row = table + blob * FIELDS
-    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None]
-    col = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
-    keep = (token < tokens) & (col < width)
-    head = col // D
-    channel = col % D
-    if UNDO == "reorder":
-        channel = tl.load(_at(row, 6, tl.int16) + batch * width + col, mask=col < width, other=0).to(tl.int32)
-    if DTYPE == "bf16":
-        value = tl.load(_at(row, 0, tl.bfloat16) + (batch * tokens + token) * width + head * D + channel, mask=keep, other=0.0)
-        value = value.to(tl.float32)
-    elif AXIS == "token" and BITS < 8 and D % GROUP == 0 and GROUP % per_byte == 0 and UNDO != "reorder":
-        value = _along_channels(
-            row, batch, token, tokens, heads, DTYPE, OFFSET, HIGH_FIRST, BITS, GROUP, E4M3, HAS_ZERO, HAS_UNIT, D, TOKENS, COLS
-        )
-    else:
-        byte, place, group = _place(batch, token, head, channel, tokens, heads, AXIS, GROUP, per_byte, D)
-        if SIGNED:
-            code = tl.load(_at(row, 0, tl.int8) + byte, mask=keep, other=0).to(tl.int32)
-        else:
-            code = tl.load(_at(row, 0, tl.uint8) + byte, mask=keep, other=0).to(tl.int32)
-        if BITS < 8:
-            bits = BITS * (per_byte - 1 - place) if HIGH_FIRST else BITS * place
-            code = (code >> bits) & ((1 << BITS) - 1)
-        scale = _stored(_at(row, 1, scales), group, keep, E4M3)
-        if HAS_UNIT:
-            scale *= tl.load(_at(row, 3, tl.float32) + batch)
-        value = (code.to(tl.float32) if SIGNED else _number(code, DTYPE, OFFSET)) * scale
-        if HAS_ZERO:
-            value += _stored(_at(row, 2, scales), group, keep, E4M3)
-    if UNDO == "balance":
-        value *= tl.load(_at(row, 6, tl.bfloat16) + batch * width + col, mask=col < width, other=0.0).to(tl.float32)
-    if UNDO == "hadamard":
-        value = _hadamard(value, ROOT, D, TOKENS, COLS)
-    for i in tl.static_range(STAGES):
-        stage = i if FIRST_FIRST else STAGES - 1 - i
-        centroids = _at(row, 4, CENTROIDS) + stage * batches * clusters * width
-        if INDEX is None:
-            value += tl.load(centroids + batch * width + col, mask=col < width, other=0.0).to(tl.float32)
-        else:
-            assigned = _at(row, 5, INDEX) + stage * batches * tokens * (heads if PER_HEAD else 1)
-            value += _centroid(centroids, assigned, batch, token, head, col, keep, (tokens, heads, clusters, width), PER_HEAD)
-    kind = out.dtype.element_ty
-    place_out = tl.load(starts + blob) + token.to(tl.int64)
-    if TURN:
-        value = _turned(value, cos, sin, place_out, token < tokens, kind, D, TOKENS, COLS)
-    stride_b, stride_s, stride_n = strides
-    tl.store(out + batch * stride_b + place_out * stride_s + head * stride_n + col % D, value.to(kind), mask=keep)
-
-
-@triton.jit
-def deposit(row, sources, sizes, FIELDS: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy the bytes of the tensors of one blob, `sizes` of them, to the addresses in a row of the table."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    for field in tl.static_range(FIELDS):
-        if tl.program_id(1) == field:
-            held = tl.load(sources[field] + at, mask=at < sizes[field])
-            tl.store(_at(row, field, tl.uint8) + at, held, mask=at < sizes[field])
 
 
 @triton.jit
