@@ -19,7 +19,7 @@ from typing import Any
 
 from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
 from rcm.configs.compose import Run, compose_run
-from rcm.configs.plan_job import plan_job, recompute_modes
+from rcm.configs.plan_job import plan_job
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
@@ -170,9 +170,9 @@ def plan(flags: argparse.Namespace, own: dict[str, str], overrides: list[str]) -
         wanted = wanted or as_configured.job.global_batch
     if flags.as_is:
         return record
-    job, modes = plan_job(alone(run), ranks=ranks), recompute_modes()
-    proposal = propose(job, chosen, global_batch=wanted, modes=modes)
-    wider = None if proposal.best is not None else enough_ranks(job, chosen, modes=modes)
+    job = plan_job(alone(run), ranks=ranks)
+    proposal = propose(job, chosen, global_batch=wanted)
+    wider = None if proposal.best is not None else enough_ranks(job, chosen)
     print_proposal(proposal, wider)
     found = {"proposed": proposal.best, "smallest": proposal.smallest}
     return record | {name: None if it is None else {"keys": keys_of(it), **plain(it)} for name, it in found.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
 
 from rcm.configs.bases import base_of, roles_on
 from rcm.configs.build_data import latent_shape
@@ -15,13 +15,12 @@ from rcm.configs.build_method import step_schedule
 from rcm.configs.build_nets import precision_of
 from rcm.configs.compose import Run
 from rcm.configs.network import networks, wan_config
-from rcm.configs.schema_model import CausalConfig, CommonModelConfig, NetConfig, RCMConfig, SACConfig
+from rcm.configs.schema_model import CausalConfig, CommonModelConfig, NetConfig, RCMConfig
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.layout import TokenLayout
 from rcm.nets.wan.adapters import adapted_layers
 from rcm.rollout.plan import ContextRule, training_plan
-from rcm.train.planner import ALL_MODES
-from rcm.train.planner_job import Job, NetPlan, Pass, PhasePlan, Recompute
+from rcm.train.planner_job import Job, NetPlan, Pass, PhasePlan
 
 Rollouts = Literal["mean", "longest"]
 """Step counts of rollouts: the mean over their cycle (for the time of a run), or the longest (for one measured iteration)."""
@@ -47,11 +46,6 @@ def plan_job(run: Run, *, ranks: int, fused: bool = True, rollouts: Rollouts = "
         fused=fused and precision.compute.itemsize < 8,
         gradient_sync=config.trainer.gradient_sync,
     )
-
-
-def recompute_modes() -> tuple[Recompute, ...]:
-    """Modes of activation checkpointing that a config may ask for."""
-    return tuple(mode for mode in ALL_MODES if mode in get_args(get_type_hints(SACConfig)["mode"]))
 
 
 def _net(key: str, net: NetConfig, model: CommonModelConfig) -> NetPlan:

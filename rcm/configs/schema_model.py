@@ -11,6 +11,7 @@ from typing import Literal
 
 from rcm.core.errors import ConfigError
 from rcm.core.records import Record, within
+from rcm.parallel.checkpointing import SACConfig
 from rcm.train.ema import EMAConfig
 from rcm.train.optim import AdamWConfig, LambdaLinear
 
@@ -66,20 +67,6 @@ class TimeLawConfig(Record):
             raise ConfigError(f"{name}={value} must be positive")
         if name == "shift" and not 1e-3 <= value <= 1e3:
             raise ConfigError(f"shift={value:g} must be in 0.001 to 1000; shifts in use are 1 to 12")
-
-
-@dataclass(frozen=True)
-class SACConfig(Record):
-    """Activation checkpointing of one network."""
-
-    # what a block keeps for its backward pass: everything, nothing, the result of self-attention, those of it and the MLP, or all matrix
-    # products and attentions
-    mode: Literal["none", "block_wise", "block_wise_keep_attention", "block_wise_keep_attention_mlp", "mm_only"] = "block_wise"
-    every_n_blocks: int = 1  # recompute blocks 0, n, 2n, ... alone; the blocks between them keep everything
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.every_n_blocks <= 1024:
-            raise ConfigError(f"every_n_blocks={self.every_n_blocks} must be in 1 to 1024; 1 is every block")
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import Record
 from rcm.kernels import replay
 from rcm.nets.lora import Chosen
 
-MODES = ("none", "block_wise", "block_wise_keep_attention", "block_wise_keep_attention_mlp", "mm_only")
+Mode = Literal["none", "mm_only", "block_wise_keep_attention_mlp", "block_wise_keep_attention", "block_wise"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+"""Ways to recompute, most memory first."""
+
 KEEP_PRODUCTS = ("block_wise_keep_attention_mlp", "mm_only")
 """Modes that keep results of matrix products, which must be torch's own operators: compiled code has none."""
 
@@ -33,6 +38,20 @@ _ATTENTIONS = (
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_attention_math",
 )
+
+
+@dataclass(frozen=True)
+class SACConfig(Record):
+    """Activation checkpointing of one network."""
+
+    # what a block keeps for its backward pass: everything, all matrix products and attentions, the results of self-attention and of the
+    # MLP, that of self-attention, or nothing
+    mode: Mode = "block_wise"
+    every_n_blocks: int = 1  # recompute blocks 0, n, 2n, ... alone; the blocks between them keep everything
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.every_n_blocks <= 1024:
+            raise ConfigError(f"every_n_blocks={self.every_n_blocks} must be in 1 to 1024; 1 is every block")
 
 
 def _operators(*names: str) -> frozenset[Any]:

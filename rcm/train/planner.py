@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
 
 from rcm.core.errors import ConfigError
+from rcm.parallel.checkpointing import MODES
 from rcm.train.planner_card import GIB, Card
-from rcm.train.planner_job import Job, PhasePlan, Recompute
+from rcm.train.planner_job import Job, PhasePlan
 from rcm.train.planner_memory import Term, pass_terms, state_terms
 from rcm.train.planner_time import pass_cost, update_seconds
-
-ALL_MODES: tuple[Recompute, ...] = get_args(Recompute)
-"""Every way to recompute, most memory first."""
 
 SLACK = 1.06
 """Memory the caching allocator has reserved over what is allocated at the peak."""
@@ -101,11 +98,9 @@ def _phase(job: Job, card: Card, phase: PhasePlan, base: float) -> PhasePredicti
     return PhasePrediction(phase.role, phase.share, tuple(passes), fullest.terms, peak, name, seconds, update)
 
 
-def layouts(
-    job: Job, *, global_batch: int | None = None, modes: Sequence[Recompute] = ALL_MODES
-) -> Iterator[Job]:
+def layouts(job: Job, *, global_batch: int | None = None) -> Iterator[Job]:
     """Every way to spread `job` over its ranks: context-parallel sizes that divide heads and tokens
-    per frame, shard sizes, recompute `modes`, with the accumulation that gives `global_batch` samples
+    per frame, shard sizes, ways to recompute, with the accumulation that gives `global_batch` samples
     per update (None: as the job has). Layouts with more data ranks than samples are left out.
     """
     wanted = job.global_batch if global_batch is None else global_batch
@@ -116,7 +111,7 @@ def layouts(
         if rest or not steps:
             continue
         for shard in (n for n in _divisors(job.ranks) if n % context == 0):
-            for mode in modes:
+            for mode in MODES:
                 laid = replace(job, context=context, shard=shard, accumulation=steps)
                 yield laid.with_recompute(mode)
 
@@ -143,13 +138,11 @@ class Proposal:
     tried: int
 
 
-def propose(
-    job: Job, card: Card, *, global_batch: int | None = None, modes: Sequence[Recompute] = ALL_MODES
-) -> Proposal:
+def propose(job: Job, card: Card, *, global_batch: int | None = None) -> Proposal:
     """The fastest layout of `job` on its ranks that fits the card. `ConfigError` if no layout gives
     this global batch.
     """
-    found = [predict(laid, card) for laid in layouts(job, global_batch=global_batch, modes=modes)]
+    found = [predict(laid, card) for laid in layouts(job, global_batch=global_batch)]
     if not found:
         raise ConfigError(
             f"no layout of {job.ranks} ranks with {job.batch} sample(s) each makes a global batch of "
@@ -164,9 +157,7 @@ def _fastest(found: Sequence[Prediction]) -> Prediction | None:
     return min(fitting, key=lambda item: (round(item.seconds_per_sample, 6), item.reserved), default=None)
 
 
-def enough_ranks(
-    job: Job, card: Card, *, limit: int = 1024, modes: Sequence[Recompute] = ALL_MODES
-) -> Prediction | None:
+def enough_ranks(job: Job, card: Card, *, limit: int = 1024) -> Prediction | None:
     """The fewest ranks, doubling, on which some layout fits, the global batch growing where it must;
     None up to `limit`.
     """
@@ -175,7 +166,7 @@ def enough_ranks(
         ranks *= 2
         wider = replace(job, ranks=ranks, shard=1, context=1, accumulation=1)
         batches = [ranks // context * job.batch for context in _contexts(wider) if context <= 16]
-        spread = [laid for batch in batches for laid in layouts(wider, global_batch=batch, modes=modes)]
+        spread = [laid for batch in batches for laid in layouts(wider, global_batch=batch)]
         if (best := _fastest([predict(laid, card) for laid in spread])) is not None:
             return best
     return None

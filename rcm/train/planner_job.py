@@ -18,11 +18,7 @@ from rcm.nets.layout import TokenLayout
 from rcm.nets.wan.adapters import adapter_elements
 from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.model import WanDiT
-from rcm.parallel.checkpointing import MODES
-
-Recompute = Literal[
-    "none", "mm_only", "block_wise_keep_attention_mlp", "block_wise_keep_attention", "block_wise"
-]
+from rcm.parallel.checkpointing import MODES, Mode
 
 
 @cache
@@ -46,7 +42,7 @@ class NetPlan:
     config: WanConfig
     trained: bool  # it has master weights, an optimiser and gradients
     averaged: bool = False  # it has an EMA
-    recompute: Recompute = "none"  # `sac_config.mode`, of a trained network
+    recompute: Mode = "none"  # `sac_config.mode`, of a trained network
     recompute_every: int = 1  # `sac_config.every_n_blocks`
     rank: int = 0  # of the low-rank adapters on `layers`, which are trained in place of the weights; 0 = none
     layers: tuple[str, ...] = ()
@@ -171,7 +167,7 @@ class Job:
         """What is trained of `net` on rank 0."""
         return net.trained_elements(shard=max(1, self.shards_of(net)))
 
-    def with_recompute(self, mode: Recompute) -> Job:
+    def with_recompute(self, mode: Mode) -> Job:
         """The same job with this recomputation in every trained network."""
         return replace(self, nets=tuple(replace(net, recompute=mode) if net.trained else net for net in self.nets))
 

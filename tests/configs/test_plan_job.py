@@ -9,7 +9,7 @@ import pytest
 
 from rcm.configs import registry_distill
 from rcm.configs.compose import Run, compose_run
-from rcm.configs.plan_job import Rollouts, plan_job, recompute_modes
+from rcm.configs.plan_job import Rollouts, plan_job
 from rcm.train.planner_job import Job, Pass
 from rcm.train.planner_memory import PassMemory
 
@@ -81,7 +81,3 @@ def test_finite_differences_of_the_bidirectional_tangent(fd_type, modes):
     found = [step for step in planned.phases[0].passes if step.name.startswith("student's")]
     assert [step.mode for step in found] == modes
     assert sum(sum(step.repeats or (1,)) for step in found) == (1 if fd_type == 0 else 2)
-
-
-def test_modes_are_those_that_a_config_may_name():
-    assert {"none", "mm_only", "block_wise"} <= set(recompute_modes())

@@ -16,8 +16,9 @@ from rcm.configs.plan_job import plan_job
 from rcm.configs.schema_model import CommonModelConfig, SACConfig
 from rcm.nets.wan.config import PRESETS
 from rcm.nets.wan.model import WanDiT
+from rcm.parallel.checkpointing import MODES
 from rcm.train.memory_trace import MemoryTrace
-from rcm.train.planner import ALL_MODES, predict
+from rcm.train.planner import predict
 from rcm.train.planner_card import H200
 from rcm.train.planner_job import Job, NetPlan, Pass, PhasePlan, parameter_shapes
 from rcm.train.planner_memory import gradient_terms, state_terms
@@ -68,7 +69,7 @@ CASES = [
     ("wan2pt1_1pt3B_res480p_t2v_rCM", "student", {}),
     ("wan2pt1_14B_res480p_t2v_rCM", "student", {"cm_type": "dcm"}),
     ("wan2pt1_14B_res480p_t2v_rCM", "fake_score", {"mode": "mm_only"}),
-    *((SMALL + "tf_dcm_lora_c3-3", "student", {"mode": mode}) for mode in ALL_MODES),
+    *((SMALL + "tf_dcm_lora_c3-3", "student", {"mode": mode}) for mode in MODES),
     (SMALL + "sf_dmd_lora_c3-3", "student", {}),
     ("wan2pt1_14B_res480p_t2v_rCM_lora", "student", {}),
     ("wan2pt1_14B_res480p_t2v_rCM_lora", "fake_score", {}),
@@ -157,7 +158,7 @@ def test_more_of_anything_costs_more():
     wider = {name: predict(composed_job(ranks=8, shard=shard, context=cp), H200) for name, (shard, cp) in LAYOUTS.items()}
     assert wider["8x1"].state_bytes < wider["4x1"].state_bytes < wider["1x1"].state_bytes
     assert wider["4x4"].peak < wider["4x2"].peak < wider["4x1"].peak
-    modes = [predict(composed_job().with_recompute(mode), H200) for mode in reversed(ALL_MODES)]
+    modes = [predict(composed_job().with_recompute(mode), H200) for mode in reversed(MODES)]
     assert all(a.peak < b.peak and a.seconds > b.seconds for a, b in pairwise(modes))
 
 
