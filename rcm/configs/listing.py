@@ -64,6 +64,8 @@ def details(name: str) -> tuple[str, bool]:
     config, model = run.config, run.config.model.config
     nets = networks(model)
     mine = f"net {nets['net'].preset} ({parameter_count(nets['net']) / 1e6:,.2f} M)"
+    if model.lora.rank:
+        mine += f", adapters of rank {model.lora.rank}"
     others = ", ".join(f"{_SHORT[role]} {net.preset}" for role, net in nets.items() if role != "net")
     batch = f"{config.dataloader_train.batch_size}x{config.trainer.grad_accum_iter}"
     ranks = f"{config.model_parallel.context_parallel_size}x{model.fsdp_shard_size}"

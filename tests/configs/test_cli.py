@@ -139,13 +139,15 @@ def test_dryrun_prints_the_resolved_config_and_what_is_missing(launched: list, c
 
 
 def test_table_lists_variants_with_sizes_and_needs(capsys: pytest.CaptureFixture) -> None:
-    assert cli.main(["--list", "1pt3B", "tf_dcm"]) == 0
+    assert cli.main(["--list", "1pt3B", "tf_dcm_c"]) == 0
     said = capsys.readouterr().out
     names = [line.strip() for line in said.splitlines() if line.startswith("    causal_")]
     assert [name.rsplit("_", 1)[1] for name in names] == ["c1-1", "c1-4", "c3-3"]
     about = " ".join(said.split())
     assert "net 1.3B (1,419.00 M), with causal 14B; lr 2e-06, " in about and " ranks 4x32; " in about
     assert "ok; needs causal_teacher_ckpt, student_ckpt, tar_path_pattern" in about
+    assert cli.main(["--list", "1pt3B", "tf_dcm_lora"]) == 0
+    assert "net 1.3B (1,419.00 M), adapters of rank 64, with causal 14B; " in " ".join(capsys.readouterr().out.split())
 
 
 def test_whole_list_is_grouped_narrow_and_composes_nothing(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
