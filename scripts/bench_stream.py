@@ -16,6 +16,7 @@ import time
 import traceback
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.recipe import SamplingRecipe
 from scripts.bench_measure import GIB, breakdown, write
-from scripts.bench_stream_host import host_time, lane_priority, timing
+from scripts.bench_stream_host import host_time, timing, variant
 from scripts.bench_stream_kernels import attention_in_parts, own_attention
 from scripts.bench_train_step import fill
 
@@ -218,10 +219,10 @@ def host(denoiser: Denoiser, codec: WanVAECodec | None, name: str, window: int) 
         return host_time(session)
 
 
-def prioritised(denoiser: Denoiser, codec: WanVAECodec, priority: int, name: str, **shape: int) -> dict[str, Any]:
-    """`steady` with the decoder on a stream of this priority."""
-    with lane_priority(priority):
-        return steady(denoiser, codec, RECIPES[name], **shape)
+def compared(denoiser: Denoiser, codec: WanVAECodec, name: str, window: int, joined: bool, priority: int) -> dict[str, Any]:
+    """`steady` in one of its variants, see `variant`."""
+    with variant(denoiser.net, joined=joined, priority=priority):
+        return steady(denoiser, codec, RECIPES[name], chunks=10, window=window, idle=window > 7)
 
 
 def profile_steady(denoiser: Denoiser, codec: WanVAECodec, name: str, window: int) -> dict[str, Any]:
@@ -331,10 +332,12 @@ def main(argv: list[str] | None = None) -> None:
             "c1-1 [4,1]": lambda: profile_steady(denoiser, codec, "c1-1 [4,1]", 21),
         },
         "host": {name: lambda name=name, w=w: host(denoiser, codec, name, w) for name, w in (("c3-3 [4]", 7), ("c1-1 [4,1]", 21))},
-        "lane": {
-            f"{name}, priority {p}": lambda p=p, name=name, w=w: prioritised(denoiser, codec, p, name, window=w, chunks=options.chunks)
-            for name, w in (("c3-3 [4,2]", 7), ("c1-1 [4,1]", 21))
-            for p in (0, -1)
+        "variants": {
+            f"{name}, {'one product' if joined else 'three products'}, priority {p}, {i}": partial(
+                compared, denoiser, codec, name, w, joined, p
+            )
+            for name, w in (("c1-1 [4,1]", 21), ("c3-3 [4,2]", 7))
+            for i, (joined, p) in enumerate(((False, 0), (True, 0), (True, -1), (False, 0)))
         },
         "fp8": {which: lambda which=which: fp8(options.size, codec, which) for which in ("auto", "all")},
         "several": {"4 sessions": lambda: several(denoiser, codec, count=4, chunks=8)},
@@ -344,6 +347,7 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"unknown part {part!r}; choose from {', '.join(parts)}")
     for part in options.parts.split(","):
         for name, run in parts[part].items():
+            gc.collect()
             torch.cuda.empty_cache()
             try:
                 found = run()

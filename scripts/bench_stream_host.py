@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from rcm.kernels.cuda_graph import CudaGraph
+from rcm.nets.wan.block import SelfAttention
 from rcm.pipelines import engine
 from rcm.pipelines.session import Session
 
@@ -77,14 +79,19 @@ def _timed(call: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
 
 
 @contextmanager
-def lane_priority(priority: int) -> Iterator[None]:
-    """Within, sessions are opened whose decoder runs on a stream of this priority (0: the network's)."""
-    before = engine.DecodeLane.PRIORITY
+def variant(net: nn.Module, *, joined: bool, priority: int) -> Iterator[None]:
+    """Within, sessions are opened whose captured passes take one product for q, k and v or three, and whose decoder runs on a stream of
+    this priority (0: the network's).
+    """
+    before, join = engine.DecodeLane.PRIORITY, SelfAttention.join
+    net._apply(lambda x: x)  # forgets what was joined
     engine.DecodeLane.PRIORITY = priority
+    if not joined:
+        SelfAttention.join = lambda _: None
     try:
         yield
     finally:
-        engine.DecodeLane.PRIORITY = before
+        engine.DecodeLane.PRIORITY, SelfAttention.join = before, join
 
 
 def waits(session: Session) -> list[str]:
