@@ -9,6 +9,7 @@ that compiles and captures. Floors are the products and attention calls of the p
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import statistics
@@ -333,11 +334,9 @@ def main(argv: list[str] | None = None) -> None:
         },
         "host": {name: lambda name=name, w=w: host(denoiser, codec, name, w) for name, w in (("c3-3 [4]", 7), ("c1-1 [4,1]", 21))},
         "variants": {
-            f"{name}, {'one product' if joined else 'three products'}, priority {p}, {i}": partial(
-                compared, denoiser, codec, name, w, joined, p
-            )
+            f"{i}: {name}, {products}, priority {p}": partial(compared, denoiser, codec, name, w, products == "one product", p)
             for name, w in (("c1-1 [4,1]", 21), ("c3-3 [4,2]", 7))
-            for i, (joined, p) in enumerate(((False, 0), (True, 0), (True, -1), (False, 0)))
+            for i, (products, p) in enumerate((("three", 0), ("one product", 0), ("one product", -1), ("three", 0)))
         },
         "fp8": {which: lambda which=which: fp8(options.size, codec, which) for which in ("auto", "all")},
         "several": {"4 sessions": lambda: several(denoiser, codec, count=4, chunks=8)},
