@@ -130,6 +130,7 @@ BENCH = {
     "stream-cache": Command(does="streams over quantised caches: memory, time, error", module="scripts.bench_stream_cache"),
     "kv-codec": Command(does="the codec of cached keys and values", module="scripts.bench_kv_codec"),
     "fp8-attention": Command(does="FP8 attention against bf16: errors, then times", module="scripts.bench_fp8_attention"),
+    "kv-bias": Command(does="the bias correction of coded keys, on a trained network's keys", module="scripts.bench_kv_bias"),
     "cheaper": Command(does="cheaper arithmetic and a quicker start on one card", module="scripts.bench_cheaper"),
     "drift": Command(
         does="how long videos drift: curves per window, several videos side by side on one page",

@@ -284,6 +284,7 @@ def _graphs(flags: argparse.Namespace, *, device: torch.device) -> str:
     reasons = {
         "--kv_dense_prefix_cache looks up what it restored before, pass by pass": flags.kv_dense_prefix_cache,
         "--kv_hot_chunks codes chunks between passes": flags.kv_hot_chunks > 0,
+        "--kv_bias_correction attends chunk by chunk": flags.kv_bias_correction,
         "--no-kv_triton_restore restores in plain torch": not flags.kv_triton_restore,
         "several GPUs share each pass": num_ranks() > 1,
         f"--device {flags.device} has none": device.type != "cuda",

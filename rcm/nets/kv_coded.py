@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from rcm.core.device_copy import to_device
+from rcm.kernels.kv_codec.segments import Segment, attend_segments, flash, plain
+from rcm.kernels.masks import MaskSpec
 from rcm.nets.kv_store import Pair, Piece, Side, Spans
 
 SIDES: tuple[Side, Side] = ("key", "value")
@@ -76,6 +78,20 @@ class AddressedCodec(KVCodec, Protocol):
         """Whether `encode_to` in the form of `like` would do the same again and again."""
 
 
+@runtime_checkable
+class CorrectingCodec(KVCodec, Protocol):
+    """A codec that knows by how much attention to its keys is too large."""
+
+    @property
+    def corrects_bias(self) -> bool:
+        """Whether that is to be taken off."""
+
+    def key_gain(self, q: Tensor, blob: Any, *, scale: float, rotated: bool) -> Tensor:
+        """[B, N, L]: what to take off the log-sum-exp of the scaled logits of rotated queries `q` [B, L, N, D] over the keys in `blob`;
+        `rotated`: they were coded before rotation.
+        """
+
+
 class Group(NamedTuple):
     """Chunks of equal form, as one launch restores them: forms of keys and values; addresses int64 [layers, 2, P, fields] and first tokens
     int64 [P], on the device.
@@ -95,17 +111,20 @@ class CodedStore:
     """Blobs of a codec, one per layer, chunk and side. The newest `hot_chunks` stay plain and are coded when they grow older.
 
     What a forward reads is restored into one scratch buffer that all layers share, so cold chunks exist as codes only. `generation` changes
-    with the place of anything but blobs that a captured pass touches.
+    with the place of anything but blobs that a captured pass touches. `corrects`: attention goes through `attend`, which takes off the
+    bias of coded keys.
     """
 
     in_place = False
 
     def __init__(self, num_layers: int, capacity: int, codec: KVCodec, *, hot_chunks: int = 0) -> None:
         self.capacity, self.codec, self.hot_chunks = capacity, codec, hot_chunks
+        self.corrects = isinstance(codec, CorrectingCodec) and codec.corrects_bias
         self._blobs: list[dict[int, Blobs]] = [{} for _ in range(num_layers)]
         self._hot: list[dict[int, Pair]] = [{} for _ in range(num_layers)]
         self._forms: dict[int, Blobs] = {}
         self._groups: tuple[tuple[Piece, ...], list[Group]] | None = None
+        self._entering: int | None = None
         self._scratch: Pair | None = None
         self._scratches = 0
 
@@ -113,6 +132,32 @@ class CodedStore:
     def generation(self) -> tuple[int, int]:
         """See the class."""
         return self._scratches, self.codec.generation if isinstance(self.codec, AddressedCodec) else 0
+
+    def attend(
+        self, layer: int, q: Tensor, pair: Pair, chunks: Sequence[tuple[int, int]], *, rotated: bool, mask: MaskSpec | None
+    ) -> Tensor:
+        """Attention of rotated queries [B, L, N, D] to keys, rotated, and values of `chunks` (id, tokens) and of a forward's own tokens
+        behind them; of coded chunks what their keys gained by rounding is taken off. `rotated`: keys were coded before rotation.
+        """
+        codec, scale = self.codec, q.shape[3] ** -0.5
+        assert isinstance(codec, CorrectingCodec)
+        parts: list[tuple[int, int, Tensor | None]] = []
+        at = 0
+        for chunk, tokens in chunks:
+            blobs = self._blobs[layer].get(chunk)
+            gain = None if blobs is None else codec.key_gain(q, blobs[0], scale=scale, rotated=rotated)
+            parts.append((at, at + tokens, gain))
+            at += tokens
+        parts.append((at, pair[0].shape[1], None))
+        fused = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+        found = []
+        for first, last, intervals in _runs(mask, q.shape[1], pair[0].shape[1]):
+            cut = [(max(a, start), min(b, stop), gain) for a, b in intervals for start, stop, gain in parts]
+            segments = [
+                Segment(pair[0][:, a:b], pair[1][:, a:b], None if gain is None else gain[:, :, first:last]) for a, b, gain in cut if a < b
+            ]
+            found.append(attend_segments(q[:, first:last], segments, scale=scale, attend=flash if fused else plain))
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     @property
     def addressed(self) -> AddressedCodec:
@@ -129,7 +174,8 @@ class CodedStore:
 
     def put(self, layer: int, chunk: int, pair: Pair, *, hot: bool = True) -> None:
         """Hold a chunk: as codes, or plain while it is among the newest, which it is not if it is not `hot`."""
-        self._groups = None
+        self._forget_groups_of(chunk)
+        self._entering = chunk if hot else self._entering
         if hot and self.hot_chunks:
             self._hot[layer][chunk] = (pair[0].clone(), pair[1].clone())
         else:
@@ -137,15 +183,17 @@ class CodedStore:
 
     def commit(self, chunk: int, spans: Spans) -> None:
         """A chunk was put by all layers: code what is no longer among the newest."""
+        self._entering = None
         for layer, hot in enumerate(self._hot):
             for old in sorted(hot)[: max(0, len(hot) - self.hot_chunks)]:
                 self._blobs[layer][old] = self._encode(layer, hot.pop(old))
-                self._groups = None
 
     def captures(self, chunks: Sequence[int], *, adding: int) -> bool:
         """Whether a captured pass can read `chunks` and, if `adding` is not 0, encode a chunk of so many tokens."""
         codec = self.codec
-        if not isinstance(codec, AddressedCodec) or self._scratch is None or not codec.captures(self._scratch[0].device):
+        if self.corrects or not isinstance(codec, AddressedCodec) or self._scratch is None:
+            return False
+        if not codec.captures(self._scratch[0].device):
             return False
         if any(chunk not in self._blobs[-1] for chunk in chunks):
             return False
@@ -162,7 +210,7 @@ class CodedStore:
         device = self.scratch[0].device
         for blobs in self._blobs:
             blobs[chunk] = (key.like(device), value.like(device))
-        self._groups = None
+        self._forget_groups_of(chunk)
 
     def groups(self, pieces: Sequence[Piece]) -> list[Group]:
         """Whole coded chunks as `Group`s that put them behind each other in the order of `pieces`."""
@@ -174,23 +222,23 @@ class CodedStore:
     def read(self, layer: int, pieces: Sequence[Piece], own: Pair | None = None) -> Pair:
         """Keys and values of whole chunks, in order, and `own` behind them: views of the scratch buffer, overwritten by the next read."""
         like = own or self.plain(layer, _id(pieces[0]))
-        total = sum(p.stop - p.start for p in pieces) + (own[0].shape[1] if own else 0)
+        total = size_of(pieces) + (own[0].shape[1] if own else 0)
         room = self._room(like, total)
         keys, values = (x[:, :total] for x in room)
-        together = isinstance(self.codec, AddressedCodec) and all(p.chunk in self._blobs[-1] for p in pieces)
-        at = 0
-        for piece in pieces:
+        together = self._together(pieces)
+        if together:
+            for group in self.groups(pieces[:together]):
+                group.restore(self.addressed, layer, (keys, values))
+        at = size_of(pieces[:together])
+        for piece in pieces[together:]:
             stop, chunk = at + piece.stop - piece.start, _id(piece)
             if chunk in self._hot[layer]:
                 for out, x in zip((keys, values), self._hot[layer][chunk], strict=True):
                     out[:, at:stop].copy_(x)
-            elif not together:
+            else:
                 for out, blob, side in zip((keys, values), self._blobs[layer][chunk], SIDES, strict=True):
                     self.codec.decode_into(blob, out[:, at:stop], side=side)
             at = stop
-        if together:
-            for group in self.groups(pieces):
-                group.restore(self.addressed, layer, (keys, values))
         if own:
             keys[:, at:].copy_(own[0])
             values[:, at:].copy_(own[1])
@@ -205,7 +253,7 @@ class CodedStore:
 
     def drop(self, chunk: int) -> None:
         """Free a chunk."""
-        self._groups = None
+        self._forget_groups_of(chunk)
         for blobs, hot in zip(self._blobs, self._hot, strict=True):
             blobs.pop(chunk, None)
             hot.pop(chunk, None)
@@ -235,6 +283,17 @@ class CodedStore:
         self._groups = None
         self._blobs, self._hot = [dict(x) for x in blobs], [dict(x) for x in hot]
         self.codec.load_state(own)
+
+    def _together(self, pieces: Sequence[Piece]) -> int:
+        """How many of `pieces`, from the first on, are held as codes by all layers, so that one table serves them."""
+        if not isinstance(self.codec, AddressedCodec):
+            return 0
+        apart = (i for i, p in enumerate(pieces) if p.chunk not in self._blobs[-1] or p.chunk == self._entering)
+        return next(apart, len(pieces))
+
+    def _forget_groups_of(self, chunk: int) -> None:
+        if self._groups is not None and any(piece.chunk == chunk for piece in self._groups[0]):
+            self._groups = None
 
     def _encode(self, layer: int, pair: Pair) -> Blobs:
         key, value = pair
@@ -270,6 +329,18 @@ class CodedStore:
         key, value = (x.new_empty(x.shape[0], room, *x.shape[2:]) for x in like)
         self._scratch, self._scratches = (key, value), self._scratches + 1
         return key, value
+
+
+def _runs(mask: MaskSpec | None, queries: int, keys: int) -> list[tuple[int, int, Sequence[tuple[int, int]]]]:
+    """Runs of queries [first, last) that see the same intervals of keys."""
+    if mask is None or mask.is_full:
+        return [(0, queries, [(0, keys)])]
+    return [(run.q_start, run.q_stop, run.intervals) for run in mask.row_segments()]
+
+
+def size_of(pieces: Sequence[Piece]) -> int:
+    """Tokens of `pieces`."""
+    return sum(piece.stop - piece.start for piece in pieces)
 
 
 def _id(piece: Piece) -> int:

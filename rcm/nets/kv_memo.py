@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rcm.nets.kv_coded import KVCodec
+from rcm.nets.kv_coded import CorrectingCodec, KVCodec
 from rcm.nets.kv_store import Side
 
 
@@ -17,6 +17,16 @@ class MemoisedCodec:
     def __init__(self, codec: KVCodec) -> None:
         self.codec = codec
         self._kept: dict[int, Tensor] = {}
+
+    @property
+    def corrects_bias(self) -> bool:
+        """See `CorrectingCodec`."""
+        return isinstance(self.codec, CorrectingCodec) and self.codec.corrects_bias
+
+    def key_gain(self, q: Tensor, blob: Any, *, scale: float, rotated: bool) -> Tensor:
+        """See `CorrectingCodec`."""
+        assert isinstance(self.codec, CorrectingCodec)
+        return self.codec.key_gain(q, blob, scale=scale, rotated=rotated)
 
     def encode(self, x: Tensor, *, side: Side, layer: int) -> Any:
         """See `KVCodec`."""

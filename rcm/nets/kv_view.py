@@ -253,11 +253,16 @@ class LayerView:
     @property
     def attends(self) -> bool:
         """Whether `attend` takes the place of the network's attention."""
-        return isinstance(self._view.store, Fp8Store)
+        store = self._view.store
+        return isinstance(store, Fp8Store) or (isinstance(store, CodedStore) and store.corrects)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> Tensor:
         """Attention of rotated queries [B, L, N, D] to all keys, rotated, and values, as `assemble` returned them."""
         view, store = self._view, self._view.store
+        if isinstance(store, CodedStore):
+            seen = view.visible + (view._new if view.mode == "append" else ())
+            chunks = [(chunk.id, chunk.num_tokens) for chunk in seen]
+            return store.attend(self._index, q, (k, v), chunks, rotated=self.keys == "pre_rope", mask=mask)
         assert isinstance(store, Fp8Store)
         return store.attend(self._index, q, k, v, mask=mask, run=k.shape[1] if view.is_one_run else None)
 

@@ -176,6 +176,18 @@ CACHE = [
     causal("a type that is not there", "invalid choice", *FEW, "--kv_dtype_k", "int3", which="causal_quant"),
     causal("hot chunks of a plain cache", "belongs to a quantised cache", *FEW, "--kv_hot_chunks", "1", which="causal_quant"),
     causal("restored copies of a plain cache", "belongs to a quantised cache", *FEW, "--kv_dense_prefix_cache", which="causal_quant"),
+    causal(
+        "a bias of plain keys",
+        "--kv_bias_correction is for coded keys",
+        *(*FEW, "--kv_bias_correction", "--kv_dtype_v", "int4"),
+        which="causal_quant",
+    ),
+    causal(
+        "captured segments",
+        "--graphs on: --kv_bias_correction attends chunk by chunk; use --graphs auto",
+        *(*FEW, "--kv_bias_correction", "--kv_dtype_k", "int2", "--graphs", "on", "--num_frames", "9"),
+        which="causal_quant",
+    ),
     causal("no clusters", "--kv_qvg_clusters must be at least 1", *FEW, "--kv_qvg_clusters", "0", which="causal_quant"),
     causal("a percentile of percent", "--kv_clip_percentile", *FEW, "--kv_clip_percentile", "99.9", which="causal_quant"),
     causal(

@@ -174,7 +174,8 @@ def test_everything_at_once(files, tmp_path, capsys):
     renamed = [str(scene) if x == SCENES else "--scene_file" if x == "--prompt" else x for x in flags]
     assert torch.equal(made(CODED, files, tmp_path, *renamed, "--num_runs", "2", "--warmup_iters", "1"), plain), "every run is the same"
     assert torch.equal(made(CODED, files, tmp_path, *renamed, "--kv_dense_prefix_cache"), plain)
-    for other in (("--kv_hot_chunks", "1"), ("--prompt_blend", "1"), ("--prompt_switch", "recache"), ("--ntk_t", "2")):
+    switches = (("--kv_hot_chunks", "1"), ("--prompt_blend", "1"), ("--prompt_switch", "recache"), ("--ntk_t", "2"))
+    for other in (*switches, ("--kv_bias_correction",)):
         assert not torch.equal(made(CODED, files, tmp_path, *renamed, *other), plain), other
 
 

@@ -54,7 +54,13 @@ def logit_gain(q: Tensor, blob: Blob, *, scale: float, rotated: bool = False) ->
 
 def segment_gain(q: Tensor, blob: Blob, *, scale: float, rotated: bool = False) -> Tensor:
     """`logit_gain` with the variances averaged over the keys: float32 [B, N, L], to subtract from the log-sum-exp over the blob."""
-    return scale**2 / 2 * torch.einsum("blnd,bnd->bnl", q.float().square(), _paired(segment_variance(blob), rotated))
+    return gain_of(q, segment_variance(blob), scale=scale, rotated=rotated)
+
+
+def gain_of(q: Tensor, variance: Tensor, *, scale: float, rotated: bool = False) -> Tensor:
+    """`segment_gain` for a `segment_variance` [B, N, D] that is known; in float64 for a float64 `q`."""
+    work = torch.promote_types(q.dtype, torch.float32)
+    return scale**2 / 2 * torch.einsum("blnd,bnd->bnl", q.to(work).square(), _paired(variance.to(work), rotated))
 
 
 def augment(q: Tensor, k_hat: Tensor, blob: Blob, *, scale: float, rotated: bool = False) -> tuple[Tensor, Tensor]:

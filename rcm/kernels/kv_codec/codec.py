@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from rcm.core.device_copy import to_device
+from rcm.kernels.kv_codec import bias
 from rcm.kernels.kv_codec import codes as coding
 from rcm.kernels.kv_codec import fused as fused_kernels
 from rcm.kernels.kv_codec.blob import Blob, reference
@@ -35,6 +36,18 @@ class KVCodec:
         self.generation = 0
         self._centres: dict[tuple[Side, int], list[Tensor]] = {}
         self._warm: set[tuple[Side, int]] = set()
+        self._variances: WeakKeyDictionary[Blob, Tensor] = WeakKeyDictionary()
+
+    @property
+    def corrects_bias(self) -> bool:
+        """Whether attention is to take off what `key_gain` says."""
+        return self.spec.bias_correction
+
+    def key_gain(self, q: Tensor, blob: Blob, *, scale: float, rotated: bool) -> Tensor:
+        """`bias.segment_gain` of the keys in `blob`, [B, N, L]; what does not depend on `q` is kept as long as the blob lives."""
+        if blob not in self._variances:
+            self._variances[blob] = bias.segment_variance(blob)
+        return bias.gain_of(q, self._variances[blob], scale=scale, rotated=rotated)
 
     def encode(self, x: Tensor, *, side: Side, layer: int) -> Blob:
         """Blob of `x` [B, S, N, D] (any floating dtype and strides)."""
@@ -54,8 +67,11 @@ class KVCodec:
         """`decode` written into `out` [B, S, N, D] of any strides and floating dtype."""
         if out.shape != blob.shape:
             raise ValueError(f"the blob holds {list(blob.shape)}, out is {list(out.shape)}")
-        if not (self._fused(out) and self._launch(blob, self.table([[blob]], blob.device)[0], [0], out)):
-            out.copy_(reference(blob))
+        if self._fused(out):
+            row = fused_kernels.row_of(blob)
+            if fused_kernels.restore(blob, row[None, :-1], row[-1:], out):
+                return
+        out.copy_(reference(blob))
 
     def captures(self, device: torch.device) -> bool:
         """Whether `restore` and `encode_to` can be part of a captured graph on `device`: not without the Triton launches."""
@@ -112,8 +128,9 @@ class KVCodec:
         return KVCodec(self.spec)
 
     def num_bytes(self) -> int:
-        """Bytes of the centres."""
-        return sum(x.nbytes for stages in self._centres.values() for x in stages)
+        """Bytes of the centres, and of what `key_gain` keeps."""
+        centres = sum(x.nbytes for stages in self._centres.values() for x in stages)
+        return centres + sum(x.nbytes for x in self._variances.values())
 
     def state(self) -> dict[str, Any]:
         """A copy of the centres of the warm start, by (side, layer)."""
@@ -141,9 +158,6 @@ class KVCodec:
 
     def _fused(self, out: Tensor) -> bool:
         return self.spec.triton_restore and fused_kernels.runs_on(out)
-
-    def _launch(self, like: Blob, table: Tensor, starts: Sequence[int], out: Tensor) -> bool:
-        return fused_kernels.restore(like, table, to_device(torch.tensor(starts), out.device), out)
 
     def _encode(self, x: Tensor, side: Side, warm: list[Tensor] | None) -> tuple[Blob, list[Tensor]]:
         spec, how = self.spec, self.spec.side(side)

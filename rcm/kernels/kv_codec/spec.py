@@ -50,6 +50,8 @@ class KVCodecSpec:
           of 8 bits and with a zero, else e4m3 times a power of two per sample. "release": the arithmetic of the Causal-rCM release of June
           2026. "official": that of the package quant-videogen 0.1.0 (integers, groups of channels, none or qvg). docs/kv_cache.md says
           how they differ.
+    bias_correction   attention takes off what coded keys draw too much of it (`bias.py`), chunk by chunk. Attention is then by segments and
+          no part of a captured graph.
     """
 
     key: SideSpec = SideSpec()
@@ -63,6 +65,7 @@ class KVCodecSpec:
     qvg_iters: int = 4
     qvg_warm_start: bool = True
     triton_restore: bool = True
+    bias_correction: bool = False
 
     def __post_init__(self) -> None:
         _one_of("kv_mode", self.mode, MODES)
@@ -75,6 +78,8 @@ class KVCodecSpec:
         for name in ("qvg_clusters", "qvg_stages"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--kv_{name} must be at least 1, got {getattr(self, name)}")
+        if self.bias_correction and self.key.dtype == "bf16":
+            raise ConfigError("--kv_bias_correction is for coded keys, and these stay in bf16; choose --kv_dtype_k, or leave it out")
         if self.qvg_iters < 0:
             raise ConfigError(f"--kv_qvg_iters must not be negative, got {self.qvg_iters}")
 
@@ -106,7 +111,7 @@ class KVCodecSpec:
             elif s.smoothing != "none":
                 text += f", {s.smoothing}"
             parts.append(f"{side}s {text}")
-        return "; ".join(parts)
+        return "; ".join([*parts, "bias of the keys taken off"] if self.bias_correction else parts)
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> KVCodecSpec:
