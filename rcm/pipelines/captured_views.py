@@ -141,6 +141,8 @@ class _CodedLayer(_StaticLayer):
         assert isinstance(store, CodedStore)
         super().__init__(view, index, store.scratch)
         self._store, self._groups, self._adds = store, view.groups, view.adds
+        head = self._pair[0].shape[3]
+        self.takes_projections = self.takes_projections and head & (head - 1) == 0  # as the launch that turns restored keys needs
         self._turn = view.tables.key.per_pair if view.keys == "pre_rope" and self.takes_projections else None
 
     def enter(

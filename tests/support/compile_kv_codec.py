@@ -30,7 +30,7 @@ TYPES = {
     torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 NAMES = {
-    restore_kernels: ("restore", "deposit"),
+    restore_kernels: ("restore", "deposit", "write_row"),
     kernels: ("extremes", "write_codes"),
     cluster_kernels: ("features", "assign", "recentre"),
 }
@@ -41,7 +41,7 @@ def _type(value: object) -> object:
         return f"*{TYPES[value.dtype]}"
     if isinstance(value, tuple):
         return tuple(_type(item) for item in value)
-    return "i32"
+    return "i64" if isinstance(value, int) and value >= 2**31 else "i32"
 
 
 class Compiled:
@@ -79,7 +79,7 @@ def main() -> None:
     angles = torch.zeros(256, 64)
 
     def launch(blob: Blob, *, turned: bool = False) -> None:
-        table = torch.tensor([[blob.addresses]])[0]
+        table, _ = torch.tensor([[blob.addresses]])[0], fused.row_of(blob)
         fused.restore(blob, table, torch.zeros(1, dtype=torch.int64), out, turn=(angles, angles) if turned else None)
         fused.deposit(blob, table[0])
 

@@ -115,6 +115,8 @@ def restored_differences(blobs: list[Blob]) -> list[str]:
                 found.append(f"restored {dtype}")
         if room.isnan().sum() != room.numel() - len(blobs) * b * s * n * d:
             found.append("wrote elsewhere")
+    if fused.row_of(blobs[0]).tolist() != [*blobs[0].addresses, 0]:
+        found.append("row of one blob")
     return found
 
 

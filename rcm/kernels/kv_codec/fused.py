@@ -80,6 +80,16 @@ def restore(like: Blob, table: Tensor, starts: Tensor, out: Tensor, *, turn: tup
     return True
 
 
+def row_of(blob: Blob) -> Tensor:
+    """The addresses of one blob and a start of 0, int64 [8] on its device, written there by a launch: nothing is copied from the host."""
+    from rcm.kernels.kv_codec import restore_kernels as kernels
+
+    row = torch.empty(FIELDS + 1, dtype=torch.int64, device=blob.device)
+    with device_of(row):
+        kernels.write_row[(1,)](row, *blob.addresses, num_warps=1)
+    return row
+
+
 def deposit(blob: Blob, row: Tensor) -> None:
     """Copy the tensors of `blob` to the addresses in `row` int64 [7] of a table."""
     from rcm.kernels.kv_codec import restore_kernels as kernels

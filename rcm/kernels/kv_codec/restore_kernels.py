@@ -258,6 +258,19 @@ def restore(
 
 
 @triton.jit
+def write_row(row, codes, scales, zeros, unit, centroids, assignments, undo):
+    """Eight integers: addresses of the fields of a blob, and 0."""
+    tl.store(row, codes.to(tl.int64))
+    tl.store(row + 1, scales.to(tl.int64))
+    tl.store(row + 2, zeros.to(tl.int64))
+    tl.store(row + 3, unit.to(tl.int64))
+    tl.store(row + 4, centroids.to(tl.int64))
+    tl.store(row + 5, assignments.to(tl.int64))
+    tl.store(row + 6, undo.to(tl.int64))
+    tl.store(row + 7, tl.zeros((), tl.int64))
+
+
+@triton.jit
 def deposit(row, sources, sizes, FIELDS: tl.constexpr, BLOCK: tl.constexpr):
     """Copy the bytes of the tensors of one blob, `sizes` of them, to the addresses in a row of the table."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
