@@ -108,13 +108,14 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: TokenLayout, rope: RopePair, cached: LayerView | None, attend: bool = True) -> Tensor | None:
         """`x` [B, F, S, E] to the same shape; `attend` as in `SelfAttentionCore`."""
-        if cached is not None and cached.takes_projections and isinstance(self.core, SelfAttentionCore):
-            # a captured pass: one product, then norms, rotation and the cache's slots in one kernel
-            joined = self.joined
-            q, k, v = (self.q(x), self.k(x), self.v(x)) if joined is None else F.linear(x, *joined).chunk(3, dim=-1)
-            q, k, v = cached.enter((q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)), (self.norm_q, self.norm_k), rope.query)
-            return self.o(self.core.attend(q, k, v, layout, rope, cached).reshape(x.shape)) if attend else None
-        q, k, v = (self._heads(y) for y in (self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)))
+        captured = cached if cached is not None and cached.takes_projections else None
+        joined = None if captured is None else self.joined
+        q, k, v = (self.q(x), self.k(x), self.v(x)) if joined is None else F.linear(x, *joined).chunk(3, dim=-1)
+        if captured is not None and isinstance(self.core, SelfAttentionCore):
+            # norms, rotation and the cache's slots in one kernel
+            q, k, v = captured.enter((q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)), (self.norm_q, self.norm_k), rope.query)
+            return self.o(self.core.attend(q, k, v, layout, rope, captured).reshape(x.shape)) if attend else None
+        q, k, v = (self._heads(y) for y in (self.norm_q(q), self.norm_k(k), v))
         if not attend:
             return self.core(q, k, v, layout, rope, cached, attend=False)
         return self.o(self.core(q, k, v, layout, rope, cached).reshape(x.shape))
