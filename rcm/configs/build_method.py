@@ -29,11 +29,6 @@ from rcm.rollout.recipe import SamplingRecipe
 Negative = Callable[[], Condition]
 
 
-def time_law(config: TimeLawConfig) -> TimeLaw:
-    """The law a config names."""
-    return LogNormal(config.p_mean, config.p_std) if config.law == "lognormal" else UniformShift(config.shift)
-
-
 def step_schedule(config: CausalConfig) -> StepSchedule:
     """Full step schedule per chunk of a causal student (Causal_rCM.md section 6, docs/reference/training.md#experiments)."""
     return StepSchedule.from_lists(
@@ -89,9 +84,9 @@ class _Causal(_Parts):
         c = self.config
         student = self.nets.trained("net")
         if c.training_type == "bidirectional":
-            return BidirectionalDiffusion(student, law=time_law(c.p_G), weight=self._weight(), loss_scale=c.loss_scale)
+            return BidirectionalDiffusion(student, law=c.p_G.build(), weight=self._weight(), loss_scale=c.loss_scale)
         forcing = TeacherForcing(BlockPattern(c.first_chunk_t, c.chunk_t))
-        simple = {"law": time_law(c.p_G), "weight": self._weight(), "loss_scale": c.loss_scale}
+        simple = {"law": c.p_G.build(), "weight": self._weight(), "loss_scale": c.loss_scale}
         match c.training_type:
             case "tf":
                 noisy = {"context": self._context(), "context_schedule": StepSchedule((tuple(c.backward_timesteps),))}
@@ -145,7 +140,7 @@ class _Causal(_Parts):
 
     def _continuous(self, student: VelocityModel, forcing: TeacherForcing, teacher: VelocityModel) -> Method:
         c = self.config
-        return TFContinuousConsistency(student, teacher, law=time_law(c.p_G), tangent_warmup=c.tangent_warmup, **self._shared(forcing))
+        return TFContinuousConsistency(student, teacher, law=c.p_G.build(), tangent_warmup=c.tangent_warmup, **self._shared(forcing))
 
     def _self_forced(self, student: VelocityModel, forcing: TeacherForcing) -> Method:
         c = self.config
@@ -156,7 +151,7 @@ class _Causal(_Parts):
             self.nets.trained("net_fake_score"),
             forcing=forcing,
             schedule=step_schedule(c),
-            law=time_law(c.p_D),
+            law=c.p_D.build(),
             alternation=Alternation(c.student_update_freq),
             context=self._context(),
             loss_scale=c.loss_scale_dmd,
@@ -186,7 +181,7 @@ class _RCM(_Parts):
         return ContinuousConsistency(
             student,
             teacher,
-            law=time_law(c.p_G),
+            law=c.p_G.build(),
             directional=self._directional(),
             rf_native=c.use_rf_scm,
             variant=c.tangent_form,
@@ -203,7 +198,7 @@ class _RCM(_Parts):
     def _matching(self, student: VelocityModel, teacher: VelocityModel, *, warmup: int) -> Method:
         """DMD; during `warmup` iterations the consistency term has the student for itself."""
         c = self.config
-        law = time_law(c.p_D)
+        law = c.p_D.build()
         fixed = tuple(c.backward_timesteps) if c.dmd_fix_timesteps else None
         return DistributionMatching(
             student,

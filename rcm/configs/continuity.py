@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from rcm.configs.convert import plain
+from rcm.configs.network import NETS
 from rcm.configs.schema import TrainConfig
 from rcm.train.continuity import Settings
 
 M = "model.config"
-_NETS = ("net", "net_teacher", "net_causal_teacher", "net_bidirectional_teacher", "net_fake_score")
 
 CHANGEABLE = (
     "optimizer.lr",
@@ -58,7 +58,7 @@ FREE = (
     f"{M}.compile",
     f"{M}.text_cache",
     f"{M}.tokenizer.vae_pth",
-    *(f"{M}.{net}.sac_config" for net in _NETS),
+    *(f"{M}.{net}.sac_config" for net in NETS),
 )
 """What changes no number of the training but by rounding, or is compared elsewhere (data by their fingerprint, networks by their sizes)."""
 

@@ -9,7 +9,7 @@ from rcm.configs.schema_model import SIZES, CommonModelConfig, NetConfig
 from rcm.core.errors import ConfigError
 from rcm.nets.wan.config import PRESETS, WanConfig
 
-ROLES = ("net", "net_teacher", "net_causal_teacher", "net_bidirectional_teacher", "net_fake_score")
+NETS = ("net", "net_teacher", "net_causal_teacher", "net_bidirectional_teacher", "net_fake_score")
 """Keys of `model.config` that hold a network."""
 
 
@@ -26,8 +26,8 @@ def wan_config(net: NetConfig, *, knob: str = "model.config.net") -> WanConfig:
 
 def networks(config: CommonModelConfig) -> dict[str, NetConfig]:
     """Key -> net config of every network that this run has."""
-    found = {role: getattr(config, role, None) for role in ROLES}
-    return {role: net for role, net in found.items() if net is not None}
+    found = {key: getattr(config, key, None) for key in NETS}
+    return {key: net for key, net in found.items() if net is not None}
 
 
 @cache

@@ -19,12 +19,13 @@ from omegaconf import OmegaConf
 import rcm
 from rcm.configs.convert import plain, read
 from rcm.configs.release_words import CALLBACKS
+from rcm.configs.network import NETS
 from rcm.configs.schema import MODEL_VARIANTS, TrainConfig
 from rcm.configs.schema_model import NetConfig
 from rcm.core.errors import ConfigError
 
 PATTERNS = ("c1-1", "c3-3", "c1-4")
-EXTRA_NETS = ("net_teacher", "net_causal_teacher", "net_bidirectional_teacher", "net_fake_score")
+EXTRA_NETS = NETS[1:]
 
 
 @dataclass(frozen=True)

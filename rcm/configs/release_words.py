@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from rcm.core.errors import ConfigError
 
 M = "model.config"
-NETS = ("net", "net_teacher", "net_causal_teacher", "net_bidirectional_teacher", "net_fake_score")
 _WAN_NETS = {f"wan2pt1_{size}_t2v{kind}": f"wan2pt1_{size.lower()}" for size in ("1pt3B", "14B") for kind in ("", "_jvp")}
 
 CHOICES: Mapping[str, Mapping[str, tuple[str, ...]]] = {

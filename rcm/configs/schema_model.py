@@ -11,6 +11,7 @@ from typing import Literal
 
 from rcm.core.errors import ConfigError
 from rcm.core.records import Record, within
+from rcm.diffusion.time_sampling import TimeLawConfig
 from rcm.parallel.checkpointing import SACConfig
 from rcm.train.ema import EMAConfig
 from rcm.train.optim import AdamWConfig, LambdaLinear
@@ -47,26 +48,6 @@ SIZES = {
 
 VAE_STRIDE = 8
 """Pixels per latent cell of Wan's VAE, both ways."""
-
-
-@dataclass(frozen=True)
-class TimeLawConfig(Record):
-    """A law of RF times.
-
-    `lognormal`: log(t / (1 - t)) is normal, reads p_mean and p_std. `uniform_shift`: t = s u / (1 + (s - 1) u), u uniform, reads shift.
-    """
-
-    law: Literal["lognormal", "uniform_shift"] = "lognormal"  # which of the two
-    p_mean: float = -0.8  # mean of log sigma
-    p_std: float = 1.6  # standard deviation of log sigma
-    shift: float = 5.0  # s, in 0.001 to 1000
-
-    def __post_init__(self) -> None:
-        name, value = ("p_std", self.p_std) if self.law == "lognormal" else ("shift", self.shift)
-        if not value > 0:
-            raise ConfigError(f"{name}={value} must be positive")
-        if name == "shift" and not 1e-3 <= value <= 1e3:
-            raise ConfigError(f"shift={value:g} must be in 0.001 to 1000; shifts in use are 1 to 12")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import torch
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import Record
 from rcm.diffusion.blocks import BlockPattern
 from rcm.diffusion.time import shift_time, unshift_time
 
@@ -78,6 +79,27 @@ class UniformShift:
     def icdf(self, u: torch.Tensor) -> torch.Tensor:
         """shift_time(u), clamped to [0, 1]."""
         return shift_time(u, self.shift).clamp(0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class TimeLawConfig(Record):
+    """Which law, and its numbers."""
+
+    law: Literal["lognormal", "uniform_shift"] = "lognormal"  # `LogNormal` reads p_mean and p_std, `UniformShift` shift
+    p_mean: float = -0.8  # mean of log sigma
+    p_std: float = 1.6  # standard deviation of log sigma
+    shift: float = 5.0  # s, in 0.001 to 1000
+
+    def __post_init__(self) -> None:
+        name, value = ("p_std", self.p_std) if self.law == "lognormal" else ("shift", self.shift)
+        if not value > 0:
+            raise ConfigError(f"{name}={value} must be positive")
+        if name == "shift" and not 1e-3 <= value <= 1e3:
+            raise ConfigError(f"shift={value:g} must be in 0.001 to 1000; shifts in use are 1 to 12")
+
+    def build(self) -> TimeLaw:
+        """The law itself."""
+        return LogNormal(self.p_mean, self.p_std) if self.law == "lognormal" else UniformShift(self.shift)
 
 
 @dataclass(frozen=True)
