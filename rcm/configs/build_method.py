@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from rcm.configs.build_nets import NetBuilder
 from rcm.configs.schema import TrainConfig
-from rcm.configs.schema_model import CausalConfig, CommonModelConfig, RCMConfig, TimeLawConfig
+from rcm.configs.schema_model import CausalConfig, CommonModelConfig, RCMConfig
 from rcm.core.errors import ConfigError
 from rcm.diffusion.blocks import BlockPattern
 from rcm.diffusion.directional import Directional, Discrete, Exact, RFStep, SemiContinuous, TrigStep
-from rcm.diffusion.time_sampling import ConsistencyGrid, LogNormal, TimeLaw, UniformShift
+from rcm.diffusion.time_sampling import ConsistencyGrid
 from rcm.losses.denoising import gaussian_bell
 from rcm.methods.base import Joint, Method
 from rcm.methods.causal_diffusion import BidirectionalDiffusion, DiffusionForcing, TeacherForcedDiffusion

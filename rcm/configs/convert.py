@@ -18,7 +18,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rcm.core.errors import ConfigError
 
-
 _ELSEWHERE = {"r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "target_modules": "targets"}
 """What other trainers call a key -> what it is called here, for advice."""
 

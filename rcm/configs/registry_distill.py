@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 
 import rcm
 from rcm.configs.convert import plain, read
-from rcm.configs.release_words import CALLBACKS
 from rcm.configs.network import NETS
+from rcm.configs.release_words import CALLBACKS
 from rcm.configs.schema import MODEL_VARIANTS, TrainConfig
 from rcm.configs.schema_model import NetConfig
 from rcm.core.errors import ConfigError

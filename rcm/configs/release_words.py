@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from rcm.configs.network import NETS
 from rcm.core.errors import ConfigError
 
 M = "model.config"
