@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from rcm.configs import registry_distill
+from rcm.configs.build_method import build_method
+from rcm.configs.build_nets import NetBuilder
+from rcm.configs.compose import compose_run
+from rcm.nets.lora import AdaptedNet
 from rcm.nets.wan.adapters import LAYERS
 from rcm.nets.wan.lora import by_layer
+from rcm.parallel.mesh import ParallelDims
 from rcm.pipelines.wan_files import network_weights
 from rcm.pipelines.weight_files import open_weights
 from tests.integration.entry import everything, launch, lines, same, stored, weights, write_network
@@ -39,6 +45,26 @@ def test_three_and_three_iterations_are_six(tmp_path: Path, start: Path) -> None
     assert launch(*self_forced(parts, start, *more, iterations=3)) == 0
     assert launch(*self_forced(parts, start, *more)) == 0
     assert lines(parts) == lines(whole) and same(everything(parts), everything(whole))
+
+
+def test_roles_that_start_alike_are_one_network(tmp_path: Path, start: Path) -> None:
+    """Student, teacher, fake score: by the weights that they start from."""
+    other = write_network(tmp_path / "other.safetensors", seed=4)
+    registry_distill.register()
+    for paths, networks in (((start, start, ""), 1), ((other, start, ""), 2), ((other, start, other), 2), ((start, start, other), 2)):
+        keys = dict(zip(("student_ckpt", "bidirectional_teacher_ckpt", "fake_score_ckpt"), paths, strict=True))
+        words = [*self_forced(tmp_path / "job", start, LORA, M + "bidirectional_guidance=1"), *(f"{M}{k}={v}" for k, v in keys.items())]
+        config = compose_run(words, environ={}).config
+        nets = NetBuilder(config.model.config, dims=ParallelDims(), device=torch.device("cpu"), seed=0)
+        method = build_method(config, nets, negative=lambda: None)
+        held = [denoiser.net for denoiser in (method.student, method.teacher, method.fake_score)]
+        bases = [net.net if isinstance(net, AdaptedNet) else net for net in held]
+        assert len(set(map(id, bases))) == networks, paths
+        storages = {p.untyped_storage().data_ptr() for net in bases for name, p in net.named_parameters() if ".adapters." not in name}
+        assert len(storages) == networks * len(stored(start))
+        trained = [p for net in method.trainable.values() for p in net.parameters()]
+        assert len(trained) == 2 * 2 * len(LAYERS) and all(p.requires_grad for p in trained)
+        assert not any(p.requires_grad for p in held[1].parameters())
 
 
 def test_checkpoints_hold_adapters_alone(tmp_path: Path, start: Path, capfd: pytest.CaptureFixture) -> None:
