@@ -1,4 +1,4 @@
-"""What the four Wan commands do with their flags: check everything, build the pipeline, make the video, write it, tell what it cost."""
+"""What the Wan commands do with their flags: check everything, build the pipeline, make the video, write it, tell what it cost."""
 
 from __future__ import annotations
 

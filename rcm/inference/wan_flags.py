@@ -1,4 +1,4 @@
-"""Flags of the four commands that sample Wan's bidirectional networks; what differs between them is passed in.
+"""Flags of the commands that sample Wan's bidirectional networks; what differs between them is passed in.
 docs/reference/sampling.md.
 """
 

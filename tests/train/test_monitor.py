@@ -15,6 +15,8 @@ from loguru import logger
 
 from rcm.train import monitor
 from rcm.train.monitor import DeviceMonitor, HeartBeat, resident_bytes
+from tests.integration import entry
+from tests.support.dist import run_ranks
 from tests.train.run_support import launch, lines
 
 
@@ -153,6 +155,29 @@ def test_figures_of_a_card(monkeypatch: pytest.MonkeyPatch, told: list[str]) -> 
         "clock": 1980,
     }
     assert asked == ["power"] and sum("power left out, NVML does not tell (ValueError: Not Supported)" in line for line in told) == 1
+
+
+def two_ranks() -> None:
+    """Each rank has figures of its own; both return the same."""
+    rank = torch.distributed.get_rank()
+    watcher = DeviceMonitor(every=1, device=torch.device("cpu"))
+    watcher._figures = lambda: {"cpu_mem_gb": 1.0 + rank, **({"temp": 50.0} if rank else {})}
+    found = watcher.stepped(at(1), is_main=rank == 0)
+    assert found["DeviceMonitor/max_cpu_mem_gb"] == 2 and found["DeviceMonitor/avg_cpu_mem_gb"] == 1.5
+    assert found["DeviceMonitor/min_temp"] == 50
+
+
+def test_ranks_log_the_same_names(tmp_path: Path) -> None:
+    run_ranks(2, two_ranks, tmp_path=tmp_path)
+
+
+def test_callbacks_of_the_command_line(tmp_path: Path) -> None:
+    """A run of the training command leaves a heartbeat that says how it ended, and figures beside its losses."""
+    job = tmp_path / "job"
+    assert entry.launch("experiment=toy_tf_c3-3", *entry.small(job, iterations=3), "callbacks=[basic]", "trainer.logging_iter=1") == 0
+    record = json.loads((job / "heartbeat.json").read_text())
+    assert (record["state"], record["iteration"]) == ("ended", 3)
+    assert all("DeviceMonitor/max_cpu_mem_gb" in line for line in entry.lines(job))
 
 
 def test_figures_reach_the_log_of_a_run(tmp_path: Path) -> None:
