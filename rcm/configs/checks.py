@@ -12,7 +12,7 @@ from pathlib import Path
 from rcm.configs.bases import check_lora
 from rcm.configs.convert import get_key
 from rcm.configs.network import networks, wan_config
-from rcm.configs.schema import CheckpointConfig, TrainConfig
+from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_model import PIXELS, CausalConfig, CommonModelConfig, RCMConfig
 from rcm.core.errors import ConfigError, require_divisible
 from rcm.diffusion.blocks import BlockPattern
@@ -82,7 +82,7 @@ def _rates(config: TrainConfig) -> None:
 def _without_effect(config: TrainConfig) -> None:
     """No key is accepted and ignored."""
     model = config.model.config
-    _resume(config.checkpoint)
+    Taken.all_but(config.checkpoint.keys_not_to_resume)
     attention = attention_name(model.attention_backend, flex_backend=model.flex_backend)
     if model.compile and attention.startswith("flex"):
         raise ConfigError(
@@ -94,11 +94,6 @@ def _without_effect(config: TrainConfig) -> None:
             f"{M}.fused_layers=on refuses the plain formulas, which {M}.compile=True hands to the compiler; choose {M}.fused_layers=auto"
         )
     for knob, net in (("net", model.net), ("net_fake_score", model.net_fake_score)):
-        if net is not None and net.sac_config.mode == "none" and net.sac_config.every_n_blocks != 1:
-            raise ConfigError(
-                f"{M}.{knob}.sac_config.every_n_blocks={net.sac_config.every_n_blocks} has no effect while {M}.{knob}.sac_config.mode=none "
-                "recomputes no block; choose another mode, or leave it at 1"
-            )
         if model.compile and net is not None and net.sac_config.mode in KEEP_PRODUCTS:
             raise ConfigError(
                 f"{M}.{knob}.sac_config.mode={net.sac_config.mode} keeps single operators, which {M}.compile=True hides inside compiled "
@@ -109,22 +104,6 @@ def _without_effect(config: TrainConfig) -> None:
             f"{M}.fd_type={model.fd_type} steps time by fd_size={model.fd_size}, which {M}.time_precision=bfloat16 cannot resolve; "
             f"set {M}.time_precision=float32"
         )
-
-
-def _resume(checkpoint: CheckpointConfig) -> None:
-    """What is taken of `load_path`, and of it alone: a run's own newest checkpoint is resumed, not started from."""
-    taken = Taken.all_but(checkpoint.keys_not_to_resume)
-    started = {"load_training_state": False, "load_ema_to_reg": True, "only_load_scheduler_state": True}
-    for key, value in started.items():
-        if getattr(checkpoint, key) == value and not checkpoint.load_path:
-            raise ConfigError(f"checkpoint.{key}={value} has no effect without checkpoint.load_path, the checkpoint to start from; set it")
-    if checkpoint.only_load_scheduler_state and checkpoint.load_training_state:
-        raise ConfigError(
-            "checkpoint.only_load_scheduler_state=True has no effect while checkpoint.load_training_state=True takes the schedules and all "
-            "else; set checkpoint.load_training_state=False"
-        )
-    if checkpoint.load_ema_to_reg and "model" not in taken.parts:
-        raise ConfigError("checkpoint.load_ema_to_reg=True starts from weights that checkpoint.keys_not_to_resume leaves out; choose one")
 
 
 def check_mesh(config: TrainConfig, *, world_size: int) -> tuple[int, int, int]:

@@ -104,6 +104,20 @@ class CheckpointConfig(Record):
     accept_changed_data: bool = False  # resume although as many samples have other contents (mended ones)
     dcp_async_mode_enabled: bool = False  # write in the background
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        started = {"load_training_state": False, "load_ema_to_reg": True, "only_load_scheduler_state": True}
+        for key, value in started.items():
+            if getattr(self, key) == value and not self.load_path:
+                raise ConfigError(f"{key}={value} has no effect without checkpoint.load_path, the checkpoint to start from; set it")
+        if self.only_load_scheduler_state and self.load_training_state:
+            raise ConfigError(
+                "only_load_scheduler_state=True has no effect while checkpoint.load_training_state=True takes the schedules and all "
+                "else; set checkpoint.load_training_state=False"
+            )
+        if self.load_ema_to_reg and "model" in self.keys_not_to_resume:
+            raise ConfigError("load_ema_to_reg=True starts from weights that checkpoint.keys_not_to_resume leaves out; choose one")
+
 
 @dataclass(frozen=True)
 class DataConfig(Record):

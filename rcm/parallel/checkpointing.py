@@ -52,6 +52,10 @@ class SACConfig(Record):
     def __post_init__(self) -> None:
         if not 1 <= self.every_n_blocks <= 1024:
             raise ConfigError(f"every_n_blocks={self.every_n_blocks} must be in 1 to 1024; 1 is every block")
+        if self.mode == "none" and self.every_n_blocks != 1:
+            raise ConfigError(
+                f"every_n_blocks={self.every_n_blocks} has no effect while mode=none recomputes no block; choose another mode, or leave it at 1"
+            )
 
 
 def _operators(*names: str) -> frozenset[Any]:

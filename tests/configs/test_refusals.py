@@ -44,7 +44,7 @@ REFUSED = {
     "recomputing every zeroth block": ([M + "net.sac_config.every_n_blocks=0"], r"net.sac_config.every_n_blocks=0 must be in 1 to 1024"),
     "which blocks of none": (
         [M + "net.sac_config.every_n_blocks=2"],
-        r"net.sac_config.every_n_blocks=2 has no effect while model.config.net.sac_config.mode=none",
+        r"model.config.net.sac_config.every_n_blocks=2 has no effect while mode=none recomputes no block",
     ),
     "fused layers inside compiled code": ([M + "compile=true", M + "fused_layers=on"], r"fused_layers=on refuses .*compile=True"),
     "number the law ignores": ([M + "p_G.p_mean=1"], r"p_G.p_mean has no effect while model.config.p_G.law=uniform_shift"),
