@@ -44,10 +44,12 @@ def attend(q: Tensor, codes: Codes, *, count: int, scale: float) -> Tensor:
         queries = formulas.code_queries_reference(q, codes.scales, scale=scale)
         return attend_reference(queries, codes, count=count, dtype=q.dtype)
     from rcm.kernels.fp8_attention import launch
-    from rcm.kernels.fp8_attention.schedule import chosen_tiles
+    from rcm.kernels.fp8_attention.schedule import PortableTiles, chosen_tiles
 
     queries = launch.code_queries(_unit_stride(q), codes.scales, scale=scale)
-    tiles = chosen_tiles(q_len=q.shape[1], kv_len=count)
+    tiles = chosen_tiles(kv_len=count)
+    if isinstance(tiles, PortableTiles):
+        return launch.attend_portable(queries, codes, count=count, dtype=q.dtype, tiles=tiles, parts=1)
     return launch.attend_hopper(queries, codes, count=count, dtype=q.dtype, tiles=tiles)
 
 

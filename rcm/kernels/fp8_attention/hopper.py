@@ -60,7 +60,7 @@ def _produce(
     """The producer warp: per job the query rows of every consumer, then key tiles from the last to the first."""
     q_desc, k_desc, v_desc = descs
     q_buf, k_ring, v_ring = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = bars
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     heads, tiles_per_head = shape
     program = gl.program_id(0)
     programs = gl.num_programs(0)
@@ -103,38 +103,6 @@ def _sums(p):
 
 
 @gluon.jit
-def _exp2(x, BY_PRODUCTS: gl.constexpr):
-    """2**x. The unit for it takes 16 numbers a cycle, which is as long as both products of attention take: BY_PRODUCTS of four
-    numbers are computed by the others instead, as a power of two times a polynomial (relative error 1.7e-3; e4m3 rounds by up to 6e-2).
-    """
-    if BY_PRODUCTS == 0:
-        return gl.exp2(x)
-    if BY_PRODUCTS == 1:
-        return gl.inline_asm_elementwise(
-            "{ .reg .f32 t, r, f; .reg .b32 i, k; ex2.approx.ftz.f32 $0, $4; ex2.approx.ftz.f32 $1, $5; ex2.approx.ftz.f32 $2, $6; "
-            "max.f32 t, $7, 0fC2FA0000; add.rn.f32 r, t, 0f4B400000; add.rn.f32 f, r, 0fCB400000; sub.rn.f32 f, t, f; "
-            "fma.rn.f32 t, f, 0f3E7425DE, 0f3F3414D4; fma.rn.f32 t, t, f, 0f3F800E84; mov.b32 i, r; shl.b32 i, i, 23; mov.b32 k, t; "
-            "add.s32 k, k, i; mov.b32 $3, k; }",
-            "=f,=f,=f,=f,f,f,f,f",
-            [x],
-            dtype=gl.float32,
-            is_pure=True,
-            pack=4,
-        )
-    return gl.inline_asm_elementwise(
-        "{ .reg .f32 t, r, f; .reg .b32 i, k; ex2.approx.ftz.f32 $0, $2; "
-        "max.f32 t, $3, 0fC2FA0000; add.rn.f32 r, t, 0f4B400000; add.rn.f32 f, r, 0fCB400000; sub.rn.f32 f, t, f; "
-        "fma.rn.f32 t, f, 0f3E7425DE, 0f3F3414D4; fma.rn.f32 t, t, f, 0f3F800E84; mov.b32 i, r; shl.b32 i, i, 23; mov.b32 k, t; "
-        "add.s32 k, k, i; mov.b32 $1, k; }",
-        "=f,=f,f,f",
-        [x],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@gluon.jit
 def _weights(p, P_LAYOUT: gl.constexpr):
     """Weights [M, J] in e4m3 as the left operand of P V. Within 16 keys the registers of a result are those of an operand
     in another order of the keys: K is stored in the one order and V in the other, so nothing moves.
@@ -145,6 +113,25 @@ def _weights(p, P_LAYOUT: gl.constexpr):
     return gl.convert_layout(p, P_LAYOUT).to(gl.float8e4nv)
 
 
+RESCALE = gl.constexpr(
+    "{ .reg .pred same, all; setp.eq.f32 same, $128, 0f3F800000; setp.eq.and.f32 same, $130, 0f3F800000, same; "
+    + "vote.sync.all.pred all, same, 0xffffffff; "
+    + " ".join(f"mov.f32 ${i}, ${64 + i};" for i in range(64))
+    + " @all bra DONE; "
+    + " ".join(f"mul.f32 ${i}, ${i}, ${128 + i};" for i in range(64))
+    + " DONE: }"
+)
+RESCALE_OPERANDS = gl.constexpr(",".join(["=&f"] * 64 + ["f"] * 128))
+
+
+@gluon.jit
+def _rescaled(acc, alpha):
+    """`acc` times `alpha` [M, 1]; most often the maximum of no row of a warp has grown, and nothing is to be done."""
+    layout: gl.constexpr = acc.type.layout
+    wide = gl.zeros([acc.shape[0], acc.shape[1]], gl.float32, layout) + alpha
+    return gl.inline_asm_elementwise(RESCALE, RESCALE_OPERANDS, [acc, wide], dtype=gl.float32, is_pure=True, pack=64)
+
+
 @gluon.jit
 def _weigh(acc, alpha, found, p, v, TWO_LEVEL: gl.constexpr):
     """Start P V. TWO_LEVEL: a sum of its own, which `_weighed` adds in float32, since tensor cores keep some 14 bits of
@@ -152,7 +139,7 @@ def _weigh(acc, alpha, found, p, v, TWO_LEVEL: gl.constexpr):
     """
     if TWO_LEVEL:
         return warpgroup_mma(p, v, found, use_acc=False, is_async=True)
-    return warpgroup_mma(p, v, acc * alpha, is_async=True)
+    return warpgroup_mma(p, v, _rescaled(acc, alpha), is_async=True)
 
 
 @gluon.jit
@@ -180,11 +167,11 @@ def _ordered(total):
 def _consume(
     half: gl.constexpr, buffers, bars, task,
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
-    TWO_LEVEL: gl.constexpr, TURNS: gl.constexpr, HELD: gl.constexpr, BY_PRODUCTS: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup: its 64 rows of every job."""
     q_buf, k_ring, v_ring = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     plan, shape, outputs, lengths = task
     heads, tiles_per_head = shape
     row_scale, value_scale, value_center = outputs[:3]
@@ -207,9 +194,6 @@ def _consume(
             scale = gl.load(row_scale + pair * q_len + q_rows, mask=q_rows < q_len, other=1.0)
             mbarrier.wait(q_full.index(half), done & 1)
             q = q_buf.index(half).reshape([ROWS, WIDTH])
-            if HELD:
-                q = q.load(gl.DotOperandLayout(operand_index=0, parent=s_layout, k_width=4))
-                mbarrier.arrive(q_empty.index(half), count=1)
 
             # the tile with the last keys comes first: only there are columns to be masked
             slot = it % STAGES
@@ -221,7 +205,7 @@ def _consume(
             key = (high - 1) * BLOCK_N + (column & ~15) + ((column & 6) << 1) + ((column & 8) >> 2) + (column & 1)
             s = gl.where((key < kv_len)[None, :], s, float("-inf"))
             floor = _top(s, row_layout) * scale - TOP
-            p = _exp2(s * scale[:, None] - floor[:, None], 0)
+            p = gl.exp2(s * scale[:, None] - floor[:, None])
             total = _sums(p)
             sum_row: gl.constexpr = gl.SliceLayout(1, total.type.layout)
             acc = gl.zeros([ROWS, WIDTH], gl.float32, o_layout)
@@ -233,20 +217,16 @@ def _consume(
                 slot = it % STAGES
                 weights = _weights(p, p_layout)
                 mbarrier.wait(k_full.index(ahead), ((it + 1) // STAGES) & 1)
-                if TURNS:
-                    mbarrier.wait(turn.index(half), (it & 1) ^ (1 - half))
                 k = k_ring.index(ahead).reshape([BLOCK_N, WIDTH]).permute([1, 0])
                 s = warpgroup_mma(q, k, p, use_acc=False, is_async=True)
                 mbarrier.wait(v_full.index(slot), (it // STAGES) & 1)
                 v = v_ring.index(slot).reshape([WIDTH, BLOCK_N]).permute([1, 0])
                 found = _weigh(acc, alpha[:, None], found, weights, v, TWO_LEVEL)
-                if TURNS:
-                    mbarrier.arrive(turn.index(1 - half), count=1)
                 s = warpgroup_mma_wait(1, deps=[s])
                 mbarrier.arrive(k_empty.index(ahead), count=1)
                 raised = gl.maximum(floor, _top(s, row_layout) * scale - TOP)
                 change = gl.exp2(floor - raised)
-                p = _exp2(s * scale[:, None] - raised[:, None], BY_PRODUCTS)
+                p = gl.exp2(s * scale[:, None] - raised[:, None])
                 total = _ordered(total * gl.convert_layout(change, sum_row)[:, None] + _sums(p))
                 floor = raised
                 found = warpgroup_mma_wait(0, deps=[found])
@@ -255,18 +235,13 @@ def _consume(
                 alpha = gl.convert_layout(change, acc_row)
                 it += 1
 
-            if not HELD:
-                mbarrier.arrive(q_empty.index(half), count=1)
+            mbarrier.arrive(q_empty.index(half), count=1)
             slot = it % STAGES
             mbarrier.wait(v_full.index(slot), (it // STAGES) & 1)
             v = v_ring.index(slot).reshape([WIDTH, BLOCK_N]).permute([1, 0])
             found = _weigh(acc, alpha[:, None], found, _weights(p, p_layout), v, TWO_LEVEL)
             found = warpgroup_mma_wait(0, deps=[found])
             mbarrier.arrive(v_empty.index(slot), count=1)
-            if TURNS:
-                # as many turns as key tiles, so that both consumers count alike
-                mbarrier.wait(turn.index(half), (it & 1) ^ (1 - half))
-                mbarrier.arrive(turn.index(1 - half), count=1)
             acc = _weighed(acc, alpha[:, None], found, TWO_LEVEL)
             it += 1
             done += 1
@@ -310,7 +285,7 @@ def hopper_forward(
     q_desc, k_desc, v_desc, row_scale, value_scale, value_center, o_ptr, part_o, part_lse,
     whole, remaining, blocks, heads, tiles_per_head, q_len, kv_len, stride_b, stride_l, stride_n,
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
-    TWO_LEVEL: gl.constexpr, TURNS: gl.constexpr, HELD: gl.constexpr, BY_PRODUCTS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    TWO_LEVEL: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As many programs as there are processors. `whole` query tiles for each, then a share of the `remaining` ones, of
     `blocks` key tiles each. Outputs are [B, L, N, D] with a unit last stride; parts as `merge` takes them.
@@ -321,7 +296,6 @@ def hopper_forward(
     v_ring = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -329,8 +303,6 @@ def hopper_forward(
     for i in gl.static_range(CONSUMERS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
-    for i in gl.static_range(2):
-        mbarrier.init(turn.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
@@ -339,7 +311,7 @@ def hopper_forward(
 
     descs = (q_desc, k_desc, v_desc)
     buffers = (q_buf, k_ring, v_ring)
-    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
+    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     plan = (whole, remaining, blocks)
     shape = (heads, tiles_per_head)
     outputs = (row_scale, value_scale, value_center, o_ptr, stride_b, stride_l, stride_n, part_o, part_lse)
@@ -347,8 +319,8 @@ def hopper_forward(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL, TURNS, HELD, BY_PRODUCTS)),
-                (_consume, (1, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL, TURNS, HELD, BY_PRODUCTS)),
+                (_consume, (0, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL)),
+                (_consume, (1, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL)),
                 (_produce, (descs, buffers, bars, plan, shape, CONSUMERS, BLOCK_N, STAGES)),
             ],
             [4, 1],
@@ -357,9 +329,9 @@ def hopper_forward(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL, TURNS, HELD, BY_PRODUCTS)),
-                (_consume, (1, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL, TURNS, HELD, BY_PRODUCTS)),
-                (_consume, (2, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL, TURNS, HELD, BY_PRODUCTS)),
+                (_consume, (0, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL)),
+                (_consume, (1, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL)),
+                (_consume, (2, buffers, bars, task, CONSUMERS, BLOCK_N, WIDTH, STAGES, TWO_LEVEL)),
                 (_produce, (descs, buffers, bars, plan, shape, CONSUMERS, BLOCK_N, STAGES)),
             ],
             [4, 4, 1],

@@ -77,8 +77,7 @@ def attend_hopper(queries: CodedQueries, codes: Codes, *, count: int, dtype: tor
             queries.scale, codes.scales.value_scale, codes.scales.value_center, out, part_o, part_lse,
             plan.whole, plan.remaining, plan.blocks, heads, plan.tiles_per_head, q_len, count, *out.stride()[:3],
             CONSUMERS=tiles.consumers, BLOCK_N=tiles.block_n, WIDTH=width, STAGES=tiles.stages,
-            TWO_LEVEL=tiles.two_level, TURNS=tiles.turns, HELD=tiles.held, BY_PRODUCTS=tiles.by_products,
-            CONSUMER_REGISTERS=consumer_registers,
+            TWO_LEVEL=tiles.two_level, CONSUMER_REGISTERS=consumer_registers,
             num_warps=4, maxnreg=at_launch,
         )  # fmt: skip
         if plan.remaining:

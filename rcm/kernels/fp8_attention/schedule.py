@@ -15,19 +15,13 @@ class Tiles:
     consumers     warpgroups of 64 query rows, 2 or 3.
     block_n       keys of a tile, 64 or 128; three consumers have registers for 64.
     stages        slots of the rings of keys and of values.
-    two_level     every product P V is added in float32, instead of by the tensor cores.
-    turns         consumers start their products in turn, so that one computes its softmax while the other's products run.
-    held          queries are held in registers instead of shared memory.
-    by_products   of four powers of two, so many (0, 1, 2) are polynomials instead of work for the unit that computes such.
+    two_level     every product P V is added in float32; else the tensor cores accumulate, and nothing is rescaled where nothing grew.
     """
 
     consumers: int = 2
     block_n: int = 128
     stages: int = 4
     two_level: bool = True
-    turns: bool = False
-    held: bool = False
-    by_products: int = 0
 
     @property
     def rows(self) -> int:
@@ -66,7 +60,10 @@ def make_plan(*, q_len: int, kv_len: int, pairs: int, tiles: Tiles, programs: in
     return Plan(whole, remaining, -(-kv_len // tiles.block_n), tiles_per_head)
 
 
-def chosen_tiles(*, q_len: int, kv_len: int) -> Tiles:
-    """The tiles that were fastest for such a call."""
-    del q_len, kv_len
-    return Tiles()
+SHORT = 4000
+"""Keys up to which programs with one tile each are faster than persistent ones (README.md)."""
+
+
+def chosen_tiles(*, kv_len: int) -> Tiles | PortableTiles:
+    """The kernel and the tiles that were fastest for such a call."""
+    return PortableTiles(64, 128, 4, 2) if kv_len < SHORT else Tiles()
