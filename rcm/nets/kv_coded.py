@@ -52,8 +52,8 @@ class KVCodec(Protocol):
 class AddressedCodec(KVCodec, Protocol):
     """A codec whose blobs can be read and written by address, so that captured passes find them as data on the device.
 
-    A blob has `like(device)`, a blob of the same form with memory of its own; on "meta" the form alone. `generation` changes with the
-    place of what `encode_to` reads and writes beside the blob.
+    A blob has `likes(count, device)`, blobs of the same form with memory of their own; on "meta" the form alone. `generation` changes
+    with the place of what `encode_to` reads and writes beside the blob.
     """
 
     generation: int
@@ -61,8 +61,8 @@ class AddressedCodec(KVCodec, Protocol):
     def captures(self, device: torch.device) -> bool:
         """Whether `restore` and `encode_to` can be captured on `device`."""
 
-    def table(self, rows: Sequence[Sequence[Any]], device: torch.device) -> Tensor:
-        """Addresses of blobs, int64 [rows, blobs, fields]."""
+    def addresses(self, blobs: Sequence[Any]) -> Tensor:
+        """Where blobs lie, int64 [blobs, fields] on the host."""
 
     def restore(
         self, like: Any, table: Tensor, starts: Tensor, out: Tensor, *, side: Side, turn: tuple[Tensor, Tensor] | None = None
@@ -125,6 +125,7 @@ class CodedStore:
         self._forms: dict[int, Blobs] = {}
         self._groups: tuple[tuple[Piece, ...], list[Group]] | None = None
         self._entering: int | None = None
+        self._addresses: dict[int, Tensor] = {}
         self._scratch: Pair | None = None
         self._scratches = 0
 
@@ -174,7 +175,7 @@ class CodedStore:
 
     def put(self, layer: int, chunk: int, pair: Pair, *, hot: bool = True) -> None:
         """Hold a chunk: as codes, or plain while it is among the newest, which it is not if it is not `hot`."""
-        self._forget_groups_of(chunk)
+        self._forget_place_of(chunk)
         self._entering = chunk if hot else self._entering
         if hot and self.hot_chunks:
             self._hot[layer][chunk] = (pair[0].clone(), pair[1].clone())
@@ -199,18 +200,17 @@ class CodedStore:
             return False
         if not adding:
             return True
-        forms, layers = self._forms.get(adding), range(len(self._blobs))
+        forms, layers = self._forms.get(adding), (0, len(self._blobs) - 1)  # layers encode one after the other
         if forms is None or self.hot_chunks:
             return False
         return all(codec.is_ready(like, side=side, layer=i) for like, side in zip(forms, SIDES, strict=True) for i in layers)
 
     def reserve(self, chunk: int, tokens: int) -> None:
         """Memory for the codes of a chunk that a captured pass is about to encode."""
-        key, value = self._forms[tokens]
-        device = self.scratch[0].device
-        for blobs in self._blobs:
-            blobs[chunk] = (key.like(device), value.like(device))
-        self._forget_groups_of(chunk)
+        key, value = (like.likes(len(self._blobs), self.scratch[0].device) for like in self._forms[tokens])
+        for blobs, *pair in zip(self._blobs, key, value, strict=True):
+            blobs[chunk] = (pair[0], pair[1])
+        self._forget_place_of(chunk)
 
     def groups(self, pieces: Sequence[Piece]) -> list[Group]:
         """Whole coded chunks as `Group`s that put them behind each other in the order of `pieces`."""
@@ -253,14 +253,14 @@ class CodedStore:
 
     def drop(self, chunk: int) -> None:
         """Free a chunk."""
-        self._forget_groups_of(chunk)
+        self._forget_place_of(chunk)
         for blobs, hot in zip(self._blobs, self._hot, strict=True):
             blobs.pop(chunk, None)
             hot.pop(chunk, None)
 
     def clear(self, *, free_buffers: bool) -> None:
         """Forget everything."""
-        self._groups = None
+        self._groups, self._addresses = None, {}
         for held in (*self._blobs, *self._hot):
             held.clear()
         self.codec.reset()  # warm starts of the last video
@@ -280,7 +280,7 @@ class CodedStore:
     def load_state(self, state: Any) -> None:
         """Take up a `state`."""
         blobs, hot, own = state
-        self._groups = None
+        self._groups, self._addresses = None, {}
         self._blobs, self._hot = [dict(x) for x in blobs], [dict(x) for x in hot]
         self.codec.load_state(own)
 
@@ -291,7 +291,14 @@ class CodedStore:
         apart = (i for i, p in enumerate(pieces) if p.chunk not in self._blobs[-1] or p.chunk == self._entering)
         return next(apart, len(pieces))
 
-    def _forget_groups_of(self, chunk: int) -> None:
+    def _addresses_of(self, chunk: int) -> Tensor:
+        """Of the blobs of a chunk, layer by layer, keys and values: int64 [2 layers, fields] on the host."""
+        if chunk not in self._addresses:
+            self._addresses[chunk] = self.addressed.addresses([blob for held in self._blobs for blob in held[chunk]])
+        return self._addresses[chunk]
+
+    def _forget_place_of(self, chunk: int) -> None:
+        self._addresses.pop(chunk, None)
         if self._groups is not None and any(piece.chunk == chunk for piece in self._groups[0]):
             self._groups = None
 
@@ -299,11 +306,11 @@ class CodedStore:
         key, value = pair
         made = self.codec.encode(key, side="key", layer=layer), self.codec.encode(value, side="value", layer=layer)
         if isinstance(self.codec, AddressedCodec) and key.shape[1] not in self._forms:
-            self._forms[key.shape[1]] = (made[0].like("meta"), made[1].like("meta"))
+            self._forms[key.shape[1]] = tuple(blob.likes(1, "meta")[0] for blob in made)
         return made
 
     def _grouped(self, pieces: tuple[Piece, ...]) -> list[Group]:
-        codec, device = self.addressed, self.scratch[0].device
+        device = self.scratch[0].device
         found: dict[int, list[tuple[int, int]]] = {}
         at = 0
         for piece in pieces:
@@ -311,11 +318,11 @@ class CodedStore:
             at += piece.stop - piece.start
         groups = []
         for chunks in found.values():
-            rows = [[blobs[chunk][side] for chunk, _ in chunks] for blobs in self._blobs for side in (0, 1)]
-            addresses = codec.table(rows, device).unflatten(0, (len(self._blobs), 2))
+            rows = torch.stack([self._addresses_of(chunk) for chunk, _ in chunks], dim=1)
+            addresses = to_device(rows, device).unflatten(0, (len(self._blobs), 2))
             starts = to_device(torch.tensor([start for _, start in chunks]), device)
             key, value = self._blobs[-1][chunks[0][0]]
-            groups.append(Group((key.like("meta"), value.like("meta")), addresses, starts))
+            groups.append(Group((key.likes(1, "meta")[0], value.likes(1, "meta")[0]), addresses, starts))
         return groups
 
     def _room(self, like: Pair, total: int) -> Pair:

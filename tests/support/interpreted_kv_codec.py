@@ -104,7 +104,7 @@ def restored_differences(blobs: list[Blob]) -> list[str]:
     """What of restoring blobs of one form with one launch, out of order and into the midst of other memory, is not equal to plain torch."""
     found, (b, s, n, d) = [], blobs[0].shape
     starts = [2 + (s + 3) * i for i in range(len(blobs))][::-1]
-    table = KVCodec(KVCodecSpec()).table([blobs], torch.device("cpu"))[0]
+    table = KVCodec(KVCodecSpec()).addresses(blobs)
     for dtype in (torch.float32, torch.bfloat16):
         room = torch.full((b, (s + 3) * len(blobs), n + 2, d + 2), float("nan"), dtype=dtype)
         view = room[:, :, 1 : 1 + n, :d]
@@ -125,7 +125,7 @@ def turned_differences(blobs: list[Blob]) -> list[str]:
     b, s, n, d = blobs[0].shape
     angle = torch.randn(s * len(blobs), d // 2, generator=torch.Generator().manual_seed(2))
     out, (cos, sin) = torch.empty(b, s * len(blobs), n, d, dtype=torch.bfloat16), (angle.cos(), angle.sin())
-    table = KVCodec(KVCodecSpec()).table([blobs], torch.device("cpu"))[0]
+    table = KVCodec(KVCodecSpec()).addresses(blobs)
     fused.restore(blobs[0], table, torch.arange(len(blobs)) * s, out, turn=(cos, sin))
     plain = torch.cat([reference(blob).to(torch.bfloat16) for blob in blobs], dim=1).float()
     even, odd = plain[..., 0::2], plain[..., 1::2]
@@ -136,8 +136,8 @@ def turned_differences(blobs: list[Blob]) -> list[str]:
 
 def deposited_differences(blobs: list[Blob]) -> list[str]:
     """Whether the bytes of a blob, all of them, arrive at the addresses of another."""
-    target = blobs[1].like("cpu")
-    fused.deposit(blobs[0], KVCodec(KVCodecSpec()).table([[target]], torch.device("cpu"))[0, 0])
+    *_, target = blobs[1].likes(3, "cpu")
+    fused.deposit(blobs[0], KVCodec(KVCodecSpec()).addresses([target])[0])
     pairs = zip(target.fields, blobs[0].fields, strict=True)
     return [f"field {i}" for i, (mine, x) in enumerate(pairs) if x is not None and not torch.equal(_bits(mine), _bits(x))]
 

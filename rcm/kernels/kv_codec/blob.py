@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -16,6 +16,10 @@ from rcm.kernels.kv_codec.smoothing import Undo, unsmooth
 
 FIELDS = 7
 """Tensors of a blob, absent ones included: codes, scales, zeros, unit, centroids, assignments, what undoes the smoothing."""
+
+
+ALIGNMENT = 16
+"""Bytes that the address of a field is a multiple of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +62,17 @@ class Blob:
         """Bytes that its tensors take."""
         return sum(x.nbytes for x in self.fields if x is not None)
 
-    def like(self, device: torch.device | str) -> Blob:
-        """A blob of the same form with tensors not yet written, on `device`; on "meta", the form alone."""
-        return self._with([None if x is None else torch.empty(x.shape, dtype=x.dtype, device=device) for x in self.fields])
+    def likes(self, count: int, device: torch.device | str) -> list[Blob]:
+        """`count` blobs of the same form with tensors not yet written, on `device`, in few allocations; on "meta", the form alone."""
+        fields: list[Sequence[Tensor | None]] = []
+        for x in self.fields:
+            if x is None:
+                fields.append([None] * count)
+            elif x.nbytes % ALIGNMENT:
+                fields.append([torch.empty(x.shape, dtype=x.dtype, device=device) for _ in range(count)])
+            else:
+                fields.append(torch.empty(count, *x.shape, dtype=x.dtype, device=device).unbind(0))
+        return [self._with(held) for held in zip(*fields, strict=True)]
 
     def packed(self) -> Blob:
         """The same, every tensor one block of memory."""
@@ -74,9 +86,10 @@ class Blob:
 
     def _with(self, fields: Sequence[Tensor | None]) -> Blob:
         data, scales, zeros, unit, centroids, assignments, undo = fields
-        codes = replace(self.codes, data=data, scales=scales, zeros=zeros, unit=unit) if isinstance(self.codes, Codes) else data
-        clusters = self.clusters and replace(self.clusters, centroids=centroids, assignments=assignments)
-        return replace(self, codes=codes, clusters=clusters, undo=replace(self.undo, tensor=undo))
+        assert data is not None
+        codes = Codes(self.codes.format, self.codes.shape, data, scales, zeros, unit) if isinstance(self.codes, Codes) else data
+        clusters = self.clusters and Clusters(centroids, assignments, self.clusters.first_stage_first)
+        return Blob(codes, Undo(self.undo.kind, undo), clusters, self.dtype)
 
 
 def reference(blob: Blob) -> Tensor:

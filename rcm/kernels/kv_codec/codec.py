@@ -9,7 +9,6 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor
 
-from rcm.core.device_copy import to_device
 from rcm.kernels.kv_codec import bias
 from rcm.kernels.kv_codec import codes as coding
 from rcm.kernels.kv_codec import fused as fused_kernels
@@ -77,11 +76,12 @@ class KVCodec:
         """Whether `restore` and `encode_to` can be part of a captured graph on `device`: not without the Triton launches."""
         return device.type != "cuda" or self.spec.triton_restore
 
-    def table(self, rows: Sequence[Sequence[Blob]], device: torch.device) -> Tensor:
-        """Addresses of blobs, int64 [rows, blobs, 7] on `device`. The blobs must outlive what reads the table."""
-        if device.type != "cuda":
-            _BY_ADDRESS.update({blob.addresses[0]: blob for row in rows for blob in row})
-        return to_device(torch.tensor([[blob.addresses for blob in row] for row in rows], dtype=torch.int64), device)
+    def addresses(self, blobs: Sequence[Blob]) -> Tensor:
+        """Where blobs lie, int64 [blobs, 7] on the host. They must outlive what reads it."""
+        for blob in blobs:
+            if blob.device.type != "cuda":
+                _BY_ADDRESS[blob.addresses[0]] = blob
+        return torch.tensor([blob.addresses for blob in blobs], dtype=torch.int64)
 
     def restore(
         self, like: Blob, table: Tensor, starts: Tensor, out: Tensor, *, side: Side, turn: tuple[Tensor, Tensor] | None = None

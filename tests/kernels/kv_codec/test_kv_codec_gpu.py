@@ -44,8 +44,9 @@ def test_blobs_by_address_in_a_graph_are_those_of_the_codec(name):
     for side in ("key", "value"):
         blobs = [codec.encode(first, side=side, layer=0)]
         other.encode(first, side=side, layer=0)
-        targets = [blobs[0].like("cuda") for _ in range(3)]
-        row, table = codec.table([[targets[0]]], x.device)[0, 0].clone(), codec.table([targets], x.device)[0].clone()
+        targets = blobs[0].likes(3, "cuda")
+        table = codec.addresses(targets).cuda()
+        row = table[0].clone()
         starts, room = torch.arange(3, device="cuda") * 300, torch.zeros(1, 900, 3, 128, dtype=torch.bfloat16, device="cuda")
         x.copy_(first)
         codec.encode_to(row, x, side=side, layer=0)
@@ -56,11 +57,11 @@ def test_blobs_by_address_in_a_graph_are_those_of_the_codec(name):
         wanted = []
         for i in range(3):
             x.copy_(drawn(i + 1))
-            row.copy_(codec.table([[targets[i]]], x.device)[0, 0])
+            row.copy_(codec.addresses([targets[i]])[0])
             encode.replay()
             wanted.append(other.encode(x, side=side, layer=0))
         for order in ((0, 1, 2), (2, 0, 1)):
-            table.copy_(codec.table([[targets[i] for i in order]], x.device)[0])
+            table.copy_(codec.addresses([targets[i] for i in order]))
             restore.replay()
             expected = torch.cat([reference(wanted[i]).to(torch.bfloat16) for i in order], dim=1)
             assert torch.equal(room, expected)
