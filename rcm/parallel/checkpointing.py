@@ -53,9 +53,8 @@ class SACConfig(Record):
         if not 1 <= self.every_n_blocks <= 1024:
             raise ConfigError(f"every_n_blocks={self.every_n_blocks} must be in 1 to 1024; 1 is every block")
         if self.mode == "none" and self.every_n_blocks != 1:
-            raise ConfigError(
-                f"every_n_blocks={self.every_n_blocks} has no effect while mode=none recomputes no block; choose another mode, or leave it at 1"
-            )
+            told = f"every_n_blocks={self.every_n_blocks} has no effect while mode=none recomputes no block"
+            raise ConfigError(f"{told}; choose another mode, or leave it at 1")
 
 
 def _operators(*names: str) -> frozenset[Any]:
