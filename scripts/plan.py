@@ -40,7 +40,7 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str,
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
     parser.add_argument("--as-is", "--as_is", action="store_true", help="predict the configured layout only, search for no other")
     parser.add_argument("words", nargs="+", metavar="key=value", help=f"config keys, and {', '.join(OWN_KEYS)}")
-    flags = parser.parse_args(argv)
+    flags = parser.parse_intermixed_args(argv)
     own = [word for word in flags.words if "=" in word and word.split("=")[0] in OWN_KEYS]
     return flags, dict(word.split("=", 1) for word in own), [word for word in flags.words if word not in own]
 

@@ -13,9 +13,11 @@ from rcm.configs.bases import base_of, roles_on
 from rcm.configs.build_data import latent_shape
 from rcm.configs.build_method import step_schedule
 from rcm.configs.build_nets import precision_of
+from rcm.configs.checks import SELF_FORCED
 from rcm.configs.compose import Run
 from rcm.configs.network import networks, wan_config
 from rcm.configs.schema_model import CausalConfig, CommonModelConfig, NetConfig, RCMConfig
+from rcm.core.errors import ConfigError
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.layout import TokenLayout
 from rcm.nets.wan.adapters import adapted_layers
@@ -150,6 +152,8 @@ class _Causal:
         }
         if (passes := alone.get(kind.removesuffix("_kd"))) is not None:
             return (PhasePlan("student", passes(), terms=2 if kind == "tf_dscm" else 1),)
+        if kind not in SELF_FORCED:
+            raise ConfigError(f"the planner does not know the passes of training_type={kind}")
         joint = self.continuous() if kind == "tf_scm_sf_dmd" else ()
         terms = (len(self.chunks) if model.replayed_training else 1) + bool(joint)
         critic = (self.rollout(last_with_gradient=False), Pass("fake score", "fake_score", "train", self.whole))

@@ -43,7 +43,7 @@ def test_every_experiment_can_be_planned():
 
 
 def test_the_command_explains_and_proposes(tmp_path, capsys):
-    assert main([SCM, "gpus=32", "gpu=h100", "global_batch=32", "--json", str(tmp_path / "plan.json")]) == 0
+    assert main([SCM, "gpus=32", "--json", str(tmp_path / "plan.json"), "gpu=h100", "global_batch=32"]) == 0
     told = capsys.readouterr().out
     for part in (
         "student optimiser",
