@@ -21,6 +21,7 @@ from rcm.methods.base import Method
 from rcm.parallel.agree import together
 from rcm.parallel.mesh import ParallelDims
 from rcm.train.checkpoint import Checkpointer
+from rcm.train.garbage import lasting_objects
 from rcm.train.metrics import Averages, Sink
 from rcm.train.observers import Ending, Observer
 from rcm.train.snapshot import Positioned
@@ -101,12 +102,14 @@ class Trainer:
         data, observing or logging raises on one, without saving: the last checkpoint stays in use.
         """
         state, config = self.state, self.config
-        with self._signals(), self._closing():
+        with self._signals(), self._closing(), lasting_objects() as pass_over:
             together(lambda: self._observe(lambda observer: observer.started(state)))
             batches = iter(self.loader)
             saved, clock, stop, first = state.iteration, time.monotonic(), False, True
             while state.iteration < config.max_iter and not stop:
                 report = self._iterate(batches, guard=first and config.guard_first_step)
+                if first:  # optimiser states, compiled kernels
+                    pass_over()
                 first, stop = False, report.stop
                 self._averages.add(report.logs)
                 self._averages.add({"time/seconds_per_iteration": time.monotonic() - clock})

@@ -1,0 +1,36 @@
+"""The collector leaves alone what lasts, finds new cycles, and is as before afterwards."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+from rcm.train.garbage import lasting_objects
+
+
+class Node:
+    """A cycle with itself."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
+def scanned() -> int:
+    return len(gc.get_objects())
+
+
+def test_what_lasts_is_passed_over_and_new_cycles_are_found() -> None:
+    before, frozen = scanned(), gc.get_freeze_count()
+    with lasting_objects() as pass_over:
+        assert scanned() < before / 10
+        kept = [Node() for _ in range(1000)]
+        assert scanned() >= 1000
+        pass_over()
+        assert scanned() < 1000
+        lost = weakref.ref(Node())
+        gc.collect()
+        assert lost() is None
+    assert gc.isenabled() and gc.get_freeze_count() == frozen and len(kept) == 1000
+    dead = weakref.ref(kept.pop())
+    gc.collect()
+    assert dead() is None, "an object that was passed over could not be collected afterwards"
