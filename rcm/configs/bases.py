@@ -64,8 +64,6 @@ def check_lora(model: CommonModelConfig) -> None:
         most = largest_rank(layers, wan_config(present[knob], knob=f"{M}.{knob}"))
         if lora.rank > most:
             raise ConfigError(f"{M}.lora.rank={lora.rank} must be at most {most}, the smallest layer that {M}.{knob} adapts")
-    if model.compile:
-        raise ConfigError(f"{M}.compile=True compiles one set of weights per block, {M}.lora.rank={lora.rank} switches sets; leave out one")
     _one_way_to_recompute(model)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rcm.core.dtypes import Precision
 from rcm.core.dual import guard_tangents, jvp
 from rcm.core.errors import ConfigError
 from rcm.nets.layout import TokenLayout
@@ -14,8 +15,10 @@ from rcm.nets.wan.adapters import LAYERS, adapted_layers, adapter_elements, larg
 from rcm.nets.wan.fp8 import quantise_linears_
 from rcm.nets.wan.lora import by_layer, merge
 from rcm.nets.wan.model import WanDiT
+from rcm.parallel.apply import parallelize
 from rcm.parallel.checkpointing import MODES, checkpoint_blocks
 from rcm.parallel.init import load_full
+from rcm.parallel.mesh import ParallelDims
 from tests.support.tiny_nets import GRID, condition, frame_times, latents, tiny_config, tiny_net
 
 RANK, ALPHA = 3, 4.5
@@ -117,6 +120,24 @@ def test_a_block_is_recomputed_with_the_adapters_it_ran_with(mode: str) -> None:
 
     for mine, theirs in zip(gradients(mode, others=True), gradients("none", others=False), strict=True):
         assert (mine - theirs).abs().max() < 1e-12 * theirs.abs().max()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_follow_the_role() -> None:
+    """Inductor's code of a block, recomputed: values of all roles, gradients and tangents of one."""
+    x, found = latents(FRAMES), {}
+    for compiled in (False, True):
+        net = adapted()
+        parallelize(net, dims=ParallelDims(), precision=Precision.preset("fp64"), checkpoint="block_wise", compile=compiled)
+        role = AdaptedNet(net, "student")
+        out = velocity(role, x)
+        with torch.no_grad():
+            others = [velocity(AdaptedNet(net, other), x) for other in (ROLES[1], None)]
+        out.square().sum().backward()
+        tangents = jvp(lambda a, role=role: velocity(role, a), (x,), (latents(FRAMES, seed=8),))
+        found[compiled] = [out.detach(), *others, *(p.grad for p in role.parameters()), *tangents]
+    for mine, theirs in zip(found[True], found[False], strict=True):
+        assert (mine - theirs).abs().max() < 1e-11 * theirs.abs().max()
 
 
 def test_a_role_shows_its_own_tensors_alone() -> None:
