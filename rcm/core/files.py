@@ -43,6 +43,14 @@ def replacing(target: Path) -> Iterator[Path]:
         discard(partial)
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text`, flushed to disk, at once: either the old file or the complete new one exists."""
+    with replacing(path) as partial, open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def as_disk_full(error: BaseException, path: Path) -> OSError | None:
     """An OSError of a full disk, where `error` is a writer's own words for one; else None."""
     if isinstance(error, OSError):

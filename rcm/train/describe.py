@@ -4,9 +4,7 @@ contradiction.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 
 from rcm.core.errors import CheckpointError
-from rcm.core.files import discard
+from rcm.core.files import write_atomically
 from rcm.storage.json_file import parse_json
 from rcm.train.description_rules import check_description
 
@@ -147,19 +145,3 @@ def _base(told: Mapping[str, Any]) -> str:
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """As JSON would return it (tuples become lists)."""
     return json.loads(json.dumps(dict(values)))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` beside `path`, flush it to disk, and rename it into place."""
-    temporary = path.with_name(path.name + ".writing")
-    discard(temporary)  # whatever a killed process or another program left there, a link to elsewhere among it
-    try:
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):  # the reason of the failure counts
-            discard(temporary)
-        raise
