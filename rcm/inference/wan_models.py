@@ -23,6 +23,7 @@ from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.encoders.wan_vae import WanVAECodec
 from rcm.encoders.wan_vae_compile import compile_decoder
 from rcm.inference.wan_flags import PRECISIONS, PUBLISHED, NetworkFile
+from rcm.kernels.precompile import precompile
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.wan.config import WanConfig, preset
 from rcm.nets.wan.fp8 import attention_error, noise_velocity, quantise_linears_
@@ -114,6 +115,7 @@ def build_pipeline(
         policy = replace(policy, expert="free")  # one video: the expert that is done is not needed again, and copying 29 GB takes 15 s
     codec = Resident[LatentCodec](partial(_codec, flags, device=device), move=_move_codec, device=device, clock=clock)
     _compile_codec_ahead(flags, size, device=device)
+    _compile_attention_ahead(flags, device=device)
 
     def open_text() -> TextEncoder:
         codec.use()
@@ -173,6 +175,22 @@ def _compile_codec_ahead(flags: argparse.Namespace, size: FrameSize, *, device: 
             logger.warning("compiling the decoder ahead of time failed: {}", error)
 
     threading.Thread(target=compile_decoder_, name="compile decoder", daemon=True).start()
+
+
+def _compile_attention_ahead(flags: argparse.Namespace, *, device: torch.device) -> None:
+    """Begin to compile the kernels of --fp8_attention in a thread."""
+    if device.type != "cuda" or not getattr(flags, "fp8_attention", False) or find_spec("triton") is None:
+        return
+
+    def compile_attention() -> None:
+        from rcm.kernels.fp8_attention.compile_list import attention_plan  # Triton is imported only on CUDA
+
+        try:
+            precompile(attention_plan, device=device)
+        except Exception as error:  # the first pass compiles what is missing, and raises what stands in its way
+            logger.warning("compiling FP8 attention ahead of time failed: {}", error)
+
+    threading.Thread(target=compile_attention, name="compile attention", daemon=True).start()
 
 
 def _network(flags: argparse.Namespace, file: NetworkFile, *, number: int, device: torch.device, tokens_per_frame: int) -> Denoiser:

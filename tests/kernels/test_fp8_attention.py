@@ -161,6 +161,21 @@ def test_the_hopper_kernel_compiles_for_its_card(tmp_path, monkeypatch, tiles):
     assert len(re.findall(r"st\.shared|stmatrix", ptx)) <= 4 * tiles.consumers, "weights stay in registers"
 
 
+@pytest.mark.slow
+def test_the_plan_holds_what_streams_launch(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from rcm.kernels import precompile
+    from rcm.kernels.fp8_attention import launch
+    from rcm.kernels.fp8_attention.compile_list import attention_plan
+    from tests.support.pretend_gpu import pretended
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with pretended() as loaded, patch.object(launch, "processors", lambda _: 132):
+        done = precompile.precompile(attention_plan, device="cuda", threads=2)
+    wanted = {"code_pair": 2, "code_queries": 1, "hopper_forward": 1, "merge_parts": 1, "portable_forward": 1}
+    assert done.kernels == 6 and {name: loaded.count(name) for name in loaded} == wanted
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("q_len", "count", "batch"), [(1, 1, 2), (130, 129, 2), (1560, 4680, 1), (4680, 9000, 1)])
 def test_the_kernels_on_a_card(q_len, count, batch):

@@ -57,7 +57,7 @@ def attend_hopper(queries: CodedQueries, codes: Codes, *, count: int, dtype: tor
 
     batch, heads, q_len, width = queries.codes.shape
     device = queries.codes.device
-    programs = processors(device)
+    programs = processors(precompile.device_for(queries.codes))
     plan = make_plan(q_len=q_len, kv_len=count, pairs=batch * heads, tiles=tiles, programs=programs)
     out = torch.empty(batch, q_len, heads, width, dtype=dtype, device=device)
     part_o = torch.empty(2 * programs, tiles.rows, width, dtype=dtype, device=device)
