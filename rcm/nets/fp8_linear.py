@@ -38,8 +38,9 @@ class FP8Linear(nn.Module):
         self.in_features, self.out_features = layers[0].in_features, sum(layer.out_features for layer in layers)
         self.gelu = gelu
         with torch.no_grad():
-            weight, scale = quantise.quantise_rows(torch.cat([layer.weight.detach() for layer in layers]))
-            biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+            weights: list[Tensor] = [layer.weight for layer in layers]
+            weight, scale = quantise.quantise_rows(torch.cat(weights))
+            biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
             bias = torch.cat(biases) if biases else None
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("weight_scale", scale, persistent=False)
