@@ -1,20 +1,24 @@
-"""What a training step costs: time, memory, tokens per second, MFU and communication of every recipe, network and layout, beside what the
-planner says. Random weights at full size, made-up latents of 480p.
+"""What a training step costs: time, memory, tokens per second, MFU and communication of every
+recipe, network and layout, beside what the planner says. Random weights at full size, made-up
+latents of 480p.
 
     torchrun --nproc_per_node=4 --max-restarts=3 -m scripts.bench_scale --budget 520 --json scale.json
     torchrun --nproc_per_node=1 -m scripts.bench_scale --rows tf_diffusion-1.3B-one --json scale.json
     python -m scripts.bench_scale --plan-only --gpus 4 --gpu h100        # what fits, without a GPU
     python -m scripts.bench_scale --report --json scale.json             # the table again, and scaling between its rows
 
-Every row is composed as `scripts.train` composes it and runs in the trainer's own loop: every kind of iteration once to warm up, then
-`--repeats` times, the last of them under the profiler. Seconds of an iteration are the mean of the repetitions (their rollouts differ in
-length, on the mean as a whole cycle's) of the slowest rank; kinds are weighed by their share. Tokens are those of the videos, 1560 per
-latent frame at 480p, not of packed halves. MFU: `scripts.bench_scale_flops`. "comm" is the share of the profiled iterations in which
-kernels of NCCL ran, "exposed" that in which nothing else did.
+Every row is composed as `scripts.train` composes it and runs in the trainer's own loop: every kind
+of iteration once to warm up, then `--repeats` times, the last of them under the profiler. Seconds
+of an iteration are the mean of the repetitions (their rollouts differ in length, on the mean as a
+whole cycle's) of the slowest rank; kinds are weighed by their share. Tokens are those of the
+videos, 1560 per latent frame at 480p, not of packed halves. MFU: `scripts.bench_scale_flops`.
+"comm" is the share of the profiled iterations in which kernels of NCCL ran, "exposed" that in which
+nothing else did.
 
-A row whose prediction does not fit is tried without the student's average, and says so; one that does not fit then is not run. The file is
-written after every row; rows in it that this launch does not measure stay. A process that dies (a hung collective, a broken context) is
-started again by torchrun's --max-restarts and goes on behind the row that ended it.
+A row whose prediction does not fit is tried without the student's average, and says so; one that
+does not fit then is not run. The file is written after every row; rows in it that this launch does
+not measure stay. A process that dies (a hung collective, a broken context) is started again by
+torchrun's --max-restarts and goes on behind the row that ended it.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ import torch
 import torch.distributed as dist
 
 from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
+from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.inference.outcome import STOPPED, command, short_log, writable_file
 from rcm.parallel.mesh import ParallelDims, launched_world, process_group
@@ -70,12 +75,16 @@ def present_card() -> Card:
 
 @cache
 def dims_of(mesh: tuple[int, int, int], device_type: str) -> ParallelDims:
-    """One set of meshes for all rows of a layout: every communicator of NCCL keeps memory that no allocator counts."""
+    """One set of meshes for all rows of a layout: every communicator of NCCL keeps memory that no
+    allocator counts.
+    """
     return ParallelDims(*mesh, device_type)
 
 
 class Watchdog:
-    """Ends this process if the block takes longer than `seconds`: a collective that some ranks never reach cannot be interrupted."""
+    """Ends this process if the block takes longer than `seconds`: a collective that some ranks
+    never reach cannot be interrupted.
+    """
 
     def __init__(self, seconds: float, what: str) -> None:
         self._timer = threading.Timer(seconds, self._end, (seconds, what))
@@ -217,7 +226,7 @@ def _may_restart() -> bool:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="scripts.bench_scale",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -281,7 +290,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: every row was measured, left out, or ran out of memory. 1: one failed or was refused. 2: the request cannot be met."""
+    """0: every row was measured, left out, or ran out of memory. 1: one failed or was refused. 2:
+    the request cannot be met.
+    """
     options = arguments(argv)
     short_log()
     load_registry(DEFAULT_REGISTRY)

@@ -129,6 +129,7 @@ BENCH = {
     "stream": Command(does="streams at full size: latencies, gaps, memory, idle share", module="scripts.bench_stream"),
     "stream-cache": Command(does="streams over quantised caches: memory, time, error", module="scripts.bench_stream_cache"),
     "kv-codec": Command(does="the codec of cached keys and values", module="scripts.bench_kv_codec"),
+    "policies": Command(does="long streams under every extrapolation method: time and memory", module="scripts.bench_policies"),
     "fp8-attention": Command(does="FP8 attention against bf16: errors, then times", module="scripts.bench_fp8_attention"),
     "kv-bias": Command(does="the bias correction of coded keys, on a trained network's keys", module="scripts.bench_kv_bias"),
     "cheaper": Command(does="cheaper arithmetic and a quicker start on one card", module="scripts.bench_cheaper"),
@@ -142,6 +143,7 @@ BENCH = {
     "serve": Command(does="the live page's server under many clients, slow and vanishing ones among them", module="scripts.bench_serve"),
     "vae": Command(does="Wan's VAE, whole and streamed", module="scripts.bench_vae"),
     "stream-ranks": Command(does="one stream over several cards (start it with torchrun -m rcm)", module="scripts.bench_stream_ranks"),
+    "scale": Command(does="training steps of every recipe and layout (start it with torchrun -m rcm)", module="scripts.bench_scale"),
     "multi-gpu": Command(does="several GPUs against one (start it with torchrun -m rcm)", module="scripts.bench_multi_gpu"),
 }
 

@@ -1,0 +1,103 @@
+"""Long streams under every extrapolation method, 1.3B with random weights and the whole VAE: is time flat, is memory?
+
+    python -m scripts.bench_policies --minutes 5 --size 240x416 --out policies.json
+    python -m scripts.bench_policies --methods rolling_sink,memrope --minutes 5 --out policies.json
+
+Chunks of three frames, steps [4,2]; each method with its command's defaults. Times are wall-clock per chunk, from step to step,
+pixels in host memory; a chunk is 12 frames, 0.75 s of video. "first" is the first tenth after the cache is full.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import traceback
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rcm.core.arguments import Arguments
+from rcm.encoders.wan_vae import WanVAECodec
+from rcm.inference.causal_flags import METHODS
+from rcm.inference.outcome import command, writable_file
+from rcm.nets.denoiser import Denoiser
+from rcm.pipelines.session import Session
+from scripts.bench_measure import GIB, write
+from scripts.bench_stream import RECIPES, build, engine, prompt
+
+CHUNKS_PER_MINUTE = 80
+FULL = 40
+"""Chunks until every method's cache is full: the largest keeps 26 frames, a pool of 8 blocks and what they were chosen from."""
+BOUNDED = [name for name in METHODS if name != "none"]
+
+
+def policy(name: str) -> Any:
+    """The method with the defaults of the command."""
+    method = METHODS[name]
+    given = {"cuts": ()} if name == "infinity_rope" else {}
+    return method.make(**method.flags, **given)
+
+
+def long_stream(denoiser: Denoiser, codec: WanVAECodec, name: str, *, chunks: int, size: tuple[int, int]) -> dict[str, Any]:
+    """Time per chunk and memory over `chunks` chunks."""
+    spec = replace(engine(RECIPES["c3-3 [4,2]"], policy=policy(name)), latent=(16, size[0] // 8, size[1] // 8))
+    times, memory = [], []
+    with Session(denoiser, codec, prompt(denoiser), spec, device="cuda") as session:
+        before = time.perf_counter()
+        for _ in range(chunks):
+            session.step()
+            now = time.perf_counter()
+            times.append(now - before)
+            before = now
+            memory.append(torch.cuda.memory_allocated())
+        passes = getattr(session.loop, "counts", None)
+    kept, tenth = times[FULL:], max(1, (chunks - FULL) // 10)
+    first, last = statistics.median(kept[:tenth]), statistics.median(kept[-tenth:])
+    return {
+        "chunks": chunks,
+        "chunk_ms": 1e3 * statistics.median(kept),
+        "p99_ms": 1e3 * sorted(kept)[int(0.99 * len(kept))],
+        "last_over_first": last / first,
+        "memory_gib": memory[-1] / GIB,
+        "memory_growth": statistics.median(memory[-tenth:]) / statistics.median(memory[FULL : FULL + tenth]) - 1,
+        "passes": passes,
+    }
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Run the methods one after the other and print a line each."""
+    parser = Arguments(prog="python -m scripts.bench_policies", description=__doc__)
+    parser.add_argument("--methods", default=",".join(BOUNDED), help="comma-separated")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of video")
+    parser.add_argument("--size", default="480x832", metavar="HxW", help="pixels")
+    parser.add_argument("--out", type=writable_file, help="write the numbers here")
+    options = parser.parse_args(argv)
+    names = options.methods.split(",")
+    if unknown := [name for name in names if name not in BOUNDED]:
+        parser.error(f"unknown method {unknown[0]!r}; choose from {', '.join(BOUNDED)}")
+    height, _, width = options.size.partition("x")
+    if not (height.isdigit() and width.isdigit() and int(height) % 16 == int(width) % 16 == 0):
+        parser.error(f"--size {options.size}: expected HxW in multiples of 16, such as 480x832")
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device here; this measures a card")
+    chunks = max(FULL + 10, round(options.minutes * CHUNKS_PER_MINUTE))
+    denoiser, codec = build("1.3B"), WanVAECodec.random(device="cuda")
+    report: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "size": options.size, "rows": {}}
+    for name in names:
+        torch.cuda.empty_cache()
+        try:
+            found = long_stream(denoiser, codec, name, chunks=chunks, size=(int(height), int(width)))
+        except Exception as error:  # one method's failure must not hide the others' numbers
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {error}"}
+        report["rows"][name] = found
+        print(name, {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
+        if options.out:
+            write(options.out, report)
+    return 1 if any("error" in row for row in report["rows"].values()) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
