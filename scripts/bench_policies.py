@@ -9,6 +9,7 @@ pixels in host memory; a chunk is 12 frames, 0.75 s of video. "first" is the fir
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 import traceback
@@ -19,10 +20,11 @@ import torch
 
 from rcm.core.arguments import Arguments
 from rcm.encoders.wan_vae import WanVAECodec
-from rcm.inference.causal_flags import METHODS
+from rcm.inference.causal_flags import METHODS, policy_of
 from rcm.inference.outcome import command, writable_file
 from rcm.nets.denoiser import Denoiser
 from rcm.pipelines.session import Session
+from rcm.rollout.eviction.base import CachePolicy
 from scripts.bench_measure import GIB, write
 from scripts.bench_stream import RECIPES, build, engine, prompt
 
@@ -32,11 +34,10 @@ FULL = 40
 BOUNDED = [name for name in METHODS if name != "none"]
 
 
-def policy(name: str) -> Any:
+def policy(name: str) -> CachePolicy:
     """The method with the defaults of the command."""
-    method = METHODS[name]
-    given = {"cuts": ()} if name == "infinity_rope" else {}
-    return method.make(**method.flags, **given)
+    flags = argparse.Namespace(extrapolation_method=name, ntk_t=1.0, **METHODS[name].flags)
+    return policy_of(flags, cuts=frozenset(), reduce=None)
 
 
 def long_stream(denoiser: Denoiser, codec: WanVAECodec, name: str, *, chunks: int, size: tuple[int, int]) -> dict[str, Any]:
