@@ -2,15 +2,15 @@
 recipe, network and layout, beside what the planner says. Random weights at full size, made-up
 latents of 480p.
 
-    torchrun --nproc_per_node=4 --max-restarts=3 -m scripts.bench_scale --budget 520 --json scale.json
-    torchrun --nproc_per_node=1 -m scripts.bench_scale --rows tf_diffusion-1.3B-one --json scale.json
-    python -m scripts.bench_scale --plan-only --gpus 4 --gpu h100        # what fits, without a GPU
-    python -m scripts.bench_scale --report --json scale.json             # the table again, and scaling between its rows
+    torchrun --nproc_per_node=1 -m scripts.bench_scale --json scale.json
+    torchrun --nproc_per_node=4 --max-restarts=3 -m scripts.bench_scale --json scale.json
+    python -m scripts.bench_scale --plan-only --gpus 4 --gpu h100  # what fits; needs no GPU
+    python -m scripts.bench_scale --report --json scale.json  # all rows, and scaling between them
 
 Every row is composed as `scripts.train` composes it and runs in the trainer's own loop: every kind
-of iteration once to warm up, then `--repeats` times, the last of them under the profiler. Seconds
-of an iteration are the mean of the repetitions (their rollouts differ in length, on the mean as a
-whole cycle's) of the slowest rank; kinds are weighed by their share. Tokens are those of the
+of iteration once or twice to warm up, then `--repeats` times, the last of them under the profiler.
+Seconds are the median of the repetitions (their rollouts differ in length, two of them on the mean
+as a whole cycle's) of the slowest rank; kinds are weighed by their share. Tokens are those of the
 videos, 1560 per latent frame at 480p, not of packed halves. MFU: `scripts.bench_scale_flops`.
 "comm" is the share of the profiled iterations in which kernels of NCCL ran, "exposed" that in which
 nothing else did.
@@ -25,9 +25,8 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault(
-    "NCCL_NVLS_ENABLE", "0"
-)  # multicast over NVLink is not to be had on shared machines
+# multicast over NVLink is not to be had on shared machines; read when the first group is made
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
 import argparse
 import sys

@@ -1,15 +1,20 @@
 """Model FLOPs of a training iteration, and what share of a card's peak they are.
 
-MFU = F / (seconds x GPUs x 989.4e12): F are the model FLOPs of all samples of an iteration, 989.4 TFLOP/s the dense bfloat16 peak of an
-H100 or H200 (SXM). F counts two per multiply-add in the blocks of all passes that the objective needs (docs/reference/wan.md#cost;
-embeddings, head, norms and the optimiser are left out, under 1 percent), and nothing that is done twice to save memory: no recomputed
-block, no chunk of a rollout that is run again for its gradient. In units of one forward, with c the share of visible (query, key) pairs
-whose key is a constant (a cache):
+MFU = F / (seconds x GPUs x 989.4e12): F are the model FLOPs of all samples of an iteration, 989.4
+TFLOP/s the dense bfloat16 peak of an H100 or H200 (SXM). F counts two per multiply-add in the
+blocks of all passes that the objective needs (docs/reference/wan.md#cost; embeddings, head, norms
+and the optimiser are left out, under 1 percent), and nothing that is done twice to save memory: no
+recomputed block, no chunk of a rollout that is run again for its gradient. In units of one forward,
+with c the share of visible (query, key) pairs whose key is a constant (a cache):
 
     pass                linear layers, cross-attention    self-attention
-    without gradient    1                                 1        two products per pair: scores, result
-    tangent             2                                 3 - c    scores, theirs from q and from k; result, from scores and from v
-    with gradient       3                                 3 - c    backward 2 - c: gradients of v, scores, q, k (c: of scores and q alone)
+    without gradient    1                                 1
+    tangent             2                                 3 - c
+    with gradient       3                                 3 - c
+
+Self-attention without gradient is two products per pair: scores and result. Their tangents are four
+(scores from q and from k, result from scores and from v), the second of each only where keys have
+tangents; the gradients are four (of v, scores, q, k), the first and last only where keys have them.
 """
 
 from __future__ import annotations

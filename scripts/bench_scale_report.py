@@ -1,4 +1,6 @@
-"""What `scripts.bench_scale` writes and prints: the file of all rows, lines, and comparisons between rows."""
+"""What `scripts.bench_scale` writes and prints: the file of all rows, lines, and comparisons
+between rows.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,12 @@ GIB = 2**30
 
 
 class Ledger:
-    """The rows of a file, by name and number of ranks, written after each. `path` None: kept in memory alone.
+    """The rows of a file, by name and number of ranks, written after each. `path` None: kept in
+    memory alone.
 
-    A launch leaves rows that it does not measure as they are. A launch that torchrun started again goes on with what the
-    earlier process wrote: `done` are the rows that it need not repeat, the one that was running when it died among them,
-    with how they ended.
+    A launch leaves rows that it does not measure as they are. A launch that torchrun started again
+    goes on with what the earlier process wrote: `done` are the rows that it need not repeat, the
+    one that was running when it died among them, with how they ended.
     """
 
     def __init__(
@@ -67,7 +70,9 @@ class Ledger:
         self._write()
 
     def end(self, record: Mapping[str, Any]) -> None:
-        """Keep a row in place of an older one of its name and ranks, unless that was measured and this one was not run."""
+        """Keep a row in place of an older one of its name and ranks, unless that was measured and
+        this one was not run.
+        """
         self._launch["running"] = None
         self.done[record["row"]] = record["status"]
         old = next((r for r in self.records() if _key(r) == _key(record)), None)

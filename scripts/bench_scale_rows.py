@@ -1,4 +1,6 @@
-"""The rows of `scripts.bench_scale`: recipe, network and layout, as words of the command line of `scripts.train`."""
+"""The rows of `scripts.bench_scale`: recipe, network and layout, as words of the command line of
+`scripts.train`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ EXPERIMENTS = {
     "sf_dmd_replayed": "causal_wan2pt1_1pt3B_res480p_t2v_sf_dmd_c3-3_replayed",
     "rcm": "wan2pt1_{size}_res480p_t2v_rCM",
 }
-"""Recipe -> published experiment. Those without a size train the 1.3B student under 14B teachers; their 14B rows change the student."""
+"""Recipe -> published experiment. Those without a size train the 1.3B student under 14B teachers;
+their 14B rows change the student.
+"""
 
 SIZES = {"1.3B": "1pt3B", "14B": "14B"}
 LAYOUTS = {
@@ -33,7 +37,9 @@ LAYOUTS = {
     "ulysses4": (4, 1, 4),
     "hsdp": (4, 2, 1),
 }
-"""Layout -> (divisor of the number of ranks, copies of the parameters, ranks that share a sample). "one" is one rank."""
+"""Layout -> (divisor of the number of ranks, copies of the parameters, ranks that share a sample).
+"one" is one rank.
+"""
 
 NO_FILES = (
     "dataloader_train.kind=fake",
@@ -59,13 +65,15 @@ TIGHT = 0.94
 """Share of the card that a prediction may fill; beyond it the allocator runs short in practice."""
 
 LEAN = (f"{M}.ema.enabled=False",)
-"""What a row leaves out, and says so, where it does not fit as it is: the average can be taken over checkpoints."""
+"""What a row leaves out, and says so, where it does not fit as it is: the average can be taken over
+checkpoints.
+"""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. `variant` names what `words` change of the published experiment; `reduce`: dtype in which gradients are averaged,
-    "" for float32.
+    """One measurement. `variant` names what `words` change of the published experiment; `reduce`:
+    dtype in which gradients are averaged, "" for float32.
     """
 
     recipe: str
@@ -162,8 +170,8 @@ ROWS = (
 
 
 def chosen(patterns: str | None, *, ranks: int) -> tuple[Row, ...]:
-    """The rows that `ranks` ranks can run, in order, or those of them that `patterns` (names or globs, joined by commas) names, in its
-    order. `ConfigError` for a pattern that names none.
+    """The rows that `ranks` ranks can run, in order, or those of them that `patterns` (names or
+    globs, joined by commas) names, in its order. `ConfigError` for a pattern that names none.
     """
     possible = [row for row in ROWS if row.is_possible(ranks)]
     if patterns is None:
@@ -180,7 +188,8 @@ def chosen(patterns: str | None, *, ranks: int) -> tuple[Row, ...]:
 
 
 def composed(row: Row, *, ranks: int, tiny: bool, more: Iterable[str] = ()) -> Run:
-    """The run of a row with made-up data and random weights. `tiny`: every network and the video at a size for CPU tests.
+    """The run of a row with made-up data and random weights. `tiny`: every network and the video at
+    a size for CPU tests.
 
     `ConfigError` where the configuration refuses, a key it does not know included.
     """
@@ -202,7 +211,9 @@ def _compose(words: Sequence[str], ranks: int) -> Run:
 
 @dataclass(frozen=True)
 class Planned:
-    """A row as it will be run: its configuration, what the planner says of it, words that were left out to fit, and model FLOPs by role."""
+    """A row as it will be run: its configuration, what the planner says of it, words that were left
+    out to fit, and model FLOPs by role.
+    """
 
     row: Row
     run: Run
@@ -225,7 +236,9 @@ class Planned:
 def planned(
     row: Row, *, ranks: int, on: Card, tiny: bool, fused: bool, more: Sequence[str] = ()
 ) -> Planned:
-    """The row as it is, or, where that does not fit, without what `LEAN` leaves out. `ConfigError` for keys that are not known."""
+    """The row as it is, or, where that does not fit, without what `LEAN` leaves out. `ConfigError`
+    for keys that are not known.
+    """
     found = _planned(row, (), ranks=ranks, on=on, tiny=tiny, fused=fused, more=more)
     if found.prediction.reserved <= TIGHT * on.gib * 2**30:
         return found

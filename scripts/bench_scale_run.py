@@ -1,5 +1,5 @@
-"""One row of `scripts.bench_scale`: the run built as training builds it, with random weights, a few iterations of the trainer's own loop,
-and what was seen of them.
+"""One row of `scripts.bench_scale`: the run built as training builds it, with random weights, a few
+iterations of the trainer's own loop, and what was seen of them.
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ WARM = 100_000
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _MARKS = ("nccl:", "FSDP::", "Optimizer.", "ProfilerStep")
-"""How the profiler's own marks on a GPU's time line begin; kernels of NCCL are called ncclDevKernel..."""
+"""How the profiler's own marks on a GPU's time line begin; kernels of NCCL are called
+ncclDevKernel...
+"""
 
 
 @dataclass
 class Iteration:
-    """One iteration as a rank saw it: role, index of the role's update, seconds, peak bytes allocated
-    and reserved, how often the allocator had to give back memory first, and milliseconds of kernels
-    (empty where not profiled).
+    """One iteration as a rank saw it: role, index of the role's update, seconds, peak bytes
+    allocated and reserved, how often the allocator had to give back memory first, and milliseconds
+    of kernels (empty where not profiled).
     """
 
     role: str
@@ -57,8 +59,8 @@ class Iteration:
 
 @dataclass(frozen=True)
 class Attempt:
-    """How a row ended on this rank: "measured", "out of memory", "stopped" or "failed", why, and its
-    iterations without those that warmed up.
+    """How a row ended on this rank: "measured", "out of memory", "stopped" or "failed", why, and
+    its iterations without those that warmed up.
     """
 
     status: str
@@ -104,7 +106,9 @@ class Endless:
 
 
 class Watch:
-    """An observer of the trainer that measures every iteration, its data and update included; those of `profiled` with the profiler on."""
+    """An observer of the trainer that measures every iteration, its data and update included; those
+    of `profiled` with the profiler on.
+    """
 
     def __init__(
         self, phases: Sequence[Phase], *, meter: Meter, profiled: frozenset[int] = frozenset()
@@ -156,9 +160,10 @@ class Watch:
 
 
 def kernel_times(spans: Sequence[tuple[str, int, int]]) -> dict[str, float]:
-    """Milliseconds of GPU time from (name, begin, end) in nanoseconds, on any stream: `nccl_ms` during which a kernel of NCCL ran,
-    `exposed_ms` those of them in which nothing else did, `busy_ms` in which anything did, and by kind of collective the sums of
-    their kernels. Kernels of NCCL also wait for other ranks.
+    """Milliseconds of GPU time from (name, begin, end) in nanoseconds, on any stream: `nccl_ms`
+    during which a kernel of NCCL ran, `exposed_ms` those of them in which nothing else did,
+    `busy_ms` in which anything did, and by kind of collective the sums of their kernels. Kernels of
+    NCCL also wait for other ranks.
     """
     kinds: dict[str, float] = {}
     for name, begin, end in spans:
@@ -186,7 +191,9 @@ def _length(intervals: Sequence[tuple[int, int]]) -> float:
 
 
 def middle_indices(run: Run, repeats: int) -> list[int]:
-    """Update indices whose rollouts are, on the mean of an even number of `repeats`, as long as those of a whole cycle of step counts."""
+    """Update indices whose rollouts are, on the mean of an even number of `repeats`, as long as
+    those of a whole cycle of step counts.
+    """
     model = run.config.model.config
     cycle = (
         step_schedule(model).steps(0)
@@ -197,7 +204,9 @@ def middle_indices(run: Run, repeats: int) -> list[int]:
 
 
 def scripted_phases(run: Run, roles: Sequence[str], *, warm: int, repeats: int) -> list[Phase]:
-    """Each role `warm` times (kernels, optimiser states, the allocator's habits), then `repeats` times in turn."""
+    """Each role `warm` times (kernels, optimiser states, the allocator's habits), then `repeats`
+    times in turn.
+    """
     indices = middle_indices(run, repeats)
     return [
         Phase(role, index, WARM + number)
@@ -217,9 +226,11 @@ def attempt(
     profiled: bool = True,
     reduce: str = "",
 ) -> Attempt:
-    """Measure a run; what goes wrong is told, not raised, and nothing stays on the device. Collective.
+    """Measure a run; what goes wrong is told, not raised, and nothing stays on the device.
+    Collective.
 
-    The last repetition of every role is profiled. Iterations count behind the first `warm` of their role.
+    The last repetition of every role is profiled. Iterations count behind the first `warm` of their
+    role.
     """
     phases = scripted_phases(run, roles, warm=warm, repeats=repeats)
     last = (
@@ -273,7 +284,9 @@ def _train(
 
 
 def forget(device: torch.device) -> None:
-    """Give back what the last row left: graphs with cycles, gathered parameters, the allocator's cache."""
+    """Give back what the last row left: graphs with cycles, gathered parameters, the allocator's
+    cache.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

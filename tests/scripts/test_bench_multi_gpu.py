@@ -1,4 +1,5 @@
-"""Exactness of two and four ranks against one, by the script that shows it on GPUs, on gloo ranks."""
+"""Exactness of two and four ranks against one, by the script that shows it on GPUs, on gloo ranks.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def test_layouts_by_number_of_ranks() -> None:
 
 
 def test_a_wrong_gradient_cannot_hide() -> None:
-    """One entry of one tensor off, and a key's bias that cancels: the first counts, the second is named."""
+    """One entry of one tensor off, and a key's bias that cancels: the first counts, the second is
+    named.
+    """
     truth = {"grad.w": torch.ones(100), "grad.b": torch.full((1,), 1e-6), "v.0": torch.ones(3)}
     found = {**truth, "grad.w": truth["grad.w"].clone(), "grad.b": torch.full((1,), 2e-6)}
     found["grad.w"][7] = 2.0

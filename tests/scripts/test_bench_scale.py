@@ -1,5 +1,5 @@
-"""The scaling benchmark without GPUs: its FLOPs against hand counts, its clocks, its file, rows that
-run out of memory, and whole runs of tiny networks on gloo ranks.
+"""The scaling benchmark without GPUs: its FLOPs against hand counts, its clocks, its file, rows
+that run out of memory, and whole runs of tiny networks on gloo ranks.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def test_flops_of_teacher_forcing_by_hand() -> None:
 
 
 def test_flops_of_continuous_consistency_by_hand() -> None:
-    """Guided 14B teacher, clean half into the cache, noisy half with tangents over it, and the gradient."""
+    """Guided 14B teacher, clean half into the cache, noisy half with tangents over it, and the
+    gradient.
+    """
     packed, half = 2 * FRAMES * S, FRAMES * S
     teacher = 2 * (sum(products(**LARGE, tokens=packed)) + scores(**LARGE, pairs=2 * sum(BLOCKS)))
     context = sum(products(**SMALL, tokens=half)) + scores(**SMALL, pairs=sum(BLOCKS))
@@ -154,7 +156,8 @@ def test_rows_by_number_of_ranks_and_by_name() -> None:
 
 
 def test_what_a_row_says() -> None:
-    """Two ranks, a student and a fake score: the slowest rank counts, kinds weigh by their share."""
+    """Two ranks, a student and a fake score: the slowest rank counts, kinds weigh by their share.
+    """
     plan = plan_of("sf_dmd-1.3B-fsdp", ranks=2, tiny=True)
     kernels = {"nccl_ms": 500.0, "exposed_ms": 250.0, "busy_ms": 900.0}
     ends = [
