@@ -144,12 +144,18 @@ class Watch:
         self.meter.start()
         self._since = time.perf_counter()
 
+    def end(self) -> None:
+        """Leave a profiler that an error left running; the next one could not begin."""
+        if self._profile is not None:
+            self._profile.__exit__(None, None, None)
+            self._profile = None
+
     def _kernels(self) -> dict[str, float]:
         if self._profile is None:
             return {}
-        self._profile.__exit__(None, None, None)
-        events = self._profile.profiler.kineto_results.events()
-        self._profile = None
+        ended = self._profile
+        self.end()
+        events = ended.profiler.kineto_results.events()
         spans = [
             (event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
             for event in events
@@ -250,6 +256,7 @@ def attempt(
         found = Attempt(
             status, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
         )
+    watch.end()
     del watch, meter
     forget(device)
     return found
