@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ class Chosen:
 
 
 class LowRank(nn.Module):
-    """`strength` B A x, added to what the layer itself gives. `down` A [rank, in_features], `up` B [out_features, rank]."""
+    """The factors of one update, `strength` B A: `down` A [rank, in_features], `up` B [out_features, rank]."""
 
     def __init__(self, in_features: int, out_features: int, *, rank: int, strength: float) -> None:
         super().__init__()
@@ -53,34 +53,57 @@ class LowRank(nn.Module):
         self.down = nn.Parameter(torch.empty(rank, in_features))
         self.up = nn.Parameter(torch.empty(out_features, rank))
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """`y` [..., out_features] + strength B A `x` [..., in_features]; plain or dual."""
-        (x, x_dot), (y, y_dot) = unpack(x), unpack(y)
-        if x_dot is not None and y_dot is not None:
-            y_dot = self._added(x_dot, y_dot)
-        return pack(self._added(x, y), y_dot)
 
-    def _added(self, x: Tensor, y: Tensor) -> Tensor:
-        hidden = F.linear(x, self.down)
-        rows = torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), self.up.t(), alpha=self.strength)
-        return rows.view_as(y)
+def _merged(weight: Tensor, down: Tensor, up: Tensor, strength: float) -> Tensor:
+    """`weight` + strength B A, in its dtype. A product of its own kind: `mm_only` keeps the results of others, and these are weights."""
+    return torch.addbmm(weight, up.unsqueeze(0), down.unsqueeze(0), alpha=strength)
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """x (W + s B A)^T + b with gradients for x, A and B alone, and nothing kept but `x` and the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, strength: float) -> Tensor:
+        ctx.save_for_backward(x, weight, down, up)
+        ctx.strength = strength
+        return F.linear(x, _merged(weight, down, up, strength), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, down, up = ctx.saved_tensors
+        grad, s = grads[0], ctx.strength
+        x_grad = grad @ _merged(weight, down, up, s) if ctx.needs_input_grad[0] else None
+        rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
+        down_grad = s * ((rows @ up).t() @ inputs)
+        up_grad = s * (rows.t() @ F.linear(inputs, down))
+        return x_grad, None, None, down_grad, up_grad, None
 
 
 class AdaptedLinear(Linear):
-    """A frozen linear layer, its parameters shared with `layer`, with one `LowRank` per role."""
+    """A frozen linear layer, its parameters shared with `layer`, with one `LowRank` per role.
+
+    The update is added to the weight at every call: a few passes over the weight, where adding B A x to the result
+    would be as many over all tokens, which are much longer. It is rounded as a trained weight is before it is used.
+    """
 
     def __init__(self, layer: Linear, chosen: Chosen, *, roles: Iterable[str], rank: int, strength: float) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
         self.requires_grad_(False)
         self.chosen = chosen
-        sizes = layer.in_features, layer.out_features
-        self.adapters = nn.ModuleDict({role: LowRank(*sizes, rank=rank, strength=strength) for role in roles})
+        size = (layer.in_features, layer.out_features)
+        self.adapters = nn.ModuleDict({role: LowRank(*size, rank=rank, strength=strength) for role in roles})
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in_features] to [..., out_features]; plain or dual."""
-        y = super().forward(x)
-        return y if self.chosen.name is None else self.adapters[self.chosen.name](x, y)
+        if self.chosen.name is None:
+            return super().forward(x)
+        update = cast(LowRank, self.adapters[self.chosen.name])
+        factors = (update.down, update.up, update.strength)
+        if torch.is_grad_enabled():
+            return _AdaptedProduct.apply(x, self.weight, self.bias, *factors)
+        weight, (primal, tangent) = _merged(self.weight, *factors), unpack(x)
+        return pack(F.linear(primal, weight, self.bias), None if tangent is None else F.linear(tangent, weight))
 
 
 class AdaptedNet(nn.Module):
