@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _FULL = 1 << 16
@@ -44,11 +44,19 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text`, flushed to disk, at once: either the old file or the complete new one exists."""
-    with replacing(path) as partial, open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write `text` beside `path`, flush it to disk, and rename it into place."""
+    temporary = path.with_name(path.name + ".writing")
+    discard(temporary)  # whatever a killed process or another program left there, a link to elsewhere among it
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):  # the reason of the failure counts
+            discard(temporary)
+        raise
 
 
 def as_disk_full(error: BaseException, path: Path) -> OSError | None:
