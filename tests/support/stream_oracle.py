@@ -112,7 +112,7 @@ class View:
         self.prefix_tokens = sum(p.t.shape[1] for p in branch.layers[0] if p.seen)
         time, row, col = torch.meshgrid(torch.tensor(own), *(torch.arange(n) for n in grid), indexing="ij")
         self.where = tuple(x.reshape(1, -1).expand(batch, -1).double() for x in (time, row, col))
-        self.num_layers, self.keys, self.tables = branch.num_layers, "pre_rope", None
+        self.num_layers, self.keys, self.tables, self.times = branch.num_layers, "pre_rope", None, None
 
     def begin(self, layout: TokenLayout) -> None:
         count, total = self.where[0].shape[1], self.prefix_tokens + self.where[0].shape[1]
