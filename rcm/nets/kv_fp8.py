@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rcm.core.dual import in_dual_level
 from rcm.kernels.fp8_attention import api
-from rcm.kernels.fp8_attention.codes import Codes, Scales, new_codes, scales_of
+from rcm.kernels.fp8_attention.codes import GROUP, Codes, Scales, new_codes, scales_of
 from rcm.kernels.masks import MaskSpec
 from rcm.nets.kv_store import DenseStore, Pair, Spans
 
@@ -80,6 +80,11 @@ class Fp8Store(DenseStore):
         """See `DenseStore`."""
         held = [x for codes in self.codes if codes is not None for x in (codes.keys, codes.values)]
         return super().num_bytes() + sum(x.nbytes for x in (*held, *(x for scales in self._scales for x in scales or ())))
+
+    def code_bytes(self, *, batch: int, heads: int, width: int) -> int:
+        """Bytes of codes and scales once every layer was written, beside those of the plain tensors."""
+        room = -(-self.capacity // GROUP) * GROUP if self.turned else 0
+        return len(self.buffers) * (2 * batch * heads * room * width + 4 * heads * (1 + 3 * width))
 
     def state(self) -> Any:
         """See `DenseStore`."""

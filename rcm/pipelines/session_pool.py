@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rcm.core.errors import ConfigError, first_line
+from rcm.nets.kv_fp8 import Fp8Store
 from rcm.pipelines.from_checkpoint import LoadedModel
 from rcm.pipelines.session import Session, SwitchRefused
 from rcm.pipelines.stream_spec import Receipt, StreamedChunk
@@ -253,9 +254,11 @@ class SessionPool:
 
 def predicted_bytes(model: LoadedModel, session: Session) -> int:
     """Bytes of cache and decoder of a session whose window is full; a coded cache is counted as if it were plain, its upper bound."""
-    width, item = model.denoiser.net.config.dim, model.denoiser.compute_dtype.itemsize
+    config, item, batch = model.denoiser.net.config, model.denoiser.compute_dtype.itemsize, session.spec.batch
     caches = session.loop.cache.branches
-    cache = sum(2 * held.num_layers * held.capacity_tokens * width * item for held in caches) * session.spec.batch
+    cache = sum(2 * held.num_layers * held.capacity_tokens * config.dim * item for held in caches) * batch
+    stores = (held.store for held in caches)
+    cache += sum(s.code_bytes(batch=batch, heads=config.num_heads, width=config.head_dim) for s in stores if isinstance(s, Fp8Store))
     decoder = model.codec.stream()
     told = getattr(decoder, "bytes_for", None)
     return cache + (0 if told is None else told(batch=session.spec.batch, cells=session.spec.latent[1:]))

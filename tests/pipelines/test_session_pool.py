@@ -88,6 +88,14 @@ def test_guided_sessions_count_both_caches(model):
     assert guided.num_bytes() == predicted_bytes(model, guided)
 
 
+@pytest.mark.parametrize("keys", ["post_rope", "pre_rope"])
+def test_codes_of_attention_in_fp8_are_counted(model, keys):
+    plain, coded = (model.open([PROMPT], recipe=RECIPE, keys=keys, attention=a, **WINDOW) for a in ("net", "fp8"))
+    for _ in range(5):
+        coded.step()
+    assert coded.num_bytes() == predicted_bytes(model, coded) > predicted_bytes(model, plain)
+
+
 @pytest.mark.parametrize("mode", ["keep", "recache"])
 def test_the_latest_order_of_each_kind_wins_and_says_where_it_applies(model, mode):
     pool = SessionPool(model)
