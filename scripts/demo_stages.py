@@ -59,7 +59,7 @@ def branch(pattern: str) -> tuple[Stage, ...]:
     )
 
 
-SHORT = ("trainer.max_iter=560", "scheduler.cycle_length=530", "optimizer.lr=5.0e-3")
+SHORT = ("trainer.max_iter=1000", "scheduler.cycle_length=970", "optimizer.lr=3.0e-3", "dataloader_train.batch_size=8")
 QUICK = (Stage("tf_c1-1", "toy_tf_c1-1", overrides=SHORT, cost=(120, 14)),)
 """One method from random weights: the causal teacher alone, frame by frame. Too short for gates; shapes, colours and motion are there."""
 

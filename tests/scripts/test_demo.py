@@ -165,7 +165,7 @@ def test_ctrl_c_is_one_sentence_and_the_same_command_continues(tmp_path) -> None
     assert process.returncode == 130, said
     assert said == "stopped at stage 1 of 1 (tf_c1-1); the same command continues there, --fresh begins anew\n"
     saved = checkpointed_iteration(out / "runs" / "tf_c1-1")
-    total = round(0.4 * 560)
+    total = round(0.4 * 1000)
     assert saved is not None and 10 <= saved < total
     before = json.loads((out / FILE_NAME).read_text())["seconds"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=400)
