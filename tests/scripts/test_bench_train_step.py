@@ -59,8 +59,10 @@ def test_refuses_without_a_gpu(monkeypatch, capsys):
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "rows.json"
     write(str(path), {"rows": [1]})
-    with pytest.raises(TypeError):
-        write(str(path), {"rows": object()})
+    endless: list = []
+    endless.append(endless)
+    with pytest.raises(ValueError, match="Circular"):
+        write(str(path), {"rows": endless})
     assert json.loads(path.read_text()) == {"rows": [1]}
     assert [file.name for file in tmp_path.iterdir()] == ["rows.json"], "a half-written file stayed"
 
