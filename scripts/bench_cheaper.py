@@ -3,8 +3,7 @@
     python -m scripts.bench_cheaper [--json FILE] [--parts vae_cold,fp8_check,fp8_layers,...]
 
 Every part runs in a process of its own: an error of one is printed and leaves the others alone. A part whose check fails
-times nothing. Products are timed inside a CUDA graph over weights that together exceed the L2 cache, as a
-network's do.
+times nothing. Products are timed inside a CUDA graph over weights that together exceed the L2 cache, as a network's do.
 """
 
 from __future__ import annotations
