@@ -304,7 +304,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_record(record)
         print_comparison(records)
         return 0
-    rows = chosen(options.rows, ranks=ranks)
+    rows, unknown = chosen(options.rows, ranks=ranks)
+    if unknown and os.environ.get("RANK", "0") == "0":
+        told = f"--rows {','.join(unknown)}: no such row on {ranks} rank(s); the others run"
+        print(f"error: {told}", file=sys.stderr, flush=True)
     if options.list:
         for row in rows:
             print(
@@ -334,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = Bench(options, ranks=dist.get_world_size(), device=device, ledger=ledger).run(rows)
         if dist.get_rank() == 0:
             print_comparison(ledger.records())
-    return status
+    return status or int(bool(unknown))
 
 
 if __name__ == "__main__":

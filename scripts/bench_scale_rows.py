@@ -140,6 +140,7 @@ ROWS = (
     ),
     Row("tf_diffusion", "1.3B", "fsdp", "bf16_reduce", reduce="bfloat16"),
     Row("tf_diffusion", "14B", "ulysses4", "keep_attention", _KEEP),
+    Row("tf_scm", "14B", "ulysses4", "keep_attention", _KEEP),
     Row("sf_dmd_replayed", "14B", "ulysses4", "each", ("trainer.gradient_sync=each",)),
     Row(
         "tf_diffusion",
@@ -169,22 +170,26 @@ ROWS = (
 """In order of importance: a run stops where its budget does."""
 
 
-def chosen(patterns: str | None, *, ranks: int) -> tuple[Row, ...]:
+def chosen(patterns: str | None, *, ranks: int) -> tuple[tuple[Row, ...], list[str]]:
     """The rows that `ranks` ranks can run, in order, or those of them that `patterns` (names or
-    globs, joined by commas) names, in its order. `ConfigError` for a pattern that names none.
+    globs, joined by commas) names, in its order; and the patterns that name none, for lent machines
+    are too dear to be given back for a typing error. `ConfigError` if nothing is left.
     """
     possible = [row for row in ROWS if row.is_possible(ranks)]
     if patterns is None:
-        return tuple(possible)
+        return tuple(possible), []
     found: dict[str, Row] = {}
+    unknown: list[str] = []
     for pattern in patterns.split(","):
         named = [row for row in possible if fnmatchcase(row.name, pattern)]
-        if not named:
-            raise ConfigError(
-                f"--rows {pattern}: no such row on {ranks} rank(s); `--list` shows the names"
-            )
         found |= {row.name: row for row in named}
-    return tuple(found.values())
+        if not named:
+            unknown.append(pattern)
+    if not found:
+        raise ConfigError(
+            f"--rows {patterns}: no such row on {ranks} rank(s); `--list` shows the names"
+        )
+    return tuple(found.values()), unknown
 
 
 def composed(row: Row, *, ranks: int, tiny: bool, more: Iterable[str] = ()) -> Run:

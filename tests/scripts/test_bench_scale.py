@@ -144,12 +144,13 @@ def test_a_row_that_is_tight_is_planned_without_the_average() -> None:
 
 
 def test_rows_by_number_of_ranks_and_by_name() -> None:
-    assert {row.layout for row in chosen(None, ranks=1)} == {"one"}
-    assert {row.layout for row in chosen(None, ranks=2)} == {"fsdp", "ulysses2"}
-    assert {row.layout for row in chosen(None, ranks=4)} == {"fsdp", "ulysses2", "ulysses4", "hsdp"}
+    assert {row.layout for row in chosen(None, ranks=1)[0]} == {"one"}
+    assert {row.layout for row in chosen(None, ranks=2)[0]} == {"fsdp", "ulysses2"}
+    assert {row.layout for row in chosen(None, ranks=4)[0]} == {"fsdp", "ulysses2", "ulysses4", "hsdp"}
     names = [row.name for row in ROWS]
     assert len(set(names)) == len(names)
-    found = chosen("tf_scm-14B-ulysses4,tf_scm*,tf_diffusion-1.3B-hsdp", ranks=4)
+    found, unknown = chosen("tf_scm-14B-ulysses4,nothing,tf_scm*,tf_diffusion-1.3B-hsdp", ranks=4)
+    assert unknown == ["nothing"]
     assert found[0].name == "tf_scm-14B-ulysses4" and found[-1].name == "tf_diffusion-1.3B-hsdp"
     with pytest.raises(ConfigError, match="no such row on 2 rank"):
         chosen("tf_scm-14B-ulysses4", ranks=2)
