@@ -172,10 +172,9 @@ class _Kind(NamedTuple):
 
 
 class _Codes(NamedTuple):
-    """Codes that a pass reads, its own chunk included if it appends."""
+    """Codes that a pass reads, its own chunk included if it appends. `groups` is another object whenever their places are others."""
 
     kind: _Kind
-    pieces: tuple[Piece, ...]
     groups: Sequence[Group]
 
 
@@ -193,7 +192,7 @@ def _codes(branch: CacheView) -> _Codes | None:
         store.reserve(own.id, own.num_tokens)
     pieces = tuple(Piece(0, c.num_tokens, c.id, 0) for c in (*branch.visible, *([] if own is None else [own])))
     sizes = tuple(piece.stop for piece in pieces)
-    return _Codes(_Kind(own is not None, sizes, store.generation), pieces, store.groups(pieces))
+    return _Codes(_Kind(own is not None, sizes, store.generation), store.groups(pieces))
 
 
 class _Inputs:
@@ -208,6 +207,7 @@ class _Inputs:
         self._prompt: Condition | None = cond
         self.times: tuple[Tensor, ...] | None = None
         self._placed: tuple[Any, ...] | None = None
+        self._found: list[Sequence[Group] | None] = []
         self.query: RopeTable | None = None
         self.keys: dict[int, list[RopeTable]] = {}
         self.kinds: _Kinds | None = None
@@ -238,10 +238,11 @@ class _Inputs:
         self.kinds = kinds or None
         spans = branches[0].own_spans if not kinds else ((layout.context_tokens, layout.context_tokens + layout.num_tokens),)
         turned = tuple(b.keys == "pre_rope" and b.positions(layout).frames for b in branches)
-        placed = (spans, layout.frame_index, turned, tuple(found and found[:2] for found in codes))
-        if placed == self._placed:
+        placed, groups = (spans, layout.frame_index, turned, kinds), [found and found.groups for found in codes]
+        # chunks may have the ids of others that were dropped: a restart, a snapshot taken up again, a recache
+        if placed == self._placed and all(mine is new for mine, new in zip(self._found, groups, strict=True)):
             return
-        self._placed, at = placed, 0
+        self._placed, self._found, at = placed, groups, 0
         for start, stop in spans:
             torch.arange(start, stop, out=self.slots[at : at + stop - start])
             at += stop - start
