@@ -31,6 +31,7 @@ MUTANTS = {
     "center of the keys forgotten": (coding_kernels, "(x - center[None, :])", "x"),
     "keys in plain order": (coding_kernels, "row = (slot & ~15) + ((slot & 2) << 2) + ((slot & 12) >> 1) + (slot & 1)", "row = slot"),
     "slots forgotten": (coding_kernels, "slot = tl.load(slots_ptr + token, mask=token < length, other=0)", "slot = token"),
+    "a last block with a gap taken for a run": (coding_kernels, "(start + BLOCK_L <= length) &", "(start < length) &"),
     "a run begins elsewhere": (coding_kernels, "run = tl.multiple_of(first, 8) +", "run = first // 16 * 8 +"),
     "second batch forgotten": (coding_kernels, "pair = batch * heads + head", "pair = head"),
     "read at the token": (coding_kernels, "(slot if AT_SLOTS else token)", "token"),
@@ -70,10 +71,11 @@ def coding_error() -> float:
     """Codes of the kernels against those of the formulas: bytes that differ, and the deviation of query scales."""
     draw = torch.Generator().manual_seed(1)
     worst = 0.0
-    for at_slots, dtype in ((False, torch.float32), (True, torch.float16)):
-        k, v = (torch.randn(2, 85, 3, 24, generator=draw) + 2 * torch.randn(3, 24, generator=draw) for _ in range(2))
+    run = torch.cat([torch.arange(64, 98), torch.arange(2, 5), torch.arange(8, 56)])  # a run of 32, and others
+    gap = torch.cat([torch.arange(8, 20), torch.arange(32, 40)])  # 20 slots over a stretch of 32
+    for at_slots, dtype, slots in ((False, torch.float32, run), (True, torch.float16, run), (False, torch.float32, gap)):
+        k, v = (torch.randn(2, len(slots), 3, 24, generator=draw) + 2 * torch.randn(3, 24, generator=draw) for _ in range(2))
         q = torch.randn(2, 19, 3, 24, generator=draw).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
-        slots = torch.cat([torch.arange(64, 98), torch.arange(2, 5), torch.arange(8, 56)])  # a run of 32, and others
         scales = codes.scales_of(k, v)
         k[0, 3], v[1, 5] = 30 * k[0, 3], -40 * v[1, 5]  # beyond the headroom
         if at_slots:

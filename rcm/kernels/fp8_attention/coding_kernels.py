@@ -64,7 +64,7 @@ def code_pair(
         base, lines = values_ptr + pair * room * WIDTH, column[:, None] * room
         first = tl.load(slots_ptr + start).to(tl.int32)
         last = tl.load(slots_ptr + tl.minimum(start + BLOCK_L, length) - 1).to(tl.int32)
-        if (last - first == BLOCK_L - 1) & (first % 8 == 0):
+        if (start + BLOCK_L <= length) & (last - first == BLOCK_L - 1) & (first % 8 == 0):
             # a run: eight codes at once, where slots one by one would touch a sector of memory for every byte
             run = tl.multiple_of(first, 8) + tl.arange(0, BLOCK_L)
             tl.store(base + (lines + run[None, :]), turned, mask=known[:, None])
