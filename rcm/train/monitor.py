@@ -74,7 +74,7 @@ class HeartBeat:
 
     def __init__(self, path: str | Path, *, every: int, minutes: float = 20.0, clock: Callable[[], float] = time.monotonic) -> None:
         self.path, self.every, self.minutes, self._clock = Path(path), every, minutes, clock
-        self._lock, self._over = threading.Lock(), threading.Event()
+        self._lock, self._writing, self._over = threading.Lock(), threading.Lock(), threading.Event()
         self._watcher: threading.Thread | None = None
         self._seen = self._beat = (0, 0.0)  # iteration and time: of the last iteration, of the last beat
         self._told, self._stalled = 0.0, False
@@ -104,7 +104,7 @@ class HeartBeat:
         if was_stalled or state.iteration % self.every == 0:
             count, seconds = state.iteration - self._beat[0], now - self._beat[1]
             self._beat = (state.iteration, now)
-            self._write("training", seconds=seconds / count if count else None)
+            self._write_if_possible("training", seconds=seconds / count if count else None)
         if now - self._told >= 60 * self.minutes:
             self._told = now
             logger.info("heartbeat: at work on iteration {}", state.iteration + 1)
@@ -132,9 +132,11 @@ class HeartBeat:
                 )
                 self._write_if_possible("stalled")
 
-    def _write_if_possible(self, state: str) -> None:
+    def _write_if_possible(self, state: str, *, seconds: float | None = None) -> None:
         try:
-            self._write(state, seconds=None)
+            with self._writing:  # both threads write the file
+                if state != "stalled" or self._stalled:
+                    self._write(state, seconds=seconds)
         except OSError as error:  # the file is a sign, and must not end what it is a sign of
             logger.warning("heartbeat not written: {}", first_line(error))
 

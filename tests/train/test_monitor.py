@@ -88,15 +88,27 @@ def test_a_run_ends_its_watch(tmp_path: Path, ends: str) -> None:
     assert not any(thread.name == "heartbeat" for thread in threading.enumerate())
 
 
-def test_a_beat_that_cannot_be_written_does_not_end_the_watch(tmp_path: Path, told: list[str]) -> None:
+def test_a_beat_that_cannot_be_written_ends_neither_run_nor_watch(tmp_path: Path, told: list[str]) -> None:
     folder = tmp_path / "gone"
     folder.mkdir()
     beat = HeartBeat(folder / "heartbeat.json", every=1)
     beat.started(at(0))
     (folder / "heartbeat.json").unlink()
     folder.rmdir()
+    beat.stepped(at(1), is_main=True)
     beat.finished()
-    assert any("heartbeat not written" in line for line in told)
+    assert sum("heartbeat not written" in line for line in told) == 2
+
+
+def test_a_stall_that_is_over_is_not_written_any_more(tmp_path: Path) -> None:
+    """The two threads may come to the file in any order."""
+    beat = HeartBeat(tmp_path / "heartbeat.json", every=1)
+    beat.started(at(3))
+    beat._stalled = True
+    beat.stepped(at(4), is_main=True)
+    beat._write_if_possible("stalled")
+    assert json.loads((tmp_path / "heartbeat.json").read_text())["state"] == "training"
+    beat.finished()
 
 
 def test_figures_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
