@@ -57,6 +57,8 @@ def sampling_recipe(config: CommonModelConfig) -> SamplingRecipe | None:
         sigma_max=config.sigma_max,
         noisy_context=config.context_from_last_step,
         noisy_context_start_chunk=config.context_from_last_step_start_chunk,
+        window=config.long_tuning.window_blocks or None,
+        sinks=config.long_tuning.sink_blocks,
     )
 
 
@@ -85,7 +87,8 @@ class _Causal(_Parts):
         student = self.nets.trained("net")
         if c.training_type == "bidirectional":
             return BidirectionalDiffusion(student, law=c.p_G.build(), weight=self._weight(), loss_scale=c.loss_scale)
-        forcing = TeacherForcing(BlockPattern(c.first_chunk_t, c.chunk_t))
+        pattern, long = BlockPattern(c.first_chunk_t, c.chunk_t), c.long_tuning
+        forcing = TeacherForcing(pattern, long.window_blocks or None, long.sink_blocks)
         simple = {"law": c.p_G.build(), "weight": self._weight(), "loss_scale": c.loss_scale}
         match c.training_type:
             case "tf":
@@ -156,6 +159,7 @@ class _Causal(_Parts):
             context=self._context(),
             loss_scale=c.loss_scale_dmd,
             replayed=c.replayed_training,
+            rollout_frames=c.long_tuning.frames or None,
             nonfinite=self.nonfinite,
         )
 

@@ -36,6 +36,7 @@ def check(config: TrainConfig) -> None:
         _pattern(model)
         _stage(model)
         _rollout(model)
+        _long_tuning(model)
     else:
         _rcm(model)
     _data(config)
@@ -252,6 +253,27 @@ def _rollout(model: CausalConfig) -> None:
         blocks = BlockPattern(model.first_chunk_t, model.chunk_t).num_blocks(model.state_t)
         if start >= blocks:
             raise ConfigError(f"{M}.context_from_last_step_start_chunk={start} is beyond the last of {blocks} blocks (0 to {blocks - 1})")
+
+
+def _long_tuning(model: CausalConfig) -> None:
+    """Rollouts longer than what is judged fit the pattern, and have a window to be streamed with."""
+    long, knob = model.long_tuning, f"{M}.long_tuning"
+    if not long.frames:
+        if long.window_blocks or long.sink_blocks:
+            key = "window_blocks" if long.window_blocks else "sink_blocks"
+            raise ConfigError(f"{knob}.{key}={getattr(long, key)} has no effect while {knob}.frames=0 turns long tuning off")
+        return
+    if model.training_type != "sf_dmd":
+        raise ConfigError(f"{knob}.frames={long.frames} makes rollouts of sf_dmd longer; training_type={model.training_type} is another")
+    if long.frames < model.state_t:
+        raise ConfigError(f"{knob}.frames={long.frames} must be at least the judged {M}.state_t={model.state_t}, or 0: no long tuning")
+    if long.window_blocks < 1:
+        raise ConfigError(f"{knob}.window_blocks={long.window_blocks} must be at least 1, the chunk itself: it bounds the cache")
+    rest = (long.frames - model.first_chunk_t) % model.chunk_t
+    if rest:
+        fits = f"{long.frames - rest} or {long.frames - rest + model.chunk_t}"
+        pattern = BlockPattern(model.first_chunk_t, model.chunk_t).name
+        raise ConfigError(f"{knob}.frames={long.frames} does not split into blocks of {pattern}; nearest that fit: {fits}")
 
 
 def _times(key: str, times: tuple[float, ...], *, last: float) -> None:

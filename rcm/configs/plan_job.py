@@ -154,6 +154,8 @@ class _Causal:
             return (PhasePlan("student", passes(), terms=2 if kind == "tf_dscm" else 1),)
         if kind not in SELF_FORCED:
             raise ConfigError(f"the planner does not know the passes of training_type={kind}")
+        if model.long_tuning.frames:
+            raise ConfigError("the planner does not know rollouts longer than state_t; leave out model.config.long_tuning")
         joint = self.continuous() if kind == "tf_scm_sf_dmd" else ()
         terms = (len(self.chunks) if model.replayed_training else 1) + bool(joint)
         critic = (self.rollout(last_with_gradient=False), Pass("fake score", "fake_score", "train", self.whole))

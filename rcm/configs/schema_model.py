@@ -84,6 +84,15 @@ class LoRAConfig:
 
 
 @dataclass(frozen=True)
+class LongTuningConfig(Record):
+    """Self-forced rollouts longer than what is judged, over a cache that is bounded (Causal_rCM.md section 6)."""
+
+    frames: int = within(0, least=0, most=2**16)  # longest rollout in latent frames, of which state_t are judged; 0 = off
+    window_blocks: int = within(0, least=0, most=2**16)  # blocks that a chunk sees, its own included, beside the sinks
+    sink_blocks: int = within(0, least=0, most=2**16)  # first blocks, which stay visible
+
+
+@dataclass(frozen=True)
 class TokenizerConfig:
     """The video codec of the latents: training reads latents, the codec decodes samples and is recorded in checkpoints."""
 
@@ -206,6 +215,7 @@ class CausalConfig(CommonModelConfig):
     backward_timesteps: tuple[float, ...] = (15 / 16, 5 / 6, 5 / 8)  # RF times after t = 1 in a rollout
     shift3_backward: bool = False  # use (0.9, 0.75, 0.5) instead (resolved away by compose)
     replayed_training: bool = False  # back-propagate one block at a time (sf_dmd)
+    long_tuning: LongTuningConfig = field(default_factory=LongTuningConfig)  # sf_dmd; its checkpoints are streamed with the same window
     sf_simulation_steps_per_chunk: tuple[int, ...] = ()  # largest step count per chunk, last repeats; () = max_simulation_steps_fake
     sf_backward_timestep_schedules: tuple[tuple[float, ...], ...] = ()  # RF times per entry above; () = from backward_timesteps
     context_from_last_step: bool = False  # noisy context: keep the KV of the last denoising input

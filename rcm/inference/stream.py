@@ -211,7 +211,8 @@ def _told(recipe: Any) -> str:
     steps = " ".join(str(len(entry) + 1) for entry in recipe.mids)
     times = "; ".join(", ".join(f"{t:.4g}" for t in entry) or "none" for entry in recipe.mids)
     context = f"noisy context from chunk {recipe.noisy_context_start_chunk}" if recipe.noisy_context else "clean context"
-    return f"pattern {recipe.pattern}, steps per chunk {steps} (mid times {times}), {context}"
+    seen = "" if recipe.window is None else f", a window of {recipe.window} blocks beside {recipe.sinks} sinks"
+    return f"pattern {recipe.pattern}, steps per chunk {steps} (mid times {times}), {context}{seen}"
 
 
 def _record(

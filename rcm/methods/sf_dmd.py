@@ -7,7 +7,7 @@ section 6).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,37 +23,22 @@ from rcm.losses.term import LossTerm, NonFinitePolicy
 from rcm.methods.base import Phase, Thunk
 from rcm.methods.draws import draw_noise, draw_times
 from rcm.methods.schedule import Alternation
+from rcm.methods.self_rollout import OwnVideo, SelfRollout
 from rcm.methods.teacher_forcing import TeacherForcing
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.layout import TokenLayout
-from rcm.rollout.autoregressive import Cache, Canvas, ChunkResult, rollout
-from rcm.rollout.eviction.base import CachePolicy
-from rcm.rollout.eviction.sliding_window import SlidingWindow
-from rcm.rollout.noise import VideoNoise
-from rcm.rollout.plan import ContextRule, StepSchedule, training_plan
+from rcm.rollout.autoregressive import ChunkResult
+from rcm.rollout.plan import ContextRule, StepSchedule
 from rcm.rollout.replay import replay_chunk
-from rcm.samplers.steps import ConsistencyStep
-
-
-@dataclass
-class _Rollout:
-    """A finished rollout: its chunks in order, the canvas and the cache they were written on."""
-
-    canvas: Canvas
-    cache: Cache
-    chunks: list[ChunkResult] = field(default_factory=list)
-
-    @property
-    def video(self) -> torch.Tensor:
-        return torch.cat([chunk.x0 for chunk in self.chunks], dim=2)
 
 
 class SelfForcedDMD:
     """`sf_dmd`: student phases move the rollout along the score difference, fake-score phases fit the critic to fresh rollouts.
 
     `schedule` gives the step counts per chunk (non-increasing); update k rolls out (k mod max) + 1 steps. `replayed` recomputes one chunk
-    at a time for the gradient: equal gradients, activation memory of one chunk. The latents of a batch give the shape only.
+    at a time for the gradient: equal gradients, activation memory of one chunk. `rollout_frames`: rollouts of up to that many frames, of
+    which a window is judged (`SelfRollout`). The latents of a batch give the shape only.
     """
 
     name = "sf_dmd"
@@ -71,11 +56,13 @@ class SelfForcedDMD:
         context: ContextRule = ContextRule(),
         loss_scale: float = 1.0,
         replayed: bool = False,
+        rollout_frames: int | None = None,
         nonfinite: NonFinitePolicy = "propagate",
     ) -> None:
         schedule.require_non_increasing("model.config.sf_simulation_steps_per_chunk")
         self.student, self.teacher, self.fake_score = student, teacher, fake_score
-        self.forcing, self.schedule, self.law, self.alternation, self.context = forcing, schedule, law, alternation, context
+        self.rollout = SelfRollout(student, forcing, schedule, context, rollout_frames)
+        self.law, self.alternation = law, alternation
         self.loss_scale, self.replayed, self.nonfinite = loss_scale, replayed, nonfinite
 
     @property
@@ -97,29 +84,8 @@ class SelfForcedDMD:
         else:
             yield from self._replayed_terms(phase, cond, like, rng)
 
-    def _roll(self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng, *, grad: bool) -> _Rollout:
-        """A video of the shape and precision of `like` (its values are not used)."""
-        shape = like.shape
-        plans = training_plan(self.forcing.pattern, shape[2], self.schedule, index=phase.index, context=self.context)
-        grid = self.student.token_grid(shape[3], shape[4])
-        canvas = Canvas(grid, self._policy)
-        out = _Rollout(canvas, self.student.new_cache(num_frames=shape[2], grid=grid))
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        noise = VideoNoise.for_plans(plans, shape, generator=rng.generator("rollout"), dtype=dtype, device=like.device)
-        with torch.set_grad_enabled(grad):
-            chunks = rollout(
-                self.student,
-                cond,
-                plans,
-                canvas=canvas,
-                noise=noise,
-                rule=ConsistencyStep(),
-                cache=out.cache,
-                grad="last_step" if grad else "none",
-                commit_last=False,
-            )
-            out.chunks.extend(chunks)
-        return out
+    def _roll(self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng, *, grad: bool) -> OwnVideo:
+        return self.rollout(cond, like, rng, index=phase.index, grad=grad)
 
     def _student_term(self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng) -> LossTerm:
         video = self._roll(phase, cond, like, rng, grad=True).video
@@ -132,8 +98,8 @@ class SelfForcedDMD:
 
         def term(chunk: ChunkResult) -> LossTerm:
             x0 = replay_chunk(self.student, cond, chunk, canvas=rolled.canvas, cache=rolled.cache)
-            part = target[:, :, chunk.plan.start : chunk.plan.stop]
-            found = dmd_loss(x0, part, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name)
+            part = target[:, :, rolled.part(chunk.plan)]
+            found = dmd_loss(rolled.judged(chunk.plan, x0), part, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name)
             share = part.shape[2] / target.shape[2]  # the step adds up the logs of its terms: together they are the video's
             return replace(found, logs={key: value * share for key, value in found.logs.items()})
 
@@ -156,13 +122,6 @@ class SelfForcedDMD:
         eps = draw_noise(rng, "critic/noise", video.shape, video.device)
         v_fake = self.fake_score.velocity(rf_noise(video, eps, t), t, cond, self._whole(video))
         return causal_critic_loss(v_fake, video, eps, nonfinite=self.nonfinite)
-
-    @property
-    def _policy(self) -> CachePolicy:
-        """What a chunk of the rollout sees; nothing is dropped, since replayed chunks look back."""
-        if self.forcing.window is None:
-            return CachePolicy()
-        return SlidingWindow(self.forcing.window, self.forcing.sinks, keep=True)
 
     def _whole(self, x: torch.Tensor) -> TokenLayout:
         return TokenLayout.bidirectional(x.shape[2], grid=self.fake_score.token_grid(x.shape[3], x.shape[4]))

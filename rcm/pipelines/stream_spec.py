@@ -15,6 +15,8 @@ from rcm.rollout.eviction.base import CachePolicy
 from rcm.rollout.recipe import SamplingRecipe
 
 SwitchMode = Literal["keep", "recache"]
+AS_TRAINED = CachePolicy()
+"""In place of a policy: that of the recipe."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class StreamSpec:
     num_frames    latent frames, given ones included; None: without end.
     noise         "chunk": keyed by `seed` and chunk. "video": the release's order, all of it drawn up front by `generator` (default: one
                   seeded with `seed` on `draw_on`); needs `num_frames`.
-    policy        what the cache keeps; a stream without end needs one that bounds it. `kv_codec`, `hot_chunks`: how it is stored.
+    policy        what the cache keeps (default: as the recipe says); a stream without end needs one that bounds it. `kv_codec`,
+                  `hot_chunks`: how it is stored.
     keys          stored before or after rotation; None: as the policy wants. Quantised keys are better off unrotated.
     attention     over the cache: "net", by the network's back end, or "fp8", over codes kept beside a plain cache (H100, H200; inexact).
     graphs        "on": passes are captured as CUDA graphs and replayed; "off": launched one by one, the reference.
@@ -102,7 +105,7 @@ class StreamSpec:
     noise: Literal["chunk", "video"] = "chunk"
     generator: torch.Generator | None = None
     draw_on: torch.device | str = "cpu"
-    policy: CachePolicy = CachePolicy()
+    policy: CachePolicy = AS_TRAINED
     keys: Keys | None = None
     attention: Attention = "net"
     kv_codec: KVCodec | None = None
@@ -114,6 +117,8 @@ class StreamSpec:
     decode_ranks: int | None = None
 
     def __post_init__(self) -> None:
+        if self.policy is AS_TRAINED:
+            object.__setattr__(self, "policy", self.recipe.policy)
         if self.noise not in ("chunk", "video"):
             raise ConfigError(f"noise={self.noise!r} is not one of 'chunk', 'video'")
         if self.graphs not in ("on", "off"):

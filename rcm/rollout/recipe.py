@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from rcm.core.errors import ConfigError
 from rcm.diffusion.blocks import BlockPattern
+from rcm.rollout.eviction.base import CachePolicy
+from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.plan import ChunkPlan, ContextRule, StepSchedule, block_plan, ode_block_plan
 from rcm.samplers.schedule import CAUSAL_MID_TIMES, initial_time, shifted_grid
 from rcm.samplers.steps import ConsistencyStep, EulerStep, StepRule
@@ -22,7 +24,8 @@ class SamplingRecipe:
     """Sampling of a causal network.
 
     kind "few_step": consistency steps along `mids` (per chunk, last repeats; see StepSchedule). kind "ode": Euler over `ode_steps` with
-    `shift` and guidance. `pattern` is a name such as "c3-3"; `sigma_max` sets the first time sigma/(sigma+1).
+    `shift` and guidance. `pattern` is a name such as "c3-3"; `sigma_max` sets the first time sigma/(sigma+1). `window`, `sinks`: what a
+    chunk was trained to see, in blocks (`SlidingWindow`); None: all of the past.
     """
 
     kind: Literal["few_step", "ode"]
@@ -34,12 +37,23 @@ class SamplingRecipe:
     ode_steps: int = 50
     shift: float = 3.0
     guidance: float = 1.0
+    window: int | None = None
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in ("few_step", "ode"):
             raise ConfigError(f"sampling kind {self.kind!r} is not one of 'few_step', 'ode'")
         BlockPattern.parse(self.pattern)
         StepSchedule(self.mids)
+        if self.window is not None:
+            SlidingWindow(self.window, self.sinks)
+        elif self.sinks:
+            raise ConfigError(f"sinks={self.sinks} are what stays visible beyond a window; give window, or leave sinks at 0")
+
+    @property
+    def policy(self) -> CachePolicy:
+        """What of the past is kept and seen, as trained."""
+        return CachePolicy() if self.window is None else SlidingWindow(self.window, self.sinks)
 
     @property
     def blocks(self) -> BlockPattern:
@@ -92,7 +106,8 @@ class SamplingRecipe:
         not.
         """
         found = []
-        for name, knob in (("pattern", "first_chunk_t / chunk_t"), ("kind", "--distilled"), ("noisy_context", "--context_from_last_step")):
+        knobs = {"pattern": "first_chunk_t / chunk_t", "kind": "--distilled", "noisy_context": "--context_from_last_step"}
+        for name, knob in (knobs | {"window": "SamplingRecipe.window", "sinks": "SamplingRecipe.sinks"}).items():
             mine, theirs = getattr(self, name), getattr(trained, name)
             if mine != theirs:
                 found.append(f"{name}: the checkpoint was trained for {theirs!r}, the sampler asks for {mine!r} ({knob})")
@@ -108,8 +123,9 @@ class SamplingRecipe:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready dict."""
-        return asdict(self)
+        """Plain JSON-ready dict; of a window only where there is one."""
+        absent = ("window", "sinks") if self.window is None else ()
+        return {key: value for key, value in asdict(self).items() if key not in absent}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SamplingRecipe:

@@ -86,8 +86,9 @@ def make_offer(flags: argparse.Namespace, model: LoadedModel) -> Any:
         stage = model.description.stage
         raise ConfigError(f"{model.source} samples whole videos (stage {stage}); only causal checkpoints can be served")
     graphs = flags.graphs == "on" or (flags.graphs == "auto" and model.device.type == "cuda")
-    window = flags.window or max(1, _trained_blocks(model) - flags.sinks)
-    options: dict[str, Any] = {"policy": SlidingWindow(window, flags.sinks), "seed": flags.seed}
+    sinks = recipe.sinks if flags.sinks is None else flags.sinks
+    window = flags.window or recipe.window or max(1, _trained_blocks(model) - sinks)
+    options: dict[str, Any] = {"policy": SlidingWindow(window, sinks), "seed": flags.seed}
     if graphs:
         options |= {"graphs": "on", "look_ahead": True, "first_alone": True}
     words = tuple(getattr(model.text, "words", ()))
@@ -149,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", metavar="TEXT", help="what a stream begins with [the first preset of the page]")
     add("--seed", type=int, default=0)
     add("--window", type=int, metavar="N", help="blocks that a chunk sees, its own included [as many as in training]")
-    add("--sinks", type=int, default=0, metavar="N", help="first blocks that stay visible [%(default)s]")
+    add("--sinks", type=int, metavar="N", help="first blocks that stay visible [as many as in training]")
     add("--fps", type=float, help="pictures per second [as trained]")
     add("--format", choices=("auto", "jpeg", "webp", "png"), default="auto", help="of pictures [png for small ones, else jpeg]")
     add("--quality", type=int, default=85, help="of jpeg and webp, 1 to 100 [%(default)s]")

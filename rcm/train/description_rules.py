@@ -114,6 +114,8 @@ RECIPE: dict[str, Rule] = {
     "ode_steps": whole(1, 10_000),
     "shift": _SHIFT,
     "guidance": _GUIDANCE,
+    "window": optional(whole(1, 1 << 20)),
+    "sinks": whole(0, 1 << 20),
 }
 SAMPLER: dict[str, Rule] = {
     "kind": one_of("ode", "rcm_few_step"),

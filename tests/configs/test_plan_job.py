@@ -10,6 +10,7 @@ import pytest
 from rcm.configs import registry_distill
 from rcm.configs.compose import Run, compose_run
 from rcm.configs.plan_job import Rollouts, plan_job
+from rcm.core.errors import ConfigError
 from rcm.train.planner_job import Job, Pass
 from rcm.train.planner_memory import PassMemory
 
@@ -52,6 +53,11 @@ def test_replayed_rollouts_back_propagate_chunk_by_chunk():
     assert [len(steps) for steps in trained] == [1, 7] and trained[0][0].layouts == tuple(step.layouts[0] for step in trained[1])
     assert (plain.phases[0].terms, replayed.phases[0].terms) == (1, 7)
     assert job(SMALL + "tf_scm_sf_dmd_c3-3_replayed").phases[0].terms == 8
+
+
+def test_rollouts_longer_than_what_is_judged_are_refused_by_name():
+    with pytest.raises(ConfigError, match="does not know rollouts longer than state_t; leave out model.config.long_tuning"):
+        job("toy_sf_dmd_long_c3-3")
 
 
 def test_guidance_doubles_the_teachers_passes():

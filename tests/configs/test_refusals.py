@@ -157,6 +157,23 @@ REFUSED_ROLLOUTS = {
     ),
     "noisy context before the start": ([M + "context_from_last_step_start_chunk=-1"], r"start_chunk=-1 must be >= 0"),
     "critic never trained": ([M + "student_update_freq=1"], r"student_update_freq=1 never trains the fake score"),
+    "window without long rollouts": ([M + "long_tuning.window_blocks=2"], r"long_tuning.window_blocks=2 has no effect while .*frames=0"),
+    "sinks without long rollouts": ([M + "long_tuning.sink_blocks=1"], r"long_tuning.sink_blocks=1 has no effect while .*frames=0"),
+    "negative rollout": ([M + "long_tuning.frames=-3"], r"model.config.long_tuning.frames=-3 must be at least 0"),
+    "short long rollout": ([M + "long_tuning.frames=6"], r"long_tuning.frames=6 must be at least the judged model.config.state_t=9"),
+    "long rollout without a window": ([M + "long_tuning.frames=21"], r"long_tuning.window_blocks=0 must be at least 1"),
+    "long rollout in broken blocks": (
+        [M + "long_tuning={frames:22,window_blocks:2}"],
+        r"long_tuning.frames=22 does not split into blocks of c3-3; nearest that fit: 21 or 24",
+    ),
+    "long rollout of another stage": (
+        ["experiment=toy_tf_c3-3", M + "long_tuning={frames:21,window_blocks:2}"],
+        r"long_tuning.frames=21 makes rollouts of sf_dmd longer; training_type=tf",
+    ),
+    "long rollout beside a consistency term": (
+        ["experiment=toy_tf_scm_sf_dmd_c3-3", M + "long_tuning={frames:21,window_blocks:2}"],
+        r"long_tuning.frames=21 makes rollouts of sf_dmd longer; training_type=tf_scm_sf_dmd",
+    ),
     "no critic": ([M + "net_fake_score=null"], r"net_fake_score is null, but training_type=sf_dmd uses it"),
     "other text": ([M + "net_fake_score.text_len=16"], r"net_fake_score.text_len=16 differs from the student's 8"),
 }

@@ -83,6 +83,17 @@ def test_two_ranks_equal_one_and_resume_exactly(tmp_path: Path) -> None:
     assert same(everything(tmp_path / "dmd_parts"), everything(tmp_path / "dmd_context"))
 
 
+def test_long_rollouts_are_as_long_on_every_rank(tmp_path: Path) -> None:
+    """Sharded ranks gather weights together: a place drawn for each data rank would leave one of them waiting."""
+    start, long = write_network(tmp_path / "start.safetensors", seed=3), M + "long_tuning={frames:18,window_blocks:2,sink_blocks:1}"
+    assert launch(*dmd(tmp_path / "one", start, long)) == 0
+    parts = {"context": [CONTEXT], "shard": [SHARD], "replica": []}
+    commands = [dmd(tmp_path / name, start, long, *more) for name, more in parts.items()]
+    assert run_ranks(2, exit_codes, commands, tmp_path=tmp_path) == [[0] * 3] * 2
+    close(tmp_path / "context", tmp_path / "one", rel=1e-6)
+    close(tmp_path / "shard", tmp_path / "replica", rel=1e-6)
+
+
 def test_torchrun_starts_the_published_form(tmp_path: Path) -> None:
     """`torchrun --nproc_per_node=2 -m scripts.train --config=... -- experiment=... model_parallel.context_parallel_size=2`."""
     one, two = tmp_path / "one", tmp_path / "two"

@@ -85,6 +85,8 @@ STAGES = {
     "sf_dmd 1 step": self_forced("toy_sf_dmd_1step_c1-1"),
     "sf_dmd replayed": self_forced("toy_sf_dmd_2step_c1-4_replayed"),
     "sf_dmd noisy": self_forced("toy_sf_dmd_2step_noisy_ctx_c1-4"),
+    "sf_dmd long": self_forced("toy_sf_dmd_long_c3-3"),
+    "sf_dmd long replayed": self_forced("toy_sf_dmd_long_c1-4_replayed"),
     "joint": Stage(
         "toy_tf_scm_sf_dmd_c3-3", (*SELF_FORCED, "net_causal_teacher"), JOINT, student=frozenset({"tf_scm", "sf_dmd"}), critic=True
     ),
@@ -147,6 +149,8 @@ def test_every_method_trains(tmp_path: Path, starts: dict[str, Path], name: str)
         assert not unmoved(stored(starts[stage.feeds.get("fake_score_ckpt", BIDIRECTIONAL)]), weights(job, "fake_score"))
     described = json.loads((job / "checkpoints/iter_000000004/rcm.json").read_text())
     assert (described["pattern"], described["iteration"], described["experiment"]) == (stage.pattern, 4, stage.experiment)
+    recipe = described["extra"]["recipe"] or {}
+    assert (recipe.get("window"), recipe.get("sinks")) == ((2, 1) if "_long_" in stage.experiment else (None, None))
 
 
 NOISY_PAIRS = {

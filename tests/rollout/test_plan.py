@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from rcm.core.errors import ConfigError
 from rcm.diffusion.blocks import BlockPattern
+from rcm.pipelines.stream_spec import StreamSpec
+from rcm.rollout.eviction.base import CachePolicy
+from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.noise import VideoNoise
 from rcm.rollout.plan import ContextRule, StepSchedule, inference_plan, ode_block_plan, training_plan
 from rcm.rollout.recipe import SamplingRecipe
@@ -87,7 +92,7 @@ def test_training_refuses_growing_step_counts():
 
 def test_recipe_round_trip_and_contradictions():
     trained = SamplingRecipe(kind="few_step", pattern="c3-3", mids=(FOUR, TWO))
-    assert SamplingRecipe.from_dict(trained.to_dict()) == trained
+    assert SamplingRecipe.from_dict(trained.to_dict()) == trained and "window" not in trained.to_dict()
     assert trained.with_steps(4, 1).contradictions(trained) == []
     other = SamplingRecipe(kind="few_step", pattern="c1-1", mids=(FOUR,), noisy_context=True)
     with pytest.raises(ConfigError, match="pattern.*c3-3.*c1-1"):
@@ -95,6 +100,19 @@ def test_recipe_round_trip_and_contradictions():
     assert len(other.require_compatible(trained, allow=True)) == 2
     with pytest.raises(ConfigError, match="unknown keys"):
         SamplingRecipe.from_dict({"kind": "few_step", "pattern": "c1-1", "steps": 4})
+
+
+def test_a_recipe_records_what_a_chunk_was_trained_to_see():
+    trained = SamplingRecipe(kind="few_step", pattern="c3-3", mids=(FOUR, TWO), window=3, sinks=1)
+    assert SamplingRecipe.from_dict(trained.to_dict()) == trained == trained.with_steps(4, 2)
+    assert trained.policy == SlidingWindow(3, 1)
+    assert StreamSpec(trained, (4, 2, 2)).policy == SlidingWindow(3, 1)  # bounded, so it may be without end
+    assert type(StreamSpec(trained, (4, 2, 2), num_frames=6, policy=CachePolicy()).policy) is CachePolicy
+    with pytest.raises(ConfigError, match="window: the checkpoint was trained for 3, the sampler asks for None"):
+        replace(trained, window=None, sinks=0).require_compatible(trained)
+    for changes, message in (({"window": 0}, "window=0 blocks"), ({"window": None}, "sinks=1 are what stays visible beyond a window")):
+        with pytest.raises(ConfigError, match=message):
+            replace(trained, **changes)
 
 
 def test_other_step_counts_keep_the_trained_times():
