@@ -331,8 +331,17 @@ def examine(device: torch.device, *, quick: bool = False) -> Iterator[tuple[str,
     if spread():
         sections |= {"ranks": agreement(_facts(device)), "links": links(device)}
     for name, findings in sections.items():
-        for finding in findings:
+        for finding in findings if name in ("ranks", "links") else _to_its_end(name, findings):
             yield name, finding
+
+
+def _to_its_end(section: str, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """`findings` of this rank alone; what breaks on the way is one itself, and the other sections go on."""
+    try:
+        yield from findings
+    except Exception as error:
+        told = f"broke off: {first_line(error)}"
+        yield Finding("fault", section, told, "put this right first; what follows in this section was not looked at")
 
 
 @command

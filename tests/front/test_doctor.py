@@ -36,6 +36,17 @@ def test_a_fault_is_told_and_ends_with_status_1(monkeypatch: pytest.MonkeyPatch,
     assert "1 faults" in said
 
 
+def test_a_section_that_breaks_is_a_fault_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A driver that torch cannot ask, a launcher's variable that is no number."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "two")
+    assert doctor.main(["--quick"]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"fault +machine +broke off: ValueError: invalid literal.*'two'\n +-> ", said)
+    assert "\ncard\n" in said and "1 faults" in said
+
+
 def test_back_ends_are_named_with_what_is_missing() -> None:
     [finding] = [f for f in doctor.kernels(torch.device("cpu")) if f.name == "attention"]
     usable, missing = finding.found.split("; not here: ")
