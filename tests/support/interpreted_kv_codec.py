@@ -49,7 +49,7 @@ MUTANTS = {
     "zero forgotten": ("value += _stored(_at(row, 2, scales), group, known, E4M3)", "value += 0.0", "rcm int4 channel asymmetric"),
     "bytes reversed": ("if HIGH_FIRST else BITS * place\n", "if not HIGH_FIRST else BITS * place\n", "rcm int2 channel"),
     "scale of a tile": ("first = tl.program_id(0) * (TOKENS * per_byte) // GROUP", "first = tl.program_id(0)", "tiles in a group of int8"),
-    "tokens of a byte": ("* PLACES + place)[:, None]", "* PLACES)[:, None]", "rcm int4 channel"),
+    "tokens of a byte": ("* PLACES + place\n", "* PLACES\n", "rcm int4 channel"),
     "angles of a head": ("% (D // 2))[None, :]", ")[None, :]", "several none int4"),
     "groups of a row": ("tile * (COLS // GROUP) + tl.arange", "tl.arange", "rcm fp8 token"),
     "sign of four bits": ("tl.where(code >= 8, -0.5 * half, 0.5 * half)", "0.5 * half", "rcm fp4 token"),
