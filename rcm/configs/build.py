@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +137,10 @@ def description(
     codec, text = described_pieces(model, words=words)
     return Description(
         stage=model.training_type if isinstance(model, CausalConfig) else "rcm",
-        network=asdict(wan_config(model.net)),
+        network=wan_config(model.net).to_dict(),
         network_name=model.net.preset,
         pattern=BlockPattern(model.first_chunk_t, model.chunk_t).name if causal else None,
-        schedule=[list(entry) for entry in recipe.mids] if recipe is not None and recipe.kind == "few_step" else None,
+        schedule=[list(entry) for entry in recipe.mids] if recipe is not None and recipe.kind != "ode" else None,
         noisy_context={"start_chunk": recipe.noisy_context_start_chunk} if recipe is not None and recipe.noisy_context else None,
         sigma_max=model.sigma_max,
         parent=model.student_ckpt or None,

@@ -41,6 +41,14 @@ class VelocityModel:
         """
         raise NotImplementedError  # a model says this itself
 
+    def mean_velocity(
+        self, x: Tensor, t: Tensor, s: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
+    ) -> Tensor:
+        """Mean u of the velocity along the ODE from `t` down to `s`, x_s = x_t - (t - s) u, of a model with two times (arXiv 2505.13447);
+        at s = t its `velocity`. `s` has the shape of `t`, the rest is as in `velocity`. `ConfigError` for a model of one time.
+        """
+        raise ConfigError("this model has one time: it knows no mean velocity between two; train one with training_type=tf_meanflow")
+
     def enter_context(self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView) -> None:
         """The pass of `velocity` for what it leaves in `cache`; a model skips what that does not need."""
         self.velocity(x, t, cond, layout, cache=cache)
@@ -97,8 +105,10 @@ class VelocityModel:
     def join_projections(self) -> None:
         """Lay weights so that captured passes need fewer products; nothing where a model has no such layout."""
 
-    def time_rows(self, t: Tensor) -> tuple[Tensor, ...] | None:
-        """What the passes at RF time `t`, float64 [B, 1], make of it alone; None if every pass makes it anew."""
+    def time_rows(self, t: Tensor, s: Tensor | None = None) -> tuple[Tensor, ...] | None:
+        """What the passes at RF time `t`, float64 [B, 1], make of it alone; None if every pass makes it anew. With `s`: those of
+        `mean_velocity`.
+        """
         return None
 
     @property
@@ -123,6 +133,15 @@ class Denoiser(VelocityModel):
         v = self.net(*self._inputs(x, t, cond), layout, cache)
         return v.to(torch.promote_types(x.dtype, torch.float32))
 
+    def mean_velocity(
+        self, x: Tensor, t: Tensor, s: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
+    ) -> Tensor:
+        """See `VelocityModel`. The difference of the times is taken before its cast, as exact as they are."""
+        if not self.net.config.two_times:
+            return super().mean_velocity(x, t, s, cond, layout, cache=cache)
+        u = self.net(*self._inputs(x, t, cond), layout, cache, span=self._span(t, s, x.device))
+        return u.to(torch.promote_types(x.dtype, torch.float32))
+
     def enter_context(self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView) -> None:
         """See `VelocityModel`."""
         self.net(*self._inputs(x, t, cond), layout, cache, context_only=True)
@@ -131,6 +150,9 @@ class Denoiser(VelocityModel):
         compute = self.precision.compute
         timestep = rf_to_timestep(t).to(device=x.device, dtype=self.precision.time)
         return x.to(compute), timestep, cond.to(device=x.device, dtype=compute)
+
+    def _span(self, t: Tensor, s: Tensor, device: torch.device) -> Tensor:
+        return rf_to_timestep(t - s).to(device=device, dtype=self.precision.time)
 
     def new_cache(
         self,
@@ -177,10 +199,12 @@ class Denoiser(VelocityModel):
         if hasattr(self.net, "join_projections"):
             self.net.join_projections()
 
-    def time_rows(self, t: Tensor) -> tuple[Tensor, ...] | None:
+    def time_rows(self, t: Tensor, s: Tensor | None = None) -> tuple[Tensor, ...] | None:
         """See `VelocityModel`."""
-        made = getattr(self.net, "time_rows", None)
-        return None if made is None else made(rf_to_timestep(t).to(self.precision.time), dtype=self.precision.compute)
+        made, options = getattr(self.net, "time_rows", None), {"dtype": self.precision.compute}
+        if s is not None:
+            options["span"] = self._span(t, s, t.device)
+        return None if made is None else made(rf_to_timestep(t).to(self.precision.time), **options)
 
     @property
     def num_ranks(self) -> int:
@@ -281,9 +305,9 @@ class Guided(VelocityModel):
         """See `VelocityModel`."""
         self.denoiser.join_projections()
 
-    def time_rows(self, t: Tensor) -> tuple[Tensor, ...] | None:
+    def time_rows(self, t: Tensor, s: Tensor | None = None) -> tuple[Tensor, ...] | None:
         """See `VelocityModel`."""
-        return self.denoiser.time_rows(t)
+        return self.denoiser.time_rows(t, s)
 
     @property
     def num_ranks(self) -> int:

@@ -37,7 +37,7 @@ COPIES = {"ema": "ema", "live": "live", "reg": "live", "fake_score": "fake_score
 """What a command may ask for -> which copy that is; "reg" is rcm's word for the live weights."""
 MOST_ADAPTERS = 8
 """Adapters on adapters that are followed."""
-_SHAPED = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "freq_dim", "text_dim", "image_branch", "image_positions")
+_SHAPED = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "freq_dim", "text_dim", "image_branch", "image_positions", "two_times")
 
 
 @dataclass(frozen=True)
@@ -251,6 +251,7 @@ def told_size(config: WanConfig) -> str:
     """A network in words."""
     branch = ", image branch" if config.image_branch else ""
     branch += " for two images" if config.image_positions else ""
+    branch += ", two times" if config.two_times else ""
     name = preset_of(config) or "a network"
     return f"{name} of {config.num_layers} layers of width {config.dim}, {config.in_dim} input channels{branch}"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from rcm.core.errors import ConfigError, require_divisible, require_equal
 
@@ -14,6 +15,7 @@ class WanConfig:
     `in_dim` counts all input channels, those of `Condition.concat` included (16 latent + 20 for image-to-video). `image_branch` adds the
     CLIP tokens of Wan2.1 image-to-video, `image_positions` a table of so many positions for them: 514 where they are those of a first and
     a last frame (FLF2V), 0 for none. `max_frames`, `max_rows`, `max_columns` limit rotary positions.
+    `two_times` adds the second time of a flow map (arXiv 2505.13447), which no published file has.
     """
 
     dim: int
@@ -33,6 +35,7 @@ class WanConfig:
     max_frames: int = 1024
     max_rows: int = 1024
     max_columns: int = 1024
+    two_times: bool = False
 
     def __post_init__(self) -> None:
         require_divisible("net.dim", value=self.dim, by=self.num_heads, by_name="net.num_heads", knob="net.num_heads")
@@ -57,6 +60,10 @@ class WanConfig:
     def patch_area(self) -> int:
         """Latent positions per token."""
         return self.patch[1] * self.patch[2]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a checkpoint describes them: `two_times` only where it is on."""
+        return {k: v for k, v in asdict(self).items() if k != "two_times" or v}
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Tokens (h, w) of a latent frame of `height` x `width`; `ConfigError` if the patch does not divide it."""

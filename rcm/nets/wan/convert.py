@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.nets.wan.config import WanConfig
+from rcm.nets.wan.two_times import SPAN, with_second_time
 from rcm.storage.state_dicts import check_keys, flatten, listed, shapes_of
 
 Format = Literal["rcm", "wan", "diffusers", "self_forcing", "comfyui"]
@@ -216,6 +217,7 @@ def detect_config(state: Mapping[str, Tensor], *, head_dim: int = HEAD_DIM) -> W
             image_branch=image,
             image_dim=shape["img_emb.proj.0.weight"][0] if image else base.image_dim,
             image_positions=positions,
+            two_times=f"{SPAN}.0.weight" in shape,
         )
     except (KeyError, ValueError, IndexError) as missing:
         raise CheckpointError(f"not a Wan network: {missing}; it has {len(shape)} tensors: {listed(sorted(shape))}") from missing
@@ -223,10 +225,13 @@ def detect_config(state: Mapping[str, Tensor], *, head_dim: int = HEAD_DIM) -> W
 
 def load(net: nn.Module, state: Mapping[str, object], *, weights: Weights = "ema", prefix: str | None = None) -> None:
     """Put any understood state dict into `net`, all of it or nothing. On the meta device the tensors are taken over as they are.
+    Weights of one time fit a network of two, whose second then begins without effect (`with_second_time`).
 
     Raises `CheckpointError` listing keys that are missing, left over, or of another shape.
     """
     ours, theirs = net.state_dict(), to_wan(state, weights=weights, prefix=prefix)
+    if isinstance(config := getattr(net, "config", None), WanConfig):
+        theirs = dict(with_second_time(theirs, config))
     check_keys(
         "checkpoint",
         shapes=shapes_of(theirs),

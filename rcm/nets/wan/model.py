@@ -19,6 +19,7 @@ from rcm.nets.layout import TokenLayout
 from rcm.nets.rope import RopePair, RopeTables
 from rcm.nets.wan.block import ContextKV, ContextTokens, Modulation, WanBlock
 from rcm.nets.wan.config import WanConfig
+from rcm.nets.wan.two_times import SpanEmbedding
 
 IMAGE_NORM_EPS = 1e-5
 
@@ -101,6 +102,8 @@ class WanDiT(nn.Module):
         self.unpatchify = Unpatchify(config.patch[1:])
         self.set_fused(fused)
         self.rope = RopeTables(config.head_dim, max_rows=config.max_rows, max_columns=config.max_columns)
+        if config.two_times:  # last, so that random weights of the rest are those of the network with one time
+            self.span_embedding = SpanEmbedding(config)
 
     def forward(
         self,
@@ -111,6 +114,7 @@ class WanDiT(nn.Module):
         cache: CacheView | None = None,
         *,
         context_only: bool = False,
+        span: Tensor | None = None,
     ) -> Tensor | None:
         """Velocity of the output frames, [B, out_dim, F_out, H, W], in float32 (float64 for float64).
 
@@ -119,9 +123,11 @@ class WanDiT(nn.Module):
         cond       text (and image) condition of batch B, in the compute dtype.
         layout     what the F frames are; `cache`, a view made for this forward, holds the tokens that the layout expects before them.
         context_only   the pass is for the cache alone: nothing is returned, and nothing computed behind the keys of the last block.
+        span       shape and scale of `timestep`, for a network with `two_times`: how far below it the frames' second time lies,
+                   up to where the velocity is a mean. None: 0.
         Raises `ValueError` for shapes that do not fit each other, the configuration or the cache.
         """
-        self._check(x, timestep, cond, layout)
+        self._check(x, timestep, cond, layout, span)
         if cache is None and max(layout.frame_index) >= self.config.max_frames:
             raise ValueError(
                 f"a whole video of {max(layout.frame_index) + 1} latent frames is longer than WanConfig.max_frames="
@@ -136,7 +142,7 @@ class WanDiT(nn.Module):
         if cache is not None and cache.times is not None:
             time, rows = cache.times.embedding, [Modulation(*known.unbind(2)) for known in cache.times.blocks]
         else:
-            time = self.time_embedding(self.sinusoid(timestep, accumulate_dtype(x.dtype)))
+            time = self._time(timestep, span, accumulate_dtype(x.dtype))
             rows = [self.time_projection(time).unflatten(2, (6, -1))] * len(self.blocks)
         contexts = self._contexts(cond)
         tokens = self.enter(self.patch_embedding(self.patchify(x)))
@@ -168,9 +174,9 @@ class WanDiT(nn.Module):
             cast(WanBlock, block).self_attn.join()
 
     @torch.no_grad()
-    def time_rows(self, timestep: Tensor, *, dtype: torch.dtype) -> TimeRows:
-        """What passes in the compute dtype `dtype` make of `timestep` alone; for a network that is not sharded."""
-        time = self.time_embedding(self.sinusoid(timestep, accumulate_dtype(dtype)))
+    def time_rows(self, timestep: Tensor, *, dtype: torch.dtype, span: Tensor | None = None) -> TimeRows:
+        """What passes in the compute dtype `dtype` make of `timestep` and `span` alone; for a network that is not sharded."""
+        time = self._time(timestep, span, accumulate_dtype(dtype))
         rows = self.time_projection(time).unflatten(2, (6, -1))
         return TimeRows(time, torch.stack([torch.stack(cast(WanBlock, block).modulate(rows), dim=2) for block in self.blocks]))
 
@@ -199,7 +205,7 @@ class WanDiT(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 fan_out, fan_in = module.weight.shape
-                embeds = name.startswith(("text_embedding", "time_embedding", "time_projection"))
+                embeds = name.startswith(("text_embedding", "time_embedding", "time_projection", "span_embedding"))
                 std = 0.02 if embeds else (2.0 / (fan_in + fan_out)) ** 0.5
                 draw = torch.randn if embeds else _centred_uniform
                 module.weight.copy_(std * draw(module.weight.shape, generator=generator, device=device))
@@ -215,6 +221,16 @@ class WanDiT(nn.Module):
                 if isinstance(getattr(module, "bias", None), nn.Parameter):
                     module.bias.zero_()
         self.head.head.weight.zero_()
+        if self.config.two_times:
+            self.span_embedding[-1].weight.zero_()
+
+    def _time(self, timestep: Tensor, span: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Time embedding [B, F or 1, E]."""
+        time = self.time_embedding(self.sinusoid(timestep, dtype))
+        if not self.config.two_times:
+            return time
+        span = torch.zeros_like(timestep) if span is None else span
+        return time + self.span_embedding(self.sinusoid(span, dtype))
 
     def _embed(self, cond: Condition) -> ContextTokens:
         missing = self.config.text_len - cond.text.shape[1]
@@ -238,7 +254,7 @@ class WanDiT(nn.Module):
             return RopePair(query, query)
         return RopePair(query, self.rope.at(cache.positions(layout), device=device, dtype=dtype))
 
-    def _check(self, x: Tensor, timestep: Tensor, cond: Condition, layout: TokenLayout) -> None:
+    def _check(self, x: Tensor, timestep: Tensor, cond: Condition, layout: TokenLayout, span: Tensor | None) -> None:
         config, batch = self.config, x.shape[0]
         extra = 0 if cond.concat is None else cond.concat.shape[1]
         if x.dim() != 5 or x.shape[1] + extra != config.in_dim:
@@ -250,6 +266,10 @@ class WanDiT(nn.Module):
             raise ValueError(f"timestep must be [{batch}, 1] or [{batch}, {layout.num_frames}], got {tuple(timestep.shape)}")
         if not timestep.is_floating_point():
             raise ValueError(f"timestep must be floating (0..1000), got {timestep.dtype}")
+        if span is not None and not config.two_times:
+            raise ValueError("a span was given to a network of one time; set net.two_times=True")
+        if span is not None and span.shape != timestep.shape:
+            raise ValueError(f"span must have the shape of timestep, {tuple(timestep.shape)}, got {tuple(span.shape)}")
         if cond.batch != batch:
             raise ValueError(f"condition has batch {cond.batch}, x has {batch}; use cond.expand({batch})")
         if cond.text.shape[1] > config.text_len or cond.text.shape[2] != config.text_dim:
