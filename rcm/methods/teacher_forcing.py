@@ -53,13 +53,27 @@ class TeacherForcing:
         times = torch.tensor(per_frame, dtype=torch.float64, device=x0.device).expand(x0.shape[0], -1).contiguous()
         return Context(rf_noise(x0, draw_noise(rng, purpose, x0.shape, x0.device), times), times)
 
-    def velocity(self, denoiser: Denoiser, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, *, context: Context) -> torch.Tensor:
-        """Velocity of the noisy half [B, C, T, H, W] from one packed [context; noisy] pass; t is RF [B, 1] or [B, T]."""
+    def velocity(
+        self,
+        denoiser: Denoiser,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        cond: Condition,
+        *,
+        context: Context,
+        s: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Velocity of the noisy half [B, C, T, H, W] from one packed [context; noisy] pass; t is RF [B, 1] or [B, T]. With `s`,
+        shaped as t, its mean from t down to s; the context stays at its own times.
+        """
         num_frames = x_t.shape[2]
         packed = torch.cat([context.latents.to(x_t.dtype), x_t], dim=2)
         times = torch.cat([context.times, t.expand(-1, num_frames)], dim=1)
         layout = TokenLayout.teacher_forcing(num_frames, **self._structure(denoiser, x_t))
-        return denoiser.velocity(packed, times, cond, layout)
+        if s is None:
+            return denoiser.velocity(packed, times, cond, layout)
+        ends = torch.cat([context.times, s.expand(-1, num_frames)], dim=1)
+        return denoiser.mean_velocity(packed, times, ends, cond, layout)
 
     def tangent(
         self,
@@ -71,8 +85,10 @@ class TeacherForcing:
         context: Context,
         x_dot: torch.Tensor,
         t_dot: torch.Tensor,
+        s: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Velocity of the noisy half and its derivative along (x_dot, t_dot), both constants.
+        """Velocity of the noisy half and its derivative along (x_dot, t_dot), both constants; with `s` those of the mean
+        velocity down to it, at fixed s: t - s moves with t.
 
         The clean half attends to clean tokens only and its times do not move, so its tangent is exactly zero: it runs once, plainly, into a
         context cache, and tangents exist for the noisy half alone (Causal-rCM section 3.2; same numbers as the packed dual pass).
@@ -84,7 +100,13 @@ class TeacherForcing:
             layout = TokenLayout.context(num_frames, **structure)
             denoiser.enter_context(context.latents.to(x_t.dtype), context.times, cond, layout, cache=cache.append())
         layout = TokenLayout.noisy_over_context(num_frames, **structure)
-        return jvp(lambda x, time: denoiser.velocity(x, time, cond, layout, cache=cache.readonly()), (x_t, t), (x_dot, t_dot))
+
+        def field(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            if s is None:
+                return denoiser.velocity(x, time, cond, layout, cache=cache.readonly())
+            return denoiser.mean_velocity(x, time, s, cond, layout, cache=cache.readonly())
+
+        return jvp(field, (x_t, t), (x_dot, t_dot))
 
     def _structure(self, denoiser: Denoiser, x: torch.Tensor) -> dict:
         grid = denoiser.token_grid(x.shape[3], x.shape[4])

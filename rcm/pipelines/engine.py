@@ -52,7 +52,7 @@ class CapturedLoop(ChunkLoop):
         self._graphs: dict[_Key, CudaGraph] = {}
         self._filled: set[tuple[int, int]] = set()
         self._inputs: dict[int, _Inputs] = {}
-        self._times: dict[float, tuple[Tensor, ...] | None] = {}
+        self._times: dict[tuple[float, float], tuple[Tensor, ...] | None] = {}
         self._pool = None
 
     def advance(
@@ -63,10 +63,11 @@ class CapturedLoop(ChunkLoop):
         layout = self.canvas.layout(placement.frame_index, view)
         inputs = self._prepared(x, cond, view, layout)
         if inputs is None:
-            v = self.denoiser.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view)
+            times = (time_tensor(time, x.shape[0], x.device) for time in (t, t_next))
+            v = self.ask(x, *times, cond, layout, view)
             self._keep_inputs(x, cond, layout)
             return self.rule(x, v, t=t, t_next=t_next, noise=noise)
-        inputs.set(x, noise, t=t, t_next=t_next, rows=self._time_rows(t, x))
+        inputs.set(x, noise, t=t, t_next=t_next, rows=self._time_rows(t, t_next if self.rule.mean else t, x))
         self._replay(inputs, view, layout, context_only=False)
         return inputs.x.clone()
 
@@ -78,7 +79,7 @@ class CapturedLoop(ChunkLoop):
             self.denoiser.enter_context(x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view)
             self._keep_inputs(x, cond, layout)
             return
-        inputs.set(x, None, t=t, t_next=0.0, rows=self._time_rows(t, x))
+        inputs.set(x, None, t=t, t_next=t, rows=self._time_rows(t, t, x))
         length = (len(frame_index), layout.context_tokens)
         shared = inputs.kinds is None and length not in self._filled and (*length, None, False) in self._graphs
         self._replay(inputs, view, layout, context_only=not shared)
@@ -97,13 +98,14 @@ class CapturedLoop(ChunkLoop):
         self._times.clear()
         super().close()
 
-    def _time_rows(self, t: float, x: Tensor) -> tuple[Tensor, ...] | None:
-        """What the network makes of a time, made once: schedules have few."""
-        if t not in self._times:
+    def _time_rows(self, t: float, s: float, x: Tensor) -> tuple[Tensor, ...] | None:
+        """What the network makes of a time, or of two, made once: schedules have few."""
+        if (t, s) not in self._times:
             while len(self._times) >= TIMES_KEPT:
                 del self._times[next(iter(self._times))]
-            self._times[t] = self.denoiser.time_rows(time_tensor(t, x.shape[0], x.device))
-        return self._times[t]
+            first, *second = (time_tensor(time, x.shape[0], x.device) for time in ((t, s) if s != t else (t,)))
+            self._times[t, s] = self.denoiser.time_rows(first, *second)
+        return self._times[t, s]
 
     def _prepared(self, x: Tensor, cond: Condition, view: View, layout: TokenLayout) -> _Inputs | None:
         """The device memory that graphs of such a pass read, with slots, tables and prompt of this one; None if it must run eagerly."""
@@ -143,7 +145,7 @@ class CapturedLoop(ChunkLoop):
             self.denoiser.enter_context(inputs.x, inputs.t, inputs.cond, layout, cache=view)
 
         def step() -> None:
-            v = self.denoiser.velocity(inputs.x, inputs.t, inputs.cond, layout, cache=view)
+            v = self.ask(inputs.x, inputs.t, inputs.t_next, inputs.cond, layout, view)
             inputs.x.copy_(self.rule.on_device(inputs.x, v, t=inputs.t, t_next=inputs.t_next, noise=inputs.noise))
 
         return self._graph(enter if context_only else step, inputs.x.device)

@@ -84,12 +84,13 @@ class ChunkLoop:
 
     def denoise(self, plan: ChunkPlan, cond: Condition, *, keep: bool = True) -> ChunkResult:
         """Generate the chunk of `plan`. `keep`: its context will be needed, so a plan that leaves its last input as context does so in its
-        last step, where no gradient is kept.
+        last step, where no gradient is kept; not with a rule of mean velocities, whose step looks down to t_next, while context is
+        trained to look no further than its own time.
         """
         frames = slice(plan.start, plan.stop)
         placement = self.place(plan)
         x = self.noise.start(frames) * plan.times[0]
-        fuse = keep and self.grad == "none" and plan.commit == "last_input"
+        fuse = keep and self.grad == "none" and plan.commit == "last_input" and not self.rule.mean
         for step, (t, t_next) in enumerate(zip(plan.times[:-1], plan.times[1:], strict=True)):
             last = step == plan.num_steps - 1
             noise = self.noise.step(step, frames) if self.rule.needs_noise and t_next > 0 else None
@@ -174,8 +175,14 @@ class ChunkLoop:
         """One denoising step from RF time `t` to `t_next`; `append` leaves the pass in the cache."""
         view = self.view(placement, append=append)
         layout = self.canvas.layout(placement.frame_index, view)
-        v = self.denoiser.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view)
-        return self.rule(x, v, t=t, t_next=t_next, noise=noise)
+        times = (time_tensor(time, x.shape[0], x.device) for time in (t, t_next))
+        return self.rule(x, self.ask(x, *times, cond, layout, view), t=t, t_next=t_next, noise=noise)
+
+    def ask(self, x: Tensor, t: Tensor, t_next: Tensor, cond: Condition, layout: TokenLayout, view: View) -> Tensor:
+        """The velocity that the rule of a step from `t` to `t_next` wants."""
+        if self.rule.mean:
+            return self.denoiser.mean_velocity(x, t, t_next, cond, layout, cache=view)
+        return self.denoiser.velocity(x, t, cond, layout, cache=view)
 
     def fill(self, x: Tensor, cond: Condition, view: View, frame_index: tuple[int, ...], *, t: float) -> None:
         """One pass whose only result is its context."""

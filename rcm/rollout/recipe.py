@@ -16,19 +16,23 @@ from rcm.rollout.eviction.base import CachePolicy
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.plan import ChunkPlan, ContextRule, StepSchedule, block_plan, ode_block_plan
 from rcm.samplers.schedule import CAUSAL_MID_TIMES, initial_time, shifted_grid
-from rcm.samplers.steps import ConsistencyStep, EulerStep, StepRule
+from rcm.samplers.steps import ConsistencyStep, EulerStep, FlowMapStep, StepRule
+
+KINDS = ("few_step", "flow_map", "ode")
+"""How a causal network is sampled; see `SamplingRecipe`."""
 
 
 @dataclass(frozen=True)
 class SamplingRecipe:
     """Sampling of a causal network.
 
-    kind "few_step": consistency steps along `mids` (per chunk, last repeats; see StepSchedule). kind "ode": Euler over `ode_steps` with
+    kind "few_step": consistency steps along `mids` (per chunk, last repeats; see StepSchedule). kind "flow_map": along the same times
+    the jumps x_s = x_t - (t - s) u(x_t, t, s) of a network with two times, without renoising. kind "ode": Euler over `ode_steps` with
     `shift` and guidance. `pattern` is a name such as "c3-3"; `sigma_max` sets the first time sigma/(sigma+1). `window`, `sinks`: what a
     chunk was trained to see, in blocks (`SlidingWindow`); None: all of the past.
     """
 
-    kind: Literal["few_step", "ode"]
+    kind: Literal["few_step", "flow_map", "ode"]
     pattern: str
     mids: tuple[tuple[float, ...], ...] = (CAUSAL_MID_TIMES,)
     sigma_max: float = 1600.0
@@ -41,8 +45,8 @@ class SamplingRecipe:
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("few_step", "ode"):
-            raise ConfigError(f"sampling kind {self.kind!r} is not one of 'few_step', 'ode'")
+        if self.kind not in KINDS:
+            raise ConfigError(f"sampling kind {self.kind!r} is not one of {', '.join(map(repr, KINDS))}")
         BlockPattern.parse(self.pattern)
         StepSchedule(self.mids)
         if self.window is not None:
@@ -63,7 +67,7 @@ class SamplingRecipe:
     @property
     def rule(self) -> StepRule:
         """The update rule of a denoising step."""
-        return ConsistencyStep() if self.kind == "few_step" else EulerStep()
+        return {"few_step": ConsistencyStep, "flow_map": FlowMapStep, "ode": EulerStep}[self.kind]()
 
     def plan(self, block: int, *, prefix_blocks: int = 0) -> ChunkPlan:
         """Plan of block `block` of a video of any length whose first `prefix_blocks` blocks are given. `ValueError` for a given block."""
@@ -97,7 +101,7 @@ class SamplingRecipe:
             entries = [own.entry(i) for i in range(len(steps))]
             schedules = [entry if len(entry) >= num - 1 else longest for entry, num in zip(entries, steps, strict=True)]
         schedule = StepSchedule.from_lists(steps=steps, schedules=schedules, default_mids=(), knob=knob)
-        return replace(self, kind="few_step", mids=schedule.mids)
+        return replace(self, kind="flow_map" if self.kind == "flow_map" else "few_step", mids=schedule.mids)
 
     def contradictions(self, trained: SamplingRecipe) -> list[str]:
         """What in this recipe a checkpoint trained for `trained` does not support: one sentence each, empty if compatible.

@@ -1,6 +1,6 @@
 """One update of a sampler: from x at time t to x at time t_next, given the velocity. Pure functions of tensors.
 
-Both rules read x_t = (1 - t) x0 + t eps and v = eps - x0. Times are RF, Python floats (shared by the batch).
+All rules read x_t = (1 - t) x0 + t eps and v = eps - x0. Times are RF, Python floats (shared by the batch).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ class StepRule(Protocol):
     """x [B, C, T, H, W] at `t`, velocity of the same shape, fresh unit noise or None -> x at `t_next`."""
 
     needs_noise: bool
+    mean: bool
+    """Whether `v` is the mean velocity from `t` to `t_next`, of a model with two times, instead of that at `t`."""
 
     def __call__(self, x: torch.Tensor, v: torch.Tensor, *, t: float, t_next: float, noise: torch.Tensor | None) -> torch.Tensor: ...
 
@@ -26,6 +28,7 @@ class EulerStep:
     """Deterministic probability-flow step x - (t - t_next) v."""
 
     needs_noise = False
+    mean = False
 
     def __call__(self, x: torch.Tensor, v: torch.Tensor, *, t: float, t_next: float, noise: torch.Tensor | None = None) -> torch.Tensor:
         return x - (t - t_next) * v
@@ -35,12 +38,21 @@ class EulerStep:
         return x - _over(t - t_next, x) * v
 
 
+class FlowMapStep(EulerStep):
+    """The jump of a flow map along the probability flow, x - (t - t_next) u(x, t, t_next): the Euler step with the mean velocity,
+    exact for an exact one (arXiv 2505.13447). Nothing is renoised.
+    """
+
+    mean = True
+
+
 class ConsistencyStep:
     """Multistep consistency sampling: jump to x0 = x - t v, then renoise to t_next with fresh noise. At t_next = 0 it is the clean
     prediction.
     """
 
     needs_noise = True
+    mean = False
 
     def __call__(self, x: torch.Tensor, v: torch.Tensor, *, t: float, t_next: float, noise: torch.Tensor | None) -> torch.Tensor:
         x0 = x - t * v

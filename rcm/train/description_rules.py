@@ -14,7 +14,7 @@ from typing import Any
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.nets.wan.adapters import LAYERS, largest_rank
 from rcm.nets.wan.config import WanConfig
-from rcm.rollout.recipe import SamplingRecipe
+from rcm.rollout.recipe import KINDS, SamplingRecipe
 
 Rule = Callable[[Any], str | None]
 """A value's objection, as the end of "is ..., expected ..."; None where it is fine."""
@@ -103,9 +103,10 @@ NETWORK: dict[str, Rule] = {
     "eps": number(0, 1, above=True),
     "image_branch": _FLAG,
     "image_positions": whole(0, 4096),
+    "two_times": _FLAG,
 }
 RECIPE: dict[str, Rule] = {
-    "kind": one_of("few_step", "ode"),
+    "kind": one_of(*KINDS),
     "pattern": pattern,
     "mids": listed(listed(number(0, 1), low=0, high=1000), low=1, high=10_000),
     "sigma_max": _SIGMA,
@@ -264,6 +265,10 @@ def _agree(values: Mapping[str, Any], extra: Mapping[str, Any], source: str) -> 
     if recipe is not None:
         if not {"kind", "pattern"} <= set(recipe):
             raise CheckpointError(f"{source}: extra.recipe lacks kind or pattern")
+        if recipe["kind"] == "flow_map" and not network.get("two_times"):
+            raise CheckpointError(
+                f"{source} contradicts itself: extra.recipe.kind is 'flow_map', but network.two_times is not true"
+            )
         stated += [("pattern", values.get("pattern"), recipe["pattern"], "extra.recipe.pattern")]
         try:
             built = SamplingRecipe.from_dict(dict(recipe))

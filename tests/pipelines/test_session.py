@@ -286,15 +286,18 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("kind", ["few_step", "ode"])
+@pytest.mark.parametrize(
+    ("kind", "guided"), [("few_step", False), ("few_step", True), ("flow_map", False), ("ode", False), ("ode", True)]
+)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_captured_passes_read_nothing_but_device_data(denoiser, monkeypatch, policy, kind, guided):
     """A step that was made once serves every later pass of its length: latents, times, slots, tables and prompts are its inputs.
     Equal to the eager loop bit by bit through fill-up, wrap and a change of prompt.
     """
+    if kind == "flow_map":
+        denoiser = Denoiser(tiny_net(two_times=True), Precision.preset("fp64")).eval_params()
     model = Guided(denoiser, condition(tiny_config(), batch=1, seed=9), 2.0) if guided else denoiser
-    recipe = replace(NOISY, pattern="c1-3") if kind == "few_step" else SamplingRecipe("ode", "c3-3", ode_steps=3)
+    recipe = SamplingRecipe("ode", "c3-3", ode_steps=3) if kind == "ode" else replace(NOISY, pattern="c1-3", kind=kind)
     chosen = POLICIES[policy]
     wanted = spec(recipe, num_frames=recipe.blocks.frames_before(8)) if chosen is None else spec(recipe, policy=chosen)
 

@@ -39,6 +39,18 @@ class LinearGaussian:
         """The velocity whose x - t v is the consistency map (t > 0)."""
         return (x - self.rf_consistency(x, t)) / t
 
+    def rf_flow_map(self, x, t, s):
+        """Where the probability-flow ODE through x at t is at s."""
+        z, big_a = self._standard(x, 1 - t, t)
+        _, at_s = self._standard(x, 1 - s, s)
+        return (1 - s) * self.mu + at_s * z / big_a
+
+    def rf_mean_velocity(self, x, t, s):
+        """The u whose x - (t - s) u is the flow map; the velocity where s = t."""
+        equal = s == t
+        span = torch.where(equal, torch.ones_like(t), t - s)
+        return torch.where(equal, self.rf_velocity(x, t), (x - self.rf_flow_map(x, t, s)) / span)
+
     def trig_velocity(self, x, tau):
         x0, eps = self._posterior(x, torch.cos(tau), torch.sin(tau))
         return torch.cos(tau) * eps - torch.sin(tau) * x0
