@@ -28,7 +28,7 @@ class Scores:
         return self.values["joint"]
 
 
-TEACHER_SCORE, TEACHER_CAPTIONS = 75.0, 0.8
+TEACHER_SCORE, TEACHER_CAPTIONS = 80.0, 0.8
 CAUSAL_TEACHER_SHARE = 0.9
 CONSISTENCY_SHARE = 0.8
 SELF_FORCED_START = {"c1-1": "tf_dcm", "c3-3": "tf_scm"}
