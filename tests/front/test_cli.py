@@ -66,7 +66,7 @@ def test_a_flag_that_no_command_has_is_refused_in_one_sentence(line: str, comman
     ("words", "sentence"),
     [
         (["stream", "--promt", "x"], "error: unrecognized arguments: --promt x; did you mean --prompt?; --help lists the flags"),
-        (["stream", "a red square"], "error: unrecognized arguments: a red square; a prompt is written --prompt TEXT; --help lists the flags"),
+        (["stream", "a cat"], "error: unrecognized arguments: a cat; a prompt is written --prompt TEXT; --help lists the flags"),
         (["demo", "--quik"], "error: unrecognized arguments: --quik; did you mean --quick?; --help lists the flags"),
         (["demo", "--videos", "x"], "error: argument --videos: invalid int value: 'x'; --help lists the flags"),
         (["vbench", "sample"], "error: the following arguments are required: --dit_path; --help lists the flags"),
