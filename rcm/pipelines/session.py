@@ -62,12 +62,16 @@ class Session:
             raise ConfigError(f"graphs='on' needs a CUDA device, the stream is on {self.device}; use graphs='off'")
         self._begin(cond, prefix)
         self._lease_generator()
-        self._loop = self._new_loop(denoiser)
-        if denoiser.num_ranks > 1:
-            codec = shared_decoder(codec, ranks=spec.decode_ranks, sharing=denoiser.num_ranks)
-        lane = spec.look_ahead and self.device.type == "cuda"
-        options = {"device": self.device, "own_stream": lane, "graphs": spec.graphs, "to_host": spec.to_host}
-        self._lane = None if codec is None else DecodeLane(codec, **options)
+        try:
+            self._loop = self._new_loop(denoiser)
+            if denoiser.num_ranks > 1:
+                codec = shared_decoder(codec, ranks=spec.decode_ranks, sharing=denoiser.num_ranks)
+            lane = spec.look_ahead and self.device.type == "cuda"
+            options = {"device": self.device, "own_stream": lane, "graphs": spec.graphs, "to_host": spec.to_host}
+            self._lane = None if codec is None else DecodeLane(codec, **options)
+        except BaseException:
+            self._cancelled = True  # lets the generator go, whoever keeps the error and this session with it
+            raise
 
     def _begin(self, cond: Condition, prefix: Tensor | None) -> None:
         given, cond = self._checked_prefix(prefix), self._for_batch(cond)

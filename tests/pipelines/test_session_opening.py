@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -53,6 +54,18 @@ def test_sessions_do_not_take_draws_from_each_other(denoiser):
     first.restore(held)
     with pytest.raises(ConfigError, match="generator= draws noise='video' only"):
         spec(generator=shared, num_frames=3)
+
+
+def test_a_session_that_cannot_be_opened_lets_its_generator_go(denoiser):
+    """While its error is at hand, too, which keeps the half-made session alive."""
+    wanted = spec(generator=torch.Generator().manual_seed(1), num_frames=3, noise="video")
+    with (
+        patch("rcm.nets.denoiser.obstacle", lambda *_, **__: "this card is a toaster"),
+        pytest.raises(ConfigError, match="toaster") as kept,
+    ):
+        opened(denoiser, replace(wanted, attention="fp8"))
+    alone = opened(denoiser, replace(wanted, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(latents(opened(denoiser, wanted)), latents(alone)), f"in spite of {kept}"
 
 
 @pytest.mark.parametrize(
