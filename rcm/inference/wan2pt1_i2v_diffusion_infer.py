@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from rcm.core.errors import ConfigError
 from rcm.encoders.clip_vision import CLIP_FILE
 from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT_FLF2V, NEGATIVE_PROMPT_I2V
 from rcm.inference.wan_command import Job, wan_main
@@ -23,6 +24,7 @@ from rcm.inference.wan_flags import (
     single_network,
     wan_parser,
 )
+from rcm.pipelines.image_condition import MASK_CHANNELS
 
 SHIFTS = {"one": 5.0, "two": 16.0}
 """Shift of the times as the original samples with one image and with two; 3 for one at 480p."""
@@ -44,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _job(flags: argparse.Namespace) -> Job:
     two = flags.last_image_path is not None
+    if two and flags.num_frames <= MASK_CHANNELS:
+        raise ConfigError(
+            f"a first and a last frame need at least {1 + MASK_CHANNELS} frames, got {flags.num_frames}; change --num_frames"
+        )
     if flags.timestep_shift is None:
         flags.timestep_shift = SHIFTS["two" if two else "one"]
     if flags.negative_prompt is None:
