@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 from typing import Literal
 
 from rcm.configs.bases import base_of, roles_on
@@ -94,8 +95,18 @@ class _Causal:
         self.packed = TokenLayout.teacher_forcing(self.frames, **structure)
         self.masked = TokenLayout.block_causal(self.frames, **structure)
         self.noisy = TokenLayout.noisy_over_context(self.frames, **structure)
-        blocks = range(self.pattern.num_blocks(self.frames))
-        self.chunks = tuple(TokenLayout.cached_chunk(block, num_frames=self.frames, **structure) for block in blocks)
+        total, window = model.long_tuning.frames or self.frames, model.long_tuning.window_blocks or None
+        seen = {"num_frames": total, "window": window, "sinks": model.long_tuning.sink_blocks}
+        self.bounds = self.pattern.bounds(total)
+        self.chunks = tuple(TokenLayout.cached_chunk(block, **seen, **structure) for block in range(len(self.bounds)))
+        self.ends = [block + 1 for block, (_, stop) in enumerate(self.bounds) if stop >= self.frames]
+        if rollouts == "longest":
+            self.ends = self.ends[-1:]
+        self.judged = tuple(chunk for chunk, (_, stop) in zip(self.chunks, self.bounds, strict=True) if stop > total - self.frames)
+        if window is not None:  # what a streamed chunk sees, and the judged chunks
+            seen_frames = (window + model.long_tuning.sink_blocks) * max(self.pattern.first, self.pattern.chunk)
+            total = min(total, seen_frames + sum(chunk.num_frames for chunk in self.judged))
+        self.cached = total
 
     def teacher(self, evaluations: int = 1) -> Pass:
         count = evaluations * _guided(self.model.causal_guidance)
@@ -118,18 +129,20 @@ class _Causal:
         schedule, model = step_schedule(self.model), self.model
         rule = ContextRule(model.context_from_last_step, model.context_from_last_step_start_chunk)
         indices = range(schedule.steps(0)) if self.rollouts == "mean" else (schedule.steps(0) - 1,)
-        counts = [0.0] * len(self.chunks)
-        for index in indices:
-            for plan in training_plan(self.pattern, self.frames, schedule, index=index, context=rule):
-                free = plan.commit == "last_input" and not last_with_gradient
-                commits = 0 if plan.block == len(counts) - 1 or free else 1
-                counts[plan.block] += (plan.num_steps - last_with_gradient + commits) / len(indices)
-        return Pass("rollout", "student", "infer", self.chunks, tuple(counts), self.frames, beside)
+        counts, cases = [0.0] * len(self.chunks), len(indices) * len(self.ends)
+        for index, end in product(indices, self.ends):
+            plans = training_plan(self.pattern, self.bounds[-1][1], schedule, index=index, context=rule)[:end]
+            for plan in plans:
+                graded = last_with_gradient and plan.stop > plans[-1].stop - self.frames
+                free = plan.commit == "last_input" and not graded
+                commits = 0 if plan.block == end - 1 or free else 1
+                counts[plan.block] += (plan.num_steps - graded + commits) / cases
+        return Pass("rollout", "student", "infer", self.chunks, tuple(counts), self.cached, beside)
 
     def self_forced(self) -> tuple[Pass, ...]:
         """A student phase: the rollout, its judgement, and the gradient of every chunk's last step, together or one chunk at a time."""
-        cached, replayed = self.frames, self.model.replayed_training
-        last = Pass("rollout's last steps", "student", "train", self.chunks, cached=cached)
+        cached, replayed = self.cached, self.model.replayed_training
+        last = Pass("rollout's last steps", "student", "train", self.judged, cached=cached)
         beside = None if replayed else last
         guided = (_guided(self.model.bidirectional_guidance),)
         judged = (
@@ -137,7 +150,7 @@ class _Causal:
             Pass("fake score", "fake_score", "infer", self.whole, (), cached, beside),
             Pass("bidirectional teacher", "bidirectional_teacher", "infer", self.whole, guided, cached, beside),
         )
-        replays = (Pass("replayed chunk", "student", "train", (chunk,), cached=cached) for chunk in self.chunks)
+        replays = (Pass("replayed chunk", "student", "train", (chunk,), cached=cached) for chunk in self.judged)
         return (*judged, *replays) if replayed else (*judged, last)
 
     def phases(self) -> tuple[PhasePlan, ...]:
@@ -154,10 +167,8 @@ class _Causal:
             return (PhasePlan("student", passes(), terms=2 if kind == "tf_dscm" else 1),)
         if kind not in SELF_FORCED:
             raise ConfigError(f"the planner does not know the passes of training_type={kind}")
-        if model.long_tuning.frames:
-            raise ConfigError("the planner does not know rollouts longer than state_t; leave out model.config.long_tuning")
         joint = self.continuous() if kind == "tf_scm_sf_dmd" else ()
-        terms = (len(self.chunks) if model.replayed_training else 1) + bool(joint)
+        terms = (len(self.judged) if model.replayed_training else 1) + bool(joint)
         critic = (self.rollout(last_with_gradient=False), Pass("fake score", "fake_score", "train", self.whole))
         student = PhasePlan("student", (*joint, *self.self_forced()), terms=terms)
         return _alternating(student, critic, frequency=model.student_update_freq)

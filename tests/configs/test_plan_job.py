@@ -10,7 +10,6 @@ import pytest
 from rcm.configs import registry_distill
 from rcm.configs.compose import Run, compose_run
 from rcm.configs.plan_job import Rollouts, plan_job
-from rcm.core.errors import ConfigError
 from rcm.train.planner_job import Job, Pass
 from rcm.train.planner_memory import PassMemory
 
@@ -55,9 +54,17 @@ def test_replayed_rollouts_back_propagate_chunk_by_chunk():
     assert job(SMALL + "tf_scm_sf_dmd_c3-3_replayed").phases[0].terms == 8
 
 
-def test_rollouts_longer_than_what_is_judged_are_refused_by_name():
-    with pytest.raises(ConfigError, match="does not know rollouts longer than state_t; leave out model.config.long_tuning"):
-        job("toy_sf_dmd_long_c3-3")
+def test_rollouts_longer_than_what_is_judged():
+    """Seven blocks at most, of which three are judged, ending with block 2 to 6; a chunk sees one block beside its own, and one sink."""
+    longest, mean = job("toy_sf_dmd_long_c3-3"), job("toy_sf_dmd_long_c3-3", rollouts="mean")
+    assert passes(longest, "fake_score")["rollout"].repeats == (5, 5, 5, 5, 5, 5, 4)
+    assert passes(longest, "student")["rollout"].repeats == (5, 5, 5, 5, 4, 4, 3)
+    made = passes(mean, "fake_score")["rollout"].repeats  # 1 to 4 steps; block b is in min(5, 7 - b) of 5 rollouts, from 2 on it ends one
+    assert made == pytest.approx([3.5, 3.5, 3.3, 2.6, 1.9, 1.2, 0.5])
+    last = passes(longest, "student")["rollout's last steps"]
+    assert [layout.frame_index for layout in last.layouts] == [(12, 13, 14), (15, 16, 17), (18, 19, 20)]
+    assert last.cached == (2 + 1) * 3 + 9
+    assert job("toy_sf_dmd_long_c3-3_replayed").phases[0].terms == 3
 
 
 def test_guidance_doubles_the_teachers_passes():
