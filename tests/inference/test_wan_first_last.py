@@ -123,7 +123,7 @@ FAULTS = [
     refused("another CLIP", r"wan1.pth is not the CLIP file", "--clip_path", "FOLDER/wan1.pth"),
     refused("no last image", r"no image file at .*none.png", "--last_image_path", "FOLDER/none.png", images=2),
     refused("no picture", r"cannot decode .*wan1.pth", "--last_image_path", "FOLDER/wan1.pth", images=2),
-    refused("one frame, told before files are asked for", r"need at least 5 frames, got 1; change --num_frames", "--num_frames", "1", images=2, network=""),
+    refused("one frame, before files", r"need at least 5 frames, got 1; change --num_frames", "--num_frames", "1", images=2, network=""),
     refused("no network", r"--dit_path is not given; fetch the folder of huggingface.co/Wan-AI/Wan2.1-I2V", network=""),
 ]
 
