@@ -20,6 +20,7 @@ from rcm.methods.schedule import Alternation
 from rcm.methods.sf_dmd import SelfForcedDMD
 from rcm.methods.teacher_forcing import TeacherForcing
 from rcm.methods.tf_dcm import TFDiscreteConsistency
+from rcm.methods.tf_meanflow import TFMeanFlow
 from rcm.methods.tf_scm import TFContinuousConsistency
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Guided, VelocityModel
@@ -51,7 +52,7 @@ def sampling_recipe(config: CommonModelConfig) -> SamplingRecipe | None:
     rollout = config.training_type in ("sf_dmd", "tf_scm_sf_dmd")
     mids = step_schedule(config).mids if rollout else (tuple(config.backward_timesteps),)
     return SamplingRecipe(
-        kind="few_step",
+        kind="flow_map" if config.training_type == "tf_meanflow" else "few_step",
         pattern=pattern,
         mids=mids,
         sigma_max=config.sigma_max,
@@ -107,6 +108,8 @@ class _Causal(_Parts):
                 return self._discrete(student, forcing, self._teacher())
             case "tf_scm":
                 return self._continuous(student, forcing, self._teacher())
+            case "tf_meanflow":
+                return self._mean_flow(student, forcing, self._teacher())
             case "tf_dscm":
                 teacher = self._teacher()
                 return Joint(c.training_type, self._discrete(student, forcing, teacher), self._continuous(student, forcing, teacher))
@@ -144,6 +147,11 @@ class _Causal(_Parts):
     def _continuous(self, student: VelocityModel, forcing: TeacherForcing, teacher: VelocityModel) -> Method:
         c = self.config
         return TFContinuousConsistency(student, teacher, law=c.p_G.build(), tangent_warmup=c.tangent_warmup, **self._shared(forcing))
+
+    def _mean_flow(self, student: VelocityModel, forcing: TeacherForcing, teacher: VelocityModel) -> Method:
+        c = self.config
+        times = {"law": c.p_G.build(), "equal_share": c.meanflow_equal_share, "tangent_warmup": c.tangent_warmup}
+        return TFMeanFlow(student, teacher, **times, **self._shared(forcing))
 
     def _self_forced(self, student: VelocityModel, forcing: TeacherForcing) -> Method:
         c = self.config

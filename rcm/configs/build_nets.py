@@ -22,6 +22,7 @@ from rcm.nets.denoiser import Denoiser
 from rcm.nets.lora import AdaptedNet, attach, initial_factors
 from rcm.nets.wan.adapters import adapted_layers
 from rcm.nets.wan.model import WanDiT
+from rcm.nets.wan.two_times import SPAN, with_second_time
 from rcm.parallel.agree import on_first, shared
 from rcm.parallel.apply import parallelize
 from rcm.parallel.init import check_equal, drawn_weights, load_full, materialise, on_meta
@@ -149,11 +150,18 @@ class NetBuilder:
                 logger.warning("{}: RANDOM weights (seed {}), no checkpoint was given", knob, self.seed)
             return on_first(lambda: drawn_weights(plain, seed=self.seed)), "initial weights"
         weights = on_first(lambda: open_network(checkpoint, knob=f"model.config.{knob}'s checkpoint"))
+        said = "" if weights is None else _said(weights)
         about = f"model.config.{knob} = {net_config.preset}, {_size(asdict(wan_config(net_config)))}"
         logger.info("{}: weights from {}", knob, checkpoint)
         if weights is not None and (told := _other_pattern(weights, self.config)):
             logger.warning("{}: {} {}", knob, checkpoint, told)
-        return weights, f"{checkpoint}{'' if weights is None else _said(weights)} (for {about})"
+        if net_config.two_times:
+            whole = on_first(lambda: weights and with_second_time(weights, wan_config(net_config)))
+            if whole is not weights:
+                logger.info("{}: {} has one time; the second one begins without effect", knob, checkpoint)
+            about += f", two times; only {SPAN}.* may be missing"
+            weights = whole
+        return weights, f"{checkpoint}{said} (for {about})"
 
     def _fill_adapted(
         self, net: nn.Module, weights: Mapping[str, Tensor] | None, *, source: str, checkpoint: str, roles: tuple[str, ...]

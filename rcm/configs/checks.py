@@ -24,7 +24,7 @@ from rcm.train.resume import Taken
 M = "model.config"
 SELF_FORCED = ("sf_dmd", "tf_scm_sf_dmd")
 UMT5_WIDTH = 4096
-CONSISTENCY = ("tf_dcm", "tf_scm", "tf_dscm", "tf_scm_sf_dmd")
+CONSISTENCY = ("tf_dcm", "tf_scm", "tf_dscm", "tf_meanflow", "tf_scm_sf_dmd")
 
 
 def check(config: TrainConfig) -> None:
@@ -41,6 +41,7 @@ def check(config: TrainConfig) -> None:
         _rcm(model)
     _data(config)
     _networks(config)
+    _two_times(model)
     check_lora(model)
     _without_effect(config)
 
@@ -247,7 +248,7 @@ def _rollout(model: CausalConfig) -> None:
                 f"give it two steps or more in {knob}, or turn context_from_last_step off"
             )
     start = model.context_from_last_step_start_chunk
-    if model.context_from_last_step and model.training_type not in (*SELF_FORCED, "tf", "tf_dcm", "tf_scm", "tf_dscm"):
+    if model.context_from_last_step and model.training_type not in (*SELF_FORCED, "tf", "tf_dcm", "tf_scm", "tf_dscm", "tf_meanflow"):
         raise ConfigError(f"{M}.context_from_last_step has no context to make noisy in training_type={model.training_type}")
     if model.context_from_last_step:
         blocks = BlockPattern(model.first_chunk_t, model.chunk_t).num_blocks(model.state_t)
@@ -274,6 +275,26 @@ def _long_tuning(model: CausalConfig) -> None:
         fits = f"{long.frames - rest} or {long.frames - rest + model.chunk_t}"
         pattern = BlockPattern(model.first_chunk_t, model.chunk_t).name
         raise ConfigError(f"{knob}.frames={long.frames} does not split into blocks of {pattern}; nearest that fit: {fits}")
+
+
+def _two_times(model: CommonModelConfig) -> None:
+    """The student of tf_meanflow has two times, every other network one."""
+    kind = model.training_type if isinstance(model, CausalConfig) else "rCM"
+    for role, net in networks(model).items():
+        student = kind == "tf_meanflow" and role == "net"
+        if student and not net.two_times:
+            raise ConfigError(
+                f"{M}.net.two_times=False, but the student of training_type={kind} has two times; set it to True"
+            )
+        if net.two_times and not student:
+            raise ConfigError(
+                f"{M}.{role}.two_times=True is for the student of training_type=tf_meanflow alone, this is {kind}; set it to False"
+            )
+    if kind == "tf_meanflow" and model.lora.rank:
+        raise ConfigError(
+            f"{M}.lora.rank={model.lora.rank} would freeze the embedding of the second time, which training_type={kind} "
+            f"must train; set {M}.lora.rank=0"
+        )
 
 
 def _times(key: str, times: tuple[float, ...], *, last: float) -> None:

@@ -28,6 +28,12 @@ from rcm.parallel.mesh import launch_group, launched_world
 from rcm.pipelines.video_io import VideoError
 
 DEFAULT_REGISTRY = "rcm/configs/registry_distill.py"
+HELP = """\
+Train an experiment with your settings. The same command continues a run that was stopped; an unknown key or value is refused
+before any network is built.
+
+NAME is one of `rcm experiments`. All keys stand with defaults and meanings in rcm/configs/schema.py and schema_model.py of the package.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags.list:
             return _print_table(overrides)
         if not overrides:
-            raise ConfigError("nothing chosen; give experiment=NAME (`python -m scripts.train --list` shows the names)")
+            raise ConfigError("nothing chosen; give experiment=NAME (`rcm experiments` shows the names)")
         if flags.dryrun:
             return _show(overrides, registry)
     except ConfigError as error:
@@ -107,7 +113,11 @@ def load_registry(name: str) -> str:
 
 def _flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Arguments(
-        prog="scripts.train", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="scripts.train",
+        usage="%(prog)s [--config REGISTRY] [--dryrun | --list [WORD ...]] experiment=NAME [key=value ...]",
+        allow_abbrev=False,
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", default=DEFAULT_REGISTRY, metavar="REGISTRY", help="file or module with register() [%(default)s]")
     parser.add_argument("--dryrun", action="store_true", help="print the resolved config and exit")

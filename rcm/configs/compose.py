@@ -142,7 +142,7 @@ def _refuse_unknown_option(group: str, override: Override) -> None:
     if "_replayed" in name and plain_name in choices and not plain_name.endswith("_debug"):
         raise ConfigError(f"unknown experiment {name!r}: _replayed exists for self-forced experiments (sf_dmd) only, which have a rollout")
     near = suggestions(name, choices, limit=4)
-    hint = f"did you mean {' or '.join(near)}?" if near else "`python -m scripts.train --list` shows all"
+    hint = f"did you mean {' or '.join(near)}?" if near else "`rcm experiments` shows all"
     raise ConfigError(f"unknown experiment {name!r}; {hint}")
 
 

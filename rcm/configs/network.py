@@ -19,7 +19,7 @@ def wan_config(net: NetConfig, *, knob: str = "model.config.net") -> WanConfig:
         raise ConfigError(f"{knob}.preset={net.preset!r} must be one of {', '.join(PRESETS)}")
     given = {name: getattr(net, name) for name in SIZES if getattr(net, name) is not None}
     try:
-        return replace(PRESETS[net.preset], **given)
+        return replace(PRESETS[net.preset], two_times=net.two_times, **given)
     except ConfigError as error:
         raise ConfigError(f"{knob}: {error}") from error
 

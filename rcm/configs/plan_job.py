@@ -161,6 +161,7 @@ class _Causal:
             "df": lambda: (_trained(self.masked),),
             "tf_dcm": self.discrete,
             "tf_scm": self.continuous,
+            "tf_meanflow": self.continuous,
             "tf_dscm": lambda: (*self.discrete(), *self.continuous()),
         }
         if (passes := alone.get(kind.removesuffix("_kd"))) is not None:

@@ -61,7 +61,7 @@ def _rows() -> tuple[Row, ...]:
         rows += [Row(prefix + "sf_dmd" + preset, replayable=True) for preset in ("", "_1step", "_2step", "_2step_noisy_ctx")]
         rows += [Row(prefix + "tf_scm_sf_dmd", replayable=True, tangent=True)]
         rows += [Row(prefix + "tf_dcm_lora"), Row(prefix + "sf_dmd_lora", replayable=True)]
-    rows.append(Row("toy_sf_dmd_long", replayable=True))
+    rows += [Row("toy_sf_dmd_long", replayable=True), Row("toy_tf_meanflow", tangent=True)]
     return tuple(rows)
 
 

@@ -16,7 +16,10 @@ from rcm.parallel.checkpointing import SACConfig
 from rcm.train.ema import EMAConfig
 from rcm.train.optim import AdamWConfig, LambdaLinear
 
-TrainingType = Literal["bidirectional", "tf", "df", "tf_kd", "df_kd", "tf_dcm", "tf_scm", "tf_dscm", "sf_dmd", "tf_scm_sf_dmd"]
+TrainingType = Literal[
+    "bidirectional", "tf", "df", "tf_kd", "df_kd", "tf_dcm",
+    "tf_scm", "tf_dscm", "tf_meanflow", "sf_dmd", "tf_scm_sf_dmd",
+]
 Dtype = Literal["bfloat16", "float32", "float64"]
 AttentionBackendName = Literal[
     "", "auto", "reference", "sdpa", "cudnn", "triton", "flex", "flex_triton", "flex_flash", "flash2", "flash3", "magi", "te"
@@ -65,6 +68,7 @@ class NetConfig(Record):
     text_dim: int | None = None  # width of a text token
     text_len: int | None = None  # text tokens
     max_frames: int | None = None  # latent frames covered by the rotary table
+    two_times: bool = False  # knows a second time below its own: the student of tf_meanflow
     sac_config: SACConfig = field(default_factory=SACConfig)
 
     def __post_init__(self) -> None:
@@ -214,6 +218,7 @@ class CausalConfig(CommonModelConfig):
     sample_timestep_shift: float = 3.0  # shift of the tf_dcm grid and of many-step sampling
     backward_timesteps: tuple[float, ...] = (15 / 16, 5 / 6, 5 / 8)  # RF times after t = 1 in a rollout
     shift3_backward: bool = False  # use (0.9, 0.75, 0.5) instead (resolved away by compose)
+    meanflow_equal_share: float = within(0.25, least=0, most=0.99)  # tf_meanflow: samples whose second time is the first one
     replayed_training: bool = False  # back-propagate one block at a time (sf_dmd)
     long_tuning: LongTuningConfig = field(default_factory=LongTuningConfig)  # sf_dmd; its checkpoints are streamed with the same window
     sf_simulation_steps_per_chunk: tuple[int, ...] = ()  # largest step count per chunk, last repeats; () = max_simulation_steps_fake

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -10,7 +11,7 @@ import pytest
 from rcm.configs import registry_distill
 from rcm.configs.compose import Run, compose_run
 from rcm.configs.plan_job import Rollouts, plan_job
-from rcm.train.planner_job import Job, Pass
+from rcm.train.planner_job import Job, Pass, parameter_shapes
 from rcm.train.planner_memory import PassMemory
 
 SMALL = "causal_wan2pt1_1pt3B_res480p_t2v_"
@@ -65,6 +66,16 @@ def test_rollouts_longer_than_what_is_judged():
     assert [layout.frame_index for layout in last.layouts] == [(12, 13, 14), (15, 16, 17), (18, 19, 20)]
     assert last.cached == (2 + 1) * 3 + 9
     assert job("toy_sf_dmd_long_c3-3_replayed").phases[0].terms == 3
+
+
+def test_two_times_take_the_passes_of_one():
+    """TF-MeanFlow's are TF-sCM's; the student has the embedding of the second time beside its other parameters."""
+    two, one = (job(f"toy_{kind}_c3-3") for kind in ("tf_meanflow", "tf_scm"))
+    assert two.phases == one.phases
+    (student, teacher), width = (net.config for net in two.nets), 160
+    assert student.two_times and not teacher.two_times
+    counts = [sum(math.prod(shape) for _, shape in parameter_shapes(config)) for config in (student, teacher)]
+    assert counts[0] - counts[1] == (64 + 1 + width + 1) * width
 
 
 def test_guidance_doubles_the_teachers_passes():

@@ -85,6 +85,20 @@ REFUSED = {
     "head size": ([M + "net.num_heads=3"], r"model.config.net: .*num_heads"),
     "rotary table": ([M + "net.max_frames=8"], r"state_t=9 is beyond the rotary table"),
     "preset": ([M + "net.preset=2B"], r"net.preset='2B' must be one of tiny, 1.3B"),
+    "second time of another stage": ([M + "net.two_times=True"], r"net.two_times=True is for the student of training_type=tf_meanflow"),
+    "student of one time": (
+        ["experiment=toy_tf_meanflow_c3-3", M + "net.two_times=False"],
+        r"net.two_times=False, but the student of training_type=tf_meanflow has two times",
+    ),
+    "teacher of two times": (
+        ["experiment=toy_tf_meanflow_c3-3", M + "net_causal_teacher.two_times=True"],
+        r"net_causal_teacher.two_times=True is for the student of training_type=tf_meanflow alone",
+    ),
+    "adapters beside a second time": (
+        ["experiment=toy_tf_meanflow_c3-3", M + "lora.rank=2"],
+        r"lora.rank=2 would freeze the embedding of the second time.*set model.config.lora.rank=0",
+    ),
+    "share of equal times": ([M + "meanflow_equal_share=1"], r"model.config.meanflow_equal_share=1.0 must be at most 0.99"),
     "replay without a rollout": ([M + "replayed_training=True"], r"replayed_training=True.*training_type=tf"),
     "schedule without a rollout": (
         [M + "sf_simulation_steps_per_chunk=[4,2]"],

@@ -1,0 +1,67 @@
+"""A student of two times through the training command: from weights of one time, on one rank and on two, with a checkpoint
+that says how to stream it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rcm.nets.wan.config import WanConfig
+from rcm.nets.wan.two_times import SPAN, initial_span
+from tests.integration.entry import SIZES, launch, lines, small, stored, weights, write_network
+from tests.integration.test_ranks import CONTEXT, SHARD, close, exit_codes
+from tests.support.dist import run_ranks
+
+M = "model.config."
+
+
+def meanflow(job: Path, start: Path, *more: str, teacher: Path | None = None, iterations: int = 3) -> list[str]:
+    """In float64, with a guided teacher: `start`, unless another is given."""
+    return [
+        "experiment=toy_tf_meanflow_c3-3",
+        *small(job, roles=("net", "net_causal_teacher"), iterations=iterations),
+        M + f"student_ckpt={start}",
+        M + f"causal_teacher_ckpt={teacher or start}",
+        M + "causal_guidance=2",
+        M + "tangent_warmup=0",
+        "precision=fp64",
+        *more,
+    ]
+
+
+def test_it_trains_from_weights_of_one_time_and_says_how_it_is_streamed(tmp_path: Path) -> None:
+    start, job = write_network(tmp_path / "start.safetensors", seed=3), tmp_path / "job"
+    noisy = M + "context_from_last_step=True"
+    assert launch(*meanflow(job, start, noisy, iterations=4)) == 0
+    first, last = stored(start), weights(job)
+    first |= initial_span(WanConfig(**SIZES, two_times=True))
+    assert first.keys() == last.keys() and sum(key.startswith(SPAN) for key in last) == 4
+    assert not [key for key in first if torch.equal(first[key], last[key].to(first[key].dtype))], "no gradient reached them"
+    described = json.loads((job / "checkpoints/iter_000000004/rcm.json").read_text())
+    assert described["network"]["two_times"] is True and described["extra"]["recipe"]["kind"] == "flow_map"
+    assert described["schedule"] == [[15 / 16, 5 / 6, 5 / 8]] and described["stage"] == "tf_meanflow"
+    again = tmp_path / "again"  # from weights that have the second time already
+    assert launch(*meanflow(again, job, teacher=start, iterations=1)) == 0
+
+
+def test_a_checkpoint_that_lacks_more_is_refused_with_what_may_be_missing(tmp_path: Path, capfd) -> None:
+    start = write_network(tmp_path / "start.safetensors", seed=3, ffn_dim=64)
+    assert launch(*meanflow(tmp_path / "job", start, iterations=1)) != 0
+    told = capfd.readouterr().err
+    assert "only span_embedding.* may be missing" in told and "tensor(s) of another shape" in told
+
+
+@pytest.mark.dist
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    start = write_network(tmp_path / "start.safetensors", seed=3)
+    assert launch(*meanflow(tmp_path / "one", start)) == 0
+    parts = {"context": [CONTEXT], "shard": [SHARD], "replica": []}
+    commands = [meanflow(tmp_path / name, start, *more) for name, more in parts.items()]
+    assert run_ranks(2, exit_codes, commands, tmp_path=tmp_path) == [[0] * 3] * 2
+    close(tmp_path / "context", tmp_path / "one", rel=1e-6)
+    close(tmp_path / "shard", tmp_path / "replica", rel=1e-6)
+    assert lines(tmp_path / "shard")[0] != lines(tmp_path / "one")[0], "two data ranks read other samples than one"
