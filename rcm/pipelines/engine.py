@@ -329,7 +329,7 @@ class DecodeLane:
 
     def num_bytes(self) -> int:
         """Bytes that the decoder remembers."""
-        return self._decoder.num_bytes()
+        return 0 if self._decoder is None else self._decoder.num_bytes()
 
     def close(self) -> None:
         """Free the decoder."""

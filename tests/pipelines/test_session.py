@@ -366,6 +366,13 @@ def test_cancel_from_another_thread(denoiser):
     timer.join()
 
 
+def test_a_closed_session_with_a_decoder_holds_nothing_and_may_be_closed_again(denoiser):
+    session = opened(denoiser, spec(num_frames=3), codec=ToyCodec())
+    for _ in range(2):
+        session.close()
+        assert session.num_bytes() == 0 and not session.may_draw
+
+
 def test_opening_and_closing_leaks_nothing(denoiser):
     def cycle() -> None:
         with opened(denoiser, spec(policy=SlidingWindow(2))) as session:
