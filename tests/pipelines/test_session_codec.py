@@ -154,3 +154,13 @@ def test_chunks_that_bear_the_ids_of_others_are_found_where_they_lie(denoiser, m
     found.append(torch.cat([first, session.step().latents], dim=2))
     assert session.loop.counts["replayed"] > 0
     assert all(torch.equal(latents, expected) for latents in found)
+
+
+def test_a_chunk_that_stays_plain_is_not_coded_by_a_captured_pass(denoiser, monkeypatch):
+    """After a restart the first chunk's form is known, and it sees no plain chunk."""
+    spec = StreamSpec(RECIPE, (4, HEIGHT, WIDTH), batch=2, policy=SlidingWindow(3), kv_codec=codec("int4"), hot_chunks=1)
+    expected, _ = run(denoiser, spec, 4)
+    monkeypatch.setattr(session_module, "ChunkLoop", RerunLoop)
+    _, session = run(denoiser, spec, 4)
+    session.restart()
+    assert torch.equal(torch.cat([session.step().latents for _ in range(4)], dim=2), expected)
