@@ -7,6 +7,7 @@ import difflib
 import importlib
 import importlib.util
 import io
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -84,8 +85,22 @@ def _help(line: str, command: Command) -> str:
     text = told.getvalue().replace(f"python -m {command.module} {' '.join(command.given)}".rstrip(), line)
     _, colon, usage = text.partition(": ")
     called = usage.split(" [")[0].split("\n")[0]
-    usage = usage.replace(called, line, 1) if colon else text
+    usage = _usage(usage, called, line) if colon else text
     return "\n".join([f"{line}: {command.does}", *_examples(command), "", f"usage: {usage}"])
+
+
+def _usage(text: str, called: str, line: str) -> str:
+    """The usage of a parser named `called` as that of `line`: its flags begin behind the new name, as many in a row as fit."""
+    flags, blank, rest = text.removeprefix(called).partition("\n\n")
+    margin = len(f"usage: {line} ")
+    rows = [""]
+    for part in map(str.strip, flags.split("\n")):
+        row = f"{rows[-1]} {part}".strip()
+        if rows[-1] and margin + len(row) > shutil.get_terminal_size().columns - 2:
+            rows.append(part)
+        else:
+            rows[-1] = row
+    return line + " " + f"\n{' ' * margin}".join(rows) + blank + rest
 
 
 def _examples(*commands: Command) -> list[str]:

@@ -116,9 +116,21 @@ CHECKPOINT = {
 }
 
 VBENCH = {
-    "env": Command(does="make the environment that VBench runs in", module="scripts.vbench_env"),
-    "sample": Command(does="make the videos of a suite of prompts, and go on where a stopped run ended", module="scripts.vbench_sample"),
-    "score": Command(does="run VBench over sampled videos, and tabulate its results", module="scripts.vbench_score"),
+    "env": Command(
+        does="make the environment that VBench runs in",
+        module="scripts.vbench_env",
+        examples=("rcm vbench env",),
+    ),
+    "sample": Command(
+        does="make the videos of a suite of prompts, and go on where a stopped run ended",
+        module="scripts.vbench_sample",
+        examples=("rcm vbench sample --dit_path outputs/demo/runs/sf_dmd_c3-3 --no_augmented_prompt --max_prompts 20",),
+    ),
+    "score": Command(
+        does="run VBench over sampled videos, and tabulate its results",
+        module="scripts.vbench_score",
+        examples=("rcm vbench score --videos_path outputs/vbench --ngpus 8",),
+    ),
 }
 
 BENCH = {

@@ -102,7 +102,7 @@ def next_command(flags: argparse.Namespace) -> str:
     """What to try after a first look at the shipped checkpoint."""
     if flags.prompt is None and flags.prompt_file is None:
         return 'rcm stream --prompt "a blue triangle moving down" --num_frames 65 --save_path outputs/long.mp4'
-    return "rcm demo   # trains every stage behind this checkpoint, and scores them (python -m scripts.demo --help)"
+    return "rcm demo   # trains every stage behind this checkpoint, and scores them (rcm demo --help)"
 
 
 def read_prompts(given: Sequence[str] | None, file: str | None, *, allow_empty: bool) -> list[str]:

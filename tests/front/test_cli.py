@@ -50,6 +50,8 @@ def test_each_command_tells_its_own_name(line: str, command: Command, capsys) ->
     assert said.startswith(f"{line}: {command.does}\n")
     assert f"\nusage: {line} " in said or f"\nusage: {line}\n" in said
     assert all(f"  {example}\n" in said for example in command.examples)
+    rows = said.split("\nusage: ")[1].split("\n\n")[0].strip().split("\n")[1:]
+    assert {len(row) - len(row.lstrip()) for row in rows} <= {len(f"usage: {line} ")}
 
 
 @pytest.mark.parametrize(("line", "command"), [pytest.param(*leaf, id=leaf[0]) for leaf in leaves()])
