@@ -117,6 +117,8 @@ class CheckpointConfig(Record):
             )
         if self.load_ema_to_reg and "model" in self.keys_not_to_resume:
             raise ConfigError("load_ema_to_reg=True starts from weights that checkpoint.keys_not_to_resume leaves out; choose one")
+        if not (self.load_training_state or self.only_load_scheduler_state) and "model" in self.keys_not_to_resume:
+            raise ConfigError("load_training_state=False takes weights alone, which checkpoint.keys_not_to_resume leaves out; choose one")
 
 
 @dataclass(frozen=True)

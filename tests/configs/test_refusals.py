@@ -358,6 +358,10 @@ def test_guidance_asks_for_the_negative_prompt(composed, tmp_path) -> None:
             r"only_load_scheduler_state=True has no effect while checkpoint.load_training_state=True",
         ),
         (
+            ["checkpoint.load_training_state=False", "checkpoint.load_path=x", "checkpoint.keys_not_to_resume=[model]"],
+            r"load_training_state=False takes weights alone, which checkpoint.keys_not_to_resume leaves out",
+        ),
+        (
             ["checkpoint.load_ema_to_reg=True", "checkpoint.load_path=x", "checkpoint.keys_not_to_resume=[model]"],
             r"load_ema_to_reg=True starts from weights that checkpoint.keys_not_to_resume leaves out",
         ),
