@@ -16,7 +16,7 @@ from rcm.nets.wan.config import PRESETS
 from rcm.nets.wan.convert import detect_config, load
 from rcm.nets.wan.model import WanDiT
 from rcm.nets.wan.two_times import SPAN, initial_span, with_second_time
-from tests.support.tangent_oracle import functorch_jvp, with_eager_attention
+from tests.support.tangent_oracle import central_difference, functorch_jvp, relative_error, with_eager_attention
 from tests.support.tiny_nets import GRID, PATTERNS, condition, latents, pattern, tiny_config, tiny_net
 
 TWO = {"two_times": True}
@@ -84,7 +84,7 @@ def test_a_trained_second_time_has_an_effect_and_none_means_no_distance():
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_the_tangent_moves_both_times(name):
-    """Over cached context, against functorch of the packed pass: t moves, and with it t - s; the context stays."""
+    """Over cached context, against functorch and differences of the packed pass: t moves, and with it t - s; the context stays."""
     forcing, frames = TeacherForcing(pattern(name)), PATTERNS[name]
     net = tiny_net(seed=6, **TWO)
     student, eager = (Denoiser(each, Precision.preset("fp64")) for each in (net, with_eager_attention(net)))
@@ -96,12 +96,13 @@ def test_the_tangent_moves_both_times(name):
     zeros = torch.zeros(2, frames, dtype=torch.float64)
     layout = TokenLayout.teacher_forcing(frames, grid=GRID, pattern=forcing.pattern)
     ends = torch.cat([zeros, s.expand(2, frames)], 1)
-    expected = functorch_jvp(
+    packed = (
         lambda x, time: eager.mean_velocity(x, time, ends, COND, layout),
         (torch.cat([x0, x_t], 2), torch.cat([zeros, t.expand(2, frames)], 1)),
         (torch.cat([torch.zeros_like(x0), x_dot], 2), torch.cat([zeros, torch.ones_like(zeros)], 1)),
     )
-    torch.testing.assert_close((u, u_dot), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close((u, u_dot), functorch_jvp(*packed), rtol=0, atol=1e-9)
+    assert relative_error(u_dot, central_difference(*packed, step=1e-5)) < 1e-6
 
 
 def test_only_the_second_time_may_be_missing():
