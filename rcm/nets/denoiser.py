@@ -201,10 +201,9 @@ class Denoiser(VelocityModel):
 
     def time_rows(self, t: Tensor, s: Tensor | None = None) -> tuple[Tensor, ...] | None:
         """See `VelocityModel`."""
-        made, options = getattr(self.net, "time_rows", None), {"dtype": self.precision.compute}
-        if s is not None:
-            options["span"] = self._span(t, s, t.device)
-        return None if made is None else made(rf_to_timestep(t).to(self.precision.time), **options)
+        made = getattr(self.net, "time_rows", None)
+        span = {} if s is None else {"span": self._span(t, s, t.device)}
+        return None if made is None else made(rf_to_timestep(t).to(self.precision.time), dtype=self.precision.compute, **span)
 
     @property
     def num_ranks(self) -> int:

@@ -63,8 +63,8 @@ class CapturedLoop(ChunkLoop):
         layout = self.canvas.layout(placement.frame_index, view)
         inputs = self._prepared(x, cond, view, layout)
         if inputs is None:
-            times = (time_tensor(time, x.shape[0], x.device) for time in (t, t_next))
-            v = self.ask(x, *times, cond, layout, view)
+            now, then = (time_tensor(time, x.shape[0], x.device) for time in (t, t_next))
+            v = self.ask(x, now, then, cond, layout, view)
             self._keep_inputs(x, cond, layout)
             return self.rule(x, v, t=t, t_next=t_next, noise=noise)
         inputs.set(x, noise, t=t, t_next=t_next, rows=self._time_rows(t, t_next if self.rule.mean else t, x))

@@ -175,8 +175,8 @@ class ChunkLoop:
         """One denoising step from RF time `t` to `t_next`; `append` leaves the pass in the cache."""
         view = self.view(placement, append=append)
         layout = self.canvas.layout(placement.frame_index, view)
-        times = (time_tensor(time, x.shape[0], x.device) for time in (t, t_next))
-        return self.rule(x, self.ask(x, *times, cond, layout, view), t=t, t_next=t_next, noise=noise)
+        now, then = (time_tensor(time, x.shape[0], x.device) for time in (t, t_next))
+        return self.rule(x, self.ask(x, now, then, cond, layout, view), t=t, t_next=t_next, noise=noise)
 
     def ask(self, x: Tensor, t: Tensor, t_next: Tensor, cond: Condition, layout: TokenLayout, view: View) -> Tensor:
         """The velocity that the rule of a step from `t` to `t_next` wants."""

@@ -67,7 +67,8 @@ class SamplingRecipe:
     @property
     def rule(self) -> StepRule:
         """The update rule of a denoising step."""
-        return {"few_step": ConsistencyStep, "flow_map": FlowMapStep, "ode": EulerStep}[self.kind]()
+        rules: dict[str, StepRule] = {"few_step": ConsistencyStep(), "flow_map": FlowMapStep(), "ode": EulerStep()}
+        return rules[self.kind]
 
     def plan(self, block: int, *, prefix_blocks: int = 0) -> ChunkPlan:
         """Plan of block `block` of a video of any length whose first `prefix_blocks` blocks are given. `ValueError` for a given block."""

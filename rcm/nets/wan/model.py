@@ -102,8 +102,8 @@ class WanDiT(nn.Module):
         self.unpatchify = Unpatchify(config.patch[1:])
         self.set_fused(fused)
         self.rope = RopeTables(config.head_dim, max_rows=config.max_rows, max_columns=config.max_columns)
-        if config.two_times:  # last, so that random weights of the rest are those of the network with one time
-            self.span_embedding = SpanEmbedding(config)
+        # last, so that random weights of the rest are those of the network with one time
+        self.span_embedding = SpanEmbedding(config) if config.two_times else None
 
     def forward(
         self,
@@ -221,13 +221,13 @@ class WanDiT(nn.Module):
                 if isinstance(getattr(module, "bias", None), nn.Parameter):
                     module.bias.zero_()
         self.head.head.weight.zero_()
-        if self.config.two_times:
-            self.span_embedding[-1].weight.zero_()
+        if self.span_embedding is not None:
+            self.span_embedding.last.weight.zero_()
 
     def _time(self, timestep: Tensor, span: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Time embedding [B, F or 1, E]."""
         time = self.time_embedding(self.sinusoid(timestep, dtype))
-        if not self.config.two_times:
+        if self.span_embedding is None:
             return time
         span = torch.zeros_like(timestep) if span is None else span
         return time + self.span_embedding(self.sinusoid(span, dtype))

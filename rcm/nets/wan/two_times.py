@@ -5,6 +5,7 @@ the mean velocity between them. What it has beyond the network of one time, and 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,11 @@ class SpanEmbedding(nn.Sequential):
     def __init__(self, config: WanConfig) -> None:
         sizes = (config.freq_dim, config.dim)
         super().__init__(PromotedLinear(*sizes), nn.SiLU(), PromotedLinear(config.dim, config.dim))
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that starts at zero."""
+        return cast(nn.Linear, self[2])
 
 
 def initial_span(config: WanConfig) -> dict[str, Tensor]:
