@@ -1,4 +1,6 @@
-"""Score a checkpoint of the embedded world: exact arithmetic on pixels, against the captions it was asked for."""
+"""Score a checkpoint of the embedded world: exact arithmetic on pixels, against the captions it was
+asked for.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,14 @@
-"""Attention with tangent, and masked attention with gradient: correctness first, then times of every variant, as a table and JSON.
+"""Attention with tangent, and masked attention with gradient: correctness first, then times of
+every variant, as a table and JSON.
 
-    python -m scripts.bench_attention [--part all] [--json FILE] [--frames 21] [--only SUBSTRING] [--repeats 7]
+    python -m scripts.bench_attention [--part all] [--json FILE] [--frames 21] [--only SUBSTRING]
+    [--repeats 7]
 
 `--part tangent` is this file, `--part gradient` is `scripts/bench_masked.py`.
 
-Shapes are Wan2.1-1.3B at 480p: 12 heads of 128, 1560 tokens per latent frame. A variant whose check fails is not timed. FLOP counts are the
-useful ones: products x 2 x (query, key) pairs that the mask allows x head size x heads. Quote ratios of one run; machines differ by 10 %.
+Shapes are Wan2.1-1.3B at 480p: 12 heads of 128, 1560 tokens per latent frame. A variant whose check
+fails is not timed. FLOP counts are the useful ones: products x 2 x (query, key) pairs that the mask
+allows x head size x heads. Quote ratios of one run; machines differ by 10 %.
 """
 
 from __future__ import annotations
@@ -64,7 +67,9 @@ class Work:
 
 
 def works(frames: int) -> list[Work]:
-    """Dense with tangent, dense primal, and the two halves of the teacher-forced tangent pass for each pattern."""
+    """Dense with tangent, dense primal, and the two halves of the teacher-forced tangent pass for
+    each pattern.
+    """
     length = frames * FRAME_TOKENS
     found = [
         Work("dense jvp", Full(length, length), Full(1000, 1000), "qkv"),
@@ -138,7 +143,9 @@ def is_correct(work: Work, run: Callable[[Problem], tuple]) -> tuple[bool, str]:
 
 
 def ceilings() -> dict[str, float]:
-    """TFLOP/s of a large matrix product, for a moment and for a second (the power limit), and TB/s of a device copy."""
+    """TFLOP/s of a large matrix product, for a moment and for a second (the power limit), and TB/s
+    of a device copy.
+    """
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     source = torch.randn(1 << 30, device="cuda", dtype=torch.bfloat16)
     target = torch.empty_like(source)

@@ -1,9 +1,11 @@
-"""Cheaper arithmetic and a quicker start on one card, random weights at full size: checks, times, a table and JSON.
+"""Cheaper arithmetic and a quicker start on one card, random weights at full size: checks, times, a
+table and JSON.
 
     python -m scripts.bench_cheaper [--json FILE] [--parts vae_cold,fp8_check,fp8_layers,...]
 
-Every part runs in a process of its own: an error of one is printed and leaves the others alone. A part whose check fails
-times nothing. Products are timed inside a CUDA graph over weights that together exceed the L2 cache, as a network's do.
+Every part runs in a process of its own: an error of one is printed and leaves the others alone. A
+part whose check fails times nothing. Products are timed inside a CUDA graph over weights that
+together exceed the L2 cache, as a network's do.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ def require(checks: dict[str, tuple[float, float]]) -> dict[str, float]:
 
 
 def milliseconds(calls: list[Callable[[], object]]) -> float:
-    """Of one call: the `calls`, one after the other, captured in a graph; median of REPEATS replays."""
+    """Of one call: the `calls`, one after the other, captured in a graph; median of REPEATS
+    replays.
+    """
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side), torch.no_grad():
@@ -99,7 +103,9 @@ def random_linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def fp8_check() -> dict[str, Any]:
-    """The kernel against its formula, products against emulation and float64, a captured layer against the eager one."""
+    """The kernel against its formula, products against emulation and float64, a captured layer
+    against the eager one.
+    """
     from rcm.kernels.fused import quantise
     from rcm.nets.fp8_linear import FP8Linear
 
@@ -208,7 +214,9 @@ def fp8_layers() -> dict[str, Any]:
 
 
 def fp8_network() -> dict[str, Any]:
-    """A captured forward of the 1.3B network on chunks of three frames and one: bfloat16 against FP8, and its error."""
+    """A captured forward of the 1.3B network on chunks of three frames and one: bfloat16 against
+    FP8, and its error.
+    """
     from rcm.nets.wan.config import preset
     from rcm.nets.wan.fp8 import LAYERS as NAMES
     from rcm.nets.wan.fp8 import noise_velocity, quantise_linears_
@@ -239,7 +247,9 @@ def fp8_network() -> dict[str, Any]:
 
 
 def chunk_forward(net: nn.Module, frames: int) -> Callable[[], Tensor]:
-    """A forward of `frames` noisy frames that see each other, the prompt's keys and values computed before."""
+    """A forward of `frames` noisy frames that see each other, the prompt's keys and values computed
+    before.
+    """
     from rcm.nets.condition import Condition
     from rcm.nets.layout import TokenLayout
 
@@ -251,7 +261,9 @@ def chunk_forward(net: nn.Module, frames: int) -> Callable[[], Tensor]:
 
 
 def tiny_decoder() -> dict[str, Any]:
-    """The tiny decoder: streamed against one-shot, bfloat16 against float32; milliseconds beside the full one."""
+    """The tiny decoder: streamed against one-shot, bfloat16 against float32; milliseconds beside
+    the full one.
+    """
     from rcm.encoders.taehv import TinyDecoderCodec
     from rcm.encoders.wan_vae import WanVAECodec
 
@@ -295,7 +307,9 @@ def tiny_decoder() -> dict[str, Any]:
 
 
 def kernels_cold() -> dict[str, Any]:
-    """Seconds to compile the transformer's fused and quantised layers with an empty cache, side by side in threads."""
+    """Seconds to compile the transformer's fused and quantised layers with an empty cache, side by
+    side in threads.
+    """
     return compiled_cold(threads=None)
 
 

@@ -1,11 +1,14 @@
-"""FP8 attention against bf16 on one card: errors against float64 first, then every variant over a stream's shapes, as a table and JSON.
+"""FP8 attention against bf16 on one card: errors against float64 first, then every variant over a
+stream's shapes, as a table and JSON.
 
-    python -m scripts.bench_fp8_attention [--out FILE] [--part kernels|stream] [--only SUBSTRING] [--limit SECONDS]
+    python -m scripts.bench_fp8_attention [--out FILE] [--part kernels|stream] [--only SUBSTRING]
+    [--limit SECONDS]
 
-Every variant has a process of its own, so that an error, or a kernel that never ends, is a line of the table. They compile side by
-side and take the card in turn. Times are of calls inside a CUDA graph. "all" adds to attention what codes the queries and the chunk's
-own keys and values. bf16 is what a captured stream calls today: cuDNN, in parts along the keys where that is faster. `--part stream` is
-whole streams instead.
+Every variant has a process of its own, so that an error, or a kernel that never ends, is a line of
+the table. They compile side by side and take the card in turn. Times are of calls inside a CUDA
+graph. "all" adds to attention what codes the queries and the chunk's own keys and values. bf16 is
+what a captured stream calls today: cuDNN, in parts along the keys where that is faster. `--part
+stream` is whole streams instead.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ SHAPES = [
     *((3 * FRAME, FRAME * frames, 12) for frames in (3, 6, 12, 21)),
     (3 * FRAME, 12 * FRAME, 40),
 ]
-"""Queries, keys, heads: chunks of 1 and of 3 latent frames at 480x832 of the small network, one of the large one."""
+"""Queries, keys, heads: chunks of 1 and of 3 latent frames at 480x832 of the small network, one of
+the large one.
+"""
 CHECKS = [(1, 1, 1, 2), (130, 129, 2, 3), (64, 16, 1, 1), (1000, 3001, 1, 4), (FRAME, 21 * FRAME, 1, 12)]
 """Queries, keys, batch, heads."""
 WORKER_SECONDS = 45
@@ -65,8 +70,8 @@ def variants() -> dict[str, tuple[str, object]]:
 
 
 def draw(queries: int, keys: int, heads: int, *, batch: int = 1, kind: str = "real-like") -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [B, L, N, D] in bf16. "random": normal. "real-like": tokens of 64 kinds, channels of uneven size, a few of them with a
-    large constant.
+    """q, k, v [B, L, N, D] in bf16. "random": normal. "real-like": tokens of 64 kinds, channels of
+    uneven size, a few of them with a large constant.
     """
     g = torch.Generator("cuda").manual_seed(0)
 
@@ -191,7 +196,9 @@ class Fp8:
         return launch.attend_portable(queries, held, count=count, dtype=torch.bfloat16, tiles=self.tiles, parts=parts)
 
     def check(self, case: tuple[int, int, int, int], kind: str) -> tuple[float, float]:
-        """Error of the kernel, and of the formula on the same codes, both against float64. Slots behind the keys hold codes, too."""
+        """Error of the kernel, and of the formula on the same codes, both against float64. Slots
+        behind the keys hold codes, too.
+        """
         from rcm.kernels.fp8_attention import codes, launch, reference
 
         q, k, v = draw(case[0], case[1], case[3], batch=case[2], kind=kind)
@@ -214,7 +221,9 @@ class Fp8:
         return relative(self.attend(queries, held, case[1]), truth), relative(torch.cat(by_formula, dim=2), truth)
 
     def measure(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
-        """Attention alone, and with the coding of the queries and of the chunk's own keys and values."""
+        """Attention alone, and with the coding of the queries and of the chunk's own keys and
+        values.
+        """
         from rcm.kernels.fp8_attention import launch
 
         queries, held = self.coded(q, k, v, capacity=21 * FRAME)

@@ -1,4 +1,6 @@
-"""Streams whose attention runs in FP8 beside the same in bf16: error of the latents, milliseconds of a chunk, frames per second."""
+"""Streams whose attention runs in FP8 beside the same in bf16: error of the latents, milliseconds
+of a chunk, frames per second.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def latents(denoiser: Denoiser, name: str, *, graphs: str, attention: str) -> Te
 
 
 def errors(denoiser: Denoiser) -> dict[str, Any]:
-    """Relative errors against captured bf16 on the same noise: of FP8, captured and not, and, the yardstick, of bf16 with plain layers."""
+    """Relative errors against captured bf16 on the same noise: of FP8, captured and not, and, the
+    yardstick, of bf16 with plain layers.
+    """
     plain = build("1.3B", fused="off")
     plain.net.load_state_dict(denoiser.net.state_dict())
     found = {}
@@ -48,7 +52,9 @@ def errors(denoiser: Denoiser) -> dict[str, Any]:
 
 
 def measure() -> dict[str, Any]:
-    """Errors, then times of the 1.3B network with random weights; chunks without the decoder, then two figures with it."""
+    """Errors, then times of the 1.3B network with random weights; chunks without the decoder, then
+    two figures with it.
+    """
     denoiser, found = build("1.3B"), {}
     found["errors"] = errors(denoiser)
     print(found["errors"], flush=True)

@@ -1,11 +1,14 @@
-"""What the bias correction of coded keys recovers, as error of attention's output: on keys of a trained network, and on random ones.
+"""What the bias correction of coded keys recovers, as error of attention's output: on keys of a
+trained network, and on random ones.
 
-    python -m scripts.bench_kv_bias
-    python -m scripts.bench_kv_bias --ckpt outputs/demo/runs/sf_dmd_c3-3 --frames 9 --batch 24 --out bias.json
+    python -m scripts.bench_kv_bias python -m scripts.bench_kv_bias --ckpt
+    outputs/demo/runs/sf_dmd_c3-3 --frames 9 --batch 24 --out bias.json
 
-Keys and queries are those of the denoising passes of a stream over a plain cache: a pass's past is coded as one chunk, before rotation, and
-its own tokens stay plain, as in a quantised cache. Columns: squared relative error of the output as coded, corrected, and with the true
-mean gain of every head taken off ("possible"); how many logits coded keys gain on average, and how many are left.
+Keys and queries are those of the denoising passes of a stream over a plain cache: a pass's past is
+coded as one chunk, before rotation, and its own tokens stay plain, as in a quantised cache.
+Columns: squared relative error of the output as coded, corrected, and with the true mean gain of
+every head taken off ("possible"); how many logits coded keys gain on average, and how many are
+left.
 """
 
 from __future__ import annotations
@@ -38,8 +41,9 @@ PROMPTS = Path(__file__).resolve().parents[1] / "assets" / "prompts" / "toy.txt"
 
 
 class Seen(NamedTuple):
-    """One layer of one pass: rotated queries; keys before rotation and values, of the past and of the pass itself [B, L, N, D]; the table
-    that rotates all keys, None for keys that are not rotated.
+    """One layer of one pass: rotated queries; keys before rotation and values, of the past and of
+    the pass itself [B, L, N, D]; the table that rotates all keys, None for keys that are not
+    rotated.
     """
 
     q: Tensor
@@ -49,7 +53,9 @@ class Seen(NamedTuple):
 
 
 def keys_of_a_stream(ckpt: Path, *, frames: int, batch: int) -> list[Seen]:
-    """What the layers of a network attended to while it streamed `frames` latent frames of `batch` prompts of the embedded world."""
+    """What the layers of a network attended to while it streamed `frames` latent frames of `batch`
+    prompts of the embedded world.
+    """
     model = open_checkpoint(ckpt, device="cpu")
     lines = [line for line in read_text(PROMPTS).splitlines() if line.strip()]
     channels, _, height, width = model.latent_shape
@@ -81,7 +87,9 @@ def random_keys(*, tokens: int = 256, heads: int = 2, channels: int = 128) -> li
 
 @torch.no_grad()
 def corrected_errors(seen: Sequence[Seen], spec: KVCodecSpec, *, least: int = 16) -> dict[str, float]:
-    """The columns for one codec, over passes with at least so many tokens in the past; float64 from the restored keys on."""
+    """The columns for one codec, over passes with at least so many tokens in the past; float64 from
+    the restored keys on.
+    """
     total = dict.fromkeys(("as coded", "corrected", "possible"), 0.0)
     size, gains, left = 0.0, [], []
     for q, (k, v), (own_k, own_v), table in seen:

@@ -1,8 +1,10 @@
-"""Measure the codec of cached keys and values on one GPU: python -m scripts.bench_kv_codec --out kv_codec.json
+"""Measure the codec of cached keys and values on one GPU: python -m scripts.bench_kv_codec --out
+kv_codec.json
 
-Correctness first: fused encode and restore against plain torch, bit for bit, in bf16. Then, for keys and values of one layer and chunk:
-bytes, compression, milliseconds to encode and to restore, squared error, and the error of attention to coded chunks and a plain one, with
-and without the correction of the keys' bias. `--tiny` runs the same on a CPU, where times mean nothing.
+Correctness first: fused encode and restore against plain torch, bit for bit, in bf16. Then, for
+keys and values of one layer and chunk: bytes, compression, milliseconds to encode and to restore,
+squared error, and the error of attention to coded chunks and a plain one, with and without the
+correction of the keys' bias. `--tiny` runs the same on a CPU, where times mean nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from rcm.kernels.kv_codec.spec import SIDES, KVCodecSpec, SideSpec, kivi
 from scripts.bench_measure import alone, write
 
 LAYERS, FORWARDS = 30, 5
-"""Layers of the 1.3B network; forwards per chunk (4 steps and the append), each of which restores all cold chunks."""
+"""Layers of the 1.3B network; forwards per chunk (4 steps and the append), each of which restores
+all cold chunks.
+"""
 
 
 def cases(clusters: int) -> dict[str, KVCodecSpec]:
@@ -55,8 +59,8 @@ def cases(clusters: int) -> dict[str, KVCodecSpec]:
 
 
 def draw(kind: str, shape: tuple[int, int, int], device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [1, S, N, D] bf16. "random": normal. "real-like": tokens of 64 kinds, channels of uneven size, a few channels with a large
-    constant, as keys before rotation have them.
+    """q, k, v [1, S, N, D] bf16. "random": normal. "real-like": tokens of 64 kinds, channels of
+    uneven size, a few channels with a large constant, as keys before rotation have them.
     """
     s, n, d = shape
     g = torch.Generator(device).manual_seed(0)
@@ -85,7 +89,9 @@ def timed(call: Callable[[], object], *, repeats: int, device: str) -> float:
 
 
 def equal_to_plain(codec: KVCodec, blob: object, x: Tensor, side: str) -> list[str]:
-    """What of a blob and its restoring is not equal to plain torch, bit for bit, on the same device."""
+    """What of a blob and its restoring is not equal to plain torch, bit for bit, on the same
+    device.
+    """
     wrong = []
     if not torch.equal(codec.decode(blob, side=side), reference(blob).to(x.dtype)):
         wrong.append("restore")
@@ -93,7 +99,8 @@ def equal_to_plain(codec: KVCodec, blob: object, x: Tensor, side: str) -> list[s
     if isinstance(blob.codes, Codes) and how.smoothing in ("none", "qvg"):
         slow = KVCodec(KVCodecSpec(**{**vars(codec.spec), "triton_restore": False})).encode(x, side=side, layer=0)
         if blob.clusters is not None and not torch.equal(blob.clusters.centroids, slow.clusters.centroids):
-            return wrong  # sums of k-means are taken in another order, and what is coded is the residual
+            # sums of k-means are taken in another order, and what is coded is the residual
+            return wrong
         for name in ("data", "scales"):
             mine, theirs = (getattr(b.codes, name).view(torch.uint8) for b in (blob, slow))
             if not torch.equal(mine, theirs):
@@ -135,7 +142,8 @@ def measure(name: str, spec: KVCodecSpec, data: tuple[Tensor, Tensor, Tensor], a
 
     gain = segment_gain(some, blobs["key"], scale=scale)
     found = attend(some, hats["key"], v, scale)[1].float() - attend(some, k, v, scale)[1].float()
-    mean = found.mean(-1, keepdim=True)  # what the coded chunk gains on average over queries, per head: its bias
+    # what the coded chunk gains on average over queries, per head: its bias
+    mean = found.mean(-1, keepdim=True)
     row["attention error"], row["corrected"] = error(output(hats["key"], hats["value"])), error(output(hats["key"], hats["value"], gain))
     row["without the bias"] = error(output(hats["key"], hats["value"], mean.expand_as(found)))
     row["gain"], row["gain left"] = float(mean.abs().mean()), float((found - gain).mean(-1).abs().mean())

@@ -1,7 +1,9 @@
-"""Masked attention with gradient, back end by back end: the second part of `scripts.bench_attention`.
+"""Masked attention with gradient, back end by back end: the second part of
+`scripts.bench_attention`.
 
-Errors come first: at small size against float64 within twice the error of eager bf16, and at full size against dense cuDNN calls per
-run of queries with equal keys. A back end that fails either is not timed.
+Errors come first: at small size against float64 within twice the error of eager bf16, and at full
+size against dense cuDNN calls per run of queries with equal keys. A back end that fails either is
+not timed.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ def masks(frames: int) -> dict[str, tuple[MaskSpec, MaskSpec]]:
 
 
 def flop(mask: MaskSpec) -> float:
-    """Useful floating-point operations of forward (2 products) and backward (5 products) together."""
+    """Useful floating-point operations of forward (2 products) and backward (5 products)
+    together.
+    """
     pairs = sum((s.q_stop - s.q_start) * (stop - start) for s in mask.row_segments() for start, stop in s.intervals)
     return 7 * 2.0 * pairs * WIDTH * HEADS
 
@@ -73,7 +77,9 @@ def time_backward(attend: Callable[..., Tensor], leaves: tuple[Tensor, ...], gra
 
 
 def measure(name: str, mask: MaskSpec, small: MaskSpec, *, backend: str, repeats: int) -> dict:
-    """One row: errors, then forward without gradient, forward + backward, and backward alone, in milliseconds."""
+    """One row: errors, then forward without gradient, forward + backward, and backward alone, in
+    milliseconds.
+    """
     row: dict = {"work": f"{name} masked" if not mask.is_full else name, "variant": backend}
     try:
         core = AttentionCore(resolve(backend))
@@ -81,7 +87,8 @@ def measure(name: str, mask: MaskSpec, small: MaskSpec, *, backend: str, repeats
         return row | {"correct": None, "errors": str(error).partition(": ")[2].partition(":")[0]}
     began = time.perf_counter()
     inputs, grad_o = draw(small, 2)
-    apart_from_large = AttentionCore(resolve(backend))  # so that the record of `core` speaks of the full size
+    # so that the record of `core` speaks of the full size
+    apart_from_large = AttentionCore(resolve(backend))
     report = errors_and_budgets(attend_with(apart_from_large, small), inputs, grad_o, mask=small, scale=WIDTH**-0.5)
     inputs, grad_o = draw(mask, HEADS)
     attend = attend_with(core, mask)

@@ -1,4 +1,6 @@
-"""How the step benchmarks measure: times and peaks of a call, GPU time by kind of kernel, and the floor of a forward."""
+"""How the step benchmarks measure: times and peaks of a call, GPU time by kind of kernel, and the
+floor of a forward.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ KINDS = (
 
 
 def timed(call: Callable[[], object], *, repeats: int, prepare: Callable[[], object] = lambda: None) -> dict[str, float]:
-    """First and median milliseconds of `call`, and the peak memory of one call in GiB, everything alive included."""
+    """First and median milliseconds of `call`, and the peak memory of one call in GiB, everything
+    alive included.
+    """
     samples = []
     for attempt in range(repeats + 1):
         prepare()
@@ -46,8 +50,8 @@ def timed(call: Callable[[], object], *, repeats: int, prepare: Callable[[], obj
 
 @torch.no_grad()
 def fill(net: nn.Module) -> None:
-    """Random weights without zeros, the same on every rank: products of fan-in variance, norms around 1. Zeros would draw less power and
-    run faster.
+    """Random weights without zeros, the same on every rank: products of fan-in variance, norms
+    around 1. Zeros would draw less power and run faster.
     """
     generators: dict[torch.device, torch.Generator] = {}
     for name, parameter in stored_parameters(net).items():
@@ -67,8 +71,8 @@ def kind_of(kernel: str) -> str:
 
 
 def breakdown(call: Callable[[], object]) -> dict[str, Any]:
-    """GPU milliseconds by kind (`kinds_ms`), and the largest kernels of the kind "other elementwise" with their counts
-    (`largest_others`).
+    """GPU milliseconds by kind (`kinds_ms`), and the largest kernels of the kind "other
+    elementwise" with their counts (`largest_others`).
     """
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         call()
@@ -88,7 +92,9 @@ def breakdown(call: Callable[[], object]) -> dict[str, Any]:
 
 
 def floor_of(net: nn.Module, call: Callable[[], object], *, repeats: int) -> dict[str, Any]:
-    """Every product and attention call of one forward `call` of `net`, timed alone, and `floor_ms`, their sum times their counts."""
+    """Every product and attention call of one forward `call` of `net`, timed alone, and `floor_ms`,
+    their sum times their counts.
+    """
     products: Counter[tuple] = Counter()
     attentions: Counter[tuple] = Counter()
     cores: dict[tuple, AttentionCore] = {}

@@ -1,12 +1,16 @@
-"""Measure what scripts.plan predicts: peak memory and seconds of real training iterations on random weights and made-up data.
+"""Measure what scripts.plan predicts: peak memory and seconds of real training iterations on random
+weights and made-up data.
 
-    python -m scripts.bench_memory                      # the three cases of docs/planner.md, on one CUDA card
-    python -m scripts.bench_memory --case mine experiment=causal_wan2pt1_1pt3B_res480p_t2v_tf_c1-1 model.config.net.sac_config.mode=none
-    torchrun --nproc_per_node=2 -m scripts.bench_memory --case two experiment=... model.config.fsdp_shard_size=2
+    python -m scripts.bench_memory                      # the three cases of docs/planner.md, on one
+                                                        CUDA card
+    python -m scripts.bench_memory --case mine experiment=causal_wan2pt1_1pt3B_res480p_t2v_tf_c1-1
+    model.config.net.sac_config.mode=none torchrun --nproc_per_node=2 -m scripts.bench_memory --case
+    two experiment=... model.config.fsdp_shard_size=2
 
-Networks are made on the device with RANDOM weights, no checkpoint is read, data are made up: numbers say nothing about quality. Every kind
-of iteration runs twice with its longest rollout, through the training step itself; the second is measured (by then the optimiser's states
-exist). On the CPU a counter of live tensors stands in for CUDA's, and the plain formulas are predicted.
+Networks are made on the device with RANDOM weights, no checkpoint is read, data are made up:
+numbers say nothing about quality. Every kind of iteration runs twice with its longest rollout,
+through the training step itself; the second is measured (by then the optimiser's states exist). On
+the CPU a counter of live tensors stands in for CUDA's, and the plain formulas are predicted.
 """
 
 from __future__ import annotations
@@ -67,7 +71,9 @@ _ROUNDS = 2
 
 @dataclass(frozen=True)
 class Measured:
-    """One kind of iteration: bytes allocated before it and at its peak, and its seconds, beside the prediction's."""
+    """One kind of iteration: bytes allocated before it and at its peak, and its seconds, beside the
+    prediction's.
+    """
 
     case: str
     role: str
@@ -135,7 +141,9 @@ class Meter:
 
 
 def measure(case: str, run: Run, *, dims: ParallelDims, device: torch.device) -> list[Measured]:
-    """Both rounds of every kind of iteration of `run`, with random weights; one row per kind. Collective."""
+    """Both rounds of every kind of iteration of `run`, with random weights; one row per kind.
+    Collective.
+    """
     torch.backends.cuda.matmul.allow_tf32 = True  # as training does
     meter = Meter(device)
     if meter.trace is None:

@@ -3,16 +3,18 @@
     torchrun --nproc_per_node=1 -m scripts.bench_multi_gpu --truth truth.pt
     torchrun --nproc_per_node=4 -m scripts.bench_multi_gpu --truth truth.pt --json result.json
 
-One rank writes the truth file; more ranks run FSDP2, Ulysses, and, from four ranks on, both and HSDP, with recomputation of blocks, and
-compare outputs, tangents and parameter gradients with it; exit status 0 says that all are within `LIMITS`. Two samples make a batch
-whatever the number of ranks. Random weights, the same for every world size.
+One rank writes the truth file; more ranks run FSDP2, Ulysses, and, from four ranks on, both and
+HSDP, with recomputation of blocks, and compare outputs, tangents and parameter gradients with it;
+exit status 0 says that all are within `LIMITS`. Two samples make a batch whatever the number of
+ranks. Random weights, the same for every world size.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast over NVLink is not to be had on shared machines
+# multicast over NVLink is not to be had on shared machines
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
 import argparse
 import json
@@ -45,10 +47,12 @@ from rcm.parallel.mesh import ParallelDims, process_group
 from rcm.storage.pickle_file import read_pickle
 
 SAMPLES = 2
-KEPT_ENTRIES = 65536  # of every gradient, evenly spread: a wrong shard, factor or order cannot hide from them
+# of every gradient, evenly spread: a wrong shard, factor or order cannot hide from them
+KEPT_ENTRIES = 65536
 LIMITS = {"fp32": 1e-5, "bf16": 1e-2}
-"""Largest allowed relative L2 difference of outputs, tangents and all gradients together: reordered sums in float32; two bfloat16 runs
-with other kernels and orders."""
+"""Largest allowed relative L2 difference of outputs, tangents and all gradients together: reordered
+sums in float32; two bfloat16 runs with other kernels and orders.
+"""
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,8 @@ def combinations(world: int) -> dict[str, tuple[int, int, int]]:
 
 
 def run(config: WanConfig, size: Size, dims: ParallelDims) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Outputs, tangents and sampled gradients of this rank's samples; seconds of both passes, the compilation of
-    kernels included, and peak GiB (worst rank).
+    """Outputs, tangents and sampled gradients of this rank's samples; seconds of both passes, the
+    compilation of kernels included, and peak GiB (worst rank).
     """
     precision = Precision.preset(size.precision)
     net = parallelize(on_meta(lambda: WanDiT(config)), dims=dims, precision=precision, checkpoint="block_wise")
@@ -157,7 +161,9 @@ def run(config: WanConfig, size: Size, dims: ParallelDims) -> tuple[dict[str, Te
 
 
 def inputs(config: WanConfig, size: Size, sample: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Condition]:
-    """Clean and noisy latents, a third tensor (direction or target), time and text of one sample; float32 on the CPU, then moved."""
+    """Clean and noisy latents, a third tensor (direction or target), time and text of one sample;
+    float32 on the CPU, then moved.
+    """
     rng = StepRng(3, sample, 0)
     shape = (1, 16, size.frames, size.height, size.width)
     x0, x_t, other = (randn(shape, generator=rng.generator(name)).to(device) for name in ("x0", "x_t", "other"))
@@ -167,7 +173,9 @@ def inputs(config: WanConfig, size: Size, sample: int, device: str) -> tuple[Ten
 
 @torch.no_grad()
 def fill(net: nn.Module) -> None:
-    """Weights from the name of each tensor alone, drawn whole on this rank's device, of which it keeps its shard."""
+    """Weights from the name of each tensor alone, drawn whole on this rank's device, of which it
+    keeps its shard.
+    """
     for name, target in stored_tensors(net).items():
         shard = local(target)
         generator = torch.Generator(shard.device).manual_seed(zlib.crc32(name.encode()))
@@ -200,9 +208,11 @@ class Meter:
 
 
 def compare(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Any]:
-    """Relative L2 differences, worst over ranks: of outputs and tangents (worst sample), of all gradients together, of the worst tensor.
+    """Relative L2 differences, worst over ranks: of outputs and tangents (worst sample), of all
+    gradients together, of the worst tensor.
 
-    The worst tensor is one whose gradient nearly cancels (a key's bias or norm), so in bfloat16 it says little; its name is given.
+    The worst tensor is one whose gradient nearly cancels (a key's bias or norm), so in bfloat16 it
+    says little; its name is given.
     """
     numbers, squares, name = {"v": 0.0, "v_dot": 0.0, "grad": 0.0, "worst_grad": 0.0}, [0.0, 0.0], ""
     for key, value in found.items():

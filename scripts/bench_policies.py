@@ -1,10 +1,12 @@
-"""Long streams under every extrapolation method, 1.3B with random weights and the whole VAE: is time flat, is memory?
+"""Long streams under every extrapolation method, 1.3B with random weights and the whole VAE: is
+time flat, is memory?
 
     python -m scripts.bench_policies --minutes 5 --size 240x416 --out policies.json
     python -m scripts.bench_policies --methods rolling_sink,memrope --minutes 5 --out policies.json
 
-Chunks of three frames, steps [4,2]; each method with its command's defaults. Times are wall-clock per chunk, from step to step,
-pixels in host memory; a chunk is 12 frames, 0.75 s of video. "first" is the first tenth after the cache is full.
+Chunks of three frames, steps [4,2]; each method with its command's defaults. Times are wall-clock
+per chunk, from step to step, pixels in host memory; a chunk is 12 frames, 0.75 s of video. "first"
+is the first tenth after the cache is full.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from scripts.bench_stream import RECIPES, build, engine, prompt
 
 CHUNKS_PER_MINUTE = 80
 FULL = 40
-"""Chunks until every method's cache is full: the largest keeps 26 frames, a pool of 8 blocks and what they were chosen from."""
+"""Chunks until every method's cache is full: the largest keeps 26 frames, a pool of 8 blocks and
+what they were chosen from.
+"""
 BOUNDED = [name for name in METHODS if name != "none"]
 
 

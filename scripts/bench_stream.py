@@ -1,10 +1,12 @@
-"""Speed of streams at full size with random weights: correctness first, then latencies, gaps, memory, idle share.
+"""Speed of streams at full size with random weights: correctness first, then latencies, gaps,
+memory, idle share.
 
     python -m scripts.bench_stream --out stream.json                 # every part, one GPU
     python -m scripts.bench_stream --parts correct,c33,c11,steady
 
-Times are wall-clock, from the call to pixels in host memory (uint8, pinned), the text already encoded; medians of several videos after one
-that compiles and captures. Floors are the products and attention calls of the passes and the decoder's convolutions, each timed alone.
+Times are wall-clock, from the call to pixels in host memory (uint8, pinned), the text already
+encoded; medians of several videos after one that compiles and captures. Floors are the products and
+attention calls of the passes and the decoder's convolutions, each timed alone.
 """
 
 from __future__ import annotations
@@ -130,7 +132,9 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def correct(denoiser: Denoiser, codec: WanVAECodec) -> dict[str, Any]:
-    """Captured against eager on the same noise: latents of two windows' length, bf16; prompt changes and window wrap included."""
+    """Captured against eager on the same noise: latents of two windows' length, bf16; prompt
+    changes and window wrap included.
+    """
     plain = build("1.3B", fused="off")
     plain.net.load_state_dict(denoiser.net.state_dict())
     found = {}
@@ -163,7 +167,9 @@ def steady(
     idle: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
-    """A stream without end in its steady state: time per chunk, drift of time and memory, GPU idle share."""
+    """A stream without end in its steady state: time per chunk, drift of time and memory, GPU idle
+    share.
+    """
     spec = engine(recipe, policy=SlidingWindow(window, sinks), **options)
     with Session(denoiser, codec, prompt(denoiser), spec, device="cuda") as session:
         for _ in range(window + sinks + 6):
@@ -180,7 +186,8 @@ def steady(
             memory.append(torch.cuda.memory_allocated())
         block = session.next_block
         issues: dict[str, list[float]] = defaultdict(list)
-        with timing(session, issues):  # before any profiler, which slows launches down for the rest of the process
+        # before any profiler, which slows launches down for the rest of the process
+        with timing(session, issues):
             for _ in range(5):
                 session.step()
         share = idle_share(session) if idle else None

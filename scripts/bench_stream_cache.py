@@ -1,12 +1,16 @@
-"""Streams over quantised caches, random weights at full size: memory, time per chunk with and without graphs, what the time is spent on.
+"""Streams over quantised caches, random weights at full size: memory, time per chunk with and
+without graphs, what the time is spent on.
 
     python -m scripts.bench_stream_cache --out stream_cache.json
 
-1.3B, 480x832, chunks of three frames, steps [4,2], a window of 21 frames in its steady state, decoder left out; coded keys are kept before
-rotation, as the commands do. Memory is what the cache holds between two chunks (codes, scratch), counted and allocated, and the most that
-was allocated while chunks were made, weights, and what graphs work in, apart. Encode, restore and attention are timed alone, as graphs, for
-as many calls as a chunk makes. Errors, relative: of attention to a coded chunk and a plain one (keys and values of uneven channels and 64
-kinds of token), and of the latents of the chunks against bf16 on the same noise; with random weights these say little of pictures.
+1.3B, 480x832, chunks of three frames, steps [4,2], a window of 21 frames in its steady state,
+decoder left out; coded keys are kept before rotation, as the commands do. Memory is what the cache
+holds between two chunks (codes, scratch), counted and allocated, and the most that was allocated
+while chunks were made, weights, and what graphs work in, apart. Encode, restore and attention are
+timed alone, as graphs, for as many calls as a chunk makes. Errors, relative: of attention to a
+coded chunk and a plain one (keys and values of uneven channels and 64 kinds of token), and of the
+latents of the chunks against bf16 on the same noise; with random weights these say little of
+pictures.
 """
 
 from __future__ import annotations
@@ -34,7 +38,9 @@ from scripts.bench_measure import GIB, alone, write
 from scripts.bench_stream import RECIPES, build, engine, prompt
 
 WINDOW, PASSES = 7, 3
-"""Chunks of the window, the newest included; passes of a chunk in the steady state: two denoising ones and its context."""
+"""Chunks of the window, the newest included; passes of a chunk in the steady state: two denoising
+ones and its context.
+"""
 
 
 def spec_of(dtype: str, smoothing: str = "none", **settings: Any) -> KVCodecSpec:
@@ -61,7 +67,9 @@ def stream(spec: KVCodecSpec | None, **options: Any) -> StreamSpec:
 
 
 def chunk_ms(session: Session, count: int) -> tuple[float, Tensor]:
-    """Median milliseconds of a chunk, its context pass included, and the latents of `count` chunks."""
+    """Median milliseconds of a chunk, its context pass included, and the latents of `count`
+    chunks.
+    """
     times, parts = [], []
     for _ in range(count):
         torch.cuda.synchronize()
@@ -73,7 +81,9 @@ def chunk_ms(session: Session, count: int) -> tuple[float, Tensor]:
 
 
 def streamed(denoiser: Any, spec: KVCodecSpec | None, *, chunks: int) -> dict[str, Any]:
-    """Fill the window eagerly, time chunks; take the same state up with graphs, time the same chunks."""
+    """Fill the window eagerly, time chunks; take the same state up with graphs, time the same
+    chunks.
+    """
     gc.collect()
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated()

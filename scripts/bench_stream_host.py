@@ -1,5 +1,5 @@
-"""Where the host's time goes while a stream runs: what issuing a chunk costs call by call, what waits for the device, and which runtime
-calls block. A part of `scripts.bench_stream`.
+"""Where the host's time goes while a stream runs: what issuing a chunk costs call by call, what
+waits for the device, and which runtime calls block. A part of `scripts.bench_stream`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from rcm.pipelines.session import Session
 
 
 def host_time(session: Session, *, steps: int = 8) -> dict[str, Any]:
-    """Of a stream in its steady state, per step and in milliseconds of the host: whole and by call, with the largest single call; where
-    torch made the host wait for the device; the runtime calls that took longest.
+    """Of a stream in its steady state, per step and in milliseconds of the host: whole and by call,
+    with the largest single call; where torch made the host wait for the device; the runtime calls
+    that took longest.
     """
     parts: dict[str, list[float]] = defaultdict(list)
     with timing(session, parts):
@@ -41,7 +42,9 @@ def host_time(session: Session, *, steps: int = 8) -> dict[str, Any]:
 
 @contextmanager
 def timing(session: Session, parts: dict[str, list[float]]) -> Iterator[None]:
-    """Within, the calls that a step is made of leave their times in `parts`; nested ones in both."""
+    """Within, the calls that a step is made of leave their times in `parts`; nested ones in
+    both.
+    """
     places: list[tuple[Any, str, str]] = [
         (session, "_produce", "produce (issue of a chunk)"),
         (session._lane, "decode", "decode (issue)"),
@@ -80,8 +83,8 @@ def _timed(call: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
 
 @contextmanager
 def variant(net: nn.Module, *, joined: bool, priority: int) -> Iterator[None]:
-    """Within, sessions are opened whose captured passes take one product for q, k and v or three, and whose decoder runs on a stream of
-    this priority (0: the network's).
+    """Within, sessions are opened whose captured passes take one product for q, k and v or three,
+    and whose decoder runs on a stream of this priority (0: the network's).
     """
     before, join = engine.DecodeLane.PRIORITY, SelfAttention.join
     net._apply(lambda x: x)  # forgets what was joined
@@ -95,7 +98,9 @@ def variant(net: nn.Module, *, joined: bool, priority: int) -> Iterator[None]:
 
 
 def waits(session: Session) -> list[str]:
-    """Lines of this package in which torch waits for the device during one step, the wait for the pixels left out."""
+    """Lines of this package in which torch waits for the device during one step, the wait for the
+    pixels left out.
+    """
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as told:
@@ -107,7 +112,9 @@ def waits(session: Session) -> list[str]:
 
 
 def runtime_calls(session: Session, *, steps: int = 3, most: int = 8) -> list[dict[str, Any]]:
-    """The CUDA runtime calls of a few steps by total time: milliseconds and calls per step, and the largest single one."""
+    """The CUDA runtime calls of a few steps by total time: milliseconds and calls per step, and the
+    largest single one.
+    """
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         for _ in range(steps):
             session.step()

@@ -1,5 +1,5 @@
-"""Kernels of a captured pass, each timed alone: attention in parts, this package's attention, products joined and apart. Parts of
-`scripts.bench_stream`.
+"""Kernels of a captured pass, each timed alone: attention in parts, this package's attention,
+products joined and apart. Parts of `scripts.bench_stream`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from scripts.bench_measure import alone
 
 
 def attention_in_parts(denoiser: Denoiser) -> dict[str, Any]:
-    """Milliseconds of one dense attention call by number of parts, as captured graphs of ten calls; the rule's choice in brackets."""
+    """Milliseconds of one dense attention call by number of parts, as captured graphs of ten calls;
+    the rule's choice in brackets.
+    """
     rows, heads = {}, denoiser.net.config.num_heads
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     for own, past in ((4680, 0), (4680, 4680), (4680, 14040), (4680, 28080), (1560, 3120), (1560, 14040), (1560, 31200)):
@@ -39,7 +41,9 @@ def attention_in_parts(denoiser: Denoiser) -> dict[str, Any]:
 
 
 def own_attention(denoiser: Denoiser) -> dict[str, Any]:
-    """Milliseconds of this package's forward beside cuDNN's, of three products and one, and of a product with its GELU apart and in one."""
+    """Milliseconds of this package's forward beside cuDNN's, of three products and one, and of a
+    product with its GELU apart and in one.
+    """
     rows, heads = {}, denoiser.net.config.num_heads
     for own, keys in ((4680, 32760), (4680, 16380), (1560, 32760), (32760, 32760)):
         q, k, v = (torch.randn(1, n, heads, 128, device="cuda", dtype=torch.bfloat16) for n in (own, keys, keys))

@@ -1,4 +1,5 @@
-"""One stream over several cards, random weights at full size: Ulysses on 1, 2 and 4 ranks, and the decoder on a second card.
+"""One stream over several cards, random weights at full size: Ulysses on 1, 2 and 4 ranks, and the
+decoder on a second card.
 
     torchrun --nproc_per_node=4 -m scripts.bench_stream_ranks --out ranks.json
 """
@@ -22,8 +23,9 @@ from scripts.bench_stream import RECIPES, build, engine, prompt, steady
 
 
 def on_several(size: str, name: str, *, chunks: int) -> dict[str, Any]:
-    """One stream over 1, 2 and 4 ranks (Ulysses): time per chunk with the decoder on the first of them and, where all ranks of the launch
-    make the stream, in stages on two and on all; latents and pixels against those of one rank. Collective.
+    """One stream over 1, 2 and 4 ranks (Ulysses): time per chunk with the decoder on the first of
+    them and, where all ranks of the launch make the stream, in stages on two and on all; latents
+    and pixels against those of one rank. Collective.
     """
     rank, world, found, alone_latents = dist.get_rank(), dist.get_world_size(), {}, None
     for count in (n for n in (1, 2, 4) if n <= world):
@@ -50,7 +52,9 @@ def on_several(size: str, name: str, *, chunks: int) -> dict[str, Any]:
 
 
 def staged_difference(denoiser: Denoiser, codec: WanVAECodec, name: str) -> float:
-    """Pixels of a short stream decoded in stages against those of its latents decoded on one card; 0 on the ranks without pixels."""
+    """Pixels of a short stream decoded in stages against those of its latents decoded on one card;
+    0 on the ranks without pixels.
+    """
     with Session(denoiser, codec, prompt(denoiser), engine(RECIPES[name], num_frames=9), device="cuda") as session:
         chunks = list(session)
     if chunks[0].images is None:

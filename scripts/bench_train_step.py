@@ -1,15 +1,19 @@
-"""One training step of the TF-sCM student, and one bidirectional forward against its floor: correctness first, then times and memory.
+"""One training step of the TF-sCM student, and one bidirectional forward against its floor:
+correctness first, then times and memory.
 
-    python -m scripts.bench_train_step [--net 1.3B|14B] [--layers N] [--frames 21] [--pattern c3-3 --pattern c1-1]
-                                       [--recompute block_wise --recompute ...] [--fused auto|off] [--lora RANK]
-                                       [--json FILE]
+    python -m scripts.bench_train_step [--net 1.3B|14B] [--layers N] [--frames 21] [--pattern c3-3
+    --pattern c1-1]
+                                       [--recompute block_wise --recompute ...] [--fused auto|off]
+                                       [--lora RANK] [--json FILE]
 
-The student is built as training builds it (float32 master weights, bfloat16 computation, FSDP2 in a group of one) with random weights;
-the teacher is left out: its velocity is noise. Passes are those of the method (`rcm.methods.tf_scm`): tangent pass = the clean half
-into the context cache, then the noisy half with tangents over it; gradient pass = packed [clean; noisy] forward and backward.
+The student is built as training builds it (float32 master weights, bfloat16 computation, FSDP2 in a
+group of one) with random weights; the teacher is left out: its velocity is noise. Passes are those
+of the method (`rcm.methods.tf_scm`): tangent pass = the clean half into the context cache, then the
+noisy half with tangents over it; gradient pass = packed [clean; noisy] forward and backward.
 
-The floor of the forward is the sum over the network's own matrix products, each timed alone at its shape, plus its attention calls, each
-timed alone: medians of calls in a row, times how often the forward makes them.
+The floor of the forward is the sum over the network's own matrix products, each timed alone at its
+shape, plus its attention calls, each timed alone: medians of calls in a row, times how often the
+forward makes them.
 """
 
 from __future__ import annotations
@@ -74,7 +78,9 @@ class NoiseTeacher(VelocityModel):
 
 
 def build(config: WanConfig, options: argparse.Namespace, *, frozen: bool) -> Denoiser:
-    """The network as a run builds it: on meta, parallelised, given memory, filled with random weights."""
+    """The network as a run builds it: on meta, parallelised, given memory, filled with random
+    weights.
+    """
     policy = Precision.preset("bf16_fp32_time")
     gc.collect()  # an earlier network is a cycle of hooks
     rank = 0 if frozen else options.lora
@@ -92,7 +98,9 @@ def build(config: WanConfig, options: argparse.Namespace, *, frozen: bool) -> De
 
 
 def adapted(net: WanDiT, rank: int) -> WanDiT:
-    """`net` with adapters of this rank on every layer that takes them, alpha twice the rank (0: as it is)."""
+    """`net` with adapters of this rank on every layer that takes them, alpha twice the rank (0: as
+    it is).
+    """
     if rank:
         attach(net, LAYERS, roles=("student",), rank=rank, alpha=2.0 * rank)
     return net
@@ -100,7 +108,9 @@ def adapted(net: WanDiT, rank: int) -> WanDiT:
 
 @torch.no_grad()
 def exact_student(config: WanConfig, *, rank: int) -> Denoiser:
-    """The same weights, rounded as a bfloat16 network computes with them, in float64 and plain formulas."""
+    """The same weights, rounded as a bfloat16 network computes with them, in float64 and plain
+    formulas.
+    """
     net = adapted(WanDiT(config, attention="reference", fused="off"), rank).to("cuda", torch.float64)
     net.set_jvp_implementation("reference")
     fill(net)
@@ -132,7 +142,9 @@ class Step:
         return cache
 
     def noisy_pass(self, cache: Any) -> tuple[Tensor, Tensor]:
-        """The noisy half with tangents over the cache, as `TeacherForcing.tangent` does it second."""
+        """The noisy half with tangents over the cache, as `TeacherForcing.tangent` does it
+        second.
+        """
         layout = TokenLayout.noisy_over_context(self.frames, **self.structure)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -170,7 +182,9 @@ class Step:
 
 
 def bench_step(config: WanConfig, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every pass of the student step, for every pattern; the first row holds the seconds of the very first step."""
+    """Every pass of the student step, for every pattern; the first row holds the seconds of the
+    very first step.
+    """
     student = build(config, options, frozen=False)
     rows: list[dict[str, Any]] = []
     for name in options.pattern:
@@ -230,7 +244,9 @@ def changed(options: argparse.Namespace, **changes: object) -> argparse.Namespac
 
 
 def check(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A small network in bfloat16, fused and plain, against itself in float64: value, tangent, gradients; relative L2 errors."""
+    """A small network in bfloat16, fused and plain, against itself in float64: value, tangent,
+    gradients; relative L2 errors.
+    """
     config = WanConfig(dim=256, ffn_dim=704, num_heads=4, num_layers=3, text_dim=64, text_len=24)
     rows: list[dict[str, Any]] = []
     truth: dict[str, Tensor] = {}

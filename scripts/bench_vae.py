@@ -1,10 +1,12 @@
-"""Wan autoencoder at full size with random weights: correctness first, then times and memory, as a table and JSON.
+"""Wan autoencoder at full size with random weights: correctness first, then times and memory, as a
+table and JSON.
 
-    python -m scripts.bench_vae [--json FILE] [--height 480 --width 832 --frames 81] [--repeats 5] [--profile]
-    python -m scripts.bench_vae --cold [--json FILE]
+    python -m scripts.bench_vae [--json FILE] [--height 480 --width 832 --frames 81] [--repeats 5]
+    [--profile] python -m scripts.bench_vae --cold [--json FILE]
 
-Speed does not depend on the values of the weights. A failed check ends the run before anything is timed. Quote ratios of one run; machines
-differ by 10 %. `--cold` times the start alone: fresh processes, with nothing compiled and with Triton's cache on disk filled.
+Speed does not depend on the values of the weights. A failed check ends the run before anything is
+timed. Quote ratios of one run; machines differ by 10 %. `--cold` times the start alone: fresh
+processes, with nothing compiled and with Triton's cache on disk filled.
 """
 
 from __future__ import annotations
@@ -77,8 +79,9 @@ def check() -> dict[str, float]:
 
 
 def cold_starts(*, height: int, width: int) -> dict[str, dict[str, float]]:
-    """Seconds of the stages of fresh processes up to three latent frames: kernels compiled one by one at their first launch ("plain") or
-    ahead and side by side ("ahead"), each with an empty cache directory and then with the one that it filled.
+    """Seconds of the stages of fresh processes up to three latent frames: kernels compiled one by
+    one at their first launch ("plain") or ahead and side by side ("ahead"), each with an empty
+    cache directory and then with the one that it filled.
     """
     found = {}
     for way in ("ahead", "plain"):
@@ -140,8 +143,9 @@ def timed(work: Callable[[], object], *, repeats: int) -> float:
 
 
 def streaming(codec: WanVAECodec, latents: Tensor, *, per_chunk: int, graphs: str, repeats: int) -> dict[str, float]:
-    """Milliseconds of the first latent frame and per later one, pixels included, in chunks of `per_chunk` that are not split further;
-    `launch_ms` is how long the host is busy with a later one.
+    """Milliseconds of the first latent frame and per later one, pixels included, in chunks of
+    `per_chunk` that are not split further; `launch_ms` is how long the host is busy with a later
+    one.
     """
     stream = codec.stream(frames_per_step=per_chunk, graphs=graphs)
     first, steady, launch = [], [], []

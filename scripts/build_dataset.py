@@ -1,15 +1,17 @@
-"""Build training shards (webdataset layout: latent.pt, embed.pt, prompt.txt) from the toy world, from a folder of mp4 files, or by sampling
-a teacher over a list of prompts; or look into a shard.
+"""Build training shards (webdataset layout: latent.pt, embed.pt, prompt.txt) from the toy world,
+from a folder of mp4 files, or by sampling a teacher over a list of prompts; or look into a shard.
 
-    python -m scripts.build_dataset --source toy --num 2048 --out DIR
-    python -m scripts.build_dataset --source videos --input FOLDER --size 32x32 --frames 17 --out DIR
-    python -m scripts.build_dataset --source videos --codec wan_vae --input FOLDER --size 480x832 --frames 81 --out DIR
-    torchrun --nproc_per_node=8 -m scripts.build_dataset --source teacher --prompts prompts.txt --num_samples 250000 --out DIR
-    python -m scripts.build_dataset --source teacher --teacher outputs/.../toy_bidirectional --prompts prompts.txt --out DIR
-    python -m scripts.build_dataset --view DIR/shard-000000.tar --sheet sheet.png
+    python -m scripts.build_dataset --source toy --num 2048 --out DIR python -m
+    scripts.build_dataset --source videos --input FOLDER --size 32x32 --frames 17 --out DIR python
+    -m scripts.build_dataset --source videos --codec wan_vae --input FOLDER --size 480x832 --frames
+    81 --out DIR torchrun --nproc_per_node=8 -m scripts.build_dataset --source teacher --prompts
+    prompts.txt --num_samples 250000 --out DIR python -m scripts.build_dataset --source teacher
+    --teacher outputs/.../toy_bidirectional --prompts prompts.txt --out DIR python -m
+    scripts.build_dataset --view DIR/shard-000000.tar --sheet sheet.png
 
-A build that was stopped goes on where it was when the same command is given again, on any number of ranks. A clip's caption is the text
-file beside it, else its file name. Words in a flag may be joined by - or by _.
+A build that was stopped goes on where it was when the same command is given again, on any number of
+ranks. A clip's caption is the text file beside it, else its file name. Words in a flag may be
+joined by - or by _.
 """
 
 from __future__ import annotations
@@ -103,7 +105,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def toy_samples(options: argparse.Namespace, codec: ToyCodec, text: ToyTextEncoder, start: int, stop: int) -> Iterator[ShardSample]:
-    """Scenes `start` .. `stop - 1` as samples; sample i is captionless when i's place in the stride of FRACTION says so."""
+    """Scenes `start` .. `stop - 1` as samples; sample i is captionless when i's place in the stride
+    of FRACTION says so.
+    """
     world, dtype = toy_world(options), DTYPES[options.dtype]
     for first in range(start, stop, _ENCODE_BATCH):
         scenes = world.scenes(min(_ENCODE_BATCH, stop - first), seed=options.seed, first=first)
@@ -154,7 +158,9 @@ def build(options: argparse.Namespace) -> list[Path]:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Codec and text encoder of a build, the device the codec works on, and the manifest's words for all of them."""
+    """Codec and text encoder of a build, the device the codec works on, and the manifest's words
+    for all of them.
+    """
 
     codec: LatentCodec
     text: TextEncoder
@@ -205,7 +211,8 @@ def _build_clips(options: argparse.Namespace) -> list[Path]:
     windows = plan_windows(
         find_clips(options.input), num_frames=options.frames, stride=options.frame_stride, hop=options.hop, skip_bad=options.skip_bad_clips
     )
-    if not isinstance(pieces.text, UMT5TextEncoder):  # the toy encoder refuses captions: hear of it before the first shard
+    # the toy encoder refuses captions: hear of it before the first shard
+    if not isinstance(pieces.text, UMT5TextEncoder):
         _embeddings(pieces.text, sorted({w.prompt for w in windows}))
     height, width = options.size
     places = [f"{w.clip.relative_to(options.input)}:{w.start}" for w in windows]

@@ -1,10 +1,12 @@
-"""Build shards of a teacher's ODE trajectories, which tf_kd and df_kd learn from: latent.pt [K, C, T, H, W] (index 0 the ODE's clean end,
-then the states at --times), embed.pt, prompt.txt, and for a causal teacher context.pt, the data it ran under.
+"""Build shards of a teacher's ODE trajectories, which tf_kd and df_kd learn from: latent.pt [K, C,
+T, H, W] (index 0 the ODE's clean end, then the states at --times), embed.pt, prompt.txt, and for a
+causal teacher context.pt, the data it ran under.
 
     python -m scripts.build_ode_pairs --teacher BIDIRECTIONAL --num 2048 --out DIR [--prompts FILE]
     python -m scripts.build_ode_pairs --teacher CAUSAL --latents 'SHARDS/*.tar' --out DIR
 
-A build that was stopped goes on where it was when the same command is given again; --part 0/4 ... 3/4 share one among four processes.
+A build that was stopped goes on where it was when the same command is given again; --part 0/4 ...
+3/4 share one among four processes.
 """
 
 from __future__ import annotations
@@ -78,7 +80,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def toy_prompts(model: LoadedModel, num: int, *, seed: int) -> list[str]:
-    """Captions of the first `num` scenes of the embedded world; `ConfigError` for a teacher of anything else."""
+    """Captions of the first `num` scenes of the embedded world; `ConfigError` for a teacher of
+    anything else.
+    """
     if not isinstance(model.codec, ToyCodec):
         raise ConfigError(f"{model.source} is not a teacher of the toy world; give its prompts with --prompts FILE")
     if num < 1:
@@ -142,7 +146,9 @@ def build(options: argparse.Namespace) -> list[Path]:
 
 
 def manifest(options: argparse.Namespace, model: LoadedModel, plan: TrajectoryPlan, given: dict[str, Any]) -> dict[str, object]:
-    """What the shards are made from: training reads `training_type`, `kd_timesteps` and `pattern` and refuses others."""
+    """What the shards are made from: training reads `training_type`, `kd_timesteps` and `pattern`
+    and refuses others.
+    """
     told = model.description
     walked = {key: value for key, value in asdict(plan).items() if key != "times"}
     teacher = {"path": str(model.source.resolve()), "weights": options.weights, "stage": told.stage, "iteration": told.iteration}

@@ -4,8 +4,9 @@
     python -m scripts.checkpoint convert SOURCE TARGET --to {rcm,wan,diffusers,self_forcing,comfyui}
     python -m scripts.checkpoint convert SOURCE TARGET --adapters {wan,diffusers,peft}
 
-PATH and SOURCE: .pth, .pt, .safetensors, a published folder (shards, diffusers, Wan2.2), a DCP directory, a job or iter_* folder. TARGET's
-suffix chooses the container: .pth, .pt, .safetensors, .dcp, or none for a folder. docs/checkpoints.md.
+PATH and SOURCE: .pth, .pt, .safetensors, a published folder (shards, diffusers, Wan2.2), a DCP
+directory, a job or iter_* folder. TARGET's suffix chooses the container: .pth, .pt, .safetensors,
+.dcp, or none for a folder. docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ IMPORTED = "imported"
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse and run; exit status 1 with one line on stderr when a file is unusable, 2 for a wrong call."""
+    """Parse and run; exit status 1 with one line on stderr when a file is unusable, 2 for a wrong
+    call.
+    """
     options = _parser().parse_args(arguments)
     try:
         return _inspect(options) if options.command == "inspect" else _convert(options)

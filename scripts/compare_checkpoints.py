@@ -1,10 +1,11 @@
-"""Offline numbers of folders of videos, on a page: one folder alone, or several on the same prompts and noise, compared video by video.
+"""Offline numbers of folders of videos, on a page: one folder alone, or several on the same prompts
+and noise, compared video by video.
 
-    python -m scripts.compare_checkpoints outputs/vbench/videos_a --out outputs/compare
-    python -m scripts.compare_checkpoints videos_a videos_b videos_c --out outputs/compare --max_videos 40
+    python -m scripts.compare_checkpoints outputs/vbench/videos_a --out outputs/compare python -m
+    scripts.compare_checkpoints videos_a videos_b videos_c --out outputs/compare --max_videos 40
 
-Folders are those of scripts.vbench_sample; with any other, --ignore_conditions leaves unchecked that prompts and noise agree. The suite
-is this package's own (docs/evaluation.md), not VBench.
+Folders are those of scripts.vbench_sample; with any other, --ignore_conditions leaves unchecked
+that prompts and noise agree. The suite is this package's own (docs/evaluation.md), not VBench.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def common_videos(folders: Sequence[Path]) -> list[str]:
-    """Names of the mp4 files that all folders have, sorted. `ConfigError` for a folder that is missing or named twice, and for none in
-    common.
+    """Names of the mp4 files that all folders have, sorted. `ConfigError` for a folder that is
+    missing or named twice, and for none in common.
     """
     if len(set(folders)) < len(folders):
         raise ConfigError("a folder is named twice; a checkpoint is not compared with itself")

@@ -1,7 +1,8 @@
-"""Turn a DCP checkpoint into one file: `python -m scripts.dcp_to_pth --dcp_checkpoint_dir JOB/checkpoints/iter_000001000/model
---save_path student.pth`.
+"""Turn a DCP checkpoint into one file: `python -m scripts.dcp_to_pth --dcp_checkpoint_dir
+JOB/checkpoints/iter_000001000/model --save_path student.pth`.
 
-By default the averaged weights (`net_ema.*`, renamed to `net.*`) in bfloat16, as the released checkpoints are.
+By default the averaged weights (`net_ema.*`, renamed to `net.*`) in bfloat16, as the released
+checkpoints are.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, export, report; exit status 1 with one line on stderr when the checkpoint or the target is unusable."""
+    """Parse, export, report; exit status 1 with one line on stderr when the checkpoint or the
+    target is unusable.
+    """
     parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = "DCP directory (iter_*/model), its parent iter_*, or a job directory (default: %(default)s)"
     parser.add_argument("--dcp_checkpoint_dir", default="checkpoints/iter_000010000/model", help=where)

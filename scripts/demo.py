@@ -1,12 +1,14 @@
-"""The embedded recipe, end to end on two CPU cores: data, bidirectional teacher, causal teachers, consistency students, self-forced DMD,
-streaming in 1, 2 and 4 steps, frame-wise and chunk-wise, scored against an exact world.
+"""The embedded recipe, end to end on two CPU cores: data, bidirectional teacher, causal teachers,
+consistency students, self-forced DMD, streaming in 1, 2 and 4 steps, frame-wise and chunk-wise,
+scored against an exact world.
 
     rcm demo                 all stages; the same command continues where it was stopped
     rcm demo --quick         one method, in minutes
     rcm demo --fresh         begin anew
 
-It writes report.html, report.json and mp4 files to outputs/demo, the page anew after every stage, prints a table, and exits 1 if a stage
-misses its gate. Every stage is an ordinary experiment (configs/experiment/toy_*.yaml) run through the training entry point.
+It writes report.html, report.json and mp4 files to outputs/demo, the page anew after every stage,
+prints a table, and exits 1 if a stage misses its gate. Every stage is an ordinary experiment
+(configs/experiment/toy_*.yaml) run through the training entry point.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ DRAW_EVERY = 0.25
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo. 0: done; 1: a gate was missed or a stage failed; 2: a flag is wrong; 130: stopped, to be continued."""
+    """Run the demo. 0: done; 1: a gate was missed or a stage failed; 2: a flag is wrong; 130:
+    stopped, to be continued.
+    """
     args = _parser().parse_args(argv)
     try:
         record = _open(args)
@@ -58,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _open(args: argparse.Namespace) -> Record:
-    """Check the flags, then claim the folder: nothing is deleted for a wrong flag, nor in a folder that is not a demo's."""
+    """Check the flags, then claim the folder: nothing is deleted for a wrong flag, nor in a folder
+    that is not a demo's.
+    """
     if not (math.isfinite(args.scale) and args.scale > 0):
         raise ConfigError(f"--scale {args.scale} must be a positive number")
     if args.videos < 8:
@@ -75,7 +81,9 @@ def _open(args: argparse.Namespace) -> Record:
 
 
 class Session:
-    """One sitting of a demo: what is left runs, side by side where it can, until all is done or Ctrl-C."""
+    """One sitting of a demo: what is left runs, side by side where it can, until all is done or
+    Ctrl-C.
+    """
 
     def __init__(self, record: Record, chosen: Sequence[Sequence[Stage]], *, scale: float, num_videos: int, judged: bool) -> None:
         self.record, self.chosen, self.stages, self.judged = record, chosen, flat(chosen), judged
@@ -104,7 +112,9 @@ class Session:
         return self._finished()
 
     def _work(self) -> None:
-        """The first branch, then the others side by side: one core each beats two threads on tensors this small."""
+        """The first branch, then the others side by side: one core each beats two threads on
+        tensors this small.
+        """
         first, *others = self.chosen
         with ThreadPoolExecutor(1 + max(1, len(others))) as pool, self.board.drawing():
             try:

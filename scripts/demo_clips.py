@@ -1,4 +1,6 @@
-"""The videos a demo keeps of each stage: a small one for the grid of the page, and a large one beside the stage's teacher."""
+"""The videos a demo keeps of each stage: a small one for the grid of the page, and a large one
+beside the stage's teacher.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ FPS = 6
 GAP, GROUND = 2, -0.7
 """Pixels between videos, and their grey."""
 CRF = 26
-"""Quality of x264: squares of one colour stand more compression than natural pictures, and all videos are part of one page."""
+"""Quality of x264: squares of one colour stand more compression than natural pictures, and all
+videos are part of one page.
+"""
 
 
 def picks(num: int) -> list[int]:
@@ -39,7 +43,9 @@ def teacher_of(stage_name: str) -> tuple[str, str] | None:
 
 
 def keep_clips(folder: Path, stage: Stage, label: str, videos: torch.Tensor, prompts: Sequence[str]) -> None:
-    """Write the small video of `videos` [N, 3, F, H, W], the large one, and the shown pixels for later comparisons."""
+    """Write the small video of `videos` [N, 3, F, H, W], the large one, and the shown pixels for
+    later comparisons.
+    """
     shown, name = videos[picks(len(prompts))].clamp(-1, 1), stem(stage.name, label)
     target = folder / "videos"
     target.mkdir(parents=True, exist_ok=True)
@@ -58,7 +64,9 @@ def keep_drift(folder: Path, stage: Stage, videos: torch.Tensor, prompts: Sequen
 
 
 def mosaic(videos: torch.Tensor, *, rows: int, scale: int) -> torch.Tensor:
-    """[N, 3, F, H, W] as one video [3, F, h, w]: `rows` rows, every pixel `scale` x `scale`, a gap around each."""
+    """[N, 3, F, H, W] as one video [3, F, h, w]: `rows` rows, every pixel `scale` x `scale`, a gap
+    around each.
+    """
     large = torch.nn.functional.pad(enlarge(videos, scale), (GAP, GAP, GAP, GAP), value=GROUND)
     return torch.cat([torch.cat(list(row), dim=-1) for row in large.chunk(rows)], dim=-2)
 

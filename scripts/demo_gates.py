@@ -1,6 +1,8 @@
-"""What each stage of the demo has to reach. A gate is one sentence and one comparison of scores; all limits stand here.
+"""What each stage of the demo has to reach. A gate is one sentence and one comparison of scores;
+all limits stand here.
 
-Limits leave room for another machine's arithmetic: they are set below what the run in the README reached.
+Limits leave room for another machine's arithmetic: they are set below what the run in the README
+reached.
 """
 
 from __future__ import annotations

@@ -53,7 +53,9 @@ GLOSSARY = {
 
 
 def write_page(demo: Demo, stages: Sequence[Stage], *, judged: bool, status: str = "") -> Path:
-    """Write report.html and report.json of everything recorded; `status` says what is still going on."""
+    """Write report.html and report.json of everything recorded; `status` says what is still going
+    on.
+    """
     scores, record = demo.scores(), demo.record.stages
     verdicts = {stage.name: verdict(stage, scores, judged=judged) for stage in stages if demo.record.is_scored(stage.name)}
     return write_report(
@@ -73,7 +75,9 @@ def write_page(demo: Demo, stages: Sequence[Stage], *, judged: bool, status: str
 
 
 def verdict(stage: Stage, scores: Mapping, *, judged: bool) -> tuple[str, bool | None]:
-    """(sentence, passed) of a stage's gate; None for a shortened run, or while what it is compared with is missing."""
+    """(sentence, passed) of a stage's gate; None for a shortened run, or while what it is compared
+    with is missing.
+    """
     if not judged:
         return "not judged", None
     try:

@@ -1,4 +1,6 @@
-"""How far the demo is: bars on a terminal, a line now and then elsewhere; time left from the pace so far."""
+"""How far the demo is: bars on a terminal, a line now and then elsewhere; time left from the pace
+so far.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ PLAIN_EVERY = 20.0
 
 
 class Board:
-    """Shares of work done per stage (0 to 1, training and scoring together), from any thread; `show` draws them from one.
+    """Shares of work done per stage (0 to 1, training and scoring together), from any thread;
+    `show` draws them from one.
 
     `branches` as run: one after another inside a branch, branches after the first side by side.
     """
@@ -64,7 +67,9 @@ class Board:
                 del self._doing[name]
 
     def left(self) -> float | None:
-        """Seconds until all is done: the longest way through what is left, at this session's pace. None in its first seconds."""
+        """Seconds until all is done: the longest way through what is left, at this session's pace.
+        None in its first seconds.
+        """
         with self._lock:
             spent, worked = time.monotonic() - self._start, self._done_path() - self._resumed
             return None if worked <= 0 or spent < 5 else self._path(self._done) * spent / worked

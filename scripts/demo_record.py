@@ -1,4 +1,6 @@
-"""What a demo has done so far, in one file of its folder: which stages are trained and scored, with what result, in how many seconds."""
+"""What a demo has done so far, in one file of its folder: which stages are trained and scored, with
+what result, in how many seconds.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ FILE_NAME = "demo.json"
 
 @dataclass
 class Record:
-    """`settings`: what the numbers depend on; `seconds`: wall time of all sessions; `stages`: by name, {trained, train_seconds,
-    score_seconds, plans: {label: {scores, speed}}, drift}. Every change is written at once; safe for several threads.
+    """`settings`: what the numbers depend on; `seconds`: wall time of all sessions; `stages`: by
+    name, {trained, train_seconds, score_seconds, plans: {label: {scores, speed}}, drift}. Every
+    change is written at once; safe for several threads.
     """
 
     folder: Path
@@ -29,7 +32,9 @@ class Record:
 
     @classmethod
     def open(cls, folder: Path, settings: Mapping[str, Any]) -> Record:
-        """That of `folder` (made if needed), or a new one. `ConfigError` for one with other settings, or that cannot be read."""
+        """That of `folder` (made if needed), or a new one. `ConfigError` for one with other
+        settings, or that cannot be read.
+        """
         path = folder / FILE_NAME
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)

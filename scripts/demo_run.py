@@ -1,4 +1,6 @@
-"""One stage of the demo: trained by the training entry point in a process of its own, then sampled, scored and shown."""
+"""One stage of the demo: trained by the training entry point in a process of its own, then sampled,
+scored and shown.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class Failed(RuntimeError):
 
 
 class Demo:
-    """Trains and scores stages into `record.folder`; methods may run in several threads. `changed` is called after every result."""
+    """Trains and scores stages into `record.folder`; methods may run in several threads. `changed`
+    is called after every result.
+    """
 
     def __init__(self, record: Record, board: Board, *, scale: float, num_videos: int, changed: Callable[[], None]) -> None:
         self.record, self.board, self.folder, self.scale, self.changed = record, board, record.folder, scale, changed
@@ -91,7 +95,9 @@ class Demo:
         self.record.write()
 
     def score(self, stage: Stage) -> None:
-        """Sample with every step count the checkpoint supports, score, keep a few videos; what is there already stays."""
+        """Sample with every step count the checkpoint supports, score, keep a few videos; what is
+        there already stays.
+        """
         if self.record.is_scored(stage.name):
             return
         entry, begin = self.record.stage(stage.name), time.perf_counter()
@@ -131,7 +137,9 @@ class Demo:
         return curves
 
     def iterations(self, stage: Stage) -> int:
-        """Iterations of a stage at this scale. Composing is not for threads: ask once for every stage before they start."""
+        """Iterations of a stage at this scale. Composing is not for threads: ask once for every
+        stage before they start.
+        """
         if stage.name not in self._iterations:
             registry_distill.register()
             run = compose_run([f"experiment={stage.experiment}", *stage.overrides], require_inputs=False)
@@ -147,7 +155,9 @@ class Demo:
         return train if entry.get("trained") else train * (checkpointed_iteration(self.run(stage.name)) or 0) / total
 
     def stop(self) -> None:
-        """Ask everything to stop: training processes save and end, scoring ends after the sampler it is at."""
+        """Ask everything to stop: training processes save and end, scoring ends after the sampler
+        it is at.
+        """
         self._stop.set()
         for process in list(self._running):
             process.send_signal(signal.SIGINT)
@@ -182,7 +192,9 @@ class Demo:
         return {"scores": scores, "speed": {"first_chunk": alone.first_chunk, "later_chunks": alone.later_chunks, "fps": alone.fps}}
 
     def _drift(self, stage: Stage, model: LoadedModel) -> dict[str, float]:
-        """Adherence per window of a stream four times as long as the training videos, 2 steps per later chunk."""
+        """Adherence per window of a stream four times as long as the training videos, 2 steps per
+        later chunk.
+        """
         prompts = self.long_prompts
         video, _ = model.generate(prompts, recipe=model.trained_recipe.with_steps(4, 2), num_frames=LONG_FRAMES, seed=LONG_SEED)
         report = self.scorer.drift(video.clamp(-1, 1), prompts)
@@ -195,7 +207,9 @@ class Demo:
             raise Stopped
 
     def _call(self, words: Sequence[str], *, log: str, threads: int, watch: Callable[[], None]) -> None:
-        """Run `rcm WORDS` with its output in a log, watching; `Failed` with the end of the log, `Stopped` when asked to stop."""
+        """Run `rcm WORDS` with its output in a log, watching; `Failed` with the end of the log,
+        `Stopped` when asked to stop.
+        """
         self._check_stop()
         path = self.folder / "logs" / f"{log}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +217,8 @@ class Demo:
         environment.pop("IMAGINAIRE_OUTPUT_ROOT", None)
         command = [sys.executable, "-m", "rcm", *words]
         with open(path, "a") as out:
-            # In a session of its own: Ctrl-C reaches the demo alone, which asks each process once, and waits until it has saved.
+            # In a session of its own: Ctrl-C reaches the demo alone, which asks each process once,
+            # and waits until it has saved.
             process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
             self._running.add(process)
             if self._stop.is_set():
@@ -220,7 +235,9 @@ class Demo:
 
 
 def sampling_plans(model: LoadedModel) -> list[tuple[str, SamplingRecipe | None]]:
-    """(label, recipe) of the samplers shown for a checkpoint: its own many-step one, or 4, 2 and 1 steps."""
+    """(label, recipe) of the samplers shown for a checkpoint: its own many-step one, or 4, 2 and 1
+    steps.
+    """
     recipe = model.recipe
     if recipe is None or recipe.kind == "ode":
         return [("many steps", recipe)]
@@ -250,7 +267,9 @@ def told(entry: dict) -> str:
 
 
 def free_threads() -> int:
-    """Threads for the stage that runs alone: the idle cores, at most 2; what OMP_NUM_THREADS says where it is set."""
+    """Threads for the stage that runs alone: the idle cores, at most 2; what OMP_NUM_THREADS says
+    where it is set.
+    """
     if told := os.environ.get("OMP_NUM_THREADS", ""):
         return int(told) if told.isdecimal() and int(told) > 0 else 1
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
@@ -258,5 +277,7 @@ def free_threads() -> int:
 
 
 def one_thread_here() -> None:
-    """Sampling of toy videos runs beside training processes: more threads would wait for each other."""
+    """Sampling of toy videos runs beside training processes: more threads would wait for each
+    other.
+    """
     torch.set_num_threads(1)

@@ -1,4 +1,6 @@
-"""The stages of the demo: which experiments, what feeds what, how long each takes beside the others."""
+"""The stages of the demo: which experiments, what feeds what, how long each takes beside the
+others.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ ABOUT = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run: `name`, its `experiment`, which earlier stages feed which config keys, further `overrides`, and the `cost` of
-    training and scoring it, relative to the other stages (seconds on one core of the machine in the README).
+    """One training run: `name`, its `experiment`, which earlier stages feed which config keys,
+    further `overrides`, and the `cost` of training and scoring it, relative to the other stages
+    (seconds on one core of the machine in the README).
     """
 
     name: str
@@ -50,7 +53,8 @@ def branch(pattern: str) -> tuple[Stage, ...]:
     causal = {"student_ckpt": tf, "causal_teacher_ckpt": tf}
     start = {"student_ckpt": f"{SELF_FORCED_START[pattern]}_{pattern}", "bidirectional_teacher_ckpt": "bidirectional"}
     framewise = pattern == "c1-1"
-    longer = () if framewise else ("trainer.max_iter=500",)  # its samples are further from the teacher's, and its branch has time left
+    # its samples are further from the teacher's, and its branch has time left
+    longer = () if framewise else ("trainer.max_iter=500",)
     return (
         Stage(tf, f"toy_tf_{pattern}", {"student_ckpt": "bidirectional"}, cost=(200, 40 if framewise else 25)),
         Stage(dcm, f"toy_tf_dcm_{pattern}", causal, cost=(100, 12)),
@@ -61,7 +65,9 @@ def branch(pattern: str) -> tuple[Stage, ...]:
 
 SHORT = ("trainer.max_iter=1000", "scheduler.cycle_length=970", "optimizer.lr=3.0e-3", "dataloader_train.batch_size=8")
 QUICK = (Stage("tf_c1-1", "toy_tf_c1-1", overrides=SHORT, cost=(120, 14)),)
-"""One method from random weights: the causal teacher alone, frame by frame. Too short for gates; shapes, colours and motion are there."""
+"""One method from random weights: the causal teacher alone, frame by frame. Too short for gates;
+shapes, colours and motion are there.
+"""
 
 
 def branches(quick: bool) -> tuple[tuple[Stage, ...], ...]:

@@ -1,10 +1,12 @@
-"""How long videos drift: curves per window of colour, sharpness, motion, flicker and content, several videos side by side on one page.
+"""How long videos drift: curves per window of colour, sharpness, motion, flicker and content,
+several videos side by side on one page.
 
     python -m scripts.drift_report sliding_window=a.mp4 rolling_sink=b.mp4 --out outputs/drift
     python -m scripts.drift_report mine=long.mp4 --toy_prompt "a red square moving left"
 
-Every curve is a distance to the video's own first window, motion and flicker excepted, which are told as they are. Videos are read window
-by window, so their length does not matter. The page is OUT/report.html, the numbers OUT/report.json.
+Every curve is a distance to the video's own first window, motion and flicker excepted, which are
+told as they are. Videos are read window by window, so their length does not matter. The page is
+OUT/report.html, the numbers OUT/report.json.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ CURVES = {
 
 @dataclass
 class Drift:
-    """One video: a value per window of every curve, frames in all, and small frames, one per window, for its strip."""
+    """One video: a value per window of every curve, frames in all, and small frames, one per
+    window, for its strip.
+    """
 
     name: str
     path: str
@@ -60,7 +64,9 @@ class Drift:
 
 
 def measure(name: str, path: str, *, window: int, features: FrameFeatures | None, toy: Callable[[Tensor], list[float]] | None) -> Drift:
-    """Read a video window by window. `ConfigError` for one of fewer than two windows, `VideoError` for one that cannot be read."""
+    """Read a video window by window. `ConfigError` for one of fewer than two windows, `VideoError`
+    for one that cannot be read.
+    """
     found = Drift(name, path)
     first: dict[str, Tensor] = {}
     frames = iter_frames(path)
@@ -91,7 +97,9 @@ def measure(name: str, path: str, *, window: int, features: FrameFeatures | None
 
 
 def report(drifts: Sequence[Drift], *, window: int, folder: Path, fps: float) -> Path:
-    """Write the page: a chart per curve with a line per video, a table of what changed, a strip of frames per video."""
+    """Write the page: a chart per curve with a line per video, a table of what changed, a strip of
+    frames per video.
+    """
     charts = []
     for curve, (title, note) in CURVES.items():
         lines = [
@@ -122,7 +130,9 @@ def report(drifts: Sequence[Drift], *, window: int, folder: Path, fps: float) ->
 
 
 def toy_adherence(prompt: str) -> Callable[[Tensor], list[float]]:
-    """Adherence per window of the toy world's length, of frames uint8 [F, H, W, 3]; `ConfigError` for a prompt of another world."""
+    """Adherence per window of the toy world's length, of frames uint8 [F, H, W, 3]; `ConfigError`
+    for a prompt of another world.
+    """
     world = ToyWorld()
     world.parse([prompt])
     scorer = ToyScorer(world, num_reference=64)

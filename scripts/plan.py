@@ -3,9 +3,9 @@
     python -m scripts.plan experiment=causal_wan2pt1_1pt3B_res480p_t2v_tf_scm_c3-3 gpus=32 gpu=h100
     python -m scripts.plan experiment=toy_tf_c3-3 gpus=1 memory_gib=8 --json plan.json
 
-Words are the keys of `rcm train`, and besides: gpus=N (ranks), gpu=NAME (h200, h100, ...), memory_gib=N (another memory size),
-global_batch=N (samples per update; the config's by default). The model is explained in docs/planner.md; scripts.bench_memory measures what
-is predicted here.
+Words are the keys of `rcm train`, and besides: gpus=N (ranks), gpu=NAME (h200, h100, ...),
+memory_gib=N (another memory size), global_batch=N (samples per update; the config's by default).
+The model is explained in docs/planner.md; scripts.bench_memory measures what is predicted here.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str,
 
 
 def whole(own: dict[str, str], key: str) -> int | None:
-    """The whole number `key` from 1 to its most, None if it is not given; `ConfigError` for anything else."""
+    """The whole number `key` from 1 to its most, None if it is not given; `ConfigError` for
+    anything else.
+    """
     text, most = own.get(key), OWN_KEYS[key]
     if text is None:
         return None

@@ -81,7 +81,9 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def build_from_teacher(options: argparse.Namespace, *, dtype: torch.dtype) -> list[Path]:
-    """Shards of the teacher's samples; returns those of this rank (none where only the negative embedding was asked for)."""
+    """Shards of the teacher's samples; returns those of this rank (none where only the negative
+    embedding was asked for).
+    """
     check_sampler(options)
     if options.out is not None and options.prompts is None:
         raise ConfigError("--source teacher needs --prompts FILE")
@@ -141,7 +143,9 @@ class Progress:
 
 
 def _ranks(options: argparse.Namespace, stack: ExitStack) -> tuple[_Ranks, torch.device]:
-    """The launch's ranks and this rank's device. Without context parallelism ranks work alone, in no process group."""
+    """The launch's ranks and this rank's device. Without context parallelism ranks work alone, in
+    no process group.
+    """
     world, cp = launched_world(), options.context_parallel_size
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if cp < 1 or world % cp:
@@ -240,7 +244,9 @@ def _files(options: argparse.Namespace) -> PieceFiles:
 
 
 def _refuse_unencodable(text: TextEncoder, prompts: list[str]) -> None:
-    """Ask an encoder that refuses prompts (the toy world's) about all of them now, not in the middle of the work; umT5 cuts and warns."""
+    """Ask an encoder that refuses prompts (the toy world's) about all of them now, not in the
+    middle of the work; umT5 cuts and warns.
+    """
     if isinstance(text, ToyTextEncoder):
         for number, prompt in enumerate(prompts):
             try:

@@ -1,4 +1,6 @@
-"""Training launch point: `torchrun --nproc_per_node=N -m scripts.train [--config=REGISTRY --] experiment=NAME key=value ...`."""
+"""Training launch point: `torchrun --nproc_per_node=N -m scripts.train [--config=REGISTRY --]
+experiment=NAME key=value ...`.
+"""
 
 from __future__ import annotations
 

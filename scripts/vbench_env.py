@@ -1,12 +1,17 @@
-"""Make the environment that VBench runs in: it pins transformers 4.33.2 and numpy below 2, so it cannot share ours.
+"""Make the environment that VBench runs in: it pins transformers 4.33.2 and numpy below 2, so it
+cannot share ours.
 
-    python -m scripts.vbench_env                          # .venv-vbench, everything that a registry has
-    python -m scripts.vbench_env --minimal                # what temporal_flickering needs, and no model libraries
+    python -m scripts.vbench_env                          # .venv-vbench, everything that a registry
+                                                          has
+    python -m scripts.vbench_env --minimal                # what temporal_flickering needs, and no
+                                                          model libraries
     python -m scripts.vbench_env --torch torch==2.11.0    # another torch
-    python -m scripts.vbench_env --check                  # only look: which dimensions can be imported, which model files are there
+    python -m scripts.vbench_env --check                  # only look: which dimensions can be
+                                                          imported, which model files are there
 
-Python 3.11 (or 3.10) is needed: tokenizers 0.13.3, which transformers 4.33.2 wants, has no wheel for 3.12. Model files are not fetched; the
-list that is printed says which, how large, and where they are published. detectron2, for four dimensions, has to be compiled by hand.
+Python 3.11 (or 3.10) is needed: tokenizers 0.13.3, which transformers 4.33.2 wants, has no wheel
+for 3.12. Model files are not fetched; the list that is printed says which, how large, and where
+they are published. detectron2, for four dimensions, has to be compiled by hand.
 """
 
 from __future__ import annotations
@@ -30,7 +35,9 @@ VERSION = "0.1.5"
 PACKAGES = ("numpy<2", "setuptools<82")
 """openai-clip asks pkg_resources, which setuptools 82 no longer has."""
 MINIMAL = ("opencv-python-headless<4.12", "decord", "tqdm", "pillow")
-"""What vbench.utils and temporal_flickering import besides torch, torchvision and numpy; later OpenCV asks for numpy 2."""
+"""What vbench.utils and temporal_flickering import besides torch, torchvision and numpy; later
+OpenCV asks for numpy 2.
+"""
 
 
 @command

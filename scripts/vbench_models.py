@@ -40,7 +40,9 @@ _CAUSAL_ONLY = ("steps_per_chunk", "mid_t", "mid_t_schedules", "first_chunk_t", 
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of the model and of its sampling, under the names of the release. None: as trained, or the release's default."""
+    """Flags of the model and of its sampling, under the names of the release. None: as trained, or
+    the release's default.
+    """
     add = parser.add_argument_group("model").add_argument
     add("--dit_path", required=True, metavar="PATH", help="job folder, iter_* folder or exported file of this package, or a Wan file")
     add("--arch", choices=("bidirectional", "causal"), help="of a Wan file [told by the checkpoint where it describes itself]")
@@ -80,7 +82,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def output_name(flags: argparse.Namespace) -> str:
-    """Name of the folder of videos when none is given. Step schedules are not in it; runs that differ in them need --output_dir."""
+    """Name of the folder of videos when none is given. Step schedules are not in it; runs that
+    differ in them need --output_dir.
+    """
     stem = Path(flags.dit_path).stem if Path(flags.dit_path).is_file() else Path(flags.dit_path).name
     if _describes_itself(flags.dit_path):
         how = "as_trained" if flags.num_steps is None else f"{flags.num_steps}steps"
@@ -93,8 +97,9 @@ def output_name(flags: argparse.Namespace) -> str:
 
 
 def open_sampler(flags: argparse.Namespace, *, device: torch.device) -> VideoSampler:
-    """The sampler of the flags. Collective over the ranks that make a video together. Raises `ConfigError` and `CheckpointError` for
-    flags that the model has no use for, and files that are missing or do not fit.
+    """The sampler of the flags. Collective over the ranks that make a video together. Raises
+    `ConfigError` and `CheckpointError` for flags that the model has no use for, and files that are
+    missing or do not fit.
     """
     if flags.fps is not None and not 0 < flags.fps < math.inf:
         raise ConfigError(f"--fps {flags.fps:g} must be positive and finite")

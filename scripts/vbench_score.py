@@ -1,16 +1,17 @@
 """Score a folder of VBench videos in VBench's own environment, or add up results that are there.
 
     python -m scripts.vbench_score --videos_path D --vbench_python .venv-vbench/bin/python --ngpus 8
-    python -m scripts.vbench_score --videos_path D --dimension temporal_flickering --device cpu --partial
-    python -m scripts.vbench_score --result_dir D_eval_results
-    python -m scripts.vbench_score --videos_path D --dry_run
-    python -m scripts.vbench_score --explain D_eval_results E_eval_results
-    python -m scripts.vbench_score --explain D_eval_results "Wan2.1-T2V-1.3B (2025-05-03"
-    python -m scripts.vbench_score --suite long --vbench_repo ~/VBench --videos_path D
-    python -m scripts.vbench_score --videos_path D --vision_reward "python score.py --eval_info {eval_info} --output {output}"
+    python -m scripts.vbench_score --videos_path D --dimension temporal_flickering --device cpu
+    --partial python -m scripts.vbench_score --result_dir D_eval_results python -m
+    scripts.vbench_score --videos_path D --dry_run python -m scripts.vbench_score --explain
+    D_eval_results E_eval_results python -m scripts.vbench_score --explain D_eval_results
+    "Wan2.1-T2V-1.3B (2025-05-03" python -m scripts.vbench_score --suite long --vbench_repo ~/VBench
+    --videos_path D python -m scripts.vbench_score --videos_path D --vision_reward "python score.py
+    --eval_info {eval_info} --output {output}"
 
-A dimension whose result is there is not scored again. --dry_run needs neither VBench nor its model files: it prints the commands, the
-files they read and what is missing. The score lands in score.json beside the results.
+A dimension whose result is there is not scored again. --dry_run needs neither VBench nor its model
+files: it prints the commands, the files they read and what is missing. The score lands in
+score.json beside the results.
 """
 
 from __future__ import annotations
@@ -164,7 +165,9 @@ def _tell(launch: Launch, wanted: Sequence[str], lost: Mapping[str, Sequence[str
 
 
 def _rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
-    """The prompts to score: of the run if it left them, else the public list. Samples beyond the fifth are not scored."""
+    """The prompts to score: of the run if it left them, else the public list. Samples beyond the
+    fifth are not scored.
+    """
     records = flags.videos_path.with_name(f"{flags.videos_path.name}_run") / EVAL_INFO
     source = flags.full_json_dir or (records if records.is_file() else None)
     if source is None and flags.suite == "i2v":
@@ -174,12 +177,15 @@ def _rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _require_current(flags: argparse.Namespace, found: Mapping[str, DimensionResult]) -> None:
-    """`ConfigError` for a result that is not of the videos that are there now: it is old, or VBench passed over files it could not read."""
+    """`ConfigError` for a result that is not of the videos that are there now: it is old, or VBench
+    passed over files it could not read.
+    """
     rows = _rows(flags)
     for name, result in found.items():
         wanted = [video for row in rows if name in row["dimension"] for video in row["video_list"]]
         there = sum((flags.videos_path / video).is_file() for video in wanted)
-        few = result.num_videos < there and name != "color"  # color leaves out videos in which the object was not seen
+        # color leaves out videos in which the object was not seen
+        few = result.num_videos < there and name != "color"
         if result.num_videos and (few or result.num_videos > there):
             raise ConfigError(
                 f"{result.file} is of {result.num_videos} videos of {name}, {there} are there now; delete it to have them scored again"

@@ -1,11 +1,13 @@
-"""Look into training shards: keys, shapes, dtypes and captions of their first samples, and a picture of them if asked.
+"""Look into training shards: keys, shapes, dtypes and captions of their first samples, and a
+picture of them if asked.
 
     python -m scripts.view_shards outputs/data/toy/shard-000000.tar
     python -m scripts.view_shards 'outputs/data/wan14b_480p/*.tar' --rows 2
     python -m scripts.view_shards outputs/data/toy/shard-000000.tar --rows 4 --sheet sheet.png
 
-Nothing in a shard is executed. The picture decodes latents one sample at a time, with the codec that the set's `dataset.json` names (Wan's
-VAE from --vae_path); without one: Wan's VAE for 16 channels, else the toy world's.
+Nothing in a shard is executed. The picture decodes latents one sample at a time, with the codec
+that the set's `dataset.json` names (Wan's VAE from --vae_path); without one: Wan's VAE for 16
+channels, else the toy world's.
 """
 
 from __future__ import annotations
@@ -79,7 +81,9 @@ def draw(shard: Path, sheet: OutputFile | Path, *, rows: int, codec: str | None,
 
 
 def codec_of(shard: Path, name: str | None, *, channels: int, vae_path: Path | None) -> LatentCodec:
-    """The codec asked for, else that of the shard's `dataset.json`; without one, Wan's VAE for 16 channels and else the toy's."""
+    """The codec asked for, else that of the shard's `dataset.json`; without one, Wan's VAE for 16
+    channels and else the toy's.
+    """
     manifest = shard.with_name(MANIFEST)
     guess = {"name": "wan_vae" if channels == _WAN_CHANNELS else "toy"}
     stored = read_manifest(manifest.parent).get("codec", guess)

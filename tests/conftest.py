@@ -1,4 +1,6 @@
-"""Settings of every test: one thread, no network, GPU tests skipped with a reason where there is no GPU."""
+"""Settings of every test: one thread, no network, GPU tests skipped with a reason where there is no
+GPU.
+"""
 
 from __future__ import annotations
 

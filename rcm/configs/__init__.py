@@ -1,1 +1,3 @@
-"""Configuration: typed schema, registries, composition and checks. Imported by command lines only."""
+"""Configuration: typed schema, registries, composition and checks. Imported by command lines
+only.
+"""

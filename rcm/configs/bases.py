@@ -1,4 +1,6 @@
-"""Which networks of a run start from the same weights: with low-rank adapters they are one network in memory."""
+"""Which networks of a run start from the same weights: with low-rank adapters they are one network
+in memory.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ TRAINED = {"net": "student", "net_fake_score": "fake_score"}
 """Keys of the networks that are trained -> their roles."""
 
 Base = tuple[WanConfig, str]
-"""What makes two networks the same before training: sizes, and where the weights come from ("": random, of the run's seed)."""
+"""What makes two networks the same before training: sizes, and where the weights come from ("":
+random, of the run's seed).
+"""
 
 
 def checkpoint_of(model: CommonModelConfig, knob: str) -> str:
@@ -35,7 +39,9 @@ def base_of(model: CommonModelConfig, knob: str) -> Base:
 
 
 def roles_on(model: CommonModelConfig, base: Base) -> tuple[str, ...]:
-    """Roles that are trained on `base`: one set of adapters each. None without adapters (`lora.rank` 0)."""
+    """Roles that are trained on `base`: one set of adapters each. None without adapters
+    (`lora.rank` 0).
+    """
     if not model.lora.rank:
         return ()
     return tuple(role for knob, role in TRAINED.items() if knob in networks(model) and base_of(model, knob) == base)
@@ -47,7 +53,9 @@ def alpha_of(lora: LoRAConfig) -> float:
 
 
 def check_lora(model: CommonModelConfig) -> None:
-    """Raise `ConfigError` for settings of the adapters that cannot be meant, or that nothing reads."""
+    """Raise `ConfigError` for settings of the adapters that cannot be meant, or that nothing
+    reads.
+    """
     lora = model.lora
     if not lora.rank:
         changed = {name: value for name in ("alpha", "targets") if (value := getattr(lora, name)) != getattr(type(lora)(), name)}

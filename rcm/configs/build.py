@@ -1,4 +1,6 @@
-"""A composed run, executed: networks, method, data, state, checkpoints, logs, and the loop. The only place where all layers meet."""
+"""A composed run, executed: networks, method, data, state, checkpoints, logs, and the loop. The
+only place where all layers meet.
+"""
 
 from __future__ import annotations
 
@@ -44,21 +46,27 @@ from rcm.train.step import StepConfig
 from rcm.train.trainer import Outcome, Trainer, TrainerConfig
 
 UNCHECKED = ".config.yaml"
-"""Name of a run's record until everything is loaded: a launch that is refused leaves the record of the run before it."""
+"""Name of a run's record until everything is loaded: a launch that is refused leaves the record of
+the run before it.
+"""
 
 
 def job_folder(run: Run) -> Path:
-    """`<output_root>/<project>/<group>/<name>` of a run (empty parts left out; the name defaults to the experiment's)."""
+    """`<output_root>/<project>/<group>/<name>` of a run (empty parts left out; the name defaults to
+    the experiment's).
+    """
     job = run.config.job
     parts = (job.project, job.group, job.name or run.experiment or "unnamed")
     return Path(job.output_root or "outputs").joinpath(*(part for part in parts if part))
 
 
 def run(run: Run) -> Outcome:
-    """Train until `trainer.max_iter`, resuming from this job's newest checkpoint if there is one. Writes under `job_folder(run)`.
+    """Train until `trainer.max_iter`, resuming from this job's newest checkpoint if there is one.
+    Writes under `job_folder(run)`.
 
-    Raises what composing missed: `CheckpointError`, `ConfigError` of the data, of ranks that differ, or of a job folder in use, `NonFinite`
-    (nothing updated), `OSError` with the path, `PeerGone`.
+    Raises what composing missed: `CheckpointError`, `ConfigError` of the data, of ranks that
+    differ, or of a job folder in use, `NonFinite` (nothing updated), `OSError` with the path,
+    `PeerGone`.
     """
     with launch_group() as device, ExitStack() as held:
         replicate, shard, cp = run.mesh
@@ -86,7 +94,9 @@ def _tell_how_to_go_on(outcome: Outcome, run: Run) -> None:
 
 
 def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trainer:
-    """Everything of a run, ready to go; on return the state is where the run continues. Its folder is claimed. Collective."""
+    """Everything of a run, ready to go; on return the state is where the run continues. Its folder
+    is claimed. Collective.
+    """
     config = run.config
     folder = job_folder(run)
     allow_tf32()
@@ -128,8 +138,8 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
 def description(
     run: Run, *, data_hash: str | None = None, words: Sequence[str] = (), adapters: Mapping[str, Any] | None = None
 ) -> Description:
-    """What checkpoints of this run say about themselves: enough to sample from the path alone. `words`: of the captions, for a toy text;
-    `adapters`: what `NetBuilder.adapters` says of them.
+    """What checkpoints of this run say about themselves: enough to sample from the path alone.
+    `words`: of the captions, for a toy text; `adapters`: what `NetBuilder.adapters` says of them.
     """
     config, model = run.config, run.config.model.config
     causal = isinstance(model, CausalConfig) and model.training_type != "bidirectional"
@@ -173,8 +183,8 @@ def _bidirectional_sampler(model) -> dict:
 
 @contextmanager
 def _claimed(folder: Path, run: Run) -> Iterator[None]:
-    """The job's folder for this run alone, with the resolved run written into it, not yet in place of an earlier one. `OSError` names the
-    folder, `ConfigError` the run that has it.
+    """The job's folder for this run alone, with the resolved run written into it, not yet in place
+    of an earlier one. `OSError` names the folder, `ConfigError` the run that has it.
     """
     with ExitStack() as held:
         try:
@@ -192,7 +202,9 @@ def _claimed(folder: Path, run: Run) -> Iterator[None]:
 
 
 def _begin_record(run: Run, folder: Path, *, resumed_at: int) -> list[Sink]:
-    """The run fits what the folder holds: its record takes the place of an earlier one, and its numbers go on after `resumed_at`."""
+    """The run fits what the folder holds: its record takes the place of an earlier one, and its
+    numbers go on after `resumed_at`.
+    """
     record = folder / "config.yaml"
     if record.is_dir():
         discard(record)
@@ -207,13 +219,17 @@ def _warn_of_unread(config: TrainConfig) -> None:
 
 
 def allow_tf32() -> None:
-    """float32 matrix products on tensor cores, as the release trains (docs/reference/wan.md#precision); no effect on CPU."""
+    """float32 matrix products on tensor cores, as the release trains
+    (docs/reference/wan.md#precision); no effect on CPU.
+    """
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
 
 
 def train_state(config: TrainConfig, method) -> TrainState:
-    """What training changes: optimisers, schedules and average as configured. `method`: the networks, built."""
+    """What training changes: optimisers, schedules and average as configured. `method`: the
+    networks, built.
+    """
     model = config.model.config
     return TrainState.create(
         method.trainable,
@@ -224,7 +240,9 @@ def train_state(config: TrainConfig, method) -> TrainState:
 
 
 def _resume(config: TrainConfig, checkpointer: Checkpointer, state: TrainState, loader) -> None:
-    """Continue this job's newest checkpoint, else `checkpoint.load_path` as far as its keys ask for, else start at 0."""
+    """Continue this job's newest checkpoint, else `checkpoint.load_path` as far as its keys ask
+    for, else start at 0.
+    """
     keys = config.checkpoint
     taken = Taken.all_but(keys.keys_not_to_resume)
     found = checkpointer.load(state, loader=loader, taken=taken)

@@ -29,7 +29,9 @@ from rcm.worlds.toy_latents import ToyLatents
 from rcm.worlds.toy_text import vocabulary
 
 LATENT_CACHE_BYTES = 1 << 30
-"""Decoded samples kept in memory: all of a toy data set, none that matters of a real one (a 480p sample takes 12 MB)."""
+"""Decoded samples kept in memory: all of a toy data set, none that matters of a real one (a 480p
+sample takes 12 MB).
+"""
 
 
 def latent_shape(model: CommonModelConfig) -> tuple[int, int, int, int]:
@@ -38,7 +40,9 @@ def latent_shape(model: CommonModelConfig) -> tuple[int, int, int, int]:
 
 
 def build_loader(run: TrainConfig, *, dims: ParallelDims, device: torch.device | str = "cpu") -> Loader:
-    """The endless loader of this data rank; ranks of one context-parallel group read the same samples. Prompts are encoded on `device`."""
+    """The endless loader of this data rank; ranks of one context-parallel group read the same
+    samples. Prompts are encoded on `device`.
+    """
     data = run.dataloader_train
     return Loader(
         _source(run, device=device),
@@ -103,7 +107,9 @@ def _wants_trajectories(model: CommonModelConfig) -> bool:
 
 
 def _check_trajectories(model: CausalConfig, folders: set[Path]) -> None:
-    """Shards that say how their trajectories were made must be made for this run: their number of states alone would not tell."""
+    """Shards that say how their trajectories were made must be made for this run: their number of
+    states alone would not tell.
+    """
     mine = {"training_type": model.training_type, "kd_timesteps": list(model.kd_timesteps)}
     if model.training_type == "tf_kd":
         mine["pattern"] = BlockPattern(model.first_chunk_t, model.chunk_t).name
@@ -119,7 +125,9 @@ def _check_trajectories(model: CausalConfig, folders: set[Path]) -> None:
 
 
 class _PromptedShapes:
-    """Prompts as latent batches for on-policy training, which reads the shape of the latents only: they are zeros."""
+    """Prompts as latent batches for on-policy training, which reads the shape of the latents only:
+    they are zeros.
+    """
 
     def __init__(self, prompts: Prompts, shape: tuple[int, int, int, int]) -> None:
         self._prompts, self._shape = prompts, shape
@@ -142,8 +150,8 @@ class _PromptedShapes:
 
 
 def negative_condition(run: TrainConfig, *, device: torch.device) -> Condition:
-    """The unconditional branch of a guided teacher, batch 1: `neg_embed_path` ([L, E] or [1, L, E]), or the encoder's negative prompt.
-    Collective.
+    """The unconditional branch of a guided teacher, batch 1: `neg_embed_path` ([L, E] or [1, L,
+    E]), or the encoder's negative prompt. Collective.
     """
     model = run.model.config
     if model.neg_embed_path:

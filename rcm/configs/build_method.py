@@ -31,7 +31,9 @@ Negative = Callable[[], Condition]
 
 
 def step_schedule(config: CausalConfig) -> StepSchedule:
-    """Full step schedule per chunk of a causal student (Causal_rCM.md section 6, docs/reference/training.md#experiments)."""
+    """Full step schedule per chunk of a causal student (Causal_rCM.md section 6,
+    docs/reference/training.md#experiments).
+    """
     return StepSchedule.from_lists(
         steps=config.sf_simulation_steps_per_chunk or (config.max_simulation_steps_fake,),
         schedules=config.sf_backward_timestep_schedules,
@@ -64,7 +66,9 @@ def sampling_recipe(config: CommonModelConfig) -> SamplingRecipe | None:
 
 
 def build_method(run: TrainConfig, nets: NetBuilder, *, negative: Negative) -> Method:
-    """Networks and objective of `run`. `negative` gives the unconditional embedding when a teacher is guided."""
+    """Networks and objective of `run`. `negative` gives the unconditional embedding when a teacher
+    is guided.
+    """
     config = run.model.config
     return _RCM(run, nets, negative).build() if isinstance(config, RCMConfig) else _Causal(run, nets, negative).build()
 
@@ -127,7 +131,9 @@ class _Causal(_Parts):
         return ContextRule(self.config.context_from_last_step, self.config.context_from_last_step_start_chunk)
 
     def _shared(self, forcing: TeacherForcing) -> dict:
-        """Arguments of both consistency forms. In the joint stage noisy context takes the rollout's times (Causal_rCM.md section 5)."""
+        """Arguments of both consistency forms. In the joint stage noisy context takes the rollout's
+        times (Causal_rCM.md section 5).
+        """
         c = self.config
         joint = c.training_type == "tf_scm_sf_dmd"
         schedule = step_schedule(c) if joint else StepSchedule((tuple(c.backward_timesteps),))

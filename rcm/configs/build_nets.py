@@ -1,4 +1,6 @@
-"""Networks of a run: built on meta, parallelised, given memory, and filled from a checkpoint or at random."""
+"""Networks of a run: built on meta, parallelised, given memory, and filled from a checkpoint or at
+random.
+"""
 
 from __future__ import annotations
 
@@ -35,16 +37,20 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torc
 
 
 def precision_of(config: CommonModelConfig) -> Precision:
-    """Master weights and reductions in float32 (float64 for float64 runs), compute and timestep as configured."""
+    """Master weights and reductions in float32 (float64 for float64 runs), compute and timestep as
+    configured.
+    """
     compute = _DTYPES[config.precision]
     wide = torch.promote_types(compute, torch.float32)
     return Precision(params=wide, compute=compute, reduce=wide, time=_DTYPES[config.time_precision])
 
 
 def open_network(path: str | Path, *, knob: str) -> NetworkWeights:
-    """The network of any file or folder that `open_weights` takes, averaged weights preferred; nothing is read yet.
+    """The network of any file or folder that `open_weights` takes, averaged weights preferred;
+    nothing is read yet.
 
-    Raises `CheckpointError` naming the path and the config key for a missing, truncated or foreign file.
+    Raises `CheckpointError` naming the path and the config key for a missing, truncated or foreign
+    file.
     """
     try:
         return network_weights(open_weights(path))
@@ -53,10 +59,12 @@ def open_network(path: str | Path, *, knob: str) -> NetworkWeights:
 
 
 class NetBuilder:
-    """Builds the networks of one run on this rank; every call is collective. `resumes`: a checkpoint will replace the trained weights.
+    """Builds the networks of one run on this rank; every call is collective. `resumes`: a
+    checkpoint will replace the trained weights.
 
-    With `lora.rank`, networks of the same sizes and checkpoint are one in memory: the adapters of student and fake score lie on it, and a
-    teacher is the base without them. `adapted`: role -> where its base comes from, as `rcm.json` says it.
+    With `lora.rank`, networks of the same sizes and checkpoint are one in memory: the adapters of
+    student and fake score lie on it, and a teacher is the base without them. `adapted`: role ->
+    where its base comes from, as `rcm.json` says it.
     """
 
     def __init__(
@@ -68,7 +76,9 @@ class NetBuilder:
         self._bases: dict[Base, nn.Module] = {}
 
     def trained(self, knob: str) -> Denoiser:
-        """The network at `knob` ("net", "net_fake_score"), to be trained: master weights, activation checkpointing as configured."""
+        """The network at `knob` ("net", "net_fake_score"), to be trained: master weights,
+        activation checkpointing as configured.
+        """
         net = AdaptedNet(self._base(knob), TRAINED[knob]) if self.config.lora.rank else self._alone(knob, frozen=False)
         return Denoiser(net, self.precision)
 
@@ -134,7 +144,9 @@ class NetBuilder:
     def _fill(
         self, net: nn.Module, start: Callable[[], tuple[Mapping[str, Tensor] | None, str]], checkpoint: str, roles: tuple[str, ...]
     ) -> None:
-        """Give a network in memory its values: those of `start`, and adapters for each of `roles`."""
+        """Give a network in memory its values: those of `start`, and adapters for each of
+        `roles`.
+        """
         weights, source = start()
         if roles:
             self._fill_adapted(net, weights, source=source, checkpoint=checkpoint, roles=roles)
@@ -144,7 +156,9 @@ class NetBuilder:
     def _weights(
         self, net_config: NetConfig, plain: Callable[[], WanDiT], *, knob: str, checkpoint: str, quiet: bool
     ) -> tuple[Mapping[str, Tensor] | None, str]:
-        """What a network starts from, on rank 0, and its name in errors. `quiet`: nothing is said of random weights."""
+        """What a network starts from, on rank 0, and its name in errors. `quiet`: nothing is said
+        of random weights.
+        """
         if not checkpoint:
             if not quiet:
                 logger.warning("{}: RANDOM weights (seed {}), no checkpoint was given", knob, self.seed)
@@ -166,7 +180,9 @@ class NetBuilder:
     def _fill_adapted(
         self, net: nn.Module, weights: Mapping[str, Tensor] | None, *, source: str, checkpoint: str, roles: tuple[str, ...]
     ) -> None:
-        """Load the base, take down which one it is, and start the adapters so that the network is its base."""
+        """Load the base, take down which one it is, and start the adapters so that the network is
+        its base.
+        """
         compute = self.precision.compute
         digested = None if weights is None else DigestedWeights(weights, dtype=compute)
         load_full(AdaptedNet(net, None), digested, source=source)
@@ -183,13 +199,17 @@ def _size(network: Mapping[str, object]) -> str:
 
 
 def _said(weights: NetworkWeights) -> str:
-    """Which network a checkpoint says it holds; nothing for a file that does not describe itself."""
+    """Which network a checkpoint says it holds; nothing for a file that does not describe
+    itself.
+    """
     found = description_of(weights.file)
     return "" if found is None else f", which holds {found.network_name or 'a network'} of {_size(found.network)}"
 
 
 def _other_pattern(weights: NetworkWeights, config: CommonModelConfig) -> str:
-    """What to say of a checkpoint that was trained in other blocks than the run's; "" for no contradiction. Legal, seldom meant."""
+    """What to say of a checkpoint that was trained in other blocks than the run's; "" for no
+    contradiction. Legal, seldom meant.
+    """
     found = description_of(weights.file)
     if found is None or found.pattern is None or not isinstance(config, CausalConfig) or config.training_type == "bidirectional":
         return ""

@@ -1,4 +1,6 @@
-"""Sample grids during training: the student streams prompts on a schedule, and rank 0 writes mp4 files."""
+"""Sample grids during training: the student streams prompts on a schedule, and rank 0 writes mp4
+files.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ PREVIEW_PROMPTS = (
 
 
 def sample_observers(run: Run, folder: Path, student: VelocityModel, *, device: torch.device) -> list[Observer]:
-    """Grids of the live and of the averaged student, where `trainer.sampling` asks for them. Collective."""
+    """Grids of the live and of the averaged student, where `trainer.sampling` asks for them.
+    Collective.
+    """
     config, sampling = run.config, run.config.trainer.sampling
     wanted = [(weights, every) for weights, every in (("reg", sampling.every_n), ("ema", sampling.ema_every_n)) if every]
     if not wanted:
@@ -56,7 +60,9 @@ def sample_observers(run: Run, folder: Path, student: VelocityModel, *, device: 
 
 
 def _lacking(model: CommonModelConfig) -> str:
-    """What previews would need and the run does not have, "" for nothing: training itself goes by stored latents and embeddings."""
+    """What previews would need and the run does not have, "" for nothing: training itself goes by
+    stored latents and embeddings.
+    """
     if model.text_encoder_class == "umT5" and not model.text_encoder_path:
         return "they need prompts encoded: set model.config.text_encoder_path, or trainer.sampling.every_n=0 and ema_every_n=0"
     if model.tokenizer.name == "wan" and not Path(model.tokenizer.vae_pth).exists():
@@ -65,7 +71,9 @@ def _lacking(model: CommonModelConfig) -> str:
 
 
 def _drawer(config: TrainConfig, student: VelocityModel, *, device: torch.device) -> Callable[[int], torch.Tensor]:
-    """Frames of the preview prompts on rank 0; the other ranks take part in the network's passes and return latents. Collective."""
+    """Frames of the preview prompts on rank 0; the other ranks take part in the network's passes
+    and return latents. Collective.
+    """
     model, count = config.model.config, config.trainer.sampling.num_samples
     codec = on_first(lambda: codec_of_run(model, device=device))
     texts = encode_once(model, lambda encoder: [*preview_prompts(config), encoder.negative_prompt], device=device).to(device)
@@ -85,13 +93,16 @@ def _drawer(config: TrainConfig, student: VelocityModel, *, device: torch.device
             latents = torch.cat([x for _, x in chunks], dim=2)
         if codec is None:
             return latents
-        return torch.cat([codec.decode(x[None].float()).cpu() for x in latents])  # one by one: training holds the card's memory
+        # one by one: training holds the card's memory
+        return torch.cat([codec.decode(x[None].float()).cpu() for x in latents])
 
     return draw
 
 
 def preview_prompts(config: TrainConfig) -> list[str]:
-    """As many prompts as a grid has columns: captions of the embedded world, or the built-in ones in turn."""
+    """As many prompts as a grid has columns: captions of the embedded world, or the built-in ones
+    in turn.
+    """
     model, count = config.model.config, config.trainer.sampling.num_samples
     if model.text_encoder_class == "toy":
         world = toy_world(model)

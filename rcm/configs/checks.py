@@ -1,6 +1,8 @@
-"""Rules across records: what each key alone allows but together cannot work. Every message names the knob. Nothing is built here.
+"""Rules across records: what each key alone allows but together cannot work. Every message names
+the knob. Nothing is built here.
 
-`check` looks at the config alone, `check_mesh` at the number of ranks, `missing_inputs` at files a run needs.
+`check` looks at the config alone, `check_mesh` at the number of ranks, `missing_inputs` at files a
+run needs.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ FIXED = {
     f"{M}.rectified_flow_t_scaling_factor": (1000.0, "Wan's timestep of t = 1"),
     f"{M}.sigma_data": (1.0, "the TrigFlow wrapper is written for it"),
 }
-"""Every key of the release that has one value here, and why. Those of one model family are looked at in that family."""
+"""Every key of the release that has one value here, and why. Those of one model family are looked
+at in that family.
+"""
 
 
 def _fixed(config: TrainConfig) -> None:
@@ -70,7 +74,9 @@ def _fixed(config: TrainConfig) -> None:
 
 
 def _rates(config: TrainConfig) -> None:
-    """The largest rate of a schedule, and the decay it multiplies, leave weights between updates what they are."""
+    """The largest rate of a schedule, and the decay it multiplies, leave weights between updates
+    what they are.
+    """
     for optimizer, scheduler in (("optimizer", "scheduler"), (f"{M}.optimizer_fake_score", f"{M}.scheduler_fake_score")):
         adam, plan = get_key(config, optimizer), get_key(config, scheduler)
         peak = adam.lr * max(plan.f_start, plan.f_max, plan.f_min)
@@ -109,10 +115,12 @@ def _without_effect(config: TrainConfig) -> None:
 
 
 def check_mesh(config: TrainConfig, *, world_size: int) -> tuple[int, int, int]:
-    """(dp_replicate, dp_shard, cp) for `world_size` ranks; `ConfigError` if they do not multiply to it.
+    """(dp_replicate, dp_shard, cp) for `world_size` ranks; `ConfigError` if they do not multiply to
+    it.
 
-    fsdp_shard_size counts all ranks that share one copy of the parameters, context-parallel ranks among them, so dp_shard = shard / cp;
-    a shard size below cp shards over the context-parallel group alone.
+    fsdp_shard_size counts all ranks that share one copy of the parameters, context-parallel ranks
+    among them, so dp_shard = shard / cp; a shard size below cp shards over the context-parallel
+    group alone.
     """
     shard, cp = config.model.config.fsdp_shard_size, config.model_parallel.context_parallel_size
     require_divisible("world size", value=world_size, by=cp, by_name="context_parallel_size", knob="model_parallel.context_parallel_size")
@@ -126,7 +134,9 @@ def check_mesh(config: TrainConfig, *, world_size: int) -> tuple[int, int, int]:
 
 
 def missing_inputs(config: TrainConfig) -> list[str]:
-    """What the run needs from outside and does not have yet: one sentence per key, empty when it can start."""
+    """What the run needs from outside and does not have yet: one sentence per key, empty when it
+    can start.
+    """
     model, data = config.model.config, config.dataloader_train
     missing = []
     for key, why in _checkpoints(model).items():
@@ -257,7 +267,9 @@ def _rollout(model: CausalConfig) -> None:
 
 
 def _long_tuning(model: CausalConfig) -> None:
-    """Rollouts longer than what is judged fit the pattern, and have a window to be streamed with."""
+    """Rollouts longer than what is judged fit the pattern, and have a window to be streamed
+    with.
+    """
     long, knob = model.long_tuning, f"{M}.long_tuning"
     if not long.frames:
         if long.window_blocks or long.sink_blocks:

@@ -1,4 +1,5 @@
-"""The command line of training: read flags, choose the registry, compose and check, then print or run.
+"""The command line of training: read flags, choose the registry, compose and check, then print or
+run.
 
 `[--config=REGISTRY] [--dryrun | --list [WORD ...]] [--] experiment=NAME key=value ...`
 REGISTRY is a Python file or module with a `register()`.
@@ -39,8 +40,9 @@ NAME is one of `rcm experiments`. All keys stand with defaults and meanings in r
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m scripts.train` and `rcm-train`; returns the exit code.
 
-    0: finished, or stopped and saved when asked to. 1: what the run was given does not fit, or it had to stop; one sentence says why, the
-    last checkpoint stays in use. 2: the config was refused, nothing was touched. A dry run needs no ranks, checkpoints or data.
+    0: finished, or stopped and saved when asked to. 1: what the run was given does not fit, or it
+    had to stop; one sentence says why, the last checkpoint stays in use. 2: the config was refused,
+    nothing was touched. A dry run needs no ranks, checkpoints or data.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -56,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `--list | head`: the reader has seen enough; the interpreter's own flush at exit must not complain either
+    # `--list | head`: the reader has seen enough; the interpreter's own flush at exit must not
+    # complain either
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return _train(overrides, registry)
@@ -73,7 +77,9 @@ def _show(overrides: Sequence[str], registry: str) -> int:
 
 
 def _train(overrides: Sequence[str], registry: str) -> int:
-    """Compose and train. What one rank refuses or meets, all ranks hear of before they wait for it: each says its own, the others whose."""
+    """Compose and train. What one rank refuses or meets, all ranks hear of before they wait for it:
+    each says its own, the others whose.
+    """
     status = 2
     try:
         world = launched_world()
@@ -94,15 +100,17 @@ def _train(overrides: Sequence[str], registry: str) -> int:
 
 
 def list_main() -> int:
-    """Entry point of `rcm-experiments`: the table of experiments whose names contain every given word."""
+    """Entry point of `rcm-experiments`: the table of experiments whose names contain every given
+    word.
+    """
     return main(["--list", *sys.argv[1:]])
 
 
 def load_registry(name: str) -> str:
     """Import the registry, call its `register()`, return its name.
 
-    `name` is a .py path (also relative to the package's parent folder) or a dotted module. Raises `ConfigError` if there is no such file or
-    module, or it has no `register`.
+    `name` is a .py path (also relative to the package's parent folder) or a dotted module. Raises
+    `ConfigError` if there is no such file or module, or it has no `register`.
     """
     module = _module_of(name)
     if not callable(getattr(module, "register", None)):

@@ -1,7 +1,9 @@
-"""Command-line overrides -> a resolved, checked, frozen `Run`. Nothing is built; every refusal names the key.
+"""Command-line overrides -> a resolved, checked, frozen `Run`. Nothing is built; every refusal
+names the key.
 
-Order: read the overrides, refuse unknown keys and unknown options (also with + or ++), compose with Hydra, convert into the schema,
-fill in what the environment decides, check fields against each other.
+Order: read the overrides, refuse unknown keys and unknown options (also with + or ++), compose with
+Hydra, convert into the schema, fill in what the environment decides, check fields against each
+other.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ class Run:
     missing: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
-        """Everything as plain dicts and lists: goes into the run's folder and into its checkpoints."""
+        """Everything as plain dicts and lists: goes into the run's folder and into its
+        checkpoints.
+        """
         head = {"experiment": self.experiment, "registry": self.registry, "overrides": list(self.overrides), "rcm_version": __version__}
         return {**head, "mesh": list(self.mesh), "environment": plain(self.environment), "config": plain(self.config)}
 
@@ -73,10 +77,11 @@ def compose_run(
     environ: Mapping[str, str] | None = None,
     require_inputs: bool = True,
 ) -> Run:
-    """`Run` for overrides such as `["experiment=toy_tf_c3-3", "trainer.max_iter=10"]`; the registry must be registered.
+    """`Run` for overrides such as `["experiment=toy_tf_c3-3", "trainer.max_iter=10"]`; the registry
+    must be registered.
 
-    `world_size` None skips the check of ranks (for tables). `require_inputs` False lists missing checkpoints and data in `Run.missing`
-    instead of raising. Raises `ConfigError`.
+    `world_size` None skips the check of ranks (for tables). `require_inputs` False lists missing
+    checkpoints and data in `Run.missing` instead of raising. Raises `ConfigError`.
     """
     parsed = parse_overrides(overrides)
     _refuse_unknown(parsed)
@@ -147,7 +152,9 @@ def _refuse_unknown_option(group: str, override: Override) -> None:
 
 
 def _for_hydra(override: Override) -> str:
-    """The override's text; Hydra leaves an optional network out when told ~net_fake_score, and breaks on net_fake_score=null."""
+    """The override's text; Hydra leaves an optional network out when told ~net_fake_score, and
+    breaks on net_fake_score=null.
+    """
     left_out = override.key_or_group in registry_distill.EXTRA_NETS and override.value() is None
     return f"~{override.key_or_group}" if left_out else override.input_line
 

@@ -1,4 +1,6 @@
-"""What a training command says on its console, and what it keeps in the job's folder: short lines there, whole ones here."""
+"""What a training command says on its console, and what it keeps in the job's folder: short lines
+there, whole ones here.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ FULL = "{time:YYYY-MM-DD HH:mm:ss.SSS} | {level: <8} | {name}:{function}:{line} 
 
 @contextmanager
 def told(folder: Path, *, rank: int = 0, world_size: int = 1) -> Iterator[None]:
-    """Inside, log lines are short on stderr (time and message, from INFO on; ranks other than 0: warnings), in place of loguru's own
-    handler, and whole in `folder`/train.log (rank 0, from DEBUG on, appended).
+    """Inside, log lines are short on stderr (time and message, from INFO on; ranks other than 0:
+    warnings), in place of loguru's own handler, and whole in `folder`/train.log (rank 0, from DEBUG
+    on, appended).
     """
     with suppress(ValueError):  # taken away before
         logger.remove(0)
@@ -28,7 +31,8 @@ def told(folder: Path, *, rank: int = 0, world_size: int = 1) -> Iterator[None]:
 
     mine = [logger.add(lambda line: sys.stderr.write(line), level="WARNING" if rank else "INFO", format=short)]
     if rank == 0:
-        path = str(folder / LOG_FILE).replace("{", "{{").replace("}", "}}")  # loguru fills in braces of a name
+        # loguru fills in braces of a name
+        path = str(folder / LOG_FILE).replace("{", "{{").replace("}", "}}")
         mine.append(logger.add(path, level="DEBUG", format=FULL, mode="a"))
     try:
         yield
@@ -36,5 +40,7 @@ def told(folder: Path, *, rank: int = 0, world_size: int = 1) -> Iterator[None]:
         for handler in mine:
             try:
                 logger.remove(handler)
-            except OSError as error:  # what could not be written comes up again when the file is closed; it must not hide why the run ends
+            # what could not be written comes up again when the file is closed; it must not hide why
+            # the run ends
+            except OSError as error:
                 sys.stderr.write(f"warning: {folder / LOG_FILE} is incomplete: {error.strerror}\n")

@@ -29,7 +29,9 @@ CHANGEABLE = (
     f"{M}.neg_embed_path",
     f"{M}.text_encoder_path",
 )
-"""What a run may change on the way, with a word: rates and batches, and where frozen weights lie (they may have been moved)."""
+"""What a run may change on the way, with a word: rates and batches, and where frozen weights lie
+(they may have been moved).
+"""
 
 FREE = (
     "job",
@@ -60,7 +62,9 @@ FREE = (
     f"{M}.tokenizer.vae_pth",
     *(f"{M}.{net}.sac_config" for net in NETS),
 )
-"""What changes no number of the training but by rounding, or is compared elsewhere (data by their fingerprint, networks by their sizes)."""
+"""What changes no number of the training but by rounding, or is compared elsewhere (data by their
+fingerprint, networks by their sizes).
+"""
 
 _OF_RANK_0 = ("job.wandb_mode", "job.wandb_project", "job.wandb_entity", f"{M}.text_cache")
 """What only rank 0 uses, or what may differ from host to host."""

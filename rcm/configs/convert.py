@@ -1,8 +1,8 @@
 """Mapping <-> frozen dataclasses, with the exact key named in every error. No Hydra here.
 
-`read` is strict: unknown keys, wrong types, values outside an enumeration and what a record refuses itself raise `ConfigError`;
-nothing is dropped or guessed.
-Conveniences: a float may be a fraction ("15/16"), an int may be an integral float (1e5).
+`read` is strict: unknown keys, wrong types, values outside an enumeration and what a record refuses
+itself raise `ConfigError`; nothing is dropped or guessed. Conveniences: a float may be a fraction
+("15/16"), an int may be an integral float (1e5).
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _ELSEWHERE = {"r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "target_m
 
 
 def read(cls: type, data: Mapping[str, Any], *, path: str = "") -> Any:
-    """Instance of dataclass `cls` from a plain mapping; keys left out keep their default. `path` is the name of `data` in messages."""
+    """Instance of dataclass `cls` from a plain mapping; keys left out keep their default. `path` is
+    the name of `data` in messages.
+    """
     if not isinstance(data, Mapping):
         names = ", ".join(f.name for f in fields(cls))
         raise ConfigError(f"{path or 'the config'} must be a group of keys, got {data!r}; keys: {names}")
@@ -57,7 +59,9 @@ def get_key(config: Any, key: str) -> Any:
 
 
 def known_paths(cls: type, *, path: str = "") -> dict[str, Any]:
-    """Dotted path -> default of every key below `cls`, groups included; optional groups and variants are walked too."""
+    """Dotted path -> default of every key below `cls`, groups included; optional groups and
+    variants are walked too.
+    """
     found: dict[str, Any] = {}
     hints = _hints(cls)
     for f in fields(cls):
@@ -89,7 +93,9 @@ def unknown_key(key: str, *, known_keys: Iterable[str]) -> ConfigError:
 
 
 def suggestions(word: str, known: Iterable[str], *, limit: int = 3) -> list[str]:
-    """Known names close to `word`: those with the same last part first, then by similarity of the whole or of the last part."""
+    """Known names close to `word`: those with the same last part first, then by similarity of the
+    whole or of the last part.
+    """
     known = list(known)
     leaf = word.rsplit(".", 1)[-1]
     leaf = _ELSEWHERE.get(leaf, leaf)

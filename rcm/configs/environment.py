@@ -1,4 +1,6 @@
-"""Environment variables that may decide a key. A key that the config sets wins; the record says who decided."""
+"""Environment variables that may decide a key. A key that the config sets wins; the record says who
+decided.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,16 @@ VARIABLES = {
     "RCM_ATTENTION_BACKEND": ("model.config.attention_backend", "auto"),
     "RCM_FLEX_BACKEND": ("model.config.flex_backend", "auto"),
 }
-"""Variable -> (the key it may decide, the value when neither is set). Secrets such as WANDB_API_KEY are never read here."""
+"""Variable -> (the key it may decide, the value when neither is set). Secrets such as WANDB_API_KEY
+are never read here.
+"""
 
 
 @dataclass(frozen=True)
 class EnvironmentUse:
-    """One variable that was set: the key, the value used, and whether the environment or the config decided."""
+    """One variable that was set: the key, the value used, and whether the environment or the config
+    decided.
+    """
 
     variable: str
     key: str
@@ -32,7 +38,9 @@ class EnvironmentUse:
 
 
 def apply_environment(config: TrainConfig, environ: Mapping[str, str]) -> tuple[TrainConfig, tuple[EnvironmentUse, ...]]:
-    """Fill keys left empty from `environ`, then from their fallback. Returns the config and a line per variable that was set."""
+    """Fill keys left empty from `environ`, then from their fallback. Returns the config and a line
+    per variable that was set.
+    """
     uses = []
     for variable, (key, fallback) in VARIABLES.items():
         configured, given = get_key(config, key), environ.get(variable, "")
@@ -55,5 +63,6 @@ def apply_environment(config: TrainConfig, environ: Mapping[str, str]) -> tuple[
 def _set(node: Any, names: list[str], value: str) -> Any:
     if len(names) > 1:
         return replace(node, **{names[0]: _set(getattr(node, names[0]), names[1:], value)})
-    fresh = read(type(node), {**plain(node), names[0]: value})  # validates the value as if it stood in the config
+    # validates the value as if it stood in the config
+    fresh = read(type(node), {**plain(node), names[0]: value})
     return replace(node, **{names[0]: getattr(fresh, names[0])})

@@ -16,7 +16,9 @@ _SHORT = {"net_teacher": "teacher", "net_causal_teacher": "causal", "net_bidirec
 
 
 def matching(words: Sequence[str]) -> dict[str, list[str]]:
-    """Runnable experiments whose names contain all `words`, by row; `_debug` variants only if a word asks for them."""
+    """Runnable experiments whose names contain all `words`, by row; `_debug` variants only if a
+    word asks for them.
+    """
     known = set(compose.options("experiment"))
     debug = any("debug" in word for word in words)
     found: dict[str, list[str]] = {}
@@ -28,7 +30,9 @@ def matching(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def lines(words: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """(line, whether it tells of a failure). Rows are composed, one variant each, when words narrow the list down: that takes a moment."""
+    """(line, whether it tells of a failure). Rows are composed, one variant each, when words narrow
+    the list down: that takes a moment.
+    """
     rows = matching(words)
     if not rows:
         raise ConfigError(f"no experiment has {' and '.join(map(repr, words))} in its name; the whole list: rcm experiments")

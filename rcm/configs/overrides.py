@@ -1,7 +1,8 @@
-"""Words of the command line -> overrides as Hydra reads them, with what a user means by text and by the release's names put right.
+"""Words of the command line -> overrides as Hydra reads them, with what a user means by text and by
+the release's names put right.
 
-Text keys keep the characters that were typed: `job.name=1_3` is no 13, and a path may have '=', '#', braces and brackets. Nothing that a
-word names is imported.
+Text keys keep the characters that were typed: `job.name=1_3` is no 13, and a path may have '=',
+'#', braces and brackets. Nothing that a word names is imported.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ _LAW_KEYS = ("model.config.p_G", "model.config.p_D")
 
 
 def parse_overrides(words: Sequence[str]) -> list[Override]:
-    """One override per word, or those that a word of the release stands for. Raises `ConfigError` for a word that is none, deletes a key,
-    or asks for several runs.
+    """One override per word, or those that a word of the release stands for. Raises `ConfigError`
+    for a word that is none, deletes a key, or asks for several runs.
     """
     return [override for word in words for override in _of_release(_checked(_read(word), word))]
 
@@ -47,7 +48,9 @@ def quoted(text: str) -> str:
 
 
 def as_typed(key: str, text: str) -> str:
-    """The word that sets a text key, as a shell takes it: Hydra's quotes inside, the shell's around them."""
+    """The word that sets a text key, as a shell takes it: Hydra's quotes inside, the shell's around
+    them.
+    """
     return shlex.quote(f"{key}={quoted(text)}")
 
 
@@ -83,7 +86,9 @@ def _checked(override: Override, word: str) -> Override:
 
 
 def _of_release(override: Override) -> Iterator[Override]:
-    """The override, or those that say the same here: a group's choice, a key of another name, a time law given by the release's class."""
+    """The override, or those that say the same here: a group's choice, a key of another name, a
+    time law given by the release's class.
+    """
     key, value = override.key_or_group, override.value()
     words = said_here(key, value)
     if words is not None and override.is_add():

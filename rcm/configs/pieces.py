@@ -1,4 +1,6 @@
-"""Codec and text encoder of a run: the embedded world's, or Wan's VAE and umT5 from the files that the config names."""
+"""Codec and text encoder of a run: the embedded world's, or Wan's VAE and umT5 from the files that
+the config names.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ from rcm.worlds.toy_world import ToyWorld, ToyWorldConfig
 
 
 def described_pieces(model: CommonModelConfig, *, words: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How a checkpoint describes the codec and the text encoder it needs, as `rcm/pipelines/described.py` reads it; `words` of the captions
-    it was trained with.
+    """How a checkpoint describes the codec and the text encoder it needs, as
+    `rcm/pipelines/described.py` reads it; `words` of the captions it was trained with.
     """
     if model.tokenizer.name == "toy":
         codec = {"name": "toy", **asdict(toy_codec(model))}
@@ -35,14 +37,18 @@ def described_pieces(model: CommonModelConfig, *, words: Sequence[str] = ()) -> 
 
 
 def codec_of_run(model: CommonModelConfig, *, device: torch.device | str) -> LatentCodec:
-    """The codec of the latents, on `device`. `CheckpointError` if Wan's VAE is not at `model.config.tokenizer.vae_pth`."""
+    """The codec of the latents, on `device`. `CheckpointError` if Wan's VAE is not at
+    `model.config.tokenizer.vae_pth`.
+    """
     if model.tokenizer.name == "toy":
         return toy_codec(model)
     return WanVAECodec.from_file(model.tokenizer.vae_pth, device=device)
 
 
 def text_encoder(model: CommonModelConfig, *, device: torch.device | str) -> TextEncoder:
-    """The encoder of prompts. umT5 is read at its first prompt, and stays on `device`. Raises as `UMT5TextEncoder.from_files`."""
+    """The encoder of prompts. umT5 is read at its first prompt, and stays on `device`. Raises as
+    `UMT5TextEncoder.from_files`.
+    """
     if model.text_encoder_class == "toy":
         return toy_text(model)
     weights, cache = model.text_encoder_path or UMT5_FILE, model.text_cache or None
@@ -50,7 +56,9 @@ def text_encoder(model: CommonModelConfig, *, device: torch.device | str) -> Tex
 
 
 def encode_once(model: CommonModelConfig, prompts: Callable[[TextEncoder], Sequence[str]], *, device: torch.device | str) -> torch.Tensor:
-    """Embeddings of a few prompts on the CPU, float32; rank 0 encodes for all and frees the encoder. Collective."""
+    """Embeddings of a few prompts on the CPU, float32; rank 0 encodes for all and frees the
+    encoder. Collective.
+    """
 
     def encode() -> torch.Tensor:
         encoder = text_encoder(model, device=device)
@@ -63,7 +71,9 @@ def encode_once(model: CommonModelConfig, prompts: Callable[[TextEncoder], Seque
 
 
 def toy_codec(model: CommonModelConfig) -> ToyCodec:
-    """The toy codec that `model.config.tokenizer` names; `ConfigError` unless its channels are `state_ch`."""
+    """The toy codec that `model.config.tokenizer` names; `ConfigError` unless its channels are
+    `state_ch`.
+    """
     t = model.tokenizer
     codec = ToyCodec(t.temporal_stride, t.spatial_stride, t.gain, t.boost, t.centre)
     if codec.latent_channels != model.state_ch:

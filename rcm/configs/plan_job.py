@@ -1,6 +1,8 @@
-"""A composed run in the planner's vocabulary: which networks, which phases, which passes (`rcm.train.planner_job`).
+"""A composed run in the planner's vocabulary: which networks, which phases, which passes
+(`rcm.train.planner_job`).
 
-Follows `rcm.configs.build_method` and the methods it builds; sampling and checkpoints in between are left out.
+Follows `rcm.configs.build_method` and the methods it builds; sampling and checkpoints in between
+are left out.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from rcm.rollout.plan import ContextRule, training_plan
 from rcm.train.planner_job import Job, NetPlan, Pass, PhasePlan
 
 Rollouts = Literal["mean", "longest"]
-"""Step counts of rollouts: the mean over their cycle (for the time of a run), or the longest (for one measured iteration)."""
+"""Step counts of rollouts: the mean over their cycle (for the time of a run), or the longest (for
+one measured iteration).
+"""
 
 
 def plan_job(run: Run, *, ranks: int, fused: bool = True, rollouts: Rollouts = "mean") -> Job:
@@ -53,7 +57,8 @@ def plan_job(run: Run, *, ranks: int, fused: bool = True, rollouts: Rollouts = "
 
 def _net(key: str, net: NetConfig, model: CommonModelConfig) -> NetPlan:
     role = key.removeprefix("net_") if key != "net" else "student"
-    carrier = next(iter(roles_on(model, base_of(model, key))), role)  # whose network carries the adapters, or none
+    # whose network carries the adapters, or none
+    carrier = next(iter(roles_on(model, base_of(model, key))), role)
     base = "" if carrier == role else carrier
     if role not in ("student", "fake_score"):
         return NetPlan(role, wan_config(net), trained=False, base=base)
@@ -85,7 +90,9 @@ def _alternating(student: PhasePlan, critic: tuple[Pass, ...], *, frequency: int
 
 
 class _Causal:
-    """Passes of the causal stages. `whole`, `packed`, `masked`, `noisy`, `chunks`: the layouts of `rcm.methods`."""
+    """Passes of the causal stages. `whole`, `packed`, `masked`, `noisy`, `chunks`: the layouts of
+    `rcm.methods`.
+    """
 
     def __init__(self, model: CausalConfig, rollouts: Rollouts) -> None:
         self.model, self.frames, self.rollouts = model, model.state_t, rollouts
@@ -140,7 +147,9 @@ class _Causal:
         return Pass("rollout", "student", "infer", self.chunks, tuple(counts), self.cached, beside)
 
     def self_forced(self) -> tuple[Pass, ...]:
-        """A student phase: the rollout, its judgement, and the gradient of every chunk's last step, together or one chunk at a time."""
+        """A student phase: the rollout, its judgement, and the gradient of every chunk's last step,
+        together or one chunk at a time.
+        """
         cached, replayed = self.cached, self.model.replayed_training
         last = Pass("rollout's last steps", "student", "train", self.judged, cached=cached)
         beside = None if replayed else last

@@ -1,11 +1,14 @@
-"""The registry of published and toy experiments: what `--config=rcm/configs/registry_distill.py` names.
+"""The registry of published and toy experiments: what `--config=rcm/configs/registry_distill.py`
+names.
 
-Rows are YAML files in `configs/experiment`. `register()` puts the base config, the parts and every variant of every row into Hydra's
-ConfigStore; importing this module does nothing. A registry of your own is a Python file with a `register()` that calls this one and then
-`add_row(...)` or ConfigStore itself.
+Rows are YAML files in `configs/experiment`. `register()` puts the base config, the parts and every
+variant of every row into Hydra's ConfigStore; importing this module does nothing. A registry of
+your own is a Python file with a `register()` that calls this one and then `add_row(...)` or
+ConfigStore itself.
 
-Names: a causal row is a template (no block pattern) and runs as `ROW_c1-1`, `ROW_c3-3`, `ROW_c1-4`, then optionally `_replayed`, then
-optionally `_debug`. `_replayed` exists for self-forced rows alone: the other stages have no rollout to replay.
+Names: a causal row is a template (no block pattern) and runs as `ROW_c1-1`, `ROW_c3-3`, `ROW_c1-4`,
+then optionally `_replayed`, then optionally `_debug`. `_replayed` exists for self-forced rows
+alone: the other stages have no rollout to replay.
 """
 
 from __future__ import annotations
@@ -32,8 +35,8 @@ EXTRA_NETS = NETS[1:]
 class Row:
     """One YAML file of `configs/experiment`, and which suffixes it takes.
 
-    `causal` rows need a pattern; `replayable` rows have a self-forced rollout; `tangent` rows train with the JVP (their debug variant
-    shortens the warm-up).
+    `causal` rows need a pattern; `replayable` rows have a self-forced rollout; `tangent` rows train
+    with the JVP (their debug variant shortens the warm-up).
     """
 
     name: str
@@ -70,7 +73,9 @@ ROWS = _rows()
 
 
 def config_dir() -> Path:
-    """The folder of YAML files: inside an installed wheel `rcm/_configs`, in a source tree `configs` beside the package."""
+    """The folder of YAML files: inside an installed wheel `rcm/_configs`, in a source tree
+    `configs` beside the package.
+    """
     package = Path(rcm.__file__).resolve().parent
     for folder in (package / "_configs", package.parent / "configs"):
         if (folder / "train.yaml").is_file():
@@ -92,7 +97,9 @@ def experiment_names() -> tuple[str, ...]:
 
 
 def add_row(row: Row, *, body: dict | None = None) -> None:
-    """Store the variants of `row` in the group `experiment`; `body` is the row itself where it has no YAML file."""
+    """Store the variants of `row` in the group `experiment`; `body` is the row itself where it has
+    no YAML file.
+    """
     if body is not None:
         _put("experiment", row.name, body)
     names: dict[str, dict | None] = {row.name: None}
@@ -108,7 +115,9 @@ def add_row(row: Row, *, body: dict | None = None) -> None:
 
 
 def register() -> None:
-    """Fill Hydra's ConfigStore: `base`, the `model` group, one group per extra network, and all experiment variants. Idempotent."""
+    """Fill Hydra's ConfigStore: `base`, the `model` group, one group per extra network, and all
+    experiment variants. Idempotent.
+    """
     base = plain(TrainConfig())
     del base["model"]
     ConfigStore.instance().store(name="base", node=base, provider="rcm")
@@ -125,7 +134,9 @@ def register() -> None:
 
 
 class _SharedNode(ConfigNode):
-    """A stored node that copies of the store share. Hydra copies the store at every composition and each node again when it is read."""
+    """A stored node that copies of the store share. Hydra copies the store at every composition and
+    each node again when it is read.
+    """
 
     def __deepcopy__(self, memo: dict) -> _SharedNode:
         return self
@@ -139,8 +150,8 @@ def _put(group: str, name: str, node: dict, *, package: str = "_global_") -> Non
 
 
 def _debug(row: Row) -> dict:
-    """25 iterations with everything happening early, and random weights where no checkpoint is given
-    (docs/reference/training.md#experiments).
+    """25 iterations with everything happening early, and random weights where no checkpoint is
+    given (docs/reference/training.md#experiments).
     """
     config = {"allow_random_init": True, **({"tangent_warmup": 8} if row.tangent else {})}
     return {

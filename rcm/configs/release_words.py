@@ -1,8 +1,11 @@
-"""Words of the release's command line, as its users type them: what they say here, or why they say nothing.
+"""Words of the release's command line, as its users type them: what they say here, or why they say
+nothing.
 
-Three kinds. A group's choice (`optimizer=fusedadamw`, `data_train=webdataset`) stands for overrides of this package where it is typed, so
-that later words win. A key under another name (`trainer.callbacks.every_n_sample_reg.every_n`) is that key here. A key without a meaning
-(`checkpoint.jit`) is refused with its reason: REFUSED is the whole list, beside keys that have one value (`rcm.configs.checks.FIXED`).
+Three kinds. A group's choice (`optimizer=fusedadamw`, `data_train=webdataset`) stands for overrides
+of this package where it is typed, so that later words win. A key under another name
+(`trainer.callbacks.every_n_sample_reg.every_n`) is that key here. A key without a meaning
+(`checkpoint.jit`) is refused with its reason: REFUSED is the whole list, beside keys that have one
+value (`rcm.configs.checks.FIXED`).
 """
 
 from __future__ import annotations
@@ -84,8 +87,8 @@ REFUSED = {
 
 
 def said_here(key: str, value: object) -> Sequence[str] | None:
-    """The overrides that `key=value` stands for, None for a word that is no group's choice of the release. ConfigError for a choice that
-    does not exist, listing those that do.
+    """The overrides that `key=value` stands for, None for a word that is no group's choice of the
+    release. ConfigError for a choice that does not exist, listing those that do.
     """
     if key in NETS and isinstance(value, str) and value in _WAN_NETS:
         return (f"{key}={_WAN_NETS[value]}",)

@@ -1,8 +1,10 @@
-"""Every key a user may set, with type, default, unit and meaning: the part that is common to all stages.
+"""Every key a user may set, with type, default, unit and meaning: the part that is common to all
+stages.
 
-Frozen dataclasses, no Hydra: `rcm.configs.convert` reads a composed mapping into them and names unknown or mistyped keys. The keys of
-`model.config` stand in `rcm.configs.schema_model`. Keys and defaults: docs/reference/training.md#optimiser-and-ema, #bidirectional-keys,
-#experiments, #causal-keys.
+Frozen dataclasses, no Hydra: `rcm.configs.convert` reads a composed mapping into them and names
+unknown or mistyped keys. The keys of `model.config` stand in `rcm.configs.schema_model`. Keys and
+defaults: docs/reference/training.md#optimiser-and-ema, #bidirectional-keys, #experiments,
+#causal-keys.
 """
 
 from __future__ import annotations
@@ -22,13 +24,16 @@ MODEL_VARIANTS = {"fsdp_t2v_causal": CausalConfig, "fsdp_t2v_distill_rcm": RCMCo
 
 @dataclass(frozen=True)
 class JobConfig(Record):
-    """Names of a run. Files go to `<output_root>/<project>/<group>/<name>`; the last three never leave the first."""
+    """Names of a run. Files go to `<output_root>/<project>/<group>/<name>`; the last three never
+    leave the first.
+    """
 
     project: str = "rcm"  # first folder below the output root, and the wandb project
     group: str = ""  # second folder, and the wandb group ("" = left out)
     name: str = ""  # third folder, and the wandb run name ("" = the experiment's name)
     output_root: str = ""  # "" = environment IMAGINAIRE_OUTPUT_ROOT, else "outputs"
-    wandb_mode: Literal["", "disabled", "offline", "online"] = ""  # "" = environment WANDB_MODE, else disabled
+    # "" = environment WANDB_MODE, else disabled
+    wandb_mode: Literal["", "disabled", "offline", "online"] = ""
     wandb_project: str = ""  # "" = environment WANDB_PROJECT, else job.project
     wandb_entity: str = ""  # "" = environment WANDB_ENTITY, else wandb's own default
 
@@ -45,7 +50,8 @@ class JobConfig(Record):
 class ModelNode:
     """The model: which family of keys, and the keys."""
 
-    name: Literal["fsdp_t2v_causal", "fsdp_t2v_distill_rcm"] = "fsdp_t2v_causal"  # chosen with model=NAME (a method implies it)
+    # chosen with model=NAME (a method implies it)
+    name: Literal["fsdp_t2v_causal", "fsdp_t2v_distill_rcm"] = "fsdp_t2v_causal"
     config: CausalConfig | RCMConfig = field(default_factory=CausalConfig, metadata={"tag": "name", "variants": MODEL_VARIANTS})
 
 
@@ -53,14 +59,16 @@ class ModelNode:
 class ModelParallelConfig(Record):
     """How one sample is spread over ranks."""
 
-    context_parallel_size: int = within(1, least=1)  # ranks that share one sample (Ulysses); divides heads and tokens per frame
+    # ranks that share one sample (Ulysses); divides heads and tokens per frame
+    context_parallel_size: int = within(1, least=1)
 
 
 @dataclass(frozen=True)
 class SamplingConfig(Record):
     """Sample videos during training."""
 
-    every_n: int = within(0, least=0)  # iterations between sample grids of the live student; 0 = never
+    # iterations between sample grids of the live student; 0 = never
+    every_n: int = within(0, least=0)
     ema_every_n: int = within(0, least=0)  # the same for the EMA weights; 0 = never
     num_samples: int = within(5, least=1, most=1024)  # prompts per grid
     run_at_start: bool = False  # also before the first iteration
@@ -68,15 +76,21 @@ class SamplingConfig(Record):
 
 @dataclass(frozen=True)
 class TrainerConfig(Record):
-    """The loop. An iteration is one optimiser step of any role: student and fake-score updates both count."""
+    """The loop. An iteration is one optimiser step of any role: student and fake-score updates both
+    count.
+    """
 
     max_iter: int = within(100_000, least=1, most=10**12)  # iterations of either kind
     grad_accum_iter: int = within(1, least=1, most=2**16)  # micro-batches per iteration
     logging_iter: int = within(50, least=1, most=10**12)  # iterations between log lines
-    seed: int = within(0, least=0, most=2**32 - 1)  # key of every random draw, with (step, data rank, purpose); 32 bits
-    nan_policy: Literal["stop", "skip_sample"] = "stop"  # skip_sample zeroes a sample whose tangent or output has a NaN and counts it
-    nan_sample_limit: float = 0.01  # skip_sample: largest share of skipped samples before the run stops anyway
-    gradient_sync: Literal["last", "each"] = "last"  # each: reduce after every term (14B: no unsharded gradients, more traffic)
+    # key of every random draw, with (step, data rank, purpose); 32 bits
+    seed: int = within(0, least=0, most=2**32 - 1)
+    # skip_sample zeroes a sample whose tangent or output has a NaN and counts it
+    nan_policy: Literal["stop", "skip_sample"] = "stop"
+    # skip_sample: largest share of skipped samples before the run stops anyway
+    nan_sample_limit: float = 0.01
+    # each: reduce after every term (14B: no unsharded gradients, more traffic)
+    gradient_sync: Literal["last", "each"] = "last"
     guard_tangents: bool = True  # check on the first step that no module drops a tangent
     progress_bar: bool = True  # on rank 0
     profile_iter: int = within(0, least=0)  # iteration to record with the profiler; 0 = none
@@ -95,13 +109,19 @@ class CheckpointConfig(Record):
 
     save_iter: int = within(500, least=1, most=10**12)  # iterations between checkpoints
     keep_last: int = within(0, least=0)  # number of checkpoints kept; 0 = all
-    load_path: str = ""  # checkpoint to continue from where this run's folder has none yet ("" = start at 0); its own newest wins
-    load_training_state: bool = True  # also optimisers, step, data position of load_path (False: weights only, the run starts at 0)
-    only_load_scheduler_state: bool = False  # with load_training_state=False: also the update counts, where the rates' schedules stand
+    # checkpoint to continue from where this run's folder has none yet ("" = start at 0); its own
+    # newest wins
+    load_path: str = ""
+    # also optimisers, step, data position of load_path (False: weights only, the run starts at 0)
+    load_training_state: bool = True
+    # with load_training_state=False: also the update counts, where the rates' schedules stand
+    only_load_scheduler_state: bool = False
     load_ema_to_reg: bool = False  # the student starts from the averaged weights of load_path
-    keys_not_to_resume: tuple[str, ...] = ()  # parts left as built: model, optim[_net|_fake_score], scheduler[_net|_fake_score], trainer
+    # parts left as built: model, optim[_net|_fake_score], scheduler[_net|_fake_score], trainer
+    keys_not_to_resume: tuple[str, ...] = ()
     strict_resume: bool = True  # this alone: missing or foreign keys stop the run
-    accept_changed_data: bool = False  # resume although as many samples have other contents (mended ones)
+    # resume although as many samples have other contents (mended ones)
+    accept_changed_data: bool = False
     dcp_async_mode_enabled: bool = False  # write in the background
 
     def __post_init__(self) -> None:
@@ -126,17 +146,23 @@ class DataConfig(Record):
     """Where batches come from."""
 
     kind: Literal["fake", "toy", "latents", "prompts"] = "latents"  # set by data=NAME
-    tar_path_pattern: str = ""  # latents: shards with latent.pt, embed.pt, prompt.txt (glob or {0000..0099}); prompts: text file or shards
+    # latents: shards with latent.pt, embed.pt, prompt.txt (glob or {0000..0099}); prompts: text
+    # file or shards
+    tar_path_pattern: str = ""
     batch_size: int = within(1, least=1, most=2**16)  # samples per data rank and micro-batch
-    num_workers: int = within(8, least=0, most=1024)  # threads that read ahead; 0 = batches are read when asked for
+    # threads that read ahead; 0 = batches are read when asked for
+    num_workers: int = within(8, least=0, most=1024)
     prefetch_factor: int = within(2, least=1, most=1024)  # batches that each thread reads ahead
-    shuffle_seed: int = within(0, least=0, most=2**32 - 1)  # permutation of shards and samples per epoch
+    # permutation of shards and samples per epoch
+    shuffle_seed: int = within(0, least=0, most=2**32 - 1)
     num_videos: int = within(512, least=1, most=10**7)  # toy: size of the procedural data set
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole training run, as `rcm.configs.compose.compose_run` returns it: resolved and checked."""
+    """A whole training run, as `rcm.configs.compose.compose_run` returns it: resolved and
+    checked.
+    """
 
     job: JobConfig = field(default_factory=JobConfig)
     model: ModelNode = field(default_factory=ModelNode)

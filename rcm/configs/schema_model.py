@@ -1,7 +1,9 @@
-"""The keys of `model.config`: networks, objective, time laws, rollout, checkpoints. Two families, causal and bidirectional rCM.
+"""The keys of `model.config`: networks, objective, time laws, rollout, checkpoints. Two families,
+causal and bidirectional rCM.
 
-Times named `backward_timesteps`, `sf_backward_timestep_schedules`, `kd_timesteps` are rectified-flow (RF) times in (0, 1), 1 = noise, in
-the causal family, and TrigFlow angles in (0, pi/2) in the bidirectional one (docs/reference/training.md#bidirectional-keys, #causal-keys).
+Times named `backward_timesteps`, `sf_backward_timestep_schedules`, `kd_timesteps` are
+rectified-flow (RF) times in (0, 1), 1 = noise, in the causal family, and TrigFlow angles in (0,
+pi/2) in the bidirectional one (docs/reference/training.md#bidirectional-keys, #causal-keys).
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ PIXELS = {
     ("720p", "16:9"): (1280, 720),
     ("720p", "9:16"): (720, 1280),
 }
-"""Video (width, height) in pixels by (resolution, aspect ratio); docs/reference/wan.md#frame-sizes."""
+"""Video (width, height) in pixels by (resolution, aspect ratio);
+docs/reference/wan.md#frame-sizes.
+"""
 
 SIZES = {
     **dict.fromkeys(("dim", "ffn_dim", "in_dim", "out_dim", "freq_dim", "text_dim"), 2**17),
@@ -55,7 +59,9 @@ VAE_STRIDE = 8
 
 @dataclass(frozen=True)
 class NetConfig(Record):
-    """One network: a preset of `rcm.nets.wan.config`, with single sizes replaced where a number is given."""
+    """One network: a preset of `rcm.nets.wan.config`, with single sizes replaced where a number is
+    given.
+    """
 
     preset: str = "tiny"  # set by net=NAME, net_fake_score=NAME, ...
     dim: int | None = None  # model width; null = the preset's
@@ -80,25 +86,35 @@ class NetConfig(Record):
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters on frozen weights instead of training all weights: student and fake score alike (docs/lora.md)."""
+    """Low-rank adapters on frozen weights instead of training all weights: student and fake score
+    alike (docs/lora.md).
+    """
 
     rank: int = 0  # rank of every update (PEFT's r); 0 = no adapters, all weights are trained
-    alpha: float | None = None  # strength of an update times the rank (lora_alpha); null = the rank, strength 1
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "ffn.0", "ffn.2")  # ends of layer names (target_modules), of both attentions
+    # strength of an update times the rank (lora_alpha); null = the rank, strength 1
+    alpha: float | None = None
+    # ends of layer names (target_modules), of both attentions
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 
 
 @dataclass(frozen=True)
 class LongTuningConfig(Record):
-    """Self-forced rollouts longer than what is judged, over a cache that is bounded (Causal_rCM.md section 6)."""
+    """Self-forced rollouts longer than what is judged, over a cache that is bounded (Causal_rCM.md
+    section 6).
+    """
 
-    frames: int = within(0, least=0, most=2**16)  # longest rollout in latent frames, of which state_t are judged; 0 = off
-    window_blocks: int = within(0, least=0, most=2**16)  # blocks that a chunk sees, its own included, beside the sinks
+    # longest rollout in latent frames, of which state_t are judged; 0 = off
+    frames: int = within(0, least=0, most=2**16)
+    # blocks that a chunk sees, its own included, beside the sinks
+    window_blocks: int = within(0, least=0, most=2**16)
     sink_blocks: int = within(0, least=0, most=2**16)  # first blocks, which stay visible
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The video codec of the latents: training reads latents, the codec decodes samples and is recorded in checkpoints."""
+    """The video codec of the latents: training reads latents, the codec decodes samples and is
+    recorded in checkpoints.
+    """
 
     name: Literal["wan", "toy"] = "wan"  # Wan's VAE, or the embedded world's invertible folding
     vae_pth: str = "assets/checkpoints/Wan2.1_VAE.pth"  # weights of Wan's VAE
@@ -122,43 +138,59 @@ class CommonModelConfig(Record):
     ema: EMAConfig = field(default_factory=EMAConfig)
     student_ckpt: str = ""  # weights the student starts from
     fake_score_ckpt: str = ""  # "" = the bidirectional teacher's
-    allow_random_init: bool = False  # start networks without a checkpoint from random weights (toys, dry runs)
+    # start networks without a checkpoint from random weights (toys, dry runs)
+    allow_random_init: bool = False
     # numerics
     precision: Dtype = "bfloat16"  # compute dtype; set by precision=NAME
-    time_precision: Dtype = "bfloat16"  # dtype of the timestep a network receives (released Wan weights were trained with bfloat16)
+    # dtype of the timestep a network receives (released Wan weights were trained with bfloat16)
+    time_precision: Dtype = "bfloat16"
     grad_clip: bool = False  # clip the gradient norm (it is measured either way)
     grad_clip_norm: float = within(1.0, above=0)  # largest norm when grad_clip is on
-    fsdp_shard_size: int = within(1, least=1)  # ranks over which one copy of the parameters is sharded, context-parallel ranks included
-    attention_backend: AttentionBackendName = ""  # attention of plain passes; "" = environment RCM_ATTENTION_BACKEND, else auto
+    # ranks over which one copy of the parameters is sharded, context-parallel ranks included
+    fsdp_shard_size: int = within(1, least=1)
+    # attention of plain passes; "" = environment RCM_ATTENTION_BACKEND, else auto
+    attention_backend: AttentionBackendName = ""
     flex_backend: Literal["", "auto", "triton", "flash"] = (
         ""  # kernel of attention_backend=flex; "" = environment RCM_FLEX_BACKEND, else auto
     )
-    jvp_implementation: Literal["auto", "reference", "triton"] = "auto"  # attention with tangents; auto = triton on CUDA, reference on CPU
-    fused_layers: Literal["auto", "on", "off"] = "auto"  # fused norms, gates and GELU; auto = on CUDA, on = refuse to run without
+    # attention with tangents; auto = triton on CUDA, reference on CPU
+    jvp_implementation: Literal["auto", "reference", "triton"] = "auto"
+    # fused norms, gates and GELU; auto = on CUDA, on = refuse to run without
+    fused_layers: Literal["auto", "on", "off"] = "auto"
     compile: bool = False  # compile each block (tangent passes stay eager)
     # the video
     state_ch: int = within(16, least=1, most=2**16)  # latent channels
     state_t: int = within(21, least=1, most=2**16)  # latent frames
     resolution: str = "480p"  # with aspect_ratio: the latent size, unless latent_hw is given
     aspect_ratio: str = "16:9"  # width to height
-    latent_hw: tuple[int, int] | None = None  # latent height and width; null = from resolution and aspect_ratio
+    # latent height and width; null = from resolution and aspect_ratio
+    latent_hw: tuple[int, int] | None = None
     input_data_key: str = "videos"  # this alone: batches are records
     input_latent_key: str = "latents"  # this alone
     input_caption_key: str = "prompts"  # this alone
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    text_encoder_class: Literal["umT5", "toy"] = "umT5"  # encoder of sample prompts and of the negative prompt
-    text_encoder_path: str = ""  # umT5: its weights, the tokenizer's folder beside them; "" = prompts must come with embeddings
+    # encoder of sample prompts and of the negative prompt
+    text_encoder_class: Literal["umT5", "toy"] = "umT5"
+    # umT5: its weights, the tokenizer's folder beside them; "" = prompts must come with embeddings
+    text_encoder_path: str = ""
     text_cache: str = ""  # folder where umT5's embeddings are kept between runs; "" = none
-    neg_embed_path: str = ""  # stored embedding of the negative prompt; "" = encode it with the text encoder
-    rectified_flow_t_scaling_factor: float = 1000.0  # network timestep of t = 1; this alone, of the released weights
+    # stored embedding of the negative prompt; "" = encode it with the text encoder
+    neg_embed_path: str = ""
+    # network timestep of t = 1; this alone, of the released weights
+    rectified_flow_t_scaling_factor: float = 1000.0
     # objective
     p_G: TimeLawConfig = field(default_factory=TimeLawConfig)  # student times
-    p_D: TimeLawConfig = field(default_factory=lambda: TimeLawConfig(law="uniform_shift"))  # times of DMD and fake score
-    loss_scale: float = within(100.0, least=0)  # factor of the consistency / diffusion loss; 0 = term off
+    # times of DMD and fake score
+    p_D: TimeLawConfig = field(default_factory=lambda: TimeLawConfig(law="uniform_shift"))
+    # factor of the consistency / diffusion loss; 0 = term off
+    loss_scale: float = within(100.0, least=0)
     loss_scale_dmd: float = within(1.0, least=0)  # factor of the DMD loss
-    student_update_freq: int = within(5, least=1)  # 1 student iteration, then this number - 1 fake-score iterations
-    max_simulation_steps_fake: int = within(4, least=1, most=1024)  # longest rollout of the step-count cycle
-    tangent_warmup: int = within(0, least=0, most=10**12)  # iterations over which the JVP term of sCM fades in
+    # 1 student iteration, then this number - 1 fake-score iterations
+    student_update_freq: int = within(5, least=1)
+    # longest rollout of the step-count cycle
+    max_simulation_steps_fake: int = within(4, least=1, most=1024)
+    # iterations over which the JVP term of sCM fades in
+    tangent_warmup: int = within(0, least=0, most=10**12)
     dcm_total_steps: int = within(48, most=2**16)  # N of the discrete consistency grid
     dcm_skipping_interval_steps: int = 1  # teacher steps between the two points of a pair
 
@@ -171,7 +203,9 @@ class CommonModelConfig(Record):
             raise ConfigError(f"dcm_skipping_interval_steps={self.dcm_skipping_interval_steps} must be in 1..{most}")
 
     def latent_size(self) -> tuple[int, int]:
-        """Latent (height, width): `latent_hw`, or the table entry of resolution and aspect ratio. `KeyError` if the table has none."""
+        """Latent (height, width): `latent_hw`, or the table entry of resolution and aspect ratio.
+        `KeyError` if the table has none.
+        """
         if self.latent_hw is not None:
             return self.latent_hw
         width, height = PIXELS[self.resolution, self.aspect_ratio]
@@ -180,33 +214,42 @@ class CommonModelConfig(Record):
 
 @dataclass(frozen=True)
 class RCMConfig(CommonModelConfig):
-    """`model=fsdp_t2v_distill_rcm`: bidirectional rCM (docs/reference/training.md#bidirectional-keys)."""
+    """`model=fsdp_t2v_distill_rcm`: bidirectional rCM
+    (docs/reference/training.md#bidirectional-keys).
+    """
 
     net_teacher: NetConfig | None = None  # the diffusion teacher
-    teacher_ckpt: str = ""  # its weights; the student starts from them too unless student_ckpt is set
-    teacher_guidance: float = 5.0  # classifier-free guidance of the teacher; <= 1 skips the unconditional pass
+    # its weights; the student starts from them too unless student_ckpt is set
+    teacher_ckpt: str = ""
+    # classifier-free guidance of the teacher; <= 1 skips the unconditional pass
+    teacher_guidance: float = 5.0
     p_D: TimeLawConfig = field(default_factory=lambda: TimeLawConfig(law="lognormal", p_mean=0.0))
     sigma_data: float = 1.0  # this alone: the TrigFlow wrapper is written for it
     sigma_max: float = within(80.0, above=0)  # first noise level when sampling
     cm_type: Literal["scm", "dcm"] = "scm"  # continuous or discrete consistency
     use_rf_scm: bool = False  # sCM in rectified-flow form instead of TrigFlow
-    tangent_form: Literal["paper", "release"] = "paper"  # warm-up of the TrigFlow tangent: release leaves its JVP term unscaled
+    # warm-up of the TrigFlow tangent: release leaves its JVP term unscaled
+    tangent_form: Literal["paper", "release"] = "paper"
     fd_type: Literal[0, 1, 2] = 0  # 0 exact JVP, 1 semi-continuous, 2 discrete difference
     fd_size: float = 1e-4  # step of the difference, radians
-    backward_timesteps: tuple[float, ...] = (1.5, 1.4, 1.0)  # TrigFlow angles after pi/2, when dmd_fix_timesteps
+    # TrigFlow angles after pi/2, when dmd_fix_timesteps
+    backward_timesteps: tuple[float, ...] = (1.5, 1.4, 1.0)
     dmd_fix_timesteps: bool = False  # rollout times from backward_timesteps instead of p_D
     dcm_timestep_shift: float = 5.0  # shift of the discrete grid
 
 
 @dataclass(frozen=True)
 class CausalConfig(CommonModelConfig):
-    """`model=fsdp_t2v_causal`: causal training (docs/reference/training.md#causal-keys). `sigma_max` is used when sampling only."""
+    """`model=fsdp_t2v_causal`: causal training (docs/reference/training.md#causal-keys).
+    `sigma_max` is used when sampling only.
+    """
 
     training_type: TrainingType = "tf"  # the stage
     net_causal_teacher: NetConfig | None = None  # stages tf_dcm, tf_scm, tf_dscm
     net_bidirectional_teacher: NetConfig | None = None  # stage sf_dmd
     causal_teacher_ckpt: str = ""  # weights of net_causal_teacher
-    bidirectional_teacher_ckpt: str = ""  # weights of net_bidirectional_teacher (and of the fake score, unless fake_score_ckpt)
+    # weights of net_bidirectional_teacher (and of the fake score, unless fake_score_ckpt)
+    bidirectional_teacher_ckpt: str = ""
     causal_guidance: float = 3.0  # guidance of the causal teacher
     bidirectional_guidance: float = 5.0  # guidance of the bidirectional teacher
     sigma_max: float = within(1600.0, above=0)  # first noise level when sampling
@@ -214,15 +257,22 @@ class CausalConfig(CommonModelConfig):
     chunk_t: int = 1  # latent frames of each later block
     loss_scale_fake_score: float = 1.0  # this alone: the release reads it nowhere
     loss_weighting: Literal["none", "gaussian_bell"] = "none"  # time weight of velocity regression
-    df_timestep_strategy: Literal["random", "same", "fopp"] = "random"  # per-block times of diffusion forcing
+    # per-block times of diffusion forcing
+    df_timestep_strategy: Literal["random", "same", "fopp"] = "random"
     sample_timestep_shift: float = 3.0  # shift of the tf_dcm grid and of many-step sampling
-    backward_timesteps: tuple[float, ...] = (15 / 16, 5 / 6, 5 / 8)  # RF times after t = 1 in a rollout
+    # RF times after t = 1 in a rollout
+    backward_timesteps: tuple[float, ...] = (15 / 16, 5 / 6, 5 / 8)
     shift3_backward: bool = False  # use (0.9, 0.75, 0.5) instead (resolved away by compose)
-    meanflow_equal_share: float = within(0.25, least=0, most=0.99)  # tf_meanflow: samples whose second time is the first one
+    # tf_meanflow: samples whose second time is the first one
+    meanflow_equal_share: float = within(0.25, least=0, most=0.99)
     replayed_training: bool = False  # back-propagate one block at a time (sf_dmd)
-    long_tuning: LongTuningConfig = field(default_factory=LongTuningConfig)  # sf_dmd; its checkpoints are streamed with the same window
-    sf_simulation_steps_per_chunk: tuple[int, ...] = ()  # largest step count per chunk, last repeats; () = max_simulation_steps_fake
-    sf_backward_timestep_schedules: tuple[tuple[float, ...], ...] = ()  # RF times per entry above; () = from backward_timesteps
+    # sf_dmd; its checkpoints are streamed with the same window
+    long_tuning: LongTuningConfig = field(default_factory=LongTuningConfig)
+    # largest step count per chunk, last repeats; () = max_simulation_steps_fake
+    sf_simulation_steps_per_chunk: tuple[int, ...] = ()
+    # RF times per entry above; () = from backward_timesteps
+    sf_backward_timestep_schedules: tuple[tuple[float, ...], ...] = ()
     context_from_last_step: bool = False  # noisy context: keep the KV of the last denoising input
     context_from_last_step_start_chunk: int = 0  # first chunk index with noisy context
-    kd_timesteps: tuple[float, ...] = (1.0, 15 / 16, 5 / 6, 5 / 8)  # RF times of trajectory entries 1.. of ODE-pair data (entry 0 is clean)
+    # RF times of trajectory entries 1.. of ODE-pair data (entry 0 is clean)
+    kd_timesteps: tuple[float, ...] = (1.0, 15 / 16, 5 / 6, 5 / 8)

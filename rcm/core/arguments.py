@@ -1,4 +1,6 @@
-"""The parser of every command line: a word that it cannot read is answered in one sentence, with the flag that was likely meant."""
+"""The parser of every command line: a word that it cannot read is answered in one sentence, with
+the flag that was likely meant.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ _UNKNOWN = "unrecognized arguments: "
 
 
 class Arguments(argparse.ArgumentParser):
-    """`argparse.ArgumentParser` without the usage, which hides the sentence on a small screen: "error: ...; --help lists the flags"."""
+    """`argparse.ArgumentParser` without the usage, which hides the sentence on a small screen:
+    "error: ...; --help lists the flags".
+    """
 
     def error(self, message: str) -> NoReturn:
         """End with status 2 and one line on stderr."""

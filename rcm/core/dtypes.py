@@ -13,10 +13,11 @@ from rcm.core.errors import ConfigError
 class Precision:
     """Floating-point formats of a run.
 
-    `params`: master weights and optimiser state. `compute`: network inputs, activations and matmuls. `reduce`: gradient reduction across
-    ranks. `time`: the timestep (1000 t) at the network's door; Wan's public weights were trained with it rounded to bfloat16, which
-    quantises timesteps to multiples of 4 near 1000. Time arithmetic before that cast is float64 always. Raises `ConfigError` on a
-    non-floating dtype.
+    `params`: master weights and optimiser state. `compute`: network inputs, activations and
+    matmuls. `reduce`: gradient reduction across ranks. `time`: the timestep (1000 t) at the
+    network's door; Wan's public weights were trained with it rounded to bfloat16, which quantises
+    timesteps to multiples of 4 near 1000. Time arithmetic before that cast is float64 always.
+    Raises `ConfigError` on a non-floating dtype.
     """
 
     params: torch.dtype
@@ -32,7 +33,9 @@ class Precision:
 
     @classmethod
     def preset(cls, name: str) -> Precision:
-        """One of "fp64" (tests), "fp32", "bf16" (as the Wan checkpoints were trained), "bf16_fp32_time"; else `ConfigError`."""
+        """One of "fp64" (tests), "fp32", "bf16" (as the Wan checkpoints were trained),
+        "bf16_fp32_time"; else `ConfigError`.
+        """
         if name not in _PRESETS:
             raise ConfigError(f"precision preset {name!r} is unknown; choose precision from {', '.join(sorted(_PRESETS))}")
         return cls(*_PRESETS[name])

@@ -1,18 +1,22 @@
-"""Forward-mode differentiation of whole networks by dual tensors, and the guard that catches a lost tangent.
+"""Forward-mode differentiation of whole networks by dual tensors, and the guard that catches a lost
+tangent.
 
-The tangent rides through the ordinary network on `torch.autograd.forward_ad` dual tensors. Rules (docs/architecture.md#dual-numbers):
+The tangent rides through the ordinary network on `torch.autograd.forward_ad` dual tensors. Rules
+(docs/architecture.md#dual-numbers):
 
-1. `jvp` opens the dual level together with `no_grad` and with compiled code switched to eager (Inductor drops tangents silently).
-   Besides it, only code with tangents of its own packs duals: the attention dispatcher (`nets/attention.py`), linear layers
-   (`nets/layers.py`), fused layers (`kernels/fused/api.py`) and keys behind a cache (`nets/wan/block.py`).
+1. `jvp` opens the dual level together with `no_grad` and with compiled code switched to eager
+   (Inductor drops tangents silently). Besides it, only code with tangents of its own packs duals:
+   the attention dispatcher (`nets/attention.py`), linear layers (`nets/layers.py`), fused layers
+   (`kernels/fused/api.py`) and keys behind a cache (`nets/wan/block.py`).
 2. Broadcast or shard inputs before calling `jvp`; gather its two results afterwards.
 3. Collectives inside a network go through `Function`s that define jvp.
 4. Activation checkpointing calls the block directly while gradients are off.
-5. A kernel or custom op that does not know duals drops the tangent silently: keep it out of the tangent pass, or unpack around it.
-6. `.detach()`, `.data` and `inference_mode` drop tangents silently: none of them in a network (the cache's append excepted, and it
-   refuses duals).
-7. A tangent lost inside a residual network leaves an output that still has one, only a wrong one: check every module with
-   `guard_tangents`.
+5. A kernel or custom op that does not know duals drops the tangent silently: keep it out of the
+   tangent pass, or unpack around it.
+6. `.detach()`, `.data` and `inference_mode` drop tangents silently: none of them in a network (the
+   cache's append excepted, and it refuses duals).
+7. A tangent lost inside a residual network leaves an output that still has one, only a wrong one:
+   check every module with `guard_tangents`.
 8. Time maps are computed, primal and tangent, in float32 or float64 before any cast.
 """
 
@@ -51,10 +55,12 @@ def has_tangent(x: Tensor) -> bool:
 
 
 def pack(primal: Tensor, tangent: Tensor | None) -> Tensor:
-    """Dual tensor of `primal` and `tangent`; the plain `primal` if the tangent is None (a structural zero).
+    """Dual tensor of `primal` and `tangent`; the plain `primal` if the tangent is None (a
+    structural zero).
 
-    The tangent needs the shape, dtype and device of the primal: `ValueError` for another shape, `TypeError` for another dtype or device
-    (torch itself accepts another dtype and fails later, far away). Needs an open dual level.
+    The tangent needs the shape, dtype and device of the primal: `ValueError` for another shape,
+    `TypeError` for another dtype or device (torch itself accepts another dtype and fails later, far
+    away). Needs an open dual level.
     """
     if tangent is None:
         return primal
@@ -68,15 +74,18 @@ def pack(primal: Tensor, tangent: Tensor | None) -> Tensor:
 
 
 def jvp(fn: Callable[..., Output], primals: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...]) -> tuple[Output, Output]:
-    """Value and directional derivative of `fn` at `primals` along `tangents`, `(out, out_dot)`, both constants.
+    """Value and directional derivative of `fn` at `primals` along `tangents`, `(out, out_dot)`,
+    both constants.
 
-    `out_dot = sum_i (d fn / d primals_i) tangents_i`. One forward pass under `no_grad`, with compiled code running eagerly.
+    `out_dot = sum_i (d fn / d primals_i) tangents_i`. One forward pass under `no_grad`, with
+    compiled code running eagerly.
         primals    tensors passed to `fn` in order; floating where they have a tangent.
-        tangents   same shape, dtype and device as the primal, or None for a zero tangent; at least one is given.
-    `fn` returns a tensor or a tuple of tensors, and `out`, `out_dot` have that structure.
-    Raises `ValueError` / `TypeError` for tangents that do not fit, `RuntimeError` under `inference_mode` (which drops tangents) or
-    inside another dual level, `TangentLost` if an output has no tangent (it does not depend on the inputs, or an operator dropped it:
-    see `guard_tangents`).
+        tangents   same shape, dtype and device as the primal, or None for a zero tangent; at least
+                   one is given.
+    `fn` returns a tensor or a tuple of tensors, and `out`, `out_dot` have that structure. Raises
+    `ValueError` / `TypeError` for tangents that do not fit, `RuntimeError` under `inference_mode`
+    (which drops tangents) or inside another dual level, `TangentLost` if an output has no tangent
+    (it does not depend on the inputs, or an operator dropped it: see `guard_tangents`).
     """
     if len(primals) != len(tangents):
         raise ValueError(f"jvp got {len(primals)} primals and {len(tangents)} tangents; give None for a zero tangent")
@@ -108,11 +117,13 @@ def _split_output(x: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def guard_tangents(net: nn.Module) -> Iterator[None]:
-    """Within the context, a module of `net` that takes a dual tensor and returns a floating tensor without tangent raises `TangentLost`.
+    """Within the context, a module of `net` that takes a dual tensor and returns a floating tensor
+    without tangent raises `TangentLost`.
 
-    Looks at positional and keyword arguments and at outputs, through tuples, lists, mappings and dataclasses. All modules are watched; the
-    innermost reports first, so the error names the leaf by its path. Outside a dual level the hooks do nothing. Operators that are not
-    modules are seen only through the module around them.
+    Looks at positional and keyword arguments and at outputs, through tuples, lists, mappings and
+    dataclasses. All modules are watched; the innermost reports first, so the error names the leaf
+    by its path. Outside a dual level the hooks do nothing. Operators that are not modules are seen
+    only through the module around them.
     """
     handles = [
         module.register_forward_hook(_tangent_hook(name or type(net).__name__), with_kwargs=True) for name, module in net.named_modules()

@@ -1,4 +1,6 @@
-"""The package's own exceptions, two checks whose messages carry both numbers and the knob to turn, and how another's error is quoted."""
+"""The package's own exceptions, two checks whose messages carry both numbers and the knob to turn,
+and how another's error is quoted.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,17 @@ class CheckpointError(RuntimeError):
 
 
 def require_equal(name: str, *, got: object, expected: object, knob: str) -> None:
-    """Raise `ConfigError` unless `got == expected`; `knob` is the configuration key (or argument) the reader should change."""
+    """Raise `ConfigError` unless `got == expected`; `knob` is the configuration key (or argument)
+    the reader should change.
+    """
     if got != expected:
         raise ConfigError(f"{name} is {got!r}, expected {expected!r}; change {knob}")
 
 
 def require_divisible(name: str, *, value: int, by: int, by_name: str, knob: str) -> None:
-    """Raise `ConfigError` unless `by` >= 1 divides `value` >= 0; the message lists the divisors of `value` that `knob` may take."""
+    """Raise `ConfigError` unless `by` >= 1 divides `value` >= 0; the message lists the divisors of
+    `value` that `knob` may take.
+    """
     if by < 1:
         raise ConfigError(f"{by_name}={by} must be at least 1 to divide {name}={value}; change {knob}")
     if value < 0:
@@ -41,5 +47,7 @@ def require_divisible(name: str, *, value: int, by: int, by_name: str, knob: str
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of a library's error and the first line of its message, at most 200 characters of it."""
+    """The kind of a library's error and the first line of its message, at most 200 characters of
+    it.
+    """
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"

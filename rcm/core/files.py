@@ -14,7 +14,9 @@ _FULL = 1 << 16
 
 
 def discard(path: Path) -> None:
-    """Remove whatever stands at `path`: a file, a link (not what it points to), a folder with its contents, or nothing."""
+    """Remove whatever stands at `path`: a file, a link (not what it points to), a folder with its
+    contents, or nothing.
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -23,7 +25,9 @@ def discard(path: Path) -> None:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write a file or folder to, put in its place at the end. Whatever fails before leaves `target` as it was."""
+    """A path beside `target` to write a file or folder to, put in its place at the end. Whatever
+    fails before leaves `target` as it was.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (target.with_name(f".{word}_{target.name}") for word in ("writing", "replaced"))
     discard(partial)
@@ -46,7 +50,8 @@ def replacing(target: Path) -> Iterator[Path]:
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` beside `path`, flush it to disk, and rename it into place."""
     temporary = path.with_name(path.name + ".writing")
-    discard(temporary)  # whatever a killed process or another program left there, a link to elsewhere among it
+    # whatever a killed process or another program left there, a link to elsewhere among it
+    discard(temporary)
     try:
         with open(temporary, "w") as file:
             file.write(text)

@@ -1,4 +1,6 @@
-"""A file that a command will write: looked at once, before the work, and what was looked at is what is written after it."""
+"""A file that a command will write: looked at once, before the work, and what was looked at is what
+is written after it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ _PROBE = bytes(4096)
 
 @dataclass(frozen=True)
 class OutputFile:
-    """`path` is absolute, links followed; `given` as the user wrote it, for messages. Made by `claim`."""
+    """`path` is absolute, links followed; `given` as the user wrote it, for messages. Made by
+    `claim`.
+    """
 
     path: Path
     given: str
@@ -28,8 +32,9 @@ class OutputFile:
     def claim(cls, given: str | Path | OutputFile, *, suffix: str | Sequence[str] = (), knob: str = "") -> OutputFile:
         """The target, once it is clear that a file can be made there; folders above it are made.
 
-        `ConfigError` for a name that no file can have, or of a suffix other than `suffix` (or one of them); `OSError` with the path for a
-        folder, a device, a place without permission or without room. A file that is there stays as it is.
+        `ConfigError` for a name that no file can have, or of a suffix other than `suffix` (or one
+        of them); `OSError` with the path for a folder, a device, a place without permission or
+        without room. A file that is there stays as it is.
         """
         if isinstance(given, OutputFile):
             return given
@@ -73,8 +78,9 @@ class OutputFile:
 
     @contextlib.contextmanager
     def replacing(self, *, keep: bool = True) -> Iterator[Path]:
-        """A new path beside the target, for any program to write to; renamed onto the target when the block ends well, else removed.
-        An older file stays until then. `keep` False: removed in any case.
+        """A new path beside the target, for any program to write to; renamed onto the target when
+        the block ends well, else removed. An older file stays until then. `keep` False: removed in
+        any case.
         """
         temporary = self.temporary()
         try:
@@ -82,11 +88,14 @@ class OutputFile:
             if keep:
                 os.replace(temporary, self.path)
         finally:
-            with contextlib.suppress(OSError):  # the reason that it cannot be removed is the one already being raised
+            # the reason that it cannot be removed is the one already being raised
+            with contextlib.suppress(OSError):
                 discard(temporary)
 
     def write(self, data: bytes | str) -> None:
-        """All of `data` (text as UTF-8), flushed to disk, under its name at once; an `OSError` carries the path."""
+        """All of `data` (text as UTF-8), flushed to disk, under its name at once; an `OSError`
+        carries the path.
+        """
         try:
             with self.replacing() as temporary, open(temporary, "wb") as file:
                 file.write(data.encode() if isinstance(data, str) else data)

@@ -1,4 +1,6 @@
-"""Frozen records of settings that check themselves: the numbers that a key may be stand beside it."""
+"""Frozen records of settings that check themselves: the numbers that a key may be stand beside
+it.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,17 @@ from rcm.core.errors import ConfigError
 
 
 def within(default: Any, *, least: float | None = None, above: float | None = None, most: float | None = None) -> Any:
-    """A field of a `Record` whose number is at least `least` or above `above`, and at most `most`."""
+    """A field of a `Record` whose number is at least `least` or above `above`, and at most
+    `most`.
+    """
     return field(default=default, metadata={"bounds": (least, above, most)})
 
 
 @dataclass(frozen=True)
 class Record:
-    """Base of settings. Raises `ConfigError` "KEY=VALUE must be ..." for a number outside the bounds of its field; who knows where
-    the record stands puts the path before it (`rcm.configs.convert.read`). A record with more to say extends `__post_init__`.
+    """Base of settings. Raises `ConfigError` "KEY=VALUE must be ..." for a number outside the
+    bounds of its field; who knows where the record stands puts the path before it
+    (`rcm.configs.convert.read`). A record with more to say extends `__post_init__`.
     """
 
     def __post_init__(self) -> None:

@@ -1,4 +1,6 @@
-"""The one reader of text that a user wrote: prompts, captions, lists. What an editor leaves in a file does not change what it says."""
+"""The one reader of text that a user wrote: prompts, captions, lists. What an editor leaves in a
+file does not change what it says.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,12 @@ MAX_BYTES = 1 << 30
 
 
 def read_text(path: str | Path, *, what: str = "text file", knob: str = "") -> str:
-    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with their byte order mark; the mark is no part of it.
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with their byte order mark; the mark is
+    no part of it.
 
-    `ConfigError`, naming `what`, the file and (for bytes that are no text) the line, for a file that is missing, no regular file, cannot
-    be read, or is in another encoding, which is not guessed; `knob` is the flag or key to change.
+    `ConfigError`, naming `what`, the file and (for bytes that are no text) the line, for a file
+    that is missing, no regular file, cannot be read, or is in another encoding, which is not
+    guessed; `knob` is the flag or key to change.
     """
     path, advice = Path(path), f"; change {knob}" if knob else ""
     try:
@@ -41,12 +45,16 @@ def read_text(path: str | Path, *, what: str = "text file", knob: str = "") -> s
 
 
 def read_lines(path: str | Path, *, what: str = "text file", knob: str = "") -> list[str]:
-    """Lines of `read_text`, ended by LF, CR LF or CR and by nothing else; blank lines at the end are dropped. Errors of `read_text`."""
+    """Lines of `read_text`, ended by LF, CR LF or CR and by nothing else; blank lines at the end
+    are dropped. Errors of `read_text`.
+    """
     return lines_of(read_text(path, what=what, knob=knob))
 
 
 def lines_of(text: str) -> list[str]:
-    """Lines of a text, as `read_lines`: not `splitlines()`, which also cuts at characters that a line may contain, such as U+2028."""
+    """Lines of a text, as `read_lines`: not `splitlines()`, which also cuts at characters that a
+    line may contain, such as U+2028.
+    """
     lines = [line.removesuffix("\n") for line in io.StringIO(text, newline=None)]
     while lines and not lines[-1].strip():
         lines.pop()

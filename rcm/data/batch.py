@@ -1,6 +1,7 @@
 """The two records that data hands to training.
 
-Shape legend: B batch, C latent channels, T latent frames, H W latent size, L text rows, E text width, K stored ODE states.
+Shape legend: B batch, C latent channels, T latent frames, H W latent size, L text rows, E text
+width, K stored ODE states.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ def _check_text(text: torch.Tensor, prompts: list[str]) -> None:
 class LatentBatch:
     """Videos with their captions.
 
-    `latents` [B, C, T, H, W] float32, clean and whitened; `cond` [B, L, E] float32, text embeddings (also readable as `text`); `prompts`,
-    `keys` one string per sample (a key names a sample inside its data set); `trajectory` [B, K, C, T, H, W] float32 or None: stored
-    states of a teacher's ODE, index 0 its clean end (docs/reference/training.md#ode-pairs). `latents` are the data that a causal teacher
-    had as context, or the clean end itself where there was no data (a bidirectional teacher). Raises `ConfigError` when shapes disagree.
+    `latents` [B, C, T, H, W] float32, clean and whitened; `cond` [B, L, E] float32, text embeddings
+    (also readable as `text`); `prompts`, `keys` one string per sample (a key names a sample inside
+    its data set); `trajectory` [B, K, C, T, H, W] float32 or None: stored states of a teacher's
+    ODE, index 0 its clean end (docs/reference/training.md#ode-pairs). `latents` are the data that a
+    causal teacher had as context, or the clean end itself where there was no data (a bidirectional
+    teacher). Raises `ConfigError` when shapes disagree.
     """
 
     latents: torch.Tensor
@@ -54,7 +57,9 @@ class LatentBatch:
         return self.cond
 
     def condition(self) -> Condition:
-        """What the networks are conditioned on; a batch that carries more says so here, and no method has to know."""
+        """What the networks are conditioned on; a batch that carries more says so here, and no
+        method has to know.
+        """
         return Condition(self.text)
 
     @property
@@ -72,7 +77,9 @@ class LatentBatch:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Captions alone, for on-policy training and sampling: `text` [B, L, E] float32 and one prompt per sample."""
+    """Captions alone, for on-policy training and sampling: `text` [B, L, E] float32 and one prompt
+    per sample.
+    """
 
     text: torch.Tensor
     prompts: list[str]

@@ -1,7 +1,9 @@
-"""Tar shards of latents and text embeddings: `KEY.latent.pt`, `KEY.embed.pt`, `KEY.prompt.txt`, as the release stores them.
+"""Tar shards of latents and text embeddings: `KEY.latent.pt`, `KEY.embed.pt`, `KEY.prompt.txt`, as
+the release stores them.
 
-Why not stream with webdataset: it has no resumable position and shuffles within a buffer. Here the order belongs to `loader.Loader`, a
-permutation over all samples, and this source answers "give me samples i, j, k". Released shards are read as they are.
+Why not stream with webdataset: it has no resumable position and shuffles within a buffer. Here the
+order belongs to `loader.Loader`, a permutation over all samples, and this source answers "give me
+samples i, j, k". Released shards are read as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from rcm.data.stored_sample import stored_prompt, stored_tensor
 from rcm.data.tar_index import CONTEXT, FIELDS, ShardIndex, index_shard
 
 FINGERPRINT = "v2-"
-"""Beginning of fingerprints that cover all shards; earlier versions looked at the first sample alone."""
+"""Beginning of fingerprints that cover all shards; earlier versions looked at the first sample
+alone.
+"""
 
 PATTERN_KNOB = "dataloader_train.tar_path_pattern"
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
@@ -35,11 +39,12 @@ _Sample = tuple[torch.Tensor, torch.Tensor, str, torch.Tensor | None]
 
 
 def expand_pattern(pattern: str, *, knob: str = PATTERN_KNOB) -> list[Path]:
-    """Files of a pattern with braces ("shard-{000000..000011}.tar", "{a,b}.tar") and globs ("*", "?", "[...]"), sorted within each brace
-    alternative. Folders and files that exist under the very name that is written ("run[1]", "x{y}") are meant as they stand.
+    """Files of a pattern with braces ("shard-{000000..000011}.tar", "{a,b}.tar") and globs ("*",
+    "?", "[...]"), sorted within each brace alternative. Folders and files that exist under the very
+    name that is written ("run[1]", "x{y}") are meant as they stand.
 
-    A file that braces spell out and that is missing raises, as does a pattern that matches nothing: `ConfigError` naming `knob`, the key or
-    flag to change.
+    A file that braces spell out and that is missing raises, as does a pattern that matches nothing:
+    `ConfigError` naming `knob`, the key or flag to change.
     """
     files: list[Path] = []
     start, rest = _split_literal(pattern)
@@ -57,14 +62,18 @@ def expand_pattern(pattern: str, *, knob: str = PATTERN_KNOB) -> list[Path]:
 
 
 def _split_literal(pattern: str) -> tuple[str, str]:
-    """The longest beginning of a pattern, in whole names, that exists as it is written, and the rest."""
+    """The longest beginning of a pattern, in whole names, that exists as it is written, and the
+    rest.
+    """
     ends = [found.start() for found in re.finditer(r"(?<=[^/])/", pattern)] + [len(pattern)]
     there = max((end for end in ends if os.path.exists(pattern[:end])), default=0)
     return pattern[:there], pattern[there:]
 
 
 def _expand_braces(pattern: str, knob: str) -> list[str]:
-    """Every alternative of a pattern, as bash spells it out: braces without a comma or a range are characters like others."""
+    """Every alternative of a pattern, as bash spells it out: braces without a comma or a range are
+    characters like others.
+    """
     match = next((m for m in re.finditer(r"\{([^{}]*)\}", pattern) if "," in m[1] or _RANGE.fullmatch(m[1])), None)
     if match is None:
         return [pattern]
@@ -83,13 +92,16 @@ def _expand_braces(pattern: str, knob: str) -> list[str]:
 
 
 class LatentShards:
-    """Random access to the samples of tar shards, a `loader.Source`: files of a pattern, or the given ones.
+    """Random access to the samples of tar shards, a `loader.Source`: files of a pattern, or the
+    given ones.
 
-    `num_latent_frames`: take the first that many latent frames of each sample (None: all). `latent_channels`, `latent_size` (H, W),
-    `text_shape` (most rows L, E): refuse samples that differ (None: whatever the first sample has, since a batch needs equal shapes).
-    `cache_bytes`: keep decoded samples in memory up to this many bytes. Trajectories [K, C, T, H, W] arrive as `LatentBatch.trajectory`,
-    with `context.pt` as `latents` where the shards have it, else the trajectory's clean end. Raises `ConfigError` for a pattern without
-    files and for shapes that contradict the settings, `ShardError` for damage, both naming shard and member.
+    `num_latent_frames`: take the first that many latent frames of each sample (None: all).
+    `latent_channels`, `latent_size` (H, W), `text_shape` (most rows L, E): refuse samples that
+    differ (None: whatever the first sample has, since a batch needs equal shapes). `cache_bytes`:
+    keep decoded samples in memory up to this many bytes. Trajectories [K, C, T, H, W] arrive as
+    `LatentBatch.trajectory`, with `context.pt` as `latents` where the shards have it, else the
+    trajectory's clean end. Raises `ConfigError` for a pattern without files and for shapes that
+    contradict the settings, `ShardError` for damage, both naming shard and member.
     """
 
     def __init__(
@@ -118,14 +130,18 @@ class LatentShards:
         return int(self._first[-1])
 
     def fingerprint(self) -> str:
-        """Hash of names, keys and contents of all shards (`content_digest`): what a checkpoint records as its data."""
+        """Hash of names, keys and contents of all shards (`content_digest`): what a checkpoint
+        records as its data.
+        """
         digest = hashlib.sha256()
         for shard in self.shards:
             digest.update(f"{shard.path.name}\n{shard.size}\n{' '.join(shard.keys)}\n{shard.digest}\n".encode(errors="surrogateescape"))
         return f"{FINGERPRINT}{digest.hexdigest()[:16]}"
 
     def captions(self) -> Iterator[str]:
-        """Every caption, in order, without reading latents; what is not UTF-8 in them is replaced (`fetch` refuses it)."""
+        """Every caption, in order, without reading latents; what is not UTF-8 in them is replaced
+        (`fetch` refuses it).
+        """
         return (shard.read(i, _PROMPT).decode("utf-8", errors="replace") for shard in self.shards for i in range(len(shard.keys)))
 
     def fetch(self, indices: Sequence[int]) -> LatentBatch:
@@ -190,7 +206,9 @@ class LatentShards:
         return context
 
     def _check_latents(self, latents: torch.Tensor, name: str) -> torch.Tensor:
-        """[C, T, H, W], or [K, C, T, H, W] for ODE trajectories, cut to the first frames asked for."""
+        """[C, T, H, W], or [K, C, T, H, W] for ODE trajectories, cut to the first frames asked
+        for.
+        """
         if latents.ndim not in (4, 5):
             raise ConfigError(
                 f"{name} has shape {tuple(latents.shape)}, expected [C, T, H, W] or a trajectory [K, C, T, H, W]; change {PATTERN_KNOB}"

@@ -1,8 +1,10 @@
-"""Order, sharding and position of any source: the same batches for the same (seed, data rank), and an exact place to continue from.
+"""Order, sharding and position of any source: the same batches for the same (seed, data rank), and
+an exact place to continue from.
 
-Epoch e visits the samples in the permutation drawn from (seed, e). Step s of an epoch takes the next `batch_size * data_world` of them,
-and data rank r the r-th part. Ranks of one context-parallel group pass the same data rank and so read the same batch: nothing is
-broadcast. Incomplete last batches are dropped.
+Epoch e visits the samples in the permutation drawn from (seed, e). Step s of an epoch takes the
+next `batch_size * data_world` of them, and data rank r the r-th part. Ranks of one context-parallel
+group pass the same data rank and so read the same batch: nothing is broadcast. Incomplete last
+batches are dropped.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ Batch = TypeVar("Batch", covariant=True)
 
 
 class Source(Protocol[Batch]):
-    """Samples by number: shards, prompt files, the toy world, fakes. `fetch` may be called from several threads at once."""
+    """Samples by number: shards, prompt files, the toy world, fakes. `fetch` may be called from
+    several threads at once.
+    """
 
     def __len__(self) -> int: ...
 
@@ -38,10 +42,11 @@ class Source(Protocol[Batch]):
 class Loader(Generic[Batch]):
     """Endless iterator over batches of `source`, with an exact position.
 
-    `batch_size` samples per data rank; `data_rank` in [0, data_world); `shuffle` False keeps the order of the source in every epoch;
-    `prefetch` batches are read ahead by `threads` threads (0: read when asked). `accept_changed`: a
-    stored place is taken over for as many samples of other contents. Raises `ConfigError` for a source smaller than one global
-    batch, or a rank out of range.
+    `batch_size` samples per data rank; `data_rank` in [0, data_world); `shuffle` False keeps the
+    order of the source in every epoch; `prefetch` batches are read ahead by `threads` threads (0:
+    read when asked). `accept_changed`: a stored place is taken over for as many samples of other
+    contents. Raises `ConfigError` for a source smaller than one global batch, or a rank out of
+    range.
     """
 
     def __init__(
@@ -91,7 +96,9 @@ class Loader(Generic[Batch]):
         return batch
 
     def _plan(self, at: tuple[int, int]) -> tuple[tuple[int, int], list[int]]:
-        """The place after the batch that begins at `at` = (epoch, samples used by all ranks), and this rank's samples of it."""
+        """The place after the batch that begins at `at` = (epoch, samples used by all ranks), and
+        this rank's samples of it.
+        """
         epoch, position = at
         step = self.batch_size * self._world
         if position + step > len(self.source):
@@ -107,7 +114,9 @@ class Loader(Generic[Batch]):
         return self._order[1]
 
     def state_dict(self) -> dict[str, int | str]:
-        """The place after the last batch handed out (what was read ahead does not count), and what it is a place in."""
+        """The place after the last batch handed out (what was read ahead does not count), and what
+        it is a place in.
+        """
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -119,8 +128,8 @@ class Loader(Generic[Batch]):
         }
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """Continue from a stored place. Raises `ConfigError` when the data or the seed are others; a new batch size or world is noted
-        and accepted.
+        """Continue from a stored place. Raises `ConfigError` when the data or the seed are others;
+        a new batch size or world is noted and accepted.
         """
         mine = self.state_dict()
         if lacking := mine.keys() - state.keys():

@@ -1,4 +1,6 @@
-"""Prompt files for building data: one sample per prompt, so that a prompt nobody meant must not slip in unseen."""
+"""Prompt files for building data: one sample per prompt, so that a prompt nobody meant must not
+slip in unseen.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ COLUMNS = ("prompt", "caption", "text")
 """Names under which a .csv column or a .jsonl key holds the prompt, in order of preference."""
 
 MAX_PROMPT_CHARS = 4000
-"""Longer prompts are taken for a mistake in the file: umT5's 512 tokens are about 2,500 characters of English."""
+"""Longer prompts are taken for a mistake in the file: umT5's 512 tokens are about 2,500 characters
+of English.
+"""
 
 _SHOWN = 5
 
@@ -30,12 +34,14 @@ class _Entry(NamedTuple):
 
 
 def read_prompt_list(path: str | Path, *, skip_bad: bool = False, max_chars: int = MAX_PROMPT_CHARS) -> list[str]:
-    """Prompts of a .txt (one per line), .csv (with a header) or .jsonl file, stripped of surrounding blanks, in order.
+    """Prompts of a .txt (one per line), .csv (with a header) or .jsonl file, stripped of
+    surrounding blanks, in order.
 
-    Empty prompts (blank lines between others among them) and prompts above `max_chars` characters raise `ConfigError` naming file and line;
-    with `skip_bad` they are left out, with a warning. Blank lines at the end of a file are no prompts. Raises `ConfigError` for a missing
-    or empty file, one that is no text (`read_text`), a .csv or .jsonl without a prompt column, and a .csv with broken
-    quotes or more fields than its header.
+    Empty prompts (blank lines between others among them) and prompts above `max_chars` characters
+    raise `ConfigError` naming file and line; with `skip_bad` they are left out, with a warning.
+    Blank lines at the end of a file are no prompts. Raises `ConfigError` for a missing or empty
+    file, one that is no text (`read_text`), a .csv or .jsonl without a prompt column, and a .csv
+    with broken quotes or more fields than its header.
     """
     path = Path(path)
     text = read_text(path, what="prompt file", knob="--prompts")
@@ -95,7 +101,8 @@ def _csv_entries(path: Path, text: str) -> Iterator[_Entry]:
 def _json_prompt(line: str, place: str) -> str:
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also numbers too long and lists too deep to be read
+    # also numbers too long and lists too deep to be read
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{place} is not JSON: {str(error)[:200]}") from error
     found = [record[name] for name in COLUMNS if isinstance(record, dict) and isinstance(record.get(name), str)]
     if not found:

@@ -16,10 +16,11 @@ from rcm.encoders.prompt_cleaning import says_nothing
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a text file (one per line, those that say nothing skipped) or of a `.jsonl` file (objects with a "prompt" string, which
-    may be empty).
+    """Prompts of a text file (one per line, those that say nothing skipped) or of a `.jsonl` file
+    (objects with a "prompt" string, which may be empty).
 
-    Raises `ConfigError` for a missing or empty file, one that is no text (`read_text`), or a line without a prompt, naming file and line.
+    Raises `ConfigError` for a missing or empty file, one that is no text (`read_text`), or a line
+    without a prompt, naming file and line.
     """
     path = Path(path)
     lines = read_lines(path, what="prompt file", knob="the prompt file's path")
@@ -35,7 +36,8 @@ def read_prompts(path: str | Path) -> list[str]:
 def _json_prompt(line: str, place: str) -> str:
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also numbers too long and lists too deep to be read
+    # also numbers too long and lists too deep to be read
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{place} is not JSON: {str(error)[:200]}") from error
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise ConfigError(f'{place} needs a "prompt" string, got {line[:80]}')
@@ -43,7 +45,9 @@ def _json_prompt(line: str, place: str) -> str:
 
 
 class Prompts:
-    """A `loader.Source` of `PromptBatch`: `encode` turns prompts into embeddings [B, L, E] (a `TextEncoder.encode`)."""
+    """A `loader.Source` of `PromptBatch`: `encode` turns prompts into embeddings [B, L, E] (a
+    `TextEncoder.encode`).
+    """
 
     def __init__(self, prompts: Sequence[str], *, encode: Callable[[Sequence[str]], torch.Tensor]) -> None:
         if not prompts:

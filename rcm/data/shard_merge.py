@@ -1,4 +1,6 @@
-"""Shards of one kind put together into larger (or smaller) ones: members are copied byte for byte, and looked at on the way."""
+"""Shards of one kind put together into larger (or smaller) ones: members are copied byte for byte,
+and looked at on the way.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,22 @@ from rcm.data.stored_sample import StoredSample
 from rcm.data.tar_index import ShardIndex, index_shard
 
 MEANINGS = ("codec", "text", "dtype", "latent_shape", "training_type", "kd_timesteps", "pattern")
-"""Keys of a `dataset.json` that say what the numbers of a shard mean; sets that differ in one are two kinds of data."""
+"""Keys of a `dataset.json` that say what the numbers of a shard mean; sets that differ in one are
+two kinds of data.
+"""
 
 _OF_A_BUILD = ("num_samples", "shard_size")
 
 
 def merge_shards(paths: Sequence[Path], folder: Path, *, shard_size: int) -> list[Path]:
-    """Write all samples of the shards `paths`, in their order, as shards of `shard_size` samples into `folder`; returns the new paths.
+    """Write all samples of the shards `paths`, in their order, as shards of `shard_size` samples
+    into `folder`; returns the new paths.
 
-    Keys count anew from 0. Like every build it goes on after a stop, and a damaged shard of its own is written again. `dataset.json` keeps
-    what the sets have in common, and each set's own words under "merged". Raises `ShardError` for a damaged or incomplete sample, naming
-    shard and member; `ConfigError` for shards of different kinds or shapes, or that lie in `folder` itself. Nothing half-written stays.
+    Keys count anew from 0. Like every build it goes on after a stop, and a damaged shard of its own
+    is written again. `dataset.json` keeps what the sets have in common, and each set's own words
+    under "merged". Raises `ShardError` for a damaged or incomplete sample, naming shard and member;
+    `ConfigError` for shards of different kinds or shapes, or that lie in `folder` itself. Nothing
+    half-written stays.
     """
     inside = [path for path in paths if path.resolve().parent == folder.resolve()]
     if inside:
@@ -59,7 +66,9 @@ def _told(sample: StoredSample) -> str:
 
 
 def _joint_recipe(shards: Sequence[ShardIndex]) -> dict[str, object]:
-    """What all sets say of themselves, and under "merged" per set: what it alone says, its shards with the hashes of their contents."""
+    """What all sets say of themselves, and under "merged" per set: what it alone says, its shards
+    with the hashes of their contents.
+    """
     folders = list(dict.fromkeys(shard.path.parent for shard in shards))
     told = {folder: {k: v for k, v in read_manifest(folder).items() if k not in _OF_A_BUILD} for folder in folders}
     head = told[folders[0]]

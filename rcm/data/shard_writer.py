@@ -1,4 +1,6 @@
-"""Writing shards in the release's layout: whole or not at all, the same bytes for the same build, and continuable after a stop."""
+"""Writing shards in the release's layout: whole or not at all, the same bytes for the same build,
+and continuable after a stop.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,11 @@ _MOST_SAMPLES = 10**9
 
 @dataclass(frozen=True)
 class ShardSample:
-    """One sample to store: `latents` [C, T, h, w] or [K, C, T, h, w], `text` [L, E], `prompt`; dtypes are stored as given, numbers that are
-    not finite are refused (`ShardError`).
+    """One sample to store: `latents` [C, T, h, w] or [K, C, T, h, w], `text` [L, E], `prompt`;
+    dtypes are stored as given, numbers that are not finite are refused (`ShardError`).
 
-    `context` [C, T, h, w]: the data's latents, for a trajectory whose clean end is not the data; in all samples of a shard or in none.
+    `context` [C, T, h, w]: the data's latents, for a trajectory whose clean end is not the data; in
+    all samples of a shard or in none.
     """
 
     latents: torch.Tensor
@@ -58,7 +61,9 @@ def require_finite(samples: torch.Tensor, numbers: Sequence[int], *, what: str, 
 
 
 def check_build(out: Path, *, num: int | None, shard_size: int, batch: int = 1) -> None:
-    """ConfigError naming the flag for counts below 1 or beyond reason, or a folder that cannot be one: before any work."""
+    """ConfigError naming the flag for counts below 1 or beyond reason, or a folder that cannot be
+    one: before any work.
+    """
     for name, value in (("num", num), ("shard-size", shard_size), ("batch", batch)):
         if value is not None and not 1 <= value <= _MOST_SAMPLES:
             raise ConfigError(f"{name}={value} must be in 1 to {_MOST_SAMPLES}; change --{name}")
@@ -73,16 +78,19 @@ def shard_name(number: int) -> str:
 
 
 class Members(Protocol):
-    """What can be written as a sample: contents by member name, in the order in which they are to lie."""
+    """What can be written as a sample: contents by member name, in the order in which they are to
+    lie.
+    """
 
     def members(self) -> dict[str, bytes]: ...
 
 
 def write_shard(path: Path, samples: Iterable[Members], *, first_key: int) -> int:
-    """Write one shard under a temporary name, rename it when complete, and store its index beside it; returns the number of samples.
+    """Write one shard under a temporary name, rename it when complete, and store its index beside
+    it; returns the number of samples.
 
-    Keys count from `first_key`, nine digits. Any `OSError` (disk full, no permission) is raised again with the path, and nothing
-    half-written stays.
+    Keys count from `first_key`, nine digits. Any `OSError` (disk full, no permission) is raised
+    again with the path, and nothing half-written stays.
     """
     temporary, count, mine = path.with_name(f".{path.name}.partial"), 0, False
     try:
@@ -144,11 +152,13 @@ class ShardSpan:
 def pending_shards(
     folder: Path, *, num_samples: int, shard_size: int, recipe: Mapping[str, object], part: tuple[int, int] = (0, 1)
 ) -> tuple[list[Path], list[ShardSpan]]:
-    """Paths of all shards of this `part`, and those among them that are missing or damaged. Claims `folder` for `recipe`.
+    """Paths of all shards of this `part`, and those among them that are missing or damaged. Claims
+    `folder` for `recipe`.
 
-    `part` (i, n): only shards i, i + n, i + 2n, ..., so that n processes may share a build. `recipe` says what the samples are made of: it
-    is stored in `dataset.json` first, and a folder built by another recipe is refused with `ConfigError` naming what differs. A damaged
-    shard is reported with a warning.
+    `part` (i, n): only shards i, i + n, i + 2n, ..., so that n processes may share a build.
+    `recipe` says what the samples are made of: it is stored in `dataset.json` first, and a folder
+    built by another recipe is refused with `ConfigError` naming what differs. A damaged shard is
+    reported with a warning.
     """
     if num_samples < 1 or shard_size < 1:
         raise ConfigError(f"a data set needs at least one sample and one per shard, got num={num_samples}, shard_size={shard_size}")
@@ -167,7 +177,9 @@ def pending_shards(
 
 
 def write_span(span: ShardSpan, samples: Iterable[Members]) -> None:
-    """Write the shard of `span`; `ShardError` if the source gives another number of samples, and nothing stays."""
+    """Write the shard of `span`; `ShardError` if the source gives another number of samples, and
+    nothing stays.
+    """
     written = write_shard(span.path, samples, first_key=span.start)
     if written != span.stop - span.start:
         span.path.unlink()
@@ -184,10 +196,12 @@ def build_shards(
     make: Callable[[int, int], Iterable[Members]],
     part: tuple[int, int] = (0, 1),
 ) -> list[Path]:
-    """Write samples 0 .. num_samples - 1 as shards of `shard_size`, and continue a build that was stopped; returns the shards' paths.
+    """Write samples 0 .. num_samples - 1 as shards of `shard_size`, and continue a build that was
+    stopped; returns the shards' paths.
 
-    `make(start, stop)` yields those samples, whatever was written before. Whole shards are kept, a damaged one is written again. `recipe`
-    and `part` as in `pending_shards`; the paths of this part alone are returned.
+    `make(start, stop)` yields those samples, whatever was written before. Whole shards are kept, a
+    damaged one is written again. `recipe` and `part` as in `pending_shards`; the paths of this part
+    alone are returned.
     """
     paths, missing = pending_shards(folder, num_samples=num_samples, shard_size=shard_size, recipe=recipe, part=part)
     for span in missing:
@@ -196,7 +210,9 @@ def build_shards(
 
 
 def read_manifest(folder: Path) -> dict[str, object]:
-    """What the data set in `folder` was made from; empty without a `dataset.json`. `ConfigError` if that is damaged."""
+    """What the data set in `folder` was made from; empty without a `dataset.json`. `ConfigError` if
+    that is damaged.
+    """
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return {}
@@ -221,7 +237,8 @@ def _claim(folder: Path, recipe: Mapping[str, object]) -> None:
                 told = "; ".join(f"{k}: there {stored.get(k)!r}, asked {wanted.get(k)!r}" for k in differing)
                 raise ConfigError(f"{folder} holds a data set built otherwise ({told}); choose another output folder")
             return
-        temporary = folder / f".{MANIFEST}.{uuid.uuid4().hex}.partial"  # several processes may begin at once
+        # several processes may begin at once
+        temporary = folder / f".{MANIFEST}.{uuid.uuid4().hex}.partial"
         temporary.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n")
         os.replace(temporary, manifest)
     except OSError as error:

@@ -1,4 +1,6 @@
-"""What lies in a shard, read without executing anything: one member, and one sample with all of its bytes."""
+"""What lies in a shard, read without executing anything: one member, and one sample with all of its
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _PROMPT = FIELDS.index("prompt.txt")
 
 @dataclass(frozen=True)
 class StoredSample:
-    """`contents`: bytes by member; `shapes`: the likes of "[24, 9, 4, 4] bfloat16" by member that is a tensor; `prompt`: the caption."""
+    """`contents`: bytes by member; `shapes`: the likes of "[24, 9, 4, 4] bfloat16" by member that
+    is a tensor; `prompt`: the caption.
+    """
 
     key: str
     contents: Mapping[str, bytes]
@@ -25,7 +29,9 @@ class StoredSample:
 
     @classmethod
     def read(cls, shard: ShardIndex, sample: int) -> StoredSample:
-        """Sample number `sample` of a shard; `ShardError` as `stored_tensor` and `stored_prompt` raise it, or for a member moved or cut."""
+        """Sample number `sample` of a shard; `ShardError` as `stored_tensor` and `stored_prompt`
+        raise it, or for a member moved or cut.
+        """
         contents = {field: shard.read(sample, i) for i, field in enumerate(shard.fields)}
         tensors = {f: stored_tensor(shard, sample, i, contents[f]) for i, f in enumerate(shard.fields) if i != _PROMPT}
         shapes = {field: f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for field, tensor in tensors.items()}
@@ -37,8 +43,9 @@ class StoredSample:
 
 
 def stored_tensor(shard: ShardIndex, sample: int, field: int, data: bytes | None = None) -> torch.Tensor:
-    """Member `field` of a sample (`data`: its bytes, where they were read already), in the dtype it has. `ShardError`, naming shard and
-    member, for anything but one dense tensor of floating-point numbers that float32 holds as finite ones.
+    """Member `field` of a sample (`data`: its bytes, where they were read already), in the dtype it
+    has. `ShardError`, naming shard and member, for anything but one dense tensor of floating-point
+    numbers that float32 holds as finite ones.
     """
     name = f"shard {shard.path}: member {shard.member(sample, field)}"
     try:

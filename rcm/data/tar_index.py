@@ -1,8 +1,10 @@
-"""Where each member of a tar shard lies, found from its headers alone, so that any sample can be read with one seek.
+"""Where each member of a tar shard lies, found from its headers alone, so that any sample can be
+read with one seek.
 
-Reading by index is what makes a resumed run exact: the order is a permutation over samples, and a position in it is one number. The
-layout stays that of the webdataset format (members of a sample share the key before the first dot and stand together), which webdataset
-itself reads. What macOS adds to archives (`._*`, `.DS_Store`, `__MACOSX`) is no sample.
+Reading by index is what makes a resumed run exact: the order is a permutation over samples, and a
+position in it is one number. The layout stays that of the webdataset format (members of a sample
+share the key before the first dot and stand together), which webdataset itself reads. What macOS
+adds to archives (`._*`, `.DS_Store`, `__MACOSX`) is no sample.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from rcm.core.files import discard
 
 FIELDS = ("latent.pt", "embed.pt", "prompt.txt")
 CONTEXT = "context.pt"
-"""Further member of trajectory shards whose clean end is not the data (TF-KD): the data's latents; in all samples of a shard or in none."""
+"""Further member of trajectory shards whose clean end is not the data (TF-KD): the data's latents;
+in all samples of a shard or in none.
+"""
 
 INDEX_SUFFIX = ".index.json"
 _END = bytes(2 * tarfile.BLOCKSIZE)
@@ -38,8 +42,8 @@ class ShardError(RuntimeError):
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """One shard: `path`, `size` in bytes, `keys` of its N samples, `spans` int64 [N, fields, 2]: (offset, length) of members `fields`,
-    `digest` of its contents (see `content_digest`).
+    """One shard: `path`, `size` in bytes, `keys` of its N samples, `spans` int64 [N, fields, 2]:
+    (offset, length) of members `fields`, `digest` of its contents (see `content_digest`).
     """
 
     path: Path
@@ -54,7 +58,9 @@ class ShardIndex:
         return (*FIELDS, CONTEXT)[: self.spans.shape[1]]
 
     def read(self, sample: int, field: int) -> bytes:
-        """Bytes of member `fields[field]` of a sample; `ShardError` if the file ends early, or if another member stands there by now."""
+        """Bytes of member `fields[field]` of a sample; `ShardError` if the file ends early, or if
+        another member stands there by now.
+        """
         offset, length = (int(x) for x in self.spans[sample, field])
         with open(self.path, "rb") as file:
             file.seek(offset - tarfile.BLOCKSIZE)
@@ -75,7 +81,9 @@ class ShardIndex:
 
 
 def index_shard(path: Path) -> ShardIndex:
-    """Index of a shard: from the file beside it if made from a shard of these contents (`content_digest`), else from the headers."""
+    """Index of a shard: from the file beside it if made from a shard of these contents
+    (`content_digest`), else from the headers.
+    """
     beside = _beside(path)
     if beside.is_file():
         size, digest = path.stat().st_size, content_digest(path)
@@ -90,7 +98,9 @@ def index_shard(path: Path) -> ShardIndex:
 
 
 def content_digest(path: Path) -> str:
-    """Hash of a file's size and bytes: of all of them up to 16 MiB, else of 64 blocks of 16 KiB spread from its first to its last byte."""
+    """Hash of a file's size and bytes: of all of them up to 16 MiB, else of 64 blocks of 16 KiB
+    spread from its first to its last byte.
+    """
     size, digest = path.stat().st_size, hashlib.sha256()
     digest.update(str(size).encode())
     with open(path, "rb") as file:
@@ -104,7 +114,9 @@ def content_digest(path: Path) -> str:
 
 
 def _spans(stored: Mapping[str, Any], size: int) -> np.ndarray:
-    """The spans of a stored index; `ValueError` unless they lie inside a file of `size` bytes and belong to different keys."""
+    """The spans of a stored index; `ValueError` unless they lie inside a file of `size` bytes and
+    belong to different keys.
+    """
     keys, fields = stored["keys"], stored["fields"]
     if fields not in (list(FIELDS), [*FIELDS, CONTEXT]) or not keys or not all(isinstance(key, str) for key in keys):
         raise ValueError("its fields or keys are none")
@@ -116,7 +128,9 @@ def _spans(stored: Mapping[str, Any], size: int) -> np.ndarray:
 
 
 def _is_header_of(header: bytes, name: str, length: int) -> bool:
-    """Whether a tar header announces this member; a name that is too long for the header stands elsewhere."""
+    """Whether a tar header announces this member; a name that is too long for the header stands
+    elsewhere.
+    """
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
@@ -125,7 +139,9 @@ def _is_header_of(header: bytes, name: str, length: int) -> bool:
 
 
 def write_index(index: ShardIndex) -> Path:
-    """Store an index beside its shard (atomically), to spare later runs the scan; returns its path."""
+    """Store an index beside its shard (atomically), to spare later runs the scan; returns its
+    path.
+    """
     beside = _beside(index.path)
     record = {"size": index.size, "digest": index.digest, "fields": list(index.fields), "keys": list(index.keys)}
     temporary = beside.with_name(f".{beside.name}.partial")
@@ -139,8 +155,8 @@ def write_index(index: ShardIndex) -> Path:
 
 
 def scan_shard(path: Path) -> ShardIndex:
-    """Index of a shard from its tar headers. Raises `ShardError` for a truncated or damaged archive, an incomplete sample, or a doubled
-    member.
+    """Index of a shard from its tar headers. Raises `ShardError` for a truncated or damaged
+    archive, an incomplete sample, or a doubled member.
     """
     found: dict[str, dict[str, tuple[int, int]]] = {}
     last = "(none)"
@@ -179,7 +195,9 @@ def _is_of_macos(name: str) -> bool:
 
 
 def _check_end(path: Path, end: int, *, last: str) -> None:
-    """tarfile takes a damaged header for the end of the archive, so look for the end marker itself."""
+    """tarfile takes a damaged header for the end of the archive, so look for the end marker
+    itself.
+    """
     with open(path, "rb") as file:
         file.seek(end)
         marker = file.read(len(_END))

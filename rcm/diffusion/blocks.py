@@ -1,4 +1,6 @@
-"""Block patterns: how the latent frames of a video are grouped into autoregressive blocks (c1-1, c3-3, c1-4, any)."""
+"""Block patterns: how the latent frames of a video are grouped into autoregressive blocks (c1-1,
+c3-3, c1-4, any).
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,12 @@ _NAME = re.compile(r"c(\d+)-(\d+)")
 
 @dataclass(frozen=True)
 class BlockPattern:
-    """[first | chunk | chunk | ...] in latent frames: block 0 has `first` frames, every later block `chunk` (Causal-rCM section 4.1).
+    """[first | chunk | chunk | ...] in latent frames: block 0 has `first` frames, every later block
+    `chunk` (Causal-rCM section 4.1).
 
-    Frames attend to each other freely inside a block and to earlier blocks only. Raises `ConfigError` if either size is below 1: 0 marks
-    the template experiments in which the pattern was never chosen.
+    Frames attend to each other freely inside a block and to earlier blocks only. Raises
+    `ConfigError` if either size is below 1: 0 marks the template experiments in which the pattern
+    was never chosen.
     """
 
     first: int
@@ -34,7 +38,9 @@ class BlockPattern:
 
     @classmethod
     def parse(cls, name: str) -> BlockPattern:
-        """Pattern from its name "c<first>-<chunk>", e.g. "c3-3"; `ConfigError` on any other form or a zero size."""
+        """Pattern from its name "c<first>-<chunk>", e.g. "c3-3"; `ConfigError` on any other form or
+        a zero size.
+        """
         match = _NAME.fullmatch(name)
         if match is None:
             raise ConfigError(f"block pattern {name!r} is not of the form c<first>-<chunk>, e.g. c1-1, c3-3 or c1-4")
@@ -46,7 +52,9 @@ class BlockPattern:
         return f"c{self.first}-{self.chunk}"
 
     def num_blocks(self, num_frames: int) -> int:
-        """Blocks in a video of `num_frames` latent frames; `ConfigError` when the frames do not fill whole blocks."""
+        """Blocks in a video of `num_frames` latent frames; `ConfigError` when the frames do not
+        fill whole blocks.
+        """
         rest = num_frames - self.first
         if rest < 0 or rest % self.chunk:
             below = self.first + max(rest, 0) // self.chunk * self.chunk
@@ -59,7 +67,9 @@ class BlockPattern:
         return 1 + rest // self.chunk
 
     def frames_before(self, block: int) -> int:
-        """Latent frames in front of block `block` >= 0, i.e. the temporal position at which it starts; `ValueError` if negative."""
+        """Latent frames in front of block `block` >= 0, i.e. the temporal position at which it
+        starts; `ValueError` if negative.
+        """
         if block < 0:
             raise ValueError(f"block index must be >= 0, got {block}")
         return 0 if block == 0 else self.first + (block - 1) * self.chunk

@@ -1,15 +1,17 @@
-"""Derivative of a network along a path of its own input, by exact forward mode or by differences; one call for all
-(Causal_rCM.md section 8, docs/reference/objectives.md#differences).
+"""Derivative of a network along a path of its own input, by exact forward mode or by differences;
+one call for all (Causal_rCM.md section 8, docs/reference/objectives.md#differences).
 
-Wanted is `scale * d/dt fn(x(t), t)` with dx/dt = `velocity`: the tangent of consistency training when `velocity` is the teacher's. `scale`
-[B, 1] or [B, T] (None: 1) multiplies the direction before the network sees it in the exact scheme, which keeps tangents small in low
-precision; TrigFlow uses cos(tau) sin(tau), rectified flow uses 1.
+Wanted is `scale * d/dt fn(x(t), t)` with dx/dt = `velocity`: the tangent of consistency training
+when `velocity` is the teacher's. `scale` [B, 1] or [B, T] (None: 1) multiplies the direction before
+the network sees it in the exact scheme, which keeps tangents small in low precision; TrigFlow uses
+cos(tau) sin(tau), rectified flow uses 1.
 
-Choose the object: `Exact()`, `SemiContinuous(geometry)` (exact in x, difference in t) or `Discrete(geometry)` (difference in both; no
-forward mode at all). A geometry knows how to step back by h along a straight line (`RFStep`) or a circle (`TrigStep`). Differences are
-first order in h and need a timestep precision that resolves h. They move the time of every frame and scale afterwards, so they fit inputs
-on one path and take `scale` [B, 1] only; a packed clean-and-noisy input, whose clean half must stand still, needs `Exact` with a `scale`
-that is 0 there.
+Choose the object: `Exact()`, `SemiContinuous(geometry)` (exact in x, difference in t) or
+`Discrete(geometry)` (difference in both; no forward mode at all). A geometry knows how to step back
+by h along a straight line (`RFStep`) or a circle (`TrigStep`). Differences are first order in h and
+need a timestep precision that resolves h. They move the time of every frame and scale afterwards,
+so they fit inputs on one path and take `scale` [B, 1] only; a packed clean-and-noisy input, whose
+clean half must stand still, needs `Exact` with a `scale` that is 0 there.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ Field = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Directional(Protocol):
-    """Common signature: field fn(x [B, C, T, H, W], t [B, 1] or [B, T]) -> same shape as x; returns scale * derivative, no graph."""
+    """Common signature: field fn(x [B, C, T, H, W], t [B, 1] or [B, T]) -> same shape as x; returns
+    scale * derivative, no graph.
+    """
 
     def __call__(
         self, fn: Field, x: torch.Tensor, t: torch.Tensor, *, velocity: torch.Tensor, scale: torch.Tensor | None = None
@@ -37,7 +41,9 @@ class Directional(Protocol):
 
 
 class Geometry(Protocol):
-    """How one backward step of size h acts on a sample, and how two values of a field h apart make a derivative."""
+    """How one backward step of size h acts on a sample, and how two values of a field h apart make
+    a derivative.
+    """
 
     def back(self, x: torch.Tensor, velocity: torch.Tensor, h: float) -> torch.Tensor:
         """The sample at t - h."""
@@ -63,7 +69,9 @@ class RFStep:
 
 @dataclass(frozen=True)
 class TrigStep:
-    """Rotation: cos(h) x - sin(h) F, exact when x and F belong to one pair (x0, eps); (cos(h) now - before) / sin(h)."""
+    """Rotation: cos(h) x - sin(h) F, exact when x and F belong to one pair (x0, eps); (cos(h) now -
+    before) / sin(h).
+    """
 
     def back(self, x: torch.Tensor, velocity: torch.Tensor, h: float) -> torch.Tensor:
         """cos(h) x - sin(h) velocity."""
@@ -88,7 +96,9 @@ class Exact:
 
 @dataclass(frozen=True)
 class SemiContinuous:
-    """Exact in x with the time held, plus a difference in time with x held (`fd_type` 1). `ConfigError` unless 0 < h < 1."""
+    """Exact in x with the time held, plus a difference in time with x held (`fd_type` 1).
+    `ConfigError` unless 0 < h < 1.
+    """
 
     geometry: Geometry
     h: float = 1e-4
@@ -99,7 +109,9 @@ class SemiContinuous:
     def __call__(
         self, fn: Field, x: torch.Tensor, t: torch.Tensor, *, velocity: torch.Tensor, scale: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """One dual pass and one plain pass at t - h; `ValueError` if `scale` differs between frames."""
+        """One dual pass and one plain pass at t - h; `ValueError` if `scale` differs between
+        frames.
+        """
         _require_shared(scale)
         now, moved = jvp(fn, (x, t), (_scaled(velocity, scale).to(x.dtype), None))
         with torch.no_grad():
@@ -109,7 +121,9 @@ class SemiContinuous:
 
 @dataclass(frozen=True)
 class Discrete:
-    """Difference of two plain passes along the path (`fd_type` 2). `ConfigError` unless 0 < h < 1."""
+    """Difference of two plain passes along the path (`fd_type` 2). `ConfigError` unless 0 < h <
+    1.
+    """
 
     geometry: Geometry
     h: float = 1e-4
@@ -120,7 +134,9 @@ class Discrete:
     def __call__(
         self, fn: Field, x: torch.Tensor, t: torch.Tensor, *, velocity: torch.Tensor, scale: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Plain passes at (x, t) and one step back, without a graph; `ValueError` if `scale` differs between frames."""
+        """Plain passes at (x, t) and one step back, without a graph; `ValueError` if `scale`
+        differs between frames.
+        """
         _require_shared(scale)
         with torch.no_grad():
             now = fn(x, t)

@@ -6,15 +6,18 @@ import torch
 
 
 def is_guided(scale: float) -> bool:
-    """Whether a scale asks for the negative branch: above 1. 1 and less (0 among them) are no guidance: the prompt alone."""
+    """Whether a scale asks for the negative branch: above 1. 1 and less (0 among them) are no
+    guidance: the prompt alone.
+    """
     return scale > 1
 
 
 def cfg(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
-    """uncond + scale (cond - uncond) (Causal_rCM.md section 1): scale 1 is `cond`, 0 is `uncond`. Any prediction linear in v (v, x0, F),
-    equal shapes.
+    """uncond + scale (cond - uncond) (Causal_rCM.md section 1): scale 1 is `cond`, 0 is `uncond`.
+    Any prediction linear in v (v, x0, F), equal shapes.
 
-    Self-Forcing writes cond + s (cond - uncond), which is this with scale s + 1. Raises `ValueError` on different shapes.
+    Self-Forcing writes cond + s (cond - uncond), which is this with scale s + 1. Raises
+    `ValueError` on different shapes.
     """
     if cond.shape != uncond.shape:
         raise ValueError(f"guidance needs equal shapes, got cond {tuple(cond.shape)} and uncond {tuple(uncond.shape)}")

@@ -1,4 +1,5 @@
-"""The two noising paths and every conversion between predictions (Causal_rCM.md sections 1, 6; Causal-rCM appendix A).
+"""The two noising paths and every conversion between predictions (Causal_rCM.md sections 1, 6;
+Causal-rCM appendix A).
 
                  rectified flow (RF), t in [0, 1]      TrigFlow, tau in [0, pi/2], sigma_data = 1
     path         x = (1 - t) x0 + t eps                x = cos x0 + sin eps
@@ -6,8 +7,9 @@
     data         x0 = x - t v                          x0 = cos x - sin F
     noise        eps = x + (1 - t) v                   eps = sin x + cos F
 
-Latents are [B, C, T, H, W]; times [B, 1] or [B, T], float64 (float32 accepted). Coefficients are computed in the dtype of the time and then
-cast to the latents' dtype (at least float32), so float64 times do not drag latents to float64. `ValueError` on any other time shape.
+Latents are [B, C, T, H, W]; times [B, 1] or [B, T], float64 (float32 accepted). Coefficients are
+computed in the dtype of the time and then cast to the latents' dtype (at least float32), so float64
+times do not drag latents to float64. `ValueError` on any other time shape.
 """
 
 from __future__ import annotations
@@ -63,7 +65,9 @@ def trig_velocity(x0: torch.Tensor, eps: torch.Tensor, tau: torch.Tensor) -> tor
 
 
 def trig_x0(x_tau: torch.Tensor, F: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-    """x0 = cos(tau) x_tau - sin(tau) F: the TrigFlow consistency function; equals x_tau at tau = 0."""
+    """x0 = cos(tau) x_tau - sin(tau) F: the TrigFlow consistency function; equals x_tau at tau =
+    0.
+    """
     return scale_per_frame(torch.cos(tau), x_tau) - scale_per_frame(torch.sin(tau), F)
 
 
@@ -81,10 +85,14 @@ def trig_F_from_x0(x_tau: torch.Tensor, x0: torch.Tensor, tau: torch.Tensor) -> 
 
 
 def trig_euler(x_tau: torch.Tensor, F: torch.Tensor, tau: torch.Tensor, tau_next: torch.Tensor) -> torch.Tensor:
-    """Euler step of dx/dtau = F from tau to tau_next: x_tau - (tau - tau_next) F (first order; not the exact rotation)."""
+    """Euler step of dx/dtau = F from tau to tau_next: x_tau - (tau - tau_next) F (first order; not
+    the exact rotation).
+    """
     return x_tau - scale_per_frame(tau - tau_next, F)
 
 
 def scale_per_frame(coefficient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """coefficient [B, 1] or [B, T] times x [B, C, T, H, W], in the dtype of x (at least float32); `ValueError` on other shapes."""
+    """coefficient [B, 1] or [B, T] times x [B, C, T, H, W], in the dtype of x (at least float32);
+    `ValueError` on other shapes.
+    """
     return per_frame(coefficient, x).to(torch.promote_types(x.dtype, torch.float32)) * x

@@ -1,12 +1,14 @@
-"""Time parameterisations and the maps between them (Causal_rCM.md section 1; Causal-rCM appendix A).
+"""Time parameterisations and the maps between them (Causal_rCM.md section 1; Causal-rCM appendix
+A).
 
     t_rf in [0, 1]      rectified-flow time, x = (1 - t) x0 + t eps; 1 is noise
     tau  in [0, pi/2]   TrigFlow time, x = cos(tau) x0 + sin(tau) eps; pi/2 is noise
     sigma in [0, inf)   noise-to-data ratio, sigma = t / (1 - t) = tan(tau)
     timestep in [0, 1000]   what a Wan network is told, 1000 t_rf
 
-All maps are elementwise, keep shape and dtype, are differentiable inside their domain, and read no values on the host: an argument outside
-its domain is the caller's error. Give float64; float32 is accepted, lower precision raises `TypeError`.
+All maps are elementwise, keep shape and dtype, are differentiable inside their domain, and read no
+values on the host: an argument outside its domain is the caller's error. Give float64; float32 is
+accepted, lower precision raises `TypeError`.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def trig_to_rf(tau: torch.Tensor) -> torch.Tensor:
 
 
 def rf_to_sigma(t_rf: torch.Tensor) -> torch.Tensor:
-    """sigma = t / (1 - t), with t clamped to [0, 1 - machine epsilon] so that pure noise has a large finite sigma."""
+    """sigma = t / (1 - t), with t clamped to [0, 1 - machine epsilon] so that pure noise has a
+    large finite sigma.
+    """
     _require_precise("t_rf", t_rf)
     t_rf = t_rf.clamp(0.0, 1.0 - torch.finfo(t_rf.dtype).eps)
     return t_rf / (1 - t_rf)
@@ -47,7 +51,9 @@ def sigma_to_rf(sigma: torch.Tensor) -> torch.Tensor:
 
 
 def rf_to_timestep(t_rf: torch.Tensor) -> torch.Tensor:
-    """timestep = 1000 t, in the dtype of t; the cast to the network's time precision happens in the denoiser."""
+    """timestep = 1000 t, in the dtype of t; the cast to the network's time precision happens in the
+    denoiser.
+    """
     _require_precise("t_rf", t_rf)
     return TIMESTEP_SCALE * t_rf
 
@@ -59,7 +65,9 @@ def timestep_to_rf(timestep: torch.Tensor) -> torch.Tensor:
 
 
 def shift_time(t: FloatOrTensor, shift: float) -> FloatOrTensor:
-    """s t / (1 + (s - 1) t) of t in [0, 1], tensor or float: multiplies sigma by s; s <= 0 is the identity (release)."""
+    """s t / (1 + (s - 1) t) of t in [0, 1], tensor or float: multiplies sigma by s; s <= 0 is the
+    identity (release).
+    """
     return t if shift <= 0 else shift * t / (1 + (shift - 1) * t)
 
 
@@ -69,10 +77,12 @@ def unshift_time(t: FloatOrTensor, shift: float) -> FloatOrTensor:
 
 
 def per_frame(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """View of a time [B, 1] (one per sample) or [B, T] (one per frame) that broadcasts over x [B, C, T, H, W].
+    """View of a time [B, 1] (one per sample) or [B, T] (one per frame) that broadcasts over x [B,
+    C, T, H, W].
 
-    Returns [B, 1, 1, 1, 1] or [B, 1, T, 1, 1] in the dtype of `t`. Raises `ValueError` on anything else; [B] is refused because against
-    square data it would broadcast over the width without a word.
+    Returns [B, 1, 1, 1, 1] or [B, 1, T, 1, 1] in the dtype of `t`. Raises `ValueError` on anything
+    else; [B] is refused because against square data it would broadcast over the width without a
+    word.
     """
     if x.dim() != 5:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected [B, C, T, H, W]")

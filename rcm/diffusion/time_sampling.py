@@ -1,4 +1,5 @@
-"""Training-time distributions over RF time, per video or per block (Causal_rCM.md sections 1, 3, 4).
+"""Training-time distributions over RF time, per video or per block (Causal_rCM.md sections 1, 3,
+4).
 
 Every draw is float64 on the device of the generator it is given, and lies in [0, 1].
 """
@@ -38,7 +39,9 @@ class TimeLaw(Protocol):
 
 @dataclass(frozen=True)
 class LogNormal:
-    """log sigma ~ N(p_mean, p_std^2) and t = sigma / (1 + sigma): t is logit-normal. `ConfigError` unless p_std > 0."""
+    """log sigma ~ N(p_mean, p_std^2) and t = sigma / (1 + sigma): t is logit-normal. `ConfigError`
+    unless p_std > 0.
+    """
 
     p_mean: float
     p_std: float
@@ -85,7 +88,8 @@ class UniformShift:
 class TimeLawConfig(Record):
     """Which law, and its numbers."""
 
-    law: Literal["lognormal", "uniform_shift"] = "lognormal"  # `LogNormal` reads p_mean and p_std, `UniformShift` shift
+    # `LogNormal` reads p_mean and p_std, `UniformShift` shift
+    law: Literal["lognormal", "uniform_shift"] = "lognormal"
     p_mean: float = -0.8  # mean of log sigma
     p_std: float = 1.6  # standard deviation of log sigma
     shift: float = 5.0  # s, in 0.001 to 1000
@@ -104,11 +108,11 @@ class TimeLawConfig(Record):
 
 @dataclass(frozen=True)
 class ConsistencyGrid:
-    """Adjacent times of discrete consistency: steps of 1/num_steps in unshifted time from a continuous random phase
-    (Causal_rCM.md section 4).
+    """Adjacent times of discrete consistency: steps of 1/num_steps in unshifted time from a
+    continuous random phase (Causal_rCM.md section 4).
 
-    `skip` teacher steps separate student and target. Bidirectional shift 5, causal 3; both num_steps 48, skip 1. Raises `ConfigError`
-    unless 1 <= skip <= num_steps.
+    `skip` teacher steps separate student and target. Bidirectional shift 5, causal 3; both
+    num_steps 48, skip 1. Raises `ConfigError` unless 1 <= skip <= num_steps.
     """
 
     num_steps: int = 48
@@ -120,12 +124,16 @@ class ConsistencyGrid:
             raise ConfigError(f"dcm_skipping_interval_steps={self.skip} must lie in 1..{self.num_steps} (dcm_total_steps={self.num_steps})")
 
     def sample(self, batch: int, *, generator: torch.Generator) -> torch.Tensor:
-        """Float64 [B, skip + 1], strictly decreasing along dim 1: column 0 is the student's time, the last one the target's, >= 0."""
+        """Float64 [B, skip + 1], strictly decreasing along dim 1: column 0 is the student's time,
+        the last one the target's, >= 0.
+        """
         phase = torch.rand((batch, 1), generator=generator, device=generator.device, dtype=torch.float64)
         return self.times((1 - self.skip / self.num_steps) * phase)
 
     def times(self, u: torch.Tensor) -> torch.Tensor:
-        """t_k = shift(1 - (u + k / num_steps)), k = 0..skip, for phases u [B, 1] in [0, 1 - skip / num_steps]: [B, skip + 1]."""
+        """t_k = shift(1 - (u + k / num_steps)), k = 0..skip, for phases u [B, 1] in [0, 1 - skip /
+        num_steps]: [B, skip + 1].
+        """
         if u.dim() != 2 or u.shape[1] != 1:
             raise ValueError(f"phase u has shape {tuple(u.shape)}, expected [B, 1]")
         k = torch.arange(self.skip + 1, device=u.device, dtype=u.dtype)
@@ -141,12 +149,14 @@ def block_times(
     num_frames: int,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """RF times of every frame, float64 [batch, num_frames], constant inside a block (Causal_rCM.md section 3).
+    """RF times of every frame, float64 [batch, num_frames], constant inside a block (Causal_rCM.md
+    section 3).
 
-    "same": one draw of `law` per video. "random": one per block, independent. "fopp" (frame-oriented probability propagation, after
-    SkyReels-V2 and AR-Diffusion): non-decreasing over blocks; a uniformly chosen anchor block follows `law`, blocks before it are sorted
-    draws of `law` conditioned below the anchor's time, blocks after it sorted draws conditioned above. Raises `ConfigError` on another
-    strategy or a pattern that does not fit.
+    "same": one draw of `law` per video. "random": one per block, independent. "fopp"
+    (frame-oriented probability propagation, after SkyReels-V2 and AR-Diffusion): non-decreasing
+    over blocks; a uniformly chosen anchor block follows `law`, blocks before it are sorted draws of
+    `law` conditioned below the anchor's time, blocks after it sorted draws conditioned above.
+    Raises `ConfigError` on another strategy or a pattern that does not fit.
     """
     num_blocks = pattern.num_blocks(num_frames)
     if strategy == "same":
@@ -170,16 +180,19 @@ def _fopp(law: TimeLaw, *, batch: int, num_blocks: int, generator: torch.Generat
 
     block = torch.arange(num_blocks, device=device).expand(batch, num_blocks)
     after = after.gather(1, (block - anchor - 1).clamp_min(0))
-    # Clamping to the anchor only removes rounding of icdf(cdf(.)): the order of the blocks is exact.
+    # Clamping to the anchor only removes rounding of icdf(cdf(.)): the order of the blocks is
+    # exact.
     left = torch.minimum(law.icdf(u_anchor * before), t_anchor)
     right = torch.maximum(law.icdf(u_anchor + (1 - u_anchor) * after), t_anchor)
     return torch.where(block < anchor, left, torch.where(block > anchor, right, t_anchor))
 
 
 def _sorted_uniforms(count: torch.Tensor, *, width: int, generator: torch.Generator) -> torch.Tensor:
-    """Row b: `count[b]` < width sorted uniforms on (0, 1) in its first columns, 1 in the rest; count [B, 1].
+    """Row b: `count[b]` < width sorted uniforms on (0, 1) in its first columns, 1 in the rest;
+    count [B, 1].
 
-    Partial sums of count + 1 exponential draws over their total are the order statistics of count uniforms.
+    Partial sums of count + 1 exponential draws over their total are the order statistics of count
+    uniforms.
     """
     uniform = torch.rand((count.shape[0], width), generator=generator, device=generator.device, dtype=torch.float64)
     sums = (-torch.log1p(-uniform)).cumsum(1)

@@ -1,5 +1,5 @@
-"""CLIP's image features for Wan2.1 I2V-14B: the ViT-H/14 half of the original file, run by transformers. docs/reference/wan.md#forward,
-docs/reference/encoders.md#clip.
+"""CLIP's image features for Wan2.1 I2V-14B: the ViT-H/14 half of the original file, run by
+transformers. docs/reference/wan.md#forward, docs/reference/encoders.md#clip.
 
 Shape legend: B images, H W their pixel size, N tokens (one for the class, one per patch), E width.
 """
@@ -41,7 +41,9 @@ _BLOCK = "transformer.{}."
 
 @dataclass(frozen=True)
 class CLIPShape(PublishedShape):
-    """Sizes of the vision half, whose names begin with `visual.` in the file; the defaults are ViT-H/14's at 224 pixels."""
+    """Sizes of the vision half, whose names begin with `visual.` in the file; the defaults are
+    ViT-H/14's at 224 pixels.
+    """
 
     dim: int = 1280
     mlp_dim: int = 5120
@@ -57,7 +59,9 @@ class CLIPShape(PublishedShape):
         return self.grid * self.patch
 
     def rows(self) -> list[Row]:
-        """Every tensor; Wan does not use the last, which projects the class token into the space shared with text."""
+        """Every tensor; Wan does not use the last, which projects the class token into the space
+        shared with text.
+        """
         dim, wide = self.dim, self.mlp_dim
         block = [
             *_affine("norm1", ("layer_norm1",), (dim,)),
@@ -85,9 +89,11 @@ def _affine(ours: str, theirs: tuple[str, ...], weight: tuple[int, ...]) -> Iter
 
 
 class ClipVision(LazyModule):
-    """Images to CLIP features [B, 257, 1280]: the output of the last block but one, without a final norm.
+    """Images to CLIP features [B, 257, 1280]: the output of the last block but one, without a final
+    norm.
 
-    Make one with `from_file`; the weights are read at the first image, or by `load()`, and freed by `unload()`.
+    Make one with `from_file`; the weights are read at the first image, or by `load()`, and freed by
+    `unload()`.
     """
 
     def __init__(self, weights: PublishedWeights[CLIPShape], *, device: torch.device | str, dtype: torch.dtype) -> None:
@@ -99,17 +105,21 @@ class ClipVision(LazyModule):
     def from_file(
         cls, path: str | Path = CLIP_FILE, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float16
     ) -> ClipVision:
-        """The encoder in the original `.pth` (or the same names in a safetensors file), whose text half is not read.
+        """The encoder in the original `.pth` (or the same names in a safetensors file), whose text
+        half is not read.
 
-        float16 is what the original runs in. Raises now: `CheckpointError` for a file that is missing, truncated or does not fit,
-        `ConfigError` for a dtype other than float16, bfloat16 and float32.
+        float16 is what the original runs in. Raises now: `CheckpointError` for a file that is
+        missing, truncated or does not fit, `ConfigError` for a dtype other than float16, bfloat16
+        and float32.
         """
         if dtype not in DTYPES:
             raise ConfigError(f"CLIP runs in float16, bfloat16 or float32, got dtype={dtype}")
         return cls(open_clip(path), device=device, dtype=dtype)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Features [B, N, E] in `dtype` on `device` of `images` [B, 3, H, W] in [-1, 1], of any size; `ConfigError` for another shape."""
+        """Features [B, N, E] in `dtype` on `device` of `images` [B, 3, H, W] in [-1, 1], of any
+        size; `ConfigError` for another shape.
+        """
         pixels = preprocess(images, size=self.shape.image_size).to(self.device, self.dtype)
         states = self.load()(pixel_values=pixels, output_hidden_states=True).hidden_states
         if len(states) != self.shape.layers + 1:
@@ -126,8 +136,8 @@ class ClipVision(LazyModule):
 def preprocess(images: torch.Tensor, *, size: int) -> torch.Tensor:
     """`images` [B, 3, H, W] in [-1, 1] as the float32 [B, 3, size, size] that CLIP was trained on.
 
-    Bicubic without antialiasing, whatever the aspect; mapped to [0, 1], not clamped; then (x - mean) / std per channel.
-    docs/reference/encoders.md#clip.
+    Bicubic without antialiasing, whatever the aspect; mapped to [0, 1], not clamped; then (x -
+    mean) / std per channel. docs/reference/encoders.md#clip.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ConfigError(f"CLIP takes float images [B, 3, H, W] in [-1, 1], got {images.dtype} {list(images.shape)}")
@@ -139,7 +149,8 @@ def preprocess(images: torch.Tensor, *, size: int) -> torch.Tensor:
 def open_clip(path: str | Path) -> PublishedWeights[CLIPShape]:
     """Open and check the vision half without reading it.
 
-    Raises `CheckpointError`: no such file (where to get it), truncated, or tensors missing, left over or misshapen (named).
+    Raises `CheckpointError`: no such file (where to get it), truncated, or tensors missing, left
+    over or misshapen (named).
     """
     file = open_container(path, hint=CLIP_MISSING)
     file.require_tensors_only()
@@ -151,7 +162,9 @@ def open_clip(path: str | Path) -> PublishedWeights[CLIPShape]:
 
 
 def load_clip(weights: PublishedWeights[CLIPShape], *, device: torch.device | str, dtype: torch.dtype) -> CLIPVisionModel:
-    """transformers' vision model with the weights of the file (`fill`: do not overwrite it while they are in use), on `device`."""
+    """transformers' vision model with the weights of the file (`fill`: do not overwrite it while
+    they are in use), on `device`.
+    """
     transformers = text_extra("transformers", purpose="the CLIP image encoder")
     shape = weights.shape
     config = transformers.CLIPVisionConfig(
@@ -169,7 +182,8 @@ def load_clip(weights: PublishedWeights[CLIPShape], *, device: torch.device | st
         model = transformers.CLIPVisionModel(config)
     net = getattr(model, "vision_model", model)  # transformers before version 5 has one level more
     fill(net, weights, device=device, dtype=dtype)
-    net.embeddings.position_ids = torch.arange(1 + shape.grid**2, device=device)[None]  # not stored, so still on meta
+    # not stored, so still on meta
+    net.embeddings.position_ids = torch.arange(1 + shape.grid**2, device=device)[None]
     return model.eval().requires_grad_(False)
 
 

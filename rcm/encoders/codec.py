@@ -1,6 +1,8 @@
-"""What the rest of the package asks of a video codec: causal in time, chunkable, with whitened latents.
+"""What the rest of the package asks of a video codec: causal in time, chunkable, with whitened
+latents.
 
-Shape legend: B batch, C latent channels, F pixel frames, T latent frames, H W pixel size, h w latent size.
+Shape legend: B batch, C latent channels, F pixel frames, T latent frames, H W pixel size, h w
+latent size.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ class LatentStream(Protocol):
     """A decoder in the middle of one video: it remembers what the codec needs of earlier chunks."""
 
     def decode_chunk(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pixels [B, 3, f, H, W] of the next latent frames [B, C, t, h, w]. Chunks concatenated along time equal `decode` of the whole."""
+        """Pixels [B, 3, f, H, W] of the next latent frames [B, C, t, h, w]. Chunks concatenated
+        along time equal `decode` of the whole.
+        """
         ...
 
     def state_copy(self) -> Any:
@@ -35,8 +39,8 @@ class LatentStream(Protocol):
 
 @runtime_checkable
 class LatentCodec(Protocol):
-    """Video in [-1, 1] to latents and back. The first pixel frame is a latent frame of its own; each further one covers
-    `temporal_stride` frames.
+    """Video in [-1, 1] to latents and back. The first pixel frame is a latent frame of its own;
+    each further one covers `temporal_stride` frames.
     """
 
     @property
@@ -55,15 +59,21 @@ class LatentCodec(Protocol):
         ...
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
-        """Latents [B, C, T, h, w] (float32 or wider) of `video` [B, 3, F, H, W] in [-1, 1]; `ConfigError` for sizes that do not fold."""
+        """Latents [B, C, T, h, w] (float32 or wider) of `video` [B, 3, F, H, W] in [-1, 1];
+        `ConfigError` for sizes that do not fold.
+        """
         ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pixels [B, 3, F, H, W] of latents [B, C, T, h, w]. Not clamped: whoever writes a file clamps."""
+        """Pixels [B, 3, F, H, W] of latents [B, C, T, h, w]. Not clamped: whoever writes a file
+        clamps.
+        """
         ...
 
     def latent_frames_for(self, num_frames: int) -> int:
-        """T of a video of `num_frames` pixel frames; `ConfigError` unless num_frames = 1 + k * temporal_stride."""
+        """T of a video of `num_frames` pixel frames; `ConfigError` unless num_frames = 1 + k *
+        temporal_stride.
+        """
         ...
 
     def frames_for(self, num_latent_frames: int) -> int:
@@ -80,7 +90,9 @@ class LatentCodec(Protocol):
 
 
 def latent_frames(num_frames: int, *, stride: int) -> int:
-    """T = 1 + (F - 1) / stride. `ConfigError`, naming the two nearest lengths that fold, when F is not 1 + k * stride."""
+    """T = 1 + (F - 1) / stride. `ConfigError`, naming the two nearest lengths that fold, when F is
+    not 1 + k * stride.
+    """
     if num_frames < 1 or (num_frames - 1) % stride:
         below = max(0, num_frames - 1) // stride * stride + 1
         raise ConfigError(

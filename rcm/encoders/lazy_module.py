@@ -11,7 +11,9 @@ from torch import nn
 
 
 class LazyModule:
-    """Holds `build(device)`'s network from the first `load()` to `unload()`; `device` says where it is, or will be built."""
+    """Holds `build(device)`'s network from the first `load()` to `unload()`; `device` says where it
+    is, or will be built.
+    """
 
     def __init__(self, build: Callable[[torch.device], nn.Module], *, device: torch.device | str) -> None:
         self._build = build
@@ -35,12 +37,16 @@ class LazyModule:
         return self._module
 
     def unload(self) -> None:
-        """Drop the network and give its memory back to the device, not only to torch's allocator."""
+        """Drop the network and give its memory back to the device, not only to torch's
+        allocator.
+        """
         self._module = None
         self._release()
 
     def to(self, device: torch.device | str) -> Self:
-        """Use `device` from now on, and return self; a loaded network moves there without a copy, or is freed if it does not fit."""
+        """Use `device` from now on, and return self; a loaded network moves there without a copy,
+        or is freed if it does not fit.
+        """
         target, left = torch.device(device), self._device
         if self._module is not None:
             try:
@@ -54,7 +60,8 @@ class LazyModule:
         return self
 
     def _release(self) -> None:
-        # a module in a reference cycle (hooks make them) would keep its storages until some later collection
+        # a module in a reference cycle (hooks make them) would keep its storages until some later
+        # collection
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

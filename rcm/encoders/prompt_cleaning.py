@@ -1,5 +1,5 @@
-"""A prompt as umT5 was shown it: repaired text, no HTML entities, single spaces; and which prompts say nothing.
-docs/reference/encoders.md#prompts.
+"""A prompt as umT5 was shown it: repaired text, no HTML entities, single spaces; and which prompts
+say nothing. docs/reference/encoders.md#prompts.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ _WHITESPACE = re.compile(r"\s+")
 
 
 def clean_prompt(prompt: str) -> str:
-    """`prompt` with broken Unicode repaired (ftfy), HTML entities resolved twice, runs of whitespace made one space, and ends stripped.
+    """`prompt` with broken Unicode repaired (ftfy), HTML entities resolved twice, runs of
+    whitespace made one space, and ends stripped.
 
-    Case is kept. ftfy also turns full-width punctuation into ASCII and curly quotes into straight ones, as when the model was trained.
-    A prompt that `says_nothing` becomes the empty one. Raises `ConfigError` when ftfy is not installed.
+    Case is kept. ftfy also turns full-width punctuation into ASCII and curly quotes into straight
+    ones, as when the model was trained. A prompt that `says_nothing` becomes the empty one. Raises
+    `ConfigError` when ftfy is not installed.
     """
     if says_nothing(prompt):
         return ""
@@ -35,14 +37,18 @@ def clean_prompt(prompt: str) -> str:
 
 
 def says_nothing(prompt: str) -> bool:
-    """Whether nothing of a prompt can be read: blanks, controls (NUL), characters of no width, also as HTML entities."""
+    """Whether nothing of a prompt can be read: blanks, controls (NUL), characters of no width, also
+    as HTML entities.
+    """
     return all(unicodedata.category(letter)[0] in "ZC" for letter in html.unescape(html.unescape(prompt)))
 
 
 def checked_prompts(named: Iterable[tuple[str, str]], *, allow_empty: bool, knob: str = "--allow_empty_prompt") -> list[str]:
-    """The prompts of (where it stands, prompt) pairs without blanks at their ends, "" for those that say nothing.
+    """The prompts of (where it stands, prompt) pairs without blanks at their ends, "" for those
+    that say nothing.
 
-    `ConfigError`, naming the place, for an empty one unless `allow_empty`, and for bytes of a command line that are no text.
+    `ConfigError`, naming the place, for an empty one unless `allow_empty`, and for bytes of a
+    command line that are no text.
     """
     prompts = []
     for where, prompt in named:

@@ -1,5 +1,6 @@
-"""Networks that transformers runs and others published under names of their own: one table of tensors for each, a file
-checked against it before a tensor is read, and transformers' module filled from it tensor by tensor.
+"""Networks that transformers runs and others published under names of their own: one table of
+tensors for each, a file checked against it before a tensor is read, and transformers' module filled
+from it tensor by tensor.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from rcm.storage.weight_files import WeightFile
 class Row(NamedTuple):
     """A tensor: published name, names in transformers, published shape.
 
-    Several names in transformers cut it along its first axis into equal parts; none means that transformers has no use
-    for it. Leading axes of size one that transformers does not have fall away.
+    Several names in transformers cut it along its first axis into equal parts; none means that
+    transformers has no use for it. Leading axes of size one that transformers does not have fall
+    away.
     """
 
     ours: str
@@ -45,13 +47,17 @@ class PublishedShape:
 
 
 def repeated(block: Iterable[Row], layers: int, *, ours: str, theirs: str) -> Iterator[Row]:
-    """The rows of all blocks: those of one after `ours` and `theirs`, in which the block's number stands for {}."""
+    """The rows of all blocks: those of one after `ours` and `theirs`, in which the block's number
+    stands for {}.
+    """
     for i, row in product(range(layers), block):
         yield Row(ours.format(i) + row.ours, tuple(theirs.format(i) + name for name in row.theirs), row.shape)
 
 
 def count_blocks(names: Iterable[str], begin: str) -> int:
-    """How many numbers stand for {} where `names` begin like `begin`; the largest number alone would be the file's to choose."""
+    """How many numbers stand for {} where `names` begin like `begin`; the largest number alone
+    would be the file's to choose.
+    """
     key = re.compile(re.escape(begin).replace(r"\{\}", r"(\d+)"))
     return len({int(found[1]) for name in names if (found := key.match(name))})
 
@@ -61,7 +67,9 @@ S = TypeVar("S", bound=PublishedShape)
 
 @dataclass(frozen=True)
 class PublishedWeights(Generic[S]):
-    """A file that was found to hold exactly one network: `names` gives the stored name of every published one."""
+    """A file that was found to hold exactly one network: `names` gives the stored name of every
+    published one.
+    """
 
     file: WeightFile
     names: Mapping[str, str]
@@ -69,10 +77,11 @@ class PublishedWeights(Generic[S]):
 
 
 def checked(file: WeightFile, names: Mapping[str, str], *, shape_of: Callable[..., S], network: str) -> PublishedWeights[S]:
-    """The weights that `file` stores under `names`, of the sizes that `shape_of(shapes, path=...)` finds; none is read.
+    """The weights that `file` stores under `names`, of the sizes that `shape_of(shapes, path=...)`
+    finds; none is read.
 
-    Raises `CheckpointError` where tensors of `network` (in words) are missing, left over, misshapen (named) or no plain
-    floats.
+    Raises `CheckpointError` where tensors of `network` (in words) are missing, left over, misshapen
+    (named) or no plain floats.
     """
     stored = shapes_of(file)
     shapes = {name: stored[place] for name, place in names.items()}
@@ -86,9 +95,11 @@ def checked(file: WeightFile, names: Mapping[str, str], *, shape_of: Callable[..
 def fill(
     model: nn.Module, weights: PublishedWeights, *, device: torch.device | str, dtype: torch.dtype, tied: Mapping[str, str] | None = None
 ) -> None:
-    """Give transformers' `model`, which is on the meta device, the parameters in the file; `tied`: second name -> first.
+    """Give transformers' `model`, which is on the meta device, the parameters in the file; `tied`:
+    second name -> first.
 
-    Nothing is held twice: on the CPU in the dtype of a torch pickle the parameters are views of the mapped file.
+    Nothing is held twice: on the CPU in the dtype of a torch pickle the parameters are views of the
+    mapped file.
     """
     axes, state = {name: tensor.ndim for name, tensor in model.state_dict().items()}, {}
     for row in weights.shape.rows():
@@ -96,7 +107,8 @@ def fill(
             continue
         tensor = weights.file[weights.names[row.ours]].to(device).to(dtype)
         for name, part in zip(row.theirs, tensor.chunk(len(row.theirs)), strict=True):
-            alone = part.clone() if len(row.theirs) > 1 else part  # a view would keep the other parts alive
+            # a view would keep the other parts alive
+            alone = part.clone() if len(row.theirs) > 1 else part
             state[name] = alone[(0,) * (alone.ndim - axes[name])]
     state |= {second: state[first] for second, first in (tied or {}).items()}
     model.load_state_dict(state, strict=True, assign=True)

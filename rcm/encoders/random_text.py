@@ -1,4 +1,6 @@
-"""Embeddings with umT5's shape and nothing to load: for speed tests of everything behind the text encoder."""
+"""Embeddings with umT5's shape and nothing to load: for speed tests of everything behind the text
+encoder.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from rcm.encoders.text_cache import PromptRows
 
 
 class RandomRows:
-    """Standard normal rows that depend on (seed, prompt) only: one per word, and one for the end of the sentence."""
+    """Standard normal rows that depend on (seed, prompt) only: one per word, and one for the end of
+    the sentence.
+    """
 
     def __init__(self, *, text_len: int, text_dim: int, seed: int, dtype: torch.dtype) -> None:
         self.text_dim = text_dim
@@ -21,7 +25,9 @@ class RandomRows:
         return nn.Identity()
 
     def embed(self, cleaned: str, *, net: nn.Module, device: torch.device) -> PromptRows:
-        """Rows [words + 1, text_dim], at most text_len of them, the same on every device; words that did not fit are the cut."""
+        """Rows [words + 1, text_dim], at most text_len of them, the same on every device; words
+        that did not fit are the cut.
+        """
         words = cleaned.split()
         length = min(len(words) + 1, self._text_len)
         stream = generator(seed=self._seed, step=0, dp_rank=0, purpose=f"text of {cleaned}")

@@ -1,8 +1,8 @@
-"""The tiny decoder as a `LatentCodec`, for previews: loaded from its published file by name, streamed as Wan's own
-decoder is.
+"""The tiny decoder as a `LatentCodec`, for previews: loaded from its published file by name,
+streamed as Wan's own decoder is.
 
-It reads latents as the diffusion network makes them, whitened: no statistics are applied, and pixels come in [0, 1]
-out of the network, in [-1, 1] out of this codec.
+It reads latents as the diffusion network makes them, whitened: no statistics are applied, and
+pixels come in [0, 1] out of the network, in [-1, 1] out of this codec.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ PUBLISHED_AT = "taew2_1.pth is published at https://github.com/madebyollin/taehv
 
 
 class TinyDecoderCodec:
-    """A `LatentCodec` that only decodes. Its precision is the dtype of the weights; bfloat16 is the fast one."""
+    """A `LatentCodec` that only decodes. Its precision is the dtype of the weights; bfloat16 is the
+    fast one.
+    """
 
     temporal_stride = TEMPORAL_STRIDE
     spatial_stride = SPATIAL_STRIDE
@@ -57,8 +59,8 @@ class TinyDecoderCodec:
         seed: int = 0,
         config: TinyConfig | None = None,
     ) -> TinyDecoderCodec:
-        """The codec with random weights, for speed measurements and tests; its pictures are noise. Drawn in float32
-        on the CPU.
+        """The codec with random weights, for speed measurements and tests; its pictures are noise.
+        Drawn in float32 on the CPU.
         """
         net, generator = TinyDecoder(config), torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -83,7 +85,9 @@ class TinyDecoderCodec:
         return self.net.dtype
 
     def to(self, device: torch.device | str) -> TinyDecoderCodec:
-        """Move the weights and return self; open streams keep their state on the old device and refuse to go on."""
+        """Move the weights and return self; open streams keep their state on the old device and
+        refuse to go on.
+        """
         self.net.to(device)
         return self
 
@@ -100,23 +104,26 @@ class TinyDecoderCodec:
         return latent_grid(height, width, stride=self.spatial_stride)
 
     def encode(self, video: Tensor) -> Tensor:
-        """Refuses: what the network was conditioned on in training are latents of Wan's own encoder."""
+        """Refuses: what the network was conditioned on in training are latents of Wan's own
+        encoder.
+        """
         raise ConfigError(
             "the tiny decoder does not encode; encode with Wan's autoencoder (--vae_path), or leave --tiny_decoder out"
         )
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels [B, 3, F, H, W] of whitened latents [B, 16, T, h, w], in their dtype, on the codec's device, not
-        clamped.
+        """Pixels [B, 3, F, H, W] of whitened latents [B, 16, T, h, w], in their dtype, on the
+        codec's device, not clamped.
 
-        One latent frame at a time, as a stream does: the result is that of any split into chunks, bit for bit.
+        One latent frame at a time, as a stream does: the result is that of any split into chunks,
+        bit for bit.
         """
         require_latents(latents, channels=self.latent_channels)
         return self.stream().decode_chunk(latents)
 
     def stream(self, *, frames_per_step: int = 1, graphs: Graphs = "off") -> DecodeStream:
-        """A fresh streaming decoder, for one video or one batch in step; any number of streams may be open. See
-        `DecodeStream`.
+        """A fresh streaming decoder, for one video or one batch in step; any number of streams may
+        be open. See `DecodeStream`.
         """
         return DecodeStream(self.net, self._statistics, frames_per_step=frames_per_step, graphs=graphs)
 
@@ -130,13 +137,13 @@ class TinyDecoderCodec:
 
 
 def load_weights(net: TinyDecoder, path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Fill `net` (on the meta device or not) from a published file, cast to `dtype` on `device`; the encoder in it is
-    left.
+    """Fill `net` (on the meta device or not) from a published file, cast to `dtype` on `device`;
+    the encoder in it is left.
 
-    Everything is checked and read first. Raises `CheckpointError` for a file that is missing, damaged, of another
-    kind, or whose tensors (those of the encoder included, where it has them) are missing, extra or of other shapes;
-    `net` is then unchanged. Where the file grows more frames than the network, the last ones are taken, as their
-    author does.
+    Everything is checked and read first. Raises `CheckpointError` for a file that is missing,
+    damaged, of another kind, or whose tensors (those of the encoder included, where it has them)
+    are missing, extra or of other shapes; `net` is then unchanged. Where the file grows more frames
+    than the network, the last ones are taken, as their author does.
     """
     decoder = shapes_of(net.state_dict())
     file = open_container(path, hint=f"{PUBLISHED_AT}: name its place with --tiny_decoder")
@@ -153,13 +160,17 @@ def load_weights(net: TinyDecoder, path: str | Path, *, device: torch.device | s
 
 
 def _grows_more(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether a product over channels makes a whole number of times the frames that are wanted of it."""
+    """Whether a product over channels makes a whole number of times the frames that are wanted of
+    it.
+    """
     pointwise = len(found) == len(wanted) == 4 and found[1:] == wanted[1:] and wanted[2:] == (1, 1)
     return pointwise and found[0] > wanted[0] and found[0] % wanted[0] == 0
 
 
 def encoder_shapes(config: TinyConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the encoder in a published file: three levels of 64 channels, two of them halving time."""
+    """Names and shapes of the encoder in a published file: three levels of 64 channels, two of them
+    halving time.
+    """
     width = 64
     shapes: dict[str, tuple[int, ...]] = {"encoder.0.weight": (width, 3, 3, 3), "encoder.0.bias": (width,)}
     place = 2

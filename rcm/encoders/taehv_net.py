@@ -1,9 +1,10 @@
-"""The decoder of TAEHV (Boer Bohan, github.com/madebyollin/taehv) in its layout for Wan2.1: a small network that
-turns whitened latents into pictures of lower quality than the autoencoder's own decoder, at a few per cent of its
-arithmetic.
+"""The decoder of TAEHV (Boer Bohan, github.com/madebyollin/taehv) in its layout for Wan2.1: a small
+network that turns whitened latents into pictures of lower quality than the autoencoder's own
+decoder, at a few per cent of its arithmetic.
 
-Parameters carry the names and shapes of the published file; frames are channels-last everywhere: [B, T, H, W, C]. A
-block with memory sees, beside each frame of its input, the frame before it, zeros at the start of a video.
+Parameters carry the names and shapes of the published file; frames are channels-last everywhere:
+[B, T, H, W, C]. A block with memory sees, beside each frame of its input, the frame before it,
+zeros at the start of a video.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ BOUND = 3.0
 
 @dataclass(frozen=True)
 class Level:
-    """Blocks of `width` channels, then doubling in space, `grow` frames out of one, and a convolution to `narrower`."""
+    """Blocks of `width` channels, then doubling in space, `grow` frames out of one, and a
+    convolution to `narrower`.
+    """
 
     width: int
     grow: int
@@ -44,7 +47,9 @@ class TinyConfig:
 
 
 class MemoryBlock(nn.Module):
-    """relu(x + three convolutions of (x, the frame before)), each but the last followed by a ReLU."""
+    """relu(x + three convolutions of (x, the frame before)), each but the last followed by a
+    ReLU.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -63,8 +68,8 @@ class MemoryBlock(nn.Module):
 
 
 class Grow(nn.Module):
-    """`stride` frames out of each, by a product over channels: consecutive groups of its output are consecutive
-    frames.
+    """`stride` frames out of each, by a product over channels: consecutive groups of its output are
+    consecutive frames.
     """
 
     def __init__(self, width: int, stride: int) -> None:
@@ -79,9 +84,11 @@ class Grow(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """Whitened latents to pixels; one module serves any number of streams, each with a `StreamState` of its own.
+    """Whitened latents to pixels; one module serves any number of streams, each with a
+    `StreamState` of its own.
 
-    `TinyDecoderCodec.from_file` and `.random` give it values. `generation` counts changes of the weights.
+    `TinyDecoderCodec.from_file` and `.random` give it values. `generation` counts changes of the
+    weights.
     """
 
     def __init__(self, config: TinyConfig | None = None) -> None:
@@ -120,9 +127,9 @@ class TinyDecoder(nn.Module):
         return StreamState(self._slots, batch=batch, cells=cells, dtype=self.dtype, device=self.device)
 
     def decode_step(self, latents: Tensor, state: StreamState) -> Tensor:
-        """Pixels [B, T', 8 h, 8 w, 3] in [-1, 1], not clamped, of the next latent frames [B, T, h, w, C]; T' = 4 T,
-        and 3 less in the first call: of the frames that the first latent frame grows into, the video begins with the
-        last.
+        """Pixels [B, T', 8 h, 8 w, 3] in [-1, 1], not clamped, of the next latent frames [B, T, h,
+        w, C]; T' = 4 T, and 3 less in the first call: of the frames that the first latent frame
+        grows into, the video begins with the last.
         """
         x = BOUND * torch.tanh(latents / BOUND)
         last = len(self.decoder) - 1

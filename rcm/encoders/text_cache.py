@@ -1,6 +1,8 @@
-"""Embeddings on disk, one small safetensors file per prompt, named by a hash of everything that decides the numbers.
+"""Embeddings on disk, one small safetensors file per prompt, named by a hash of everything that
+decides the numbers.
 
-Several processes may share a folder: a file appears under its name only when it is complete, and equal names mean equal content.
+Several processes may share a folder: a file appears under its name only when it is complete, and
+equal names mean equal content.
 """
 
 from __future__ import annotations
@@ -25,14 +27,17 @@ FORMAT = 1  # raise it when the same key would give other numbers
 
 @dataclass(frozen=True)
 class PromptRows:
-    """The embedding of one prompt without its padding: `rows` [tokens, dim]; `cut` is the part of the prompt that did not fit."""
+    """The embedding of one prompt without its padding: `rows` [tokens, dim]; `cut` is the part of
+    the prompt that did not fit.
+    """
 
     rows: torch.Tensor
     cut: str = ""
 
 
 class EmbeddingCache:
-    """A folder of embeddings of one encoder; `identity` names its weights, tokenizer, length and dtype.
+    """A folder of embeddings of one encoder; `identity` names its weights, tokenizer, length and
+    dtype.
 
     Raises `ConfigError` if the folder cannot be made.
     """
@@ -52,7 +57,9 @@ class EmbeddingCache:
         return self._folder / f"{hashlib.blake2b(key.encode(), digest_size=20).hexdigest()}.safetensors"
 
     def get(self, prompt: str, *, text_len: int, text_dim: int, dtype: torch.dtype) -> PromptRows | None:
-        """The stored rows of a cleaned prompt, on the CPU; None if there are none, or (with a warning) if they cannot be trusted."""
+        """The stored rows of a cleaned prompt, on the CPU; None if there are none, or (with a
+        warning) if they cannot be trusted.
+        """
         path = self.path(prompt)
         try:
             with safe_open(path, framework="pt") as file:
@@ -69,7 +76,9 @@ class EmbeddingCache:
         return PromptRows(rows, meta.get("cut", ""))
 
     def put(self, prompt: str, found: PromptRows) -> None:
-        """Store the rows of a cleaned prompt. A full or read-only disk is a warning: the embedding is good, it is only not kept."""
+        """Store the rows of a cleaned prompt. A full or read-only disk is a warning: the embedding
+        is good, it is only not kept.
+        """
         meta = {"prompt": prompt, "cut": found.cut, **self._identity}
         data = save({"rows": found.rows.cpu().contiguous()}, metadata=meta)
         try:

@@ -9,9 +9,11 @@ from rcm.core.errors import ConfigError
 
 
 def text_extra(module: str, *, purpose: str) -> ModuleType:
-    """The imported `module`; `ConfigError` that names the extra to install when it is absent. `purpose` is the subject of the sentence.
+    """The imported `module`; `ConfigError` that names the extra to install when it is absent.
+    `purpose` is the subject of the sentence.
 
-    A package that is present but broken raises its own ImportError: installing it again would not be the cure.
+    A package that is present but broken raises its own ImportError: installing it again would not
+    be the cure.
     """
     try:
         return importlib.import_module(module)

@@ -10,8 +10,8 @@ import torch
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """Prompts to padded embeddings. Rows after a prompt's last token are exact zeros, as umT5 embeddings are stored
-    (docs/reference/encoders.md#umt5).
+    """Prompts to padded embeddings. Rows after a prompt's last token are exact zeros, as umT5
+    embeddings are stored (docs/reference/encoders.md#umt5).
     """
 
     @property
@@ -30,5 +30,7 @@ class TextEncoder(Protocol):
         ...
 
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Embeddings [len(prompts), text_len, text_dim]. The empty prompt is legal: one end-of-sentence row, then zeros."""
+        """Embeddings [len(prompts), text_len, text_dim]. The empty prompt is legal: one
+        end-of-sentence row, then zeros.
+        """
         ...

@@ -1,7 +1,9 @@
-"""umT5 as a text encoder: prompts to [B, 512, 4096] with exact zeros after each prompt's end. docs/reference/encoders.md#umt5.
+"""umT5 as a text encoder: prompts to [B, 512, 4096] with exact zeros after each prompt's end.
+docs/reference/encoders.md#umt5.
 
-The 11 GB are read at the first prompt that is not cached, and freed by `unload()`. Prompts go through the network one by one, padded to
-`text_len` with the pads masked, as the original does for a batch of one; so an embedding never depends on its neighbours in a batch.
+The 11 GB are read at the first prompt that is not cached, and freed by `unload()`. Prompts go
+through the network one by one, padded to `text_len` with the pads masked, as the original does for
+a batch of one; so an embedding never depends on its neighbours in a batch.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class RowSource(Protocol):
 
 
 class UMT5Rows:
-    """A `RowSource` that runs umT5 of the given `shape`, which `open_umt5` found in the file `weights`."""
+    """A `RowSource` that runs umT5 of the given `shape`, which `open_umt5` found in the file
+    `weights`.
+    """
 
     def __init__(self, weights: Path, *, shape: UMT5Shape, tokenizer: UMT5Tokenizer, text_len: int, dtype: torch.dtype) -> None:
         if tokenizer.vocab > shape.vocab:
@@ -59,11 +63,15 @@ class UMT5Rows:
         self._weights, self._tokenizer, self._text_len, self._dtype = weights, tokenizer, text_len, dtype
 
     def build(self, device: torch.device) -> nn.Module:
-        """The encoder; the file is opened again for every load, as it may have been replaced in the meantime."""
+        """The encoder; the file is opened again for every load, as it may have been replaced in the
+        meantime.
+        """
         return load_umt5(open_umt5(self._weights), device=device, dtype=self._dtype)
 
     def embed(self, cleaned: str, *, net: nn.Module, device: torch.device) -> PromptRows:
-        """Rows [tokens, text_dim] in the weights' dtype. Raises `NonFinite` if one is NaN or infinite."""
+        """Rows [tokens, text_dim] in the weights' dtype. Raises `NonFinite` if one is NaN or
+        infinite.
+        """
         tokens = self._tokenizer.tokens(cleaned, text_len=self._text_len)
         length = len(tokens.ids)
         ids = torch.full((1, self._text_len), PAD_ID)
@@ -81,9 +89,11 @@ class UMT5Rows:
 
 
 class UMT5TextEncoder(LazyModule):
-    """A `TextEncoder` for Wan: cleans, looks into the cache, encodes what is not there, pads with exact zeros.
+    """A `TextEncoder` for Wan: cleans, looks into the cache, encodes what is not there, pads with
+    exact zeros.
 
-    Make one with `from_files` or `random`. `text_len` rows of width `text_dim`; `dtype` is that of the embeddings.
+    Make one with `from_files` or `random`. `text_len` rows of width `text_dim`; `dtype` is that of
+    the embeddings.
     """
 
     def __init__(
@@ -115,16 +125,19 @@ class UMT5TextEncoder(LazyModule):
         text_len: int = TEXT_LEN,
         negative_prompt: str = NEGATIVE_PROMPT,
     ) -> UMT5TextEncoder:
-        """umT5 from its original `.pth`, a safetensors file or a folder of shards (original or transformers' names), read when needed.
+        """umT5 from its original `.pth`, a safetensors file or a folder of shards (original or
+        transformers' names), read when needed.
 
-        `tokenizer`: folder of google/umt5-xxl's files; None looks beside the weights. `cache`: a folder for embeddings, which processes
-        may share; with every prompt in it the weights are never read. Raises now: `CheckpointError` for weights that are missing,
-        truncated or do not fit, `ConfigError` for a missing tokenizer, an unsupported dtype or a missing package.
+        `tokenizer`: folder of google/umt5-xxl's files; None looks beside the weights. `cache`: a
+        folder for embeddings, which processes may share; with every prompt in it the weights are
+        never read. Raises now: `CheckpointError` for weights that are missing, truncated or do not
+        fit, `ConfigError` for a missing tokenizer, an unsupported dtype or a missing package.
         """
         weights = Path(weights)
         if dtype not in DTYPES:
             raise ConfigError(f"umT5 runs in bfloat16 or float32 (it overflows in float16), got dtype={dtype}")
-        shape = open_umt5(weights).shape  # before the tokenizer: whoever has neither file hears of the larger one first
+        # before the tokenizer: whoever has neither file hears of the larger one first
+        shape = open_umt5(weights).shape
         words = open_tokenizer(find_tokenizer(tokenizer, weights=weights))
         source = UMT5Rows(weights, shape=shape, tokenizer=words, text_len=text_len, dtype=dtype)
         store = None
@@ -148,14 +161,18 @@ class UMT5TextEncoder(LazyModule):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
     ) -> UMT5TextEncoder:
-        """Noise in umT5's shape that depends on (seed, prompt) alone, one row per word; no files. For speed tests: it means nothing."""
+        """Noise in umT5's shape that depends on (seed, prompt) alone, one row per word; no files.
+        For speed tests: it means nothing.
+        """
         source = RandomRows(text_len=text_len, text_dim=text_dim, seed=seed, dtype=dtype)
         return cls(source, text_len=text_len, device=device, dtype=dtype)
 
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Embeddings [len(prompts), text_len, text_dim] on `device`; equal prompts are encoded once.
+        """Embeddings [len(prompts), text_len, text_dim] on `device`; equal prompts are encoded
+        once.
 
-        A prompt that is too long is cut after `text_len - 1` tokens; a warning quotes the rest, also when the rows come from the cache.
+        A prompt that is too long is cut after `text_len - 1` tokens; a warning quotes the rest,
+        also when the rows come from the cache.
         """
         if isinstance(prompts, str):
             raise TypeError(f"encode takes a list of prompts, got one string {prompts[:80]!r}; wrap it in a list")
@@ -169,7 +186,9 @@ class UMT5TextEncoder(LazyModule):
 
     @contextmanager
     def loaded(self) -> Iterator[UMT5TextEncoder]:
-        """Inside, weights stay in memory once a prompt has needed them; on leaving they are freed."""
+        """Inside, weights stay in memory once a prompt has needed them; on leaving they are
+        freed.
+        """
         try:
             yield self
         finally:

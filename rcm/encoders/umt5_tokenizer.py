@@ -1,7 +1,8 @@
-"""umT5's tokenizer from local files: `tokenizer.json` through the tokenizers library, else `spiece.model` through sentencepiece.
+"""umT5's tokenizer from local files: `tokenizer.json` through the tokenizers library, else
+`spiece.model` through sentencepiece.
 
-The files are used as they are. transformers' tokenizer classes are not: from version 5 they rebuild normalisation and pre-tokenisation
-with settings of their own. Nothing is ever downloaded.
+The files are used as they are. transformers' tokenizer classes are not: from version 5 they rebuild
+normalisation and pre-tokenisation with settings of their own. Nothing is ever downloaded.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ BESIDE_WEIGHTS = ("google/umt5-xxl", "umt5-xxl", "tokenizer")  # the last: a dif
 
 @dataclass(frozen=True)
 class Tokens:
-    """Ids of a prompt, end-of-sentence included, and the part of the prompt that did not fit ("" if all did)."""
+    """Ids of a prompt, end-of-sentence included, and the part of the prompt that did not fit ("" if
+    all did).
+    """
 
     ids: list[int]
     cut: str
@@ -29,7 +32,9 @@ class Tokens:
 
 @dataclass(frozen=True)
 class UMT5Tokenizer:
-    """Turns cleaned prompts into ids; `identity` changes with the file. Made by `open_tokenizer`."""
+    """Turns cleaned prompts into ids; `identity` changes with the file. Made by
+    `open_tokenizer`.
+    """
 
     path: Path
     identity: str
@@ -38,7 +43,9 @@ class UMT5Tokenizer:
     pieces: Callable[[str], tuple[list[int], list[int]]]
 
     def tokens(self, cleaned: str, *, text_len: int) -> Tokens:
-        """At most `text_len` ids, the last of them end-of-sentence; the empty prompt is that id alone."""
+        """At most `text_len` ids, the last of them end-of-sentence; the empty prompt is that id
+        alone.
+        """
         ids, starts = self.pieces(cleaned)
         if len(ids) < text_len:
             return Tokens([*ids, self.end_id], "")
@@ -46,7 +53,8 @@ class UMT5Tokenizer:
 
 
 def find_tokenizer(given: str | Path | None, *, weights: Path) -> Path:
-    """The tokenizer file to use: in the folder (or the file) `given`, else in one of the usual folders beside the weights.
+    """The tokenizer file to use: in the folder (or the file) `given`, else in one of the usual
+    folders beside the weights.
 
     Raises `ConfigError` that lists the places and says where the files are published.
     """
@@ -66,7 +74,9 @@ def find_tokenizer(given: str | Path | None, *, weights: Path) -> Path:
 
 
 def open_tokenizer(path: Path) -> UMT5Tokenizer:
-    """The tokenizer in a file that `find_tokenizer` returned; `ConfigError` for a damaged file or one without an end-of-sentence token."""
+    """The tokenizer in a file that `find_tokenizer` returned; `ConfigError` for a damaged file or
+    one without an end-of-sentence token.
+    """
     identity = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
     return _from_json(path, identity) if path.name == FAST_FILE else _from_sentencepiece(path, identity)
 
@@ -84,7 +94,8 @@ def _from_json(path: Path, identity: str) -> UMT5Tokenizer:
         raise ConfigError(f"{path} has no end-of-sentence token {END_TOKEN!r}: not umT5's tokenizer")
 
     def pieces(text: str) -> tuple[list[int], list[int]]:
-        # without special tokens: the end-of-sentence id is added here, whatever the file's own template says
+        # without special tokens: the end-of-sentence id is added here, whatever the file's own
+        # template says
         encoding = tokenizer.encode(text, add_special_tokens=False)
         return list(encoding.ids), [start for start, _ in encoding.offsets]
 
@@ -110,7 +121,9 @@ def _from_sentencepiece(path: Path, identity: str) -> UMT5Tokenizer:
 
 
 def _starts(text: str, pieces: Sequence[str]) -> list[int]:
-    """Where each piece begins in `text`, by the pieces' lengths. Normalisation may shift it: good enough to quote what was cut."""
+    """Where each piece begins in `text`, by the pieces' lengths. Normalisation may shift it: good
+    enough to quote what was cut.
+    """
     starts, at = [], -1  # the first piece carries a space that the text does not have
     for piece in pieces:
         starts.append(min(max(at, 0), len(text)))

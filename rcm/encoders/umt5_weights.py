@@ -1,8 +1,11 @@
-"""umT5's encoder weights: names and shapes of the original file, the map to transformers' names, and filling transformers' encoder.
+"""umT5's encoder weights: names and shapes of the original file, the map to transformers' names,
+and filling transformers' encoder.
 
-docs/reference/encoders.md#umt5-weights, #umt5. Precision: every weight has the dtype asked for, `wo` included. transformers' own loader may
-keep `wo` in float32; the original ran everything in bfloat16, and that is what is repeated here. So is its order of rounding in the
-attention ("eager"): logits rounded, bias added, softmax in float32, rounded; fused attention kernels keep the logits in float32.
+docs/reference/encoders.md#umt5-weights, #umt5. Precision: every weight has the dtype asked for,
+`wo` included. transformers' own loader may keep `wo` in float32; the original ran everything in
+bfloat16, and that is what is repeated here. So is its order of rounding in the attention ("eager"):
+logits rounded, bias added, softmax in float32, rounded; fused attention kernels keep the logits in
+float32.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ NORM_EPS = 1e-6
 DTYPES = (torch.bfloat16, torch.float32)
 
 _BLOCK, _THEIR_BLOCK = "blocks.{}.", "encoder.block.{}."
-_SHARED, _TIED = "shared.weight", "encoder.embed_tokens.weight"  # the two names that transformers has for the token embedding
+# the two names that transformers has for the token embedding
+_SHARED, _TIED = "shared.weight", "encoder.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,9 @@ class UMT5Shape(PublishedShape):
     buckets: int = 32
 
     def rows(self) -> list[Row]:
-        """Every tensor: embedding, norm; per block attention with its position bias, and the gated feed-forward."""
+        """Every tensor: embedding, norm; per block attention with its position bias, and the gated
+        feed-forward.
+        """
         dim, inner, wide = self.dim, self.heads * self.head_dim, self.ffn_dim
         attention, dense = "layer.0.SelfAttention", "layer.1.DenseReluDense"
         block = [
@@ -71,7 +77,9 @@ class UMT5Shape(PublishedShape):
 
 
 def shape_of(shapes: Mapping[str, tuple[int, ...]], *, path: Path) -> UMT5Shape:
-    """The sizes that tensors with original names and these `shapes` imply; `CheckpointError` where they imply none."""
+    """The sizes that tensors with original names and these `shapes` imply; `CheckpointError` where
+    they imply none.
+    """
     try:
         vocab, dim = shapes["token_embedding.weight"]
         buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
@@ -89,7 +97,8 @@ def shape_of(shapes: Mapping[str, tuple[int, ...]], *, path: Path) -> UMT5Shape:
 def open_umt5(path: str | Path) -> PublishedWeights[UMT5Shape]:
     """Open and check umT5 weights with original or transformers' names without reading them.
 
-    Raises `CheckpointError`: no such file (where to get it), truncated, no umT5, or tensors missing, left over or misshapen (named).
+    Raises `CheckpointError`: no such file (where to get it), truncated, no umT5, or tensors
+    missing, left over or misshapen (named).
     """
     file = open_container(path, hint=UMT5_MISSING)
     file.require_tensors_only()
@@ -98,7 +107,9 @@ def open_umt5(path: str | Path) -> PublishedWeights[UMT5Shape]:
 
 
 def empty_umt5(shape: UMT5Shape) -> UMT5EncoderModel:
-    """transformers' encoder of this shape on the meta device, with its embedding tied and attention that rounds as the original."""
+    """transformers' encoder of this shape on the meta device, with its embedding tied and attention
+    that rounds as the original.
+    """
     transformers = text_extra("transformers", purpose="the umT5 text encoder")
     config = transformers.UMT5Config(
         vocab_size=shape.vocab,
@@ -116,13 +127,15 @@ def empty_umt5(shape: UMT5Shape) -> UMT5EncoderModel:
     )
     with torch.device("meta"):
         model = transformers.UMT5EncoderModel(config)
-    # one module under two names: two parameters over one storage would part at the next move to another device
+    # one module under two names: two parameters over one storage would part at the next move to
+    # another device
     model.set_input_embeddings(model.shared)
     return model
 
 
 def load_umt5(weights: PublishedWeights[UMT5Shape], *, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> UMT5EncoderModel:
-    """transformers' encoder with the weights of the file (`fill`: do not overwrite it while they are in use), on `device`.
+    """transformers' encoder with the weights of the file (`fill`: do not overwrite it while they
+    are in use), on `device`.
 
     Raises `ConfigError` for a dtype other than bfloat16 and float32 (umT5 overflows in float16).
     """
@@ -134,7 +147,9 @@ def load_umt5(weights: PublishedWeights[UMT5Shape], *, device: torch.device | st
 
 
 def _from_transformers(file: WeightFile) -> dict[str, str]:
-    """Stored name of every original name; foreign names stay as they are, so that the check of names reports them."""
+    """Stored name of every original name; foreign names stay as they are, so that the check of
+    names reports them.
+    """
     kept = [name for name in file if name != _TIED or _SHARED not in file]
     if len(kept) < len(file) and not torch.equal(file[_SHARED], file[_TIED]):
         raise CheckpointError(f"{file.path}: {_SHARED} and {_TIED} differ, but umT5's encoder has one token embedding")

@@ -1,7 +1,8 @@
-"""The Wan2.1 autoencoder as a `LatentCodec`: weights from the published file, whitened latents, whole videos, streams and tiles.
+"""The Wan2.1 autoencoder as a `LatentCodec`: weights from the published file, whitened latents,
+whole videos, streams and tiles.
 
-Shape legend: B batch, C = 16 latent channels, F pixel frames, T latent frames, H W pixel size, h w latent size.
-docs/reference/encoders.md#vae-layers.
+Shape legend: B batch, C = 16 latent channels, F pixel frames, T latent frames, H W pixel size, h w
+latent size. docs/reference/encoders.md#vae-layers.
 """
 
 from __future__ import annotations
@@ -43,9 +44,11 @@ ENCODE_STEP = 4
 class WanVAECodec:
     """A `LatentCodec` around a frozen `WanVAE`.
 
-    Precision is one choice, the dtype of the weights: float32 computes everything in float32 (convolutions on CUDA without TF32), as the
-    official code does; bfloat16 stores weights and activations in bfloat16, with sums, norms and statistics in float32, and is the fast
-    one. `tile`: side of spatial tiles in latent cells, None for whole frames (tiles are approximate, see `wan_vae_tiles`).
+    Precision is one choice, the dtype of the weights: float32 computes everything in float32
+    (convolutions on CUDA without TF32), as the official code does; bfloat16 stores weights and
+    activations in bfloat16, with sums, norms and statistics in float32, and is the fast one.
+    `tile`: side of spatial tiles in latent cells, None for whole frames (tiles are approximate, see
+    `wan_vae_tiles`).
     """
 
     temporal_stride = TEMPORAL_STRIDE
@@ -66,7 +69,9 @@ class WanVAECodec:
     def from_file(
         cls, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16, tile: int | None = None
     ) -> WanVAECodec:
-        """The codec with the weights of a .pth or .safetensors file, original or diffusers names; strict (`load_weights`)."""
+        """The codec with the weights of a .pth or .safetensors file, original or diffusers names;
+        strict (`load_weights`).
+        """
         require_dtype(dtype)
         with torch.device("meta"):
             vae = WanVAE()
@@ -83,7 +88,8 @@ class WanVAECodec:
         base_dim: int = 96,
         tile: int | None = None,
     ) -> WanVAECodec:
-        """The codec with random weights (gammas away from 1, biases away from 0), for speed measurements and tests; its pictures are noise.
+        """The codec with random weights (gammas away from 1, biases away from 0), for speed
+        measurements and tests; its pictures are noise.
 
         Drawn in float32 on `device`, so CPU and CUDA give different weights for one seed.
         """
@@ -111,7 +117,9 @@ class WanVAECodec:
         return self.vae.dtype
 
     def to(self, device: torch.device | str) -> WanVAECodec:
-        """Move the weights and return self; open streams keep their state on the old device and refuse to go on."""
+        """Move the weights and return self; open streams keep their state on the old device and
+        refuse to go on.
+        """
         self.vae.to(device)
         return self
 
@@ -128,11 +136,13 @@ class WanVAECodec:
         return latent_grid(height, width, stride=self.spatial_stride)
 
     def encode(self, video: Tensor, *, frames_per_step: int = ENCODE_STEP) -> Tensor:
-        """Whitened latent means [B, 16, T, h, w] float32 (float64 in a float64 codec) of `video` [B, 3, F, H, W] in [-1, 1].
+        """Whitened latent means [B, 16, T, h, w] float32 (float64 in a float64 codec) of `video`
+        [B, 3, F, H, W] in [-1, 1].
 
-        Deterministic: the variance is not used. One frame, then `frames_per_step` at a time (any multiple of 4 gives the same latents);
-        `video` may stay on the CPU, each step moves its frames. `ConfigError` for a wrong shape, an F that is not 1 + 4 k, an H or W that
-        is no multiple of 8, a dtype that is not floating.
+        Deterministic: the variance is not used. One frame, then `frames_per_step` at a time (any
+        multiple of 4 gives the same latents); `video` may stay on the CPU, each step moves its
+        frames. `ConfigError` for a wrong shape, an F that is not 1 + 4 k, an H or W that is no
+        multiple of 8, a dtype that is not floating.
         """
         if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
             raise ConfigError(f"the Wan autoencoder encodes floating [B, 3, F, H, W] in [-1, 1], got {video.dtype} {tuple(video.shape)}")
@@ -152,10 +162,12 @@ class WanVAECodec:
         return total
 
     def decode(self, latents: Tensor, *, frames_per_step: int = DECODE_STEP) -> Tensor:
-        """Pixels [B, 3, F, H, W] of whitened latents [B, 16, T, h, w], in their dtype, on the codec's device, not clamped.
+        """Pixels [B, 3, F, H, W] of whitened latents [B, 16, T, h, w], in their dtype, on the
+        codec's device, not clamped.
 
-        `frames_per_step` latent frames go through the network at once: more of them use the card better and take more memory; the result is
-        the same up to rounding. `ConfigError` for a wrong shape.
+        `frames_per_step` latent frames go through the network at once: more of them use the card
+        better and take more memory; the result is the same up to rounding. `ConfigError` for a
+        wrong shape.
         """
         require_latents(latents, channels=self.latent_channels)
         if self.tile is not None:
@@ -163,7 +175,9 @@ class WanVAECodec:
         return DecodeStream(self.vae, self.statistics, frames_per_step=frames_per_step).decode_chunk(latents)
 
     def stream(self, *, frames_per_step: int = 1, graphs: Graphs = "off") -> DecodeStream | TiledDecodeStream:
-        """A fresh streaming decoder, for one video or one batch in step; any number of streams may be open. See `DecodeStream`."""
+        """A fresh streaming decoder, for one video or one batch in step; any number of streams may
+        be open. See `DecodeStream`.
+        """
         if self.tile is None:
             return DecodeStream(self.vae, self.statistics, frames_per_step=frames_per_step, graphs=graphs)
         if graphs != "off":
@@ -171,9 +185,11 @@ class WanVAECodec:
         return TiledDecodeStream(self.vae, self.statistics, tile=self.tile, frames_per_step=frames_per_step)
 
     def warm_up(self, size: tuple[int, int], *, batch: int = 1, frames_per_step: int = 1) -> Compiled:
-        """Compile the kernels that a `stream` of videos of `size` = (H, W) pixels will launch, before its first frame (`compile_decoder`).
+        """Compile the kernels that a `stream` of videos of `size` = (H, W) pixels will launch,
+        before its first frame (`compile_decoder`).
 
-        May run in a thread beside other work. `compile_decoder` itself needs no codec, so it can run while the weights are read.
+        May run in a thread beside other work. `compile_decoder` itself needs no codec, so it can
+        run while the weights are read.
         """
         cells = self.latent_size(*size) if self.tile is None else (min(n, self.tile) for n in self.latent_size(*size))
         pixels = tuple(n * self.spatial_stride for n in cells)
@@ -181,12 +197,16 @@ class WanVAECodec:
         return compile_decoder(self.device, size=pixels, **options)
 
     def describe(self) -> dict[str, Any]:
-        """Name and file, as a checkpoint's self-description stores them; path None for random weights."""
+        """Name and file, as a checkpoint's self-description stores them; path None for random
+        weights.
+        """
         return {"name": "wan_vae", "path": self._path}
 
 
 def fill_random(vae: nn.Module, *, seed: int) -> None:
-    """Random weights in place: convolutions keep the size of what they see, gammas are 1 +- 0.2, biases +- 0.1."""
+    """Random weights in place: convolutions keep the size of what they see, gammas are 1 +- 0.2,
+    biases +- 0.1.
+    """
     generator = torch.Generator(device=next(vae.parameters()).device).manual_seed(seed)
     for name, parameter in vae.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)

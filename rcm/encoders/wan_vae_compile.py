@@ -1,4 +1,6 @@
-"""Kernels of the Wan decoder, compiled all at once before the first frame, while weights are still being read."""
+"""Kernels of the Wan decoder, compiled all at once before the first frame, while weights are still
+being read.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,9 @@ def compile_decoder(
     frames_per_step: int = 1,
     threads: int | None = None,
 ) -> Compiled:
-    """Compile what decoding a video of `size` = (H, W) pixels on `device` launches: its first frame, and steps of
-    `frames_per_step` latent frames. Needs no weights. Nothing is done where the decoder has no kernels of its own
-    (CPU).
+    """Compile what decoding a video of `size` = (H, W) pixels on `device` launches: its first
+    frame, and steps of `frames_per_step` latent frames. Needs no weights. Nothing is done where the
+    decoder has no kernels of its own (CPU).
     """
     if torch.device(device).type != "cuda":
         return Compiled()

@@ -1,8 +1,10 @@
-"""Building blocks of the Wan video autoencoder, in the cached form that defines it: every convolution over time sees the last frames of
-its input in earlier calls (docs/reference/encoders.md#vae-layers).
+"""Building blocks of the Wan video autoencoder, in the cached form that defines it: every
+convolution over time sees the last frames of its input in earlier calls
+(docs/reference/encoders.md#vae-layers).
 
-Parameters carry the names and shapes of the published file. Frames are channels-last everywhere: [B, T, H, W, C]. A block takes and
-returns `Features`, a sum that the next window carries out, so bias and residual cost no pass of their own.
+Parameters carry the names and shapes of the published file. Frames are channels-last everywhere:
+[B, T, H, W, C]. A block takes and returns `Features`, a sum that the next window carries out, so
+bias and residual cost no pass of their own.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ EDGE = (1, 1)
 
 
 class RMSNorm(nn.Module):
-    """Scale of a normalisation over channels: gamma [C, 1, ...] with `axes` trailing ones. y = x / |x| * sqrt(C) * gamma."""
+    """Scale of a normalisation over channels: gamma [C, 1, ...] with `axes` trailing ones. y = x /
+    |x| * sqrt(C) * gamma.
+    """
 
     def __init__(self, channels: int, *, axes: int = 3) -> None:
         super().__init__()
@@ -37,10 +41,12 @@ class RMSNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution's published parameters, and the packed weights it runs with, made again whenever the parameters change.
+    """A convolution's published parameters, and the packed weights it runs with, made again
+    whenever the parameters change.
 
-    weight [N, C, *taps] with 2 or 3 taps, bias [N]. `carries` frames of its input are remembered between calls (0: it has no slot).
-    `reads`: channels of the frames it is given, if more than C; those beyond are zeros, which fast copies need as filling.
+    weight [N, C, *taps] with 2 or 3 taps, bias [N]. `carries` frames of its input are remembered
+    between calls (0: it has no slot). `reads`: channels of the frames it is given, if more than C;
+    those beyond are zeros, which fast copies need as filling.
     """
 
     def __init__(
@@ -85,20 +91,26 @@ class Conv(nn.Module):
 
     def pointwise(self, x: Tensor, *, with_bias: bool = True) -> Tensor:
         """A convolution of one tap as a product over channels of [..., C]."""
-        if x.is_meta:  # a plan of kernels to compile: torch would import its decompositions, two seconds of a cold start
+        # a plan of kernels to compile: torch would import its decompositions, two seconds of a cold
+        # start
+        if x.is_meta:
             return x.new_empty(*x.shape[:-1], self.weight.shape[0])
         return F.linear(x, self.weight.flatten(1), self.bias if with_bias else None)
 
 
 class NearestThenConv(Conv):
-    """Nearest-neighbour doubling, then a 3x3 convolution, as one 2x2 convolution of the small image (`fold_nearest`)."""
+    """Nearest-neighbour doubling, then a 3x3 convolution, as one 2x2 convolution of the small image
+    (`fold_nearest`).
+    """
 
     def _kernel(self) -> Tensor:
         return fold_nearest(self.weight)
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, 3x3x3, norm, SiLU, 3x3x3, plus the input (through a 1x1x1 convolution where the channels change)."""
+    """norm, SiLU, 3x3x3, norm, SiLU, 3x3x3, plus the input (through a 1x1x1 convolution where the
+    channels change).
+    """
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -149,7 +161,9 @@ class AttentionBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Halve or double the image, and for "down3d" and "up3d" the frames. The first frame of a video is never folded in time."""
+    """Halve or double the image, and for "down3d" and "up3d" the frames. The first frame of a video
+    is never folded in time.
+    """
 
     def __init__(self, channels: int, *, kind: Resampling) -> None:
         super().__init__()
@@ -164,7 +178,9 @@ class Resample(nn.Module):
             self.time_conv = Conv(channels, channels, taps=(3, 1, 1), carries=1, stride=(2, 1, 1))
 
     def forward(self, features: Features, state: StreamState) -> Features:
-        """Features of half or twice the size; [B, T, ...] becomes T/2 or 2T behind the first frame for the kinds in three dimensions."""
+        """Features of half or twice the size; [B, T, ...] becomes T/2 or 2T behind the first frame
+        for the kinds in three dimensions.
+        """
         conv = self.resample["1"]
         if self.kind in ("up2d", "up3d"):
             if self.kind == "up3d" and state.started:
@@ -182,9 +198,11 @@ class Resample(nn.Module):
 
 
 def number_slots(root: nn.Module, order: Iterator[nn.Module], *, height: int = 1, width: int = 1) -> list[Slot]:
-    """Give every convolution that carries frames its index, in the order of the forward pass, and list the slots for one latent cell.
+    """Give every convolution that carries frames its index, in the order of the forward pass, and
+    list the slots for one latent cell.
 
-    `order` yields the blocks of `root` in that order. Slot sizes are relative: rows and columns per cell of the smallest image.
+    `order` yields the blocks of `root` in that order. Slot sizes are relative: rows and columns per
+    cell of the smallest image.
     """
     slots: list[Slot] = []
     scale = (height, width)

@@ -1,5 +1,5 @@
-"""The Wan2.1 video autoencoder (also used by Wan2.2 A14B): encoder and decoder with the published tensor names.
-docs/reference/encoders.md#vae-layers, #vae-names.
+"""The Wan2.1 video autoencoder (also used by Wan2.2 A14B): encoder and decoder with the published
+tensor names. docs/reference/encoders.md#vae-layers, #vae-names.
 
 Nothing here knows latent statistics, files or streams; the codec (rcm/encoders/wan_vae.py) does.
 """
@@ -30,14 +30,18 @@ ENCODER_BLOCKS, DECODER_BLOCKS = 2, 3
 
 @dataclass(frozen=True)
 class WanVAEConfig:
-    """Sizes that differ between the published autoencoder (`base_dim` 96: 126,892,531 parameters) and those of tests."""
+    """Sizes that differ between the published autoencoder (`base_dim` 96: 126,892,531 parameters)
+    and those of tests.
+    """
 
     base_dim: int = 96
     latent_channels: int = LATENT_CHANNELS
 
 
 class Encoder(nn.Module):
-    """Pixels [B, T, H, W, 3] to moments [B, T', H/8, W/8, 2 C]; T is 1 in the first call, then any multiple of 4."""
+    """Pixels [B, T, H, W, 3] to moments [B, T', H/8, W/8, 2 C]; T is 1 in the first call, then any
+    multiple of 4.
+    """
 
     def __init__(self, config: WanVAEConfig) -> None:
         super().__init__()
@@ -67,7 +71,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, T, h, w, C] to pixels [B, T', 8 h, 8 w, 3]; T is 1 in the first call (T' = 1), then anything (T' = 4 T)."""
+    """Latents [B, T, h, w, C] to pixels [B, T', 8 h, 8 w, 3]; T is 1 in the first call (T' = 1),
+    then anything (T' = 4 T).
+    """
 
     def __init__(self, config: WanVAEConfig) -> None:
         super().__init__()
@@ -93,14 +99,15 @@ class Decoder(nn.Module):
 
     @property
     def units(self) -> tuple[nn.Module, ...]:
-        """The blocks in their order, between any two of which the decoder may be cut; the first convolution goes with the first of them,
-        the head with the last.
+        """The blocks in their order, between any two of which the decoder may be cut; the first
+        convolution goes with the first of them, the head with the last.
         """
         return (*self.middle, *self.upsamples)
 
     def forward(self, x: Tensor, state: StreamState, units: range | None = None) -> Tensor:
-        """Pixels of the next latent frames; `state` is advanced. `units`: only those blocks, from the features before them to the features
-        behind them [B, T, H, W, C], rounded as the next block would.
+        """Pixels of the next latent frames; `state` is advanced. `units`: only those blocks, from
+        the features before them to the features behind them [B, T, H, W, C], rounded as the next
+        block would.
         """
         blocks = self.units
         part = units or range(len(blocks))
@@ -117,10 +124,11 @@ class Decoder(nn.Module):
 
 
 class WanVAE(nn.Module):
-    """Encoder, decoder and the two 1x1x1 convolutions between them and the latents: 194 tensors under their published names.
+    """Encoder, decoder and the two 1x1x1 convolutions between them and the latents: 194 tensors
+    under their published names.
 
-    Built without values (the weights are uninitialised memory); `WanVAECodec.from_file` and `.random` fill it. Latents here are the
-    network's own, not whitened.
+    Built without values (the weights are uninitialised memory); `WanVAECodec.from_file` and
+    `.random` fill it. Latents here are the network's own, not whitened.
     """
 
     def __init__(self, config: WanVAEConfig | None = None) -> None:
@@ -137,12 +145,16 @@ class WanVAE(nn.Module):
         return super()._apply(fn, recurse)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> object:
-        """As `nn.Module.load_state_dict`; counts as a change of the weights, like a move (`generation`), which captured steps watch."""
+        """As `nn.Module.load_state_dict`; counts as a change of the weights, like a move
+        (`generation`), which captured steps watch.
+        """
         self.generation += 1
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def use(self, form: Form | None) -> None:
-        """Run every convolution in `form`, None for the measured best of each; for benchmarks. What a form cannot compute raises."""
+        """Run every convolution in `form`, None for the measured best of each; for benchmarks. What
+        a form cannot compute raises.
+        """
         self.generation += 1
         for module in self.modules():
             if isinstance(module, Conv):
@@ -163,14 +175,15 @@ class WanVAE(nn.Module):
         return StreamState(self.encoder.slots, batch=batch, cells=cells, dtype=self.dtype, device=self.device)
 
     def decoder_state(self, *, batch: int, cells: tuple[int, int], units: range | None = None) -> StreamState:
-        """State of one decoded video (or batch in step) of latent size `cells`; 944,286,720 elements at 60x104 and base_dim 96. `units`:
-        what those blocks of the decoder remember.
+        """State of one decoded video (or batch in step) of latent size `cells`; 944,286,720
+        elements at 60x104 and base_dim 96. `units`: what those blocks of the decoder remember.
         """
         slots = self.decoder.slots if units is None else self.decoder.slots_of(units)
         return StreamState(slots, batch=batch, cells=cells, dtype=self.dtype, device=self.device)
 
     def encode_step(self, pixels: Tensor, state: StreamState) -> Tensor:
-        """Latent means [B, T', h, w, C] of the next pixel frames [B, T, H, W, 3]: one frame first, then multiples of 4.
+        """Latent means [B, T', h, w, C] of the next pixel frames [B, T, H, W, 3]: one frame first,
+        then multiples of 4.
 
         The published network predicts a log-variance too; encoding is deterministic and drops it.
         """
@@ -178,7 +191,9 @@ class WanVAE(nn.Module):
         return moments[..., : self.config.latent_channels]
 
     def decode_step(self, x: Tensor, state: StreamState, units: range | None = None) -> Tensor:
-        """Pixels [B, T', H, W, 3] of the next latent frames [B, T, h, w, C]: one frame first, then any number. `units`: see `Decoder`."""
+        """Pixels [B, T', H, W, 3] of the next latent frames [B, T, h, w, C]: one frame first, then
+        any number. `units`: see `Decoder`.
+        """
         return self.decoder(x if units is not None and units.start else self.conv2.pointwise(x), state, units)
 
 
@@ -191,7 +206,9 @@ def _head(channels_in: int, channels_out: int) -> nn.ModuleDict:
 
 
 def _run(x: Tensor, state: StreamState, *, enter: Conv | None, blocks: tuple[nn.Module, ...], head: nn.ModuleDict | None) -> Tensor:
-    """First convolution, blocks, then norm, SiLU and last convolution, where they are given; marks the first frame as passed."""
+    """First convolution, blocks, then norm, SiLU and last convolution, where they are given; marks
+    the first frame as passed.
+    """
     features = Features(x)
     if enter is not None:
         features = Features(enter.over(window(features, carried=state.frames(enter), border=EDGE).padded), enter.bias)

@@ -1,6 +1,8 @@
-"""The Wan decoder in stages, each on a rank of its own: a stage decodes one latent frame while the next stage decodes the one before.
+"""The Wan decoder in stages, each on a rank of its own: a stage decodes one latent frame while the
+next stage decodes the one before.
 
-What goes from stage to stage is the rounded sum that the next block would make first, so pixels are those of the whole decoder, bit by bit.
+What goes from stage to stage is the rounded sum that the next block would make first, so pixels are
+those of the whole decoder, bit by bit.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from rcm.encoders.wan_vae_state import StreamState
 from rcm.encoders.wan_vae_stream import DecodeStream, Graphs, LatentStatistics, steps_of
 
 NARROW = 72
-"""A convolution of C channels takes 1 + NARROW / C times as long as its arithmetic says: at 96 channels, where a third of the arithmetic
-is, half of the time is spent."""
+"""A convolution of C channels takes 1 + NARROW / C times as long as its arithmetic says: at 96
+channels, where a third of the arithmetic is, half of the time is spent.
+"""
 AHEAD = 2
 """Latent frames that a stage is ready to receive before it needs them."""
 
@@ -52,7 +55,9 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Boundary:
-    """What stands between two blocks of a decoder in its steady state: `frames` per latent frame, `scale` pixels per latent cell."""
+    """What stands between two blocks of a decoder in its steady state: `frames` per latent frame,
+    `scale` pixels per latent cell.
+    """
 
     channels: int
     frames: int
@@ -60,7 +65,9 @@ class Boundary:
 
 
 def stages_of(decoder: Decoder, count: int) -> list[range]:
-    """The blocks of `decoder` as `count` stages, the longest of which is as short as can be. `ValueError` for more stages than blocks."""
+    """The blocks of `decoder` as `count` stages, the longest of which is as short as can be.
+    `ValueError` for more stages than blocks.
+    """
     costs = [_cost(block, boundary_before(decoder, i)) for i, block in enumerate(decoder.units)]
     if not 1 <= count <= len(costs):
         raise ValueError(f"a decoder of {len(costs)} blocks makes 1 to {len(costs)} stages, not {count}")
@@ -92,8 +99,9 @@ def _cost(block: torch.nn.Module, at: Boundary) -> float:
 
 
 class StagedCodec:
-    """One stage of a codec's decoder, as a codec whose streams are stepped on all stages together, with the same latents. The last stage's
-    streams return pixels, the others None. `collective` tells whoever runs it that it waits for other ranks.
+    """One stage of a codec's decoder, as a codec whose streams are stepped on all stages together,
+    with the same latents. The last stage's streams return pixels, the others None. `collective`
+    tells whoever runs it that it waits for other ranks.
     """
 
     collective = True
@@ -149,7 +157,8 @@ class StageStream(DecodeStream):
             for shape in expected[i + AHEAD : i + AHEAD + 1]:
                 self._expect(shape)
             if pixels is None:
-                self._sink.send(piece if self._graphs == "off" else piece.clone())  # the next replay writes it again
+                # the next replay writes it again
+                self._sink.send(piece if self._graphs == "off" else piece.clone())
             else:
                 pixels[:, :, done : done + piece.shape[1]] = piece.permute(0, 4, 1, 2, 3)
                 done += piece.shape[1]

@@ -1,7 +1,8 @@
-"""What an autoencoder remembers between two calls on one video: preallocated frames per convolution, outside the module.
+"""What an autoencoder remembers between two calls on one video: preallocated frames per
+convolution, outside the module.
 
-Frames are overwritten in place, so addresses and shapes never change, one module serves any number of streams, and a step can be
-captured in a CUDA graph. docs/reference/encoders.md#vae-layers.
+Frames are overwritten in place, so addresses and shapes never change, one module serves any number
+of streams, and a step can be captured in a CUDA graph. docs/reference/encoders.md#vae-layers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from rcm.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Slot:
-    """The frames one convolution remembers: `frames` of `channels`, and its image size per latent cell."""
+    """The frames one convolution remembers: `frames` of `channels`, and its image size per latent
+    cell.
+    """
 
     frames: int
     rows: int
@@ -33,9 +36,11 @@ class Carrying(Protocol):
 
 
 class StreamState:
-    """Carried frames [B, K, H, W, C] of every slot, zero at the start of a video, and whether the first frame has passed.
+    """Carried frames [B, K, H, W, C] of every slot, zero at the start of a video, and whether the
+    first frame has passed.
 
-    Zeros are exactly what the causal padding puts in front of a video. `cells` = (h, w) of the latent image.
+    Zeros are exactly what the causal padding puts in front of a video. `cells` = (h, w) of the
+    latent image.
     """
 
     def __init__(self, slots: Sequence[Slot], *, batch: int, cells: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
@@ -73,7 +78,9 @@ class StreamState:
             frames.zero_()
 
     def require_fit(self, *, batch: int, cells: tuple[int, int], device: torch.device, dtype: torch.dtype) -> None:
-        """`ConfigError` unless a chunk of this batch and latent size, on weights of this device and dtype, belongs to the video at hand."""
+        """`ConfigError` unless a chunk of this batch and latent size, on weights of this device and
+        dtype, belongs to the video at hand.
+        """
         if (batch, cells) != (self.batch, self.cells):
             raise ConfigError(
                 f"this stream serves a batch of {self.batch} at {self.cells[0]}x{self.cells[1]} latent cells, got {batch} at "

@@ -1,8 +1,10 @@
-"""Decoding and encoding in calls, with everything remembered in the stream: any split of a video gives the result of one call.
+"""Decoding and encoding in calls, with everything remembered in the stream: any split of a video
+gives the result of one call.
 
-The first frame of a video is special (it is not folded in time); the rule is handled here, whatever the first chunk holds. Latents at this
-level are whitened [B, C, T, h, w], pixels [B, 3, F, H, W]; the network's channels-last frames stay inside.
-docs/reference/encoders.md#vae-normalisation, #vae-layers.
+The first frame of a video is special (it is not folded in time); the rule is handled here, whatever
+the first chunk holds. Latents at this level are whitened [B, C, T, h, w], pixels [B, 3, F, H, W];
+the network's channels-last frames stay inside. docs/reference/encoders.md#vae-normalisation,
+#vae-layers.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ Graphs = Literal["off", "on"]
 
 
 class ChunkDecoder(Protocol):
-    """What a `DecodeStream` runs: a network whose memory of a video is outside of it. `generation` counts changes of its weights."""
+    """What a `DecodeStream` runs: a network whose memory of a video is outside of it. `generation`
+    counts changes of its weights.
+    """
 
     config: Any
     generation: int
@@ -45,13 +49,17 @@ class ChunkDecoder(Protocol):
         ...
 
     def decode_step(self, latents: Tensor, state: StreamState) -> Tensor:
-        """Pixels [B, T', H, W, 3] of the next latent frames [B, T, h, w, C]: one frame first, then any number."""
+        """Pixels [B, T', H, W, 3] of the next latent frames [B, T, h, w, C]: one frame first, then
+        any number.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Mean and standard deviation per latent channel [C], float64, of the network's latents; whitened ones have 0 and 1."""
+    """Mean and standard deviation per latent channel [C], float64, of the network's latents;
+    whitened ones have 0 and 1.
+    """
 
     mean: Tensor
     std: Tensor
@@ -70,10 +78,12 @@ class LatentStatistics:
 
 
 class DecodeStream:
-    """A `LatentStream` over one video, or one batch in step. `frames_per_step` latent frames go through the network at once.
+    """A `LatentStream` over one video, or one batch in step. `frames_per_step` latent frames go
+    through the network at once.
 
-    `graphs="on"` (CUDA): the first steady step of a length runs as usual, the second is captured, later ones are replayed; one capture
-    per length, bound to this stream. Memory: the state (1.8 GiB in bfloat16 at 480x832) and the activations of one step.
+    `graphs="on"` (CUDA): the first steady step of a length runs as usual, the second is captured,
+    later ones are replayed; one capture per length, bound to this stream. Memory: the state (1.8
+    GiB in bfloat16 at 480x832) and the activations of one step.
     """
 
     def __init__(self, vae: ChunkDecoder, statistics: LatentStatistics, *, frames_per_step: int = 1, graphs: Graphs = "off") -> None:
@@ -96,10 +106,12 @@ class DecodeStream:
 
     @torch.no_grad()
     def decode_chunk(self, latents: Tensor) -> Tensor:
-        """Pixels [B, 3, f, H, W] of the next whitened latent frames [B, C, t, h, w], in the dtype of `latents` on the codec's device.
+        """Pixels [B, 3, f, H, W] of the next whitened latent frames [B, C, t, h, w], in the dtype
+        of `latents` on the codec's device.
 
-        f = 4 t, less 3 in the first call. `ConfigError` for another batch or size than the first chunk's; `RuntimeError` after a call that
-        failed half-way (out of memory, say), since what is remembered is then of two moments.
+        f = 4 t, less 3 in the first call. `ConfigError` for another batch or size than the first
+        chunk's; `RuntimeError` after a call that failed half-way (out of memory, say), since what
+        is remembered is then of two moments.
         """
         if self._half_done:
             raise RuntimeError("an earlier chunk of this stream failed half-way; restart() it or open a new one with codec.stream()")
@@ -126,7 +138,9 @@ class DecodeStream:
         return pixels
 
     def restart(self) -> None:
-        """Begin another video of the same batch and size, in the memory (and with the captured steps) of this one."""
+        """Begin another video of the same batch and size, in the memory (and with the captured
+        steps) of this one.
+        """
         self._half_done = False
         if self._state is not None:
             self._state.restart()
@@ -193,7 +207,9 @@ class _CapturedStep:
 
 
 class TiledDecodeStream:
-    """A `LatentStream` that decodes tile by tile and blends (`wan_vae_tiles`); every tile remembers its own frames."""
+    """A `LatentStream` that decodes tile by tile and blends (`wan_vae_tiles`); every tile remembers
+    its own frames.
+    """
 
     def __init__(self, vae: WanVAE, statistics: LatentStatistics, *, tile: int, frames_per_step: int = 1) -> None:
         plan_tiles((tile, tile), tile=tile, scale=SPATIAL_STRIDE)
@@ -242,7 +258,9 @@ class TiledDecodeStream:
 
 
 def decode_in_tiles(vae: WanVAE, statistics: LatentStatistics, latents: Tensor, *, tile: int, frames_per_step: int) -> Tensor:
-    """A whole video, one tile through all its frames after the other, so that one tile's state is in memory at a time."""
+    """A whole video, one tile through all its frames after the other, so that one tile's state is
+    in memory at a time.
+    """
     plan = plan_tiles((latents.shape[3], latents.shape[4]), tile=tile, scale=SPATIAL_STRIDE)
     return blend_tiles(((t, DecodeStream(vae, statistics, frames_per_step=frames_per_step)) for t in plan), latents)
 
@@ -263,8 +281,8 @@ def blend_tiles(tiles: Iterator[tuple[Tile, DecodeStream]] | list[tuple[Tile, De
 
 @torch.no_grad()
 def encode_frames(vae: WanVAE, statistics: LatentStatistics, video: Tensor, *, frames_per_step: int) -> Tensor:
-    """Whitened latents [B, C, T, h, w], float32 or wider, of pixels [B, 3, F, H, W], F = 1 + 4 k; steps of `frames_per_step` pixel
-    frames, each moved to the autoencoder's device alone.
+    """Whitened latents [B, C, T, h, w], float32 or wider, of pixels [B, 3, F, H, W], F = 1 + 4 k;
+    steps of `frames_per_step` pixel frames, each moved to the autoencoder's device alone.
     """
     batch, _, count, height, width = video.shape
     cells = (height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
@@ -289,14 +307,18 @@ def require_latents(latents: Tensor, *, channels: int) -> None:
 
 @contextlib.contextmanager
 def network_scope(vae: WanVAE | ChunkDecoder) -> Iterator[None]:
-    """The codec's precision is its dtype: no autocast of the caller's, and float32 convolutions in float32 (not TF32)."""
+    """The codec's precision is its dtype: no autocast of the caller's, and float32 convolutions in
+    float32 (not TF32).
+    """
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
     with torch.autocast(vae.device.type, enabled=False), exact if vae.device.type == "cuda" else contextlib.nullcontext():
         yield
 
 
 def steps_of(count: int, *, first_alone: bool, most: int) -> Iterator[slice]:
-    """Consecutive slices of `count` frames: the first alone if nothing came before, then at most `most`."""
+    """Consecutive slices of `count` frames: the first alone if nothing came before, then at most
+    `most`.
+    """
     start = 0
     if first_alone and count:
         yield slice(0, 1)

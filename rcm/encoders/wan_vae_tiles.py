@@ -1,7 +1,8 @@
 """Spatial tiles with linear blending, for cards on which a whole frame does not fit.
 
-Approximate: a tile sees zeros beyond its border and its attention sees the tile alone, so pixels near seams differ from those of the whole
-frame, and blending hides it. Deterministic: tiles are visited in order. One tile that covers everything gives the untiled result.
+Approximate: a tile sees zeros beyond its border and its attention sees the tile alone, so pixels
+near seams differ from those of the whole frame, and blending hides it. Deterministic: tiles are
+visited in order. One tile that covers everything gives the untiled result.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ OVERLAP_PART = 4
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of one tile, in latent cells, and its blending weights per cell row and column at `scale` points per cell."""
+    """Rows and columns of one tile, in latent cells, and its blending weights per cell row and
+    column at `scale` points per cell.
+    """
 
     rows: slice
     columns: slice
@@ -32,16 +35,20 @@ class Tile:
         return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
 
     def add(self, piece: Tensor, total: Tensor, *, scale: int) -> None:
-        """Add `piece` [..., h, w] times the weights to its place in `total` [..., H, W], `scale` points per cell."""
+        """Add `piece` [..., h, w] times the weights to its place in `total` [..., H, W], `scale`
+        points per cell.
+        """
         place = total[..., self.rows.start * scale : self.rows.stop * scale, self.columns.start * scale : self.columns.stop * scale]
         rows, columns = self.row_weights.to(total), self.column_weights.to(total)
         place += piece.to(total.dtype) * rows[:, None] * columns
 
 
 def plan_tiles(cells: tuple[int, int], *, tile: int, scale: int) -> list[Tile]:
-    """Tiles of at most `tile` x `tile` latent cells that overlap by a quarter or more and whose weights add to 1 everywhere.
+    """Tiles of at most `tile` x `tile` latent cells that overlap by a quarter or more and whose
+    weights add to 1 everywhere.
 
-    `scale` points per cell in the blended result: 8 for pixels, 1 for latents. `ConfigError` for a tile below 4 cells.
+    `scale` points per cell in the blended result: 8 for pixels, 1 for latents. `ConfigError` for a
+    tile below 4 cells.
     """
     if tile < MIN_TILE:
         raise ConfigError(f"tile={tile} latent cells is too small; choose tile >= {MIN_TILE} (1 cell = 8 pixels), or None for whole frames")

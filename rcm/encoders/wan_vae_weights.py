@@ -1,7 +1,9 @@
-"""Files of the Wan autoencoder: reading them whole before anything changes, and the names of the two public formats.
+"""Files of the Wan autoencoder: reading them whole before anything changes, and the names of the
+two public formats.
 
-Original: `Wan2.1_VAE.pth`, a flat pickle of 194 float32 tensors. Diffusers: `vae/diffusion_pytorch_model.safetensors`, the same tensors
-under other names and with equal shapes. Either may come as .pth / .pt or .safetensors. docs/reference/encoders.md#vae-names.
+Original: `Wan2.1_VAE.pth`, a flat pickle of 194 float32 tensors. Diffusers:
+`vae/diffusion_pytorch_model.safetensors`, the same tensors under other names and with equal shapes.
+Either may come as .pth / .pt or .safetensors. docs/reference/encoders.md#vae-names.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ _UP_GROUP = 4
 
 
 def diffusers_name(original: str) -> str:
-    """The diffusers name of an original tensor name; `CheckpointError` for a name of neither encoder nor decoder."""
+    """The diffusers name of an original tensor name; `CheckpointError` for a name of neither
+    encoder nor decoder.
+    """
     block = _BLOCK.fullmatch(original)
     if block is not None:
         side, index, rest = block.group(1), int(block.group(2)), block.group(3)
@@ -65,13 +69,17 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_original(state: Mapping[str, Tensor], *, expected: Iterable[str]) -> dict[str, Tensor]:
-    """The same tensors under the original names; `expected` lists them all. Names of neither format stay."""
+    """The same tensors under the original names; `expected` lists them all. Names of neither format
+    stay.
+    """
     names = original_names(state, expected=expected)
     return {names[key]: value for key, value in state.items()}
 
 
 def original_names(names: Iterable[str], *, expected: Iterable[str]) -> dict[str, str]:
-    """Each of `names`, of either format, with its original name; `expected` lists the original ones. Names of neither format stay."""
+    """Each of `names`, of either format, with its original name; `expected` lists the original
+    ones. Names of neither format stay.
+    """
     names = list(names)
     if not any(name.startswith(_DIFFUSERS_MARK) for name in names):
         return {name: name for name in names}
@@ -80,10 +88,12 @@ def original_names(names: Iterable[str], *, expected: Iterable[str]) -> dict[str
 
 
 def load_weights(vae: nn.Module, path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Fill `vae` (on the meta device or not) from a file of either format, or diffusers' `vae` folder, cast to `dtype` on `device`.
+    """Fill `vae` (on the meta device or not) from a file of either format, or diffusers' `vae`
+    folder, cast to `dtype` on `device`.
 
-    Everything is checked and read first. Raises `CheckpointError` for a file that is missing, truncated, of another kind, or whose tensors
-    are missing, extra or of other shapes, each named; `vae` is then unchanged.
+    Everything is checked and read first. Raises `CheckpointError` for a file that is missing,
+    truncated, of another kind, or whose tensors are missing, extra or of other shapes, each named;
+    `vae` is then unchanged.
     """
     expected = shapes_of(vae.state_dict())
     file = open_container(path, hint=f"{PUBLISHED_AT}: put the file there, or name its place with --vae_path (tokenizer.vae_pth)")

@@ -1,5 +1,5 @@
-"""Comparing checkpoints on the same prompts and noise: means with bootstrap intervals, and paired differences, which noise does not
-blur.
+"""Comparing checkpoints on the same prompts and noise: means with bootstrap intervals, and paired
+differences, which noise does not blur.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Interval:
 
 
 def bootstrap(values: Sequence[float], *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Interval:
-    """The mean of `values` with the interval between the (1 - level) / 2 quantiles of means of resamples with replacement.
+    """The mean of `values` with the interval between the (1 - level) / 2 quantiles of means of
+    resamples with replacement.
 
     `ConfigError` for no values, or ones that are not finite.
     """
@@ -47,8 +48,9 @@ def bootstrap(values: Sequence[float], *, level: float = 0.95, draws: int = 2000
 
 @dataclass(frozen=True)
 class Comparison:
-    """Scores of several checkpoints over the same videos. `means` checkpoint -> metric -> interval; `differences` checkpoint -> metric ->
-    interval of its value less that of `reference`, video by video. `videos` the names that all have.
+    """Scores of several checkpoints over the same videos. `means` checkpoint -> metric -> interval;
+    `differences` checkpoint -> metric -> interval of its value less that of `reference`, video by
+    video. `videos` the names that all have.
     """
 
     reference: str
@@ -58,8 +60,8 @@ class Comparison:
 
 
 def compare(scores: Mapping[str, Mapping[str, ClipScores]], *, reference: str | None = None, level: float = 0.95) -> Comparison:
-    """Compare checkpoint -> video name -> scores. `reference` None: the first. `ConfigError` unless every checkpoint has the same
-    videos.
+    """Compare checkpoint -> video name -> scores. `reference` None: the first. `ConfigError` unless
+    every checkpoint has the same videos.
     """
     names = list(scores)
     reference = names[0] if reference is None else reference
@@ -83,8 +85,8 @@ def compare(scores: Mapping[str, Mapping[str, ClipScores]], *, reference: str | 
 
 
 def require_same_conditions(folders: Sequence[Path]) -> None:
-    """`ConfigError`, naming the first video, unless all runs gave the same text and seed to every video they share: prompts and noise
-    equal.
+    """`ConfigError`, naming the first video, unless all runs gave the same text and seed to every
+    video they share: prompts and noise equal.
     """
     runs = [(folder, read_manifest(folder)["videos"]) for folder in folders]
     first_folder, first = runs[0]

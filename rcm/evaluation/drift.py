@@ -1,6 +1,8 @@
-"""Drift of a long video: the same numbers over windows of it, each against the first window, and how they trend.
+"""Drift of a long video: the same numbers over windows of it, each against the first window, and
+how they trend.
 
-Windows are read one at a time, so a stream of any length needs the memory of one. Features are optional (extra `metrics`).
+Windows are read one at a time, so a stream of any length needs the memory of one. Features are
+optional (extra `metrics`).
 """
 
 from __future__ import annotations
@@ -18,12 +20,16 @@ from rcm.evaluation import metrics_pixels as pixels
 from rcm.evaluation.metrics_features import FrameFeatures
 
 SERIES = ("motion", "flicker", "sharpness", "detail", "noise", "brightness", "contrast", "tint", "embedding_distance")
-"""Numbers of a window. `tint` and `embedding_distance` are distances to the first window; the others are levels."""
+"""Numbers of a window. `tint` and `embedding_distance` are distances to the first window; the
+others are levels.
+"""
 
 
 @dataclass(frozen=True)
 class DriftWindow:
-    """One window: its first frame, number of frames, and its numbers. `embedding_distance` None without features."""
+    """One window: its first frame, number of frames, and its numbers. `embedding_distance` None
+    without features.
+    """
 
     start: int
     num_frames: int
@@ -43,9 +49,11 @@ class DriftWindow:
 
 
 def windows_of(frames: Iterable[Tensor], *, size: int, hop: int | None = None) -> Iterator[tuple[int, Tensor]]:
-    """(first frame, clip [size, 3, H, W] in [0, 1]) from pieces of a stream: uint8 [H, W, 3] frames, or chunks [3, f, H, W] in [-1, 1].
+    """(first frame, clip [size, 3, H, W] in [0, 1]) from pieces of a stream: uint8 [H, W, 3]
+    frames, or chunks [3, f, H, W] in [-1, 1].
 
-    `hop` frames apart (default: end to end); what is left at the end and shorter than `size` is not a window.
+    `hop` frames apart (default: end to end); what is left at the end and shorter than `size` is not
+    a window.
     """
     if size < 3 or (hop is not None and hop < 1):
         raise ConfigError(f"a drift window needs at least 3 frames and a positive hop, got {size} and {hop}")
@@ -64,7 +72,9 @@ def windows_of(frames: Iterable[Tensor], *, size: int, hop: int | None = None) -
 
 
 def measure_drift(windows: Iterable[tuple[int, Tensor]], *, features: FrameFeatures | None = None, stride: int = 4) -> list[DriftWindow]:
-    """The numbers of every window. `features` embeds every `stride`-th frame. `ConfigError` for no window at all."""
+    """The numbers of every window. `features` embeds every `stride`-th frame. `ConfigError` for no
+    window at all.
+    """
     found: list[DriftWindow] = []
     first_tint, first_embedding = None, None
     for start, clip in windows:
@@ -93,7 +103,9 @@ def measure_drift(windows: Iterable[tuple[int, Tensor]], *, features: FrameFeatu
 
 
 def series(windows: Sequence[DriftWindow], name: str) -> list[tuple[float, float]]:
-    """(first frame, value) of one number, for a chart; empty where it was not measured. `ConfigError` lists the names."""
+    """(first frame, value) of one number, for a chart; empty where it was not measured.
+    `ConfigError` lists the names.
+    """
     if name not in SERIES:
         raise ConfigError(f"no drift series {name!r}; there are {', '.join(SERIES)}")
     return [(float(w.start), getattr(w, name)) for w in windows if getattr(w, name) is not None]
@@ -110,7 +122,9 @@ def slope(windows: Sequence[DriftWindow], name: str) -> float:
 
 
 def summary(windows: Sequence[DriftWindow]) -> dict[str, dict[str, float]]:
-    """Series -> its first and last value, largest departure from the first, and slope per 1000 frames."""
+    """Series -> its first and last value, largest departure from the first, and slope per 1000
+    frames.
+    """
     found = {}
     for name in SERIES:
         values = [value for _, value in series(windows, name)]

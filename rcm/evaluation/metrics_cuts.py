@@ -1,4 +1,6 @@
-"""Probability of a cut at every frame, by TransNetV2 (Soucek and Lokoc 2020, arXiv 2008.04838), whose weights come in its package."""
+"""Probability of a cut at every frame, by TransNetV2 (Soucek and Lokoc 2020, arXiv 2008.04838),
+whose weights come in its package.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _HEIGHT, _WIDTH = 27, 48
 
 
 class CutDetector:
-    """The network, frozen. Making it leaves the global random state and determinism settings as they were, which the package does not."""
+    """The network, frozen. Making it leaves the global random state and determinism settings as
+    they were, which the package does not.
+    """
 
     def __init__(self, *, device: str = "cpu") -> None:
         try:
@@ -38,7 +42,9 @@ class CutDetector:
 
     @torch.no_grad()
     def __call__(self, clip: Tensor) -> Tensor:
-        """Probability [F] that a cut lies between a frame and the next, of a clip [F, 3, H, W] in [0, 1]."""
+        """Probability [F] that a cut lies between a frame and the next, of a clip [F, 3, H, W] in
+        [0, 1].
+        """
         small = functional.interpolate(clip, size=(_HEIGHT, _WIDTH), mode="bilinear", antialias=True, align_corners=False)
         frames = (small.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
         margin, count = (_WINDOW - _KEPT) // 2, frames.shape[0]

@@ -1,7 +1,9 @@
-"""Known harm to real clips, at three strengths, to see which metrics notice: what a judge must rank below the untouched clip.
+"""Known harm to real clips, at three strengths, to see which metrics notice: what a judge must rank
+below the untouched clip.
 
-Every function takes a source clip of at least `SOURCE_FRAMES` frames [F, 3, H, W] in [0, 1] and a strength 0, 1 or 2, and returns
-`CLIP_FRAMES` frames. Random choices come from a seed of (kind, strength).
+Every function takes a source clip of at least `SOURCE_FRAMES` frames [F, 3, H, W] in [0, 1] and a
+strength 0, 1 or 2, and returns `CLIP_FRAMES` frames. Random choices come from a seed of (kind,
+strength).
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ def colour_drift(source: Tensor, strength: int) -> Tensor:
 
 
 def chunk_jump(source: Tensor, strength: int) -> Tensor:
-    """From frame 16 on the picture is 2, 4 or 8 percent of its width further right, and darker by as much."""
+    """From frame 16 on the picture is 2, 4 or 8 percent of its width further right, and darker by
+    as much.
+    """
     share, clip = (0.02, 0.04, 0.08)[strength], untouched(source).clone()
     shift = max(1, round(share * clip.shape[3]))
     later = functional.pad(clip[16:], (shift, 0, 0, 0), mode="replicate")[..., : clip.shape[3]]
@@ -82,7 +86,9 @@ def repeated_chunk(source: Tensor, strength: int) -> Tensor:
 
 
 def compression(source: Tensor, strength: int) -> Tensor:
-    """Through x264 at a constant rate factor of 33, 40 or 47; the comparison is with the clip through no codec."""
+    """Through x264 at a constant rate factor of 33, 40 or 47; the comparison is with the clip
+    through no codec.
+    """
     clip = untouched(source)
     with tempfile.TemporaryDirectory() as folder:
         path = write_mp4(Path(folder) / "clip.mp4", clip.permute(1, 0, 2, 3) * 2 - 1, fps=16, crf=(33, 40, 47)[strength], pad=True)

@@ -1,7 +1,9 @@
-"""Features of frames from an ImageNet classifier (EfficientNet-Lite0) whose weights come in a package, and what is measured on them.
+"""Features of frames from an ImageNet classifier (EfficientNet-Lite0) whose weights come in a
+package, and what is measured on them.
 
-Mobile network of inverted bottlenecks (Tan and Le 2019, arXiv 1905.11946; the Lite variant has ReLU6 and no squeeze-excitation). These
-are not the networks of VBench or of FVD: numbers compare with each other, with nobody else's.
+Mobile network of inverted bottlenecks (Tan and Le 2019, arXiv 1905.11946; the Lite variant has
+ReLU6 and no squeeze-excitation). These are not the networks of VBench or of FVD: numbers compare
+with each other, with nobody else's.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class FrameFeatures:
 
     @torch.no_grad()
     def __call__(self, clip: Tensor) -> Tensor:
-        """Features [F, 1280] of a clip [F, 3, H, W] in [0, 1]; frames are resized to 224 x 224, whatever their shape."""
+        """Features [F, 1280] of a clip [F, 3, H, W] in [0, 1]; frames are resized to 224 x 224,
+        whatever their shape.
+        """
         return torch.cat([self._batch(part.to(self.device)) for part in clip.split(_BATCH)]).cpu()
 
     @torch.no_grad()
@@ -62,8 +66,8 @@ class FrameFeatures:
         return x + y if x.shape == y.shape else y
 
     def _conv(self, x: Tensor, name: str, *, stride: int = 1, groups: int = 1) -> Tensor:
-        """Convolution with the padding that makes the output ceil(size / stride), the odd pixel after the end: as the weights were
-        trained.
+        """Convolution with the padding that makes the output ceil(size / stride), the odd pixel
+        after the end: as the weights were trained.
         """
         weight = self._weights[f"{name}.weight"]
         kernel = weight.shape[-1]
@@ -79,28 +83,36 @@ class FrameFeatures:
 
 
 def consistency(features: Tensor) -> Tensor:
-    """Cosine of each frame's features with those of the frame before, and with those of the first, averaged [F - 1]."""
+    """Cosine of each frame's features with those of the frame before, and with those of the first,
+    averaged [F - 1].
+    """
     unit = functional.normalize(features, dim=1)
     return ((unit[1:] * unit[:-1]).sum(1) + (unit[1:] * unit[:1]).sum(1)) / 2
 
 
 def steps(features: Tensor) -> Tensor:
-    """One minus the cosine of neighbours [F - 1]: how far the picture's content moves from a frame to the next."""
+    """One minus the cosine of neighbours [F - 1]: how far the picture's content moves from a frame
+    to the next.
+    """
     unit = functional.normalize(features, dim=1)
     return (1 - (unit[1:] * unit[:-1]).sum(1)).clamp_min(0)
 
 
 def embedding_drift(features: Tensor, *, share: float = 0.25) -> float:
-    """One minus the cosine between the mean features of the first and of the last `share` of the frames."""
+    """One minus the cosine between the mean features of the first and of the last `share` of the
+    frames.
+    """
     count = max(1, round(share * features.shape[0]))
     first, last = features[:count].mean(0), features[-count:].mean(0)
     return float(1 - functional.cosine_similarity(first, last, dim=0))
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Frechet distance of two sets of features [N, D] taken as Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in float64.
+    """Frechet distance of two sets of features [N, D] taken as Gaussians: |m1 - m2|^2 + tr(C1 + C2
+    - 2 (C1 C2)^(1/2)), in float64.
 
-    Biased upward for few samples, so only sets of equal size compare. `ConfigError` for fewer than two samples or another width.
+    Biased upward for few samples, so only sets of equal size compare. `ConfigError` for fewer than
+    two samples or another width.
     """
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1] or min(len(first), len(second)) < 2:
         raise ConfigError(
@@ -108,6 +120,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
         )
     a, b = first.double(), second.double()
     centred = [(x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b)]
-    # the square root of C1 C2 has the singular values of X1 X2^T as its eigenvalues, so no matrix root is needed
+    # the square root of C1 C2 has the singular values of X1 X2^T as its eigenvalues, so no matrix
+    # root is needed
     cross = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + centred[0].square().sum() + centred[1].square().sum() - 2 * cross)

@@ -1,5 +1,5 @@
-"""Does the offline suite see known harm? Every clip is harmed in every way at every strength, measured, and ranked against itself
-untouched.
+"""Does the offline suite see known harm? Every clip is harmed in every way at every strength,
+measured, and ranked against itself untouched.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ SEEN = 1.0
 
 @dataclass(frozen=True)
 class Case:
-    """One harmed clip: name of the clip, kind and strength of the harm, the numbers untouched and harmed."""
+    """One harmed clip: name of the clip, kind and strength of the harm, the numbers untouched and
+    harmed.
+    """
 
     clip: str
     kind: str
@@ -57,7 +59,9 @@ def share_right(cases: Iterable[Case]) -> tuple[int, int]:
 
 
 def who_sees_what(cases: list[Case]) -> dict[str, dict[str, str]]:
-    """Kind -> metric -> "-" or the weakest strength (1 to 3) at which half of the clips are at least one step worse by that metric."""
+    """Kind -> metric -> "-" or the weakest strength (1 to 3) at which half of the clips are at
+    least one step worse by that metric.
+    """
     found: dict[str, dict[str, str]] = {}
     for kind in dict.fromkeys(case.kind for case in cases):
         row = {}
@@ -70,7 +74,9 @@ def who_sees_what(cases: list[Case]) -> dict[str, dict[str, str]]:
 
 
 def tables(cases: list[Case]) -> str:
-    """Two Markdown tables: right rankings by kind and strength, and who sees what from which strength."""
+    """Two Markdown tables: right rankings by kind and strength, and who sees what from which
+    strength.
+    """
     kinds = list(dict.fromkeys(case.kind for case in cases))
     lines = ["| harm | weak | middle | strong |", "|---|---|---|---|"]
     for kind in kinds:

@@ -1,7 +1,9 @@
-"""What pixel arithmetic tells of a clip: motion, flicker, freezes, jumps, repeats, sharpness, noise, blocks, colour.
+"""What pixel arithmetic tells of a clip: motion, flicker, freezes, jumps, repeats, sharpness,
+noise, blocks, colour.
 
-A clip is float32 [F, 3, H, W] in [0, 1]. Series have a value per frame or per pair of neighbours; single numbers come with the sense in
-which they get worse in `rcm.evaluation.metrics_suite`. F frames, at least two.
+A clip is float32 [F, 3, H, W] in [0, 1]. Series have a value per frame or per pair of neighbours;
+single numbers come with the sense in which they get worse in `rcm.evaluation.metrics_suite`. F
+frames, at least two.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ _FLOOR = 1e-4  # a fortieth of a grey level: differences below are numerical
 
 
 def clip_of(video: Tensor) -> Tensor:
-    """A clip from pixels [3, F, H, W] in [-1, 1]. `ConfigError` for another shape, fewer than two frames, or values that are not
-    finite.
+    """A clip from pixels [3, F, H, W] in [-1, 1]. `ConfigError` for another shape, fewer than two
+    frames, or values that are not finite.
     """
     if video.ndim != 4 or video.shape[0] != 3:
         raise ConfigError(f"a video is [3, F, H, W], got {list(video.shape)}")
@@ -38,19 +40,23 @@ def luma(clip: Tensor) -> Tensor:
 
 
 def differences(clip: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring frames [F - 1]. One minus its mean is the arithmetic of VBench's temporal_flickering."""
+    """Mean absolute difference of neighbouring frames [F - 1]. One minus its mean is the arithmetic
+    of VBench's temporal_flickering.
+    """
     return torch.stack([(b - a).abs().mean() for a, b in zip(clip[:-1], clip[1:], strict=True)])
 
 
 def flicker(clip: Tensor) -> Tensor:
-    """Second difference of the mean brightness [F - 2], absolute: light that goes up and down. A steady fade has none."""
+    """Second difference of the mean brightness [F - 2], absolute: light that goes up and down. A
+    steady fade has none.
+    """
     mean = luma(clip).mean((1, 2))
     return (mean[2:] - 2 * mean[1:-1] + mean[:-2]).abs()
 
 
 def unevenness(clip: Tensor) -> Tensor:
-    """How far a frame is from the middle of its neighbours, as a share of their distance, beyond the half that smooth motion of textured
-    things has [F - 2]; 0 where nothing moves.
+    """How far a frame is from the middle of its neighbours, as a share of their distance, beyond
+    the half that smooth motion of textured things has [F - 2]; 0 where nothing moves.
     """
     out = []
     for before, here, after in zip(clip[:-2], clip[1:-1], clip[2:], strict=True):
@@ -61,16 +67,20 @@ def unevenness(clip: Tensor) -> Tensor:
 
 
 def frozen(clip: Tensor) -> Tensor:
-    """Whether a frame repeats the one before it although the clip moves: 1 or 0 [F - 1]. Less than a tenth of the usual motion counts."""
+    """Whether a frame repeats the one before it although the clip moves: 1 or 0 [F - 1]. Less than
+    a tenth of the usual motion counts.
+    """
     moved = differences(clip)
     usual = moved.quantile(0.75)
     return (moved < 0.1 * usual).float() if usual > 10 * _FLOOR else torch.zeros_like(moved)
 
 
 def jumps(clip: Tensor, *, radius: int = 6) -> Tensor:
-    """Log ratio of each frame's change to the usual change around it [F - 1]: a cut, a dropped or a badly joined chunk stands out.
+    """Log ratio of each frame's change to the usual change around it [F - 1]: a cut, a dropped or a
+    badly joined chunk stands out.
 
-    The usual change is the upper quartile of the `radius` changes before and after, without the change itself and its neighbours' zeros.
+    The usual change is the upper quartile of the `radius` changes before and after, without the
+    change itself and its neighbours' zeros.
     """
     moved, count = differences(clip).clamp_min(_FLOOR), clip.shape[0] - 1
     out = []
@@ -81,7 +91,9 @@ def jumps(clip: Tensor, *, radius: int = 6) -> Tensor:
 
 
 def repeats(clip: Tensor) -> Tensor:
-    """Whether a frame shows what an earlier one (at least 4 frames before) showed, more nearly than its own neighbour: 1 or 0 [F]."""
+    """Whether a frame shows what an earlier one (at least 4 frames before) showed, more nearly than
+    its own neighbour: 1 or 0 [F].
+    """
     small = functional.adaptive_avg_pool2d(clip, (min(_SMALL, clip.shape[2]), min(_SMALL, clip.shape[3]))).flatten(1)
     apart = torch.cdist(small, small, p=1) / small.shape[1]
     near = apart.diagonal(offset=1)
@@ -95,13 +107,16 @@ def repeats(clip: Tensor) -> Tensor:
 
 
 def sharpness(clip: Tensor) -> Tensor:
-    """Log of the mean gradient of brightness [F], finest scale: falls with blur, rises with noise."""
+    """Log of the mean gradient of brightness [F], finest scale: falls with blur, rises with
+    noise.
+    """
     return _gradient(luma(clip)[:, None]).clamp_min(_FLOOR).log()
 
 
 def detail(clip: Tensor) -> Tensor:
-    """Log ratio of gradients at the finest scale to those at half the size [F], weighted by the latter: blur and compression take the
-    finest away, how much there is to see hardly matters, and grain in flat parts does not count.
+    """Log ratio of gradients at the finest scale to those at half the size [F], weighted by the
+    latter: blur and compression take the finest away, how much there is to see hardly matters, and
+    grain in flat parts does not count.
     """
     grey = luma(clip)[:, None]
     if min(grey.shape[2:]) < 4:
@@ -113,10 +128,11 @@ def detail(clip: Tensor) -> Tensor:
 
 
 def noise(clip: Tensor, *, size: int = 8) -> Tensor:
-    """Standard deviation of noise [F - 2]: what neither space nor time explains, in the quietest quarter of each frame's blocks.
+    """Standard deviation of noise [F - 2]: what neither space nor time explains, in the quietest
+    quarter of each frame's blocks.
 
-    A frame less the mean of its neighbours, under a Laplacian that flat and sloping surfaces cancel (Immerkaer 1996): still texture has
-    none, moving texture a little.
+    A frame less the mean of its neighbours, under a Laplacian that flat and sloping surfaces cancel
+    (Immerkaer 1996): still texture has none, moving texture a little.
     """
     grey = luma(clip)
     residual = (grey[1:-1] - (grey[:-2] + grey[2:]) / 2)[:, None]
@@ -129,8 +145,9 @@ def noise(clip: Tensor, *, size: int = 8) -> Tensor:
 
 
 def blockiness(clip: Tensor, *, size: int = 8) -> Tensor:
-    """Share of the borders of `size` x `size` blocks across which the picture steps more than across the lines beside [F], less the same
-    share for lines in the middle of the blocks: a codec's blocks. A few strong edges that lie on the grid count as few.
+    """Share of the borders of `size` x `size` blocks across which the picture steps more than
+    across the lines beside [F], less the same share for lines in the middle of the blocks: a
+    codec's blocks. A few strong edges that lie on the grid count as few.
     """
     grey = luma(clip)
     steps = ((grey[:, :, 1:] - grey[:, :, :-1]).abs().mean(1), (grey[:, 1:] - grey[:, :-1]).abs().mean(2))
@@ -143,8 +160,9 @@ def blockiness(clip: Tensor, *, size: int = 8) -> Tensor:
 
 
 def colour(clip: Tensor) -> Tensor:
-    """Mean brightness and contrast (standard deviation of brightness) of every frame, and its tint: log of red over green, and of blue
-    over green [F, 4]. A change of light leaves the tint as it is.
+    """Mean brightness and contrast (standard deviation of brightness) of every frame, and its tint:
+    log of red over green, and of blue over green [F, 4]. A change of light leaves the tint as it
+    is.
     """
     red, green, blue = (clip[:, i].mean((1, 2)).clamp_min(1e-2) for i in range(3))
     grey = luma(clip)
@@ -152,7 +170,9 @@ def colour(clip: Tensor) -> Tensor:
 
 
 def drift(series: Tensor, *, share: float = 0.25) -> Tensor:
-    """Distance of the mean of the last `share` of a series [F, D] from that of the first, Euclidean."""
+    """Distance of the mean of the last `share` of a series [F, D] from that of the first,
+    Euclidean.
+    """
     count = max(1, round(share * series.shape[0]))
     return (series[-count:].mean(0) - series[:count].mean(0)).norm()
 

@@ -1,5 +1,5 @@
-"""Pages of the offline suite: curves and worst clips of one folder, and the comparison of several, written through
-`rcm.evaluation.report`.
+"""Pages of the offline suite: curves and worst clips of one folder, and the comparison of several,
+written through `rcm.evaluation.report`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ _SHOWN = ("motion", "flicker", "jump", "detail", "noise", "cut", "consistency")
 def write_metrics_page(
     folder: Path, scores: Mapping[str, ClipScores], *, title: str, subtitle: str = "", machine: Mapping[str, Any]
 ) -> Path:
-    """`report.html` in the `folder` of the videos that `scores` names: means, the worst clips of every judging metric, their curves."""
+    """`report.html` in the `folder` of the videos that `scores` names: means, the worst clips of
+    every judging metric, their curves.
+    """
     means = mean_scores(list(scores.values()))
     picked = dict.fromkeys(name for m in METRICS if m.judges and m.name in means for name in worst(scores, m.name, count=1))
     rows = [{"stage": name, "scores": {m: scores[name].values[m] for m in means}} for name in picked]
@@ -38,8 +40,8 @@ def write_metrics_page(
 def write_comparison_page(
     folder: Path, comparison: Comparison, grids: Sequence[Mapping[str, str]], *, title: str, machine: Mapping[str, Any]
 ) -> Path:
-    """`report.html` in `folder`: means with intervals, paired differences, and the grid of videos (`grids`: entries of a report's
-    videos).
+    """`report.html` in `folder`: means with intervals, paired differences, and the grid of videos
+    (`grids`: entries of a report's videos).
     """
     metrics = list(comparison.means[comparison.reference])
     means = [{"stage": name, "scores": {m: _told(by_metric[m]) for m in metrics}} for name, by_metric in comparison.means.items()]
@@ -60,7 +62,9 @@ def write_comparison_page(
 
 
 def _told(interval: Interval, *, sense: str | None = None) -> str:
-    """The interval as text; with `sense` ("higher" or "lower" is worse) the word better or worse where it excludes zero."""
+    """The interval as text; with `sense` ("higher" or "lower" is worse) the word better or worse
+    where it excludes zero.
+    """
     text = f"{interval.mean:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
     if sense is None or not interval.excludes_zero:
         return text

@@ -1,8 +1,9 @@
-"""The offline suite: what it measures of a clip, in which sense each number is worse, what each can and cannot see, and a verdict on two
-clips.
+"""The offline suite: what it measures of a clip, in which sense each number is worse, what each can
+and cannot see, and a verdict on two clips.
 
-It needs no download and is not VBench: nothing here compares with published numbers. Networks whose weights come in packages (extra
-`metrics`) are used where they are installed, and named as absent where not.
+It needs no download and is not VBench: nothing here compares with published numbers. Networks whose
+weights come in packages (extra `metrics`) are used where they are installed, and named as absent
+where not.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from rcm.evaluation.metrics_features import FrameFeatures, consistency, embeddin
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a clip. `worse` "higher" or "lower"; `step` a change that matters, the unit of the verdict; `sees`, `blind` in words;
-    `judges` whether the verdict asks it.
+    """A number of a clip. `worse` "higher" or "lower"; `step` a change that matters, the unit of
+    the verdict; `sees`, `blind` in words; `judges` whether the verdict asks it.
     """
 
     name: str
@@ -65,7 +66,9 @@ METRICS = (
     Metric("embedding_jump", "higher", 0.5, "content that changes at once", "small jumps", judges=False),
     Metric("motion", "higher", 0.01, "how much changes from frame to frame", "says nothing of quality", judges=False),
 )
-"""motion is one minus VBench's temporal_flickering, on another codec's pixels; it judges nothing, for less motion is no merit."""
+"""motion is one minus VBench's temporal_flickering, on another codec's pixels; it judges nothing,
+for less motion is no merit.
+"""
 
 BY_NAME = {metric.name: metric for metric in METRICS}
 
@@ -98,15 +101,17 @@ class Models:
 
 @dataclass(frozen=True)
 class ClipScores:
-    """Numbers of a clip by metric (only those that could be measured), and the series behind them: name -> values per frame."""
+    """Numbers of a clip by metric (only those that could be measured), and the series behind them:
+    name -> values per frame.
+    """
 
     values: Mapping[str, float]
     curves: Mapping[str, Sequence[float]]
 
 
 def measure_clip(clip: Tensor, *, models: Models = Models(), feature_stride: int = 1, brisque_stride: int = 8) -> ClipScores:
-    """All that can be measured of a clip [F, 3, H, W] in [0, 1]. `feature_stride`, `brisque_stride`: every n-th frame goes through
-    those.
+    """All that can be measured of a clip [F, 3, H, W] in [0, 1]. `feature_stride`,
+    `brisque_stride`: every n-th frame goes through those.
     """
     curves = {
         "motion": pixels.differences(clip),
@@ -142,8 +147,8 @@ def measure_clip(clip: Tensor, *, models: Models = Models(), feature_stride: int
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of two clips of one content: `worse` "first", "second" or None for no difference; `harm` of the second in steps by metric;
-    `reason` the metric that decided.
+    """Of two clips of one content: `worse` "first", "second" or None for no difference; `harm` of
+    the second in steps by metric; `reason` the metric that decided.
     """
 
     worse: Literal["first", "second"] | None
@@ -154,8 +159,9 @@ class Verdict:
 def judge(first: Mapping[str, float], second: Mapping[str, float], *, cap: float = 100.0) -> Verdict:
     """Which of two clips of the same content is worse.
 
-    The strongest worsening decides: harm of one kind often improves another number (blur removes noise, a freeze removes stutter), so
-    gains are not set against it. Less than half a step on both sides is no difference.
+    The strongest worsening decides: harm of one kind often improves another number (blur removes
+    noise, a freeze removes stutter), so gains are not set against it. Less than half a step on both
+    sides is no difference.
     """
     shared = [m for m in METRICS if m.judges and m.name in first and m.name in second]
     harm = {m.name: max(-cap, min(cap, m.harm(first[m.name], second[m.name]))) for m in shared}

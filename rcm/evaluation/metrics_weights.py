@@ -1,4 +1,6 @@
-"""Files of weights that come inside packages: found without importing the packages, which pull in much and change global state."""
+"""Files of weights that come inside packages: found without importing the packages, which pull in
+much and change global state.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The frame of a report's page: its style, for light and dark screens, wide and narrow. `{{title}}` and `{{body}}` are filled by
-`sections.py`.
+"""The frame of a report's page: its style, for light and dark screens, wide and narrow. `{{title}}`
+and `{{body}}` are filled by `sections.py`.
 """
 
 from __future__ import annotations

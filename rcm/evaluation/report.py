@@ -1,24 +1,31 @@
-"""What a run leaves behind: `report.json`, and a page that shows the same numbers and the videos, in one file without scripts or outside
-resources.
+"""What a run leaves behind: `report.json`, and a page that shows the same numbers and the videos,
+in one file without scripts or outside resources.
 
 The data is a plain dict:
 
     title, subtitle      text
-    status               what is still going on, for a page that is written again; "" or left out when all is done
+    status               what is still going on, for a page that is written again; "" or left out
+                         when all is done
     machine              {name: text or number}
-    stages               [{name, about, seconds, gate, passed, history, expect, scores, note}]: `about` what the stage is; `gate` its
-                         sentence, `passed` True, False or None (no gate); `history` [[step, loss], ...] or {curve: [[step, loss], ...]},
-                         `expect` what these should look like; `scores` {name: number}
-    tables               [{title, note, better, section, rows: [{stage, steps, scores: {column: number}}]}]; `better` {column: "lower" or
-                         "higher"} marks the best of a column; `section` "measured" puts it below the charts
-    charts               [{title, note, x, y, lines: [{name, points, colour}]}]: curves in one frame; `x`, `y` name the axes
-    videos               [{title, caption, facts, path, poster, group, beside, section}]: a grid with a row per `group` and a column per
-                         `title`; `path` relative to the folder, an .mp4 or a picture; `facts` short texts below it; `beside` a larger one
-                         that opens at a click; `section` "drift" shows it there, not in the grid
+    stages               [{name, about, seconds, gate, passed, history, expect, scores, note}]:
+                         `about` what the stage is; `gate` its sentence, `passed` True, False or
+                         None (no gate); `history` [[step, loss], ...] or {curve: [[step, loss],
+                         ...]}, `expect` what these should look like; `scores` {name: number}
+    tables               [{title, note, better, section, rows: [{stage, steps, scores: {column:
+                         number}}]}]; `better` {column: "lower" or "higher"} marks the best of a
+                         column; `section` "measured" puts it below the charts
+    charts               [{title, note, x, y, lines: [{name, points, colour}]}]: curves in one
+                         frame; `x`, `y` name the axes
+    videos               [{title, caption, facts, path, poster, group, beside, section}]: a grid
+                         with a row per `group` and a column per `title`; `path` relative to the
+                         folder, an .mp4 or a picture; `facts` short texts below it; `beside` a
+                         larger one that opens at a click; `section` "drift" shows it there, not in
+                         the grid
     glossary             {term: its meaning}
 
-Only `name` of a stage, `rows` of a table, `lines` of a chart and `path` of a video are required. Files up to `EMBEDDED_BYTES` become
-part of the page, so that it can be sent on alone; larger ones are linked.
+Only `name` of a stage, `rows` of a table, `lines` of a chart and `path` of a video are required.
+Files up to `EMBEDDED_BYTES` become part of the page, so that it can be sent on alone; larger ones
+are linked.
 """
 
 from __future__ import annotations
@@ -56,10 +63,12 @@ _REQUIRED = {
 
 
 def write_report(folder: str | Path, data: Mapping[str, Any]) -> Path:
-    """Write `report.json` and `report.html` into `folder` (made if needed), each atomically; returns the page's path.
+    """Write `report.json` and `report.html` into `folder` (made if needed), each atomically;
+    returns the page's path.
 
-    Raises `ConfigError` for data of another form (naming the key), `OSError` with the path where it cannot be written. Numbers that are not
-    finite are written as "nan", "inf", "-inf". A video whose file is missing is said to be missing, on the page.
+    Raises `ConfigError` for data of another form (naming the key), `OSError` with the path where it
+    cannot be written. Numbers that are not finite are written as "nan", "inf", "-inf". A video
+    whose file is missing is said to be missing, on the page.
     """
     folder = Path(folder)
     _check(data)

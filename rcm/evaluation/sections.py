@@ -1,4 +1,6 @@
-"""The sections of a report's page, from checked, plain data: videos first, then what was measured, then what the words mean."""
+"""The sections of a report's page, from checked, plain data: videos first, then what was measured,
+then what the words mean.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ class Media:
 
 
 def number(value: Any) -> str:
-    """A value as a table cell's inside: four significant digits, the exact number as its tooltip; text is escaped, None a dash."""
+    """A value as a table cell's inside: four significant digits, the exact number as its tooltip;
+    text is escaped, None a dash.
+    """
     if value is None:
         return "&ndash;"
     if isinstance(value, float):

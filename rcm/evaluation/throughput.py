@@ -1,4 +1,6 @@
-"""How fast a stream is: first chunk, later chunks, frames per second, over runs after a warm-up; peak memory on CUDA; on what processor."""
+"""How fast a stream is: first chunk, later chunks, frames per second, over runs after a warm-up;
+peak memory on CUDA; on what processor.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ from rcm.pipelines.stream_spec import StreamedChunk, StreamReport
 
 @dataclass(frozen=True)
 class Throughput:
-    """Means over `num_runs` runs, in seconds: until the first chunk's pixels, between later chunks, in all. Decoding is included; reading
-    weights and encoding text are not. `peak_memory_gib` of a CUDA device (None elsewhere), weights included. `runs`: total seconds of each.
+    """Means over `num_runs` runs, in seconds: until the first chunk's pixels, between later chunks,
+    in all. Decoding is included; reading weights and encoding text are not. `peak_memory_gib` of a
+    CUDA device (None elsewhere), weights included. `runs`: total seconds of each.
     """
 
     first_chunk: float
@@ -39,9 +42,11 @@ class Throughput:
 def measure(
     start: Callable[[], Iterable[StreamedChunk]], *, warmup: int = 1, num_runs: int = 3, device: torch.device | str = "cpu"
 ) -> Throughput:
-    """`Throughput` of the stream that `start` begins anew each time: `warmup` untimed runs, then `num_runs` timed ones.
+    """`Throughput` of the stream that `start` begins anew each time: `warmup` untimed runs, then
+    `num_runs` timed ones.
 
-    fps is frames over the mean total (docs/reference/sampling.md#timing). Raises `ConfigError` for negative warm-up or no timed run.
+    fps is frames over the mean total (docs/reference/sampling.md#timing). Raises `ConfigError` for
+    negative warm-up or no timed run.
     """
     if warmup < 0 or num_runs < 1:
         raise ConfigError(f"timing needs warmup_iters >= 0 and num_runs >= 1, got {warmup} and {num_runs}")

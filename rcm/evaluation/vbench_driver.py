@@ -1,8 +1,8 @@
-"""Runs inside VBench's own environment, started as a file by `rcm.evaluation.vbench_launch`: one dimension, or a look at what can be
-imported.
+"""Runs inside VBench's own environment, started as a file by `rcm.evaluation.vbench_launch`: one
+dimension, or a look at what can be imported.
 
-It imports nothing of rcm. With RANK in the environment (torchrun) VBench's process group is used, which needs CUDA; alone it runs on any
-device.
+It imports nothing of rcm. With RANK in the environment (torchrun) VBench's process group is used,
+which needs CUDA; alone it runs on any device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def main() -> int:
     parser.add_argument("--options", default="{}")
     parser.add_argument("--check", action="store_true")
     flags = parser.parse_args()
-    os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # VBench's checkpoints are pickles from before torch 2.6
+    # VBench's checkpoints are pickles from before torch 2.6
+    os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     _torchvision()
     if flags.check:
         importlib.import_module(f"{'vbench2_beta_i2v' if flags.suite == 'i2v' else 'vbench'}.{flags.dimension}")
@@ -51,8 +52,9 @@ def main() -> int:
 
 
 def _torchvision() -> None:
-    """Import torchvision. Its CUDA build beside a CPU build of torch cannot load its operators, and then fails to describe `nms` and
-    `qnms`, which no dimension calls outside of detectron2; with a declaration of these two the rest of it works.
+    """Import torchvision. Its CUDA build beside a CPU build of torch cannot load its operators, and
+    then fails to describe `nms` and `qnms`, which no dimension calls outside of detectron2; with a
+    declaration of these two the rest of it works.
     """
     import torch
 

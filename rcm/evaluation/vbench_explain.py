@@ -1,8 +1,10 @@
-"""Why two VBench results differ: protocol first, then dimension by dimension. The first suspicion is the one that has moved scores most.
+"""Why two VBench results differ: protocol first, then dimension by dimension. The first suspicion
+is the one that has moved scores most.
 
-What moves them, in points of the total (from published pairs of rows and reports of users): short instead of extended prompts 1.6 to 2.5
-(semantic alone ten), other seeds or samples 0.1 to 0.5, the frame rate of the files through dynamic_degree, last instead of averaged
-weights, missing videos without limit.
+What moves them, in points of the total (from published pairs of rows and reports of users): short
+instead of extended prompts 1.6 to 2.5 (semantic alone ten), other seeds or samples 0.1 to 0.5, the
+frame rate of the files through dynamic_degree, last instead of averaged weights, missing videos
+without limit.
 """
 
 from __future__ import annotations
@@ -19,14 +21,18 @@ from rcm.evaluation.vbench_results import DimensionResult, read_results
 from rcm.evaluation.vbench_score import SUITES, Suite
 
 ROUNDING = 1.5e-4
-"""Raw difference (0-1) that two decimals of a published percentage leave open, and a little of another machine's arithmetic."""
+"""Raw difference (0-1) that two decimals of a published percentage leave open, and a little of
+another machine's arithmetic.
+"""
 
 PUBLISHED = "published_rows.json"
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of two results: a run with its settings, or a published row with little but its numbers. `counts`: videos per dimension."""
+    """One of two results: a run with its settings, or a published row with little but its numbers.
+    `counts`: videos per dimension.
+    """
 
     name: str
     raw: Mapping[str, float]
@@ -45,8 +51,8 @@ class Finding:
 
 
 def run_side(results: str | Path, *, videos: str | Path | None = None) -> Side:
-    """A scored run: the folder of results, and that of its videos for the settings (None: results `X_eval_results` belong to videos
-    `X`).
+    """A scored run: the folder of results, and that of its videos for the settings (None: results
+    `X_eval_results` belong to videos `X`).
     """
     results = Path(results)
     found = read_results(results)
@@ -64,7 +70,9 @@ def run_side(results: str | Path, *, videos: str | Path | None = None) -> Side:
 
 
 def published_side(name: str, *, file: str | Path) -> Side:
-    """The published row called `name`, or the only one whose name contains it. `ConfigError` lists what there is."""
+    """The published row called `name`, or the only one whose name contains it. `ConfigError` lists
+    what there is.
+    """
     table = json.loads(Path(file).read_text(encoding="utf-8"))
     rows = table["rows"]
     near = [name] if name in rows else [key for key in rows if name.lower() in key.lower()]

@@ -1,7 +1,8 @@
-"""VisionReward beside VBench: the list of videos its script is given, the command, and its scores once they are there.
+"""VisionReward beside VBench: the list of videos its script is given, the command, and its scores
+once they are there.
 
-VisionReward (arXiv 2412.21059) asks a vision-language model 29 yes/no questions of a video's frames and weighs the answers; model and
-script are the user's own.
+VisionReward (arXiv 2412.21059) asks a vision-language model 29 yes/no questions of a video's frames
+and weighs the answers; model and script are the user's own.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ SCORES = "vision_reward_scores.json"
 
 
 def vision_reward_command(template: str, *, eval_info: Path, output: Path, model: str = MODEL) -> list[str]:
-    """The words of the user's command: `{eval_info}`, `{output}` and `{model}` in `template` are filled in. `ConfigError` where it does
-    not say what to read and where to write.
+    """The words of the user's command: `{eval_info}`, `{output}` and `{model}` in `template` are
+    filled in. `ConfigError` where it does not say what to read and where to write.
     """
     missing = [name for name in ("{eval_info}", "{output}") if name not in template]
     if missing:
@@ -36,8 +37,9 @@ def vision_reward_command(template: str, *, eval_info: Path, output: Path, model
 def read_vision_reward(path: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Mean score, number of videos and standard error of `vision_reward_scores.json`.
 
-    Raises `ConfigError` for videos of `rows` (the entries of vbench_eval_info.json) without a score, scored twice or with no finite
-    number, naming the first: their mean would be of other videos than it says.
+    Raises `ConfigError` for videos of `rows` (the entries of vbench_eval_info.json) without a
+    score, scored twice or with no finite number, naming the first: their mean would be of other
+    videos than it says.
     """
     try:
         given = json.loads(path.read_text(encoding="utf-8"))["video_results"]

@@ -1,7 +1,8 @@
-"""First frames of the image-to-video suite: where its list and its images are, which image a prompt has, how it becomes a frame.
+"""First frames of the image-to-video suite: where its list and its images are, which image a prompt
+has, how it becomes a frame.
 
-VBench publishes the list in its repository, and the images, cropped to four aspect ratios, for download; neither comes with this package.
-(VBench++, Huang et al. 2024, arXiv 2411.13503.)
+VBench publishes the list in its repository, and the images, cropped to four aspect ratios, for
+download; neither comes with this package. (VBench++, Huang et al. 2024, arXiv 2411.13503.)
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ CROPS = ("1-1", "8-5", "7-4", "16-9")
 """Aspect ratios, width to height, in which VBench publishes the images."""
 _CLONE = Path("vbench2_beta_i2v")
 _MOTION = ", camera "
-"""Before the camera's motion in a prompt; what is left of it is the prompt that the image is named after."""
+"""Before the camera's motion in a prompt; what is left of it is the prompt that the image is named
+after.
+"""
 
 
 def placed_list(assets: Path, *, clone: Path | None, knob: str) -> Path:
-    """The suite's list: in a `clone` of VBench where one is given, else among `assets`. `ConfigError`, naming the place, if it is not
-    there; `knob` is the flag that names another file.
+    """The suite's list: in a `clone` of VBench where one is given, else among `assets`.
+    `ConfigError`, naming the place, if it is not there; `knob` is the flag that names another file.
     """
     path = assets / I2V_FILE if clone is None else clone / _CLONE / I2V_FILE
     if not path.is_file():
@@ -42,8 +45,9 @@ def placed_list(assets: Path, *, clone: Path | None, knob: str) -> Path:
 
 
 def placed_crops(assets: Path, *, clone: Path | None, aspect_ratio: str) -> Path:
-    """The folder of images of `aspect_ratio` ("16:9"): `vbench2_beta_i2v/data/crop/16-9` of a `clone`, else `crop/16-9` among `assets`.
-    `ConfigError`, saying what to place where, if it is not there.
+    """The folder of images of `aspect_ratio` ("16:9"): `vbench2_beta_i2v/data/crop/16-9` of a
+    `clone`, else `crop/16-9` among `assets`. `ConfigError`, saying what to place where, if it is
+    not there.
     """
     name = aspect_ratio.replace(":", "-")
     if name not in CROPS:
@@ -58,8 +62,8 @@ def placed_crops(assets: Path, *, clone: Path | None, aspect_ratio: str) -> Path
 
 
 def with_images(items: Sequence[SuiteItem]) -> list[SuiteItem]:
-    """`items`, each with an image: older lists name none for prompts of camera motion, which share that of the prompt they begin with.
-    `ConfigError` for a prompt whose image is not known.
+    """`items`, each with an image: older lists name none for prompts of camera motion, which share
+    that of the prompt they begin with. `ConfigError` for a prompt whose image is not known.
     """
     known = {item.prompt: item.image_name for item in items}
     found = [item if item.image_name else replace(item, image_name=known.get(item.prompt.rpartition(_MOTION)[0])) for item in items]
@@ -70,8 +74,8 @@ def with_images(items: Sequence[SuiteItem]) -> list[SuiteItem]:
 
 
 def require_images(items: Sequence[SuiteItem], folder: Path, *, skip_missing: bool = False) -> list[SuiteItem]:
-    """The items whose first frame is in `folder`: all of them, or `ConfigError` naming the first missing one unless `skip_missing`, which
-    still needs one.
+    """The items whose first frame is in `folder`: all of them, or `ConfigError` naming the first
+    missing one unless `skip_missing`, which still needs one.
     """
     there = [item for item in items if item.image_name is not None and (folder / item.image_name).is_file()]
     if len(there) == len(items) or (there and skip_missing):
@@ -85,8 +89,9 @@ def require_images(items: Sequence[SuiteItem], folder: Path, *, skip_missing: bo
 
 
 def stretched_image(path: str | Path, size: FrameSize) -> Tensor:
-    """An image file stretched to `size` (Lanczos, nothing is cut), as the image-to-video suite gives its crops to a model: float32
-    [1, 3, 1, H, W] in [-1, 1]. `VideoError` for a file that cannot be read.
+    """An image file stretched to `size` (Lanczos, nothing is cut), as the image-to-video suite
+    gives its crops to a model: float32 [1, 3, 1, H, W] in [-1, 1]. `VideoError` for a file that
+    cannot be read.
     """
     pixels = Image.fromarray(read_image(path).numpy()).resize((size.width, size.height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1

@@ -1,4 +1,6 @@
-"""Running VBench in its own environment: one command per dimension, over a folder that holds nothing but the videos."""
+"""Running VBench in its own environment: one command per dimension, over a folder that holds
+nothing but the videos.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ SCORED_SAMPLES = 5
 
 @dataclass(frozen=True)
 class Launch:
-    """How to run VBench. `python` of its environment; `gpus` of one machine (more than 1: torchrun); `cache` of its model files; `local`:
-    use them without asking the network; `repository`: a clone of VBench, which its long and image-to-video suites read files from.
+    """How to run VBench. `python` of its environment; `gpus` of one machine (more than 1:
+    torchrun); `cache` of its model files; `local`: use them without asking the network;
+    `repository`: a clone of VBench, which its long and image-to-video suites read files from.
     """
 
     python: Path
@@ -80,13 +83,17 @@ class Launch:
         return extra
 
     def check(self, dimension: str) -> str | None:
-        """None if the dimension's module can be imported in the environment, else the last line of what it said."""
+        """None if the dimension's module can be imported in the environment, else the last line of
+        what it said.
+        """
         words = [str(self.python), str(DRIVER), "--check", "--dimension", dimension, "--suite", "i2v" if self.suite == "i2v" else "t2v"]
         done = subprocess.run(words, env=os.environ | self.environment(), capture_output=True, text=True, timeout=600)
         return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
 
     def run(self, dimension: str) -> None:
-        """Score one dimension. `ConfigError` with the end of VBench's own words where it fails or leaves no result."""
+        """Score one dimension. `ConfigError` with the end of VBench's own words where it fails or
+        leaves no result.
+        """
         if not self.python.is_file():
             raise ConfigError(
                 f"no Python of a VBench environment at {self.python}; make one with `python -m scripts.vbench_env`, or name one with "
@@ -109,8 +116,8 @@ class Launch:
 
 
 def prepare(launch: Launch, videos: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Make the folder of links to `videos`' mp4 files and the list of prompts to score. VBench names files by the suffix of whatever
-    entry it sees first, so nothing else may lie among them.
+    """Make the folder of links to `videos`' mp4 files and the list of prompts to score. VBench
+    names files by the suffix of whatever entry it sees first, so nothing else may lie among them.
     """
     launch.view.mkdir(parents=True, exist_ok=True)
     wanted = {path.name: path.resolve() for path in videos.glob("*.mp4")}
@@ -126,7 +133,9 @@ def prepare(launch: Launch, videos: Path, rows: Sequence[Mapping[str, Any]]) -> 
 
 
 def missing_videos(videos: Path, rows: Sequence[Mapping[str, Any]], dimension: str, *, num_samples: int = SCORED_SAMPLES) -> list[str]:
-    """Files that VBench would look for and not find; it only warns of them, and scores what is left."""
+    """Files that VBench would look for and not find; it only warns of them, and scores what is
+    left.
+    """
     prompts = [row["prompt_en"] for row in rows if dimension in row["dimension"]]
     names = [f"{prompt}-{sample}.mp4" for prompt in prompts for sample in range(num_samples)]
     return [name for name in names if not (videos / name).is_file()]

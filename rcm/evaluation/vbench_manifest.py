@@ -1,7 +1,9 @@
-"""What a folder of sampled videos says about itself: settings, runs, and a record per video, in `<folder>_run` beside it.
+"""What a folder of sampled videos says about itself: settings, runs, and a record per video, in
+`<folder>_run` beside it.
 
-Beside and not inside, because VBench takes the suffix of whatever entry of the video folder the file system lists first: one JSON file
-there can make it find no video at all. A second run with other settings is refused, for its videos would mix with the first one's.
+Beside and not inside, because VBench takes the suffix of whatever entry of the video folder the
+file system lists first: one JSON file there can make it find no video at all. A second run with
+other settings is refused, for its videos would mix with the first one's.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ _ENDS = 1 << 20
 
 @dataclass(frozen=True)
 class VideoRecord:
-    """How one file was made: number of the sample, seed of its generator, text given to the model, bytes and SHA-256 of the file, frames
-    and seconds of sampling (None for a file whose run was killed before it could say).
+    """How one file was made: number of the sample, seed of its generator, text given to the model,
+    bytes and SHA-256 of the file, frames and seconds of sampling (None for a file whose run was
+    killed before it could say).
     """
 
     file: str
@@ -55,10 +58,11 @@ class RunFolder:
         self._known: dict[str, VideoRecord] = {}
 
     def begin(self, settings: Mapping[str, Any], *, run: Mapping[str, Any]) -> None:
-        """Settle that this run belongs here. The leading rank writes the settings and appends `run` (machine, ranks) to the list of runs.
+        """Settle that this run belongs here. The leading rank writes the settings and appends `run`
+        (machine, ranks) to the list of runs.
 
-        Raises `ConfigError` naming the first setting that differs from those of the videos that are there, and for a folder with videos
-        of unknown origin.
+        Raises `ConfigError` naming the first setting that differs from those of the videos that are
+        there, and for a folder with videos of unknown origin.
         """
         plain = json.loads(json.dumps(settings))
         before = read_manifest(self.records) if (self.records / MANIFEST).is_file() else None
@@ -76,7 +80,9 @@ class RunFolder:
 
     @property
     def staging(self) -> Path:
-        """Where this rank's video is written until it is whole; on the file system of the videos, not among them."""
+        """Where this rank's video is written until it is whole; on the file system of the videos,
+        not among them.
+        """
         return self.records / f"writing_rank{self._rank}"
 
     def place(self, staged: Path) -> Path:
@@ -86,9 +92,11 @@ class RunFolder:
         return target
 
     def has(self, file: str, *, text: str, seed: int, sample: int) -> bool:
-        """Whether `file` is there, complete and made from this text. Adds a record for a file whose run died before writing it.
+        """Whether `file` is there, complete and made from this text. Adds a record for a file whose
+        run died before writing it.
 
-        Raises `ConfigError` for one made from another text or seed, `VideoError` for one whose size is not the recorded one.
+        Raises `ConfigError` for one made from another text or seed, `VideoError` for one whose size
+        is not the recorded one.
         """
         path = self.videos / file
         if not path.is_file():
@@ -106,18 +114,22 @@ class RunFolder:
         return True
 
     def add(self, record: VideoRecord) -> None:
-        """Append a record. It begins on a new line, so a line that a kill has cut spoils no other."""
+        """Append a record. It begins on a new line, so a line that a kill has cut spoils no
+        other.
+        """
         self.records.mkdir(parents=True, exist_ok=True)
         with (self.records / f"videos_rank{self._rank}.jsonl").open("a", encoding="utf-8") as out:
             out.write("\n" + json.dumps(asdict(record), ensure_ascii=False))
         self._known[record.file] = record
 
     def finish(self, rows: Sequence[Mapping[str, Any]]) -> bool:
-        """If every video of `rows` (entries of vbench_eval_info.json) is there, write that file and the manifest's list of videos.
+        """If every video of `rows` (entries of vbench_eval_info.json) is there, write that file and
+        the manifest's list of videos.
 
         Any rank may call it; the last one to end finds all. Returns whether the suite is complete.
         """
-        shutil.rmtree(self.staging, ignore_errors=True)  # empty by now; a folder that stays does no harm
+        # empty by now; a folder that stays does no harm
+        shutil.rmtree(self.staging, ignore_errors=True)
         names = [name for row in rows for name in row["video_list"]]
         if not all((self.videos / name).is_file() for name in names):
             return False
@@ -132,7 +144,8 @@ class RunFolder:
         found: dict[str, VideoRecord] = {}
         for path in sorted(self.records.glob("videos_rank*.jsonl")):
             for line in path.read_text(encoding="utf-8").split("\n"):
-                if line.endswith("}"):  # else cut by a kill: no record, and its video is hashed again
+                # else cut by a kill: no record, and its video is hashed again
+                if line.endswith("}"):
                     record = VideoRecord(**json.loads(line))
                     found[record.file] = record
         return found
@@ -143,8 +156,8 @@ class RunFolder:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a run: `folder` is that of the videos or that of the records. `ConfigError` where there is none, or a damaged
-    one.
+    """The manifest of a run: `folder` is that of the videos or that of the records. `ConfigError`
+    where there is none, or a damaged one.
     """
     folder = Path(folder)
     candidates = (folder / MANIFEST, folder.with_name(f"{folder.name}_run") / MANIFEST)
@@ -173,8 +186,9 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def checkpoint_digest(path: str | Path) -> str:
-    """A hash of the weights at `path`, the same for a copy of them. A torch pickle is told by the checksums inside it; of other files and
-    folders (DCP, safetensors) names, sizes and the first and last MiB of each file are read.
+    """A hash of the weights at `path`, the same for a copy of them. A torch pickle is told by the
+    checksums inside it; of other files and folders (DCP, safetensors) names, sizes and the first
+    and last MiB of each file are read.
     """
     path = Path(path)
     if path.is_file() and is_archive(path):
@@ -199,7 +213,9 @@ def file_sha256(path: str | Path) -> str:
 
 
 def code_commit() -> str | None:
-    """The commit of the code that runs, "+changes" where files differ from it; None outside a repository."""
+    """The commit of the code that runs, "+changes" where files differ from it; None outside a
+    repository.
+    """
     root = Path(__file__).resolve().parents[2]
     try:
         head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=20)

@@ -1,7 +1,9 @@
-"""Prompt lists of the VBench suites: which videos a suite asks for, under which names, and the text that each is generated from.
+"""Prompt lists of the VBench suites: which videos a suite asks for, under which names, and the text
+that each is generated from.
 
-Three texts belong to an item and must not be mixed: the ORIGINAL prompt names the file and is what the scorer compares with; the extended
-prompt, where there is one, is what the model is given. (VBench, Huang et al. 2024, arXiv 2311.17982.)
+Three texts belong to an item and must not be mixed: the ORIGINAL prompt names the file and is what
+the scorer compares with; the extended prompt, where there is one, is what the model is given.
+(VBench, Huang et al. 2024, arXiv 2311.17982.)
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ _TEXT_KEYS, _DIMENSION_KEYS = ("prompt_en", "prompt"), ("dimension", "dimensions
 
 @dataclass(frozen=True)
 class SuiteItem:
-    """One prompt of a suite. `dimensions` that score its videos; `extended` what the model is given (None: the prompt itself);
-    `auxiliary_info` the scorer's targets by dimension; `image_name`, `image_type` of image-to-video.
+    """One prompt of a suite. `dimensions` that score its videos; `extended` what the model is given
+    (None: the prompt itself); `auxiliary_info` the scorer's targets by dimension; `image_name`,
+    `image_type` of image-to-video.
     """
 
     prompt: str
@@ -43,7 +46,9 @@ class SuiteItem:
         return self.prompt if self.extended is None else self.extended
 
     def video_name(self, sample: int) -> str:
-        """File name of sample number `sample`: the whole original prompt, "/" as "-", a line break as a space."""
+        """File name of sample number `sample`: the whole original prompt, "/" as "-", a line break
+        as a space.
+        """
         return f"{self.prompt.replace('/', '-').replace(chr(10), ' ')}-{sample}.mp4"
 
     def eval_row(self, videos: Sequence[str]) -> dict[str, Any]:
@@ -57,12 +62,13 @@ class SuiteItem:
 
 
 def read_suite(path: str | Path) -> list[SuiteItem]:
-    """The distinct prompts of a list, in order of first appearance; the dimensions of repeated ones are joined, the last extended text
-    wins.
+    """The distinct prompts of a list, in order of first appearance; the dimensions of repeated ones
+    are joined, the last extended text wins.
 
-    `path`: a JSON array or JSON lines of objects with `prompt_en` (or `prompt`), `dimension` (or `dimensions`) and, where known,
-    `augmented_prompt`, `auxiliary_info`, `image_name`, `image_type`. `ConfigError`, naming the entry, for anything else, a name that no
-    file can have, and prompts whose files would replace each other.
+    `path`: a JSON array or JSON lines of objects with `prompt_en` (or `prompt`), `dimension` (or
+    `dimensions`) and, where known, `augmented_prompt`, `auxiliary_info`, `image_name`,
+    `image_type`. `ConfigError`, naming the entry, for anything else, a name that no file can have,
+    and prompts whose files would replace each other.
     """
     items: dict[str, SuiteItem] = {}
     for place, row in _rows(Path(path)):
@@ -76,14 +82,17 @@ def read_suite(path: str | Path) -> list[SuiteItem]:
 
 
 def read_rows(path: str | Path) -> list[str]:
-    """The original prompts of every entry in order, repeated ones included: what line-aligned files of extended prompts count by."""
+    """The original prompts of every entry in order, repeated ones included: what line-aligned files
+    of extended prompts count by.
+    """
     return [_item(row, place).prompt for place, row in _rows(Path(path))]
 
 
 def with_extended(items: Sequence[SuiteItem], path: str | Path, *, rows: Sequence[str]) -> list[SuiteItem]:
-    """`items` with the extended prompts of `path`: a list of objects with `prompt` and `augmented_prompt`, or a text file with a line per
-    entry of `rows`. Of a prompt that is listed twice the later text counts. `ConfigError` for missing prompts, and for a text file of
-    another number of lines.
+    """`items` with the extended prompts of `path`: a list of objects with `prompt` and
+    `augmented_prompt`, or a text file with a line per entry of `rows`. Of a prompt that is listed
+    twice the later text counts. `ConfigError` for missing prompts, and for a text file of another
+    number of lines.
     """
     path = Path(path)
     if path.suffix in (".json", ".jsonl"):
@@ -100,9 +109,11 @@ def with_extended(items: Sequence[SuiteItem], path: str | Path, *, rows: Sequenc
 
 
 def placed_extensions(folder: str | Path) -> Path:
-    """The one file of extended prompts that was placed in `folder` (`*augmented*.json`, `.jsonl` or `.txt`).
+    """The one file of extended prompts that was placed in `folder` (`*augmented*.json`, `.jsonl` or
+    `.txt`).
 
-    `ConfigError` for none or several, saying what to do: raw prompts cost Wan's family about ten points of the semantic score.
+    `ConfigError` for none or several, saying what to do: raw prompts cost Wan's family about ten
+    points of the semantic score.
     """
     found = sorted(p for p in Path(folder).glob("*augmented*") if p.suffix in (".json", ".jsonl", ".txt"))
     if len(found) == 1:

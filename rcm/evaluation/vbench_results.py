@@ -1,4 +1,6 @@
-"""Per-dimension results of VBench: reading what its commands write, and what became of every video."""
+"""Per-dimension results of VBench: reading what its commands write, and what became of every
+video.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ SUFFIX = "_eval_results.json"
 
 @dataclass(frozen=True)
 class DimensionResult:
-    """What VBench says of one dimension: its score (0-1), the number of videos in it, the file that says so."""
+    """What VBench says of one dimension: its score (0-1), the number of videos in it, the file that
+    says so.
+    """
 
     score: float
     num_videos: int
@@ -25,10 +29,12 @@ class DimensionResult:
 
 
 def read_results(folder: str | Path) -> dict[str, DimensionResult]:
-    """The results of every `*_eval_results.json` in `folder`, by dimension. The spelling with spaces is understood.
+    """The results of every `*_eval_results.json` in `folder`, by dimension. The spelling with
+    spaces is understood.
 
-    Raises `ConfigError` naming the dimension for one that two files hold, one whose score is missing or no finite number (NaN is what a
-    dimension without videos gives), and for a folder without results.
+    Raises `ConfigError` naming the dimension for one that two files hold, one whose score is
+    missing or no finite number (NaN is what a dimension without videos gives), and for a folder
+    without results.
     """
     folder = Path(folder)
     found: dict[str, DimensionResult] = {}

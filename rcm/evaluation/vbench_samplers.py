@@ -1,5 +1,5 @@
-"""What can sample a suite: checkpoints that describe themselves, and Wan's networks, bidirectional or causal, with their original
-files.
+"""What can sample a suite: checkpoints that describe themselves, and Wan's networks, bidirectional
+or causal, with their original files.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from rcm.rollout.recipe import SamplingRecipe
 
 
 class KnownText:
-    """The embeddings of a fixed list of prompts, encoded one by one (so that they do not depend on what is encoded with them), after
-    which the encoder is freed. A text encoder itself; `KeyError` for another prompt.
+    """The embeddings of a fixed list of prompts, encoded one by one (so that they do not depend on
+    what is encoded with them), after which the encoder is freed. A text encoder itself; `KeyError`
+    for another prompt.
     """
 
     def __init__(self, encoder: TextEncoder, prompts: Sequence[str]) -> None:
@@ -46,9 +47,11 @@ class KnownText:
 
 
 class DescribedSampler:
-    """A checkpoint that says itself how it is sampled; its noise is drawn on the CPU from the request's seed.
+    """A checkpoint that says itself how it is sampled; its noise is drawn on the CPU from the
+    request's seed.
 
-    `weights` and `recipe` as for `open_checkpoint` and `LoadedModel.stream`; `num_frames` None: as trained; `fps` None: as trained.
+    `weights` and `recipe` as for `open_checkpoint` and `LoadedModel.stream`; `num_frames` None: as
+    trained; `fps` None: as trained.
     """
 
     def __init__(
@@ -107,7 +110,9 @@ class DescribedSampler:
 
 
 class WanSampler:
-    """Wan's bidirectional networks; noise from a generator on the device. `files`: the network's files by flag, for the settings."""
+    """Wan's bidirectional networks; noise from a generator on the device. `files`: the network's
+    files by flag, for the settings.
+    """
 
     def __init__(
         self,
@@ -147,7 +152,8 @@ class WanSampler:
 
     def sample(self, request: ClipRequest) -> Tensor | None:
         """See `VideoSampler`."""
-        image = None if request.image is None else read_image(request.image)  # the pipeline stretches it to the size
+        # the pipeline stretches it to the size
+        image = None if request.image is None else read_image(request.image)
         asked = VideoRequest(
             prompt=request.text,
             recipe=self._recipe,
@@ -162,10 +168,11 @@ class WanSampler:
 
 
 class CausalSampler:
-    """A causal Wan network from its original file; noise from a generator on the CPU, the same on every rank and device.
+    """A causal Wan network from its original file; noise from a generator on the CPU, the same on
+    every rank and device.
 
-    `latent_shape` (C, T, H, W); `guidance` above 1 uses the negative prompt. On several ranks all compute, the first one decodes and
-    writes.
+    `latent_shape` (C, T, H, W); `guidance` above 1 uses the negative prompt. On several ranks all
+    compute, the first one decodes and writes.
     """
 
     def __init__(

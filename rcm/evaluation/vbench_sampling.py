@@ -1,7 +1,8 @@
-"""Sampling a suite: every prompt `num_samples` times, each file appearing whole under its name, shared over ranks, resumed by starting
-again.
+"""Sampling a suite: every prompt `num_samples` times, each file appearing whole under its name,
+shared over ranks, resumed by starting again.
 
-Sample i of every prompt is drawn from a generator seeded with `seed + i`: the same noise over prompts, whatever the number of ranks.
+Sample i of every prompt is drawn from a generator seeded with `seed + i`: the same noise over
+prompts, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ CRF = 12
 
 @dataclass(frozen=True)
 class ClipRequest:
-    """One video to make: the text given to the model, the seed of its generator, the first frame of image-to-video."""
+    """One video to make: the text given to the model, the seed of its generator, the first frame of
+    image-to-video.
+    """
 
     text: str
     seed: int
@@ -38,11 +41,15 @@ class ClipRequest:
 
 
 class VideoSampler(Protocol):
-    """What samples a suite. On several ranks that share a video every rank calls the same methods in the same order."""
+    """What samples a suite. On several ranks that share a video every rank calls the same methods
+    in the same order.
+    """
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Everything that decides the pixels besides text and seed: checkpoint digest, recipe, size, frames, precision. JSON values."""
+        """Everything that decides the pixels besides text and seed: checkpoint digest, recipe,
+        size, frames, precision. JSON values.
+        """
         ...
 
     @property
@@ -51,18 +58,22 @@ class VideoSampler(Protocol):
         ...
 
     def prepare(self, texts: Sequence[str]) -> None:
-        """Told all texts that will be asked for, before the first: encode them once, and free the encoder."""
+        """Told all texts that will be asked for, before the first: encode them once, and free the
+        encoder.
+        """
         ...
 
     def sample(self, request: ClipRequest) -> Tensor | None:
-        """Pixels [3, F, H, W] in [-1, 1], of which the first rank of the video's group writes a file; None on other ranks is enough."""
+        """Pixels [3, F, H, W] in [-1, 1], of which the first rank of the video's group writes a
+        file; None on other ranks is enough.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part of a launch: groups of `cp_size` ranks make a video together, group number `dp_rank` of `dp_size` takes every
-    `dp_size`-th prompt.
+    """This process's part of a launch: groups of `cp_size` ranks make a video together, group
+    number `dp_rank` of `dp_size` takes every `dp_size`-th prompt.
     """
 
     dp_rank: int = 0
@@ -72,7 +83,9 @@ class Share:
 
     @classmethod
     def of_launch(cls, *, cp_size: int = 1) -> Share:
-        """From torchrun's environment; one process without it. `ConfigError` unless the ranks divide into groups."""
+        """From torchrun's environment; one process without it. `ConfigError` unless the ranks
+        divide into groups.
+        """
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if cp_size < 1 or world % cp_size:
             raise ConfigError(f"--cp_size {cp_size} must be at least 1 and divide the {world} ranks of the launch")
@@ -90,8 +103,8 @@ class Share:
 
 @contextmanager
 def group_of_video(share: Share, *, device: torch.device) -> Iterator[None]:
-    """A process group of the ranks that make one video together, as if they were the whole launch: what shares a video needs to know
-    nothing of the other groups. No group at all for one rank.
+    """A process group of the ranks that make one video together, as if they were the whole launch:
+    what shares a video needs to know nothing of the other groups. No group at all for one rank.
     """
     if share.cp_size == 1:
         yield
@@ -111,8 +124,8 @@ def group_of_video(share: Share, *, device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """What to sample: `items`, `num_samples` of each, `seed` of sample 0, the folder of the videos; `image_dir` holds the items' first
-    frames.
+    """What to sample: `items`, `num_samples` of each, `seed` of sample 0, the folder of the videos;
+    `image_dir` holds the items' first frames.
     """
 
     items: Sequence[SuiteItem]
@@ -141,11 +154,13 @@ def sample_suite(
     about: Mapping[str, Any] | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> bool:
-    """Make what is missing of this group's share. Returns whether the whole suite is complete, which the last group to end finds.
+    """Make what is missing of this group's share. Returns whether the whole suite is complete,
+    which the last group to end finds.
 
-    `settings`: what decides the videos besides the sampler's own; `about`: what to note of this run that does not. `tell` receives a
-    line per video. Raises `ConfigError` where other settings made the videos that are there. A kill at any moment leaves only whole
-    files, and a second call goes on.
+    `settings`: what decides the videos besides the sampler's own; `about`: what to note of this run
+    that does not. `tell` receives a line per video. Raises `ConfigError` where other settings made
+    the videos that are there. A kill at any moment leaves only whole files, and a second call goes
+    on.
     """
     folder = RunFolder(run.folder, rank=share.dp_rank)
     every = {**(settings or {}), **sampler.settings, "seed": run.seed, "fps": sampler.fps, "crf": CRF}
@@ -179,7 +194,9 @@ def _done(folder: RunFolder, run: SuiteRun, item: SuiteItem, sample: int) -> boo
 
 
 def _check_case(run: SuiteRun, share: Share) -> None:
-    """Where names differ by case alone the file system must tell them apart, or one video replaces the other."""
+    """Where names differ by case alone the file system must tell them apart, or one video replaces
+    the other.
+    """
     seen: dict[str, str] = {}
     twins = [(seen[key], item.prompt) for item in run.items if seen.setdefault(key := item.prompt.casefold(), item.prompt) != item.prompt]
     if not twins:

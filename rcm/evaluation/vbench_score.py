@@ -1,8 +1,10 @@
-"""Group scores and totals of the VBench suites from per-dimension results. Nothing is clamped, nothing missing is passed over.
+"""Group scores and totals of the VBench suites from per-dimension results. Nothing is clamped,
+nothing missing is passed over.
 
-Every dimension is mapped to (x - low) / (high - low); a group is the weighted mean of its dimensions, the total the weighted mean of the
-groups. Text-to-video: quality counts four times semantic; image-to-video: both groups count once. Constants as in VBench's own score
-scripts (arXiv 2311.17982), scores on the 0-1 scale throughout.
+Every dimension is mapped to (x - low) / (high - low); a group is the weighted mean of its
+dimensions, the total the weighted mean of the groups. Text-to-video: quality counts four times
+semantic; image-to-video: both groups count once. Constants as in VBench's own score scripts (arXiv
+2311.17982), scores on the 0-1 scale throughout.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from rcm.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Dimension:
-    """A dimension: its group, the raw values that are mapped to 0 and 1, its weight in the group."""
+    """A dimension: its group, the raw values that are mapped to 0 and 1, its weight in the
+    group.
+    """
 
     name: str
     group: str
@@ -26,13 +30,17 @@ class Dimension:
     weight: float = 1.0
 
     def normalised(self, raw: float) -> float:
-        """`raw` on the scale of the group; outside [0, 1] where the raw value is outside its bounds."""
+        """`raw` on the scale of the group; outside [0, 1] where the raw value is outside its
+        bounds.
+        """
         return (raw - self.low) / (self.high - self.low)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite: its dimensions in the order of its tables, and the weight of every group in the total."""
+    """A suite: its dimensions in the order of its tables, and the weight of every group in the
+    total.
+    """
 
     name: str
     dimensions: tuple[Dimension, ...]
@@ -92,8 +100,9 @@ SUITES = {suite.name: suite for suite in (T2V, I2V)}
 
 @dataclass(frozen=True)
 class SuiteScore:
-    """Scores of a run on the 0-1 scale. `raw` and `normalised` by dimension, `groups` and `total` after normalisation; `missing` names
-    the dimensions that a partial score lacks: its groups and total are of the others, and `total` is None where a whole group is missing.
+    """Scores of a run on the 0-1 scale. `raw` and `normalised` by dimension, `groups` and `total`
+    after normalisation; `missing` names the dimensions that a partial score lacks: its groups and
+    total are of the others, and `total` is None where a whole group is missing.
     """
 
     suite: str
@@ -116,8 +125,9 @@ class SuiteScore:
 def aggregate(raw: Mapping[str, float], suite: Suite = T2V, *, partial: bool = False) -> SuiteScore:
     """Groups and total of the raw values (0-1) by dimension.
 
-    Raises `ConfigError`, naming the dimension, for an unknown one, one that is missing (unless `partial`) and one that is no finite
-    number. A value beyond 1 is refused: percent and 0-100 results of single videos look like that.
+    Raises `ConfigError`, naming the dimension, for an unknown one, one that is missing (unless
+    `partial`) and one that is no finite number. A value beyond 1 is refused: percent and 0-100
+    results of single videos look like that.
     """
     unknown = sorted(set(raw) - set(suite.names))
     if unknown:
@@ -152,7 +162,9 @@ def total_of_groups(groups: Mapping[str, float], suite: Suite = T2V) -> float:
 
 
 def table(score: SuiteScore) -> str:
-    """The score as text: a line per dimension with raw value, normalised value, weight and group; groups and total in percent."""
+    """The score as text: a line per dimension with raw value, normalised value, weight and group;
+    groups and total in percent.
+    """
     suite = SUITES[score.suite]
     lines = [f"{'dimension':<24}{'raw':>9}{'norm':>9}{'weight':>8}  group"]
     for dimension in suite.dimensions:

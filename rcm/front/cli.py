@@ -1,4 +1,6 @@
-"""The command `rcm`: finds the subcommand, imports what it needs and nothing else, and hands the rest of the line over."""
+"""The command `rcm`: finds the subcommand, imports what it needs and nothing else, and hands the
+rest of the line over.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ HELP = ("-h", "--help", "help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `rcm`; returns the exit status: that of the subcommand, 2 for a line that names none, 130 after Ctrl-C."""
+    """Entry point of `rcm`; returns the exit status: that of the subcommand, 2 for a line that
+    names none, 130 after Ctrl-C.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in HELP:
         _write(overview())
@@ -44,7 +48,9 @@ def overview() -> str:
 
 
 def load_main(command: Command) -> Callable[[Sequence[str]], int | None]:
-    """The function behind a command. Modules of `scripts` are found beside the package, or inside it in an installed wheel."""
+    """The function behind a command. Modules of `scripts` are found beside the package, or inside
+    it in an installed wheel.
+    """
     if command.module.startswith("scripts."):
         _find_scripts()
     return importlib.import_module(command.module).main
@@ -90,7 +96,9 @@ def _help(line: str, command: Command) -> str:
 
 
 def _usage(text: str, called: str, line: str) -> str:
-    """The usage of a parser named `called` as that of `line`: its flags begin behind the new name, as many in a row as fit."""
+    """The usage of a parser named `called` as that of `line`: its flags begin behind the new name,
+    as many in a row as fit.
+    """
     flags, blank, rest = text.removeprefix(called).partition("\n\n")
     margin = len(f"usage: {line} ")
     rows = [""]
@@ -109,7 +117,9 @@ def _examples(*commands: Command) -> list[str]:
 
 
 def _find_scripts() -> None:
-    """Make `scripts` the folder of this package's entry points, whatever else has that name on the path."""
+    """Make `scripts` the folder of this package's entry points, whatever else has that name on the
+    path.
+    """
     package = Path(rcm.__file__).resolve().parent
     folder = next(path for path in (package / "_scripts", package.parent / "scripts") if (path / "__init__.py").is_file())
     loaded = sys.modules.get("scripts")

@@ -1,4 +1,6 @@
-"""The subcommands of `rcm`: name, group, one line, examples, and the module whose `main(argv)` does the work. Nothing is imported here."""
+"""The subcommands of `rcm`: name, group, one line, examples, and the module whose `main(argv)` does
+the work. Nothing is imported here.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,9 @@ from dataclasses import dataclass, field
 class Command:
     """One word after `rcm`.
 
-    `does` completes "it ..."; `examples` are whole command lines. `module`: dotted, with `main(argv) -> status` (`scripts.*` is found in a
-    source tree and in a wheel alike); `given`: words put before the user's; `usage`: its help beside the examples, where that of the module
+    `does` completes "it ..."; `examples` are whole command lines. `module`: dotted, with
+    `main(argv) -> status` (`scripts.*` is found in a source tree and in a wheel alike); `given`:
+    words put before the user's; `usage`: its help beside the examples, where that of the module
     says more than is meant. Or `parts`: words that choose a command.
     """
 

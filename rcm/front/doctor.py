@@ -1,5 +1,5 @@
-"""`rcm doctor`: what this machine, or every rank of a launch, has, whether the kernels are right on it,
-and how fast the ranks reach each other. Each line is ok, a warning, or a fault with what to do.
+"""`rcm doctor`: what this machine, or every rank of a launch, has, whether the kernels are right on
+it, and how fast the ranks reach each other. Each line is ok, a warning, or a fault with what to do.
 
     rcm doctor
     torchrun --nproc_per_node=8 -m rcm doctor
@@ -54,7 +54,9 @@ EXTRAS = {
 }
 """Packages of optional extras: absent is not a fault."""
 PAYLOAD = 64 << 20
-"""Bytes per rank of the collectives that are timed: about a block of the 14B network, sharded over 8."""
+"""Bytes per rank of the collectives that are timed: about a block of the 14B network, sharded over
+8.
+"""
 SLOW_LINK = {"cuda": 20.0, "cpu": 0.0}
 """GB/s per rank below which FSDP2 at 14B waits for the network more than it computes."""
 State = Literal["ok", "warning", "fault"]
@@ -182,7 +184,9 @@ def card(device: torch.device) -> Iterator[Finding]:
 
 
 def kernels(device: torch.device) -> Iterator[Finding]:
-    """A few cases of attention with tangent against float64, and which attention back ends can be chosen."""
+    """A few cases of attention with tangent against float64, and which attention back ends can be
+    chosen.
+    """
     if device.type == "cuda":
         from rcm.kernels.flash_jvp.launch import triton_jvp
         from rcm.kernels.flash_jvp.selfcheck import cases, check, dense_rates
@@ -230,7 +234,9 @@ def kernels(device: torch.device) -> Iterator[Finding]:
 
 
 def links(device: torch.device) -> Iterator[Finding]:
-    """Rates of the collectives of FSDP2 and Ulysses between the ranks, GB/s through each rank, and their latency."""
+    """Rates of the collectives of FSDP2 and Ulysses between the ranks, GB/s through each rank, and
+    their latency.
+    """
     world = dist.get_world_size()
     part = torch.ones(PAYLOAD // 4, device=device)
     whole = torch.empty(world * part.numel(), device=device)
@@ -260,7 +266,9 @@ def links(device: torch.device) -> Iterator[Finding]:
 
 
 def agreement(told: dict[str, Any]) -> Iterator[Finding]:
-    """Whether all ranks have the same software and kind of card, and no two of them the same card."""
+    """Whether all ranks have the same software and kind of card, and no two of them the same
+    card.
+    """
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, told)
     hosts = {rank["host"] for rank in everyone}
@@ -336,7 +344,9 @@ def examine(device: torch.device, *, quick: bool = False) -> Iterator[tuple[str,
 
 
 def _to_its_end(section: str, findings: Iterator[Finding]) -> Iterator[Finding]:
-    """`findings` of this rank alone; what breaks on the way is one itself, and the other sections go on."""
+    """`findings` of this rank alone; what breaks on the way is one itself, and the other sections
+    go on.
+    """
     try:
         yield from findings
     except Exception as error:

@@ -24,14 +24,17 @@ from rcm.storage.shipped import toy_checkpoint
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded checkpoint. `prompt` is a text, or a list of texts for a batch; options are those of `LoadedModel.stream`: `seed`,
-    `num_frames`, `recipe`, `prefix`, `guidance`. `loaded` is the whole of it: description, recipe, codec, text encoder.
+    """A loaded checkpoint. `prompt` is a text, or a list of texts for a batch; options are those of
+    `LoadedModel.stream`: `seed`, `num_frames`, `recipe`, `prefix`, `guidance`. `loaded` is the
+    whole of it: description, recipe, codec, text encoder.
     """
 
     loaded: LoadedModel
 
     def stream(self, prompt: str | Sequence[str], **options: Any) -> Iterator[StreamedChunk]:
-        """Chunks as they are made: `chunk.frames` [B, 3, f, H, W] in [-1, 1], `chunk.seconds` since the start. Checks come first."""
+        """Chunks as they are made: `chunk.frames` [B, 3, f, H, W] in [-1, 1], `chunk.seconds` since
+        the start. Checks come first.
+        """
         return self.loaded.stream(_listed(prompt), **options)
 
     def generate(self, prompt: str | Sequence[str], **options: Any) -> tuple[Tensor, StreamReport]:
@@ -39,7 +42,9 @@ class Model:
         return self.loaded.generate(_listed(prompt), **options)
 
     def save(self, path: str | Path, prompt: str | Sequence[str], *, upscale: int | None = None, **options: Any) -> Path:
-        """Stream into an mp4 file, a batch side by side; `upscale` pixels per pixel (None: small videos become at least 256 high)."""
+        """Stream into an mp4 file, a batch side by side; `upscale` pixels per pixel (None: small
+        videos become at least 256 high).
+        """
         stream = self.stream(prompt, **options)
         scale = comfortable_scale(*self.loaded.pixel_size) if upscale is None else upscale
         with Mp4Writer(path, fps=self.loaded.fps, scale=scale, pad=True) as writer:
@@ -56,7 +61,8 @@ def load(
     precision: Precision | str | None = None,
     files: PieceFiles = PieceFiles(),
 ) -> Model:
-    """The checkpoint at `path` (a job folder, an iter_* folder or an exported file; None: the shipped one of the embedded world).
+    """The checkpoint at `path` (a job folder, an iter_* folder or an exported file; None: the
+    shipped one of the embedded world).
 
     `device` None: cuda where there is one. The rest, and the errors, as `open_checkpoint`.
     """

@@ -1,4 +1,6 @@
-"""The files under `evaluation/`, by which the release's users call the VBench suites: each runs a command of `rcm`, or names it."""
+"""The files under `evaluation/`, by which the release's users call the VBench suites: each runs a
+command of `rcm`, or names it.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,15 @@ OLD: Mapping[str, tuple[str, ...] | str] = {
     "vbench_i2v/cal_scores_i2v.py": ("vbench", "score", "--suite", "i2v"),
     "vbench_i2v/eval_i2v_dims.py": ("vbench", "score", "--suite", "i2v", "--partial", "--dimension", *I2V_DIMENSIONS),
 }
-"""File -> words after `rcm` before the user's own (a flag given again replaces its value), or the command that took its place."""
+"""File -> words after `rcm` before the user's own (a flag given again replaces its value), or the
+command that took its place.
+"""
 
 
 def main(file: str) -> int:
-    """Entry point of the old name `file`; returns the exit status, 2 for a name that only tells of the new command."""
+    """Entry point of the old name `file`; returns the exit status, 2 for a name that only tells of
+    the new command.
+    """
     words = sys.argv[1:]
     name = "/".join(Path(file).parts[-2:])
     asked, now = not {"-h", "--help"}.isdisjoint(words), OLD[name]

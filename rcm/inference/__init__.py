@@ -1,1 +1,3 @@
-"""Command lines that sample: each parses its arguments, opens a checkpoint, and calls one pipeline."""
+"""Command lines that sample: each parses its arguments, opens a checkpoint, and calls one
+pipeline.
+"""

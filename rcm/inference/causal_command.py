@@ -1,4 +1,6 @@
-"""What the causal commands do with their flags: check everything, sample chunk by chunk, decode, write, tell what it cost."""
+"""What the causal commands do with their flags: check everything, sample chunk by chunk, decode,
+write, tell what it cost.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def causal_main(name: str, argv: Sequence[str] | None, *, about: str | None, def
 
 @torch.no_grad()
 def run(flags: argparse.Namespace, job: CausalJob, *, clock: PartClock) -> None:
-    """Check, make, write, tell. Collective over the ranks of a launch; rank 0 reads, prints and writes."""
+    """Check, make, write, tell. Collective over the ranks of a launch; rank 0 reads, prints and
+    writes.
+    """
     image = shared(on_first(lambda: read_image(flags.image_path) if flags.image_path else None))
     size, count = frame_size(flags, image), len(job.timelines)
     films = [_film(flags, timeline, job, number) for number, timeline in enumerate(job.timelines)]
@@ -96,20 +100,23 @@ def run(flags: argparse.Namespace, job: CausalJob, *, clock: PartClock) -> None:
 
 
 class Maker:
-    """The models of a command, loaded as they are needed, and the videos made with them. Collective over the ranks of a launch."""
+    """The models of a command, loaded as they are needed, and the videos made with them. Collective
+    over the ranks of a launch.
+    """
 
     def __init__(self, flags: argparse.Namespace, job: CausalJob, models: WanPipeline, *, image: Tensor | None, size: FrameSize) -> None:
         self.flags, self.job, self.models, self.size = flags, job, models, size
         prompts = list(dict.fromkeys(prompt for timeline in job.timelines for prompt in timeline.prompts))
         guided = job.recipe.kind == "ode" and job.recipe.guidance > 1
         rows = models.embed([*prompts, flags.negative_prompt] if guided else prompts)
-        self.embedded = dict(zip(prompts, rows, strict=False))  # a last row may be the negative prompt's
+        # a last row may be the negative prompt's
+        self.embedded = dict(zip(prompts, rows, strict=False))
         self.negative = Condition(rows[-1:]) if guided else None
         self.prefix = None if image is None else models.from_first(lambda: self._encoded(image))
 
     def make(self, film: Film, spec: StreamSpec, *, preview: OutputFile | None, progress: Progress | None) -> Timing:
-        """Warm-ups and timed runs of one video, all alike; the last one is written. The network and its cache are let go before the last
-        decoding, where the memory policy asks for it.
+        """Warm-ups and timed runs of one video, all alike; the last one is written. The network and
+        its cache are let go before the last decoding, where the memory policy asks for it.
         """
         flags, models = self.flags, self.models
         reel = self._reel(film, spec, progress)
@@ -184,7 +191,9 @@ class Maker:
 
 
 def _watching(progress: Progress | None) -> Callable[[str | None], None]:
-    """What follows the parts of a clock; decoding and writing take turns chunk by chunk, too often to be told each time."""
+    """What follows the parts of a clock; decoding and writing take turns chunk by chunk, too often
+    to be told each time.
+    """
 
     def watch(name: str | None) -> None:
         if progress is not None and name not in ("decode", "write"):
@@ -224,7 +233,9 @@ def _film(flags: argparse.Namespace, timeline: Timeline, job: CausalJob, number:
 
 
 def _latent_frames(num_frames: int, recipe: SamplingRecipe) -> int:
-    """Latent frames of a video; `ConfigError`, naming the nearest lengths in pixel frames, unless they fill whole chunks."""
+    """Latent frames of a video; `ConfigError`, naming the nearest lengths in pixel frames, unless
+    they fill whole chunks.
+    """
     pattern = recipe.blocks
     lengths = [(pattern.frames_before(1) - 1) * TEMPORAL_STRIDE + 1]
     while lengths[-1] < num_frames:

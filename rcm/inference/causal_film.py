@@ -1,4 +1,6 @@
-"""A film of the causal commands: what it is, sampling it again and again in one session, and the files it goes to."""
+"""A film of the causal commands: what it is, sampling it again and again in one session, and the
+files it goes to.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,8 @@ class Reel:
         for chunk in play(self._session, self.film.timeline, condition, **options):
             self._session.settle()
             marks.chunk()
-            self._tell(marks, number=chunk.block - 1)  # one chunk late, so that the device always has work
+            # one chunk late, so that the device always has work
+            self._tell(marks, number=chunk.block - 1)
             yield chunk.latents
         self._tell(marks, number=len(marks.chunks) - 1)
 
@@ -89,7 +92,9 @@ class Reel:
 
 
 class FilmWriter:
-    """The file of a video, samples side by side, and its contact sheet, which appear when the stack ends well."""
+    """The file of a video, samples side by side, and its contact sheet, which appear when the stack
+    ends well.
+    """
 
     def __init__(self, flags: argparse.Namespace, film: Film, preview: OutputFile | None, stack: ExitStack) -> None:
         self.flags, self.film, self.preview = flags, film, preview
@@ -108,6 +113,7 @@ class FilmWriter:
                 self._small.append(torch.nn.functional.interpolate(frames[:, :, i].float(), size=(height, width), mode="area").cpu())
         self._written += frames.shape[2]
         if self.preview is not None and self._written == self.film.num_frames:
-            prompt = self.film.timeline.prompts[0][:120].encode("ascii", "replace").decode()  # the built-in font may have no other letters
+            # the built-in font may have no other letters
+            prompt = self.film.timeline.prompts[0][:120].encode("ascii", "replace").decode()
             labels = [f"seed {self.flags.seed}, sample {i}: {prompt}" for i in range(frames.shape[0])]
             contact_sheet(self.preview, torch.stack(self._small, dim=2), labels=labels, columns=PREVIEW_COLUMNS, scale=1)

@@ -1,4 +1,6 @@
-"""Flags of the three causal commands, which all have all of them with other defaults, and the records that they stand for."""
+"""Flags of the three causal commands, which all have all of them with other defaults, and the
+records that they stand for.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,8 @@ def _sliding(window_blocks: int, sw_sink_blocks: int) -> SlidingWindow:
         raise ConfigError(
             f"--window_blocks {window_blocks} must be at least 1 and --sw_sink_blocks {sw_sink_blocks} at least 0 and below it"
         )
-    # the release counts cached blocks, sinks among them; the policy the blocks that a chunk sees, its own included, beside the sinks
+    # the release counts cached blocks, sinks among them; the policy the blocks that a chunk sees,
+    # its own included, beside the sinks
     return SlidingWindow(window_blocks - sw_sink_blocks + 1, sw_sink_blocks)
 
 
@@ -108,7 +111,9 @@ METHODS: dict[str, Method] = {
         lambda reduce, **v: RelaxForcingPaper(*v.values(), reduce=reduce),
     ),
 }
-"""Name of --extrapolation_method -> method. The last one is an addition; the others are the release's."""
+"""Name of --extrapolation_method -> method. The last one is an addition; the others are the
+release's.
+"""
 
 
 def causal_parser(name: str, *, about: str | None, defaults: Defaults) -> argparse.ArgumentParser:
@@ -227,7 +232,9 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
 
 
 def settle_flags(flags: argparse.Namespace, defaults: Defaults) -> None:
-    """Fill in defaults that depend on other flags. `ConfigError` for a flag that would have no effect."""
+    """Fill in defaults that depend on other flags. `ConfigError` for a flag that would have no
+    effect.
+    """
     chosen_layers(flags.fp8)
     if flags.tiny_decoder and flags.image_path:
         raise ConfigError("--tiny_decoder does not encode, and --image_path must be encoded; leave one of them out")
@@ -273,7 +280,9 @@ def _settle_sampling(flags: argparse.Namespace) -> None:
 
 
 def recipe_of(flags: argparse.Namespace) -> SamplingRecipe:
-    """How every chunk is sampled. `ConfigError` for schedules that do not fit, in the words of the flags."""
+    """How every chunk is sampled. `ConfigError` for schedules that do not fit, in the words of the
+    flags.
+    """
     common = {
         "pattern": f"c{flags.first_chunk_t}-{flags.chunk_t}",
         "sigma_max": flags.sigma_max,
@@ -309,7 +318,9 @@ def policy_of(flags: argparse.Namespace, *, cuts: frozenset[int], reduce: Reduce
 
 
 def codec_spec_of(flags: argparse.Namespace) -> KVCodecSpec | None:
-    """How the cache stores what it keeps; None: as it is. `ConfigError` for a flag of a quantised cache without one."""
+    """How the cache stores what it keeps; None: as it is. `ConfigError` for a flag of a quantised
+    cache without one.
+    """
     spec = KVCodecSpec.from_flags(vars(flags))
     if not (spec.key.is_identity and spec.value.is_identity):
         if flags.fp8_attention:

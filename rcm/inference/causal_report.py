@@ -1,7 +1,9 @@
-"""What a causal command tells of its time and memory, in the words and by the rules of the release, and as JSON.
+"""What a causal command tells of its time and memory, in the words and by the rules of the release,
+and as JSON.
 
-DiT sampling lasts from before the noise is drawn until the last chunk's context; a chunk's latency from the end of the one before (the
-first's from the moment noise and cache are ready) until its own context is in the cache. Neither contains decoding.
+DiT sampling lasts from before the noise is drawn until the last chunk's context; a chunk's latency
+from the end of the one before (the first's from the moment noise and cache are ready) until its own
+context is in the cache. Neither contains decoding.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ Moment = Any
 
 
 class Stopwatch:
-    """Points in time on a device: CUDA events, read when everything is done, or the host's clock."""
+    """Points in time on a device: CUDA events, read when everything is done, or the host's
+    clock.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -98,7 +102,9 @@ class Marks:
 
 @dataclass(frozen=True)
 class Run:
-    """One timed run in milliseconds; None for a chunk that there is not, and for pixels where they were made at the end."""
+    """One timed run in milliseconds; None for a chunk that there is not, and for pixels where they
+    were made at the end.
+    """
 
     dit: float
     vae: float
@@ -145,7 +151,9 @@ _LINES = (
 
 
 def timing_lines(timing: Timing, clock: PartClock) -> list[str]:
-    """The report of a video: a line per run where there are several, then the means, frames per second and memory."""
+    """The report of a video: a line per run where there are several, then the means, frames per
+    second and memory.
+    """
     lines = []
     if len(timing.runs) > 1:
         for number, run in enumerate(timing.runs, 1):
@@ -186,7 +194,9 @@ def write_causal_report(
     size: FrameSize,
     clock: PartClock,
 ) -> None:
-    """Everything needed to make the videos again, and what they cost; written whole or not at all."""
+    """Everything needed to make the videos again, and what they cost; written whole or not at
+    all.
+    """
     record = {
         "random_weights": flags.random_weights,
         **({"watermark": WATERMARK} if flags.random_weights else {}),

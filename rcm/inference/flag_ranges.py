@@ -1,4 +1,6 @@
-"""What a number on a command line may be, by the name of its flag: one table for all commands, so that none forgets a check."""
+"""What a number on a command line may be, by the name of its flag: one table for all commands, so
+that none forgets a check.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from rcm.core.errors import ConfigError
 from rcm.core.rng import SEEDS
 
 MAX_SEED = SEEDS - 1
-"""torch's CPU generator reads 32 bits: larger seeds would repeat smaller ones, and negative ones large ones."""
+"""torch's CPU generator reads 32 bits: larger seeds would repeat smaller ones, and negative ones
+large ones.
+"""
 
 MAX_SIDE, MAX_FRAMES = 8192, 100_000
 """Pixels a side, and frames: 104 minutes at 16 a second."""
@@ -67,11 +71,15 @@ RANGES: dict[str, tuple[float, float]] = {
     "warmup_iters": (0, 10_000),
     "window": (1, 10_000),
 }
-"""Destination of a flag -> least and most of it. A number under any other name is finite, and none is beyond 63 bits."""
+"""Destination of a flag -> least and most of it. A number under any other name is finite, and none
+is beyond 63 bits.
+"""
 
 
 def check_numbers(flags: argparse.Namespace) -> None:
-    """`ConfigError` naming the first flag whose number, or one of whose numbers, is out of range."""
+    """`ConfigError` naming the first flag whose number, or one of whose numbers, is out of
+    range.
+    """
     for name, value in vars(flags).items():
         least, most = RANGES.get(name, (-(2**63), 2**63))
         for number in value if isinstance(value, list | tuple) else (value,):

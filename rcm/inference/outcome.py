@@ -1,4 +1,6 @@
-"""How command lines end: one sentence and an exit status that is not 0 for what a user can change, and for Ctrl-C."""
+"""How command lines end: one sentence and an exit status that is not 0 for what a user can change,
+and for Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +23,25 @@ STOPPED = 130
 
 
 class OutOfMemory(ConfigError):
-    """Memory of a device ran out; told by the rank that it happened to, for the others may have enough."""
+    """Memory of a device ran out; told by the rank that it happened to, for the others may have
+    enough.
+    """
 
 
 USER_ERRORS = (ConfigError, CheckpointError, NonFinite, VideoError, ShardError, PeerGone, OSError)
 
 
 def short_log() -> None:
-    """Log lines of a command for reading, "warning: ..." on stderr; what progress says goes to stdout."""
+    """Log lines of a command for reading, "warning: ..." on stderr; what progress says goes to
+    stdout.
+    """
     logger.remove()
     logger.add(lambda line: sys.stderr.write(line), level="WARNING", format=lambda record: f"{record['level'].name.lower()}: {{message}}\n")
 
 
 def exit_status(work: Callable[[], int | None], *, tell: bool = True, failure: int = 2) -> int:
-    """What `work` returns, else 0; `failure` after an error that the user can put right, told in one sentence on stderr by the rank that
-    may `tell`; 130 and one sentence after Ctrl-C.
+    """What `work` returns, else 0; `failure` after an error that the user can put right, told in
+    one sentence on stderr by the rank that may `tell`; 130 and one sentence after Ctrl-C.
     """
     try:
         return work() or 0
@@ -54,7 +60,9 @@ def exit_status(work: Callable[[], int | None], *, tell: bool = True, failure: i
 
 
 def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Sequence[str] | None], int]:
-    """Decorate the `main(argv)` of a command: whatever its own handling lets through ends as `exit_status` says."""
+    """Decorate the `main(argv)` of a command: whatever its own handling lets through ends as
+    `exit_status` says.
+    """
 
     @functools.wraps(main)
     def ending(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +72,9 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
 
 
 def writable_file(text: str) -> Path:
-    """An argparse type: a file that a command writes in the end, found to be writable when the line is read."""
+    """An argparse type: a file that a command writes in the end, found to be writable when the line
+    is read.
+    """
     try:
         return OutputFile.claim(text).path
     except (ConfigError, OSError) as error:

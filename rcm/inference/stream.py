@@ -1,11 +1,12 @@
 """Stream a video from a checkpoint: chunks are decoded and written as they arrive.
 
-    rcm stream                                                   # the shipped checkpoint of the embedded world
+    rcm stream                                                   # the shipped checkpoint of the
+                                                                 embedded world
     rcm stream --prompt "a green cross moving up" --num_frames 65
     rcm stream --ckpt outputs/rcm/toy/toy_tf_c3-3 --prompt "a red square moving left" --num_steps 20
 
-Network, codec, pattern and steps come from the checkpoint; flags change the sampling where the checkpoint supports it. Exit status 2, and
-one sentence, for what the user can put right.
+Network, codec, pattern and steps come from the checkpoint; flags change the sampling where the
+checkpoint supports it. Exit status 2, and one sentence, for what the user can put right.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = _parser().parse_args(argv)
     short_log()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what this is meant for
+        # one process is what this is meant for
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         return exit_status(lambda: run(flags))
 
 
@@ -106,7 +108,9 @@ def next_command(flags: argparse.Namespace) -> str:
 
 
 def read_prompts(given: Sequence[str] | None, file: str | None, *, allow_empty: bool) -> list[str]:
-    """Prompts of the command line, then the lines of a file. `ConfigError` without any, or for an empty one that is not allowed by name."""
+    """Prompts of the command line, then the lines of a file. `ConfigError` without any, or for an
+    empty one that is not allowed by name.
+    """
     named = [(f"--prompt number {i}", text) for i, text in enumerate(given or (), 1)]
     if file is not None:
         lines = read_lines(file, what="prompt file", knob="--prompt_file")
@@ -183,7 +187,9 @@ def _timed(flags: argparse.Namespace, start: Callable[[], Iterator[StreamedChunk
 
 
 def _write(stream: Iterator[StreamedChunk], path: OutputFile, *, fps: float, upscale: int) -> StreamReport:
-    """Write chunks as they arrive, videos of a batch side by side, and print each latency; the time of writing is taken out."""
+    """Write chunks as they arrive, videos of a batch side by side, and print each latency; the time
+    of writing is taken out.
+    """
     report, writing, previous = StreamReport(), 0.0, 0.0
     with Mp4Writer(path, fps=fps, scale=upscale, pad=True) as writer:
         for arrived in stream:

@@ -30,7 +30,9 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_recipe(flags: argparse.Namespace, trained: SamplingRecipe | WholeVideoRecipe) -> SamplingRecipe | WholeVideoRecipe:
-    """The checkpoint's recipe with the flags applied. Raises `ConfigError` for flags that have no meaning for it."""
+    """The checkpoint's recipe with the flags applied. Raises `ConfigError` for flags that have no
+    meaning for it.
+    """
     return _causal(flags, trained) if isinstance(trained, SamplingRecipe) else _whole(flags, trained)
 
 

@@ -1,4 +1,6 @@
-"""What the Wan commands do with their flags: check everything, build the pipeline, make the video, write it, tell what it cost."""
+"""What the Wan commands do with their flags: check everything, build the pipeline, make the video,
+write it, tell what it cost.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ MAX_PIXELS_GIB = 64
 
 @dataclass(frozen=True)
 class Job:
-    """What a command asks for beyond the flags that all share. `family` "rcm" or "diffusion": whose files it samples."""
+    """What a command asks for beyond the flags that all share. `family` "rcm" or "diffusion": whose
+    files it samples.
+    """
 
     family: str
     recipe: WholeVideoRecipe
@@ -63,7 +67,8 @@ def wan_main(
 ) -> int:
     """The body of a command: exit status 0, or 2 and one sentence for what the user can put right.
 
-    `plan` checks the flags and says what they ask for, `make(flags, job, clock=clock)` does it (`run` for the bidirectional commands).
+    `plan` checks the flags and says what they ask for, `make(flags, job, clock=clock)` does it
+    (`run` for the bidirectional commands).
     """
     flags = parser.parse_args(argv)
     leads = os.environ.get("RANK", "0") == "0" and (not dist.is_initialized() or dist.get_rank() == 0)
@@ -136,7 +141,9 @@ def _check_launch(device: str) -> None:
 
 
 def run(flags: argparse.Namespace, job: Job, *, clock: PartClock) -> None:
-    """Check, make, write, tell. Collective over the ranks of a launch; rank 0 reads, prints and writes."""
+    """Check, make, write, tell. Collective over the ranks of a launch; rank 0 reads, prints and
+    writes.
+    """
     outputs = on_first(lambda: Outputs.claim(flags))
     first, last = shared(on_first(lambda: tuple(p and read_image(p) for p in (job.image_path, job.last_image_path))))
     request = VideoRequest(
@@ -235,6 +242,7 @@ class Outputs:
         width = max(1, round(frames.shape[4] * height / frames.shape[3]))
         picks = torch.linspace(0, frames.shape[2] - 1, min(PREVIEW_COLUMNS, frames.shape[2])).round().long()
         small = torch.nn.functional.interpolate(frames[:, :, picks], size=(len(picks), height, width), mode="area")
-        prompt = flags.prompt[:120].encode("ascii", "replace").decode()  # the built-in font may have no other letters
+        # the built-in font may have no other letters
+        prompt = flags.prompt[:120].encode("ascii", "replace").decode()
         labels = [f"seed {flags.seed}, sample {i}: {prompt}" for i in range(len(small))]
         contact_sheet(self.preview, small, labels=labels, columns=PREVIEW_COLUMNS, scale=1)

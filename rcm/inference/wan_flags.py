@@ -1,5 +1,5 @@
-"""Flags of the commands that sample Wan's bidirectional networks; what differs between them is passed in.
-docs/reference/sampling.md.
+"""Flags of the commands that sample Wan's bidirectional networks; what differs between them is
+passed in. docs/reference/sampling.md.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Numerics:
-    """A choice of --precision: a preset of `Precision`, and where the fused elementwise kernels run."""
+    """A choice of --precision: a preset of `Precision`, and where the fused elementwise kernels
+    run.
+    """
 
     precision: str
     fused: str = "auto"
@@ -65,15 +67,19 @@ PRECISIONS = {
     "fast": Numerics("bf16"),
     "exact": Numerics("bf16", fused="off"),
 }
-"""The names of `Precision.preset`, as in every command, and two of fused kernels. bf16 (or fast): bf16 weights and activations, float32
-time, modulation and head, timestep rounded to bf16 as in training; fused kernels on CUDA round less often. bf16_exact (or exact): the same,
-every rounding where the release has it. bf16_fp32_time: bf16, the timestep not rounded. fp32: everything in float32.
+"""The names of `Precision.preset`, as in every command, and two of fused kernels. bf16 (or fast):
+bf16 weights and activations, float32 time, modulation and head, timestep rounded to bf16 as in
+training; fused kernels on CUDA round less often. bf16_exact (or exact): the same, every rounding
+where the release has it. bf16_fp32_time: bf16, the timestep not rounded. fp32: everything in
+float32.
 """
 
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """A network that a command needs: the flag that names it, its path, the RF time down to which it is in charge, low-rank updates."""
+    """A network that a command needs: the flag that names it, its path, the RF time down to which
+    it is in charge, low-rank updates.
+    """
 
     flag: str
     path: str
@@ -216,7 +222,9 @@ def many_step_recipe(flags: argparse.Namespace) -> WholeVideoRecipe:
 
 
 def lora_of(text: str) -> LoRA:
-    """A low-rank update from "PATH" or "PATH=SCALE"; `ConfigError` for a scale that is no number."""
+    """A low-rank update from "PATH" or "PATH=SCALE"; `ConfigError` for a scale that is no
+    number.
+    """
     path, sign, scale = text.rpartition("=")
     if not sign or Path(text).exists():
         return LoRA(text)
@@ -232,7 +240,9 @@ def single_network(flags: argparse.Namespace) -> tuple[NetworkFile, ...]:
 
 
 def experts(flags: argparse.Namespace) -> tuple[NetworkFile, ...]:
-    """The experts of an image-to-video command; `ConfigError` unless the boundary is a time between 0 and 1."""
+    """The experts of an image-to-video command; `ConfigError` unless the boundary is a time between
+    0 and 1.
+    """
     if not 0 < flags.boundary < 1:
         raise ConfigError(f"--boundary {flags.boundary:g} must be a time between 0 and 1 (0.9 for image-to-video)")
     return (

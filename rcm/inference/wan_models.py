@@ -1,4 +1,6 @@
-"""The models of a Wan command: are their files there and of the right size, and a pipeline that reads each when it needs it."""
+"""The models of a Wan command: are their files there and of the right size, and a pipeline that
+reads each when it needs it.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ VAE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Task:
-    """What a command gives a network: so many input channels, CLIP's tokens of so many `images`, encoded by the file `clip_path`."""
+    """What a command gives a network: so many input channels, CLIP's tokens of so many `images`,
+    encoded by the file `clip_path`.
+    """
 
     channels: int
     images: int = 0
@@ -71,8 +75,8 @@ _TASKS = (
 
 
 def check_files(flags: argparse.Namespace, networks: Sequence[NetworkFile], *, family: str, task: Task) -> None:
-    """Raise `CheckpointError` for a file that is missing (where it is published), damaged, of another network than --model_size, or of
-    another task, before any of them is read.
+    """Raise `CheckpointError` for a file that is missing (where it is published), damaged, of
+    another network than --model_size, or of another task, before any of them is read.
     """
     needed = [(network.flag, network.path, f"{family} {network.flag}") for network in networks]
     needed += [("--vae_path", flags.vae_path, "--vae_path"), ("--text_encoder_path", flags.text_encoder_path, "--text_encoder_path")]
@@ -104,15 +108,17 @@ def _check_network(file: NetworkFile, *, size: str, weights: str, task: Task) ->
 def build_pipeline(
     flags: argparse.Namespace, networks: Sequence[NetworkFile], *, clock: PartClock, size: FrameSize, clip_path: str | None = None
 ) -> WanPipeline:
-    """The pipeline of a command for frames of `size`, with CLIP where `clip_path` names its file. Rank 0 checks text encoder and codec now,
-    and its refusal is everyone's; networks are read when they are needed. Collective over the ranks of a launch.
+    """The pipeline of a command for frames of `size`, with CLIP where `clip_path` names its file.
+    Rank 0 checks text encoder and codec now, and its refusal is everyone's; networks are read when
+    they are needed. Collective over the ranks of a launch.
     """
     if flags.compile and num_ranks() > 1:
         raise ConfigError("--compile works on one GPU; leave it out under torchrun")
     tokens_per_frame = size.height * size.width // (2 * WanVAECodec.spatial_stride) ** 2
     device, policy = clock.device, MemoryPolicy.preset(flags.offload)
     if policy.expert == "cpu" and flags.warmup_iters == 0:
-        policy = replace(policy, expert="free")  # one video: the expert that is done is not needed again, and copying 29 GB takes 15 s
+        # one video: the expert that is done is not needed again, and copying 29 GB takes 15 s
+        policy = replace(policy, expert="free")
     codec = Resident[LatentCodec](partial(_codec, flags, device=device), move=_move_codec, device=device, clock=clock)
     _compile_codec_ahead(flags, size, device=device)
     _compile_attention_ahead(flags, device=device)
@@ -164,14 +170,17 @@ def _codec(flags: argparse.Namespace, *, device: torch.device) -> LatentCodec:
 
 
 def _compile_codec_ahead(flags: argparse.Namespace, size: FrameSize, *, device: torch.device) -> None:
-    """Begin to compile the decoder's kernels in a thread: done one by one at the first frame they take 11 s on an H200."""
+    """Begin to compile the decoder's kernels in a thread: done one by one at the first frame they
+    take 11 s on an H200.
+    """
     if device.type != "cuda" or getattr(flags, "tiny_decoder", "") or flags.vae_tile is not None or find_spec("triton") is None:
         return
 
     def compile_decoder_() -> None:
         try:
             compile_decoder(device, size=(size.height, size.width), dtype=VAE_DTYPES[flags.vae_precision])
-        except Exception as error:  # decoding compiles what is missing, and raises what stands in its way
+        # decoding compiles what is missing, and raises what stands in its way
+        except Exception as error:
             logger.warning("compiling the decoder ahead of time failed: {}", error)
 
     threading.Thread(target=compile_decoder_, name="compile decoder", daemon=True).start()
@@ -183,11 +192,13 @@ def _compile_attention_ahead(flags: argparse.Namespace, *, device: torch.device)
         return
 
     def compile_attention() -> None:
-        from rcm.kernels.fp8_attention.compile_list import attention_plan  # Triton is imported only on CUDA
+        # Triton is imported only on CUDA
+        from rcm.kernels.fp8_attention.compile_list import attention_plan
 
         try:
             precompile(attention_plan, device=device)
-        except Exception as error:  # the first pass compiles what is missing, and raises what stands in its way
+        # the first pass compiles what is missing, and raises what stands in its way
+        except Exception as error:
             logger.warning("compiling FP8 attention ahead of time failed: {}", error)
 
     threading.Thread(target=compile_attention, name="compile attention", daemon=True).start()

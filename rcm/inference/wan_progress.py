@@ -1,4 +1,6 @@
-"""What a Wan command shows while it works: the part it is in and for how long, a line or a bar per step, the time that is left."""
+"""What a Wan command shows while it works: the part it is in and for how long, a line or a bar per
+step, the time that is left.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +50,11 @@ class StepLines:
 
 
 class Progress:
-    """Follows the parts of a run (`PartClock.watch`) and its steps (`OnStep`); a `with` block, which a thread watches meanwhile.
+    """Follows the parts of a run (`PartClock.watch`) and its steps (`OnStep`); a `with` block,
+    which a thread watches meanwhile.
 
-    On a terminal one line with the seconds of the part, elsewhere a line when a part begins and every 30 seconds that it lasts.
+    On a terminal one line with the seconds of the part, elsewhere a line when a part begins and
+    every 30 seconds that it lasts.
     """
 
     def __init__(self, out: TextIO) -> None:

@@ -52,7 +52,9 @@ def write_report(
     clock: PartClock,
     networks: Sequence[NetworkFile],
 ) -> None:
-    """Everything needed to make the video again, and what it cost, as JSON; written whole or not at all."""
+    """Everything needed to make the video again, and what it cost, as JSON; written whole or not at
+    all.
+    """
     on_cuda = clock.device.type == "cuda"
     record: dict[str, Any] = {
         "random_weights": flags.random_weights,

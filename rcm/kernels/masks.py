@@ -2,13 +2,15 @@
 
 Every mask shows three faces, derived separately and tested equal:
 
-* a predicate over token indices (`allowed`), arithmetic only, for FlexAttention and as the kernel's boundary test;
-* contiguous key intervals per run of queries (`row_segments`) and per query tile (`kv_intervals`), for dense calls and the Triton kernel;
+* a predicate over token indices (`allowed`), arithmetic only, for FlexAttention and as the kernel's
+  boundary test;
+* contiguous key intervals per run of queries (`row_segments`) and per query tile (`kv_intervals`),
+  for dense calls and the Triton kernel;
 * a boolean matrix (`dense`), for tests and tiny sizes.
 
-Blocks are counted by `BlockPattern` (Causal-rCM section 4.1): frames form blocks, attention inside a block is bidirectional.
-A window K keeps the last K blocks, the query's own included; sinks keep the first blocks visible beyond a window. A frame holds
-`tokens_per_frame` consecutive tokens.
+Blocks are counted by `BlockPattern` (Causal-rCM section 4.1): frames form blocks, attention inside
+a block is bidirectional. A window K keeps the last K blocks, the query's own included; sinks keep
+the first blocks visible beyond a window. A frame holds `tokens_per_frame` consecutive tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ Intervals = tuple[Interval, ...]
 
 
 class Segment(NamedTuple):
-    """A maximal run of queries `[q_start, q_stop)` that attend to the same keys: the union of `intervals` (sorted, disjoint, half-open)."""
+    """A maximal run of queries `[q_start, q_stop)` that attend to the same keys: the union of
+    `intervals` (sorted, disjoint, half-open).
+    """
 
     q_start: int
     q_stop: int
@@ -36,7 +40,9 @@ class Segment(NamedTuple):
 
 
 class QueryTile(NamedTuple):
-    """A tile of queries as a kernel sees it: no key outside `union` is needed, no key inside `common` needs the predicate."""
+    """A tile of queries as a kernel sees it: no key outside `union` is needed, no key inside
+    `common` needs the predicate.
+    """
 
     q_start: int
     q_stop: int
@@ -51,7 +57,9 @@ class QueryTile(NamedTuple):
 
 @runtime_checkable
 class MaskSpec(Protocol):
-    """What attention code may ask of a mask. Implementations are frozen and hashable, so that plans can be cached by mask."""
+    """What attention code may ask of a mask. Implementations are frozen and hashable, so that plans
+    can be cached by mask.
+    """
 
     def __hash__(self) -> int:
         """By value."""
@@ -91,7 +99,9 @@ class _IntervalMask:
         return len(segments) == 1 and segments[0].intervals == ((0, self.kv_len),)
 
     def dense(self, device: torch.device | str = "cpu") -> Tensor:
-        """The mask as bool `[q_len, kv_len]` on `device`, True = attends. Quadratic memory: tests and tiny sizes only."""
+        """The mask as bool `[q_len, kv_len]` on `device`, True = attends. Quadratic memory: tests
+        and tiny sizes only.
+        """
         q_idx = torch.arange(self.q_len, device=device)[:, None]
         kv_idx = torch.arange(self.kv_len, device=device)[None, :]
         return self.allowed(q_idx, kv_idx).expand(self.q_len, self.kv_len).clone()
@@ -99,7 +109,8 @@ class _IntervalMask:
     def kv_intervals(self, block_m: int) -> tuple[QueryTile, ...]:
         """Cut the queries into tiles of `block_m` (the last may be short).
 
-        Per tile: the union of the keys that its rows see, and the keys that all of its rows see. Raises `ValueError` if `block_m < 1`.
+        Per tile: the union of the keys that its rows see, and the keys that all of its rows see.
+        Raises `ValueError` if `block_m < 1`.
         """
         if block_m < 1:
             raise ValueError(f"block_m must be at least 1, got {block_m}")
@@ -108,7 +119,9 @@ class _IntervalMask:
 
 @dataclass(frozen=True)
 class Full(_IntervalMask):
-    """No mask: each of `q_len` queries sees all `kv_len` keys. Raises `ConfigError` unless both are positive."""
+    """No mask: each of `q_len` queries sees all `kv_len` keys. Raises `ConfigError` unless both are
+    positive.
+    """
 
     q_len: int
     kv_len: int
@@ -130,10 +143,11 @@ class Full(_IntervalMask):
 class BlockCausal(_IntervalMask):
     """A query of block i sees key blocks j <= i (Causal_rCM.md section 2, block_causal).
 
-    With `window=K`: of those only j >= i - (K - 1), and j < `sinks`. Keys are the blocks 0 .. last query block and cover `num_frames`
-    frames; queries are the blocks `q_block_offset` .. last, so a streaming chunk over its cache is `q_block_offset = num_blocks - 1`.
-    `num_q_blocks` may restate the number of query blocks and must then agree. Raises `ConfigError` for a pattern that does not fit
-    `num_frames`, an offset outside the blocks, a window below 1 or negative sinks.
+    With `window=K`: of those only j >= i - (K - 1), and j < `sinks`. Keys are the blocks 0 .. last
+    query block and cover `num_frames` frames; queries are the blocks `q_block_offset` .. last, so a
+    streaming chunk over its cache is `q_block_offset = num_blocks - 1`. `num_q_blocks` may restate
+    the number of query blocks and must then agree. Raises `ConfigError` for a pattern that does not
+    fit `num_frames`, an offset outside the blocks, a window below 1 or negative sinks.
     """
 
     pattern: BlockPattern
@@ -174,7 +188,9 @@ class BlockCausal(_IntervalMask):
         return self.pattern.bounds(self.num_frames)[self.q_block_offset][0] * self.tokens_per_frame
 
     def allowed(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        """Broadcasting predicate; `q_idx` counts from the first query token, `kv_idx` from the first key token."""
+        """Broadcasting predicate; `q_idx` counts from the first query token, `kv_idx` from the
+        first key token.
+        """
         q_block = _block_of_token(self, q_idx + self._q_token_offset)
         kv_block = _block_of_token(self, kv_idx)
         return (kv_block <= q_block) & _in_reach(self, q_block, kv_block)
@@ -186,13 +202,15 @@ class BlockCausal(_IntervalMask):
 
 @dataclass(frozen=True)
 class TeacherForcing(_IntervalMask):
-    """Keys are `[clean L ; noisy L]` tokens with L = num_frames * tokens_per_frame (Causal_rCM.md section 2, teacher_forcing).
+    """Keys are `[clean L ; noisy L]` tokens with L = num_frames * tokens_per_frame (Causal_rCM.md
+    section 2, teacher_forcing).
 
-    A clean query of block i sees clean blocks j <= i and nothing noisy. A noisy query of block i sees clean blocks j < i (strictly) and
-    the noisy tokens of its own block. `window=K` restricts the clean blocks to j >= i - (K - 1), so K counts the query's own block;
-    `sinks` keeps clean blocks j < sinks within those limits. `queries="both"` has 2L queries, `queries="noisy"` only the noisy half
-    (the clean half is a cache).
-    Raises `ConfigError` for a pattern that does not fit, a window below 1, negative sinks, or another value of `queries`.
+    A clean query of block i sees clean blocks j <= i and nothing noisy. A noisy query of block i
+    sees clean blocks j < i (strictly) and the noisy tokens of its own block. `window=K` restricts
+    the clean blocks to j >= i - (K - 1), so K counts the query's own block; `sinks` keeps clean
+    blocks j < sinks within those limits. `queries="both"` has 2L queries, `queries="noisy"` only
+    the noisy half (the clean half is a cache). Raises `ConfigError` for a pattern that does not
+    fit, a window below 1, negative sinks, or another value of `queries`.
     """
 
     pattern: BlockPattern
@@ -223,7 +241,9 @@ class TeacherForcing(_IntervalMask):
         return self.kv_len if self.queries == "both" else self.half_len
 
     def allowed(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        """Broadcasting predicate; with `queries="noisy"`, `q_idx` counts from the first noisy token."""
+        """Broadcasting predicate; with `queries="noisy"`, `q_idx` counts from the first noisy
+        token.
+        """
         half = self.half_len
         q_packed = q_idx if self.queries == "both" else q_idx + half
         q_noisy, kv_noisy = q_packed >= half, kv_idx >= half
@@ -233,7 +253,9 @@ class TeacherForcing(_IntervalMask):
         return own_half_and_block | (strictly_before & ~kv_noisy)
 
     def row_segments(self) -> tuple[Segment, ...]:
-        """One segment per block of each half that has queries; neighbours with equal keys are joined."""
+        """One segment per block of each half that has queries; neighbours with equal keys are
+        joined.
+        """
         return _teacher_forcing_segments(self)
 
 
@@ -254,7 +276,9 @@ def _require_positive(name: str, value: int) -> None:
 
 
 def _block_of_token(mask: BlockCausal | TeacherForcing, token: Tensor) -> Tensor:
-    """Block index by arithmetic: a frame of the first block gives a non-positive quotient, clamped to 0."""
+    """Block index by arithmetic: a frame of the first block gives a non-positive quotient, clamped
+    to 0.
+    """
     frame = token // mask.tokens_per_frame
     return ((frame - mask.pattern.first) // mask.pattern.chunk + 1).clamp(min=0)
 
@@ -271,7 +295,9 @@ def _token_bounds(mask: BlockCausal | TeacherForcing) -> list[Interval]:
 
 
 def _reachable_prefix(mask: BlockCausal | TeacherForcing, bounds: list[Interval], *, block: int, num_blocks: int) -> list[Interval]:
-    """Token intervals of the first `num_blocks` key blocks that a query of `block` reaches through window and sinks."""
+    """Token intervals of the first `num_blocks` key blocks that a query of `block` reaches through
+    window and sinks.
+    """
     prefix = bounds[:num_blocks]
     if mask.window is None:
         return prefix

@@ -1,8 +1,10 @@
-"""Compiling kernels before they are needed, side by side in threads: one by one they take seconds of a first frame.
+"""Compiling kernels before they are needed, side by side in threads: one by one they take seconds
+of a first frame.
 
-While `precompile` runs a plan, a launch made with `launch` starts the compilation of its kernel and runs nothing. So
-code that computes on tensors of the meta device tells which kernels it will want, before any weight is loaded. Triton
-compiles outside of Python's lock, and the last step in a process of its own: threads are enough.
+While `precompile` runs a plan, a launch made with `launch` starts the compilation of its kernel and
+runs nothing. So code that computes on tensors of the meta device tells which kernels it will want,
+before any weight is loaded. Triton compiles outside of Python's lock, and the last step in a
+process of its own: threads are enough.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ _planned: ContextVar[torch.device | None] = ContextVar("planned", default=None)
 
 @dataclass(frozen=True)
 class Compiled:
-    """Distinct kernels of a plan, and the seconds until they were loaded on the device (from Triton's cache on disk,
-    where it has them). `planned`: seconds until all were known; `parts`: per kernel its name and the seconds at which
-    its compilation began, was done, and it was loaded.
+    """Distinct kernels of a plan, and the seconds until they were loaded on the device (from
+    Triton's cache on disk, where it has them). `planned`: seconds until all were known; `parts`:
+    per kernel its name and the seconds at which its compilation began, was done, and it was loaded.
     """
 
     kernels: int = 0
@@ -41,7 +43,9 @@ class Compiled:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
-    """`kernel[grid](*arguments, **constants)`; in a plan of `precompile`, only the compilation of what that would run."""
+    """`kernel[grid](*arguments, **constants)`; in a plan of `precompile`, only the compilation of
+    what that would run.
+    """
     if _planned.get() is None:
         kernel[grid](*arguments, **constants)
     else:
@@ -49,17 +53,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: 
 
 
 def device_for(x: Tensor) -> torch.device:
-    """Where `x` computes: on its device, or for a tensor on meta in a plan of `precompile`, on the one compiled for."""
+    """Where `x` computes: on its device, or for a tensor on meta in a plan of `precompile`, on the
+    one compiled for.
+    """
     planned = _planned.get()
     return planned if planned is not None and x.is_meta else x.device
 
 
 def precompile(plan: Callable[[], object], *, device: torch.device | str, threads: int | None = None) -> Compiled:
-    """Compile the kernels that `plan` launches (by `launch`, in this thread) for a CUDA `device`, load them there,
-    and wait.
+    """Compile the kernels that `plan` launches (by `launch`, in this thread) for a CUDA `device`,
+    load them there, and wait.
 
-    `threads`: how many at once, by default the cores of this process, at most MOST_THREADS. The first error of a
-    compilation is raised. May run in a thread of its own, beside the loading of weights.
+    `threads`: how many at once, by default the cores of this process, at most MOST_THREADS. The
+    first error of a compilation is raised. May run in a thread of its own, beside the loading of
+    weights.
     """
     return copy_context().run(_precompile, plan, _indexed(device), threads or default_threads())
 
@@ -93,8 +100,8 @@ def _precompile(plan: Callable[[], object], device: torch.device, threads: int) 
 
 @contextmanager
 def _quick_turns() -> Iterator[None]:
-    """Compilations leave Python's lock dozens of times each; whoever wants it back waits a whole interval for another
-    thread's Python code.
+    """Compilations leave Python's lock dozens of times each; whoever wants it back waits a whole
+    interval for another thread's Python code.
     """
     before = sys.getswitchinterval()
     sys.setswitchinterval(min(before, SWITCH_SECONDS))
@@ -105,8 +112,8 @@ def _quick_turns() -> Iterator[None]:
 
 
 class _LoadingPool(ThreadPoolExecutor):
-    """Threads that compile a kernel and then build its launcher and load it, which the first launch would do
-    otherwise.
+    """Threads that compile a kernel and then build its launcher and load it, which the first launch
+    would do otherwise.
     """
 
     def __init__(self, device: torch.device, threads: int, start: float) -> None:

@@ -1,7 +1,9 @@
-"""Results of kernels that activation recomputation takes from the first forward instead of running the kernel again.
+"""Results of kernels that activation recomputation takes from the first forward instead of running
+the kernel again.
 
-Selective checkpointing of torch sees operators; a Triton launch inside an autograd Function is none. Such a Function passes its launch
-through `kept`. Without a tape, or outside `keeping`, that only calls it; nothing here knows which kernel it is.
+Selective checkpointing of torch sees operators; a Triton launch inside an autograd Function is
+none. Such a Function passes its launch through `kept`. Without a tape, or outside `keeping`, that
+only calls it; nothing here knows which kernel it is.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ _keeping: ContextVar[bool] = ContextVar("keeping", default=False)
 
 
 class Tape:
-    """Results of one forward in the order of their making, to be taken once, in that order, by its recomputation."""
+    """Results of one forward in the order of their making, to be taken once, in that order, by its
+    recomputation.
+    """
 
     def __init__(self) -> None:
         self._results: list[tuple[Tensor, ...] | None] = []
@@ -50,12 +54,13 @@ class Tape:
             _tape.reset(token)
 
     def pass_through(self, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Record what `compute` returns, or return what was recorded in its place. `RuntimeError` for a second backward pass, or a
-        recomputation that asks for more than the forward made.
+        """Record what `compute` returns, or return what was recorded in its place. `RuntimeError`
+        for a second backward pass, or a recomputation that asks for more than the forward made.
         """
         if self._next is None:
             made = compute()
-            self._results.append(tuple(x.detach() for x in made))  # aliases: the results themselves will carry the graph
+            # aliases: the results themselves will carry the graph
+            self._results.append(tuple(x.detach() for x in made))
             return made
         if self._next >= len(self._results):
             raise RuntimeError(f"the recomputation asks for kernel result {self._next}, its forward made {len(self._results)}")
@@ -87,6 +92,8 @@ def current_tape() -> Tape | None:
 
 
 def kept(compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """`compute()`, or in a recomputation its result of the first forward; call it where no gradient is recorded (a Function's forward)."""
+    """`compute()`, or in a recomputation its result of the first forward; call it where no gradient
+    is recorded (a Function's forward).
+    """
     tape = current_tape()
     return compute() if tape is None or not is_keeping() else tape.pass_through(compute)

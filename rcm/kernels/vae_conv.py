@@ -1,9 +1,12 @@
-"""Convolutions over windows (rcm/kernels/vae_window.py): the border is already there, so nothing is padded; frames are channels-last.
+"""Convolutions over windows (rcm/kernels/vae_window.py): the border is already there, so nothing is
+padded; frames are channels-last.
 
-Four forms compute the same sums. "direct" is the library's convolution. "pairs" regards two neighbouring pixels as one of twice the
-channels: a third more arithmetic, but libraries leave the tensor cores half idle at 96 channels and less. "tma" is a fused matrix product
-for Hopper cards. "columns" is for few output channels: "tma" with the taps along the width as output channels, a third of the traffic,
-added up afterwards; its result is float32. Which is fastest was measured, see docs/performance_log.md.
+Four forms compute the same sums. "direct" is the library's convolution. "pairs" regards two
+neighbouring pixels as one of twice the channels: a third more arithmetic, but libraries leave the
+tensor cores half idle at 96 channels and less. "tma" is a fused matrix product for Hopper cards.
+"columns" is for few output channels: "tma" with the taps along the width as output channels, a
+third of the traffic, added up afterwards; its result is float32. Which is fastest was measured, see
+docs/performance_log.md.
 
 Shape legend: B batch, T frames, H W, C channels in, N out.
 """
@@ -18,9 +21,11 @@ from rcm.kernels.vae_conv_pack import PackedKernel
 
 
 def convolve(padded: Tensor, kernel: PackedKernel) -> Tensor:
-    """Contiguous [B, T', H', W', N] of a contiguous window [B, T, H, W, C], without bias and without padding; float32 from "columns".
+    """Contiguous [B, T', H', W', N] of a contiguous window [B, T, H, W, C], without bias and
+    without padding; float32 from "columns".
 
-    Raises `ValueError` for other channels or dtypes, and for an odd W with form "pairs"; `RuntimeError` from "tma" without a card for it.
+    Raises `ValueError` for other channels or dtypes, and for an odd W with form "pairs";
+    `RuntimeError` from "tma" without a card for it.
     """
     if padded.shape[-1] != kernel.channels_in or padded.dtype != kernel.data.dtype:
         raise ValueError(
@@ -28,7 +33,8 @@ def convolve(padded: Tensor, kernel: PackedKernel) -> Tensor:
             f"the kernel reads {kernel.channels_in} of {kernel.data.dtype}; pack the weights again after moving them"
         )
     if kernel.form in ("tma", "columns"):
-        from rcm.kernels.vae_conv_tma import launch_convolution  # Triton is imported only when asked for
+        # Triton is imported only when asked for
+        from rcm.kernels.vae_conv_tma import launch_convolution
 
         return launch_convolution(padded, kernel) if kernel.form == "tma" else _columns(padded, kernel)
     if kernel.form == "pairs":

@@ -1,4 +1,5 @@
-"""The weights of a convolution in the order that one of its forms (`rcm.kernels.vae_conv`) reads them, and the choice of the form.
+"""The weights of a convolution in the order that one of its forms (`rcm.kernels.vae_conv`) reads
+them, and the choice of the form.
 
 Shape legend: C channels in, N out, kt ky kx taps along time, height, width.
 """
@@ -56,7 +57,9 @@ def tma_obstacle(weight: Tensor, *, stride: tuple[int, int, int] = (1, 1, 1)) ->
 
 
 def pack(weight: Tensor, *, form: Form, stride: tuple[int, int, int] = (1, 1, 1)) -> PackedKernel:
-    """Weights [N, C, kt, ky, kx] for `form`. Raises `ValueError` if that form does not compute such a convolution."""
+    """Weights [N, C, kt, ky, kx] for `form`. Raises `ValueError` if that form does not compute such
+    a convolution.
+    """
     n, c, kt, ky, kx = weight.shape
     made = {"taps": (kt, ky, kx), "channels_in": c, "channels_out": n, "stride": stride}
     if form == "direct":
@@ -77,13 +80,16 @@ def pack(weight: Tensor, *, form: Form, stride: tuple[int, int, int] = (1, 1, 1)
 
 
 def fold_nearest(weight: Tensor) -> Tensor:
-    """Weights [4 N, C, 1, 2, 2] that do to an image what nearest-neighbour doubling and then `weight` [N, C, 3, 3] (border 1) do.
+    """Weights [4 N, C, 1, 2, 2] that do to an image what nearest-neighbour doubling and then
+    `weight` [N, C, 3, 3] (border 1) do.
 
-    Over a window with a border of 1 cell they leave the layout "pixel_quads" of rcm/kernels/vae_window.py. Of the three taps along an
-    axis two always meet the same small pixel, so they are added; arithmetic falls to 4/9. Sums in float32 or wider, one rounding.
+    Over a window with a border of 1 cell they leave the layout "pixel_quads" of
+    rcm/kernels/vae_window.py. Of the three taps along an axis two always meet the same small pixel,
+    so they are added; arithmetic falls to 4/9. Sums in float32 or wider, one rounding.
     """
     n, c = weight.shape[:2]
-    if weight.is_meta:  # shapes are enough, and torch's Python code for meta tensors takes seconds to import
+    # shapes are enough, and torch's Python code for meta tensors takes seconds to import
+    if weight.is_meta:
         return weight.new_empty(4 * n, c, 1, 2, 2)
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     folded = wide.new_zeros(2, 2, n, c, 2, 2)
@@ -97,7 +103,9 @@ def fold_nearest(weight: Tensor) -> Tensor:
 
 
 def row_multiple(row: int) -> int:
-    """How many channels of K one step of the "tma" form reads: 64 if they divide a row of taps, else 32."""
+    """How many channels of K one step of the "tma" form reads: 64 if they divide a row of taps,
+    else 32.
+    """
     return 64 if row % 64 == 0 else 32
 
 

@@ -1,8 +1,11 @@
-"""Convolution of a window as one matrix product on Hopper: bulk copies bring both factors, no patch is ever written to memory.
+"""Convolution of a window as one matrix product on Hopper: bulk copies bring both factors, no patch
+is ever written to memory.
 
-In a channels-last window the kx * C numbers that one row of taps multiplies are neighbours in memory, and so are those of the next pixel,
-C numbers further. The left factor is therefore a plain matrix with overlapping rows, [pixels, kx * C] with row stride C, and a shift by
-(frame, row) taps is a shift of its rows. Rows that straddle the border are computed and not stored (under 1 % at 480 x 832).
+In a channels-last window the kx * C numbers that one row of taps multiplies are neighbours in
+memory, and so are those of the next pixel, C numbers further. The left factor is therefore a plain
+matrix with overlapping rows, [pixels, kx * C] with row stride C, and a shift by (frame, row) taps
+is a shift of its rows. Rows that straddle the border are computed and not stored (under 1 % at 480
+x 832).
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ FEW_PROGRAMS = 132
 
 @dataclass(frozen=True)
 class ConvTiles:
-    """One program computes `block_m` pixels times `block_n` + `rest_n` channels; `rest_n` may be 0."""
+    """One program computes `block_m` pixels times `block_n` + `rest_n` channels; `rest_n` may be
+    0.
+    """
 
     block_m: int
     block_n: int
@@ -34,8 +39,9 @@ class ConvTiles:
 
 
 def conv_tiles(*, pixels: int, channels_out: int) -> ConvTiles:
-    """The tiles measured best on an H200 (docs/performance_log.md). 96 and 192 channels are split unevenly, as Triton's tiles are powers
-    of two and a padded one would waste a quarter of the arithmetic.
+    """The tiles measured best on an H200 (docs/performance_log.md). 96 and 192 channels are split
+    unevenly, as Triton's tiles are powers of two and a padded one would waste a quarter of the
+    arithmetic.
     """
     if channels_out <= 64:
         return ConvTiles(256, max(16, triton.next_power_of_2(channels_out)), 0, 8, 4)
@@ -71,8 +77,8 @@ def convolution_kernel(
     TILES_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (pixel tiles of all frames x channel tiles, batch). `frames`, `height` and `width` are those of the output, the other sizes
-    those of the window.
+    """Grid (pixel tiles of all frames x channel tiles, batch). `frames`, `height` and `width` are
+    those of the output, the other sizes those of the window.
     """
     first = tl.program_id(0) // TILES_N * BLOCK_M
     channel = tl.program_id(0) % TILES_N * (BLOCK_N + REST_N)
@@ -106,9 +112,11 @@ def convolution_kernel(
 def launch_convolution(
     padded: Tensor, kernel: PackedKernel, *, tiles: ConvTiles | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """[B, T', H', W', N] of a contiguous window [B, T, H, W, C] in `out_dtype` (None: the window's); one launch.
+    """[B, T', H', W', N] of a contiguous window [B, T, H, W, C] in `out_dtype` (None: the
+    window's); one launch.
 
-    Sums in float32. `tiles` overrides the table, for benchmarks. Raises `ValueError` for a window smaller than the taps.
+    Sums in float32. `tiles` overrides the table, for benchmarks. Raises `ValueError` for a window
+    smaller than the taps.
     """
     b, t, h, w, c = padded.shape
     kt, ky, kx = kernel.taps

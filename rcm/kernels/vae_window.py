@@ -1,8 +1,11 @@
-"""Convolution inputs of a causal video autoencoder: sum, normalise, activate, pad and carry frames over, in one pass.
+"""Convolution inputs of a causal video autoencoder: sum, normalise, activate, pad and carry frames
+over, in one pass.
 
-A causal 3x3x3 convolution reads a *window*: the last frames of its input in earlier calls, then the new frames, with a border of zeros in
-space. `window` makes it from what the previous convolution left, so that no addition, norm, activation, concatenation or padding is a pass
-of its own. Frames are stored channels-last. Shape legend: B batch, T frames, H W height and width, C channels, K carried frames.
+A causal 3x3x3 convolution reads a *window*: the last frames of its input in earlier calls, then the
+new frames, with a border of zeros in space. `window` makes it from what the previous convolution
+left, so that no addition, norm, activation, concatenation or padding is a pass of its own. Frames
+are stored channels-last. Shape legend: B batch, T frames, H W height and width, C channels, K
+carried frames.
 """
 
 from __future__ import annotations
@@ -23,17 +26,21 @@ def window(
     border: tuple[int, int] = (0, 0),
     keep: bool = False,
 ) -> Window:
-    """The window of the next convolution: carried frames, then norm(features), inside a border of zeros.
+    """The window of the next convolution: carried frames, then norm(features), inside a border of
+    zeros.
 
-    norm "rms": y = x / max(|x|_2, 1e-12) * sqrt(C) * gamma over the channels, gamma [C]; "rms_silu": y * sigmoid(y) of that. Arithmetic in
-    float32 (float64 for float64), one rounding at the end. `carried` [B, K, H, W, C], K of 1 or 2, is read and then overwritten in place
-    with the last K frames of the window. `border` = rows (and columns) of zeros before and after. `keep` also returns the sum, which a
-    residual connection needs. On CUDA one Triton launch, elsewhere eager; no gradient.
-    Raises `ValueError` for shapes that do not fit. docs/reference/encoders.md#vae-layers.
+    norm "rms": y = x / max(|x|_2, 1e-12) * sqrt(C) * gamma over the channels, gamma [C];
+    "rms_silu": y * sigmoid(y) of that. Arithmetic in float32 (float64 for float64), one rounding at
+    the end. `carried` [B, K, H, W, C], K of 1 or 2, is read and then overwritten in place with the
+    last K frames of the window. `border` = rows (and columns) of zeros before and after. `keep`
+    also returns the sum, which a residual connection needs. On CUDA one Triton launch, elsewhere
+    eager; no gradient. Raises `ValueError` for shapes that do not fit.
+    docs/reference/encoders.md#vae-layers.
     """
     _check(features, gamma=gamma, norm=norm, carried=carried, border=border)
     if device_for(features.value).type == "cuda":
-        from rcm.kernels.vae_window_triton import launch_window  # Triton is imported only where there is a card for it
+        # Triton is imported only where there is a card for it
+        from rcm.kernels.vae_window_triton import launch_window
 
         return launch_window(features, gamma=gamma, norm=norm, carried=carried, border=border, keep=keep)
     return eager_window(features, gamma=gamma, norm=norm, carried=carried, border=border, keep=keep)

@@ -1,4 +1,5 @@
-"""What a window of a causal convolution is made from and what comes out, and the operator-by-operator form of making it.
+"""What a window of a causal convolution is made from and what comes out, and the
+operator-by-operator form of making it.
 
 Shape legend: B batch, T frames, H W height and width, C channels.
 """
@@ -20,10 +21,11 @@ NORM_FLOOR = 1e-12
 class Features:
     """Frames [B, T, H, W, C] that are a sum not yet carried out: `value` + `bias` + `residual`.
 
-    `value` is contiguous, in one of three layouts: "plain" [B, T, H, W, C]; "frame_pairs" [B, T/2, H, W, 2C], two consecutive frames side
-    by side in the channels; "pixel_quads" [B, T, H/2+1, W/2+1, 4C], where pixel (y, x) is channel group 2 (y mod 2) + x mod 2 of cell
-    ((y+1) div 2, (x+1) div 2), the form in which a 2x2 convolution leaves an image of twice the size. `bias` has C entries, 2C for
-    "frame_pairs". `residual` is plain. docs/reference/encoders.md#vae-layers.
+    `value` is contiguous, in one of three layouts: "plain" [B, T, H, W, C]; "frame_pairs" [B, T/2,
+    H, W, 2C], two consecutive frames side by side in the channels; "pixel_quads" [B, T, H/2+1,
+    W/2+1, 4C], where pixel (y, x) is channel group 2 (y mod 2) + x mod 2 of cell ((y+1) div 2,
+    (x+1) div 2), the form in which a 2x2 convolution leaves an image of twice the size. `bias` has
+    C entries, 2C for "frame_pairs". `residual` is plain. docs/reference/encoders.md#vae-layers.
     """
 
     value: Tensor
@@ -42,7 +44,9 @@ class Features:
         return b, t, h, w, c
 
     def total(self) -> Tensor:
-        """The sum itself, plain [B, T, H, W, C] in the dtype of `value`; added in float32 or wider."""
+        """The sum itself, plain [B, T, H, W, C] in the dtype of `value`; added in float32 or
+        wider.
+        """
         if self.bias is None and self.residual is None and self.layout == "plain":
             return self.value
         return _sum(self).to(self.value.dtype)
@@ -50,7 +54,9 @@ class Features:
 
 @dataclass(frozen=True)
 class Window:
-    """`padded` [B, K + T, H + low + high, W + low + high, C]: what the convolution reads. `kept` the sum [B, T, H, W, C], if asked for."""
+    """`padded` [B, K + T, H + low + high, W + low + high, C]: what the convolution reads. `kept`
+    the sum [B, T, H, W, C], if asked for.
+    """
 
     padded: Tensor
     kept: Tensor | None
@@ -65,7 +71,9 @@ def eager_window(
     border: tuple[int, int],
     keep: bool,
 ) -> Window:
-    """What `window` computes, operator by operator, on any device; the kernel is tested against it."""
+    """What `window` computes, operator by operator, on any device; the kernel is tested against
+    it.
+    """
     dtype = features.value.dtype
     kept = features.total()
     new = kept

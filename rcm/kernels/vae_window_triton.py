@@ -1,7 +1,8 @@
-"""The fused form of `rcm.kernels.vae_window.window`: one program owns a tile of pixels through all frames of a call.
+"""The fused form of `rcm.kernels.vae_window.window`: one program owns a tile of pixels through all
+frames of a call.
 
-Because a program owns its pixels in every frame, it can read the carried frames, write the window and replace the carried frames without
-a second launch and without a race.
+Because a program owns its pixels in every frame, it can read the carried frames, write the window
+and replace the carried frames without a second launch and without a race.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ def window_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid (tiles of the padded plane, batch). Everything is contiguous; offsets of frames are 64 bit. Whether a residual is added and the
-    sum is kept are numbers, not variants: each of those is compiled before the first frame.
+    """Grid (tiles of the padded plane, batch). Everything is contiguous; offsets of frames are 64
+    bit. Whether a residual is added and the sum is kept are numbers, not variants: each of those is
+    compiled before the first frame.
     """
     padded_width = width + LOW + HIGH
     padded_pixels = (height + LOW + HIGH) * padded_width

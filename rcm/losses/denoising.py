@@ -1,8 +1,9 @@
-"""Regressions of a velocity or a data prediction: causal diffusion (stage 1), the fake score, and ODE pairs
-(Causal_rCM.md sections 3, 6, 7, 8).
+"""Regressions of a velocity or a data prediction: causal diffusion (stage 1), the fake score, and
+ODE pairs (Causal_rCM.md sections 3, 6, 7, 8).
 
-Latents [B, C, T, H, W]; RF times [B, 1] or [B, T] float64 in [0, 1]; targets are constants. Every loss is a mean over the local batch of a
-per-sample value. `ValueError` on unequal shapes or a bad time shape.
+Latents [B, C, T, H, W]; RF times [B, 1] or [B, T] float64 in [0, 1]; targets are constants. Every
+loss is a mean over the local batch of a per-sample value. `ValueError` on unequal shapes or a bad
+time shape.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ TimeWeight = Callable[[torch.Tensor], torch.Tensor]
 
 
 def gaussian_bell(t_rf: torch.Tensor) -> torch.Tensor:
-    """w(t) = exp(-2 (t - 1/2)^2) - exp(-1/2): 0 at t = 0 and 1, 0.393 at 1/2 (Causal_rCM.md section 3; the teacher-forcing experiments)."""
+    """w(t) = exp(-2 (t - 1/2)^2) - exp(-1/2): 0 at t = 0 and 1, 0.393 at 1/2 (Causal_rCM.md section
+    3; the teacher-forcing experiments).
+    """
     return torch.exp(-2 * (t_rf - 0.5) ** 2) - math.exp(-0.5)
 
 
@@ -35,9 +38,11 @@ def diffusion_loss(
     nonfinite: NonFinitePolicy = "propagate",
     name: str = "diffusion",
 ) -> LossTerm:
-    """loss_scale * sum over frames of w(t) mean over [C, H, W] of (v - (eps - x0))^2 (Causal-rCM eq. 8-9; Causal_rCM.md section 3).
+    """loss_scale * sum over frames of w(t) mean over [C, H, W] of (v - (eps - x0))^2 (Causal-rCM
+    eq. 8-9; Causal_rCM.md section 3).
 
-    `weight` maps the times elementwise (`gaussian_bell`), None is 1. With times [B, T] each frame has its own weight (diffusion forcing).
+    `weight` maps the times elementwise (`gaussian_bell`), None is 1. With times [B, T] each frame
+    has its own weight (diffusion forcing).
     """
     require_same_shape(v=v, x0=x0, eps=eps)
     (v, target), bad = screen_samples(nonfinite, v, rf_velocity(x0, eps).detach())
@@ -55,11 +60,12 @@ def bidirectional_critic_loss(
     nonfinite: NonFinitePolicy = "propagate",
     name: str = "fake_score",
 ) -> LossTerm:
-    """Fake-score regression of bidirectional rCM: sum of (G - x0_fake)^2 / sin^2(tau) (Causal_rCM.md section 8), at TrigFlow time tau in
-    [0, pi/2].
+    """Fake-score regression of bidirectional rCM: sum of (G - x0_fake)^2 / sin^2(tau)
+    (Causal_rCM.md section 8), at TrigFlow time tau in [0, pi/2].
 
-    Computed as b^2 sum (v_fake - (eps - G))^2 with b = 1 / (cos + sin), the same number without a division by sin: finite at tau = 0.
-    `generated` is a constant; `v_fake` is the network's RF velocity, with graph.
+    Computed as b^2 sum (v_fake - (eps - G))^2 with b = 1 / (cos + sin), the same number without a
+    division by sin: finite at tau = 0. `generated` is a constant; `v_fake` is the network's RF
+    velocity, with graph.
     """
     require_same_shape(v_fake=v_fake, generated=generated, eps=eps)
     (v_fake, target), bad = screen_samples(nonfinite, v_fake, rf_velocity(generated, eps).detach())
@@ -76,8 +82,8 @@ def causal_critic_loss(
     nonfinite: NonFinitePolicy = "propagate",
     name: str = "fake_score",
 ) -> LossTerm:
-    """Fake-score regression of self-forced DMD (Causal_rCM.md section 6, decision A7): mean over [C, T, H, W] of (v_fake - (eps - G))^2, G
-    constant.
+    """Fake-score regression of self-forced DMD (Causal_rCM.md section 6, decision A7): mean over
+    [C, T, H, W] of (v_fake - (eps - G))^2, G constant.
     """
     require_same_shape(v_fake=v_fake, generated=generated, eps=eps)
     (v_fake, target), bad = screen_samples(nonfinite, v_fake, rf_velocity(generated, eps).detach())
@@ -94,10 +100,11 @@ def ode_pair_loss(
     nonfinite: NonFinitePolicy = "propagate",
     name: str = "ode_pairs",
 ) -> LossTerm:
-    """loss_scale * mean squared error of the student's data prediction against the trajectory's end (TF-KD, DF-KD;
-    Causal_rCM.md section 7).
+    """loss_scale * mean squared error of the student's data prediction against the trajectory's end
+    (TF-KD, DF-KD; Causal_rCM.md section 7).
 
-    Frames at t = 0 are masked: they are the endpoint already; the mean runs over the frames that remain, and a sample without any adds 0.
+    Frames at t = 0 are masked: they are the endpoint already; the mean runs over the frames that
+    remain, and a sample without any adds 0.
     """
     require_same_shape(x0_student=x0_student, endpoint=endpoint)
     (x0_student, endpoint), bad = screen_samples(nonfinite, x0_student, endpoint.detach())
@@ -108,7 +115,8 @@ def ode_pair_loss(
 
 
 def pick_states(trajectory: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """States [B, C, T, H, W] of stored ODE trajectories [B, K, C, T, H, W] (index 0 = clean), one index per sample or frame.
+    """States [B, C, T, H, W] of stored ODE trajectories [B, K, C, T, H, W] (index 0 = clean), one
+    index per sample or frame.
 
     `index` int64 [B, 1] or [B, T] in 0..K-1. `ValueError` on other shapes.
     """

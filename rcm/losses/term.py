@@ -1,7 +1,8 @@
-"""What every objective returns, the three reductions they use, and the one policy about samples that are not finite.
+"""What every objective returns, the three reductions they use, and the one policy about samples
+that are not finite.
 
-Shapes: predictions and targets [B, C, T, H, W]. Every loss reduces each sample as its source does, then takes the mean over the local
-batch.
+Shapes: predictions and targets [B, C, T, H, W]. Every loss reduces each sample as its source does,
+then takes the mean over the local batch.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ NonFinitePolicy = Literal["propagate", "zero_sample"]
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One objective of one micro-batch: `value` is the scalar to differentiate, `logs` named scalars without a graph.
+    """One objective of one micro-batch: `value` is the scalar to differentiate, `logs` named
+    scalars without a graph.
 
-    Raises `ValueError` if `value` or a log is not a scalar tensor, or if a log would keep a graph alive.
+    Raises `ValueError` if `value` or a log is not a scalar tensor, or if a log would keep a graph
+    alive.
     """
 
     name: str
@@ -50,16 +53,20 @@ def sample_mean(x: torch.Tensor) -> torch.Tensor:
 
 
 def frame_sum(x: torch.Tensor) -> torch.Tensor:
-    """[B, C, T, H, W] -> [B]: sum over frames of the mean over channels and pixels, the reduction of the causal objectives (eq. 8, 10)."""
+    """[B, C, T, H, W] -> [B]: sum over frames of the mean over channels and pixels, the reduction
+    of the causal objectives (eq. 8, 10).
+    """
     return _wide(x).mean(dim=(1, 3, 4)).sum(1)
 
 
 def screen_samples(policy: NonFinitePolicy, *tensors: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """Apply the policy about NaN and infinity to batch-first tensors; returns them and the number of affected samples (a tensor, no sync).
+    """Apply the policy about NaN and infinity to batch-first tensors; returns them and the number
+    of affected samples (a tensor, no sync).
 
-    "propagate" (the default of every loss) changes nothing: the loss becomes NaN and the train step stops before the update.
-    "zero_sample" (the release's guard) replaces all of a sample by zeros in every tensor, so it adds neither loss nor gradient; the count
-    must then be watched. Raises `ConfigError` on another policy.
+    "propagate" (the default of every loss) changes nothing: the loss becomes NaN and the train step
+    stops before the update. "zero_sample" (the release's guard) replaces all of a sample by zeros
+    in every tensor, so it adds neither loss nor gradient; the count must then be watched. Raises
+    `ConfigError` on another policy.
     """
     if policy not in ("propagate", "zero_sample"):
         raise ConfigError(f"nonfinite={policy!r} is unknown; choose nonfinite from propagate, zero_sample")
@@ -70,7 +77,9 @@ def screen_samples(policy: NonFinitePolicy, *tensors: torch.Tensor) -> tuple[tup
 
 
 def require_same_shape(**tensors: torch.Tensor) -> None:
-    """`ValueError` naming the arguments unless all tensors have one shape: a broadcast inside a loss is always a mistake."""
+    """`ValueError` naming the arguments unless all tensors have one shape: a broadcast inside a
+    loss is always a mistake.
+    """
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError("shapes must agree, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))

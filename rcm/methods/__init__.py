@@ -1,1 +1,3 @@
-"""Training objectives with state: which networks, which phase, which loss terms. Methods describe; `rcm.train` executes."""
+"""Training objectives with state: which networks, which phase, which loss terms. Methods describe;
+`rcm.train` executes.
+"""

@@ -1,6 +1,8 @@
-"""What a training method is: roles it trains, whose turn it is at an iteration, and the loss terms of that turn.
+"""What a training method is: roles it trains, whose turn it is at an iteration, and the loss terms
+of that turn.
 
-Roles: "student" and "fake_score" are trained; "causal_teacher" and "bidirectional_teacher" are frozen arguments of a method's constructor.
+Roles: "student" and "fake_score" are trained; "causal_teacher" and "bidirectional_teacher" are
+frozen arguments of a method's constructor.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ Thunk = Callable[[], LossTerm]
 
 @dataclass(frozen=True)
 class Phase:
-    """Whose turn it is: the trained role, its effective update index (own counter of that role's updates), and the trainer iteration.
+    """Whose turn it is: the trained role, its effective update index (own counter of that role's
+    updates), and the trainer iteration.
 
-    Step-count cycles and EMA follow `index`; the tangent warm-up follows `iteration` (Causal_rCM.md sections 5, 6).
+    Step-count cycles and EMA follow `index`; the tangent warm-up follows `iteration` (Causal_rCM.md
+    sections 5, 6).
     """
 
     role: str
@@ -34,8 +38,8 @@ class Phase:
 class Method(Protocol):
     """A training objective. `terms` yields thunks, evaluated and back-propagated one by one.
 
-    The trainer may ask for one thunk ahead, to know which is the last: work that needs memory, or must come after the previous term,
-    belongs inside the thunk.
+    The trainer may ask for one thunk ahead, to know which is the last: work that needs memory, or
+    must come after the previous term, belongs inside the thunk.
     """
 
     name: str
@@ -60,9 +64,11 @@ def student_only(iteration: int) -> Phase:
 
 
 class Joint:
-    """Two methods as one: the terms of `first`, then those of `second`, in student phases; other phases belong to `second` alone.
+    """Two methods as one: the terms of `first`, then those of `second`, in student phases; other
+    phases belong to `second` alone.
 
-    Both must train the same student. Used for tf_dscm (dCM then sCM) and tf_scm_sf_dmd (sCM then SF-DMD).
+    Both must train the same student. Used for tf_dscm (dCM then sCM) and tf_scm_sf_dmd (sCM then
+    SF-DMD).
     """
 
     def __init__(self, name: str, first: Method, second: Method) -> None:

@@ -1,7 +1,9 @@
-"""Stage 1: velocity regression with a causal network, by teacher forcing or diffusion forcing; and its bidirectional form.
+"""Stage 1: velocity regression with a causal network, by teacher forcing or diffusion forcing; and
+its bidirectional form.
 
-Teacher forcing (Causal-rCM eq. 8-9): one time per video, clean past as context. Diffusion forcing: the noisy past itself is the context,
-with its own time per block. Bidirectional: one time, full attention; it makes the teacher of toy runs and fine-tunes Wan.
+Teacher forcing (Causal-rCM eq. 8-9): one time per video, clean past as context. Diffusion forcing:
+the noisy past itself is the context, with its own time per block. Bidirectional: one time, full
+attention; it makes the teacher of toy runs and fine-tunes Wan.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from rcm.rollout.plan import ContextRule, StepSchedule
 
 
 class _VelocityRegression:
-    """Shared frame of the three forms: one student, one term; subclasses draw times and run the network."""
+    """Shared frame of the three forms: one student, one term; subclasses draw times and run the
+    network.
+    """
 
     name: str
 
@@ -73,9 +77,11 @@ class BidirectionalDiffusion(_VelocityRegression):
 
 
 class TeacherForcedDiffusion(_VelocityRegression):
-    """`tf`: packed [x0 at 0; x_t at t], one time per video shared by its blocks; the release weights it with the Gaussian bell.
+    """`tf`: packed [x0 at 0; x_t at t], one time per video shared by its blocks; the release
+    weights it with the Gaussian bell.
 
-    Where `context` applies, the first half is noised to the last time of `context_schedule` instead (Causal_rCM.md section 5).
+    Where `context` applies, the first half is noised to the last time of `context_schedule` instead
+    (Causal_rCM.md section 5).
     """
 
     name = "tf"
@@ -100,7 +106,9 @@ class TeacherForcedDiffusion(_VelocityRegression):
 
 
 class DiffusionForcing(_VelocityRegression):
-    """`df`: T frames under the block-causal mask with a time per block ("random", "same" or "fopp"), weight 1 by default."""
+    """`df`: T frames under the block-causal mask with a time per block ("random", "same" or
+    "fopp"), weight 1 by default.
+    """
 
     name = "df"
 

@@ -21,8 +21,8 @@ def draw_times(rng: StepRng, purpose: str, law: TimeLaw, *, batch: int, device: 
 
 
 def draw_end_times(rng: StepRng, purpose: str, t: torch.Tensor, *, equal_share: float) -> torch.Tensor:
-    """Second times s <= t, shaped as `t`: t itself with probability `equal_share`, else uniform on [0, t] (as the earlier of
-    two uniform draws is, given the later).
+    """Second times s <= t, shaped as `t`: t itself with probability `equal_share`, else uniform on
+    [0, t] (as the earlier of two uniform draws is, given the later).
     """
     generator = rng.generator(purpose)
     chosen, ratio = torch.rand(2, *t.shape, generator=generator, device=generator.device, dtype=torch.float64).to(t.device)

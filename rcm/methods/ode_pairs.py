@@ -1,9 +1,9 @@
-"""Baseline initialisations by regression on stored teacher trajectories: TF-KD (causal teacher's, clean context) and DF-KD
-(bidirectional's).
+"""Baseline initialisations by regression on stored teacher trajectories: TF-KD (causal teacher's,
+clean context) and DF-KD (bidirectional's).
 
-Batches carry `trajectory` [B, K, C, T, H, W], index 0 the ODE's clean end, index k at RF time `times[k]`
-(docs/reference/training.md#ode-pairs; recipes of Self-Forcing and Causal-Forcing), and in `latents` the data that a causal teacher had as
-context.
+Batches carry `trajectory` [B, K, C, T, H, W], index 0 the ODE's clean end, index k at RF time
+`times[k]` (docs/reference/training.md#ode-pairs; recipes of Self-Forcing and Causal-Forcing), and
+in `latents` the data that a causal teacher had as context.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from rcm.nets.layout import TokenLayout
 class ODEPairs:
     """`tf_kd` or `df_kd`: predict the trajectory's clean end from one of its states.
 
-    `times[k]` is the RF time of stored state k; times[0] must be 0. TF-KD draws one state per video and gives the data as clean
-    context, as its teacher had it; DF-KD draws one state per block under the block-causal mask.
+    `times[k]` is the RF time of stored state k; times[0] must be 0. TF-KD draws one state per video
+    and gives the data as clean context, as its teacher had it; DF-KD draws one state per block
+    under the block-causal mask.
     """
 
     def __init__(
@@ -67,7 +68,8 @@ class ODEPairs:
         num_frames, device = trajectory.shape[3], trajectory.device
         blocks = torch.tensor(self.forcing.pattern.block_of_frame(num_frames))
         draws = (trajectory.shape[0], int(blocks.max()) + 1 if self.per_block else 1)
-        # State 0 is the clean end itself; per-block draws include it so that a block may see clean neighbours, as in Self-Forcing.
+        # State 0 is the clean end itself; per-block draws include it so that a block may see clean
+        # neighbours, as in Self-Forcing.
         index = torch.randint(0 if self.per_block else 1, len(self.times), draws, generator=rng.generator("state"))
         index = index[:, blocks] if self.per_block else index
         t = torch.tensor(self.times, dtype=torch.float64)[index].to(device)

@@ -1,8 +1,9 @@
-"""Bidirectional rCM, the ancestor: consistency (continuous or discrete) plus distribution matching, in TrigFlow time
-(Causal_rCM.md section 8; arXiv 2510.08431).
+"""Bidirectional rCM, the ancestor: consistency (continuous or discrete) plus distribution matching,
+in TrigFlow time (Causal_rCM.md section 8; arXiv 2510.08431).
 
-The student is a bidirectional network seen as a TrigFlow model through `Denoiser.trig_F`. Exact forward mode and both difference schemes
-are values of `directional`; `rf_native` uses the rectified-flow form of the tangent instead (Causal_rCM.md section 8).
+The student is a bidirectional network seen as a TrigFlow model through `Denoiser.trig_F`. Exact
+forward mode and both difference schemes are values of `directional`; `rf_native` uses the
+rectified-flow form of the tangent instead (Causal_rCM.md section 8).
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ def _whole(denoiser: Denoiser, x: torch.Tensor) -> TokenLayout:
 
 
 class ContinuousConsistency:
-    """sCM over whole videos: TrigFlow form by default, RF form with `rf_native` (Causal_rCM.md section 8).
+    """sCM over whole videos: TrigFlow form by default, RF form with `rf_native` (Causal_rCM.md
+    section 8).
 
-    `law` is the RF-time law p_G. `directional` computes the derivative along the teacher's ODE. `teacher` carries the guidance.
+    `law` is the RF-time law p_G. `directional` computes the derivative along the teacher's ODE.
+    `teacher` carries the guidance.
     """
 
     name = "scm"
@@ -103,8 +106,8 @@ class ContinuousConsistency:
 
 
 class DiscreteConsistency:
-    """dCM over whole videos: Euler steps of the teacher in TrigFlow time, target = live student without gradient
-    (Causal_rCM.md section 8).
+    """dCM over whole videos: Euler steps of the teacher in TrigFlow time, target = live student
+    without gradient (Causal_rCM.md section 8).
     """
 
     name = "dcm"
@@ -155,10 +158,11 @@ class DiscreteConsistency:
 
 @dataclass(frozen=True)
 class BackwardSimulation:
-    """The student's own few-step sample in TrigFlow time (Causal_rCM.md section 8): n = index mod max_steps + 1 steps from pure noise,
-    gradient in the last.
+    """The student's own few-step sample in TrigFlow time (Causal_rCM.md section 8): n = index mod
+    max_steps + 1 steps from pure noise, gradient in the last.
 
-    `fixed_taus` gives the later times (radians); None draws them from `law`, each at most the one before.
+    `fixed_taus` gives the later times (radians); None draws them from `law`, each at most the one
+    before.
     """
 
     max_steps: int
@@ -190,8 +194,8 @@ class BackwardSimulation:
 
 
 class DistributionMatching:
-    """DMD over whole videos with a trained fake score (Causal_rCM.md section 8). Before `alternation.warmup` it adds nothing to the
-    student.
+    """DMD over whole videos with a trained fake score (Causal_rCM.md section 8). Before
+    `alternation.warmup` it adds nothing to the student.
     """
 
     name = "dmd"

@@ -1,4 +1,6 @@
-"""Whose turn it is when a fake score is trained beside the student (Causal_rCM.md sections 6, 8)."""
+"""Whose turn it is when a fake score is trained beside the student (Causal_rCM.md sections 6,
+8).
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,11 @@ from rcm.methods.base import Phase
 
 @dataclass(frozen=True)
 class Alternation:
-    """Exclusive phases: the student alone for `warmup` iterations, then 1 student update and `student_update_freq` - 1 fake-score
-    updates, repeated.
+    """Exclusive phases: the student alone for `warmup` iterations, then 1 student update and
+    `student_update_freq` - 1 fake-score updates, repeated.
 
-    Effective indices count each role's own updates: student i_s = i before the warm-up ends, else warmup + floor((i - warmup) / freq);
-    fake score i_f = i - i_s - 1.
+    Effective indices count each role's own updates: student i_s = i before the warm-up ends, else
+    warmup + floor((i - warmup) / freq); fake score i_f = i - i_s - 1.
     """
 
     student_update_freq: int

@@ -1,7 +1,9 @@
-"""The student's own video in self-forced training: rolled out whole, or longer than what is judged (long tuning).
+"""The student's own video in self-forced training: rolled out whole, or longer than what is judged
+(long tuning).
 
-Long tuning (LongLive, arXiv 2509.22622; Causal_rCM.md section 6): `frames` latent frames or fewer are rolled out as inference streams them,
-at absolute positions, over a cache that holds a window of blocks and sinks; a window of them, its end drawn among the blocks, is judged.
+Long tuning (LongLive, arXiv 2509.22622; Causal_rCM.md section 6): `frames` latent frames or fewer
+are rolled out as inference streams them, at absolute positions, over a cache that holds a window of
+blocks and sinks; a window of them, its end drawn among the blocks, is judged.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from rcm.samplers.steps import ConsistencyStep
 
 @dataclass
 class OwnVideo:
-    """The judged frames of a rollout, which begin at its frame `first`: the chunks that hold them, the canvas and the cache behind them."""
+    """The judged frames of a rollout, which begin at its frame `first`: the chunks that hold them,
+    the canvas and the cache behind them.
+    """
 
     canvas: Canvas
     cache: Cache
@@ -38,7 +42,9 @@ class OwnVideo:
         return torch.cat([self.judged(chunk.plan, chunk.x0) for chunk in self.chunks], dim=2)
 
     def judged(self, plan: ChunkPlan, x0: torch.Tensor) -> torch.Tensor:
-        """The judged frames of a chunk `x0` [B, C, frames, H, W]: all, unless the judged window begins inside it."""
+        """The judged frames of a chunk `x0` [B, C, frames, H, W]: all, unless the judged window
+        begins inside it.
+        """
         return x0[:, :, max(0, self.first - plan.start) :]
 
     def part(self, plan: ChunkPlan) -> slice:
@@ -48,10 +54,12 @@ class OwnVideo:
 
 @dataclass(frozen=True)
 class SelfRollout:
-    """How a student makes videos to be judged. `forcing`: block pattern, and what a chunk sees of the past.
+    """How a student makes videos to be judged. `forcing`: block pattern, and what a chunk sees of
+    the past.
 
-    `frames` None: a rollout is as long as what is judged, every chunk stays in the cache. Else: the judged frames end after a block that
-    the step draws, at `frames` or before. Chunks before them are streamed without gradient, and the cache drops what nothing sees any more.
+    `frames` None: a rollout is as long as what is judged, every chunk stays in the cache. Else: the
+    judged frames end after a block that the step draws, at `frames` or before. Chunks before them
+    are streamed without gradient, and the cache drops what nothing sees any more.
     """
 
     student: Denoiser
@@ -61,8 +69,8 @@ class SelfRollout:
     frames: int | None = None
 
     def __call__(self, cond: Condition, like: torch.Tensor, rng: StepRng, *, index: int, grad: bool) -> OwnVideo:
-        """A video of the shape and precision of `like` (its values are not used). `index` of the role's update; `grad` keeps the graph of
-        the last step of every judged chunk.
+        """A video of the shape and precision of `like` (its values are not used). `index` of the
+        role's update; `grad` keeps the graph of the last step of every judged chunk.
         """
         plans, first = self._plans(like.shape[2], rng, index=index)
         lead = sum(plan.stop <= first for plan in plans)
@@ -104,7 +112,9 @@ class SelfRollout:
         deque(rollout(self.student, cond, plans[:-1], canvas=canvas, noise=noise, rule=ConsistencyStep(), cache=cache), maxlen=0)
         canvas.policy.before(cache.branches, plans[-1])
         for branch in cache.branches:
-            branch.room(0)  # closes gaps now: what a pass with gradient read is read again by recomputation, so it may not move
+            # closes gaps now: what a pass with gradient read is read again by recomputation, so it
+            # may not move
+            branch.room(0)
 
     def _policy(self, *, keep: bool) -> CachePolicy:
         """What a chunk sees; with `keep` nothing is dropped, since replayed chunks look back."""

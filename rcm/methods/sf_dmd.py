@@ -1,7 +1,8 @@
-"""Stage 3: self-forced distribution matching. The student rolls out its own video; teacher and fake score judge it whole.
+"""Stage 3: self-forced distribution matching. The student rolls out its own video; teacher and fake
+score judge it whole.
 
-Teacher and fake score are bidirectional networks over the full video with one time per sample (Causal-rCM eq. 7, 11-14; Causal_rCM.md
-section 6).
+Teacher and fake score are bidirectional networks over the full video with one time per sample
+(Causal-rCM eq. 7, 11-14; Causal_rCM.md section 6).
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ from rcm.rollout.replay import replay_chunk
 
 
 class SelfForcedDMD:
-    """`sf_dmd`: student phases move the rollout along the score difference, fake-score phases fit the critic to fresh rollouts.
+    """`sf_dmd`: student phases move the rollout along the score difference, fake-score phases fit
+    the critic to fresh rollouts.
 
-    `schedule` gives the step counts per chunk (non-increasing); update k rolls out (k mod max) + 1 steps. `replayed` recomputes one chunk
-    at a time for the gradient: equal gradients, activation memory of one chunk. `rollout_frames`: rollouts of up to that many frames, of
-    which a window is judged (`SelfRollout`). The latents of a batch give the shape only.
+    `schedule` gives the step counts per chunk (non-increasing); update k rolls out (k mod max) + 1
+    steps. `replayed` recomputes one chunk at a time for the gradient: equal gradients, activation
+    memory of one chunk. `rollout_frames`: rollouts of up to that many frames, of which a window is
+    judged (`SelfRollout`). The latents of a batch give the shape only.
     """
 
     name = "sf_dmd"
@@ -75,7 +78,9 @@ class SelfForcedDMD:
         return self.alternation.phase(iteration)
 
     def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
-        """Student phase: one term (plain) or one per chunk (replayed). Fake-score phase: one regression."""
+        """Student phase: one term (plain) or one per chunk (replayed). Fake-score phase: one
+        regression.
+        """
         cond, like = batch.condition(), batch.latents
         if phase.role == "fake_score":
             yield lambda: self._critic_term(phase, cond, like, rng)
@@ -100,7 +105,8 @@ class SelfForcedDMD:
             x0 = replay_chunk(self.student, cond, chunk, canvas=rolled.canvas, cache=rolled.cache)
             part = target[:, :, rolled.part(chunk.plan)]
             found = dmd_loss(rolled.judged(chunk.plan, x0), part, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name)
-            share = part.shape[2] / target.shape[2]  # the step adds up the logs of its terms: together they are the video's
+            # the step adds up the logs of its terms: together they are the video's
+            share = part.shape[2] / target.shape[2]
             return replace(found, logs={key: value * share for key, value in found.logs.items()})
 
         for chunk in rolled.chunks:
@@ -108,7 +114,9 @@ class SelfForcedDMD:
 
     @torch.no_grad()
     def _target(self, video: torch.Tensor, cond: Condition, rng: StepRng) -> torch.Tensor:
-        """Pseudo-target of the whole video: G - (x0_fake - x0_teacher) / w at one time per sample."""
+        """Pseudo-target of the whole video: G - (x0_fake - x0_teacher) / w at one time per
+        sample.
+        """
         t = draw_times(rng, "dmd/time", self.law, batch=video.shape[0], device=video.device)
         y = rf_noise(video, draw_noise(rng, "dmd/noise", video.shape, video.device), t)
         layout = self._whole(y)

@@ -1,5 +1,5 @@
-"""What teacher-forced methods share: passes over a context, packed for gradients and context-cached for tangents; the student's context;
-the roles of consistency (Causal_rCM.md sections 2, 5).
+"""What teacher-forced methods share: passes over a context, packed for gradients and context-cached
+for tangents; the student's context; the roles of consistency (Causal_rCM.md sections 2, 5).
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from rcm.rollout.plan import ContextRule, StepSchedule
 
 @dataclass(frozen=True)
 class Context:
-    """What the noisy half is conditioned on: latents [B, C, T, H, W] and the RF time of every frame, float64 [B, T] (0 = clean)."""
+    """What the noisy half is conditioned on: latents [B, C, T, H, W] and the RF time of every
+    frame, float64 [B, T] (0 = clean).
+    """
 
     latents: torch.Tensor
     times: torch.Tensor
@@ -34,7 +36,9 @@ class Context:
 
 @dataclass(frozen=True)
 class TeacherForcing:
-    """Block structure of teacher-forced passes: pattern, and optionally a window and sinks in blocks."""
+    """Block structure of teacher-forced passes: pattern, and optionally a window and sinks in
+    blocks.
+    """
 
     pattern: BlockPattern
     window: int | None = None
@@ -45,8 +49,8 @@ class TeacherForcing:
         return Context(x0, torch.zeros(x0.shape[0], x0.shape[2], dtype=torch.float64, device=x0.device))
 
     def noisy(self, x0: torch.Tensor, *, rule: ContextRule, schedule: StepSchedule, rng: StepRng, purpose: str) -> Context:
-        """Context noised with fresh noise where `rule` applies, to the last time of each block's schedule; clean elsewhere
-        (Causal_rCM.md section 5).
+        """Context noised with fresh noise where `rule` applies, to the last time of each block's
+        schedule; clean elsewhere (Causal_rCM.md section 5).
         """
         blocks = self.pattern.block_of_frame(x0.shape[2])
         per_frame = [schedule.context_time(block) if rule.applies(block) else 0.0 for block in blocks]
@@ -63,8 +67,9 @@ class TeacherForcing:
         context: Context,
         s: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Velocity of the noisy half [B, C, T, H, W] from one packed [context; noisy] pass; t is RF [B, 1] or [B, T]. With `s`,
-        shaped as t, its mean from t down to s; the context stays at its own times.
+        """Velocity of the noisy half [B, C, T, H, W] from one packed [context; noisy] pass; t is RF
+        [B, 1] or [B, T]. With `s`, shaped as t, its mean from t down to s; the context stays at its
+        own times.
         """
         num_frames = x_t.shape[2]
         packed = torch.cat([context.latents.to(x_t.dtype), x_t], dim=2)
@@ -87,11 +92,12 @@ class TeacherForcing:
         t_dot: torch.Tensor,
         s: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Velocity of the noisy half and its derivative along (x_dot, t_dot), both constants; with `s` those of the mean
-        velocity down to it, at fixed s: t - s moves with t.
+        """Velocity of the noisy half and its derivative along (x_dot, t_dot), both constants; with
+        `s` those of the mean velocity down to it, at fixed s: t - s moves with t.
 
-        The clean half attends to clean tokens only and its times do not move, so its tangent is exactly zero: it runs once, plainly, into a
-        context cache, and tangents exist for the noisy half alone (Causal-rCM section 3.2; same numbers as the packed dual pass).
+        The clean half attends to clean tokens only and its times do not move, so its tangent is
+        exactly zero: it runs once, plainly, into a context cache, and tangents exist for the noisy
+        half alone (Causal-rCM section 3.2; same numbers as the packed dual pass).
         """
         num_frames = x_t.shape[2]
         structure = self._structure(denoiser, x_t)
@@ -115,7 +121,8 @@ class TeacherForcing:
 
 @dataclass(frozen=True)
 class StudentContext:
-    """The context a student is trained on: clean, or noised where `rule` applies to the last times of `schedule` (Causal_rCM.md section 5).
+    """The context a student is trained on: clean, or noised where `rule` applies to the last times
+    of `schedule` (Causal_rCM.md section 5).
 
     Raises `ConfigError` for a noisy rule without a schedule.
     """
@@ -137,7 +144,9 @@ class StudentContext:
 
 
 class TeacherForcedConsistency:
-    """Roles of TF-dCM and TF-sCM: student, guided causal teacher (always on clean context), block structure, the student's context."""
+    """Roles of TF-dCM and TF-sCM: student, guided causal teacher (always on clean context), block
+    structure, the student's context.
+    """
 
     def __init__(
         self,

@@ -1,7 +1,8 @@
-"""Stage 2a, TF-dCM: discrete consistency under teacher forcing (Causal-rCM eq. 10; Causal_rCM.md section 4).
+"""Stage 2a, TF-dCM: discrete consistency under teacher forcing (Causal-rCM eq. 10; Causal_rCM.md
+section 4).
 
-A guided causal teacher on clean context is distilled into a student that predicts x0 in one jump from any time. The target network is the
-live student without gradient; there is no EMA target.
+A guided causal teacher on clean context is distilled into a student that predicts x0 in one jump
+from any time. The target network is the live student without gradient; there is no EMA target.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from rcm.nets.denoiser import Denoiser
 
 
 class TFDiscreteConsistency(TeacherForcedConsistency):
-    """`tf_dcm`: the student at t_0 against itself one teacher step (or `grid.skip` steps) earlier (Causal_rCM.md section 4)."""
+    """`tf_dcm`: the student at t_0 against itself one teacher step (or `grid.skip` steps) earlier
+    (Causal_rCM.md section 4).
+    """
 
     name = "tf_dcm"
 
@@ -47,7 +50,9 @@ class TFDiscreteConsistency(TeacherForcedConsistency):
         return causal_dcm(rf_x0(x_t, v, times[:, :1]), target, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name)
 
     def _target(self, x_t: torch.Tensor, times: torch.Tensor, x0: torch.Tensor, cond: Condition, rng: StepRng) -> torch.Tensor:
-        """Teacher Euler steps along `times` on clean context, then the live student's data prediction at the last time."""
+        """Teacher Euler steps along `times` on clean context, then the live student's data
+        prediction at the last time.
+        """
         clean = self.forcing.clean(x0)
         for k in range(times.shape[1] - 1):
             t, t_next = times[:, k : k + 1], times[:, k + 1 : k + 2]

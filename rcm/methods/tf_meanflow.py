@@ -1,6 +1,8 @@
-"""Stage 2c, TF-MeanFlow: a student of two times under teacher forcing (arXiv 2505.13447; Causal_rCM.md section 5).
+"""Stage 2c, TF-MeanFlow: a student of two times under teacher forcing (arXiv 2505.13447;
+Causal_rCM.md section 5).
 
-Roles are those of TF-sCM (`tf_scm.py`); the student, a network with `two_times`, learns jumps between any two times.
+Roles are those of TF-sCM (`tf_scm.py`); the student, a network with `two_times`, learns jumps
+between any two times.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ from rcm.nets.denoiser import Denoiser
 
 
 class TFMeanFlow(TeacherForcedConsistency):
-    """`tf_meanflow`: the MeanFlow identity along the teacher's ODE, by exact forward mode in the direction (V, 1) at fixed s.
+    """`tf_meanflow`: the MeanFlow identity along the teacher's ODE, by exact forward mode in the
+    direction (V, 1) at fixed s.
 
-    t follows `law`; s = t in `equal_share` of the samples, elsewhere s is uniform on [0, t]. The clean half has s = t.
+    t follows `law`; s = t in `equal_share` of the samples, elsewhere s is uniform on [0, t]. The
+    clean half has s = t.
     """
 
     name = "tf_meanflow"

@@ -1,6 +1,8 @@
-"""Stage 2b, TF-sCM: continuous consistency under teacher forcing (Causal-rCM eq. 15-19; Causal_rCM.md section 5).
+"""Stage 2b, TF-sCM: continuous consistency under teacher forcing (Causal-rCM eq. 15-19;
+Causal_rCM.md section 5).
 
-Roles are those of TF-dCM (`tf_dcm.py`); the teacher's step is replaced by the derivative along its ODE.
+Roles are those of TF-dCM (`tf_dcm.py`); the teacher's step is replaced by the derivative along its
+ODE.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from rcm.nets.denoiser import Denoiser
 
 
 class TFContinuousConsistency(TeacherForcedConsistency):
-    """`tf_scm`: the tangent of the consistency function along the teacher's ODE, by exact forward mode (Causal_rCM.md section 5).
+    """`tf_scm`: the tangent of the consistency function along the teacher's ODE, by exact forward
+    mode (Causal_rCM.md section 5).
 
-    g = -(v - V) - r t J with J the derivative of v in the direction (V, 1); the clean half carries no tangent.
+    g = -(v - V) - r t J with J the derivative of v in the direction (V, 1); the clean half carries
+    no tangent.
     """
 
     name = "tf_scm"

@@ -1,1 +1,3 @@
-"""Networks: the Wan diffusion transformer, its attention, layouts and cache, and the denoiser that objectives talk to."""
+"""Networks: the Wan diffusion transformer, its attention, layouts and cache, and the denoiser that
+objectives talk to.
+"""

@@ -1,7 +1,8 @@
 """Attention back ends, their explicit choice, and the dispatcher that carries tangents.
 
-`AttentionCore` is the one place in the networks that unpacks and packs dual tensors: with a tangent present it calls the fused primal
-+ tangent attention once, otherwise the chosen back end. Tensors are [B, L, N, D]; a mask of None means every query sees every key.
+`AttentionCore` is the one place in the networks that unpacks and packs dual tensors: with a tangent
+present it calls the fused primal + tangent attention once, otherwise the chosen back end. Tensors
+are [B, L, N, D]; a mask of None means every query sees every key.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class AttentionBackend(Protocol):
     name: str
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
-        """softmax(scale q k^T, masked) v. `q` [B, Lq, N, D], `k`, `v` [B, Lk, N, D]; returns [B, Lq, N, D] in the dtype of q."""
+        """softmax(scale q k^T, masked) v. `q` [B, Lq, N, D], `k`, `v` [B, Lk, N, D]; returns [B,
+        Lq, N, D] in the dtype of q.
+        """
 
 
 BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
@@ -48,15 +51,18 @@ BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
     "magi": Magi,
     "te": TransformerEngine,
 }
-"""Every choice by name; the configuration's `attention_backend` takes the same names (docs/extending.md describes them)."""
+"""Every choice by name; the configuration's `attention_backend` takes the same names
+(docs/extending.md describes them).
+"""
 
 
 def resolve(name: str | AttentionBackend) -> AttentionBackend:
-    """The back end called `name`; a back end is returned as it is. "auto" takes the environment's RCM_ATTENTION_BACKEND if set, else
-    chooses per call (`attention_auto.choose`); any other name ignores the environment.
+    """The back end called `name`; a back end is returned as it is. "auto" takes the environment's
+    RCM_ATTENTION_BACKEND if set, else chooses per call (`attention_auto.choose`); any other name
+    ignores the environment.
 
-    The result's `.name` says which was chosen. Raises `ConfigError` for an unknown name, or one whose package is missing (saying what
-    to install).
+    The result's `.name` says which was chosen. Raises `ConfigError` for an unknown name, or one
+    whose package is missing (saying what to install).
     """
     if not isinstance(name, str):
         return name
@@ -68,8 +74,9 @@ def resolve(name: str | AttentionBackend) -> AttentionBackend:
 
 
 def attention_name(attention_backend: str, *, flex_backend: str) -> str:
-    """The one name for `resolve` behind the keys `attention_backend` and `flex_backend` (the kernel under FlexAttention: auto, triton,
-    flash); "" is auto. Raises `ConfigError` where `flex_backend` would have no effect.
+    """The one name for `resolve` behind the keys `attention_backend` and `flex_backend` (the kernel
+    under FlexAttention: auto, triton, flash); "" is auto. Raises `ConfigError` where `flex_backend`
+    would have no effect.
     """
     backend, kernel = attention_backend or "auto", flex_backend or "auto"
     if kernel == "auto" or backend == f"flex_{kernel}":
@@ -83,7 +90,8 @@ def attention_name(attention_backend: str, *, flex_backend: str) -> str:
 
 
 def configured(attention_backend: str, *, flex_backend: str) -> AttentionBackend:
-    """The back end of the two configuration keys, whatever the environment says: reading it was the configuration's business.
+    """The back end of the two configuration keys, whatever the environment says: reading it was the
+    configuration's business.
 
     Raises `ConfigError` as `attention_name` does, and for a package that is missing.
     """
@@ -91,9 +99,11 @@ def configured(attention_backend: str, *, flex_backend: str) -> AttentionBackend
 
 
 class AttentionCore(nn.Module):
-    """Softmax attention on plain tensors through a back end, and on dual tensors through `flash_jvp`: one launch for primal and tangent.
+    """Softmax attention on plain tensors through a back end, and on dual tensors through
+    `flash_jvp`: one launch for primal and tangent.
 
-    `jvp_implementation` is "reference", "triton", or "auto" = triton on CUDA and reference elsewhere.
+    `jvp_implementation` is "reference", "triton", or "auto" = triton on CUDA and reference
+    elsewhere.
     """
 
     def __init__(self, backend: AttentionBackend, *, jvp_implementation: Implementation | Literal["auto"] = "auto") -> None:
@@ -103,9 +113,11 @@ class AttentionCore(nn.Module):
         self.tangent_choices: set[str] = set()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None = None, constant_keys: int = 0) -> Tensor:
-        """softmax(q k^T / sqrt(D), masked) v for `q` [B, Lq, N, D], `k`, `v` [B, Lk, N, D]; each may be dual or plain, as is the result.
+        """softmax(q k^T / sqrt(D), masked) v for `q` [B, Lq, N, D], `k`, `v` [B, Lk, N, D]; each
+        may be dual or plain, as is the result.
 
-        `constant_keys`: number of leading keys whose k and v have zero tangent (a cached prefix), for which no tangent work is done.
+        `constant_keys`: number of leading keys whose k and v have zero tangent (a cached prefix),
+        for which no tangent work is done.
         """
         scale = q.shape[3] ** -0.5
         if in_dual_level():
@@ -126,10 +138,12 @@ class AttentionCore(nn.Module):
 
 
 def attention_record(net: nn.Module) -> dict[str, Any]:
-    """What the attention of `net` was, for the record of a run: `{"backend": name, "calls": {kind of call: what served it}}`.
+    """What the attention of `net` was, for the record of a run: `{"backend": name, "calls": {kind
+    of call: what served it}}`.
 
-    With a named back end it serves every plain call; under "auto" the kinds are "dense", "masked" and "masked with gradient", those that
-    happened so far ("dense" always). "tangent" is there once a tangent pass ran.
+    With a named back end it serves every plain call; under "auto" the kinds are "dense", "masked"
+    and "masked with gradient", those that happened so far ("dense" always). "tangent" is there once
+    a tangent pass ran.
     """
     cores = [module for module in net.modules() if isinstance(module, AttentionCore)]
     calls: dict[str, str] = {}

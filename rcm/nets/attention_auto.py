@@ -1,4 +1,6 @@
-"""This package's own masked attention as a back end, and the choice between back ends by measured rules."""
+"""This package's own masked attention as a back end, and the choice between back ends by measured
+rules.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,19 @@ RECTANGLES: tuple[Backward, ...] = ("cudnn", "flash")
 """Fused backward passes of a rectangle, the faster first (39.0 and 66.5 ms, chunks of 3)."""
 MATRIX_WITH_GRADIENT = 4e8
 MATRIX_WITHOUT_GRADIENT = 1e8
-"""Batch x heads x query-key pairs up to which one SDPA call with a bool matrix beats kernels that know the mask; see `choose`."""
+"""Batch x heads x query-key pairs up to which one SDPA call with a bool matrix beats kernels that
+know the mask; see `choose`.
+"""
 LARGEST_MATRIX = 1 << 26
 """Pairs that such a matrix may have whatever the number of heads: 64 MiB."""
 
 
 class Fused:
-    """This package's masked attention: one launch forward, dense rectangles backward (`rcm/kernels/masked_attention/`).
+    """This package's masked attention: one launch forward, dense rectangles backward
+    (`rcm/kernels/masked_attention/`).
 
-    CUDA; bf16 / fp16 with a gradient (head sizes in multiples of 8), also fp32 without. Raises `ConfigError` naming the reason for
-    anything else.
+    CUDA; bf16 / fp16 with a gradient (head sizes in multiples of 8), also fp32 without. Raises
+    `ConfigError` naming the reason for anything else.
     """
 
     name = "triton"
@@ -53,7 +58,8 @@ def wants_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> str:
-    """What serves this call best, as measured: "sdpa", "matrix" (SDPA with a bool matrix), "triton", "triton + cudnn", "triton + flash".
+    """What serves this call best, as measured: "sdpa", "matrix" (SDPA with a bool matrix),
+    "triton", "triton + cudnn", "triton + flash".
 
     One H200, torch 2.11, 12 heads of 128, bf16, milliseconds (docs/performance_log.md):
 
@@ -75,7 +81,8 @@ def choose(q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> str:
         sdpa, no gradient                              11.7               1.85            0.20
         triton, no gradient                            11.1               2.11            0.41
 
-    Dense calls therefore go to SDPA always. Other cards than compute capability 9.0 were not measured: masked calls stay with SDPA there.
+    Dense calls therefore go to SDPA always. Other cards than compute capability 9.0 were not
+    measured: masked calls stay with SDPA there.
     """
     if mask is None or mask.is_full:
         return "sdpa"
@@ -95,8 +102,8 @@ def choose(q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> str:
 
 
 def parts_of(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """Parts along the keys in which a dense call runs best: more than one only inside a captured graph, where further launches cost
-    nothing, without gradient, on compute capability 9.0.
+    """Parts along the keys in which a dense call runs best: more than one only inside a captured
+    graph, where further launches cost nothing, without gradient, on compute capability 9.0.
     """
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or not torch.cuda.is_current_stream_capturing():
         return 1
@@ -107,7 +114,9 @@ def parts_of(q: Tensor, k: Tensor, v: Tensor) -> int:
 
 
 class Auto:
-    """The back end that `choose` names, per call. `decisions` tells which kind of call went where."""
+    """The back end that `choose` names, per call. `decisions` tells which kind of call went
+    where.
+    """
 
     name = "auto"
 
@@ -125,7 +134,8 @@ class Auto:
         return _masked(self, q, k, v, mask, scale)
 
 
-@torch._disable_dynamo  # torch.compiler.disable would import the compiler with this module; this one does at the first call
+# torch.compiler.disable would import the compiler with this module; this one does at the first call
+@torch._disable_dynamo
 def _masked(auto: Auto, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: float) -> Tensor:
     """A masked call: choose, note the choice, run."""
     choice = choose(q, k, v, mask=mask)

@@ -1,4 +1,6 @@
-"""Attention back ends made of dense calls: the eager oracle, torch's fused attention, and what they share for masks."""
+"""Attention back ends made of dense calls: the eager oracle, torch's fused attention, and what they
+share for masks.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,19 @@ from rcm.core.errors import ConfigError
 from rcm.kernels.masks import MaskSpec
 
 DENSE_MASK_LIMIT = 1 << 20
-"""Up to this many query-key pairs a masked SDPA call gets a bool matrix; beyond, it becomes one unmasked call per run of equal queries."""
+"""Up to this many query-key pairs a masked SDPA call gets a bool matrix; beyond, it becomes one
+unmasked call per run of equal queries.
+"""
 
 DenseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class MaskMatrices:
-    """Bool matrices of the last masks on a device, together at most `limit` bytes (one may exceed it); a cache, not state.
+    """Bool matrices of the last masks on a device, together at most `limit` bytes (one may exceed
+    it); a cache, not state.
 
-    Bounded by memory, not by number: selective recomputation refuses to make a forgotten matrix again in the backward pass, and the
-    chunks of one rollout have a mask each.
+    Bounded by memory, not by number: selective recomputation refuses to make a forgotten matrix
+    again in the backward pass, and the chunks of one rollout have a mask each.
     """
 
     def __init__(self, limit: int = 1 << 28) -> None:
@@ -35,14 +40,16 @@ class MaskMatrices:
         if key not in self._kept:
             while self._kept and sum(x.nbytes for x in self._kept.values()) + mask.q_len * mask.kv_len > self._limit:
                 self._kept.pop(next(iter(self._kept)))
-            with torch.inference_mode(False):  # a matrix may outlive the mode it was first asked for in
+            # a matrix may outlive the mode it was first asked for in
+            with torch.inference_mode(False):
                 self._kept[key] = mask.dense(device)
         return self._kept[key]
 
 
 def by_segment(attend: DenseAttention, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> Tensor:
-    """`attend(q, k, v)` on `[B, L, N, D]` under `mask`: one unmasked call per run of queries with equal keys, the keys' intervals
-    concatenated, so that a fused dense kernel serves every mask at its own density. Without a mask one call.
+    """`attend(q, k, v)` on `[B, L, N, D]` under `mask`: one unmasked call per run of queries with
+    equal keys, the keys' intervals concatenated, so that a fused dense kernel serves every mask at
+    its own density. Without a mask one call.
     """
     if mask is None or mask.is_full:
         return attend(q, k, v)
@@ -60,8 +67,8 @@ def _gather(x: Tensor, intervals: tuple[tuple[int, int], ...]) -> Tensor:
 
 
 class Reference:
-    """Eager attention with scores in float32 (float64 for float64), quadratic memory: the oracle, and what any functional transform
-    can see through.
+    """Eager attention with scores in float32 (float64 for float64), quadratic memory: the oracle,
+    and what any functional transform can see through.
     """
 
     name = "reference"
@@ -79,8 +86,9 @@ class Reference:
 
 
 class SDPA:
-    """torch's scaled_dot_product_attention, with the fused kernel that torch prefers. Full: one call. Masked: a bool matrix while it
-    has at most `matrix_pairs` elements (None: `DENSE_MASK_LIMIT`), else one unmasked call per run of queries with equal keys.
+    """torch's scaled_dot_product_attention, with the fused kernel that torch prefers. Full: one
+    call. Masked: a bool matrix while it has at most `matrix_pairs` elements (None:
+    `DENSE_MASK_LIMIT`), else one unmasked call per run of queries with equal keys.
     """
 
     name = "sdpa"
@@ -103,8 +111,8 @@ class SDPA:
 
 
 class Cudnn:
-    """cuDNN's fused attention through torch: one dense call per run of queries with equal keys. CUDA, 16 bit; raises `ConfigError`
-    elsewhere.
+    """cuDNN's fused attention through torch: one dense call per run of queries with equal keys.
+    CUDA, 16 bit; raises `ConfigError` elsewhere.
     """
 
     name = "cudnn"

@@ -1,4 +1,6 @@
-"""Attention through torch's FlexAttention: block tables from a mask's intervals, one compiled kernel, no tuning at the first step."""
+"""Attention through torch's FlexAttention: block tables from a mask's intervals, one compiled
+kernel, no tuning at the first step.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,14 @@ _OPTIONS = {"auto": {}, "triton": {"BACKEND": "TRITON"}, "flash": {"BACKEND": "F
 
 
 class Flex:
-    """FlexAttention; `kernel` is torch's choice ("auto"), its Triton kernel, or FlashAttention-4 ("flash", name "flex_flash").
+    """FlexAttention; `kernel` is torch's choice ("auto"), its Triton kernel, or FlashAttention-4
+    ("flash", name "flex_flash").
 
-    Compiled once per shape without autotuning, seconds instead of minutes. The mask comes as block tables made from its intervals, and as
-    three key intervals per query for blocks at an edge, so another mask of the same lengths compiles nothing. On the CPU torch has the
-    forward pass only. Raises `ConfigError` for "flash" without FlashAttention-4 and for a gradient on the CPU, `RuntimeError` inside
-    a tangent pass, where compiled code is switched off.
+    Compiled once per shape without autotuning, seconds instead of minutes. The mask comes as block
+    tables made from its intervals, and as three key intervals per query for blocks at an edge, so
+    another mask of the same lengths compiles nothing. On the CPU torch has the forward pass only.
+    Raises `ConfigError` for "flash" without FlashAttention-4 and for a gradient on the CPU,
+    `RuntimeError` inside a tangent pass, where compiled code is switched off.
     """
 
     def __init__(self, kernel: FlexKernel = "auto") -> None:
@@ -66,19 +70,23 @@ def _compiled() -> Callable[..., Tensor]:
     import torch._dynamo.config as compiler  # takes two seconds, so not with this module
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiler.recompile_limit = max(compiler.recompile_limit, 64)  # behind it torch would run uncompiled, with a whole score matrix
+    # behind it torch would run uncompiled, with a whole score matrix
+    compiler.recompile_limit = max(compiler.recompile_limit, 64)
     return torch.compile(flex_attention, dynamic=False)
 
 
-@lru_cache(maxsize=64)  # more than the chunks of a rollout: what recomputation needs again must still be there
+# more than the chunks of a rollout: what recomputation needs again must still be there
+@lru_cache(maxsize=64)
 def block_mask(mask: MaskSpec, device: torch.device) -> BlockMask:
-    """FlexAttention's description of `mask`: which key blocks each query block needs, which of them fully, and the rule for the others.
+    """FlexAttention's description of `mask`: which key blocks each query block needs, which of them
+    fully, and the rule for the others.
 
     Made from `kv_intervals` and `row_segments`; nothing quadratic in tokens is built.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    with torch.inference_mode(False):  # the tables may outlive the mode they were first asked for in
+    # the tables may outlive the mode they were first asked for in
+    with torch.inference_mode(False):
         tiles, columns = mask.kv_intervals(BLOCK), -(-mask.kv_len // BLOCK)
         needed, full = (torch.zeros(len(tiles), columns, dtype=torch.bool) for _ in range(2))
         for row, tile in enumerate(tiles):
@@ -109,7 +117,9 @@ def block_mask(mask: MaskSpec, device: torch.device) -> BlockMask:
 
 
 def _ordered(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Number of true blocks per row, and their columns first in each row; int32 `[1, 1, rows]` and `[1, 1, rows, columns]`."""
+    """Number of true blocks per row, and their columns first in each row; int32 `[1, 1, rows]` and
+    `[1, 1, rows, columns]`.
+    """
     counts = blocks.sum(dim=1, dtype=torch.int32)
     order = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
     return counts[None, None].to(device), order[None, None].contiguous().to(device)

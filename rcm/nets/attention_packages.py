@@ -1,7 +1,9 @@
-"""Attention back ends of packages that are installed apart: FlashAttention-2 and -3, MagiAttention, Transformer Engine.
+"""Attention back ends of packages that are installed apart: FlashAttention-2 and -3, MagiAttention,
+Transformer Engine.
 
-Written against the documented interfaces named below and tested with stand-ins of the same signatures; not run against the packages
-themselves. Each raises `ConfigError` saying what to install when its package is missing.
+Written against the documented interfaces named below and tested with stand-ins of the same
+signatures; not run against the packages themselves. Each raises `ConfigError` saying what to
+install when its package is missing.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ CHOOSE = "choose attention_backend / RCM_ATTENTION_BACKEND from auto, triton, cu
 
 
 def require_package(backend: str, module: str, *, hint: str) -> None:
-    """Raise `ConfigError` naming what to install unless `module` can be found; only the parents of a dotted name are imported."""
+    """Raise `ConfigError` naming what to install unless `module` can be found; only the parents of
+    a dotted name are imported.
+    """
     try:
         found = importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # a parent package is missing
@@ -33,7 +37,9 @@ def require_package(backend: str, module: str, *, hint: str) -> None:
 
 
 class _Package:
-    """What the four have in common: the package's module, imported at the first call, and 16-bit CUDA tensors."""
+    """What the four have in common: the package's module, imported at the first call, and 16-bit
+    CUDA tensors.
+    """
 
     name: str
     module: str
@@ -49,7 +55,9 @@ class _Package:
 
 
 class Flash2(_Package):
-    """FlashAttention-2, `flash_attn.flash_attn_func` (2.7 and later): one dense call per run of queries with equal keys."""
+    """FlashAttention-2, `flash_attn.flash_attn_func` (2.7 and later): one dense call per run of
+    queries with equal keys.
+    """
 
     name, module, hint = "flash2", "flash_attn", "pip install 'rcm[flash]' (flash-attn 2, built from source, needs CUDA)"
 
@@ -60,7 +68,8 @@ class Flash2(_Package):
 
 
 class Flash3(_Package):
-    """FlashAttention-3, `flash_attn_interface.flash_attn_func` (Hopper): one dense call per run of queries with equal keys.
+    """FlashAttention-3, `flash_attn_interface.flash_attn_func` (Hopper): one dense call per run of
+    queries with equal keys.
 
     Versions differ in whether the log-sum-exp comes beside the result; both are read.
     """
@@ -78,8 +87,9 @@ class Flash3(_Package):
 
 
 class Magi(_Package):
-    """MagiAttention, `magi_attention.api.flex_flash_attn_func` (1.0 and later, Hopper): one call over (query range, key range) pairs, all
-    of the full type; a batch is a longer sequence whose entries share no pair.
+    """MagiAttention, `magi_attention.api.flex_flash_attn_func` (1.0 and later, Hopper): one call
+    over (query range, key range) pairs, all of the full type; a batch is a longer sequence whose
+    entries share no pair.
     """
 
     name, module, hint = "magi", "magi_attention.api", "build MagiAttention from source (github.com/SandAI-org/MagiAttention), needs sm90"
@@ -91,7 +101,8 @@ class Magi(_Package):
         q_ranges, k_ranges = _ranges(mask, q.shape[0], q.device)
         kinds = torch.zeros(len(q_ranges), dtype=torch.int32, device=q.device)
         extra: dict[str, int] = {}
-        if "max_seqlen_k" in inspect.signature(attend).parameters:  # until 1.0.3; later versions find it out themselves
+        # until 1.0.3; later versions find it out themselves
+        if "max_seqlen_k" in inspect.signature(attend).parameters:
             segments = mask.row_segments()
             extra["max_seqlen_q"] = max(s.q_stop - s.q_start for s in segments)
             extra["max_seqlen_k"] = max(stop - start for s in segments for start, stop in s.intervals)
@@ -104,8 +115,8 @@ class Magi(_Package):
 
 
 class TransformerEngine(_Package):
-    """NVIDIA Transformer Engine, `transformer_engine.pytorch.DotProductAttention` (2.0 and later) in the layout "bshd" without mask: one
-    dense call per run of queries with equal keys.
+    """NVIDIA Transformer Engine, `transformer_engine.pytorch.DotProductAttention` (2.0 and later)
+    in the layout "bshd" without mask: one dense call per run of queries with equal keys.
     """
 
     name, module, hint = "te", "transformer_engine.pytorch", "pip install 'rcm[te]' (needs a CUDA toolchain)"
@@ -132,13 +143,16 @@ def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _ranges(mask: MaskSpec, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Query and key ranges of every visible rectangle, int32 `[R, 2]`, batch entries one behind the other."""
+    """Query and key ranges of every visible rectangle, int32 `[R, 2]`, batch entries one behind the
+    other.
+    """
     pairs = [
         ((b * mask.q_len + s.q_start, b * mask.q_len + s.q_stop), (b * mask.kv_len + start, b * mask.kv_len + stop))
         for b in range(batch)
         for s in mask.row_segments()
         for start, stop in s.intervals
     ]
-    with torch.inference_mode(False):  # the tables may outlive the mode they were first asked for in
+    # the tables may outlive the mode they were first asked for in
+    with torch.inference_mode(False):
         queries, keys = (torch.tensor(ranges, dtype=torch.int32, device=device) for ranges in zip(*pairs, strict=True))
     return queries, keys

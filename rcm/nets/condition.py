@@ -1,4 +1,6 @@
-"""What a sample is conditioned on, as tensors: text, and for image-to-video extra channels and image tokens."""
+"""What a sample is conditioned on, as tensors: text, and for image-to-video extra channels and
+image tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Condition:
-    """Conditioning of a batch. A subclass may add fields: None, tensors [B, ...], or tuples and records of such.
+    """Conditioning of a batch. A subclass may add fields: None, tensors [B, ...], or tuples and
+    records of such.
 
-    text     [B, L_text, E_text] embeddings; shorter than the network's text length means zero padding, which is attended to
-             (docs/reference/wan.md#forward).
-    concat   [B, C_extra, T, H, W] channels put after those of the latent (image-to-video: 4 mask + 16 image latent), or None. With as
-             many frames as the network input they are taken as they are; otherwise the input's frame at temporal position f takes frame f.
+    text     [B, L_text, E_text] embeddings; shorter than the network's text length means zero
+             padding, which is attended to (docs/reference/wan.md#forward).
+    concat   [B, C_extra, T, H, W] channels put after those of the latent (image-to-video: 4 mask +
+             16 image latent), or None. With as many frames as the network input they are taken as
+             they are; otherwise the input's frame at temporal position f takes frame f.
     image    [B, 257, 1280] CLIP tokens (Wan2.1 image-to-video), or None.
-    prepared per block, the cross-attention keys and values of this condition for one network (`WanDiT.prepare`), or None. For passes
+    prepared per block, the cross-attention keys and values of this condition for one network
+    (`WanDiT.prepare`), or None. For passes
              without gradient: saves recomputing them at every step of a stream.
     """
 
@@ -34,8 +39,8 @@ class Condition:
         return self.text.shape[0]
 
     def expand(self, batch: int) -> Condition:
-        """The same condition for `batch` samples: a batch of one is repeated (as views), an equal batch returned. Raises `ValueError`
-        otherwise.
+        """The same condition for `batch` samples: a batch of one is repeated (as views), an equal
+        batch returned. Raises `ValueError` otherwise.
         """
         if self.batch == batch:
             return self
@@ -48,7 +53,9 @@ class Condition:
         return self._map(lambda x: x.to(device=device, dtype=dtype))
 
     def with_images_of(self, other: Condition) -> Condition:
-        """This text with the image conditioning of `other` where this one has none: the negative prompt of an image-to-video sample."""
+        """This text with the image conditioning of `other` where this one has none: the negative
+        prompt of an image-to-video sample.
+        """
         concat = other.concat if self.concat is None else self.concat
         image = other.image if self.image is None else self.image
         return replace(self, concat=concat, image=image)

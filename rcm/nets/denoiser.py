@@ -1,8 +1,9 @@
-"""Where parameterisations and dtypes meet: networks speak Wan's language (velocity, timestep 0..1000), objectives and samplers ask in
-RF or TrigFlow time.
+"""Where parameterisations and dtypes meet: networks speak Wan's language (velocity, timestep
+0..1000), objectives and samplers ask in RF or TrigFlow time.
 
-`Guided` wraps a denoiser and is one, so no objective or sampler mentions guidance. All are transparent to dual numbers.
-Causal_rCM.md section 1, docs/reference/objectives.md#wrapper, docs/reference/wan.md#precision.
+`Guided` wraps a denoiser and is one, so no objective or sampler mentions guidance. All are
+transparent to dual numbers. Causal_rCM.md section 1, docs/reference/objectives.md#wrapper,
+docs/reference/wan.md#precision.
 """
 
 from __future__ import annotations
@@ -36,30 +37,34 @@ class VelocityModel:
     ) -> Tensor:
         """RF velocity v = eps - x0 of the output frames of `layout`, [B, C, F_out, H, W].
 
-        `x` [B, C, F, H, W] any float dtype; `t` RF time in [0, 1], float64 [B, 1] or [B, F]; `cache` a fresh view of `new_cache`'s cache.
-        Returns the dtype of `x`, at least float32.
+        `x` [B, C, F, H, W] any float dtype; `t` RF time in [0, 1], float64 [B, 1] or [B, F];
+        `cache` a fresh view of `new_cache`'s cache. Returns the dtype of `x`, at least float32.
         """
         raise NotImplementedError  # a model says this itself
 
     def mean_velocity(
         self, x: Tensor, t: Tensor, s: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
     ) -> Tensor:
-        """Mean u of the velocity along the ODE from `t` down to `s`, x_s = x_t - (t - s) u, of a model with two times (arXiv 2505.13447);
-        at s = t its `velocity`. `s` has the shape of `t`, the rest is as in `velocity`. `ConfigError` for a model of one time.
+        """Mean u of the velocity along the ODE from `t` down to `s`, x_s = x_t - (t - s) u, of a
+        model with two times (arXiv 2505.13447); at s = t its `velocity`. `s` has the shape of `t`,
+        the rest is as in `velocity`. `ConfigError` for a model of one time.
         """
         raise ConfigError("this model has one time: it knows no mean velocity between two; train one with training_type=tf_meanflow")
 
     def enter_context(self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView) -> None:
-        """The pass of `velocity` for what it leaves in `cache`; a model skips what that does not need."""
+        """The pass of `velocity` for what it leaves in `cache`; a model skips what that does not
+        need.
+        """
         self.velocity(x, t, cond, layout, cache=cache)
 
     def trig_F(
         self, x_tau: Tensor, tau: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
     ) -> Tensor:
-        """TrigFlow velocity F at `x_tau` [B, C, F, H, W], `tau` in [0, pi/2] float64 [B, 1] or [B, F]; every frame of the layout is
-        predicted.
+        """TrigFlow velocity F at `x_tau` [B, C, F, H, W], `tau` in [0, pi/2] float64 [B, 1] or [B,
+        F]; every frame of the layout is predicted.
 
-        F = (cos - sin) x_t + v / (cos + sin), with x_t, t the RF point of (x_tau, tau). Finite on the closed interval.
+        F = (cos - sin) x_t + v / (cos + sin), with x_t, t the RF point of (x_tau, tau). Finite on
+        the closed interval.
         """
         x_t, t = rf_point(x_tau, tau)
         return trig_F(x_t, self.velocity(x_t, t, cond, layout, cache=cache), tau)
@@ -74,8 +79,9 @@ class VelocityModel:
         hot_chunks: int = 0,
         attention: Attention = "net",
     ) -> KVCache | PairedCache:
-        """An empty cache with room for `num_frames` frames of `grid` = (h, w) tokens; `codec` stores chunks quantised, except the newest
-        `hot_chunks`. `attention="fp8"`: passes attend to it in FP8; `ConfigError` where that cannot be.
+        """An empty cache with room for `num_frames` frames of `grid` = (h, w) tokens; `codec`
+        stores chunks quantised, except the newest `hot_chunks`. `attention="fp8"`: passes attend to
+        it in FP8; `ConfigError` where that cannot be.
         """
         raise NotImplementedError  # a model says this itself
 
@@ -99,15 +105,19 @@ class VelocityModel:
         raise NotImplementedError  # a model says this itself
 
     def prepare(self, cond: Condition) -> Condition:
-        """`cond` with everything that depends on the prompt alone computed once, for passes without gradient."""
+        """`cond` with everything that depends on the prompt alone computed once, for passes without
+        gradient.
+        """
         raise NotImplementedError  # a model says this itself
 
     def join_projections(self) -> None:
-        """Lay weights so that captured passes need fewer products; nothing where a model has no such layout."""
+        """Lay weights so that captured passes need fewer products; nothing where a model has no
+        such layout.
+        """
 
     def time_rows(self, t: Tensor, s: Tensor | None = None) -> tuple[Tensor, ...] | None:
-        """What the passes at RF time `t`, float64 [B, 1], make of it alone; None if every pass makes it anew. With `s`: those of
-        `mean_velocity`.
+        """What the passes at RF time `t`, float64 [B, 1], make of it alone; None if every pass
+        makes it anew. With `s`: those of `mean_velocity`.
         """
         return None
 
@@ -127,8 +137,8 @@ class Denoiser(VelocityModel):
     def velocity(
         self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
     ) -> Tensor:
-        """See `VelocityModel`. Casts `x` and the condition to precision.compute and 1000 t to precision.time: the only casts at the
-        network's door.
+        """See `VelocityModel`. Casts `x` and the condition to precision.compute and 1000 t to
+        precision.time: the only casts at the network's door.
         """
         v = self.net(*self._inputs(x, t, cond), layout, cache)
         return v.to(torch.promote_types(x.dtype, torch.float32))
@@ -136,7 +146,9 @@ class Denoiser(VelocityModel):
     def mean_velocity(
         self, x: Tensor, t: Tensor, s: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
     ) -> Tensor:
-        """See `VelocityModel`. The difference of the times is taken before its cast, as exact as they are."""
+        """See `VelocityModel`. The difference of the times is taken before its cast, as exact as
+        they are.
+        """
         if not self.net.config.two_times:
             return super().mean_velocity(x, t, s, cond, layout, cache=cache)
         u = self.net(*self._inputs(x, t, cond), layout, cache, span=self._span(t, s, x.device))
@@ -212,15 +224,19 @@ class Denoiser(VelocityModel):
         return 1 if group is None else group.size()
 
     def eval_params(self) -> Self:
-        """Freeze the network's parameters and set it to evaluation, for teachers; returns itself."""
+        """Freeze the network's parameters and set it to evaluation, for teachers; returns
+        itself.
+        """
         self.net.requires_grad_(False).eval()
         return self
 
 
 class Guided(VelocityModel):
-    """Classifier-free guidance: v = v_neg + scale (v_cond - v_neg), the negative pass skipped for scale <= 1.
+    """Classifier-free guidance: v = v_neg + scale (v_cond - v_neg), the negative pass skipped for
+    scale <= 1.
 
-    `negative` has a batch of 1 or that of the sample; image conditioning is taken from the sample where the negative has none.
+    `negative` has a batch of 1 or that of the sample; image conditioning is taken from the sample
+    where the negative has none.
     """
 
     def __init__(self, denoiser: VelocityModel, negative: Condition, scale: float) -> None:
@@ -234,7 +250,9 @@ class Guided(VelocityModel):
     def velocity(
         self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
     ) -> Tensor:
-        """See `VelocityModel`; `cache` is a view of a `PairedCache`. Raises `TypeError` for another."""
+        """See `VelocityModel`; `cache` is a view of a `PairedCache`. Raises `TypeError` for
+        another.
+        """
         if cache is not None and not isinstance(cache, PairedView):
             raise TypeError(f"a guided denoiser takes views of its own new_cache(), a PairedCache, got {type(cache).__name__}")
         v = self.denoiser.velocity(x, t, cond, layout, cache=None if cache is None else cache.cond)
@@ -270,7 +288,9 @@ class Guided(VelocityModel):
         hot_chunks: int = 0,
         attention: Attention = "net",
     ) -> PairedCache:
-        """See `VelocityModel`: one cache per branch, the negative one only if it is used; a codec's warm state is not shared."""
+        """See `VelocityModel`: one cache per branch, the negative one only if it is used; a codec's
+        warm state is not shared.
+        """
 
         def branch(codec: KVCodec | None) -> KVCache:
             cache = self.denoiser.new_cache(
@@ -314,7 +334,9 @@ class Guided(VelocityModel):
         return self.denoiser.num_ranks
 
     def prepare(self, cond: Condition) -> Condition:
-        """See `VelocityModel`. Prepares the positive branch; give the constructor a prepared negative for the other."""
+        """See `VelocityModel`. Prepares the positive branch; give the constructor a prepared
+        negative for the other.
+        """
         return self.denoiser.prepare(cond)
 
 
@@ -332,7 +354,9 @@ class PairedView:
 
 
 class PairedCache:
-    """Caches of the conditional and the negative branch, moved in step; `negative` is None without guidance."""
+    """Caches of the conditional and the negative branch, moved in step; `negative` is None without
+    guidance.
+    """
 
     def __init__(self, cond: KVCache, negative: KVCache | None = None) -> None:
         self.cond, self.negative = cond, negative

@@ -1,8 +1,9 @@
-"""Linear layers with FP8 products, for inference: weights in e4m3 with a scale per output row, inputs rounded at each
-call with a scale per token.
+"""Linear layers with FP8 products, for inference: weights in e4m3 with a scale per output row,
+inputs rounded at each call with a scale per token.
 
-The format is that of Micikevicius et al. 2022 (arXiv:2209.05433), the rule that of `rcm.kernels.fused.quantise`. On
-machines without FP8 products it is emulated: the result differs by the accumulation of the sum only.
+The format is that of Micikevicius et al. 2022 (arXiv:2209.05433), the rule that of
+`rcm.kernels.fused.quantise`. On machines without FP8 products it is emulated: the result differs by
+the accumulation of the sum only.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ CAPABILITY = (8, 9)
 
 
 class FP8Linear(nn.Module):
-    """y = x W^T + b with W in e4m3 and x rounded per token; layers with one input are one product of their stacked
-    weights.
+    """y = x W^T + b with W in e4m3 and x rounded per token; layers with one input are one product
+    of their stacked weights.
 
-    With `gelu` the input passes a GELU (tanh form) first, in the kernel that rounds it. Rounded weights are neither
-    saved nor loaded, have no gradient and no tangent: each attempt is a `ConfigError`. A cast of the network leaves
-    them alone, a move takes them along.
+    With `gelu` the input passes a GELU (tanh form) first, in the kernel that rounds it. Rounded
+    weights are neither saved nor loaded, have no gradient and no tangent: each attempt is a
+    `ConfigError`. A cast of the network leaves them alone, a move takes them along.
     """
 
     weight: Tensor
@@ -84,11 +85,11 @@ class FP8Linear(nn.Module):
 
 
 class SharedProjections:
-    """Hands out the parts of one product to layers that are called one after another with the same input, as q, k, v
-    are.
+    """Hands out the parts of one product to layers that are called one after another with the same
+    input, as q, k, v are.
 
-    The first of them computes all parts, the last one forgets them. Other orders and inputs give right results, too,
-    for more products.
+    The first of them computes all parts, the last one forgets them. Other orders and inputs give
+    right results, too, for more products.
     """
 
     def __init__(self, whole: FP8Linear, sizes: tuple[int, ...]) -> None:
@@ -116,7 +117,9 @@ class FP8Part(nn.Module):
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` [..., in_features] to [..., out_features], dtype of `x`, a view with the stride of the shared product."""
+        """`x` [..., in_features] to [..., out_features], dtype of `x`, a view with the stride of
+        the shared product.
+        """
         return self.shared.part(x, self.index)
 
 

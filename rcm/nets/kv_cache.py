@@ -1,8 +1,10 @@
-"""Keys and values of finished chunks: what is held, where it stands in time, and what one forward sees of it.
+"""Keys and values of finished chunks: what is held, where it stands in time, and what one forward
+sees of it.
 
-All bookkeeping is host integers. A forward works on a `CacheView` made for it alone, which is never changed afterwards, so that
-recomputation of that forward sees the same context. The cache knows neither schedules nor eviction policies (`rollout/eviction`) nor
-context parallelism: behind the all-to-all it sees all tokens and fewer heads.
+All bookkeeping is host integers. A forward works on a `CacheView` made for it alone, which is never
+changed afterwards, so that recomputation of that forward sees the same context. The cache knows
+neither schedules nor eviction policies (`rollout/eviction`) nor context parallelism: behind the
+all-to-all it sees all tokens and fewer heads.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ from rcm.nets.positions import Positions, gathered
 class KVCache:
     """Cache of `num_layers` layers with room for `capacity_tokens` tokens each.
 
-    keys        "post_rope": keys are stored rotated, positions are final. "pre_rope": stored before rotation and rotated at every read by
-                the positions that the cache keeps, which `place` may set anew.
-    codec       how chunks are stored; None keeps plain tensors in one buffer per layer. `hot_chunks` newest chunks stay plain.
-    attention   "fp8": passes attend to this cache in FP8, over codes that lie beside the plain tensors.
-    Committed state: `chunks`, oldest first. Dropped chunks leave slots that the next ones take, so memory is bounded by the capacity and
-    positions are not bounded at all.
+    keys        "post_rope": keys are stored rotated, positions are final. "pre_rope": stored before
+                rotation and rotated at every read by the positions that the cache keeps, which
+                `place` may set anew.
+    codec       how chunks are stored; None keeps plain tensors in one buffer per layer.
+                `hot_chunks` newest chunks stay plain.
+    attention   "fp8": passes attend to this cache in FP8, over codes that lie beside the plain
+                tensors.
+    Committed state: `chunks`, oldest first. Dropped chunks leave slots that the next ones take, so
+    memory is bounded by the capacity and positions are not bounded at all.
     """
 
     def __init__(
@@ -88,21 +93,24 @@ class KVCache:
     def append(
         self, visible: Sequence[int] | None = None, *, observers: Sequence[Observer | None] = (), as_id: int | None = None
     ) -> CacheView:
-        """View of one forward that adds its tokens after seeing the chunks with ids `visible` (None: all), in the order of the cache.
+        """View of one forward that adds its tokens after seeing the chunks with ids `visible`
+        (None: all), in the order of the cache.
 
-        Refuses dual tensors; stores detached; `RuntimeError` beyond the capacity. An observer `(layer, q, k)` is shown the rotated queries
-        and all rotated keys of every layer. `as_id` enters a dropped chunk again under its id, as the newest.
+        Refuses dual tensors; stores detached; `RuntimeError` beyond the capacity. An observer
+        `(layer, q, k)` is shown the rotated queries and all rotated keys of every layer. `as_id`
+        enters a dropped chunk again under its id, as the newest.
         """
         if as_id is not None and (as_id >= self._next_id or any(chunk.id == as_id for chunk in self.chunks)):
             raise ValueError(f"chunk {as_id} was not dropped from this cache")
         return CacheView(self, "append", self._visible(visible), observer=observers[0] if observers else None, as_id=as_id)
 
     def readonly(self, num_chunks: int | None = None, *, visible: Sequence[int] | None = None, transient: bool = False) -> CacheView:
-        """View of one forward that sees committed chunks before its own tokens and leaves the cache as it is: the first `num_chunks`, or
-        those with ids `visible`, or all.
+        """View of one forward that sees committed chunks before its own tokens and leaves the cache
+        as it is: the first `num_chunks`, or those with ids `visible`, or all.
 
-        `transient=True` (inference only): the forward's tokens are written in place into free slots and read from there, without a copy of
-        the prefix; bookkeeping does not change and the next such forward overwrites them.
+        `transient=True` (inference only): the forward's tokens are written in place into free slots
+        and read from there, without a copy of the prefix; bookkeeping does not change and the next
+        such forward overwrites them.
         """
         if num_chunks is not None and visible is not None:
             raise ValueError("give num_chunks or visible, not both")
@@ -114,7 +122,9 @@ class KVCache:
         return CacheView(self, "transient" if transient else "readonly", chunks)
 
     def evict(self, ids: Sequence[int]) -> None:
-        """Drop the chunks with these ids; their slots are free at once. `IndexError` for an id that is not held."""
+        """Drop the chunks with these ids; their slots are free at once. `IndexError` for an id that
+        is not held.
+        """
         gone = {self.chunk(i).id for i in ids}
         if not gone:
             return
@@ -124,8 +134,9 @@ class KVCache:
         self.epoch += 1
 
     def place(self, positions: Mapping[int, Positions | Sequence[int]]) -> None:
-        """Give chunks other temporal positions, by id: one per frame, or a `Positions`. `ValueError` in a post-RoPE cache, whose keys are
-        turned already, and for another number of frames.
+        """Give chunks other temporal positions, by id: one per frame, or a `Positions`.
+        `ValueError` in a post-RoPE cache, whose keys are turned already, and for another number of
+        frames.
         """
         if self.keys == "post_rope":
             raise ValueError("keys of a post_rope cache stand at their final positions; make the cache with keys='pre_rope'")
@@ -136,12 +147,14 @@ class KVCache:
         self.chunks = tuple(new.get(chunk.id, chunk) for chunk in self.chunks)
 
     def compact_(self, index: Tensor | Sequence[Tensor] | None) -> None:
-        """Keep only the tokens `index` (counted over all chunks in order), in that order: int [budget] for all samples or [B, budget] per
-        sample, or one such tensor per layer. Afterwards all is one chunk, with a new id; positions go with their tokens (with an index per
-        layer, a pre-RoPE cache is refused: its positions are common to the layers).
+        """Keep only the tokens `index` (counted over all chunks in order), in that order: int
+        [budget] for all samples or [B, budget] per sample, or one such tensor per layer. Afterwards
+        all is one chunk, with a new id; positions go with their tokens (with an index per layer, a
+        pre-RoPE cache is refused: its positions are common to the layers).
 
-        None, or an empty cache, does nothing; an empty index clears. Raises `ValueError` for more than two dimensions, a wrong batch or a
-        non-integer index, `IndexError` for tokens that are not cached. Reads the index on the host.
+        None, or an empty cache, does nothing; an empty index clears. Raises `ValueError` for more
+        than two dimensions, a wrong batch or a non-integer index, `IndexError` for tokens that are
+        not cached. Reads the index on the host.
         """
         if index is None or self.num_tokens == 0:
             return
@@ -168,7 +181,9 @@ class KVCache:
         self.chunks = (merged,)
 
     def reset(self, free_buffers: bool = True) -> None:
-        """Forget everything; `free_buffers=False` keeps the allocations for inputs of the same shape and dtype."""
+        """Forget everything; `free_buffers=False` keeps the allocations for inputs of the same
+        shape and dtype.
+        """
         self.chunks, self._next_id = (), 0
         self.epoch += 1
         self.store.clear(free_buffers=free_buffers)
@@ -188,8 +203,9 @@ class KVCache:
         self.store.load_state(state["store"])
 
     def room(self, tokens: int) -> Spans:
-        """Slots for `tokens` more. Chunks beyond the first `num_tokens + tokens` slots are moved down, so that a whole cache and the new
-        tokens always lie in one run. `RuntimeError` where there is no room.
+        """Slots for `tokens` more. Chunks beyond the first `num_tokens + tokens` slots are moved
+        down, so that a whole cache and the new tokens always lie in one run. `RuntimeError` where
+        there is no room.
         """
         total = self.num_tokens + tokens
         if total > self.capacity_tokens:
@@ -246,7 +262,9 @@ class KVCache:
 
 
 def _substituted(spans: Spans, below: int, target: Spans) -> Spans:
-    """`spans` with every slot from `below` on replaced by the next one of `target`, in order of the tokens."""
+    """`spans` with every slot from `below` on replaced by the next one of `target`, in order of the
+    tokens.
+    """
     found, used = [], 0
     for start, stop in spans:
         if start < below:

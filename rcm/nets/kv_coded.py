@@ -1,4 +1,6 @@
-"""Cached keys and values as the blobs of a codec: cold chunks exist as codes only, and are restored one layer at a time."""
+"""Cached keys and values as the blobs of a codec: cold chunks exist as codes only, and are restored
+one layer at a time.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ Blobs = tuple[Any, Any]
 
 
 class KVCodec(Protocol):
-    """Storage format of a quantised cache: one blob per layer, chunk and side. A codec that remembers nothing inherits the rest."""
+    """Storage format of a quantised cache: one blob per layer, chunk and side. A codec that
+    remembers nothing inherits the rest.
+    """
 
     def encode(self, x: Tensor, *, side: Side, layer: int) -> Any:
         """Blob of `x` [B, S, N, D]."""
@@ -50,10 +54,12 @@ class KVCodec(Protocol):
 
 @runtime_checkable
 class AddressedCodec(KVCodec, Protocol):
-    """A codec whose blobs can be read and written by address, so that captured passes find them as data on the device.
+    """A codec whose blobs can be read and written by address, so that captured passes find them as
+    data on the device.
 
-    A blob has `likes(count, device)`, blobs of the same form with memory of their own; on "meta" the form alone. `generation` changes
-    with the place of what `encode_to` reads and writes beside the blob.
+    A blob has `likes(count, device)`, blobs of the same form with memory of their own; on "meta"
+    the form alone. `generation` changes with the place of what `encode_to` reads and writes beside
+    the blob.
     """
 
     generation: int
@@ -67,8 +73,8 @@ class AddressedCodec(KVCodec, Protocol):
     def restore(
         self, like: Any, table: Tensor, starts: Tensor, out: Tensor, *, side: Side, turn: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        """Write the blobs at `table` [P, fields], all in the form of `like`, into `out` [B, L, N, D] from its tokens `starts` [P] on;
-        `turn`: rotated by cos and sin [L, D / 2].
+        """Write the blobs at `table` [P, fields], all in the form of `like`, into `out` [B, L, N,
+        D] from its tokens `starts` [P] on; `turn`: rotated by cos and sin [L, D / 2].
         """
 
     def encode_to(self, row: Tensor, x: Tensor, *, side: Side, layer: int) -> None:
@@ -87,14 +93,14 @@ class CorrectingCodec(KVCodec, Protocol):
         """Whether that is to be taken off."""
 
     def key_gain(self, q: Tensor, blob: Any, *, scale: float, rotated: bool) -> Tensor:
-        """[B, N, L]: what to take off the log-sum-exp of the scaled logits of rotated queries `q` [B, L, N, D] over the keys in `blob`;
-        `rotated`: they were coded before rotation.
+        """[B, N, L]: what to take off the log-sum-exp of the scaled logits of rotated queries `q`
+        [B, L, N, D] over the keys in `blob`; `rotated`: they were coded before rotation.
         """
 
 
 class Group(NamedTuple):
-    """Chunks of equal form, as one launch restores them: forms of keys and values; addresses int64 [layers, 2, P, fields] and first tokens
-    int64 [P], on the device.
+    """Chunks of equal form, as one launch restores them: forms of keys and values; addresses int64
+    [layers, 2, P, fields] and first tokens int64 [P], on the device.
     """
 
     like: Blobs
@@ -102,17 +108,21 @@ class Group(NamedTuple):
     starts: Tensor
 
     def restore(self, codec: AddressedCodec, layer: int, out: Pair, *, turn: tuple[Tensor, Tensor] | None = None) -> None:
-        """Write the keys, turned if `turn` is given, and the values of a layer into `out`, each [B, L, N, D]."""
+        """Write the keys, turned if `turn` is given, and the values of a layer into `out`, each [B,
+        L, N, D].
+        """
         for at, (x, side) in enumerate(zip(out, SIDES, strict=True)):
             codec.restore(self.like[at], self.addresses[layer, at], self.starts, x, side=side, turn=turn if side == "key" else None)
 
 
 class CodedStore:
-    """Blobs of a codec, one per layer, chunk and side. The newest `hot_chunks` stay plain and are coded when they grow older.
+    """Blobs of a codec, one per layer, chunk and side. The newest `hot_chunks` stay plain and are
+    coded when they grow older.
 
-    What a forward reads is restored into one scratch buffer that all layers share, so cold chunks exist as codes only. `generation` changes
-    with the place of anything but blobs that a captured pass touches. `corrects`: attention goes through `attend`, which takes off the
-    bias of coded keys.
+    What a forward reads is restored into one scratch buffer that all layers share, so cold chunks
+    exist as codes only. `generation` changes with the place of anything but blobs that a captured
+    pass touches. `corrects`: attention goes through `attend`, which takes off the bias of coded
+    keys.
     """
 
     in_place = False
@@ -137,8 +147,9 @@ class CodedStore:
     def attend(
         self, layer: int, q: Tensor, pair: Pair, chunks: Sequence[tuple[int, int]], *, rotated: bool, mask: MaskSpec | None
     ) -> Tensor:
-        """Attention of rotated queries [B, L, N, D] to keys, rotated, and values of `chunks` (id, tokens) and of a forward's own tokens
-        behind them; of coded chunks what their keys gained by rounding is taken off. `rotated`: keys were coded before rotation.
+        """Attention of rotated queries [B, L, N, D] to keys, rotated, and values of `chunks` (id,
+        tokens) and of a forward's own tokens behind them; of coded chunks what their keys gained by
+        rounding is taken off. `rotated`: keys were coded before rotation.
         """
         codec, scale = self.codec, q.shape[3] ** -0.5
         assert isinstance(codec, CorrectingCodec)
@@ -174,7 +185,9 @@ class CodedStore:
         return self._scratch
 
     def put(self, layer: int, chunk: int, pair: Pair, *, hot: bool = True) -> None:
-        """Hold a chunk: as codes, or plain while it is among the newest, which it is not if it is not `hot`."""
+        """Hold a chunk: as codes, or plain while it is among the newest, which it is not if it is
+        not `hot`.
+        """
         self._forget_place_of(chunk)
         self._entering = chunk if hot else self._entering
         if hot and self.hot_chunks:
@@ -190,7 +203,9 @@ class CodedStore:
                 self._blobs[layer][old] = self._encode(layer, hot.pop(old))
 
     def captures(self, chunks: Sequence[int], *, adding: int) -> bool:
-        """Whether a captured pass can read `chunks` and, if `adding` is not 0, encode a chunk of so many tokens."""
+        """Whether a captured pass can read `chunks` and, if `adding` is not 0, encode a chunk of so
+        many tokens.
+        """
         codec = self.codec
         if self.corrects or not isinstance(codec, AddressedCodec) or self._scratch is None:
             return False
@@ -200,7 +215,8 @@ class CodedStore:
             return False
         if not adding:
             return True
-        forms, layers = self._forms.get(adding), (0, len(self._blobs) - 1)  # layers encode one after the other
+        # layers encode one after the other
+        forms, layers = self._forms.get(adding), (0, len(self._blobs) - 1)
         if forms is None or self.hot_chunks:
             return False
         return all(codec.is_ready(like, side=side, layer=i) for like, side in zip(forms, SIDES, strict=True) for i in layers)
@@ -213,14 +229,18 @@ class CodedStore:
         self._forget_place_of(chunk)
 
     def groups(self, pieces: Sequence[Piece]) -> list[Group]:
-        """Whole coded chunks as `Group`s that put them behind each other in the order of `pieces`."""
+        """Whole coded chunks as `Group`s that put them behind each other in the order of
+        `pieces`.
+        """
         wanted = tuple(pieces)
         if self._groups is None or self._groups[0] != wanted:
             self._groups = wanted, self._grouped(wanted)
         return self._groups[1]
 
     def read(self, layer: int, pieces: Sequence[Piece], own: Pair | None = None) -> Pair:
-        """Keys and values of whole chunks, in order, and `own` behind them: views of the scratch buffer, overwritten by the next read."""
+        """Keys and values of whole chunks, in order, and `own` behind them: views of the scratch
+        buffer, overwritten by the next read.
+        """
         like = own or self.plain(layer, _id(pieces[0]))
         total = size_of(pieces) + (own[0].shape[1] if own else 0)
         room = self._room(like, total)
@@ -274,7 +294,9 @@ class CodedStore:
         return self.codec.num_bytes() + sum(x.nbytes for x in held) + sum(x.nbytes for x in self._scratch or ())
 
     def state(self) -> Any:
-        """Everything held. Blobs and hot chunks are never written again, so they are shared, not copied; the codec says its own state."""
+        """Everything held. Blobs and hot chunks are never written again, so they are shared, not
+        copied; the codec says its own state.
+        """
         return [dict(x) for x in self._blobs], [dict(x) for x in self._hot], self.codec.state()
 
     def load_state(self, state: Any) -> None:
@@ -285,14 +307,18 @@ class CodedStore:
         self.codec.load_state(own)
 
     def _together(self, pieces: Sequence[Piece]) -> int:
-        """How many of `pieces`, from the first on, are held as codes by all layers, so that one table serves them."""
+        """How many of `pieces`, from the first on, are held as codes by all layers, so that one
+        table serves them.
+        """
         if not isinstance(self.codec, AddressedCodec):
             return 0
         apart = (i for i, p in enumerate(pieces) if p.chunk not in self._blobs[-1] or p.chunk == self._entering)
         return next(apart, len(pieces))
 
     def _addresses_of(self, chunk: int) -> Tensor:
-        """Of the blobs of a chunk, layer by layer, keys and values: int64 [2 layers, fields] on the host."""
+        """Of the blobs of a chunk, layer by layer, keys and values: int64 [2 layers, fields] on the
+        host.
+        """
         if chunk not in self._addresses:
             self._addresses[chunk] = self.addressed.addresses([blob for held in self._blobs for blob in held[chunk]])
         return self._addresses[chunk]

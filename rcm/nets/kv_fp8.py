@@ -1,7 +1,9 @@
-"""A plain cache whose attention runs in FP8: codes lie beside keys and values and follow every write.
+"""A plain cache whose attention runs in FP8: codes lie beside keys and values and follow every
+write.
 
-Scales are those of the first keys and values of a layer, which a pass that is launched one by one must bring (`ready`); after `clear` the
-next ones set them anew, in the same memory. Codes depend on nothing but scales and what is held, so a snapshot needs only these.
+Scales are those of the first keys and values of a layer, which a pass that is launched one by one
+must bring (`ready`); after `clear` the next ones set them anew, in the same memory. Codes depend on
+nothing but scales and what is held, so a snapshot needs only these.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from rcm.nets.kv_store import DenseStore, Pair, Spans
 
 
 class Fp8Store(DenseStore):
-    """A `DenseStore` with codes. `turned`: keys are stored rotated, so their codes serve every later pass; where they are rotated at every
-    read they are coded at every read.
+    """A `DenseStore` with codes. `turned`: keys are stored rotated, so their codes serve every
+    later pass; where they are rotated at every read they are coded at every read.
     """
 
     def __init__(self, num_layers: int, capacity: int, *, turned: bool) -> None:
@@ -36,8 +38,9 @@ class Fp8Store(DenseStore):
         return not self._unset
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, run: int | None) -> Tensor:
-        """Attention of queries [B, L, N, D] to keys and values [B, S, N, D], which are the first `run` slots of the layer, or (None) lie
-        elsewhere. `RuntimeError` for gradients, tangents, and a mask that is not full.
+        """Attention of queries [B, L, N, D] to keys and values [B, S, N, D], which are the first
+        `run` slots of the layer, or (None) lie elsewhere. `RuntimeError` for gradients, tangents,
+        and a mask that is not full.
         """
         if in_dual_level() or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
             raise RuntimeError("attention='fp8' gives neither gradients nor tangents; use attention='net'")
@@ -82,7 +85,9 @@ class Fp8Store(DenseStore):
         return super().num_bytes() + sum(x.nbytes for x in (*held, *(x for scales in self._scales for x in scales or ())))
 
     def code_bytes(self, *, batch: int, heads: int, width: int) -> int:
-        """Bytes of codes and scales once every layer was written, beside those of the plain tensors."""
+        """Bytes of codes and scales once every layer was written, beside those of the plain
+        tensors.
+        """
         room = -(-self.capacity // GROUP) * GROUP if self.turned else 0
         return len(self.buffers) * (2 * batch * heads * room * width + 4 * heads * (1 + 3 * width))
 

@@ -1,4 +1,6 @@
-"""A codec that keeps what it restored: time for memory, for caches that are quantised for their effect and not for their size."""
+"""A codec that keeps what it restored: time for memory, for caches that are quantised for their
+effect and not for their size.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Cached chunks replaced by others: cut in two, gathered, merged, turned in time. What policies that reshape the past are made of."""
+"""Cached chunks replaced by others: cut in two, gathered, merged, turned in time. What policies
+that reshape the past are made of.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ Make = Callable[[int, Tensor, Tensor], Pair]
 
 
 def split(cache: KVCache, *, before: Sequence[int]) -> None:
-    """Cut chunks so that one begins at each token of `before`, counted over all chunks in order; what is not cut keeps its id.
+    """Cut chunks so that one begins at each token of `before`, counted over all chunks in order;
+    what is not cut keeps its id.
 
     Costs nothing in a plain cache; in a coded one a cut chunk is restored and coded again in parts.
     """
@@ -33,11 +36,12 @@ def split(cache: KVCache, *, before: Sequence[int]) -> None:
 
 
 def rewrite(cache: KVCache, ids: Sequence[int], parts: Sequence[Positions], make: Make) -> tuple[int, ...]:
-    """Replace the neighbouring chunks `ids` by one new chunk per entry of `parts`, at their place; returns the new ids.
+    """Replace the neighbouring chunks `ids` by one new chunk per entry of `parts`, at their place;
+    returns the new ids.
 
-    `make(layer, keys, values)` is given the tokens of `ids` in order, [B, S, N, D], rotated or not as the cache keeps keys, and returns
-    those of all `parts` in order. `ValueError` for chunks that are not neighbours or another number of tokens, `RuntimeError` beyond the
-    capacity.
+    `make(layer, keys, values)` is given the tokens of `ids` in order, [B, S, N, D], rotated or not
+    as the cache keeps keys, and returns those of all `parts` in order. `ValueError` for chunks that
+    are not neighbours or another number of tokens, `RuntimeError` beyond the capacity.
     """
     old = [cache.chunk(i) for i in ids]
     at = cache.chunks.index(old[0])
@@ -98,7 +102,9 @@ def _new_id(cache: KVCache) -> int:
 
 
 def _put(cache: KVCache, layer: int, chunks: Sequence[CachedChunk], pair: Pair) -> None:
-    """Write the tokens of `pair` into `chunks`, in order; a pair that lies in the cache's own memory is copied before."""
+    """Write the tokens of `pair` into `chunks`, in order; a pair that lies in the cache's own
+    memory is copied before.
+    """
     store, start = cache.store, 0
     if not isinstance(store, CodedStore):
         mine = {x.untyped_storage().data_ptr() for x in store.allocated(layer)}
@@ -115,8 +121,9 @@ def _put(cache: KVCache, layer: int, chunks: Sequence[CachedChunk], pair: Pair) 
 
 
 def lift(cache: KVCache, hidden: Sequence[int], *, room: int) -> None:
-    """Move the chunks `hidden` of a plain cache above the others and above `room` slots for the tokens of the next chunk, so that what it
-    sees and its own tokens lie in one run from the first slot on, which is read without a copy. Nothing changes but where tokens lie.
+    """Move the chunks `hidden` of a plain cache above the others and above `room` slots for the
+    tokens of the next chunk, so that what it sees and its own tokens lie in one run from the first
+    slot on, which is read without a copy. Nothing changes but where tokens lie.
     """
     store = cache.store
     if isinstance(store, CodedStore):

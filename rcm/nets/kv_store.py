@@ -1,7 +1,8 @@
 """Where plain cached keys and values lie: buffers used as a ring. Those of a codec: `kv_coded`.
 
-A place is a list of spans [start, stop) of token slots. Chunks take free slots, wherever they are, so dropping one costs nothing and the
-next takes its slots: a ring whose reader does not care for the order of the keys (softmax does not).
+A place is a list of spans [start, stop) of token slots. Chunks take free slots, wherever they are,
+so dropping one costs nothing and the next takes its slots: a ring whose reader does not care for
+the order of the keys (softmax does not).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Piece(NamedTuple):
-    """Tokens [offset, offset + stop - start) of a chunk in the slots [start, stop); `chunk` is its id, None for a forward's own tokens."""
+    """Tokens [offset, offset + stop - start) of a chunk in the slots [start, stop); `chunk` is its
+    id, None for a forward's own tokens.
+    """
 
     start: int
     stop: int
@@ -75,7 +78,8 @@ def part_of(spans: Spans, first: int, count: int) -> Spans:
 
 
 class DenseStore:
-    """Plain keys and values, per layer two buffers [B, capacity, N, D], allocated by the first write in its dtype.
+    """Plain keys and values, per layer two buffers [B, capacity, N, D], allocated by the first
+    write in its dtype.
 
     Slots that were never written hold zeros: a graph that reads a whole buffer must not meet a NaN.
     """
@@ -103,7 +107,9 @@ class DenseStore:
                 buffer[:, piece.start : piece.stop].copy_(x[:, piece.offset : piece.offset + piece.stop - piece.start])
 
     def read(self, layer: int, pieces: Sequence[Piece]) -> Pair:
-        """Keys and values of `pieces`, in their order: views where they lie in one run, else copies."""
+        """Keys and values of `pieces`, in their order: views where they lie in one run, else
+        copies.
+        """
         runs: list[list[int]] = []
         for piece in pieces:
             if runs and runs[-1][1] == piece.start:
@@ -142,7 +148,9 @@ class DenseStore:
         return [pair and tuple(x.clone() for x in pair) for pair in self.buffers]
 
     def load_state(self, state: Any) -> None:
-        """Take up a `state`, in the buffers at hand where they fit (what was captured keeps reading them)."""
+        """Take up a `state`, in the buffers at hand where they fit (what was captured keeps reading
+        them).
+        """
         for layer, pair in enumerate(state):
             if pair is None:
                 continue

@@ -1,4 +1,6 @@
-"""What one forward sees of a cache and writes to it, as a whole (`CacheView`) and layer by layer (`LayerView`)."""
+"""What one forward sees of a cache and writes to it, as a whole (`CacheView`) and layer by layer
+(`LayerView`).
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ _REFUSES_DUALS = "append under a dual level: a cache holds constants; fill it ou
 
 @dataclass(frozen=True)
 class CachedChunk:
-    """A chunk that a cache holds: a stable `id` (counted since the last reset), its token slots, and the positions of its tokens."""
+    """A chunk that a cache holds: a stable `id` (counted since the last reset), its token slots,
+    and the positions of its tokens.
+    """
 
     id: int
     spans: Spans
@@ -45,11 +49,12 @@ class CachedChunk:
 
 
 class CacheView:
-    """What one forward sees and writes. Made by `KVCache.append` / `readonly`; the network calls `begin` before its first layer
-    and `commit` after its last.
+    """What one forward sees and writes. Made by `KVCache.append` / `readonly`; the network calls
+    `begin` before its first layer and `commit` after its last.
 
-    `prefix_tokens` visible cached tokens. `tables`, `times`: rotary tables, and what the network makes of its time, to use instead of those
-    of layout and timestep (static ones of a captured pass).
+    `prefix_tokens` visible cached tokens. `tables`, `times`: rotary tables, and what the network
+    makes of its time, to use instead of those of layout and timestep (static ones of a captured
+    pass).
     """
 
     tables: Any = None
@@ -74,8 +79,9 @@ class CacheView:
     def begin(self, layout: TokenLayout) -> None:
         """Check this forward and find its slots, before its first layer.
 
-        `ValueError` unless the visible tokens are as many as `layout` expects before its frames; `RuntimeError` if a write finds no room,
-        if the cache has changed since the view was made, or if an append happens under a dual level.
+        `ValueError` unless the visible tokens are as many as `layout` expects before its frames;
+        `RuntimeError` if a write finds no room, if the cache has changed since the view was made,
+        or if an append happens under a dual level.
         """
         if self.prefix_tokens != layout.context_tokens:
             raise ValueError(
@@ -120,7 +126,9 @@ class CacheView:
         return self._order is not None
 
     def in_order(self, x: Tensor) -> Tensor:
-        """What `assemble` returned, [B, prefix + L, N, D], as cached chunks in order and the forward's own tokens behind them."""
+        """What `assemble` returned, [B, prefix + L, N, D], as cached chunks in order and the
+        forward's own tokens behind them.
+        """
         if self._order is None or not self._cache.store.in_place:
             return x
         starts, at = {}, 0
@@ -133,7 +141,9 @@ class CacheView:
         return torch.cat([x[:, starts[p.start] : starts[p.start] + p.stop - p.start] for p in wanted], dim=1)
 
     def positions(self, layout: TokenLayout) -> Positions:
-        """Positions of all keys of this forward, in the order of `assemble`, for keys that are rotated at reading."""
+        """Positions of all keys of this forward, in the order of `assemble`, for keys that are
+        rotated at reading.
+        """
         own = at_frames(layout.frame_index, layout.grid)
         if self._order is None or not self._cache.store.in_place:
             return concatenated([*(chunk.positions for chunk in self.visible), own])
@@ -152,7 +162,9 @@ class CacheView:
 
     @property
     def can_be_captured(self) -> bool:
-        """Whether a captured pass can read and write what `begin` found: one run of a plain cache, codes at addresses of a coded one."""
+        """Whether a captured pass can read and write what `begin` found: one run of a plain cache,
+        codes at addresses of a coded one.
+        """
         store = self._cache.store
         if isinstance(store, DenseStore):
             return self.is_one_run and store.ready
@@ -162,7 +174,9 @@ class CacheView:
 
     @property
     def own_chunk(self) -> CachedChunk | None:
-        """The one chunk that this append adds, once `begin` found its place; None for other modes and for several."""
+        """The one chunk that this append adds, once `begin` found its place; None for other modes
+        and for several.
+        """
         return self._new[0] if self.mode == "append" and len(self._new) == 1 else None
 
     def layer(self, index: int) -> LayerView:
@@ -170,7 +184,9 @@ class CacheView:
         return LayerView(self, index)
 
     def commit(self, layout: TokenLayout) -> None:
-        """After all layers of an append: count the new tokens, a chunk per entry of `layout.chunks`. Nothing in the other modes."""
+        """After all layers of an append: count the new tokens, a chunk per entry of
+        `layout.chunks`. Nothing in the other modes.
+        """
         if self.mode != "append":
             return
         cache = self._cache
@@ -185,8 +201,8 @@ class CacheView:
 
 
 class LayerView:
-    """One layer of a `CacheView`. `takes_projections`: whether it offers `enter`, as layers of captured passes do; `enters_turned`: whether
-    the keys that `enter` returns are rotated.
+    """One layer of a `CacheView`. `takes_projections`: whether it offers `enter`, as layers of
+    captured passes do; `enters_turned`: whether the keys that `enter` returns are rotated.
     """
 
     takes_projections = False
@@ -202,29 +218,39 @@ class LayerView:
 
     @property
     def appends(self) -> bool:
-        """Whether this forward writes committed tokens, so that it must run exactly once (no activation recomputation)."""
+        """Whether this forward writes committed tokens, so that it must run exactly once (no
+        activation recomputation).
+        """
         return self._view.mode == "append"
 
     @property
     def prefix_tokens(self) -> int:
-        """Cached tokens that precede the forward's own in the results of `assemble` where tangents or masks tell them apart."""
+        """Cached tokens that precede the forward's own in the results of `assemble` where tangents
+        or masks tell them apart.
+        """
         return self._view.prefix_tokens
 
     def enter(
         self, projected: tuple[Tensor, Tensor, Tensor], norms: tuple[RMSNorm, RMSNorm], table: RopeTable
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Turned queries [B, L, N, D] of the projections q, k, v [B, L, E], and all keys and values with this pass's own among them."""
+        """Turned queries [B, L, N, D] of the projections q, k, v [B, L, E], and all keys and values
+        with this pass's own among them.
+        """
         raise NotImplementedError("only layers of captured passes take projections")
 
     def observe(self, q: Tensor, k: Tensor) -> None:
-        """Show the rotated queries [B, L, N, D] and all rotated keys [B, prefix + L, N, D], cached chunks in order, to whoever asked."""
+        """Show the rotated queries [B, L, N, D] and all rotated keys [B, prefix + L, N, D], cached
+        chunks in order, to whoever asked.
+        """
         if self._view.observer is not None:
             self._view.observer(self._index, q, self._view.in_order(k))
 
     def assemble(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, prefix + L, N, D] for the attention of this forward from its own `k`, `v` [B, L, N, D].
+        """Keys and values [B, prefix + L, N, D] for the attention of this forward from its own `k`,
+        `v` [B, L, N, D].
 
-        Cached tokens are constants: no gradient, no tangent. Append stores detached tensors; gradients still reach this forward's own.
+        Cached tokens are constants: no gradient, no tangent. Append stores detached tensors;
+        gradients still reach this forward's own.
         """
         view, cache, layer = self._view, self._view._cache, self._index
         view._require_current()
@@ -257,7 +283,9 @@ class LayerView:
         return isinstance(store, Fp8Store) or (isinstance(store, CodedStore) and store.corrects)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> Tensor:
-        """Attention of rotated queries [B, L, N, D] to all keys, rotated, and values, as `assemble` returned them."""
+        """Attention of rotated queries [B, L, N, D] to all keys, rotated, and values, as `assemble`
+        returned them.
+        """
         view, store = self._view, self._view.store
         if isinstance(store, CodedStore):
             seen = view.visible + (view._new if view.mode == "append" else ())
@@ -277,7 +305,9 @@ class LayerView:
 
 
 def _read_order(visible: Sequence[CachedChunk], new: Sequence[CachedChunk], *, in_place: bool) -> list[Piece]:
-    """Pieces in the order in which they are read: that of the slots, so that what lies in one run is read as one."""
+    """Pieces in the order in which they are read: that of the slots, so that what lies in one run
+    is read as one.
+    """
     past = [piece for chunk in visible for piece in pieces_of(chunk.spans, chunk=chunk.id)]
     own = [piece for chunk in new for piece in pieces_of(chunk.spans, chunk=None)]
     return sorted(past + own) if in_place else past + own

@@ -1,9 +1,10 @@
-"""Layers of the Wan transformer. Each operator is a module, so that the tangent guard can see it; statistics, time and modulation run
-in float32.
+"""Layers of the Wan transformer. Each operator is a module, so that the tangent guard can see it;
+statistics, time and modulation run in float32.
 
-Tokens are [B, F, S, E]: frames F, tokens per frame S, width E. Modulation vectors are [B, F or 1, 1, E], so that per-frame times are a
-broadcast. Reduced precision: activations and residual stream in the dtype of the input, everything named above in `accumulate_dtype`
-of it. docs/reference/wan.md#forward, #precision.
+Tokens are [B, F, S, E]: frames F, tokens per frame S, width E. Modulation vectors are [B, F or 1,
+1, E], so that per-frame times are a broadcast. Reduced precision: activations and residual stream
+in the dtype of the input, everything named above in `accumulate_dtype` of it.
+docs/reference/wan.md#forward, #precision.
 """
 
 from __future__ import annotations
@@ -21,17 +22,23 @@ accumulate_dtype = reference.accumulate_dtype
 
 
 class FusedLayer(nn.Module):
-    """A layer with a fused kernel beside its plain formula; `fused` is "auto", "on" or "off" (rcm.kernels.fused.choice.use_fused)."""
+    """A layer with a fused kernel beside its plain formula; `fused` is "auto", "on" or "off"
+    (rcm.kernels.fused.choice.use_fused).
+    """
 
     fused = "auto"
 
     def runs_fused(self, x: Tensor) -> bool:
-        """Whether the kernel serves `x` [.., E]. Raises `ConfigError` where it is demanded and cannot."""
+        """Whether the kernel serves `x` [.., E]. Raises `ConfigError` where it is demanded and
+        cannot.
+        """
         return choice.use_fused(self.fused, x, width=x.shape[-1])
 
 
 class Linear(nn.Linear):
-    """A linear layer whose tangent is one matrix product: torch's own adds zero tangents of weight and bias in passes over memory."""
+    """A linear layer whose tangent is one matrix product: torch's own adds zero tangents of weight
+    and bias in passes over memory.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in_features] to [..., out_features]; plain or dual."""
@@ -42,7 +49,9 @@ class Linear(nn.Linear):
 
 
 class PromotedLinear(nn.Linear):
-    """A linear layer that computes in the dtype of its input, whatever the dtype of its weights (float32 arithmetic on bf16 weights)."""
+    """A linear layer that computes in the dtype of its input, whatever the dtype of its weights
+    (float32 arithmetic on bf16 weights).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in_features] to [..., out_features], dtype of `x`."""
@@ -75,14 +84,18 @@ class AffineLayerNorm(nn.LayerNorm, FusedLayer):
 
 
 class ModulatedNorm(FusedLayer):
-    """Layer norm without parameters, then `* (1 + scale) + shift` in float32: the adaptive norm of a DiT."""
+    """Layer norm without parameters, then `* (1 + scale) + shift` in float32: the adaptive norm of
+    a DiT.
+    """
 
     def __init__(self, dim: int, *, eps: float) -> None:
         super().__init__()
         self.dim, self.eps = dim, eps
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """`x` [B, F, S, E]; `shift`, `scale` [B, F or 1, 1, E] float32 or wider. Returns `dtype`, by default that of `shift`."""
+        """`x` [B, F, S, E]; `shift`, `scale` [B, F or 1, 1, E] float32 or wider. Returns `dtype`,
+        by default that of `shift`.
+        """
         dtype = shift.dtype if dtype is None else dtype
         if self.runs_fused(x):
             return _kernels().modulated_norm(x, shift, scale, eps=self.eps, dtype=dtype)
@@ -101,7 +114,9 @@ class Gelu(FusedLayer):
     """GELU in its tanh form."""
 
     def joins_product(self, x: Tensor) -> bool:
-        """Whether the product before may compute it: while a CUDA graph of 16-bit passes is captured."""
+        """Whether the product before may compute it: while a CUDA graph of 16-bit passes is
+        captured.
+        """
         return (
             self.fused == "on"
             and x.is_cuda
@@ -116,7 +131,9 @@ class Gelu(FusedLayer):
 
 
 class Sinusoid(nn.Module):
-    """cos and sin of `timestep * 10000^(-j / half)`, j < half = dim / 2, cosines first; computed in float64."""
+    """cos and sin of `timestep * 10000^(-j / half)`, j < half = dim / 2, cosines first; computed in
+    float64.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -130,8 +147,8 @@ class Sinusoid(nn.Module):
 
 
 class Patchify(nn.Module):
-    """Cut frames into patches of (rows, columns); features of a patch run channel, row, column (the order of a flattened convolution
-    weight).
+    """Cut frames into patches of (rows, columns); features of a patch run channel, row, column (the
+    order of a flattened convolution weight).
     """
 
     def __init__(self, patch: tuple[int, int]) -> None:
@@ -139,14 +156,18 @@ class Patchify(nn.Module):
         self.patch = patch
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` [B, C, F, H, W] to [B, F, S, C * rows * columns], S = (H / rows) (W / columns), row-major."""
+        """`x` [B, C, F, H, W] to [B, F, S, C * rows * columns], S = (H / rows) (W / columns),
+        row-major.
+        """
         rows, columns = self.patch
         cut = x.unflatten(4, (-1, columns)).unflatten(3, (-1, rows))
         return cut.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(2, 3)
 
 
 class Unpatchify(nn.Module):
-    """Put patches together; features of a patch run row, column, channel (the reverse of `Patchify`, as in the released weights)."""
+    """Put patches together; features of a patch run row, column, channel (the reverse of
+    `Patchify`, as in the released weights).
+    """
 
     def __init__(self, patch: tuple[int, int]) -> None:
         super().__init__()
@@ -162,7 +183,9 @@ class Unpatchify(nn.Module):
 
 
 def _kernels() -> ModuleType:
-    """The kernels, imported by the first layer that runs them: Triton is absent on machines without a GPU."""
+    """The kernels, imported by the first layer that runs them: Triton is absent on machines without
+    a GPU.
+    """
     from rcm.kernels.fused import api
 
     return api

@@ -1,7 +1,8 @@
-"""What the frames of one network input are: their positions, who attends to whom, what is cached before them, and which of them are
-predicted.
+"""What the frames of one network input are: their positions, who attends to whom, what is cached
+before them, and which of them are predicted.
 
-A layout replaces modes: the network reads it and has no branch for a training regime. Positions are frames; tokens follow from the grid.
+A layout replaces modes: the network reads it and has no branch for a training regime. Positions are
+frames; tokens follow from the grid.
 """
 
 from __future__ import annotations
@@ -77,21 +78,27 @@ class TokenLayout:
 
     @classmethod
     def block_causal(cls, num_frames: int, *, grid: Grid, pattern: BlockPattern, window: int | None = None, sinks: int = 0) -> TokenLayout:
-        """Frames attend to their own block and earlier ones (the last `window` blocks, and the first `sinks`); all are predicted."""
+        """Frames attend to their own block and earlier ones (the last `window` blocks, and the
+        first `sinks`); all are predicted.
+        """
         mask = BlockCausal(pattern, num_frames, grid[0] * grid[1], window=window, sinks=sinks)
         chunks = tuple(stop - start for start, stop in pattern.bounds(num_frames))
         return cls(grid, tuple(range(num_frames)), mask, (0, num_frames), chunks=chunks)
 
     @classmethod
     def context(cls, num_frames: int, *, grid: Grid, pattern: BlockPattern, window: int | None = None, sinks: int = 0) -> TokenLayout:
-        """Clean frames entering an empty cache in one append pass, a chunk per block; the block-causal layout under the name of its use."""
+        """Clean frames entering an empty cache in one append pass, a chunk per block; the
+        block-causal layout under the name of its use.
+        """
         return cls.block_causal(num_frames, grid=grid, pattern=pattern, window=window, sinks=sinks)
 
     @classmethod
     def teacher_forcing(
         cls, num_frames: int, *, grid: Grid, pattern: BlockPattern, window: int | None = None, sinks: int = 0
     ) -> TokenLayout:
-        """Packed [clean T frames | noisy T frames] at the same positions; the noisy half is predicted (Causal_rCM.md section 2)."""
+        """Packed [clean T frames | noisy T frames] at the same positions; the noisy half is
+        predicted (Causal_rCM.md section 2).
+        """
         mask = TeacherForcing(pattern, num_frames, grid[0] * grid[1], queries="both", window=window, sinks=sinks)
         positions = tuple(range(num_frames))
         return cls(grid, positions + positions, mask, (num_frames, 2 * num_frames))
@@ -100,8 +107,8 @@ class TokenLayout:
     def cached_chunk(
         cls, block: int, *, grid: Grid, pattern: BlockPattern, num_frames: int, window: int | None = None, sinks: int = 0
     ) -> TokenLayout:
-        """The frames of block `block` of a `num_frames` video, after all earlier blocks in the cache. Raises `ConfigError` for a block
-        outside.
+        """The frames of block `block` of a `num_frames` video, after all earlier blocks in the
+        cache. Raises `ConfigError` for a block outside.
         """
         bounds = pattern.bounds(num_frames)
         if not 0 <= block < len(bounds):
@@ -112,7 +119,9 @@ class TokenLayout:
 
     @classmethod
     def over_cache(cls, frame_index: Sequence[int], *, grid: Grid, context_tokens: int) -> TokenLayout:
-        """One chunk of frames at temporal positions `frame_index` that sees all a cache shows it, `context_tokens` tokens."""
+        """One chunk of frames at temporal positions `frame_index` that sees all a cache shows it,
+        `context_tokens` tokens.
+        """
         own = len(frame_index) * grid[0] * grid[1]
         return cls(grid, tuple(frame_index), Full(own, context_tokens + own), (0, len(frame_index)), context_tokens=context_tokens)
 
@@ -120,9 +129,11 @@ class TokenLayout:
     def noisy_over_context(
         cls, num_frames: int, *, grid: Grid, pattern: BlockPattern, window: int | None = None, sinks: int = 0
     ) -> TokenLayout:
-        """The noisy half of `teacher_forcing`, with the clean half in the cache (put there by a `context` pass).
+        """The noisy half of `teacher_forcing`, with the clean half in the cache (put there by a
+        `context` pass).
 
-        The clean half sees nothing noisy and its times are constant, so in a tangent pass it has no tangent: run it once as plain tensors.
+        The clean half sees nothing noisy and its times are constant, so in a tangent pass it has no
+        tangent: run it once as plain tensors.
         """
         mask = TeacherForcing(pattern, num_frames, grid[0] * grid[1], queries="noisy", window=window, sinks=sinks)
         return cls(grid, tuple(range(num_frames)), mask, (0, num_frames), context_tokens=num_frames * grid[0] * grid[1])

@@ -1,9 +1,11 @@
-"""Low-rank adapters in training: y = W x + b + (alpha / rank) B A x with W, b frozen (Hu et al. 2021, arXiv 2106.09685).
+"""Low-rank adapters in training: y = W x + b + (alpha / rank) B A x with W, b frozen (Hu et al.
+2021, arXiv 2106.09685).
 
-One network may carry several sets of adapters, one per role that trains on it, and computes with one of them
-or with none: student and fake score are then sets on one base, and the teacher is the base itself. `AdaptedNet`
-is one role: the whole network to call, with the parameters and the state dict of its own set alone. Names of
-factors are PEFT's (`LAYER.lora_A.weight`, `LAYER.lora_B.weight`).
+One network may carry several sets of adapters, one per role that trains on it, and computes with
+one of them or with none: student and fake score are then sets on one base, and the teacher is the
+base itself. `AdaptedNet` is one role: the whole network to call, with the parameters and the state
+dict of its own set alone. Names of factors are PEFT's (`LAYER.lora_A.weight`,
+`LAYER.lora_B.weight`).
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class Chosen:
 
 
 class LowRank(nn.Module):
-    """The factors of one update, `strength` B A: `down` A [rank, in_features], `up` B [out_features, rank]."""
+    """The factors of one update, `strength` B A: `down` A [rank, in_features], `up` B
+    [out_features, rank].
+    """
 
     def __init__(self, in_features: int, out_features: int, *, rank: int, strength: float) -> None:
         super().__init__()
@@ -55,12 +59,16 @@ class LowRank(nn.Module):
 
 
 def _merged(weight: Tensor, down: Tensor, up: Tensor, strength: float) -> Tensor:
-    """`weight` + strength B A, in its dtype. A product of its own kind: `mm_only` keeps the results of others, and these are weights."""
+    """`weight` + strength B A, in its dtype. A product of its own kind: `mm_only` keeps the results
+    of others, and these are weights.
+    """
     return torch.addbmm(weight, up.unsqueeze(0), down.unsqueeze(0), alpha=strength)
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """x (W + s B A)^T + b with gradients for x, A and B alone, and nothing kept but `x` and the parameters."""
+    """x (W + s B A)^T + b with gradients for x, A and B alone, and nothing kept but `x` and the
+    parameters.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, strength: float) -> Tensor:
@@ -82,8 +90,9 @@ class _AdaptedProduct(torch.autograd.Function):
 class AdaptedLinear(Linear):
     """A frozen linear layer, its parameters shared with `layer`, with one `LowRank` per role.
 
-    The update is added to the weight at every call: a few passes over the weight, where adding B A x to the result
-    would be as many over all tokens, which are much longer. It is rounded as a trained weight is before it is used.
+    The update is added to the weight at every call: a few passes over the weight, where adding B A
+    x to the result would be as many over all tokens, which are much longer. It is rounded as a
+    trained weight is before it is used.
     """
 
     def __init__(self, layer: Linear, chosen: Chosen, *, roles: Iterable[str], rank: int, strength: float) -> None:
@@ -107,10 +116,12 @@ class AdaptedLinear(Linear):
 
 
 class AdaptedNet(nn.Module):
-    """One role of an adapted network `net` (its `chosen` says who computes): its set of adapters, or with `role` None the base.
+    """One role of an adapted network `net` (its `chosen` says who computes): its set of adapters,
+    or with `role` None the base.
 
-    Call it as the network. Parameters and state dict are those of the role alone, under names that do not
-    mention it; everything else is the network's. FSDP2, Ulysses and recomputation are applied to `net`.
+    Call it as the network. Parameters and state dict are those of the role alone, under names that
+    do not mention it; everything else is the network's. FSDP2, Ulysses and recomputation are
+    applied to `net`.
     """
 
     def __init__(self, net: nn.Module, role: str | None) -> None:
@@ -169,8 +180,9 @@ class AdaptedNet(nn.Module):
 
 
 def attach(net: Any, layers: Iterable[str], *, roles: Iterable[str], rank: int, alpha: float) -> None:
-    """Freeze `net` and give `layers` (paths inside each of its `blocks`) adapters for every role, in place; their
-    values are undefined until loaded. `ConfigError` for a layer that is no plain one (quantised, or adapted).
+    """Freeze `net` and give `layers` (paths inside each of its `blocks`) adapters for every role,
+    in place; their values are undefined until loaded. `ConfigError` for a layer that is no plain
+    one (quantised, or adapted).
     """
     net.requires_grad_(False)
     net.chosen, roles = Chosen(), tuple(roles)
@@ -191,8 +203,9 @@ def is_adapted(net: nn.Module) -> bool:
 
 
 def initial_factors(role: AdaptedNet, *, seed: int) -> dict[str, Tensor]:
-    """First values of a role's factors: A uniform in +-1/sqrt(in_features), as PEFT has it, and B zero, so that
-    the network is its base. Drawn in float32 on the CPU: they do not depend on where the network lies.
+    """First values of a role's factors: A uniform in +-1/sqrt(in_features), as PEFT has it, and B
+    zero, so that the network is its base. Drawn in float32 on the CPU: they do not depend on where
+    the network lies.
     """
     generator, found = torch.Generator().manual_seed(seed), {}
     for name, value in role.state_dict().items():

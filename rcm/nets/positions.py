@@ -1,6 +1,8 @@
-"""Where tokens stand: (frame, row, column) each, common to a batch and its heads where possible, else per sample and head.
+"""Where tokens stand: (frame, row, column) each, common to a batch and its heads where possible,
+else per sample and head.
 
-The common case, whole frames of one grid, is a tuple of integers, so that tables can be kept by it; everything else is a tensor.
+The common case, whole frames of one grid, is a tuple of integers, so that tables can be kept by it;
+everything else is a tensor.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from torch import Tensor
 class Positions:
     """Positions of tokens.
 
-    frames    temporal position of each whole frame of `grid` = (rows, columns) tokens, row-major; None where `tokens` says it all.
-    tokens    int64 or float64 [B or 1, L, N or 1, 3]: frame, row, column per token, sample and head; on the host or a device.
+    frames    temporal position of each whole frame of `grid` = (rows, columns) tokens, row-major;
+              None where `tokens` says it all.
+    tokens    int64 or float64 [B or 1, L, N or 1, 3]: frame, row, column per token, sample and
+              head; on the host or a device.
     """
 
     grid: tuple[int, int]
@@ -40,7 +44,9 @@ class Positions:
         return torch.stack([time, row, column], dim=-1).reshape(1, -1, 1, 3)
 
     def moved_to(self, frames: tuple[int, ...]) -> Positions:
-        """The same tokens with other temporal positions, one per frame. `ValueError` for another number, or where there are no frames."""
+        """The same tokens with other temporal positions, one per frame. `ValueError` for another
+        number, or where there are no frames.
+        """
         if self.frames is None or len(frames) != len(self.frames):
             mine = "tokens of no whole frames; give a Positions" if self.frames is None else f"{len(self.frames)} frames"
             raise ValueError(f"{len(frames)} temporal positions for {mine}")
@@ -79,7 +85,9 @@ def cut(whole: Positions, start: int, count: int) -> Positions:
 
 
 def gathered(parts: Sequence[Positions], index: Tensor) -> Positions:
-    """Tokens `index` ([L] for all samples, [B, L] per sample) of the concatenated `parts`, in that order."""
+    """Tokens `index` ([L] for all samples, [B, L] per sample) of the concatenated `parts`, in that
+    order.
+    """
     whole = concatenated(parts)
     per_frame = whole.grid[0] * whole.grid[1]
     if whole.frames is not None and index.dim() == 1 and len(index) % per_frame == 0:

@@ -1,8 +1,8 @@
 """Rotary position embedding over (frame, row, column): tables from host integers, and the rotation.
 
-A head of D channels is D/2 interleaved pairs (2j, 2j+1). The axes take, in the order frame, row, column, D - 4 (D // 6), 2 (D // 6)
-and 2 (D // 6) channels (44 / 42 / 42 for D = 128); pair j of an axis of d channels turns by position * 10000^(-2j/d).
-docs/reference/wan.md#positions.
+A head of D channels is D/2 interleaved pairs (2j, 2j+1). The axes take, in the order frame, row,
+column, D - 4 (D // 6), 2 (D // 6) and 2 (D // 6) channels (44 / 42 / 42 for D = 128); pair j of an
+axis of d channels turns by position * 10000^(-2j/d). docs/reference/wan.md#positions.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ TABLE_BYTES_KEPT = 1 << 28
 
 @dataclass(frozen=True)
 class RopeTable:
-    """Rotation of L tokens: `cos` and `sin` [L, 1, D], or [B or 1, L, N or 1, D] where positions differ between samples or heads; float32
-    (float64 for float64 networks); `sin` of the even channels has the sign of the rotation.
+    """Rotation of L tokens: `cos` and `sin` [L, 1, D], or [B or 1, L, N or 1, D] where positions
+    differ between samples or heads; float32 (float64 for float64 networks); `sin` of the even
+    channels has the sign of the rotation.
     """
 
     cos: Tensor
@@ -60,14 +61,18 @@ class RopeTable:
 
 @dataclass(frozen=True)
 class RopePair:
-    """Tables of the queries and of the keys; one object twice unless cached keys are rotated along (pre-RoPE cache)."""
+    """Tables of the queries and of the keys; one object twice unless cached keys are rotated along
+    (pre-RoPE cache).
+    """
 
     query: RopeTable
     key: RopeTable
 
 
 def axis_channels(head_dim: int) -> tuple[int, int, int]:
-    """Channels of the frame, row and column axes. Raises `ValueError` unless `head_dim` is even and at least 6."""
+    """Channels of the frame, row and column axes. Raises `ValueError` unless `head_dim` is even and
+    at least 6.
+    """
     if head_dim < 6 or head_dim % 2:
         raise ValueError(f"rotary embedding needs an even head size of at least 6, got {head_dim}; choose dim / num_heads accordingly")
     spatial = 2 * (head_dim // 6)
@@ -75,18 +80,22 @@ def axis_channels(head_dim: int) -> tuple[int, int, int]:
 
 
 def rotate(x: Tensor, table: RopeTable) -> Tensor:
-    """Rotate the channel pairs of `x` [B, L, N, D] by the angles of `table`; computed in the table's dtype, returned in the dtype of `x`.
+    """Rotate the channel pairs of `x` [B, L, N, D] by the angles of `table`; computed in the
+    table's dtype, returned in the dtype of `x`.
 
-    Linear in `x`, so a tangent turns with it. Raises `ValueError` unless L and D agree with the table.
+    Linear in `x`, so a tangent turns with it. Raises `ValueError` unless L and D agree with the
+    table.
     """
     _check_fit(x, table)
     return reference.rotate_pairs(x, table.cos, table.sin)
 
 
 def turned_in_time(keys: Tensor, frames: Tensor | float, *, ntk: float = 1.0) -> Tensor:
-    """Keys [B, S, N, D] that are rotated already, moved by `frames` temporal positions: a number, or [B or 1, S] per token.
+    """Keys [B, S, N, D] that are rotated already, moved by `frames` temporal positions: a number,
+    or [B or 1, S] per token.
 
-    Rows and columns stay. `ntk`: the time axis' ratio of the tables that rotated them. Float32 arithmetic (float64 for float64 keys).
+    Rows and columns stay. `ntk`: the time axis' ratio of the tables that rotated them. Float32
+    arithmetic (float64 for float64 keys).
     """
     channels = axis_channels(keys.shape[-1])[0]
     wide = torch.promote_types(keys.dtype, torch.float32)
@@ -119,10 +128,12 @@ class Rotate(FusedLayer):
 
 
 class RopeTables:
-    """Builds tables and keeps the most recently used ones; they are no state of the network and stay out of its state dict.
+    """Builds tables and keeps the most recently used ones; they are no state of the network and
+    stay out of its state dict.
 
-    `max_rows` and `max_columns` bound the positions within a frame. Time is not bounded: angles are exact for any integer. `ntk`: how many
-    times slower the slowest pair of each axis (frame, row, column) turns than in training (see `stretch`).
+    `max_rows` and `max_columns` bound the positions within a frame. Time is not bounded: angles are
+    exact for any integer. `ntk`: how many times slower the slowest pair of each axis (frame, row,
+    column) turns than in training (see `stretch`).
     """
 
     def __init__(self, head_dim: int, *, max_rows: int, max_columns: int) -> None:
@@ -132,21 +143,25 @@ class RopeTables:
         self._kept: OrderedDict[tuple, RopeTable] = OrderedDict()
 
     def stretch(self, ntk: tuple[float, float, float]) -> None:
-        """Set `ntk`, for every table from now on. `ConfigError` unless the ratios are positive and finite."""
+        """Set `ntk`, for every table from now on. `ConfigError` unless the ratios are positive and
+        finite.
+        """
         if not all(0 < ratio < math.inf for ratio in ntk):
             raise ConfigError(f"NTK ratios of frames, rows and columns must be positive numbers, got {ntk}")
         self.ntk = ntk
         self._kept.clear()
 
     def table(self, frame_index: tuple[int, ...], grid: tuple[int, int], *, device: torch.device, dtype: torch.dtype) -> RopeTable:
-        """Table for the tokens of the frames at temporal positions `frame_index`, each a `grid` (rows, columns), row-major, columns
-        fastest. Raises `ValueError` for a grid beyond the limits.
+        """Table for the tokens of the frames at temporal positions `frame_index`, each a `grid`
+        (rows, columns), row-major, columns fastest. Raises `ValueError` for a grid beyond the
+        limits.
         """
         key = (frame_index, grid, device, dtype)
         found = self._kept.pop(key, None)
         if found is None:
             self._check(frame_index, grid)
-            with torch.inference_mode(False), torch.no_grad():  # a table may outlive the mode it was first asked for in
+            # a table may outlive the mode it was first asked for in
+            with torch.inference_mode(False), torch.no_grad():
                 found = self._build(frame_index, grid, device=device, dtype=dtype)
         self._kept[key] = found
         while len(self._kept) > TABLES_KEPT or (len(self._kept) > 1 and sum(x.num_bytes for x in self._kept.values()) > TABLE_BYTES_KEPT):
@@ -154,7 +169,9 @@ class RopeTables:
         return found
 
     def at(self, positions: Positions, *, device: torch.device, dtype: torch.dtype) -> RopeTable:
-        """Table for tokens at `positions`: kept for whole frames, made anew for positions that differ between samples or heads."""
+        """Table for tokens at `positions`: kept for whole frames, made anew for positions that
+        differ between samples or heads.
+        """
         if positions.frames is not None:
             return self.table(positions.frames, positions.grid, device=device, dtype=dtype)
         where = to_device(positions.per_token.to(torch.float64), device)
@@ -189,8 +206,8 @@ class RopeTables:
 
 
 def _rates(channels: int, ntk: float = 1.0) -> Tensor:
-    """Turns per position of the pairs of an axis, float64 [channels / 2]. `ntk` stretches the base so that the slowest pair turns that
-    many times slower and the fastest as before.
+    """Turns per position of the pairs of an axis, float64 [channels / 2]. `ntk` stretches the base
+    so that the slowest pair turns that many times slower and the fastest as before.
     """
     base = THETA * ntk ** (channels / (channels - 2)) if channels > 2 else THETA
     return base ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)

@@ -1,1 +1,3 @@
-"""Parallelism applied to networks from outside: mesh, activation checkpointing, Ulysses, FSDP2, in the one order of `apply.parallelize`."""
+"""Parallelism applied to networks from outside: mesh, activation checkpointing, Ulysses, FSDP2, in
+the one order of `apply.parallelize`.
+"""

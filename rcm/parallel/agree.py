@@ -1,7 +1,8 @@
-"""What one rank finds alone, all ranks hear of: a refusal, a full disk, another configuration, a peer that is gone.
+"""What one rank finds alone, all ranks hear of: a refusal, a full disk, another configuration, a
+peer that is gone.
 
-A rank that raised by itself would leave the others waiting in their next collective. Everything here is collective where a process group
-of several ranks exists, and does nothing otherwise.
+A rank that raised by itself would leave the others waiting in their next collective. Everything
+here is collective where a process group of several ranks exists, and does nothing otherwise.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from rcm.core.errors import CheckpointError, ConfigError, NonFinite, PeerGone, f
 T = TypeVar("T")
 
 _TRAVELLING = (ConfigError, CheckpointError, NonFinite)
-"""Kinds of error that arrive at the other ranks as what they are; OSErrors do too, any other kind as CheckpointError."""
+"""Kinds of error that arrive at the other ranks as what they are; OSErrors do too, any other kind
+as CheckpointError.
+"""
 
 _LOST = re.compile(r"gloo|NCCL|connection (closed|reset|refused)|broken pipe|socket|TCPStore|store->|timed? ?out", re.IGNORECASE)
 
@@ -32,8 +35,9 @@ def spread() -> bool:
 
 
 def agree(problem: Exception | None, *, group: dist.ProcessGroup | None = None) -> None:
-    """Raise the first problem of any rank on every rank, one of the same kind and words; a rank with a problem of its own raises that. The
-    error's `heard_from` says whose it is. One reduction of a number while nothing is wrong.
+    """Raise the first problem of any rank on every rank, one of the same kind and words; a rank
+    with a problem of its own raises that. The error's `heard_from` says whose it is. One reduction
+    of a number while nothing is wrong.
     """
     if not spread():
         if problem is not None:
@@ -54,8 +58,8 @@ def agree(problem: Exception | None, *, group: dist.ProcessGroup | None = None) 
 
 @dataclass(frozen=True)
 class Voices:
-    """Who found a problem that `agree` raised: `first`, the lowest such rank; whether this one did (`own`), in the same words (`repeated`),
-    and whether all of them did so (`unanimous`).
+    """Who found a problem that `agree` raised: `first`, the lowest such rank; whether this one did
+    (`own`), in the same words (`repeated`), and whether all of them did so (`unanimous`).
     """
 
     first: int
@@ -65,7 +69,9 @@ class Voices:
 
 
 def sentence(error: BaseException) -> str:
-    """What this rank prints of `error`, "" where another one has said it: each rank its own findings, the others one line that names it."""
+    """What this rank prints of `error`, "" where another one has said it: each rank its own
+    findings, the others one line that names it.
+    """
     words, voices = " ".join(str(error).split()), getattr(error, "heard_from", None)
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
     if voices is None or (voices.own and not voices.unanimous and not (voices.repeated and rank != voices.first)):
@@ -76,7 +82,9 @@ def sentence(error: BaseException) -> str:
 
 
 def together(action: Callable[[], T]) -> T:
-    """What `action`, a rank's own work without collectives, returns here; a failure on any rank is raised on every rank."""
+    """What `action`, a rank's own work without collectives, returns here; a failure on any rank is
+    raised on every rank.
+    """
     result, problem = None, None
     try:
         result = action()
@@ -101,7 +109,9 @@ def shared(value: T | None) -> T:
 
 
 def require_same(what: str, values: Mapping[str, Any], *, knob: str) -> None:
-    """Raise ConfigError on every rank, with the keys and both values, unless all ranks passed equal `values`."""
+    """Raise ConfigError on every rank, with the keys and both values, unless all ranks passed equal
+    `values`.
+    """
     if not spread():
         return
     found: list[Any] = [None] * dist.get_world_size()
@@ -116,7 +126,9 @@ def require_same(what: str, values: Mapping[str, Any], *, knob: str) -> None:
 
 @contextmanager
 def naming_lost_peers() -> Iterator[None]:
-    """Within, a collective that broke because another rank ended raises PeerGone instead of what its transport says."""
+    """Within, a collective that broke because another rank ended raises PeerGone instead of what
+    its transport says.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -142,7 +154,8 @@ def _told(problem: Exception) -> tuple[str, tuple[Any, ...]]:
     for kind in _TRAVELLING:
         if isinstance(problem, kind):
             return kind.__name__, (str(problem),)
-    # errors of a data format and the like are sentences; of anything unforeseen the first line is enough, its own rank prints the rest
+    # errors of a data format and the like are sentences; of anything unforeseen the first line is
+    # enough, its own rank prints the rest
     ours = type(problem).__module__.startswith("rcm.")
     return CheckpointError.__name__, (str(problem) if ours else first_line(problem),)
 

@@ -2,7 +2,8 @@
 
 1. compile: the code of a block before and after its self-attention, one graph each for all blocks;
 2. activation checkpointing around it: a compiler that finds the checkpoint inside compiles nothing;
-3. Ulysses: replaces modules inside blocks; the core of the self-attention, collectives included, stays out of the graphs;
+3. Ulysses: replaces modules inside blocks; the core of the self-attention, collectives included,
+   stays out of the graphs;
 4. FSDP2: outermost, its hooks gather a block's parameters before any of the above runs.
 """
 
@@ -19,8 +20,10 @@ from rcm.parallel.mesh import ParallelDims
 from rcm.parallel.ulysses import shard_sequence
 
 _VARIANTS = 64
-"""Compiled variants of a block's code, shared by all networks of a process: kinds of pass, shapes, with and without gradient. Behind its
-limit, by default 8, torch runs the rest uncompiled and only warns."""
+"""Compiled variants of a block's code, shared by all networks of a process: kinds of pass, shapes,
+with and without gradient. Behind its limit, by default 8, torch runs the rest uncompiled and only
+warns.
+"""
 
 
 def is_frozen(net: nn.Module) -> bool:
@@ -38,13 +41,16 @@ def parallelize(
     compile: bool = False,
     reshard_after_forward: bool = True,
 ) -> nn.Module:
-    """Apply activation checkpointing, compilation, Ulysses and FSDP2 to `net` in place, as `dims` and `precision` ask, and return it.
+    """Apply activation checkpointing, compilation, Ulysses and FSDP2 to `net` in place, as `dims`
+    and `precision` ask, and return it.
 
-    `net` has `blocks`, `enter`, `leave`, `blocks[i].self_attn.core` and `config.num_heads`; it may be on the meta device (materialise it
-    afterwards with rcm.parallel.init). State-dict keys do not change. Frozen parameters (those of a teacher, or below low-rank adapters)
-    are stored in `precision.compute`, trained ones in `precision.params`. A single rank without mixed precision needs neither FSDP2 nor
-    a process group. Raises ConfigError where cp does not divide the heads, the dims do not multiply to the world size, a process group
-    is missing, or `checkpoint` and `compile` exclude each other; `checkpoint` and `checkpoint_every` are `mode` and `every` of
+    `net` has `blocks`, `enter`, `leave`, `blocks[i].self_attn.core` and `config.num_heads`; it may
+    be on the meta device (materialise it afterwards with rcm.parallel.init). State-dict keys do not
+    change. Frozen parameters (those of a teacher, or below low-rank adapters) are stored in
+    `precision.compute`, trained ones in `precision.params`. A single rank without mixed precision
+    needs neither FSDP2 nor a process group. Raises ConfigError where cp does not divide the heads,
+    the dims do not multiply to the world size, a process group is missing, or `checkpoint` and
+    `compile` exclude each other; `checkpoint` and `checkpoint_every` are `mode` and `every` of
     `checkpoint_blocks`.
     """
     dims.check(num_heads=net.config.num_heads)
@@ -58,7 +64,8 @@ def parallelize(
     if dims.cp > 1:
         shard_sequence(net, group=dims.cp_group)
     if compile:
-        for block in net.blocks:  # masks, caches and launches of the attention are not the compiler's business
+        # masks, caches and launches of the attention are not the compiler's business
+        for block in net.blocks:
             block.self_attn.core.forward = torch.compiler.disable(block.self_attn.core.forward)
     if dims.world_size > 1 or (is_mixed(precision) and not frozen):
         if not torch.distributed.is_initialized() and dims.world_size == 1:

@@ -1,9 +1,10 @@
-"""Activation checkpointing per block: recompute instead of store, without renaming a parameter and without touching forwards that store
-nothing.
+"""Activation checkpointing per block: recompute instead of store, without renaming a parameter and
+without touching forwards that store nothing.
 
-The policy replaces a block's `forward` attribute; modules, hooks and state-dict keys stay as they are. It steps aside (calls the block
-directly) when gradients are disabled, which is where tangents are computed and where torch 2.11's checkpoint raises on duals, and in
-cache-append forwards, which must run exactly once.
+The policy replaces a block's `forward` attribute; modules, hooks and state-dict keys stay as they
+are. It steps aside (calls the block directly) when gradients are disabled, which is where tangents
+are computed and where torch 2.11's checkpoint raises on duals, and in cache-append forwards, which
+must run exactly once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 """Ways to recompute, most memory first."""
 
 KEEP_PRODUCTS = ("block_wise_keep_attention_mlp", "mm_only")
-"""Modes that keep results of matrix products, which must be torch's own operators: compiled code has none."""
+"""Modes that keep results of matrix products, which must be torch's own operators: compiled code
+has none.
+"""
 
 _MATMULS = ("mm", "addmm", "bmm", "baddbmm")
 _ATTENTIONS = (
@@ -44,10 +47,11 @@ _ATTENTIONS = (
 class SACConfig(Record):
     """Activation checkpointing of one network."""
 
-    # what a block keeps for its backward pass: everything, all matrix products and attentions, the results of self-attention and of the
-    # MLP, that of self-attention, or nothing
+    # what a block keeps for its backward pass: everything, all matrix products and attentions, the
+    # results of self-attention and of the MLP, that of self-attention, or nothing
     mode: Mode = "block_wise"
-    every_n_blocks: int = 1  # recompute blocks 0, n, 2n, ... alone; the blocks between them keep everything
+    # recompute blocks 0, n, 2n, ... alone; the blocks between them keep everything
+    every_n_blocks: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.every_n_blocks <= 1024:
@@ -67,14 +71,18 @@ def _policy(saved: frozenset[Any], _ctx: Any, operator: Any, *_args: Any, **_kwa
 
 
 def _contexts(saved: frozenset[Any]) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Contexts of a block's forward and of its recomputation that keep the operators `saved` and kernels behind `replay.kept`."""
+    """Contexts of a block's forward and of its recomputation that keep the operators `saved` and
+    kernels behind `replay.kept`.
+    """
     forward, recomputation = create_selective_checkpoint_contexts(partial(_policy, saved))
     tape = replay.Tape()
     return _Both(tape.recording, forward), _Both(tape.replaying, recomputation)
 
 
 class _Both(AbstractContextManager):
-    """Two contexts as one that can be entered again: in a second backward pass theirs is the word on why it is refused."""
+    """Two contexts as one that can be entered again: in a second backward pass theirs is the word
+    on why it is refused.
+    """
 
     def __init__(self, outer: Callable[[], AbstractContextManager], inner: AbstractContextManager) -> None:
         self._outer, self._inner = outer, inner
@@ -91,7 +99,9 @@ class _Both(AbstractContextManager):
 
 
 class _Keeping:
-    """A forward whose attention results, or products too, are kept; used inside recomputed blocks."""
+    """A forward whose attention results, or products too, are kept; used inside recomputed
+    blocks.
+    """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.forward = forward
@@ -102,7 +112,9 @@ class _Keeping:
 
 
 class _WithAdapters:
-    """A forward with the low-rank adapters of this moment whenever it runs: before a block is recomputed, other roles have computed."""
+    """A forward with the low-rank adapters of this moment whenever it runs: before a block is
+    recomputed, other roles have computed.
+    """
 
     def __init__(self, forward: Callable[..., Any], chosen: Chosen) -> None:
         self.forward, self.chosen, self.name = forward, chosen, chosen.name
@@ -115,9 +127,10 @@ class _WithAdapters:
 class Recompute:
     """A block's forward under non-reentrant checkpointing.
 
-    `forward` is the block's own forward; `context_fn` selects what is stored (None: only the block's inputs); `chosen` says with which
-    low-rank adapters the network computes, at that moment and in the recomputation (None: it has none).
-    Called with the block's arguments; an argument whose `appends` attribute is true marks a cache-append forward.
+    `forward` is the block's own forward; `context_fn` selects what is stored (None: only the
+    block's inputs); `chosen` says with which low-rank adapters the network computes, at that moment
+    and in the recomputation (None: it has none). Called with the block's arguments; an argument
+    whose `appends` attribute is true marks a cache-append forward.
     """
 
     def __init__(
@@ -136,14 +149,16 @@ class Recompute:
 
 
 def checkpoint_blocks(net: nn.Module, *, mode: str, every: int = 1) -> None:
-    """Apply the policy `mode` (net.sac_config.mode) to blocks 0, `every`, 2 `every`, ... of `net` (net.sac_config.every_n_blocks), in
-    place. The blocks between them store everything.
+    """Apply the policy `mode` (net.sac_config.mode) to blocks 0, `every`, 2 `every`, ... of `net`
+    (net.sac_config.every_n_blocks), in place. The blocks between them store everything.
 
-    "none": store everything. "block_wise": store block inputs only. "block_wise_keep_attention": also the result of each block's
-    self-attention (E values per token and block), so that the dearest kernel is not run again. "block_wise_keep_attention_mlp": also the
-    MLP's (as many), whose second product is the dearest per value kept. "mm_only": store outputs of matrix products and attention,
-    recompute the cheap rest. Attention is kept if it is one of torch's fused operators or a kernel of this package; other back ends are
-    recomputed. Raises ConfigError for another mode, and for `every` below 1.
+    "none": store everything. "block_wise": store block inputs only. "block_wise_keep_attention":
+    also the result of each block's self-attention (E values per token and block), so that the
+    dearest kernel is not run again. "block_wise_keep_attention_mlp": also the MLP's (as many),
+    whose second product is the dearest per value kept. "mm_only": store outputs of matrix products
+    and attention, recompute the cheap rest. Attention is kept if it is one of torch's fused
+    operators or a kernel of this package; other back ends are recomputed. Raises ConfigError for
+    another mode, and for `every` below 1.
     """
     if mode not in MODES:
         raise ConfigError(f"unknown activation checkpointing mode {mode!r}; set net.sac_config.mode to one of {', '.join(MODES)}")

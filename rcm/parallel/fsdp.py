@@ -1,4 +1,6 @@
-"""FSDP2: shard parameters, gradients and optimiser state, and keep the master weights in another dtype than the computation."""
+"""FSDP2: shard parameters, gradients and optimiser state, and keep the master weights in another
+dtype than the computation.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,12 @@ def is_mixed(precision: Precision) -> bool:
 def shard_parameters(net: nn.Module, *, dims: ParallelDims, precision: Precision, reshard_after_forward: bool = True) -> None:
     """Apply `fully_shard` to every block of `net` and to `net` itself, in place.
 
-    Parameters are gathered in `precision.compute`, gradients averaged over all ranks in `precision.reduce`; inputs are not cast (a
-    timestep cast to bf16 behind the network's back ruins tangents), the caller casts x. With dp_replicate > 1 parameters are replicated
-    over that axis (HSDP). `reshard_after_forward` False keeps gathered blocks until the backward pass: faster, needs memory for the whole
-    network. The root is told explicitly: by default it would stay gathered after a forward without gradient and then compute with stale
-    weights.
+    Parameters are gathered in `precision.compute`, gradients averaged over all ranks in
+    `precision.reduce`; inputs are not cast (a timestep cast to bf16 behind the network's back ruins
+    tangents), the caller casts x. With dp_replicate > 1 parameters are replicated over that axis
+    (HSDP). `reshard_after_forward` False keeps gathered blocks until the backward pass: faster,
+    needs memory for the whole network. The root is told explicitly: by default it would stay
+    gathered after a forward without gradient and then compute with stale weights.
     """
     policy = MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=precision.reduce, cast_forward_inputs=False)
     for module in (*net.blocks, net):
@@ -39,26 +42,32 @@ def reshard(net: nn.Module) -> None:
 def stored_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are stored and updated, by name.
 
-    A module that was left gathered after a forward without gradient lists its gathered copies instead; reading or writing those would be
-    lost.
+    A module that was left gathered after a forward without gradient lists its gathered copies
+    instead; reading or writing those would be lost.
     """
     reshard(net)
     return dict(net.named_parameters())
 
 
 def stored_tensors(net: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict of stored (not gathered) tensors, detached, sharing memory with the network."""
+    """The state dict of stored (not gathered) tensors, detached, sharing memory with the
+    network.
+    """
     reshard(net)
     return {name: tensor.detach() for name, tensor in net.state_dict().items()}
 
 
 def set_gradient_sync(net: nn.Module, enabled: bool) -> None:
-    """Whether the next backward passes reduce gradients (True) or keep them unreduced on every rank. Does nothing without FSDP2."""
+    """Whether the next backward passes reduce gradients (True) or keep them unreduced on every
+    rank. Does nothing without FSDP2.
+    """
     root = next((module for module in net.modules() if isinstance(module, FSDPModule)), None)
     if root is not None:
         root.set_requires_gradient_sync(enabled)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The shard that this rank stores, sharing memory with `tensor`; a plain tensor is its own shard."""
+    """The shard that this rank stores, sharing memory with `tensor`; a plain tensor is its own
+    shard.
+    """
     return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor

@@ -1,7 +1,8 @@
-"""From the meta device to weights: build without memory, materialise the local shards, fill them, and prove that replicas agree.
+"""From the meta device to weights: build without memory, materialise the local shards, fill them,
+and prove that replicas agree.
 
-The full state dict exists on rank 0 alone, one tensor at a time travels to the others; a DCP directory is read by every rank, each taking
-its own shards.
+The full state dict exists on rank 0 alone, one tensor at a time travels to the others; a DCP
+directory is read by every rank, each taking its own shards.
 """
 
 from __future__ import annotations
@@ -29,16 +30,20 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def materialise(net: nn.Module, *, device: torch.device | str) -> nn.Module:
-    """Give a network built on meta (already sharded or not) memory on `device`. Its values are undefined until loaded; return `net`."""
+    """Give a network built on meta (already sharded or not) memory on `device`. Its values are
+    undefined until loaded; return `net`.
+    """
     return net.to_empty(device=device)
 
 
 def load_full(net: nn.Module, weights: Mapping[str, Tensor] | None, *, source: str = "state dict") -> None:
     """Load a full (unsharded) state dict, strictly, into a network that may be sharded. Collective.
 
-    `weights` is read on rank 0 only, one tensor at a time, and may be None elsewhere; a `LazyWeights` is checked before anything is
-    read. Dtypes are converted to the parameters'. Raises CheckpointError on every rank, naming keys and shapes, when it does not fit
-    (then no weight has changed), or naming the tensor that could not be read (then the network is incomplete).
+    `weights` is read on rank 0 only, one tensor at a time, and may be None elsewhere; a
+    `LazyWeights` is checked before anything is read. Dtypes are converted to the parameters'.
+    Raises CheckpointError on every rank, naming keys and shapes, when it does not fit (then no
+    weight has changed), or naming the tensor that could not be read (then the network is
+    incomplete).
     """
     targets = stored_tensors(net)
 
@@ -85,9 +90,11 @@ def _received(name: str, target: Tensor, weights: Mapping[str, Tensor] | None, *
 
 
 def load_dcp(net: nn.Module, directory: str | Path, *, prefix: str = "net.") -> None:
-    """Load the tensors `prefix`+key of a DCP directory, strictly, into a network sharded in any way. Collective.
+    """Load the tensors `prefix`+key of a DCP directory, strictly, into a network sharded in any
+    way. Collective.
 
-    Raises CheckpointError when the directory is no DCP checkpoint, or naming missing, unexpected and misshapen keys under `prefix`.
+    Raises CheckpointError when the directory is no DCP checkpoint, or naming missing, unexpected
+    and misshapen keys under `prefix`.
     """
     folder = together(lambda: DcpFolder(directory))
     expected = {prefix + name: tensor for name, tensor in stored_tensors(net).items()}
@@ -100,8 +107,9 @@ def load_dcp(net: nn.Module, directory: str | Path, *, prefix: str = "net.") -> 
 
 
 def drawn_weights(build: Callable[[], nn.Module], *, seed: int) -> dict[str, Tensor]:
-    """Random weights of the network that `build` makes, the same for every world size: for `load_full` on rank 0, which holds the whole
-    network in CPU memory meanwhile. For networks trained from scratch (the embedded world, ablations).
+    """Random weights of the network that `build` makes, the same for every world size: for
+    `load_full` on rank 0, which holds the whole network in CPU memory meanwhile. For networks
+    trained from scratch (the embedded world, ablations).
     """
     full = build()
     full.init_weights(torch.Generator().manual_seed(seed))
@@ -109,8 +117,8 @@ def drawn_weights(build: Callable[[], nn.Module], *, seed: int) -> dict[str, Ten
 
 
 def check_equal(net: nn.Module, *, dims: ParallelDims) -> None:
-    """Raise CheckpointError naming the first tensor whose shards differ between replicas (ranks of one place on the dp_replicate axis).
-    Collective.
+    """Raise CheckpointError naming the first tensor whose shards differ between replicas (ranks of
+    one place on the dp_replicate axis). Collective.
     """
     if dims.dp_replicate == 1:
         return

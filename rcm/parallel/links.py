@@ -1,9 +1,9 @@
-"""One-way connections between neighbouring ranks, beside the collectives of a network: each has a group of its own, so its transfers wait
-for nobody else's.
+"""One-way connections between neighbouring ranks, beside the collectives of a network: each has a
+group of its own, so its transfers wait for nobody else's.
 
-On CUDA a transfer is a kernel that waits on the card until both ends are there. It runs on a stream of higher priority, as must the work
-around it: streams of one priority share hardware queues, and a transfer that waits in front of an all-to-all, on either end, would wait for
-ever.
+On CUDA a transfer is a kernel that waits on the card until both ends are there. It runs on a stream
+of higher priority, as must the work around it: streams of one priority share hardware queues, and a
+transfer that waits in front of an all-to-all, on either end, would wait for ever.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ TRANSFER_BLOCKS = 4
 
 
 class Link:
-    """Tensors from rank `source` to rank `target` of the launch, in order. On CUDA the current stream waits, not the host."""
+    """Tensors from rank `source` to rank `target` of the launch, in order. On CUDA the current
+    stream waits, not the host.
+    """
 
     def __init__(self, group: dist.ProcessGroup, *, source: int, target: int) -> None:
         self._group, self._source, self._target = group, source, target
@@ -52,8 +54,9 @@ class Link:
 
 
 def chain(count: int, *, kind: str) -> tuple[Link | None, Link | None]:
-    """Links along the ranks count - 1, ..., 1, 0 of the launch, for tensors on devices of `kind` "cuda" or "cpu": (from the rank above, to
-    the rank below) of this one. Collective over all ranks; made once per launch, so that streams opened one after the other share them.
+    """Links along the ranks count - 1, ..., 1, 0 of the launch, for tensors on devices of `kind`
+    "cuda" or "cpu": (from the rank above, to the rank below) of this one. Collective over all
+    ranks; made once per launch, so that streams opened one after the other share them.
     """
     rank = dist.get_rank()
     links = _chain(dist.group.WORLD, count, kind)

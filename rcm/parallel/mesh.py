@@ -1,10 +1,13 @@
-"""Who computes what: the three parallel axes, their validation, and the device meshes and groups built from them.
+"""Who computes what: the three parallel axes, their validation, and the device meshes and groups
+built from them.
 
-Ranks are laid out row-major as [dp_replicate, dp_shard, cp], cp fastest. Two views of that layout are used:
+Ranks are laid out row-major as [dp_replicate, dp_shard, cp], cp fastest. Two views of that layout
+are used:
 
-* sharding: parameters are sharded over (dp_shard, cp) together and replicated over dp_replicate, so that the mean that FSDP2 takes runs
-  over all ranks;
-* data: ranks of one cp group read the same data and draw the same noise, so data is keyed by `data_rank` = rank // cp.
+* sharding: parameters are sharded over (dp_shard, cp) together and replicated over dp_replicate, so
+  that the mean that FSDP2 takes runs over all ranks;
+* data: ranks of one cp group read the same data and draw the same noise, so data is keyed by
+  `data_rank` = rank // cp.
 """
 
 from __future__ import annotations
@@ -31,8 +34,9 @@ CP_KNOB = "model_parallel.context_parallel_size"
 class ParallelDims:
     """Sizes of the parallel axes; their product is the world size.
 
-    `dp_replicate`: copies of the sharded model. `dp_shard`: data-parallel ranks among which one copy is sharded. `cp`: ranks that share
-    one sequence. `device_type`: "cpu" or "cuda", where the meshes live. Raises ConfigError for a size below 1.
+    `dp_replicate`: copies of the sharded model. `dp_shard`: data-parallel ranks among which one
+    copy is sharded. `cp`: ranks that share one sequence. `device_type`: "cpu" or "cuda", where the
+    meshes live. Raises ConfigError for a size below 1.
     """
 
     dp_replicate: int = 1
@@ -47,10 +51,11 @@ class ParallelDims:
 
     @classmethod
     def plan(cls, world_size: int, *, fsdp_shard_size: int, cp: int, device_type: str = "cpu") -> ParallelDims:
-        """Dims from the public keys: parameters sharded over `fsdp_shard_size` consecutive ranks (which include the cp ranks), replicated
-        over the rest.
+        """Dims from the public keys: parameters sharded over `fsdp_shard_size` consecutive ranks
+        (which include the cp ranks), replicated over the rest.
 
-        Raises ConfigError unless cp divides fsdp_shard_size and fsdp_shard_size divides the world size.
+        Raises ConfigError unless cp divides fsdp_shard_size and fsdp_shard_size divides the world
+        size.
         """
         require_divisible("world size", value=world_size, by=cp, by_name="context parallel size", knob=CP_KNOB)
         require_divisible("world size", value=world_size, by=fsdp_shard_size, by_name="shard size", knob=SHARD_KNOB)
@@ -83,7 +88,9 @@ class ParallelDims:
 
     @property
     def data_rank(self) -> int:
-        """Index of this process's data stream, in [0, num_data_ranks): the key of its data shard and of its random draws."""
+        """Index of this process's data stream, in [0, num_data_ranks): the key of its data shard
+        and of its random draws.
+        """
         return self.rank // self.cp
 
     @property
@@ -92,7 +99,9 @@ class ParallelDims:
         return self.rank % self.cp
 
     def check(self, *, num_heads: int | None = None, tokens_per_frame: int | None = None, world_size: int | None = None) -> None:
-        """Raise ConfigError unless heads and tokens of a frame divide over cp, and the dims multiply to the world size (where given)."""
+        """Raise ConfigError unless heads and tokens of a frame divide over cp, and the dims
+        multiply to the world size (where given).
+        """
         if world_size is not None:
             require_equal("dp_replicate * dp_shard * cp", got=self.world_size, expected=world_size, knob=f"{SHARD_KNOB}, {CP_KNOB}")
         if num_heads is not None:
@@ -109,8 +118,8 @@ class ParallelDims:
 
     @cached_property
     def fsdp_mesh(self) -> DeviceMesh:
-        """Mesh over which parameters are sharded: axes ("dp_replicate", "shard"), or ("shard",) without replication. Collective on first
-        use.
+        """Mesh over which parameters are sharded: axes ("dp_replicate", "shard"), or ("shard",)
+        without replication. Collective on first use.
         """
         self._require_group()
         if self.dp_replicate == 1:
@@ -133,9 +142,10 @@ class ParallelDims:
 def process_group(device_type: str) -> Iterator[torch.device]:
     """Enter the process group of this launch and yield this rank's device.
 
-    Under torchrun (RANK in the environment) the group spans its ranks: gloo for CPU tensors, and NCCL for CUDA tensors where
-    `device_type` is "cuda". Otherwise a group of one rank is made in memory, so that a single process takes the same code path (FSDP2
-    mixed precision included). An existing group is used as it is and left open.
+    Under torchrun (RANK in the environment) the group spans its ranks: gloo for CPU tensors, and
+    NCCL for CUDA tensors where `device_type` is "cuda". Otherwise a group of one rank is made in
+    memory, so that a single process takes the same code path (FSDP2 mixed precision included). An
+    existing group is used as it is and left open.
     """
     local_rank = _number("LOCAL_RANK", 0)
     device = torch.device(device_type, local_rank) if device_type != "cpu" else torch.device("cpu")
@@ -158,13 +168,17 @@ def process_group(device_type: str) -> Iterator[torch.device]:
 
 @contextmanager
 def launch_group() -> Iterator[torch.device]:
-    """`process_group` on CUDA where there is one; a collective inside that broke because another rank ended raises PeerGone."""
+    """`process_group` on CUDA where there is one; a collective inside that broke because another
+    rank ended raises PeerGone.
+    """
     with process_group("cuda" if torch.cuda.is_available() else "cpu") as device, naming_lost_peers():
         yield device
 
 
 def _meet(backend: str, device: torch.device | None) -> None:
-    """Make the group of the launcher's ranks; ConfigError for an environment that no launcher leaves, PeerGone where they do not meet."""
+    """Make the group of the launcher's ranks; ConfigError for an environment that no launcher
+    leaves, PeerGone where they do not meet.
+    """
     lacking = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if lacking:
         raise ConfigError(f"RANK is set in the environment, {' and '.join(lacking)} is not; start several ranks with torchrun")
@@ -179,7 +193,9 @@ def _meet(backend: str, device: torch.device | None) -> None:
 
 
 def _after_restart(rank: int, world: int) -> dict[str, Any]:
-    """How ranks meet that torchrun started again: its agent still keeps the addresses of the dead ones."""
+    """How ranks meet that torchrun started again: its agent still keeps the addresses of the dead
+    ones.
+    """
     restarts = _number("TORCHELASTIC_RESTART_COUNT", 0)
     if not restarts or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
@@ -196,5 +212,7 @@ def _number(name: str, default: int) -> int:
 
 
 def launched_world() -> int:
-    """Ranks of this launch, as its launcher says; 1 without one. ConfigError unless it is a number."""
+    """Ranks of this launch, as its launcher says; 1 without one. ConfigError unless it is a
+    number.
+    """
     return _number("WORLD_SIZE", 1)

@@ -1,15 +1,20 @@
-"""Context parallelism by exchanging tokens for heads (DeepSpeed-Ulysses, arXiv 2309.14509), put around a network's seams from outside.
+"""Context parallelism by exchanging tokens for heads (DeepSpeed-Ulysses, arXiv 2309.14509), put
+around a network's seams from outside.
 
-Legend: B batch, F frames, S tokens per frame, P context-parallel size, N heads, D head size, E width.
+Legend: B batch, F frames, S tokens per frame, P context-parallel size, N heads, D head size, E
+width.
 
-Tokens travel as [B, F, S/P, E]: every rank holds a slice of every frame, so per-frame modulation, RMS norms, MLP and cross-attention stay
-local. Around self-attention an all-to-all trades that slice for a slice of the heads: [B, F*S/P, N, D] becomes [B, F*S, N/P, D] with
-frames and tokens in their usual order, hence rope, masks and the KV cache see the whole sequence and N/P heads. Each exchange is linear
-and defines forward, backward and jvp: a bare collective on a dual tensor would drop the tangent without a word.
+Tokens travel as [B, F, S/P, E]: every rank holds a slice of every frame, so per-frame modulation,
+RMS norms, MLP and cross-attention stay local. Around self-attention an all-to-all trades that slice
+for a slice of the heads: [B, F*S/P, N, D] becomes [B, F*S, N/P, D] with frames and tokens in their
+usual order, hence rope, masks and the KV cache see the whole sequence and N/P heads. Each exchange
+is linear and defines forward, backward and jvp: a bare collective on a dual tensor would drop the
+tangent without a word.
 
-Gradients: outside the seams (loss, latents) tensors and gradients are equal on all ranks of the group. Inside, a rank's gradient is P
-times its share, so the mean that FSDP2 takes over all data and cp ranks equals the gradient of the unsharded network. `Leave` multiplies
-by P, `Enter` sums and divides by P.
+Gradients: outside the seams (loss, latents) tensors and gradients are equal on all ranks of the
+group. Inside, a rank's gradient is P times its share, so the mean that FSDP2 takes over all data
+and cp ranks equals the gradient of the unsharded network. `Leave` multiplies by P, `Enter` sums and
+divides by P.
 """
 
 from __future__ import annotations
@@ -41,7 +46,9 @@ def _to_heads(x: Tensor, num_frames: int, group: dist.ProcessGroup) -> Tensor:
 
 
 def _to_tokens(x: Tensor, num_frames: int, group: dist.ProcessGroup) -> Tensor:
-    """[B, F*S, N/P, D] of this rank's heads -> [B, F*s, N, D] of this rank's tokens: inverse and adjoint of `_to_heads`."""
+    """[B, F*S, N/P, D] of this rank's heads -> [B, F*s, N, D] of this rank's tokens: inverse and
+    adjoint of `_to_heads`.
+    """
     size = group.size()
     batch, _, heads, width = x.shape
     by_token = x.reshape(batch, num_frames, size, -1, heads, width)
@@ -122,14 +129,18 @@ class _Gather(torch.autograd.Function):
 
 
 class Enter(nn.Module):
-    """Keep this rank's slice of every frame: [B, F, S, E] -> [B, F, S/P, E]; ConfigError if P does not divide S."""
+    """Keep this rank's slice of every frame: [B, F, S, E] -> [B, F, S/P, E]; ConfigError if P does
+    not divide S.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.group = group
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Slice; the backward pass gathers, so gradients of what lies before the seam are whole on every rank."""
+        """Slice; the backward pass gathers, so gradients of what lies before the seam are whole on
+        every rank.
+        """
         if tokens.shape[2] % self.group.size():
             raise ConfigError(
                 f"{tokens.shape[2]} tokens per frame do not divide over {self.group.size()} context-parallel ranks; "
@@ -139,7 +150,9 @@ class Enter(nn.Module):
 
 
 class Leave(nn.Module):
-    """Put the slices of all ranks together: [B, F, S/P, E] -> [B, F, S, E], equal on all ranks of the group."""
+    """Put the slices of all ranks together: [B, F, S/P, E] -> [B, F, S, E], equal on all ranks of
+    the group.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__()
@@ -151,7 +164,9 @@ class Leave(nn.Module):
 
 
 class HeadParallelCore(nn.Module):
-    """The core of a self-attention between two exchanges; the wrapped core sees all tokens and N/P heads."""
+    """The core of a self-attention between two exchanges; the wrapped core sees all tokens and N/P
+    heads.
+    """
 
     def __init__(self, core: nn.Module, *, group: dist.ProcessGroup) -> None:
         super().__init__()
@@ -162,8 +177,8 @@ class HeadParallelCore(nn.Module):
         self.core, self.group = core, group
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Any, rope: Any, layer_view: Any, attend: bool = True) -> Tensor | None:
-        """q, k, v [B, F*S/P, N, D] -> attention output of the same shape. One exchange for q, k and v together, one for the output.
-        `attend=False`: the core is shown them and returns nothing.
+        """q, k, v [B, F*S/P, N, D] -> attention output of the same shape. One exchange for q, k and
+        v together, one for the output. `attend=False`: the core is shown them and returns nothing.
         """
         size, num_frames = self.group.size(), layout.num_frames
         if q.shape[2] % size:
@@ -179,8 +194,8 @@ class HeadParallelCore(nn.Module):
 
 
 def shard_sequence(net: nn.Module, *, group: dist.ProcessGroup) -> None:
-    """Replace the seams `net.enter`, `net.leave` and every `block.self_attn.core` in place, so that the ranks of `group` share each
-    sequence.
+    """Replace the seams `net.enter`, `net.leave` and every `block.self_attn.core` in place, so that
+    the ranks of `group` share each sequence.
     """
     net.enter, net.leave = Enter(group), Leave(group)
     for block in net.blocks:

@@ -1,4 +1,6 @@
-"""A network kept as adapters on another checkpoint: the base, with what training added, while it is read."""
+"""A network kept as adapters on another checkpoint: the base, with what training added, while it is
+read.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ _COPIES = {"net_ema.": "ema", "net.": "live", "net_fake_score.": "fake_score"}
 
 
 def adapter_copies(file: WeightFile, *, stated: str | None) -> dict[str, str]:
-    """Prefix -> copy of every set of adapters in `file`: those of a run's checkpoint, or the only one ("" -> what its description
-    states, or "unstated").
+    """Prefix -> copy of every set of adapters in `file`: those of a run's checkpoint, or the only
+    one ("" -> what its description states, or "unstated").
     """
     found = {prefix: copy for prefix, copy in _COPIES.items() if any(key.startswith(prefix) for key in file.headers)}
     several = found and all(key.startswith(tuple(found)) for key in file.headers)
@@ -27,7 +29,9 @@ def adapter_copies(file: WeightFile, *, stated: str | None) -> dict[str, str]:
 
 
 def chosen_copy(copies: Mapping[str, str], wanted: str, *, path: object) -> str:
-    """The prefix of the `wanted` copy ("ema" takes the live one where there is no average, any word the only one)."""
+    """The prefix of the `wanted` copy ("ema" takes the live one where there is no average, any word
+    the only one).
+    """
     for copy in ("ema", "live") if wanted == "ema" else (wanted,):
         if copy in copies.values():
             return next(prefix for prefix, held in copies.items() if held == copy)
@@ -37,11 +41,13 @@ def chosen_copy(copies: Mapping[str, str], wanted: str, *, path: object) -> str:
 
 
 class AdaptedWeights(LazyWeights):
-    """One set of adapters of `file`, merged into `base` in float32 (float64 for float64) as it is read: W + (alpha / rank) B A with W
-    rounded as in training. `described`: `extra.adapters` of the file's description.
+    """One set of adapters of `file`, merged into `base` in float32 (float64 for float64) as it is
+    read: W + (alpha / rank) B A with W rounded as in training. `described`: `extra.adapters` of the
+    file's description.
 
-    Raises `CheckpointError` naming `file` for factors that are not as described, or that do not fit the base; and, once every tensor of
-    the base has been read, for a base that is not the one the adapters were trained on.
+    Raises `CheckpointError` naming `file` for factors that are not as described, or that do not fit
+    the base; and, once every tensor of the base has been read, for a base that is not the one the
+    adapters were trained on.
     """
 
     def __init__(
@@ -104,7 +110,9 @@ class AdaptedWeights(LazyWeights):
 
 
 def base_of(described: Mapping[str, Any], copy: str) -> Mapping[str, Any]:
-    """What the description says of the base of a `copy`; `CheckpointError` where it says nothing."""
+    """What the description says of the base of a `copy`; `CheckpointError` where it says
+    nothing.
+    """
     role = "fake_score" if copy == "fake_score" else "student"
     if role not in described["bases"]:
         raise CheckpointError(f"its description says nothing of the weights below the adapters of the {role}")

@@ -1,8 +1,11 @@
-"""Adapters of a training run in the layouts in which adapters are published: one file, or PEFT's folder.
+"""Adapters of a training run in the layouts in which adapters are published: one file, or PEFT's
+folder.
 
-    wan         diffusion_model.blocks.0.self_attn.q.lora_A.weight, .lora_B.weight, .alpha (ComfyUI, trainers of Wan)
+    wan         diffusion_model.blocks.0.self_attn.q.lora_A.weight, .lora_B.weight, .alpha (ComfyUI,
+                trainers of Wan)
     diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight, settings in the metadata
-    peft        base_model.model.blocks.0.self_attn.q.lora_A.weight in adapter_model.safetensors, adapter_config.json
+    peft        base_model.model.blocks.0.self_attn.q.lora_A.weight in adapter_model.safetensors,
+                adapter_config.json
 """
 
 from __future__ import annotations
@@ -34,11 +37,12 @@ def save_adapters(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the adapters of `network` alone to `path` and return it: a .safetensors file in the `layout` "wan" or "diffusers", a folder
-    in "peft". The description goes along, so that the file is a checkpoint for whoever has the base.
+    """Write the adapters of `network` alone to `path` and return it: a .safetensors file in the
+    `layout` "wan" or "diffusers", a folder in "peft". The description goes along, so that the file
+    is a checkpoint for whoever has the base.
 
-    Raises `ConfigError`, before anything is written, for a path that does not suit the layout, or one that exists while `overwrite` is
-    False. Whatever fails later leaves `path` as it was.
+    Raises `ConfigError`, before anything is written, for a path that does not suit the layout, or
+    one that exists while `overwrite` is False. Whatever fails later leaves `path` as it was.
     """
     target = Path(path)
     wanted = "" if layout == "peft" else ".safetensors"

@@ -1,4 +1,6 @@
-"""Views of a cache for captured passes: which slots, rotary tables and codes they touch is data on the device."""
+"""Views of a cache for captured passes: which slots, rotary tables and codes they touch is data on
+the device.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ from rcm.nets.rope import RopePair, RopeTable
 
 
 class StaticInputs(Protocol):
-    """Of the device memory of captured passes, what views read: `slots` int64 [L] of the pass's own tokens; whether kernels are fused;
-    `times`, what the network makes of its time, or None.
+    """Of the device memory of captured passes, what views read: `slots` int64 [L] of the pass's own
+    tokens; whether kernels are fused; `times`, what the network makes of its time, or None.
     """
 
     slots: Tensor
@@ -37,7 +39,9 @@ def has_kernels(x: Tensor) -> bool:
 
 
 class StaticView(CacheView):
-    """A view whose slots and tables are device data: what it writes and reads was found by the view of the pass at hand."""
+    """A view whose slots and tables are device data: what it writes and reads was found by the view
+    of the pass at hand.
+    """
 
     def __init__(self, cache: KVCache, inputs: StaticInputs, branch: int, layout: TokenLayout) -> None:
         super().__init__(cache, "transient", ())
@@ -54,7 +58,9 @@ class StaticView(CacheView):
 
 
 class CodedView(StaticView):
-    """The same over a coded cache: its chunks are those at the addresses in `groups`, this pass's own among them if it `appends`."""
+    """The same over a coded cache: its chunks are those at the addresses in `groups`, this pass's
+    own among them if it `appends`.
+    """
 
     def __init__(
         self, cache: KVCache, inputs: StaticInputs, branch: int, layout: TokenLayout, *, groups: Sequence[Group], appends: bool
@@ -130,8 +136,9 @@ class _DenseLayer(_StaticLayer):
 
 
 class _CodedLayer(_StaticLayer):
-    """Cold chunks are restored into the scratch buffer, and this pass's own keys and values stand behind them: coded and restored, too, if
-    the pass appends. Where projections are taken, restored keys are turned as they are written.
+    """Cold chunks are restored into the scratch buffer, and this pass's own keys and values stand
+    behind them: coded and restored, too, if the pass appends. Where projections are taken, restored
+    keys are turned as they are written.
     """
 
     enters_turned = True
@@ -142,7 +149,8 @@ class _CodedLayer(_StaticLayer):
         super().__init__(view, index, store.scratch)
         self._store, self._groups, self._adds = store, view.groups, view.adds
         head = self._pair[0].shape[3]
-        self.takes_projections = self.takes_projections and head & (head - 1) == 0  # as the launch that turns restored keys needs
+        # as the launch that turns restored keys needs
+        self.takes_projections = self.takes_projections and head & (head - 1) == 0
         self._turn = view.tables.key.per_pair if view.keys == "pre_rope" and self.takes_projections else None
 
     def enter(
@@ -172,7 +180,9 @@ class _CodedLayer(_StaticLayer):
             self._store.addressed.encode_to(row, x, side=side, layer=self._index)
 
     def _groups_of_own(self) -> Group:
-        """The group that the pass's own chunk belongs to, as its last: the one whose last chunk stands behind all others."""
+        """The group that the pass's own chunk belongs to, as its last: the one whose last chunk
+        stands behind all others.
+        """
         tokens = self._total - self.prefix_tokens
         return next(group for group in self._groups if group.like[0].shape[1] == tokens)
 

@@ -1,4 +1,6 @@
-"""Training windows from a folder of mp4 files: which frames of which clip, with which caption, resized as they are decoded."""
+"""Training windows from a folder of mp4 files: which frames of which clip, with which caption,
+resized as they are decoded.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from rcm.encoders.prompt_cleaning import says_nothing
 from rcm.pipelines.video_io import VideoError, iter_frames, probe, resize_frame
 
 COMPANION = "._"
-"""Begins the name of a file in which macOS keeps what another file system cannot (AppleDouble): no video, whatever its suffix."""
+"""Begins the name of a file in which macOS keeps what another file system cannot (AppleDouble): no
+video, whatever its suffix.
+"""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,9 @@ class Window:
 
 
 def find_clips(folder: Path) -> list[Path]:
-    """The mp4 files under `folder`, sorted, without macOS's `._*` companions; `ConfigError` for no such folder, or nothing in it."""
+    """The mp4 files under `folder`, sorted, without macOS's `._*` companions; `ConfigError` for no
+    such folder, or nothing in it.
+    """
     if not folder.is_dir():
         raise ConfigError(f"no folder {folder}; change --input")
     clips = sorted(path for path in folder.rglob("*") if _is_clip(path))
@@ -50,7 +56,9 @@ def _is_clip(path: Path) -> bool:
 
 
 def caption_of(clip: Path) -> str:
-    """The text beside the clip (`clip.txt`, may be empty), else the words of its file name. Errors of `read_text`."""
+    """The text beside the clip (`clip.txt`, may be empty), else the words of its file name. Errors
+    of `read_text`.
+    """
     beside = clip.with_suffix(".txt")
     if beside.is_file():
         text = read_text(beside, what="caption file")
@@ -61,7 +69,8 @@ def caption_of(clip: Path) -> str:
 def plan_windows(clips: Sequence[Path], *, num_frames: int, stride: int, hop: int | None = None, skip_bad: bool = False) -> list[Window]:
     """Windows of every clip, `hop` frames apart (default: end to end). Only frame counts are read.
 
-    An unreadable clip raises `VideoError`, one shorter than a window `ConfigError`; with `skip_bad` both are left out, each with a warning.
+    An unreadable clip raises `VideoError`, one shorter than a window `ConfigError`; with `skip_bad`
+    both are left out, each with a warning.
     """
     if num_frames < 1 or stride < 1 or (hop is not None and hop < 1):
         raise ConfigError(
@@ -89,9 +98,11 @@ def plan_windows(clips: Sequence[Path], *, num_frames: int, stride: int, hop: in
 
 
 def read_windows(windows: Sequence[Window], *, height: int, width: int) -> Iterator[torch.Tensor]:
-    """Pixels float32 [3, F, height, width] in [-1, 1] of each window in turn; frames are scaled to cover the size and cut at the centre.
+    """Pixels float32 [3, F, height, width] in [-1, 1] of each window in turn; frames are scaled to
+    cover the size and cut at the centre.
 
-    Consecutive windows of one clip share one decoding pass, and only frames that are still needed stay in memory.
+    Consecutive windows of one clip share one decoding pass, and only frames that are still needed
+    stay in memory.
     """
     for clip, group in groupby(windows, key=lambda window: window.clip):
         waiting = list(group)

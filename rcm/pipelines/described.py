@@ -1,4 +1,6 @@
-"""What a checkpoint's self-description stands for: network sizes, precision, codec, text encoder. Each is checked, none is guessed."""
+"""What a checkpoint's self-description stands for: network sizes, precision, codec, text encoder.
+Each is checked, none is guessed.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ TOY_PROMPT = "a red square moving left"
 
 
 def description_at(path: Path) -> Description:
-    """Self-description of a checkpoint folder or file, beside it or inside a safetensors file; `CheckpointError` without one."""
+    """Self-description of a checkpoint folder or file, beside it or inside a safetensors file;
+    `CheckpointError` without one.
+    """
     found = describe(path)
     if found is None and path.suffix == ".safetensors" and path.is_file():
         found = _embedded(path)
@@ -48,7 +52,9 @@ def _embedded(path: Path) -> Description | None:
 
 
 def stream_command(path: str | Path, description: Description) -> str | None:
-    """The line that streams from this checkpoint, ready to be typed; None where it does not say how it is sampled."""
+    """The line that streams from this checkpoint, ready to be typed; None where it does not say how
+    it is sampled.
+    """
     extra = description.extra
     if not (extra.get("recipe") or extra.get("sampler")):
         return None
@@ -75,7 +81,9 @@ def network_of(description: Description, path: Path) -> WanConfig:
 
 
 def precision_of(asked: Precision | str | None, described: Mapping[str, str] | None) -> Precision:
-    """`asked` (a record or a preset's name), else that of the run with parameters in its compute dtype, else fp32."""
+    """`asked` (a record or a preset's name), else that of the run with parameters in its compute
+    dtype, else fp32.
+    """
     if isinstance(asked, str):
         return Precision.preset(asked)
     if asked is not None:
@@ -91,9 +99,11 @@ def precision_of(asked: Precision | str | None, described: Mapping[str, str] | N
 
 @dataclass(frozen=True)
 class PieceFiles:
-    """Where this machine keeps what a checkpoint needs beside its weights. None: where the checkpoint says, else the usual place.
+    """Where this machine keeps what a checkpoint needs beside its weights. None: where the
+    checkpoint says, else the usual place.
 
-    `vae`, `text_encoder`: files of Wan's VAE and umT5; `tokenizer`: folder of umT5's tokenizer; `text_cache`: folder for embeddings.
+    `vae`, `text_encoder`: files of Wan's VAE and umT5; `tokenizer`: folder of umT5's tokenizer;
+    `text_cache`: folder for embeddings.
     """
 
     vae: str | Path | None = None
@@ -110,10 +120,11 @@ def codec_of(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> LatentCodec:
-    """The described codec: "toy", or Wan's VAE ("wan_vae"; older: "wan") read from `files`, the described path or the usual one.
+    """The described codec: "toy", or Wan's VAE ("wan_vae"; older: "wan") read from `files`, the
+    described path or the usual one.
 
-    Raises `ConfigError` for one that is not part of this version, or files that it does not use; `CheckpointError` for an incomplete
-    description, or a file that is missing or damaged.
+    Raises `ConfigError` for one that is not part of this version, or files that it does not use;
+    `CheckpointError` for an incomplete description, or a file that is missing or damaged.
     """
     name, fields = _named(described, "codec", path)
     if name == "toy":
@@ -133,7 +144,9 @@ def codec_of(
 def text_of(
     described: Mapping[str, Any] | None, path: Path, *, files: PieceFiles = PieceFiles(), device: torch.device | str = "cpu"
 ) -> TextEncoder:
-    """The described text encoder: "toy", or umT5 ("umt5", "umT5"), read at the first prompt; files and errors as `codec_of`."""
+    """The described text encoder: "toy", or umT5 ("umt5", "umT5"), read at the first prompt; files
+    and errors as `codec_of`.
+    """
     name, fields = _named(described, "text encoder", path)
     if name == "toy":
         given = {"text_encoder": files.text_encoder, "tokenizer": files.tokenizer, "text_cache": files.text_cache}
@@ -142,7 +155,8 @@ def text_of(
     if name not in ("umt5", "umT5"):
         raise ConfigError(f"{path} was trained on embeddings of {name!r}; this version encodes with 'toy' and 'umt5'")
     where = files.text_encoder or fields.get("path") or UMT5_FILE
-    moved = files.text_encoder is not None  # the described tokenizer lies beside the described weights, perhaps on another machine
+    # the described tokenizer lies beside the described weights, perhaps on another machine
+    moved = files.text_encoder is not None
     tokenizer = files.tokenizer or (None if moved else fields.get("tokenizer"))
     return UMT5TextEncoder.from_files(where, tokenizer=tokenizer, device=device, cache=files.text_cache)
 

@@ -1,8 +1,11 @@
-"""The speed of a stream: its passes as CUDA graphs, decoding on a stream of its own, pixels to the host through pinned memory.
+"""The speed of a stream: its passes as CUDA graphs, decoding on a stream of its own, pixels to the
+host through pinned memory.
 
-A graph is kept per (frames of the chunk, tokens that it sees, role); it holds a whole denoising step, sampler arithmetic included, or a
-context pass. What changes between steps is device data: latents, noise, times, slots of the ring, rotary tables, the prompt's keys. So
-fill-up replays one graph per length of the past, and everything after the window is full, prompt changes included, replays these two.
+A graph is kept per (frames of the chunk, tokens that it sees, role); it holds a whole denoising
+step, sampler arithmetic included, or a context pass. What changes between steps is device data:
+latents, noise, times, slots of the ring, rotary tables, the prompt's keys. So fill-up replays one
+graph per length of the past, and everything after the window is full, prompt changes included,
+replays these two.
 """
 
 from __future__ import annotations
@@ -30,17 +33,21 @@ from rcm.rollout.eviction.base import Placement
 from rcm.rollout.noise import Noise
 
 TIMES_KEPT = 64
-"""Times of which the network's rows are kept, 1.2 MB each at 1.3B: more than the steps of a schedule."""
+"""Times of which the network's rows are kept, 1.2 MB each at 1.3B: more than the steps of a
+schedule.
+"""
 
 
 class CapturedLoop(ChunkLoop):
-    """A `ChunkLoop` that replays graphs. The first pass of a chunk size runs eagerly, which compiles kernels and allocates the
-    cache, and over a coded cache so does the first that encodes; passes that a graph cannot serve (an observed pass, positions per
-    sample, a view of a part of a plain cache, a coded cache with plain newest chunks or a codec that is not read by address) run eagerly,
-    too.
+    """A `ChunkLoop` that replays graphs. The first pass of a chunk size runs eagerly, which
+    compiles kernels and allocates the cache, and over a coded cache so does the first that encodes;
+    passes that a graph cannot serve (an observed pass, positions per sample, a view of a part of a
+    plain cache, a coded cache with plain newest chunks or a codec that is not read by address) run
+    eagerly, too.
 
-    A context pass has a graph of its own, which is shorter, once its length of the past has come before: until then, while a window fills
-    up, it replays that of the denoising step, which does all that it needs, too.
+    A context pass has a graph of its own, which is shorter, once its length of the past has come
+    before: until then, while a window fills up, it replays that of the denoising step, which does
+    all that it needs, too.
 
     `counts`: how many passes were replayed, captured, and run eagerly, for reports.
     """
@@ -108,7 +115,9 @@ class CapturedLoop(ChunkLoop):
         return self._times[t, s]
 
     def _prepared(self, x: Tensor, cond: Condition, view: View, layout: TokenLayout) -> _Inputs | None:
-        """The device memory that graphs of such a pass read, with slots, tables and prompt of this one; None if it must run eagerly."""
+        """The device memory that graphs of such a pass read, with slots, tables and prompt of this
+        one; None if it must run eagerly.
+        """
         inputs = self._inputs.get(layout.num_frames)
         if inputs is None or not self._begin(view, layout):
             self.counts["eager"] += 1
@@ -132,7 +141,9 @@ class CapturedLoop(ChunkLoop):
             branch.commit(layout)
 
     def _captured(self, inputs: _Inputs, layout: TokenLayout, *, context_only: bool) -> CudaGraph:
-        """One pass over a past of one length, as a graph; all share one pool of memory, since none runs beside another."""
+        """One pass over a past of one length, as a graph; all share one pool of memory, since none
+        runs beside another.
+        """
         views = [
             StaticView(cache, inputs, i, layout)
             if inputs.kinds is None
@@ -166,7 +177,9 @@ class CapturedLoop(ChunkLoop):
 
 
 class _Kind(NamedTuple):
-    """What tells captured passes over a coded cache apart: whether they append, tokens of the chunks in order, and what moved meanwhile."""
+    """What tells captured passes over a coded cache apart: whether they append, tokens of the
+    chunks in order, and what moved meanwhile.
+    """
 
     appends: bool
     sizes: tuple[int, ...]
@@ -174,7 +187,9 @@ class _Kind(NamedTuple):
 
 
 class _Codes(NamedTuple):
-    """Codes that a pass reads, its own chunk included if it appends. `groups` is another object whenever their places are others."""
+    """Codes that a pass reads, its own chunk included if it appends. `groups` is another object
+    whenever their places are others.
+    """
 
     kind: _Kind
     groups: Sequence[Group]
@@ -182,7 +197,9 @@ class _Codes(NamedTuple):
 
 _Kinds = tuple[_Kind, ...]
 _Key = tuple[int, int, _Kinds | None, bool]
-"""Frames of the chunk, tokens of the past, what the codes of each branch are (None: plain caches), whether it ends at the last keys."""
+"""Frames of the chunk, tokens of the past, what the codes of each branch are (None: plain caches),
+whether it ends at the last keys.
+"""
 
 
 def _codes(branch: CacheView) -> _Codes | None:
@@ -198,7 +215,9 @@ def _codes(branch: CacheView) -> _Codes | None:
 
 
 class _Inputs:
-    """Device memory that the graphs of one chunk size read: latents, noise, times, slots, tables, the prompt."""
+    """Device memory that the graphs of one chunk size read: latents, noise, times, slots, tables,
+    the prompt.
+    """
 
     def __init__(self, x: Tensor, cond: Condition, layout: TokenLayout, *, fused: bool) -> None:
         self.fused = fused
@@ -235,13 +254,16 @@ class _Inputs:
         self._prompt = cond
 
     def place(self, branches: list[CacheView], codes: Sequence[_Codes | None], layout: TokenLayout, denoiser: VelocityModel) -> None:
-        """Slots, rotary tables and codes of a chunk; nothing if they are those of the pass before."""
+        """Slots, rotary tables and codes of a chunk; nothing if they are those of the pass
+        before.
+        """
         kinds = tuple(found.kind for found in codes if found is not None)
         self.kinds = kinds or None
         spans = branches[0].own_spans if not kinds else ((layout.context_tokens, layout.context_tokens + layout.num_tokens),)
         turned = tuple(b.keys == "pre_rope" and b.positions(layout).frames for b in branches)
         placed, groups = (spans, layout.frame_index, turned, kinds), [found and found.groups for found in codes]
-        # chunks may have the ids of others that were dropped: a restart, a snapshot taken up again, a recache
+        # chunks may have the ids of others that were dropped: a restart, a snapshot taken up again,
+        # a recache
         if placed == self._placed and all(mine is new for mine, new in zip(self._found, groups, strict=True)):
             return
         self._placed, self._found, at = placed, groups, 0
@@ -268,15 +290,16 @@ class _Inputs:
 
 
 class DecodeLane:
-    """The decoder of a stream; on CUDA optionally on a stream of its own, so that it runs beside the denoiser, and on another card than
-    the denoiser's, if that is where the codec is.
+    """The decoder of a stream; on CUDA optionally on a stream of its own, so that it runs beside
+    the denoiser, and on another card than the denoiser's, if that is where the codec is.
 
     `to_host`: pixels also go to pinned host memory as uint8.
     """
 
     PRIORITY = -1
-    """Before the denoiser's: pixels are there sooner, and the next chunk is issued long before this one is denoised. Beside transfers
-    between ranks (rcm/parallel/links.py) no hardware queue may be shared with the denoiser, as streams of one priority do.
+    """Before the denoiser's: pixels are there sooner, and the next chunk is issued long before this
+    one is denoised. Beside transfers between ranks (rcm/parallel/links.py) no hardware queue may be
+    shared with the denoiser, as streams of one priority do.
     """
 
     def __init__(self, codec: LatentCodec, *, device: torch.device, own_stream: bool, graphs: str, to_host: bool) -> None:
@@ -298,7 +321,9 @@ class DecodeLane:
         return self._codec.stream(graphs="on") if self._captures else self._codec.stream()
 
     def decode(self, latents: Tensor) -> Decoding:
-        """Start decoding the next latents. No pixels come of it where another rank has the last stage of the decoder."""
+        """Start decoding the next latents. No pixels come of it where another rank has the last
+        stage of the decoder.
+        """
         if not self._cuda:
             frames = self._decoder.decode_chunk(latents)
             return Decoding(frames, _images(frames) if self._to_host and frames is not None else None, None)
@@ -382,7 +407,9 @@ def _same_place(mine: Group | None, group: Group) -> Group:
 
 
 def _copy_tensors(target: Condition, source: Condition) -> None:
-    """Overwrite every tensor of `target` with that of `source`. `ValueError` for conditions of another make."""
+    """Overwrite every tensor of `target` with that of `source`. `ValueError` for conditions of
+    another make.
+    """
     mine, theirs = target.tensors(), source.tensors()
     if [x.shape for x in mine] != [x.shape for x in theirs]:
         raise ValueError("a stream's conditions must have the same shapes and preparation; prepare() the new one like the first")

@@ -1,4 +1,6 @@
-"""Given first frames of a video: an image or the start of a clip, encoded as the clean blocks that a causal network continues."""
+"""Given first frames of a video: an image or the start of a clip, encoded as the clean blocks that
+a causal network continues.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,11 @@ def is_image(path: str | Path) -> bool:
 
 
 def read_first_frames(path: str | Path, *, num_frames: int, height: int, width: int) -> torch.Tensor:
-    """The first `num_frames` frames of a video, or an image (one frame): float32 [1, 3, F, height, width] in [-1, 1].
+    """The first `num_frames` frames of a video, or an image (one frame): float32 [1, 3, F, height,
+    width] in [-1, 1].
 
-    Frames are scaled (antialiased) to cover the size and cut at the centre, as training clips are. Raises `VideoError` for a file that
-    cannot be read, `ConfigError` for one with too few frames.
+    Frames are scaled (antialiased) to cover the size and cut at the centre, as training clips are.
+    Raises `VideoError` for a file that cannot be read, `ConfigError` for one with too few frames.
     """
     path = Path(path)
     frames = [read_image(path)] if is_image(path) else list(islice(iter_frames(path), num_frames))
@@ -36,7 +39,9 @@ def read_first_frames(path: str | Path, *, num_frames: int, height: int, width: 
 def first_latents(
     path: str | Path, *, codec: LatentCodec, num_latents: int, height: int, width: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """The first `num_latents` latent frames of a file, [1, C, k, h, w]: the `prefix` of a stream. Errors as `read_first_frames`."""
+    """The first `num_latents` latent frames of a file, [1, C, k, h, w]: the `prefix` of a stream.
+    Errors as `read_first_frames`.
+    """
     if num_latents < 1:
         raise ConfigError(f"{num_latents} first latent frames: at least 1 must be given; change --first_latents")
     frames = codec.frames_for(num_latents)

@@ -1,4 +1,5 @@
-"""From a path to videos: a checkpoint describes its network, codec, text encoder and sampler, so nothing else is needed.
+"""From a path to videos: a checkpoint describes its network, codec, text encoder and sampler, so
+nothing else is needed.
 
 model = open_checkpoint("outputs/toy/toy_sf_dmd_c3-3")
 for chunk in model.stream(["a red circle moving left"]): ...
@@ -44,8 +45,9 @@ Recipe = SamplingRecipe | WholeVideoRecipe
 class LoadedModel:
     """A checkpoint ready to sample.
 
-    `denoiser` frozen, in evaluation; `recipe` how a causal checkpoint was trained to be sampled, None for a bidirectional one, which has
-    `sampler` instead; `latent_shape` (C, T, H, W) of a training sample; `fps` of its videos; `source` the path it came from.
+    `denoiser` frozen, in evaluation; `recipe` how a causal checkpoint was trained to be sampled,
+    None for a bidirectional one, which has `sampler` instead; `latent_shape` (C, T, H, W) of a
+    training sample; `fps` of its videos; `source` the path it came from.
     """
 
     denoiser: Denoiser
@@ -79,8 +81,8 @@ class LoadedModel:
         return self.denoiser.prepare(Condition(self.text.encode([self.text.negative_prompt]).to(self.device)))
 
     def condition(self, prompts: Sequence[str]) -> Condition:
-        """Encoded prompts with their cross-attention keys computed once; those of the last call are kept. `ConfigError` for no prompts, or
-        one the encoder refuses.
+        """Encoded prompts with their cross-attention keys computed once; those of the last call are
+        kept. `ConfigError` for no prompts, or one the encoder refuses.
         """
         if isinstance(prompts, str) or not prompts:
             raise ConfigError(f"prompts must be a list with at least one string, got {prompts!r}")
@@ -92,8 +94,9 @@ class LoadedModel:
         return self._kept[wanted]
 
     def num_latent_frames(self, num_frames: int | None, *, pattern: BlockPattern | None) -> int:
-        """Latent frames of a video of `num_frames` pixel frames (None: as trained). `ConfigError`, naming the nearest lengths, unless codec
-        and pattern divide it; for a whole video beyond the network's positions (a stream has no limit).
+        """Latent frames of a video of `num_frames` pixel frames (None: as trained). `ConfigError`,
+        naming the nearest lengths, unless codec and pattern divide it; for a whole video beyond the
+        network's positions (a stream has no limit).
         """
         frames = self.latent_shape[1] if num_frames is None else _fold(num_frames, codec=self.codec, pattern=pattern)
         limit = self.denoiser.net.config.max_frames
@@ -114,12 +117,15 @@ class LoadedModel:
         guidance: float | None = None,
         ignore_recipe: bool = False,
     ) -> Iterator[StreamedChunk]:
-        """Chunks of one video per prompt, as they are made; a bidirectional checkpoint yields the whole video as one chunk.
+        """Chunks of one video per prompt, as they are made; a bidirectional checkpoint yields the
+        whole video as one chunk.
 
-        `recipe` replaces the trained one; one that contradicts it raises `ConfigError` unless `ignore_recipe`. `num_frames` counts pixel
-        frames (None: as trained; longer is allowed). `prefix` [1 or B, C, k, H, W]: latents of given first frames, ending on a block.
-        `guidance` replaces the recipe's scale; above 1 the negative prompt is used. All checks are made here, before the first chunk is
-        asked for. Noise comes from `seed` on the CPU, the same on every device.
+        `recipe` replaces the trained one; one that contradicts it raises `ConfigError` unless
+        `ignore_recipe`. `num_frames` counts pixel frames (None: as trained; longer is allowed).
+        `prefix` [1 or B, C, k, H, W]: latents of given first frames, ending on a block. `guidance`
+        replaces the recipe's scale; above 1 the negative prompt is used. All checks are made here,
+        before the first chunk is asked for. Noise comes from `seed` on the CPU, the same on every
+        device.
         """
         chosen = self._agreed(recipe, ignore=ignore_recipe)
         causal = isinstance(chosen, SamplingRecipe)
@@ -146,8 +152,9 @@ class LoadedModel:
         self, prompts: Sequence[str], *, recipe: SamplingRecipe | None = None, num_frames: int | None = None, prefix: Tensor | None = None,
         ignore_recipe: bool = False, **options: Any,
     ) -> Session:  # fmt: skip
-        """A session over one video per prompt: `num_frames` pixel frames, or None: without end. `options` of `StreamSpec`; the rest,
-        and the errors, as `stream`. Change the prompts under way with `session.set_condition(model.condition([...]))`.
+        """A session over one video per prompt: `num_frames` pixel frames, or None: without end.
+        `options` of `StreamSpec`; the rest, and the errors, as `stream`. Change the prompts under
+        way with `session.set_condition(model.condition([...]))`.
         """
         chosen = self._agreed(recipe, ignore=ignore_recipe)
         if not isinstance(chosen, SamplingRecipe):
@@ -202,12 +209,14 @@ def open_checkpoint(
     attention: str = "auto",
     files: PieceFiles = PieceFiles(),
 ) -> LoadedModel:
-    """Everything needed to sample from `path`: a job folder (its newest checkpoint), an iter_* folder, or an exported file.
+    """Everything needed to sample from `path`: a job folder (its newest checkpoint), an iter_*
+    folder, or an exported file.
 
-    `weights` "ema" or "reg" (an exported file holds one set, which is taken). `precision` a record, a preset's name, or None: that of the
-    run. `files`: where this machine keeps Wan's VAE and umT5, for checkpoints trained with them. Raises `CheckpointError` for a missing,
-    damaged or undescribed checkpoint or one that does not fit its own description, and `ConfigError` where its codec or text encoder is
-    not part of this version.
+    `weights` "ema" or "reg" (an exported file holds one set, which is taken). `precision` a record,
+    a preset's name, or None: that of the run. `files`: where this machine keeps Wan's VAE and umT5,
+    for checkpoints trained with them. Raises `CheckpointError` for a missing, damaged or
+    undescribed checkpoint or one that does not fit its own description, and `ConfigError` where its
+    codec or text encoder is not part of this version.
     """
     path = Path(path)
     if weights not in COPIES:
@@ -254,9 +263,12 @@ def _recipes(extra: Mapping[str, Any], path: Path) -> tuple[SamplingRecipe | Non
 
 
 def _fitting(path: Path, weights: str, config: WanConfig) -> NetworkWeights:
-    """The weights at `path`, once their names and shapes are seen to be those of the described network, of which nothing exists yet."""
+    """The weights at `path`, once their names and shapes are seen to be those of the described
+    network, of which nothing exists yet.
+    """
     network = network_weights(open_weights(path), weights=weights)
-    if config.num_layers > len(network):  # told before a net of so many layers is laid out to compare names
+    # told before a net of so many layers is laid out to compare names
+    if config.num_layers > len(network):
         raise CheckpointError(f"{path} contradicts itself: {config.num_layers} layers are described, the file has {len(network)} tensors")
     require_fit(network, config, source=f"{path} ({weights})")
     return network

@@ -1,4 +1,6 @@
-"""Whose draws a random generator serves: a video's noise is drawn in an order, which two sessions at once would take from each other."""
+"""Whose draws a random generator serves: a video's noise is drawn in an order, which two sessions
+at once would take from each other.
+"""
 
 from __future__ import annotations
 

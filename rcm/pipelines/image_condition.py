@@ -1,4 +1,6 @@
-"""What Wan's bidirectional image-to-video networks are told of a first (and a last) frame: mask channels, latents of images and grey."""
+"""What Wan's bidirectional image-to-video networks are told of a first (and a last) frame: mask
+channels, latents of images and grey.
+"""
 
 from __future__ import annotations
 
@@ -22,21 +24,25 @@ MAX_PIXELS = 128 * 10**6
 MASK_CHANNELS = 4
 """One per pixel frame of a latent frame (temporal stride 4)."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""Told by content, not by name. Pillow's others include EPS, which it hands to Ghostscript: a program inside a picture would run."""
+"""Told by content, not by name. Pillow's others include EPS, which it hands to Ghostscript: a
+program inside a picture would run.
+"""
 
 
 def read_image(path: str | Path) -> torch.Tensor:
-    """Pixels uint8 [H, W, 3] of a still image: upright as its EXIF says, transparent parts over white, 16-bit grey scaled to 8.
+    """Pixels uint8 [H, W, 3] of a still image: upright as its EXIF says, transparent parts over
+    white, 16-bit grey scaled to 8.
 
-    `VideoError` names a file that is missing, cut off, of another format than `FORMATS`, animated, larger than `MAX_PIXELS`, or of 32-bit
-    pixels, whose range nobody states.
+    `VideoError` names a file that is missing, cut off, of another format than `FORMATS`, animated,
+    larger than `MAX_PIXELS`, or of 32-bit pixels, whose range nobody states.
     """
     path = Path(path)
     try:
         if not path.is_file():
             raise VideoError(f"no image file at {path}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the size is looked at here; a damaged EXIF turns nothing
+            # the size is looked at here; a damaged EXIF turns nothing
+            warnings.simplefilter("ignore")
             with Image.open(path, formats=FORMATS) as image:
                 return _pixels(image, path)
     except VideoError:
@@ -68,19 +74,23 @@ def image_size(image: torch.Tensor) -> FrameSize:
 
 
 def fit_image(image: torch.Tensor, size: FrameSize) -> torch.Tensor:
-    """Pixels uint8 [H, W, 3] stretched (bilinear, antialiased; nothing is cut) to `size`: float32 [1, 3, 1, height, width] in [-1, 1]."""
+    """Pixels uint8 [H, W, 3] stretched (bilinear, antialiased; nothing is cut) to `size`: float32
+    [1, 3, 1, height, width] in [-1, 1].
+    """
     pixels = image.permute(2, 0, 1).unsqueeze(0).float() / 127.5 - 1
     fitted = torch.nn.functional.interpolate(pixels, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
     return fitted.clamp(-1, 1).unsqueeze(2)
 
 
 def image_channels(codec: LatentCodec, frame: torch.Tensor, *, num_frames: int, last: torch.Tensor | None = None) -> torch.Tensor:
-    """The 20 extra input channels [1, 4 + C, T, h, w] of a video of `num_frames` pixel frames that begins with `frame` [1, 3, 1, H, W] and
-    ends with `last`, if given.
+    """The 20 extra input channels [1, 4 + C, T, h, w] of a video of `num_frames` pixel frames that
+    begins with `frame` [1, 3, 1, H, W] and ends with `last`, if given.
 
-    First the mask, 1 on latent frame 0, and on the pixel frame of `last` (the fourth channel of the last latent frame); then the latents of
-    the given frames with frames of zeros (mid grey) between or behind. docs/reference/wan.md#image-condition. float32, on the device of
-    `frame`. `ConfigError` for a codec of another temporal stride, a number of frames that does not fold, or one frame to begin and to end.
+    First the mask, 1 on latent frame 0, and on the pixel frame of `last` (the fourth channel of the
+    last latent frame); then the latents of the given frames with frames of zeros (mid grey) between
+    or behind. docs/reference/wan.md#image-condition. float32, on the device of `frame`.
+    `ConfigError` for a codec of another temporal stride, a number of frames that does not fold, or
+    one frame to begin and to end.
     """
     if codec.temporal_stride != MASK_CHANNELS:
         raise ConfigError(

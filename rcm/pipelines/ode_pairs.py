@@ -1,7 +1,9 @@
-"""Trajectories of a teacher's probability-flow ODE, the data of TF-KD and DF-KD (docs/reference/training.md#ode-pairs).
+"""Trajectories of a teacher's probability-flow ODE, the data of TF-KD and DF-KD
+(docs/reference/training.md#ode-pairs).
 
-A bidirectional teacher walks whole videos from noise, a causal one all blocks at once, each under the clean data before it. Sample i
-depends on its number and the seed alone, whatever the batch size, the rank, or what was built before.
+A bidirectional teacher walks whole videos from noise, a causal one all blocks at once, each under
+the clean data before it. Sample i depends on its number and the seed alone, whatever the batch
+size, the rank, or what was built before.
 """
 
 from __future__ import annotations
@@ -44,8 +46,9 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 class TrajectoryPlan:
     """Which states of the ODE are kept, and how it is walked.
 
-    `times`: RF times of the kept states, strictly decreasing in (0, 1]. `steps`, `shift`, `sigma_max`: the sampler's, see
-    `grid`. `guidance`: scale, above 1 with the negative prompt. `seed`: of the noise. `ConfigError` for impossible ones.
+    `times`: RF times of the kept states, strictly decreasing in (0, 1]. `steps`, `shift`,
+    `sigma_max`: the sampler's, see `grid`. `guidance`: scale, above 1 with the negative prompt.
+    `seed`: of the noise. `ConfigError` for impossible ones.
     """
 
     times: tuple[float, ...]
@@ -73,7 +76,9 @@ class TrajectoryPlan:
         guidance: float | None = None,
         seed: int = 0,
     ) -> TrajectoryPlan:
-        """Steps, shift and guidance of the checkpoint's own sampler where None. `ConfigError` for a few-step student: it has no ODE."""
+        """Steps, shift and guidance of the checkpoint's own sampler where None. `ConfigError` for a
+        few-step student: it has no ODE.
+        """
         trained = model.trained_recipe
         if trained.kind != "ode":
             raise ConfigError(
@@ -91,9 +96,11 @@ class TrajectoryPlan:
         )
 
     def grid(self) -> tuple[float, ...]:
-        """Times walked, decreasing to 0: `steps` shifted steps, united with `times`, which are in it exactly.
+        """Times walked, decreasing to 0: `steps` shifted steps, united with `times`, which are in
+        it exactly.
 
-        Unit noise stands at the first of them: the sampler's first time, or `times[0]` if that is later (1, by default).
+        Unit noise stands at the first of them: the sampler's first time, or `times[0]` if that is
+        later (1, by default).
         """
         start = unshift_time(max(initial_time(self.sigma_max), self.times[0]), self.shift)
         points = (shift_time(start * (self.steps - k) / self.steps, self.shift) for k in range(self.steps + 1))
@@ -102,7 +109,9 @@ class TrajectoryPlan:
 
 
 def check_numbers(*, times: Sequence[float], shift: float | None = None, guidance: float | None = None) -> None:
-    """`ConfigError` naming the flag for numbers that no trajectory can be walked with; None is the teacher's own."""
+    """`ConfigError` naming the flag for numbers that no trajectory can be walked with; None is the
+    teacher's own.
+    """
     if not times or not all(0 < t <= 1 for t in times):
         raise ConfigError(f"trajectory times {list(times)} must be RF times in (0, 1], one or more; change --times")
     for before, later in pairwise(times):
@@ -116,7 +125,8 @@ def check_numbers(*, times: Sequence[float], shift: float | None = None, guidanc
 
 @torch.no_grad()
 def walk(velocity: Velocity, noise: Tensor, plan: TrajectoryPlan) -> Tensor:
-    """Trajectory [B, 1 + K, C, T, H, W] float32 from unit noise [B, C, T, H, W]: index 0 the clean end, index k the state at times[k - 1].
+    """Trajectory [B, 1 + K, C, T, H, W] float32 from unit noise [B, C, T, H, W]: index 0 the clean
+    end, index k the state at times[k - 1].
 
     Euler in float64.
     """
@@ -129,7 +139,9 @@ def walk(velocity: Velocity, noise: Tensor, plan: TrajectoryPlan) -> Tensor:
 
 
 def numbered_noise(shape: Sequence[int], numbers: Iterable[int], *, seed: int) -> Tensor:
-    """Unit noise [B, *shape] float32 on the CPU; a row is a function of its sample's number and the seed."""
+    """Unit noise [B, *shape] float32 on the CPU; a row is a function of its sample's number and the
+    seed.
+    """
     streams = (generator(seed=seed, step=number, dp_rank=0, purpose="ode_pairs") for number in numbers)
     return torch.stack([randn(shape, generator=stream) for stream in streams])
 
@@ -137,8 +149,9 @@ def numbered_noise(shape: Sequence[int], numbers: Iterable[int], *, seed: int) -
 class ODEPairBuilder:
     """Samples of a trajectory data set, of one teacher.
 
-    A bidirectional teacher needs `prompts`, a causal one `latents`, a `Source` of data of the checkpoint's shape, with their embeddings;
-    `ConfigError` otherwise. Sample i takes prompt or video i modulo their number, and always its own noise.
+    A bidirectional teacher needs `prompts`, a causal one `latents`, a `Source` of data of the
+    checkpoint's shape, with their embeddings; `ConfigError` otherwise. Sample i takes prompt or
+    video i modulo their number, and always its own noise.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""Seconds and peak device memory of the named parts of a run; a part that runs inside another is taken out of it."""
+"""Seconds and peak device memory of the named parts of a run; a part that runs inside another is
+taken out of it.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,10 @@ import torch
 class PartClock:
     """Measures parts on one device, waiting for it at their borders.
 
-    `seconds` by name, in order of first use. `peak_bytes` by name: most memory that tensors held during the part, what was there before
-    included; empty where the device does not count (CPU). `interrupted`: the part in which the last exception began, None without one.
-    `watch` is called with the innermost open part (None: no part) whenever that changes.
+    `seconds` by name, in order of first use. `peak_bytes` by name: most memory that tensors held
+    during the part, what was there before included; empty where the device does not count (CPU).
+    `interrupted`: the part in which the last exception began, None without one. `watch` is called
+    with the innermost open part (None: no part) whenever that changes.
     """
 
     def __init__(self, device: torch.device | str) -> None:

@@ -1,4 +1,6 @@
-"""Which model is on the device when: loaded at first use, and kept, moved to host memory or dropped while it is not needed."""
+"""Which model is on the device when: loaded at first use, and kept, moved to host memory or dropped
+while it is not needed.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,18 @@ from rcm.core.errors import ConfigError
 from rcm.pipelines.part_clock import PartClock
 
 Idle = Literal["keep", "cpu", "free"]
-"""What becomes of a model that is not needed for now: it stays, waits in host memory, or is dropped and read again at its next use."""
+"""What becomes of a model that is not needed for now: it stays, waits in host memory, or is dropped
+and read again at its next use.
+"""
 
 M = TypeVar("M")
 
 
 @dataclass(frozen=True)
 class MemoryPolicy:
-    """What happens to each model when its work is done: the text encoder after the prompts, an expert when the other takes over, the
-    network in charge when sampling is over, the codec between encoding the image and decoding.
+    """What happens to each model when its work is done: the text encoder after the prompts, an
+    expert when the other takes over, the network in charge when sampling is over, the codec between
+    encoding the image and decoding.
     """
 
     text: Idle = "free"
@@ -41,13 +46,16 @@ POLICIES: dict[str, MemoryPolicy] = {
     "idle": MemoryPolicy(),
     "low": MemoryPolicy(expert="free", network="free", codec="cpu"),
 }
-"""none: everything stays on the device. idle: the text encoder is dropped after the prompts, the expert that is done waits in host memory.
-low: the least device and host memory, each model there only while it works.
+"""none: everything stays on the device. idle: the text encoder is dropped after the prompts, the
+expert that is done waits in host memory. low: the least device and host memory, each model there
+only while it works.
 """
 
 
 class Resident(Generic[M]):
-    """A model and where it is. `load` makes it on the device; `move(model, device)` moves it in place. Times go to `clock`."""
+    """A model and where it is. `load` makes it on the device; `move(model, device)` moves it in
+    place. Times go to `clock`.
+    """
 
     def __init__(self, load: Callable[[], M], *, move: Callable[[M, torch.device], Any], device: torch.device, clock: PartClock) -> None:
         self.device, self.clock = device, clock
@@ -72,7 +80,9 @@ class Resident(Generic[M]):
         return self._model
 
     def rest(self, idle: Idle) -> None:
-        """It is not needed for now. Whoever still holds it must let go, else "free" frees nothing."""
+        """It is not needed for now. Whoever still holds it must let go, else "free" frees
+        nothing.
+        """
         if self._model is None or idle == "keep":
             return
         with self.clock.part("move"):

@@ -1,7 +1,9 @@
-"""Prompts along a video: a timeline of segments with durations, its blocks, and playing it through a session.
+"""Prompts along a video: a timeline of segments with durations, its blocks, and playing it through
+a session.
 
-One line: `a harbour at dawn[5s] | the harbour in a storm[3s#] | calm again[4s]`. `|` separates segments; the bracket holds seconds (the s
-may be left out), a # in it begins a new scene there (a cut, which Infinity-RoPE makes visible). A file holds one segment per line.
+One line: `a harbour at dawn[5s] | the harbour in a storm[3s#] | calm again[4s]`. `|` separates
+segments; the bracket holds seconds (the s may be left out), a # in it begins a new scene there (a
+cut, which Infinity-RoPE makes visible). A file holds one segment per line.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Segments in order. `is_timed`: durations say how long the video is; else there is one prompt, for whatever length is asked."""
+    """Segments in order. `is_timed`: durations say how long the video is; else there is one prompt,
+    for whatever length is asked.
+    """
 
     segments: tuple[Segment, ...]
 
@@ -55,8 +59,9 @@ class Timeline:
         return tuple(segment.prompt for segment in self.segments)
 
     def num_blocks(self, pattern: BlockPattern) -> int:
-        """Blocks of the video: its seconds rounded up to whole ones, and at least one per segment. The release's arithmetic; there a
-        single segment's duration is not read and its bracket goes to the text encoder.
+        """Blocks of the video: its seconds rounded up to whole ones, and at least one per segment.
+        The release's arithmetic; there a single segment's duration is not read and its bracket goes
+        to the text encoder.
         """
         pixels = int(sum(segment.seconds for segment in self.segments) * FRAMES_PER_SECOND)
         latents = 1 + max(0, pixels - 1) // TEMPORAL_STRIDE
@@ -67,7 +72,9 @@ class Timeline:
         return (pattern.frames_before(self.num_blocks(pattern)) - 1) * TEMPORAL_STRIDE + 1
 
     def first_blocks(self, pattern: BlockPattern) -> tuple[int, ...]:
-        """The block at which each segment begins: rounded up, but every later segment keeps a block at least; the last takes the rest."""
+        """The block at which each segment begins: rounded up, but every later segment keeps a block
+        at least; the last takes the rest.
+        """
         total, starts, at = self.num_blocks(pattern), [], 0
         for i, segment in enumerate(self.segments):
             starts.append(at)
@@ -78,14 +85,17 @@ class Timeline:
         return tuple(starts)
 
     def cuts(self, pattern: BlockPattern) -> frozenset[int]:
-        """The blocks that begin a scene: of segments that say so, the first one excepted, before which there is nothing to cut."""
+        """The blocks that begin a scene: of segments that say so, the first one excepted, before
+        which there is nothing to cut.
+        """
         starts = self.first_blocks(pattern)
         return frozenset(start for start, segment in zip(starts[1:], self.segments[1:], strict=True) if segment.cut)
 
 
 def parse_timeline(text: str) -> Timeline:
-    """A timeline from one line. Without `|` and without a duration: a single prompt, as it is. `ConfigError` for a bracket that is meant as
-    a duration and is none, and for a segment without words.
+    """A timeline from one line. Without `|` and without a duration: a single prompt, as it is.
+    `ConfigError` for a bracket that is meant as a duration and is none, and for a segment without
+    words.
     """
     parts = text.split("|")
     if len(parts) > 1 and not any(_DURATION.search(part) or _ATTEMPT.search(part) for part in parts):
@@ -97,8 +107,8 @@ def parse_timeline(text: str) -> Timeline:
 
 
 def read_timeline(path: str | Path) -> Timeline:
-    """A timeline from a text file with one segment per line, empty lines left out; a | belongs to the prompt there. `ConfigError` for a
-    file that cannot be read or has no segments.
+    """A timeline from a text file with one segment per line, empty lines left out; a | belongs to
+    the prompt there. `ConfigError` for a file that cannot be read or has no segments.
     """
     lines = enumerate(read_lines(path, what="timeline", knob="--scene_file"), 1)
     found = [_segment(line, where=f"line {i} of {path}", several=True) for i, line in lines if line.strip()]
@@ -118,11 +128,13 @@ def play(
     blend: int = 0,
     prepare: Callable[[Condition], Condition] = lambda cond: cond,
 ) -> Iterator[StreamedChunk]:
-    """The chunks of `session`, which was opened with the first prompt, its condition changed as each segment begins.
+    """The chunks of `session`, which was opened with the first prompt, its condition changed as
+    each segment begins.
 
-    `condition` gives that of a prompt, `prepare` makes it ready for the network. `blend`: over so many chunks the text goes over in equal
-    steps from the old prompt's embedding to the new one's, which it reaches in the chunk after. `mode` as `Session.set_condition`.
-    `ConfigError` for a session that works ahead: it would take up prompts one chunk late.
+    `condition` gives that of a prompt, `prepare` makes it ready for the network. `blend`: over so
+    many chunks the text goes over in equal steps from the old prompt's embedding to the new one's,
+    which it reaches in the chunk after. `mode` as `Session.set_condition`. `ConfigError` for a
+    session that works ahead: it would take up prompts one chunk late.
     """
     if session.spec.look_ahead and len(timeline.segments) > 1:
         raise ConfigError("a timeline needs look_ahead=False: a session that works ahead takes up prompts one chunk late")
@@ -144,7 +156,9 @@ def play(
 
 
 def blended(old: Condition, new: Condition, share: float) -> Condition:
-    """The text embedding that lies `share` of the way from `old` to `new`; the shorter one is padded with zeros."""
+    """The text embedding that lies `share` of the way from `old` to `new`; the shorter one is
+    padded with zeros.
+    """
     length = max(old.text.shape[1], new.text.shape[1])
     before, after = (F.pad(cond.text, (0, 0, 0, length - cond.text.shape[1])) for cond in (old, new))
     return replace(new, text=before + share * (after - before), prepared=None)

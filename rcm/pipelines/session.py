@@ -1,7 +1,8 @@
-"""One stream of video, from a loaded network to decoded chunks: opened, stepped, steered, snapshotted and closed.
+"""One stream of video, from a loaded network to decoded chunks: opened, stepped, steered,
+snapshotted and closed.
 
-A bounded video is a session that stops. What a session costs does not grow with its length: plans are made chunk by chunk, noise is keyed
-per chunk, the cache is a ring, positions are arithmetic.
+A bounded video is a session that stops. What a session costs does not grow with its length: plans
+are made chunk by chunk, noise is keyed per chunk, the cache is a ring, positions are arithmetic.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ class SwitchRefused(ConfigError):
 
 
 class Session:
-    """A stream that is under way. `codec` None, or another rank's to decode with: latents only (chunks carry them as `frames`, too).
+    """A stream that is under way. `codec` None, or another rank's to decode with: latents only
+    (chunks carry them as `frames`, too).
 
-    `prefix` [B, C, k, h, w]: given first frames (an image, or the start of a clip), entered as clean context and handed out unchanged. With
-    noisy context from block 0 the prefix is noised to the first generated chunk's last time (the release's image-to-video). State in
-    float64. Iterating steps until the video ends.
+    `prefix` [B, C, k, h, w]: given first frames (an image, or the start of a clip), entered as
+    clean context and handed out unchanged. With noisy context from block 0 the prefix is noised to
+    the first generated chunk's last time (the release's image-to-video). State in float64.
+    Iterating steps until the video ends.
     """
 
     def __init__(
@@ -70,7 +73,8 @@ class Session:
             options = {"device": self.device, "own_stream": lane, "graphs": spec.graphs, "to_host": spec.to_host}
             self._lane = None if codec is None else DecodeLane(codec, **options)
         except BaseException:
-            self._cancelled = True  # lets the generator go, whoever keeps the error and this session with it
+            # lets the generator go, whoever keeps the error and this session with it
+            self._cancelled = True
             raise
 
     def _begin(self, cond: Condition, prefix: Tensor | None) -> None:
@@ -104,12 +108,14 @@ class Session:
         return cond.expand(self.spec.batch)
 
     def restart(self, cond: Condition | None = None, *, seed: int | None = None, prefix: Tensor | None = None) -> None:
-        """Begin another video in the memory, and with the captured passes, of this one: as a session opened alike. `cond` None: the same;
-        `seed` None: that of the `StreamSpec` (with noise="video", its generator is seeded with it).
+        """Begin another video in the memory, and with the captured passes, of this one: as a
+        session opened alike. `cond` None: the same; `seed` None: that of the `StreamSpec` (with
+        noise="video", its generator is seeded with it).
         """
         self._require_open()
         self._lease_generator()
-        self._begin(self._cond if cond is None else cond, prefix)  # refuses before anything is changed
+        # refuses before anything is changed
+        self._begin(self._cond if cond is None else cond, prefix)
         spec = self.spec = replace(self.spec, seed=self.spec.seed if seed is None else seed)
         if spec.generator is not None and seed is not None:
             spec.generator.manual_seed(seed)
@@ -140,10 +146,12 @@ class Session:
 
     @torch.no_grad()
     def step(self) -> StreamedChunk | None:
-        """The next chunk (or part of one), None after the last. Raises `StreamCancelled` on a closed session.
+        """The next chunk (or part of one), None after the last. Raises `StreamCancelled` on a
+        closed session.
 
-        A change of condition that is refused raises `SwitchRefused` once and the stream goes on under the old one. After any other error
-        the cache may lack a chunk, so further steps raise `StreamCancelled` until `restart` or `restore`.
+        A change of condition that is refused raises `SwitchRefused` once and the stream goes on
+        under the old one. After any other error the cache may lack a chunk, so further steps raise
+        `StreamCancelled` until `restart` or `restore`.
         """
         self._require_whole()
         if self._refused is not None:
@@ -169,7 +177,9 @@ class Session:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Put the context of the newest chunk into the cache now, and not when the next one is begun; for timings."""
+        """Put the context of the newest chunk into the cache now, and not when the next one is
+        begun; for timings.
+        """
         self._require_whole()
         with self._marking():
             self._leave_context()
@@ -181,8 +191,9 @@ class Session:
     def set_condition(self, cond: Condition, *, mode: SwitchMode = "keep") -> Receipt:
         """Take up another condition at the next chunk boundary; the latest of several wins.
 
-        mode "keep": later chunks still attend to what was made under the old condition. "recache": what the window holds is entered anew
-        under the new one (its latents at their context times), sinks excepted. The receipt says when it was applied.
+        mode "keep": later chunks still attend to what was made under the old condition. "recache":
+        what the window holds is entered anew under the new one (its latents at their context
+        times), sinks excepted. The receipt says when it was applied.
         """
         self._require_open()
         if mode not in ("keep", "recache"):
@@ -195,8 +206,9 @@ class Session:
         return receipt
 
     def set_recipe(self, recipe: SamplingRecipe) -> int:
-        """Take other steps, or another context rule, from the next block on, and return that block. `ConfigError` for another pattern, kind
-        or guidance, which need a session of their own, and where the noise of all steps was drawn up front.
+        """Take other steps, or another context rule, from the next block on, and return that block.
+        `ConfigError` for another pattern, kind or guidance, which need a session of their own, and
+        where the noise of all steps was drawn up front.
         """
         self._require_open()
         for name in ("pattern", "kind", "guidance"):
@@ -205,12 +217,15 @@ class Session:
                 raise ConfigError(f"a stream under way keeps its {name}={mine!r}, the new recipe has {new!r}; open another session")
         if self.spec.noise == "video":
             raise ConfigError("noise='video' was drawn for the steps of the first recipe; open the session with noise='chunk'")
-        recipe.plan(max(self._block, self._given), prefix_blocks=self._given)  # raises for times that do not decrease
+        # raises for times that do not decrease
+        recipe.plan(max(self._block, self._given), prefix_blocks=self._given)
         self.spec = replace(self.spec, recipe=recipe)
         return self._block
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything from which the stream goes on, as copies; for `restore` of this session or of one opened alike."""
+        """Everything from which the stream goes on, as copies; for `restore` of this session or of
+        one opened alike.
+        """
         self._require_whole()
         return {
             "recipe": self.spec.recipe,
@@ -247,7 +262,9 @@ class Session:
             self._lane.load_state(state["decoder"])
 
     def cancel(self) -> None:
-        """Stop as soon as possible, from any thread: a step under way raises `StreamCancelled` before its next pass."""
+        """Stop as soon as possible, from any thread: a step under way raises `StreamCancelled`
+        before its next pass.
+        """
         self._cancelled = True
 
     def close(self) -> None:
@@ -261,7 +278,9 @@ class Session:
         self._ahead = self._pending = self._prefix = None
 
     def num_bytes(self) -> int:
-        """Bytes that the stream holds on the device beside the weights, as far as it allocated them itself: cache and decoder."""
+        """Bytes that the stream holds on the device beside the weights, as far as it allocated them
+        itself: cache and decoder.
+        """
         held = sum(cache.num_bytes() for cache in self._loop.cache.branches)
         return held + (0 if self._lane is None else self._lane.num_bytes())
 
@@ -306,7 +325,9 @@ class Session:
         return VideoNoise.for_plans(plans, whole, generator=source, renoises=spec.recipe.rule.needs_noise, **options)
 
     def _produce(self) -> tuple[int, Tensor]:
-        """Latents of the next block: given, or denoised after the context of the one before was committed."""
+        """Latents of the next block: given, or denoised after the context of the one before was
+        committed.
+        """
         with self._marking():
             self._leave_context()
         wanted = self._wanted_next()
@@ -332,7 +353,9 @@ class Session:
         return x.float()
 
     def _leave_context(self) -> None:
-        """Put the context of the block that was handed out last into the cache; what it was is remembered for `recache`."""
+        """Put the context of the block that was handed out last into the cache; what it was is
+        remembered for `recache`.
+        """
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -366,7 +389,9 @@ class Session:
         receipt.applied_at = self._block
 
     def _replayed(self) -> list[CachedChunk]:
-        """What a recache enters anew: all that the cache holds, sinks excepted. `SwitchRefused` for chunks that cannot be."""
+        """What a recache enters anew: all that the cache holds, sinks excepted. `SwitchRefused` for
+        chunks that cannot be.
+        """
         caches = self._loop.cache.branches
         kept = set(self._loop.canvas.policy.protected(caches))
         old = [chunk for chunk in caches[0].chunks if chunk.id not in kept]
@@ -379,7 +404,9 @@ class Session:
 
     @contextmanager
     def _marking(self) -> Iterator[None]:
-        """An error within leaves the stream between two states: remembered, so that no later chunk is made of half a past."""
+        """An error within leaves the stream between two states: remembered, so that no later chunk
+        is made of half a past.
+        """
         try:
             yield
         except Exception as error:

@@ -1,4 +1,5 @@
-"""Several streams of one model on one device: they take turns, a chunk each, within a budget of memory, and are steered while they run.
+"""Several streams of one model on one device: they take turns, a chunk each, within a budget of
+memory, and are steered while they run.
 
 One thread owns the pool and the device; `Seat.steer` may be called from any thread.
 """
@@ -23,7 +24,9 @@ from rcm.rollout.recipe import SamplingRecipe
 MIB = 2**20
 Change = Literal["policy", "seed", "recipe", "prompt"]
 CHANGES: tuple[Change, ...] = ("policy", "seed", "recipe", "prompt")
-"""What can be asked of a seat, in the order in which changes of one turn are applied: the first two begin another take."""
+"""What can be asked of a seat, in the order in which changes of one turn are applied: the first two
+begin another take.
+"""
 
 
 class PoolFull(ConfigError):
@@ -32,8 +35,8 @@ class PoolFull(ConfigError):
 
 @dataclass
 class Order:
-    """A change that was asked for, and what became of it. `applied_at` counts blocks of take `take`; `told` is called at every change of
-    `state`, in the thread that made it.
+    """A change that was asked for, and what became of it. `applied_at` counts blocks of take
+    `take`; `told` is called at every change of `state`, in the thread that made it.
     """
 
     what: Change
@@ -53,7 +56,8 @@ class Order:
 
 
 class Seat:
-    """One session of a pool, with what is wanted of it. `take` counts its videos: a new seed or policy begins another.
+    """One session of a pool, with what is wanted of it. `take` counts its videos: a new seed or
+    policy begins another.
 
     `predicted` bytes at a full window; `failed` is the error that ended it.
     """
@@ -69,7 +73,9 @@ class Seat:
         self._lock = threading.Lock()
 
     def steer(self, order: Order) -> Order:
-        """Ask for a change at the next chunk boundary; the latest of each kind wins. From any thread."""
+        """Ask for a change at the next chunk boundary; the latest of each kind wins. From any
+        thread.
+        """
         with self._lock:
             old, closed = self._orders.pop(order.what, None), self.closed
             if not closed:
@@ -116,7 +122,9 @@ class Seat:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn: whose, the chunk (None: the video ended, or the seat failed), its take, and how long it took in seconds."""
+    """One turn: whose, the chunk (None: the video ended, or the seat failed), its take, and how
+    long it took in seconds.
+    """
 
     seat: Seat
     chunk: StreamedChunk | None
@@ -127,7 +135,9 @@ class Turn:
 
 @dataclass
 class SessionPool:
-    """Sessions of `model` that share its device. `memory_budget_bytes` bounds cache and decoder of all of them (None: no bound)."""
+    """Sessions of `model` that share its device. `memory_budget_bytes` bounds cache and decoder of
+    all of them (None: no bound).
+    """
 
     model: LoadedModel
     memory_budget_bytes: int | None = None
@@ -136,7 +146,9 @@ class SessionPool:
     _opened: int = 0
 
     def open(self, prompts: list[str], **options: Any) -> Seat:
-        """A session in a seat of its own; options of `LoadedModel.open`. `PoolFull` beyond the limit or the budget, with the numbers."""
+        """A session in a seat of its own; options of `LoadedModel.open`. `PoolFull` beyond the
+        limit or the budget, with the numbers.
+        """
         if len(self.seats) >= self.max_sessions:
             raise PoolFull(f"session limit reached: {len(self.seats)} of {self.max_sessions} are open; try again when one has ended")
         session, predicted = self._session(prompts, options, others=self.num_bytes())
@@ -146,7 +158,8 @@ class SessionPool:
         return seat
 
     def turn(self, ready: Callable[[Seat], bool] = lambda seat: True) -> Turn | None:
-        """Give the next seat that is `ready` its turn: what was asked of it is applied, then it makes one chunk. None if no seat is.
+        """Give the next seat that is `ready` its turn: what was asked of it is applied, then it
+        makes one chunk. None if no seat is.
 
         A seat that fails is closed and told in the turn; the others go on.
         """
@@ -207,7 +220,9 @@ class SessionPool:
             order.become("applied", at=at, take=seat.take)
 
     def _set_policy(self, seat: Seat, order: Order) -> int:
-        """Another window needs another cache: the session is opened anew, once it is known to fit."""
+        """Another window needs another cache: the session is opened anew, once it is known to
+        fit.
+        """
         policy: CachePolicy = order.value
         spec = seat.session.spec
         options = {**seat.options, "policy": policy, "seed": spec.seed, "recipe": spec.recipe}
@@ -240,7 +255,9 @@ class SessionPool:
         seat.prompts = list(order.value)
 
     def _session(self, prompts: list[str], options: dict[str, Any], *, others: int) -> tuple[Session, int]:
-        """A session that fits beside `others` bytes, and its predicted bytes. Nothing large is allocated before its first step."""
+        """A session that fits beside `others` bytes, and its predicted bytes. Nothing large is
+        allocated before its first step.
+        """
         session = self.model.open(prompts, ignore_recipe=True, **options)
         needed, budget = predicted_bytes(self.model, session), self.memory_budget_bytes
         if budget is not None and others + needed > budget:
@@ -253,7 +270,9 @@ class SessionPool:
 
 
 def predicted_bytes(model: LoadedModel, session: Session) -> int:
-    """Bytes of cache and decoder of a session whose window is full; a coded cache is counted as if it were plain, its upper bound."""
+    """Bytes of cache and decoder of a session whose window is full; a coded cache is counted as if
+    it were plain, its upper bound.
+    """
     config, item, batch = model.denoiser.net.config, model.denoiser.compute_dtype.itemsize, session.spec.batch
     caches = session.loop.cache.branches
     cache = sum(2 * held.num_layers * held.capacity_tokens * config.dim * item for held in caches) * batch

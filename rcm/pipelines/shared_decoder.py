@@ -1,4 +1,6 @@
-"""The decoder of a stream that several ranks make together: split among them, so that the first does not decode alone beside its share."""
+"""The decoder of a stream that several ranks make together: split among them, so that the first
+does not decode alone beside its share.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,12 @@ MOST_STAGES = 4
 
 
 def shared_decoder(codec: LatentCodec | None, *, ranks: int | None, sharing: int) -> LatentCodec | None:
-    """What this rank, one of `sharing` that make a stream together, decodes with: its stage of the Wan decoder, which the first `ranks` of
-    them (None: up to four) run as a pipeline; None on the others. Rank 0 has the last stage and the pixels.
+    """What this rank, one of `sharing` that make a stream together, decodes with: its stage of the
+    Wan decoder, which the first `ranks` of them (None: up to four) run as a pipeline; None on the
+    others. Rank 0 has the last stage and the pixels.
 
-    Collective over the launch. Every rank keeps what it has where one of those has no Wan codec, where the codec works in tiles, and where
-    only a part of the launch makes the stream.
+    Collective over the launch. Every rank keeps what it has where one of those has no Wan codec,
+    where the codec works in tiles, and where only a part of the launch makes the stream.
     """
     world = dist.get_world_size()
     count = min(world, MOST_STAGES if ranks is None else ranks)

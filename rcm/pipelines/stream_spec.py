@@ -1,4 +1,6 @@
-"""What a stream is (`StreamSpec`), what it hands out (`StreamedChunk`), and what it took (`StreamReport`)."""
+"""What a stream is (`StreamSpec`), what it hands out (`StreamedChunk`), and what it took
+(`StreamReport`).
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,11 @@ AS_TRAINED = CachePolicy()
 
 @dataclass(frozen=True)
 class StreamedChunk:
-    """One chunk of a stream, or a part of one: its block, latents [B, C, frames, H, W] and decoded pixels [B, 3, pixel frames, H', W'] in
-    [-1, 1].
+    """One chunk of a stream, or a part of one: its block, latents [B, C, frames, H, W] and decoded
+    pixels [B, 3, pixel frames, H', W'] in [-1, 1].
 
-    `seconds` since the stream was opened, after the pixels are ready. `images`: the pixels as uint8 [B, pixel frames, H', W', 3] in host
-    memory, where the session was asked for them.
+    `seconds` since the stream was opened, after the pixels are ready. `images`: the pixels as uint8
+    [B, pixel frames, H', W', 3] in host memory, where the session was asked for them.
     """
 
     block: int
@@ -37,7 +39,9 @@ class StreamedChunk:
 
 @dataclass
 class StreamReport:
-    """Latency of a stream, in seconds: first chunk, gaps between later chunks, and frames per second over the whole stream."""
+    """Latency of a stream, in seconds: first chunk, gaps between later chunks, and frames per
+    second over the whole stream.
+    """
 
     chunk_seconds: list[float] = field(default_factory=list)
     num_frames: int = 0
@@ -66,8 +70,8 @@ class StreamReport:
 
 @dataclass
 class Receipt:
-    """A change of condition: the block from which it applies, None while it waits; `superseded` by a later one that came first; `refused`
-    says why it cannot be.
+    """A change of condition: the block from which it applies, None while it waits; `superseded` by
+    a later one that came first; `refused` says why it cannot be.
     """
 
     applied_at: int | None = None
@@ -82,19 +86,23 @@ class StreamSpec:
     recipe        steps, context rule, block pattern.
     latent        (C, h, w) of a latent frame; `batch` videos in step.
     num_frames    latent frames, given ones included; None: without end.
-    noise         "chunk": keyed by `seed` and chunk. "video": the release's order, all of it drawn up front by `generator` (default: one
-                  seeded with `seed` on `draw_on`); needs `num_frames`.
-    policy        what the cache keeps (default: as the recipe says); a stream without end needs one that bounds it. `kv_codec`,
-                  `hot_chunks`: how it is stored.
-    keys          stored before or after rotation; None: as the policy wants. Quantised keys are better off unrotated.
-    attention     over the cache: "net", by the network's back end, or "fp8", over codes kept beside a plain cache (H100, H200; inexact).
-    graphs        "on": passes are captured as CUDA graphs and replayed; "off": launched one by one, the reference.
-    look_ahead    the next chunk is denoised while this one is decoded (on CUDA, on a stream of its own). A change of condition then applies
-                  one chunk later.
+    noise         "chunk": keyed by `seed` and chunk. "video": the release's order, all of it drawn
+                  up front by `generator` (default: one seeded with `seed` on `draw_on`); needs
+                  `num_frames`.
+    policy        what the cache keeps (default: as the recipe says); a stream without end needs one
+                  that bounds it. `kv_codec`, `hot_chunks`: how it is stored.
+    keys          stored before or after rotation; None: as the policy wants. Quantised keys are
+                  better off unrotated.
+    attention     over the cache: "net", by the network's back end, or "fp8", over codes kept beside
+                  a plain cache (H100, H200; inexact).
+    graphs        "on": passes are captured as CUDA graphs and replayed; "off": launched one by one,
+                  the reference.
+    look_ahead    the next chunk is denoised while this one is decoded (on CUDA, on a stream of its
+                  own). A change of condition then applies one chunk later.
     first_alone   the first latent frame is decoded and handed out before the rest of its chunk.
     to_host       chunks carry `images` in pinned host memory.
-    decode_ranks  of the ranks that make a stream together, how many decode (the Wan decoder in stages, one per rank); None: up to four.
-                  Only rank 0 has pixels.
+    decode_ranks  of the ranks that make a stream together, how many decode (the Wan decoder in
+                  stages, one per rank); None: up to four. Only rank 0 has pixels.
     """
 
     recipe: SamplingRecipe
@@ -158,7 +166,9 @@ class StreamSpec:
 
 
 def count_prefix_blocks(recipe: SamplingRecipe, prefix_frames: int, num_frames: int | None) -> int:
-    """Blocks covered by `prefix_frames` given latent frames; `ConfigError` unless they end on a block and leave something to generate."""
+    """Blocks covered by `prefix_frames` given latent frames; `ConfigError` unless they end on a
+    block and leave something to generate.
+    """
     if prefix_frames == 0:
         return 0
     if num_frames is None:

@@ -1,4 +1,6 @@
-"""Streaming in one call: a session over a video of known length, in the noise order of the release."""
+"""Streaming in one call: a session over a video of known length, in the noise order of the
+release.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def bounded(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Session:
-    """A session over a video of latent `shape` [B, C, T, h, w] with noise from `generator`; `options` of `StreamSpec`."""
+    """A session over a video of latent `shape` [B, C, T, h, w] with noise from `generator`;
+    `options` of `StreamSpec`.
+    """
     batch, channels, frames, height, width = shape
     spec = StreamSpec(recipe, (channels, height, width), batch=batch, num_frames=frames, noise="video", generator=generator, **options)
     return Session(denoiser, codec, cond, spec, device=device, prefix=prefix)
@@ -42,7 +46,9 @@ def stream_latents(denoiser: VelocityModel, cond: Condition, recipe: SamplingRec
 def stream_video(
     denoiser: VelocityModel, codec: LatentCodec, cond: Condition, recipe: SamplingRecipe, **options: Any
 ) -> Iterator[StreamedChunk]:
-    """The chunks of `bounded`, which begins when the first is asked for; concatenated they equal the one-shot decode."""
+    """The chunks of `bounded`, which begins when the first is asked for; concatenated they equal
+    the one-shot decode.
+    """
     yield from bounded(denoiser, codec, cond, recipe, **options)
 
 

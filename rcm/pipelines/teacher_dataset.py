@@ -1,6 +1,8 @@
-"""Synthetic data: a bidirectional many-step teacher samples a list of prompts into shards (docs/reference/training.md#data).
+"""Synthetic data: a bidirectional many-step teacher samples a list of prompts into shards
+(docs/reference/training.md#data).
 
-Sample i is a function of the teacher, prompt i and `seed + i`, whatever the batch size, the number of ranks, or what was built before.
+Sample i is a function of the teacher, prompt i and `seed + i`, whatever the batch size, the number
+of ranks, or what was built before.
 """
 
 from __future__ import annotations
@@ -44,9 +46,10 @@ _Pending = tuple[list[Path], list[ShardSpan]]
 class Teacher:
     """A many-step bidirectional network, ready to sample.
 
-    `latent_shape` (C, T, H, W) of a sample; `recipe` its default sampler; `codec`, `encoder` describe what its latents and embeddings are
-    of; `identity` tells it from another teacher in a data set's manifest. `shared`: the ranks that compute each sample together, None
-    without context parallelism.
+    `latent_shape` (C, T, H, W) of a sample; `recipe` its default sampler; `codec`, `encoder`
+    describe what its latents and embeddings are of; `identity` tells it from another teacher in a
+    data set's manifest. `shared`: the ranks that compute each sample together, None without context
+    parallelism.
     """
 
     denoiser: Denoiser
@@ -60,9 +63,11 @@ class Teacher:
     shared: ParallelDims | None = None
 
     def over(self, dims: ParallelDims) -> Teacher:
-        """This teacher with each sample spread over the `dims.cp` ranks of a group (Ulysses), its weights sharded over them.
+        """This teacher with each sample spread over the `dims.cp` ranks of a group (Ulysses), its
+        weights sharded over them.
 
-        Raises `ConfigError` unless cp divides heads and tokens per frame and the dims multiply to the world size.
+        Raises `ConfigError` unless cp divides heads and tokens per frame and the dims multiply to
+        the world size.
         """
         if dims.cp == 1:
             return self
@@ -72,7 +77,9 @@ class Teacher:
         return replace(self, shared=dims)
 
     def condition(self, text: Tensor) -> Condition:
-        """Embeddings [B, L, E] on the device, with their cross-attention keys computed once where the network is whole."""
+        """Embeddings [B, L, E] on the device, with their cross-attention keys computed once where
+        the network is whole.
+        """
         cond = Condition(text.to(self.device))
         return cond if self.shared is not None else self.denoiser.prepare(cond)
 
@@ -86,8 +93,8 @@ def described_teacher(
     attention: str,
     files: PieceFiles = PieceFiles(),
 ) -> Teacher:
-    """The teacher that a checkpoint of this package holds; `files` as for `open_checkpoint`. `ConfigError` for a causal or few-step one:
-    it has no whole-video ODE.
+    """The teacher that a checkpoint of this package holds; `files` as for `open_checkpoint`.
+    `ConfigError` for a causal or few-step one: it has no whole-video ODE.
     """
     model = open_checkpoint(path, weights=weights, device=device, precision=precision, attention=attention, files=files)
     told = model.description
@@ -109,7 +116,9 @@ def described_teacher(
 def wan_teacher(
     denoiser: Denoiser, text: TextEncoder, *, latent_shape: tuple[int, int, int, int], identity: Mapping[str, Any], device: torch.device
 ) -> Teacher:
-    """A teacher with Wan's VAE latents and umT5 embeddings, sampled as the release sampled its data by default."""
+    """A teacher with Wan's VAE latents and umT5 embeddings, sampled as the release sampled its data
+    by default.
+    """
     channels, sizes = latent_shape[0], denoiser.net.config
     if channels != sizes.in_dim or channels != sizes.out_dim:
         raise ConfigError(
@@ -126,12 +135,16 @@ def wan_teacher(
 
 
 def sample_noise(shape: Sequence[int], numbers: range, *, seed: int) -> Tensor:
-    """Unit noise [B, *shape] float32 on the CPU; the row of sample i is the first draw of a generator seeded with `seed + i`."""
+    """Unit noise [B, *shape] float32 on the CPU; the row of sample i is the first draw of a
+    generator seeded with `seed + i`.
+    """
     return torch.stack([torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed + number)) for number in numbers])
 
 
 class TeacherSampler:
-    """Makes samples by number. Sample i takes prompt i modulo their number, and always its own noise. `recipe` must be an ODE."""
+    """Makes samples by number. Sample i takes prompt i modulo their number, and always its own
+    noise. `recipe` must be an ODE.
+    """
 
     def __init__(self, teacher: Teacher, recipe: WholeVideoRecipe, *, prompts: Sequence[str], seed: int, dtype: torch.dtype) -> None:
         if recipe.kind != "ode":
@@ -142,7 +155,9 @@ class TeacherSampler:
         self._negative: Condition | None = None
 
     def manifest(self) -> dict[str, object]:
-        """What the samples are made of; nothing that leaves them as they are (batch size, ranks) is in it."""
+        """What the samples are made of; nothing that leaves them as they are (batch size, ranks) is
+        in it.
+        """
         precision = self.teacher.denoiser.precision
         return {
             "source": "teacher",
@@ -158,7 +173,9 @@ class TeacherSampler:
         }
 
     def samples(self, start: int, stop: int, *, batch: int) -> Iterator[ShardSample]:
-        """Samples start .. stop - 1, `batch` at a time. All their prompts are encoded first; then an encoder that can be unloaded is."""
+        """Samples start .. stop - 1, `batch` at a time. All their prompts are encoded first; then
+        an encoder that can be unloaded is.
+        """
         if batch < 1:
             raise ConfigError(f"batch={batch} must be at least 1; change --batch")
         prompts = [self.prompts[number % len(self.prompts)] for number in range(start, stop)]
@@ -177,7 +194,9 @@ class TeacherSampler:
         return Guided(teacher.denoiser, self._negative, scale)
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
-        """[B, L, E] in the stored dtype on the CPU, so that the teacher sees what training will. One rank of a group encodes."""
+        """[B, L, E] in the stored dtype on the CPU, so that the teacher sees what training will.
+        One rank of a group encodes.
+        """
         dims, text = self.teacher.shared, self.teacher.text
         out = torch.empty(len(prompts), text.text_len, text.text_dim, dtype=self.dtype)
         if dims is None or dims.cp_rank == 0:
@@ -191,7 +210,9 @@ class TeacherSampler:
 
     @torch.no_grad()
     def _latents(self, model: VelocityModel, numbers: range, embeddings: Tensor) -> Tensor:
-        """x0 [B, C, T, H, W] in the stored dtype on the CPU; the state of the sampler in float64."""
+        """x0 [B, C, T, H, W] in the stored dtype on the CPU; the state of the sampler in
+        float64.
+        """
         teacher = self.teacher
         _, frames, height, width = teacher.latent_shape
         layout = TokenLayout.bidirectional(frames, grid=teacher.denoiser.token_grid(height, width))
@@ -220,10 +241,12 @@ def build_teacher_shards(
     part: tuple[int, int] = (0, 1),
     told: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Path]:
-    """Write samples 0 .. num - 1 as shards, continuing what is there; returns the paths of this `part` (see `pending_shards`).
+    """Write samples 0 .. num - 1 as shards, continuing what is there; returns the paths of this
+    `part` (see `pending_shards`).
 
-    `told(done, total)` is called after every sample with this part's counts. With a teacher that is shared by a context-parallel group all
-    its ranks call this; the first of them reads and writes the folder and returns its paths, the others none.
+    `told(done, total)` is called after every sample with this part's counts. With a teacher that is
+    shared by a context-parallel group all its ranks call this; the first of them reads and writes
+    the folder and returns its paths, the others none.
     """
     dims = sampler.teacher.shared
     leads = dims is None or dims.cp_rank == 0
@@ -247,7 +270,9 @@ def build_teacher_shards(
 
 
 def _on_leader(look: Callable[[], _Pending], dims: ParallelDims | None) -> _Pending:
-    """What the first rank of a context-parallel group finds, on all of its ranks; its refusal is everyone's."""
+    """What the first rank of a context-parallel group finds, on all of its ranks; its refusal is
+    everyone's.
+    """
     if dims is None:
         return look()
     box: list[tuple[_Pending | None, str]] = [(None, "")]
@@ -264,8 +289,8 @@ def _on_leader(look: Callable[[], _Pending], dims: ParallelDims | None) -> _Pend
 
 
 def write_negative_embedding(path: Path, text: TextEncoder, *, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Store the negative prompt's embedding as a tensor [L, E], as `model.config.neg_embed_path` reads it
-    (docs/reference/encoders.md#umt5); whole or not at all.
+    """Store the negative prompt's embedding as a tensor [L, E], as `model.config.neg_embed_path`
+    reads it (docs/reference/encoders.md#umt5); whole or not at all.
     """
     embedding = text.encode([text.negative_prompt])[0].to("cpu", dtype).contiguous().clone()
     temporary = path.with_name(f".{path.name}.partial")

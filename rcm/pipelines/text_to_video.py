@@ -1,4 +1,6 @@
-"""Sampling a whole video at once with a bidirectional network: the many-step teacher, or the few-step rCM student."""
+"""Sampling a whole video at once with a bidirectional network: the many-step teacher, or the
+few-step rCM student.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,12 @@ SOLVERS = {"ode": ("euler", "unipc"), "rcm_few_step": ("consistency", "euler")}
 class WholeVideoRecipe:
     """Sampling of a bidirectional network; the counterpart of `SamplingRecipe`.
 
-    kind "ode": along the grid of `steps`, `shift` and `sigma_max` from unscaled noise (docs/reference/sampling.md#many-steps), `solver`
-    "euler" or "unipc" (order 2). kind "rcm_few_step": along the TrigFlow grid of `sigma_max`, from noise scaled to its first time
-    (docs/reference/sampling.md#few-steps), `solver` "consistency" or, deterministic, "euler"; `shift` is unused. `solver` None: the
-    first of each. Raises `ConfigError` for an impossible grid or pairing.
+    kind "ode": along the grid of `steps`, `shift` and `sigma_max` from unscaled noise
+    (docs/reference/sampling.md#many-steps), `solver` "euler" or "unipc" (order 2). kind
+    "rcm_few_step": along the TrigFlow grid of `sigma_max`, from noise scaled to its first time
+    (docs/reference/sampling.md#few-steps), `solver` "consistency" or, deterministic, "euler";
+    `shift` is unused. `solver` None: the first of each. Raises `ConfigError` for an impossible grid
+    or pairing.
     """
 
     kind: Literal["ode", "rcm_few_step"]
@@ -67,7 +71,9 @@ class WholeVideoRecipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> WholeVideoRecipe:
-        """From the mapping in a checkpoint's description; unknown or missing keys raise `ConfigError`."""
+        """From the mapping in a checkpoint's description; unknown or missing keys raise
+        `ConfigError`.
+        """
         unknown = sorted(set(data) - set(cls.__dataclass_fields__))
         missing = sorted({"kind", "sigma_max", "steps"} - set(data))
         if unknown or missing:
@@ -94,7 +100,9 @@ def whole_latents(
     generator: torch.Generator,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """x0 [B, C, T, H, W] float32 of `shape`, all frames attending to each other. State in float64, noise drawn in float32."""
+    """x0 [B, C, T, H, W] float32 of `shape`, all frames attending to each other. State in float64,
+    noise drawn in float32.
+    """
     layout = TokenLayout.bidirectional(shape[2], grid=denoiser.token_grid(shape[3], shape[4]))
     noise = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32).to(device, torch.float64)
 

@@ -1,6 +1,8 @@
-"""Videos in files: mp4 reading and writing through the ffmpeg that imageio-ffmpeg ships, contact sheets and GIFs for the eye.
+"""Videos in files: mp4 reading and writing through the ffmpeg that imageio-ffmpeg ships, contact
+sheets and GIFs for the eye.
 
-Pixels are float tensors in [-1, 1], time before height and width ([3, F, H, W]); files hold 8 bits, yuv420p, so their sides are even.
+Pixels are float tensors in [-1, 1], time before height and width ([3, F, H, W]); files hold 8 bits,
+yuv420p, so their sides are even.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from rcm.core.errors import ConfigError, NonFinite
 from rcm.core.output_file import OutputFile
 
 KEPT_BYTES = 1 << 30
-"""Pixels that a writer remembers for the case that the write fails: 14 minutes at 256x256 and 16 frames per second."""
+"""Pixels that a writer remembers for the case that the write fails: 14 minutes at 256x256 and 16
+frames per second.
+"""
 
 MAX_SIDE = 8192
 """Pixels a side of a frame, read or written."""
@@ -64,23 +68,29 @@ def to_uint8(video: torch.Tensor) -> torch.Tensor:
 
 
 def enlarge(video: torch.Tensor, factor: int) -> torch.Tensor:
-    """Every pixel of [..., H, W] as a `factor` x `factor` square: toy videos are too small for the eye."""
+    """Every pixel of [..., H, W] as a `factor` x `factor` square: toy videos are too small for the
+    eye.
+    """
     return video.repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2)
 
 
 def comfortable_scale(height: int, width: int) -> int:
-    """Whole factor for `enlarge` that makes the shorter side at least `COMFORTABLE`; 1 for a video that has more than a quarter of it."""
+    """Whole factor for `enlarge` that makes the shorter side at least `COMFORTABLE`; 1 for a video
+    that has more than a quarter of it.
+    """
     side = min(height, width)
     return 1 if 4 * side > COMFORTABLE else math.ceil(COMFORTABLE / side)
 
 
 class Mp4Writer:
-    """A file that grows by chunks: `append` frames while they are made; the file appears under its name when the `with` block ends well.
+    """A file that grows by chunks: `append` frames while they are made; the file appears under its
+    name when the `with` block ends well.
 
-    `fps` frames per second; `scale` enlarges by an integer; `crf` x264 quality (0 lossless, 18 visually lossless); `pad` repeats the last
-    row or column of odd sizes, which otherwise raise `ConfigError`. A failed write is an `OSError` that carries the path and says where the
-    frames (the last GiB of them) are kept; an older file stays as it was. A block that is interrupted, or fails in its own work after some
-    chunks, leaves those in NAME.partial.mp4, with a warning.
+    `fps` frames per second; `scale` enlarges by an integer; `crf` x264 quality (0 lossless, 18
+    visually lossless); `pad` repeats the last row or column of odd sizes, which otherwise raise
+    `ConfigError`. A failed write is an `OSError` that carries the path and says where the frames
+    (the last GiB of them) are kept; an older file stays as it was. A block that is interrupted, or
+    fails in its own work after some chunks, leaves those in NAME.partial.mp4, with a warning.
     """
 
     def __init__(self, path: str | Path | OutputFile, *, fps: float, scale: int = 1, crf: int = 12, pad: bool = False) -> None:
@@ -176,7 +186,8 @@ class _Encoder:
         source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{self._fps}", "-i", "-"]
         target = ["-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", f"{self._crf}", "-movflags", "+faststart", "-f", "mp4"]
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *source, *target, str(self.path.absolute())]
-        self._process = subprocess.Popen(  # in a session of its own: Ctrl-C is for this process to answer
+        # in a session of its own: Ctrl-C is for this process to answer
+        self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._log, start_new_session=True
         )
 
@@ -208,7 +219,9 @@ class _Encoder:
 
 
 def _keep(chunks: Sequence[torch.Tensor], *, name: str, **settings: Any) -> Path | None:
-    """Write chunks in a folder of their own where there is room: an mp4, or an array [F, H, W, 3] if the encoder is what fails."""
+    """Write chunks in a folder of their own where there is room: an mp4, or an array [F, H, W, 3]
+    if the encoder is what fails.
+    """
     for folder in (tempfile.gettempdir(), os.curdir, os.path.expanduser("~")):
         try:
             made = Path(tempfile.mkdtemp(prefix="rcm-kept-", dir=os.path.abspath(folder)))
@@ -231,7 +244,9 @@ def _keep(chunks: Sequence[torch.Tensor], *, name: str, **settings: Any) -> Path
 
 
 def check_frame(height: int, width: int, *, scale: int, pad: bool = False) -> None:
-    """`ConfigError` unless frames of height x width, enlarged by `scale`, fit an mp4: even sides (or `pad`), none above `MAX_SIDE`."""
+    """`ConfigError` unless frames of height x width, enlarged by `scale`, fit an mp4: even sides
+    (or `pad`), none above `MAX_SIDE`.
+    """
     height, width = height * scale, width * scale
     if not pad and (width % 2 or height % 2):
         raise ConfigError(f"mp4 (yuv420p) needs even sides, got {width}x{height}; choose an even size or scale, or pad=True")
@@ -240,14 +255,18 @@ def check_frame(height: int, width: int, *, scale: int, pad: bool = False) -> No
 
 
 def write_mp4(path: str | Path | OutputFile, video: torch.Tensor, *, fps: float, scale: int = 1, crf: int = 12, pad: bool = False) -> Path:
-    """Write `video` [3, F, H, W] in [-1, 1]; arguments and errors of `Mp4Writer`. Returns the path."""
+    """Write `video` [3, F, H, W] in [-1, 1]; arguments and errors of `Mp4Writer`. Returns the
+    path.
+    """
     with Mp4Writer(path, fps=fps, scale=scale, crf=crf, pad=pad) as writer:
         writer.append(video)
     return writer.path
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """`VideoInfo` of a file as it is read (square pixels), its frames counted by decoding; `VideoError` if it is missing or not a video."""
+    """`VideoInfo` of a file as it is read (square pixels), its frames counted by decoding;
+    `VideoError` if it is missing or not a video.
+    """
     path = _existing(path)
     command = _decoder(path, "-progress", "pipe:1", "-f", "null", "-fps_mode", "cfr", log="info")
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False)
@@ -263,7 +282,8 @@ def probe(path: str | Path) -> VideoInfo:
 
 
 def iter_frames(path: str | Path) -> Iterator[torch.Tensor]:
-    """Frames uint8 [H, W, 3] of a file, one at a time, upright and of square pixels (wider ones are stretched to their shape).
+    """Frames uint8 [H, W, 3] of a file, one at a time, upright and of square pixels (wider ones are
+    stretched to their shape).
 
     `VideoError` if the file is missing, cannot be decoded, ends early, or refers to other files.
     """
@@ -284,8 +304,8 @@ def iter_frames(path: str | Path) -> Iterator[torch.Tensor]:
 
 
 def _decoder(path: Path, *output: str, log: str) -> list[str]:
-    """An ffmpeg that decodes the first video stream of one file: with an absolute path no part of a name is a protocol, and formats that
-    are lists of other files are none.
+    """An ffmpeg that decodes the first video stream of one file: with an absolute path no part of a
+    name is a protocol, and formats that are lists of other files are none.
     """
     source = ["-nostdin", "-hide_banner", "-nostats", "-loglevel", log, "-format_whitelist", _FORMATS, "-i", str(path.absolute())]
     return [imageio_ffmpeg.get_ffmpeg_exe(), *source, "-map", "0:v:0", "-vf", _SQUARE_PIXELS, *output, "-"]
@@ -309,7 +329,9 @@ def _next_ppm(stream: IO[bytes], path: Path) -> torch.Tensor | None:
 
 
 def _require_whole(path: Path, status: int, told: str) -> None:
-    """`VideoError` with ffmpeg's reason where it failed, or met the end of the file before the end of the video."""
+    """`VideoError` with ffmpeg's reason where it failed, or met the end of the file before the end
+    of the video.
+    """
     lines = [re.sub(r"^\[[^]]*\] ", "", line.strip()) for line in told.splitlines() if line.strip()]
     if status:
         known = [line for line in lines if re.search("Invalid data|moov atom|not on whitelist|matches no streams|Invalid argument", line)]
@@ -327,7 +349,9 @@ def read_mp4(path: str | Path) -> torch.Tensor:
 
 
 def resize_frame(frame: torch.Tensor, *, height: int, width: int) -> torch.Tensor:
-    """A frame uint8 [H, W, 3] scaled to cover (height, width), cut at the centre: float32 [3, height, width] in [-1, 1]."""
+    """A frame uint8 [H, W, 3] scaled to cover (height, width), cut at the centre: float32 [3,
+    height, width] in [-1, 1].
+    """
     pixels = frame.permute(2, 0, 1).unsqueeze(0).float() / 127.5 - 1
     ratio = max(height / frame.shape[0], width / frame.shape[1])
     covering = (max(height, round(frame.shape[0] * ratio)), max(width, round(frame.shape[1] * ratio)))
@@ -339,7 +363,9 @@ def resize_frame(frame: torch.Tensor, *, height: int, width: int) -> torch.Tenso
 def contact_sheet(
     path: str | Path | OutputFile, videos: torch.Tensor, *, labels: Sequence[str] | None = None, columns: int = 9, scale: int = 4
 ) -> Path:
-    """A PNG with one row per video of [B, 3, F, H, W]: `columns` frames spread evenly over time, its label above. Returns the path."""
+    """A PNG with one row per video of [B, 3, F, H, W]: `columns` frames spread evenly over time,
+    its label above. Returns the path.
+    """
     if videos.ndim != 5 or (labels is not None and len(labels) != len(videos)):
         raise ConfigError(
             f"a contact sheet takes [B, 3, F, H, W] and one label per video, got {tuple(videos.shape)} and {labels and len(labels)} labels"

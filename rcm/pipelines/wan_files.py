@@ -1,4 +1,6 @@
-"""From a path to a Wan network: which network a file holds, its weights under the package's own names, and a frozen denoiser."""
+"""From a path to a Wan network: which network a file holds, its weights under the package's own
+names, and a frozen denoiser.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,9 @@ _SHAPED = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "freq_dim", "tex
 
 @dataclass(frozen=True)
 class LoRA:
-    """A low-rank update to merge: its file or PEFT folder, the strength of the merge, and alpha (None: that of the file, of its metadata or
-    of its adapter_config.json, else the rank, so that the strength alone counts). Raises `ConfigError` for a number that is not finite.
+    """A low-rank update to merge: its file or PEFT folder, the strength of the merge, and alpha
+    (None: that of the file, of its metadata or of its adapter_config.json, else the rank, so that
+    the strength alone counts). Raises `ConfigError` for a number that is not finite.
     """
 
     path: str | Path
@@ -58,10 +61,11 @@ class LoRA:
 
 
 class NetworkWeights(LazyWeights):
-    """One network of a file under the package's own names, read one tensor at a time: all entries of `file` whose keys start with `prefix`.
+    """One network of a file under the package's own names, read one tensor at a time: all entries
+    of `file` whose keys start with `prefix`.
 
-    `copy`: "ema", "live" or "fake_score", or "unstated" where the file does not say. Raises `CheckpointError` for entries that are no
-    tensors, or names that are no network's.
+    `copy`: "ema", "live" or "fake_score", or "unstated" where the file does not say. Raises
+    `CheckpointError` for entries that are no tensors, or names that are no network's.
     """
 
     def __init__(self, file: WeightFile, *, prefix: str, copy: str) -> None:
@@ -74,8 +78,9 @@ class NetworkWeights(LazyWeights):
 
 
 class MergedWeights(LazyWeights):
-    """`base` with a low-rank update added while it is read, in float32 on `device`. Raises `CheckpointError` naming the LoRA's file for a
-    target that the network does not have, or factors of another shape.
+    """`base` with a low-rank update added while it is read, in float32 on `device`. Raises
+    `CheckpointError` naming the LoRA's file for a target that the network does not have, or factors
+    of another shape.
     """
 
     def __init__(self, base: LazyWeights, lora: LoRA, *, device: torch.device | str = "cpu") -> None:
@@ -106,8 +111,8 @@ class MergedWeights(LazyWeights):
 
 
 def adapter_settings(file: WeightFile, *, given: bool = False) -> LoRASettings:
-    """What a low-rank update says of its strength, in its metadata, in the adapter_config.json beside it, and in the description of the run
-    that trained it; errors as `lora_settings`.
+    """What a low-rank update says of its strength, in its metadata, in the adapter_config.json
+    beside it, and in the description of the run that trained it; errors as `lora_settings`.
     """
     beside = (file.path if file.path.is_dir() else file.path.parent) / "adapter_config.json"
     config = file.config if file.config is not None else read_object(beside) if beside.is_file() else None
@@ -123,8 +128,9 @@ def adapter_settings(file: WeightFile, *, given: bool = False) -> LoRASettings:
 
 
 def copies_in(file: WeightFile) -> dict[str, str]:
-    """Prefix -> copy of every network in `file`, averaged first; "" -> "unstated" where nothing looks like one. The only network of a file
-    is what its description says, or "unstated" where neither that nor its name tells.
+    """Prefix -> copy of every network in `file`, averaged first; "" -> "unstated" where nothing
+    looks like one. The only network of a file is what its description says, or "unstated" where
+    neither that nor its name tells.
     """
     held = network_prefixes(file.headers) or {"": "live"}
     if len(held) == 1 and "live" in held.values():
@@ -138,12 +144,15 @@ def copies_in(file: WeightFile) -> dict[str, str]:
 def network_weights(
     file: WeightFile, *, weights: str = "ema", base: str | Path | None = None, above: int = 0
 ) -> NetworkWeights | AdaptedWeights:
-    """One network of `file`: its averaged ("ema"; the only copy where there is no average), "live" (or "reg") or "fake_score" weights. The
-    only network of a file that describes itself as another copy is taken with a warning.
+    """One network of `file`: its averaged ("ema"; the only copy where there is no average), "live"
+    (or "reg") or "fake_score" weights. The only network of a file that describes itself as another
+    copy is taken with a warning.
 
-    A file that describes its entries as adapters is read on top of the weights they were trained on: at `base`, or where the description
-    says; `above` counts adapters on adapters. Raises `CheckpointError` naming the file when it holds no such copy, another architecture,
-    something else, or quantised weights, or when its base is missing; `ConfigError` for an unknown word, or a `base` that nothing reads.
+    A file that describes its entries as adapters is read on top of the weights they were trained
+    on: at `base`, or where the description says; `above` counts adapters on adapters. Raises
+    `CheckpointError` naming the file when it holds no such copy, another architecture, something
+    else, or quantised weights, or when its base is missing; `ConfigError` for an unknown word, or a
+    `base` that nothing reads.
     """
     if weights not in COPIES:
         raise ConfigError(f"unknown weights {weights!r}; choose from {', '.join(COPIES)}")
@@ -194,10 +203,11 @@ def _adapted(file: WeightFile, description: Description, *, wanted: str, base: s
 
 
 def config_of(network: NetworkWeights | AdaptedWeights, *, expect: WanConfig | str | None = None) -> WanConfig:
-    """Sizes of a network: from `expect`, else its self-description, else its shapes with the config.json beside it.
+    """Sizes of a network: from `expect`, else its self-description, else its shapes with the
+    config.json beside it.
 
-    Raises `CheckpointError` where tensors and words disagree, naming --model_size where it is `expect`. Names and shapes of all tensors
-    are `require_fit`'s business.
+    Raises `CheckpointError` where tensors and words disagree, naming --model_size where it is
+    `expect`. Names and shapes of all tensors are `require_fit`'s business.
     """
     file = network.file
     wanted = named_config(expect) if isinstance(expect, str) else expect
@@ -228,7 +238,9 @@ def config_of(network: NetworkWeights | AdaptedWeights, *, expect: WanConfig | s
 
 
 def require_fit(network: Mapping[str, Tensor], config: WanConfig, *, source: str | Path | None = None) -> None:
-    """Raise `CheckpointError` naming missing, unexpected and misshapen tensors of `network` against a net of these sizes."""
+    """Raise `CheckpointError` naming missing, unexpected and misshapen tensors of `network` against
+    a net of these sizes.
+    """
     path = source or (network.file.path if isinstance(network, NetworkWeights | AdaptedWeights) else "state dict")
     check_keys(
         f"{path} (for {told_size(config)})",
@@ -259,7 +271,8 @@ def told_size(config: WanConfig) -> str:
 def description_of(file: WeightFile) -> Description | None:
     """The self-description beside the weights or inside a safetensors file; None without one."""
     found = describe(file.path)
-    if found is None and file.path.stem in CONFIGS:  # a published folder describes itself as a whole
+    # a published folder describes itself as a whole
+    if found is None and file.path.stem in CONFIGS:
         found = describe(file.path.parent)
     if found is None and "rcm" in file.metadata:
         found = Description.from_json(file.metadata["rcm"], source=f"the metadata of {file.path}")
@@ -276,13 +289,14 @@ def load_wan(
     attention: str = "auto",
     loras: Sequence[LoRA] = (),
 ) -> Denoiser:
-    """A frozen network filled from any understood file or folder. Collective where a process group of several ranks exists: rank 0
-    reads and sends.
+    """A frozen network filled from any understood file or folder. Collective where a process group
+    of several ranks exists: rank 0 reads and sends.
 
-    `expect`: preset or sizes that it must have (None: whatever the file holds). `weights`: "ema" (the only copy where there is no
-    average), "live" or "fake_score". `loras` are added in the order given. The net is built without memory, materialised on `device` in
-    precision.compute, and filled tensor by tensor. Raises `CheckpointError` on every rank, before memory is taken, for a file that is
-    damaged, of another kind or of another network.
+    `expect`: preset or sizes that it must have (None: whatever the file holds). `weights`: "ema"
+    (the only copy where there is no average), "live" or "fake_score". `loras` are added in the
+    order given. The net is built without memory, materialised on `device` in precision.compute, and
+    filled tensor by tensor. Raises `CheckpointError` on every rank, before memory is taken, for a
+    file that is damaged, of another kind or of another network.
     """
 
     def read() -> tuple[LazyWeights, WanConfig]:
@@ -306,7 +320,8 @@ def load_wan(
 def random_wan(
     preset: WanConfig | str, *, device: torch.device | str = "cpu", precision: Precision, attention: str = "auto", seed: int = 0
 ) -> Denoiser:
-    """A frozen network with random weights, the output head included: for measurements of speed and memory, and for tests.
+    """A frozen network with random weights, the output head included: for measurements of speed and
+    memory, and for tests.
 
     Drawn on `device` from `seed`, tensor by tensor; another kind of device gives other numbers.
     """
@@ -341,7 +356,9 @@ def _different(found: WanConfig, other: WanConfig) -> str:
 
 
 def _cut_from(found: WanConfig) -> str | None:
-    """The preset that differs in the number of layers alone: a file that lost its last blocks looks like a smaller network."""
+    """The preset that differs in the number of layers alone: a file that lost its last blocks looks
+    like a smaller network.
+    """
     return next((name for name, known in PRESETS.items() if known != found and replace(known, num_layers=found.num_layers) == found), None)
 
 

@@ -1,7 +1,9 @@
-"""Wan's bidirectional sampling, whole: prompt and perhaps image to pixels, for every size, sampler and memory policy.
+"""Wan's bidirectional sampling, whole: prompt and perhaps image to pixels, for every size, sampler
+and memory policy.
 
-One network, or two experts that take over from each other; each model is on the device when the `MemoryPolicy` says. Under torchrun all
-ranks share each video (Ulysses): rank 0 encodes and decodes, every rank computes its tokens. docs/reference/sampling.md,
+One network, or two experts that take over from each other; each model is on the device when the
+`MemoryPolicy` says. Under torchrun all ranks share each video (Ulysses): rank 0 encodes and
+decodes, every rank computes its tokens. docs/reference/sampling.md,
 docs/reference/wan.md#image-condition, #frame-sizes.
 """
 
@@ -54,7 +56,9 @@ class Expert:
 
 @dataclass(frozen=True)
 class Step:
-    """One network evaluation as it was made: its number from 0, RF time, the expert in charge, seconds of its forwards alone."""
+    """One network evaluation as it was made: its number from 0, RF time, the expert in charge,
+    seconds of its forwards alone.
+    """
 
     index: int
     t: float
@@ -68,9 +72,10 @@ OnStep = Callable[[Step, int], None]
 
 @dataclass(frozen=True)
 class VideoRequest:
-    """What to make. `size` in pixels; `num_frames` 4n + 1; `negative_prompt` None is the encoder's own; `image` uint8 [H, W, 3], the first
-    frame, for image-to-video networks; `last_image` the last one, for networks that read two; `seed` of the one generator, on the device,
-    from which all noise is drawn in float32.
+    """What to make. `size` in pixels; `num_frames` 4n + 1; `negative_prompt` None is the encoder's
+    own; `image` uint8 [H, W, 3], the first frame, for image-to-video networks; `last_image` the
+    last one, for networks that read two; `seed` of the one generator, on the device, from which all
+    noise is drawn in float32.
     """
 
     prompt: str
@@ -95,7 +100,9 @@ class VideoRequest:
 
     @property
     def input_channels(self) -> int:
-        """Channels of the network: those of the latent, and with an image the mask's and the image's."""
+        """Channels of the network: those of the latent, and with an image the mask's and the
+        image's.
+        """
         return LATENT_CHANNELS if self.image is None else 2 * LATENT_CHANNELS + MASK_CHANNELS
 
     @property
@@ -106,7 +113,9 @@ class VideoRequest:
 
 @dataclass(frozen=True)
 class GeneratedVideo:
-    """Pixels [B, 3, F, H, W] (None but on rank 0), latents [B, 16, T, h, w] float32 (on every rank), and the steps that made them."""
+    """Pixels [B, 3, F, H, W] (None but on rank 0), latents [B, 16, T, h, w] float32 (on every
+    rank), and the steps that made them.
+    """
 
     frames: Tensor | None
     latents: Tensor
@@ -114,9 +123,11 @@ class GeneratedVideo:
 
 
 class WanPipeline:
-    """Everything a Wan video is made with. `experts` in the order of their times, `text` and `codec` used on rank 0 only.
+    """Everything a Wan video is made with. `experts` in the order of their times, `text` and
+    `codec` used on rank 0 only.
 
-    `clip` is needed by networks with an image branch (Wan2.1 image-to-video). Raises `ConfigError` unless the experts' times descend to 0.
+    `clip` is needed by networks with an image branch (Wan2.1 image-to-video). Raises `ConfigError`
+    unless the experts' times descend to 0.
     """
 
     def __init__(
@@ -138,8 +149,8 @@ class WanPipeline:
 
     @torch.no_grad()
     def generate(self, request: VideoRequest, *, on_step: OnStep | None = None) -> GeneratedVideo:
-        """Make the video of a request. Collective over the ranks of a launch. Raises `ConfigError` before any work for impossible shapes,
-        `NonFinite` for a network that returns NaN.
+        """Make the video of a request. Collective over the ranks of a launch. Raises `ConfigError`
+        before any work for impossible shapes, `NonFinite` for a network that returns NaN.
         """
         shape = request.latent_shape
         if request.last_image is not None and request.image is None:
@@ -153,7 +164,9 @@ class WanPipeline:
         return GeneratedVideo(on_first(lambda: self.decode(latents)), latents, steps)
 
     def conditions(self, request: VideoRequest, *, guided: bool) -> tuple[Condition, Condition | None]:
-        """The condition of the prompt, batch 1, and of the negative prompt where it is used; equal on all ranks."""
+        """The condition of the prompt, batch 1, and of the negative prompt where it is used; equal
+        on all ranks.
+        """
         prompts = [request.prompt]
         if guided:
             prompts.append(self._negative_prompt(request))
@@ -167,7 +180,9 @@ class WanPipeline:
         return tuple(Condition(row[None], **images) for row in embedded) if guided else (Condition(embedded, **images), None)
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings [P, L, E] of prompts, made by rank 0, equal on all ranks; then the text encoder rests."""
+        """Embeddings [P, L, E] of prompts, made by rank 0, equal on all ranks; then the text
+        encoder rests.
+        """
 
         def encode() -> Tensor:
             with self.clock.part("text"):
@@ -187,7 +202,9 @@ class WanPipeline:
         generator: torch.Generator,
         on_step: OnStep | None = None,
     ) -> tuple[Tensor, tuple[Step, ...]]:
-        """x0 [B, C, T, H, W] float32 of `shape` and the steps; state in float64, noise drawn in float32 from `generator`."""
+        """x0 [B, C, T, H, W] float32 of `shape` and the steps; state in float64, noise drawn in
+        float32 from `generator`.
+        """
         sampler = recipe.sampler()
         with self.clock.part("solver"):
             noise = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32).to(self.device, torch.float64)
@@ -198,7 +215,9 @@ class WanPipeline:
         return x0, tuple(walk.steps)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels [B, 3, F, H, W] float32, one sample after the other; in host memory where the policy does not keep the codec."""
+        """Pixels [B, 3, F, H, W] float32, one sample after the other; in host memory where the
+        policy does not keep the codec.
+        """
         codec = self.codec.use()
         with self.clock.part("decode"):
             where = self.device if self.memory.codec == "keep" else "cpu"
@@ -250,7 +269,9 @@ def _images(request: VideoRequest) -> list[Tensor]:
 
 
 class _Walk:
-    """One way from noise to data: the expert in charge with its conditions, and the record of the steps."""
+    """One way from noise to data: the expert in charge with its conditions, and the record of the
+    steps.
+    """
 
     def __init__(
         self, pipeline: WanPipeline, cond: Condition, negative: Condition | None, scale: float, *, total: int, on_step: OnStep | None
@@ -263,7 +284,9 @@ class _Walk:
         self._layout: TokenLayout | None = None
 
     def velocity(self, x: Tensor, t: float) -> Tensor:
-        """v at `x` [B, C, T, H, W] and RF time `t`, guided; takes the next expert when the one in charge is done."""
+        """v at `x` [B, C, T, H, W] and RF time `t`, guided; takes the next expert when the one in
+        charge is done.
+        """
         denoiser = self._in_charge(t, x)
         expert, clock = self.pipeline.experts[self._number], self.pipeline.clock
         before = clock.seconds.get("network", 0.0)
@@ -280,7 +303,8 @@ class _Walk:
         experts = self.pipeline.experts
         number = next(i for i, expert in enumerate(experts) if t >= expert.down_to)
         if number != self._number:
-            self._conditions = []  # the last references to what the expert in charge computed from the prompts
+            # the last references to what the expert in charge computed from the prompts
+            self._conditions = []
             for other in (*experts[:number], *experts[number + 1 :]):
                 other.network.rest(self.pipeline.memory.expert)
             self._number = number

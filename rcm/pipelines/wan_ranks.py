@@ -1,4 +1,6 @@
-"""Several GPUs for one video: which numbers of ranks fit a network and a frame size, and sharing a loaded network's tokens among them."""
+"""Several GPUs for one video: which numbers of ranks fit a network and a frame size, and sharing a
+loaded network's tokens among them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def fitting_ranks(*, num_heads: int, tokens_per_frame: int) -> tuple[int, ...]:
 
 
 def check_ranks(ranks: int, *, num_heads: int, tokens_per_frame: int) -> None:
-    """`ConfigError`, with the numbers that would do, unless `ranks` can share each frame and each attention."""
+    """`ConfigError`, with the numbers that would do, unless `ranks` can share each frame and each
+    attention.
+    """
     fitting = fitting_ranks(num_heads=num_heads, tokens_per_frame=tokens_per_frame)
     if ranks not in fitting:
         raise ConfigError(
@@ -35,7 +39,9 @@ def check_ranks(ranks: int, *, num_heads: int, tokens_per_frame: int) -> None:
 
 
 def share_tokens(denoiser: Denoiser, *, tokens_per_frame: int) -> Denoiser:
-    """Let all ranks of the launch compute each forward together (Ulysses; weights whole on every rank); alone, nothing changes."""
+    """Let all ranks of the launch compute each forward together (Ulysses; weights whole on every
+    rank); alone, nothing changes.
+    """
     check_ranks(num_ranks(), num_heads=denoiser.net.config.num_heads, tokens_per_frame=tokens_per_frame)
     if num_ranks() > 1:
         shard_sequence(denoiser.net, group=dist.group.WORLD)

@@ -1,5 +1,5 @@
-"""Frame sizes of Wan videos: the table of resolutions, sizes that follow an image's shape, sizes written by hand.
-docs/reference/wan.md#frame-sizes.
+"""Frame sizes of Wan videos: the table of resolutions, sizes that follow an image's shape, sizes
+written by hand. docs/reference/wan.md#frame-sizes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ _WIDTH_HEIGHT = {
 }
 
 SIZES = {name: {ratio: FrameSize(h, w) for ratio, (w, h) in row.items()} for name, row in _WIDTH_HEIGHT.items()}
-"""Resolution -> aspect ratio (width:height) -> size. "480p" and "720p" are what Wan was trained on, the others are older tables."""
+"""Resolution -> aspect ratio (width:height) -> size. "480p" and "720p" are what Wan was trained on,
+the others are older tables.
+"""
 
 
 def table_size(resolution: str, aspect_ratio: str) -> FrameSize:
@@ -49,10 +51,11 @@ def table_size(resolution: str, aspect_ratio: str) -> FrameSize:
 
 
 def adaptive_size(area: FrameSize, *, image: FrameSize) -> FrameSize:
-    """The size with about the pixels of `area` and the shape of `image`: each ideal side rounded to the nearest multiple of 16.
+    """The size with about the pixels of `area` and the shape of `image`: each ideal side rounded to
+    the nearest multiple of 16.
 
-    With A pixels and r = image height / image width: height sqrt(A r), width sqrt(A / r). `ConfigError` for an image so long that a side
-    would vanish.
+    With A pixels and r = image height / image width: height sqrt(A r), width sqrt(A / r).
+    `ConfigError` for an image so long that a side would vanish.
     """
     pixels, ratio = area.height * area.width, image.height / image.width
     sides = [SIZE_MULTIPLE * round(ideal**0.5 / SIZE_MULTIPLE) for ideal in (pixels * ratio, pixels / ratio)]
@@ -62,7 +65,9 @@ def adaptive_size(area: FrameSize, *, image: FrameSize) -> FrameSize:
 
 
 def written_size(text: str) -> FrameSize:
-    """ "HEIGHTxWIDTH" in pixels; `ConfigError` unless both are positive multiples of 16 (naming the nearest ones), at most `MAX_SIDE`."""
+    """ "HEIGHTxWIDTH" in pixels; `ConfigError` unless both are positive multiples of 16 (naming the
+    nearest ones), at most `MAX_SIDE`.
+    """
     match = re.fullmatch(r"\s*0*([0-9]{1,9})\s*[xX]\s*0*([0-9]{1,9})\s*", text)
     if match is None:
         raise ConfigError(f"--size {text[:40]!r} is not HEIGHTxWIDTH in pixels, such as 480x832")

@@ -1,8 +1,10 @@
-"""Weights at any path: the containers of `rcm/storage`, and what is made of several: checkpoints of runs, published folders of networks.
+"""Weights at any path: the containers of `rcm/storage`, and what is made of several: checkpoints of
+runs, published folders of networks.
 
     file, shards, folder with one network    rcm/storage/weight_files.py
     folder                                   a DCP directory, or a checkpoint of a run
-    folder of folders                        diffusers (transformer/, transformer_2/), Wan2.2 (high_noise_model/, low_noise_model/)
+    folder of folders                        diffusers (transformer/, transformer_2/), Wan2.2
+                                             (high_noise_model/, low_noise_model/)
 
 Whose network the keys are is `rcm/pipelines/wan_files.py`'s business. docs/reference/wan.md#files.
 """
@@ -17,14 +19,17 @@ from rcm.storage.weight_files import WeightFile, open_container
 from rcm.train.export import find_model_directory
 
 EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
-"""Folder names of networks inside a published folder: diffusers, Wan2.2; the second is the expert for low noise."""
+"""Folder names of networks inside a published folder: diffusers, Wan2.2; the second is the expert
+for low noise.
+"""
 
 
 def open_weights(path: str | Path) -> WeightFile:
     """The tensors of any container (see the module), none of them read yet.
 
-    Raises `CheckpointError` for a path that does not exist, a folder that could mean several networks (naming them), a file that is
-    truncated, damaged or of an unknown kind, a shard that is missing or disagrees with its index.
+    Raises `CheckpointError` for a path that does not exist, a folder that could mean several
+    networks (naming them), a file that is truncated, damaged or of an unknown kind, a shard that is
+    missing or disagrees with its index.
     """
     path = Path(path)
     if not path.is_dir():
@@ -43,7 +48,9 @@ def open_weights(path: str | Path) -> WeightFile:
 
 
 def experts_at(path: str | Path) -> tuple[Path, ...]:
-    """Folders of the networks inside a published folder, high noise first; empty for any other path."""
+    """Folders of the networks inside a published folder, high noise first; empty for any other
+    path.
+    """
     path = Path(path)
     for names in EXPERTS:
         found = tuple(path / name for name in names if (path / name).is_dir())

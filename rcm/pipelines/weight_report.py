@@ -1,4 +1,5 @@
-"""What a file or folder of weights is: whose form, which network fits, what is missing, which copies it holds, where it can be used.
+"""What a file or folder of weights is: whose form, which network fits, what is missing, which
+copies it holds, where it can be used.
 
 Reads names and shapes only.
 """
@@ -39,9 +40,9 @@ from rcm.train.describe import Description
 
 @dataclass(frozen=True)
 class CopyReport:
-    """One network in a file. `copy`: "ema", "live", "fake_score" or "unstated"; `prefix` of its keys; `network` in words, `preset` its name
-    if it has one; `missing`, `extra`, `misshapen` tensors against that network, by the package's names; `problem` where its sizes cannot
-    be told.
+    """One network in a file. `copy`: "ema", "live", "fake_score" or "unstated"; `prefix` of its
+    keys; `network` in words, `preset` its name if it has one; `missing`, `extra`, `misshapen`
+    tensors against that network, by the package's names; `problem` where its sizes cannot be told.
     """
 
     copy: str
@@ -69,10 +70,11 @@ class CopyReport:
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """What `inspect_weights` found. `family`: whose form; `container`: how it is stored; `dtype` and `tensors` of all entries;
-    `patch`: "5-D" (a convolution's) or "2-D"; `copies` one per network; `others` the number of entries that belong to no network;
-    `description` the stage and iteration it states; `problem` why it cannot be used, None where it can; `uses` where to pass it;
-    `parts` the reports of the networks inside a published folder.
+    """What `inspect_weights` found. `family`: whose form; `container`: how it is stored; `dtype`
+    and `tensors` of all entries; `patch`: "5-D" (a convolution's) or "2-D"; `copies` one per
+    network; `others` the number of entries that belong to no network; `description` the stage and
+    iteration it states; `problem` why it cannot be used, None where it can; `uses` where to pass
+    it; `parts` the reports of the networks inside a published folder.
     """
 
     path: str
@@ -128,7 +130,9 @@ class WeightsReport:
 
 
 def inspect_weights(path: str | Path) -> WeightsReport:
-    """What is at `path`; raises `CheckpointError` only for what cannot be read (missing, truncated, damaged, no weights at all)."""
+    """What is at `path`; raises `CheckpointError` only for what cannot be read (missing, truncated,
+    damaged, no weights at all).
+    """
     inner = experts_at(path)
     if len(inner) > 1:
         parts = tuple(inspect_weights(part) for part in inner)
@@ -216,7 +220,9 @@ def _problem(copies: tuple[CopyReport, ...]) -> str | None:
 
 
 def _lora_report(file: WeightFile, common: dict[str, Any], description: Description | None) -> WeightsReport:
-    """A low-rank update; whether it fits is seen when it is merged, or at once where it says to which weights it belongs."""
+    """A low-rank update; whether it fits is seen when it is merged, or at once where it says to
+    which weights it belongs.
+    """
     if description is not None and "adapters" in description.extra:
         return _adapters_report(file, common, description)
     try:
@@ -273,7 +279,9 @@ def _family(file: WeightFile, patch: int | None, prefixes: Iterable[str]) -> str
 
 
 def _uses(path: str, first: CopyReport, *, streamed: str | None) -> tuple[str, ...]:
-    """Where a network of this size can be passed; `streamed`: the line for one that says how it is sampled."""
+    """Where a network of this size can be passed; `streamed`: the line for one that says how it is
+    sampled.
+    """
     size = first.preset
     if streamed:
         return (f"stream it: {streamed}", f"training from it: model.config.student_ckpt={path} (or a teacher's *_ckpt)")

@@ -1,7 +1,9 @@
-"""A network written in the form of any family, atomically: a torch pickle, a safetensors file, a published folder, a DCP directory.
+"""A network written in the form of any family, atomically: a torch pickle, a safetensors file, a
+published folder, a DCP directory.
 
-safetensors are written tensor by tensor, so memory holds one at a time; the other containers need the whole network (memory-mapped if it
-comes from a torch pickle and keeps its dtype). docs/reference/wan.md#files.
+safetensors are written tensor by tensor, so memory holds one at a time; the other containers need
+the whole network (memory-mapped if it comes from a torch pickle and keeps its dtype).
+docs/reference/wan.md#files.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ FOLDER_STEM = "diffusion_pytorch_model"
 
 
 class OtherForm(LazyWeights):
-    """A network (package's own form) under the names, shapes and dtype of another family, read one tensor at a time. `dtype` None keeps
-    each tensor's.
+    """A network (package's own form) under the names, shapes and dtype of another family, read one
+    tensor at a time. `dtype` None keeps each tensor's.
     """
 
     def __init__(self, network: LazyWeights, *, form: Format, config: WanConfig, dtype: torch.dtype | None) -> None:
@@ -67,11 +69,13 @@ def save_network(
 ) -> Path:
     """Write `network` (package's own form) to `path` and return it.
 
-    The suffix chooses the container: .safetensors; .pt or .pth; .dcp, a directory of torch.distributed.checkpoint; none, a folder of
-    safetensors (sharded above `max_shard_bytes`) with the config.json of the form, where it has one. The description goes beside a file as
-    <name>.json (and into a safetensors' metadata), into a folder as rcm.json. Raises `ConfigError`, before anything is written, for another
-    suffix, a form that the container cannot hold, or a path that exists while `overwrite` is False, a folder with other files.
-    Whatever fails later leaves `path` as it was.
+    The suffix chooses the container: .safetensors; .pt or .pth; .dcp, a directory of
+    torch.distributed.checkpoint; none, a folder of safetensors (sharded above `max_shard_bytes`)
+    with the config.json of the form, where it has one. The description goes beside a file as
+    <name>.json (and into a safetensors' metadata), into a folder as rcm.json. Raises `ConfigError`,
+    before anything is written, for another suffix, a form that the container cannot hold, or a path
+    that exists while `overwrite` is False, a folder with other files. Whatever fails later leaves
+    `path` as it was.
     """
     target = Path(path)
     _check_target(target, form=form, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
@@ -93,7 +97,8 @@ def _write(path: Path, weights: OtherForm, *, kind: str, config: WanConfig, desc
         torch.save(_contained(weights, copy=str(description.extra.get("weights"))), path)
     elif kind == ".dcp":
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
+            # one process is what is meant
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save(_whole(weights), storage_writer=FileSystemWriter(str(path), single_file_per_rank=True), no_dist=True)
         description.write(path / FILE_NAME)
     else:
@@ -118,7 +123,9 @@ def _write_folder(folder: Path, weights: LazyWeights, *, config: WanConfig, desc
 
 
 def _shards(headers: Mapping[str, Tensor], limit: int | None) -> list[list[str]]:
-    """Keys in order, cut where a shard would grow beyond `limit` bytes; a tensor larger than that stands alone."""
+    """Keys in order, cut where a shard would grow beyond `limit` bytes; a tensor larger than that
+    stands alone.
+    """
     shards: list[list[str]] = [[]]
     filled = 0
     for key, header in headers.items():
@@ -137,7 +144,9 @@ def _contained(weights: OtherForm, *, copy: str) -> dict[str, object]:
 
 
 def _whole(weights: LazyWeights) -> dict[str, Tensor]:
-    """Every tensor with a storage of its own: torch.save writes whole storages, and views into a mapped file would repeat it."""
+    """Every tensor with a storage of its own: torch.save writes whole storages, and views into a
+    mapped file would repeat it.
+    """
     tensors = {key: weights[key].cpu() for key in weights}
     return {key: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for key, t in tensors.items()}
 
@@ -157,8 +166,8 @@ def _check_target(target: Path, *, form: Format, max_shard_bytes: int | None, ov
 
 
 def check_free(target: Path, *, overwrite: bool, ours: Callable[[str], bool]) -> None:
-    """Raise `ConfigError` for a target that exists while `overwrite` is False, and for a folder with files that are not `ours` (nor what
-    every folder of weights has).
+    """Raise `ConfigError` for a target that exists while `overwrite` is False, and for a folder
+    with files that are not `ours` (nor what every folder of weights has).
     """
     if target.exists() and not overwrite:
         raise ConfigError(f"{target} exists; pass --overwrite to replace it, or choose another target")

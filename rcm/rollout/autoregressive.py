@@ -1,7 +1,9 @@
-"""One chunk loop for training and streaming: denoise a chunk against the cache, hand it out, commit its context.
+"""One chunk loop for training and streaming: denoise a chunk against the cache, hand it out, commit
+its context.
 
-What varies is a value: the plan (steps, times, context rule), the step rule (consistency or Euler), where gradient is kept, the cache and
-the policy that decides what of it is seen. An engine that captures passes overrides `ChunkLoop.advance` alone. Causal-rCM sections 4, 5.
+What varies is a value: the plan (steps, times, context rule), the step rule (consistency or Euler),
+where gradient is kept, the cache and the policy that decides what of it is seen. An engine that
+captures passes overrides `ChunkLoop.advance` alone. Causal-rCM sections 4, 5.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ View = CacheView | PairedView
 
 @dataclass(frozen=True)
 class Canvas:
-    """What is written on: the token grid (h, w) of a frame, and the policy that says what of the past a chunk sees."""
+    """What is written on: the token grid (h, w) of a frame, and the policy that says what of the
+    past a chunk sees.
+    """
 
     grid: tuple[int, int]
     policy: CachePolicy = CachePolicy()
@@ -41,7 +45,8 @@ class Canvas:
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """A finished chunk: prediction x0 [B, C, frames, H, W], the input of its last step, that step's RF time, and where it was placed.
+    """A finished chunk: prediction x0 [B, C, frames, H, W], the input of its last step, that step's
+    RF time, and where it was placed.
 
     `committed`: its context is in the cache already, left by its last step.
     """
@@ -62,8 +67,9 @@ def time_tensor(t: float, batch: int, device: torch.device) -> Tensor:
 class ChunkLoop:
     """The state of a rollout between chunks: a cache from `denoiser.new_cache`, and what fills it.
 
-    `grad="last_step"` keeps the graph of each chunk's last step only; the committed context is always detached, so no gradient crosses
-    chunks. `in_place` uses the cache's transient writes (inference). `interrupt` is called before every pass and may raise to stop.
+    `grad="last_step"` keeps the graph of each chunk's last step only; the committed context is
+    always detached, so no gradient crosses chunks. `in_place` uses the cache's transient writes
+    (inference). `interrupt` is called before every pass and may raise to stop.
     """
 
     def __init__(
@@ -83,9 +89,10 @@ class ChunkLoop:
         self.newest: int | None = None  # id of the chunk that was appended last
 
     def denoise(self, plan: ChunkPlan, cond: Condition, *, keep: bool = True) -> ChunkResult:
-        """Generate the chunk of `plan`. `keep`: its context will be needed, so a plan that leaves its last input as context does so in its
-        last step, where no gradient is kept; not with a rule of mean velocities, whose step looks down to t_next, while context is
-        trained to look no further than its own time.
+        """Generate the chunk of `plan`. `keep`: its context will be needed, so a plan that leaves
+        its last input as context does so in its last step, where no gradient is kept; not with a
+        rule of mean velocities, whose step looks down to t_next, while context is trained to look
+        no further than its own time.
         """
         frames = slice(plan.start, plan.stop)
         placement = self.place(plan)
@@ -105,8 +112,8 @@ class ChunkLoop:
 
     @torch.no_grad()
     def commit(self, result: ChunkResult, cond: Condition) -> tuple[Tensor, float]:
-        """Append the context of a finished chunk, unless it is there already: clean, as last seen, or re-noised; returns it and its
-        time.
+        """Append the context of a finished chunk, unless it is there already: clean, as last seen,
+        or re-noised; returns it and its time.
         """
         plan = result.plan
         if result.committed:
@@ -131,10 +138,12 @@ class ChunkLoop:
 
     @torch.no_grad()
     def refill(self, chunks: Sequence[tuple[CachedChunk, Tensor, float]], cond: Condition) -> None:
-        """Enter cached chunks anew under `cond`, oldest first, each under its id and at its positions: (chunk, its latents, their RF time).
-        They are the newest ones, all but what the policy protects.
+        """Enter cached chunks anew under `cond`, oldest first, each under its id and at its
+        positions: (chunk, its latents, their RF time). They are the newest ones, all but what the
+        policy protects.
 
-        Raises `ValueError`, before anything is changed, for a chunk that lost tokens: its frames have no positions of their own any more.
+        Raises `ValueError`, before anything is changed, for a chunk that lost tokens: its frames
+        have no positions of their own any more.
         """
         places = [chunk.positions.frames for chunk, _, _ in chunks]
         if None in places:
@@ -172,7 +181,9 @@ class ChunkLoop:
     def advance(
         self, x: Tensor, cond: Condition, placement: Placement, *, t: float, t_next: float, noise: Tensor | None, append: bool
     ) -> Tensor:
-        """One denoising step from RF time `t` to `t_next`; `append` leaves the pass in the cache."""
+        """One denoising step from RF time `t` to `t_next`; `append` leaves the pass in the
+        cache.
+        """
         view = self.view(placement, append=append)
         layout = self.canvas.layout(placement.frame_index, view)
         now, then = (time_tensor(time, x.shape[0], x.device) for time in (t, t_next))
@@ -214,8 +225,8 @@ def rollout(
 ) -> Iterator[ChunkResult]:
     """Generate the chunks of `plans` in order, one `ChunkResult` each; options as `ChunkLoop`.
 
-    `cache` already holds every block before the first plan's (see `ChunkLoop.prefill`). `commit_last=False` skips the context pass of the
-    final chunk, which nothing reads.
+    `cache` already holds every block before the first plan's (see `ChunkLoop.prefill`).
+    `commit_last=False` skips the context pass of the final chunk, which nothing reads.
     """
     loop = ChunkLoop(denoiser, canvas=canvas, noise=noise, rule=rule, cache=cache, grad=grad, in_place=in_place)
     upcoming = iter(plans)

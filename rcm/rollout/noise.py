@@ -1,4 +1,6 @@
-"""The noise a rollout consumes: of a whole video in the order of the release, or keyed per chunk for videos without end."""
+"""The noise a rollout consumes: of a whole video in the order of the release, or keyed per chunk
+for videos without end.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from rcm.rollout.plan import ChunkPlan
 
 
 class Noise(Protocol):
-    """Unit noise [B, C, frames, H, W] of the latent frames [frames.start, frames.stop) of a video."""
+    """Unit noise [B, C, frames, H, W] of the latent frames [frames.start, frames.stop) of a
+    video.
+    """
 
     def start(self, frames: slice) -> torch.Tensor:
         """What a chunk starts from."""
@@ -31,8 +35,9 @@ class Noise(Protocol):
 
 
 class ChunkNoise:
-    """Noise without end: every draw has a key of its own, (seed, first frame, use), so that any chunk can be drawn at any time, in any
-    order, and nothing is stored. `shape` [B, C, H, W]; draws are float32 on `draw_on`, handed out in `dtype` on `device`.
+    """Noise without end: every draw has a key of its own, (seed, first frame, use), so that any
+    chunk can be drawn at any time, in any order, and nothing is stored. `shape` [B, C, H, W]; draws
+    are float32 on `draw_on`, handed out in `dtype` on `device`.
     """
 
     def __init__(
@@ -74,12 +79,14 @@ class ChunkNoise:
 
 
 class VideoNoise:
-    """All noise of one video, drawn up front in a fixed order: the start, then `num_draws` step tensors of the whole video.
+    """All noise of one video, drawn up front in a fixed order: the start, then `num_draws` step
+    tensors of the whole video.
 
-    `shape` [B, C, T, H, W]; draws are float32 on the generator's device, handed out in `dtype` on `device`. Step j of every chunk reads
-    its frames of step tensor j. As in the release, a last step that adds no noise has its tensor too. The first `given` frames are not
-    generated: the start tensor leaves them out, step tensors do not. Noise for a context that is noised again is drawn on demand from
-    the same generator.
+    `shape` [B, C, T, H, W]; draws are float32 on the generator's device, handed out in `dtype` on
+    `device`. Step j of every chunk reads its frames of step tensor j. As in the release, a last
+    step that adds no noise has its tensor too. The first `given` frames are not generated: the
+    start tensor leaves them out, step tensors do not. Noise for a context that is noised again is
+    drawn on demand from the same generator.
     """
 
     def __init__(
@@ -109,7 +116,9 @@ class VideoNoise:
         device: torch.device | str,
         renoises: bool = True,
     ) -> VideoNoise:
-        """Noise for `plans`, before the first of which all frames are given; `renoises` False (ODE) draws the start only."""
+        """Noise for `plans`, before the first of which all frames are given; `renoises` False (ODE)
+        draws the start only.
+        """
         num = max(plan.num_steps for plan in plans) if renoises else 0
         return cls(shape, num_draws=num, generator=generator, dtype=dtype, device=device, given=plans[0].start)
 
@@ -127,7 +136,9 @@ class VideoNoise:
         return self._draw((batch, channels, frames.stop - frames.start, height, width)).to(self.dtype)
 
     def state(self) -> Any:
-        """What was drawn, which is never written again, and the generator's state, on which context noise depends."""
+        """What was drawn, which is never written again, and the generator's state, on which context
+        noise depends.
+        """
         return self.given, tuple(self._draws), self._generator.get_state()
 
     def load_state(self, state: Any) -> None:

@@ -1,6 +1,8 @@
-"""What a rollout does, decided before it runs: per chunk the frames, the denoising times and how its context is committed.
+"""What a rollout does, decided before it runs: per chunk the frames, the denoising times and how
+its context is committed.
 
-Plans are pure functions of host numbers (pattern, schedule, global step), so every rank issues the same network calls.
+Plans are pure functions of host numbers (pattern, schedule, global step), so every rank issues the
+same network calls.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ Commit = Literal["clean", "last_input", "renoised"]
 class StepSchedule:
     """Mid times per chunk: chunk i takes entry min(i, last) and makes len(entry) + 1 steps.
 
-    `StepSchedule(((15/16, 5/6, 5/8), (5/6,)))` is the 2-step preset: 4 steps in chunk 0, 2 steps in later chunks.
+    `StepSchedule(((15/16, 5/6, 5/8), (5/6,)))` is the 2-step preset: 4 steps in chunk 0, 2 steps in
+    later chunks.
     """
 
     mids: tuple[tuple[float, ...], ...]
@@ -41,7 +44,9 @@ class StepSchedule:
         return len(self.entry(chunk)) + 1
 
     def context_time(self, chunk: int) -> float:
-        """RF time of noisy context left by chunk `chunk`: the last of its full schedule, 1 if that is empty."""
+        """RF time of noisy context left by chunk `chunk`: the last of its full schedule, 1 if that
+        is empty.
+        """
         entry = self.entry(chunk)
         return entry[-1] if entry else 1.0
 
@@ -49,8 +54,8 @@ class StepSchedule:
     def from_lists(
         cls, *, steps: Sequence[int], schedules: Sequence[Sequence[float]], default_mids: Sequence[float], knob: str = "steps_per_chunk"
     ) -> StepSchedule:
-        """Schedule from the two lists users write. No `schedules`: every entry is a prefix of `default_mids`. Extra mid times are cut
-        off.
+        """Schedule from the two lists users write. No `schedules`: every entry is a prefix of
+        `default_mids`. Extra mid times are cut off.
         """
         if schedules and not steps:
             raise ConfigError(f"mid-time schedules were given without {knob}; give one step count per schedule")
@@ -69,7 +74,9 @@ class StepSchedule:
         return cls(tuple(mids))
 
     def require_non_increasing(self, knob: str) -> None:
-        """Training refuses schedules whose step counts grow along the video (the step-count cycle is defined by chunk 0)."""
+        """Training refuses schedules whose step counts grow along the video (the step-count cycle
+        is defined by chunk 0).
+        """
         counts = [len(entry) + 1 for entry in self.mids]
         if any(b > a for a, b in pairwise(counts)):
             raise ConfigError(f"{knob}={counts} increases; step counts per chunk must be non-increasing in training")
@@ -77,7 +84,9 @@ class StepSchedule:
 
 @dataclass(frozen=True)
 class ContextRule:
-    """Noisy context: chunks with index >= start_chunk leave the KV of their last denoising input in the cache instead of a clean pass."""
+    """Noisy context: chunks with index >= start_chunk leave the KV of their last denoising input in
+    the cache instead of a clean pass.
+    """
 
     noisy: bool = False
     start_chunk: int = 0
@@ -87,16 +96,19 @@ class ContextRule:
             raise ConfigError(f"context_from_last_step_start_chunk={self.start_chunk} must be >= 0")
 
     def applies(self, block: int) -> bool:
-        """Whether block `block` (absolute index; an image prefix counts as block 0) leaves noisy context."""
+        """Whether block `block` (absolute index; an image prefix counts as block 0) leaves noisy
+        context.
+        """
         return self.noisy and block >= self.start_chunk
 
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """One chunk: latent frames [start, stop), times walked (decreasing, last 0), and the commit into the cache.
+    """One chunk: latent frames [start, stop), times walked (decreasing, last 0), and the commit
+    into the cache.
 
-    commit "clean" appends x0 at time 0; "last_input" appends the last denoising input at its own time; "renoised" re-noises x0 to
-    `commit_time`.
+    commit "clean" appends x0 at time 0; "last_input" appends the last denoising input at its own
+    time; "renoised" re-noises x0 to `commit_time`.
     """
 
     block: int
@@ -121,8 +133,8 @@ def block_plan(
     context: ContextRule = ContextRule(),
     prefix_blocks: int = 0,
 ) -> ChunkPlan:
-    """Few-step plan of one block of a video, however long, whose first `prefix_blocks` blocks are given. The schedule indexes generated
-    chunks; the context rule absolute blocks.
+    """Few-step plan of one block of a video, however long, whose first `prefix_blocks` blocks are
+    given. The schedule indexes generated chunks; the context rule absolute blocks.
     """
     times = few_step_grid(schedule.entry(block - prefix_blocks), first=first_time)
     noisy = context.applies(block)
@@ -158,9 +170,9 @@ def training_plan(
 ) -> tuple[ChunkPlan, ...]:
     """Self-forcing rollout of effective update `index` (Causal_rCM.md section 6).
 
-    n = index mod (steps of chunk 0) + 1; chunk i makes min(n, its maximum) steps along a prefix of its schedule, starting at exactly t = 1.
-    Noisy context: a chunk at its maximum leaves its last input; a shorter one is re-noised to the last time of its full schedule (1 if
-    empty).
+    n = index mod (steps of chunk 0) + 1; chunk i makes min(n, its maximum) steps along a prefix of
+    its schedule, starting at exactly t = 1. Noisy context: a chunk at its maximum leaves its last
+    input; a shorter one is re-noised to the last time of its full schedule (1 if empty).
     """
     count = index % schedule.steps(0) + 1
     plans = []

@@ -1,7 +1,8 @@
-"""How a causal checkpoint is meant to be sampled: a record that travels with the weights and builds plans.
+"""How a causal checkpoint is meant to be sampled: a record that travels with the weights and builds
+plans.
 
-Sampling from a checkpoint needs only its path because this record is stored beside it; a sampler that contradicts it is refused unless
-forced.
+Sampling from a checkpoint needs only its path because this record is stored beside it; a sampler
+that contradicts it is refused unless forced.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ KINDS = ("few_step", "flow_map", "ode")
 class SamplingRecipe:
     """Sampling of a causal network.
 
-    kind "few_step": consistency steps along `mids` (per chunk, last repeats; see StepSchedule). kind "flow_map": along the same times
-    the jumps x_s = x_t - (t - s) u(x_t, t, s) of a network with two times, without renoising. kind "ode": Euler over `ode_steps` with
-    `shift` and guidance. `pattern` is a name such as "c3-3"; `sigma_max` sets the first time sigma/(sigma+1). `window`, `sinks`: what a
-    chunk was trained to see, in blocks (`SlidingWindow`); None: all of the past.
+    kind "few_step": consistency steps along `mids` (per chunk, last repeats; see StepSchedule).
+    kind "flow_map": along the same times the jumps x_s = x_t - (t - s) u(x_t, t, s) of a network
+    with two times, without renoising. kind "ode": Euler over `ode_steps` with `shift` and guidance.
+    `pattern` is a name such as "c3-3"; `sigma_max` sets the first time sigma/(sigma+1). `window`,
+    `sinks`: what a chunk was trained to see, in blocks (`SlidingWindow`); None: all of the past.
     """
 
     kind: Literal["few_step", "flow_map", "ode"]
@@ -71,7 +73,9 @@ class SamplingRecipe:
         return rules[self.kind]
 
     def plan(self, block: int, *, prefix_blocks: int = 0) -> ChunkPlan:
-        """Plan of block `block` of a video of any length whose first `prefix_blocks` blocks are given. `ValueError` for a given block."""
+        """Plan of block `block` of a video of any length whose first `prefix_blocks` blocks are
+        given. `ValueError` for a given block.
+        """
         if block < prefix_blocks:
             raise ValueError(f"block {block} is one of the {prefix_blocks} given ones")
         context = ContextRule(self.noisy_context, self.noisy_context_start_chunk)
@@ -88,14 +92,18 @@ class SamplingRecipe:
         )
 
     def plans(self, num_frames: int, *, prefix_blocks: int = 0) -> tuple[ChunkPlan, ...]:
-        """Plans of a video of `num_frames` latent frames whose first `prefix_blocks` blocks are given; `ConfigError` as `num_blocks`."""
+        """Plans of a video of `num_frames` latent frames whose first `prefix_blocks` blocks are
+        given; `ConfigError` as `num_blocks`.
+        """
         return tuple(self.plan(block, prefix_blocks=prefix_blocks) for block in range(prefix_blocks, self.blocks.num_blocks(num_frames)))
 
     def with_steps(self, *steps: int, schedules: Sequence[Sequence[float]] = (), knob: str = "steps_per_chunk") -> SamplingRecipe:
-        """The same recipe with other step counts per chunk (the last repeats) and, if given, one mid-time schedule per count.
+        """The same recipe with other step counts per chunk (the last repeats) and, if given, one
+        mid-time schedule per count.
 
-        Without `schedules` entry i takes the first times of chunk i's own schedule, which the checkpoint was trained at; one that is too
-        short for the count, those of the longest known schedule. Raises `ConfigError`, naming `knob`, as `StepSchedule.from_lists`.
+        Without `schedules` entry i takes the first times of chunk i's own schedule, which the
+        checkpoint was trained at; one that is too short for the count, those of the longest known
+        schedule. Raises `ConfigError`, naming `knob`, as `StepSchedule.from_lists`.
         """
         if not schedules:
             own, longest = StepSchedule(self.mids), max((*self.mids, CAUSAL_MID_TIMES), key=len)
@@ -105,10 +113,11 @@ class SamplingRecipe:
         return replace(self, kind="flow_map" if self.kind == "flow_map" else "few_step", mids=schedule.mids)
 
     def contradictions(self, trained: SamplingRecipe) -> list[str]:
-        """What in this recipe a checkpoint trained for `trained` does not support: one sentence each, empty if compatible.
+        """What in this recipe a checkpoint trained for `trained` does not support: one sentence
+        each, empty if compatible.
 
-        Fewer or other step counts are a supported use (the 2-step checkpoint is sampled in 1 step); another pattern, kind or context is
-        not.
+        Fewer or other step counts are a supported use (the 2-step checkpoint is sampled in 1 step);
+        another pattern, kind or context is not.
         """
         found = []
         knobs = {"pattern": "first_chunk_t / chunk_t", "kind": "--distilled", "noisy_context": "--context_from_last_step"}

@@ -1,7 +1,9 @@
-"""Replayed back-propagation: recompute one chunk's last step at a time, with gradient, against what it saw of the cache.
+"""Replayed back-propagation: recompute one chunk's last step at a time, with gradient, against what
+it saw of the cache.
 
-The rollout ran without gradient and kept, per chunk, the last input and its time, plus the (detached) cache. Replaying a chunk gives the
-same x0 and the same parameter gradient as keeping the graph of every chunk, with the activation memory of one chunk (Causal-rCM 4.3).
+The rollout ran without gradient and kept, per chunk, the last input and its time, plus the
+(detached) cache. Replaying a chunk gives the same x0 and the same parameter gradient as keeping the
+graph of every chunk, with the activation memory of one chunk (Causal-rCM 4.3).
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from rcm.rollout.autoregressive import Cache, Canvas, ChunkResult, time_tensor
 
 
 def replay_chunk(denoiser: VelocityModel, cond: Condition, result: ChunkResult, *, canvas: Canvas, cache: Cache) -> torch.Tensor:
-    """x0 of one finished chunk, recomputed with gradient: x - t v(x, t | the chunks that it saw). Shape as `result.x0`."""
+    """x0 of one finished chunk, recomputed with gradient: x - t v(x, t | the chunks that it saw).
+    Shape as `result.x0`.
+    """
     x, t = result.last_input.detach(), result.last_time
     view = cache.readonly(visible=result.placement.visible)
     layout = canvas.layout(result.placement.frame_index, view)

@@ -1,4 +1,6 @@
-"""Whole-video sampling with a velocity function: the many-step teacher and the bidirectional few-step student."""
+"""Whole-video sampling with a velocity function: the many-step teacher and the bidirectional
+few-step student.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class Sampler(Protocol):
         ...
 
     def sample(self, velocity: Velocity, noise: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
-        """x0 from unit Gaussian `noise` [B, C, T, H, W]; the state keeps its dtype (use float64). `generator` draws added noise."""
+        """x0 from unit Gaussian `noise` [B, C, T, H, W]; the state keeps its dtype (use float64).
+        `generator` draws added noise.
+        """
         ...
 
 
@@ -31,7 +35,8 @@ class Sampler(Protocol):
 class SingleStep:
     """The sampler of a rule that needs one velocity per step and remembers nothing.
 
-    `scale_first` starts from times[0] * noise (few-step samplers); off starts from the unscaled noise (the many-step teacher).
+    `scale_first` starts from times[0] * noise (few-step samplers); off starts from the unscaled
+    noise (the many-step teacher).
     """
 
     times: tuple[float, ...]
@@ -54,10 +59,12 @@ def sample_video(
 ) -> torch.Tensor:
     """Walk a whole video along `times` (decreasing, last 0) with one rule.
 
-    `velocity(x, t)` returns v for x [B, C, T, H, W] at RF time t. `noise` is the unit Gaussian start; the state keeps its dtype (use
-    float64). `scale_first` starts from times[0] * noise (few-step samplers); off starts from the unscaled noise (the many-step teacher).
-    `generator` draws one renoising tensor per step of a rule that renoises, in order; also at the last step, where its weight is 0, as
-    the release does, so that a generator used for several videos stays in step with it.
+    `velocity(x, t)` returns v for x [B, C, T, H, W] at RF time t. `noise` is the unit Gaussian
+    start; the state keeps its dtype (use float64). `scale_first` starts from times[0] * noise
+    (few-step samplers); off starts from the unscaled noise (the many-step teacher). `generator`
+    draws one renoising tensor per step of a rule that renoises, in order; also at the last step,
+    where its weight is 0, as the release does, so that a generator used for several videos stays in
+    step with it.
     """
     x = noise * times[0] if scale_first else noise
     for t, t_next in zip(times[:-1], times[1:], strict=True):

@@ -1,6 +1,8 @@
-"""Time grids for sampling. Every time in and out is rectified-flow (RF) time: 1 is noise, 0 is data; float64 Python numbers.
+"""Time grids for sampling. Every time in and out is rectified-flow (RF) time: 1 is noise, 0 is
+data; float64 Python numbers.
 
-A grid is a tuple of decreasing times that ends at exactly 0.0: N network evaluations walk over N + 1 times.
+A grid is a tuple of decreasing times that ends at exactly 0.0: N network evaluations walk over N +
+1 times.
 """
 
 from __future__ import annotations
@@ -14,14 +16,18 @@ from itertools import pairwise
 from rcm.core.errors import ConfigError
 
 TRIG_MID_TIMES = (1.5, 1.4, 1.0)
-"""TrigFlow midpoints (radians) of the bidirectional few-step sampler; spec of rCM's released scripts."""
+"""TrigFlow midpoints (radians) of the bidirectional few-step sampler; spec of rCM's released
+scripts.
+"""
 
 CAUSAL_MID_TIMES = (15 / 16, 5 / 6, 5 / 8)
 """RF midpoints of the causal 4-step sampler: shift 5 applied to 3/4, 1/2, 1/4."""
 
 
 def initial_time(sigma_max: float) -> float:
-    """RF time of noise level `sigma_max`: t = sigma / (sigma + 1). `ConfigError` unless sigma_max > 0 and finite."""
+    """RF time of noise level `sigma_max`: t = sigma / (sigma + 1). `ConfigError` unless sigma_max >
+    0 and finite.
+    """
     if not 0 < sigma_max < math.inf:
         raise ConfigError(
             f"sigma_max={sigma_max} must be positive and finite; set sigma_max (80 for bidirectional rCM, 1600 for causal sampling)"
@@ -30,9 +36,11 @@ def initial_time(sigma_max: float) -> float:
 
 
 def shifted_grid(num_steps: int, *, shift: float, sigma_max: float) -> tuple[float, ...]:
-    """Grid of the many-step samplers: uniform in unshifted time from `sigma_max` to 0, then shifted.
+    """Grid of the many-step samplers: uniform in unshifted time from `sigma_max` to 0, then
+    shifted.
 
-    t_k = s u_k / (1 + (s - 1) u_k) with u_k linear from u(t_0) to 0, t_0 = sigma_max / (sigma_max + 1). Shift <= 0 or 1 is the identity.
+    t_k = s u_k / (1 + (s - 1) u_k) with u_k linear from u(t_0) to 0, t_0 = sigma_max / (sigma_max +
+    1). Shift <= 0 or 1 is the identity.
     """
     if num_steps < 1:
         raise ConfigError(f"num_steps={num_steps} must be at least 1")
@@ -46,7 +54,9 @@ def shifted_grid(num_steps: int, *, shift: float, sigma_max: float) -> tuple[flo
 
 
 def few_step_grid(mid_times: Sequence[float], *, first: float) -> tuple[float, ...]:
-    """(first, *mid_times, 0): the grid of a consistency sampler. Checks that times decrease strictly inside (0, first)."""
+    """(first, *mid_times, 0): the grid of a consistency sampler. Checks that times decrease
+    strictly inside (0, first).
+    """
     grid = (float(first), *(float(t) for t in mid_times), 0.0)
     if not 0 < first <= 1:
         raise ConfigError(f"first time {first} of a few-step grid must be in (0, 1]")
@@ -59,8 +69,9 @@ def few_step_grid(mid_times: Sequence[float], *, first: float) -> tuple[float, .
 
 
 def trig_grid(num_steps: int, *, sigma_max: float, mid_times: Sequence[float] = TRIG_MID_TIMES) -> tuple[float, ...]:
-    """RF grid of bidirectional rCM sampling: TrigFlow times (arctan sigma_max, first num_steps - 1 of `mid_times`, 0) mapped by sin/(sin
-    + cos). `ConfigError` for more steps than mid times, or a sigma_max at or below the first of them.
+    """RF grid of bidirectional rCM sampling: TrigFlow times (arctan sigma_max, first num_steps - 1
+    of `mid_times`, 0) mapped by sin/(sin + cos). `ConfigError` for more steps than mid times, or a
+    sigma_max at or below the first of them.
     """
     if not 1 <= num_steps <= len(mid_times) + 1:
         raise ConfigError(f"num_steps={num_steps} is not in 1..{len(mid_times) + 1}: only {len(mid_times)} mid times are given")
@@ -72,7 +83,9 @@ def trig_grid(num_steps: int, *, sigma_max: float, mid_times: Sequence[float] = 
 
 
 def parse_times(text: str | Iterable[str | float]) -> tuple[float, ...]:
-    """Times from a command line: fractions ("15/16"), decimals, separated by commas or spaces, or a list of such words."""
+    """Times from a command line: fractions ("15/16"), decimals, separated by commas or spaces, or a
+    list of such words.
+    """
     words = re.split(r"[,\s]+", text) if isinstance(text, str) else [w for part in text for w in re.split(r"[,\s]+", str(part))]
     try:
         return tuple(float(Fraction(w)) for w in words if w)
@@ -81,5 +94,7 @@ def parse_times(text: str | Iterable[str | float]) -> tuple[float, ...]:
 
 
 def parse_schedules(text: str) -> tuple[tuple[float, ...], ...]:
-    """Per-chunk mid times: entries separated by ';', an empty entry means a single step ("15/16,5/6,5/8;" is 4 steps, then 1)."""
+    """Per-chunk mid times: entries separated by ';', an empty entry means a single step
+    ("15/16,5/6,5/8;" is 4 steps, then 1).
+    """
     return tuple(parse_times(entry) for entry in text.split(";")) if text.strip() else ()

@@ -1,6 +1,8 @@
-"""One update of a sampler: from x at time t to x at time t_next, given the velocity. Pure functions of tensors.
+"""One update of a sampler: from x at time t to x at time t_next, given the velocity. Pure functions
+of tensors.
 
-All rules read x_t = (1 - t) x0 + t eps and v = eps - x0. Times are RF, Python floats (shared by the batch).
+All rules read x_t = (1 - t) x0 + t eps and v = eps - x0. Times are RF, Python floats (shared by the
+batch).
 """
 
 from __future__ import annotations
@@ -11,16 +13,22 @@ import torch
 
 
 class StepRule(Protocol):
-    """x [B, C, T, H, W] at `t`, velocity of the same shape, fresh unit noise or None -> x at `t_next`."""
+    """x [B, C, T, H, W] at `t`, velocity of the same shape, fresh unit noise or None -> x at
+    `t_next`.
+    """
 
     needs_noise: bool
     mean: bool
-    """Whether `v` is the mean velocity from `t` to `t_next`, of a model with two times, instead of that at `t`."""
+    """Whether `v` is the mean velocity from `t` to `t_next`, of a model with two times, instead of
+    that at `t`.
+    """
 
     def __call__(self, x: torch.Tensor, v: torch.Tensor, *, t: float, t_next: float, noise: torch.Tensor | None) -> torch.Tensor: ...
 
     def on_device(self, x: torch.Tensor, v: torch.Tensor, *, t: torch.Tensor, t_next: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """The same with times [B, 1] in device memory, for captured steps; `noise` is read, and of no effect, where none is needed."""
+        """The same with times [B, 1] in device memory, for captured steps; `noise` is read, and of
+        no effect, where none is needed.
+        """
         ...
 
 
@@ -39,16 +47,17 @@ class EulerStep:
 
 
 class FlowMapStep(EulerStep):
-    """The jump of a flow map along the probability flow, x - (t - t_next) u(x, t, t_next): the Euler step with the mean velocity,
-    exact for an exact one (arXiv 2505.13447). Nothing is renoised.
+    """The jump of a flow map along the probability flow, x - (t - t_next) u(x, t, t_next): the
+    Euler step with the mean velocity, exact for an exact one (arXiv 2505.13447). Nothing is
+    renoised.
     """
 
     mean = True
 
 
 class ConsistencyStep:
-    """Multistep consistency sampling: jump to x0 = x - t v, then renoise to t_next with fresh noise. At t_next = 0 it is the clean
-    prediction.
+    """Multistep consistency sampling: jump to x0 = x - t v, then renoise to t_next with fresh
+    noise. At t_next = 0 it is the clean prediction.
     """
 
     needs_noise = True

@@ -1,15 +1,19 @@
-"""UniPC: a multistep predictor-corrector for x0-predicting samplers (arXiv 2302.04867), on the rectified-flow path.
+"""UniPC: a multistep predictor-corrector for x0-predicting samplers (arXiv 2302.04867), on the
+rectified-flow path.
 
-With alpha = 1 - t, sigma = t and lambda = log(alpha / sigma), the data form of the probability flow is, for h = lambda_t - lambda_s,
+With alpha = 1 - t, sigma = t and lambda = log(alpha / sigma), the data form of the probability flow
+is, for h = lambda_t - lambda_s,
 
     x_t = (sigma_t / sigma_s) x_s + alpha_t h * integral_0^1 e^{-(1 - r) h} x0(lambda_s + r h) dr.
 
-Constant x0 gives the first-order step with weight alpha_t (1 - e^{-h}). Differences D_m = x0(lambda_s + r_m h) - x0(lambda_s) add
-alpha_t B(h) sum_m (a_m / r_m) D_m, B(h) = 1 - e^{-h} (the paper's B_2, "bh2"), with a from the order conditions
+Constant x0 gives the first-order step with weight alpha_t (1 - e^{-h}). Differences D_m =
+x0(lambda_s + r_m h) - x0(lambda_s) add alpha_t B(h) sum_m (a_m / r_m) D_m, B(h) = 1 - e^{-h} (the
+paper's B_2, "bh2"), with a from the order conditions
 
     sum_m r_m^{k-1} a_m = k! phi_{k+1}(-h) / phi_1(-h),  k = 1 .. number of differences.
 
-The predictor uses differences to earlier evaluations (r < 0), the corrector also the one at its own end (r = 1).
+The predictor uses differences to earlier evaluations (r < 0), the corrector also the one at its own
+end (r = 1).
 """
 
 from __future__ import annotations
@@ -37,11 +41,12 @@ class _Evaluation:
 
 @dataclass(frozen=True)
 class UniPC:
-    """Sampler along `times` (RF, decreasing from below 1 to 0): `order` 1 to 3, lower over the first and the last steps.
+    """Sampler along `times` (RF, decreasing from below 1 to 0): `order` 1 to 3, lower over the
+    first and the last steps.
 
-    One network evaluation per step; the corrector reuses it. The start is the unscaled noise. Raises `ConfigError` for an impossible grid
-    or order. Source: arXiv 2302.04867, algorithms 1, 2 and appendix; order 2 is what Wan is sampled with
-    (docs/reference/sampling.md#many-steps).
+    One network evaluation per step; the corrector reuses it. The start is the unscaled noise.
+    Raises `ConfigError` for an impossible grid or order. Source: arXiv 2302.04867, algorithms 1, 2
+    and appendix; order 2 is what Wan is sampled with (docs/reference/sampling.md#many-steps).
     """
 
     times: tuple[float, ...]
@@ -77,7 +82,9 @@ class UniPC:
 def _step(
     x: torch.Tensor, history: list[_Evaluation], order: int, *, t_from: float, t_to: float, end: _Evaluation | None = None
 ) -> torch.Tensor:
-    """From `x` at `t_from` to `t_to`: the predictor of `order`, or with the evaluation at the `end` the corrector of that order."""
+    """From `x` at `t_from` to `t_to`: the predictor of `order`, or with the evaluation at the `end`
+    the corrector of that order.
+    """
     start = history[-1]
     h = _log_snr(t_to) - start.log_snr
     others = history[-order:-1] + ([] if end is None else [end])
@@ -101,7 +108,9 @@ def _weights(ratios: list[float], h: float) -> list[float]:
 
 
 def _phi(k: int, z: float) -> float:
-    """phi_k(z) = sum_j z^j / (j + k)!; for large |z| by phi_{k+1} = (phi_k - 1/k!) / z from phi_0 = e^z, which cancels for small ones."""
+    """phi_k(z) = sum_j z^j / (j + k)!; for large |z| by phi_{k+1} = (phi_k - 1/k!) / z from phi_0 =
+    e^z, which cancels for small ones.
+    """
     if abs(z) < 1:
         return sum(z**j / math.factorial(j + k) for j in range(18))
     value = math.exp(z)

@@ -1,4 +1,6 @@
-"""Who may talk to the server: a token where one is set, pages of its own origin, names of this machine."""
+"""Who may talk to the server: a token where one is set, pages of its own origin, names of this
+machine.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,11 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class Access:
-    """`token`: must come as `?token=` or as `Authorization: Bearer`. `origins`: pages that may open a stream beside the server's own.
+    """`token`: must come as `?token=` or as `Authorization: Bearer`. `origins`: pages that may open
+    a stream beside the server's own.
 
-    `loopback`: the server listens on this machine only; a request under any other host name is then another site's name that was pointed
-    here, and is refused.
+    `loopback`: the server listens on this machine only; a request under any other host name is then
+    another site's name that was pointed here, and is refused.
     """
 
     token: str | None = None

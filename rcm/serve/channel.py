@@ -1,4 +1,6 @@
-"""One stream on the server: a seat of the pool, its playback clock, and who watches. All of it lives in the event loop."""
+"""One stream on the server: a seat of the pool, its playback clock, and who watches. All of it
+lives in the event loop.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ LATE = 0.01
 
 @dataclass(frozen=True)
 class Playback:
-    """How pictures leave: `fps` of the clock, image format and quality, and what encodes them (an executor)."""
+    """How pictures leave: `fps` of the clock, image format and quality, and what encodes them (an
+    executor).
+    """
 
     fps: float
     kind: Format
@@ -38,7 +42,9 @@ class Playback:
 
 @dataclass(frozen=True)
 class Hands:
-    """What a channel does to the device thread: `want` one more chunk of a seat, and run `soon` a callback in the event loop."""
+    """What a channel does to the device thread: `want` one more chunk of a seat, and run `soon` a
+    callback in the event loop.
+    """
 
     want: Callable[[Seat], None]
     soon: Callable[..., None]
@@ -47,8 +53,9 @@ class Hands:
 class Channel:
     """A stream and its viewers. It plays while somebody watches and nobody has paused it.
 
-    The clock shows one picture every 1/fps seconds, to all viewers alike; another chunk is asked for when no more pictures wait than the
-    device needs time for. A picture that is late is a stall, and the clock goes on from it.
+    The clock shows one picture every 1/fps seconds, to all viewers alike; another chunk is asked
+    for when no more pictures wait than the device needs time for. A picture that is late is a
+    stall, and the clock goes on from it.
     """
 
     def __init__(self, name: str, seat: Seat, *, shared: bool, playback: Playback, limits: Limits, metrics: Metrics, hands: Hands) -> None:
@@ -138,7 +145,8 @@ class Channel:
             self._metrics.chunks += 1
             self._metrics.chunk.add(turn.seconds)
             self._chunks.add(turn.seconds)
-            if turn.take != self._take:  # what was made before the new take is not worth waiting for
+            # what was made before the new take is not worth waiting for
+            if turn.take != self._take:
                 self._take, self._next_frame = turn.take, 0
                 self._pictures.clear()
             self._coming += turn.chunk.frames.shape[2]
@@ -240,7 +248,9 @@ class Channel:
 def _changed_recipe(
     recipe: SamplingRecipe, *, trained: SamplingRecipe, steps: tuple[int, ...] | None, context: str | None
 ) -> SamplingRecipe:
-    """The recipe of a stream with other steps (out of the schedule that was trained), or another context rule."""
+    """The recipe of a stream with other steps (out of the schedule that was trained), or another
+    context rule.
+    """
     if steps is not None and recipe.kind == "ode":
         recipe = replace(recipe, ode_steps=steps[0])
     elif steps is not None:

@@ -1,10 +1,12 @@
 """Streams in a browser: a page where one types a prompt and watches it take effect, chunk by chunk.
 
-    rcm serve                                                  # the shipped checkpoint of the embedded world, on this machine only
+    rcm serve                                                  # the shipped checkpoint of the
+                                                               embedded world, on this machine only
     rcm serve --ckpt outputs/rcm/toy/toy_tf_c3-3 --max_sessions 2
     RCM_TOKEN=secret rcm serve --host 0.0.0.0 --ckpt student.safetensors --vae_path Wan2.1_VAE.pth
 
-All viewers of the shared stream see the same video; a private stream is a session of its own. Ctrl-C closes all of them.
+All viewers of the shared stream see the same video; a private stream is a session of its own.
+Ctrl-C closes all of them.
 """
 
 from __future__ import annotations
@@ -78,7 +80,9 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def make_offer(flags: argparse.Namespace, model: LoadedModel) -> Any:
-    """How sessions of `model` are opened and shown. `ConfigError` for a checkpoint that cannot stream."""
+    """How sessions of `model` are opened and shown. `ConfigError` for a checkpoint that cannot
+    stream.
+    """
     from rcm.serve.hub import Offer
 
     recipe = model.recipe
@@ -128,14 +132,18 @@ def _trained_blocks(model: LoadedModel) -> int:
 
 
 def _presets(words: tuple[str, ...]) -> tuple[str, ...]:
-    """Prompts of the shipped lists: those whose words the checkpoint knows, or, where it keeps no list of words, those made for Wan."""
+    """Prompts of the shipped lists: those whose words the checkpoint knows, or, where it keeps no
+    list of words, those made for Wan.
+    """
     lines = asset(TOY_PROMPTS if words else WAN_PROMPTS).read_text(encoding="utf-8").splitlines()
     known = [line for line in lines if line.strip() and (not words or set(line.lower().split()) <= set(words))]
     return tuple(known[:8]) or (" ".join(words[:3]),)
 
 
 def _budget(flags: argparse.Namespace, device: torch.device) -> int | None:
-    """Bytes for sessions: as told, or nine tenths of what a card has left; on a CPU without bound but for --max_sessions."""
+    """Bytes for sessions: as told, or nine tenths of what a card has left; on a CPU without bound
+    but for --max_sessions.
+    """
     if flags.memory_gib is not None:
         return int(flags.memory_gib * GIB)
     return int(0.9 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None

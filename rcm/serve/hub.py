@@ -25,7 +25,9 @@ SHARED, NEW = "shared", "new"
 
 
 class Refused(Exception):
-    """A client that is not served: the sentence it is told, and the seconds after which it may try again (None: it need not)."""
+    """A client that is not served: the sentence it is told, and the seconds after which it may try
+    again (None: it need not).
+    """
 
     def __init__(self, reason: str, *, retry_after: float | None = None) -> None:
         super().__init__(reason)
@@ -34,7 +36,9 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Offer:
-    """What the server streams: the model, how its sessions are opened (`LoadedModel.open`), and how pictures leave."""
+    """What the server streams: the model, how its sessions are opened (`LoadedModel.open`), and how
+    pictures leave.
+    """
 
     model: LoadedModel
     prompt: str
@@ -86,7 +90,9 @@ class Hub:
         return count
 
     async def join(self, which: str, viewer: Viewer) -> Channel:
-        """Let `viewer` watch the shared stream, a new one of its own, or one by its name. `Refused` with the reason."""
+        """Let `viewer` watch the shared stream, a new one of its own, or one by its name. `Refused`
+        with the reason.
+        """
         if self.stopping:
             raise Refused("the server is stopping")
         if self.clients > self.limits.clients:

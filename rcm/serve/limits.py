@@ -10,12 +10,17 @@ class Limits:
     """Bounds of one server.
 
     sessions          open at once; `clients`: sockets at once.
-    message_bytes     of one message to the server; `prompt_chars` of a prompt; `steps` per chunk; `window` in blocks.
-    rate, burst       messages per second of one client over time, and at once; whoever goes on for `strikes` refused ones is closed.
-    idle_s            a stream that nobody watches is closed after that long; `session_s`: any private stream.
-    queue_frames      that wait for one client; older ones are dropped. `send_s`: a client that takes nothing for that long is closed
-                      (one that reads slowly may take what its kernel holds in lumps, many seconds apart).
-    lead_frames       pictures that wait for the playback clock; another chunk is made when there are not more.
+    message_bytes     of one message to the server; `prompt_chars` of a prompt; `steps` per chunk;
+                      `window` in blocks.
+    rate, burst       messages per second of one client over time, and at once; whoever goes on for
+                      `strikes` refused ones is closed.
+    idle_s            a stream that nobody watches is closed after that long; `session_s`: any
+                      private stream.
+    queue_frames      that wait for one client; older ones are dropped. `send_s`: a client that
+                      takes nothing for that long is closed (one that reads slowly may take what its
+                      kernel holds in lumps, many seconds apart).
+    lead_frames       pictures that wait for the playback clock; another chunk is made when there
+                      are not more.
     """
 
     sessions: int = 4

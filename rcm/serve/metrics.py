@@ -1,4 +1,6 @@
-"""Counters of a server, and the text in which monitors read them (Prometheus' exposition format)."""
+"""Counters of a server, and the text in which monitors read them (Prometheus' exposition
+format).
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class Rate:
 
 @dataclass
 class Metrics:
-    """What a server has done since it started. `chunk`: seconds that a chunk took on the device; `shown`: pictures that were due."""
+    """What a server has done since it started. `chunk`: seconds that a chunk took on the device;
+    `shown`: pictures that were due.
+    """
 
     chunk: Samples = field(default_factory=Samples)
     shown: Rate = field(default_factory=Rate)

@@ -1,4 +1,6 @@
-"""What goes over the socket: pictures as binary messages, everything else as JSON. `docs/serve.md` is the reference for clients."""
+"""What goes over the socket: pictures as binary messages, everything else as JSON. `docs/serve.md`
+is the reference for clients.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,17 @@ from rcm.serve.limits import Limits
 Format = Literal["jpeg", "webp", "png"]
 FORMATS: tuple[Format, ...] = ("jpeg", "webp", "png")
 HEADER = struct.Struct("<BBHIIId")
-"""Of a picture, little-endian, 24 bytes: version, format (1 jpeg, 2 webp, 3 png), take, chunk, frame of the take, number among all pictures
-of the stream (a gap: pictures were dropped), seconds since the stream was opened.
+"""Of a picture, little-endian, 24 bytes: version, format (1 jpeg, 2 webp, 3 png), take, chunk,
+frame of the take, number among all pictures of the stream (a gap: pictures were dropped), seconds
+since the stream was opened.
 """
 VERSION = 1
 
 
 class ProtocolError(ValueError):
-    """A message that means nothing; the sentence goes back to its sender, under the message's `id` where it had one."""
+    """A message that means nothing; the sentence goes back to its sender, under the message's `id`
+    where it had one.
+    """
 
     def __init__(self, sentence: str, message_id: Any = None) -> None:
         super().__init__(sentence)
@@ -50,7 +55,9 @@ class Picture:
 
 
 def encode_image(pixels: np.ndarray, kind: Format, *, quality: int) -> bytes:
-    """An image file of uint8 `pixels` [H, W, 3]. `quality` 1 to 100 for jpeg and webp; png is exact."""
+    """An image file of uint8 `pixels` [H, W, 3]. `quality` 1 to 100 for jpeg and webp; png is
+    exact.
+    """
     out = io.BytesIO()
     options = {"jpeg": {"quality": quality}, "webp": {"quality": quality, "method": 0}, "png": {"compress_level": 1}}[kind]
     Image.fromarray(pixels).save(out, kind, **options)
@@ -59,7 +66,9 @@ def encode_image(pixels: np.ndarray, kind: Format, *, quality: int) -> bytes:
 
 @dataclass(frozen=True)
 class Message:
-    """A message of a client, checked: its `id` (given back in receipts), and what it asks for; None: nothing of the kind."""
+    """A message of a client, checked: its `id` (given back in receipts), and what it asks for;
+    None: nothing of the kind.
+    """
 
     id: Any = None
     prompt: str | None = None
@@ -78,7 +87,9 @@ class Message:
 
 
 def read_message(text: str | bytes, limits: Limits) -> Message:
-    """The message in `text`; `ProtocolError`, one sentence, for one that is too long, no JSON object, or out of bounds."""
+    """The message in `text`; `ProtocolError`, one sentence, for one that is too long, no JSON
+    object, or out of bounds.
+    """
     if len(text) > limits.message_bytes:
         raise ProtocolError(f"a message has at most {limits.message_bytes} bytes, this one has {len(text)}")
     try:

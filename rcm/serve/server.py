@@ -19,11 +19,15 @@ from rcm.serve.app import make_app
 from rcm.serve.hub import Hub
 
 SEND_BUFFER = 256 * 1024
-"""Bytes that the kernel holds for a client. What waits there can no longer be dropped, so it is the delay of a slow reader."""
+"""Bytes that the kernel holds for a client. What waits there can no longer be dropped, so it is the
+delay of a slow reader.
+"""
 
 
 class Unbuffered(WebSocketsSansIOProtocol):
-    """A WebSocket whose sends wait until the kernel has taken everything: what lies in a buffer of ours could no longer be dropped."""
+    """A WebSocket whose sends wait until the kernel has taken everything: what lies in a buffer of
+    ours could no longer be dropped.
+    """
 
     def connection_made(self, transport: Any) -> None:
         """See `asyncio.Protocol`."""
@@ -41,7 +45,9 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int, *, send_s: float, send_buffer: int = SEND_BUFFER) -> socket.socket:
-    """A listening socket whose connections hold little and are dropped when they take nothing; `ConfigError` where it cannot be had."""
+    """A listening socket whose connections hold little and are dropped when they take nothing;
+    `ConfigError` where it cannot be had.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -58,7 +64,9 @@ def listen(host: str, port: int, *, send_s: float, send_buffer: int = SEND_BUFFE
 
 
 async def serve(hub: Hub, access: Access, listener: socket.socket, *, ready: threading.Event | None = None) -> int:
-    """Serve until SIGINT, SIGTERM (in the main thread) or `Server.should_exit`; returns how many sessions were closed at the end."""
+    """Serve until SIGINT, SIGTERM (in the main thread) or `Server.should_exit`; returns how many
+    sessions were closed at the end.
+    """
     config = uvicorn.Config(
         make_app(hub, access),
         ws=Unbuffered,

@@ -1,4 +1,6 @@
-"""One client: what waits for it, and the task that sends it. Never more than a few pictures wait: a slow reader sees fewer."""
+"""One client: what waits for it, and the task that sends it. Never more than a few pictures wait: a
+slow reader sees fewer.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from rcm.serve.limits import Limits
 from rcm.serve.metrics import Metrics
 
 TEXTS = 64
-"""Messages that wait for a client before it is closed: each answers one of its own, or tells a change of the stream."""
+"""Messages that wait for a client before it is closed: each answers one of its own, or tells a
+change of the stream.
+"""
 
 
 class Viewer:
@@ -41,7 +45,9 @@ class Viewer:
         self._wake.set()
 
     def tell(self, message: dict[str, Any]) -> None:
-        """One more message, which is never dropped; a client that lets too many gather is closed."""
+        """One more message, which is never dropped; a client that lets too many gather is
+        closed.
+        """
         if len(self._texts) >= TEXTS:
             self.close(1008, "too many messages are unread")
             return
@@ -49,7 +55,9 @@ class Viewer:
         self._wake.set()
 
     def inform(self, timings: dict[str, Any]) -> None:
-        """Timings of the moment: the newest replace older ones, and wait until the client has caught up with the pictures."""
+        """Timings of the moment: the newest replace older ones, and wait until the client has
+        caught up with the pictures.
+        """
         self._timings = timings
         self._wake.set()
 

@@ -1,4 +1,6 @@
-"""The thread that owns the pool and the device; the event loop asks it for work and never waits for torch."""
+"""The thread that owns the pool and the device; the event loop asks it for work and never waits for
+torch.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ Result = TypeVar("Result")
 
 
 class Worker(threading.Thread):
-    """Turns of `pool` for seats that have credit, and calls in between; `deliver` is given every turn, in this thread.
+    """Turns of `pool` for seats that have credit, and calls in between; `deliver` is given every
+    turn, in this thread.
 
     A seat has credit once `want(seat)` was called, for one chunk a call. `stop` closes all seats.
     """

@@ -1,1 +1,3 @@
-"""Weights on disk: containers of tensors that are opened whole, checked, and read one tensor at a time."""
+"""Weights on disk: containers of tensors that are opened whole, checked, and read one tensor at a
+time.
+"""

@@ -1,8 +1,10 @@
-"""Directories of torch.distributed.checkpoint (DCP): a pickled `.metadata` with the place of every piece; each piece is a torch pickle.
+"""Directories of torch.distributed.checkpoint (DCP): a pickled `.metadata` with the place of every
+piece; each piece is a torch pickle.
 
-The only reader of them in the package. torch's own executes `.metadata` as any pickle, every time it is asked for it, and entries that are
-no tensors too. Here the metadata is read inert, its statements are compared with each other and with the files, and torch's planner is
-handed records made from what was checked; entries that are no tensors are named and never opened.
+The only reader of them in the package. torch's own executes `.metadata` as any pickle, every time
+it is asked for it, and entries that are no tensors too. Here the metadata is read inert, its
+statements are compared with each other and with the files, and torch's planner is handed records
+made from what was checked; entries that are no tensors are named and never opened.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 class DcpFolder(LazyWeights):
     """The tensors of a DCP directory, checked when it is opened, read when asked for.
 
-    `headers` has them as meta tensors; `others` are the keys of entries that are no tensors, which are never read.
+    `headers` has them as meta tensors; `others` are the keys of entries that are no tensors, which
+    are never read.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -95,8 +98,9 @@ class DcpFolder(LazyWeights):
         return found
 
     def load_into(self, part: dict[str, Tensor]) -> None:
-        """Fill the tensors of `part` (plain or sharded in any way) from the entries of the same names; other dtypes are converted.
-        Collective where a process group exists. Raises torch's `CheckpointException` with what went wrong on each rank.
+        """Fill the tensors of `part` (plain or sharded in any way) from the entries of the same
+        names; other dtypes are converted. Collective where a process group exists. Raises torch's
+        `CheckpointException` with what went wrong on each rank.
         """
         if absent := sorted(set(part) - set(self.headers)):
             raise CheckpointError(f"{self.path} lacks {', '.join(absent[:8])}")
@@ -119,7 +123,9 @@ class DcpFolder(LazyWeights):
         return Metadata(entries, storage_data={})
 
     def _require_complete(self) -> None:
-        """Every file that the metadata names exists, is long enough for what should be in it, and holds no two pieces at one place."""
+        """Every file that the metadata names exists, is long enough for what should be in it, and
+        holds no two pieces at one place.
+        """
         spans: dict[str, list[tuple[int, int]]] = {}
         for file, offset, length in self._places.values():
             spans.setdefault(file, []).append((offset, length))
@@ -180,7 +186,9 @@ class _CheckedReader(StorageReader):
 def _parsed(
     path: Path,
 ) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...], list[Box]]], dict[tuple[str, tuple[int, ...]], tuple[str, int, int]], list[str]]:
-    """(dtype, size and pieces of each tensor; file, first byte and length of each piece; keys of what is no tensor)."""
+    """(dtype, size and pieces of each tensor; file, first byte and length of each piece; keys of
+    what is no tensor).
+    """
     if path.stat().st_size > _MOST_METADATA:
         raise CheckpointError(f"it has more than {_MOST_METADATA} bytes")
     stream = io.BytesIO(path.read_bytes())
@@ -266,7 +274,8 @@ def _tiles(size: tuple[int, ...], boxes: list[Box]) -> bool:
         return False
     if len(boxes) == 1 or math.prod(size) == 0:
         return True
-    # equal volume and inside: they tile unless two overlap, which is seen on the grid of their own edges
+    # equal volume and inside: they tile unless two overlap, which is seen on the grid of their own
+    # edges
     edges = [sorted({0, *(o[d] for o, _ in boxes), *(o[d] + s[d] for o, s in boxes)}) for d in range(len(size))]
     if math.prod(map(len, edges)) > 1 << 24:
         return False
@@ -286,7 +295,9 @@ def _index(index: Any) -> tuple[str, tuple[int, ...]]:
 
 
 def _place(key: str, place: Any) -> tuple[str, int, int]:
-    """(file, first byte, length) of a piece; the file a plain name, so that it lies in the folder."""
+    """(file, first byte, length) of a piece; the file a plain name, so that it lies in the
+    folder.
+    """
     state = _state(place, _PLACE)
     file, offset, length = state.get("relative_path"), state.get("offset"), state.get("length")
     if isinstance(file, Made) and file.kind.startswith("pathlib."):

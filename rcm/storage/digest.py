@@ -1,4 +1,6 @@
-"""Which numbers a network is made of: a digest of every tensor, taken while they are read anyway."""
+"""Which numbers a network is made of: a digest of every tensor, taken while they are read
+anyway.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ BYTES = 16
 class DigestedWeights(LazyWeights):
     """`weights` in `dtype`, each tensor hashed (BLAKE2b, RFC 7693) as it is read.
 
-    The digest is that of names, shapes and values in `dtype`: it does not depend on the order of reading, on the
-    container, or on a wider dtype in it. About a second per gigabyte.
+    The digest is that of names, shapes and values in `dtype`: it does not depend on the order of
+    reading, on the container, or on a wider dtype in it. About a second per gigabyte.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], *, dtype: torch.dtype) -> None:

@@ -11,10 +11,12 @@ from rcm.storage.pickle_file import is_archive
 
 
 def content_identity(path: str | Path) -> str:
-    """A short hash that changes when the weights at `path` do; reads no weights. `CheckpointError` for a damaged archive.
+    """A short hash that changes when the weights at `path` do; reads no weights. `CheckpointError`
+    for a damaged archive.
 
-    Of a torch pickle: the names, sizes and checksums in its directory, so a copy or a renamed file keeps its identity. Of safetensors,
-    which store no checksum: file names, sizes and modification times.
+    Of a torch pickle: the names, sizes and checksums in its directory, so a copy or a renamed file
+    keeps its identity. Of safetensors, which store no checksum: file names, sizes and modification
+    times.
     """
     path = Path(path)
     digest = hashlib.blake2b(digest_size=16)

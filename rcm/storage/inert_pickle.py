@@ -1,8 +1,11 @@
-"""Pickles read without executing anything: what a pickle names is noted, never imported and never called.
+"""Pickles read without executing anything: what a pickle names is noted, never imported and never
+called.
 
-A pickle is a program for a stack machine whose instructions may import any object and call it. This reader knows the instructions that
-build plain values; where a file names a class or a function, it is compared with a list of exact names and becomes a `Named`, and where it
-would be called, the call is noted as a `Made`. What these stand for is for the caller to say, who builds its own objects from them.
+A pickle is a program for a stack machine whose instructions may import any object and call it. This
+reader knows the instructions that build plain values; where a file names a class or a function, it
+is compared with a list of exact names and becomes a `Named`, and where it would be called, the call
+is noted as a `Made`. What these stand for is for the caller to say, who builds its own objects from
+them.
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ class Named:
 
 @dataclass(slots=True, eq=False)
 class Made:
-    """What the file would have made by calling `kind` with `arguments` and giving it `state`; not made."""
+    """What the file would have made by calling `kind` with `arguments` and giving it `state`; not
+    made.
+    """
 
     kind: str
     arguments: tuple[Any, ...]
@@ -49,10 +54,12 @@ class Made:
 
 
 def read_inert(stream: BinaryIO, *, names: Collection[str], storages: Callable[[Any], Any] | None = None) -> Any:
-    """The next pickle of `stream` as dicts, lists, tuples, strings, numbers, None, `Named` and `Made`; ordered dicts as dicts.
+    """The next pickle of `stream` as dicts, lists, tuples, strings, numbers, None, `Named` and
+    `Made`; ordered dicts as dicts.
 
-    `names`: the "module.name" that it may name. `storages` is given each persistent id (plain values too) and returns what stands for it.
-    Raises `Stranger` for another name, `pickle.UnpicklingError` or any other exception for what is no pickle of plain values.
+    `names`: the "module.name" that it may name. `storages` is given each persistent id (plain
+    values too) and returns what stands for it. Raises `Stranger` for another name,
+    `pickle.UnpicklingError` or any other exception for what is no pickle of plain values.
     """
     reader = _Reader(stream)
     reader.names, reader.storages = names, storages
@@ -64,7 +71,8 @@ class _Instructions(dict):
         raise pickle.UnpicklingError(f"it has the instruction {bytes([code])!r}, which plain values do not need")
 
 
-class _Reader(pickle._Unpickler):  # the one in Python: its memo is a dict, so a forged index takes no memory
+# the one in Python: its memo is a dict, so a forged index takes no memory
+class _Reader(pickle._Unpickler):
     names: Collection[str]
     storages: Callable[[Any], Any] | None
 
@@ -92,7 +100,8 @@ class _Reader(pickle._Unpickler):  # the one in Python: its memo is a dict, so a
         state, made = self.stack.pop(), self.stack[-1]
         if isinstance(made, Made):
             made.state = state
-        elif not isinstance(made, dict):  # an ordered dict's attributes (versions of modules) are left out
+        # an ordered dict's attributes (versions of modules) are left out
+        elif not isinstance(made, dict):
             raise pickle.UnpicklingError(f"it gives a {type(made).__name__} a state")
 
     dispatch = _Instructions(

@@ -1,4 +1,6 @@
-"""Names that files state of their neighbours: an index of its shards, a pointer of the newest checkpoint, a DCP folder of its pieces."""
+"""Names that files state of their neighbours: an index of its shards, a pointer of the newest
+checkpoint, a DCP folder of its pieces.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,16 @@ _MOST_BYTES = 4096
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether `name` is that of an entry of a folder, on any system: no path, no drive, not the folder itself or its parent."""
+    """Whether `name` is that of an entry of a folder, on any system: no path, no drive, not the
+    folder itself or its parent.
+    """
     return isinstance(name, str) and 0 < len(name) <= 255 and name not in (".", "..") and not any(c in '/\\:"\0' or c < " " for c in name)
 
 
 def pointed_at(pointer: Path) -> Path:
-    """The neighbour of `pointer` whose name that file holds. `CheckpointError` unless the content is one plain name."""
+    """The neighbour of `pointer` whose name that file holds. `CheckpointError` unless the content
+    is one plain name.
+    """
     with open(pointer, "rb") as file:
         name = file.read(_MOST_BYTES).decode("utf-8", errors="replace").strip()
     if not is_plain_name(name):

@@ -1,4 +1,6 @@
-"""JSON as the package reads it from strangers: strict, bounded, and one sentence for whatever is wrong."""
+"""JSON as the package reads it from strangers: strict, bounded, and one sentence for whatever is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ MOST_BYTES = 1 << 26
 
 
 def parse_json(text: str | bytes, *, source: Path | str) -> Any:
-    """The value of a JSON text in UTF-8. `CheckpointError` naming `source` for anything else, for a key given twice, and for numbers that
-    JSON does not have (NaN, Infinity) or a float64 does not hold.
+    """The value of a JSON text in UTF-8. `CheckpointError` naming `source` for anything else, for a
+    key given twice, and for numbers that JSON does not have (NaN, Infinity) or a float64 does not
+    hold.
     """
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8-sig")
@@ -28,7 +31,9 @@ def parse_json(text: str | bytes, *, source: Path | str) -> Any:
 
 
 def read_json(path: Path, *, most_bytes: int = MOST_BYTES) -> Any:
-    """The value of a JSON file; errors as `parse_json`, also for a file that cannot be opened or has more than `most_bytes`."""
+    """The value of a JSON file; errors as `parse_json`, also for a file that cannot be opened or
+    has more than `most_bytes`.
+    """
     try:
         if path.stat().st_size > most_bytes:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, more than the {most_bytes} that such a file may have")

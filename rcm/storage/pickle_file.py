@@ -1,8 +1,10 @@
-"""torch's pickles, of tensors only: the zip archive, mapped; and the format from before torch 1.6, read into memory.
+"""torch's pickles, of tensors only: the zip archive, mapped; and the format from before torch 1.6,
+read into memory.
 
-torch.load is not used: even its restricted form trusts the sizes that a pickle states about the bytes beside it, and a list of names that
-any imported library may extend. Here the pickle is read inert (rcm/storage/inert_pickle.py), every tensor is compared with the bytes that
-are there, and only then made.
+torch.load is not used: even its restricted form trusts the sizes that a pickle states about the
+bytes beside it, and a list of names that any imported library may extend. Here the pickle is read
+inert (rcm/storage/inert_pickle.py), every tensor is compared with the bytes that are there, and
+only then made.
 """
 
 from __future__ import annotations
@@ -72,7 +74,9 @@ _ODD_TENSORS = {
 
 @dataclass(frozen=True)
 class PickledTensors:
-    """Tensors by key, nested state dicts joined with dots; keys of what is no tensor; whether the file is mapped rather than read."""
+    """Tensors by key, nested state dicts joined with dots; keys of what is no tensor; whether the
+    file is mapped rather than read.
+    """
 
     tensors: dict[str, Tensor]
     others: tuple[str, ...]
@@ -91,8 +95,8 @@ class _Piece:
 def read_pickle(path: Path) -> PickledTensors:
     """The tensors of a torch pickle.
 
-    Raises `CheckpointError` for a file that is truncated, damaged, of another format, no dict, larger than this machine can map, or that
-    needs other Python objects (none is executed).
+    Raises `CheckpointError` for a file that is truncated, damaged, of another format, no dict,
+    larger than this machine can map, or that needs other Python objects (none is executed).
     """
     with _explained(path):
         mapped = is_archive(path)
@@ -109,10 +113,11 @@ def read_pickle(path: Path) -> PickledTensors:
 
 
 def read_tensor(source: Path | bytes | bytearray, *, name: str) -> Tensor:
-    """The one tensor of a torch pickle: of the file `source`, or of these bytes; `name` says in errors what it is.
+    """The one tensor of a torch pickle: of the file `source`, or of these bytes; `name` says in
+    errors what it is.
 
-    Dense, on the CPU, without gradient; of a bytearray, a view of it. Raises `CheckpointError` as `read_pickle`, and for anything else than
-    one tensor.
+    Dense, on the CPU, without gradient; of a bytearray, a view of it. Raises `CheckpointError` as
+    `read_pickle`, and for anything else than one tensor.
     """
     with _explained(name):
         value, made = _opened(source)
@@ -169,7 +174,9 @@ class _Held(io.RawIOBase):
 
 
 def _opened(source: Path | bytes | bytearray) -> tuple[Any, Callable[[Any], Tensor]]:
-    """What the pickle holds, inert, and the function that makes a tensor of an entry that is one."""
+    """What the pickle holds, inert, and the function that makes a tensor of an entry that is
+    one.
+    """
     held = None if isinstance(source, Path) else source if isinstance(source, bytearray) else bytearray(source)
     with open(source, "rb") if held is None else io.BufferedReader(_Held(held)) as file:
         archive = file.read(len(_LOCAL_HEADER)) == _LOCAL_HEADER
@@ -198,7 +205,9 @@ def _opened(source: Path | bytes | bytearray) -> tuple[Any, Callable[[Any], Tens
 
 
 def _archive(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """The value of an archive, and where (first byte, length) its storages are. A file with a hole in the middle is found here."""
+    """The value of an archive, and where (first byte, length) its storages are. A file with a hole
+    in the middle is found here.
+    """
     if not zipfile.is_zipfile(file):
         raise zipfile.BadZipFile("the end of the archive is missing")
     with zipfile.ZipFile(file) as archive:
@@ -229,7 +238,9 @@ def _archive(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
 
 
 def _old_format(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """As `_archive`, of torch's first format: five pickles, then each storage after its number of elements."""
+    """As `_archive`, of torch's first format: five pickles, then each storage after its number of
+    elements.
+    """
     if read_inert(file, names=()) != _OLD_MAGIC:
         raise pickle.UnpicklingError("it does not begin as a torch file does")
     read_inert(file, names=())
@@ -300,7 +311,9 @@ def _described(entry: Any) -> tuple[_Piece, torch.dtype, int, tuple[int, ...], t
 
 
 def _require_inside(piece: _Piece, length: int, dtype: torch.dtype, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
-    """The storage has the bytes that it states, and the tensor lies in it, each element in a place of its own."""
+    """The storage has the bytes that it states, and the tensor lies in it, each element in a place
+    of its own.
+    """
     if piece.count < 0 or piece.count * piece.dtype.itemsize != length:
         raise pickle.UnpicklingError(f"storage {piece.key} should have {piece.count * piece.dtype.itemsize} bytes, the file has {length}")
     elements, there = math.prod(size), length // dtype.itemsize

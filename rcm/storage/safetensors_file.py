@@ -1,7 +1,8 @@
-"""The safetensors format: an 8-byte length, a JSON header of names, dtypes, shapes and places, then the bytes of the tensors.
+"""The safetensors format: an 8-byte length, a JSON header of names, dtypes, shapes and places, then
+the bytes of the tensors.
 
-The official library judges a file first; it does not tell where tensors are, and its own loading maps the file privately, which counts as
-memory, so places are read here.
+The official library judges a file first; it does not tell where tensors are, and its own loading
+maps the file privately, which counts as memory, so places are read here.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[Tensor, int]], dict[str, str]]:
-    """Key -> (meta tensor, first byte) of a safetensors file, and its metadata, once the tensors are seen to fill the file in order.
+    """Key -> (meta tensor, first byte) of a safetensors file, and its metadata, once the tensors
+    are seen to fill the file in order.
 
     Raises `CheckpointError` for a file that is truncated, damaged or of another format.
     """
@@ -60,8 +62,9 @@ def read_header(path: Path) -> tuple[dict[str, tuple[Tensor, int]], dict[str, st
 
 
 def read_entry(path: Path, header: Tensor, start: int) -> Tensor:
-    """The bytes from `start` on as a CPU tensor like `header`. Read, not mapped: a private mapping of the file counts as memory that the
-    machine must have. Raises `OSError` where the file ends early.
+    """The bytes from `start` on as a CPU tensor like `header`. Read, not mapped: a private mapping
+    of the file counts as memory that the machine must have. Raises `OSError` where the file ends
+    early.
     """
     flat = torch.empty(header.numel() * header.element_size(), dtype=torch.uint8)
     with open(path, "rb", buffering=0) as file:
@@ -76,7 +79,8 @@ def read_entry(path: Path, header: Tensor, start: int) -> Tensor:
 
 
 def write_safetensors(path: Path, headers: Mapping[str, Tensor], read: Callable[[str], Tensor], *, metadata: Mapping[str, str]) -> None:
-    """A safetensors file of the entries in `headers` (meta tensors), each fetched with `read` when its turn comes; flushed to disk.
+    """A safetensors file of the entries in `headers` (meta tensors), each fetched with `read` when
+    its turn comes; flushed to disk.
 
     Wide dtypes come first, so that every entry is aligned to its element size.
     """

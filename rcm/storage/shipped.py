@@ -1,4 +1,6 @@
-"""Files that come with the package: prompt lists, Wan's negative prompt, a small trained checkpoint of the embedded world."""
+"""Files that come with the package: prompt lists, Wan's negative prompt, a small trained checkpoint
+of the embedded world.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,15 @@ from pathlib import Path
 from rcm.core.errors import ConfigError
 
 TOY_CHECKPOINT = "toy/sf_dmd_c1-1.safetensors"
-"""The final stage on the embedded world; the commands that made it stand in the README beside it."""
+"""The final stage on the embedded world; the commands that made it stand in the README beside
+it.
+"""
 TOY_PROMPTS = "prompts/toy.txt"
 
 
 def asset(name: str) -> Path:
-    """The shipped file or folder `name`: in an installed wheel under `rcm/_assets`, in a source tree under `assets` beside the package.
+    """The shipped file or folder `name`: in an installed wheel under `rcm/_assets`, in a source
+    tree under `assets` beside the package.
 
     Raises `ConfigError` where it is missing, which an incomplete installation is.
     """

@@ -1,4 +1,6 @@
-"""Dicts of tensors from anywhere: keys joined, shapes known before reading, and one wording for what does not fit."""
+"""Dicts of tensors from anywhere: keys joined, shapes known before reading, and one wording for
+what does not fit.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ MOST_ENTRIES = 1_000_000
 
 
 class LazyWeights(Mapping[str, Tensor]):
-    """Weights that are read when asked for: a read-only mapping of names to CPU tensors whose shapes and dtypes are known beforehand."""
+    """Weights that are read when asked for: a read-only mapping of names to CPU tensors whose
+    shapes and dtypes are known beforehand.
+    """
 
     headers: Mapping[str, Tensor]
     """Name -> meta tensor with the shape and dtype of the entry."""
@@ -43,10 +47,11 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def flatten(state: Mapping[str, object]) -> dict[str, object]:
-    """Nested state dicts as one, their keys joined with dots; what is no mapping with string keys stays as it is.
+    """Nested state dicts as one, their keys joined with dots; what is no mapping with string keys
+    stays as it is.
 
-    Raises `CheckpointError` for two entries of one joined name, and for more levels or entries than a state dict has (a dict that holds
-    itself, or one dict many times over).
+    Raises `CheckpointError` for two entries of one joined name, and for more levels or entries than
+    a state dict has (a dict that holds itself, or one dict many times over).
     """
     out: dict[str, object] = {}
 
@@ -70,9 +75,11 @@ def flatten(state: Mapping[str, object]) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Misfit:
-    """Names that are missing, names that nobody expects (sorted), and names with both shapes where they differ.
+    """Names that are missing, names that nobody expects (sorted), and names with both shapes where
+    they differ.
 
-    The first and the last are in the order of what is expected: the first tensor of a network tells most about its size.
+    The first and the last are in the order of what is expected: the first tensor of a network tells
+    most about its size.
     """
 
     missing: tuple[str, ...]
@@ -98,7 +105,8 @@ def check_keys(
     network: str = "this network",
     advice: str = "",
 ) -> None:
-    """Raise `CheckpointError` unless names and shapes in `source` are exactly those that `network` (in words) expects.
+    """Raise `CheckpointError` unless names and shapes in `source` are exactly those that `network`
+    (in words) expects.
 
     It names what is missing, unexpected or misshapen, and ends in `advice`.
     """

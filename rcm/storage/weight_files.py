@@ -1,12 +1,14 @@
-"""One reader for every container of one network's weights: what is inside is known, and the container verified complete, before a tensor
-is read.
+"""One reader for every container of one network's weights: what is inside is known, and the
+container verified complete, before a tensor is read.
 
-    .pt / .pth / .bin / .ckpt   torch pickle, memory-mapped (the old format without a zip is read into memory)
+    .pt / .pth / .bin / .ckpt   torch pickle, memory-mapped (the old format without a zip is read
+                                into memory)
     .safetensors                read entry by entry
     *.index.json, or its folder shards
     folder                      the only file of weights in it
 
-Keys are those of the file, nested state dicts joined with dots; whose they are is the caller's business. docs/reference/wan.md#files.
+Keys are those of the file, nested state dicts joined with dots; whose they are is the caller's
+business. docs/reference/wan.md#files.
 """
 
 from __future__ import annotations
@@ -29,15 +31,18 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (*PICKLES, ".safetensors")
 INDEX = ".index.json"
 CONFIGS = {"diffusion_pytorch_model": "config.json", "adapter_model": "adapter_config.json"}
-"""Beginning of a published file's name -> the settings beside it. Files with other names may lie in a folder together."""
+"""Beginning of a published file's name -> the settings beside it. Files with other names may lie in
+a folder together.
+"""
 PLAIN_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class WeightFile(LazyWeights):
     """All tensors of one file or folder, read one by one.
 
-    `headers` has them as meta tensors; `container` says in words how they are kept; `others` are the keys of entries that are no tensors;
-    `metadata` is that of safetensors files; `config` the config.json beside them, None without one.
+    `headers` has them as meta tensors; `container` says in words how they are kept; `others` are
+    the keys of entries that are no tensors; `metadata` is that of safetensors files; `config` the
+    config.json beside them, None without one.
     """
 
     def __init__(
@@ -56,7 +61,9 @@ class WeightFile(LazyWeights):
         self._read = read
 
     def __getitem__(self, key: str) -> Tensor:
-        """The tensor as stored, on the CPU (of a mapped file, a view of it); `CheckpointError` if it cannot be read any more."""
+        """The tensor as stored, on the CPU (of a mapped file, a view of it); `CheckpointError` if
+        it cannot be read any more.
+        """
         if key not in self.headers:
             raise KeyError(key)
         try:
@@ -67,12 +74,16 @@ class WeightFile(LazyWeights):
             raise CheckpointError(f"{self.path}: {key} cannot be read ({first_line(error)})") from error
 
     def require_tensors_only(self) -> None:
-        """Raise `CheckpointError` naming the entries that are no tensors, for a reader whose network is published as a flat dict."""
+        """Raise `CheckpointError` naming the entries that are no tensors, for a reader whose
+        network is published as a flat dict.
+        """
         if self.others:
             raise CheckpointError(f"{self.path} holds entries that are not tensors: {listed(self.others)}; expected a flat dict of tensors")
 
     def require_floats(self, keys: Iterable[str]) -> None:
-        """Raise `CheckpointError` naming those of `keys` that are no plain floats; quantised weights need scales that nobody applies."""
+        """Raise `CheckpointError` naming those of `keys` that are no plain floats; quantised
+        weights need scales that nobody applies.
+        """
         odd = [f"{key} ({str(dtype).removeprefix('torch.')})" for key in keys if (dtype := self.headers[key].dtype) not in PLAIN_FLOATS]
         if odd:
             raise CheckpointError(
@@ -84,9 +95,10 @@ class WeightFile(LazyWeights):
 def open_container(path: str | Path, *, hint: str = "") -> WeightFile:
     """The tensors of one network in any container (see the module), none of them read yet.
 
-    `hint` ends the errors for a path that does not exist and for a folder: where the file is published, which flag names it. Raises
-    `CheckpointError` for these, and for a file that is truncated, damaged or of an unknown kind, and a shard that is missing or disagrees
-    with its index.
+    `hint` ends the errors for a path that does not exist and for a folder: where the file is
+    published, which flag names it. Raises `CheckpointError` for these, and for a file that is
+    truncated, damaged or of an unknown kind, and a shard that is missing or disagrees with its
+    index.
     """
     path = Path(path)
     if not path.exists():
@@ -118,7 +130,9 @@ def _open_folder(path: Path, *, hint: str) -> WeightFile:
 
 
 def _one_format(files: list[Path], *, end: str = "") -> list[Path]:
-    """`files` without the pickles that a public folder offers beside the same weights as safetensors (both called `.bin` there)."""
+    """`files` without the pickles that a public folder offers beside the same weights as
+    safetensors (both called `.bin` there).
+    """
     if not any(file.name.endswith(f".safetensors{end}") for file in files):
         return files
     return [file for file in files if not file.name.endswith(f".bin{end}")]
@@ -154,7 +168,9 @@ def _open_safetensors(path: Path) -> WeightFile:
 
 
 def _open_shards(index: Path) -> WeightFile:
-    """Files that an index lists; every one must be there and together they must hold what it says."""
+    """Files that an index lists; every one must be there and together they must hold what it
+    says.
+    """
     where = read_object(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise CheckpointError(f"{index} has no weight_map; it is not an index of shards")

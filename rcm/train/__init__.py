@@ -1,1 +1,3 @@
-"""Training: state, one step, the loop, optimiser, EMA, checkpoints, export, metrics and observers."""
+"""Training: state, one step, the loop, optimiser, EMA, checkpoints, export, metrics and
+observers.
+"""

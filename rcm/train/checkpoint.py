@@ -1,15 +1,15 @@
 """Save and load everything that training changes, with torch.distributed.checkpoint (DCP).
 
     <job>/checkpoints/latest_checkpoint.txt          name of the newest complete checkpoint
-    <job>/checkpoints/iter_000000500/rcm.json        self-description
-                                    /model/          net.*, net_ema.*, net_fake_score.*
-                                    /optim_net/, /optim_fake_score/    optimiser state by slot and parameter name
-                                    /scheduler/      update counts
-                                    /trainer/        iteration, data positions
+    <job>/checkpoints/iter_000000500/rcm.json        self-description /model/          net.*,
+                                    net_ema.*, net_fake_score.* /optim_net/, /optim_fake_score/
+                                    optimiser state by slot and parameter name /scheduler/
+                                    update counts /trainer/        iteration, data positions
 
-A checkpoint is written under another name and renamed when complete; `latest_checkpoint.txt` changes last, atomically. A save that is
-killed or finds no space therefore leaves the previous checkpoint in use; one that fails removes what it wrote. Loading is strict and
-collective; the world size may differ from the one that saved.
+A checkpoint is written under another name and renamed when complete; `latest_checkpoint.txt`
+changes last, atomically. A save that is killed or finds no space therefore leaves the previous
+checkpoint in use; one that fails removes what it wrote. Loading is strict and collective; the world
+size may differ from the one that saved.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ LATEST = "latest_checkpoint.txt"
 class Checkpointer:
     """Saves and loads a run's state under `<job>/checkpoints`.
 
-    `description`: what every checkpoint says about itself. `settings`: what a run that continues from one must share. `keep_last`: keep
-    only that many newest checkpoints (0: all).
-    `asynchronous`: `save` returns once the state is copied to host memory; errors of the write surface at the next `save` or at `wait`.
+    `description`: what every checkpoint says about itself. `settings`: what a run that continues
+    from one must share. `keep_last`: keep only that many newest checkpoints (0: all).
+    `asynchronous`: `save` returns once the state is copied to host memory; errors of the write
+    surface at the next `save` or at `wait`.
     """
 
     def __init__(
@@ -67,10 +68,11 @@ class Checkpointer:
         self._failure: BaseException | None = None
 
     def save(self, state: TrainState, *, loader: Positioned | None = None) -> Path:
-        """Write a checkpoint of `state` (and the loader's position) and return its directory. Collective; `state` is never changed.
+        """Write a checkpoint of `state` (and the loader's position) and return its directory.
+        Collective; `state` is never changed.
 
-        Raises OSError with the path when the disk is full or not writable, CheckpointError for other failures; the previous checkpoint
-        stays in use.
+        Raises OSError with the path when the disk is full or not writable, CheckpointError for
+        other failures; the previous checkpoint stays in use.
         """
         self.wait()
         parts = capture(state, positions=gather_positions(loader, self.dims), settings=self.settings)
@@ -111,7 +113,9 @@ class Checkpointer:
             raise failure
 
     def latest(self) -> Path | None:
-        """Directory of the newest complete checkpoint, None if there is none. CheckpointError if it is named but gone."""
+        """Directory of the newest complete checkpoint, None if there is none. CheckpointError if it
+        is named but gone.
+        """
         pointer = self.root / LATEST
         if not pointer.is_file():
             return None
@@ -125,11 +129,11 @@ class Checkpointer:
     def load(
         self, state: TrainState, *, loader: Positioned | None = None, path: str | Path | None = None, taken: Taken = Taken()
     ) -> Path | None:
-        """Restore the parts `taken` of `state` and the loader's position from `path`, or from the latest checkpoint; None when there is
-        none. Collective.
+        """Restore the parts `taken` of `state` and the loader's position from `path`, or from the
+        latest checkpoint; None when there is none. Collective.
 
-        Raises CheckpointError for another network (both named), missing or unexpected keys, wrong shapes, or a damaged file; ConfigError
-        for settings or data that do not continue the run.
+        Raises CheckpointError for another network (both named), missing or unexpected keys, wrong
+        shapes, or a damaged file; ConfigError for settings or data that do not continue the run.
         """
         self.wait()
         found = Path(path) if path is not None else shared(on_first(self.latest))
@@ -152,7 +156,9 @@ class Checkpointer:
         )
 
     def _group(self, name: str) -> dist.ProcessGroup | None:
-        """A gloo group of all ranks for background collectives of one kind; made on first use, in the same order on every rank."""
+        """A gloo group of all ranks for background collectives of one kind; made on first use, in
+        the same order on every rank.
+        """
         if not dist.is_initialized():
             return None
         if name not in self._groups:
@@ -175,7 +181,9 @@ class Checkpointer:
     def _finish_with(
         self, unfinished: Path, final: Path, description: Description, *, problem: Exception | None, group: dist.ProcessGroup | None
     ) -> None:
-        """Publish when all parts are written everywhere; else remove them and raise the first `problem`."""
+        """Publish when all parts are written everywhere; else remove them and raise the first
+        `problem`.
+        """
         try:
             agree(problem, group=group)
             self._on_first(lambda: self._publish(unfinished, final, description), group=group)
@@ -184,7 +192,9 @@ class Checkpointer:
             raise
 
     def _give_up(self, unfinished: Path, error: Exception, *, group: dist.ProcessGroup | None) -> None:
-        """Remove a save that failed, so that it takes no space from the next one. No rank goes on before; a lost peer is not waited for."""
+        """Remove a save that failed, so that it takes no space from the next one. No rank goes on
+        before; a lost peer is not waited for.
+        """
         if self.dims.rank == 0:
             with contextlib.suppress(OSError):  # the reason of the failure counts
                 discard(unfinished)
@@ -210,7 +220,8 @@ class Checkpointer:
         if pointer.is_dir():
             discard(pointer)
         write_atomically(pointer, final.name + "\n")
-        with contextlib.suppress(OSError):  # the new checkpoint is in use; the next save tries again
+        # the new checkpoint is in use; the next save tries again
+        with contextlib.suppress(OSError):
             discard(replaced)
         if self.keep_last > 0:
             older = sorted(d for d in self.root.glob("iter_*") if d.is_dir() and d != final)
@@ -235,7 +246,9 @@ def _drain(futures: list[Any]) -> None:
 
 
 def _together(action: Callable[[], Any], *, path: Path) -> Any:
-    """Run `action`, a step of a collective operation; a failure on any rank is raised on every rank, so that none waits for the others."""
+    """Run `action`, a step of a collective operation; a failure on any rank is raised on every
+    rank, so that none waits for the others.
+    """
     result, problem = None, None
     try:
         result = action()
@@ -254,7 +267,9 @@ def _translated(action: Callable[[], Any], *, path: Path) -> Any:
 
 
 def _readable(error: BaseException, *, path: Path) -> Exception:
-    """An OSError that names `path` if the system refused, else a CheckpointError; CheckpointErrors pass."""
+    """An OSError that names `path` if the system refused, else a CheckpointError; CheckpointErrors
+    pass.
+    """
     if isinstance(error, CheckpointException):
         causes = [failure[0] for failure in error.failures.values()]
         error = next((cause for cause in causes if isinstance(cause, OSError)), causes[0] if causes else error)

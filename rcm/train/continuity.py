@@ -1,4 +1,6 @@
-"""Whether a run continues a checkpoint's: the settings that both must share, and those that may change with a word about it."""
+"""Whether a run continues a checkpoint's: the settings that both must share, and those that may
+change with a word about it.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ _MOST_NAMED = 4
 
 @dataclass(frozen=True)
 class Settings:
-    """`values`: settings by dotted key, as JSON. `changeable`: keys, or groups of keys, that may differ from the checkpoint's: named in one
-    warning. Any other difference is refused.
+    """`values`: settings by dotted key, as JSON. `changeable`: keys, or groups of keys, that may
+    differ from the checkpoint's: named in one warning. Any other difference is refused.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -28,10 +30,11 @@ class Settings:
         return json.loads(json.dumps(dict(self.values)))
 
     def require_continues(self, stored: Mapping[str, Any] | None, *, source: str) -> None:
-        """ConfigError naming the keys and both values where this run does not continue one of the settings `stored` in `source`.
+        """ConfigError naming the keys and both values where this run does not continue one of the
+        settings `stored` in `source`.
 
-        A checkpoint without settings (written before there were any) and keys that one side does not know (of another version) are let
-        through.
+        A checkpoint without settings (written before there were any) and keys that one side does
+        not know (of another version) are let through.
         """
         if not self.values:
             return

@@ -1,5 +1,5 @@
-"""What a checkpoint says about itself, in a small JSON file beside the weights: enough to sample from the path alone, and to notice a
-contradiction.
+"""What a checkpoint says about itself, in a small JSON file beside the weights: enough to sample
+from the path alone, and to notice a contradiction.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ def installed_versions() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """Self-description of a checkpoint; every value is JSON (numbers, strings, lists, mappings, None).
+    """Self-description of a checkpoint; every value is JSON (numbers, strings, lists, mappings,
+    None).
 
-    `stage`: method name (tf, tf_scm, sf_dmd, ...). `network`: fields of the network's configuration. `network_name`: its preset or config
-    name. `pattern`: chunk pattern such as "c3-3", None for bidirectional. `schedule`: step schedule the student was trained for.
-    `noisy_context`: settings of the noisy context, None where unused. `sigma_max`: the sampler's. `parent`: checkpoint this run started
-    from. `data_hash`: of the training data. `iteration`: finished iterations. `experiment`: configuration name. `extra`: anything else
-    worth keeping.
+    `stage`: method name (tf, tf_scm, sf_dmd, ...). `network`: fields of the network's
+    configuration. `network_name`: its preset or config name. `pattern`: chunk pattern such as
+    "c3-3", None for bidirectional. `schedule`: step schedule the student was trained for.
+    `noisy_context`: settings of the noisy context, None where unused. `sigma_max`: the sampler's.
+    `parent`: checkpoint this run started from. `data_hash`: of the training data. `iteration`:
+    finished iterations. `experiment`: configuration name. `extra`: anything else worth keeping.
     """
 
     stage: str
@@ -63,7 +65,9 @@ class Description:
         return replace(self, iteration=iteration)
 
     def holding(self, weights: str) -> Description:
-        """The same description beside one set of weights only: "ema", "reg" (or "live") or "fake_score"."""
+        """The same description beside one set of weights only: "ema", "reg" (or "live") or
+        "fake_score".
+        """
         return replace(self, extra={**self.extra, "weights": "live" if weights == "reg" else weights})
 
     def to_json(self) -> str:
@@ -72,8 +76,8 @@ class Description:
 
     @classmethod
     def from_json(cls, text: str | bytes, *, source: str) -> Description:
-        """Parse `to_json`'s output; CheckpointError naming `source` when it is none, of a newer format, or breaks the rules of
-        `rcm/train/description_rules.py`.
+        """Parse `to_json`'s output; CheckpointError naming `source` when it is none, of a newer
+        format, or breaks the rules of `rcm/train/description_rules.py`.
         """
         values = parse_json(text, source=source)
         if not isinstance(values, dict) or "format" not in values:
@@ -99,8 +103,9 @@ class Description:
         return cls.from_json(path.read_bytes(), source=str(path))
 
     def require_same_network(self, other: Description, *, source: str) -> None:
-        """Raise CheckpointError naming both networks and every differing field, unless `other` (found at `source`) has this network. A
-        field that an older version did not write counts as its zero.
+        """Raise CheckpointError naming both networks and every differing field, unless `other`
+        (found at `source`) has this network. A field that an older version did not write counts as
+        its zero.
         """
         mine, found = _plain(self.network), _plain(other.network)
         different = sorted(k for k in set(mine) | set(found) if (mine.get(k) or None) != (found.get(k) or None))
@@ -112,8 +117,8 @@ class Description:
             )
 
     def require_same_adapters(self, other: Description, *, source: str) -> None:
-        """Raise CheckpointError unless `other` (found at `source`) has the adapters of this run on the same weights, or neither has any.
-        It names both sides.
+        """Raise CheckpointError unless `other` (found at `source`) has the adapters of this run on
+        the same weights, or neither has any. It names both sides.
         """
         mine, found = (told.extra.get("adapters") for told in (self, other))
         if mine is None and found is None:

@@ -1,7 +1,9 @@
-"""What a checkpoint's self-description may say: one table of fields, types and bounds, checked before anything is built from it.
+"""What a checkpoint's self-description may say: one table of fields, types and bounds, checked
+before anything is built from it.
 
-The bounds are far above every published network and far below what would stop a machine. Relations between fields are checked too; those
-with tensors by who reads them (`rcm/pipelines/wan_files.py:config_of`).
+The bounds are far above every published network and far below what would stop a machine. Relations
+between fields are checked too; those with tensors by who reads them
+(`rcm/pipelines/wan_files.py:config_of`).
 """
 
 from __future__ import annotations
@@ -146,7 +148,9 @@ TEXT: dict[str, Rule] = {
 }
 _DTYPES = one_of("float32", "float64", "float16", "bfloat16")
 ADAPTED: dict[str, Rule] = {"path": optional(_PATH), "dtype": _DTYPES, "digest": hexadecimal}
-"""The weights under a set of adapters: where they were (null: random), and which they are in the dtype of the run."""
+"""The weights under a set of adapters: where they were (null: random), and which they are in the
+dtype of the run.
+"""
 ADAPTERS: dict[str, Any] = {
     "rank": whole(1, 1 << 17),
     "alpha": number(0, 1e9, above=True),
@@ -187,8 +191,8 @@ _NULLABLE = ("recipe", "sampler", "codec", "text", "precision")
 
 
 def check_description(values: Mapping[str, Any], *, source: str) -> None:
-    """Raise `CheckpointError` naming `source`, the field, what it is and what it may be, unless the fields of a description make sense
-    each by itself and together.
+    """Raise `CheckpointError` naming `source`, the field, what it is and what it may be, unless the
+    fields of a description make sense each by itself and together.
     """
     _require_bounded(values, source=source)
     for key in ("stage", "network"):

@@ -1,8 +1,9 @@
-"""Where a number stopped being finite. Slow and thorough: called once, when a run is about to stop, on all ranks together.
+"""Where a number stopped being finite. Slow and thorough: called once, when a run is about to stop,
+on all ranks together.
 
-A NaN in a gradient spreads towards the input, so the parameter nearest the output that has one is closest to the cause. A NaN in a loss
-says nothing about its origin, so the phase is run again (its randomness is keyed, hence the same) while every module of the trained
-networks is watched.
+A NaN in a gradient spreads towards the input, so the parameter nearest the output that has one is
+closest to the cause. A NaN in a loss says nothing about its origin, so the phase is run again (its
+randomness is keyed, hence the same) while every module of the trained networks is watched.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ Losses = Sequence[tuple[str, Tensor]]
 
 
 def explain(method: Method, phase: Phase, *, batches: Sequence[LatentBatch], rngs: Sequence[StepRng], losses: Losses, norm: float) -> str:
-    """One sentence: role, update, term, and the module or parameter where the first NaN or infinity appeared. The same on every rank.
-    Collective.
+    """One sentence: role, update, term, and the module or parameter where the first NaN or infinity
+    appeared. The same on every rank. Collective.
     """
     net = method.trainable[phase.role]
     bad_terms = sorted({name for found in _everywhere(sorted({n for n, v in losses if not v.isfinite()})) for name in found})

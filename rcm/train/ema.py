@@ -1,12 +1,18 @@
 """Exponential moving averages with a power-function profile, kept on local shards.
 
-The profile (Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv 2312.02696, eq. 1) weights the
-weights of update tau by tau^gamma; its width relative to the training length, `std`, stays constant as training goes on. The exponent
-gamma and std determine each other:
+The profile (Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models",
+arXiv 2312.02696, eq. 1) weights the weights of update tau by tau^gamma; its width relative to the
+training length, `std`, stays constant as training goes on. The exponent gamma and std determine
+each other:
 
     std(gamma) = sqrt((gamma + 1) / ((gamma + 2)^2 (gamma + 3)))                           (eq. 123)
-    gamma^3 + 7 gamma^2 + (16 - std^-2) gamma + (12 - std^-2) = 0, its largest real root    (eq. 126)
-    beta_i = (1 - 1/(i + 1))^(gamma + 1), a copy for i < 1                                  (eq. 127 with one update per unit of time)
+    gamma^3 + 7 gamma^2 + (16 - std^-2) gamma + (12 - std^-2) = 0, its largest real root    (eq.
+                                                                                            126)
+    beta_i = (1 - 1/(i + 1))^(gamma + 1), a copy for i < 1                                  (eq. 127
+                                                                                            with one
+                                                                                            update
+                                                                                            per unit
+                                                                                            of time)
 """
 
 from __future__ import annotations
@@ -33,7 +39,9 @@ def exponent_to_std(exponent: float) -> float:
 
 
 def std_to_exponent(std: float) -> float:
-    """Exponent of the profile of relative width `std`, 0 < std < 1/sqrt(12) = 0.2887 (the uniform average, exponent 0) (eq. 126)."""
+    """Exponent of the profile of relative width `std`, 0 < std < 1/sqrt(12) = 0.2887 (the uniform
+    average, exponent 0) (eq. 126).
+    """
     if not 0 < std < 12**-0.5:
         raise ConfigError(f"the width {std} of an average must lie in (0, {12**-0.5:.4f})")
     precision = std**-2
@@ -47,7 +55,8 @@ class EMAConfig(Record):
 
     enabled: bool = True  # keep and evaluate averaged weights
     rate: float = 0.1  # relative width std of the profile, in (0, 0.288)
-    iteration_shift: int = within(0, least=0, most=10**12)  # added to the student's update index before beta is computed
+    # added to the student's update index before beta is computed
+    iteration_shift: int = within(0, least=0, most=10**12)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +65,9 @@ class EMAConfig(Record):
 
 
 class PowerEMA:
-    """Average of a network's parameters; `shadow` maps parameter names to fp32 (or wider) tensors sharded as the parameters are."""
+    """Average of a network's parameters; `shadow` maps parameter names to fp32 (or wider) tensors
+    sharded as the parameters are.
+    """
 
     def __init__(self, net: nn.Module, config: EMAConfig) -> None:
         self.config = config
@@ -66,7 +77,9 @@ class PowerEMA:
         }
 
     def beta(self, index: int) -> float:
-        """Weight of the old average at the student's effective update `index` (0-based); 0 while index + iteration_shift < 1."""
+        """Weight of the old average at the student's effective update `index` (0-based); 0 while
+        index + iteration_shift < 1.
+        """
         i = index + self.config.iteration_shift
         return 0.0 if i < 1 else (1.0 - 1.0 / (i + 1)) ** (self.exponent + 1.0)
 
@@ -88,7 +101,9 @@ class PowerEMA:
 
     @contextmanager
     def swapped(self, net: nn.Module) -> Iterator[None]:
-        """Within the context `net` computes with the averaged weights (rounded to its dtype); afterwards its own are back, bit by bit."""
+        """Within the context `net` computes with the averaged weights (rounded to its dtype);
+        afterwards its own are back, bit by bit.
+        """
         kept = {name: local(p.detach()).clone() for name, p in stored_parameters(net).items()}
         try:
             self._fill(net, self.shadow)

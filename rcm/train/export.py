@@ -1,5 +1,5 @@
-"""From a DCP checkpoint to one file that anybody can load: `net.*` tensors of one role, in one dtype, with the self-description beside
-them.
+"""From a DCP checkpoint to one file that anybody can load: `net.*` tensors of one role, in one
+dtype, with the self-description beside them.
 
 Runs in one process on CPU; reads only the tensors asked for.
 """
@@ -21,12 +21,14 @@ from rcm.storage.safetensors_file import write_safetensors
 from rcm.train.describe import FILE_NAME, Description
 
 PREFIXES = {"ema": "net_ema.", "reg": "net.", "fake_score": "net_fake_score."}
-"""Name of a set of weights -> its key prefix: the student's average, the student itself, the critic."""
+"""Name of a set of weights -> its key prefix: the student's average, the student itself, the
+critic.
+"""
 
 
 def find_model_directory(path: str | Path) -> Path | None:
-    """The DCP directory with the weights: `path` itself, its `model/`, or that of the newest checkpoint of a job directory; None where
-    there is none.
+    """The DCP directory with the weights: `path` itself, its `model/`, or that of the newest
+    checkpoint of a job directory; None where there is none.
     """
     path = Path(path)
     pointer = path / "checkpoints" / "latest_checkpoint.txt"
@@ -44,7 +46,9 @@ def model_directory(path: str | Path) -> Path:
 
 
 def describe(path: str | Path) -> Description | None:
-    """Self-description that travels with a DCP checkpoint or an exported file; None where there is none."""
+    """Self-description that travels with a DCP checkpoint or an exported file; None where there is
+    none.
+    """
     path = Path(path)
     if path.is_file():
         beside = path.with_name(path.name + ".json")
@@ -56,8 +60,8 @@ def describe(path: str | Path) -> Description | None:
 
 
 def read_weights(path: str | Path, *, weights: str = "ema", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Full tensors of one set of `weights` ("ema", "reg", "fake_score") of a DCP checkpoint, by network key (without the names that
-    wrappers leave), in `dtype` (None: as stored).
+    """Full tensors of one set of `weights` ("ema", "reg", "fake_score") of a DCP checkpoint, by
+    network key (without the names that wrappers leave), in `dtype` (None: as stored).
     """
     if weights not in PREFIXES:
         raise ConfigError(f"unknown weights {weights!r}; choose from {', '.join(PREFIXES)}")
@@ -73,11 +77,12 @@ def read_weights(path: str | Path, *, weights: str = "ema", dtype: torch.dtype |
 
 
 def export(path: str | Path, save_path: str | Path, *, weights: str = "ema", dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write one set of weights to `save_path` (.safetensors or .pt/.pth) under `net.*` keys, atomically, and return it. Of a run that
-    trained adapters, those alone, under the keys of the published layout "wan" (`rcm/nets/wan/lora.py:LAYOUTS`).
+    """Write one set of weights to `save_path` (.safetensors or .pt/.pth) under `net.*` keys,
+    atomically, and return it. Of a run that trained adapters, those alone, under the keys of the
+    published layout "wan" (`rcm/nets/wan/lora.py:LAYOUTS`).
 
-    The self-description goes into a safetensors file's metadata and into `<save_path>.json`, with the set of weights in
-    `extra["weights"]`. Raises ConfigError for another suffix.
+    The self-description goes into a safetensors file's metadata and into `<save_path>.json`, with
+    the set of weights in `extra["weights"]`. Raises ConfigError for another suffix.
     """
     target = Path(save_path)
     if target.suffix not in (".safetensors", ".pt", ".pth"):

@@ -1,4 +1,6 @@
-"""One run per job folder: a lock file that says who holds it, and that a dead holder does not keep."""
+"""One run per job folder: a lock file that says who holds it, and that a dead holder does not
+keep.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,11 @@ _TRIES = 5
 
 @contextmanager
 def job_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process. ConfigError naming host, process id and start time while another one does.
+    """Hold `folder` for this process. ConfigError naming host, process id and start time while
+    another one does.
 
-    The system's lock on the file ends with its holder, however that ends. Where it is still held (by a child of a dead run), the process
-    that the file names decides.
+    The system's lock on the file ends with its holder, however that ends. Where it is still held
+    (by a child of a dead run), the process that the file names decides.
     """
     path = folder / NAME
     file = _acquired(path)
@@ -75,7 +78,9 @@ def _lock(file: IO[str]) -> bool:
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
-    """Whether the open file is the one of that name: its holder may have removed it after it was opened here."""
+    """Whether the open file is the one of that name: its holder may have removed it after it was
+    opened here.
+    """
     try:
         return os.fstat(file.fileno()).st_ino == path.stat().st_ino
     except FileNotFoundError:
@@ -92,7 +97,9 @@ def _holder(file: IO[str]) -> dict[str, Any]:
 
 
 def _dead(holder: dict[str, Any]) -> bool:
-    """Whether the holder is known to be gone: it ran on this host, and its process id is free or belongs to a later process."""
+    """Whether the holder is known to be gone: it ran on this host, and its process id is free or
+    belongs to a later process.
+    """
     if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
         return False
     return _birth(holder["pid"]) != holder.get("birth")

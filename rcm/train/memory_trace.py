@@ -1,7 +1,9 @@
-"""Peak memory of CPU tensors, counted: what `torch.cuda.max_memory_allocated` would say of the same allocations, for machines without CUDA.
+"""Peak memory of CPU tensors, counted: what `torch.cuda.max_memory_allocated` would say of the same
+allocations, for machines without CUDA.
 
-Every operator that the dispatcher sees reports its outputs; a storage counts from its birth until it is freed or resized. Python-side
-gradient bookkeeping is not memory. Works under FSDP2, which resizes storages behind the dispatcher's back.
+Every operator that the dispatcher sees reports its outputs; a storage counts from its birth until
+it is freed or resized. Python-side gradient bookkeeping is not memory. Works under FSDP2, which
+resizes storages behind the dispatcher's back.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from torch.utils._pytree import tree_iter
 class MemoryTrace(TorchDispatchMode):
     """While active, counts the bytes of all live tensor storages that it has seen.
 
-    `current`, `peak` in bytes; `reset_peak` starts a new maximum at the present level. `known`: tensors that exist already and count from
-    the start.
+    `current`, `peak` in bytes; `reset_peak` starts a new maximum at the present level. `known`:
+    tensors that exist already and count from the start.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:

@@ -1,4 +1,5 @@
-"""Numbers of a run: accumulated on the device, read and averaged over ranks only when logged, written to sinks.
+"""Numbers of a run: accumulated on the device, read and averaged over ranks only when logged,
+written to sinks.
 
 Sinks: JSON lines in the job directory, always; wandb when asked. Neither influences training.
 """
@@ -40,7 +41,9 @@ class Averages:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def collect(self, *, device: torch.device | str, world_size: int = 1) -> dict[str, float]:
-        """Means since the last call, over the world, by sorted name; then forget. Collective: every rank has seen the same names."""
+        """Means since the last call, over the world, by sorted name; then forget. Collective: every
+        rank has seen the same names.
+        """
         names = sorted(self._sums)
         if not names:
             return {}
@@ -67,7 +70,8 @@ class Sink(Protocol):
 class JsonLines:
     """One JSON object per logged iteration, a line each, written at once.
 
-    On resume, lines after `resumed_at` (iterations that will be run again) and a torn last line are dropped, so no step appears twice.
+    On resume, lines after `resumed_at` (iterations that will be run again) and a torn last line are
+    dropped, so no step appears twice.
     """
 
     def __init__(self, path: str | Path, *, resumed_at: int = 0) -> None:
@@ -107,10 +111,12 @@ def _step_of(line: str) -> float:
 
 
 class Wandb:
-    """Weights & Biases; `mode` "online", "offline" (no network needed) or "disabled". `entity` "" is wandb's own default.
+    """Weights & Biases; `mode` "online", "offline" (no network needed) or "disabled". `entity` ""
+    is wandb's own default.
 
-    A run that goes on in `directory` goes on in wandb too: the run's id is kept in a file there. ConfigError when the package is missing
-    (what to install), when `mode` is online and there is no key, or with wandb's reason when it refuses.
+    A run that goes on in `directory` goes on in wandb too: the run's id is kept in a file there.
+    ConfigError when the package is missing (what to install), when `mode` is online and there is no
+    key, or with wandb's reason when it refuses.
     """
 
     def __init__(
@@ -156,7 +162,9 @@ WANDB_ID = "wandb_id.txt"
 
 
 def require_wandb(mode: str) -> None:
-    """ConfigError where logging to wandb in `mode` cannot work: without the package, or online without a key (looked for, not read)."""
+    """ConfigError where logging to wandb in `mode` cannot work: without the package, or online
+    without a key (looked for, not read).
+    """
     if importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "logging to wandb was asked for, but the package is missing: pip install 'rcm[wandb]', or set job.wandb_mode=disabled"

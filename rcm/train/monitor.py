@@ -1,6 +1,8 @@
-"""Signs of life of a run, and how its devices are doing: a heartbeat with a watch over stalls, and figures of memory, load and temperature.
+"""Signs of life of a run, and how its devices are doing: a heartbeat with a watch over stalls, and
+figures of memory, load and temperature.
 
-Names of the figures are those of the release: `DeviceMonitor/max_temp`, `min_`, `avg_` over all ranks.
+Names of the figures are those of the release: `DeviceMonitor/max_temp`, `min_`, `avg_` over all
+ranks.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class HeartBeatConfig(Record):
     """Signs of life, `heartbeat.json` in the job's folder."""
 
     every_n: int = within(0, least=0, most=10**12)  # iterations between two beats; 0 = no heartbeat
-    update_interval_in_minute: float = within(20.0, above=0, most=1e6)  # minutes between lines; as long without an iteration is a stall
+    # minutes between lines; as long without an iteration is a stall
+    update_interval_in_minute: float = within(20.0, above=0, most=1e6)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class DeviceMonitorConfig(Record):
     """Figures of every rank's process and card, as `DeviceMonitor/...` in the log."""
 
     every_n: int = within(0, least=0, most=10**12)  # iterations between two figures; 0 = never
-    log_memory_detail: bool = True  # CUDA: also what torch's allocator holds, splits and had to ask for again
+    # CUDA: also what torch's allocator holds, splits and had to ask for again
+    log_memory_detail: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,16 +71,19 @@ class CallbacksConfig:
 class HeartBeat:
     """A file that says when the run was last seen at work, and a watch over it, on rank 0.
 
-    Every `every` iterations the JSON file `path` is written anew (atomically): iteration, time (UTC), seconds per iteration since the last
-    beat, host, process, `state` ("training", "stalled", "ended"). A log line comes once in `minutes`. When no iteration ends for `minutes`,
-    a thread of its own writes "stalled" and warns, with the places where the main thread stands; once per stall.
+    Every `every` iterations the JSON file `path` is written anew (atomically): iteration, time
+    (UTC), seconds per iteration since the last beat, host, process, `state` ("training", "stalled",
+    "ended"). A log line comes once in `minutes`. When no iteration ends for `minutes`, a thread of
+    its own writes "stalled" and warns, with the places where the main thread stands; once per
+    stall.
     """
 
     def __init__(self, path: str | Path, *, every: int, minutes: float = 20.0, clock: Callable[[], float] = time.monotonic) -> None:
         self.path, self.every, self.minutes, self._clock = Path(path), every, minutes, clock
         self._lock, self._writing, self._over = threading.Lock(), threading.Lock(), threading.Event()
         self._watcher: threading.Thread | None = None
-        self._seen = self._beat = (0, 0.0)  # iteration and time: of the last iteration, of the last beat
+        # iteration and time: of the last iteration, of the last beat
+        self._seen = self._beat = (0, 0.0)
         self._told, self._stalled = 0.0, False
 
     def started(self, state: TrainState) -> None:
@@ -170,12 +177,14 @@ NVML: Mapping[str, tuple[Callable[[torch.device], float], float]] = {
 
 
 class DeviceMonitor:
-    """Figures of every rank's process and card, every `every` iterations, as highest, lowest and mean over ranks.
+    """Figures of every rank's process and card, every `every` iterations, as highest, lowest and
+    mean over ranks.
 
-    cpu_mem_gb: resident memory of the process; on CUDA peak_gpu_mem_gb, peak_gpu_mem_reserved_gb, with `detail` also gpu_mem_active_gb,
-    gpu_mem_inactive_split_gb and alloc_retries (of torch's allocator); where NVML answers (package nvidia-ml-py) util (%), temp (degrees
-    Celsius), power (W), clock (MHz), gpu_mem_used_gb (of all processes). GB here is 2^30 bytes, as in the release. `gather` gives every
-    rank the figures of all.
+    cpu_mem_gb: resident memory of the process; on CUDA peak_gpu_mem_gb, peak_gpu_mem_reserved_gb,
+    with `detail` also gpu_mem_active_gb, gpu_mem_inactive_split_gb and alloc_retries (of torch's
+    allocator); where NVML answers (package nvidia-ml-py) util (%), temp (degrees Celsius), power
+    (W), clock (MHz), gpu_mem_used_gb (of all processes). GB here is 2^30 bytes, as in the release.
+    `gather` gives every rank the figures of all.
     """
 
     def __init__(
@@ -227,7 +236,8 @@ class DeviceMonitor:
             ask, unit = NVML[name]
             try:
                 figures[name] = ask(self.device) / unit
-            except Exception as error:  # NVML has errors of its own kind, and a card need not answer every question
+            # NVML has errors of its own kind, and a card need not answer every question
+            except Exception as error:
                 reasons[name] = "pip install 'rcm[monitor]'" if isinstance(error, ImportError) else first_line(error)
         if reasons:
             self._silent |= reasons.keys()

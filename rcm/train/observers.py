@@ -1,7 +1,8 @@
-"""Things that watch a run and may be removed without changing a weight: sample grids, profiler, memory, progress line.
+"""Things that watch a run and may be removed without changing a weight: sample grids, profiler,
+memory, progress line.
 
-An observer reads the state and returns numbers to log. It draws no random number from a shared stream and writes no weight; the EMA swap
-that sampling uses puts every bit back.
+An observer reads the state and returns numbers to log. It draws no random number from a shared
+stream and writes no weight; the EMA swap that sampling uses puts every bit back.
 """
 
 from __future__ import annotations
@@ -46,10 +47,12 @@ class Ending(Protocol):
 
 
 class SampleGrid:
-    """Draw samples every `every` iterations with the student's own or averaged weights and hand them to a writer on rank 0.
+    """Draw samples every `every` iterations with the student's own or averaged weights and hand
+    them to a writer on rank 0.
 
-    `draw(iteration)` returns any tensor of frames and is called on every rank (a sharded network needs all of them); it must seed its own
-    generator. `write(path_without_suffix, frames)` runs on rank 0. `weights`: "reg" or "ema".
+    `draw(iteration)` returns any tensor of frames and is called on every rank (a sharded network
+    needs all of them); it must seed its own generator. `write(path_without_suffix, frames)` runs on
+    rank 0. `weights`: "reg" or "ema".
     """
 
     def __init__(
@@ -101,8 +104,9 @@ class Memory:
 
 
 class KernelRecord:
-    """Which kernels the trained networks ran, in the log and in the file `path`: attention back ends (what "auto" chose per kind of call)
-    and the setting of the fused layers. Looked at during the first `watched` iterations of this process, for a role's turn may come late.
+    """Which kernels the trained networks ran, in the log and in the file `path`: attention back
+    ends (what "auto" chose per kind of call) and the setting of the fused layers. Looked at during
+    the first `watched` iterations of this process, for a role's turn may come late.
     """
 
     def __init__(self, path: str | Path, *, watched: int = 20) -> None:
@@ -128,7 +132,9 @@ class KernelRecord:
 
 
 class Profiler:
-    """A trace of `active` iterations after `skip` ones of this process, one Chrome trace file per rank in `folder`."""
+    """A trace of `active` iterations after `skip` ones of this process, one Chrome trace file per
+    rank in `folder`.
+    """
 
     def __init__(self, *, folder: str | Path, skip: int = 3, active: int = 2) -> None:
         self.folder, self.skip, self.active = Path(folder), skip, active
@@ -159,7 +165,9 @@ class Profiler:
 
 
 class Progress:
-    """Where the run is: a line that rewrites itself on a terminal, else nothing between log lines. Rank 0 only."""
+    """Where the run is: a line that rewrites itself on a terminal, else nothing between log lines.
+    Rank 0 only.
+    """
 
     def __init__(self, *, max_iter: int, stream: Any = None) -> None:
         self.max_iter, self.stream = max_iter, stream or sys.stderr
@@ -187,7 +195,9 @@ class Progress:
 
 
 class LogLines:
-    """A sink that logs every record: losses and pace for reading, all values at the level that goes into the log file."""
+    """A sink that logs every record: losses and pace for reading, all values at the level that goes
+    into the log file.
+    """
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log both lines."""

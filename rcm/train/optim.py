@@ -1,4 +1,6 @@
-"""AdamW over sharded master weights, and the learning-rate schedule as a pure function of a role's own update count."""
+"""AdamW over sharded master weights, and the learning-rate schedule as a pure function of a role's
+own update count.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,17 @@ _FUSED_DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig(Record):
-    """AdamW of one role (arXiv 1711.05101) with decay on every parameter, norms and biases included, as in the release
-    (docs/reference/training.md#optimiser-and-ema). Master weights are fp32.
+    """AdamW of one role (arXiv 1711.05101) with decay on every parameter, norms and biases
+    included, as in the release (docs/reference/training.md#optimiser-and-ema). Master weights are
+    fp32.
     """
 
-    type: Literal["fusedadamw", "adamw"] = "fusedadamw"  # fusedadamw alone: the fused kernel is taken wherever torch has it
-    lr: float = within(1e-4, above=0, most=1)  # peak learning rate, which the schedule multiplies; a weight moves by about lr per update
-    weight_decay: float = within(0.1, least=0)  # decoupled, per unit of lr, applied to every parameter
+    # fusedadamw alone: the fused kernel is taken wherever torch has it
+    type: Literal["fusedadamw", "adamw"] = "fusedadamw"
+    # peak learning rate, which the schedule multiplies; a weight moves by about lr per update
+    lr: float = within(1e-4, above=0, most=1)
+    # decoupled, per unit of lr, applied to every parameter
+    weight_decay: float = within(0.1, least=0)
     betas: tuple[float, float] = (0.9, 0.99)  # decay of first and second moment, in [0, 1)
     eps: float = within(1e-8, above=0)  # added to the root of the second moment
 
@@ -35,7 +41,9 @@ class AdamWConfig(Record):
                 raise ConfigError(f"betas[{i}]={beta} must be in [0, 1)")
 
     def build(self, parameters: Iterable[Tensor]) -> torch.optim.AdamW:
-        """The optimiser over those `parameters` that require a gradient; its state has their dtype (master weights) and their sharding."""
+        """The optimiser over those `parameters` that require a gradient; its state has their dtype
+        (master weights) and their sharding.
+        """
         trained = [p for p in parameters if p.requires_grad]
         if not trained:
             raise ConfigError("an optimiser was asked for a network without trainable parameters; frozen roles take no optimiser")
@@ -44,8 +52,9 @@ class AdamWConfig(Record):
 
 
 class ShardAdamW(torch.optim.AdamW):
-    """AdamW that computes on this rank's shards. Parameters and states stay sharded tensors; dispatching an update over hundreds
-    of them costs the host five times as much, while the device waits.
+    """AdamW that computes on this rank's shards. Parameters and states stay sharded tensors;
+    dispatching an update over hundreds of them costs the host five times as much, while the device
+    waits.
     """
 
     def _init_group(self, group: dict, *lists: list[Tensor]) -> bool:
@@ -57,14 +66,17 @@ class ShardAdamW(torch.optim.AdamW):
 
 @dataclass(frozen=True, kw_only=True)
 class LambdaLinear(Record):
-    """Learning-rate factor: linear warm-up, then a linear way from f_max to f_min over one cycle, f_min afterwards.
+    """Learning-rate factor: linear warm-up, then a linear way from f_max to f_min over one cycle,
+    f_min afterwards.
 
-    Update n (0-based, of the role itself) gets f_start + (f_max - f_start) n / warm_up_steps while n < warm_up_steps, then
-    f_max + (f_min - f_max) (n - warm_up_steps) / (cycle_length - warm_up_steps).
+    Update n (0-based, of the role itself) gets f_start + (f_max - f_start) n / warm_up_steps while
+    n < warm_up_steps, then f_max + (f_min - f_max) (n - warm_up_steps) / (cycle_length -
+    warm_up_steps).
     """
 
     warm_up_steps: int = within(100, least=0)  # updates from f_start to f_max
-    cycle_length: int = within(0, least=0)  # update at which f_min is reached; 0 = constant at f_max
+    # update at which f_min is reached; 0 = constant at f_max
+    cycle_length: int = within(0, least=0)
     f_start: float = within(1e-6, least=0)  # factor at update 0
     f_max: float = within(1.0, least=0)  # factor after the warm-up
     f_min: float = within(1.0, least=0)  # factor at the end of the cycle (kept from then on)

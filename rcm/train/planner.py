@@ -100,8 +100,9 @@ def _phase(job: Job, card: Card, phase: PhasePlan, base: float) -> PhasePredicti
 
 def layouts(job: Job, *, global_batch: int | None = None) -> Iterator[Job]:
     """Every way to spread `job` over its ranks: context-parallel sizes that divide heads and tokens
-    per frame, shard sizes, ways to recompute, with the accumulation that gives `global_batch` samples
-    per update (None: as the job has). Layouts with more data ranks than samples are left out.
+    per frame, shard sizes, ways to recompute, with the accumulation that gives `global_batch`
+    samples per update (None: as the job has). Layouts with more data ranks than samples are left
+    out.
     """
     wanted = job.global_batch if global_batch is None else global_batch
     if wanted < 1:
@@ -158,8 +159,8 @@ def _fastest(found: Sequence[Prediction]) -> Prediction | None:
 
 
 def enough_ranks(job: Job, card: Card, *, limit: int = 1024) -> Prediction | None:
-    """The fewest ranks, doubling, on which some layout fits, the global batch growing where it must;
-    None up to `limit`.
+    """The fewest ranks, doubling, on which some layout fits, the global batch growing where it
+    must; None up to `limit`.
     """
     ranks = job.ranks
     while ranks < limit:

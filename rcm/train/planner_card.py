@@ -1,4 +1,6 @@
-"""What a card can do. The H200's rates were measured; the others are scaled from it by their published peaks."""
+"""What a card can do. The H200's rates were measured; the others are scaled from it by their
+published peaks.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ CARDS = {
 
 
 def card(name: str, *, memory_gib: float | None = None) -> Card:
-    """The card called `name`, with another memory size if one is given. `ConfigError` for an unknown name or an impossible size."""
+    """The card called `name`, with another memory size if one is given. `ConfigError` for an
+    unknown name or an impossible size.
+    """
     if name not in CARDS:
         raise ConfigError(f"unknown gpu={name!r}; choose from {', '.join(CARDS)}, and give memory_gib=N for another size")
     if memory_gib is not None and not memory_gib > 0:

@@ -1,7 +1,9 @@
-"""What a planner needs to know of a training job: its networks, and per phase the passes through them. No bytes, no seconds.
+"""What a planner needs to know of a training job: its networks, and per phase the passes through
+them. No bytes, no seconds.
 
-The vocabulary is that of the methods (`rcm.methods`): a student phase of TF-sCM is a guided teacher pass, a context pass, a tangent
-pass and a pass with gradient. `rcm.configs.plan_job` writes a config down in it.
+The vocabulary is that of the methods (`rcm.methods`): a student phase of TF-sCM is a guided teacher
+pass, a context pass, a tangent pass and a pass with gradient. `rcm.configs.plan_job` writes a
+config down in it.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class NetPlan:
     averaged: bool = False  # it has an EMA
     recompute: Mode = "none"  # `sac_config.mode`, of a trained network
     recompute_every: int = 1  # `sac_config.every_n_blocks`
-    rank: int = 0  # of the low-rank adapters on `layers`, which are trained in place of the weights; 0 = none
+    # of the low-rank adapters on `layers`, which are trained in place of the weights; 0 = none
+    rank: int = 0
     layers: tuple[str, ...] = ()
     base: str = ""  # role whose network in memory computes this one, too; "" = its own
 
@@ -53,7 +56,9 @@ class NetPlan:
             raise ConfigError(f"{self.role}: recompute={self.recompute!r} is not one of {', '.join(MODES)}")
 
     def elements(self, *, shard: int = 1, part: Literal["all", "blocks", "root"] = "all") -> int:
-        """Parameters on rank 0 of `shard` ranks. FSDP2 cuts every tensor along its first axis: [1, 6, E] stays whole on rank 0."""
+        """Parameters on rank 0 of `shard` ranks. FSDP2 cuts every tensor along its first axis: [1,
+        6, E] stays whole on rank 0.
+        """
         return _elements(self.config, shard, part)
 
     def trained_elements(self, *, shard: int = 1) -> int:
@@ -88,20 +93,23 @@ class Pass:
 
     name: str
     role: str
-    # without gradient; under dual numbers (cached keys have none); with gradient, all layouts kept until one backward pass
+    # without gradient; under dual numbers (cached keys have none); with gradient, all layouts kept
+    # until one backward pass
     mode: Literal["infer", "tangent", "train"]
     layouts: tuple[TokenLayout, ...]
-    repeats: tuple[float, ...] = ()  # runs of each layout (guidance, steps; a mean where it varies), for time alone; () is once
+    # runs of each layout (guidance, steps; a mean where it varies), for time alone; () is once
+    repeats: tuple[float, ...] = ()
     cached: int = 0  # latent frames whose student keys and values are in memory
     beside: Pass | None = None  # an earlier pass whose backward pass is yet to come
 
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One kind of iteration: which role is updated, its passes in order, and its share of the iterations.
+    """One kind of iteration: which role is updated, its passes in order, and its share of the
+    iterations.
 
-    `terms`: loss terms that are back-propagated one by one; with more than one (or several micro-batches) gradients are held
-    unreduced, unless `gradient_sync` is "each".
+    `terms`: loss terms that are back-propagated one by one; with more than one (or several
+    micro-batches) gradients are held unreduced, unless `gradient_sync` is "each".
     """
 
     role: str
@@ -141,7 +149,9 @@ class Job:
 
     @property
     def shard_ranks(self) -> int:
-        """Ranks that share one copy of the parameters; a context group wider than the shard size shares one too."""
+        """Ranks that share one copy of the parameters; a context group wider than the shard size
+        shares one too.
+        """
         return max(self.shard, self.context)
 
     @property
@@ -155,7 +165,9 @@ class Job:
         return self.data_ranks * self.batch * self.accumulation
 
     def shards_of(self, net: NetPlan) -> int:
-        """Ranks over which FSDP2 spreads `net`; 0 where it does not wrap it (see `rcm.parallel.apply`)."""
+        """Ranks over which FSDP2 spreads `net`; 0 where it does not wrap it (see
+        `rcm.parallel.apply`).
+        """
         mixed = not self.param_bytes == self.compute_bytes == self.reduce_bytes
         return self.shard_ranks if self.ranks > 1 or (net.trained and mixed) else 0
 
@@ -174,7 +186,9 @@ class Job:
 
 @lru_cache(maxsize=1024)
 def visible_pairs(layout: TokenLayout, *, first_key: int = 0) -> int:
-    """(query, key) pairs that the mask lets through, with keys from `first_key` on: what attention costs."""
+    """(query, key) pairs that the mask lets through, with keys from `first_key` on: what attention
+    costs.
+    """
     return sum(
         (segment.q_stop - segment.q_start) * max(0, stop - max(start, first_key))
         for segment in layout.mask.row_segments()

@@ -15,20 +15,26 @@ from rcm.nets.layout import TokenLayout
 from rcm.train.planner_job import Job, Pass, PhasePlan
 
 LATENT_TENSORS = 8
-"""Float32 tensors of the size of the latents that are alive in a loss: data, noise, times them, velocities, targets, float64 sums."""
+"""Float32 tensors of the size of the latents that are alive in a loss: data, noise, times them,
+velocities, targets, float64 sums.
+"""
 
-ROWS = {  # with the fused kernels, with torch's own formulas (norms keep float32 copies, and their rows)
-    "saved": ((16, 2), (27, 2)),  # what one block keeps for its backward pass, its input not counted
-    "mm_only": ((10, 1), (10, 1)),  # its input and the results of matrix products and both attentions
-    "block_wise_keep_attention_mlp": ((3, 0), (3, 0)),  # its input, the results of self-attention and MLP
+# with the fused kernels, with torch's own formulas (norms keep float32 copies, and their rows)
+ROWS = {
+    # what one block keeps for its backward pass, its input not counted
+    "saved": ((16, 2), (27, 2)),
+    # its input and the results of matrix products and both attentions
+    "mm_only": ((10, 1), (10, 1)),
+    # its input, the results of self-attention and MLP
+    "block_wise_keep_attention_mlp": ((3, 0), (3, 0)),
     "block_wise_keep_attention": ((2, 0), (2, 0)),  # its input and the result of self-attention
     "block_wise": ((1, 0), (1, 0)),  # its input
-    # recomputed and back-propagated, in the MLP's second product: all that is saved, the gradients of
-    # the block's output and of the MLP's, and that of the hidden rows; its input not counted
+    # recomputed and back-propagated, in the MLP's second product: all that is saved, the gradients
+    # of the block's output and of the MLP's, and that of the hidden rows; its input not counted
     "backward": ((18, 3), (29, 3)),
-    # without gradient: in the MLP (input, residual stream, attention's result, normalised rows, hidden
-    # rows twice), and at the end of self-attention (input, normalised rows, q, k, v, rotated q and k,
-    # result); the same two with tangents
+    # without gradient: in the MLP (input, residual stream, attention's result, normalised rows,
+    # hidden rows twice), and at the end of self-attention (input, normalised rows, q, k, v, rotated
+    # q and k, result); the same two with tangents
     "infer": ((4, 2), (4, 2)),
     "infer attention": ((8, 0), (11, 0)),
     "tangent": ((12.5, 4), (20, 2)),
@@ -38,8 +44,9 @@ ROWS = {  # with the fused kernels, with torch's own formulas (norms keep float3
 """Tensors of a block that are alive at its fullest moments: E-wide and H-wide rows per token."""
 
 ADAPTED = {"saved": (-1, 0, 8), "mm_only": (7, 1, 8), "backward": (-1, 1, 8)}
-"""What low-rank adapters of all layers add to these rows, E-wide, H-wide and of their rank: sums beside the products; no gradient of
-a weight asks for its input."""
+"""What low-rank adapters of all layers add to these rows, E-wide, H-wide and of their rank: sums
+beside the products; no gradient of a weight asks for its input.
+"""
 
 TANGENT_KEYS = 7
 """E-wide rows per cached token of attention with tangents."""
@@ -181,8 +188,8 @@ def gradient_terms(job: Job, phase: PhasePlan, *, earlier: bool) -> tuple[float,
     moment in every block. `earlier`: terms came before.
 
     Reduced: shards in the reduce dtype, at once with `gradient_sync` "each". Held back until the
-    last of several terms or micro-batches: whole, in the reduce dtype, on every rank ("last"). For a
-    moment: the block before, on its way to the other ranks in the reduce dtype.
+    last of several terms or micro-batches: whole, in the reduce dtype, on every rank ("last"). For
+    a moment: the block before, on its way to the other ranks in the reduce dtype.
     """
     net, shards = job.net(phase.role), job.shards_of(job.net(phase.role))
     root = 0 if net.rank else net.elements(part="root")

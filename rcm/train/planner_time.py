@@ -1,9 +1,9 @@
 """How long a job takes: arithmetic, memory traffic and communication of every pass, over rates that
 were measured.
 
-FLOPs count two per multiply-add (docs/reference/wan.md#cost), and per block and sample
-L (12 E^2 + 4 E H) + 512 * 4 E^2 for the linear layers, 4 P E for self-attention over the P pairs that
-the mask lets through, 4 L 512 E for cross-attention.
+FLOPs count two per multiply-add (docs/reference/wan.md#cost), and per block and sample L (12 E^2 +
+4 E H) + 512 * 4 E^2 for the linear layers, 4 P E for self-attention over the P pairs that the mask
+lets through, 4 L 512 E for cross-attention.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from rcm.train.planner_card import Card
 from rcm.train.planner_job import Job, NetPlan, Pass, PhasePlan, visible_pairs
 
 ELEMENTWISE_ROWS = 25
-"""E-wide rows that the fused elementwise kernels of a block read and write per token, beside two H-wide ones."""
+"""E-wide rows that the fused elementwise kernels of a block read and write per token, beside two
+H-wide ones.
+"""
 
 BACKWARD_ATTENTION = 2.5
 """Matrix products of attention's backward pass over those of its forward: five against two."""
@@ -57,7 +59,8 @@ def _multiples(net: NetPlan, step: Pass, layout: TokenLayout) -> _Multiples:
         constant = 1 - visible_pairs(layout, first_key=layout.context_tokens) / visible_pairs(layout)
         return _Multiples(2, 3 - constant, 0, 2, 2, 1)
     again = net.recomputed_blocks / net.config.num_layers
-    second = net.config.ffn_dim / (6 * net.config.dim + 2 * net.config.ffn_dim)  # of the MLP's products
+    # of the MLP's products
+    second = net.config.ffn_dim / (6 * net.config.dim + 2 * net.config.ffn_dim)
     kept = second if net.recompute.endswith("_mlp") else 0
     linear = 3 + again * net.recompute.startswith("block_wise") * (1 - kept)
     attention = 1 + again * (net.recompute == "block_wise")
@@ -74,14 +77,15 @@ class Cost(NamedTuple):
 
 
 def pass_cost(job: Job, card: Card, step: Pass) -> Cost:
-    """Seconds: the slower of arithmetic and the communication that it hides, plus the exchanges that
-    it cannot hide.
+    """Seconds: the slower of arithmetic and the communication that it hides, plus the exchanges
+    that it cannot hide.
     """
     net, flops, total, share = job.net(step.role), 0.0, 0.0, job.batch / job.context
     config, gathering = net.config, _gathering(job, card, net, step)
     rate = card.attention_tangent if step.mode == "tangent" else card.attention
     frozen = bool(net.rank) and step.mode == "train"  # no gradient of the weights themselves
-    own = [layer for layer in net.layers if layer not in ("cross_attn.k", "cross_attn.v")]  # of tokens, not of the text
+    # of tokens, not of the text
+    own = [layer for layer in net.layers if layer not in ("cross_attn.k", "cross_attn.v")]
     factors = 2 * adapter_elements(own, config, rank=net.rank)
     beside = sum(wide_in + 2 * wide_out for wide_in, wide_out in (layer_size(layer, config) for layer in own))
     for layout, count in zip(step.layouts, step.repeats or (1.0,) * len(step.layouts), strict=True):

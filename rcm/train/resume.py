@@ -1,4 +1,6 @@
-"""Which parts of a checkpoint a run takes: all of them, or those that the checkpoint keys of a run leave."""
+"""Which parts of a checkpoint a run takes: all of them, or those that the checkpoint keys of a run
+leave.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from dataclasses import dataclass
 from rcm.core.errors import ConfigError
 
 PARTS = ("model", "optim_net", "optim_fake_score", "scheduler_net", "scheduler_fake_score", "trainer")
-"""What can be taken or left: weights and averages; per role, moments and the update count that drives its schedule; iteration, settings
-and data position.
+"""What can be taken or left: weights and averages; per role, moments and the update count that
+drives its schedule; iteration, settings and data position.
 """
 
 _BOTH_ROLES = {"optim": ("optim_net", "optim_fake_score"), "scheduler": ("scheduler_net", "scheduler_fake_score")}
@@ -17,7 +19,9 @@ _BOTH_ROLES = {"optim": ("optim_net", "optim_fake_score"), "scheduler": ("schedu
 
 @dataclass(frozen=True)
 class Taken:
-    """`parts`: those of PARTS that are read; the rest stays as it was built. `averaged`: the student starts from the averaged weights."""
+    """`parts`: those of PARTS that are read; the rest stays as it was built. `averaged`: the
+    student starts from the averaged weights.
+    """
 
     parts: frozenset[str] = frozenset(PARTS)
     averaged: bool = False
@@ -29,8 +33,8 @@ class Taken:
 
     @classmethod
     def all_but(cls, keys: Sequence[str]) -> Taken:
-        """Everything but `keys` (checkpoint.keys_not_to_resume): parts, or "optim" and "scheduler" of both roles. ConfigError for an
-        unknown key, and where nothing is left to resume.
+        """Everything but `keys` (checkpoint.keys_not_to_resume): parts, or "optim" and "scheduler"
+        of both roles. ConfigError for an unknown key, and where nothing is left to resume.
         """
         left = []
         for key in keys:
@@ -44,6 +48,8 @@ class Taken:
         return cls(parts)
 
     def weights_alone(self, *, scheduler: bool = False, averaged: bool = False) -> Taken:
-        """Of these, the weights (checkpoint.load_training_state=False), with `scheduler` the update counts too."""
+        """Of these, the weights (checkpoint.load_training_state=False), with `scheduler` the update
+        counts too.
+        """
         wanted = {"model", *(_BOTH_ROLES["scheduler"] if scheduler else ())}
         return Taken(self.parts & wanted, averaged)

@@ -1,8 +1,9 @@
 """What a checkpoint holds: the state as named tensors, and the way back.
 
-Parts: `model` (net.*, net_ema.*, net_fake_score.*), `optim_net` and `optim_fake_score` (slot.parameter), `scheduler` (update counts),
-`trainer` (one JSON record of the iteration, the data positions and the settings, as bytes). Random generators are not among them: every
-draw is keyed by seed, step and data rank.
+Parts: `model` (net.*, net_ema.*, net_fake_score.*), `optim_net` and `optim_fake_score`
+(slot.parameter), `scheduler` (update counts), `trainer` (one JSON record of the iteration, the data
+positions and the settings, as bytes). Random generators are not among them: every draw is keyed by
+seed, step and data rank.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class Positioned(Protocol):
 
 
 def capture(state: TrainState, *, positions: list[dict[str, Any] | None], settings: Settings = Settings()) -> dict[str, Part]:
-    """The state as flat parts of tensors that share memory with it; what `restore` expects to find."""
+    """The state as flat parts of tensors that share memory with it; what `restore` expects to
+    find.
+    """
     parts: dict[str, Part] = {"model": _model_part(state, average=state.ema)}
     for role, slot in state.roles.items():
         parts[_optim_name(role)] = {f"{key}.{name}": value for name, key, value in _slots(slot)}
@@ -63,8 +66,8 @@ def restore(
     settings: Settings = Settings(),
     taken: Taken = Taken(),
 ) -> None:
-    """Fill `state` and the loader with the parts `taken` of a checkpoint directory. Their key lists, settings and the data position are
-    checked before any weight is written.
+    """Fill `state` and the loader with the parts `taken` of a checkpoint directory. Their key
+    lists, settings and the data position are checked before any weight is written.
     """
     average = state.ema
     if average is None and taken.averaged:
@@ -110,7 +113,9 @@ def restore(
 def _continued(
     record: Tensor, directory: Path, *, loader: Positioned | None, dims: ParallelDims, settings: Settings
 ) -> dict[str, Any]:
-    """The facts of the record, once they are seen to be those of this run; the loader stands where they say."""
+    """The facts of the record, once they are seen to be those of this run; the loader stands where
+    they say.
+    """
     facts = _facts(record, source=directory / "trainer")
     settings.require_continues(facts.get("settings"), source=str(directory))
     if loader is not None:
@@ -149,7 +154,9 @@ def _slots(slot: RoleState) -> list[tuple[str, str, Tensor]]:
 
 
 def _empty_slots(slot: RoleState, found: dict[str, tuple[int, ...]], *, source: str) -> tuple[Part, dict[Tensor, dict[str, str]]]:
-    """Tensors to read an optimiser's state into, flat, and by parameter: slot key -> flat key. Empty when the optimiser had not stepped."""
+    """Tensors to read an optimiser's state into, flat, and by parameter: slot key -> flat key.
+    Empty when the optimiser had not stepped.
+    """
     flat: Part = {}
     by_parameter: dict[Tensor, dict[str, str]] = {}
     keys = sorted({name.partition(".")[0] for name in found})

@@ -1,5 +1,5 @@
-"""Everything that training changes and a checkpoint keeps: networks, optimisers, update counts, EMA, the iteration. (The loader keeps its
-own position.)
+"""Everything that training changes and a checkpoint keeps: networks, optimisers, update counts,
+EMA, the iteration. (The loader keeps its own position.)
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from rcm.train.optim import AdamWConfig, LambdaLinear
 
 STUDENT = "student"
 CHECKPOINT_NAMES: Mapping[str, str] = MappingProxyType({STUDENT: "net", "fake_score": "net_fake_score"})
-"""Role -> prefix of its weights in a checkpoint; `optim_<prefix without "net_">` holds its optimiser."""
+"""Role -> prefix of its weights in a checkpoint; `optim_<prefix without "net_">` holds its
+optimiser.
+"""
 
 
 @dataclass
 class RoleState:
-    """One trained network with its optimiser. `updates` counts this role's own updates and drives its schedule."""
+    """One trained network with its optimiser. `updates` counts this role's own updates and drives
+    its schedule.
+    """
 
     net: nn.Module
     optimizer: torch.optim.Optimizer
@@ -48,7 +52,9 @@ class RoleState:
 
 @dataclass
 class TrainState:
-    """Roles by name, the student's EMA (None: no averaging), and the number of finished iterations (updates of either role)."""
+    """Roles by name, the student's EMA (None: no averaging), and the number of finished iterations
+    (updates of either role).
+    """
 
     roles: dict[str, RoleState]
     ema: PowerEMA | None = None
@@ -63,9 +69,11 @@ class TrainState:
         schedule: LambdaLinear | Mapping[str, LambdaLinear],
         ema: EMAConfig | None,
     ) -> TrainState:
-        """State before the first iteration. `trainable`: networks by role, parallelised and loaded; `optim`: their optimisers' settings.
+        """State before the first iteration. `trainable`: networks by role, parallelised and loaded;
+        `optim`: their optimisers' settings.
 
-        The EMA starts as a copy of the student. Raises ConfigError for an unknown role or a role without optimiser settings.
+        The EMA starts as a copy of the student. Raises ConfigError for an unknown role or a role
+        without optimiser settings.
         """
         roles = {}
         for role, net in trainable.items():

@@ -1,7 +1,8 @@
 """One training step: the terms of one phase, their gradients, one verdict, one update.
 
-The verdict (are the losses and gradients finite, did someone ask to stop) is a single reduction over all ranks and a single read on the
-host, taken before the update: a step either happens on every rank or on none.
+The verdict (are the losses and gradients finite, did someone ask to stop) is a single reduction
+over all ranks and a single read on the host, taken before the update: a step either happens on
+every rank or on none.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ T = TypeVar("T")
 class StepConfig:
     """How a step treats gradients.
 
-    `grad_clip`: scale gradients down to norm `clip_norm` (off in every published run; the norm is measured always). `gradient_sync`:
-    "last" reduces gradients over ranks once, in the backward pass of the last term of the last micro-batch, and holds unsharded gradients
-    until then; "each" reduces after every term, which costs communication and saves that memory.
+    `grad_clip`: scale gradients down to norm `clip_norm` (off in every published run; the norm is
+    measured always). `gradient_sync`: "last" reduces gradients over ranks once, in the backward
+    pass of the last term of the last micro-batch, and holds unsharded gradients until then; "each"
+    reduces after every term, which costs communication and saves that memory.
     """
 
     grad_clip: bool = False
@@ -48,7 +50,9 @@ class StepConfig:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did: its phase, scalars to log (tensors on the device, or floats), and whether any rank asked to stop."""
+    """What a step did: its phase, scalars to log (tensors on the device, or floats), and whether
+    any rank asked to stop.
+    """
 
     phase: Phase
     logs: dict[str, Tensor | float]
@@ -65,12 +69,13 @@ def run_step(
     config: StepConfig,
     stop: bool = False,
 ) -> StepReport:
-    """Run the phase of `state.iteration` on `batches` (one per micro-batch, `rngs` alike) and update the phase's role, its schedule and
-    the EMA.
+    """Run the phase of `state.iteration` on `batches` (one per micro-batch, `rngs` alike) and
+    update the phase's role, its schedule and the EMA.
 
-    Losses are averaged over micro-batches and ranks. Raises NonFinite (naming role, step, term, and the module or parameter concerned)
-    before anything is updated, on every rank, when a loss or gradient is NaN or infinite; RuntimeError when a phase has no term or
-    touches another role's gradients.
+    Losses are averaged over micro-batches and ranks. Raises NonFinite (naming role, step, term, and
+    the module or parameter concerned) before anything is updated, on every rank, when a loss or
+    gradient is NaN or infinite; RuntimeError when a phase has no term or touches another role's
+    gradients.
     """
     phase = method.phase(state.iteration)
     role = state.roles[phase.role]
@@ -105,8 +110,8 @@ def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
 def _accumulate(
     method: Method, phase: Phase, net: nn.Module, *, batches: Sequence[LatentBatch], rngs: Sequence[StepRng], each: bool
 ) -> tuple[list[tuple[str, Tensor]], dict[str, Tensor]]:
-    """Evaluate and back-propagate every term of every micro-batch; return the losses by name, and the means over micro-batches of what
-    terms log.
+    """Evaluate and back-propagate every term of every micro-batch; return the losses by name, and
+    the means over micro-batches of what terms log.
     """
     losses: list[tuple[str, Tensor]] = []
     sums: dict[str, Tensor] = {}
@@ -137,7 +142,9 @@ def _gradients(net: nn.Module) -> list[Tensor]:
 
 
 def _verdict(net: nn.Module, losses: list[tuple[str, Tensor]], *, dims: ParallelDims, stop: bool) -> tuple[float, bool, bool]:
-    """Global gradient norm, whether all losses and gradients are finite, whether any rank asks to stop: one reduction, one host read."""
+    """Global gradient norm, whether all losses and gradients are finite, whether any rank asks to
+    stop: one reduction, one host read.
+    """
     grads = _gradients(net)
     if not grads:
         raise RuntimeError("the backward pass reached no parameter of the trained network")

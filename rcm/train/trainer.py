@@ -1,4 +1,6 @@
-"""The loop: data, step, log, observe, save, stop. It receives built objects and owns none of the mathematics."""
+"""The loop: data, step, log, observe, save, stop. It receives built objects and owns none of the
+mathematics.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +41,12 @@ class Loader(Positioned, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """`max_iter`: iterations (updates of either role) of the whole run. `grad_accum_iter`: micro-batches per iteration. `logging_iter`,
-    `save_iter`: every how many iterations. `seed`: of all random draws. `guard_first_step`: check in the first iteration of the process
-    that no module loses a tangent. `skipped_limit`: largest share of samples that losses may zero as not finite between two log lines.
-    `step`: how gradients are treated. Raises ConfigError for numbers below 1 (max_iter: below 0).
+    """`max_iter`: iterations (updates of either role) of the whole run. `grad_accum_iter`:
+    micro-batches per iteration. `logging_iter`, `save_iter`: every how many iterations. `seed`: of
+    all random draws. `guard_first_step`: check in the first iteration of the process that no module
+    loses a tangent. `skipped_limit`: largest share of samples that losses may zero as not finite
+    between two log lines. `step`: how gradients are treated. Raises ConfigError for numbers below 1
+    (max_iter: below 0).
     """
 
     max_iter: int
@@ -65,8 +69,9 @@ class TrainerConfig:
 class Trainer:
     """Runs a method until `config.max_iter`, from wherever `state` is.
 
-    `state`: built by TrainState.create and, on resume, loaded by `checkpointer.load(state, loader=loader)` before `run`. `dims`: of the
-    launch. `checkpointer` None: nothing is saved. `sinks`: where numbers go, used on rank 0. `observers`: see observers.py.
+    `state`: built by TrainState.create and, on resume, loaded by `checkpointer.load(state,
+    loader=loader)` before `run`. `dims`: of the launch. `checkpointer` None: nothing is saved.
+    `sinks`: where numbers go, used on rank 0. `observers`: see observers.py.
     """
 
     def __init__(
@@ -92,14 +97,18 @@ class Trainer:
         self._stop = threading.Event()
 
     def request_stop(self) -> None:
-        """Finish the running iteration on every rank, save, and return from `run`. Safe to call from a signal handler or another thread."""
+        """Finish the running iteration on every rank, save, and return from `run`. Safe to call
+        from a signal handler or another thread.
+        """
         self._stop.set()
 
     def run(self) -> Outcome:
-        """Train until max_iter ("finished") or until any rank is asked to stop ("interrupted"); save before returning.
+        """Train until max_iter ("finished") or until any rank is asked to stop ("interrupted");
+        save before returning.
 
-        SIGTERM and SIGINT ask to stop; a second one takes its usual effect. Raises what a step raises, and on every rank what reading
-        data, observing or logging raises on one, without saving: the last checkpoint stays in use.
+        SIGTERM and SIGINT ask to stop; a second one takes its usual effect. Raises what a step
+        raises, and on every rank what reading data, observing or logging raises on one, without
+        saving: the last checkpoint stays in use.
         """
         state, config = self.state, self.config
         with self._signals(), self._closing(), lasting_objects() as pass_over:
@@ -155,7 +164,9 @@ class Trainer:
         self._judge_skipped(values)
 
     def _judge_skipped(self, values: Mapping[str, float]) -> None:
-        """Raise NonFinite on every rank when losses zeroed more samples since the last log line than `skipped_limit` allows."""
+        """Raise NonFinite on every rank when losses zeroed more samples since the last log line
+        than `skipped_limit` allows.
+        """
         for name, count in values.items():
             share = count / self._batch_size
             if name.endswith("/nonfinite_samples") and share > self.config.skipped_limit:
@@ -185,11 +196,14 @@ class Trainer:
             for sink in self.sinks:
                 sink.close()
             if self.checkpointer is not None:
-                self.checkpointer.settle()  # its collectives must not outlive the process group, whatever ended the run
+                # its collectives must not outlive the process group, whatever ended the run
+                self.checkpointer.settle()
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """While training, the first SIGTERM or SIGINT asks to stop and reinstates what was there before."""
+        """While training, the first SIGTERM or SIGINT asks to stop and reinstates what was there
+        before.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -1,10 +1,12 @@
-"""An invertible latent codec: space-time blocks of pixels, rotated by an orthonormal cosine transform and scaled per frequency.
+"""An invertible latent codec: space-time blocks of pixels, rotated by an orthonormal cosine
+transform and scaled per frequency.
 
-The first pixel frame is a latent frame of its own (repeated in time, so that only its temporal mean differs from zero); each later latent
-frame holds `temporal_stride` frames. Every pixel lands in exactly one latent cell, hence decoding is exact and needs no memory of other
-frames. Why a transform: raw pixels of a block are almost equal, so their channels would be almost copies of each other. The rotation puts
-the picture into the mean channels and leaves edges and flicker to the others; `boost` lifts those towards unit size without giving flat
-noise the weight of the picture.
+The first pixel frame is a latent frame of its own (repeated in time, so that only its temporal mean
+differs from zero); each later latent frame holds `temporal_stride` frames. Every pixel lands in
+exactly one latent cell, hence decoding is exact and needs no memory of other frames. Why a
+transform: raw pixels of a block are almost equal, so their channels would be almost copies of each
+other. The rotation puts the picture into the mean channels and leaves edges and flicker to the
+others; `boost` lifts those towards unit size without giving flat noise the weight of the picture.
 """
 
 from __future__ import annotations
@@ -19,12 +21,16 @@ from rcm.encoders.codec import latent_frames, latent_grid, pixel_frames
 
 
 def cosine_basis(size: int) -> list[list[float]]:
-    """Rows of the orthonormal DCT-II of `size` points, as Python floats (for size 2 the Haar transform)."""
+    """Rows of the orthonormal DCT-II of `size` points, as Python floats (for size 2 the Haar
+    transform).
+    """
     return [[math.sqrt((1 if k == 0 else 2) / size) * math.cos(math.pi * (n + 0.5) * k / size) for n in range(size)] for k in range(size)]
 
 
 def _rotate(parts: tuple[torch.Tensor, ...], rows: list[list[float]]) -> list[torch.Tensor]:
-    """sum_n rows[k][n] * parts[n] for every k, by elementwise steps alone: the bits do not depend on how many frames are given at once."""
+    """sum_n rows[k][n] * parts[n] for every k, by elementwise steps alone: the bits do not depend
+    on how many frames are given at once.
+    """
     out = []
     for row in rows:
         total = parts[0] * row[0]
@@ -42,10 +48,11 @@ def _transposed(rows: list[list[float]]) -> list[list[float]]:
 class ToyCodec:
     """A `LatentCodec` of temporal_stride * spatial_stride**2 * 3 channels.
 
-    Latent = gain * boost**n * coefficient of (pixel - centre), n = how many of (time, height, width) have a frequency other than zero. The
-    defaults fit the default `ToyWorld`: the ground is zero and the root mean square of latents is near 1.7, since a small network that
-    predicts velocity learns the picture sooner when it outweighs the noise; `NATURAL` fits photographs, with mean channels near 1.
-    Encoding float32 and decoding returns the pixels within 1e-6.
+    Latent = gain * boost**n * coefficient of (pixel - centre), n = how many of (time, height,
+    width) have a frequency other than zero. The defaults fit the default `ToyWorld`: the ground is
+    zero and the root mean square of latents is near 1.7, since a small network that predicts
+    velocity learns the picture sooner when it outweighs the noise; `NATURAL` fits photographs, with
+    mean channels near 1. Encoding float32 and decoding returns the pixels within 1e-6.
     """
 
     temporal_stride: int = 2
@@ -76,8 +83,8 @@ class ToyCodec:
         return latent_grid(height, width, stride=self.spatial_stride)
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
-        """Latents [B, C, T, h, w] of `video` [B, 3, F, H, W] in [-1, 1] (float32 or float64, kept); `ConfigError` for sizes that do not
-        fold.
+        """Latents [B, C, T, h, w] of `video` [B, 3, F, H, W] in [-1, 1] (float32 or float64, kept);
+        `ConfigError` for sizes that do not fold.
         """
         if video.ndim != 5 or video.shape[1] != 3:
             raise ConfigError(f"toy codec encodes [B, 3, F, H, W], got {tuple(video.shape)}")
@@ -130,7 +137,9 @@ class ToyStream:
         self._codec, self._begins = codec, True
 
     def decode_chunk(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pixels of the next latent frames [B, C, t, h, w]; bit-equal to the same frames of `ToyCodec.decode` of the whole."""
+        """Pixels of the next latent frames [B, C, t, h, w]; bit-equal to the same frames of
+        `ToyCodec.decode` of the whole.
+        """
         frames = self._codec._decode(latents, begins=self._begins)
         self._begins = False
         return frames

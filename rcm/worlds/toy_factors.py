@@ -1,4 +1,5 @@
-"""Reading a scene back from pixels: colour by unmixing, shape by template, position by centroid, motion by displacement. No learned part.
+"""Reading a scene back from pixels: colour by unmixing, shape by template, position by centroid,
+motion by displacement. No learned part.
 
 Shape legend: N videos, S shapes per video, F frames, K colours, M shape kinds, H W pixels.
 """
@@ -20,10 +21,12 @@ _RENDER_BATCH = 64
 class Factors:
     """What a video shows, float32 unless said otherwise.
 
-    `colour`, `shape` int64 [N, S], the S colours with most mass and the best template of each; `purity` [N, S], the colour's share of the
-    coloured mass (1 / S each in a clean video); `rgb` [N, S, 3], mean pixel offset from the background inside the shape; `area` [N, S, F]
-    pixels; `fits` [N, S, M] and `fit` [N, S, F], explained share of the mask (1 is perfect, 0 is nothing) per template, and of the best
-    one per frame; `centre` [N, S, F, 2] inside the frame; `step` [N, S, F - 1, 2], shortest displacement between frames.
+    `colour`, `shape` int64 [N, S], the S colours with most mass and the best template of each;
+    `purity` [N, S], the colour's share of the coloured mass (1 / S each in a clean video); `rgb`
+    [N, S, 3], mean pixel offset from the background inside the shape; `area` [N, S, F] pixels;
+    `fits` [N, S, M] and `fit` [N, S, F], explained share of the mask (1 is perfect, 0 is nothing)
+    per template, and of the best one per frame; `centre` [N, S, F, 2] inside the frame; `step` [N,
+    S, F - 1, 2], shortest displacement between frames.
     """
 
     colour: torch.Tensor
@@ -47,10 +50,13 @@ class FactorReader:
         middle = (size / 2).expand(len(kinds), 2)
         masks = torch.stack([world.coverage(c, kind) for c, kind in zip(middle, kinds, strict=True)])
         self._size = size
-        self._bias = _wrapped(_circular_centroid(masks) - middle, size)  # a triangle's centroid is not its centre on a circle
+        # a triangle's centroid is not its centre on a circle
+        self._bias = _wrapped(_circular_centroid(masks) - middle, size)
 
     def read(self, videos: torch.Tensor) -> Factors:
-        """`Factors` of pixels [N, 3, F, H, W] in [-1, 1]; any values are accepted, noise just fits nothing."""
+        """`Factors` of pixels [N, 3, F, H, W] in [-1, 1]; any values are accepted, noise just fits
+        nothing.
+        """
         parts = [self._read(part.float()) for part in videos.split(_RENDER_BATCH)]
         return Factors(**{name: torch.cat([getattr(p, name) for p in parts]) for name in Factors.__dataclass_fields__})
 
@@ -71,7 +77,9 @@ class FactorReader:
         return Factors(top, best, purity, rgb, mask.sum(dim=(3, 4)), fits.mean(dim=3), fit, centre, self._steps(centre))
 
     def _unmix(self, offset: torch.Tensor) -> torch.Tensor:
-        """Amplitude [N, K, F, H, W] of each pixel along the one palette colour it is closest to in direction."""
+        """Amplitude [N, K, F, H, W] of each pixel along the one palette colour it is closest to in
+        direction.
+        """
         paint = self.world.palette.to(offset) - self.world.config.background
         along = torch.einsum("ncfhw,kc->nkfhw", offset, paint)
         length = paint.square().sum(dim=1).view(1, -1, 1, 1, 1)
@@ -81,7 +89,9 @@ class FactorReader:
         return amplitude * keep
 
     def _match(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Centres [N, S, M, F, 2] and fits [N, S, M, F] of masks [N, S, F, H, W] under each template."""
+        """Centres [N, S, M, F, 2] and fits [N, S, M, F] of masks [N, S, F, H, W] under each
+        template.
+        """
         centroid, centres, fits = _circular_centroid(mask), [], []
         for kind, bias in zip(self.world.config.shapes, self._bias, strict=True):
             centre = (centroid - bias) % self._size
@@ -97,7 +107,9 @@ class FactorReader:
 
 
 def _circular_centroid(mask: torch.Tensor) -> torch.Tensor:
-    """Centroid [..., 2] (x, y) in pixels of masks [..., H, W] on a torus: phase of the first Fourier coefficient of each marginal."""
+    """Centroid [..., 2] (x, y) in pixels of masks [..., H, W] on a torus: phase of the first
+    Fourier coefficient of each marginal.
+    """
     out = []
     for marginal in (mask.sum(dim=-2), mask.sum(dim=-1)):
         size = marginal.shape[-1]

@@ -15,7 +15,9 @@ _ENCODE_BATCH = 128
 
 
 class ToyLatents:
-    """A `loader.Source` of scenes 0 .. num - 1 of `seed`, encoded once: latents float32, so 4096 default videos take 57 MB."""
+    """A `loader.Source` of scenes 0 .. num - 1 of `seed`, encoded once: latents float32, so 4096
+    default videos take 57 MB.
+    """
 
     def __init__(self, world: ToyWorld, codec: LatentCodec, text: TextEncoder, *, num: int, seed: int = 0) -> None:
         scenes = world.scenes(num, seed=seed)

@@ -1,9 +1,11 @@
-"""Exact scores of generated videos against the captions they were asked for and the world they should come from.
+"""Exact scores of generated videos against the captions they were asked for and the world they
+should come from.
 
-Every number comes from `toy_factors`, by arithmetic on pixels. The one-number `score` in [0, 100] is 100 * (0.2 * mean(colour, shape,
-direction) + 0.3 * joint + 0.15 * motion + 0.1 * fit + 0.15 * realism + 0.1 * diversity), every part in [0, 1]. Real videos score above
-98; a still video of the right shape about 50, noise or an empty frame below 5. Shape legend: N videos, S shapes per video, F frames, D
-known factors.
+Every number comes from `toy_factors`, by arithmetic on pixels. The one-number `score` in [0, 100]
+is 100 * (0.2 * mean(colour, shape, direction) + 0.3 * joint + 0.15 * motion + 0.1 * fit + 0.15 *
+realism + 0.1 * diversity), every part in [0, 1]. Real videos score above 98; a still video of the
+right shape about 50, noise or an empty frame below 5. Shape legend: N videos, S shapes per video, F
+frames, D known factors.
 """
 
 from __future__ import annotations
@@ -29,15 +31,18 @@ FRECHET_SCALE = 20.0  # excess Frechet distance that halves realism
 
 @dataclass(frozen=True)
 class ToyScores:
-    """Scores of a set of videos; all but `frechet`, `jitter` and `score` in [0, 1], higher is better.
+    """Scores of a set of videos; all but `frechet`, `jitter` and `score` in [0, 1], higher is
+    better.
 
-    `colour`, `shape`, `direction`, `joint`: share of shapes (joint: of videos) that match the caption; `motion` = mean exp(-jitter -
-    speed error), 0 for an absent shape, where `jitter` is the root mean square deviation of frame-to-frame motion from constant velocity
-    and the speed error is that of the mean velocity's length, both in units of the speed; `fit`: share of the mask that a perfect shape
-    explains; `frechet`: Frechet distance on known factors (lower is better), `frechet_floor` its value for real videos of the same
-    number; `realism` = 1 / (1 + max(0, frechet - floor) / 20); `diversity`: spread of start positions, times the share of videos that
-    show a shape; `score` in [0, 100]. Shapes that cross hide each other: with `num_shapes` > 1 real videos score less than 100, so
-    compare with the score of real ones.
+    `colour`, `shape`, `direction`, `joint`: share of shapes (joint: of videos) that match the
+    caption; `motion` = mean exp(-jitter - speed error), 0 for an absent shape, where `jitter` is
+    the root mean square deviation of frame-to-frame motion from constant velocity and the speed
+    error is that of the mean velocity's length, both in units of the speed; `fit`: share of the
+    mask that a perfect shape explains; `frechet`: Frechet distance on known factors (lower is
+    better), `frechet_floor` its value for real videos of the same number; `realism` = 1 / (1 +
+    max(0, frechet - floor) / 20); `diversity`: spread of start positions, times the share of videos
+    that show a shape; `score` in [0, 100]. Shapes that cross hide each other: with `num_shapes` > 1
+    real videos score less than 100, so compare with the score of real ones.
     """
 
     colour: float
@@ -60,8 +65,8 @@ class ToyScores:
 
 @dataclass(frozen=True)
 class DriftReport:
-    """`adherence` in [0, 100] of each successive window of a long video; `drift` = worst later window minus the first (negative: it
-    decays).
+    """`adherence` in [0, 100] of each successive window of a long video; `drift` = worst later
+    window minus the first (negative: it decays).
     """
 
     adherence: tuple[float, ...]
@@ -70,7 +75,9 @@ class DriftReport:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """Per shape [N, S]: whether it is there, whether each attribute matches its caption, and how motion differs from constant velocity."""
+    """Per shape [N, S]: whether it is there, whether each attribute matches its caption, and how
+    motion differs from constant velocity.
+    """
 
     present: torch.Tensor
     colour: torch.Tensor
@@ -101,7 +108,9 @@ class _Verdict:
 
 
 class ToyScorer:
-    """Scores videos of one world against `num_reference` real ones (scenes of `seed`, which no data set should use)."""
+    """Scores videos of one world against `num_reference` real ones (scenes of `seed`, which no data
+    set should use).
+    """
 
     def __init__(self, world: ToyWorld, *, num_reference: int = 1024, seed: int = 987_654_321) -> None:
         self.world, self.reader = world, FactorReader(world)
@@ -116,8 +125,9 @@ class ToyScorer:
     def score(self, videos: torch.Tensor, prompts: Sequence[str]) -> ToyScores:
         """`ToyScores` of `videos` [N, 3, F, H, W] in [-1, 1], one caption of this world each.
 
-        Ask for every caption equally often, and for some twice: realism compares with the world's even mix, diversity looks inside a
-        caption. Raises `ConfigError` for fewer than 8 videos, a count that differs from the prompts', or a foreign caption.
+        Ask for every caption equally often, and for some twice: realism compares with the world's
+        even mix, diversity looks inside a caption. Raises `ConfigError` for fewer than 8 videos, a
+        count that differs from the prompts', or a foreign caption.
         """
         if len(prompts) != len(videos) or len(videos) < 8:
             raise ConfigError(f"scoring needs at least 8 videos with a prompt each, got {len(videos)} videos and {len(prompts)} prompts")
@@ -144,8 +154,8 @@ class ToyScorer:
         )
 
     def drift(self, videos: torch.Tensor, prompts: Sequence[str]) -> DriftReport:
-        """Adherence over successive windows of the world's length; `videos` [N, 3, F, H, W] with F at least two windows, 1 + 2 *
-        (num_frames - 1).
+        """Adherence over successive windows of the world's length; `videos` [N, 3, F, H, W] with F
+        at least two windows, 1 + 2 * (num_frames - 1).
         """
         hop = self.world.config.num_frames - 1
         if videos.shape[2] < 1 + 2 * hop:
@@ -160,8 +170,8 @@ class ToyScorer:
         return DriftReport(tuple(adherence), min(adherence[1:]) - adherence[0])
 
     def frechet(self, factors: Factors) -> float:
-        """Frechet distance between the factor vectors of `factors` and of the reference videos, in units of the reference's standard
-        deviations.
+        """Frechet distance between the factor vectors of `factors` and of the reference videos, in
+        units of the reference's standard deviations.
         """
         return frechet_distance(self._vectors(factors) / self._scale, self._vectors_real)
 
@@ -172,7 +182,9 @@ class ToyScorer:
         return sum(frechet_distance(part, others) for part in parts) / len(parts) if parts else 0.0
 
     def _judge(self, factors: Factors, colour: torch.Tensor, shape: torch.Tensor, actions: torch.Tensor) -> _Verdict:
-        """Match seen shapes to told ones (the assignment that agrees most, colour first) and compare."""
+        """Match seen shapes to told ones (the assignment that agrees most, colour first) and
+        compare.
+        """
         present = (factors.fit.mean(dim=2) > PRESENT_FIT) & (factors.purity.sum(dim=1, keepdim=True) > PURITY)
         best: _Verdict | None = None
         best_rank = torch.empty(0)
@@ -199,8 +211,8 @@ class ToyScorer:
         return best
 
     def _motion_error(self, factors: Factors, actions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Worst mean velocity error over runs of equal action, rms deviation from a run's mean, worst error of speed; [N, S], in units
-        of the speed.
+        """Worst mean velocity error over runs of equal action, rms deviation from a run's mean,
+        worst error of speed; [N, S], in units of the speed.
         """
         world = self.world
         path = world.unfolded(factors.centre[:, :, 0], actions)
@@ -216,8 +228,8 @@ class ToyScorer:
         return error.norm(dim=-1).amax(dim=-1), rest.square().sum(-1).mean(-1).sqrt(), speed_error
 
     def _vectors(self, factors: Factors) -> torch.Tensor:
-        """Known factors float64 [N, D] of a video: colour, size, template fits, start on the circle, mean velocity and its spread, per
-        shape.
+        """Known factors float64 [N, D] of a video: colour, size, template fits, start on the
+        circle, mean velocity and its spread, per shape.
         """
         size = torch.tensor([self.world.config.width, self.world.config.height])
         phase = 2 * math.pi * factors.centre[:, :, 0] / size
@@ -239,12 +251,13 @@ class ToyScorer:
         return (torch.minimum(gap, size - gap) if self.world.config.boundary == "wrap" else gap).norm(dim=-1)
 
     def _diversity(self, starts: torch.Tensor, prompts: Sequence[str]) -> float:
-        """Smaller of: entropy of start cells over its expectation for even starts; mean distance of starts inside a caption over that
-        of real videos.
+        """Smaller of: entropy of start cells over its expectation for even starts; mean distance of
+        starts inside a caption over that of real videos.
         """
         low, span = (part.to(starts) for part in self.world.start_range())
         place = (starts - low) / span * GRID
-        wraps = self.world.config.boundary == "wrap"  # then cells are centred on a start grid of as many positions
+        # then cells are centred on a start grid of as many positions
+        wraps = self.world.config.boundary == "wrap"
         cell = (place + 0.5).long() % GRID if wraps else place.long().clamp(0, GRID - 1)
         counts = torch.bincount(cell[:, 0] * GRID + cell[:, 1], minlength=GRID * GRID).double()
         share = counts[counts > 0] / counts.sum()
@@ -260,8 +273,8 @@ class ToyScorer:
 
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Frechet distance of the Gaussians fitted to samples `a` [Na, D] and `b` [Nb, D]: |mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B
-    A^1/2)^1/2); float64.
+    """Frechet distance of the Gaussians fitted to samples `a` [Na, D] and `b` [Nb, D]: |mu_a -
+    mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2); float64.
     """
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
@@ -272,8 +285,8 @@ def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def expected_entropy(num: int, *, cells: int) -> float:
-    """Mean entropy (nats) of the histogram of `num` even draws over `cells` cells: -cells * sum_k Binomial(k; num, 1 / cells) (k / num)
-    ln(k / num).
+    """Mean entropy (nats) of the histogram of `num` even draws over `cells` cells: -cells * sum_k
+    Binomial(k; num, 1 / cells) (k / num) ln(k / num).
     """
     k = torch.arange(1, num + 1, dtype=torch.float64)
     log_choose = math.lgamma(num + 1) - torch.lgamma(k + 1) - torch.lgamma(num - k + 1)

@@ -1,4 +1,6 @@
-"""A deterministic caption embedding: every word is a fixed random sign vector, told apart by position, with nothing to download."""
+"""A deterministic caption embedding: every word is a fixed random sign vector, told apart by
+position, with nothing to download.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,21 @@ from loguru import logger
 from rcm.core.errors import ConfigError
 
 END_OF_SENTENCE = "</s>"
-_POSITION_WEIGHT = 0.25  # position moves a row by a quarter of a word: order is visible, words stay recognisable
+# position moves a row by a quarter of a word: order is visible, words stay recognisable
+_POSITION_WEIGHT = 0.25
 
 
 def tokens_of(prompt: str) -> list[str]:
-    """Lower-case words (letters and digits of any script), then the end-of-sentence token; the empty prompt is that token alone."""
+    """Lower-case words (letters and digits of any script), then the end-of-sentence token; the
+    empty prompt is that token alone.
+    """
     return [*re.findall(r"\w+", prompt.lower()), END_OF_SENTENCE]
 
 
 def vocabulary(captions: Iterable[str], *, limit: int = 256) -> tuple[str, ...]:
-    """Distinct words of captions, sorted; none where there are more than `limit`, which nobody would read."""
+    """Distinct words of captions, sorted; none where there are more than `limit`, which nobody
+    would read.
+    """
     words: set[str] = set()
     for caption in captions:
         words.update(tokens_of(caption))
@@ -33,8 +40,8 @@ def vocabulary(captions: Iterable[str], *, limit: int = 256) -> tuple[str, ...]:
 
 
 def word_vector(word: str, *, dim: int) -> torch.Tensor:
-    """Signs [dim] in {-1, +1}, float32, from SHA-256 of the word: nearly orthogonal between words, the same on every machine and
-    version.
+    """Signs [dim] in {-1, +1}, float32, from SHA-256 of the word: nearly orthogonal between words,
+    the same on every machine and version.
     """
     bits: list[int] = []
     for block in range(math.ceil(dim / 256)):
@@ -47,9 +54,10 @@ def word_vector(word: str, *, dim: int) -> torch.Tensor:
 class ToyTextEncoder:
     """A `TextEncoder` of `text_len` rows of width `text_dim`.
 
-    `negative_prompt` is the unconditional branch's prompt; empty by default, which is also what `build_dataset --empty-prompts` trains.
-    `words`: those of the captions it was trained with (empty: not recorded); others are encoded too, after a warning, for their rows mean
-    nothing to the network.
+    `negative_prompt` is the unconditional branch's prompt; empty by default, which is also what
+    `build_dataset --empty-prompts` trains. `words`: those of the captions it was trained with
+    (empty: not recorded); others are encoded too, after a warning, for their rows mean nothing to
+    the network.
     """
 
     text_len: int = 8
@@ -63,9 +71,11 @@ class ToyTextEncoder:
             raise ConfigError(f"toy text needs text_len >= 1 and an even text_dim, got {self.text_len} and {self.text_dim}")
 
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Embeddings float32 [len(prompts), text_len, text_dim]: word vector plus position, then exact zeros.
+        """Embeddings float32 [len(prompts), text_len, text_dim]: word vector plus position, then
+        exact zeros.
 
-        Raises `ConfigError` for a prompt with more words than `text_len - 1` (a truncated caption would train the wrong thing).
+        Raises `ConfigError` for a prompt with more words than `text_len - 1` (a truncated caption
+        would train the wrong thing).
         """
         out = torch.zeros(len(prompts), self.text_len, self.text_dim)
         positions = _POSITION_WEIGHT * self._positions()
@@ -92,7 +102,9 @@ class ToyTextEncoder:
         return out
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """Words of `prompt`, each once, that the training captions did not have; none where those are not recorded."""
+        """Words of `prompt`, each once, that the training captions did not have; none where those
+        are not recorded.
+        """
         known = {*self.words, END_OF_SENTENCE}
         return [word for word in dict.fromkeys(tokens_of(prompt)) if word not in known] if self.words else []
 

@@ -1,8 +1,10 @@
-"""Procedural videos of moving coloured shapes, with captions and per-frame actions, and their exact ground truth.
+"""Procedural videos of moving coloured shapes, with captions and per-frame actions, and their exact
+ground truth.
 
-A scene is a handful of factors (colour, shape, start, directions); caption, actions, trajectory and pixels follow from them. Scene number
-i of seed s is a pure function of (s, i), so a data set can be built in any order, in pieces, and again. Shape legend: N videos, S shapes
-per video, F pixel frames, H W pixel size, G segments of constant direction. Coordinates are pixels, x right, y down.
+A scene is a handful of factors (colour, shape, start, directions); caption, actions, trajectory and
+pixels follow from them. Scene number i of seed s is a pure function of (s, i), so a data set can be
+built in any order, in pieces, and again. Shape legend: N videos, S shapes per video, F pixel
+frames, H W pixel size, G segments of constant direction. Coordinates are pixels, x right, y down.
 """
 
 from __future__ import annotations
@@ -38,22 +40,28 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
     "southeast": (1, 1),
 }
 _OBJECT = re.compile(r"a (\w+) (\w+) moving (\w+(?: then \w+)*)")
-_WORDS_PER_SCENE = 64  # 64-bit random words reserved for one scene; a multiple of 4, the block of the counter-based generator
+# 64-bit random words reserved for one scene; a multiple of 4, the block of the counter-based
+# generator
+_WORDS_PER_SCENE = 64
 _RENDER_ELEMENTS = 1 << 20  # pixels rendered at a time: stays in cache
 
 
 @dataclass(frozen=True)
 class ToyWorldConfig:
-    """A world. The defaults are the easiest one that still has shape, colour, motion and caption control.
+    """A world. The defaults are the easiest one that still has shape, colour, motion and caption
+    control.
 
-    `height`, `width` pixels; `num_frames` pixel frames; `shapes`, `colours`, `directions` names to draw from; `num_shapes` per video (of
-    distinct colours); `turns` changes of direction, at equal intervals; `speed` pixels per frame; `radius` pixels, of the circle whose
-    area all shapes have; `boundary` "wrap" (a torus: motion is stationary) or "bounce"; `start_grid` spacing of start positions in pixels
-    (0: anywhere); `background` and `contrast` in [-1, 1], pixel values of the ground and of the channels a colour has; the channels it
-    has not are `tint` above the background.
+    `height`, `width` pixels; `num_frames` pixel frames; `shapes`, `colours`, `directions` names to
+    draw from; `num_shapes` per video (of distinct colours); `turns` changes of direction, at equal
+    intervals; `speed` pixels per frame; `radius` pixels, of the circle whose area all shapes have;
+    `boundary` "wrap" (a torus: motion is stationary) or "bounce"; `start_grid` spacing of start
+    positions in pixels (0: anywhere); `background` and `contrast` in [-1, 1], pixel values of the
+    ground and of the channels a colour has; the channels it has not are `tint` above the
+    background.
 
-    What makes it easy to learn, in order: every shape is brighter than the ground in every channel (`tint`), so that noisy pixels tell
-    where it is before they tell its colour; few pixels; a start grid of one token, so that one picture of a shape recurs everywhere.
+    What makes it easy to learn, in order: every shape is brighter than the ground in every channel
+    (`tint`), so that noisy pixels tell where it is before they tell its colour; few pixels; a start
+    grid of one token, so that one picture of a shape recurs everywhere.
     """
 
     height: int = 8
@@ -74,7 +82,9 @@ class ToyWorldConfig:
 
     @classmethod
     def at_size(cls, height: int, width: int, *, num_frames: int = 17) -> ToyWorldConfig:
-        """The default picture at another resolution: radius, speed and start grid grow with the shorter side."""
+        """The default picture at another resolution: radius, speed and start grid grow with the
+        shorter side.
+        """
         unit = min(height, width) / 8
         return cls(
             height=height, width=width, num_frames=num_frames, speed=unit, radius=unit * cls.radius, start_grid=unit * cls.start_grid
@@ -104,8 +114,8 @@ class ToyWorldConfig:
 
 @dataclass(frozen=True)
 class Scenes:
-    """Ground truth of N videos: `colour`, `shape` int64 [N, S]; `start` float32 [N, S, 2], (x, y) of the centre in frame 0; `direction`
-    int64 [N, S, G].
+    """Ground truth of N videos: `colour`, `shape` int64 [N, S]; `start` float32 [N, S, 2], (x, y)
+    of the centre in frame 0; `direction` int64 [N, S, G].
 
     The integers index the world's own `colours`, `shapes` and `directions`.
     """
@@ -133,7 +143,9 @@ class ToyWorld:
         self.velocity = torch.tensor([DIRECTIONS[name] for name in c.directions], dtype=torch.float32) * c.speed
 
     def scenes(self, num: int, *, seed: int, first: int = 0) -> Scenes:
-        """Scenes number `first` .. `first + num - 1` of `seed`; each depends on its own number alone."""
+        """Scenes number `first` .. `first + num - 1` of `seed`; each depends on its own number
+        alone.
+        """
         c, count = self.config, self.config.num_shapes
         key = int.from_bytes(hashlib.sha256(f"toy world {seed}".encode()).digest()[:16], "little")
         bits = np.random.Philox(key=key)
@@ -153,7 +165,9 @@ class ToyWorld:
         return Scenes(colour, shape, start, self._force_turns(direction))
 
     def start_range(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lowest centre (x, y) and the extent of centres, float64: the whole frame, or what keeps a shape inside the walls."""
+        """Lowest centre (x, y) and the extent of centres, float64: the whole frame, or what keeps a
+        shape inside the walls.
+        """
         size = torch.tensor([self.config.width, self.config.height], dtype=torch.float64)
         margin = 0.0 if self.config.boundary == "wrap" else 1.6 * self.config.radius
         return torch.full_like(size, margin), size - 2 * margin
@@ -167,15 +181,17 @@ class ToyWorld:
         return direction
 
     def actions(self, scenes: Scenes, *, num_frames: int | None = None) -> torch.Tensor:
-        """Per-frame actions int64 [N, S, F - 1]: entry i is the direction taken from frame i to frame i + 1. Beyond `num_frames` of the
-        world the last goes on.
+        """Per-frame actions int64 [N, S, F - 1]: entry i is the direction taken from frame i to
+        frame i + 1. Beyond `num_frames` of the world the last goes on.
         """
         steps = (num_frames or self.config.num_frames) - 1
         segment = torch.arange(steps) * (self.config.turns + 1) // (self.config.num_frames - 1)
         return scenes.direction[..., segment.clamp(max=self.config.turns)]
 
     def unfolded(self, start: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """Centres [N, S, F, 2] before the boundary acts: `start` [N, S, 2] plus the sum of velocities of `actions` [N, S, F - 1]."""
+        """Centres [N, S, F, 2] before the boundary acts: `start` [N, S, 2] plus the sum of
+        velocities of `actions` [N, S, F - 1].
+        """
         steps = self.velocity.to(start)[actions]
         return start.unsqueeze(2) + torch.cat([torch.zeros_like(steps[:, :, :1]), steps.cumsum(2)], dim=2)
 
@@ -191,7 +207,9 @@ class ToyWorld:
         return self.fold(self.unfolded(scenes.start, self.actions(scenes, num_frames=num_frames)))
 
     def coverage(self, centres: torch.Tensor, shape: str) -> torch.Tensor:
-        """Anti-aliased mask [..., H, W] in [0, 1] of `shape` at centres [..., 2], from its signed distance, one pixel wide at the edge."""
+        """Anti-aliased mask [..., H, W] in [0, 1] of `shape` at centres [..., 2], from its signed
+        distance, one pixel wide at the edge.
+        """
         c = self.config
         dx = torch.arange(c.width, dtype=centres.dtype) + 0.5 - centres[..., 0:1]
         dy = torch.arange(c.height, dtype=centres.dtype) + 0.5 - centres[..., 1:2]
@@ -227,7 +245,9 @@ class ToyWorld:
         return video
 
     def captions(self, scenes: Scenes) -> list[str]:
-        """One caption per video, such as "a red circle moving left"; turns read "left then up", further shapes follow "and"."""
+        """One caption per video, such as "a red circle moving left"; turns read "left then up",
+        further shapes follow "and".
+        """
         c = self.config
         lists = zip(scenes.colour.tolist(), scenes.shape.tolist(), scenes.direction.tolist(), strict=True)
         return [
@@ -238,7 +258,9 @@ class ToyWorld:
         ]
 
     def parse(self, captions: list[str]) -> Scenes:
-        """The factors that captions state, `start` zero. `ConfigError` for a sentence this world does not speak."""
+        """The factors that captions state, `start` zero. `ConfigError` for a sentence this world
+        does not speak.
+        """
         rows = [self._parse_one(caption) for caption in captions]
         colour, shape, direction = (torch.tensor([[entry[i] for entry in row] for row in rows]) for i in range(3))
         return Scenes(colour, shape, torch.zeros(*colour.shape, 2), direction)
@@ -256,7 +278,9 @@ class ToyWorld:
         return found
 
     def prompts(self, limit: int = 4096) -> list[str]:
-        """Every caption of a world of one shape without turns; otherwise the captions of the first `limit` scenes of seed 0, each once."""
+        """Every caption of a world of one shape without turns; otherwise the captions of the first
+        `limit` scenes of seed 0, each once.
+        """
         c = self.config
         if c.num_shapes == 1 and c.turns == 0:
             return [f"a {k} {s} moving {d}" for k, s, d in itertools.product(c.colours, c.shapes, c.directions)]

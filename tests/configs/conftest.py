@@ -19,7 +19,9 @@ def _registered() -> None:
 
 @pytest.fixture
 def composed() -> Composer:
-    """`composed("experiment=...", ...)`: a run without the machine's environment, ranks or files."""
+    """`composed("experiment=...", ...)`: a run without the machine's environment, ranks or
+    files.
+    """
 
     def make(*overrides: str, environ: dict[str, str] | None = None, world_size: int | None = None, require_inputs: bool = False) -> Run:
         return compose_run(overrides, environ=environ or {}, world_size=world_size, require_inputs=require_inputs)

@@ -72,7 +72,8 @@ def test_config_wins_over_environment_and_the_record_says_so(composed, variable,
             node = getattr(node, part)
         return node
 
-    base = (TF, M + "attention_backend=flex") if variable == "RCM_FLEX_BACKEND" else (TF,)  # it has no effect elsewhere
+    # it has no effect elsewhere
+    base = (TF, M + "attention_backend=flex") if variable == "RCM_FLEX_BACKEND" else (TF,)
     assert used(composed(*base)) == fallback
     assert not composed(*base).environment
     by_environment = composed(*base, environ={variable: value})

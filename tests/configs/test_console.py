@@ -1,4 +1,6 @@
-"""Training speaks shortly on its console and in full in its folder, and says how to go on; it cries RANDOM only where that stays so."""
+"""Training speaks shortly on its console and in full in its folder, and says how to go on; it cries
+RANDOM only where that stays so.
+"""
 
 from __future__ import annotations
 

@@ -33,11 +33,15 @@ def golden(file: str, lines: list[str]) -> None:
 
 DIGESTS = HERE / "digests.json"
 FROZEN = json.loads(DIGESTS.read_text())
-"""`keys`: the keys that existed when the digests were first taken. `digests`: that of every experiment's plain config."""
+"""`keys`: the keys that existed when the digests were first taken. `digests`: that of every
+experiment's plain config.
+"""
 
 
 def leaves(node: Any, path: str = "") -> dict[str, Any]:
-    """Dotted path -> value of a plain config; a group stands for itself as {}, so that its presence counts."""
+    """Dotted path -> value of a plain config; a group stands for itself as {}, so that its presence
+    counts.
+    """
     if not isinstance(node, dict):
         return {path: node}
     found = {path: {}} if path else {}
@@ -49,8 +53,9 @@ def leaves(node: Any, path: str = "") -> dict[str, Any]:
 def digest(run: Run) -> str:
     """SHA-256 of the composed config as canonical JSON.
 
-    Keys that were added since the freeze count only where they differ from their default: adding a key moves no digest, while a value that
-    an experiment composes to cannot change unseen. (A default of a newer key is held by override_keys.txt.)
+    Keys that were added since the freeze count only where they differ from their default: adding a
+    key moves no digest, while a value that an experiment composes to cannot change unseen. (A
+    default of a newer key is held by override_keys.txt.)
     """
     family = MODEL_VARIANTS[run.config.model.name]
     defaults = {**known_paths(TrainConfig), **known_paths(family, path="model.config")}

@@ -1,4 +1,6 @@
-"""The codec and text encoder that a run names: described for later, built for previews, negative prompts and prompt-only data."""
+"""The codec and text encoder that a run names: described for later, built for previews, negative
+prompts and prompt-only data.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ def test_previews_say_what_they_lack(tmp_path: Path) -> None:
 
 
 def test_rank_0_decides_whether_there_are_previews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The VAE may lie beside rank 0 alone; a rank that decided for itself would leave the others waiting in a collective."""
+    """The VAE may lie beside rank 0 alone; a rank that decided for itself would leave the others
+    waiting in a collective.
+    """
     monkeypatch.setattr(build_samples, "shared", lambda _: "they need a file that rank 0 does not have")
     (tmp_path / "vae.pth").touch()
     words = [M + f"text_encoder_path={save_umt5(tmp_path)}", M + f"tokenizer.vae_pth={tmp_path / 'vae.pth'}"]

@@ -30,11 +30,15 @@ def passes(planned: Job, role: str) -> dict[str, Pass]:
 
 
 def test_forwards_of_a_rollout_over_seven_chunks():
-    """Four steps in the first chunk, two in later ones, a context pass after all but the last (Causal_rCM.md section 6)."""
+    """Four steps in the first chunk, two in later ones, a context pass after all but the last
+    (Causal_rCM.md section 6).
+    """
     longest, mean = job(SMALL + "sf_dmd_2step_c3-3"), job(SMALL + "sf_dmd_2step_c3-3", rollouts="mean")
     assert passes(longest, "fake_score")["rollout"].repeats == (5, 3, 3, 3, 3, 3, 2)
-    assert passes(longest, "student")["rollout"].repeats == (4, 2, 2, 2, 2, 2, 1)  # the last step of each has the gradient
-    assert passes(mean, "fake_score")["rollout"].repeats == (3.5, *(2.75,) * 5, 1.75)  # 1 to 4 steps, at most 2 in later chunks
+    # the last step of each has the gradient
+    assert passes(longest, "student")["rollout"].repeats == (4, 2, 2, 2, 2, 2, 1)
+    # 1 to 4 steps, at most 2 in later chunks
+    assert passes(mean, "fake_score")["rollout"].repeats == (3.5, *(2.75,) * 5, 1.75)
     assert [phase.share for phase in mean.phases] == pytest.approx([1 / 6, 5 / 6])
 
 
@@ -56,11 +60,14 @@ def test_replayed_rollouts_back_propagate_chunk_by_chunk():
 
 
 def test_rollouts_longer_than_what_is_judged():
-    """Seven blocks at most, of which three are judged, ending with block 2 to 6; a chunk sees one block beside its own, and one sink."""
+    """Seven blocks at most, of which three are judged, ending with block 2 to 6; a chunk sees one
+    block beside its own, and one sink.
+    """
     longest, mean = job("toy_sf_dmd_long_c3-3"), job("toy_sf_dmd_long_c3-3", rollouts="mean")
     assert passes(longest, "fake_score")["rollout"].repeats == (5, 5, 5, 5, 5, 5, 4)
     assert passes(longest, "student")["rollout"].repeats == (5, 5, 5, 5, 4, 4, 3)
-    made = passes(mean, "fake_score")["rollout"].repeats  # 1 to 4 steps; block b is in min(5, 7 - b) of 5 rollouts, from 2 on it ends one
+    # 1 to 4 steps; block b is in min(5, 7 - b) of 5 rollouts, from 2 on it ends one
+    made = passes(mean, "fake_score")["rollout"].repeats
     assert made == pytest.approx([3.5, 3.5, 3.3, 2.6, 1.9, 1.2, 0.5])
     last = passes(longest, "student")["rollout's last steps"]
     assert [layout.frame_index for layout in last.layouts] == [(12, 13, 14), (15, 16, 17), (18, 19, 20)]
@@ -69,7 +76,9 @@ def test_rollouts_longer_than_what_is_judged():
 
 
 def test_two_times_take_the_passes_of_one():
-    """TF-MeanFlow's are TF-sCM's; the student has the embedding of the second time beside its other parameters."""
+    """TF-MeanFlow's are TF-sCM's; the student has the embedding of the second time beside its other
+    parameters.
+    """
     two, one = (job(f"toy_{kind}_c3-3") for kind in ("tf_meanflow", "tf_scm"))
     assert two.phases == one.phases
     (student, teacher), width = (net.config for net in two.nets), 160
@@ -88,7 +97,9 @@ def test_guidance_doubles_the_teachers_passes():
 
 @pytest.mark.parametrize(("net", "bytes_per_frame"), [("wan2pt1_1pt3b", 287_539_200), ("wan2pt1_14b", 1_277_952_000)])
 def test_cache_bytes_are_the_published_ones(net, bytes_per_frame):
-    """docs/reference/wan.md#cost: keys and values of a latent frame in all layers, bfloat16, 480p."""
+    """docs/reference/wan.md#cost: keys and values of a latent frame in all layers, bfloat16,
+    480p.
+    """
     planned = job(SMALL + "sf_dmd_c3-3", f"net={net}")
     (cache,) = PassMemory(planned, passes(planned, "fake_score")["rollout"]).held()
     assert cache.bytes == 21 * bytes_per_frame

@@ -1,4 +1,6 @@
-"""Words that users of the release type mean what they meant, later words win, and a word without a meaning is refused with the reason."""
+"""Words that users of the release type mean what they meant, later words win, and a word without a
+meaning is refused with the reason.
+"""
 
 from __future__ import annotations
 

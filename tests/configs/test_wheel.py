@@ -1,5 +1,5 @@
-"""A built wheel is complete: configs, scripts, assets, licence, entry points; it composes, plans, streams and demonstrates from a folder
-without the source tree.
+"""A built wheel is complete: configs, scripts, assets, licence, entry points; it composes, plans,
+streams and demonstrates from a folder without the source tree.
 """
 
 from __future__ import annotations

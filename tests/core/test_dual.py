@@ -1,5 +1,5 @@
-"""The dual pass through the whole network against functorch on eager attention and central differences, and what happens when a
-tangent is lost.
+"""The dual pass through the whole network against functorch on eager attention and central
+differences, and what happens when a tangent is lost.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def test_dense(which, image_branch):
 @pytest.mark.parametrize("reach", [{}, {"window": 2, "sinks": 1}], ids=str)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_teacher_forcing_packed_and_over_a_context_cache(name, reach, which):
-    """Both forms of the tangent pass agree with the oracles and with each other; the clean half has tangent exactly zero in every block."""
+    """Both forms of the tangent pass agree with the oracles and with each other; the clean half has
+    tangent exactly zero in every block.
+    """
     frames, net = PATTERNS[name], tiny_net()
     structure = {"grid": GRID, "pattern": pattern(name), **reach}
     clean, noisy, cond = latents(frames), latents(frames, seed=9), condition(net.config)
@@ -93,7 +95,9 @@ def test_teacher_forcing_packed_and_over_a_context_cache(name, reach, which):
 
 
 def test_no_tangent_work_for_cached_keys_and_text(monkeypatch):
-    """Over a context, self-attention has tangents from the first noisy key on; in cross-attention only the query has one."""
+    """Over a context, self-attention has tangents from the first noisy key on; in cross-attention
+    only the query has one.
+    """
     net, frames, structure = tiny_net(), 3, {"grid": GRID, "pattern": pattern("c1-1")}
     x, t, cond = latents(frames), frame_times(frames), condition(net.config)
     cache = KVCache(net.config.num_layers, capacity_tokens=frames * GRID[0] * GRID[1])
@@ -124,7 +128,9 @@ def test_cached_chunk(keys):
 
 
 def test_denoiser_velocity_and_trig_F():
-    """Through the time maps and casts of the denoiser; a short step, because an RF time step is a thousandfold timestep."""
+    """Through the time maps and casts of the denoiser; a short step, because an RF time step is a
+    thousandfold timestep.
+    """
     net = tiny_net()
     x, cond, layout = latents(3), condition(net.config), TokenLayout.bidirectional(3, grid=GRID)
     for method, time in (("velocity", torch.tensor([[0.3], [0.8]])), ("trig_F", torch.tensor([[0.2], [1.3]]))):

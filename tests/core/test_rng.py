@@ -25,14 +25,18 @@ def test_every_part_of_the_key_matters(change):
 
 
 def test_parts_are_not_glued_together():
-    """(step 1, rank 11) against (step 11, rank 1), and every other regrouping of the same digits."""
+    """(step 1, rank 11) against (step 11, rank 1), and every other regrouping of the same
+    digits.
+    """
     keys = [(1, 1, 11), (1, 11, 1), (11, 1, 1), (111, 1, 1), (1, 111, 1)]
     draws = [_draw(seed=s, step=i, dp_rank=r, purpose="x") for s, i, r in keys]
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(draws, 2))
 
 
 def test_known_first_draw_is_frozen():
-    """Changing the key derivation breaks exact resume of existing runs: this value may only change on purpose."""
+    """Changing the key derivation breaks exact resume of existing runs: this value may only change
+    on purpose.
+    """
     assert generator(**KEY).initial_seed() == FROZEN_SEED
 
 

@@ -1,4 +1,6 @@
-"""Files that a user names: text as editors leave it, and targets that are what they were when they were looked at."""
+"""Files that a user names: text as editors leave it, and targets that are what they were when they
+were looked at.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def test_the_advice_for_another_encoding_works_as_printed(tmp_path):
 
 
 def test_what_is_looked_at_is_what_is_written(tmp_path, monkeypatch):
-    """Also when the folder that a relative name counts from, or the link that it goes through, is another by then."""
+    """Also when the folder that a relative name counts from, or the link that it goes through, is
+    another by then.
+    """
     (tmp_path / "real").mkdir()
     (tmp_path / "link.json").symlink_to("real/there.json")
     monkeypatch.chdir(tmp_path)

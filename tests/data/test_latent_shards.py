@@ -40,7 +40,9 @@ def forget_index(path: Path) -> None:
 
 
 def rewrite(path: Path, change) -> None:
-    """Pass every member (name, bytes) of a shard through `change`, which may return None to drop it."""
+    """Pass every member (name, bytes) of a shard through `change`, which may return None to drop
+    it.
+    """
     with tarfile.open(path) as archive:
         members = [(info.name, archive.extractfile(info).read()) for info in archive]
     with tarfile.open(path, "w") as archive:
@@ -124,7 +126,9 @@ def trajectory(number: int, *, context=(4, 3, 2, 2)) -> ShardSample:
 
 @pytest.mark.parametrize("indexed", [True, False])
 def test_the_data_a_trajectory_ran_under_is_its_latents(tmp_path, indexed):
-    """`context.pt` arrives as `latents`, cut to the same frames; the trajectory's clean end stays its own."""
+    """`context.pt` arrives as `latents`, cut to the same frames; the trajectory's clean end stays
+    its own.
+    """
     told = [trajectory(i) for i in range(2)]
     write_shard(tmp_path / shard_name(0), told, first_key=0)
     if not indexed:
@@ -172,7 +176,9 @@ def test_shapes_that_contradict_the_settings(folder):
 
 @pytest.mark.parametrize("cut", ["middle", "boundary", "marker"])
 def test_a_truncated_shard_is_named(folder, cut):
-    """Cut inside a member, exactly between two members (which tarfile takes for a good end), and inside the end marker."""
+    """Cut inside a member, exactly between two members (which tarfile takes for a good end), and
+    inside the end marker.
+    """
     path = folder / shard_name(1)
     member = int(index_shard(path).spans[3, 0, 0])
     whole = path.read_bytes()
@@ -192,7 +198,8 @@ def tarfile_end(path: Path) -> int:
 def test_a_damaged_header_is_not_the_end(folder):
     path = folder / shard_name(0)
     data = bytearray(path.read_bytes())
-    data[int(scan_shard(path).spans[2, 1, 0]) - 512 + 150] ^= 0xFF  # checksum field of 000000002.embed.pt
+    # checksum field of 000000002.embed.pt
+    data[int(scan_shard(path).spans[2, 1, 0]) - 512 + 150] ^= 0xFF
     path.write_bytes(data)
     forget_index(path)
     with pytest.raises(ShardError, match=r"shard-000000\.tar.*000000002\.latent\.pt.*header is damaged"):
@@ -249,7 +256,9 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_an_index_is_believed_for_its_own_shard_only(folder, caplog):
-    """It spares the scan; a shard of the same size and date but other bytes is scanned, and members are looked at where they are read."""
+    """It spares the scan; a shard of the same size and date but other bytes is scanned, and members
+    are looked at where they are read.
+    """
     path, other = folder / shard_name(0), folder / shard_name(1)
     beside = path.with_name(path.name + INDEX_SUFFIX)
     scanned, stored = scan_shard(path), json.loads(beside.read_text())

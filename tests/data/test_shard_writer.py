@@ -40,7 +40,9 @@ def test_the_same_build_gives_the_same_bytes(tmp_path):
 
 
 def test_a_member_holds_its_own_tensor_only(tmp_path):
-    """A row of a big batch shares the batch's storage; saving it as it is would write the whole batch each time."""
+    """A row of a big batch shares the batch's storage; saving it as it is would write the whole
+    batch each time.
+    """
 
     def rows(start, stop):
         batch, text = torch.randn(stop - start, 4, 1, 4, 4), torch.randn(stop - start, 2, 3)

@@ -53,7 +53,9 @@ def test_fopp_is_monotone(law):
 
 
 def _oracle_fopp(law, num_blocks, num, seed):
-    """Straight from the words: anchor, then really sorted uniforms on either side. Returns u = cdf(time), [num, num_blocks]."""
+    """Straight from the words: anchor, then really sorted uniforms on either side. Returns u =
+    cdf(time), [num, num_blocks].
+    """
     g = torch.Generator().manual_seed(seed)
     u, anchors = torch.empty(num, num_blocks, dtype=torch.float64), torch.randint(num_blocks, (num,), generator=g)
     for row, a in enumerate(anchors.tolist()):
@@ -66,7 +68,9 @@ def _oracle_fopp(law, num_blocks, num, seed):
 
 @pytest.mark.parametrize("law", LAWS, ids=str)
 def test_fopp_has_the_law_of_sorted_uniforms_around_an_anchor(law):
-    """Every block's marginal, and the means of products of neighbours, against a slow oracle that sorts."""
+    """Every block's marginal, and the means of products of neighbours, against a slow oracle that
+    sorts.
+    """
     num = 6000
     u = law.cdf(_times(law, "fopp", frames=4, batch=num))
     oracle = _oracle_fopp(law, 4, num, seed=9)
@@ -75,16 +79,18 @@ def test_fopp_has_the_law_of_sorted_uniforms_around_an_anchor(law):
         rank = torch.searchsorted(pooled, u[:, block].contiguous()).double() / num
         assert ks_distance(rank) < 1.5 * ks_bound(num)
     assert ((u.T @ u - oracle.T @ oracle) / num).abs().max() < 0.02
-    # Also absolutely: P(anchor = k) = 1/4, and given it block 0 has u = u_a * (smallest of k uniforms) with mean 1/2 * 1/(k+1).
+    # Also absolutely: P(anchor = k) = 1/4, and given it block 0 has u = u_a * (smallest of k
+    # uniforms) with mean 1/2 * 1/(k+1).
     expected = sum(0.5 / (k + 1) for k in range(4)) / 4
     assert abs(u[:, 0].mean() - expected) < 0.015
 
 
 def test_fopp_anchor_has_the_law():
-    """With two blocks the anchor is either: half the pooled mass of (first | anchor 0, second | anchor 1) is the law itself.
+    """With two blocks the anchor is either: half the pooled mass of (first | anchor 0, second |
+    anchor 1) is the law itself.
 
-    For two blocks: anchor 0 gives (U, U + (1-U) V), anchor 1 gives (U V, U): the pooled cdf values average to 1/2, and block 0 has density
-    (1 - ln u) / 2, whose cdf is u - u ln(u) / 2.
+    For two blocks: anchor 0 gives (U, U + (1-U) V), anchor 1 gives (U V, U): the pooled cdf values
+    average to 1/2, and block 0 has density (1 - ln u) / 2, whose cdf is u - u ln(u) / 2.
     """
     law = LAWS[0]
     u = law.cdf(_times(law, "fopp", frames=2, seed=3))

@@ -14,7 +14,9 @@ def test_published_patterns_at_21_frames():
 
 @pytest.mark.parametrize("name", ["c1-1", "c3-3", "c1-4", "c4-2", "c12-10"])
 def test_against_the_frame_formula(name):
-    """block = 0 if frame < first else 1 + floor((frame - first) / chunk), Causal_rCM.md section 2."""
+    """block = 0 if frame < first else 1 + floor((frame - first) / chunk), Causal_rCM.md section
+    2.
+    """
     pattern = BlockPattern.parse(name)
     frames = pattern.first + 3 * pattern.chunk
     expected = tuple(0 if f < pattern.first else 1 + (f - pattern.first) // pattern.chunk for f in range(frames))

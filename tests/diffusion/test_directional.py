@@ -50,7 +50,9 @@ def test_differences_are_first_order(kind, geometry):
 
 
 def test_release_formulas_are_followed_to_the_digit():
-    """docs/reference/objectives.md#differences, with a step so large that any other first-order scheme differs."""
+    """docs/reference/objectives.md#differences, with a step so large that any other first-order
+    scheme differs.
+    """
     field, x, F_teacher, tau, cs = _setup()
     h = 0.3
     wide = per_frame(cs, x)
@@ -63,7 +65,9 @@ def test_release_formulas_are_followed_to_the_digit():
 
 
 def test_trig_step_is_exact_on_its_path():
-    """x and F of one pair (x0, eps): stepping back by h lands on the path, and the slope of F along it is exactly -x (step error aside)."""
+    """x and F of one pair (x0, eps): stepping back by h lands on the path, and the slope of F along
+    it is exactly -x (step error aside).
+    """
     _, x0, eps, tau, _ = _setup()
     tau = per_frame(tau, x0)
     h = 0.4
@@ -75,7 +79,9 @@ def test_trig_step_is_exact_on_its_path():
 
 
 def test_packed_input_needs_a_scale_with_zeros():
-    """Exact with scale [B, T] zero on the clean frames is the tangent [0; V], [0; 1] of teacher forcing (Causal_rCM.md section 5)."""
+    """Exact with scale [B, T] zero on the clean frames is the tangent [0; V], [0; 1] of teacher
+    forcing (Causal_rCM.md section 5).
+    """
     field, x, velocity, t, _ = _setup(N)
     scale = torch.tensor([[0.0, 0.0, 1.0]], dtype=F64).expand(N, N)
     only_last = velocity.clone()
@@ -85,7 +91,9 @@ def test_packed_input_needs_a_scale_with_zeros():
 
 
 def test_number_of_network_passes_and_no_graph():
-    """Cost matters: one pass for Exact, two for the differences; the finite schemes never build a graph."""
+    """Cost matters: one pass for Exact, two for the differences; the finite schemes never build a
+    graph.
+    """
     for scheme, passes in ((Exact(), 1), (SemiContinuous(TrigStep()), 2), (Discrete(TrigStep()), 2)):
         field, x, velocity, t, scale = _setup()
         weight = torch.ones((), dtype=F64, requires_grad=True)

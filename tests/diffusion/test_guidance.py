@@ -12,7 +12,9 @@ def test_formula():
 
 
 def test_is_an_extrapolation_beyond_the_conditional():
-    """x(s) lies on the line through both, at s = 1 the conditional: Self-Forcing's scale is ours minus one."""
+    """x(s) lies on the line through both, at s = 1 the conditional: Self-Forcing's scale is ours
+    minus one.
+    """
     cond, uncond = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).unbind()
     torch.testing.assert_close(cfg(cond, uncond, 4.0), cond + 3.0 * (cond - uncond))
 

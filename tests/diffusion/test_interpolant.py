@@ -61,7 +61,8 @@ def test_velocity_is_the_derivative_of_the_path(path, columns):
     x0, eps = _latents(2)
     t = _times(columns, 1.0)
     noise = getattr(I, f"{path}_noise")
-    # One time per sample or frame: the forward derivative in the direction of ones is d/dt of every element.
+    # One time per sample or frame: the forward derivative in the direction of ones is d/dt of every
+    # element.
     _, slope = torch.func.jvp(lambda t: noise(x0, eps, t), (t,), (torch.ones_like(t),))
     expected = I.rf_velocity(x0, eps) if path == "rf" else I.trig_velocity(x0, eps, t)
     torch.testing.assert_close(slope, expected, rtol=1e-13, atol=1e-13)

@@ -81,7 +81,9 @@ def test_shift(s):
 
 
 def test_shift_of_the_published_schedule():
-    """backward_timesteps are shift 5 of 3/4, 1/2, 1/4; with shift3_backward, shift 3 (docs/reference/training.md#causal-keys)."""
+    """backward_timesteps are shift 5 of 3/4, 1/2, 1/4; with shift3_backward, shift 3
+    (docs/reference/training.md#causal-keys).
+    """
     assert [T.shift_time(u, 5.0) for u in (0.75, 0.5, 0.25)] == pytest.approx([15 / 16, 5 / 6, 5 / 8], rel=1e-15)
     assert [T.shift_time(u, 3.0) for u in (0.75, 0.5, 0.25)] == pytest.approx([0.9, 0.75, 0.5], rel=1e-15)
     assert [T.unshift_time(u, 5.0) for u in (15 / 16, 5 / 6, 5 / 8)] == pytest.approx([0.75, 0.5, 0.25], rel=1e-14)

@@ -104,7 +104,9 @@ def test_grid_draws(skip, shift):
 
 
 def test_grid_ends():
-    """The last pair may end at exactly 0 and never below, whatever the rounding of 1 - (u + k/N)."""
+    """The last pair may end at exactly 0 and never below, whatever the rounding of 1 - (u +
+    k/N).
+    """
     for n in range(1, 60):
         grid = ConsistencyGrid(n, 1, 3.0)
         times = grid.times(torch.tensor([[0.0], [1 - 1 / n]], dtype=F64))

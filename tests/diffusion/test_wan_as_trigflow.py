@@ -21,7 +21,9 @@ def _setup(columns=1, seed=0):
 
 @pytest.mark.parametrize("columns", [1, N])
 def test_equals_the_division_form(columns):
-    """The coefficients of docs/reference/objectives.md#wrapper: x0 = c_skip x + c_out v, F = (cos x - x0) / sin."""
+    """The coefficients of docs/reference/objectives.md#wrapper: x0 = c_skip x + c_out v, F = (cos x
+    - x0) / sin.
+    """
     x_tau, v, tau = _setup(columns)
     cos, sin = torch.cos(per_frame(tau, x_tau)), torch.sin(per_frame(tau, x_tau))
     z = cos + sin
@@ -35,7 +37,9 @@ def test_equals_the_division_form(columns):
 
 
 def test_true_velocities_correspond():
-    """For one pair (x0, eps), the RF velocity must become the TrigFlow velocity of the same pair."""
+    """For one pair (x0, eps), the RF velocity must become the TrigFlow velocity of the same
+    pair.
+    """
     x0, eps, tau = _setup()
     x_t, t = rf_point(I.trig_noise(x0, eps, tau), tau)
     torch.testing.assert_close(x_t, I.rf_noise(x0, eps, t), rtol=1e-13, atol=1e-14)
@@ -75,7 +79,9 @@ def test_float32_is_good_to_its_precision_everywhere(tau):
 
 
 def test_derivative_along_the_teacher_against_forward_mode():
-    """dF/dtau of the wrapped network by torch.func.jvp in (x_tau, tau) against the closed form from the RF tangent."""
+    """dF/dtau of the wrapped network by torch.func.jvp in (x_tau, tau) against the closed form from
+    the RF tangent.
+    """
     x_tau, _, tau = _setup()
     net, teacher = ToyField(seed=0), ToyField(seed=1)
 

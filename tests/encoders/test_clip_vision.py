@@ -1,4 +1,6 @@
-"""CLIP's image half: names, strict reading, preprocessing, and parity with transformers from its own state dict."""
+"""CLIP's image half: names, strict reading, preprocessing, and parity with transformers from its
+own state dict.
+"""
 
 from __future__ import annotations
 
@@ -48,14 +50,17 @@ def test_full_size_has_the_published_counts() -> None:
 
 @torch.no_grad()
 def oracle(state: dict[str, torch.Tensor], pixels: torch.Tensor, *, layers: int) -> torch.Tensor:
-    """The first `layers` blocks in float64, from the original names. docs/reference/encoders.md#clip: pre-norm, exact GELU, eps 1e-5."""
+    """The first `layers` blocks in float64, from the original names.
+    docs/reference/encoders.md#clip: pre-norm, exact GELU, eps 1e-5.
+    """
     w = {name.removeprefix("visual."): value.double() for name, value in state.items()}
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         centred = x - x.mean(-1, keepdim=True)
         return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
 
-    patches = pixels.double().unfold(2, TINY.patch, TINY.patch).unfold(3, TINY.patch, TINY.patch)  # B 3 g g p p
+    # B 3 g g p p
+    patches = pixels.double().unfold(2, TINY.patch, TINY.patch).unfold(3, TINY.patch, TINY.patch)
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     x = patches @ w["patch_embedding.weight"].flatten(1).T
     x = torch.cat([w["cls_embedding"].expand(len(x), 1, -1), x], 1) + w["pos_embedding"]
@@ -133,17 +138,21 @@ def test_half_precision_follows_single_precision(tmp_path: Path) -> None:
 
 
 def test_preprocessing() -> None:
-    """A constant image keeps its value at any size; a ramp is resized bicubically, without antialiasing, past the ends of [-1, 1]."""
+    """A constant image keeps its value at any size; a ramp is resized bicubically, without
+    antialiasing, past the ends of [-1, 1].
+    """
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
     flat = preprocess(torch.full((1, 3, 30, 50), 0.5), size=24)
     assert flat.shape == (1, 3, 24, 24)
     assert (flat - ((0.75 - mean) / std)[None, :, None, None]).abs().max() < 1e-6
-    # halving without antialiasing, pixel centres: taps at distances 1.5, 0.5, 0.5, 1.5 of the kernel with a = -0.75
+    # halving without antialiasing, pixel centres: taps at distances 1.5, 0.5, 0.5, 1.5 of the
+    # kernel with a = -0.75
     row = torch.zeros(1, 3, 48, 48)
     row[..., 10] = 1
     column = (preprocess(row, size=24) * std[:, None, None] + mean[:, None, None] - 0.5)[0, 0, 5] * 2
     assert torch.allclose(column[3:8], torch.tensor([0.0, -0.09375, 0.59375, 0.0, 0.0]), atol=1e-5)
-    assert preprocess(torch.full((1, 3, 24, 24), 1.2), size=24).max() > (1 - mean.min()) / std.min()  # not clamped
+    # not clamped
+    assert preprocess(torch.full((1, 3, 24, 24), 1.2), size=24).max() > (1 - mean.min()) / std.min()
 
 
 def test_bad_images_are_refused() -> None:

@@ -17,7 +17,8 @@ from rcm.encoders.prompt_cleaning import (
     says_nothing,
 )
 
-DIGEST = "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"  # of docs/reference/encoders.md#umt5
+# of docs/reference/encoders.md#umt5
+DIGEST = "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,8 @@ DIGEST = "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"  # o
         ("", ""),
         (" \n\t", ""),
         ("cat &amp; dog", "cat & dog"),
-        ("<b>cat &amp;amp; dog", "<b>cat & dog"),  # with a tag, ftfy leaves entities alone: two passes are needed
+        # with a tag, ftfy leaves entities alone: two passes are needed
+        ("<b>cat &amp;amp; dog", "<b>cat & dog"),
         ("a&nbsp; cat", "a cat"),
         ("schÃ¶n", "schön"),
         ("“quoted” it’s", '"quoted" it\'s'),
@@ -42,7 +44,9 @@ def test_known_strings(raw: str, clean: str) -> None:
 
 
 def test_negative_prompts_are_the_published_ones() -> None:
-    """The stock string as a hash of its characters: a typo in one of 120 Chinese characters is invisible to most readers."""
+    """The stock string as a hash of its characters: a typo in one of 120 Chinese characters is
+    invisible to most readers.
+    """
     parts = NEGATIVE_PROMPT.split("，")
     assert (len(NEGATIVE_PROMPT), len(parts), parts[0], parts[-1]) == (137, 28, "色调艳丽", "倒着走")
     assert hashlib.sha256(NEGATIVE_PROMPT.encode()).hexdigest() == DIGEST

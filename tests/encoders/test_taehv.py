@@ -1,4 +1,6 @@
-"""The tiny decoder against a straight-line float64 one over whole videos, its streams, and what its file must hold."""
+"""The tiny decoder against a straight-line float64 one over whole videos, its streams, and what its
+file must hold.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ def latents(frames: int, *, batch: int = 1, seed: int = 1) -> torch.Tensor:
 
 
 def straight_line(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """The published order of operations, one video [16, T, h, w] to [3, F, H, W], frame by frame with a list as
-    memory.
+    """The published order of operations, one video [16, T, h, w] to [3, F, H, W], frame by frame
+    with a list as memory.
     """
     at = {name.removeprefix("decoder."): value for name, value in weights.items()}
 

@@ -1,4 +1,6 @@
-"""The umT5 text encoder: shape of the result, lifetime of the weights, cache, and what it refuses."""
+"""The umT5 text encoder: shape of the result, lifetime of the weights, cache, and what it
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ def test_rows_then_exact_zeros(weights: Path) -> None:
     out = encoder.encode(PROMPTS)
     assert (out.shape, out.dtype, out.requires_grad) == ((4, TEXT_LEN, TINY.dim), torch.bfloat16, False)
     lengths = (out != 0).any(-1).sum(1).tolist()
-    assert lengths == [6, 1, 2, 6]  # words (all are pieces) and the end of the sentence; the empty prompt is that alone
+    # words (all are pieces) and the end of the sentence; the empty prompt is that alone
+    assert lengths == [6, 1, 2, 6]
     for row, length in zip(out, lengths, strict=True):
         assert bool((row[:length] != 0).any(-1).all())
         assert bool((row[length:] == 0).all())
@@ -159,7 +162,8 @@ def test_a_long_prompt_says_what_was_cut_also_from_the_cache(weights: Path, tmp_
     encoder.encode(["a red square moves left"])
     assert len(warned) == 2
     assert warned[0] == warned[1]
-    # the kept tokens are the first three and the end of the sentence: the same as of the prompt that ends there
+    # the kept tokens are the first three and the end of the sentence: the same as of the prompt
+    # that ends there
     assert torch.equal(out[0], encoder.encode(["a red square"])[0])
 
 

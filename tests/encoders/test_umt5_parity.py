@@ -1,4 +1,6 @@
-"""umT5 as loaded here against transformers filled by its own loader, and against the T5 formulas written out in float64."""
+"""umT5 as loaded here against transformers filled by its own loader, and against the T5 formulas
+written out in float64.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ TEXT_LEN = 192
 
 
 def bucket(rel: int) -> int:
-    """Bucket of key position minus query position: 16 per direction, 8 exact, 8 logarithmic up to distance 128.
-    docs/reference/encoders.md#umt5.
+    """Bucket of key position minus query position: 16 per direction, 8 exact, 8 logarithmic up to
+    distance 128. docs/reference/encoders.md#umt5.
     """
     side, distance = (16, rel) if rel > 0 else (0, -rel)
     if distance < 8:
@@ -32,7 +34,9 @@ def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def oracle(weights: dict[str, torch.Tensor], ids: list[int], *, heads: int) -> torch.Tensor:
-    """Rows [len(ids), dim] in float64. No pads and so no mask: masked keys must count for nothing."""
+    """Rows [len(ids), dim] in float64. No pads and so no mask: masked keys must count for
+    nothing.
+    """
     w = {name: value.double() for name, value in weights.items()}
     buckets = torch.tensor([[bucket(key - query) for key in range(len(ids))] for query in range(len(ids))])
     x = w["token_embedding.weight"][ids]
@@ -124,7 +128,9 @@ def test_rows_equal_transformers_from_its_own_files(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_bfloat16_is_bfloat16_everywhere(tmp_path: Path) -> None:
-    """Every operation rounded as the original's: equal, bit for bit, to the peer cast as a whole, with eager attention."""
+    """Every operation rounded as the original's: equal, bit for bit, to the peer cast as a whole,
+    with eager attention.
+    """
     _, folder = peer(tmp_path)
     net = UMT5EncoderModel.from_pretrained(folder, attn_implementation="eager").eval()
     save_tokenizer(tmp_path / "tokenizer")

@@ -27,7 +27,9 @@ def test_ids_end_with_the_end_of_sentence(tokenizer: UMT5Tokenizer) -> None:
 
 @pytest.mark.parametrize("room", [3, 4, 5, 6])
 def test_a_cut_leaves_room_for_the_end(tokenizer: UMT5Tokenizer, room: int) -> None:
-    """Padding and truncation stored in the file do not leak; kept text and cut text make up the prompt."""
+    """Padding and truncation stored in the file do not leak; kept text and cut text make up the
+    prompt.
+    """
     text = "a red cat moves left"
     tokens = tokenizer.tokens(text, text_len=room)
     assert tokens.ids == [*[8, 4, 9, 6, 7][: room - 1], 1]
@@ -55,7 +57,8 @@ def test_a_missing_tokenizer_lists_the_places(tmp_path: Path) -> None:
     for part in ("google/umt5-xxl", "umt5-xxl,", command, f"--local-dir {tmp_path}/google/umt5-xxl"):
         assert part in str(error.value)
     save_tokenizer(tmp_path / "google" / "umt5-xxl")
-    with pytest.raises(ConfigError, match="typo"):  # a place that was named is not replaced by another
+    # a place that was named is not replaced by another
+    with pytest.raises(ConfigError, match="typo"):
         find_tokenizer(tmp_path / "typo", weights=tmp_path / "weights.pth")
 
 

@@ -43,7 +43,9 @@ def test_full_size_has_the_published_count() -> None:
 
 
 def test_names_are_the_published_ones() -> None:
-    """A swap of equal shapes that goes both ways would pass a comparison of two files of this package."""
+    """A swap of equal shapes that goes both ways would pass a comparison of two files of this
+    package.
+    """
     names = {row.ours: row.theirs for row in UMT5Shape().rows()}
     assert len(set(names.values())) == len(names)
     assert names["blocks.7.ffn.gate.0.weight"] == ("encoder.block.7.layer.1.DenseReluDense.wi_0.weight",)

@@ -163,7 +163,9 @@ def test_one_tile_that_covers_everything_changes_nothing(codec):
 
 
 def test_tiles_blend_into_nearly_the_whole_frame():
-    """Smooth content, as pictures are: random latents have detail at the scale of a seam that no tiling can know."""
+    """Smooth content, as pictures are: random latents have detail at the scale of a seam that no
+    tiling can know.
+    """
     codec = small_codec()
     cells = (8, 22)
     frame = torch.linspace(0, 2, cells[1]).sin()[None, :] + torch.linspace(0, 1, cells[0])[:, None]

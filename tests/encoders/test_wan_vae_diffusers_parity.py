@@ -1,4 +1,6 @@
-"""Encode and decode equal an independent implementation, AutoencoderKLWan, through the key map; in a module of its own for its import."""
+"""Encode and decode equal an independent implementation, AutoencoderKLWan, through the key map; in
+a module of its own for its import.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The autoencoder on a card: fused kernels against the library and the CPU, streams, CUDA graphs."""
+"""The autoencoder on a card: fused kernels against the library and the CPU, streams, CUDA
+graphs.
+"""
 
 from __future__ import annotations
 

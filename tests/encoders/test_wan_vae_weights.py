@@ -1,4 +1,6 @@
-"""Files of the autoencoder: both names, both containers, and every way a file can be wrong, before any weight changes."""
+"""Files of the autoencoder: both names, both containers, and every way a file can be wrong, before
+any weight changes.
+"""
 
 from __future__ import annotations
 

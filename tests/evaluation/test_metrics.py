@@ -1,4 +1,6 @@
-"""The offline suite against closed forms and known harm, drift over windows, comparison statistics, and the pages."""
+"""The offline suite against closed forms and known harm, drift over windows, comparison statistics,
+and the pages.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def needs(package: str) -> pytest.MarkDecorator:
 
 
 def textured(frames: int = SOURCE_FRAMES, *, speed: int = 1, seed: int = 0, size: int = 64) -> torch.Tensor:
-    """A random picture with detail at two scales that slides to the left: a clip [F, 3, size, size] in [0, 1] without period."""
+    """A random picture with detail at two scales that slides to the left: a clip [F, 3, size, size]
+    in [0, 1] without period.
+    """
     generator = torch.Generator().manual_seed(seed)
     wide = size + speed * frames
     picture = torch.full((1, 3, size, wide), 0.1)

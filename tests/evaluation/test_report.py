@@ -1,4 +1,6 @@
-"""The report: page and JSON hold the same numbers, text is escaped, nothing comes from outside; and the throughput that goes into it."""
+"""The report: page and JSON hold the same numbers, text is escaped, nothing comes from outside; and
+the throughput that goes into it.
+"""
 
 from __future__ import annotations
 

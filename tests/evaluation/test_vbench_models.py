@@ -1,4 +1,6 @@
-"""Suites from Wan's own files and from checkpoints of this package: text to video and image to video, tiny, on the CPU."""
+"""Suites from Wan's own files and from checkpoints of this package: text to video and image to
+video, tiny, on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ def test_image_to_video_begins_with_the_image(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_image_to_video_runs_from_a_clone_of_vbench(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """List and crops are found where VBench's repository has them; a motion prompt without an image takes that of what it begins with."""
+    """List and crops are found where VBench's repository has them; a motion prompt without an image
+    takes that of what it begins with.
+    """
     write_checkpoint(tmp_path / "job", SamplingRecipe("few_step", "c1-1", mids=((5 / 6,),)))
     base = tmp_path / "VBench" / "vbench2_beta_i2v"
     crops = base / "data" / "crop" / "16-9"

@@ -1,4 +1,6 @@
-"""Sampling of a suite: names, shares, seeds, refusals; a run killed and resumed, on one rank or on two, makes the same files."""
+"""Sampling of a suite: names, shares, seeds, refusals; a run killed and resumed, on one rank or on
+two, makes the same files.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,8 @@ def test_extended_prompts_by_line_and_by_name(tmp_path: Path) -> None:
     listed = ASSETS / T2V_FILE
     rows, suite = read_rows(listed), read_suite(listed)
     lines = tmp_path / "all_augmented.txt"
-    lines.write_text("\n".join(f"extended {i}" for i in range(946)))  # no newline at the end, as published
+    # no newline at the end, as published
+    lines.write_text("\n".join(f"extended {i}" for i in range(946)))
     found = with_extended(suite, lines, rows=rows)
     twice = next(i for i, item in enumerate(suite) if rows.count(item.prompt) == 2)
     assert found[0].text == "extended 0" and found[0].video_name(0).startswith(suite[0].prompt)
@@ -215,7 +218,9 @@ def start(words: list[str], *, rank: int = 0, world: int = 1) -> subprocess.Pope
 
 @pytest.mark.slow
 def test_killed_and_resumed_on_one_rank_and_on_two(tmp_path: Path) -> None:
-    """A 20-prompt slice with a tiny Wan: whole in one go; killed in the middle and resumed by two ranks; the same bytes."""
+    """A 20-prompt slice with a tiny Wan: whole in one go; killed in the middle and resumed by two
+    ranks; the same bytes.
+    """
     job = tmp_path / "job"
     write_checkpoint(job)
     whole, broken = tmp_path / "whole", tmp_path / "broken"

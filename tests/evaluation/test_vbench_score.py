@@ -1,4 +1,6 @@
-"""Totals against every published row, refusals by name, the way through VBench's own environment (a stand-in for it), and explanations."""
+"""Totals against every published row, refusals by name, the way through VBench's own environment (a
+stand-in for it), and explanations.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ from tests.hygiene.source import ROOT
 
 PUBLISHED = json.loads((ASSETS / "published_rows.json").read_text())
 MISPRINTED = {"FlashVideo (8 fps)": 0.1036, "DMD2-v Wan2.1-1.3B 4-step shift 5": 0.198}
-"""Rows that contradict themselves by this much (percent): its printed semantic score, and its printed total."""
+"""Rows that contradict themselves by this much (percent): its printed semantic score, and its
+printed total.
+"""
 REAL = Path(os.environ.get("RCM_VBENCH_PYTHON", ROOT / ".venv-vbench" / "bin" / "python"))
 
 
@@ -153,7 +157,9 @@ class VBench:
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Packages vbench and torchvision that the driver imports, and a suite of three prompts sampled once."""
+    """Packages vbench and torchvision that the driver imports, and a suite of three prompts sampled
+    once.
+    """
     for package, text in (("vbench", STAND_IN), ("torchvision", "")):
         (tmp_path / "site" / package).mkdir(parents=True)
         (tmp_path / "site" / package / "__init__.py").write_text(text)

@@ -1,32 +1,38 @@
-"""Fault injection: a hostile or an unlucky input meets the package, which refuses it in one sentence, at once, with nothing executed.
+"""Fault injection: a hostile or an unlucky input meets the package, which refuses it in one
+sentence, at once, with nothing executed.
 
 To add cases, write `tests/faults/test_<what>.py`:
 
     CASES = [
-        Fault("nan", kind="edge values", refusal="--fps.*finite", main=stream_main, argv=lambda d: ["--fps", "nan"]),
-        Fault("list", kind="malformed descriptions", refusal="is not a checkpoint", call=lambda d: describe(write(d, "[]"))),
-        Fault("full", kind="full disk", refusal="No space", module="scripts.dcp_to_pth", argv=lambda d: [...], slow=True),
+        Fault("nan", kind="edge values", refusal="--fps.*finite", main=stream_main, argv=lambda d:
+        ["--fps", "nan"]), Fault("list", kind="malformed descriptions", refusal="is not a
+        checkpoint", call=lambda d: describe(write(d, "[]"))), Fault("full", kind="full disk",
+        refusal="No space", module="scripts.dcp_to_pth", argv=lambda d: [...], slow=True),
     ]
 
     @each(CASES)
     def test_refused(case: Fault, tmp_path: Path) -> None:
         case.check(tmp_path)
 
-`kind` is the class under which a case is counted; `name` is unique inside it. A case runs in one of three ways, each below
-`folder`, an empty directory that `call` and `argv` get as their only argument and where they write what they need:
+`kind` is the class under which a case is counted; `name` is unique inside it. A case runs in one of
+three ways, each below `folder`, an empty directory that `call` and `argv` get as their only
+argument and where they write what they need:
 
     call            in this process: must raise one of `ERRORS`, nothing else
-    main + argv     a command's main(argv) in this process: status other than 0, the refusal in what it prints
-    module + argv   `python -m module ...` in a process of its own (seconds: importing torch): the same, and killed at the deadline
+    main + argv     a command's main(argv) in this process: status other than 0, the refusal in what
+                    it prints
+    module + argv   `python -m module ...` in a process of its own (seconds: importing torch): the
+                    same, and killed at the deadline
 
-`refusal` is a regular expression that the sentence must match; None for an input that must be accepted (leftovers that stop no
-save): then success is required. A hostile file leaves its mark at `canary(folder)` if it is executed (`Bomb`). `deadline` is in
-seconds; `slow=True` keeps a case out of `make test` (anything above 10 s). `after`, called with the folder, looks at what is left
-("the old file is still whole"). A test that does not fit the table (two ranks, kills at random points) calls
-`count(request, kind, verdict)` instead.
+`refusal` is a regular expression that the sentence must match; None for an input that must be
+accepted (leftovers that stop no save): then success is required. A hostile file leaves its mark at
+`canary(folder)` if it is executed (`Bomb`). `deadline` is in seconds; `slow=True` keeps a case out
+of `make test` (anything above 10 s). `after`, called with the folder, looks at what is left ("the
+old file is still whole"). A test that does not fit the table (two ranks, kills at random points)
+calls `count(request, kind, verdict)` instead.
 
-The counts per class stand at the end of the pytest run (tests/conftest.py): cases, tracebacks, executions, hangs, exit 0 on
-failure; all but the first must be 0.
+The counts per class stand at the end of the pytest run (tests/conftest.py): cases, tracebacks,
+executions, hangs, exit 0 on failure; all but the first must be 0.
 """
 
 from __future__ import annotations
@@ -57,7 +63,9 @@ ROOT = Path(__file__).resolve().parents[2]
 ERRORS = (CheckpointError, ConfigError, VideoError, OSError)
 """What a library call may raise for a user's mistake."""
 VERDICTS = ("traceback", "execution", "hang", "exit 0", "unclear")
-"""What a failed case did: raised what is no refusal, ran code of the file, passed its deadline, reported success, said something else."""
+"""What a failed case did: raised what is no refusal, ran code of the file, passed its deadline,
+reported success, said something else.
+"""
 PROPERTY = "fault"
 MOST_CHARACTERS = 1200
 _UNFIT = ("Traceback", "weights_only=False", "weights_only`")
@@ -204,14 +212,18 @@ def each(cases: Iterable[Fault]) -> pytest.MarkDecorator:
 
 
 def count(request: pytest.FixtureRequest, kind: str, verdict: str = "") -> None:
-    """Count the running test under `kind`; `verdict` (of `VERDICTS`) where it is broken. For tests that use no `Fault`."""
+    """Count the running test under `kind`; `verdict` (of `VERDICTS`) where it is broken. For tests
+    that use no `Fault`.
+    """
     request.node.user_properties[:] = [p for p in request.node.user_properties if p[0] != PROPERTY]
     request.node.user_properties.append((PROPERTY, (kind, verdict)))
 
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raise `Broken("hang")` when the body takes longer (seen between Python instructions; main thread only, else no deadline)."""
+    """Raise `Broken("hang")` when the body takes longer (seen between Python instructions; main
+    thread only, else no deadline).
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,6 @@
-"""Files as nobody's program writes them: pickles that run code or lie about their bytes, DCP folders and safetensors of altered records."""
+"""Files as nobody's program writes them: pickles that run code or lie about their bytes, DCP
+folders and safetensors of altered records.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,9 @@ def archive(
     more: Mapping[str, bytes] | None = None,
     drop: str = "",
 ) -> Path:
-    """A zip as torch lays it out: `data` (an object, or the bytes of a pickle), its storages (by default four float32), other entries."""
+    """A zip as torch lays it out: `data` (an object, or the bytes of a pickle), its storages (by
+    default four float32), other entries.
+    """
     entries = {"data.pkl": data if isinstance(data, bytes) else pickled(data), "byteorder": b"little", "version": b"3\n"}
     entries |= {f"data/{key}": value for key, value in ({"0": bytes(16)} if storages is None else storages).items()}
     entries |= more or {}
@@ -103,7 +107,9 @@ def exploding(folder: Path, value: object = None) -> Bomb:
 
 
 def old_format(path: Path, value: object, *, bomb: Bomb | None = None, place: int = 3) -> Path:
-    """torch's first format by hand, with `bomb` in place of one of its pickles (0: magic number, 1, 2: version, system, 3: the value)."""
+    """torch's first format by hand, with `bomb` in place of one of its pickles (0: magic number, 1,
+    2: version, system, 3: the value).
+    """
     parts = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, value, []]
     if bomb is not None:
         parts[place] = bomb
@@ -117,7 +123,9 @@ def instructions(path: Path, code: str) -> Path:
 
 
 def dcp_folder(folder: Path, change: Callable[[Metadata], object] | None = None, state: dict[str, Any] | None = None) -> Path:
-    """A DCP directory of two tensors whose metadata `change` has altered (or replaced, by what it returns)."""
+    """A DCP directory of two tensors whose metadata `change` has altered (or replaced, by what it
+    returns).
+    """
     path = write_dcp(folder / "model", state or {"net.a": torch.arange(6.0).reshape(2, 3), "net.b": torch.ones(4, dtype=torch.bfloat16)})
     if change is not None:
         metadata = dcp.FileSystemReader(str(path)).read_metadata()
@@ -127,7 +135,9 @@ def dcp_folder(folder: Path, change: Callable[[Metadata], object] | None = None,
 
 
 def safetensors(path: Path, header: object, *, data: bytes = b"", length: int | None = None) -> Path:
-    """A safetensors file with this header (an object, or its bytes) and `data`; `length`: what it states of its header."""
+    """A safetensors file with this header (an object, or its bytes) and `data`; `length`: what it
+    states of its header.
+    """
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
     return path

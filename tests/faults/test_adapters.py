@@ -1,4 +1,6 @@
-"""Low-rank updates: every setting that changes their strength is read as meant, or refused. Which copy of a file is taken."""
+"""Low-rank updates: every setting that changes their strength is read as meant, or refused. Which
+copy of a file is taken.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What the causal commands cannot work with: values, schedules that do not fit, flags without effect, files of scenes, patterns."""
+"""What the causal commands cannot work with: values, schedules that do not fit, flags without
+effect, files of scenes, patterns.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ FEW = ("--distilled", "--num_steps", "1")
 def causal(
     name: str, refusal: str, *words: str, which: str = "causal", write: Callable[[Path], object] = lambda folder: None, prompt: bool = True
 ) -> Fault:
-    """A causal command on tiny files with these words; FOLDER in them is the case's, into which `write` puts what it needs."""
+    """A causal command on tiny files with these words; FOLDER in them is the case's, into which
+    `write` puts what it needs.
+    """
 
     def argv(folder: Path) -> list[object]:
         files = wan_files()

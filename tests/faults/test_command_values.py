@@ -1,4 +1,6 @@
-"""Values that the commands that sample cannot work with: refused before any work, naming the flag."""
+"""Values that the commands that sample cannot work with: refused before any work, naming the
+flag.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A disk that fills up and processes that are killed, around saves: the checkpoint before stays in use, space is given back, the rerun ends
-bit for bit where an unbroken run ends.
+"""A disk that fills up and processes that are killed, around saves: the checkpoint before stays in
+use, space is given back, the rerun ends bit for bit where an unbroken run ends.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def fill(folder: Path, *, but: int) -> Path:
 @pytest.mark.parametrize("asynchronous", [False, True], ids=HOW)
 @pytest.mark.parametrize("room", [0, 150_000, *(pytest.param(room, marks=pytest.mark.slow) for room in (40_000, 300_000))])
 def test_full_disk(small_disk: Path, tmp_path: Path, request: pytest.FixtureRequest, asynchronous: bool, room: int) -> None:
-    """Whatever room is left: the refusal names the disk and a path, the partial checkpoint is gone, and with space the rerun is exact."""
+    """Whatever room is left: the refusal names the disk and a path, the partial checkpoint is gone,
+    and with space the rerun is exact.
+    """
     count(request, "full disk", "unclear")
     job, whole = small_disk / "job", tmp_path / "whole"
     words = [SAVES, KEEPS, f"{ASYNC}={asynchronous}"]
@@ -188,7 +190,9 @@ def reach(job: Path, target: int, processes: list[subprocess.Popen], *, seconds:
 @pytest.mark.parametrize("asynchronous", [False, True], ids=HOW)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_kills_at_random(tmp_path: Path, request: pytest.FixtureRequest, ranks: int, asynchronous: bool) -> None:
-    """Five kills of a job at random moments, of one rank or of all; survivors end by themselves and say what happened in one sentence."""
+    """Five kills of a job at random moments, of one rank or of all; survivors end by themselves and
+    say what happened in one sentence.
+    """
     count(request, "kills at random", "hang")
     job, dice = tmp_path / "job", random.Random(ranks + 10 * asynchronous)
     for _ in range(5):

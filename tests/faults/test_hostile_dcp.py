@@ -1,4 +1,6 @@
-"""DCP folders whose metadata or pieces would run code or contradict each other, given to every command and call that reads one."""
+"""DCP folders whose metadata or pieces would run code or contradict each other, given to every
+command and call that reads one.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,9 @@ APART = [
 
 
 def read(change=None, after=None, state=None):
-    """Opens and reads a whole folder whose metadata `change` altered and whose files `after` did."""
+    """Opens and reads a whole folder whose metadata `change` altered and whose files `after`
+    did.
+    """
 
     def call(folder: Path) -> None:
         path = dcp_folder(folder, change and (lambda metadata: change(metadata, folder)), state)

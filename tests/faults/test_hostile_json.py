@@ -1,4 +1,6 @@
-"""Safetensors headers, indices, pointers, config.json and descriptions that are damaged, contradict themselves or name other places."""
+"""Safetensors headers, indices, pointers, config.json and descriptions that are damaged, contradict
+themselves or name other places.
+"""
 
 from __future__ import annotations
 
@@ -178,7 +180,9 @@ def _files() -> dict[str, Path]:
 
 
 def described(change: Callable[[dict], Any], *, inside: bool = False, base: str = "causal") -> Callable[[Path], None]:
-    """An exported file whose description is changed, beside it or `inside` its metadata, opened for sampling."""
+    """An exported file whose description is changed, beside it or `inside` its metadata, opened for
+    sampling.
+    """
 
     def call(folder: Path) -> None:
         source = _files()[base]
@@ -297,7 +301,9 @@ SAMPLERS: dict[str, list[Any]] = {
 
 
 def tables(wrong: dict[str, list[Any]], **options: Any) -> list[Fault]:
-    """One case per field and value; the refusal names the field, or the part of it that is missing."""
+    """One case per field and value; the refusal names the field, or the part of it that is
+    missing.
+    """
     found = []
     for path, values in wrong.items():
         for value in values:
@@ -348,7 +354,9 @@ def test_refused(case: Fault, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", HEADERS)
 def test_the_library_is_a_lower_bound(name: str, tmp_path: Path) -> None:
-    """Whatever the official library refuses is refused above; it lets through fewer of these than this package, never more."""
+    """Whatever the official library refuses is refused above; it lets through fewer of these than
+    this package, never more.
+    """
     value, options = HEADERS[name]
     try:
         load_file(safetensors(tmp_path / "x.safetensors", value, **{"data": bytes(16), **options}))

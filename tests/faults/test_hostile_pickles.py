@@ -1,4 +1,6 @@
-"""Torch pickles that would run code, lie about their bytes, or hold no plain tensors; and the readers they are given to."""
+"""Torch pickles that would run code, lie about their bytes, or hold no plain tensors; and the
+readers they are given to.
+"""
 
 from __future__ import annotations
 
@@ -251,7 +253,9 @@ def test_the_bomb_works(tmp_path: Path) -> None:
 
 
 def test_what_torch_writes_is_read(tmp_path: Path) -> None:
-    """Views, ties, parameters with attributes, ordered dicts, empty and scalar tensors, every dtype, both formats: bit by bit."""
+    """Views, ties, parameters with attributes, ordered dicts, empty and scalar tensors, every
+    dtype, both formats: bit by bit.
+    """
     base = torch.arange(12.0)
     parameter = torch.nn.Parameter(torch.ones(3))
     parameter.note = "x"

@@ -1,4 +1,6 @@
-"""Leftovers and locks in a job's folder: what stands in the way of a save is removed, another run is not, nothing outside is touched."""
+"""Leftovers and locks in a job's folder: what stands in the way of a save is removed, another run
+is not, nothing outside is touched.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,8 @@ def lock_says(text: bytes) -> Fault:
     def gone(folder: Path) -> None:
         assert not (folder / "job" / NAME).exists() and everything(folder / "job")
 
-    told = repr(text.replace(str(os.getpid()).encode(), b"own")[:30])  # every worker must give a case the same name
+    # every worker must give a case the same name
+    told = repr(text.replace(str(os.getpid()).encode(), b"own")[:30])
     return Fault(f"left lock {told}", kind="locks", refusal=None, main=cli.main, argv=argv, after=gone)
 
 
@@ -148,7 +151,9 @@ def test_a_killed_holder_keeps_nothing(tmp_path: Path, request: pytest.FixtureRe
 
 
 def test_a_child_that_outlives_its_run_keeps_nothing(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """The system's lock is still held, by a process of the dead run; the file names a process that is gone."""
+    """The system's lock is still held, by a process of the dead run; the file names a process that
+    is gone.
+    """
     count(request, "locks")
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / NAME).write_bytes(holder(pid=2**22 + 1))

@@ -1,4 +1,6 @@
-"""Media and text as strangers write them: read as they are meant, or refused in one sentence that names the file."""
+"""Media and text as strangers write them: read as they are meant, or refused in one sentence that
+names the file.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Places that no file can be written to, for every command that writes one: found before the work, and nothing is left behind."""
+"""Places that no file can be written to, for every command that writes one: found before the work,
+and nothing is left behind.
+"""
 
 from __future__ import annotations
 

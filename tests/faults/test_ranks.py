@@ -1,4 +1,6 @@
-"""What one of two ranks finds alone: it says so, the other ends at once with one sentence, nobody waits, and nothing is half done."""
+"""What one of two ranks finds alone: it says so, the other ends at once with one sentence, nobody
+waits, and nothing is half done.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ ASYNC = "checkpoint.dcp_async_mode_enabled=True"
 
 
 def raising(error: Exception, *, after: int = 0, also: bool = False) -> Callable[[Any], Callable]:
-    """Replaces a method by one that raises from its call number `after` on; `also`: once it has done what it does, collectives included."""
+    """Replaces a method by one that raises from its call number `after` on; `also`: once it has
+    done what it does, collectives included.
+    """
 
     def around(method: Callable) -> Callable:
         calls = [0]
@@ -65,8 +69,9 @@ def failing_later(method: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class Split:
-    """A launch on two ranks. `words`: of each; `patch`: (rank, class, method, replacement). `told`: what each rank's line must match,
-    "" for a rank that may be silent. `published`: checkpoints that must be there afterwards.
+    """A launch on two ranks. `words`: of each; `patch`: (rank, class, method, replacement). `told`:
+    what each rank's line must match, "" for a rank that may be silent. `published`: checkpoints
+    that must be there afterwards.
     """
 
     name: str
@@ -170,7 +175,9 @@ CASES = [
 
 
 def on_rank(case_name: str, job: Path) -> tuple[int, str, float]:
-    """Exit code (-1: another exception), lines of standard error that begin with "error", and seconds, of this rank's launch."""
+    """Exit code (-1: another exception), lines of standard error that begin with "error", and
+    seconds, of this rank's launch.
+    """
     case, rank = next(case for case in CASES if case.name == case_name), dist.get_rank()
     os.environ.update(WORLD_SIZE="2", RANK=str(rank))
     if case.patch is not None and case.patch[0] == rank:

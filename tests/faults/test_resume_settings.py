@@ -108,7 +108,9 @@ def rewritten(shard: Path, change: Callable[[str, bytes], bytes]) -> None:
 
 
 def other_latent(name: str, data: bytes) -> bytes:
-    """The same number of bytes, one value changed, in a sample in the middle of the second shard."""
+    """The same number of bytes, one value changed, in a sample in the middle of the second
+    shard.
+    """
     if name != "000000004.latent.pt":
         return data
     latents = torch.load(io.BytesIO(data), weights_only=True)

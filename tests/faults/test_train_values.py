@@ -1,4 +1,6 @@
-"""Words of the training command that no run can be made of: refused within seconds, naming the key, with no folder left."""
+"""Words of the training command that no run can be made of: refused within seconds, naming the key,
+with no folder left.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,9 @@ NAMES = ("1_3", "13", "007", "1e3", "0x10", "true", "nan", "a=b", "a#b", "x{0..3
 
 
 def named(text: str, *, typed: bool) -> Fault:
-    """The job called `text`, given as it is, or as a refusal advises to type it: it trains in the folder of that name and no other."""
+    """The job called `text`, given as it is, or as a refusal advises to type it: it trains in the
+    folder of that name and no other.
+    """
 
     def argv(folder: Path) -> list[str]:
         spelt = shlex.split(as_typed("job.name", text))[0] if typed else f"job.name={text}"

@@ -1,4 +1,6 @@
-"""The command `rcm`: every entry point has its word, help is quick and true, wrong words are answered in one sentence."""
+"""The command `rcm`: every entry point has its word, help is quick and true, wrong words are
+answered in one sentence.
+"""
 
 from __future__ import annotations
 

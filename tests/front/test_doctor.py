@@ -1,4 +1,6 @@
-"""`rcm doctor` on one rank and on two; the page of questions and the launch recipes hold what they name."""
+"""`rcm doctor` on one rank and on two; the page of questions and the launch recipes hold what they
+name.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`rcm.load`: light until it is used, a prompt or several, the same pixels as the checkpoint's own loop."""
+"""`rcm.load`: light until it is used, a prompt or several, the same pixels as the checkpoint's own
+loop.
+"""
 
 from __future__ import annotations
 

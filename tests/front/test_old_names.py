@@ -1,4 +1,6 @@
-"""The release's names of the VBench commands: each file is there and runs, or says what took its place."""
+"""The release's names of the VBench commands: each file is there and runs, or says what took its
+place.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every source that code, configurations and tests name can be looked up: pages and headings of this repository, decisions, papers."""
+"""Every source that code, configurations and tests name can be looked up: pages and headings of
+this repository, decisions, papers.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from tests.hygiene.source import ROOT, files, name
 
 METHOD = ROOT / "Causal_rCM.md"
 PAPERS = ROOT / "docs" / "reference" / "README.md"
-# docs/reference/wan.md#sizes, #tensors: a page, then any number of its headings; a line may end between them
+# docs/reference/wan.md#sizes, #tensors: a page, then any number of its headings; a line may end
+# between them
 PAGE = re.compile(r"\b(docs/[\w/]+\.md)(#[\w-]+(?:,[\s#]+#[\w-]+|,\s+#[\w-]+)*)?")
 SECTION = re.compile(r"\bCausal_rCM\.md,? sections? (\d+(?:(?:, | and )\d+)*)")
 DECISION = re.compile(r"\b[Dd]ecision (A\d+)\b")
@@ -56,7 +59,9 @@ def page_problems(text: str) -> Iterator[str]:
 
 
 def method_problems(text: str) -> Iterator[str]:
-    """Sections and decisions of Causal_rCM.md that `text` cites and that are not there; a line may end inside a citation."""
+    """Sections and decisions of Causal_rCM.md that `text` cites and that are not there; a line may
+    end inside a citation.
+    """
     flat = re.sub(r"\s+(?:# )?", " ", text)
     for numbers in SECTION.findall(flat):
         yield from (f"Causal_rCM.md has no section {n}" for n in re.findall(r"\d+", numbers) if n not in sections())

@@ -1,6 +1,8 @@
-"""What the documents name exists: files, definitions, links, modules, experiments, config keys; their table of published rows is true.
+"""What the documents name exists: files, definitions, links, modules, experiments, config keys;
+their table of published rows is true.
 
-After a deliberate change of a published row: `RCM_UPDATE_GOLDEN=1 python -m pytest tests/hygiene/test_docs.py`, and read the diff.
+After a deliberate change of a published row: `RCM_UPDATE_GOLDEN=1 python -m pytest
+tests/hygiene/test_docs.py`, and read the diff.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def documents() -> list[Path]:
 
 
 def broken(pattern: str, check: Checker) -> list[str]:
-    """Every match of `pattern` (its first group) in the documents that `check` objects to, with its place."""
+    """Every match of `pattern` (its first group) in the documents that `check` objects to, with its
+    place.
+    """
     found = []
     for path in documents():
         for match in re.finditer(pattern, path.read_text()):

@@ -1,6 +1,8 @@
-"""No module of rcm needs, over any detour, a module that needs it: what two modules share stands below both.
+"""No module of rcm needs, over any detour, a module that needs it: what two modules share stands
+below both.
 
-Imports inside functions count, since they only hide a circle; those under `if TYPE_CHECKING` do not, since they never run.
+Imports inside functions count, since they only hide a circle; those under `if TYPE_CHECKING` do
+not, since they never run.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ def imports_that_run(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 
 
 def needed(module: ast.Module, *, package: str, known: set[str]) -> set[str]:
-    """Modules among `known` that `module`, which lies in `package`, imports: of `from a import b` the module a.b, or else a."""
+    """Modules among `known` that `module`, which lies in `package`, imports: of `from a import b`
+    the module a.b, or else a.
+    """
     found = set()
     for node in imports_that_run(module):
         if isinstance(node, ast.Import):
@@ -34,7 +38,9 @@ def needed(module: ast.Module, *, package: str, known: set[str]) -> set[str]:
 
 
 def circle(graph: Mapping[str, set[str]]) -> list[str]:
-    """The modules of one circle in the order of their imports, the first again at the end; [] if there is none."""
+    """The modules of one circle in the order of their imports, the first again at the end; [] if
+    there is none.
+    """
     done: set[str] = set()
 
     def search(module: str, path: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """The public names of every module are frozen: a removal or a rename must be a decision.
 
-After a deliberate change: `RCM_UPDATE_GOLDEN=1 python -m pytest tests/hygiene/test_public_names.py`, and read the diff.
+After a deliberate change: `RCM_UPDATE_GOLDEN=1 python -m pytest
+tests/hygiene/test_public_names.py`, and read the diff.
 """
 
 from __future__ import annotations

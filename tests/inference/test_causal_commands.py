@@ -1,4 +1,6 @@
-"""The three causal commands on a folder of tiny files in the public layouts, for real: from flags to an mp4."""
+"""The three causal commands on a folder of tiny files in the public layouts, for real: from flags
+to an mp4.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +115,9 @@ def test_many_steps_with_guidance(files, tmp_path):
 
 @pytest.mark.parametrize("start", [0, 1])
 def test_an_image_is_the_first_chunk(files, tmp_path, start):
-    """By hand, in the release's order of noise: start of T - 1 frames, two steps of T frames, then the image's own."""
+    """By hand, in the release's order of noise: start of T - 1 frames, two steps of T frames, then
+    the image's own.
+    """
     flags = (*FEW, "--mid_t", "5/8", "--num_frames", "13", "--image_path", str(files.folder / "first.png"), "--context_from_last_step",
              "--context_from_last_step_start_chunk", str(start))  # fmt: skip
     got = made(PLAIN, files, tmp_path, *flags)
@@ -158,7 +162,9 @@ SCENES = "a red square[0.5s] | a cat[0.25s] | rain[0.5s#]"
 
 
 def test_everything_at_once(files, tmp_path, capsys):
-    """Image, timeline with a cut, relative positions, quantised cache, guidance, noisy context and streamed decoding: as one session."""
+    """Image, timeline with a cut, relative positions, quantised cache, guidance, noisy context and
+    streamed decoding: as one session.
+    """
     flags = ("--num_steps", "2", "--guidance_scale", "2", "--chunk_t", "1", "--image_path", str(files.folder / "first.png"),
              "--prompt", SCENES, "--extrapolation_method", "infinity_rope", "--cache_blocks", "3", "--rope_cut_delta", "4",
              "--kv_dtype_k", "int4", "--kv_dtype_v", "int2", "--kv_smoothing_v", "qvg", "--kv_qvg_clusters", "3",

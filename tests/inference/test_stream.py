@@ -1,4 +1,6 @@
-"""The streaming command line: from a checkpoint's path to an mp4 file, or one sentence and exit status 2."""
+"""The streaming command line: from a checkpoint's path to an mp4 file, or one sentence and exit
+status 2.
+"""
 
 from __future__ import annotations
 

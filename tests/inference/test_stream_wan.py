@@ -1,4 +1,6 @@
-"""Streaming from a checkpoint that was trained on the latents of Wan's VAE and umT5's embeddings."""
+"""Streaming from a checkpoint that was trained on the latents of Wan's VAE and umT5's
+embeddings.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What the Wan commands refuse: one sentence that names the thing and the flag, exit status 2, no file left behind, no work begun."""
+"""What the Wan commands refuse: one sentence that names the thing and the flag, exit status 2, no
+file left behind, no work begun.
+"""
 
 from __future__ import annotations
 

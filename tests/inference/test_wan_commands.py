@@ -1,4 +1,6 @@
-"""The four Wan commands on a folder of tiny files in the public layouts, for real: from flags to an mp4."""
+"""The four Wan commands on a folder of tiny files in the public layouts, for real: from flags to an
+mp4.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def report(command: str, files: WanFiles, tmp_path: Path, *flags: str) -> dict:
 
 
 def close_to_file(frames: torch.Tensor, path: Path) -> bool:
-    """Whether a file shows `frames` [B, 3, F, H, W] side by side, up to the codec's loss of colour."""
+    """Whether a file shows `frames` [B, 3, F, H, W] side by side, up to the codec's loss of
+    colour.
+    """
     expected = torch.cat(list(frames.clamp(-1, 1)), dim=-1)
     return bool((read_mp4(path).mean(dim=0) - expected.mean(dim=0)).abs().mean() < 0.08)
 

@@ -1,4 +1,6 @@
-"""Wan2.1's image-to-video networks from flags to an mp4: one image, or a first and a last one, each with CLIP's tokens."""
+"""Wan2.1's image-to-video networks from flags to an mp4: one image, or a first and a last one, each
+with CLIP's tokens.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def words(files: WanFiles, *, images: int, network: int | str | None = None) -> 
 
 @pytest.mark.parametrize(("images", "shift", "negative"), [(1, 5.0, NEGATIVE_PROMPT_I2V), (2, 16.0, NEGATIVE_PROMPT_FLF2V)])
 def test_the_video_is_that_of_its_condition(files, tmp_path, images, shift, negative) -> None:
-    """Against the network, the sampler and the encoders called one by one, with the defaults of the original."""
+    """Against the network, the sampler and the encoders called one by one, with the defaults of the
+    original.
+    """
     assert main([*words(files, images=images), "--save_path", str(tmp_path / "a.mp4")]) == 0
     pixels = [read_image(files.folder / f"{name}.png") for name in ("first", "last")[:images]]
     clip, text = ClipVision.from_file(files.folder / "clip.pth", dtype=torch.float32), UMT5TextEncoder.from_files(files.text)

@@ -1,4 +1,6 @@
-"""The training entry point at the smallest size: overrides of a run, checkpoints to start from, and what a run left behind."""
+"""The training entry point at the smallest size: overrides of a run, checkpoints to start from, and
+what a run left behind.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ ROLES = ("net", "net_teacher", "net_causal_teacher", "net_bidirectional_teacher"
 
 
 def small(job: Path, *, frames: int = 6, iterations: int = 3, roles: Iterable[str] = ("net",)) -> list[str]:
-    """Overrides that shrink any toy experiment: one layer of width 32, latents of 4 x frames x 4 x 4, deterministic random data, files
-    below `job`'s parent in a folder of `job`'s name. `roles`: networks of the run; they all get the same sizes.
+    """Overrides that shrink any toy experiment: one layer of width 32, latents of 4 x frames x 4 x
+    4, deterministic random data, files below `job`'s parent in a folder of `job`'s name. `roles`:
+    networks of the run; they all get the same sizes.
     """
     return [
         "data=fake",
@@ -57,7 +60,9 @@ def launch(*overrides: str) -> int:
 
 
 def write_network(path: Path, *, seed: int = 0, **sizes: int) -> Path:
-    """A file of random weights under `net.*`, with no zero anywhere (the output head included), for a network of `SIZES` and `sizes`."""
+    """A file of random weights under `net.*`, with no zero anywhere (the output head included), for
+    a network of `SIZES` and `sizes`.
+    """
     net = WanDiT(WanConfig(**{**SIZES, **sizes}))
     generator = torch.Generator().manual_seed(seed)
     state = {name: random_like(value, generator) for name, value in net.state_dict().items()}
@@ -66,7 +71,9 @@ def write_network(path: Path, *, seed: int = 0, **sizes: int) -> Path:
 
 
 def random_like(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Weights that keep activations near unit size: matrices by fan-in, gains around 1, the rest small."""
+    """Weights that keep activations near unit size: matrices by fan-in, gains around 1, the rest
+    small.
+    """
     draw = torch.randn(value.shape, generator=generator)
     return 1 + 0.2 * draw if value.dim() == 1 and value.mean() == 1 else draw * (value.shape[-1] ** -0.5 if value.dim() == 2 else 0.3)
 
@@ -93,7 +100,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def everything(job: Path) -> dict[str, Tensor]:
-    """All that the newest checkpoint of a job holds, by part and key: weights, averages, optimiser slots, counts, data position."""
+    """All that the newest checkpoint of a job holds, by part and key: weights, averages, optimiser
+    slots, counts, data position.
+    """
     latest = job / "checkpoints" / (job / "checkpoints/latest_checkpoint.txt").read_text().strip()
     found: dict[str, Tensor] = {}
     for part in sorted(path for path in latest.iterdir() if path.is_dir()):

@@ -1,4 +1,6 @@
-"""What a user can get wrong, at the training command: one sentence that names the thing and the knob, exit code 1 or 2, nothing lost."""
+"""What a user can get wrong, at the training command: one sentence that names the thing and the
+knob, exit code 1 or 2, nothing lost.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ Told = Callable[[int], str]
 
 @pytest.fixture
 def told(capsys: pytest.CaptureFixture) -> Told:
-    """`told(code)` after a launch: the one line on standard error, which must be there for exit code `code`."""
+    """`told(code)` after a launch: the one line on standard error, which must be there for exit
+    code `code`.
+    """
 
     def read(code: int) -> str:
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
@@ -126,7 +130,9 @@ def test_a_checkpoint_folder_of_another_network_names_both(tmp_path: Path, job: 
 
 
 def test_a_job_of_another_network_stays_as_it_was(job: Path, told: Told) -> None:
-    """The same folder with another network: checkpoint, numbers and record of the first run survive."""
+    """The same folder with another network: checkpoint, numbers and record of the first run
+    survive.
+    """
     assert launch(TF, *small(job, iterations=1)) == 0
     state, numbers, record = everything(job), lines(job), (job / "config.yaml").read_text()
     assert launch(TF, *small(job), M + "net.ffn_dim=64") == 1
@@ -219,7 +225,9 @@ def spoil(shard: Path, member: str) -> None:
 
 
 def test_nan_in_data_stops_the_run_and_the_last_checkpoint_continues(shards: Path, tmp_path: Path, job: Path, told: Told) -> None:
-    """The epoch meets the bad sample after some good ones; with the data mended the same command goes on."""
+    """The epoch meets the bad sample after some good ones; with the data mended the same command
+    goes on.
+    """
     spoilt = tmp_path / "spoilt"
     shutil.copytree(shards, spoilt)
     words = [TF, *small(job, iterations=6), *from_shards(spoilt), "checkpoint.save_iter=1"]

@@ -1,4 +1,6 @@
-"""What docs/extending.md promises: a condition and a backbone of one's own reach every method; the toy policy is a row of test_eviction."""
+"""What docs/extending.md promises: a condition and a backbone of one's own reach every method; the
+toy policy is a row of test_eviction.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Training adapters by the command: one base for all roles, checkpoints of adapters alone, exact resume, refusals; on two ranks as on
-one.
+"""Training adapters by the command: one base for all roles, checkpoints of adapters alone, exact
+resume, refusals; on two ranks as on one.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def test_checkpoints_hold_adapters_alone(tmp_path: Path, start: Path, capfd: pyt
     held = everything(job)
     adapted = sum(p.numel() for p in weights(job).values())
     base = sum(p.numel() for p in stored(start).values())
-    # per student number: weight, average, two moments and a count of steps; per number of the fake score one less
+    # per student number: weight, average, two moments and a count of steps; per number of the fake
+    # score one less
     assert sum(v.numel() for k, v in held.items() if "exp_avg" in k or "net" in k.partition("/")[2].partition(".")[0]) < 8 * adapted
     assert adapted < base / 5 and size(job) < size(full) / 2
 
@@ -92,7 +93,9 @@ def test_the_base_stays_as_it_was(tmp_path: Path, start: Path) -> None:
 
 
 def test_adapters_are_wide_on_a_narrow_base(tmp_path: Path, start: Path) -> None:
-    """bfloat16 with FSDP2 on one rank: factors and their averages are float32, and small steps are not lost."""
+    """bfloat16 with FSDP2 on one rank: factors and their averages are float32, and small steps are
+    not lost.
+    """
     job = tmp_path / "job"
     assert launch(*self_forced(job, start, LORA, "precision=bf16", "optimizer.lr=1e-6", iterations=4)) == 0
     for role in ("reg", "ema", "fake_score"):
@@ -143,7 +146,9 @@ def test_what_does_not_continue_is_refused(tmp_path: Path, start: Path, capfd: p
 
 @pytest.mark.dist
 def test_two_ranks_equal_one_and_resume_exactly(tmp_path: Path, start: Path) -> None:
-    """Tangents, rollouts and both roles through FSDP2 and Ulysses, in float64 with blocks recomputed."""
+    """Tangents, rollouts and both roles through FSDP2 and Ulysses, in float64 with blocks
+    recomputed.
+    """
     more = [LORA, M + "net.sac_config.mode=block_wise"]
     dmd_more = [*more, M + "net_fake_score.sac_config.mode=block_wise"]
     assert launch(*scm(tmp_path / "scm_one", start, *more)) == 0

@@ -1,5 +1,5 @@
-"""The training command on two ranks: sharded, replicated and context-parallel runs agree with one rank and with each other, and resume
-exactly; torchrun starts it in both forms.
+"""The training command on two ranks: sharded, replicated and context-parallel runs agree with one
+rank and with each other, and resume exactly; torchrun starts it in both forms.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def test_two_ranks_equal_one_and_resume_exactly(tmp_path: Path) -> None:
 
 
 def test_long_rollouts_are_as_long_on_every_rank(tmp_path: Path) -> None:
-    """Sharded ranks gather weights together: a place drawn for each data rank would leave one of them waiting."""
+    """Sharded ranks gather weights together: a place drawn for each data rank would leave one of
+    them waiting.
+    """
     start, long = write_network(tmp_path / "start.safetensors", seed=3), M + "long_tuning={frames:18,window_blocks:2,sink_blocks:1}"
     assert launch(*dmd(tmp_path / "one", start, long)) == 0
     parts = {"context": [CONTEXT], "shard": [SHARD], "replica": []}
@@ -95,7 +97,9 @@ def test_long_rollouts_are_as_long_on_every_rank(tmp_path: Path) -> None:
 
 
 def test_torchrun_starts_the_published_form(tmp_path: Path) -> None:
-    """`torchrun --nproc_per_node=2 -m scripts.train --config=... -- experiment=... model_parallel.context_parallel_size=2`."""
+    """`torchrun --nproc_per_node=2 -m scripts.train --config=... -- experiment=...
+    model_parallel.context_parallel_size=2`.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
     assert launch(*teacher_forced(one, "precision=fp64", iterations=3)) == 0
     finish(command(*FORMS["long"], *teacher_forced(two, "precision=fp64", CONTEXT, iterations=3), ranks=2))

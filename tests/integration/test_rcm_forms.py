@@ -21,7 +21,9 @@ def rcm(job: Path, *words: str, iterations: int = 2) -> list[dict[str, float]]:
 
 
 def test_distribution_matching_alone_has_no_warm_up(tmp_path: Path) -> None:
-    """`loss_scale=0` with a row's `tangent_warmup`: DMD from the first iteration, the fake score's turn in the second."""
+    """`loss_scale=0` with a row's `tangent_warmup`: DMD from the first iteration, the fake score's
+    turn in the second.
+    """
     first, second = rcm(tmp_path / "job", M + "loss_scale=0", M + "tangent_warmup=1000")
     assert "loss/dmd" in first and "loss/scm" not in first and "grad_norm/fake_score" in second
     again = rcm(tmp_path / "plain", M + "loss_scale=0", M + "tangent_warmup=0")

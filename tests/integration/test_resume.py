@@ -1,4 +1,6 @@
-"""A run that was stopped and started again by the same command ends bit for bit where an unbroken one ends; on several ranks too."""
+"""A run that was stopped and started again by the same command ends bit for bit where an unbroken
+one ends; on several ranks too.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ REGISTRY = ["--config=rcm/configs/registry_distill.py", "--"]
 
 
 def self_forced(job: Path, start: Path, *more: str, iterations: int = 6) -> list[str]:
-    """Both roles, EMA, a rollout, data read ahead over more than one epoch, and a schedule that has not ended."""
+    """Both roles, EMA, a rollout, data read ahead over more than one epoch, and a schedule that has
+    not ended.
+    """
     return [
         "experiment=toy_sf_dmd_2step_c3-3_replayed",
         *small(job, roles=SELF_FORCED, iterations=iterations),
@@ -87,7 +91,9 @@ def start_from(job: Path, source: Path, *more: str, iterations: int) -> dict:
 
 
 def test_weights_alone_start_another_run(tmp_path: Path) -> None:
-    """At rate 0 nothing but the starting weights tells the runs apart: iteration 0, own settings, the weights of the other run."""
+    """At rate 0 nothing but the starting weights tells the runs apart: iteration 0, own settings,
+    the weights of the other run.
+    """
     source, still = tmp_path / "source", ("optimizer.lr=1e-300", "optimizer.eps=1")
     assert launch(*teacher_forced(source, "optimizer.lr=0.01", iterations=3)) == 0
     there = everything(source)
@@ -99,12 +105,15 @@ def test_weights_alone_start_another_run(tmp_path: Path) -> None:
     for name in (key for key in there if key.startswith("model/net.")):
         assert plain[name].equal(there[name]) and scheduled[name].equal(there[name])
         assert averaged[name].equal(there[name.replace("model/net.", "model/net_ema.")])
-    assert launch(*teacher_forced(tmp_path / "plain", "trainer.seed=7", *still, iterations=3)) == 0  # its own newest one, whole
+    # its own newest one, whole
+    assert launch(*teacher_forced(tmp_path / "plain", "trainer.seed=7", *still, iterations=3)) == 0
     assert [record["step"] for record in lines(tmp_path / "plain")] == [1, 2, 3]
 
 
 def test_parts_that_are_not_resumed(tmp_path: Path) -> None:
-    """A job goes on with other moments and from iteration 0: the settings of a new beginning, the weights of the old run."""
+    """A job goes on with other moments and from iteration 0: the settings of a new beginning, the
+    weights of the old run.
+    """
     job = tmp_path / "job"
     assert launch(*teacher_forced(job, iterations=3)) == 0
     assert launch(*teacher_forced(job, "checkpoint.keys_not_to_resume=[optim,trainer]", "trainer.seed=7", iterations=2)) == 0
@@ -187,7 +196,9 @@ def lines_logged(job: Path) -> int:
 
 @pytest.mark.slow
 def test_kill_at_any_moment_leaves_a_checkpoint_that_continues_exactly(tmp_path: Path) -> None:
-    """Saves after every iteration, so that most kills land in one; three kills at different moments of one job."""
+    """Saves after every iteration, so that most kills land in one; three kills at different moments
+    of one job.
+    """
     job, whole = tmp_path / "job", tmp_path / "whole"
     for extra in (3, 9, 14):
         before = lines_logged(job)

@@ -1,5 +1,5 @@
-"""Every method trains through the training command: finite losses, gradients in every tensor of every trained role, a checkpoint that
-describes itself.
+"""Every method trains through the training command: finite losses, gradients in every tensor of
+every trained role, a checkpoint that describes itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ CRITIC = {"fake_score"}
 
 @dataclass(frozen=True)
 class Stage:
-    """One row: the experiment, its networks, where they start, more words, and the terms of each role's turns."""
+    """One row: the experiment, its networks, where they start, more words, and the terms of each
+    role's turns.
+    """
 
     experiment: str
     networks: tuple[str, ...] = ("net",)
@@ -126,7 +128,9 @@ def words(stage: Stage, job: Path, starts: dict[str, Path], *more: str, iteratio
 
 
 def unmoved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> list[str]:
-    """Tensors that four iterations left as they were (without weight decay: no gradient reached them)."""
+    """Tensors that four iterations left as they were (without weight decay: no gradient reached
+    them).
+    """
     assert before.keys() == after.keys()
     return [name for name in before if torch.equal(before[name], after[name].to(before[name].dtype))]
 
@@ -208,7 +212,8 @@ def test_replayed_training_gives_the_same_weights(tmp_path: Path, starts: dict[s
         assert launch(*words(self_forced(experiment), job, starts, "precision=fp64", iterations=3)) == 0
     for a, b in zip(lines(plain_job), lines(replayed_job), strict=True):
         pulls = a.pop("sf_dmd/pull_rms", 1.0), b.pop("sf_dmd/pull_rms", 1.0)
-        assert pulls[0] == pytest.approx(pulls[1], rel=0.05)  # a mean over chunks of what the other takes over the video
+        # a mean over chunks of what the other takes over the video
+        assert pulls[0] == pytest.approx(pulls[1], rel=0.05)
         assert a == pytest.approx(b, rel=1e-6)
     start = stored(starts[STUDENT])
     for role in ("reg", "ema", "fake_score"):
@@ -218,7 +223,9 @@ def test_replayed_training_gives_the_same_weights(tmp_path: Path, starts: dict[s
 
 
 def test_weights_of_other_blocks_are_told_of(tmp_path: Path, starts: dict[str, Path]) -> None:
-    """A checkpoint trained in chunks of 3 may start a frame-wise student, but not without a word."""
+    """A checkpoint trained in chunks of 3 may start a frame-wise student, but not without a
+    word.
+    """
     first, second = STAGES["tf c3-3"], tmp_path / "second"
     assert launch(*words(first, tmp_path / "first", starts, iterations=1)) == 0
     said: list[str] = []

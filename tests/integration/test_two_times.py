@@ -1,5 +1,5 @@
-"""A student of two times through the training command: from weights of one time, on one rank and on two, with a checkpoint
-that says how to stream it.
+"""A student of two times through the training command: from weights of one time, on one rank and on
+two, with a checkpoint that says how to stream it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Norms, rotation and cache slots in one kernel, against the formulas; broken kernels are noticed."""
+"""Norms, rotation and cache slots in one kernel, against the formulas; broken kernels are
+noticed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def test_kernel_in_the_interpreter():
 
 
 def test_layers_over_codes_in_the_interpreter():
-    """Norms, rotation, encoding and restoring by kernels, restored keys turned as they are written, against plain torch."""
+    """Norms, rotation, encoding and restoring by kernels, restored keys turned as they are written,
+    against plain torch.
+    """
     report = in_interpreter("interpreted_coded_layer")
     assert len(report) == 12
     assert max(report.values()) < 1e-5, report

@@ -1,4 +1,6 @@
-"""Both Triton kernels on a real GPU: float64 truth, budgets of twice the eager error, poisoned outputs, strides, 64-bit, mutants."""
+"""Both Triton kernels on a real GPU: float64 truth, budgets of twice the eager error, poisoned
+outputs, strides, 64-bit, mutants.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +63,10 @@ FLOAT32 = (
     "tangent only from key 301",
     "teacher-forced both, window 1, sinks 1",
 )
-"""Cases that the portable kernel also computes in float32 here. Its products are unrolled there, so that each case compiles for 40 s;
-Triton's interpreter runs all of them in float32 (test_flash_jvp_interpreted.py)."""
+"""Cases that the portable kernel also computes in float32 here. Its products are unrolled there, so
+that each case compiles for 40 s; Triton's interpreter runs all of them in float32
+(test_flash_jvp_interpreted.py).
+"""
 COMBINATIONS = [
     *((name, dtype, "hopper") for name in CASES for dtype in ("bf16", "fp16")),
     *((name, "bf16", "portable") for name in CASES),
@@ -99,7 +103,9 @@ def test_fused_projection_slices(kernel):
 
 @pytest.mark.parametrize("kernel", ["hopper", "portable"])
 def test_offsets_beyond_31_bits(kernel):
-    """A tensor of more than 2**31 elements: the last batch entry alone must give the same numbers."""
+    """A tensor of more than 2**31 elements: the last batch entry alone must give the same
+    numbers.
+    """
     case = Case("wide", q_len=130, kv_len=200, batch=1, heads=1)
     alone = make_problem(case, dtype=torch.bfloat16, device="cuda")
     big = {name: torch.zeros(1, 140_000, 128, 128, dtype=torch.bfloat16, device="cuda") for name in ("k", "v")}
@@ -116,7 +122,9 @@ def test_offsets_beyond_31_bits(kernel):
 
 
 def test_kernels_agree_at_full_length():
-    """The size of training: 2 x 32760 keys, where float64 truth is out of reach, and structural zeros equal explicit ones."""
+    """The size of training: 2 x 32760 keys, where float64 truth is out of reach, and structural
+    zeros equal explicit ones.
+    """
     from rcm.diffusion.blocks import BlockPattern
 
     mask = TeacherForcing(BlockPattern(3, 3), 21, 1560, queries="noisy")

@@ -1,4 +1,6 @@
-"""The portable Triton kernel, run by Triton's interpreter on the CPU (float32 and float16; bfloat16 is wrong there) at tiny sizes."""
+"""The portable Triton kernel, run by Triton's interpreter on the CPU (float32 and float16; bfloat16
+is wrong there) at tiny sizes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The eager reference against functorch and differences in float64; its contract and its refusals."""
+"""The eager reference against functorch and differences in float64; its contract and its
+refusals.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""FP8 attention: the format, the formula against float64, kernels against the formula, what they compile to, refusals."""
+"""FP8 attention: the format, the formula against float64, kernels against the formula, what they
+compile to, refusals.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,8 @@ def test_the_formula_is_as_near_to_float64_as_three_bits_allow(strength):
     held = held_codes(k, v, torch.arange(300), capacity=300)
     queries = codes.code_queries_reference(q, held.scales, scale=32**-0.5)
     found = attend_reference(queries, held, count=300, dtype=torch.float64)
-    # the same attention to what the codes stand for: what is left is the rounding of the weights alone
+    # the same attention to what the codes stand for: what is left is the rounding of the weights
+    # alone
     restored_q = queries.codes.double() * queries.scale.double()[..., None] / held.scales.key_scale.double()[:, None, None]
     restored_q = (restored_q / math.log2(math.e) * 32**0.5).transpose(1, 2)
     assert relative(found, exact(restored_q, *(x.double() for x in codes.decoded(held, 300)))) < ROUNDING / 4
@@ -156,7 +159,8 @@ def test_the_hopper_kernel_compiles_for_its_card(tmp_path, monkeypatch, tiles):
     assert kernel.metadata.shared <= 227 * 1024
     ptx = kernel.asm["ptx"]
     products = len(re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.e4m3\.e4m3", ptx))
-    # per consumer: S and P V of the loop, the first S and the last P V, 32 channels or keys at a time
+    # per consumer: S and P V of the loop, the first S and the last P V, 32 channels or keys at a
+    # time
     assert products == tiles.consumers * 2 * (128 // 32 + tiles.block_n // 32) == ptx.count("wgmma.mma_async")
     assert len(re.findall(r"st\.shared|stmatrix", ptx)) <= 4 * tiles.consumers, "weights stay in registers"
 

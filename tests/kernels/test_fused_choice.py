@@ -98,7 +98,9 @@ class _Silent:
 
 
 def test_packing_value_and_tangent_copies_nothing(monkeypatch):
-    """`make_dual` copies a tangent into fresh zeros when the primal is a view of something larger."""
+    """`make_dual` copies a tangent into fresh zeros when the primal is a view of something
+    larger.
+    """
     api = pytest.importorskip("rcm.kernels.fused.api")
     for module, kernel in ((api.launch.norm_kernels, "norm_tangent"), (api.launch.pointwise_kernels, "gated_add_forward")):
         monkeypatch.setattr(module, kernel, _Silent())

@@ -1,4 +1,6 @@
-"""The fused layers' kernels compile for compute capability 9.0 with the Triton at hand (no GPU needed) and move 16 bytes per access."""
+"""The fused layers' kernels compile for compute capability 9.0 with the Triton at hand (no GPU
+needed) and move 16 bytes per access.
+"""
 
 from __future__ import annotations
 

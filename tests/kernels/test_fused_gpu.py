@@ -1,4 +1,6 @@
-"""The fused layers on a real GPU: three dtypes against float64, widths of the published networks, reproducibility, 64-bit addresses."""
+"""The fused layers on a real GPU: three dtypes against float64, widths of the published networks,
+reproducibility, 64-bit addresses.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ else:
 
 @pytest.fixture(autouse=True)
 def poisoned():
-    """Deterministic mode fills fresh memory with NaN: an element that no program writes is noticed."""
+    """Deterministic mode fills fresh memory with NaN: an element that no program writes is
+    noticed.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,4 +1,6 @@
-"""The fused layers in Triton's interpreter, float32, tiny sizes: values, gradients, tangents against float64, fresh memory poisoned."""
+"""The fused layers in Triton's interpreter, float32, tiny sizes: values, gradients, tangents
+against float64, fresh memory poisoned.
+"""
 
 from __future__ import annotations
 

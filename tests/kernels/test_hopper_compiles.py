@@ -1,4 +1,6 @@
-"""The Hopper kernel compiles for its card with the Triton at hand (no GPU needed), and fits the card's shared memory."""
+"""The Hopper kernel compiles for its card with the Triton at hand (no GPU needed), and fits the
+card's shared memory.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def test_compiles_for_compute_capability_9(flags, classes, edge, d_qk, d_v, dtyp
 
 
 def expected_products(flags: int, classes: int, *, d_qk: int, d_v: int, block_n: int) -> int:
-    """Structural zeros cost no products: count the instructions (16 deep each) of both consumers over the compiled kinds of key tiles."""
+    """Structural zeros cost no products: count the instructions (16 deep each) of both consumers
+    over the compiled kinds of key tiles.
+    """
     total = 0
     for kind in range(3):
         if classes >> kind & 1:

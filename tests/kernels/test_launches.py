@@ -1,4 +1,6 @@
-"""Triton launches go to the device of their tensors: Triton itself takes the current one, whatever the tensors are on."""
+"""Triton launches go to the device of their tensors: Triton itself takes the current one, whatever
+the tensors are on.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ FOLDER = Path(rcm.kernels.__file__).parent
 
 
 def launches_outside_of_a_device(source: str) -> list[int]:
-    """Lines of `kernel[grid](...)`, or of `rcm.kernels.precompile.launch`, that stand in no `with` statement that names a device."""
+    """Lines of `kernel[grid](...)`, or of `rcm.kernels.precompile.launch`, that stand in no `with`
+    statement that names a device.
+    """
     found: list[int] = []
     launchers = ("precompile.launch", "launch") if "from rcm.kernels.precompile import launch\n" in source else ("precompile.launch",)
 
@@ -39,6 +43,7 @@ def test_the_rule_sees_a_bare_launch():
 @pytest.mark.parametrize("path", sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.py")))
 def test_every_launch_makes_the_device_of_its_tensors_current(path):
     lines = launches_outside_of_a_device((FOLDER / path).read_text())
-    # the first two are entered through triton_jvp, the third by those whose launches are looked at here: they hold the device
+    # the first two are entered through triton_jvp, the third by those whose launches are looked at
+    # here: they hold the device
     entered_with_it = ("flash_jvp/launch.py", "flash_jvp/launch_hopper.py", "precompile.py")
     assert path in entered_with_it or not lines, f"{path}: lines {lines}"

@@ -1,4 +1,6 @@
-"""Masked attention with gradient on the CPU: the sum over rectangles against float64 autograd through one dense softmax."""
+"""Masked attention with gradient on the CPU: the sum over rectangles against float64 autograd
+through one dense softmax.
+"""
 
 from __future__ import annotations
 

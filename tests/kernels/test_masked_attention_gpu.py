@@ -1,4 +1,6 @@
-"""Masked attention with gradient on a real GPU: budgets of twice the eager error, full length, reproducibility, what `auto` does."""
+"""Masked attention with gradient on a real GPU: budgets of twice the eager error, full length,
+reproducibility, what `auto` does.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def test_back_ends_by_name(mask, choice):
 
 
 def test_strides_and_plans_cached_by_them():
-    """cuDNN's plans are cached by the strides of q, k and v alone: results must not depend on what ran before."""
+    """cuDNN's plans are cached by the strides of q, k and v alone: results must not depend on what
+    ran before.
+    """
     mask = MASKS["forced"]
     (q, k, v), grad_o = draw(mask)
     expected = budget.with_gradients(fused(mask), (q, k, v), grad_o)
@@ -94,7 +98,9 @@ def test_strides_and_plans_cached_by_them():
 
 
 def test_full_length_agrees_with_dense_calls_per_segment():
-    """The size of training, where float64 truth is out of reach; `auto` takes the fused path and the record says so."""
+    """The size of training, where float64 truth is out of reach; `auto` takes the fused path and
+    the record says so.
+    """
     mask = TeacherForcing(BlockPattern(3, 3), 21, 1560)
     inputs, grad_o = draw(mask, batch=1, heads=2)
     core = AttentionCore(resolve("auto"))
@@ -132,7 +138,8 @@ def test_first_steps_cost_seconds():
 
 
 MUTANTS = {
-    # strides stay those of o: with others cuDNN's backward reads outside of it, and takes the process along
+    # strides stay those of o: with others cuDNN's backward reads outside of it, and takes the
+    # process along
     "o of the rectangle's first rows": ("rows.cut(o[b]), row_lse", "rows.cut(o[b].roll(1, 0)), row_lse"),
     "lse in base 2": ("row_lse = rows.cut(lse[b], dim=1).contiguous()", "row_lse = (1.4427 * rows.cut(lse[b], dim=1)).contiguous()"),
     "a call is left out": ("enumerate(zip(queries, keys, strict=True))", "enumerate(zip(queries[:-1], keys[:-1], strict=True))"),

@@ -1,4 +1,6 @@
-"""The three faces of a mask agree with each other and with an oracle written from Causal_rCM.md section 2."""
+"""The three faces of a mask agree with each other and with an oracle written from Causal_rCM.md
+section 2.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,10 @@ from rcm.diffusion.blocks import BlockPattern
 from rcm.kernels.masks import BlockCausal, Full, MaskSpec, TeacherForcing
 from tests.support import mask_oracle
 
-PATTERNS = [(1, 1, 5), (3, 3, 9), (1, 4, 9), (2, 3, 8), (4, 1, 7), (5, 3, 5)]  # first, chunk, frames
-REACH = [(None, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 3), (3, 2), (99, 0), (None, 2)]  # window, sinks
+# first, chunk, frames
+PATTERNS = [(1, 1, 5), (3, 3, 9), (1, 4, 9), (2, 3, 8), (4, 1, 7), (5, 3, 5)]
+# window, sinks
+REACH = [(None, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 3), (3, 2), (99, 0), (None, 2)]
 FRAME_TOKENS = [1, 3, 7]
 
 

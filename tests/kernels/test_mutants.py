@@ -1,4 +1,6 @@
-"""Broken copies of masks and reference: each must be noticed by the comparison that the tests beside this file make."""
+"""Broken copies of masks and reference: each must be noticed by the comparison that the tests
+beside this file make.
+"""
 
 from __future__ import annotations
 

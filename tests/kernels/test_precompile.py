@@ -1,5 +1,5 @@
-"""Kernels compiled ahead of time: which ones a decoder and a transformer want, that all are made and loaded, errors,
-threads.
+"""Kernels compiled ahead of time: which ones a decoder and a transformer want, that all are made
+and loaded, errors, threads.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def test_a_kernel_that_does_not_compile_is_an_error_and_leaves_nothing_behind(tm
     x = torch.empty(4, 16, device="meta")
 
     def plan() -> None:
-        options = {"GELU": False, "WIDTH": 16, "BLOCK": 15, "num_warps": 4}  # tiles are powers of two
+        # tiles are powers of two
+        options = {"GELU": False, "WIDTH": 16, "BLOCK": 15, "num_warps": 4}
         precompile.launch(quantise_kernels.quantise_rows, (4,), x, x, x, 16, **options)
 
     with pretended():

@@ -1,5 +1,5 @@
-"""Rounding of rows to e4m3: the kernel in Triton's interpreter against the plain formula, and its code for compute
-capability 9.0.
+"""Rounding of rows to e4m3: the kernel in Triton's interpreter against the plain formula, and its
+code for compute capability 9.0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Dense rectangles cover every visible pair exactly once, in few calls; sums of partial results lose and double nothing."""
+"""Dense rectangles cover every visible pair exactly once, in few calls; sums of partial results
+lose and double nothing.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def test_rectangles_of_one_call_share_no_row_and_no_column(seed):
 
 @pytest.mark.parametrize(("name", "most_calls"), [("c3-3", 9), ("c1-1", 14), ("c1-4", 10)])
 def test_training_shapes_take_few_large_calls(name, most_calls):
-    """21 latent frames at 480p: the cover costs little more than its pairs, far less than one call per segment."""
+    """21 latent frames at 480p: the cover costs little more than its pairs, far less than one call
+    per segment.
+    """
     mask = TeacherForcing(BlockPattern.parse(name), 21, 1560)
     tiles = sum((s.q_stop - s.q_start) * (b - a) for s in mask.row_segments() for a, b in s.intervals) / rectangles.TILE**2
     per_segment = tuple(Comb(s.q_start, s.q_stop - s.q_start, 1, a, b - a, 1, 1) for s in mask.row_segments() for a, b in s.intervals)
@@ -87,7 +91,9 @@ def test_keys_that_no_query_sees_are_in_no_rectangle():
 
 @pytest.mark.parametrize("seed", range(60))
 def test_partial_results_add_up(seed):
-    """Random ranges, also overlapping, partial and with gaps, against plain addition; tokens outside the sum are written at most once."""
+    """Random ranges, also overlapping, partial and with gaps, against plain addition; tokens
+    outside the sum are written at most once.
+    """
     draw, length = random.Random(seed), 24
     calls = []
     for _ in range(draw.randint(1, 6)):

@@ -1,4 +1,6 @@
-"""Kernel results that survive recomputation: recorded once, replayed in order, never twice, only where asked for."""
+"""Kernel results that survive recomputation: recorded once, replayed in order, never twice, only
+where asked for.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The plan of key tiles: every visible key exactly once, interior tiles really interior, long tiles first; tile sizes fit the card."""
+"""The plan of key tiles: every visible key exactly once, interior tiles really interior, long tiles
+first; tile sizes fit the card.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def assert_kind(piece, rows: torch.Tensor, *, start: int, block_n: int) -> None:
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_interior_tiles_are_not_left_to_the_boundary(mask):
-    """A run of keys that all rows see, long enough for whole tiles, has at most one boundary tile per end and per side of tangent_start."""
+    """A run of keys that all rows see, long enough for whole tiles, has at most one boundary tile
+    per end and per side of tangent_start.
+    """
     for q_start, pieces in tile_pieces(mask, block_m=4, block_n=4, tangent_start=mask.kv_len // 2):
         rows = mask.dense()[q_start : q_start + 4]
         mixed = int((rows.any(dim=0) != rows.all(dim=0)).sum())

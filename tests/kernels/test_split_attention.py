@@ -1,4 +1,6 @@
-"""Attention in parts along the keys: the merge against whole attention in float64, the kernel against the merge, the number of parts."""
+"""Attention in parts along the keys: the merge against whole attention in float64, the kernel
+against the merge, the number of parts.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ def test_kernel_in_the_interpreter():
 
 
 def test_parts_fill_the_last_round():
-    """132 processors: 1,560 queries of 12 heads are 156 tiles, two rounds for one and a fifth; long enough keys are cut. The numbers
-    were the fastest on an H200.
+    """132 processors: 1,560 queries of 12 heads are 156 tiles, two rounds for one and a fifth; long
+    enough keys are cut. The numbers were the fastest on an H200.
     """
     assert [num_splits(1560, n, 12, 132) for n in (4680, 32760)] == [2, 5]
     assert [num_splits(4680, n, 12, 132) for n in (9360, 18720, 32760)] == [2, 2, 2]

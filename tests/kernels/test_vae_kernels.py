@@ -1,4 +1,6 @@
-"""Windows and convolutions of the autoencoder: the eager forms against plain operators, the kernels in Triton's interpreter (float32)."""
+"""Windows and convolutions of the autoencoder: the eager forms against plain operators, the kernels
+in Triton's interpreter (float32).
+"""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ def test_shapes(loss):
 
 @pytest.mark.parametrize("form", ["rf", "trig"])
 def test_true_map_leaves_a_second_order_residual(form):
-    """Fixed point (docs/reference/objectives.md#fixed-points): teacher step by Euler, student = target = the exact consistency map; halving
-    du quarters the residual.
+    """Fixed point (docs/reference/objectives.md#fixed-points): teacher step by Euler, student =
+    target = the exact consistency map; halving du quarters the residual.
     """
     world = LinearGaussian()
     g = torch.Generator().manual_seed(2)
@@ -95,7 +95,9 @@ def test_true_map_leaves_a_second_order_residual(form):
 
 
 def test_oracle_consistency_map_is_constant_along_the_flow():
-    """The oracle against its own definition: df/dt = 0 along the velocity, f(x, 0) = x, and the velocity is a conditional mean."""
+    """The oracle against its own definition: df/dt = 0 along the velocity, f(x, 0) = x, and the
+    velocity is a conditional mean.
+    """
     world = LinearGaussian()
     g = torch.Generator().manual_seed(3)
     z0, z1 = (torch.randn(200_000, generator=g, dtype=F64) for _ in range(2))

@@ -54,7 +54,9 @@ def test_diffusion_loss_by_loops(columns, weight):
 
 
 def test_bidirectional_critic_is_the_division_form():
-    """Definition: sum (G - x0_fake)^2 / sin^2 with x0_fake from the network; also sum |F_fake - F_target|^2 (Causal_rCM.md section 8)."""
+    """Definition: sum (G - x0_fake)^2 / sin^2 with x0_fake from the network; also sum |F_fake -
+    F_target|^2 (Causal_rCM.md section 8).
+    """
     shape = (3, 3, 3, 3, 3)
     v, generated, eps = _rand(3, shape=shape)
     tau = torch.tensor([[0.2], [0.9], [1.5]], dtype=F64)

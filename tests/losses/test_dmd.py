@@ -13,7 +13,9 @@ def _rand(count, seed=0):
 
 
 def test_gradient_is_twice_the_normalised_score_difference():
-    """dL/dG = 2 (x0_fake - x0_teacher) / max(mean |G - x0_teacher|, 1e-5) (Causal_rCM.md section 8), then the batch mean."""
+    """dL/dG = 2 (x0_fake - x0_teacher) / max(mean |G - x0_teacher|, 1e-5) (Causal_rCM.md section
+    8), then the batch mean.
+    """
     generated, fake, teacher = _rand(3)
     generated.requires_grad_()
     term = dmd_loss(generated, dmd_target(generated, fake, teacher))
@@ -30,7 +32,9 @@ def test_gradient_is_twice_the_normalised_score_difference():
 
 
 def test_a_descent_step_moves_away_from_the_fake_score():
-    """G is pulled along teacher - fake: where the teacher expects more than the fake score, G grows."""
+    """G is pulled along teacher - fake: where the teacher expects more than the fake score, G
+    grows.
+    """
     generated, fake, teacher = _rand(3)
     target = dmd_target(generated, fake, teacher)
     assert torch.equal(torch.sign(target - generated), torch.sign(teacher - fake))
@@ -70,7 +74,9 @@ def test_float32_inputs_keep_a_float64_gradient():
 
 
 def test_replay_by_blocks_adds_up():
-    """Blocks of frames against slices of one target: values and gradients sum to the whole-video ones."""
+    """Blocks of frames against slices of one target: values and gradients sum to the whole-video
+    ones.
+    """
     generated, fake, teacher = _rand(3)
     generated.requires_grad_()
     target = dmd_target(generated, fake, teacher)
@@ -85,7 +91,9 @@ def test_replay_by_blocks_adds_up():
 @pytest.mark.parametrize("index", [0, 1, 2])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_value_condemns_its_whole_sample(index, bad):
-    """Whichever input it comes from, so that a replayed block sees the same casualties as the whole video."""
+    """Whichever input it comes from, so that a replayed block sees the same casualties as the whole
+    video.
+    """
     tensors = _rand(3)
     tensors[index][1, 0, 2, 0, 0] = bad
     target = dmd_target(*tensors)

@@ -22,7 +22,9 @@ def parts(columns: int, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def quadrature(x: torch.Tensor, t: torch.Tensor, s: torch.Tensor, *, nodes: int = 60) -> torch.Tensor:
-    """The mean of the velocity over the times from s to t, along the exact trajectory through x at t."""
+    """The mean of the velocity over the times from s to t, along the exact trajectory through x at
+    t.
+    """
     t, s, total = per_frame(t, x), per_frame(s, x), torch.zeros_like(x)
     for node, weight in zip(*leggauss(nodes), strict=True):
         tau = (t + s) / 2 + (t - s) / 2 * node

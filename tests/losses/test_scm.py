@@ -75,7 +75,9 @@ def test_trigflow_tangent_is_the_weighted_derivative(variant):
 
 
 def test_both_forms_agree_at_full_warmup():
-    """g_trig(r=1) = cos tau b^2 (V - v - t J) (docs/reference/objectives.md#wrapper), both tangents from forward mode."""
+    """g_trig(r=1) = cos tau b^2 (V - v - t J) (docs/reference/objectives.md#wrapper), both tangents
+    from forward mode.
+    """
     net, teacher = ToyField(seed=0), ToyField(seed=1)
     (x_tau,), tau = _rand(1), _tau()
     g_trig = trigflow_tangent(*_trig_parts(net, teacher, x_tau, tau), x_tau, tau)
@@ -88,8 +90,8 @@ def test_both_forms_agree_at_full_warmup():
 
 
 def test_true_consistency_map_has_zero_tangent():
-    """Fixed point (docs/reference/objectives.md#fixed-points): a student that is the linear-Gaussian consistency map; and it is not a fixed
-    point of a wrong student.
+    """Fixed point (docs/reference/objectives.md#fixed-points): a student that is the
+    linear-Gaussian consistency map; and it is not a fixed point of a wrong student.
     """
     world = LinearGaussian()
     (x,), tau = _rand(1), _tau()
@@ -180,7 +182,9 @@ def test_nan_spreads_over_its_sample_only():
 
 
 def test_gradient_is_the_papers():
-    """-2 loss_scale g_hat per sample (-200 g_hat), then the mean over the batch; value loss_scale sum g_hat^2."""
+    """-2 loss_scale g_hat per sample (-200 g_hat), then the mean over the batch; value loss_scale
+    sum g_hat^2.
+    """
     pred, g = _rand(2)
     pred.requires_grad_()
     g_hat = normalise(g)

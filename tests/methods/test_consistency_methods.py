@@ -1,5 +1,5 @@
-"""Consistency methods on a linear-Gaussian world whose consistency map is known, and on a tiny network against independent
-recomputation.
+"""Consistency methods on a linear-Gaussian world whose consistency map is known, and on a tiny
+network against independent recomputation.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def continuous(student, teacher, form):
 
 @pytest.mark.parametrize("form", ["tf", "trig", "rf"])
 def test_tangent_vanishes_at_the_true_consistency_map(form):
-    """g is normalised with +0.1, so a vanishing tangent shows as a vanishing ||g_hat||; a student off by 0.1 shows as one near 1."""
+    """g is normalised with +0.1, so a vanishing tangent shows as a vanishing ||g_hat||; a student
+    off by 0.1 shows as one near 1.
+    """
     student, teacher = gaussian_pair(WORLD)
     method = continuous(student, teacher, form)
     assert only_term(method).logs[f"{method.name}/g_hat_norm"] < 1e-4
@@ -61,7 +63,9 @@ def test_tangent_vanishes_at_the_true_consistency_map(form):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_discrete_residual_is_of_second_order(causal):
-    """The loss is the squared residual of one Euler step, so halving the step divides it by about 16."""
+    """The loss is the squared residual of one Euler step, so halving the step divides it by about
+    16.
+    """
     student, teacher = gaussian_pair(WORLD)
 
     def loss(n: int) -> float:
@@ -77,7 +81,9 @@ def test_discrete_residual_is_of_second_order(causal):
 
 
 def test_trig_and_difference_schemes_agree():
-    """Exact, semi-continuous and discrete tangents give one gradient, up to the step of the difference."""
+    """Exact, semi-continuous and discrete tangents give one gradient, up to the step of the
+    difference.
+    """
     student, teacher = Denoiser(tiny_net(seed=1), Precision.preset("fp64")), Denoiser(tiny_net(seed=2), Precision.preset("fp64"))
     grads = []
     for directional in (Exact(), SemiContinuous(TrigStep(), 1e-6), Discrete(TrigStep(), 1e-6)):
@@ -90,8 +96,8 @@ def test_trig_and_difference_schemes_agree():
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_context_cached_tangent_equals_packed_functorch(name):
-    """The tangent pass over cached clean context equals torch.func.jvp of the packed pass with tangents [0; V], [0; 1] on eager
-    attention.
+    """The tangent pass over cached clean context equals torch.func.jvp of the packed pass with
+    tangents [0; V], [0; 1] on eager attention.
     """
     forcing, frames = TeacherForcing(BlockPattern.parse(name)), PATTERNS[name]
     net, cond = tiny_net(), condition(tiny_config())
@@ -110,8 +116,8 @@ def test_context_cached_tangent_equals_packed_functorch(name):
 
 
 def test_scm_gradient_is_the_papers():
-    """Gradient of the whole method = -2 loss_scale g_hat pulled back through v, with g from Causal_rCM.md section 5 assembled here by
-    hand.
+    """Gradient of the whole method = -2 loss_scale g_hat pulled back through v, with g from
+    Causal_rCM.md section 5 assembled here by hand.
     """
     forcing = FORCING
     student, teacher = Denoiser(tiny_net(seed=1), Precision.preset("fp64")), Denoiser(tiny_net(seed=2), Precision.preset("fp64"))
@@ -143,12 +149,13 @@ def test_scm_gradient_is_the_papers():
     g_hat = g / (g.flatten(1).norm(dim=1) + 0.1).view(2, 1, 1, 1, 1)
     (v * (-200.0 * g_hat)).sum().div(2).backward()
     for a, p in zip(got, student.net.parameters(), strict=True):
-        assert (a - p.grad).norm() <= 1e-5 * p.grad.norm()  # noise is float32, the difference is of second order
+        # noise is float32, the difference is of second order
+        assert (a - p.grad).norm() <= 1e-5 * p.grad.norm()
 
 
 def test_noisy_context_reaches_the_student_and_not_the_teacher(monkeypatch):
-    """Causal_rCM.md section 5: student context noised to the last mid time from the start chunk on; the teacher always sees clean
-    context.
+    """Causal_rCM.md section 5: student context noised to the last mid time from the start chunk on;
+    the teacher always sees clean context.
     """
     seen = []
     student, teacher = gaussian_pair(WORLD)

@@ -40,7 +40,9 @@ def loss(kd: ODEPairs, data: LatentBatch, step: int) -> float:
 
 
 def test_tf_kd_sees_the_data_and_learns_the_trajectorys_end():
-    """By hand: the packed pass has the data as its clean half; both states occur over a few steps."""
+    """By hand: the packed pass has the data as its clean half; both states occur over a few
+    steps.
+    """
     kd, data = method(per_block=False), batch()
     layout = TokenLayout.teacher_forcing(6, grid=GRID, pattern=kd.forcing.pattern)
 

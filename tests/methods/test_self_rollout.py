@@ -1,4 +1,6 @@
-"""Rollouts longer than what is judged, against every chunk of the video in one masked float64 pass per step."""
+"""Rollouts longer than what is judged, against every chunk of the video in one masked float64 pass
+per step.
+"""
 
 from __future__ import annotations
 
@@ -77,8 +79,9 @@ def test_a_whole_window_over_a_rollout_of_the_judged_length_is_sf_dmd_bit_for_bi
 
 
 def masked_rollout(m: SelfForcedDMD, student: Denoiser, name: str, plans, noise: VideoNoise, first: int) -> torch.Tensor:
-    """The frames from `first` on, each step of each chunk as one pass over the whole video under an explicit mask: no cache policy, no
-    dropped chunk, only the last step of a judged chunk with gradient.
+    """The frames from `first` on, each step of each chunk as one pass over the whole video under an
+    explicit mask: no cache policy, no dropped chunk, only the last step of a judged chunk with
+    gradient.
     """
     total, cond, forcing = plans[-1].stop, condition(tiny_config()), m.rollout.forcing
     structure = {"grid": GRID, "pattern": BlockPattern.parse(name), "window": forcing.window, "sinks": forcing.sinks}
@@ -129,12 +132,15 @@ def test_places_are_drawn_among_all_blocks_and_are_those_of_every_rank():
     assert set(places) == {0, 3, 6, 9, 12}
     assert places == [m.rollout._plans(6, StepRng(0, step, 3), index=0)[1] for step in range(60)]
     inside = method("c1-4", rollout_frames=17).rollout
-    assert {inside._plans(6, StepRng(0, step, 0), index=0)[1] for step in range(60)} == {3, 7, 11}  # a window may begin inside a block
+    # a window may begin inside a block
+    assert {inside._plans(6, StepRng(0, step, 0), index=0)[1] for step in range(60)} == {3, 7, 11}
 
 
 @pytest.mark.parametrize("role", ["student", "fake_score"])
 def test_the_cache_holds_the_window_the_sinks_and_the_judged_chunks(role):
-    """Whatever the length of the rollout: what a streamed chunk sees, then no more than the judged chunks beside it."""
+    """Whatever the length of the rollout: what a streamed chunk sees, then no more than the judged
+    chunks beside it.
+    """
     most, rooms = [], []
     for frames in (18, 60):
         m = method("c3-3", rollout_frames=frames)
@@ -142,13 +148,16 @@ def test_the_cache_holds_the_window_the_sinks_and_the_judged_chunks(role):
         trained(m, Phase(role, 0, 0), "c3-3", StepRng(0, far, 0))
         most.append(m.student.most)
         rooms.append(m.student.cache.capacity_tokens // (GRID[0] * GRID[1]))
-    assert most == [3, 3]  # 1 of the window beside the own, 1 sink, and the first of the two judged chunks
+    # 1 of the window beside the own, 1 sink, and the first of the two judged chunks
+    assert most == [3, 3]
     assert rooms == [(2 + 1) * 3 + 6] * 2
 
 
 @pytest.mark.parametrize("name", LONG)
 def test_a_checkpoint_streams_what_was_rolled_out(name):
-    """The chunks of a recipe with window and sinks, over a cache that drops, are those of the training rollout at full length."""
+    """The chunks of a recipe with window and sinks, over a cache that drops, are those of the
+    training rollout at full length.
+    """
     judged, frames = LONG[name]
     m = method(name, rollout_frames=frames)
     step = next(s for s in range(200) if m.rollout._plans(judged, StepRng(0, s, 0), index=2)[1] == frames - judged)
@@ -165,7 +174,9 @@ def test_a_checkpoint_streams_what_was_rolled_out(name):
 
 
 def test_recomputation_reads_what_was_read():
-    """A first block longer than the others leaves a gap as it is dropped; chunks that close it later would move under recomputation."""
+    """A first block longer than the others leaves a gap as it is dropped; chunks that close it
+    later would move under recomputation.
+    """
     grads = []
     for mode in ("none", "block_wise"):
         m = method("c4-1", window=3, sinks=0, rollout_frames=14)

@@ -1,4 +1,6 @@
-"""Self-forced DMD on tiny networks: replay equals plain, phases, targets; and the same for bidirectional DMD's schedule."""
+"""Self-forced DMD on tiny networks: replay equals plain, phases, targets; and the same for
+bidirectional DMD's schedule.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""MeanFlow on a linear-Gaussian world whose flow map, and so whose mean velocity, is known, and on a tiny network against
-independent recomputation.
+"""MeanFlow on a linear-Gaussian world whose flow map, and so whose mean velocity, is known, and on
+a tiny network against independent recomputation.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def only_term(method, data=None, phase=FIRST, rng=None):
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.9])
 def test_residual_vanishes_at_the_true_mean_velocity(share):
-    """It is normalised with +0.1, so a vanishing one shows as a vanishing norm, a student off by 0.1 as one near 1."""
+    """It is normalised with +0.1, so a vanishing one shows as a vanishing norm, a student off by
+    0.1 as one near 1.
+    """
     options = {"law": LAW, "equal_share": share, "tangent_warmup": 0, "forcing": FORCING}
     teacher = AnalyticDenoiser(WORLD.rf_velocity)
     right, wrong = MeanDenoiser(WORLD.rf_mean_velocity), MeanDenoiser(lambda *at: WORLD.rf_mean_velocity(*at) + 0.1)
@@ -67,8 +69,8 @@ def test_residual_vanishes_at_the_true_mean_velocity(share):
 
 @pytest.mark.parametrize("warmup", [1.0, 0.25])
 def test_gradient_is_the_papers(warmup):
-    """-2 loss_scale residual / (||residual|| + 0.1) pulled back through u, with u_tgt = V - r (t - s) du/dt assembled here by
-    hand, du/dt by a difference along (V, 1) at fixed s in packed passes.
+    """-2 loss_scale residual / (||residual|| + 0.1) pulled back through u, with u_tgt = V - r (t -
+    s) du/dt assembled here by hand, du/dt by a difference along (V, 1) at fixed s in packed passes.
     """
     student = Denoiser(tiny_net(seed=1, two_times=True), Precision.preset("fp64"))
     teacher = Denoiser(tiny_net(seed=2), Precision.preset("fp64"))
@@ -94,7 +96,8 @@ def test_gradient_is_the_papers(warmup):
     residual = residual / (residual.flatten(1).norm(dim=1) + 0.1).view(2, 1, 1, 1, 1)
     (u * (-200.0 * residual)).sum().div(2).backward()
     for a, p in zip(got, student.net.parameters(), strict=True):
-        assert (a - p.grad).norm() <= 1e-5 * p.grad.norm()  # noise is float32, the difference is of second order
+        # noise is float32, the difference is of second order
+        assert (a - p.grad).norm() <= 1e-5 * p.grad.norm()
 
 
 def test_end_times_are_below_and_as_often_equal_as_asked():

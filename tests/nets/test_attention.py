@@ -1,4 +1,6 @@
-"""Back ends agree with each other for every mask and path, the choice is explicit, and the dispatcher keeps structural zeros."""
+"""Back ends agree with each other for every mask and path, the choice is explicit, and the
+dispatcher keeps structural zeros.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +119,9 @@ def test_the_configuration_wins_over_the_environment(monkeypatch):
 
 
 def test_dispatcher_passes_structural_zeros_and_the_constant_prefix(monkeypatch):
-    """What reaches the fused call: None where an input has no tangent, and the number of constant keys; one call."""
+    """What reaches the fused call: None where an input has no tangent, and the number of constant
+    keys; one call.
+    """
     seen = []
     original = attention.flash_jvp
 
@@ -171,4 +175,5 @@ def test_reduced_precision_reference_computes_in_float32():
     exact = Reference()(q.double(), k.double(), v.double(), mask=None, scale=1.0)
     got = Reference()(q, k, v, mask=None, scale=1.0)
     assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=1e-5)  # half a unit in the last place
+    # half a unit in the last place
+    torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=1e-5)

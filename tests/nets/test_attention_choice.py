@@ -1,4 +1,6 @@
-"""`auto` follows its table of measurements, by shape, device, dtype and gradient; nothing is replaced silently."""
+"""`auto` follows its table of measurements, by shape, device, dtype and gradient; nothing is
+replaced silently.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""FlexAttention's block tables say what the mask says; one compilation on the CPU, the rest through torch's eager form."""
+"""FlexAttention's block tables say what the mask says; one compilation on the CPU, the rest through
+torch's eager form.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def inputs(mask) -> list[torch.Tensor]:
 
 
 def in_blocks(matrix: torch.Tensor) -> torch.Tensor:
-    """[rows, columns, BLOCK, BLOCK], padded with False where a sequence ends: such a block is an edge, as in torch's own tables."""
+    """[rows, columns, BLOCK, BLOCK], padded with False where a sequence ends: such a block is an
+    edge, as in torch's own tables.
+    """
     rows, columns = (-(-size // BLOCK) for size in matrix.shape)
     padded = torch.zeros(rows * BLOCK, columns * BLOCK, dtype=torch.bool)
     padded[: matrix.shape[0], : matrix.shape[1]] = matrix

@@ -1,4 +1,6 @@
-"""Bindings of packages that are not installed here, against stand-ins with the documented signatures that compute the reference."""
+"""Bindings of packages that are not installed here, against stand-ins with the documented
+signatures that compute the reference.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +134,8 @@ def test_bindings_equal_the_reference_in_value_and_gradient(name, backend):
     expected = with_gradients(lambda q, k, v: Reference()(q, k, v, mask=mask, scale=0.3), inputs, grad_o)
     got = with_gradients(lambda q, k, v: backend(q, k, v, mask=mask, scale=0.3), inputs, grad_o)
     for mine, exact in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine, exact, rtol=4e-3, atol=4e-3)  # sums over keys and blocks are ordered differently in half precision
+        # sums over keys and blocks are ordered differently in half precision
+        torch.testing.assert_close(mine, exact, rtol=4e-3, atol=4e-3)
 
 
 def test_bindings_refuse_other_dtypes(backend):

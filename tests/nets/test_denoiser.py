@@ -75,7 +75,9 @@ def test_guidance():
 @pytest.mark.parametrize("keys", ["post_rope", "pre_rope"])
 @torch.no_grad()
 def test_a_context_pass_leaves_what_a_velocity_leaves_and_computes_less(keys, guided):
-    """Keys and values of every layer, and what an observer sees, bit by bit; nothing behind the last block's keys runs."""
+    """Keys and values of every layer, and what an observer sees, bit by bit; nothing behind the
+    last block's keys runs.
+    """
     d, x = denoiser(), latents(3)
     cond, ran = condition(d.net.config), []
     model = Guided(d, condition(d.net.config, batch=1, seed=11), 3.0) if guided else d

@@ -1,5 +1,5 @@
-"""FP8 linears: the rule against a float64 search over all e4m3 numbers, replacement in place, the stated error, every
-refusal.
+"""FP8 linears: the rule against a float64 search over all e4m3 numbers, replacement in place, the
+stated error, every refusal.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ SIZE = (HEIGHT, WIDTH)
 
 
 def e4m3_numbers() -> torch.Tensor:
-    """All finite e4m3 numbers from their definition: 4 exponent bits of bias 7, 3 of mantissa, one NaN per sign."""
+    """All finite e4m3 numbers from their definition: 4 exponent bits of bias 7, 3 of mantissa, one
+    NaN per sign.
+    """
     found = [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)]
     found += [m / 8 * 2.0**-6 for m in range(8)]
     return torch.tensor(sorted({*found, *(-x for x in found)}), dtype=torch.float64)
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
-    """Rows of `x` float64 as the rule rounds them: the nearest of all e4m3 numbers, times the scale."""
+    """Rows of `x` float64 as the rule rounds them: the nearest of all e4m3 numbers, times the
+    scale.
+    """
     numbers = e4m3_numbers()
     scale = x.abs().amax(dim=1, keepdim=True) / 448
     nearest = ((x / scale)[..., None] - numbers).abs().argmin(dim=-1)

@@ -1,4 +1,6 @@
-"""Bookkeeping, refusals, compaction and codecs of the cache; its use by the network is in test_wan_equivalence.py."""
+"""Bookkeeping, refusals, compaction and codecs of the cache; its use by the network is in
+test_wan_equivalence.py.
+"""
 
 from __future__ import annotations
 
@@ -152,7 +154,9 @@ def test_transient_writes_in_place_without_a_copy():
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (1, 2, 2, 2, 2), (3, 1, 1, 2, 1), (2, 1, 3, 1, 2)])
 def test_a_ring_without_holes(sizes):
-    """Chunks come and go in a cache of 36 tokens; what is read is what is held, and always one run of the buffer."""
+    """Chunks come and go in a cache of 36 tokens; what is read is what is held, and always one run
+    of the buffer.
+    """
     cache = KVCache(1, capacity_tokens=6 * S)
     held: dict[int, torch.Tensor] = {}
     for at, frames in enumerate(sizes * 3):
@@ -279,10 +283,13 @@ def test_hot_chunks_are_plain_until_they_grow_older():
 
 @torch.no_grad()
 def test_pre_rope_keys_can_be_renumbered():
-    """Dropping the first frame and renumbering the rest is a video that starts a frame later; post-RoPE keys keep absolute positions."""
+    """Dropping the first frame and renumbering the rest is a video that starts a frame later;
+    post-RoPE keys keep absolute positions.
+    """
     net, structure = tiny_net(), {"grid": GRID, "pattern": pattern("c1-1")}
     x, t, cond = latents(3), frame_times(3), condition(net.config)
-    # every frame attends to itself alone, so the contents of a frame's keys do not depend on the frames before it
+    # every frame attends to itself alone, so the contents of a frame's keys do not depend on the
+    # frames before it
     alone = TokenLayout.context(2, window=1, **structure)
     cache = KVCache(net.config.num_layers, capacity_tokens=5 * S, keys="pre_rope")
     net(x[:, :, :2], t[:, :2], cond, alone, cache.append())
@@ -301,7 +308,8 @@ def test_pre_rope_keys_can_be_renumbered():
     kept = cache.chunks[0].id
     cache.place({kept: (0,)})
     torch.testing.assert_close(seen(), expected, rtol=0, atol=1e-12)
-    cache.place({kept: Positions(GRID, tokens=at_frames((0,), GRID).per_token.expand(2, -1, 4, -1))})  # per sample and head
+    # per sample and head
+    cache.place({kept: Positions(GRID, tokens=at_frames((0,), GRID).per_token.expand(2, -1, 4, -1))})
     torch.testing.assert_close(seen(), expected, rtol=0, atol=1e-12)
     cache.place({kept: Positions(GRID, tokens=at_frames((3,), GRID).per_token)})
     assert (seen() - expected).abs().max() > 1e-3

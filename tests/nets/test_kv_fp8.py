@@ -1,4 +1,6 @@
-"""A cache with FP8 codes beside it: they follow writes, moves and snapshots; what passes may attend; refusals."""
+"""A cache with FP8 codes beside it: they follow writes, moves and snapshots; what passes may
+attend; refusals.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Published layouts, read by those who defined them: diffusers' transformer and PEFT compute what the adapted network computes."""
+"""Published layouts, read by those who defined them: diffusers' transformer and PEFT compute what
+the adapted network computes.
+"""
 
 from __future__ import annotations
 

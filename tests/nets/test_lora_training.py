@@ -1,4 +1,6 @@
-"""Adapters on a frozen base: the base until trained, exact values, tangents and gradients, one network for several roles."""
+"""Adapters on a frozen base: the base until trained, exact values, tangents and gradients, one
+network for several roles.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,9 @@ def test_tangents_are_exact() -> None:
 
 
 def test_gradients_are_those_of_the_merged_weights_and_reach_one_role_alone() -> None:
-    """dL/dA = s B^T dL/dW and dL/dB = s dL/dW A^T, with dL/dW of an ordinary network at the merged weights."""
+    """dL/dA = s B^T dL/dW and dL/dB = s dL/dW A^T, with dL/dW of an ordinary network at the merged
+    weights.
+    """
     net, x = adapted(), latents(FRAMES)
     role = AdaptedNet(net, "student")
     velocity(role, x).square().sum().backward()
@@ -104,7 +108,9 @@ def test_gradients_are_those_of_the_merged_weights_and_reach_one_role_alone() ->
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_block_is_recomputed_with_the_adapters_it_ran_with(mode: str) -> None:
-    """Between a student's forward and its backward, fake score and teacher compute on the same network."""
+    """Between a student's forward and its backward, fake score and teacher compute on the same
+    network.
+    """
     x = latents(FRAMES)
 
     def gradients(mode: str, *, others: bool) -> list[Tensor]:
@@ -124,7 +130,9 @@ def test_a_block_is_recomputed_with_the_adapters_it_ran_with(mode: str) -> None:
 
 @pytest.mark.slow
 def test_compiled_blocks_follow_the_role() -> None:
-    """Inductor's code of a block, recomputed: values of all roles, gradients and tangents of one."""
+    """Inductor's code of a block, recomputed: values of all roles, gradients and tangents of
+    one.
+    """
     x, found = latents(FRAMES), {}
     for compiled in (False, True):
         net = adapted()
@@ -154,7 +162,9 @@ def test_a_role_shows_its_own_tensors_alone() -> None:
 
 
 def test_the_fused_feed_forward_steps_aside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Captured passes read the first layer's weight themselves, which would leave its adapters out."""
+    """Captured passes read the first layer's weight themselves, which would leave its adapters
+    out.
+    """
     net, x = adapted(layers=("ffn.0",)), latents(FRAMES)
     truth = velocity(AdaptedNet(net, "student"), x)
     monkeypatch.setattr("rcm.nets.layers.Gelu.joins_product", lambda self, x: True)

@@ -1,4 +1,6 @@
-"""Rotary embedding against complex multiplication written from docs/reference/wan.md#positions, and its limits."""
+"""Rotary embedding against complex multiplication written from docs/reference/wan.md#positions, and
+its limits.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ CPU = torch.device("cpu")
 
 
 def by_hand(x: torch.Tensor, position: tuple[int, int, int], split: tuple[int, int, int]) -> list[float]:
-    """One head vector, pairs (2j, 2j+1) as complex numbers, axes in the order frame, row, column."""
+    """One head vector, pairs (2j, 2j+1) as complex numbers, axes in the order frame, row,
+    column.
+    """
     out, first = [], 0
     for p, channels in zip(position, split, strict=True):
         for j in range(channels // 2):
@@ -73,7 +77,9 @@ def test_limits_and_mismatches_raise():
 
 
 def test_time_has_no_limit():
-    """Rotary attention knows differences of positions only, however far they are from the beginning."""
+    """Rotary attention knows differences of positions only, however far they are from the
+    beginning.
+    """
     tables = RopeTables(16, max_rows=2, max_columns=2)
     q, k = torch.randn(2, 1, 4, 1, 16, dtype=torch.float64).unbind(0)
     near, far = (

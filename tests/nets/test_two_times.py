@@ -1,5 +1,5 @@
-"""The second time of a network: without effect at the start, bit for bit; loaded from weights of one time and no less; its
-tangent against functorch.
+"""The second time of a network: without effect at the start, bit for bit; loaded from weights of
+one time and no less; its tangent against functorch.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def test_a_trained_second_time_has_an_effect_and_none_means_no_distance():
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_the_tangent_moves_both_times(name):
-    """Over cached context, against functorch and differences of the packed pass: t moves, and with it t - s; the context stays."""
+    """Over cached context, against functorch and differences of the packed pass: t moves, and with
+    it t - s; the context stays.
+    """
     forcing, frames = TeacherForcing(pattern(name)), PATTERNS[name]
     net = tiny_net(seed=6, **TWO)
     student, eager = (Denoiser(each, Precision.preset("fp64")) for each in (net, with_eager_attention(net)))

@@ -1,4 +1,6 @@
-"""Every container that a loader meets ends in the same tensors, and whatever does not fit is named."""
+"""Every container that a loader meets ends in the same tensors, and whatever does not fit is
+named.
+"""
 
 from __future__ import annotations
 

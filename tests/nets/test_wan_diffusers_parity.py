@@ -1,4 +1,6 @@
-"""The network against diffusers' WanTransformer3DModel with the same random weights, converted both ways (float32)."""
+"""The network against diffusers' WanTransformer3DModel with the same random weights, converted both
+ways (float32).
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ def peer(config) -> torch.nn.Module:
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_outputs_agree(case):
-    net = tiny_net(dtype=torch.float32, freq_dim=64, text_len=512, **CASES[case])  # the peer takes all but the last 512 tokens for an image
+    # the peer takes all but the last 512 tokens for an image
+    net = tiny_net(dtype=torch.float32, freq_dim=64, text_len=512, **CASES[case])
     config = net.config
     theirs = peer(config)
     converted = convert.from_wan(net.state_dict(), form="diffusers")
@@ -55,7 +58,8 @@ def test_outputs_agree(case):
     concat = torch.randn(2, extra, 3, 6, 8) if extra else None
     image = torch.randn(2, config.image_positions or 257, config.image_dim) if config.image_branch else None
     timestep = torch.tensor([937.5, 41.0])
-    given = image.unflatten(1, (2, 257)).flatten(0, 1) if config.image_positions else image  # the peer takes the two images as a batch
+    # the peer takes the two images as a batch
+    given = image.unflatten(1, (2, 257)).flatten(0, 1) if config.image_positions else image
     image_argument = {"encoder_hidden_states_image": given} if image is not None else {}
     packed = x if concat is None else torch.cat([x, concat], dim=1)
     expected = theirs(packed, timestep, text, **image_argument).sample

@@ -1,4 +1,6 @@
-"""One network, many uses: packed, streamed, cached and windowed passes of the same frames agree (float64)."""
+"""One network, many uses: packed, streamed, cached and windowed passes of the same frames agree
+(float64).
+"""
 
 from __future__ import annotations
 
@@ -130,7 +132,9 @@ def test_time_per_sample_equals_the_same_time_per_frame():
 
 
 def test_append_and_readonly_give_the_same_gradients():
-    """Earlier chunks are constants in both; the chunk's own keys and values carry gradient in both."""
+    """Earlier chunks are constants in both; the chunk's own keys and values carry gradient in
+    both.
+    """
     frames, name = 4, "c1-1"
     net = tiny_net()
     x, cond, t = latents(frames), condition(net.config), frame_times(frames)

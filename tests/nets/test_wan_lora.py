@@ -1,4 +1,6 @@
-"""Low-rank updates: names of every trainer end at the right weights, the sum is that of float64, misfits are named."""
+"""Low-rank updates: names of every trainer end at the right weights, the sum is that of float64,
+misfits are named.
+"""
 
 from __future__ import annotations
 

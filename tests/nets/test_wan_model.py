@@ -26,7 +26,9 @@ LAYOUT = TokenLayout.bidirectional(3, grid=GRID)
 
 
 def published_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the original weights, written down from the table of docs/reference/wan.md#tensors (patch weight flattened)."""
+    """Every tensor of the original weights, written down from the table of
+    docs/reference/wan.md#tensors (patch weight flattened).
+    """
     d, f = config.dim, config.ffn_dim
     shapes: dict[str, tuple[int, ...]] = {"head.modulation": (1, 2, d)}
 
@@ -96,7 +98,9 @@ def test_short_text_is_zero_padded_and_the_padding_is_attended_to():
 
 @torch.no_grad()
 def test_concat_channels_follow_the_frames():
-    """Whole-video channels are taken at the frames' positions: in a packed pass by both halves, in a chunk by its own frames."""
+    """Whole-video channels are taken at the frames' positions: in a packed pass by both halves, in
+    a chunk by its own frames.
+    """
     net, frames = tiny_net(in_dim=6), 4
     structure = {"grid": GRID, "pattern": pattern("c1-1")}
     x, t, extra = latents(2 * frames), frame_times(2 * frames), latents(frames, channels=2, seed=7)
@@ -166,7 +170,8 @@ def test_initialisation_depends_on_the_seed_alone_and_starts_from_zero_output():
     same, again, other = (dict(net.named_parameters()) for net in nets)
     assert all(torch.equal(same[name], again[name]) for name in same)
     drawn = [name for name in same if not torch.equal(same[name], other[name])]
-    assert len(drawn) == sum(p.dim() > 1 for p in same.values()) - 1  # all matrices and modulations but the head
+    # all matrices and modulations but the head
+    assert len(drawn) == sum(p.dim() > 1 for p in same.values()) - 1
     assert torch.count_nonzero(same["head.head.weight"]) == 0
     assert abs(same["blocks.0.ffn.0.weight"].std().item() - (2 / (64 + 96)) ** 0.5) < 0.01
     for name in ("text_embedding.0", "time_embedding.0", "time_projection.1"):
@@ -186,7 +191,9 @@ def test_every_parameter_gets_a_gradient():
 
 @torch.no_grad()
 def test_joined_projections_are_the_three_layers(tmp_path):
-    """Values, names and a saved file stay; later loads reach both; what moves, learns or is another kind of layer is not joined."""
+    """Values, names and a saved file stay; later loads reach both; what moves, learns or is another
+    kind of layer is not joined.
+    """
     net = tiny_net()
     before, attention = {name: x.clone() for name, x in net.state_dict().items()}, net.blocks[0].self_attn
     net.requires_grad_(False).join_projections()

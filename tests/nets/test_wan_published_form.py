@@ -1,4 +1,6 @@
-"""Full-size networks against the published key lists on the meta device; settings files; files that are something else."""
+"""Full-size networks against the published key lists on the meta device; settings files; files that
+are something else.
+"""
 
 from __future__ import annotations
 

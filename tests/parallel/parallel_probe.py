@@ -1,7 +1,8 @@
-"""What the equivalence tests measure on a network, sharded or not: losses, gradients of parameters and inputs, tangents, a streamed chunk.
+"""What the equivalence tests measure on a network, sharded or not: losses, gradients of parameters
+and inputs, tangents, a streamed chunk.
 
-`measure` runs on any rank; every data rank takes its part of one global batch, so results can be compared with one rank that takes all of
-it.
+`measure` runs on any rank; every data rank takes its part of one global batch, so results can be
+compared with one rank that takes all of it.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def build(dims: ParallelDims, *, checkpoint: str = "block_wise") -> nn.Module:
 
 
 def measure(dims: ParallelDims, net: nn.Module) -> dict[str, Any]:
-    """Packed teacher forcing: tangent, loss, gradients; then one chunk streamed over a cache, value and tangent; then the tangent again."""
+    """Packed teacher forcing: tangent, loss, gradients; then one chunk streamed over a cache, value
+    and tangent; then the tangent again.
+    """
     x, x_dot, target = (mine(inputs(name, 2 * T), dims) for name in ("x", "x_dot", "target"))
     times = torch.linspace(50, 950, BATCH * 2 * T, dtype=torch.float64).view(BATCH, -1)
     times, times_dot = mine(times, dims), mine(times.flip(1), dims)
@@ -99,7 +102,9 @@ def measure(dims: ParallelDims, net: nn.Module) -> dict[str, Any]:
 
 
 def worst(found: Any, truth: Any) -> float:
-    """Largest relative difference (infinity norm over infinity norm) between two results, over all tensors of matching structure."""
+    """Largest relative difference (infinity norm over infinity norm) between two results, over all
+    tensors of matching structure.
+    """
     if isinstance(truth, dict):
         assert sorted(found) == sorted(truth)
         return max(worst(found[key], truth[key]) for key in truth)

@@ -1,4 +1,6 @@
-"""Activation checkpointing recomputes when it should, steps aside when it should, and renames nothing."""
+"""Activation checkpointing recomputes when it should, steps aside when it should, and renames
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def test_gradients_are_the_same_and_blocks_run_as_often_as_the_mode_says(mode: s
 @pytest.mark.parametrize("mode", RECOMPUTING)
 @pytest.mark.parametrize(("every", "again"), [(1, {0, 1, 2, 3, 4}), (2, {0, 2, 4}), (3, {0, 3}), (5, {0}), (9, {0})])
 def test_every_nth_block_alone_runs_again(mode: str, every: int, again: set[int]) -> None:
-    """Blocks 0, n, 2n, ... run twice, the others once and keep all their products; the gradient is that of no recomputation."""
+    """Blocks 0, n, 2n, ... run twice, the others once and keep all their products; the gradient is
+    that of no recomputation.
+    """
     plain, _ = prepared("none", layers=5)
     forward(plain).square().mean().backward()
     net, runs = prepared(mode, every=every, layers=5)
@@ -119,7 +123,9 @@ def test_which_attention_runs_again(mode: str, selfs: int, crosses: int) -> None
 
 
 class _Launched(torch.autograd.Function):
-    """Mean over the keys' values as a stand-in for a kernel of this package: its launch is no operator of torch."""
+    """Mean over the keys' values as a stand-in for a kernel of this package: its launch is no
+    operator of torch.
+    """
 
     launches = 0
 
@@ -158,7 +164,9 @@ def test_kernels_behind_kept_are_not_launched_again(mode: str, launches: int, mo
 
 @pytest.mark.parametrize("mode", RECOMPUTING)
 def test_steps_aside_without_gradient_and_in_cache_append(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even torch's checkpoint is called: torch 2.11's raises on dual tensors, gradients enabled or not."""
+    """Not even torch's checkpoint is called: torch 2.11's raises on dual tensors, gradients enabled
+    or not.
+    """
     net, runs = prepared(mode)
 
     def refuse(*_: object, **__: object) -> None:
@@ -193,7 +201,9 @@ def test_readonly_forward_is_recomputed_against_the_same_prefix() -> None:
 
 @pytest.mark.parametrize("mode", ["block_wise_keep_attention", "mm_only"])
 def test_masks_of_many_chunks_stay_known_until_the_backward_pass(mode: str) -> None:
-    """Selective recomputation refuses an operator that its forward did not run, such as making a forgotten mask again."""
+    """Selective recomputation refuses an operator that its forward did not run, such as making a
+    forgotten mask again.
+    """
     frames = 11
     net, pattern = tiny_net(attention="reference"), BlockPattern(1, 1)
     checkpoint_blocks(net, mode=mode)
@@ -226,7 +236,9 @@ def test_unknown_mode_names_the_choices() -> None:
 
 
 def test_masked_attention_keeps_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package's own attention with gradient is behind `kept`: launched once per block, gradients as without recomputation."""
+    """The package's own attention with gradient is behind `kept`: launched once per block,
+    gradients as without recomputation.
+    """
     counts: Counter[str] = Counter()
 
     def counted(*args: object) -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,6 @@
-"""Compiled blocks: graphs for the code around the attention, shared by all blocks, gradients as without, combined with recomputation."""
+"""Compiled blocks: graphs for the code around the attention, shared by all blocks, gradients as
+without, combined with recomputation.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def test_single_operators_cannot_be_kept_inside_compiled_code() -> None:
 
 
 def test_every_kind_of_pass_stays_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All networks and passes are variants of one function; behind torch's own limit (8) the rest runs uncompiled with a warning."""
+    """All networks and passes are variants of one function; behind torch's own limit (8) the rest
+    runs uncompiled with a warning.
+    """
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     layouts = (TokenLayout.bidirectional(4, grid=GRID), TokenLayout.teacher_forcing(4, grid=GRID, pattern=pattern("c1-1")))

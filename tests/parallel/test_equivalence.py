@@ -1,8 +1,8 @@
-"""Two and four ranks compute what one rank computes: losses, gradients, tangents, streamed chunks, for FSDP2, HSDP, Ulysses and their
-combinations.
+"""Two and four ranks compute what one rank computes: losses, gradients, tangents, streamed chunks,
+for FSDP2, HSDP, Ulysses and their combinations.
 
-Float64, so that a wrong permutation or a missing factor cannot hide in rounding. One group of processes per world size serves all
-combinations.
+Float64, so that a wrong permutation or a missing factor cannot hide in rounding. One group of
+processes per world size serves all combinations.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def truth() -> dict[str, Any]:
 @pytest.mark.dist
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_compute_what_one_rank_computes(world: int, truth: dict[str, Any], tmp_path: Path) -> None:
-    """Also: the same after an ordinary forward and backward on the sharded network, and unchanged state-dict keys under every wrapper."""
+    """Also: the same after an ordinary forward and backward on the sharded network, and unchanged
+    state-dict keys under every wrapper.
+    """
     assert truth["tangent"].abs().max() > 1e-2 and truth["streamed_dot"].abs().max() > 1e-2
     for rank, results in enumerate(run_ranks(world, on_every_rank, world, tmp_path=tmp_path)):
         broken = results.pop("permuted")
@@ -72,7 +74,9 @@ def test_ranks_compute_what_one_rank_computes(world: int, truth: dict[str, Any],
 
 @pytest.mark.dist
 def test_ranks_of_a_cp_group_share_data_and_noise(tmp_path: Path) -> None:
-    """Four ranks as 2 data x 2 cp: ranks 0, 1 agree, ranks 2, 3 agree, and the pairs differ, in data batches as in random draws."""
+    """Four ranks as 2 data x 2 cp: ranks 0, 1 agree, ranks 2, 3 agree, and the pairs differ, in
+    data batches as in random draws.
+    """
     drawn = run_ranks(4, draw_and_read, tmp_path=tmp_path)
     assert drawn[0] == drawn[1] and drawn[2] == drawn[3] and drawn[0] != drawn[2]
     assert drawn[0]["noise"] != drawn[2]["noise"] and drawn[0]["keys"] != drawn[2]["keys"]

@@ -1,4 +1,6 @@
-"""FSDP2 on one rank: mixed precision, frozen networks, stale copies, and what needs a process group."""
+"""FSDP2 on one rank: mixed precision, frozen networks, stale copies, and what needs a process
+group.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,8 @@ def test_mixed_precision_keeps_fp32_masters_and_computes_in_bf16(group: None) ->
 
 
 def test_weights_written_after_a_forward_without_gradient_are_used(group: None) -> None:
-    """FSDP2's root by default stays gathered after such a forward and would go on computing with the old weights (an EMA swap would then
-    be ignored).
+    """FSDP2's root by default stays gathered after such a forward and would go on computing with
+    the old weights (an EMA swap would then be ignored).
     """
     for reshard_after_forward in (True, False):
         net = parallelize(make_net(seed=0), dims=ParallelDims(), precision=BF16, reshard_after_forward=reshard_after_forward)

@@ -31,7 +31,9 @@ def test_one_rank_needs_no_process_group() -> None:
 
 
 def test_plan_from_the_public_keys() -> None:
-    """14B: 32 shards holding 8-way context parallelism on 64 GPUs; 1.3B: 4 shards, no context parallelism, on 8."""
+    """14B: 32 shards holding 8-way context parallelism on 64 GPUs; 1.3B: 4 shards, no context
+    parallelism, on 8.
+    """
     assert ParallelDims.plan(64, fsdp_shard_size=32, cp=8) == ParallelDims(2, 4, 8)
     assert ParallelDims.plan(8, fsdp_shard_size=4, cp=1) == ParallelDims(2, 4, 1)
     assert ParallelDims.plan(2, fsdp_shard_size=1, cp=1) == ParallelDims(2, 1, 1)

@@ -1,4 +1,6 @@
-"""On two ranks: what the exchanges do to single tokens, and how weights reach a sharded network from memory, a DCP directory, or a seed."""
+"""On two ranks: what the exchanges do to single tokens, and how weights reach a sharded network
+from memory, a DCP directory, or a seed.
+"""
 
 from __future__ import annotations
 

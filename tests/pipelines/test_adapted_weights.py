@@ -1,4 +1,6 @@
-"""Checkpoints of adapters: read on their base as one network, written alone and merged, refused where anything disagrees."""
+"""Checkpoints of adapters: read on their base as one network, written alone and merged, refused
+where anything disagrees.
+"""
 
 from __future__ import annotations
 

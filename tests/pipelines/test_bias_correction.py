@@ -1,4 +1,6 @@
-"""Attention to coded keys with their bias taken off: against explicit logits in float64, in streams, and on a trained network's keys."""
+"""Attention to coded keys with their bias taken off: against explicit logits in float64, in
+streams, and on a trained network's keys.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def codec(*, correct: bool = True, **settings: object) -> KVCodec:
 
 
 class Dense:
-    """`CodedStore.attend` over one matrix of logits in float64, each coded key's column lowered by its chunk's gain."""
+    """`CodedStore.attend` over one matrix of logits in float64, each coded key's column lowered by
+    its chunk's gain.
+    """
 
     def __init__(self) -> None:
         self.calls = 0
@@ -76,7 +80,9 @@ def test_streams_equal_explicit_logits(monkeypatch, keys, hot, settings) -> None
 
 
 def test_masks_cut_the_chunks(monkeypatch) -> None:
-    """Two chunks appended at once behind two coded ones, the later of the new ones seeing the earlier."""
+    """Two chunks appended at once behind two coded ones, the later of the new ones seeing the
+    earlier.
+    """
     net, blocks = tiny_net(), pattern("c1-1")
     made, oracle = {}, Dense()
     for name in ("segments", "oracle"):
@@ -115,7 +121,9 @@ def test_only_coded_keys_have_a_bias() -> None:
 
 
 def test_keys_of_a_trained_network() -> None:
-    """The shipped toy student: the mean gain goes, and the error of attention falls by what it cost, which is less than half of it."""
+    """The shipped toy student: the mean gain goes, and the error of attention falls by what it
+    cost, which is less than half of it.
+    """
     found = corrected_errors(keys_of_a_stream(SHIPPED, frames=9, batch=4), KVCodecSpec(SideSpec("int2"), SideSpec()))
     assert found["gain"] > 0.2 and abs(found["gain left"]) < 0.1 * found["gain"]
     assert found["corrected"] < 0.85 * found["as coded"]

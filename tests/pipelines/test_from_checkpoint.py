@@ -1,4 +1,6 @@
-"""A path is enough: checkpoints open by themselves, generate what their network generates, and refuse what contradicts them."""
+"""A path is enough: checkpoints open by themselves, generate what their network generates, and
+refuse what contradicts them.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,9 @@ def test_bidirectional_checkpoints_sample_whole_videos(tmp_path, recipe):
 
 
 def test_whole_video_few_step_sampling_by_hand(tmp_path):
-    """Start noise scaled to the first time, jump to x0, renoise with the same generator (docs/reference/sampling.md#few-steps)."""
+    """Start noise scaled to the first time, jump to x0, renoise with the same generator
+    (docs/reference/sampling.md#few-steps).
+    """
     net = in_memory(write_checkpoint(tmp_path, FEW_STEP))
     cond, generator = Condition(TEXT.encode([PROMPT])), torch.Generator().manual_seed(4)
     layout = TokenLayout.bidirectional(6, grid=(2, 2))
@@ -279,7 +283,9 @@ def test_precision_is_that_of_the_run_unless_asked(job, tmp_path):
 
 
 def test_umt5_leaves_before_sampling_and_is_not_read_again(model, monkeypatch):
-    """The 11 GB are freed once the prompts are encoded; a second stream of the same prompts finds its condition."""
+    """The 11 GB are freed once the prompts are encoded; a second stream of the same prompts finds
+    its condition.
+    """
     width, rows = model.denoiser.net.config.text_dim, model.denoiser.net.config.text_len
     text = UMT5TextEncoder.random(text_len=rows, text_dim=width, dtype=torch.float32)
     log: list[str] = []

@@ -1,4 +1,6 @@
-"""The 20 extra channels of image-to-video against a computation by hand; images that cannot be read."""
+"""The 20 extra channels of image-to-video against a computation by hand; images that cannot be
+read.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def test_fitting_stretches_and_maps_to_minus_one_and_one():
 
 
 def test_downscaling_is_antialiased():
-    """To a third, the centres fall on every third pixel: without the filter alternately black and white."""
+    """To a third, the centres fall on every third pixel: without the filter alternately black and
+    white.
+    """
     stripes = torch.zeros(48, 48, 3, dtype=torch.uint8)
     stripes[:, ::2] = 255
     assert fit_image(stripes, FrameSize(16, 16))[..., 1:-1].abs().max() < 0.4

@@ -1,4 +1,6 @@
-"""Stored trajectories lie on the teacher's ODE, are functions of their number alone, and a causal teacher's blocks do not mix."""
+"""Stored trajectories lie on the teacher's ODE, are functions of their number alone, and a causal
+teacher's blocks do not mix.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def made(builder: ODEPairBuilder, start: int, stop: int, *, batch: int = 2) -> t
 
 
 def test_states_converge_to_the_exact_path_to_first_order():
-    """Unit noise at t = 1 moves as (1 - t) mu + A(t) noise and ends at mu + s noise (`LinearGaussian`)."""
+    """Unit noise at t = 1 moves as (1 - t) mu + A(t) noise and ends at mu + s noise
+    (`LinearGaussian`).
+    """
     world, noise = LinearGaussian(), numbered_noise((3, 2, 4, 4), range(4), seed=0)
     t = torch.tensor([0.0, *KD_TIMES], dtype=torch.float64).view(1, -1, 1, 1, 1, 1)
     exact = (1 - t) * world.mu + torch.sqrt((1 - t) ** 2 * world.s**2 + t**2) * noise[:, None]
@@ -73,10 +77,12 @@ def test_states_converge_to_the_exact_path_to_first_order():
 
 def test_kept_times_are_points_of_the_samplers_grid():
     assert plan(4).grid() == (*KD_TIMES, 0.0)  # shift 5 of 1, 3/4, 1/2, 1/4
-    sixths = (1.0, *(round(3 * k / (6 + 2 * k), 15) for k in (5, 4, 3, 2, 1)))  # shift 3, equal to the sampler's but for rounding
+    # shift 3, equal to the sampler's but for rounding
+    sixths = (1.0, *(round(3 * k / (6 + 2 * k), 15) for k in (5, 4, 3, 2, 1)))
     assert plan(6, times=sixths, shift=3.0).grid() == (*sixths, 0.0)
     grid = plan(6, times=(1.0, 0.5)).grid()
-    own = [5 * u / (1 + 4 * u) for u in (1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0)]  # 1, .96, .91, .83, .71, .5, 0
+    # 1, .96, .91, .83, .71, .5, 0
+    own = [5 * u / (1 + 4 * u) for u in (1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0)]
     assert grid == pytest.approx(own) and 0.5 in grid and grid[0] == 1
     late, own = plan(times=(0.55,)).grid(), shifted_grid(8, shift=5.0, sigma_max=1600.0)
     assert late == pytest.approx(sorted((0.55, *own), reverse=True)) and 0.55 in late

@@ -1,4 +1,6 @@
-"""Timelines: what is read, the arithmetic of blocks against a table by hand, prompts and cuts in a stream against switching by hand."""
+"""Timelines: what is read, the arithmetic of blocks against a table by hand, prompts and cuts in a
+stream against switching by hand.
+"""
 
 from __future__ import annotations
 
@@ -73,12 +75,16 @@ def test_files(tmp_path):
 BLOCKS = [
     # pattern, timeline, pixel frames, first block of each segment
     ("c3-3", "a[5s]", 81, (0,)),  # 80 frames -> 20 latents -> 21
-    ("c3-3", "a[5s] | b[5s]", 165, (0, 7)),  # 160 -> 40 -> 42 latents, 14 blocks; 20 latents: 1 + ceil(17 / 3)
+    # 160 -> 40 -> 42 latents, 14 blocks; 20 latents: 1 + ceil(17 / 3)
+    ("c3-3", "a[5s] | b[5s]", 165, (0, 7)),
     ("c1-1", "a[1s] | b[0.5s]", 21, (0, 4)),  # 24 -> 6 latents; 4 + 2
-    ("c1-4", "a[1s] | b[1s#] | c[1s]", 49, (0, 2, 3)),  # 48 -> 12 -> 13 latents, 4 blocks: 1 + ceil(3 / 4), 1, the rest
-    ("c3-3", "a[0.1s] | b[0.1s] | c[0.1s]", 33, (0, 1, 2)),  # fewer seconds than segments: a block each
+    # 48 -> 12 -> 13 latents, 4 blocks: 1 + ceil(3 / 4), 1, the rest
+    ("c1-4", "a[1s] | b[1s#] | c[1s]", 49, (0, 2, 3)),
+    # fewer seconds than segments: a block each
+    ("c3-3", "a[0.1s] | b[0.1s] | c[0.1s]", 33, (0, 1, 2)),
     ("c3-3", "a[0.1s] | b[9s]", 153, (0, 1)),
-    ("c3-3", "a[9s] | b | c", 141, (0, 10, 11)),  # 36 latents, 12 blocks: two are kept for the others
+    # 36 latents, 12 blocks: two are kept for the others
+    ("c3-3", "a[9s] | b | c", 141, (0, 10, 11)),
     ("c2-3", "a[0s] | b[0.7s]", 17, (0, 1)),  # 11 -> 3 latents -> 5; round(2.8) = 3 latents
 ]
 

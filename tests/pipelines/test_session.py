@@ -1,4 +1,6 @@
-"""Sessions on a tiny network: fixed-length rollouts, windows against an explicit mask, snapshots, prompts, ends."""
+"""Sessions on a tiny network: fixed-length rollouts, windows against an explicit mask, snapshots,
+prompts, ends.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def test_an_endless_session_begins_like_a_bounded_one_bit_by_bit(denoiser, name)
 )
 @torch.no_grad()
 def test_a_wrapping_window_equals_recomputation_with_an_explicit_mask(denoiser, recipe, name, blocks, sinks):
-    """Every pass again without any cache: [contexts so far; noisy chunk] packed, each block attending through window and sinks."""
+    """Every pass again without any cache: [contexts so far; noisy chunk] packed, each block
+    attending through window and sinks.
+    """
     recipe = replace(recipe, pattern=name)
     session = opened(denoiser, spec(recipe, policy=SlidingWindow(blocks, sinks)))
     chunks = [chunk.latents.double() for chunk in itertools.islice(session, 8)]
@@ -144,7 +148,9 @@ def test_prompts_change_at_a_chunk_boundary_and_the_latest_wins(denoiser):
 
 @pytest.mark.parametrize("recipe", [RECIPE, NOISY], ids=["clean", "noisy"])
 def test_recaching_is_as_if_the_window_had_been_made_under_the_new_prompt(denoiser, recipe):
-    """The keys of the window become those of a cache that was filled with the same latents under the new prompt; sinks stay."""
+    """The keys of the window become those of a cache that was filled with the same latents under
+    the new prompt; sinks stay.
+    """
     other, policy = condition(tiny_config(), seed=5), SlidingWindow(3, 1)
     session = opened(denoiser, spec(recipe, policy=policy))
     latents(session, 5)
@@ -291,8 +297,9 @@ POLICIES = {
 )
 @pytest.mark.parametrize("policy", POLICIES)
 def test_captured_passes_read_nothing_but_device_data(denoiser, monkeypatch, policy, kind, guided):
-    """A step that was made once serves every later pass of its length: latents, times, slots, tables and prompts are its inputs.
-    Equal to the eager loop bit by bit through fill-up, wrap and a change of prompt.
+    """A step that was made once serves every later pass of its length: latents, times, slots,
+    tables and prompts are its inputs. Equal to the eager loop bit by bit through fill-up, wrap and
+    a change of prompt.
     """
     if kind == "flow_map":
         denoiser = Denoiser(tiny_net(two_times=True), Precision.preset("fp64")).eval_params()
@@ -316,7 +323,9 @@ def test_captured_passes_read_nothing_but_device_data(denoiser, monkeypatch, pol
 
 
 def test_captured_passes_make_the_rows_of_a_time_once(denoiser, monkeypatch):
-    """One embedding per time of the schedule, whatever number of passes; weights that changed are seen from the next video on."""
+    """One embedding per time of the schedule, whatever number of passes; weights that changed are
+    seen from the next video on.
+    """
     monkeypatch.setattr(session_module, "ChunkLoop", RerunLoop)
     session, made = opened(denoiser, spec(NOISY, policy=SlidingWindow(3))), []
     hook = denoiser.net.time_projection.register_forward_pre_hook(lambda *_: made.append(1))
@@ -338,7 +347,9 @@ def test_the_last_chunk_ends_it(denoiser):
 
 
 def test_cancelling_at_every_pass(denoiser):
-    """A stream cancelled before any of its passes, context passes among them, stops there; what it held is free."""
+    """A stream cancelled before any of its passes, context passes among them, stops there; what it
+    held is free.
+    """
     for passes in range(3 + 1 + 2 + 1 + 2):
         session = opened(denoiser, spec(num_frames=3))
         seen = itertools.count()

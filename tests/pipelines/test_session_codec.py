@@ -1,4 +1,6 @@
-"""Streams over a quantised cache: attention reads what the codec restores, cold chunks exist as codes only."""
+"""Streams over a quantised cache: attention reads what the codec restores, cold chunks exist as
+codes only.
+"""
 
 from __future__ import annotations
 
@@ -102,8 +104,9 @@ CODECS = {
     ],
 )
 def test_captured_passes_find_codes_as_device_data(denoiser, monkeypatch, name, pattern, recipe, policy, keys, guided):
-    """Passes that were made once serve later chunks, whose codes lie elsewhere, those that encode, too: equal to the eager loop bit by bit
-    through fill-up, wrap, a change of prompt, a snapshot taken up again and another video.
+    """Passes that were made once serve later chunks, whose codes lie elsewhere, those that encode,
+    too: equal to the eager loop bit by bit through fill-up, wrap, a change of prompt, a snapshot
+    taken up again and another video.
     """
     model = Guided(denoiser, condition(tiny_config(), batch=1, seed=9, dtype=torch.float32), 2.0) if guided else denoiser
     recipe = replace(recipe, pattern=pattern)

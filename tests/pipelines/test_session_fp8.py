@@ -1,4 +1,6 @@
-"""Streams whose attention runs in FP8: near the exact ones, captured like eager, snapshots, restarts, refusals."""
+"""Streams whose attention runs in FP8: near the exact ones, captured like eager, snapshots,
+restarts, refusals.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def latents(session: Session, count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_stream_in_fp8_is_near_the_exact_one(denoiser, policy):
-    """Through fill-up and wrap, whether keys are stored turned or are turned, merged or chosen at every read."""
+    """Through fill-up and wrap, whether keys are stored turned or are turned, merged or chosen at
+    every read.
+    """
     exact, found = (latents(opened(denoiser, POLICIES[policy], attention=a), 7) for a in ("net", "fp8"))
     off, whole = ((x * x).sum(dim=(0, 1, 3, 4)).sqrt() for x in (found - exact, exact))
     error = off / whole
@@ -63,7 +67,9 @@ def test_a_stream_in_fp8_is_near_the_exact_one(denoiser, policy):
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("policy", ["window", "relative"])
 def test_captured_passes_give_the_eager_latents(denoiser, policy, guided):
-    """The captured steps are run again on what their inputs hold, without a graph; a restart must set the scales anew."""
+    """The captured steps are run again on what their inputs hold, without a graph; a restart must
+    set the scales anew.
+    """
     model = Guided(denoiser, condition(tiny_config(), batch=1, seed=9), 2.0) if guided else denoiser
 
     def run() -> tuple[torch.Tensor, Session]:
@@ -112,7 +118,9 @@ def test_what_cannot_be_is_refused_by_name(denoiser):
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy", ["window", "relative"])
 def test_on_a_card_captured_and_eager_streams_are_as_near_to_each_other_as_rounding_lets_them(policy):
-    """The kernels, inside graphs, with the codes written where they are read; a restart in the same memory."""
+    """The kernels, inside graphs, with the codes written where they are read; a restart in the same
+    memory.
+    """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a card of compute capability 9.0")
     net = tiny_net(dtype=torch.bfloat16, dim=256, num_heads=2)

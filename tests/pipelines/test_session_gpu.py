@@ -1,4 +1,6 @@
-"""Captured streams on a GPU: against the eager one in float32, against float64 in bfloat16, and without a wait of the host."""
+"""Captured streams on a GPU: against the eager one in float32, against float64 in bfloat16, and
+without a wait of the host.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ RECIPES = {
     "noisy": SamplingRecipe("few_step", "c3-3", mids=((0.8, 0.5),), noisy_context=True),
 }
 CALM = 0.3
-"""Factor of the weights: as drawn, the network multiplies float32's rounding by a hundred over eight chunks."""
+"""Factor of the weights: as drawn, the network multiplies float32's rounding by a hundred over
+eight chunks.
+"""
 POLICIES = {"window": SlidingWindow(3, 1), "relative": InfinityRope(blocks=3, sinks=1, horizon=9)}
 
 

@@ -1,4 +1,6 @@
-"""What a session refuses when it is opened, and not later: a generator that another one draws from, schedules that cannot be walked."""
+"""What a session refuses when it is opened, and not later: a generator that another one draws from,
+schedules that cannot be walked.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def latents(session: Session) -> torch.Tensor:
 
 
 def test_sessions_do_not_take_draws_from_each_other(denoiser):
-    """A generator serves one session at a time, by whatever way a second would draw from it; one that has ended or is closed lets it go."""
+    """A generator serves one session at a time, by whatever way a second would draw from it; one
+    that has ended or is closed lets it go.
+    """
     shared = torch.Generator().manual_seed(1)
     options = {"num_frames": 3, "noise": "video"}
     wanted = spec(generator=shared, **options)
@@ -78,7 +82,9 @@ def test_a_session_that_cannot_be_opened_lets_its_generator_go(denoiser):
     ids=["times", "steps", "context"],
 )
 def test_schedules_are_checked_when_a_session_is_opened(denoiser, wrong, told):
-    """All entries of it, and those of a recipe that is taken up later, before the stream changes."""
+    """All entries of it, and those of a recipe that is taken up later, before the stream
+    changes.
+    """
     recipe = replace(RECIPE, **wrong)
     with pytest.raises(ConfigError, match=told):
         spec(recipe, num_frames=4)

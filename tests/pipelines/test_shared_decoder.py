@@ -1,4 +1,6 @@
-"""A decoder in stages: cut anywhere, over several ranks of a stream, and refused or left alone where it cannot be."""
+"""A decoder in stages: cut anywhere, over several ranks of a stream, and refused or left alone
+where it cannot be.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ class Pipe(deque):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pixels_do_not_depend_on_where_the_decoder_is_cut(dtype):
-    """At every place, through the first frame and steady ones, bit by bit; and what the stages remember together is what one remembers."""
+    """At every place, through the first frame and steady ones, bit by bit; and what the stages
+    remember together is what one remembers.
+    """
     codec, latents = small_codec(dtype=dtype), small_latents(3, cells=(2, 2))
     whole = codec.stream()
     expected = [whole.decode_chunk(part) for part in latents.split([1, 2], dim=2)]
@@ -83,7 +87,9 @@ def test_stages_of_the_published_decoder_take_alike():
 
 
 def stream(decode_ranks: int | None, have: str, device_type: str) -> dict:
-    """Six chunks, with a snapshot after three of which the last three are made again; on all ranks together."""
+    """Six chunks, with a snapshot after three of which the last three are made again; on all ranks
+    together.
+    """
     device = f"cuda:{dist.get_rank()}" if device_type == "cuda" else "cpu"
     graphs = "on" if device_type == "cuda" else "off"
     net = tiny_net(dtype=torch.float32, in_dim=16, out_dim=16).to(device)

@@ -1,4 +1,6 @@
-"""Whole-video recipes: their grids are those of the released scripts, their solvers what the names say."""
+"""Whole-video recipes: their grids are those of the released scripts, their solvers what the names
+say.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def test_many_step_grid_is_the_released_one():
 
 @pytest.mark.parametrize(("sigma_max", "expected"), [(80, 988), (200, 996), (120, 992)])
 def test_networks_are_told_bf16_timesteps(sigma_max, expected):
-    """987.654 becomes 988 and so on: what the checkpoints were trained with (docs/reference/wan.md#precision)."""
+    """987.654 becomes 988 and so on: what the checkpoints were trained with
+    (docs/reference/wan.md#precision).
+    """
     seen = []
 
     class Net(nn.Module):

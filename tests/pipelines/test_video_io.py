@@ -39,7 +39,9 @@ def write_chunks(path, chunks) -> None:
 
 
 def test_mp4_round_trip(tmp_path, video):
-    """Sizes, number and order of frames are exact; pixels up to the loss of yuv420p, which enlarging makes small."""
+    """Sizes, number and order of frames are exact; pixels up to the loss of yuv420p, which
+    enlarging makes small.
+    """
     path = write_mp4(tmp_path / "sub" / "a.mp4", video, fps=8, scale=4, crf=4)
     info = probe(path)
     assert (info.fps, info.width, info.height, info.num_frames) == (8, 64, 64, 17)

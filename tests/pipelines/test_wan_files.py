@@ -62,7 +62,9 @@ def described(path: Path, **extra) -> Path:
 
 
 def test_sizes_that_tensors_do_not_tell(tmp_path):
-    """Heads of 16: from the caller, from config.json, or from the self-description; otherwise refused."""
+    """Heads of 16: from the caller, from config.json, or from the self-description; otherwise
+    refused.
+    """
     state = dict(tiny_net(dtype=torch.float32).state_dict())
     torch.save(state, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="width 64 is no multiple of the head size 128; say how many heads"):
@@ -240,7 +242,8 @@ def on_two_ranks(folder: Path) -> dict:
         "whole": dict(load_wan(folder / "a.pt", precision=FP32, loras=[LoRA(folder / "lora.pt")]).net.state_dict()),
     }
     (folder / f"{dist.get_rank()}").mkdir()
-    mine = folder / f"{dist.get_rank()}" / "only_here.pt"  # rank 0's path exists on rank 0 alone, as with local disks
+    # rank 0's path exists on rank 0 alone, as with local disks
+    mine = folder / f"{dist.get_rank()}" / "only_here.pt"
     good = network_weights(open_weights(folder / "a.pt")) if first else None
     failures = {
         "no file": lambda: load_wan(folder / "nowhere.pt", precision=FP32),
@@ -261,7 +264,9 @@ def on_two_ranks(folder: Path) -> dict:
 
 @pytest.mark.dist
 def test_two_ranks_load_like_one_and_fail_together(tmp_path):
-    """Rank 0 reads; what goes wrong there ends the others with the same words instead of leaving them waiting."""
+    """Rank 0 reads; what goes wrong there ends the others with the same words instead of leaving
+    them waiting.
+    """
     state = small_state()
     torch.save(prefixed(state, "net."), tmp_path / "a.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:-5000])

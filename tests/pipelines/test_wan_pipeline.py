@@ -1,4 +1,6 @@
-"""The Wan pipeline with a small network, random text and a codec without weights: what it samples, which model is where when."""
+"""The Wan pipeline with a small network, random text and a codec without weights: what it samples,
+which model is where when.
+"""
 
 from __future__ import annotations
 
@@ -140,7 +142,9 @@ def test_experts_take_over_once_at_the_boundary(policy):
 
 
 def test_an_idle_expert_is_dropped_before_the_next_one_is_read():
-    """At no time are both in memory under "low", nor the keys that the first made of the prompts: the point of the policy."""
+    """At no time are both in memory under "low", nor the keys that the first made of the prompts:
+    the point of the policy.
+    """
     alive: list[str] = []
     clock = PartClock(CPU)
 

@@ -44,7 +44,9 @@ def test_unknown_names_list_the_choices(resolution, ratio, told):
     [((720, 1280), (720, 1280)), ((1280, 720), (1280, 720)), ((100, 100), (960, 960)), ((3024, 4032), (832, 1104)), ((1, 2), (672, 1360))],
 )
 def test_adaptive_size_keeps_shape_and_area(image, expected):
-    """720p: A = 921,600. For 3024 x 4032 the ideal is 831.4 x 1108.5, for 1 x 2 it is 678.8 x 1357.6."""
+    """720p: A = 921,600. For 3024 x 4032 the ideal is 831.4 x 1108.5, for 1 x 2 it is 678.8 x
+    1357.6.
+    """
     assert adaptive_size(table_size("720p", "16:9"), image=FrameSize(*image)) == expected
 
 

@@ -74,7 +74,9 @@ def sparse_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_files_of_full_size(tmp_path, name):
-    """The published tensors in a file of their real length (57 GB for 14B), of which the header alone is read."""
+    """The published tensors in a file of their real length (57 GB for 14B), of which the header
+    alone is read.
+    """
     shapes, tensors, parameters = PUBLISHED[name]
     report = inspect_weights(sparse_file(tmp_path / "diffusion_pytorch_model.safetensors", shapes))
     assert report.ok and report.preset == name and (report.copies[0].tensors, report.copies[0].parameters) == (tensors, parameters)

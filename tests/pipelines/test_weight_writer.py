@@ -1,4 +1,6 @@
-"""What is written is what other loaders read, whole or not at all, one tensor in memory at a time."""
+"""What is written is what other loaders read, whole or not at all, one tensor in memory at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ def test_values_beyond_float16_are_not_made_infinite(tmp_path):
 
 
 def test_a_pickle_is_not_larger_than_its_tensors(tmp_path):
-    """Views of one large storage (slices of a fused weight, views into a mapped file) must not take all of it with them."""
+    """Views of one large storage (slices of a fused weight, views into a mapped file) must not take
+    all of it with them.
+    """
     state = small_state()
     sizes = [value.numel() for value in state.values()]
     parts = torch.cat([*(value.flatten() for value in state.values()), torch.zeros(10**6)]).split([*sizes, 10**6])
@@ -134,7 +138,8 @@ def test_memory_holds_one_tensor(tmp_path):
 
     def read(key: str) -> torch.Tensor:
         alive.append(int(key))
-        assert (tmp_path / "b").stat().st_size >= 1000 * 400 * (int(key) - 1)  # the buffer may hold one back
+        # the buffer may hold one back
+        assert (tmp_path / "b").stat().st_size >= 1000 * 400 * (int(key) - 1)
         return torch.full((100_000,), float(key))
 
     write_safetensors(tmp_path / "b", {str(i): torch.empty(100_000, device="meta") for i in range(5)}, read, metadata={})

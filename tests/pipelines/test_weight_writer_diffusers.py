@@ -1,4 +1,6 @@
-"""A folder written in the diffusers form is opened by diffusers itself, and one that diffusers saved is opened here."""
+"""A folder written in the diffusers form is opened by diffusers itself, and one that diffusers
+saved is opened here.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The chunk loop on a tiny network in float64: streaming, context rules, prefixes and replay against straightforward recomputation."""
+"""The chunk loop on a tiny network in float64: streaming, context rules, prefixes and replay
+against straightforward recomputation.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +50,8 @@ def run(denoiser, name, *, context=ContextRule(), in_place=False, mids=(MIDS, MI
 
 
 def by_hand(denoiser, name, plans, noise, *, noisy_from=None):
-    """The same video without any cache: every network call is a packed pass over [context so far; current chunk repeated into a full
-    video].
+    """The same video without any cache: every network call is a packed pass over [context so far;
+    current chunk repeated into a full video].
     """
     pattern, frames = BlockPattern.parse(name), PATTERNS[name]
     shape = (2, 4, frames, HEIGHT, WIDTH)
@@ -114,7 +116,9 @@ def test_guidance_keeps_two_caches_in_step(denoiser):
 
 
 def test_prefill_puts_given_frames_in_front(denoiser):
-    """Generating block 1 after a given block 0 equals the same step of a rollout whose block 0 came out as that block."""
+    """Generating block 1 after a given block 0 equals the same step of a rollout whose block 0 came
+    out as that block.
+    """
     plans, noise, out, _ = run(denoiser, "c3-3")
     cond, cache = condition(tiny_config()), denoiser.new_cache(num_frames=6, grid=GRID)
     loop = ChunkLoop(denoiser, canvas=Canvas(GRID), noise=noise, rule=ConsistencyStep(), cache=cache)

@@ -1,4 +1,6 @@
-"""Every policy, as whole streams, against recomputation token by token; every policy with every codec and context rule."""
+"""Every policy, as whole streams, against recomputation token by token; every policy with every
+codec and context rule.
+"""
 
 from __future__ import annotations
 
@@ -116,8 +118,9 @@ def test_slower_turning_time(name):
 @pytest.mark.parametrize("name", RECACHED)
 @torch.no_grad()
 def test_after_a_recache_a_policy_is_as_if_the_window_had_been_made_under_the_new_prompt(denoiser, name, keep_from):
-    """What it remembers of keys and queries, and every later chunk, beyond the budget: equal to a stream whose first chunks were entered
-    under the new prompt, those of the sinks under the old one.
+    """What it remembers of keys and queries, and every later chunk, beyond the budget: equal to a
+    stream whose first chunks were entered under the new prompt, those of the sinks under the old
+    one.
     """
     old, new, blocks = condition(tiny_config()), condition(tiny_config(), seed=5), 3
     spec = StreamSpec(keep_from, LATENT, batch=2, num_frames=12, policy=fresh(name)[0])
@@ -162,7 +165,9 @@ METHODS = ("everything", "sliding+sink", "rolling", "infinity cut", "infinity fl
 
 
 def pairs() -> list[tuple[str, str, str]]:
-    """Every method with every codec; contexts in turn, shifted from row to row, so that each meets every method and every codec."""
+    """Every method with every codec; contexts in turn, shifted from row to row, so that each meets
+    every method and every codec.
+    """
     contexts = list(CONTEXTS)
     return [(method, codec, contexts[(i + j) % len(contexts)]) for i, method in enumerate(METHODS) for j, codec in enumerate(CODECS)]
 
@@ -176,7 +181,9 @@ def test_the_pairs_are_all_pairs():
 
 @pytest.mark.parametrize(("method", "codec", "context"), pairs())
 def test_every_method_with_every_codec_and_context(denoiser, method, codec, context):
-    """A coded cache is the plain one with every chunk replaced by what its codec makes of it, at the time it enters."""
+    """A coded cache is the plain one with every chunk replaced by what its codec makes of it, at
+    the time it enters.
+    """
     policy, rule = fresh(method)
     spec = CODECS[codec]
     check(denoiser, policy, rule, CONTEXTS[context], blocks=7, codec=None if spec is None else KVCodec(spec))

@@ -1,4 +1,6 @@
-"""Policies in numbers: what is kept and where it stands against tables written by hand; refusals, snapshots, prompts, sharded heads."""
+"""Policies in numbers: what is kept and where it stands against tables written by hand; refusals,
+snapshots, prompts, sharded heads.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def keys_of(chunk: Span) -> torch.Tensor:
 
 
 def placed(policy: CachePolicy, pattern: str, blocks: int) -> Iterator[tuple[list[tuple[int, ...]], tuple[int, ...]]]:
-    """Per block what it sees, as (frame, position) ... of every visible chunk, and its own positions; no network."""
+    """Per block what it sees, as (frame, position) ... of every visible chunk, and its own
+    positions; no network.
+    """
     shape, policy = BlockPattern.parse(pattern), policy.fresh()
     cache = KVCache(1, capacity_tokens=policy.capacity_frames(shape) * S, keys=policy.keys)
     for block in range(blocks):
@@ -143,7 +147,9 @@ def test_positions_and_kept_frames_by_hand(policy, pattern, table):
 
 
 def test_the_running_means_by_hand():
-    """Values name their frame: the first time three frames leave at once, then one per block, never a memory itself."""
+    """Values name their frame: the first time three frames leave at once, then one per block, never
+    a memory itself.
+    """
     policy = MemRope(1, 1, 0.25, 0.5)
     rows = list(placed(policy, "c1-1", 9))
     long = short = 2.0  # frames 1, 2 and 3 leave together
@@ -319,7 +325,9 @@ def test_samples_choose_for_themselves(denoiser, kind):
     "policy", [DeepForcing(1, 5, 2), RelaxForcing(1, 5, 2), RelaxForcingPaper(1, 1, 1, 4, 0.5, 12)], ids=lambda p: type(p).__name__
 )
 def test_ranks_with_other_heads_choose_alike(policy):
-    """Two caches with half of the heads each and a sum over both choose what one cache with all of them chooses."""
+    """Two caches with half of the heads each and a sum over both choose what one cache with all of
+    them chooses.
+    """
     torch.manual_seed(0)
     keys = torch.randn(9, 2, S, 4, 6, dtype=torch.float64)
     queries = torch.randn(9, 2, S, 4, 6, dtype=torch.float64)
@@ -363,7 +371,9 @@ def test_ranks_with_other_heads_choose_alike(policy):
 @pytest.mark.parametrize("pattern", ["c1-1", "c3-2"])
 @pytest.mark.parametrize("name", SMALL)
 def test_what_a_chunk_sees_lies_in_one_run(denoiser, name, pattern):
-    """Once the cache is full, every pass reads its keys as one view of the buffers, which captured passes need."""
+    """Once the cache is full, every pass reads its keys as one view of the buffers, which captured
+    passes need.
+    """
     policy = replace(SMALL[name], horizon=24) if name == "paper" else SMALL[name]
     session = Session(
         denoiser, None, condition(tiny_config()), StreamSpec(replace(RECIPE, pattern=pattern), LATENT, batch=2, policy=policy)

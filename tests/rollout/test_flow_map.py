@@ -1,4 +1,6 @@
-"""Sampling of a student of two times: jumps without renoising, block by block, as its checkpoint describes them."""
+"""Sampling of a student of two times: jumps without renoising, block by block, as its checkpoint
+describes them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Rollout plans against the hand-written tables of Causal_rCM.md section 6 and docs/reference/sampling.md#chunks."""
+"""Rollout plans against the hand-written tables of Causal_rCM.md section 6 and
+docs/reference/sampling.md#chunks.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def test_training_context_is_last_input_at_the_maximum_and_renoised_below_it():
 
 
 def test_one_step_chunks_with_noisy_context_leave_pure_noise():
-    """Decision A13: an empty schedule makes the context time 1; configurations warn, the plan says so."""
+    """Decision A13: an empty schedule makes the context time 1; configurations warn, the plan says
+    so.
+    """
     plan = training_plan(C33, 6, StepSchedule((FOUR, ())), index=3, context=ContextRule(True, 1))
     assert (plan[1].commit, plan[1].commit_time) == ("last_input", 1.0)
 
@@ -106,7 +110,8 @@ def test_a_recipe_records_what_a_chunk_was_trained_to_see():
     trained = SamplingRecipe(kind="few_step", pattern="c3-3", mids=(FOUR, TWO), window=3, sinks=1)
     assert SamplingRecipe.from_dict(trained.to_dict()) == trained == trained.with_steps(4, 2)
     assert trained.policy == SlidingWindow(3, 1)
-    assert StreamSpec(trained, (4, 2, 2)).policy == SlidingWindow(3, 1)  # bounded, so it may be without end
+    # bounded, so it may be without end
+    assert StreamSpec(trained, (4, 2, 2)).policy == SlidingWindow(3, 1)
     assert type(StreamSpec(trained, (4, 2, 2), num_frames=6, policy=CachePolicy()).policy) is CachePolicy
     with pytest.raises(ConfigError, match="window: the checkpoint was trained for 3, the sampler asks for None"):
         replace(trained, window=None, sinks=0).require_compatible(trained)
@@ -116,7 +121,9 @@ def test_a_recipe_records_what_a_chunk_was_trained_to_see():
 
 
 def test_other_step_counts_keep_the_trained_times():
-    """A 2-step checkpoint was trained to finish later chunks from TWO's time, not from the first time of chunk 0."""
+    """A 2-step checkpoint was trained to finish later chunks from TWO's time, not from the first
+    time of chunk 0.
+    """
     trained = SamplingRecipe(kind="few_step", pattern="c3-3", mids=(FOUR, TWO))
     assert trained.with_steps(4, 2).mids == (FOUR, TWO)
     assert trained.with_steps(2, 2).mids == (FOUR[:1], TWO)

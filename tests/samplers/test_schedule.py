@@ -1,4 +1,6 @@
-"""Time grids against the numbers of docs/reference/wan.md#precision, Causal_rCM.md section 9 and closed forms."""
+"""Time grids against the numbers of docs/reference/wan.md#precision, Causal_rCM.md section 9 and
+closed forms.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def test_other_bad_numbers():
 
 
 def test_euler_integrates_a_linear_field_to_first_order():
-    """dx/dt = x / t has x(t) proportional to t; Euler on N steps has error O(1/N) against the exact end of a smooth field dx/dt = x."""
+    """dx/dt = x / t has x(t) proportional to t; Euler on N steps has error O(1/N) against the exact
+    end of a smooth field dx/dt = x.
+    """
     x1 = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
     errors = []
     for n in (100, 200):

@@ -1,4 +1,6 @@
-"""UniPC and Euler walk like an independent library's schedulers on the same velocity field and the same grid."""
+"""UniPC and Euler walk like an independent library's schedulers on the same velocity field and the
+same grid.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""UniPC by itself: order of convergence against a field with a known solution, weights by quadrature, what it refuses."""
+"""UniPC by itself: order of convergence against a field with a known solution, weights by
+quadrature, what it refuses.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ MEAN, STD = 0.7, 0.4
 
 
 def gaussian_velocity(x: torch.Tensor, t: float) -> torch.Tensor:
-    """v = E[eps - x0 | x] for data N(MEAN, STD^2): the flow keeps quantiles, so its end is known."""
+    """v = E[eps - x0 | x] for data N(MEAN, STD^2): the flow keeps quantiles, so its end is
+    known.
+    """
     variance = (1 - t) ** 2 * STD**2 + t**2
     slope = (t - (1 - t) * STD**2) / variance
     return slope * (x - (1 - t) * MEAN) - MEAN
@@ -49,7 +53,9 @@ def test_the_corrector_adds_an_order(order, rate):
 
 @pytest.mark.parametrize("h", [0.01, 0.7, 3.0])
 def test_weights_satisfy_their_integrals(h):
-    """phi_{k+1}(-h) = integral of e^{-(1-r)h} r^k / k!, and the weights reproduce polynomials of degree one and two."""
+    """phi_{k+1}(-h) = integral of e^{-(1-r)h} r^k / k!, and the weights reproduce polynomials of
+    degree one and two.
+    """
     r = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
     kernel = torch.exp(-(1 - r) * h)
     for k in range(3):
@@ -83,7 +89,9 @@ def test_impossible_grids(times, order):
 
 
 def test_noise_is_drawn_at_every_consistency_step():
-    """A generator used for a second video is where the release's would be: one draw per step, the last one included."""
+    """A generator used for a second video is where the release's would be: one draw per step, the
+    last one included.
+    """
     times = trig_grid(3, sigma_max=80)
     shape = (1, 2, 1, 2, 2)
     used, kept = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)

@@ -1,4 +1,6 @@
-"""The parts of the step benchmark that need no GPU: how kernels are sorted, how a floor is added up, refusal, whole files."""
+"""The parts of the step benchmark that need no GPU: how kernels are sorted, how a floor is added
+up, refusal, whole files.
+"""
 
 from __future__ import annotations
 

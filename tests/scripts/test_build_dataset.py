@@ -68,7 +68,9 @@ def test_a_stopped_build_continues_and_another_is_refused(tmp_path, capsys):
 
 
 def test_shards_of_real_files(tmp_path, capsys):
-    """Two generated mp4s: latents decode to the resized frames, captions come from the sidecar or the name."""
+    """Two generated mp4s: latents decode to the resized frames, captions come from the sidecar or
+    the name.
+    """
     world = ToyWorld(ToyWorldConfig.at_size(32, 32, num_frames=24))
     videos = world.render(world.scenes(2, seed=0))
     write_mp4(tmp_path / "in" / "first_clip.mp4", videos[0], fps=8, crf=1)
@@ -93,7 +95,8 @@ def test_shards_of_real_files(tmp_path, capsys):
     assert run(*words, "--out", tmp_path / "out", "--shard-size", 3) == 0
     shards = LatentShards(str(tmp_path / "out" / "*.tar"))
     batch = shards.fetch(range(len(shards)))
-    assert batch.prompts == ["first clip"] * 3 + ["a told caption"] * 3  # starts 0, 3, 6 of 24 frames, windows of 17
+    # starts 0, 3, 6 of 24 frames, windows of 17
+    assert batch.prompts == ["first clip"] * 3 + ["a told caption"] * 3
     assert batch.latents.shape == (6, 24, 5, 8, 8)
     pixels = NATURAL.decode(batch.latents)
     frames = to_uint8(videos[1, :, 3:20:2]).permute(1, 2, 3, 0)
@@ -120,7 +123,9 @@ def test_view_draws_a_sheet(tmp_path, capsys):
 
 
 def test_real_files_as_wan_latents(tmp_path, monkeypatch):
-    """Frames through the codec that --vae_path names, captions through umT5; stretched to cover, cut at the centre."""
+    """Frames through the codec that --vae_path names, captions through umT5; stretched to cover,
+    cut at the centre.
+    """
     codec = StandInCodec()
     asked = []
     opened = SimpleNamespace(from_file=lambda path, *, device: asked.append((path, device)) or codec)
@@ -142,7 +147,9 @@ def test_real_files_as_wan_latents(tmp_path, monkeypatch):
 
 
 def test_captions_are_encoded_shard_by_shard(tmp_path, monkeypatch):
-    """512 rows of 4096 are 4 MB per caption: those of a large folder do not fit in memory together."""
+    """512 rows of 4096 are 4 MB per caption: those of a large folder do not fit in memory
+    together.
+    """
     monkeypatch.setattr(build_dataset, "WanVAECodec", SimpleNamespace(from_file=lambda path, *, device: StandInCodec()))
     encode, asked = UMT5TextEncoder.encode, []
     monkeypatch.setattr(

@@ -88,7 +88,8 @@ def test_samples_are_the_teachers_videos_and_train_a_student(world, tmp_path, ca
     assert batch.prompts == [*PROMPTS, PROMPTS[0]] and batch.keys == [f"{i:09d}" for i in range(NUM)]
     assert not torch.equal(batch.latents[0], batch.latents[4])  # the same prompt with another seed
     model = open_checkpoint(world / "teacher")
-    for number in (0, 3, 4):  # the command that samples one prompt makes the same video from seed + number
+    # the command that samples one prompt makes the same video from seed + number
+    for number in (0, 3, 4):
         video = next(iter(model.stream([batch.prompts[number]], seed=7 + number)))
         torch.testing.assert_close(batch.latents[number], video.latents[0].to(torch.bfloat16).float(), rtol=0.02, atol=0.02)
     recipe = json.loads((out / "dataset.json").read_text())
@@ -192,7 +193,9 @@ def wan_words(files: WanFiles, out: Path, *more: object) -> list[object]:
 
 
 def test_original_wan_files(published, tmp_path, capsys, monkeypatch):
-    """Latents of the release's recipe from public layouts, without the VAE; the viewer reads that."""
+    """Latents of the release's recipe from public layouts, without the VAE; the viewer reads
+    that.
+    """
     (tmp_path / "prompts.csv").write_text("id,prompt\n0,a red square moves left\n1,a cat\n")
     out = tmp_path / "data"
     assert run(*wan_words(published, out, "--write_negative_embedding", tmp_path / "negative.pt")) == 0

@@ -1,4 +1,6 @@
-"""From a teacher's checkpoint to trajectories to two iterations of TF-KD and DF-KD, through the commands."""
+"""From a teacher's checkpoint to trajectories to two iterations of TF-KD and DF-KD, through the
+commands.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,8 @@ def test_shards_of_another_run_are_refused(world, tmp_path, capsys):
         assert train(kind, data, tmp_path / "other", *changes) != 0
         error = capsys.readouterr().err
         assert all(part in error for part in told), error
-    (data / "dataset.json").unlink()  # shards from elsewhere: their number of states is all there is to see
+    # shards from elsewhere: their number of states is all there is to see
+    (data / "dataset.json").unlink()
     assert train("tf_kd", data, tmp_path / "other") != 0
     assert "trajectories of 5 states" in (error := capsys.readouterr().err) and "got 4 states" in error
 

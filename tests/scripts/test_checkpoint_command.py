@@ -1,4 +1,6 @@
-"""`python -m scripts.checkpoint`: inspect and convert end to end, and every wrong call in one line."""
+"""`python -m scripts.checkpoint`: inspect and convert end to end, and every wrong call in one
+line.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The demo's frame: what it may delete, what it remembers, how it counts time, what its page holds; stopped and continued, end to end."""
+"""The demo's frame: what it may delete, what it remembers, how it counts time, what its page holds;
+stopped and continued, end to end.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def test_record_is_kept_and_a_damaged_one_is_refused(tmp_path) -> None:
 
 
 def test_time_left_follows_the_longest_way_at_the_pace_so_far(monkeypatch) -> None:
-    """Two branches side by side: the second is longer, so what the first still has does not count."""
+    """Two branches side by side: the second is longer, so what the first still has does not
+    count.
+    """
     clock = [1000.0]
     monkeypatch.setattr(demo_progress.time, "monotonic", lambda: clock[0])
     chosen = branches(quick=False)
@@ -151,7 +155,9 @@ def test_page_tells_what_is_done_and_what_is_not(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_is_one_sentence_and_the_same_command_continues(tmp_path) -> None:
-    """Interrupted while training: the run saves, the demo ends with 130, and the second call goes on from the saved iteration."""
+    """Interrupted while training: the run saves, the demo ends with 130, and the second call goes
+    on from the saved iteration.
+    """
     out = tmp_path / "demo"
     command = [sys.executable, "-m", "rcm", "demo", "--quick", "--scale", "0.4", "--videos", "8", "--out", str(out)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,6 @@
-"""The demo's page in a real browser: videos play, a click enlarges one, nothing sticks out of a narrow window, both colour schemes."""
+"""The demo's page in a real browser: videos play, a click enlarges one, nothing sticks out of a
+narrow window, both colour schemes.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def opened(chromium, file: Path, *, width: int = 1280, scheme: str = "light"):
 
 
 def plays(page, video) -> bool:
-    """Whether a video, once it is on the screen, moves on (muted ones pause while nobody sees them)."""
+    """Whether a video, once it is on the screen, moves on (muted ones pause while nobody sees
+    them).
+    """
     video.scroll_into_view_if_needed()
     held = video.element_handle()
     page.wait_for_function("v => v.readyState >= 2 && v.videoWidth > 0", arg=held)

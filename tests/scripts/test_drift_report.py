@@ -1,4 +1,6 @@
-"""Drift pages: curves against clips whose drift is known, the toy world's exact scores, refusals."""
+"""Drift pages: curves against clips whose drift is known, the toy world's exact scores,
+refusals.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,8 @@ def test_the_toy_world_scores_itself(tmp_path):
     prompt = world.captions(scenes)[0]
     whole = world.render(scenes)[0]
     assert whole.shape[1] == 17
-    long = torch.cat([whole, torch.full_like(whole[:, :16], -0.9)], dim=1)  # the second window shows nothing
+    # the second window shows nothing
+    long = torch.cat([whole, torch.full_like(whole[:, :16], -0.9)], dim=1)
     write_mp4(tmp_path / "toy.mp4", long, fps=16, scale=8, crf=0)
     assert main([f"a={tmp_path / 'toy.mp4'}", "--out", str(tmp_path / "o"), "--window", "8", "--no-features", "--toy_prompt", prompt]) == 0
     chart = json.loads((tmp_path / "o" / "report.json").read_text())["charts"][-1]

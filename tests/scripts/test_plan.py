@@ -58,7 +58,8 @@ def test_the_command_explains_and_proposes(tmp_path, capsys):
     record = json.loads((tmp_path / "plan.json").read_text())
     assert record["configured"]["layout"]["fsdp_shard_size"] == 32 and record["proposed"]["fits"]
     keys = dict(key.split("=") for key in record["proposed"]["keys"])
-    run = compose_run([SCM, *record["proposed"]["keys"]], world_size=32, require_inputs=False)  # the keys are the config's own
+    # the keys are the config's own
+    run = compose_run([SCM, *record["proposed"]["keys"]], world_size=32, require_inputs=False)
     layout = plan_job(run, ranks=32)
     assert layout.global_batch == 32 and layout.shard_ranks == int(keys["model.config.fsdp_shard_size"])
     assert predict(layout, H200).peak == pytest.approx(record["proposed"]["peak_bytes"])
@@ -115,7 +116,9 @@ def small(*keys: str) -> list[str]:
     ids=["accumulated", "replayed"],
 )
 def test_real_iterations_need_what_was_predicted(tmp_path, capsys, experiment, nets, more):
-    """Through FSDP2 and the training step, on the CPU with the plain formulas: within 10 percent."""
+    """Through FSDP2 and the training step, on the CPU with the plain formulas: within 10
+    percent.
+    """
     words = [f"experiment=causal_wan2pt1_1pt3B_res480p_t2v_{experiment}", *small(*nets), *more]
     assert bench_memory.main(["--case", "small", "--json", str(tmp_path / "rows.json"), *words]) == 0
     assert "RANDOM weights" in capsys.readouterr().out

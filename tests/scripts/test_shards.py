@@ -1,4 +1,6 @@
-"""Merged shards hold the bytes of the small ones; what is viewed is what was stored; a stop or damage leaves no half file."""
+"""Merged shards hold the bytes of the small ones; what is viewed is what was stored; a stop or
+damage leaves no half file.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def test_every_byte_arrives_in_order(tmp_path: Path, capsys, size: int) -> None:
 
 
 def test_what_the_sets_say_of_themselves_is_kept(tmp_path: Path) -> None:
-    """Toy sets of two seeds merge into one that trains as before, and knows what it was made from."""
+    """Toy sets of two seeds merge into one that trains as before, and knows what it was made
+    from.
+    """
     for seed in (0, 1):
         words = ["--num", "6", "--shard-size", "4", "--seed", str(seed), "--out", str(tmp_path / f"seed{seed}")]
         assert build_dataset.main(words) == 0
@@ -107,7 +111,9 @@ def test_view_draws(tmp_path: Path, capsys) -> None:
 
 
 def rewritten(folder: Path, change) -> Path:
-    """A set of two shards, the second with every member (name, bytes) passed through `change` (None drops it)."""
+    """A set of two shards, the second with every member (name, bytes) passed through `change` (None
+    drops it).
+    """
     path = small_set(folder / "set", [2, 2]) / shard_name(1)
     with tarfile.open(path) as archive:
         members = [(info.name, archive.extractfile(info).read()) for info in archive]

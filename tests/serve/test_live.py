@@ -1,4 +1,6 @@
-"""The live server over real sockets of this machine: pictures, receipts, viewers, limits, ends. A tiny network, 40 pictures a second."""
+"""The live server over real sockets of this machine: pictures, receipts, viewers, limits, ends. A
+tiny network, 40 pictures a second.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,8 @@ def test_pictures_are_those_of_the_session_and_a_prompt_applies_where_its_receip
         wanted = images(model, applied + 3, switch=(applied, OTHER))
         for picture in client.pictures:
             np.testing.assert_array_equal(picture.pixels, wanted[picture.frame])
-            assert picture.chunk == (picture.frame + 1) // 2  # the first chunk has one picture, others two
+            # the first chunk has one picture, others two
+            assert picture.chunk == (picture.frame + 1) // 2
 
 
 def test_pictures_keep_the_time_of_the_clock(server):
@@ -133,7 +136,8 @@ def test_sessions_over_the_limit_get_an_answer(server):
         name = one.message("hello")["stream"]
         for client in (two, three):
             client.until(lambda m: isinstance(m, dict) and m["type"] in ("hello", "refused"))
-        with server.client("new") as late:  # those of earlier tests, which nobody watches any more, made room
+        # those of earlier tests, which nobody watches any more, made room
+        with server.client("new") as late:
             refused = late.message("refused")
             assert "session limit reached: 3 of 3" in refused["reason"] and refused["retry_after"] == 10
             late.to_end()

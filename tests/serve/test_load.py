@@ -1,4 +1,6 @@
-"""Many clients at once, slow and vanishing ones among them: see `scripts/bench_serve.py`, whose two minutes are shortened here."""
+"""Many clients at once, slow and vanishing ones among them: see `scripts/bench_serve.py`, whose two
+minutes are shortened here.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ pytestmark = pytest.mark.slow
 
 
 def test_fifty_clients_share_a_stream():
-    for _ in range(3):  # a machine that is busy with other things delays pictures too, but not three times in a row
+    # a machine that is busy with other things delays pictures too, but not three times in a row
+    for _ in range(3):
         load = measure(seconds=15, clients=50, slow=10, vanish=10)
         if not any("gap p99" in fault for fault in load.faults):
             break

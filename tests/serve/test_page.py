@@ -1,4 +1,6 @@
-"""The page in a real browser: pictures move, a prompt gets its receipt, pause holds still, a dropped socket comes back."""
+"""The page in a real browser: pictures move, a prompt gets its receipt, pause holds still, a
+dropped socket comes back.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A checkpoint of adapters on another checkpoint of the toy world, written as training writes it."""
+"""A checkpoint of adapters on another checkpoint of the toy world, written as training writes
+it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ RANK, ALPHA = 2, 3.0
 
 
 def write_adapted(job: Path, base: Path, *, seed: int = 5, names: tuple[str, ...] = ("student", "fake_score")) -> AdaptedNet:
-    """Save adapters of the roles `names`, no factor zero, on the network at `base`; return the student."""
+    """Save adapters of the roles `names`, no factor zero, on the network at `base`; return the
+    student.
+    """
     net = world_net()
     attach(net, LAYERS, roles=names, rank=RANK, alpha=ALPHA)
     weights = DigestedWeights(network_weights(open_weights(base)), dtype=torch.float32)

@@ -1,4 +1,6 @@
-"""Denoisers with closed-form velocities, for methods: they speak the package's interface and know nothing of networks."""
+"""Denoisers with closed-form velocities, for methods: they speak the package's interface and know
+nothing of networks.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class _Nothing:
 
 
 class AnalyticDenoiser(VelocityModel):
-    """velocity = field(x, t) on the output frames of the layout; one scalar parameter adds `offset` so that there is something to train."""
+    """velocity = field(x, t) on the output frames of the layout; one scalar parameter adds `offset`
+    so that there is something to train.
+    """
 
     def __init__(self, field: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.field = field

@@ -1,4 +1,6 @@
-"""Attention with tangent by means that share nothing with `rcm.kernels`: functorch and central differences on dense matrices."""
+"""Attention with tangent by means that share nothing with `rcm.kernels`: functorch and central
+differences on dense matrices.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, s
 
 
 def forward_mode(inputs: dict[str, Tensor | None], *, mask: MaskSpec | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(o, o_dot, lse) in float64 through `torch.func.jvp` of `dense_attention`; a missing tangent is an explicit zero here."""
+    """(o, o_dot, lse) in float64 through `torch.func.jvp` of `dense_attention`; a missing tangent
+    is an explicit zero here.
+    """
     primals = tuple(inputs[name].double() for name in TENSORS[:3])
     tangents = tuple(torch.zeros_like(p) if inputs[n] is None else inputs[n].double() for n, p in zip(TENSORS[3:], primals, strict=True))
     (o, lse), (o_dot, _) = torch.func.jvp(lambda q, k, v: dense_attention(q, k, v, mask=mask, scale=scale), primals, tangents)
@@ -53,10 +57,12 @@ def random_inputs(
     tangent_start: int = 0,
     seed: int = 0,
 ) -> dict[str, Tensor | None]:
-    """Six `[B, L, N, D]` tensors; tangents not named are None, those of keys are zero before `tangent_start`.
+    """Six `[B, L, N, D]` tensors; tangents not named are None, those of keys are zero before
+    `tangent_start`.
 
-    Values and tangents share a component that is the same for all keys, as real activations do: then the normaliser term of the tangent is
-    as large as the others and leaving it out cannot hide.
+    Values and tangents share a component that is the same for all keys, as real activations do:
+    then the normaliser term of the tangent is as large as the others and leaving it out cannot
+    hide.
     """
     d_v = d_qk if d_v is None else d_v
     generator = torch.Generator().manual_seed(seed)

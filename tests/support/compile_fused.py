@@ -1,4 +1,6 @@
-"""Compile the fused layers' kernels for compute capability 9.0 without a GPU, from the very arguments that `launch.py` passes."""
+"""Compile the fused layers' kernels for compute capability 9.0 without a GPU, from the very
+arguments that `launch.py` passes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Compile the Hopper kernel for compute capability 9.0 without a GPU: shows that this Triton still accepts it."""
+"""Compile the Hopper kernel for compute capability 9.0 without a GPU: shows that this Triton still
+accepts it.
+"""
 
 from __future__ import annotations
 

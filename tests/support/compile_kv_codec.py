@@ -1,6 +1,8 @@
-"""Compile the codec's kernels for compute capability 9.0 without a GPU, from the very arguments that `fused.py` passes.
+"""Compile the codec's kernels for compute capability 9.0 without a GPU, from the very arguments
+that `fused.py` passes.
 
-python -m tests.support.compile_kv_codec, without the interpreter, prints per kernel its constants and its memory accesses as JSON.
+python -m tests.support.compile_kv_codec, without the interpreter, prints per kernel its constants
+and its memory accesses as JSON.
 """
 
 from __future__ import annotations

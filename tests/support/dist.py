@@ -1,8 +1,9 @@
-"""Run a module-level function on 2 or 4 gloo ranks, each a process, and return what each rank returned.
+"""Run a module-level function on 2 or 4 gloo ranks, each a process, and return what each rank
+returned.
 
-Children come from a fork server that has torch imported already, so a group of ranks costs a fraction of a second instead of a few. They
-meet through a file and end with a barrier, `destroy_process_group` and `os._exit(0)`: about one in twenty aborts in a destructor
-otherwise.
+Children come from a fork server that has torch imported already, so a group of ranks costs a
+fraction of a second instead of a few. They meet through a file and end with a barrier,
+`destroy_process_group` and `os._exit(0)`: about one in twenty aborts in a destructor otherwise.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ PRELOADED = [
 def run_ranks(
     world: int, function: Callable[..., Any], *arguments: Any, tmp_path: Path, timeout: float = 120.0, device_type: str = "cpu"
 ) -> list[Any]:
-    """`function(*arguments)` on `world` gloo ranks; its results (anything torch.save takes) in rank order. The first failing rank's
-    traceback is raised.
+    """`function(*arguments)` on `world` gloo ranks; its results (anything torch.save takes) in rank
+    order. The first failing rank's traceback is raised.
     """
     folder = tmp_path / f"ranks_{time.monotonic_ns()}"
     folder.mkdir(parents=True)
@@ -65,7 +66,9 @@ def run_ranks(
 
 
 def run_until_death(function: Callable[..., Any], *arguments: Any, timeout: float = 60.0) -> int | None:
-    """Exit code of a process that runs `function(*arguments)` and is expected to die in it (negative: the signal)."""
+    """Exit code of a process that runs `function(*arguments)` and is expected to die in it
+    (negative: the signal).
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     child = context.Process(target=function, args=arguments)

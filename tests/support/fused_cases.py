@@ -1,4 +1,6 @@
-"""Problems for the fused layers, and their errors against float64: forward, gradient, and tangent along all inputs and along each alone."""
+"""Problems for the fused layers, and their errors against float64: forward, gradient, and tangent
+along all inputs and along each alone.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ FLOOR = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 @dataclass(frozen=True)
 class Case:
-    """One layer at one shape: `shapes` of its inputs, and how the first `rows` of them lie in memory."""
+    """One layer at one shape: `shapes` of its inputs, and how the first `rows` of them lie in
+    memory.
+    """
 
     op: str
     shapes: tuple[tuple[int, ...], ...]
@@ -27,7 +31,9 @@ class Case:
     memory: str = "contiguous"
 
     def inputs(self, dtype: torch.dtype, *, device: str = "cpu", seed: int = 0) -> tuple[Tensor, ...]:
-        """Random inputs, none of mean 0 or scale 1, their values representable in `dtype`; vectors of modulation stay float32."""
+        """Random inputs, none of mean 0 or scale 1, their values representable in `dtype`; vectors
+        of modulation stay float32.
+        """
         generator = torch.Generator().manual_seed(seed)
         wide = [torch.randn(shape, generator=generator) * 1.5 + 0.3 for shape in self.shapes]
         kinds = [dtype if i < self.rows or len(shape) == 1 else torch.float32 for i, shape in enumerate(self.shapes)]
@@ -85,7 +91,9 @@ def _modulated(batch: int, frames: int, tokens: int, width: int, of: tuple[int, 
 
 
 def cases(*, tokens: int, width: int, odd: int, heads: tuple[int, int, int]) -> dict[str, Case]:
-    """All cases at `tokens` per frame, widths `width` and `odd`, and rotation of (tokens, heads, channels)."""
+    """All cases at `tokens` per frame, widths `width` and `odd`, and rotation of (tokens, heads,
+    channels).
+    """
     length, count, channels = heads
     per_frame, per_sample, shared = (2, 2), (2, 1), (1, 1)
     x = (2, 2, tokens, width)
@@ -128,14 +136,17 @@ def _results(fn: Callable[..., Tensor], inputs: tuple[Tensor, ...], seed: int) -
     with torch.no_grad():
         found["value without gradient"] = fn(*plain)
     indices = tuple(range(len(plain)))
-    for subset in dict.fromkeys([indices, *((i,) for i in indices)]):  # all tangents, and each alone
+    # all tangents, and each alone
+    for subset in dict.fromkeys([indices, *((i,) for i in indices)]):
         value, tangent = jvp(fn, plain, tuple(dot if i in subset else None for i, dot in enumerate(dots)))
         found[f"value with tangent {subset}"], found[f"tangent {subset}"] = value, tangent
     return {name: x.detach() for name, x in found.items()}
 
 
 def errors(case: Case, dtype: torch.dtype, *, device: str = "cpu") -> Iterator[tuple[str, float, float]]:
-    """(output, error against float64, budget): twice the error of eager code in the same dtype, at least rounding of the result."""
+    """(output, error against float64, budget): twice the error of eager code in the same dtype, at
+    least rounding of the result.
+    """
     inputs = case.inputs(dtype, device=device)
     got = _results(FUSED[case.op], inputs, 1)
     eager = _results(EAGER[case.op], inputs, 1)

@@ -1,4 +1,6 @@
-"""Triton's interpreter is chosen when a kernel is defined, so what runs in it has a process of its own."""
+"""Triton's interpreter is chosen when a kernel is defined, so what runs in it has a process of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ import pytest
 
 
 def in_interpreter(module: str, *words: str) -> Any:
-    """What `tests.support.<module>`, run with `words` under the interpreter, prints as JSON; skips without Triton."""
+    """What `tests.support.<module>`, run with `words` under the interpreter, prints as JSON; skips
+    without Triton.
+    """
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", f"tests.support.{module}", *words]

@@ -1,5 +1,6 @@
-"""Runs the layers of captured passes over a coded cache with their kernels, in Triton's interpreter, beside the same in plain torch, and
-prints the largest difference of queries, keys and values by case, as JSON.
+"""Runs the layers of captured passes over a coded cache with their kernels, in Triton's
+interpreter, beside the same in plain torch, and prints the largest difference of queries, keys and
+values by case, as JSON.
 
 TRITON_INTERPRET=1 python -m tests.support.interpreted_coded_layer
 """
@@ -50,7 +51,9 @@ def drawn(count: int, seed: int) -> tuple[Tensor, ...]:
 
 
 def both(name: str, keys: str, *, adds: bool) -> list[tuple[Tensor, ...]]:
-    """(q, k, v) as attention takes them, by kernels and by plain torch, each of a cache of its own."""
+    """(q, k, v) as attention takes them, by kernels and by plain torch, each of a cache of its
+    own.
+    """
     rope, found = RopeTables(HEAD, max_rows=2, max_columns=3), []
     side = CODECS[name]
     for kernels in (True, False):

@@ -1,4 +1,5 @@
-"""Runs the kernel of `deposit` in Triton's interpreter and prints its largest errors as JSON; a process of its own.
+"""Runs the kernel of `deposit` in Triton's interpreter and prints its largest errors as JSON; a
+process of its own.
 
 TRITON_INTERPRET=1 python -m tests.support.interpreted_deposit
 """

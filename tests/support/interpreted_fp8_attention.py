@@ -1,4 +1,5 @@
-"""Runs the Triton kernels of FP8 attention in the interpreter and prints their errors as JSON; a process of its own.
+"""Runs the Triton kernels of FP8 attention in the interpreter and prints their errors as JSON; a
+process of its own.
 
 TRITON_INTERPRET=1 python -m tests.support.interpreted_fp8_attention errors|mutants
 """
@@ -68,10 +69,13 @@ def deviation(found: Tensor, expected: Tensor) -> float:
 
 
 def coding_error() -> float:
-    """Codes of the kernels against those of the formulas: bytes that differ, and the deviation of query scales."""
+    """Codes of the kernels against those of the formulas: bytes that differ, and the deviation of
+    query scales.
+    """
     draw = torch.Generator().manual_seed(1)
     worst = 0.0
-    run = torch.cat([torch.arange(64, 98), torch.arange(2, 5), torch.arange(8, 56)])  # a run of 32, and others
+    # a run of 32, and others
+    run = torch.cat([torch.arange(64, 98), torch.arange(2, 5), torch.arange(8, 56)])
     gap = torch.cat([torch.arange(8, 20), torch.arange(32, 40)])  # 20 slots over a stretch of 32
     for at_slots, dtype, slots in ((False, torch.float32, run), (True, torch.float16, run), (False, torch.float32, gap)):
         k, v = (torch.randn(2, len(slots), 3, 24, generator=draw) + 2 * torch.randn(3, 24, generator=draw) for _ in range(2))
@@ -94,7 +98,9 @@ def coding_error() -> float:
 
 
 def attention_error() -> float:
-    """The Triton kernel against the formula on the same codes; slots behind the keys hold codes, too."""
+    """The Triton kernel against the formula on the same codes; slots behind the keys hold codes,
+    too.
+    """
     draw = torch.Generator().manual_seed(2)
     worst = 0.0
     for q_len, count, parts, strength in ((21, 53, 1, 1.0), (16, 64, 2, 4.0), (3, 1, 1, 1.0), (40, 39, 3, 1.0)):
@@ -109,7 +115,9 @@ def attention_error() -> float:
 
 
 def merge_error() -> float:
-    """Parts as the persistent kernel leaves them, made in torch, against whole attention; every tile must be somebody's."""
+    """Parts as the persistent kernel leaves them, made in torch, against whole attention; every
+    tile must be somebody's.
+    """
     draw = torch.Generator().manual_seed(3)
     worst, q_len, kv_len, pairs, block, width = 0.0, 300, 100, 2, 16, 16
     for programs in (3, 5, 7, 11, 40):
@@ -156,6 +164,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "errors":
         report = {"coding": coding_error(), "attention": attention_error(), "merge": merge_error()}
     else:
-        with tempfile.TemporaryDirectory() as folder:  # one after the other: they share a file, which Triton reads at the first launch
+        # one after the other: they share a file, which Triton reads at the first launch
+        with tempfile.TemporaryDirectory() as folder:
             report = {name: mutant_error(*mutant, Path(folder)) for name, mutant in MUTANTS.items()}
     json.dump(report, sys.stdout)

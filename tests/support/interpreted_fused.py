@@ -1,4 +1,5 @@
-"""Runs the fused layers in Triton's interpreter and prints their errors as JSON; a process of its own: it is chosen at import.
+"""Runs the fused layers in Triton's interpreter and prints their errors as JSON; a process of its
+own: it is chosen at import.
 
 TRITON_INTERPRET=1 python -m tests.support.interpreted_fused cases|mutants
 """
@@ -87,5 +88,6 @@ def run_mutants() -> dict[str, bool]:
 
 if __name__ == "__main__":
     launch.ROWS_FORWARD, launch.ROWS_BACKWARD, launch.TABLE_ELEMENTS, launch.POINTWISE_BLOCK = 2, 3, 32, 64
-    torch.use_deterministic_algorithms(True)  # which fills fresh memory with NaN: elements that no program writes are noticed
+    # which fills fresh memory with NaN: elements that no program writes are noticed
+    torch.use_deterministic_algorithms(True)
     json.dump({"cases": run_cases, "mutants": run_mutants}[sys.argv[1]](), sys.stdout)

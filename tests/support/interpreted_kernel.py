@@ -1,4 +1,5 @@
-"""Runs the portable kernel in Triton's interpreter and prints its errors as JSON; a process of its own: it is chosen at import.
+"""Runs the portable kernel in Triton's interpreter and prints its errors as JSON; a process of its
+own: it is chosen at import.
 
 TRITON_INTERPRET=1 python -m tests.support.interpreted_kernel cases|mutants
 """
@@ -89,7 +90,9 @@ ORIGINAL_ALLOCATION = launch.allocate_outputs
 
 
 def build(options: dict) -> tuple[dict, Problem]:
-    """(raw inputs, checked problem) of a case: strided views, so that no kernel may assume contiguity, NaN in rows to be ignored."""
+    """(raw inputs, checked problem) of a case: strided views, so that no kernel may assume
+    contiguity, NaN in rows to be ignored.
+    """
     options = {"dtype": torch.float32, "heads": 1, "batch": 1, **options}
     mask = options.pop("mask", None)
     lengths = {} if mask is None else {"q_len": mask.q_len, "kv_len": mask.kv_len}

@@ -1,4 +1,5 @@
-"""Runs the codec's kernels in Triton's interpreter and prints, as JSON, which results differ from plain torch in any bit.
+"""Runs the codec's kernels in Triton's interpreter and prints, as JSON, which results differ from
+plain torch in any bit.
 
 TRITON_INTERPRET=1 python -m tests.support.interpreted_kv_codec few|cases|several|mutants
 """
@@ -101,7 +102,9 @@ def differences(x: Tensor, fmt: CodeFormat, subtract: tuple[Tensor, Tensor] | No
 
 
 def restored_differences(blobs: list[Blob]) -> list[str]:
-    """What of restoring blobs of one form with one launch, out of order and into the midst of other memory, is not equal to plain torch."""
+    """What of restoring blobs of one form with one launch, out of order and into the midst of other
+    memory, is not equal to plain torch.
+    """
     found, (b, s, n, d) = [], blobs[0].shape
     starts = [2 + (s + 3) * i for i in range(len(blobs))][::-1]
     table = KVCodec(KVCodecSpec()).addresses(blobs)
@@ -162,7 +165,9 @@ def several_differences(side: SideSpec) -> list[str]:
 
 
 def clustered_differences(k: int, *, warm: bool) -> list[str]:
-    """What k-means by kernels assigns or centres otherwise than plain torch; the last bits of sums apart."""
+    """What k-means by kernels assigns or centres otherwise than plain torch; the last bits of sums
+    apart.
+    """
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(2, 150, 3, 16, generator=generator)
     start = torch.randn(2, 1, k, 16, generator=generator) if warm else None

@@ -1,4 +1,5 @@
-"""Runs the kernel of `split_attention` in Triton's interpreter and prints its largest errors as JSON; a process of its own.
+"""Runs the kernel of `split_attention` in Triton's interpreter and prints its largest errors as
+JSON; a process of its own.
 
 TRITON_INTERPRET=1 python -m tests.support.interpreted_merge
 """
@@ -39,6 +40,7 @@ def worst(module) -> float:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         report = {"kernel": worst(merge_kernel), "mutants": {}}
-        for name, (old, new) in MUTANTS.items():  # one after the other: they share a file, which Triton reads at the first launch
+        # one after the other: they share a file, which Triton reads at the first launch
+        for name, (old, new) in MUTANTS.items():
             report["mutants"][name] = worst(mutants.load(merge_kernel, old=old, new=new, folder=Path(folder)))
     json.dump(report, sys.stdout)

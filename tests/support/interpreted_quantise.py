@@ -1,5 +1,5 @@
-"""Rounds rows to e4m3 in Triton's interpreter and compares with the plain formula; a process of its own: it is chosen
-at import.
+"""Rounds rows to e4m3 in Triton's interpreter and compares with the plain formula; a process of its
+own: it is chosen at import.
 
 TRITON_INTERPRET=1 python -m tests.support.interpreted_quantise
 """
@@ -18,8 +18,8 @@ from rcm.kernels.fused.reference import gelu_tanh
 def differing(x: torch.Tensor, *, gelu: bool = False) -> dict[str, float]:
     """Greatest relative difference of scales, and the share of rounded values that differ.
 
-    Triton's interpreter loses the carry of a mantissa that rounds up into the exponent (seen in 3.6 and 3.7): values
-    that round to a power of two are compared with the half that it leaves, too.
+    Triton's interpreter loses the carry of a mantissa that rounds up into the exponent (seen in 3.6
+    and 3.7): values that round to a power of two are compared with the half that it leaves, too.
     """
     q, scale = quantise.launch(x, gelu=gelu)
     expected, expected_scale = quantise.reference(gelu_tanh(x) if gelu else x)

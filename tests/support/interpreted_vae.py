@@ -1,4 +1,5 @@
-"""Runs the autoencoder's Triton kernels in the interpreter and prints their errors as JSON; a process of its own: it is chosen at import.
+"""Runs the autoencoder's Triton kernels in the interpreter and prints their errors as JSON; a
+process of its own: it is chosen at import.
 
 TRITON_INTERPRET=1 python -m tests.support.interpreted_vae
 """
@@ -46,7 +47,9 @@ def convolution_errors() -> dict[str, float]:
 
 
 def window_errors() -> dict[str, float]:
-    """Largest difference from the eager window, per layout, over carried frames, frame counts, norms and borders."""
+    """Largest difference from the eager window, per layout, over carried frames, frame counts,
+    norms and borders.
+    """
     errors = {}
     b, h, w, c = 2, 4, 6, 12
     borders = ((0, 0), (1, 1), (0, 1))
@@ -75,7 +78,9 @@ def window_errors() -> dict[str, float]:
 
 
 def fold_error() -> float:
-    """Folded nearest-neighbour convolution, fused, against interpolation and convolution in float64."""
+    """Folded nearest-neighbour convolution, fused, against interpolation and convolution in
+    float64.
+    """
     x, weight = torch.randn(2, 3, 4, 5, 8), torch.randn(6, 8, 3, 3)
     large = F.interpolate(x.flatten(0, 1).permute(0, 3, 1, 2).double(), scale_factor=2, mode="nearest")
     truth = F.conv2d(large, weight.double(), padding=1).permute(0, 2, 3, 1).unflatten(0, (2, 3))

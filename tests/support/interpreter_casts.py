@@ -1,6 +1,8 @@
-"""Casts of floating-point types in Triton's interpreter as the hardware does them: to the nearest, halves to even.
+"""Casts of floating-point types in Triton's interpreter as the hardware does them: to the nearest,
+halves to even.
 
-The interpreter (triton 3.6 and 3.7) cuts off what does not fit into bf16 and loses a carry when it rounds to e4m3 (0.487 becomes 0.25).
+The interpreter (triton 3.6 and 3.7) cuts off what does not fit into bf16 and loses a carry when it
+rounds to e4m3 (0.487 becomes 0.25).
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
 """A teacher with everything in closed form: data N(mu, s^2), independent per element.
 
-RF, x_t = (1-t) x0 + t eps: mean m = (1-t) mu, variance A^2 = (1-t)^2 s^2 + t^2, z = x - m. By Gaussian conditioning
+RF, x_t = (1-t) x0 + t eps: mean m = (1-t) mu, variance A^2 = (1-t)^2 s^2 + t^2, z = x - m. By
+Gaussian conditioning
     E[x0 | x] = mu + (1-t) s^2 z / A^2,   E[eps | x] = t z / A^2,   V = E[eps | x] - E[x0 | x],
-and the probability-flow ODE keeps z / A, hence the consistency map f = mu + s z / A. TrigFlow: the same with (cos, sin) for (1-t, t).
+and the probability-flow ODE keeps z / A, hence the consistency map f = mu + s z / A. TrigFlow: the
+same with (cos, sin) for (1-t, t).
 
-Times must broadcast against x already (use `rcm.diffusion.time.per_frame` for [B, 1]). Nothing here calls the package.
+Times must broadcast against x already (use `rcm.diffusion.time.per_frame` for [B, 1]). Nothing here
+calls the package.
 """
 
 from __future__ import annotations

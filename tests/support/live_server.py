@@ -1,4 +1,6 @@
-"""A live server on a free port of this machine, in a thread, and what its clients need to read it."""
+"""A live server on a free port of this machine, in a thread, and what its clients need to read
+it.
+"""
 
 from __future__ import annotations
 

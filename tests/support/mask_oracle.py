@@ -1,4 +1,6 @@
-"""Masks token by token, from Causal_rCM.md section 2: slow, independent of `rcm.kernels.masks` and of `BlockPattern`."""
+"""Masks token by token, from Causal_rCM.md section 2: slow, independent of `rcm.kernels.masks` and
+of `BlockPattern`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from torch import Tensor
 
 
 def frame_blocks(*, first: int, chunk: int, num_frames: int) -> list[int]:
-    """Block number of every frame: `first` frames make block 0, then each `chunk` frames make the next."""
+    """Block number of every frame: `first` frames make block 0, then each `chunk` frames make the
+    next.
+    """
     blocks, current, left = [], 0, first
     for _ in range(num_frames):
         if left == 0:
@@ -25,7 +29,8 @@ def _token_blocks(*, first: int, chunk: int, num_frames: int, tokens_per_frame: 
 def _kept_by_window_and_sinks(query: int, key: int, *, window: int | None, sinks: int) -> bool:
     if window is None:
         return True
-    last_window_blocks = [query - back for back in range(window)]  # the query's own block is the first of them
+    # the query's own block is the first of them
+    last_window_blocks = [query - back for back in range(window)]
     first_blocks = list(range(sinks))
     return key in last_window_blocks or key in first_blocks
 
@@ -33,7 +38,9 @@ def _kept_by_window_and_sinks(query: int, key: int, *, window: int | None, sinks
 def block_causal(
     *, first: int, chunk: int, num_frames: int, tokens_per_frame: int, q_block_offset: int = 0, window: int | None = None, sinks: int = 0
 ) -> Tensor:
-    """Bool [queries, keys]: a token sees its own block and every earlier one, as far as window and sinks keep it."""
+    """Bool [queries, keys]: a token sees its own block and every earlier one, as far as window and
+    sinks keep it.
+    """
     keys = _token_blocks(first=first, chunk=chunk, num_frames=num_frames, tokens_per_frame=tokens_per_frame)
     rows = []
     for query in keys:

@@ -9,7 +9,8 @@ from types import ModuleType
 
 
 def load(module: ModuleType, *, old: str, new: str, folder: Path, count: int = 1) -> ModuleType:
-    """A private copy of `module` in which `old`, which must occur exactly `count` times, reads `new`.
+    """A private copy of `module` in which `old`, which must occur exactly `count` times, reads
+    `new`.
 
     The copy is written to `folder` because Triton reads the source of its kernels from files.
     """

@@ -1,8 +1,10 @@
-"""Runs the package quant-videogen in Triton's interpreter next to mode "official" and prints, as JSON, what is not equal.
+"""Runs the package quant-videogen in Triton's interpreter next to mode "official" and prints, as
+JSON, what is not equal.
 
-TRITON_INTERPRET=1 python -m tests.support.official_kv_codec
-The package's kernels are tuned by timing and round by a CUDA library; both are replaced: the first configuration that fits, and rounding
-halves away from zero. Only its modules for packing and accumulating are imported; the rest of it wants packages that are not here.
+TRITON_INTERPRET=1 python -m tests.support.official_kv_codec The package's kernels are tuned by
+timing and round by a CUDA library; both are replaced: the first configuration that fits, and
+rounding halves away from zero. Only its modules for packing and accumulating are imported; the rest
+of it wants packages that are not here.
 """
 
 from __future__ import annotations
@@ -74,10 +76,13 @@ def load() -> tuple[types.ModuleType, types.ModuleType]:
 
 
 def differences(x: Tensor, bits: int, asymmetric: bool, stages: int, modules: tuple) -> list[str]:
-    """What of one case is not equal, bit for bit: packed codes, scales, zeros, and what is restored."""
+    """What of one case is not equal, bit for bit: packed codes, scales, zeros, and what is
+    restored.
+    """
     pack, accumulate = modules
     found, centroids, assigned, residual = [], [], [], x
-    for _ in range(stages):  # the package's own clustering needs CUDA: the stages are ours, the sum of the stages is checked
+    # the package's own clustering needs CUDA: the stages are ours, the sum of the stages is checked
+    for _ in range(stages):
         means, nearest, _ = euclidean(residual, 4, iters=3, start=None)
         residual = residual - means.gather(1, nearest.unsqueeze(3).expand_as(residual))
         centroids.append(means)
@@ -96,7 +101,8 @@ def differences(x: Tensor, bits: int, asymmetric: bool, stages: int, modules: tu
             [c.transpose(1, 2) for c in centroids], [a.transpose(1, 2) for a in assigned], *theirs[:2],
             block_size=16, num_bits=bits, PACK_INPUT_INT8=bits < 8, output_dtype=torch.float32, zeros=theirs[2],
         )  # fmt: skip
-        wraps = bits == 8 and asymmetric  # the package keeps codes of 128 and more in int8 and restores them as negative
+        # the package keeps codes of 128 and more in int8 and restores them as negative
+        wraps = bits == 8 and asymmetric
         if not wraps and not torch.equal(restored.transpose(1, 2), reference(Blob(mine, Undo(), clusters, x.dtype))):
             found.append("restored")
     return found

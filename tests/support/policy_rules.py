@@ -1,4 +1,6 @@
-"""The policies once more, naively, over the lists of `stream_oracle`: loops instead of tensor arithmetic, tokens instead of chunks."""
+"""The policies once more, naively, over the lists of `stream_oracle`: loops instead of tensor
+arithmetic, tokens instead of chunks.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A Triton driver without a GPU: compiles for compute capability 9.0, and notes which kernels are loaded instead of
-loading them.
+"""A Triton driver without a GPU: compiles for compute capability 9.0, and notes which kernels are
+loaded instead of loading them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from triton.runtime import driver
 
 TARGET = GPUTarget("cuda", 90, 32)
 DEVICE = 77
-"""Of no machine: what is compiled for it is never mistaken for the kernels of a card that is there."""
+"""Of no machine: what is compiled for it is never mistaken for the kernels of a card that is
+there.
+"""
 
 
 @contextmanager
 def pretended() -> Iterator[list[str]]:
-    """Scope in which the current device is a Hopper card; gives the names of the kernels loaded on it, in the order
-    of loading.
+    """Scope in which the current device is a Hopper card; gives the names of the kernels loaded on
+    it, in the order of loading.
     """
     loaded: list[str] = []
 

@@ -1,4 +1,6 @@
-"""Captured loops without CUDA: in place of a graph, the step itself is run again, on whatever its inputs hold by then."""
+"""Captured loops without CUDA: in place of a graph, the step itself is run again, on whatever its
+inputs hold by then.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A codec with the strides and channels of Wan's VAE and no weights: block means of the pixels, and back, so that tests can see through."""
+"""A codec with the strides and channels of Wan's VAE and no weights: block means of the pixels, and
+back, so that tests can see through.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from rcm.encoders.codec import latent_frames, latent_grid, pixel_frames
 
 
 class StandInCodec:
-    """A `LatentCodec`: channels 0..2 are the mean colours of a cell in the last frame of its group, the others their square."""
+    """A `LatentCodec`: channels 0..2 are the mean colours of a cell in the last frame of its group,
+    the others their square.
+    """
 
     temporal_stride, spatial_stride, latent_channels = 4, 8, 16
 

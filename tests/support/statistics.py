@@ -6,7 +6,9 @@ import torch
 
 
 def ks_distance(u: torch.Tensor) -> float:
-    """Largest gap between the empirical law of `u` (any shape, values in [0, 1]) and the uniform law."""
+    """Largest gap between the empirical law of `u` (any shape, values in [0, 1]) and the uniform
+    law.
+    """
     u = u.flatten().sort().values
     n = u.numel()
     step = torch.arange(n, dtype=u.dtype)

@@ -1,6 +1,8 @@
-"""A stream computed the long way: every pass attends to a list of tokens with explicit positions, rotated by complex numbers.
+"""A stream computed the long way: every pass attends to a list of tokens with explicit positions,
+rotated by complex numbers.
 
-Nothing of the package's cache, rotary tables or policies is used; the network is, with keys and queries given from outside.
+Nothing of the package's cache, rotary tables or policies is used; the network is, with keys and
+queries given from outside.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def spin(x: Tensor, where: tuple[Tensor, Tensor, Tensor], ntk: float = 1.0) -> T
 
 @dataclass(eq=False)
 class Piece:
-    """A run of cached tokens of one layer: keys as stored, values, temporal positions [B, S], rows and columns [B, S]; `seen` now."""
+    """A run of cached tokens of one layer: keys as stored, values, temporal positions [B, S], rows
+    and columns [B, S]; `seen` now.
+    """
 
     k: Tensor
     v: Tensor
@@ -62,7 +66,9 @@ def joined(pieces: list[Piece]) -> Piece:
 
 @dataclass
 class Branch:
-    """What one branch has cached, per layer a list of pieces. `turned`: keys are stored rotated to `t`."""
+    """What one branch has cached, per layer a list of pieces. `turned`: keys are stored rotated to
+    `t`.
+    """
 
     num_layers: int
     turned: bool
@@ -157,7 +163,9 @@ class LayerSide:
 
 
 class Rule:
-    """A policy written out: where a chunk stands and what of `branches` it sees (`before`), and what becomes of them (`after`)."""
+    """A policy written out: where a chunk stands and what of `branches` it sees (`before`), and
+    what becomes of them (`after`).
+    """
 
     turned = False
 

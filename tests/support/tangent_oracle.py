@@ -1,4 +1,6 @@
-"""Tangents of a whole network by means that share nothing with the dual pass: functorch on eager attention, and central differences."""
+"""Tangents of a whole network by means that share nothing with the dual pass: functorch on eager
+attention, and central differences.
+"""
 
 from __future__ import annotations
 

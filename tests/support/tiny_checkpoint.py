@@ -1,4 +1,6 @@
-"""A checkpoint of a tiny network on the toy world's latents, written as training writes it, beside the network that it holds."""
+"""A checkpoint of a tiny network on the toy world's latents, written as training writes it, beside
+the network that it holds.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def describe_world(net: WanDiT, recipe: SamplingRecipe | WholeVideoRecipe, /, **
 
 
 def write_checkpoint(job: Path, recipe: SamplingRecipe | WholeVideoRecipe = STUDENT, *, net: WanDiT | None = None, **extra: Any) -> WanDiT:
-    """Save `net` in `job` through the trainer's checkpointer, its average shifted from it, and return it."""
+    """Save `net` in `job` through the trainer's checkpointer, its average shifted from it, and
+    return it.
+    """
     net = net or world_net()
     roles = {"student": AdamWConfig(lr=1e-3)}
     state = TrainState.create({"student": net}, optim=roles, schedule=LambdaLinear(warm_up_steps=1), ema=EMAConfig())

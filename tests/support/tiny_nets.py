@@ -1,4 +1,6 @@
-"""Tiny Wan networks and inputs for tests: float64, every parameter non-trivial (also the output head), everything from a seed."""
+"""Tiny Wan networks and inputs for tests: float64, every parameter non-trivial (also the output
+head), everything from a seed.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def tiny_config(**changes) -> WanConfig:
 
 
 def tiny_net(*, seed: int = 0, dtype: torch.dtype = torch.float64, attention: str = "sdpa", **changes) -> WanDiT:
-    """A network whose parameters are all drawn from `seed`: no zero head, no trivial norm weight, no zero bias."""
+    """A network whose parameters are all drawn from `seed`: no zero head, no trivial norm weight,
+    no zero bias.
+    """
     net = WanDiT(tiny_config(**changes), attention=attention)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -46,7 +50,9 @@ def latents(frames: int, *, batch: int = 2, channels: int = 4, seed: int = 1, dt
 
 
 def condition(config: WanConfig, *, batch: int = 2, length: int = 5, seed: int = 2, dtype: torch.dtype = torch.float64) -> Condition:
-    """Text of `length` tokens (padded by the network), and image tokens where the network has that branch."""
+    """Text of `length` tokens (padded by the network), and image tokens where the network has that
+    branch.
+    """
     generator = torch.Generator().manual_seed(seed)
     text = torch.randn(batch, length, config.text_dim, generator=generator, dtype=torch.float64).to(dtype)
     if not config.image_branch:

@@ -9,13 +9,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from rcm.encoders.umt5_weights import UMT5Shape
 
-# no two sizes are equal, and heads * head_dim is not dim: a transposed or swapped tensor cannot fit by accident
+# no two sizes are equal, and heads * head_dim is not dim: a transposed or swapped tensor cannot fit
+# by accident
 TINY = UMT5Shape(vocab=48, dim=24, heads=3, head_dim=10, ffn_dim=40, layers=2, buckets=32)
 WORDS = ("red", "square", "moves", "left", "a", "cat")
 
 
 def random_umt5(shape: UMT5Shape = TINY, *, seed: int = 0) -> dict[str, torch.Tensor]:
-    """float32 weights by original name; logits, position biases and both halves of the gate matter."""
+    """float32 weights by original name; logits, position biases and both halves of the gate
+    matter.
+    """
     draw = torch.Generator().manual_seed(seed)
     state = {}
     for name, size in shape.tensors().items():
@@ -30,8 +33,8 @@ def random_umt5(shape: UMT5Shape = TINY, *, seed: int = 0) -> dict[str, torch.Te
 
 
 def save_tokenizer(folder: Path, *, vocab: int = 40) -> Path:
-    """Write tokenizer.json with `vocab` pieces: <pad> 0, </s> 1, <unk> 2, a few words, letters; as in sentencepiece, the mark of a space
-    begins a word.
+    """Write tokenizer.json with `vocab` pieces: <pad> 0, </s> 1, <unk> 2, a few words, letters; as
+    in sentencepiece, the mark of a space begins a word.
     """
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -5.0)]
     pieces += [(f"▁{word}", -2.0) for word in WORDS]
@@ -47,7 +50,9 @@ def save_tokenizer(folder: Path, *, vocab: int = 40) -> Path:
 
 
 def save_umt5(folder: Path, *, state: dict[str, torch.Tensor] | None = None) -> Path:
-    """Write weights under the public file's name and a tokenizer at its usual place beside them; returns the weights' path."""
+    """Write weights under the public file's name and a tokenizer at its usual place beside them;
+    returns the weights' path.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "models_t5_umt5-xxl-enc-bf16.pth"
     torch.save(random_umt5() if state is None else state, path)

@@ -1,4 +1,6 @@
-"""A folder of checkpoints as a user has it, in the layouts of the public files, every model tiny."""
+"""A folder of checkpoints as a user has it, in the layouts of the public files, every model
+tiny.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def tiny_codec() -> WanVAECodec:
 
 
 def write_wan_files(folder: Path) -> WanFiles:
-    """Write all files: the text-to-video network with a rCM prefix, the experts without, VAE and umT5 under their published names."""
+    """Write all files: the text-to-video network with a rCM prefix, the experts without, VAE and
+    umT5 under their published names.
+    """
     files = WanFiles(
         folder,
         folder / "rCM_Wan2.1_T2V_tiny.pt",
@@ -80,7 +84,9 @@ def write_wan_files(folder: Path) -> WanFiles:
 
 
 def expect_a_tiny_vae(monkeypatch) -> None:
-    """The published VAE has one size, which the codec builds before it reads; let it build the tiny one."""
+    """The published VAE has one size, which the codec builds before it reads; let it build the tiny
+    one.
+    """
 
     class TinyVAE(WanVAE):
         def __init__(self, sizes: WanVAEConfig = WanVAEConfig(base_dim=BASE_DIM)) -> None:

@@ -1,4 +1,6 @@
-"""A policy, a condition and a backbone of one's own, each as docs/extending.md says: nothing in `rcm` knows of them."""
+"""A policy, a condition and a backbone of one's own, each as docs/extending.md says: nothing in
+`rcm` knows of them.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ class SteeredDiT(WanDiT):
 
 
 class Mixer(VelocityModel):
-    """The least of a backbone that trains and samples whole videos: velocity, a grid of tokens, and `net`, whose parameters are trained."""
+    """The least of a backbone that trains and samples whole videos: velocity, a grid of tokens, and
+    `net`, whose parameters are trained.
+    """
 
     def __init__(self, channels: int) -> None:
         self.net = nn.Linear(channels + 1, channels, dtype=torch.float64)

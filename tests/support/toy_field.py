@@ -1,4 +1,6 @@
-"""A small nonlinear velocity field with non-trivial dependence on x, on time, and across channels and frames."""
+"""A small nonlinear velocity field with non-trivial dependence on x, on time, and across channels
+and frames.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ import torch
 
 
 class ToyField:
-    """fn(x [B, C, T, H, W] float64, t [B, 1] or [B, T]) -> same shape; C and T are `size`. Smooth, so every derivative exists."""
+    """fn(x [B, C, T, H, W] float64, t [B, 1] or [B, T]) -> same shape; C and T are `size`. Smooth,
+    so every derivative exists.
+    """
 
     def __init__(self, *, seed: int, size: int = 3) -> None:
         g = torch.Generator().manual_seed(100 + seed)

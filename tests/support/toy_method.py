@@ -1,7 +1,8 @@
-"""A small complete training set-up: the tiny Wan network, fake data, and a method with both roles, two terms and optional faults.
+"""A small complete training set-up: the tiny Wan network, fake data, and a method with both roles,
+two terms and optional faults.
 
-Losses are smooth functions of network outputs with noise keyed by the step's rng, so every claim about steps, ranks and resumes can be
-checked on numbers.
+Losses are smooth functions of network outputs with noise keyed by the step's rng, so every claim
+about steps, ranks and resumes can be checked on numbers.
 """
 
 from __future__ import annotations
@@ -49,9 +50,11 @@ def make_loader(*, dims: ParallelDims, batch_size: int = 2, num: int = 24, prefe
 
 @dataclass
 class ToyMethod:
-    """Velocity regression for the student (terms "flow" and "size") and, every third iteration, for a fake score (term "critic").
+    """Velocity regression for the student (terms "flow" and "size") and, every third iteration, for
+    a fake score (term "critic").
 
-    `fault(iteration, net)` is called inside the first term of each phase: tests use it to break things.
+    `fault(iteration, net)` is called inside the first term of each phase: tests use it to break
+    things.
     """
 
     nets: Mapping[str, nn.Module]
@@ -90,7 +93,9 @@ class ToyMethod:
         return LossTerm("size", 0.1 * v.square().mean())
 
     def _draw(self, batch: LatentBatch, rng: StepRng) -> tuple[Tensor, Tensor, Tensor]:
-        """Clean latents, noise and times [B, 1]; drawn on the CPU, so that every device sees the same."""
+        """Clean latents, noise and times [B, 1]; drawn on the CPU, so that every device sees the
+        same.
+        """
         rng = replace(rng, device="cpu")
         wide = torch.promote_types(self.dtype, torch.float32)
         x0 = batch.latents.to(wide)

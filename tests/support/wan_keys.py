@@ -1,4 +1,6 @@
-"""The tensors of the published Wan networks as docs/reference/wan.md#tensors lists them, written without the network's code."""
+"""The tensors of the published Wan networks as docs/reference/wan.md#tensors lists them, written
+without the network's code.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Small Wan autoencoders for tests: the full depth at a few channels, random weights with gammas away from 1."""
+"""Small Wan autoencoders for tests: the full depth at a few channels, random weights with gammas
+away from 1.
+"""
 
 from __future__ import annotations
 

@@ -70,7 +70,9 @@ def _flat(path: Path, state: State, lead: str = "") -> Path:
 
 
 def _wrapped(state: State) -> State:
-    """The names that FSDP, activation checkpointing and compile leave in the averaged copy of the Self-Forcing trainer."""
+    """The names that FSDP, activation checkpointing and compile leave in the averaged copy of the
+    Self-Forcing trainer.
+    """
     plain = from_wan(state, form="wan")
     return {
         "model._fsdp_wrapped_module." + key.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module._orig_mod."): value
@@ -117,4 +119,6 @@ FAMILIES: dict[str, Callable[[Path, State], Path]] = {
     "diffusers pipeline": lambda d, s: write_shards(d / "pipe" / "transformer", from_wan(s, form="diffusers")).parent,
     "torch_to_dcp of a nested file": lambda d, s: write_dcp(d / "nested", {"generator": from_wan(s, form="self_forcing"), "step": 3}),
 }
-"""What a user may have -> writes it below a folder and returns the path to give; averaged weights (or the only ones) are the state's."""
+"""What a user may have -> writes it below a folder and returns the path to give; averaged weights
+(or the only ones) are the state's.
+"""

@@ -1,6 +1,8 @@
-"""Networks of any size on the meta device, with what the kernels allocate on a GPU and none of what they compute: for counting memory.
+"""Networks of any size on the meta device, with what the kernels allocate on a GPU and none of what
+they compute: for counting memory.
 
-Kernel launches do nothing, the outputs around them are allocated as always; attention keeps for its backward pass what the real one keeps.
+Kernel launches do nothing, the outputs around them are allocated as always; attention keeps for its
+backward pass what the real one keeps.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, _, _ = ctx.saved_tensors
-        wide = [x.new_empty(x.shape, dtype=torch.float32) for x in (q, k, v)]  # sums over parts of the mask
+        # sums over parts of the mask
+        wide = [x.new_empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
         return tuple(x.to(grad.dtype) for x in wide)
 
 
@@ -107,7 +110,9 @@ class MetaNets(NetBuilder):
 
 
 def traced_peak(run: Run, role: str, *, index: int) -> int:
-    """Most bytes alive beside weights and batch in one iteration of `role`, gradients in bfloat16; nothing is computed."""
+    """Most bytes alive beside weights and batch in one iteration of `role`, gradients in bfloat16;
+    nothing is computed.
+    """
     nets, model = MetaNets(run), run.config.model.config
     sizes = wan_config(model.net)
     text = torch.empty(1, sizes.text_len, sizes.text_dim, device="meta")

@@ -1,4 +1,6 @@
-"""A run of the toy method as the launcher would build it: networks, loader, checkpointer, sinks, trainer."""
+"""A run of the toy method as the launcher would build it: networks, loader, checkpointer, sinks,
+trainer.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,9 @@ ONE = ParallelDims()
 
 @contextmanager
 def tiny_disk(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: the system refuses the write as it does on a full disk."""
+    """No file may grow beyond `size` bytes: the system refuses the write as it does on a full
+    disk.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -64,7 +66,9 @@ def test_layout_and_keys_are_those_that_users_know(saved: Path) -> None:
 
 
 def test_before_its_first_update_a_role_has_no_optimiser_state(tmp_path: Path) -> None:
-    """Saved at iteration 1, before the fake score was ever updated: the resumed run must not invent a step for it."""
+    """Saved at iteration 1, before the fake score was ever updated: the resumed run must not invent
+    a step for it.
+    """
     whole = launch(tmp_path / "whole", max_iter=4)
     whole.run()
     launch(tmp_path / "parts", max_iter=1).run()
@@ -88,7 +92,9 @@ def train_and_die_while_saving(job: Path) -> None:
 
 
 def test_killed_save_leaves_the_previous_checkpoint(saved: Path) -> None:
-    """A process that dies (SIGKILL) while parts of iteration 6 are on disk: 4 stays latest, loads, and the next save cleans up."""
+    """A process that dies (SIGKILL) while parts of iteration 6 are on disk: 4 stays latest, loads,
+    and the next save cleans up.
+    """
     assert run_until_death(train_and_die_while_saving, saved) == -signal.SIGKILL
     leftover = saved / "checkpoints" / ".writing_iter_000000006"
     assert (leftover / "model" / ".metadata").is_file()

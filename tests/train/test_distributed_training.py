@@ -1,4 +1,6 @@
-"""Training on 2 and 4 ranks: equal to one rank, exactly resumable, agreed stops, and checkpoints that change the world size."""
+"""Training on 2 and 4 ranks: equal to one rank, exactly resumable, agreed stops, and checkpoints
+that change the world size.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def on_two_ranks(folder: Path) -> dict[str, Any]:
-    """Ten iterations on one sequence (cp 2) and on two data streams (shard 2), the latter also in two halves with an asynchronous save
-    between.
+    """Ten iterations on one sequence (cp 2) and on two data streams (shard 2), the latter also in
+    two halves with an asynchronous save between.
     """
     shared = launch(folder / "cp", max_iter=10, dims=ParallelDims(1, 1, 2))
     shared.run()
@@ -76,7 +78,9 @@ class AskOnRank:
 
 
 def agree(folder: Path) -> dict[str, Any]:
-    """A NaN on rank 1 only, a stop request on rank 1 only, a save that fails on rank 1 only: every rank does the same."""
+    """A NaN on rank 1 only, a stop request on rank 1 only, a save that fails on rank 1 only: every
+    rank does the same.
+    """
     dims = ParallelDims(1, 2, 1)
     broken = launch(folder / "nan", max_iter=9, dims=dims, fault=lambda i, v: v * float("nan") if i == 3 and dist.get_rank() == 1 else v)
     found: dict[str, Any] = {}
@@ -126,7 +130,9 @@ def test_ranks_agree_when_one_of_them_fails(tmp_path: Path) -> None:
 
 @pytest.mark.dist
 def test_world_size_may_change_between_save_and_load(tmp_path: Path) -> None:
-    """1 rank -> 4 ranks (2 shards x cp 2) -> 2 ranks -> 1 rank: weights, averages, optimiser and data position arrive whole each time."""
+    """1 rank -> 4 ranks (2 shards x cp 2) -> 2 ranks -> 1 rank: weights, averages, optimiser and
+    data position arrive whole each time.
+    """
     one = launch(tmp_path, max_iter=4)
     one.run()
     expected, position = everything(one.state), one.loader.state_dict()["position"]

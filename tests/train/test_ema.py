@@ -10,7 +10,9 @@ from rcm.train.ema import EMAConfig, PowerEMA, exponent_to_std, std_to_exponent
 
 
 def test_exponent_and_std_determine_each_other() -> None:
-    """Published pairs: 0.1 and 6.94, 0.05 and 16.97 (EDM2, section 3.2); the uniform average has std 1/sqrt(12)."""
+    """Published pairs: 0.1 and 6.94, 0.05 and 16.97 (EDM2, section 3.2); the uniform average has
+    std 1/sqrt(12).
+    """
     assert std_to_exponent(0.1) == pytest.approx(6.94, abs=5e-3)
     assert std_to_exponent(0.05) == pytest.approx(16.97, abs=5e-3)
     assert exponent_to_std(0.0) == pytest.approx(12**-0.5, rel=1e-12)
@@ -29,7 +31,9 @@ def test_std_is_that_of_the_profile() -> None:
 
 @pytest.mark.parametrize("shift", [0, 3])
 def test_average_equals_the_closed_form(shift: int) -> None:
-    """Update i weighs ((i+1)^(g+1) - i^(g+1)) / (n+1)^(g+1) in the average after update n (telescoping product of the betas)."""
+    """Update i weighs ((i+1)^(g+1) - i^(g+1)) / (n+1)^(g+1) in the average after update n
+    (telescoping product of the betas).
+    """
     net = torch.nn.Linear(3, 1, bias=False).double()
     ema = PowerEMA(net, EMAConfig(rate=0.1, iteration_shift=shift))
     start = net.weight.detach().clone()

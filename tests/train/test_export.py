@@ -1,4 +1,6 @@
-"""One file out of a DCP checkpoint: names, weights, dtype, self-description, and the public command."""
+"""One file out of a DCP checkpoint: names, weights, dtype, self-description, and the public
+command.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ def test_an_exported_file_says_which_weights_it_holds(trained: tuple[Path, Train
 
 
 def test_names_that_wrappers_leave_are_removed(tmp_path: Path) -> None:
-    """rcm's trainer wraps blocks and head for recomputation, and the names reach its checkpoints."""
+    """rcm's trainer wraps blocks and head for recomputation, and the names reach its
+    checkpoints.
+    """
     wrapped = {
         "net_ema.blocks.0._checkpoint_wrapped_module.modulation": torch.ones(2),
         "net_ema.head._extra_state": torch.zeros(0),

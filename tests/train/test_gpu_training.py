@@ -1,4 +1,6 @@
-"""On one CUDA device: bf16 with fp32 master weights, compiled and checkpointed blocks, asynchronous saves, exact resume."""
+"""On one CUDA device: bf16 with fp32 master weights, compiled and checkpointed blocks, asynchronous
+saves, exact resume.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_bf16_training_follows_fp32_and_resumes_exactly(tmp_path: Path, compile_
 
 
 def on_two_gpus(folder: Path) -> list[dict[str, torch.Tensor]]:
-    """Float64 training over NCCL: one sequence on two GPUs, and two data streams with an asynchronous save and a resume between."""
+    """Float64 training over NCCL: one sequence on two GPUs, and two data streams with an
+    asynchronous save and a resume between.
+    """
     device = torch.device("cuda", torch.cuda.current_device())
     found = []
     for name, dims, stops in (

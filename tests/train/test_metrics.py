@@ -111,7 +111,9 @@ def test_sample_grid_settings_are_checked(tmp_path: Path) -> None:
 
 
 def test_kernels_are_recorded_when_they_were_used(tmp_path: Path) -> None:
-    """After the first step the file names what served each kind of call; it is written again only when something new ran."""
+    """After the first step the file names what served each kind of call; it is written again only
+    when something new ran.
+    """
     launch(tmp_path / "job", max_iter=2, observers=[KernelRecord(tmp_path / "kernels.json", watched=1)]).run()
     found = json.loads((tmp_path / "kernels.json").read_text())
     assert found["student"]["fused_layers"] == "auto"

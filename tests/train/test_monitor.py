@@ -1,4 +1,6 @@
-"""The heartbeat says what the run does, a stall is noticed once and with its place; figures are those of the process and of all ranks."""
+"""The heartbeat says what the run does, a stall is noticed once and with its place; figures are
+those of the process and of all ranks.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def at(iteration: int) -> SimpleNamespace:
 
 
 def test_beats_are_written_and_lines_said_when_it_is_time(tmp_path: Path, told: list[str]) -> None:
-    """Against a clock that moves 90 s per iteration: a beat every 4 iterations, a line every 20 minutes."""
+    """Against a clock that moves 90 s per iteration: a beat every 4 iterations, a line every 20
+    minutes.
+    """
     now = [0.0]
     beat = HeartBeat(tmp_path / "heartbeat.json", every=4, minutes=20, clock=lambda: now[0])
     beat.started(at(10))
@@ -112,7 +116,9 @@ def test_a_stall_that_is_over_is_not_written_any_more(tmp_path: Path) -> None:
 
 
 def test_figures_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Highest, lowest, mean; a figure that some ranks lack counts where it is, so that every rank logs the same names."""
+    """Highest, lowest, mean; a figure that some ranks lack counts where it is, so that every rank
+    logs the same names.
+    """
     given = [{"cpu_mem_gb": 2.0}, {"cpu_mem_gb": 6.0, "temp": 80.0}, {"cpu_mem_gb": 4.0, "temp": 60.0}]
     seen: list[dict[str, float]] = []
     watcher = DeviceMonitor(every=5, device=torch.device("cpu"), gather=lambda own: seen.append(own) or given)
@@ -136,7 +142,9 @@ def test_resident_memory_grows_with_what_is_touched() -> None:
 
 
 def test_figures_of_a_card(monkeypatch: pytest.MonkeyPatch, told: list[str]) -> None:
-    """With stand-ins for torch's questions: units, and a question without an answer is left out and asked once."""
+    """With stand-ins for torch's questions: units, and a question without an answer is left out and
+    asked once.
+    """
     asked: list[str] = []
 
     def silent(device: torch.device) -> float:
@@ -184,7 +192,9 @@ def test_ranks_log_the_same_names(tmp_path: Path) -> None:
 
 
 def test_callbacks_of_the_command_line(tmp_path: Path) -> None:
-    """A run of the training command leaves a heartbeat that says how it ended, and figures beside its losses."""
+    """A run of the training command leaves a heartbeat that says how it ended, and figures beside
+    its losses.
+    """
     job = tmp_path / "job"
     assert entry.launch("experiment=toy_tf_c3-3", *entry.small(job, iterations=3), "callbacks=[basic]", "trainer.logging_iter=1") == 0
     record = json.loads((job / "heartbeat.json").read_text())

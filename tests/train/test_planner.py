@@ -37,7 +37,9 @@ C33 = BlockPattern(3, 3)
     ],
 )
 def test_forward_flops_are_the_published_ones(preset, layout, total, linear, attention, cross):
-    """docs/reference/wan.md#cost, in TFLOP; chunks there without the text's keys, at most 2.2 TFLOP."""
+    """docs/reference/wan.md#cost, in TFLOP; chunks there without the text's keys, at most 2.2
+    TFLOP.
+    """
     work = forward_work(PRESETS[preset], layout)
     assert sum(work) / 1e12 == pytest.approx(total, rel=4e-3, abs=0.3 if linear else 2.2)
     if linear is not None:
@@ -77,9 +79,11 @@ def test_backward_recompute_and_tangent_multiply_the_forward():
     ):
         assert cost(one_pass(mode, whole, recompute=recompute)).flops == pytest.approx(expected)
     job, step = one_pass("train", whole, recompute="block_wise")
-    fourth = replace(job, nets=tuple(replace(net, recompute_every=4) for net in job.nets))  # 8 of 30 blocks
+    # 8 of 30 blocks
+    fourth = replace(job, nets=tuple(replace(net, recompute_every=4) for net in job.nets))
     assert cost((fourth, step)).flops == pytest.approx((3 + 8 / 30) * dense + (3.5 + 8 / 30) * attention)
-    net = replace(job.nets[0], rank=64, layers=("self_attn.q", "cross_attn.k", "ffn.2"))  # frozen weights: no gradients of theirs
+    # frozen weights: no gradients of theirs
+    net = replace(job.nets[0], rank=64, layers=("self_attn.q", "cross_attn.k", "ffn.2"))
     factors = 2 * 30 * 64 * whole.num_tokens * (2 * 1536 + 1536 + 8960)
     assert cost((replace(job, nets=(net,)), step)).flops == pytest.approx(3 * work.linear + 4 * work.cross + 4 * factors + 4.5 * attention)
     noisy = TokenLayout.noisy_over_context(21, grid=GRID, pattern=C33)
@@ -91,8 +95,9 @@ def test_backward_recompute_and_tangent_multiply_the_forward():
 
 
 def test_times_of_the_published_shapes():
-    """One H200, plain eager mode, first version of the kernels: 0.56 s for the clean half, 1.62 s for the noisy half with tangents. The
-    model has fused elementwise work: faster than those, slower than the arithmetic alone.
+    """One H200, plain eager mode, first version of the kernels: 0.56 s for the clean half, 1.62 s
+    for the noisy half with tangents. The model has fused elementwise work: faster than those,
+    slower than the arithmetic alone.
     """
     clean = TokenLayout.context(21, grid=GRID, pattern=C33)
     noisy = TokenLayout.noisy_over_context(21, grid=GRID, pattern=C33)
@@ -113,7 +118,8 @@ def test_seconds_add_up_and_communication_costs():
     shared = cost((replace(job, ranks=4, context=4, shard=4), step)).seconds
     assert lone / 4 < shared < lone  # exchanges are not free
     slow = replace(H200, network=1e8, link=1e8)
-    assert cost((replace(job, ranks=16, shard=16), step), card=slow).seconds > 2 * lone  # gathering no longer hides
+    # gathering no longer hides
+    assert cost((replace(job, ranks=16, shard=16), step), card=slow).seconds > 2 * lone
 
 
 def composed(*overrides: str, ranks: int) -> Job:
@@ -131,7 +137,8 @@ def test_the_proposal_fits_and_is_the_fastest_that_does():
         assert candidate.global_batch == 16 and 12 % candidate.context == 0 and candidate.shard_ranks % candidate.context == 0
         assert other.reserved >= found.smallest.reserved
         assert not other.fits or other.seconds_per_sample >= found.best.seconds_per_sample - 1e-6
-    assert propose(job, H200, global_batch=16).best.seconds_per_sample <= found.best.seconds_per_sample  # more memory, less recomputation
+    # more memory, less recomputation
+    assert propose(job, H200, global_batch=16).best.seconds_per_sample <= found.best.seconds_per_sample
 
 
 def test_nothing_fits_and_what_would():

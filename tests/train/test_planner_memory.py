@@ -1,4 +1,6 @@
-"""The planner's bytes against allocations of the real methods at full size, counted without memory."""
+"""The planner's bytes against allocations of the real methods at full size, counted without
+memory.
+"""
 
 from __future__ import annotations
 
@@ -74,12 +76,16 @@ CASES = [
     ("wan2pt1_14B_res480p_t2v_rCM_lora", "student", {}),
     ("wan2pt1_14B_res480p_t2v_rCM_lora", "fake_score", {}),
 ]
-"""Experiment, whose iteration, and: `layers` of every network, its recompute `mode` of `every` so many blocks, another `cm_type`."""
+"""Experiment, whose iteration, and: `layers` of every network, its recompute `mode` of `every` so
+many blocks, another `cm_type`.
+"""
 
 
 @pytest.mark.parametrize(("experiment", "role", "changes"), CASES, ids=lambda value: str(value).replace(" ", ""))
 def test_activations_of_the_real_methods(monkeypatch, experiment, role, changes):
-    """Peak beside the weights, gradients in bfloat16 included, at full width and length, within 8 percent."""
+    """Peak beside the weights, gradients in bfloat16 included, at full width and length, within 8
+    percent.
+    """
     silence_kernels(monkeypatch)
     run = composed(f"experiment={experiment}")
     model, layers = run.config.model.config, changes.get("layers", 2)
@@ -100,7 +106,8 @@ def test_parameter_bytes_are_exact(preset, count, shard):
     net = NetPlan("student", PRESETS[preset], trained=True, averaged=True)
     with torch.device("meta"):
         shapes = WanDiT(PRESETS[preset]).state_dict().values()
-    first = sum(tensor.chunk(shard, dim=0)[0].numel() for tensor in shapes)  # what FSDP2 leaves on rank 0
+    # what FSDP2 leaves on rank 0
+    first = sum(tensor.chunk(shard, dim=0)[0].numel() for tensor in shapes)
     assert net.elements() == count and net.elements(shard=shard) == first
     assert net.elements(part="blocks") + net.elements(part="root") == count
     job = Job("job", (net, replace(net, role="teacher", trained=False)), (), 1, ranks=2 * shard, shard=shard)
@@ -109,7 +116,9 @@ def test_parameter_bytes_are_exact(preset, count, shard):
 
 
 def test_adapters_lie_on_one_base():
-    """14B rCM with adapters of rank 64 on one rank: one frozen base, two sets of factors with optimisers, one average."""
+    """14B rCM with adapters of rank 64 on one rank: one frozen base, two sets of factors with
+    optimisers, one average.
+    """
     job = plan_job(replace_layout(composed("experiment=wan2pt1_14B_res480p_t2v_rCM_lora")), ranks=1)
     rank, (dim, hidden) = job.net("student").rank, (5120, 13824)
     factors = 40 * rank * (8 * 2 * dim + 2 * (dim + hidden))
@@ -134,18 +143,22 @@ def tiny_job(**changes) -> Job:
 
 
 def test_a_case_computed_by_hand():
-    """Tiny network, width 64, hidden 128, 2 layers of 4 heads of 16, one sample of 30 tokens, bfloat16, one rank, nothing recomputed."""
+    """Tiny network, width 64, hidden 128, 2 layers of 4 heads of 16, one sample of 30 tokens,
+    bfloat16, one rank, nothing recomputed.
+    """
     count = sum(torch.Size(shape).numel() for _, shape in parameter_shapes(PRESETS["tiny"]))
     block = sum(torch.Size(shape).numel() for name, shape in parameter_shapes(PRESETS["tiny"]) if name.startswith("blocks.0."))
     block_stored = 30 * 2 * ((1 + 16) * 64 + 2 * 128)
-    around = 4 * 7 * 64 * 64 + 16 * 2 * (32 + 3 * 64) + 30 * 2 * 64 + 4 * 30 * 64  # time matrices, text, last rows, head's rows
+    # time matrices, text, last rows, head's rows
+    around = 4 * 7 * 64 * 64 + 16 * 2 * (32 + 3 * 64) + 30 * 2 * 64 + 4 * 30 * 64
     head = 30 * 2 * 64 + 4 * 30 * 64
     in_block = 30 * 2 * ((1 + 18) * 64 + 3 * 128)
     tables = 4 * 30 * 3 * 16
     gathered = 2 * (2 * block + count - 2 * block)
     latents = 8 * 4 * 16 * 3 * 4 * 10
     last = block_stored + around - head + in_block + 4 * block
-    first = 4 * 7 * 64 * 64 + 16 * 2 * (32 + 3 * 64) + in_block + 4 * block + 4 * block  # gradients of the second block, and on their way
+    # gradients of the second block, and on their way
+    first = 4 * 7 * 64 * 64 + 16 * 2 * (32 + 3 * 64) + in_block + 4 * block + 4 * block
     found = predict(tiny_job(), H200)
     assert found.state_bytes == 16 * count
     assert found.peak - found.state_bytes == gathered + latents + tables + max(last, first)
@@ -154,7 +167,8 @@ def test_a_case_computed_by_hand():
 def test_more_of_anything_costs_more():
     base = predict(composed_job(), H200)
     assert predict(composed_job(batch=2), H200).peak > base.peak
-    assert predict(composed_job(accumulation=2), H200).peak > base.peak  # gradients wait whole for the last micro-batch
+    # gradients wait whole for the last micro-batch
+    assert predict(composed_job(accumulation=2), H200).peak > base.peak
     wider = {name: predict(composed_job(ranks=8, shard=shard, context=cp), H200) for name, (shard, cp) in LAYOUTS.items()}
     assert wider["8x1"].state_bytes < wider["4x1"].state_bytes < wider["1x1"].state_bytes
     assert wider["4x4"].peak < wider["4x2"].peak < wider["4x1"].peak
@@ -191,7 +205,9 @@ def test_the_trace_counts_what_is_alive():
 
 
 def test_gradients_reduced_after_every_term_are_shards():
-    """trainer.gradient_sync=each: nothing is ever held whole; the difference is the whole gradient less a shard of it."""
+    """trainer.gradient_sync=each: nothing is ever held whole; the difference is the whole gradient
+    less a shard of it.
+    """
     run = composed("experiment=wan2pt1_14B_res480p_t2v_rCM")
     each = plan_job(run, ranks=64)
     assert each.gradient_sync == "each"

@@ -1,4 +1,6 @@
-"""Parts of a checkpoint: what is asked for is read bit by bit, what is left out stays as it was built."""
+"""Parts of a checkpoint: what is asked for is read bit by bit, what is left out stays as it was
+built.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,9 @@ def test_parts_are_read_or_left_as_built(trained, taken: Taken, parts: tuple[str
 
 @pytest.mark.parametrize("averaging", [True, False])
 def test_the_student_starts_from_the_average(trained, averaging: bool) -> None:
-    """Rounded from the average to the weights' own dtype; an average of the new run goes on from there, one is not needed."""
+    """Rounded from the average to the weights' own dtype; an average of the new run goes on from
+    there, one is not needed.
+    """
     job, trainer = trained
     _, state = make_run(dims=ONE, precision="fp64", ema=averaging)
     Checkpointer(job, dims=ONE, description=DESCRIPTION).load(state, path=job / "checkpoints" / "iter_000000004", taken=Taken(averaged=True))

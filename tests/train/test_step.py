@@ -1,4 +1,6 @@
-"""One step on one rank: which weights move, how terms and micro-batches add up, and what a NaN does not do."""
+"""One step on one rank: which weights move, how terms and micro-batches add up, and what a NaN does
+not do.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def test_average_follows_the_students_own_updates() -> None:
 
 
 def test_terms_add_and_micro_batches_average() -> None:
-    """The gradient norm that is logged equals that of mean over micro-batches of the sum of terms, computed in one graph."""
+    """The gradient norm that is logged equals that of mean over micro-batches of the sum of terms,
+    computed in one graph.
+    """
     method, state = make_run(dims=ONE, precision="fp64")
     loader = make_loader(dims=ONE)
     total = 0.0
@@ -146,7 +150,9 @@ def test_nan_stops_before_the_update_and_says_where(fault: Callable[[int, Tensor
 
 
 def test_nan_inside_a_network_names_the_module() -> None:
-    """A weight that overflows in the second block: everything after it is NaN, the message names where it began."""
+    """A weight that overflows in the second block: everything after it is NaN, the message names
+    where it began.
+    """
     method, state = make_run(dims=ONE)
     with torch.no_grad():
         state.roles["student"].net.blocks[1].ffn[2].weight.fill_(3e38)

@@ -1,4 +1,6 @@
-"""The loop on one rank: golden losses, exact resume, stopping, observers that may be removed, the tangent guard of the first step."""
+"""The loop on one rank: golden losses, exact resume, stopping, observers that may be removed, the
+tangent guard of the first step.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class At:
 
 
 def test_twenty_steps_match_the_golden_losses(tmp_path: Path) -> None:
-    """A change of any number here is a change of the training mathematics. To record anew: RCM_RECORD_GOLDEN=1."""
+    """A change of any number here is a change of the training mathematics. To record anew:
+    RCM_RECORD_GOLDEN=1.
+    """
     assert launch(tmp_path, max_iter=20).run() == "finished"
     found = lines(tmp_path)
     if os.environ.get("RCM_RECORD_GOLDEN"):
@@ -55,7 +59,9 @@ def test_twenty_steps_match_the_golden_losses(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("prefetch", "asynchronous"), [(0, False), (2, True)])
 def test_resume_is_bit_identical(tmp_path: Path, prefetch: int, asynchronous: bool) -> None:
-    """Twenty iterations at once, and ten, a new process's worth of objects, and ten more: equal weights, averages, optimisers and log."""
+    """Twenty iterations at once, and ten, a new process's worth of objects, and ten more: equal
+    weights, averages, optimisers and log.
+    """
     whole = launch(tmp_path / "whole", max_iter=20, grad_accum_iter=2, precision="fp32")
     whole.run()
     options = {"grad_accum_iter": 2, "prefetch": prefetch, "asynchronous": asynchronous, "precision": "fp32"}
@@ -81,7 +87,9 @@ def test_resume_repeats_no_logged_step(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_leaves_no_save_half_done(tmp_path: Path) -> None:
-    """The asynchronous save of iteration 4 is finished, and its thread gone, when the NaN of the next iteration reaches the caller."""
+    """The asynchronous save of iteration 4 is finished, and its thread gone, when the NaN of the
+    next iteration reaches the caller.
+    """
     broken = launch(tmp_path, max_iter=9, save_iter=4, asynchronous=True, fault=lambda i, v: v * float("nan") if i == 4 else v)
     with pytest.raises(NonFinite):
         broken.run()
@@ -100,7 +108,9 @@ def test_signal_saves_and_returns(tmp_path: Path, number: int) -> None:
 
 
 def test_observers_may_be_removed(tmp_path: Path) -> None:
-    """With samples from averaged and own weights, a profiler, memory and a progress line the weights are the same, bit for bit."""
+    """With samples from averaged and own weights, a profiler, memory and a progress line the
+    weights are the same, bit for bit.
+    """
     plain = launch(tmp_path / "plain", max_iter=6)
     plain.run()
     drawn: list[Tensor] = []
@@ -133,7 +143,9 @@ def test_observers_may_be_removed(tmp_path: Path) -> None:
 
 
 def test_lost_tangent_stops_the_first_step(tmp_path: Path) -> None:
-    """A module that detaches is named; with the guard off, or after the first step, nobody looks."""
+    """A module that detaches is named; with the guard off, or after the first step, nobody
+    looks.
+    """
 
     def tangent_pass(iteration: int, v: Tensor) -> Tensor:
         with torch.no_grad(), forward_ad.dual_level():
@@ -165,7 +177,9 @@ def test_data_that_ends_and_bad_settings_are_errors(tmp_path: Path) -> None:
 
 
 def test_too_many_skipped_samples_stop_the_run() -> None:
-    """nan_policy=skip_sample: 2 of 4 samples zeroed per step stop a run that allows 10 %, and not one that allows 60 %."""
+    """nan_policy=skip_sample: 2 of 4 samples zeroed per step stop a run that allows 10 %, and not
+    one that allows 60 %.
+    """
     trainer = Trainer.__new__(Trainer)
     trainer.state, trainer._batch_size = SimpleNamespace(iteration=7), 4
     trainer.config = TrainerConfig(max_iter=9, skipped_limit=0.6)

@@ -30,7 +30,9 @@ def test_decode_inverts_encode(codec, frames):
 
 
 def test_channels_are_the_cosine_coefficients_of_their_block():
-    """Each latent against the definition: the inner product of its 2x2x2 block with a product of cosines, scaled."""
+    """Each latent against the definition: the inner product of its 2x2x2 block with a product of
+    cosines, scaled.
+    """
     codec, video = ToyCodec(gain=0.7, boost=3.0, centre=0.25), noise_video(5)
     latents = codec.encode(video)
     rows = torch.tensor(cosine_basis(2), dtype=torch.float64)

@@ -57,7 +57,9 @@ def test_reader_recovers_the_ground_truth(config):
 
 
 def test_faint_background_noise_does_not_move_the_centre(world, truth):
-    """What is fainter than the floor is background: without it, noise everywhere pulls the centroid to the middle and fills the mask."""
+    """What is fainter than the floor is background: without it, noise everywhere pulls the centroid
+    to the middle and fills the mask.
+    """
     scenes, video, _ = truth
     noisy = video + 0.05 * torch.randn(video.shape, generator=torch.Generator().manual_seed(0))
     factors = FactorReader(world).read(noisy)
@@ -116,7 +118,9 @@ def test_one_video_per_caption_costs_diversity(world, scorer, truth):
 
 
 def test_one_start_position_has_no_spread_even_when_a_little_off(world, scorer, truth):
-    """Each caption once, all near one point of the start grid: the bins are centred on the grid, not bordered by it."""
+    """Each caption once, all near one point of the start grid: the bins are centred on the grid,
+    not bordered by it.
+    """
     scenes = truth[0][slice(0, 48)]
     near = 2.0 + 0.1 * torch.rand(scenes.start.shape, generator=torch.Generator().manual_seed(0)) - 0.05
     video = world.render(Scenes(scenes.colour, scenes.shape, near, scenes.direction))
@@ -167,7 +171,9 @@ def test_two_shapes_are_told_apart_in_any_order():
 
 
 def test_frechet_distance_of_known_gaussians():
-    """Diagonal Gaussians: |mu|^2 + sum (s_a - s_b)^2; samples are whitened exactly, so the estimate is the truth."""
+    """Diagonal Gaussians: |mu|^2 + sum (s_a - s_b)^2; samples are whitened exactly, so the estimate
+    is the truth.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def exact(mean: list[float], std: list[float]) -> torch.Tensor:

@@ -81,7 +81,9 @@ def test_shapes_have_equal_area_and_true_outline(shape):
     elif shape == "cross":  # five squares
         arm = math.sqrt(math.pi * 36 / 5)
         inside = ((x.abs() < 1.5 * arm) & (y.abs() < arm / 2)) | ((y.abs() < 1.5 * arm) & (x.abs() < arm / 2))
-    else:  # equilateral, apex up: side a has area sqrt(3) / 4 a^2 and its centroid a third of the height above the base
+    # equilateral, apex up: side a has area sqrt(3) / 4 a^2 and its centroid a third of the height
+    # above the base
+    else:
         side = math.sqrt(math.pi * 36 * 4 / math.sqrt(3))
         height = side * math.sqrt(3) / 2
         inside = (y < height / 3) & (x.abs() < (y + 2 * height / 3) / height * side / 2)
@@ -163,7 +165,9 @@ def test_impossible_worlds_are_refused(settings, word):
 
 
 def test_a_data_set_is_made_in_seconds():
-    """4096 videos, rendered and encoded, within ten seconds on one core: a quarter of them here, with room for a busy machine."""
+    """4096 videos, rendered and encoded, within ten seconds on one core: a quarter of them here,
+    with room for a busy machine.
+    """
     world, codec, begin = ToyWorld(), ToyCodec(), time.process_time()
     for first in range(0, 1024, 128):
         codec.encode(world.render(world.scenes(128, seed=0, first=first)))

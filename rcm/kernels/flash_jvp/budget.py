@@ -1,4 +1,6 @@
-"""How wrong a kernel may be: no hand-set tolerances, but twice the error of plain eager code in the same dtype, both against float64."""
+"""How wrong a kernel may be: no hand-set tolerances, but twice the error of plain eager code in the
+same dtype, both against float64.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from rcm.kernels.flash_jvp.validation import Problem
 
 OUTPUTS = ("o", "o_dot", "lse")
 ROUNDINGS = {"o": 0.5, "o_dot": 0.5, "lse": 2.0}
-"""Least budget in units of the output dtype's eps: half for a rounded value; the log-sum-exp is also converted from base 2 in float32."""
+"""Least budget in units of the output dtype's eps: half for a rounded value; the log-sum-exp is
+also converted from base 2 in float32.
+"""
 
 
 def float64_truth(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -23,7 +27,8 @@ def float64_truth(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 def low_precision_eager(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(o, o_dot, lse) as eager code in the input dtype gives them, every product and intermediate rounded to it: the yardstick.
+    """(o, o_dot, lse) as eager code in the input dtype gives them, every product and intermediate
+    rounded to it: the yardstick.
 
     Builds the dense mask: sizes for tests only.
     """
@@ -50,7 +55,9 @@ def low_precision_eager(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:
-    """Norm of the difference over the norm of the truth, in float64; anything non-finite counts as infinitely wrong."""
+    """Norm of the difference over the norm of the truth, in float64; anything non-finite counts as
+    infinitely wrong.
+    """
     error = (got.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-300)
     return float(error) if torch.isfinite(error) else float("inf")
 
@@ -58,8 +65,8 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
 def errors_and_budgets(problem: Problem, got: tuple[Tensor, Tensor | None, Tensor]) -> dict[str, tuple[float, float]]:
     """Per output that exists: (error of `got`, budget), both relative to float64.
 
-    The budget is twice the error of `low_precision_eager`, and never below `ROUNDINGS`: where the eager code happens to be exact
-    (one key), a correctly rounded result must still pass.
+    The budget is twice the error of `low_precision_eager`, and never below `ROUNDINGS`: where the
+    eager code happens to be exact (one key), a correctly rounded result must still pass.
     """
     truth, eager = float64_truth(problem), low_precision_eager(problem)
     report = {}

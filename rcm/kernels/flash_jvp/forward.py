@@ -1,6 +1,8 @@
-"""The portable Triton kernel: O, O_dot and LSE in one launch, any strides, lengths and head sizes (derivation in README.md).
+"""The portable Triton kernel: O, O_dot and LSE in one launch, any strides, lengths and head sizes
+(derivation in README.md).
 
-Shapes in comments: M query rows, J keys, D channels. FLAGS has a bit per tangent that exists: 1 for q, 2 for k, 4 for v.
+Shapes in comments: M query rows, J keys, D channels. FLAGS has a bit per tangent that exists: 1 for
+q, 2 for k, 4 for v.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def _load_tile(tensor, batch, head, row, length, BLOCK_L: tl.constexpr, WIDTH: t
 
 @triton.jit
 def _seen(rows_table, q_rows, q_len, key):
-    """Bool [M]: which rows see `key`, and with it the whole elementary interval that starts there; three intervals per row."""
+    """Bool [M]: which rows see `key`, and with it the whole elementary interval that starts there;
+    three intervals per row.
+    """
     seen = q_rows < 0
     for interval in tl.static_range(3):
         low = tl.load(rows_table + q_rows * 6 + 2 * interval, mask=q_rows < q_len, other=0)
@@ -147,10 +151,12 @@ def portable_forward(
     BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program per (batch, head, query tile); programs of a head are neighbours, its longest tiles first.
+    """One program per (batch, head, query tile); programs of a head are neighbours, its longest
+    tiles first.
 
-    Tensors are (pointer, stride_b, stride_l, stride_n, stride_d). CLASSES has a bit per kind of key tile that the plan contains: 1 interior
-    without tangent, 2 interior with tangent, 4 boundary. EDGE is 1 if all rows of a tile see the same keys, 2 if rows bring their own.
+    Tensors are (pointer, stride_b, stride_l, stride_n, stride_d). CLASSES has a bit per kind of key
+    tile that the plan contains: 1 interior without tangent, 2 interior with tangent, 4 boundary.
+    EDGE is 1 if all rows of a tile see the same keys, 2 if rows bring their own.
     """
     pid = tl.program_id(0)
     tile = tiles + 8 * (pid % num_tiles)

@@ -1,8 +1,11 @@
-"""The Hopper kernel: O, O_dot and LSE with bulk copies, a producer warp and two independent consumer warpgroups (derivation in README.md).
+"""The Hopper kernel: O, O_dot and LSE with bulk copies, a producer warp and two independent
+consumer warpgroups (derivation in README.md).
 
-One program owns 128 query rows of one head, 64 for each consumer. The producer warp streams key tiles through a ring of shared-memory
-slots, K with its tangent and V with its tangent on separate barriers. A consumer issues its products asynchronously so that softmax
-arithmetic runs under them: exp(S) under the two products of S_dot, H under the products of V. Shapes in comments: M rows, J keys.
+One program owns 128 query rows of one head, 64 for each consumer. The producer warp streams key
+tiles through a ring of shared-memory slots, K with its tangent and V with its tangent on separate
+barriers. A consumer issues its products asynchronously so that softmax arithmetic runs under them:
+exp(S) under the two products of S_dot, H under the products of V. Shapes in comments: M rows, J
+keys.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ def _flat(tile, ROWS_OF_TILE: gl.constexpr, WIDTH: gl.constexpr):
 
 @gluon.jit
 def _load_slot(desc, dot_desc, ring, dot_ring, full, empty, it, batch, head, row, tangent_row, HAS_DOT: gl.constexpr, STAGES: gl.constexpr):
-    """Fill one ring slot with a tile and, if wanted, its tangent. Rows outside the tensors arrive as zeros."""
+    """Fill one ring slot with a tile and, if wanted, its tangent. Rows outside the tensors arrive
+    as zeros.
+    """
     slot = it % STAGES
     mbarrier.wait(empty.index(slot), ((it // STAGES) & 1) ^ 1)
     nbytes: gl.constexpr = desc.block_type.nbytes
@@ -37,7 +42,9 @@ def _load_slot(desc, dot_desc, ring, dot_ring, full, empty, it, batch, head, row
 
 @gluon.jit
 def _produce(descs, rings, bars, plan, where, FLAGS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
-    """The producer warp: query tiles once, then every key tile of the plan in the consumers' order."""
+    """The producer warp: query tiles once, then every key tile of the plan in the consumers'
+    order.
+    """
     q_desc, qd_desc, k_desc, kd_desc, v_desc, vd_desc = descs
     q_buf, qd_buf, k_ring, kd_ring, v_ring, vd_ring = rings
     q_full, k_full, k_empty, v_full, v_empty = bars
@@ -69,7 +76,9 @@ def _produce(descs, rings, bars, plan, where, FLAGS: gl.constexpr, BLOCK_N: gl.c
 
 @gluon.jit
 def _seen(rows_table, q_rows, q_len, key):
-    """Bool [M]: which rows see `key`, and with it the whole elementary interval that starts there; three intervals per row."""
+    """Bool [M]: which rows see `key`, and with it the whole elementary interval that starts there;
+    three intervals per row.
+    """
     seen = q_rows < 0
     for interval in gl.static_range(3):
         low = gl.load(rows_table + q_rows * 6 + 2 * interval, mask=q_rows < q_len, other=0)
@@ -288,9 +297,11 @@ def hopper_forward(
     D_V: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """One program per (batch, head, query tile); programs of a head are neighbours, its longest tiles first.
+    """One program per (batch, head, query tile); programs of a head are neighbours, its longest
+    tiles first.
 
-    FLAGS, CLASSES and EDGE as in `forward.portable_forward`; outputs are [B, L, N, D] with a unit last stride.
+    FLAGS, CLASSES and EDGE as in `forward.portable_forward`; outputs are [B, L, N, D] with a unit
+    last stride.
     """
     pid = gl.program_id(0)
     tile = tiles + 8 * (pid % num_tiles)

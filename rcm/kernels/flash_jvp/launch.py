@@ -1,4 +1,6 @@
-"""From a checked problem to one kernel launch: choice of kernel and tile sizes, outputs, tables, grid."""
+"""From a checked problem to one kernel launch: choice of kernel and tile sizes, outputs, tables,
+grid.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,12 @@ _SMALL_TILES = (Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), T
 
 
 def portable_tiles(*, d_qk: int, d_v: int, element_size: int, num_tangents: int, shared_bytes: int) -> Tiles:
-    """Tile sizes of the portable kernel for padded head sizes and a device's shared memory: the first row of the table that fits.
+    """Tile sizes of the portable kernel for padded head sizes and a device's shared memory: the
+    first row of the table that fits.
 
-    The accumulators of BLOCK_M x D live in registers, query tiles and `num_stages` key tiles in shared memory. The first rows are the ones
-    measured best on an H200 (docs/performance_log.md). Raises `ValueError` if nothing fits.
+    The accumulators of BLOCK_M x D live in registers, query tiles and `num_stages` key tiles in
+    shared memory. The first rows are the ones measured best on an H200 (docs/performance_log.md).
+    Raises `ValueError` if nothing fits.
     """
     width, copies = max(d_qk, d_v), 2 if num_tangents else 1
     if element_size == 4:
@@ -42,9 +46,10 @@ def portable_tiles(*, d_qk: int, d_v: int, element_size: int, num_tangents: int,
 def triton_jvp(problem: Problem, *, kernel: str = "auto", tiles: Tiles | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
     """Launch a fused kernel on a checked problem; O and O_dot in the input dtype, LSE float32.
 
-    `kernel` is "hopper" (compute capability 9.0, 16-bit, head sizes 64 or 128, strides that bulk copies accept), "portable", or "auto":
-    hopper where it applies. Both compute the same function. `tiles` overrides the table, for benchmarks. Raises `ValueError` for head
-    sizes outside 16..256 and a kernel that does not apply, `TypeError` for float64, `RuntimeError` without CUDA.
+    `kernel` is "hopper" (compute capability 9.0, 16-bit, head sizes 64 or 128, strides that bulk
+    copies accept), "portable", or "auto": hopper where it applies. Both compute the same function.
+    `tiles` overrides the table, for benchmarks. Raises `ValueError` for head sizes outside 16..256
+    and a kernel that does not apply, `TypeError` for float64, `RuntimeError` without CUDA.
     """
     check_triton(problem)
     obstacle = hopper_obstacle(problem)
@@ -53,7 +58,8 @@ def triton_jvp(problem: Problem, *, kernel: str = "auto", tiles: Tiles | None = 
     o, o_dot, lse = allocate_outputs(problem)
     with torch.cuda.device(problem.q.device) if problem.q.is_cuda else torch.no_grad():
         if kernel == "hopper" or (kernel == "auto" and not obstacle):
-            from rcm.kernels.flash_jvp.launch_hopper import launch_hopper  # Gluon is imported only on the cards that run it
+            # Gluon is imported only on the cards that run it
+            from rcm.kernels.flash_jvp.launch_hopper import launch_hopper
 
             launch_hopper(problem, o, o_dot, lse, tiles=tiles)
         else:
@@ -62,7 +68,9 @@ def triton_jvp(problem: Problem, *, kernel: str = "auto", tiles: Tiles | None = 
 
 
 def allocate_outputs(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Uninitialised O, O_dot `[B, Lq, N, Dv]` and LSE `[B, N, Lq]`; the kernels write every element."""
+    """Uninitialised O, O_dot `[B, Lq, N, Dv]` and LSE `[B, N, Lq]`; the kernels write every
+    element.
+    """
     batch, q_len, heads, _ = problem.q.shape
     o = problem.q.new_empty(batch, q_len, heads, problem.v.shape[3])
     return o, torch.empty_like(o) if problem.has_tangent else None, o.new_empty(batch, heads, q_len, dtype=torch.float32)

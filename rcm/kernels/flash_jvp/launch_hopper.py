@@ -13,12 +13,16 @@ from rcm.kernels.flash_jvp.validation import Problem
 SHARED_BYTES = 225 * 1024
 """Shared memory for tiles; the rest of Hopper's 227 KiB holds barriers."""
 REGISTERS = 168
-"""Per thread at launch, for 12 warps; the consumers take 240 of the pool and the producer keeps 24."""
+"""Per thread at launch, for 12 warps; the consumers take 240 of the pool and the producer keeps
+24.
+"""
 ROWS = 64
 
 
 def hopper_tiles(*, d_qk: int, d_v: int, flags: int) -> Tiles:
-    """Tile sizes: 128 query rows; keys as many as the registers of two accumulators allow; as many ring slots as fit, at most four."""
+    """Tile sizes: 128 query rows; keys as many as the registers of two accumulators allow; as many
+    ring slots as fit, at most four.
+    """
     block_n = 128 if not flags or max(d_qk, d_v) == 64 else 64
     q_bytes = 2 * 2 * ROWS * d_qk * (1 + (flags & 1))
     slot_bytes = 2 * block_n * (d_qk * (1 + (flags >> 1 & 1)) + d_v * (1 + (flags >> 2 & 1)))
@@ -26,7 +30,9 @@ def hopper_tiles(*, d_qk: int, d_v: int, flags: int) -> Tiles:
 
 
 def launch_hopper(problem: Problem, o: Tensor, o_dot: Tensor | None, lse: Tensor, *, tiles: Tiles | None = None) -> None:
-    """Run the kernel on a problem for which `launch.hopper_obstacle` is None; writes into the three outputs."""
+    """Run the kernel on a problem for which `launch.hopper_obstacle` is None; writes into the three
+    outputs.
+    """
     q, k, v = problem.q, problem.k, problem.v
     d_qk, d_v = q.shape[3], v.shape[3]
     tiles = tiles or hopper_tiles(d_qk=d_qk, d_v=d_v, flags=problem.flags)
@@ -74,5 +80,7 @@ def launch_hopper(problem: Problem, o: Tensor, o_dot: Tensor | None, lse: Tensor
 
 
 def _copyable_strides(x: Tensor) -> list[int]:
-    """Strides as a descriptor takes them: an axis of size one may carry any number, which becomes a legal one."""
+    """Strides as a descriptor takes them: an axis of size one may carry any number, which becomes a
+    legal one.
+    """
     return [stride if size > 1 else 16 // x.element_size() for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)] + [1]

@@ -1,4 +1,6 @@
-"""Eager attention with tangent for any mask: the definition that the kernel is measured against, and the choice without Triton."""
+"""Eager attention with tangent for any mask: the definition that the kernel is measured against,
+and the choice without Triton.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,14 @@ SCORES_PER_CHUNK = 1 << 24
 
 
 def reference_jvp(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Primal, tangent and log-sum-exp in float32 (float64 for float64 inputs), O and O_dot returned in the input dtype.
+    """Primal, tangent and log-sum-exp in float32 (float64 for float64 inputs), O and O_dot returned
+    in the input dtype.
 
-    With S = scale q k^T, P = softmax(S), S_dot = scale (q_dot k^T + q k_dot^T), H = P * S_dot:
-    O = P v, O_dot = P v_dot + H v - rowsum(H) * O, lse = log sum exp S (Causal-rCM section 3.2.2). Terms of absent tangents are not
-    computed; O_dot is None if all three are absent. Works through each run of queries with equal keys in pieces, gathering only the
-    keys that it sees, so memory stays bounded at any length. Autocast is switched off.
+    With S = scale q k^T, P = softmax(S), S_dot = scale (q_dot k^T + q k_dot^T), H = P * S_dot: O =
+    P v, O_dot = P v_dot + H v - rowsum(H) * O, lse = log sum exp S (Causal-rCM section 3.2.2).
+    Terms of absent tangents are not computed; O_dot is None if all three are absent. Works through
+    each run of queries with equal keys in pieces, gathering only the keys that it sees, so memory
+    stays bounded at any length. Autocast is switched off.
     """
     q = problem.q
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -44,7 +48,9 @@ def reference_jvp(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
 def _attend(
     q: Tensor, q_dot: Tensor | None, k: Tensor, v: Tensor, k_dot: Tensor | None, v_dot: Tensor | None, *, scale: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Dense attention of [B, N, L, D] queries over gathered keys; a tangent is None where it is zero for all of these keys."""
+    """Dense attention of [B, N, L, D] queries over gathered keys; a tangent is None where it is
+    zero for all of these keys.
+    """
     scores = scale * (q @ k.mT)
     lse = scores.logsumexp(dim=-1)
     p = (scores - lse[..., None]).exp_()
@@ -58,7 +64,9 @@ def _attend(
 
 
 def _gather_keys(problem: Problem, intervals: Intervals, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """k, v and their tangents over the union of `intervals`; rows before `tangent_start` get the zeros that they stand for."""
+    """k, v and their tangents over the union of `intervals`; rows before `tangent_start` get the
+    zeros that they stand for.
+    """
     start = problem.tangent_start
 
     def primal(x: Tensor) -> Tensor:

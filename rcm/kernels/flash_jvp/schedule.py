@@ -1,4 +1,6 @@
-"""Which key tiles each query tile visits, and in which order query tiles start: host integers, made into small device tables once."""
+"""Which key tiles each query tile visits, and in which order query tiles start: host integers, made
+into small device tables once.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,18 @@ from torch import Tensor
 from rcm.kernels.masks import Interval, Intervals, MaskSpec, QueryTile
 
 PLAIN, TANGENT, EDGE = 0, 1, 2
-"""Kinds of key tiles: interior without key tangents, interior with them, boundary (predicate applied, tangents loaded where they exist)."""
+"""Kinds of key tiles: interior without key tangents, interior with them, boundary (predicate
+applied, tangents loaded where they exist).
+"""
 KIND_COST = (4, 6, 6.5)
 """Relative cost of a key tile: its matrix products, and the predicate at a boundary."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How one launch is cut: query rows and keys per tile, warps, pipeline depth. Never a function of the sequence length."""
+    """How one launch is cut: query rows and keys per tile, warps, pipeline depth. Never a function
+    of the sequence length.
+    """
 
     block_m: int
     block_n: int
@@ -43,9 +49,11 @@ class Piece(NamedTuple):
 class Plan:
     """Device tables of one (mask, tile sizes, tangent_start).
 
-    `tiles` int32 [num_tiles, 8]: first query, then the offsets into `pieces` where the kinds PLAIN, TANGENT, EDGE begin and where EDGE
-    ends; longest tiles first. `pieces` int32 [*, 4]: start, count, stop, 0. `rows` int32 [q_len, 6]: the three key intervals of every
-    query, needed only where the rows of a tile differ (`edge_mode` 2; a dummy otherwise). `classes` has a bit per kind that occurs.
+    `tiles` int32 [num_tiles, 8]: first query, then the offsets into `pieces` where the kinds PLAIN,
+    TANGENT, EDGE begin and where EDGE ends; longest tiles first. `pieces` int32 [*, 4]: start,
+    count, stop, 0. `rows` int32 [q_len, 6]: the three key intervals of every query, needed only
+    where the rows of a tile differ (`edge_mode` 2; a dummy otherwise). `classes` has a bit per kind
+    that occurs.
     """
 
     tiles: Tensor
@@ -61,9 +69,11 @@ class Plan:
 
 
 def cover(interval: Interval, common: Intervals, *, tangent_start: int, block_n: int) -> Iterator[Piece]:
-    """Cut one elementary key interval of a query tile (each row sees all of it or nothing) into pieces of `block_n`-wide tiles.
+    """Cut one elementary key interval of a query tile (each row sees all of it or nothing) into
+    pieces of `block_n`-wide tiles.
 
-    A tile is interior if every row sees all of it and it lies on one side of `tangent_start`; every other tile is a boundary.
+    A tile is interior if every row sees all of it and it lies on one side of `tangent_start`; every
+    other tile is a boundary.
     """
     position, stop = interval
     while position < stop:
@@ -91,7 +101,9 @@ def tile_pieces(mask: MaskSpec, *, block_m: int, block_n: int, tangent_start: in
 
 @lru_cache(maxsize=128)
 def make_plan(mask: MaskSpec, *, block_m: int, block_n: int, tangent_start: int, device: torch.device) -> Plan:
-    """Tables for a kernel with tiles of `block_m` x `block_n`; keys below `tangent_start` have no tangent."""
+    """Tables for a kernel with tiles of `block_m` x `block_n`; keys below `tangent_start` have no
+    tangent.
+    """
     planned = tile_pieces(mask, block_m=block_m, block_n=block_n, tangent_start=tangent_start)
     tiles, table = [], []
     for q_start, pieces in planned:

@@ -1,7 +1,9 @@
-"""`python -m rcm.kernels.flash_jvp.selfcheck`: is the fused kernel right, and how fast is it, on this very GPU?
+"""`python -m rcm.kernels.flash_jvp.selfcheck`: is the fused kernel right, and how fast is it, on
+this very GPU?
 
-Checks O, O_dot and LSE against float64 over masks, dtypes, head sizes and missing tangents; then times dense attention with tangent against
-the library's dense attention. Exit status 0: the card is good. 1: a check failed. 2: there is no CUDA device to check.
+Checks O, O_dot and LSE against float64 over masks, dtypes, head sizes and missing tangents; then
+times dense attention with tangent against the library's dense attention. Exit status 0: the card is
+good. 1: a check failed. 2: there is no CUDA device to check.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Dense, cross-attention, head sizes, single tangents, and every family of masks with sizes that divide no tile."""
+    """Dense, cross-attention, head sizes, single tangents, and every family of masks with sizes
+    that divide no tile.
+    """
     yield Case("dense")
     yield Case("dense, 1 query, 1 key", q_len=1, kv_len=1)
     yield Case("cross-attention, tangent of q only", q_len=700, kv_len=77, tangents="q")
@@ -66,7 +70,9 @@ def cases() -> Iterator[Case]:
 
 
 def make_problem(case: Case, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> Problem:
-    """Random inputs with a component that all tokens share, so that no term of the tangent is negligible."""
+    """Random inputs with a component that all tokens share, so that no term of the tangent is
+    negligible.
+    """
     generator = torch.Generator().manual_seed(seed)
     q_len, kv_len = case.lengths
 
@@ -100,7 +106,9 @@ def time_ms(call: Callable[[], object], *, repeats: int = 7) -> float:
 
 
 def dense_rates(*, tokens: int = 16384, heads: int = 8, width: int = 128) -> tuple[float, float]:
-    """TFLOP/s of dense attention with tangent (six products) and of the library's dense attention (two products), bf16."""
+    """TFLOP/s of dense attention with tangent (six products) and of the library's dense attention
+    (two products), bf16.
+    """
     from rcm.kernels.flash_jvp.launch import triton_jvp
 
     problem = make_problem(
@@ -114,7 +122,9 @@ def dense_rates(*, tokens: int = 16384, heads: int = 8, width: int = 128) -> tup
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the checks, print them, and return the exit status; `--dtype bf16` (repeatable) restricts them."""
+    """Run the checks, print them, and return the exit status; `--dtype bf16` (repeatable) restricts
+    them.
+    """
     parser = Arguments(
         prog="python -m rcm.kernels.flash_jvp.selfcheck", description="Is the fused kernel right and fast on this GPU?"
     )

@@ -18,7 +18,8 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Problem:
-    """A checked call: tensors `[B, L, N, D]`, tangents None where structurally zero, every default resolved.
+    """A checked call: tensors `[B, L, N, D]`, tangents None where structurally zero, every default
+    resolved.
 
     `k_dot` and `v_dot`, where present, hold only the keys from `tangent_start` on.
     """
@@ -45,7 +46,9 @@ class Problem:
 
     @property
     def first_tangent_key(self) -> int:
-        """Where tangent tiles begin: 0 if no key has a tangent, since the flags then already leave the work out."""
+        """Where tangent tiles begin: 0 if no key has a tangent, since the flags then already leave
+        the work out.
+        """
         return self.tangent_start if self.flags & 6 else 0
 
     @property
@@ -68,8 +71,9 @@ def check_problem(
 ) -> Problem:
     """Check one call of `flash_jvp` and resolve its defaults.
 
-    Raises `ValueError` for shapes, lengths, mask sizes and `tangent_start`; `TypeError` for dtypes and devices; `RuntimeError` for
-    inputs whose derivative the forward-only kernel would drop silently (gradients, or dual tensors that were not unpacked).
+    Raises `ValueError` for shapes, lengths, mask sizes and `tangent_start`; `TypeError` for dtypes
+    and devices; `RuntimeError` for inputs whose derivative the forward-only kernel would drop
+    silently (gradients, or dual tensors that were not unpacked).
     """
     inputs = {"q": q, "k": k, "v": v, "q_dot": q_dot, "k_dot": k_dot, "v_dot": v_dot}
     present = {name: tensor for name, tensor in inputs.items() if tensor is not None}
@@ -112,7 +116,9 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
 
 
 def _tangent_part(name: str, tangent: Tensor | None, primal: Tensor, tangent_start: int) -> Tensor | None:
-    """The rows from `tangent_start` on; a tangent for all keys is cut, one for only those rows is taken as it is."""
+    """The rows from `tangent_start` on; a tangent for all keys is cut, one for only those rows is
+    taken as it is.
+    """
     if tangent is None or tangent_start == primal.shape[1]:
         return None
     rest = (primal.shape[0], primal.shape[1] - tangent_start, *primal.shape[2:])

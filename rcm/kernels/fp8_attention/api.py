@@ -1,4 +1,6 @@
-"""FP8 attention over coded keys and values: kernels on Hopper, the formula on a CPU. Inference only: no gradient, no tangent, no mask."""
+"""FP8 attention over coded keys and values: kernels on Hopper, the formula on a CPU. Inference
+only: no gradient, no tangent, no mask.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ CAPABILITY = (9, 0)
 
 
 def obstacle(device: torch.device, *, width: int) -> str | None:
-    """Why heads of `width` channels on `device` cannot be attended to in FP8; None if they can. A CPU computes the formula, any width."""
+    """Why heads of `width` channels on `device` cannot be attended to in FP8; None if they can. A
+    CPU computes the formula, any width.
+    """
     if device.type == "cpu":
         return None
     if device.type != "cuda":
@@ -29,7 +33,9 @@ def obstacle(device: torch.device, *, width: int) -> str | None:
 
 
 def write(codes: Codes, slots: Tensor, k: Tensor, v: Tensor, *, at_slots: bool = False) -> None:
-    """Code keys and values into `slots` int64 [L]: `k`, `v` [B, L, N, D], or with `at_slots` what lies in those slots of [B, S, N, D]."""
+    """Code keys and values into `slots` int64 [L]: `k`, `v` [B, L, N, D], or with `at_slots` what
+    lies in those slots of [B, S, N, D].
+    """
     if k.is_cuda:
         from rcm.kernels.fp8_attention import launch  # Triton is imported only on CUDA
 
@@ -39,7 +45,9 @@ def write(codes: Codes, slots: Tensor, k: Tensor, v: Tensor, *, at_slots: bool =
 
 
 def attend(q: Tensor, codes: Codes, *, count: int, scale: float) -> Tensor:
-    """softmax(scale q k^T) v over the first `count` tokens of `codes`; `q` [B, L, N, D], as is the result."""
+    """softmax(scale q k^T) v over the first `count` tokens of `codes`; `q` [B, L, N, D], as is the
+    result.
+    """
     if not q.is_cuda:
         queries = formulas.code_queries_reference(q, codes.scales, scale=scale)
         return attend_reference(queries, codes, count=count, dtype=q.dtype)
@@ -54,7 +62,9 @@ def attend(q: Tensor, codes: Codes, *, count: int, scale: float) -> Tensor:
 
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, scales: Scales, *, scale: float) -> Tensor:
-    """The same over keys and values [B, S, N, D] that are coded for this call, under scales at hand."""
+    """The same over keys and values [B, S, N, D] that are coded for this call, under scales at
+    hand.
+    """
     count = k.shape[1]
     coded = _room_for(scales, batch=k.shape[0], count=count)
     write(coded, torch.arange(count, device=k.device), k, v)
@@ -62,7 +72,9 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, scales: Scales, *, scale: floa
 
 
 def _room_for(scales: Scales, *, batch: int, count: int) -> Codes:
-    """As `new_codes`, for `count` tokens that will be written all: only what lies behind them must be set."""
+    """As `new_codes`, for `count` tokens that will be written all: only what lies behind them must
+    be set.
+    """
     heads, width = scales.key_center.shape
     room, device = -(-count // GROUP) * GROUP, scales.key_scale.device
     keys = torch.empty(batch, heads, room, width, dtype=torch.uint8, device=device)

@@ -1,12 +1,16 @@
-"""The format: e4m3 codes of keys, values and queries (Micikevicius et al. 2022, arXiv:2209.05433), and how they are made, in torch.
+"""The format: e4m3 codes of keys, values and queries (Micikevicius et al. 2022, arXiv:2209.05433),
+and how they are made, in torch.
 
-e4m3 keeps 3 bits over 15 binades, so the grain of the scales hardely matters; what does is a common part of all keys, which softmax
-does not see: it is taken off (SageAttention2, arXiv:2411.10958). Per head, from the first keys and values that are coded, and fixed
-from then on: k = key_center + key_scale codes, v = value_center + value_scale codes. HEADROOM is left for later ones; what lies
-beyond is cut off at 448. Any fixed centers are exact: they move scores by a constant per query, and the result by `value_center`.
+e4m3 keeps 3 bits over 15 binades, so the grain of the scales hardely matters; what does is a common
+part of all keys, which softmax does not see: it is taken off (SageAttention2, arXiv:2411.10958).
+Per head, from the first keys and values that are coded, and fixed from then on: k = key_center +
+key_scale codes, v = value_center + value_scale codes. HEADROOM is left for later ones; what lies
+beyond is cut off at 448. Any fixed centers are exact: they move scores by a constant per query, and
+the result by `value_center`.
 
-Both products of attention want the summed axis of their right operand innermost, so values are held transposed. Within 16 tokens keys
-lie in the order ROW: then the registers in which a product leaves its scores are those in which the next one takes its weights.
+Both products of attention want the summed axis of their right operand innermost, so values are held
+transposed. Within 16 tokens keys lie in the order ROW: then the registers in which a product leaves
+its scores are those in which the next one takes its weights.
 """
 
 from __future__ import annotations
@@ -27,7 +31,9 @@ E4M3 = torch.float8_e4m3fn
 
 
 class Scales(NamedTuple):
-    """Per head, float32: `key_scale` [N], `key_center` [N, D], `value_scale` [N, D], `value_center` [N, D]."""
+    """Per head, float32: `key_scale` [N], `key_center` [N, D], `value_scale` [N, D], `value_center`
+    [N, D].
+    """
 
     key_scale: Tensor
     key_center: Tensor
@@ -36,7 +42,9 @@ class Scales(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """`keys` e4m3 [B, N, S, D], rows of each 16 in the order ROW; `values` e4m3 [B, N, D, S]; S a multiple of 16."""
+    """`keys` e4m3 [B, N, S, D], rows of each 16 in the order ROW; `values` e4m3 [B, N, D, S]; S a
+    multiple of 16.
+    """
 
     keys: Tensor
     values: Tensor
@@ -44,7 +52,9 @@ class Codes(NamedTuple):
 
 
 class CodedQueries(NamedTuple):
-    """`codes` e4m3 [B, N, L, D]; `scale` float32 [B, N, L] turns a product with codes of keys into a score to the base 2."""
+    """`codes` e4m3 [B, N, L, D]; `scale` float32 [B, N, L] turns a product with codes of keys into
+    a score to the base 2.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -60,7 +70,9 @@ def new_codes(scales: Scales, *, batch: int, capacity: int) -> Codes:
 
 
 def scales_of(k: Tensor, v: Tensor) -> Scales:
-    """Centers: means over tokens. Scales: a `HEADROOM`th of the range holds the largest key of a head, value of a channel."""
+    """Centers: means over tokens. Scales: a `HEADROOM`th of the range holds the largest key of a
+    head, value of a channel.
+    """
     k, v = (x.float() for x in (k, v))
     centers = [x.mean(dim=(0, 1)) for x in (k, v)]
     tops = [(x - center).abs().amax(dim=(0, 1)) for x, center in zip((k, v), centers, strict=True)]
@@ -80,7 +92,9 @@ def to_e4m3(x: Tensor) -> Tensor:
 
 
 def write_reference(codes: Codes, slots: Tensor, k: Tensor, v: Tensor, *, at_slots: bool = False) -> None:
-    """Code `k`, `v` [B, L, N, D] into `slots` int64 [L]; `at_slots`: they lie in those slots of longer ones."""
+    """Code `k`, `v` [B, L, N, D] into `slots` int64 [L]; `at_slots`: they lie in those slots of
+    longer ones.
+    """
     scales = codes.scales
     if at_slots:
         k, v = k[:, slots], v[:, slots]

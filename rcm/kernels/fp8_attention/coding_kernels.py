@@ -1,4 +1,6 @@
-"""Triton kernels that code queries, and keys and values into their slots; the format is in `codes`."""
+"""Triton kernels that code queries, and keys and values into their slots; the format is in
+`codes`.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,8 @@ def code_pair(
     length, heads, groups, k_b, k_l, k_n, v_b, v_l, v_n,
     AT_SLOTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """`BLOCK_L` tokens of one head to their slots, of 16 `groups`: every other program keys, each to its row, the others values,
-    each to its column. AT_SLOTS: they are read there, too.
+    """`BLOCK_L` tokens of one head to their slots, of 16 `groups`: every other program keys, each
+    to its row, the others values, each to its column. AT_SLOTS: they are read there, too.
     """
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     start = tl.program_id(0) // 2 * BLOCK_L
@@ -65,7 +67,8 @@ def code_pair(
         first = tl.load(slots_ptr + start).to(tl.int32)
         last = tl.load(slots_ptr + tl.minimum(start + BLOCK_L, length) - 1).to(tl.int32)
         if (start + BLOCK_L <= length) & (last - first == BLOCK_L - 1) & (first % 8 == 0):
-            # a run: eight codes at once, where slots one by one would touch a sector of memory for every byte
+            # a run: eight codes at once, where slots one by one would touch a sector of memory for
+            # every byte
             run = tl.multiple_of(first, 8) + tl.arange(0, BLOCK_L)
             tl.store(base + (lines + run[None, :]), turned, mask=known[:, None])
         else:

@@ -1,4 +1,6 @@
-"""The kernels that streams with FP8 attention launch, for `rcm.kernels.precompile`: one by one they take 5 s of a first chunk."""
+"""The kernels that streams with FP8 attention launch, for `rcm.kernels.precompile`: one by one they
+take 5 s of a first chunk.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from rcm.kernels.fp8_attention.schedule import SHORT, PortableTiles, chosen_tile
 
 
 def attention_plan(*, dtype: torch.dtype = torch.bfloat16, heads: int = 2, width: int = 128) -> None:
-    """Launch them on tensors of the meta device. They depend on neither the heads nor the lengths."""
+    """Launch them on tensors of the meta device. They depend on neither the heads nor the
+    lengths.
+    """
     with torch.device("meta"):
         q, k = (torch.empty(1, n, heads, width, dtype=dtype) for n in (160, SHORT))
         held = codes.new_codes(codes.scales_of(k, k), batch=1, capacity=SHORT)

@@ -1,9 +1,11 @@
-"""The Hopper kernel of FP8 attention: a persistent grid, a producer warp of bulk copies, independent consumer warpgroups.
+"""The Hopper kernel of FP8 attention: a persistent grid, a producer warp of bulk copies,
+independent consumer warpgroups.
 
-A program works through jobs, each one query tile against a run of key tiles: first whole query tiles, then an equal share of
-what remains, cut wherever it falls; cut tiles leave partial results. A consumer owns 64 query rows. Its two products of an
-iteration, S of this key tile and P V of the one before, are under way together, and softmax arithmetic runs under the second.
-Shapes in comments: M rows, J keys. The format of the operands is in `reference`.
+A program works through jobs, each one query tile against a run of key tiles: first whole query
+tiles, then an equal share of what remains, cut wherever it falls; cut tiles leave partial results.
+A consumer owns 64 query rows. Its two products of an iteration, S of this key tile and P V of the
+one before, are under way together, and softmax arithmetic runs under the second. Shapes in
+comments: M rows, J keys. The format of the operands is in `reference`.
 """
 
 from __future__ import annotations
@@ -20,12 +22,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 ROWS = gl.constexpr(64)
 """Query rows of one consumer warpgroup: the height of a warpgroup product."""
 TOP = gl.constexpr(8.0)
-"""The largest weight of a row is stored as 2**TOP: e4m3 ends at 448, and keeps 3 bits down to 2**-6."""
+"""The largest weight of a row is stored as 2**TOP: e4m3 ends at 448, and keeps 3 bits down to
+2**-6.
+"""
 
 
 @gluon.jit
 def _job(index, program, programs, plan):
-    """Query tile, first and last key tile (exclusive) of a program's job `index`; an empty run where there is none."""
+    """Query tile, first and last key tile (exclusive) of a program's job `index`; an empty run
+    where there is none.
+    """
     whole, remaining, blocks = plan
     shared = remaining * blocks
     start = program * shared // programs
@@ -45,7 +51,9 @@ def _job(index, program, programs, plan):
 
 @gluon.jit
 def _fill(desc, ring, full, empty, it, pair, row, column, batch, STAGES: gl.constexpr):
-    """One ring slot: the box of `desc` at (batch, pair, row, column). What lies outside arrives as zeros."""
+    """One ring slot: the box of `desc` at (batch, pair, row, column). What lies outside arrives as
+    zeros.
+    """
     slot = it % STAGES
     mbarrier.wait(empty.index(slot), ((it // STAGES) & 1) ^ 1)
     mbarrier.expect(full.index(slot), desc.block_type.nbytes)
@@ -57,7 +65,9 @@ def _produce(
     descs, buffers, bars, plan, shape,
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp: per job the query rows of every consumer, then key tiles from the last to the first."""
+    """The producer warp: per job the query rows of every consumer, then key tiles from the last to
+    the first.
+    """
     q_desc, k_desc, v_desc = descs
     q_buf, k_ring, v_ring = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
@@ -87,7 +97,9 @@ def _produce(
 
 @gluon.jit
 def _top(s, ROW_LAYOUT: gl.constexpr):
-    """Largest score of every row [M]. Pairs first, so that the chain of dependent comparisons is half as long."""
+    """Largest score of every row [M]. Pairs first, so that the chain of dependent comparisons is
+    half as long.
+    """
     M: gl.constexpr = s.shape[0]
     J: gl.constexpr = s.shape[1]
     top = gl.max(gl.max(gl.max(s.reshape([M, J // 8, 4, 2]), axis=3), axis=1), axis=1)
@@ -96,7 +108,9 @@ def _top(s, ROW_LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _sums(p):
-    """[M, 4]: what each of the four threads of a row has of its sum. They are added up once, at the end."""
+    """[M, 4]: what each of the four threads of a row has of its sum. They are added up once, at the
+    end.
+    """
     M: gl.constexpr = p.shape[0]
     J: gl.constexpr = p.shape[1]
     return gl.sum(gl.sum(p.reshape([M, J // 8, 4, 2]), axis=3), axis=1)
@@ -104,8 +118,9 @@ def _sums(p):
 
 @gluon.jit
 def _weights(p, P_LAYOUT: gl.constexpr):
-    """Weights [M, J] in e4m3 as the left operand of P V. Within 16 keys the registers of a result are those of an operand
-    in another order of the keys: K is stored in the one order and V in the other, so nothing moves.
+    """Weights [M, J] in e4m3 as the left operand of P V. Within 16 keys the registers of a result
+    are those of an operand in another order of the keys: K is stored in the one order and V in the
+    other, so nothing moves.
     """
     M: gl.constexpr = p.shape[0]
     J: gl.constexpr = p.shape[1]
@@ -126,7 +141,9 @@ RESCALE_OPERANDS = gl.constexpr(",".join(["=&f"] * 64 + ["f"] * 128))
 
 @gluon.jit
 def _rescaled(acc, alpha):
-    """`acc` times `alpha` [M, 1]; most often the maximum of no row of a warp has grown, and nothing is to be done."""
+    """`acc` times `alpha` [M, 1]; most often the maximum of no row of a warp has grown, and nothing
+    is to be done.
+    """
     layout: gl.constexpr = acc.type.layout
     wide = gl.zeros([acc.shape[0], acc.shape[1]], gl.float32, layout) + alpha
     return gl.inline_asm_elementwise(RESCALE, RESCALE_OPERANDS, [acc, wide], dtype=gl.float32, is_pure=True, pack=64)
@@ -134,8 +151,9 @@ def _rescaled(acc, alpha):
 
 @gluon.jit
 def _weigh(acc, alpha, found, p, v, TWO_LEVEL: gl.constexpr):
-    """Start P V. TWO_LEVEL: a sum of its own, which `_weighed` adds in float32, since tensor cores keep some 14 bits of
-    what they accumulate; it takes the registers of the last one. Otherwise they accumulate.
+    """Start P V. TWO_LEVEL: a sum of its own, which `_weighed` adds in float32, since tensor cores
+    keep some 14 bits of what they accumulate; it takes the registers of the last one. Otherwise
+    they accumulate.
     """
     if TWO_LEVEL:
         return warpgroup_mma(p, v, found, use_acc=False, is_async=True)
@@ -149,8 +167,8 @@ def _weighed(acc, alpha, found, TWO_LEVEL: gl.constexpr):
 
 @gluon.jit
 def _ordered(total):
-    """`total`, which is positive, behind a store that never happens: ptxas puts no wait for a product before it, and so
-    none before the arithmetic that gives `total`.
+    """`total`, which is positive, behind a store that never happens: ptxas puts no wait for a
+    product before it, and so none before the arithmetic that gives `total`.
     """
     return gl.inline_asm_elementwise(
         "{ .reg .pred never; .reg .b32 at; mov.b32 at, 0; setp.lt.f32 never, $1, 0f00000000; "
@@ -261,7 +279,9 @@ def _consume(
 
 @gluon.jit
 def _write(result, lse, outputs, where, kind, CONSUMERS: gl.constexpr):
-    """64 rows of a result: into the output if the job was a whole query tile, else, with the base-2 log-sum-exp, as a part."""
+    """64 rows of a result: into the output if the job was a whole query tile, else, with the base-2
+    log-sum-exp, as a part.
+    """
     o_ptr, stride_b, stride_l, stride_n, part_o, part_lse = outputs[3:]
     pair, heads, rows, q_rows, channel, q_len = where
     whole, part, half = kind
@@ -287,8 +307,9 @@ def hopper_forward(
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
     TWO_LEVEL: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As many programs as there are processors. `whole` query tiles for each, then a share of the `remaining` ones, of
-    `blocks` key tiles each. Outputs are [B, L, N, D] with a unit last stride; parts as `merge` takes them.
+    """As many programs as there are processors. `whole` query tiles for each, then a share of the
+    `remaining` ones, of `blocks` key tiles each. Outputs are [B, L, N, D] with a unit last stride;
+    parts as `merge` takes them.
     """
     dtype: gl.constexpr = q_desc.dtype
     q_buf = gl.allocate_shared_memory(dtype, [CONSUMERS] + q_desc.block_type.shape, q_desc.layout)

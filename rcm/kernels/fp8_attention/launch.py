@@ -49,7 +49,9 @@ def write(codes: Codes, slots: Tensor, k: Tensor, v: Tensor, *, at_slots: bool =
 
 
 def attend_hopper(queries: CodedQueries, codes: Codes, *, count: int, dtype: torch.dtype, tiles: Tiles) -> Tensor:
-    """Attention to the first `count` tokens, [B, L, N, D]: the persistent kernel, and a merge of the query tiles that it cut."""
+    """Attention to the first `count` tokens, [B, L, N, D]: the persistent kernel, and a merge of
+    the query tiles that it cut.
+    """
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as BulkDescriptor
 
@@ -90,7 +92,9 @@ def attend_hopper(queries: CodedQueries, codes: Codes, *, count: int, dtype: tor
 
 
 def attend_portable(queries: CodedQueries, codes: Codes, *, count: int, dtype: torch.dtype, tiles: PortableTiles, parts: int) -> Tensor:
-    """As `attend_hopper`, by the Triton kernel; `parts` along the keys, at most as many as there are key tiles, and six."""
+    """As `attend_hopper`, by the Triton kernel; `parts` along the keys, at most as many as there
+    are key tiles, and six.
+    """
     batch, heads, q_len, width = queries.codes.shape
     room = codes.keys.shape[2]
     blocks, tiles_per_head = -(-count // tiles.block_n), -(-q_len // tiles.block_m)

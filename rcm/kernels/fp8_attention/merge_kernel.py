@@ -1,4 +1,6 @@
-"""The Triton kernel that merges the parts which the persistent kernel leaves of query tiles that were cut along the keys."""
+"""The Triton kernel that merges the parts which the persistent kernel leaves of query tiles that
+were cut along the keys.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ def merge_parts(
     part_o, part_lse, out, whole, remaining, blocks, programs, heads, tiles_per_head, q_len, stride_b, stride_l, stride_n,
     TILE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """`ROWS` rows of one remaining query tile: its parts, weighed by their base-2 log-sum-exps. Parts are [2 programs, TILE, WIDTH]:
-    two for each program, for the first and for the second query tile of its share.
+    """`ROWS` rows of one remaining query tile: its parts, weighed by their base-2 log-sum-exps.
+    Parts are [2 programs, TILE, WIDTH]: two for each program, for the first and for the second
+    query tile of its share.
     """
     index, line = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     shared = remaining * blocks

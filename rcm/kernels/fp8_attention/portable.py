@@ -1,4 +1,6 @@
-"""The Triton kernel of FP8 attention: one program per query tile and part of the keys. For comparison, and for the interpreter."""
+"""The Triton kernel of FP8 attention: one program per query tile and part of the keys. For
+comparison, and for the interpreter.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def portable_forward(
     parts, blocks, heads, tiles_per_head, q_len, kv_len, room, stride_p, stride_b, stride_l, stride_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query tiles of all heads, parts). Results [parts, B, L, N, D], natural log-sum-exps [parts, B, N, L]."""
+    """Grid (query tiles of all heads, parts). Results [parts, B, L, N, D], natural log-sum-exps
+    [parts, B, N, L].
+    """
     tile, part = tl.program_id(0), tl.program_id(1)
     pair = tile // tiles_per_head
     start = (tile % tiles_per_head) * BLOCK_M

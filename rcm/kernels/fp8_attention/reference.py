@@ -1,4 +1,6 @@
-"""Attention over codes as a formula, in torch: what the kernels compute, but for the rounding of the weights."""
+"""Attention over codes as a formula, in torch: what the kernels compute, but for the rounding of
+the weights.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ TOP = 8.0
 def attend_reference(queries: CodedQueries, codes: Codes, *, count: int, dtype: torch.dtype) -> Tensor:
     """Attention of coded queries to the first `count` tokens of `codes`, [B, L, N, D] in `dtype`.
 
-    Weights are rounded to e4m3 as in the kernels, relative to the true maximum of their row instead of a running one.
+    Weights are rounded to e4m3 as in the kernels, relative to the true maximum of their row instead
+    of a running one.
     """
     wide = torch.promote_types(dtype, torch.float32)
     rows = rows_of(torch.arange(count, device=codes.keys.device))

@@ -15,7 +15,8 @@ class Tiles:
     consumers     warpgroups of 64 query rows, 2 or 3.
     block_n       keys of a tile, 64 or 128; three consumers have registers for 64.
     stages        slots of the rings of keys and of values.
-    two_level     every product P V is added in float32; else the tensor cores accumulate, and nothing is rescaled where nothing grew.
+    two_level     every product P V is added in float32; else the tensor cores accumulate, and
+                  nothing is rescaled where nothing grew.
     """
 
     consumers: int = 2
@@ -45,7 +46,9 @@ class PortableTiles:
 
 
 class Plan(NamedTuple):
-    """`whole` query tiles for every program, then a share of the `remaining` ones, each of `blocks` key tiles."""
+    """`whole` query tiles for every program, then a share of the `remaining` ones, each of `blocks`
+    key tiles.
+    """
 
     whole: int
     remaining: int

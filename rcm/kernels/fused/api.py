@@ -1,8 +1,10 @@
-"""Fused layers as functions of plain or dual tensors: one launch forward, one for value and tangent together, one backward.
+"""Fused layers as functions of plain or dual tensors: one launch forward, one for value and tangent
+together, one backward.
 
-Every function takes any strides, computes in float32, and knows three uses. Plain tensors without gradient: one kernel. Plain tensors
-with gradient: an autograd Function whose backward is one kernel (and a sum of partial sums for parameters, in a fixed order). Dual
-tensors: value and tangent in one kernel, each input with or without a tangent; the tangent is a constant of the loss, so a dual input
+Every function takes any strides, computes in float32, and knows three uses. Plain tensors without
+gradient: one kernel. Plain tensors with gradient: an autograd Function whose backward is one kernel
+(and a sum of partial sums for parameters, in a fixed order). Dual tensors: value and tangent in one
+kernel, each input with or without a tangent; the tangent is a constant of the loss, so a dual input
 that also needs a gradient raises. The plain formulas are in `reference.py`.
 """
 
@@ -22,7 +24,8 @@ from rcm.kernels.fused.launch import NormKind
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift, without intermediate rounding.
 
-    `x` [B, F, S, E]; `shift`, `scale` [B or 1, F or 1, 1, E] any float dtype. Returns `dtype`. docs/reference/wan.md#forward.
+    `x` [B, F, S, E]; `shift`, `scale` [B or 1, F or 1, 1, E] any float dtype. Returns `dtype`.
+    docs/reference/wan.md#forward.
     """
     return _norm(x, scale, shift, NormKind(center=True, offset=1.0, eps=eps), dtype)
 
@@ -38,7 +41,9 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * y with the gate rounded to the dtype of `x`, `y` [B, F, S, E]; `gate` [B or 1, F or 1, 1, E]."""
+    """x + gate * y with the gate rounded to the dtype of `x`, `y` [B, F, S, E]; `gate` [B or 1, F
+    or 1, 1, E].
+    """
     if x.shape != y.shape or x.dtype != y.dtype:
         raise ValueError(f"a gated add needs one shape and dtype, got {tuple(x.shape)} {x.dtype} and {tuple(y.shape)} {y.dtype}")
     (x, y, gate), tangents = _split(x, y, gate)
@@ -56,7 +61,9 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Channel pairs (2j, 2j+1) of `x` [B, L, N, D] turned by angles given as `cos`, `sin` [L, D / 2], float32 and contiguous."""
+    """Channel pairs (2j, 2j+1) of `x` [B, L, N, D] turned by angles given as `cos`, `sin` [L, D /
+    2], float32 and contiguous.
+    """
     (x,), (x_dot,) = _split(x)
     if x_dot is not None:
         return pack(*launch.rotate(x, x_dot, cos, sin))

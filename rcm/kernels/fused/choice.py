@@ -14,9 +14,11 @@ SETTINGS = ("auto", "on", "off")
 MAX_WIDTH = 8192
 """A row is held in registers; the widest Wan network has 5120 channels."""
 LAUNCH_BOUND = 1 << 22
-"""Elements below which "auto" takes the plain formulas in passes without gradient and tangent. A launch by Triton costs the host 13 to
-25 us, one of torch's 5 to 8: a forward of one frame (1560 x 1536), which waits for its launches, takes 27 ms instead of 23
-(docs/performance_log.md). Under CUDA graphs launches cost nothing: set "on" before capturing one."""
+"""Elements below which "auto" takes the plain formulas in passes without gradient and tangent. A
+launch by Triton costs the host 13 to 25 us, one of torch's 5 to 8: a forward of one frame (1560 x
+1536), which waits for its launches, takes 27 ms instead of 23 (docs/performance_log.md). Under CUDA
+graphs launches cost nothing: set "on" before capturing one.
+"""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -43,9 +45,10 @@ def obstacle(x: Tensor, *, width: int) -> str | None:
 def use_fused(setting: str, x: Tensor, *, width: int) -> bool:
     """Whether a layer with `setting` runs its fused kernels on `x`.
 
-    "off": never. "auto": on CUDA in bf16, fp16 or fp32, up to MAX_WIDTH channels, outside torch.compile, and not for the small inputs
-    of LAUNCH_BOUND; the plain formulas elsewhere. "on": always; `ConfigError` saying why where they cannot. Both compute the same
-    function; results differ by rounding.
+    "off": never. "auto": on CUDA in bf16, fp16 or fp32, up to MAX_WIDTH channels, outside
+    torch.compile, and not for the small inputs of LAUNCH_BOUND; the plain formulas elsewhere. "on":
+    always; `ConfigError` saying why where they cannot. Both compute the same function; results
+    differ by rounding.
     """
     if setting == "off" or (setting == "auto" and (not x.is_cuda or _waits_for_launches(x))):
         return False

@@ -1,4 +1,6 @@
-"""The kernels of the fused layers that one network's passes without gradient launch, for `rcm.kernels.precompile`."""
+"""The kernels of the fused layers that one network's passes without gradient launch, for
+`rcm.kernels.precompile`.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,9 @@ def inference_plan(
     eps: float = 1e-6,
     fp8: bool = False,
 ) -> Callable[[], None]:
-    """A plan that launches, on tensors of the meta device, the forward kernels of blocks of `width` channels, feed-
-    forwards of `hidden` and `heads` heads; with `fp8` those of quantised layers, too. Kernels do not depend on the
-    number of tokens, beyond its divisibility by 16.
+    """A plan that launches, on tensors of the meta device, the forward kernels of blocks of `width`
+    channels, feed- forwards of `hidden` and `heads` heads; with `fp8` those of quantised layers,
+    too. Kernels do not depend on the number of tokens, beyond its divisibility by 16.
     """
 
     def plan() -> None:

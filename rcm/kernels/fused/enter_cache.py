@@ -1,5 +1,6 @@
-"""What stands between the projections of a cached chunk and its attention, in one pass over memory: query and key norms, rotation, and the
-writing of keys and values into their slots of the cache. For captured passes without gradient; rounding as by the separate layers.
+"""What stands between the projections of a cached chunk and its attention, in one pass over memory:
+query and key norms, rotation, and the writing of keys and values into their slots of the cache. For
+captured passes without gradient; rounding as by the separate layers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def _enter(
     length, eps, q_row, k_row, v_row, cache_batch, cache_row,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, ROTATE_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One token: its query to `q_out` [B, L, E], its key and value to slot `slots[token]` of the caches."""
+    """One token: its query to `q_out` [B, L, E], its key and value to slot `slots[token]` of the
+    caches.
+    """
     batch, token = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, PAIRS)
     inside = pair < WIDTH // 2
@@ -64,8 +67,9 @@ def enter_cache(
     eps: float,
     rotate_keys: bool,
 ) -> Tensor:
-    """Queries [B, L, N, D], normed and turned, of `projected` q, k, v [B, L, E]; keys (normed, turned if `rotate_keys`) and values go
-    to the slots int64 [L] of `caches` [B, capacity, N, D]. `weights` of the two norms [E], `tables` cos and sin [L, D / 2] float32.
+    """Queries [B, L, N, D], normed and turned, of `projected` q, k, v [B, L, E]; keys (normed,
+    turned if `rotate_keys`) and values go to the slots int64 [L] of `caches` [B, capacity, N, D].
+    `weights` of the two norms [E], `tables` cos and sin [L, D / 2] float32.
     """
     q, k, v = (x if x.stride(-1) == 1 and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous() for x in projected)
     batch, length, width = q.shape
@@ -90,7 +94,9 @@ def enter_cache_reference(
     eps: float,
     rotate_keys: bool,
 ) -> Tensor:
-    """`enter_cache` by the formulas, in float32 with one rounding after the norm and one after the turn."""
+    """`enter_cache` by the formulas, in float32 with one rounding after the norm and one after the
+    turn.
+    """
     heads, head = caches[0].shape[2:]
     cos, sin = (x[None, :, None] for x in tables)
 

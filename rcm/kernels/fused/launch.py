@@ -1,4 +1,6 @@
-"""From tensors to kernel launches of the fused layers: views, outputs, grids. Nothing here knows autograd or dual tensors."""
+"""From tensors to kernel launches of the fused layers: views, outputs, grids. Nothing here knows
+autograd or dual tensors.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,18 @@ from rcm.kernels import precompile
 from rcm.kernels.fused import norm_kernels, pointwise_kernels
 
 ROWS_FORWARD, ROWS_BACKWARD = 8, 32
-"""Tokens per program: enough to use a loaded gain more than once, and, backward, to keep the partial sums small."""
+"""Tokens per program: enough to use a loaded gain more than once, and, backward, to keep the
+partial sums small.
+"""
 POINTWISE_BLOCK = 2048
 TABLE_ELEMENTS = 1024
 """Channel pairs whose cosines and sines one rotation program holds."""
 
 
 class NormKind(NamedTuple):
-    """Which norm: subtract the mean or not, what is added to the gain, and the epsilon inside the root."""
+    """Which norm: subtract the mean or not, what is added to the gain, and the epsilon inside the
+    root.
+    """
 
     center: bool
     offset: float
@@ -40,7 +46,9 @@ def _power_of_2(count: int) -> int:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """`x` [.., E] of 1 to 4 dimensions as a view [B, F, S, E] with unit stride over channels (a copy only where that stride is not 1)."""
+    """`x` [.., E] of 1 to 4 dimensions as a view [B, F, S, E] with unit stride over channels (a
+    copy only where that stride is not 1).
+    """
     if x.dim() != 4:
         if not 1 <= x.dim() <= 4:
             raise ValueError(f"fused layers take 1 to 4 dimensions, got {tuple(x.shape)}")
@@ -55,7 +63,9 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def _vectors(v: Tensor, rows: Tensor, *, name: str) -> tuple[Tensor, int, int]:
-    """`v` [E] or [B or 1, F or 1, 1, E] and its strides over batch and frames, 0 where one vector serves all."""
+    """`v` [E] or [B or 1, F or 1, 1, E] and its strides over batch and frames, 0 where one vector
+    serves all.
+    """
     batch, frames, _, width = rows.shape
     if v.dim() == 1 and v.shape[0] == width:
         return (v if v.stride(0) == 1 or width == 1 else v.contiguous()), 0, 0
@@ -86,7 +96,9 @@ def _cut(rows: Tensor, tokens_per_program: int) -> tuple[tuple[int], dict]:
 
 
 def _folded(parts: Tensor, rows: Tensor, like: tuple[torch.Size, torch.dtype]) -> Tensor:
-    """Partial sums [programs, E] added up to the shape of the vectors they belong to, in a fixed order."""
+    """Partial sums [programs, E] added up to the shape of the vectors they belong to, in a fixed
+    order.
+    """
     batch, frames, _, width = rows.shape
     shape, dtype = like
     return parts.view(batch, frames, -1, width).sum(dim=2, keepdim=True).sum_to_size(shape).to(dtype)
@@ -117,9 +129,12 @@ def norm_tangent(
     kind: NormKind,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`norm` and its tangent along the tangents of x, gain and shift, at least one of which is given."""
+    """`norm` and its tangent along the tangents of x, gain and shift, at least one of which is
+    given.
+    """
     rows = as_rows(x)
-    y, y_dot = (torch.empty(x.shape, dtype=dtype, device=x.device) for _ in range(2))  # no views: packing a dual would copy those
+    # no views: packing a dual would copy those
+    y, y_dot = (torch.empty(x.shape, dtype=dtype, device=x.device) for _ in range(2))
     if not x.numel():
         return y, y_dot
     gain = _vectors(gain, rows, name="gain")
@@ -158,7 +173,9 @@ def norm_backward(
     gain_like: tuple[torch.Size, torch.dtype],
     shift_like: tuple[torch.Size, torch.dtype] | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, gain and shift, where `needs` says so; sums over tokens in float32 and in a fixed order."""
+    """Gradients of x, gain and shift, where `needs` says so; sums over tokens in float32 and in a
+    fixed order.
+    """
     rows, grad = as_rows(x), as_rows(grad_y)
     if not x.numel():
         sums = (None if like is None else torch.zeros(like[0], dtype=like[1], device=x.device) for like in (gain_like, shift_like))
@@ -272,7 +289,9 @@ def gelu_backward(x: Tensor, grad_y: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, x_dot: Tensor | None, cos: Tensor, sin: Tensor, *, backwards: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Channel pairs of `x` [B, L, N, D] (and of `x_dot`) turned by the angles whose `cos`, `sin` are [L, D / 2] float32, or back."""
+    """Channel pairs of `x` [B, L, N, D] (and of `x_dot`) turned by the angles whose `cos`, `sin`
+    are [L, D / 2] float32, or back.
+    """
     batch, length, heads, width = x.shape
     rows = as_rows(x)
     moved = rows if x_dot is None else as_rows(x_dot)

@@ -1,8 +1,10 @@
-"""Triton kernels of the row norms: y = n(x) * gain + shift with forward, tangent and gradient, one read of x each.
+"""Triton kernels of the row norms: y = n(x) * gain + shift with forward, tangent and gradient, one
+read of x each.
 
-n(x) is (x - mean) / std (CENTER) or x / rms. Rows are [B, F, S] vectors of WIDTH channels at any strides; gain and shift have one row per
-(b, f), or the same for all at stride 0. A program takes ROWS tokens of one (b, f) and holds their gain and shift in registers. All
-arithmetic is float32; statistics are recomputed by each kernel, so nothing but x is kept for the gradient.
+n(x) is (x - mean) / std (CENTER) or x / rms. Rows are [B, F, S] vectors of WIDTH channels at any
+strides; gain and shift have one row per (b, f), or the same for all at stride 0. A program takes
+ROWS tokens of one (b, f) and holds their gain and shift in registers. All arithmetic is float32;
+statistics are recomputed by each kernel, so nothing but x is kept for the gradient.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import triton.language as tl
 
 @triton.jit
 def _place(frames, tokens, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """(batch, frame, first token, last token + 1, group, program) of this program, 64 bit; its channels, and which of them exist."""
+    """(batch, frame, first token, last token + 1, group, program) of this program, 64 bit; its
+    channels, and which of them exist.
+    """
     program = tl.program_id(0).to(tl.int64)
     chunks = (tokens + ROWS - 1) // ROWS
     group = program // chunks
@@ -25,7 +29,9 @@ def _place(frames, tokens, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def _vector(described, batch, frame, cols, inside):
-    """Row (batch, frame) of a gain, a shift or a tangent of one, as float32; padding channels are zeros."""
+    """Row (batch, frame) of a gain, a shift or a tangent of one, as float32; padding channels are
+    zeros.
+    """
     ptr, stride_b, stride_f = described
     return tl.load(ptr + batch * stride_b + frame * stride_f + cols, mask=inside, other=0.0).to(tl.float32)
 
@@ -96,7 +102,9 @@ def norm_tangent(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y and y_dot = n_dot * (OFFSET + gain) + n * gain_dot + shift_dot. FLAGS: 1, 2, 4 for a tangent of x, gain, shift."""
+    """y and y_dot = n_dot * (OFFSET + gain) + n * gain_dot + shift_dot. FLAGS: 1, 2, 4 for a
+    tangent of x, gain, shift.
+    """
     batch, frame, start, stop, group, program, cols, inside = _place(frames, tokens, ROWS, WIDTH, BLOCK)
     factor = _vector(gain, batch, frame, cols, inside) + OFFSET
     if HAS_SHIFT:
@@ -143,7 +151,9 @@ def norm_backward(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad_x, contiguous, and this program's sums over its tokens for gain and shift. NEEDS: 1, 2, 4 for x, gain, shift."""
+    """grad_x, contiguous, and this program's sums over its tokens for gain and shift. NEEDS: 1, 2,
+    4 for x, gain, shift.
+    """
     batch, frame, start, stop, group, program, cols, inside = _place(frames, tokens, ROWS, WIDTH, BLOCK)
     factor = _vector(gain, batch, frame, cols, inside) + OFFSET
     gain_sum = tl.zeros([BLOCK], dtype=tl.float32)

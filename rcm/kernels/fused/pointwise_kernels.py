@@ -1,4 +1,6 @@
-"""Triton kernels without a reduction over channels: gated residual add, GELU (tanh form), rotation of channel pairs; float32 arithmetic."""
+"""Triton kernels without a reduction over channels: gated residual add, GELU (tanh form), rotation
+of channel pairs; float32 arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def gated_add_forward(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = x + gate * y with the gate rounded to the dtype of out, and its tangent. FLAGS: 1, 2, 4 for a tangent of x, y, gate."""
+    """out = x + gate * y with the gate rounded to the dtype of out, and its tangent. FLAGS: 1, 2, 4
+    for a tangent of x, y, gate.
+    """
     batch, frame, start, stop, group, program, cols, inside = _place(frames, tokens, ROWS, WIDTH, BLOCK)
     element: tl.constexpr = out_ptr.dtype.element_ty
     factor = _vector(gate, batch, frame, cols, inside).to(element).to(tl.float32)
@@ -61,7 +65,9 @@ def gated_add_backward(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad_y = gate * grad, contiguous, and this program's sum of grad * y over its tokens. NEEDS: 1, 2 for y, gate."""
+    """grad_y = gate * grad, contiguous, and this program's sum of grad * y over its tokens. NEEDS:
+    1, 2 for y, gate.
+    """
     batch, frame, start, stop, group, program, cols, inside = _place(frames, tokens, ROWS, WIDTH, BLOCK)
     element: tl.constexpr = grad_y_ptr.dtype.element_ty
     factor = _vector(gate, batch, frame, cols, inside).to(element).to(tl.float32)
@@ -78,7 +84,9 @@ def gated_add_backward(
 
 @triton.jit
 def _gelu(x):
-    """x * s and its derivative, s = sigmoid(2 u) = (1 + tanh u) / 2, u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    """x * s and its derivative, s = sigmoid(2 u) = (1 + tanh u) / 2, u = sqrt(2 / pi) (x + 0.044715
+    x^3).
+    """
     square = x * x
     s = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * square)))
     slope = s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * square)
@@ -133,7 +141,9 @@ def rotate_pairs(
     WIDTH: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """Rotate pairs (2j, 2j+1) of every head by the angle of (token, j), or by minus that angle; out [B, L, N, D] is contiguous."""
+    """Rotate pairs (2j, 2j+1) of every head by the angle of (token, j), or by minus that angle; out
+    [B, L, N, D] is contiguous.
+    """
     program = tl.program_id(0).to(tl.int64)
     tiles = (length + TOKENS - 1) // TOKENS
     batch = program // tiles

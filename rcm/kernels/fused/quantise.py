@@ -1,9 +1,9 @@
-"""Rows in e4m3 with one float32 scale each: the rule, its plain formula, its kernel, and the product of two such
-matrices.
+"""Rows in e4m3 with one float32 scale each: the rule, its plain formula, its kernel, and the
+product of two such matrices.
 
-The rule for a row x: amax = max(max |x|, 1e-30) in float32, q = e4m3(x * (448 / amax)) to the nearest, ties to even,
-scale = amax / 448, so that x is about q * scale. A NaN or an infinity in a row makes all its products NaN: saturation
-hides nothing.
+The rule for a row x: amax = max(max |x|, 1e-30) in float32, q = e4m3(x * (448 / amax)) to the
+nearest, ties to even, scale = amax / 448, so that x is about q * scale. A NaN or an infinity in a
+row makes all its products NaN: saturation hides nothing.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ MAX_WIDTH = 16384
 
 
 def quantise_rows(x: Tensor, *, gelu: bool = False) -> Rows:
-    """`x` [M, K] floating, or with `gelu` GELU(x) in its tanh form, as e4m3 [M, K] and scales [M, 1] float32.
+    """`x` [M, K] floating, or with `gelu` GELU(x) in its tanh form, as e4m3 [M, K] and scales [M,
+    1] float32.
 
-    One kernel on CUDA, outside of compiled code; the plain formula elsewhere. Neither waits for the device.
+    One kernel on CUDA, outside of compiled code; the plain formula elsewhere. Neither waits for the
+    device.
     """
     if x.is_cuda and not torch.compiler.is_compiling() and x.dtype != torch.float64 and x.shape[1] <= MAX_WIDTH:
         return launch(x, gelu=gelu)
@@ -47,7 +49,9 @@ def reference(x: Tensor) -> Rows:
 
 
 def launch(x: Tensor, *, gelu: bool) -> Rows:
-    """The kernel of `quantise_rows`; rows of any stride. Imports Triton, which machines without a GPU may lack."""
+    """The kernel of `quantise_rows`; rows of any stride. Imports Triton, which machines without a
+    GPU may lack.
+    """
     from rcm.kernels.fused import quantise_kernels
     from rcm.kernels.fused.launch import _device, _power_of_2
 
@@ -74,10 +78,12 @@ def launch(x: Tensor, *, gelu: bool) -> Rows:
 
 
 def product(x: Rows, weight: Rows, bias: Tensor | None, *, dtype: torch.dtype) -> Tensor:
-    """x weight^T + bias [M, N] in `dtype`, of `x` [M, K] and `weight` [N, K], both with their scales.
+    """x weight^T + bias [M, N] in `dtype`, of `x` [M, K] and `weight` [N, K], both with their
+    scales.
 
-    On CUDA one product of the library with rowwise scales, which writes bfloat16 only. Elsewhere the same sum in
-    float32 (float64 for a `dtype` of float64), scaled, biased and rounded in this order.
+    On CUDA one product of the library with rowwise scales, which writes bfloat16 only. Elsewhere
+    the same sum in float32 (float64 for a `dtype` of float64), scaled, biased and rounded in this
+    order.
     """
     (q, scale), (weight_q, weight_scale) = x, weight
     if q.is_cuda:

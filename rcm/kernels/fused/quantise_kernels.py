@@ -1,5 +1,5 @@
-"""Triton kernel that rounds rows to e4m3 under one scale per row: amax, scale and cast in one pass, after a GELU if
-asked.
+"""Triton kernel that rounds rows to e4m3 under one scale per row: amax, scale and cast in one pass,
+after a GELU if asked.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from rcm.kernels.fused.pointwise_kernels import _gelu
 
 @triton.jit
 def quantise_rows(x_ptr, q_ptr, scale_ptr, row_stride, GELU: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """q = e4m3(x * (448 / amax)) and scale = amax / 448 of one row per program, held in registers; q is contiguous."""
+    """q = e4m3(x * (448 / amax)) and scale = amax / 448 of one row per program, held in registers;
+    q is contiguous.
+    """
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < WIDTH

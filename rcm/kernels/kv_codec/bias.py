@@ -1,8 +1,10 @@
-"""Coded keys draw more attention than they should, as exp is convex; by how much, from their scales, and how to take it off (README.md).
+"""Coded keys draw more attention than they should, as exp is convex; by how much, from their
+scales, and how to take it off (README.md).
 
-With independent errors of variance v_c in channel c of a key, E exp(s q.k_hat) = exp(s q.k + gain), gain = s^2 / 2 sum_c q_c^2 v_c to
-second order, v_c = step_c^2 / 12. Subtracted from the logits key by key (`augment`), or from the log-sum-exp of a whole chunk
-(`segment_gain`), which costs nothing where attention is merged chunk by chunk.
+With independent errors of variance v_c in channel c of a key, E exp(s q.k_hat) = exp(s q.k + gain),
+gain = s^2 / 2 sum_c q_c^2 v_c to second order, v_c = step_c^2 / 12. Subtracted from the logits key
+by key (`augment`), or from the log-sum-exp of a whole chunk (`segment_gain`), which costs nothing
+where attention is merged chunk by chunk.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from rcm.kernels.kv_codec.codes import Codes
 
 
 def error_variance(blob: Blob) -> Tensor:
-    """Variance of the rounding error of every element, float32 [B, S, N, D]; zeros for a blob that was not coded."""
+    """Variance of the rounding error of every element, float32 [B, S, N, D]; zeros for a blob that
+    was not coded.
+    """
     if not isinstance(blob.codes, Codes):
         return torch.zeros(blob.shape, device=blob.codes.device)
     codes = blob.codes
@@ -31,7 +35,9 @@ def error_variance(blob: Blob) -> Tensor:
 
 
 def segment_variance(blob: Blob) -> Tensor:
-    """`error_variance` averaged over the tokens, [B, N, D]; from the scales alone where no smoothing and no floating type is in the way."""
+    """`error_variance` averaged over the tokens, [B, N, D]; from the scales alone where no
+    smoothing and no floating type is in the way.
+    """
     codes = blob.codes
     if not isinstance(codes, Codes) or codes.format.granularity != "channel" or codes.format.dtype in ("fp8", "fp4"):
         return error_variance(blob).mean(1)
@@ -44,37 +50,46 @@ def segment_variance(blob: Blob) -> Tensor:
 
 
 def logit_gain(q: Tensor, blob: Blob, *, scale: float, rotated: bool = False) -> Tensor:
-    """What the scaled logits of every query [B, L, N, D] and key of `blob` gain: float32 [B, N, L, S].
+    """What the scaled logits of every query [B, L, N, D] and key of `blob` gain: float32 [B, N, L,
+    S].
 
-    `rotated`: the blob holds keys before rotation and `q` is rotated. Errors turn with their key; `q` stands at other angles to each, so
-    the variances of a channel pair are taken together, their mean over all angles.
+    `rotated`: the blob holds keys before rotation and `q` is rotated. Errors turn with their key;
+    `q` stands at other angles to each, so the variances of a channel pair are taken together, their
+    mean over all angles.
     """
     return scale**2 / 2 * torch.einsum("blnd,bsnd->bnls", q.float().square(), _paired(error_variance(blob), rotated))
 
 
 def segment_gain(q: Tensor, blob: Blob, *, scale: float, rotated: bool = False) -> Tensor:
-    """`logit_gain` with the variances averaged over the keys: float32 [B, N, L], to subtract from the log-sum-exp over the blob."""
+    """`logit_gain` with the variances averaged over the keys: float32 [B, N, L], to subtract from
+    the log-sum-exp over the blob.
+    """
     return gain_of(q, segment_variance(blob), scale=scale, rotated=rotated)
 
 
 def gain_of(q: Tensor, variance: Tensor, *, scale: float, rotated: bool = False) -> Tensor:
-    """`segment_gain` for a `segment_variance` [B, N, D] that is known; in float64 for a float64 `q`."""
+    """`segment_gain` for a `segment_variance` [B, N, D] that is known; in float64 for a float64
+    `q`.
+    """
     work = torch.promote_types(q.dtype, torch.float32)
     return scale**2 / 2 * torch.einsum("blnd,bnd->bnl", q.to(work).square(), _paired(variance.to(work), rotated))
 
 
 def augment(q: Tensor, k_hat: Tensor, blob: Blob, *, scale: float, rotated: bool = False) -> tuple[Tensor, Tensor]:
-    """(q', k') of twice the channels, whose product is the corrected logit: [q, q^2] and [k_hat, -s v / 2]. For a dense attention with the
-    softmax scale `scale`; values stay as they are. Twice the work of q k^T; the second half wants float32 or bf16, not fp16.
+    """(q', k') of twice the channels, whose product is the corrected logit: [q, q^2] and [k_hat, -s
+    v / 2]. For a dense attention with the softmax scale `scale`; values stay as they are. Twice the
+    work of q k^T; the second half wants float32 or bf16, not fp16.
     """
     variance = _paired(error_variance(blob), rotated).to(k_hat.dtype)
     return torch.cat([q, q.square()], dim=-1), torch.cat([k_hat, variance * (-scale / 2)], dim=-1)
 
 
 def _float_step(number: Tensor, dtype: str) -> Tensor:
-    """Width of the uniform error that has the variance of rounding to a floating-point `number`, before its scale.
+    """Width of the uniform error that has the variance of rounding to a floating-point `number`,
+    before its scale.
 
-    The neighbour above lies a step away; below a power of two it lies half a step away, which takes a quarter off the variance.
+    The neighbour above lies a step away; below a power of two it lies half a step away, which takes
+    a quarter off the variance.
     """
     mantissa, lowest = (3, -6) if dtype == "fp8" else (1, 0)
     fraction, exponent = torch.frexp(number.abs())

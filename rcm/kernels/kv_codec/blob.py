@@ -15,7 +15,9 @@ from rcm.kernels.kv_codec.codes import Codes
 from rcm.kernels.kv_codec.smoothing import Undo, unsmooth
 
 FIELDS = 7
-"""Tensors of a blob, absent ones included: codes, scales, zeros, unit, centroids, assignments, what undoes the smoothing."""
+"""Tensors of a blob, absent ones included: codes, scales, zeros, unit, centroids, assignments, what
+undoes the smoothing.
+"""
 
 
 ALIGNMENT = 16
@@ -24,7 +26,8 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True, eq=False)
 class Blob:
-    """Keys or values of one chunk and layer: `codes`, or the plain bf16 tensor; what undoes the smoothing; clusters.
+    """Keys or values of one chunk and layer: `codes`, or the plain bf16 tensor; what undoes the
+    smoothing; clusters.
 
     `dtype` is what was encoded.
     """
@@ -54,7 +57,9 @@ class Blob:
 
     @cached_property
     def addresses(self) -> tuple[int, ...]:
-        """Where its fields lie; 0 for what is absent. Every tensor is one block of memory from there."""
+        """Where its fields lie; 0 for what is absent. Every tensor is one block of memory from
+        there.
+        """
         return tuple(0 if x is None else x.data_ptr() for x in self.fields)
 
     @property
@@ -63,7 +68,9 @@ class Blob:
         return sum(x.nbytes for x in self.fields if x is not None)
 
     def likes(self, count: int, device: torch.device | str) -> list[Blob]:
-        """`count` blobs of the same form with tensors not yet written, on `device`, in few allocations; on "meta", the form alone."""
+        """`count` blobs of the same form with tensors not yet written, on `device`, in few
+        allocations; on "meta", the form alone.
+        """
         fields: list[Sequence[Tensor | None]] = []
         for x in self.fields:
             if x is None:
@@ -93,7 +100,9 @@ class Blob:
 
 
 def reference(blob: Blob) -> Tensor:
-    """float32 [B, S, N, D] by plain torch: what every other way of restoring must equal once rounded to the same dtype."""
+    """float32 [B, S, N, D] by plain torch: what every other way of restoring must equal once
+    rounded to the same dtype.
+    """
     plain = coding.decode(blob.codes) if isinstance(blob.codes, Codes) else blob.codes.float()
     plain = unsmooth(plain, blob.undo)
     return plain if blob.clusters is None else add_back(plain, blob.clusters)

@@ -1,5 +1,5 @@
-"""Triton kernels of k-means on the unit sphere with one map for all heads: features, an iteration in two launches. No atomics: sums are
-taken tile by tile in a fixed order, so results repeat.
+"""Triton kernels of k-means on the unit sphere with one map for all heads: features, an iteration
+in two launches. No atomics: sums are taken tile by tile in a fixed order, so results repeat.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import triton.language as tl
 
 @triton.jit
 def features(x, points, strides, sizes, TOKENS: tl.constexpr, D: tl.constexpr):
-    """points[b, s] = the mean over heads of x[b, s], of length 1. `strides` of x over batch, token, head; `sizes` = (tokens, heads)."""
+    """points[b, s] = the mean over heads of x[b, s], of length 1. `strides` of x over batch, token,
+    head; `sizes` = (tokens, heads).
+    """
     tokens, heads = sizes
     stride_b, stride_s, stride_n = strides
     batch = tl.program_id(1).to(tl.int64)
@@ -32,8 +34,8 @@ def assign(
     points, centres, assigned, partial, tokens, clusters, tiles,
     TOKENS: tl.constexpr, CLUSTERS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """The nearest centre [B, k, D] of every point [B, S, D], the first of equals, and for a tile of tokens the sum [B, tiles, k, D] of the
-    points of every cluster; those past the end are zero.
+    """The nearest centre [B, k, D] of every point [B, S, D], the first of equals, and for a tile of
+    tokens the sum [B, tiles, k, D] of the points of every cluster; those past the end are zero.
     """
     batch, tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
     token = tile * TOKENS + tl.arange(0, TOKENS)
@@ -63,7 +65,9 @@ def assign(
 
 @triton.jit
 def recentre(partial, centres, clusters, tiles, CLUSTERS: tl.constexpr, D: tl.constexpr):
-    """Centres as the sums of their points, tile after tile, at length 1, which are the means at length 1; zero without any."""
+    """Centres as the sums of their points, tile after tile, at length 1, which are the means at
+    length 1; zero without any.
+    """
     batch = tl.program_id(1).to(tl.int64)
     which = tl.program_id(0) * CLUSTERS + tl.arange(0, CLUSTERS)
     channel = tl.arange(0, D)[None, :]

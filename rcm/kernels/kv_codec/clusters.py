@@ -1,6 +1,8 @@
-"""Clustered residuals: tokens lose the mean of their cluster before they are quantised (Quant VideoGen, arXiv 2602.02958).
+"""Clustered residuals: tokens lose the mean of their cluster before they are quantised (Quant
+VideoGen, arXiv 2602.02958).
 
-Everything is batched matrix products, gathers and argmin: no atomics, so results repeat bit for bit on one device.
+Everything is batched matrix products, gathers and argmin: no atomics, so results repeat bit for bit
+on one device.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ class Clusters:
     """Stages of clusters of one tensor.
 
     centroids    [stages, B, k, N, D]: bf16, or the dtype of the tensor in mode "official".
-    assignments  [stages, B, S] with one map for all heads, else [stages, B, S, N]: uint8, int16 or int32. None with one cluster: its mean.
+    assignments  [stages, B, S] with one map for all heads, else [stages, B, S, N]: uint8, int16 or
+                 int32. None with one cluster: its mean.
     first_stage_first  order in which the stages are added back.
     """
 
@@ -39,8 +42,8 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Clustering:
-    """How to cluster: `clusters`, `iters`, `stages`, one map for all heads or one per head, the mode of the codec, and whether by kernels
-    where they apply, whose sums differ in the last bits.
+    """How to cluster: `clusters`, `iters`, `stages`, one map for all heads or one per head, the
+    mode of the codec, and whether by kernels where they apply, whose sums differ in the last bits.
     """
 
     clusters: int
@@ -52,8 +55,9 @@ class Clustering:
 
 
 class Clustered(NamedTuple):
-    """A tensor taken apart. `residual` of all stages but the last, whose `subtract` = (centroids [B, k, N, D], assignments) is still to be
-    taken off (`members`); `centres` per stage, which start the next chunk where they fit.
+    """A tensor taken apart. `residual` of all stages but the last, whose `subtract` = (centroids
+    [B, k, N, D], assignments) is still to be taken off (`members`); `centres` per stage, which
+    start the next chunk where they fit.
     """
 
     residual: Tensor
@@ -65,8 +69,8 @@ class Clustered(NamedTuple):
 def cluster(x: Tensor, how: Clustering, warm: Sequence[Tensor] | None = None) -> Clustered:
     """Clusters of `x` [B, S, N, D].
 
-    The residual is float32, or of the dtype of `x` in mode "official" and before any stage. It is taken against the centroids as stored,
-    except in mode "release", which subtracts them unrounded.
+    The residual is float32, or of the dtype of `x` in mode "official" and before any stage. It is
+    taken against the centroids as stored, except in mode "release", which subtracts them unrounded.
     """
     official = how.mode == "official"
     residual = x
@@ -111,15 +115,18 @@ def index_dtype(k: int) -> torch.dtype:
 
 
 def features(x: Tensor, *, shared: bool) -> Tensor:
-    """What tokens are compared by, of length 1: [B, 1, S, D] their mean over heads, or [B, N, S, D]."""
+    """What tokens are compared by, of length 1: [B, 1, S, D] their mean over heads, or [B, N, S,
+    D].
+    """
     return F.normalize(x.mean(2).unsqueeze(1) if shared else x.transpose(1, 2), dim=-1)
 
 
 def spherical(points: Tensor, k: int, *, iters: int, start: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Assignments [B, S] (one map, G = 1) or [B, S, G], and unit centres [B, G, k, D], of unit `points` [B, G, S, D].
+    """Assignments [B, S] (one map, G = 1) or [B, S, G], and unit centres [B, G, k, D], of unit
+    `points` [B, G, S, D].
 
-    Starts from `start` where its shape fits, else from tokens at even distances; at least one iteration; a cluster that loses its
-    members becomes the zero vector.
+    Starts from `start` where its shape fits, else from tokens at even distances; at least one
+    iteration; a cluster that loses its members becomes the zero vector.
     """
     b, g, s, d = points.shape
     if start is not None and start.shape == (b, g, k, d):
@@ -133,10 +140,12 @@ def spherical(points: Tensor, k: int, *, iters: int, start: Tensor | None) -> tu
 
 
 def euclidean(x: Tensor, k: int, *, iters: int, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Lloyd's iterations per head, as "official" runs them: (centroids [B, k, N, D], assignments [B, S, N], centres [B, N, k, D]).
+    """Lloyd's iterations per head, as "official" runs them: (centroids [B, k, N, D], assignments
+    [B, S, N], centres [B, N, k, D]).
 
-    At most `iters`, ending when less than a share of 1e-4 of the assignments changes; an empty cluster keeps its centre. The package starts
-    from random tokens; here from tokens at even distances unless `start` is given, so that results repeat.
+    At most `iters`, ending when less than a share of 1e-4 of the assignments changes; an empty
+    cluster keeps its centre. The package starts from random tokens; here from tokens at even
+    distances unless `start` is given, so that results repeat.
     """
     points = x.transpose(1, 2)
     b, n, s, d = points.shape
@@ -145,7 +154,8 @@ def euclidean(x: Tensor, k: int, *, iters: int, start: Tensor | None) -> tuple[T
     else:
         centres = points[:, :, torch.linspace(0, s - 1, k, device=x.device).round().long()]
     settled, previous = torch.zeros((), dtype=torch.bool, device=x.device), None
-    for _ in range(max(1, iters)):  # once settled nothing changes: the host, which may be capturing, does not wait to see it
+    # once settled nothing changes: the host, which may be capturing, does not wait to see it
+    for _ in range(max(1, iters)):
         nearest = nearest_centre(points.float(), centres.float())
         if previous is not None:
             settled = settled | ((nearest != previous).float().mean() < OFFICIAL_TOLERANCE)
@@ -156,12 +166,16 @@ def euclidean(x: Tensor, k: int, *, iters: int, start: Tensor | None) -> tuple[T
 
 
 def nearest_centre(points: Tensor, centres: Tensor) -> Tensor:
-    """Index [B, G, S] of the centre [B, G, k, D] at the least Euclidean distance from each of `points` [B, G, S, D]."""
+    """Index [B, G, S] of the centre [B, G, k, D] at the least Euclidean distance from each of
+    `points` [B, G, S, D].
+    """
     return torch.argmin(centres.square().sum(-1).unsqueeze(2) - 2 * (points @ centres.mT), dim=-1)
 
 
 def member_means(x: Tensor, assigned: Tensor, k: int, *, fused: bool = False) -> Tensor:
-    """Means float32 [B, k, N, D] of the members of every cluster of `x` [B, S, N, D]; zero where there are none."""
+    """Means float32 [B, k, N, D] of the members of every cluster of `x` [B, S, N, D]; zero where
+    there are none.
+    """
     if fused and (means := fused_clusters.member_means(x, assigned, k)) is not None:
         return means
     x = x.float()
@@ -171,14 +185,18 @@ def member_means(x: Tensor, assigned: Tensor, k: int, *, fused: bool = False) ->
 
 
 def members(centroids: Tensor, assigned: Tensor) -> Tensor:
-    """The centroid of every token: [B, S, N, D] of centroids [B, k, N, D] and assignments [B, S] or [B, S, N]."""
+    """The centroid of every token: [B, S, N, D] of centroids [B, k, N, D] and assignments [B, S] or
+    [B, S, N].
+    """
     b, _, n, d = centroids.shape
     index = assigned.long() if assigned.dim() == 3 else assigned.long().unsqueeze(2).expand(-1, -1, n)
     return centroids.gather(1, index.unsqueeze(3).expand(b, -1, n, d))
 
 
 def _means(points: Tensor, assigned: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Means [B, G, k, D] of points [B, G, S, D] by cluster, by a product with the indicator matrix, and member counts [B, G, k, 1]."""
+    """Means [B, G, k, D] of points [B, G, S, D] by cluster, by a product with the indicator matrix,
+    and member counts [B, G, k, 1].
+    """
     belongs = (assigned.unsqueeze(2) == torch.arange(k, device=points.device).view(1, 1, k, 1)).to(points.dtype)
     counts = belongs.sum(-1, keepdim=True)
     return (belongs @ points) / counts.clamp(min=1), counts

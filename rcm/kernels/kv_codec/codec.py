@@ -23,11 +23,12 @@ _BY_ADDRESS: WeakValueDictionary[int, Blob] = WeakValueDictionary()
 
 
 class KVCodec:
-    """Encodes and restores chunks [B, S, N, D] after `spec`. Holds nothing but the cluster centres that the next chunk of a layer starts
-    from; a second stream takes a `fork`.
+    """Encodes and restores chunks [B, S, N, D] after `spec`. Holds nothing but the cluster centres
+    that the next chunk of a layer starts from; a second stream takes a `fork`.
 
-    Blobs can also be read and written by address (`table`, `restore`, `encode_to`): which blobs is then device data, so that a captured
-    graph serves one chunk after another. Centres stay where they are for that; `generation` counts how often they could not.
+    Blobs can also be read and written by address (`table`, `restore`, `encode_to`): which blobs is
+    then device data, so that a captured graph serves one chunk after another. Centres stay where
+    they are for that; `generation` counts how often they could not.
     """
 
     def __init__(self, spec: KVCodecSpec) -> None:
@@ -43,7 +44,9 @@ class KVCodec:
         return self.spec.bias_correction
 
     def key_gain(self, q: Tensor, blob: Blob, *, scale: float, rotated: bool) -> Tensor:
-        """`bias.segment_gain` of the keys in `blob`, [B, N, L]; what does not depend on `q` is kept as long as the blob lives."""
+        """`bias.segment_gain` of the keys in `blob`, [B, N, L]; what does not depend on `q` is kept
+        as long as the blob lives.
+        """
         if blob not in self._variances:
             self._variances[blob] = bias.segment_variance(blob)
         return bias.gain_of(q, self._variances[blob], scale=scale, rotated=rotated)
@@ -73,7 +76,9 @@ class KVCodec:
         out.copy_(reference(blob))
 
     def captures(self, device: torch.device) -> bool:
-        """Whether `restore` and `encode_to` can be part of a captured graph on `device`: not without the Triton launches."""
+        """Whether `restore` and `encode_to` can be part of a captured graph on `device`: not
+        without the Triton launches.
+        """
         return device.type != "cuda" or self.spec.triton_restore
 
     def addresses(self, blobs: Sequence[Blob]) -> Tensor:
@@ -86,8 +91,9 @@ class KVCodec:
     def restore(
         self, like: Blob, table: Tensor, starts: Tensor, out: Tensor, *, side: Side, turn: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        """Write the blobs at the addresses in `table` int64 [P, 7], all in the form of `like`, into `out` [B, L, N, D] from its tokens
-        `starts` int64 [P] on. `turn`: cos and sin [L, D / 2] of a rotation of what was restored, on CUDA.
+        """Write the blobs at the addresses in `table` int64 [P, 7], all in the form of `like`, into
+        `out` [B, L, N, D] from its tokens `starts` int64 [P] on. `turn`: cos and sin [L, D / 2] of
+        a rotation of what was restored, on CUDA.
         """
         if self._fused(out) and fused_kernels.restore(like, table, starts, out, turn=turn):
             return
@@ -105,7 +111,9 @@ class KVCodec:
             _BY_ADDRESS[int(row[0])].copy_(blob)
 
     def is_ready(self, like: Blob, *, side: Side, layer: int) -> bool:
-        """Whether `encode_to` of a chunk in the form of `like` can be captured: its centres, if any, are at hand."""
+        """Whether `encode_to` of a chunk in the form of `like` can be captured: its centres, if
+        any, are at hand.
+        """
         if self.spec.side(side).smoothing != "qvg" or not self.spec.qvg_warm_start or like.clusters is None:
             return True
         if like.clusters.assignments is None:
@@ -118,7 +126,9 @@ class KVCodec:
         return blob.nbytes
 
     def select(self, blob: Blob, index: Tensor, *, side: Side) -> Blob:
-        """A blob of the tokens `index` ([K], or [B, K] per sample), decoded, gathered and coded anew; leaves the warm start as it is."""
+        """A blob of the tokens `index` ([K], or [B, K] per sample), decoded, gathered and coded
+        anew; leaves the warm start as it is.
+        """
         whole = self.decode(blob, side=side)
         kept = whole[:, index] if index.dim() == 1 else whole.gather(1, index[:, :, None, None].expand(-1, -1, *whole.shape[2:]))
         return self._encode(kept, side, None)[0]
@@ -176,7 +186,8 @@ class KVCodec:
         fmt = CodeFormat(how.dtype, how.group_size, spec.granularity(side), how.asymmetric, spec.mode)
         if spec.mode == "official":
             fmt = coding.check_official(x.shape, fmt, flag=f"kv_group_size_{side[0]}")
-            if subtract is not None:  # rounds the residual to the dtype of x, which the kernel does not
+            # rounds the residual to the dtype of x, which the kernel does not
+            if subtract is not None:
                 smoothed, subtract = smoothed - members(*subtract), None
         codes = fused_kernels.encode(smoothed, fmt, subtract) if spec.triton_restore else None
         if codes is None:

@@ -1,7 +1,8 @@
 """Codes of one tensor: groups with a scale, numbers of 8, 4 or 2 bits, packed into bytes.
 
-A tensor [B, S, N, D] is seen as rows [R, L, C]: groups run along L, and C is what lies innermost in memory (all channels of all heads
-where groups run over tokens, else 1). So only groups that run over the tokens and channels of a head transpose the tensor.
+A tensor [B, S, N, D] is seen as rows [R, L, C]: groups run along L, and C is what lies innermost in
+memory (all channels of all heads where groups run over tokens, else 1). So only groups that run
+over the tokens and channels of a head transpose the tensor.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ E4M3_MAX, E4M3_STEP = 448.0, 2.0**-9
 
 @dataclass(frozen=True)
 class CodeFormat:
-    """How groups become codes: the type of the numbers, the elements of a group (0: all), along which axis, with a zero or not, and the
-    mode (`spec.KVCodecSpec`).
+    """How groups become codes: the type of the numbers, the elements of a group (0: all), along
+    which axis, with a zero or not, and the mode (`spec.KVCodecSpec`).
     """
 
     dtype: str
@@ -135,7 +136,9 @@ def rows_shape(shape: tuple[int, int, int, int], granularity: str) -> tuple[int,
 
 
 def scales_of(low: Tensor, high: Tensor, fmt: CodeFormat, *, batch: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Stored scales, zeros and units of groups with extremes `low`, `high` float32 [R, groups, C]."""
+    """Stored scales, zeros and units of groups with extremes `low`, `high` float32 [R, groups,
+    C].
+    """
     exact = exact_scales(low, high, fmt)
     if fmt.asymmetric:
         stored = E4M3 if fmt.mode == "official" else torch.float16
@@ -166,7 +169,9 @@ def exact_scales(low: Tensor, high: Tensor, fmt: CodeFormat) -> Tensor:
 def divisors(
     low: Tensor, high: Tensor, scales: Tensor, zeros: Tensor | None, unit: Tensor | None, fmt: CodeFormat
 ) -> tuple[Tensor, Tensor | None]:
-    """What codes are computed with, float32 [R, groups, C]: the scale and the zero. "release" divides by the scale before rounding it."""
+    """What codes are computed with, float32 [R, groups, C]: the scale and the zero. "release"
+    divides by the scale before rounding it.
+    """
     scale = exact_scales(low, high, fmt) if fmt.mode == "release" else effective(scales, unit)
     return scale, None if zeros is None else zeros.float()
 
@@ -180,7 +185,9 @@ def numbers(x: Tensor, scale: Tensor, zero: Tensor | None, fmt: CodeFormat) -> T
     """Codes of `x` [R, groups, g, C]: e4m3 for fp8, int8 for symmetric int8, else uint8."""
     scale = scale.unsqueeze(2)
     y = (x if zero is None else x - zero.unsqueeze(2)) / scale
-    if fmt.mode == "official":  # a scale that rounded to zero divides by it: infinities become the last code, 0 / 0 is taken as 0
+    # a scale that rounded to zero divides by it: infinities become the last code, 0 / 0 is taken as
+    # 0
+    if fmt.mode == "official":
         y = torch.where(y.isnan(), 0.0, y)
     top = 2 ** BITS[fmt.dtype] - 1
     if fmt.dtype == "fp8":
@@ -202,7 +209,9 @@ def numbers(x: Tensor, scale: Tensor, zero: Tensor | None, fmt: CodeFormat) -> T
 
 
 def nearest(y: Tensor, table: tuple[float, ...]) -> Tensor:
-    """Index (uint8) of the entry nearest to each element by float32 distance; the first of equals."""
+    """Index (uint8) of the entry nearest to each element by float32 distance; the first of
+    equals.
+    """
     index = torch.zeros(y.shape, dtype=torch.uint8, device=y.device)
     best = (y - table[0]).abs()
     for i, entry in enumerate(table[1:], 1):
@@ -213,7 +222,9 @@ def nearest(y: Tensor, table: tuple[float, ...]) -> Tensor:
 
 
 def pack(numbers: Tensor, fmt: CodeFormat) -> Tensor:
-    """[R, L, C] codes as bytes [R, ceil(L / codes in a byte), C]; the last byte is filled up with zeros."""
+    """[R, L, C] codes as bytes [R, ceil(L / codes in a byte), C]; the last byte is filled up with
+    zeros.
+    """
     if fmt.per_byte == 1:
         return numbers.contiguous()
     r, length, c = numbers.shape
@@ -243,7 +254,9 @@ def shift(place: int, fmt: CodeFormat) -> int:
 
 
 def check_official(shape: tuple[int, ...], fmt: CodeFormat, *, flag: str) -> CodeFormat:
-    """`fmt` with its group fixed for heads of D channels; `ConfigError` where the group does not divide them, as the package demands."""
+    """`fmt` with its group fixed for heads of D channels; `ConfigError` where the group does not
+    divide them, as the package demands.
+    """
     g = group_length(shape[3], fmt.group_size)
     if shape[3] % g:
         raise ConfigError(f"--{flag}={g} must divide the {shape[3]} channels of a head with --kv_mode official")

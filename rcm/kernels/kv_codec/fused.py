@@ -1,5 +1,6 @@
-"""From tensors and blobs to launches of `kernels`: any number of blobs restored in one, a tensor encoded in two. They equal the plain
-torch of `codes`, `smoothing` and `clusters` bit for bit, and say no where they do not apply.
+"""From tensors and blobs to launches of `kernels`: any number of blobs restored in one, a tensor
+encoded in two. They equal the plain torch of `codes`, `smoothing` and `clusters` bit for bit, and
+say no where they do not apply.
 """
 
 from __future__ import annotations
@@ -20,23 +21,29 @@ ELEMENTS = 4096
 """Elements per program of restore, bytes per program of encode times codes in a byte."""
 MAX_COLS = 256
 TILES = 3
-"""Tiles across that a program of restore takes, for which it loads the angles of its tokens once."""
+"""Tiles across that a program of restore takes, for which it loads the angles of its tokens
+once.
+"""
 DEPOSITED = 16384
 """Bytes per program of deposit."""
 
 
 def fits(shape: tuple[int, ...], fmt: CodeFormat) -> bool:
-    """Whether groups and bytes of the format are those that encoding has kernels for: over tokens, or within the channels of a head."""
+    """Whether groups and bytes of the format are those that encoding has kernels for: over tokens,
+    or within the channels of a head.
+    """
     if fmt.granularity == "channel":
         return True
     return fmt.granularity == "token" and not (shape[3] % coding.group_length(shape[3], fmt.group_size) or shape[3] % fmt.per_byte)
 
 
 def restore(like: Blob, table: Tensor, starts: Tensor, out: Tensor, *, turn: tuple[Tensor, Tensor] | None = None) -> bool:
-    """Write the blobs at the addresses of `table` int64 [P, 7] (`Blob.addresses`), all in the form of `like`, into `out` [B, L, N, D] from
-    the tokens `starts` int64 [P] on, with one launch; False, and nothing done, where it cannot.
+    """Write the blobs at the addresses of `table` int64 [P, 7] (`Blob.addresses`), all in the form
+    of `like`, into `out` [B, L, N, D] from the tokens `starts` int64 [P] on, with one launch;
+    False, and nothing done, where it cannot.
 
-    `turn`: cos and sin [L, D / 2] of the angles by which the restored channel pairs of each token are turned.
+    `turn`: cos and sin [L, D / 2] of the angles by which the restored channel pairs of each token
+    are turned.
     """
     if not (runs_on(out) and out.dtype in FLOATS and out.stride(3) == 1):
         return False
@@ -81,7 +88,9 @@ def restore(like: Blob, table: Tensor, starts: Tensor, out: Tensor, *, turn: tup
 
 
 def row_of(blob: Blob) -> Tensor:
-    """The addresses of one blob and a start of 0, int64 [8] on its device, written there by a launch: nothing is copied from the host."""
+    """The addresses of one blob and a start of 0, int64 [8] on its device, written there by a
+    launch: nothing is copied from the host.
+    """
     from rcm.kernels.kv_codec import restore_kernels as kernels
 
     row = torch.empty(FIELDS + 1, dtype=torch.int64, device=blob.device)
@@ -138,7 +147,9 @@ def _clusters_constants(clusters: Clusters | None) -> dict[str, Any]:
 
 
 def encode(x: Tensor, fmt: CodeFormat, subtract: tuple[Tensor, Tensor] | None = None) -> Codes | None:
-    """`codes.encode` of `x` [B, S, N, D], less centroids [B, k, N, D] by assignments if `subtract` gives them; None where it cannot."""
+    """`codes.encode` of `x` [B, S, N, D], less centroids [B, k, N, D] by assignments if `subtract`
+    gives them; None where it cannot.
+    """
     if not (runs_on(x) and fits(x.shape, fmt) and x.dtype in FLOATS) or x.numel() == 0:
         return None
     x = x if x.stride(3) == 1 else x.contiguous()

@@ -1,4 +1,6 @@
-"""`clusters.spherical` with one map for all heads in two launches per iteration, and the means of raw tokens by 16-bit products."""
+"""`clusters.spherical` with one map for all heads in two launches per iteration, and the means of
+raw tokens by 16-bit products.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ RECENTRED = 4
 
 
 def spherical(x: Tensor, k: int, *, iters: int, start: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Assignments int32 [B, S] and unit centres [B, 1, k, D] of `x` [B, S, N, D] by the means over its heads; None where kernels
-    cannot run. As `clusters.spherical` of `clusters.features`, but for the last bits of sums.
+    """Assignments int32 [B, S] and unit centres [B, 1, k, D] of `x` [B, S, N, D] by the means over
+    its heads; None where kernels cannot run. As `clusters.spherical` of `clusters.features`, but
+    for the last bits of sums.
     """
     b, s, n, d = x.shape
     if not (runs_on(x) and x.dtype in FLOATS and x.stride(3) == 1 and d >= 16 and d & (d - 1) == 0 and d <= 256):
@@ -40,8 +43,9 @@ def spherical(x: Tensor, k: int, *, iters: int, start: Tensor | None) -> tuple[T
 
 
 def member_means(x: Tensor, assigned: Tensor, k: int) -> Tensor | None:
-    """`clusters.member_means` of 16-bit `x` on CUDA with one map for all heads, float32 [B, k, N, D]: the indicator matrix and the tokens
-    are exact in 16 bits, and sums are taken in float32. None elsewhere.
+    """`clusters.member_means` of 16-bit `x` on CUDA with one map for all heads, float32 [B, k, N,
+    D]: the indicator matrix and the tokens are exact in 16 bits, and sums are taken in float32.
+    None elsewhere.
     """
     if not (x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and assigned.dim() == 2):
         return None

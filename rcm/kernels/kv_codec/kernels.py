@@ -1,7 +1,7 @@
 """Triton kernels that encode: extremes of groups, codes.
 
-A tensor is seen as [B, S, W], W = N D channels of all heads. CHANNEL: groups and bytes run over tokens, else over channels; either way
-neighbouring lanes read neighbouring addresses.
+A tensor is seen as [B, S, W], W = N D channels of all heads. CHANNEL: groups and bytes run over
+tokens, else over channels; either way neighbouring lanes read neighbouring addresses.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def _to_e4m3(y):
 
 @triton.jit
 def _to_even(y):
-    """Whole numbers nearest to `y`, |y| < 2^22, halves to even: 1.5 2^23 leaves no bits for a fraction."""
+    """Whole numbers nearest to `y`, |y| < 2^22, halves to even: 1.5 2^23 leaves no bits for a
+    fraction.
+    """
     return (y + 12582912.0) - 12582912.0
 
 
@@ -58,7 +60,9 @@ def extremes(
     GROUP: tl.constexpr, CHANNEL: tl.constexpr, HAS_CLUSTERS: tl.constexpr, PER_HEAD: tl.constexpr, D: tl.constexpr,
     ALONG: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Least and largest element of every group, float32. A program takes ACROSS groups; ALONG is GROUP up to a power of two."""
+    """Least and largest element of every group, float32. A program takes ACROSS groups; ALONG is
+    GROUP up to a power of two.
+    """
     _, tokens, heads, _ = sizes
     width = heads * D
     batch = tl.program_id(2).to(tl.int64)
@@ -126,7 +130,8 @@ def write_codes(
     DTYPE: tl.constexpr, ASYMMETRIC: tl.constexpr, OFFICIAL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, CHANNEL: tl.constexpr,
     HAS_CLUSTERS: tl.constexpr, PER_HEAD: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Packed codes of a tensor given what they are computed with: float32 `scale` and `zero` per group.
+    """Packed codes of a tensor given what they are computed with: float32 `scale` and `zero` per
+    group.
 
     A program writes TOKENS x COLS bytes.
     """

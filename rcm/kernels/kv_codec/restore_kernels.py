@@ -1,7 +1,7 @@
 """Triton kernels that read and write blobs by address: restore, deposit.
 
-Numbers of e4m3 are taken apart by integer arithmetic where the device has no such type, and every product of a number and its scale is
-exact (README.md).
+Numbers of e4m3 are taken apart by integer arithmetic where the device has no such type, and every
+product of a number and its scale is exact (README.md).
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ KINDS = {
 
 @triton.jit
 def _e4m3(bits):
-    """float32 of the bits (int32) of e4m3 numbers: of a half float whose exponent is too small by 8."""
+    """float32 of the bits (int32) of e4m3 numbers: of a half float whose exponent is too small by
+    8.
+    """
     half = (((bits & 127) << 7) | ((bits & 128) << 8)).to(tl.int16).to(tl.float16, bitcast=True)
     return half.to(tl.float32) * 256.0
 
@@ -53,7 +55,9 @@ def _at(row, field: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def _place(batch, token, head, channel, tokens, heads, AXIS: tl.constexpr, GROUP: tl.constexpr, PER_BYTE: tl.constexpr, D: tl.constexpr):
-    """(byte, place in it, group) of elements whose rows do not run over tokens: where `codes.pack` put them, and their scale."""
+    """(byte, place in it, group) of elements whose rows do not run over tokens: where `codes.pack`
+    put them, and their scale.
+    """
     if AXIS == "token":
         row, at, length = (batch * tokens + token) * heads + head, channel, D
     elif AXIS == "head":
@@ -61,14 +65,17 @@ def _place(batch, token, head, channel, tokens, heads, AXIS: tl.constexpr, GROUP
     else:
         row, at, length = batch, (token * heads + head) * D + channel, tokens * heads * D
     if AXIS == "token" and D % GROUP == 0 and D % PER_BYTE == 0:
-        flat = row * D + at  # one division of a running index keeps neighbouring lanes on neighbouring addresses
+        # one division of a running index keeps neighbouring lanes on neighbouring addresses
+        flat = row * D + at
         return flat // PER_BYTE, at % PER_BYTE, flat // GROUP
     return row * tl.cdiv(length, PER_BYTE) + at // PER_BYTE, at % PER_BYTE, row * tl.cdiv(length, GROUP) + at // GROUP
 
 
 @triton.jit
 def _spread(ptr, row, tile, there, width, GROUP: tl.constexpr, E4M3: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr):
-    """Scales or zeros [T, C] of groups along the channels of tokens `row` [T, 1], each loaded once for its GROUP neighbours."""
+    """Scales or zeros [T, C] of groups along the channels of tokens `row` [T, 1], each loaded once
+    for its GROUP neighbours.
+    """
     group = (tile * (COLS // GROUP) + tl.arange(0, COLS // GROUP))[None, :]
     held = _stored(ptr, row * (width // GROUP) + group, there & (group * GROUP < width), E4M3)
     return tl.reshape(tl.broadcast_to(tl.expand_dims(held, 2), (TOKENS, COLS // GROUP, GROUP)), (TOKENS, COLS))
@@ -91,7 +98,9 @@ def _along_channels(
     DTYPE: tl.constexpr, OFFSET: tl.constexpr, HIGH_FIRST: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, E4M3: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_UNIT: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Elements of bytes (columns `byte` [1, C]) and groups that run along the channels of a head: a byte and its scale are loaded once."""
+    """Elements of bytes (columns `byte` [1, C]) and groups that run along the channels of a head: a
+    byte and its scale are loaded once.
+    """
     per_byte: tl.constexpr = 8 // BITS
     scales: tl.constexpr = tl.uint8 if E4M3 else tl.float16
     keep = (token < tokens) & (byte < heads * (D // per_byte))
@@ -119,13 +128,16 @@ def _elements(
     AXIS: tl.constexpr, E4M3: tl.constexpr, NATIVE: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_UNIT: tl.constexpr,
     D: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """number * scale (+ zero) of elements [T, C]. AXIS "channel": they are at the place PLACE of their bytes."""
+    """number * scale (+ zero) of elements [T, C]. AXIS "channel": they are at the place PLACE of
+    their bytes.
+    """
     per_byte: tl.constexpr = 8 // BITS
     scales: tl.constexpr = tl.uint8 if E4M3 else tl.float16
     if AXIS == "channel":
         source = head * D + channel
         byte, place = (batch * tl.cdiv(tokens, per_byte) + token // per_byte) * (heads * D) + source, PLACE
-        if GROUP % (TOKENS * per_byte) == 0:  # the tile lies in one group of tokens: a scale per column
+        # the tile lies in one group of tokens: a scale per column
+        if GROUP % (TOKENS * per_byte) == 0:
             first = tl.program_id(0) * (TOKENS * per_byte) // GROUP
             group, known = (batch * tl.cdiv(tokens, GROUP) + first) * (heads * D) + source, col < heads * D
         else:
@@ -174,13 +186,17 @@ def _hadamard(x, ROOT: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, COLS
 
 @triton.jit
 def _angles(table, place, there, D: tl.constexpr, COLS: tl.constexpr):
-    """cos or sin [T, C / 2] for the tokens at `place` [T, 1] and the channel pairs of whole heads."""
+    """cos or sin [T, C / 2] for the tokens at `place` [T, 1] and the channel pairs of whole
+    heads.
+    """
     return tl.load(table + place * (D // 2) + (tl.arange(0, COLS // 2) % (D // 2))[None, :], mask=there, other=0.0)
 
 
 @triton.jit
 def _turned(x, cos, sin, kind, TOKENS: tl.constexpr, COLS: tl.constexpr):
-    """Channel pairs of rows, rounded to `kind`, turned by the angles with `cos` and `sin` [T, C / 2]."""
+    """Channel pairs of rows, rounded to `kind`, turned by the angles with `cos` and `sin` [T, C /
+    2].
+    """
     even, odd = tl.split(tl.reshape(x.to(kind).to(tl.float32), (TOKENS, COLS // 2, 2)))
     return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (TOKENS, COLS))
 
@@ -194,11 +210,13 @@ def restore(
     PER_HEAD: tl.constexpr, TURN: tl.constexpr, FIELDS: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
     PLACES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """out[b, start + s, n, d] = number * scale (+ zero), unsmoothed, + centroids, for every blob of a table; turned if TURN.
+    """out[b, start + s, n, d] = number * scale (+ zero), unsmoothed, + centroids, for every blob of
+    a table; turned if TURN.
 
-    `table` int64 [blobs, FIELDS] of addresses (`blob.FIELDS`), `starts` int64 [blobs] first tokens in `out`, whose `strides` are over
-    batch, token, head; `sizes` = (batch, tokens, heads, clusters). A program takes TOKENS rows of bytes, each of which holds PLACES tokens,
-    and TILES times COLS columns; the angles of a token are loaded once.
+    `table` int64 [blobs, FIELDS] of addresses (`blob.FIELDS`), `starts` int64 [blobs] first tokens
+    in `out`, whose `strides` are over batch, token, head; `sizes` = (batch, tokens, heads,
+    clusters). A program takes TOKENS rows of bytes, each of which holds PLACES tokens, and TILES
+    times COLS columns; the angles of a token are loaded once.
     """
     batches, tokens, heads, clusters = sizes
     width = heads * D
@@ -248,7 +266,8 @@ def restore(
                 if PER_HEAD:
                     assigned = _at(row, 5, INDEX) + (stage * batches + batch) * tokens * heads
                     which += tl.load(assigned + token * heads + head, mask=keep, other=0).to(tl.int64)
-                elif INDEX is not None:  # loaded as a vector: a column would be loaded once per element
+                # loaded as a vector: a column would be loaded once per element
+                elif INDEX is not None:
                     assigned = _at(row, 5, INDEX) + (stage * batches + batch) * tokens
                     which += tl.load(assigned + line, mask=line < tokens, other=0).to(tl.int64)[:, None]
                 value += tl.load(centroids + which * width + col, mask=keep, other=0.0).to(tl.float32)
@@ -272,7 +291,9 @@ def write_row(row, codes, scales, zeros, unit, centroids, assignments, undo):
 
 @triton.jit
 def deposit(row, sources, sizes, FIELDS: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy the bytes of the tensors of one blob, `sizes` of them, to the addresses in a row of the table."""
+    """Copy the bytes of the tensors of one blob, `sizes` of them, to the addresses in a row of the
+    table.
+    """
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     for field in tl.static_range(FIELDS):
         if tl.program_id(1) == field:

@@ -1,4 +1,6 @@
-"""Softmax attention over keys that come in segments, one restored at a time: each gives its output and log-sum-exp; these merge exactly."""
+"""Softmax attention over keys that come in segments, one restored at a time: each gives its output
+and log-sum-exp; these merge exactly.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,15 @@ import torch
 from torch import Tensor
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-"""(q [B, L, N, D], k, v [B, S, N, D], scale) -> (output [B, L, N, D], log-sum-exp of the scaled logits [B, N, L])."""
+"""(q [B, L, N, D], k, v [B, S, N, D], scale) -> (output [B, L, N, D], log-sum-exp of the scaled
+logits [B, N, L]).
+"""
 
 
 class Segment(NamedTuple):
-    """Keys and values [B, S, N, D] and what their attention mass is too large by, in logits: [B, N, L] (`bias.segment_gain`) or None."""
+    """Keys and values [B, S, N, D] and what their attention mass is too large by, in logits: [B, N,
+    L] (`bias.segment_gain`) or None.
+    """
 
     k: Tensor
     v: Tensor
@@ -29,7 +35,9 @@ def plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The same by torch's FlashAttention, which also gives the log-sum-exp; on CUDA in bf16 or fp16."""
+    """The same by torch's FlashAttention, which also gives the log-sum-exp; on CUDA in bf16 or
+    fp16.
+    """
     operands = [x.transpose(1, 2) for x in (q, k, v)]
     if q.is_cuda:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(*operands, scale=scale)[:2]
@@ -39,9 +47,11 @@ def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor
 
 
 def attend_segments(q: Tensor, segments: Iterable[Segment], *, scale: float, attend: Attend = plain) -> Tensor:
-    """softmax(scale q k^T - gain) v over all segments together: [B, L, N, D] in the dtype of `q`; `ValueError` without any.
+    """softmax(scale q k^T - gain) v over all segments together: [B, L, N, D] in the dtype of `q`;
+    `ValueError` without any.
 
-    Takes one segment after another, so an iterator may restore each into the same memory. Sums are float32 (float64 for such inputs).
+    Takes one segment after another, so an iterator may restore each into the same memory. Sums are
+    float32 (float64 for such inputs).
     """
     out = total = None
     for segment in segments:

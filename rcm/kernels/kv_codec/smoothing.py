@@ -15,8 +15,8 @@ MAX_BALANCE = 16.0
 
 @dataclass(frozen=True)
 class Undo:
-    """What a smoothing needs to be undone: "none" (also of clip), "balance" with bf16 factors [B, 1, N, D], "hadamard", "reorder" with
-    int16 places [B, 1, N, D] of the original channels.
+    """What a smoothing needs to be undone: "none" (also of clip), "balance" with bf16 factors [B,
+    1, N, D], "hadamard", "reorder" with int16 places [B, 1, N, D] of the original channels.
     """
 
     kind: str = "none"
@@ -29,7 +29,9 @@ class Undo:
 
 
 def smooth(x: Tensor, kind: str, *, alpha: float, percentile: float) -> tuple[Tensor, Undo]:
-    """`x` float32 [B, S, N, D] transformed, and its undoing. `kind` is none, clip, balance, hadamard or reorder."""
+    """`x` float32 [B, S, N, D] transformed, and its undoing. `kind` is none, clip, balance,
+    hadamard or reorder.
+    """
     if kind == "none":
         return x, Undo()
     if kind == "clip":
@@ -58,7 +60,9 @@ def unsmooth(x: Tensor, undo: Undo) -> Tensor:
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Orthonormal Walsh-Hadamard transform of the last axis, its own inverse; `ConfigError` unless that axis is a power of two."""
+    """Orthonormal Walsh-Hadamard transform of the last axis, its own inverse; `ConfigError` unless
+    that axis is a power of two.
+    """
     d = x.shape[-1]
     if d & (d - 1):
         raise ConfigError(f"hadamard smoothing needs heads of a power of two channels, got {d}; choose another --kv_smoothing_k / _v")
@@ -69,7 +73,9 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def quantile(x: Tensor, share: float) -> Tensor:
-    """Quantile of the last axis, linear between neighbours. `torch.quantile` refuses more than 2^24 elements."""
+    """Quantile of the last axis, linear between neighbours. `torch.quantile` refuses more than 2^24
+    elements.
+    """
     place = share * (x.shape[-1] - 1)
     low = math.floor(place)
     top = x.topk(x.shape[-1] - low, dim=-1).values

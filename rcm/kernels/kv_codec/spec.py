@@ -24,10 +24,13 @@ class SideSpec:
 
     dtype        storage of one element; "bf16" keeps it.
     smoothing    what is done before quantising and undone after.
-    group_size   elements that share a scale, along the axis of the granularity; <= 0 or more than the axis: the whole axis.
-    granularity  "token": groups of channels of one token and head. "channel": groups of tokens of one channel. "head": groups over tokens
-                 and channels of a head. "tensor": over everything of a sample. "auto": keys channel, values token.
-    asymmetric   integers only: groups have a zero (their minimum) next to the scale, after KIVI (arXiv 2402.02750).
+    group_size   elements that share a scale, along the axis of the granularity; <= 0 or more than
+                 the axis: the whole axis.
+    granularity  "token": groups of channels of one token and head. "channel": groups of tokens of
+                 one channel. "head": groups over tokens and channels of a head. "tensor": over
+                 everything of a sample. "auto": keys channel, values token.
+    asymmetric   integers only: groups have a zero (their minimum) next to the scale, after KIVI
+                 (arXiv 2402.02750).
     """
 
     dtype: str = "bf16"
@@ -46,12 +49,14 @@ class SideSpec:
 class KVCodecSpec:
     """A codec for keys and values. Raises `ConfigError` naming the flag for what cannot be.
 
-    mode  "rcm": codes are computed with the scale that is stored; residuals with the centroids that are stored; scales are fp16 for types
-          of 8 bits and with a zero, else e4m3 times a power of two per sample. "release": the arithmetic of the Causal-rCM release of June
-          2026. "official": that of the package quant-videogen 0.1.0 (integers, groups of channels, none or qvg). docs/kv_cache.md says
+    mode  "rcm": codes are computed with the scale that is stored; residuals with the centroids that
+          are stored; scales are fp16 for types of 8 bits and with a zero, else e4m3 times a power
+          of two per sample. "release": the arithmetic of the Causal-rCM release of June
+          2026. "official": that of the package quant-videogen 0.1.0 (integers, groups of channels,
+                none or qvg). docs/kv_cache.md says
           how they differ.
-    bias_correction   attention takes off what coded keys draw too much of it (`bias.py`), chunk by chunk. Attention is then by segments and
-          no part of a captured graph.
+    bias_correction   attention takes off what coded keys draw too much of it (`bias.py`), chunk by
+          chunk. Attention is then by segments and no part of a captured graph.
     """
 
     key: SideSpec = SideSpec()
@@ -88,7 +93,9 @@ class KVCodecSpec:
         return self.key if side == "key" else self.value
 
     def granularity(self, side: Side) -> str:
-        """The granularity of a side with "auto" resolved: keys by channel, values by token; bf16 and all of "official" by token."""
+        """The granularity of a side with "auto" resolved: keys by channel, values by token; bf16
+        and all of "official" by token.
+        """
         chosen = self.side(side)
         if chosen.granularity != "auto":
             return chosen.granularity
@@ -96,7 +103,9 @@ class KVCodecSpec:
 
     @property
     def keys_before_rotation(self) -> bool:
-        """Whether the cache should hold keys before their rotation: always where keys are coded, as rotation spreads their outliers."""
+        """Whether the cache should hold keys before their rotation: always where keys are coded, as
+        rotation spreads their outliers.
+        """
         return not self.key.is_identity
 
     def describe(self) -> str:
@@ -115,7 +124,9 @@ class KVCodecSpec:
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> KVCodecSpec:
-        """From the values of `FLAGS` by name, such as `vars(args)`; what is absent takes its default, other names are not looked at."""
+        """From the values of `FLAGS` by name, such as `vars(args)`; what is absent takes its
+        default, other names are not looked at.
+        """
         value = {name: flags.get(name, default) for name, default in FLAGS.items()}
         sides = {side: SideSpec(**{f.name: value[f"kv_{f.name}_{side[0]}"] for f in fields(SideSpec)}) for side in SIDES}
         return cls(**sides, **{f.name: value[f"kv_{f.name}"] for f in fields(cls) if f.name not in SIDES})
@@ -142,7 +153,9 @@ class KVCodecSpec:
 
 
 def kivi(dtype: str = "int2", *, group_size: int = 64) -> KVCodecSpec:
-    """KIVI (arXiv 2402.02750): keys by channel, values by token, each group with a zero and a scale."""
+    """KIVI (arXiv 2402.02750): keys by channel, values by token, each group with a zero and a
+    scale.
+    """
     side = SideSpec(dtype=dtype, group_size=group_size, asymmetric=True)
     return KVCodecSpec(key=side, value=side)
 
@@ -151,7 +164,9 @@ FLAGS: dict[str, Any] = {
     **{f"kv_{f.name}_{side[0]}": f.default for f in fields(SideSpec) for side in SIDES},
     **{f"kv_{f.name}": f.default for f in fields(KVCodecSpec) if f.name not in SIDES},
 }
-"""Flag name -> default. Switches that are on by default are turned off by `--no_...` where the command line defines them so."""
+"""Flag name -> default. Switches that are on by default are turned off by `--no_...` where the
+command line defines them so.
+"""
 
 
 def _one_of(flag: str, value: object, choices: tuple[str, ...]) -> None:

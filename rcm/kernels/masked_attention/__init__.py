@@ -1,4 +1,6 @@
-"""Softmax attention under a mask, with gradient: one public function (contract in `api.py`, the method in README.md)."""
+"""Softmax attention under a mask, with gradient: one public function (contract in `api.py`, the
+method in README.md).
+"""
 
 from __future__ import annotations
 

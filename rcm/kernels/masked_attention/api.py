@@ -1,4 +1,6 @@
-"""The public contract of masked attention with gradient, and the explicit choice of its two halves."""
+"""The public contract of masked attention with gradient, and the explicit choice of its two
+halves.
+"""
 
 from __future__ import annotations
 
@@ -20,28 +22,35 @@ Forward = Literal["triton", "reference"]
 Backward = Literal["cudnn", "flash", "eager"]
 
 
-@torch._disable_dynamo  # torch.compiler.disable would import the compiler with this module; this one does at the first call
+# torch.compiler.disable would import the compiler with this module; this one does at the first call
+@torch._disable_dynamo
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float | None = None, forward: Forward, backward: Backward
 ) -> Tensor:
-    """Softmax attention under a mask, differentiable once in reverse mode: softmax(scale q k^T, masked) v.
+    """Softmax attention under a mask, differentiable once in reverse mode: softmax(scale q k^T,
+    masked) v.
 
     Inputs, any strides, one float dtype and device:
         q          `[B, Lq, N, D]`
         k          `[B, Lk, N, D]`
         v          `[B, Lk, N, Dv]`; Dv may differ from D
-        mask       a `MaskSpec` with `q_len = Lq`, `kv_len = Lk`; None lets every query see every key.
+        mask       a `MaskSpec` with `q_len = Lq`, `kv_len = Lk`; None lets every query see every
+                   key.
         scale      of the scores; None means `D ** -0.5`.
     Both halves are chosen by the caller and never replaced silently:
-        forward    "triton": one fused launch, CUDA (`flash_jvp` without tangents). "reference": eager, any device and dtype.
-        backward   how the gradient of one dense rectangle is computed (README.md): "cudnn" and "flash" (CUDA, 16 bit, head sizes in
-                   multiples of 8), "eager" (any device and dtype). dq of the first two differs in the last bit from run to run; "flash"
-                   is reproducible under `torch.use_deterministic_algorithms(True)`, where "cudnn" refuses.
-    Returns `[B, Lq, N, Dv]`, contiguous, in the dtype of q. Saves q, k, v, the result and the log-sum-exp for the backward pass, and
-    nothing quadratic; activation checkpointing may recompute it, or keep the result and the log-sum-exp (`rcm.kernels.replay`). Torch's
-    compiler sees one opaque call.
-    Raises `ValueError` (shapes, lengths, head sizes), `TypeError` (dtypes, devices), `RuntimeError` (dual tensors, Triton without CUDA),
-    `ConfigError` (unknown halves, or a backward that cannot take these heads while a gradient is needed).
+        forward    "triton": one fused launch, CUDA (`flash_jvp` without tangents). "reference":
+                   eager, any device and dtype.
+        backward   how the gradient of one dense rectangle is computed (README.md): "cudnn" and
+                   "flash" (CUDA, 16 bit, head sizes in multiples of 8), "eager" (any device and
+                   dtype). dq of the first two differs in the last bit from run to run; "flash" is
+                   reproducible under `torch.use_deterministic_algorithms(True)`, where "cudnn"
+                   refuses.
+    Returns `[B, Lq, N, Dv]`, contiguous, in the dtype of q. Saves q, k, v, the result and the
+    log-sum-exp for the backward pass, and nothing quadratic; activation checkpointing may recompute
+    it, or keep the result and the log-sum-exp (`rcm.kernels.replay`). Torch's compiler sees one
+    opaque call. Raises `ValueError` (shapes, lengths, head sizes), `TypeError` (dtypes, devices),
+    `RuntimeError` (dual tensors, Triton without CUDA), `ConfigError` (unknown halves, or a backward
+    that cannot take these heads while a gradient is needed).
     """
     if forward not in ("triton", "reference"):
         raise ConfigError(f"unknown forward {forward!r} of masked attention; choose from triton, reference")
@@ -72,7 +81,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: float, forw
     """(o, lse); called where no gradient is recorded."""
     problem = check_problem(q, k, v, q_dot=None, k_dot=None, v_dot=None, mask=mask, scale=scale, tangent_start=0)
     if forward == "triton":
-        from rcm.kernels.flash_jvp.launch import triton_jvp  # Triton is imported only when asked for
+        # Triton is imported only when asked for
+        from rcm.kernels.flash_jvp.launch import triton_jvp
 
         o, _, lse = triton_jvp(problem)
     else:

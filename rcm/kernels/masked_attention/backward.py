@@ -15,7 +15,9 @@ from rcm.kernels.masks import MaskSpec
 
 
 class Teeth(NamedTuple):
-    """The token ranges of one axis of a comb: `count` ranges of `length`, the i-th from `start + i step`."""
+    """The token ranges of one axis of a comb: `count` ranges of `length`, the i-th from `start + i
+    step`.
+    """
 
     start: int
     length: int
@@ -25,7 +27,8 @@ class Teeth(NamedTuple):
     def cut(self, x: Tensor, *, dim: int = 0) -> Tensor:
         """View of `x` with the ranges stacked in a new first axis."""
         stop = self.start + (self.count - 1) * self.step + self.length
-        view = x.narrow(dim, self.start, stop - self.start).unfold(dim, self.length, self.step)  # [..., count, ..., length]
+        # [..., count, ..., length]
+        view = x.narrow(dim, self.start, stop - self.start).unfold(dim, self.length, self.step)
         return view.movedim(-1, dim + 1).movedim(dim, 0)
 
     def part(self, first: int, last: int) -> Teeth:
@@ -34,7 +37,9 @@ class Teeth(NamedTuple):
 
 
 class Move(NamedTuple):
-    """Ranges `[first, last)` of a call's result: into the wide sum or straight into the result, by addition or by copy."""
+    """Ranges `[first, last)` of a call's result: into the wide sum or straight into the result, by
+    addition or by copy.
+    """
 
     first: int
     last: int
@@ -45,8 +50,9 @@ class Move(NamedTuple):
 class Sum(NamedTuple):
     """How the results of several calls add up along one axis.
 
-    Tokens outside `[start, stop)` get at most one contribution and go straight to the result; the others are summed in a wider dtype.
-    `clear`: some token gets no contribution, or a range is partly written, so everything starts at zero. `moves`: per call.
+    Tokens outside `[start, stop)` get at most one contribution and go straight to the result; the
+    others are summed in a wider dtype. `clear`: some token gets no contribution, or a range is
+    partly written, so everything starts at zero. `moves`: per call.
     """
 
     start: int
@@ -64,7 +70,8 @@ def plan_sum(calls: tuple[Teeth, ...], length: int) -> Sum:
         touched[start:stop] += 1
     shared = (touched > 1).nonzero().flatten()
     lo, hi = (int(shared[0]), int(shared[-1]) + 1) if len(shared) else (0, 0)
-    while cut := [r for r in ranges if r[0] < hi and r[1] > lo and (r[0] < lo or r[1] > hi)]:  # no range crosses an end of the sum
+    # no range crosses an end of the sum
+    while cut := [r for r in ranges if r[0] < hi and r[1] > lo and (r[0] < lo or r[1] > hi)]:
         lo, hi = min(lo, *(r[0] for r in cut)), max(hi, *(r[1] for r in cut))
     seen = torch.zeros(length, dtype=torch.bool)
     mixed, moves = bool((touched == 0).any()), []
@@ -128,15 +135,18 @@ class _Accumulator:
 def masked_backward(
     grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, mask: MaskSpec, scale: float, rectangle: RectangleBackward
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of attention under `mask`: every visible (query, key) pair in exactly one call of `rectangle`.
+    """(dq, dk, dv) of attention under `mask`: every visible (query, key) pair in exactly one call
+    of `rectangle`.
 
-    `grad_o`, `o` [B, Lq, N, Dv], `q` [B, Lq, N, D], `k` [B, Lk, N, D], `v` [B, Lk, N, Dv], `lse` [B, N, Lq]. Contributions are summed in
-    float32 (float64 for float64) and rounded once; keys that no query sees get zero. Results are contiguous, in the dtype of q.
+    `grad_o`, `o` [B, Lq, N, Dv], `q` [B, Lq, N, D], `k` [B, Lk, N, D], `v` [B, Lk, N, Dv], `lse`
+    [B, N, Lq]. Contributions are summed in float32 (float64 for float64) and rounded once; keys
+    that no query sees get zero. Results are contiguous, in the dtype of q.
     """
     calls = combs(mask)
     queries = tuple(Teeth(c.q_start, c.q_len, c.q_step, c.count) for c in calls)
     keys = tuple(Teeth(c.k_start, c.k_len, c.k_step, c.count) for c in calls)
-    grad_o = grad_o.contiguous()  # cuDNN's plans are cached by the strides of q, k and v alone: those of o and grad_o must follow
+    # cuDNN's plans are cached by the strides of q, k and v alone: those of o and grad_o must follow
+    grad_o = grad_o.contiguous()
     grads = tuple(_allocate(x.shape, x.dtype, x.device) for x in (q, k, v))
     for b in range(q.shape[0]):
         sums = [_Accumulator(grad[b], teeth) for grad, teeth in zip(grads, (queries, keys, keys), strict=True)]

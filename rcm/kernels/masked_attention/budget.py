@@ -1,4 +1,6 @@
-"""How wrong a masked attention may be: twice the error of eager code in the same dtype, both against float64, for O and every gradient."""
+"""How wrong a masked attention may be: twice the error of eager code in the same dtype, both
+against float64, for O and every gradient.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
-    """softmax(scale q k^T, masked) v on `[B, L, N, D]` with every product and intermediate in the dtype of q. Builds the dense mask."""
+    """softmax(scale q k^T, masked) v on `[B, L, N, D]` with every product and intermediate in the
+    dtype of q. Builds the dense mask.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q @ k.mT) * scale
     if mask is not None and not mask.is_full:
@@ -37,9 +41,11 @@ def with_gradients(attend: Attention, inputs: tuple[Tensor, Tensor, Tensor], gra
 def errors_and_budgets(
     attend: Attention, inputs: tuple[Tensor, Tensor, Tensor], grad_o: Tensor, *, mask: MaskSpec | None, scale: float
 ) -> dict[str, tuple[float, float]]:
-    """Per output of `OUTPUTS`: (error of `attend`, budget), norms of the difference over the norm of the float64 truth on the same inputs.
+    """Per output of `OUTPUTS`: (error of `attend`, budget), norms of the difference over the norm
+    of the float64 truth on the same inputs.
 
-    The budget is twice the error of `eager_attention` in the dtype of the inputs, and never below `LEAST`. Sizes for tests only.
+    The budget is twice the error of `eager_attention` in the dtype of the inputs, and never below
+    `LEAST`. Sizes for tests only.
     """
 
     def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""The flash backward of one dense rectangle, given O and the log-sum-exp of whole rows: cuDNN, FlashAttention-2 of torch, or eager.
+"""The flash backward of one dense rectangle, given O and the log-sum-exp of whole rows: cuDNN,
+FlashAttention-2 of torch, or eager.
 
-All take `[C, Lq, N, D]` queries and `[C, Lk, N, D]` keys of C rectangles, `lse` `[C, N, Lq]` float32 and contiguous, and compute
-P = exp(scale q k^T - lse), dV = P^T dO, dS = P * (dO v^T - rowsum(dO * O)), dQ = scale dS k, dK = scale dS^T q.
+All take `[C, Lq, N, D]` queries and `[C, Lk, N, D]` keys of C rectangles, `lse` `[C, N, Lq]`
+float32 and contiguous, and compute P = exp(scale q k^T - lse), dV = P^T dO, dS = P * (dO v^T -
+rowsum(dO * O)), dQ = scale dS k, dK = scale dS^T q.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ def cudnn_rectangle(
 def flash_rectangle(
     grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Through the FlashAttention-2 inside torch; bit-reproducible under `torch.use_deterministic_algorithms(True)`."""
+    """Through the FlashAttention-2 inside torch; bit-reproducible under
+    `torch.use_deterministic_algorithms(True)`.
+    """
     unused = torch.empty(0, dtype=torch.int64, device=q.device)
     return torch.ops.aten._flash_attention_backward(
         grad_o, q, k, v, o, lse, None, None, q.shape[1], k.shape[1], 0.0, False, unused, unused, scale=scale
@@ -64,7 +68,9 @@ def flash_rectangle(
 def eager_rectangle(
     grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """By plain matrix products in float32 (float64 for float64), any device, in pieces of bounded memory."""
+    """By plain matrix products in float32 (float64 for float64), any device, in pieces of bounded
+    memory.
+    """
     compute = torch.promote_types(q.dtype, torch.float32)
     grad_o, q, k, v, o = (x.transpose(1, 2).to(compute) for x in (grad_o, q, k, v, o))
     delta = (grad_o * o).sum(dim=-1, keepdim=True)
@@ -85,8 +91,8 @@ RECTANGLES: dict[str, RectangleBackward] = {"cudnn": cudnn_rectangle, "flash": f
 
 
 def rectangle_obstacle(name: str, q: Tensor, v: Tensor, *, mask: MaskSpec) -> str | None:
-    """Why the rectangle backward `name` cannot take heads like those of q and v under `mask`, or None. Raises ConfigError for an unknown
-    name.
+    """Why the rectangle backward `name` cannot take heads like those of q and v under `mask`, or
+    None. Raises ConfigError for an unknown name.
     """
     if name not in RECTANGLES:
         raise ConfigError(f"unknown backward {name!r} of masked attention; choose from {', '.join(RECTANGLES)}")

@@ -13,7 +13,9 @@ BLOCK = 4096
 
 @triton.jit
 def _deposit(target, part, first, stride, length, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """One block of one contiguous run of `length` elements; run i begins at `first + i stride` in the target and `i length` in the part."""
+    """One block of one contiguous run of `length` elements; run i begins at `first + i stride` in
+    the target and `i length` in the part.
+    """
     run = tl.program_id(1).to(tl.int64)
     inside = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = inside < length

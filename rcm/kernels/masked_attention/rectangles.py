@@ -1,8 +1,10 @@
-"""Any mask as few dense rectangles: an exact cover of the visible (query, key) pairs, and its grouping into batched dense calls.
+"""Any mask as few dense rectangles: an exact cover of the visible (query, key) pairs, and its
+grouping into batched dense calls.
 
-The flash backward needs only O and the log-sum-exp of whole rows, so it is a sum over any disjoint cover of the visible pairs: dQ adds
-over the key ranges of a row, dK and dV over the query ranges of a column. Block masks are staircases; halving them gives squares that
-grow away from the diagonal, a few sizes in all, and rectangles of one size at regular distances are one batched call.
+The flash backward needs only O and the log-sum-exp of whole rows, so it is a sum over any disjoint
+cover of the visible pairs: dQ adds over the key ranges of a row, dK and dV over the query ranges of
+a column. Block masks are staircases; halving them gives squares that grow away from the diagonal, a
+few sizes in all, and rectangles of one size at regular distances are one batched call.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from typing import NamedTuple
 from rcm.kernels.masks import MaskSpec
 
 TILE = 128
-"""Edge of the square of pairs that a fused backward works on at once; costs below are in such squares."""
+"""Edge of the square of pairs that a fused backward works on at once; costs below are in such
+squares.
+"""
 
 
 class Rectangle(NamedTuple):
@@ -29,7 +33,9 @@ class Rectangle(NamedTuple):
 
 
 class Comb(NamedTuple):
-    """`count` rectangles of `q_len` x `k_len`; the i-th starts at (`q_start + i q_step`, `k_start + i k_step`) and overlaps no other."""
+    """`count` rectangles of `q_len` x `k_len`; the i-th starts at (`q_start + i q_step`, `k_start +
+    i k_step`) and overlaps no other.
+    """
 
     q_start: int
     q_len: int
@@ -48,7 +54,9 @@ class Comb(NamedTuple):
 
 @lru_cache(maxsize=256)
 def combs(mask: MaskSpec) -> tuple[Comb, ...]:
-    """The visible pairs of `mask`, each exactly once, as batched dense calls: the cheapest of a few covers by `cost`."""
+    """The visible pairs of `mask`, each exactly once, as batched dense calls: the cheapest of a few
+    covers by `cost`.
+    """
     cells = _Cells(mask)
     covers = [_halved(cells, halve_rows=rows, halve_columns=columns) for rows, columns in product((False, True), repeat=2)]
     covers += [_merged(cover) for cover in covers]
@@ -58,9 +66,10 @@ def combs(mask: MaskSpec) -> tuple[Comb, ...]:
 def cost(calls: tuple[Comb, ...]) -> float:
     """Estimated time of the calls in tiles of `TILE` x `TILE` pairs.
 
-    Beside the tiles: reading, writing and adding up rows costs about a tile per 128 rows, the last wave of programs leaves a device idle
-    for half a column of tiles, and a launch costs some fixed time. Fitted by arithmetic to 12 heads of 128 on an H200; only the order
-    of alternatives matters.
+    Beside the tiles: reading, writing and adding up rows costs about a tile per 128 rows, the last
+    wave of programs leaves a device idle for half a column of tiles, and a launch costs some fixed
+    time. Fitted by arithmetic to 12 heads of 128 on an H200; only the order of alternatives
+    matters.
     """
     total = 0.0
     for call in calls:
@@ -70,7 +79,9 @@ def cost(calls: tuple[Comb, ...]) -> float:
 
 
 class _Cells:
-    """The mask as a small bool matrix: rows are runs of queries with equal keys, columns the keys between any two interval ends."""
+    """The mask as a small bool matrix: rows are runs of queries with equal keys, columns the keys
+    between any two interval ends.
+    """
 
     def __init__(self, mask: MaskSpec) -> None:
         segments = mask.row_segments()
@@ -95,7 +106,9 @@ class _Cells:
 
 
 def _halved(cells: _Cells, *, halve_rows: bool, halve_columns: bool) -> list[Rectangle]:
-    """Cut at powers of two until every part is full or empty, after an optional first cut through the middle (two packed halves)."""
+    """Cut at powers of two until every part is full or empty, after an optional first cut through
+    the middle (two packed halves).
+    """
     found: list[Rectangle] = []
 
     def visit(top: int, bottom: int, left: int, right: int) -> None:
@@ -143,7 +156,9 @@ def _merged(rectangles: list[Rectangle]) -> list[Rectangle]:
 
 
 def _grouped(rectangles: list[Rectangle]) -> tuple[Comb, ...]:
-    """Rectangles of one size gathered into the longest regular sequences; those that cover most rows first."""
+    """Rectangles of one size gathered into the longest regular sequences; those that cover most
+    rows first.
+    """
     sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for r in rectangles:
         sizes.setdefault((r.q_stop - r.q_start, r.k_stop - r.k_start), []).append((r.q_start, r.k_start))
@@ -160,7 +175,9 @@ def _grouped(rectangles: list[Rectangle]) -> tuple[Comb, ...]:
 
 
 def _longest_sequence(corners: list[tuple[int, int]], *, q_len: int, k_len: int) -> list[tuple[int, int]]:
-    """The longest sequence from the first corner in equal steps that leave no two rectangles a row or a column in common."""
+    """The longest sequence from the first corner in equal steps that leave no two rectangles a row
+    or a column in common.
+    """
     (q, k), present, best = corners[0], set(corners), corners[:1]
     for next_q, next_k in corners[1:]:
         q_step, k_step = next_q - q, next_k - k

@@ -1,1 +1,3 @@
-"""Dense attention of few queries to many keys: parts of the keys beside each other, merged exactly by their log-sum-exp."""
+"""Dense attention of few queries to many keys: parts of the keys beside each other, merged exactly
+by their log-sum-exp.
+"""

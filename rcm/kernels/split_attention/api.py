@@ -1,8 +1,10 @@
 """Dense attention as several calls over parts of the keys that run beside each other on the card.
 
-A fused kernel gives every processor a tile of 128 queries of one head and all keys. A chunk of a stream has few queries: 1,560 of them
-make 156 tiles for 132 processors, two rounds of which the second is almost empty. Cut along the keys there are more and shorter tiles,
-whose last round is short. Partial results o_i with log-sum-exps l_i are merged exactly: o = sum_i exp(l_i - l) o_i, l = logsumexp_i(l_i).
+A fused kernel gives every processor a tile of 128 queries of one head and all keys. A chunk of a
+stream has few queries: 1,560 of them make 156 tiles for 132 processors, two rounds of which the
+second is almost empty. Cut along the keys there are more and shorter tiles, whose last round is
+short. Partial results o_i with log-sum-exps l_i are merged exactly: o = sum_i exp(l_i - l) o_i, l =
+logsumexp_i(l_i).
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ BYTES_PER_NANOSECOND = 4000.0
 
 @lru_cache(maxsize=4096)
 def num_splits(q_len: int, kv_len: int, heads: int, processors: int) -> int:
-    """Parts into which `heads` (batch included) of `q_len` queries and `kv_len` keys are best cut on a card of `processors`."""
+    """Parts into which `heads` (batch included) of `q_len` queries and `kv_len` keys are best cut
+    on a card of `processors`.
+    """
     result = q_len * heads * 128 * 2  # bytes of a partial result, written once and read once
 
     def cost(parts: int) -> float:
@@ -38,10 +42,11 @@ def num_splits(q_len: int, kv_len: int, heads: int, processors: int) -> int:
 
 
 def split_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, parts: int) -> Tensor:
-    """softmax(scale q k^T) v without gradient, `q` [B, Lq, N, D], `k`, `v` [B, Lk, N, D] in bf16 or fp16 on CUDA; [B, Lq, N, D].
+    """softmax(scale q k^T) v without gradient, `q` [B, Lq, N, D], `k`, `v` [B, Lk, N, D] in bf16 or
+    fp16 on CUDA; [B, Lq, N, D].
 
-    `parts` of nearly equal length go through cuDNN on streams of their own, which fork from the current stream and join it again, so
-    that a graph that is being captured gets parallel branches.
+    `parts` of nearly equal length go through cuDNN on streams of their own, which fork from the
+    current stream and join it again, so that a graph that is being captured gets parallel branches.
     """
     if parts == 1:
         return _partial(q, k, v, scale)[0].transpose(1, 2)
@@ -51,7 +56,8 @@ def split_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, parts: int
     found, length = [], -(-k.shape[1] // parts)
     for lane, start in zip((*lanes, current), range(0, k.shape[1], length), strict=True):
         cut = slice(start, start + length)
-        # memory of a lane is used by the lane and by the merge alone, and the next fork waits for the merge: nothing to record
+        # memory of a lane is used by the lane and by the merge alone, and the next fork waits for
+        # the merge: nothing to record
         with torch.cuda.stream(lane):
             if lane is not current:
                 lane.wait_event(fork)
@@ -64,7 +70,9 @@ def split_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, parts: int
 
 
 def merge_reference(outputs: list[Tensor], lses: list[Tensor]) -> Tensor:
-    """The merge as a formula: `outputs` [B, N, Lq, D], `lses` [B, N, Lq] to [B, Lq, N, D]; sums in float32 or wider."""
+    """The merge as a formula: `outputs` [B, N, Lq, D], `lses` [B, N, Lq] to [B, Lq, N, D]; sums in
+    float32 or wider.
+    """
     compute = torch.promote_types(outputs[0].dtype, torch.float32)
     weights = torch.stack([lse.to(compute) for lse in lses]).softmax(dim=0)
     total = sum(w.unsqueeze(-1) * o.to(compute) for w, o in zip(weights, outputs, strict=True))

@@ -16,7 +16,9 @@ def _merge(
     o_batch, o_head, o_row,
     PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """`ROWS` queries of one head: weights from the log-sum-exps [B, N, L], then a weighted sum of up to six results."""
+    """`ROWS` queries of one head: weights from the log-sum-exps [B, N, L], then a weighted sum of
+    up to six results.
+    """
     pair = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, PADDED)
@@ -43,7 +45,9 @@ def _merge(
 
 
 def merge(outputs: list[Tensor], lses: list[Tensor]) -> Tensor:
-    """As `api.merge_reference`; outputs share their strides, log-sum-exps are float32 and contiguous."""
+    """As `api.merge_reference`; outputs share their strides, log-sum-exps are float32 and
+    contiguous.
+    """
     batch, heads, length, width = outputs[0].shape
     out = outputs[0].new_empty(batch, length, heads, width)
     padded = [xs + [xs[0]] * (6 - len(xs)) for xs in (outputs, [lse.contiguous() for lse in lses])]

@@ -1,4 +1,6 @@
-"""Which layers of a Wan network carry low-rank adapters while it is trained: names, choice, and the largest rank that makes sense."""
+"""Which layers of a Wan network carry low-rank adapters while it is trained: names, choice, and the
+largest rank that makes sense.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,15 @@ LAYERS = (
     "ffn.0",
     "ffn.2",
 )
-"""Linear layers of a block that take adapters; embeddings, time layers, modulation and head stay as they are."""
+"""Linear layers of a block that take adapters; embeddings, time layers, modulation and head stay as
+they are.
+"""
 
 
 def adapted_layers(targets: Iterable[str], *, knob: str = "model.config.lora.targets") -> tuple[str, ...]:
-    """The `LAYERS` that `targets` name, in their order. As in PEFT, a target is the end of a layer's name in whole
-    words ("q", "self_attn.q", "ffn.0"), in Wan's or in diffusers' naming ("to_q", "attn1.to_q", "ffn.net.2").
+    """The `LAYERS` that `targets` name, in their order. As in PEFT, a target is the end of a
+    layer's name in whole words ("q", "self_attn.q", "ffn.0"), in Wan's or in diffusers' naming
+    ("to_q", "attn1.to_q", "ffn.net.2").
 
     Raises `ConfigError` naming a target that is none, and for no target at all.
     """
@@ -44,11 +49,15 @@ def layer_size(layer: str, config: WanConfig) -> tuple[int, int]:
 
 
 def largest_rank(layers: Iterable[str], config: WanConfig) -> int:
-    """The rank of the smallest of these layers: factors of more are more numbers than the layer has directions."""
+    """The rank of the smallest of these layers: factors of more are more numbers than the layer has
+    directions.
+    """
     return min(min(layer_size(layer, config)) for layer in layers)
 
 
 def adapter_elements(layers: Iterable[str], config: WanConfig, *, rank: int, shard: int = 1) -> int:
-    """Numbers in one set of adapters of the whole network that rank 0 of `shard` ranks holds: factors are cut along their first axis."""
+    """Numbers in one set of adapters of the whole network that rank 0 of `shard` ranks holds:
+    factors are cut along their first axis.
+    """
     sizes = [layer_size(layer, config) for layer in layers]
     return config.num_layers * sum(-(-rank // shard) * wide_in + -(-wide_out // shard) * rank for wide_in, wide_out in sizes)

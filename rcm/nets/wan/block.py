@@ -1,5 +1,5 @@
-"""One transformer block of Wan: modulated self-attention, cross-attention to text (and image), modulated feed-forward.
-docs/reference/wan.md#forward.
+"""One transformer block of Wan: modulated self-attention, cross-attention to text (and image),
+modulated feed-forward. docs/reference/wan.md#forward.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class ContextTokens(NamedTuple):
 
 
 class ContextKV(NamedTuple):
-    """Keys and values [B, L, N, D] that one block makes of `ContextTokens`; depends on the prompt alone."""
+    """Keys and values [B, L, N, D] that one block makes of `ContextTokens`; depends on the prompt
+    alone.
+    """
 
     text: tuple[Tensor, Tensor]
     image: tuple[Tensor, Tensor] | None = None
@@ -46,7 +48,9 @@ class Modulation(NamedTuple):
 
 
 class SelfAttentionCore(nn.Module):
-    """Rotation, cache and attention over all tokens of the heads at hand; context parallelism wraps it in its all-to-alls."""
+    """Rotation, cache and attention over all tokens of the heads at hand; context parallelism wraps
+    it in its all-to-alls.
+    """
 
     def __init__(self, attention: AttentionCore) -> None:
         super().__init__()
@@ -56,8 +60,8 @@ class SelfAttentionCore(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rope: RopePair, cached: LayerView | None = None, attend: bool = True
     ) -> Tensor | None:
-        """`q`, `k`, `v` [B, L, N, D] with the L tokens of `layout`, not yet rotated, to [B, L, N, D]. `attend=False`: only what the cache
-        takes and its observer sees; nothing is returned.
+        """`q`, `k`, `v` [B, L, N, D] with the L tokens of `layout`, not yet rotated, to [B, L, N,
+        D]. `attend=False`: only what the cache takes and its observer sees; nothing is returned.
         """
         q = self.rotate(q, rope.query)
         if cached is None:
@@ -83,7 +87,9 @@ class SelfAttentionCore(nn.Module):
 
 
 def _behind_cached(k: Tensor, v: Tensor, cached: LayerView) -> tuple[Tensor, Tensor]:
-    """`cached.assemble`, with tangents laid behind zeros in one pass: torch concatenates a plain and a dual tensor in several."""
+    """`cached.assemble`, with tangents laid behind zeros in one pass: torch concatenates a plain
+    and a dual tensor in several.
+    """
     (k, k_dot), (v, v_dot) = unpack(k), unpack(v)
     whole = cached.assemble(k, v)
     behind = (0, 0, 0, 0, cached.prefix_tokens, 0)
@@ -122,7 +128,9 @@ class SelfAttention(nn.Module):
 
     @property
     def joined(self) -> tuple[Tensor, Tensor] | None:
-        """Weights [3 E, E] and biases [3 E] of q, k and v in one piece, where `join` laid them so and they still are."""
+        """Weights [3 E, E] and biases [3 E] of q, k and v in one piece, where `join` laid them so
+        and they still are.
+        """
         if self._joined is None or any(type(layer) is not Linear for layer in (self.q, self.k, self.v)):
             return None
         width = self.q.out_features
@@ -134,8 +142,9 @@ class SelfAttention(nn.Module):
 
     @torch.no_grad()
     def join(self) -> None:
-        """Lay the weights of q, k and v side by side, so that captured passes take one product for them: with few tokens three small ones
-        leave a card half idle. Values, names and shapes stay. Only plain layers without gradient.
+        """Lay the weights of q, k and v side by side, so that captured passes take one product for
+        them: with few tokens three small ones leave a card half idle. Values, names and shapes
+        stay. Only plain layers without gradient.
         """
         layers = (self.q, self.k, self.v)
         held = [p for layer in layers for p in layer.parameters(recurse=False)]
@@ -160,8 +169,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from video tokens to the text, and beside it to the image where the network has that branch; results add before the
-    projection.
+    """Attention from video tokens to the text, and beside it to the image where the network has
+    that branch; results add before the projection.
     """
 
     def __init__(self, config: WanConfig, backend: AttentionBackend) -> None:
@@ -200,19 +209,24 @@ class CrossAttention(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """Two linear layers around a GELU. In captured passes the GELU is part of the first product, which rounds once less."""
+    """Two linear layers around a GELU. In captured passes the GELU is part of the first product,
+    which rounds once less.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, F, S, E] to the same shape."""
         grow, gelu, shrink = self
         if not (type(grow) is Linear and isinstance(gelu, Gelu) and gelu.joins_product(x)):
             return super().forward(x)
-        rows = torch._addmm_activation(grow.bias, x.flatten(0, -2), grow.weight.t(), use_gelu=True)  # the tanh form
+        # the tanh form
+        rows = torch._addmm_activation(grow.bias, x.flatten(0, -2), grow.weight.t(), use_gelu=True)
         return shrink(rows.unflatten(0, x.shape[:-1]))
 
 
 class WanBlock(nn.Module):
-    """One block. `modulation` is added to the projected time embedding and gives shift, scale, gate of both modulated branches."""
+    """One block. `modulation` is added to the projected time embedding and gives shift, scale, gate
+    of both modulated branches.
+    """
 
     def __init__(self, config: WanConfig, backend: AttentionBackend) -> None:
         super().__init__()
@@ -236,8 +250,9 @@ class WanBlock(nn.Module):
         cached: LayerView | None = None,
         keys_only: bool = False,
     ) -> Tensor | None:
-        """`x` [B, F, S, E] to the same; `time` the projected embedding [B, F or 1, 6, E], float32 or wider, or what `modulate` made of it.
-        `keys_only`: keys and values go to the cache, and nothing else is computed or returned.
+        """`x` [B, F, S, E] to the same; `time` the projected embedding [B, F or 1, 6, E], float32
+        or wider, or what `modulate` made of it. `keys_only`: keys and values go to the cache, and
+        nothing else is computed or returned.
         """
         attn_shift, attn_scale, attn_gate, ffn_shift, ffn_scale, ffn_gate = time if isinstance(time, Modulation) else self.modulate(time)
         # the normalised rows have no name here: they would live until the block's end

@@ -12,10 +12,11 @@ from rcm.core.errors import ConfigError, require_divisible, require_equal
 class WanConfig:
     """Architecture of one Wan network. Raises `ConfigError` for sizes that do not fit each other.
 
-    `in_dim` counts all input channels, those of `Condition.concat` included (16 latent + 20 for image-to-video). `image_branch` adds the
-    CLIP tokens of Wan2.1 image-to-video, `image_positions` a table of so many positions for them: 514 where they are those of a first and
-    a last frame (FLF2V), 0 for none. `max_frames`, `max_rows`, `max_columns` limit rotary positions.
-    `two_times` adds the second time of a flow map (arXiv 2505.13447), which no published file has.
+    `in_dim` counts all input channels, those of `Condition.concat` included (16 latent + 20 for
+    image-to-video). `image_branch` adds the CLIP tokens of Wan2.1 image-to-video, `image_positions`
+    a table of so many positions for them: 514 where they are those of a first and a last frame
+    (FLF2V), 0 for none. `max_frames`, `max_rows`, `max_columns` limit rotary positions. `two_times`
+    adds the second time of a flow map (arXiv 2505.13447), which no published file has.
     """
 
     dim: int
@@ -66,7 +67,9 @@ class WanConfig:
         return {k: v for k, v in asdict(self).items() if k != "two_times" or v}
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Tokens (h, w) of a latent frame of `height` x `width`; `ConfigError` if the patch does not divide it."""
+        """Tokens (h, w) of a latent frame of `height` x `width`; `ConfigError` if the patch does
+        not divide it.
+        """
         require_divisible("latent height", value=height, by=self.patch[1], by_name="net.patch[1]", knob="the resolution or net.patch")
         require_divisible("latent width", value=width, by=self.patch[2], by_name="net.patch[2]", knob="the resolution or net.patch")
         return height // self.patch[1], width // self.patch[2]
@@ -82,8 +85,10 @@ PRESETS: dict[str, WanConfig] = {
     "flf2v-14B": replace(_LARGE, in_dim=36, image_branch=True, image_positions=514),
     "A14B": replace(_LARGE, in_dim=36),
 }
-"""tiny for tests and the toy world; Wan2.1 text-to-video 1.3B and 14B (also a Wan2.2 text-to-video expert); Wan2.1 image-to-video; the same
-from a first and a last frame; a Wan2.2 image-to-video expert."""
+"""tiny for tests and the toy world; Wan2.1 text-to-video 1.3B and 14B (also a Wan2.2 text-to-video
+expert); Wan2.1 image-to-video; the same from a first and a last frame; a Wan2.2 image-to-video
+expert.
+"""
 
 
 def preset(name: str) -> WanConfig:

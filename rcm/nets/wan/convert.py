@@ -1,10 +1,11 @@
-"""Strict conversion between the checkpoint formats of Wan and its descendants. Names and tensors in dicts only; reading files is not this
-module's business.
+"""Strict conversion between the checkpoint formats of Wan and its descendants. Names and tensors in
+dicts only; reading files is not this module's business.
 
-The package's own form is the original Wan naming with `patch_embedding.weight` as [dim, in_dim * patch area]. Understood: original Wan
-(5-D patch weight), diffusers, rcm (`net.`, `net_ema.`, other roles by prefix), the Self-Forcing family (generator / generator_ema /
-critic / model containers, wrapper names left by FSDP, checkpointing and compile), ComfyUI prefixes. docs/reference/wan.md#tensors,
-#names-elsewhere, #files.
+The package's own form is the original Wan naming with `patch_embedding.weight` as [dim, in_dim *
+patch area]. Understood: original Wan (5-D patch weight), diffusers, rcm (`net.`, `net_ema.`, other
+roles by prefix), the Self-Forcing family (generator / generator_ema / critic / model containers,
+wrapper names left by FSDP, checkpointing and compile), ComfyUI prefixes.
+docs/reference/wan.md#tensors, #names-elsewhere, #files.
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ PATCH_KEY = "patch_embedding.weight"
 _AVERAGED = frozenset(("ema", "avg", "average", "averaged", "shadow", "swa"))
 """Words by which trainers call a running average."""
 ANCHORS = (PATCH_KEY, "blocks.0.modulation", "blocks.0.scale_shift_table", "head.modulation", "scale_shift_table")
-"""Keys that every network has in one of its namings; what stands before one of them is the prefix of a network."""
+"""Keys that every network has in one of its namings; what stands before one of them is the prefix
+of a network.
+"""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a family writes a network: the prefix of every key, whether the patch weight is a convolution's, the entry of the file that
-    holds the state dict ("" for none)."""
+    """How a family writes a network: the prefix of every key, whether the patch weight is a
+    convolution's, the entry of the file that holds the state dict ("" for none).
+    """
 
     prefix: str
     patch_5d: bool
@@ -88,8 +92,9 @@ _BLOCK_KEY = re.compile(r"(blocks\.\d+\.)(.+)")
 
 
 def network_prefixes(keys: Iterable[str]) -> dict[str, str]:
-    """Which networks a file holds: prefix -> "ema", "live", "fake_score", or another lead as the file names it. `keys` may still carry
-    wrapper names."""
+    """Which networks a file holds: prefix -> "ema", "live", "fake_score", or another lead as the
+    file names it. `keys` may still carry wrapper names.
+    """
     found: dict[str, str] = {}
     for key in keys:
         name = WRAPPERS.sub("", key)
@@ -103,12 +108,14 @@ def network_prefixes(keys: Iterable[str]) -> dict[str, str]:
 def network_names(
     keys: Iterable[str], *, weights: Weights = "ema", prefix: str | None = None, others: Iterable[str] = ()
 ) -> dict[str, str]:
-    """Name in the package's own form -> key in the file, for one network of a file whose flat tensor keys are `keys`.
+    """Name in the package's own form -> key in the file, for one network of a file whose flat
+    tensor keys are `keys`.
 
-    `weights`: which copy to take; "ema" takes the only copy where there is no averaged one. `prefix`: take exactly the keys under it
-    (for example "net_fake_score."). `others`: keys of entries that are no tensors. Keys ending in `._extra_state` are dropped.
-    Raises `CheckpointError` if the copy or prefix is absent or not unique, two keys become one, an entry of the network is no tensor, or a
-    diffusers key is unknown.
+    `weights`: which copy to take; "ema" takes the only copy where there is no averaged one.
+    `prefix`: take exactly the keys under it (for example "net_fake_score."). `others`: keys of
+    entries that are no tensors. Keys ending in `._extra_state` are dropped. Raises
+    `CheckpointError` if the copy or prefix is absent or not unique, two keys become one, an entry
+    of the network is no tensor, or a diffusers key is unknown.
     """
     cleaned = _cleaned(keys)
     chosen = prefix
@@ -128,7 +135,9 @@ def network_names(
 
 
 def choose_prefix(found: Mapping[str, str], weights: str) -> str:
-    """The prefix of one copy among `network_prefixes`; "" where nothing was found. `CheckpointError` as in `network_names`."""
+    """The prefix of one copy among `network_prefixes`; "" where nothing was found.
+    `CheckpointError` as in `network_names`.
+    """
     if weights not in ("ema", "live", "fake_score"):
         raise ConfigError(f"unknown weights {weights!r}; choose from ema, live, fake_score")
     has = ", ".join(f"{prefix}*" if prefix else "one network without prefix" for prefix in found)
@@ -149,7 +158,9 @@ def choose_prefix(found: Mapping[str, str], weights: str) -> str:
 
 
 def to_wan(state: Mapping[str, object], *, weights: Weights = "ema", prefix: str | None = None) -> dict[str, Tensor]:
-    """Any understood state dict, nested or flat, in the package's own form; arguments and errors as `network_names`."""
+    """Any understood state dict, nested or flat, in the package's own form; arguments and errors as
+    `network_names`.
+    """
     flat = flatten(state)
     tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
     names = network_names(set(tensors), weights=weights, prefix=prefix, others=[key for key in flat if key not in tensors])
@@ -157,12 +168,16 @@ def to_wan(state: Mapping[str, object], *, weights: Weights = "ema", prefix: str
 
 
 def own_form(name: str, tensor: Tensor) -> Tensor:
-    """A tensor of another family as the package keeps it: the patch weight flattened, channel slowest."""
+    """A tensor of another family as the package keeps it: the patch weight flattened, channel
+    slowest.
+    """
     return tensor.flatten(1) if name == PATCH_KEY else tensor
 
 
 def other_form(name: str, tensor: Tensor, *, form: Format, patch: tuple[int, int, int] = (1, 2, 2)) -> Tensor:
-    """The reverse of `own_form` for a family that keeps the patch weight as a convolution's [dim, in_dim, 1, 2, 2]."""
+    """The reverse of `own_form` for a family that keeps the patch weight as a convolution's [dim,
+    in_dim, 1, 2, 2].
+    """
     return tensor.unflatten(1, (-1, *patch)) if name == PATCH_KEY and FORMS[form].patch_5d else tensor
 
 
@@ -187,8 +202,10 @@ def from_wan(
 
 
 def detect_config(state: Mapping[str, Tensor], *, head_dim: int = HEAD_DIM) -> WanConfig:
-    """The configuration of a network in the package's own form, read off its shapes (meta tensors suffice); head size, text length and
-    patch are not stored and keep the family's values. Raises `CheckpointError` naming a missing tensor."""
+    """The configuration of a network in the package's own form, read off its shapes (meta tensors
+    suffice); head size, text length and patch are not stored and keep the family's values. Raises
+    `CheckpointError` naming a missing tensor.
+    """
     shape = {key: tuple(tensor.shape) for key, tensor in state.items()}
     if empty := [key for key, sizes in shape.items() if 0 in sizes]:
         raise CheckpointError(f"not a Wan network: {listed(empty)} without elements")
@@ -224,8 +241,9 @@ def detect_config(state: Mapping[str, Tensor], *, head_dim: int = HEAD_DIM) -> W
 
 
 def load(net: nn.Module, state: Mapping[str, object], *, weights: Weights = "ema", prefix: str | None = None) -> None:
-    """Put any understood state dict into `net`, all of it or nothing. On the meta device the tensors are taken over as they are.
-    Weights of one time fit a network of two, whose second then begins without effect (`with_second_time`).
+    """Put any understood state dict into `net`, all of it or nothing. On the meta device the
+    tensors are taken over as they are. Weights of one time fit a network of two, whose second then
+    begins without effect (`with_second_time`).
 
     Raises `CheckpointError` listing keys that are missing, left over, or of another shape.
     """
@@ -243,7 +261,9 @@ def load(net: nn.Module, state: Mapping[str, object], *, weights: Weights = "ema
 
 
 def _copy_of(prefix: str) -> str:
-    """What the prefix of a network says about its weights; a plain or technical prefix means the live ones."""
+    """What the prefix of a network says about its weights; a plain or technical prefix means the
+    live ones.
+    """
     words = prefix.split(".")[:-1]
     if any(_AVERAGED.intersection(word.lower().split("_")) for word in words):
         return "ema"

@@ -1,5 +1,5 @@
-"""Files that are not a network of this package, recognised by names and shapes so that the refusal can say what they are.
-docs/reference/wan.md#files.
+"""Files that are not a network of this package, recognised by names and shapes so that the refusal
+can say what they are. docs/reference/wan.md#files.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ _WORDS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 def foreign(headers: Mapping[str, Tensor]) -> str | None:
-    """What a file with these entries (meta tensors suffice) is, as the end of a sentence "it is ..."; None for a network to be tried."""
+    """What a file with these entries (meta tensors suffice) is, as the end of a sentence "it is
+    ..."; None for a network to be tried.
+    """
     if is_lora(headers):
         return LORA
     words = {word for key in headers for word in WRAPPERS.sub("", key).split(".")}

@@ -1,7 +1,9 @@
-"""Which linear layers of a Wan network run in FP8, the replacement in place, and the error that it costs.
+"""Which linear layers of a Wan network run in FP8, the replacement in place, and the error that it
+costs.
 
-Only layers inside the blocks are offered. Patch and text embedding, time layers, modulation and the output head act
-on few values that reach every token; the keys and values of the prompt are computed once per prompt.
+Only layers inside the blocks are offered. Patch and text embedding, time layers, modulation and the
+output head act on few values that reach every token; the keys and values of the prompt are computed
+once per prompt.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ Velocity = Callable[[WanDiT], Tensor]
 
 @dataclass(frozen=True)
 class FP8Report:
-    """Names of the layers `replaced` and `kept`, and the relative `error` of the velocity against the network as it
-    was (None where it was not asked for).
+    """Names of the layers `replaced` and `kept`, and the relative `error` of the velocity against
+    the network as it was (None where it was not asked for).
     """
 
     replaced: tuple[str, ...]
@@ -55,8 +57,8 @@ class FP8Report:
 
 
 def chosen_layers(which: str | Iterable[str]) -> tuple[str, ...]:
-    """Names of `LAYERS` in their order, from a preset, comma-separated names or an iterable of names; `ConfigError`
-    for others.
+    """Names of `LAYERS` in their order, from a preset, comma-separated names or an iterable of
+    names; `ConfigError` for others.
     """
     if isinstance(which, str):
         which = PRESETS[which] if which in PRESETS else [name.strip() for name in which.split(",")]
@@ -76,15 +78,16 @@ def quantise_linears_(
     skip_blocks: Iterable[int] = (),
     velocity: Velocity | None = None,
 ) -> FP8Report:
-    """Replace linear layers of the blocks of `net` by `FP8Linear`, in place, for inference, and free their weights.
+    """Replace linear layers of the blocks of `net` by `FP8Linear`, in place, for inference, and
+    free their weights.
 
     which         of `chosen_layers`.
     skip_blocks   blocks that are left as they are; negative numbers count from the end.
-    velocity      how to compute a velocity, such as `noise_velocity(net, ...)`; runs before and after, and the report
-                  states the error.
-    A layer whose sizes do not fit is kept, and named in the report. Afterwards `net` is in eval mode and refuses
-    training, tangents and its state dict. `ConfigError` for unknown names, blocks that do not exist, a network that
-    is quantised or has low-rank adapters, or a GPU without FP8.
+    velocity      how to compute a velocity, such as `noise_velocity(net, ...)`; runs before and
+                  after, and the report states the error.
+    A layer whose sizes do not fit is kept, and named in the report. Afterwards `net` is in eval
+    mode and refuses training, tangents and its state dict. `ConfigError` for unknown names, blocks
+    that do not exist, a network that is quantised or has low-rank adapters, or a GPU without FP8.
     """
     names, skipped = chosen_layers(which), _block_indices(net, skip_blocks)
     if is_adapted(net):
@@ -133,8 +136,8 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def noise_velocity(
     net: WanDiT, *, size: tuple[int, int], frames: int = 1, timestep: float = 500.0, seed: int = 0
 ) -> Velocity:
-    """A velocity of noise [1, in_dim, frames, *size] and random text under full attention; the same inputs at every
-    call.
+    """A velocity of noise [1, in_dim, frames, *size] and random text under full attention; the same
+    inputs at every call.
     """
     config, weight = net.config, net.patch_embedding.weight
     generator = torch.Generator().manual_seed(seed)
@@ -150,8 +153,8 @@ def noise_velocity(
 
 
 def attention_error(denoiser: Denoiser, *, size: tuple[int, int], timestep: float = 500.0, seed: int = 0) -> float:
-    """Relative error of the velocity of a frame of noise [in_dim, 1, *size] over a cached one when attention runs in
-    FP8: same noise, random text and weights.
+    """Relative error of the velocity of a frame of noise [in_dim, 1, *size] over a cached one when
+    attention runs in FP8: same noise, random text and weights.
     """
     config, weight = denoiser.net.config, denoiser.net.patch_embedding.weight
     generator = torch.Generator().manual_seed(seed)
@@ -186,7 +189,9 @@ def _block_indices(net: WanDiT, skip_blocks: Iterable[int]) -> set[int]:
 
 
 def _replace(block: WanBlock, name: str) -> bool:
-    """Replace the layers of `name`; False, and nothing done, where the products do not take their sizes."""
+    """Replace the layers of `name`; False, and nothing done, where the products do not take their
+    sizes.
+    """
     layers = [cast(nn.Linear, block.get_submodule(path)) for path in LAYERS[name]]
     if any(size % ALIGNMENT for layer in layers for size in layer.weight.shape):
         return False

@@ -1,8 +1,10 @@
-"""Low-rank updates of a Wan network (LoRA): their names, and the update itself. Names and tensors in dicts only.
+"""Low-rank updates of a Wan network (LoRA): their names, and the update itself. Names and tensors
+in dicts only.
 
-W <- W + scale * strength * B A, with A [rank, in] and B [out, rank], summed in float32; strength is alpha / rank, or what the adapter's
-settings say (rcm/nets/wan/lora_settings.py). Understood: PEFT (`lora_A`, `lora_B`, with or without an adapter's name, as LongLive writes
-them), the `lora_down` / `lora_up` of other trainers, `.alpha` entries; target names in the original or the diffusers naming.
+W <- W + scale * strength * B A, with A [rank, in] and B [out, rank], summed in float32; strength is
+alpha / rank, or what the adapter's settings say (rcm/nets/wan/lora_settings.py). Understood: PEFT
+(`lora_A`, `lora_B`, with or without an adapter's name, as LongLive writes them), the `lora_down` /
+`lora_up` of other trainers, `.alpha` entries; target names in the original or the diffusers naming.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ RUN_COPIES = ("net_ema.", "net.", "net_fake_score.")
 """Sets of adapters in a checkpoint of a training run: average, student, fake score."""
 LEADS = ("base_model.model.", "diffusion_model.", "transformer.", "model.", *RUN_COPIES)
 LAYOUTS = {"wan": "diffusion_model.", "diffusers": "transformer.", "peft": "base_model.model."}
-"""How adapters are published -> what leads every key: ComfyUI and the trainers of Wan; diffusers; a folder of PEFT."""
+"""How adapters are published -> what leads every key: ComfyUI and the trainers of Wan; diffusers; a
+folder of PEFT.
+"""
 _DOWN = re.compile(r"(.+)\.(?:lora_A|lora_down)(?:\.[\w-]+)?\.weight")
 _UP = re.compile(r"(.+)\.(?:lora_B|lora_up)(?:\.[\w-]+)?\.weight")
 _ALPHA = re.compile(r"(.+)\.alpha")
@@ -30,7 +34,9 @@ _ALPHA = re.compile(r"(.+)\.alpha")
 
 @dataclass(frozen=True)
 class LoRAPair:
-    """Keys in the file of one target's factors; `alpha` None where the file does not say. `module`: the target as the trainer calls it."""
+    """Keys in the file of one target's factors; `alpha` None where the file does not say. `module`:
+    the target as the trainer calls it.
+    """
 
     down: str
     up: str
@@ -44,10 +50,12 @@ def is_lora(keys: Iterable[str]) -> bool:
 
 
 def lora_pairs(headers: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
-    """Name of the target weight in the package's own form -> its pair, for a file with these entries (meta tensors suffice).
+    """Name of the target weight in the package's own form -> its pair, for a file with these
+    entries (meta tensors suffice).
 
-    A file with several adapters gives that of the generator, or the averaged one of a training run. Raises `CheckpointError` for an entry
-    of the adapter that is none of these, a factor without its partner, or ranks that disagree.
+    A file with several adapters gives that of the generator, or the averaged one of a training run.
+    Raises `CheckpointError` for an entry of the adapter that is none of these, a factor without its
+    partner, or ranks that disagree.
     """
     keys = list(headers)
     of_run = all(key.startswith(RUN_COPIES) for key in keys)
@@ -81,7 +89,9 @@ def lora_pairs(headers: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
 
 
 def check_targets(pairs: Mapping[str, LoRAPair], headers: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
-    """Raise `CheckpointError` naming every target that the network (`base`, own form) does not have, or whose shape is another."""
+    """Raise `CheckpointError` naming every target that the network (`base`, own form) does not
+    have, or whose shape is another.
+    """
     unknown = sorted(name for name in pairs if name not in base)
     if unknown:
         raise CheckpointError(f"{len(unknown)} of {len(pairs)} targets are not in the network: {', '.join(unknown[:8])}")
@@ -101,8 +111,8 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def published(factors: Mapping[str, tuple[Tensor, Tensor]], *, layout: str, alpha: float) -> dict[str, Tensor]:
-    """Factors (A, B) by layer of the network under the keys of a published `LAYOUTS`; where nothing else in such a file says alpha, it is
-    an entry of each layer.
+    """Factors (A, B) by layer of the network under the keys of a published `LAYOUTS`; where nothing
+    else in such a file says alpha, it is an entry of each layer.
     """
     lead, diffusers = LAYOUTS[layout], layout == "diffusers"
     found: dict[str, Tensor] = {}
@@ -115,7 +125,9 @@ def published(factors: Mapping[str, tuple[Tensor, Tensor]], *, layout: str, alph
 
 
 def peft_settings(layers: Iterable[str], *, layout: str, rank: int, alpha: float, base: str | None = None) -> dict[str, object]:
-    """PEFT's settings of adapters on these `layers` of each block, as adapter_config.json has them."""
+    """PEFT's settings of adapters on these `layers` of each block, as adapter_config.json has
+    them.
+    """
     if layout == "diffusers":
         layers = [other_name(f"blocks.0.{layer}", form="diffusers").removeprefix("blocks.0.") for layer in layers]
     sizes = {"r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False}
@@ -123,7 +135,9 @@ def peft_settings(layers: Iterable[str], *, layout: str, rank: int, alpha: float
 
 
 def merge(weight: Tensor, *, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """`weight` [out, in] + scale * up [out, r] @ down [r, in], in float32 (float64 for float64) on the device of `weight`."""
+    """`weight` [out, in] + scale * up [out, r] @ down [r, in], in float32 (float64 for float64) on
+    the device of `weight`.
+    """
     wide = torch.promote_types(weight.dtype, torch.float32)
     factors = (up.to(device=weight.device, dtype=wide), down.to(device=weight.device, dtype=wide))
     return torch.addmm(weight.to(wide), *factors, alpha=scale)

@@ -1,8 +1,9 @@
-"""How strong a low-rank update is: alpha and its rule, from wherever a trainer wrote them, and a refusal of what would change the update
-unread.
+"""How strong a low-rank update is: alpha and its rule, from wherever a trainer wrote them, and a
+refusal of what would change the update unread.
 
-PEFT keeps an adapter_config.json beside the file; diffusers the same settings in the file's metadata under `lora_adapter_metadata`, keys
-led by the model's name; kohya's trainers `ss_network_alpha` and `ss_network_dim`.
+PEFT keeps an adapter_config.json beside the file; diffusers the same settings in the file's
+metadata under `lora_adapter_metadata`, keys led by the model's name; kohya's trainers
+`ss_network_alpha` and `ss_network_dim`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from rcm.core.errors import CheckpointError
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    # PiSSA, OLoRA, CorDA and LoftQ take the update out of the base weights first, so that A and B belong to other weights
+    # PiSSA, OLoRA, CorDA and LoftQ take the update out of the base weights first, so that A and B
+    # belong to other weights
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 _READ = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
@@ -37,7 +39,9 @@ _LITERAL = re.compile(r"\^?[\w.\\-]{1,300}")
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """`alpha` of all targets (None: unstated), `alphas` and `ranks` by the end of a target's name; `stabilised`: alpha / sqrt(rank)."""
+    """`alpha` of all targets (None: unstated), `alphas` and `ranks` by the end of a target's name;
+    `stabilised`: alpha / sqrt(rank).
+    """
 
     alpha: float | None = None
     rank: int | None = None
@@ -46,8 +50,9 @@ class LoRASettings:
     ranks: Mapping[str, int] = field(default_factory=dict)
 
     def strength(self, target: str, *, rank: int, alpha: float | None = None) -> float:
-        """Factor of up @ down for `target` (the file's name of the module): `alpha` (None: what the settings say, else the rank) over the
-        rank or, where the settings say so, its square root. `CheckpointError` where they state another rank.
+        """Factor of up @ down for `target` (the file's name of the module): `alpha` (None: what the
+        settings say, else the rank) over the rank or, where the settings say so, its square root.
+        `CheckpointError` where they state another rank.
         """
         if (stated := _of(target, self.ranks) or self.rank) not in (None, rank):
             raise CheckpointError(f"its settings state rank {stated} for {target}, the factors have {rank}")
@@ -63,10 +68,12 @@ class LoRASettings:
 def lora_settings(
     config: Mapping[str, Any] | None, metadata: Mapping[str, str], *, others: Iterable[str] = (), given: bool = False
 ) -> LoRASettings:
-    """The settings of an adapter: `config` the adapter_config.json, `metadata` of the file, `others` its entries that are no tensors.
-    `given`: alpha is the caller's, so that what the file says of it does not matter.
+    """The settings of an adapter: `config` the adapter_config.json, `metadata` of the file,
+    `others` its entries that are no tensors. `given`: alpha is the caller's, so that what the file
+    says of it does not matter.
 
-    Raises `CheckpointError` for a setting that changes the update and is not understood, for values that are none, and for two alphas.
+    Raises `CheckpointError` for a setting that changes the update and is not understood, for values
+    that are none, and for two alphas.
     """
     untold = [key for key in others if re.search(r"(alpha|rank|scal|rslora|dora)", key.lower())]
     if untold and not given:
@@ -172,7 +179,9 @@ def _plain(pattern: str) -> str:
 
 
 def _of(target: str, stated: Mapping[str, Any]) -> Any:
-    """The value whose name is the end of `target` in whole words (all of it after "^"); the first one that fits, as PEFT has it."""
+    """The value whose name is the end of `target` in whole words (all of it after "^"); the first
+    one that fits, as PEFT has it.
+    """
     for name, value in stated.items():
         if target == name.removeprefix("^") or (not name.startswith("^") and target.endswith(f".{name}")):
             return value

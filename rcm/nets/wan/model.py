@@ -1,4 +1,6 @@
-"""The Wan diffusion transformer: one forward for every use; what the frames are is said by the `TokenLayout`. docs/reference/wan.md."""
+"""The Wan diffusion transformer: one forward for every use; what the frames are is said by the
+`TokenLayout`. docs/reference/wan.md.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ IMAGE_NORM_EPS = 1e-5
 
 
 class ImageEmbedding(nn.Module):
-    """CLIP tokens to network width (Wan2.1 image-to-video), after a table of positions where there are two images."""
+    """CLIP tokens to network width (Wan2.1 image-to-video), after a table of positions where there
+    are two images.
+    """
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -45,8 +49,8 @@ class ImageEmbedding(nn.Module):
 
 
 class TimeRows(NamedTuple):
-    """All that depends on the time of a pass alone: its embedding [B, F or 1, E], and the modulation of every block
-    [L, B, F or 1, 6, 1, E].
+    """All that depends on the time of a pass alone: its embedding [B, F or 1, E], and the
+    modulation of every block [L, B, F or 1, 6, 1, E].
     """
 
     embedding: Tensor
@@ -54,8 +58,8 @@ class TimeRows(NamedTuple):
 
 
 class Head(nn.Module):
-    """Modulated norm and projection to the patch, in float32 or wider; its modulation is added to the time embedding itself, not the
-    projected one.
+    """Modulated norm and projection to the patch, in float32 or wider; its modulation is added to
+    the time embedding itself, not the projected one.
     """
 
     def __init__(self, config: WanConfig) -> None:
@@ -65,7 +69,9 @@ class Head(nn.Module):
         self.head = PromotedLinear(config.dim, config.out_dim * config.patch_area)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """`x` [B, F, S, E] and `time` [B, F or 1, E] to [B, F, S, patch_area * out_dim], dtype of `time`."""
+        """`x` [B, F, S, E] and `time` [B, F or 1, E] to [B, F, S, patch_area * out_dim], dtype of
+        `time`.
+        """
         shift, scale = (self.modulation.to(time.dtype) + time.unsqueeze(2)).unsqueeze(3).unbind(2)
         return self.head(self.norm(x, shift, scale))
 
@@ -73,11 +79,12 @@ class Head(nn.Module):
 class WanDiT(nn.Module):
     """Wan's transformer: predicts the rectified-flow velocity v = eps - x0 of latent frames.
 
-    `attention` is a back end of `nets/attention.py` or its name ("auto": the environment's, else chosen per call); `fused` says where
-    the fused elementwise kernels run ("auto": on CUDA; see `rcm.kernels.fused.choice`). State-dict keys are those of the original weights,
-    with `patch_embedding` stored as a linear layer on flattened patches. `enter` and `leave` (identities on [B, F, S, E] tokens) and
-    `block.self_attn.core` are the places where context parallelism attaches from outside. Construct, then load weights or call
-    `init_weights`.
+    `attention` is a back end of `nets/attention.py` or its name ("auto": the environment's, else
+    chosen per call); `fused` says where the fused elementwise kernels run ("auto": on CUDA; see
+    `rcm.kernels.fused.choice`). State-dict keys are those of the original weights, with
+    `patch_embedding` stored as a linear layer on flattened patches. `enter` and `leave` (identities
+    on [B, F, S, E] tokens) and `block.self_attn.core` are the places where context parallelism
+    attaches from outside. Construct, then load weights or call `init_weights`.
     """
 
     def __init__(self, config: WanConfig, attention: str | AttentionBackend = "auto", *, fused: str = "auto") -> None:
@@ -116,15 +123,19 @@ class WanDiT(nn.Module):
         context_only: bool = False,
         span: Tensor | None = None,
     ) -> Tensor | None:
-        """Velocity of the output frames, [B, out_dim, F_out, H, W], in float32 (float64 for float64).
+        """Velocity of the output frames, [B, out_dim, F_out, H, W], in float32 (float64 for
+        float64).
 
-        x          [B, C, F, H, W] packed latents in the compute dtype; with `cond.concat`, C plus its channels make in_dim.
+        x          [B, C, F, H, W] packed latents in the compute dtype; with `cond.concat`, C plus
+                   its channels make in_dim.
         timestep   [B, 1] or [B, F], 0..1000 (1000 = noise), any float dtype.
         cond       text (and image) condition of batch B, in the compute dtype.
-        layout     what the F frames are; `cache`, a view made for this forward, holds the tokens that the layout expects before them.
-        context_only   the pass is for the cache alone: nothing is returned, and nothing computed behind the keys of the last block.
-        span       shape and scale of `timestep`, for a network with `two_times`: how far below it the frames' second time lies,
-                   up to where the velocity is a mean. None: 0.
+        layout     what the F frames are; `cache`, a view made for this forward, holds the tokens
+                   that the layout expects before them.
+        context_only   the pass is for the cache alone: nothing is returned, and nothing computed
+                       behind the keys of the last block.
+        span       shape and scale of `timestep`, for a network with `two_times`: how far below it
+                   the frames' second time lies, up to where the velocity is a mean. None: 0.
         Raises `ValueError` for shapes that do not fit each other, the configuration or the cache.
         """
         self._check(x, timestep, cond, layout, span)
@@ -164,7 +175,9 @@ class WanDiT(nn.Module):
 
     @torch.no_grad()
     def prepare(self, cond: Condition) -> Condition:
-        """`cond` with the cross-attention keys and values of every block, for passes without gradient of this network only."""
+        """`cond` with the cross-attention keys and values of every block, for passes without
+        gradient of this network only.
+        """
         tokens = self._embed(cond)
         return replace(cond, prepared=tuple(cast(WanBlock, block).cross_attn.keys_values(tokens) for block in self.blocks))
 
@@ -175,19 +188,25 @@ class WanDiT(nn.Module):
 
     @torch.no_grad()
     def time_rows(self, timestep: Tensor, *, dtype: torch.dtype, span: Tensor | None = None) -> TimeRows:
-        """What passes in the compute dtype `dtype` make of `timestep` and `span` alone; for a network that is not sharded."""
+        """What passes in the compute dtype `dtype` make of `timestep` and `span` alone; for a
+        network that is not sharded.
+        """
         time = self._time(timestep, span, accumulate_dtype(dtype))
         rows = self.time_projection(time).unflatten(2, (6, -1))
         return TimeRows(time, torch.stack([torch.stack(cast(WanBlock, block).modulate(rows), dim=2) for block in self.blocks]))
 
     def set_jvp_implementation(self, name: Implementation | Literal["auto"]) -> None:
-        """Choose the primal + tangent attention: "reference", "triton" or "auto" (see `AttentionCore`)."""
+        """Choose the primal + tangent attention: "reference", "triton" or "auto" (see
+        `AttentionCore`).
+        """
         for module in self.modules():
             if isinstance(module, AttentionCore):
                 module.jvp_implementation = name
 
     def set_fused(self, name: str) -> None:
-        """Choose where the fused elementwise kernels run: "auto", "on" or "off". Raises `ConfigError` for another name."""
+        """Choose where the fused elementwise kernels run: "auto", "on" or "off". Raises
+        `ConfigError` for another name.
+        """
         self.fused = check_setting(name)
         for module in self.modules():
             if isinstance(module, FusedLayer):
@@ -195,11 +214,11 @@ class WanDiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Initialise in place: Xavier-uniform linears with zero bias, N(0, 0.02^2) text and time embeddings and time projection, N(0, 1/E)
-        modulation, zero output head.
+        """Initialise in place: Xavier-uniform linears with zero bias, N(0, 0.02^2) text and time
+        embeddings and time projection, N(0, 1/E) modulation, zero output head.
 
-        Draws are float32 on the generator's device, then copied, so weights do not depend on where the network lives.
-        docs/reference/wan.md#random-weights.
+        Draws are float32 on the generator's device, then copied, so weights do not depend on where
+        the network lives. docs/reference/wan.md#random-weights.
         """
         device = torch.device("cpu") if generator is None else generator.device
         for name, module in self.named_modules():
@@ -288,7 +307,9 @@ def _centred_uniform(shape: torch.Size, *, generator: torch.Generator | None, de
 
 
 def _concat_frames(concat: Tensor, layout: TokenLayout) -> Tensor:
-    """Extra channels for the packed frames: as they are when the counts agree, else those at the frames' temporal positions, run by run."""
+    """Extra channels for the packed frames: as they are when the counts agree, else those at the
+    frames' temporal positions, run by run.
+    """
     if concat.shape[2] == layout.num_frames:
         return concat
     if max(layout.frame_index) >= concat.shape[2]:

@@ -1,5 +1,5 @@
-"""The config.json that published folders keep beside the weights: written for a network, and compared with the tensors it lies beside.
-docs/reference/wan.md#sizes, #names-elsewhere.
+"""The config.json that published folders keep beside the weights: written for a network, and
+compared with the tensors it lies beside. docs/reference/wan.md#sizes, #names-elsewhere.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from rcm.core.errors import CheckpointError
 from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.convert import Format
 
-# field of WanConfig -> name in the original, in the diffusers settings; None where that form does not say it
+# field of WanConfig -> name in the original, in the diffusers settings; None where that form does
+# not say it
 _NAMES: dict[str, tuple[str | None, str | None]] = {
     "dim": ("dim", None),
     "ffn_dim": ("ffn_dim", "ffn_dim"),
@@ -43,7 +44,9 @@ _IN_TENSORS = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "freq_dim", 
 
 
 def published_settings(config: WanConfig, *, form: Format) -> dict[str, Any] | None:
-    """The content of config.json for a network in the "wan" or "diffusers" form; None for a form that has none."""
+    """The content of config.json for a network in the "wan" or "diffusers" form; None for a form
+    that has none.
+    """
     if form == "wan":
         named = {ours: getattr(config, field) for field, (ours, _) in _NAMES.items() if ours}
         task = "flf2v" if config.image_positions else "i2v" if config.in_dim > config.out_dim else "t2v"
@@ -65,13 +68,17 @@ def published_settings(config: WanConfig, *, form: Format) -> dict[str, Any] | N
 
 
 def unread_settings(settings: Mapping[str, Any] | None) -> list[str]:
-    """Settings of a config.json that nothing here reads or knows, private ones of its library left out."""
+    """Settings of a config.json that nothing here reads or knows, private ones of its library left
+    out.
+    """
     known = {name for names in _NAMES.values() for name in names} | _FIXED.keys() | set(_DERIVED)
     return sorted(name for name in settings or () if name not in known and not name.startswith("_"))
 
 
 def heads_in(settings: Mapping[str, Any] | None) -> int | None:
-    """The number of heads that a config.json states; None where there is none. `CheckpointError` for one that is no such number."""
+    """The number of heads that a config.json states; None where there is none. `CheckpointError`
+    for one that is no such number.
+    """
     for name in ("num_heads", "num_attention_heads"):
         if settings and name in settings:
             return _whole(settings, name)
@@ -79,8 +86,9 @@ def heads_in(settings: Mapping[str, Any] | None) -> int | None:
 
 
 def with_settings(found: WanConfig, settings: Mapping[str, Any] | None) -> WanConfig:
-    """`found` (read off tensors) with what only the settings say (eps, text length); `CheckpointError` naming every setting that the
-    tensors contradict."""
+    """`found` (read off tensors) with what only the settings say (eps, text length);
+    `CheckpointError` naming every setting that the tensors contradict.
+    """
     if not settings:
         return found
     for name, allowed in _FIXED.items():

@@ -1,5 +1,6 @@
-"""The second time of a flow map (arXiv 2505.13447): a network that knows how far below its time another one lies predicts
-the mean velocity between them. What it has beyond the network of one time, and how it starts from that one's weights.
+"""The second time of a flow map (arXiv 2505.13447): a network that knows how far below its time
+another one lies predicts the mean velocity between them. What it has beyond the network of one
+time, and how it starts from that one's weights.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ SPAN = "span_embedding"
 
 
 class SpanEmbedding(nn.Sequential):
-    """t - s, as a sinusoid, to what is added to the time embedding: an MLP of the form of `time_embedding`."""
+    """t - s, as a sinusoid, to what is added to the time embedding: an MLP of the form of
+    `time_embedding`.
+    """
 
     def __init__(self, config: WanConfig) -> None:
         sizes = (config.freq_dim, config.dim)
@@ -33,8 +36,8 @@ class SpanEmbedding(nn.Sequential):
 
 
 def initial_span(config: WanConfig) -> dict[str, Tensor]:
-    """First weights of the embedding by their keys: N(0, 0.02^2) and a last layer of zeros, so that the network computes
-    what it did with one time. The same in every run.
+    """First weights of the embedding by their keys: N(0, 0.02^2) and a last layer of zeros, so that
+    the network computes what it did with one time. The same in every run.
     """
     draws = torch.randn(config.dim, config.freq_dim, generator=torch.Generator().manual_seed(0))
     values = {
@@ -58,8 +61,9 @@ class StartedWeights(LazyWeights):
 
 
 def with_second_time(weights: Mapping[str, Tensor], config: WanConfig) -> Mapping[str, Tensor]:
-    """`weights` for a network of `config`: those of one time begin the second one, if it has it. Only its keys may be
-    missing, and all of them: a part of them is `CheckpointError`, any other key the business of who loads.
+    """`weights` for a network of `config`: those of one time begin the second one, if it has it.
+    Only its keys may be missing, and all of them: a part of them is `CheckpointError`, any other
+    key the business of who loads.
     """
     if not config.two_times:
         return weights

@@ -1,1 +1,3 @@
-"""Which chunks of the past stay in a cache and where they stand in time: one policy per file, one protocol (`base`)."""
+"""Which chunks of the past stay in a cache and where they stand in time: one policy per file, one
+protocol (`base`).
+"""

@@ -1,4 +1,6 @@
-"""What a cache policy is: asked before and after every chunk, it says what the chunk sees and what is kept. It never touches keys."""
+"""What a cache policy is: asked before and after every chunk, it says what the chunk sees and what
+is kept. It never touches keys.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from rcm.nets.kv_view import CachedChunk, Keys, Observer
 
 
 class ChunkSpan(Protocol):
-    """Of a plan, what a policy may look at: its block and its latent frames [start, stop) counted from the beginning of the video."""
+    """Of a plan, what a policy may look at: its block and its latent frames [start, stop) counted
+    from the beginning of the video.
+    """
 
     @property
     def block(self) -> int:
@@ -40,18 +44,24 @@ class Placement:
 
 
 class CachePolicy:
-    """A policy for one stream: `before` and `after` every chunk, in order. The base keeps everything at absolute positions.
+    """A policy for one stream: `before` and `after` every chunk, in order. The base keeps
+    everything at absolute positions.
 
-    `branches` are the caches of the stream, one or (guided) two, which hold chunks with the same ids. A policy with state is made anew
-    for every stream (`fresh`), and gives it to snapshots (`state`).
+    `branches` are the caches of the stream, one or (guided) two, which hold chunks with the same
+    ids. A policy with state is made anew for every stream (`fresh`), and gives it to snapshots
+    (`state`).
     """
 
     keys: Keys = "post_rope"
     any_keys = True
-    """Whether keys may as well be stored the other way: true of policies that leave positions as they are."""
+    """Whether keys may as well be stored the other way: true of policies that leave positions as
+    they are.
+    """
 
     def capacity_frames(self, pattern: BlockPattern) -> int | None:
-        """Latent frames that a cache must hold while a chunk is being made, its own included; None: all of the video."""
+        """Latent frames that a cache must hold while a chunk is being made, its own included; None:
+        all of the video.
+        """
         return None
 
     def before(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> Placement:
@@ -70,12 +80,15 @@ class CachePolicy:
         return ()
 
     def hidden(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
-        """Ids of cached chunks that the newest chunk did not see: what is entered again after a change of prompt does not, either."""
+        """Ids of cached chunks that the newest chunk did not see: what is entered again after a
+        change of prompt does not, either.
+        """
         return ()
 
     def forget(self, branches: Sequence[KVCache], chunks: Sequence[CachedChunk]) -> None:
-        """`chunks`, the newest that were in the cache, left it to be entered again under another condition, oldest first: what is
-        remembered of their old keys and queries no longer holds. Their passes are shown to `observers`.
+        """`chunks`, the newest that were in the cache, left it to be entered again under another
+        condition, oldest first: what is remembered of their old keys and queries no longer holds.
+        Their passes are shown to `observers`.
         """
 
     def again(self, branches: Sequence[KVCache]) -> None:

@@ -1,4 +1,6 @@
-"""What Deep Forcing and Relax Forcing share: a budget of frames as [sinks | chosen history | recent], moved along in time in place."""
+"""What Deep Forcing and Relax Forcing share: a budget of frames as [sinks | chosen history |
+recent], moved along in time in place.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,11 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class CompressedHistory(CachePolicy):
-    """A policy with `sinks`, `budget` and `recent` frames. Chunks and recent frames stand at absolute positions; beyond the budget the
-    frames between sinks and recent ones are thinned out to budget - sinks - recent, which then end right before the recent ones, the sinks
-    right before them. Keys are kept rotated and turned on. Subclasses choose (`choose`) and say how far what was chosen moves (`moves`).
+    """A policy with `sinks`, `budget` and `recent` frames. Chunks and recent frames stand at
+    absolute positions; beyond the budget the frames between sinks and recent ones are thinned out
+    to budget - sinks - recent, which then end right before the recent ones, the sinks right before
+    them. Keys are kept rotated and turned on. Subclasses choose (`choose`) and say how far what was
+    chosen moves (`moves`).
     """
 
     sinks: int
@@ -77,13 +81,15 @@ class CompressedHistory(CachePolicy):
         self._base = start
 
     def choose(self, branch: int, cache: KVCache, *, frames: range, kept: int) -> list[Tensor]:
-        """Per layer, which `kept` tokens of the cached frames `frames` stay: ascending int64 [B or 1, kept], counted from the first of
-        them.
+        """Per layer, which `kept` tokens of the cached frames `frames` stay: ascending int64 [B or
+        1, kept], counted from the first of them.
         """
         raise NotImplementedError  # a policy says this itself
 
     def moves(self, index: Tensor, *, start: int, base: int, per_frame: int) -> Tensor | float:
-        """How far what was chosen moves, so that it begins at `start`, all candidates having stood in a row from `base`."""
+        """How far what was chosen moves, so that it begins at `start`, all candidates having stood
+        in a row from `base`.
+        """
         raise NotImplementedError  # a policy says this itself
 
     def _make(self, index: list[Tensor], shift: int, start: int, per_frame: int) -> Make:

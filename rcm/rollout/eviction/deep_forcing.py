@@ -1,4 +1,6 @@
-"""Deep Forcing (arXiv 2512.05081): of the past between sinks and recent frames the tokens stay that recent queries attend to."""
+"""Deep Forcing (arXiv 2512.05081): of the past between sinks and recent frames the tokens stay that
+recent queries attend to.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,16 @@ from rcm.rollout.eviction.frames import frame_tokens, num_frames
 
 @dataclass
 class DeepForcing(CompressedHistory):
-    """[`sinks` | the best tokens | `recent`] frames, `budget` in all; tokens are chosen per sample, layer and branch.
+    """[`sinks` | the best tokens | `recent`] frames, `budget` in all; tokens are chosen per sample,
+    layer and branch.
 
-    While a chunk's context enters a cache that holds something, every cached key is scored by the sum over heads and queries of
-    q . k / sqrt(D), the queries being those of the last `recent` frames. Layers that are not observed (`observation_layers` n > 0: only
-    the last n are) keep the latest tokens; keys without a score count 0. What was chosen moves as one region, which is approximate for a
-    mix of old and new tokens. `reduce`: under context parallelism a rank scores by its own heads; the sum over the ranks makes all choose
-    alike. `ntk_time`: the network's NTK ratio of time. Raises `ConfigError` for counts that do not fit.
+    While a chunk's context enters a cache that holds something, every cached key is scored by the
+    sum over heads and queries of q . k / sqrt(D), the queries being those of the last `recent`
+    frames. Layers that are not observed (`observation_layers` n > 0: only the last n are) keep the
+    latest tokens; keys without a score count 0. What was chosen moves as one region, which is
+    approximate for a mix of old and new tokens. `reduce`: under context parallelism a rank scores
+    by its own heads; the sum over the ranks makes all choose alike. `ntk_time`: the network's NTK
+    ratio of time. Raises `ConfigError` for counts that do not fit.
     """
 
     sinks: int = 10
@@ -62,7 +67,9 @@ class DeepForcing(CompressedHistory):
         self._scores.clear()
 
     def _observe(self, branch: int, cache: KVCache, layer: int, q: Tensor, k: Tensor) -> None:
-        """Score the cached keys of a layer by its recent queries: a sum of dot products is a dot product with the sum of the queries."""
+        """Score the cached keys of a layer by its recent queries: a sum of dot products is a dot
+        product with the sum of the queries.
+        """
         if self.observation_layers and layer < cache.num_layers - self.observation_layers:
             return
         wide = torch.promote_types(q.dtype, torch.float32)

@@ -1,4 +1,6 @@
-"""What policies that count frames instead of chunks share: how many frames a cache holds, and where each chunk stands in a row."""
+"""What policies that count frames instead of chunks share: how many frames a cache holds, and where
+each chunk stands in a row.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def cached_frames(cache: KVCache) -> int:
 
 
 def place_in_a_row(branches: Sequence[KVCache], chunks: Sequence[CachedChunk], *, first: int, lowest: int | None = None) -> int:
-    """Give the frames of `chunks` the positions first, first + 1, ... (at least `lowest`) in every branch; returns the next position."""
+    """Give the frames of `chunks` the positions first, first + 1, ... (at least `lowest`) in every
+    branch; returns the next position.
+    """
     placed = {}
     for chunk in chunks:
         count = num_frames(chunk)

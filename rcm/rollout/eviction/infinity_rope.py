@@ -1,4 +1,6 @@
-"""Infinity-RoPE (arXiv 2511.20649): positions relative to the block being made, flushes of the past, and scene cuts."""
+"""Infinity-RoPE (arXiv 2511.20649): positions relative to the block being made, flushes of the
+past, and scene cuts.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,15 @@ from rcm.rollout.eviction.frames import num_frames, place_in_a_row
 
 @dataclass
 class InfinityRope(CachePolicy):
-    """The last `blocks` blocks stay, the first `sinks` of the video among them. The n frames of a chunk stand at horizon - n to
-    horizon - 1, what it sees in a row before them; positions below 0 become 0.
+    """The last `blocks` blocks stay, the first `sinks` of the video among them. The n frames of a
+    chunk stand at horizon - n to horizon - 1, what it sees in a row before them; positions below 0
+    become 0.
 
-    A flush after a block keeps the sinks and that block alone: on request, or after every `flush_interval` blocks (0: never). A cut at a
-    block (`cuts`, or on request) moves that block's own frames `cut_delta` further while it is made (one-frame chunks only if
-    `cut_single_frames`), so that it sees the past across a gap, and flushes after it. Raises `ConfigError` for counts that do not fit.
+    A flush after a block keeps the sinks and that block alone: on request, or after every
+    `flush_interval` blocks (0: never). A cut at a block (`cuts`, or on request) moves that block's
+    own frames `cut_delta` further while it is made (one-frame chunks only if `cut_single_frames`),
+    so that it sees the past across a gap, and flushes after it. Raises `ConfigError` for counts
+    that do not fit.
     """
 
     blocks: int = 6

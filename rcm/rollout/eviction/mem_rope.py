@@ -1,4 +1,6 @@
-"""MemRoPE (arXiv 2603.12513): what grows old enters two running means, which are seen as two frames between sinks and the newest ones."""
+"""MemRoPE (arXiv 2603.12513): what grows old enters two running means, which are seen as two frames
+between sinks and the newest ones.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,15 @@ MEMORY_FRAMES = 2
 
 @dataclass
 class MemRope(CachePolicy):
-    """The cache is [sinks | long memory | short memory | local], positions in a row from 0, the chunk being made behind them.
+    """The cache is [sinks | long memory | short memory | local], positions in a row from 0, the
+    chunk being made behind them.
 
-    A memory is a running mean of the keys and values (before rotation) of the frames that leave the local ones, one vector per head and
-    layer repeated over its frame: m <- (1 - alpha) m + alpha (mean over all tokens of those frames), beginning with the first such mean.
-    `per_position` averages over frames only, as the paper does, so that a memory is a whole frame. The release averages its own memory
-    frames into every later mean; here only frames that were generated enter. Raises `ConfigError` unless sinks >= 0, local >= 1 and both
-    rates lie in (0, 1].
+    A memory is a running mean of the keys and values (before rotation) of the frames that leave the
+    local ones, one vector per head and layer repeated over its frame: m <- (1 - alpha) m + alpha
+    (mean over all tokens of those frames), beginning with the first such mean. `per_position`
+    averages over frames only, as the paper does, so that a memory is a whole frame. The release
+    averages its own memory frames into every later mean; here only frames that were generated
+    enter. Raises `ConfigError` unless sinks >= 0, local >= 1 and both rates lie in (0, 1].
     """
 
     sinks: int = 3

@@ -1,4 +1,6 @@
-"""Relax Forcing as the Causal-rCM release samples: of the past, the frames that resemble the recent ones and differ from each other."""
+"""Relax Forcing as the Causal-rCM release samples: of the past, the frames that resemble the recent
+ones and differ from each other.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,15 @@ from rcm.rollout.eviction.frames import frame_tokens
 
 @dataclass
 class RelaxForcing(CompressedHistory):
-    """[`sinks` | the best frames | `recent`] frames, `budget` in all; frames are chosen per sample and branch, by layer 0 for all layers.
+    """[`sinks` | the best frames | `recent`] frames, `budget` in all; frames are chosen per sample
+    and branch, by layer 0 for all layers.
 
-    A frame's vector is the mean of its keys over tokens, heads laid side by side. With w = `alignment_weight` its score is w cos(frame,
-    mean of the recent frames) + (1 - w) (1 - its mean cosine with the other candidates). Chosen frames keep their order and each moves to
-    its place in a row. `reduce`, `ntk_time`: as `DeepForcing`. Another rule than the paper's (`RelaxForcingPaper`). Raises `ConfigError`
-    for counts that do not fit or a weight outside [0, 1].
+    A frame's vector is the mean of its keys over tokens, heads laid side by side. With w =
+    `alignment_weight` its score is w cos(frame, mean of the recent frames) + (1 - w) (1 - its mean
+    cosine with the other candidates). Chosen frames keep their order and each moves to its place in
+    a row. `reduce`, `ntk_time`: as `DeepForcing`. Another rule than the paper's
+    (`RelaxForcingPaper`). Raises `ConfigError` for counts that do not fit or a weight outside [0,
+    1].
     """
 
     sinks: int = 4

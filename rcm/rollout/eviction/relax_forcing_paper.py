@@ -1,4 +1,6 @@
-"""Relax Forcing by its paper's rule (arXiv 2603.21366): a few blocks in the roles sink, history and tail, with hybrid rotary indices."""
+"""Relax Forcing by its paper's rule (arXiv 2603.21366): a few blocks in the roles sink, history and
+tail, with hybrid rotary indices.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,16 @@ from rcm.rollout.eviction.relax_forcing import cosines
 
 @dataclass
 class RelaxForcingPaper(CachePolicy):
-    """A chunk sees the first `sinks` blocks, the best `history` blocks of the past and the last `tail` blocks.
+    """A chunk sees the first `sinks` blocks, the best `history` blocks of the past and the last
+    `tail` blocks.
 
-    Candidates are the later half of the last `pool` blocks between sinks and tail (of an odd number, the larger half), which the cache
-    holds for that. The score is cos(block, sinks) - `redundancy` cos(block, tail), of mean keys of layer 0 over tokens, averaged over the
-    samples: the blocks of a batch are chosen together. Indices are hybrid: sinks keep their own, from 0; the chunk stands at the end of
-    `horizon` frames and the tail right before it; history keeps its distance to the tail as far as the room behind the sinks allows.
-    The release has another rule under the same name (`RelaxForcing`). Raises `ConfigError` for counts that do not fit.
+    Candidates are the later half of the last `pool` blocks between sinks and tail (of an odd
+    number, the larger half), which the cache holds for that. The score is cos(block, sinks) -
+    `redundancy` cos(block, tail), of mean keys of layer 0 over tokens, averaged over the samples:
+    the blocks of a batch are chosen together. Indices are hybrid: sinks keep their own, from 0; the
+    chunk stands at the end of `horizon` frames and the tail right before it; history keeps its
+    distance to the tail as far as the room behind the sinks allows. The release has another rule
+    under the same name (`RelaxForcing`). Raises `ConfigError` for counts that do not fit.
     """
 
     sinks: int = 2
@@ -60,7 +65,9 @@ class RelaxForcingPaper(CachePolicy):
         self._hidden: tuple[int, ...] = ()
 
     def capacity_frames(self, pattern: BlockPattern) -> int | None:
-        """See `CachePolicy`. `ConfigError` for a horizon into which what a chunk sees does not fit."""
+        """See `CachePolicy`. `ConfigError` for a horizon into which what a chunk sees does not
+        fit.
+        """
         largest = max(pattern.first, pattern.chunk)
         seen = (self.sinks + self.history + self.tail + 1) * largest
         if seen > self.horizon:

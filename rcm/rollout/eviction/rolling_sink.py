@@ -1,4 +1,6 @@
-"""Rolling Sink (arXiv 2602.07775): the first blocks come back in turn as sinks, forwards and backwards, right before the newest ones."""
+"""Rolling Sink (arXiv 2602.07775): the first blocks come back in turn as sinks, forwards and
+backwards, right before the newest ones.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,14 @@ from rcm.rollout.eviction.frames import frame_tokens, num_frames
 
 @dataclass
 class RollingSink(CachePolicy):
-    """The first `total` blocks stay for ever. Once a block was made after them, a chunk sees `sinks` of them and the `recent` newest.
+    """The first `total` blocks stay for ever. Once a block was made after them, a chunk sees
+    `sinks` of them and the `recent` newest.
 
-    Block `total` + p (p >= 1) takes, with m = p mod 2 total, the sinks p, p + 1, ... modulo `total` for m < total, and else going down from
-    total - 1 - (p mod total), each of them with its frames in reverse order. Sinks stand in a row that ends right before the first recent
-    frame; recent and own frames are absolute. Needs sinks + recent == total: with fewer, the release takes its bank anew from blocks that
-    have rolled already. Raises `ConfigError`.
+    Block `total` + p (p >= 1) takes, with m = p mod 2 total, the sinks p, p + 1, ... modulo `total`
+    for m < total, and else going down from total - 1 - (p mod total), each of them with its frames
+    in reverse order. Sinks stand in a row that ends right before the first recent frame; recent and
+    own frames are absolute. Needs sinks + recent == total: with fewer, the release takes its bank
+    anew from blocks that have rolled already. Raises `ConfigError`.
     """
 
     total: int = 6
@@ -71,7 +75,9 @@ class RollingSink(CachePolicy):
         return Placement(tuple(placed), own)
 
     def rolled(self, phase: int) -> tuple[list[int], bool]:
-        """Which of the first blocks are sinks in `phase` >= 1, in order, and whether their frames run backwards."""
+        """Which of the first blocks are sinks in `phase` >= 1, in order, and whether their frames
+        run backwards.
+        """
         turn = phase % self.total
         if phase % (2 * self.total) < self.total:
             return [(turn + j) % self.total for j in range(self.sinks)], False

@@ -15,9 +15,10 @@ from rcm.rollout.eviction.base import CachePolicy, ChunkSpan, Placement
 class SlidingWindow(CachePolicy):
     """A chunk sees the last `blocks` blocks, its own included, and the first `sinks` blocks.
 
-    `keep` leaves what it no longer sees in the cache: training replays earlier chunks against what they saw. Otherwise such blocks are
-    dropped before the next chunk is made, so memory is bounded by blocks + sinks. Positions are absolute and grow without limit; rotary
-    attention knows differences only. Raises `ConfigError` unless blocks >= 1 and sinks >= 0.
+    `keep` leaves what it no longer sees in the cache: training replays earlier chunks against what
+    they saw. Otherwise such blocks are dropped before the next chunk is made, so memory is bounded
+    by blocks + sinks. Positions are absolute and grow without limit; rotary attention knows
+    differences only. Raises `ConfigError` unless blocks >= 1 and sinks >= 0.
     """
 
     blocks: int

@@ -1,4 +1,6 @@
-"""Attention over segments against float64; the gain of coded keys against drawn errors; what its correction recovers."""
+"""Attention over segments against float64; the gain of coded keys against drawn errors; what its
+correction recovers.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def test_no_key_is_refused():
 @pytest.mark.parametrize("granularity", ["channel", "token"])
 @pytest.mark.parametrize("smoothing", ["none", "balance", "hadamard", "reorder"])
 def test_the_gain_is_that_of_drawn_errors(granularity, smoothing):
-    """log of the mean of exp over uniform errors of the blob's steps, drawn in the smoothed channels, against the formula."""
+    """log of the mean of exp over uniform errors of the blob's steps, drawn in the smoothed
+    channels, against the formula.
+    """
     q, k, _ = draw(1, s=64)
     blob = coded(k, granularity=granularity, group_size=32, smoothing=smoothing, dtype="int4")[1]
     wide = Blob(blob.codes, Undo(), None, blob.dtype)
@@ -114,7 +118,9 @@ def test_a_rotated_query_gains_the_mean_over_angles():
 
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_correction_recovers_half_of_what_the_bias_costs(asymmetric):
-    """One coded chunk and one plain. What the bias costs: the error of attention less the error with the true mean gain taken off."""
+    """One coded chunk and one plain. What the bias costs: the error of attention less the error
+    with the true mean gain taken off.
+    """
     cost = left = 0.0
     for seed in range(6):
         q, k, v = draw(10 + seed)

@@ -1,4 +1,6 @@
-"""The codec as the cache calls it: protocol, smoothing, clusters against loops, warm start, selection, bytes, flags."""
+"""The codec as the cache calls it: protocol, smoothing, clusters against loops, warm start,
+selection, bytes, flags.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def test_every_pair_restores_within_its_type(dtype, smoothing, mode):
         blob = c.encode(x, side=side, layer=0)
         y = c.decode(blob, side=side)
         assert y.dtype == x.dtype
-        coarse = 0.25 if mode == "release" and dtype in ("fp8", "int8") else 0.0  # its e4m3 scales have steps of 2^-9
+        # its e4m3 scales have steps of 2^-9
+        coarse = 0.25 if mode == "release" and dtype in ("fp8", "int8") else 0.0
         assert (y.float() - x.float()).norm() <= max(LIMITS[dtype], coarse) * x.float().norm()
         room = torch.full((2, 30, 3, 16), 7.0, dtype=torch.bfloat16)
         c.decode_into(blob, room[:, 2:26], side=side)
@@ -67,7 +70,9 @@ def test_smoothings_by_their_definition():
 
 
 def by_hand(x: Tensor, k: int, iters: int, start: Tensor | None) -> tuple[list[int], Tensor, Tensor]:
-    """One shared clustering of one sample [S, N, D], token by token: assignments, unit centres, means [k, N, D]."""
+    """One shared clustering of one sample [S, N, D], token by token: assignments, unit centres,
+    means [k, N, D].
+    """
     points = torch.nn.functional.normalize(x.double().mean(1), dim=-1)
     places = [round(i * (len(x) - 1) / (k - 1)) for i in range(k)]
     centres = points[places] if start is None else torch.nn.functional.normalize(start.double(), dim=-1)
@@ -158,7 +163,9 @@ def test_select_keeps_tokens_and_leaves_the_warm_start(smoothing):
 
 
 def test_bytes_are_those_of_the_tensors_and_of_the_arithmetic():
-    """Chunk of 480p: 4,680 tokens, 12 heads of 128, groups of 64: bits per element without and with clusters."""
+    """Chunk of 480p: 4,680 tokens, 12 heads of 128, groups of 64: bits per element without and with
+    clusters.
+    """
     x = torch.randn(1, 4680, 12, 128).to(torch.bfloat16)
     for dtype, bits in (("int8", 8.25), ("int4", 4.125), ("int2", 2.125)):
         side = SideSpec(dtype)

@@ -1,4 +1,6 @@
-"""Codes against loops over single numbers in Python, one rule at a time; packing; scales as stored."""
+"""Codes against loops over single numbers in Python, one rule at a time; packing; scales as
+stored.
+"""
 
 from __future__ import annotations
 

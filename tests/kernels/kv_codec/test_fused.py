@@ -1,4 +1,6 @@
-"""The codec's kernels equal plain torch bit for bit (Triton's interpreter), and compile for Hopper with wide accesses, without a GPU."""
+"""The codec's kernels equal plain torch bit for bit (Triton's interpreter), and compile for Hopper
+with wide accesses, without a GPU.
+"""
 
 from __future__ import annotations
 

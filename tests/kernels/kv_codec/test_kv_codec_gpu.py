@@ -1,4 +1,6 @@
-"""The codec on a GPU: kernels against plain torch bit for bit, blobs written and read by address in a captured graph, coded streams."""
+"""The codec on a GPU: kernels against plain torch bit for bit, blobs written and read by address in
+a captured graph, coded streams.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def test_blobs_by_address_in_a_graph_are_those_of_the_codec(name):
 @pytest.mark.parametrize("fused", ["off", "on"])
 @pytest.mark.parametrize(("name", "keys", "noisy"), [("int4 none", "pre_rope", True), ("release qvg", "post_rope", False)])
 def test_captured_streams_over_codes_are_the_eager_ones(name, keys, noisy, fused):
-    """Restored keys are turned in another kernel where layers are fused, so a few codes differ; a wrong chunk is far off."""
+    """Restored keys are turned in another kernel where layers are fused, so a few codes differ; a
+    wrong chunk is far off.
+    """
 
     def run(graphs: str) -> torch.Tensor:
         precision = Precision.preset("bf16")
