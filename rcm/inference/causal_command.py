@@ -26,6 +26,7 @@ from rcm.inference.causal_film import Film, FilmWriter, Reel
 from rcm.inference.causal_flags import Defaults, causal_parser, codec_spec_of, networks_of, policy_of, recipe_of, settle_flags
 from rcm.inference.causal_report import Marks, Stopwatch, Timing, timing_lines, write_causal_report
 from rcm.inference.flag_ranges import MAX_FRAMES
+from rcm.inference.outcome import check_device
 from rcm.inference.wan_command import frame_size, wan_main
 from rcm.inference.wan_models import Task, build_pipeline, check_files
 from rcm.inference.wan_progress import Progress
@@ -62,6 +63,8 @@ def causal_main(name: str, argv: Sequence[str] | None, *, about: str | None, def
 
     def plan(flags: argparse.Namespace) -> CausalJob:
         settle_flags(flags, defaults)
+        if flags.noise_device != "auto":
+            check_device(flags.noise_device, knob="--noise_device")
         return CausalJob(recipe_of(flags), codec_spec_of(flags), _timelines(flags))
 
     return wan_main(causal_parser(name, about=about, defaults=defaults), argv, plan, make=run)

@@ -90,12 +90,12 @@ def _say(sentence: str) -> None:
     print(sentence.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
-def check_device(name: str) -> None:
-    """`ConfigError` unless tensors can be made on the device called `name`."""
+def check_device(name: str, *, knob: str = "--device") -> None:
+    """`ConfigError` unless tensors can be made on the device called `name`, which `knob` chose."""
     if name.partition(":")[0] == "meta":
-        raise ConfigError("--device meta has no memory; choose cuda or cpu")
+        raise ConfigError(f"{knob} meta has no memory; choose cuda or cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         told = (str(error).splitlines() or ["it is not known here"])[0]
-        raise ConfigError(f"--device {name} cannot be used: {told}") from error
+        raise ConfigError(f"{knob} {name} cannot be used: {told}") from error

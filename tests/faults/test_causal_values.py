@@ -8,6 +8,8 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+import torch
+
 from tests.faults.case import Fault, each
 from tests.faults.test_command_values import DEADLINE, HUGE, _nothing_written, wan_files
 from tests.support.tiny_wan_files import dit
@@ -92,6 +94,11 @@ SAMPLING = [
         "-1",
     ),
     causal("start chunk of clean context", "add --context_from_last_step", *FEW, "--context_from_last_step_start_chunk", "1"),
+    *(
+        []
+        if torch.cuda.is_available()
+        else [causal("noise of a card that is not there", "--noise_device cuda cannot be used", *FEW, "--noise_device", "cuda")]
+    ),
     causal("times that grow", "must decrease strictly", "--distilled", "--num_steps", "3", "--mid_t", "5/8", "5/6"),
     causal("a time of one", "must decrease strictly", "--distilled", "--num_steps", "2", "--mid_t", "1"),
     causal("times that are words", "cannot read times from", "--distilled", "--num_steps", "2", "--mid_t", "half"),
@@ -221,7 +228,6 @@ SCENES = [
 
 
 def _other_width(folder: Path) -> None:
-    import torch
 
     torch.save(dict(dit(in_dim=36).state_dict()), folder / "i2v.pt")
 

@@ -287,7 +287,7 @@ def test_launches_that_do_not_fit_the_machine(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(wan_command, "check_device", lambda name: None)
+    monkeypatch.setattr(wan_command, "check_device", lambda *_, **__: None)
     assert run(RCM, "--device", "cuda:1") == 2
     assert "write --device cuda" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")

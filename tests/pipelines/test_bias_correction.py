@@ -21,12 +21,14 @@ from rcm.nets.kv_cache import KVCache
 from rcm.nets.kv_coded import CodedStore
 from rcm.nets.kv_memo import MemoisedCodec
 from rcm.nets.layout import TokenLayout
+from rcm.pipelines import session as session_module
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.infinity_rope import InfinityRope
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.recipe import SamplingRecipe
 from scripts.bench_kv_bias import SHIPPED, corrected_errors, keys_of_a_stream
+from tests.support.rerun_loop import RerunLoop
 from tests.support.tiny_nets import GRID, HEIGHT, WIDTH, condition, frame_times, latents, pattern, tiny_config, tiny_net
 
 RECIPE = SamplingRecipe("few_step", "c1-1", mids=((0.8, 0.5), (0.5,)))
@@ -111,6 +113,19 @@ def test_restored_copies_and_snapshots_change_nothing() -> None:
     state, following = plain.snapshot(), plain.step().latents
     plain.restore(state)
     assert torch.equal(plain.step().latents, following)
+
+
+def test_no_captured_pass_leaves_the_correction_out(monkeypatch) -> None:
+    net = Denoiser(tiny_net(dtype=torch.float32), Precision.preset("fp32")).eval_params()
+    spec = StreamSpec(RECIPE, (4, HEIGHT, WIDTH), batch=2, policy=SlidingWindow(3), kv_codec=codec())
+
+    def stream() -> Tensor:
+        session = Session(net, None, condition(tiny_config(), dtype=torch.float32), spec)
+        return torch.cat([session.step().latents for _ in range(5)], dim=2)
+
+    eager = stream()
+    monkeypatch.setattr(session_module, "ChunkLoop", RerunLoop)
+    assert torch.equal(stream(), eager)
 
 
 def test_only_coded_keys_have_a_bias() -> None:

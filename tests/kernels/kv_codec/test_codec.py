@@ -148,6 +148,24 @@ def test_warm_start_is_per_layer_side_and_stream_and_goes_with_the_state():
     assert torch.equal(off.decode(off.encode(second, side="key", layer=0), side="key"), cold)
 
 
+def test_centres_stay_where_captured_passes_read_them_or_are_told_to_have_moved():
+    """Through chunks of one size, a new video and a snapshot; a chunk of fewer tokens than clusters
+    has centres of another shape.
+    """
+    c = codec("int2", "qvg")
+    c.encode(sample(0), side="key", layer=0)
+    place, moves = c._centres["key", 0][0].data_ptr(), c.generation
+    state = c.state()
+    c.encode(sample(1), side="key", layer=0)
+    c.reset()
+    c.encode(sample(2), side="key", layer=0)
+    c.load_state(state)
+    assert (c._centres["key", 0][0].data_ptr(), c.generation) == (place, moves)
+    assert torch.equal(c._centres["key", 0][0], state["centres"]["key", 0][0])
+    c.encode(sample(3, (2, 2, 3, 16)), side="key", layer=0)
+    assert c.generation == moves + 1
+
+
 @pytest.mark.parametrize("smoothing", ["none", "qvg"])
 def test_select_keeps_tokens_and_leaves_the_warm_start(smoothing):
     c, x = codec("int8", smoothing), sample()
