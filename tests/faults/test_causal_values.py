@@ -228,7 +228,6 @@ SCENES = [
 
 
 def _other_width(folder: Path) -> None:
-
     torch.save(dict(dit(in_dim=36).state_dict()), folder / "i2v.pt")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import rcm
 from rcm.core.dtypes import Precision
@@ -164,6 +165,17 @@ def test_every_mismatch_is_one_sentence(folder: Path, tmp_path: Path, case: str)
     with pytest.raises(CheckpointError, match=told) as error:
         rcm.load(tmp_path / "job", weights="reg", device="cpu")
     assert "\n" not in str(error.value) and str(tmp_path / "job") in str(error.value)
+
+
+def test_missing_factors_are_counted(folder: Path, tmp_path: Path) -> None:
+    """A file that says of more layers than it has that they are adapted."""
+    source, target = folder / LAYOUTS["wan"], tmp_path / "less.safetensors"
+    kept = {key: value for key, value in load_file(source).items() if ".0.self_attn.q." not in key}
+    save_file(kept, target)
+    shutil.copy(f"{source}.json", f"{target}.json")
+    told = r"less.safetensors \(adapters on .*\): 1 factors .* missing, blocks.0.self_attn.q.weight"
+    with pytest.raises(CheckpointError, match=told):
+        network_weights(open_weights(target))
 
 
 def test_copies_that_are_not_there_and_files_that_are_something_else(folder: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from rcm.encoders.wan_vae_net import WanVAE
 from rcm.encoders.wan_vae_stages import StagedCodec, boundary_before, stages_of
 from rcm.nets.denoiser import Denoiser
 from rcm.parallel.ulysses import shard_sequence
+from rcm.pipelines import shared_decoder
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.sliding_window import SlidingWindow
@@ -140,6 +142,22 @@ def test_ranks_that_share_a_stream_decode_the_pixels_of_one(tmp_path, ranks, dec
 def test_two_cards_decode_the_pixels_of_one(tmp_path):
     found = run_ranks(2, stream, None, "all", "cuda", tmp_path=tmp_path, device_type="cuda")
     check(found, split=True, device="cuda:0")
+
+
+@pytest.mark.parametrize("wrong", ["tiles", "no Wan codec"])
+def test_every_rank_keeps_what_it_has_where_one_cannot_take_a_stage(monkeypatch, wrong):
+    """Rank 1 of two has a codec that cannot be cut; rank 0 must not wait for its stage."""
+    mine, told = small_codec(), []
+
+    def gather(found, own):
+        told.append(own)
+        found[:] = [own, "cpu"] if wrong == "tiles" else ["cpu", None]
+
+    world = SimpleNamespace(get_world_size=lambda: 2, get_rank=lambda: 0, all_gather_object=gather)
+    monkeypatch.setattr(shared_decoder, "dist", world)
+    mine.tile = 64 if wrong == "tiles" else None
+    assert shared_decoder.shared_decoder(mine, ranks=None, sharing=2) is mine
+    assert told == [None if wrong == "tiles" else "cpu"]
 
 
 def test_no_ranks_cannot_decode():
