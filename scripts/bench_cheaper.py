@@ -29,14 +29,12 @@ from torch import Tensor, nn
 
 from rcm.core.arguments import Arguments
 from rcm.inference.outcome import command, writable_file
+from scripts.bench_cold import DEVICE, HIDDEN, WIDTH, kernels_cold, kernels_cold_serial, vae_cold
 from scripts.bench_measure import write
 
-DEVICE = "cuda"
 ROWS = (4680, 1560, 780)
 """Tokens of a chunk of three frames and of one at 480x832, and of one frame over two cards."""
-WIDTH, HIDDEN, HEADS = 1536, 8960, 12
 COPIES, REPEATS = 8, 9
-SIZE = (480, 832)
 CELLS = (60, 104)
 LAYERS = {
     "qkv": (WIDTH, 3 * WIDTH, False),
@@ -303,42 +301,6 @@ def tiny_decoder() -> dict[str, Any]:
                     f"  {key:34s} {row['steady_ms']:7.2f} ms per latent frame, state {row['state_mib']:.0f} MiB",
                     flush=True,
                 )
-    return found
-
-
-def kernels_cold() -> dict[str, Any]:
-    """Seconds to compile the transformer's fused and quantised layers with an empty cache, side by
-    side in threads.
-    """
-    return compiled_cold(threads=None)
-
-
-def kernels_cold_serial() -> dict[str, Any]:
-    """The same kernels one by one."""
-    return compiled_cold(threads=1)
-
-
-def compiled_cold(*, threads: int | None) -> dict[str, Any]:
-    """Kernels and seconds; the process must not have compiled any of them."""
-    from rcm.kernels.fused.compile_list import inference_plan
-    from rcm.kernels.precompile import default_threads, precompile
-
-    torch.zeros(1, device=DEVICE)
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        plan = inference_plan(width=WIDTH, hidden=HIDDEN, heads=HEADS, fp8=True)
-        done = precompile(plan, device=DEVICE, threads=threads)
-    threads = threads or default_threads()
-    print(f"  {done.kernels} kernels in {done.seconds:.2f} s, {threads} at once", flush=True)
-    return {"kernels": done.kernels, "seconds": done.seconds, "threads": threads}
-
-
-def vae_cold() -> dict[str, Any]:
-    """Fresh processes up to three decoded latent frames, with an empty and a filled cache."""
-    from scripts.bench_vae import cold_starts, show_cold
-
-    found = cold_starts(height=SIZE[0], width=SIZE[1])
-    show_cold(found)
     return found
 
 

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rcm.kernels.cuda_graph import CudaGraph
 from rcm.nets.wan.block import SelfAttention
-from rcm.pipelines import engine
+from rcm.pipelines import decode_lane, engine
 from rcm.pipelines.session import Session
 
 
@@ -48,7 +48,7 @@ def timing(session: Session, parts: dict[str, list[float]]) -> Iterator[None]:
     places: list[tuple[Any, str, str]] = [
         (session, "_produce", "produce (issue of a chunk)"),
         (session._lane, "decode", "decode (issue)"),
-        (engine.Decoding, "result", "result (wait for pixels)"),
+        (decode_lane.Decoding, "result", "result (wait for pixels)"),
         (CudaGraph, "replay", "graph launch"),
         (engine._Inputs, "set", "inputs: latents and times"),
         (engine._Inputs, "place", "inputs: slots and tables"),
@@ -86,15 +86,15 @@ def variant(net: nn.Module, *, joined: bool, priority: int) -> Iterator[None]:
     """Within, sessions are opened whose captured passes take one product for q, k and v or three,
     and whose decoder runs on a stream of this priority (0: the network's).
     """
-    before, join = engine.DecodeLane.PRIORITY, SelfAttention.join
+    before, join = decode_lane.DecodeLane.PRIORITY, SelfAttention.join
     net._apply(lambda x: x)  # forgets what was joined
-    engine.DecodeLane.PRIORITY = priority
+    decode_lane.DecodeLane.PRIORITY = priority
     if not joined:
         SelfAttention.join = lambda _: None
     try:
         yield
     finally:
-        engine.DecodeLane.PRIORITY, SelfAttention.join = before, join
+        decode_lane.DecodeLane.PRIORITY, SelfAttention.join = before, join
 
 
 def waits(session: Session) -> list[str]:

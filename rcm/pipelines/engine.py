@@ -1,5 +1,4 @@
-"""The speed of a stream: its passes as CUDA graphs, decoding on a stream of its own, pixels to the
-host through pinned memory.
+"""The speed of a stream: its passes as CUDA graphs.
 
 A graph is kept per (frames of the chunk, tokens that it sees, role); it holds a whole denoising
 step, sampler arithmetic included, or a context pass. What changes between steps is device data:
@@ -17,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rcm.encoders.codec import LatentCodec, LatentStream
 from rcm.kernels.cuda_graph import CudaGraph
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import PairedView, VelocityModel
@@ -287,98 +285,6 @@ class _Inputs:
         """Rotary tables of one branch over a past of so many tokens."""
         keys = self.keys.get(context_tokens)
         return RopePair(self.query, self.query if not keys else keys[branch])
-
-
-class DecodeLane:
-    """The decoder of a stream; on CUDA optionally on a stream of its own, so that it runs beside
-    the denoiser, and on another card than the denoiser's, if that is where the codec is.
-
-    `to_host`: pixels also go to pinned host memory as uint8.
-    """
-
-    PRIORITY = -1
-    """Before the denoiser's: pixels are there sooner, and the next chunk is issued long before this
-    one is denoised. Beside transfers between ranks (rcm/parallel/links.py) no hardware queue may be
-    shared with the denoiser, as streams of one priority do.
-    """
-
-    def __init__(self, codec: LatentCodec, *, device: torch.device, own_stream: bool, graphs: str, to_host: bool) -> None:
-        self._codec, self._to_host = codec, to_host
-        self._cuda = device.type == "cuda"
-        self._device = torch.device(getattr(codec, "device", device)) if self._cuda else device
-        self._stream = torch.cuda.Stream(self._device, priority=self.PRIORITY) if own_stream else None
-        self._captures = graphs == "on" and getattr(codec, "captures", False)
-        self._decoder = self._opened()
-
-    def restart(self) -> None:
-        """Begin another video, in the memory of this one where the decoder can."""
-        if hasattr(self._decoder, "restart"):
-            self._decoder.restart()
-        else:
-            self._decoder = self._opened()
-
-    def _opened(self) -> LatentStream:
-        return self._codec.stream(graphs="on") if self._captures else self._codec.stream()
-
-    def decode(self, latents: Tensor) -> Decoding:
-        """Start decoding the next latents. No pixels come of it where another rank has the last
-        stage of the decoder.
-        """
-        if not self._cuda:
-            frames = self._decoder.decode_chunk(latents)
-            return Decoding(frames, _images(frames) if self._to_host and frames is not None else None, None)
-        ready = torch.cuda.current_stream(latents.device).record_event()
-        now = torch.cuda.current_stream(self._device)
-        lane = self._stream or now
-        with torch.cuda.device(self._device), torch.cuda.stream(lane):
-            lane.wait_event(ready)
-            frames, images = self._decoder.decode_chunk(latents.to(self._device, non_blocking=True)), None
-            if self._to_host and frames is not None:
-                pixels = _images(frames)
-                images = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
-                images.copy_(pixels, non_blocking=True)
-            done = lane.record_event()
-        if lane is not now:
-            latents.record_stream(lane)
-            if frames is not None:
-                frames.record_stream(now)
-        return Decoding(frames, images, done)
-
-    def state(self) -> Any:
-        """A copy of what the decoder remembers."""
-        return self._decoder.state_copy()
-
-    def load_state(self, state: Any) -> None:
-        """Take up a `state`."""
-        self._decoder.load_state(state)
-
-    def num_bytes(self) -> int:
-        """Bytes that the decoder remembers."""
-        return 0 if self._decoder is None else self._decoder.num_bytes()
-
-    def close(self) -> None:
-        """Free the decoder."""
-        if hasattr(self._decoder, "close"):
-            self._decoder.close()
-        self._decoder = None
-
-
-class Decoding:
-    """Pixels on their way."""
-
-    def __init__(self, frames: Tensor | None, images: Tensor | None, done: torch.cuda.Event | None) -> None:
-        self._frames, self._images, self._done = frames, images, done
-
-    def result(self) -> tuple[Tensor | None, Tensor | None]:
-        """Pixels and host images, once they are there."""
-        if self._done is not None:
-            self._done.synchronize()
-        return self._frames, self._images
-
-
-def _images(frames: Tensor) -> Tensor:
-    """Pixels [B, 3, F, H, W] in [-1, 1] as uint8 [B, F, H, W, 3], rounded to nearest."""
-    return ((frames.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
 
 
 def _branches(view: View) -> list[CacheView]:

@@ -22,12 +22,12 @@ from rcm.encoders.codec import LatentCodec
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import VelocityModel
 from rcm.nets.kv_view import CachedChunk
-from rcm.pipelines.engine import CapturedLoop, DecodeLane
+from rcm.pipelines.decode_lane import DecodeLane
+from rcm.pipelines.engine import CapturedLoop
 from rcm.pipelines.generator_lease import lease
 from rcm.pipelines.shared_decoder import shared_decoder
-from rcm.pipelines.stream_spec import Receipt, StreamedChunk, StreamSpec, SwitchMode, count_prefix_blocks
+from rcm.pipelines.stream_spec import Receipt, StreamedChunk, StreamSpec, SwitchMode
 from rcm.rollout.autoregressive import Canvas, ChunkLoop, ChunkResult
-from rcm.rollout.noise import ChunkNoise, Noise, VideoNoise
 from rcm.rollout.plan import ChunkPlan
 from rcm.rollout.recipe import SamplingRecipe
 
@@ -41,8 +41,7 @@ class SwitchRefused(ConfigError):
 
 
 class Session:
-    """A stream that is under way. `codec` None, or another rank's to decode with: latents only
-    (chunks carry them as `frames`, too).
+    """A stream under way. `codec` None, or on another rank: latents alone, as `frames`, too.
 
     `prefix` [B, C, k, h, w]: given first frames (an image, or the start of a clip), entered as
     clean context and handed out unchanged. With noisy context from block 0 the prefix is noised to
@@ -78,7 +77,7 @@ class Session:
             raise
 
     def _begin(self, cond: Condition, prefix: Tensor | None) -> None:
-        given, cond = self._checked_prefix(prefix), self._for_batch(cond)
+        given, cond = self.spec.given(prefix, device=self.device), self.spec.for_batch(cond)
         self._begun = time.perf_counter()
         (self._given, self._prefix), self._cond = given, cond
         self._wanted = deque[tuple[Condition, SwitchMode, Receipt]]()
@@ -90,22 +89,6 @@ class Session:
         self._ahead: tuple[int, Tensor] | None = None
         self._pieces: deque[tuple[int, Tensor]] = deque()
         self._cancelled = False
-
-    def _checked_prefix(self, prefix: Tensor | None) -> tuple[int, Tensor | None]:
-        """Given blocks and their latents, for the whole batch, in memory of their own."""
-        if prefix is None:
-            return 0, None
-        spec, (channels, height, width) = self.spec, self.spec.latent
-        fits = prefix.ndim == 5 and prefix.shape[0] in (1, spec.batch) and (prefix.shape[1], *prefix.shape[3:]) == tuple(spec.latent)
-        if not fits:
-            raise ConfigError(f"prefix must be [1 or {spec.batch}, {channels}, k, {height}, {width}], got {list(prefix.shape)}")
-        blocks = count_prefix_blocks(spec.recipe, prefix.shape[2], spec.num_frames)
-        return blocks, prefix.to(self.device, torch.float64, copy=True).expand(spec.batch, -1, -1, -1, -1)
-
-    def _for_batch(self, cond: Condition) -> Condition:
-        if cond.batch not in (1, self.spec.batch):
-            raise ConfigError(f"the condition has batch {cond.batch}, the stream {self.spec.batch}; give a batch of 1 or {self.spec.batch}")
-        return cond.expand(self.spec.batch)
 
     def restart(self, cond: Condition | None = None, *, seed: int | None = None, prefix: Tensor | None = None) -> None:
         """Begin another video in the memory, and with the captured passes, of this one: as a
@@ -120,7 +103,7 @@ class Session:
         if spec.generator is not None and seed is not None:
             spec.generator.manual_seed(seed)
         canvas = Canvas(self._loop.canvas.grid, spec.policy.fresh())
-        self._loop.restart(canvas=canvas, noise=self._new_noise((spec.batch, *spec.latent)))
+        self._loop.restart(canvas=canvas, noise=spec.new_noise(self._given, device=self.device))
         if self._lane is not None:
             self._lane.restart()
 
@@ -198,7 +181,7 @@ class Session:
         self._require_open()
         if mode not in ("keep", "recache"):
             raise ConfigError(f"switch mode {mode!r} is not one of 'keep', 'recache'")
-        cond = self._for_batch(cond)
+        cond = self.spec.for_batch(cond)
         while self._wanted:
             self._wanted.pop()[2].superseded = True
         receipt = Receipt()
@@ -296,9 +279,8 @@ class Session:
 
     def _new_loop(self, denoiser: VelocityModel) -> ChunkLoop:
         spec = self.spec
-        channels, height, width = spec.latent
         policy = spec.policy.fresh()
-        grid = denoiser.token_grid(height, width)
+        grid = denoiser.token_grid(*spec.latent[1:])
         codec = None if spec.kv_codec is None else spec.kv_codec.fork()
         keys = spec.keys or policy.keys
         cache = denoiser.new_cache(
@@ -308,21 +290,12 @@ class Session:
         return kind(
             denoiser,
             canvas=Canvas(grid, policy),
-            noise=self._new_noise((spec.batch, channels, height, width)),
+            noise=spec.new_noise(self._given, device=self.device),
             rule=spec.recipe.rule,
             cache=cache,
             in_place=True,
             interrupt=self._require_open,
         )
-
-    def _new_noise(self, shape: tuple[int, int, int, int]) -> Noise:
-        spec, options = self.spec, {"dtype": torch.float64, "device": self.device}
-        if spec.noise == "chunk":
-            return ChunkNoise(shape, seed=spec.seed, draw_on=spec.draw_on, **options)
-        source = spec.generator or torch.Generator(device=spec.draw_on).manual_seed(spec.seed)
-        plans = spec.recipe.plans(spec.num_frames, prefix_blocks=self._given)
-        whole = (shape[0], shape[1], spec.num_frames, *shape[2:])
-        return VideoNoise.for_plans(plans, whole, generator=source, renoises=spec.recipe.rule.needs_noise, **options)
 
     def _produce(self) -> tuple[int, Tensor]:
         """Latents of the next block: given, or denoised after the context of the one before was

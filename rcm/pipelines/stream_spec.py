@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
+from rcm.nets.condition import Condition
 from rcm.nets.kv_coded import KVCodec
 from rcm.nets.kv_view import Attention, Keys
 from rcm.rollout.eviction.base import CachePolicy
+from rcm.rollout.noise import ChunkNoise, Noise, VideoNoise
 from rcm.rollout.recipe import SamplingRecipe
 
 SwitchMode = Literal["keep", "recache"]
@@ -163,6 +165,35 @@ class StreamSpec:
         """Latent frames that the cache has room for."""
         bound = self.policy.capacity_frames(self.recipe.blocks)
         return min(n for n in (bound, self.num_frames) if n is not None)
+
+    def given(self, prefix: Tensor | None, *, device: torch.device) -> tuple[int, Tensor | None]:
+        """Blocks of `prefix` [1 or batch, C, k, h, w] and its latents for the whole batch, float64,
+        in memory of their own. `ConfigError` for another shape, or a k that ends within a block.
+        """
+        if prefix is None:
+            return 0, None
+        channels, height, width = self.latent
+        fits = prefix.ndim == 5 and prefix.shape[0] in (1, self.batch) and (prefix.shape[1], *prefix.shape[3:]) == tuple(self.latent)
+        if not fits:
+            raise ConfigError(f"prefix must be [1 or {self.batch}, {channels}, k, {height}, {width}], got {list(prefix.shape)}")
+        blocks = count_prefix_blocks(self.recipe, prefix.shape[2], self.num_frames)
+        return blocks, prefix.to(device, torch.float64, copy=True).expand(self.batch, -1, -1, -1, -1)
+
+    def for_batch(self, cond: Condition) -> Condition:
+        """`cond` of a batch of 1 for all videos. `ConfigError` for another batch."""
+        if cond.batch not in (1, self.batch):
+            raise ConfigError(f"the condition has batch {cond.batch}, the stream {self.batch}; give a batch of 1 or {self.batch}")
+        return cond.expand(self.batch)
+
+    def new_noise(self, prefix_blocks: int, *, device: torch.device) -> Noise:
+        """The noise of a video that begins now, behind so many given blocks."""
+        shape, options = (self.batch, *self.latent), {"dtype": torch.float64, "device": device}
+        if self.noise == "chunk":
+            return ChunkNoise(shape, seed=self.seed, draw_on=self.draw_on, **options)
+        source = self.generator or torch.Generator(device=self.draw_on).manual_seed(self.seed)
+        plans = self.recipe.plans(self.num_frames, prefix_blocks=prefix_blocks)
+        whole = (shape[0], shape[1], self.num_frames, *shape[2:])
+        return VideoNoise.for_plans(plans, whole, generator=source, renoises=self.recipe.rule.needs_noise, **options)
 
 
 def count_prefix_blocks(recipe: SamplingRecipe, prefix_frames: int, num_frames: int | None) -> int:

@@ -219,9 +219,7 @@ class _Encoder:
 
 
 def _keep(chunks: Sequence[torch.Tensor], *, name: str, **settings: Any) -> Path | None:
-    """Write chunks in a folder of their own where there is room: an mp4, or an array [F, H, W, 3]
-    if the encoder is what fails.
-    """
+    """Write chunks where there is room: an mp4, or an array [F, H, W, 3] if encoding fails."""
     for folder in (tempfile.gettempdir(), os.curdir, os.path.expanduser("~")):
         try:
             made = Path(tempfile.mkdtemp(prefix="rcm-kept-", dir=os.path.abspath(folder)))
@@ -244,9 +242,7 @@ def _keep(chunks: Sequence[torch.Tensor], *, name: str, **settings: Any) -> Path
 
 
 def check_frame(height: int, width: int, *, scale: int, pad: bool = False) -> None:
-    """`ConfigError` unless frames of height x width, enlarged by `scale`, fit an mp4: even sides
-    (or `pad`), none above `MAX_SIDE`.
-    """
+    """`ConfigError` unless enlarged frames fit an mp4: even sides (or `pad`), up to `MAX_SIDE`."""
     height, width = height * scale, width * scale
     if not pad and (width % 2 or height % 2):
         raise ConfigError(f"mp4 (yuv420p) needs even sides, got {width}x{height}; choose an even size or scale, or pad=True")
@@ -255,9 +251,7 @@ def check_frame(height: int, width: int, *, scale: int, pad: bool = False) -> No
 
 
 def write_mp4(path: str | Path | OutputFile, video: torch.Tensor, *, fps: float, scale: int = 1, crf: int = 12, pad: bool = False) -> Path:
-    """Write `video` [3, F, H, W] in [-1, 1]; arguments and errors of `Mp4Writer`. Returns the
-    path.
-    """
+    """Write `video` [3, F, H, W] in [-1, 1], as `Mp4Writer` does; returns the path."""
     with Mp4Writer(path, fps=fps, scale=scale, crf=crf, pad=pad) as writer:
         writer.append(video)
     return writer.path

@@ -88,7 +88,8 @@ def test_the_student_starts_from_the_average(trained, averaging: bool) -> None:
     """
     job, trainer = trained
     _, state = make_run(dims=ONE, precision="fp64", ema=averaging)
-    Checkpointer(job, dims=ONE, description=DESCRIPTION).load(state, path=job / "checkpoints" / "iter_000000004", taken=Taken(averaged=True))
+    saved = job / "checkpoints" / "iter_000000004"
+    Checkpointer(job, dims=ONE, description=DESCRIPTION).load(state, path=saved, taken=Taken(averaged=True))
     shadow = trainer.state.ema.shadow
     net = dict(state.roles["student"].net.named_parameters())
     assert net.keys() == shadow.keys()
