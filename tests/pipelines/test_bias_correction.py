@@ -115,6 +115,18 @@ def test_restored_copies_and_snapshots_change_nothing() -> None:
     assert torch.equal(plain.step().latents, following)
 
 
+def test_restored_copies_go_with_their_blobs() -> None:
+    """Or a later blob in the same place would be read as the one before it."""
+    memo = MemoisedCodec(codec())
+    x = torch.randn(1, 8, 2, 8, generator=torch.Generator().manual_seed(0))
+    for scale in (1.0, 2.0, 3.0):
+        blob = memo.encode(scale * x, side="key", layer=0)
+        assert torch.equal(memo.decode(blob, side="key"), memo.codec.decode(blob, side="key"))
+        assert memo.num_bytes() == x.nbytes
+        del blob
+        assert memo.num_bytes() == 0
+
+
 def test_no_captured_pass_leaves_the_correction_out(monkeypatch) -> None:
     net = Denoiser(tiny_net(dtype=torch.float32), Precision.preset("fp32")).eval_params()
     spec = StreamSpec(RECIPE, (4, HEIGHT, WIDTH), batch=2, policy=SlidingWindow(3), kv_codec=codec())
