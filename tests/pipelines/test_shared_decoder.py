@@ -17,6 +17,7 @@ from rcm.core.errors import ConfigError
 from rcm.encoders.wan_vae_net import WanVAE
 from rcm.encoders.wan_vae_stages import StagedCodec, boundary_before, stages_of
 from rcm.nets.denoiser import Denoiser
+from rcm.parallel import links
 from rcm.parallel.ulysses import shard_sequence
 from rcm.pipelines import shared_decoder
 from rcm.pipelines.session import Session
@@ -158,6 +159,30 @@ def test_every_rank_keeps_what_it_has_where_one_cannot_take_a_stage(monkeypatch,
     mine.tile = 64 if wrong == "tiles" else None
     assert shared_decoder.shared_decoder(mine, ranks=None, sharing=2) is mine
     assert told == [None if wrong == "tiles" else "cpu"]
+
+
+def test_few_sent_tensors_are_kept(monkeypatch):
+    """The sender waits for the receiver, which may be slower for ever."""
+    waited = []
+
+    class Work:
+        def __init__(self, x):
+            self.x = x
+
+        def wait(self):
+            waited.append(self.x)
+
+        def is_completed(self):
+            return self.x in waited or self.x == 3
+
+    monkeypatch.setattr(links, "dist", SimpleNamespace(isend=lambda x, **_: Work(x)))
+    link = links.Link(None, source=1, target=0)
+    for x in range(5):
+        link.send(x)
+        assert len(link._sent) <= links.MOST_UNDER_WAY
+    assert waited == [0, 1, 2]
+    link.release()
+    assert [x for _, x in link._sent] == [4]
 
 
 def test_no_ranks_cannot_decode():

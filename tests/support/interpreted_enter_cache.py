@@ -22,6 +22,7 @@ MUTANTS = {
     "slots forgotten": ("tl.load(slots_ptr + token) * cache_row", "token * cache_row"),
     "second batch forgotten": ("slot = batch * cache_batch +", "slot ="),
     "mean over half the channels": ("/ WIDTH + eps)", "/ (WIDTH // 2) + eps)"),
+    "rows between samples forgotten": ("x.stride(-1) == 1 and x.stride(0) == x.shape[1] * x.stride(1)", "x.stride(-1) == 1"),
     "angles of one head only": ("pair % (HEAD // 2)", "pair"),
 }
 
@@ -29,9 +30,14 @@ MUTANTS = {
 def worst(module) -> float:
     """Largest deviation from the formulas over dtypes, strides and key storage."""
     error = 0.0
-    for dtype, rotate_keys, strided in ((torch.float32, True, False), (torch.float16, False, True), (torch.float32, False, True)):
+    # the third: the first rows of longer projections
+    for dtype, rotate_keys, strided, rows in (
+        (torch.float32, True, False, 5),
+        (torch.float16, False, True, 5),
+        (torch.float32, False, True, 7),
+    ):
         draw = torch.Generator().manual_seed(3)
-        wide = torch.randn(2, 5, 3 * 36, generator=draw).to(dtype)
+        wide = torch.randn(2, rows, 3 * 36, generator=draw).to(dtype)[:, :5]
         projected = wide.split(36, dim=2) if strided else tuple(x.contiguous() for x in wide.split(36, dim=2))
         weights = tuple(1 + 0.3 * torch.randn(36, generator=draw).to(dtype) for _ in range(2))
         angle = torch.randn(5, 6, generator=draw)
