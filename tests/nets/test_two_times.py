@@ -13,7 +13,7 @@ from rcm.methods.teacher_forcing import TeacherForcing
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.layout import TokenLayout
 from rcm.nets.wan.config import PRESETS
-from rcm.nets.wan.convert import detect_config, load
+from rcm.nets.wan.convert import detect_config, from_wan, load
 from rcm.nets.wan.model import WanDiT
 from rcm.nets.wan.two_times import SPAN, initial_span, with_second_time
 from tests.support.tangent_oracle import central_difference, functorch_jvp, relative_error, with_eager_attention
@@ -124,10 +124,13 @@ def test_only_the_second_time_may_be_missing():
     assert with_second_time(one, tiny_config()) is one
 
 
-def test_the_second_time_is_found_in_the_tensors_and_absent_from_other_descriptions():
+def test_the_second_time_is_found_in_the_tensors_and_absent_elsewhere():
     config = tiny_config(**TWO)
     assert detect_config(tiny_net(**TWO).state_dict(), head_dim=config.head_dim).two_times
     assert not detect_config(tiny_net().state_dict(), head_dim=config.head_dim).two_times
+    with pytest.raises(CheckpointError, match=r"second time of a network, which diffusers has no name for; choose the rcm or wan"):
+        from_wan(tiny_net(**TWO).state_dict(), form="diffusers")
+    assert from_wan(tiny_net(**TWO).state_dict(), form="wan").keys() == tiny_net(**TWO).state_dict().keys()
     assert config.to_dict()["two_times"] is True
     assert not any("two_times" in known.to_dict() for known in PRESETS.values())
 

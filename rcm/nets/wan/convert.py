@@ -291,4 +291,8 @@ def _renamed(key: str, *, to_diffusers: bool) -> str:
     for old, new in table if to_diffusers else tuple((theirs, ours) for ours, theirs in table):
         if rest == old or rest.startswith(old + "."):
             return lead + new + rest[len(old) :]
+    if key.startswith(f"{SPAN}."):
+        raise CheckpointError(
+            f"key {key!r} embeds the second time of a network, which diffusers has no name for; choose the rcm or wan form"
+        )
     raise CheckpointError(f"key {key!r} has no {'diffusers' if to_diffusers else 'Wan'} counterpart; is this a Wan transformer?")
