@@ -186,11 +186,17 @@ class StreamSpec:
         return cond.expand(self.batch)
 
     def new_noise(self, prefix_blocks: int, *, device: torch.device) -> Noise:
-        """The noise of a video that begins now, behind so many given blocks."""
+        """The noise of a video that begins now, behind so many given blocks. `ConfigError` where
+        `draw_on` is no device that draws.
+        """
+        try:
+            drawn = self.generator or torch.Generator(device=self.draw_on)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"draw_on={str(self.draw_on)!r} is no device that draws random numbers here; use 'cpu'") from error
         shape, options = (self.batch, *self.latent), {"dtype": torch.float64, "device": device}
         if self.noise == "chunk":
             return ChunkNoise(shape, seed=self.seed, draw_on=self.draw_on, **options)
-        source = self.generator or torch.Generator(device=self.draw_on).manual_seed(self.seed)
+        source = self.generator or drawn.manual_seed(self.seed)
         plans = self.recipe.plans(self.num_frames, prefix_blocks=prefix_blocks)
         whole = (shape[0], shape[1], self.num_frames, *shape[2:])
         return VideoNoise.for_plans(plans, whole, generator=source, renoises=self.recipe.rule.needs_noise, **options)

@@ -93,3 +93,10 @@ def test_schedules_are_checked_when_a_session_is_opened(denoiser, wrong, told):
     with pytest.raises(ConfigError, match=told):
         session.set_recipe(recipe)
     assert session.spec is before
+
+
+@pytest.mark.parametrize("noise", ["chunk", "video"])
+def test_a_device_that_cannot_draw_is_refused_when_a_session_is_opened(denoiser, noise):
+    for device in ("toaster", *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises(ConfigError, match=f"draw_on='{device}' is no device that draws random numbers here; use 'cpu'"):
+            opened(denoiser, spec(num_frames=3, noise=noise, draw_on=device))
