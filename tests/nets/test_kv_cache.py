@@ -59,6 +59,15 @@ def test_prefixes():
         cache.readonly(4)
 
 
+@pytest.mark.parametrize(("visible", "one_run"), [(None, True), ([0], False), ([1], False)])
+def test_only_one_run_of_slots_can_be_captured(visible, one_run):
+    """A captured pass reads the first slots, whatever they hold."""
+    cache, _, _ = filled(1, 1)
+    view = cache.readonly(visible=visible, transient=True)
+    view.begin(chunk(1, after=2 if visible is None else 1))
+    assert view.can_be_captured is one_run
+
+
 def test_append_stores_detached_and_keeps_the_gradient_of_its_own_tokens():
     cache, past, _ = filled(1)
     k, v = (x.requires_grad_() for x in tokens(S))

@@ -11,6 +11,7 @@ import torch
 from rcm.core.errors import ConfigError
 from rcm.nets.condition import Condition
 from rcm.nets.layout import TokenLayout
+from rcm.nets.lora import attach
 from rcm.nets.wan.config import PRESETS, WanConfig, preset
 from rcm.nets.wan.model import WanDiT
 from tests.support.tiny_nets import GRID, condition, frame_times, latents, pattern, tiny_config, tiny_net
@@ -212,6 +213,11 @@ def test_joined_projections_are_the_three_layers(tmp_path):
     held = attention.joined
     net.join_projections()
     assert attention.joined is held, "graphs that read it go on"
+    plain = attention.k
+    attach(net, ["self_attn.k"], roles=["student"], rank=2, alpha=2.0)
+    assert attention.joined is None, "the adapters' layer has the very weights that were joined"
+    attention.k = plain
+    assert attention.joined is held
     attention.k.weight.data = attention.k.weight.data.clone()
     assert attention.joined is None
     net.join_projections()

@@ -13,6 +13,7 @@ from rcm.core.dtypes import Precision
 from rcm.nets.denoiser import Denoiser, Guided
 from rcm.pipelines import session as session_module
 from rcm.pipelines.session import Session
+from rcm.rollout.eviction.deep_forcing import DeepForcing
 from rcm.rollout.eviction.infinity_rope import InfinityRope
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.recipe import SamplingRecipe
@@ -61,6 +62,15 @@ def test_captured_passes_read_nothing_but_device_data(denoiser, monkeypatch, pol
     counts = session.loop.counts
     assert counts["replayed"] > counts["captured"] > 0 and counts["eager"] <= 2, counts
     assert torch.equal(found, expected)
+
+
+def test_passes_that_a_policy_watches_run_one_by_one(denoiser, monkeypatch):
+    """It chooses tokens by what it was shown: a captured pass would show it nothing."""
+    wanted = spec(replace(NOISY, pattern="c1-1"), policy=DeepForcing(1, 4, 1, 0))
+    expected = latents(opened(denoiser, wanted), 8)
+    monkeypatch.setattr(session_module, "ChunkLoop", RerunLoop)
+    session = opened(denoiser, wanted)
+    assert torch.equal(latents(session, 8), expected) and session.loop.counts["replayed"] > 0
 
 
 def test_captured_passes_make_the_rows_of_a_time_once(denoiser, monkeypatch):
