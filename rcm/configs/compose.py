@@ -93,7 +93,7 @@ def compose_run(
     mesh = check_mesh(config, world_size=world_size) if world_size else (0, 0, 0)
     missing = tuple(missing_inputs(config))
     if missing and require_inputs:
-        raise ConfigError(f"{experiment or 'this run'} cannot start:\n  " + "\n  ".join(missing))
+        raise ConfigError(f"{experiment or 'this run'} cannot start: {'; '.join(missing)}")
     return Run(config, experiment, registry, tuple(overrides), environment, mesh, missing)
 
 
