@@ -96,7 +96,9 @@ class Session:
         self.board.resume({stage.name: self.demo.share(stage) for stage in self.stages})
         scored = sum(self.record.is_scored(stage.name) for stage in self.stages)
         kept = f", {scored} done before" if scored else ""
-        self.board.say(f"{len(self.stages)} stages{kept}; page {self.record.folder / 'report.html'}, logs {self.record.folder / 'logs'}")
+        page, logs = self.record.folder / "report.html", self.record.folder / "logs"
+        when = "" if page.exists() else " (after the first)"
+        self.board.say(f"{len(self.stages)} stages{kept}; page {page}{when}, logs {logs}")
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             self._work()

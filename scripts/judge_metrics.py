@@ -90,7 +90,7 @@ def run(flags: argparse.Namespace) -> bool:
     cases = measured.cases
     right, total = share_right(cases)
     options = (" --clips FOLDER" if flags.clips else "") + (" --pixels_only" if flags.pixels_only else "")
-    head = f"`python -m scripts.judge_metrics{options}`, {measured.cost()}."
+    head = f"`rcm bench metrics{options}`, {measured.cost()}."
     text = f"{head}\n\n{_ranked(cases)}\n\n{tables(cases)}"
     write_atomically(flags.out / "judged.md", text + "\n")
     print(text)
