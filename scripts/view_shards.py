@@ -120,6 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not 0 <= options.rows <= _MOST_ROWS:
             raise ConfigError(f"--rows {options.rows} must be in 0 to {_MOST_ROWS}")
+        for name in ("codec", "vae_path"):
+            if getattr(options, name) is not None and options.sheet is None:
+                raise ConfigError(f"--{name} is for the picture and has no effect without one; add --sheet")
         sheet = None if options.sheet is None else OutputFile.claim(options.sheet, suffix=".png", knob="--sheet")
         paths = list(dict.fromkeys(path for pattern in options.shards for path in expand_pattern(pattern, knob="PATTERN")))
         count = 0

@@ -40,15 +40,20 @@ def merge_shards(paths: Sequence[Path], folder: Path, *, shard_size: int) -> lis
             raise ConfigError(f"{' and '.join(told)}: two kinds of data; merge each alone")
     first, recipe = StoredSample.read(shards[0], 0), _joint_recipe(shards)
 
+    def like_the_first(shard: ShardIndex, place: int) -> StoredSample:
+        sample = StoredSample.read(shard, place)
+        if sample.shapes != first.shapes:
+            raise ConfigError(
+                f"sample {sample.key} of {shard.path} has {_told(sample)}, the first of {shards[0].path} {_told(first)}; a set has one "
+                "shape: merge each alone"
+            )
+        return sample
+
+    for shard in shards[1:]:  # sets of other shapes, before anything is written
+        like_the_first(shard, 0)
+
     def make(start: int, stop: int) -> Iterator[StoredSample]:
-        for shard, place in _places(shards, start, stop):
-            sample = StoredSample.read(shard, place)
-            if sample.shapes != first.shapes:
-                raise ConfigError(
-                    f"sample {sample.key} of {shard.path} has {_told(sample)}, the first of {shards[0].path} {_told(first)}; a set has one "
-                    "shape: merge each alone"
-                )
-            yield sample
+        return (like_the_first(shard, place) for shard, place in _places(shards, start, stop))
 
     return build_shards(folder, num_samples=sum(len(s.keys) for s in shards), shard_size=shard_size, recipe=recipe, make=make)
 

@@ -154,6 +154,12 @@ def two_shapes(folder: Path) -> None:
     write_shard(folder / "set" / shard_name(1), [sample(3, shape=(4, 3, 2, 4))], first_key=0)
 
 
+def another_set(folder: Path) -> None:
+    small_set(folder / "other", [9])
+    assert merge(folder / "other/*.tar", "--out", folder / "out") == 0
+    small_set(folder / "set", [1, 1])
+
+
 def two_codecs(folder: Path) -> None:
     for name in ("toy", "natural"):
         assert build_dataset.main(["--num", "2", "--out", str(folder / name)]) == 0
@@ -203,10 +209,28 @@ FAULTS = [
     hurt(merge_shards.main, "nothing there", "no shard matches .*change the pattern", PAIR, "FOLDER/none/*.tar", "--out", "FOLDER/out"),
     hurt(merge_shards.main, "no size", "shard-size=0 must be in 1", PAIR, "FOLDER/set/*.tar", "--out", "FOLDER/out", "--shard_size", "0"),
     hurt(merge_shards.main, "into a file", "is a file; change --out", PAIR, "FOLDER/set/*.tar", "--out", "FOLDER/set/shard-000000.tar"),
+    hurt(
+        merge_shards.main,
+        "another set is there",
+        r"holds a data set built otherwise \(merged: there .{80}, asked .{80}; num_samples: there 9, asked 2\)",
+        another_set,
+        "FOLDER/set/*.tar",
+        "--out",
+        "FOLDER/out",
+    ),
+    hurt(view_shards.main, "codec of no picture", "--codec is for the picture.*add --sheet", PAIR, "FOLDER/set/*.tar", "--codec", "toy"),
+    hurt(view_shards.main, "VAE of no picture", "--vae_path is for the picture.*add --sheet", PAIR, "FOLDER/set/*.tar", "--vae_path", "x"),
     hurt(view_shards.main, "rows", "--rows -1 must be in 0", PAIR, "FOLDER/set/*.tar", "--rows", "-1"),
     hurt(view_shards.main, "picture of none", "--rows 0 must be at least 1", PAIR, *SEEN, "--rows", "0"),
     hurt(view_shards.main, "no picture", "--sheet .*must end in .png", PAIR, "FOLDER/set/*.tar", "--sheet", "FOLDER/a.jpg"),
 ]
+
+
+def test_sets_of_two_shapes_leave_nothing_behind(tmp_path: Path) -> None:
+    """Not even the record of a set, in the way of the next merge into that folder."""
+    two_shapes(tmp_path)
+    assert merge(tmp_path / "set/*.tar", "--out", tmp_path / "out") == 1
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 @each(FAULTS)
