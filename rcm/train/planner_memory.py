@@ -43,11 +43,6 @@ ROWS = {
 }
 """Tensors of a block that are alive at its fullest moments: E-wide and H-wide rows per token."""
 
-ADAPTED = {"saved": (-1, 0, 8), "mm_only": (7, 1, 8), "backward": (-1, 1, 8)}
-"""What low-rank adapters of all layers add to these rows, E-wide, H-wide and of their rank: sums
-beside the products; no gradient of a weight asks for its input.
-"""
-
 TANGENT_KEYS = 7
 """E-wide rows per cached token of attention with tangents."""
 
@@ -94,9 +89,7 @@ class PassMemory:
     def rows(self, layout: TokenLayout, moment: str) -> float:
         """Of the rows that `ROWS` names."""
         e_rows, h_rows = ROWS[moment][0 if self.job.fused else 1]
-        e_more, h_more, rank_rows = ADAPTED.get(moment, (0, 0, 0)) if self.net.rank else (0, 0, 0)
-        width = (e_rows + e_more) * self.config.dim + (h_rows + h_more) * self.config.ffn_dim + rank_rows * self.net.rank
-        return layout.num_tokens * self.row * width
+        return layout.num_tokens * self.row * (e_rows * self.config.dim + h_rows * self.config.ffn_dim)
 
     def joined_keys(self, layout: TokenLayout) -> float:
         """Cached and own keys and values put together for attention; no copy without a cache."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from rcm.nets.layout import TokenLayout
-from rcm.nets.wan.adapters import adapter_elements, layer_size
+from rcm.nets.wan.adapters import adapter_elements
 from rcm.nets.wan.config import WanConfig
 from rcm.train.planner_card import Card
 from rcm.train.planner_job import Job, NetPlan, Pass, PhasePlan, visible_pairs
@@ -86,18 +86,19 @@ def pass_cost(job: Job, card: Card, step: Pass) -> Cost:
     frozen = bool(net.rank) and step.mode == "train"  # no gradient of the weights themselves
     # of tokens, not of the text
     own = [layer for layer in net.layers if layer not in ("cross_attn.k", "cross_attn.v")]
-    factors = 2 * adapter_elements(own, config, rank=net.rank)
-    beside = sum(wide_in + 2 * wide_out for wide_in, wide_out in (layer_size(layer, config) for layer in own))
+    # forward passes add factors to weights, which costs no token anything; of the backward pass
+    # each factor's gradient is two products
+    factors = 4 * adapter_elements(own, config, rank=net.rank) if frozen else 0
     for layout, count in zip(step.layouts, step.repeats or (1.0,) * len(step.layouts), strict=True):
         work, times = forward_work(config, layout), _multiples(net, step, layout)
-        products = (times.linear - frozen) * work.linear + times.rows * factors * layout.num_tokens
+        products = (times.linear - frozen) * work.linear + factors * layout.num_tokens
         dense = products + times.linear * work.cross
         flops += count * job.batch * (dense + (times.attention + times.backward) * work.attention)
         attention = work.attention / (1.0 if layout.mask.is_full else card.masked)
         seconds = products / card.matmul + times.linear * work.cross / card.attention
         seconds += attention * (times.attention / rate + times.backward / card.attention_backward)
         # norms, rotations, gates and GELU
-        rows = layout.num_tokens * (ELEMENTWISE_ROWS * config.dim + 2 * config.ffn_dim + beside)
+        rows = layout.num_tokens * (ELEMENTWISE_ROWS * config.dim + 2 * config.ffn_dim)
         traffic = times.rows * config.num_layers * rows * job.compute_bytes
         seconds = share * (seconds + traffic / card.bandwidth)
         seconds = max(seconds, times.launches * config.num_layers * card.launch, gathering)
