@@ -84,6 +84,8 @@ def common_videos(folders: Sequence[Path]) -> list[str]:
         if not folder.is_dir():
             raise ConfigError(f"{folder} is no folder")
     held = [{path.name for path in folder.glob("*.mp4")} for folder in folders]
+    if empty := [str(folder) for folder, names in zip(folders, held, strict=True) if not names]:
+        raise ConfigError(f"no .mp4 file lies in {', '.join(empty)} itself")
     common = sorted(set.intersection(*held))
     if not common:
         raise ConfigError(f"the folders {', '.join(map(str, folders))} have no .mp4 name in common")

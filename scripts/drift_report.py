@@ -152,6 +152,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status(lambda: _run(flags))
 
 
+def _features(device: str) -> FrameFeatures:
+    try:
+        return FrameFeatures(device=device)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; --no-features leaves the content out") from error
+
+
 def _run(flags: argparse.Namespace) -> None:
     named = [_named(word) for word in flags.videos]
     names = [name for name, _ in named]
@@ -160,7 +167,7 @@ def _run(flags: argparse.Namespace) -> None:
     if flags.window < 3 or not 0 < flags.fps < 1000:
         raise ConfigError(f"--window must be at least 3 frames and --fps positive, got {flags.window} and {flags.fps:g}")
     toy = None if flags.toy_prompt is None else toy_adherence(flags.toy_prompt)
-    features = FrameFeatures(device=flags.device) if flags.features else None
+    features = _features(flags.device) if flags.features else None
     folder = Path(flags.out)
     OutputFile.claim(folder / "report.html", suffix=".html", knob="--out")
     drifts = []

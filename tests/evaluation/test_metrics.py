@@ -231,4 +231,7 @@ def test_page_of_several_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixtu
         require_same_conditions([tmp_path / "a", tmp_path / "c"])
     assert side_by_side([torch.zeros(3, 4, 8, 8), torch.zeros(3, 5, 6, 8)]).shape == (3, 4, 8, 20)
     assert compare_main([str(tmp_path / "a"), "--out", str(tmp_path / "one"), "--pixels_only"]) == 0
+    (tmp_path / "empty").mkdir()
+    assert compare_main([str(tmp_path / "empty"), *flags]) == 2
+    assert "no .mp4 file lies in" in capsys.readouterr().err
     assert "Worst clips" in (tmp_path / "one" / "report.html").read_text()

@@ -10,8 +10,10 @@ import re
 import pytest
 import torch
 
+from rcm.core.errors import ConfigError
 from rcm.pipelines.video_io import write_mp4
 from rcm.worlds.toy_world import ToyWorld
+from scripts import drift_report
 from scripts.drift_report import main, measure
 
 
@@ -93,3 +95,12 @@ def test_the_toy_world_scores_itself(tmp_path):
 def test_refusals(folder, tmp_path, capsys, words, sentence):
     assert main([*(w.replace("FOLDER", str(folder)) for w in words), "--no-features", "--out", str(tmp_path / "o")]) == 2
     assert re.search(sentence, capsys.readouterr().err)
+
+
+def test_without_the_networks_weights_the_sentence_names_the_way_around(folder, tmp_path, capsys, monkeypatch):
+    def absent(**_: object) -> None:
+        raise ConfigError("the weights are not installed")
+
+    monkeypatch.setattr(drift_report, "FrameFeatures", absent)
+    assert main([f"{folder}/steady.mp4", "--out", str(tmp_path / "o")]) == 2
+    assert "not installed; --no-features" in capsys.readouterr().err
