@@ -1,8 +1,8 @@
 """Attention with tangent, and masked attention with gradient: correctness first, then times of
 every variant, as a table and JSON.
 
-    python -m scripts.bench_attention [--part all] [--json FILE] [--frames 21] [--only SUBSTRING]
-    [--repeats 7]
+    python -m scripts.bench_attention [--part all] [--json FILE] [--frames 21] [--only SUBSTRING] \\
+        [--repeats 7]
 
 `--part tangent` is this file, `--part gradient` is `scripts/bench_masked.py`.
 

@@ -1,8 +1,8 @@
 """FP8 attention against bf16 on one card: errors against float64 first, then every variant over a
 stream's shapes, as a table and JSON.
 
-    python -m scripts.bench_fp8_attention [--out FILE] [--part kernels|stream] [--only SUBSTRING]
-    [--limit SECONDS]
+    python -m scripts.bench_fp8_attention [--out FILE] [--part kernels|stream] [--only SUBSTRING] \\
+        [--limit SECONDS]
 
 Every variant has a process of its own, so that an error, or a kernel that never ends, is a line of
 the table. They compile side by side and take the card in turn. Times are of calls inside a CUDA

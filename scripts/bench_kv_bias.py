@@ -1,8 +1,9 @@
 """What the bias correction of coded keys recovers, as error of attention's output: on keys of a
 trained network, and on random ones.
 
-    python -m scripts.bench_kv_bias python -m scripts.bench_kv_bias --ckpt
-    outputs/demo/runs/sf_dmd_c3-3 --frames 9 --batch 24 --out bias.json
+    python -m scripts.bench_kv_bias
+    python -m scripts.bench_kv_bias --ckpt outputs/demo/runs/sf_dmd_c3-3 --frames 9 --batch 24 \\
+        --out bias.json
 
 Keys and queries are those of the denoising passes of a stream over a plain cache: a pass's past is
 coded as one chunk, before rotation, and its own tokens stay plain, as in a quantised cache.

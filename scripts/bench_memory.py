@@ -1,11 +1,11 @@
 """Measure what scripts.plan predicts: peak memory and seconds of real training iterations on random
 weights and made-up data.
 
-    python -m scripts.bench_memory                      # the three cases of docs/planner.md, on one
-                                                        CUDA card
-    python -m scripts.bench_memory --case mine experiment=causal_wan2pt1_1pt3B_res480p_t2v_tf_c1-1
-    model.config.net.sac_config.mode=none torchrun --nproc_per_node=2 -m scripts.bench_memory --case
-    two experiment=... model.config.fsdp_shard_size=2
+    python -m scripts.bench_memory  # the three cases of docs/planner.md, on one CUDA card
+    python -m scripts.bench_memory --case mine \\
+        experiment=causal_wan2pt1_1pt3B_res480p_t2v_tf_c1-1 model.config.net.sac_config.mode=none
+    torchrun --nproc_per_node=2 -m scripts.bench_memory --case two experiment=... \\
+        model.config.fsdp_shard_size=2
 
 Networks are made on the device with RANDOM weights, no checkpoint is read, data are made up:
 numbers say nothing about quality. Every kind of iteration runs twice with its longest rollout,

@@ -1,8 +1,9 @@
 """The live page's server under load: viewers of one shared stream, slow readers and vanishing ones
 among them, on this machine alone.
 
-    python -m scripts.bench_serve python -m scripts.bench_serve --seconds 20 --clients 50 --slow 10
-    --vanish 10 --json outputs/serve.json
+    python -m scripts.bench_serve
+    python -m scripts.bench_serve --seconds 20 --clients 50 --slow 10 --vanish 10 --json \\
+        outputs/serve.json
 
 A server is started on the shipped checkpoint in a process of its own. One client alone is measured
 first, then all of them; then its memory, open files and queues are looked at, and more private

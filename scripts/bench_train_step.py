@@ -1,10 +1,11 @@
 """One training step of the TF-sCM student, and one bidirectional forward against its floor:
 correctness first, then times and memory.
 
-    python -m scripts.bench_train_step [--net 1.3B|14B] [--layers N] [--frames 21] [--pattern c3-3
-    --pattern c1-1]
-                                       [--recompute block_wise --recompute ...] [--fused auto|off]
-                                       [--lora RANK] [--json FILE]
+    python -m scripts.bench_train_step [--net 1.3B|14B] [--layers N] [--frames 21] [--pattern \\
+        c3-3 --pattern c1-1]
+                                       [--recompute block_wise --recompute ...] [--fused \\
+                                       auto|off] [--lora RANK]
+                                       [--json FILE]
 
 The student is built as training builds it (float32 master weights, bfloat16 computation, FSDP2 in a
 group of one) with random weights; the teacher is left out: its velocity is noise. Passes are those

@@ -1,8 +1,9 @@
 """Wan autoencoder at full size with random weights: correctness first, then times and memory, as a
 table and JSON.
 
-    python -m scripts.bench_vae [--json FILE] [--height 480 --width 832 --frames 81] [--repeats 5]
-    [--profile] python -m scripts.bench_vae --cold [--json FILE]
+    python -m scripts.bench_vae [--json FILE] [--height 480 --width 832 --frames 81] [--repeats \\
+        5] [--profile]
+    python -m scripts.bench_vae --cold [--json FILE]
 
 Speed does not depend on the values of the weights. A failed check ends the run before anything is
 timed. Quote ratios of one run; machines differ by 10 %. `--cold` times the start alone: fresh

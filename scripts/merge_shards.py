@@ -1,8 +1,8 @@
 """Put many small shards together into larger ones, as a build on many ranks or in many parts leaves
 them.
 
-    python -m scripts.merge_shards 'outputs/data/parts/*/shard-*.tar' --out outputs/data/whole
-    --shard_size 1000
+    python -m scripts.merge_shards 'outputs/data/parts/*/shard-*.tar' --out outputs/data/whole \\
+        --shard_size 1000
 
 Members are copied byte for byte in the order of the patterns, keys count anew, and every sample is
 read on the way: a damaged one ends the merge with its name. A merge that was stopped goes on when

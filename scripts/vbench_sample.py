@@ -1,12 +1,14 @@
 """Sample a VBench suite from a checkpoint: every prompt several times, under the names that the
 scorer expects.
 
-    python -m scripts.vbench_sample --dit_path outputs/.../toy_sf_dmd_c3-3 --no_augmented_prompt
-    --max_prompts 20 torchrun --nproc_per_node=8 -m rcm vbench sample --arch bidirectional
-    --distilled --dit_path rCM_Wan2.1_T2V_1.3B_480p.pt torchrun --nproc_per_node=8 -m rcm vbench
-    sample --arch causal --distilled --num_steps 4 --chunk_t 3 --first_chunk_t 3 --dit_path FILE
-    python -m scripts.vbench_sample --suite i2v --vbench_repo ~/VBench --no_augmented_prompt
-    --dit_path FILE
+    python -m scripts.vbench_sample --dit_path outputs/.../toy_sf_dmd_c3-3 --no_augmented_prompt \\
+        --max_prompts 20
+    torchrun --nproc_per_node=8 -m rcm vbench sample --arch bidirectional --distilled --dit_path \\
+        rCM_Wan2.1_T2V_1.3B_480p.pt
+    torchrun --nproc_per_node=8 -m rcm vbench sample --arch causal --distilled --num_steps 4 \\
+        --chunk_t 3 --first_chunk_t 3 --dit_path FILE
+    python -m scripts.vbench_sample --suite i2v --vbench_repo ~/VBench --no_augmented_prompt \\
+        --dit_path FILE
 
 The same command goes on where a stopped one ended, on any number of ranks. Videos lie in
 --output_dir, records of the run in OUTPUT_DIR_run. Sample i has the seed --seed + i for every

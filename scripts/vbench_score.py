@@ -1,13 +1,15 @@
 """Score a folder of VBench videos in VBench's own environment, or add up results that are there.
 
     python -m scripts.vbench_score --videos_path D --vbench_python .venv-vbench/bin/python --ngpus 8
-    python -m scripts.vbench_score --videos_path D --dimension temporal_flickering --device cpu
-    --partial python -m scripts.vbench_score --result_dir D_eval_results python -m
-    scripts.vbench_score --videos_path D --dry_run python -m scripts.vbench_score --explain
-    D_eval_results E_eval_results python -m scripts.vbench_score --explain D_eval_results
-    "Wan2.1-T2V-1.3B (2025-05-03" python -m scripts.vbench_score --suite long --vbench_repo ~/VBench
-    --videos_path D python -m scripts.vbench_score --videos_path D --vision_reward "python score.py
-    --eval_info {eval_info} --output {output}"
+    python -m scripts.vbench_score --videos_path D --dimension temporal_flickering --device cpu \\
+        --partial
+    python -m scripts.vbench_score --result_dir D_eval_results
+    python -m scripts.vbench_score --videos_path D --dry_run
+    python -m scripts.vbench_score --explain D_eval_results E_eval_results
+    python -m scripts.vbench_score --explain D_eval_results "Wan2.1-T2V-1.3B (2025-05-03"
+    python -m scripts.vbench_score --suite long --vbench_repo ~/VBench --videos_path D
+    python -m scripts.vbench_score --videos_path D --vision_reward "python score.py --eval_info \\
+        {eval_info} --output {output}"
 
 A dimension whose result is there is not scored again. --dry_run needs neither VBench nor its model
 files: it prints the commands, the files they read and what is missing. The score lands in

@@ -1,7 +1,6 @@
 """Stream a video from a checkpoint: chunks are decoded and written as they arrive.
 
-    rcm stream                                                   # the shipped checkpoint of the
-                                                                 embedded world
+    rcm stream  # the shipped checkpoint of the embedded world
     rcm stream --prompt "a green cross moving up" --num_frames 65
     rcm stream --ckpt outputs/rcm/toy/toy_tf_c3-3 --prompt "a red square moving left" --num_steps 20
 

@@ -1,7 +1,6 @@
 """Streams in a browser: a page where one types a prompt and watches it take effect, chunk by chunk.
 
-    rcm serve                                                  # the shipped checkpoint of the
-                                                               embedded world, on this machine only
+    rcm serve  # the shipped checkpoint of the embedded world, on this machine only
     rcm serve --ckpt outputs/rcm/toy/toy_tf_c3-3 --max_sessions 2
     RCM_TOKEN=secret rcm serve --host 0.0.0.0 --ckpt student.safetensors --vae_path Wan2.1_VAE.pth
 
