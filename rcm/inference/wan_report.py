@@ -60,7 +60,7 @@ def write_report(
         "random_weights": flags.random_weights,
         **({"watermark": WATERMARK} if flags.random_weights else {}),
         "flags": {name: value for name, value in vars(flags).items() if name != "report"},
-        "networks": [network.to_dict() for network in networks],
+        "networks": [asdict(network) for network in networks],
         "size": {"height": request.size.height, "width": request.size.width, "num_frames": request.num_frames},
         "latent_shape": list(request.latent_shape),
         "tokens": request.latent_shape[2] * request.tokens_per_frame,

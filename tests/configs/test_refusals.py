@@ -260,7 +260,7 @@ def test_refused_rcm(composed, case: str) -> None:
         ("toy_tf_c3-3_replayed", r"_replayed exists for self-forced experiments \(sf_dmd\) only"),
         ("toy_tf_c3-3_replayed_debug", r"_replayed exists for self-forced experiments"),
         ("causal_wan2pt1_1pt3B_res480p_t2v_sf_dmd_c3-3_debug_replayed", r"did you mean .*sf_dmd_c3-3_replayed"),
-        ("zebra", r"unknown experiment 'zebra'; .*--list"),
+        ("zebra", r"unknown experiment 'zebra'; .rcm experiments. shows all"),
     ],
 )
 def test_unknown_experiments(composed, name: str, message: str) -> None:

@@ -147,7 +147,13 @@ OTHERS = [
         deadline=DEADLINE,
     ),
     *(
-        plain(f"{words[0]} {words[1][:12]}", words[0], vbench_sample, words, kind="values of vbench_sample")
+        plain(
+            f"{words[0]} {words[1][:12]}",
+            words[0],
+            vbench_sample,
+            [*words, "--dit_path", "FOLDER/job"],
+            kind="values of vbench_sample",
+        )
         for words in (
             ["--seed", "-1"],
             ["--seed", HUGE],

@@ -145,6 +145,7 @@ def test_what_does_not_continue_is_refused(tmp_path: Path, start: Path, capfd: p
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_two_ranks_equal_one_and_resume_exactly(tmp_path: Path, start: Path) -> None:
     """Tangents, rollouts and both roles through FSDP2 and Ulysses, in float64 with blocks
     recomputed.

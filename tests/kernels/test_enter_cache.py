@@ -4,6 +4,7 @@ noticed.
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from rcm.kernels.fused.enter_cache import enter_cache_reference
@@ -18,6 +19,7 @@ def test_kernel_in_the_interpreter():
     assert min(report["mutants"].values()) > 0.05
 
 
+@pytest.mark.slow
 def test_layers_over_codes_in_the_interpreter():
     """Norms, rotation, encoding and restoring by kernels, restored keys turned as they are written,
     against plain torch.

@@ -58,10 +58,11 @@ class SteeredDiT(WanDiT):
         self.steer = nn.Linear(width, self.config.in_dim, bias=False, dtype=self.patch_embedding.weight.dtype)
         return self
 
-    def forward(self, x, timestep, cond, layout, cache=None):
+    def forward(self, x, timestep, cond, layout, cache=None, **options):
         """See `WanDiT`; a packed input takes each frame's action by its position."""
         offset = self.steer(cond.actions)[:, list(layout.frame_index)]
-        return super().forward(x + offset.movedim(-1, 1)[..., None, None], timestep, cond, layout, cache)
+        moved = x + offset.movedim(-1, 1)[..., None, None]
+        return super().forward(moved, timestep, cond, layout, cache, **options)
 
 
 class Mixer(VelocityModel):
