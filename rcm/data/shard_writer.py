@@ -234,7 +234,7 @@ def _claim(folder: Path, recipe: Mapping[str, object]) -> None:
             stored = read_manifest(folder)
             differing = sorted(k for k in stored.keys() | wanted.keys() if stored.get(k) != wanted.get(k))
             if differing:
-                told = "; ".join(f"{k}: there {stored.get(k)!r:.80}, asked {wanted.get(k)!r:.80}" for k in differing)
+                told = "; ".join(f"{k}: there {stored.get(k)!r:.160}, asked {wanted.get(k)!r:.160}" for k in differing)
                 raise ConfigError(f"{folder} holds a data set built otherwise ({told}); choose another output folder")
             return
         # several processes may begin at once

@@ -123,6 +123,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 def test_what_does_not_continue_is_refused(tmp_path: Path, start: Path, capfd: pytest.CaptureFixture) -> None:
     job, other = tmp_path / "job", write_network(tmp_path / "other.safetensors", seed=4)
     assert launch(*self_forced(job, start, LORA, iterations=2)) == 0

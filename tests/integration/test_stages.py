@@ -189,7 +189,7 @@ def test_strategies_of_diffusion_forcing_differ(tmp_path: Path, starts: dict[str
     assert len(set(losses.values())) == 3
 
 
-@pytest.mark.parametrize("form", ["False", "True"])
+@pytest.mark.parametrize("form", [pytest.param("False", marks=pytest.mark.slow), "True"])
 def test_difference_schemes_approach_the_exact_tangent(tmp_path: Path, starts: dict[str, Path], form: str) -> None:
     """First order: a step ten times smaller brings the gradient norm several times nearer."""
 

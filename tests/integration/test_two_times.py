@@ -56,6 +56,7 @@ def test_a_checkpoint_that_lacks_more_is_refused_with_what_may_be_missing(tmp_pa
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
     start = write_network(tmp_path / "start.safetensors", seed=3)
     assert launch(*meanflow(tmp_path / "one", start)) == 0

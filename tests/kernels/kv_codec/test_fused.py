@@ -23,7 +23,9 @@ def run(module: str, *arguments: str, interpret: bool) -> object:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(("what", "count"), [("few", 10), ("several", 16), pytest.param("cases", 40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("what", "count"), [("few", 10), pytest.param("several", 16, marks=pytest.mark.slow), pytest.param("cases", 40, marks=pytest.mark.slow)]
+)
 def test_kernels_equal_plain_torch(what, count):
     found = run("interpreted_kv_codec", what, interpret=True)
     assert len(found) > count
