@@ -225,6 +225,11 @@ def read_manifest(folder: Path) -> dict[str, object]:
     return found
 
 
+def _short(value: object, room: int = 160) -> str:
+    told = repr(value)
+    return told if len(told) <= room else f"{told[:room]}..."
+
+
 def _claim(folder: Path, recipe: Mapping[str, object]) -> None:
     manifest = folder / MANIFEST
     wanted = json.loads(json.dumps(recipe))
@@ -234,7 +239,7 @@ def _claim(folder: Path, recipe: Mapping[str, object]) -> None:
             stored = read_manifest(folder)
             differing = sorted(k for k in stored.keys() | wanted.keys() if stored.get(k) != wanted.get(k))
             if differing:
-                told = "; ".join(f"{k}: there {stored.get(k)!r:.160}, asked {wanted.get(k)!r:.160}" for k in differing)
+                told = "; ".join(f"{k}: there {_short(stored.get(k))}, asked {_short(wanted.get(k))}" for k in differing)
                 raise ConfigError(f"{folder} holds a data set built otherwise ({told}); choose another output folder")
             return
         # several processes may begin at once
