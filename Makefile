@@ -47,6 +47,7 @@ test-gpu: install
 
 lint: install
 	$(BIN)/ruff check rcm scripts tests examples
+	$(BIN)/ruff format --check --quiet rcm scripts tests examples
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 

@@ -13,4 +13,7 @@ world = ToyWorld(ToyWorldConfig.at_size(*model.loaded.pixel_size))
 prompts = world.prompts() * 2  # every caption twice: diversity looks inside a caption
 video, _ = model.generate(prompts, seed=1)
 scores = ToyScorer(world).score(video.clamp(-1, 1), prompts)
-print(f"score {scores.score:.1f} of 100; colour, shape and direction as asked for in {scores.joint:.0%} of {len(prompts)} videos")
+print(
+    f"score {scores.score:.1f} of 100; colour, shape and direction as asked for in"
+    f" {scores.joint:.0%} of {len(prompts)} videos"
+)

@@ -7,4 +7,7 @@ import rcm
 model = rcm.load()  # or the path of a checkpoint: a job folder, an exported file
 for chunk in model.stream("a red square moving left", num_frames=33):
     height, width = chunk.frames.shape[-2:]
-    print(f"chunk {chunk.block}: {chunk.frames.shape[2]} frames of {height}x{width}, {chunk.seconds:.3f} s after the start")
+    print(
+        f"chunk {chunk.block}: {chunk.frames.shape[2]} frames of {height}x{width},"
+        f" {chunk.seconds:.3f} s after the start"
+    )

@@ -62,7 +62,9 @@ class Work:
         return total * 2 * WIDTH * HEADS
 
     def _products(self, with_key_tangents: bool) -> int:
-        tangents = self.tangents if with_key_tangents else self.tangents.replace("k", "").replace("v", "")
+        tangents = (
+            self.tangents if with_key_tangents else self.tangents.replace("k", "").replace("v", "")
+        )
         return 2 + len(tangents) + any(name in tangents for name in "qk")
 
 
@@ -78,16 +80,33 @@ def works(frames: int) -> list[Work]:
     ]
     for name, pattern in PATTERNS.items():
         clean = [BlockCausal(pattern, frames, tokens) for tokens in (FRAME_TOKENS, 47)]
-        noisy = [TeacherForcing(pattern, frames, tokens, queries="noisy") for tokens in (FRAME_TOKENS, 47)]
+        noisy = [
+            TeacherForcing(pattern, frames, tokens, queries="noisy")
+            for tokens in (FRAME_TOKENS, 47)
+        ]
         found.append(Work(f"{name} clean primal", *clean, tangents=""))
-        found.append(Work(f"{name} noisy jvp", *noisy, tangents="qkv", tangent_start=length, small_start=frames * 47))
+        found.append(
+            Work(
+                f"{name} noisy jvp",
+                *noisy,
+                tangents="qkv",
+                tangent_start=length,
+                small_start=frames * 47,
+            )
+        )
         both = [TeacherForcing(pattern, frames, tokens) for tokens in (FRAME_TOKENS, 47)]
         found.append(Work(f"{name} packed primal", *both, tangents=""))
     return found
 
 
 def make_problem(
-    mask: MaskSpec, *, tangents: str, tangent_start: int, heads: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    mask: MaskSpec,
+    *,
+    tangents: str,
+    tangent_start: int,
+    heads: int,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
 ) -> Problem:
     """Random inputs on the GPU; tangents of keys have only the rows that matter."""
     generator = torch.Generator("cuda").manual_seed(seed)
@@ -96,12 +115,18 @@ def make_problem(
         return torch.randn(1, length, heads, WIDTH, generator=generator, device="cuda").to(dtype)
 
     q, k, v = draw(mask.q_len), draw(mask.kv_len), draw(mask.kv_len)
-    lengths = {"q_dot": mask.q_len, "k_dot": mask.kv_len - tangent_start, "v_dot": mask.kv_len - tangent_start}
+    lengths = {
+        "q_dot": mask.q_len,
+        "k_dot": mask.kv_len - tangent_start,
+        "v_dot": mask.kv_len - tangent_start,
+    }
     dots = {name: draw(length) if name[0] in tangents else None for name, length in lengths.items()}
     return check_problem(q, k, v, **dots, mask=mask, scale=None, tangent_start=tangent_start)
 
 
-def sdpa_by_segment(problem: Problem, *, backend: SDPBackend = SDPBackend.CUDNN_ATTENTION) -> tuple[Tensor, None, None]:
+def sdpa_by_segment(
+    problem: Problem, *, backend: SDPBackend = SDPBackend.CUDNN_ATTENTION
+) -> tuple[Tensor, None, None]:
     """Primal attention as one dense library call per run of queries with equal keys."""
     out = torch.empty_like(problem.q)
     with sdpa_kernel(backend):
@@ -111,18 +136,26 @@ def sdpa_by_segment(problem: Problem, *, backend: SDPBackend = SDPBackend.CUDNN_
             if rest:
                 keys = torch.cat([keys, *(problem.k[:, a:b] for a, b in rest)], dim=1)
                 values = torch.cat([values, *(problem.v[:, a:b] for a, b in rest)], dim=1)
-            part = F.scaled_dot_product_attention(problem.q[:, start:stop].transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
+            part = F.scaled_dot_product_attention(
+                problem.q[:, start:stop].transpose(1, 2),
+                keys.transpose(1, 2),
+                values.transpose(1, 2),
+            )
             out[:, start:stop] = part.transpose(1, 2)
     return out, None, None
 
 
 def variants(work: Work) -> dict[str, Callable[[Problem], tuple]]:
     """Name -> implementation, for one kind of work."""
-    found: dict[str, Callable[[Problem], tuple]] = {"hopper": lambda p: triton_jvp(p, kernel="hopper")}
+    found: dict[str, Callable[[Problem], tuple]] = {
+        "hopper": lambda p: triton_jvp(p, kernel="hopper")
+    }
     if work.tangents:
         for m, n, warps, stages in ((128, 32, 8, 3), (128, 64, 8, 2)):
             tiles = Tiles(m, n, warps, stages)
-            found[f"portable {m}x{n} w{warps} s{stages}"] = lambda p, tiles=tiles: triton_jvp(p, kernel="portable", tiles=tiles)
+            found[f"portable {m}x{n} w{warps} s{stages}"] = lambda p, tiles=tiles: triton_jvp(
+                p, kernel="portable", tiles=tiles
+            )
     else:
         tiles = Tiles(128, 128, 8, 2)
         found["portable 128x128 w8 s2"] = lambda p: triton_jvp(p, kernel="portable", tiles=tiles)
@@ -132,7 +165,9 @@ def variants(work: Work) -> dict[str, Callable[[Problem], tuple]]:
 
 def is_correct(work: Work, run: Callable[[Problem], tuple]) -> tuple[bool, str]:
     """Small problem of the same kind against float64, within twice the error of eager bf16."""
-    problem = make_problem(work.small, tangents=work.tangents, tangent_start=work.small_start, heads=2)
+    problem = make_problem(
+        work.small, tangents=work.tangents, tangent_start=work.small_start, heads=2
+    )
     got = run(problem)
     if got[2] is None:
         error = relative_error(got[0], triton_jvp(problem, kernel="portable")[0])
@@ -152,7 +187,9 @@ def ceilings() -> dict[str, float]:
     product = 2 * 8192**3 / 1e9
     return {
         "matmul 8192 TFLOP/s": product / time_ms(lambda: a @ b, repeats=15),
-        "matmul 8192 sustained TFLOP/s": 600 * product / time_ms(lambda: [a @ b for _ in range(600)], repeats=1),
+        "matmul 8192 sustained TFLOP/s": (
+            600 * product / time_ms(lambda: [a @ b for _ in range(600)], repeats=1)
+        ),
         "copy TB/s": 2 * source.nbytes / time_ms(lambda: target.copy_(source)) / 1e9,
     }
 
@@ -160,7 +197,9 @@ def ceilings() -> dict[str, float]:
 def measure(work: Work, *, only: str, repeats: int) -> list[dict]:
     """Check and time every variant of one kind of work."""
     rows = []
-    problem = make_problem(work.mask, tangents=work.tangents, tangent_start=work.tangent_start, heads=HEADS)
+    problem = make_problem(
+        work.mask, tangents=work.tangents, tangent_start=work.tangent_start, heads=HEADS
+    )
     for name, run in variants(work).items():
         if only and only not in f"{work.name} {name}":
             continue
@@ -168,7 +207,11 @@ def measure(work: Work, *, only: str, repeats: int) -> list[dict]:
         row = {"work": work.name, "variant": name}
         try:
             good, words = is_correct(work, run)
-            row |= {"correct": good, "errors": words, "first_call_s": round(time.perf_counter() - began, 1)}
+            row |= {
+                "correct": good,
+                "errors": words,
+                "first_call_s": round(time.perf_counter() - began, 1),
+            }
             if good:
                 row["ms"] = time_ms(lambda run=run: run(problem), repeats=repeats)
                 row["tflops"] = work.flop() / row["ms"] / 1e9
@@ -176,8 +219,10 @@ def measure(work: Work, *, only: str, repeats: int) -> list[dict]:
             row |= {"correct": False, "errors": f"{type(error).__name__}: {str(error)[:300]}"}
         rows.append(row)
         print(
-            f"{row['work']:20s} {row['variant']:26s} {row.get('ms', float('nan')):9.3f} ms {row.get('tflops', float('nan')):7.1f} TFLOP/s  "
-            f"{'ok' if row['correct'] else 'WRONG'}  {row['errors']}  (check incl. compilation {row.get('first_call_s', 0)} s)",
+            f"{row['work']:20s} {row['variant']:26s} {row.get('ms', float('nan')):9.3f} ms"
+            f" {row.get('tflops', float('nan')):7.1f} TFLOP/s "
+            f" {'ok' if row['correct'] else 'WRONG'}  {row['errors']}  (check incl. compilation"
+            f" {row.get('first_call_s', 0)} s)",
             flush=True,
         )
     return rows
@@ -186,7 +231,9 @@ def measure(work: Work, *, only: str, repeats: int) -> list[dict]:
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Measure everything and print it."""
-    parser = Arguments(description="Benchmark attention with tangent and masked attention with gradient.")
+    parser = Arguments(
+        description="Benchmark attention with tangent and masked attention with gradient."
+    )
     parser.add_argument("--part", choices=("all", "tangent", "gradient"), default="all")
     parser.add_argument("--json", type=writable_file, help="write all rows to this file")
     parser.add_argument("--frames", type=int, default=21, help="latent frames of 1560 tokens")
@@ -211,7 +258,11 @@ def main(arguments: list[str] | None = None) -> int:
         limits = ceilings()
         print({key: round(value, 1) for key, value in limits.items()}, flush=True)
         parts = works(options.frames) if options.part != "gradient" else []
-        rows = [row for work in parts for row in measure(work, only=options.only, repeats=options.repeats)]
+        rows = [
+            row
+            for work in parts
+            for row in measure(work, only=options.only, repeats=options.repeats)
+        ]
     if options.part != "tangent":
         rows += measure_all(options.frames, only=options.only, repeats=options.repeats)
     if options.json:

@@ -120,7 +120,10 @@ def fp8_check() -> dict[str, Any]:
             (q.float() != plain.float()).float().mean().item(),
             0.0,
         )
-        checks[f"scales {rows} x {width}: greatest difference"] = ((scale / plain_scale - 1).abs().max().item(), 2e-7)
+        checks[f"scales {rows} x {width}: greatest difference"] = (
+            (scale / plain_scale - 1).abs().max().item(),
+            2e-7,
+        )
         x = torch.randn(rows, width, device=DEVICE, dtype=torch.bfloat16)
         q, scale = quantise.launch(x, gelu=True)
         checks[f"GELU and rounding {rows} x {width}"] = (
@@ -133,12 +136,17 @@ def fp8_check() -> dict[str, Any]:
     checks["rows with NaN or infinity that come out finite"] = (float(y[1:3].isfinite().any()), 0.0)
     checks["rows of zeros that come out wrong"] = (float(not y[::3].isfinite().all()), 0.0)
     for name, (inputs, outputs, gelu) in LAYERS.items():
-        layer, x = random_linear(inputs, outputs), torch.randn(1560, inputs, device=DEVICE, dtype=torch.bfloat16)
+        layer, x = (
+            random_linear(inputs, outputs),
+            torch.randn(1560, inputs, device=DEVICE, dtype=torch.bfloat16),
+        )
         fast = FP8Linear(layer, gelu=gelu)
         seen = F.gelu(x.double(), approximate="tanh") if gelu else x.double()
         exact = F.linear(seen, layer.weight.double(), layer.bias.double())
         (q, scale), found = quantise.launch(x, gelu=gelu), fast(x)
-        emulated = (q.float() @ fast.weight.float().t()) * scale * fast.weight_scale.t() + layer.bias.float()
+        emulated = (
+            q.float() @ fast.weight.float().t()
+        ) * scale * fast.weight_scale.t() + layer.bias.float()
         checks[f"{name}: FP8 product against its emulation"] = (relative(found, emulated), 1e-2)
         checks[f"{name}: FP8 layer against float64"] = (relative(found, exact), 6e-2)
         held, graph = x.clone(), torch.cuda.CUDAGraph()
@@ -161,7 +169,10 @@ def fp8_layers() -> dict[str, Any]:
         for name, (inputs, outputs, gelu) in LAYERS.items():
             layers = [random_linear(inputs, outputs) for _ in range(COPIES)]
             fast = [FP8Linear(layer, gelu=gelu) for layer in layers]
-            xs = [torch.randn(rows, inputs, device=DEVICE, dtype=torch.bfloat16) for _ in range(COPIES)]
+            xs = [
+                torch.randn(rows, inputs, device=DEVICE, dtype=torch.bfloat16)
+                for _ in range(COPIES)
+            ]
             rounded = [quantise.quantise_rows(x, gelu=gelu) for x in xs]
             one = torch.ones((), device=DEVICE)
 
@@ -169,12 +180,19 @@ def fp8_layers() -> dict[str, Any]:
                 return layer(fused_gelu(x, None)[0] if gelu else x)
 
             def product(layer: FP8Linear, r: tuple[Tensor, Tensor]) -> Tensor:
-                return quantise.product(r, (layer.weight, layer.weight_scale), layer.bias, dtype=torch.bfloat16)
+                return quantise.product(
+                    r, (layer.weight, layer.weight_scale), layer.bias, dtype=torch.bfloat16
+                )
 
             def tensorwise(layer: FP8Linear, r: tuple[Tensor, Tensor], one: Tensor = one) -> Tensor:
                 scales = {"scale_a": one, "scale_b": one}
                 return torch._scaled_mm(
-                    r[0], layer.weight.t(), **scales, bias=layer.bias, out_dtype=torch.bfloat16, use_fast_accum=True
+                    r[0],
+                    layer.weight.t(),
+                    **scales,
+                    bias=layer.bias,
+                    out_dtype=torch.bfloat16,
+                    use_fast_accum=True,
                 )
 
             pairs = list(zip(layers, fast, xs, rounded, strict=True))
@@ -182,14 +200,20 @@ def fp8_layers() -> dict[str, Any]:
                 "bf16_ms": milliseconds([lambda p=p: plain(p[0], p[2]) for p in pairs]),
                 "fp8_ms": milliseconds([lambda p=p: p[1](p[2]) for p in pairs]),
                 "fp8_product_ms": milliseconds([lambda p=p: product(p[1], p[3]) for p in pairs]),
-                "fp8_rounding_ms": milliseconds([lambda x=x, g=gelu: quantise.quantise_rows(x, gelu=g) for x in xs]),
+                "fp8_rounding_ms": milliseconds(
+                    [lambda x=x, g=gelu: quantise.quantise_rows(x, gelu=g) for x in xs]
+                ),
             }
             try:
-                row["fp8_product_one_scale_ms"] = milliseconds([lambda p=p: tensorwise(p[1], p[3]) for p in pairs])
+                row["fp8_product_one_scale_ms"] = milliseconds(
+                    [lambda p=p: tensorwise(p[1], p[3]) for p in pairs]
+                )
             except Exception as error:
                 print(f"  product with one scale: {type(error).__name__}: {error}")
             if name == "qkv":
-                thirds = [[random_linear(inputs, outputs // 3) for _ in range(3)] for _ in range(COPIES)]
+                thirds = [
+                    [random_linear(inputs, outputs // 3) for _ in range(3)] for _ in range(COPIES)
+                ]
                 apart = [[FP8Linear(layer) for layer in three] for three in thirds]
                 row["bf16_three_ms"] = milliseconds(
                     [lambda t=t, x=x: [y(x) for y in t] for t, x in zip(thirds, xs, strict=True)]
@@ -201,11 +225,14 @@ def fp8_layers() -> dict[str, Any]:
             row["gain"] = base / row["fp8_ms"]
             found[f"{name}, {rows} rows"] = row
             flops = 2 * rows * inputs * outputs * 1e-9
-            detail = "  ".join(f"{key[:-3]} {1e3 * value:.1f}" for key, value in row.items() if key.endswith("_ms"))
+            detail = "  ".join(
+                f"{key[:-3]} {1e3 * value:.1f}" for key, value in row.items() if key.endswith("_ms")
+            )
             winner = "fp8" if row["gain"] > 1 else "bf16"
             speed = f"{flops / base:.0f} and {flops / row['fp8_ms']:.0f} TFLOP/s"
             print(
-                f"  {name:8s} {rows:5d} x {inputs} x {outputs}: {detail} us; gain {row['gain']:.2f}, {winner} ({speed})",
+                f"  {name:8s} {rows:5d} x {inputs} x {outputs}: {detail} us; gain"
+                f" {row['gain']:.2f}, {winner} ({speed})",
                 flush=True,
             )
     return found
@@ -229,17 +256,24 @@ def fp8_network() -> dict[str, Any]:
     for which in ("bf16", "auto", "all", *NAMES):
         net, row = deepcopy(plain), {}
         if which != "bf16":
-            report = quantise_linears_(net, which=which, velocity=noise_velocity(net, size=CELLS, frames=3))
+            report = quantise_linears_(
+                net, which=which, velocity=noise_velocity(net, size=CELLS, frames=3)
+            )
             row["error"] = report.error
             if not 0 < report.error < 0.3:
                 raise CheckFailed(f"{which}: error of the velocity is {report.error}")
         for frames in (3, 1):
             forward = chunk_forward(net, frames)
             row[f"{frames}_frames_ms"] = milliseconds([forward])
-            row[f"{frames}_frames_gain"] = found.get("bf16", row)[f"{frames}_frames_ms"] / row[f"{frames}_frames_ms"]
+            row[f"{frames}_frames_gain"] = (
+                found.get("bf16", row)[f"{frames}_frames_ms"] / row[f"{frames}_frames_ms"]
+            )
         row["weights_gib"] = sum(x.nbytes for x in (*net.parameters(), *net.buffers())) / 2**30
         found[which] = row
-        print(f"  {which:8s} " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
+        print(
+            f"  {which:8s} " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()),
+            flush=True,
+        )
         del net, forward
     return found
 
@@ -271,7 +305,9 @@ def tiny_decoder() -> dict[str, Any]:
     exact.net.load_state_dict(fast.net.state_dict())
     latents = torch.randn(1, 16, 6, 12, 20, device=DEVICE)
     whole, stream = exact.decode(latents), exact.stream()
-    pieces = torch.cat([stream.decode_chunk(part) for part in latents.split([1, 3, 2], dim=2)], dim=2)
+    pieces = torch.cat(
+        [stream.decode_chunk(part) for part in latents.split([1, 3, 2], dim=2)], dim=2
+    )
     found: dict[str, Any] = {
         "errors": require(
             {
@@ -298,7 +334,8 @@ def tiny_decoder() -> dict[str, Any]:
                 key = f"{name}, {per_chunk} per chunk, graphs {graphs}"
                 found[key] = row
                 print(
-                    f"  {key:34s} {row['steady_ms']:7.2f} ms per latent frame, state {row['state_mib']:.0f} MiB",
+                    f"  {key:34s} {row['steady_ms']:7.2f} ms per latent frame, state"
+                    f" {row['state_mib']:.0f} MiB",
                     flush=True,
                 )
     return found
@@ -322,8 +359,18 @@ def run_part(name: str, *, limit_s: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "result.json"
         try:
-            command = [sys.executable, "-m", "scripts.bench_cheaper", "--child", name, "--json", str(target)]
-            done = subprocess.run(command, check=False, timeout=limit_s, stderr=subprocess.PIPE, text=True)
+            command = [
+                sys.executable,
+                "-m",
+                "scripts.bench_cheaper",
+                "--child",
+                name,
+                "--json",
+                str(target),
+            ]
+            done = subprocess.run(
+                command, check=False, timeout=limit_s, stderr=subprocess.PIPE, text=True
+            )
             error = None if done.returncode == 0 else done.stderr.strip()[-3000:]
             result = json.loads(target.read_text()) if error is None else {"error": error}
         except (subprocess.TimeoutExpired, OSError, ValueError) as problem:
@@ -338,7 +385,9 @@ def run_part(name: str, *, limit_s: int) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the parts, print, write."""
     parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=writable_file, help="write the numbers here, after every part")
+    parser.add_argument(
+        "--json", type=writable_file, help="write the numbers here, after every part"
+    )
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
     parser.add_argument("--limit", type=int, default=240, help="seconds per part")
     parser.add_argument("--child", choices=tuple(PARTS), help=argparse.SUPPRESS)
@@ -348,7 +397,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"unknown parts {unknown}; choose from {', '.join(PARTS)}")
     if not torch.cuda.is_available():
         sys.exit(
-            "this benchmark needs a CUDA device; on the CPU run the tests in tests/nets/test_fp8_linear.py and tests/encoders"
+            "this benchmark needs a CUDA device; on the CPU run the tests in"
+            " tests/nets/test_fp8_linear.py and tests/encoders"
         )
     if options.child:
         write(str(options.json), PARTS[options.child]())
@@ -360,7 +410,11 @@ def main(arguments: list[str] | None = None) -> None:
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
     }
-    machine |= {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
+    machine |= {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+    }
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     found: dict[str, Any] = {"machine": machine}
     for name in chosen:

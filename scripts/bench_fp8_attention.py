@@ -45,7 +45,13 @@ SHAPES = [
 """Queries, keys, heads: chunks of 1 and of 3 latent frames at 480x832 of the small network, one of
 the large one.
 """
-CHECKS = [(1, 1, 1, 2), (130, 129, 2, 3), (64, 16, 1, 1), (1000, 3001, 1, 4), (FRAME, 21 * FRAME, 1, 12)]
+CHECKS = [
+    (1, 1, 1, 2),
+    (130, 129, 2, 3),
+    (64, 16, 1, 1),
+    (1000, 3001, 1, 4),
+    (FRAME, 21 * FRAME, 1, 12),
+]
 """Queries, keys, batch, heads."""
 WORKER_SECONDS = 45
 """The longest that a variant may hold the card."""
@@ -69,7 +75,9 @@ def variants() -> dict[str, tuple[str, object]]:
     }
 
 
-def draw(queries: int, keys: int, heads: int, *, batch: int = 1, kind: str = "real-like") -> tuple[Tensor, Tensor, Tensor]:
+def draw(
+    queries: int, keys: int, heads: int, *, batch: int = 1, kind: str = "real-like"
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [B, L, N, D] in bf16. "random": normal. "real-like": tokens of 64 kinds, channels of
     uneven size, a few of them with a large constant.
     """
@@ -82,7 +90,9 @@ def draw(queries: int, keys: int, heads: int, *, batch: int = 1, kind: str = "re
     if kind == "real-like":
         kinds = torch.randint(64, (keys,), generator=g, device="cuda")
         spread = torch.exp(0.5 * normal(heads, WIDTH))
-        heavy = 6 * normal(heads, WIDTH) * (torch.rand(heads, WIDTH, generator=g, device="cuda") < 0.04)
+        heavy = (
+            6 * normal(heads, WIDTH) * (torch.rand(heads, WIDTH, generator=g, device="cuda") < 0.04)
+        )
         k = spread * (normal(batch, 64, heads, WIDTH)[:, kinds] + 0.4 * k) + heavy
         v = normal(batch, 64, heads, WIDTH)[:, kinds] + 0.4 * v + 0.5 * normal(heads, WIDTH)
         q = q / spread
@@ -107,7 +117,9 @@ def relative(found: Tensor, truth: Tensor) -> float:
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One library call."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(
+            1, 2
+        )
 
 
 def captured_ms(call: Callable[[], object], *, repeats: int = 7) -> float:
@@ -146,7 +158,9 @@ class Bf16:
     def check(self, case: tuple[int, int, int, int], kind: str) -> tuple[float, float]:
         """Error of the library, twice."""
         q, k, v = draw(case[0], case[1], case[3], batch=case[2], kind=kind)
-        found = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        found = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(
+            1, 2
+        )
         error = relative(found, exact(q, k, v))
         return error, error
 
@@ -172,7 +186,9 @@ class Fp8:
         from rcm.kernels.precompile import precompile
 
         q, k, v = draw(130, 129, 1)
-        precompile(lambda: self.attend(*self.coded(q, k, v, capacity=144), 129), device="cuda", threads=4)
+        precompile(
+            lambda: self.attend(*self.coded(q, k, v, capacity=144), 129), device="cuda", threads=4
+        )
 
     def coded(self, q: Tensor, k: Tensor, v: Tensor, *, capacity: int) -> tuple:
         """Codes of the queries and of all keys and values."""
@@ -187,13 +203,17 @@ class Fp8:
         from rcm.kernels.fp8_attention import launch
 
         if self.kind == "hopper":
-            return launch.attend_hopper(queries, held, count=count, dtype=torch.bfloat16, tiles=self.tiles)
+            return launch.attend_hopper(
+                queries, held, count=count, dtype=torch.bfloat16, tiles=self.tiles
+            )
         batch, heads, q_len = queries.scale.shape
         per_round = launch.processors(held.keys.device) * (8 // self.tiles.num_warps)
         tiles = batch * heads * -(-q_len // self.tiles.block_m)
         most = max(1, min(6, count // 2048))
         parts = min(range(1, most + 1), key=lambda n: (-(-tiles * n // per_round) + 0.1 * n) / n)
-        return launch.attend_portable(queries, held, count=count, dtype=torch.bfloat16, tiles=self.tiles, parts=parts)
+        return launch.attend_portable(
+            queries, held, count=count, dtype=torch.bfloat16, tiles=self.tiles, parts=parts
+        )
 
     def check(self, case: tuple[int, int, int, int], kind: str) -> tuple[float, float]:
         """Error of the kernel, and of the formula on the same codes, both against float64. Slots
@@ -207,18 +227,33 @@ class Fp8:
         plain_queries = codes.code_queries_reference(q, held.scales, scale=WIDTH**-0.5)
         codes.write_reference(plain, torch.arange(case[1], device="cuda"), k, v)
         rest = torch.arange(case[1], case[1] + 300, device="cuda")
-        launch.write(held, rest, *(torch.randn(case[2], 300, case[3], WIDTH, device="cuda", dtype=q.dtype) for _ in range(2)))
+        launch.write(
+            held,
+            rest,
+            *(
+                torch.randn(case[2], 300, case[3], WIDTH, device="cuda", dtype=q.dtype)
+                for _ in range(2)
+            ),
+        )
         truth = exact(q, k, v)
         by_formula = [
             reference.attend_reference(
-                codes.CodedQueries(plain_queries.codes[:, h : h + 1], plain_queries.scale[:, h : h + 1]),
-                codes.Codes(plain.keys[:, h : h + 1], plain.values[:, h : h + 1], codes.Scales(*(x[h : h + 1] for x in plain.scales))),
+                codes.CodedQueries(
+                    plain_queries.codes[:, h : h + 1], plain_queries.scale[:, h : h + 1]
+                ),
+                codes.Codes(
+                    plain.keys[:, h : h + 1],
+                    plain.values[:, h : h + 1],
+                    codes.Scales(*(x[h : h + 1] for x in plain.scales)),
+                ),
                 count=case[1],
                 dtype=torch.float32,
             )
             for h in range(case[3])
         ]
-        return relative(self.attend(queries, held, case[1]), truth), relative(torch.cat(by_formula, dim=2), truth)
+        return relative(self.attend(queries, held, case[1]), truth), relative(
+            torch.cat(by_formula, dim=2), truth
+        )
 
     def measure(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
         """Attention alone, and with the coding of the queries and of the chunk's own keys and
@@ -232,7 +267,12 @@ class Fp8:
         alone = captured_ms(lambda: self.attend(queries, held, k.shape[1]))
         asked = captured_ms(lambda: launch.code_queries(q, held.scales, scale=WIDTH**-0.5))
         entered = captured_ms(lambda: launch.write(held, slots, *own))
-        return {"ms": alone, "queries_ms": asked, "entry_ms": entered, "all_ms": alone + asked + entered}
+        return {
+            "ms": alone,
+            "queries_ms": asked,
+            "entry_ms": entered,
+            "all_ms": alone + asked + entered,
+        }
 
 
 def sustained(subject: Bf16 | Fp8) -> str:
@@ -246,9 +286,15 @@ def sustained(subject: Bf16 | Fp8) -> str:
         for _ in range(800):
             cudnn(q, k, v)
     time.sleep(0.5)
-    words = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,temperature.gpu", "--format=csv,noheader"]
+    words = [
+        "nvidia-smi",
+        "--query-gpu=clocks.sm,power.draw,temperature.gpu",
+        "--format=csv,noheader",
+    ]
     try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=10, check=False).stdout.splitlines()[0]
+        return subprocess.run(
+            words, capture_output=True, text=True, timeout=10, check=False
+        ).stdout.splitlines()[0]
     except (OSError, IndexError, subprocess.TimeoutExpired):
         return "unknown"
 
@@ -296,7 +342,15 @@ def run_all(names: list[str], *, limit: float) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         for place, name in enumerate(names):
             paths = [Path(folder) / f"{place}.{end}" for end in ("out", "err")]
-            words = [sys.executable, "-m", "scripts.bench_fp8_attention", "--worker", name, "--lock", f"{folder}/lock"]
+            words = [
+                sys.executable,
+                "-m",
+                "scripts.bench_fp8_attention",
+                "--worker",
+                name,
+                "--lock",
+                f"{folder}/lock",
+            ]
             with paths[0].open("w") as out, paths[1].open("w") as err:
                 running[name] = subprocess.Popen(words, stdout=out, stderr=err), *paths
         deadline = time.monotonic() + limit
@@ -306,11 +360,17 @@ def run_all(names: list[str], *, limit: float) -> list[dict]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 status = process.wait()
-            rows += [json.loads(line) for line in out.read_text().splitlines() if line.startswith("{")]
+            rows += [
+                json.loads(line) for line in out.read_text().splitlines() if line.startswith("{")
+            ]
             if status:
                 said = [line for line in err.read_text().splitlines() if line.strip()]
                 why = " | ".join(said[-3:])[-400:] or "no message"
-                reason = f"status {status}" + (" (never ended)" if status in (-signal.SIGALRM, -signal.SIGKILL) else "") + f": {why}"
+                reason = (
+                    f"status {status}"
+                    + (" (never ended)" if status in (-signal.SIGALRM, -signal.SIGKILL) else "")
+                    + f": {why}"
+                )
                 rows.append({"variant": name, "failed": reason})
     return rows
 
@@ -321,28 +381,35 @@ def table(rows: list[dict], names: list[str]) -> str:
     for name in names:
         mine = [row for row in rows if row["variant"] == name and "case" in row]
         words = [
-            f"{row['data'][:4]} {row['case'][0]}x{row['case'][1]} {row['error']:.1e} ({row['formula']:.1e})" + " WRONG" * (not row["good"])
+            f"{row['data'][:4]} {row['case'][0]}x{row['case'][1]} {row['error']:.1e}"
+            f" ({row['formula']:.1e})" + " WRONG" * (not row["good"])
             for row in mine
         ]
         lines.append(f"  {name:26s} {'; '.join(words)}")
-    plain = {tuple(row["shape"]): row for row in rows if row["variant"] == "bf16" and "shape" in row}
+    plain = {
+        tuple(row["shape"]): row for row in rows if row["variant"] == "bf16" and "shape" in row
+    }
     lines.append("milliseconds (TFLOP/s) attention alone; all; x: bf16 over all")
     for shape in SHAPES:
         flop = 4 * shape[0] * shape[1] * shape[2] * WIDTH / 1e9
         base = plain.get(shape)
         if base:
             lines.append(
-                f"{shape[0]} x {shape[1]}, {shape[2]} heads: bf16 {base['ms']:.4f} ({flop / base['ms']:.0f}), parts {base['parts']}; "
-                f"one call {base['library_ms']:.4f} ({flop / base['library_ms']:.0f})"
+                f"{shape[0]} x {shape[1]}, {shape[2]} heads: bf16 {base['ms']:.4f}"
+                f" ({flop / base['ms']:.0f}), parts {base['parts']}; one call"
+                f" {base['library_ms']:.4f} ({flop / base['library_ms']:.0f})"
             )
         for row in rows:
             if row["variant"] != "bf16" and tuple(row.get("shape", ())) == shape:
                 gain = f"x {base['ms'] / row['all_ms']:.2f}" if base else ""
                 lines.append(
-                    f"    {row['variant']:26s} {row['ms']:.4f} ({flop / row['ms']:.0f})  all {row['all_ms']:.4f}"
-                    f" (queries {row['queries_ms']:.4f}, entry {row['entry_ms']:.4f})  {gain}"
+                    f"    {row['variant']:26s} {row['ms']:.4f} ({flop / row['ms']:.0f})  all"
+                    f" {row['all_ms']:.4f} (queries {row['queries_ms']:.4f}, entry"
+                    f" {row['entry_ms']:.4f})  {gain}"
                 )
-    lines += [f"after half a second, {row['variant']}: {row['state']}" for row in rows if "state" in row]
+    lines += [
+        f"after half a second, {row['variant']}: {row['state']}" for row in rows if "state" in row
+    ]
     lines += [f"FAILED {row['variant']}: {row['failed']}" for row in rows if "failed" in row]
     return "\n".join(lines)
 
@@ -354,7 +421,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=writable_file, help="write all numbers to this JSON file")
     parser.add_argument("--part", choices=("kernels", "stream"), default="kernels")
     parser.add_argument("--only", default="", help="substring of the variants to run, beside bf16")
-    parser.add_argument("--limit", type=float, default=110, help="seconds for everything [%(default)g]")
+    parser.add_argument(
+        "--limit", type=float, default=110, help="seconds for everything [%(default)g]"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--lock", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -60,18 +60,26 @@ def keys_of_a_stream(ckpt: Path, *, frames: int, batch: int) -> list[Seen]:
     model = open_checkpoint(ckpt, device="cpu")
     lines = [line for line in read_text(PROMPTS).splitlines() if line.strip()]
     channels, _, height, width = model.latent_shape
-    spec = StreamSpec(model.recipe, (channels, height, width), batch=batch, num_frames=frames, keys="pre_rope")
+    spec = StreamSpec(
+        model.recipe, (channels, height, width), batch=batch, num_frames=frames, keys="pre_rope"
+    )
     found: list[Seen] = []
 
     def look(core: Any, given: tuple[Any, ...]) -> None:
         q, k, v, _, rope, cached = given[:6]
         view = cached._view
         if view.mode != "append" and view.visible:
-            past = [piece for chunk in view.visible for piece in pieces_of(chunk.spans, chunk=chunk.id)]
+            past = [
+                piece for chunk in view.visible for piece in pieces_of(chunk.spans, chunk=chunk.id)
+            ]
             keys, values = view.store.read(cached._index, past)
-            found.append(Seen(core.rotate(q, rope.query), (keys.clone(), values.clone()), (k, v), rope.key))
+            found.append(
+                Seen(core.rotate(q, rope.query), (keys.clone(), values.clone()), (k, v), rope.key)
+            )
 
-    hooks = [block.self_attn.core.register_forward_pre_hook(look) for block in model.denoiser.net.blocks]
+    hooks = [
+        block.self_attn.core.register_forward_pre_hook(look) for block in model.denoiser.net.blocks
+    ]
     for _ in Session(model.denoiser, None, model.condition((lines * batch)[:batch]), spec):
         pass
     for hook in hooks:
@@ -87,7 +95,9 @@ def random_keys(*, tokens: int = 256, heads: int = 2, channels: int = 128) -> li
 
 
 @torch.no_grad()
-def corrected_errors(seen: Sequence[Seen], spec: KVCodecSpec, *, least: int = 16) -> dict[str, float]:
+def corrected_errors(
+    seen: Sequence[Seen], spec: KVCodecSpec, *, least: int = 16
+) -> dict[str, float]:
     """The columns for one codec, over passes with at least so many tokens in the past; float64 from
     the restored keys on.
     """
@@ -107,15 +117,32 @@ def corrected_errors(seen: Sequence[Seen], spec: KVCodecSpec, *, least: int = 16
 
         plain_keys, coded_keys = turned(k), turned(hats[0])
 
-        def output(keys: Tensor, values: Tensor, gain: Tensor | None = None, q=q, own_v=own_v, tokens=tokens, scale=scale) -> Tensor:
-            segments = [Segment(keys[:, :tokens], values.double(), gain), Segment(keys[:, tokens:], own_v.double())]
+        def output(
+            keys: Tensor,
+            values: Tensor,
+            gain: Tensor | None = None,
+            q=q,
+            own_v=own_v,
+            tokens=tokens,
+            scale=scale,
+        ) -> Tensor:
+            segments = [
+                Segment(keys[:, :tokens], values.double(), gain),
+                Segment(keys[:, tokens:], own_v.double()),
+            ]
             return attend_segments(q, segments, scale=scale)
 
         exact = output(plain_keys, v)
         gain = bias.segment_gain(q, blobs[0], scale=scale, rotated=table is not None)
-        sums = [plain(q, keys[:, :tokens], v.double(), scale)[1] for keys in (coded_keys, plain_keys)]
+        sums = [
+            plain(q, keys[:, :tokens], v.double(), scale)[1] for keys in (coded_keys, plain_keys)
+        ]
         mean = (sums[0] - sums[1]).mean((0, 2), keepdim=True)
-        for name, taken in (("as coded", None), ("corrected", gain), ("possible", mean.expand_as(gain))):
+        for name, taken in (
+            ("as coded", None),
+            ("corrected", gain),
+            ("possible", mean.expand_as(gain)),
+        ):
             total[name] += float((output(coded_keys, hats[1], taken) - exact).square().sum())
         size += float(exact.square().sum())
         gains.append(float(mean.mean()))
@@ -141,18 +168,32 @@ def cases() -> dict[str, KVCodecSpec]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 with one line on standard error for what cannot be streamed."""
     parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", type=Path, default=SHIPPED, help="a causal checkpoint of the embedded world [the shipped one]")
-    parser.add_argument("--frames", type=int, default=9, help="latent frames to stream [%(default)s]")
+    parser.add_argument(
+        "--ckpt",
+        type=Path,
+        default=SHIPPED,
+        help="a causal checkpoint of the embedded world [the shipped one]",
+    )
+    parser.add_argument(
+        "--frames", type=int, default=9, help="latent frames to stream [%(default)s]"
+    )
     parser.add_argument("--batch", type=int, default=24, help="prompts at once [%(default)s]")
     parser.add_argument("--out", type=writable_file, help="JSON file to write")
     args = parser.parse_args(argv)
     rows = []
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
-    for data, seen in ((args.ckpt.name, keys_of_a_stream(args.ckpt, frames=args.frames, batch=args.batch)), ("random", random_keys())):
+    for data, seen in (
+        (args.ckpt.name, keys_of_a_stream(args.ckpt, frames=args.frames, batch=args.batch)),
+        ("random", random_keys()),
+    ):
         for name, spec in cases().items():
             row = corrected_errors(seen, spec)
             rows.append({"keys": data, "codec": name, **row})
-            print(f"{data:28s} {name:24s} " + "  ".join(f"{key} {value:.4f}" for key, value in row.items()), flush=True)
+            print(
+                f"{data:28s} {name:24s} "
+                + "  ".join(f"{key} {value:.4f}" for key, value in row.items()),
+                flush=True,
+            )
     if args.out:
         write(args.out, {"torch": torch.__version__, "arguments": vars(args), "rows": rows})
     return 0

@@ -97,18 +97,27 @@ def equal_to_plain(codec: KVCodec, blob: object, x: Tensor, side: str) -> list[s
         wrong.append("restore")
     how = codec.spec.side(side)
     if isinstance(blob.codes, Codes) and how.smoothing in ("none", "qvg"):
-        slow = KVCodec(KVCodecSpec(**{**vars(codec.spec), "triton_restore": False})).encode(x, side=side, layer=0)
-        if blob.clusters is not None and not torch.equal(blob.clusters.centroids, slow.clusters.centroids):
+        slow = KVCodec(KVCodecSpec(**{**vars(codec.spec), "triton_restore": False})).encode(
+            x, side=side, layer=0
+        )
+        if blob.clusters is not None and not torch.equal(
+            blob.clusters.centroids, slow.clusters.centroids
+        ):
             # sums of k-means are taken in another order, and what is coded is the residual
             return wrong
         for name in ("data", "scales"):
             mine, theirs = (getattr(b.codes, name).view(torch.uint8) for b in (blob, slow))
             if not torch.equal(mine, theirs):
-                wrong.append(f"{name} of the codes ({float((mine != theirs).float().mean()):.1e} of the bytes)")
+                wrong.append(
+                    f"{name} of the codes ({float((mine != theirs).float().mean()):.1e} of the"
+                    " bytes)"
+                )
     return wrong
 
 
-def measure(name: str, spec: KVCodecSpec, data: tuple[Tensor, Tensor, Tensor], args: argparse.Namespace) -> dict:
+def measure(
+    name: str, spec: KVCodecSpec, data: tuple[Tensor, Tensor, Tensor], args: argparse.Namespace
+) -> dict:
     """One row."""
     q, k, v = data
     codec, scale = KVCodec(spec), k.shape[3] ** -0.5
@@ -118,22 +127,34 @@ def measure(name: str, spec: KVCodecSpec, data: tuple[Tensor, Tensor, Tensor], a
         blobs[side] = KVCodec(spec).encode(x, side=side, layer=0)
         row[f"{side}s differ from plain torch"] = equal_to_plain(codec, blobs[side], x, side)
         codec.encode(x, side=side, layer=0)
-        row["encode_ms"] += timed(lambda x=x, side=side: codec.encode(x, side=side, layer=0), repeats=args.repeats, device=args.device)
+        row["encode_ms"] += timed(
+            lambda x=x, side=side: codec.encode(x, side=side, layer=0),
+            repeats=args.repeats,
+            device=args.device,
+        )
         hats[side] = torch.empty_like(x)
         row["restore_ms"] += timed(
-            lambda side=side: codec.decode_into(blobs[side], hats[side], side=side), repeats=args.repeats, device=args.device
+            lambda side=side: codec.decode_into(blobs[side], hats[side], side=side),
+            repeats=args.repeats,
+            device=args.device,
         )
         row["bytes"] += codec.blob_bytes(blobs[side])
-        row[f"{side} error"] = float(((hats[side].float() - x.float()).norm() / x.float().norm()) ** 2)
+        row[f"{side} error"] = float(
+            ((hats[side].float() - x.float()).norm() / x.float().norm()) ** 2
+        )
     row["compression"] = (k.nbytes + v.nbytes) / row["bytes"]
     row["encode of a chunk, all layers, ms"] = row["encode_ms"] * LAYERS
-    row["restores of a chunk's forwards, all layers, ms"] = row["restore_ms"] * LAYERS * FORWARDS * args.chunks
+    row["restores of a chunk's forwards, all layers, ms"] = (
+        row["restore_ms"] * LAYERS * FORWARDS * args.chunks
+    )
     attend = flash if args.device == "cuda" else plain
     own = tuple(x.roll(7, 1) for x in (k, v))  # the chunk that is being made: never coded
     some = q[:, :: max(1, q.shape[1] // 512)].contiguous()
 
     def output(keys: Tensor, values: Tensor, gain: Tensor | None = None) -> Tensor:
-        return attend_segments(some, [Segment(keys, values, gain), Segment(*own)], scale=scale, attend=attend).float()
+        return attend_segments(
+            some, [Segment(keys, values, gain), Segment(*own)], scale=scale, attend=attend
+        ).float()
 
     exact = output(k, v)
 
@@ -144,9 +165,15 @@ def measure(name: str, spec: KVCodecSpec, data: tuple[Tensor, Tensor, Tensor], a
     found = attend(some, hats["key"], v, scale)[1].float() - attend(some, k, v, scale)[1].float()
     # what the coded chunk gains on average over queries, per head: its bias
     mean = found.mean(-1, keepdim=True)
-    row["attention error"], row["corrected"] = error(output(hats["key"], hats["value"])), error(output(hats["key"], hats["value"], gain))
+    row["attention error"], row["corrected"] = (
+        error(output(hats["key"], hats["value"])),
+        error(output(hats["key"], hats["value"], gain)),
+    )
     row["without the bias"] = error(output(hats["key"], hats["value"], mean.expand_as(found)))
-    row["gain"], row["gain left"] = float(mean.abs().mean()), float((found - gain).mean(-1).abs().mean())
+    row["gain"], row["gain left"] = (
+        float(mean.abs().mean()),
+        float((found - gain).mean(-1).abs().mean()),
+    )
     return row
 
 
@@ -157,10 +184,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=4680, help="tokens of a chunk")
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--channels", type=int, default=128, help="channels of a head")
-    parser.add_argument("--chunks", type=int, default=6, help="cold chunks that every forward restores")
+    parser.add_argument(
+        "--chunks", type=int, default=6, help="cold chunks that every forward restores"
+    )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--only", default="", help="part of a codec's name")
-    parser.add_argument("--tiny", action="store_true", help="256 tokens, 2 heads, on the CPU: a check of this script")
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="256 tokens, 2 heads, on the CPU: a check of this script",
+    )
     args = parser.parse_args(argv)
     args.device = "cpu" if args.tiny else "cuda"
     if args.tiny:
@@ -168,7 +201,10 @@ def main(argv: list[str] | None = None) -> None:
     elif not torch.cuda.is_available():
         parser.error("no CUDA device; --tiny runs on the CPU")
     hardware = platform.processor() if args.tiny else torch.cuda.get_device_name()
-    print(f"{hardware}, torch {torch.__version__}, triton {triton.__version__}, chunk {args.tokens} x {args.heads} x {args.channels}")
+    print(
+        f"{hardware}, torch {torch.__version__}, triton {triton.__version__}, chunk {args.tokens} x"
+        f" {args.heads} x {args.channels}"
+    )
     rows, wrong = [], 0
     for kind in ("random", "real-like"):
         data = draw(kind, (args.tokens, args.heads, args.channels), args.device)
@@ -180,17 +216,22 @@ def main(argv: list[str] | None = None) -> None:
             differ = row["keys differ from plain torch"] + row["values differ from plain torch"]
             wrong += bool(differ)
             print(
-                f"{kind:9s} {name:22s} {row['bytes'] / 2**20:6.2f} MiB {row['compression']:5.2f}x  encode {row['encode_ms']:7.3f}"
-                f"  restore {row['restore_ms']:7.4f} ms  error k {row['key error']:.1e} v {row['value error']:.1e}"
-                f"  attention {row['attention error']:.2e} corrected {row['corrected']:.2e} without bias {row['without the bias']:.2e}"
-                f"  gain {row['gain']:.3f} left {row['gain left']:.3f}  {'DIFFERS: ' + ', '.join(differ) if differ else 'ok'}",
+                f"{kind:9s} {name:22s} {row['bytes'] / 2**20:6.2f} MiB {row['compression']:5.2f}x "
+                f" encode {row['encode_ms']:7.3f}  restore {row['restore_ms']:7.4f} ms  error k"
+                f" {row['key error']:.1e} v {row['value error']:.1e}  attention"
+                f" {row['attention error']:.2e} corrected {row['corrected']:.2e} without bias"
+                f" {row['without the bias']:.2e}  gain {row['gain']:.3f} left"
+                f" {row['gain left']:.3f}  {'DIFFERS: ' + ', '.join(differ) if differ else 'ok'}",
                 flush=True,
             )
     if args.out:
         versions = {"hardware": hardware, "torch": torch.__version__, "triton": triton.__version__}
         write(args.out, {**versions, "arguments": vars(args), "rows": rows})
     fused_used = fused.runs_on(torch.empty(1, device=args.device))
-    print(f"fused kernels {'ran' if fused_used else 'did not run'}; {wrong} rows differ from plain torch")
+    print(
+        f"fused kernels {'ran' if fused_used else 'did not run'}; {wrong} rows differ from plain"
+        " torch"
+    )
     raise SystemExit(1 if wrong else 0)
 
 

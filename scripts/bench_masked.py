@@ -24,7 +24,18 @@ from rcm.kernels.masks import Full, MaskSpec, TeacherForcing
 from rcm.nets.attention import AttentionCore, attention_record, resolve
 
 HEADS, WIDTH, FRAME_TOKENS = 12, 128, 1560
-BACKENDS = ("auto", "triton", "cudnn", "sdpa", "flex_triton", "flex_flash", "flash2", "flash3", "magi", "te")
+BACKENDS = (
+    "auto",
+    "triton",
+    "cudnn",
+    "sdpa",
+    "flex_triton",
+    "flex_flash",
+    "flash2",
+    "flash3",
+    "magi",
+    "te",
+)
 TARGETS_MS = {"c3-3": 62.0, "c1-1": 68.0}
 """Milliseconds of forward and backward together."""
 AGREEMENT = 8e-3
@@ -36,7 +47,10 @@ def masks(frames: int) -> dict[str, tuple[MaskSpec, MaskSpec]]:
     found: dict[str, tuple[MaskSpec, MaskSpec]] = {}
     for name in ("c3-3", "c1-1", "c1-4"):
         pattern = BlockPattern.parse(name)
-        found[name] = (TeacherForcing(pattern, frames, FRAME_TOKENS), TeacherForcing(pattern, frames, 47))
+        found[name] = (
+            TeacherForcing(pattern, frames, FRAME_TOKENS),
+            TeacherForcing(pattern, frames, 47),
+        )
     found["dense"] = (Full(frames * FRAME_TOKENS, frames * FRAME_TOKENS), Full(987, 987))
     return found
 
@@ -45,7 +59,11 @@ def flop(mask: MaskSpec) -> float:
     """Useful floating-point operations of forward (2 products) and backward (5 products)
     together.
     """
-    pairs = sum((s.q_stop - s.q_start) * (stop - start) for s in mask.row_segments() for start, stop in s.intervals)
+    pairs = sum(
+        (s.q_stop - s.q_start) * (stop - start)
+        for s in mask.row_segments()
+        for start, stop in s.intervals
+    )
     return 7 * 2.0 * pairs * WIDTH * HEADS
 
 
@@ -53,7 +71,10 @@ def draw(mask: MaskSpec, heads: int) -> tuple[tuple[Tensor, Tensor, Tensor], Ten
     """Random bf16 inputs and an output gradient."""
     generator = torch.Generator("cuda").manual_seed(0)
     lengths = (mask.q_len, mask.kv_len, mask.kv_len, mask.q_len)
-    q, k, v, grad_o = (torch.randn(1, n, heads, WIDTH, generator=generator, device="cuda").to(torch.bfloat16) for n in lengths)
+    q, k, v, grad_o = (
+        torch.randn(1, n, heads, WIDTH, generator=generator, device="cuda").to(torch.bfloat16)
+        for n in lengths
+    )
     return (q, k, v), grad_o
 
 
@@ -62,7 +83,9 @@ def attend_with(core: AttentionCore, mask: MaskSpec) -> Callable[[Tensor, Tensor
     return lambda q, k, v: core(q, k, v, mask)
 
 
-def time_backward(attend: Callable[..., Tensor], leaves: tuple[Tensor, ...], grad_o: Tensor, *, repeats: int) -> float:
+def time_backward(
+    attend: Callable[..., Tensor], leaves: tuple[Tensor, ...], grad_o: Tensor, *, repeats: int
+) -> float:
     """Median milliseconds of the backward pass alone, a fresh graph each time."""
     samples = []
     for _ in range(repeats + 1):
@@ -89,17 +112,29 @@ def measure(name: str, mask: MaskSpec, small: MaskSpec, *, backend: str, repeats
     inputs, grad_o = draw(small, 2)
     # so that the record of `core` speaks of the full size
     apart_from_large = AttentionCore(resolve(backend))
-    report = errors_and_budgets(attend_with(apart_from_large, small), inputs, grad_o, mask=small, scale=WIDTH**-0.5)
+    report = errors_and_budgets(
+        attend_with(apart_from_large, small), inputs, grad_o, mask=small, scale=WIDTH**-0.5
+    )
     inputs, grad_o = draw(mask, HEADS)
     attend = attend_with(core, mask)
     got = with_gradients(attend, inputs, grad_o)
     torch.cuda.synchronize()
     row["first_call_s"] = round(time.perf_counter() - began, 1)
     other = with_gradients(attend_with(AttentionCore(resolve("cudnn")), mask), inputs, grad_o)
-    apart = {output: relative_error(mine, theirs) for output, mine, theirs in zip(OUTPUTS, got, other, strict=True)}
-    row["errors"] = " ".join(f"{o} {error:.1e}/{budget:.1e}" for o, (error, budget) in report.items())
-    row["full size against dense calls"] = {output: float(f"{error:.2g}") for output, error in apart.items()}
-    row["correct"] = all(error <= budget for error, budget in report.values()) and max(apart.values()) < AGREEMENT
+    apart = {
+        output: relative_error(mine, theirs)
+        for output, mine, theirs in zip(OUTPUTS, got, other, strict=True)
+    }
+    row["errors"] = " ".join(
+        f"{o} {error:.1e}/{budget:.1e}" for o, (error, budget) in report.items()
+    )
+    row["full size against dense calls"] = {
+        output: float(f"{error:.2g}") for output, error in apart.items()
+    }
+    row["correct"] = (
+        all(error <= budget for error, budget in report.values())
+        and max(apart.values()) < AGREEMENT
+    )
     if not row["correct"]:
         return row
     del got, other
@@ -107,7 +142,9 @@ def measure(name: str, mask: MaskSpec, small: MaskSpec, *, backend: str, repeats
     with torch.no_grad():
         row["forward_ms"] = time_ms(lambda: attend(*leaves), repeats=repeats)
     with torch.enable_grad():
-        row["ms"] = time_ms(lambda: torch.autograd.grad(attend(*leaves), leaves, grad_o), repeats=repeats)
+        row["ms"] = time_ms(
+            lambda: torch.autograd.grad(attend(*leaves), leaves, grad_o), repeats=repeats
+        )
         row["backward_ms"] = time_backward(attend, leaves, grad_o, repeats=repeats)
         o = attend(*leaves)
         torch.cuda.reset_peak_memory_stats()
@@ -131,12 +168,28 @@ def measure_all(frames: int, *, only: str, repeats: int) -> list[dict]:
             try:
                 row = measure(name, mask, small, backend=backend, repeats=repeats)
             except Exception as error:
-                row = {"work": name, "variant": backend, "correct": False, "errors": f"{type(error).__name__}: {str(error)[:300]}"}
+                row = {
+                    "work": name,
+                    "variant": backend,
+                    "correct": False,
+                    "errors": f"{type(error).__name__}: {str(error)[:300]}",
+                }
             rows.append(row)
-            times = "  ".join(f"{key} {row.get(f'{key}_ms', float('nan')):7.2f}" for key in ("forward", "backward"))
+            times = "  ".join(
+                f"{key} {row.get(f'{key}_ms', float('nan')):7.2f}"
+                for key in ("forward", "backward")
+            )
             state = {None: "absent", True: "ok", False: "WRONG"}[row["correct"]]
-            print(f"{row['work']:12s} {row['variant']:12s} {times}  together {row.get('ms', float('nan')):7.2f} ms", end=" ")
+            print(
+                f"{row['work']:12s} {row['variant']:12s} {times}  together"
+                f" {row.get('ms', float('nan')):7.2f} ms",
+                end=" ",
+            )
             print(f"{row.get('tflops', 0):6.1f} TFLOP/s  {state}  {row['errors']}", end=" ")
             print(row.get("full size against dense calls", ""), row.get("chosen", ""), end=" ")
-            print(f"+{row.get('backward_peak_GiB', 0)} GiB (first call {row.get('first_call_s', 0)} s)", flush=True)
+            print(
+                f"+{row.get('backward_peak_GiB', 0)} GiB (first call"
+                f" {row.get('first_call_s', 0)} s)",
+                flush=True,
+            )
     return rows

@@ -24,13 +24,39 @@ from rcm.parallel.fsdp import local, stored_parameters
 
 GIB = 2**30
 KINDS = (
-    ("attention", ("attention", "sdpa", "fmha", "flash", "mha", "cudnn", "hopper_forward", "portable_forward", "_deposit")),
+    (
+        "attention",
+        (
+            "attention",
+            "sdpa",
+            "fmha",
+            "flash",
+            "mha",
+            "cudnn",
+            "hopper_forward",
+            "portable_forward",
+            "_deposit",
+        ),
+    ),
     ("matrix product", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk")),
-    ("fused layers", ("norm_forward", "norm_tangent", "norm_backward", "gated_add", "gelu_forward", "gelu_backward", "rotate_pairs")),
+    (
+        "fused layers",
+        (
+            "norm_forward",
+            "norm_tangent",
+            "norm_backward",
+            "gated_add",
+            "gelu_forward",
+            "gelu_backward",
+            "rotate_pairs",
+        ),
+    ),
 )
 
 
-def timed(call: Callable[[], object], *, repeats: int, prepare: Callable[[], object] = lambda: None) -> dict[str, float]:
+def timed(
+    call: Callable[[], object], *, repeats: int, prepare: Callable[[], object] = lambda: None
+) -> dict[str, float]:
     """First and median milliseconds of `call`, and the peak memory of one call in GiB, everything
     alive included.
     """
@@ -45,7 +71,11 @@ def timed(call: Callable[[], object], *, repeats: int, prepare: Callable[[], obj
         torch.cuda.synchronize()
         samples.append(1e3 * (time.perf_counter() - begin))
         del result
-    return {"ms": statistics.median(samples[1:]), "first_ms": samples[0], "peak_gib": torch.cuda.max_memory_allocated() / GIB}
+    return {
+        "ms": statistics.median(samples[1:]),
+        "first_ms": samples[0],
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+    }
 
 
 @torch.no_grad()
@@ -56,7 +86,9 @@ def fill(net: nn.Module) -> None:
     generators: dict[torch.device, torch.Generator] = {}
     for name, parameter in stored_parameters(net).items():
         shard = local(parameter.detach())
-        generator = generators.setdefault(shard.device, torch.Generator(shard.device).manual_seed(0))
+        generator = generators.setdefault(
+            shard.device, torch.Generator(shard.device).manual_seed(0)
+        )
         draws = torch.randn(shard.shape, generator=generator, device=shard.device)
         if parameter.ndim >= 2:
             shard.copy_(draws * parameter.shape[-1] ** -0.5)
@@ -67,7 +99,9 @@ def fill(net: nn.Module) -> None:
 def kind_of(kernel: str) -> str:
     """Attention, matrix product, fused layer, or the rest."""
     low = kernel.lower()
-    return next((kind for kind, words in KINDS if any(word in low for word in words)), "other elementwise")
+    return next(
+        (kind for kind, words in KINDS if any(word in low for word in words)), "other elementwise"
+    )
 
 
 def breakdown(call: Callable[[], object]) -> dict[str, Any]:
@@ -80,15 +114,23 @@ def breakdown(call: Callable[[], object]) -> dict[str, Any]:
     kinds: Counter[str] = Counter()
     rest: dict[str, list[float]] = {}
     for event in found.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("FSDP::"):
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(
+            "FSDP::"
+        ):
             spent = event.time_range.elapsed_us() / 1e3
             kinds[kind_of(event.name)] += spent
             if kind_of(event.name) == "other elementwise":
                 entry = rest.setdefault(event.name, [0.0, 0])
                 entry[0] += spent
                 entry[1] += 1
-    largest = sorted(((name, spent, int(count)) for name, (spent, count) in rest.items()), key=lambda row: -row[1])
-    return {"kinds_ms": {kind: round(spent, 2) for kind, spent in kinds.most_common()}, "largest_others": largest[:10]}
+    largest = sorted(
+        ((name, spent, int(count)) for name, (spent, count) in rest.items()),
+        key=lambda row: -row[1],
+    )
+    return {
+        "kinds_ms": {kind: round(spent, 2) for kind, spent in kinds.most_common()},
+        "largest_others": largest[:10],
+    }
 
 
 def floor_of(net: nn.Module, call: Callable[[], object], *, repeats: int) -> dict[str, Any]:
@@ -108,20 +150,41 @@ def floor_of(net: nn.Module, call: Callable[[], object], *, repeats: int) -> dic
         attentions[key] += 1
         cores[key] = module
 
-    hooks = [m.register_forward_pre_hook(see_product) for m in net.modules() if isinstance(m, nn.Linear)]
-    hooks += [m.register_forward_pre_hook(see_attention) for m in net.modules() if isinstance(m, AttentionCore)]
+    hooks = [
+        m.register_forward_pre_hook(see_product) for m in net.modules() if isinstance(m, nn.Linear)
+    ]
+    hooks += [
+        m.register_forward_pre_hook(see_attention)
+        for m in net.modules()
+        if isinstance(m, AttentionCore)
+    ]
     call()
     for hook in hooks:
         hook.remove()
     parts: list[dict[str, Any]] = []
     for (rows, width, out, dtype), count in products.items():
-        operands = [torch.randn(shape, device="cuda").to(dtype) for shape in ((rows, width), (out, width), (out,))]
+        operands = [
+            torch.randn(shape, device="cuda").to(dtype)
+            for shape in ((rows, width), (out, width), (out,))
+        ]
         what = f"product {rows} x {width} x {out} {dtype}"
-        parts.append({"what": what, "count": count, "ms": alone(partial(F.linear, *operands), repeats=repeats)})
+        parts.append(
+            {
+                "what": what,
+                "count": count,
+                "ms": alone(partial(F.linear, *operands), repeats=repeats),
+            }
+        )
     for key, count in attentions.items():
         operands = [torch.randn(shape, device="cuda").to(torch.bfloat16) for shape in key[:3]]
         what = f"attention of {key[0]} to {key[1][1]} keys"
-        parts.append({"what": what, "count": count, "ms": alone(partial(cores[key], *operands, key[3]), repeats=repeats)})
+        parts.append(
+            {
+                "what": what,
+                "count": count,
+                "ms": alone(partial(cores[key], *operands, key[3]), repeats=repeats),
+            }
+        )
     return {"parts": parts, "floor_ms": sum(part["count"] * part["ms"] for part in parts)}
 
 
@@ -142,6 +205,8 @@ def alone(call: Callable[[], object], *, repeats: int) -> float:
 def write(path: str, content: object) -> None:
     """JSON, whole or not at all; what JSON does not know (paths, dtypes) as its text."""
     text = json.dumps(content, indent=1, default=str)
-    with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(os.path.abspath(path)), delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", dir=os.path.dirname(os.path.abspath(path)), delete=False
+    ) as file:
         file.write(text)
     os.replace(file.name, path)

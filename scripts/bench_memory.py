@@ -152,7 +152,9 @@ def measure(case: str, run: Run, *, dims: ParallelDims, device: torch.device) ->
         return _measure(case, run, meter, dims=dims, device=device)
 
 
-def _measure(case: str, run: Run, meter: Meter, *, dims: ParallelDims, device: torch.device) -> list[Measured]:
+def _measure(
+    case: str, run: Run, meter: Meter, *, dims: ParallelDims, device: torch.device
+) -> list[Measured]:
     config, model = run.config, run.config.model.config
     nets = RandomNets(model, dims=dims, device=device, seed=config.trainer.seed)
     method = build_method(config, nets, negative=lambda: negative_condition(config, device=device))
@@ -168,18 +170,31 @@ def _measure(case: str, run: Run, meter: Meter, *, dims: ParallelDims, device: t
     for _ in range(_ROUNDS):
         for phase in expected.phases:
             data = [next(batches).to(device) for _ in range(config.trainer.grad_accum_iter)]
-            rngs = [StepRng(config.trainer.seed, state.iteration, dims.data_rank, micro, device) for micro in range(len(data))]
+            rngs = [
+                StepRng(config.trainer.seed, state.iteration, dims.data_rank, micro, device)
+                for micro in range(len(data))
+            ]
             before, begin = meter.start(), time.perf_counter()
             held = AtPhase(method, phase.role, longest_rollout(run))
             run_step(state, held, batches=data, rngs=rngs, dims=dims, config=StepConfig())
             peak = meter.peak()
-            found[phase.role] = Measured(case, phase.role, before, peak, time.perf_counter() - begin, phase.peak, phase.seconds)
+            found[phase.role] = Measured(
+                case,
+                phase.role,
+                before,
+                peak,
+                time.perf_counter() - begin,
+                phase.peak,
+                phase.seconds,
+            )
     return list(found.values())
 
 
 def expect(run: Run, *, ranks: int, device: torch.device) -> Prediction:
     """The planner's word on `run`, for the longest rollouts."""
-    return predict(plan_job(run, ranks=ranks, fused=device.type == "cuda", rollouts="longest"), H200)
+    return predict(
+        plan_job(run, ranks=ranks, fused=device.type == "cuda", rollouts="longest"), H200
+    )
 
 
 def longest_rollout(run: Run) -> int:
@@ -192,10 +207,14 @@ def longest_rollout(run: Run) -> int:
 
 def table(rows: Sequence[Measured]) -> str:
     """Predicted beside measured."""
-    head = f"{'case':<38}{'iteration':<12}{'measured GiB':>13}{'predicted':>11}{'ratio':>7}{'seconds':>9}{'predicted':>11}{'ratio':>7}"
+    head = (
+        f"{'case':<38}{'iteration':<12}{'measured GiB':>13}{'predicted':>11}{'ratio':>7}"
+        f"{'seconds':>9}{'predicted':>11}{'ratio':>7}"
+    )
     lines = [
-        f"{row.case:<38}{row.role:<12}{row.peak / GIB:>13.3f}{row.predicted_peak / GIB:>11.3f}{row.memory_ratio:>7.3f}"
-        f"{row.seconds:>9.2f}{row.predicted_seconds:>11.2f}{row.predicted_seconds / row.seconds:>7.2f}"
+        f"{row.case:<38}{row.role:<12}{row.peak / GIB:>13.3f}{row.predicted_peak / GIB:>11.3f}"
+        f"{row.memory_ratio:>7.3f}{row.seconds:>9.2f}{row.predicted_seconds:>11.2f}"
+        f"{row.predicted_seconds / row.seconds:>7.2f}"
         for row in rows
     ]
     return "\n".join([head, *lines])
@@ -203,13 +222,32 @@ def table(rows: Sequence[Measured]) -> str:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Arguments(prog="scripts.bench_memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=DEFAULT_REGISTRY, metavar="REGISTRY", help="as for scripts.train [%(default)s]")
-    parser.add_argument("--case", default="given", metavar="NAME", help="name of the case that the words describe")
-    parser.add_argument("--predict", action="store_true", help="print the predictions and stop")
-    parser.add_argument("--json", type=writable_file, metavar="FILE", help="also write the rows there, after every case")
+    parser = Arguments(
+        prog="scripts.bench_memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
-        "words", nargs="*", metavar="key=value", help="as for scripts.train; without them the three cases of docs/planner.md"
+        "--config",
+        default=DEFAULT_REGISTRY,
+        metavar="REGISTRY",
+        help="as for scripts.train [%(default)s]",
+    )
+    parser.add_argument(
+        "--case", default="given", metavar="NAME", help="name of the case that the words describe"
+    )
+    parser.add_argument("--predict", action="store_true", help="print the predictions and stop")
+    parser.add_argument(
+        "--json",
+        type=writable_file,
+        metavar="FILE",
+        help="also write the rows there, after every case",
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="key=value",
+        help="as for scripts.train; without them the three cases of docs/planner.md",
     )
     return parser.parse_args(argv)
 
@@ -221,22 +259,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         registry = load_registry(flags.config)
-        cases = {flags.case: flags.words} if flags.words else {name: [*words, *ONE_CARD] for name, words in CASES.items()}
+        cases = (
+            {flags.case: flags.words}
+            if flags.words
+            else {name: [*words, *ONE_CARD] for name, words in CASES.items()}
+        )
         if flags.predict:
             return _print_predictions(cases, registry)
         if not flags.words and device_type == "cpu":
-            raise ConfigError("the three full-size cases need a CUDA card; give a small experiment, or --predict")
+            raise ConfigError(
+                "the three full-size cases need a CUDA card; give a small experiment, or --predict"
+            )
         rows: list[Measured] = []
         with process_group(device_type) as device:
             for name, words in cases.items():
                 world = torch.distributed.get_world_size()
-                run = compose_run([*words, *NO_FILES], registry=registry, world_size=world, require_inputs=False)
+                run = compose_run(
+                    [*words, *NO_FILES], registry=registry, world_size=world, require_inputs=False
+                )
                 replicate, shard, cp = run.mesh
-                dims = ParallelDims(dp_replicate=replicate, dp_shard=shard, cp=cp, device_type=device_type)
+                dims = ParallelDims(
+                    dp_replicate=replicate, dp_shard=shard, cp=cp, device_type=device_type
+                )
                 try:
                     rows += measure(name, run, dims=dims, device=device)
                 except torch.OutOfMemoryError as error:
-                    print(f"{name}: out of memory ({str(error).splitlines()[0][:200]})", file=sys.stderr, flush=True)
+                    print(
+                        f"{name}: out of memory ({str(error).splitlines()[0][:200]})",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 if dims.rank == 0 and rows:
                     _report(name, rows, flags.json, device)
                 _empty(device)
@@ -248,10 +300,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(case: str, rows: Sequence[Measured], path: Path | None, device: torch.device) -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU (counted tensors)"
-    print(f"\n{case}: done on {where}, torch {torch.__version__}, RANDOM weights, made-up data", flush=True)
+    print(
+        f"\n{case}: done on {where}, torch {torch.__version__}, RANDOM weights, made-up data",
+        flush=True,
+    )
     print(table(rows), flush=True)
     if path is not None:
-        write_atomically(path, json.dumps({"device": where, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}) + "\n")
+        write_atomically(
+            path,
+            json.dumps(
+                {"device": where, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
+            )
+            + "\n",
+        )
 
 
 def _empty(device: torch.device) -> None:
@@ -262,7 +323,9 @@ def _empty(device: torch.device) -> None:
 
 def _print_predictions(cases: Mapping[str, Sequence[str]], registry: str) -> int:
     for name, words in cases.items():
-        run = compose_run([*words, *NO_FILES], registry=registry, world_size=None, require_inputs=False)
+        run = compose_run(
+            [*words, *NO_FILES], registry=registry, world_size=None, require_inputs=False
+        )
         found = expect(run, ranks=1, device=torch.device("cuda"))
         for phase in found.phases:
             print(f"{name:<38}{phase.role:<12}{phase.peak / GIB:>9.2f} GiB{phase.seconds:>9.2f} s")

@@ -73,9 +73,16 @@ SIZES = (Size("fp32", 6, 16, 32, layers=10), Size("bf16", 21))
 def main(arguments: list[str] | None = None) -> int:
     """Run all sizes and combinations; exit status 1 when a comparison exceeds its limit."""
     parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--truth", type=Path, required=True, help="file of one rank's results: written by one rank, read by several")
+    parser.add_argument(
+        "--truth",
+        type=Path,
+        required=True,
+        help="file of one rank's results: written by one rank, read by several",
+    )
     parser.add_argument("--json", type=writable_file, help="write the table here (rank 0)")
-    parser.add_argument("--layers", type=int, help="blocks, other than 10 in float32 and 30 in bfloat16")
+    parser.add_argument(
+        "--layers", type=int, help="blocks, other than 10 in float32 and 30 in bfloat16"
+    )
     parser.add_argument("--dim", type=int, default=1536, help="width, a multiple of 128")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--small", action="store_true", help="tiny latents, for trying the script")
@@ -86,7 +93,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     text = {"text_len": 16, "text_dim": 64} if options.small else {}
-    shape = {"dim": options.dim, "ffn_dim": options.dim * 35 // 6, "num_heads": options.dim // 128, **text}
+    shape = {
+        "dim": options.dim,
+        "ffn_dim": options.dim * 35 // 6,
+        "num_heads": options.dim // 128,
+        **text,
+    }
     sizes = (Size("fp32", 6, 4, 8), Size("bf16", 6, 4, 8)) if options.small else SIZES
     rows: list[dict[str, Any]] = []
     with process_group(options.device):
@@ -104,15 +116,27 @@ def main(arguments: list[str] | None = None) -> int:
                     truth[size.precision] = found
                 else:
                     row |= compare(found, truth[size.precision])
-                    row["ok"] = max(row[key] for key in ("v", "v_dot", "grad")) <= LIMITS[size.precision]
+                    row["ok"] = (
+                        max(row[key] for key in ("v", "v_dot", "grad")) <= LIMITS[size.precision]
+                    )
                 rows.append(row)
                 if dist.get_rank() == 0:
-                    print({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+                    print(
+                        {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()},
+                        flush=True,
+                    )
         if world == 1:
             torch.save(truth, options.truth)
         elif dist.get_rank() == 0 and options.json:
-            machine = {"gpu": torch.cuda.get_device_name() if options.device == "cuda" else "cpu", "torch": torch.__version__}
-            options.json.write_text(json.dumps({"machine": machine, "date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=1))
+            machine = {
+                "gpu": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+                "torch": torch.__version__,
+            }
+            options.json.write_text(
+                json.dumps(
+                    {"machine": machine, "date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=1
+                )
+            )
     return 0 if all(row.get("ok", True) for row in rows) else 1
 
 
@@ -122,16 +146,23 @@ def combinations(world: int) -> dict[str, tuple[int, int, int]]:
         return {"one": (1, 1, 1)}
     found = {f"FSDP2 over {world}": (1, world, 1), f"Ulysses over {world}": (1, 1, world)}
     if world >= 4:
-        found |= {f"FSDP2 over {world // 2} x Ulysses 2": (1, world // 2, 2), f"HSDP 2 x {world // 2}": (2, world // 2, 1)}
+        found |= {
+            f"FSDP2 over {world // 2} x Ulysses 2": (1, world // 2, 2),
+            f"HSDP 2 x {world // 2}": (2, world // 2, 1),
+        }
     return found
 
 
-def run(config: WanConfig, size: Size, dims: ParallelDims) -> tuple[dict[str, Tensor], dict[str, float]]:
+def run(
+    config: WanConfig, size: Size, dims: ParallelDims
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Outputs, tangents and sampled gradients of this rank's samples; seconds of both passes, the
     compilation of kernels included, and peak GiB (worst rank).
     """
     precision = Precision.preset(size.precision)
-    net = parallelize(on_meta(lambda: WanDiT(config)), dims=dims, precision=precision, checkpoint="block_wise")
+    net = parallelize(
+        on_meta(lambda: WanDiT(config)), dims=dims, precision=precision, checkpoint="block_wise"
+    )
     materialise(net, device=dims.device_type)
     fill(net)
     denoiser, forcing = Denoiser(net, precision), TeacherForcing(BlockPattern(3, 3))
@@ -142,7 +173,9 @@ def run(config: WanConfig, size: Size, dims: ParallelDims) -> tuple[dict[str, Te
     for s in samples:
         x0, x_t, x_dot, t, cond = inputs(config, size, s, dims.device_type)
         clean = forcing.clean(x0)
-        _, v_dot = forcing.tangent(denoiser, x_t, t, cond, context=clean, x_dot=x_dot, t_dot=torch.ones_like(t))
+        _, v_dot = forcing.tangent(
+            denoiser, x_t, t, cond, context=clean, x_dot=x_dot, t_dot=torch.ones_like(t)
+        )
         found[f"v_dot.{s}"] = v_dot.cpu()
     measured |= tangents.read("tangent", per=len(samples))
     gradients = Meter(dims.device_type)
@@ -154,21 +187,33 @@ def run(config: WanConfig, size: Size, dims: ParallelDims) -> tuple[dict[str, Te
         ((v - target).square().mean() / len(samples)).backward()
     measured |= gradients.read("gradient", per=len(samples))
     for name, parameter in net.named_parameters():
-        full = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        full = (
+            parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        )
         flat = full.flatten()
         found[f"grad.{name}"] = flat[:: max(1, flat.numel() // KEPT_ENTRIES)].float().cpu()
     return found, worst_over_ranks(measured, dims.device_type)
 
 
-def inputs(config: WanConfig, size: Size, sample: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Condition]:
+def inputs(
+    config: WanConfig, size: Size, sample: int, device: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Condition]:
     """Clean and noisy latents, a third tensor (direction or target), time and text of one sample;
     float32 on the CPU, then moved.
     """
     rng = StepRng(3, sample, 0)
     shape = (1, 16, size.frames, size.height, size.width)
-    x0, x_t, other = (randn(shape, generator=rng.generator(name)).to(device) for name in ("x0", "x_t", "other"))
+    x0, x_t, other = (
+        randn(shape, generator=rng.generator(name)).to(device) for name in ("x0", "x_t", "other")
+    )
     text = randn((1, config.text_len, config.text_dim), generator=rng.generator("text")).to(device)
-    return x0, x_t, other, torch.full((1, 1), 0.7 - 0.2 * sample, dtype=torch.float64, device=device), Condition(text)
+    return (
+        x0,
+        x_t,
+        other,
+        torch.full((1, 1), 0.7 - 0.2 * sample, dtype=torch.float64, device=device),
+        Condition(text),
+    )
 
 
 @torch.no_grad()
@@ -185,7 +230,9 @@ def fill(net: nn.Module) -> None:
         else:
             draws = 0.02 * draws + float(name.endswith("weight"))
         if isinstance(target, DTensor):
-            draws = distribute_tensor(draws, target.device_mesh, target.placements, src_data_rank=None).to_local()
+            draws = distribute_tensor(
+                draws, target.device_mesh, target.placements, src_data_rank=None
+            ).to_local()
         shard.copy_(draws)
 
 
@@ -204,7 +251,9 @@ class Meter:
         if self.cuda:
             torch.cuda.synchronize()
         found = {f"{name}_s": (time.perf_counter() - self.begin) / per}
-        return found | ({f"{name}_gib": torch.cuda.max_memory_allocated() / 2**30} if self.cuda else {})
+        return found | (
+            {f"{name}_gib": torch.cuda.max_memory_allocated() / 2**30} if self.cuda else {}
+        )
 
 
 def compare(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Any]:
@@ -214,7 +263,11 @@ def compare(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Any
     The worst tensor is one whose gradient nearly cancels (a key's bias or norm), so in bfloat16 it
     says little; its name is given.
     """
-    numbers, squares, name = {"v": 0.0, "v_dot": 0.0, "grad": 0.0, "worst_grad": 0.0}, [0.0, 0.0], ""
+    numbers, squares, name = (
+        {"v": 0.0, "v_dot": 0.0, "grad": 0.0, "worst_grad": 0.0},
+        [0.0, 0.0],
+        "",
+    )
     for key, value in found.items():
         expected = truth[key].double()
         off, size = (value.double() - expected).norm().item(), expected.norm().item()
@@ -227,7 +280,10 @@ def compare(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Any
         else:
             numbers[kind] = max(numbers[kind], difference)
     numbers["grad"] = (squares[0] / squares[1]) ** 0.5
-    return {**worst_over_ranks(numbers, "cuda" if torch.cuda.is_available() else "cpu"), "worst_grad_of": name}
+    return {
+        **worst_over_ranks(numbers, "cuda" if torch.cuda.is_available() else "cpu"),
+        "worst_grad_of": name,
+    }
 
 
 def worst_over_ranks(numbers: dict[str, float], device: str) -> dict[str, float]:

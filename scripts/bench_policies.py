@@ -44,9 +44,13 @@ def policy(name: str) -> CachePolicy:
     return policy_of(flags, cuts=frozenset(), reduce=None)
 
 
-def long_stream(denoiser: Denoiser, codec: WanVAECodec, name: str, *, chunks: int, size: tuple[int, int]) -> dict[str, Any]:
+def long_stream(
+    denoiser: Denoiser, codec: WanVAECodec, name: str, *, chunks: int, size: tuple[int, int]
+) -> dict[str, Any]:
     """Time per chunk and memory over `chunks` chunks."""
-    spec = replace(engine(RECIPES["c3-3 [4,2]"], policy=policy(name)), latent=(16, size[0] // 8, size[1] // 8))
+    spec = replace(
+        engine(RECIPES["c3-3 [4,2]"], policy=policy(name)), latent=(16, size[0] // 8, size[1] // 8)
+    )
     times, memory = [], []
     with Session(denoiser, codec, prompt(denoiser), spec, device="cuda") as session:
         before = time.perf_counter()
@@ -65,7 +69,9 @@ def long_stream(denoiser: Denoiser, codec: WanVAECodec, name: str, *, chunks: in
         "p99_ms": 1e3 * sorted(kept)[int(0.99 * len(kept))],
         "last_over_first": last / first,
         "memory_gib": memory[-1] / GIB,
-        "memory_growth": statistics.median(memory[-tenth:]) / statistics.median(memory[FULL : FULL + tenth]) - 1,
+        "memory_growth": (
+            statistics.median(memory[-tenth:]) / statistics.median(memory[FULL : FULL + tenth]) - 1
+        ),
         "passes": passes,
     }
 
@@ -89,16 +95,27 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("there is no CUDA device here; this measures a card")
     chunks = max(FULL + 10, round(options.minutes * CHUNKS_PER_MINUTE))
     denoiser, codec = build("1.3B"), WanVAECodec.random(device="cuda")
-    report: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "size": options.size, "rows": {}}
+    report: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "size": options.size,
+        "rows": {},
+    }
     for name in names:
         torch.cuda.empty_cache()
         try:
-            found = long_stream(denoiser, codec, name, chunks=chunks, size=(int(height), int(width)))
+            found = long_stream(
+                denoiser, codec, name, chunks=chunks, size=(int(height), int(width))
+            )
         except Exception as error:  # one method's failure must not hide the others' numbers
             traceback.print_exc()
             found = {"error": f"{type(error).__name__}: {error}"}
         report["rows"][name] = found
-        print(name, {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
+        print(
+            name,
+            {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()},
+            flush=True,
+        )
         if options.out:
             write(options.out, report)
     return 1 if any("error" in row for row in report["rows"].values()) else 0

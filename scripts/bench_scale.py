@@ -159,12 +159,18 @@ class Bench:
         needed = found.iterations_seconds(self.options.repeats)
         prediction = found.prediction
         if not prediction.fits:
-            return f"needs {prediction.reserved / 2**30:.1f} of {self.on.gib:.1f} GiB, the average left out"
+            return (
+                f"needs {prediction.reserved / 2**30:.1f} of {self.on.gib:.1f} GiB, the average"
+                " left out"
+            )
         if needed > self.options.limit:
             return f"would take {needed:.0f} s, more than --limit {self.options.limit:g}"
         left = self.options.budget - self.ledger.spent()
         if needed + BUILDING > left:
-            return f"would take {needed + BUILDING:.0f} s, {left:.0f} of --budget {self.options.budget:g} are left"
+            return (
+                f"would take {needed + BUILDING:.0f} s, {left:.0f} of --budget"
+                f" {self.options.budget:g} are left"
+            )
         return ""
 
     def measure(self, found: Planned) -> str:
@@ -310,9 +316,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {told}", file=sys.stderr, flush=True)
     if options.list:
         for row in rows:
-            print(
-                f"{row.name:<44} {' '.join(row.overrides(ranks))}{f'  (gradients reduced in {row.reduce})' if row.reduce else ''}"
-            )
+            reduced = f"  (gradients reduced in {row.reduce})" if row.reduce else ""
+            print(f"{row.name:<44} {' '.join(row.overrides(ranks))}{reduced}")
         return 0
     if options.plan_only:
         on = card(options.gpu, memory_gib=options.memory_gib)
@@ -326,7 +331,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "bench_scale needs CUDA devices; --plan-only needs none, --device cpu --small tries the script"
+            "bench_scale needs CUDA devices; --plan-only needs none, --device cpu --small tries the"
+            " script"
         )
     with process_group(options.device) as device:
         ledger = Ledger(

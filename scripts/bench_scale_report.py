@@ -205,10 +205,14 @@ def print_record(record: Mapping[str, Any]) -> None:
     retries = sum(kind.get("allocator_retries", 0) for kind in record["kinds"].values())
     without = " without the average" if record.get("left_out") else ""
     without += f" {retries} allocator retries" if retries else ""
-    memory = f"{record['peak_gib']:6.2f} GiB ({record['memory_ratio']:.3f}), reserved {record['reserved_gib']:6.2f}"
+    memory = (
+        f"{record['peak_gib']:6.2f} GiB ({record['memory_ratio']:.3f}), reserved"
+        f" {record['reserved_gib']:6.2f}"
+    )
     speed = f"{record['tokens_per_s']:8.0f} tokens/s  MFU {record['mfu']:.1%}"
     print(
-        f"{name:<52} {record['seconds']:7.3f} s ({record['time_ratio']:.2f})  {memory}  {speed}  {comm}{without}",
+        f"{name:<52} {record['seconds']:7.3f} s ({record['time_ratio']:.2f})  {memory}  {speed} "
+        f" {comm}{without}",
         flush=True,
     )
     if len(record["kinds"]) > 1:
@@ -229,8 +233,9 @@ def print_plan(plans: Iterable[tuple[str, Prediction, Sequence[str], float]]) ->
         verdict = "fits" if found.fits else "DOES NOT FIT"
         without = " without the average" if lean else ""
         print(
-            f"{name:<44} {found.seconds:7.2f} s per iteration, peak {found.peak / GIB:6.1f} GiB, needs {found.reserved / GIB:6.1f} of "
-            f"{found.card.gib:g}: {verdict}{without}; {seconds:4.0f} s to measure"
+            f"{name:<44} {found.seconds:7.2f} s per iteration, peak {found.peak / GIB:6.1f} GiB,"
+            f" needs {found.reserved / GIB:6.1f} of {found.card.gib:g}: {verdict}{without};"
+            f" {seconds:4.0f} s to measure"
         )
     print(f"{total:.0f} s for all that fit")
 
@@ -250,7 +255,8 @@ def print_comparison(records: Sequence[Mapping[str, Any]]) -> None:
             continue
         ratio = record["seconds_per_sample"] / one["seconds_per_sample"]
         print(
-            f"{record['row']} on {record['ranks']}: per-sample time {ratio:.3f} of one GPU's, efficiency {1 / ratio / record['ranks']:.1%}"
+            f"{record['row']} on {record['ranks']}: per-sample time {ratio:.3f} of one GPU's,"
+            f" efficiency {1 / ratio / record['ranks']:.1%}"
             + (
                 f" (weak scaling {one['seconds'] / record['seconds']:.1%})"
                 if layout in ("fsdp", "hsdp")
@@ -261,5 +267,6 @@ def print_comparison(records: Sequence[Mapping[str, Any]]) -> None:
         for key, what in (("time_ratio", "time"), ("memory_ratio", "peak memory")):
             values = [record[key] for record in done]
             print(
-                f"planner over measured {what}: {min(values):.3f} to {max(values):.3f} in {len(values)} rows"
+                f"planner over measured {what}: {min(values):.3f} to {max(values):.3f} in"
+                f" {len(values)} rows"
             )

@@ -70,19 +70,26 @@ class ServedProcess:
     def __init__(self, *flags: str) -> None:
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         line = [sys.executable, "-m", "rcm", "serve", "--port", "0", *flags]
-        self.process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        self.process = subprocess.Popen(
+            line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
         assert self.process.stdout is not None
         first = self.process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:(\d+)/", first)
         if found is None:
-            raise ConfigError(f"the server did not start: {(first + self.process.stdout.read()).strip()[-300:]}")
+            raise ConfigError(
+                f"the server did not start: {(first + self.process.stdout.read()).strip()[-300:]}"
+            )
         self.port = int(found[1])
 
     def metrics(self) -> dict[str, float]:
         """Values by name."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=20) as answer:
             lines = answer.read().decode().splitlines()
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+        return {
+            name: float(value)
+            for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        }
 
     def memory(self) -> int:
         """Resident bytes (Linux; 0 elsewhere)."""
@@ -108,11 +115,27 @@ class ServedProcess:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `rcm bench serve`."""
-    parser = Arguments(prog="rcm bench serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=120.0, help="of load; a client alone gets a quarter of it first [%(default)s]")
+    parser = Arguments(
+        prog="rcm bench serve",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=120.0,
+        help="of load; a client alone gets a quarter of it first [%(default)s]",
+    )
     parser.add_argument("--clients", type=int, default=50, help="all of them [%(default)s]")
-    parser.add_argument("--slow", type=int, default=10, help="that read one message a second [%(default)s]")
-    parser.add_argument("--vanish", type=int, default=10, help="that go without a word, or stay and take nothing [%(default)s]")
+    parser.add_argument(
+        "--slow", type=int, default=10, help="that read one message a second [%(default)s]"
+    )
+    parser.add_argument(
+        "--vanish",
+        type=int,
+        default=10,
+        help="that go without a word, or stay and take nothing [%(default)s]",
+    )
     parser.add_argument("--fps", type=float, default=16.0, help="[%(default)s]")
     parser.add_argument("--json", metavar="FILE")
     flags = parser.parse_args(argv)
@@ -121,9 +144,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(flags: argparse.Namespace) -> int:
     if not 0 < flags.slow + flags.vanish < flags.clients:
-        raise ConfigError(f"--slow {flags.slow} and --vanish {flags.vanish} must leave some of --clients {flags.clients}")
-    target = None if flags.json is None else OutputFile.claim(flags.json, suffix=".json", knob="--json")
-    load = measure(seconds=flags.seconds, clients=flags.clients, slow=flags.slow, vanish=flags.vanish, fps=flags.fps)
+        raise ConfigError(
+            f"--slow {flags.slow} and --vanish {flags.vanish} must leave some of --clients"
+            f" {flags.clients}"
+        )
+    target = (
+        None if flags.json is None else OutputFile.claim(flags.json, suffix=".json", knob="--json")
+    )
+    load = measure(
+        seconds=flags.seconds,
+        clients=flags.clients,
+        slow=flags.slow,
+        vanish=flags.vanish,
+        fps=flags.fps,
+    )
     print(table(load))
     if target is not None:
         target.write(json.dumps(asdict(load), indent=2))
@@ -132,7 +166,9 @@ def _run(flags: argparse.Namespace) -> int:
 
 def measure(*, seconds: float, clients: int, slow: int, vanish: int, fps: float = 16.0) -> Load:
     """Start a server, load it, look at it, stop it."""
-    server = ServedProcess("--fps", f"{fps:g}", "--format", "jpeg", "--send_kib", "4", "--idle_s", "3")
+    server = ServedProcess(
+        "--fps", f"{fps:g}", "--format", "jpeg", "--send_kib", "4", "--idle_s", "3"
+    )
     try:
         load = Load(seconds, clients, slow, vanish)
         asyncio.run(_measure(server, load))
@@ -152,7 +188,10 @@ async def _measure(server: ServedProcess, load: Load) -> None:
     good = load.clients - load.slow - load.vanish
     watching = [asyncio.create_task(_watch(address, load.seconds)) for _ in range(good)]
     reading = [asyncio.create_task(_read_slowly(address, load.seconds)) for _ in range(load.slow)]
-    going = [asyncio.create_task(_vanish(address, load.seconds, stays=i % 2 == 0)) for i in range(load.vanish)]
+    going = [
+        asyncio.create_task(_vanish(address, load.seconds, stays=i % 2 == 0))
+        for i in range(load.vanish)
+    ]
     load.shared = _quantiles(await asyncio.gather(*watching))
     pictures = await asyncio.gather(*reading)
     load.slow_pictures = sum(pictures) / max(1, len(pictures))
@@ -160,7 +199,11 @@ async def _measure(server: ServedProcess, load: Load) -> None:
     sampling.cancel()
     load.refused = await _too_many(server)
     await asyncio.sleep(GRACE_S)
-    load.counters = {name: value for name, value in server.metrics().items() if "total" in name or name in ("rcm_clients", "rcm_sessions")}
+    load.counters = {
+        name: value
+        for name, value in server.metrics().items()
+        if "total" in name or name in ("rcm_clients", "rcm_sessions")
+    }
     load.memory_mib = before[0] / 2**20, server.memory() / 2**20
     load.files = before[1], server.files()
     load.faults += _faults(load)
@@ -169,9 +212,14 @@ async def _measure(server: ServedProcess, load: Load) -> None:
 def _faults(load: Load) -> list[str]:
     found = []
     if load.shared["p99"] > MOST_GAP * load.single["p99"]:
-        found.append(f"gap p99 {load.shared['p99']:.0f} ms is more than {MOST_GAP} times that of one client, {load.single['p99']:.0f} ms")
+        found.append(
+            f"gap p99 {load.shared['p99']:.0f} ms is more than {MOST_GAP} times that of one client,"
+            f" {load.single['p99']:.0f} ms"
+        )
     if load.queue_max > load.queue_limit:
-        found.append(f"{load.queue_max:g} pictures waited for a client, the limit is {load.queue_limit:g}")
+        found.append(
+            f"{load.queue_max:g} pictures waited for a client, the limit is {load.queue_limit:g}"
+        )
     if load.memory_mib[1] - load.memory_mib[0] > MOST_GROWTH / 2**20:
         found.append(f"memory grew from {load.memory_mib[0]:.0f} to {load.memory_mib[1]:.0f} MiB")
     if load.files[1] > load.files[0] + 2:
@@ -185,7 +233,9 @@ def _faults(load: Load) -> list[str]:
     return found
 
 
-async def _watch(address: str, seconds: float, *, first: dict[str, Any] | None = None) -> list[float]:
+async def _watch(
+    address: str, seconds: float, *, first: dict[str, Any] | None = None
+) -> list[float]:
     """Times at which pictures came, after the first seconds."""
     times, end = [], time.monotonic() + WARM_S + seconds
     async with connect(address, compression=None, max_queue=None) as client:
@@ -211,7 +261,9 @@ async def _read_slowly(address: str, seconds: float) -> int:
     """How many pictures a reader got that waits between messages."""
     count, end = 0, time.monotonic() + WARM_S + seconds
     try:
-        async with connect(address, sock=_small(address), compression=None, max_queue=1, close_timeout=1) as client:
+        async with connect(
+            address, sock=_small(address), compression=None, max_queue=1, close_timeout=1
+        ) as client:
             while time.monotonic() < end:
                 count += isinstance(await asyncio.wait_for(client.recv(), 30), bytes)
                 await asyncio.sleep(SLOW_S)
@@ -225,7 +277,9 @@ async def _vanish(address: str, seconds: float, *, stays: bool) -> None:
     """Come, and go without a word, over and over; or come once and take nothing more."""
     end = time.monotonic() + WARM_S + seconds
     while time.monotonic() < end:
-        client: ClientConnection = await connect(address, sock=_small(address), compression=None, max_queue=1, close_timeout=1)
+        client: ClientConnection = await connect(
+            address, sock=_small(address), compression=None, max_queue=1, close_timeout=1
+        )
         left = max(0.0, end - time.monotonic())
         await asyncio.sleep(left if stays else min(left, 2.0))
         client.transport.abort()
@@ -235,7 +289,9 @@ async def _too_many(server: ServedProcess) -> str:
     """What a private stream beyond the limit is told."""
     limit, clients, said = int(server.metrics()["rcm_sessions_limit"]), [], ""
     for _ in range(limit + 1):
-        client = await connect(f"ws://127.0.0.1:{server.port}/ws?stream=new", compression=None, max_queue=None)
+        client = await connect(
+            f"ws://127.0.0.1:{server.port}/ws?stream=new", compression=None, max_queue=None
+        )
         clients.append(client)
         answer = json.loads(await asyncio.wait_for(client.recv(), 30))
         said = answer.get("reason", "") if answer["type"] == "refused" else said
@@ -248,29 +304,50 @@ async def _sample(server: ServedProcess, load: Load) -> None:
     """Keep the longest queue that was seen."""
     while True:
         values = await asyncio.to_thread(server.metrics)
-        load.queue_max, load.queue_limit = max(load.queue_max, values["rcm_client_queue_max"]), values["rcm_client_queue_limit"]
+        load.queue_max, load.queue_limit = (
+            max(load.queue_max, values["rcm_client_queue_max"]),
+            values["rcm_client_queue_limit"],
+        )
         await asyncio.sleep(0.5)
 
 
 def _quantiles(times: list[list[float]]) -> dict[str, float]:
     """Of all gaps of all clients."""
-    gaps = sorted(1e3 * (b - a) for client in times for a, b in zip(client, client[1:], strict=False))
-    told = {f"p{round(100 * q)}": gaps[max(0, math.ceil(q * len(gaps)) - 1)] for q in (0.5, 0.95, 0.99)}
+    gaps = sorted(
+        1e3 * (b - a) for client in times for a, b in zip(client, client[1:], strict=False)
+    )
+    told = {
+        f"p{round(100 * q)}": gaps[max(0, math.ceil(q * len(gaps)) - 1)] for q in (0.5, 0.95, 0.99)
+    }
     return {"clients": len(times), "gaps": len(gaps), **told, "max": gaps[-1]}
 
 
 def table(load: Load) -> str:
     """The measurements as Markdown."""
     lines = ["| clients | gaps | p50 ms | p95 ms | p99 ms | max ms |", "|---|---|---|---|---|---|"]
-    for name, q in (("one alone", load.single), (f"{load.shared['clients']:g} well-behaved of {load.clients}", load.shared)):
-        lines.append(f"| {name} | {q['gaps']:g} | {q['p50']:.1f} | {q['p95']:.1f} | {q['p99']:.1f} | {q['max']:.1f} |")
-    counted = ", ".join(f"{name.removeprefix('rcm_').removesuffix('_total')} {value:g}" for name, value in load.counters.items())
+    for name, q in (
+        ("one alone", load.single),
+        (f"{load.shared['clients']:g} well-behaved of {load.clients}", load.shared),
+    ):
+        lines.append(
+            f"| {name} | {q['gaps']:g} | {q['p50']:.1f} | {q['p95']:.1f} | {q['p99']:.1f} |"
+            f" {q['max']:.1f} |"
+        )
+    counted = ", ".join(
+        f"{name.removeprefix('rcm_').removesuffix('_total')} {value:g}"
+        for name, value in load.counters.items()
+    )
     lines += [
         "",
-        f"{load.seconds:g} s; slow readers got {load.slow_pictures:.0f} pictures each; queues of clients held {load.queue_max:g} of "
-        f"{load.queue_limit:g} at most",
+        (
+            f"{load.seconds:g} s; slow readers got {load.slow_pictures:.0f} pictures each; queues"
+            f" of clients held {load.queue_max:g} of {load.queue_limit:g} at most"
+        ),
         f"counters: {counted}",
-        f"memory {load.memory_mib[0]:.0f} -> {load.memory_mib[1]:.0f} MiB, open files {load.files[0]} -> {load.files[1]}",
+        (
+            f"memory {load.memory_mib[0]:.0f} -> {load.memory_mib[1]:.0f} MiB, open files"
+            f" {load.files[0]} -> {load.files[1]}"
+        ),
         f"over the limit: {load.refused}",
         *(f"FAULT: {fault}" for fault in load.faults),
     ]

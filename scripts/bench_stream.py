@@ -50,11 +50,17 @@ FRAMES = 21
 FOUR = (15 / 16, 5 / 6, 5 / 8)
 RECIPES = {
     "c3-3 [4,2]": SamplingRecipe("few_step", "c3-3", mids=(FOUR, (5 / 6,))),
-    "c3-3 [4,2] noisy": SamplingRecipe("few_step", "c3-3", mids=(FOUR, (5 / 8,)), noisy_context=True, noisy_context_start_chunk=1),
+    "c3-3 [4,2] noisy": SamplingRecipe(
+        "few_step", "c3-3", mids=(FOUR, (5 / 8,)), noisy_context=True, noisy_context_start_chunk=1
+    ),
     "c3-3 [4]": SamplingRecipe("few_step", "c3-3", mids=(FOUR,)),
     "c1-1 [4,1]": SamplingRecipe("few_step", "c1-1", mids=(FOUR, ())),
-    "c1-1 [4,2] noisy": SamplingRecipe("few_step", "c1-1", mids=(FOUR, (5 / 8,)), noisy_context=True, noisy_context_start_chunk=1),
-    "c1-1 [4,1] noisy": SamplingRecipe("few_step", "c1-1", mids=(FOUR, ()), noisy_context=True, noisy_context_start_chunk=1),
+    "c1-1 [4,2] noisy": SamplingRecipe(
+        "few_step", "c1-1", mids=(FOUR, (5 / 8,)), noisy_context=True, noisy_context_start_chunk=1
+    ),
+    "c1-1 [4,1] noisy": SamplingRecipe(
+        "few_step", "c1-1", mids=(FOUR, ()), noisy_context=True, noisy_context_start_chunk=1
+    ),
 }
 
 
@@ -69,7 +75,13 @@ def build(size: str, *, fused: str = "on") -> Denoiser:
 def prompt(denoiser: Denoiser, *, seed: int = 0) -> Condition:
     """A random prompt with its cross-attention keys."""
     config = denoiser.net.config
-    text = torch.randn(1, config.text_len, config.text_dim, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
+    text = torch.randn(
+        1,
+        config.text_len,
+        config.text_dim,
+        generator=torch.Generator("cuda").manual_seed(seed),
+        device="cuda",
+    )
     return denoiser.prepare(Condition(text))
 
 
@@ -79,7 +91,17 @@ CHOSEN: dict[str, Any] = {}
 
 def engine(recipe: SamplingRecipe, **options: Any) -> StreamSpec:
     """A stream as fast as it goes."""
-    given = {"graphs": "on", "look_ahead": True, "first_alone": True, "to_host": True, "draw_on": "cuda"} | CHOSEN | options
+    given = (
+        {
+            "graphs": "on",
+            "look_ahead": True,
+            "first_alone": True,
+            "to_host": True,
+            "draw_on": "cuda",
+        }
+        | CHOSEN
+        | options
+    )
     return StreamSpec(recipe, LATENT, **given)
 
 
@@ -96,7 +118,9 @@ def watch(session: Session, *, most: int | None = None) -> dict[str, Any]:
     return {"first": stamps[0], "stamps": stamps, "frames": frames, "fps": sum(frames) / stamps[-1]}
 
 
-def video(denoiser: Denoiser, codec: WanVAECodec | None, spec: StreamSpec, *, repeats: int = 3) -> dict[str, Any]:
+def video(
+    denoiser: Denoiser, codec: WanVAECodec | None, spec: StreamSpec, *, repeats: int = 3
+) -> dict[str, Any]:
     """Medians over `repeats` videos of one session, after one that compiles and captures."""
     cond = prompt(denoiser)
     torch.cuda.reset_peak_memory_stats()
@@ -108,8 +132,15 @@ def video(denoiser: Denoiser, codec: WanVAECodec | None, spec: StreamSpec, *, re
             torch.cuda.synchronize()
             session.restart()
             runs.append(watch(session))
-        gaps = [b - a for run in runs for a, b in zip(run["stamps"][1:-1], run["stamps"][2:], strict=True)]
-        chunk = sum(run["stamps"][1 if spec.first_alone and spec.recipe.blocks.first > 1 else 0] for run in runs) / len(runs)
+        gaps = [
+            b - a
+            for run in runs
+            for a, b in zip(run["stamps"][1:-1], run["stamps"][2:], strict=True)
+        ]
+        chunk = sum(
+            run["stamps"][1 if spec.first_alone and spec.recipe.blocks.first > 1 else 0]
+            for run in runs
+        ) / len(runs)
         counts = getattr(session.loop, "counts", None)
     return {
         "fps": statistics.median(run["fps"] for run in runs),
@@ -140,9 +171,15 @@ def correct(denoiser: Denoiser, codec: WanVAECodec) -> dict[str, Any]:
     found = {}
     for name, frames in (("c3-3 [4,2]", 15), ("c1-1 [4,1]", 7), ("c1-1 [4,2] noisy", 7)):
         recipe, out = RECIPES[name], {}
-        for kind, net, graphs in (("eager plain", plain, "off"), ("eager fused", denoiser, "off"), ("captured", denoiser, "on")):
+        for kind, net, graphs in (
+            ("eager plain", plain, "off"),
+            ("eager fused", denoiser, "off"),
+            ("captured", denoiser, "on"),
+        ):
             policy = SlidingWindow(3, 1)
-            spec = StreamSpec(recipe, LATENT, num_frames=frames, graphs=graphs, policy=policy, draw_on="cuda")
+            spec = StreamSpec(
+                recipe, LATENT, num_frames=frames, graphs=graphs, policy=policy, draw_on="cuda"
+            )
             with Session(net, None, prompt(net), spec, device="cuda") as session:
                 parts = []
                 while (chunk := session.step()) is not None:
@@ -151,8 +188,13 @@ def correct(denoiser: Denoiser, codec: WanVAECodec) -> dict[str, Any]:
                         session.set_condition(prompt(net, seed=1))
             out[kind] = torch.cat(parts, dim=2)
         scale = out["eager plain"].square().mean().sqrt()
-        found[name] = {k: float((out[k] - out["eager plain"]).square().mean().sqrt() / scale) for k in ("eager fused", "captured")}
-        found[name]["captured against eager fused, largest"] = float((out["captured"] - out["eager fused"]).abs().max())
+        found[name] = {
+            k: float((out[k] - out["eager plain"]).square().mean().sqrt() / scale)
+            for k in ("eager fused", "captured")
+        }
+        found[name]["captured against eager fused, largest"] = float(
+            (out["captured"] - out["eager fused"]).abs().max()
+        )
     return found
 
 
@@ -199,7 +241,9 @@ def steady(
         "p95_ms": 1e3 * quantile(times, 0.95),
         "p99_ms": 1e3 * quantile(times, 0.99),
         "chunks": chunks,
-        "last_over_first_tenth": statistics.median(times[-tenth:]) / statistics.median(times[:tenth]),
+        "last_over_first_tenth": (
+            statistics.median(times[-tenth:]) / statistics.median(times[:tenth])
+        ),
         "memory_growth": memory[-1] / memory[0] - 1,
         "memory_gib": memory[-1] / GIB,
         "host_issue_ms": statistics.median(issues["produce (issue of a chunk)"]),
@@ -211,7 +255,11 @@ def steady(
 def fp8(size: str, codec: WanVAECodec, which: str) -> dict[str, Any]:
     """Videos with FP8 linears, and the error of the velocity that they cost."""
     quantised = build(size)
-    report = quantise_linears_(quantised.net, which=which, velocity=noise_velocity(quantised.net, size=LATENT[1:], frames=3))
+    report = quantise_linears_(
+        quantised.net,
+        which=which,
+        velocity=noise_velocity(quantised.net, size=LATENT[1:], frames=3),
+    )
     found: dict[str, Any] = {"velocity_error": report.error, "replaced": len(report.replaced)}
     for name in ("c3-3 [4,2]", "c1-1 [4,1]"):
         found[name] = video(quantised, codec, engine(RECIPES[name], num_frames=FRAMES))
@@ -221,21 +269,37 @@ def fp8(size: str, codec: WanVAECodec, which: str) -> dict[str, Any]:
 
 def host(denoiser: Denoiser, codec: WanVAECodec | None, name: str, window: int) -> dict[str, Any]:
     """`host_time` of a stream whose window is full."""
-    with Session(denoiser, codec, prompt(denoiser), engine(RECIPES[name], policy=SlidingWindow(window)), device="cuda") as session:
+    with Session(
+        denoiser,
+        codec,
+        prompt(denoiser),
+        engine(RECIPES[name], policy=SlidingWindow(window)),
+        device="cuda",
+    ) as session:
         for _ in range(window + 6):
             session.step()
         return host_time(session)
 
 
-def compared(denoiser: Denoiser, codec: WanVAECodec, name: str, window: int, joined: bool, priority: int) -> dict[str, Any]:
+def compared(
+    denoiser: Denoiser, codec: WanVAECodec, name: str, window: int, joined: bool, priority: int
+) -> dict[str, Any]:
     """`steady` in one of its variants, see `variant`."""
     with variant(denoiser.net, joined=joined, priority=priority):
         return steady(denoiser, codec, RECIPES[name], chunks=10, window=window, idle=window > 7)
 
 
-def profile_steady(denoiser: Denoiser, codec: WanVAECodec, name: str, window: int) -> dict[str, Any]:
+def profile_steady(
+    denoiser: Denoiser, codec: WanVAECodec, name: str, window: int
+) -> dict[str, Any]:
     """GPU time of four steady steps by kind of kernel."""
-    with Session(denoiser, codec, prompt(denoiser), engine(RECIPES[name], policy=SlidingWindow(window)), device="cuda") as session:
+    with Session(
+        denoiser,
+        codec,
+        prompt(denoiser),
+        engine(RECIPES[name], policy=SlidingWindow(window)),
+        device="cuda",
+    ) as session:
         for _ in range(window + 4):
             session.step()
         torch.cuda.synchronize()
@@ -266,7 +330,10 @@ def several(denoiser: Denoiser, codec: WanVAECodec, *, count: int, chunks: int) 
     """`count` sessions in turn on one card against one session."""
     spec, rates, gaps = engine(RECIPES["c3-3 [4,2]"], policy=SlidingWindow(7)), {}, {}
     for number in (1, count):
-        sessions = [Session(denoiser, codec, prompt(denoiser, seed=i), replace(spec, seed=i), device="cuda") for i in range(number)]
+        sessions = [
+            Session(denoiser, codec, prompt(denoiser, seed=i), replace(spec, seed=i), device="cuda")
+            for i in range(number)
+        ]
         for _ in range(12):
             for session in sessions:
                 session.step()
@@ -284,7 +351,9 @@ def several(denoiser: Denoiser, codec: WanVAECodec, *, count: int, chunks: int) 
         "fps_one": rates[1],
         f"fps_{count}": rates[count],
         "aggregate_over_one": rates[count] / rates[1],
-        "p99_gap_over_count_x_single": quantile(gaps[count], 0.99) / (count * statistics.median(gaps[1])),
+        "p99_gap_over_count_x_single": (
+            quantile(gaps[count], 0.99) / (count * statistics.median(gaps[1]))
+        ),
     }
 
 
@@ -292,8 +361,12 @@ def several(denoiser: Denoiser, codec: WanVAECodec, *, count: int, chunks: int) 
 def main(argv: list[str] | None = None) -> None:
     """Run the parts and print a table."""
     parser = Arguments(description=__doc__.splitlines()[0])
-    parser.add_argument("--attention", default="net", choices=("net", "fp8"), help="over the cache, of all streams")
-    parser.add_argument("--parts", default="correct,c33,c11,steady,several,fp8", help="comma-separated")
+    parser.add_argument(
+        "--attention", default="net", choices=("net", "fp8"), help="over the cache, of all streams"
+    )
+    parser.add_argument(
+        "--parts", default="correct,c33,c11,steady,several,fp8", help="comma-separated"
+    )
     parser.add_argument("--size", default="1.3B", choices=("1.3B", "14B"))
     parser.add_argument("--chunks", type=int, default=24, help="steady chunks that are timed")
     parser.add_argument("--out", type=writable_file, default="stream.json")
@@ -301,8 +374,17 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise ConfigError("bench_stream needs a CUDA device")
     card = torch.cuda.get_device_name()
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
-    report: dict[str, Any] = {"card": card, "versions": versions, "size": options.size, "date": time.strftime("%Y-%m-%d")}
+    versions = {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+    }
+    report: dict[str, Any] = {
+        "card": card,
+        "versions": versions,
+        "size": options.size,
+        "date": time.strftime("%Y-%m-%d"),
+    }
     begin = time.perf_counter()
     denoiser, codec = build(options.size), WanVAECodec.random(device="cuda")
     print(f"{card}, {versions}, built in {time.perf_counter() - begin:.1f} s", flush=True)
@@ -312,21 +394,30 @@ def main(argv: list[str] | None = None) -> None:
     parts = {
         "correct": {"": lambda: correct(denoiser, codec)},
         "baseline": {
-            name: lambda name=name: video(denoiser, codec, engine(RECIPES[name], **bounded, **plain))
+            name: lambda name=name: video(
+                denoiser, codec, engine(RECIPES[name], **bounded, **plain)
+            )
             for name in ("c3-3 [4,2]", "c1-1 [4,1]")
         },
         "c33": {
-            name: lambda name=name: video(denoiser, codec, engine(RECIPES[name], **bounded)) for name in ("c3-3 [4,2]", "c3-3 [4,2] noisy")
+            name: lambda name=name: video(denoiser, codec, engine(RECIPES[name], **bounded))
+            for name in ("c3-3 [4,2]", "c3-3 [4,2] noisy")
         },
         "c11": {
-            name: lambda name=name: video(denoiser, codec, engine(RECIPES[name], **bounded)) for name in ("c1-1 [4,1]", "c1-1 [4,1] noisy")
+            name: lambda name=name: video(denoiser, codec, engine(RECIPES[name], **bounded))
+            for name in ("c1-1 [4,1]", "c1-1 [4,1] noisy")
         },
         "latents": {
-            name: lambda name=name: video(denoiser, None, engine(RECIPES[name], **bounded)) for name in ("c3-3 [4,2]", "c1-1 [4,1]")
+            name: lambda name=name: video(denoiser, None, engine(RECIPES[name], **bounded))
+            for name in ("c3-3 [4,2]", "c1-1 [4,1]")
         },
         "steady": {
-            "c3-3 [4] window 21": lambda: steady(denoiser, codec, RECIPES["c3-3 [4]"], chunks=options.chunks),
-            "c1-1 [4,1] window 21": lambda: steady(denoiser, codec, RECIPES["c1-1 [4,1]"], chunks=options.chunks, window=21),
+            "c3-3 [4] window 21": lambda: steady(
+                denoiser, codec, RECIPES["c3-3 [4]"], chunks=options.chunks
+            ),
+            "c1-1 [4,1] window 21": lambda: steady(
+                denoiser, codec, RECIPES["c1-1 [4,1]"], chunks=options.chunks, window=21
+            ),
         },
         "long": {
             "c3-3 [4,2] noisy, window 21 + sink": lambda: steady(
@@ -339,13 +430,22 @@ def main(argv: list[str] | None = None) -> None:
             "c3-3 [4]": lambda: profile_steady(denoiser, codec, "c3-3 [4]", 7),
             "c1-1 [4,1]": lambda: profile_steady(denoiser, codec, "c1-1 [4,1]", 21),
         },
-        "host": {name: lambda name=name, w=w: host(denoiser, codec, name, w) for name, w in (("c3-3 [4]", 7), ("c1-1 [4,1]", 21))},
-        "variants": {
-            f"{i}: {name}, {products}, priority {p}": partial(compared, denoiser, codec, name, w, products == "one product", p)
-            for name, w in (("c1-1 [4,1]", 21), ("c3-3 [4,2]", 7))
-            for i, (products, p) in enumerate((("three", 0), ("one product", 0), ("one product", -1), ("three", 0)))
+        "host": {
+            name: lambda name=name, w=w: host(denoiser, codec, name, w)
+            for name, w in (("c3-3 [4]", 7), ("c1-1 [4,1]", 21))
         },
-        "fp8": {which: lambda which=which: fp8(options.size, codec, which) for which in ("auto", "all")},
+        "variants": {
+            f"{i}: {name}, {products}, priority {p}": partial(
+                compared, denoiser, codec, name, w, products == "one product", p
+            )
+            for name, w in (("c1-1 [4,1]", 21), ("c3-3 [4,2]", 7))
+            for i, (products, p) in enumerate(
+                (("three", 0), ("one product", 0), ("one product", -1), ("three", 0))
+            )
+        },
+        "fp8": {
+            which: lambda which=which: fp8(options.size, codec, which) for which in ("auto", "all")
+        },
         "several": {"4 sessions": lambda: several(denoiser, codec, count=4, chunks=8)},
     }
     for part in options.parts.split(","):
@@ -363,7 +463,12 @@ def main(argv: list[str] | None = None) -> None:
             report.setdefault(part, {})[name] = found
             print(part, name, json.dumps(found, default=str), flush=True)
             write(options.out, report)
-    failed = [f"{part} {name}" for part in parts for name, row in report.get(part, {}).items() if "error" in row]
+    failed = [
+        f"{part} {name}"
+        for part in parts
+        for name, row in report.get(part, {}).items()
+        if "error" in row
+    ]
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -62,7 +62,14 @@ CACHES: dict[str, KVCodecSpec | None] = {
 def stream(spec: KVCodecSpec | None, **options: Any) -> StreamSpec:
     """The stream over such a cache."""
     coded = {} if spec is None else {"kv_codec": KVCodec(spec), "keys": "pre_rope"}
-    given = {"look_ahead": False, "first_alone": False, "to_host": False, "policy": SlidingWindow(WINDOW), **coded, **options}
+    given = {
+        "look_ahead": False,
+        "first_alone": False,
+        "to_host": False,
+        "policy": SlidingWindow(WINDOW),
+        **coded,
+        **options,
+    }
     return engine(RECIPES["c3-3 [4,2]"], **given)
 
 
@@ -88,12 +95,16 @@ def streamed(denoiser: Any, spec: KVCodecSpec | None, *, chunks: int) -> dict[st
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated()
     found: dict[str, Any] = {}
-    with Session(denoiser, None, prompt(denoiser), stream(spec, graphs="off"), device="cuda") as session:
+    with Session(
+        denoiser, None, prompt(denoiser), stream(spec, graphs="off"), device="cuda"
+    ) as session:
         for _ in range(WINDOW + 1):
             session.step()
         state = session.snapshot()
         found["eager_ms"], found["latents"] = chunk_ms(session, chunks)
-    with Session(denoiser, None, prompt(denoiser), stream(spec, graphs="on"), device="cuda") as session:
+    with Session(
+        denoiser, None, prompt(denoiser), stream(spec, graphs="on"), device="cuda"
+    ) as session:
         session.restore(state)
         del state
         torch.cuda.empty_cache()
@@ -122,7 +133,9 @@ def parts(spec: KVCodecSpec | None, layers: int) -> dict[str, float]:
     """Encode, restore and attention of a chunk, and the relative error of attention."""
     q, k, v = draw("real-like", (4680, 12, 128), "cuda")
     total = WINDOW * k.shape[1]
-    splits = num_splits(q.shape[1], total, q.shape[2], torch.cuda.get_device_properties(0).multi_processor_count)
+    splits = num_splits(
+        q.shape[1], total, q.shape[2], torch.cuda.get_device_properties(0).multi_processor_count
+    )
     room = [torch.zeros(1, total, *x.shape[2:], dtype=x.dtype, device="cuda") for x in (k, v)]
 
     def attend() -> None:
@@ -147,15 +160,22 @@ def parts(spec: KVCodecSpec | None, layers: int) -> dict[str, float]:
     def restore(count: int) -> None:
         for side, out in zip(SIDES, room, strict=True):
             turn = (angle.cos(), angle.sin()) if side == "key" else None
-            codec.restore(blobs[side][0], tables[side][:count], starts[:count], out, side=side, turn=turn)
+            codec.restore(
+                blobs[side][0], tables[side][:count], starts[:count], out, side=side, turn=turn
+            )
 
     found["encode"] = captured_ms(encode) * layers
-    found["restore"] = layers * (captured_ms(lambda: restore(WINDOW)) + (PASSES - 1) * captured_ms(lambda: restore(WINDOW - 1)))
+    found["restore"] = layers * (
+        captured_ms(lambda: restore(WINDOW))
+        + (PASSES - 1) * captured_ms(lambda: restore(WINDOW - 1))
+    )
     own = [x.roll(7, 1) for x in (k, v)]
 
     def output(keys: Tensor, values: Tensor) -> Tensor:
         pair = [torch.cat([x, y], dim=1) for x, y in zip((keys, values), own, strict=True)]
-        return split_attention(q[:, ::9].contiguous(), *pair, scale=q.shape[3] ** -0.5, parts=1).float()
+        return split_attention(
+            q[:, ::9].contiguous(), *pair, scale=q.shape[3] ** -0.5, parts=1
+        ).float()
 
     exact = output(k, v)
     found["attention_error"] = float((output(*restored) - exact).norm() / exact.norm())
@@ -174,28 +194,42 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("bench_stream_cache needs a CUDA device")
     begin = time.perf_counter()
     denoiser = build("1.3B")
-    report: dict[str, Any] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    report: dict[str, Any] = {
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
     print(f"{report['card']}, torch {report['torch']}, {report['date']}", flush=True)
     print(
-        "| cache | held GiB | x | allocated | most | graph ms | over | eager ms | over | encode | restore | attention "
-        "| attention error | latents error | graph differs |\n|" + "---|" * 15,
+        "| cache | held GiB | x | allocated | most | graph ms | over | eager ms | over | encode |"
+        " restore | attention | attention error | latents error | graph differs |\n|" + "---|" * 15,
         flush=True,
     )
     plain: dict[str, Any] = {}
     for name, spec in CACHES.items():
         if spec is not None and options.only not in name:
             continue
-        found = streamed(denoiser, spec, chunks=options.chunks) | parts(spec, denoiser.net.config.num_layers)
+        found = streamed(denoiser, spec, chunks=options.chunks) | parts(
+            spec, denoiser.net.config.num_layers
+        )
         latents = found.pop("latents")
         plain = plain or {**found, "latents": latents}
-        found["latents_error"] = float((latents - plain["latents"]).norm() / plain["latents"].norm())
+        found["latents_error"] = float(
+            (latents - plain["latents"]).norm() / plain["latents"].norm()
+        )
         report[name] = found
-        spent = [f"{found.get(part, 0):.1f} ({found.get(part, 0) / found['graph_ms']:.0%})" for part in ("encode", "restore", "attention")]
+        spent = [
+            f"{found.get(part, 0):.1f} ({found.get(part, 0) / found['graph_ms']:.0%})"
+            for part in ("encode", "restore", "attention")
+        ]
         cells = [
-            name, f"{found['cache_gib']:.2f}", f"{plain['cache_gib'] / found['cache_gib']:.2f}", f"{found['allocated_gib']:.2f}",
-            f"{found['peak_gib']:.2f}", f"{found['graph_ms']:.1f}", f"{found['graph_ms'] / plain['graph_ms'] - 1:+.1%}",
+            name, f"{found['cache_gib']:.2f}", f"{plain['cache_gib'] / found['cache_gib']:.2f}",
+            f"{found['allocated_gib']:.2f}",
+            f"{found['peak_gib']:.2f}", f"{found['graph_ms']:.1f}",
+            f"{found['graph_ms'] / plain['graph_ms'] - 1:+.1%}",
             f"{found['eager_ms']:.1f}", f"{found['eager_ms'] / plain['eager_ms'] - 1:+.1%}", *spent,
-            f"{found.get('attention_error', 0):.3g}", f"{found['latents_error']:.2g}", f"{found['graph_differs']:.2g}",
+            f"{found.get('attention_error', 0):.3g}", f"{found['latents_error']:.2g}",
+            f"{found['graph_differs']:.2g}",
         ]  # fmt: skip
         print("| " + " | ".join(cells) + " |", flush=True)
         write(options.out, report)

@@ -34,7 +34,9 @@ def host_time(session: Session, *, steps: int = 8) -> dict[str, Any]:
             session.step()
             parts["step"].append(1e3 * (time.perf_counter() - begin))
     rows = {
-        name: {"per_step": sum(spent) / steps, "calls": len(spent) / steps, "largest": max(spent)} for name, spent in parts.items() if spent
+        name: {"per_step": sum(spent) / steps, "calls": len(spent) / steps, "largest": max(spent)}
+        for name, spent in parts.items()
+        if spent
     }
     rows["step"]["median"] = statistics.median(parts["step"])
     return {"ms": rows, "waits": waits(session), "runtime_calls": runtime_calls(session)}
@@ -59,7 +61,11 @@ def timing(session: Session, parts: dict[str, list[float]]) -> Iterator[None]:
         (session.loop.noise, "start", "noise: start"),
         (session.loop.noise, "step", "noise: step"),
     ]
-    found = [(where, name, label) for where, name, label in places if where is not None and hasattr(where, name)]
+    found = [
+        (where, name, label)
+        for where, name, label in places
+        if where is not None and hasattr(where, name)
+    ]
     before = [(where, name, vars(where).get(name)) for where, name, _ in found]
     for where, name, label in found:
         setattr(where, name, _timed(getattr(where, name), parts[label]))
@@ -108,7 +114,13 @@ def waits(session: Session) -> list[str]:
             session.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sorted({f"{w.filename.rsplit('/rcm/', 1)[-1]}:{w.lineno}" for w in told if "synchroniz" in str(w.message)})
+    return sorted(
+        {
+            f"{w.filename.rsplit('/rcm/', 1)[-1]}:{w.lineno}"
+            for w in told
+            if "synchroniz" in str(w.message)
+        }
+    )
 
 
 def runtime_calls(session: Session, *, steps: int = 3, most: int = 8) -> list[dict[str, Any]]:
@@ -121,7 +133,13 @@ def runtime_calls(session: Session, *, steps: int = 3, most: int = 8) -> list[di
         torch.cuda.synchronize()
     spent: dict[str, list[float]] = defaultdict(list)
     for event in found.events():
-        if event.name.startswith(("cuda", "cu")) and event.device_type == torch.autograd.DeviceType.CPU:
+        if (
+            event.name.startswith(("cuda", "cu"))
+            and event.device_type == torch.autograd.DeviceType.CPU
+        ):
             spent[event.name].append(event.time_range.elapsed_us() / 1e3)
     ordered = sorted(spent.items(), key=lambda item: -sum(item[1]))[:most]
-    return [{"call": name, "ms": sum(x) / steps, "calls": len(x) / steps, "largest_ms": max(x)} for name, x in ordered]
+    return [
+        {"call": name, "ms": sum(x) / steps, "calls": len(x) / steps, "largest_ms": max(x)}
+        for name, x in ordered
+    ]

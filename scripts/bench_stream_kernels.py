@@ -23,8 +23,19 @@ def attention_in_parts(denoiser: Denoiser) -> dict[str, Any]:
     """
     rows, heads = {}, denoiser.net.config.num_heads
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    for own, past in ((4680, 0), (4680, 4680), (4680, 14040), (4680, 28080), (1560, 3120), (1560, 14040), (1560, 31200)):
-        q, k, v = (torch.randn(1, n, heads, 128, device="cuda", dtype=torch.bfloat16) for n in (own, own + past, own + past))
+    for own, past in (
+        (4680, 0),
+        (4680, 4680),
+        (4680, 14040),
+        (4680, 28080),
+        (1560, 3120),
+        (1560, 14040),
+        (1560, 31200),
+    ):
+        q, k, v = (
+            torch.randn(1, n, heads, 128, device="cuda", dtype=torch.bfloat16)
+            for n in (own, own + past, own + past)
+        )
         row: dict[str, Any] = {"chosen": num_splits(own, own + past, heads, processors)}
         for parts in range(1, 7):
             call = partial(split_attention, q, k, v, scale=128**-0.5, parts=parts)
@@ -46,21 +57,42 @@ def own_attention(denoiser: Denoiser) -> dict[str, Any]:
     """
     rows, heads = {}, denoiser.net.config.num_heads
     for own, keys in ((4680, 32760), (4680, 16380), (1560, 32760), (32760, 32760)):
-        q, k, v = (torch.randn(1, n, heads, 128, device="cuda", dtype=torch.bfloat16) for n in (own, keys, keys))
+        q, k, v = (
+            torch.randn(1, n, heads, 128, device="cuda", dtype=torch.bfloat16)
+            for n in (own, keys, keys)
+        )
         rows[f"{own} x {keys}"] = {
-            "own": alone(lambda q=q, k=k, v=v: flash_jvp(q, k, v, None, None, None, mask=None, implementation="triton"), repeats=3),
+            "own": alone(
+                lambda q=q, k=k, v=v: flash_jvp(
+                    q, k, v, None, None, None, mask=None, implementation="triton"
+                ),
+                repeats=3,
+            ),
             "cudnn": alone(partial(split_attention, q, k, v, scale=128**-0.5, parts=1), repeats=3),
         }
     for tokens in (1560, 4680):
-        x, w, b = (torch.randn(*s, device="cuda", dtype=torch.bfloat16) for s in ((tokens, 1536), (8960, 1536), (8960,)))
+        x, w, b = (
+            torch.randn(*s, device="cuda", dtype=torch.bfloat16)
+            for s in ((tokens, 1536), (8960, 1536), (8960,))
+        )
         apart = alone(lambda x=x, w=w, b=b: gelu_tanh(F.linear(x, w, b)), repeats=3)
-        joined = alone(lambda x=x, w=w, b=b: torch._addmm_activation(b, x, w.t(), use_gelu=True), repeats=3)
+        joined = alone(
+            lambda x=x, w=w, b=b: torch._addmm_activation(b, x, w.t(), use_gelu=True), repeats=3
+        )
         exact = F.gelu(F.linear(x.double(), w.double(), b.double()), approximate="tanh")
         both = gelu_tanh(F.linear(x, w, b)), torch._addmm_activation(b, x, w.t(), use_gelu=True)
         errors = [float((y.double() - exact).norm() / exact.norm()) for y in both]
         product = alone(lambda x=x, w=w, b=b: F.linear(x, w, b), repeats=3)
         parts = [(y, c) for y, c in zip(w[:4608].split(1536), b[:4608].split(1536), strict=True)]
         three = alone(lambda x=x, parts=parts: [F.linear(x, y, c) for y, c in parts], repeats=3)
-        rows[f"q, k, v {tokens}"] = {"three": three, "one": alone(lambda x=x, w=w, b=b: F.linear(x, w[:4608], b[:4608]), repeats=3)}
-        rows[f"gelu {tokens}"] = {"apart": apart, "in one": joined, "errors": errors, "product": product}
+        rows[f"q, k, v {tokens}"] = {
+            "three": three,
+            "one": alone(lambda x=x, w=w, b=b: F.linear(x, w[:4608], b[:4608]), repeats=3),
+        }
+        rows[f"gelu {tokens}"] = {
+            "apart": apart,
+            "in one": joined,
+            "errors": errors,
+            "product": product,
+        }
     return rows

@@ -35,16 +35,24 @@ def on_several(size: str, name: str, *, chunks: int) -> dict[str, Any]:
             if count > 1:
                 shard_sequence(denoiser.net, group=group)
             codec = WanVAECodec.random(device="cuda") if rank == 0 or count == world else None
-            with Session(denoiser, None, prompt(denoiser), engine(RECIPES[name], num_frames=9), device="cuda") as session:
+            with Session(
+                denoiser, None, prompt(denoiser), engine(RECIPES[name], num_frames=9), device="cuda"
+            ) as session:
                 latents = torch.cat([chunk.latents for chunk in session], dim=2)
             alone_latents = latents if alone_latents is None else alone_latents
             for decode in sorted({1, 2, count} if count == world > 1 else {1}):
-                row = steady(denoiser, codec, RECIPES[name], chunks=chunks, idle=False, decode_ranks=decode)
-                row["latents_error"] = float((latents - alone_latents).norm() / alone_latents.norm())
+                row = steady(
+                    denoiser, codec, RECIPES[name], chunks=chunks, idle=False, decode_ranks=decode
+                )
+                row["latents_error"] = float(
+                    (latents - alone_latents).norm() / alone_latents.norm()
+                )
                 row["fps"] = 1e3 * 4 * RECIPES[name].blocks.chunk / row["chunk_ms"]
                 found[f"{count} ranks, {decode} of them decode"] = row
             if count == world > 1:
-                found["pixels of stages, largest difference"] = staged_difference(denoiser, codec, name)
+                found["pixels of stages, largest difference"] = staged_difference(
+                    denoiser, codec, name
+                )
             del denoiser, codec
         torch.cuda.empty_cache()
         dist.barrier()
@@ -55,12 +63,16 @@ def staged_difference(denoiser: Denoiser, codec: WanVAECodec, name: str) -> floa
     """Pixels of a short stream decoded in stages against those of its latents decoded on one card;
     0 on the ranks without pixels.
     """
-    with Session(denoiser, codec, prompt(denoiser), engine(RECIPES[name], num_frames=9), device="cuda") as session:
+    with Session(
+        denoiser, codec, prompt(denoiser), engine(RECIPES[name], num_frames=9), device="cuda"
+    ) as session:
         chunks = list(session)
     if chunks[0].images is None:
         return 0.0
     whole = codec.stream()
-    return max(float((whole.decode_chunk(chunk.latents) - chunk.frames).abs().max()) for chunk in chunks)
+    return max(
+        float((whole.decode_chunk(chunk.latents) - chunk.frames).abs().max()) for chunk in chunks
+    )
 
 
 def apart(denoiser: Denoiser, *, chunks: int) -> dict[str, Any]:
@@ -83,7 +95,11 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     dist.init_process_group("nccl", device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    report: dict[str, Any] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "world": dist.get_world_size()}
+    report: dict[str, Any] = {
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "world": dist.get_world_size(),
+    }
     rows = [("1.3B", "c3-3 [4,2]"), ("1.3B", "c1-1 [4,1]"), ("14B", "c3-3 [4,2]")]
     for size, name in (row for row in rows if row[0] in options.sizes.split(",")):
         found = on_several(size, name, chunks=options.chunks)

@@ -71,7 +71,9 @@ class NoiseTeacher(VelocityModel):
         """That of the network whose teacher it replaces."""
         return self.config.token_grid(height, width)
 
-    def velocity(self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: object = None) -> Tensor:
+    def velocity(
+        self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: object = None
+    ) -> Tensor:
         """Unit noise for the predicted frames of `layout`."""
         start, stop = layout.output
         generator = torch.Generator(x.device).manual_seed(7)
@@ -87,12 +89,20 @@ def build(config: WanConfig, options: argparse.Namespace, *, frozen: bool) -> De
     rank = 0 if frozen else options.lora
 
     def laid_out() -> WanDiT:
-        net = WanDiT(config, attention=options.attention, fused=options.fused).requires_grad_(not frozen)
+        net = WanDiT(config, attention=options.attention, fused=options.fused).requires_grad_(
+            not frozen
+        )
         return adapted(net, rank)
 
     net = on_meta(laid_out)
     dims = ParallelDims(device_type="cuda")
-    parallelize(net, dims=dims, precision=policy, checkpoint=options.recompute, compile=options.compile and not frozen)
+    parallelize(
+        net,
+        dims=dims,
+        precision=policy,
+        checkpoint=options.recompute,
+        compile=options.compile and not frozen,
+    )
     materialise(net, device="cuda")
     fill(net)
     return Denoiser(AdaptedNet(net, "student") if rank else net, policy)
@@ -112,7 +122,9 @@ def exact_student(config: WanConfig, *, rank: int) -> Denoiser:
     """The same weights, rounded as a bfloat16 network computes with them, in float64 and plain
     formulas.
     """
-    net = adapted(WanDiT(config, attention="reference", fused="off"), rank).to("cuda", torch.float64)
+    net = adapted(WanDiT(config, attention="reference", fused="off"), rank).to(
+        "cuda", torch.float64
+    )
     net.set_jvp_implementation("reference")
     fill(net)
     for parameter in net.parameters():
@@ -127,8 +139,13 @@ class Step:
         self.student, self.forcing, config = student, TeacherForcing(pattern), student.net.config
         rng = StepRng(3, 0, 0)
         shape = (1, config.out_dim, frames, HEIGHT, WIDTH)
-        self.x0, self.x_t, self.v_teacher = (randn(shape, generator=rng.generator(name), device="cuda") for name in ("x0", "x_t", "v"))
-        self.text = randn((1, config.text_len, config.text_dim), generator=rng.generator("text"), device="cuda")
+        self.x0, self.x_t, self.v_teacher = (
+            randn(shape, generator=rng.generator(name), device="cuda")
+            for name in ("x0", "x_t", "v")
+        )
+        self.text = randn(
+            (1, config.text_len, config.text_dim), generator=rng.generator("text"), device="cuda"
+        )
         self.cond, self.context = Condition(self.text), self.forcing.clean(self.x0)
         self.t = torch.full((1, 1), 0.6, dtype=torch.float64, device="cuda")
         self.structure = {"grid": student.token_grid(HEIGHT, WIDTH), "pattern": pattern}
@@ -156,7 +173,9 @@ class Step:
     def tangent_pass(self) -> tuple[Tensor, Tensor]:
         """Both."""
         dots = {"x_dot": self.v_teacher, "t_dot": torch.ones_like(self.t)}
-        return self.forcing.tangent(self.student, self.x_t, self.t, self.cond, context=self.context, **dots)
+        return self.forcing.tangent(
+            self.student, self.x_t, self.t, self.cond, context=self.context, **dots
+        )
 
     def gradient_pass(self, v_dot: Tensor) -> None:
         """Packed forward, tangent of the loss, regression, backward."""
@@ -167,12 +186,16 @@ class Step:
     @torch.no_grad()
     def packed_forward(self) -> Tensor:
         """The packed forward without gradient."""
-        return self.forcing.velocity(self.student, self.x_t, self.t, self.cond, context=self.context)
+        return self.forcing.velocity(
+            self.student, self.x_t, self.t, self.cond, context=self.context
+        )
 
     def whole(self) -> None:
         """The method's own step, its teacher replaced by noise."""
         teacher = NoiseTeacher(self.student.net.config)
-        method = TFContinuousConsistency(self.student, teacher, forcing=self.forcing, law=LogNormal(-0.8, 1.6))
+        method = TFContinuousConsistency(
+            self.student, teacher, forcing=self.forcing, law=LogNormal(-0.8, 1.6)
+        )
         batch = LatentBatch(self.x0, self.text, [""], [""])
         for term in method.terms(method.phase(2000), batch, StepRng(3, 0, 0)):
             term().value.backward()
@@ -191,8 +214,17 @@ def bench_step(config: WanConfig, options: argparse.Namespace) -> list[dict[str,
     for name in options.pattern:
         step = Step(student, BlockPattern.parse(name), frames=options.frames)
 
-        def measure(work: str, call: Callable[[], object], *, traced: bool = False, name: str = name, step: Step = step) -> None:
-            row = {"work": f"{name} {work}", "recompute": options.recompute} | timed(call, repeats=options.repeats, prepare=step.forget)
+        def measure(
+            work: str,
+            call: Callable[[], object],
+            *,
+            traced: bool = False,
+            name: str = name,
+            step: Step = step,
+        ) -> None:
+            row = {"work": f"{name} {work}", "recompute": options.recompute} | timed(
+                call, repeats=options.repeats, prepare=step.forget
+            )
             report(rows, row | (breakdown(call) if traced and options.profile else {}))
 
         begin = time.perf_counter()
@@ -229,10 +261,16 @@ def bench_forward(config: WanConfig, options: argparse.Namespace) -> list[dict[s
         return denoiser.velocity(x, t, cond, layout)
 
     rows: list[dict[str, Any]] = []
-    row = {"work": f"bidirectional forward, {layout.num_tokens} tokens"} | timed(call, repeats=options.repeats)
+    row = {"work": f"bidirectional forward, {layout.num_tokens} tokens"} | timed(
+        call, repeats=options.repeats
+    )
     floor = floor_of(denoiser.net, call, repeats=options.repeats)
     for part in floor["parts"]:
-        print(f"    {part['count']:4d} x {part['ms']:8.3f} ms = {part['count'] * part['ms']:8.2f} ms  {part['what']}", flush=True)
+        print(
+            f"    {part['count']:4d} x {part['ms']:8.3f} ms = {part['count'] * part['ms']:8.2f} ms "
+            f" {part['what']}",
+            flush=True,
+        )
     row["ms"] = statistics.median([row["ms"], timed(call, repeats=options.repeats)["ms"]])
     row |= floor | {"over_floor": row["ms"] / floor["floor_ms"]}
     report(rows, row | (breakdown(call) if options.profile else {}))
@@ -253,25 +291,47 @@ def check(options: argparse.Namespace) -> list[dict[str, Any]]:
     truth: dict[str, Tensor] = {}
     for name, fused in (("float64", None), ("plain", "off"), ("fused", "on")):
         plain = changed(options, fused=fused, compile=False)
-        student = exact_student(config, rank=options.lora) if fused is None else build(config, plain, frozen=False)
+        student = (
+            exact_student(config, rank=options.lora)
+            if fused is None
+            else build(config, plain, frozen=False)
+        )
         step = Step(student, BlockPattern(3, 3), frames=6)
         found = {"tangent": step.tangent_pass()[1]}
         v = step.forcing.velocity(student, step.x_t, step.t, step.cond, context=step.context)
         (v * step.v_teacher).sum().backward()
         found |= {"value": v.detach()}
-        found |= {f"gradient {key}": full(p.grad) for key, p in stored_parameters(student.net).items()}
+        found |= {
+            f"gradient {key}": full(p.grad) for key, p in stored_parameters(student.net).items()
+        }
         if name == "float64":
             truth = found
             continue
-        errors = {key: ((x.double() - truth[key].double()).norm() / truth[key].double().norm()).item() for key, x in found.items()}
+        errors = {
+            key: ((x.double() - truth[key].double()).norm() / truth[key].double().norm()).item()
+            for key, x in found.items()
+        }
         gradients = [error for key, error in errors.items() if key.startswith("gradient")]
-        row = {"work": f"check: {name} layers in bf16 against float64", "recompute": options.recompute}
+        row = {
+            "work": f"check: {name} layers in bf16 against float64",
+            "recompute": options.recompute,
+        }
         row |= {"value": errors["value"], "tangent": errors["tangent"]}
-        report(rows, row | {"gradients_worst": max(gradients), "gradients_median": statistics.median(gradients)})
+        report(
+            rows,
+            row
+            | {
+                "gradients_worst": max(gradients),
+                "gradients_median": statistics.median(gradients),
+            },
+        )
     plain, fused_row = rows
     for key in ("value", "tangent", "gradients_worst", "gradients_median"):
         if not fused_row[key] <= 1.5 * plain[key] + 1e-3:
-            raise SystemExit(f"the fused layers are wrong: {key} error {fused_row[key]:.2e}, plain layers {plain[key]:.2e}")
+            raise SystemExit(
+                f"the fused layers are wrong: {key} error {fused_row[key]:.2e}, plain layers"
+                f" {plain[key]:.2e}"
+            )
     return rows
 
 
@@ -283,8 +343,15 @@ def full(x: Tensor) -> Tensor:
 def report(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
     """Keep and print a row."""
     rows.append(row)
-    shown = {k: (f"{v:.4g}" if isinstance(v, float) else v) for k, v in row.items() if k not in ("work", "parts", "largest_others")}
-    print(f"{row['work']:48s} " + "  ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
+    shown = {
+        k: f"{v:.4g}" if isinstance(v, float) else v
+        for k, v in row.items()
+        if k not in ("work", "parts", "largest_others")
+    }
+    print(
+        f"{row['work']:48s} " + "  ".join(f"{key} {value}" for key, value in shown.items()),
+        flush=True,
+    )
     for name, spent, count in row.get("largest_others", ()):
         print(f"        {spent:8.2f} ms in {count:5d}  {name[:140]}", flush=True)
 
@@ -296,15 +363,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--net", default="1.3B", choices=("1.3B", "14B"))
     parser.add_argument("--layers", type=int, help="fewer blocks than the network has")
     parser.add_argument("--frames", type=int, default=21, help="latent frames of 1560 tokens")
-    parser.add_argument("--pattern", action="append", help="block pattern of the student step; repeatable (c3-3 and c1-1)")
-    parser.add_argument("--recompute", action="append", choices=MODES, help="recomputation of blocks; repeatable (block_wise)")
+    parser.add_argument(
+        "--pattern",
+        action="append",
+        help="block pattern of the student step; repeatable (c3-3 and c1-1)",
+    )
+    parser.add_argument(
+        "--recompute",
+        action="append",
+        choices=MODES,
+        help="recomputation of blocks; repeatable (block_wise)",
+    )
     parser.add_argument("--attention", default="auto", help="attention back end")
     parser.add_argument("--fused", default="auto", choices=("auto", "on", "off"))
-    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank on a frozen student")
+    parser.add_argument(
+        "--lora",
+        type=int,
+        default=0,
+        metavar="RANK",
+        help="train adapters of this rank on a frozen student",
+    )
     parser.add_argument("--compile", action="store_true", help="compile the student's blocks")
     parser.add_argument("--only", default="all", choices=("all", "check", "step", "forward"))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--profile", action="store_true", help="break passes down by kind of kernel")
+    parser.add_argument(
+        "--profile", action="store_true", help="break passes down by kind of kernel"
+    )
     parser.add_argument("--json", type=writable_file, help="write all rows to this file")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -316,13 +400,25 @@ def main(arguments: list[str] | None = None) -> int:
     modes = options.recompute or ["block_wise"]
     config = preset(options.net)
     config = config if options.layers is None else replace(config, num_layers=options.layers)
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
-    machine = {"gpu": torch.cuda.get_device_name(), **versions, "date": time.strftime("%Y-%m-%d"), "options": vars(options)}
+    versions = {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+    }
+    machine = {
+        "gpu": torch.cuda.get_device_name(),
+        **versions,
+        "date": time.strftime("%Y-%m-%d"),
+        "options": vars(options),
+    }
     print(machine, flush=True)
     parts = [
         part
         for chosen in (changed(options, recompute=mode) for mode in modes)
-        for part in (("check", partial(check, chosen)), ("step", partial(bench_step, config, chosen)))
+        for part in (
+            ("check", partial(check, chosen)),
+            ("step", partial(bench_step, config, chosen)),
+        )
     ]
     parts.append(("forward", partial(bench_forward, config, options)))
     with process_group("cuda"):

@@ -44,15 +44,21 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 def check() -> dict[str, float]:
     """Errors against their budgets; exits on the first that is above."""
-    fast, exact = (WanVAECodec.random(device=DEVICE, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    fast, exact = (
+        WanVAECodec.random(device=DEVICE, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)
+    )
     exact.vae.load_state_dict(fast.vae.state_dict())
     latents = torch.randn(1, 16, 5, *SMALL, device=DEVICE)
     video = torch.rand(1, 3, 9, 8 * SMALL[0], 8 * SMALL[1], device=DEVICE) * 2 - 1
     whole, sharp = fast.decode(latents), exact.decode(latents)
     stream = fast.stream()
-    pieces = torch.cat([stream.decode_chunk(part) for part in latents.split([2, 1, 2], dim=2)], dim=2)
+    pieces = torch.cat(
+        [stream.decode_chunk(part) for part in latents.split([2, 1, 2], dim=2)], dim=2
+    )
     exact_stream = exact.stream()
-    exact_pieces = torch.cat([exact_stream.decode_chunk(part) for part in latents.split([1, 3, 1], dim=2)], dim=2)
+    exact_pieces = torch.cat(
+        [exact_stream.decode_chunk(part) for part in latents.split([1, 3, 1], dim=2)], dim=2
+    )
     first, second = fast.stream(graphs="on"), fast.stream(graphs="on")
     plain, other = fast.stream(), torch.randn_like(latents)
     graphed, expected = [], []
@@ -65,12 +71,18 @@ def check() -> dict[str, float]:
     fast.vae.use(None)
     errors = {
         "decode, bfloat16 against float32": (relative(whole, sharp), 4e-2),
-        "encode, bfloat16 against float32": (relative(fast.encode(video), exact.encode(video)), 4e-2),
+        "encode, bfloat16 against float32": (
+            relative(fast.encode(video), exact.encode(video)),
+            4e-2,
+        ),
         "decode, our convolutions against the library's": (relative(whole, library), 3e-2),
         "library's convolutions against float32": (relative(library, sharp), 4e-2),
         "streamed against one-shot, bfloat16": (relative(pieces, whole), 3e-2),
         "streamed against one-shot, float32": (relative(exact_pieces, sharp), 1e-5),
-        "CUDA graph against plain, two streams interleaved": (relative(torch.cat(graphed, 2), torch.cat(expected, 2)), 0.0),
+        "CUDA graph against plain, two streams interleaved": (
+            relative(torch.cat(graphed, 2), torch.cat(expected, 2)),
+            0.0,
+        ),
     }
     for name, (error, budget) in errors.items():
         print(f"{name:55s} {error:9.2e}  (budget {budget:.0e})")
@@ -88,11 +100,35 @@ def cold_starts(*, height: int, width: int) -> dict[str, dict[str, float]]:
     for way in ("ahead", "plain"):
         with tempfile.TemporaryDirectory() as cache:
             for disk in ("empty", "filled"):
-                command = [sys.executable, "-m", "scripts.bench_vae", "--cold-child", way, "--height", str(height), "--width", str(width)]
-                environment = {**os.environ, "TRITON_CACHE_DIR": cache, "RCM_BENCH_START": repr(time.time())}
-                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+                command = [
+                    sys.executable,
+                    "-m",
+                    "scripts.bench_vae",
+                    "--cold-child",
+                    way,
+                    "--height",
+                    str(height),
+                    "--width",
+                    str(width),
+                ]
+                environment = {
+                    **os.environ,
+                    "TRITON_CACHE_DIR": cache,
+                    "RCM_BENCH_START": repr(time.time()),
+                }
+                done = subprocess.run(
+                    command,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    timeout=300,
+                )
                 if done.returncode:
-                    raise RuntimeError(f"the process with {way}, cache {disk} failed: {done.stderr.strip()[-2000:]}")
+                    raise RuntimeError(
+                        f"the process with {way}, cache {disk} failed:"
+                        f" {done.stderr.strip()[-2000:]}"
+                    )
                 found[f"{way}, cache {disk}"] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
@@ -126,7 +162,11 @@ def cold_child(options: argparse.Namespace) -> dict[str, float]:
 def show_cold(found: dict[str, dict[str, float]]) -> None:
     """The table of starts."""
     for name, times in found.items():
-        print(f"{name:22s} " + "  ".join(f"{stage} {seconds:.2f}" for stage, seconds in times.items()) + " s")
+        print(
+            f"{name:22s} "
+            + "  ".join(f"{stage} {seconds:.2f}" for stage, seconds in times.items())
+            + " s"
+        )
     print(f"target: {TARGET_COLD_S} s for three frames with compilation and an empty cache")
 
 
@@ -143,7 +183,9 @@ def timed(work: Callable[[], object], *, repeats: int) -> float:
     return median(times)
 
 
-def streaming(codec: WanVAECodec, latents: Tensor, *, per_chunk: int, graphs: str, repeats: int) -> dict[str, float]:
+def streaming(
+    codec: WanVAECodec, latents: Tensor, *, per_chunk: int, graphs: str, repeats: int
+) -> dict[str, float]:
     """Milliseconds of the first latent frame and per later one, pixels included, in chunks of
     `per_chunk` that are not split further; `launch_ms` is how long the host is busy with a later
     one.
@@ -152,16 +194,24 @@ def streaming(codec: WanVAECodec, latents: Tensor, *, per_chunk: int, graphs: st
     first, steady, launch = [], [], []
     for _ in range(repeats + 1):
         stream.restart()
-        for index, chunk in enumerate((latents[:, :, :1], *latents[:, :, 1 : 1 + 3 * per_chunk].split(per_chunk, dim=2))):
+        for index, chunk in enumerate(
+            (latents[:, :, :1], *latents[:, :, 1 : 1 + 3 * per_chunk].split(per_chunk, dim=2))
+        ):
             torch.cuda.synchronize()
             start = time.perf_counter()
             stream.decode_chunk(chunk)
             returned = time.perf_counter()
             torch.cuda.synchronize()
-            (steady if index else first).append(1e3 * (time.perf_counter() - start) / chunk.shape[2])
+            (steady if index else first).append(
+                1e3 * (time.perf_counter() - start) / chunk.shape[2]
+            )
             launch += [1e3 * (returned - start) / chunk.shape[2]] if index else []
     # the first round compiles, packs and captures
-    return {"first_ms": median(first[1:]), "steady_ms": median(steady[3:]), "launch_ms": median(launch[3:])}
+    return {
+        "first_ms": median(first[1:]),
+        "steady_ms": median(steady[3:]),
+        "launch_ms": median(launch[3:]),
+    }
 
 
 def median(values: list[float]) -> float:
@@ -185,13 +235,18 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     latents = torch.randn(1, 16, count, *cells, device=DEVICE)
     result: dict[str, object] = {}
     result["streaming"] = {
-        f"{per_chunk} per chunk, graphs {graphs}": streaming(codec, latents, per_chunk=per_chunk, graphs=graphs, repeats=options.repeats)
+        f"{per_chunk} per chunk, graphs {graphs}": streaming(
+            codec, latents, per_chunk=per_chunk, graphs=graphs, repeats=options.repeats
+        )
         for per_chunk in (1, 3)
         for graphs in ("off", "on")
     }
     result["one_shot"] = {
         f"{step} per step": {
-            "total_ms": timed(lambda step=step: codec.decode(latents, frames_per_step=step), repeats=options.repeats),
+            "total_ms": timed(
+                lambda step=step: codec.decode(latents, frames_per_step=step),
+                repeats=options.repeats,
+            ),
             "peak_gib": peak(lambda step=step: codec.decode(latents, frames_per_step=step)),
         }
         for step in (1, 2, 4, 5, 10)
@@ -199,7 +254,9 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     video = torch.rand(1, 3, options.frames, options.height, options.width, device=DEVICE) * 2 - 1
     result["encode"] = {
         f"{step} pixel frames per step": {
-            "total_ms": timed(lambda step=step: codec.encode(video, frames_per_step=step), repeats=options.repeats),
+            "total_ms": timed(
+                lambda step=step: codec.encode(video, frames_per_step=step), repeats=options.repeats
+            ),
             "peak_gib": peak(lambda step=step: codec.encode(video, frames_per_step=step)),
         }
         for step in (4, 8, 16)
@@ -224,29 +281,48 @@ def profile(codec: WanVAECodec, latents: Tensor) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as watched:
         stream.decode_chunk(latents[:, :, 3:4])
         torch.cuda.synchronize()
-    events = sorted((e for e in watched.key_averages() if e.self_device_time_total > 0), key=lambda e: -e.self_device_time_total)
+    events = sorted(
+        (e for e in watched.key_averages() if e.self_device_time_total > 0),
+        key=lambda e: -e.self_device_time_total,
+    )
     total = sum(e.self_device_time_total for e in events)
-    print(f"kernels of one steady step: {total / 1e3:.2f} ms in {sum(e.count for e in events)} launches")
+    print(
+        f"kernels of one steady step: {total / 1e3:.2f} ms in {sum(e.count for e in events)}"
+        " launches"
+    )
     for event in events[:16]:
-        print(f"  {event.self_device_time_total / 1e3:8.3f} ms  {event.count:4d} x  {event.key[:90]}")
+        print(
+            f"  {event.self_device_time_total / 1e3:8.3f} ms  {event.count:4d} x  {event.key[:90]}"
+        )
 
 
 def show(result: dict[str, object], options: argparse.Namespace) -> None:
     """The table."""
-    print(f"\n{options.frames} frames at {options.height}x{options.width}, bfloat16, batch 1 (release: {RELEASE_MS} ms per latent frame)")
+    print(
+        f"\n{options.frames} frames at {options.height}x{options.width}, bfloat16, batch 1"
+        f" (release: {RELEASE_MS} ms per latent frame)"
+    )
     show_cold(result["cold_start"])
     for name, row in result["streaming"].items():
-        times = f"first {row['first_ms']:7.2f} ms   steady {row['steady_ms']:7.2f} ms per latent frame"
+        times = (
+            f"first {row['first_ms']:7.2f} ms   steady {row['steady_ms']:7.2f} ms per latent frame"
+        )
         print(f"stream, {name:28s} {times} (host busy {row['launch_ms']:.2f})")
     for name, row in result["one_shot"].items():
         print(f"decode, {name:28s} {row['total_ms']:8.1f} ms   peak {row['peak_gib']:6.2f} GiB")
     for name, row in result["encode"].items():
         print(f"encode, {name:28s} {row['total_ms']:8.1f} ms   peak {row['peak_gib']:6.2f} GiB")
     tiled = result["tiled"]
-    print(f"decode, tiles of {tiled['tile']} cells{'':14s} {tiled['decode_ms']:8.1f} ms   peak {tiled['peak_gib']:6.2f} GiB")
+    print(
+        f"decode, tiles of {tiled['tile']} cells{'':14s} {tiled['decode_ms']:8.1f} ms   peak"
+        f" {tiled['peak_gib']:6.2f} GiB"
+    )
     steady = min(row["steady_ms"] for row in result["streaming"].values())
     total = min(row["total_ms"] for row in result["one_shot"].values()) / 1e3
-    print(f"targets: {steady:.1f} of {TARGET_MS} ms per latent frame, {total:.2f} of {TARGET_TOTAL_S} s in all")
+    print(
+        f"targets: {steady:.1f} of {TARGET_MS} ms per latent frame, {total:.2f} of {TARGET_TOTAL_S}"
+        " s in all"
+    )
 
 
 @command
@@ -258,8 +334,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--frames", type=int, default=81, help="1 + 4 k")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--profile", action="store_true", help="print the kernels of one steady step")
-    parser.add_argument("--cold", action="store_true", help="time the start of fresh processes only")
+    parser.add_argument(
+        "--profile", action="store_true", help="print the kernels of one steady step"
+    )
+    parser.add_argument(
+        "--cold", action="store_true", help="time the start of fresh processes only"
+    )
     parser.add_argument("--cold-child", choices=("ahead", "plain"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():

@@ -45,7 +45,12 @@ from rcm.pipelines.wan_sizes import written_size
 from rcm.worlds.toy_codec import ToyCodec
 from rcm.worlds.toy_text import ToyTextEncoder
 from rcm.worlds.toy_world import ToyWorld, ToyWorldConfig
-from scripts.teacher_source import WAN_TEMPORAL_STRIDE, add_teacher_flags, build_from_teacher, umt5_of
+from scripts.teacher_source import (
+    WAN_TEMPORAL_STRIDE,
+    add_teacher_flags,
+    build_from_teacher,
+    umt5_of,
+)
 from scripts.view_shards import CODECS, draw
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -65,41 +70,100 @@ def parse_size(text: str) -> tuple[int, int]:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Arguments(
-        prog="scripts.build_dataset", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="scripts.build_dataset",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
     def add(name: str, *others: str, **options: object) -> None:
-        spellings = (f"--{spelt}" for word in (name, *others) for spelt in (word, word.replace("-", "_")))
+        spellings = (
+            f"--{spelt}" for word in (name, *others) for spelt in (word, word.replace("-", "_"))
+        )
         parser.add_argument(*dict.fromkeys(spellings), **options)
 
-    add("source", choices=("toy", "videos", "teacher"), default="toy", help="where videos come from")
+    add(
+        "source", choices=("toy", "videos", "teacher"), default="toy", help="where videos come from"
+    )
     add("out", type=Path, help="folder of the shards")
     # torchrun takes --num for its own --numa-binding, wherever it stands
-    add("num", "num-samples", type=int, help="toy: videos [2048]; teacher: samples, prompts repeat with other noise [one per prompt]")
+    add(
+        "num",
+        "num-samples",
+        type=int,
+        help=(
+            "toy: videos [2048]; teacher: samples, prompts repeat with other noise [one per prompt]"
+        ),
+    )
     add("shard-size", type=int, default=256, help="samples per shard")
-    add("seed", type=int, default=0, help="toy: seed of the scenes; teacher: seed of sample 0, sample i has seed + i")
-    add("size", type=parse_size, metavar="HxW", help="pixels of a frame [8x8; teacher: the checkpoint's, or --resolution]")
+    add(
+        "seed",
+        type=int,
+        default=0,
+        help="toy: seed of the scenes; teacher: seed of sample 0, sample i has seed + i",
+    )
+    add(
+        "size",
+        type=parse_size,
+        metavar="HxW",
+        help="pixels of a frame [8x8; teacher: the checkpoint's, or --resolution]",
+    )
     add("frames", type=int, help="pixel frames of a sample [17; teacher: the checkpoint's, or 81]")
     add("num-shapes", type=int, default=1, help="toy: shapes per video")
     add("turns", type=int, default=0, help="toy: changes of direction per video")
-    add("boundary", choices=("wrap", "bounce"), default="wrap", help="toy: what happens at the border")
-    add("empty-prompts", type=float, default=0.0, metavar="FRACTION", help="toy: share of samples stored with an empty caption")
+    add(
+        "boundary",
+        choices=("wrap", "bounce"),
+        default="wrap",
+        help="toy: what happens at the border",
+    )
+    add(
+        "empty-prompts",
+        type=float,
+        default=0.0,
+        metavar="FRACTION",
+        help="toy: share of samples stored with an empty caption",
+    )
     add("input", type=Path, help="videos: folder of mp4 files")
     add("frame-stride", type=int, default=1, help="videos: distance of the frames of a sample")
-    add("hop", type=int, help="videos: distance of two samples of a clip in frames (default: end to end)")
-    add("skip-bad-clips", action="store_true", help="videos: warn about unreadable or short clips and go on")
+    add(
+        "hop",
+        type=int,
+        help="videos: distance of two samples of a clip in frames (default: end to end)",
+    )
+    add(
+        "skip-bad-clips",
+        action="store_true",
+        help="videos: warn about unreadable or short clips and go on",
+    )
     add(
         "codec",
         choices=(*CODECS, "wan_vae"),
-        help="toy, natural: scalings of the toy codec; wan_vae: Wan's VAE and umT5 (default: toy for toy videos, natural for real ones; "
-        "view: the data set's)",
+        help=(
+            "toy, natural: scalings of the toy codec; wan_vae: Wan's VAE and umT5 (default: toy for"
+            " toy videos, natural for real ones; view: the data set's)"
+        ),
     )
-    add("temporal-stride", type=int, default=2, help="toy codec: frames per latent frame, as model.config.tokenizer")
-    add("spatial-stride", type=int, default=2, help="toy codec: pixels per latent cell, as model.config.tokenizer")
+    add(
+        "temporal-stride",
+        type=int,
+        default=2,
+        help="toy codec: frames per latent frame, as model.config.tokenizer",
+    )
+    add(
+        "spatial-stride",
+        type=int,
+        default=2,
+        help="toy codec: pixels per latent cell, as model.config.tokenizer",
+    )
     add("text-len", type=int, default=8, help="rows of a text embedding, end token included")
     add("text-dim", type=int, default=64, help="width of a text embedding")
     add("dtype", choices=tuple(DTYPES), default="bf16", help="stored number format")
-    add("view", type=Path, metavar="SHARD", help="instead of building: draw the first samples of a shard")
+    add(
+        "view",
+        type=Path,
+        metavar="SHARD",
+        help="instead of building: draw the first samples of a shard",
+    )
     add("sheet", type=Path, help="view: PNG to write")
     add("rows", type=int, default=12, help="view: number of samples")
     add("vae-path", type=Path, help="weights of Wan's VAE [assets/checkpoints/Wan2.1_VAE.pth]")
@@ -107,7 +171,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def toy_samples(options: argparse.Namespace, codec: ToyCodec, text: ToyTextEncoder, start: int, stop: int) -> Iterator[ShardSample]:
+def toy_samples(
+    options: argparse.Namespace, codec: ToyCodec, text: ToyTextEncoder, start: int, stop: int
+) -> Iterator[ShardSample]:
     """Scenes `start` .. `stop - 1` as samples; sample i is captionless when i's place in the stride
     of FRACTION says so.
     """
@@ -118,20 +184,29 @@ def toy_samples(options: argparse.Namespace, codec: ToyCodec, text: ToyTextEncod
             "" if int((i + 1) * options.empty_prompts) > int(i * options.empty_prompts) else caption
             for i, caption in enumerate(world.captions(scenes), first)
         ]
-        latents, embeddings = codec.encode(world.render(scenes)).to(dtype), text.encode(prompts).to(dtype)
+        latents, embeddings = (
+            codec.encode(world.render(scenes)).to(dtype),
+            text.encode(prompts).to(dtype),
+        )
         yield from map(ShardSample, latents, embeddings, prompts)
 
 
 def toy_world(options: argparse.Namespace) -> ToyWorld:
     """The world the options describe."""
     if not 0 <= options.empty_prompts <= 1:
-        raise ConfigError(f"--empty-prompts={options.empty_prompts} is a share, choose it in [0, 1]")
+        raise ConfigError(
+            f"--empty-prompts={options.empty_prompts} is a share, choose it in [0, 1]"
+        )
     height, width = options.size
     if options.frames * height * width > _MOST_TOY_PIXELS:
         most = f"the toy world makes {_MOST_TOY_PIXELS} pixels a video at most"
         raise ConfigError(f"--frames {options.frames} of --size {height}x{width}: {most}")
     config = ToyWorldConfig.at_size(height, width, num_frames=options.frames)
-    return ToyWorld(replace(config, num_shapes=options.num_shapes, turns=options.turns, boundary=options.boundary))
+    return ToyWorld(
+        replace(
+            config, num_shapes=options.num_shapes, turns=options.turns, boundary=options.boundary
+        )
+    )
 
 
 def codec_name(options: argparse.Namespace) -> str:
@@ -146,16 +221,26 @@ def toy_codec(options: argparse.Namespace) -> ToyCodec:
 
 def build(options: argparse.Namespace) -> list[Path]:
     """Build the shards the options ask for; returns their paths."""
-    if options.out is None and not (options.source == "teacher" and options.write_negative_embedding):
+    if options.out is None and not (
+        options.source == "teacher" and options.write_negative_embedding
+    ):
         raise ConfigError("--out FOLDER is needed to build a data set")
     if options.out is not None:
-        check_build(options.out, num=options.num, shard_size=options.shard_size, batch=options.batch)
+        check_build(
+            options.out, num=options.num, shard_size=options.shard_size, batch=options.batch
+        )
     require_seed(options.seed, knob="--seed")
     if options.source == "teacher":
         return build_from_teacher(options, dtype=DTYPES[options.dtype])
-    options.size, options.frames = options.size or _TOY_SIZE, options.frames if options.frames is not None else _TOY_FRAMES
+    options.size, options.frames = (
+        options.size or _TOY_SIZE,
+        (options.frames if options.frames is not None else _TOY_FRAMES),
+    )
     if options.codec == "wan_vae" and options.source == "toy":
-        raise ConfigError("--codec wan_vae is for real videos (--source videos) and --view; the toy world has the codecs toy and natural")
+        raise ConfigError(
+            "--codec wan_vae is for real videos (--source videos) and --view; the toy world has the"
+            " codecs toy and natural"
+        )
     return _build_toy(options) if options.source == "toy" else _build_clips(options)
 
 
@@ -183,7 +268,10 @@ def _pieces(options: argparse.Namespace) -> Pieces:
         recipe: dict[str, object] = {"codec": {"name": "wan_vae"}, "text": {"name": "umt5"}}
         pieces = Pieces(codec, umt5_of(options, device), device, recipe)
     else:
-        toy, words = CODECS[codec_name(options)], ToyTextEncoder(text_len=options.text_len, text_dim=options.text_dim)
+        toy, words = (
+            CODECS[codec_name(options)],
+            ToyTextEncoder(text_len=options.text_len, text_dim=options.text_dim),
+        )
         toy.latent_frames_for(options.frames)
         toy.latent_size(*options.size)
         recipe = {"codec": {"name": codec_name(options), **asdict(toy)}, "text": asdict(words)}
@@ -194,7 +282,11 @@ def _pieces(options: argparse.Namespace) -> Pieces:
 
 def _build_toy(options: argparse.Namespace) -> list[Path]:
     world, pieces = toy_world(options), _pieces(options)
-    recipe = pieces.recipe | {"world": asdict(world.config), "seed": options.seed, "empty_prompts": options.empty_prompts}
+    recipe = pieces.recipe | {
+        "world": asdict(world.config),
+        "seed": options.seed,
+        "empty_prompts": options.empty_prompts,
+    }
     return build_shards(
         options.out,
         num_samples=_TOY_NUM if options.num is None else options.num,
@@ -212,23 +304,40 @@ def _build_clips(options: argparse.Namespace) -> list[Path]:
             raise ConfigError(f"{flag} {value} must be at least 1")
     pieces = _pieces(options)
     windows = plan_windows(
-        find_clips(options.input), num_frames=options.frames, stride=options.frame_stride, hop=options.hop, skip_bad=options.skip_bad_clips
+        find_clips(options.input),
+        num_frames=options.frames,
+        stride=options.frame_stride,
+        hop=options.hop,
+        skip_bad=options.skip_bad_clips,
     )
     # the toy encoder refuses captions: hear of it before the first shard
     if not isinstance(pieces.text, UMT5TextEncoder):
         _embeddings(pieces.text, sorted({w.prompt for w in windows}))
     height, width = options.size
     places = [f"{w.clip.relative_to(options.input)}:{w.start}" for w in windows]
-    recipe = pieces.recipe | {"windows": places, "size": [height, width], "frames": options.frames, "frame_stride": options.frame_stride}
+    recipe = pieces.recipe | {
+        "windows": places,
+        "size": [height, width],
+        "frames": options.frames,
+        "frame_stride": options.frame_stride,
+    }
 
     def clip_samples(start: int, stop: int) -> Iterator[ShardSample]:
         chosen, dtype = windows[start:stop], DTYPES[options.dtype]
         embeddings = _embeddings(pieces.text, sorted({w.prompt for w in chosen}))
-        for window, video in zip(chosen, read_windows(chosen, height=height, width=width), strict=True):
+        for window, video in zip(
+            chosen, read_windows(chosen, height=height, width=width), strict=True
+        ):
             latents = pieces.codec.encode(video.unsqueeze(0).to(pieces.device))[0].to("cpu", dtype)
             yield ShardSample(latents, embeddings[window.prompt].to(dtype), window.prompt)
 
-    return build_shards(options.out, num_samples=len(windows), shard_size=options.shard_size, recipe=recipe, make=clip_samples)
+    return build_shards(
+        options.out,
+        num_samples=len(windows),
+        shard_size=options.shard_size,
+        recipe=recipe,
+        make=clip_samples,
+    )
 
 
 def _embeddings(text: TextEncoder, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -249,7 +358,10 @@ def main(argv: list[str] | None = None) -> int:
             shard = expand_pattern(str(options.view), knob="--view")[0]
             print(draw(shard, sheet, rows=rows, codec=options.codec, vae_path=options.vae_path))
         elif paths := build(options):
-            print(f"{len(LatentShards(paths))} samples in {len(paths)} shards: {options.out}/shard-*.tar")
+            print(
+                f"{len(LatentShards(paths))} samples in {len(paths)} shards:"
+                f" {options.out}/shard-*.tar"
+            )
     except (ConfigError, CheckpointError, ShardError, VideoError, PeerGone, OSError) as error:
         print(sentence(error), file=sys.stderr)
         return 1

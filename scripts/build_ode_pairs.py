@@ -30,7 +30,13 @@ from rcm.data.shard_writer import ShardSample, build_shards, check_build, shard_
 from rcm.data.tar_index import ShardError
 from rcm.inference.outcome import check_device, command
 from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
-from rcm.pipelines.ode_pairs import KD_TIMES, ODEPairBuilder, TrajectoryPlan, check_inputs, check_numbers
+from rcm.pipelines.ode_pairs import (
+    KD_TIMES,
+    ODEPairBuilder,
+    TrajectoryPlan,
+    check_inputs,
+    check_numbers,
+)
 from rcm.samplers.schedule import parse_times
 from rcm.worlds.toy_codec import ToyCodec
 from rcm.worlds.toy_world import ToyWorld, ToyWorldConfig
@@ -42,7 +48,11 @@ _DEFAULT_NUM = 2048
 def parse_part(text: str) -> tuple[int, int]:
     """(i, n) of "i/n"."""
     words = text.split("/")
-    if len(words) != 2 or not all(word.isdigit() for word in words) or int(words[0]) >= int(words[1]):
+    if (
+        len(words) != 2
+        or not all(word.isdigit() for word in words)
+        or int(words[0]) >= int(words[1])
+    ):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1, such as 0/4")
     return int(words[0]), int(words[1])
 
@@ -50,15 +60,41 @@ def parse_part(text: str) -> tuple[int, int]:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Arguments(
-        prog="scripts.build_ode_pairs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="scripts.build_ode_pairs",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--teacher", required=True, metavar="PATH", help="job folder, iter_* folder or exported file that describes itself")
-    add("--weights", choices=("ema", "reg"), default="ema", help="averaged or last weights [%(default)s]")
+    add(
+        "--teacher",
+        required=True,
+        metavar="PATH",
+        help="job folder, iter_* folder or exported file that describes itself",
+    )
+    add(
+        "--weights",
+        choices=("ema", "reg"),
+        default="ema",
+        help="averaged or last weights [%(default)s]",
+    )
     add("--out", type=Path, required=True, help="folder of the shards")
     add("--latents", metavar="PATTERN", help="causal teacher: shards of the data it runs under")
-    add("--prompts", metavar="FILE", help="bidirectional teacher: a prompt per line, or .jsonl [captions of the toy world's scenes]")
-    add("--num", type=int, help=f"samples; prompts or videos repeat with other noise [as many as there are; toy captions: {_DEFAULT_NUM}]")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help=(
+            "bidirectional teacher: a prompt per line, or .jsonl [captions of the toy world's"
+            " scenes]"
+        ),
+    )
+    add(
+        "--num",
+        type=int,
+        help=(
+            "samples; prompts or videos repeat with other noise [as many as there are; toy"
+            f" captions: {_DEFAULT_NUM}]"
+        ),
+    )
     add(
         "--times",
         nargs="+",
@@ -66,16 +102,30 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="T",
         help="RF times of the kept states, as model.config.kd_timesteps [1 15/16 5/6 5/8]",
     )
-    add("--steps", type=int, help="Euler steps of the grid that --times are added to [the teacher's]")
+    add(
+        "--steps",
+        type=int,
+        help="Euler steps of the grid that --times are added to [the teacher's]",
+    )
     add("--shift", type=float, help="shift of that grid [the teacher's]")
     add("--guidance", type=float, help="scale; above 1 with the negative prompt [the teacher's]")
     add("--seed", type=int, default=0, help="of the noise, and of the toy world's scenes")
     add("--batch", type=int, default=16, help="samples computed together [%(default)s]")
     add("--shard-size", type=int, default=256, help="samples per shard [%(default)s]")
-    add("--part", type=parse_part, default=(0, 1), metavar="I/N", help="build every N-th shard only, from shard I on")
+    add(
+        "--part",
+        type=parse_part,
+        default=(0, 1),
+        metavar="I/N",
+        help="build every N-th shard only, from shard I on",
+    )
     add("--dtype", choices=tuple(DTYPES), default="bf16", help="stored number format [%(default)s]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
-    add("--precision", choices=("fp32", "bf16", "bf16_fp32_time", "fp64"), help="of the teacher [that of its training run]")
+    add(
+        "--precision",
+        choices=("fp32", "bf16", "bf16_fp32_time", "fp64"),
+        help="of the teacher [that of its training run]",
+    )
     return parser.parse_args(argv)
 
 
@@ -84,11 +134,18 @@ def toy_prompts(model: LoadedModel, num: int, *, seed: int) -> list[str]:
     anything else.
     """
     if not isinstance(model.codec, ToyCodec):
-        raise ConfigError(f"{model.source} is not a teacher of the toy world; give its prompts with --prompts FILE")
+        raise ConfigError(
+            f"{model.source} is not a teacher of the toy world; give its prompts with --prompts"
+            " FILE"
+        )
     if num < 1:
         raise ConfigError(f"--num={num} must be at least 1")
     height, width = model.pixel_size
-    world = ToyWorld(ToyWorldConfig.at_size(height, width, num_frames=model.codec.frames_for(model.latent_shape[1])))
+    world = ToyWorld(
+        ToyWorldConfig.at_size(
+            height, width, num_frames=model.codec.frames_for(model.latent_shape[1])
+        )
+    )
     return world.captions(world.scenes(num, seed=seed))
 
 
@@ -97,19 +154,33 @@ def clean_latents(model: LoadedModel, pattern: str) -> LatentShards:
     channels, frames, height, width = model.latent_shape
     text_shape = (model.denoiser.net.config.text_len, model.denoiser.net.config.text_dim)
     try:
-        return LatentShards(pattern, num_latent_frames=frames, latent_channels=channels, latent_size=(height, width), text_shape=text_shape)
+        return LatentShards(
+            pattern,
+            num_latent_frames=frames,
+            latent_channels=channels,
+            latent_size=(height, width),
+            text_shape=text_shape,
+        )
     except ConfigError as error:
         raise ConfigError(f"--latents: {error}") from error
 
 
 def inputs(options: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:
     """`prompts` or `latents` of the builder."""
-    check_inputs(model, prompts=options.prompts is not None or model.recipe is None, latents=options.latents is not None)
+    check_inputs(
+        model,
+        prompts=options.prompts is not None or model.recipe is None,
+        latents=options.latents is not None,
+    )
     if options.latents is not None:
         return {"latents": clean_latents(model, options.latents)}
     if options.prompts is not None:
         return {"prompts": read_prompts(options.prompts)}
-    return {"prompts": toy_prompts(model, _DEFAULT_NUM if options.num is None else options.num, seed=options.seed)}
+    return {
+        "prompts": toy_prompts(
+            model, _DEFAULT_NUM if options.num is None else options.num, seed=options.seed
+        )
+    }
 
 
 def check(options: argparse.Namespace) -> tuple[float, ...]:
@@ -125,14 +196,26 @@ def check(options: argparse.Namespace) -> tuple[float, ...]:
 def build(options: argparse.Namespace) -> list[Path]:
     """Build the shards the options ask for; returns their paths."""
     times = check(options)
-    model = open_checkpoint(options.teacher, weights=options.weights, device=options.device, precision=options.precision)
-    plan = TrajectoryPlan.of(model, times=times, steps=options.steps, shift=options.shift, guidance=options.guidance, seed=options.seed)
+    model = open_checkpoint(
+        options.teacher, weights=options.weights, device=options.device, precision=options.precision
+    )
+    plan = TrajectoryPlan.of(
+        model,
+        times=times,
+        steps=options.steps,
+        shift=options.shift,
+        guidance=options.guidance,
+        seed=options.seed,
+    )
     given = inputs(options, model)
     builder = ODEPairBuilder(model, plan, **given)
     num = len(given.get("latents") or given["prompts"]) if options.num is None else options.num
 
     def make(start: int, stop: int) -> Iterator[ShardSample]:
-        print(f"{shard_name(start // options.shard_size)}: samples {start} to {stop - 1} of {num}", flush=True)
+        print(
+            f"{shard_name(start // options.shard_size)}: samples {start} to {stop - 1} of {num}",
+            flush=True,
+        )
         return builder.samples(start, stop, batch=options.batch, dtype=DTYPES[options.dtype])
 
     return build_shards(
@@ -145,13 +228,20 @@ def build(options: argparse.Namespace) -> list[Path]:
     )
 
 
-def manifest(options: argparse.Namespace, model: LoadedModel, plan: TrajectoryPlan, given: dict[str, Any]) -> dict[str, object]:
+def manifest(
+    options: argparse.Namespace, model: LoadedModel, plan: TrajectoryPlan, given: dict[str, Any]
+) -> dict[str, object]:
     """What the shards are made from: training reads `training_type`, `kd_timesteps` and `pattern`
     and refuses others.
     """
     told = model.description
     walked = {key: value for key, value in asdict(plan).items() if key != "times"}
-    teacher = {"path": str(model.source.resolve()), "weights": options.weights, "stage": told.stage, "iteration": told.iteration}
+    teacher = {
+        "path": str(model.source.resolve()),
+        "weights": options.weights,
+        "stage": told.stage,
+        "iteration": told.iteration,
+    }
     causal = model.recipe is not None
     return {
         "source": "teacher trajectories",

@@ -65,23 +65,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Arguments(prog="checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(
+        prog="checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    look = commands.add_parser("inspect", help="say what a file is, which network fits, what is missing, where to pass it")
+    look = commands.add_parser(
+        "inspect", help="say what a file is, which network fits, what is missing, where to pass it"
+    )
     look.add_argument("path", nargs="+")
     look.add_argument("--json", action="store_true", help="one JSON list instead of text")
     turn = commands.add_parser("convert", help="write one network of a file in another form")
     turn.add_argument("source")
     turn.add_argument("target", help=".pth, .pt, .safetensors, .dcp, or a folder")
-    turn.add_argument("--to", choices=sorted(FORMS), default="rcm", help="names and patch weight of this family (default: rcm)")
-    turn.add_argument("--weights", choices=sorted(COPIES), default="ema", help="which copy; ema takes the only one too (default: ema)")
-    turn.add_argument("--dtype", choices=sorted(DTYPES), default="keep", help="stored dtype (default: keep)")
-    turn.add_argument("--expect", choices=sorted(PRESETS), help="network that it must be (default: what it is)")
-    turn.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merge a low-rank update; may be repeated")
-    turn.add_argument("--lora_alpha", type=float, help="alpha of every --lora (default: that of its file, else its rank)")
-    turn.add_argument("--base", metavar="PATH", help="weights below SOURCE's adapters (default: where it says they were)")
-    turn.add_argument("--adapters", choices=sorted(LAYOUTS), help="write SOURCE's adapters alone, in this layout")
-    turn.add_argument("--max_shard_size", type=size_in_bytes, metavar="5GB", help="cut a folder into shards of at most this size")
+    turn.add_argument(
+        "--to",
+        choices=sorted(FORMS),
+        default="rcm",
+        help="names and patch weight of this family (default: rcm)",
+    )
+    turn.add_argument(
+        "--weights",
+        choices=sorted(COPIES),
+        default="ema",
+        help="which copy; ema takes the only one too (default: ema)",
+    )
+    turn.add_argument(
+        "--dtype", choices=sorted(DTYPES), default="keep", help="stored dtype (default: keep)"
+    )
+    turn.add_argument(
+        "--expect", choices=sorted(PRESETS), help="network that it must be (default: what it is)"
+    )
+    turn.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="merge a low-rank update; may be repeated",
+    )
+    turn.add_argument(
+        "--lora_alpha",
+        type=float,
+        help="alpha of every --lora (default: that of its file, else its rank)",
+    )
+    turn.add_argument(
+        "--base",
+        metavar="PATH",
+        help="weights below SOURCE's adapters (default: where it says they were)",
+    )
+    turn.add_argument(
+        "--adapters", choices=sorted(LAYOUTS), help="write SOURCE's adapters alone, in this layout"
+    )
+    turn.add_argument(
+        "--max_shard_size",
+        type=size_in_bytes,
+        metavar="5GB",
+        help="cut a folder into shards of at most this size",
+    )
     turn.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
     return parser
 
@@ -96,7 +135,9 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    network = network_weights(open_weights(options.source), weights=options.weights, base=options.base)
+    network = network_weights(
+        open_weights(options.source), weights=options.weights, base=options.base
+    )
     config = config_of(network, expect=options.expect)
     require_fit(network, config)
     if options.adapters:
@@ -127,25 +168,48 @@ def _write_adapters(network: NetworkWeights | AdaptedWeights, options: argparse.
     if options.lora or options.max_shard_size:
         raise ConfigError("--adapters writes adapters alone; leave out --lora and --max_shard_size")
     found = description_of(network.file)
-    description = replace(found, extra={**found.extra, "converted_from": str(network.file.path)}).holding(network.copy)
+    description = replace(
+        found, extra={**found.extra, "converted_from": str(network.file.path)}
+    ).holding(network.copy)
     dtype, layout = DTYPES[options.dtype], options.adapters
-    target = save_adapters(options.target, network, layout=layout, description=description, dtype=dtype, overwrite=options.overwrite)
+    target = save_adapters(
+        options.target,
+        network,
+        layout=layout,
+        description=description,
+        dtype=dtype,
+        overwrite=options.overwrite,
+    )
     rank, alpha = network.described["rank"], network.described["alpha"]
-    print(f"wrote {network.copy} adapters of rank {rank}, alpha {alpha:g}, for {len(network.pairs)} layers, as {layout} to {target}")
+    print(
+        f"wrote {network.copy} adapters of rank {rank}, alpha {alpha:g}, for {len(network.pairs)}"
+        f" layers, as {layout} to {target}"
+    )
     return 0
 
 
-def _description(network: NetworkWeights | AdaptedWeights, config: WanConfig, loras: Sequence[LoRA]) -> Description:
+def _description(
+    network: NetworkWeights | AdaptedWeights, config: WanConfig, loras: Sequence[LoRA]
+) -> Description:
     """That of the source or a new one, with the copy that was taken and what was merged."""
     source = str(network.file.path)
     found = description_of(network.file)
     if found is None:
-        found = Description(stage=IMPORTED, network=asdict(config), network_name=preset_of(config) or "", parent=source)
+        found = Description(
+            stage=IMPORTED,
+            network=asdict(config),
+            network_name=preset_of(config) or "",
+            parent=source,
+        )
     merged = [{"path": str(lora.path), "scale": lora.scale, "alpha": lora.alpha} for lora in loras]
     if isinstance(network, AdaptedWeights):
         merged.insert(0, {"path": source, "scale": 1.0, "alpha": network.described["alpha"]})
     kept = {key: value for key, value in found.extra.items() if key != "adapters"}
-    extra = {**kept, "converted_from": source, **({"loras": [*found.extra.get("loras", ()), *merged]} if merged else {})}
+    extra = {
+        **kept,
+        "converted_from": source,
+        **({"loras": [*found.extra.get("loras", ()), *merged]} if merged else {}),
+    }
     return replace(found, extra=extra).holding(network.copy)
 
 
@@ -157,7 +221,10 @@ def _lora(word: str, *, alpha: float | None) -> LoRA:
     try:
         return LoRA(path, scale=float(scale), alpha=alpha)
     except ValueError as error:
-        raise ConfigError(f"--lora {word}: {scale!r} is no number, and there is no file of that name; write FILE or FILE:0.8") from error
+        raise ConfigError(
+            f"--lora {word}: {scale!r} is no number, and there is no file of that name; write FILE"
+            " or FILE:0.8"
+        ) from error
 
 
 def size_in_bytes(word: str) -> int:
@@ -167,7 +234,9 @@ def size_in_bytes(word: str) -> int:
     try:
         return int(float(number) * UNITS.get(unit, 1))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{word!r} is no size; write 5GB, 500MB or a number of bytes") from error
+        raise argparse.ArgumentTypeError(
+            f"{word!r} is no size; write 5GB, 500MB or a number of bytes"
+        ) from error
 
 
 if __name__ == "__main__":

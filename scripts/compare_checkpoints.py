@@ -33,15 +33,32 @@ from rcm.train.describe import installed_versions, write_atomically
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = Arguments(
-        prog="scripts.compare_checkpoints", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="scripts.compare_checkpoints",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("folders", nargs="+", type=Path, metavar="DIR", help="folders of mp4 files with equal names; the first is the reference")
+    add(
+        "folders",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="folders of mp4 files with equal names; the first is the reference",
+    )
     add("--out", type=Path, default=Path("outputs/compare"), metavar="DIR", help="[%(default)s]")
     add("--max_videos", type=int, metavar="N", help="only the first N names")
-    add("--grid_videos", type=int, default=12, metavar="N", help="videos shown side by side [%(default)s]")
+    add(
+        "--grid_videos",
+        type=int,
+        default=12,
+        metavar="N",
+        help="videos shown side by side [%(default)s]",
+    )
     add("--pixels_only", action="store_true", help="without the networks")
-    add("--ignore_conditions", action="store_true", help="do not check that prompts and seeds agree")
+    add(
+        "--ignore_conditions", action="store_true", help="do not check that prompts and seeds agree"
+    )
     add("--device", default="cpu", help="of the networks [%(default)s]")
     flags = parser.parse_args(argv)
     return exit_status(lambda: run(flags))
@@ -56,22 +73,47 @@ def run(flags: argparse.Namespace) -> None:
     for why in models.absent.values():
         print(f"without: {why}")
     labels = {str(folder): folder for folder in flags.folders}
-    scores = {label: {name: _measured(folder / name, models) for name in names} for label, folder in labels.items()}
+    scores = {
+        label: {name: _measured(folder / name, models) for name in names}
+        for label, folder in labels.items()
+    }
     flags.out.mkdir(parents=True, exist_ok=True)
-    kept = {label: {name: asdict(score) for name, score in by_video.items()} for label, by_video in scores.items()}
+    kept = {
+        label: {name: asdict(score) for name, score in by_video.items()}
+        for label, by_video in scores.items()
+    }
     write_atomically(flags.out / "scores.json", json.dumps(kept))
     machine = {**installed_versions(), "machine": platform.machine()}
     shown = names[: flags.grid_videos]
     for number, name in enumerate(shown if len(labels) > 1 else names):
         videos = [read_mp4(folder / name) for folder in labels.values()]
         target = flags.out / (f"grid-{number:04d}.mp4" if len(labels) > 1 else name)
-        write_mp4(target, side_by_side(videos) if len(videos) > 1 else videos[0], fps=probe(flags.folders[0] / name).fps, pad=True)
+        write_mp4(
+            target,
+            side_by_side(videos) if len(videos) > 1 else videos[0],
+            fps=probe(flags.folders[0] / name).fps,
+            pad=True,
+        )
     if len(labels) == 1:
-        page = write_metrics_page(flags.out, scores[str(flags.folders[0])], title=f"Offline numbers of {flags.folders[0]}", machine=machine)
+        page = write_metrics_page(
+            flags.out,
+            scores[str(flags.folders[0])],
+            title=f"Offline numbers of {flags.folders[0]}",
+            machine=machine,
+        )
     else:
         order = ", ".join(labels)
-        grids = [{"path": f"grid-{i:04d}.mp4", "title": name, "caption": f"left to right: {order}"} for i, name in enumerate(shown)]
-        page = write_comparison_page(flags.out, compare(scores), grids, title=f"{len(labels)} checkpoints compared", machine=machine)
+        grids = [
+            {"path": f"grid-{i:04d}.mp4", "title": name, "caption": f"left to right: {order}"}
+            for i, name in enumerate(shown)
+        ]
+        page = write_comparison_page(
+            flags.out,
+            compare(scores),
+            grids,
+            title=f"{len(labels)} checkpoints compared",
+            machine=machine,
+        )
     print(f"{len(names)} videos of {len(labels)} folder(s); page {page}")
 
 

@@ -27,14 +27,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     target is unusable.
     """
     parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    where = "DCP directory (iter_*/model), its parent iter_*, or a job directory (default: %(default)s)"
-    parser.add_argument("--dcp_checkpoint_dir", default="checkpoints/iter_000010000/model", help=where)
-    parser.add_argument("--save_path", default="saved_model.pt", help="target file: .pth, .pt or .safetensors (default: %(default)s)")
-    parser.add_argument("--weights", choices=sorted(PREFIXES), default="ema", help="which weights (default: ema)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="stored dtype (default: bf16)")
+    where = (
+        "DCP directory (iter_*/model), its parent iter_*, or a job directory (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dcp_checkpoint_dir", default="checkpoints/iter_000010000/model", help=where
+    )
+    parser.add_argument(
+        "--save_path",
+        default="saved_model.pt",
+        help="target file: .pth, .pt or .safetensors (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--weights", choices=sorted(PREFIXES), default="ema", help="which weights (default: ema)"
+    )
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), default="bf16", help="stored dtype (default: bf16)"
+    )
     options = parser.parse_args(arguments)
     try:
-        target = export(options.dcp_checkpoint_dir, options.save_path, weights=options.weights, dtype=DTYPES[options.dtype])
+        target = export(
+            options.dcp_checkpoint_dir,
+            options.save_path,
+            weights=options.weights,
+            dtype=DTYPES[options.dtype],
+        )
     except (CheckpointError, ConfigError, OSError) as error:
         print(f"dcp_to_pth: {error}", file=sys.stderr)
         return 1

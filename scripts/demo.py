@@ -47,16 +47,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     one_thread_here()
     chosen = branches(args.quick)
-    return Session(record, chosen, scale=args.scale, num_videos=args.videos, judged=args.scale >= 1 and not args.quick).run()
+    return Session(
+        record,
+        chosen,
+        scale=args.scale,
+        num_videos=args.videos,
+        judged=args.scale >= 1 and not args.quick,
+    ).run()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Arguments(prog="scripts.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(
+        prog="scripts.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("--out", type=Path, help="folder of everything the demo writes [outputs/demo, or outputs/demo_quick]")
+    add(
+        "--out",
+        type=Path,
+        help="folder of everything the demo writes [outputs/demo, or outputs/demo_quick]",
+    )
     add("--fresh", action="store_true", help="begin anew: empty the folder, if it is a demo's")
-    add("--quick", action="store_true", help="one stage from random weights, without gates: a look in under 3 minutes on 2 idle cores")
-    add("--scale", type=float, default=1.0, help="factor on all iterations; below 1 is a look at everything without gates")
+    add(
+        "--quick",
+        action="store_true",
+        help=(
+            "one stage from random weights, without gates: a look in under 3 minutes on 2 idle"
+            " cores"
+        ),
+    )
+    add(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="factor on all iterations; below 1 is a look at everything without gates",
+    )
     add("--videos", type=int, default=96, help="videos sampled per score, at least 8 [%(default)s]")
     return parser
 
@@ -68,13 +94,18 @@ def _open(args: argparse.Namespace) -> Record:
     if not (math.isfinite(args.scale) and args.scale > 0):
         raise ConfigError(f"--scale {args.scale} must be a positive number")
     if args.videos < 8:
-        raise ConfigError(f"--videos {args.videos} must be at least 8, the fewest that can be scored")
+        raise ConfigError(
+            f"--videos {args.videos} must be at least 8, the fewest that can be scored"
+        )
     folder = args.out or Path("outputs/demo_quick" if args.quick else "outputs/demo")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file; choose a folder")
     ours = (folder / FILE_NAME).is_file()
     if folder.is_dir() and any(folder.iterdir()) and not ours:
-        raise ConfigError(f"--out {folder} holds files that no demo wrote (it has no {FILE_NAME}); choose an empty or a new folder")
+        raise ConfigError(
+            f"--out {folder} holds files that no demo wrote (it has no {FILE_NAME}); choose an"
+            " empty or a new folder"
+        )
     if args.fresh and ours:
         shutil.rmtree(folder)
     return Record.open(folder, {"quick": args.quick, "scale": args.scale, "videos": args.videos})
@@ -85,10 +116,20 @@ class Session:
     Ctrl-C.
     """
 
-    def __init__(self, record: Record, chosen: Sequence[Sequence[Stage]], *, scale: float, num_videos: int, judged: bool) -> None:
+    def __init__(
+        self,
+        record: Record,
+        chosen: Sequence[Sequence[Stage]],
+        *,
+        scale: float,
+        num_videos: int,
+        judged: bool,
+    ) -> None:
         self.record, self.chosen, self.stages, self.judged = record, chosen, flat(chosen), judged
         self.board = Board(chosen)
-        self.demo = Demo(record, self.board, scale=scale, num_videos=num_videos, changed=self._write_page)
+        self.demo = Demo(
+            record, self.board, scale=scale, num_videos=num_videos, changed=self._write_page
+        )
         self._begin, self._before = time.perf_counter(), record.seconds
 
     def run(self) -> int:
@@ -154,9 +195,15 @@ class Session:
     def _stopped(self) -> int:
         """Status after Ctrl-C: processes have saved; a second Ctrl-C had ended them at once."""
         self.demo.kill()
-        doing = next((stage for stage in self.stages if not self.record.is_scored(stage.name)), self.stages[-1])
+        doing = next(
+            (stage for stage in self.stages if not self.record.is_scored(stage.name)),
+            self.stages[-1],
+        )
         where = f"{self.board.number(doing.name)} ({doing.name})"
-        print(f"stopped at {where}; the same command continues there, --fresh begins anew", file=sys.stderr)
+        print(
+            f"stopped at {where}; the same command continues there, --fresh begins anew",
+            file=sys.stderr,
+        )
         return 130
 
     def _clock(self) -> None:
@@ -183,14 +230,22 @@ class Session:
         return 0 if all(passed in (True, None) for _, passed in verdicts.values()) else 1
 
 
-def _print_table(demo: Demo, stages: Sequence[Stage], verdicts: dict[str, tuple[str, bool | None]]) -> None:
+def _print_table(
+    demo: Demo, stages: Sequence[Stage], verdicts: dict[str, tuple[str, bool | None]]
+) -> None:
     print(f"\n{'stage':<16} {'steps':<11} " + " ".join(f"{c:>9}" for c in COLUMNS))
     for (name, label), scores in demo.scores().items():
-        cells = " ".join(f"{scores.values[c]:9.1f}" if c == "score" else f"{scores.values[c]:9.2f}" for c in COLUMNS)
+        cells = " ".join(
+            f"{scores.values[c]:9.1f}" if c == "score" else f"{scores.values[c]:9.2f}"
+            for c in COLUMNS
+        )
         print(f"{name:<16} {label:<11} {cells}")
     for stage in stages:
         if drift := demo.record.stages[stage.name]["drift"]:
-            print(f"{stage.name:<16} streamed {LONG_FRAMES} frames: adherence drifts by {drift['drift over 4 windows']:+.1f}")
+            print(
+                f"{stage.name:<16} streamed {LONG_FRAMES} frames: adherence drifts by"
+                f" {drift['drift over 4 windows']:+.1f}"
+            )
     print()
     for name, (sentence, passed) in verdicts.items():
         print(f"{VERDICTS[passed]}  {name:<16} {sentence}")

@@ -42,7 +42,9 @@ def teacher_of(stage_name: str) -> tuple[str, str] | None:
     return ("bidirectional", "many steps") if kind == "tf" else (f"tf_{pattern}", "many steps")
 
 
-def keep_clips(folder: Path, stage: Stage, label: str, videos: torch.Tensor, prompts: Sequence[str]) -> None:
+def keep_clips(
+    folder: Path, stage: Stage, label: str, videos: torch.Tensor, prompts: Sequence[str]
+) -> None:
     """Write the small video of `videos` [N, 3, F, H, W], the large one, and the shown pixels for
     later comparisons.
     """
@@ -50,17 +52,31 @@ def keep_clips(folder: Path, stage: Stage, label: str, videos: torch.Tensor, pro
     target = folder / "videos"
     target.mkdir(parents=True, exist_ok=True)
     torch.save(to_uint8(shown), target / f"{name}.pt")
-    write_mp4(target / f"{name}.mp4", mosaic(shown[:SMALL], rows=2, scale=8), fps=FPS, pad=True, crf=CRF)
+    write_mp4(
+        target / f"{name}.mp4", mosaic(shown[:SMALL], rows=2, scale=8), fps=FPS, pad=True, crf=CRF
+    )
     teacher = teacher_of(stage.name)
     above = None if teacher is None else _stored(target / f"{stem(*teacher)}.pt")
     both = shown if above is None or above.shape != shown.shape else torch.cat([above, shown])
-    write_mp4(target / f"{name}_large.mp4", mosaic(both, rows=len(both) // len(shown), scale=12), fps=FPS, pad=True, crf=CRF)
+    write_mp4(
+        target / f"{name}_large.mp4",
+        mosaic(both, rows=len(both) // len(shown), scale=12),
+        fps=FPS,
+        pad=True,
+        crf=CRF,
+    )
 
 
 def keep_drift(folder: Path, stage: Stage, videos: torch.Tensor, prompts: Sequence[str]) -> None:
     """Write the long stream's video."""
     shown = videos[picks(len(prompts))[:SMALL]].clamp(-1, 1)
-    write_mp4(folder / "videos" / f"{stage.name}_long.mp4", mosaic(shown, rows=1, scale=12), fps=FPS, pad=True, crf=CRF)
+    write_mp4(
+        folder / "videos" / f"{stage.name}_long.mp4",
+        mosaic(shown, rows=1, scale=12),
+        fps=FPS,
+        pad=True,
+        crf=CRF,
+    )
 
 
 def mosaic(videos: torch.Tensor, *, rows: int, scale: int) -> torch.Tensor:

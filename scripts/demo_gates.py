@@ -44,25 +44,47 @@ def judge(name: str, scores: Mapping[Key, Scores]) -> tuple[str, bool]:
     if name == "bidirectional":
         mine = scores[name, "many steps"]
         return (
-            f"score {mine.score:.1f} >= {TEACHER_SCORE:g} and caption accuracy {mine.captions:.2f} >= {TEACHER_CAPTIONS:g}",
+            (
+                f"score {mine.score:.1f} >= {TEACHER_SCORE:g} and caption accuracy"
+                f" {mine.captions:.2f} >= {TEACHER_CAPTIONS:g}"
+            ),
             mine.score >= TEACHER_SCORE and mine.captions >= TEACHER_CAPTIONS,
         )
     kind, pattern = name.rsplit("_", 1)
     if kind == "tf":
-        return _share(scores[name, "many steps"], scores["bidirectional", "many steps"], CAUSAL_TEACHER_SHARE, "the whole-video teacher's")
+        return _share(
+            scores[name, "many steps"],
+            scores["bidirectional", "many steps"],
+            CAUSAL_TEACHER_SHARE,
+            "the whole-video teacher's",
+        )
     if kind in ("tf_dcm", "tf_scm"):
-        return _share(scores[name, "2 steps"], scores[f"tf_{pattern}", "many steps"], CONSISTENCY_SHARE, "the causal teacher's")
-    return _not_worse(scores[name, "2 steps"], scores[f"{SELF_FORCED_START[pattern]}_{pattern}", "2 steps"])
+        return _share(
+            scores[name, "2 steps"],
+            scores[f"tf_{pattern}", "many steps"],
+            CONSISTENCY_SHARE,
+            "the causal teacher's",
+        )
+    return _not_worse(
+        scores[name, "2 steps"], scores[f"{SELF_FORCED_START[pattern]}_{pattern}", "2 steps"]
+    )
 
 
 def _share(mine: Scores, other: Scores, share: float, whose: str) -> tuple[str, bool]:
     limit = share * other.score
-    return f"score {mine.score:.1f} >= {limit:.1f} = {share:g} x {whose} {other.score:.1f}", mine.score >= limit
+    return (
+        f"score {mine.score:.1f} >= {limit:.1f} = {share:g} x {whose} {other.score:.1f}",
+        mine.score >= limit,
+    )
 
 
 def _not_worse(mine: Scores, start: Scores) -> tuple[str, bool]:
     sentence = (
-        f"2-step score {mine.score:.1f} >= {start.score:.1f} of its initialisation - {SELF_FORCED_MARGIN:g}, "
-        f"and caption accuracy {mine.captions:.2f} >= {SELF_FORCED_CAPTIONS:g}"
+        f"2-step score {mine.score:.1f} >= {start.score:.1f} of its initialisation -"
+        f" {SELF_FORCED_MARGIN:g}, and caption accuracy {mine.captions:.2f} >="
+        f" {SELF_FORCED_CAPTIONS:g}"
     )
-    return sentence, mine.score >= start.score - SELF_FORCED_MARGIN and mine.captions >= SELF_FORCED_CAPTIONS
+    return (
+        sentence,
+        mine.score >= start.score - SELF_FORCED_MARGIN and mine.captions >= SELF_FORCED_CAPTIONS,
+    )

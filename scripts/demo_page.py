@@ -18,35 +18,70 @@ from scripts.demo_gates import judge
 from scripts.demo_run import LONG_FRAMES, Demo
 from scripts.demo_stages import ABOUT, Stage
 
-SUBTITLE = """Coloured shapes move over a torus, asked for by captions. A slow teacher is distilled, stage by stage, into students
-that stream the same videos in 4, 2 or 1 steps. Everything here was trained and streamed on this machine."""
+SUBTITLE = """Coloured shapes move over a torus, asked for by captions. A slow teacher is distilled,
+stage by stage, into students that stream the same videos in 4, 2 or 1 steps. Everything here was
+trained and streamed on this machine."""
 COLUMNS = ("score", "joint", "colour", "shape", "direction", "motion", "realism", "diversity")
 COLOURS = {"bidirectional": 6, "tf": 4, "tf_dcm": 2, "tf_scm": 3, "sf_dmd": 1}
 ORDER = ("many steps", "4 steps", "2 steps", "1 step")
 NUM_STEPS = {"many steps": 50, "4 steps": 4, "2 steps": 2, "1 step": 1}
 
 EXPECT = {
-    "bidirectional": "Falls fast, then slowly to a plateau that is not zero: noise that nothing could predict remains.",
-    "tf": "Begins with the teacher's weights, so most of the fall is over in a few steps; then it learns to do without the future.",
-    "tf_dcm": "Falls quickly, then stays noisy: the target is the student itself at a slightly earlier time, and moves as it learns.",
-    "tf_scm": "May rise, and that is no fault: it is a squared tangent, and while the tangent's weight warms up (first 50 iterations) "
-    "more of it is counted. Judge this stage by its samples.",
-    "sf_dmd": "Two players. The student's loss is the gap between two score estimates and stays noisy around a level; the fake score's is "
-    "an ordinary denoising loss that should stay flat while it follows the student.",
+    "bidirectional": (
+        "Falls fast, then slowly to a plateau that is not zero: noise that nothing could predict"
+        " remains."
+    ),
+    "tf": (
+        "Begins with the teacher's weights, so most of the fall is over in a few steps; then it"
+        " learns to do without the future."
+    ),
+    "tf_dcm": (
+        "Falls quickly, then stays noisy: the target is the student itself at a slightly earlier"
+        " time, and moves as it learns."
+    ),
+    "tf_scm": (
+        "May rise, and that is no fault: it is a squared tangent, and while the tangent's weight"
+        " warms up (first 50 iterations) more of it is counted. Judge this stage by its samples."
+    ),
+    "sf_dmd": (
+        "Two players. The student's loss is the gap between two score estimates and stays noisy"
+        " around a level; the fake score's is an ordinary denoising loss that should stay flat"
+        " while it follows the student."
+    ),
 }
 
 GLOSSARY = {
-    "steps": "Network evaluations per chunk of a video. Where students are asked for 2 or 1, the first chunk still takes 4.",
-    "chunk, c3-3, c1-1": "Latent frames made together. c3-3: three at a time; c1-1: frame by frame, the lowest delay.",
-    "teacher": "A diffusion model sampled in many steps, from which the students learn. The whole-video one sees past and future.",
+    "steps": (
+        "Network evaluations per chunk of a video. Where students are asked for 2 or 1, the first"
+        " chunk still takes 4."
+    ),
+    "chunk, c3-3, c1-1": (
+        "Latent frames made together. c3-3: three at a time; c1-1: frame by frame, the lowest"
+        " delay."
+    ),
+    "teacher": (
+        "A diffusion model sampled in many steps, from which the students learn. The whole-video"
+        " one sees past and future."
+    ),
     "TF, teacher forcing": "Training every frame at once, each given the clean frames before it.",
-    "TF-dCM, TF-sCM": "Consistency distillation of the causal teacher: to jump to the end of its path from anywhere on it. d: learned from "
-    "pairs of neighbouring times; s: from the path's exact derivative.",
-    "SF-DMD": "Self-forced distribution matching: it rolls out its own videos, which are pushed towards what the teacher finds likely.",
-    "score": "0 to 100, exact arithmetic on pixels against the caption and the world: colour, shape, direction, smooth motion, realism, "
-    "diversity. Real videos reach 98.",
+    "TF-dCM, TF-sCM": (
+        "Consistency distillation of the causal teacher: to jump to the end of its path from"
+        " anywhere on it. d: learned from pairs of neighbouring times; s: from the path's exact"
+        " derivative."
+    ),
+    "SF-DMD": (
+        "Self-forced distribution matching: it rolls out its own videos, which are pushed towards"
+        " what the teacher finds likely."
+    ),
+    "score": (
+        "0 to 100, exact arithmetic on pixels against the caption and the world: colour, shape,"
+        " direction, smooth motion, realism, diversity. Real videos reach 98."
+    ),
     "joint": "Share of videos whose colour, shape and direction are all as asked for.",
-    "drift": "Worst later window of a long stream minus its first, in points of adherence: 0 is steady, negative decays.",
+    "drift": (
+        "Worst later window of a long stream minus its first, in points of adherence: 0 is steady,"
+        " negative decays."
+    ),
     "first frames": "Time from the prompt to the first pixels, for one video.",
     "FPS": "Pixel frames per second of one video, streamed alone on one core.",
 }
@@ -57,7 +92,11 @@ def write_page(demo: Demo, stages: Sequence[Stage], *, judged: bool, status: str
     on.
     """
     scores, record = demo.scores(), demo.record.stages
-    verdicts = {stage.name: verdict(stage, scores, judged=judged) for stage in stages if demo.record.is_scored(stage.name)}
+    verdicts = {
+        stage.name: verdict(stage, scores, judged=judged)
+        for stage in stages
+        if demo.record.is_scored(stage.name)
+    }
     return write_report(
         demo.folder,
         {
@@ -65,7 +104,12 @@ def write_page(demo: Demo, stages: Sequence[Stage], *, judged: bool, status: str
             "subtitle": SUBTITLE,
             "status": status,
             "machine": machine(demo.record.seconds),
-            "stages": [_stage(demo, stage, record.get(stage.name, {}), verdicts.get(stage.name, ("", None))) for stage in stages],
+            "stages": [
+                _stage(
+                    demo, stage, record.get(stage.name, {}), verdicts.get(stage.name, ("", None))
+                )
+                for stage in stages
+            ],
             "charts": _charts(stages, record),
             "tables": [_table(stages, record), _speeds(stages, record)],
             "videos": [*_videos(demo, stages, record), *_long_videos(demo, stages, record)],
@@ -92,11 +136,22 @@ def machine(seconds: float) -> dict[str, Any]:
     if torch.cuda.is_available():
         found["GPU (unused)"] = torch.cuda.get_device_name()
     minutes, rest = divmod(round(seconds), 60)
-    versions = {"Python": platform.python_version(), "torch": torch.__version__, "system": platform.platform(terse=True)}
-    return {**found, **versions, "wall time": f"{minutes} min {rest:02d} s", "date": time.strftime("%Y-%m-%d")}
+    versions = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.platform(terse=True),
+    }
+    return {
+        **found,
+        **versions,
+        "wall time": f"{minutes} min {rest:02d} s",
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
-def _stage(demo: Demo, stage: Stage, entry: Mapping[str, Any], gate: tuple[str, bool | None]) -> dict[str, Any]:
+def _stage(
+    demo: Demo, stage: Stage, entry: Mapping[str, Any], gate: tuple[str, bool | None]
+) -> dict[str, Any]:
     done = bool(entry.get("scored"))
     return {
         "name": stage.name,
@@ -117,31 +172,59 @@ def _charts(stages: Sequence[Stage], record: Mapping) -> list[dict[str, Any]]:
         for stage in stages:
             plans = record.get(stage.name, {}).get("plans", {})
             if plans and stage.pattern in (pattern, None):
-                points = sorted([NUM_STEPS[label], plan["scores"]["score"]] for label, plan in plans.items())
+                points = sorted(
+                    [NUM_STEPS[label], plan["scores"]["score"]] for label, plan in plans.items()
+                )
                 lines.append({"name": stage.kind, "colour": COLOURS[stage.kind], "points": points})
-        note = "Higher is better; flat to the left is the aim: as good in 1 step as in 4." if len(lines) > 2 else ""
+        note = (
+            "Higher is better; flat to the left is the aim: as good in 1 step as in 4."
+            if len(lines) > 2
+            else ""
+        )
         if sum(len(line["points"]) for line in lines) < 2:
             continue
         axes = {"x": "steps per later chunk", "y": "score"}
-        charts.append({"title": f"Score against steps, {pattern}", **axes, "note": note, "lines": lines})
+        charts.append(
+            {"title": f"Score against steps, {pattern}", **axes, "note": note, "lines": lines}
+        )
     drifting = [stage for stage in stages if record.get(stage.name, {}).get("drift")]
     if drifting:
         lines = [
-            {"name": stage.name, "points": [[i, v] for i, (k, v) in enumerate(record[stage.name]["drift"].items(), 1) if "window " in k]}
+            {
+                "name": stage.name,
+                "points": [
+                    [i, v]
+                    for i, (k, v) in enumerate(record[stage.name]["drift"].items(), 1)
+                    if "window " in k
+                ],
+            }
             for stage in drifting
         ]
-        note = f"{LONG_FRAMES} frames, four times the length of the training videos. A falling line is drift."
+        note = (
+            f"{LONG_FRAMES} frames, four times the length of the training videos. A falling line is"
+            " drift."
+        )
         axes = {"x": "window of 17 frames", "y": "adherence"}
-        charts.append({"title": "Adherence along the long stream", **axes, "note": note, "lines": lines})
+        charts.append(
+            {"title": "Adherence along the long stream", **axes, "note": note, "lines": lines}
+        )
     return charts
 
 
 def _table(stages: Sequence[Stage], record: Mapping) -> dict[str, Any]:
     rows = [
-        {"stage": stage.name, "steps": label, "scores": {column: plan["scores"][column] for column in COLUMNS}}
+        {
+            "stage": stage.name,
+            "steps": label,
+            "scores": {column: plan["scores"][column] for column in COLUMNS},
+        }
         for stage, label, plan in _plans(stages, record)
     ]
-    return {"title": "By stage and steps of later chunks", "rows": rows, "better": {"score": "higher", "joint": "higher"}}
+    return {
+        "title": "By stage and steps of later chunks",
+        "rows": rows,
+        "better": {"score": "higher", "joint": "higher"},
+    }
 
 
 def _speeds(stages: Sequence[Stage], record: Mapping) -> dict[str, Any]:
@@ -151,7 +234,9 @@ def _speeds(stages: Sequence[Stage], record: Mapping) -> dict[str, Any]:
             "steps": label,
             "scores": {
                 "first frames, ms": 1000 * plan["speed"]["first_chunk"],
-                "each later chunk, ms": 1000 * plan["speed"]["later_chunks"] if stage.pattern else None,
+                "each later chunk, ms": (
+                    1000 * plan["speed"]["later_chunks"] if stage.pattern else None
+                ),
                 "FPS": plan["speed"]["fps"],
             },
         }
@@ -171,22 +256,44 @@ def _videos(demo: Demo, stages: Sequence[Stage], record: Mapping) -> list[dict[s
     videos = []
     for stage, label, plan in _plans(stages, record):
         teacher, name = teacher_of(stage.name), stem(stage.name, label)
-        if teacher and stage.kind != "tf" and (demo.folder / "videos" / f"{stem(*teacher)}.mp4").is_file():
+        if (
+            teacher
+            and stage.kind != "tf"
+            and (demo.folder / "videos" / f"{stem(*teacher)}.mp4").is_file()
+        ):
             path = f"videos/{stem(*teacher)}.mp4"
-            above = {"title": ORDER[0], "facts": [f"its teacher, {teacher[0]}"], "path": path, "group": stage.name}
+            above = {
+                "title": ORDER[0],
+                "facts": [f"its teacher, {teacher[0]}"],
+                "path": path,
+                "group": stage.name,
+            }
             videos += [] if above in videos else [above]
-        beside = f"Above its teacher {teacher[0]} on the same noise, below {stage.name} in {label}. " if teacher else ""
+        beside = (
+            f"Above its teacher {teacher[0]} on the same noise, below {stage.name} in {label}. "
+            if teacher
+            else ""
+        )
         videos.append(
             {
                 "title": label,
                 "caption": f"{beside}From left to right: {'; '.join(prompts[:LARGE])}.",
-                "facts": [f"score {plan['scores']['score']:.1f}", f"{plan['speed']['fps']:.0f} FPS"],
+                "facts": [
+                    f"score {plan['scores']['score']:.1f}",
+                    f"{plan['speed']['fps']:.0f} FPS",
+                ],
                 "path": f"videos/{name}.mp4",
                 "beside": f"videos/{name}_large.mp4",
                 "group": stage.name,
             }
         )
-    return sorted(videos, key=lambda video: ([stage.name for stage in stages].index(video["group"]), ORDER.index(video["title"])))
+    return sorted(
+        videos,
+        key=lambda video: (
+            [stage.name for stage in stages].index(video["group"]),
+            ORDER.index(video["title"]),
+        ),
+    )
 
 
 def _long_videos(demo: Demo, stages: Sequence[Stage], record: Mapping) -> list[dict[str, Any]]:
@@ -194,7 +301,10 @@ def _long_videos(demo: Demo, stages: Sequence[Stage], record: Mapping) -> list[d
     return [
         {
             "title": stage.name,
-            "facts": [f"{LONG_FRAMES} frames", f"drift {record[stage.name]['drift']['drift over 4 windows']:+.1f} points"],
+            "facts": [
+                f"{LONG_FRAMES} frames",
+                f"drift {record[stage.name]['drift']['drift over 4 windows']:+.1f} points",
+            ],
             "caption": f"4 steps for the first chunk, 2 for each later one: {'; '.join(prompts)}.",
             "path": f"videos/{stage.name}_long.mp4",
             "section": "drift",
@@ -205,4 +315,8 @@ def _long_videos(demo: Demo, stages: Sequence[Stage], record: Mapping) -> list[d
 
 
 def _plans(stages: Sequence[Stage], record: Mapping) -> list[tuple[Stage, str, Mapping]]:
-    return [(stage, label, plan) for stage in stages for label, plan in list(record.get(stage.name, {}).get("plans", {}).items())]
+    return [
+        (stage, label, plan)
+        for stage in stages
+        for label, plan in list(record.get(stage.name, {}).get("plans", {}).items())
+    ]

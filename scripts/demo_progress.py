@@ -26,16 +26,31 @@ class Board:
     `branches` as run: one after another inside a branch, branches after the first side by side.
     """
 
-    def __init__(self, branches: Sequence[Sequence[Stage]], *, console: Console | None = None) -> None:
+    def __init__(
+        self, branches: Sequence[Sequence[Stage]], *, console: Console | None = None
+    ) -> None:
         self._branches = branches
         self._stages = [stage for one in branches for stage in one]
         self._done = {stage.name: 0.0 for stage in self._stages}
         self._doing: dict[str, str] = {}
         self._begun: dict[str, tuple[float, float]] = {}
-        self._start, self._resumed, self._spoken, self._lock = time.monotonic(), 0.0, 0.0, threading.Lock()
+        self._start, self._resumed, self._spoken, self._lock = (
+            time.monotonic(),
+            0.0,
+            0.0,
+            threading.Lock(),
+        )
         self.console = console or Console(file=sys.stdout, highlight=False)
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=28), TextColumn("{task.fields[told]}"))
-        self._bars = Progress(*columns, console=self.console, transient=True) if self.console.is_terminal else None
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.fields[told]}"),
+        )
+        self._bars = (
+            Progress(*columns, console=self.console, transient=True)
+            if self.console.is_terminal
+            else None
+        )
         self._rows: dict[str, int] = {}
 
     def drawing(self) -> AbstractContextManager[object]:
@@ -48,7 +63,9 @@ class Board:
 
     def number(self, name: str) -> str:
         """ "stage k of n"."""
-        return f"stage {1 + [stage.name for stage in self._stages].index(name)} of {len(self._stages)}"
+        return (
+            f"stage {1 + [stage.name for stage in self._stages].index(name)} of {len(self._stages)}"
+        )
 
     def resume(self, shares: Mapping[str, float]) -> None:
         """Work of earlier sessions, by stage; the clock of this one starts."""
@@ -76,14 +93,21 @@ class Board:
 
     def show(self) -> None:
         """Draw once."""
-        lines = [(name, f"{self.number(name)}  {name}", self._done[name], self._left_of(name)) for name in list(self._doing)]
+        lines = [
+            (name, f"{self.number(name)}  {name}", self._done[name], self._left_of(name))
+            for name in list(self._doing)
+        ]
         total = sum(sum(stage.cost) for stage in self._stages)
         lines.append(("", "all", self._cost_done() / total, self.left()))
         if self._bars is not None:
             self._draw(lines)
         elif time.monotonic() - self._spoken > PLAIN_EVERY:
             self._spoken = time.monotonic()
-            self.say("; ".join(f"{text} {share:.0%}, {_time(left)} left" for _, text, share, left in lines))
+            self.say(
+                "; ".join(
+                    f"{text} {share:.0%}, {_time(left)} left" for _, text, share, left in lines
+                )
+            )
 
     def _draw(self, lines: Sequence[tuple[str, str, float, float | None]]) -> None:
         assert self._bars is not None
@@ -94,7 +118,9 @@ class Board:
             if name not in self._rows:
                 self._rows[name] = self._bars.add_task(text, total=1.0, told="")
             doing = f", {self._doing[name]}" if name in self._doing else ""
-            self._bars.update(self._rows[name], completed=share, told=f"{share:4.0%}  {_time(left)} left{doing}")
+            self._bars.update(
+                self._rows[name], completed=share, told=f"{share:4.0%}  {_time(left)} left{doing}"
+            )
 
     def _left_of(self, name: str) -> float | None:
         since, share = self._begun.get(name, (0.0, 0.0))
@@ -106,7 +132,10 @@ class Board:
 
     def _path(self, done: Mapping[str, float]) -> float:
         """Cost left along the longest way, given the share done of each stage."""
-        first, *others = [sum((1 - done.get(stage.name, 0.0)) * sum(stage.cost) for stage in one) for one in self._branches]
+        first, *others = [
+            sum((1 - done.get(stage.name, 0.0)) * sum(stage.cost) for stage in one)
+            for one in self._branches
+        ]
         return first + max(others, default=0.0)
 
     def _done_path(self) -> float:

@@ -45,17 +45,34 @@ class Record:
             found = json.loads(path.read_text())
             stored, seconds, stages = found["settings"], found["seconds"], found["stages"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} is not the record of a demo ({error}); begin anew with --fresh, or choose another --out") from error
+            raise ConfigError(
+                f"{path} is not the record of a demo ({error}); begin anew with --fresh, or choose"
+                " another --out"
+            ) from error
         other = [key for key in settings if stored.get(key) != settings[key]]
         if other:
-            told = ", ".join(f"{key} {stored.get(key)} there, {settings[key]} here" for key in other)
-            raise ConfigError(f"{folder} holds a demo with other settings ({told}); begin anew with --fresh, or choose another --out")
+            told = ", ".join(
+                f"{key} {stored.get(key)} there, {settings[key]} here" for key in other
+            )
+            raise ConfigError(
+                f"{folder} holds a demo with other settings ({told}); begin anew with --fresh, or"
+                " choose another --out"
+            )
         return cls(folder, settings, seconds, stages)
 
     def stage(self, name: str) -> dict[str, Any]:
         """The entry of a stage, empty at first."""
         with self._lock:
-            return self.stages.setdefault(name, {"trained": False, "train_seconds": 0.0, "score_seconds": 0.0, "plans": {}, "drift": {}})
+            return self.stages.setdefault(
+                name,
+                {
+                    "trained": False,
+                    "train_seconds": 0.0,
+                    "score_seconds": 0.0,
+                    "plans": {},
+                    "drift": {},
+                },
+            )
 
     def is_scored(self, name: str) -> bool:
         """Whether nothing is left to do for a stage."""
@@ -64,5 +81,9 @@ class Record:
     def write(self) -> None:
         """Write the file, whole."""
         with self._lock:
-            record = {"settings": dict(self.settings), "seconds": round(self.seconds, 1), "stages": self.stages}
+            record = {
+                "settings": dict(self.settings),
+                "seconds": round(self.seconds, 1),
+                "stages": self.stages,
+            }
             write_atomically(self.folder / FILE_NAME, json.dumps(record, indent=1) + "\n")

@@ -52,12 +52,30 @@ class Demo:
     is called after every result.
     """
 
-    def __init__(self, record: Record, board: Board, *, scale: float, num_videos: int, changed: Callable[[], None]) -> None:
-        self.record, self.board, self.folder, self.scale, self.changed = record, board, record.folder, scale, changed
+    def __init__(
+        self,
+        record: Record,
+        board: Board,
+        *,
+        scale: float,
+        num_videos: int,
+        changed: Callable[[], None],
+    ) -> None:
+        self.record, self.board, self.folder, self.scale, self.changed = (
+            record,
+            board,
+            record.folder,
+            scale,
+            changed,
+        )
         self.world = ToyWorld(WORLD)
         self.scorer = ToyScorer(self.world)
         self.prompts = (self.world.prompts() * 8)[:num_videos]
-        self._stop, self._running, self._iterations = threading.Event(), set[subprocess.Popen](), dict[str, int]()
+        self._stop, self._running, self._iterations = (
+            threading.Event(),
+            set[subprocess.Popen](),
+            dict[str, int](),
+        )
 
     @property
     def long_prompts(self) -> list[str]:
@@ -70,7 +88,15 @@ class Demo:
 
     def build_data(self) -> None:
         """Shards of the toy world in the release's layout; those that are whole stay."""
-        command = ["data", "build", "--source", "toy", "--out", str(self.folder / "data"), *DATA_ARGUMENTS]
+        command = [
+            "data",
+            "build",
+            "--source",
+            "toy",
+            "--out",
+            str(self.folder / "data"),
+            *DATA_ARGUMENTS,
+        ]
         self._call(command, log="data", threads=1, watch=lambda: None)
 
     def train(self, stage: Stage, *, threads: int) -> None:
@@ -78,19 +104,35 @@ class Demo:
         entry = self.record.stage(stage.name)
         if entry["trained"]:
             return
-        total, begin, train_share = self.iterations(stage), time.perf_counter(), stage.cost[0] / sum(stage.cost)
+        total, begin, train_share = (
+            self.iterations(stage),
+            time.perf_counter(),
+            stage.cost[0] / sum(stage.cost),
+        )
 
         def watch() -> None:
             done = last_iteration(self.run(stage.name) / "metrics.jsonl")
-            self.board.update(stage.name, train_share * done / total, f"iteration {done} of {total}" if done else "starting")
+            self.board.update(
+                stage.name,
+                train_share * done / total,
+                f"iteration {done} of {total}" if done else "starting",
+            )
 
         try:
-            self._call(["train", *self._overrides(stage, total)], log=stage.name, threads=threads, watch=watch)
+            self._call(
+                ["train", *self._overrides(stage, total)],
+                log=stage.name,
+                threads=threads,
+                watch=watch,
+            )
         finally:
             entry["train_seconds"] += time.perf_counter() - begin
             self.record.write()
         if checkpointed_iteration(self.run(stage.name)) != total:
-            raise Failed(f"stage {stage.name} ended before iteration {total}; see {self.folder / 'logs' / stage.name}.log")
+            raise Failed(
+                f"stage {stage.name} ended before iteration {total}; see"
+                f" {self.folder / 'logs' / stage.name}.log"
+            )
         entry["trained"] = True
         self.record.write()
 
@@ -106,13 +148,19 @@ class Demo:
         lengthy = stage.kind == "sf_dmd"
         first, rest = stage.cost[0] / sum(stage.cost), stage.cost[1] / sum(stage.cost)
         for i, (label, recipe) in enumerate(plans):
-            self.board.update(stage.name, first + rest * i / (len(plans) + lengthy), f"sampling in {label}")
+            self.board.update(
+                stage.name, first + rest * i / (len(plans) + lengthy), f"sampling in {label}"
+            )
             if label not in entry["plans"]:
                 entry["plans"][label] = self._sampled(stage, model, label, recipe)
                 self.record.write()
             self._check_stop()
         if lengthy and not entry["drift"]:
-            self.board.update(stage.name, first + rest * len(plans) / (len(plans) + 1), f"streaming {LONG_FRAMES} frames")
+            self.board.update(
+                stage.name,
+                first + rest * len(plans) / (len(plans) + 1),
+                f"streaming {LONG_FRAMES} frames",
+            )
             entry["drift"] = self._drift(stage, model)
         entry["score_seconds"] += time.perf_counter() - begin
         entry["scored"] = True
@@ -123,7 +171,11 @@ class Demo:
 
     def scores(self) -> dict[tuple[str, str], Scores]:
         """By stage and sampler, of everything scored."""
-        return {(name, label): Scores(plan["scores"]) for name, e in list(self.record.stages.items()) for label, plan in e["plans"].items()}
+        return {
+            (name, label): Scores(plan["scores"])
+            for name, e in list(self.record.stages.items())
+            for label, plan in e["plans"].items()
+        }
 
     def history(self, name: str) -> dict[str, list[list[float]]]:
         """Logged losses of a stage by term: [[step, loss], ...]."""
@@ -142,17 +194,29 @@ class Demo:
         """
         if stage.name not in self._iterations:
             registry_distill.register()
-            run = compose_run([f"experiment={stage.experiment}", *stage.overrides], require_inputs=False)
+            run = compose_run(
+                [f"experiment={stage.experiment}", *stage.overrides], require_inputs=False
+            )
             full = run.config.trainer.max_iter
-            self._iterations[stage.name] = full if self.scale == 1 else max(2, round(full * self.scale))
+            self._iterations[stage.name] = (
+                full if self.scale == 1 else max(2, round(full * self.scale))
+            )
         return self._iterations[stage.name]
 
     def share(self, stage: Stage) -> float:
         """How much of a stage earlier sessions did, 0 to 1."""
-        entry, train, total = self.record.stages.get(stage.name, {}), stage.cost[0] / sum(stage.cost), self.iterations(stage)
+        entry, train, total = (
+            self.record.stages.get(stage.name, {}),
+            stage.cost[0] / sum(stage.cost),
+            self.iterations(stage),
+        )
         if entry.get("scored"):
             return 1.0
-        return train if entry.get("trained") else train * (checkpointed_iteration(self.run(stage.name)) or 0) / total
+        return (
+            train
+            if entry.get("trained")
+            else train * (checkpointed_iteration(self.run(stage.name)) or 0) / total
+        )
 
     def stop(self) -> None:
         """Ask everything to stop: training processes save and end, scoring ends after the sampler
@@ -184,29 +248,49 @@ class Demo:
             *([] if self.scale == 1 else [f"trainer.max_iter={total}"]),
         ]
 
-    def _sampled(self, stage: Stage, model: LoadedModel, label: str, recipe: SamplingRecipe | None) -> dict:
+    def _sampled(
+        self, stage: Stage, model: LoadedModel, label: str, recipe: SamplingRecipe | None
+    ) -> dict:
         video, _ = model.generate(self.prompts, recipe=recipe, seed=SEED)
         scores = self.scorer.score(video.clamp(-1, 1), self.prompts).as_dict()
-        alone = measure(lambda: model.stream(self.prompts[:1], recipe=recipe, seed=SEED), warmup=0, num_runs=1)
+        alone = measure(
+            lambda: model.stream(self.prompts[:1], recipe=recipe, seed=SEED), warmup=0, num_runs=1
+        )
         keep_clips(self.folder, stage, label, video, self.prompts)
-        return {"scores": scores, "speed": {"first_chunk": alone.first_chunk, "later_chunks": alone.later_chunks, "fps": alone.fps}}
+        return {
+            "scores": scores,
+            "speed": {
+                "first_chunk": alone.first_chunk,
+                "later_chunks": alone.later_chunks,
+                "fps": alone.fps,
+            },
+        }
 
     def _drift(self, stage: Stage, model: LoadedModel) -> dict[str, float]:
         """Adherence per window of a stream four times as long as the training videos, 2 steps per
         later chunk.
         """
         prompts = self.long_prompts
-        video, _ = model.generate(prompts, recipe=model.trained_recipe.with_steps(4, 2), num_frames=LONG_FRAMES, seed=LONG_SEED)
+        video, _ = model.generate(
+            prompts,
+            recipe=model.trained_recipe.with_steps(4, 2),
+            num_frames=LONG_FRAMES,
+            seed=LONG_SEED,
+        )
         report = self.scorer.drift(video.clamp(-1, 1), prompts)
         keep_drift(self.folder, stage, video, prompts)
-        windows = {f"adherence in window {i + 1}": value for i, value in enumerate(report.adherence)}
+        windows = {
+            f"adherence in window {i + 1}": value for i, value in enumerate(report.adherence)
+        }
         return {**windows, "drift over 4 windows": report.drift}
 
     def _check_stop(self) -> None:
         if self._stop.is_set():
             raise Stopped
 
-    def _call(self, words: Sequence[str], *, log: str, threads: int, watch: Callable[[], None]) -> None:
+    def _call(
+        self, words: Sequence[str], *, log: str, threads: int, watch: Callable[[], None]
+    ) -> None:
         """Run `rcm WORDS` with its output in a log, watching; `Failed` with the end of the log,
         `Stopped` when asked to stop.
         """
@@ -219,7 +303,13 @@ class Demo:
         with open(path, "a") as out:
             # In a session of its own: Ctrl-C reaches the demo alone, which asks each process once,
             # and waits until it has saved.
-            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
             self._running.add(process)
             if self._stop.is_set():
                 process.send_signal(signal.SIGINT)
@@ -231,7 +321,10 @@ class Demo:
         self._check_stop()
         if process.returncode:
             tail = "\n".join(path.read_text().splitlines()[-15:])
-            raise Failed(f"rcm {words[0]} failed with exit status {process.returncode}; the end of {path}:\n{tail}")
+            raise Failed(
+                f"rcm {words[0]} failed with exit status {process.returncode}; the end of"
+                f" {path}:\n{tail}"
+            )
 
 
 def sampling_plans(model: LoadedModel) -> list[tuple[str, SamplingRecipe | None]]:
@@ -241,7 +334,10 @@ def sampling_plans(model: LoadedModel) -> list[tuple[str, SamplingRecipe | None]
     recipe = model.recipe
     if recipe is None or recipe.kind == "ode":
         return [("many steps", recipe)]
-    return [(f"{steps[-1]} step{'s' if steps[-1] > 1 else ''}", recipe.with_steps(*steps)) for steps in STEPS]
+    return [
+        (f"{steps[-1]} step{'s' if steps[-1] > 1 else ''}", recipe.with_steps(*steps))
+        for steps in STEPS
+    ]
 
 
 def last_iteration(path: Path) -> int:
@@ -261,7 +357,9 @@ def checkpointed_iteration(job: Path) -> int | None:
 
 def told(entry: dict) -> str:
     """A scored stage in one line."""
-    scores = ", ".join(f"{plan['scores']['score']:.1f} in {label}" for label, plan in entry["plans"].items())
+    scores = ", ".join(
+        f"{plan['scores']['score']:.1f} in {label}" for label, plan in entry["plans"].items()
+    )
     seconds = entry["train_seconds"] + entry["score_seconds"]
     return f"{seconds:4.0f} s   score {scores}"
 

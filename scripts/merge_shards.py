@@ -27,10 +27,32 @@ from rcm.inference.outcome import command
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; argparse ends the process with status 2 for a wrong one."""
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("shards", nargs="+", metavar="PATTERN", help="shards: names, globs, or bash's braces, in quotes")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the larger shards go, a folder of their own")
-    parser.add_argument("--shard_size", "--shard-size", type=int, default=1000, metavar="N", help="samples per shard [%(default)s]")
+    parser = Arguments(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "shards",
+        nargs="+",
+        metavar="PATTERN",
+        help="shards: names, globs, or bash's braces, in quotes",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="where the larger shards go, a folder of their own",
+    )
+    parser.add_argument(
+        "--shard_size",
+        "--shard-size",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="samples per shard [%(default)s]",
+    )
     return parser.parse_args(argv)
 
 
@@ -40,7 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     try:
         check_build(options.out, num=None, shard_size=options.shard_size)
-        paths = list(dict.fromkeys(path for pattern in options.shards for path in expand_pattern(pattern, knob="the pattern")))
+        paths = list(
+            dict.fromkeys(
+                path
+                for pattern in options.shards
+                for path in expand_pattern(pattern, knob="the pattern")
+            )
+        )
         written = merge_shards(paths, options.out, shard_size=options.shard_size)
     except (ConfigError, CheckpointError, ShardError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

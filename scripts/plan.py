@@ -35,14 +35,34 @@ OWN_KEYS = {"gpus": 2**16, "gpu": None, "memory_gib": 2**20, "global_batch": 2**
 
 def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str], list[str]]:
     """Flags, the planner's own words, and the overrides of the config."""
-    parser = Arguments(prog="scripts.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=DEFAULT_REGISTRY, metavar="REGISTRY", help="as for scripts.train [%(default)s]")
+    parser = Arguments(
+        prog="scripts.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config",
+        default=DEFAULT_REGISTRY,
+        metavar="REGISTRY",
+        help="as for scripts.train [%(default)s]",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
-    parser.add_argument("--as-is", "--as_is", action="store_true", help="predict the configured layout only, search for no other")
-    parser.add_argument("words", nargs="+", metavar="key=value", help=f"config keys, and {', '.join(OWN_KEYS)}")
+    parser.add_argument(
+        "--as-is",
+        "--as_is",
+        action="store_true",
+        help="predict the configured layout only, search for no other",
+    )
+    parser.add_argument(
+        "words", nargs="+", metavar="key=value", help=f"config keys, and {', '.join(OWN_KEYS)}"
+    )
     flags = parser.parse_intermixed_args(argv)
     own = [word for word in flags.words if "=" in word and word.split("=")[0] in OWN_KEYS]
-    return flags, dict(word.split("=", 1) for word in own), [word for word in flags.words if word not in own]
+    return (
+        flags,
+        dict(word.split("=", 1) for word in own),
+        [word for word in flags.words if word not in own],
+    )
 
 
 def whole(own: dict[str, str], key: str) -> int | None:
@@ -85,28 +105,40 @@ def print_prediction(found: Prediction) -> None:
     """Memory and time of one layout: states, then each kind of iteration."""
     job = found.job
     print(
-        f"  {job.ranks} ranks, {job.data_ranks} data ranks x batch {job.batch} x accumulation {job.accumulation} = "
-        f"global batch {job.global_batch}; fsdp_shard_size {job.shard_ranks}, context_parallel_size {job.context}, "
-        f"recompute {', '.join(sorted({told_recompute(net) for net in job.nets if net.trained}))}"
+        f"  {job.ranks} ranks, {job.data_ranks} data ranks x batch {job.batch} x accumulation"
+        f" {job.accumulation} = global batch {job.global_batch}; fsdp_shard_size {job.shard_ranks},"
+        f" context_parallel_size {job.context}, recompute"
+        f" {', '.join(sorted({told_recompute(net) for net in job.nets if net.trained}))}"
     )
     print(f"  always there: {gib(found.state_bytes).strip()}")
     print_terms(found.states)
     for phase in found.phases:
         often = "" if len(found.phases) == 1 else f" ({phase.share:.0%} of the iterations)"
-        print(f"  {phase.role} iteration{often}: peak {gib(phase.peak).strip()} in '{phase.fullest}', {seconds(phase.seconds)}")
+        print(
+            f"  {phase.role} iteration{often}: peak {gib(phase.peak).strip()} in '{phase.fullest}',"
+            f" {seconds(phase.seconds)}"
+        )
         print_terms(phase.terms)
         told: dict[str, list[float]] = {}
         for step in phase.passes:
             row = told.setdefault(f"{step.name} ({step.mode})", [0.0, 0.0, 0.0])
-            row[0], row[1], row[2] = max(row[0], step.bytes), row[1] + step.seconds, row[2] + step.flops
+            row[0], row[1], row[2] = (
+                max(row[0], step.bytes),
+                row[1] + step.seconds,
+                row[2] + step.flops,
+            )
         for name, (size, timing, flops) in told.items():
-            print(f"      pass {name:<42} {gib(size)} beside the states, {seconds(timing):>9}, {flops / 1e12:10.2f} TFLOP")
+            print(
+                f"      pass {name:<42} {gib(size)} beside the states, {seconds(timing):>9},"
+                f" {flops / 1e12:10.2f} TFLOP"
+            )
         print(f"      update {'':<40} {'':>29} {seconds(phase.update_seconds):>9}")
     verdict = "fits" if found.fits else "DOES NOT FIT"
     scale = "" if found.card.measured else " (rates scaled from the H200's)"
     print(
-        f"  => needs {gib(found.reserved).strip()} of {found.card.gib:g} GiB with the allocator's slack: {verdict}; "
-        f"{seconds(found.seconds)} per iteration on {found.card.name}{scale}, {found.seconds_per_sample:.3f} s per sample"
+        f"  => needs {gib(found.reserved).strip()} of {found.card.gib:g} GiB with the allocator's"
+        f" slack: {verdict}; {seconds(found.seconds)} per iteration on {found.card.name}{scale},"
+        f" {found.seconds_per_sample:.3f} s per sample"
     )
 
 
@@ -118,13 +150,20 @@ def seconds(value: float) -> str:
 def told_recompute(net: NetPlan) -> str:
     """The mode, and of which blocks where not of all."""
     some = net.recomputed_blocks not in (0, net.config.num_layers)
-    return f"{net.recompute} ({net.recomputed_blocks} of {net.config.num_layers} blocks)" if some else net.recompute
+    return (
+        f"{net.recompute} ({net.recomputed_blocks} of {net.config.num_layers} blocks)"
+        if some
+        else net.recompute
+    )
 
 
 def keys_of(found: Prediction) -> list[str]:
     """The overrides that give this layout."""
     job, nets = found.job, {"student": "net", "fake_score": "net_fake_score"}
-    keys = [f"model.config.fsdp_shard_size={job.shard_ranks}", f"model_parallel.context_parallel_size={job.context}"]
+    keys = [
+        f"model.config.fsdp_shard_size={job.shard_ranks}",
+        f"model_parallel.context_parallel_size={job.context}",
+    ]
     for net in (net for net in job.nets if net.trained):
         sac = f"model.config.{nets[net.role]}.sac_config"
         keys.append(f"{sac}.mode={net.recompute}")
@@ -141,7 +180,10 @@ def print_proposal(proposal: Proposal, wider: Prediction | None) -> None:
         print_prediction(proposal.best)
         return
     small = proposal.smallest
-    print(f"  nothing fits {small.card.gib:g} GiB. The layout that needs least, {gib(small.reserved).strip()}:")
+    print(
+        f"  nothing fits {small.card.gib:g} GiB. The layout that needs least,"
+        f" {gib(small.reserved).strip()}:"
+    )
     print("  " + " ".join(keys_of(small)))
     print_prediction(small)
     print("  what would fit:")
@@ -149,18 +191,30 @@ def print_proposal(proposal: Proposal, wider: Prediction | None) -> None:
         if small.reserved <= other.gib * GIB:
             print(f"    this layout on cards of {other.gib:g} GiB (gpu={other.name})")
     if wider is not None:
-        print(f"    gpus={wider.job.ranks} of these cards: {' '.join(keys_of(wider))} (global batch {wider.job.global_batch})")
+        print(
+            f"    gpus={wider.job.ranks} of these cards: {' '.join(keys_of(wider))} (global batch"
+            f" {wider.job.global_batch})"
+        )
     if any("rollout's last steps" in step.name for phase in small.phases for step in phase.passes):
         print("    back-propagating one chunk at a time: the experiment's _replayed variant")
-    print("    fewer latent frames or a smaller resolution: model.config.state_t, model.config.resolution")
+    print(
+        "    fewer latent frames or a smaller resolution: model.config.state_t,"
+        " model.config.resolution"
+    )
 
 
 def plan(flags: argparse.Namespace, own: dict[str, str], overrides: list[str]) -> dict[str, Any]:
     """Predict, search, print; everything as plain data."""
     ranks, chosen, wanted = whole(own, "gpus") or 1, chosen_card(own), whole(own, "global_batch")
-    run = compose_run(overrides, registry=load_registry(flags.config), world_size=None, require_inputs=False)
+    run = compose_run(
+        overrides, registry=load_registry(flags.config), world_size=None, require_inputs=False
+    )
     print(f"{run.experiment or 'this run'} on {ranks} x {chosen.name} ({chosen.gib:g} GiB)")
-    record: dict[str, Any] = {"experiment": run.experiment, "overrides": overrides, "card": asdict(chosen)}
+    record: dict[str, Any] = {
+        "experiment": run.experiment,
+        "overrides": overrides,
+        "card": asdict(chosen),
+    }
     try:
         as_configured = predict(plan_job(run, ranks=ranks), chosen)
     except ConfigError as error:
@@ -177,7 +231,10 @@ def plan(flags: argparse.Namespace, own: dict[str, str], overrides: list[str]) -
     wider = None if proposal.best is not None else enough_ranks(job, chosen)
     print_proposal(proposal, wider)
     found = {"proposed": proposal.best, "smallest": proposal.smallest}
-    return record | {name: None if it is None else {"keys": keys_of(it), **plain(it)} for name, it in found.items()}
+    return record | {
+        name: None if it is None else {"keys": keys_of(it), **plain(it)}
+        for name, it in found.items()
+    }
 
 
 def alone(run: Run) -> Run:
@@ -190,12 +247,23 @@ def alone(run: Run) -> Run:
 def plain(found: Prediction) -> dict[str, Any]:
     """A prediction as plain data: layout, terms and passes in bytes and seconds."""
     job = found.job
-    layout = {"ranks": job.ranks, "fsdp_shard_size": job.shard_ranks, "context_parallel_size": job.context}
-    layout |= {"batch": job.batch, "accumulation": job.accumulation, "global_batch": job.global_batch}
+    layout = {
+        "ranks": job.ranks,
+        "fsdp_shard_size": job.shard_ranks,
+        "context_parallel_size": job.context,
+    }
+    layout |= {
+        "batch": job.batch,
+        "accumulation": job.accumulation,
+        "global_batch": job.global_batch,
+    }
     layout["recompute"] = {net.role: told_recompute(net) for net in job.nets if net.trained}
     needed = {"peak_bytes": found.peak, "reserved_bytes": found.reserved, "fits": found.fits}
     taken = {"seconds": found.seconds, "seconds_per_sample": found.seconds_per_sample}
-    terms = {"states": [asdict(term) for term in found.states], "phases": [asdict(phase) for phase in found.phases]}
+    terms = {
+        "states": [asdict(term) for term in found.states],
+        "phases": [asdict(phase) for phase in found.phases],
+    }
     return {"layout": layout, **needed, **taken, **terms}
 
 

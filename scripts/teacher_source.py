@@ -47,24 +47,73 @@ _PRECISIONS = ("bf16", "fp32", "bf16_fp32_time", "fp64")
 def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `--source teacher`, under both spellings."""
     group = parser.add_argument_group(
-        "teacher", "Without --teacher: Wan2.1-14B at 480p, 81 frames, as the released data were made; with it, as the checkpoint says."
+        "teacher",
+        "Without --teacher: Wan2.1-14B at 480p, 81 frames, as the released data were made; with it,"
+        " as the checkpoint says.",
     )
 
     def add(name: str, **options: object) -> None:
         group.add_argument(*dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")), **options)
 
-    add("prompts", type=Path, metavar="FILE", help="a prompt per line, or .csv / .jsonl with a prompt, caption or text column")
-    add("skip_bad_prompts", action="store_true", help="warn about empty or too long prompts and leave them out")
-    add("max_prompt_chars", type=int, default=MAX_PROMPT_CHARS, help="longer prompts are refused [%(default)s]")
-    add("teacher", metavar="PATH", help="job folder, iter_* folder or exported file of this package, which describes itself")
-    add("weights", choices=("ema", "reg"), default="ema", help="averaged or last weights, where a file has both [%(default)s]")
-    add("dit_path", type=Path, metavar="FILE", help="original or converted Wan weights [assets/checkpoints/Wan2.1-T2V-<model_size>.pth]")
-    add("model_size", choices=("1.3B", "14B", "auto"), help="network of --dit_path; auto: what the file holds [14B]")
-    add("text_encoder_path", type=Path, metavar="FILE", help="umT5 weights [assets/checkpoints/models_t5_umt5-xxl-enc-bf16.pth]")
-    add("tokenizer_path", dest="tokenizer", type=Path, metavar="FOLDER", help="umT5's tokenizer [beside its weights]")
+    add(
+        "prompts",
+        type=Path,
+        metavar="FILE",
+        help="a prompt per line, or .csv / .jsonl with a prompt, caption or text column",
+    )
+    add(
+        "skip_bad_prompts",
+        action="store_true",
+        help="warn about empty or too long prompts and leave them out",
+    )
+    add(
+        "max_prompt_chars",
+        type=int,
+        default=MAX_PROMPT_CHARS,
+        help="longer prompts are refused [%(default)s]",
+    )
+    add(
+        "teacher",
+        metavar="PATH",
+        help="job folder, iter_* folder or exported file of this package, which describes itself",
+    )
+    add(
+        "weights",
+        choices=("ema", "reg"),
+        default="ema",
+        help="averaged or last weights, where a file has both [%(default)s]",
+    )
+    add(
+        "dit_path",
+        type=Path,
+        metavar="FILE",
+        help="original or converted Wan weights [assets/checkpoints/Wan2.1-T2V-<model_size>.pth]",
+    )
+    add(
+        "model_size",
+        choices=("1.3B", "14B", "auto"),
+        help="network of --dit_path; auto: what the file holds [14B]",
+    )
+    add(
+        "text_encoder_path",
+        type=Path,
+        metavar="FILE",
+        help="umT5 weights [assets/checkpoints/models_t5_umt5-xxl-enc-bf16.pth]",
+    )
+    add(
+        "tokenizer_path",
+        dest="tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="umT5's tokenizer [beside its weights]",
+    )
     add("text_cache", type=Path, metavar="FOLDER", help="keep and reuse text embeddings there")
     add(
-        "random_weights", action="store_true", help="RANDOM network and text encoder of the full size, to measure speed: no data come of it"
+        "random_weights",
+        action="store_true",
+        help=(
+            "RANDOM network and text encoder of the full size, to measure speed: no data come of it"
+        ),
     )
     add("resolution", choices=tuple(SIZES), help="with --aspect_ratio: pixels [480p]")
     add("aspect_ratio", choices=tuple(SIZES["480p"]), help="width to height [16:9]")
@@ -75,9 +124,19 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     add("batch", type=int, default=1, help="samples computed together [%(default)s]")
     add("precision", choices=_PRECISIONS, help="of the network [bf16; the checkpoint's]")
     add("attention", default="auto", help="attention back end [%(default)s]")
-    add("context_parallel_size", type=int, default=1, help="ranks that share each sample [%(default)s]")
+    add(
+        "context_parallel_size",
+        type=int,
+        default=1,
+        help="ranks that share each sample [%(default)s]",
+    )
     add("device", help="[cuda where there is one]")
-    add("write_negative_embedding", type=Path, metavar="FILE", help="store the negative prompt's embedding [L, E]; alone without --out")
+    add(
+        "write_negative_embedding",
+        type=Path,
+        metavar="FILE",
+        help="store the negative prompt's embedding [L, E]; alone without --out",
+    )
 
 
 def build_from_teacher(options: argparse.Namespace, *, dtype: torch.dtype) -> list[Path]:
@@ -89,18 +148,31 @@ def build_from_teacher(options: argparse.Namespace, *, dtype: torch.dtype) -> li
         raise ConfigError("--source teacher needs --prompts FILE")
     prompts = []
     if options.out is not None:
-        prompts = read_prompt_list(options.prompts, skip_bad=options.skip_bad_prompts, max_chars=options.max_prompt_chars)
+        prompts = read_prompt_list(
+            options.prompts, skip_bad=options.skip_bad_prompts, max_chars=options.max_prompt_chars
+        )
     num = len(prompts) if options.num is None else options.num
     require_seed(options.seed, knob="--seed", draws=num)
     with ExitStack() as stack:
         dims, device = _ranks(options, stack)
         if options.write_negative_embedding and dims.rank == 0:
-            print(write_negative_embedding(options.write_negative_embedding, _text_alone(options, device)), flush=True)
+            print(
+                write_negative_embedding(
+                    options.write_negative_embedding, _text_alone(options, device)
+                ),
+                flush=True,
+            )
         if options.out is None:
             return []
         teacher = _teacher(options, device)
         _refuse_unencodable(teacher.text, prompts)
-        sampler = TeacherSampler(teacher.over(dims), _recipe(options, teacher), prompts=prompts, seed=options.seed, dtype=dtype)
+        sampler = TeacherSampler(
+            teacher.over(dims),
+            _recipe(options, teacher),
+            prompts=prompts,
+            seed=options.seed,
+            dtype=dtype,
+        )
         return build_teacher_shards(
             options.out,
             sampler,
@@ -108,18 +180,26 @@ def build_from_teacher(options: argparse.Namespace, *, dtype: torch.dtype) -> li
             shard_size=options.shard_size,
             batch=options.batch,
             part=(dims.data_rank, dims.num_data_ranks),
-            told=Progress(label=f"rank {dims.rank}: " if dims.world_size > 1 else "") if dims.cp_rank == 0 else lambda done, total: None,
+            told=(
+                Progress(label=f"rank {dims.rank}: " if dims.world_size > 1 else "")
+                if dims.cp_rank == 0
+                else lambda done, total: None
+            ),
         )
 
 
 def check_sampler(options: argparse.Namespace) -> None:
     """`ConfigError` naming the flag for a number that no sampler can be: before files are read."""
     shift, guidance = options.timestep_shift, options.guidance_scale
-    check_guided(shift=1.0 if shift is None else shift, guidance=1.0 if guidance is None else guidance)
+    check_guided(
+        shift=1.0 if shift is None else shift, guidance=1.0 if guidance is None else guidance
+    )
     if options.sigma_max is not None and not 0 < options.sigma_max < math.inf:
         raise ConfigError(f"--sigma_max {options.sigma_max:g} must be positive and finite")
     if options.num_steps is not None and not 1 <= options.num_steps <= _MOST_STEPS:
-        raise ConfigError(f"num_steps={options.num_steps} must be in 1 to {_MOST_STEPS}; change --num_steps")
+        raise ConfigError(
+            f"num_steps={options.num_steps} must be in 1 to {_MOST_STEPS}; change --num_steps"
+        )
     if options.max_prompt_chars < 1:
         raise ConfigError(f"--max_prompt_chars {options.max_prompt_chars} must be at least 1")
 
@@ -138,7 +218,13 @@ class Progress:
             return
         self._told, each = now, (now - self._begin) / done
         left = each * (total - done)
-        words = f"{left / 3600:.1f} h" if left > 5400 else f"{left / 60:.1f} min" if left > 90 else f"{left:.0f} s"
+        words = (
+            f"{left / 3600:.1f} h"
+            if left > 5400
+            else f"{left / 60:.1f} min"
+            if left > 90
+            else f"{left:.0f} s"
+        )
         print(f"{self.label}{done} of {total} samples, {each:.2f} s each, {words} left", flush=True)
 
 
@@ -149,11 +235,17 @@ def _ranks(options: argparse.Namespace, stack: ExitStack) -> tuple[_Ranks, torch
     world, cp = launched_world(), options.context_parallel_size
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if cp < 1 or world % cp:
-        raise ConfigError(f"--context_parallel_size={cp} must divide the {world} ranks of this launch")
+        raise ConfigError(
+            f"--context_parallel_size={cp} must divide the {world} ranks of this launch"
+        )
     check_device(kind)
     if cp == 1:
         # with a number: torch.cuda.set_device takes no other device
-        device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
+        device = (
+            torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
+            if kind == "cuda"
+            else torch.device(kind)
+        )
         if device.type == "cuda":
             torch.cuda.set_device(device)
         return _Ranks(dp_replicate=world, device_type=device.type), device
@@ -184,9 +276,20 @@ def _recipe(options: argparse.Namespace, teacher: Teacher) -> WholeVideoRecipe:
 
 def _teacher(options: argparse.Namespace, device: torch.device) -> Teacher:
     if options.teacher is not None:
-        for flag in ("dit_path", "random_weights", "model_size", "size", "frames", "resolution", "aspect_ratio"):
+        for flag in (
+            "dit_path",
+            "random_weights",
+            "model_size",
+            "size",
+            "frames",
+            "resolution",
+            "aspect_ratio",
+        ):
             if getattr(options, flag):
-                raise ConfigError(f"--teacher describes its network and the shape of its samples; leave out --{flag}")
+                raise ConfigError(
+                    "--teacher describes its network and the shape of its samples; leave out"
+                    f" --{flag}"
+                )
         return described_teacher(
             options.teacher,
             weights=options.weights,
@@ -197,20 +300,43 @@ def _teacher(options: argparse.Namespace, device: torch.device) -> Teacher:
         )
     asked, model_size = _size(options), options.model_size or "14B"
     height, width = written_size(f"{asked[0]}x{asked[1]}")
-    frames = latent_frames(WAN_FRAMES if options.frames is None else options.frames, stride=WAN_TEMPORAL_STRIDE)
+    frames = latent_frames(
+        WAN_FRAMES if options.frames is None else options.frames, stride=WAN_TEMPORAL_STRIDE
+    )
     shape = (WAN_CHANNELS, frames, *latent_grid(height, width, stride=WAN_SPATIAL_STRIDE))
     precision = Precision.preset(options.precision or "bf16")
     if model_size == "auto" and (options.dit_path is None or options.random_weights):
         raise ConfigError("--model_size auto reads the size off a file; give --dit_path FILE")
     if options.random_weights:
-        print("RANDOM WEIGHTS: these samples are noise, good for measuring speed only", file=sys.stderr, flush=True)
-        net = random_wan(model_size, device=device, precision=precision, attention=options.attention)
-        return wan_teacher(net, umt5_of(options, device), latent_shape=shape, identity={"random_weights": model_size}, device=device)
+        print(
+            "RANDOM WEIGHTS: these samples are noise, good for measuring speed only",
+            file=sys.stderr,
+            flush=True,
+        )
+        net = random_wan(
+            model_size, device=device, precision=precision, attention=options.attention
+        )
+        return wan_teacher(
+            net,
+            umt5_of(options, device),
+            latent_shape=shape,
+            identity={"random_weights": model_size},
+            device=device,
+        )
     path = options.dit_path or Path(f"assets/checkpoints/Wan2.1-T2V-{model_size}.pth")
     expect = None if model_size == "auto" else model_size
-    net = load_wan(path, expect=expect, weights=options.weights, device=device, precision=precision, attention=options.attention)
+    net = load_wan(
+        path,
+        expect=expect,
+        weights=options.weights,
+        device=device,
+        precision=precision,
+        attention=options.attention,
+    )
     identity = {"path": str(path.resolve()), "weights": options.weights, "model_size": model_size}
-    return wan_teacher(net, umt5_of(options, device), latent_shape=shape, identity=identity, device=device)
+    return wan_teacher(
+        net, umt5_of(options, device), latent_shape=shape, identity=identity, device=device
+    )
 
 
 def _size(options: argparse.Namespace) -> tuple[int, int]:
@@ -218,7 +344,9 @@ def _size(options: argparse.Namespace) -> tuple[int, int]:
     if options.size is None:
         return table_size(options.resolution or "480p", options.aspect_ratio or "16:9")
     if options.resolution or options.aspect_ratio:
-        raise ConfigError("--size and --resolution / --aspect_ratio both set the size; give one of them")
+        raise ConfigError(
+            "--size and --resolution / --aspect_ratio both set the size; give one of them"
+        )
     return options.size
 
 
@@ -227,7 +355,9 @@ def umt5_of(options: argparse.Namespace, device: torch.device) -> TextEncoder:
     if options.random_weights:
         return UMT5TextEncoder.random(device=device)
     path = options.text_encoder_path or Path(UMT5_FILE)
-    return UMT5TextEncoder.from_files(path, tokenizer=options.tokenizer, device=device, cache=options.text_cache)
+    return UMT5TextEncoder.from_files(
+        path, tokenizer=options.tokenizer, device=device, cache=options.text_cache
+    )
 
 
 def _text_alone(options: argparse.Namespace, device: torch.device) -> TextEncoder:
@@ -235,12 +365,16 @@ def _text_alone(options: argparse.Namespace, device: torch.device) -> TextEncode
     if options.teacher is None:
         return umt5_of(options, device)
     path = Path(options.teacher)
-    return text_of(description_at(path).extra.get("text"), path, files=_files(options), device=device)
+    return text_of(
+        description_at(path).extra.get("text"), path, files=_files(options), device=device
+    )
 
 
 def _files(options: argparse.Namespace) -> PieceFiles:
     """Where the pieces of a described checkpoint of Wan latents are."""
-    return PieceFiles(options.vae_path, options.text_encoder_path, options.tokenizer, options.text_cache)
+    return PieceFiles(
+        options.vae_path, options.text_encoder_path, options.tokenizer, options.text_cache
+    )
 
 
 def _refuse_unencodable(text: TextEncoder, prompts: list[str]) -> None:

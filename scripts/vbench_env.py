@@ -42,15 +42,33 @@ OpenCV asks for numpy 2.
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = Arguments(
-        prog="scripts.vbench_env", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="scripts.vbench_env",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--venv", type=Path, default=Path(".venv-vbench"), metavar="DIR", help="[%(default)s]")
-    add("--python", default="python3.11", metavar="NAME", help="interpreter of the environment [%(default)s]")
-    add("--torch", default="torch==2.13.0", metavar="REQUIREMENT", help="installed first, with the torchvision that fits [%(default)s]")
+    add(
+        "--python",
+        default="python3.11",
+        metavar="NAME",
+        help="interpreter of the environment [%(default)s]",
+    )
+    add(
+        "--torch",
+        default="torch==2.13.0",
+        metavar="REQUIREMENT",
+        help="installed first, with the torchvision that fits [%(default)s]",
+    )
     add("--minimal", action="store_true", help="only what temporal_flickering needs")
     add("--check", action="store_true", help="install nothing")
-    add("--vbench_cache", type=Path, metavar="DIR", help="its model files [$VBENCH_CACHE_DIR, else ~/.cache/vbench]")
+    add(
+        "--vbench_cache",
+        type=Path,
+        metavar="DIR",
+        help="its model files [$VBENCH_CACHE_DIR, else ~/.cache/vbench]",
+    )
     add("--dry_run", action="store_true", help="print the commands")
     flags = parser.parse_args(argv)
     return exit_status(lambda: run(flags))
@@ -70,14 +88,27 @@ def run(flags: argparse.Namespace) -> None:
 def commands(flags: argparse.Namespace) -> list[list[str]]:
     """What is run, in order. `ConfigError` for an interpreter that is not there, or too new."""
     try:
-        told = subprocess.run([flags.python, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True, check=True)
+        told = subprocess.run(
+            [flags.python, "-c", "import sys; print(*sys.version_info[:2])"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ConfigError(f"--python {flags.python} cannot be run ({error}); name a Python 3.11") from error
+        raise ConfigError(
+            f"--python {flags.python} cannot be run ({error}); name a Python 3.11"
+        ) from error
     version = tuple(int(part) for part in told.stdout.split())
     if not (3, 10) <= version <= (3, 11):
-        raise ConfigError(f"--python {flags.python} is {version[0]}.{version[1]}; VBench's pinned packages have wheels for 3.10 and 3.11")
+        raise ConfigError(
+            f"--python {flags.python} is {version[0]}.{version[1]}; VBench's pinned packages have"
+            " wheels for 3.10 and 3.11"
+        )
     pip = [str(flags.venv / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-    base = [[flags.python, "-m", "venv", str(flags.venv)], [*pip, flags.torch, "torchvision", *PACKAGES]]
+    base = [
+        [flags.python, "-m", "venv", str(flags.venv)],
+        [*pip, flags.torch, "torchvision", *PACKAGES],
+    ]
     if flags.minimal:
         return [*base, [*pip, *MINIMAL, *PACKAGES], [*pip, "--no-deps", f"vbench=={VERSION}"]]
     return [*base, [*pip, f"vbench=={VERSION}", flags.torch, *PACKAGES]]
@@ -87,11 +118,18 @@ def _run(command: list[str]) -> None:
     try:
         subprocess.run(command, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ConfigError(f"failed: {shlex.join(command)} ({error}); see the lines above, or try --minimal") from error
+        raise ConfigError(
+            f"failed: {shlex.join(command)} ({error}); see the lines above, or try --minimal"
+        ) from error
 
 
 def _check(flags: argparse.Namespace) -> None:
-    launch = Launch(python=(flags.venv / "bin" / "python").absolute(), output=Path("."), device="cpu", local=True)
+    launch = Launch(
+        python=(flags.venv / "bin" / "python").absolute(),
+        output=Path("."),
+        device="cpu",
+        local=True,
+    )
     if not launch.python.is_file():
         raise ConfigError(f"no environment at {flags.venv}; leave out --check to make it")
     works = []

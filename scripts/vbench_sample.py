@@ -59,17 +59,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Arguments(
-        prog="scripts.vbench_sample", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="scripts.vbench_sample",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument_group("suite").add_argument
     add("--suite", choices=("t2v", "i2v"), default="t2v", help="[%(default)s]")
-    add("--prompt_json", type=Path, metavar="FILE", help="prompt list [the public one; i2v: of --vbench_repo or assets/vbench]")
-    add("--augmented_prompts", type=Path, metavar="FILE", help="extended prompts [in --prompt_json, else assets/vbench/*augmented*]")
+    add(
+        "--prompt_json",
+        type=Path,
+        metavar="FILE",
+        help="prompt list [the public one; i2v: of --vbench_repo or assets/vbench]",
+    )
+    add(
+        "--augmented_prompts",
+        type=Path,
+        metavar="FILE",
+        help="extended prompts [in --prompt_json, else assets/vbench/*augmented*]",
+    )
     add("--no_augmented_prompt", action="store_true", help="give the model the short prompts")
-    add("--image_dir", type=Path, metavar="DIR", help="i2v: cropped first frames [crop/16-9 of --vbench_repo or assets/vbench]")
-    add("--vbench_repo", type=Path, metavar="DIR", help="i2v: clone of VBench with the list and the images")
-    add("--skip_missing_images", action="store_true", help="i2v: leave out prompts without an image")
-    add("--output_dir", type=Path, metavar="DIR", help="folder of the videos [beside --prompt_json, else outputs/vbench]")
+    add(
+        "--image_dir",
+        type=Path,
+        metavar="DIR",
+        help="i2v: cropped first frames [crop/16-9 of --vbench_repo or assets/vbench]",
+    )
+    add(
+        "--vbench_repo",
+        type=Path,
+        metavar="DIR",
+        help="i2v: clone of VBench with the list and the images",
+    )
+    add(
+        "--skip_missing_images", action="store_true", help="i2v: leave out prompts without an image"
+    )
+    add(
+        "--output_dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of the videos [beside --prompt_json, else outputs/vbench]",
+    )
     add("--num_samples", type=int, default=5, metavar="N", help="videos per prompt [%(default)s]")
     add("--seed", type=int, default=0, help="of sample 0 [%(default)s]")
     add("--dimension", nargs="+", metavar="NAME", help="only prompts that these dimensions score")
@@ -81,11 +111,19 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def suite_items(flags: argparse.Namespace) -> list[SuiteItem]:
     """The prompts to sample, with the text that the model is given."""
-    image_flags = [f"--{name}" for name in ("image_dir", "vbench_repo", "skip_missing_images") if getattr(flags, name)]
+    image_flags = [
+        f"--{name}"
+        for name in ("image_dir", "vbench_repo", "skip_missing_images")
+        if getattr(flags, name)
+    ]
     if flags.suite == "t2v" and image_flags:
-        raise ConfigError(f"{', '.join(image_flags)} belong to --suite i2v; leave them out, or say --suite i2v")
+        raise ConfigError(
+            f"{', '.join(image_flags)} belong to --suite i2v; leave them out, or say --suite i2v"
+        )
     if flags.no_augmented_prompt and flags.augmented_prompts is not None:
-        raise ConfigError("--no_augmented_prompt and --augmented_prompts contradict each other; give one of them")
+        raise ConfigError(
+            "--no_augmented_prompt and --augmented_prompts contradict each other; give one of them"
+        )
     listed = flags.prompt_json or _placed(flags)
     items = read_suite(listed)
     if flags.suite == "i2v":
@@ -100,26 +138,38 @@ def suite_items(flags: argparse.Namespace) -> list[SuiteItem]:
         known = by_dimension(items)
         unknown = [name for name in flags.dimension if name not in known]
         if unknown:
-            raise ConfigError(f"--dimension {unknown[0]} is not in {listed}, which has {', '.join(known)}")
+            raise ConfigError(
+                f"--dimension {unknown[0]} is not in {listed}, which has {', '.join(known)}"
+            )
         items = [item for item in items if set(item.dimensions) & set(flags.dimension)]
     if flags.max_prompts is not None:
         if flags.max_prompts < 1:
             raise ConfigError(f"--max_prompts {flags.max_prompts} must be at least 1")
         items = items[: flags.max_prompts]
     images = image_folder(flags)
-    return items if images is None else require_images(items, images, skip_missing=flags.skip_missing_images)
+    return (
+        items
+        if images is None
+        else require_images(items, images, skip_missing=flags.skip_missing_images)
+    )
 
 
 def image_folder(flags: argparse.Namespace) -> Path | None:
     """Where the first frames are; None for text to video."""
     if flags.suite == "t2v":
         return None
-    return flags.image_dir or placed_crops(ASSETS, clone=flags.vbench_repo, aspect_ratio=flags.aspect_ratio)
+    return flags.image_dir or placed_crops(
+        ASSETS, clone=flags.vbench_repo, aspect_ratio=flags.aspect_ratio
+    )
 
 
 def _placed(flags: argparse.Namespace) -> Path:
     """The suite's list where none is named."""
-    return placed_list(ASSETS, clone=flags.vbench_repo, knob="--prompt_json") if flags.suite == "i2v" else ASSETS / T2V_FILE
+    return (
+        placed_list(ASSETS, clone=flags.vbench_repo, knob="--prompt_json")
+        if flags.suite == "i2v"
+        else ASSETS / T2V_FILE
+    )
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -129,11 +179,21 @@ def run(flags: argparse.Namespace) -> None:
     items, share = suite_items(flags), Share.of_launch(cp_size=flags.cp_size)
     beside = Path("outputs/vbench") if flags.prompt_json is None else flags.prompt_json.parent
     folder = flags.output_dir or beside / output_name(flags)
-    job = SuiteRun(items, folder, num_samples=flags.num_samples, seed=flags.seed, image_dir=image_folder(flags))
+    job = SuiteRun(
+        items, folder, num_samples=flags.num_samples, seed=flags.seed, image_dir=image_folder(flags)
+    )
     extended = sum(item.extended is not None for item in items)
-    who = f"rank {share.dp_rank * share.cp_size + share.cp_rank}: " if share.dp_size * share.cp_size > 1 else ""
+    who = (
+        f"rank {share.dp_rank * share.cp_size + share.cp_rank}: "
+        if share.dp_size * share.cp_size > 1
+        else ""
+    )
     if share == replace(share, dp_rank=0, cp_rank=0):
-        print(f"{len(items)} prompts ({extended} extended) x {flags.num_samples} samples into {folder}", flush=True)
+        print(
+            f"{len(items)} prompts ({extended} extended) x {flags.num_samples} samples into"
+            f" {folder}",
+            flush=True,
+        )
     if flags.dry_run:
         for dimension, members in by_dimension(items).items():
             print(f"  {dimension}: {len(members)} prompts")
@@ -146,7 +206,10 @@ def run(flags: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     with group_of_video(share, device=device):
         sampler = open_sampler(flags, device=device)
-        about = {"dit_path": str(flags.dit_path), "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
+        about = {
+            "dit_path": str(flags.dit_path),
+            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        }
         complete = sample_suite(
             job,
             sampler,
@@ -156,7 +219,11 @@ def run(flags: argparse.Namespace) -> None:
             tell=lambda line: print(f"{who}{line}", flush=True),
         )
     if complete:
-        print(f"{who}complete: {len(items) * flags.num_samples} videos in {folder}, records in {folder}_run", flush=True)
+        print(
+            f"{who}complete: {len(items) * flags.num_samples} videos in {folder}, records in"
+            f" {folder}_run",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -57,25 +57,88 @@ def main(argv: Sequence[str] | None = None) -> int:
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Arguments(
-        prog="scripts.vbench_score", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="scripts.vbench_score",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--videos_path", type=Path, metavar="DIR", help="folder of scripts.vbench_sample, or any with VBench's file names")
-    add("--result_dir", "--output_path", type=Path, metavar="DIR", help="results [VIDEOS_PATH_eval_results]")
-    add("--suite", choices=("t2v", "i2v", "long"), default="t2v", help="long: VBench-Long, added up like t2v [%(default)s]")
+    add(
+        "--videos_path",
+        type=Path,
+        metavar="DIR",
+        help="folder of scripts.vbench_sample, or any with VBench's file names",
+    )
+    add(
+        "--result_dir",
+        "--output_path",
+        type=Path,
+        metavar="DIR",
+        help="results [VIDEOS_PATH_eval_results]",
+    )
+    add(
+        "--suite",
+        choices=("t2v", "i2v", "long"),
+        default="t2v",
+        help="long: VBench-Long, added up like t2v [%(default)s]",
+    )
     add("--dimension", nargs="+", metavar="NAME", help="[all of the suite]")
-    add("--full_json_dir", type=Path, metavar="FILE", help="prompts to score [the run's vbench_eval_info.json, else the public list]")
-    add("--partial", action="store_true", help="allow missing dimensions and videos; the score is marked partial")
-    add("--dry_run", action="store_true", help="print commands, files and what is missing; runs nothing")
-    add("--explain", nargs=2, metavar=("A", "B"), help="why two results differ: folders of results, or B the name of a published row")
-    add("--vbench_python", type=Path, default=Path(".venv-vbench/bin/python"), metavar="FILE", help="[%(default)s]")
+    add(
+        "--full_json_dir",
+        type=Path,
+        metavar="FILE",
+        help="prompts to score [the run's vbench_eval_info.json, else the public list]",
+    )
+    add(
+        "--partial",
+        action="store_true",
+        help="allow missing dimensions and videos; the score is marked partial",
+    )
+    add(
+        "--dry_run",
+        action="store_true",
+        help="print commands, files and what is missing; runs nothing",
+    )
+    add(
+        "--explain",
+        nargs=2,
+        metavar=("A", "B"),
+        help="why two results differ: folders of results, or B the name of a published row",
+    )
+    add(
+        "--vbench_python",
+        type=Path,
+        default=Path(".venv-vbench/bin/python"),
+        metavar="FILE",
+        help="[%(default)s]",
+    )
     add("--vbench_repo", type=Path, metavar="DIR", help="clone of VBench, for --suite long and i2v")
-    add("--vbench_cache", type=Path, metavar="DIR", help="its model files [$VBENCH_CACHE_DIR, else ~/.cache/vbench]")
+    add(
+        "--vbench_cache",
+        type=Path,
+        metavar="DIR",
+        help="its model files [$VBENCH_CACHE_DIR, else ~/.cache/vbench]",
+    )
     add("--load_ckpt_from_local", action="store_true", help="never ask the network for model files")
     add("--device", default="cuda", choices=("cuda", "cpu"), help="[%(default)s]")
-    add("--ngpus", type=int, default=1, metavar="N", help="[%(default)s]; appearance_style has another rule with more than one")
-    add("--resolution", default="16-9", choices=("1-1", "8-5", "7-4", "16-9"), help="i2v: crops of the images [%(default)s]")
-    add("--vision_reward", metavar="COMMAND", help="also run VisionReward; {eval_info}, {output} and {model} are filled in")
+    add(
+        "--ngpus",
+        type=int,
+        default=1,
+        metavar="N",
+        help="[%(default)s]; appearance_style has another rule with more than one",
+    )
+    add(
+        "--resolution",
+        default="16-9",
+        choices=("1-1", "8-5", "7-4", "16-9"),
+        help="i2v: crops of the images [%(default)s]",
+    )
+    add(
+        "--vision_reward",
+        metavar="COMMAND",
+        help="also run VisionReward; {eval_info}, {output} and {model} are filled in",
+    )
     add("--vision_reward_model", default=MODEL, metavar="NAME", help="[%(default)s]")
     return parser.parse_args(argv)
 
@@ -86,18 +149,24 @@ def run(flags: argparse.Namespace) -> None:
         _explain(flags)
         return
     if flags.videos_path is None and flags.result_dir is None:
-        raise ConfigError("give --videos_path DIR to score, --result_dir DIR to add up results, or --explain A B")
+        raise ConfigError(
+            "give --videos_path DIR to score, --result_dir DIR to add up results, or --explain A B"
+        )
     suite = SUITES["i2v" if flags.suite == "i2v" else "t2v"]
     unknown = sorted(set(flags.dimension or ()) - set(suite.names))
     if unknown:
-        raise ConfigError(f"--dimension {unknown[0]} is not of the suite {suite.name}: {', '.join(suite.names)}")
+        raise ConfigError(
+            f"--dimension {unknown[0]} is not of the suite {suite.name}: {', '.join(suite.names)}"
+        )
     results = flags.result_dir or Path(f"{flags.videos_path}_eval_results")
     if flags.videos_path is not None and _score_videos(flags, suite, results):
         return
     found = read_results(results)
     if flags.videos_path is not None:
         _require_current(flags, found)
-    score = aggregate({name: result.score for name, result in found.items()}, suite, partial=flags.partial)
+    score = aggregate(
+        {name: result.score for name, result in found.items()}, suite, partial=flags.partial
+    )
     print(table(score))
     record = {
         **score.to_dict(),
@@ -137,13 +206,16 @@ def _score_videos(flags: argparse.Namespace, suite: Suite, results: Path) -> boo
     if lost and not flags.partial:
         name, files = next(iter(lost.items()))
         raise ConfigError(
-            f"{len(files)} videos of {name} are missing in {flags.videos_path}, the first is {files[0]!r} (VBench would only warn); "
-            "sample them, or pass --partial"
+            f"{len(files)} videos of {name} are missing in {flags.videos_path}, the first is"
+            f" {files[0]!r} (VBench would only warn); sample them, or pass --partial"
         )
     wrong = problems(launch.cache, wanted) if flags.load_ckpt_from_local else {}
     if wrong:
         path, what = next(iter(wrong.items()))
-        raise ConfigError(f"{len(wrong)} model files are not in {launch.cache}, the first is {path} ({what}); --dry_run lists them all")
+        raise ConfigError(
+            f"{len(wrong)} model files are not in {launch.cache}, the first is {path} ({what});"
+            " --dry_run lists them all"
+        )
     if wanted:
         launch.output.mkdir(parents=True, exist_ok=True)
         prepare(launch, flags.videos_path, rows)
@@ -156,11 +228,22 @@ def _score_videos(flags: argparse.Namespace, suite: Suite, results: Path) -> boo
 
 def _tell(launch: Launch, wanted: Sequence[str], lost: Mapping[str, Sequence[str]]) -> None:
     """What would run, and what it lacks."""
-    python = "there" if launch.python.is_file() else "MISSING: python -m scripts.vbench_env makes it"
+    python = (
+        "there" if launch.python.is_file() else "MISSING: python -m scripts.vbench_env makes it"
+    )
     print(f"# Python of VBench's environment {launch.python}: {python}")
-    variables = " ".join(f"{key}={shlex.quote(value)}" for key, value in launch.environment().items())
+    variables = " ".join(
+        f"{key}={shlex.quote(value)}" for key, value in launch.environment().items()
+    )
     for name in wanted:
-        print(f"# {name}" + (f": {len(lost[name])} videos missing, the first is {lost[name][0]!r}" if name in lost else ""))
+        print(
+            f"# {name}"
+            + (
+                f": {len(lost[name])} videos missing, the first is {lost[name][0]!r}"
+                if name in lost
+                else ""
+            )
+        )
         print(f"{variables} {shlex.join(launch.command(name))}")
     print("# model files")
     print(files_told(launch.cache, wanted))
@@ -175,7 +258,10 @@ def _rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
     if source is None and flags.suite == "i2v":
         source = placed_list(ASSETS, clone=flags.vbench_repo, knob="--full_json_dir")
     source = source or ASSETS / T2V_FILE
-    return [item.eval_row([item.video_name(i) for i in range(SCORED_SAMPLES)]) for item in read_suite(source)]
+    return [
+        item.eval_row([item.video_name(i) for i in range(SCORED_SAMPLES)])
+        for item in read_suite(source)
+    ]
 
 
 def _require_current(flags: argparse.Namespace, found: Mapping[str, DimensionResult]) -> None:
@@ -190,26 +276,41 @@ def _require_current(flags: argparse.Namespace, found: Mapping[str, DimensionRes
         few = result.num_videos < there and name != "color"
         if result.num_videos and (few or result.num_videos > there):
             raise ConfigError(
-                f"{result.file} is of {result.num_videos} videos of {name}, {there} are there now; delete it to have them scored again"
+                f"{result.file} is of {result.num_videos} videos of {name}, {there} are there now;"
+                " delete it to have them scored again"
             )
 
 
 def _explain(flags: argparse.Namespace) -> None:
     mine = run_side(flags.explain[0])
     published = not Path(flags.explain[1]).is_dir()
-    theirs = published_side(flags.explain[1], file=ASSETS / PUBLISHED) if published else run_side(flags.explain[1])
-    print(told(explain(mine, theirs, suite=SUITES["i2v" if flags.suite == "i2v" else "t2v"]), mine, theirs))
+    theirs = (
+        published_side(flags.explain[1], file=ASSETS / PUBLISHED)
+        if published
+        else run_side(flags.explain[1])
+    )
+    print(
+        told(
+            explain(mine, theirs, suite=SUITES["i2v" if flags.suite == "i2v" else "t2v"]),
+            mine,
+            theirs,
+        )
+    )
 
 
 def _vision_reward(flags: argparse.Namespace, results: Path) -> dict[str, float]:
     if flags.videos_path is None:
-        raise ConfigError("--vision_reward needs --videos_path with the videos and their vbench_eval_info.json")
+        raise ConfigError(
+            "--vision_reward needs --videos_path with the videos and their vbench_eval_info.json"
+        )
     info = flags.videos_path.with_name(f"{flags.videos_path.name}_run") / EVAL_INFO
     if not info.is_file():
         raise ConfigError(f"no {info}: sampling of the suite is not complete")
     scores = results / SCORES
     if not scores.is_file():
-        command = vision_reward_command(flags.vision_reward, eval_info=info, output=scores, model=flags.vision_reward_model)
+        command = vision_reward_command(
+            flags.vision_reward, eval_info=info, output=scores, model=flags.vision_reward_model
+        )
         if subprocess.run(command).returncode or not scores.is_file():
             raise ConfigError(f"VisionReward failed or wrote no {scores}: {shlex.join(command)}")
     return read_vision_reward(scores, json.loads(info.read_text(encoding="utf-8")))

@@ -41,22 +41,48 @@ _CAPTION = 100
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; argparse ends the process with status 2 for a wrong one."""
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("shards", nargs="+", metavar="PATTERN", help="shards: names, globs, or bash's braces, in quotes")
-    parser.add_argument("--rows", type=int, default=8, help="samples per shard; 0: how many there are [%(default)s]")
-    parser.add_argument("--sheet", metavar="PNG", help="draw the first --rows samples of the first shard")
-    parser.add_argument("--codec", choices=(*CODECS, "wan_vae"), help="another codec for the picture than the set's own")
-    parser.add_argument("--vae_path", "--vae-path", type=Path, help=f"weights of Wan's VAE [{WAN_VAE_FILE}]")
+    parser = Arguments(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "shards",
+        nargs="+",
+        metavar="PATTERN",
+        help="shards: names, globs, or bash's braces, in quotes",
+    )
+    parser.add_argument(
+        "--rows", type=int, default=8, help="samples per shard; 0: how many there are [%(default)s]"
+    )
+    parser.add_argument(
+        "--sheet", metavar="PNG", help="draw the first --rows samples of the first shard"
+    )
+    parser.add_argument(
+        "--codec",
+        choices=(*CODECS, "wan_vae"),
+        help="another codec for the picture than the set's own",
+    )
+    parser.add_argument(
+        "--vae_path", "--vae-path", type=Path, help=f"weights of Wan's VAE [{WAN_VAE_FILE}]"
+    )
     return parser.parse_args(argv)
 
 
 def listed(shard: ShardIndex, *, rows: int) -> Iterator[str]:
     """Lines on a shard: how much it holds, then its first samples, all members read."""
     count, size = len(shard.keys), shard.size / 2**20
-    yield f"{shard.path}: {count} sample{'s' * (count != 1)}, {size:.1f} MiB, each {', '.join(shard.fields)}"
+    yield (
+        f"{shard.path}: {count} sample{'s' * (count != 1)}, {size:.1f} MiB, each"
+        f" {', '.join(shard.fields)}"
+    )
     for place in range(min(rows, count)):
         sample = StoredSample.read(shard, place)
-        yield f"  {_plain(sample.key)}  {'  '.join(f'{field} {shape}' for field, shape in sample.shapes.items())}  {_quoted(sample.prompt)}"
+        yield (
+            f"  {_plain(sample.key)} "
+            f" {'  '.join(f'{field} {shape}' for field, shape in sample.shapes.items())} "
+            f" {_quoted(sample.prompt)}"
+        )
 
 
 def _quoted(text: str) -> str:
@@ -68,7 +94,9 @@ def _plain(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def draw(shard: Path, sheet: OutputFile | Path, *, rows: int, codec: str | None, vae_path: Path | None) -> Path:
+def draw(
+    shard: Path, sheet: OutputFile | Path, *, rows: int, codec: str | None, vae_path: Path | None
+) -> Path:
     """Decode the first samples of a shard into a contact sheet, one at a time; returns its path."""
     if rows < 1:
         raise ConfigError(f"--rows {rows} must be at least 1 for a picture")
@@ -91,15 +119,22 @@ def codec_of(shard: Path, name: str | None, *, channels: int, vae_path: Path | N
         raise ConfigError(f"{manifest} names no codec but {stored!r:.80}; choose one with --codec")
     chosen = name or stored["name"]
     if chosen in ("wan_vae", "wan"):
-        return WanVAECodec.from_file(vae_path or WAN_VAE_FILE, device="cuda" if torch.cuda.is_available() else "cpu")
+        return WanVAECodec.from_file(
+            vae_path or WAN_VAE_FILE, device="cuda" if torch.cuda.is_available() else "cpu"
+        )
     if chosen not in CODECS:
-        raise ConfigError(f"{manifest} names the codec {chosen!r}; choose --codec from {', '.join(CODECS)}, wan_vae")
+        raise ConfigError(
+            f"{manifest} names the codec {chosen!r}; choose --codec from {', '.join(CODECS)},"
+            " wan_vae"
+        )
     if name or set(stored) == {"name"}:
         return CODECS[chosen]
     try:
         return ToyCodec(**{key: value for key, value in stored.items() if key != "name"})
     except TypeError as error:
-        raise ConfigError(f"{manifest} describes no codec of this version ({error}); choose one with --codec") from error
+        raise ConfigError(
+            f"{manifest} describes no codec of this version ({error}); choose one with --codec"
+        ) from error
 
 
 @torch.no_grad()
@@ -122,9 +157,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--rows {options.rows} must be in 0 to {_MOST_ROWS}")
         for name in ("codec", "vae_path"):
             if getattr(options, name) is not None and options.sheet is None:
-                raise ConfigError(f"--{name} is for the picture and has no effect without one; add --sheet")
-        sheet = None if options.sheet is None else OutputFile.claim(options.sheet, suffix=".png", knob="--sheet")
-        paths = list(dict.fromkeys(path for pattern in options.shards for path in expand_pattern(pattern, knob="PATTERN")))
+                raise ConfigError(
+                    f"--{name} is for the picture and has no effect without one; add --sheet"
+                )
+        sheet = (
+            None
+            if options.sheet is None
+            else OutputFile.claim(options.sheet, suffix=".png", knob="--sheet")
+        )
+        paths = list(
+            dict.fromkeys(
+                path
+                for pattern in options.shards
+                for path in expand_pattern(pattern, knob="PATTERN")
+            )
+        )
         count = 0
         for shard in map(index_shard, paths):
             count += len(shard.keys)
@@ -133,7 +180,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(paths) > 1:
             print(f"{count} samples in {len(paths)} shards")
         if sheet is not None:
-            print(draw(paths[0], sheet, rows=options.rows, codec=options.codec, vae_path=options.vae_path))
+            print(
+                draw(
+                    paths[0],
+                    sheet,
+                    rows=options.rows,
+                    codec=options.codec,
+                    vae_path=options.vae_path,
+                )
+            )
     except (ConfigError, CheckpointError, ShardError, VideoError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

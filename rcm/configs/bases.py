@@ -27,7 +27,9 @@ def checkpoint_of(model: CommonModelConfig, knob: str) -> str:
     if knob == "net":
         return model.student_ckpt or ("" if isinstance(model, CausalConfig) else model.teacher_ckpt)
     if knob == "net_fake_score":
-        teacher = "bidirectional_teacher_ckpt" if isinstance(model, CausalConfig) else "teacher_ckpt"
+        teacher = (
+            "bidirectional_teacher_ckpt" if isinstance(model, CausalConfig) else "teacher_ckpt"
+        )
         return model.fake_score_ckpt or getattr(model, teacher)
     return getattr(model, f"{knob.removeprefix('net_')}_ckpt")
 
@@ -35,7 +37,9 @@ def checkpoint_of(model: CommonModelConfig, knob: str) -> str:
 def base_of(model: CommonModelConfig, knob: str) -> Base:
     """The base of the network at `knob`."""
     path = checkpoint_of(model, knob)
-    return wan_config(getattr(model, knob), knob=f"{M}.{knob}"), os.path.realpath(path) if path else ""
+    return wan_config(getattr(model, knob), knob=f"{M}.{knob}"), (
+        os.path.realpath(path) if path else ""
+    )
 
 
 def roles_on(model: CommonModelConfig, base: Base) -> tuple[str, ...]:
@@ -44,7 +48,11 @@ def roles_on(model: CommonModelConfig, base: Base) -> tuple[str, ...]:
     """
     if not model.lora.rank:
         return ()
-    return tuple(role for knob, role in TRAINED.items() if knob in networks(model) and base_of(model, knob) == base)
+    return tuple(
+        role
+        for knob, role in TRAINED.items()
+        if knob in networks(model) and base_of(model, knob) == base
+    )
 
 
 def alpha_of(lora: LoRAConfig) -> float:
@@ -58,10 +66,17 @@ def check_lora(model: CommonModelConfig) -> None:
     """
     lora = model.lora
     if not lora.rank:
-        changed = {name: value for name in ("alpha", "targets") if (value := getattr(lora, name)) != getattr(type(lora)(), name)}
+        changed = {
+            name: value
+            for name in ("alpha", "targets")
+            if (value := getattr(lora, name)) != getattr(type(lora)(), name)
+        }
         if changed:
             told = ", ".join(f"{M}.lora.{name}={value}" for name, value in changed.items())
-            raise ConfigError(f"{told} has no effect while {M}.lora.rank=0 trains all weights; set {M}.lora.rank too, such as 64")
+            raise ConfigError(
+                f"{told} has no effect while {M}.lora.rank=0 trains all weights; set {M}.lora.rank"
+                " too, such as 64"
+            )
         return
     if lora.rank < 0:
         raise ConfigError(f"{M}.lora.rank={lora.rank} must be at least 0, which trains all weights")
@@ -71,7 +86,10 @@ def check_lora(model: CommonModelConfig) -> None:
     for knob in TRAINED.keys() & present.keys():
         most = largest_rank(layers, wan_config(present[knob], knob=f"{M}.{knob}"))
         if lora.rank > most:
-            raise ConfigError(f"{M}.lora.rank={lora.rank} must be at most {most}, the smallest layer that {M}.{knob} adapts")
+            raise ConfigError(
+                f"{M}.lora.rank={lora.rank} must be at most {most}, the smallest layer that"
+                f" {M}.{knob} adapts"
+            )
     _one_way_to_recompute(model)
 
 
@@ -81,7 +99,8 @@ def _one_way_to_recompute(model: CommonModelConfig) -> None:
         mine, theirs = (getattr(model, knob).sac_config for knob in knobs)
         if mine != theirs:
             raise ConfigError(
-                f"{M}.net.sac_config ({mine.mode}, every {mine.every_n_blocks}) and {M}.net_fake_score.sac_config ({theirs.mode}, "
-                f"every {theirs.every_n_blocks}) differ, and with {M}.lora.rank={model.lora.rank} both are one network "
-                f"({checkpoint_of(model, 'net') or 'random weights'}); give both the same"
+                f"{M}.net.sac_config ({mine.mode}, every {mine.every_n_blocks}) and"
+                f" {M}.net_fake_score.sac_config ({theirs.mode}, every {theirs.every_n_blocks})"
+                f" differ, and with {M}.lora.rank={model.lora.rank} both are one network"
+                f" ({checkpoint_of(model, 'net') or 'random weights'}); give both the same"
             )

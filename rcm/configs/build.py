@@ -71,7 +71,11 @@ def run(run: Run) -> Outcome:
     with launch_group() as device, ExitStack() as held:
         replicate, shard, cp = run.mesh
         dims = ParallelDims(dp_replicate=replicate, dp_shard=shard, cp=cp, device_type=device.type)
-        require_same("their configuration", shared_by_ranks(run.config), knob="give every rank the same command and environment")
+        require_same(
+            "their configuration",
+            shared_by_ranks(run.config),
+            knob="give every rank the same command and environment",
+        )
         if run.config.job.wandb_mode in ("online", "offline"):
             on_first(lambda: require_wandb(run.config.job.wandb_mode))
         on_first(lambda: held.enter_context(_claimed(job_folder(run), run)))
@@ -88,7 +92,9 @@ def _tell_how_to_go_on(outcome: Outcome, run: Run) -> None:
     folder = job_folder(run)
     if outcome == "interrupted":
         left = Taken.all_but(run.config.checkpoint.keys_not_to_resume).left
-        logger.info("the same command continues it{}", f", again without {', '.join(left)}" if left else "")
+        logger.info(
+            "the same command continues it{}", f", again without {', '.join(left)}" if left else ""
+        )
     elif line := stream_command(folder, description_at(folder)):
         logger.info("stream it: {}", line)
 
@@ -104,17 +110,26 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
         _warn_of_unread(config)
     loader = together(lambda: build_loader(config, dims=dims, device=device))
     identity = {"fingerprint": loader.source.fingerprint(), "samples": len(loader.source)}
-    require_same("their data", identity, knob="dataloader_train.tar_path_pattern must name the same files for every rank")
+    require_same(
+        "their data",
+        identity,
+        knob="dataloader_train.tar_path_pattern must name the same files for every rank",
+    )
     resumes = bool(config.checkpoint.load_path) or find_model_directory(folder) is not None
     resumes &= "model" in Taken.all_but(config.checkpoint.keys_not_to_resume).parts
-    nets = NetBuilder(config.model.config, dims=dims, device=device, seed=config.trainer.seed, resumes=resumes)
+    nets = NetBuilder(
+        config.model.config, dims=dims, device=device, seed=config.trainer.seed, resumes=resumes
+    )
     method = build_method(config, nets, negative=lambda: negative_condition(config, device=device))
     state = train_state(config, method)
     checkpointer = Checkpointer(
         folder,
         dims=dims,
         description=description(
-            run, data_hash=identity["fingerprint"], words=known_words(config.model.config, loader.source), adapters=nets.adapters()
+            run,
+            data_hash=identity["fingerprint"],
+            words=known_words(config.model.config, loader.source),
+            adapters=nets.adapters(),
         ),
         settings=continued_settings(config),
         keep_last=config.checkpoint.keep_last,
@@ -131,12 +146,18 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
         device=device,
         checkpointer=checkpointer,
         sinks=sinks or (),
-        observers=_observers(run, folder, Denoiser(method.trainable["student"], nets.precision), device=device),
+        observers=_observers(
+            run, folder, Denoiser(method.trainable["student"], nets.precision), device=device
+        ),
     )
 
 
 def description(
-    run: Run, *, data_hash: str | None = None, words: Sequence[str] = (), adapters: Mapping[str, Any] | None = None
+    run: Run,
+    *,
+    data_hash: str | None = None,
+    words: Sequence[str] = (),
+    adapters: Mapping[str, Any] | None = None,
 ) -> Description:
     """What checkpoints of this run say about themselves: enough to sample from the path alone.
     `words`: of the captions, for a toy text; `adapters`: what `NetBuilder.adapters` says of them.
@@ -150,8 +171,16 @@ def description(
         network=wan_config(model.net).to_dict(),
         network_name=model.net.preset,
         pattern=BlockPattern(model.first_chunk_t, model.chunk_t).name if causal else None,
-        schedule=[list(entry) for entry in recipe.mids] if recipe is not None and recipe.kind != "ode" else None,
-        noisy_context={"start_chunk": recipe.noisy_context_start_chunk} if recipe is not None and recipe.noisy_context else None,
+        schedule=(
+            [list(entry) for entry in recipe.mids]
+            if recipe is not None and recipe.kind != "ode"
+            else None
+        ),
+        noisy_context=(
+            {"start_chunk": recipe.noisy_context_start_chunk}
+            if recipe is not None and recipe.noisy_context
+            else None
+        ),
         sigma_max=model.sigma_max,
         parent=model.student_ckpt or None,
         data_hash=data_hash,
@@ -194,7 +223,8 @@ def _claimed(folder: Path, run: Run) -> Iterator[None]:
             write_atomically(folder / UNCHECKED, run.to_yaml())
         except OSError as error:
             raise OSError(
-                f"cannot write to the job folder {folder}: {error.strerror or error}; set job.output_root or IMAGINAIRE_OUTPUT_ROOT"
+                f"cannot write to the job folder {folder}: {error.strerror or error}; set"
+                " job.output_root or IMAGINAIRE_OUTPUT_ROOT"
             ) from error
         for use in run.environment:
             logger.info("environment: {}", use)
@@ -215,7 +245,11 @@ def _begin_record(run: Run, folder: Path, *, resumed_at: int) -> list[Sink]:
 def _warn_of_unread(config: TrainConfig) -> None:
     """Say which files are named by keys that this run reads nowhere."""
     for key in unread_files(config):
-        logger.warning("{}={} is not read by this run (see `--dryrun` for its stage and networks)", key, get_key(config, key))
+        logger.warning(
+            "{}={} is not read by this run (see `--dryrun` for its stage and networks)",
+            key,
+            get_key(config, key),
+        )
 
 
 def allow_tf32() -> None:
@@ -250,7 +284,9 @@ def _resume(config: TrainConfig, checkpointer: Checkpointer, state: TrainState, 
         if keys.load_training_state:
             taken = replace(taken, averaged=keys.load_ema_to_reg)
         else:
-            taken = taken.weights_alone(scheduler=keys.only_load_scheduler_state, averaged=keys.load_ema_to_reg)
+            taken = taken.weights_alone(
+                scheduler=keys.only_load_scheduler_state, averaged=keys.load_ema_to_reg
+            )
         found = checkpointer.load(state, loader=loader, path=keys.load_path, taken=taken)
     if found is not None:
         less = f", without {', '.join(taken.left)}" if taken.left else ""
@@ -269,7 +305,11 @@ def trainer_config(config: TrainConfig) -> TrainerConfig:
         seed=trainer.seed,
         guard_first_step=trainer.guard_tangents,
         skipped_limit=trainer.nan_sample_limit if trainer.nan_policy == "skip_sample" else 1.0,
-        step=StepConfig(grad_clip=model.grad_clip, clip_norm=model.grad_clip_norm, gradient_sync=config.trainer.gradient_sync),
+        step=StepConfig(
+            grad_clip=model.grad_clip,
+            clip_norm=model.grad_clip_norm,
+            gradient_sync=config.trainer.gradient_sync,
+        ),
     )
 
 
@@ -277,8 +317,16 @@ def _sinks(run: Run, folder: Path, *, resumed_at: int) -> list[Sink]:
     job = run.config.job
     sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", resumed_at=resumed_at), LogLines()]
     if job.wandb_mode in ("online", "offline"):
-        place = {"project": job.wandb_project or job.project, "entity": job.wandb_entity, "group": job.group}
-        sinks.append(Wandb(**place, name=job.name, directory=folder, mode=job.wandb_mode, config=run.record()))
+        place = {
+            "project": job.wandb_project or job.project,
+            "entity": job.wandb_entity,
+            "group": job.group,
+        }
+        sinks.append(
+            Wandb(
+                **place, name=job.name, directory=folder, mode=job.wandb_mode, config=run.record()
+            )
+        )
     return sinks
 
 
@@ -291,9 +339,17 @@ def _observers(run: Run, folder: Path, student, *, device: torch.device) -> list
         observers.append(Progress(max_iter=trainer.max_iter))
     beat, figures = trainer.callbacks.heart_beat, trainer.callbacks.device_monitor
     if beat.every_n:
-        observers.append(HeartBeat(folder / "heartbeat.json", every=beat.every_n, minutes=beat.update_interval_in_minute))
+        observers.append(
+            HeartBeat(
+                folder / "heartbeat.json",
+                every=beat.every_n,
+                minutes=beat.update_interval_in_minute,
+            )
+        )
     if figures.every_n:
-        observers.append(DeviceMonitor(every=figures.every_n, device=device, detail=figures.log_memory_detail))
+        observers.append(
+            DeviceMonitor(every=figures.every_n, device=device, detail=figures.log_memory_detail)
+        )
     if trainer.profile_iter:
         observers.append(Profiler(folder=folder / "profile", skip=trainer.profile_iter))
     return observers + sample_observers(run, folder, student, device=device)

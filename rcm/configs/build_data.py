@@ -39,7 +39,9 @@ def latent_shape(model: CommonModelConfig) -> tuple[int, int, int, int]:
     return (model.state_ch, model.state_t, *model.latent_size())
 
 
-def build_loader(run: TrainConfig, *, dims: ParallelDims, device: torch.device | str = "cpu") -> Loader:
+def build_loader(
+    run: TrainConfig, *, dims: ParallelDims, device: torch.device | str = "cpu"
+) -> Loader:
     """The endless loader of this data rank; ranks of one context-parallel group read the same
     samples. Prompts are encoded on `device`.
     """
@@ -65,11 +67,20 @@ def _source(run: TrainConfig, *, device: torch.device | str) -> Source:
         case "fake":
             states = len(model.kd_timesteps) + 1 if _wants_trajectories(model) else 0
             return FakeLatents(
-                num=max(data.num_videos, data.batch_size), latent_shape=latent_shape(model), text_shape=text_shape, trajectory_states=states
+                num=max(data.num_videos, data.batch_size),
+                latent_shape=latent_shape(model),
+                text_shape=text_shape,
+                trajectory_states=states,
             )
         case "toy":
             codec = toy_codec(model)
-            return ToyLatents(toy_world(model), codec, toy_text(model), num=data.num_videos, seed=data.shuffle_seed)
+            return ToyLatents(
+                toy_world(model),
+                codec,
+                toy_text(model),
+                num=data.num_videos,
+                seed=data.shuffle_seed,
+            )
         case "latents":
             shards = LatentShards(
                 data.tar_path_pattern,
@@ -119,8 +130,9 @@ def _check_trajectories(model: CausalConfig, folders: set[Path]) -> None:
             if key in stored and stored[key] != mine[key]:
                 knob = "first_chunk_t / chunk_t" if key == "pattern" else key
                 raise ConfigError(
-                    f"the trajectories in {folder} were built for {key}={stored[key]} (its {MANIFEST}), the run has {key}={mine[key]}; "
-                    f"change model.config.{knob} or dataloader_train.tar_path_pattern"
+                    f"the trajectories in {folder} were built for {key}={stored[key]} (its"
+                    f" {MANIFEST}), the run has {key}={mine[key]}; change model.config.{knob} or"
+                    " dataloader_train.tar_path_pattern"
                 )
 
 
@@ -146,7 +158,12 @@ class _PromptedShapes:
     def fetch(self, indices: Sequence[int]) -> LatentBatch:
         """Embeddings of prompts `indices` and zero latents."""
         batch = self._prompts.fetch(indices)
-        return LatentBatch(torch.zeros(len(indices), *self._shape), batch.text, batch.prompts, [str(i) for i in indices])
+        return LatentBatch(
+            torch.zeros(len(indices), *self._shape),
+            batch.text,
+            batch.prompts,
+            [str(i) for i in indices],
+        )
 
 
 def negative_condition(run: TrainConfig, *, device: torch.device) -> Condition:
@@ -166,15 +183,27 @@ def negative_condition(run: TrainConfig, *, device: torch.device) -> Condition:
 
 def _stored_embedding(path: str, net: WanConfig) -> torch.Tensor:
     stored = read_tensor(Path(path), name=f"model.config.neg_embed_path={path}")
-    if not stored.is_floating_point() or stored.ndim not in (2, 3) or stored.shape[:-2] not in ((), (1,)) or not stored.numel():
+    if (
+        not stored.is_floating_point()
+        or stored.ndim not in (2, 3)
+        or stored.shape[:-2] not in ((), (1,))
+        or not stored.numel()
+    ):
         told = f"{str(stored.dtype).removeprefix('torch.')} {list(stored.shape)}"
-        raise ConfigError(f"model.config.neg_embed_path={path} must hold a floating-point tensor [L, E] or [1, L, E], it holds {told}")
+        raise ConfigError(
+            f"model.config.neg_embed_path={path} must hold a floating-point tensor [L, E] or [1, L,"
+            f" E], it holds {told}"
+        )
     if stored.shape[-2] > net.text_len or stored.shape[-1] != net.text_dim:
         raise ConfigError(
-            f"model.config.neg_embed_path={path} has shape {list(stored.shape)}, the network takes at most {net.text_len} tokens of "
-            f"width {net.text_dim}; give an embedding of its text encoder or change model.config.net"
+            f"model.config.neg_embed_path={path} has shape {list(stored.shape)}, the network takes"
+            f" at most {net.text_len} tokens of width {net.text_dim}; give an embedding of its text"
+            " encoder or change model.config.net"
         )
     wide = stored.float()
     if not wide.isfinite().all():
-        raise ConfigError(f"model.config.neg_embed_path={path} holds NaN or infinite values; encode the negative prompt again")
+        raise ConfigError(
+            f"model.config.neg_embed_path={path} holds NaN or infinite values; encode the negative"
+            " prompt again"
+        )
     return wide.reshape(1, *stored.shape[-2:])

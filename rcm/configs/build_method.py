@@ -13,9 +13,18 @@ from rcm.diffusion.directional import Directional, Discrete, Exact, RFStep, Semi
 from rcm.diffusion.time_sampling import ConsistencyGrid
 from rcm.losses.denoising import gaussian_bell
 from rcm.methods.base import Joint, Method
-from rcm.methods.causal_diffusion import BidirectionalDiffusion, DiffusionForcing, TeacherForcedDiffusion
+from rcm.methods.causal_diffusion import (
+    BidirectionalDiffusion,
+    DiffusionForcing,
+    TeacherForcedDiffusion,
+)
 from rcm.methods.ode_pairs import ODEPairs
-from rcm.methods.rcm import BackwardSimulation, ContinuousConsistency, DiscreteConsistency, DistributionMatching
+from rcm.methods.rcm import (
+    BackwardSimulation,
+    ContinuousConsistency,
+    DiscreteConsistency,
+    DistributionMatching,
+)
 from rcm.methods.schedule import Alternation
 from rcm.methods.sf_dmd import SelfForcedDMD
 from rcm.methods.teacher_forcing import TeacherForcing
@@ -49,7 +58,11 @@ def sampling_recipe(config: CommonModelConfig) -> SamplingRecipe | None:
     pattern = BlockPattern(config.first_chunk_t, config.chunk_t).name
     if config.training_type in ("tf", "df"):
         return SamplingRecipe(
-            kind="ode", pattern=pattern, sigma_max=config.sigma_max, shift=config.sample_timestep_shift, guidance=config.causal_guidance
+            kind="ode",
+            pattern=pattern,
+            sigma_max=config.sigma_max,
+            shift=config.sample_timestep_shift,
+            guidance=config.causal_guidance,
         )
     rollout = config.training_type in ("sf_dmd", "tf_scm_sf_dmd")
     mids = step_schedule(config).mids if rollout else (tuple(config.backward_timesteps),)
@@ -70,7 +83,11 @@ def build_method(run: TrainConfig, nets: NetBuilder, *, negative: Negative) -> M
     is guided.
     """
     config = run.model.config
-    return _RCM(run, nets, negative).build() if isinstance(config, RCMConfig) else _Causal(run, nets, negative).build()
+    return (
+        _RCM(run, nets, negative).build()
+        if isinstance(config, RCMConfig)
+        else _Causal(run, nets, negative).build()
+    )
 
 
 class _Parts:
@@ -91,23 +108,40 @@ class _Causal(_Parts):
         c = self.config
         student = self.nets.trained("net")
         if c.training_type == "bidirectional":
-            return BidirectionalDiffusion(student, law=c.p_G.build(), weight=self._weight(), loss_scale=c.loss_scale)
+            return BidirectionalDiffusion(
+                student, law=c.p_G.build(), weight=self._weight(), loss_scale=c.loss_scale
+            )
         pattern, long = BlockPattern(c.first_chunk_t, c.chunk_t), c.long_tuning
         forcing = TeacherForcing(pattern, long.window_blocks or None, long.sink_blocks)
         simple = {"law": c.p_G.build(), "weight": self._weight(), "loss_scale": c.loss_scale}
         match c.training_type:
             case "tf":
-                noisy = {"context": self._context(), "context_schedule": StepSchedule((tuple(c.backward_timesteps),))}
+                noisy = {
+                    "context": self._context(),
+                    "context_schedule": StepSchedule((tuple(c.backward_timesteps),)),
+                }
                 return TeacherForcedDiffusion(student, forcing=forcing, **simple, **noisy)
             case "df":
-                return DiffusionForcing(student, pattern=forcing.pattern, strategy=c.df_timestep_strategy, **simple)
+                return DiffusionForcing(
+                    student, pattern=forcing.pattern, strategy=c.df_timestep_strategy, **simple
+                )
             case "tf_kd" | "df_kd":
                 times = (0.0, *c.kd_timesteps)
-                return ODEPairs(student, forcing=forcing, times=times, per_block=c.training_type == "df_kd", loss_scale=c.loss_scale)
+                return ODEPairs(
+                    student,
+                    forcing=forcing,
+                    times=times,
+                    per_block=c.training_type == "df_kd",
+                    loss_scale=c.loss_scale,
+                )
             case "sf_dmd":
                 return self._self_forced(student, forcing)
             case "tf_scm_sf_dmd":
-                return Joint(c.training_type, self._continuous(student, forcing, self._teacher()), self._self_forced(student, forcing))
+                return Joint(
+                    c.training_type,
+                    self._continuous(student, forcing, self._teacher()),
+                    self._self_forced(student, forcing),
+                )
             case "tf_dcm":
                 return self._discrete(student, forcing, self._teacher())
             case "tf_scm":
@@ -116,7 +150,11 @@ class _Causal(_Parts):
                 return self._mean_flow(student, forcing, self._teacher())
             case "tf_dscm":
                 teacher = self._teacher()
-                return Joint(c.training_type, self._discrete(student, forcing, teacher), self._continuous(student, forcing, teacher))
+                return Joint(
+                    c.training_type,
+                    self._discrete(student, forcing, teacher),
+                    self._continuous(student, forcing, teacher),
+                )
         raise ConfigError(f"model.config.training_type={c.training_type!r} has no method")
 
     def _weight(self):
@@ -128,7 +166,9 @@ class _Causal(_Parts):
         return self.guided(teacher, c.causal_guidance)
 
     def _context(self) -> ContextRule:
-        return ContextRule(self.config.context_from_last_step, self.config.context_from_last_step_start_chunk)
+        return ContextRule(
+            self.config.context_from_last_step, self.config.context_from_last_step_start_chunk
+        )
 
     def _shared(self, forcing: TeacherForcing) -> dict:
         """Arguments of both consistency forms. In the joint stage noisy context takes the rollout's
@@ -145,18 +185,36 @@ class _Causal(_Parts):
             "nonfinite": self.nonfinite,
         }
 
-    def _discrete(self, student: VelocityModel, forcing: TeacherForcing, teacher: VelocityModel) -> Method:
+    def _discrete(
+        self, student: VelocityModel, forcing: TeacherForcing, teacher: VelocityModel
+    ) -> Method:
         c = self.config
-        grid = ConsistencyGrid(c.dcm_total_steps, c.dcm_skipping_interval_steps, c.sample_timestep_shift)
+        grid = ConsistencyGrid(
+            c.dcm_total_steps, c.dcm_skipping_interval_steps, c.sample_timestep_shift
+        )
         return TFDiscreteConsistency(student, teacher, grid=grid, **self._shared(forcing))
 
-    def _continuous(self, student: VelocityModel, forcing: TeacherForcing, teacher: VelocityModel) -> Method:
+    def _continuous(
+        self, student: VelocityModel, forcing: TeacherForcing, teacher: VelocityModel
+    ) -> Method:
         c = self.config
-        return TFContinuousConsistency(student, teacher, law=c.p_G.build(), tangent_warmup=c.tangent_warmup, **self._shared(forcing))
+        return TFContinuousConsistency(
+            student,
+            teacher,
+            law=c.p_G.build(),
+            tangent_warmup=c.tangent_warmup,
+            **self._shared(forcing),
+        )
 
-    def _mean_flow(self, student: VelocityModel, forcing: TeacherForcing, teacher: VelocityModel) -> Method:
+    def _mean_flow(
+        self, student: VelocityModel, forcing: TeacherForcing, teacher: VelocityModel
+    ) -> Method:
         c = self.config
-        times = {"law": c.p_G.build(), "equal_share": c.meanflow_equal_share, "tangent_warmup": c.tangent_warmup}
+        times = {
+            "law": c.p_G.build(),
+            "equal_share": c.meanflow_equal_share,
+            "tangent_warmup": c.tangent_warmup,
+        }
         return TFMeanFlow(student, teacher, **times, **self._shared(forcing))
 
     def _self_forced(self, student: VelocityModel, forcing: TeacherForcing) -> Method:
@@ -188,14 +246,20 @@ class _RCM(_Parts):
         consistency = self._consistency(student, teacher) if c.loss_scale > 0 else None
         if c.net_fake_score is None or c.loss_scale_dmd <= 0:
             return consistency
-        matching = self._matching(student, teacher, warmup=0 if consistency is None else c.tangent_warmup)
+        matching = self._matching(
+            student, teacher, warmup=0 if consistency is None else c.tangent_warmup
+        )
         return Joint("rcm", consistency, matching) if consistency is not None else matching
 
     def _consistency(self, student: VelocityModel, teacher: VelocityModel) -> Method:
         c = self.config
         if c.cm_type == "dcm":
-            grid = ConsistencyGrid(c.dcm_total_steps, c.dcm_skipping_interval_steps, c.dcm_timestep_shift)
-            return DiscreteConsistency(student, teacher, grid=grid, loss_scale=c.loss_scale, nonfinite=self.nonfinite)
+            grid = ConsistencyGrid(
+                c.dcm_total_steps, c.dcm_skipping_interval_steps, c.dcm_timestep_shift
+            )
+            return DiscreteConsistency(
+                student, teacher, grid=grid, loss_scale=c.loss_scale, nonfinite=self.nonfinite
+            )
         return ContinuousConsistency(
             student,
             teacher,
@@ -211,7 +275,11 @@ class _RCM(_Parts):
     def _directional(self) -> Directional:
         c = self.config
         geometry = RFStep() if c.use_rf_scm else TrigStep()
-        return {0: Exact(), 1: SemiContinuous(geometry, c.fd_size), 2: Discrete(geometry, c.fd_size)}[c.fd_type]
+        return {
+            0: Exact(),
+            1: SemiContinuous(geometry, c.fd_size),
+            2: Discrete(geometry, c.fd_size),
+        }[c.fd_type]
 
     def _matching(self, student: VelocityModel, teacher: VelocityModel, *, warmup: int) -> Method:
         """DMD; during `warmup` iterations the consistency term has the student for itself."""

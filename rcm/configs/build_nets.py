@@ -68,9 +68,21 @@ class NetBuilder:
     """
 
     def __init__(
-        self, config: CommonModelConfig, *, dims: ParallelDims, device: torch.device, seed: int, resumes: bool = False
+        self,
+        config: CommonModelConfig,
+        *,
+        dims: ParallelDims,
+        device: torch.device,
+        seed: int,
+        resumes: bool = False,
     ) -> None:
-        self.config, self.dims, self.device, self.seed, self.resumes = config, dims, device, seed, resumes
+        self.config, self.dims, self.device, self.seed, self.resumes = (
+            config,
+            dims,
+            device,
+            seed,
+            resumes,
+        )
         self.precision = precision_of(config)
         self.adapted: dict[str, dict[str, str | None]] = {}
         self._bases: dict[Base, nn.Module] = {}
@@ -79,7 +91,11 @@ class NetBuilder:
         """The network at `knob` ("net", "net_fake_score"), to be trained: master weights,
         activation checkpointing as configured.
         """
-        net = AdaptedNet(self._base(knob), TRAINED[knob]) if self.config.lora.rank else self._alone(knob, frozen=False)
+        net = (
+            AdaptedNet(self._base(knob), TRAINED[knob])
+            if self.config.lora.rank
+            else self._alone(knob, frozen=False)
+        )
         return Denoiser(net, self.precision)
 
     def frozen(self, knob: str) -> Denoiser:
@@ -93,7 +109,12 @@ class NetBuilder:
         lora = self.config.lora
         if not lora.rank:
             return None
-        return {"rank": lora.rank, "alpha": alpha_of(lora), "layers": list(adapted_layers(lora.targets)), "bases": self.adapted}
+        return {
+            "rank": lora.rank,
+            "alpha": alpha_of(lora),
+            "layers": list(adapted_layers(lora.targets)),
+            "bases": self.adapted,
+        }
 
     def _base(self, knob: str) -> nn.Module:
         """The network that carries the adapters of every role that starts where `knob` does."""
@@ -102,15 +123,28 @@ class NetBuilder:
             roles = roles_on(self.config, base)
             first = next(name for name, role in TRAINED.items() if role == roles[0])
             net_config, checkpoint = getattr(self.config, first), checkpoint_of(self.config, first)
-            self._bases[base] = self._build(net_config, knob=first, checkpoint=checkpoint, frozen=False, roles=roles)
+            self._bases[base] = self._build(
+                net_config, knob=first, checkpoint=checkpoint, frozen=False, roles=roles
+            )
             logger.info("{}: adapters of {} on one base", first, " and ".join(roles))
         return self._bases[base]
 
     def _alone(self, knob: str, *, frozen: bool) -> nn.Module:
-        return self._build(getattr(self.config, knob), knob=knob, checkpoint=checkpoint_of(self.config, knob), frozen=frozen)
+        return self._build(
+            getattr(self.config, knob),
+            knob=knob,
+            checkpoint=checkpoint_of(self.config, knob),
+            frozen=frozen,
+        )
 
     def _build(
-        self, net_config: NetConfig, *, knob: str, checkpoint: str, frozen: bool, roles: tuple[str, ...] = ()
+        self,
+        net_config: NetConfig,
+        *,
+        knob: str,
+        checkpoint: str,
+        frozen: bool,
+        roles: tuple[str, ...] = (),
     ) -> nn.Module:
         """A filled network; with `roles` a frozen one with adapters for each."""
         sizes, config = wan_config(net_config, knob=f"model.config.{knob}"), self.config
@@ -122,7 +156,13 @@ class NetBuilder:
         def build() -> WanDiT:
             net = plain().requires_grad_(not frozen)
             if roles:
-                attach(net, adapted_layers(config.lora.targets), roles=roles, rank=config.lora.rank, alpha=alpha_of(config.lora))
+                attach(
+                    net,
+                    adapted_layers(config.lora.targets),
+                    roles=roles,
+                    rank=config.lora.rank,
+                    alpha=alpha_of(config.lora),
+                )
             return net
 
         net = on_meta(build)
@@ -137,12 +177,21 @@ class NetBuilder:
         net.set_jvp_implementation(config.jvp_implementation)
         materialise(net, device=self.device)
         quiet = self.resumes and not (frozen or roles)
-        self._fill(net, lambda: self._weights(net_config, plain, knob=knob, checkpoint=checkpoint, quiet=quiet), checkpoint, roles)
+        self._fill(
+            net,
+            lambda: self._weights(net_config, plain, knob=knob, checkpoint=checkpoint, quiet=quiet),
+            checkpoint,
+            roles,
+        )
         check_equal(net, dims=self.dims)
         return net
 
     def _fill(
-        self, net: nn.Module, start: Callable[[], tuple[Mapping[str, Tensor] | None, str]], checkpoint: str, roles: tuple[str, ...]
+        self,
+        net: nn.Module,
+        start: Callable[[], tuple[Mapping[str, Tensor] | None, str]],
+        checkpoint: str,
+        roles: tuple[str, ...],
     ) -> None:
         """Give a network in memory its values: those of `start`, and adapters for each of
         `roles`.
@@ -154,31 +203,51 @@ class NetBuilder:
             load_full(net, weights, source=source)
 
     def _weights(
-        self, net_config: NetConfig, plain: Callable[[], WanDiT], *, knob: str, checkpoint: str, quiet: bool
+        self,
+        net_config: NetConfig,
+        plain: Callable[[], WanDiT],
+        *,
+        knob: str,
+        checkpoint: str,
+        quiet: bool,
     ) -> tuple[Mapping[str, Tensor] | None, str]:
         """What a network starts from, on rank 0, and its name in errors. `quiet`: nothing is said
         of random weights.
         """
         if not checkpoint:
             if not quiet:
-                logger.warning("{}: RANDOM weights (seed {}), no checkpoint was given", knob, self.seed)
+                logger.warning(
+                    "{}: RANDOM weights (seed {}), no checkpoint was given", knob, self.seed
+                )
             return on_first(lambda: drawn_weights(plain, seed=self.seed)), "initial weights"
-        weights = on_first(lambda: open_network(checkpoint, knob=f"model.config.{knob}'s checkpoint"))
+        weights = on_first(
+            lambda: open_network(checkpoint, knob=f"model.config.{knob}'s checkpoint")
+        )
         said = "" if weights is None else _said(weights)
-        about = f"model.config.{knob} = {net_config.preset}, {_size(asdict(wan_config(net_config)))}"
+        about = (
+            f"model.config.{knob} = {net_config.preset}, {_size(asdict(wan_config(net_config)))}"
+        )
         logger.info("{}: weights from {}", knob, checkpoint)
         if weights is not None and (told := _other_pattern(weights, self.config)):
             logger.warning("{}: {} {}", knob, checkpoint, told)
         if net_config.two_times:
             whole = on_first(lambda: weights and with_second_time(weights, wan_config(net_config)))
             if whole is not weights:
-                logger.info("{}: {} has one time; the second one begins without effect", knob, checkpoint)
+                logger.info(
+                    "{}: {} has one time; the second one begins without effect", knob, checkpoint
+                )
             about += f", two times; only {SPAN}.* may be missing"
             weights = whole
         return weights, f"{checkpoint}{said} (for {about})"
 
     def _fill_adapted(
-        self, net: nn.Module, weights: Mapping[str, Tensor] | None, *, source: str, checkpoint: str, roles: tuple[str, ...]
+        self,
+        net: nn.Module,
+        weights: Mapping[str, Tensor] | None,
+        *,
+        source: str,
+        checkpoint: str,
+        roles: tuple[str, ...],
     ) -> None:
         """Load the base, take down which one it is, and start the adapters so that the network is
         its base.
@@ -187,10 +256,18 @@ class NetBuilder:
         digested = None if weights is None else DigestedWeights(weights, dtype=compute)
         load_full(AdaptedNet(net, None), digested, source=source)
         digest = shared(on_first(lambda: digested.digest))
-        told = {"path": checkpoint or None, "dtype": str(compute).removeprefix("torch."), "digest": digest}
+        told = {
+            "path": checkpoint or None,
+            "dtype": str(compute).removeprefix("torch."),
+            "digest": digest,
+        }
         for role in roles:
             view, seed = AdaptedNet(net, role), self.seed + list(TRAINED.values()).index(role)
-            load_full(view, on_first(lambda view=view, seed=seed: initial_factors(view, seed=seed)), source="initial adapters")
+            load_full(
+                view,
+                on_first(lambda view=view, seed=seed: initial_factors(view, seed=seed)),
+                source="initial adapters",
+            )
             self.adapted[role] = told
 
 
@@ -203,7 +280,11 @@ def _said(weights: NetworkWeights) -> str:
     itself.
     """
     found = description_of(weights.file)
-    return "" if found is None else f", which holds {found.network_name or 'a network'} of {_size(found.network)}"
+    return (
+        ""
+        if found is None
+        else f", which holds {found.network_name or 'a network'} of {_size(found.network)}"
+    )
 
 
 def _other_pattern(weights: NetworkWeights, config: CommonModelConfig) -> str:
@@ -211,7 +292,16 @@ def _other_pattern(weights: NetworkWeights, config: CommonModelConfig) -> str:
     contradiction. Legal, seldom meant.
     """
     found = description_of(weights.file)
-    if found is None or found.pattern is None or not isinstance(config, CausalConfig) or config.training_type == "bidirectional":
+    if (
+        found is None
+        or found.pattern is None
+        or not isinstance(config, CausalConfig)
+        or config.training_type == "bidirectional"
+    ):
         return ""
     mine = BlockPattern(config.first_chunk_t, config.chunk_t).name
-    return "" if found.pattern == mine else f"was trained in blocks {found.pattern}, this run has {mine} (first_chunk_t, chunk_t)"
+    return (
+        ""
+        if found.pattern == mine
+        else f"was trained in blocks {found.pattern}, this run has {mine} (first_chunk_t, chunk_t)"
+    )

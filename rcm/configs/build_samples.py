@@ -31,21 +31,36 @@ PREVIEW_SIGMA_MAX = 1600.0
 """Noise level that they start from."""
 
 PREVIEW_PROMPTS = (
-    "A red fox trots through fresh snow at the edge of a pine forest, its breath visible in the cold morning light.",
+    (
+        "A red fox trots through fresh snow at the edge of a pine forest, its breath visible in the"
+        " cold morning light."
+    ),
     "A sailing boat leans into the wind on a choppy blue sea while gulls circle above the mast.",
     "Hands knead dough on a floured wooden table, close-up, warm light from a window on the left.",
-    "A yellow tram climbs a steep street between tiled houses, people step aside, the camera follows slowly.",
-    "Rain falls on a neon-lit crossing at night; umbrellas move in every direction, seen from above.",
+    (
+        "A yellow tram climbs a steep street between tiled houses, people step aside, the camera"
+        " follows slowly."
+    ),
+    (
+        "Rain falls on a neon-lit crossing at night; umbrellas move in every direction, seen from"
+        " above."
+    ),
 )
 """What a run on Wan latents draws."""
 
 
-def sample_observers(run: Run, folder: Path, student: VelocityModel, *, device: torch.device) -> list[Observer]:
+def sample_observers(
+    run: Run, folder: Path, student: VelocityModel, *, device: torch.device
+) -> list[Observer]:
     """Grids of the live and of the averaged student, where `trainer.sampling` asks for them.
     Collective.
     """
     config, sampling = run.config, run.config.trainer.sampling
-    wanted = [(weights, every) for weights, every in (("reg", sampling.every_n), ("ema", sampling.ema_every_n)) if every]
+    wanted = [
+        (weights, every)
+        for weights, every in (("reg", sampling.every_n), ("ema", sampling.ema_every_n))
+        if every
+    ]
     if not wanted:
         return []
     if lacking := shared(on_first(lambda: _lacking(config.model.config))):
@@ -54,7 +69,14 @@ def sample_observers(run: Run, folder: Path, student: VelocityModel, *, device: 
     draw = _drawer(config, student, device=device)
     write = _write_enlarged if config.model.config.tokenizer.name == "toy" else _write
     return [
-        SampleGrid(every=every, draw=draw, write=write, folder=folder / "samples", weights=weights, at_start=sampling.run_at_start)
+        SampleGrid(
+            every=every,
+            draw=draw,
+            write=write,
+            folder=folder / "samples",
+            weights=weights,
+            at_start=sampling.run_at_start,
+        )
         for weights, every in wanted
     ]
 
@@ -64,32 +86,51 @@ def _lacking(model: CommonModelConfig) -> str:
     stored latents and embeddings.
     """
     if model.text_encoder_class == "umT5" and not model.text_encoder_path:
-        return "they need prompts encoded: set model.config.text_encoder_path, or trainer.sampling.every_n=0 and ema_every_n=0"
+        return (
+            "they need prompts encoded: set model.config.text_encoder_path, or"
+            " trainer.sampling.every_n=0 and ema_every_n=0"
+        )
     if model.tokenizer.name == "wan" and not Path(model.tokenizer.vae_pth).exists():
-        return f"they need Wan's VAE, and there is no {model.tokenizer.vae_pth}: set model.config.tokenizer.vae_pth"
+        return (
+            f"they need Wan's VAE, and there is no {model.tokenizer.vae_pth}: set"
+            " model.config.tokenizer.vae_pth"
+        )
     return ""
 
 
-def _drawer(config: TrainConfig, student: VelocityModel, *, device: torch.device) -> Callable[[int], torch.Tensor]:
+def _drawer(
+    config: TrainConfig, student: VelocityModel, *, device: torch.device
+) -> Callable[[int], torch.Tensor]:
     """Frames of the preview prompts on rank 0; the other ranks take part in the network's passes
     and return latents. Collective.
     """
     model, count = config.model.config, config.trainer.sampling.num_samples
     codec = on_first(lambda: codec_of_run(model, device=device))
-    texts = encode_once(model, lambda encoder: [*preview_prompts(config), encoder.negative_prompt], device=device).to(device)
+    texts = encode_once(
+        model, lambda encoder: [*preview_prompts(config), encoder.negative_prompt], device=device
+    ).to(device)
     cond = Condition(texts[:-1])
     shape = (count, *latent_shape(model))
     recipe = sampling_recipe(model)
-    preview = WholeVideoRecipe("ode", sigma_max=PREVIEW_SIGMA_MAX, steps=PREVIEW_STEPS, shift=getattr(model, "sample_timestep_shift", 5.0))
+    preview = WholeVideoRecipe(
+        "ode",
+        sigma_max=PREVIEW_SIGMA_MAX,
+        steps=PREVIEW_STEPS,
+        shift=getattr(model, "sample_timestep_shift", 5.0),
+    )
     if recipe is not None and recipe.kind == "ode" and recipe.guidance > 1:
         student = Guided(student, Condition(texts[-1:]), recipe.guidance)
 
     def draw(iteration: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(config.trainer.seed)
         if recipe is None:
-            latents = whole_latents(student, cond, preview, shape=shape, generator=generator, device=device)
+            latents = whole_latents(
+                student, cond, preview, shape=shape, generator=generator, device=device
+            )
         else:
-            chunks = stream_latents(student, cond, recipe, shape=shape, generator=generator, device=device)
+            chunks = stream_latents(
+                student, cond, recipe, shape=shape, generator=generator, device=device
+            )
             latents = torch.cat([x for _, x in chunks], dim=2)
         if codec is None:
             return latents

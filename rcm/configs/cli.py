@@ -30,10 +30,11 @@ from rcm.pipelines.video_io import VideoError
 
 DEFAULT_REGISTRY = "rcm/configs/registry_distill.py"
 HELP = """\
-Train an experiment with your settings. The same command continues a run that was stopped; an unknown key or value is refused
-before any network is built.
+Train an experiment with your settings. The same command continues a run that was stopped;
+an unknown key or value is refused before any network is built.
 
-NAME is one of `rcm experiments`. All keys stand with defaults and meanings in rcm/configs/schema.py and schema_model.py of the package.
+NAME is one of `rcm experiments`. All keys stand with defaults and meanings in
+rcm/configs/schema.py and schema_model.py of the package.
 """
 
 
@@ -51,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags.list:
             return _print_table(overrides)
         if not overrides:
-            raise ConfigError("nothing chosen; give experiment=NAME (`rcm experiments` shows the names)")
+            raise ConfigError(
+                "nothing chosen; give experiment=NAME (`rcm experiments` shows the names)"
+            )
         if flags.dryrun:
             return _show(overrides, registry)
     except ConfigError as error:
@@ -69,7 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _show(overrides: Sequence[str], registry: str) -> int:
     """Print the resolved config and what it still needs."""
     ranks = os.environ.get("WORLD_SIZE", "")
-    run = compose_run(overrides, registry=registry, world_size=launched_world() if ranks else None, require_inputs=False)
+    run = compose_run(
+        overrides,
+        registry=registry,
+        world_size=launched_world() if ranks else None,
+        require_inputs=False,
+    )
     print(run.to_yaml(), end="")
     for lack in run.missing:
         print(f"# still missing: {lack}")
@@ -92,7 +100,15 @@ def _train(overrides: Sequence[str], registry: str) -> int:
                 run = together(lambda: compose_run(overrides, registry=registry, world_size=world))
             status = 1
             run_training(run)
-    except (ConfigError, CheckpointError, ShardError, NonFinite, PeerGone, VideoError, OSError) as error:
+    except (
+        ConfigError,
+        CheckpointError,
+        ShardError,
+        NonFinite,
+        PeerGone,
+        VideoError,
+        OSError,
+    ) as error:
         if told := sentence(error):
             print(told, file=sys.stderr, flush=True)
         return status
@@ -114,7 +130,10 @@ def load_registry(name: str) -> str:
     """
     module = _module_of(name)
     if not callable(getattr(module, "register", None)):
-        raise ConfigError(f"--config={name}: a registry must define a function register() that fills Hydra's ConfigStore")
+        raise ConfigError(
+            f"--config={name}: a registry must define a function register() that fills Hydra's"
+            " ConfigStore"
+        )
     module.register()
     return module.__name__ if module.__spec__ and module.__name__.startswith("rcm.") else name
 
@@ -122,23 +141,40 @@ def load_registry(name: str) -> str:
 def _flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Arguments(
         prog="scripts.train",
-        usage="%(prog)s [--config REGISTRY] [--dryrun | --list [WORD ...]] experiment=NAME [key=value ...]",
+        usage=(
+            "%(prog)s [--config REGISTRY] [--dryrun | --list [WORD ...]] experiment=NAME [key=value"
+            " ...]"
+        ),
         allow_abbrev=False,
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", default=DEFAULT_REGISTRY, metavar="REGISTRY", help="file or module with register() [%(default)s]")
+    parser.add_argument(
+        "--config",
+        default=DEFAULT_REGISTRY,
+        metavar="REGISTRY",
+        help="file or module with register() [%(default)s]",
+    )
     parser.add_argument("--dryrun", action="store_true", help="print the resolved config and exit")
-    parser.add_argument("--list", action="store_true", help="print the experiments (whose names contain the given words) and exit")
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="print the experiments (whose names contain the given words) and exit",
+    )
     if "--" in argv:
         cut = argv.index("--")
         argv = argv[:cut] + argv[cut + 1 :]
     flags, rest = parser.parse_known_args(argv)
     for word in rest:
         if word.startswith("-"):
-            near = difflib.get_close_matches(word, ("--config", "--dryrun", "--list", "--help"), n=1)
+            near = difflib.get_close_matches(
+                word, ("--config", "--dryrun", "--list", "--help"), n=1
+            )
             meant = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(f"unknown flag {word!r}; {meant}flags are --config, --dryrun, --list, --help; settings are written key=value")
+            raise ConfigError(
+                f"unknown flag {word!r}; {meant}flags are --config, --dryrun, --list, --help;"
+                " settings are written key=value"
+            )
     return flags, rest
 
 
@@ -149,12 +185,18 @@ def _module_of(name: str) -> ModuleType:
         except ModuleNotFoundError as error:
             if error.name and not f"{name}.".startswith(f"{error.name}."):
                 raise
-            raise ConfigError(f"--config={name}: no such module; give a path that ends in .py or a dotted module name") from error
+            raise ConfigError(
+                f"--config={name}: no such module; give a path that ends in .py or a dotted module"
+                " name"
+            ) from error
     inside = Path(rcm.__file__).resolve().parent.parent
     candidates = [Path(name), inside / name]
     path = next((p.resolve() for p in candidates if p.is_file()), None)
     if path is None:
-        raise ConfigError(f"--config={name}: no such file (looked at {candidates[0].resolve()} and {candidates[1]})")
+        raise ConfigError(
+            f"--config={name}: no such file (looked at {candidates[0].resolve()} and"
+            f" {candidates[1]})"
+        )
     if path.is_relative_to(inside / "rcm"):
         return importlib.import_module(".".join(path.relative_to(inside).with_suffix("").parts))
     spec = importlib.util.spec_from_file_location(f"rcm_registry_{path.stem}", path)

@@ -61,8 +61,18 @@ class Run:
         """Everything as plain dicts and lists: goes into the run's folder and into its
         checkpoints.
         """
-        head = {"experiment": self.experiment, "registry": self.registry, "overrides": list(self.overrides), "rcm_version": __version__}
-        return {**head, "mesh": list(self.mesh), "environment": plain(self.environment), "config": plain(self.config)}
+        head = {
+            "experiment": self.experiment,
+            "registry": self.registry,
+            "overrides": list(self.overrides),
+            "rcm_version": __version__,
+        }
+        return {
+            **head,
+            "mesh": list(self.mesh),
+            "environment": plain(self.environment),
+            "config": plain(self.config),
+        }
 
     def to_yaml(self) -> str:
         """The record as YAML text."""
@@ -87,7 +97,9 @@ def compose_run(
     _refuse_unknown(parsed)
     config = read(TrainConfig, _compose([_for_hydra(override) for override in parsed]))
     experiment = next((o.value() for o in parsed if o.key_or_group == "experiment"), None) or ""
-    config, environment = apply_environment(_resolve(config, experiment, parsed), os.environ if environ is None else environ)
+    config, environment = apply_environment(
+        _resolve(config, experiment, parsed), os.environ if environ is None else environ
+    )
     _refuse_dead_laws(config, parsed)
     check(config)
     mesh = check_mesh(config, world_size=world_size) if world_size else (0, 0, 0)
@@ -145,7 +157,10 @@ def _refuse_unknown_option(group: str, override: Override) -> None:
         raise ConfigError(f"unknown {group}={name!r}; choose from {', '.join(choices)}")
     plain_name = name.removesuffix("_debug").removesuffix("_replayed")
     if "_replayed" in name and plain_name in choices and not plain_name.endswith("_debug"):
-        raise ConfigError(f"unknown experiment {name!r}: _replayed exists for self-forced experiments (sf_dmd) only, which have a rollout")
+        raise ConfigError(
+            f"unknown experiment {name!r}: _replayed exists for self-forced experiments (sf_dmd)"
+            " only, which have a rollout"
+        )
     near = suggestions(name, choices, limit=4)
     hint = f"did you mean {' or '.join(near)}?" if near else "`rcm experiments` shows all"
     raise ConfigError(f"unknown experiment {name!r}; {hint}")
@@ -161,14 +176,19 @@ def _for_hydra(override: Override) -> str:
 
 def _compose(overrides: Sequence[str]) -> Any:
     try:
-        with initialize_config_dir(config_dir=str(registry_distill.config_dir()), version_base="1.3"):
-            return OmegaConf.to_container(compose("train", overrides=list(overrides)), resolve=True, throw_on_missing=True)
+        with initialize_config_dir(
+            config_dir=str(registry_distill.config_dir()), version_base="1.3"
+        ):
+            return OmegaConf.to_container(
+                compose("train", overrides=list(overrides)), resolve=True, throw_on_missing=True
+            )
     except (HydraException, OmegaConfBaseException) as error:
         refused = re.search(r"Could not override '([^']+)'", str(error))
         if refused:  # the key is known to the schema, but this run has no such group
             raise ConfigError(
-                f"key {refused[1]!r} does not exist in this run: it belongs to the other model family (causal or bidirectional rCM), "
-                "or to a network that is null (choose one first, as in net_fake_score=NAME)"
+                f"key {refused[1]!r} does not exist in this run: it belongs to the other model"
+                " family (causal or bidirectional rCM), or to a network that is null (choose one"
+                " first, as in net_fake_score=NAME)"
             ) from error
         raise ConfigError(f"the config does not compose: {error}") from error
 
@@ -178,8 +198,14 @@ def _resolve(config: TrainConfig, experiment: str, parsed: Sequence[Override]) -
     job = replace(config.job, name=config.job.name or experiment or "run")
     model = config.model.config
     if isinstance(model, CausalConfig) and model.shift3_backward:
-        if any(o.key_or_group == "model.config.backward_timesteps" for o in parsed) and model.backward_timesteps != SHIFT3_TIMES:
-            raise ConfigError("model.config.shift3_backward=True contradicts model.config.backward_timesteps; give one of them")
+        if (
+            any(o.key_or_group == "model.config.backward_timesteps" for o in parsed)
+            and model.backward_timesteps != SHIFT3_TIMES
+        ):
+            raise ConfigError(
+                "model.config.shift3_backward=True contradicts model.config.backward_timesteps;"
+                " give one of them"
+            )
         model = replace(model, backward_timesteps=SHIFT3_TIMES)
     return replace(config, job=job, model=replace(config.model, config=model))
 
@@ -192,4 +218,6 @@ def _refuse_dead_laws(config: TrainConfig, parsed: Sequence[Override]) -> None:
         for name in dead:
             key = f"model.config.{law_key}.{name}"
             if any(o.key_or_group == key for o in parsed):
-                raise ConfigError(f"{key} has no effect while model.config.{law_key}.law={law}; set the law too")
+                raise ConfigError(
+                    f"{key} has no effect while model.config.{law_key}.law={law}; set the law too"
+                )

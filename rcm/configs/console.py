@@ -27,9 +27,16 @@ def told(folder: Path, *, rank: int = 0, world_size: int = 1) -> Iterator[None]:
 
     def short(record: dict) -> str:
         level = record["level"].name
-        return f"{{time:HH:mm:ss}}  {who}{'' if level == 'INFO' else level.lower() + ': '}{{message}}\n"
+        return (
+            "{time:HH:mm:ss} "
+            f" {who}{'' if level == 'INFO' else level.lower() + ': '}{{message}}\n"
+        )
 
-    mine = [logger.add(lambda line: sys.stderr.write(line), level="WARNING" if rank else "INFO", format=short)]
+    mine = [
+        logger.add(
+            lambda line: sys.stderr.write(line), level="WARNING" if rank else "INFO", format=short
+        )
+    ]
     if rank == 0:
         # loguru fills in braces of a name
         path = str(folder / LOG_FILE).replace("{", "{{").replace("}", "}}")

@@ -72,7 +72,9 @@ _OF_RANK_0 = ("job.wandb_mode", "job.wandb_project", "job.wandb_entity", f"{M}.t
 
 def continued_settings(config: TrainConfig) -> Settings:
     """What a run must share with the checkpoint that it continues."""
-    return Settings({key: value for key, value in _flat(plain(config)) if not _below(key, FREE)}, CHANGEABLE)
+    return Settings(
+        {key: value for key, value in _flat(plain(config)) if not _below(key, FREE)}, CHANGEABLE
+    )
 
 
 def shared_by_ranks(config: TrainConfig) -> dict[str, Any]:

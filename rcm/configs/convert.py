@@ -28,11 +28,15 @@ def read(cls: type, data: Mapping[str, Any], *, path: str = "") -> Any:
     """
     if not isinstance(data, Mapping):
         names = ", ".join(f.name for f in fields(cls))
-        raise ConfigError(f"{path or 'the config'} must be a group of keys, got {data!r}; keys: {names}")
+        raise ConfigError(
+            f"{path or 'the config'} must be a group of keys, got {data!r}; keys: {names}"
+        )
     known = {f.name: f for f in fields(cls)}
     for key in data:
         if key not in known:
-            raise unknown_key(_join(path, str(key)), known_keys=[_join(path, name) for name in known])
+            raise unknown_key(
+                _join(path, str(key)), known_keys=[_join(path, name) for name in known]
+            )
     hints = _hints(cls)
     values = {}
     for name, value in data.items():
@@ -78,7 +82,9 @@ def text_paths(cls: type, *, path: str = "") -> set[str]:
     found: set[str] = set()
     for f in fields(cls):
         here, hint = _join(path, f.name), _hints(cls)[f.name]
-        if hint is str or (get_origin(hint) is Literal and all(isinstance(word, str) for word in get_args(hint))):
+        if hint is str or (
+            get_origin(hint) is Literal and all(isinstance(word, str) for word in get_args(hint))
+        ):
             found.add(here)
         for inner in _dataclasses_in(f, hint):
             found |= text_paths(inner, path=here)
@@ -100,7 +106,10 @@ def suggestions(word: str, known: Iterable[str], *, limit: int = 3) -> list[str]
     leaf = word.rsplit(".", 1)[-1]
     leaf = _ELSEWHERE.get(leaf, leaf)
     leaves = {k.rsplit(".", 1)[-1]: k for k in sorted(known, key=len, reverse=True)}
-    exact = sorted((k for k in known if k.rsplit(".", 1)[-1] == leaf), key=lambda k: -difflib.SequenceMatcher(None, word, k).ratio())
+    exact = sorted(
+        (k for k in known if k.rsplit(".", 1)[-1] == leaf),
+        key=lambda k: -difflib.SequenceMatcher(None, word, k).ratio(),
+    )
     close = difflib.get_close_matches(word, known, n=limit, cutoff=0.75)
     similar = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=limit, cutoff=0.65)]
     return list(dict.fromkeys([*exact, *close, *similar]))[:limit]
@@ -133,7 +142,9 @@ def _variant(f: Field, data: Mapping[str, Any], path: str) -> type | None:
         return None
     variants, tag = f.metadata["variants"], f.metadata["tag"]
     if data.get(tag) not in variants:
-        raise ConfigError(f"{_join(path, tag)}={data.get(tag)!r} must be one of {', '.join(variants)}")
+        raise ConfigError(
+            f"{_join(path, tag)}={data.get(tag)!r} must be one of {', '.join(variants)}"
+        )
     return variants[data[tag]]
 
 
@@ -158,7 +169,9 @@ def _literal(allowed: tuple[Any, ...], value: Any, path: str) -> Any:
             return choice
     near = suggestions(str(value), [str(a) for a in allowed], limit=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"{path}={value!r} must be one of {', '.join(repr(a) for a in allowed)}{hint}")
+    raise ConfigError(
+        f"{path}={value!r} must be one of {', '.join(repr(a) for a in allowed)}{hint}"
+    )
 
 
 def _tuple(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
@@ -168,11 +181,18 @@ def _tuple(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
         return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
     if len(value) != len(args):
         raise ConfigError(f"{path}={list(value)!r} must have {len(args)} entries, got {len(value)}")
-    return tuple(_convert(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+    return tuple(
+        _convert(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
+    )
 
 
 def _scalar(hint: type, value: Any, path: str) -> Any:
-    names = {bool: "true or false", int: "an integer", float: "a number (fractions such as 15/16 are fine)", str: "a text"}
+    names = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number (fractions such as 15/16 are fine)",
+        str: "a text",
+    }
     wrong = ConfigError(f"{path}={value!r} must be {names[hint]}")
     if isinstance(value, bool) or hint is bool:
         if hint is bool and isinstance(value, bool):
@@ -181,8 +201,16 @@ def _scalar(hint: type, value: Any, path: str) -> Any:
     if hint is str and isinstance(value, str):
         return value
     if hint is str and isinstance(value, int | float):  # its characters are gone: 1_3 has become 13
-        raise ConfigError(f"{path}={value!r} is a text; write it in quotes, such as {path.rsplit('.', 1)[-1]}: \"{value}\"")
-    if hint is int and isinstance(value, int | float) and math.isfinite(value) and value == int(value):
+        raise ConfigError(
+            f"{path}={value!r} is a text; write it in quotes, such as {path.rsplit('.', 1)[-1]}:"
+            f' "{value}"'
+        )
+    if (
+        hint is int
+        and isinstance(value, int | float)
+        and math.isfinite(value)
+        and value == int(value)
+    ):
         return int(value)
     if hint is float and isinstance(value, str) and "/" in value:
         try:

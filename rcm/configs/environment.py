@@ -37,7 +37,9 @@ class EnvironmentUse:
     decided_by: str
 
 
-def apply_environment(config: TrainConfig, environ: Mapping[str, str]) -> tuple[TrainConfig, tuple[EnvironmentUse, ...]]:
+def apply_environment(
+    config: TrainConfig, environ: Mapping[str, str]
+) -> tuple[TrainConfig, tuple[EnvironmentUse, ...]]:
     """Fill keys left empty from `environ`, then from their fallback. Returns the config and a line
     per variable that was set.
     """

@@ -12,7 +12,12 @@ from rcm.core.errors import ConfigError
 
 WIDTH = 120
 _SUFFIXES = re.compile(r"(_c\d+-\d+)?(_replayed)?(_debug)?$")
-_SHORT = {"net_teacher": "teacher", "net_causal_teacher": "causal", "net_bidirectional_teacher": "bidir", "net_fake_score": "fake"}
+_SHORT = {
+    "net_teacher": "teacher",
+    "net_causal_teacher": "causal",
+    "net_bidirectional_teacher": "bidir",
+    "net_fake_score": "fake",
+}
 
 
 def matching(words: Sequence[str]) -> dict[str, list[str]]:
@@ -23,8 +28,14 @@ def matching(words: Sequence[str]) -> dict[str, list[str]]:
     debug = any("debug" in word for word in words)
     found: dict[str, list[str]] = {}
     for name in sorted(known):
-        template = any(other.startswith(f"{name}_c") and _SUFFIXES.sub("", other) == name for other in known)
-        if not template and all(word in name for word in words) and (debug or not name.endswith("_debug")):
+        template = any(
+            other.startswith(f"{name}_c") and _SUFFIXES.sub("", other) == name for other in known
+        )
+        if (
+            not template
+            and all(word in name for word in words)
+            and (debug or not name.endswith("_debug"))
+        ):
             found.setdefault(_SUFFIXES.sub("", name), []).append(name)
     return found
 
@@ -35,7 +46,10 @@ def lines(words: Sequence[str]) -> Iterator[tuple[str, bool]]:
     """
     rows = matching(words)
     if not rows:
-        raise ConfigError(f"no experiment has {' and '.join(map(repr, words))} in its name; the whole list: rcm experiments")
+        raise ConfigError(
+            f"no experiment has {' and '.join(map(repr, words))} in its name; the whole list: rcm"
+            " experiments"
+        )
     for title, group in (("embedded world, two CPU cores", True), ("Wan", False)):
         chosen = {row: names for row, names in rows.items() if row.startswith("toy_") == group}
         if not chosen:
@@ -47,14 +61,25 @@ def lines(words: Sequence[str]) -> Iterator[tuple[str, bool]]:
     if words:
         yield "batch: per data rank x accumulation; ranks: context x shard.", False
     else:
-        yield "With words from the names it also tells networks, sizes and needs: rcm experiments toy sf_dmd", False
+        yield (
+            (
+                "With words from the names it also tells networks, sizes and needs: rcm experiments"
+                " toy sf_dmd"
+            ),
+            False,
+        )
 
 
 def _row(row: str, names: Sequence[str], *, composed: bool) -> Iterator[tuple[str, bool]]:
     if composed:
         about, failed = details(names[0])
         yield f"  {row}", failed
-        yield from ((line, failed) for line in textwrap.wrap(about, WIDTH, initial_indent="      ", subsequent_indent="      "))
+        yield from (
+            (line, failed)
+            for line in textwrap.wrap(
+                about, WIDTH, initial_indent="      ", subsequent_indent="      "
+            )
+        )
     for name in names:
         yield f"    {name}" if composed else f"  {name}", False
 
@@ -70,10 +95,20 @@ def details(name: str) -> tuple[str, bool]:
     mine = f"net {nets['net'].preset} ({parameter_count(nets['net']) / 1e6:,.2f} M)"
     if model.lora.rank:
         mine += f", adapters of rank {model.lora.rank}"
-    others = ", ".join(f"{_SHORT[role]} {net.preset}" for role, net in nets.items() if role != "net")
+    others = ", ".join(
+        f"{_SHORT[role]} {net.preset}" for role, net in nets.items() if role != "net"
+    )
     batch = f"{config.dataloader_train.batch_size}x{config.trainer.grad_accum_iter}"
     ranks = f"{config.model_parallel.context_parallel_size}x{model.fsdp_shard_size}"
-    needs = sorted({lack.split()[0].removeprefix("model.config.").removeprefix("dataloader_train.") for lack in run.missing})
-    sizes = f"lr {config.optimizer.lr:.0e}, batch {batch}, {config.trainer.max_iter} steps, ranks {ranks}"
+    needs = sorted(
+        {
+            lack.split()[0].removeprefix("model.config.").removeprefix("dataloader_train.")
+            for lack in run.missing
+        }
+    )
+    sizes = (
+        f"lr {config.optimizer.lr:.0e}, batch {batch}, {config.trainer.max_iter} steps, ranks"
+        f" {ranks}"
+    )
     verdict = f"ok; needs {', '.join(needs)}" if needs else "ok"
     return f"{mine}{', with ' + others if others else ''}; {sizes}; {verdict}", False

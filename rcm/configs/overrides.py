@@ -64,7 +64,11 @@ def _read(word: str) -> Override:
     text = found is not None and found[2] in _texts()
     try:
         override = parser.parse_overrides([word])[0]
-        is_text = override.is_sweep_override() or override.is_delete() or isinstance(override.value(), str | None)
+        is_text = (
+            override.is_sweep_override()
+            or override.is_delete()
+            or isinstance(override.value(), str | None)
+        )
         if not text or is_text:
             return override
     except (HydraException, ValueError) as error:
@@ -77,11 +81,21 @@ def _read(word: str) -> Override:
 
 def _checked(override: Override, word: str) -> Override:
     if override.is_delete():
-        raise ConfigError(f"override {_short(word)!r} deletes a key; every key has a value: set it, or choose null where null is allowed")
+        raise ConfigError(
+            f"override {_short(word)!r} deletes a key; every key has a value: set it, or choose"
+            " null where null is allowed"
+        )
     if override.is_sweep_override():
         key, text = override.key_or_group, word.partition("=")[2]
-        advice = f"a text with a comma: {as_typed(key, text)}" if key in _texts() else f"a list: {shlex.quote(f'{key}=[{text}]')}"
-        raise ConfigError(f"override {_short(word)!r} asks for several runs; launch one at a time (or do you mean {advice}?)")
+        advice = (
+            f"a text with a comma: {as_typed(key, text)}"
+            if key in _texts()
+            else f"a list: {shlex.quote(f'{key}=[{text}]')}"
+        )
+        raise ConfigError(
+            f"override {_short(word)!r} asks for several runs; launch one at a time (or do you mean"
+            f" {advice}?)"
+        )
     return override
 
 
@@ -99,20 +113,36 @@ def _of_release(override: Override) -> Iterator[Override]:
         yield from OverridesParser.create().parse_overrides(list(words))
         return
     law_key = key.removesuffix("._target_")
-    if law_key not in _LAW_KEYS or not (law_key != key or (isinstance(value, dict) and "_target_" in value)):
+    if law_key not in _LAW_KEYS or not (
+        law_key != key or (isinstance(value, dict) and "_target_" in value)
+    ):
         yield override
         return
-    given = {"_target_": value} if law_key != key else {str(name): number for name, number in value.items()}
+    given = (
+        {"_target_": value}
+        if law_key != key
+        else {str(name): number for name, number in value.items()}
+    )
     target = given.pop("_target_")
     if target not in TIME_LAWS:
-        known = " and ".join(f"{name} ({law_key}.law={law})" for name, (law, _) in TIME_LAWS.items())
-        raise ConfigError(f"{law_key}._target_={target!r} is not imported; the time laws known by name are {known}")
+        known = " and ".join(
+            f"{name} ({law_key}.law={law})" for name, (law, _) in TIME_LAWS.items()
+        )
+        raise ConfigError(
+            f"{law_key}._target_={target!r} is not imported; the time laws known by name are"
+            f" {known}"
+        )
     law, numbers = TIME_LAWS[target]
     for name in given:
         if name not in numbers:
-            raise ConfigError(f"{law_key}.{name} is no number of {target}, which takes {', '.join(numbers)}")
+            raise ConfigError(
+                f"{law_key}.{name} is no number of {target}, which takes {', '.join(numbers)}"
+            )
     yield from OverridesParser.create().parse_overrides(
-        [f"{law_key}.law={law}", *(f"{law_key}.{name}={_number(number)}" for name, number in given.items())]
+        [
+            f"{law_key}.law={law}",
+            *(f"{law_key}.{name}={_number(number)}" for name, number in given.items()),
+        ]
     )
 
 

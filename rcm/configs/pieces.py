@@ -23,7 +23,9 @@ from rcm.worlds.toy_text import ToyTextEncoder
 from rcm.worlds.toy_world import ToyWorld, ToyWorldConfig
 
 
-def described_pieces(model: CommonModelConfig, *, words: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+def described_pieces(
+    model: CommonModelConfig, *, words: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """How a checkpoint describes the codec and the text encoder it needs, as
     `rcm/pipelines/described.py` reads it; `words` of the captions it was trained with.
     """
@@ -52,10 +54,17 @@ def text_encoder(model: CommonModelConfig, *, device: torch.device | str) -> Tex
     if model.text_encoder_class == "toy":
         return toy_text(model)
     weights, cache = model.text_encoder_path or UMT5_FILE, model.text_cache or None
-    return UMT5TextEncoder.from_files(weights, device=device, cache=cache, text_len=wan_config(model.net).text_len)
+    return UMT5TextEncoder.from_files(
+        weights, device=device, cache=cache, text_len=wan_config(model.net).text_len
+    )
 
 
-def encode_once(model: CommonModelConfig, prompts: Callable[[TextEncoder], Sequence[str]], *, device: torch.device | str) -> torch.Tensor:
+def encode_once(
+    model: CommonModelConfig,
+    prompts: Callable[[TextEncoder], Sequence[str]],
+    *,
+    device: torch.device | str,
+) -> torch.Tensor:
     """Embeddings of a few prompts on the CPU, float32; rank 0 encodes for all and frees the
     encoder. Collective.
     """
@@ -78,8 +87,9 @@ def toy_codec(model: CommonModelConfig) -> ToyCodec:
     codec = ToyCodec(t.temporal_stride, t.spatial_stride, t.gain, t.boost, t.centre)
     if codec.latent_channels != model.state_ch:
         raise ConfigError(
-            f"the toy codec with strides {t.temporal_stride} x {t.spatial_stride} has {codec.latent_channels} channels, "
-            f"model.config.state_ch={model.state_ch}; change model.config.tokenizer or state_ch"
+            f"the toy codec with strides {t.temporal_stride} x {t.spatial_stride} has"
+            f" {codec.latent_channels} channels, model.config.state_ch={model.state_ch}; change"
+            " model.config.tokenizer or state_ch"
         )
     return codec
 
@@ -94,4 +104,6 @@ def toy_world(model: CommonModelConfig) -> ToyWorld:
     """The embedded world at the pixel size that the latents decode to."""
     codec = toy_codec(model)
     height, width = (size * codec.spatial_stride for size in model.latent_size())
-    return ToyWorld(ToyWorldConfig.at_size(height, width, num_frames=codec.frames_for(model.state_t)))
+    return ToyWorld(
+        ToyWorldConfig.at_size(height, width, num_frames=codec.frames_for(model.state_t))
+    )

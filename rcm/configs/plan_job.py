@@ -40,7 +40,11 @@ def plan_job(run: Run, *, ranks: int, fused: bool = True, rollouts: Rollouts = "
     return Job(
         name=run.experiment or config.job.name,
         nets=tuple(_net(key, net, model) for key, net in networks(model).items()),
-        phases=_causal_phases(model, rollouts) if isinstance(model, CausalConfig) else _rcm_phases(model, rollouts),
+        phases=(
+            _causal_phases(model, rollouts)
+            if isinstance(model, CausalConfig)
+            else _rcm_phases(model, rollouts)
+        ),
         latent_elements=math.prod(latent_shape(model)),
         batch=config.dataloader_train.batch_size,
         accumulation=config.trainer.grad_accum_iter,
@@ -64,7 +68,17 @@ def _net(key: str, net: NetConfig, model: CommonModelConfig) -> NetPlan:
         return NetPlan(role, wan_config(net), trained=False, base=base)
     sac, averaged = net.sac_config, role == "student" and model.ema.enabled
     layers = adapted_layers(model.lora.targets) if model.lora.rank else ()
-    return NetPlan(role, wan_config(net), True, averaged, sac.mode, sac.every_n_blocks, model.lora.rank, layers, base)
+    return NetPlan(
+        role,
+        wan_config(net),
+        True,
+        averaged,
+        sac.mode,
+        sac.every_n_blocks,
+        model.lora.rank,
+        layers,
+        base,
+    )
 
 
 def _grid(model: CommonModelConfig) -> tuple[int, int]:
@@ -84,9 +98,13 @@ def _trained(*layouts: TokenLayout) -> Pass:
     return Pass("student", "student", "train", layouts)
 
 
-def _alternating(student: PhasePlan, critic: tuple[Pass, ...], *, frequency: int) -> tuple[PhasePlan, PhasePlan]:
+def _alternating(
+    student: PhasePlan, critic: tuple[Pass, ...], *, frequency: int
+) -> tuple[PhasePlan, PhasePlan]:
     """One student iteration, then `frequency` - 1 of the fake score."""
-    return replace(student, share=1 / frequency), PhasePlan("fake_score", critic, share=(frequency - 1) / frequency)
+    return replace(student, share=1 / frequency), PhasePlan(
+        "fake_score", critic, share=(frequency - 1) / frequency
+    )
 
 
 class _Causal:
@@ -102,16 +120,30 @@ class _Causal:
         self.packed = TokenLayout.teacher_forcing(self.frames, **structure)
         self.masked = TokenLayout.block_causal(self.frames, **structure)
         self.noisy = TokenLayout.noisy_over_context(self.frames, **structure)
-        total, window = model.long_tuning.frames or self.frames, model.long_tuning.window_blocks or None
+        total, window = (
+            model.long_tuning.frames or self.frames,
+            model.long_tuning.window_blocks or None,
+        )
         seen = {"num_frames": total, "window": window, "sinks": model.long_tuning.sink_blocks}
         self.bounds = self.pattern.bounds(total)
-        self.chunks = tuple(TokenLayout.cached_chunk(block, **seen, **structure) for block in range(len(self.bounds)))
-        self.ends = [block + 1 for block, (_, stop) in enumerate(self.bounds) if stop >= self.frames]
+        self.chunks = tuple(
+            TokenLayout.cached_chunk(block, **seen, **structure)
+            for block in range(len(self.bounds))
+        )
+        self.ends = [
+            block + 1 for block, (_, stop) in enumerate(self.bounds) if stop >= self.frames
+        ]
         if rollouts == "longest":
             self.ends = self.ends[-1:]
-        self.judged = tuple(chunk for chunk, (_, stop) in zip(self.chunks, self.bounds, strict=True) if stop > total - self.frames)
+        self.judged = tuple(
+            chunk
+            for chunk, (_, stop) in zip(self.chunks, self.bounds, strict=True)
+            if stop > total - self.frames
+        )
         if window is not None:  # what a streamed chunk sees, and the judged chunks
-            seen_frames = (window + model.long_tuning.sink_blocks) * max(self.pattern.first, self.pattern.chunk)
+            seen_frames = (window + model.long_tuning.sink_blocks) * max(
+                self.pattern.first, self.pattern.chunk
+            )
             total = min(total, seen_frames + sum(chunk.num_frames for chunk in self.judged))
         self.cached = total
 
@@ -138,7 +170,9 @@ class _Causal:
         indices = range(schedule.steps(0)) if self.rollouts == "mean" else (schedule.steps(0) - 1,)
         counts, cases = [0.0] * len(self.chunks), len(indices) * len(self.ends)
         for index, end in product(indices, self.ends):
-            plans = training_plan(self.pattern, self.bounds[-1][1], schedule, index=index, context=rule)[:end]
+            plans = training_plan(
+                self.pattern, self.bounds[-1][1], schedule, index=index, context=rule
+            )[:end]
             for plan in plans:
                 graded = last_with_gradient and plan.stop > plans[-1].stop - self.frames
                 free = plan.commit == "last_input" and not graded
@@ -157,9 +191,20 @@ class _Causal:
         judged = (
             self.rollout(last_with_gradient=not replayed, beside=beside),
             Pass("fake score", "fake_score", "infer", self.whole, (), cached, beside),
-            Pass("bidirectional teacher", "bidirectional_teacher", "infer", self.whole, guided, cached, beside),
+            Pass(
+                "bidirectional teacher",
+                "bidirectional_teacher",
+                "infer",
+                self.whole,
+                guided,
+                cached,
+                beside,
+            ),
         )
-        replays = (Pass("replayed chunk", "student", "train", (chunk,), cached=cached) for chunk in self.judged)
+        replays = (
+            Pass("replayed chunk", "student", "train", (chunk,), cached=cached)
+            for chunk in self.judged
+        )
         return (*judged, *replays) if replayed else (*judged, last)
 
     def phases(self) -> tuple[PhasePlan, ...]:
@@ -179,7 +224,10 @@ class _Causal:
             raise ConfigError(f"the planner does not know the passes of training_type={kind}")
         joint = self.continuous() if kind == "tf_scm_sf_dmd" else ()
         terms = (len(self.judged) if model.replayed_training else 1) + bool(joint)
-        critic = (self.rollout(last_with_gradient=False), Pass("fake score", "fake_score", "train", self.whole))
+        critic = (
+            self.rollout(last_with_gradient=False),
+            Pass("fake score", "fake_score", "train", self.whole),
+        )
         student = PhasePlan("student", (*joint, *self.self_forced()), terms=terms)
         return _alternating(student, critic, frequency=model.student_update_freq)
 
@@ -196,7 +244,11 @@ def _rcm_phases(model: RCMConfig, rollouts: Rollouts) -> tuple[PhasePlan, ...]:
     student = _consistency(model, whole, guided) if model.loss_scale > 0 else ()
     if model.net_fake_score is None or model.loss_scale_dmd <= 0:
         return (PhasePlan("student", student),)
-    steps = (model.max_simulation_steps_fake + 1) / 2 if rollouts == "mean" else model.max_simulation_steps_fake
+    steps = (
+        (model.max_simulation_steps_fake + 1) / 2
+        if rollouts == "mean"
+        else model.max_simulation_steps_fake
+    )
     last = Pass("simulation's last step", "student", "train", whole)
     matching = (
         Pass("simulation", "student", "infer", whole, (steps - 1,)),
@@ -204,15 +256,30 @@ def _rcm_phases(model: RCMConfig, rollouts: Rollouts) -> tuple[PhasePlan, ...]:
         Pass("teacher", "teacher", "infer", whole, (guided,), beside=last),
         last,
     )
-    critic = (Pass("simulation", "student", "infer", whole, (steps,)), Pass("fake score", "fake_score", "train", whole))
+    critic = (
+        Pass("simulation", "student", "infer", whole, (steps,)),
+        Pass("fake score", "fake_score", "train", whole),
+    )
     both = PhasePlan("student", (*student, *matching), terms=1 + bool(student))
     return _alternating(both, critic, frequency=model.student_update_freq)
 
 
-def _consistency(model: RCMConfig, whole: tuple[TokenLayout, ...], guided: float) -> tuple[Pass, ...]:
+def _consistency(
+    model: RCMConfig, whole: tuple[TokenLayout, ...], guided: float
+) -> tuple[Pass, ...]:
     exact = Pass("student's tangent", "student", "tangent", whole)
     plain = Pass("student's difference", "student", "infer", whole)
-    evaluations, own = 1, {0: (exact,), 1: (exact, plain), 2: (replace(plain, repeats=(2.0,)),)}[model.fd_type]
+    evaluations, own = (
+        1,
+        {0: (exact,), 1: (exact, plain), 2: (replace(plain, repeats=(2.0,)),)}[model.fd_type],
+    )
     if model.cm_type == "dcm":
-        evaluations, own = model.dcm_skipping_interval_steps, (Pass("student's target", "student", "infer", whole),)
-    return Pass("teacher", "teacher", "infer", whole, (evaluations * guided,)), *own, _trained(*whole)
+        evaluations, own = (
+            model.dcm_skipping_interval_steps,
+            (Pass("student's target", "student", "infer", whole),),
+        )
+    return (
+        Pass("teacher", "teacher", "infer", whole, (evaluations * guided,)),
+        *own,
+        _trained(*whole),
+    )

@@ -61,7 +61,10 @@ def _rows() -> tuple[Row, ...]:
     for prefix in (small, toy):
         rows += [Row(prefix + stage) for stage in ("tf", "df", "tf_kd", "df_kd", "tf_dcm")]
         rows += [Row(prefix + stage, tangent=True) for stage in ("tf_scm", "tf_dscm")]
-        rows += [Row(prefix + "sf_dmd" + preset, replayable=True) for preset in ("", "_1step", "_2step", "_2step_noisy_ctx")]
+        rows += [
+            Row(prefix + "sf_dmd" + preset, replayable=True)
+            for preset in ("", "_1step", "_2step", "_2step_noisy_ctx")
+        ]
         rows += [Row(prefix + "tf_scm_sf_dmd", replayable=True, tangent=True)]
         rows += [Row(prefix + "tf_dcm_lora"), Row(prefix + "sf_dmd_lora", replayable=True)]
     rows += [Row("toy_sf_dmd_long", replayable=True), Row("toy_tf_meanflow", tangent=True)]
@@ -80,7 +83,10 @@ def config_dir() -> Path:
     for folder in (package / "_configs", package.parent / "configs"):
         if (folder / "train.yaml").is_file():
             return folder
-    raise ConfigError(f"no train.yaml in {package / '_configs'} nor in {package.parent / 'configs'}; reinstall rcm")
+    raise ConfigError(
+        f"no train.yaml in {package / '_configs'} nor in {package.parent / 'configs'};"
+        " reinstall rcm"
+    )
 
 
 def variants(row: Row) -> tuple[str, ...]:
@@ -104,10 +110,15 @@ def add_row(row: Row, *, body: dict | None = None) -> None:
         _put("experiment", row.name, body)
     names: dict[str, dict | None] = {row.name: None}
     if row.causal:
-        names = {f"{row.name}_{p}": {"defaults": [row.name, {"override /pattern": p}, "_self_"]} for p in PATTERNS}
+        names = {
+            f"{row.name}_{p}": {"defaults": [row.name, {"override /pattern": p}, "_self_"]}
+            for p in PATTERNS
+        }
     if row.replayable:
         replayed = {"model": {"config": {"replayed_training": True}}}
-        names |= {f"{name}_replayed": {"defaults": [name, "_self_"], **replayed} for name in list(names)}
+        names |= {
+            f"{name}_replayed": {"defaults": [name, "_self_"], **replayed} for name in list(names)
+        }
     for name, node in names.items():
         if node is not None:
             _put("experiment", name, node)
@@ -124,7 +135,9 @@ def register() -> None:
     for name, cls in MODEL_VARIANTS.items():
         _put("model", name, {"name": name, "config": plain(cls())}, package="model")
     for path in sorted((config_dir() / "net").glob("*.yaml")):
-        node = plain(read(NetConfig, OmegaConf.to_container(OmegaConf.load(path)), path=f"net/{path.name}"))
+        node = plain(
+            read(NetConfig, OmegaConf.to_container(OmegaConf.load(path)), path=f"net/{path.name}")
+        )
         for group in EXTRA_NETS:
             _put(group, path.stem, node, package=f"model.config.{group}")
     for name, body in CALLBACKS.items():

@@ -16,7 +16,11 @@ from rcm.configs.network import NETS
 from rcm.core.errors import ConfigError
 
 M = "model.config"
-_WAN_NETS = {f"wan2pt1_{size}_t2v{kind}": f"wan2pt1_{size.lower()}" for size in ("1pt3B", "14B") for kind in ("", "_jvp")}
+_WAN_NETS = {
+    f"wan2pt1_{size}_t2v{kind}": f"wan2pt1_{size.lower()}"
+    for size in ("1pt3B", "14B")
+    for kind in ("", "_jvp")
+}
 
 CHOICES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "optimizer": {"fusedadamw": ("optimizer.type=fusedadamw",)},
@@ -27,7 +31,10 @@ CHOICES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "ckpt_type": {"dcp_distill": ()},
     "trainer": {"distill": ()},
     "conditioner": {"text_nodrop": ()},
-    "tokenizer": {"wan2pt1_tokenizer": (f"{M}.tokenizer.name=wan",), "toy": (f"{M}.tokenizer.name=toy",)},
+    "tokenizer": {
+        "wan2pt1_tokenizer": (f"{M}.tokenizer.name=wan",),
+        "toy": (f"{M}.tokenizer.name=toy",),
+    },
     "data_train": {
         "webdataset": ("data=latents",),
         **{name: (f"data={name}",) for name in ("latents", "prompts", "toy", "toy_shards", "fake")},
@@ -37,11 +44,18 @@ CHOICES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 CALLBACKS: Mapping[str, Mapping[str, object]] = {
     "basic": {
-        "trainer": {"callbacks": {"heart_beat": {"every_n": 10}, "device_monitor": {"every_n": "${trainer.logging_iter}"}}},
+        "trainer": {
+            "callbacks": {
+                "heart_beat": {"every_n": 10},
+                "device_monitor": {"every_n": "${trainer.logging_iter}"},
+            }
+        }
     },
     "dataloading_speed": {},  # time/seconds_waiting_for_data is always logged
     "wandb": {"job": {"wandb_mode": "${oc.env:WANDB_MODE,online}"}},
-    "viz_online_sampling_distill": {"trainer": {"sampling": {"every_n": 5000, "ema_every_n": 5000}}},
+    "viz_online_sampling_distill": {
+        "trainer": {"sampling": {"every_n": 5000, "ema_every_n": 5000}}
+    },
 }
 """Choices of the group `callbacks`, a list; below what an experiment says, as in the release."""
 
@@ -49,25 +63,48 @@ _REG, _EMA = "trainer.callbacks.every_n_sample_reg", "trainer.callbacks.every_n_
 RENAMED = {
     f"{_REG}.every_n": "trainer.sampling.every_n",
     f"{_EMA}.every_n": "trainer.sampling.ema_every_n",
-    **{f"{root}.{name}": f"trainer.sampling.{name}" for root in (_REG, _EMA) for name in ("num_samples", "run_at_start")},
+    **{
+        f"{root}.{name}": f"trainer.sampling.{name}"
+        for root in (_REG, _EMA)
+        for name in ("num_samples", "run_at_start")
+    },
 }
 """Key of the release -> the key here."""
 
 _ALWAYS = "it is part of every training step here"
 _STORE = "files go to the job's folder, there is no object store"
 REFUSED = {
-    "trainer.callbacks.grad_clip": f"{_ALWAYS}: {M}.grad_clip, {M}.grad_clip_norm, and trainer.nan_policy for what is not finite",
+    "trainer.callbacks.grad_clip": (
+        f"{_ALWAYS}: {M}.grad_clip, {M}.grad_clip_norm, and trainer.nan_policy for what is not"
+        " finite"
+    ),
     "trainer.callbacks.low_prec": f"{_ALWAYS}: {M}.precision computes, float32 keeps the weights",
-    "trainer.callbacks.iter_speed": "time/seconds_per_iteration is always logged, every trainer.logging_iter",
-    "trainer.callbacks.dataloader_speed": "time/seconds_waiting_for_data is always logged, every trainer.logging_iter",
-    "trainer.callbacks.manual_gc": "a step leaves no cycles behind that a collector would have to find",
+    "trainer.callbacks.iter_speed": (
+        "time/seconds_per_iteration is always logged, every trainer.logging_iter"
+    ),
+    "trainer.callbacks.dataloader_speed": (
+        "time/seconds_waiting_for_data is always logged, every trainer.logging_iter"
+    ),
+    "trainer.callbacks.manual_gc": (
+        "a step leaves no cycles behind that a collector would have to find"
+    ),
     "trainer.callbacks.compile_tokenizer": "training reads latents and decodes previews alone",
-    "trainer.callbacks.wandb": "set job.wandb_mode; all numbers are logged every trainer.logging_iter",
-    "trainer.callbacks.wandb_10x": "set job.wandb_mode; all numbers are logged every trainer.logging_iter",
+    "trainer.callbacks.wandb": (
+        "set job.wandb_mode; all numbers are logged every trainer.logging_iter"
+    ),
+    "trainer.callbacks.wandb_10x": (
+        "set job.wandb_mode; all numbers are logged every trainer.logging_iter"
+    ),
     _REG: "previews are trainer.sampling.every_n, num_samples and run_at_start",
-    _EMA: "previews of averaged weights are trainer.sampling.ema_every_n, num_samples and run_at_start",
+    _EMA: (
+        "previews of averaged weights are trainer.sampling.ema_every_n, num_samples and"
+        " run_at_start"
+    ),
     **{f"trainer.callbacks.{name}.save_s3": _STORE for name in ("heart_beat", "device_monitor")},
-    **{f"trainer.callbacks.{name}.step_size": "iterations are counted one by one" for name in ("heart_beat", "device_monitor")},
+    **{
+        f"trainer.callbacks.{name}.step_size": "iterations are counted one by one"
+        for name in ("heart_beat", "device_monitor")
+    },
     "trainer.callbacks.device_monitor.upload_every_n_mul": _STORE,
     "checkpoint.save_to_object_store": _STORE,
     "checkpoint.load_from_object_store": _STORE,
@@ -75,11 +112,17 @@ REFUSED = {
     "checkpoint.jit": "no traced copy is written; scripts.dcp_to_pth exports weights",
     "checkpoint.verbose": "what is saved and loaded is always logged",
     "checkpoint.broadcast_via_filesystem": "every rank reads its own part of a checkpoint",
-    "checkpoint.dcp_allow_mismatched_size": "loading is strict: a tensor of another shape is refused",
-    "checkpoint.keys_to_skip_loading": "loading is strict; parts are left out with checkpoint.keys_not_to_resume",
+    "checkpoint.dcp_allow_mismatched_size": (
+        "loading is strict: a tensor of another shape is refused"
+    ),
+    "checkpoint.keys_to_skip_loading": (
+        "loading is strict; parts are left out with checkpoint.keys_not_to_resume"
+    ),
     "trainer.timestamp_seed": "a run can be repeated: set trainer.seed",
     "trainer.distributed_parallelism": f"it is FSDP2, with {M}.fsdp_shard_size",
-    "trainer.run_validation": "there is no validation loop; scripts.compare_checkpoints scores checkpoints",
+    "trainer.run_validation": (
+        "there is no validation loop; scripts.compare_checkpoints scores checkpoints"
+    ),
     "dataloader_val": "there is no validation loop; scripts.compare_checkpoints scores checkpoints",
     "data_val": "there is no validation loop; scripts.compare_checkpoints scores checkpoints",
 }

@@ -41,9 +41,17 @@ class JobConfig(Record):
         for key in ("project", "group", "name", "output_root"):
             text = getattr(self, key)
             if key != "output_root" and (text.startswith(("/", "~")) or ".." in text.split("/")):
-                raise ConfigError(f"{key}={text!r} leaves job.output_root; give a relative name without '..', or set job.output_root")
-            if any(not c.isprintable() for c in text) or any(len(part.encode()) > 255 for part in text.split("/")):
-                raise ConfigError(f"{key}={text[:80]!r} is no name of a folder: printable characters, at most 255 bytes between two '/'")
+                raise ConfigError(
+                    f"{key}={text!r} leaves job.output_root; give a relative name without '..', or"
+                    " set job.output_root"
+                )
+            if any(not c.isprintable() for c in text) or any(
+                len(part.encode()) > 255 for part in text.split("/")
+            ):
+                raise ConfigError(
+                    f"{key}={text[:80]!r} is no name of a folder: printable characters, at most 255"
+                    " bytes between two '/'"
+                )
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,9 @@ class ModelNode:
 
     # chosen with model=NAME (a method implies it)
     name: Literal["fsdp_t2v_causal", "fsdp_t2v_distill_rcm"] = "fsdp_t2v_causal"
-    config: CausalConfig | RCMConfig = field(default_factory=CausalConfig, metadata={"tag": "name", "variants": MODEL_VARIANTS})
+    config: CausalConfig | RCMConfig = field(
+        default_factory=CausalConfig, metadata={"tag": "name", "variants": MODEL_VARIANTS}
+    )
 
 
 @dataclass(frozen=True)
@@ -126,19 +136,36 @@ class CheckpointConfig(Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        started = {"load_training_state": False, "load_ema_to_reg": True, "only_load_scheduler_state": True}
+        started = {
+            "load_training_state": False,
+            "load_ema_to_reg": True,
+            "only_load_scheduler_state": True,
+        }
         for key, value in started.items():
             if getattr(self, key) == value and not self.load_path:
-                raise ConfigError(f"{key}={value} has no effect without checkpoint.load_path, the checkpoint to start from; set it")
+                raise ConfigError(
+                    f"{key}={value} has no effect without checkpoint.load_path, the checkpoint to"
+                    " start from; set it"
+                )
         if self.only_load_scheduler_state and self.load_training_state:
             raise ConfigError(
-                "only_load_scheduler_state=True has no effect while checkpoint.load_training_state=True takes the schedules and all "
-                "else; set checkpoint.load_training_state=False"
+                "only_load_scheduler_state=True has no effect while"
+                " checkpoint.load_training_state=True takes the schedules and all else; set"
+                " checkpoint.load_training_state=False"
             )
         if self.load_ema_to_reg and "model" in self.keys_not_to_resume:
-            raise ConfigError("load_ema_to_reg=True starts from weights that checkpoint.keys_not_to_resume leaves out; choose one")
-        if not (self.load_training_state or self.only_load_scheduler_state) and "model" in self.keys_not_to_resume:
-            raise ConfigError("load_training_state=False takes weights alone, which checkpoint.keys_not_to_resume leaves out; choose one")
+            raise ConfigError(
+                "load_ema_to_reg=True starts from weights that checkpoint.keys_not_to_resume leaves"
+                " out; choose one"
+            )
+        if (
+            not (self.load_training_state or self.only_load_scheduler_state)
+            and "model" in self.keys_not_to_resume
+        ):
+            raise ConfigError(
+                "load_training_state=False takes weights alone, which checkpoint.keys_not_to_resume"
+                " leaves out; choose one"
+            )
 
 
 @dataclass(frozen=True)

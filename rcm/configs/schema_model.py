@@ -19,12 +19,33 @@ from rcm.train.ema import EMAConfig
 from rcm.train.optim import AdamWConfig, LambdaLinear
 
 TrainingType = Literal[
-    "bidirectional", "tf", "df", "tf_kd", "df_kd", "tf_dcm",
-    "tf_scm", "tf_dscm", "tf_meanflow", "sf_dmd", "tf_scm_sf_dmd",
+    "bidirectional",
+    "tf",
+    "df",
+    "tf_kd",
+    "df_kd",
+    "tf_dcm",
+    "tf_scm",
+    "tf_dscm",
+    "tf_meanflow",
+    "sf_dmd",
+    "tf_scm_sf_dmd",
 ]
 Dtype = Literal["bfloat16", "float32", "float64"]
 AttentionBackendName = Literal[
-    "", "auto", "reference", "sdpa", "cudnn", "triton", "flex", "flex_triton", "flex_flash", "flash2", "flash3", "magi", "te"
+    "",
+    "auto",
+    "reference",
+    "sdpa",
+    "cudnn",
+    "triton",
+    "flex",
+    "flex_triton",
+    "flex_flash",
+    "flash2",
+    "flash3",
+    "magi",
+    "te",
 ]
 """The names of `rcm.nets.attention.BACKENDS`, and "" for the environment's."""
 
@@ -200,7 +221,10 @@ class CommonModelConfig(Record):
             raise ConfigError(f"latent_hw={list(self.latent_hw)} must be two sizes from 1 to 4096")
         if not 1 <= self.dcm_skipping_interval_steps < self.dcm_total_steps:
             most = f"dcm_total_steps - 1 = {self.dcm_total_steps - 1}"
-            raise ConfigError(f"dcm_skipping_interval_steps={self.dcm_skipping_interval_steps} must be in 1..{most}")
+            raise ConfigError(
+                f"dcm_skipping_interval_steps={self.dcm_skipping_interval_steps} must be in"
+                f" 1..{most}"
+            )
 
     def latent_size(self) -> tuple[int, int]:
         """Latent (height, width): `latent_hw`, or the table entry of resolution and aspect ratio.

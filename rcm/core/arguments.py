@@ -20,7 +20,10 @@ class Arguments(argparse.ArgumentParser):
         """End with status 2 and one line on stderr."""
         words = message.removeprefix(_UNKNOWN).split() if message.startswith(_UNKNOWN) else []
         flags = [word.partition("=")[0] for word in words if word.startswith("-")]
-        near = {flag: difflib.get_close_matches(flag, self._option_string_actions, n=1) for flag in flags}
+        near = {
+            flag: difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            for flag in flags
+        }
         meant = "".join(f"; did you mean {found[0]}?" for found in near.values() if found)
         if words and not flags and "--prompt" in self._option_string_actions:
             meant = "; a prompt is written --prompt TEXT"

@@ -29,7 +29,9 @@ class Precision:
         for field in fields(self):
             value = getattr(self, field.name)
             if not isinstance(value, torch.dtype) or not value.is_floating_point:
-                raise ConfigError(f"precision.{field.name} is {value!r}, expected a floating-point torch.dtype")
+                raise ConfigError(
+                    f"precision.{field.name} is {value!r}, expected a floating-point torch.dtype"
+                )
 
     @classmethod
     def preset(cls, name: str) -> Precision:
@@ -37,7 +39,10 @@ class Precision:
         "bf16_fp32_time"; else `ConfigError`.
         """
         if name not in _PRESETS:
-            raise ConfigError(f"precision preset {name!r} is unknown; choose precision from {', '.join(sorted(_PRESETS))}")
+            raise ConfigError(
+                f"precision preset {name!r} is unknown; choose precision from"
+                f" {', '.join(sorted(_PRESETS))}"
+            )
         return cls(*_PRESETS[name])
 
 

@@ -65,15 +65,25 @@ def pack(primal: Tensor, tangent: Tensor | None) -> Tensor:
     if tangent is None:
         return primal
     if tangent.shape != primal.shape:
-        raise ValueError(f"tangent has shape {tuple(tangent.shape)}, its primal {tuple(primal.shape)}; broadcast before packing")
+        raise ValueError(
+            f"tangent has shape {tuple(tangent.shape)}, its primal {tuple(primal.shape)}; broadcast"
+            " before packing"
+        )
     if tangent.dtype != primal.dtype:
-        raise TypeError(f"tangent has dtype {tangent.dtype}, its primal {primal.dtype}; cast the tangent to the primal's dtype")
+        raise TypeError(
+            f"tangent has dtype {tangent.dtype}, its primal {primal.dtype}; cast the tangent to the"
+            " primal's dtype"
+        )
     if tangent.device != primal.device:
-        raise TypeError(f"tangent is on {tangent.device}, its primal on {primal.device}; move the tangent")
+        raise TypeError(
+            f"tangent is on {tangent.device}, its primal on {primal.device}; move the tangent"
+        )
     return forward_ad.make_dual(primal, tangent)
 
 
-def jvp(fn: Callable[..., Output], primals: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...]) -> tuple[Output, Output]:
+def jvp(
+    fn: Callable[..., Output], primals: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...]
+) -> tuple[Output, Output]:
     """Value and directional derivative of `fn` at `primals` along `tangents`, `(out, out_dot)`,
     both constants.
 
@@ -88,19 +98,30 @@ def jvp(fn: Callable[..., Output], primals: tuple[Tensor, ...], tangents: tuple[
     (it does not depend on the inputs, or an operator dropped it: see `guard_tangents`).
     """
     if len(primals) != len(tangents):
-        raise ValueError(f"jvp got {len(primals)} primals and {len(tangents)} tangents; give None for a zero tangent")
+        raise ValueError(
+            f"jvp got {len(primals)} primals and {len(tangents)} tangents; give None for a zero"
+            " tangent"
+        )
     if all(tangent is None for tangent in tangents):
         raise ValueError("jvp needs at least one tangent, all are None")
     if torch.is_inference_mode_enabled() or any(primal.is_inference() for primal in primals):
-        raise RuntimeError("jvp under torch.inference_mode would drop the tangent silently; use torch.no_grad around it")
+        raise RuntimeError(
+            "jvp under torch.inference_mode would drop the tangent silently; use torch.no_grad"
+            " around it"
+        )
     if in_dual_level():
         raise RuntimeError("jvp inside another dual level: forward-mode levels do not nest")
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), forward_ad.dual_level():
-        out = fn(*(pack(primal, tangent) for primal, tangent in zip(primals, tangents, strict=True)))
+        out = fn(
+            *(pack(primal, tangent) for primal, tangent in zip(primals, tangents, strict=True))
+        )
         if isinstance(out, Tensor):
             return _split_output(out, name="output")
         if not isinstance(out, tuple) or not all(isinstance(item, Tensor) for item in out):
-            raise TypeError(f"jvp needs a function that returns a tensor or a tuple of tensors, got {type(out).__name__}")
+            raise TypeError(
+                "jvp needs a function that returns a tensor or a tuple of tensors, got"
+                f" {type(out).__name__}"
+            )
         pairs = [_split_output(item, name=f"output {i}") for i, item in enumerate(out)]
         return tuple(primal for primal, _ in pairs), tuple(tangent for _, tangent in pairs)
 
@@ -109,8 +130,8 @@ def _split_output(x: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
     primal, tangent = unpack(x)
     if tangent is None:
         raise TangentLost(
-            f"{name} of the function has no tangent: it does not depend on the dual inputs, or an operator dropped "
-            "the tangent; find it with guard_tangents(net)"
+            f"{name} of the function has no tangent: it does not depend on the dual inputs, or an"
+            " operator dropped the tangent; find it with guard_tangents(net)"
         )
     return primal, tangent
 
@@ -126,7 +147,8 @@ def guard_tangents(net: nn.Module) -> Iterator[None]:
     only through the module around them.
     """
     handles = [
-        module.register_forward_hook(_tangent_hook(name or type(net).__name__), with_kwargs=True) for name, module in net.named_modules()
+        module.register_forward_hook(_tangent_hook(name or type(net).__name__), with_kwargs=True)
+        for name, module in net.named_modules()
     ]
     try:
         yield
@@ -142,7 +164,8 @@ def _tangent_hook(path: str) -> Callable[..., None]:
         for x in _float_tensors(output):
             if not has_tangent(x):
                 raise TangentLost(
-                    f"module '{path}' ({type(module).__name__}) got a tangent and returned {tuple(x.shape)} {x.dtype} without one"
+                    f"module '{path}' ({type(module).__name__}) got a tangent and returned"
+                    f" {tuple(x.shape)} {x.dtype} without one"
                 )
 
     return check

@@ -38,12 +38,16 @@ def require_divisible(name: str, *, value: int, by: int, by_name: str, knob: str
     `value` that `knob` may take.
     """
     if by < 1:
-        raise ConfigError(f"{by_name}={by} must be at least 1 to divide {name}={value}; change {knob}")
+        raise ConfigError(
+            f"{by_name}={by} must be at least 1 to divide {name}={value}; change {knob}"
+        )
     if value < 0:
         raise ConfigError(f"{name}={value} must not be negative; change {knob}")
     if value % by:
         choices = ", ".join(str(d) for d in range(1, value + 1) if value % d == 0)
-        raise ConfigError(f"{by_name}={by} does not divide {name}={value}; choose {knob} from {choices}")
+        raise ConfigError(
+            f"{by_name}={by} does not divide {name}={value}; choose {knob} from {choices}"
+        )
 
 
 def first_line(error: BaseException) -> str:

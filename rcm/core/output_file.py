@@ -29,7 +29,9 @@ class OutputFile:
     given: str
 
     @classmethod
-    def claim(cls, given: str | Path | OutputFile, *, suffix: str | Sequence[str] = (), knob: str = "") -> OutputFile:
+    def claim(
+        cls, given: str | Path | OutputFile, *, suffix: str | Sequence[str] = (), knob: str = ""
+    ) -> OutputFile:
         """The target, once it is clear that a file can be made there; folders above it are made.
 
         `ConfigError` for a name that no file can have, or of a suffix other than `suffix` (or one
@@ -47,12 +49,16 @@ class OutputFile:
             raise ConfigError(f"{named} is not UTF-8; choose another name") from error
         suffixes = (suffix,) if isinstance(suffix, str) else tuple(suffix)
         if suffixes and Path(text).suffix.lower() not in suffixes:
-            raise ConfigError(f"{knob + ' ' if knob else ''}{text} must end in {' or '.join(suffixes)}")
+            raise ConfigError(
+                f"{knob + ' ' if knob else ''}{text} must end in {' or '.join(suffixes)}"
+            )
         try:
             target = cls(Path(os.path.realpath(text)), text)
             target._probe()
         except OSError as error:
-            raise OSError(error.errno, f"cannot write there: {error.strerror or error}", text) from error
+            raise OSError(
+                error.errno, f"cannot write there: {error.strerror or error}", text
+            ) from error
         return target
 
     def _probe(self) -> None:
@@ -74,7 +80,8 @@ class OutputFile:
 
     def temporary(self) -> Path:
         """A new name beside the target, of the same suffix, short enough for any file system."""
-        return self.path.parent / f".{secrets.token_hex(6)}.partial{self.path.suffix if len(self.path.suffix) < 16 else ''}"
+        suffix = self.path.suffix if len(self.path.suffix) < 16 else ""
+        return self.path.parent / f".{secrets.token_hex(6)}.partial{suffix}"
 
     @contextlib.contextmanager
     def replacing(self, *, keep: bool = True) -> Iterator[Path]:
@@ -102,4 +109,6 @@ class OutputFile:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise OSError(error.errno, f"cannot write: {error.strerror or error}", self.given) from error
+            raise OSError(
+                error.errno, f"cannot write: {error.strerror or error}", self.given
+            ) from error

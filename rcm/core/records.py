@@ -10,7 +10,13 @@ from typing import Any
 from rcm.core.errors import ConfigError
 
 
-def within(default: Any, *, least: float | None = None, above: float | None = None, most: float | None = None) -> Any:
+def within(
+    default: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+) -> Any:
     """A field of a `Record` whose number is at least `least` or above `above`, and at most
     `most`.
     """
@@ -31,6 +37,8 @@ class Record:
             if least is not None and value < least:
                 raise ConfigError(f"{key.name}={value} must be at least {least}")
             if above is not None and not value > above:
-                raise ConfigError(f"{key.name}={value} must be {f'above {above:g}' if above else 'positive'}")
+                raise ConfigError(
+                    f"{key.name}={value} must be {f'above {above:g}' if above else 'positive'}"
+                )
             if most is not None and value > most:
                 raise ConfigError(f"{key.name}={value} must be at most {most}")

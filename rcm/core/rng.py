@@ -16,7 +16,15 @@ import torch
 from rcm.core.errors import ConfigError
 
 
-def generator(*, seed: int, step: int, dp_rank: int, purpose: str, micro: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+def generator(
+    *,
+    seed: int,
+    step: int,
+    dp_rank: int,
+    purpose: str,
+    micro: int = 0,
+    device: torch.device | str = "cpu",
+) -> torch.Generator:
     """Fresh generator at the start of the stream named by the key; equal keys give equal streams.
 
     `purpose` is a word such as "noise" or "time"; a second call with the same key starts the same
@@ -25,7 +33,10 @@ def generator(*, seed: int, step: int, dp_rank: int, purpose: str, micro: int = 
     of the hash only. Raises `ValueError` on an empty purpose.
     """
     if not purpose:
-        raise ValueError("generator(purpose=...) must be a non-empty word: it is what keeps two streams of one step apart")
+        raise ValueError(
+            "generator(purpose=...) must be a non-empty word: it is what keeps two streams of one"
+            " step apart"
+        )
     key = "\x1f".join((str(int(seed)), str(int(step)), str(int(dp_rank)), str(int(micro)), purpose))
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     # manual_seed takes a signed 64-bit integer: keep 63 bits.
@@ -42,7 +53,10 @@ def require_seed(seed: int, *, knob: str, draws: int = 1) -> None:
     """
     if not 0 <= seed <= SEEDS - max(draws, 1):
         room = "" if draws <= 1 else f" with room for {draws} in a row"
-        raise ConfigError(f"{knob} {seed} must be a whole number from 0 to {SEEDS - 1}{room}; choose a smaller one")
+        raise ConfigError(
+            f"{knob} {seed} must be a whole number from 0 to {SEEDS - 1}{room}; choose a"
+            " smaller one"
+        )
 
 
 def randn(
@@ -58,7 +72,9 @@ def randn(
     The float32 draw makes the numbers of a key the same in every precision (a float64 run sees the
     float32 noise). `device` None keeps the generator's device.
     """
-    draw = torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=torch.float32)
+    draw = torch.randn(
+        tuple(shape), generator=generator, device=generator.device, dtype=torch.float32
+    )
     return draw.to(device=generator.device if device is None else device, dtype=dtype)
 
 
@@ -81,4 +97,11 @@ class StepRng:
         """Fresh generator of the stream `purpose`; independent of every other purpose, step, rank
         and micro-batch.
         """
-        return generator(seed=self.seed, step=self.step, dp_rank=self.dp_rank, micro=self.micro, purpose=purpose, device=self.device)
+        return generator(
+            seed=self.seed,
+            step=self.step,
+            dp_rank=self.dp_rank,
+            micro=self.micro,
+            purpose=purpose,
+            device=self.device,
+        )

@@ -33,14 +33,20 @@ def read_text(path: str | Path, *, what: str = "text file", knob: str = "") -> s
     path, advice = Path(path), f"; change {knob}" if knob else ""
     try:
         if not path.is_file():
-            raise ConfigError(f"{path} is a folder or a device, not a {what}{advice}" if path.exists() else f"no {what} at {path}{advice}")
+            raise ConfigError(
+                f"{path} is a folder or a device, not a {what}{advice}"
+                if path.exists()
+                else f"no {what} at {path}{advice}"
+            )
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{what} {path} is larger than 1 GiB, which is no text{advice}")
         data = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}{advice}") from error
+        raise ConfigError(
+            f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}{advice}"
+        ) from error
     return _decoded(data, path, what)
 
 
@@ -62,18 +68,26 @@ def lines_of(text: str) -> list[str]:
 
 
 def _decoded(data: bytes, path: Path, what: str) -> str:
-    mark, encoding = next(((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", "utf-8"))
+    mark, encoding = next(
+        ((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", "utf-8")
+    )
     body = data[len(mark) :]
     if encoding == "utf-8" and len(body) >= 8 and body.count(0) * 3 > len(body):
-        raise ConfigError(f"{what} {path} looks like UTF-16 without a byte order mark; save it as UTF-8")
+        raise ConfigError(
+            f"{what} {path} looks like UTF-16 without a byte order mark; save it as UTF-8"
+        )
     try:
         return body.decode(encoding)
     except UnicodeDecodeError as error:
         if encoding != "utf-8":
-            raise ConfigError(f"{what} {path} begins as {encoding.upper()} and is not ({error.reason} at byte {error.start})") from error
+            raise ConfigError(
+                f"{what} {path} begins as {encoding.upper()} and is not ({error.reason} at byte"
+                f" {error.start})"
+            ) from error
         line = body.count(b"\n", 0, error.start) + 1
         converted = path.with_name(f"{path.stem}.utf8{path.suffix}")
         raise ConfigError(
-            f"{what} {path}:{line} is not UTF-8 ({error.reason}, 0x{body[error.start]:02x}); if it is Latin-1, convert it: "
-            f"iconv -f LATIN1 -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(str(converted))}"
+            f"{what} {path}:{line} is not UTF-8 ({error.reason}, 0x{body[error.start]:02x}); if it"
+            f" is Latin-1, convert it: iconv -f LATIN1 -t UTF-8 {shlex.quote(str(path))} >"
+            f" {shlex.quote(str(converted))}"
         ) from error

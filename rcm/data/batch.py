@@ -17,7 +17,8 @@ from rcm.nets.condition import Condition
 def _check_text(text: torch.Tensor, prompts: list[str]) -> None:
     if text.ndim != 3 or text.shape[0] != len(prompts):
         raise ConfigError(
-            f"text embeddings must be [B, L, E] with one row of B per prompt, got {tuple(text.shape)} for {len(prompts)} prompts"
+            "text embeddings must be [B, L, E] with one row of B per prompt, got"
+            f" {tuple(text.shape)} for {len(prompts)} prompts"
         )
 
 
@@ -44,12 +45,19 @@ class LatentBatch:
             raise ConfigError(f"latents must be [B, C, T, H, W], got {tuple(self.latents.shape)}")
         _check_text(self.cond, self.prompts)
         if not len(self.keys) == len(self.prompts) == self.latents.shape[0]:
-            raise ConfigError(f"{self.latents.shape[0]} latents came with {len(self.prompts)} prompts and {len(self.keys)} keys")
+            raise ConfigError(
+                f"{self.latents.shape[0]} latents came with {len(self.prompts)} prompts and"
+                f" {len(self.keys)} keys"
+            )
         expected = tuple(self.latents.shape)
         if self.trajectory is not None and (
-            self.trajectory.ndim != 6 or (self.trajectory.shape[0], *self.trajectory.shape[2:]) != expected
+            self.trajectory.ndim != 6
+            or (self.trajectory.shape[0], *self.trajectory.shape[2:]) != expected
         ):
-            raise ConfigError(f"trajectory must be [B, K, C, T, H, W] around latents {expected}, got {tuple(self.trajectory.shape)}")
+            raise ConfigError(
+                f"trajectory must be [B, K, C, T, H, W] around latents {expected}, got"
+                f" {tuple(self.trajectory.shape)}"
+            )
 
     @property
     def text(self) -> torch.Tensor:
@@ -69,9 +77,14 @@ class LatentBatch:
 
     def to(self, device: torch.device | str) -> LatentBatch:
         """The same record with its tensors on `device`."""
-        trajectory = None if self.trajectory is None else self.trajectory.to(device, non_blocking=True)
+        trajectory = (
+            None if self.trajectory is None else self.trajectory.to(device, non_blocking=True)
+        )
         return replace(
-            self, latents=self.latents.to(device, non_blocking=True), cond=self.cond.to(device, non_blocking=True), trajectory=trajectory
+            self,
+            latents=self.latents.to(device, non_blocking=True),
+            cond=self.cond.to(device, non_blocking=True),
+            trajectory=trajectory,
         )
 
 

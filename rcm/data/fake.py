@@ -20,9 +20,19 @@ class FakeLatents:
     """
 
     def __init__(
-        self, *, num: int, latent_shape: tuple[int, int, int, int], text_shape: tuple[int, int], seed: int = 0, trajectory_states: int = 0
+        self,
+        *,
+        num: int,
+        latent_shape: tuple[int, int, int, int],
+        text_shape: tuple[int, int],
+        seed: int = 0,
+        trajectory_states: int = 0,
     ) -> None:
-        self._num, self._latent_shape, self._text_shape = num, tuple(latent_shape), tuple(text_shape)
+        self._num, self._latent_shape, self._text_shape = (
+            num,
+            tuple(latent_shape),
+            tuple(text_shape),
+        )
         self._seed, self._states = seed, trajectory_states
 
     def __len__(self) -> int:
@@ -30,7 +40,9 @@ class FakeLatents:
 
     def fingerprint(self) -> str:
         """Names what the samples are made from."""
-        return f"fake-{self._seed}-{self._num}-{self._latent_shape}-{self._text_shape}-{self._states}"
+        return (
+            f"fake-{self._seed}-{self._num}-{self._latent_shape}-{self._text_shape}-{self._states}"
+        )
 
     def fetch(self, indices: Sequence[int]) -> LatentBatch:
         """The batch of samples `indices`."""
@@ -43,7 +55,15 @@ class FakeLatents:
             noise = torch.stack([self._draw(i, self._latent_shape, "fake_noise") for i in indices])
             times = torch.linspace(0, 1, self._states).view(1, -1, 1, 1, 1, 1)
             trajectory = torch.lerp(latents.unsqueeze(1), noise.unsqueeze(1), times)
-        return LatentBatch(latents, text, [f"fake prompt {i}" for i in indices], [f"{i:09d}" for i in indices], trajectory)
+        return LatentBatch(
+            latents,
+            text,
+            [f"fake prompt {i}" for i in indices],
+            [f"{i:09d}" for i in indices],
+            trajectory,
+        )
 
     def _draw(self, index: int, shape: tuple[int, ...], purpose: str) -> torch.Tensor:
-        return randn(shape, generator=generator(seed=self._seed, step=index, dp_rank=0, purpose=purpose))
+        return randn(
+            shape, generator=generator(seed=self._seed, step=index, dp_rank=0, purpose=purpose)
+        )

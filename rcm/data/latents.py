@@ -50,13 +50,20 @@ def expand_pattern(pattern: str, *, knob: str = PATTERN_KNOB) -> list[Path]:
     start, rest = _split_literal(pattern)
     for name in _expand_braces(rest, knob):
         literal, magic = _split_literal(start + name)
-        matches = sorted(glob.glob(glob.escape(literal) + magic, recursive=True)) if magic else [literal]
+        matches = (
+            sorted(glob.glob(glob.escape(literal) + magic, recursive=True)) if magic else [literal]
+        )
         matches = [match for match in matches if not os.path.basename(match).startswith("._")]
         if not matches:
-            raise ConfigError(f"no shard matches {start + name!r} (from {knob}={pattern!r}); change {knob}")
+            raise ConfigError(
+                f"no shard matches {start + name!r} (from {knob}={pattern!r}); change {knob}"
+            )
         for match in map(Path, matches):
             if not match.is_file():
-                raise ConfigError(f"{match} is no file but a folder or a device (from {knob}={pattern!r}); change {knob}")
+                raise ConfigError(
+                    f"{match} is no file but a folder or a device (from {knob}={pattern!r}); change"
+                    f" {knob}"
+                )
             files.append(match)
     return list(dict.fromkeys(files))
 
@@ -74,18 +81,30 @@ def _expand_braces(pattern: str, knob: str) -> list[str]:
     """Every alternative of a pattern, as bash spells it out: braces without a comma or a range are
     characters like others.
     """
-    match = next((m for m in re.finditer(r"\{([^{}]*)\}", pattern) if "," in m[1] or _RANGE.fullmatch(m[1])), None)
+    match = next(
+        (m for m in re.finditer(r"\{([^{}]*)\}", pattern) if "," in m[1] or _RANGE.fullmatch(m[1])),
+        None,
+    )
     if match is None:
         return [pattern]
     ends = _RANGE.fullmatch(match[1])
     if ends:
         low, high, width = int(ends[1]), int(ends[2]), len(ends[1])
         if abs(high - low) >= _MOST_SHARDS:
-            raise ConfigError(f"{{{match[1]}}} names more than {_MOST_SHARDS} shards; change {knob}")
-        choices = [f"{i:0{width}d}" for i in (range(low, high + 1) if low <= high else range(low, high - 1, -1))]
+            raise ConfigError(
+                f"{{{match[1]}}} names more than {_MOST_SHARDS} shards; change {knob}"
+            )
+        choices = [
+            f"{i:0{width}d}"
+            for i in (range(low, high + 1) if low <= high else range(low, high - 1, -1))
+        ]
     else:
         choices = match[1].split(",")
-    names = [name for choice in choices for name in _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :], knob)]
+    names = [
+        name
+        for choice in choices
+        for name in _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :], knob)
+    ]
     if len(names) > _MOST_SHARDS:
         raise ConfigError(f"{pattern!r} names more than {_MOST_SHARDS} shards; change {knob}")
     return names
@@ -114,14 +133,26 @@ class LatentShards:
         text_shape: tuple[int, int] | None = None,
         cache_bytes: int = 0,
     ) -> None:
-        paths = expand_pattern(tar_path_pattern) if isinstance(tar_path_pattern, str) else tar_path_pattern
+        paths = (
+            expand_pattern(tar_path_pattern)
+            if isinstance(tar_path_pattern, str)
+            else tar_path_pattern
+        )
         self.shards: list[ShardIndex] = [index_shard(path) for path in paths]
         self._first = np.cumsum([0] + [len(shard.keys) for shard in self.shards])
-        self._frames, self._channels, self._size, self._text_shape = num_latent_frames, latent_channels, latent_size, text_shape
+        self._frames, self._channels, self._size, self._text_shape = (
+            num_latent_frames,
+            latent_channels,
+            latent_size,
+            text_shape,
+        )
         with_context = [shard.path for shard in self.shards if CONTEXT in shard.fields]
         if len(with_context) not in (0, len(self.shards)):
             without = next(shard.path for shard in self.shards if CONTEXT not in shard.fields)
-            raise ConfigError(f"{with_context[0]} has {CONTEXT} members and {without} has none: two kinds of data; change {PATTERN_KNOB}")
+            raise ConfigError(
+                f"{with_context[0]} has {CONTEXT} members and {without} has none: two kinds of"
+                f" data; change {PATTERN_KNOB}"
+            )
         self._cache: dict[int, _Sample] = {}
         self._cache_room = cache_bytes
         self._lock = threading.Lock()
@@ -135,14 +166,22 @@ class LatentShards:
         """
         digest = hashlib.sha256()
         for shard in self.shards:
-            digest.update(f"{shard.path.name}\n{shard.size}\n{' '.join(shard.keys)}\n{shard.digest}\n".encode(errors="surrogateescape"))
+            digest.update(
+                f"{shard.path.name}\n{shard.size}\n{' '.join(shard.keys)}\n{shard.digest}\n".encode(
+                    errors="surrogateescape"
+                )
+            )
         return f"{FINGERPRINT}{digest.hexdigest()[:16]}"
 
     def captions(self) -> Iterator[str]:
         """Every caption, in order, without reading latents; what is not UTF-8 in them is replaced
         (`fetch` refuses it).
         """
-        return (shard.read(i, _PROMPT).decode("utf-8", errors="replace") for shard in self.shards for i in range(len(shard.keys)))
+        return (
+            shard.read(i, _PROMPT).decode("utf-8", errors="replace")
+            for shard in self.shards
+            for i in range(len(shard.keys))
+        )
 
     def fetch(self, indices: Sequence[int]) -> LatentBatch:
         """The batch of samples `indices`, each in [0, len): latents and embeddings as float32."""
@@ -150,12 +189,20 @@ class LatentShards:
         for what, part in (("latents", 0), ("text embeddings", 1)):
             shapes = {tuple(sample[part].shape) for sample in samples}
             if len(shapes) > 1:
-                names = [f"{self._name(i, part)} {tuple(s[part].shape)}" for i, s in zip(indices, samples, strict=True)]
-                raise ConfigError(f"{what} of one batch differ in shape: {'; '.join(names)}; use shards of one shape")
+                names = [
+                    f"{self._name(i, part)} {tuple(s[part].shape)}"
+                    for i, s in zip(indices, samples, strict=True)
+                ]
+                raise ConfigError(
+                    f"{what} of one batch differ in shape: {'; '.join(names)}; use shards of one"
+                    " shape"
+                )
         stacked = torch.stack([sample[0] for sample in samples])
         clean = stacked[:, 0] if stacked.ndim == 6 else stacked
         return LatentBatch(
-            latents=clean if samples[0][3] is None else torch.stack([sample[3] for sample in samples]),
+            latents=(
+                clean if samples[0][3] is None else torch.stack([sample[3] for sample in samples])
+            ),
             cond=torch.stack([sample[1] for sample in samples]),
             prompts=[sample[2] for sample in samples],
             keys=[self._locate(index)[0].keys[self._locate(index)[1]] for index in indices],
@@ -176,10 +223,14 @@ class LatentShards:
         if index in self._cache:
             return self._cache[index]
         shard, sample = self._locate(index)
-        latents = self._check_latents(stored_tensor(shard, sample, _LATENT).float(), self._name(index, _LATENT))
+        latents = self._check_latents(
+            stored_tensor(shard, sample, _LATENT).float(), self._name(index, _LATENT)
+        )
         text = stored_tensor(shard, sample, _EMBED).float()
         most, width = self._text_shape or (None, None)
-        if text.ndim != 2 or (most is not None and (text.shape[0] > most or text.shape[1] != width)):
+        if text.ndim != 2 or (
+            most is not None and (text.shape[0] > most or text.shape[1] != width)
+        ):
             wanted = "[L, E]" if most is None else f"[at most {most}, {width}]"
             raise ConfigError(
                 f"{self._name(index, _EMBED)} has shape {list(text.shape)}, expected {wanted} "
@@ -200,8 +251,9 @@ class LatentShards:
         context = self._check_latents(stored_tensor(shard, sample, _CONTEXT).float(), name)
         if latents.ndim != 5 or context.shape != latents.shape[1:]:
             raise ConfigError(
-                f"{name} has shape {tuple(context.shape)}, beside {FIELDS[0]} {tuple(latents.shape)}; "
-                f"it belongs to a trajectory [K, C, T, H, W] of its own shape; change {PATTERN_KNOB}"
+                f"{name} has shape {tuple(context.shape)}, beside {FIELDS[0]}"
+                f" {tuple(latents.shape)}; it belongs to a trajectory [K, C, T, H, W] of its own"
+                f" shape; change {PATTERN_KNOB}"
             )
         return context
 
@@ -211,16 +263,19 @@ class LatentShards:
         """
         if latents.ndim not in (4, 5):
             raise ConfigError(
-                f"{name} has shape {tuple(latents.shape)}, expected [C, T, H, W] or a trajectory [K, C, T, H, W]; change {PATTERN_KNOB}"
+                f"{name} has shape {tuple(latents.shape)}, expected [C, T, H, W] or a trajectory"
+                f" [K, C, T, H, W]; change {PATTERN_KNOB}"
             )
         channels, frames = latents.shape[-4], latents.shape[-3]
         if self._channels is not None and channels != self._channels:
             raise ConfigError(
-                f"{name} has {channels} channels, the network takes {self._channels}; change {PATTERN_KNOB} or the network's in_dim"
+                f"{name} has {channels} channels, the network takes {self._channels}; change"
+                f" {PATTERN_KNOB} or the network's in_dim"
             )
         if self._frames is not None and frames < self._frames:
             raise ConfigError(
-                f"{name} has {frames} latent frames, fewer than state_t={self._frames}; change model.config.state_t or {PATTERN_KNOB}"
+                f"{name} has {frames} latent frames, fewer than state_t={self._frames}; change"
+                f" model.config.state_t or {PATTERN_KNOB}"
             )
         if self._size is not None and tuple(latents.shape[-2:]) != tuple(self._size):
             raise ConfigError(

@@ -63,14 +63,23 @@ class Loader(Generic[Batch]):
         accept_changed: bool = False,
     ) -> None:
         if batch_size < 1 or prefetch < 0 or threads < 1 or not 0 <= data_rank < data_world:
-            raise ConfigError(f"loader got batch_size={batch_size}, prefetch={prefetch}, data_rank={data_rank} of data_world={data_world}")
+            raise ConfigError(
+                f"loader got batch_size={batch_size}, prefetch={prefetch}, data_rank={data_rank} of"
+                f" data_world={data_world}"
+            )
         if len(source) < batch_size * data_world:
             raise ConfigError(
-                f"{len(source)} samples do not fill one global batch of {batch_size} x {data_world} data ranks; "
-                "lower dataloader_train.batch_size"
+                f"{len(source)} samples do not fill one global batch of {batch_size} x {data_world}"
+                " data ranks; lower dataloader_train.batch_size"
             )
         self.source, self.batch_size, self.seed = source, batch_size, seed
-        self._rank, self._world, self._shuffle, self._prefetch, self._threads = data_rank, data_world, shuffle, prefetch, threads
+        self._rank, self._world, self._shuffle, self._prefetch, self._threads = (
+            data_rank,
+            data_world,
+            shuffle,
+            prefetch,
+            threads,
+        )
         self._accept_changed = accept_changed
         self._epoch, self._position = 0, 0
         self._planned = (0, 0)  # where the next batch to be read ahead begins
@@ -86,7 +95,9 @@ class Loader(Generic[Batch]):
             after, indices = self._plan((self._epoch, self._position))
             batch = self.source.fetch(indices)
         else:
-            self._pool = self._pool or ThreadPoolExecutor(self._threads, thread_name_prefix="rcm-data")
+            self._pool = self._pool or ThreadPoolExecutor(
+                self._threads, thread_name_prefix="rcm-data"
+            )
             while len(self._ahead) <= self._prefetch:
                 self._planned, indices = self._plan(self._planned)
                 self._ahead.append((self._planned, self._pool.submit(self.source.fetch, indices)))
@@ -104,13 +115,18 @@ class Loader(Generic[Batch]):
         if position + step > len(self.source):
             epoch, position = epoch + 1, 0
         start = position + self._rank * self.batch_size
-        return (epoch, position + step), self._permutation(epoch)[start : start + self.batch_size].tolist()
+        return (epoch, position + step), self._permutation(epoch)[
+            start : start + self.batch_size
+        ].tolist()
 
     def _permutation(self, epoch: int) -> torch.Tensor:
         if self._order is None or self._order[0] != epoch:
             count = len(self.source)
             stream = generator(seed=self.seed, step=epoch, dp_rank=0, purpose="data_order")
-            self._order = (epoch, torch.randperm(count, generator=stream) if self._shuffle else torch.arange(count))
+            self._order = (
+                epoch,
+                torch.randperm(count, generator=stream) if self._shuffle else torch.arange(count),
+            )
         return self._order[1]
 
     def state_dict(self) -> dict[str, int | str]:
@@ -133,16 +149,23 @@ class Loader(Generic[Batch]):
         """
         mine = self.state_dict()
         if lacking := mine.keys() - state.keys():
-            raise ConfigError(f"stored data position lacks {', '.join(sorted(lacking))}; it is of another version, or damaged")
+            raise ConfigError(
+                f"stored data position lacks {', '.join(sorted(lacking))}; it is of another"
+                " version, or damaged"
+            )
         for name in ("seed", "shuffle", "num_samples"):
             if state[name] != mine[name]:
                 raise ConfigError(
-                    f"stored data position is for {name}={state[name]!r}, this loader has {mine[name]!r}; resume with the data it came from"
+                    f"stored data position is for {name}={state[name]!r}, this loader has"
+                    f" {mine[name]!r}; resume with the data it came from"
                 )
         if state["fingerprint"] != mine["fingerprint"]:
             self._judge_change(str(state["fingerprint"]), str(mine["fingerprint"]))
         if not 0 <= state["position"] <= len(self.source) or state["epoch"] < 0:
-            raise ConfigError(f"stored data position {state['epoch']}:{state['position']} is outside of {len(self.source)} samples")
+            raise ConfigError(
+                f"stored data position {state['epoch']}:{state['position']} is outside of"
+                f" {len(self.source)} samples"
+            )
         if state["global_batch"] != mine["global_batch"]:
             logger.warning(
                 f"global batch changed from {state['global_batch']} to {mine['global_batch']}: "
@@ -155,13 +178,22 @@ class Loader(Generic[Batch]):
     def _judge_change(self, stored: str, mine: str) -> None:
         """The data's contents are others than those of a stored place."""
         if mine.startswith("v2-") and not stored.startswith("v2-"):
-            logger.warning("the checkpoint names its data as an older version did; they are not compared, see that they are the same")
+            logger.warning(
+                "the checkpoint names its data as an older version did; they are not compared, see"
+                " that they are the same"
+            )
         elif self._accept_changed:
-            logger.warning("the data are others than the checkpoint's ({} there, {} here); the run goes on with them", stored, mine)
+            logger.warning(
+                "the data are others than the checkpoint's ({} there, {} here); the run goes on"
+                " with them",
+                stored,
+                mine,
+            )
         else:
             raise ConfigError(
-                f"stored data position is for fingerprint={stored!r}, this loader has {mine!r}; resume with the data it came from, or set "
-                "checkpoint.accept_changed_data=True where samples were mended in their place"
+                f"stored data position is for fingerprint={stored!r}, this loader has {mine!r};"
+                " resume with the data it came from, or set checkpoint.accept_changed_data=True"
+                " where samples were mended in their place"
             )
 
     def close(self) -> None:

@@ -33,7 +33,9 @@ class _Entry(NamedTuple):
     prompt: str
 
 
-def read_prompt_list(path: str | Path, *, skip_bad: bool = False, max_chars: int = MAX_PROMPT_CHARS) -> list[str]:
+def read_prompt_list(
+    path: str | Path, *, skip_bad: bool = False, max_chars: int = MAX_PROMPT_CHARS
+) -> list[str]:
     """Prompts of a .txt (one per line), .csv (with a header) or .jsonl file, stripped of
     surrounding blanks, in order.
 
@@ -54,7 +56,8 @@ def read_prompt_list(path: str | Path, *, skip_bad: bool = False, max_chars: int
         more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         if not skip_bad:
             raise ConfigError(
-                f"{len(bad)} of {len(entries)} prompts cannot be used: {told}{more}; mend the file or pass --skip_bad_prompts"
+                f"{len(bad)} of {len(entries)} prompts cannot be used: {told}{more}; mend the file"
+                " or pass --skip_bad_prompts"
             )
         logger.warning("{} of {} prompts left out: {}{}", len(bad), len(entries), told, more)
     kept = [entry.prompt for entry in entries if entry.place not in bad]
@@ -67,7 +70,10 @@ def _fault(prompt: str, max_chars: int) -> str:
     if says_nothing(prompt):
         return "is empty"
     if len(prompt) > max_chars:
-        return f"has {len(prompt)} characters, at most {max_chars} are taken for a prompt ({prompt[:40]!r}...)"
+        return (
+            f"has {len(prompt)} characters, at most {max_chars} are taken for a prompt"
+            f" ({prompt[:40]!r}...)"
+        )
     return ""
 
 
@@ -77,7 +83,10 @@ def _entries(path: Path, text: str) -> Iterator[_Entry]:
         return
     for number, line in enumerate(lines_of(text), 1):
         place = f"{path}:{number}"
-        yield _Entry(place, _json_prompt(line, place) if path.suffix == ".jsonl" and line.strip() else line.strip())
+        yield _Entry(
+            place,
+            _json_prompt(line, place) if path.suffix == ".jsonl" and line.strip() else line.strip(),
+        )
 
 
 def _csv_entries(path: Path, text: str) -> Iterator[_Entry]:
@@ -86,16 +95,22 @@ def _csv_entries(path: Path, text: str) -> Iterator[_Entry]:
         header = rows.fieldnames or ()
         column = next((name for name in COLUMNS if name in header), None)
         if column is None:
-            raise ConfigError(f"{path} needs a header with a column {' or '.join(COLUMNS)}, got {', '.join(header) or 'none'}")
+            raise ConfigError(
+                f"{path} needs a header with a column {' or '.join(COLUMNS)}, got"
+                f" {', '.join(header) or 'none'}"
+            )
         for row in rows:
             if None in row:
                 found = len(header) + len(row[None])
                 raise ConfigError(
-                    f"{path}:{rows.line_num} has {found} fields, the header {len(header)}; put a prompt with a comma in quotes"
+                    f"{path}:{rows.line_num} has {found} fields, the header {len(header)}; put a"
+                    " prompt with a comma in quotes"
                 )
             yield _Entry(f"{path}:{rows.line_num}", (row[column] or "").strip())
     except csv.Error as error:
-        raise ConfigError(f"{path}:{rows.reader.line_num} cannot be read as csv ({error}); look at its quotes") from error
+        raise ConfigError(
+            f"{path}:{rows.reader.line_num} cannot be read as csv ({error}); look at its quotes"
+        ) from error
 
 
 def _json_prompt(line: str, place: str) -> str:
@@ -104,7 +119,11 @@ def _json_prompt(line: str, place: str) -> str:
     # also numbers too long and lists too deep to be read
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{place} is not JSON: {str(error)[:200]}") from error
-    found = [record[name] for name in COLUMNS if isinstance(record, dict) and isinstance(record.get(name), str)]
+    found = [
+        record[name]
+        for name in COLUMNS
+        if isinstance(record, dict) and isinstance(record.get(name), str)
+    ]
     if not found:
         raise ConfigError(f"{place} needs a string under {' or '.join(COLUMNS)}, got {line[:80]}")
     return found[0].strip()

@@ -25,7 +25,11 @@ def read_prompts(path: str | Path) -> list[str]:
     path = Path(path)
     lines = read_lines(path, what="prompt file", knob="the prompt file's path")
     if path.suffix == ".jsonl":
-        prompts = [_json_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+        prompts = [
+            _json_prompt(line, f"{path}:{number}")
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        ]
     else:
         prompts = [line.strip() for line in lines if not says_nothing(line)]
     if not prompts:
@@ -49,7 +53,9 @@ class Prompts:
     `TextEncoder.encode`).
     """
 
-    def __init__(self, prompts: Sequence[str], *, encode: Callable[[Sequence[str]], torch.Tensor]) -> None:
+    def __init__(
+        self, prompts: Sequence[str], *, encode: Callable[[Sequence[str]], torch.Tensor]
+    ) -> None:
         if not prompts:
             raise ConfigError("a prompt source needs at least one prompt")
         self._prompts, self._encode = list(prompts), encode

@@ -32,11 +32,17 @@ def merge_shards(paths: Sequence[Path], folder: Path, *, shard_size: int) -> lis
     """
     inside = [path for path in paths if path.resolve().parent == folder.resolve()]
     if inside:
-        raise ConfigError(f"{inside[0]} lies in the output folder {folder}, whose shards have the same names; choose another --out")
+        raise ConfigError(
+            f"{inside[0]} lies in the output folder {folder}, whose shards have the same names;"
+            " choose another --out"
+        )
     shards = [index_shard(path) for path in paths]
     for other in shards[1:]:
         if other.fields != shards[0].fields:
-            told = (f"{shard.path} has the members {', '.join(shard.fields)}" for shard in (shards[0], other))
+            told = (
+                f"{shard.path} has the members {', '.join(shard.fields)}"
+                for shard in (shards[0], other)
+            )
             raise ConfigError(f"{' and '.join(told)}: two kinds of data; merge each alone")
     first, recipe = StoredSample.read(shards[0], 0), _joint_recipe(shards)
 
@@ -44,8 +50,8 @@ def merge_shards(paths: Sequence[Path], folder: Path, *, shard_size: int) -> lis
         sample = StoredSample.read(shard, place)
         if sample.shapes != first.shapes:
             raise ConfigError(
-                f"sample {sample.key} of {shard.path} has {_told(sample)}, the first of {shards[0].path} {_told(first)}; a set has one "
-                "shape: merge each alone"
+                f"sample {sample.key} of {shard.path} has {_told(sample)}, the first of"
+                f" {shards[0].path} {_told(first)}; a set has one shape: merge each alone"
             )
         return sample
 
@@ -55,10 +61,18 @@ def merge_shards(paths: Sequence[Path], folder: Path, *, shard_size: int) -> lis
     def make(start: int, stop: int) -> Iterator[StoredSample]:
         return (like_the_first(shard, place) for shard, place in _places(shards, start, stop))
 
-    return build_shards(folder, num_samples=sum(len(s.keys) for s in shards), shard_size=shard_size, recipe=recipe, make=make)
+    return build_shards(
+        folder,
+        num_samples=sum(len(s.keys) for s in shards),
+        shard_size=shard_size,
+        recipe=recipe,
+        make=make,
+    )
 
 
-def _places(shards: Sequence[ShardIndex], start: int, stop: int) -> Iterator[tuple[ShardIndex, int]]:
+def _places(
+    shards: Sequence[ShardIndex], start: int, stop: int
+) -> Iterator[tuple[ShardIndex, int]]:
     """Shard and place in it of samples `start` .. `stop - 1` of all."""
     for shard in shards:
         count = len(shard.keys)
@@ -75,20 +89,30 @@ def _joint_recipe(shards: Sequence[ShardIndex]) -> dict[str, object]:
     with the hashes of their contents.
     """
     folders = list(dict.fromkeys(shard.path.parent for shard in shards))
-    told = {folder: {k: v for k, v in read_manifest(folder).items() if k not in _OF_A_BUILD} for folder in folders}
+    told = {
+        folder: {k: v for k, v in read_manifest(folder).items() if k not in _OF_A_BUILD}
+        for folder in folders
+    }
     head = told[folders[0]]
     for folder in folders[1:]:
         for key in MEANINGS:
             if key in head and key in told[folder] and head[key] != told[folder][key]:
                 raise ConfigError(
-                    f"{folders[0]} and {folder} were built for different {key} ({MANIFEST}: {head[key]!r} and {told[folder][key]!r}): "
-                    "two kinds of data; merge each alone"
+                    f"{folders[0]} and {folder} were built for different {key} ({MANIFEST}:"
+                    f" {head[key]!r} and {told[folder][key]!r}): two kinds of data; merge each"
+                    " alone"
                 )
-    common = {k: v for k, v in head.items() if all(k in other and other[k] == v for other in told.values())}
+    common = {
+        k: v
+        for k, v in head.items()
+        if all(k in other and other[k] == v for other in told.values())
+    }
     sets = [
         {
             "own": {k: v for k, v in told[folder].items() if k not in common},
-            "shards": [[shard.path.name, shard.digest] for shard in shards if shard.path.parent == folder],
+            "shards": [
+                [shard.path.name, shard.digest] for shard in shards if shard.path.parent == folder
+            ],
         }
         for folder in folders
     ]

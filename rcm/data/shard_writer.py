@@ -48,14 +48,26 @@ class ShardSample:
             tensors[CONTEXT] = self.context
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
-                raise ShardError(f"{name} of a sample ({self.prompt[:60]!r}) holds NaN or infinite values; its shard was not written")
+                raise ShardError(
+                    f"{name} of a sample ({self.prompt[:60]!r}) holds NaN or infinite values; its"
+                    " shard was not written"
+                )
         stored = {name: _tensor_bytes(tensor) for name, tensor in tensors.items()}
-        return {FIELDS[0]: stored.pop(FIELDS[0]), FIELDS[1]: stored.pop(FIELDS[1]), FIELDS[2]: self.prompt.encode(), **stored}
+        return {
+            FIELDS[0]: stored.pop(FIELDS[0]),
+            FIELDS[1]: stored.pop(FIELDS[1]),
+            FIELDS[2]: self.prompt.encode(),
+            **stored,
+        }
 
 
 def require_finite(samples: torch.Tensor, numbers: Sequence[int], *, what: str, knob: str) -> None:
     """ConfigError naming the samples of a batch that came out with NaN or infinite values."""
-    bad = [number for number, sample in zip(numbers, samples, strict=True) if not torch.isfinite(sample).all()]
+    bad = [
+        number
+        for number, sample in zip(numbers, samples, strict=True)
+        if not torch.isfinite(sample).all()
+    ]
     if bad:
         raise ConfigError(f"samples {bad} came out with NaN or infinite {what}; {knob}")
 
@@ -67,9 +79,13 @@ def check_build(out: Path, *, num: int | None, shard_size: int, batch: int = 1) 
     for name, value in (("num", num), ("shard-size", shard_size), ("batch", batch)):
         if value is not None and not 1 <= value <= _MOST_SAMPLES:
             raise ConfigError(f"{name}={value} must be in 1 to {_MOST_SAMPLES}; change --{name}")
-    there = next((folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder)), None)
+    there = next(
+        (folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder)), None
+    )
     if there is not None and not there.is_dir():
-        raise ConfigError(f"cannot write to the output folder {out}: {there} is a file; change --out")
+        raise ConfigError(
+            f"cannot write to the output folder {out}: {there} is a file; change --out"
+        )
 
 
 def shard_name(number: int) -> str:
@@ -100,7 +116,10 @@ def write_shard(path: Path, samples: Iterable[Members], *, first_key: int) -> in
         with open(temporary, "ab") as file:
             mine = _taken(file)
             if not mine:
-                raise ConfigError(f"shard {path} is being written by another process; wait for it, or choose another --out or --part")
+                raise ConfigError(
+                    f"shard {path} is being written by another process; wait for it, or choose"
+                    " another --out or --part"
+                )
             file.truncate(0)
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
                 for count, sample in enumerate(samples, 1):
@@ -150,7 +169,12 @@ class ShardSpan:
 
 
 def pending_shards(
-    folder: Path, *, num_samples: int, shard_size: int, recipe: Mapping[str, object], part: tuple[int, int] = (0, 1)
+    folder: Path,
+    *,
+    num_samples: int,
+    shard_size: int,
+    recipe: Mapping[str, object],
+    part: tuple[int, int] = (0, 1),
 ) -> tuple[list[Path], list[ShardSpan]]:
     """Paths of all shards of this `part`, and those among them that are missing or damaged. Claims
     `folder` for `recipe`.
@@ -161,9 +185,14 @@ def pending_shards(
     reported with a warning.
     """
     if num_samples < 1 or shard_size < 1:
-        raise ConfigError(f"a data set needs at least one sample and one per shard, got num={num_samples}, shard_size={shard_size}")
+        raise ConfigError(
+            f"a data set needs at least one sample and one per shard, got num={num_samples},"
+            f" shard_size={shard_size}"
+        )
     if not 0 <= part[0] < part[1]:
-        raise ConfigError(f"part {part[0]} of {part[1]} does not exist; parts of a build count from 0")
+        raise ConfigError(
+            f"part {part[0]} of {part[1]} does not exist; parts of a build count from 0"
+        )
     _claim(folder, {**recipe, "num_samples": num_samples, "shard_size": shard_size})
     paths, missing = [], []
     for number, start in enumerate(range(0, num_samples, shard_size)):
@@ -184,7 +213,10 @@ def write_span(span: ShardSpan, samples: Iterable[Members]) -> None:
     if written != span.stop - span.start:
         span.path.unlink()
         span.path.with_name(span.path.name + INDEX_SUFFIX).unlink(missing_ok=True)
-        raise ShardError(f"shard {span.path} got {written} of {span.stop - span.start} samples from its source; it was removed")
+        raise ShardError(
+            f"shard {span.path} got {written} of {span.stop - span.start} samples from its source;"
+            " it was removed"
+        )
 
 
 def build_shards(
@@ -203,7 +235,9 @@ def build_shards(
     damaged one is written again. `recipe` and `part` as in `pending_shards`; the paths of this part
     alone are returned.
     """
-    paths, missing = pending_shards(folder, num_samples=num_samples, shard_size=shard_size, recipe=recipe, part=part)
+    paths, missing = pending_shards(
+        folder, num_samples=num_samples, shard_size=shard_size, recipe=recipe, part=part
+    )
     for span in missing:
         write_span(span, make(span.start, span.stop))
     return paths
@@ -219,9 +253,13 @@ def read_manifest(folder: Path) -> dict[str, object]:
     try:
         found = json.loads(manifest.read_text())
     except ValueError as error:
-        raise ConfigError(f"{manifest} is not JSON ({first_line(error)}); it was damaged") from error
+        raise ConfigError(
+            f"{manifest} is not JSON ({first_line(error)}); it was damaged"
+        ) from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{manifest} holds a {type(found).__name__}, no record of a data set; it was damaged")
+        raise ConfigError(
+            f"{manifest} holds a {type(found).__name__}, no record of a data set; it was damaged"
+        )
     return found
 
 
@@ -237,17 +275,27 @@ def _claim(folder: Path, recipe: Mapping[str, object]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if manifest.is_file():
             stored = read_manifest(folder)
-            differing = sorted(k for k in stored.keys() | wanted.keys() if stored.get(k) != wanted.get(k))
+            differing = sorted(
+                k for k in stored.keys() | wanted.keys() if stored.get(k) != wanted.get(k)
+            )
             if differing:
-                told = "; ".join(f"{k}: there {_short(stored.get(k))}, asked {_short(wanted.get(k))}" for k in differing)
-                raise ConfigError(f"{folder} holds a data set built otherwise ({told}); choose another output folder")
+                told = "; ".join(
+                    f"{k}: there {_short(stored.get(k))}, asked {_short(wanted.get(k))}"
+                    for k in differing
+                )
+                raise ConfigError(
+                    f"{folder} holds a data set built otherwise ({told}); choose another output"
+                    " folder"
+                )
             return
         # several processes may begin at once
         temporary = folder / f".{MANIFEST}.{uuid.uuid4().hex}.partial"
         temporary.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n")
         os.replace(temporary, manifest)
     except OSError as error:
-        raise OSError(error.errno, f"cannot write to the output folder: {error.strerror}", str(folder)) from error
+        raise OSError(
+            error.errno, f"cannot write to the output folder: {error.strerror}", str(folder)
+        ) from error
 
 
 def _is_whole(path: Path, expected: int) -> bool:

@@ -33,16 +33,30 @@ class StoredSample:
         raise it, or for a member moved or cut.
         """
         contents = {field: shard.read(sample, i) for i, field in enumerate(shard.fields)}
-        tensors = {f: stored_tensor(shard, sample, i, contents[f]) for i, f in enumerate(shard.fields) if i != _PROMPT}
-        shapes = {field: f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for field, tensor in tensors.items()}
-        return cls(shard.keys[sample], contents, shapes, stored_prompt(shard, sample, contents[FIELDS[_PROMPT]]))
+        tensors = {
+            f: stored_tensor(shard, sample, i, contents[f])
+            for i, f in enumerate(shard.fields)
+            if i != _PROMPT
+        }
+        shapes = {
+            field: f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            for field, tensor in tensors.items()
+        }
+        return cls(
+            shard.keys[sample],
+            contents,
+            shapes,
+            stored_prompt(shard, sample, contents[FIELDS[_PROMPT]]),
+        )
 
     def members(self) -> dict[str, bytes]:
         """The bytes, for a writer."""
         return dict(self.contents)
 
 
-def stored_tensor(shard: ShardIndex, sample: int, field: int, data: bytes | None = None) -> torch.Tensor:
+def stored_tensor(
+    shard: ShardIndex, sample: int, field: int, data: bytes | None = None
+) -> torch.Tensor:
     """Member `field` of a sample (`data`: its bytes, where they were read already), in the dtype it
     has. `ShardError`, naming shard and member, for anything but one dense tensor of floating-point
     numbers that float32 holds as finite ones.
@@ -53,7 +67,9 @@ def stored_tensor(shard: ShardIndex, sample: int, field: int, data: bytes | None
     except CheckpointError as error:
         raise ShardError(str(error)) from error
     if not value.is_floating_point():
-        raise ShardError(f"{name} holds a tensor of {value.dtype}, expected one of floating-point numbers")
+        raise ShardError(
+            f"{name} holds a tensor of {value.dtype}, expected one of floating-point numbers"
+        )
     if not torch.isfinite(value.float()).all():
         raise ShardError(f"{name} holds NaN or infinite values")
     return value
@@ -64,4 +80,6 @@ def stored_prompt(shard: ShardIndex, sample: int, data: bytes | None = None) -> 
     try:
         return (shard.read(sample, _PROMPT) if data is None else data).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ShardError(f"shard {shard.path}: {shard.member(sample, _PROMPT)} is not UTF-8: {error}") from error
+        raise ShardError(
+            f"shard {shard.path}: {shard.member(sample, _PROMPT)} is not UTF-8: {error}"
+        ) from error

@@ -67,11 +67,13 @@ class ShardIndex:
             header, data = file.read(tarfile.BLOCKSIZE), file.read(length)
         if not _is_header_of(header, self.member(sample, field), length):
             raise ShardError(
-                f"shard {self.path}: member {self.member(sample, field)} is not where it was found before; the file was changed or damaged"
+                f"shard {self.path}: member {self.member(sample, field)} is not where it was found"
+                " before; the file was changed or damaged"
             )
         if len(data) != length:
             raise ShardError(
-                f"shard {self.path}: member {self.member(sample, field)} has {len(data)} of {length} bytes; the file was truncated"
+                f"shard {self.path}: member {self.member(sample, field)} has {len(data)} of"
+                f" {length} bytes; the file was truncated"
             )
         return data
 
@@ -92,8 +94,17 @@ def index_shard(path: Path) -> ShardIndex:
             if stored["size"] == size and stored.get("digest") == digest:
                 return ShardIndex(path, size, tuple(stored["keys"]), _spans(stored, size), digest)
             logger.warning(f"index {beside} is of another version of its shard; scanning the shard")
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            logger.warning(f"index {beside} is unreadable ({first_line(error)}); scanning the shard")
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
+            logger.warning(
+                f"index {beside} is unreadable ({first_line(error)}); scanning the shard"
+            )
     return scan_shard(path)
 
 
@@ -118,10 +129,18 @@ def _spans(stored: Mapping[str, Any], size: int) -> np.ndarray:
     belong to different keys.
     """
     keys, fields = stored["keys"], stored["fields"]
-    if fields not in (list(FIELDS), [*FIELDS, CONTEXT]) or not keys or not all(isinstance(key, str) for key in keys):
+    if (
+        fields not in (list(FIELDS), [*FIELDS, CONTEXT])
+        or not keys
+        or not all(isinstance(key, str) for key in keys)
+    ):
         raise ValueError("its fields or keys are none")
     spans = np.asarray(stored["spans"], dtype=np.int64).reshape(len(keys), len(fields), 2)
-    inside = (spans[..., 0] >= tarfile.BLOCKSIZE) & (spans[..., 1] >= 0) & (spans[..., 1] <= size - spans[..., 0])
+    inside = (
+        (spans[..., 0] >= tarfile.BLOCKSIZE)
+        & (spans[..., 1] >= 0)
+        & (spans[..., 1] <= size - spans[..., 0])
+    )
     if len(set(keys)) != len(keys) or not inside.all():
         raise ValueError("its members lie outside of the shard, or its keys repeat")
     return spans
@@ -135,7 +154,10 @@ def _is_header_of(header: bytes, name: str, length: int) -> bool:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         return False
-    return info.size == length and (len(os.fsencode(name)) > _LONGEST_NAME or os.path.basename(info.name) == os.path.basename(name))
+    return info.size == length and (
+        len(os.fsencode(name)) > _LONGEST_NAME
+        or os.path.basename(info.name) == os.path.basename(name)
+    )
 
 
 def write_index(index: ShardIndex) -> Path:
@@ -143,7 +165,12 @@ def write_index(index: ShardIndex) -> Path:
     path.
     """
     beside = _beside(index.path)
-    record = {"size": index.size, "digest": index.digest, "fields": list(index.fields), "keys": list(index.keys)}
+    record = {
+        "size": index.size,
+        "digest": index.digest,
+        "fields": list(index.fields),
+        "keys": list(index.keys),
+    }
     temporary = beside.with_name(f".{beside.name}.partial")
     for path in (temporary, beside):
         if path.is_dir():
@@ -174,18 +201,23 @@ def scan_shard(path: Path) -> ShardIndex:
                 members[field] = (info.offset_data, info.size)
             end = archive.offset
     except (tarfile.TarError, EOFError) as error:
-        raise ShardError(f"shard {path} is not a whole uncompressed tar: {error}; last good member {last}") from error
+        raise ShardError(
+            f"shard {path} is not a whole uncompressed tar: {error}; last good member {last}"
+        ) from error
     _check_end(path, end, last=last)
     fields = (*FIELDS, CONTEXT) if any(CONTEXT in members for members in found.values()) else FIELDS
     for key, members in found.items():
         missing = [field for field in fields if field not in members]
         if missing:
             raise ShardError(
-                f"shard {path}: sample {key} lacks {', '.join(f'{key}.{m}' for m in missing)}, it has {', '.join(sorted(members))}"
+                f"shard {path}: sample {key} lacks {', '.join(f'{key}.{m}' for m in missing)}, it"
+                f" has {', '.join(sorted(members))}"
             )
     if not found:
         raise ShardError(f"shard {path} holds no samples")
-    spans = np.array([[members[field] for field in fields] for members in found.values()], dtype=np.int64)
+    spans = np.array(
+        [[members[field] for field in fields] for members in found.values()], dtype=np.int64
+    )
     return ShardIndex(path, path.stat().st_size, tuple(found), spans, content_digest(path))
 
 
@@ -202,8 +234,13 @@ def _check_end(path: Path, end: int, *, last: str) -> None:
         file.seek(end)
         marker = file.read(len(_END))
     if marker != _END:
-        state = "the file was truncated" if len(marker) < len(_END) else "the next header is damaged"
-        raise ShardError(f"shard {path} does not end after member {last} (byte {end} of {path.stat().st_size}): {state}")
+        state = (
+            "the file was truncated" if len(marker) < len(_END) else "the next header is damaged"
+        )
+        raise ShardError(
+            f"shard {path} does not end after member {last} (byte {end} of {path.stat().st_size}):"
+            f" {state}"
+        )
 
 
 def _beside(path: Path) -> Path:

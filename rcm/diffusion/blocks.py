@@ -32,8 +32,8 @@ class BlockPattern:
             if value < 1:
                 unset = " (0 means unset)" if value == 0 else ""
                 raise ConfigError(
-                    f"{knob}={value}{unset}: a block needs at least 1 latent frame; set {knob} or use an experiment with a pattern "
-                    "suffix such as _c1-1, _c3-3 or _c1-4"
+                    f"{knob}={value}{unset}: a block needs at least 1 latent frame; set {knob} or"
+                    " use an experiment with a pattern suffix such as _c1-1, _c3-3 or _c1-4"
                 )
 
     @classmethod
@@ -43,7 +43,10 @@ class BlockPattern:
         """
         match = _NAME.fullmatch(name)
         if match is None:
-            raise ConfigError(f"block pattern {name!r} is not of the form c<first>-<chunk>, e.g. c1-1, c3-3 or c1-4")
+            raise ConfigError(
+                f"block pattern {name!r} is not of the form c<first>-<chunk>, e.g. c1-1, c3-3 or"
+                " c1-4"
+            )
         return cls(int(match[1]), int(match[2]))
 
     @property
@@ -61,8 +64,9 @@ class BlockPattern:
             above = below if rest < 0 else below + self.chunk
             fits = str(below) if below == above else f"{below} or {above}"
             raise ConfigError(
-                f"num_frames={num_frames} does not split into a first block of {self.first} and blocks of {self.chunk} ({self.name}); "
-                f"nearest state_t that fits: {fits}, or change first_chunk_t / chunk_t"
+                f"num_frames={num_frames} does not split into a first block of {self.first} and"
+                f" blocks of {self.chunk} ({self.name}); nearest state_t that fits: {fits}, or"
+                " change first_chunk_t / chunk_t"
             )
         return 1 + rest // self.chunk
 
@@ -76,8 +80,13 @@ class BlockPattern:
 
     def bounds(self, num_frames: int) -> tuple[tuple[int, int], ...]:
         """(start, stop) frames of every block, in order; raises as `num_blocks`."""
-        return tuple((self.frames_before(i), self.frames_before(i + 1)) for i in range(self.num_blocks(num_frames)))
+        return tuple(
+            (self.frames_before(i), self.frames_before(i + 1))
+            for i in range(self.num_blocks(num_frames))
+        )
 
     def block_of_frame(self, num_frames: int) -> tuple[int, ...]:
         """Block index of every frame, length `num_frames`; raises as `num_blocks`."""
-        return tuple(i for i, (start, stop) in enumerate(self.bounds(num_frames)) for _ in range(start, stop))
+        return tuple(
+            i for i, (start, stop) in enumerate(self.bounds(num_frames)) for _ in range(start, stop)
+        )

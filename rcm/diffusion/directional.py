@@ -36,7 +36,13 @@ class Directional(Protocol):
     """
 
     def __call__(
-        self, fn: Field, x: torch.Tensor, t: torch.Tensor, *, velocity: torch.Tensor, scale: torch.Tensor | None = None
+        self,
+        fn: Field,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        *,
+        velocity: torch.Tensor,
+        scale: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
 
@@ -87,7 +93,13 @@ class Exact:
     """Forward-mode derivative: one dual pass (`fd_type` 0)."""
 
     def __call__(
-        self, fn: Field, x: torch.Tensor, t: torch.Tensor, *, velocity: torch.Tensor, scale: torch.Tensor | None = None
+        self,
+        fn: Field,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        *,
+        velocity: torch.Tensor,
+        scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """jvp of fn in the direction (scale velocity, scale)."""
         t_dot = torch.ones_like(t) if scale is None else scale.to(t.dtype).expand_as(t).contiguous()
@@ -107,7 +119,13 @@ class SemiContinuous:
         _require_step(self.h)
 
     def __call__(
-        self, fn: Field, x: torch.Tensor, t: torch.Tensor, *, velocity: torch.Tensor, scale: torch.Tensor | None = None
+        self,
+        fn: Field,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        *,
+        velocity: torch.Tensor,
+        scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One dual pass and one plain pass at t - h; `ValueError` if `scale` differs between
         frames.
@@ -132,7 +150,13 @@ class Discrete:
         _require_step(self.h)
 
     def __call__(
-        self, fn: Field, x: torch.Tensor, t: torch.Tensor, *, velocity: torch.Tensor, scale: torch.Tensor | None = None
+        self,
+        fn: Field,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        *,
+        velocity: torch.Tensor,
+        scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Plain passes at (x, t) and one step back, without a graph; `ValueError` if `scale`
         differs between frames.
@@ -151,7 +175,8 @@ def _scaled(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
 def _require_shared(scale: torch.Tensor | None) -> None:
     if scale is not None and (scale.dim() != 2 or scale.shape[1] != 1):
         raise ValueError(
-            f"scale has shape {tuple(scale.shape)}, finite differences need one per sample, [B, 1]; a scale per frame needs Exact"
+            f"scale has shape {tuple(scale.shape)}, finite differences need one per sample, [B, 1];"
+            " a scale per frame needs Exact"
         )
 
 

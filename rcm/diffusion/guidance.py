@@ -20,5 +20,8 @@ def cfg(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
     `ValueError` on different shapes.
     """
     if cond.shape != uncond.shape:
-        raise ValueError(f"guidance needs equal shapes, got cond {tuple(cond.shape)} and uncond {tuple(uncond.shape)}")
+        raise ValueError(
+            f"guidance needs equal shapes, got cond {tuple(cond.shape)} and uncond"
+            f" {tuple(uncond.shape)}"
+        )
     return uncond + scale * (cond - uncond)

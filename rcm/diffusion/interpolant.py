@@ -49,7 +49,9 @@ def rf_v_from_eps(x_t: torch.Tensor, eps: torch.Tensor, t_rf: torch.Tensor) -> t
     return scale_per_frame(1 / (1 - t_rf), eps - x_t)
 
 
-def rf_euler(x_t: torch.Tensor, v: torch.Tensor, t_rf: torch.Tensor, t_next: torch.Tensor) -> torch.Tensor:
+def rf_euler(
+    x_t: torch.Tensor, v: torch.Tensor, t_rf: torch.Tensor, t_next: torch.Tensor
+) -> torch.Tensor:
     """Euler step of dx/dt = v from t to t_next: x_t - (t - t_next) v."""
     return x_t - scale_per_frame(t_rf - t_next, v)
 
@@ -84,7 +86,9 @@ def trig_F_from_x0(x_tau: torch.Tensor, x0: torch.Tensor, tau: torch.Tensor) -> 
     return scale_per_frame(1 / torch.sin(tau), scale_per_frame(torch.cos(tau), x_tau) - x0)
 
 
-def trig_euler(x_tau: torch.Tensor, F: torch.Tensor, tau: torch.Tensor, tau_next: torch.Tensor) -> torch.Tensor:
+def trig_euler(
+    x_tau: torch.Tensor, F: torch.Tensor, tau: torch.Tensor, tau_next: torch.Tensor
+) -> torch.Tensor:
     """Euler step of dx/dtau = F from tau to tau_next: x_tau - (tau - tau_next) F (first order; not
     the exact rotation).
     """

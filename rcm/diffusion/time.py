@@ -88,10 +88,16 @@ def per_frame(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected [B, C, T, H, W]")
     batch, frames = x.shape[0], x.shape[2]
     if t.dim() != 2 or t.shape[0] != batch or t.shape[1] not in (1, frames):
-        raise ValueError(f"time has shape {tuple(t.shape)}, expected ({batch}, 1) or ({batch}, {frames}) for x of shape {tuple(x.shape)}")
+        raise ValueError(
+            f"time has shape {tuple(t.shape)}, expected ({batch}, 1) or ({batch}, {frames}) for x"
+            f" of shape {tuple(x.shape)}"
+        )
     return t[:, None, :, None, None]
 
 
 def _require_precise(name: str, value: torch.Tensor) -> None:
     if value.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} is {value.dtype}, expected float64 (float32 accepted): lower precision merges neighbouring times")
+        raise TypeError(
+            f"{name} is {value.dtype}, expected float64 (float32 accepted): lower precision merges"
+            " neighbouring times"
+        )

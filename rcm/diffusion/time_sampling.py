@@ -52,7 +52,9 @@ class LogNormal:
 
     def sample(self, shape: Sequence[int], *, generator: torch.Generator) -> torch.Tensor:
         """sigmoid(p_mean + p_std z) with z standard normal."""
-        z = torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=torch.float64)
+        z = torch.randn(
+            tuple(shape), generator=generator, device=generator.device, dtype=torch.float64
+        )
         return torch.sigmoid(self.p_mean + self.p_std * z)
 
     def cdf(self, t_rf: torch.Tensor) -> torch.Tensor:
@@ -72,7 +74,9 @@ class UniformShift:
 
     def sample(self, shape: Sequence[int], *, generator: torch.Generator) -> torch.Tensor:
         """shift_time(u)."""
-        u = torch.rand(tuple(shape), generator=generator, device=generator.device, dtype=torch.float64)
+        u = torch.rand(
+            tuple(shape), generator=generator, device=generator.device, dtype=torch.float64
+        )
         return self.icdf(u)
 
     def cdf(self, t_rf: torch.Tensor) -> torch.Tensor:
@@ -99,11 +103,17 @@ class TimeLawConfig(Record):
         if not value > 0:
             raise ConfigError(f"{name}={value} must be positive")
         if name == "shift" and not 1e-3 <= value <= 1e3:
-            raise ConfigError(f"shift={value:g} must be in 0.001 to 1000; shifts in use are 1 to 12")
+            raise ConfigError(
+                f"shift={value:g} must be in 0.001 to 1000; shifts in use are 1 to 12"
+            )
 
     def build(self) -> TimeLaw:
         """The law itself."""
-        return LogNormal(self.p_mean, self.p_std) if self.law == "lognormal" else UniformShift(self.shift)
+        return (
+            LogNormal(self.p_mean, self.p_std)
+            if self.law == "lognormal"
+            else UniformShift(self.shift)
+        )
 
 
 @dataclass(frozen=True)
@@ -121,13 +131,18 @@ class ConsistencyGrid:
 
     def __post_init__(self) -> None:
         if not 1 <= self.skip <= self.num_steps:
-            raise ConfigError(f"dcm_skipping_interval_steps={self.skip} must lie in 1..{self.num_steps} (dcm_total_steps={self.num_steps})")
+            raise ConfigError(
+                f"dcm_skipping_interval_steps={self.skip} must lie in 1..{self.num_steps}"
+                f" (dcm_total_steps={self.num_steps})"
+            )
 
     def sample(self, batch: int, *, generator: torch.Generator) -> torch.Tensor:
         """Float64 [B, skip + 1], strictly decreasing along dim 1: column 0 is the student's time,
         the last one the target's, >= 0.
         """
-        phase = torch.rand((batch, 1), generator=generator, device=generator.device, dtype=torch.float64)
+        phase = torch.rand(
+            (batch, 1), generator=generator, device=generator.device, dtype=torch.float64
+        )
         return self.times((1 - self.skip / self.num_steps) * phase)
 
     def times(self, u: torch.Tensor) -> torch.Tensor:
@@ -166,7 +181,9 @@ def block_times(
     elif strategy == "fopp":
         times = _fopp(law, batch=batch, num_blocks=num_blocks, generator=generator)
     else:
-        raise ConfigError(f"df_timestep_strategy={strategy!r} is unknown; choose from random, same, fopp")
+        raise ConfigError(
+            f"df_timestep_strategy={strategy!r} is unknown; choose from random, same, fopp"
+        )
     return times[:, list(pattern.block_of_frame(num_frames))]
 
 
@@ -187,14 +204,18 @@ def _fopp(law: TimeLaw, *, batch: int, num_blocks: int, generator: torch.Generat
     return torch.where(block < anchor, left, torch.where(block > anchor, right, t_anchor))
 
 
-def _sorted_uniforms(count: torch.Tensor, *, width: int, generator: torch.Generator) -> torch.Tensor:
+def _sorted_uniforms(
+    count: torch.Tensor, *, width: int, generator: torch.Generator
+) -> torch.Tensor:
     """Row b: `count[b]` < width sorted uniforms on (0, 1) in its first columns, 1 in the rest;
     count [B, 1].
 
     Partial sums of count + 1 exponential draws over their total are the order statistics of count
     uniforms.
     """
-    uniform = torch.rand((count.shape[0], width), generator=generator, device=generator.device, dtype=torch.float64)
+    uniform = torch.rand(
+        (count.shape[0], width), generator=generator, device=generator.device, dtype=torch.float64
+    )
     sums = (-torch.log1p(-uniform)).cumsum(1)
     total = sums.gather(1, count)
     return (sums / total.clamp_min(math.ulp(0.0))).clamp_max(1.0)

@@ -37,7 +37,14 @@ def trig_F(x_t: torch.Tensor, v: torch.Tensor, tau: torch.Tensor) -> torch.Tenso
     return scale_per_frame(cos - sin, x_t) + scale_per_frame(1 / (cos + sin), v)
 
 
-def trig_F_dot(x_t: torch.Tensor, v: torch.Tensor, *, v_teacher: torch.Tensor, jvp: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+def trig_F_dot(
+    x_t: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    v_teacher: torch.Tensor,
+    jvp: torch.Tensor,
+    tau: torch.Tensor,
+) -> torch.Tensor:
     """dF/dtau along the teacher's path, from the RF tangent `jvp` J = d_x v . V + d_t v
     (docs/reference/objectives.md#wrapper, Causal-rCM eq. 29-37).
 
@@ -46,7 +53,14 @@ def trig_F_dot(x_t: torch.Tensor, v: torch.Tensor, *, v_teacher: torch.Tensor, j
     direction in which frames see each other. `ValueError` otherwise.
     """
     if tau.dim() != 2 or tau.shape[1] != 1:
-        raise ValueError(f"tau has shape {tuple(tau.shape)}, expected [B, 1]: this closed form holds for one time per sample")
+        raise ValueError(
+            f"tau has shape {tuple(tau.shape)}, expected [B, 1]: this closed form holds for one"
+            " time per sample"
+        )
     cos, sin = torch.cos(tau), torch.sin(tau)
     b = 1 / (cos + sin)
-    return scale_per_frame(-(cos + sin), x_t) + scale_per_frame((cos - sin) * b**2, v_teacher - v) + scale_per_frame(b**3, jvp)
+    return (
+        scale_per_frame(-(cos + sin), x_t)
+        + scale_per_frame((cos - sin) * b**2, v_teacher - v)
+        + scale_per_frame(b**3, jvp)
+    )

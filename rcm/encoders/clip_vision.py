@@ -16,7 +16,15 @@ import torch
 
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.encoders.lazy_module import LazyModule
-from rcm.encoders.published import PublishedShape, PublishedWeights, Row, checked, count_blocks, fill, repeated
+from rcm.encoders.published import (
+    PublishedShape,
+    PublishedWeights,
+    Row,
+    checked,
+    count_blocks,
+    fill,
+    repeated,
+)
 from rcm.encoders.text_extra import text_extra
 from rcm.storage.state_dicts import listed
 from rcm.storage.weight_files import open_container
@@ -26,8 +34,10 @@ if TYPE_CHECKING:
 
 CLIP_FILE = "assets/checkpoints/models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 CLIP_MISSING = (
-    "the CLIP image encoder of Wan2.1 I2V is published as models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth (4.8 GB) at "
-    "https://huggingface.co/Wan-AI/Wan2.1-I2V-14B-480P; put it into assets/checkpoints or pass the path it has"
+    "the CLIP image encoder of Wan2.1 I2V is published as"
+    " models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth (4.8 GB) at"
+    " https://huggingface.co/Wan-AI/Wan2.1-I2V-14B-480P; put it into assets/checkpoints or pass the"
+    " path it has"
 )
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -65,7 +75,9 @@ class CLIPShape(PublishedShape):
         dim, wide = self.dim, self.mlp_dim
         block = [
             *_affine("norm1", ("layer_norm1",), (dim,)),
-            *_affine("attn.to_qkv", tuple(f"self_attn.{side}_proj" for side in "qkv"), (3 * dim, dim)),
+            *_affine(
+                "attn.to_qkv", tuple(f"self_attn.{side}_proj" for side in "qkv"), (3 * dim, dim)
+            ),
             *_affine("attn.proj", ("self_attn.out_proj",), (dim, dim)),
             *_affine("norm2", ("layer_norm2",), (dim,)),
             *_affine("mlp.0", ("mlp.fc1",), (wide, dim)),
@@ -73,8 +85,16 @@ class CLIPShape(PublishedShape):
         ]
         return [
             Row("cls_embedding", ("embeddings.class_embedding",), (1, 1, dim)),
-            Row("patch_embedding.weight", ("embeddings.patch_embedding.weight",), (dim, 3, self.patch, self.patch)),
-            Row("pos_embedding", ("embeddings.position_embedding.weight",), (1, 1 + self.grid**2, dim)),
+            Row(
+                "patch_embedding.weight",
+                ("embeddings.patch_embedding.weight",),
+                (dim, 3, self.patch, self.patch),
+            ),
+            Row(
+                "pos_embedding",
+                ("embeddings.position_embedding.weight",),
+                (1, 1 + self.grid**2, dim),
+            ),
             *_affine("pre_norm", ("pre_layrnorm",), (dim,)),
             *_affine("post_norm", ("post_layernorm",), (dim,)),
             *repeated(block, self.layers, ours=_BLOCK, theirs="encoder.layers.{}."),
@@ -96,14 +116,26 @@ class ClipVision(LazyModule):
     `unload()`.
     """
 
-    def __init__(self, weights: PublishedWeights[CLIPShape], *, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        weights: PublishedWeights[CLIPShape],
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
         self.shape, self.dtype = weights.shape, dtype
         self._path = weights.file.path
-        super().__init__(lambda where: load_clip(open_clip(self._path), device=where, dtype=dtype), device=device)
+        super().__init__(
+            lambda where: load_clip(open_clip(self._path), device=where, dtype=dtype), device=device
+        )
 
     @classmethod
     def from_file(
-        cls, path: str | Path = CLIP_FILE, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float16
+        cls,
+        path: str | Path = CLIP_FILE,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float16,
     ) -> ClipVision:
         """The encoder in the original `.pth` (or the same names in a safetensors file), whose text
         half is not read.
@@ -124,7 +156,8 @@ class ClipVision(LazyModule):
         states = self.load()(pixel_values=pixels, output_hidden_states=True).hidden_states
         if len(states) != self.shape.layers + 1:
             raise RuntimeError(
-                f"transformers returned {len(states)} hidden states of {self.shape.layers} blocks; expected one more than blocks"
+                f"transformers returned {len(states)} hidden states of {self.shape.layers} blocks;"
+                " expected one more than blocks"
             )
         return states[-2]
 
@@ -140,9 +173,16 @@ def preprocess(images: torch.Tensor, *, size: int) -> torch.Tensor:
     mean) / std per channel. docs/reference/encoders.md#clip.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ConfigError(f"CLIP takes float images [B, 3, H, W] in [-1, 1], got {images.dtype} {list(images.shape)}")
-    resized = torch.nn.functional.interpolate(images.float(), size=(size, size), mode="bicubic", align_corners=False, antialias=False)
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
+        raise ConfigError(
+            f"CLIP takes float images [B, 3, H, W] in [-1, 1], got {images.dtype}"
+            f" {list(images.shape)}"
+        )
+    resized = torch.nn.functional.interpolate(
+        images.float(), size=(size, size), mode="bicubic", align_corners=False, antialias=False
+    )
+    mean, std = (
+        torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD)
+    )
     return (resized * 0.5 + 0.5 - mean) / std
 
 
@@ -156,12 +196,16 @@ def open_clip(path: str | Path) -> PublishedWeights[CLIPShape]:
     file.require_tensors_only()
     strangers = sorted(name for name in file if not name.startswith(("visual.", *_OTHER_HALF)))
     if strangers:
-        raise CheckpointError(f"{file.path} is not the CLIP file of Wan2.1: it holds {listed(strangers)}")
+        raise CheckpointError(
+            f"{file.path} is not the CLIP file of Wan2.1: it holds {listed(strangers)}"
+        )
     names = {name.removeprefix("visual."): name for name in file if name.startswith("visual.")}
     return checked(file, names, shape_of=_shape_of, network="a CLIP vision encoder")
 
 
-def load_clip(weights: PublishedWeights[CLIPShape], *, device: torch.device | str, dtype: torch.dtype) -> CLIPVisionModel:
+def load_clip(
+    weights: PublishedWeights[CLIPShape], *, device: torch.device | str, dtype: torch.dtype
+) -> CLIPVisionModel:
     """transformers' vision model with the weights of the file (`fill`: do not overwrite it while
     they are in use), on `device`.
     """
@@ -194,9 +238,23 @@ def _shape_of(shapes: Mapping[str, tuple[int, ...]], *, path: Path) -> CLIPShape
         mlp_dim, _ = shapes["transformer.0.mlp.0.weight"]
         _, projection = shapes["head"]
     except (KeyError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{path} holds no CLIP vision encoder ({error}); expected visual.* of {Path(CLIP_FILE).name}") from error
+        raise CheckpointError(
+            f"{path} holds no CLIP vision encoder ({error}); expected visual.* of"
+            f" {Path(CLIP_FILE).name}"
+        ) from error
     grid = math.isqrt(max(tokens - 1, 0))
     if grid**2 + 1 != tokens or dim % HEAD_DIM:
-        raise CheckpointError(f"{path}: {tokens} positions are not 1 + a square, or width {dim} is no multiple of the head size {HEAD_DIM}")
+        raise CheckpointError(
+            f"{path}: {tokens} positions are not 1 + a square, or width {dim} is no multiple of the"
+            f" head size {HEAD_DIM}"
+        )
     layers = count_blocks(shapes, _BLOCK)
-    return CLIPShape(dim=dim, mlp_dim=mlp_dim, layers=layers, heads=dim // HEAD_DIM, patch=patch, grid=grid, projection=projection)
+    return CLIPShape(
+        dim=dim,
+        mlp_dim=mlp_dim,
+        layers=layers,
+        heads=dim // HEAD_DIM,
+        patch=patch,
+        grid=grid,
+        projection=projection,
+    )

@@ -96,8 +96,8 @@ def latent_frames(num_frames: int, *, stride: int) -> int:
     if num_frames < 1 or (num_frames - 1) % stride:
         below = max(0, num_frames - 1) // stride * stride + 1
         raise ConfigError(
-            f"{num_frames} frames do not fold with temporal_stride={stride} (first frame alone, then groups of {stride}); "
-            f"choose num_frames={below} or {below + stride}"
+            f"{num_frames} frames do not fold with temporal_stride={stride} (first frame alone,"
+            f" then groups of {stride}); choose num_frames={below} or {below + stride}"
         )
     return 1 + (num_frames - 1) // stride
 
@@ -112,5 +112,8 @@ def pixel_frames(num_latent_frames: int, *, stride: int) -> int:
 def latent_grid(height: int, width: int, *, stride: int) -> tuple[int, int]:
     """(h, w) = (H, W) / stride; `ConfigError` when either does not divide."""
     if height % stride or width % stride or height < stride or width < stride:
-        raise ConfigError(f"frame size {height}x{width} (HxW) does not fold with spatial_stride={stride}; choose multiples of {stride}")
+        raise ConfigError(
+            f"frame size {height}x{width} (HxW) does not fold with spatial_stride={stride}; choose"
+            f" multiples of {stride}"
+        )
     return height // stride, width // stride

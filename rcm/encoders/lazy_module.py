@@ -15,7 +15,9 @@ class LazyModule:
     is, or will be built.
     """
 
-    def __init__(self, build: Callable[[torch.device], nn.Module], *, device: torch.device | str) -> None:
+    def __init__(
+        self, build: Callable[[torch.device], nn.Module], *, device: torch.device | str
+    ) -> None:
         self._build = build
         self._device = torch.device(device)
         self._module: nn.Module | None = None

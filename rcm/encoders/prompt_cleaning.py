@@ -40,10 +40,14 @@ def says_nothing(prompt: str) -> bool:
     """Whether nothing of a prompt can be read: blanks, controls (NUL), characters of no width, also
     as HTML entities.
     """
-    return all(unicodedata.category(letter)[0] in "ZC" for letter in html.unescape(html.unescape(prompt)))
+    return all(
+        unicodedata.category(letter)[0] in "ZC" for letter in html.unescape(html.unescape(prompt))
+    )
 
 
-def checked_prompts(named: Iterable[tuple[str, str]], *, allow_empty: bool, knob: str = "--allow_empty_prompt") -> list[str]:
+def checked_prompts(
+    named: Iterable[tuple[str, str]], *, allow_empty: bool, knob: str = "--allow_empty_prompt"
+) -> list[str]:
     """The prompts of (where it stands, prompt) pairs without blanks at their ends, "" for those
     that say nothing.
 
@@ -52,9 +56,13 @@ def checked_prompts(named: Iterable[tuple[str, str]], *, allow_empty: bool, knob
     """
     prompts = []
     for where, prompt in named:
-        empty = says_nothing(prompt) and not any("\ud800" <= letter <= "\udfff" for letter in prompt)
+        empty = says_nothing(prompt) and not any(
+            "\ud800" <= letter <= "\udfff" for letter in prompt
+        )
         if empty and not allow_empty:
-            raise ConfigError(f"{where} is empty; write a prompt, or pass {knob} to sample without one")
+            raise ConfigError(
+                f"{where} is empty; write a prompt, or pass {knob} to sample without one"
+            )
         try:
             prompt.encode()
         except UnicodeEncodeError as error:

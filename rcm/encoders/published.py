@@ -51,7 +51,11 @@ def repeated(block: Iterable[Row], layers: int, *, ours: str, theirs: str) -> It
     stands for {}.
     """
     for i, row in product(range(layers), block):
-        yield Row(ours.format(i) + row.ours, tuple(theirs.format(i) + name for name in row.theirs), row.shape)
+        yield Row(
+            ours.format(i) + row.ours,
+            tuple(theirs.format(i) + name for name in row.theirs),
+            row.shape,
+        )
 
 
 def count_blocks(names: Iterable[str], begin: str) -> int:
@@ -76,7 +80,9 @@ class PublishedWeights(Generic[S]):
     shape: S
 
 
-def checked(file: WeightFile, names: Mapping[str, str], *, shape_of: Callable[..., S], network: str) -> PublishedWeights[S]:
+def checked(
+    file: WeightFile, names: Mapping[str, str], *, shape_of: Callable[..., S], network: str
+) -> PublishedWeights[S]:
     """The weights that `file` stores under `names`, of the sizes that `shape_of(shapes, path=...)`
     finds; none is read.
 
@@ -93,7 +99,12 @@ def checked(file: WeightFile, names: Mapping[str, str], *, shape_of: Callable[..
 
 
 def fill(
-    model: nn.Module, weights: PublishedWeights, *, device: torch.device | str, dtype: torch.dtype, tied: Mapping[str, str] | None = None
+    model: nn.Module,
+    weights: PublishedWeights,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    tied: Mapping[str, str] | None = None,
 ) -> None:
     """Give transformers' `model`, which is on the meta device, the parameters in the file; `tied`:
     second name -> first.

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from rcm.core.errors import ConfigError
 from rcm.encoders.codec import latent_frames, latent_grid, pixel_frames
-from rcm.encoders.taehv_net import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE, TinyConfig, TinyDecoder
+from rcm.encoders.taehv_net import (
+    LATENT_CHANNELS,
+    SPATIAL_STRIDE,
+    TEMPORAL_STRIDE,
+    TinyConfig,
+    TinyDecoder,
+)
 from rcm.encoders.wan_vae_stream import DecodeStream, Graphs, LatentStatistics, require_latents
 from rcm.kernels.precompile import Compiled
 from rcm.storage.state_dicts import check_keys, shapes_of
@@ -37,12 +43,19 @@ class TinyDecoderCodec:
         self.net = net.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         self._path = None if path is None else str(path)
         channels = net.config.latent_channels
-        whitened = torch.zeros(channels, dtype=torch.float64), torch.ones(channels, dtype=torch.float64)
+        whitened = (
+            torch.zeros(channels, dtype=torch.float64),
+            torch.ones(channels, dtype=torch.float64),
+        )
         self._statistics = LatentStatistics(*whitened)
 
     @classmethod
     def from_file(
-        cls, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
     ) -> TinyDecoderCodec:
         """The codec with the weights of a .pth or .safetensors file; strict (`load_weights`)."""
         with torch.device("meta"):
@@ -108,7 +121,8 @@ class TinyDecoderCodec:
         encoder.
         """
         raise ConfigError(
-            "the tiny decoder does not encode; encode with Wan's autoencoder (--vae_path), or leave --tiny_decoder out"
+            "the tiny decoder does not encode; encode with Wan's autoencoder (--vae_path), or leave"
+            " --tiny_decoder out"
         )
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -125,9 +139,13 @@ class TinyDecoderCodec:
         """A fresh streaming decoder, for one video or one batch in step; any number of streams may
         be open. See `DecodeStream`.
         """
-        return DecodeStream(self.net, self._statistics, frames_per_step=frames_per_step, graphs=graphs)
+        return DecodeStream(
+            self.net, self._statistics, frames_per_step=frames_per_step, graphs=graphs
+        )
 
-    def warm_up(self, size: tuple[int, int], *, batch: int = 1, frames_per_step: int = 1) -> Compiled:
+    def warm_up(
+        self, size: tuple[int, int], *, batch: int = 1, frames_per_step: int = 1
+    ) -> Compiled:
         """Nothing: the network has no kernels of its own to compile."""
         return Compiled()
 
@@ -136,7 +154,9 @@ class TinyDecoderCodec:
         return {"name": "tiny_decoder", "path": self._path}
 
 
-def load_weights(net: TinyDecoder, path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> None:
+def load_weights(
+    net: TinyDecoder, path: str | Path, *, device: torch.device | str, dtype: torch.dtype
+) -> None:
     """Fill `net` (on the meta device or not) from a published file, cast to `dtype` on `device`;
     the encoder in it is left.
 
@@ -149,13 +169,30 @@ def load_weights(net: TinyDecoder, path: str | Path, *, device: torch.device | s
     file = open_container(path, hint=f"{PUBLISHED_AT}: name its place with --tiny_decoder")
     file.require_tensors_only()
     shapes = shapes_of(file)
-    encoder = encoder_shapes(net.config) if any(name.startswith("encoder.") for name in shapes) else {}
-    rows = {name: decoder[name][0] for name in decoder if _grows_more(shapes.get(name, ()), decoder[name])}
-    fitting = {name: (rows.get(name, shape[0]), *shape[1:]) if shape else shape for name, shape in shapes.items()}
-    check_keys(str(file.path), shapes=fitting, expected={**encoder, **decoder}, network="the tiny decoder for Wan2.1")
+    encoder = (
+        encoder_shapes(net.config) if any(name.startswith("encoder.") for name in shapes) else {}
+    )
+    rows = {
+        name: decoder[name][0]
+        for name in decoder
+        if _grows_more(shapes.get(name, ()), decoder[name])
+    }
+    fitting = {
+        name: (rows.get(name, shape[0]), *shape[1:]) if shape else shape
+        for name, shape in shapes.items()
+    }
+    check_keys(
+        str(file.path),
+        shapes=fitting,
+        expected={**encoder, **decoder},
+        network="the tiny decoder for Wan2.1",
+    )
     file.require_floats(decoder)
     # copies: a mapped view would change with the file
-    kept = {name: file[name][-decoder[name][0] :].to(device=device, dtype=dtype, copy=True) for name in decoder}
+    kept = {
+        name: file[name][-decoder[name][0] :].to(device=device, dtype=dtype, copy=True)
+        for name in decoder
+    }
     net.load_state_dict(kept, strict=True, assign=True)
 
 
@@ -172,7 +209,10 @@ def encoder_shapes(config: TinyConfig) -> dict[str, tuple[int, ...]]:
     halving time.
     """
     width = 64
-    shapes: dict[str, tuple[int, ...]] = {"encoder.0.weight": (width, 3, 3, 3), "encoder.0.bias": (width,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder.0.weight": (width, 3, 3, 3),
+        "encoder.0.bias": (width,),
+    }
     place = 2
     for frames in (2, 2, 1):
         shapes[f"encoder.{place}.conv.weight"] = (width, frames * width, 1, 1)

@@ -54,7 +54,9 @@ class MemoryBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         widths = {"0": 2 * width, "2": width, "4": width}
-        self.conv = nn.ModuleDict({name: nn.Conv2d(read, width, 3, padding=1) for name, read in widths.items()})
+        self.conv = nn.ModuleDict(
+            {name: nn.Conv2d(read, width, 3, padding=1) for name, read in widths.items()}
+        )
         self.slot = -1
 
     def forward(self, x: Tensor, state: StreamState) -> Tensor:
@@ -106,7 +108,9 @@ class TinyDecoder(nn.Module):
                 place += 1
             # the published list has the doubling here, which has no parameters
             layers[str(place + 1)] = Grow(level.width, level.grow)
-            layers[str(place + 2)] = nn.Conv2d(level.width, level.narrower, 3, padding=1, bias=False)
+            layers[str(place + 2)] = nn.Conv2d(
+                level.width, level.narrower, 3, padding=1, bias=False
+            )
             place, scale = place + 3, 2 * scale
         layers[str(place + 1)] = nn.Conv2d(levels[-1].narrower, 3, 3, padding=1)
         self.decoder = nn.ModuleDict(layers)
@@ -124,7 +128,9 @@ class TinyDecoder(nn.Module):
 
     def decoder_state(self, *, batch: int, cells: tuple[int, int]) -> StreamState:
         """State of one decoded video (or batch in step) of latent size `cells`."""
-        return StreamState(self._slots, batch=batch, cells=cells, dtype=self.dtype, device=self.device)
+        return StreamState(
+            self._slots, batch=batch, cells=cells, dtype=self.dtype, device=self.device
+        )
 
     def decode_step(self, latents: Tensor, state: StreamState) -> Tensor:
         """Pixels [B, T', 8 h, 8 w, 3] in [-1, 1], not clamped, of the next latent frames [B, T, h,
@@ -146,7 +152,9 @@ class TinyDecoder(nn.Module):
         state.started = True
         return 2 * x[:, skipped:] - 1
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> object:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> object:
         """As `nn.Module.load_state_dict`; counts as a change of the weights."""
         self.generation += 1
         return super().load_state_dict(state_dict, strict=strict, assign=assign)

@@ -48,15 +48,21 @@ class EmbeddingCache:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"cannot make the folder {folder} for cached embeddings ({error}); choose another folder (--text_cache, cache=)"
+                f"cannot make the folder {folder} for cached embeddings ({error}); choose another"
+                " folder (--text_cache, cache=)"
             ) from error
 
     def path(self, prompt: str) -> Path:
         """Where the embedding of a cleaned prompt is, or would be."""
         key = json.dumps({"format": FORMAT, "prompt": prompt, **self._identity}, sort_keys=True)
-        return self._folder / f"{hashlib.blake2b(key.encode(), digest_size=20).hexdigest()}.safetensors"
+        return (
+            self._folder
+            / f"{hashlib.blake2b(key.encode(), digest_size=20).hexdigest()}.safetensors"
+        )
 
-    def get(self, prompt: str, *, text_len: int, text_dim: int, dtype: torch.dtype) -> PromptRows | None:
+    def get(
+        self, prompt: str, *, text_len: int, text_dim: int, dtype: torch.dtype
+    ) -> PromptRows | None:
         """The stored rows of a cleaned prompt, on the CPU; None if there are none, or (with a
         warning) if they cannot be trusted.
         """
@@ -70,9 +76,16 @@ class EmbeddingCache:
             return _distrusted(path, str(error))
         if meta.get("prompt") != prompt:
             return _distrusted(path, f"it is of another prompt, {str(meta.get('prompt'))[:80]!r}")
-        fits = rows.ndim == 2 and 1 <= rows.shape[0] <= text_len and rows.shape[1] == text_dim and rows.dtype == dtype
+        fits = (
+            rows.ndim == 2
+            and 1 <= rows.shape[0] <= text_len
+            and rows.shape[1] == text_dim
+            and rows.dtype == dtype
+        )
         if not fits or not bool(torch.isfinite(rows).all()):
-            return _distrusted(path, f"it holds {rows.dtype} {list(rows.shape)}, or numbers that are not finite")
+            return _distrusted(
+                path, f"it holds {rows.dtype} {list(rows.shape)}, or numbers that are not finite"
+            )
         return PromptRows(rows, meta.get("cut", ""))
 
     def put(self, prompt: str, found: PromptRows) -> None:
@@ -84,7 +97,9 @@ class EmbeddingCache:
         try:
             _write(self.path(prompt), data)
         except OSError as error:
-            logger.warning(f"the embedding of {prompt[:80]!r} is not cached in {self._folder}: {error}")
+            logger.warning(
+                f"the embedding of {prompt[:80]!r} is not cached in {self._folder}: {error}"
+            )
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -20,4 +20,7 @@ def text_extra(module: str, *, purpose: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
             raise
-        raise ConfigError(f"{purpose} needs the package {error.name!r}, which is not installed: pip install 'rcm[text]'") from error
+        raise ConfigError(
+            f"{purpose} needs the package {error.name!r}, which is not installed: pip install"
+            " 'rcm[text]'"
+        ) from error

@@ -19,14 +19,27 @@ from torch import nn
 
 from rcm.core.errors import ConfigError, NonFinite
 from rcm.encoders.lazy_module import LazyModule
-from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT, NEGATIVE_PROMPT_FLF2V, NEGATIVE_PROMPT_I2V, clean_prompt
+from rcm.encoders.prompt_cleaning import (
+    NEGATIVE_PROMPT,
+    NEGATIVE_PROMPT_FLF2V,
+    NEGATIVE_PROMPT_I2V,
+    clean_prompt,
+)
 from rcm.encoders.random_text import RandomRows
 from rcm.encoders.text_cache import EmbeddingCache, PromptRows
 from rcm.encoders.umt5_tokenizer import UMT5Tokenizer, find_tokenizer, open_tokenizer
 from rcm.encoders.umt5_weights import DTYPES, UMT5_FILE, UMT5Shape, load_umt5, open_umt5
 from rcm.storage.identity import content_identity
 
-__all__ = ["NEGATIVE_PROMPT", "NEGATIVE_PROMPT_FLF2V", "NEGATIVE_PROMPT_I2V", "UMT5_FILE", "RowSource", "UMT5Rows", "UMT5TextEncoder"]
+__all__ = [
+    "NEGATIVE_PROMPT",
+    "NEGATIVE_PROMPT_FLF2V",
+    "NEGATIVE_PROMPT_I2V",
+    "UMT5_FILE",
+    "RowSource",
+    "UMT5Rows",
+    "UMT5TextEncoder",
+]
 
 TEXT_LEN = 512
 PAD_ID = 0
@@ -56,11 +69,27 @@ class UMT5Rows:
     `weights`.
     """
 
-    def __init__(self, weights: Path, *, shape: UMT5Shape, tokenizer: UMT5Tokenizer, text_len: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        weights: Path,
+        *,
+        shape: UMT5Shape,
+        tokenizer: UMT5Tokenizer,
+        text_len: int,
+        dtype: torch.dtype,
+    ) -> None:
         if tokenizer.vocab > shape.vocab:
-            raise ConfigError(f"{tokenizer.path} has {tokenizer.vocab} ids, {weights} embeds {shape.vocab}: they do not belong together")
+            raise ConfigError(
+                f"{tokenizer.path} has {tokenizer.vocab} ids, {weights} embeds {shape.vocab}: they"
+                " do not belong together"
+            )
         self.text_dim = shape.dim
-        self._weights, self._tokenizer, self._text_len, self._dtype = weights, tokenizer, text_len, dtype
+        self._weights, self._tokenizer, self._text_len, self._dtype = (
+            weights,
+            tokenizer,
+            text_len,
+            dtype,
+        )
 
     def build(self, device: torch.device) -> nn.Module:
         """The encoder; the file is opened again for every load, as it may have been replaced in the
@@ -80,12 +109,19 @@ class UMT5Rows:
         out = net(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
         rows = out[0, :length].clone()
         if not bool(torch.isfinite(rows).all()):
-            raise NonFinite(f"umT5 gives values that are not finite for {cleaned[:80]!r}: damaged weights in {self._weights}?")
+            raise NonFinite(
+                f"umT5 gives values that are not finite for {cleaned[:80]!r}: damaged weights in"
+                f" {self._weights}?"
+            )
         return PromptRows(rows, tokens.cut)
 
     def describe(self) -> dict[str, str]:
         """Name and files, as a checkpoint's self-description keeps them."""
-        return {"name": "umt5", "path": str(self._weights), "tokenizer": str(self._tokenizer.path.parent)}
+        return {
+            "name": "umt5",
+            "path": str(self._weights),
+            "tokenizer": str(self._tokenizer.path.parent),
+        }
 
 
 class UMT5TextEncoder(LazyModule):
@@ -107,9 +143,15 @@ class UMT5TextEncoder(LazyModule):
         negative_prompt: str = NEGATIVE_PROMPT,
     ) -> None:
         if text_len < 1:
-            raise ConfigError(f"text_len must be at least 1 (the end-of-sentence row), got {text_len}")
+            raise ConfigError(
+                f"text_len must be at least 1 (the end-of-sentence row), got {text_len}"
+            )
         super().__init__(source.build, device=device)
-        self.text_len, self.text_dim, self.negative_prompt = text_len, source.text_dim, negative_prompt
+        self.text_len, self.text_dim, self.negative_prompt = (
+            text_len,
+            source.text_dim,
+            negative_prompt,
+        )
         self.dtype = dtype
         self._source, self._cache = source, cache
 
@@ -135,7 +177,9 @@ class UMT5TextEncoder(LazyModule):
         """
         weights = Path(weights)
         if dtype not in DTYPES:
-            raise ConfigError(f"umT5 runs in bfloat16 or float32 (it overflows in float16), got dtype={dtype}")
+            raise ConfigError(
+                f"umT5 runs in bfloat16 or float32 (it overflows in float16), got dtype={dtype}"
+            )
         # before the tokenizer: whoever has neither file hears of the larger one first
         shape = open_umt5(weights).shape
         words = open_tokenizer(find_tokenizer(tokenizer, weights=weights))
@@ -149,7 +193,14 @@ class UMT5TextEncoder(LazyModule):
                 "dtype": str(dtype),
             }
             store = EmbeddingCache(cache, identity=identity)
-        return cls(source, text_len=text_len, device=device, dtype=dtype, cache=store, negative_prompt=negative_prompt)
+        return cls(
+            source,
+            text_len=text_len,
+            device=device,
+            dtype=dtype,
+            cache=store,
+            negative_prompt=negative_prompt,
+        )
 
     @classmethod
     def random(
@@ -175,10 +226,15 @@ class UMT5TextEncoder(LazyModule):
         also when the rows come from the cache.
         """
         if isinstance(prompts, str):
-            raise TypeError(f"encode takes a list of prompts, got one string {prompts[:80]!r}; wrap it in a list")
+            raise TypeError(
+                f"encode takes a list of prompts, got one string {prompts[:80]!r}; wrap it in a"
+                " list"
+            )
         cleaned = [clean_prompt(prompt) for prompt in prompts]
         found = {text: self._rows(text) for text in dict.fromkeys(cleaned)}
-        out = torch.zeros(len(cleaned), self.text_len, self.text_dim, dtype=self.dtype, device=self.device)
+        out = torch.zeros(
+            len(cleaned), self.text_len, self.text_dim, dtype=self.dtype, device=self.device
+        )
         for padded, text in zip(out, cleaned, strict=True):
             rows = found[text].rows
             padded[: rows.shape[0]] = rows
@@ -201,12 +257,21 @@ class UMT5TextEncoder(LazyModule):
     def _rows(self, cleaned: str) -> PromptRows:
         found = None
         if self._cache is not None:
-            found = self._cache.get(cleaned, text_len=self.text_len, text_dim=self.text_dim, dtype=self.dtype)
+            found = self._cache.get(
+                cleaned, text_len=self.text_len, text_dim=self.text_dim, dtype=self.dtype
+            )
         if found is None:
             found = self._source.embed(cleaned, net=self.load(), device=self.device)
             if self._cache is not None:
                 self._cache.put(cleaned, found)
         if found.cut:
-            quoted = found.cut if len(found.cut) <= _QUOTED else f"{found.cut[:_QUOTED]}... ({len(found.cut)} characters)"
-            logger.warning(f"the prompt {cleaned[:60]!r} is longer than {self.text_len} tokens; left out: {quoted!r}")
+            quoted = (
+                found.cut
+                if len(found.cut) <= _QUOTED
+                else f"{found.cut[:_QUOTED]}... ({len(found.cut)} characters)"
+            )
+            logger.warning(
+                f"the prompt {cleaned[:60]!r} is longer than {self.text_len} tokens; left out:"
+                f" {quoted!r}"
+            )
         return found

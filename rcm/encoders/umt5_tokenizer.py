@@ -58,7 +58,9 @@ def find_tokenizer(given: str | Path | None, *, weights: Path) -> Path:
 
     Raises `ConfigError` that lists the places and says where the files are published.
     """
-    places = [Path(given)] if given is not None else [weights.parent / name for name in BESIDE_WEIGHTS]
+    places = (
+        [Path(given)] if given is not None else [weights.parent / name for name in BESIDE_WEIGHTS]
+    )
     for place in places:
         if place.is_file() and place.name in (FAST_FILE, SLOW_FILE):
             return place
@@ -67,8 +69,10 @@ def find_tokenizer(given: str | Path | None, *, weights: Path) -> Path:
                 return place / name
     target = places[0]
     raise ConfigError(
-        f"no umT5 tokenizer ({FAST_FILE} or {SLOW_FILE}) in {', '.join(map(str, places))}; get it once with: huggingface-cli download "
-        f'google/umt5-xxl --include "tokenizer*" "{SLOW_FILE}" "special_tokens_map.json" --local-dir {target}; '
+        f"no umT5 tokenizer ({FAST_FILE} or {SLOW_FILE}) in {', '.join(map(str, places))}; get it"
+        " once with: huggingface-cli download "
+        f'google/umt5-xxl --include "tokenizer*" "{SLOW_FILE}" "special_tokens_map.json"'
+        f" --local-dir {target}; "
         "or name its folder (--tokenizer_path)"
     )
 
@@ -78,7 +82,11 @@ def open_tokenizer(path: Path) -> UMT5Tokenizer:
     one without an end-of-sentence token.
     """
     identity = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-    return _from_json(path, identity) if path.name == FAST_FILE else _from_sentencepiece(path, identity)
+    return (
+        _from_json(path, identity)
+        if path.name == FAST_FILE
+        else _from_sentencepiece(path, identity)
+    )
 
 
 def _from_json(path: Path, identity: str) -> UMT5Tokenizer:
@@ -86,12 +94,16 @@ def _from_json(path: Path, identity: str) -> UMT5Tokenizer:
     try:
         tokenizer = library.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ConfigError(f"{path} is no tokenizer file ({error}); damaged? download it again") from error
+        raise ConfigError(
+            f"{path} is no tokenizer file ({error}); damaged? download it again"
+        ) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     end = tokenizer.token_to_id(END_TOKEN)
     if end is None:
-        raise ConfigError(f"{path} has no end-of-sentence token {END_TOKEN!r}: not umT5's tokenizer")
+        raise ConfigError(
+            f"{path} has no end-of-sentence token {END_TOKEN!r}: not umT5's tokenizer"
+        )
 
     def pieces(text: str) -> tuple[list[int], list[int]]:
         # without special tokens: the end-of-sentence id is added here, whatever the file's own
@@ -99,25 +111,40 @@ def _from_json(path: Path, identity: str) -> UMT5Tokenizer:
         encoding = tokenizer.encode(text, add_special_tokens=False)
         return list(encoding.ids), [start for start, _ in encoding.offsets]
 
-    return UMT5Tokenizer(path=path, identity=identity, vocab=tokenizer.get_vocab_size(), end_id=end, pieces=pieces)
+    return UMT5Tokenizer(
+        path=path, identity=identity, vocab=tokenizer.get_vocab_size(), end_id=end, pieces=pieces
+    )
 
 
 def _from_sentencepiece(path: Path, identity: str) -> UMT5Tokenizer:
     try:
         import sentencepiece
     except ModuleNotFoundError as error:
-        raise ConfigError(f"reading {path} needs sentencepiece (pip install sentencepiece), or put {FAST_FILE} beside it") from error
+        raise ConfigError(
+            f"reading {path} needs sentencepiece (pip install sentencepiece), or put {FAST_FILE}"
+            " beside it"
+        ) from error
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise ConfigError(f"{path} is no sentencepiece model ({error}); damaged? download it again") from error
+        raise ConfigError(
+            f"{path} is no sentencepiece model ({error}); damaged? download it again"
+        ) from error
     if processor.eos_id() < 0:
         raise ConfigError(f"{path} has no end-of-sentence token: not umT5's tokenizer")
 
     def pieces(text: str) -> tuple[list[int], list[int]]:
-        return processor.encode(text, out_type=int), _starts(text, processor.encode(text, out_type=str))
+        return processor.encode(text, out_type=int), _starts(
+            text, processor.encode(text, out_type=str)
+        )
 
-    return UMT5Tokenizer(path=path, identity=identity, vocab=processor.get_piece_size(), end_id=processor.eos_id(), pieces=pieces)
+    return UMT5Tokenizer(
+        path=path,
+        identity=identity,
+        vocab=processor.get_piece_size(),
+        end_id=processor.eos_id(),
+        pieces=pieces,
+    )
 
 
 def _starts(text: str, pieces: Sequence[str]) -> list[int]:

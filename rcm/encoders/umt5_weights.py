@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from rcm.core.errors import CheckpointError, ConfigError
-from rcm.encoders.published import PublishedShape, PublishedWeights, Row, checked, count_blocks, fill, repeated
+from rcm.encoders.published import (
+    PublishedShape,
+    PublishedWeights,
+    Row,
+    checked,
+    count_blocks,
+    fill,
+    repeated,
+)
 from rcm.encoders.text_extra import text_extra
 from rcm.storage.state_dicts import listed
 from rcm.storage.weight_files import WeightFile, open_container
@@ -28,9 +36,10 @@ if TYPE_CHECKING:
 
 UMT5_FILE = "assets/checkpoints/models_t5_umt5-xxl-enc-bf16.pth"
 UMT5_MISSING = (
-    "the umT5 encoder is published as models_t5_umt5-xxl-enc-bf16.pth (11.4 GB) at https://huggingface.co/Wan-AI/Wan2.1-T2V-1.3B: "
-    "huggingface-cli download Wan-AI/Wan2.1-T2V-1.3B models_t5_umt5-xxl-enc-bf16.pth --local-dir assets/checkpoints; "
-    "if you have it elsewhere, say so with --text_encoder_path"
+    "the umT5 encoder is published as models_t5_umt5-xxl-enc-bf16.pth (11.4 GB) at"
+    " https://huggingface.co/Wan-AI/Wan2.1-T2V-1.3B: huggingface-cli download"
+    " Wan-AI/Wan2.1-T2V-1.3B models_t5_umt5-xxl-enc-bf16.pth --local-dir assets/checkpoints; if you"
+    " have it elsewhere, say so with --text_encoder_path"
 )
 MAX_DISTANCE = 128  # of the relative position buckets; not stored
 NORM_EPS = 1e-6
@@ -61,9 +70,16 @@ class UMT5Shape(PublishedShape):
         attention, dense = "layer.0.SelfAttention", "layer.1.DenseReluDense"
         block = [
             Row("norm1.weight", ("layer.0.layer_norm.weight",), (dim,)),
-            *(Row(f"attn.{side}.weight", (f"{attention}.{side}.weight",), (inner, dim)) for side in "qkv"),
+            *(
+                Row(f"attn.{side}.weight", (f"{attention}.{side}.weight",), (inner, dim))
+                for side in "qkv"
+            ),
             Row("attn.o.weight", (f"{attention}.o.weight",), (dim, inner)),
-            Row("pos_embedding.embedding.weight", (f"{attention}.relative_attention_bias.weight",), (self.buckets, self.heads)),
+            Row(
+                "pos_embedding.embedding.weight",
+                (f"{attention}.relative_attention_bias.weight",),
+                (self.buckets, self.heads),
+            ),
             Row("norm2.weight", ("layer.1.layer_norm.weight",), (dim,)),
             Row("ffn.gate.0.weight", (f"{dense}.wi_0.weight",), (wide, dim)),
             Row("ffn.fc1.weight", (f"{dense}.wi_1.weight",), (wide, dim)),
@@ -89,9 +105,19 @@ def shape_of(shapes: Mapping[str, tuple[int, ...]], *, path: Path) -> UMT5Shape:
         found = listed(sorted(shapes)) or "no tensor of it"
         raise CheckpointError(f"{path} is no umT5 encoder ({error}); it holds {found}") from error
     if inner % heads:
-        raise CheckpointError(f"{path}: query width {inner} is no multiple of the {heads} heads of the position bias")
+        raise CheckpointError(
+            f"{path}: query width {inner} is no multiple of the {heads} heads of the position bias"
+        )
     layers = count_blocks(shapes, _BLOCK)
-    return UMT5Shape(vocab=vocab, dim=dim, heads=heads, head_dim=inner // heads, ffn_dim=ffn_dim, layers=layers, buckets=buckets)
+    return UMT5Shape(
+        vocab=vocab,
+        dim=dim,
+        heads=heads,
+        head_dim=inner // heads,
+        ffn_dim=ffn_dim,
+        layers=layers,
+        buckets=buckets,
+    )
 
 
 def open_umt5(path: str | Path) -> PublishedWeights[UMT5Shape]:
@@ -102,7 +128,11 @@ def open_umt5(path: str | Path) -> PublishedWeights[UMT5Shape]:
     """
     file = open_container(path, hint=UMT5_MISSING)
     file.require_tensors_only()
-    names = _from_transformers(file) if {_SHARED, _TIED} & file.keys() else {name: name for name in file}
+    names = (
+        _from_transformers(file)
+        if {_SHARED, _TIED} & file.keys()
+        else {name: name for name in file}
+    )
     return checked(file, names, shape_of=shape_of, network="a umT5 encoder")
 
 
@@ -133,14 +163,21 @@ def empty_umt5(shape: UMT5Shape) -> UMT5EncoderModel:
     return model
 
 
-def load_umt5(weights: PublishedWeights[UMT5Shape], *, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> UMT5EncoderModel:
+def load_umt5(
+    weights: PublishedWeights[UMT5Shape],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> UMT5EncoderModel:
     """transformers' encoder with the weights of the file (`fill`: do not overwrite it while they
     are in use), on `device`.
 
     Raises `ConfigError` for a dtype other than bfloat16 and float32 (umT5 overflows in float16).
     """
     if dtype not in DTYPES:
-        raise ConfigError(f"umT5 runs in bfloat16 or float32 (it overflows in float16), got dtype={dtype}")
+        raise ConfigError(
+            f"umT5 runs in bfloat16 or float32 (it overflows in float16), got dtype={dtype}"
+        )
     model = empty_umt5(weights.shape)
     fill(model, weights, device=device, dtype=dtype, tied={_TIED: _SHARED})
     return model.eval().requires_grad_(False)
@@ -152,10 +189,17 @@ def _from_transformers(file: WeightFile) -> dict[str, str]:
     """
     kept = [name for name in file if name != _TIED or _SHARED not in file]
     if len(kept) < len(file) and not torch.equal(file[_SHARED], file[_TIED]):
-        raise CheckpointError(f"{file.path}: {_SHARED} and {_TIED} differ, but umT5's encoder has one token embedding")
-    original = {row.theirs[0]: row.ours for row in UMT5Shape(layers=count_blocks(kept, _THEIR_BLOCK)).rows()}
+        raise CheckpointError(
+            f"{file.path}: {_SHARED} and {_TIED} differ, but umT5's encoder has one token embedding"
+        )
+    original = {
+        row.theirs[0]: row.ours for row in UMT5Shape(layers=count_blocks(kept, _THEIR_BLOCK)).rows()
+    }
     original[_TIED] = original[_SHARED]
     names = {original.get(name, name): name for name in kept}
     if len(names) < len(kept):
-        raise CheckpointError(f"{file.path} holds tensors under two names: {listed(sorted(set(kept) - set(names.values())))}")
+        raise CheckpointError(
+            f"{file.path} holds tensors under two names:"
+            f" {listed(sorted(set(kept) - set(names.values())))}"
+        )
     return names

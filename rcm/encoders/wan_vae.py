@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from rcm.core.errors import ConfigError
 from rcm.encoders.codec import latent_frames, latent_grid, pixel_frames
 from rcm.encoders.wan_vae_compile import compile_decoder
-from rcm.encoders.wan_vae_net import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE, WanVAE, WanVAEConfig
+from rcm.encoders.wan_vae_net import (
+    LATENT_CHANNELS,
+    SPATIAL_STRIDE,
+    TEMPORAL_STRIDE,
+    WanVAE,
+    WanVAEConfig,
+)
 from rcm.encoders.wan_vae_stream import (
     DecodeStream,
     Graphs,
@@ -55,19 +61,31 @@ class WanVAECodec:
     spatial_stride = SPATIAL_STRIDE
     latent_channels = LATENT_CHANNELS
 
-    def __init__(self, vae: WanVAE, *, path: str | Path | None = None, tile: int | None = None) -> None:
+    def __init__(
+        self, vae: WanVAE, *, path: str | Path | None = None, tile: int | None = None
+    ) -> None:
         if vae.config.latent_channels != LATENT_CHANNELS:
-            raise ConfigError(f"latent statistics exist for {LATENT_CHANNELS} channels, the autoencoder has {vae.config.latent_channels}")
+            raise ConfigError(
+                f"latent statistics exist for {LATENT_CHANNELS} channels, the autoencoder has"
+                f" {vae.config.latent_channels}"
+            )
         if tile is not None:
             plan_tiles((tile, tile), tile=tile, scale=1)
         self.vae = vae.requires_grad_(False).eval()
         self.tile = tile
         self._path = None if path is None else str(path)
-        self.statistics = LatentStatistics(torch.tensor(MEANS, dtype=torch.float64), torch.tensor(DEVIATIONS, dtype=torch.float64))
+        self.statistics = LatentStatistics(
+            torch.tensor(MEANS, dtype=torch.float64), torch.tensor(DEVIATIONS, dtype=torch.float64)
+        )
 
     @classmethod
     def from_file(
-        cls, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16, tile: int | None = None
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        tile: int | None = None,
     ) -> WanVAECodec:
         """The codec with the weights of a .pth or .safetensors file, original or diffusers names;
         strict (`load_weights`).
@@ -145,17 +163,31 @@ class WanVAECodec:
         multiple of 8, a dtype that is not floating.
         """
         if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
-            raise ConfigError(f"the Wan autoencoder encodes floating [B, 3, F, H, W] in [-1, 1], got {video.dtype} {tuple(video.shape)}")
+            raise ConfigError(
+                "the Wan autoencoder encodes floating [B, 3, F, H, W] in [-1, 1], got"
+                f" {video.dtype} {tuple(video.shape)}"
+            )
         if frames_per_step < 1 or frames_per_step % self.temporal_stride:
-            raise ConfigError(f"frames_per_step={frames_per_step} must be a multiple of {self.temporal_stride} pixel frames")
+            raise ConfigError(
+                f"frames_per_step={frames_per_step} must be a multiple of {self.temporal_stride}"
+                " pixel frames"
+            )
         frames = self.latent_frames_for(video.shape[2])
         cells = self.latent_size(video.shape[3], video.shape[4])
         if self.tile is None:
             return encode_frames(self.vae, self.statistics, video, frames_per_step=frames_per_step)
         total: Tensor | None = None
         for tile in plan_tiles(cells, tile=self.tile, scale=1):
-            rows, columns = (slice(s.start * self.spatial_stride, s.stop * self.spatial_stride) for s in (tile.rows, tile.columns))
-            piece = encode_frames(self.vae, self.statistics, video[..., rows, columns], frames_per_step=frames_per_step)
+            rows, columns = (
+                slice(s.start * self.spatial_stride, s.stop * self.spatial_stride)
+                for s in (tile.rows, tile.columns)
+            )
+            piece = encode_frames(
+                self.vae,
+                self.statistics,
+                video[..., rows, columns],
+                frames_per_step=frames_per_step,
+            )
             if total is None:
                 total = piece.new_zeros(video.shape[0], self.latent_channels, frames, *cells)
             tile.add(piece, total, scale=1)
@@ -171,29 +203,50 @@ class WanVAECodec:
         """
         require_latents(latents, channels=self.latent_channels)
         if self.tile is not None:
-            return decode_in_tiles(self.vae, self.statistics, latents, tile=self.tile, frames_per_step=frames_per_step)
-        return DecodeStream(self.vae, self.statistics, frames_per_step=frames_per_step).decode_chunk(latents)
+            return decode_in_tiles(
+                self.vae, self.statistics, latents, tile=self.tile, frames_per_step=frames_per_step
+            )
+        return DecodeStream(
+            self.vae, self.statistics, frames_per_step=frames_per_step
+        ).decode_chunk(latents)
 
-    def stream(self, *, frames_per_step: int = 1, graphs: Graphs = "off") -> DecodeStream | TiledDecodeStream:
+    def stream(
+        self, *, frames_per_step: int = 1, graphs: Graphs = "off"
+    ) -> DecodeStream | TiledDecodeStream:
         """A fresh streaming decoder, for one video or one batch in step; any number of streams may
         be open. See `DecodeStream`.
         """
         if self.tile is None:
-            return DecodeStream(self.vae, self.statistics, frames_per_step=frames_per_step, graphs=graphs)
+            return DecodeStream(
+                self.vae, self.statistics, frames_per_step=frames_per_step, graphs=graphs
+            )
         if graphs != "off":
             raise ConfigError("graphs='on' is for whole frames; set tile=None or graphs='off'")
-        return TiledDecodeStream(self.vae, self.statistics, tile=self.tile, frames_per_step=frames_per_step)
+        return TiledDecodeStream(
+            self.vae, self.statistics, tile=self.tile, frames_per_step=frames_per_step
+        )
 
-    def warm_up(self, size: tuple[int, int], *, batch: int = 1, frames_per_step: int = 1) -> Compiled:
+    def warm_up(
+        self, size: tuple[int, int], *, batch: int = 1, frames_per_step: int = 1
+    ) -> Compiled:
         """Compile the kernels that a `stream` of videos of `size` = (H, W) pixels will launch,
         before its first frame (`compile_decoder`).
 
         May run in a thread beside other work. `compile_decoder` itself needs no codec, so it can
         run while the weights are read.
         """
-        cells = self.latent_size(*size) if self.tile is None else (min(n, self.tile) for n in self.latent_size(*size))
+        cells = (
+            self.latent_size(*size)
+            if self.tile is None
+            else (min(n, self.tile) for n in self.latent_size(*size))
+        )
         pixels = tuple(n * self.spatial_stride for n in cells)
-        options = {"dtype": self.dtype, "config": self.vae.config, "batch": batch, "frames_per_step": frames_per_step}
+        options = {
+            "dtype": self.dtype,
+            "config": self.vae.config,
+            "batch": batch,
+            "frames_per_step": frames_per_step,
+        }
         return compile_decoder(self.device, size=pixels, **options)
 
     def describe(self) -> dict[str, Any]:
@@ -224,4 +277,7 @@ def require_dtype(dtype: torch.dtype) -> None:
     """`ConfigError` unless the autoencoder can run in `dtype`."""
     known = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     if dtype not in known:
-        raise ConfigError(f"the autoencoder's dtype is {dtype}, expected one of {', '.join(str(d) for d in known)}")
+        raise ConfigError(
+            f"the autoencoder's dtype is {dtype}, expected one of"
+            f" {', '.join(str(d) for d in known)}"
+        )

@@ -35,6 +35,9 @@ def compile_decoder(
         with torch.device("meta"), torch.no_grad():
             state = vae.decoder_state(batch=batch, cells=cells)
             for frames in (1, frames_per_step):
-                vae.decode_step(torch.empty(batch, frames, *cells, vae.config.latent_channels, dtype=dtype), state)
+                vae.decode_step(
+                    torch.empty(batch, frames, *cells, vae.config.latent_channels, dtype=dtype),
+                    state,
+                )
 
     return precompile(plan, device=device, threads=threads)

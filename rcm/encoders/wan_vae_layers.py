@@ -128,12 +128,23 @@ class ResidualBlock(nn.Module):
     def forward(self, features: Features, state: StreamState) -> Features:
         """Features of the same frames."""
         first, second = self.residual["2"], self.residual["6"]
-        seen = window(features, gamma=self.residual["0"].flat(), norm="rms_silu", carried=state.frames(first), border=EDGE, keep=True)
+        seen = window(
+            features,
+            gamma=self.residual["0"].flat(),
+            norm="rms_silu",
+            carried=state.frames(first),
+            border=EDGE,
+            keep=True,
+        )
         value, entered = first.over(seen.padded), seen.kept
         # the window is as large as the features: give it back before the next one is made
         del features, seen
         value = window(
-            Features(value, first.bias), gamma=self.residual["3"].flat(), norm="rms_silu", carried=state.frames(second), border=EDGE
+            Features(value, first.bias),
+            gamma=self.residual["3"].flat(),
+            norm="rms_silu",
+            carried=state.frames(second),
+            border=EDGE,
         ).padded
         shortcut = self.shortcut.pointwise(entered) if hasattr(self, "shortcut") else entered
         return Features(second.over(value), second.bias, shortcut)
@@ -169,9 +180,13 @@ class Resample(nn.Module):
         super().__init__()
         self.kind = kind
         if kind in ("up2d", "up3d"):
-            self.resample = nn.ModuleDict({"1": NearestThenConv(channels, channels // 2, taps=(3, 3))})
+            self.resample = nn.ModuleDict(
+                {"1": NearestThenConv(channels, channels // 2, taps=(3, 3))}
+            )
         else:
-            self.resample = nn.ModuleDict({"1": Conv(channels, channels, taps=(3, 3), stride=(1, 2, 2))})
+            self.resample = nn.ModuleDict(
+                {"1": Conv(channels, channels, taps=(3, 3), stride=(1, 2, 2))}
+            )
         if kind == "up3d":
             self.time_conv = Conv(channels, 2 * channels, taps=(3, 1, 1), carries=2)
         if kind == "down3d":
@@ -187,17 +202,25 @@ class Resample(nn.Module):
                 time = self.time_conv
                 value = time.over(window(features, carried=state.frames(time)).padded)
                 features = Features(value, time.bias, layout="frame_pairs")
-            return Features(conv.over(window(features, border=EDGE).padded), conv.bias, layout="pixel_quads")
+            return Features(
+                conv.over(window(features, border=EDGE).padded), conv.bias, layout="pixel_quads"
+            )
         small = Features(conv.over(window(features, border=(0, 1)).padded), conv.bias)
         if self.kind == "down2d":
             return small
         time = self.time_conv
         seen = window(small, carried=state.frames(time)).padded
         # nothing precedes the first frame of a video: it passes unfolded and is remembered
-        return Features(time.over(seen), time.bias) if state.started else Features(seen[:, time.carries :].contiguous())
+        return (
+            Features(time.over(seen), time.bias)
+            if state.started
+            else Features(seen[:, time.carries :].contiguous())
+        )
 
 
-def number_slots(root: nn.Module, order: Iterator[nn.Module], *, height: int = 1, width: int = 1) -> list[Slot]:
+def number_slots(
+    root: nn.Module, order: Iterator[nn.Module], *, height: int = 1, width: int = 1
+) -> list[Slot]:
     """Give every convolution that carries frames its index, in the order of the forward pass, and
     list the slots for one latent cell.
 
@@ -211,11 +234,18 @@ def number_slots(root: nn.Module, order: Iterator[nn.Module], *, height: int = 1
             after = isinstance(block, Resample) and block.kind == "down3d"
             size = (scale[0] // 2, scale[1] // 2) if after else scale
             conv.slot = len(slots)
-            slots.append(Slot(frames=conv.carries, rows=size[0], columns=size[1], channels=conv.reads))
+            slots.append(
+                Slot(frames=conv.carries, rows=size[0], columns=size[1], channels=conv.reads)
+            )
         if isinstance(block, Resample):
             up = block.kind in ("up2d", "up3d")
             scale = (scale[0] * 2, scale[1] * 2) if up else (scale[0] // 2, scale[1] // 2)
-    unnumbered = [name for name, m in root.named_modules() if isinstance(m, Conv) and m.carries and m.slot < 0]
+    unnumbered = [
+        name for name, m in root.named_modules() if isinstance(m, Conv) and m.carries and m.slot < 0
+    ]
     if unnumbered:
-        raise ValueError(f"convolutions that carry frames are missing from the order of the forward pass: {unnumbered}")
+        raise ValueError(
+            "convolutions that carry frames are missing from the order of the forward pass:"
+            f" {unnumbered}"
+        )
     return slots

@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rcm.encoders.wan_vae_layers import EDGE, AttentionBlock, Conv, Resample, Resampling, ResidualBlock, RMSNorm, number_slots
+from rcm.encoders.wan_vae_layers import (
+    EDGE,
+    AttentionBlock,
+    Conv,
+    Resample,
+    Resampling,
+    ResidualBlock,
+    RMSNorm,
+    number_slots,
+)
 from rcm.encoders.wan_vae_state import Slot, StreamState
 from rcm.kernels.vae_conv_pack import Form
 from rcm.kernels.vae_window import window
@@ -67,7 +76,13 @@ class Encoder(nn.Module):
     def forward(self, pixels: Tensor, state: StreamState) -> Tensor:
         """Moments of the next frames; `state` is advanced."""
         pixels = F.pad(pixels, (0, PIXEL_CHANNELS - pixels.shape[-1]))
-        return _run(pixels, state, enter=self.conv1, blocks=(*self.downsamples, *self.middle), head=self.head)
+        return _run(
+            pixels,
+            state,
+            enter=self.conv1,
+            blocks=(*self.downsamples, *self.middle),
+            head=self.head,
+        )
 
 
 class Decoder(nn.Module):
@@ -111,14 +126,22 @@ class Decoder(nn.Module):
         """
         blocks = self.units
         part = units or range(len(blocks))
-        enter, head = self.conv1 if part.start == 0 else None, self.head if part.stop == len(blocks) else None
+        enter, head = (
+            self.conv1 if part.start == 0 else None,
+            (self.head if part.stop == len(blocks) else None),
+        )
         return _run(x, state, enter=enter, blocks=blocks[part.start : part.stop], head=head)
 
     def slots_of(self, units: range) -> list[Slot]:
         """`slots`, without frames for what lies outside of `units`."""
         blocks = self.units
         ends = [self.conv1] * (units.start == 0) + [self.head] * (units.stop == len(blocks))
-        convs = [m for block in (*blocks[units.start : units.stop], *ends) for m in block.modules() if isinstance(m, Conv)]
+        convs = [
+            m
+            for block in (*blocks[units.start : units.stop], *ends)
+            for m in block.modules()
+            if isinstance(m, Conv)
+        ]
         mine = {conv.slot for conv in convs}
         return [slot if i in mine else replace(slot, frames=0) for i, slot in enumerate(self.slots)]
 
@@ -144,7 +167,9 @@ class WanVAE(nn.Module):
         self.generation += 1
         return super()._apply(fn, recurse)
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> object:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> object:
         """As `nn.Module.load_state_dict`; counts as a change of the weights, like a move
         (`generation`), which captured steps watch.
         """
@@ -172,9 +197,13 @@ class WanVAE(nn.Module):
 
     def encoder_state(self, *, batch: int, cells: tuple[int, int]) -> StreamState:
         """State of one encoded video (or batch in step) of latent size `cells`."""
-        return StreamState(self.encoder.slots, batch=batch, cells=cells, dtype=self.dtype, device=self.device)
+        return StreamState(
+            self.encoder.slots, batch=batch, cells=cells, dtype=self.dtype, device=self.device
+        )
 
-    def decoder_state(self, *, batch: int, cells: tuple[int, int], units: range | None = None) -> StreamState:
+    def decoder_state(
+        self, *, batch: int, cells: tuple[int, int], units: range | None = None
+    ) -> StreamState:
         """State of one decoded video (or batch in step) of latent size `cells`; 944,286,720
         elements at 60x104 and base_dim 96. `units`: what those blocks of the decoder remember.
         """
@@ -194,31 +223,49 @@ class WanVAE(nn.Module):
         """Pixels [B, T', H, W, 3] of the next latent frames [B, T, h, w, C]: one frame first, then
         any number. `units`: see `Decoder`.
         """
-        return self.decoder(x if units is not None and units.start else self.conv2.pointwise(x), state, units)
+        return self.decoder(
+            x if units is not None and units.start else self.conv2.pointwise(x), state, units
+        )
 
 
 def _middle(width: int) -> nn.ModuleList:
-    return nn.ModuleList([ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width)])
+    return nn.ModuleList(
+        [ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width)]
+    )
 
 
 def _head(channels_in: int, channels_out: int) -> nn.ModuleDict:
-    return nn.ModuleDict({"0": RMSNorm(channels_in), "2": Conv(channels_in, channels_out, taps=(3, 3, 3), carries=2)})
+    return nn.ModuleDict(
+        {"0": RMSNorm(channels_in), "2": Conv(channels_in, channels_out, taps=(3, 3, 3), carries=2)}
+    )
 
 
-def _run(x: Tensor, state: StreamState, *, enter: Conv | None, blocks: tuple[nn.Module, ...], head: nn.ModuleDict | None) -> Tensor:
+def _run(
+    x: Tensor,
+    state: StreamState,
+    *,
+    enter: Conv | None,
+    blocks: tuple[nn.Module, ...],
+    head: nn.ModuleDict | None,
+) -> Tensor:
     """First convolution, blocks, then norm, SiLU and last convolution, where they are given; marks
     the first frame as passed.
     """
     features = Features(x)
     if enter is not None:
-        features = Features(enter.over(window(features, carried=state.frames(enter), border=EDGE).padded), enter.bias)
+        features = Features(
+            enter.over(window(features, carried=state.frames(enter), border=EDGE).padded),
+            enter.bias,
+        )
     for block in blocks:
         features = block(features, state)
     if head is None:
         state.started = True
         return window(features).padded
     last = head["2"]
-    padded = window(features, gamma=head["0"].flat(), norm="rms_silu", carried=state.frames(last), border=EDGE).padded
+    padded = window(
+        features, gamma=head["0"].flat(), norm="rms_silu", carried=state.frames(last), border=EDGE
+    ).padded
     del features
     state.started = True
     return Features(last.over(padded), last.bias).total()

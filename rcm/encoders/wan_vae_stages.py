@@ -70,7 +70,9 @@ def stages_of(decoder: Decoder, count: int) -> list[range]:
     """
     costs = [_cost(block, boundary_before(decoder, i)) for i, block in enumerate(decoder.units)]
     if not 1 <= count <= len(costs):
-        raise ValueError(f"a decoder of {len(costs)} blocks makes 1 to {len(costs)} stages, not {count}")
+        raise ValueError(
+            f"a decoder of {len(costs)} blocks makes 1 to {len(costs)} stages, not {count}"
+        )
     choices = ([0, *cuts, len(costs)] for cuts in combinations(range(1, len(costs)), count - 1))
     best = min(choices, key=lambda bounds: max(sum(costs[a:b]) for a, b in pairwise(bounds)))
     return [range(a, b) for a, b in pairwise(best)]
@@ -93,8 +95,14 @@ def _cost(block: torch.nn.Module, at: Boundary) -> float:
     total = 0.0
     for conv in (m for m in block.modules() if isinstance(m, Conv)):
         # four pixels of twice the image, with 4 of 9 taps
-        taps, frames = (16 / 9, at.frames * (2 if block.kind == "up3d" else 1)) if isinstance(conv, NearestThenConv) else (1, at.frames)
-        total += conv.weight.numel() * taps * frames * at.scale**2 * (1 + NARROW / conv.weight.shape[1])
+        taps, frames = (
+            (16 / 9, at.frames * (2 if block.kind == "up3d" else 1))
+            if isinstance(conv, NearestThenConv)
+            else (1, at.frames)
+        )
+        total += (
+            conv.weight.numel() * taps * frames * at.scale**2 * (1 + NARROW / conv.weight.shape[1])
+        )
     return total
 
 
@@ -106,7 +114,9 @@ class StagedCodec:
 
     collective = True
 
-    def __init__(self, codec: WanVAECodec, units: range, *, source: Source | None, sink: Sink | None) -> None:
+    def __init__(
+        self, codec: WanVAECodec, units: range, *, source: Source | None, sink: Sink | None
+    ) -> None:
         self.codec, self.units, self._source, self._sink = codec, units, source, sink
 
     def __getattr__(self, name: str) -> Any:
@@ -115,7 +125,9 @@ class StagedCodec:
     def stream(self, *, graphs: Graphs = "off") -> StageStream:
         """A fresh streaming decoder."""
         part = _Part(self.codec.vae, self.units)
-        return StageStream(part, self.codec.statistics, graphs=graphs, source=self._source, sink=self._sink)
+        return StageStream(
+            part, self.codec.statistics, graphs=graphs, source=self._source, sink=self._sink
+        )
 
 
 class _Part:
@@ -123,7 +135,9 @@ class _Part:
 
     def __init__(self, vae: WanVAE, units: range) -> None:
         self.vae, self.units = vae, units
-        self.decoder_state: Callable[..., StreamState] = lambda **shape: vae.decoder_state(units=units, **shape)
+        self.decoder_state: Callable[..., StreamState] = lambda **shape: vae.decoder_state(
+            units=units, **shape
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.vae, name)
@@ -136,7 +150,15 @@ class _Part:
 class StageStream(DecodeStream):
     """A `DecodeStream` of one stage, one latent frame at a time."""
 
-    def __init__(self, part: _Part, statistics: LatentStatistics, *, graphs: Graphs, source: Source | None, sink: Sink | None) -> None:
+    def __init__(
+        self,
+        part: _Part,
+        statistics: LatentStatistics,
+        *,
+        graphs: Graphs,
+        source: Source | None,
+        sink: Sink | None,
+    ) -> None:
         super().__init__(part, statistics, graphs=graphs)
         self._source, self._sink = source, sink
         self._before = boundary_before(part.vae.decoder, part.units.start)
@@ -148,12 +170,19 @@ class StageStream(DecodeStream):
 
     def _through(self, latents: Tensor, size: tuple[int, ...]) -> Tensor | None:
         pixels = latents.new_empty(size, device=self._vae.device) if self._sink is None else None
-        parts, done = list(steps_of(latents.shape[2], first_alone=not self._state.started, most=1)), 0
-        expected = [self._expected(first=i == 0 and not self._state.started) for i in range(len(parts))]
+        parts, done = (
+            list(steps_of(latents.shape[2], first_alone=not self._state.started, most=1)),
+            0,
+        )
+        expected = [
+            self._expected(first=i == 0 and not self._state.started) for i in range(len(parts))
+        ]
         for shape in expected[:AHEAD]:
             self._expect(shape)
         for i, part in enumerate(parts):
-            piece = self._step(self._prepared(latents[:, :, part]) if self._source is None else self._source.take())
+            piece = self._step(
+                self._prepared(latents[:, :, part]) if self._source is None else self._source.take()
+            )
             for shape in expected[i + AHEAD : i + AHEAD + 1]:
                 self._expect(shape)
             if pixels is None:
@@ -166,7 +195,13 @@ class StageStream(DecodeStream):
 
     def _expected(self, *, first: bool) -> tuple[int, ...]:
         at, (height, width) = self._before, self._state.cells
-        return self._state.batch, 1 if first else at.frames, at.scale * height, at.scale * width, at.channels
+        return (
+            self._state.batch,
+            1 if first else at.frames,
+            at.scale * height,
+            at.scale * width,
+            at.channels,
+        )
 
     def _expect(self, shape: tuple[int, ...]) -> None:
         if self._source is not None:

@@ -43,10 +43,27 @@ class StreamState:
     latent image.
     """
 
-    def __init__(self, slots: Sequence[Slot], *, batch: int, cells: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        *,
+        batch: int,
+        cells: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.batch, self.cells, self.started = batch, cells, False
         self._frames = tuple(
-            torch.zeros(batch, s.frames, s.rows * cells[0], s.columns * cells[1], s.channels, dtype=dtype, device=device) for s in slots
+            torch.zeros(
+                batch,
+                s.frames,
+                s.rows * cells[0],
+                s.columns * cells[1],
+                s.channels,
+                dtype=dtype,
+                device=device,
+            )
+            for s in slots
         )
 
     def frames(self, conv: Carrying) -> Tensor:
@@ -77,18 +94,21 @@ class StreamState:
         for frames in self._frames:
             frames.zero_()
 
-    def require_fit(self, *, batch: int, cells: tuple[int, int], device: torch.device, dtype: torch.dtype) -> None:
+    def require_fit(
+        self, *, batch: int, cells: tuple[int, int], device: torch.device, dtype: torch.dtype
+    ) -> None:
         """`ConfigError` unless a chunk of this batch and latent size, on weights of this device and
         dtype, belongs to the video at hand.
         """
         if (batch, cells) != (self.batch, self.cells):
             raise ConfigError(
-                f"this stream serves a batch of {self.batch} at {self.cells[0]}x{self.cells[1]} latent cells, got {batch} at "
-                f"{cells[0]}x{cells[1]}; open one stream per video with codec.stream()"
+                f"this stream serves a batch of {self.batch} at {self.cells[0]}x{self.cells[1]}"
+                f" latent cells, got {batch} at {cells[0]}x{cells[1]}; open one stream per video"
+                " with codec.stream()"
             )
         mine = self._frames[0]
         if (mine.device, mine.dtype) != (device, dtype):
             raise ConfigError(
-                f"this stream began on {mine.device} in {mine.dtype}, the weights are now on {device} in {dtype}; move them back or open a "
-                "new stream with codec.stream()"
+                f"this stream began on {mine.device} in {mine.dtype}, the weights are now on"
+                f" {device} in {dtype}; move them back or open a new stream with codec.stream()"
             )

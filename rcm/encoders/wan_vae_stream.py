@@ -86,14 +86,29 @@ class DecodeStream:
     GiB in bfloat16 at 480x832) and the activations of one step.
     """
 
-    def __init__(self, vae: ChunkDecoder, statistics: LatentStatistics, *, frames_per_step: int = 1, graphs: Graphs = "off") -> None:
+    def __init__(
+        self,
+        vae: ChunkDecoder,
+        statistics: LatentStatistics,
+        *,
+        frames_per_step: int = 1,
+        graphs: Graphs = "off",
+    ) -> None:
         if frames_per_step < 1:
             raise ConfigError(f"frames_per_step={frames_per_step} must be at least 1 latent frame")
         if graphs not in ("off", "on"):
             raise ConfigError(f"graphs must be 'off' or 'on', got {graphs!r}")
         if graphs == "on" and vae.device.type != "cuda":
-            raise ConfigError(f"graphs='on' needs a CUDA device, the autoencoder is on {vae.device}; use graphs='off'")
-        self._vae, self._statistics, self._frames_per_step, self._graphs = vae, statistics.to(vae.device), frames_per_step, graphs
+            raise ConfigError(
+                f"graphs='on' needs a CUDA device, the autoencoder is on {vae.device}; use"
+                " graphs='off'"
+            )
+        self._vae, self._statistics, self._frames_per_step, self._graphs = (
+            vae,
+            statistics.to(vae.device),
+            frames_per_step,
+            graphs,
+        )
         self._state: StreamState | None = None
         self._half_done = False
         self._captured: dict[int, _CapturedStep | None] = {}
@@ -114,12 +129,17 @@ class DecodeStream:
         is remembered is then of two moments.
         """
         if self._half_done:
-            raise RuntimeError("an earlier chunk of this stream failed half-way; restart() it or open a new one with codec.stream()")
+            raise RuntimeError(
+                "an earlier chunk of this stream failed half-way; restart() it or open a new one"
+                " with codec.stream()"
+            )
         require_latents(latents, channels=self._vae.config.latent_channels)
         batch, _, count, *cells = latents.shape
         if self._state is None:
             self._state = self._vae.decoder_state(batch=batch, cells=(cells[0], cells[1]))
-        self._state.require_fit(batch=batch, cells=(cells[0], cells[1]), device=self._vae.device, dtype=self._vae.dtype)
+        self._state.require_fit(
+            batch=batch, cells=(cells[0], cells[1]), device=self._vae.device, dtype=self._vae.dtype
+        )
         frames = TEMPORAL_STRIDE * count - (0 if self._state.started else TEMPORAL_STRIDE - 1)
         size = (batch, 3, frames, SPATIAL_STRIDE * cells[0], SPATIAL_STRIDE * cells[1])
         self._half_done = True
@@ -131,7 +151,9 @@ class DecodeStream:
     def _through(self, latents: Tensor, size: tuple[int, ...]) -> Tensor:
         """Pixels of `size` of checked latents, part by part."""
         pixels, done = latents.new_empty(size, device=self._vae.device), 0
-        for part in steps_of(latents.shape[2], first_alone=not self._state.started, most=self._frames_per_step):
+        for part in steps_of(
+            latents.shape[2], first_alone=not self._state.started, most=self._frames_per_step
+        ):
             piece = self._step(self._prepared(latents[:, :, part]))
             pixels[:, :, done : done + piece.shape[1]] = piece.permute(0, 4, 1, 2, 3)
             done += piece.shape[1]
@@ -147,9 +169,15 @@ class DecodeStream:
 
     def state_copy(self) -> tuple[int, tuple[int, int], tuple[bool, list[Tensor]]] | None:
         """See `LatentStream`: batch, cells and frames; None before the first chunk."""
-        return None if self._state is None else (self._state.batch, self._state.cells, self._state.copy())
+        return (
+            None
+            if self._state is None
+            else (self._state.batch, self._state.cells, self._state.copy())
+        )
 
-    def load_state(self, state: tuple[int, tuple[int, int], tuple[bool, list[Tensor]]] | None) -> None:
+    def load_state(
+        self, state: tuple[int, tuple[int, int], tuple[bool, list[Tensor]]] | None
+    ) -> None:
         """See `LatentStream`."""
         if state is None:
             self.restart()
@@ -157,7 +185,9 @@ class DecodeStream:
         batch, cells, frames = state
         if self._state is None:
             self._state = self._vae.decoder_state(batch=batch, cells=cells)
-        self._state.require_fit(batch=batch, cells=cells, device=self._vae.device, dtype=self._vae.dtype)
+        self._state.require_fit(
+            batch=batch, cells=cells, device=self._vae.device, dtype=self._vae.dtype
+        )
         self._state.load(frames)
         self._half_done = False
 
@@ -167,7 +197,9 @@ class DecodeStream:
 
     def bytes_for(self, *, batch: int, cells: tuple[int, int]) -> int:
         """What `num_bytes` will be for such a video: every slot grows with the number of cells."""
-        return self._vae.decoder_state(batch=1, cells=(1, 1)).num_bytes() * batch * cells[0] * cells[1]
+        return (
+            self._vae.decoder_state(batch=1, cells=(1, 1)).num_bytes() * batch * cells[0] * cells[1]
+        )
 
     def _prepared(self, latents: Tensor) -> Tensor:
         """Channels-last latents of the network: statistics in float32 or wider, one cast."""
@@ -197,7 +229,9 @@ class _CapturedStep:
 
     def __init__(self, vae: WanVAE, state: StreamState, frames: Tensor) -> None:
         self._input = frames.clone()
-        self._graph = CudaGraph(lambda: setattr(self, "_output", vae.decode_step(self._input, state)), frames.device)
+        self._graph = CudaGraph(
+            lambda: setattr(self, "_output", vae.decode_step(self._input, state)), frames.device
+        )
 
     def replay(self, frames: Tensor) -> Tensor:
         """Pixels of `frames`; overwritten by the next replay."""
@@ -211,9 +245,16 @@ class TiledDecodeStream:
     its own frames.
     """
 
-    def __init__(self, vae: WanVAE, statistics: LatentStatistics, *, tile: int, frames_per_step: int = 1) -> None:
+    def __init__(
+        self, vae: WanVAE, statistics: LatentStatistics, *, tile: int, frames_per_step: int = 1
+    ) -> None:
         plan_tiles((tile, tile), tile=tile, scale=SPATIAL_STRIDE)
-        self._vae, self._statistics, self._tile, self._frames_per_step = vae, statistics, tile, frames_per_step
+        self._vae, self._statistics, self._tile, self._frames_per_step = (
+            vae,
+            statistics,
+            tile,
+            frames_per_step,
+        )
         self._tiles: list[tuple[Tile, DecodeStream]] = []
         self._cells: tuple[int, int] | None = None
 
@@ -225,7 +266,10 @@ class TiledDecodeStream:
         if self._cells is None:
             self._open(cells)
         if cells != self._cells:
-            raise ConfigError(f"this stream decodes {self._cells} latent cells, got {cells}; open one stream per video with codec.stream()")
+            raise ConfigError(
+                f"this stream decodes {self._cells} latent cells, got {cells}; open one stream per"
+                " video with codec.stream()"
+            )
         return blend_tiles(self._tiles, latents)
 
     def state_copy(self) -> Any:
@@ -249,23 +293,35 @@ class TiledDecodeStream:
     def bytes_for(self, *, batch: int, cells: tuple[int, int]) -> int:
         """As `DecodeStream.bytes_for`, over all tiles."""
         stream = DecodeStream(self._vae, self._statistics)
-        return sum(stream.bytes_for(batch=batch, cells=t.cells) for t in plan_tiles(cells, tile=self._tile, scale=SPATIAL_STRIDE))
+        return sum(
+            stream.bytes_for(batch=batch, cells=t.cells)
+            for t in plan_tiles(cells, tile=self._tile, scale=SPATIAL_STRIDE)
+        )
 
     def _open(self, cells: tuple[int, int]) -> None:
         self._cells = cells
         plan = plan_tiles(cells, tile=self._tile, scale=SPATIAL_STRIDE)
-        self._tiles = [(t, DecodeStream(self._vae, self._statistics, frames_per_step=self._frames_per_step)) for t in plan]
+        self._tiles = [
+            (t, DecodeStream(self._vae, self._statistics, frames_per_step=self._frames_per_step))
+            for t in plan
+        ]
 
 
-def decode_in_tiles(vae: WanVAE, statistics: LatentStatistics, latents: Tensor, *, tile: int, frames_per_step: int) -> Tensor:
+def decode_in_tiles(
+    vae: WanVAE, statistics: LatentStatistics, latents: Tensor, *, tile: int, frames_per_step: int
+) -> Tensor:
     """A whole video, one tile through all its frames after the other, so that one tile's state is
     in memory at a time.
     """
     plan = plan_tiles((latents.shape[3], latents.shape[4]), tile=tile, scale=SPATIAL_STRIDE)
-    return blend_tiles(((t, DecodeStream(vae, statistics, frames_per_step=frames_per_step)) for t in plan), latents)
+    return blend_tiles(
+        ((t, DecodeStream(vae, statistics, frames_per_step=frames_per_step)) for t in plan), latents
+    )
 
 
-def blend_tiles(tiles: Iterator[tuple[Tile, DecodeStream]] | list[tuple[Tile, DecodeStream]], latents: Tensor) -> Tensor:
+def blend_tiles(
+    tiles: Iterator[tuple[Tile, DecodeStream]] | list[tuple[Tile, DecodeStream]], latents: Tensor
+) -> Tensor:
     """Pixels of the next latent frames of every tile, weighted and added."""
     total: Tensor | None = None
     height, width = (SPATIAL_STRIDE * n for n in latents.shape[3:])
@@ -280,7 +336,9 @@ def blend_tiles(tiles: Iterator[tuple[Tile, DecodeStream]] | list[tuple[Tile, De
 
 
 @torch.no_grad()
-def encode_frames(vae: WanVAE, statistics: LatentStatistics, video: Tensor, *, frames_per_step: int) -> Tensor:
+def encode_frames(
+    vae: WanVAE, statistics: LatentStatistics, video: Tensor, *, frames_per_step: int
+) -> Tensor:
     """Whitened latents [B, C, T, h, w], float32 or wider, of pixels [B, 3, F, H, W], F = 1 + 4 k;
     steps of `frames_per_step` pixel frames, each moved to the autoencoder's device alone.
     """
@@ -299,9 +357,15 @@ def encode_frames(vae: WanVAE, statistics: LatentStatistics, video: Tensor, *, f
 
 def require_latents(latents: Tensor, *, channels: int) -> None:
     """`ConfigError` unless floating [B, channels, T, h, w] with T >= 1."""
-    if latents.ndim != 5 or latents.shape[1] != channels or min(latents.shape) < 1 or not latents.is_floating_point():
+    if (
+        latents.ndim != 5
+        or latents.shape[1] != channels
+        or min(latents.shape) < 1
+        or not latents.is_floating_point()
+    ):
         raise ConfigError(
-            f"this decoder reads floating latents [B, {channels}, T, h, w], got {latents.dtype} of shape {tuple(latents.shape)}"
+            f"this decoder reads floating latents [B, {channels}, T, h, w], got {latents.dtype} of"
+            f" shape {tuple(latents.shape)}"
         )
 
 
@@ -310,8 +374,13 @@ def network_scope(vae: WanVAE | ChunkDecoder) -> Iterator[None]:
     """The codec's precision is its dtype: no autocast of the caller's, and float32 convolutions in
     float32 (not TF32).
     """
-    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
-    with torch.autocast(vae.device.type, enabled=False), exact if vae.device.type == "cuda" else contextlib.nullcontext():
+    exact = torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=False, allow_tf32=False
+    )
+    with (
+        torch.autocast(vae.device.type, enabled=False),
+        exact if vae.device.type == "cuda" else contextlib.nullcontext(),
+    ):
         yield
 
 

@@ -38,7 +38,11 @@ class Tile:
         """Add `piece` [..., h, w] times the weights to its place in `total` [..., H, W], `scale`
         points per cell.
         """
-        place = total[..., self.rows.start * scale : self.rows.stop * scale, self.columns.start * scale : self.columns.stop * scale]
+        place = total[
+            ...,
+            self.rows.start * scale : self.rows.stop * scale,
+            self.columns.start * scale : self.columns.stop * scale,
+        ]
         rows, columns = self.row_weights.to(total), self.column_weights.to(total)
         place += piece.to(total.dtype) * rows[:, None] * columns
 
@@ -51,7 +55,10 @@ def plan_tiles(cells: tuple[int, int], *, tile: int, scale: int) -> list[Tile]:
     tile below 4 cells.
     """
     if tile < MIN_TILE:
-        raise ConfigError(f"tile={tile} latent cells is too small; choose tile >= {MIN_TILE} (1 cell = 8 pixels), or None for whole frames")
+        raise ConfigError(
+            f"tile={tile} latent cells is too small; choose tile >= {MIN_TILE} (1 cell = 8 pixels),"
+            " or None for whole frames"
+        )
     rows, columns = (_axis(length, tile=tile, scale=scale) for length in cells)
     return [Tile(r, c, weights_r, weights_c) for r, weights_r in rows for c, weights_c in columns]
 
@@ -76,7 +83,9 @@ def _axis(length: int, *, tile: int, scale: int) -> list[tuple[slice, Tensor]]:
         weights[i, span.start * scale : span.stop * scale] = weight
     # where three tiles meet the ramps do not add to 1
     weights /= weights.sum(dim=0)
-    return [(span, weights[i, span.start * scale : span.stop * scale]) for i, span in enumerate(spans)]
+    return [
+        (span, weights[i, span.start * scale : span.stop * scale]) for i, span in enumerate(spans)
+    ]
 
 
 def _ramp(points: int) -> Tensor:

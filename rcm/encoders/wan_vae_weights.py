@@ -87,7 +87,9 @@ def original_names(names: Iterable[str], *, expected: Iterable[str]) -> dict[str
     return {name: back.get(name, name) for name in names}
 
 
-def load_weights(vae: nn.Module, path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> None:
+def load_weights(
+    vae: nn.Module, path: str | Path, *, device: torch.device | str, dtype: torch.dtype
+) -> None:
     """Fill `vae` (on the meta device or not) from a file of either format, or diffusers' `vae`
     folder, cast to `dtype` on `device`.
 
@@ -96,14 +98,23 @@ def load_weights(vae: nn.Module, path: str | Path, *, device: torch.device | str
     `vae` is then unchanged.
     """
     expected = shapes_of(vae.state_dict())
-    file = open_container(path, hint=f"{PUBLISHED_AT}: put the file there, or name its place with --vae_path (tokenizer.vae_pth)")
+    file = open_container(
+        path,
+        hint=(
+            f"{PUBLISHED_AT}: put the file there, or name its place with --vae_path"
+            " (tokenizer.vae_pth)"
+        ),
+    )
     file.require_tensors_only()
     names = original_names(file, expected=expected)
     shapes = {names[theirs]: shape for theirs, shape in shapes_of(file).items()}
     check_keys(str(file.path), shapes=shapes, expected=expected, network="the Wan2.1 autoencoder")
     file.require_floats(file)
     # copies: a mapped view would change with the file
-    state = {ours: file[theirs].to(device=device, dtype=dtype, copy=True) for theirs, ours in names.items()}
+    state = {
+        ours: file[theirs].to(device=device, dtype=dtype, copy=True)
+        for theirs, ours in names.items()
+    }
     vae.load_state_dict(state, strict=True, assign=True)
 
 

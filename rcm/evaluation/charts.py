@@ -44,13 +44,22 @@ def line_chart(points: Sequence[Sequence[float]], *, label: str) -> str:
     smooth = len(curve) > _SMOOTH_FROM
     parts.append(_path(curve, x_scale, y_scale, style="raw" if smooth else "line"))
     if smooth:
-        parts.append(_path(running_mean(curve, width=max(3, len(curve) // 15)), x_scale, y_scale, style="line"))
+        parts.append(
+            _path(
+                running_mean(curve, width=max(3, len(curve) // 15)), x_scale, y_scale, style="line"
+            )
+        )
     if lost:
-        parts.append(f'<text class="bad" x="{_WIDTH - _RIGHT}" y="{_TOP + 10}" text-anchor="end">{lost} not finite</text>')
+        parts.append(
+            f'<text class="bad" x="{_WIDTH - _RIGHT}" y="{_TOP + 10}" text-anchor="end">{lost} not'
+            " finite</text>"
+        )
     return "".join(parts) + "</svg>"
 
 
-def lines_chart(lines: Sequence[Mapping[str, Any]], *, label: str, x_label: str = "", y_label: str = "") -> str:
+def lines_chart(
+    lines: Sequence[Mapping[str, Any]], *, label: str, x_label: str = "", y_label: str = ""
+) -> str:
     """An `<svg>` of several curves in one frame, each point marked and named when pointed at, and a
     legend below.
 
@@ -58,25 +67,49 @@ def lines_chart(lines: Sequence[Mapping[str, Any]], *, label: str, x_label: str 
     An x axis of positive values that span more than a factor of 8, such as numbers of steps, is
     logarithmic and ticked at the values themselves.
     """
-    curves = [[(float(x), float(y)) for x, y in line["points"] if math.isfinite(float(y))] for line in lines]
+    curves = [
+        [(float(x), float(y)) for x, y in line["points"] if math.isfinite(float(y))]
+        for line in lines
+    ]
     spots = [point for curve in curves for point in curve]
     if not spots:
         return f'<p class="quiet">{escape(label)}: nothing measured yet</p>'
     xs, ys = sorted({x for x, _ in spots}), [y for _, y in spots]
     base, room = _HEIGHT - _BOTTOM - 8, 0.08 * (max(ys) - min(ys)) or 1.0
-    x_scale = _Scale(xs[0], xs[-1], _LEFT + 12, _WIDTH - _RIGHT - 12, logarithmic=xs[0] > 0 and xs[-1] / xs[0] > 8)
+    x_scale = _Scale(
+        xs[0],
+        xs[-1],
+        _LEFT + 12,
+        _WIDTH - _RIGHT - 12,
+        logarithmic=xs[0] > 0 and xs[-1] / xs[0] > 8,
+    )
     y_scale = _Scale(min(ys) - room, max(ys) + room, base, _TOP + 12)
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">']
     parts += _axes(x_scale, y_scale, marked=xs if len(xs) <= 6 else None, base=base)
-    parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
+    parts.append(
+        f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>'
+    )
     parts.append(f'<text x="2" y="{_TOP}">{escape(y_label)}</text>')
     legend = []
     for number, (line, curve) in enumerate(zip(lines, curves, strict=True), 1):
         colour, name = f"s{(line.get('colour', number) - 1) % COLOURS + 1}", escape(line["name"])
-        places = [(f"{x_scale(x):.1f}", f"{y_scale(y):.1f}", f"<title>{name}: {_short(y)} at {_short(x)}</title>") for x, y in curve]
+        places = [
+            (
+                f"{x_scale(x):.1f}",
+                f"{y_scale(y):.1f}",
+                f"<title>{name}: {_short(y)} at {_short(x)}</title>",
+            )
+            for x, y in curve
+        ]
         if len(curve) > 1:
-            parts.append(f'<polyline class="line {colour}" points="{" ".join(f"{x},{y}" for x, y, _ in places)}"/>')
-        parts += [f'<circle class="dot {colour}" cx="{x}" cy="{y}" r="3.4">{told}</circle>' for x, y, told in places]
+            parts.append(
+                f'<polyline class="line {colour}"'
+                f' points="{" ".join(f"{x},{y}" for x, y, _ in places)}"/>'
+            )
+        parts += [
+            f'<circle class="dot {colour}" cx="{x}" cy="{y}" r="3.4">{told}</circle>'
+            for x, y, told in places
+        ]
         legend.append(f'<li class="{colour}">{name}</li>')
     return "".join(parts) + f'</svg><ul class="legend">{"".join(legend)}</ul>'
 
@@ -127,7 +160,9 @@ def log_ticks(low: float, high: float) -> list[float]:
 class _Scale:
     """From values to picture coordinates; a single value sits in the middle."""
 
-    def __init__(self, low: float, high: float, start: float, stop: float, *, logarithmic: bool = False) -> None:
+    def __init__(
+        self, low: float, high: float, start: float, stop: float, *, logarithmic: bool = False
+    ) -> None:
         self.low, self.high, self.logarithmic = low, high, logarithmic
         self._start, self._stop = start, stop
 
@@ -143,17 +178,31 @@ class _Scale:
         return math.log10(value) if self.logarithmic else value
 
 
-def _axes(x_scale: _Scale, y_scale: _Scale, *, marked: Sequence[float] | None = None, base: float = _HEIGHT - _BOTTOM) -> list[str]:
+def _axes(
+    x_scale: _Scale,
+    y_scale: _Scale,
+    *,
+    marked: Sequence[float] | None = None,
+    base: float = _HEIGHT - _BOTTOM,
+) -> list[str]:
     parts = []
     for value in y_scale.ticks():
         y = y_scale(value)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_short(value)}</text>')
-    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>')
+        parts.append(
+            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
+        parts.append(
+            f'<text x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_short(value)}</text>'
+        )
+    parts.append(
+        f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>'
+    )
     for value in x_scale.ticks() if marked is None else marked:
         x = x_scale(value)
         anchor = "end" if x > _WIDTH - _RIGHT - 8 else "middle"
-        parts.append(f'<text x="{x:.1f}" y="{base + 15}" text-anchor="{anchor}">{_short(value)}</text>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{base + 15}" text-anchor="{anchor}">{_short(value)}</text>'
+        )
     return parts
 
 

@@ -19,7 +19,17 @@ from rcm.core.errors import ConfigError
 from rcm.evaluation import metrics_pixels as pixels
 from rcm.evaluation.metrics_features import FrameFeatures
 
-SERIES = ("motion", "flicker", "sharpness", "detail", "noise", "brightness", "contrast", "tint", "embedding_distance")
+SERIES = (
+    "motion",
+    "flicker",
+    "sharpness",
+    "detail",
+    "noise",
+    "brightness",
+    "contrast",
+    "tint",
+    "embedding_distance",
+)
 """Numbers of a window. `tint` and `embedding_distance` are distances to the first window; the
 others are levels.
 """
@@ -48,7 +58,9 @@ class DriftWindow:
         return asdict(self)
 
 
-def windows_of(frames: Iterable[Tensor], *, size: int, hop: int | None = None) -> Iterator[tuple[int, Tensor]]:
+def windows_of(
+    frames: Iterable[Tensor], *, size: int, hop: int | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """(first frame, clip [size, 3, H, W] in [0, 1]) from pieces of a stream: uint8 [H, W, 3]
     frames, or chunks [3, f, H, W] in [-1, 1].
 
@@ -56,7 +68,9 @@ def windows_of(frames: Iterable[Tensor], *, size: int, hop: int | None = None) -
     a window.
     """
     if size < 3 or (hop is not None and hop < 1):
-        raise ConfigError(f"a drift window needs at least 3 frames and a positive hop, got {size} and {hop}")
+        raise ConfigError(
+            f"a drift window needs at least 3 frames and a positive hop, got {size} and {hop}"
+        )
     kept: list[Tensor] = []
     start, skip = 0, 0
     for frame in (frame for piece in frames for frame in _single(piece)):
@@ -71,7 +85,9 @@ def windows_of(frames: Iterable[Tensor], *, size: int, hop: int | None = None) -
             start += step
 
 
-def measure_drift(windows: Iterable[tuple[int, Tensor]], *, features: FrameFeatures | None = None, stride: int = 4) -> list[DriftWindow]:
+def measure_drift(
+    windows: Iterable[tuple[int, Tensor]], *, features: FrameFeatures | None = None, stride: int = 4
+) -> list[DriftWindow]:
     """The numbers of every window. `features` embeds every `stride`-th frame. `ConfigError` for no
     window at all.
     """
@@ -79,7 +95,11 @@ def measure_drift(windows: Iterable[tuple[int, Tensor]], *, features: FrameFeatu
     first_tint, first_embedding = None, None
     for start, clip in windows:
         colours = pixels.colour(clip).mean(0)
-        embedding = None if features is None else functional.normalize(features(clip[::stride]).mean(0), dim=0)
+        embedding = (
+            None
+            if features is None
+            else functional.normalize(features(clip[::stride]).mean(0), dim=0)
+        )
         first_tint = colours[2:] if first_tint is None else first_tint
         first_embedding = embedding if first_embedding is None else first_embedding
         found.append(
@@ -94,7 +114,11 @@ def measure_drift(windows: Iterable[tuple[int, Tensor]], *, features: FrameFeatu
                 brightness=float(colours[0]),
                 contrast=float(colours[1]),
                 tint=float((colours[2:] - first_tint).norm()),
-                embedding_distance=None if embedding is None else float((1 - embedding @ first_embedding).clamp_min(0)),
+                embedding_distance=(
+                    None
+                    if embedding is None
+                    else float((1 - embedding @ first_embedding).clamp_min(0))
+                ),
             )
         )
     if not found:
@@ -130,7 +154,12 @@ def summary(windows: Sequence[DriftWindow]) -> dict[str, dict[str, float]]:
         values = [value for _, value in series(windows, name)]
         if values:
             furthest = max(values, key=lambda value: abs(value - values[0])) - values[0]
-            found[name] = {"first": values[0], "last": values[-1], "furthest": furthest, "slope": slope(windows, name)}
+            found[name] = {
+                "first": values[0],
+                "last": values[-1],
+                "furthest": furthest,
+                "slope": slope(windows, name),
+            }
     return found
 
 
@@ -141,4 +170,7 @@ def _single(piece: Tensor) -> Iterator[Tensor]:
     elif piece.ndim == 4 and piece.shape[0] == 3:
         yield from ((piece.float().clamp(-1, 1) + 1) / 2).unbind(1)
     else:
-        raise ConfigError(f"frames are uint8 [H, W, 3] or [3, f, H, W] in [-1, 1], got {piece.dtype} {list(piece.shape)}")
+        raise ConfigError(
+            f"frames are uint8 [H, W, 3] or [3, f, H, W] in [-1, 1], got {piece.dtype}"
+            f" {list(piece.shape)}"
+        )

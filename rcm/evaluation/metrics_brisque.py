@@ -37,7 +37,10 @@ class Brisque:
         frames smaller than 32 pixels.
         """
         if min(clip.shape[2:]) < MIN_SIDE:
-            raise ConfigError(f"BRISQUE needs frames of at least {MIN_SIDE} pixels a side, got {clip.shape[2]}x{clip.shape[3]}")
+            raise ConfigError(
+                f"BRISQUE needs frames of at least {MIN_SIDE} pixels a side, got"
+                f" {clip.shape[2]}x{clip.shape[3]}"
+            )
         features = brisque_features(luma(clip[::every]).double())
         scaled = 2 * (features - self._low) / (self._high - self._low) - 1
         kernel = torch.exp(-self._gamma * torch.cdist(scaled, self._vectors).square())
@@ -46,7 +49,9 @@ class Brisque:
 
 def brisque_features(grey: Tensor) -> Tensor:
     """The 36 features [F, 36] of brightness [F, H, W] in [0, 1]: 18 at full size, 18 at half."""
-    half = functional.interpolate(grey[:, None], scale_factor=0.5, mode="bicubic", align_corners=False)[:, 0]
+    half = functional.interpolate(
+        grey[:, None], scale_factor=0.5, mode="bicubic", align_corners=False
+    )[:, 0]
     return torch.cat([_statistics(grey), _statistics(half)], dim=1)
 
 
@@ -97,7 +102,9 @@ def _root_mean_square(x: Tensor, part: Tensor) -> Tensor:
 def _shape_table() -> tuple[Tensor, Tensor]:
     """Shapes 0.05 to 10 and the ratio of moments that each has."""
     shapes = torch.arange(0.05, 10.0, 0.0005, dtype=torch.float64)
-    return shapes, torch.exp(2 * torch.lgamma(2 / shapes) - torch.lgamma(1 / shapes) - torch.lgamma(3 / shapes))
+    return shapes, torch.exp(
+        2 * torch.lgamma(2 / shapes) - torch.lgamma(1 / shapes) - torch.lgamma(3 / shapes)
+    )
 
 
 def _ranges() -> tuple[list[float], list[float]]:
@@ -117,4 +124,9 @@ def _support_vectors() -> tuple[float, float, Tensor, Tensor]:
         for entry in row[1:]:
             index, value = entry.split(":")
             vectors[i, int(index) - 1] = float(value)
-    return float(fields["gamma"]), float(fields["rho"]), torch.tensor([float(row[0]) for row in rows], dtype=torch.float64), vectors
+    return (
+        float(fields["gamma"]),
+        float(fields["rho"]),
+        torch.tensor([float(row[0]) for row in rows], dtype=torch.float64),
+        vectors,
+    )

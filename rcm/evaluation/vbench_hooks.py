@@ -20,13 +20,17 @@ MODEL = "THUDM/VisionReward-Video"
 SCORES = "vision_reward_scores.json"
 
 
-def vision_reward_command(template: str, *, eval_info: Path, output: Path, model: str = MODEL) -> list[str]:
+def vision_reward_command(
+    template: str, *, eval_info: Path, output: Path, model: str = MODEL
+) -> list[str]:
     """The words of the user's command: `{eval_info}`, `{output}` and `{model}` in `template` are
     filled in. `ConfigError` where it does not say what to read and where to write.
     """
     missing = [name for name in ("{eval_info}", "{output}") if name not in template]
     if missing:
-        raise ConfigError(f"the command of VisionReward must contain {' and '.join(missing)}, got {template!r}")
+        raise ConfigError(
+            f"the command of VisionReward must contain {' and '.join(missing)}, got {template!r}"
+        )
     filled = {"{eval_info}": str(eval_info), "{output}": str(output), "{model}": model}
     words = shlex.split(template)
     for name, value in filled.items():
@@ -45,13 +49,24 @@ def read_vision_reward(path: Path, rows: Sequence[Mapping[str, Any]]) -> dict[st
         given = json.loads(path.read_text(encoding="utf-8"))["video_results"]
         scores = [(Path(entry["video_path"]).name, float(entry["score"])) for entry in given]
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not a list of VisionReward scores (video_results with video_path and score): {error!r}") from error
+        raise ConfigError(
+            f"{path} is not a list of VisionReward scores (video_results with video_path and"
+            f" score): {error!r}"
+        ) from error
     wanted = [Path(name).name for row in rows for name in row["video_list"]]
     by_name = dict(scores)
-    twice = [name for name, _ in scores if [n for n, _ in scores].count(name) > 1] if len(by_name) < len(scores) else []
+    twice = (
+        [name for name, _ in scores if [n for n, _ in scores].count(name) > 1]
+        if len(by_name) < len(scores)
+        else []
+    )
     lost = [name for name in wanted if name not in by_name]
     bad = [name for name, score in scores if not math.isfinite(score)]
-    for names, what in ((twice, "scored twice"), (lost, "without a score"), (bad, "scored with no finite number")):
+    for names, what in (
+        (twice, "scored twice"),
+        (lost, "without a score"),
+        (bad, "scored with no finite number"),
+    ):
         if names:
             raise ConfigError(f"{path}: {len(set(names))} videos {what}, the first is {names[0]!r}")
     values = [by_name[name] for name in wanted]

@@ -41,7 +41,9 @@ class Launch:
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or (self.gpus > 1 and self.device == "cpu"):
-            raise ConfigError(f"--ngpus {self.gpus} on {self.device}: at least 1, and several only on cuda")
+            raise ConfigError(
+                f"--ngpus {self.gpus} on {self.device}: at least 1, and several only on cuda"
+            )
 
     @property
     def view(self) -> Path:
@@ -61,19 +63,60 @@ class Launch:
         """The command line that scores one dimension."""
         if self.suite == "long":
             return self._long(dimension)
-        words = ["--suite", self.suite, "--dimension", dimension, "--videos", self.view, "--full_json", self.full_json]
-        words += ["--output", self.output, "--device", self.device, "--local", int(self.local), "--options", json.dumps(dict(self.options))]
-        many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus}"] if self.gpus > 1 else []
+        words = [
+            "--suite",
+            self.suite,
+            "--dimension",
+            dimension,
+            "--videos",
+            self.view,
+            "--full_json",
+            self.full_json,
+        ]
+        words += [
+            "--output",
+            self.output,
+            "--device",
+            self.device,
+            "--local",
+            int(self.local),
+            "--options",
+            json.dumps(dict(self.options)),
+        ]
+        many = (
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus}"]
+            if self.gpus > 1
+            else []
+        )
         return [str(word) for word in (self.python, *many, DRIVER, *words)]
 
     def _long(self, dimension: str) -> list[str]:
         if self.repository is None:
-            raise ConfigError("--suite long runs VBench-Long from a clone of github.com/Vchitect/VBench; say where with --vbench_repo DIR")
-        words = ["--videos_path", self.view, "--dimension", dimension, "--output_path", self.output, "--full_json_dir", self.full_json]
+            raise ConfigError(
+                "--suite long runs VBench-Long from a clone of github.com/Vchitect/VBench; say"
+                " where with --vbench_repo DIR"
+            )
+        words = [
+            "--videos_path",
+            self.view,
+            "--dimension",
+            dimension,
+            "--output_path",
+            self.output,
+            "--full_json_dir",
+            self.full_json,
+        ]
         words += ["--mode", "long_vbench_standard", "--dev_flag"]
         words += ["--static_filter_flag"] if dimension == "temporal_flickering" else []
         words += ["--load_ckpt_from_local", "1"] if self.local else []
-        return [str(word) for word in (self.python, self.repository / "vbench2_beta_long" / "eval_long.py", *words)]
+        return [
+            str(word)
+            for word in (
+                self.python,
+                self.repository / "vbench2_beta_long" / "eval_long.py",
+                *words,
+            )
+        ]
 
     def environment(self) -> dict[str, str]:
         """Variables of the command beyond the caller's."""
@@ -86,9 +129,23 @@ class Launch:
         """None if the dimension's module can be imported in the environment, else the last line of
         what it said.
         """
-        words = [str(self.python), str(DRIVER), "--check", "--dimension", dimension, "--suite", "i2v" if self.suite == "i2v" else "t2v"]
-        done = subprocess.run(words, env=os.environ | self.environment(), capture_output=True, text=True, timeout=600)
-        return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
+        words = [
+            str(self.python),
+            str(DRIVER),
+            "--check",
+            "--dimension",
+            dimension,
+            "--suite",
+            "i2v" if self.suite == "i2v" else "t2v",
+        ]
+        done = subprocess.run(
+            words, env=os.environ | self.environment(), capture_output=True, text=True, timeout=600
+        )
+        return (
+            None
+            if done.returncode == 0
+            else (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
+        )
 
     def run(self, dimension: str) -> None:
         """Score one dimension. `ConfigError` with the end of VBench's own words where it fails or
@@ -96,20 +153,25 @@ class Launch:
         """
         if not self.python.is_file():
             raise ConfigError(
-                f"no Python of a VBench environment at {self.python}; make one with `python -m scripts.vbench_env`, or name one with "
-                "--vbench_python"
+                f"no Python of a VBench environment at {self.python}; make one with `python -m"
+                " scripts.vbench_env`, or name one with --vbench_python"
             )
         log = self.output / f"{dimension}.log"
         before = set(self.output.glob(f"*{SUFFIX}"))
         with log.open("wb") as out:
             done = subprocess.run(
-                self.command(dimension), env=os.environ | self.environment(), cwd=self.repository, stdout=out, stderr=subprocess.STDOUT
+                self.command(dimension),
+                env=os.environ | self.environment(),
+                cwd=self.repository,
+                stdout=out,
+                stderr=subprocess.STDOUT,
             )
         written = set(self.output.glob(f"*{SUFFIX}")) - before
         if done.returncode or not written:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             raise ConfigError(
-                f"VBench failed on {dimension} (exit status {done.returncode}): {lines[-1][:200] if lines else '?'}; see {log}"
+                f"VBench failed on {dimension} (exit status {done.returncode}):"
+                f" {lines[-1][:200] if lines else '?'}; see {log}"
             )
         if self.suite == "long":
             os.replace(written.pop(), self.result(dimension))  # its own name holds the time
@@ -128,11 +190,21 @@ def prepare(launch: Launch, videos: Path, rows: Sequence[Mapping[str, Any]]) -> 
         if not (launch.view / name).is_symlink():
             (launch.view / name).symlink_to(path)
     write_atomically(
-        launch.full_json, json.dumps([{k: v for k, v in row.items() if k != "video_list"} for row in rows], ensure_ascii=False)
+        launch.full_json,
+        json.dumps(
+            [{k: v for k, v in row.items() if k != "video_list"} for row in rows],
+            ensure_ascii=False,
+        ),
     )
 
 
-def missing_videos(videos: Path, rows: Sequence[Mapping[str, Any]], dimension: str, *, num_samples: int = SCORED_SAMPLES) -> list[str]:
+def missing_videos(
+    videos: Path,
+    rows: Sequence[Mapping[str, Any]],
+    dimension: str,
+    *,
+    num_samples: int = SCORED_SAMPLES,
+) -> list[str]:
     """Files that VBench would look for and not find; it only warns of them, and scores what is
     left.
     """

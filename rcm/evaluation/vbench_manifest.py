@@ -67,13 +67,28 @@ class RunFolder:
         plain = json.loads(json.dumps(settings))
         before = read_manifest(self.records) if (self.records / MANIFEST).is_file() else None
         if before is None and any(self.videos.glob("*.mp4")):
-            raise ConfigError(f"{self.videos} holds videos but no record of their settings ({self.records}); choose another --output_dir")
+            raise ConfigError(
+                f"{self.videos} holds videos but no record of their settings ({self.records});"
+                " choose another --output_dir"
+            )
         if before is not None:
             _require_same(before["settings"], plain, self.videos)
         if self._rank == 0:
-            entry = {"started": _now(), "commit": code_commit(), "versions": installed_versions(), **run}
+            entry = {
+                "started": _now(),
+                "commit": code_commit(),
+                "versions": installed_versions(),
+                **run,
+            }
             runs = [*(before or {}).get("runs", []), entry]
-            self._write({"format": FORMAT, "settings": plain, "runs": runs, "videos": (before or {}).get("videos", {})})
+            self._write(
+                {
+                    "format": FORMAT,
+                    "settings": plain,
+                    "runs": runs,
+                    "videos": (before or {}).get("videos", {}),
+                }
+            )
         self.videos.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.staging, ignore_errors=True)  # what a kill has left there is no video
         self._known = self._recorded()
@@ -107,10 +122,18 @@ class RunFolder:
             return True
         if (record.text, record.seed) != (text, seed):
             what = "seed" if record.seed != seed else "prompt text"
-            mine, theirs = (seed, record.seed) if what == "seed" else (repr(text[:60]), repr(record.text[:60]))
-            raise ConfigError(f"{path} was made from another {what} ({theirs}, now {mine}); choose another --output_dir")
+            mine, theirs = (
+                (seed, record.seed) if what == "seed" else (repr(text[:60]), repr(record.text[:60]))
+            )
+            raise ConfigError(
+                f"{path} was made from another {what} ({theirs}, now {mine}); choose another"
+                " --output_dir"
+            )
         if path.stat().st_size != record.bytes:
-            raise VideoError(f"{path} has {path.stat().st_size} bytes, {record.bytes} were written; delete it to have it made again")
+            raise VideoError(
+                f"{path} has {path.stat().st_size} bytes, {record.bytes} were written; delete it to"
+                " have it made again"
+            )
         return True
 
     def add(self, record: VideoRecord) -> None:
@@ -133,8 +156,13 @@ class RunFolder:
         names = [name for row in rows for name in row["video_list"]]
         if not all((self.videos / name).is_file() for name in names):
             return False
-        located = [{**row, "video_list": [str(self.videos / name) for name in row["video_list"]]} for row in rows]
-        write_atomically(self.records / EVAL_INFO, json.dumps(located, ensure_ascii=False, indent=1))
+        located = [
+            {**row, "video_list": [str(self.videos / name) for name in row["video_list"]]}
+            for row in rows
+        ]
+        write_atomically(
+            self.records / EVAL_INFO, json.dumps(located, ensure_ascii=False, indent=1)
+        )
         manifest, records = read_manifest(self.records), self._recorded()
         manifest["videos"] = {name: asdict(records[name]) for name in sorted(records)}
         self._write(manifest)
@@ -152,7 +180,9 @@ class RunFolder:
 
     def _write(self, manifest: Mapping[str, Any]) -> None:
         self.records.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.records / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1))
+        write_atomically(
+            self.records / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1)
+        )
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -163,7 +193,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     candidates = (folder / MANIFEST, folder.with_name(f"{folder.name}_run") / MANIFEST)
     path = next((p for p in candidates if p.is_file()), None)
     if path is None:
-        raise ConfigError(f"no {MANIFEST} in {folder} or {folder.name}_run beside it: not a folder of scripts.vbench_sample")
+        raise ConfigError(
+            f"no {MANIFEST} in {folder} or {folder.name}_run beside it: not a folder of"
+            " scripts.vbench_sample"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -218,11 +251,22 @@ def code_commit() -> str | None:
     """
     root = Path(__file__).resolve().parents[2]
     try:
-        head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=20)
-        changed = subprocess.run(["git", "-C", str(root), "diff", "--quiet", "HEAD"], capture_output=True, timeout=60)
+        head = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+        changed = subprocess.run(
+            ["git", "-C", str(root), "diff", "--quiet", "HEAD"], capture_output=True, timeout=60
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return None if head.returncode else head.stdout.strip() + ("+changes" if changed.returncode else "")
+    return (
+        None
+        if head.returncode
+        else head.stdout.strip() + ("+changes" if changed.returncode else "")
+    )
 
 
 def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
@@ -232,8 +276,8 @@ def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Pat
         key = differing[0]
         more = "" if len(differing) == 1 else f" (also different: {', '.join(differing[1:6])})"
         raise ConfigError(
-            f"{folder} was sampled with {key}={old.get(key)!r}, now it is {new.get(key)!r}{more}; repeat that run's settings, or choose "
-            "another --output_dir"
+            f"{folder} was sampled with {key}={old.get(key)!r}, now it is {new.get(key)!r}{more};"
+            " repeat that run's settings, or choose another --output_dir"
         )
 
 

@@ -88,7 +88,9 @@ def read_rows(path: str | Path) -> list[str]:
     return [_item(row, place).prompt for place, row in _rows(Path(path))]
 
 
-def with_extended(items: Sequence[SuiteItem], path: str | Path, *, rows: Sequence[str]) -> list[SuiteItem]:
+def with_extended(
+    items: Sequence[SuiteItem], path: str | Path, *, rows: Sequence[str]
+) -> list[SuiteItem]:
     """`items` with the extended prompts of `path`: a list of objects with `prompt` and
     `augmented_prompt`, or a text file with a line per entry of `rows`. Of a prompt that is listed
     twice the later text counts. `ConfigError` for missing prompts, and for a text file of another
@@ -96,15 +98,23 @@ def with_extended(items: Sequence[SuiteItem], path: str | Path, *, rows: Sequenc
     """
     path = Path(path)
     if path.suffix in (".json", ".jsonl"):
-        texts = {item.prompt: item.extended for item in read_suite(path) if item.extended is not None}
+        texts = {
+            item.prompt: item.extended for item in read_suite(path) if item.extended is not None
+        }
     else:
         lines = read_lines(path, what="file of extended prompts")
         if len(lines) != len(rows):
-            raise ConfigError(f"{path} has {len(lines)} lines, the prompt list has {len(rows)} entries; extended prompts go line by line")
+            raise ConfigError(
+                f"{path} has {len(lines)} lines, the prompt list has {len(rows)} entries; extended"
+                " prompts go line by line"
+            )
         texts = dict(zip(rows, (line.strip() for line in lines), strict=True))
     missing = [item.prompt for item in items if not texts.get(item.prompt)]
     if missing:
-        raise ConfigError(f"{path} has no extended prompt for {len(missing)} of {len(items)} prompts, the first is {missing[0]!r}")
+        raise ConfigError(
+            f"{path} has no extended prompt for {len(missing)} of {len(items)} prompts, the first"
+            f" is {missing[0]!r}"
+        )
     return [replace(item, extended=texts[item.prompt]) for item in items]
 
 
@@ -115,11 +125,20 @@ def placed_extensions(folder: str | Path) -> Path:
     `ConfigError` for none or several, saying what to do: raw prompts cost Wan's family about ten
     points of the semantic score.
     """
-    found = sorted(p for p in Path(folder).glob("*augmented*") if p.suffix in (".json", ".jsonl", ".txt"))
+    found = sorted(
+        p for p in Path(folder).glob("*augmented*") if p.suffix in (".json", ".jsonl", ".txt")
+    )
     if len(found) == 1:
         return found[0]
-    told = f"{folder} holds {', '.join(p.name for p in found)}" if found else f"no file of extended prompts in {folder} (*augmented*.json)"
-    raise ConfigError(f"{told}; name one with --augmented_prompts FILE, or pass --no_augmented_prompt to sample the short prompts")
+    told = (
+        f"{folder} holds {', '.join(p.name for p in found)}"
+        if found
+        else f"no file of extended prompts in {folder} (*augmented*.json)"
+    )
+    raise ConfigError(
+        f"{told}; name one with --augmented_prompts FILE, or pass --no_augmented_prompt to sample"
+        " the short prompts"
+    )
 
 
 def by_dimension(items: Iterable[SuiteItem]) -> dict[str, list[SuiteItem]]:
@@ -150,24 +169,40 @@ def _rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
 
 def _item(row: Any, place: str) -> SuiteItem:
     if not isinstance(row, Mapping):
-        raise ConfigError(f"{place} must be an object with a prompt and its dimensions, got {str(row)[:60]!r}")
+        raise ConfigError(
+            f"{place} must be an object with a prompt and its dimensions, got {str(row)[:60]!r}"
+        )
     prompt = next((row[key] for key in _TEXT_KEYS if isinstance(row.get(key), str)), "")
     if not prompt.strip():
         raise ConfigError(f"{place} has no text under {' or '.join(_TEXT_KEYS)}")
     dimensions = next((row[key] for key in _DIMENSION_KEYS if row.get(key)), [])
     dimensions = [dimensions] if isinstance(dimensions, str) else dimensions
     auxiliary, extended = row.get("auxiliary_info") or {}, row.get("augmented_prompt")
-    right = isinstance(dimensions, list) and all(isinstance(d, str) for d in dimensions) and isinstance(auxiliary, Mapping)
+    right = (
+        isinstance(dimensions, list)
+        and all(isinstance(d, str) for d in dimensions)
+        and isinstance(auxiliary, Mapping)
+    )
     if not right or not (extended is None or isinstance(extended, str)):
-        raise ConfigError(f"{place}: dimension is a list of words, auxiliary_info an object, augmented_prompt a string")
+        raise ConfigError(
+            f"{place}: dimension is a list of words, auxiliary_info an object, augmented_prompt a"
+            " string"
+        )
     if extended is not None and not extended.strip():
-        raise ConfigError(f"{place} has an empty augmented_prompt; leave the key out, or write the text")
-    return SuiteItem(prompt, tuple(dimensions), auxiliary, extended, row.get("image_name"), row.get("image_type"))
+        raise ConfigError(
+            f"{place} has an empty augmented_prompt; leave the key out, or write the text"
+        )
+    return SuiteItem(
+        prompt, tuple(dimensions), auxiliary, extended, row.get("image_name"), row.get("image_type")
+    )
 
 
 def _joined(known: SuiteItem, other: SuiteItem, place: str) -> SuiteItem:
     if known.image_name != other.image_name:
-        raise ConfigError(f"{place} repeats the prompt {other.prompt!r} with another image; their videos would have one name")
+        raise ConfigError(
+            f"{place} repeats the prompt {other.prompt!r} with another image; their videos would"
+            " have one name"
+        )
     return replace(
         known,
         dimensions=tuple(dict.fromkeys((*known.dimensions, *other.dimensions))),
@@ -181,9 +216,17 @@ def _check_names(items: Iterable[SuiteItem], path: str | Path) -> None:
     for item in items:
         name = item.video_name(0)
         if (size := len(name.encode())) > MAX_NAME_BYTES:
-            raise ConfigError(f"{path}: the prompt {item.prompt[:60]!r}... makes a file name of {size} bytes, at most {MAX_NAME_BYTES}")
+            raise ConfigError(
+                f"{path}: the prompt {item.prompt[:60]!r}... makes a file name of {size} bytes, at"
+                f" most {MAX_NAME_BYTES}"
+            )
         if "\0" in name:
-            raise ConfigError(f"{path}: the prompt {item.prompt!r} holds a NUL character, which no file name may")
+            raise ConfigError(
+                f"{path}: the prompt {item.prompt!r} holds a NUL character, which no file name may"
+            )
         if name in owners:
-            raise ConfigError(f"{path}: the prompts {owners[name]!r} and {item.prompt!r} would write the same file {name!r}")
+            raise ConfigError(
+                f"{path}: the prompts {owners[name]!r} and {item.prompt!r} would write the same"
+                f" file {name!r}"
+            )
         owners[name] = item.prompt

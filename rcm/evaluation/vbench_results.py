@@ -42,10 +42,16 @@ def read_results(folder: str | Path) -> dict[str, DimensionResult]:
         for key, value in _object(path).items():
             name = key.replace(" ", "_")
             if name in found:
-                raise ConfigError(f"{name} is in {found[name].file} and in {path.name}; keep one of them in {folder}")
+                raise ConfigError(
+                    f"{name} is in {found[name].file} and in {path.name}; keep one of them in"
+                    f" {folder}"
+                )
             found[name] = _result(name, value, path)
     if not found:
-        raise ConfigError(f"no *{SUFFIX} in {folder}; score the dimensions first, or give the folder that has them")
+        raise ConfigError(
+            f"no *{SUFFIX} in {folder}; score the dimensions first, or give the folder that has"
+            " them"
+        )
     return found
 
 
@@ -60,8 +66,24 @@ def _object(path: Path) -> Mapping[str, Any]:
 
 
 def _result(name: str, value: Any, path: Path) -> DimensionResult:
-    score, videos = (value[0], value[1] if len(value) > 1 else []) if isinstance(value, list) and value else (value, [])
+    score, videos = (
+        (value[0], value[1] if len(value) > 1 else [])
+        if isinstance(value, list) and value
+        else (value, [])
+    )
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise ConfigError(f"{path.name} gives {score!r} for {name}, no finite number; were its videos found? Score it again")
-    entries = [v for v in videos if isinstance(v, Mapping) and "video_path" in v] if isinstance(videos, list) else []
-    return DimensionResult(float(score), len(entries), path.name, {Path(v["video_path"]).name: v.get("video_results") for v in entries})
+        raise ConfigError(
+            f"{path.name} gives {score!r} for {name}, no finite number; were its videos found?"
+            " Score it again"
+        )
+    entries = (
+        [v for v in videos if isinstance(v, Mapping) and "video_path" in v]
+        if isinstance(videos, list)
+        else []
+    )
+    return DimensionResult(
+        float(score),
+        len(entries),
+        path.name,
+        {Path(v["video_path"]).name: v.get("video_results") for v in entries},
+    )

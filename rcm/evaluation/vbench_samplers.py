@@ -35,7 +35,11 @@ class KnownText:
     """
 
     def __init__(self, encoder: TextEncoder, prompts: Sequence[str]) -> None:
-        self.text_len, self.text_dim, self.negative_prompt = encoder.text_len, encoder.text_dim, encoder.negative_prompt
+        self.text_len, self.text_dim, self.negative_prompt = (
+            encoder.text_len,
+            encoder.text_dim,
+            encoder.negative_prompt,
+        )
         wanted = dict.fromkeys((*prompts, encoder.negative_prompt))
         self._rows = {prompt: encoder.encode([prompt]).cpu() for prompt in wanted}
         if hasattr(encoder, "unload"):
@@ -97,7 +101,9 @@ class DescribedSampler:
         model = self._model
         prefix = None
         if request.image is not None:
-            prefix = model.codec.encode(stretched_image(request.image, FrameSize(*model.pixel_size)).to(model.device))
+            prefix = model.codec.encode(
+                stretched_image(request.image, FrameSize(*model.pixel_size)).to(model.device)
+            )
         frames, _ = model.generate(
             [request.text],
             recipe=self._recipe,
@@ -127,7 +133,12 @@ class WanSampler:
         negative_prompt: str | None = None,
     ) -> None:
         self._pipeline, self._recipe, self._size, self._frames = pipeline, recipe, size, num_frames
-        self._files, self._about, self._negative, self.fps = dict(files), dict(about), negative_prompt, fps
+        self._files, self._about, self._negative, self.fps = (
+            dict(files),
+            dict(about),
+            negative_prompt,
+            fps,
+        )
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -190,7 +201,13 @@ class CausalSampler:
         fps: float = 16.0,
     ) -> None:
         recipe.plans(latent_shape[1])
-        self._denoiser, self._text, self._codec, self._recipe, self._shape = denoiser, text, codec, recipe, latent_shape
+        self._denoiser, self._text, self._codec, self._recipe, self._shape = (
+            denoiser,
+            text,
+            codec,
+            recipe,
+            latent_shape,
+        )
         self._negative = text.negative_prompt if negative_prompt is None else negative_prompt
         self._file, self._about, self._device, self.fps = file, dict(about), device, fps
 
@@ -202,7 +219,10 @@ class CausalSampler:
         return {
             "sampler": "causal",
             "checkpoint": {"--dit_path": checkpoint_digest(self._file)},
-            "recipe": {**asdict(self._recipe), "negative_prompt": self._negative if self._recipe.guidance > 1 else None},
+            "recipe": {
+                **asdict(self._recipe),
+                "negative_prompt": self._negative if self._recipe.guidance > 1 else None,
+            },
             "size": f"{height * stride}x{width * stride}",
             "num_frames": self._codec.frames_for(frames),
             "device": self._device.type,
@@ -221,7 +241,9 @@ class CausalSampler:
         prefix = None
         if request.image is not None:
             size = FrameSize(*(side * self._codec.spatial_stride for side in self._shape[2:]))
-            prefix = self._codec.encode(stretched_image(request.image, size).to(self._device)).float()
+            prefix = self._codec.encode(
+                stretched_image(request.image, size).to(self._device)
+            ).float()
         frames, _ = generate_video(
             model,
             self._codec,

@@ -88,7 +88,9 @@ class Share:
         """
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if cp_size < 1 or world % cp_size:
-            raise ConfigError(f"--cp_size {cp_size} must be at least 1 and divide the {world} ranks of the launch")
+            raise ConfigError(
+                f"--cp_size {cp_size} must be at least 1 and divide the {world} ranks of the launch"
+            )
         return cls(rank // cp_size, world // cp_size, rank % cp_size, cp_size)
 
     @property
@@ -109,11 +111,19 @@ def group_of_video(share: Share, *, device: torch.device) -> Iterator[None]:
     if share.cp_size == 1:
         yield
         return
-    store, _, _ = next(dist.rendezvous("env://", share.dp_rank * share.cp_size + share.cp_rank, share.dp_size * share.cp_size))
+    store, _, _ = next(
+        dist.rendezvous(
+            "env://", share.dp_rank * share.cp_size + share.cp_rank, share.dp_size * share.cp_size
+        )
+    )
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     own = dist.PrefixStore(f"video{share.dp_rank}", store)
     dist.init_process_group(
-        backend, store=own, rank=share.cp_rank, world_size=share.cp_size, device_id=None if device.type == "cpu" else device
+        backend,
+        store=own,
+        rank=share.cp_rank,
+        world_size=share.cp_size,
+        device_id=None if device.type == "cpu" else device,
     )
     try:
         yield
@@ -163,34 +173,70 @@ def sample_suite(
     on.
     """
     folder = RunFolder(run.folder, rank=share.dp_rank)
-    every = {**(settings or {}), **sampler.settings, "seed": run.seed, "fps": sampler.fps, "crf": CRF}
-    on_first(lambda: folder.begin(every, run={"ranks": share.dp_size * share.cp_size, "cp_size": share.cp_size, **(about or {})}))
+    every = {
+        **(settings or {}),
+        **sampler.settings,
+        "seed": run.seed,
+        "fps": sampler.fps,
+        "crf": CRF,
+    }
+    on_first(
+        lambda: folder.begin(
+            every,
+            run={"ranks": share.dp_size * share.cp_size, "cp_size": share.cp_size, **(about or {})},
+        )
+    )
     on_first(lambda: _check_case(run, share))
     mine = share.of(run.items)
     wanted = [(item, sample) for item in mine for sample in range(run.num_samples)]
-    todo = shared(on_first(lambda: [(item, sample) for item, sample in wanted if not _done(folder, run, item, sample)]))
+    todo = shared(
+        on_first(
+            lambda: [
+                (item, sample) for item, sample in wanted if not _done(folder, run, item, sample)
+            ]
+        )
+    )
     tell(f"{len(wanted)} videos for this rank, {len(wanted) - len(todo)} are there")
     if todo:
         sampler.prepare(list(dict.fromkeys(item.text for item, _ in todo)))
     for number, (item, sample) in enumerate(todo, 1):
         begin = time.perf_counter()
-        request = ClipRequest(item.text, run.seed + sample, None if run.image_dir is None else run.image_dir / (item.image_name or ""))
+        request = ClipRequest(
+            item.text,
+            run.seed + sample,
+            None if run.image_dir is None else run.image_dir / (item.image_name or ""),
+        )
         frames = sampler.sample(request)
         if share.cp_rank > 0:
             continue
         assert frames is not None
         seconds = time.perf_counter() - begin
-        path = folder.place(write_mp4(folder.staging / item.video_name(sample), frames, fps=sampler.fps, crf=CRF))
+        path = folder.place(
+            write_mp4(folder.staging / item.video_name(sample), frames, fps=sampler.fps, crf=CRF)
+        )
         record = VideoRecord(
-            path.name, sample, request.seed, item.text, path.stat().st_size, file_sha256(path), frames.shape[1], round(seconds, 3)
+            path.name,
+            sample,
+            request.seed,
+            item.text,
+            path.stat().st_size,
+            file_sha256(path),
+            frames.shape[1],
+            round(seconds, 3),
         )
         folder.add(record)
         tell(f"{number}/{len(todo)} {path.name}: {frames.shape[1]} frames in {seconds:.2f} s")
-    return bool(shared(on_first(lambda: folder.finish([item.eval_row(run.names(item)) for item in run.items]))))
+    return bool(
+        shared(
+            on_first(lambda: folder.finish([item.eval_row(run.names(item)) for item in run.items]))
+        )
+    )
 
 
 def _done(folder: RunFolder, run: SuiteRun, item: SuiteItem, sample: int) -> bool:
-    return folder.has(item.video_name(sample), text=item.text, seed=run.seed + sample, sample=sample)
+    return folder.has(
+        item.video_name(sample), text=item.text, seed=run.seed + sample, sample=sample
+    )
 
 
 def _check_case(run: SuiteRun, share: Share) -> None:
@@ -198,7 +244,11 @@ def _check_case(run: SuiteRun, share: Share) -> None:
     the other.
     """
     seen: dict[str, str] = {}
-    twins = [(seen[key], item.prompt) for item in run.items if seen.setdefault(key := item.prompt.casefold(), item.prompt) != item.prompt]
+    twins = [
+        (seen[key], item.prompt)
+        for item in run.items
+        if seen.setdefault(key := item.prompt.casefold(), item.prompt) != item.prompt
+    ]
     if not twins:
         return
     probe = run.folder.with_name(f"{run.folder.name}_run") / f".Case{share.dp_rank}"
@@ -208,6 +258,7 @@ def _check_case(run: SuiteRun, share: Share) -> None:
     probe.unlink()
     if blind:
         raise ConfigError(
-            f"{run.folder} is on a file system that does not tell upper from lower case, and the prompts {twins[0][0]!r} and "
-            f"{twins[0][1]!r} differ in nothing else; choose an --output_dir on another one"
+            f"{run.folder} is on a file system that does not tell upper from lower case, and the"
+            f" prompts {twins[0][0]!r} and {twins[0][1]!r} differ in nothing else; choose an"
+            " --output_dir on another one"
         )

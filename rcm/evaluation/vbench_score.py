@@ -131,28 +131,45 @@ def aggregate(raw: Mapping[str, float], suite: Suite = T2V, *, partial: bool = F
     """
     unknown = sorted(set(raw) - set(suite.names))
     if unknown:
-        raise ConfigError(f"{', '.join(unknown)}: no dimension of the suite {suite.name}, whose dimensions are {', '.join(suite.names)}")
+        raise ConfigError(
+            f"{', '.join(unknown)}: no dimension of the suite {suite.name}, whose dimensions are"
+            f" {', '.join(suite.names)}"
+        )
     missing = tuple(name for name in suite.names if name not in raw)
     if missing and not partial:
         raise ConfigError(
-            f"no result for {', '.join(missing)} ({len(raw)} of {len(suite.names)} dimensions are there); score them, or pass --partial "
-            "for a score that is marked as partial"
+            f"no result for {', '.join(missing)} ({len(raw)} of {len(suite.names)} dimensions are"
+            " there); score them, or pass --partial for a score that is marked as partial"
         )
     if not raw:
         raise ConfigError(f"no result for any dimension of the suite {suite.name}")
     for name, value in raw.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ConfigError(f"the result of {name} is {value!r}, no finite number (a dimension without videos gives NaN); score it again")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            raise ConfigError(
+                f"the result of {name} is {value!r}, no finite number (a dimension without videos"
+                " gives NaN); score it again"
+            )
         if abs(value) > 1:
-            raise ConfigError(f"the result of {name} is {value:g}; raw results are shares or cosines, at most 1 (divide percent by 100)")
+            raise ConfigError(
+                f"the result of {name} is {value:g}; raw results are shares or cosines, at most 1"
+                " (divide percent by 100)"
+            )
     normalised = {name: suite[name].normalised(raw[name]) for name in suite.names if name in raw}
     groups = {group: _mean(suite, group, normalised) for group in suite.group_weights}
     groups = {group: value for group, value in groups.items() if value is not None}
     total = None
     if len(groups) == len(suite.group_weights):
         weights = suite.group_weights
-        total = sum(weights[group] * value for group, value in groups.items()) / sum(weights.values())
-    return SuiteScore(suite.name, {n: float(raw[n]) for n in normalised}, normalised, groups, total, missing)
+        total = sum(weights[group] * value for group, value in groups.items()) / sum(
+            weights.values()
+        )
+    return SuiteScore(
+        suite.name, {n: float(raw[n]) for n in normalised}, normalised, groups, total, missing
+    )
 
 
 def total_of_groups(groups: Mapping[str, float], suite: Suite = T2V) -> float:
@@ -169,14 +186,29 @@ def table(score: SuiteScore) -> str:
     lines = [f"{'dimension':<24}{'raw':>9}{'norm':>9}{'weight':>8}  group"]
     for dimension in suite.dimensions:
         if dimension.name not in score.raw:
-            lines.append(f"{dimension.name:<24}{'missing':>9}{'':>9}{dimension.weight:>8g}  {dimension.group}")
+            lines.append(
+                f"{dimension.name:<24}{'missing':>9}{'':>9}{dimension.weight:>8g} "
+                f" {dimension.group}"
+            )
             continue
         raw, norm = score.raw[dimension.name], score.normalised[dimension.name]
-        lines.append(f"{dimension.name:<24}{raw:>9.4f}{norm:>9.4f}{dimension.weight:>8g}  {dimension.group}")
+        lines.append(
+            f"{dimension.name:<24}{raw:>9.4f}{norm:>9.4f}{dimension.weight:>8g}  {dimension.group}"
+        )
     lines += [f"{group:<24}{100 * value:>8.2f}%" for group, value in score.groups.items()]
-    lines.append(f"{'total':<24}" + ("  not defined: a group is missing" if score.total is None else f"{100 * score.total:>8.2f}%"))
+    lines.append(
+        f"{'total':<24}"
+        + (
+            "  not defined: a group is missing"
+            if score.total is None
+            else f"{100 * score.total:>8.2f}%"
+        )
+    )
     if score.partial:
-        lines.append(f"PARTIAL: {len(score.missing)} of {len(suite.names)} dimensions are missing; not comparable with a complete score")
+        lines.append(
+            f"PARTIAL: {len(score.missing)} of {len(suite.names)} dimensions are missing; not"
+            " comparable with a complete score"
+        )
     return "\n".join(lines)
 
 

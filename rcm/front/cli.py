@@ -40,10 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def overview() -> str:
     """The help of `rcm` itself: subcommands by group."""
-    lines = ["usage: rcm COMMAND ...", "", "Distil video diffusion models into few-step generators that stream, and use them.", ""]
+    lines = [
+        "usage: rcm COMMAND ...",
+        "",
+        "Distil video diffusion models into few-step generators that stream, and use them.",
+        "",
+    ]
     for title, commands in GROUPS.items():
-        lines += [f"{title}:", *(f"  {name:<12} {command.does}" for name, command in commands.items()), ""]
-    lines += ["Begin with `rcm stream`. `rcm COMMAND --help` tells the rest; `rcm --version` the version."]
+        lines += [
+            f"{title}:",
+            *(f"  {name:<12} {command.does}" for name, command in commands.items()),
+            "",
+        ]
+    lines += [
+        "Begin with `rcm stream`. `rcm COMMAND --help` tells the rest; `rcm --version` the version."
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -62,7 +73,10 @@ def _run(line: str, commands: Mapping[str, Command], words: Sequence[str]) -> in
     if command is None:
         near = difflib.get_close_matches(name, commands, n=1, cutoff=0.6)
         meant = f"did you mean {near[0]}? " if near else ""
-        print(f"error: {line} has no command {name!r}; {meant}choose from {', '.join(commands)}", file=sys.stderr)
+        print(
+            f"error: {line} has no command {name!r}; {meant}choose from {', '.join(commands)}",
+            file=sys.stderr,
+        )
         return 2
     line = f"{line} {name}"
     if command.parts:
@@ -78,17 +92,41 @@ def _run(line: str, commands: Mapping[str, Command], words: Sequence[str]) -> in
 
 def _parts_help(line: str, command: Command) -> str:
     listed = [f"  {name:<14} {part.does}" for name, part in command.parts.items()]
-    return "\n".join([f"usage: {line} WHICH ...", "", f"It can {command.does}:", "", *listed, *_examples(*command.parts.values())]) + "\n"
+    return (
+        "\n".join(
+            [
+                f"usage: {line} WHICH ...",
+                "",
+                f"It can {command.does}:",
+                "",
+                *listed,
+                *_examples(*command.parts.values()),
+            ]
+        )
+        + "\n"
+    )
 
 
 def _help(line: str, command: Command) -> str:
     """What the command's own parser says, under the name it was called by, after the examples."""
     if command.usage:
-        return "\n".join([f"{line}: {command.does}", *_examples(command), "", f"usage: {line} {command.usage}"]) + "\n"
+        return (
+            "\n".join(
+                [
+                    f"{line}: {command.does}",
+                    *_examples(command),
+                    "",
+                    f"usage: {line} {command.usage}",
+                ]
+            )
+            + "\n"
+        )
     told = io.StringIO()
     with contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):
         load_main(command)([*command.given, "--help"])
-    text = told.getvalue().replace(f"python -m {command.module} {' '.join(command.given)}".rstrip(), line)
+    text = told.getvalue().replace(
+        f"python -m {command.module} {' '.join(command.given)}".rstrip(), line
+    )
     _, colon, usage = text.partition(": ")
     called = usage.split(" [")[0].split("\n")[0]
     usage = _usage(usage, called, line) if colon else text
@@ -121,11 +159,17 @@ def _find_scripts() -> None:
     path.
     """
     package = Path(rcm.__file__).resolve().parent
-    folder = next(path for path in (package / "_scripts", package.parent / "scripts") if (path / "__init__.py").is_file())
+    folder = next(
+        path
+        for path in (package / "_scripts", package.parent / "scripts")
+        if (path / "__init__.py").is_file()
+    )
     loaded = sys.modules.get("scripts")
     if loaded is not None and Path(loaded.__path__[0]) == folder:
         return
-    spec = importlib.util.spec_from_file_location("scripts", folder / "__init__.py", submodule_search_locations=[str(folder)])
+    spec = importlib.util.spec_from_file_location(
+        "scripts", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

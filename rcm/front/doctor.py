@@ -151,12 +151,18 @@ def card(device: torch.device) -> Iterator[Finding]:
         if built is None:
             advice = "to use a GPU, install torch built for CUDA (docs/questions.md)"
         else:
-            advice = f"torch is built for CUDA {built}: nvidia-smi must work, and its driver be new enough"
+            advice = (
+                f"torch is built for CUDA {built}: nvidia-smi must work, and its driver be new"
+                " enough"
+            )
         yield Finding("warning", "gpu", "none: the toy recipe runs here, Wan does not", advice)
         return
     properties = torch.cuda.get_device_properties(device)
     capability = f"{properties.major}.{properties.minor}"
-    told = f"{properties.name}, compute capability {capability}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    told = (
+        f"{properties.name}, compute capability {capability}, CUDA {torch.version.cuda}, cuDNN"
+        f" {torch.backends.cudnn.version()}"
+    )
     if (properties.major, properties.minor) == (9, 0):
         yield Finding("ok", "gpu", told)
     elif properties.major >= 8:
@@ -255,7 +261,10 @@ def links(device: torch.device) -> Iterator[Finding]:
     for name, (call, moved) in calls.items():
         rate = moved / _seconds(call, device) / 1e9
         slow = rate < SLOW_LINK[device.type]
-        advice = "see docs/questions.md, 'Which network between machines?'; NCCL_DEBUG=INFO tells the way that was taken"
+        advice = (
+            "see docs/questions.md, 'Which network between machines?'; NCCL_DEBUG=INFO tells the"
+            " way that was taken"
+        )
         yield Finding(
             "warning" if slow else "ok",
             name,
@@ -351,7 +360,12 @@ def _to_its_end(section: str, findings: Iterator[Finding]) -> Iterator[Finding]:
         yield from findings
     except Exception as error:
         told = f"broke off: {first_line(error)}"
-        yield Finding("fault", section, told, "put this right first; what follows in this section was not looked at")
+        yield Finding(
+            "fault",
+            section,
+            told,
+            "put this right first; what follows in this section was not looked at",
+        )
 
 
 @command

@@ -41,7 +41,14 @@ class Model:
         """The whole video [B, 3, F, H, W] and its latencies."""
         return self.loaded.generate(_listed(prompt), **options)
 
-    def save(self, path: str | Path, prompt: str | Sequence[str], *, upscale: int | None = None, **options: Any) -> Path:
+    def save(
+        self,
+        path: str | Path,
+        prompt: str | Sequence[str],
+        *,
+        upscale: int | None = None,
+        **options: Any,
+    ) -> Path:
         """Stream into an mp4 file, a batch side by side; `upscale` pixels per pixel (None: small
         videos become at least 256 high).
         """
@@ -68,7 +75,9 @@ def load(
     """
     where = toy_checkpoint() if path is None else path
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    return Model(open_checkpoint(where, weights=weights, device=place, precision=precision, files=files))
+    return Model(
+        open_checkpoint(where, weights=weights, device=place, precision=precision, files=files)
+    )
 
 
 def _listed(prompt: str | Sequence[str]) -> list[str]:

@@ -44,23 +44,44 @@ class Reel:
     """One video, sampled again and again in one session."""
 
     def __init__(
-        self, denoiser: Denoiser, model: VelocityModel, film: Film, spec: StreamSpec, *, given: Tensor | None, progress: Progress | None
+        self,
+        denoiser: Denoiser,
+        model: VelocityModel,
+        film: Film,
+        spec: StreamSpec,
+        *,
+        given: Tensor | None,
+        progress: Progress | None,
     ) -> None:
-        self.denoiser, self.model, self.film, self.spec, self.progress = denoiser, model, film, spec, progress
+        self.denoiser, self.model, self.film, self.spec, self.progress = (
+            denoiser,
+            model,
+            film,
+            spec,
+            progress,
+        )
         self.given = None if given is None else given.expand(spec.batch, -1, -1, -1, -1)
         self._session: Session | None = None
 
-    def chunks(self, flags: argparse.Namespace, condition: Callable[[str], Condition], marks: Marks) -> Iterator[Tensor]:
+    def chunks(
+        self, flags: argparse.Namespace, condition: Callable[[str], Condition], marks: Marks
+    ) -> Iterator[Tensor]:
         """The latents of each chunk, once its context is in the cache."""
         marks.mark("begin")
         first = self._prepared(condition(self.film.timeline.prompts[0]))
         if self._session is None:
             device = next(self.denoiser.net.parameters()).device
-            self._session = Session(self.model, None, first, self.spec, device=device, prefix=self.given)
+            self._session = Session(
+                self.model, None, first, self.spec, device=device, prefix=self.given
+            )
         else:
             self._session.restart(first, seed=flags.seed, prefix=self.given)
         marks.mark("ready")
-        options = {"mode": flags.prompt_switch, "blend": flags.prompt_blend, "prepare": self._prepared}
+        options = {
+            "mode": flags.prompt_switch,
+            "blend": flags.prompt_blend,
+            "prepare": self._prepared,
+        }
         for chunk in play(self._session, self.film.timeline, condition, **options):
             self._session.settle()
             marks.chunk()
@@ -71,15 +92,29 @@ class Reel:
 
     def _tell(self, marks: Marks, *, number: int) -> None:
         if self.progress is not None and number >= 0:
-            seconds = marks.watch.ms(marks.chunks[number - 1] if number else marks.points["ready"], marks.chunks[number]) / 1000
-            self.progress.chunk(number + 1, self.spec.recipe.blocks.num_blocks(self.film.latent_frames), seconds=seconds)
+            seconds = (
+                marks.watch.ms(
+                    marks.chunks[number - 1] if number else marks.points["ready"],
+                    marks.chunks[number],
+                )
+                / 1000
+            )
+            self.progress.chunk(
+                number + 1,
+                self.spec.recipe.blocks.num_blocks(self.film.latent_frames),
+                seconds=seconds,
+            )
 
     def _prepared(self, cond: Condition) -> Condition:
         return self.denoiser.prepare(cond).expand(self.spec.batch)
 
     def cache_bytes(self) -> int:
         """Bytes of the cache, all branches."""
-        return 0 if self._session is None else sum(cache.num_bytes() for cache in self._session.loop.cache.branches)
+        return (
+            0
+            if self._session is None
+            else sum(cache.num_bytes() for cache in self._session.loop.cache.branches)
+        )
 
     def passes(self) -> dict[str, int]:
         """How many passes were captured, replayed and run eagerly, where graphs were asked for."""
@@ -96,10 +131,17 @@ class FilmWriter:
     ends well.
     """
 
-    def __init__(self, flags: argparse.Namespace, film: Film, preview: OutputFile | None, stack: ExitStack) -> None:
+    def __init__(
+        self, flags: argparse.Namespace, film: Film, preview: OutputFile | None, stack: ExitStack
+    ) -> None:
         self.flags, self.film, self.preview = flags, film, preview
         self._writer = stack.enter_context(Mp4Writer(film.target, fps=flags.fps))
-        self._picks = set(torch.linspace(0, film.num_frames - 1, min(PREVIEW_COLUMNS, film.num_frames)).round().long().tolist())
+        self._picks = set(
+            torch.linspace(0, film.num_frames - 1, min(PREVIEW_COLUMNS, film.num_frames))
+            .round()
+            .long()
+            .tolist()
+        )
         self._small: list[Tensor] = []
         self._written = 0
 
@@ -110,10 +152,22 @@ class FilmWriter:
             if self.preview is not None and self._written + i in self._picks:
                 height = min(PREVIEW_HEIGHT, frames.shape[3])
                 width = max(1, round(frames.shape[4] * height / frames.shape[3]))
-                self._small.append(torch.nn.functional.interpolate(frames[:, :, i].float(), size=(height, width), mode="area").cpu())
+                self._small.append(
+                    torch.nn.functional.interpolate(
+                        frames[:, :, i].float(), size=(height, width), mode="area"
+                    ).cpu()
+                )
         self._written += frames.shape[2]
         if self.preview is not None and self._written == self.film.num_frames:
             # the built-in font may have no other letters
             prompt = self.film.timeline.prompts[0][:120].encode("ascii", "replace").decode()
-            labels = [f"seed {self.flags.seed}, sample {i}: {prompt}" for i in range(frames.shape[0])]
-            contact_sheet(self.preview, torch.stack(self._small, dim=2), labels=labels, columns=PREVIEW_COLUMNS, scale=1)
+            labels = [
+                f"seed {self.flags.seed}, sample {i}: {prompt}" for i in range(frames.shape[0])
+            ]
+            contact_sheet(
+                self.preview,
+                torch.stack(self._small, dim=2),
+                labels=labels,
+                columns=PREVIEW_COLUMNS,
+                scale=1,
+            )

@@ -93,7 +93,9 @@ class Marks:
         return Run(
             dit=ms(self.points["begin"], self.points["end"]) - sum(between),
             vae=sum(spans),
-            first_chunk=ms(ready, self.chunks[first]) - sum(between[:first]) if first < there else None,
+            first_chunk=(
+                ms(ready, self.chunks[first]) - sum(between[:first]) if first < there else None
+            ),
             second_chunk=ms(done[first], self.chunks[second]) if second < there else None,
             first_pixels=ms(ready, stops[first]) if first < len(stops) else None,
             second_pixels=ms(stops[first], stops[second]) if second < len(stops) else None,
@@ -157,10 +159,16 @@ def timing_lines(timing: Timing, clock: PartClock) -> list[str]:
     lines = []
     if len(timing.runs) > 1:
         for number, run in enumerate(timing.runs, 1):
-            told = f"run {number}/{len(timing.runs)}: DiT {run.dit:.1f} ms, VAE {run.vae:.1f} ms, Total {run.total:.1f} ms"
+            told = (
+                f"run {number}/{len(timing.runs)}: DiT {run.dit:.1f} ms, VAE {run.vae:.1f} ms,"
+                f" Total {run.total:.1f} ms"
+            )
             told += "".join(
                 f", {name} {value:.1f} ms"
-                for name, value in (("FirstChunk", run.first_chunk), ("SecondChunk", run.second_chunk))
+                for name, value in (
+                    ("FirstChunk", run.first_chunk),
+                    ("SecondChunk", run.second_chunk),
+                )
                 if value is not None
             )
             lines.append(told)
@@ -204,10 +212,16 @@ def write_causal_report(
         "recipe": asdict(recipe),
         "kv_codec": None if codec is None else asdict(codec),
         "size": {"height": size.height, "width": size.width},
-        "videos": [_video(film, timing, recipe) for film, timing in zip(films, timings, strict=True)],
+        "videos": [
+            _video(film, timing, recipe) for film, timing in zip(films, timings, strict=True)
+        ],
         "seconds": {**clock.seconds, "total": clock.total},
-        "peak_memory_gib": None if clock.peak is None else {k: v / 2**30 for k, v in clock.peak_bytes.items()},
-        "device": torch.cuda.get_device_name(clock.device) if clock.device.type == "cuda" else "cpu",
+        "peak_memory_gib": (
+            None if clock.peak is None else {k: v / 2**30 for k, v in clock.peak_bytes.items()}
+        ),
+        "device": (
+            torch.cuda.get_device_name(clock.device) if clock.device.type == "cuda" else "cpu"
+        ),
         "ranks": num_ranks(),
         "versions": installed_versions(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -217,7 +231,10 @@ def write_causal_report(
 
 def _video(film: Film, timing: Timing, recipe: SamplingRecipe) -> dict[str, Any]:
     starts = film.timeline.first_blocks(recipe.blocks) if film.timeline.is_timed else (0,)
-    segments = [asdict(segment) | {"first_block": start} for segment, start in zip(film.timeline.segments, starts, strict=True)]
+    segments = [
+        asdict(segment) | {"first_block": start}
+        for segment, start in zip(film.timeline.segments, starts, strict=True)
+    ]
     means = {f"{name}_ms": timing.mean(name) for name, _ in _LINES}
     return {
         "path": film.target.given,

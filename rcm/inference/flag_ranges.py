@@ -86,14 +86,28 @@ def check_numbers(flags: argparse.Namespace) -> None:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             if isinstance(number, float) and not math.isfinite(number):
-                raise ConfigError(f"--{name} {number:g} must be a finite number, from {_told(least)} to {_told(most)}")
+                raise ConfigError(
+                    f"--{name} {number:g} must be a finite number, from {_told(least)} to"
+                    f" {_told(most)}"
+                )
             if not least <= number <= most:
                 bound = f"at least {_told(least)}" if number < least else f"at most {_told(most)}"
-                bound = f"positive, {bound}" if least > 0 >= number and isinstance(number, float) else bound
-                raise ConfigError(f"--{name} {_told(number)} must be {bound}{_REASONS.get(name, '')}")
+                bound = (
+                    f"positive, {bound}"
+                    if least > 0 >= number and isinstance(number, float)
+                    else bound
+                )
+                raise ConfigError(
+                    f"--{name} {_told(number)} must be {bound}{_REASONS.get(name, '')}"
+                )
 
 
-_REASONS = {"timestep_shift": " (1: no shift)", "shift": " (1: no shift)", "guidance_scale": " (1: none)", "guidance": " (1: none)"}
+_REASONS = {
+    "timestep_shift": " (1: no shift)",
+    "shift": " (1: no shift)",
+    "guidance_scale": " (1: none)",
+    "guidance": " (1: none)",
+}
 
 
 def _told(number: float) -> str:

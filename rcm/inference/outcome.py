@@ -36,7 +36,11 @@ def short_log() -> None:
     stdout.
     """
     logger.remove()
-    logger.add(lambda line: sys.stderr.write(line), level="WARNING", format=lambda record: f"{record['level'].name.lower()}: {{message}}\n")
+    logger.add(
+        lambda line: sys.stderr.write(line),
+        level="WARNING",
+        format=lambda record: f"{record['level'].name.lower()}: {{message}}\n",
+    )
 
 
 def exit_status(work: Callable[[], int | None], *, tell: bool = True, failure: int = 2) -> int:
@@ -51,7 +55,10 @@ def exit_status(work: Callable[[], int | None], *, tell: bool = True, failure: i
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        _say(f"error: out of memory: {(str(error).strip().splitlines() or ['no more to be had'])[0][:160]}; ask for less")
+        _say(
+            "error: out of memory:"
+            f" {(str(error).strip().splitlines() or ['no more to be had'])[0][:160]}; ask for less"
+        )
     except KeyboardInterrupt:
         if tell:
             _say("stopped")
@@ -59,7 +66,9 @@ def exit_status(work: Callable[[], int | None], *, tell: bool = True, failure: i
     return failure
 
 
-def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Sequence[str] | None], int]:
+def command(
+    main: Callable[[Sequence[str] | None], int | None],
+) -> Callable[[Sequence[str] | None], int]:
     """Decorate the `main(argv)` of a command: whatever its own handling lets through ends as
     `exit_status` says.
     """
@@ -83,7 +92,9 @@ def writable_file(text: str) -> Path:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or in host memory."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return isinstance(
+        error, torch.OutOfMemoryError | MemoryError
+    ) or "can't allocate memory" in str(error)
 
 
 def _say(sentence: str) -> None:

@@ -60,15 +60,26 @@ def run(flags: argparse.Namespace) -> None:
     if shipped and flags.prompt is None and flags.prompt_file is None:
         prompts = read_prompts(None, str(asset(TOY_PROMPTS)), allow_empty=False)[:SHOWN]
     else:
-        prompts = read_prompts(flags.prompt, flags.prompt_file, allow_empty=flags.allow_empty_prompt)
+        prompts = read_prompts(
+            flags.prompt, flags.prompt_file, allow_empty=flags.allow_empty_prompt
+        )
     _check_flags(flags)
     save_to = OutputFile.claim(flags.save_path, suffix=".mp4", knob="--save_path")
-    report_to = None if flags.report is None else OutputFile.claim(flags.report, suffix=".json", knob="--report")
+    report_to = (
+        None
+        if flags.report is None
+        else OutputFile.claim(flags.report, suffix=".json", knob="--report")
+    )
     files = PieceFiles(
-        vae=flags.vae_path, text_encoder=flags.text_encoder_path, tokenizer=flags.tokenizer_path, text_cache=flags.text_cache
+        vae=flags.vae_path,
+        text_encoder=flags.text_encoder_path,
+        tokenizer=flags.tokenizer_path,
+        text_cache=flags.text_cache,
     )
     path = toy_checkpoint() if shipped else flags.ckpt
-    model = open_checkpoint(path, weights=flags.weights, device=flags.device, precision=flags.precision, files=files)
+    model = open_checkpoint(
+        path, weights=flags.weights, device=flags.device, precision=flags.precision, files=files
+    )
     settle_threads(model.denoiser.net, device=model.device)
     recipe = chosen_recipe(flags, model.trained_recipe)
     upscale = flags.upscale or comfortable_scale(*model.pixel_size)
@@ -86,7 +97,10 @@ def run(flags: argparse.Namespace) -> None:
         )
 
     stream = start()
-    about = f"{model.description.stage}, iteration {model.description.iteration}, {flags.weights} weights"
+    about = (
+        f"{model.description.stage}, iteration {model.description.iteration}, {flags.weights}"
+        " weights"
+    )
     print(f"{model.source}: {about}; {_told(recipe)}", flush=True)
     if flags.prompt is None and flags.prompt_file is None:
         print(f"prompts, side by side: {'; '.join(prompts)}", flush=True)
@@ -94,7 +108,9 @@ def run(flags: argparse.Namespace) -> None:
     fps = flags.fps or model.fps
     report = _write(stream, save_to, fps=fps, upscale=upscale)
     if report_to is not None:
-        report_to.write(json.dumps(_record(flags, model, recipe, prompts, report, timing), indent=2))
+        report_to.write(
+            json.dumps(_record(flags, model, recipe, prompts, report, timing), indent=2)
+        )
     if shipped:
         print(f"next: {next_command(flags)}", flush=True)
 
@@ -102,8 +118,13 @@ def run(flags: argparse.Namespace) -> None:
 def next_command(flags: argparse.Namespace) -> str:
     """What to try after a first look at the shipped checkpoint."""
     if flags.prompt is None and flags.prompt_file is None:
-        return 'rcm stream --prompt "a blue triangle moving down" --num_frames 65 --save_path outputs/long.mp4'
-    return "rcm demo   # trains every stage behind this checkpoint, and scores them (rcm demo --help)"
+        return (
+            'rcm stream --prompt "a blue triangle moving down" --num_frames 65 --save_path'
+            " outputs/long.mp4"
+        )
+    return (
+        "rcm demo   # trains every stage behind this checkpoint, and scores them (rcm demo --help)"
+    )
 
 
 def read_prompts(given: Sequence[str] | None, file: str | None, *, allow_empty: bool) -> list[str]:
@@ -115,47 +136,117 @@ def read_prompts(given: Sequence[str] | None, file: str | None, *, allow_empty: 
         lines = read_lines(file, what="prompt file", knob="--prompt_file")
         named += [(f"line {i} of {file}", text) for i, text in enumerate(lines, 1)]
     if not named:
-        raise ConfigError("no prompt; give --prompt TEXT (repeatable) or --prompt_file FILE with one prompt per line")
+        raise ConfigError(
+            "no prompt; give --prompt TEXT (repeatable) or --prompt_file FILE with one prompt per"
+            " line"
+        )
     return checked_prompts(named, allow_empty=allow_empty)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Arguments(
-        prog="rcm stream", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="rcm stream",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument_group("what to stream").add_argument
-    add("--ckpt", metavar="PATH", help="job folder, iter_* folder, or exported .pt/.pth/.safetensors [the shipped toy checkpoint]")
+    add(
+        "--ckpt",
+        metavar="PATH",
+        help=(
+            "job folder, iter_* folder, or exported .pt/.pth/.safetensors [the shipped toy"
+            " checkpoint]"
+        ),
+    )
     add("--prompt", action="append", metavar="TEXT", help="repeat for several videos side by side")
     add("--prompt_file", metavar="FILE", help="one prompt per line")
-    add("--allow_empty_prompt", action="store_true", help="sample an empty prompt, the unconditional one")
-    add("--num_frames", type=int, metavar="N", help="pixel frames, given first frames included [as trained]")
+    add(
+        "--allow_empty_prompt",
+        action="store_true",
+        help="sample an empty prompt, the unconditional one",
+    )
+    add(
+        "--num_frames",
+        type=int,
+        metavar="N",
+        help="pixel frames, given first frames included [as trained]",
+    )
     add("--seed", type=int, default=0)
     add("--first_frames", metavar="FILE", help="a video or an image whose beginning is continued")
-    add("--first_latents", type=int, metavar="N", help="latent frames taken from it [the first block of the pattern; 1 of an image]")
+    add(
+        "--first_latents",
+        type=int,
+        metavar="N",
+        help="latent frames taken from it [the first block of the pattern; 1 of an image]",
+    )
     add = parser.add_argument_group("what to write").add_argument
     add("--save_path", default="outputs/stream.mp4", metavar="FILE.mp4", help="[%(default)s]")
-    add("--upscale", type=int, metavar="N", help=f"write every pixel as N x N [toy videos: {COMFORTABLE} pixels or more; others: 1]")
+    add(
+        "--upscale",
+        type=int,
+        metavar="N",
+        help=f"write every pixel as N x N [toy videos: {COMFORTABLE} pixels or more; others: 1]",
+    )
     add("--fps", type=float, help="frames per second of the file [as trained]")
     add("--report", metavar="FILE.json", help="settings and timings as JSON")
     add_recipe_flags(parser)
     add = parser.add_argument_group("weights and machine").add_argument
-    add("--weights", choices=("ema", "reg"), default="ema", help="averaged or last weights [%(default)s]")
+    add(
+        "--weights",
+        choices=("ema", "reg"),
+        default="ema",
+        help="averaged or last weights [%(default)s]",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
-    add("--precision", choices=("fp32", "bf16", "bf16_fp32_time", "fp64"), help="[that of the training run]")
-    add("--vae_path", metavar="PATH", help="Wan2.1_VAE.pth, for a checkpoint trained on its latents [where the checkpoint says]")
-    add("--text_encoder_path", metavar="PATH", help="umT5, for a checkpoint trained on its embeddings [where the checkpoint says]")
-    add("--tokenizer_path", metavar="DIR", help="folder of umT5's tokenizer [beside the text encoder]")
-    add("--text_cache", metavar="DIR", help="keep umT5's embeddings there, and read them from there")
+    add(
+        "--precision",
+        choices=("fp32", "bf16", "bf16_fp32_time", "fp64"),
+        help="[that of the training run]",
+    )
+    add(
+        "--vae_path",
+        metavar="PATH",
+        help="Wan2.1_VAE.pth, for a checkpoint trained on its latents [where the checkpoint says]",
+    )
+    add(
+        "--text_encoder_path",
+        metavar="PATH",
+        help="umT5, for a checkpoint trained on its embeddings [where the checkpoint says]",
+    )
+    add(
+        "--tokenizer_path",
+        metavar="DIR",
+        help="folder of umT5's tokenizer [beside the text encoder]",
+    )
+    add(
+        "--text_cache", metavar="DIR", help="keep umT5's embeddings there, and read them from there"
+    )
     add = parser.add_argument_group("timing").add_argument
-    add("--warmup_iters", type=int, default=0, help="untimed runs before the timed ones [%(default)s]")
-    add("--num_runs", type=int, default=1, help="timed runs; with more than 1, or with a warm-up, timing runs write nothing [%(default)s]")
+    add(
+        "--warmup_iters",
+        type=int,
+        default=0,
+        help="untimed runs before the timed ones [%(default)s]",
+    )
+    add(
+        "--num_runs",
+        type=int,
+        default=1,
+        help=(
+            "timed runs; with more than 1, or with a warm-up, timing runs write nothing"
+            " [%(default)s]"
+        ),
+    )
     return parser
 
 
 def _check_flags(flags: argparse.Namespace) -> None:
     check_numbers(flags)
     if flags.first_latents is not None and flags.first_frames is None:
-        raise ConfigError("--first_latents says how much of a file to take; give --first_frames FILE with it")
+        raise ConfigError(
+            "--first_latents says how much of a file to take; give --first_frames FILE with it"
+        )
     check_device(flags.device)
 
 
@@ -164,28 +255,45 @@ def _prefix(flags: argparse.Namespace, model: LoadedModel, recipe: Any) -> torch
         return None
     if not isinstance(recipe, SamplingRecipe):
         stage = model.description.stage
-        raise ConfigError(f"--first_frames needs a causal checkpoint; {model.source} (stage {stage}) samples whole videos")
+        raise ConfigError(
+            f"--first_frames needs a causal checkpoint; {model.source} (stage {stage}) samples"
+            " whole videos"
+        )
     count = flags.first_latents
     if count is None:
         count = 1 if is_image(flags.first_frames) else recipe.blocks.first
     height, width = model.pixel_size
-    return first_latents(flags.first_frames, codec=model.codec, num_latents=count, height=height, width=width, device=model.device)
+    return first_latents(
+        flags.first_frames,
+        codec=model.codec,
+        num_latents=count,
+        height=height,
+        width=width,
+        device=model.device,
+    )
 
 
-def _timed(flags: argparse.Namespace, start: Callable[[], Iterator[StreamedChunk]], *, device: torch.device) -> Throughput | None:
+def _timed(
+    flags: argparse.Namespace, start: Callable[[], Iterator[StreamedChunk]], *, device: torch.device
+) -> Throughput | None:
     if flags.warmup_iters == 0 and flags.num_runs == 1:
         return None
     timing = measure(start, warmup=flags.warmup_iters, num_runs=flags.num_runs, device=device)
-    memory = "" if timing.peak_memory_gib is None else f", peak memory {timing.peak_memory_gib:.2f} GiB"
+    memory = (
+        "" if timing.peak_memory_gib is None else f", peak memory {timing.peak_memory_gib:.2f} GiB"
+    )
     print(
-        f"timing over {timing.num_runs} runs after {flags.warmup_iters}: first chunk {timing.first_chunk:.3f} s, later chunks "
-        f"{timing.later_chunks:.3f} s, {timing.num_frames} frames in {timing.total:.3f} s, {timing.fps:.1f} fps{memory}",
+        f"timing over {timing.num_runs} runs after {flags.warmup_iters}: first chunk"
+        f" {timing.first_chunk:.3f} s, later chunks {timing.later_chunks:.3f} s,"
+        f" {timing.num_frames} frames in {timing.total:.3f} s, {timing.fps:.1f} fps{memory}",
         flush=True,
     )
     return timing
 
 
-def _write(stream: Iterator[StreamedChunk], path: OutputFile, *, fps: float, upscale: int) -> StreamReport:
+def _write(
+    stream: Iterator[StreamedChunk], path: OutputFile, *, fps: float, upscale: int
+) -> StreamReport:
     """Write chunks as they arrive, videos of a batch side by side, and print each latency; the time
     of writing is taken out.
     """
@@ -199,10 +307,15 @@ def _write(stream: Iterator[StreamedChunk], path: OutputFile, *, fps: float, ups
             frames, spent = chunk.frames.shape[2], chunk.seconds - previous
             previous = chunk.seconds
             writing += time.perf_counter() - begin
-            print(f"chunk {chunk.block}: {frames} frames, {spent:.3f} s, {frames / max(spent, 1e-9):.1f} fps", flush=True)
+            print(
+                f"chunk {chunk.block}: {frames} frames, {spent:.3f} s,"
+                f" {frames / max(spent, 1e-9):.1f} fps",
+                flush=True,
+            )
     print(
-        f"{path.given}: {report.num_frames} frames in {report.chunk_seconds[-1]:.3f} s ({report.fps:.1f} fps), first chunk after "
-        f"{report.first_chunk:.3f} s, later chunks every {report.later_chunks:.3f} s",
+        f"{path.given}: {report.num_frames} frames in {report.chunk_seconds[-1]:.3f} s"
+        f" ({report.fps:.1f} fps), first chunk after {report.first_chunk:.3f} s, later chunks every"
+        f" {report.later_chunks:.3f} s",
         flush=True,
     )
     return report
@@ -210,22 +323,46 @@ def _write(stream: Iterator[StreamedChunk], path: OutputFile, *, fps: float, ups
 
 def _told(recipe: Any) -> str:
     if not isinstance(recipe, SamplingRecipe):
-        return f"whole video, {recipe.kind}, {recipe.steps} steps, sigma_max {recipe.sigma_max:g}, guidance {recipe.guidance:g}"
+        return (
+            f"whole video, {recipe.kind}, {recipe.steps} steps, sigma_max {recipe.sigma_max:g},"
+            f" guidance {recipe.guidance:g}"
+        )
     if recipe.kind == "ode":
-        return f"pattern {recipe.pattern}, {recipe.ode_steps} ODE steps per chunk, shift {recipe.shift:g}, guidance {recipe.guidance:g}"
+        return (
+            f"pattern {recipe.pattern}, {recipe.ode_steps} ODE steps per chunk, shift"
+            f" {recipe.shift:g}, guidance {recipe.guidance:g}"
+        )
     steps = " ".join(str(len(entry) + 1) for entry in recipe.mids)
     times = "; ".join(", ".join(f"{t:.4g}" for t in entry) or "none" for entry in recipe.mids)
-    context = f"noisy context from chunk {recipe.noisy_context_start_chunk}" if recipe.noisy_context else "clean context"
-    seen = "" if recipe.window is None else f", a window of {recipe.window} blocks beside {recipe.sinks} sinks"
+    context = (
+        f"noisy context from chunk {recipe.noisy_context_start_chunk}"
+        if recipe.noisy_context
+        else "clean context"
+    )
+    seen = (
+        ""
+        if recipe.window is None
+        else f", a window of {recipe.window} blocks beside {recipe.sinks} sinks"
+    )
     return f"pattern {recipe.pattern}, steps per chunk {steps} (mid times {times}), {context}{seen}"
 
 
 def _record(
-    flags: argparse.Namespace, model: LoadedModel, recipe: Any, prompts: list[str], report: StreamReport, timing: Throughput | None
+    flags: argparse.Namespace,
+    model: LoadedModel,
+    recipe: Any,
+    prompts: list[str],
+    report: StreamReport,
+    timing: Throughput | None,
 ) -> dict[str, Any]:
     description = model.description
     return {
-        "checkpoint": {"path": str(model.source), "weights": flags.weights, "stage": description.stage, "iteration": description.iteration},
+        "checkpoint": {
+            "path": str(model.source),
+            "weights": flags.weights,
+            "stage": description.stage,
+            "iteration": description.iteration,
+        },
         "recipe": asdict(recipe),
         "prompts": prompts,
         "seed": flags.seed,

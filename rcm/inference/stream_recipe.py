@@ -11,37 +11,74 @@ from rcm.pipelines.text_to_video import WholeVideoRecipe
 from rcm.rollout.recipe import SamplingRecipe
 from rcm.samplers.schedule import parse_schedules
 
-_FEW_STEP = ("steps_per_chunk", "mid_t_schedules", "context_from_last_step", "context_from_last_step_start_chunk")
+_FEW_STEP = (
+    "steps_per_chunk",
+    "mid_t_schedules",
+    "context_from_last_step",
+    "context_from_last_step_start_chunk",
+)
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that `chosen_recipe` reads; every default means "as trained"."""
     group = parser.add_argument_group("sampling", "Left out: as the checkpoint was trained.")
     add = group.add_argument
-    add("--steps_per_chunk", type=int, nargs="+", metavar="N", help="steps of each chunk, the last number repeats (4 2: four, then two)")
-    add("--mid_t_schedules", metavar="T,T;T", help='mid times per entry of --steps_per_chunk, fractions allowed ("15/16,5/6,5/8;5/6")')
+    add(
+        "--steps_per_chunk",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="steps of each chunk, the last number repeats (4 2: four, then two)",
+    )
+    add(
+        "--mid_t_schedules",
+        metavar="T,T;T",
+        help='mid times per entry of --steps_per_chunk, fractions allowed ("15/16,5/6,5/8;5/6")',
+    )
     add("--num_steps", type=int, metavar="N", help="steps of every chunk, or of a whole video")
-    add("--context_from_last_step", action=argparse.BooleanOptionalAction, default=None, help="noisy context")
-    add("--context_from_last_step_start_chunk", type=int, metavar="N", help="first chunk that leaves it")
+    add(
+        "--context_from_last_step",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="noisy context",
+    )
+    add(
+        "--context_from_last_step_start_chunk",
+        type=int,
+        metavar="N",
+        help="first chunk that leaves it",
+    )
     add("--sigma_max", type=float, help="noise level of the first step")
     add("--timestep_shift", type=float, help="shift of the many-step grid")
     add("--guidance_scale", type=float, help="classifier-free guidance; 1 or less: none")
-    add("--ignore_recipe", action="store_true", help="sample even where the checkpoint was not trained for it")
+    add(
+        "--ignore_recipe",
+        action="store_true",
+        help="sample even where the checkpoint was not trained for it",
+    )
 
 
-def chosen_recipe(flags: argparse.Namespace, trained: SamplingRecipe | WholeVideoRecipe) -> SamplingRecipe | WholeVideoRecipe:
+def chosen_recipe(
+    flags: argparse.Namespace, trained: SamplingRecipe | WholeVideoRecipe
+) -> SamplingRecipe | WholeVideoRecipe:
     """The checkpoint's recipe with the flags applied. Raises `ConfigError` for flags that have no
     meaning for it.
     """
-    return _causal(flags, trained) if isinstance(trained, SamplingRecipe) else _whole(flags, trained)
+    return (
+        _causal(flags, trained) if isinstance(trained, SamplingRecipe) else _whole(flags, trained)
+    )
 
 
 def _causal(flags: argparse.Namespace, trained: SamplingRecipe) -> SamplingRecipe:
     changes: dict[str, Any] = {}
     if flags.num_steps is not None and flags.steps_per_chunk is not None:
-        raise ConfigError("--num_steps and --steps_per_chunk both set the number of steps; give one of them")
+        raise ConfigError(
+            "--num_steps and --steps_per_chunk both set the number of steps; give one of them"
+        )
     if flags.mid_t_schedules is not None and flags.steps_per_chunk is None:
-        raise ConfigError("--mid_t_schedules needs --steps_per_chunk with one step count per schedule")
+        raise ConfigError(
+            "--mid_t_schedules needs --steps_per_chunk with one step count per schedule"
+        )
     steps = flags.steps_per_chunk
     if flags.num_steps is not None and trained.kind == "ode":
         if flags.num_steps < 1:
@@ -53,7 +90,10 @@ def _causal(flags: argparse.Namespace, trained: SamplingRecipe) -> SamplingRecip
         given = () if flags.mid_t_schedules is None else parse_schedules(flags.mid_t_schedules)
         trained = trained.with_steps(*steps, schedules=given, knob="--steps_per_chunk")
     if flags.timestep_shift is not None and trained.kind != "ode":
-        raise ConfigError(f"--timestep_shift belongs to many-step sampling; the checkpoint is sampled with {trained.kind!r} steps")
+        raise ConfigError(
+            "--timestep_shift belongs to many-step sampling; the checkpoint is sampled with"
+            f" {trained.kind!r} steps"
+        )
     renamed = {
         "context_from_last_step": "noisy_context",
         "context_from_last_step_start_chunk": "noisy_context_start_chunk",
@@ -61,18 +101,43 @@ def _causal(flags: argparse.Namespace, trained: SamplingRecipe) -> SamplingRecip
         "timestep_shift": "shift",
         "guidance_scale": "guidance",
     }
-    changes |= {field: getattr(flags, flag) for flag, field in renamed.items() if getattr(flags, flag) is not None}
+    changes |= {
+        field: getattr(flags, flag)
+        for flag, field in renamed.items()
+        if getattr(flags, flag) is not None
+    }
     chosen = replace(trained, **changes)
     if flags.context_from_last_step_start_chunk is not None and not chosen.noisy_context:
-        raise ConfigError("--context_from_last_step_start_chunk has no effect with clean context; add --context_from_last_step")
+        raise ConfigError(
+            "--context_from_last_step_start_chunk has no effect with clean context; add"
+            " --context_from_last_step"
+        )
     return chosen
 
 
 def _whole(flags: argparse.Namespace, trained: WholeVideoRecipe) -> WholeVideoRecipe:
     causal = [f"--{name}" for name in _FEW_STEP if getattr(flags, name) is not None]
     if causal:
-        raise ConfigError(f"{', '.join(causal)} belong to causal checkpoints; this one is bidirectional and samples whole videos")
-    renamed = {"num_steps": "steps", "sigma_max": "sigma_max", "timestep_shift": "shift", "guidance_scale": "guidance"}
+        raise ConfigError(
+            f"{', '.join(causal)} belong to causal checkpoints; this one is bidirectional and"
+            " samples whole videos"
+        )
+    renamed = {
+        "num_steps": "steps",
+        "sigma_max": "sigma_max",
+        "timestep_shift": "shift",
+        "guidance_scale": "guidance",
+    }
     if flags.timestep_shift is not None and trained.kind != "ode":
-        raise ConfigError(f"--timestep_shift belongs to many-step sampling; the checkpoint is sampled with {trained.kind!r} steps")
-    return replace(trained, **{field: getattr(flags, flag) for flag, field in renamed.items() if getattr(flags, flag) is not None})
+        raise ConfigError(
+            "--timestep_shift belongs to many-step sampling; the checkpoint is sampled with"
+            f" {trained.kind!r} steps"
+        )
+    return replace(
+        trained,
+        **{
+            field: getattr(flags, flag)
+            for flag, field in renamed.items()
+            if getattr(flags, flag) is not None
+        },
+    )

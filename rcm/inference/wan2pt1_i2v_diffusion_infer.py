@@ -35,11 +35,27 @@ SHIFTS = {"one": 5.0, "two": 16.0}
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = wan_parser("wan2pt1_i2v_diffusion_infer", about=__doc__)
-    add_video_flags(parser, sizes=("i2v-14B", "flf2v-14B"), size="auto", num_samples=1, num_frames=81, resolution="720p")
+    add_video_flags(
+        parser,
+        sizes=("i2v-14B", "flf2v-14B"),
+        size="auto",
+        num_samples=1,
+        num_frames=81,
+        resolution="720p",
+    )
     add_image_flags(parser, experts=False)
     add = parser.add_argument_group("more of the image").add_argument
-    add("--last_image_path", metavar="FILE", help="the last frame, stretched to the size of the video as the first is (FLF2V)")
-    add("--clip_path", default=CLIP_FILE, metavar="PATH", help="weights of CLIP's image half [%(default)s]")
+    add(
+        "--last_image_path",
+        metavar="FILE",
+        help="the last frame, stretched to the size of the video as the first is (FLF2V)",
+    )
+    add(
+        "--clip_path",
+        default=CLIP_FILE,
+        metavar="PATH",
+        help="weights of CLIP's image half [%(default)s]",
+    )
     add_many_step_flags(parser, negative_prompt=None, timestep_shift=None)
     add_single_network_flags(parser, dit_path="")
     add_machine_flags(parser)
@@ -50,7 +66,8 @@ def _job(flags: argparse.Namespace) -> Job:
     two = flags.last_image_path is not None
     if two and flags.num_frames <= MASK_CHANNELS:
         raise ConfigError(
-            f"a first and a last frame need at least {1 + MASK_CHANNELS} frames, got {flags.num_frames}; change --num_frames"
+            f"a first and a last frame need at least {1 + MASK_CHANNELS} frames, got"
+            f" {flags.num_frames}; change --num_frames"
         )
     if flags.timestep_shift is None:
         flags.timestep_shift = SHIFTS["two" if two else "one"]

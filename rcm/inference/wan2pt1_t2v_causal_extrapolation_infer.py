@@ -21,7 +21,9 @@ from rcm.inference.causal_flags import EXTRAPOLATION
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return causal_main("wan2pt1_t2v_causal_extrapolation_infer", argv, about=__doc__, defaults=EXTRAPOLATION)
+    return causal_main(
+        "wan2pt1_t2v_causal_extrapolation_infer", argv, about=__doc__, defaults=EXTRAPOLATION
+    )
 
 
 if __name__ == "__main__":

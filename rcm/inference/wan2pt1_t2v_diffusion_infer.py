@@ -26,7 +26,9 @@ from rcm.inference.wan_flags import (
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = wan_parser("wan2pt1_t2v_diffusion_infer", about=__doc__)
-    add_video_flags(parser, sizes=("1.3B", "14B"), size="14B", num_samples=4, num_frames=81, resolution="480p")
+    add_video_flags(
+        parser, sizes=("1.3B", "14B"), size="14B", num_samples=4, num_frames=81, resolution="480p"
+    )
     add_many_step_flags(parser)
     add_single_network_flags(parser, dit_path=f"{FOLDER}/Wan2.1-T2V-14B.pth")
     add_machine_flags(parser)
@@ -34,7 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _job(flags: argparse.Namespace) -> Job:
-    return Job("diffusion", many_step_recipe(flags), single_network(flags), negative_prompt=flags.negative_prompt)
+    return Job(
+        "diffusion",
+        many_step_recipe(flags),
+        single_network(flags),
+        negative_prompt=flags.negative_prompt,
+    )
 
 
 if __name__ == "__main__":

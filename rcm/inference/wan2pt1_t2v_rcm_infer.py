@@ -27,7 +27,9 @@ from rcm.pipelines.text_to_video import WholeVideoRecipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = wan_parser("wan2pt1_t2v_rcm_infer", about=__doc__)
-    add_video_flags(parser, sizes=("1.3B", "14B"), size="1.3B", num_samples=1, num_frames=77, resolution="480p")
+    add_video_flags(
+        parser, sizes=("1.3B", "14B"), size="1.3B", num_samples=1, num_frames=77, resolution="480p"
+    )
     add_few_step_flags(parser, sigma_max=80.0)
     add_single_network_flags(parser, dit_path="")
     add_machine_flags(parser)
@@ -35,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _job(flags: argparse.Namespace) -> Job:
-    return Job("rcm", WholeVideoRecipe("rcm_few_step", sigma_max=flags.sigma_max, steps=flags.num_steps), single_network(flags))
+    return Job(
+        "rcm",
+        WholeVideoRecipe("rcm_few_step", sigma_max=flags.sigma_max, steps=flags.num_steps),
+        single_network(flags),
+    )
 
 
 if __name__ == "__main__":

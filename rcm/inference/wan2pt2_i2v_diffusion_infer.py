@@ -27,16 +27,26 @@ from rcm.inference.wan_flags import (
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = wan_parser("wan2pt2_i2v_diffusion_infer", about=__doc__)
-    add_video_flags(parser, sizes=("A14B",), size="A14B", num_samples=4, num_frames=81, resolution="720p")
+    add_video_flags(
+        parser, sizes=("A14B",), size="A14B", num_samples=4, num_frames=81, resolution="720p"
+    )
     add_image_flags(parser)
     add_many_step_flags(parser)
-    add_expert_flags(parser, high=f"{FOLDER}/Wan2.2-I2V-A14B-high.pth", low=f"{FOLDER}/Wan2.2-I2V-A14B-low.pth")
+    add_expert_flags(
+        parser, high=f"{FOLDER}/Wan2.2-I2V-A14B-high.pth", low=f"{FOLDER}/Wan2.2-I2V-A14B-low.pth"
+    )
     add_machine_flags(parser)
     return wan_main(parser, argv, _job)
 
 
 def _job(flags: argparse.Namespace) -> Job:
-    return Job("diffusion", many_step_recipe(flags), experts(flags), negative_prompt=flags.negative_prompt, image_path=flags.image_path)
+    return Job(
+        "diffusion",
+        many_step_recipe(flags),
+        experts(flags),
+        negative_prompt=flags.negative_prompt,
+        image_path=flags.image_path,
+    )
 
 
 if __name__ == "__main__":

@@ -27,10 +27,22 @@ from rcm.pipelines.text_to_video import WholeVideoRecipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = wan_parser("wan2pt2_i2v_rcm_infer", about=__doc__)
-    add_video_flags(parser, sizes=("A14B",), size="A14B", num_samples=1, num_frames=81, resolution="720p", prompt=None)
+    add_video_flags(
+        parser,
+        sizes=("A14B",),
+        size="A14B",
+        num_samples=1,
+        num_frames=81,
+        resolution="720p",
+        prompt=None,
+    )
     add_image_flags(parser)
     add_few_step_flags(parser, sigma_max=200.0)
-    parser.add_argument("--ode", action="store_true", help="deterministic steps: sharper, less robust than renoising")
+    parser.add_argument(
+        "--ode",
+        action="store_true",
+        help="deterministic steps: sharper, less robust than renoising",
+    )
     add_expert_flags(
         parser,
         high=f"{FOLDER}/Wan2.2-I2V-A14B-high-rCM-merged.pth",
@@ -42,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _job(flags: argparse.Namespace) -> Job:
     solver = "euler" if flags.ode else "consistency"
-    recipe = WholeVideoRecipe("rcm_few_step", sigma_max=flags.sigma_max, steps=flags.num_steps, solver=solver)
+    recipe = WholeVideoRecipe(
+        "rcm_few_step", sigma_max=flags.sigma_max, steps=flags.num_steps, solver=solver
+    )
     return Job("rcm", recipe, experts(flags), image_path=flags.image_path)
 
 

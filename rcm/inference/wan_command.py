@@ -71,11 +71,15 @@ def wan_main(
     (`run` for the bidirectional commands).
     """
     flags = parser.parse_args(argv)
-    leads = os.environ.get("RANK", "0") == "0" and (not dist.is_initialized() or dist.get_rank() == 0)
+    leads = os.environ.get("RANK", "0") == "0" and (
+        not dist.is_initialized() or dist.get_rank() == 0
+    )
     return exit_status(lambda: _launch(flags, plan, make or run), tell=leads)
 
 
-def _launch(flags: argparse.Namespace, plan: Callable[[argparse.Namespace], Any], make: Callable[..., None]) -> None:
+def _launch(
+    flags: argparse.Namespace, plan: Callable[[argparse.Namespace], Any], make: Callable[..., None]
+) -> None:
     _check_flags(flags)
     job = plan(flags)
     with _device(flags.device) as device:
@@ -105,25 +109,40 @@ def _out_of_memory_told(flags: argparse.Namespace, clock: PartClock) -> Iterator
         knobs = ["--num_samples 1"] if flags.num_samples > 1 else []
         knobs += ["--offload low"] if flags.offload != "low" else []
         knobs += ["--vae_tile 256"] if flags.vae_tile is None else []
-        knobs += ["a smaller --resolution or --size", "fewer --num_frames", "several GPUs (torchrun --nproc_per_node=N)"]
+        knobs += [
+            "a smaller --resolution or --size",
+            "fewer --num_frames",
+            "several GPUs (torchrun --nproc_per_node=N)",
+        ]
         where = "" if clock.interrupted is None else f" in the part {clock.interrupted!r}"
         told = str(error).splitlines()[0][:160]
-        raise OutOfMemory(f"out of memory on {flags.device}{where}: {told} Try {', '.join(knobs)}") from error
+        raise OutOfMemory(
+            f"out of memory on {flags.device}{where}: {told} Try {', '.join(knobs)}"
+        ) from error
 
 
 def _check_flags(flags: argparse.Namespace) -> None:
     if flags.vae_tile is not None and (flags.vae_tile < 64 or flags.vae_tile % 8):
-        raise ConfigError(f"--vae_tile {flags.vae_tile} must be a multiple of 8 pixels, at least 64")
+        raise ConfigError(
+            f"--vae_tile {flags.vae_tile} must be a multiple of 8 pixels, at least 64"
+        )
     check_numbers(flags)
-    [flags.prompt] = checked_prompts([("--prompt", flags.prompt)], allow_empty=flags.allow_empty_prompt)
+    [flags.prompt] = checked_prompts(
+        [("--prompt", flags.prompt)], allow_empty=flags.allow_empty_prompt
+    )
     if getattr(flags, "negative_prompt", None) is not None:
-        [flags.negative_prompt] = checked_prompts([("--negative_prompt", flags.negative_prompt)], allow_empty=True)
+        [flags.negative_prompt] = checked_prompts(
+            [("--negative_prompt", flags.negative_prompt)], allow_empty=True
+        )
     if flags.random_weights and flags.model_size == "auto":
-        raise ConfigError("--random_weights reads no file, so --model_size auto has nothing to go by; name a size")
+        raise ConfigError(
+            "--random_weights reads no file, so --model_size auto has nothing to go by; name a size"
+        )
     if flags.device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "there is no CUDA device here; --device cpu runs without one, but slowly: a forward of the 1.3B network over 81 frames at "
-            "480p is 283 TFLOP, many minutes per step (a first try: --device cpu --size 160x272 --num_frames 9)"
+            "there is no CUDA device here; --device cpu runs without one, but slowly: a forward of"
+            " the 1.3B network over 81 frames at 480p is 283 TFLOP, many minutes per step (a first"
+            " try: --device cpu --size 160x272 --num_frames 9)"
         )
     check_device(flags.device)
     if "RANK" in os.environ:
@@ -134,10 +153,15 @@ def _check_flags(flags: argparse.Namespace) -> None:
 def _check_launch(device: str) -> None:
     """Under torchrun every rank has a GPU of its own."""
     if ":" in device:
-        raise ConfigError(f"--device {device}: under torchrun every rank takes its own GPU; write --device cuda")
+        raise ConfigError(
+            f"--device {device}: under torchrun every rank takes its own GPU; write --device cuda"
+        )
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device == "cuda" and here > torch.cuda.device_count():
-        raise ConfigError(f"{here} ranks on a machine with {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
+        raise ConfigError(
+            f"{here} ranks on a machine with {torch.cuda.device_count()} GPUs; lower"
+            " --nproc_per_node"
+        )
 
 
 def run(flags: argparse.Namespace, job: Job, *, clock: PartClock) -> None:
@@ -145,7 +169,9 @@ def run(flags: argparse.Namespace, job: Job, *, clock: PartClock) -> None:
     writes.
     """
     outputs = on_first(lambda: Outputs.claim(flags))
-    first, last = shared(on_first(lambda: tuple(p and read_image(p) for p in (job.image_path, job.last_image_path))))
+    first, last = shared(
+        on_first(lambda: tuple(p and read_image(p) for p in (job.image_path, job.last_image_path)))
+    )
     request = VideoRequest(
         prompt=flags.prompt,
         recipe=job.recipe,
@@ -160,12 +186,20 @@ def run(flags: argparse.Namespace, job: Job, *, clock: PartClock) -> None:
     _check_amount(request)
     tokens = request.tokens_per_frame
     if flags.model_size != "auto":
-        check_ranks(num_ranks(), num_heads=preset(flags.model_size).num_heads, tokens_per_frame=tokens)
+        check_ranks(
+            num_ranks(), num_heads=preset(flags.model_size).num_heads, tokens_per_frame=tokens
+        )
     if not flags.random_weights:
-        task = Task(request.input_channels, images=0 if job.clip_path is None else 1 + (last is not None), clip_path=job.clip_path)
+        task = Task(
+            request.input_channels,
+            images=0 if job.clip_path is None else 1 + (last is not None),
+            clip_path=job.clip_path,
+        )
         on_first(lambda: check_files(flags, job.networks, family=job.family, task=task))
     leads = not dist.is_initialized() or dist.get_rank() == 0
-    pipeline = build_pipeline(flags, job.networks, clock=clock, size=request.size, clip_path=job.clip_path)
+    pipeline = build_pipeline(
+        flags, job.networks, clock=clock, size=request.size, clip_path=job.clip_path
+    )
     if not leads:
         _generate(flags, pipeline, request, progress=None)
         return
@@ -174,8 +208,9 @@ def run(flags: argparse.Namespace, job: Job, *, clock: PartClock) -> None:
         print(BANNER, flush=True)
     _, _, frames, height, width = request.latent_shape
     print(
-        f"{flags.num_samples} x {flags.num_frames} frames of {request.size} (HxW), {frames}x{height}x{width} latents, "
-        f"{frames * tokens} tokens; {len(job.recipe.times()) - 1} steps on {num_ranks()} x {clock.device}",
+        f"{flags.num_samples} x {flags.num_frames} frames of {request.size} (HxW),"
+        f" {frames}x{height}x{width} latents, {frames * tokens} tokens;"
+        f" {len(job.recipe.times()) - 1} steps on {num_ranks()} x {clock.device}",
         flush=True,
     )
     with Progress(sys.stdout) as progress:
@@ -195,22 +230,38 @@ def frame_size(flags: argparse.Namespace, image: Tensor | None) -> FrameSize:
     adaptive = getattr(flags, "adaptive_resolution", False)
     if flags.size is not None:
         if adaptive:
-            raise ConfigError("--size and --adaptive_resolution both set the size; give one of them")
+            raise ConfigError(
+                "--size and --adaptive_resolution both set the size; give one of them"
+            )
         return written_size(flags.size)
     size = table_size(flags.resolution, flags.aspect_ratio)
     return adaptive_size(size, image=image_size(image)) if adaptive else size
 
 
 def _check_amount(request: VideoRequest) -> None:
-    gib = request.num_samples * request.num_frames * request.size.height * request.size.width * 12 / 2**30
+    gib = (
+        request.num_samples
+        * request.num_frames
+        * request.size.height
+        * request.size.width
+        * 12
+        / 2**30
+    )
     if gib > MAX_PIXELS_GIB:
         raise ConfigError(
-            f"{request.num_samples} x {request.num_frames} frames of {request.size} are {gib:.0f} GiB of pixels, "
-            f"at most {MAX_PIXELS_GIB} are made at once; lower --num_samples, --num_frames or --size"
+            f"{request.num_samples} x {request.num_frames} frames of {request.size} are {gib:.0f}"
+            f" GiB of pixels, at most {MAX_PIXELS_GIB} are made at once; lower --num_samples,"
+            " --num_frames or --size"
         )
 
 
-def _generate(flags: argparse.Namespace, pipeline: WanPipeline, request: VideoRequest, *, progress: Progress | None) -> GeneratedVideo:
+def _generate(
+    flags: argparse.Namespace,
+    pipeline: WanPipeline,
+    request: VideoRequest,
+    *,
+    progress: Progress | None,
+) -> GeneratedVideo:
     for _ in range(flags.warmup_iters):
         pipeline.generate(request)
     if flags.warmup_iters:
@@ -231,7 +282,12 @@ class Outputs:
         """Errors of `OutputFile.claim`."""
         asked = (("save_path", ".mp4"), ("preview_grid", ".png"), ("report", ".json"))
         given = [(name, getattr(flags, name), suffix) for name, suffix in asked]
-        return cls(*(None if path is None else OutputFile.claim(path, suffix=suffix, knob=f"--{name}") for name, path, suffix in given))
+        return cls(
+            *(
+                None if path is None else OutputFile.claim(path, suffix=suffix, knob=f"--{name}")
+                for name, path, suffix in given
+            )
+        )
 
     def write(self, flags: argparse.Namespace, frames: Tensor) -> None:
         """Samples side by side; and the contact sheet, a row per sample."""
@@ -240,8 +296,14 @@ class Outputs:
             return
         height = min(PREVIEW_HEIGHT, frames.shape[3])
         width = max(1, round(frames.shape[4] * height / frames.shape[3]))
-        picks = torch.linspace(0, frames.shape[2] - 1, min(PREVIEW_COLUMNS, frames.shape[2])).round().long()
-        small = torch.nn.functional.interpolate(frames[:, :, picks], size=(len(picks), height, width), mode="area")
+        picks = (
+            torch.linspace(0, frames.shape[2] - 1, min(PREVIEW_COLUMNS, frames.shape[2]))
+            .round()
+            .long()
+        )
+        small = torch.nn.functional.interpolate(
+            frames[:, :, picks], size=(len(picks), height, width), mode="area"
+        )
         # the built-in font may have no other letters
         prompt = flags.prompt[:120].encode("ascii", "replace").decode()
         labels = [f"seed {flags.seed}, sample {i}: {prompt}" for i in range(len(small))]

@@ -23,28 +23,53 @@ VAE_PATH = f"{FOLDER}/Wan2.1_VAE.pth"
 TEXT_ENCODER_PATH = f"{FOLDER}/models_t5_umt5-xxl-enc-bf16.pth"
 
 PROMPT = (
-    "A stylish woman walks down a Tokyo street filled with warm glowing neon and animated city signage. She wears a black leather jacket, "
-    "a long red dress, and black boots, and carries a black purse. She wears sunglasses and red lipstick. She walks confidently and "
-    "casually. The street is damp and reflective, creating a mirror effect of the colorful lights. Many pedestrians walk about."
+    "A stylish woman walks down a Tokyo street filled with warm glowing neon and animated city"
+    " signage. She wears a black leather jacket, a long red dress, and black boots, and carries a"
+    " black purse. She wears sunglasses and red lipstick. She walks confidently and casually. The"
+    " street is damp and reflective, creating a mirror effect of the colorful lights. Many"
+    " pedestrians walk about."
 )
 """The prompt of the released scripts."""
 
 PUBLISHED = {
     "--vae_path": "Wan2.1_VAE.pth (0.5 GB) of huggingface.co/Wan-AI/Wan2.1-T2V-1.3B",
-    "--text_encoder_path": "models_t5_umt5-xxl-enc-bf16.pth (11.4 GB) of huggingface.co/Wan-AI/Wan2.1-T2V-1.3B",
-    "rcm --dit_path": "rCM_Wan2.1_T2V_1.3B_480p.pt and its 14B and 720p relatives, huggingface.co/worstcoder/rcm-Wan",
-    "diffusion --dit_path": "Wan2.1-T2V-1.3B.pth and Wan2.1-T2V-14B.pth, huggingface.co/worstcoder/Wan, or the folder of "
-    "huggingface.co/Wan-AI/Wan2.1-T2V-14B",
-    "causal --dit_path": "Causal_rCM_Wan2.1_T2V_1.3B_480p_TF-sCM-init_SF-DMD_c3-3_step4.pt and its relatives, "
-    "huggingface.co/worstcoder/rcm-Wan",
-    "diffusion i2v --dit_path": "the folder of huggingface.co/Wan-AI/Wan2.1-I2V-14B-480P (or -720P, or Wan2.1-FLF2V-14B-720P)",
-    "--clip_path": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth (4.8 GB) of huggingface.co/Wan-AI/Wan2.1-I2V-14B-480P",
-    "rcm --high_noise_model_path": "Wan2.2-I2V-A14B-high-rCM-merged.pth, huggingface.co/worstcoder/rcm-Wan",
-    "rcm --low_noise_model_path": "Wan2.2-I2V-A14B-low-rCM-merged.pth, huggingface.co/worstcoder/rcm-Wan",
-    "diffusion --high_noise_model_path": "Wan2.2-I2V-A14B-high.pth, huggingface.co/worstcoder/Wan, or high_noise_model of "
-    "huggingface.co/Wan-AI/Wan2.2-I2V-A14B",
-    "diffusion --low_noise_model_path": "Wan2.2-I2V-A14B-low.pth, huggingface.co/worstcoder/Wan, or low_noise_model of "
-    "huggingface.co/Wan-AI/Wan2.2-I2V-A14B",
+    "--text_encoder_path": (
+        "models_t5_umt5-xxl-enc-bf16.pth (11.4 GB) of huggingface.co/Wan-AI/Wan2.1-T2V-1.3B"
+    ),
+    "rcm --dit_path": (
+        "rCM_Wan2.1_T2V_1.3B_480p.pt and its 14B and 720p relatives,"
+        " huggingface.co/worstcoder/rcm-Wan"
+    ),
+    "diffusion --dit_path": (
+        "Wan2.1-T2V-1.3B.pth and Wan2.1-T2V-14B.pth, huggingface.co/worstcoder/Wan, or the folder"
+        " of huggingface.co/Wan-AI/Wan2.1-T2V-14B"
+    ),
+    "causal --dit_path": (
+        "Causal_rCM_Wan2.1_T2V_1.3B_480p_TF-sCM-init_SF-DMD_c3-3_step4.pt and its relatives, "
+        "huggingface.co/worstcoder/rcm-Wan"
+    ),
+    "diffusion i2v --dit_path": (
+        "the folder of huggingface.co/Wan-AI/Wan2.1-I2V-14B-480P (or -720P, or"
+        " Wan2.1-FLF2V-14B-720P)"
+    ),
+    "--clip_path": (
+        "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth (4.8 GB) of"
+        " huggingface.co/Wan-AI/Wan2.1-I2V-14B-480P"
+    ),
+    "rcm --high_noise_model_path": (
+        "Wan2.2-I2V-A14B-high-rCM-merged.pth, huggingface.co/worstcoder/rcm-Wan"
+    ),
+    "rcm --low_noise_model_path": (
+        "Wan2.2-I2V-A14B-low-rCM-merged.pth, huggingface.co/worstcoder/rcm-Wan"
+    ),
+    "diffusion --high_noise_model_path": (
+        "Wan2.2-I2V-A14B-high.pth, huggingface.co/worstcoder/Wan, or high_noise_model of "
+        "huggingface.co/Wan-AI/Wan2.2-I2V-A14B"
+    ),
+    "diffusion --low_noise_model_path": (
+        "Wan2.2-I2V-A14B-low.pth, huggingface.co/worstcoder/Wan, or low_noise_model of "
+        "huggingface.co/Wan-AI/Wan2.2-I2V-A14B"
+    ),
 }
 """Where the files that a flag names are published."""
 
@@ -99,7 +124,10 @@ def wan_parser(name: str, *, about: str | None) -> argparse.ArgumentParser:
         allow_abbrev=False,
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="docs/inference.md says which files to fetch, and what to do on small cards and with several GPUs.",
+        epilog=(
+            "docs/inference.md says which files to fetch, and what to do on small cards and with"
+            " several GPUs."
+        ),
     )
 
 
@@ -115,16 +143,50 @@ def add_video_flags(
 ) -> None:
     """What to make, of what; `prompt` None makes it required."""
     add = parser.add_argument_group("video").add_argument
-    add("--model_size", choices=(*sizes, "auto"), default=size, help="auto (an addition): whatever the file holds [%(default)s]")
-    add("--prompt", required=prompt is None, default=prompt, metavar="TEXT", help="[required]" if prompt is None else "[a walk in Tokyo]")
-    add("--allow_empty_prompt", action="store_true", help="sample an empty prompt, the unconditional one")
-    add("--num_samples", type=int, default=num_samples, metavar="N", help="videos of the prompt, side by side [%(default)s]")
-    add("--num_frames", type=int, default=num_frames, metavar="N", help="pixel frames, 4n + 1 [%(default)s]")
-    add("--resolution", default=resolution, metavar="NAME", help=f"{', '.join(SIZES)} [%(default)s]")
+    add(
+        "--model_size",
+        choices=(*sizes, "auto"),
+        default=size,
+        help="auto (an addition): whatever the file holds [%(default)s]",
+    )
+    add(
+        "--prompt",
+        required=prompt is None,
+        default=prompt,
+        metavar="TEXT",
+        help="[required]" if prompt is None else "[a walk in Tokyo]",
+    )
+    add(
+        "--allow_empty_prompt",
+        action="store_true",
+        help="sample an empty prompt, the unconditional one",
+    )
+    add(
+        "--num_samples",
+        type=int,
+        default=num_samples,
+        metavar="N",
+        help="videos of the prompt, side by side [%(default)s]",
+    )
+    add(
+        "--num_frames",
+        type=int,
+        default=num_frames,
+        metavar="N",
+        help="pixel frames, 4n + 1 [%(default)s]",
+    )
+    add(
+        "--resolution", default=resolution, metavar="NAME", help=f"{', '.join(SIZES)} [%(default)s]"
+    )
     add("--aspect_ratio", default="16:9", metavar="W:H", help=f"{', '.join(SIZES['480p'])} [16:9]")
     add("--size", metavar="HxW", help="pixels, multiples of 16, instead of the table (an addition)")
     add("--seed", type=int, default=0, help="[%(default)s]")
-    add("--save_path", default="outputs/generated_video.mp4", metavar="FILE.mp4", help="[%(default)s]")
+    add(
+        "--save_path",
+        default="outputs/generated_video.mp4",
+        metavar="FILE.mp4",
+        help="[%(default)s]",
+    )
     add("--fps", type=float, default=16.0, help="frames per second of the file [%(default)g]")
     add("--preview_grid", metavar="FILE.png", help="also a contact sheet of frames")
     add("--report", metavar="FILE.json", help="settings, seconds and peak memory per part as JSON")
@@ -135,39 +197,72 @@ def add_few_step_flags(parser: argparse.ArgumentParser, *, sigma_max: float) -> 
     add = parser.add_argument_group("sampling").add_argument
     add("--num_steps", type=int, choices=(1, 2, 3, 4), default=4, help="[%(default)s]")
     add(
-        "--sigma_max", type=float, default=sigma_max, help="noise level of the first step; 1600: less diverse, perhaps better [%(default)g]"
+        "--sigma_max",
+        type=float,
+        default=sigma_max,
+        help="noise level of the first step; 1600: less diverse, perhaps better [%(default)g]",
     )
 
 
 def add_many_step_flags(
-    parser: argparse.ArgumentParser, *, negative_prompt: str | None = NEGATIVE_PROMPT, timestep_shift: float | None = 5.0
+    parser: argparse.ArgumentParser,
+    *,
+    negative_prompt: str | None = NEGATIVE_PROMPT,
+    timestep_shift: float | None = 5.0,
 ) -> None:
     """Many-step sampling with guidance; a default of None is chosen by the command."""
     add = parser.add_argument_group("sampling").add_argument
     add("--num_steps", type=int, default=50, metavar="N", help="[%(default)s]")
     add("--sigma_max", type=int, default=5000, help="noise level of the first step [%(default)s]")
     add("--sampler", choices=("Euler", "UniPC"), default="UniPC", help="[%(default)s]")
-    add("--guidance_scale", type=float, default=5.0, help="classifier-free guidance; 1 or less: none, and half the work [%(default)g]")
+    add(
+        "--guidance_scale",
+        type=float,
+        default=5.0,
+        help="classifier-free guidance; 1 or less: none, and half the work [%(default)g]",
+    )
     told = "Wan's own" if timestep_shift is None else f"{timestep_shift:g}"
     add("--timestep_shift", type=float, default=timestep_shift, help=f"[{told}]")
-    add("--negative_prompt", default=negative_prompt, metavar="TEXT", help="[Wan's own, in Chinese]")
+    add(
+        "--negative_prompt", default=negative_prompt, metavar="TEXT", help="[Wan's own, in Chinese]"
+    )
 
 
 def add_image_flags(parser: argparse.ArgumentParser, *, experts: bool = True) -> None:
     """The first frame, and with two `experts` (Wan2.2) when the second takes over."""
     add = parser.add_argument_group("image").add_argument
     add("--image_path", required=True, metavar="FILE", help="the first frame [required]")
-    add("--adaptive_resolution", action="store_true", help="keep the image's shape, with about the pixels of the table's size")
+    add(
+        "--adaptive_resolution",
+        action="store_true",
+        help="keep the image's shape, with about the pixels of the table's size",
+    )
     if not experts:
         return
-    add("--boundary", type=float, default=0.9, help="time at which the low-noise expert takes over [%(default)g]")
+    add(
+        "--boundary",
+        type=float,
+        default=0.9,
+        help="time at which the low-noise expert takes over [%(default)g]",
+    )
 
 
 def add_single_network_flags(parser: argparse.ArgumentParser, *, dit_path: str) -> None:
     """One network."""
     add = parser.add_argument_group("networks").add_argument
-    add("--dit_path", default=dit_path, metavar="PATH", help=f"any format that scripts.checkpoint understands [{dit_path or 'required'}]")
-    add("--lora", action="append", default=[], metavar="PATH[=SCALE]", help="merge a low-rank update; may be repeated")
+    add(
+        "--dit_path",
+        default=dit_path,
+        metavar="PATH",
+        help=f"any format that scripts.checkpoint understands [{dit_path or 'required'}]",
+    )
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[=SCALE]",
+        help="merge a low-rank update; may be repeated",
+    )
 
 
 def add_expert_flags(parser: argparse.ArgumentParser, *, high: str, low: str) -> None:
@@ -175,7 +270,13 @@ def add_expert_flags(parser: argparse.ArgumentParser, *, high: str, low: str) ->
     add = parser.add_argument_group("networks").add_argument
     for name, path in (("high", high), ("low", low)):
         add(f"--{name}_noise_model_path", default=path, metavar="PATH", help=f"[{path}]")
-        add(f"--{name}_noise_lora", action="append", default=[], metavar="PATH[=SCALE]", help="merge a low-rank update; may be repeated")
+        add(
+            f"--{name}_noise_lora",
+            action="append",
+            default=[],
+            metavar="PATH[=SCALE]",
+            help="merge a low-rank update; may be repeated",
+        )
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
@@ -183,8 +284,16 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("other files").add_argument
     add("--vae_path", default=VAE_PATH, metavar="PATH", help="[%(default)s]")
     add("--text_encoder_path", default=TEXT_ENCODER_PATH, metavar="PATH", help="[%(default)s]")
-    add("--tokenizer_path", metavar="DIR", help="folder of google/umt5-xxl's files [beside the text encoder]")
-    add("--text_cache", metavar="DIR", help="keep embeddings there; with every prompt in it the text encoder is not read")
+    add(
+        "--tokenizer_path",
+        metavar="DIR",
+        help="folder of google/umt5-xxl's files [beside the text encoder]",
+    )
+    add(
+        "--text_cache",
+        metavar="DIR",
+        help="keep embeddings there; with every prompt in it the text encoder is not read",
+    )
     add(
         "--weights",
         choices=("ema", "live"),
@@ -193,20 +302,45 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="cuda", help="cuda or cpu [%(default)s]")
-    add("--precision", choices=tuple(PRECISIONS), default="bf16", help="of the networks; see docs/inference.md [%(default)s]")
+    add(
+        "--precision",
+        choices=tuple(PRECISIONS),
+        default="bf16",
+        help="of the networks; see docs/inference.md [%(default)s]",
+    )
     add("--vae_precision", choices=("bf16", "fp32"), default="bf16", help="[%(default)s]")
     add("--attention", choices=tuple(BACKENDS), default="auto", help="[%(default)s]")
-    add("--compile", action="store_true", help="compile the blocks (one GPU): slow first step, faster later ones")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the blocks (one GPU): slow first step, faster later ones",
+    )
     add(
         "--offload",
         choices=tuple(POLICIES),
         default="idle",
         help="what leaves the GPU when it is done; see docs/inference.md [%(default)s]",
     )
-    add("--low_memory", dest="offload", action="store_const", const="low", help="the same as --offload low")
+    add(
+        "--low_memory",
+        dest="offload",
+        action="store_const",
+        const="low",
+        help="the same as --offload low",
+    )
     add("--vae_tile", type=int, metavar="N", help="decode in tiles of N x N pixels [whole frames]")
-    add("--warmup_iters", type=int, default=0, metavar="N", help="untimed videos before the one that is kept [%(default)s]")
-    add("--random_weights", action="store_true", help="RANDOM numbers for all weights, no file is read: measures time and memory only")
+    add(
+        "--warmup_iters",
+        type=int,
+        default=0,
+        metavar="N",
+        help="untimed videos before the one that is kept [%(default)s]",
+    )
+    add(
+        "--random_weights",
+        action="store_true",
+        help="RANDOM numbers for all weights, no file is read: measures time and memory only",
+    )
 
 
 def many_step_recipe(flags: argparse.Namespace) -> WholeVideoRecipe:
@@ -231,7 +365,9 @@ def lora_of(text: str) -> LoRA:
     try:
         return LoRA(path, scale=float(scale))
     except ValueError as error:
-        raise ConfigError(f"--lora {text}: {scale!r} after = is no number; write PATH or PATH=SCALE") from error
+        raise ConfigError(
+            f"--lora {text}: {scale!r} after = is no number; write PATH or PATH=SCALE"
+        ) from error
 
 
 def single_network(flags: argparse.Namespace) -> tuple[NetworkFile, ...]:
@@ -244,8 +380,20 @@ def experts(flags: argparse.Namespace) -> tuple[NetworkFile, ...]:
     0 and 1.
     """
     if not 0 < flags.boundary < 1:
-        raise ConfigError(f"--boundary {flags.boundary:g} must be a time between 0 and 1 (0.9 for image-to-video)")
+        raise ConfigError(
+            f"--boundary {flags.boundary:g} must be a time between 0 and 1 (0.9 for image-to-video)"
+        )
     return (
-        NetworkFile("--high_noise_model_path", flags.high_noise_model_path, flags.boundary, tuple(map(lora_of, flags.high_noise_lora))),
-        NetworkFile("--low_noise_model_path", flags.low_noise_model_path, 0.0, tuple(map(lora_of, flags.low_noise_lora))),
+        NetworkFile(
+            "--high_noise_model_path",
+            flags.high_noise_model_path,
+            flags.boundary,
+            tuple(map(lora_of, flags.high_noise_lora)),
+        ),
+        NetworkFile(
+            "--low_noise_model_path",
+            flags.low_noise_model_path,
+            0.0,
+            tuple(map(lora_of, flags.low_noise_lora)),
+        ),
     )

@@ -34,7 +34,14 @@ from rcm.parallel.apply import parallelize
 from rcm.parallel.mesh import ParallelDims
 from rcm.pipelines.part_clock import PartClock
 from rcm.pipelines.residency import MemoryPolicy, Resident
-from rcm.pipelines.wan_files import MergedWeights, config_of, load_wan, network_weights, random_wan, require_fit
+from rcm.pipelines.wan_files import (
+    MergedWeights,
+    config_of,
+    load_wan,
+    network_weights,
+    random_wan,
+    require_fit,
+)
 from rcm.pipelines.wan_pipeline import Expert, ImageEncoder, WanPipeline
 from rcm.pipelines.wan_ranks import num_ranks, share_tokens
 from rcm.pipelines.wan_sizes import FrameSize
@@ -59,33 +66,50 @@ class Task:
         """`CheckpointError` for a network that was made for another task."""
         if config.in_dim != self.channels:
             raise CheckpointError(
-                f"{path} reads {config.in_dim} channels, this command gives {self.channels}: it was made for another task"
+                f"{path} reads {config.in_dim} channels, this command gives {self.channels}: it was"
+                " made for another task"
             )
         reads = 0 if not config.image_branch else 2 if config.image_positions else 1
         if reads != self.images:
-            raise CheckpointError(f"{path} reads CLIP's tokens of {reads} images, this command gives {self.images}: {_TASKS[reads]}")
+            raise CheckpointError(
+                f"{path} reads CLIP's tokens of {reads} images, this command gives {self.images}:"
+                f" {_TASKS[reads]}"
+            )
 
 
 _TASKS = (
     "it has no image branch; Wan2.2's experts are sampled by wan2pt2_i2v_diffusion_infer",
-    "it was made for a first frame alone (Wan2.1 I2V); wan2pt1_i2v_diffusion_infer samples it without --last_image_path",
-    "it was made for a first and a last frame (Wan2.1 FLF2V); wan2pt1_i2v_diffusion_infer samples it with --last_image_path",
+    (
+        "it was made for a first frame alone (Wan2.1 I2V); wan2pt1_i2v_diffusion_infer samples it"
+        " without --last_image_path"
+    ),
+    (
+        "it was made for a first and a last frame (Wan2.1 FLF2V); wan2pt1_i2v_diffusion_infer"
+        " samples it with --last_image_path"
+    ),
 )
 """What a network is that reads 0, 1, 2 images."""
 
 
-def check_files(flags: argparse.Namespace, networks: Sequence[NetworkFile], *, family: str, task: Task) -> None:
+def check_files(
+    flags: argparse.Namespace, networks: Sequence[NetworkFile], *, family: str, task: Task
+) -> None:
     """Raise `CheckpointError` for a file that is missing (where it is published), damaged, of
     another network than --model_size, or of another task, before any of them is read.
     """
     needed = [(network.flag, network.path, f"{family} {network.flag}") for network in networks]
-    needed += [("--vae_path", flags.vae_path, "--vae_path"), ("--text_encoder_path", flags.text_encoder_path, "--text_encoder_path")]
+    needed += [
+        ("--vae_path", flags.vae_path, "--vae_path"),
+        ("--text_encoder_path", flags.text_encoder_path, "--text_encoder_path"),
+    ]
     if task.clip_path is not None:
         needed.append(("--clip_path", task.clip_path, "--clip_path"))
     for flag, path, key in needed:
         if not path or not Path(path).exists():
             told = f"{flag} {path} does not exist" if path else f"{flag} is not given"
-            raise CheckpointError(f"{told}; fetch {PUBLISHED[key]}, and say where it is with {flag}")
+            raise CheckpointError(
+                f"{told}; fetch {PUBLISHED[key]}, and say where it is with {flag}"
+            )
     for network in networks:
         _check_network(network, size=flags.model_size, weights=flags.weights, task=task)
     if task.clip_path is not None:
@@ -106,7 +130,12 @@ def _check_network(file: NetworkFile, *, size: str, weights: str, task: Task) ->
 
 
 def build_pipeline(
-    flags: argparse.Namespace, networks: Sequence[NetworkFile], *, clock: PartClock, size: FrameSize, clip_path: str | None = None
+    flags: argparse.Namespace,
+    networks: Sequence[NetworkFile],
+    *,
+    clock: PartClock,
+    size: FrameSize,
+    clip_path: str | None = None,
 ) -> WanPipeline:
     """The pipeline of a command for frames of `size`, with CLIP where `clip_path` names its file.
     Rank 0 checks text encoder and codec now, and its refusal is everyone's; networks are read when
@@ -119,7 +148,9 @@ def build_pipeline(
     if policy.expert == "cpu" and flags.warmup_iters == 0:
         # one video: the expert that is done is not needed again, and copying 29 GB takes 15 s
         policy = replace(policy, expert="free")
-    codec = Resident[LatentCodec](partial(_codec, flags, device=device), move=_move_codec, device=device, clock=clock)
+    codec = Resident[LatentCodec](
+        partial(_codec, flags, device=device), move=_move_codec, device=device, clock=clock
+    )
     _compile_codec_ahead(flags, size, device=device)
     _compile_attention_ahead(flags, device=device)
 
@@ -133,7 +164,14 @@ def build_pipeline(
         Expert(
             network.name,
             Resident[Denoiser](
-                partial(_network, flags, network, number=number, device=device, tokens_per_frame=tokens_per_frame),
+                partial(
+                    _network,
+                    flags,
+                    network,
+                    number=number,
+                    device=device,
+                    tokens_per_frame=tokens_per_frame,
+                ),
                 move=_move_network,
                 device=device,
                 clock=clock,
@@ -144,41 +182,71 @@ def build_pipeline(
     ]
     clip = None if clip_path is None else _clip(flags, clip_path, device=device)
     text = _NoText() if text is None else text
-    return WanPipeline(text=text, experts=experts, codec=codec, device=device, clock=clock, memory=policy, clip=clip)
+    return WanPipeline(
+        text=text,
+        experts=experts,
+        codec=codec,
+        device=device,
+        clock=clock,
+        memory=policy,
+        clip=clip,
+    )
 
 
 def _clip(flags: argparse.Namespace, path: str, *, device: torch.device) -> ImageEncoder:
     dtype = torch.float32 if device.type == "cpu" else torch.float16
-    return _RandomImages() if flags.random_weights else ClipVision.from_file(path, device=device, dtype=dtype)
+    return (
+        _RandomImages()
+        if flags.random_weights
+        else ClipVision.from_file(path, device=device, dtype=dtype)
+    )
 
 
 def _text(flags: argparse.Namespace, *, device: torch.device) -> TextEncoder:
     if flags.random_weights:
         return UMT5TextEncoder.random(text_dim=preset(flags.model_size).text_dim, device=device)
-    return UMT5TextEncoder.from_files(flags.text_encoder_path, tokenizer=flags.tokenizer_path, device=device, cache=flags.text_cache)
+    return UMT5TextEncoder.from_files(
+        flags.text_encoder_path,
+        tokenizer=flags.tokenizer_path,
+        device=device,
+        cache=flags.text_cache,
+    )
 
 
 def _codec(flags: argparse.Namespace, *, device: torch.device) -> LatentCodec:
     dtype = VAE_DTYPES[flags.vae_precision]
     if tiny := getattr(flags, "tiny_decoder", ""):
         kind = TinyDecoderCodec
-        return kind.random(device=device, dtype=dtype) if flags.random_weights else kind.from_file(tiny, device=device, dtype=dtype)
+        return (
+            kind.random(device=device, dtype=dtype)
+            if flags.random_weights
+            else kind.from_file(tiny, device=device, dtype=dtype)
+        )
     tile = None if flags.vae_tile is None else flags.vae_tile // WanVAECodec.spatial_stride
     if flags.random_weights:
         return WanVAECodec.random(device=device, dtype=dtype, tile=tile)
     return WanVAECodec.from_file(flags.vae_path, device=device, dtype=dtype, tile=tile)
 
 
-def _compile_codec_ahead(flags: argparse.Namespace, size: FrameSize, *, device: torch.device) -> None:
+def _compile_codec_ahead(
+    flags: argparse.Namespace, size: FrameSize, *, device: torch.device
+) -> None:
     """Begin to compile the decoder's kernels in a thread: done one by one at the first frame they
     take 11 s on an H200.
     """
-    if device.type != "cuda" or getattr(flags, "tiny_decoder", "") or flags.vae_tile is not None or find_spec("triton") is None:
+    if (
+        device.type != "cuda"
+        or getattr(flags, "tiny_decoder", "")
+        or flags.vae_tile is not None
+        or find_spec("triton") is None
+    ):
         return
 
     def compile_decoder_() -> None:
         try:
-            compile_decoder(device, size=(size.height, size.width), dtype=VAE_DTYPES[flags.vae_precision])
+            compile_decoder(
+                device, size=(size.height, size.width), dtype=VAE_DTYPES[flags.vae_precision]
+            )
         # decoding compiles what is missing, and raises what stands in its way
         except Exception as error:
             logger.warning("compiling the decoder ahead of time failed: {}", error)
@@ -188,7 +256,11 @@ def _compile_codec_ahead(flags: argparse.Namespace, size: FrameSize, *, device: 
 
 def _compile_attention_ahead(flags: argparse.Namespace, *, device: torch.device) -> None:
     """Begin to compile the kernels of --fp8_attention in a thread."""
-    if device.type != "cuda" or not getattr(flags, "fp8_attention", False) or find_spec("triton") is None:
+    if (
+        device.type != "cuda"
+        or not getattr(flags, "fp8_attention", False)
+        or find_spec("triton") is None
+    ):
         return
 
     def compile_attention() -> None:
@@ -204,11 +276,24 @@ def _compile_attention_ahead(flags: argparse.Namespace, *, device: torch.device)
     threading.Thread(target=compile_attention, name="compile attention", daemon=True).start()
 
 
-def _network(flags: argparse.Namespace, file: NetworkFile, *, number: int, device: torch.device, tokens_per_frame: int) -> Denoiser:
+def _network(
+    flags: argparse.Namespace,
+    file: NetworkFile,
+    *,
+    number: int,
+    device: torch.device,
+    tokens_per_frame: int,
+) -> Denoiser:
     numerics = PRECISIONS[flags.precision]
     precision = Precision.preset(numerics.precision)
     if flags.random_weights:
-        denoiser = random_wan(preset(flags.model_size), device=device, precision=precision, attention=flags.attention, seed=number)
+        denoiser = random_wan(
+            preset(flags.model_size),
+            device=device,
+            precision=precision,
+            attention=flags.attention,
+            seed=number,
+        )
     else:
         denoiser = load_wan(
             file.path,
@@ -221,7 +306,9 @@ def _network(flags: argparse.Namespace, file: NetworkFile, *, number: int, devic
         )
     denoiser.net.set_fused(numerics.fused)
     if (fp8 := getattr(flags, "fp8", "off")) != "off":
-        report = quantise_linears_(denoiser.net, which=fp8, velocity=noise_velocity(denoiser.net, size=FP8_PROBE))
+        report = quantise_linears_(
+            denoiser.net, which=fp8, velocity=noise_velocity(denoiser.net, size=FP8_PROBE)
+        )
         logger.info("{}", report)
     if getattr(flags, "fp8_attention", False):
         error = attention_error(denoiser, size=FP8_PROBE)

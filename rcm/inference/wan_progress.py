@@ -93,7 +93,9 @@ class Progress:
     def chunk(self, done: int, total: int, *, seconds: float) -> None:
         """A chunk of a video is done."""
         with self._lock:
-            self._lines.show(f"chunk {done}/{total}: {seconds:.3f} s", done=done, total=total, seconds=seconds)
+            self._lines.show(
+                f"chunk {done}/{total}: {seconds:.3f} s", done=done, total=total, seconds=seconds
+            )
             self._since = self._told = time.monotonic()
 
     def _watch(self) -> None:
@@ -122,4 +124,10 @@ class Progress:
 
 def spoken(seconds: float) -> str:
     """ "40 s", "12 min", "3.5 h"."""
-    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+    return (
+        f"{seconds / 3600:.1f} h"
+        if seconds > 5400
+        else f"{seconds / 60:.0f} min"
+        if seconds > 90
+        else f"{seconds:.0f} s"
+    )

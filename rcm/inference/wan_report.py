@@ -21,8 +21,14 @@ from rcm.train.describe import installed_versions
 BANNER = "\n".join(
     (
         "#" * 100,
-        "#  RANDOM WEIGHTS: networks, VAE and text encoder are random numbers, no file is read.".ljust(99) + "#",
-        "#  The video means nothing. Only times and memory do.".ljust(99) + "#",
+        *(
+            f"#  {line:<96}#"
+            for line in (
+                "RANDOM WEIGHTS: networks, VAE and text encoder are random numbers, "
+                "no file is read.",
+                "The video means nothing. Only times and memory do.",
+            )
+        ),
         "#" * 100,
     )
 )
@@ -35,7 +41,10 @@ def cost_lines(clock: PartClock, steps: Sequence[Step]) -> list[str]:
     forward = [step.seconds for step in steps]
     lines = [
         f"seconds: {parts}; total {clock.total:.2f} s",
-        f"network: {len(forward)} steps, {sum(forward) / len(forward):.3f} s each (first {forward[0]:.3f}, last {forward[-1]:.3f})",
+        (
+            f"network: {len(forward)} steps, {sum(forward) / len(forward):.3f} s each (first"
+            f" {forward[0]:.3f}, last {forward[-1]:.3f})"
+        ),
     ]
     if clock.peak is not None:
         peaks = ", ".join(f"{name} {_gib(size):.2f}" for name, size in clock.peak_bytes.items())
@@ -61,7 +70,11 @@ def write_report(
         **({"watermark": WATERMARK} if flags.random_weights else {}),
         "flags": {name: value for name, value in vars(flags).items() if name != "report"},
         "networks": [asdict(network) for network in networks],
-        "size": {"height": request.size.height, "width": request.size.width, "num_frames": request.num_frames},
+        "size": {
+            "height": request.size.height,
+            "width": request.size.width,
+            "num_frames": request.num_frames,
+        },
         "latent_shape": list(request.latent_shape),
         "tokens": request.latent_shape[2] * request.tokens_per_frame,
         "recipe": asdict(request.recipe),
@@ -69,7 +82,11 @@ def write_report(
         "steps": [asdict(step) for step in made.steps],
         "seconds": {**clock.seconds, "total": clock.total},
         "seconds_per_step": sum(step.seconds for step in made.steps) / len(made.steps),
-        "peak_memory_gib": None if clock.peak is None else {**{k: _gib(v) for k, v in clock.peak_bytes.items()}, "all": _gib(clock.peak)},
+        "peak_memory_gib": (
+            None
+            if clock.peak is None
+            else {**{k: _gib(v) for k, v in clock.peak_bytes.items()}, "all": _gib(clock.peak)}
+        ),
         "device": torch.cuda.get_device_name(clock.device) if on_cuda else "cpu",
         "ranks": num_ranks(),
         "versions": installed_versions(),

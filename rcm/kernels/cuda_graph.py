@@ -25,7 +25,9 @@ class CudaGraph:
         with torch.cuda.device(device), torch.cuda.stream(side), torch.no_grad():
             # only calls of this thread may not synchronise: others are decoding or launching a
             # denoiser meanwhile
-            self._graph.capture_begin(*([] if pool is None else [pool]), capture_error_mode="thread_local")
+            self._graph.capture_begin(
+                *([] if pool is None else [pool]), capture_error_mode="thread_local"
+            )
             try:
                 step()
             finally:

@@ -163,14 +163,14 @@ class BlockCausal(_IntervalMask):
         num_blocks = self.pattern.num_blocks(self.num_frames)
         if not 0 <= self.q_block_offset < num_blocks:
             raise ConfigError(
-                f"q_block_offset must be in [0, {num_blocks}), the blocks of {self.num_frames} frames in {self.pattern.name}, "
-                f"got {self.q_block_offset}"
+                f"q_block_offset must be in [0, {num_blocks}), the blocks of {self.num_frames}"
+                f" frames in {self.pattern.name}, got {self.q_block_offset}"
             )
         if self.num_q_blocks is not None and self.num_q_blocks != num_blocks - self.q_block_offset:
             raise ConfigError(
-                f"num_q_blocks={self.num_q_blocks}, but the last query block must be the last key block: "
-                f"{num_blocks} key blocks - q_block_offset {self.q_block_offset} = {num_blocks - self.q_block_offset}; "
-                "set num_frames to the frames of the keys"
+                f"num_q_blocks={self.num_q_blocks}, but the last query block must be the last key"
+                f" block: {num_blocks} key blocks - q_block_offset {self.q_block_offset} ="
+                f" {num_blocks - self.q_block_offset}; set num_frames to the frames of the keys"
             )
 
     @property
@@ -223,7 +223,9 @@ class TeacherForcing(_IntervalMask):
     def __post_init__(self) -> None:
         _check_common(self)
         if self.queries not in ("both", "noisy"):
-            raise ConfigError(f"TeacherForcing.queries must be 'both' or 'noisy', got {self.queries!r}")
+            raise ConfigError(
+                f"TeacherForcing.queries must be 'both' or 'noisy', got {self.queries!r}"
+            )
 
     @property
     def half_len(self) -> int:
@@ -247,7 +249,10 @@ class TeacherForcing(_IntervalMask):
         half = self.half_len
         q_packed = q_idx if self.queries == "both" else q_idx + half
         q_noisy, kv_noisy = q_packed >= half, kv_idx >= half
-        q_block, kv_block = _block_of_token(self, q_packed % half), _block_of_token(self, kv_idx % half)
+        q_block, kv_block = (
+            _block_of_token(self, q_packed % half),
+            _block_of_token(self, kv_idx % half),
+        )
         strictly_before = (kv_block < q_block) & _in_reach(self, q_block, kv_block)
         own_half_and_block = (q_noisy == kv_noisy) & (q_block == kv_block)
         return own_half_and_block | (strictly_before & ~kv_noisy)
@@ -264,7 +269,9 @@ def _check_common(mask: BlockCausal | TeacherForcing) -> None:
     _require_positive(f"{kind}.num_frames", mask.num_frames)
     _require_positive(f"{kind}.tokens_per_frame", mask.tokens_per_frame)
     if mask.window is not None:
-        _require_positive(f"{kind}.window (blocks, the query's own included; None = unlimited)", mask.window)
+        _require_positive(
+            f"{kind}.window (blocks, the query's own included; None = unlimited)", mask.window
+        )
     if mask.sinks < 0:
         raise ConfigError(f"{kind}.sinks must be at least 0 blocks, got {mask.sinks}")
     mask.pattern.num_blocks(mask.num_frames)
@@ -291,10 +298,15 @@ def _in_reach(mask: BlockCausal | TeacherForcing, q_block: Tensor, kv_block: Ten
 
 
 def _token_bounds(mask: BlockCausal | TeacherForcing) -> list[Interval]:
-    return [(start * mask.tokens_per_frame, stop * mask.tokens_per_frame) for start, stop in mask.pattern.bounds(mask.num_frames)]
+    return [
+        (start * mask.tokens_per_frame, stop * mask.tokens_per_frame)
+        for start, stop in mask.pattern.bounds(mask.num_frames)
+    ]
 
 
-def _reachable_prefix(mask: BlockCausal | TeacherForcing, bounds: list[Interval], *, block: int, num_blocks: int) -> list[Interval]:
+def _reachable_prefix(
+    mask: BlockCausal | TeacherForcing, bounds: list[Interval], *, block: int, num_blocks: int
+) -> list[Interval]:
     """Token intervals of the first `num_blocks` key blocks that a query of `block` reaches through
     window and sinks.
     """
@@ -309,7 +321,11 @@ def _reachable_prefix(mask: BlockCausal | TeacherForcing, bounds: list[Interval]
 def _block_causal_segments(mask: BlockCausal) -> tuple[Segment, ...]:
     bounds, offset = _token_bounds(mask), mask._q_token_offset
     runs = [
-        Segment(start - offset, stop - offset, _union(_reachable_prefix(mask, bounds, block=block, num_blocks=block + 1)))
+        Segment(
+            start - offset,
+            stop - offset,
+            _union(_reachable_prefix(mask, bounds, block=block, num_blocks=block + 1)),
+        )
         for block, (start, stop) in enumerate(bounds)
         if block >= mask.q_block_offset
     ]
@@ -319,13 +335,21 @@ def _block_causal_segments(mask: BlockCausal) -> tuple[Segment, ...]:
 @lru_cache(maxsize=256)
 def _teacher_forcing_segments(mask: TeacherForcing) -> tuple[Segment, ...]:
     bounds, half = _token_bounds(mask), mask.half_len
-    clean = [Segment(*own, _union(_reachable_prefix(mask, bounds, block=block, num_blocks=block + 1))) for block, own in enumerate(bounds)]
+    clean = [
+        Segment(*own, _union(_reachable_prefix(mask, bounds, block=block, num_blocks=block + 1)))
+        for block, own in enumerate(bounds)
+    ]
     shift = half if mask.queries == "both" else 0
     noisy = [
         Segment(
             start + shift,
             stop + shift,
-            _union([*_reachable_prefix(mask, bounds, block=block, num_blocks=block), (half + start, half + stop)]),
+            _union(
+                [
+                    *_reachable_prefix(mask, bounds, block=block, num_blocks=block),
+                    (half + start, half + stop),
+                ]
+            ),
         )
         for block, (start, stop) in enumerate(bounds)
     ]
@@ -343,7 +367,10 @@ def _tiles(mask: _IntervalMask, block_m: int) -> tuple[QueryTile, ...]:
         union, common = segments[first].intervals, segments[first].intervals
         while segments[last].q_stop < stop:
             last += 1
-            union, common = _union([*union, *segments[last].intervals]), _intersection(common, segments[last].intervals)
+            union, common = (
+                _union([*union, *segments[last].intervals]),
+                _intersection(common, segments[last].intervals),
+            )
         tiles.append(QueryTile(start, stop, union, common))
     return tuple(tiles)
 

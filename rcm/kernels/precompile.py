@@ -60,7 +60,9 @@ def device_for(x: Tensor) -> torch.device:
     return planned if planned is not None and x.is_meta else x.device
 
 
-def precompile(plan: Callable[[], object], *, device: torch.device | str, threads: int | None = None) -> Compiled:
+def precompile(
+    plan: Callable[[], object], *, device: torch.device | str, threads: int | None = None
+) -> Compiled:
     """Compile the kernels that `plan` launches (by `launch`, in this thread) for a CUDA `device`,
     load them there, and wait.
 
@@ -79,7 +81,11 @@ def default_threads() -> int:
 def _indexed(device: torch.device | str) -> torch.device:
     """With the index that it stands for."""
     device = torch.device(device)
-    return device if device.index is not None else torch.device(device.type, torch.cuda.current_device())
+    return (
+        device
+        if device.index is not None
+        else torch.device(device.type, torch.cuda.current_device())
+    )
 
 
 def _precompile(plan: Callable[[], object], device: torch.device, threads: int) -> Compiled:
@@ -117,7 +123,12 @@ class _LoadingPool(ThreadPoolExecutor):
     """
 
     def __init__(self, device: torch.device, threads: int, start: float) -> None:
-        super().__init__(threads, thread_name_prefix="compile", initializer=torch.cuda.set_device, initargs=(device,))
+        super().__init__(
+            threads,
+            thread_name_prefix="compile",
+            initializer=torch.cuda.set_device,
+            initargs=(device,),
+        )
         self.submitted, self.start = 0, start
         self.parts: list[tuple[str, float, float, float]] = []
         # kernels of one function share launchers: the first to be ready builds, the others find it
@@ -134,5 +145,7 @@ class _LoadingPool(ThreadPoolExecutor):
         times.append(time.perf_counter() - self.start)
         with self._building[kernel.src.fn.fn]:
             _ = kernel.run  # a property, which loads
-        self.parts.append((kernel.src.fn.fn.__name__, times[0], times[1], time.perf_counter() - self.start))
+        self.parts.append(
+            (kernel.src.fn.fn.__name__, times[0], times[1], time.perf_counter() - self.start)
+        )
         return kernel

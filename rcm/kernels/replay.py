@@ -63,10 +63,16 @@ class Tape:
             self._results.append(tuple(x.detach() for x in made))
             return made
         if self._next >= len(self._results):
-            raise RuntimeError(f"the recomputation asks for kernel result {self._next}, its forward made {len(self._results)}")
+            raise RuntimeError(
+                f"the recomputation asks for kernel result {self._next}, its forward made"
+                f" {len(self._results)}"
+            )
         stored, self._results[self._next] = self._results[self._next], None
         if stored is None:
-            raise RuntimeError("a kept kernel result was already used: only one backward pass through recomputed blocks is possible")
+            raise RuntimeError(
+                "a kept kernel result was already used: only one backward pass through recomputed"
+                " blocks is possible"
+            )
         self._next += 1
         return stored
 

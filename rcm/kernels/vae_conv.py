@@ -29,14 +29,17 @@ def convolve(padded: Tensor, kernel: PackedKernel) -> Tensor:
     """
     if padded.shape[-1] != kernel.channels_in or padded.dtype != kernel.data.dtype:
         raise ValueError(
-            f"window has {padded.shape[-1]} channels of {padded.dtype}, "
-            f"the kernel reads {kernel.channels_in} of {kernel.data.dtype}; pack the weights again after moving them"
+            f"window has {padded.shape[-1]} channels of {padded.dtype}, the kernel reads"
+            f" {kernel.channels_in} of {kernel.data.dtype}; pack the weights again after moving"
+            " them"
         )
     if kernel.form in ("tma", "columns"):
         # Triton is imported only when asked for
         from rcm.kernels.vae_conv_tma import launch_convolution
 
-        return launch_convolution(padded, kernel) if kernel.form == "tma" else _columns(padded, kernel)
+        return (
+            launch_convolution(padded, kernel) if kernel.form == "tma" else _columns(padded, kernel)
+        )
     if kernel.form == "pairs":
         b, t, h, w, c = padded.shape
         if w % 2:

@@ -52,7 +52,10 @@ def tma_obstacle(weight: Tensor, *, stride: tuple[int, int, int] = (1, 1, 1)) ->
     if stride != (1, 1, 1):
         return f"stride {stride}"
     if weight.shape[1] * weight.element_size() % 16:
-        return f"{weight.shape[1]} input channels of {weight.dtype}, of which the bulk copy needs a multiple of 16 bytes"
+        return (
+            f"{weight.shape[1]} input channels of {weight.dtype}, of which the bulk copy needs a"
+            " multiple of 16 bytes"
+        )
     return None
 
 
@@ -66,13 +69,20 @@ def pack(weight: Tensor, *, form: Form, stride: tuple[int, int, int] = (1, 1, 1)
         return PackedKernel(weight.contiguous(memory_format=torch.channels_last_3d), form, **made)
     if form == "pairs":
         if kx != 3 or stride != (1, 1, 1):
-            raise ValueError(f"form 'pairs' needs 3 taps along the width and stride 1, got {kx} and {stride}; use form='direct'")
-        return PackedKernel(_paired(weight).contiguous(memory_format=torch.channels_last_3d), form, **made)
+            raise ValueError(
+                f"form 'pairs' needs 3 taps along the width and stride 1, got {kx} and {stride};"
+                " use form='direct'"
+            )
+        return PackedKernel(
+            _paired(weight).contiguous(memory_format=torch.channels_last_3d), form, **made
+        )
     if form not in ("tma", "columns"):
         raise ValueError(f"form must be 'direct', 'pairs', 'tma' or 'columns', got {form!r}")
     obstacle = tma_obstacle(weight, stride=stride)
     if obstacle:
-        raise ValueError(f"form {form!r} cannot compute this convolution: {obstacle}; use form='direct'")
+        raise ValueError(
+            f"form {form!r} cannot compute this convolution: {obstacle}; use form='direct'"
+        )
     if form == "columns":
         taps_out = weight.permute(4, 0, 1, 2, 3).reshape(kx * n, c, kt, ky, 1)
         return PackedKernel(_rows(taps_out, multiple=row_multiple(c)), form, **made)

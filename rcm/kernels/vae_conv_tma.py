@@ -49,12 +49,17 @@ def conv_tiles(*, pixels: int, channels_out: int) -> ConvTiles:
         return ConvTiles(256, 64, 32, 8, 5)
     if channels_out == 192:
         return ConvTiles(256, 128, 64, 8, 3)
-    if triton.cdiv(pixels, 256) * triton.cdiv(channels_out, 128) < FEW_PROGRAMS and channels_out % 192 == 0:
+    if (
+        triton.cdiv(pixels, 256) * triton.cdiv(channels_out, 128) < FEW_PROGRAMS
+        and channels_out % 192 == 0
+    ):
         return ConvTiles(128, 128, 64, 4, 4)
     return ConvTiles(256, 128, 0, 8, 4)
 
 
-@triton.jit(do_not_specialize=["frames", "frame_pixels", "row_pixels", "height", "width", "batch_pixels"])
+@triton.jit(
+    do_not_specialize=["frames", "frame_pixels", "row_pixels", "height", "width", "batch_pixels"]
+)
 def convolution_kernel(
     window,
     weight,
@@ -103,14 +108,26 @@ def convolution_kernel(
     inside = (frame < frames) & (row < height) & (col < width)
     place = ((tl.program_id(1) * frames + frame).to(tl.int64) * height + row) * width + col
     n = channel + tl.arange(0, BLOCK_N)
-    tl.store(out + place[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
+    tl.store(
+        out + place[:, None] * N + n[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=inside[:, None] & (n < N)[None, :],
+    )
     if REST_N > 0:
         n = channel + BLOCK_N + tl.arange(0, REST_N)
-        tl.store(out + place[:, None] * N + n[None, :], rest.to(out.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
+        tl.store(
+            out + place[:, None] * N + n[None, :],
+            rest.to(out.dtype.element_ty),
+            mask=inside[:, None] & (n < N)[None, :],
+        )
 
 
 def launch_convolution(
-    padded: Tensor, kernel: PackedKernel, *, tiles: ConvTiles | None = None, out_dtype: torch.dtype | None = None
+    padded: Tensor,
+    kernel: PackedKernel,
+    *,
+    tiles: ConvTiles | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """[B, T', H', W', N] of a contiguous window [B, T, H, W, C] in `out_dtype` (None: the
     window's); one launch.
@@ -123,11 +140,16 @@ def launch_convolution(
     n = kernel.channels_out
     size = (t - kt + 1, h - ky + 1, w - kx + 1)
     if min(size) < 1 or not padded.is_contiguous():
-        raise ValueError(f"a window of {tuple(padded.shape)} is too small for taps {kernel.taps}, or not contiguous")
+        raise ValueError(
+            f"a window of {tuple(padded.shape)} is too small for taps {kernel.taps}, or not"
+            " contiguous"
+        )
     tiles = tiles or conv_tiles(pixels=size[0] * h * w, channels_out=n)
     block_k = row_multiple(kx * c)
     steps = triton.cdiv(kx * c, block_k)
-    rows = TensorDescriptor(padded, [b * t * h * w - kx + 1, kx * c], [c, 1], [tiles.block_m, block_k])
+    rows = TensorDescriptor(
+        padded, [b * t * h * w - kx + 1, kx * c], [c, 1], [tiles.block_m, block_k]
+    )
     weight = TensorDescriptor.from_tensor(kernel.data, [tiles.block_n, block_k])
     rest = TensorDescriptor.from_tensor(kernel.data, [tiles.rest_n or tiles.block_n, block_k])
     out = padded.new_empty(b, *size, n, dtype=out_dtype or padded.dtype)

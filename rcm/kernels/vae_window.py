@@ -42,23 +42,42 @@ def window(
         # Triton is imported only where there is a card for it
         from rcm.kernels.vae_window_triton import launch_window
 
-        return launch_window(features, gamma=gamma, norm=norm, carried=carried, border=border, keep=keep)
+        return launch_window(
+            features, gamma=gamma, norm=norm, carried=carried, border=border, keep=keep
+        )
     return eager_window(features, gamma=gamma, norm=norm, carried=carried, border=border, keep=keep)
 
 
-def _check(features: Features, *, gamma: Tensor | None, norm: Norm, carried: Tensor | None, border: tuple[int, int]) -> None:
+def _check(
+    features: Features,
+    *,
+    gamma: Tensor | None,
+    norm: Norm,
+    carried: Tensor | None,
+    border: tuple[int, int],
+) -> None:
     b, _, h, w, c = features.shape
     if norm not in ("none", "rms", "rms_silu"):
         raise ValueError(f"norm must be 'none', 'rms' or 'rms_silu', got {norm!r}")
     if (gamma is None) != (norm == "none") or (gamma is not None and gamma.shape != (c,)):
-        raise ValueError(f"norm={norm!r} over {c} channels got a gamma of shape {None if gamma is None else tuple(gamma.shape)}")
+        raise ValueError(
+            f"norm={norm!r} over {c} channels got a gamma of shape"
+            f" {None if gamma is None else tuple(gamma.shape)}"
+        )
     if features.residual is not None and features.residual.shape != torch.Size(features.shape):
         raise ValueError(f"residual is {tuple(features.residual.shape)}, expected {features.shape}")
-    if carried is not None and (carried.shape[1] not in (1, 2) or carried.shape != torch.Size((b, carried.shape[1], h, w, c))):
+    if carried is not None and (
+        carried.shape[1] not in (1, 2)
+        or carried.shape != torch.Size((b, carried.shape[1], h, w, c))
+    ):
         raise ValueError(
-            f"carried frames are {tuple(carried.shape)}, expected [{b}, 1 or 2, {h}, {w}, {c}]; a stream serves one frame size and batch"
+            f"carried frames are {tuple(carried.shape)}, expected [{b}, 1 or 2, {h}, {w}, {c}]; a"
+            " stream serves one frame size and batch"
         )
     if carried is not None and carried.dtype != features.value.dtype:
-        raise ValueError(f"carried frames are {carried.dtype}, features {features.value.dtype}; open a new stream after moving the codec")
+        raise ValueError(
+            f"carried frames are {carried.dtype}, features {features.value.dtype}; open a new"
+            " stream after moving the codec"
+        )
     if min(border) < 0 or max(border) > 1:
         raise ValueError(f"border is (0 or 1, 0 or 1), got {border}")

@@ -79,13 +79,19 @@ def eager_window(
     new = kept
     if norm != "none":
         wide = kept.to(torch.promote_types(dtype, torch.float32))
-        wide = wide / wide.norm(dim=-1, keepdim=True).clamp_min(NORM_FLOOR) * (gamma.to(wide.dtype) * gamma.numel() ** 0.5)
+        wide = (
+            wide
+            / wide.norm(dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
+            * (gamma.to(wide.dtype) * gamma.numel() ** 0.5)
+        )
         new = (torch.nn.functional.silu(wide) if norm == "rms_silu" else wide).to(dtype)
     frames = new if carried is None else torch.cat([carried, new], dim=1)
     if carried is not None:
         carried.copy_(frames[:, -carried.shape[1] :])
     low, high = border
-    padded = torch.nn.functional.pad(frames, (0, 0, low, high, low, high)) if low or high else frames
+    padded = (
+        torch.nn.functional.pad(frames, (0, 0, low, high, low, high)) if low or high else frames
+    )
     return Window(padded.contiguous(), kept if keep else None)
 
 

@@ -87,7 +87,12 @@ def window_kernel(
     kept += batch * frames * plane
     carried += batch * CARRIED * plane
     out_plane = padded_pixels.to(tl.int64) * CHANNELS
-    target = padded + batch * (frames + CARRIED) * out_plane + pixel.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+    target = (
+        padded
+        + batch * (frames + CARRIED) * out_plane
+        + pixel.to(tl.int64)[:, None] * CHANNELS
+        + channel[None, :]
+    )
 
     if NORM > 0:
         scale = tl.load(gamma + channel, mask=real, other=0.0).to(tl.float32) * ROOT
@@ -166,7 +171,9 @@ def launch_window(
     count = 0 if carried is None else carried.shape[1]
     low, high = border
     padded = value.new_empty(b, count + t, h + low + high, w + low + high, c)
-    nothing_to_add = features.bias is None and features.residual is None and features.layout == "plain"
+    nothing_to_add = (
+        features.bias is None and features.residual is None and features.layout == "plain"
+    )
     kept = (value if nothing_to_add else value.new_empty(b, t, h, w, c)) if keep else None
     block_c = triton.next_power_of_2(c)
     block_p = max(1, tile_elements // block_c)

@@ -9,7 +9,15 @@ from __future__ import annotations
 
 import torch
 
-from rcm.losses.term import LossTerm, NonFinitePolicy, Reduction, frame_sum, require_same_shape, sample_sum, screen_samples
+from rcm.losses.term import (
+    LossTerm,
+    NonFinitePolicy,
+    Reduction,
+    frame_sum,
+    require_same_shape,
+    sample_sum,
+    screen_samples,
+)
 
 
 def bidirectional_dcm(
@@ -46,7 +54,12 @@ def causal_dcm(
 
 
 def _squared_error(
-    x0_student: torch.Tensor, x0_target: torch.Tensor, reduction: Reduction, loss_scale: float, nonfinite: NonFinitePolicy, name: str
+    x0_student: torch.Tensor,
+    x0_target: torch.Tensor,
+    reduction: Reduction,
+    loss_scale: float,
+    nonfinite: NonFinitePolicy,
+    name: str,
 ) -> LossTerm:
     require_same_shape(x0_student=x0_student, x0_target=x0_target)
     (x0_student, x0_target), bad = screen_samples(nonfinite, x0_student, x0_target.detach())

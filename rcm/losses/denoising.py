@@ -15,7 +15,15 @@ import torch
 
 from rcm.diffusion.interpolant import rf_velocity, scale_per_frame
 from rcm.diffusion.time import per_frame
-from rcm.losses.term import LossTerm, NonFinitePolicy, frame_sum, require_same_shape, sample_mean, sample_sum, screen_samples
+from rcm.losses.term import (
+    LossTerm,
+    NonFinitePolicy,
+    frame_sum,
+    require_same_shape,
+    sample_mean,
+    sample_sum,
+    screen_samples,
+)
 
 TimeWeight = Callable[[torch.Tensor], torch.Tensor]
 
@@ -108,7 +116,11 @@ def ode_pair_loss(
     """
     require_same_shape(x0_student=x0_student, endpoint=endpoint)
     (x0_student, endpoint), bad = screen_samples(nonfinite, x0_student, endpoint.detach())
-    kept = (per_frame(t_rf, x0_student) > 0).to(x0_student.dtype).expand(-1, -1, x0_student.shape[2], 1, 1)
+    kept = (
+        (per_frame(t_rf, x0_student) > 0)
+        .to(x0_student.dtype)
+        .expand(-1, -1, x0_student.shape[2], 1, 1)
+    )
     per_frame_mse = ((x0_student - endpoint) ** 2).mean(dim=(1, 3, 4), keepdim=True)
     per_sample = sample_sum(kept * per_frame_mse) / kept.flatten(1).sum(1).clamp_min(1)
     return LossTerm(name, loss_scale * per_sample.mean(), {f"{name}/nonfinite_samples": bad})
@@ -121,6 +133,8 @@ def pick_states(trajectory: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     `index` int64 [B, 1] or [B, T] in 0..K-1. `ValueError` on other shapes.
     """
     if trajectory.dim() != 6:
-        raise ValueError(f"trajectory has shape {tuple(trajectory.shape)}, expected [B, K, C, T, H, W]")
+        raise ValueError(
+            f"trajectory has shape {tuple(trajectory.shape)}, expected [B, K, C, T, H, W]"
+        )
     index = per_frame(index, trajectory[:, 0]).unsqueeze(1).expand_as(trajectory[:, :1])
     return trajectory.gather(1, index).squeeze(1)

@@ -11,18 +11,31 @@ from __future__ import annotations
 
 import torch
 
-from rcm.losses.term import LossTerm, NonFinitePolicy, require_same_shape, sample_mean, sample_sum, screen_samples
+from rcm.losses.term import (
+    LossTerm,
+    NonFinitePolicy,
+    require_same_shape,
+    sample_mean,
+    sample_sum,
+    screen_samples,
+)
 
 
-def dmd_normaliser(generated: torch.Tensor, x0_teacher: torch.Tensor, *, floor: float = 1e-5) -> torch.Tensor:
+def dmd_normaliser(
+    generated: torch.Tensor, x0_teacher: torch.Tensor, *, floor: float = 1e-5
+) -> torch.Tensor:
     """w = max(mean |G - x0_teacher|, floor) per sample, float64 [B]; the mean runs over [C, T, H,
     W].
     """
     require_same_shape(generated=generated, x0_teacher=x0_teacher)
-    return sample_mean((generated.detach().double() - x0_teacher.detach().double()).abs()).clamp_min(floor)
+    return sample_mean(
+        (generated.detach().double() - x0_teacher.detach().double()).abs()
+    ).clamp_min(floor)
 
 
-def dmd_target(generated: torch.Tensor, x0_fake: torch.Tensor, x0_teacher: torch.Tensor, *, floor: float = 1e-5) -> torch.Tensor:
+def dmd_target(
+    generated: torch.Tensor, x0_fake: torch.Tensor, x0_teacher: torch.Tensor, *, floor: float = 1e-5
+) -> torch.Tensor:
     """Pseudo-target G - (x0_fake - x0_teacher) / w, float64, without graph; w = `dmd_normaliser`.
 
     A NaN or infinity anywhere in a sample makes the whole sample of the target NaN, so that a
@@ -56,5 +69,8 @@ def dmd_loss(
     require_same_shape(generated=generated, target=target)
     (generated, target), bad = screen_samples(nonfinite, generated, target.detach())
     pull = generated.double() - target
-    logs = {f"{name}/pull_rms": sample_mean(pull.detach() ** 2).sqrt().mean(), f"{name}/nonfinite_samples": bad}
+    logs = {
+        f"{name}/pull_rms": sample_mean(pull.detach() ** 2).sqrt().mean(),
+        f"{name}/nonfinite_samples": bad,
+    }
     return LossTerm(name, loss_scale * sample_sum(pull**2).mean(), logs)

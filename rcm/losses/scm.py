@@ -20,7 +20,13 @@ import torch
 
 from rcm.core.errors import ConfigError
 from rcm.diffusion.interpolant import scale_per_frame
-from rcm.losses.term import LossTerm, NonFinitePolicy, require_same_shape, sample_sum, screen_samples
+from rcm.losses.term import (
+    LossTerm,
+    NonFinitePolicy,
+    require_same_shape,
+    sample_sum,
+    screen_samples,
+)
 
 TrigVariant = Literal["paper", "release", "original"]
 
@@ -30,12 +36,20 @@ def warmup_ratio(iteration: int, *, warmup_steps: int) -> float:
     `warmup_steps` is 0 (Causal_rCM.md section 5).
     """
     if iteration < 0 or warmup_steps < 0:
-        raise ValueError(f"warmup_ratio needs iteration and tangent_warmup >= 0, got {iteration} and {warmup_steps}")
+        raise ValueError(
+            f"warmup_ratio needs iteration and tangent_warmup >= 0, got {iteration} and"
+            f" {warmup_steps}"
+        )
     return 1.0 if warmup_steps == 0 else min(1.0, iteration / warmup_steps)
 
 
 def rf_tangent(
-    v_student: torch.Tensor, v_teacher: torch.Tensor, jvp: torch.Tensor, t_rf: torch.Tensor, *, warmup: float = 1.0
+    v_student: torch.Tensor,
+    v_teacher: torch.Tensor,
+    jvp: torch.Tensor,
+    t_rf: torch.Tensor,
+    *,
+    warmup: float = 1.0,
 ) -> torch.Tensor:
     """g = -(v - V) - r t J (Causal-rCM eq. 17-18), without graph; at r = 1 the derivative df/dt of
     f = x - t v along the teacher's ODE.
@@ -73,12 +87,16 @@ def trigflow_tangent(
     """
     _check(warmup, F_student=F_student, F_teacher=F_teacher, jvp_cs=jvp_cs, x_tau=x_tau)
     if variant not in ("paper", "release", "original"):
-        raise ConfigError(f"sCM tangent variant {variant!r} is unknown; choose from paper, release, original")
+        raise ConfigError(
+            f"sCM tangent variant {variant!r} is unknown; choose from paper, release, original"
+        )
     cos, sin = torch.cos(tau), torch.sin(tau)
     weight = cos * cos if variant == "original" else cos * torch.sqrt(1 - (warmup * sin) ** 2)
     jvp_weight = 1.0 if variant == "release" else warmup
     pull = scale_per_frame(weight, (F_student - F_teacher).detach())
-    return -pull - warmup * scale_per_frame(cos * sin, x_tau.detach()) - jvp_weight * jvp_cs.detach()
+    return (
+        -pull - warmup * scale_per_frame(cos * sin, x_tau.detach()) - jvp_weight * jvp_cs.detach()
+    )
 
 
 def normalise(g: torch.Tensor, c: float = 0.1) -> torch.Tensor:
@@ -112,11 +130,16 @@ def scm_regression(
     require_same_shape(pred=pred, g_hat=g_hat)
     (pred, g_hat), bad = screen_samples(nonfinite, pred, g_hat.detach())
     per_sample = sample_sum((pred - pred.detach() - g_hat) ** 2)
-    logs = {f"{name}/g_hat_norm": sample_sum(g_hat**2).sqrt().mean(), f"{name}/nonfinite_samples": bad}
+    logs = {
+        f"{name}/g_hat_norm": sample_sum(g_hat**2).sqrt().mean(),
+        f"{name}/nonfinite_samples": bad,
+    }
     return LossTerm(name, loss_scale * per_sample.mean(), logs)
 
 
 def _check(warmup: float, **tensors: torch.Tensor) -> None:
     if not 0 <= warmup <= 1:
-        raise ValueError(f"tangent warm-up ratio is {warmup}, expected a number in [0, 1] (see warmup_ratio)")
+        raise ValueError(
+            f"tangent warm-up ratio is {warmup}, expected a number in [0, 1] (see warmup_ratio)"
+        )
     require_same_shape(**tensors)

@@ -34,11 +34,15 @@ class LossTerm:
 
     def __post_init__(self) -> None:
         if self.value.dim() != 0:
-            raise ValueError(f"loss {self.name!r} has shape {tuple(self.value.shape)}, expected a scalar: reduce it first")
+            raise ValueError(
+                f"loss {self.name!r} has shape {tuple(self.value.shape)}, expected a scalar: reduce"
+                " it first"
+            )
         for key, log in self.logs.items():
             if log.dim() != 0 or log.requires_grad:
                 raise ValueError(
-                    f"log {key!r} of loss {self.name!r} must be a detached scalar, got {tuple(log.shape)}, grad={log.requires_grad}"
+                    f"log {key!r} of loss {self.name!r} must be a detached scalar, got"
+                    f" {tuple(log.shape)}, grad={log.requires_grad}"
                 )
 
 
@@ -59,7 +63,9 @@ def frame_sum(x: torch.Tensor) -> torch.Tensor:
     return _wide(x).mean(dim=(1, 3, 4)).sum(1)
 
 
-def screen_samples(policy: NonFinitePolicy, *tensors: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+def screen_samples(
+    policy: NonFinitePolicy, *tensors: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """Apply the policy about NaN and infinity to batch-first tensors; returns them and the number
     of affected samples (a tensor, no sync).
 
@@ -69,10 +75,15 @@ def screen_samples(policy: NonFinitePolicy, *tensors: torch.Tensor) -> tuple[tup
     `ConfigError` on another policy.
     """
     if policy not in ("propagate", "zero_sample"):
-        raise ConfigError(f"nonfinite={policy!r} is unknown; choose nonfinite from propagate, zero_sample")
+        raise ConfigError(
+            f"nonfinite={policy!r} is unknown; choose nonfinite from propagate, zero_sample"
+        )
     finite = torch.stack([x.detach().isfinite().flatten(1).all(1) for x in tensors]).all(0)
     if policy == "zero_sample":
-        tensors = tuple(torch.where(finite.view(-1, *[1] * (x.dim() - 1)), x, torch.zeros_like(x)) for x in tensors)
+        tensors = tuple(
+            torch.where(finite.view(-1, *[1] * (x.dim() - 1)), x, torch.zeros_like(x))
+            for x in tensors
+        )
     return tensors, (~finite).sum()
 
 
@@ -82,7 +93,10 @@ def require_same_shape(**tensors: torch.Tensor) -> None:
     """
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
     if len(set(shapes.values())) > 1:
-        raise ValueError("shapes must agree, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+        raise ValueError(
+            "shapes must agree, got "
+            + ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        )
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -73,9 +73,15 @@ class Joint:
 
     def __init__(self, name: str, first: Method, second: Method) -> None:
         if first.trainable["student"] is not second.trainable["student"]:
-            raise ConfigError(f"joint method {name} needs one student shared by both parts, got two different networks")
+            raise ConfigError(
+                f"joint method {name} needs one student shared by both parts, got two different"
+                " networks"
+            )
         if set(first.trainable) != {"student"}:
-            raise ConfigError(f"the first part of joint method {name} may train the student only, it trains {sorted(first.trainable)}")
+            raise ConfigError(
+                f"the first part of joint method {name} may train the student only, it trains"
+                f" {sorted(first.trainable)}"
+            )
         self.name, self.first, self.second = name, first, second
 
     @property

@@ -36,7 +36,9 @@ class _VelocityRegression:
 
     name: str
 
-    def __init__(self, student: Denoiser, *, law: TimeLaw, weight: TimeWeight | None, loss_scale: float) -> None:
+    def __init__(
+        self, student: Denoiser, *, law: TimeLaw, weight: TimeWeight | None, loss_scale: float
+    ) -> None:
         self.student, self.law, self.weight, self.loss_scale = student, law, weight, loss_scale
 
     @property
@@ -57,12 +59,16 @@ class _VelocityRegression:
         t = self._times(x0, rng)
         eps = draw_noise(rng, "noise", x0.shape, x0.device)
         v = self._velocity(rf_noise(x0, eps, t), t, x0, batch.condition(), rng)
-        return diffusion_loss(v, x0, eps, t, weight=self.weight, loss_scale=self.loss_scale, name=self.name)
+        return diffusion_loss(
+            v, x0, eps, t, weight=self.weight, loss_scale=self.loss_scale, name=self.name
+        )
 
     def _times(self, x0: torch.Tensor, rng: StepRng) -> torch.Tensor:
         return draw_times(rng, "time", self.law, batch=x0.shape[0], device=x0.device)
 
-    def _velocity(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, cond: Condition, rng: StepRng) -> torch.Tensor:
+    def _velocity(
+        self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, cond: Condition, rng: StepRng
+    ) -> torch.Tensor:
         raise NotImplementedError  # abstract: the forms below
 
 
@@ -71,8 +77,12 @@ class BidirectionalDiffusion(_VelocityRegression):
 
     name = "diffusion"
 
-    def _velocity(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, cond: Condition, rng: StepRng) -> torch.Tensor:
-        layout = TokenLayout.bidirectional(x_t.shape[2], grid=self.student.token_grid(x_t.shape[3], x_t.shape[4]))
+    def _velocity(
+        self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, cond: Condition, rng: StepRng
+    ) -> torch.Tensor:
+        layout = TokenLayout.bidirectional(
+            x_t.shape[2], grid=self.student.token_grid(x_t.shape[3], x_t.shape[4])
+        )
         return self.student.velocity(x_t, t, cond, layout)
 
 
@@ -100,7 +110,9 @@ class TeacherForcedDiffusion(_VelocityRegression):
         super().__init__(student, law=law, weight=weight, loss_scale=loss_scale)
         self.forcing, self.context = forcing, StudentContext(context, context_schedule)
 
-    def _velocity(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, cond: Condition, rng: StepRng) -> torch.Tensor:
+    def _velocity(
+        self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, cond: Condition, rng: StepRng
+    ) -> torch.Tensor:
         context = self.context.of(x0, forcing=self.forcing, rng=rng, purpose="context")
         return self.forcing.velocity(self.student, x_t, t, cond, context=context)
 
@@ -138,7 +150,11 @@ class DiffusionForcing(_VelocityRegression):
         )
         return times.to(x0.device)
 
-    def _velocity(self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, cond: Condition, rng: StepRng) -> torch.Tensor:
+    def _velocity(
+        self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, cond: Condition, rng: StepRng
+    ) -> torch.Tensor:
         grid = self.student.token_grid(x_t.shape[3], x_t.shape[4])
-        layout = TokenLayout.block_causal(x_t.shape[2], grid=grid, pattern=self.pattern, window=self.window, sinks=self.sinks)
+        layout = TokenLayout.block_causal(
+            x_t.shape[2], grid=grid, pattern=self.pattern, window=self.window, sinks=self.sinks
+        )
         return self.student.velocity(x_t, t, cond, layout)

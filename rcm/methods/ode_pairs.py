@@ -35,11 +35,26 @@ class ODEPairs:
     """
 
     def __init__(
-        self, student: Denoiser, *, forcing: TeacherForcing, times: Sequence[float], per_block: bool, loss_scale: float = 1.0
+        self,
+        student: Denoiser,
+        *,
+        forcing: TeacherForcing,
+        times: Sequence[float],
+        per_block: bool,
+        loss_scale: float = 1.0,
     ) -> None:
         if len(times) < 2 or times[0] != 0.0 or any(not 0 < t <= 1 for t in times[1:]):
-            raise ConfigError(f"trajectory times {list(times)} must start with 0 (the clean end) and then lie in (0, 1]")
-        self.student, self.forcing, self.times, self.per_block, self.loss_scale = student, forcing, tuple(times), per_block, loss_scale
+            raise ConfigError(
+                f"trajectory times {list(times)} must start with 0 (the clean end) and then lie in"
+                " (0, 1]"
+            )
+        self.student, self.forcing, self.times, self.per_block, self.loss_scale = (
+            student,
+            forcing,
+            tuple(times),
+            per_block,
+            loss_scale,
+        )
         self.name = "df_kd" if per_block else "tf_kd"
 
     @property
@@ -57,9 +72,10 @@ class ODEPairs:
         if trajectory is None or trajectory.shape[1] != len(self.times):
             got = "none" if trajectory is None else f"{trajectory.shape[1]} states"
             raise ConfigError(
-                f"{self.name} needs trajectories of {len(self.times)} states, the clean end and model.config.kd_timesteps="
-                f"{[round(t, 6) for t in self.times[1:]]}, got {got} in the data; set kd_timesteps to the --times that "
-                "scripts.build_ode_pairs was given, or change dataloader_train.tar_path_pattern"
+                f"{self.name} needs trajectories of {len(self.times)} states, the clean end and"
+                f" model.config.kd_timesteps={[round(t, 6) for t in self.times[1:]]}, got {got} in"
+                " the data; set kd_timesteps to the --times that scripts.build_ode_pairs was"
+                " given, or change dataloader_train.tar_path_pattern"
             )
         yield lambda: self._term(batch, trajectory, rng)
 
@@ -70,18 +86,28 @@ class ODEPairs:
         draws = (trajectory.shape[0], int(blocks.max()) + 1 if self.per_block else 1)
         # State 0 is the clean end itself; per-block draws include it so that a block may see clean
         # neighbours, as in Self-Forcing.
-        index = torch.randint(0 if self.per_block else 1, len(self.times), draws, generator=rng.generator("state"))
+        index = torch.randint(
+            0 if self.per_block else 1, len(self.times), draws, generator=rng.generator("state")
+        )
         index = index[:, blocks] if self.per_block else index
         t = torch.tensor(self.times, dtype=torch.float64)[index].to(device)
         x_t, x0 = pick_states(trajectory, index.to(device)), trajectory[:, 0]
         x0_student = rf_x0(x_t, self._velocity(x_t, t, cond, context=batch.latents), t)
         return ode_pair_loss(x0_student, x0, t, loss_scale=self.loss_scale, name=self.name)
 
-    def _velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, *, context: torch.Tensor) -> torch.Tensor:
+    def _velocity(
+        self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, *, context: torch.Tensor
+    ) -> torch.Tensor:
         if not self.per_block:
-            return self.forcing.velocity(self.student, x_t, t, cond, context=self.forcing.clean(context))
+            return self.forcing.velocity(
+                self.student, x_t, t, cond, context=self.forcing.clean(context)
+            )
         grid = self.student.token_grid(x_t.shape[3], x_t.shape[4])
         layout = TokenLayout.block_causal(
-            x_t.shape[2], grid=grid, pattern=self.forcing.pattern, window=self.forcing.window, sinks=self.forcing.sinks
+            x_t.shape[2],
+            grid=grid,
+            pattern=self.forcing.pattern,
+            window=self.forcing.window,
+            sinks=self.forcing.sinks,
         )
         return self.student.velocity(x_t, t, cond, layout)

@@ -24,7 +24,14 @@ from rcm.diffusion.wan_as_trigflow import rf_point
 from rcm.losses.dcm import bidirectional_dcm
 from rcm.losses.denoising import bidirectional_critic_loss
 from rcm.losses.dmd import dmd_loss, dmd_target
-from rcm.losses.scm import TrigVariant, normalise, rf_tangent, scm_regression, trigflow_tangent, warmup_ratio
+from rcm.losses.scm import (
+    TrigVariant,
+    normalise,
+    rf_tangent,
+    scm_regression,
+    trigflow_tangent,
+    warmup_ratio,
+)
 from rcm.losses.term import LossTerm, NonFinitePolicy
 from rcm.methods.base import Phase, Thunk, student_only
 from rcm.methods.draws import draw_noise, draw_times
@@ -77,7 +84,9 @@ class ContinuousConsistency:
     def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
         """One consistency term."""
         form = self._rf_term if self.rf_native else self._trig_term
-        yield lambda: form(batch, rng, warmup_ratio(phase.iteration, warmup_steps=self.tangent_warmup))
+        yield lambda: form(
+            batch, rng, warmup_ratio(phase.iteration, warmup_steps=self.tangent_warmup)
+        )
 
     def _trig_term(self, batch: LatentBatch, rng: StepRng, warmup: float) -> LossTerm:
         x0, cond = batch.latents, batch.condition()
@@ -87,10 +96,20 @@ class ContinuousConsistency:
         with torch.no_grad():
             F_teacher = self.teacher.trig_F(x, tau, cond, layout)
         cs = torch.cos(tau) * torch.sin(tau)
-        jvp_cs = self.directional(lambda a, s: self.student.trig_F(a, s, cond, layout), x, tau, velocity=F_teacher, scale=cs)
+        jvp_cs = self.directional(
+            lambda a, s: self.student.trig_F(a, s, cond, layout),
+            x,
+            tau,
+            velocity=F_teacher,
+            scale=cs,
+        )
         F = self.student.trig_F(x, tau, cond, layout)
-        g = trigflow_tangent(F.detach(), F_teacher, jvp_cs, x, tau, warmup=warmup, variant=self.variant)
-        return scm_regression(F, normalise(g), loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name)
+        g = trigflow_tangent(
+            F.detach(), F_teacher, jvp_cs, x, tau, warmup=warmup, variant=self.variant
+        )
+        return scm_regression(
+            F, normalise(g), loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name
+        )
 
     def _rf_term(self, batch: LatentBatch, rng: StepRng, warmup: float) -> LossTerm:
         x0, cond = batch.latents, batch.condition()
@@ -99,10 +118,14 @@ class ContinuousConsistency:
         layout = _whole(self.student, x)
         with torch.no_grad():
             v_teacher = self.teacher.velocity(x, t, cond, layout)
-        v_dot = self.directional(lambda a, s: self.student.velocity(a, s, cond, layout), x, t, velocity=v_teacher)
+        v_dot = self.directional(
+            lambda a, s: self.student.velocity(a, s, cond, layout), x, t, velocity=v_teacher
+        )
         v = self.student.velocity(x, t, cond, layout)
         g_hat = normalise(rf_tangent(v.detach(), v_teacher, v_dot, t, warmup=warmup))
-        return scm_regression(v, g_hat, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name)
+        return scm_regression(
+            v, g_hat, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name
+        )
 
 
 class DiscreteConsistency:
@@ -121,7 +144,13 @@ class DiscreteConsistency:
         loss_scale: float = 100.0,
         nonfinite: NonFinitePolicy = "propagate",
     ) -> None:
-        self.student, self.teacher, self.grid, self.loss_scale, self.nonfinite = student, teacher, grid, loss_scale, nonfinite
+        self.student, self.teacher, self.grid, self.loss_scale, self.nonfinite = (
+            student,
+            teacher,
+            grid,
+            loss_scale,
+            nonfinite,
+        )
 
     @property
     def trainable(self) -> Mapping[str, nn.Module]:
@@ -138,7 +167,9 @@ class DiscreteConsistency:
 
     def _term(self, batch: LatentBatch, rng: StepRng) -> LossTerm:
         x0, cond = batch.latents, batch.condition()
-        taus = rf_to_trig(self.grid.sample(x0.shape[0], generator=rng.generator("dcm/time")).to(x0.device))
+        taus = rf_to_trig(
+            self.grid.sample(x0.shape[0], generator=rng.generator("dcm/time")).to(x0.device)
+        )
         x = trig_noise(x0, draw_noise(rng, "dcm/noise", x0.shape, x0.device), taus[:, :1])
         layout = _whole(self.student, x)
         with torch.no_grad():
@@ -148,9 +179,13 @@ class DiscreteConsistency:
                 y = trig_euler(y, self.teacher.trig_F(y, tau, cond, layout), tau, tau_next)
             target = self._data(y, taus[:, -1:], cond, layout)
         prediction = self._data(x, taus[:, :1], cond, layout)
-        return bidirectional_dcm(prediction, target, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name)
+        return bidirectional_dcm(
+            prediction, target, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name
+        )
 
-    def _data(self, x_tau: torch.Tensor, tau: torch.Tensor, cond: Condition, layout: TokenLayout) -> torch.Tensor:
+    def _data(
+        self, x_tau: torch.Tensor, tau: torch.Tensor, cond: Condition, layout: TokenLayout
+    ) -> torch.Tensor:
         """The consistency function in its RF form x_t - t v: no division by sin tau."""
         x_t, t = rf_point(x_tau, tau)
         return rf_x0(x_t, self.student.velocity(x_t, t, cond, layout), t)
@@ -169,7 +204,16 @@ class BackwardSimulation:
     law: TimeLaw
     fixed_taus: tuple[float, ...] | None = None
 
-    def __call__(self, student: Denoiser, cond: Condition, shape: torch.Size, rng: StepRng, *, index: int, grad: bool) -> torch.Tensor:
+    def __call__(
+        self,
+        student: Denoiser,
+        cond: Condition,
+        shape: torch.Size,
+        rng: StepRng,
+        *,
+        index: int,
+        grad: bool,
+    ) -> torch.Tensor:
         """Data prediction [B, C, T, H, W] at the end of the simulation."""
         device, batch = cond.text.device, shape[0]
         num_steps = index % self.max_steps + 1
@@ -189,7 +233,11 @@ class BackwardSimulation:
     def _next(self, tau: torch.Tensor, step: int, rng: StepRng) -> torch.Tensor:
         if self.fixed_taus is not None:
             return torch.full_like(tau, self.fixed_taus[step])
-        drawn = rf_to_trig(draw_times(rng, f"simulation/time{step + 1}", self.law, batch=tau.shape[0], device=tau.device))
+        drawn = rf_to_trig(
+            draw_times(
+                rng, f"simulation/time{step + 1}", self.law, batch=tau.shape[0], device=tau.device
+            )
+        )
         return torch.minimum(drawn, tau)
 
 
@@ -233,7 +281,9 @@ class DistributionMatching:
         elif phase.iteration >= self.alternation.warmup:
             yield lambda: self._student_term(phase, cond, shape, rng)
 
-    def _student_term(self, phase: Phase, cond: Condition, shape: torch.Size, rng: StepRng) -> LossTerm:
+    def _student_term(
+        self, phase: Phase, cond: Condition, shape: torch.Size, rng: StepRng
+    ) -> LossTerm:
         video = self.simulation(self.student, cond, shape, rng, index=phase.index, grad=True)
         tau, y = self._renoise(video.detach(), rng, "dmd")
         with torch.no_grad():
@@ -241,9 +291,13 @@ class DistributionMatching:
             x0_fake = trig_x0(y, self.fake_score.trig_F(y, tau, cond, layout), tau)
             x0_teacher = trig_x0(y, self.teacher.trig_F(y, tau, cond, layout), tau)
         target = dmd_target(video, x0_fake, x0_teacher)
-        return dmd_loss(video, target, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name)
+        return dmd_loss(
+            video, target, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name
+        )
 
-    def _critic_term(self, phase: Phase, cond: Condition, shape: torch.Size, rng: StepRng) -> LossTerm:
+    def _critic_term(
+        self, phase: Phase, cond: Condition, shape: torch.Size, rng: StepRng
+    ) -> LossTerm:
         with torch.no_grad():
             video = self.simulation(self.student, cond, shape, rng, index=phase.index, grad=False)
         tau, y = self._renoise(video, rng, "critic")
@@ -252,6 +306,12 @@ class DistributionMatching:
         eps = draw_noise(rng, "critic/noise", video.shape, video.device)
         return bidirectional_critic_loss(v_fake, video, eps, tau, nonfinite=self.nonfinite)
 
-    def _renoise(self, video: torch.Tensor, rng: StepRng, purpose: str) -> tuple[torch.Tensor, torch.Tensor]:
-        tau = rf_to_trig(draw_times(rng, f"{purpose}/time", self.law, batch=video.shape[0], device=video.device))
-        return tau, trig_noise(video, draw_noise(rng, f"{purpose}/noise", video.shape, video.device), tau)
+    def _renoise(
+        self, video: torch.Tensor, rng: StepRng, purpose: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tau = rf_to_trig(
+            draw_times(rng, f"{purpose}/time", self.law, batch=video.shape[0], device=video.device)
+        )
+        return tau, trig_noise(
+            video, draw_noise(rng, f"{purpose}/noise", video.shape, video.device), tau
+        )

@@ -24,7 +24,10 @@ class Alternation:
 
     def __post_init__(self) -> None:
         if self.student_update_freq < 1:
-            raise ConfigError(f"model.config.student_update_freq={self.student_update_freq} must be >= 1 (1 trains no fake score)")
+            raise ConfigError(
+                f"model.config.student_update_freq={self.student_update_freq} must be >= 1 (1"
+                " trains no fake score)"
+            )
         if self.warmup < 0:
             raise ConfigError(f"model.config.tangent_warmup={self.warmup} must be >= 0")
 

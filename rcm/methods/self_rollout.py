@@ -68,7 +68,9 @@ class SelfRollout:
     context: ContextRule = ContextRule()
     frames: int | None = None
 
-    def __call__(self, cond: Condition, like: torch.Tensor, rng: StepRng, *, index: int, grad: bool) -> OwnVideo:
+    def __call__(
+        self, cond: Condition, like: torch.Tensor, rng: StepRng, *, index: int, grad: bool
+    ) -> OwnVideo:
         """A video of the shape and precision of `like` (its values are not used). `index` of the
         role's update; `grad` keeps the graph of the last step of every judged chunk.
         """
@@ -78,9 +80,17 @@ class SelfRollout:
         dtype = torch.promote_types(like.dtype, torch.float32)
         grid = self.student.token_grid(shape[3], shape[4])
         cache = self.student.new_cache(num_frames=self._room(plans, lead), grid=grid)
-        noise = VideoNoise.for_plans(plans, shape, generator=rng.generator("rollout"), dtype=dtype, device=like.device)
+        noise = VideoNoise.for_plans(
+            plans, shape, generator=rng.generator("rollout"), dtype=dtype, device=like.device
+        )
         if lead:
-            self._stream(cond, plans[: lead + 1], canvas=Canvas(grid, self._policy(keep=False)), noise=noise, cache=cache)
+            self._stream(
+                cond,
+                plans[: lead + 1],
+                canvas=Canvas(grid, self._policy(keep=False)),
+                noise=noise,
+                cache=cache,
+            )
         out = OwnVideo(Canvas(grid, self._policy(keep=True)), cache, first)
         with torch.set_grad_enabled(grad):
             chunks = rollout(
@@ -99,7 +109,13 @@ class SelfRollout:
 
     def _plans(self, judged: int, rng: StepRng, *, index: int) -> tuple[tuple[ChunkPlan, ...], int]:
         """The chunks to make, up to the last judged one, and the first judged frame."""
-        plans = training_plan(self.forcing.pattern, self.frames or judged, self.schedule, index=index, context=self.context)
+        plans = training_plan(
+            self.forcing.pattern,
+            self.frames or judged,
+            self.schedule,
+            index=index,
+            context=self.context,
+        )
         ends = [end for end, plan in enumerate(plans, 1) if plan.stop >= judged]
         # all ranks roll out as many chunks: their passes gather sharded weights together
         source = replace(rng, dp_rank=0, device="cpu").generator("rollout/window")
@@ -107,9 +123,28 @@ class SelfRollout:
         return plans[:end], plans[end - 1].stop - judged
 
     @torch.no_grad()
-    def _stream(self, cond: Condition, plans: tuple[ChunkPlan, ...], *, canvas: Canvas, noise: VideoNoise, cache: Cache) -> None:
+    def _stream(
+        self,
+        cond: Condition,
+        plans: tuple[ChunkPlan, ...],
+        *,
+        canvas: Canvas,
+        noise: VideoNoise,
+        cache: Cache,
+    ) -> None:
         """Make all chunks but the last of `plans`, and leave of them what that one sees."""
-        deque(rollout(self.student, cond, plans[:-1], canvas=canvas, noise=noise, rule=ConsistencyStep(), cache=cache), maxlen=0)
+        deque(
+            rollout(
+                self.student,
+                cond,
+                plans[:-1],
+                canvas=canvas,
+                noise=noise,
+                rule=ConsistencyStep(),
+                cache=cache,
+            ),
+            maxlen=0,
+        )
         canvas.policy.before(cache.branches, plans[-1])
         for branch in cache.branches:
             # closes gaps now: what a pass with gradient read is read again by recomputation, so it

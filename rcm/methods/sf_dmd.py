@@ -89,22 +89,36 @@ class SelfForcedDMD:
         else:
             yield from self._replayed_terms(phase, cond, like, rng)
 
-    def _roll(self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng, *, grad: bool) -> OwnVideo:
+    def _roll(
+        self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng, *, grad: bool
+    ) -> OwnVideo:
         return self.rollout(cond, like, rng, index=phase.index, grad=grad)
 
-    def _student_term(self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng) -> LossTerm:
+    def _student_term(
+        self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng
+    ) -> LossTerm:
         video = self._roll(phase, cond, like, rng, grad=True).video
         target = self._target(video, cond, rng)
-        return dmd_loss(video, target, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name)
+        return dmd_loss(
+            video, target, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name
+        )
 
-    def _replayed_terms(self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng) -> Iterator[Thunk]:
+    def _replayed_terms(
+        self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng
+    ) -> Iterator[Thunk]:
         rolled = self._roll(phase, cond, like, rng, grad=False)
         target = self._target(rolled.video, cond, rng)
 
         def term(chunk: ChunkResult) -> LossTerm:
             x0 = replay_chunk(self.student, cond, chunk, canvas=rolled.canvas, cache=rolled.cache)
             part = target[:, :, rolled.part(chunk.plan)]
-            found = dmd_loss(rolled.judged(chunk.plan, x0), part, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name)
+            found = dmd_loss(
+                rolled.judged(chunk.plan, x0),
+                part,
+                loss_scale=self.loss_scale,
+                nonfinite=self.nonfinite,
+                name=self.name,
+            )
             # the step adds up the logs of its terms: together they are the video's
             share = part.shape[2] / target.shape[2]
             return replace(found, logs={key: value * share for key, value in found.logs.items()})
@@ -124,7 +138,9 @@ class SelfForcedDMD:
         x0_teacher = rf_x0(y, self.teacher.velocity(y, t, cond, layout), t)
         return dmd_target(video, x0_fake, x0_teacher)
 
-    def _critic_term(self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng) -> LossTerm:
+    def _critic_term(
+        self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng
+    ) -> LossTerm:
         video = self._roll(phase, cond, like, rng, grad=False).video
         t = draw_times(rng, "critic/time", self.law, batch=video.shape[0], device=video.device)
         eps = draw_noise(rng, "critic/noise", video.shape, video.device)
@@ -132,4 +148,6 @@ class SelfForcedDMD:
         return causal_critic_loss(v_fake, video, eps, nonfinite=self.nonfinite)
 
     def _whole(self, x: torch.Tensor) -> TokenLayout:
-        return TokenLayout.bidirectional(x.shape[2], grid=self.fake_score.token_grid(x.shape[3], x.shape[4]))
+        return TokenLayout.bidirectional(
+            x.shape[2], grid=self.fake_score.token_grid(x.shape[3], x.shape[4])
+        )

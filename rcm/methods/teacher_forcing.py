@@ -46,15 +46,31 @@ class TeacherForcing:
 
     def clean(self, x0: torch.Tensor) -> Context:
         """Clean context: the data at time 0."""
-        return Context(x0, torch.zeros(x0.shape[0], x0.shape[2], dtype=torch.float64, device=x0.device))
+        return Context(
+            x0, torch.zeros(x0.shape[0], x0.shape[2], dtype=torch.float64, device=x0.device)
+        )
 
-    def noisy(self, x0: torch.Tensor, *, rule: ContextRule, schedule: StepSchedule, rng: StepRng, purpose: str) -> Context:
+    def noisy(
+        self,
+        x0: torch.Tensor,
+        *,
+        rule: ContextRule,
+        schedule: StepSchedule,
+        rng: StepRng,
+        purpose: str,
+    ) -> Context:
         """Context noised with fresh noise where `rule` applies, to the last time of each block's
         schedule; clean elsewhere (Causal_rCM.md section 5).
         """
         blocks = self.pattern.block_of_frame(x0.shape[2])
-        per_frame = [schedule.context_time(block) if rule.applies(block) else 0.0 for block in blocks]
-        times = torch.tensor(per_frame, dtype=torch.float64, device=x0.device).expand(x0.shape[0], -1).contiguous()
+        per_frame = [
+            schedule.context_time(block) if rule.applies(block) else 0.0 for block in blocks
+        ]
+        times = (
+            torch.tensor(per_frame, dtype=torch.float64, device=x0.device)
+            .expand(x0.shape[0], -1)
+            .contiguous()
+        )
         return Context(rf_noise(x0, draw_noise(rng, purpose, x0.shape, x0.device), times), times)
 
     def velocity(
@@ -104,7 +120,9 @@ class TeacherForcing:
         cache = denoiser.new_cache(num_frames=num_frames, grid=structure["grid"])
         with torch.no_grad():
             layout = TokenLayout.context(num_frames, **structure)
-            denoiser.enter_context(context.latents.to(x_t.dtype), context.times, cond, layout, cache=cache.append())
+            denoiser.enter_context(
+                context.latents.to(x_t.dtype), context.times, cond, layout, cache=cache.append()
+            )
         layout = TokenLayout.noisy_over_context(num_frames, **structure)
 
         def field(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
@@ -133,10 +151,13 @@ class StudentContext:
     def __post_init__(self) -> None:
         if self.rule.noisy and self.schedule is None:
             raise ConfigError(
-                "noisy context in teacher forcing needs context_schedule: its times come from model.config.backward_timesteps"
+                "noisy context in teacher forcing needs context_schedule: its times come from"
+                " model.config.backward_timesteps"
             )
 
-    def of(self, x0: torch.Tensor, *, forcing: TeacherForcing, rng: StepRng, purpose: str) -> Context:
+    def of(
+        self, x0: torch.Tensor, *, forcing: TeacherForcing, rng: StepRng, purpose: str
+    ) -> Context:
         """Context of the data `x0`; noise is drawn for `purpose`."""
         if self.schedule is None or not self.rule.noisy:
             return forcing.clean(x0)
@@ -159,7 +180,12 @@ class TeacherForcedConsistency:
         context_schedule: StepSchedule | None = None,
         nonfinite: NonFinitePolicy = "propagate",
     ) -> None:
-        self.student, self.teacher, self.forcing, self.loss_scale = student, teacher, forcing, loss_scale
+        self.student, self.teacher, self.forcing, self.loss_scale = (
+            student,
+            teacher,
+            forcing,
+            loss_scale,
+        )
         self.context, self.nonfinite = StudentContext(context, context_schedule), nonfinite
 
     @property

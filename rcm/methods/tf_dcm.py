@@ -32,7 +32,9 @@ class TFDiscreteConsistency(TeacherForcedConsistency):
 
     name = "tf_dcm"
 
-    def __init__(self, student: Denoiser, teacher: Denoiser, *, grid: ConsistencyGrid, **shared: Any) -> None:
+    def __init__(
+        self, student: Denoiser, teacher: Denoiser, *, grid: ConsistencyGrid, **shared: Any
+    ) -> None:
         super().__init__(student, teacher, **shared)
         self.grid = grid
 
@@ -46,16 +48,41 @@ class TFDiscreteConsistency(TeacherForcedConsistency):
         x_t = rf_noise(x0, draw_noise(rng, "dcm/noise", x0.shape, x0.device), times[:, :1])
         with torch.no_grad():
             target = self._target(x_t, times, x0, cond, rng)
-        v = forcing.velocity(self.student, x_t, times[:, :1], cond, context=self.student_context(x0, rng, "dcm/context"))
-        return causal_dcm(rf_x0(x_t, v, times[:, :1]), target, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name)
+        v = forcing.velocity(
+            self.student,
+            x_t,
+            times[:, :1],
+            cond,
+            context=self.student_context(x0, rng, "dcm/context"),
+        )
+        return causal_dcm(
+            rf_x0(x_t, v, times[:, :1]),
+            target,
+            loss_scale=self.loss_scale,
+            nonfinite=self.nonfinite,
+            name=self.name,
+        )
 
-    def _target(self, x_t: torch.Tensor, times: torch.Tensor, x0: torch.Tensor, cond: Condition, rng: StepRng) -> torch.Tensor:
+    def _target(
+        self,
+        x_t: torch.Tensor,
+        times: torch.Tensor,
+        x0: torch.Tensor,
+        cond: Condition,
+        rng: StepRng,
+    ) -> torch.Tensor:
         """Teacher Euler steps along `times` on clean context, then the live student's data
         prediction at the last time.
         """
         clean = self.forcing.clean(x0)
         for k in range(times.shape[1] - 1):
             t, t_next = times[:, k : k + 1], times[:, k + 1 : k + 2]
-            x_t = rf_euler(x_t, self.forcing.velocity(self.teacher, x_t, t, cond, context=clean), t, t_next)
+            x_t = rf_euler(
+                x_t, self.forcing.velocity(self.teacher, x_t, t, cond, context=clean), t, t_next
+            )
         context = self.student_context(x0, rng, "dcm/target_context")
-        return rf_x0(x_t, self.forcing.velocity(self.student, x_t, times[:, -1:], cond, context=context), times[:, -1:])
+        return rf_x0(
+            x_t,
+            self.forcing.velocity(self.student, x_t, times[:, -1:], cond, context=context),
+            times[:, -1:],
+        )

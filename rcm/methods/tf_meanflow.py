@@ -48,12 +48,17 @@ class TFMeanFlow(TeacherForcedConsistency):
     ) -> None:
         super().__init__(student, teacher, **shared)
         if not 0 <= equal_share < 1:
-            raise ConfigError(f"equal_share={equal_share} must be in [0, 1): at 1 no mean velocity is ever trained")
+            raise ConfigError(
+                f"equal_share={equal_share} must be in [0, 1): at 1 no mean velocity is ever"
+                " trained"
+            )
         self.law, self.equal_share, self.tangent_warmup = law, equal_share, tangent_warmup
 
     def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
         """One term; the warm-up ratio follows the trainer iteration."""
-        yield lambda: self._term(batch, rng, warmup_ratio(phase.iteration, warmup_steps=self.tangent_warmup))
+        yield lambda: self._term(
+            batch, rng, warmup_ratio(phase.iteration, warmup_steps=self.tangent_warmup)
+        )
 
     def _term(self, batch: LatentBatch, rng: StepRng, warmup: float) -> LossTerm:
         x0, cond, forcing = batch.latents, batch.condition(), self.forcing
@@ -67,4 +72,6 @@ class TFMeanFlow(TeacherForcedConsistency):
         _, u_dot = forcing.tangent(self.student, x_t, t, cond, context=context, s=s, **direction)
         u = forcing.velocity(self.student, x_t, t, cond, context=context, s=s)
         residual = normalise(meanflow_residual(u.detach(), v_teacher, u_dot, t, s, warmup=warmup))
-        return scm_regression(u, residual, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name)
+        return scm_regression(
+            u, residual, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name
+        )

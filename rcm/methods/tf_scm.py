@@ -34,13 +34,23 @@ class TFContinuousConsistency(TeacherForcedConsistency):
 
     name = "tf_scm"
 
-    def __init__(self, student: Denoiser, teacher: Denoiser, *, law: TimeLaw, tangent_warmup: int = 1000, **shared: Any) -> None:
+    def __init__(
+        self,
+        student: Denoiser,
+        teacher: Denoiser,
+        *,
+        law: TimeLaw,
+        tangent_warmup: int = 1000,
+        **shared: Any,
+    ) -> None:
         super().__init__(student, teacher, **shared)
         self.law, self.tangent_warmup = law, tangent_warmup
 
     def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
         """One consistency term; the warm-up ratio follows the trainer iteration."""
-        yield lambda: self._term(batch, rng, warmup_ratio(phase.iteration, warmup_steps=self.tangent_warmup))
+        yield lambda: self._term(
+            batch, rng, warmup_ratio(phase.iteration, warmup_steps=self.tangent_warmup)
+        )
 
     def _term(self, batch: LatentBatch, rng: StepRng, warmup: float) -> LossTerm:
         x0, cond, forcing = batch.latents, batch.condition(), self.forcing
@@ -49,7 +59,17 @@ class TFContinuousConsistency(TeacherForcedConsistency):
         context = self.student_context(x0, rng, "scm/context")
         with torch.no_grad():
             v_teacher = forcing.velocity(self.teacher, x_t, t, cond, context=forcing.clean(x0))
-        _, v_dot = forcing.tangent(self.student, x_t, t, cond, context=context, x_dot=v_teacher.to(x_t.dtype), t_dot=torch.ones_like(t))
+        _, v_dot = forcing.tangent(
+            self.student,
+            x_t,
+            t,
+            cond,
+            context=context,
+            x_dot=v_teacher.to(x_t.dtype),
+            t_dot=torch.ones_like(t),
+        )
         v = forcing.velocity(self.student, x_t, t, cond, context=context)
         g_hat = normalise(rf_tangent(v.detach(), v_teacher, v_dot, t, warmup=warmup))
-        return scm_regression(v, g_hat, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name)
+        return scm_regression(
+            v, g_hat, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name
+        )

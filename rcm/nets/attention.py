@@ -31,7 +31,9 @@ class AttentionBackend(Protocol):
 
     name: str
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
+    ) -> Tensor:
         """softmax(scale q k^T, masked) v. `q` [B, Lq, N, D], `k`, `v` [B, Lk, N, D]; returns [B,
         Lq, N, D] in the dtype of q.
         """
@@ -69,7 +71,9 @@ def resolve(name: str | AttentionBackend) -> AttentionBackend:
     chosen = name if name != "auto" else os.environ.get(ENVIRONMENT_KEY, "") or "auto"
     if chosen not in BACKENDS:
         source = "net.attention" if name != "auto" else f"environment variable {ENVIRONMENT_KEY}"
-        raise ConfigError(f"unknown attention backend {chosen!r} from {source}; choose from {', '.join(BACKENDS)}")
+        raise ConfigError(
+            f"unknown attention backend {chosen!r} from {source}; choose from {', '.join(BACKENDS)}"
+        )
     return BACKENDS[chosen]()
 
 
@@ -83,8 +87,9 @@ def attention_name(attention_backend: str, *, flex_backend: str) -> str:
         return backend
     if backend != "flex":
         raise ConfigError(
-            f"flex_backend={kernel} (or RCM_FLEX_BACKEND) has no effect with attention_backend={backend}: it chooses the kernel of "
-            "attention_backend=flex; set that too, or leave flex_backend at auto"
+            f"flex_backend={kernel} (or RCM_FLEX_BACKEND) has no effect with"
+            f" attention_backend={backend}: it chooses the kernel of attention_backend=flex; set"
+            " that too, or leave flex_backend at auto"
         )
     return f"flex_{kernel}"
 
@@ -106,13 +111,20 @@ class AttentionCore(nn.Module):
     elsewhere.
     """
 
-    def __init__(self, backend: AttentionBackend, *, jvp_implementation: Implementation | Literal["auto"] = "auto") -> None:
+    def __init__(
+        self,
+        backend: AttentionBackend,
+        *,
+        jvp_implementation: Implementation | Literal["auto"] = "auto",
+    ) -> None:
         super().__init__()
         self.backend = backend
         self.jvp_implementation = jvp_implementation
         self.tangent_choices: set[str] = set()
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None = None, constant_keys: int = 0) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec | None = None, constant_keys: int = 0
+    ) -> Tensor:
         """softmax(q k^T / sqrt(D), masked) v for `q` [B, Lq, N, D], `k`, `v` [B, Lk, N, D]; each
         may be dual or plain, as is the result.
 
@@ -125,7 +137,16 @@ class AttentionCore(nn.Module):
             if not (q_dot is None and k_dot is None and v_dot is None):
                 choice = self._jvp_choice(q)
                 o, o_dot, _ = flash_jvp(
-                    q, k, v, q_dot, k_dot, v_dot, mask=mask, scale=scale, tangent_start=constant_keys, implementation=choice
+                    q,
+                    k,
+                    v,
+                    q_dot,
+                    k_dot,
+                    v_dot,
+                    mask=mask,
+                    scale=scale,
+                    tangent_start=constant_keys,
+                    implementation=choice,
                 )
                 self.tangent_choices.add(choice)
                 return pack(o, o_dot)

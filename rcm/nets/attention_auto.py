@@ -35,21 +35,33 @@ class Fused:
 
     name = "triton"
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
+    ) -> Tensor:
         """See `AttentionBackend`."""
         obstacle = forward_obstacle(q, v)
         if not obstacle and not wants_gradient(q, k, v):
-            return masked_attention(q, k, v, mask=mask, scale=scale, forward="triton", backward="cudnn")
+            return masked_attention(
+                q, k, v, mask=mask, scale=scale, forward="triton", backward="cudnn"
+            )
         shape = Full(q.shape[1], k.shape[1]) if mask is None else mask
-        obstacles = {} if obstacle else {name: rectangle_obstacle(name, q, v, mask=shape) for name in RECTANGLES}
+        obstacles = (
+            {}
+            if obstacle
+            else {name: rectangle_obstacle(name, q, v, mask=shape) for name in RECTANGLES}
+        )
         usable = [name for name, why in obstacles.items() if why is None]
         if not usable:
-            reasons = obstacle or "; ".join(f"backward {name}: {why}" for name, why in obstacles.items())
-            raise ConfigError(
-                f"attention backend 'triton' does not apply: {reasons}; choose attention_backend / RCM_ATTENTION_BACKEND from "
-                "auto, sdpa, reference"
+            reasons = obstacle or "; ".join(
+                f"backward {name}: {why}" for name, why in obstacles.items()
             )
-        return masked_attention(q, k, v, mask=mask, scale=scale, forward="triton", backward=usable[0])
+            raise ConfigError(
+                f"attention backend 'triton' does not apply: {reasons}; choose attention_backend /"
+                " RCM_ATTENTION_BACKEND from auto, sdpa, reference"
+            )
+        return masked_attention(
+            q, k, v, mask=mask, scale=scale, forward="triton", backward=usable[0]
+        )
 
 
 def wants_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -91,7 +103,10 @@ def choose(q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> str:
     gradient = wants_gradient(q, k, v)
     pairs = mask.q_len * mask.kv_len
     work = q.shape[0] * q.shape[2] * pairs
-    if work <= (MATRIX_WITH_GRADIENT if gradient else MATRIX_WITHOUT_GRADIENT) and pairs <= LARGEST_MATRIX:
+    if (
+        work <= (MATRIX_WITH_GRADIENT if gradient else MATRIX_WITHOUT_GRADIENT)
+        and pairs <= LARGEST_MATRIX
+    ):
         return "matrix"
     if forward_obstacle(q, v):
         return "sdpa"
@@ -105,7 +120,11 @@ def parts_of(q: Tensor, k: Tensor, v: Tensor) -> int:
     """Parts along the keys in which a dense call runs best: more than one only inside a captured
     graph, where further launches cost nothing, without gradient, on compute capability 9.0.
     """
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or not torch.cuda.is_current_stream_capturing():
+    if (
+        not q.is_cuda
+        or q.dtype not in (torch.bfloat16, torch.float16)
+        or not torch.cuda.is_current_stream_capturing()
+    ):
         return 1
     if wants_gradient(q, k, v) or torch.cuda.get_device_capability(q.device) != (9, 0):
         return 1
@@ -124,7 +143,9 @@ class Auto:
         self._sdpa = SDPA()
         self.decisions: dict[str, str] = {"dense": "sdpa"}
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
+    ) -> Tensor:
         """See `AttentionBackend`."""
         if mask is None or mask.is_full:
             if (parts := parts_of(q, k, v)) > 1:

@@ -38,7 +38,11 @@ class MaskMatrices:
         """`mask` as bool `[q_len, kv_len]` on `device`."""
         key = (mask, device)
         if key not in self._kept:
-            while self._kept and sum(x.nbytes for x in self._kept.values()) + mask.q_len * mask.kv_len > self._limit:
+            while (
+                self._kept
+                and sum(x.nbytes for x in self._kept.values()) + mask.q_len * mask.kv_len
+                > self._limit
+            ):
                 self._kept.pop(next(iter(self._kept)))
             # a matrix may outlive the mode it was first asked for in
             with torch.inference_mode(False):
@@ -46,7 +50,9 @@ class MaskMatrices:
         return self._kept[key]
 
 
-def by_segment(attend: DenseAttention, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> Tensor:
+def by_segment(
+    attend: DenseAttention, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None
+) -> Tensor:
     """`attend(q, k, v)` on `[B, L, N, D]` under `mask`: one unmasked call per run of queries with
     equal keys, the keys' intervals concatenated, so that a fused dense kernel serves every mask at
     its own density. Without a mask one call.
@@ -54,7 +60,11 @@ def by_segment(attend: DenseAttention, q: Tensor, k: Tensor, v: Tensor, *, mask:
     if mask is None or mask.is_full:
         return attend(q, k, v)
     parts = [
-        attend(q[:, segment.q_start : segment.q_stop], _gather(k, segment.intervals), _gather(v, segment.intervals))
+        attend(
+            q[:, segment.q_start : segment.q_stop],
+            _gather(k, segment.intervals),
+            _gather(v, segment.intervals),
+        )
         for segment in mask.row_segments()
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -76,7 +86,9 @@ class Reference:
     def __init__(self) -> None:
         self._matrices = MaskMatrices()
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
+    ) -> Tensor:
         """See `AttentionBackend`."""
         compute = torch.promote_types(q.dtype, torch.float32)
         scores = scale * torch.einsum("bqnd,bknd->bnqk", q.to(compute), k.to(compute))
@@ -97,7 +109,9 @@ class SDPA:
         self._matrices = MaskMatrices()
         self._matrix_pairs = matrix_pairs
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
+    ) -> Tensor:
         """See `AttentionBackend`."""
         if mask is not None and not mask.is_full and len(mask.row_segments()) > 1:
             limit = DENSE_MASK_LIMIT if self._matrix_pairs is None else self._matrix_pairs
@@ -105,7 +119,9 @@ class SDPA:
                 return self.with_matrix(q, k, v, mask=mask, scale=scale)
         return by_segment(lambda q, k, v: _sdpa(q, k, v, scale=scale), q, k, v, mask=mask)
 
-    def with_matrix(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec, scale: float) -> Tensor:
+    def with_matrix(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec, scale: float
+    ) -> Tensor:
         """One call with the mask as a bool matrix, of any size."""
         return _sdpa(q, k, v, scale=scale, matrix=self._matrices.matrix(mask, q.device))
 
@@ -117,12 +133,15 @@ class Cudnn:
 
     name = "cudnn"
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
+    ) -> Tensor:
         """See `AttentionBackend`."""
         if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
             raise ConfigError(
-                f"attention backend 'cudnn' needs bfloat16 or float16 on a CUDA device, got {q.dtype} on {q.device}; choose "
-                "attention_backend / RCM_ATTENTION_BACKEND from auto, sdpa, reference"
+                "attention backend 'cudnn' needs bfloat16 or float16 on a CUDA device, got"
+                f" {q.dtype} on {q.device}; choose attention_backend / RCM_ATTENTION_BACKEND from"
+                " auto, sdpa, reference"
             )
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return by_segment(lambda q, k, v: _sdpa(q, k, v, scale=scale), q, k, v, mask=mask)

@@ -38,29 +38,46 @@ class Flex:
 
     def __init__(self, kernel: FlexKernel = "auto") -> None:
         if kernel not in _OPTIONS:
-            raise ConfigError(f"unknown kernel {kernel!r} for FlexAttention; set flex_backend / RCM_FLEX_BACKEND to auto, triton or flash")
+            raise ConfigError(
+                f"unknown kernel {kernel!r} for FlexAttention; set flex_backend / RCM_FLEX_BACKEND"
+                " to auto, triton or flash"
+            )
         if kernel == "flash":
             require_package(
-                "flex_flash", "flash_attn.cute", hint="pip install flash-attn-4 (FlashAttention-4, needs compute capability 9.0 or higher)"
+                "flex_flash",
+                "flash_attn.cute",
+                hint=(
+                    "pip install flash-attn-4 (FlashAttention-4, needs compute capability 9.0 or"
+                    " higher)"
+                ),
             )
         self.kernel = kernel
         self.name = "flex" if kernel == "auto" else f"flex_{kernel}"
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
+    ) -> Tensor:
         """See `AttentionBackend`."""
         if not q.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise ConfigError(
-                f"attention backend '{self.name}' has no gradient on {q.device.type}: torch's FlexAttention computes only the forward "
-                "pass there; choose attention_backend / RCM_ATTENTION_BACKEND from auto, sdpa, reference"
+                f"attention backend '{self.name}' has no gradient on {q.device.type}: torch's"
+                " FlexAttention computes only the forward pass there; choose attention_backend /"
+                " RCM_ATTENTION_BACKEND from auto, sdpa, reference"
             )
         if in_dual_level():
             raise RuntimeError(
-                f"attention backend '{self.name}' cannot run inside a tangent pass, where compiled code is switched off and FlexAttention "
-                "would hold the whole score matrix; choose attention_backend / RCM_ATTENTION_BACKEND from auto, sdpa, triton"
+                f"attention backend '{self.name}' cannot run inside a tangent pass, where compiled"
+                " code is switched off and FlexAttention would hold the whole score matrix; choose"
+                " attention_backend / RCM_ATTENTION_BACKEND from auto, sdpa, triton"
             )
         blocks = None if mask is None or mask.is_full else block_mask(mask, q.device)
         out = _compiled()(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=blocks, scale=scale, kernel_options=_OPTIONS[self.kernel]
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            block_mask=blocks,
+            scale=scale,
+            kernel_options=_OPTIONS[self.kernel],
         )
         return out.transpose(1, 2)
 
@@ -129,5 +146,7 @@ def _interval_table(mask: MaskSpec) -> Tensor:
     """Up to three key intervals of every query, int32 `[q_len, 6]`; unused ones are empty."""
     table = torch.zeros(mask.q_len, 3, 2, dtype=torch.int32)
     for segment in mask.row_segments():
-        table[segment.q_start : segment.q_stop, : len(segment.intervals)] = torch.tensor(segment.intervals, dtype=torch.int32)
+        table[segment.q_start : segment.q_stop, : len(segment.intervals)] = torch.tensor(
+            segment.intervals, dtype=torch.int32
+        )
     return table.flatten(1)

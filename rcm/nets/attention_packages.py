@@ -21,7 +21,9 @@ from rcm.core.errors import ConfigError
 from rcm.kernels.masks import Full, MaskSpec
 from rcm.nets.attention_dense import by_segment
 
-CHOOSE = "choose attention_backend / RCM_ATTENTION_BACKEND from auto, triton, cudnn, sdpa, reference"
+CHOOSE = (
+    "choose attention_backend / RCM_ATTENTION_BACKEND from auto, triton, cudnn, sdpa, reference"
+)
 
 
 def require_package(backend: str, module: str, *, hint: str) -> None:
@@ -33,7 +35,10 @@ def require_package(backend: str, module: str, *, hint: str) -> None:
     except ModuleNotFoundError:  # a parent package is missing
         found = False
     if not found:
-        raise ConfigError(f"attention backend '{backend}' is not available: {module} is not installed: {hint}; or {CHOOSE}")
+        raise ConfigError(
+            f"attention backend '{backend}' is not available: {module} is not installed: {hint}; or"
+            f" {CHOOSE}"
+        )
 
 
 class _Package:
@@ -50,7 +55,10 @@ class _Package:
 
     def _open(self, q: Tensor) -> ModuleType:
         if q.dtype not in (torch.bfloat16, torch.float16):
-            raise ConfigError(f"attention backend '{self.name}' needs bfloat16 or float16, got {q.dtype}; set precision, or {CHOOSE}")
+            raise ConfigError(
+                f"attention backend '{self.name}' needs bfloat16 or float16, got {q.dtype}; set"
+                f" precision, or {CHOOSE}"
+            )
         return importlib.import_module(self.module)
 
 
@@ -59,12 +67,27 @@ class Flash2(_Package):
     queries with equal keys.
     """
 
-    name, module, hint = "flash2", "flash_attn", "pip install 'rcm[flash]' (flash-attn 2, built from source, needs CUDA)"
+    name, module, hint = (
+        "flash2",
+        "flash_attn",
+        "pip install 'rcm[flash]' (flash-attn 2, built from source, needs CUDA)",
+    )
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
+    ) -> Tensor:
         """See `AttentionBackend`."""
-        attend, deterministic = self._open(q).flash_attn_func, torch.are_deterministic_algorithms_enabled()
-        return by_segment(lambda q, k, v: attend(q, k, v, softmax_scale=scale, deterministic=deterministic), q, k, v, mask=mask)
+        attend, deterministic = (
+            self._open(q).flash_attn_func,
+            torch.are_deterministic_algorithms_enabled(),
+        )
+        return by_segment(
+            lambda q, k, v: attend(q, k, v, softmax_scale=scale, deterministic=deterministic),
+            q,
+            k,
+            v,
+            mask=mask,
+        )
 
 
 class Flash3(_Package):
@@ -74,11 +97,20 @@ class Flash3(_Package):
     Versions differ in whether the log-sum-exp comes beside the result; both are read.
     """
 
-    name, module, hint = "flash3", "flash_attn_interface", "build FlashAttention-3 (the folder hopper/ of its sources), needs sm90"
+    name, module, hint = (
+        "flash3",
+        "flash_attn_interface",
+        "build FlashAttention-3 (the folder hopper/ of its sources), needs sm90",
+    )
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
+    ) -> Tensor:
         """See `AttentionBackend`."""
-        attend, deterministic = self._open(q).flash_attn_func, torch.are_deterministic_algorithms_enabled()
+        attend, deterministic = (
+            self._open(q).flash_attn_func,
+            torch.are_deterministic_algorithms_enabled(),
+        )
 
         def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return _first(attend(q, k, v, softmax_scale=scale, deterministic=deterministic))
@@ -92,9 +124,15 @@ class Magi(_Package):
     entries share no pair.
     """
 
-    name, module, hint = "magi", "magi_attention.api", "build MagiAttention from source (github.com/SandAI-org/MagiAttention), needs sm90"
+    name, module, hint = (
+        "magi",
+        "magi_attention.api",
+        "build MagiAttention from source (github.com/SandAI-org/MagiAttention), needs sm90",
+    )
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
+    ) -> Tensor:
         """See `AttentionBackend`."""
         attend = self._open(q).flex_flash_attn_func
         mask = Full(q.shape[1], k.shape[1]) if mask is None else mask
@@ -105,11 +143,19 @@ class Magi(_Package):
         if "max_seqlen_k" in inspect.signature(attend).parameters:
             segments = mask.row_segments()
             extra["max_seqlen_q"] = max(s.q_stop - s.q_start for s in segments)
-            extra["max_seqlen_k"] = max(stop - start for s in segments for start, stop in s.intervals)
+            extra["max_seqlen_k"] = max(
+                stop - start for s in segments for start, stop in s.intervals
+            )
         deterministic = torch.are_deterministic_algorithms_enabled()
         flat = (x.flatten(0, 1) for x in (q, k, v))
         out = attend(
-            *flat, q_ranges=q_ranges, k_ranges=k_ranges, attn_type_map=kinds, softmax_scale=scale, deterministic=deterministic, **extra
+            *flat,
+            q_ranges=q_ranges,
+            k_ranges=k_ranges,
+            attn_type_map=kinds,
+            softmax_scale=scale,
+            deterministic=deterministic,
+            **extra,
         )
         return _first(out).to(q.dtype).unflatten(0, (q.shape[0], q.shape[1]))
 
@@ -119,22 +165,39 @@ class TransformerEngine(_Package):
     in the layout "bshd" without mask: one dense call per run of queries with equal keys.
     """
 
-    name, module, hint = "te", "transformer_engine.pytorch", "pip install 'rcm[te]' (needs a CUDA toolchain)"
+    name, module, hint = (
+        "te",
+        "transformer_engine.pytorch",
+        "pip install 'rcm[te]' (needs a CUDA toolchain)",
+    )
 
     def __init__(self) -> None:
         super().__init__()
         self._modules: dict[tuple[int, int, int, float], torch.nn.Module] = {}
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
+    ) -> Tensor:
         """See `AttentionBackend`."""
         package, key = self._open(q), (q.shape[2], q.shape[3], v.shape[3], scale)
         if key not in self._modules:
             width = q.shape[3] if q.shape[3] == v.shape[3] else (q.shape[3], v.shape[3])
             self._modules[key] = package.DotProductAttention(
-                q.shape[2], width, attention_dropout=0.0, qkv_format="bshd", attn_mask_type="no_mask", softmax_scale=scale
+                q.shape[2],
+                width,
+                attention_dropout=0.0,
+                qkv_format="bshd",
+                attn_mask_type="no_mask",
+                softmax_scale=scale,
             )
         attend = self._modules[key]
-        return by_segment(lambda q, k, v: attend(q, k, v).unflatten(2, (q.shape[2], v.shape[3])), q, k, v, mask=mask)
+        return by_segment(
+            lambda q, k, v: attend(q, k, v).unflatten(2, (q.shape[2], v.shape[3])),
+            q,
+            k,
+            v,
+            mask=mask,
+        )
 
 
 def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -147,12 +210,18 @@ def _ranges(mask: MaskSpec, batch: int, device: torch.device) -> tuple[Tensor, T
     other.
     """
     pairs = [
-        ((b * mask.q_len + s.q_start, b * mask.q_len + s.q_stop), (b * mask.kv_len + start, b * mask.kv_len + stop))
+        (
+            (b * mask.q_len + s.q_start, b * mask.q_len + s.q_stop),
+            (b * mask.kv_len + start, b * mask.kv_len + stop),
+        )
         for b in range(batch)
         for s in mask.row_segments()
         for start, stop in s.intervals
     ]
     # the tables may outlive the mode they were first asked for in
     with torch.inference_mode(False):
-        queries, keys = (torch.tensor(ranges, dtype=torch.int32, device=device) for ranges in zip(*pairs, strict=True))
+        queries, keys = (
+            torch.tensor(ranges, dtype=torch.int32, device=device)
+            for ranges in zip(*pairs, strict=True)
+        )
     return queries, keys

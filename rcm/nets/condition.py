@@ -45,10 +45,15 @@ class Condition:
         if self.batch == batch:
             return self
         if self.batch != 1:
-            raise ValueError(f"condition of batch {self.batch} does not expand to batch {batch}; give a batch of 1 or {batch}")
+            raise ValueError(
+                f"condition of batch {self.batch} does not expand to batch {batch}; give a batch of"
+                f" 1 or {batch}"
+            )
         return self._map(lambda x: x.expand(batch, *x.shape[1:]))
 
-    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
+    def to(
+        self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Condition:
         """All tensors on `device` in `dtype`; None leaves that property alone."""
         return self._map(lambda x: x.to(device=device, dtype=dtype))
 
@@ -76,7 +81,13 @@ class Condition:
         return self._map(torch.clone)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Condition:
-        return replace(self, **{field.name: _map_tensors(getattr(self, field.name), change) for field in fields(self)})
+        return replace(
+            self,
+            **{
+                field.name: _map_tensors(getattr(self, field.name), change)
+                for field in fields(self)
+            },
+        )
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

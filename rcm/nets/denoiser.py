@@ -33,7 +33,13 @@ class VelocityModel:
     """What objectives and samplers need of a denoiser; `velocity` is its only primitive."""
 
     def velocity(
-        self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Condition,
+        layout: TokenLayout,
+        *,
+        cache: CacheView | PairedView | None = None,
     ) -> Tensor:
         """RF velocity v = eps - x0 of the output frames of `layout`, [B, C, F_out, H, W].
 
@@ -43,22 +49,46 @@ class VelocityModel:
         raise NotImplementedError  # a model says this itself
 
     def mean_velocity(
-        self, x: Tensor, t: Tensor, s: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Condition,
+        layout: TokenLayout,
+        *,
+        cache: CacheView | PairedView | None = None,
     ) -> Tensor:
         """Mean u of the velocity along the ODE from `t` down to `s`, x_s = x_t - (t - s) u, of a
         model with two times (arXiv 2505.13447); at s = t its `velocity`. `s` has the shape of `t`,
         the rest is as in `velocity`. `ConfigError` for a model of one time.
         """
-        raise ConfigError("this model has one time: it knows no mean velocity between two; train one with training_type=tf_meanflow")
+        raise ConfigError(
+            "this model has one time: it knows no mean velocity between two; train one with"
+            " training_type=tf_meanflow"
+        )
 
-    def enter_context(self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView) -> None:
+    def enter_context(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Condition,
+        layout: TokenLayout,
+        *,
+        cache: CacheView | PairedView,
+    ) -> None:
         """The pass of `velocity` for what it leaves in `cache`; a model skips what that does not
         need.
         """
         self.velocity(x, t, cond, layout, cache=cache)
 
     def trig_F(
-        self, x_tau: Tensor, tau: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
+        self,
+        x_tau: Tensor,
+        tau: Tensor,
+        cond: Condition,
+        layout: TokenLayout,
+        *,
+        cache: CacheView | PairedView | None = None,
     ) -> Tensor:
         """TrigFlow velocity F at `x_tau` [B, C, F, H, W], `tau` in [0, pi/2] float64 [B, 1] or [B,
         F]; every frame of the layout is predicted.
@@ -135,7 +165,13 @@ class Denoiser(VelocityModel):
         self.precision = precision
 
     def velocity(
-        self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Condition,
+        layout: TokenLayout,
+        *,
+        cache: CacheView | PairedView | None = None,
     ) -> Tensor:
         """See `VelocityModel`. Casts `x` and the condition to precision.compute and 1000 t to
         precision.time: the only casts at the network's door.
@@ -144,7 +180,14 @@ class Denoiser(VelocityModel):
         return v.to(torch.promote_types(x.dtype, torch.float32))
 
     def mean_velocity(
-        self, x: Tensor, t: Tensor, s: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Condition,
+        layout: TokenLayout,
+        *,
+        cache: CacheView | PairedView | None = None,
     ) -> Tensor:
         """See `VelocityModel`. The difference of the times is taken before its cast, as exact as
         they are.
@@ -154,7 +197,15 @@ class Denoiser(VelocityModel):
         u = self.net(*self._inputs(x, t, cond), layout, cache, span=self._span(t, s, x.device))
         return u.to(torch.promote_types(x.dtype, torch.float32))
 
-    def enter_context(self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView) -> None:
+    def enter_context(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Condition,
+        layout: TokenLayout,
+        *,
+        cache: CacheView | PairedView,
+    ) -> None:
         """See `VelocityModel`."""
         self.net(*self._inputs(x, t, cond), layout, cache, context_only=True)
 
@@ -178,9 +229,20 @@ class Denoiser(VelocityModel):
     ) -> KVCache:
         """See `VelocityModel`."""
         tokens, config = num_frames * grid[0] * grid[1], self.net.config
-        if attention == "fp8" and (why := obstacle(self.net.patch_embedding.weight.device, width=config.head_dim)) is not None:
+        if (
+            attention == "fp8"
+            and (why := obstacle(self.net.patch_embedding.weight.device, width=config.head_dim))
+            is not None
+        ):
             raise ConfigError(f"attention='fp8' is not possible here: {why}; use attention='net'")
-        return KVCache(config.num_layers, capacity_tokens=tokens, keys=keys, codec=codec, hot_chunks=hot_chunks, attention=attention)
+        return KVCache(
+            config.num_layers,
+            capacity_tokens=tokens,
+            keys=keys,
+            codec=codec,
+            hot_chunks=hot_chunks,
+            attention=attention,
+        )
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """See `VelocityModel`."""
@@ -215,7 +277,13 @@ class Denoiser(VelocityModel):
         """See `VelocityModel`."""
         made = getattr(self.net, "time_rows", None)
         span = {} if s is None else {"span": self._span(t, s, t.device)}
-        return None if made is None else made(rf_to_timestep(t).to(self.precision.time), dtype=self.precision.compute, **span)
+        return (
+            None
+            if made is None
+            else made(
+                rf_to_timestep(t).to(self.precision.time), dtype=self.precision.compute, **span
+            )
+        )
 
     @property
     def num_ranks(self) -> int:
@@ -248,23 +316,49 @@ class Guided(VelocityModel):
         return is_guided(self.scale)
 
     def velocity(
-        self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Condition,
+        layout: TokenLayout,
+        *,
+        cache: CacheView | PairedView | None = None,
     ) -> Tensor:
         """See `VelocityModel`; `cache` is a view of a `PairedCache`. Raises `TypeError` for
         another.
         """
         if cache is not None and not isinstance(cache, PairedView):
-            raise TypeError(f"a guided denoiser takes views of its own new_cache(), a PairedCache, got {type(cache).__name__}")
+            raise TypeError(
+                "a guided denoiser takes views of its own new_cache(), a PairedCache, got"
+                f" {type(cache).__name__}"
+            )
         v = self.denoiser.velocity(x, t, cond, layout, cache=None if cache is None else cache.cond)
         if not self.active:
             return v
         negative = self._negative(x, cond, cache)
-        return cfg(v, self.denoiser.velocity(x, t, negative, layout, cache=None if cache is None else cache.negative), self.scale)
+        return cfg(
+            v,
+            self.denoiser.velocity(
+                x, t, negative, layout, cache=None if cache is None else cache.negative
+            ),
+            self.scale,
+        )
 
-    def enter_context(self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: CacheView | PairedView) -> None:
+    def enter_context(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Condition,
+        layout: TokenLayout,
+        *,
+        cache: CacheView | PairedView,
+    ) -> None:
         """See `VelocityModel`; `cache` as in `velocity`."""
         if not isinstance(cache, PairedView):
-            raise TypeError(f"a guided denoiser takes views of its own new_cache(), a PairedCache, got {type(cache).__name__}")
+            raise TypeError(
+                "a guided denoiser takes views of its own new_cache(), a PairedCache, got"
+                f" {type(cache).__name__}"
+            )
         self.denoiser.enter_context(x, t, cond, layout, cache=cache.cond)
         if self.active:
             negative = self._negative(x, cond, cache)
@@ -274,7 +368,8 @@ class Guided(VelocityModel):
     def _negative(self, x: Tensor, cond: Condition, cache: PairedView | None) -> Condition:
         if cache is not None and cache.negative is None:
             raise ValueError(
-                f"guidance scale {self.scale} needs the negative half of the cache, which was made without; make a new_cache()"
+                f"guidance scale {self.scale} needs the negative half of the cache, which was made"
+                " without; make a new_cache()"
             )
         return self.negative.expand(x.shape[0]).to(device=x.device).with_images_of(cond)
 
@@ -294,12 +389,19 @@ class Guided(VelocityModel):
 
         def branch(codec: KVCodec | None) -> KVCache:
             cache = self.denoiser.new_cache(
-                num_frames=num_frames, grid=grid, keys=keys, codec=codec, hot_chunks=hot_chunks, attention=attention
+                num_frames=num_frames,
+                grid=grid,
+                keys=keys,
+                codec=codec,
+                hot_chunks=hot_chunks,
+                attention=attention,
             )
             assert isinstance(cache, KVCache), "guidance is around one network, not around guidance"
             return cache
 
-        return PairedCache(branch(codec), branch(codec if codec is None else codec.fork()) if self.active else None)
+        return PairedCache(
+            branch(codec), branch(codec if codec is None else codec.fork()) if self.active else None
+        )
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """See `VelocityModel`."""
@@ -377,16 +479,32 @@ class PairedCache:
         return (self.cond,) if self.negative is None else (self.cond, self.negative)
 
     def append(
-        self, visible: Sequence[int] | None = None, *, observers: Sequence[Observer | None] = (), as_id: int | None = None
+        self,
+        visible: Sequence[int] | None = None,
+        *,
+        observers: Sequence[Observer | None] = (),
+        as_id: int | None = None,
     ) -> PairedView:
         """As `KVCache.append`, for both."""
         given = observers or (None, None)
-        views = [c.append(visible, observers=(o,), as_id=as_id) for c, o in zip(self.branches, given, strict=False)]
+        views = [
+            c.append(visible, observers=(o,), as_id=as_id)
+            for c, o in zip(self.branches, given, strict=False)
+        ]
         return PairedView(views[0], views[1] if len(views) > 1 else None)
 
-    def readonly(self, num_chunks: int | None = None, *, visible: Sequence[int] | None = None, transient: bool = False) -> PairedView:
+    def readonly(
+        self,
+        num_chunks: int | None = None,
+        *,
+        visible: Sequence[int] | None = None,
+        transient: bool = False,
+    ) -> PairedView:
         """As `KVCache.readonly`, for both."""
-        views = [branch.readonly(num_chunks, visible=visible, transient=transient) for branch in self.branches]
+        views = [
+            branch.readonly(num_chunks, visible=visible, transient=transient)
+            for branch in self.branches
+        ]
         return PairedView(views[0], views[1] if len(views) > 1 else None)
 
     def reset(self, free_buffers: bool = True) -> None:

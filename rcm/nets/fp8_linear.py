@@ -36,7 +36,10 @@ class FP8Linear(nn.Module):
 
     def __init__(self, *layers: nn.Linear, gelu: bool = False) -> None:
         super().__init__()
-        self.in_features, self.out_features = layers[0].in_features, sum(layer.out_features for layer in layers)
+        self.in_features, self.out_features = (
+            layers[0].in_features,
+            sum(layer.out_features for layer in layers),
+        )
         self.gelu = gelu
         with torch.no_grad():
             weights: list[Tensor] = [layer.weight for layer in layers]
@@ -54,7 +57,8 @@ class FP8Linear(nn.Module):
             raise _refusal("give neither gradients nor tangents")
         if x.is_cuda and x.dtype != torch.bfloat16:
             raise ConfigError(
-                f"FP8 products on a GPU need bfloat16, the input is {x.dtype}; run in bfloat16, or set --fp8 off"
+                f"FP8 products on a GPU need bfloat16, the input is {x.dtype}; run in bfloat16, or"
+                " set --fp8 off"
             )
         rows = quantise.quantise_rows(x.reshape(-1, self.in_features), gelu=self.gelu)
         y = quantise.product(rows, (self.weight, self.weight_scale), self.bias, dtype=x.dtype)
@@ -74,7 +78,9 @@ class FP8Linear(nn.Module):
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 moved = fn(buffer)
-                self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+                self._buffers[name] = (
+                    moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+                )
         return self
 
     def _save_to_state_dict(self, *_: Any) -> None:
@@ -141,7 +147,10 @@ def check_device(device: torch.device) -> None:
     """`ConfigError` for a GPU without FP8 products; other devices emulate them."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
         found = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        raise ConfigError(f"FP8 products need compute capability 8.9 or later, {device} has {found}; set --fp8 off")
+        raise ConfigError(
+            f"FP8 products need compute capability 8.9 or later, {device} has {found}; set"
+            " --fp8 off"
+        )
 
 
 def refuse_saving(*_: Any) -> None:
@@ -155,4 +164,6 @@ def refuse_loading(*_: Any) -> None:
 
 
 def _refusal(what: str) -> ConfigError:
-    return ConfigError(f"FP8 linears {what}: they are rounded copies for inference; load the network without --fp8")
+    return ConfigError(
+        f"FP8 linears {what}: they are rounded copies for inference; load the network without --fp8"
+    )

@@ -49,15 +49,27 @@ class KVCache:
     ) -> None:
         if num_layers < 1 or capacity_tokens < 1:
             raise ValueError(
-                f"a cache needs at least one layer and one token, got {num_layers} layers and capacity_tokens={capacity_tokens}"
+                f"a cache needs at least one layer and one token, got {num_layers} layers and"
+                f" capacity_tokens={capacity_tokens}"
             )
         if keys not in ("post_rope", "pre_rope"):
             raise ValueError(f"keys must be 'post_rope' or 'pre_rope', got {keys!r}")
         if hot_chunks < 0 or (hot_chunks and codec is None):
-            raise ValueError(f"hot_chunks must be 0 or more, and 0 without a codec, got {hot_chunks} and codec={codec!r}")
+            raise ValueError(
+                f"hot_chunks must be 0 or more, and 0 without a codec, got {hot_chunks} and"
+                f" codec={codec!r}"
+            )
         if attention not in ("net", "fp8") or (attention == "fp8" and codec is not None):
-            raise ValueError(f"attention must be 'net' or, without a codec, 'fp8', got {attention!r} with codec={codec!r}")
-        self.num_layers, self.capacity_tokens, self.keys, self.hot_chunks = num_layers, capacity_tokens, keys, hot_chunks
+            raise ValueError(
+                f"attention must be 'net' or, without a codec, 'fp8', got {attention!r} with"
+                f" codec={codec!r}"
+            )
+        self.num_layers, self.capacity_tokens, self.keys, self.hot_chunks = (
+            num_layers,
+            capacity_tokens,
+            keys,
+            hot_chunks,
+        )
         self.chunks: tuple[CachedChunk, ...] = ()
         self.epoch, self._next_id = 0, 0
         self.store: DenseStore | CodedStore
@@ -88,10 +100,17 @@ class KVCache:
         for chunk in self.chunks:
             if chunk.id == chunk_id:
                 return chunk
-        raise IndexError(f"chunk {chunk_id} is not in the cache, which holds {[chunk.id for chunk in self.chunks]}")
+        raise IndexError(
+            f"chunk {chunk_id} is not in the cache, which holds"
+            f" {[chunk.id for chunk in self.chunks]}"
+        )
 
     def append(
-        self, visible: Sequence[int] | None = None, *, observers: Sequence[Observer | None] = (), as_id: int | None = None
+        self,
+        visible: Sequence[int] | None = None,
+        *,
+        observers: Sequence[Observer | None] = (),
+        as_id: int | None = None,
     ) -> CacheView:
         """View of one forward that adds its tokens after seeing the chunks with ids `visible`
         (None: all), in the order of the cache.
@@ -100,11 +119,25 @@ class KVCache:
         `(layer, q, k)` is shown the rotated queries and all rotated keys of every layer. `as_id`
         enters a dropped chunk again under its id, as the newest.
         """
-        if as_id is not None and (as_id >= self._next_id or any(chunk.id == as_id for chunk in self.chunks)):
+        if as_id is not None and (
+            as_id >= self._next_id or any(chunk.id == as_id for chunk in self.chunks)
+        ):
             raise ValueError(f"chunk {as_id} was not dropped from this cache")
-        return CacheView(self, "append", self._visible(visible), observer=observers[0] if observers else None, as_id=as_id)
+        return CacheView(
+            self,
+            "append",
+            self._visible(visible),
+            observer=observers[0] if observers else None,
+            as_id=as_id,
+        )
 
-    def readonly(self, num_chunks: int | None = None, *, visible: Sequence[int] | None = None, transient: bool = False) -> CacheView:
+    def readonly(
+        self,
+        num_chunks: int | None = None,
+        *,
+        visible: Sequence[int] | None = None,
+        transient: bool = False,
+    ) -> CacheView:
         """View of one forward that sees committed chunks before its own tokens and leaves the cache
         as it is: the first `num_chunks`, or those with ids `visible`, or all.
 
@@ -117,7 +150,9 @@ class KVCache:
         if num_chunks is not None and num_chunks < 0:
             raise ValueError(f"num_chunks must not be negative, got {num_chunks}")
         if num_chunks is not None and num_chunks > self.num_chunks:
-            raise IndexError(f"asked for {num_chunks} chunks of a cache that holds {self.num_chunks}")
+            raise IndexError(
+                f"asked for {num_chunks} chunks of a cache that holds {self.num_chunks}"
+            )
         chunks = self.chunks[:num_chunks] if num_chunks is not None else self._visible(visible)
         return CacheView(self, "transient" if transient else "readonly", chunks)
 
@@ -139,11 +174,21 @@ class KVCache:
         frames.
         """
         if self.keys == "post_rope":
-            raise ValueError("keys of a post_rope cache stand at their final positions; make the cache with keys='pre_rope'")
+            raise ValueError(
+                "keys of a post_rope cache stand at their final positions; make the cache with"
+                " keys='pre_rope'"
+            )
         new = {}
         for chunk_id, given in positions.items():
             chunk = self.chunk(chunk_id)
-            new[chunk_id] = replace(chunk, positions=given if isinstance(given, Positions) else chunk.positions.moved_to(tuple(given)))
+            new[chunk_id] = replace(
+                chunk,
+                positions=(
+                    given
+                    if isinstance(given, Positions)
+                    else chunk.positions.moved_to(tuple(given))
+                ),
+            )
         self.chunks = tuple(new.get(chunk.id, chunk) for chunk in self.chunks)
 
     def compact_(self, index: Tensor | Sequence[Tensor] | None) -> None:
@@ -165,7 +210,10 @@ class KVCache:
             self.reset(free_buffers=False)
             return
         if self.keys == "pre_rope" and not isinstance(index, Tensor):
-            raise ValueError("an index per layer needs keys='post_rope': rotary positions of a pre_rope cache are common to all layers")
+            raise ValueError(
+                "an index per layer needs keys='post_rope': rotary positions of a pre_rope cache"
+                " are common to all layers"
+            )
         kept = []
         for layer, at in enumerate(per_layer):
             keys, values = self._all(layer)
@@ -210,19 +258,27 @@ class KVCache:
         total = self.num_tokens + tokens
         if total > self.capacity_tokens:
             raise RuntimeError(
-                f"{tokens} tokens after {self.num_tokens} exceed capacity_tokens={self.capacity_tokens} of the cache; "
-                "make it larger, or let a policy drop chunks"
+                f"{tokens} tokens after {self.num_tokens} exceed"
+                f" capacity_tokens={self.capacity_tokens} of the cache; make it larger, or let a"
+                " policy drop chunks"
             )
-        if isinstance(self.store, DenseStore) and any(stop > total for chunk in self.chunks for _, stop in chunk.spans):
+        if isinstance(self.store, DenseStore) and any(
+            stop > total for chunk in self.chunks for _, stop in chunk.spans
+        ):
             self._move_down(self.store, below=total)
-        return take(free_spans([span for chunk in self.chunks for span in chunk.spans], below=total), tokens)
+        return take(
+            free_spans([span for chunk in self.chunks for span in chunk.spans], below=total), tokens
+        )
 
     def _move_down(self, store: DenseStore, *, below: int) -> None:
         for chunk in self.chunks:
             high = tuple((max(start, below), stop) for start, stop in chunk.spans if stop > below)
             if not high:
                 continue
-            target = take(free_spans([span for other in self.chunks for span in other.spans], below=below), size(high))
+            target = take(
+                free_spans([span for other in self.chunks for span in other.spans], below=below),
+                size(high),
+            )
             store.move(high, target)
             moved = replace(chunk, spans=_substituted(chunk.spans, below, target))
             self.chunks = tuple(moved if other is chunk else other for other in self.chunks)
@@ -235,7 +291,10 @@ class KVCache:
         return tuple(chunk for chunk in self.chunks if chunk.id in wanted)
 
     def _all(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self.store.read(layer, [piece for chunk in self.chunks for piece in pieces_of(chunk.spans, chunk=chunk.id)])
+        return self.store.read(
+            layer,
+            [piece for chunk in self.chunks for piece in pieces_of(chunk.spans, chunk=chunk.id)],
+        )
 
     def _put(self, layer: int, chunk: CachedChunk, pair: tuple[Tensor, Tensor]) -> None:
         if isinstance(self.store, CodedStore):
@@ -248,17 +307,27 @@ class KVCache:
             raise ValueError(f"{len(per_layer)} compaction indices for {self.num_layers} layers")
         for index in {id(x): x for x in per_layer}.values():
             if index.dim() not in (1, 2):
-                raise ValueError(f"compaction index must be [budget] or [B, budget], got shape {tuple(index.shape)}")
+                raise ValueError(
+                    "compaction index must be [budget] or [B, budget], got shape"
+                    f" {tuple(index.shape)}"
+                )
             if index.is_floating_point() or index.dtype == torch.bool:
                 raise ValueError(f"compaction index must be of integers, got {index.dtype}")
             if index.shape[-1] != per_layer[0].shape[-1]:
                 counts = f"{index.shape[-1]} and {per_layer[0].shape[-1]}"
-                raise ValueError(f"compaction indices keep {counts} tokens; keep as many in every layer")
+                raise ValueError(
+                    f"compaction indices keep {counts} tokens; keep as many in every layer"
+                )
             if index.shape[-1] > self.capacity_tokens:
-                raise ValueError(f"compaction to {index.shape[-1]} tokens exceeds the capacity of {self.capacity_tokens}")
+                raise ValueError(
+                    f"compaction to {index.shape[-1]} tokens exceeds the capacity of"
+                    f" {self.capacity_tokens}"
+                )
             if index.numel() and (int(index.min()) < 0 or int(index.max()) >= self.num_tokens):
                 spanned = f"{int(index.min())} to {int(index.max())}"
-                raise IndexError(f"compaction index spans {spanned}, the cache holds {self.num_tokens} tokens")
+                raise IndexError(
+                    f"compaction index spans {spanned}, the cache holds {self.num_tokens} tokens"
+                )
 
 
 def _substituted(spans: Spans, below: int, target: Spans) -> Spans:
@@ -281,5 +350,8 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     if index.dim() == 1:
         return x.index_select(1, index.to(x.device))
     if index.shape[0] != x.shape[0]:
-        raise ValueError(f"compaction index for {index.shape[0]} samples, the cache holds {x.shape[0]}; give [budget] or [B, budget]")
+        raise ValueError(
+            f"compaction index for {index.shape[0]} samples, the cache holds {x.shape[0]}; give"
+            " [budget] or [B, budget]"
+        )
     return x.gather(1, index.to(x.device)[:, :, None, None].expand(-1, -1, *x.shape[2:]))

@@ -71,7 +71,14 @@ class AddressedCodec(KVCodec, Protocol):
         """Where blobs lie, int64 [blobs, fields] on the host."""
 
     def restore(
-        self, like: Any, table: Tensor, starts: Tensor, out: Tensor, *, side: Side, turn: tuple[Tensor, Tensor] | None = None
+        self,
+        like: Any,
+        table: Tensor,
+        starts: Tensor,
+        out: Tensor,
+        *,
+        side: Side,
+        turn: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Write the blobs at `table` [P, fields], all in the form of `like`, into `out` [B, L, N,
         D] from its tokens `starts` [P] on; `turn`: rotated by cos and sin [L, D / 2].
@@ -107,12 +114,26 @@ class Group(NamedTuple):
     addresses: Tensor
     starts: Tensor
 
-    def restore(self, codec: AddressedCodec, layer: int, out: Pair, *, turn: tuple[Tensor, Tensor] | None = None) -> None:
+    def restore(
+        self,
+        codec: AddressedCodec,
+        layer: int,
+        out: Pair,
+        *,
+        turn: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Write the keys, turned if `turn` is given, and the values of a layer into `out`, each [B,
         L, N, D].
         """
         for at, (x, side) in enumerate(zip(out, SIDES, strict=True)):
-            codec.restore(self.like[at], self.addresses[layer, at], self.starts, x, side=side, turn=turn if side == "key" else None)
+            codec.restore(
+                self.like[at],
+                self.addresses[layer, at],
+                self.starts,
+                x,
+                side=side,
+                turn=turn if side == "key" else None,
+            )
 
 
 class CodedStore:
@@ -127,7 +148,9 @@ class CodedStore:
 
     in_place = False
 
-    def __init__(self, num_layers: int, capacity: int, codec: KVCodec, *, hot_chunks: int = 0) -> None:
+    def __init__(
+        self, num_layers: int, capacity: int, codec: KVCodec, *, hot_chunks: int = 0
+    ) -> None:
         self.capacity, self.codec, self.hot_chunks = capacity, codec, hot_chunks
         self.corrects = isinstance(codec, CorrectingCodec) and codec.corrects_bias
         self._blobs: list[dict[int, Blobs]] = [{} for _ in range(num_layers)]
@@ -142,10 +165,19 @@ class CodedStore:
     @property
     def generation(self) -> tuple[int, int]:
         """See the class."""
-        return self._scratches, self.codec.generation if isinstance(self.codec, AddressedCodec) else 0
+        return self._scratches, (
+            self.codec.generation if isinstance(self.codec, AddressedCodec) else 0
+        )
 
     def attend(
-        self, layer: int, q: Tensor, pair: Pair, chunks: Sequence[tuple[int, int]], *, rotated: bool, mask: MaskSpec | None
+        self,
+        layer: int,
+        q: Tensor,
+        pair: Pair,
+        chunks: Sequence[tuple[int, int]],
+        *,
+        rotated: bool,
+        mask: MaskSpec | None,
     ) -> Tensor:
         """Attention of rotated queries [B, L, N, D] to keys, rotated, and values of `chunks` (id,
         tokens) and of a forward's own tokens behind them; of coded chunks what their keys gained by
@@ -157,18 +189,34 @@ class CodedStore:
         at = 0
         for chunk, tokens in chunks:
             blobs = self._blobs[layer].get(chunk)
-            gain = None if blobs is None else codec.key_gain(q, blobs[0], scale=scale, rotated=rotated)
+            gain = (
+                None if blobs is None else codec.key_gain(q, blobs[0], scale=scale, rotated=rotated)
+            )
             parts.append((at, at + tokens, gain))
             at += tokens
         parts.append((at, pair[0].shape[1], None))
         fused = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
         found = []
         for first, last, intervals in _runs(mask, q.shape[1], pair[0].shape[1]):
-            cut = [(max(a, start), min(b, stop), gain) for a, b in intervals for start, stop, gain in parts]
-            segments = [
-                Segment(pair[0][:, a:b], pair[1][:, a:b], None if gain is None else gain[:, :, first:last]) for a, b, gain in cut if a < b
+            cut = [
+                (max(a, start), min(b, stop), gain)
+                for a, b in intervals
+                for start, stop, gain in parts
             ]
-            found.append(attend_segments(q[:, first:last], segments, scale=scale, attend=flash if fused else plain))
+            segments = [
+                Segment(
+                    pair[0][:, a:b],
+                    pair[1][:, a:b],
+                    None if gain is None else gain[:, :, first:last],
+                )
+                for a, b, gain in cut
+                if a < b
+            ]
+            found.append(
+                attend_segments(
+                    q[:, first:last], segments, scale=scale, attend=flash if fused else plain
+                )
+            )
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     @property
@@ -219,11 +267,17 @@ class CodedStore:
         forms, layers = self._forms.get(adding), (0, len(self._blobs) - 1)
         if forms is None or self.hot_chunks:
             return False
-        return all(codec.is_ready(like, side=side, layer=i) for like, side in zip(forms, SIDES, strict=True) for i in layers)
+        return all(
+            codec.is_ready(like, side=side, layer=i)
+            for like, side in zip(forms, SIDES, strict=True)
+            for i in layers
+        )
 
     def reserve(self, chunk: int, tokens: int) -> None:
         """Memory for the codes of a chunk that a captured pass is about to encode."""
-        key, value = (like.likes(len(self._blobs), self.scratch[0].device) for like in self._forms[tokens])
+        key, value = (
+            like.likes(len(self._blobs), self.scratch[0].device) for like in self._forms[tokens]
+        )
         for blobs, *pair in zip(self._blobs, key, value, strict=True):
             blobs[chunk] = (pair[0], pair[1])
         self._forget_place_of(chunk)
@@ -256,7 +310,9 @@ class CodedStore:
                 for out, x in zip((keys, values), self._hot[layer][chunk], strict=True):
                     out[:, at:stop].copy_(x)
             else:
-                for out, blob, side in zip((keys, values), self._blobs[layer][chunk], SIDES, strict=True):
+                for out, blob, side in zip(
+                    (keys, values), self._blobs[layer][chunk], SIDES, strict=True
+                ):
                     self.codec.decode_into(blob, out[:, at:stop], side=side)
             at = stop
         if own:
@@ -289,9 +345,19 @@ class CodedStore:
 
     def num_bytes(self) -> int:
         """Bytes held: codes, hot chunks, the scratch buffer and what the codec remembers."""
-        held = [x for chunks in self._blobs for pair in chunks.values() for blob in pair for x in _tensors(blob)]
+        held = [
+            x
+            for chunks in self._blobs
+            for pair in chunks.values()
+            for blob in pair
+            for x in _tensors(blob)
+        ]
         held += [x for chunks in self._hot for pair in chunks.values() for x in pair]
-        return self.codec.num_bytes() + sum(x.nbytes for x in held) + sum(x.nbytes for x in self._scratch or ())
+        return (
+            self.codec.num_bytes()
+            + sum(x.nbytes for x in held)
+            + sum(x.nbytes for x in self._scratch or ())
+        )
 
     def state(self) -> Any:
         """Everything held. Blobs and hot chunks are never written again, so they are shared, not
@@ -312,7 +378,11 @@ class CodedStore:
         """
         if not isinstance(self.codec, AddressedCodec):
             return 0
-        apart = (i for i, p in enumerate(pieces) if p.chunk not in self._blobs[-1] or p.chunk == self._entering)
+        apart = (
+            i
+            for i, p in enumerate(pieces)
+            if p.chunk not in self._blobs[-1] or p.chunk == self._entering
+        )
         return next(apart, len(pieces))
 
     def _addresses_of(self, chunk: int) -> Tensor:
@@ -320,7 +390,9 @@ class CodedStore:
         host.
         """
         if chunk not in self._addresses:
-            self._addresses[chunk] = self.addressed.addresses([blob for held in self._blobs for blob in held[chunk]])
+            self._addresses[chunk] = self.addressed.addresses(
+                [blob for held in self._blobs for blob in held[chunk]]
+            )
         return self._addresses[chunk]
 
     def _forget_place_of(self, chunk: int) -> None:
@@ -330,7 +402,10 @@ class CodedStore:
 
     def _encode(self, layer: int, pair: Pair) -> Blobs:
         key, value = pair
-        made = self.codec.encode(key, side="key", layer=layer), self.codec.encode(value, side="value", layer=layer)
+        made = (
+            self.codec.encode(key, side="key", layer=layer),
+            self.codec.encode(value, side="value", layer=layer),
+        )
         if isinstance(self.codec, AddressedCodec) and key.shape[1] not in self._forms:
             self._forms[key.shape[1]] = tuple(blob.likes(1, "meta")[0] for blob in made)
         return made
@@ -348,13 +423,16 @@ class CodedStore:
             addresses = to_device(rows, device).unflatten(0, (len(self._blobs), 2))
             starts = to_device(torch.tensor([start for _, start in chunks]), device)
             key, value = self._blobs[-1][chunks[0][0]]
-            groups.append(Group((key.likes(1, "meta")[0], value.likes(1, "meta")[0]), addresses, starts))
+            groups.append(
+                Group((key.likes(1, "meta")[0], value.likes(1, "meta")[0]), addresses, starts)
+            )
         return groups
 
     def _room(self, like: Pair, total: int) -> Pair:
         held = self._scratch
         if held is not None and all(
-            (x.dtype, x.shape[0], x.shape[2:]) == (y.dtype, y.shape[0], y.shape[2:]) and x.shape[1] >= total
+            (x.dtype, x.shape[0], x.shape[2:]) == (y.dtype, y.shape[0], y.shape[2:])
+            and x.shape[1] >= total
             for x, y in zip(held, like, strict=True)
         ):
             return held
@@ -364,7 +442,9 @@ class CodedStore:
         return key, value
 
 
-def _runs(mask: MaskSpec | None, queries: int, keys: int) -> list[tuple[int, int, Sequence[tuple[int, int]]]]:
+def _runs(
+    mask: MaskSpec | None, queries: int, keys: int
+) -> list[tuple[int, int, Sequence[tuple[int, int]]]]:
     """Runs of queries [first, last) that see the same intervals of keys."""
     if mask is None or mask.is_full:
         return [(0, queries, [(0, keys)])]
@@ -389,4 +469,8 @@ def _tensors(blob: Any) -> list[Tensor]:
         return [x for item in blob.values() for x in _tensors(item)]
     if isinstance(blob, (tuple, list)):
         return [x for item in blob for x in _tensors(item)]
-    return [x for item in vars(blob).values() for x in _tensors(item)] if hasattr(blob, "__dict__") else []
+    return (
+        [x for item in vars(blob).values() for x in _tensors(item)]
+        if hasattr(blob, "__dict__")
+        else []
+    )

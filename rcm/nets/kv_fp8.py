@@ -37,15 +37,22 @@ class Fp8Store(DenseStore):
         """Whether every layer has its scales, so that a captured pass can read them."""
         return not self._unset
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, run: int | None) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, run: int | None
+    ) -> Tensor:
         """Attention of queries [B, L, N, D] to keys and values [B, S, N, D], which are the first
         `run` slots of the layer, or (None) lie elsewhere. `RuntimeError` for gradients, tangents,
         and a mask that is not full.
         """
         if in_dual_level() or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
-            raise RuntimeError("attention='fp8' gives neither gradients nor tangents; use attention='net'")
+            raise RuntimeError(
+                "attention='fp8' gives neither gradients nor tangents; use attention='net'"
+            )
         if mask is not None and not mask.is_full:
-            raise RuntimeError(f"attention='fp8' lets every query see every key, this pass has {mask}; use attention='net'")
+            raise RuntimeError(
+                f"attention='fp8' lets every query see every key, this pass has {mask}; use"
+                " attention='net'"
+            )
         scale = q.shape[3] ** -0.5
         if run is not None and (codes := self.codes[layer]) is not None:
             return api.attend(q, codes, count=run, scale=scale)
@@ -62,7 +69,9 @@ class Fp8Store(DenseStore):
         if self.turned:
             scales = self._scaled(layer, *pair)
             if self.codes[layer] is None:
-                self.codes[layer] = new_codes(scales, batch=pair[0].shape[0], capacity=self.capacity)
+                self.codes[layer] = new_codes(
+                    scales, batch=pair[0].shape[0], capacity=self.capacity
+                )
             self.code(layer, _slots(spans, pair[0].device))
 
     def move(self, source: Spans, target: Spans) -> None:
@@ -82,7 +91,9 @@ class Fp8Store(DenseStore):
     def num_bytes(self) -> int:
         """See `DenseStore`."""
         held = [x for codes in self.codes if codes is not None for x in (codes.keys, codes.values)]
-        return super().num_bytes() + sum(x.nbytes for x in (*held, *(x for scales in self._scales for x in scales or ())))
+        return super().num_bytes() + sum(
+            x.nbytes for x in (*held, *(x for scales in self._scales for x in scales or ()))
+        )
 
     def code_bytes(self, *, batch: int, heads: int, width: int) -> int:
         """Bytes of codes and scales once every layer was written, beside those of the plain
@@ -93,7 +104,10 @@ class Fp8Store(DenseStore):
 
     def state(self) -> Any:
         """See `DenseStore`."""
-        scales = [None if held is None or i in self._unset else Scales(*(x.clone() for x in held)) for i, held in enumerate(self._scales)]
+        scales = [
+            None if held is None or i in self._unset else Scales(*(x.clone() for x in held))
+            for i, held in enumerate(self._scales)
+        ]
         return super().state(), scales
 
     def load_state(self, state: Any) -> None:
@@ -107,7 +121,9 @@ class Fp8Store(DenseStore):
             mine, pair = self._set(layer, held), self.buffers[layer]
             if self.turned and pair is not None:
                 if self.codes[layer] is None:
-                    self.codes[layer] = new_codes(mine, batch=pair[0].shape[0], capacity=self.capacity)
+                    self.codes[layer] = new_codes(
+                        mine, batch=pair[0].shape[0], capacity=self.capacity
+                    )
                 self.code(layer, torch.arange(self.capacity, device=pair[0].device))
 
     def _scaled(self, layer: int, k: Tensor, v: Tensor) -> Scales:

@@ -35,7 +35,9 @@ def split(cache: KVCache, *, before: Sequence[int]) -> None:
         cache.chunks, cache.epoch = tuple(found), cache.epoch + 1
 
 
-def rewrite(cache: KVCache, ids: Sequence[int], parts: Sequence[Positions], make: Make) -> tuple[int, ...]:
+def rewrite(
+    cache: KVCache, ids: Sequence[int], parts: Sequence[Positions], make: Make
+) -> tuple[int, ...]:
     """Replace the neighbouring chunks `ids` by one new chunk per entry of `parts`, at their place;
     returns the new ids.
 
@@ -46,17 +48,26 @@ def rewrite(cache: KVCache, ids: Sequence[int], parts: Sequence[Positions], make
     old = [cache.chunk(i) for i in ids]
     at = cache.chunks.index(old[0])
     if list(cache.chunks[at : at + len(old)]) != old:
-        raise ValueError(f"chunks {list(ids)} are not neighbours in a cache of {[chunk.id for chunk in cache.chunks]}")
+        raise ValueError(
+            f"chunks {list(ids)} are not neighbours in a cache of"
+            f" {[chunk.id for chunk in cache.chunks]}"
+        )
     kept = [chunk for chunk in cache.chunks if chunk not in old]
     total = sum(part.num_tokens for part in parts)
     if sum(chunk.num_tokens for chunk in kept) + total > cache.capacity_tokens:
-        raise RuntimeError(f"{total} tokens in the place of chunks {list(ids)} exceed capacity_tokens={cache.capacity_tokens}")
+        raise RuntimeError(
+            f"{total} tokens in the place of chunks {list(ids)} exceed"
+            f" capacity_tokens={cache.capacity_tokens}"
+        )
     new = _at_free_slots(cache, kept, parts)
     for layer in range(cache.num_layers):
         pieces = [piece for chunk in old for piece in pieces_of(chunk.spans, chunk=chunk.id)]
         pair = make(layer, *cache.store.read(layer, pieces))
         if any(x.shape[1] != total for x in pair):
-            raise ValueError(f"a rewrite to {total} tokens was given {pair[0].shape[1]} keys and {pair[1].shape[1]} values")
+            raise ValueError(
+                f"a rewrite to {total} tokens was given {pair[0].shape[1]} keys and"
+                f" {pair[1].shape[1]} values"
+            )
         _put(cache, layer, new, pair)
     for chunk in old:
         cache.store.drop(chunk.id)
@@ -87,7 +98,9 @@ def _cut_chunk(cache: KVCache, chunk: CachedChunk, bounds: list[int]) -> list[Ca
     return parts
 
 
-def _at_free_slots(cache: KVCache, kept: Sequence[CachedChunk], parts: Sequence[Positions]) -> list[CachedChunk]:
+def _at_free_slots(
+    cache: KVCache, kept: Sequence[CachedChunk], parts: Sequence[Positions]
+) -> list[CachedChunk]:
     used, new = [span for chunk in kept for span in chunk.spans], []
     for part in parts:
         spans = take(free_spans(used, below=cache.capacity_tokens), part.num_tokens)
@@ -133,8 +146,16 @@ def lift(cache: KVCache, hidden: Sequence[int], *, room: int) -> None:
         return
     ceiling = min(cache.num_tokens + room, cache.capacity_tokens)
     edge = ceiling - sum(chunk.num_tokens for chunk in away)
-    rising = [chunk for chunk in away if any(start < edge or stop > ceiling for start, stop in chunk.spans)]
-    sinking = [chunk for chunk in cache.chunks if chunk not in away and any(stop > edge for _, stop in chunk.spans)]
+    rising = [
+        chunk
+        for chunk in away
+        if any(start < edge or stop > ceiling for start, stop in chunk.spans)
+    ]
+    sinking = [
+        chunk
+        for chunk in cache.chunks
+        if chunk not in away and any(stop > edge for _, stop in chunk.spans)
+    ]
     if not rising and not sinking:
         return
     moving, moved = [*rising, *sinking], {}

@@ -98,13 +98,19 @@ class DenseStore:
     def write(self, layer: int, spans: Spans, pair: Pair) -> None:
         """Put the tokens of `pair` (keys, values [B, L, N, D]) into `spans`."""
         for buffer, x in zip(self._room(layer, pair), pair, strict=True):
-            if (x.dtype, x.shape[0], x.shape[2:]) != (buffer.dtype, buffer.shape[0], buffer.shape[2:]):
+            if (x.dtype, x.shape[0], x.shape[2:]) != (
+                buffer.dtype,
+                buffer.shape[0],
+                buffer.shape[2:],
+            ):
                 raise ValueError(
-                    f"cache buffers are {tuple(buffer.shape)} {buffer.dtype}, got {tuple(x.shape)} {x.dtype}; "
-                    "reset(free_buffers=True) before another batch"
+                    f"cache buffers are {tuple(buffer.shape)} {buffer.dtype}, got {tuple(x.shape)}"
+                    f" {x.dtype}; reset(free_buffers=True) before another batch"
                 )
             for piece in pieces_of(spans, chunk=None):
-                buffer[:, piece.start : piece.stop].copy_(x[:, piece.offset : piece.offset + piece.stop - piece.start])
+                buffer[:, piece.start : piece.stop].copy_(
+                    x[:, piece.offset : piece.offset + piece.stop - piece.start]
+                )
 
     def read(self, layer: int, pieces: Sequence[Piece]) -> Pair:
         """Keys and values of `pieces`, in their order: views where they lie in one run, else
@@ -126,7 +132,9 @@ class DenseStore:
             for x in pair or ():
                 held = torch.cat([x[:, start:stop] for start, stop in source], dim=1)
                 for piece in pieces_of(target, chunk=None):
-                    x[:, piece.start : piece.stop].copy_(held[:, piece.offset : piece.offset + piece.stop - piece.start])
+                    x[:, piece.start : piece.stop].copy_(
+                        held[:, piece.offset : piece.offset + piece.stop - piece.start]
+                    )
 
     def commit(self, chunk: int, spans: Spans) -> None:
         """A chunk was written by all layers: nothing to do."""

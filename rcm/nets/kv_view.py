@@ -29,7 +29,10 @@ Mode = Literal["append", "readonly", "transient"]
 Attention = Literal["net", "fp8"]
 """Who attends to what a cache shows: the network's own back end, or the cache in FP8."""
 Observer = Callable[[int, Tensor, Tensor], None]
-_REFUSES_DUALS = "append under a dual level: a cache holds constants; fill it outside the tangent pass and read it there"
+_REFUSES_DUALS = (
+    "append under a dual level: a cache holds constants; fill it outside the tangent pass and read"
+    " it there"
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,13 @@ class CacheView:
     times: Any = None
 
     def __init__(
-        self, cache: KVCache, mode: Mode, chunks: tuple[CachedChunk, ...], *, observer: Observer | None = None, as_id: int | None = None
+        self,
+        cache: KVCache,
+        mode: Mode,
+        chunks: tuple[CachedChunk, ...],
+        *,
+        observer: Observer | None = None,
+        as_id: int | None = None,
     ) -> None:
         self._as_id = as_id
         self._cache, self._epoch, self._next_id = cache, cache.epoch, cache._next_id
@@ -85,12 +94,16 @@ class CacheView:
         """
         if self.prefix_tokens != layout.context_tokens:
             raise ValueError(
-                f"the layout expects {layout.context_tokens} cached tokens ({layout.tokens_per_frame} per frame), the cache view shows "
-                f"{self.prefix_tokens}; append earlier chunks first, choose num_chunks in readonly(), or build the layout from the view"
+                f"the layout expects {layout.context_tokens} cached tokens"
+                f" ({layout.tokens_per_frame} per frame), the cache view shows"
+                f" {self.prefix_tokens}; append earlier chunks first, choose num_chunks in"
+                " readonly(), or build the layout from the view"
             )
         self._require_current()
         if self.mode == "append" and self._next_id != self._cache._next_id:
-            raise RuntimeError("an append view serves one forward; take a fresh one from cache.append()")
+            raise RuntimeError(
+                "an append view serves one forward; take a fresh one from cache.append()"
+            )
         if self.mode == "append" and in_dual_level():
             raise RuntimeError(_REFUSES_DUALS)
         if self.mode == "readonly":
@@ -98,7 +111,10 @@ class CacheView:
         spans, first = self._cache.room(layout.num_tokens), 0
         chunks: list[CachedChunk] = []
         # room() may have moved chunks
-        self._epoch, self.visible = self._cache.epoch, tuple(self._cache.chunk(chunk.id) for chunk in self.visible)
+        self._epoch, self.visible = (
+            self._cache.epoch,
+            tuple(self._cache.chunk(chunk.id) for chunk in self.visible),
+        )
         for frames in layout.chunks or (layout.num_frames,):
             place = at_frames(layout.frame_index[first : first + frames], layout.grid)
             own = part_of(spans, first * layout.tokens_per_frame, frames * layout.tokens_per_frame)
@@ -107,8 +123,13 @@ class CacheView:
             first += frames
         self._new = tuple(chunks)
         self._order = _read_order(self.visible, self._new, in_place=self._cache.store.in_place)
-        if not layout.mask.is_full and self._order != _read_order(self.visible, self._new, in_place=False):
-            raise RuntimeError("a mask that distinguishes keys needs the cached chunks in order before the new ones; reset() the cache")
+        if not layout.mask.is_full and self._order != _read_order(
+            self.visible, self._new, in_place=False
+        ):
+            raise RuntimeError(
+                "a mask that distinguishes keys needs the cached chunks in order before the new"
+                " ones; reset() the cache"
+            )
 
     @property
     def own_spans(self) -> Spans:
@@ -138,7 +159,9 @@ class CacheView:
         wanted = _read_order(self.visible, self._new, in_place=False)
         if wanted == self._order:
             return x
-        return torch.cat([x[:, starts[p.start] : starts[p.start] + p.stop - p.start] for p in wanted], dim=1)
+        return torch.cat(
+            [x[:, starts[p.start] : starts[p.start] + p.stop - p.start] for p in wanted], dim=1
+        )
 
     def positions(self, layout: TokenLayout) -> Positions:
         """Positions of all keys of this forward, in the order of `assemble`, for keys that are
@@ -151,7 +174,11 @@ class CacheView:
         new = {chunk.spans: chunk.positions for chunk in self._new}
         found = []
         for piece in self._order:
-            whole = known[piece.chunk] if piece.chunk is not None else next(p for s, p in new.items() if _holds(s, piece))
+            whole = (
+                known[piece.chunk]
+                if piece.chunk is not None
+                else next(p for s, p in new.items() if _holds(s, piece))
+            )
             found.append(cut(whole, piece.offset, piece.stop - piece.start))
         return concatenated(found)
 
@@ -170,7 +197,10 @@ class CacheView:
             return self.is_one_run and store.ready
         if self.mode == "append" and self.own_chunk is None:
             return False
-        return store.captures([chunk.id for chunk in self.visible], adding=0 if self.own_chunk is None else self.own_chunk.num_tokens)
+        return store.captures(
+            [chunk.id for chunk in self.visible],
+            adding=0 if self.own_chunk is None else self.own_chunk.num_tokens,
+        )
 
     @property
     def own_chunk(self) -> CachedChunk | None:
@@ -197,7 +227,10 @@ class CacheView:
 
     def _require_current(self) -> None:
         if self._epoch != self._cache.epoch:
-            raise RuntimeError("the cache was reset, compacted or dropped chunks after this view was made; take a fresh view")
+            raise RuntimeError(
+                "the cache was reset, compacted or dropped chunks after this view was made; take a"
+                " fresh view"
+            )
 
 
 class LayerView:
@@ -231,7 +264,10 @@ class LayerView:
         return self._view.prefix_tokens
 
     def enter(
-        self, projected: tuple[Tensor, Tensor, Tensor], norms: tuple[RMSNorm, RMSNorm], table: RopeTable
+        self,
+        projected: tuple[Tensor, Tensor, Tensor],
+        norms: tuple[RMSNorm, RMSNorm],
+        table: RopeTable,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Turned queries [B, L, N, D] of the projections q, k, v [B, L, E], and all keys and values
         with this pass's own among them.
@@ -260,7 +296,10 @@ class LayerView:
                 raise RuntimeError(_REFUSES_DUALS)
             self._store(k.detach(), v.detach())
         elif view.mode == "transient" and (in_dual_level() or k.requires_grad or v.requires_grad):
-            raise RuntimeError("a transient write keeps neither tangents nor gradients; use readonly(transient=False)")
+            raise RuntimeError(
+                "a transient write keeps neither tangents nor gradients; use"
+                " readonly(transient=False)"
+            )
         store = cache.store
         if view.mode != "readonly" and not (k.requires_grad or v.requires_grad):
             if isinstance(store, DenseStore):
@@ -269,7 +308,9 @@ class LayerView:
                 return store.read(layer, view._order or ())
             if view.mode == "append" and not cache.hot_chunks:
                 # what is cached is what is attended to: a chunk sees its coded self
-                return store.read(layer, past + [Piece(0, c.num_tokens, c.id, 0) for c in view._new])
+                return store.read(
+                    layer, past + [Piece(0, c.num_tokens, c.id, 0) for c in view._new]
+                )
             return store.read(layer, past, (k, v))
         if not past:
             return k, v
@@ -290,9 +331,13 @@ class LayerView:
         if isinstance(store, CodedStore):
             seen = view.visible + (view._new if view.mode == "append" else ())
             chunks = [(chunk.id, chunk.num_tokens) for chunk in seen]
-            return store.attend(self._index, q, (k, v), chunks, rotated=self.keys == "pre_rope", mask=mask)
+            return store.attend(
+                self._index, q, (k, v), chunks, rotated=self.keys == "pre_rope", mask=mask
+            )
         assert isinstance(store, Fp8Store)
-        return store.attend(self._index, q, k, v, mask=mask, run=k.shape[1] if view.is_one_run else None)
+        return store.attend(
+            self._index, q, k, v, mask=mask, run=k.shape[1] if view.is_one_run else None
+        )
 
     def _store(self, k: Tensor, v: Tensor) -> None:
         view, start = self._view, 0
@@ -304,7 +349,9 @@ class LayerView:
             start = stop
 
 
-def _read_order(visible: Sequence[CachedChunk], new: Sequence[CachedChunk], *, in_place: bool) -> list[Piece]:
+def _read_order(
+    visible: Sequence[CachedChunk], new: Sequence[CachedChunk], *, in_place: bool
+) -> list[Piece]:
     """Pieces in the order in which they are read: that of the slots, so that what lies in one run
     is read as one.
     """

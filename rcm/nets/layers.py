@@ -43,7 +43,11 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in_features] to [..., out_features]; plain or dual."""
         primal, tangent = unpack(x)
-        if tangent is None or has_tangent(self.weight) or (self.bias is not None and has_tangent(self.bias)):
+        if (
+            tangent is None
+            or has_tangent(self.weight)
+            or (self.bias is not None and has_tangent(self.bias))
+        ):
             return super().forward(x)
         return pack(super().forward(primal), F.linear(tangent, self.weight))
 
@@ -92,7 +96,9 @@ class ModulatedNorm(FusedLayer):
         super().__init__()
         self.dim, self.eps = dim, eps
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, shift: Tensor, scale: Tensor, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """`x` [B, F, S, E]; `shift`, `scale` [B, F or 1, 1, E] float32 or wider. Returns `dtype`,
         by default that of `shift`.
         """
@@ -107,7 +113,11 @@ class GatedAdd(FusedLayer):
 
     def forward(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         """`x`, `y` [B, F, S, E] of one dtype, `gate` [B, F or 1, 1, E]."""
-        return _kernels().gated_add(x, y, gate) if self.runs_fused(x) else reference.gated_add(x, y, gate)
+        return (
+            _kernels().gated_add(x, y, gate)
+            if self.runs_fused(x)
+            else reference.gated_add(x, y, gate)
+        )
 
 
 class Gelu(FusedLayer):
@@ -127,7 +137,11 @@ class Gelu(FusedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` of any shape, same dtype."""
-        return _kernels().gelu_tanh(x) if choice.use_fused(self.fused, x, width=1) else reference.gelu_tanh(x)
+        return (
+            _kernels().gelu_tanh(x)
+            if choice.use_fused(self.fused, x, width=1)
+            else reference.gelu_tanh(x)
+        )
 
 
 class Sinusoid(nn.Module):

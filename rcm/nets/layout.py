@@ -38,16 +38,25 @@ class TokenLayout:
 
     def __post_init__(self) -> None:
         if min(self.grid) < 1 or not self.frame_index:
-            raise ConfigError(f"a layout needs a positive grid and at least one frame, got grid {self.grid} and frames {self.frame_index}")
+            raise ConfigError(
+                f"a layout needs a positive grid and at least one frame, got grid {self.grid} and"
+                f" frames {self.frame_index}"
+            )
         if not 0 <= self.output[0] < self.output[1] <= self.num_frames:
-            raise ConfigError(f"output frames {self.output} must be a non-empty range within the {self.num_frames} packed frames")
+            raise ConfigError(
+                f"output frames {self.output} must be a non-empty range within the"
+                f" {self.num_frames} packed frames"
+            )
         if self.chunks and sum(self.chunks) != self.num_frames:
-            raise ConfigError(f"chunks {self.chunks} must add up to the {self.num_frames} packed frames")
+            raise ConfigError(
+                f"chunks {self.chunks} must add up to the {self.num_frames} packed frames"
+            )
         queries, keys = self.num_tokens, self.num_tokens + self.context_tokens
         if (self.mask.q_len, self.mask.kv_len) != (queries, keys):
             raise ConfigError(
-                f"mask {self.mask} covers {self.mask.q_len} queries x {self.mask.kv_len} keys, the layout has {queries} x {keys} tokens "
-                f"({self.num_frames} frames after {self.context_tokens} cached tokens, grid {self.grid})"
+                f"mask {self.mask} covers {self.mask.q_len} queries x {self.mask.kv_len} keys, the"
+                f" layout has {queries} x {keys} tokens ({self.num_frames} frames after"
+                f" {self.context_tokens} cached tokens, grid {self.grid})"
             )
 
     @property
@@ -77,7 +86,15 @@ class TokenLayout:
         return cls(grid, tuple(range(num_frames)), Full(tokens, tokens), (0, num_frames))
 
     @classmethod
-    def block_causal(cls, num_frames: int, *, grid: Grid, pattern: BlockPattern, window: int | None = None, sinks: int = 0) -> TokenLayout:
+    def block_causal(
+        cls,
+        num_frames: int,
+        *,
+        grid: Grid,
+        pattern: BlockPattern,
+        window: int | None = None,
+        sinks: int = 0,
+    ) -> TokenLayout:
         """Frames attend to their own block and earlier ones (the last `window` blocks, and the
         first `sinks`); all are predicted.
         """
@@ -86,7 +103,15 @@ class TokenLayout:
         return cls(grid, tuple(range(num_frames)), mask, (0, num_frames), chunks=chunks)
 
     @classmethod
-    def context(cls, num_frames: int, *, grid: Grid, pattern: BlockPattern, window: int | None = None, sinks: int = 0) -> TokenLayout:
+    def context(
+        cls,
+        num_frames: int,
+        *,
+        grid: Grid,
+        pattern: BlockPattern,
+        window: int | None = None,
+        sinks: int = 0,
+    ) -> TokenLayout:
         """Clean frames entering an empty cache in one append pass, a chunk per block; the
         block-causal layout under the name of its use.
         """
@@ -94,40 +119,86 @@ class TokenLayout:
 
     @classmethod
     def teacher_forcing(
-        cls, num_frames: int, *, grid: Grid, pattern: BlockPattern, window: int | None = None, sinks: int = 0
+        cls,
+        num_frames: int,
+        *,
+        grid: Grid,
+        pattern: BlockPattern,
+        window: int | None = None,
+        sinks: int = 0,
     ) -> TokenLayout:
         """Packed [clean T frames | noisy T frames] at the same positions; the noisy half is
         predicted (Causal_rCM.md section 2).
         """
-        mask = TeacherForcing(pattern, num_frames, grid[0] * grid[1], queries="both", window=window, sinks=sinks)
+        mask = TeacherForcing(
+            pattern, num_frames, grid[0] * grid[1], queries="both", window=window, sinks=sinks
+        )
         positions = tuple(range(num_frames))
         return cls(grid, positions + positions, mask, (num_frames, 2 * num_frames))
 
     @classmethod
     def cached_chunk(
-        cls, block: int, *, grid: Grid, pattern: BlockPattern, num_frames: int, window: int | None = None, sinks: int = 0
+        cls,
+        block: int,
+        *,
+        grid: Grid,
+        pattern: BlockPattern,
+        num_frames: int,
+        window: int | None = None,
+        sinks: int = 0,
     ) -> TokenLayout:
         """The frames of block `block` of a `num_frames` video, after all earlier blocks in the
         cache. Raises `ConfigError` for a block outside.
         """
         bounds = pattern.bounds(num_frames)
         if not 0 <= block < len(bounds):
-            raise ConfigError(f"block must be in [0, {len(bounds)}) for {num_frames} frames in {pattern.name}, got {block}")
+            raise ConfigError(
+                f"block must be in [0, {len(bounds)}) for {num_frames} frames in {pattern.name},"
+                f" got {block}"
+            )
         start, stop = bounds[block]
-        mask = BlockCausal(pattern, stop, grid[0] * grid[1], q_block_offset=block, num_q_blocks=1, window=window, sinks=sinks)
-        return cls(grid, tuple(range(start, stop)), mask, (0, stop - start), context_tokens=start * grid[0] * grid[1])
+        mask = BlockCausal(
+            pattern,
+            stop,
+            grid[0] * grid[1],
+            q_block_offset=block,
+            num_q_blocks=1,
+            window=window,
+            sinks=sinks,
+        )
+        return cls(
+            grid,
+            tuple(range(start, stop)),
+            mask,
+            (0, stop - start),
+            context_tokens=start * grid[0] * grid[1],
+        )
 
     @classmethod
-    def over_cache(cls, frame_index: Sequence[int], *, grid: Grid, context_tokens: int) -> TokenLayout:
+    def over_cache(
+        cls, frame_index: Sequence[int], *, grid: Grid, context_tokens: int
+    ) -> TokenLayout:
         """One chunk of frames at temporal positions `frame_index` that sees all a cache shows it,
         `context_tokens` tokens.
         """
         own = len(frame_index) * grid[0] * grid[1]
-        return cls(grid, tuple(frame_index), Full(own, context_tokens + own), (0, len(frame_index)), context_tokens=context_tokens)
+        return cls(
+            grid,
+            tuple(frame_index),
+            Full(own, context_tokens + own),
+            (0, len(frame_index)),
+            context_tokens=context_tokens,
+        )
 
     @classmethod
     def noisy_over_context(
-        cls, num_frames: int, *, grid: Grid, pattern: BlockPattern, window: int | None = None, sinks: int = 0
+        cls,
+        num_frames: int,
+        *,
+        grid: Grid,
+        pattern: BlockPattern,
+        window: int | None = None,
+        sinks: int = 0,
     ) -> TokenLayout:
         """The noisy half of `teacher_forcing`, with the clean half in the cache (put there by a
         `context` pass).
@@ -135,5 +206,13 @@ class TokenLayout:
         The clean half sees nothing noisy and its times are constant, so in a tangent pass it has no
         tangent: run it once as plain tensors.
         """
-        mask = TeacherForcing(pattern, num_frames, grid[0] * grid[1], queries="noisy", window=window, sinks=sinks)
-        return cls(grid, tuple(range(num_frames)), mask, (0, num_frames), context_tokens=num_frames * grid[0] * grid[1])
+        mask = TeacherForcing(
+            pattern, num_frames, grid[0] * grid[1], queries="noisy", window=window, sinks=sinks
+        )
+        return cls(
+            grid,
+            tuple(range(num_frames)),
+            mask,
+            (0, num_frames),
+            context_tokens=num_frames * grid[0] * grid[1],
+        )

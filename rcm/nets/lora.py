@@ -71,7 +71,15 @@ class _AdaptedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, strength: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        strength: float,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, down, up)
         ctx.strength = strength
         return F.linear(x, _merged(weight, down, up, strength), bias)
@@ -95,13 +103,19 @@ class AdaptedLinear(Linear):
     trained weight is before it is used.
     """
 
-    def __init__(self, layer: Linear, chosen: Chosen, *, roles: Iterable[str], rank: int, strength: float) -> None:
-        super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    def __init__(
+        self, layer: Linear, chosen: Chosen, *, roles: Iterable[str], rank: int, strength: float
+    ) -> None:
+        super().__init__(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
+        )
         self.weight, self.bias = layer.weight, layer.bias
         self.requires_grad_(False)
         self.chosen = chosen
         size = (layer.in_features, layer.out_features)
-        self.adapters = nn.ModuleDict({role: LowRank(*size, rank=rank, strength=strength) for role in roles})
+        self.adapters = nn.ModuleDict(
+            {role: LowRank(*size, rank=rank, strength=strength) for role in roles}
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in_features] to [..., out_features]; plain or dual."""
@@ -112,7 +126,10 @@ class AdaptedLinear(Linear):
         if torch.is_grad_enabled():
             return _AdaptedProduct.apply(x, self.weight, self.bias, *factors)
         weight, (primal, tangent) = _merged(self.weight, *factors), unpack(x)
-        return pack(F.linear(primal, weight, self.bias), None if tangent is None else F.linear(tangent, weight))
+        return pack(
+            F.linear(primal, weight, self.bias),
+            None if tangent is None else F.linear(tangent, weight),
+        )
 
 
 class AdaptedNet(nn.Module):
@@ -179,7 +196,9 @@ class AdaptedNet(nn.Module):
         return f"{found[1]}.{_NAMES[found[3]]}" if found[2] == self.role else None
 
 
-def attach(net: Any, layers: Iterable[str], *, roles: Iterable[str], rank: int, alpha: float) -> None:
+def attach(
+    net: Any, layers: Iterable[str], *, roles: Iterable[str], rank: int, alpha: float
+) -> None:
     """Freeze `net` and give `layers` (paths inside each of its `blocks`) adapters for every role,
     in place; their values are undefined until loaded. `ConfigError` for a layer that is no plain
     one (quantised, or adapted).
@@ -191,10 +210,13 @@ def attach(net: Any, layers: Iterable[str], *, roles: Iterable[str], rank: int, 
             layer = block.get_submodule(path)
             if type(layer) is not Linear:
                 raise ConfigError(
-                    f"blocks.{index}.{path} is a {type(layer).__name__}, which takes no low-rank adapters; "
-                    "load the network as it was trained"
+                    f"blocks.{index}.{path} is a {type(layer).__name__}, which takes no low-rank"
+                    " adapters; load the network as it was trained"
                 )
-            block.set_submodule(path, AdaptedLinear(layer, net.chosen, roles=roles, rank=rank, strength=alpha / rank))
+            block.set_submodule(
+                path,
+                AdaptedLinear(layer, net.chosen, roles=roles, rank=rank, strength=alpha / rank),
+            )
 
 
 def is_adapted(net: nn.Module) -> bool:

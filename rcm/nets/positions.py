@@ -32,7 +32,11 @@ class Positions:
     @property
     def num_tokens(self) -> int:
         """Tokens L."""
-        return self.per_token.shape[1] if self.frames is None else len(self.frames) * self.grid[0] * self.grid[1]
+        return (
+            self.per_token.shape[1]
+            if self.frames is None
+            else len(self.frames) * self.grid[0] * self.grid[1]
+        )
 
     @cached_property
     def per_token(self) -> Tensor:
@@ -40,7 +44,9 @@ class Positions:
         if self.frames is None:
             assert self.tokens is not None, "positions are frames or tokens"
             return self.tokens
-        time, row, column = torch.meshgrid(torch.tensor(self.frames), *(torch.arange(n) for n in self.grid), indexing="ij")
+        time, row, column = torch.meshgrid(
+            torch.tensor(self.frames), *(torch.arange(n) for n in self.grid), indexing="ij"
+        )
         return torch.stack([time, row, column], dim=-1).reshape(1, -1, 1, 3)
 
     def moved_to(self, frames: tuple[int, ...]) -> Positions:
@@ -48,7 +54,11 @@ class Positions:
         number, or where there are no frames.
         """
         if self.frames is None or len(frames) != len(self.frames):
-            mine = "tokens of no whole frames; give a Positions" if self.frames is None else f"{len(self.frames)} frames"
+            mine = (
+                "tokens of no whole frames; give a Positions"
+                if self.frames is None
+                else f"{len(self.frames)} frames"
+            )
             raise ValueError(f"{len(frames)} temporal positions for {mine}")
         return replace(self, frames=frames)
 
@@ -80,7 +90,9 @@ def cut(whole: Positions, start: int, count: int) -> Positions:
         return whole
     per_frame = whole.grid[0] * whole.grid[1]
     if whole.frames is not None and start % per_frame == 0 and count % per_frame == 0:
-        return replace(whole, frames=whole.frames[start // per_frame : (start + count) // per_frame])
+        return replace(
+            whole, frames=whole.frames[start // per_frame : (start + count) // per_frame]
+        )
     return Positions(whole.grid, tokens=whole.per_token[:, start : start + count])
 
 
@@ -95,10 +107,15 @@ def gathered(parts: Sequence[Positions], index: Tensor) -> Positions:
         starts = rows[:, 0]
         runs = rows == starts[:, None] + torch.arange(per_frame, device=index.device)
         if bool(runs.all()) and bool((starts % per_frame == 0).all()):
-            return Positions(whole.grid, frames=tuple(whole.frames[start // per_frame] for start in starts.tolist()))
+            return Positions(
+                whole.grid,
+                frames=tuple(whole.frames[start // per_frame] for start in starts.tolist()),
+            )
     tokens = whole.per_token
     at = index.to(tokens.device)
     if at.dim() == 1:
         return Positions(whole.grid, tokens=tokens[:, at])
     tokens = tokens.expand(at.shape[0], -1, -1, -1)
-    return Positions(whole.grid, tokens=tokens.gather(1, at[:, :, None, None].expand(-1, -1, *tokens.shape[2:])))
+    return Positions(
+        whole.grid, tokens=tokens.gather(1, at[:, :, None, None].expand(-1, -1, *tokens.shape[2:]))
+    )

@@ -74,7 +74,10 @@ def axis_channels(head_dim: int) -> tuple[int, int, int]:
     at least 6.
     """
     if head_dim < 6 or head_dim % 2:
-        raise ValueError(f"rotary embedding needs an even head size of at least 6, got {head_dim}; choose dim / num_heads accordingly")
+        raise ValueError(
+            f"rotary embedding needs an even head size of at least 6, got {head_dim}; choose dim /"
+            " num_heads accordingly"
+        )
     spatial = 2 * (head_dim // 6)
     return head_dim - 2 * spatial, spatial, spatial
 
@@ -100,17 +103,21 @@ def turned_in_time(keys: Tensor, frames: Tensor | float, *, ntk: float = 1.0) ->
     channels = axis_channels(keys.shape[-1])[0]
     wide = torch.promote_types(keys.dtype, torch.float32)
     moved = to_device(torch.as_tensor(frames, dtype=torch.float64), keys.device)
-    angle = (moved if moved.dim() == 2 else moved.reshape(1, 1))[:, :, None, None] * to_device(_rates(channels, ntk), keys.device)
+    angle = (moved if moved.dim() == 2 else moved.reshape(1, 1))[:, :, None, None] * to_device(
+        _rates(channels, ntk), keys.device
+    )
     cos, sin = angle.cos(), angle.sin()
-    time = reference.rotate_pairs(keys[..., :channels].to(wide), _paired(cos, cos).to(wide), _paired(-sin, sin).to(wide))
+    time = reference.rotate_pairs(
+        keys[..., :channels].to(wide), _paired(cos, cos).to(wide), _paired(-sin, sin).to(wide)
+    )
     return torch.cat([time.to(keys.dtype), keys[..., channels:]], dim=-1)
 
 
 def _check_fit(x: Tensor, table: RopeTable) -> None:
     if x.shape[1] != table.num_tokens or x.shape[3] != table.cos.shape[-1]:
         raise ValueError(
-            f"rotary table covers {table.num_tokens} tokens of head size {table.cos.shape[-1]}, "
-            f"got x {tuple(x.shape)} as [B, L, N, D]; the layout must describe the tokens of this call"
+            f"rotary table covers {table.num_tokens} tokens of head size {table.cos.shape[-1]}, got"
+            f" x {tuple(x.shape)} as [B, L, N, D]; the layout must describe the tokens of this call"
         )
 
 
@@ -147,11 +154,20 @@ class RopeTables:
         finite.
         """
         if not all(0 < ratio < math.inf for ratio in ntk):
-            raise ConfigError(f"NTK ratios of frames, rows and columns must be positive numbers, got {ntk}")
+            raise ConfigError(
+                f"NTK ratios of frames, rows and columns must be positive numbers, got {ntk}"
+            )
         self.ntk = ntk
         self._kept.clear()
 
-    def table(self, frame_index: tuple[int, ...], grid: tuple[int, int], *, device: torch.device, dtype: torch.dtype) -> RopeTable:
+    def table(
+        self,
+        frame_index: tuple[int, ...],
+        grid: tuple[int, int],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> RopeTable:
         """Table for the tokens of the frames at temporal positions `frame_index`, each a `grid`
         (rows, columns), row-major, columns fastest. Raises `ValueError` for a grid beyond the
         limits.
@@ -164,7 +180,9 @@ class RopeTables:
             with torch.inference_mode(False), torch.no_grad():
                 found = self._build(frame_index, grid, device=device, dtype=dtype)
         self._kept[key] = found
-        while len(self._kept) > TABLES_KEPT or (len(self._kept) > 1 and sum(x.num_bytes for x in self._kept.values()) > TABLE_BYTES_KEPT):
+        while len(self._kept) > TABLES_KEPT or (
+            len(self._kept) > 1 and sum(x.num_bytes for x in self._kept.values()) > TABLE_BYTES_KEPT
+        ):
             self._kept.popitem(last=False)
         return found
 
@@ -175,7 +193,10 @@ class RopeTables:
         if positions.frames is not None:
             return self.table(positions.frames, positions.grid, device=device, dtype=dtype)
         where = to_device(positions.per_token.to(torch.float64), device)
-        rates = [to_device(_rates(channels, ntk), device) for channels, ntk in zip(self.channels, self.ntk, strict=True)]
+        rates = [
+            to_device(_rates(channels, ntk), device)
+            for channels, ntk in zip(self.channels, self.ntk, strict=True)
+        ]
         parts = [where[..., axis, None] * rate for axis, rate in enumerate(rates)]
         angle = torch.cat(parts, dim=-1)
         cos, sin = angle.cos(), angle.sin()
@@ -191,7 +212,14 @@ class RopeTables:
                     f"choose a smaller resolution or raise WanConfig.max_{axis}s"
                 )
 
-    def _build(self, frame_index: tuple[int, ...], grid: tuple[int, int], *, device: torch.device, dtype: torch.dtype) -> RopeTable:
+    def _build(
+        self,
+        frame_index: tuple[int, ...],
+        grid: tuple[int, int],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> RopeTable:
         positions = (torch.tensor(frame_index), torch.arange(grid[0]), torch.arange(grid[1]))
         full = (len(frame_index), *grid)
         angles = []
@@ -202,7 +230,9 @@ class RopeTables:
             angles.append(angle.reshape(*shape, -1).expand(*full, channels // 2))
         angle = torch.cat(angles, dim=3).flatten(0, 2)
         cos, sin = angle.cos(), angle.sin()
-        return RopeTable(_paired(cos, cos)[:, None].to(dtype), _paired(-sin, sin)[:, None].to(dtype))
+        return RopeTable(
+            _paired(cos, cos)[:, None].to(dtype), _paired(-sin, sin)[:, None].to(dtype)
+        )
 
 
 def _rates(channels: int, ntk: float = 1.0) -> Tensor:

@@ -26,7 +26,10 @@ _TRAVELLING = (ConfigError, CheckpointError, NonFinite)
 as CheckpointError.
 """
 
-_LOST = re.compile(r"gloo|NCCL|connection (closed|reset|refused)|broken pipe|socket|TCPStore|store->|timed? ?out", re.IGNORECASE)
+_LOST = re.compile(
+    r"gloo|NCCL|connection (closed|reset|refused)|broken pipe|socket|TCPStore|store->|timed? ?out",
+    re.IGNORECASE,
+)
 
 
 def spread() -> bool:
@@ -52,7 +55,12 @@ def agree(problem: Exception | None, *, group: dist.ProcessGroup | None = None) 
         dist.all_gather_object(found, None if problem is None else _told(problem), group=group)
     rank, told = next((rank, told) for rank, told in enumerate(found) if told is not None)
     error = problem or _rebuilt(told)
-    error.heard_from = Voices(rank, own=problem is not None, repeated=_told(error) == told, unanimous=found.count(told) == len(found))
+    error.heard_from = Voices(
+        rank,
+        own=problem is not None,
+        repeated=_told(error) == told,
+        unanimous=found.count(told) == len(found),
+    )
     raise error
 
 
@@ -74,7 +82,9 @@ def sentence(error: BaseException) -> str:
     """
     words, voices = " ".join(str(error).split()), getattr(error, "heard_from", None)
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
-    if voices is None or (voices.own and not voices.unanimous and not (voices.repeated and rank != voices.first)):
+    if voices is None or (
+        voices.own and not voices.unanimous and not (voices.repeated and rank != voices.first)
+    ):
         return f"error on rank {rank}: {words}" if "RANK" in os.environ else f"error: {words}"
     if voices.own:
         return f"error: {words}" if rank == voices.first else ""
@@ -118,10 +128,17 @@ def require_same(what: str, values: Mapping[str, Any], *, knob: str) -> None:
     with naming_lost_peers():
         dist.all_gather_object(found, dict(values))
     for rank, other in enumerate(found):
-        keys = sorted(key for key in found[0].keys() | other.keys() if found[0].get(key) != other.get(key))
+        keys = sorted(
+            key for key in found[0].keys() | other.keys() if found[0].get(key) != other.get(key)
+        )
         if keys:
-            told = "; ".join(f"{key}: {found[0].get(key)!r} on rank 0, {other.get(key)!r} on rank {rank}" for key in keys[:3])
-            raise ConfigError(f"ranks differ in {what} ({told}{', and more' if len(keys) > 3 else ''}); {knob}")
+            told = "; ".join(
+                f"{key}: {found[0].get(key)!r} on rank 0, {other.get(key)!r} on rank {rank}"
+                for key in keys[:3]
+            )
+            raise ConfigError(
+                f"ranks differ in {what} ({told}{', and more' if len(keys) > 3 else ''}); {knob}"
+            )
 
 
 @contextmanager
@@ -135,7 +152,8 @@ def naming_lost_peers() -> Iterator[None]:
         if not is_lost_peer(error):
             raise
         raise PeerGone(
-            "another rank of this launch ended or cannot be reached: its own output says why; the last checkpoint stays in use"
+            "another rank of this launch ended or cannot be reached: its own output says why; the"
+            " last checkpoint stays in use"
         ) from error
 
 
@@ -150,7 +168,11 @@ def is_lost_peer(error: BaseException) -> bool:
 def _told(problem: Exception) -> tuple[str, tuple[Any, ...]]:
     """An error as it can travel."""
     if isinstance(problem, OSError):
-        return "OSError", (problem.errno, problem.strerror or str(problem), problem.filename and str(problem.filename))
+        return "OSError", (
+            problem.errno,
+            problem.strerror or str(problem),
+            problem.filename and str(problem.filename),
+        )
     for kind in _TRAVELLING:
         if isinstance(problem, kind):
             return kind.__name__, (str(problem),)
@@ -164,5 +186,11 @@ def _rebuilt(told: tuple[str, tuple[Any, ...]]) -> Exception:
     name, arguments = told
     if name == "OSError":
         number, words, path = arguments
-        return OSError(words) if number is None else OSError(number, words, path) if path else OSError(number, words)
+        return (
+            OSError(words)
+            if number is None
+            else OSError(number, words, path)
+            if path
+            else OSError(number, words)
+        )
     return next(kind for kind in _TRAVELLING if kind.__name__ == name)(*arguments)

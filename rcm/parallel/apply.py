@@ -56,7 +56,9 @@ def parallelize(
     dims.check(num_heads=net.config.num_heads)
     frozen = is_frozen(net)
     for parameter in net.parameters():
-        parameter.data = parameter.data.to(precision.params if parameter.requires_grad else precision.compute)
+        parameter.data = parameter.data.to(
+            precision.params if parameter.requires_grad else precision.compute
+        )
     if compile:
         _compile_blocks(net, mode="none" if frozen else checkpoint)
     if not frozen:
@@ -70,18 +72,22 @@ def parallelize(
     if dims.world_size > 1 or (is_mixed(precision) and not frozen):
         if not torch.distributed.is_initialized() and dims.world_size == 1:
             raise ConfigError(
-                f"parameters in {precision.params} computed in {precision.compute} on one rank need FSDP2 and so a process group of one; "
-                "enter rcm.parallel.mesh.process_group(device_type) first, or choose one dtype"
+                f"parameters in {precision.params} computed in {precision.compute} on one rank need"
+                " FSDP2 and so a process group of one; enter"
+                " rcm.parallel.mesh.process_group(device_type) first, or choose one dtype"
             )
-        shard_parameters(net, dims=dims, precision=precision, reshard_after_forward=reshard_after_forward)
+        shard_parameters(
+            net, dims=dims, precision=precision, reshard_after_forward=reshard_after_forward
+        )
     return net
 
 
 def _compile_blocks(net: nn.Module, *, mode: str) -> None:
     if mode in KEEP_PRODUCTS:
         raise ConfigError(
-            f"net.sac_config.mode={mode} keeps single operators, which are out of sight inside compiled code; with compile=true choose "
-            "block_wise, block_wise_keep_attention or none"
+            f"net.sac_config.mode={mode} keeps single operators, which are out of sight inside"
+            " compiled code; with compile=true choose block_wise, block_wise_keep_attention or"
+            " none"
         )
     import torch._dynamo.config as compiler  # takes two seconds, so not with this module
 

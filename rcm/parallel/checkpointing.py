@@ -17,14 +17,20 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from rcm.core.errors import ConfigError
 from rcm.core.records import Record
 from rcm.kernels import replay
 from rcm.nets.lora import Chosen
 
-Mode = Literal["none", "mm_only", "block_wise_keep_attention_mlp", "block_wise_keep_attention", "block_wise"]
+Mode = Literal[
+    "none", "mm_only", "block_wise_keep_attention_mlp", "block_wise_keep_attention", "block_wise"
+]
 MODES: tuple[Mode, ...] = get_args(Mode)
 """Ways to recompute, most memory first."""
 
@@ -55,19 +61,32 @@ class SACConfig(Record):
 
     def __post_init__(self) -> None:
         if not 1 <= self.every_n_blocks <= 1024:
-            raise ConfigError(f"every_n_blocks={self.every_n_blocks} must be in 1 to 1024; 1 is every block")
+            raise ConfigError(
+                f"every_n_blocks={self.every_n_blocks} must be in 1 to 1024; 1 is every block"
+            )
         if self.mode == "none" and self.every_n_blocks != 1:
-            told = f"every_n_blocks={self.every_n_blocks} has no effect while mode=none recomputes no block"
+            told = (
+                f"every_n_blocks={self.every_n_blocks} has no effect while mode=none recomputes no"
+                " block"
+            )
             raise ConfigError(f"{told}; choose another mode, or leave it at 1")
 
 
 def _operators(*names: str) -> frozenset[Any]:
     """Operators of torch whose outputs are kept."""
-    return frozenset(getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name))
+    return frozenset(
+        getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name)
+    )
 
 
-def _policy(saved: frozenset[Any], _ctx: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in saved and replay.is_keeping() else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(
+    saved: frozenset[Any], _ctx: Any, operator: Any, *_args: Any, **_kwargs: Any
+) -> CheckpointPolicy:
+    return (
+        CheckpointPolicy.MUST_SAVE
+        if operator in saved and replay.is_keeping()
+        else CheckpointPolicy.PREFER_RECOMPUTE
+    )
 
 
 def _contexts(saved: frozenset[Any]) -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -84,7 +103,9 @@ class _Both(AbstractContextManager):
     on why it is refused.
     """
 
-    def __init__(self, outer: Callable[[], AbstractContextManager], inner: AbstractContextManager) -> None:
+    def __init__(
+        self, outer: Callable[[], AbstractContextManager], inner: AbstractContextManager
+    ) -> None:
         self._outer, self._inner = outer, inner
         self._entered = ExitStack()
 
@@ -134,7 +155,11 @@ class Recompute:
     """
 
     def __init__(
-        self, forward: Callable[..., Any], *, context_fn: Callable[[], Any] | None = None, chosen: Chosen | None = None
+        self,
+        forward: Callable[..., Any],
+        *,
+        context_fn: Callable[[], Any] | None = None,
+        chosen: Chosen | None = None,
     ) -> None:
         self.forward, self.chosen = forward, chosen
         self.options = {} if context_fn is None else {"context_fn": context_fn}
@@ -145,7 +170,9 @@ class Recompute:
         if appending or not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
         forward = self.forward if self.chosen is None else _WithAdapters(self.forward, self.chosen)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **self.options, **kwargs)
+        return checkpoint(
+            forward, *args, use_reentrant=False, preserve_rng_state=False, **self.options, **kwargs
+        )
 
 
 def checkpoint_blocks(net: nn.Module, *, mode: str, every: int = 1) -> None:
@@ -161,9 +188,15 @@ def checkpoint_blocks(net: nn.Module, *, mode: str, every: int = 1) -> None:
     another mode, and for `every` below 1.
     """
     if mode not in MODES:
-        raise ConfigError(f"unknown activation checkpointing mode {mode!r}; set net.sac_config.mode to one of {', '.join(MODES)}")
+        raise ConfigError(
+            f"unknown activation checkpointing mode {mode!r}; set net.sac_config.mode to one of"
+            f" {', '.join(MODES)}"
+        )
     if every < 1:
-        raise ConfigError(f"net.sac_config.every_n_blocks={every} must be at least 1, which recomputes every block")
+        raise ConfigError(
+            f"net.sac_config.every_n_blocks={every} must be at least 1, which recomputes every"
+            " block"
+        )
     if mode == "none":
         return
     context_fn = None
@@ -173,7 +206,9 @@ def checkpoint_blocks(net: nn.Module, *, mode: str, every: int = 1) -> None:
         context_fn = partial(_contexts, _operators(*_MATMULS, *_ATTENTIONS))
     for block in list(net.blocks)[::every]:
         forward = _Keeping(block.forward) if mode == "mm_only" else block.forward
-        block.forward = Recompute(forward, context_fn=context_fn, chosen=getattr(net, "chosen", None))
+        block.forward = Recompute(
+            forward, context_fn=context_fn, chosen=getattr(net, "chosen", None)
+        )
         if mode.startswith("block_wise_keep_attention"):
             block.self_attn.core.forward = _Keeping(block.self_attn.core.forward)
         if mode == "block_wise_keep_attention_mlp":

@@ -17,7 +17,9 @@ def is_mixed(precision: Precision) -> bool:
     return not precision.params == precision.compute == precision.reduce
 
 
-def shard_parameters(net: nn.Module, *, dims: ParallelDims, precision: Precision, reshard_after_forward: bool = True) -> None:
+def shard_parameters(
+    net: nn.Module, *, dims: ParallelDims, precision: Precision, reshard_after_forward: bool = True
+) -> None:
     """Apply `fully_shard` to every block of `net` and to `net` itself, in place.
 
     Parameters are gathered in `precision.compute`, gradients averaged over all ranks in
@@ -27,9 +29,16 @@ def shard_parameters(net: nn.Module, *, dims: ParallelDims, precision: Precision
     needs memory for the whole network. The root is told explicitly: by default it would stay
     gathered after a forward without gradient and then compute with stale weights.
     """
-    policy = MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=precision.reduce, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=precision.compute, reduce_dtype=precision.reduce, cast_forward_inputs=False
+    )
     for module in (*net.blocks, net):
-        fully_shard(module, mesh=dims.fsdp_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(
+            module,
+            mesh=dims.fsdp_mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard_after_forward,
+        )
 
 
 def reshard(net: nn.Module) -> None:

@@ -36,7 +36,9 @@ def materialise(net: nn.Module, *, device: torch.device | str) -> nn.Module:
     return net.to_empty(device=device)
 
 
-def load_full(net: nn.Module, weights: Mapping[str, Tensor] | None, *, source: str = "state dict") -> None:
+def load_full(
+    net: nn.Module, weights: Mapping[str, Tensor] | None, *, source: str = "state dict"
+) -> None:
     """Load a full (unsharded) state dict, strictly, into a network that may be sharded. Collective.
 
     `weights` is read on rank 0 only, one tensor at a time, and may be None elsewhere; a
@@ -57,14 +59,23 @@ def load_full(net: nn.Module, weights: Mapping[str, Tensor] | None, *, source: s
         shard = local(target)
         full = _received(name, target, weights, device=shard.device, source=source)
         part = (
-            distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None).to_local()
+            distribute_tensor(
+                full, target.device_mesh, target.placements, src_data_rank=None
+            ).to_local()
             if isinstance(target, DTensor)
             else full
         )
         shard.copy_(part)
 
 
-def _received(name: str, target: Tensor, weights: Mapping[str, Tensor] | None, *, device: torch.device, source: str) -> Tensor:
+def _received(
+    name: str,
+    target: Tensor,
+    weights: Mapping[str, Tensor] | None,
+    *,
+    device: torch.device,
+    source: str,
+) -> Tensor:
     """One full tensor in the dtype of `target` on every rank, read on rank 0."""
     full, problem = None, None
     try:
@@ -72,7 +83,11 @@ def _received(name: str, target: Tensor, weights: Mapping[str, Tensor] | None, *
             full = weights[name].to(device=device, dtype=target.dtype).contiguous()
     except Exception as error:
         says_it_all = isinstance(error, CheckpointError)
-        told = error if says_it_all else f"{source}: {name} could not be read ({type(error).__name__}: {error})"
+        told = (
+            error
+            if says_it_all
+            else f"{source}: {name} could not be read ({type(error).__name__}: {error})"
+        )
         problem = CheckpointError(f"{told}; the network is incomplete now")
         if not spread():
             raise problem from error
@@ -131,4 +146,7 @@ def check_equal(net: nn.Module, *, dims: ParallelDims) -> None:
         differs = torch.tensor([float(not torch.equal(low, high))], device=shard.device)
         dist.all_reduce(differs, op=dist.ReduceOp.MAX)
         if differs.item():
-            raise CheckpointError(f"{name} differs between model replicas after loading; the ranks did not read the same weights")
+            raise CheckpointError(
+                f"{name} differs between model replicas after loading; the ranks did not read the"
+                " same weights"
+            )

@@ -47,22 +47,36 @@ class ParallelDims:
     def __post_init__(self) -> None:
         for name in ("dp_replicate", "dp_shard", "cp"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"parallel size {name}={getattr(self, name)} must be at least 1; set {SHARD_KNOB} and {CP_KNOB}")
+                raise ConfigError(
+                    f"parallel size {name}={getattr(self, name)} must be at least 1; set"
+                    f" {SHARD_KNOB} and {CP_KNOB}"
+                )
 
     @classmethod
-    def plan(cls, world_size: int, *, fsdp_shard_size: int, cp: int, device_type: str = "cpu") -> ParallelDims:
+    def plan(
+        cls, world_size: int, *, fsdp_shard_size: int, cp: int, device_type: str = "cpu"
+    ) -> ParallelDims:
         """Dims from the public keys: parameters sharded over `fsdp_shard_size` consecutive ranks
         (which include the cp ranks), replicated over the rest.
 
         Raises ConfigError unless cp divides fsdp_shard_size and fsdp_shard_size divides the world
         size.
         """
-        require_divisible("world size", value=world_size, by=cp, by_name="context parallel size", knob=CP_KNOB)
-        require_divisible("world size", value=world_size, by=fsdp_shard_size, by_name="shard size", knob=SHARD_KNOB)
+        require_divisible(
+            "world size", value=world_size, by=cp, by_name="context parallel size", knob=CP_KNOB
+        )
+        require_divisible(
+            "world size",
+            value=world_size,
+            by=fsdp_shard_size,
+            by_name="shard size",
+            knob=SHARD_KNOB,
+        )
         if fsdp_shard_size % cp:
             raise ConfigError(
-                f"{SHARD_KNOB}={fsdp_shard_size} must be a multiple of {CP_KNOB}={cp}: "
-                f"the ranks of a cp group share the parameters; choose a multiple of {cp} that divides the world size {world_size}"
+                f"{SHARD_KNOB}={fsdp_shard_size} must be a multiple of {CP_KNOB}={cp}: the ranks of"
+                f" a cp group share the parameters; choose a multiple of {cp} that divides the"
+                f" world size {world_size}"
             )
         return cls(world_size // fsdp_shard_size, fsdp_shard_size // cp, cp, device_type)
 
@@ -98,21 +112,45 @@ class ParallelDims:
         """Place of this process inside its context-parallel group, in [0, cp)."""
         return self.rank % self.cp
 
-    def check(self, *, num_heads: int | None = None, tokens_per_frame: int | None = None, world_size: int | None = None) -> None:
+    def check(
+        self,
+        *,
+        num_heads: int | None = None,
+        tokens_per_frame: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
         """Raise ConfigError unless heads and tokens of a frame divide over cp, and the dims
         multiply to the world size (where given).
         """
         if world_size is not None:
-            require_equal("dp_replicate * dp_shard * cp", got=self.world_size, expected=world_size, knob=f"{SHARD_KNOB}, {CP_KNOB}")
+            require_equal(
+                "dp_replicate * dp_shard * cp",
+                got=self.world_size,
+                expected=world_size,
+                knob=f"{SHARD_KNOB}, {CP_KNOB}",
+            )
         if num_heads is not None:
-            require_divisible("num_heads", value=num_heads, by=self.cp, by_name="context parallel size", knob=CP_KNOB)
+            require_divisible(
+                "num_heads",
+                value=num_heads,
+                by=self.cp,
+                by_name="context parallel size",
+                knob=CP_KNOB,
+            )
         if tokens_per_frame is not None:
-            require_divisible("tokens per frame", value=tokens_per_frame, by=self.cp, by_name="context parallel size", knob=CP_KNOB)
+            require_divisible(
+                "tokens per frame",
+                value=tokens_per_frame,
+                by=self.cp,
+                by_name="context parallel size",
+                knob=CP_KNOB,
+            )
 
     def _require_group(self) -> None:
         if not dist.is_initialized():
             raise ConfigError(
-                f"a mesh of {self.world_size} rank(s) needs a process group; enter rcm.parallel.mesh.process_group(device_type) first"
+                f"a mesh of {self.world_size} rank(s) needs a process group; enter"
+                " rcm.parallel.mesh.process_group(device_type) first"
             )
         self.check(world_size=dist.get_world_size())
 
@@ -124,13 +162,19 @@ class ParallelDims:
         self._require_group()
         if self.dp_replicate == 1:
             return init_device_mesh(self.device_type, (self.shard_size,), mesh_dim_names=("shard",))
-        return init_device_mesh(self.device_type, (self.dp_replicate, self.shard_size), mesh_dim_names=("dp_replicate", "shard"))
+        return init_device_mesh(
+            self.device_type,
+            (self.dp_replicate, self.shard_size),
+            mesh_dim_names=("dp_replicate", "shard"),
+        )
 
     @cached_property
     def data_mesh(self) -> DeviceMesh:
         """Mesh with axes ("data", "cp"). Collective on first use."""
         self._require_group()
-        return init_device_mesh(self.device_type, (self.num_data_ranks, self.cp), mesh_dim_names=("data", "cp"))
+        return init_device_mesh(
+            self.device_type, (self.num_data_ranks, self.cp), mesh_dim_names=("data", "cp")
+        )
 
     @property
     def cp_group(self) -> dist.ProcessGroup:
@@ -171,7 +215,10 @@ def launch_group() -> Iterator[torch.device]:
     """`process_group` on CUDA where there is one; a collective inside that broke because another
     rank ended raises PeerGone.
     """
-    with process_group("cuda" if torch.cuda.is_available() else "cpu") as device, naming_lost_peers():
+    with (
+        process_group("cuda" if torch.cuda.is_available() else "cpu") as device,
+        naming_lost_peers(),
+    ):
         yield device
 
 
@@ -179,17 +226,27 @@ def _meet(backend: str, device: torch.device | None) -> None:
     """Make the group of the launcher's ranks; ConfigError for an environment that no launcher
     leaves, PeerGone where they do not meet.
     """
-    lacking = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    lacking = [
+        name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)
+    ]
     if lacking:
-        raise ConfigError(f"RANK is set in the environment, {' and '.join(lacking)} is not; start several ranks with torchrun")
+        raise ConfigError(
+            f"RANK is set in the environment, {' and '.join(lacking)} is not; start several ranks"
+            " with torchrun"
+        )
     rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
     if not 0 <= rank < world:
-        raise ConfigError(f"RANK={rank} must be at least 0 and below WORLD_SIZE={world}; start several ranks with torchrun")
+        raise ConfigError(
+            f"RANK={rank} must be at least 0 and below WORLD_SIZE={world}; start several ranks with"
+            " torchrun"
+        )
     try:
         dist.init_process_group(backend, device_id=device, **_after_restart(rank, world))
     except (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise PeerGone(f"the {world} ranks of this launch did not meet at {place}; see what the others say") from error
+        raise PeerGone(
+            f"the {world} ranks of this launch did not meet at {place}; see what the others say"
+        ) from error
 
 
 def _after_restart(rank: int, world: int) -> dict[str, Any]:
@@ -200,14 +257,21 @@ def _after_restart(rank: int, world: int) -> dict[str, Any]:
     if not restarts or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     store = dist.TCPStore(os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0), is_master=False)
-    return {"store": dist.PrefixStore(f"restart {restarts}", store), "rank": rank, "world_size": world}
+    return {
+        "store": dist.PrefixStore(f"restart {restarts}", store),
+        "rank": rank,
+        "world_size": world,
+    }
 
 
 def _number(name: str, default: int) -> int:
     """The whole number in an environment variable."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
-        raise ConfigError(f"environment variable {name}={text!r} must be a whole number; start several ranks with torchrun")
+        raise ConfigError(
+            f"environment variable {name}={text!r} must be a whole number; start several ranks with"
+            " torchrun"
+        )
     return int(text)
 
 

@@ -19,5 +19,9 @@ def settle_threads(net: nn.Module, *, device: torch.device | str) -> None:
     torch's choice.
     """
     told = any(os.environ.get(name) for name in ENVIRONMENT)
-    if torch.device(device).type == "cpu" and not told and sum(p.numel() for p in net.parameters()) < TOY_PARAMETERS:
+    if (
+        torch.device(device).type == "cpu"
+        and not told
+        and sum(p.numel() for p in net.parameters()) < TOY_PARAMETERS
+    ):
         torch.set_num_threads(1)

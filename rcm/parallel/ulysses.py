@@ -63,7 +63,9 @@ def _local(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def _whole(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """All slices of every frame: [B, F, S/P, E] -> [B, F, S, E]."""
-    slices = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    slices = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())
+    ]
     dist.all_gather(slices, x.contiguous(), group=group)
     return torch.cat(slices, dim=2)
 
@@ -143,8 +145,9 @@ class Enter(nn.Module):
         """
         if tokens.shape[2] % self.group.size():
             raise ConfigError(
-                f"{tokens.shape[2]} tokens per frame do not divide over {self.group.size()} context-parallel ranks; "
-                "change model_parallel.context_parallel_size or the resolution"
+                f"{tokens.shape[2]} tokens per frame do not divide over {self.group.size()}"
+                " context-parallel ranks; change model_parallel.context_parallel_size or the"
+                " resolution"
             )
         return _Scatter.apply(tokens, self.group)
 
@@ -172,11 +175,21 @@ class HeadParallelCore(nn.Module):
         super().__init__()
         if any(True for _ in core.parameters()) or core.state_dict():
             raise ConfigError(
-                f"{type(core).__name__} holds weights: wrapping it would rename checkpoint keys; keep weights outside the attention core"
+                f"{type(core).__name__} holds weights: wrapping it would rename checkpoint keys;"
+                " keep weights outside the attention core"
             )
         self.core, self.group = core, group
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Any, rope: Any, layer_view: Any, attend: bool = True) -> Tensor | None:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: Any,
+        rope: Any,
+        layer_view: Any,
+        attend: bool = True,
+    ) -> Tensor | None:
         """q, k, v [B, F*S/P, N, D] -> attention output of the same shape. One exchange for q, k and
         v together, one for the output. `attend=False`: the core is shown them and returns nothing.
         """

@@ -5,4 +5,12 @@ from rcm.pipelines.weight_files import open_weights
 from rcm.pipelines.weight_report import WeightsReport, inspect_weights
 from rcm.pipelines.weight_writer import save_network
 
-__all__ = ["LoRA", "WeightsReport", "inspect_weights", "load_wan", "open_weights", "random_wan", "save_network"]
+__all__ = [
+    "LoRA",
+    "WeightsReport",
+    "inspect_weights",
+    "load_wan",
+    "open_weights",
+    "random_wan",
+    "save_network",
+]

@@ -23,7 +23,11 @@ def adapter_copies(file: WeightFile, *, stated: str | None) -> dict[str, str]:
     """Prefix -> copy of every set of adapters in `file`: those of a run's checkpoint, or the only
     one ("" -> what its description states, or "unstated").
     """
-    found = {prefix: copy for prefix, copy in _COPIES.items() if any(key.startswith(prefix) for key in file.headers)}
+    found = {
+        prefix: copy
+        for prefix, copy in _COPIES.items()
+        if any(key.startswith(prefix) for key in file.headers)
+    }
     several = found and all(key.startswith(tuple(found)) for key in file.headers)
     return found if several and (len(found) > 1 or stated is None) else {"": stated or "unstated"}
 
@@ -37,7 +41,10 @@ def chosen_copy(copies: Mapping[str, str], wanted: str, *, path: object) -> str:
             return next(prefix for prefix, held in copies.items() if held == copy)
     if list(copies) == [""]:
         return ""
-    raise CheckpointError(f"{path} holds no {wanted} adapters (it has {', '.join(copies.values())}); choose other weights than {wanted!r}")
+    raise CheckpointError(
+        f"{path} holds no {wanted} adapters (it has {', '.join(copies.values())}); choose other"
+        f" weights than {wanted!r}"
+    )
 
 
 class AdaptedWeights(LazyWeights):
@@ -51,9 +58,22 @@ class AdaptedWeights(LazyWeights):
     """
 
     def __init__(
-        self, file: WeightFile, base: LazyWeights, described: Mapping[str, Any], *, prefix: str, copy: str, base_path: object
+        self,
+        file: WeightFile,
+        base: LazyWeights,
+        described: Mapping[str, Any],
+        *,
+        prefix: str,
+        copy: str,
+        base_path: object,
     ) -> None:
-        self.file, self.base, self.prefix, self.copy, self.base_path = file, base, prefix, copy, base_path
+        self.file, self.base, self.prefix, self.copy, self.base_path = (
+            file,
+            base,
+            prefix,
+            copy,
+            base_path,
+        )
         self.described, self.told = dict(described), base_of(described, copy)
         self.headers = base.headers
         own = {key: header for key, header in file.headers.items() if key.startswith(prefix)}
@@ -80,8 +100,9 @@ class AdaptedWeights(LazyWeights):
         weight, pair = self._rounded[name], self.pairs.get(name)
         if (digest := self._rounded.digest) not in (None, self.told["digest"]):
             raise CheckpointError(
-                f"{self.file.path} holds adapters for the weights {self.told['digest'][:12]} of {self.told['path']}, and "
-                f"{self.base_path} has {digest[:12]} now; give them the weights they were trained on"
+                f"{self.file.path} holds adapters for the weights {self.told['digest'][:12]} of"
+                f" {self.told['path']}, and {self.base_path} has {digest[:12]} now; give them the"
+                " weights they were trained on"
             )
         if pair is None:
             return weight
@@ -90,7 +111,8 @@ class AdaptedWeights(LazyWeights):
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Layer -> (A, B) of every adapted layer."""
         return {
-            name.removesuffix(".weight"): (self.file[pair.down], self.file[pair.up]) for name, pair in self.pairs.items()
+            name.removesuffix(".weight"): (self.file[pair.down], self.file[pair.up])
+            for name, pair in self.pairs.items()
         }
 
     def _check_described(self, headers: Mapping[str, Tensor]) -> None:
@@ -98,15 +120,31 @@ class AdaptedWeights(LazyWeights):
         for name, pair in self.pairs.items():
             layer = name.removesuffix(".weight").split(".", 2)[-1]
             if layer not in layers:
-                raise CheckpointError(f"{name} is adapted, and its description names {', '.join(sorted(layers))} alone")
+                raise CheckpointError(
+                    f"{name} is adapted, and its description names {', '.join(sorted(layers))}"
+                    " alone"
+                )
             if (found := headers[pair.down].shape[0]) != rank:
-                raise CheckpointError(f"the factors of {name} have rank {found}, its description says {rank}")
-            if pair.alpha is not None and (alpha := float(self.file[pair.alpha])) != self.described["alpha"]:
-                raise CheckpointError(f"{pair.alpha} is {alpha:g}, its description says {self.described['alpha']:g}")
+                raise CheckpointError(
+                    f"the factors of {name} have rank {found}, its description says {rank}"
+                )
+            if (
+                pair.alpha is not None
+                and (alpha := float(self.file[pair.alpha])) != self.described["alpha"]
+            ):
+                raise CheckpointError(
+                    f"{pair.alpha} is {alpha:g}, its description says {self.described['alpha']:g}"
+                )
         blocks = {name.split(".")[1] for name in self.headers if name.startswith("blocks.")}
-        missing = sorted({f"blocks.{block}.{layer}.weight" for block in blocks for layer in layers} - self.pairs.keys())
+        missing = sorted(
+            {f"blocks.{block}.{layer}.weight" for block in blocks for layer in layers}
+            - self.pairs.keys()
+        )
         if missing:
-            raise CheckpointError(f"{len(missing)} factors that its description names are missing, {missing[0]} among them")
+            raise CheckpointError(
+                f"{len(missing)} factors that its description names are missing, {missing[0]} among"
+                " them"
+            )
 
 
 def base_of(described: Mapping[str, Any], copy: str) -> Mapping[str, Any]:
@@ -115,5 +153,7 @@ def base_of(described: Mapping[str, Any], copy: str) -> Mapping[str, Any]:
     """
     role = "fake_score" if copy == "fake_score" else "student"
     if role not in described["bases"]:
-        raise CheckpointError(f"its description says nothing of the weights below the adapters of the {role}")
+        raise CheckpointError(
+            f"its description says nothing of the weights below the adapters of the {role}"
+        )
     return described["bases"][role]

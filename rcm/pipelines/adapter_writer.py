@@ -48,13 +48,20 @@ def save_adapters(
     wanted = "" if layout == "peft" else ".safetensors"
     if layout not in LAYOUTS or target.suffix != wanted:
         what = "a folder without suffix" if layout == "peft" else "a .safetensors file"
-        raise ConfigError(f"adapters in the layout {layout!r} are {what}, {target} is none; layouts are {', '.join(LAYOUTS)}")
+        raise ConfigError(
+            f"adapters in the layout {layout!r} are {what}, {target} is none; layouts are"
+            f" {', '.join(LAYOUTS)}"
+        )
     check_free(target, overwrite=overwrite, ours=lambda name: name in (PEFT_FILE, PEFT_SETTINGS))
     if wanted:
         OutputFile.claim(target)
     said = network.described
     settings = peft_settings(
-        said["layers"], layout=layout, rank=said["rank"], alpha=said["alpha"], base=network.told["path"]
+        said["layers"],
+        layout=layout,
+        rank=said["rank"],
+        alpha=said["alpha"],
+        base=network.told["path"],
     )
     tensors = published(network.factors(), layout=layout, alpha=said["alpha"])
     tensors = {key: value.to(dtype or value.dtype) for key, value in tensors.items()}
@@ -62,7 +69,9 @@ def save_adapters(
         if wanted:
             metadata = {"format": "pt", "rcm": description.to_json()}
             if layout == "diffusers":
-                metadata["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": value for key, value in settings.items()})
+                metadata["lora_adapter_metadata"] = json.dumps(
+                    {f"transformer.{key}": value for key, value in settings.items()}
+                )
             _write(partial, tensors, metadata)
             description.write(target.with_name(target.name + ".json"))
         else:
@@ -74,4 +83,9 @@ def save_adapters(
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    write_safetensors(path, {key: value.to("meta") for key, value in tensors.items()}, tensors.__getitem__, metadata=metadata)
+    write_safetensors(
+        path,
+        {key: value.to("meta") for key, value in tensors.items()},
+        tensors.__getitem__,
+        metadata=metadata,
+    )

@@ -43,7 +43,9 @@ class StaticView(CacheView):
     of the pass at hand.
     """
 
-    def __init__(self, cache: KVCache, inputs: StaticInputs, branch: int, layout: TokenLayout) -> None:
+    def __init__(
+        self, cache: KVCache, inputs: StaticInputs, branch: int, layout: TokenLayout
+    ) -> None:
         super().__init__(cache, "transient", ())
         self.prefix_tokens = layout.context_tokens
         self.inputs, self.total = inputs, layout.context_tokens + layout.num_tokens
@@ -63,7 +65,14 @@ class CodedView(StaticView):
     """
 
     def __init__(
-        self, cache: KVCache, inputs: StaticInputs, branch: int, layout: TokenLayout, *, groups: Sequence[Group], appends: bool
+        self,
+        cache: KVCache,
+        inputs: StaticInputs,
+        branch: int,
+        layout: TokenLayout,
+        *,
+        groups: Sequence[Group],
+        appends: bool,
     ) -> None:
         super().__init__(cache, inputs, branch, layout)
         self.groups, self.adds = groups, appends
@@ -87,13 +96,26 @@ class _StaticLayer(LayerView):
         """Nobody asked."""
 
     def _entered(
-        self, projected: tuple[Tensor, Tensor, Tensor], norms: tuple[RMSNorm, RMSNorm], table: RopeTable, *, rotate_keys: bool
+        self,
+        projected: tuple[Tensor, Tensor, Tensor],
+        norms: tuple[RMSNorm, RMSNorm],
+        table: RopeTable,
+        *,
+        rotate_keys: bool,
     ) -> Tensor:
         """Turned queries; keys and values at the pass's slots."""
         from rcm.kernels.fused.enter_cache import enter_cache  # Triton is imported only on CUDA
 
         weights = (norms[0].weight, norms[1].weight)
-        return enter_cache(projected, weights, table.per_pair, self._slots, self._pair, eps=norms[0].eps, rotate_keys=rotate_keys)
+        return enter_cache(
+            projected,
+            weights,
+            table.per_pair,
+            self._slots,
+            self._pair,
+            eps=norms[0].eps,
+            rotate_keys=rotate_keys,
+        )
 
     def _gathered(self) -> tuple[Tensor, Tensor]:
         keys, values = self._pair
@@ -110,7 +132,10 @@ class _DenseLayer(_StaticLayer):
         self.enters_turned = view.keys == "post_rope"
 
     def enter(
-        self, projected: tuple[Tensor, Tensor, Tensor], norms: tuple[RMSNorm, RMSNorm], table: RopeTable
+        self,
+        projected: tuple[Tensor, Tensor, Tensor],
+        norms: tuple[RMSNorm, RMSNorm],
+        table: RopeTable,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `LayerView`."""
         q = self._entered(projected, norms, table, rotate_keys=self.enters_turned)
@@ -151,13 +176,20 @@ class _CodedLayer(_StaticLayer):
         head = self._pair[0].shape[3]
         # as the launch that turns restored keys needs
         self.takes_projections = self.takes_projections and head & (head - 1) == 0
-        self._turn = view.tables.key.per_pair if view.keys == "pre_rope" and self.takes_projections else None
+        self._turn = (
+            view.tables.key.per_pair if view.keys == "pre_rope" and self.takes_projections else None
+        )
 
     def enter(
-        self, projected: tuple[Tensor, Tensor, Tensor], norms: tuple[RMSNorm, RMSNorm], table: RopeTable
+        self,
+        projected: tuple[Tensor, Tensor, Tensor],
+        norms: tuple[RMSNorm, RMSNorm],
+        table: RopeTable,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `LayerView`."""
-        q = self._entered(projected, norms, table, rotate_keys=self.keys == "post_rope" or not self._adds)
+        q = self._entered(
+            projected, norms, table, rotate_keys=self.keys == "post_rope" or not self._adds
+        )
         own = slice(self.prefix_tokens, self._total)
         if self._adds:
             self._encode(*(x[:, own] for x in self._pair))

@@ -66,7 +66,14 @@ def caption_of(clip: Path) -> str:
     return " ".join(clip.stem.replace("_", " ").replace("-", " ").split())
 
 
-def plan_windows(clips: Sequence[Path], *, num_frames: int, stride: int, hop: int | None = None, skip_bad: bool = False) -> list[Window]:
+def plan_windows(
+    clips: Sequence[Path],
+    *,
+    num_frames: int,
+    stride: int,
+    hop: int | None = None,
+    skip_bad: bool = False,
+) -> list[Window]:
     """Windows of every clip, `hop` frames apart (default: end to end). Only frame counts are read.
 
     An unreadable clip raises `VideoError`, one shorter than a window `ConfigError`; with `skip_bad`
@@ -74,7 +81,8 @@ def plan_windows(clips: Sequence[Path], *, num_frames: int, stride: int, hop: in
     """
     if num_frames < 1 or stride < 1 or (hop is not None and hop < 1):
         raise ConfigError(
-            f"windows need positive frames, stride and hop, got {num_frames}, {stride}, {hop}; change --frames, --frame-stride, --hop"
+            f"windows need positive frames, stride and hop, got {num_frames}, {stride}, {hop};"
+            " change --frames, --frame-stride, --hop"
         )
     span = (num_frames - 1) * stride + 1
     windows: list[Window] = []
@@ -83,15 +91,18 @@ def plan_windows(clips: Sequence[Path], *, num_frames: int, stride: int, hop: in
             available = probe(clip).num_frames
             if available < span:
                 raise ConfigError(
-                    f"{clip} has {available} frames, a window needs {span} ({num_frames} frames, {stride} apart); "
-                    "lower --frames or --frame-stride"
+                    f"{clip} has {available} frames, a window needs {span} ({num_frames} frames,"
+                    f" {stride} apart); lower --frames or --frame-stride"
                 )
         except (VideoError, ConfigError) as error:
             if not skip_bad:
                 raise
             logger.warning(f"clip left out: {error}")
             continue
-        windows += [Window(clip, start, num_frames, stride, caption_of(clip)) for start in range(0, available - span + 1, hop or span)]
+        windows += [
+            Window(clip, start, num_frames, stride, caption_of(clip))
+            for start in range(0, available - span + 1, hop or span)
+        ]
     if not windows:
         raise ConfigError(f"none of {len(clips)} clips is usable; see the warnings above")
     return windows
@@ -113,10 +124,14 @@ def read_windows(windows: Sequence[Window], *, height: int, width: int) -> Itera
                 kept[number] = resize_frame(frame, height=height, width=width)
             while waiting and number + 1 >= waiting[0].stop:
                 window = waiting.pop(0)
-                yield torch.stack([kept[f] for f in range(window.start, window.stop, window.stride)], dim=1)
+                yield torch.stack(
+                    [kept[f] for f in range(window.start, window.stop, window.stride)], dim=1
+                )
                 oldest = min((w.start for w in waiting), default=number + 1)
                 kept = {f: pixels for f, pixels in kept.items() if f >= oldest}
             if not waiting:
                 break
         if waiting:
-            raise VideoError(f"{clip} ended before frame {waiting[0].stop - 1}, which its frame count promised")
+            raise VideoError(
+                f"{clip} ended before frame {waiting[0].stop - 1}, which its frame count promised"
+            )

@@ -23,11 +23,21 @@ class DecodeLane:
     shared with the denoiser, as streams of one priority do.
     """
 
-    def __init__(self, codec: LatentCodec, *, device: torch.device, own_stream: bool, graphs: str, to_host: bool) -> None:
+    def __init__(
+        self,
+        codec: LatentCodec,
+        *,
+        device: torch.device,
+        own_stream: bool,
+        graphs: str,
+        to_host: bool,
+    ) -> None:
         self._codec, self._to_host = codec, to_host
         self._cuda = device.type == "cuda"
         self._device = torch.device(getattr(codec, "device", device)) if self._cuda else device
-        self._stream = torch.cuda.Stream(self._device, priority=self.PRIORITY) if own_stream else None
+        self._stream = (
+            torch.cuda.Stream(self._device, priority=self.PRIORITY) if own_stream else None
+        )
         self._captures = graphs == "on" and getattr(codec, "captures", False)
         self._decoder = self._opened()
 
@@ -47,13 +57,18 @@ class DecodeLane:
         """
         if not self._cuda:
             frames = self._decoder.decode_chunk(latents)
-            return Decoding(frames, _images(frames) if self._to_host and frames is not None else None, None)
+            return Decoding(
+                frames, _images(frames) if self._to_host and frames is not None else None, None
+            )
         ready = torch.cuda.current_stream(latents.device).record_event()
         now = torch.cuda.current_stream(self._device)
         lane = self._stream or now
         with torch.cuda.device(self._device), torch.cuda.stream(lane):
             lane.wait_event(ready)
-            frames, images = self._decoder.decode_chunk(latents.to(self._device, non_blocking=True)), None
+            frames, images = (
+                self._decoder.decode_chunk(latents.to(self._device, non_blocking=True)),
+                None,
+            )
             if self._to_host and frames is not None:
                 pixels = _images(frames)
                 images = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
@@ -87,7 +102,9 @@ class DecodeLane:
 class Decoding:
     """Pixels on their way."""
 
-    def __init__(self, frames: Tensor | None, images: Tensor | None, done: torch.cuda.Event | None) -> None:
+    def __init__(
+        self, frames: Tensor | None, images: Tensor | None, done: torch.cuda.Event | None
+    ) -> None:
         self._frames, self._images, self._done = frames, images, done
 
     def result(self) -> tuple[Tensor | None, Tensor | None]:
@@ -99,4 +116,6 @@ class Decoding:
 
 def _images(frames: Tensor) -> Tensor:
     """Pixels [B, 3, F, H, W] in [-1, 1] as uint8 [B, F, H, W, 3], rounded to nearest."""
-    return ((frames.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+    return (
+        ((frames.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+    )

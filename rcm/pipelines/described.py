@@ -62,7 +62,11 @@ def stream_command(path: str | Path, description: Description) -> str | None:
     prompt = "a cat on a skateboard"
     if text.get("name") == "toy":
         words = tuple(text.get("words") or TOY_PROMPT.split())
-        prompt = TOY_PROMPT if set(TOY_PROMPT.split()) <= set(words) else " ".join(words[: text.get("text_len", 8) - 1][:4])
+        prompt = (
+            TOY_PROMPT
+            if set(TOY_PROMPT.split()) <= set(words)
+            else " ".join(words[: text.get("text_len", 8) - 1][:4])
+        )
     return f"rcm stream --ckpt {shlex.quote(str(path))} --prompt {shlex.quote(prompt)}"
 
 
@@ -71,7 +75,10 @@ def network_of(description: Description, path: Path) -> WanConfig:
     fields = dict(description.network)
     unknown = sorted(set(fields) - set(WanConfig.__dataclass_fields__))
     if unknown:
-        raise CheckpointError(f"{path} describes a network with unknown sizes {', '.join(unknown)}; a newer version of rcm wrote it")
+        raise CheckpointError(
+            f"{path} describes a network with unknown sizes {', '.join(unknown)}; a newer version"
+            " of rcm wrote it"
+        )
     if "patch" in fields:
         fields["patch"] = tuple(fields["patch"])
     try:
@@ -93,8 +100,15 @@ def precision_of(asked: Precision | str | None, described: Mapping[str, str] | N
     try:
         compute, when = (getattr(torch, described[key]) for key in ("compute", "time"))
     except (KeyError, AttributeError) as error:
-        raise CheckpointError(f"the checkpoint describes an unknown precision {dict(described)}") from error
-    return Precision(params=compute, compute=compute, reduce=torch.promote_types(compute, torch.float32), time=when)
+        raise CheckpointError(
+            f"the checkpoint describes an unknown precision {dict(described)}"
+        ) from error
+    return Precision(
+        params=compute,
+        compute=compute,
+        reduce=torch.promote_types(compute, torch.float32),
+        time=when,
+    )
 
 
 @dataclass(frozen=True)
@@ -131,43 +145,64 @@ def codec_of(
         _refuse_files({"vae": files.vae}, path, what="the codec 'toy'")
         return _built(ToyCodec, fields, what="codec", path=path)
     if name not in ("wan_vae", "wan"):
-        raise ConfigError(f"{path} was trained on latents of the codec {name!r}; this version decodes 'toy' and 'wan_vae'")
+        raise ConfigError(
+            f"{path} was trained on latents of the codec {name!r}; this version decodes 'toy' and"
+            " 'wan_vae'"
+        )
     where = files.vae or fields.get("path") or WAN_VAE_FILE
     if not Path(where).exists():
         raise CheckpointError(
-            f"{path} was trained on latents of Wan's VAE, and there is no {where}; say where Wan2.1_VAE.pth is with --vae_path "
-            "(published in huggingface.co/Wan-AI/Wan2.1-T2V-1.3B)"
+            f"{path} was trained on latents of Wan's VAE, and there is no {where}; say where"
+            " Wan2.1_VAE.pth is with --vae_path (published in"
+            " huggingface.co/Wan-AI/Wan2.1-T2V-1.3B)"
         )
     return WanVAECodec.from_file(where, device=device, dtype=dtype)
 
 
 def text_of(
-    described: Mapping[str, Any] | None, path: Path, *, files: PieceFiles = PieceFiles(), device: torch.device | str = "cpu"
+    described: Mapping[str, Any] | None,
+    path: Path,
+    *,
+    files: PieceFiles = PieceFiles(),
+    device: torch.device | str = "cpu",
 ) -> TextEncoder:
     """The described text encoder: "toy", or umT5 ("umt5", "umT5"), read at the first prompt; files
     and errors as `codec_of`.
     """
     name, fields = _named(described, "text encoder", path)
     if name == "toy":
-        given = {"text_encoder": files.text_encoder, "tokenizer": files.tokenizer, "text_cache": files.text_cache}
+        given = {
+            "text_encoder": files.text_encoder,
+            "tokenizer": files.tokenizer,
+            "text_cache": files.text_cache,
+        }
         _refuse_files(given, path, what="the text encoder 'toy'")
         return _built(ToyTextEncoder, fields, what="text encoder", path=path)
     if name not in ("umt5", "umT5"):
-        raise ConfigError(f"{path} was trained on embeddings of {name!r}; this version encodes with 'toy' and 'umt5'")
+        raise ConfigError(
+            f"{path} was trained on embeddings of {name!r}; this version encodes with 'toy' and"
+            " 'umt5'"
+        )
     where = files.text_encoder or fields.get("path") or UMT5_FILE
     # the described tokenizer lies beside the described weights, perhaps on another machine
     moved = files.text_encoder is not None
     tokenizer = files.tokenizer or (None if moved else fields.get("tokenizer"))
-    return UMT5TextEncoder.from_files(where, tokenizer=tokenizer, device=device, cache=files.text_cache)
+    return UMT5TextEncoder.from_files(
+        where, tokenizer=tokenizer, device=device, cache=files.text_cache
+    )
 
 
 def _refuse_files(given: Mapping[str, str | Path | None], path: Path, *, what: str) -> None:
     named = [f"{name}={value}" for name, value in given.items() if value is not None]
     if named:
-        raise ConfigError(f"{path} was trained with {what}, which reads no file; leave out {', '.join(named)}")
+        raise ConfigError(
+            f"{path} was trained with {what}, which reads no file; leave out {', '.join(named)}"
+        )
 
 
-def _named(described: Mapping[str, Any] | None, what: str, path: Path) -> tuple[str, dict[str, Any]]:
+def _named(
+    described: Mapping[str, Any] | None, what: str, path: Path
+) -> tuple[str, dict[str, Any]]:
     if not described or "name" not in described:
         raise CheckpointError(f"{path} does not say which {what} it was trained with")
     return described["name"], {key: value for key, value in described.items() if key != "name"}
@@ -177,11 +212,18 @@ def _built(kind: type, fields: dict[str, Any], *, what: str, path: Path) -> Any:
     try:
         return kind(**fields)
     except TypeError as error:
-        raise CheckpointError(f"{path} describes a {what} that this version does not know: {error}") from error
+        raise CheckpointError(
+            f"{path} describes a {what} that this version does not know: {error}"
+        ) from error
 
 
 def latent_shape_of(
-    stored: Sequence[int] | None, config: WanConfig, *, codec: LatentCodec, text: TextEncoder, path: Path
+    stored: Sequence[int] | None,
+    config: WanConfig,
+    *,
+    codec: LatentCodec,
+    text: TextEncoder,
+    path: Path,
 ) -> tuple[int, int, int, int]:
     """The described shape of a sample, once network, codec and text encoder are seen to agree."""
     if stored is None or len(stored) != 4:
@@ -195,5 +237,7 @@ def latent_shape_of(
     )
     for what, mine, where, theirs in pairs:
         if mine != theirs:
-            raise CheckpointError(f"{path} contradicts itself: {mine} {what}, but {theirs} in {where}")
+            raise CheckpointError(
+                f"{path} contradicts itself: {mine} {what}, but {theirs} in {where}"
+            )
     return channels, frames, height, width

@@ -61,7 +61,15 @@ class CapturedLoop(ChunkLoop):
         self._pool = None
 
     def advance(
-        self, x: Tensor, cond: Condition, placement: Placement, *, t: float, t_next: float, noise: Tensor | None, append: bool
+        self,
+        x: Tensor,
+        cond: Condition,
+        placement: Placement,
+        *,
+        t: float,
+        t_next: float,
+        noise: Tensor | None,
+        append: bool,
     ) -> Tensor:
         """See `ChunkLoop`."""
         view = self.view(placement, append=append)
@@ -72,21 +80,35 @@ class CapturedLoop(ChunkLoop):
             v = self.ask(x, now, then, cond, layout, view)
             self._keep_inputs(x, cond, layout)
             return self.rule(x, v, t=t, t_next=t_next, noise=noise)
-        inputs.set(x, noise, t=t, t_next=t_next, rows=self._time_rows(t, t_next if self.rule.mean else t, x))
+        inputs.set(
+            x,
+            noise,
+            t=t,
+            t_next=t_next,
+            rows=self._time_rows(t, t_next if self.rule.mean else t, x),
+        )
         self._replay(inputs, view, layout, context_only=False)
         return inputs.x.clone()
 
-    def fill(self, x: Tensor, cond: Condition, view: View, frame_index: tuple[int, ...], *, t: float) -> None:
+    def fill(
+        self, x: Tensor, cond: Condition, view: View, frame_index: tuple[int, ...], *, t: float
+    ) -> None:
         """See `ChunkLoop`."""
         layout = self.canvas.layout(frame_index, view)
         inputs = self._prepared(x, cond, view, layout)
         if inputs is None:
-            self.denoiser.enter_context(x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view)
+            self.denoiser.enter_context(
+                x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view
+            )
             self._keep_inputs(x, cond, layout)
             return
         inputs.set(x, None, t=t, t_next=t, rows=self._time_rows(t, t, x))
         length = (len(frame_index), layout.context_tokens)
-        shared = inputs.kinds is None and length not in self._filled and (*length, None, False) in self._graphs
+        shared = (
+            inputs.kinds is None
+            and length not in self._filled
+            and (*length, None, False) in self._graphs
+        )
         self._replay(inputs, view, layout, context_only=not shared)
         self._filled.add(length)
 
@@ -108,11 +130,15 @@ class CapturedLoop(ChunkLoop):
         if (t, s) not in self._times:
             while len(self._times) >= TIMES_KEPT:
                 del self._times[next(iter(self._times))]
-            first, *second = (time_tensor(time, x.shape[0], x.device) for time in ((t, s) if s != t else (t,)))
+            first, *second = (
+                time_tensor(time, x.shape[0], x.device) for time in ((t, s) if s != t else (t,))
+            )
             self._times[t, s] = self.denoiser.time_rows(first, *second)
         return self._times[t, s]
 
-    def _prepared(self, x: Tensor, cond: Condition, view: View, layout: TokenLayout) -> _Inputs | None:
+    def _prepared(
+        self, x: Tensor, cond: Condition, view: View, layout: TokenLayout
+    ) -> _Inputs | None:
         """The device memory that graphs of such a pass read, with slots, tables and prompt of this
         one; None if it must run eagerly.
         """
@@ -120,15 +146,21 @@ class CapturedLoop(ChunkLoop):
         if inputs is None or not self._begin(view, layout):
             self.counts["eager"] += 1
             return None
-        inputs.place(_branches(view), [_codes(branch) for branch in _branches(view)], layout, self.denoiser)
+        inputs.place(
+            _branches(view), [_codes(branch) for branch in _branches(view)], layout, self.denoiser
+        )
         inputs.prompt(cond)
         return inputs
 
     def _keep_inputs(self, x: Tensor, cond: Condition, layout: TokenLayout) -> None:
         if layout.num_frames not in self._inputs:
-            self._inputs[layout.num_frames] = _Inputs(x, cond, layout, fused=self.denoiser.fused != "off")
+            self._inputs[layout.num_frames] = _Inputs(
+                x, cond, layout, fused=self.denoiser.fused != "off"
+            )
 
-    def _replay(self, inputs: _Inputs, view: View, layout: TokenLayout, *, context_only: bool) -> None:
+    def _replay(
+        self, inputs: _Inputs, view: View, layout: TokenLayout, *, context_only: bool
+    ) -> None:
         key = (layout.num_frames, layout.context_tokens, inputs.kinds, context_only)
         if key not in self._graphs:
             self._graphs[key] = self._captured(inputs, layout, context_only=context_only)
@@ -143,19 +175,36 @@ class CapturedLoop(ChunkLoop):
         runs beside another.
         """
         views = [
-            StaticView(cache, inputs, i, layout)
-            if inputs.kinds is None
-            else CodedView(cache, inputs, i, layout, groups=inputs.groups[i, inputs.kinds], appends=inputs.kinds[i].appends)
+            (
+                StaticView(cache, inputs, i, layout)
+                if inputs.kinds is None
+                else CodedView(
+                    cache,
+                    inputs,
+                    i,
+                    layout,
+                    groups=inputs.groups[i, inputs.kinds],
+                    appends=inputs.kinds[i].appends,
+                )
+            )
             for i, cache in enumerate(self.cache.branches)
         ]
-        view = views[0] if isinstance(self.cache, KVCache) else PairedView(views[0], views[1] if len(views) > 1 else None)
+        view = (
+            views[0]
+            if isinstance(self.cache, KVCache)
+            else PairedView(views[0], views[1] if len(views) > 1 else None)
+        )
 
         def enter() -> None:
             self.denoiser.enter_context(inputs.x, inputs.t, inputs.cond, layout, cache=view)
 
         def step() -> None:
             v = self.ask(inputs.x, inputs.t, inputs.t_next, inputs.cond, layout, view)
-            inputs.x.copy_(self.rule.on_device(inputs.x, v, t=inputs.t, t_next=inputs.t_next, noise=inputs.noise))
+            inputs.x.copy_(
+                self.rule.on_device(
+                    inputs.x, v, t=inputs.t, t_next=inputs.t_next, noise=inputs.noise
+                )
+            )
 
         return self._graph(enter if context_only else step, inputs.x.device)
 
@@ -170,7 +219,9 @@ class CapturedLoop(ChunkLoop):
             if not ok or branch.observer is not None or branch.mode == "readonly":
                 return False
             branch.begin(layout)
-            ok = branch.can_be_captured and (branch.keys == "post_rope" or branch.positions(layout).frames is not None)
+            ok = branch.can_be_captured and (
+                branch.keys == "post_rope" or branch.positions(layout).frames is not None
+            )
         return ok
 
 
@@ -207,7 +258,9 @@ def _codes(branch: CacheView) -> _Codes | None:
         return None
     if own is not None:
         store.reserve(own.id, own.num_tokens)
-    pieces = tuple(Piece(0, c.num_tokens, c.id, 0) for c in (*branch.visible, *([] if own is None else [own])))
+    pieces = tuple(
+        Piece(0, c.num_tokens, c.id, 0) for c in (*branch.visible, *([] if own is None else [own]))
+    )
     sizes = tuple(piece.stop for piece in pieces)
     return _Codes(_Kind(own is not None, sizes, store.generation), store.groups(pieces))
 
@@ -220,7 +273,9 @@ class _Inputs:
     def __init__(self, x: Tensor, cond: Condition, layout: TokenLayout, *, fused: bool) -> None:
         self.fused = fused
         self.x, self.noise = torch.zeros_like(x), torch.zeros_like(x)
-        self.t, self.t_next = (torch.zeros(x.shape[0], 1, dtype=torch.float64, device=x.device) for _ in range(2))
+        self.t, self.t_next = (
+            torch.zeros(x.shape[0], 1, dtype=torch.float64, device=x.device) for _ in range(2)
+        )
         self.slots = torch.zeros(layout.num_tokens, dtype=torch.int64, device=x.device)
         self.cond = cond.copies()
         self._prompt: Condition | None = cond
@@ -232,7 +287,15 @@ class _Inputs:
         self.kinds: _Kinds | None = None
         self.groups: dict[tuple[int, _Kinds], list[Group]] = {}
 
-    def set(self, x: Tensor, noise: Tensor | None, *, t: float, t_next: float, rows: tuple[Tensor, ...] | None) -> None:
+    def set(
+        self,
+        x: Tensor,
+        noise: Tensor | None,
+        *,
+        t: float,
+        t_next: float,
+        rows: tuple[Tensor, ...] | None,
+    ) -> None:
         """Latents and times of a step, and what the network makes of the first."""
         self.x.copy_(x)
         if self.times is None and rows is not None:
@@ -251,24 +314,43 @@ class _Inputs:
         _copy_tensors(self.cond, cond)
         self._prompt = cond
 
-    def place(self, branches: list[CacheView], codes: Sequence[_Codes | None], layout: TokenLayout, denoiser: VelocityModel) -> None:
+    def place(
+        self,
+        branches: list[CacheView],
+        codes: Sequence[_Codes | None],
+        layout: TokenLayout,
+        denoiser: VelocityModel,
+    ) -> None:
         """Slots, rotary tables and codes of a chunk; nothing if they are those of the pass
         before.
         """
         kinds = tuple(found.kind for found in codes if found is not None)
         self.kinds = kinds or None
-        spans = branches[0].own_spans if not kinds else ((layout.context_tokens, layout.context_tokens + layout.num_tokens),)
+        spans = (
+            branches[0].own_spans
+            if not kinds
+            else ((layout.context_tokens, layout.context_tokens + layout.num_tokens),)
+        )
         turned = tuple(b.keys == "pre_rope" and b.positions(layout).frames for b in branches)
-        placed, groups = (spans, layout.frame_index, turned, kinds), [found and found.groups for found in codes]
+        placed, groups = (
+            (spans, layout.frame_index, turned, kinds),
+            [found and found.groups for found in codes],
+        )
         # chunks may have the ids of others that were dropped: a restart, a snapshot taken up again,
         # a recache
-        if placed == self._placed and all(mine is new for mine, new in zip(self._found, groups, strict=True)):
+        if placed == self._placed and all(
+            mine is new for mine, new in zip(self._found, groups, strict=True)
+        ):
             return
         self._placed, self._found, at = placed, groups, 0
         for start, stop in spans:
             torch.arange(start, stop, out=self.slots[at : at + stop - start])
             at += stop - start
-        rope, dtype, device = denoiser.rope, torch.promote_types(denoiser.compute_dtype, torch.float32), self.x.device
+        rope, dtype, device = (
+            denoiser.rope,
+            torch.promote_types(denoiser.compute_dtype, torch.float32),
+            self.x.device,
+        )
         found = rope.table(layout.frame_index, layout.grid, device=device, dtype=dtype)
         self.query = _static(self.query, found)
         for i, branch in enumerate(branches):
@@ -288,7 +370,11 @@ class _Inputs:
 
 
 def _branches(view: View) -> list[CacheView]:
-    return [view] if isinstance(view, CacheView) else [v for v in (view.cond, view.negative) if v is not None]
+    return (
+        [view]
+        if isinstance(view, CacheView)
+        else [v for v in (view.cond, view.negative) if v is not None]
+    )
 
 
 def _static(mine: RopeTable | None, table: RopeTable) -> RopeTable:
@@ -318,6 +404,9 @@ def _copy_tensors(target: Condition, source: Condition) -> None:
     """
     mine, theirs = target.tensors(), source.tensors()
     if [x.shape for x in mine] != [x.shape for x in theirs]:
-        raise ValueError("a stream's conditions must have the same shapes and preparation; prepare() the new one like the first")
+        raise ValueError(
+            "a stream's conditions must have the same shapes and preparation; prepare() the new one"
+            " like the first"
+        )
     for x, y in zip(mine, theirs, strict=True):
         x.copy_(y)

@@ -22,7 +22,9 @@ def is_image(path: str | Path) -> bool:
     return Path(path).suffix.lower() in IMAGE_SUFFIXES
 
 
-def read_first_frames(path: str | Path, *, num_frames: int, height: int, width: int) -> torch.Tensor:
+def read_first_frames(
+    path: str | Path, *, num_frames: int, height: int, width: int
+) -> torch.Tensor:
     """The first `num_frames` frames of a video, or an image (one frame): float32 [1, 3, F, height,
     width] in [-1, 1].
 
@@ -32,22 +34,37 @@ def read_first_frames(path: str | Path, *, num_frames: int, height: int, width: 
     path = Path(path)
     frames = [read_image(path)] if is_image(path) else list(islice(iter_frames(path), num_frames))
     if len(frames) < num_frames:
-        raise ConfigError(f"{path} has {len(frames)} frame(s), {num_frames} are needed; give fewer first latent frames or another file")
-    return torch.stack([resize_frame(frame, height=height, width=width) for frame in frames], dim=1).unsqueeze(0)
+        raise ConfigError(
+            f"{path} has {len(frames)} frame(s), {num_frames} are needed; give fewer first latent"
+            " frames or another file"
+        )
+    return torch.stack(
+        [resize_frame(frame, height=height, width=width) for frame in frames], dim=1
+    ).unsqueeze(0)
 
 
 def first_latents(
-    path: str | Path, *, codec: LatentCodec, num_latents: int, height: int, width: int, device: torch.device | str = "cpu"
+    path: str | Path,
+    *,
+    codec: LatentCodec,
+    num_latents: int,
+    height: int,
+    width: int,
+    device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """The first `num_latents` latent frames of a file, [1, C, k, h, w]: the `prefix` of a stream.
     Errors as `read_first_frames`.
     """
     if num_latents < 1:
-        raise ConfigError(f"{num_latents} first latent frames: at least 1 must be given; change --first_latents")
+        raise ConfigError(
+            f"{num_latents} first latent frames: at least 1 must be given; change --first_latents"
+        )
     frames = codec.frames_for(num_latents)
     if is_image(path) and frames > 1:
         raise ConfigError(
-            f"an image is one latent frame, {num_latents} are asked for ({frames} pixel frames); give a video, or --first_latents 1 "
-            "and a checkpoint whose first block is one frame"
+            f"an image is one latent frame, {num_latents} are asked for ({frames} pixel frames);"
+            " give a video, or --first_latents 1 and a checkpoint whose first block is one frame"
         )
-    return codec.encode(read_first_frames(path, num_frames=frames, height=height, width=width).to(device))
+    return codec.encode(
+        read_first_frames(path, num_frames=frames, height=height, width=width).to(device)
+    )

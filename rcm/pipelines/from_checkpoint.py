@@ -28,7 +28,15 @@ from rcm.nets.denoiser import Denoiser, Guided, VelocityModel
 from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.model import WanDiT
 from rcm.parallel.init import load_full, materialise, on_first, on_meta
-from rcm.pipelines.described import PieceFiles, codec_of, description_at, latent_shape_of, network_of, precision_of, text_of
+from rcm.pipelines.described import (
+    PieceFiles,
+    codec_of,
+    description_at,
+    latent_shape_of,
+    network_of,
+    precision_of,
+    text_of,
+)
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamedChunk, StreamReport, StreamSpec, count_prefix_blocks
 from rcm.pipelines.streaming import stream_video
@@ -78,7 +86,9 @@ class LoadedModel:
     @cached_property
     def negative(self) -> Condition:
         """Condition of the unconditional branch, batch 1."""
-        return self.denoiser.prepare(Condition(self.text.encode([self.text.negative_prompt]).to(self.device)))
+        return self.denoiser.prepare(
+            Condition(self.text.encode([self.text.negative_prompt]).to(self.device))
+        )
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """Encoded prompts with their cross-attention keys computed once; those of the last call are
@@ -98,10 +108,17 @@ class LoadedModel:
         naming the nearest lengths, unless codec and pattern divide it; for a whole video beyond the
         network's positions (a stream has no limit).
         """
-        frames = self.latent_shape[1] if num_frames is None else _fold(num_frames, codec=self.codec, pattern=pattern)
+        frames = (
+            self.latent_shape[1]
+            if num_frames is None
+            else _fold(num_frames, codec=self.codec, pattern=pattern)
+        )
         limit = self.denoiser.net.config.max_frames
         if pattern is None and frames > limit:
-            raise ConfigError(f"num_frames={num_frames} is {frames} latent frames, the network has positions for {limit}; shorten it")
+            raise ConfigError(
+                f"num_frames={num_frames} is {frames} latent frames, the network has positions for"
+                f" {limit}; shorten it"
+            )
         if pattern is not None:
             pattern.bounds(frames)
         return frames
@@ -145,11 +162,15 @@ class LoadedModel:
             given = None if prefix is None else self._prefix(prefix, chosen, shape=options["shape"])
             return stream_video(model, self.codec, cond, chosen, prefix=given, **options)
         if prefix is not None:
-            raise ConfigError(f"{self.source} samples whole videos (stage {self.description.stage}); it cannot continue given first frames")
+            raise ConfigError(
+                f"{self.source} samples whole videos (stage {self.description.stage}); it cannot"
+                " continue given first frames"
+            )
         return whole_video(model, self.codec, cond, chosen, **options)
 
     def open(
-        self, prompts: Sequence[str], *, recipe: SamplingRecipe | None = None, num_frames: int | None = None, prefix: Tensor | None = None,
+        self, prompts: Sequence[str], *, recipe: SamplingRecipe | None = None,
+        num_frames: int | None = None, prefix: Tensor | None = None,
         ignore_recipe: bool = False, **options: Any,
     ) -> Session:  # fmt: skip
         """A session over one video per prompt: `num_frames` pixel frames, or None: without end.
@@ -158,13 +179,28 @@ class LoadedModel:
         """
         chosen = self._agreed(recipe, ignore=ignore_recipe)
         if not isinstance(chosen, SamplingRecipe):
-            raise ConfigError(f"{self.source} samples whole videos (stage {self.description.stage}); only causal checkpoints open sessions")
+            raise ConfigError(
+                f"{self.source} samples whole videos (stage {self.description.stage}); only causal"
+                " checkpoints open sessions"
+            )
         channels, _, height, width = self.latent_shape
-        frames = None if num_frames is None else self.num_latent_frames(num_frames, pattern=chosen.blocks)
-        spec = StreamSpec(chosen, (channels, height, width), batch=len(prompts), num_frames=frames, **options)
-        given = prefix if prefix is None else self._prefix(prefix, chosen, shape=(len(prompts), channels, frames, height, width))
+        frames = (
+            None
+            if num_frames is None
+            else self.num_latent_frames(num_frames, pattern=chosen.blocks)
+        )
+        spec = StreamSpec(
+            chosen, (channels, height, width), batch=len(prompts), num_frames=frames, **options
+        )
+        given = (
+            prefix
+            if prefix is None
+            else self._prefix(prefix, chosen, shape=(len(prompts), channels, frames, height, width))
+        )
         model = self._guided(chosen.guidance)
-        return Session(model, self.codec, self.condition(prompts), spec, device=self.device, prefix=given)
+        return Session(
+            model, self.codec, self.condition(prompts), spec, device=self.device, prefix=given
+        )
 
     def generate(self, prompts: Sequence[str], **options: Any) -> tuple[Tensor, StreamReport]:
         """The whole video [B, 3, F, H, W] and its latencies; options as `stream`."""
@@ -181,9 +217,16 @@ class LoadedModel:
         if isinstance(recipe, SamplingRecipe) and isinstance(trained, SamplingRecipe):
             found = recipe.require_compatible(trained, allow=ignore)
         else:
-            found = [] if type(recipe) is type(trained) and recipe.kind == trained.kind else [_other_family(recipe, trained)]
+            found = (
+                []
+                if type(recipe) is type(trained) and recipe.kind == trained.kind
+                else [_other_family(recipe, trained)]
+            )
             if found and not ignore:
-                raise ConfigError(f"the sampler contradicts the checkpoint: {found[0]}. Pass --ignore_recipe to sample anyway")
+                raise ConfigError(
+                    f"the sampler contradicts the checkpoint: {found[0]}. Pass --ignore_recipe to"
+                    " sample anyway"
+                )
         for sentence in found:
             logger.warning("sampling against the checkpoint's description: {}", sentence)
         return recipe
@@ -191,11 +234,20 @@ class LoadedModel:
     def _guided(self, scale: float) -> VelocityModel:
         return Guided(self.denoiser, self.negative, scale) if scale > 1 else self.denoiser
 
-    def _prefix(self, prefix: Tensor, recipe: SamplingRecipe, *, shape: tuple[int | None, ...]) -> Tensor:
+    def _prefix(
+        self, prefix: Tensor, recipe: SamplingRecipe, *, shape: tuple[int | None, ...]
+    ) -> Tensor:
         batch, channels, frames, height, width = shape
-        fits = prefix.ndim == 5 and prefix.shape[0] in (1, batch) and (prefix.shape[1], *prefix.shape[3:]) == (channels, height, width)
+        fits = (
+            prefix.ndim == 5
+            and prefix.shape[0] in (1, batch)
+            and (prefix.shape[1], *prefix.shape[3:]) == (channels, height, width)
+        )
         if not fits:
-            raise ConfigError(f"given latents must be [1 or {batch}, {channels}, k, {height}, {width}], got {list(prefix.shape)}")
+            raise ConfigError(
+                f"given latents must be [1 or {batch}, {channels}, k, {height}, {width}], got"
+                f" {list(prefix.shape)}"
+            )
         count_prefix_blocks(recipe, prefix.shape[2], frames)
         return prefix.expand(batch, -1, -1, -1, -1)
 
@@ -228,11 +280,17 @@ def open_checkpoint(
     config = network_of(description, path)
     policy = precision_of(precision, extra.get("precision"))
     text = text_of(extra.get("text"), path, files=files, device=device)
-    codec = codec_of(extra.get("codec"), path, files=files, device=device, dtype=_codec_dtype(policy))
+    codec = codec_of(
+        extra.get("codec"), path, files=files, device=device, dtype=_codec_dtype(policy)
+    )
     recipe, sampler = _recipes(extra, path)
     shape = latent_shape_of(extra.get("latent_shape"), config, codec=codec, text=text, path=path)
     tensors = on_first(lambda: _fitting(path, weights, config))
-    net = on_meta(lambda: WanDiT(config, attention=attention)).requires_grad_(False).to(policy.compute)
+    net = (
+        on_meta(lambda: WanDiT(config, attention=attention))
+        .requires_grad_(False)
+        .to(policy.compute)
+    )
     materialise(net, device=device)
     load_full(net, tensors, source=f"{path} ({weights})")
     return LoadedModel(
@@ -249,13 +307,18 @@ def open_checkpoint(
     )
 
 
-def _recipes(extra: Mapping[str, Any], path: Path) -> tuple[SamplingRecipe | None, WholeVideoRecipe | None]:
+def _recipes(
+    extra: Mapping[str, Any], path: Path
+) -> tuple[SamplingRecipe | None, WholeVideoRecipe | None]:
     """The described recipe, or the sampler of whole videos."""
     recipe, sampler = extra.get("recipe"), extra.get("sampler")
     if recipe is not None:
         return SamplingRecipe.from_dict(dict(recipe)), None
     if sampler is None:
-        raise CheckpointError(f"{path} does not say how to sample it: its description has neither a recipe nor a sampler")
+        raise CheckpointError(
+            f"{path} does not say how to sample it: its description has neither a recipe nor a"
+            " sampler"
+        )
     try:
         return None, WholeVideoRecipe.from_dict(sampler)
     except ConfigError as error:
@@ -269,7 +332,10 @@ def _fitting(path: Path, weights: str, config: WanConfig) -> NetworkWeights:
     network = network_weights(open_weights(path), weights=weights)
     # told before a net of so many layers is laid out to compare names
     if config.num_layers > len(network):
-        raise CheckpointError(f"{path} contradicts itself: {config.num_layers} layers are described, the file has {len(network)} tensors")
+        raise CheckpointError(
+            f"{path} contradicts itself: {config.num_layers} layers are described, the file has"
+            f" {len(network)} tensors"
+        )
     require_fit(network, config, source=f"{path} ({weights})")
     return network
 
@@ -289,13 +355,18 @@ def _fold(num_frames: int, *, codec: LatentCodec, pattern: BlockPattern | None) 
         return pattern.frames_before(blocks)
     below = [] if blocks == 1 else [codec.frames_for(pattern.frames_before(blocks - 1))]
     raise ConfigError(
-        f"num_frames={num_frames} does not fit latent blocks of {pattern.first}, then {pattern.chunk} frames (pattern {pattern.name}) with "
-        f"{codec.temporal_stride} pixel frames per latent frame; choose num_frames={' or '.join(map(str, [*below, length]))}"
+        f"num_frames={num_frames} does not fit latent blocks of {pattern.first}, then"
+        f" {pattern.chunk} frames (pattern {pattern.name}) with {codec.temporal_stride} pixel"
+        f" frames per latent frame; choose num_frames={' or '.join(map(str, [*below, length]))}"
     )
 
 
 def _other_family(recipe: Recipe, trained: Recipe) -> str:
     def told(r: Recipe) -> str:
-        return f"{r.pattern} {r.kind!r}" if isinstance(r, SamplingRecipe) else f"whole-video {r.kind!r}"
+        return (
+            f"{r.pattern} {r.kind!r}"
+            if isinstance(r, SamplingRecipe)
+            else f"whole-video {r.kind!r}"
+        )
 
     return f"it was trained for {told(trained)} sampling, the sampler asks for {told(recipe)}"

@@ -21,7 +21,9 @@ class Drawing(Protocol):
         ...
 
 
-_held: weakref.WeakKeyDictionary[torch.Generator, weakref.ref[Drawing]] = weakref.WeakKeyDictionary()
+_held: weakref.WeakKeyDictionary[torch.Generator, weakref.ref[Drawing]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def lease(generator: torch.Generator, session: Drawing) -> None:
@@ -30,7 +32,8 @@ def lease(generator: torch.Generator, session: Drawing) -> None:
     other = None if known is None else known()
     if other is not None and other is not session and other.may_draw:
         raise ConfigError(
-            "generator= draws for another session that is still open, and each would change the other's noise; "
-            "give every session a torch.Generator of its own, or close() the other one first"
+            "generator= draws for another session that is still open, and each would change the"
+            " other's noise; give every session a torch.Generator of its own, or close() the other"
+            " one first"
         )
     _held[generator] = weakref.ref(session)

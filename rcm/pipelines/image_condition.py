@@ -54,14 +54,22 @@ def read_image(path: str | Path) -> torch.Tensor:
 
 def _pixels(image: Image.Image, path: Path) -> torch.Tensor:
     if image.width * image.height > MAX_PIXELS:
-        raise VideoError(f"{path} has {image.width}x{image.height} pixels, at most {MAX_PIXELS // 10**6} million are read; scale it down")
+        raise VideoError(
+            f"{path} has {image.width}x{image.height} pixels, at most {MAX_PIXELS // 10**6} million"
+            " are read; scale it down"
+        )
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photograph with a preview
-        raise VideoError(f"{path} holds {image.n_frames} pictures, an animation or pages; give one still image, or a video file")
+        raise VideoError(
+            f"{path} holds {image.n_frames} pictures, an animation or pages; give one still image,"
+            " or a video file"
+        )
     if image.mode in ("I", "F"):
         raise VideoError(f"{path} holds 32-bit pixels of no stated range; convert it to 8 bits")
     upright = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # PIL would clip at 255 instead: a white picture
-        upright = Image.fromarray(((np.asarray(upright).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+        upright = Image.fromarray(
+            ((np.asarray(upright).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+        )
     if upright.has_transparency_data:
         clear = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
@@ -78,11 +86,15 @@ def fit_image(image: torch.Tensor, size: FrameSize) -> torch.Tensor:
     [1, 3, 1, height, width] in [-1, 1].
     """
     pixels = image.permute(2, 0, 1).unsqueeze(0).float() / 127.5 - 1
-    fitted = torch.nn.functional.interpolate(pixels, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
+    fitted = torch.nn.functional.interpolate(
+        pixels, size=tuple(size), mode="bilinear", antialias=True, align_corners=False
+    )
     return fitted.clamp(-1, 1).unsqueeze(2)
 
 
-def image_channels(codec: LatentCodec, frame: torch.Tensor, *, num_frames: int, last: torch.Tensor | None = None) -> torch.Tensor:
+def image_channels(
+    codec: LatentCodec, frame: torch.Tensor, *, num_frames: int, last: torch.Tensor | None = None
+) -> torch.Tensor:
     """The 20 extra input channels [1, 4 + C, T, h, w] of a video of `num_frames` pixel frames that
     begins with `frame` [1, 3, 1, H, W] and ends with `last`, if given.
 
@@ -94,13 +106,19 @@ def image_channels(codec: LatentCodec, frame: torch.Tensor, *, num_frames: int, 
     """
     if codec.temporal_stride != MASK_CHANNELS:
         raise ConfigError(
-            f"the mask has a channel per pixel frame of a latent frame, {MASK_CHANNELS}; the codec folds {codec.temporal_stride} frames"
+            f"the mask has a channel per pixel frame of a latent frame, {MASK_CHANNELS}; the codec"
+            f" folds {codec.temporal_stride} frames"
         )
     latent_frames = codec.latent_frames_for(num_frames)
     if last is not None and latent_frames < 2:
-        raise ConfigError(f"a first and a last frame need at least {1 + MASK_CHANNELS} frames, got {num_frames}; change --num_frames")
+        raise ConfigError(
+            f"a first and a last frame need at least {1 + MASK_CHANNELS} frames, got {num_frames};"
+            " change --num_frames"
+        )
     ends = [] if last is None else [last]
-    grey = frame.new_zeros(()).expand(*frame.shape[:2], num_frames - 1 - len(ends), *frame.shape[3:])
+    grey = frame.new_zeros(()).expand(
+        *frame.shape[:2], num_frames - 1 - len(ends), *frame.shape[3:]
+    )
     latents = codec.encode(torch.cat([frame, grey, *ends], dim=2)).float()
     mask = latents.new_zeros(latents.shape[0], MASK_CHANNELS, latent_frames, *latents.shape[3:])
     mask[:, :, 0] = 1

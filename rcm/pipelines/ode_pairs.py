@@ -82,8 +82,9 @@ class TrajectoryPlan:
         trained = model.trained_recipe
         if trained.kind != "ode":
             raise ConfigError(
-                f"{model.source} is a few-step student ({trained.kind!r}, stage {model.description.stage}), which has no ODE to follow; "
-                "choose a diffusion teacher for --teacher"
+                f"{model.source} is a few-step student ({trained.kind!r}, stage"
+                f" {model.description.stage}), which has no ODE to follow; choose a diffusion"
+                " teacher for --teacher"
             )
         own_steps = trained.ode_steps if isinstance(trained, SamplingRecipe) else trained.steps
         return cls(
@@ -103,24 +104,41 @@ class TrajectoryPlan:
         later (1, by default).
         """
         start = unshift_time(max(initial_time(self.sigma_max), self.times[0]), self.shift)
-        points = (shift_time(start * (self.steps - k) / self.steps, self.shift) for k in range(self.steps + 1))
+        points = (
+            shift_time(start * (self.steps - k) / self.steps, self.shift)
+            for k in range(self.steps + 1)
+        )
         between = {p for p in points if all(abs(p - t) > _SAME_TIME for t in self.times)}
         return tuple(sorted(between.union(self.times), reverse=True))
 
 
-def check_numbers(*, times: Sequence[float], shift: float | None = None, guidance: float | None = None) -> None:
+def check_numbers(
+    *, times: Sequence[float], shift: float | None = None, guidance: float | None = None
+) -> None:
     """`ConfigError` naming the flag for numbers that no trajectory can be walked with; None is the
     teacher's own.
     """
     if not times or not all(0 < t <= 1 for t in times):
-        raise ConfigError(f"trajectory times {list(times)} must be RF times in (0, 1], one or more; change --times")
+        raise ConfigError(
+            f"trajectory times {list(times)} must be RF times in (0, 1], one or more; change"
+            " --times"
+        )
     for before, later in pairwise(times):
         if later >= before:
-            raise ConfigError(f"trajectory times must decrease strictly, got {later:g} after {before:g}; change --times")
+            raise ConfigError(
+                f"trajectory times must decrease strictly, got {later:g} after {before:g}; change"
+                " --times"
+            )
     if shift is not None and not _SHIFTS[0] <= shift <= _SHIFTS[1]:
-        raise ConfigError(f"shift={shift:g} must be in {_SHIFTS[0]:g} to {_SHIFTS[1]:g} (1: no shift); change --shift")
+        raise ConfigError(
+            f"shift={shift:g} must be in {_SHIFTS[0]:g} to {_SHIFTS[1]:g} (1: no shift); change"
+            " --shift"
+        )
     if guidance is not None and not abs(guidance) <= _MOST_GUIDANCE:
-        raise ConfigError(f"guidance={guidance:g} must be a number up to {_MOST_GUIDANCE:g} (1: no guidance); change --guidance")
+        raise ConfigError(
+            f"guidance={guidance:g} must be a number up to {_MOST_GUIDANCE:g} (1: no guidance);"
+            " change --guidance"
+        )
 
 
 @torch.no_grad()
@@ -142,7 +160,9 @@ def numbered_noise(shape: Sequence[int], numbers: Iterable[int], *, seed: int) -
     """Unit noise [B, *shape] float32 on the CPU; a row is a function of its sample's number and the
     seed.
     """
-    streams = (generator(seed=seed, step=number, dp_rank=0, purpose="ode_pairs") for number in numbers)
+    streams = (
+        generator(seed=seed, step=number, dp_rank=0, purpose="ode_pairs") for number in numbers
+    )
     return torch.stack([randn(shape, generator=stream) for stream in streams])
 
 
@@ -155,7 +175,12 @@ class ODEPairBuilder:
     """
 
     def __init__(
-        self, model: LoadedModel, plan: TrajectoryPlan, *, prompts: Sequence[str] | None = None, latents: Source | None = None
+        self,
+        model: LoadedModel,
+        plan: TrajectoryPlan,
+        *,
+        prompts: Sequence[str] | None = None,
+        latents: Source | None = None,
     ) -> None:
         check_inputs(model, prompts=prompts is not None, latents=latents is not None)
         self.model, self.plan, self._prompts, self._latents = model, plan, prompts, latents
@@ -163,9 +188,13 @@ class ODEPairBuilder:
         if self._forcing is not None:
             self._forcing.pattern.bounds(model.latent_shape[1])  # raises where blocks do not fit
         guided = plan.guidance > 1
-        self._teacher: VelocityModel = Guided(model.denoiser, model.negative, plan.guidance) if guided else model.denoiser
+        self._teacher: VelocityModel = (
+            Guided(model.denoiser, model.negative, plan.guidance) if guided else model.denoiser
+        )
 
-    def samples(self, start: int, stop: int, *, batch: int, dtype: torch.dtype) -> Iterator[ShardSample]:
+    def samples(
+        self, start: int, stop: int, *, batch: int, dtype: torch.dtype
+    ) -> Iterator[ShardSample]:
         """Samples start .. stop - 1, computed `batch` at a time, stored as `dtype`."""
         if batch < 1:
             raise ConfigError(f"batch={batch} must be at least 1; change --batch")
@@ -175,9 +204,16 @@ class ODEPairBuilder:
     def _batch(self, numbers: range, dtype: torch.dtype) -> Iterator[ShardSample]:
         prompts, text, context = self._inputs(numbers)
         cond = self.model.denoiser.prepare(Condition(text.to(self.model.device)))
-        noise = numbered_noise(self.model.latent_shape, numbers, seed=self.plan.seed).to(self.model.device)
+        noise = numbered_noise(self.model.latent_shape, numbers, seed=self.plan.seed).to(
+            self.model.device
+        )
         states = walk(self._velocity(cond, context), noise, self.plan).to("cpu", dtype)
-        require_finite(states, numbers, what="trajectories", knob="look at the teacher's weights and precision, or lower --guidance")
+        require_finite(
+            states,
+            numbers,
+            what="trajectories",
+            knob="look at the teacher's weights and precision, or lower --guidance",
+        )
         contexts = [None] * len(prompts) if context is None else context.to(dtype)
         yield from map(ShardSample, states, text.to(dtype), prompts, contexts)
 
@@ -204,10 +240,14 @@ def check_inputs(model: LoadedModel, *, prompts: bool, latents: bool) -> None:
     """`ConfigError` unless what is given is what this teacher's trajectories start from."""
     stage = f"{model.source} (stage {model.description.stage})"
     if model.recipe is None and latents:
-        raise ConfigError(f"{stage} is bidirectional: its trajectories start from noise and prompts; leave out --latents")
+        raise ConfigError(
+            f"{stage} is bidirectional: its trajectories start from noise and prompts; leave out"
+            " --latents"
+        )
     if model.recipe is not None and not latents:
         raise ConfigError(
-            f"{stage} is causal ({model.recipe.pattern}): its trajectories run under clean data; give --latents PATTERN, its shards"
+            f"{stage} is causal ({model.recipe.pattern}): its trajectories run under clean data;"
+            " give --latents PATTERN, its shards"
         )
     if model.recipe is not None and prompts:
         raise ConfigError(f"{stage} is causal: prompts come with the latents; leave out --prompts")

@@ -72,7 +72,9 @@ class PartClock:
             name = self._open[-1]
             self.seconds[name] += now - self._since
             if cuda:
-                self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), torch.cuda.max_memory_allocated(self.device))
+                self.peak_bytes[name] = max(
+                    self.peak_bytes.get(name, 0), torch.cuda.max_memory_allocated(self.device)
+                )
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         self._since = now

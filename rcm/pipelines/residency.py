@@ -37,7 +37,9 @@ class MemoryPolicy:
     def preset(cls, name: str) -> MemoryPolicy:
         """A policy of `POLICIES` by name; `ConfigError` lists them."""
         if name not in POLICIES:
-            raise ConfigError(f"memory policy {name!r} is unknown; choose --offload from {', '.join(POLICIES)}")
+            raise ConfigError(
+                f"memory policy {name!r} is unknown; choose --offload from {', '.join(POLICIES)}"
+            )
         return POLICIES[name]
 
 
@@ -57,7 +59,14 @@ class Resident(Generic[M]):
     place. Times go to `clock`.
     """
 
-    def __init__(self, load: Callable[[], M], *, move: Callable[[M, torch.device], Any], device: torch.device, clock: PartClock) -> None:
+    def __init__(
+        self,
+        load: Callable[[], M],
+        *,
+        move: Callable[[M, torch.device], Any],
+        device: torch.device,
+        clock: PartClock,
+    ) -> None:
         self.device, self.clock = device, clock
         self._load, self._move = load, move
         self._model: M | None = None

@@ -65,7 +65,9 @@ class Timeline:
         """
         pixels = int(sum(segment.seconds for segment in self.segments) * FRAMES_PER_SECOND)
         latents = 1 + max(0, pixels - 1) // TEMPORAL_STRIDE
-        return max(1 + math.ceil(max(0, latents - pattern.first) / pattern.chunk), len(self.segments))
+        return max(
+            1 + math.ceil(max(0, latents - pattern.first) / pattern.chunk), len(self.segments)
+        )
 
     def num_frames(self, pattern: BlockPattern) -> int:
         """Pixel frames of the video."""
@@ -89,7 +91,11 @@ class Timeline:
         which there is nothing to cut.
         """
         starts = self.first_blocks(pattern)
-        return frozenset(start for start, segment in zip(starts[1:], self.segments[1:], strict=True) if segment.cut)
+        return frozenset(
+            start
+            for start, segment in zip(starts[1:], self.segments[1:], strict=True)
+            if segment.cut
+        )
 
 
 def parse_timeline(text: str) -> Timeline:
@@ -98,11 +104,20 @@ def parse_timeline(text: str) -> Timeline:
     words.
     """
     parts = text.split("|")
-    if len(parts) > 1 and not any(_DURATION.search(part) or _ATTEMPT.search(part) for part in parts):
+    if len(parts) > 1 and not any(
+        _DURATION.search(part) or _ATTEMPT.search(part) for part in parts
+    ):
         return Timeline((Segment(text.strip()),))
-    found = Timeline(tuple(_segment(part, where=f"segment {i}", several=len(parts) > 1) for i, part in enumerate(parts, 1)))
+    found = Timeline(
+        tuple(
+            _segment(part, where=f"segment {i}", several=len(parts) > 1)
+            for i, part in enumerate(parts, 1)
+        )
+    )
     if len(parts) > 1 and not found.is_timed:
-        raise ConfigError("no segment of the timeline lasts longer than 0 s; write seconds, such as [5s]")
+        raise ConfigError(
+            "no segment of the timeline lasts longer than 0 s; write seconds, such as [5s]"
+        )
     return found
 
 
@@ -111,11 +126,20 @@ def read_timeline(path: str | Path) -> Timeline:
     the prompt there. `ConfigError` for a file that cannot be read or has no segments.
     """
     lines = enumerate(read_lines(path, what="timeline", knob="--scene_file"), 1)
-    found = [_segment(line, where=f"line {i} of {path}", several=True) for i, line in lines if line.strip()]
+    found = [
+        _segment(line, where=f"line {i} of {path}", several=True)
+        for i, line in lines
+        if line.strip()
+    ]
     if not found:
-        raise ConfigError(f"{path} has no segments; write one prompt per line, such as: a harbour at dawn[5s]")
+        raise ConfigError(
+            f"{path} has no segments; write one prompt per line, such as: a harbour at dawn[5s]"
+        )
     if not Timeline(tuple(found)).is_timed:
-        raise ConfigError(f"no line of {path} has a duration; write seconds behind the prompts, such as: a harbour at dawn[5s]")
+        raise ConfigError(
+            f"no line of {path} has a duration; write seconds behind the prompts, such as: a"
+            " harbour at dawn[5s]"
+        )
     return Timeline(tuple(found))
 
 
@@ -137,10 +161,15 @@ def play(
     session that works ahead: it would take up prompts one chunk late.
     """
     if session.spec.look_ahead and len(timeline.segments) > 1:
-        raise ConfigError("a timeline needs look_ahead=False: a session that works ahead takes up prompts one chunk late")
+        raise ConfigError(
+            "a timeline needs look_ahead=False: a session that works ahead takes up prompts one"
+            " chunk late"
+        )
     if blend < 0:
         raise ConfigError(f"blend={blend} chunks must be at least 0")
-    starts = dict(zip(timeline.first_blocks(session.spec.recipe.blocks), timeline.segments, strict=True))
+    starts = dict(
+        zip(timeline.first_blocks(session.spec.recipe.blocks), timeline.segments, strict=True)
+    )
     old = new = timeline.segments[0]
     since, applied = 0, -1
     while not session.ended:
@@ -149,7 +178,11 @@ def play(
             old, new, since = new, starts[block], block
         if block != applied and new is not old and block - since <= blend:
             share = min(1.0, (block - since + 1) / (blend + 1))
-            cond = condition(new.prompt) if share == 1 else blended(condition(old.prompt), condition(new.prompt), share)
+            cond = (
+                condition(new.prompt)
+                if share == 1
+                else blended(condition(old.prompt), condition(new.prompt), share)
+            )
             session.set_condition(prepare(cond), mode=mode)
         applied = block
         yield session.step()
@@ -160,14 +193,19 @@ def blended(old: Condition, new: Condition, share: float) -> Condition:
     padded with zeros.
     """
     length = max(old.text.shape[1], new.text.shape[1])
-    before, after = (F.pad(cond.text, (0, 0, 0, length - cond.text.shape[1])) for cond in (old, new))
+    before, after = (
+        F.pad(cond.text, (0, 0, 0, length - cond.text.shape[1])) for cond in (old, new)
+    )
     return replace(new, text=before + share * (after - before), prepared=None)
 
 
 def _segment(text: str, *, where: str, several: bool) -> Segment:
     match, attempt = _DURATION.search(text), _ATTEMPT.search(text)
     if match is None and attempt is not None and several:
-        raise ConfigError(f"{attempt[0]} in {where} is no duration; write seconds of 0 or more, such as [5s], or [5s#] for a cut")
+        raise ConfigError(
+            f"{attempt[0]} in {where} is no duration; write seconds of 0 or more, such as [5s], or"
+            " [5s#] for a cut"
+        )
     prompt = (text if match is None else text[: match.start()] + text[match.end() :]).strip()
     if several and not prompt:
         raise ConfigError(f"{where} of the timeline has no prompt; write one, or remove the |")

@@ -61,7 +61,9 @@ class Session:
     ) -> None:
         self.spec, self.device = spec, torch.device(device)
         if spec.graphs == "on" and self.device.type != "cuda":
-            raise ConfigError(f"graphs='on' needs a CUDA device, the stream is on {self.device}; use graphs='off'")
+            raise ConfigError(
+                f"graphs='on' needs a CUDA device, the stream is on {self.device}; use graphs='off'"
+            )
         self._begin(cond, prefix)
         self._lease_generator()
         try:
@@ -69,7 +71,12 @@ class Session:
             if denoiser.num_ranks > 1:
                 codec = shared_decoder(codec, ranks=spec.decode_ranks, sharing=denoiser.num_ranks)
             lane = spec.look_ahead and self.device.type == "cuda"
-            options = {"device": self.device, "own_stream": lane, "graphs": spec.graphs, "to_host": spec.to_host}
+            options = {
+                "device": self.device,
+                "own_stream": lane,
+                "graphs": spec.graphs,
+                "to_host": spec.to_host,
+            }
             self._lane = None if codec is None else DecodeLane(codec, **options)
         except BaseException:
             # lets the generator go, whoever keeps the error and this session with it
@@ -90,7 +97,13 @@ class Session:
         self._pieces: deque[tuple[int, Tensor]] = deque()
         self._cancelled = False
 
-    def restart(self, cond: Condition | None = None, *, seed: int | None = None, prefix: Tensor | None = None) -> None:
+    def restart(
+        self,
+        cond: Condition | None = None,
+        *,
+        seed: int | None = None,
+        prefix: Tensor | None = None,
+    ) -> None:
         """Begin another video in the memory, and with the captured passes, of this one: as a
         session opened alike. `cond` None: the same; `seed` None: that of the `StreamSpec` (with
         noise="video", its generator is seeded with it).
@@ -146,7 +159,12 @@ class Session:
             block, latents = self._ahead or self._produce()
             self._ahead = None
             alone = self.spec.first_alone and block == 0 and latents.shape[2] > 1
-            self._pieces.extend((block, part) for part in (latents.split([1, latents.shape[2] - 1], dim=2) if alone else (latents,)))
+            self._pieces.extend(
+                (block, part)
+                for part in (
+                    latents.split([1, latents.shape[2] - 1], dim=2) if alone else (latents,)
+                )
+            )
         block, latents = self._pieces.popleft()
         decoding = None if self._lane is None else self._lane.decode(latents)
         if self.spec.look_ahead and not self._pieces and not self._is_last(self._block - 1):
@@ -197,9 +215,15 @@ class Session:
         for name in ("pattern", "kind", "guidance"):
             mine, new = getattr(self.spec.recipe, name), getattr(recipe, name)
             if mine != new:
-                raise ConfigError(f"a stream under way keeps its {name}={mine!r}, the new recipe has {new!r}; open another session")
+                raise ConfigError(
+                    f"a stream under way keeps its {name}={mine!r}, the new recipe has {new!r};"
+                    " open another session"
+                )
         if self.spec.noise == "video":
-            raise ConfigError("noise='video' was drawn for the steps of the first recipe; open the session with noise='chunk'")
+            raise ConfigError(
+                "noise='video' was drawn for the steps of the first recipe; open the session with"
+                " noise='chunk'"
+            )
         # raises for times that do not decrease
         recipe.plan(max(self._block, self._given), prefix_blocks=self._given)
         self.spec = replace(self.spec, recipe=recipe)
@@ -236,7 +260,11 @@ class Session:
         self._failed = self._refused = None
         self._block, self._pending, self._cond = state["block"], state["pending"], state["cond"]
         self._wanted = deque((cond, mode, Receipt()) for cond, mode in state["wanted"])
-        self._history, self._ahead, self._pieces = dict(state["history"]), state["ahead"], deque(state["pieces"])
+        self._history, self._ahead, self._pieces = (
+            dict(state["history"]),
+            state["ahead"],
+            deque(state["pieces"]),
+        )
         for cache, held in zip(self._loop.cache.branches, state["caches"], strict=True):
             cache.load_state(held)
         self._loop.canvas.policy.load_state(state["policy"])
@@ -284,7 +312,12 @@ class Session:
         codec = None if spec.kv_codec is None else spec.kv_codec.fork()
         keys = spec.keys or policy.keys
         cache = denoiser.new_cache(
-            num_frames=spec.cache_frames, grid=grid, keys=keys, codec=codec, hot_chunks=spec.hot_chunks, attention=spec.attention
+            num_frames=spec.cache_frames,
+            grid=grid,
+            keys=keys,
+            codec=codec,
+            hot_chunks=spec.hot_chunks,
+            attention=spec.attention,
         )
         kind = CapturedLoop if spec.graphs == "on" else ChunkLoop
         return kind(
@@ -336,11 +369,17 @@ class Session:
             x, t = self._loop.commit(pending, self._cond)
         else:
             plan, x, t = pending
-            x = (1.0 - t) * x + t * self._loop.noise.context(slice(plan.start, plan.stop)) if t > 0 else x
+            x = (
+                (1.0 - t) * x + t * self._loop.noise.context(slice(plan.start, plan.stop))
+                if t > 0
+                else x
+            )
             self._loop.prefill(x, plan, self._cond, t=t)
         self._history[self._loop.newest] = (x, t)
         ids = {chunk.id for chunk in self._loop.cache.branches[0].chunks}
-        self._history = {chunk_id: found for chunk_id, found in self._history.items() if chunk_id in ids}
+        self._history = {
+            chunk_id: found for chunk_id, found in self._history.items() if chunk_id in ids
+        }
 
     def _wanted_next(self) -> tuple[Condition, SwitchMode, Receipt] | None:
         """The change of condition that is due; refused here, before the old condition is gone."""
@@ -358,7 +397,9 @@ class Session:
     def _apply(self, cond: Condition, mode: SwitchMode, receipt: Receipt) -> None:
         self._cond = cond
         if mode == "recache":
-            self._loop.refill([(chunk, *self._history[chunk.id]) for chunk in self._replayed()], cond)
+            self._loop.refill(
+                [(chunk, *self._history[chunk.id]) for chunk in self._replayed()], cond
+            )
         receipt.applied_at = self._block
 
     def _replayed(self) -> list[CachedChunk]:
@@ -368,10 +409,15 @@ class Session:
         caches = self._loop.cache.branches
         kept = set(self._loop.canvas.policy.protected(caches))
         old = [chunk for chunk in caches[0].chunks if chunk.id not in kept]
-        if missing := [chunk.id for chunk in old if chunk.id not in self._history or chunk.positions.frames is None]:
+        if missing := [
+            chunk.id
+            for chunk in old
+            if chunk.id not in self._history or chunk.positions.frames is None
+        ]:
             raise SwitchRefused(
-                f"mode='recache' replays cached chunks, and {missing} are no longer what was generated (the policy merged them); "
-                "use mode='keep', or a policy that keeps whole chunks"
+                f"mode='recache' replays cached chunks, and {missing} are no longer what was"
+                " generated (the policy merged them); use mode='keep', or a policy that keeps"
+                " whole chunks"
             )
         return old
 
@@ -389,7 +435,10 @@ class Session:
     def _require_whole(self) -> None:
         self._require_open()
         if self._failed is not None:
-            raise StreamCancelled(f"this stream failed ({first_line(self._failed)}); restart() it, or restore() a snapshot")
+            raise StreamCancelled(
+                f"this stream failed ({first_line(self._failed)}); restart() it, or restore() a"
+                " snapshot"
+            )
 
     def _is_last(self, block: int) -> bool:
         frames = self.spec.num_frames

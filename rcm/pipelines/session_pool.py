@@ -48,7 +48,14 @@ class Order:
     take: int = 0
     reason: str = ""
 
-    def become(self, state: Literal["applied", "superseded", "refused"], *, at: int | None = None, take: int = 0, reason: str = "") -> None:
+    def become(
+        self,
+        state: Literal["applied", "superseded", "refused"],
+        *,
+        at: int | None = None,
+        take: int = 0,
+        reason: str = "",
+    ) -> None:
         """Settle the order."""
         self.state, self.applied_at, self.take, self.reason = state, at, take, reason
         if self.told is not None:
@@ -62,8 +69,22 @@ class Seat:
     `predicted` bytes at a full window; `failed` is the error that ended it.
     """
 
-    def __init__(self, name: str, session: Session, prompts: list[str], options: dict[str, Any], *, predicted: int) -> None:
-        self.name, self.session, self.prompts, self.options, self.predicted = name, session, prompts, options, predicted
+    def __init__(
+        self,
+        name: str,
+        session: Session,
+        prompts: list[str],
+        options: dict[str, Any],
+        *,
+        predicted: int,
+    ) -> None:
+        self.name, self.session, self.prompts, self.options, self.predicted = (
+            name,
+            session,
+            prompts,
+            options,
+            predicted,
+        )
         self.standing = prompts  # under which the latest chunk was made; `prompts` may still wait
         self.take, self.turns = 0, 0
         self.failed: Exception | None = None
@@ -150,7 +171,10 @@ class SessionPool:
         limit or the budget, with the numbers.
         """
         if len(self.seats) >= self.max_sessions:
-            raise PoolFull(f"session limit reached: {len(self.seats)} of {self.max_sessions} are open; try again when one has ended")
+            raise PoolFull(
+                f"session limit reached: {len(self.seats)} of {self.max_sessions} are open; try"
+                " again when one has ended"
+            )
         session, predicted = self._session(prompts, options, others=self.num_bytes())
         self._opened += 1
         seat = Seat(f"s{self._opened}", session, prompts, options, predicted=predicted)
@@ -254,7 +278,9 @@ class SessionPool:
         seat._waiting.append((order, seat.session.set_condition(cond, mode=order.mode)))
         seat.prompts = list(order.value)
 
-    def _session(self, prompts: list[str], options: dict[str, Any], *, others: int) -> tuple[Session, int]:
+    def _session(
+        self, prompts: list[str], options: dict[str, Any], *, others: int
+    ) -> tuple[Session, int]:
         """A session that fits beside `others` bytes, and its predicted bytes. Nothing large is
         allocated before its first step.
         """
@@ -263,8 +289,9 @@ class SessionPool:
         if budget is not None and others + needed > budget:
             session.close()
             raise PoolFull(
-                f"a session of {needed / MIB:.1f} MiB does not fit: {others / MIB:.1f} of {budget / MIB:.1f} MiB are taken; close another "
-                "session, choose a smaller window, or raise the memory budget"
+                f"a session of {needed / MIB:.1f} MiB does not fit: {others / MIB:.1f} of"
+                f" {budget / MIB:.1f} MiB are taken; close another session, choose a smaller"
+                " window, or raise the memory budget"
             )
         return session, needed
 
@@ -273,14 +300,27 @@ def predicted_bytes(model: LoadedModel, session: Session) -> int:
     """Bytes of cache and decoder of a session whose window is full; a coded cache is counted as if
     it were plain, its upper bound.
     """
-    config, item, batch = model.denoiser.net.config, model.denoiser.compute_dtype.itemsize, session.spec.batch
+    config, item, batch = (
+        model.denoiser.net.config,
+        model.denoiser.compute_dtype.itemsize,
+        session.spec.batch,
+    )
     caches = session.loop.cache.branches
-    cache = sum(2 * held.num_layers * held.capacity_tokens * config.dim * item for held in caches) * batch
+    cache = (
+        sum(2 * held.num_layers * held.capacity_tokens * config.dim * item for held in caches)
+        * batch
+    )
     stores = (held.store for held in caches)
-    cache += sum(s.code_bytes(batch=batch, heads=config.num_heads, width=config.head_dim) for s in stores if isinstance(s, Fp8Store))
+    cache += sum(
+        s.code_bytes(batch=batch, heads=config.num_heads, width=config.head_dim)
+        for s in stores
+        if isinstance(s, Fp8Store)
+    )
     decoder = model.codec.stream()
     told = getattr(decoder, "bytes_for", None)
-    return cache + (0 if told is None else told(batch=session.spec.batch, cells=session.spec.latent[1:]))
+    return cache + (
+        0 if told is None else told(batch=session.spec.batch, cells=session.spec.latent[1:])
+    )
 
 
 _ACTIONS: dict[str, Callable[[SessionPool, Seat, Order], int | None]] = {

@@ -15,7 +15,9 @@ MOST_STAGES = 4
 """Of a decoder whose last third is three blocks, more would wait for the longest."""
 
 
-def shared_decoder(codec: LatentCodec | None, *, ranks: int | None, sharing: int) -> LatentCodec | None:
+def shared_decoder(
+    codec: LatentCodec | None, *, ranks: int | None, sharing: int
+) -> LatentCodec | None:
     """What this rank, one of `sharing` that make a stream together, decodes with: its stage of the
     Wan decoder, which the first `ranks` of them (None: up to four) run as a pipeline; None on the
     others. Rank 0 has the last stage and the pixels.
@@ -30,7 +32,9 @@ def shared_decoder(codec: LatentCodec | None, *, ranks: int | None, sharing: int
     if count < 2:
         return codec if dist.get_rank() == 0 else None
     told: list[str | None] = [None] * world
-    dist.all_gather_object(told, codec.device.type if isinstance(codec, WanVAECodec) and codec.tile is None else None)
+    dist.all_gather_object(
+        told, codec.device.type if isinstance(codec, WanVAECodec) and codec.tile is None else None
+    )
     if not all(told[:count]):
         return codec
     rank = dist.get_rank()

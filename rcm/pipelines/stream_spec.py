@@ -136,27 +136,50 @@ class StreamSpec:
         if self.batch < 1:
             raise ConfigError(f"batch={self.batch} must be at least 1 video")
         if self.decode_ranks is not None and self.decode_ranks < 1:
-            raise ConfigError(f"decode_ranks={self.decode_ranks} must be 1 or more; leave it out to let up to four ranks decode")
+            raise ConfigError(
+                f"decode_ranks={self.decode_ranks} must be 1 or more; leave it out to let up to"
+                " four ranks decode"
+            )
         if self.hot_chunks < 0:
             raise ConfigError(f"hot_chunks={self.hot_chunks} must be 0 or more")
         if self.hot_chunks and self.kv_codec is None:
-            raise ConfigError(f"hot_chunks={self.hot_chunks} keeps chunks of a quantised cache plain, and this one is; give kv_codec, or 0")
+            raise ConfigError(
+                f"hot_chunks={self.hot_chunks} keeps chunks of a quantised cache plain, and this"
+                " one is; give kv_codec, or 0"
+            )
         if self.attention not in ("net", "fp8"):
             raise ConfigError(f"attention={self.attention!r} is not one of 'net', 'fp8'")
         if self.attention == "fp8" and self.kv_codec is not None:
-            raise ConfigError("attention='fp8' keeps FP8 codes of its own beside a plain cache; leave out kv_codec, or attention")
+            raise ConfigError(
+                "attention='fp8' keeps FP8 codes of its own beside a plain cache; leave out"
+                " kv_codec, or attention"
+            )
         if self.keys not in (None, "post_rope", "pre_rope"):
-            raise ConfigError(f"keys={self.keys!r} is not one of 'post_rope', 'pre_rope'; or leave keys out")
+            raise ConfigError(
+                f"keys={self.keys!r} is not one of 'post_rope', 'pre_rope'; or leave keys out"
+            )
         if self.keys not in (None, self.policy.keys) and not self.policy.any_keys:
-            raise ConfigError(f"{type(self.policy).__name__} needs keys={self.policy.keys!r}, got {self.keys!r}; leave keys out")
+            raise ConfigError(
+                f"{type(self.policy).__name__} needs keys={self.policy.keys!r}, got {self.keys!r};"
+                " leave keys out"
+            )
         if self.generator is not None and self.noise != "video":
-            raise ConfigError(f"generator= draws noise='video' only, got noise={self.noise!r}, which is keyed by seed; leave generator out")
+            raise ConfigError(
+                f"generator= draws noise='video' only, got noise={self.noise!r}, which is keyed by"
+                " seed; leave generator out"
+            )
         for chunk in range(len(self.recipe.mids)):
             self.recipe.plan(chunk)  # raises for times that cannot be walked
         if self.num_frames is None and self.noise == "video":
-            raise ConfigError("noise='video' draws the noise of a whole video up front; give num_frames, or noise='chunk'")
+            raise ConfigError(
+                "noise='video' draws the noise of a whole video up front; give num_frames, or"
+                " noise='chunk'"
+            )
         if self.num_frames is None and self.policy.capacity_frames(self.recipe.blocks) is None:
-            raise ConfigError("a stream without end needs a policy that bounds its cache, such as a window of blocks; or give num_frames")
+            raise ConfigError(
+                "a stream without end needs a policy that bounds its cache, such as a window of"
+                " blocks; or give num_frames"
+            )
         if self.num_frames is not None:
             self.recipe.blocks.num_blocks(self.num_frames)
 
@@ -173,16 +196,28 @@ class StreamSpec:
         if prefix is None:
             return 0, None
         channels, height, width = self.latent
-        fits = prefix.ndim == 5 and prefix.shape[0] in (1, self.batch) and (prefix.shape[1], *prefix.shape[3:]) == tuple(self.latent)
+        fits = (
+            prefix.ndim == 5
+            and prefix.shape[0] in (1, self.batch)
+            and (prefix.shape[1], *prefix.shape[3:]) == tuple(self.latent)
+        )
         if not fits:
-            raise ConfigError(f"prefix must be [1 or {self.batch}, {channels}, k, {height}, {width}], got {list(prefix.shape)}")
+            raise ConfigError(
+                f"prefix must be [1 or {self.batch}, {channels}, k, {height}, {width}], got"
+                f" {list(prefix.shape)}"
+            )
         blocks = count_prefix_blocks(self.recipe, prefix.shape[2], self.num_frames)
-        return blocks, prefix.to(device, torch.float64, copy=True).expand(self.batch, -1, -1, -1, -1)
+        return blocks, prefix.to(device, torch.float64, copy=True).expand(
+            self.batch, -1, -1, -1, -1
+        )
 
     def for_batch(self, cond: Condition) -> Condition:
         """`cond` of a batch of 1 for all videos. `ConfigError` for another batch."""
         if cond.batch not in (1, self.batch):
-            raise ConfigError(f"the condition has batch {cond.batch}, the stream {self.batch}; give a batch of 1 or {self.batch}")
+            raise ConfigError(
+                f"the condition has batch {cond.batch}, the stream {self.batch}; give a batch of 1"
+                f" or {self.batch}"
+            )
         return cond.expand(self.batch)
 
     def new_noise(self, prefix_blocks: int, *, device: torch.device) -> Noise:
@@ -192,14 +227,19 @@ class StreamSpec:
         try:
             drawn = self.generator or torch.Generator(device=self.draw_on)
         except (RuntimeError, AssertionError) as error:
-            raise ConfigError(f"draw_on={str(self.draw_on)!r} is no device that draws random numbers here; use 'cpu'") from error
+            raise ConfigError(
+                f"draw_on={str(self.draw_on)!r} is no device that draws random numbers here; use"
+                " 'cpu'"
+            ) from error
         shape, options = (self.batch, *self.latent), {"dtype": torch.float64, "device": device}
         if self.noise == "chunk":
             return ChunkNoise(shape, seed=self.seed, draw_on=self.draw_on, **options)
         source = self.generator or drawn.manual_seed(self.seed)
         plans = self.recipe.plans(self.num_frames, prefix_blocks=prefix_blocks)
         whole = (shape[0], shape[1], self.num_frames, *shape[2:])
-        return VideoNoise.for_plans(plans, whole, generator=source, renoises=self.recipe.rule.needs_noise, **options)
+        return VideoNoise.for_plans(
+            plans, whole, generator=source, renoises=self.recipe.rule.needs_noise, **options
+        )
 
 
 def count_prefix_blocks(recipe: SamplingRecipe, prefix_frames: int, num_frames: int | None) -> int:
@@ -210,13 +250,21 @@ def count_prefix_blocks(recipe: SamplingRecipe, prefix_frames: int, num_frames: 
         return 0
     if num_frames is None:
         num_frames = prefix_frames + recipe.blocks.first + recipe.blocks.chunk
-        ends = [end for block in range(num_frames) if (end := recipe.blocks.frames_before(block + 1)) <= num_frames]
+        ends = [
+            end
+            for block in range(num_frames)
+            if (end := recipe.blocks.frames_before(block + 1)) <= num_frames
+        ]
     else:
         ends = [stop for _, stop in recipe.blocks.bounds(num_frames)]
     if prefix_frames not in ends[:-1]:
-        choices = f"give {', '.join(map(str, ends[:-1]))} latent frames" if ends[:-1] else "make the video longer"
+        choices = (
+            f"give {', '.join(map(str, ends[:-1]))} latent frames"
+            if ends[:-1]
+            else "make the video longer"
+        )
         raise ConfigError(
-            f"{prefix_frames} given latent frames do not end on a block of pattern {recipe.pattern} over {num_frames} frames; "
-            f"{choices}, or change first_chunk_t / chunk_t"
+            f"{prefix_frames} given latent frames do not end on a block of pattern {recipe.pattern}"
+            f" over {num_frames} frames; {choices}, or change first_chunk_t / chunk_t"
         )
     return ends.index(prefix_frames) + 1

@@ -33,18 +33,32 @@ def bounded(
     `options` of `StreamSpec`.
     """
     batch, channels, frames, height, width = shape
-    spec = StreamSpec(recipe, (channels, height, width), batch=batch, num_frames=frames, noise="video", generator=generator, **options)
+    spec = StreamSpec(
+        recipe,
+        (channels, height, width),
+        batch=batch,
+        num_frames=frames,
+        noise="video",
+        generator=generator,
+        **options,
+    )
     return Session(denoiser, codec, cond, spec, device=device, prefix=prefix)
 
 
-def stream_latents(denoiser: VelocityModel, cond: Condition, recipe: SamplingRecipe, **options: Any) -> Iterator[tuple[int, torch.Tensor]]:
+def stream_latents(
+    denoiser: VelocityModel, cond: Condition, recipe: SamplingRecipe, **options: Any
+) -> Iterator[tuple[int, torch.Tensor]]:
     """(block, x0 [B, C, frames, h, w] float32) of `bounded` without a codec."""
     for chunk in bounded(denoiser, None, cond, recipe, **options):
         yield chunk.block, chunk.latents
 
 
 def stream_video(
-    denoiser: VelocityModel, codec: LatentCodec, cond: Condition, recipe: SamplingRecipe, **options: Any
+    denoiser: VelocityModel,
+    codec: LatentCodec,
+    cond: Condition,
+    recipe: SamplingRecipe,
+    **options: Any,
 ) -> Iterator[StreamedChunk]:
     """The chunks of `bounded`, which begins when the first is asked for; concatenated they equal
     the one-shot decode.
@@ -53,7 +67,11 @@ def stream_video(
 
 
 def generate_video(
-    denoiser: VelocityModel, codec: LatentCodec, cond: Condition, recipe: SamplingRecipe, **options: Any
+    denoiser: VelocityModel,
+    codec: LatentCodec,
+    cond: Condition,
+    recipe: SamplingRecipe,
+    **options: Any,
 ) -> tuple[torch.Tensor, StreamReport]:
     """The whole video [B, 3, F, H, W] of `stream_video` and its latency report."""
     report, frames = StreamReport(), []

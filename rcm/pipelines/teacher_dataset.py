@@ -96,11 +96,16 @@ def described_teacher(
     """The teacher that a checkpoint of this package holds; `files` as for `open_checkpoint`.
     `ConfigError` for a causal or few-step one: it has no whole-video ODE.
     """
-    model = open_checkpoint(path, weights=weights, device=device, precision=precision, attention=attention, files=files)
+    model = open_checkpoint(
+        path, weights=weights, device=device, precision=precision, attention=attention, files=files
+    )
     told = model.description
     if model.sampler is None or model.sampler.kind != "ode":
         kind = "causal" if model.sampler is None else "a few-step student"
-        raise ConfigError(f"--teacher {path} is {kind} (stage {told.stage}); data are sampled from a bidirectional many-step teacher")
+        raise ConfigError(
+            f"--teacher {path} is {kind} (stage {told.stage}); data are sampled from a"
+            " bidirectional many-step teacher"
+        )
     return Teacher(
         denoiser=model.denoiser,
         text=model.text,
@@ -108,13 +113,23 @@ def described_teacher(
         recipe=model.sampler,
         codec=told.extra["codec"],
         encoder=told.extra["text"],
-        identity={"path": str(model.source.resolve()), "weights": weights, "stage": told.stage, "iteration": told.iteration},
+        identity={
+            "path": str(model.source.resolve()),
+            "weights": weights,
+            "stage": told.stage,
+            "iteration": told.iteration,
+        },
         device=device,
     )
 
 
 def wan_teacher(
-    denoiser: Denoiser, text: TextEncoder, *, latent_shape: tuple[int, int, int, int], identity: Mapping[str, Any], device: torch.device
+    denoiser: Denoiser,
+    text: TextEncoder,
+    *,
+    latent_shape: tuple[int, int, int, int],
+    identity: Mapping[str, Any],
+    device: torch.device,
 ) -> Teacher:
     """A teacher with Wan's VAE latents and umT5 embeddings, sampled as the release sampled its data
     by default.
@@ -122,23 +137,38 @@ def wan_teacher(
     channels, sizes = latent_shape[0], denoiser.net.config
     if channels != sizes.in_dim or channels != sizes.out_dim:
         raise ConfigError(
-            f"the network reads {sizes.in_dim} and predicts {sizes.out_dim} channels, samples have {channels}: "
-            "data are sampled from a text-to-video network"
+            f"the network reads {sizes.in_dim} and predicts {sizes.out_dim} channels, samples have"
+            f" {channels}: data are sampled from a text-to-video network"
         )
     if text.text_dim != sizes.text_dim or text.text_len > sizes.text_len:
         raise ConfigError(
-            f"the text encoder gives {text.text_len} rows of width {text.text_dim}, the network reads at most {sizes.text_len} of "
-            f"{sizes.text_dim}; they do not belong together (--text_encoder_path, --dit_path)"
+            f"the text encoder gives {text.text_len} rows of width {text.text_dim}, the network"
+            f" reads at most {sizes.text_len} of {sizes.text_dim}; they do not belong together"
+            " (--text_encoder_path, --dit_path)"
         )
     denoiser.token_grid(*latent_shape[2:])
-    return Teacher(denoiser, text, latent_shape, RELEASE_RECIPE, {"name": "wan_vae"}, {"name": "umt5"}, identity, device)
+    return Teacher(
+        denoiser,
+        text,
+        latent_shape,
+        RELEASE_RECIPE,
+        {"name": "wan_vae"},
+        {"name": "umt5"},
+        identity,
+        device,
+    )
 
 
 def sample_noise(shape: Sequence[int], numbers: range, *, seed: int) -> Tensor:
     """Unit noise [B, *shape] float32 on the CPU; the row of sample i is the first draw of a
     generator seeded with `seed + i`.
     """
-    return torch.stack([torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed + number)) for number in numbers])
+    return torch.stack(
+        [
+            torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed + number))
+            for number in numbers
+        ]
+    )
 
 
 class TeacherSampler:
@@ -146,12 +176,28 @@ class TeacherSampler:
     noise. `recipe` must be an ODE.
     """
 
-    def __init__(self, teacher: Teacher, recipe: WholeVideoRecipe, *, prompts: Sequence[str], seed: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        recipe: WholeVideoRecipe,
+        *,
+        prompts: Sequence[str],
+        seed: int,
+        dtype: torch.dtype,
+    ) -> None:
         if recipe.kind != "ode":
-            raise ConfigError(f"data are sampled along the ODE, got a recipe of kind {recipe.kind!r}")
+            raise ConfigError(
+                f"data are sampled along the ODE, got a recipe of kind {recipe.kind!r}"
+            )
         if not prompts:
             raise ConfigError("no prompts to sample; give --prompts FILE")
-        self.teacher, self.recipe, self.prompts, self.seed, self.dtype = teacher, recipe, list(prompts), seed, dtype
+        self.teacher, self.recipe, self.prompts, self.seed, self.dtype = (
+            teacher,
+            recipe,
+            list(prompts),
+            seed,
+            dtype,
+        )
         self._negative: Condition | None = None
 
     def manifest(self) -> dict[str, object]:
@@ -163,7 +209,10 @@ class TeacherSampler:
             "source": "teacher",
             "teacher": dict(self.teacher.identity),
             "sampler": {**asdict(self.recipe), "solver": self.recipe.solver or "euler"},
-            "precision": {"compute": _dtype_name(precision.compute), "time": _dtype_name(precision.time)},
+            "precision": {
+                "compute": _dtype_name(precision.compute),
+                "time": _dtype_name(precision.time),
+            },
             "seed": self.seed,
             "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16],
             "latent_shape": list(self.teacher.latent_shape),
@@ -183,7 +232,12 @@ class TeacherSampler:
         for first in range(start, stop, batch):
             numbers = range(first, min(first + batch, stop))
             chosen = slice(first - start, first - start + len(numbers))
-            yield from map(ShardSample, self._latents(model, numbers, embeddings[chosen]), embeddings[chosen], prompts[chosen])
+            yield from map(
+                ShardSample,
+                self._latents(model, numbers, embeddings[chosen]),
+                embeddings[chosen],
+                prompts[chosen],
+            )
 
     def _model(self) -> VelocityModel:
         teacher, scale = self.teacher, self.recipe.guidance
@@ -217,13 +271,20 @@ class TeacherSampler:
         _, frames, height, width = teacher.latent_shape
         layout = TokenLayout.bidirectional(frames, grid=teacher.denoiser.token_grid(height, width))
         cond = teacher.condition(embeddings.float())
-        noise = sample_noise(teacher.latent_shape, numbers, seed=self.seed).to(teacher.device, torch.float64)
+        noise = sample_noise(teacher.latent_shape, numbers, seed=self.seed).to(
+            teacher.device, torch.float64
+        )
 
         def velocity(x: Tensor, t: float) -> Tensor:
             return model.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout)
 
         x0 = self.recipe.sampler().sample(velocity, noise)
-        require_finite(x0, numbers, what="latents", knob="look at the teacher's weights and precision, or lower --guidance_scale")
+        require_finite(
+            x0,
+            numbers,
+            what="latents",
+            knob="look at the teacher's weights and precision, or lower --guidance_scale",
+        )
         return x0.to("cpu", self.dtype)
 
 
@@ -250,7 +311,12 @@ def build_teacher_shards(
     """
     dims = sampler.teacher.shared
     leads = dims is None or dims.cp_rank == 0
-    recipe = {"num_samples": num, "shard_size": shard_size, "recipe": sampler.manifest(), "part": part}
+    recipe = {
+        "num_samples": num,
+        "shard_size": shard_size,
+        "recipe": sampler.manifest(),
+        "part": part,
+    }
     paths, missing = _on_leader(lambda: pending_shards(folder, **recipe), dims)
     total, done = sum(span.stop - span.start for span in missing), 0
 
@@ -288,7 +354,9 @@ def _on_leader(look: Callable[[], _Pending], dims: ParallelDims | None) -> _Pend
     return found
 
 
-def write_negative_embedding(path: Path, text: TextEncoder, *, dtype: torch.dtype = torch.bfloat16) -> Path:
+def write_negative_embedding(
+    path: Path, text: TextEncoder, *, dtype: torch.dtype = torch.bfloat16
+) -> Path:
     """Store the negative prompt's embedding as a tensor [L, E], as `model.config.neg_embed_path`
     reads it (docs/reference/encoders.md#umt5); whole or not at all.
     """

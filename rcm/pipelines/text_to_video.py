@@ -49,9 +49,14 @@ class WholeVideoRecipe:
 
     def __post_init__(self) -> None:
         if self.kind not in SOLVERS:
-            raise ConfigError(f"whole-video sampling kind {self.kind!r} is not one of 'ode', 'rcm_few_step'")
+            raise ConfigError(
+                f"whole-video sampling kind {self.kind!r} is not one of 'ode', 'rcm_few_step'"
+            )
         if self.solver is not None and self.solver not in SOLVERS[self.kind]:
-            raise ConfigError(f"solver {self.solver!r} does not walk the grid of {self.kind!r} sampling; choose {_either(self.kind)}")
+            raise ConfigError(
+                f"solver {self.solver!r} does not walk the grid of {self.kind!r} sampling; choose"
+                f" {_either(self.kind)}"
+            )
         self.sampler()
 
     def times(self) -> tuple[float, ...]:
@@ -78,7 +83,10 @@ class WholeVideoRecipe:
         missing = sorted({"kind", "sigma_max", "steps"} - set(data))
         if unknown or missing:
             known = ", ".join(cls.__dataclass_fields__)
-            raise ConfigError(f"whole-video sampler has unknown keys {unknown} and lacks {missing}; known: {known}")
+            raise ConfigError(
+                f"whole-video sampler has unknown keys {unknown} and lacks {missing}; known:"
+                f" {known}"
+            )
         return cls(**data)
 
 
@@ -87,7 +95,9 @@ def check_guided(*, shift: float, guidance: float) -> None:
     if not 0 < shift < math.inf:
         raise ConfigError(f"--timestep_shift {shift:g} must be positive and finite (1: no shift)")
     if not math.isfinite(guidance):
-        raise ConfigError(f"--guidance_scale {guidance:g} is no scale; give a finite number (1: no guidance)")
+        raise ConfigError(
+            f"--guidance_scale {guidance:g} is no scale; give a finite number (1: no guidance)"
+        )
 
 
 @torch.no_grad()
@@ -104,7 +114,9 @@ def whole_latents(
     noise drawn in float32.
     """
     layout = TokenLayout.bidirectional(shape[2], grid=denoiser.token_grid(shape[3], shape[4]))
-    noise = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32).to(device, torch.float64)
+    noise = torch.randn(
+        shape, generator=generator, device=generator.device, dtype=torch.float32
+    ).to(device, torch.float64)
 
     def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
         return denoiser.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout)

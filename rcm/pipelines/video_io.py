@@ -93,9 +93,19 @@ class Mp4Writer:
     fails in its own work after some chunks, leaves those in NAME.partial.mp4, with a warning.
     """
 
-    def __init__(self, path: str | Path | OutputFile, *, fps: float, scale: int = 1, crf: int = 12, pad: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path | OutputFile,
+        *,
+        fps: float,
+        scale: int = 1,
+        crf: int = 12,
+        pad: bool = False,
+    ) -> None:
         if not 0 < fps < math.inf or scale < 1:
-            raise ConfigError(f"mp4 needs fps > 0 and an integer scale >= 1, got fps={fps}, scale={scale}")
+            raise ConfigError(
+                f"mp4 needs fps > 0 and an integer scale >= 1, got fps={fps}, scale={scale}"
+            )
         self.path = Path(path.given) if isinstance(path, OutputFile) else Path(path)
         self._target = path
         self._settings = {"fps": fps, "scale": scale, "crf": crf, "pad": pad}
@@ -108,16 +118,23 @@ class Mp4Writer:
     def append(self, video: torch.Tensor) -> None:
         """Write frames [3, f, H, W] in [-1, 1]; all chunks have one size. `NonFinite` for NaN."""
         if video.ndim != 4 or video.shape[0] != 3:
-            raise ConfigError(f"mp4 frames are [3, F, H, W], got {tuple(video.shape)}; write one video of a batch at a time")
+            raise ConfigError(
+                f"mp4 frames are [3, F, H, W], got {tuple(video.shape)}; write one video of a batch"
+                " at a time"
+            )
         pixels = to_uint8(video).cpu()
         if self._encoder is None:
-            check_frame(*pixels.shape[-2:], scale=self._settings["scale"], pad=self._settings["pad"])
+            check_frame(
+                *pixels.shape[-2:], scale=self._settings["scale"], pad=self._settings["pad"]
+            )
             target = OutputFile.claim(self._target)
             self._encoder = _Encoder(target.temporary(), **self._settings)
             self._target = target
         if self._kept and self._kept[-1].shape[-2:] != pixels.shape[-2:]:
             sizes = [f"{shape[-1]}x{shape[-2]}" for shape in (self._kept[-1].shape, pixels.shape)]
-            raise ConfigError(f"frame size changed from {sizes[0]} to {sizes[1]} inside {self.path}")
+            raise ConfigError(
+                f"frame size changed from {sizes[0]} to {sizes[1]} inside {self.path}"
+            )
         self._kept.append(pixels)
         while len(self._kept) > 1 and sum(chunk.numel() for chunk in self._kept) > KEPT_BYTES:
             self._kept.pop(0)
@@ -133,8 +150,16 @@ class Mp4Writer:
         self._encoder = None
         kept = _keep(self._kept, name=self.path.stem, **self._settings)
         count = sum(chunk.shape[1] for chunk in self._kept)
-        told = f"its {count} frames are kept in {kept}" if kept else f"its {count} frames could not be kept anywhere else either"
-        return OSError(error.errno or errno.EIO, f"cannot write video: {error.strerror or error}; {told}", str(self.path))
+        told = (
+            f"its {count} frames are kept in {kept}"
+            if kept
+            else f"its {count} frames could not be kept anywhere else either"
+        )
+        return OSError(
+            error.errno or errno.EIO,
+            f"cannot write video: {error.strerror or error}; {told}",
+            str(self.path),
+        )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._encoder is None:
@@ -146,7 +171,10 @@ class Mp4Writer:
                 self._place(self._target.path)
             elif not issubclass(kind, ConfigError | GeneratorExit) and self._kept:
                 self._place(self._target.path.with_suffix(".partial.mp4"))
-                logger.warning(f"broken off; what there was until then is in {self.path.with_suffix('.partial.mp4')}")
+                logger.warning(
+                    "broken off; what there was until then is in"
+                    f" {self.path.with_suffix('.partial.mp4')}"
+                )
         except OSError as error:
             if kind is None:
                 raise self._failure(error) from error
@@ -183,12 +211,47 @@ class _Encoder:
             raise self._told() from error
 
     def _start(self, width: int, height: int) -> None:
-        source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{self._fps}", "-i", "-"]
-        target = ["-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", f"{self._crf}", "-movflags", "+faststart", "-f", "mp4"]
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *source, *target, str(self.path.absolute())]
+        source = [
+            "-f",
+            "rawvideo",
+            "-pix_fmt",
+            "rgb24",
+            "-s",
+            f"{width}x{height}",
+            "-r",
+            f"{self._fps}",
+            "-i",
+            "-",
+        ]
+        target = [
+            "-an",
+            "-vcodec",
+            "libx264",
+            "-pix_fmt",
+            "yuv420p",
+            "-crf",
+            f"{self._crf}",
+            "-movflags",
+            "+faststart",
+            "-f",
+            "mp4",
+        ]
+        command = [
+            imageio_ffmpeg.get_ffmpeg_exe(),
+            "-y",
+            "-loglevel",
+            "error",
+            *source,
+            *target,
+            str(self.path.absolute()),
+        ]
         # in a session of its own: Ctrl-C is for this process to answer
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._log, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self._log,
+            start_new_session=True,
         )
 
     def finish(self) -> None:
@@ -204,7 +267,10 @@ class _Encoder:
         self._process.wait()
         self._log.seek(0)
         words = " ".join(self._log.read().decode(errors="replace").split())[-300:]
-        return OSError(errno.ENOSPC if os.strerror(errno.ENOSPC) in words else errno.EIO, words or "ffmpeg stopped")
+        return OSError(
+            errno.ENOSPC if os.strerror(errno.ENOSPC) in words else errno.EIO,
+            words or "ffmpeg stopped",
+        )
 
     def remove(self) -> None:
         """End the process; no file is left."""
@@ -234,7 +300,9 @@ def _keep(chunks: Sequence[torch.Tensor], *, name: str, **settings: Any) -> Path
         except OSError:
             encoder.remove()
         try:
-            np.save(made / f"{name}.npy", torch.cat(list(chunks), dim=1).permute(1, 2, 3, 0).numpy())
+            np.save(
+                made / f"{name}.npy", torch.cat(list(chunks), dim=1).permute(1, 2, 3, 0).numpy()
+            )
             return made / f"{name}.npy"
         except OSError:
             shutil.rmtree(made, ignore_errors=True)
@@ -245,12 +313,26 @@ def check_frame(height: int, width: int, *, scale: int, pad: bool = False) -> No
     """`ConfigError` unless enlarged frames fit an mp4: even sides (or `pad`), up to `MAX_SIDE`."""
     height, width = height * scale, width * scale
     if not pad and (width % 2 or height % 2):
-        raise ConfigError(f"mp4 (yuv420p) needs even sides, got {width}x{height}; choose an even size or scale, or pad=True")
+        raise ConfigError(
+            f"mp4 (yuv420p) needs even sides, got {width}x{height}; choose an even size or scale,"
+            " or pad=True"
+        )
     if max(height, width) > MAX_SIDE:
-        raise ConfigError(f"frames of {height}x{width} (HxW) are too large for an mp4, {MAX_SIDE} a side at most; lower --upscale")
+        raise ConfigError(
+            f"frames of {height}x{width} (HxW) are too large for an mp4, {MAX_SIDE} a side at most;"
+            " lower --upscale"
+        )
 
 
-def write_mp4(path: str | Path | OutputFile, video: torch.Tensor, *, fps: float, scale: int = 1, crf: int = 12, pad: bool = False) -> Path:
+def write_mp4(
+    path: str | Path | OutputFile,
+    video: torch.Tensor,
+    *,
+    fps: float,
+    scale: int = 1,
+    crf: int = 12,
+    pad: bool = False,
+) -> Path:
     """Write `video` [3, F, H, W] in [-1, 1], as `Mp4Writer` does; returns the path."""
     with Mp4Writer(path, fps=fps, scale=scale, crf=crf, pad=pad) as writer:
         writer.append(video)
@@ -263,7 +345,14 @@ def probe(path: str | Path) -> VideoInfo:
     """
     path = _existing(path)
     command = _decoder(path, "-progress", "pipe:1", "-f", "null", "-fps_mode", "cfr", log="info")
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False)
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
     _require_whole(path, done.returncode, done.stderr)
     lines = [line for line in done.stderr.splitlines() if re.match(r"\s*Stream #.* Video: ", line)]
     sizes = [re.search(r" (\d+)x(\d+)[, ]", line) for line in lines]
@@ -284,7 +373,13 @@ def iter_frames(path: str | Path) -> Iterator[torch.Tensor]:
     path = _existing(path)
     command = _decoder(path, "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", log="error")
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+        )
         try:
             while (frame := _next_ppm(process.stdout, path)) is not None:
                 yield frame
@@ -301,8 +396,27 @@ def _decoder(path: Path, *output: str, log: str) -> list[str]:
     """An ffmpeg that decodes the first video stream of one file: with an absolute path no part of a
     name is a protocol, and formats that are lists of other files are none.
     """
-    source = ["-nostdin", "-hide_banner", "-nostats", "-loglevel", log, "-format_whitelist", _FORMATS, "-i", str(path.absolute())]
-    return [imageio_ffmpeg.get_ffmpeg_exe(), *source, "-map", "0:v:0", "-vf", _SQUARE_PIXELS, *output, "-"]
+    source = [
+        "-nostdin",
+        "-hide_banner",
+        "-nostats",
+        "-loglevel",
+        log,
+        "-format_whitelist",
+        _FORMATS,
+        "-i",
+        str(path.absolute()),
+    ]
+    return [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        *source,
+        "-map",
+        "0:v:0",
+        "-vf",
+        _SQUARE_PIXELS,
+        *output,
+        "-",
+    ]
 
 
 def _next_ppm(stream: IO[bytes], path: Path) -> torch.Tensor | None:
@@ -314,7 +428,10 @@ def _next_ppm(stream: IO[bytes], path: Path) -> torch.Tensor | None:
     except ValueError as error:
         raise VideoError(f"cannot decode {path}: it ended inside a frame") from error
     if max(width, height) > MAX_SIDE:
-        raise VideoError(f"cannot decode {path}: frames of {height}x{width} (HxW) are too large, at most {MAX_SIDE} a side")
+        raise VideoError(
+            f"cannot decode {path}: frames of {height}x{width} (HxW) are too large, at most"
+            f" {MAX_SIDE} a side"
+        )
     stream.readline()
     data = stream.read(width * height * 3)
     if len(data) < width * height * 3:
@@ -328,7 +445,13 @@ def _require_whole(path: Path, status: int, told: str) -> None:
     """
     lines = [re.sub(r"^\[[^]]*\] ", "", line.strip()) for line in told.splitlines() if line.strip()]
     if status:
-        known = [line for line in lines if re.search("Invalid data|moov atom|not on whitelist|matches no streams|Invalid argument", line)]
+        known = [
+            line
+            for line in lines
+            if re.search(
+                "Invalid data|moov atom|not on whitelist|matches no streams|Invalid argument", line
+            )
+        ]
         raise VideoError(f"cannot decode {path}: {(known or lines or ['ffmpeg stopped'])[0][:200]}")
     if "partial file" in told:
         raise VideoError(f"cannot decode {path}: the file is cut off, its last frames are missing")
@@ -348,33 +471,51 @@ def resize_frame(frame: torch.Tensor, *, height: int, width: int) -> torch.Tenso
     """
     pixels = frame.permute(2, 0, 1).unsqueeze(0).float() / 127.5 - 1
     ratio = max(height / frame.shape[0], width / frame.shape[1])
-    covering = (max(height, round(frame.shape[0] * ratio)), max(width, round(frame.shape[1] * ratio)))
-    scaled = torch.nn.functional.interpolate(pixels, size=covering, mode="bilinear", antialias=True, align_corners=False)
+    covering = (
+        max(height, round(frame.shape[0] * ratio)),
+        max(width, round(frame.shape[1] * ratio)),
+    )
+    scaled = torch.nn.functional.interpolate(
+        pixels, size=covering, mode="bilinear", antialias=True, align_corners=False
+    )
     top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
     return scaled[0, :, top : top + height, left : left + width].clamp(-1, 1)
 
 
 def contact_sheet(
-    path: str | Path | OutputFile, videos: torch.Tensor, *, labels: Sequence[str] | None = None, columns: int = 9, scale: int = 4
+    path: str | Path | OutputFile,
+    videos: torch.Tensor,
+    *,
+    labels: Sequence[str] | None = None,
+    columns: int = 9,
+    scale: int = 4,
 ) -> Path:
     """A PNG with one row per video of [B, 3, F, H, W]: `columns` frames spread evenly over time,
     its label above. Returns the path.
     """
     if videos.ndim != 5 or (labels is not None and len(labels) != len(videos)):
         raise ConfigError(
-            f"a contact sheet takes [B, 3, F, H, W] and one label per video, got {tuple(videos.shape)} and {labels and len(labels)} labels"
+            "a contact sheet takes [B, 3, F, H, W] and one label per video, got"
+            f" {tuple(videos.shape)} and {labels and len(labels)} labels"
         )
     picks = torch.linspace(0, videos.shape[2] - 1, min(columns, videos.shape[2])).round().long()
     tiles = enlarge(to_uint8(videos[:, :, picks]), scale)
     height, width, gap, title = tiles.shape[-2], tiles.shape[-1], 2, 12 if labels else 0
-    sheet = Image.new("RGB", (len(picks) * (width + gap) + gap, len(tiles) * (height + gap + title) + gap), "white")
+    sheet = Image.new(
+        "RGB",
+        (len(picks) * (width + gap) + gap, len(tiles) * (height + gap + title) + gap),
+        "white",
+    )
     draw = ImageDraw.Draw(sheet)
     for row, video in enumerate(tiles):
         top = gap + row * (height + gap + title)
         if labels:
             draw.text((gap, top), labels[row], fill="black")
         for column, frame in enumerate(video.unbind(1)):
-            sheet.paste(Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()), (gap + column * (width + gap), top + title))
+            sheet.paste(
+                Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()),
+                (gap + column * (width + gap), top + title),
+            )
     return _save(sheet, path)
 
 
@@ -385,7 +526,11 @@ def _save(image: Image.Image, path: str | Path | OutputFile, **options: object) 
         with target.replacing() as temporary:
             image.save(temporary, format=PICTURES.get(target.path.suffix.lower(), "PNG"), **options)
     except OSError as error:
-        raise OSError(error.errno or errno.EIO, f"cannot write picture: {error.strerror or error}", target.given) from error
+        raise OSError(
+            error.errno or errno.EIO,
+            f"cannot write picture: {error.strerror or error}",
+            target.given,
+        ) from error
     return Path(target.given)
 
 

@@ -18,7 +18,14 @@ from rcm.core.errors import CheckpointError, ConfigError
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.wan.config import PRESETS, WanConfig
 from rcm.nets.wan.config import preset as named_config
-from rcm.nets.wan.convert import HEAD_DIM, choose_prefix, detect_config, network_names, network_prefixes, own_form
+from rcm.nets.wan.convert import (
+    HEAD_DIM,
+    choose_prefix,
+    detect_config,
+    network_names,
+    network_prefixes,
+    own_form,
+)
 from rcm.nets.wan.foreign import foreign
 from rcm.nets.wan.lora import LoRAPair, check_targets, lora_pairs, merge
 from rcm.nets.wan.lora_settings import LoRASettings, lora_settings
@@ -39,7 +46,18 @@ COPIES = {"ema": "ema", "live": "live", "reg": "live", "fake_score": "fake_score
 """What a command may ask for -> which copy that is; "reg" is rcm's word for the live weights."""
 MOST_ADAPTERS = 8
 """Adapters on adapters that are followed."""
-_SHAPED = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "freq_dim", "text_dim", "image_branch", "image_positions", "two_times")
+_SHAPED = (
+    "dim",
+    "ffn_dim",
+    "num_layers",
+    "in_dim",
+    "out_dim",
+    "freq_dim",
+    "text_dim",
+    "image_branch",
+    "image_positions",
+    "two_times",
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +74,8 @@ class LoRA:
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale) or not math.isfinite(self.alpha or 0.0):
             raise ConfigError(
-                f"LoRA {self.path} with scale {self.scale:g}, alpha {self.alpha or 0:g}: both must be finite (--lora, --lora_alpha)"
+                f"LoRA {self.path} with scale {self.scale:g}, alpha {self.alpha or 0:g}: both must"
+                " be finite (--lora, --lora_alpha)"
             )
 
 
@@ -83,7 +102,9 @@ class MergedWeights(LazyWeights):
     of another shape.
     """
 
-    def __init__(self, base: LazyWeights, lora: LoRA, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, base: LazyWeights, lora: LoRA, *, device: torch.device | str = "cpu"
+    ) -> None:
         self.base, self.lora, self.device = base, lora, device
         self.headers = base.headers
         self._file = open_weights(lora.path)
@@ -91,7 +112,10 @@ class MergedWeights(LazyWeights):
             self.pairs: dict[str, LoRAPair] = lora_pairs(self._file.headers)
             check_targets(self.pairs, self._file.headers, base.headers)
             settings = adapter_settings(self._file, given=lora.alpha is not None)
-            self.strengths = {name: lora.scale * self._strength(pair, settings) for name, pair in self.pairs.items()}
+            self.strengths = {
+                name: lora.scale * self._strength(pair, settings)
+                for name, pair in self.pairs.items()
+            }
         except CheckpointError as error:
             raise CheckpointError(f"LoRA {lora.path}: {error}") from error
 
@@ -99,7 +123,12 @@ class MergedWeights(LazyWeights):
         weight, pair = self.base[name], self.pairs.get(name)
         if pair is None:
             return weight
-        return merge(weight.to(self.device), down=self._file[pair.down], up=self._file[pair.up], scale=self.strengths[name])
+        return merge(
+            weight.to(self.device),
+            down=self._file[pair.down],
+            up=self._file[pair.up],
+            scale=self.strengths[name],
+        )
 
     def _strength(self, pair: LoRAPair, settings: LoRASettings) -> float:
         alpha = self.lora.alpha
@@ -107,7 +136,9 @@ class MergedWeights(LazyWeights):
             alpha = float(self._file[pair.alpha])
             if not math.isfinite(alpha):
                 raise CheckpointError(f"{pair.alpha} is {alpha:g}, expected a finite number")
-        return settings.strength(pair.module, rank=self._file.headers[pair.down].shape[0], alpha=alpha)
+        return settings.strength(
+            pair.module, rank=self._file.headers[pair.down].shape[0], alpha=alpha
+        )
 
 
 def adapter_settings(file: WeightFile, *, given: bool = False) -> LoRASettings:
@@ -115,14 +146,24 @@ def adapter_settings(file: WeightFile, *, given: bool = False) -> LoRASettings:
     beside it, and in the description of the run that trained it; errors as `lora_settings`.
     """
     beside = (file.path if file.path.is_dir() else file.path.parent) / "adapter_config.json"
-    config = file.config if file.config is not None else read_object(beside) if beside.is_file() else None
-    settings, description = lora_settings(config, file.metadata, others=file.others, given=given), description_of(file)
+    config = (
+        file.config
+        if file.config is not None
+        else read_object(beside)
+        if beside.is_file()
+        else None
+    )
+    settings, description = (
+        lora_settings(config, file.metadata, others=file.others, given=given),
+        description_of(file),
+    )
     if description is None or "adapters" not in description.extra:
         return settings
     said = description.extra["adapters"]
     if settings.alpha not in (None, said["alpha"]) and not given:
         raise CheckpointError(
-            f"its description says alpha {said['alpha']:g}, its settings say {settings.alpha:g}; say which with --lora_alpha"
+            f"its description says alpha {said['alpha']:g}, its settings say {settings.alpha:g};"
+            " say which with --lora_alpha"
         )
     return replace(settings, alpha=said["alpha"], rank=said["rank"])
 
@@ -138,7 +179,11 @@ def copies_in(file: WeightFile) -> dict[str, str]:
         stated = None if description is None else description.extra.get("weights")
         return dict.fromkeys(held, stated or "unstated")
     order = [*dict.fromkeys(COPIES.values())]
-    return dict(sorted(held.items(), key=lambda item: order.index(item[1]) if item[1] in order else len(order)))
+    return dict(
+        sorted(
+            held.items(), key=lambda item: order.index(item[1]) if item[1] in order else len(order)
+        )
+    )
 
 
 def network_weights(
@@ -160,49 +205,75 @@ def network_weights(
     if description is not None and "adapters" in description.extra:
         return _adapted(file, description, wanted=COPIES[weights], base=base, above=above)
     if base is not None:
-        raise ConfigError(f"{file.path} is a network by itself, no adapters that need {base}; leave the base out")
+        raise ConfigError(
+            f"{file.path} is a network by itself, no adapters that need {base}; leave the base out"
+        )
     told = foreign(file.headers)
     if told is not None:
         raise CheckpointError(f"{file.path} is {told}")
     named, held, wanted = network_prefixes(file.headers), copies_in(file), COPIES[weights]
     try:
-        untold = len(held) == 1 and set(named.values()) <= {"live"} and (wanted != "fake_score" or wanted in held.values())
+        untold = (
+            len(held) == 1
+            and set(named.values()) <= {"live"}
+            and (wanted != "fake_score" or wanted in held.values())
+        )
         prefix = next(iter(held)) if untold else choose_prefix(named, wanted)
         network = NetworkWeights(file, prefix=prefix, copy=held[prefix])
     except CheckpointError as error:
         raise CheckpointError(f"{file.path}: {error}") from error
     if network.copy not in ("unstated", wanted):
-        logger.warning("{} has no {} weights; its {} weights are taken", file.path, weights, network.copy)
+        logger.warning(
+            "{} has no {} weights; its {} weights are taken", file.path, weights, network.copy
+        )
     file.require_floats(network.names.values())
     return network
 
 
-def _adapted(file: WeightFile, description: Description, *, wanted: str, base: str | Path | None, above: int) -> AdaptedWeights:
-    described, copies = description.extra["adapters"], adapter_copies(file, stated=description.extra.get("weights"))
+def _adapted(
+    file: WeightFile, description: Description, *, wanted: str, base: str | Path | None, above: int
+) -> AdaptedWeights:
+    described, copies = (
+        description.extra["adapters"],
+        adapter_copies(file, stated=description.extra.get("weights")),
+    )
     prefix = chosen_copy(copies, wanted, path=file.path)
     told = base_of(described, copies[prefix])
     where = base or told["path"]
     if where is None:
-        raise CheckpointError(f"{file.path} holds adapters on a random start, which was never saved; nothing can be made of them")
+        raise CheckpointError(
+            f"{file.path} holds adapters on a random start, which was never saved; nothing can be"
+            " made of them"
+        )
     if not Path(where).exists():
         raise CheckpointError(
-            f"{file.path} holds adapters on the weights of {where}, and there is no {where} here; make one network of both: "
-            f"python -m scripts.checkpoint convert {file.path} TARGET --base PATH"
+            f"{file.path} holds adapters on the weights of {where}, and there is no {where} here;"
+            f" make one network of both: python -m scripts.checkpoint convert {file.path} TARGET"
+            " --base PATH"
         )
     if above == MOST_ADAPTERS:
-        raise CheckpointError(f"{file.path} is the last of more than {MOST_ADAPTERS} adapters on adapters; merge one of them first")
+        raise CheckpointError(
+            f"{file.path} is the last of more than {MOST_ADAPTERS} adapters on adapters; merge one"
+            " of them first"
+        )
     try:
         adapter_settings(file)
     except CheckpointError as error:
         raise CheckpointError(f"{file.path}: {error}") from error
     below = network_weights(open_weights(where), above=above + 1)
-    network = AdaptedWeights(file, below, described, prefix=prefix, copy=copies[prefix], base_path=where)
+    network = AdaptedWeights(
+        file, below, described, prefix=prefix, copy=copies[prefix], base_path=where
+    )
     if network.copy not in ("unstated", wanted):
-        logger.warning("{} has no {} adapters; its {} ones are taken", file.path, wanted, network.copy)
+        logger.warning(
+            "{} has no {} adapters; its {} ones are taken", file.path, wanted, network.copy
+        )
     return network
 
 
-def config_of(network: NetworkWeights | AdaptedWeights, *, expect: WanConfig | str | None = None) -> WanConfig:
+def config_of(
+    network: NetworkWeights | AdaptedWeights, *, expect: WanConfig | str | None = None
+) -> WanConfig:
     """Sizes of a network: from `expect`, else its self-description, else its shapes with the
     config.json beside it.
 
@@ -215,33 +286,45 @@ def config_of(network: NetworkWeights | AdaptedWeights, *, expect: WanConfig | s
     described = None if description is None else network_of(description, file.path)
     known = wanted or described
     try:
-        found = detect_config(network.headers, head_dim=known.head_dim if known else _head_dim(network))
+        found = detect_config(
+            network.headers, head_dim=known.head_dim if known else _head_dim(network)
+        )
         settled = with_settings(found, file.config)
         if unread := unread_settings(file.config):
-            logger.warning("{}: nothing here reads {} of its config.json", file.path, ", ".join(unread))
+            logger.warning(
+                "{}: nothing here reads {} of its config.json", file.path, ", ".join(unread)
+            )
     except CheckpointError as error:
         if known is not None:
             require_fit(network, known)
         raise CheckpointError(f"{file.path}: {error}") from error
     if described is not None and (wrong := _different(found, described)):
-        raise CheckpointError(f"{file.path} contradicts its own description: {wrong} (in the tensors, in the description)")
+        raise CheckpointError(
+            f"{file.path} contradicts its own description: {wrong} (in the tensors, in the"
+            " description)"
+        )
     if wanted is not None and (wrong := _different(found, wanted)):
         raise CheckpointError(
-            f"{file.path} holds {told_size(found)}, but {told_size(wanted)} was asked for ({wrong}); "
-            f"{_advice(found)}, or give the file that belongs to it"
+            f"{file.path} holds {told_size(found)}, but {told_size(wanted)} was asked for"
+            f" ({wrong}); {_advice(found)}, or give the file that belongs to it"
         )
     if known is None and file.config is None and (whole := _cut_from(settled)):
         raise CheckpointError(
-            f"{file.path} holds {settled.num_layers} layers of {whole}, which has {PRESETS[whole].num_layers}; it is incomplete"
+            f"{file.path} holds {settled.num_layers} layers of {whole}, which has"
+            f" {PRESETS[whole].num_layers}; it is incomplete"
         )
     return known or settled
 
 
-def require_fit(network: Mapping[str, Tensor], config: WanConfig, *, source: str | Path | None = None) -> None:
+def require_fit(
+    network: Mapping[str, Tensor], config: WanConfig, *, source: str | Path | None = None
+) -> None:
     """Raise `CheckpointError` naming missing, unexpected and misshapen tensors of `network` against
     a net of these sizes.
     """
-    path = source or (network.file.path if isinstance(network, NetworkWeights | AdaptedWeights) else "state dict")
+    path = source or (
+        network.file.path if isinstance(network, NetworkWeights | AdaptedWeights) else "state dict"
+    )
     check_keys(
         f"{path} (for {told_size(config)})",
         shapes=shapes_of(network),
@@ -265,7 +348,10 @@ def told_size(config: WanConfig) -> str:
     branch += " for two images" if config.image_positions else ""
     branch += ", two times" if config.two_times else ""
     name = preset_of(config) or "a network"
-    return f"{name} of {config.num_layers} layers of width {config.dim}, {config.in_dim} input channels{branch}"
+    return (
+        f"{name} of {config.num_layers} layers of width {config.dim}, {config.in_dim} input"
+        f" channels{branch}"
+    )
 
 
 def description_of(file: WeightFile) -> Description | None:
@@ -303,11 +389,22 @@ def load_wan(
         network = network_weights(open_weights(path), weights=weights)
         config = config_of(network, expect=expect)
         require_fit(network, config)
-        logger.info("{}: {} from {}", path, told_size(config), f"{network.prefix}*" if network.prefix else network.file.container)
+        logger.info(
+            "{}: {} from {}",
+            path,
+            told_size(config),
+            f"{network.prefix}*" if network.prefix else network.file.container,
+        )
         merged: LazyWeights = network
         for lora in loras:
             merged = MergedWeights(merged, lora, device=device)
-            logger.info("{}: {} weights updated by {} (scale {})", path, len(merged.pairs), lora.path, lora.scale)
+            logger.info(
+                "{}: {} weights updated by {} (scale {})",
+                path,
+                len(merged.pairs),
+                lora.path,
+                lora.scale,
+            )
         return merged, config
 
     opened = on_first(read)
@@ -318,7 +415,12 @@ def load_wan(
 
 
 def random_wan(
-    preset: WanConfig | str, *, device: torch.device | str = "cpu", precision: Precision, attention: str = "auto", seed: int = 0
+    preset: WanConfig | str,
+    *,
+    device: torch.device | str = "cpu",
+    precision: Precision,
+    attention: str = "auto",
+    seed: int = 0,
 ) -> Denoiser:
     """A frozen network with random weights, the output head included: for measurements of speed and
     memory, and for tests.
@@ -331,12 +433,20 @@ def random_wan(
     net.init_weights(generator)
     with torch.no_grad():
         head = net.head.head.weight
-        head.copy_(torch.randn(head.shape, generator=generator, device=generator.device) * config.dim**-0.5)
+        head.copy_(
+            torch.randn(head.shape, generator=generator, device=generator.device) * config.dim**-0.5
+        )
     return Denoiser(net, precision).eval_params()
 
 
-def _empty(config: WanConfig, *, device: torch.device | str, precision: Precision, attention: str) -> WanDiT:
-    net = on_meta(lambda: WanDiT(config, attention=attention)).requires_grad_(False).to(precision.compute)
+def _empty(
+    config: WanConfig, *, device: torch.device | str, precision: Precision, attention: str
+) -> WanDiT:
+    net = (
+        on_meta(lambda: WanDiT(config, attention=attention))
+        .requires_grad_(False)
+        .to(precision.compute)
+    )
     return materialise(net, device=device)
 
 
@@ -346,7 +456,9 @@ def _head_dim(network: NetworkWeights) -> int:
     if heads is None or patch is None:
         return HEAD_DIM
     if patch.shape[0] % heads:
-        raise CheckpointError(f"config.json states {heads} heads, which do not divide the width {patch.shape[0]}")
+        raise CheckpointError(
+            f"config.json states {heads} heads, which do not divide the width {patch.shape[0]}"
+        )
     return patch.shape[0] // heads
 
 
@@ -359,7 +471,14 @@ def _cut_from(found: WanConfig) -> str | None:
     """The preset that differs in the number of layers alone: a file that lost its last blocks looks
     like a smaller network.
     """
-    return next((name for name, known in PRESETS.items() if known != found and replace(known, num_layers=found.num_layers) == found), None)
+    return next(
+        (
+            name
+            for name, known in PRESETS.items()
+            if known != found and replace(known, num_layers=found.num_layers) == found
+        ),
+        None,
+    )
 
 
 def _advice(found: WanConfig) -> str:

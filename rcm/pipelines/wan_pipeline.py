@@ -95,8 +95,17 @@ class VideoRequest:
             raise ConfigError(f"--num_samples {self.num_samples} must be at least 1")
         frames = latent_frames(self.num_frames, stride=TEMPORAL_STRIDE)
         if any(side % (2 * SPATIAL_STRIDE) for side in self.size):
-            raise ConfigError(f"frames of {self.size} (HxW) do not fold into tokens of 16x16 pixels; change the size")
-        return (self.num_samples, LATENT_CHANNELS, frames, self.size.height // SPATIAL_STRIDE, self.size.width // SPATIAL_STRIDE)
+            raise ConfigError(
+                f"frames of {self.size} (HxW) do not fold into tokens of 16x16 pixels; change the"
+                " size"
+            )
+        return (
+            self.num_samples,
+            LATENT_CHANNELS,
+            frames,
+            self.size.height // SPATIAL_STRIDE,
+            self.size.width // SPATIAL_STRIDE,
+        )
 
     @property
     def input_channels(self) -> int:
@@ -142,8 +151,15 @@ class WanPipeline:
         clip: ImageEncoder | None = None,
     ) -> None:
         bounds = [expert.down_to for expert in experts]
-        if not bounds or bounds[-1] != 0 or any(not 0 <= b < a for a, b in pairwise([1.0, *bounds])):
-            raise ConfigError(f"experts must be in charge down to decreasing times below 1 that end at 0, got {bounds}; change --boundary")
+        if (
+            not bounds
+            or bounds[-1] != 0
+            or any(not 0 <= b < a for a, b in pairwise([1.0, *bounds]))
+        ):
+            raise ConfigError(
+                "experts must be in charge down to decreasing times below 1 that end at 0, got"
+                f" {bounds}; change --boundary"
+            )
         self.text, self.experts, self.codec, self.clip = text, tuple(experts), codec, clip
         self.device, self.clock, self.memory = device, clock, memory
 
@@ -158,12 +174,16 @@ class WanPipeline:
         guided = is_guided(request.recipe.guidance)
         cond, negative = self.conditions(request, guided=guided)
         generator = torch.Generator(self.device).manual_seed(request.seed)
-        latents, steps = self.sample(cond, negative, request.recipe, shape=shape, generator=generator, on_step=on_step)
+        latents, steps = self.sample(
+            cond, negative, request.recipe, shape=shape, generator=generator, on_step=on_step
+        )
         for expert in self.experts:
             expert.network.rest(self.memory.network)
         return GeneratedVideo(on_first(lambda: self.decode(latents)), latents, steps)
 
-    def conditions(self, request: VideoRequest, *, guided: bool) -> tuple[Condition, Condition | None]:
+    def conditions(
+        self, request: VideoRequest, *, guided: bool
+    ) -> tuple[Condition, Condition | None]:
         """The condition of the prompt, batch 1, and of the negative prompt where it is used; equal
         on all ranks.
         """
@@ -177,7 +197,11 @@ class WanPipeline:
             images["concat"] = self.from_first(lambda: self._image_channels(request))
             if self.clip is not None:
                 images["image"] = self.from_first(lambda: self._image_tokens(request))
-        return tuple(Condition(row[None], **images) for row in embedded) if guided else (Condition(embedded, **images), None)
+        return (
+            tuple(Condition(row[None], **images) for row in embedded)
+            if guided
+            else (Condition(embedded, **images), None)
+        )
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [P, L, E] of prompts, made by rank 0, equal on all ranks; then the text
@@ -207,11 +231,17 @@ class WanPipeline:
         """
         sampler = recipe.sampler()
         with self.clock.part("solver"):
-            noise = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32).to(self.device, torch.float64)
-            walk = _Walk(self, cond, negative, recipe.guidance, total=len(sampler.times) - 1, on_step=on_step)
+            noise = torch.randn(
+                shape, generator=generator, device=generator.device, dtype=torch.float32
+            ).to(self.device, torch.float64)
+            walk = _Walk(
+                self, cond, negative, recipe.guidance, total=len(sampler.times) - 1, on_step=on_step
+            )
             x0 = sampler.sample(walk.velocity, noise, generator=generator).float()
         if not bool(torch.isfinite(x0).all()):
-            raise NonFinite("the network returned NaN or infinite latents; look at its weights and --precision")
+            raise NonFinite(
+                "the network returned NaN or infinite latents; look at its weights and --precision"
+            )
         return x0, tuple(walk.steps)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -221,13 +251,19 @@ class WanPipeline:
         codec = self.codec.use()
         with self.clock.part("decode"):
             where = self.device if self.memory.codec == "keep" else "cpu"
-            frames = torch.cat([codec.decode(sample[None]).to(where, torch.float32) for sample in latents])
+            frames = torch.cat(
+                [codec.decode(sample[None]).to(where, torch.float32) for sample in latents]
+            )
         del codec
         self.codec.rest(self.memory.codec)
         return frames
 
     def _negative_prompt(self, request: VideoRequest) -> str:
-        return self.text.negative_prompt if request.negative_prompt is None else request.negative_prompt
+        return (
+            self.text.negative_prompt
+            if request.negative_prompt is None
+            else request.negative_prompt
+        )
 
     def _rest(self, encoder: TextEncoder | ImageEncoder) -> None:
         """An encoder is done; one without weights to free or to move has neither method."""
@@ -239,15 +275,22 @@ class WanPipeline:
     def _image_channels(self, request: VideoRequest) -> Tensor:
         codec = self.codec.use()
         with self.clock.part("image"):
-            first, *last = (fit_image(image.to(self.device), request.size) for image in _images(request))
-            channels = image_channels(codec, first, num_frames=request.num_frames, last=last[0] if last else None)
+            first, *last = (
+                fit_image(image.to(self.device), request.size) for image in _images(request)
+            )
+            channels = image_channels(
+                codec, first, num_frames=request.num_frames, last=last[0] if last else None
+            )
         del codec
         self.codec.rest(self.memory.codec)
         return channels
 
     def _image_tokens(self, request: VideoRequest) -> Tensor:
         with self.clock.part("image"):
-            pixels = [image.to(self.device).permute(2, 0, 1)[None].float() / 127.5 - 1 for image in _images(request)]
+            pixels = [
+                image.to(self.device).permute(2, 0, 1)[None].float() / 127.5 - 1
+                for image in _images(request)
+            ]
             tokens = torch.cat([self.clip.encode(each).to(self.device) for each in pixels], dim=1)
             self._rest(self.clip)
         return tokens
@@ -258,7 +301,11 @@ class WanPipeline:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return made
         shape, dtype = shared(None if made is None else (tuple(made.shape), made.dtype))
-        sent = torch.empty(shape, dtype=torch.float32, device=self.device) if made is None else made.to(self.device, torch.float32)
+        sent = (
+            torch.empty(shape, dtype=torch.float32, device=self.device)
+            if made is None
+            else made.to(self.device, torch.float32)
+        )
         dist.broadcast(sent, src=0)
         return sent.to(dtype)
 
@@ -274,7 +321,14 @@ class _Walk:
     """
 
     def __init__(
-        self, pipeline: WanPipeline, cond: Condition, negative: Condition | None, scale: float, *, total: int, on_step: OnStep | None
+        self,
+        pipeline: WanPipeline,
+        cond: Condition,
+        negative: Condition | None,
+        scale: float,
+        *,
+        total: int,
+        on_step: OnStep | None,
     ) -> None:
         self.pipeline, self.scale, self.total, self.on_step = pipeline, scale, total, on_step
         self.steps: list[Step] = []
@@ -292,7 +346,10 @@ class _Walk:
         before = clock.seconds.get("network", 0.0)
         with clock.part("network"):
             times = time_tensor(t, x.shape[0], x.device)
-            results = [denoiser.velocity(x, times, cond.expand(x.shape[0]), self._layout) for cond in self._conditions]
+            results = [
+                denoiser.velocity(x, times, cond.expand(x.shape[0]), self._layout)
+                for cond in self._conditions
+            ]
             v = results[0] if len(results) == 1 else cfg(*results, self.scale)
         self.steps.append(Step(len(self.steps), t, expert.name, clock.seconds["network"] - before))
         if self.on_step is not None:
@@ -312,7 +369,9 @@ class _Walk:
             _require_task(denoiser, self._given[0], channels=x.shape[1], name=experts[number].name)
             with self.pipeline.clock.part("network"):
                 self._conditions = [denoiser.prepare(cond) for cond in self._given]
-            self._layout = TokenLayout.bidirectional(x.shape[2], grid=denoiser.token_grid(*x.shape[3:]))
+            self._layout = TokenLayout.bidirectional(
+                x.shape[2], grid=denoiser.token_grid(*x.shape[3:])
+            )
         return experts[number].network.use()
 
 
@@ -324,13 +383,32 @@ def _require_task(denoiser: Denoiser, cond: Condition, *, channels: int, name: s
     given = channels + (0 if cond.concat is None else cond.concat.shape[1])
     if config.in_dim != given:
         raise ConfigError(
-            f"the network {name} reads {config.in_dim} channels, {given} are given ({channels} of noise, the others of an image): "
-            "it was made for another task (16 text-to-video, 36 image-to-video); give another file"
+            f"the network {name} reads {config.in_dim} channels, {given} are given ({channels} of"
+            " noise, the others of an image): it was made for another task (16 text-to-video, 36"
+            " image-to-video); give another file"
         )
     if config.image_branch != (cond.image is not None):
-        has = "has an image branch (Wan2.1 image-to-video) and needs the CLIP encoder" if config.image_branch else "has no image branch"
-        raise ConfigError(f"the network {name} {has}; WanPipeline(clip=...) decides whether it is given image tokens")
-    ends = cond.concat is not None and cond.concat.shape[2] > 1 and bool(cond.concat[0, MASK_CHANNELS - 1, -1].any())
+        has = (
+            "has an image branch (Wan2.1 image-to-video) and needs the CLIP encoder"
+            if config.image_branch
+            else "has no image branch"
+        )
+        raise ConfigError(
+            f"the network {name} {has}; WanPipeline(clip=...) decides whether it is given image"
+            " tokens"
+        )
+    ends = (
+        cond.concat is not None
+        and cond.concat.shape[2] > 1
+        and bool(cond.concat[0, MASK_CHANNELS - 1, -1].any())
+    )
     if ends != bool(config.image_positions):
-        made = "a first and a last frame (Wan2.1 FLF2V)" if config.image_positions else "a first frame alone"
-        raise ConfigError(f"the network {name} was made for {made}, {'both are' if ends else 'one is'} given (--last_image_path)")
+        made = (
+            "a first and a last frame (Wan2.1 FLF2V)"
+            if config.image_positions
+            else "a first frame alone"
+        )
+        raise ConfigError(
+            f"the network {name} was made for {made}, {'both are' if ends else 'one is'} given"
+            " (--last_image_path)"
+        )

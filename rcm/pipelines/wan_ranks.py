@@ -23,7 +23,9 @@ def leads() -> bool:
 
 def fitting_ranks(*, num_heads: int, tokens_per_frame: int) -> tuple[int, ...]:
     """Numbers of ranks that divide both the heads and the tokens of a frame."""
-    return tuple(n for n in range(1, num_heads + 1) if num_heads % n == 0 and tokens_per_frame % n == 0)
+    return tuple(
+        n for n in range(1, num_heads + 1) if num_heads % n == 0 and tokens_per_frame % n == 0
+    )
 
 
 def check_ranks(ranks: int, *, num_heads: int, tokens_per_frame: int) -> None:
@@ -33,8 +35,9 @@ def check_ranks(ranks: int, *, num_heads: int, tokens_per_frame: int) -> None:
     fitting = fitting_ranks(num_heads=num_heads, tokens_per_frame=tokens_per_frame)
     if ranks not in fitting:
         raise ConfigError(
-            f"{ranks} ranks cannot share a video of {tokens_per_frame} tokens per frame in a network of {num_heads} heads: "
-            f"the number of ranks must divide both; choose --nproc_per_node from {', '.join(map(str, fitting))}"
+            f"{ranks} ranks cannot share a video of {tokens_per_frame} tokens per frame in a"
+            f" network of {num_heads} heads: the number of ranks must divide both; choose"
+            f" --nproc_per_node from {', '.join(map(str, fitting))}"
         )
 
 
@@ -42,7 +45,9 @@ def share_tokens(denoiser: Denoiser, *, tokens_per_frame: int) -> Denoiser:
     """Let all ranks of the launch compute each forward together (Ulysses; weights whole on every
     rank); alone, nothing changes.
     """
-    check_ranks(num_ranks(), num_heads=denoiser.net.config.num_heads, tokens_per_frame=tokens_per_frame)
+    check_ranks(
+        num_ranks(), num_heads=denoiser.net.config.num_heads, tokens_per_frame=tokens_per_frame
+    )
     if num_ranks() > 1:
         shard_sequence(denoiser.net, group=dist.group.WORLD)
     return denoiser

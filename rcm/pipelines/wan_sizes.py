@@ -27,14 +27,47 @@ class FrameSize(NamedTuple):
 
 
 _WIDTH_HEIGHT = {
-    "480p": {"1:1": (640, 640), "4:3": (640, 480), "3:4": (480, 640), "16:9": (832, 480), "9:16": (480, 832)},
-    "720p": {"1:1": (960, 960), "4:3": (960, 720), "3:4": (720, 960), "16:9": (1280, 720), "9:16": (720, 1280)},
-    "480": {"1:1": (480, 480), "4:3": (640, 480), "3:4": (480, 640), "16:9": (768, 432), "9:16": (432, 768)},
-    "512": {"1:1": (512, 512), "4:3": (640, 512), "3:4": (512, 640), "16:9": (640, 384), "9:16": (384, 640)},
-    "720": {"1:1": (960, 960), "4:3": (960, 704), "3:4": (704, 960), "16:9": (1280, 704), "9:16": (704, 1280)},
+    "480p": {
+        "1:1": (640, 640),
+        "4:3": (640, 480),
+        "3:4": (480, 640),
+        "16:9": (832, 480),
+        "9:16": (480, 832),
+    },
+    "720p": {
+        "1:1": (960, 960),
+        "4:3": (960, 720),
+        "3:4": (720, 960),
+        "16:9": (1280, 720),
+        "9:16": (720, 1280),
+    },
+    "480": {
+        "1:1": (480, 480),
+        "4:3": (640, 480),
+        "3:4": (480, 640),
+        "16:9": (768, 432),
+        "9:16": (432, 768),
+    },
+    "512": {
+        "1:1": (512, 512),
+        "4:3": (640, 512),
+        "3:4": (512, 640),
+        "16:9": (640, 384),
+        "9:16": (384, 640),
+    },
+    "720": {
+        "1:1": (960, 960),
+        "4:3": (960, 704),
+        "3:4": (704, 960),
+        "16:9": (1280, 704),
+        "9:16": (704, 1280),
+    },
 }
 
-SIZES = {name: {ratio: FrameSize(h, w) for ratio, (w, h) in row.items()} for name, row in _WIDTH_HEIGHT.items()}
+SIZES = {
+    name: {ratio: FrameSize(h, w) for ratio, (w, h) in row.items()}
+    for name, row in _WIDTH_HEIGHT.items()
+}
 """Resolution -> aspect ratio (width:height) -> size. "480p" and "720p" are what Wan was trained on,
 the others are older tables.
 """
@@ -43,10 +76,16 @@ the others are older tables.
 def table_size(resolution: str, aspect_ratio: str) -> FrameSize:
     """The table's size; `ConfigError` lists the choices."""
     if resolution not in SIZES:
-        raise ConfigError(f"resolution {resolution!r} is not in the table; choose --resolution from {', '.join(SIZES)}, or give --size HxW")
+        raise ConfigError(
+            f"resolution {resolution!r} is not in the table; choose --resolution from"
+            f" {', '.join(SIZES)}, or give --size HxW"
+        )
     row = SIZES[resolution]
     if aspect_ratio not in row:
-        raise ConfigError(f"aspect ratio {aspect_ratio!r} is not in the table; choose --aspect_ratio from {', '.join(row)}")
+        raise ConfigError(
+            f"aspect ratio {aspect_ratio!r} is not in the table; choose --aspect_ratio from"
+            f" {', '.join(row)}"
+        )
     return row[aspect_ratio]
 
 
@@ -58,9 +97,15 @@ def adaptive_size(area: FrameSize, *, image: FrameSize) -> FrameSize:
     `ConfigError` for an image so long that a side would vanish.
     """
     pixels, ratio = area.height * area.width, image.height / image.width
-    sides = [SIZE_MULTIPLE * round(ideal**0.5 / SIZE_MULTIPLE) for ideal in (pixels * ratio, pixels / ratio)]
+    sides = [
+        SIZE_MULTIPLE * round(ideal**0.5 / SIZE_MULTIPLE)
+        for ideal in (pixels * ratio, pixels / ratio)
+    ]
     if min(sides) < SIZE_MULTIPLE:
-        raise ConfigError(f"an image of {image} (HxW) is too long for a video of {pixels} pixels per frame; crop it")
+        raise ConfigError(
+            f"an image of {image} (HxW) is too long for a video of {pixels} pixels per frame;"
+            " crop it"
+        )
     return FrameSize(*sides)
 
 
@@ -73,8 +118,15 @@ def written_size(text: str) -> FrameSize:
         raise ConfigError(f"--size {text[:40]!r} is not HEIGHTxWIDTH in pixels, such as 480x832")
     size = FrameSize(int(match[1]), int(match[2]))
     if max(size) > MAX_SIDE:
-        raise ConfigError(f"--size {size} (HxW) is too large, at most {MAX_SIDE} pixels a side are sampled")
+        raise ConfigError(
+            f"--size {size} (HxW) is too large, at most {MAX_SIDE} pixels a side are sampled"
+        )
     if any(side % SIZE_MULTIPLE or not side for side in size):
-        nearest = FrameSize(*(max(SIZE_MULTIPLE, SIZE_MULTIPLE * round(side / SIZE_MULTIPLE)) for side in size))
-        raise ConfigError(f"--size {size} (HxW) must be multiples of {SIZE_MULTIPLE} (VAE 8 x patch 2); the nearest is {nearest}")
+        nearest = FrameSize(
+            *(max(SIZE_MULTIPLE, SIZE_MULTIPLE * round(side / SIZE_MULTIPLE)) for side in size)
+        )
+        raise ConfigError(
+            f"--size {size} (HxW) must be multiples of {SIZE_MULTIPLE} (VAE 8 x patch 2); the"
+            f" nearest is {nearest}"
+        )
     return size

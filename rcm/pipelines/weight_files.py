@@ -42,9 +42,17 @@ def open_weights(path: str | Path) -> WeightFile:
         return open_weights(inner[0])
     model = find_model_directory(path)
     if model is None:
-        return open_container(path, hint="it is not a DCP checkpoint either (no .metadata in it or in its model/)")
+        return open_container(
+            path, hint="it is not a DCP checkpoint either (no .metadata in it or in its model/)"
+        )
     folder = DcpFolder(model)
-    return WeightFile(model, container="DCP directory", headers=folder.headers, read=folder.__getitem__, others=folder.others)
+    return WeightFile(
+        model,
+        container="DCP directory",
+        headers=folder.headers,
+        read=folder.__getitem__,
+        others=folder.others,
+    )
 
 
 def experts_at(path: str | Path) -> tuple[Path, ...]:

@@ -60,7 +60,11 @@ class CopyReport:
     @property
     def told(self) -> str:
         """Which copy, in words."""
-        return "weights (which copy is not stated)" if self.copy == "unstated" else f"{self.copy} weights"
+        return (
+            "weights (which copy is not stated)"
+            if self.copy == "unstated"
+            else f"{self.copy} weights"
+        )
 
     @property
     def fits(self) -> bool:
@@ -112,7 +116,10 @@ class WeightsReport:
             lines.append(f"  {self.container}: {self.tensors} tensors, {self.dtype}{patch}")
         for copy in self.copies:
             under = f" under {copy.prefix}*" if copy.prefix else ""
-            lines.append(f"  {copy.told}{under}: {copy.network}; {copy.tensors} tensors, {copy.parameters:,} parameters, {copy.dtype}")
+            lines.append(
+                f"  {copy.told}{under}: {copy.network}; {copy.tensors} tensors, {copy.parameters:,}"
+                f" parameters, {copy.dtype}"
+            )
             for word in ("missing", "extra", "misshapen"):
                 if names := getattr(copy, word):
                     lines.append(f"    {len(names)} {word}: {listed(names)}")
@@ -121,7 +128,11 @@ class WeightsReport:
         if self.description:
             lines.append(f"  describes itself: {self.description}")
         lines.append(
-            ("  complete" if self.preset or not self.copies else "  complete, sizes of no published network")
+            (
+                "  complete"
+                if self.preset or not self.copies
+                else "  complete, sizes of no published network"
+            )
             if self.ok
             else f"  CANNOT BE USED: {self.problem or 'see below'}"
         )
@@ -136,7 +147,11 @@ def inspect_weights(path: str | Path) -> WeightsReport:
     inner = experts_at(path)
     if len(inner) > 1:
         parts = tuple(inspect_weights(part) for part in inner)
-        return WeightsReport(str(path), "folder of two experts, high noise first; pass each by its own path", parts=parts)
+        return WeightsReport(
+            str(path),
+            "folder of two experts, high noise first; pass each by its own path",
+            parts=parts,
+        )
     file = open_weights(path)
     told = foreign(file.headers)
     common: dict[str, Any] = {
@@ -148,13 +163,20 @@ def inspect_weights(path: str | Path) -> WeightsReport:
     if told == LORA:
         return _lora_report(file, common, description_of(file))
     if told is not None:
-        return WeightsReport(family="not a network of this package", problem=f"it is {told}", **common)
+        return WeightsReport(
+            family="not a network of this package", problem=f"it is {told}", **common
+        )
     try:
-        copies = tuple(_copy_report(NetworkWeights(file, prefix=prefix, copy=copy)) for prefix, copy in copies_in(file).items())
+        copies = tuple(
+            _copy_report(NetworkWeights(file, prefix=prefix, copy=copy))
+            for prefix, copy in copies_in(file).items()
+        )
     except CheckpointError as error:
         return WeightsReport(family="unknown", problem=str(error), **common)
     used = sum(copy.tensors for copy in copies)
-    patch = next((tensor.dim() for key, tensor in file.headers.items() if key.endswith(PATCH_KEY)), None)
+    patch = next(
+        (tensor.dim() for key, tensor in file.headers.items() if key.endswith(PATCH_KEY)), None
+    )
     description = description_of(file)
     return WeightsReport(
         family=_family(file, patch, [copy.prefix for copy in copies]),
@@ -163,7 +185,11 @@ def inspect_weights(path: str | Path) -> WeightsReport:
         others=len(file.headers) + len(file.others) - used,
         description=description and _stated(description),
         problem=_problem(copies),
-        uses=_uses(str(path), copies[0], streamed=description and stream_command(path, description)) if copies[0].fits else (),
+        uses=(
+            _uses(str(path), copies[0], streamed=description and stream_command(path, description))
+            if copies[0].fits
+            else ()
+        ),
         **common,
     )
 
@@ -171,14 +197,22 @@ def inspect_weights(path: str | Path) -> WeightsReport:
 def dtypes(tensors: Iterable[Tensor]) -> str:
     """The dtypes of some tensors, most frequent first."""
     counts = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
-    return ", ".join(name if len(counts) == 1 else f"{name} ({number})" for name, number in counts.most_common()) or "nothing"
+    return (
+        ", ".join(
+            name if len(counts) == 1 else f"{name} ({number})"
+            for name, number in counts.most_common()
+        )
+        or "nothing"
+    )
 
 
 def nearest_preset(headers: Mapping[str, Tensor]) -> tuple[str, int]:
     """The preset that agrees with most names and shapes, and with how many."""
     found = {(name, tuple(tensor.shape)) for name, tensor in headers.items()}
     agreement = {
-        name: len(found & {(key, tuple(tensor.shape)) for key, tensor in network_headers(config).items()})
+        name: len(
+            found & {(key, tuple(tensor.shape)) for key, tensor in network_headers(config).items()}
+        )
         for name, config in PRESETS.items()
     }
     best = max(agreement, key=lambda name: agreement[name])
@@ -192,7 +226,10 @@ def _copy_report(network: NetworkWeights) -> CopyReport:
     except CheckpointError as error:
         problem = str(error).removeprefix(f"{network.file.path}: ")
         name, agreeing = nearest_preset(network.headers)
-        config, told = PRESETS[name], f"nearest to {name}, {agreeing} tensors agree" if agreeing else "no Wan network"
+        config, told = (
+            PRESETS[name],
+            (f"nearest to {name}, {agreeing} tensors agree" if agreeing else "no Wan network"),
+        )
     found = misfit(shapes_of(network), expected=shapes_of(network_headers(config)))
     return CopyReport(
         copy=network.copy,
@@ -219,7 +256,9 @@ def _problem(copies: tuple[CopyReport, ...]) -> str | None:
     return None
 
 
-def _lora_report(file: WeightFile, common: dict[str, Any], description: Description | None) -> WeightsReport:
+def _lora_report(
+    file: WeightFile, common: dict[str, Any], description: Description | None
+) -> WeightsReport:
     """A low-rank update; whether it fits is seen when it is merged, or at once where it says to
     which weights it belongs.
     """
@@ -229,23 +268,36 @@ def _lora_report(file: WeightFile, common: dict[str, Any], description: Descript
         pairs = lora_pairs(file.headers)
         ranks = sorted({file.headers[pair.down].shape[0] for pair in pairs.values()})
         settings = adapter_settings(file, given=True)
-        said = "in the file" if any(pair.alpha for pair in pairs.values()) else "unstated (the rank)"
+        said = (
+            "in the file" if any(pair.alpha for pair in pairs.values()) else "unstated (the rank)"
+        )
         alpha = f"{settings.alpha:g}" if settings.alpha is not None else said
         alpha += " over the square root of the rank" if settings.stabilised else ""
         alpha += f", {len(settings.alphas)} layers with their own" if settings.alphas else ""
-        family = f"low-rank update (LoRA) of {len(pairs)} weights, rank {', '.join(map(str, ranks))}, alpha {alpha}"
+        family = (
+            f"low-rank update (LoRA) of {len(pairs)} weights, rank {', '.join(map(str, ranks))},"
+            f" alpha {alpha}"
+        )
     except CheckpointError as error:
         return WeightsReport(family="low-rank update (LoRA)", problem=str(error), **common)
     use = f"python -m scripts.checkpoint convert BASE TARGET --lora {file.path}"
     return WeightsReport(family=family, uses=(f"merge it: {use}",), **common)
 
 
-def _adapters_report(file: WeightFile, common: dict[str, Any], description: Description) -> WeightsReport:
+def _adapters_report(
+    file: WeightFile, common: dict[str, Any], description: Description
+) -> WeightsReport:
     """Adapters of a training run: a checkpoint together with the weights they were trained on."""
     path, said = str(common["path"]), description.extra["adapters"]
     common |= {
-        "family": f"adapters (LoRA) of rank {said['rank']}, alpha {said['alpha']:g}, on {', '.join(said['layers'])}",
-        "description": f"{_stated(description)}, on the weights of {said['bases']['student']['path'] or 'a random start'}",
+        "family": (
+            f"adapters (LoRA) of rank {said['rank']}, alpha {said['alpha']:g}, on"
+            f" {', '.join(said['layers'])}"
+        ),
+        "description": (
+            f"{_stated(description)}, on the weights of"
+            f" {said['bases']['student']['path'] or 'a random start'}"
+        ),
     }
     try:
         network = network_weights(file)
@@ -255,17 +307,30 @@ def _adapters_report(file: WeightFile, common: dict[str, Any], description: Desc
     streamed = stream_command(path, description)
     uses = (f"stream it: {streamed}",) if streamed else ()
     convert = f"python -m scripts.checkpoint convert {path} TARGET"
-    return WeightsReport(uses=(*uses, f"as one network: {convert}", f"alone, for other tools: {convert} --adapters wan"), **common)
+    return WeightsReport(
+        uses=(
+            *uses,
+            f"as one network: {convert}",
+            f"alone, for other tools: {convert} --adapters wan",
+        ),
+        **common,
+    )
 
 
 def _stated(description: Description) -> str:
-    return f"stage {description.stage}, iteration {description.iteration}, {description.network_name or 'no name'}"
+    return (
+        f"stage {description.stage}, iteration {description.iteration},"
+        f" {description.network_name or 'no name'}"
+    )
 
 
 def _family(file: WeightFile, patch: int | None, prefixes: Iterable[str]) -> str:
     """Whose form this is, from prefixes, naming and patch weight."""
     leads = {prefix.partition(".")[0] for prefix in prefixes}
-    if any(key.startswith("condition_embedder.") or ".condition_embedder." in key for key in file.headers):
+    if any(
+        key.startswith("condition_embedder.") or ".condition_embedder." in key
+        for key in file.headers
+    ):
         return "diffusers"
     if leads & {"generator", "generator_ema", "critic"}:
         return "Self-Forcing family (Self-Forcing, CausVid, Causal-Forcing, LongLive)"
@@ -284,18 +349,34 @@ def _uses(path: str, first: CopyReport, *, streamed: str | None) -> tuple[str, .
     """
     size = first.preset
     if streamed:
-        return (f"stream it: {streamed}", f"training from it: model.config.student_ckpt={path} (or a teacher's *_ckpt)")
+        return (
+            f"stream it: {streamed}",
+            f"training from it: model.config.student_ckpt={path} (or a teacher's *_ckpt)",
+        )
     module = "python -m rcm.inference."
     if size in ("1.3B", "14B"):
         return (
-            f"few-step student: {module}wan2pt1_t2v_rcm_infer --model_size {size} --dit_path {path}",
+            (
+                f"few-step student: {module}wan2pt1_t2v_rcm_infer --model_size {size} --dit_path"
+                f" {path}"
+            ),
             f"teacher: {module}wan2pt1_t2v_diffusion_infer --model_size {size} --dit_path {path}",
             f"training from it: model.config.student_ckpt={path} (or a teacher's *_ckpt)",
         )
     if size == "A14B":
         experts = "--high_noise_model_path or --low_noise_model_path, as its name says"
-        return (f"one expert of two: {module}wan2pt2_i2v_rcm_infer (students), wan2pt2_i2v_diffusion_infer (teachers), {experts}",)
+        return (
+            (
+                f"one expert of two: {module}wan2pt2_i2v_rcm_infer (students),"
+                f" wan2pt2_i2v_diffusion_infer (teachers), {experts}"
+            ),
+        )
     if size in ("i2v-14B", "flf2v-14B"):
         last = " --last_image_path LAST" if size == "flf2v-14B" else ""
-        return (f"image to video: {module}wan2pt1_i2v_diffusion_infer --image_path FIRST{last} --dit_path {path}",)
+        return (
+            (
+                f"image to video: {module}wan2pt1_i2v_diffusion_infer --image_path FIRST{last}"
+                f" --dit_path {path}"
+            ),
+        )
     return ("in Python: rcm.pipelines.load_wan with the sizes of this network",)

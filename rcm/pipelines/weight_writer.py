@@ -37,23 +37,34 @@ class OtherForm(LazyWeights):
     tensor at a time. `dtype` None keeps each tensor's.
     """
 
-    def __init__(self, network: LazyWeights, *, form: Format, config: WanConfig, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, network: LazyWeights, *, form: Format, config: WanConfig, dtype: torch.dtype | None
+    ) -> None:
         self.network, self.form, self.patch, self.dtype = network, form, config.patch, dtype
         self.names = {other_name(name, form=form): name for name in network}
-        self.headers = {key: self._as(name, network.headers[name]) for key, name in self.names.items()}
+        self.headers = {
+            key: self._as(name, network.headers[name]) for key, name in self.names.items()
+        }
 
     def __getitem__(self, key: str) -> Tensor:
         stored = self.network[self.names[key]]
         converted = self._as(self.names[key], stored)
-        if converted.dtype is torch.float16 and not bool(converted.isfinite().all()) and bool(stored.isfinite().all()):
+        if (
+            converted.dtype is torch.float16
+            and not bool(converted.isfinite().all())
+            and bool(stored.isfinite().all())
+        ):
             raise CheckpointError(
-                f"{key} has values up to {stored.abs().max():.3g}, beyond float16's 65504; convert with --dtype bf16 or fp32"
+                f"{key} has values up to {stored.abs().max():.3g}, beyond float16's 65504; convert"
+                " with --dtype bf16 or fp32"
             )
         return converted
 
     def _as(self, name: str, tensor: Tensor) -> Tensor:
         # a merged update comes in float32, whatever the dtype that the network keeps
-        return other_form(name, tensor, form=self.form, patch=self.patch).to(self.dtype or self.network.headers[name].dtype)
+        return other_form(name, tensor, form=self.form, patch=self.patch).to(
+            self.dtype or self.network.headers[name].dtype
+        )
 
 
 def save_network(
@@ -83,38 +94,83 @@ def save_network(
         OutputFile.claim(target)
     weights = OtherForm(network, form=form, config=config, dtype=dtype)
     with replacing(target) as partial:
-        _write(partial, weights, kind=target.suffix, config=config, description=description, max_shard_bytes=max_shard_bytes)
+        _write(
+            partial,
+            weights,
+            kind=target.suffix,
+            config=config,
+            description=description,
+            max_shard_bytes=max_shard_bytes,
+        )
         if partial.is_file():
             description.write(target.with_name(target.name + ".json"))
     return target
 
 
-def _write(path: Path, weights: OtherForm, *, kind: str, config: WanConfig, description: Description, max_shard_bytes: int | None) -> None:
+def _write(
+    path: Path,
+    weights: OtherForm,
+    *,
+    kind: str,
+    config: WanConfig,
+    description: Description,
+    max_shard_bytes: int | None,
+) -> None:
     """The container of suffix `kind` at `path`."""
     if kind == ".safetensors":
-        write_safetensors(path, weights.headers, weights.__getitem__, metadata={"format": "pt", "rcm": description.to_json()})
+        write_safetensors(
+            path,
+            weights.headers,
+            weights.__getitem__,
+            metadata={"format": "pt", "rcm": description.to_json()},
+        )
     elif kind in (".pt", ".pth"):
         torch.save(_contained(weights, copy=str(description.extra.get("weights"))), path)
     elif kind == ".dcp":
         with warnings.catch_warnings():
             # one process is what is meant
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(_whole(weights), storage_writer=FileSystemWriter(str(path), single_file_per_rank=True), no_dist=True)
+            dcp.save(
+                _whole(weights),
+                storage_writer=FileSystemWriter(str(path), single_file_per_rank=True),
+                no_dist=True,
+            )
         description.write(path / FILE_NAME)
     else:
-        _write_folder(path, weights, config=config, description=description, max_shard_bytes=max_shard_bytes)
+        _write_folder(
+            path, weights, config=config, description=description, max_shard_bytes=max_shard_bytes
+        )
 
 
-def _write_folder(folder: Path, weights: LazyWeights, *, config: WanConfig, description: Description, max_shard_bytes: int | None) -> None:
+def _write_folder(
+    folder: Path,
+    weights: LazyWeights,
+    *,
+    config: WanConfig,
+    description: Description,
+    max_shard_bytes: int | None,
+) -> None:
     folder.mkdir()
     shards = _shards(weights.headers, max_shard_bytes)
     where = {}
     for number, keys in enumerate(shards, 1):
-        name = f"{FOLDER_STEM}.safetensors" if len(shards) == 1 else f"{FOLDER_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = (
+            f"{FOLDER_STEM}.safetensors"
+            if len(shards) == 1
+            else f"{FOLDER_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
         where |= dict.fromkeys(keys, name)
-        write_safetensors(folder / name, {key: weights.headers[key] for key in keys}, weights.__getitem__, metadata={"format": "pt"})
+        write_safetensors(
+            folder / name,
+            {key: weights.headers[key] for key in keys},
+            weights.__getitem__,
+            metadata={"format": "pt"},
+        )
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(header.nbytes for header in weights.headers.values())}, "weight_map": where}
+        index = {
+            "metadata": {"total_size": sum(header.nbytes for header in weights.headers.values())},
+            "weight_map": where,
+        }
         (folder / f"{FOLDER_STEM}.safetensors{INDEX}").write_text(json.dumps(index, indent=2))
     settings = published_settings(config, form=weights.form)
     if settings is not None:
@@ -139,7 +195,9 @@ def _shards(headers: Mapping[str, Tensor], limit: int | None) -> list[list[str]]
 
 def _contained(weights: OtherForm, *, copy: str) -> dict[str, object]:
     """The dict that torch.save writes: a family with containers gets the one of this copy."""
-    entry = {"ema": "generator_ema", "fake_score": "critic"}.get(copy, FORMS[weights.form].container)
+    entry = {"ema": "generator_ema", "fake_score": "critic"}.get(
+        copy, FORMS[weights.form].container
+    )
     return {entry: _whole(weights)} if FORMS[weights.form].container else _whole(weights)
 
 
@@ -148,21 +206,36 @@ def _whole(weights: LazyWeights) -> dict[str, Tensor]:
     mapped file would repeat it.
     """
     tensors = {key: weights[key].cpu() for key in weights}
-    return {key: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for key, t in tensors.items()}
+    return {
+        key: t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
+        for key, t in tensors.items()
+    }
 
 
-def _check_target(target: Path, *, form: Format, max_shard_bytes: int | None, overwrite: bool) -> None:
+def _check_target(
+    target: Path, *, form: Format, max_shard_bytes: int | None, overwrite: bool
+) -> None:
     if form not in FORMS:
         raise ConfigError(f"unknown form {form!r}; choose --to from {', '.join(FORMS)}")
     if target.suffix not in (".safetensors", ".pt", ".pth", ".dcp", ""):
         raise ConfigError(
-            f"cannot tell what {target} should be: end it in .safetensors, .pt, .pth or .dcp, or give a folder without suffix"
+            f"cannot tell what {target} should be: end it in .safetensors, .pt, .pth or .dcp, or"
+            " give a folder without suffix"
         )
     if FORMS[form].container and target.suffix not in (".pt", ".pth"):
-        raise ConfigError(f"the form {form} nests state dicts, which only .pt and .pth hold; {target} is none")
+        raise ConfigError(
+            f"the form {form} nests state dicts, which only .pt and .pth hold; {target} is none"
+        )
     if max_shard_bytes is not None and (target.suffix or max_shard_bytes < 1):
-        raise ConfigError(f"--max_shard_size is a positive size for a folder of shards; {target} with {max_shard_bytes} bytes is none")
-    check_free(target, overwrite=overwrite, ours=lambda name: name.startswith(FOLDER_STEM) or name.endswith(".distcp"))
+        raise ConfigError(
+            f"--max_shard_size is a positive size for a folder of shards; {target} with"
+            f" {max_shard_bytes} bytes is none"
+        )
+    check_free(
+        target,
+        overwrite=overwrite,
+        ours=lambda name: name.startswith(FOLDER_STEM) or name.endswith(".distcp"),
+    )
 
 
 def check_free(target: Path, *, overwrite: bool, ours: Callable[[str], bool]) -> None:
@@ -170,8 +243,17 @@ def check_free(target: Path, *, overwrite: bool, ours: Callable[[str], bool]) ->
     with files that are not `ours` (nor what every folder of weights has).
     """
     if target.exists() and not overwrite:
-        raise ConfigError(f"{target} exists; pass --overwrite to replace it, or choose another target")
+        raise ConfigError(
+            f"{target} exists; pass --overwrite to replace it, or choose another target"
+        )
     names = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
-    others = [name for name in names if name not in (FILE_NAME, "config.json", ".metadata") and not ours(name)]
+    others = [
+        name
+        for name in names
+        if name not in (FILE_NAME, "config.json", ".metadata") and not ours(name)
+    ]
     if others:
-        raise ConfigError(f"{target} holds other files ({listed(others, most=3)}), which would be lost; choose another target")
+        raise ConfigError(
+            f"{target} holds other files ({listed(others, most=3)}), which would be lost; choose"
+            " another target"
+        )

@@ -40,7 +40,9 @@ class Canvas:
 
     def layout(self, frame_index: tuple[int, ...], view: View) -> TokenLayout:
         """Layout of a chunk whose frames stand at `frame_index`, over what `view` shows."""
-        return TokenLayout.over_cache(frame_index, grid=self.grid, context_tokens=view.prefix_tokens)
+        return TokenLayout.over_cache(
+            frame_index, grid=self.grid, context_tokens=view.prefix_tokens
+        )
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,13 @@ class ChunkLoop:
         in_place: bool = False,
         interrupt: Callable[[], None] | None = None,
     ) -> None:
-        self.denoiser, self.canvas, self.noise, self.rule, self.cache = denoiser, canvas, noise, rule, cache
+        self.denoiser, self.canvas, self.noise, self.rule, self.cache = (
+            denoiser,
+            canvas,
+            noise,
+            rule,
+            cache,
+        )
         self.grad, self.in_place, self.interrupt = grad, in_place, interrupt
         self.newest: int | None = None  # id of the chunk that was appended last
 
@@ -101,8 +109,12 @@ class ChunkLoop:
         for step, (t, t_next) in enumerate(zip(plan.times[:-1], plan.times[1:], strict=True)):
             last = step == plan.num_steps - 1
             noise = self.noise.step(step, frames) if self.rule.needs_noise and t_next > 0 else None
-            with torch.set_grad_enabled(last and self.grad == "last_step" and torch.is_grad_enabled()):
-                x_next = self.advance(x, cond, placement, t=t, t_next=t_next, noise=noise, append=last and fuse)
+            with torch.set_grad_enabled(
+                last and self.grad == "last_step" and torch.is_grad_enabled()
+            ):
+                x_next = self.advance(
+                    x, cond, placement, t=t, t_next=t_next, noise=noise, append=last and fuse
+                )
             if last:
                 if fuse:
                     self.settle(plan)
@@ -125,7 +137,9 @@ class ChunkLoop:
         else:
             t = plan.commit_time
             x = (1.0 - t) * result.x0 + t * self.noise.context(slice(plan.start, plan.stop))
-        self.fill(x.detach(), cond, self._append(result.placement), result.placement.frame_index, t=t)
+        self.fill(
+            x.detach(), cond, self._append(result.placement), result.placement.frame_index, t=t
+        )
         self.settle(plan)
         return x, t
 
@@ -148,7 +162,9 @@ class ChunkLoop:
         places = [chunk.positions.frames for chunk, _, _ in chunks]
         if None in places:
             lost = chunks[places.index(None)][0].id
-            raise ValueError(f"chunk {lost} holds chosen tokens, not whole frames, so it cannot be entered again")
+            raise ValueError(
+                f"chunk {lost} holds chosen tokens, not whole frames, so it cannot be entered again"
+            )
         caches, policy = self.cache.branches, self.canvas.policy
         for cache in caches:
             cache.evict([chunk.id for chunk, _, _ in chunks])
@@ -179,7 +195,15 @@ class ChunkLoop:
         self.canvas.policy.after(self.cache.branches, plan)
 
     def advance(
-        self, x: Tensor, cond: Condition, placement: Placement, *, t: float, t_next: float, noise: Tensor | None, append: bool
+        self,
+        x: Tensor,
+        cond: Condition,
+        placement: Placement,
+        *,
+        t: float,
+        t_next: float,
+        noise: Tensor | None,
+        append: bool,
     ) -> Tensor:
         """One denoising step from RF time `t` to `t_next`; `append` leaves the pass in the
         cache.
@@ -187,27 +211,41 @@ class ChunkLoop:
         view = self.view(placement, append=append)
         layout = self.canvas.layout(placement.frame_index, view)
         now, then = (time_tensor(time, x.shape[0], x.device) for time in (t, t_next))
-        return self.rule(x, self.ask(x, now, then, cond, layout, view), t=t, t_next=t_next, noise=noise)
+        return self.rule(
+            x, self.ask(x, now, then, cond, layout, view), t=t, t_next=t_next, noise=noise
+        )
 
-    def ask(self, x: Tensor, t: Tensor, t_next: Tensor, cond: Condition, layout: TokenLayout, view: View) -> Tensor:
+    def ask(
+        self, x: Tensor, t: Tensor, t_next: Tensor, cond: Condition, layout: TokenLayout, view: View
+    ) -> Tensor:
         """The velocity that the rule of a step from `t` to `t_next` wants."""
         if self.rule.mean:
             return self.denoiser.mean_velocity(x, t, t_next, cond, layout, cache=view)
         return self.denoiser.velocity(x, t, cond, layout, cache=view)
 
-    def fill(self, x: Tensor, cond: Condition, view: View, frame_index: tuple[int, ...], *, t: float) -> None:
+    def fill(
+        self, x: Tensor, cond: Condition, view: View, frame_index: tuple[int, ...], *, t: float
+    ) -> None:
         """One pass whose only result is its context."""
         layout = self.canvas.layout(frame_index, view)
-        self.denoiser.enter_context(x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view)
+        self.denoiser.enter_context(
+            x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view
+        )
 
     def view(self, placement: Placement, *, append: bool) -> View:
         """The view of one denoising pass."""
         if self.interrupt is not None:
             self.interrupt()
-        return self._append(placement) if append else self.cache.readonly(visible=placement.visible, transient=self.in_place)
+        return (
+            self._append(placement)
+            if append
+            else self.cache.readonly(visible=placement.visible, transient=self.in_place)
+        )
 
     def _append(self, placement: Placement) -> View:
-        return self.cache.append(placement.visible, observers=self.canvas.policy.observers(self.cache.branches))
+        return self.cache.append(
+            placement.visible, observers=self.canvas.policy.observers(self.cache.branches)
+        )
 
 
 def rollout(
@@ -228,7 +266,9 @@ def rollout(
     `cache` already holds every block before the first plan's (see `ChunkLoop.prefill`).
     `commit_last=False` skips the context pass of the final chunk, which nothing reads.
     """
-    loop = ChunkLoop(denoiser, canvas=canvas, noise=noise, rule=rule, cache=cache, grad=grad, in_place=in_place)
+    loop = ChunkLoop(
+        denoiser, canvas=canvas, noise=noise, rule=rule, cache=cache, grad=grad, in_place=in_place
+    )
     upcoming = iter(plans)
     plan = next(upcoming, None)
     while plan is not None:

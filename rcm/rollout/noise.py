@@ -49,7 +49,13 @@ class ChunkNoise:
         device: torch.device | str,
         draw_on: torch.device | str = "cpu",
     ) -> None:
-        self.shape, self.seed, self.dtype, self.device, self.draw_on = tuple(shape), seed, dtype, torch.device(device), draw_on
+        self.shape, self.seed, self.dtype, self.device, self.draw_on = (
+            tuple(shape),
+            seed,
+            dtype,
+            torch.device(device),
+            draw_on,
+        )
 
     def start(self, frames: slice) -> torch.Tensor:
         """See `Noise`."""
@@ -73,7 +79,13 @@ class ChunkNoise:
 
     def _draw(self, purpose: str, frames: slice) -> torch.Tensor:
         batch, channels, height, width = self.shape
-        source = generator(seed=self.seed, step=frames.start, dp_rank=0, purpose=f"stream/{purpose}", device=self.draw_on)
+        source = generator(
+            seed=self.seed,
+            step=frames.start,
+            dp_rank=0,
+            purpose=f"stream/{purpose}",
+            device=self.draw_on,
+        )
         draw = randn((batch, channels, frames.stop - frames.start, height, width), generator=source)
         return to_device(draw, self.device).to(self.dtype)
 
@@ -99,7 +111,12 @@ class VideoNoise:
         device: torch.device | str,
         given: int = 0,
     ) -> None:
-        self.shape, self.dtype, self.device, self.given = tuple(shape), dtype, torch.device(device), given
+        self.shape, self.dtype, self.device, self.given = (
+            tuple(shape),
+            dtype,
+            torch.device(device),
+            given,
+        )
         self._generator = generator
         batch, channels, frames, height, width = self.shape
         self._draws = [self._draw((batch, channels, frames - given, height, width))]
@@ -120,11 +137,20 @@ class VideoNoise:
         draws the start only.
         """
         num = max(plan.num_steps for plan in plans) if renoises else 0
-        return cls(shape, num_draws=num, generator=generator, dtype=dtype, device=device, given=plans[0].start)
+        return cls(
+            shape,
+            num_draws=num,
+            generator=generator,
+            dtype=dtype,
+            device=device,
+            given=plans[0].start,
+        )
 
     def start(self, frames: slice) -> torch.Tensor:
         """Unit noise a chunk starts from, [B, C, frames, H, W]."""
-        return self._draws[0][:, :, frames.start - self.given : frames.stop - self.given].to(self.dtype)
+        return self._draws[0][:, :, frames.start - self.given : frames.stop - self.given].to(
+            self.dtype
+        )
 
     def step(self, index: int, frames: slice) -> torch.Tensor:
         """Unit noise used when leaving step `index` (0-based) of a chunk."""
@@ -133,7 +159,9 @@ class VideoNoise:
     def context(self, frames: slice) -> torch.Tensor:
         """Fresh noise for a re-noised context of these frames."""
         batch, channels, _, height, width = self.shape
-        return self._draw((batch, channels, frames.stop - frames.start, height, width)).to(self.dtype)
+        return self._draw((batch, channels, frames.stop - frames.start, height, width)).to(
+            self.dtype
+        )
 
     def state(self) -> Any:
         """What was drawn, which is never written again, and the generator's state, on which context
@@ -148,4 +176,9 @@ class VideoNoise:
         self._generator.set_state(generator)
 
     def _draw(self, shape: tuple[int, ...]) -> torch.Tensor:
-        return to_device(torch.randn(shape, generator=self._generator, device=self._generator.device, dtype=torch.float32), self.device)
+        return to_device(
+            torch.randn(
+                shape, generator=self._generator, device=self._generator.device, dtype=torch.float32
+            ),
+            self.device,
+        )

@@ -31,7 +31,10 @@ class StepSchedule:
 
     def __post_init__(self) -> None:
         if not self.mids:
-            raise ConfigError("a step schedule needs at least one entry of mid times (an empty entry () means one step)")
+            raise ConfigError(
+                "a step schedule needs at least one entry of mid times (an empty entry () means one"
+                " step)"
+            )
         for entry in self.mids:
             few_step_grid(entry, first=1.0)
 
@@ -52,16 +55,24 @@ class StepSchedule:
 
     @classmethod
     def from_lists(
-        cls, *, steps: Sequence[int], schedules: Sequence[Sequence[float]], default_mids: Sequence[float], knob: str = "steps_per_chunk"
+        cls,
+        *,
+        steps: Sequence[int],
+        schedules: Sequence[Sequence[float]],
+        default_mids: Sequence[float],
+        knob: str = "steps_per_chunk",
     ) -> StepSchedule:
         """Schedule from the two lists users write. No `schedules`: every entry is a prefix of
         `default_mids`. Extra mid times are cut off.
         """
         if schedules and not steps:
-            raise ConfigError(f"mid-time schedules were given without {knob}; give one step count per schedule")
+            raise ConfigError(
+                f"mid-time schedules were given without {knob}; give one step count per schedule"
+            )
         if schedules and len(schedules) != len(steps):
             raise ConfigError(
-                f"{len(schedules)} mid-time schedules for {len(steps)} entries of {knob}={list(steps)}; give one schedule per entry"
+                f"{len(schedules)} mid-time schedules for {len(steps)} entries of"
+                f" {knob}={list(steps)}; give one schedule per entry"
             )
         mids = []
         for i, num in enumerate(steps):
@@ -69,7 +80,10 @@ class StepSchedule:
                 raise ConfigError(f"{knob}[{i}]={num} must be at least 1")
             source = tuple(schedules[i]) if schedules else tuple(default_mids)
             if len(source) < num - 1:
-                raise ConfigError(f"Need {num - 1} mid_t values for {num} steps, got {len(source)} (entry {i} of {knob})")
+                raise ConfigError(
+                    f"Need {num - 1} mid_t values for {num} steps, got {len(source)} (entry {i} of"
+                    f" {knob})"
+                )
             mids.append(source[: num - 1])
         return cls(tuple(mids))
 
@@ -79,7 +93,10 @@ class StepSchedule:
         """
         counts = [len(entry) + 1 for entry in self.mids]
         if any(b > a for a, b in pairwise(counts)):
-            raise ConfigError(f"{knob}={counts} increases; step counts per chunk must be non-increasing in training")
+            raise ConfigError(
+                f"{knob}={counts} increases; step counts per chunk must be non-increasing in"
+                " training"
+            )
 
 
 @dataclass(frozen=True)
@@ -139,7 +156,9 @@ def block_plan(
     times = few_step_grid(schedule.entry(block - prefix_blocks), first=first_time)
     noisy = context.applies(block)
     start, stop = pattern.frames_before(block), pattern.frames_before(block + 1)
-    return ChunkPlan(block, start, stop, times, "last_input" if noisy else "clean", times[-2] if noisy else 0.0)
+    return ChunkPlan(
+        block, start, stop, times, "last_input" if noisy else "clean", times[-2] if noisy else 0.0
+    )
 
 
 def inference_plan(
@@ -153,20 +172,40 @@ def inference_plan(
 ) -> tuple[ChunkPlan, ...]:
     """The plans of a video of `num_frames` latent frames, each a `block_plan`."""
     return tuple(
-        block_plan(pattern, block, schedule, first_time=first_time, context=context, prefix_blocks=prefix_blocks)
+        block_plan(
+            pattern,
+            block,
+            schedule,
+            first_time=first_time,
+            context=context,
+            prefix_blocks=prefix_blocks,
+        )
         for block in range(prefix_blocks, pattern.num_blocks(num_frames))
     )
 
 
-def ode_block_plan(pattern: BlockPattern, block: int, times: tuple[float, ...], *, context: ContextRule = ContextRule()) -> ChunkPlan:
+def ode_block_plan(
+    pattern: BlockPattern,
+    block: int,
+    times: tuple[float, ...],
+    *,
+    context: ContextRule = ContextRule(),
+) -> ChunkPlan:
     """Many-step plan of one block: the same grid in every chunk."""
     noisy = context.applies(block)
     start, stop = pattern.frames_before(block), pattern.frames_before(block + 1)
-    return ChunkPlan(block, start, stop, times, "last_input" if noisy else "clean", times[-2] if noisy else 0.0)
+    return ChunkPlan(
+        block, start, stop, times, "last_input" if noisy else "clean", times[-2] if noisy else 0.0
+    )
 
 
 def training_plan(
-    pattern: BlockPattern, num_frames: int, schedule: StepSchedule, *, index: int, context: ContextRule = ContextRule()
+    pattern: BlockPattern,
+    num_frames: int,
+    schedule: StepSchedule,
+    *,
+    index: int,
+    context: ContextRule = ContextRule(),
 ) -> tuple[ChunkPlan, ...]:
     """Self-forcing rollout of effective update `index` (Causal_rCM.md section 6).
 

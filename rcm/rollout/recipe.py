@@ -48,13 +48,18 @@ class SamplingRecipe:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ConfigError(f"sampling kind {self.kind!r} is not one of {', '.join(map(repr, KINDS))}")
+            raise ConfigError(
+                f"sampling kind {self.kind!r} is not one of {', '.join(map(repr, KINDS))}"
+            )
         BlockPattern.parse(self.pattern)
         StepSchedule(self.mids)
         if self.window is not None:
             SlidingWindow(self.window, self.sinks)
         elif self.sinks:
-            raise ConfigError(f"sinks={self.sinks} are what stays visible beyond a window; give window, or leave sinks at 0")
+            raise ConfigError(
+                f"sinks={self.sinks} are what stays visible beyond a window; give window, or leave"
+                " sinks at 0"
+            )
 
     @property
     def policy(self) -> CachePolicy:
@@ -69,7 +74,11 @@ class SamplingRecipe:
     @property
     def rule(self) -> StepRule:
         """The update rule of a denoising step."""
-        rules: dict[str, StepRule] = {"few_step": ConsistencyStep(), "flow_map": FlowMapStep(), "ode": EulerStep()}
+        rules: dict[str, StepRule] = {
+            "few_step": ConsistencyStep(),
+            "flow_map": FlowMapStep(),
+            "ode": EulerStep(),
+        }
         return rules[self.kind]
 
     def plan(self, block: int, *, prefix_blocks: int = 0) -> ChunkPlan:
@@ -95,9 +104,14 @@ class SamplingRecipe:
         """Plans of a video of `num_frames` latent frames whose first `prefix_blocks` blocks are
         given; `ConfigError` as `num_blocks`.
         """
-        return tuple(self.plan(block, prefix_blocks=prefix_blocks) for block in range(prefix_blocks, self.blocks.num_blocks(num_frames)))
+        return tuple(
+            self.plan(block, prefix_blocks=prefix_blocks)
+            for block in range(prefix_blocks, self.blocks.num_blocks(num_frames))
+        )
 
-    def with_steps(self, *steps: int, schedules: Sequence[Sequence[float]] = (), knob: str = "steps_per_chunk") -> SamplingRecipe:
+    def with_steps(
+        self, *steps: int, schedules: Sequence[Sequence[float]] = (), knob: str = "steps_per_chunk"
+    ) -> SamplingRecipe:
         """The same recipe with other step counts per chunk (the last repeats) and, if given, one
         mid-time schedule per count.
 
@@ -108,9 +122,16 @@ class SamplingRecipe:
         if not schedules:
             own, longest = StepSchedule(self.mids), max((*self.mids, CAUSAL_MID_TIMES), key=len)
             entries = [own.entry(i) for i in range(len(steps))]
-            schedules = [entry if len(entry) >= num - 1 else longest for entry, num in zip(entries, steps, strict=True)]
-        schedule = StepSchedule.from_lists(steps=steps, schedules=schedules, default_mids=(), knob=knob)
-        return replace(self, kind="flow_map" if self.kind == "flow_map" else "few_step", mids=schedule.mids)
+            schedules = [
+                entry if len(entry) >= num - 1 else longest
+                for entry, num in zip(entries, steps, strict=True)
+            ]
+        schedule = StepSchedule.from_lists(
+            steps=steps, schedules=schedules, default_mids=(), knob=knob
+        )
+        return replace(
+            self, kind="flow_map" if self.kind == "flow_map" else "few_step", mids=schedule.mids
+        )
 
     def contradictions(self, trained: SamplingRecipe) -> list[str]:
         """What in this recipe a checkpoint trained for `trained` does not support: one sentence
@@ -120,20 +141,40 @@ class SamplingRecipe:
         another pattern, kind or context is not.
         """
         found = []
-        knobs = {"pattern": "first_chunk_t / chunk_t", "kind": "--distilled", "noisy_context": "--context_from_last_step"}
-        for name, knob in (knobs | {"window": "SamplingRecipe.window", "sinks": "SamplingRecipe.sinks"}).items():
+        knobs = {
+            "pattern": "first_chunk_t / chunk_t",
+            "kind": "--distilled",
+            "noisy_context": "--context_from_last_step",
+        }
+        for name, knob in (
+            knobs | {"window": "SamplingRecipe.window", "sinks": "SamplingRecipe.sinks"}
+        ).items():
             mine, theirs = getattr(self, name), getattr(trained, name)
             if mine != theirs:
-                found.append(f"{name}: the checkpoint was trained for {theirs!r}, the sampler asks for {mine!r} ({knob})")
-        if self.noisy_context and trained.noisy_context and self.mids[-1][-1:] != trained.mids[-1][-1:]:
-            found.append(f"noisy-context time: trained at {trained.mids[-1][-1:]}, sampler uses {self.mids[-1][-1:]} (mid_t_schedules)")
+                found.append(
+                    f"{name}: the checkpoint was trained for {theirs!r}, the sampler asks for"
+                    f" {mine!r} ({knob})"
+                )
+        if (
+            self.noisy_context
+            and trained.noisy_context
+            and self.mids[-1][-1:] != trained.mids[-1][-1:]
+        ):
+            found.append(
+                f"noisy-context time: trained at {trained.mids[-1][-1:]}, sampler uses"
+                f" {self.mids[-1][-1:]} (mid_t_schedules)"
+            )
         return found
 
     def require_compatible(self, trained: SamplingRecipe, *, allow: bool = False) -> list[str]:
         """Raise `ConfigError` on contradictions unless `allow`; returns them for the log."""
         found = self.contradictions(trained)
         if found and not allow:
-            raise ConfigError("the sampler contradicts the checkpoint: " + "; ".join(found) + ". Pass --ignore_recipe to sample anyway")
+            raise ConfigError(
+                "the sampler contradicts the checkpoint: "
+                + "; ".join(found)
+                + ". Pass --ignore_recipe to sample anyway"
+            )
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,7 +187,10 @@ class SamplingRecipe:
         """Inverse of `to_dict`; unknown keys raise `ConfigError`."""
         unknown = set(data) - set(cls.__dataclass_fields__)
         if unknown:
-            raise ConfigError(f"sampling recipe has unknown keys {sorted(unknown)}; known: {sorted(cls.__dataclass_fields__)}")
+            raise ConfigError(
+                f"sampling recipe has unknown keys {sorted(unknown)}; known:"
+                f" {sorted(cls.__dataclass_fields__)}"
+            )
         fields = dict(data)
         if "mids" in fields:
             fields["mids"] = tuple(tuple(float(t) for t in entry) for entry in fields["mids"])

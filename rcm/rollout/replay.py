@@ -15,11 +15,15 @@ from rcm.nets.denoiser import VelocityModel
 from rcm.rollout.autoregressive import Cache, Canvas, ChunkResult, time_tensor
 
 
-def replay_chunk(denoiser: VelocityModel, cond: Condition, result: ChunkResult, *, canvas: Canvas, cache: Cache) -> torch.Tensor:
+def replay_chunk(
+    denoiser: VelocityModel, cond: Condition, result: ChunkResult, *, canvas: Canvas, cache: Cache
+) -> torch.Tensor:
     """x0 of one finished chunk, recomputed with gradient: x - t v(x, t | the chunks that it saw).
     Shape as `result.x0`.
     """
     x, t = result.last_input.detach(), result.last_time
     view = cache.readonly(visible=result.placement.visible)
     layout = canvas.layout(result.placement.frame_index, view)
-    return x - t * denoiser.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view)
+    return x - t * denoiser.velocity(
+        x, time_tensor(t, x.shape[0], x.device), cond, layout, cache=view
+    )

@@ -24,7 +24,9 @@ class Sampler(Protocol):
         """RF times walked, decreasing to 0: one network evaluation at each but the last."""
         ...
 
-    def sample(self, velocity: Velocity, noise: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
+    def sample(
+        self, velocity: Velocity, noise: torch.Tensor, *, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
         """x0 from unit Gaussian `noise` [B, C, T, H, W]; the state keeps its dtype (use float64).
         `generator` draws added noise.
         """
@@ -43,9 +45,18 @@ class SingleStep:
     rule: StepRule
     scale_first: bool = False
 
-    def sample(self, velocity: Velocity, noise: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
+    def sample(
+        self, velocity: Velocity, noise: torch.Tensor, *, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
         """See `Sampler`."""
-        return sample_video(velocity, noise, times=self.times, rule=self.rule, generator=generator, scale_first=self.scale_first)
+        return sample_video(
+            velocity,
+            noise,
+            times=self.times,
+            rule=self.rule,
+            generator=generator,
+            scale_first=self.scale_first,
+        )
 
 
 def sample_video(
@@ -71,7 +82,9 @@ def sample_video(
         v = velocity(x, t)
         fresh = None
         if rule.needs_noise:
-            fresh = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=_device(generator, x)).to(x)
+            fresh = torch.randn(
+                x.shape, generator=generator, dtype=torch.float32, device=_device(generator, x)
+            ).to(x)
         x = rule(x, v, t=t, t_next=t_next, noise=fresh)
     return x
 

@@ -30,7 +30,8 @@ def initial_time(sigma_max: float) -> float:
     """
     if not 0 < sigma_max < math.inf:
         raise ConfigError(
-            f"sigma_max={sigma_max} must be positive and finite; set sigma_max (80 for bidirectional rCM, 1600 for causal sampling)"
+            f"sigma_max={sigma_max} must be positive and finite; set sigma_max (80 for"
+            " bidirectional rCM, 1600 for causal sampling)"
         )
     return sigma_max / (sigma_max + 1)
 
@@ -62,23 +63,32 @@ def few_step_grid(mid_times: Sequence[float], *, first: float) -> tuple[float, .
         raise ConfigError(f"first time {first} of a few-step grid must be in (0, 1]")
     if any(a <= b for a, b in pairwise(grid)):
         raise ConfigError(
-            f"few-step times must decrease strictly from {first:g} to 0, got {[f'{t:g}' for t in grid]}; change mid_t / mid_t_schedules "
-            "(training: model.config.backward_timesteps or sf_backward_timestep_schedules)"
+            f"few-step times must decrease strictly from {first:g} to 0, got"
+            f" {[f'{t:g}' for t in grid]}; change mid_t / mid_t_schedules (training:"
+            " model.config.backward_timesteps or sf_backward_timestep_schedules)"
         )
     return grid
 
 
-def trig_grid(num_steps: int, *, sigma_max: float, mid_times: Sequence[float] = TRIG_MID_TIMES) -> tuple[float, ...]:
+def trig_grid(
+    num_steps: int, *, sigma_max: float, mid_times: Sequence[float] = TRIG_MID_TIMES
+) -> tuple[float, ...]:
     """RF grid of bidirectional rCM sampling: TrigFlow times (arctan sigma_max, first num_steps - 1
     of `mid_times`, 0) mapped by sin/(sin + cos). `ConfigError` for more steps than mid times, or a
     sigma_max at or below the first of them.
     """
     if not 1 <= num_steps <= len(mid_times) + 1:
-        raise ConfigError(f"num_steps={num_steps} is not in 1..{len(mid_times) + 1}: only {len(mid_times)} mid times are given")
+        raise ConfigError(
+            f"num_steps={num_steps} is not in 1..{len(mid_times) + 1}: only {len(mid_times)} mid"
+            " times are given"
+        )
     taus = (math.atan(sigma_max), *mid_times[: num_steps - 1])
     if not all(a > b for a, b in zip(taus, (*taus[1:], 0.0), strict=True)):
         least = math.tan(taus[1]) if num_steps > 1 else 0.0
-        raise ConfigError(f"sigma_max={sigma_max:g} must be above {least:.4g}, the noise level of the second step; raise sigma_max")
+        raise ConfigError(
+            f"sigma_max={sigma_max:g} must be above {least:.4g}, the noise level of the second"
+            " step; raise sigma_max"
+        )
     return (*(math.sin(a) / (math.sin(a) + math.cos(a)) for a in taus), 0.0)
 
 
@@ -86,11 +96,17 @@ def parse_times(text: str | Iterable[str | float]) -> tuple[float, ...]:
     """Times from a command line: fractions ("15/16"), decimals, separated by commas or spaces, or a
     list of such words.
     """
-    words = re.split(r"[,\s]+", text) if isinstance(text, str) else [w for part in text for w in re.split(r"[,\s]+", str(part))]
+    words = (
+        re.split(r"[,\s]+", text)
+        if isinstance(text, str)
+        else [w for part in text for w in re.split(r"[,\s]+", str(part))]
+    )
     try:
         return tuple(float(Fraction(w)) for w in words if w)
     except (ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"cannot read times from {text!r}: write numbers or fractions such as '15/16 5/6 5/8'") from error
+        raise ConfigError(
+            f"cannot read times from {text!r}: write numbers or fractions such as '15/16 5/6 5/8'"
+        ) from error
 
 
 def parse_schedules(text: str) -> tuple[tuple[float, ...], ...]:

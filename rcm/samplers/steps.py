@@ -23,9 +23,25 @@ class StepRule(Protocol):
     that at `t`.
     """
 
-    def __call__(self, x: torch.Tensor, v: torch.Tensor, *, t: float, t_next: float, noise: torch.Tensor | None) -> torch.Tensor: ...
+    def __call__(
+        self,
+        x: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        t: float,
+        t_next: float,
+        noise: torch.Tensor | None,
+    ) -> torch.Tensor: ...
 
-    def on_device(self, x: torch.Tensor, v: torch.Tensor, *, t: torch.Tensor, t_next: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def on_device(
+        self,
+        x: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        t: torch.Tensor,
+        t_next: torch.Tensor,
+        noise: torch.Tensor,
+    ) -> torch.Tensor:
         """The same with times [B, 1] in device memory, for captured steps; `noise` is read, and of
         no effect, where none is needed.
         """
@@ -38,10 +54,26 @@ class EulerStep:
     needs_noise = False
     mean = False
 
-    def __call__(self, x: torch.Tensor, v: torch.Tensor, *, t: float, t_next: float, noise: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        t: float,
+        t_next: float,
+        noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return x - (t - t_next) * v
 
-    def on_device(self, x: torch.Tensor, v: torch.Tensor, *, t: torch.Tensor, t_next: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def on_device(
+        self,
+        x: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        t: torch.Tensor,
+        t_next: torch.Tensor,
+        noise: torch.Tensor,
+    ) -> torch.Tensor:
         """See `StepRule`."""
         return x - _over(t - t_next, x) * v
 
@@ -63,15 +95,34 @@ class ConsistencyStep:
     needs_noise = True
     mean = False
 
-    def __call__(self, x: torch.Tensor, v: torch.Tensor, *, t: float, t_next: float, noise: torch.Tensor | None) -> torch.Tensor:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        t: float,
+        t_next: float,
+        noise: torch.Tensor | None,
+    ) -> torch.Tensor:
         x0 = x - t * v
         if t_next == 0.0:
             return x0
         if noise is None:
-            raise ValueError(f"renoising to t={t_next:g} needs a noise tensor of shape {tuple(x.shape)}, got None")
+            raise ValueError(
+                f"renoising to t={t_next:g} needs a noise tensor of shape {tuple(x.shape)}, got"
+                " None"
+            )
         return (1.0 - t_next) * x0 + t_next * noise
 
-    def on_device(self, x: torch.Tensor, v: torch.Tensor, *, t: torch.Tensor, t_next: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def on_device(
+        self,
+        x: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        t: torch.Tensor,
+        t_next: torch.Tensor,
+        noise: torch.Tensor,
+    ) -> torch.Tensor:
         """See `StepRule`."""
         return _over(1.0 - t_next, x) * (x - _over(t, x) * v) + _over(t_next, x) * noise
 

@@ -57,13 +57,15 @@ class UniPC:
             raise ConfigError(f"UniPC order must be 1, 2 or 3, got {self.order}")
         if len(self.times) < 2 or self.times[0] >= 1 or self.times[-1] != 0:
             raise ConfigError(
-                f"UniPC walks times from below 1 to exactly 0 (its log signal-to-noise ratio is infinite at 1), got {self.times[:1]} ... "
-                f"{self.times[-1:]}; lower sigma_max"
+                "UniPC walks times from below 1 to exactly 0 (its log signal-to-noise ratio is"
+                f" infinite at 1), got {self.times[:1]} ... {self.times[-1:]}; lower sigma_max"
             )
         if any(a <= b for a, b in pairwise(self.times)):
             raise ConfigError("UniPC times must decrease strictly")
 
-    def sample(self, velocity: Velocity, noise: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
+    def sample(
+        self, velocity: Velocity, noise: torch.Tensor, *, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
         """See `Sampler`. Deterministic: `generator` is not used."""
         x, last_x, last_order = noise, noise, 0
         history: list[_Evaluation] = []
@@ -80,7 +82,13 @@ class UniPC:
 
 
 def _step(
-    x: torch.Tensor, history: list[_Evaluation], order: int, *, t_from: float, t_to: float, end: _Evaluation | None = None
+    x: torch.Tensor,
+    history: list[_Evaluation],
+    order: int,
+    *,
+    t_from: float,
+    t_to: float,
+    end: _Evaluation | None = None,
 ) -> torch.Tensor:
     """From `x` at `t_from` to `t_to`: the predictor of `order`, or with the evaluation at the `end`
     the corrector of that order.

@@ -32,13 +32,18 @@ class Access:
             return f"this server answers to {', '.join(LOOPBACK)}, not to {host[:80]!r}"
         origin = headers.get("origin")
         if origin is not None and origin not in self.origins and not _same(origin, host):
-            return f"pages of {origin[:80]!r} may not use this server; allow them with --allow_origin"
+            return (
+                f"pages of {origin[:80]!r} may not use this server; allow them with --allow_origin"
+            )
         if self.token is None:
             return None
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         given = bearer if scheme.lower() == "bearer" else query.get("token", "")
         if not hmac.compare_digest(given.encode(errors="replace"), self.token.encode()):
-            return "a token is needed: open the address with ?token=..., or send Authorization: Bearer ..."
+            return (
+                "a token is needed: open the address with ?token=..., or send Authorization:"
+                " Bearer ..."
+            )
         return None
 
 

@@ -21,8 +21,10 @@ from rcm.serve.protocol import ProtocolError, read_message
 from rcm.serve.viewer import Viewer
 
 SAFE = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob: data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob:"
+        " data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
@@ -42,10 +44,15 @@ def make_app(hub: Hub, access: Access) -> Starlette:
 
     async def health(request: Request) -> Response:
         alive = hub.worker.is_alive() and not hub.stopping
-        return JSONResponse({"status": "ok" if alive else "stopping", "sessions": len(hub.channels)}, 200 if alive else 503)
+        return JSONResponse(
+            {"status": "ok" if alive else "stopping", "sessions": len(hub.channels)},
+            200 if alive else 503,
+        )
 
     async def metrics(request: Request) -> Response:
-        return guarded(PlainTextResponse(hub.metrics_text(), media_type="text/plain; version=0.0.4"), request)
+        return guarded(
+            PlainTextResponse(hub.metrics_text(), media_type="text/plain; version=0.0.4"), request
+        )
 
     async def socket(socket: WebSocket) -> None:
         refused = _refusal(access, socket)
@@ -59,7 +66,14 @@ def make_app(hub: Hub, access: Access) -> Starlette:
         finally:
             hub.clients -= 1
 
-    return Starlette(routes=[Route("/", page), Route("/health", health), Route("/metrics", metrics), WebSocketRoute("/ws", socket)])
+    return Starlette(
+        routes=[
+            Route("/", page),
+            Route("/health", health),
+            Route("/metrics", metrics),
+            WebSocketRoute("/ws", socket),
+        ]
+    )
 
 
 def _refusal(access: Access, connection: HTTPConnection) -> str | None:
@@ -80,7 +94,13 @@ async def _serve(hub: Hub, socket: WebSocket) -> None:
         viewer.close(1013, str(error))
     except Exception as error:  # the device thread could not open a session
         hub.metrics.failed += 1
-        viewer.tell({"type": "refused", "reason": f"the stream could not be opened: {first_line(error)}", "retry_after": None})
+        viewer.tell(
+            {
+                "type": "refused",
+                "reason": f"the stream could not be opened: {first_line(error)}",
+                "retry_after": None,
+            }
+        )
         viewer.close(1011, "the stream could not be opened")
     pump = asyncio.create_task(viewer.pump(socket))
     listen = asyncio.create_task(_listen(hub, socket, viewer, channel))
@@ -104,7 +124,15 @@ async def _listen(hub: Hub, socket: WebSocket, viewer: Viewer, channel: Channel 
             if strikes >= hub.limits.strikes:
                 viewer.close(1008, "too many messages")
             elif strikes == 1 or strikes % 20 == 0:
-                viewer.tell({"type": "error", "reason": f"too many messages: {hub.limits.rate:g} a second are read, this one was not"})
+                viewer.tell(
+                    {
+                        "type": "error",
+                        "reason": (
+                            f"too many messages: {hub.limits.rate:g} a second are read, this one"
+                            " was not"
+                        ),
+                    }
+                )
             continue
         try:
             message = read_message(event.get("text") or event.get("bytes") or "", hub.limits)

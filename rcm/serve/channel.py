@@ -58,7 +58,17 @@ class Channel:
     stall, and the clock goes on from it.
     """
 
-    def __init__(self, name: str, seat: Seat, *, shared: bool, playback: Playback, limits: Limits, metrics: Metrics, hands: Hands) -> None:
+    def __init__(
+        self,
+        name: str,
+        seat: Seat,
+        *,
+        shared: bool,
+        playback: Playback,
+        limits: Limits,
+        metrics: Metrics,
+        hands: Hands,
+    ) -> None:
         self.name, self.seat, self.shared = name, seat, shared
         self.viewers: set[Viewer] = set()
         self.ended = ""
@@ -93,7 +103,9 @@ class Channel:
         """What the stream is doing, for its viewers."""
         spec = self.seat.session.spec
         recipe, policy = spec.recipe, spec.policy
-        steps = [recipe.ode_steps] if recipe.kind == "ode" else [len(mids) + 1 for mids in recipe.mids]
+        steps = (
+            [recipe.ode_steps] if recipe.kind == "ode" else [len(mids) + 1 for mids in recipe.mids]
+        )
         return {
             "type": "state",
             "prompt": self._prompt,
@@ -108,7 +120,10 @@ class Channel:
 
     def stats(self) -> dict[str, Any]:
         """Timings of this stream, for its viewers. Milliseconds."""
-        quantiles = {f"chunk_p{round(100 * q)}": round(1e3 * self._chunks.quantile(q), 2) for q in (0.5, 0.95, 0.99)}
+        quantiles = {
+            f"chunk_p{round(100 * q)}": round(1e3 * self._chunks.quantile(q), 2)
+            for q in (0.5, 0.95, 0.99)
+        }
         return {
             "type": "stats",
             **quantiles,
@@ -127,7 +142,14 @@ class Channel:
             if what == "play":
                 self.playing = bool(message.play)
                 self._changed.set()
-                viewer.tell({**receipt, "state": "applied", "chunk": self.seat.turns, "take": self.seat.take})
+                viewer.tell(
+                    {
+                        **receipt,
+                        "state": "applied",
+                        "chunk": self.seat.turns,
+                        "take": self.seat.take,
+                    }
+                )
                 self.broadcast(self.state())
             else:
                 kind, value = self._order(what, message)
@@ -174,7 +196,9 @@ class Channel:
         if what == "window":
             sinks = getattr(self.seat.session.spec.policy, "sinks", 0)
             return "policy", SlidingWindow(message.window or 1, sinks)
-        return "recipe", functools.partial(_changed_recipe, trained=self._trained, steps=message.steps, context=message.context)
+        return "recipe", functools.partial(
+            _changed_recipe, trained=self._trained, steps=message.steps, context=message.context
+        )
 
     def _settled(self, viewer: Viewer, receipt: dict[str, Any], order: Order) -> None:
         told = {**receipt, "state": order.state}
@@ -190,7 +214,10 @@ class Channel:
 
     def _want(self) -> None:
         """Ask for a chunk, if there is not more waiting than lasts until it comes."""
-        lead = max(self._limits.lead_frames, math.ceil(1.5 * self._playback.fps * max(self._delays, default=0.0)))
+        lead = max(
+            self._limits.lead_frames,
+            math.ceil(1.5 * self._playback.fps * max(self._delays, default=0.0)),
+        )
         if self._asked_at is None and self.waiting() <= lead:
             self._asked_at = time.monotonic()
             self._hands.want(self.seat)
@@ -203,11 +230,21 @@ class Channel:
             if self._asked_at is not None:
                 self._delays.append(time.monotonic() - self._asked_at)
             self._asked_at = None
-            made = await loop.run_in_executor(self._playback.encoders, _encoded, turn, self._playback)
+            made = await loop.run_in_executor(
+                self._playback.encoders, _encoded, turn, self._playback
+            )
             self._coming -= len(made)
             if turn.take == self._take:
                 for image in made:
-                    self._pictures.append(Picture(turn.take, turn.chunk.block, self._next_frame, image, self._playback.kind))
+                    self._pictures.append(
+                        Picture(
+                            turn.take,
+                            turn.chunk.block,
+                            self._next_frame,
+                            image,
+                            self._playback.kind,
+                        )
+                    )
                     self._next_frame += 1
                 self._changed.set()
 
@@ -246,7 +283,11 @@ class Channel:
 
 
 def _changed_recipe(
-    recipe: SamplingRecipe, *, trained: SamplingRecipe, steps: tuple[int, ...] | None, context: str | None
+    recipe: SamplingRecipe,
+    *,
+    trained: SamplingRecipe,
+    steps: tuple[int, ...] | None,
+    context: str | None,
 ) -> SamplingRecipe:
     """The recipe of a stream with other steps (out of the schedule that was trained), or another
     context rule.
@@ -262,4 +303,6 @@ def _encoded(turn: Turn, playback: Playback) -> list[bytes]:
     images: Tensor | None = turn.chunk.images
     assert images is not None, "sessions of the server are opened with to_host"
     assert images.dtype == torch.uint8
-    return [encode_image(frame, playback.kind, quality=playback.quality) for frame in images[0].numpy()]
+    return [
+        encode_image(frame, playback.kind, quality=playback.quality) for frame in images[0].numpy()
+    ]

@@ -49,30 +49,46 @@ def run(flags: argparse.Namespace) -> None:
     """Check the flags, load the checkpoint, serve until stopped."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f'rcm serve needs {", ".join(missing)}, which is not installed; install it with: pip install "rcm[serve]"')
+        raise ConfigError(
+            f"rcm serve needs {', '.join(missing)}, which is not installed; install it with: pip"
+            ' install "rcm[serve]"'
+        )
     check_numbers(flags)
     check_device(flags.device)
     token = flags.token or os.environ.get(TOKEN_VARIABLE) or None
     loopback = flags.host in ("127.0.0.1", "localhost", "::1")
     if not loopback and token is None:
         raise ConfigError(
-            f"--host {flags.host} is open to other machines; protect it with --token TEXT (or {TOKEN_VARIABLE} in the environment), or "
-            "leave --host out"
+            f"--host {flags.host} is open to other machines; protect it with --token TEXT (or"
+            f" {TOKEN_VARIABLE} in the environment), or leave --host out"
         )
     from rcm.serve.access import Access
     from rcm.serve.hub import Hub
     from rcm.serve.limits import Limits
     from rcm.serve.server import listen, serve
 
-    limits = Limits(sessions=flags.max_sessions, clients=flags.max_clients, idle_s=flags.idle_s, session_s=flags.session_s)
-    listener = listen(flags.host, flags.port, send_s=limits.send_s, send_buffer=flags.send_kib * 1024)
+    limits = Limits(
+        sessions=flags.max_sessions,
+        clients=flags.max_clients,
+        idle_s=flags.idle_s,
+        session_s=flags.session_s,
+    )
+    listener = listen(
+        flags.host, flags.port, send_s=limits.send_s, send_buffer=flags.send_kib * 1024
+    )
     try:
         model = _model(flags)
         hub = Hub(make_offer(flags, model), limits, _budget(flags, model.device))
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        print(f"{model.source}: http://{shown}:{port}/{'' if token is None else '?token=...'} (Ctrl-C stops it)", flush=True)
-        closed = asyncio.run(serve(hub, Access(token, tuple(flags.allow_origin), loopback), listener))
+        print(
+            f"{model.source}: http://{shown}:{port}/{'' if token is None else '?token=...'} (Ctrl-C"
+            " stops it)",
+            flush=True,
+        )
+        closed = asyncio.run(
+            serve(hub, Access(token, tuple(flags.allow_origin), loopback), listener)
+        )
     finally:
         listener.close()
     print(f"stopped; {closed} session{'' if closed == 1 else 's'} closed", flush=True)
@@ -87,7 +103,10 @@ def make_offer(flags: argparse.Namespace, model: LoadedModel) -> Any:
     recipe = model.recipe
     if recipe is None:
         stage = model.description.stage
-        raise ConfigError(f"{model.source} samples whole videos (stage {stage}); only causal checkpoints can be served")
+        raise ConfigError(
+            f"{model.source} samples whole videos (stage {stage}); only causal checkpoints can be"
+            " served"
+        )
     graphs = flags.graphs == "on" or (flags.graphs == "auto" and model.device.type == "cuda")
     sinks = recipe.sinks if flags.sinks is None else flags.sinks
     window = flags.window or recipe.window or max(1, _trained_blocks(model) - sinks)
@@ -113,10 +132,15 @@ def make_offer(flags: argparse.Namespace, model: LoadedModel) -> Any:
 
 def _model(flags: argparse.Namespace) -> LoadedModel:
     files = PieceFiles(
-        vae=flags.vae_path, text_encoder=flags.text_encoder_path, tokenizer=flags.tokenizer_path, text_cache=flags.text_cache
+        vae=flags.vae_path,
+        text_encoder=flags.text_encoder_path,
+        tokenizer=flags.tokenizer_path,
+        text_cache=flags.text_cache,
     )
     path = toy_checkpoint() if flags.ckpt is None else flags.ckpt
-    model = open_checkpoint(path, weights=flags.weights, device=flags.device, precision=flags.precision, files=files)
+    model = open_checkpoint(
+        path, weights=flags.weights, device=flags.device, precision=flags.precision, files=files
+    )
     settle_threads(model.denoiser.net, device=model.device)
     return model
 
@@ -135,7 +159,11 @@ def _presets(words: tuple[str, ...]) -> tuple[str, ...]:
     list of words, those made for Wan.
     """
     lines = asset(TOY_PROMPTS if words else WAN_PROMPTS).read_text(encoding="utf-8").splitlines()
-    known = [line for line in lines if line.strip() and (not words or set(line.lower().split()) <= set(words))]
+    known = [
+        line
+        for line in lines
+        if line.strip() and (not words or set(line.lower().split()) <= set(words))
+    ]
     return tuple(known[:8]) or (" ".join(words[:3]),)
 
 
@@ -150,37 +178,120 @@ def _budget(flags: argparse.Namespace, device: torch.device) -> int | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Arguments(
-        prog="rcm serve", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="rcm serve",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument_group("what to stream").add_argument
-    add("--ckpt", metavar="PATH", help="job folder, iter_* folder, or exported file [the shipped toy checkpoint]")
+    add(
+        "--ckpt",
+        metavar="PATH",
+        help="job folder, iter_* folder, or exported file [the shipped toy checkpoint]",
+    )
     add("--prompt", metavar="TEXT", help="what a stream begins with [the first preset of the page]")
     add("--seed", type=int, default=0)
-    add("--window", type=int, metavar="N", help="blocks that a chunk sees, its own included [as many as in training]")
-    add("--sinks", type=int, metavar="N", help="first blocks that stay visible [as many as in training]")
+    add(
+        "--window",
+        type=int,
+        metavar="N",
+        help="blocks that a chunk sees, its own included [as many as in training]",
+    )
+    add(
+        "--sinks",
+        type=int,
+        metavar="N",
+        help="first blocks that stay visible [as many as in training]",
+    )
     add("--fps", type=float, help="pictures per second [as trained]")
-    add("--format", choices=("auto", "jpeg", "webp", "png"), default="auto", help="of pictures [png for small ones, else jpeg]")
+    add(
+        "--format",
+        choices=("auto", "jpeg", "webp", "png"),
+        default="auto",
+        help="of pictures [png for small ones, else jpeg]",
+    )
     add("--quality", type=int, default=85, help="of jpeg and webp, 1 to 100 [%(default)s]")
     add = parser.add_argument_group("who may watch").add_argument
     add("--host", default="127.0.0.1", help="[%(default)s: this machine only]")
     add("--port", type=int, default=8765, help="0: any free one [%(default)s]")
-    add("--token", help=f"what a client must know; better in the variable {TOKEN_VARIABLE}, which other users cannot list")
-    add("--allow_origin", action="append", default=[], metavar="ORIGIN", help="another page that may open streams, repeatable")
-    add("--max_sessions", type=int, default=4, metavar="N", help="streams at once, the shared one included [%(default)s]")
+    add(
+        "--token",
+        help=(
+            f"what a client must know; better in the variable {TOKEN_VARIABLE}, which other users"
+            " cannot list"
+        ),
+    )
+    add(
+        "--allow_origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="another page that may open streams, repeatable",
+    )
+    add(
+        "--max_sessions",
+        type=int,
+        default=4,
+        metavar="N",
+        help="streams at once, the shared one included [%(default)s]",
+    )
     add("--max_clients", type=int, default=100, metavar="N", help="viewers at once [%(default)s]")
-    add("--memory_gib", type=float, metavar="X", help="for cache and decoder of all streams [cuda: 0.9 of what is left; cpu: no bound]")
-    add("--send_kib", type=int, default=256, metavar="N", help="that the kernel holds for a client, the delay of a slow one [%(default)s]")
-    add("--idle_s", type=float, default=60.0, metavar="S", help="a stream that nobody watches is closed after so long [%(default)s]")
-    add("--session_s", type=float, default=3600.0, metavar="S", help="a private stream is closed after so long [%(default)s]")
+    add(
+        "--memory_gib",
+        type=float,
+        metavar="X",
+        help="for cache and decoder of all streams [cuda: 0.9 of what is left; cpu: no bound]",
+    )
+    add(
+        "--send_kib",
+        type=int,
+        default=256,
+        metavar="N",
+        help="that the kernel holds for a client, the delay of a slow one [%(default)s]",
+    )
+    add(
+        "--idle_s",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="a stream that nobody watches is closed after so long [%(default)s]",
+    )
+    add(
+        "--session_s",
+        type=float,
+        default=3600.0,
+        metavar="S",
+        help="a private stream is closed after so long [%(default)s]",
+    )
     add = parser.add_argument_group("weights and machine").add_argument
-    add("--weights", choices=("ema", "reg"), default="ema", help="averaged or last weights [%(default)s]")
+    add(
+        "--weights",
+        choices=("ema", "reg"),
+        default="ema",
+        help="averaged or last weights [%(default)s]",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
-    add("--precision", choices=("fp32", "bf16", "bf16_fp32_time", "fp64"), help="[that of the training run]")
-    add("--graphs", choices=("auto", "on", "off"), default="auto", help="CUDA graphs, and decoding beside denoising [on with cuda]")
+    add(
+        "--precision",
+        choices=("fp32", "bf16", "bf16_fp32_time", "fp64"),
+        help="[that of the training run]",
+    )
+    add(
+        "--graphs",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="CUDA graphs, and decoding beside denoising [on with cuda]",
+    )
     add("--vae_path", metavar="PATH", help="Wan2.1_VAE.pth [where the checkpoint says]")
     add("--text_encoder_path", metavar="PATH", help="umT5 [where the checkpoint says]")
-    add("--tokenizer_path", metavar="DIR", help="folder of umT5's tokenizer [beside the text encoder]")
-    add("--text_cache", metavar="DIR", help="keep umT5's embeddings there, and read them from there")
+    add(
+        "--tokenizer_path",
+        metavar="DIR",
+        help="folder of umT5's tokenizer [beside the text encoder]",
+    )
+    add(
+        "--text_cache", metavar="DIR", help="keep umT5's embeddings there, and read them from there"
+    )
     return parser
 
 

@@ -96,7 +96,11 @@ class Hub:
         if self.stopping:
             raise Refused("the server is stopping")
         if self.clients > self.limits.clients:
-            raise Refused(f"client limit reached: {self.limits.clients} of {self.limits.clients}; try again later", retry_after=15)
+            raise Refused(
+                f"client limit reached: {self.limits.clients} of {self.limits.clients}; try again"
+                " later",
+                retry_after=15,
+            )
         channel = self.channels.get(which)
         if channel is None and which not in (SHARED, NEW):
             raise Refused(f"there is no stream {which[:40]!r}; it may have ended")
@@ -123,12 +127,19 @@ class Hub:
             "model": f"{model.source.name}, {model.description.stage}",
             "pattern": recipe.pattern,
             "kind": recipe.kind,
-            "trained": {"steps": [len(mids) + 1 for mids in recipe.mids], "context": "noisy" if recipe.noisy_context else "clean"},
+            "trained": {
+                "steps": [len(mids) + 1 for mids in recipe.mids],
+                "context": "noisy" if recipe.noisy_context else "clean",
+            },
             "device": str(model.device),
             "graphs": options.get("graphs", "off"),
             "presets": list(self.offer.presets),
             "words": list(self.offer.words),
-            "limits": {"prompt_chars": self.limits.prompt_chars, "steps": self.limits.steps, "window": self.limits.window},
+            "limits": {
+                "prompt_chars": self.limits.prompt_chars,
+                "steps": self.limits.steps,
+                "window": self.limits.window,
+            },
         }
 
     def metrics_text(self) -> str:
@@ -141,10 +152,22 @@ class Hub:
             ("sessions", "open sessions", len(seats)),
             ("sessions_limit", "sessions that may be open", self.limits.sessions),
             ("clients", "connected clients", self.clients),
-            ("device_queue_pictures", "pictures that wait for the clock, over all streams", sum(channel.waiting() for channel in channels)),
-            ("client_queue_max", "pictures that wait for the slowest client", max((v.waiting for v in viewers), default=0)),
+            (
+                "device_queue_pictures",
+                "pictures that wait for the clock, over all streams",
+                sum(channel.waiting() for channel in channels),
+            ),
+            (
+                "client_queue_max",
+                "pictures that wait for the slowest client",
+                max((v.waiting for v in viewers), default=0),
+            ),
             ("client_queue_limit", "pictures that may wait for a client", self.limits.queue_frames),
-            ("session_bytes", "cache and decoder of all sessions", sum(seat.num_bytes() for seat in seats)),
+            (
+                "session_bytes",
+                "cache and decoder of all sessions",
+                sum(seat.num_bytes() for seat in seats),
+            ),
             ("session_bytes_limit", "their budget, 0 for none", budget or 0),
         ]
         return self.metrics.text(gauges)
@@ -165,7 +188,12 @@ class Hub:
         name = SHARED if which == SHARED else secrets.token_urlsafe(9)
         playback = Playback(offer.fps, offer.kind, offer.quality, self._encoders)
         hands = Hands(self.worker.want, self._soon)
-        options = {"playback": playback, "limits": self.limits, "metrics": self.metrics, "hands": hands}
+        options = {
+            "playback": playback,
+            "limits": self.limits,
+            "metrics": self.metrics,
+            "hands": hands,
+        }
         channel = Channel(name, seat, shared=which == SHARED, **options)
         self.channels[name] = self._by_seat[seat] = channel
         return channel
@@ -200,7 +228,9 @@ class Hub:
                 if not channel.viewers and now - channel.watched > limits.idle_s:
                     channel.end("nobody watched it")
                 elif not channel.shared and now - channel.opened > limits.session_s:
-                    channel.end(f"its time is up after {limits.session_s:g} s; open another", code=1000)
+                    channel.end(
+                        f"its time is up after {limits.session_s:g} s; open another", code=1000
+                    )
                 if channel.ended:
                     logger.info("closed stream {}: {}", channel.name[:4], channel.ended)
                     self._forget(channel)

@@ -68,13 +68,29 @@ class Metrics:
         lines: list[str] = []
 
         def add(name: str, kind: str, meaning: str, *values: tuple[str, float]) -> None:
-            lines.extend([f"# HELP rcm_{name} {meaning}", f"# TYPE rcm_{name} {kind}", *(f"rcm_{name}{tag} {v:g}" for tag, v in values)])
+            lines.extend(
+                [
+                    f"# HELP rcm_{name} {meaning}",
+                    f"# TYPE rcm_{name} {kind}",
+                    *(f"rcm_{name}{tag} {v:g}" for tag, v in values),
+                ]
+            )
 
         for name, meaning, value in gauges:
             add(name, "gauge", meaning, ("", value))
-        add("fps", "gauge", "pictures per second that were due, over all streams, in the last 5 s", ("", self.shown.per_second()))
+        add(
+            "fps",
+            "gauge",
+            "pictures per second that were due, over all streams, in the last 5 s",
+            ("", self.shown.per_second()),
+        )
         quantiles = [(f'{{quantile="{q:g}"}}', self.chunk.quantile(q)) for q in (0.5, 0.95, 0.99)]
-        add("chunk_seconds", "summary", f"time of a chunk on the device, of the last {KEPT}", *quantiles)
+        add(
+            "chunk_seconds",
+            "summary",
+            f"time of a chunk on the device, of the last {KEPT}",
+            *quantiles,
+        )
         for name, meaning in _COUNTERS.items():
             add(f"{name}_total", "counter", meaning, ("", getattr(self, name)))
         return "\n".join(lines) + "\n"

@@ -51,7 +51,12 @@ class Picture:
     def message(self, number: int, seconds: float) -> bytes:
         """The binary message."""
         kind = FORMATS.index(self.kind) + 1
-        return HEADER.pack(VERSION, kind, self.take % 2**16, self.chunk, self.frame, number % 2**32, seconds) + self.image
+        return (
+            HEADER.pack(
+                VERSION, kind, self.take % 2**16, self.chunk, self.frame, number % 2**32, seconds
+            )
+            + self.image
+        )
 
 
 def encode_image(pixels: np.ndarray, kind: Format, *, quality: int) -> bytes:
@@ -59,7 +64,11 @@ def encode_image(pixels: np.ndarray, kind: Format, *, quality: int) -> bytes:
     exact.
     """
     out = io.BytesIO()
-    options = {"jpeg": {"quality": quality}, "webp": {"quality": quality, "method": 0}, "png": {"compress_level": 1}}[kind]
+    options = {
+        "jpeg": {"quality": quality},
+        "webp": {"quality": quality, "method": 0},
+        "png": {"compress_level": 1},
+    }[kind]
     Image.fromarray(pixels).save(out, kind, **options)
     return out.getvalue()
 
@@ -83,7 +92,11 @@ class Message:
     @property
     def changes(self) -> list[str]:
         """The names of the changes that it asks for, those that get receipts."""
-        return [name for name in ("prompt", "seed", "steps", "context", "window", "play") if getattr(self, name) is not None]
+        return [
+            name
+            for name in ("prompt", "seed", "steps", "context", "window", "play")
+            if getattr(self, name) is not None
+        ]
 
 
 def read_message(text: str | bytes, limits: Limits) -> Message:
@@ -91,7 +104,9 @@ def read_message(text: str | bytes, limits: Limits) -> Message:
     object, or out of bounds.
     """
     if len(text) > limits.message_bytes:
-        raise ProtocolError(f"a message has at most {limits.message_bytes} bytes, this one has {len(text)}")
+        raise ProtocolError(
+            f"a message has at most {limits.message_bytes} bytes, this one has {len(text)}"
+        )
     try:
         given = json.loads(text)
     except (ValueError, RecursionError):
@@ -104,14 +119,27 @@ def read_message(text: str | bytes, limits: Limits) -> Message:
     unknown = sorted(set(given) - set(Message.__dataclass_fields__))
     if unknown:
         known = ", ".join(Message.__dataclass_fields__)
-        raise ProtocolError(f"unknown {', '.join(repr(key[:40]) for key in unknown[:5])}; a message may have {known}", message_id)
+        raise ProtocolError(
+            f"unknown {', '.join(repr(key[:40]) for key in unknown[:5])}; a message may have"
+            f" {known}",
+            message_id,
+        )
     try:
-        message = Message(**{key: _READERS[key](value, limits) for key, value in given.items() if value is not None})
+        message = Message(
+            **{
+                key: _READERS[key](value, limits)
+                for key, value in given.items()
+                if value is not None
+            }
+        )
     except ProtocolError as error:
         error.message_id = message_id
         raise
     if message.ping is None and not message.changes:
-        raise ProtocolError("the message asks for nothing; give prompt, play, seed, steps, context or window", message_id)
+        raise ProtocolError(
+            "the message asks for nothing; give prompt, play, seed, steps, context or window",
+            message_id,
+        )
     return message
 
 
@@ -119,7 +147,9 @@ def _prompt(value: Any, limits: Limits) -> str:
     if not isinstance(value, str) or says_nothing(value):
         raise ProtocolError("prompt is a text that says something")
     if len(value) > limits.prompt_chars:
-        raise ProtocolError(f"prompt has at most {limits.prompt_chars} characters, this one has {len(value)}")
+        raise ProtocolError(
+            f"prompt has at most {limits.prompt_chars} characters, this one has {len(value)}"
+        )
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -129,14 +159,18 @@ def _prompt(value: Any, limits: Limits) -> str:
 
 def _whole(name: str, value: Any, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ProtocolError(f"{name} is a whole number from {least} to {most}, got {str(value)[:40]}")
+        raise ProtocolError(
+            f"{name} is a whole number from {least} to {most}, got {str(value)[:40]}"
+        )
     return value
 
 
 def _steps(value: Any, limits: Limits) -> tuple[int, ...]:
     listed: Sequence[Any] = value if isinstance(value, list) else [value]
     if not 1 <= len(listed) <= 16:
-        raise ProtocolError(f"steps lists 1 to 16 numbers, one per chunk, the last repeats; got {len(listed)}")
+        raise ProtocolError(
+            f"steps lists 1 to 16 numbers, one per chunk, the last repeats; got {len(listed)}"
+        )
     return tuple(_whole("each of steps", entry, 1, limits.steps) for entry in listed)
 
 

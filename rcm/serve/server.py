@@ -59,11 +59,16 @@ def listen(host: str, port: int, *, send_s: float, send_buffer: int = SEND_BUFFE
         listener.listen(256)
     except OSError as error:
         listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port or --host") from error
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port or"
+            " --host"
+        ) from error
     return listener
 
 
-async def serve(hub: Hub, access: Access, listener: socket.socket, *, ready: threading.Event | None = None) -> int:
+async def serve(
+    hub: Hub, access: Access, listener: socket.socket, *, ready: threading.Event | None = None
+) -> int:
     """Serve until SIGINT, SIGTERM (in the main thread) or `Server.should_exit`; returns how many
     sessions were closed at the end.
     """

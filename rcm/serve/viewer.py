@@ -75,7 +75,9 @@ class Viewer:
                     await self._timed(socket.send_json(self._texts.popleft()))
                 if self._closing is not None:
                     code, reason = self._closing
-                    await self._timed(socket.close(code, reason.encode()[:120].decode(errors="ignore")))
+                    await self._timed(
+                        socket.close(code, reason.encode()[:120].decode(errors="ignore"))
+                    )
                     return
                 if self._timings is not None and len(self._pictures) <= 1:
                     timings, self._timings = self._timings, None

@@ -84,13 +84,19 @@ class Worker(threading.Thread):
                 self._deliver(turn)
             return
         with self._wake:
-            if not (self._stopping or self._calls or any(self._credit.get(seat) for seat in self.pool.seats)):
+            if not (
+                self._stopping
+                or self._calls
+                or any(self._credit.get(seat) for seat in self.pool.seats)
+            ):
                 self._wake.wait()
 
     def _spend(self, turn: Turn) -> None:
         with self._wake:
             self._credit[turn.seat] -= 1
-            self._credit = {seat: n for seat, n in self._credit.items() if n > 0 and not seat.closed}
+            self._credit = {
+                seat: n for seat, n in self._credit.items() if n > 0 and not seat.closed
+            }
         if turn.error is not None and not self._stopping:
             logger.error("a stream ended: {}", told_error(turn.error))
 

@@ -21,7 +21,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, StorageReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.futures import Future
 
@@ -34,13 +40,37 @@ from rcm.storage.state_dicts import LazyWeights
 METADATA = ".metadata"
 _MOST_METADATA = 1 << 28
 _MODULE = "torch.distributed.checkpoint.metadata"
-_METADATA, _TENSOR, _BYTES = f"{_MODULE}.Metadata", f"{_MODULE}.TensorStorageMetadata", f"{_MODULE}.BytesStorageMetadata"
-_PROPERTIES, _CHUNK, _INDEX = f"{_MODULE}.TensorProperties", f"{_MODULE}.ChunkStorageMetadata", f"{_MODULE}.MetadataIndex"
+_METADATA, _TENSOR, _BYTES = (
+    f"{_MODULE}.Metadata",
+    f"{_MODULE}.TensorStorageMetadata",
+    f"{_MODULE}.BytesStorageMetadata",
+)
+_PROPERTIES, _CHUNK, _INDEX = (
+    f"{_MODULE}.TensorProperties",
+    f"{_MODULE}.ChunkStorageMetadata",
+    f"{_MODULE}.MetadataIndex",
+)
 _PLACE = "torch.distributed.checkpoint.filesystem._StorageInfo"
 NAMES = frozenset(
-    (_METADATA, _TENSOR, _BYTES, _PROPERTIES, _CHUNK, _INDEX, _PLACE, f"{_MODULE}.StorageMeta", f"{_MODULE}._MEM_FORMAT_ENCODING")
+    (
+        _METADATA,
+        _TENSOR,
+        _BYTES,
+        _PROPERTIES,
+        _CHUNK,
+        _INDEX,
+        _PLACE,
+        f"{_MODULE}.StorageMeta",
+        f"{_MODULE}._MEM_FORMAT_ENCODING",
+    )
     + ("torch.Size", "torch.serialization._get_layout", "collections.OrderedDict", *DTYPES)
-    + ("pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath", "pathlib._local.WindowsPath")
+    + (
+        "pathlib.Path",
+        "pathlib.PosixPath",
+        "pathlib.WindowsPath",
+        "pathlib._local.PosixPath",
+        "pathlib._local.WindowsPath",
+    )
 )
 """Everything that a `.metadata` may name."""
 
@@ -59,7 +89,8 @@ class DcpFolder(LazyWeights):
         self.path = Path(directory)
         if not (self.path / METADATA).is_file():
             raise CheckpointError(
-                f"{self.path} is not a DCP checkpoint: it has no {METADATA} file (an interrupted save, or another path is meant)"
+                f"{self.path} is not a DCP checkpoint: it has no {METADATA} file (an interrupted"
+                " save, or another path is meant)"
             )
         try:
             tensors, self._places, self.others = _parsed(self.path / METADATA)
@@ -67,9 +98,14 @@ class DcpFolder(LazyWeights):
             raise CheckpointError(f"{self.path / METADATA} is refused: {error}") from error
         except Exception as error:
             reason = str(error) if isinstance(error, CheckpointError) else first_line(error)
-            raise CheckpointError(f"{self.path / METADATA} cannot be read ({reason}); it is damaged") from error
+            raise CheckpointError(
+                f"{self.path / METADATA} cannot be read ({reason}); it is damaged"
+            ) from error
         self._require_complete()
-        self.headers = {key: torch.empty(size, dtype=dtype, device="meta") for key, (dtype, size, _) in tensors.items()}
+        self.headers = {
+            key: torch.empty(size, dtype=dtype, device="meta")
+            for key, (dtype, size, _) in tensors.items()
+        }
         self._chunks = {key: boxes for key, (_, _, boxes) in tensors.items()}
 
     def __getitem__(self, key: str) -> Tensor:
@@ -89,11 +125,13 @@ class DcpFolder(LazyWeights):
             view, done = memoryview(content), 0
             while done < length and (got := stream.readinto(view[done:])):
                 done += got
-        found = read_tensor(content, name=f"{self.path / file}: the piece of {key} at byte {offset}")
+        found = read_tensor(
+            content, name=f"{self.path / file}: the piece of {key} at byte {offset}"
+        )
         if found.dtype != self.headers[key].dtype or tuple(found.shape) != box[1]:
             raise CheckpointError(
-                f"{self.path / file}: the piece of {key} has shape {tuple(found.shape)} and dtype {found.dtype}, "
-                f"{METADATA} states {box[1]} and {self.headers[key].dtype}"
+                f"{self.path / file}: the piece of {key} has shape {tuple(found.shape)} and dtype"
+                f" {found.dtype}, {METADATA} states {box[1]} and {self.headers[key].dtype}"
             )
         return found
 
@@ -108,7 +146,12 @@ class DcpFolder(LazyWeights):
             return
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(part, storage_reader=_CheckedReader(self), planner=DefaultLoadPlanner(), no_dist=not dist.is_initialized())
+            dcp.load(
+                part,
+                storage_reader=_CheckedReader(self),
+                planner=DefaultLoadPlanner(),
+                no_dist=not dist.is_initialized(),
+            )
 
     def metadata(self) -> Metadata:
         """torch's record of the tensors, made from what was checked."""
@@ -116,7 +159,10 @@ class DcpFolder(LazyWeights):
             key: TensorStorageMetadata(
                 TensorProperties(self.headers[key].dtype),
                 self.headers[key].shape,
-                [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in self._chunks[key]],
+                [
+                    ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+                    for offsets, sizes in self._chunks[key]
+                ],
             )
             for key in self.headers
         }
@@ -132,13 +178,22 @@ class DcpFolder(LazyWeights):
         for name, pieces in sorted(spans.items()):
             file, end = self.path / name, 0
             if not file.is_file():
-                raise CheckpointError(f"{self.path} lacks {name}, one of its {len(spans)} files; the copy or the save is incomplete")
+                raise CheckpointError(
+                    f"{self.path} lacks {name}, one of its {len(spans)} files; the copy or the save"
+                    " is incomplete"
+                )
             for offset, length in sorted(pieces):
                 if offset < end:
-                    raise CheckpointError(f"{self.path / METADATA} is damaged: it puts two pieces at byte {offset} of {name}")
+                    raise CheckpointError(
+                        f"{self.path / METADATA} is damaged: it puts two pieces at byte {offset} of"
+                        f" {name}"
+                    )
                 end = offset + length
             if file.stat().st_size < end:
-                raise CheckpointError(f"{file} is truncated: it has {file.stat().st_size} bytes, its tensors need {end}")
+                raise CheckpointError(
+                    f"{file} is truncated: it has {file.stat().st_size} bytes, its tensors need"
+                    f" {end}"
+                )
 
 
 class _CheckedReader(StorageReader):
@@ -167,16 +222,22 @@ class _CheckedReader(StorageReader):
             if item.type is not LoadItemType.TENSOR:
                 raise CheckpointError(f"{self.folder.path}: {item.storage_index.fqn} is no tensor")
             target = planner.resolve_tensor(item)
-            target.detach().copy_(self._stored(item.storage_index, item.storage_offsets, item.lengths))
+            target.detach().copy_(
+                self._stored(item.storage_index, item.storage_offsets, item.lengths)
+            )
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
     def _stored(self, index: MetadataIndex, offsets: torch.Size, lengths: torch.Size) -> Tensor:
-        box = next(box for box in self.folder._chunks[index.fqn] if box[0] == tuple(index.offset or ()))
+        box = next(
+            box for box in self.folder._chunks[index.fqn] if box[0] == tuple(index.offset or ())
+        )
         piece = self.folder.piece(index.fqn, box)
-        return piece[tuple(slice(start, start + size) for start, size in zip(offsets, lengths, strict=True))]
+        return piece[
+            tuple(slice(start, start + size) for start, size in zip(offsets, lengths, strict=True))
+        ]
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
@@ -185,7 +246,11 @@ class _CheckedReader(StorageReader):
 
 def _parsed(
     path: Path,
-) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...], list[Box]]], dict[tuple[str, tuple[int, ...]], tuple[str, int, int]], list[str]]:
+) -> tuple[
+    dict[str, tuple[torch.dtype, tuple[int, ...], list[Box]]],
+    dict[tuple[str, tuple[int, ...]], tuple[str, int, int]],
+    list[str],
+]:
     """(dtype, size and pieces of each tensor; file, first byte and length of each piece; keys of
     what is no tensor).
     """
@@ -210,17 +275,25 @@ def _parsed(
     for index, place in stored.items():
         name, offset = _index(index)
         if name not in listed or (name, offset) in places:
-            raise CheckpointError(f"it states the place of {name!r} at {offset}, which is no entry or has two")
+            raise CheckpointError(
+                f"it states the place of {name!r} at {offset}, which is no entry or has two"
+            )
         places[name, offset] = _place(name, place)
     for key, (dtype, _, boxes) in tensors.items():
         for offsets, sizes in boxes:
             if (key, offsets) not in places:
                 raise CheckpointError(f"the piece of {key!r} at {offsets} has no place")
             if places[key, offsets][2] < math.prod(sizes) * dtype.itemsize:
-                raise CheckpointError(f"the piece of {key!r} at {offsets} has fewer bytes than its shape needs")
+                raise CheckpointError(
+                    f"the piece of {key!r} at {offsets} has fewer bytes than its shape needs"
+                )
     wanted = {(key, box[0]) for key, (_, _, boxes) in tensors.items() for box in boxes}
-    if strangers := [name for name, offset in places if name in tensors and (name, offset) not in wanted]:
-        raise CheckpointError(f"it states the place of a piece of {strangers[0]!r} that the entry does not have")
+    if strangers := [
+        name for name, offset in places if name in tensors and (name, offset) not in wanted
+    ]:
+        raise CheckpointError(
+            f"it states the place of a piece of {strangers[0]!r} that the entry does not have"
+        )
     return tensors, places, others
 
 
@@ -233,8 +306,16 @@ def _state(record: Any, kind: str) -> dict[str, Any]:
 
 
 def _size(value: Any, what: str) -> tuple[int, ...]:
-    numbers = value.arguments[0] if isinstance(value, Made) and value.kind == "torch.Size" and len(value.arguments) == 1 else None
-    if not isinstance(numbers, tuple | list) or any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers) or len(numbers) > 16:
+    numbers = (
+        value.arguments[0]
+        if isinstance(value, Made) and value.kind == "torch.Size" and len(value.arguments) == 1
+        else None
+    )
+    if (
+        not isinstance(numbers, tuple | list)
+        or any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers)
+        or len(numbers) > 16
+    ):
         raise CheckpointError(f"{what} has an impossible size")
     return tuple(numbers)
 
@@ -243,7 +324,11 @@ def _tensor(key: str, entry: Made) -> tuple[torch.dtype, tuple[int, ...], list[B
     state = _state(entry, _TENSOR)
     size, chunks = _size(state.get("size"), repr(key)), state.get("chunks")
     properties = state.get("properties")
-    if not isinstance(properties, Made) or properties.kind != _PROPERTIES or not isinstance(properties.state, tuple):
+    if (
+        not isinstance(properties, Made)
+        or properties.kind != _PROPERTIES
+        or not isinstance(properties.state, tuple)
+    ):
         raise CheckpointError(f"{key!r} has no properties")
     dtype, layout, *_ = (*properties.state, None, None)
     if not isinstance(dtype, Named) or dtype.name not in DTYPES:
@@ -255,7 +340,12 @@ def _tensor(key: str, entry: Made) -> tuple[torch.dtype, tuple[int, ...], list[B
     boxes = []
     for chunk in chunks:
         piece = _state(chunk, _CHUNK)
-        boxes.append((_size(piece.get("offsets"), f"a piece of {key!r}"), _size(piece.get("sizes"), f"a piece of {key!r}")))
+        boxes.append(
+            (
+                _size(piece.get("offsets"), f"a piece of {key!r}"),
+                _size(piece.get("sizes"), f"a piece of {key!r}"),
+            )
+        )
     if not _tiles(size, boxes) or math.prod(size) >= 1 << 62:
         raise CheckpointError(f"the pieces of {key!r} do not fill its shape {size} once")
     return DTYPES[dtype.name], size, boxes
@@ -276,13 +366,21 @@ def _tiles(size: tuple[int, ...], boxes: list[Box]) -> bool:
         return True
     # equal volume and inside: they tile unless two overlap, which is seen on the grid of their own
     # edges
-    edges = [sorted({0, *(o[d] for o, _ in boxes), *(o[d] + s[d] for o, s in boxes)}) for d in range(len(size))]
+    edges = [
+        sorted({0, *(o[d] for o, _ in boxes), *(o[d] + s[d] for o, s in boxes)})
+        for d in range(len(size))
+    ]
     if math.prod(map(len, edges)) > 1 << 24:
         return False
     at = [{edge: i for i, edge in enumerate(listed)} for listed in edges]
     cells = np.zeros([len(edge) for edge in edges], dtype=np.uint16)
     for offsets, sizes in boxes:
-        cells[tuple(slice(where[start], where[start + n]) for where, start, n in zip(at, offsets, sizes, strict=True))] += 1
+        cells[
+            tuple(
+                slice(where[start], where[start + n])
+                for where, start, n in zip(at, offsets, sizes, strict=True)
+            )
+        ] += 1
     return bool(cells.max() == 1)
 
 
@@ -304,8 +402,15 @@ def _place(key: str, place: Any) -> tuple[str, int, int]:
         file = "/".join(map(str, file.arguments))
     if not is_plain_name(file):
         raise CheckpointError(f"the file of {key!r} is {file!r}, which is no name in the folder")
-    if type(offset) is not int or type(length) is not int or not (0 <= offset < 1 << 62 and 0 <= length < 1 << 62):
+    if (
+        type(offset) is not int
+        or type(length) is not int
+        or not (0 <= offset < 1 << 62 and 0 <= length < 1 << 62)
+    ):
         raise CheckpointError(f"the place of {key!r} is impossible")
     if state.get("transform_descriptors"):
-        raise CheckpointError(f"{key!r} is stored transformed ({state['transform_descriptors']!r}), which this reader does not undo")
+        raise CheckpointError(
+            f"{key!r} is stored transformed ({state['transform_descriptors']!r}), which this reader"
+            " does not undo"
+        )
     return file, offset, length

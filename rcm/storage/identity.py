@@ -23,9 +23,14 @@ def content_identity(path: str | Path) -> str:
     if path.is_file() and is_archive(path):
         try:
             with zipfile.ZipFile(path) as archive:
-                entries = [f"{e.filename.partition('/')[2]}:{e.file_size}:{e.CRC}" for e in archive.infolist()]
+                entries = [
+                    f"{e.filename.partition('/')[2]}:{e.file_size}:{e.CRC}"
+                    for e in archive.infolist()
+                ]
         except (zipfile.BadZipFile, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read ({first_line(error)}); it is damaged or truncated") from error
+            raise CheckpointError(
+                f"{path} cannot be read ({first_line(error)}); it is damaged or truncated"
+            ) from error
     else:
         files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
         entries = [f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files]

@@ -18,10 +18,32 @@ from typing import Any, BinaryIO
 from rcm.core.errors import CheckpointError
 
 _INSTRUCTIONS = (
-    *("PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+    *(
+        "PROTO",
+        "FRAME",
+        "STOP",
+        "MARK",
+        "MEMOIZE",
+        "BINPUT",
+        "LONG_BINPUT",
+        "BINGET",
+        "LONG_BINGET",
+    ),
     *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
     *("SHORT_BINSTRING", "BINUNICODE", "SHORT_BINUNICODE"),
-    *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS"),
+    *(
+        "EMPTY_TUPLE",
+        "TUPLE",
+        "TUPLE1",
+        "TUPLE2",
+        "TUPLE3",
+        "EMPTY_LIST",
+        "APPEND",
+        "APPENDS",
+        "EMPTY_DICT",
+        "SETITEM",
+        "SETITEMS",
+    ),
     *("GLOBAL", "STACK_GLOBAL", "BINPERSID"),
 )
 _DICTS = ("collections.OrderedDict",)
@@ -31,7 +53,9 @@ class Stranger(CheckpointError):
     """The pickle names something that is not on the list; `name` is what."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"it needs Python objects other than tensors ({name}), which are not executed")
+        super().__init__(
+            f"it needs Python objects other than tensors ({name}), which are not executed"
+        )
         self.name = name
 
 
@@ -53,7 +77,9 @@ class Made:
     state: Any = field(default=None)
 
 
-def read_inert(stream: BinaryIO, *, names: Collection[str], storages: Callable[[Any], Any] | None = None) -> Any:
+def read_inert(
+    stream: BinaryIO, *, names: Collection[str], storages: Callable[[Any], Any] | None = None
+) -> Any:
     """The next pickle of `stream` as dicts, lists, tuples, strings, numbers, None, `Named` and
     `Made`; ordered dicts as dicts.
 
@@ -68,7 +94,9 @@ def read_inert(stream: BinaryIO, *, names: Collection[str], storages: Callable[[
 
 class _Instructions(dict):
     def __missing__(self, code: int) -> Any:
-        raise pickle.UnpicklingError(f"it has the instruction {bytes([code])!r}, which plain values do not need")
+        raise pickle.UnpicklingError(
+            f"it has the instruction {bytes([code])!r}, which plain values do not need"
+        )
 
 
 # the one in Python: its memo is a dict, so a forged index takes no memory
@@ -106,7 +134,11 @@ class _Reader(pickle._Unpickler):
 
     dispatch = _Instructions(
         {
-            **{code: pickle._Unpickler.dispatch[code] for name in _INSTRUCTIONS for code in getattr(pickle, name)},
+            **{
+                code: pickle._Unpickler.dispatch[code]
+                for name in _INSTRUCTIONS
+                for code in getattr(pickle, name)
+            },
             pickle.REDUCE[0]: make,
             pickle.NEWOBJ[0]: make,
             pickle.BUILD[0]: give_state,

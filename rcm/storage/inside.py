@@ -15,7 +15,12 @@ def is_plain_name(name: object) -> bool:
     """Whether `name` is that of an entry of a folder, on any system: no path, no drive, not the
     folder itself or its parent.
     """
-    return isinstance(name, str) and 0 < len(name) <= 255 and name not in (".", "..") and not any(c in '/\\:"\0' or c < " " for c in name)
+    return (
+        isinstance(name, str)
+        and 0 < len(name) <= 255
+        and name not in (".", "..")
+        and not any(c in '/\\:"\0' or c < " " for c in name)
+    )
 
 
 def pointed_at(pointer: Path) -> Path:

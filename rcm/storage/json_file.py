@@ -23,11 +23,16 @@ def parse_json(text: str | bytes, *, source: Path | str) -> Any:
     """
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8-sig")
-        return json.loads(decoded, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite)
+        return json.loads(
+            decoded, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite
+        )
     except RecursionError as error:
         raise CheckpointError(f"{source} cannot be read: its JSON is nested too deeply") from error
     except ValueError as error:
-        raise CheckpointError(f"{source} cannot be read ({first_line(error)}); it is not JSON as this package reads it") from error
+        raise CheckpointError(
+            f"{source} cannot be read ({first_line(error)}); it is not JSON as this package"
+            " reads it"
+        ) from error
 
 
 def read_json(path: Path, *, most_bytes: int = MOST_BYTES) -> Any:
@@ -36,7 +41,10 @@ def read_json(path: Path, *, most_bytes: int = MOST_BYTES) -> Any:
     """
     try:
         if path.stat().st_size > most_bytes:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, more than the {most_bytes} that such a file may have")
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes, more than the {most_bytes} that such a"
+                " file may have"
+            )
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error

@@ -32,9 +32,32 @@ _OLD_MAGIC = 0x1950A86A20F9469CFC6C
 _MOST_PICKLE = 1 << 28
 """Bytes of the pickle inside an archive: names and shapes; 256 MiB is a million tensors."""
 
-_WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.bool)
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-_EIGHT = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
+_WIDE = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.complex128,
+    torch.bool,
+)
+_WHOLE = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
+_EIGHT = (
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
+)
 DTYPES = {str(dtype): dtype for dtype in (*_WIDE, *_WHOLE, *_EIGHT)}
 """Dtypes that a stored tensor may have, by torch's name."""
 _STORAGES = {
@@ -108,8 +131,14 @@ def read_pickle(path: Path) -> PickledTensors:
         flat = flatten({str(key): inner for key, inner in value.items()})
         tensors = {key: made(inner) for key, inner in flat.items() if _is_tensor(inner)}
     if not mapped:
-        logger.warning("{} has torch's format from before version 1.6, which cannot be mapped: it was read into memory as a whole", path)
-    return PickledTensors(tensors, others=tuple(key for key in flat if key not in tensors), mapped=mapped)
+        logger.warning(
+            "{} has torch's format from before version 1.6, which cannot be mapped: it was read"
+            " into memory as a whole",
+            path,
+        )
+    return PickledTensors(
+        tensors, others=tuple(key for key in flat if key not in tensors), mapped=mapped
+    )
 
 
 def read_tensor(source: Path | bytes | bytearray, *, name: str) -> Tensor:
@@ -139,14 +168,23 @@ def _explained(source: Path | str) -> Iterator[None]:
         yield
     except Stranger as error:
         odd = _ODD_TENSORS.get(error.name)
-        words = f"it holds {odd}; save dense tensors" if odd else f"{error}; save its state dict alone"
+        words = (
+            f"it holds {odd}; save dense tensors" if odd else f"{error}; save its state dict alone"
+        )
         raise CheckpointError(f"{source} cannot be read: {words}") from error
     except CheckpointError as error:
-        raise error if str(source) in str(error) else CheckpointError(f"{source} cannot be read: {error}") from error
+        raise (
+            error
+            if str(source) in str(error)
+            else CheckpointError(f"{source} cannot be read: {error}")
+        ) from error
     except Exception as error:
         told = "it is damaged, truncated or not a torch pickle: copy or download it again"
         if "Cannot allocate memory" in str(error):
-            told = "a torch pickle is mapped as a whole, and this machine has less memory; use a safetensors file of the same weights"
+            told = (
+                "a torch pickle is mapped as a whole, and this machine has less memory; use a"
+                " safetensors file of the same weights"
+            )
         raise CheckpointError(f"{source} cannot be read ({first_line(error)}); {told}") from error
 
 
@@ -177,7 +215,13 @@ def _opened(source: Path | bytes | bytearray) -> tuple[Any, Callable[[Any], Tens
     """What the pickle holds, inert, and the function that makes a tensor of an entry that is
     one.
     """
-    held = None if isinstance(source, Path) else source if isinstance(source, bytearray) else bytearray(source)
+    held = (
+        None
+        if isinstance(source, Path)
+        else source
+        if isinstance(source, bytearray)
+        else bytearray(source)
+    )
     with open(source, "rb") if held is None else io.BufferedReader(_Held(held)) as file:
         archive = file.read(len(_LOCAL_HEADER)) == _LOCAL_HEADER
         size = file.seek(0, io.SEEK_END)
@@ -198,7 +242,9 @@ def _opened(source: Path | bytes | bytearray) -> tuple[Any, Callable[[Any], Tens
 
     def make(entry: Any) -> Tensor:
         piece, dtype, offset, size, stride = _described(entry)
-        _require_inside(piece, places[piece.key][1] if piece.key in places else 0, dtype, offset, size, stride)
+        _require_inside(
+            piece, places[piece.key][1] if piece.key in places else 0, dtype, offset, size, stride
+        )
         return torch.empty(0, dtype=dtype).set_(storage(piece), offset, size, stride)
 
     return value, make
@@ -211,18 +257,32 @@ def _archive(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
     if not zipfile.is_zipfile(file):
         raise zipfile.BadZipFile("the end of the archive is missing")
     with zipfile.ZipFile(file) as archive:
-        entries, end = sorted(archive.infolist(), key=lambda entry: entry.header_offset), archive.start_dir
+        entries, end = (
+            sorted(archive.infolist(), key=lambda entry: entry.header_offset),
+            archive.start_dir,
+        )
     places: dict[str, tuple[int, int]] = {}
-    for entry, following in zip(entries, [e.header_offset for e in entries[1:]] + [end], strict=True):
+    for entry, following in zip(
+        entries, [e.header_offset for e in entries[1:]] + [end], strict=True
+    ):
         file.seek(entry.header_offset)
         head = file.read(30)
-        name_size, extra_size = int.from_bytes(head[26:28], "little"), int.from_bytes(head[28:30], "little")
+        name_size, extra_size = (
+            int.from_bytes(head[26:28], "little"),
+            int.from_bytes(head[28:30], "little"),
+        )
         name = file.read(name_size).decode("utf-8" if entry.flag_bits & 0x800 else "cp437")
         start = entry.header_offset + 30 + name_size + extra_size
-        if head[:4] != _LOCAL_HEADER or name != entry.orig_filename or start + entry.compress_size > following:
+        if (
+            head[:4] != _LOCAL_HEADER
+            or name != entry.orig_filename
+            or start + entry.compress_size > following
+        ):
             raise zipfile.BadZipFile(f"entry {entry.filename} is not where the directory says")
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            raise zipfile.BadZipFile(f"entry {entry.filename} is compressed, which torch does not do")
+            raise zipfile.BadZipFile(
+                f"entry {entry.filename} is compressed, which torch does not do"
+            )
         inner = name.partition("/")[2]
         if inner in places:
             raise zipfile.BadZipFile(f"entry {entry.filename} occurs twice")
@@ -234,7 +294,9 @@ def _archive(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
     if places["data.pkl"][1] > _MOST_PICKLE:
         raise pickle.UnpicklingError(f"its data.pkl has more than {_MOST_PICKLE} bytes")
     value = read_inert(io.BytesIO(_bytes(file, places["data.pkl"])), names=NAMES, storages=_piece)
-    return value, {key.removeprefix("data/"): place for key, place in places.items() if key.startswith("data/")}
+    return value, {
+        key.removeprefix("data/"): place for key, place in places.items() if key.startswith("data/")
+    }
 
 
 def _old_format(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
@@ -273,17 +335,34 @@ def _bytes(file: BinaryIO, place: tuple[int, int]) -> bytes:
 def _piece(pid: Any) -> _Piece:
     """The storage of a persistent id ("storage", class, key, device, elements[, view])."""
     word, kind, key, _, count, *view = pid
-    if word != "storage" or not isinstance(kind, Named) or kind.name not in _STORAGES or type(count) is not int or any(view):
+    if (
+        word != "storage"
+        or not isinstance(kind, Named)
+        or kind.name not in _STORAGES
+        or type(count) is not int
+        or any(view)
+    ):
         raise pickle.UnpicklingError("it refers to something that is no storage")
     return _Piece(str(key), _STORAGES[kind.name], count)
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Made) and value.kind in (*_TENSOR, _TENSOR_OF_NEW_DTYPE, *_PARAMETERS, _WITH_ATTRIBUTES)
+    return isinstance(value, Made) and value.kind in (
+        *_TENSOR,
+        _TENSOR_OF_NEW_DTYPE,
+        *_PARAMETERS,
+        _WITH_ATTRIBUTES,
+    )
 
 
 def _kind_of(value: Any) -> str:
-    return "a tensor" if _is_tensor(value) else f"an object {value.kind}" if isinstance(value, Made) else f"a {type(value).__name__}"
+    return (
+        "a tensor"
+        if _is_tensor(value)
+        else f"an object {value.kind}"
+        if isinstance(value, Made)
+        else f"a {type(value).__name__}"
+    )
 
 
 def _described(entry: Any) -> tuple[_Piece, torch.dtype, int, tuple[int, ...], tuple[int, ...]]:
@@ -292,7 +371,11 @@ def _described(entry: Any) -> tuple[_Piece, torch.dtype, int, tuple[int, ...], t
     for _ in range(3):  # a parameter with attributes around a tensor
         if kind in _PARAMETERS and _is_tensor(arguments[0]):
             kind, arguments = arguments[0].kind, arguments[0].arguments
-        elif kind == _WITH_ATTRIBUTES and isinstance(arguments[0], Named) and isinstance(arguments[1], Named):
+        elif (
+            kind == _WITH_ATTRIBUTES
+            and isinstance(arguments[0], Named)
+            and isinstance(arguments[1], Named)
+        ):
             if arguments[1].name not in _CLASSES:
                 raise pickle.UnpicklingError(f"it holds a tensor of the class {arguments[1].name}")
             kind, arguments = arguments[0].name, arguments[2]
@@ -304,19 +387,42 @@ def _described(entry: Any) -> tuple[_Piece, torch.dtype, int, tuple[int, ...], t
         if not isinstance(arguments[6], Named) or arguments[6].name not in DTYPES:
             raise pickle.UnpicklingError("it holds a tensor of no known dtype")
         dtype = DTYPES[arguments[6].name]
-    size, stride = (tuple(v.arguments[0]) if isinstance(v, Made) and v.kind == "torch.Size" else tuple(v) for v in (size, stride))
-    if any(type(n) is not int or n < 0 or n >= 1 << 62 for n in (offset, *size, *stride)) or len(size) != len(stride):
-        raise pickle.UnpicklingError(f"it holds a tensor of impossible shape {size} and strides {stride}")
+    size, stride = (
+        tuple(v.arguments[0]) if isinstance(v, Made) and v.kind == "torch.Size" else tuple(v)
+        for v in (size, stride)
+    )
+    if any(type(n) is not int or n < 0 or n >= 1 << 62 for n in (offset, *size, *stride)) or len(
+        size
+    ) != len(stride):
+        raise pickle.UnpicklingError(
+            f"it holds a tensor of impossible shape {size} and strides {stride}"
+        )
     return piece, dtype, offset, size, stride
 
 
-def _require_inside(piece: _Piece, length: int, dtype: torch.dtype, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
+def _require_inside(
+    piece: _Piece,
+    length: int,
+    dtype: torch.dtype,
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> None:
     """The storage has the bytes that it states, and the tensor lies in it, each element in a place
     of its own.
     """
     if piece.count < 0 or piece.count * piece.dtype.itemsize != length:
-        raise pickle.UnpicklingError(f"storage {piece.key} should have {piece.count * piece.dtype.itemsize} bytes, the file has {length}")
+        raise pickle.UnpicklingError(
+            f"storage {piece.key} should have {piece.count * piece.dtype.itemsize} bytes, the file"
+            f" has {length}"
+        )
     elements, there = math.prod(size), length // dtype.itemsize
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1 if elements else 0
+    last = (
+        offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
+        if elements
+        else 0
+    )
     if last > there or elements > there:
-        raise pickle.UnpicklingError(f"a tensor of shape {list(size)} reaches beyond the {there} elements of its storage")
+        raise pickle.UnpicklingError(
+            f"a tensor of shape {list(size)} reaches beyond the {there} elements of its storage"
+        )

@@ -57,7 +57,8 @@ def read_header(path: Path) -> tuple[dict[str, tuple[Tensor, int]], dict[str, st
     except Exception as error:
         reason = str(error) if isinstance(error, CheckpointError) else first_line(error)
         raise CheckpointError(
-            f"{path} cannot be read ({reason}); it is damaged, truncated or not a safetensors file: copy or download it again"
+            f"{path} cannot be read ({reason}); it is damaged, truncated or not a safetensors file:"
+            " copy or download it again"
         ) from error
 
 
@@ -73,12 +74,21 @@ def read_entry(path: Path, header: Tensor, start: int) -> Tensor:
         while done < len(view):
             got = file.readinto(view[done:])
             if not got:
-                raise OSError(f"the file ends {len(view) - done} bytes early; it was changed after it was opened")
+                raise OSError(
+                    f"the file ends {len(view) - done} bytes early; it was changed after it was"
+                    " opened"
+                )
             done += got
     return flat.view(header.dtype).view(header.shape)
 
 
-def write_safetensors(path: Path, headers: Mapping[str, Tensor], read: Callable[[str], Tensor], *, metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    path: Path,
+    headers: Mapping[str, Tensor],
+    read: Callable[[str], Tensor],
+    *,
+    metadata: Mapping[str, str],
+) -> None:
     """A safetensors file of the entries in `headers` (meta tensors), each fetched with `read` when
     its turn comes; flushed to disk.
 
@@ -89,7 +99,11 @@ def write_safetensors(path: Path, headers: Mapping[str, Tensor], read: Callable[
     end = 0
     for key in order:
         start, end = end, end + headers[key].nbytes
-        listed[key] = {"dtype": _NAMES[headers[key].dtype], "shape": list(headers[key].shape), "data_offsets": [start, end]}
+        listed[key] = {
+            "dtype": _NAMES[headers[key].dtype],
+            "shape": list(headers[key].shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(listed).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
@@ -98,7 +112,8 @@ def write_safetensors(path: Path, headers: Mapping[str, Tensor], read: Callable[
             tensor = read(key).contiguous().cpu()
             if tensor.shape != headers[key].shape or tensor.dtype != headers[key].dtype:
                 raise ValueError(
-                    f"{key} was announced as {headers[key].dtype} {tuple(headers[key].shape)}, came as {tensor.dtype} {tuple(tensor.shape)}"
+                    f"{key} was announced as {headers[key].dtype} {tuple(headers[key].shape)}, came"
+                    f" as {tensor.dtype} {tuple(tensor.shape)}"
                 )
             file.write(tensor.reshape(-1).view(torch.uint8).numpy())
         file.flush()
@@ -110,12 +125,17 @@ def _parsed(path: Path) -> tuple[dict[str, tuple[Tensor, int]], dict[str, str]]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, MOST_HEADER):
-            raise ValueError(f"its header should have {length} bytes, the file has {size}; at most {MOST_HEADER} are read")
+            raise ValueError(
+                f"its header should have {length} bytes, the file has {size}; at most {MOST_HEADER}"
+                " are read"
+            )
         listed = parse_json(file.read(length), source="its header")
     with safe_open(path, framework="np"):
         pass
     metadata = listed.pop("__metadata__", {})
-    places = sorted((_entry(key, entry) for key, entry in listed.items()), key=lambda place: place[2:])
+    places = sorted(
+        (_entry(key, entry) for key, entry in listed.items()), key=lambda place: place[2:]
+    )
     entries, begin, end = {}, 8 + length, 0
     for key, header, start, stop in places:
         if start != end:

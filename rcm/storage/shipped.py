@@ -25,7 +25,9 @@ def asset(name: str) -> Path:
     places = [folder / name for folder in (package / "_assets", package.parent / "assets")]
     found = next((place for place in places if place.exists()), None)
     if found is None:
-        raise ConfigError(f"the shipped file {name} is neither at {places[0]} nor at {places[1]}; reinstall rcm")
+        raise ConfigError(
+            f"the shipped file {name} is neither at {places[0]} nor at {places[1]}; reinstall rcm"
+        )
     return found
 
 

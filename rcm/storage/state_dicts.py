@@ -58,7 +58,11 @@ def flatten(state: Mapping[str, object]) -> dict[str, object]:
     def add(inner: Mapping[str, object], lead: str, depth: int) -> None:
         for key, value in inner.items():
             name = f"{lead}{key}"
-            if isinstance(value, Mapping) and value and all(isinstance(word, str) for word in value):
+            if (
+                isinstance(value, Mapping)
+                and value
+                and all(isinstance(word, str) for word in value)
+            ):
                 if depth == MOST_LEVELS:
                     raise CheckpointError(f"dicts are nested in more than {MOST_LEVELS} levels")
                 add(value, f"{name}.", depth + 1)
@@ -87,13 +91,20 @@ class Misfit:
     misshapen: tuple[str, ...]
 
 
-def misfit(shapes: Mapping[str, tuple[int, ...]], *, expected: Mapping[str, tuple[int, ...]]) -> Misfit:
+def misfit(
+    shapes: Mapping[str, tuple[int, ...]], *, expected: Mapping[str, tuple[int, ...]]
+) -> Misfit:
     """What separates tensors of these `shapes` from the expected ones."""
-    differing = [name for name in expected if name in shapes and tuple(shapes[name]) != tuple(expected[name])]
+    differing = [
+        name for name in expected if name in shapes and tuple(shapes[name]) != tuple(expected[name])
+    ]
     return Misfit(
         missing=tuple(name for name in expected if name not in shapes),
         extra=tuple(sorted(shapes.keys() - expected.keys())),
-        misshapen=tuple(f"{name} has shape {tuple(shapes[name])}, expected {tuple(expected[name])}" for name in differing),
+        misshapen=tuple(
+            f"{name} has shape {tuple(shapes[name])}, expected {tuple(expected[name])}"
+            for name in differing
+        ),
     )
 
 
@@ -117,12 +128,20 @@ def check_keys(
     if found.extra:
         problems.append(f"{len(found.extra)} unexpected key(s): {listed(found.extra)}")
     if found.misshapen:
-        problems.append(f"{len(found.misshapen)} tensor(s) of another shape: {listed(found.misshapen, most=3, separator='; ')}")
+        problems.append(
+            f"{len(found.misshapen)} tensor(s) of another shape:"
+            f" {listed(found.misshapen, most=3, separator='; ')}"
+        )
     if problems:
-        raise CheckpointError(f"{source} does not fit {network}: {'; '.join(problems)}" + (f"; {advice}" if advice else ""))
+        raise CheckpointError(
+            f"{source} does not fit {network}: {'; '.join(problems)}"
+            + (f"; {advice}" if advice else "")
+        )
 
 
 def listed(names: Iterable[str], *, most: int = 8, separator: str = ", ") -> str:
     """The first `most` of many names, and how many there are besides."""
     names = list(names)
-    return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return separator.join(names[:most]) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )

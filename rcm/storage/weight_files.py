@@ -56,7 +56,12 @@ class WeightFile(LazyWeights):
         metadata: Mapping[str, str] | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path, self.container, self.headers, self.others = path, container, headers, tuple(others)
+        self.path, self.container, self.headers, self.others = (
+            path,
+            container,
+            headers,
+            tuple(others),
+        )
         self.metadata, self.config = dict(metadata or {}), config
         self._read = read
 
@@ -71,24 +76,33 @@ class WeightFile(LazyWeights):
         except CheckpointError:  # of a shard, which has named itself and the tensor
             raise
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{self.path}: {key} cannot be read ({first_line(error)})") from error
+            raise CheckpointError(
+                f"{self.path}: {key} cannot be read ({first_line(error)})"
+            ) from error
 
     def require_tensors_only(self) -> None:
         """Raise `CheckpointError` naming the entries that are no tensors, for a reader whose
         network is published as a flat dict.
         """
         if self.others:
-            raise CheckpointError(f"{self.path} holds entries that are not tensors: {listed(self.others)}; expected a flat dict of tensors")
+            raise CheckpointError(
+                f"{self.path} holds entries that are not tensors: {listed(self.others)}; expected a"
+                " flat dict of tensors"
+            )
 
     def require_floats(self, keys: Iterable[str]) -> None:
         """Raise `CheckpointError` naming those of `keys` that are no plain floats; quantised
         weights need scales that nobody applies.
         """
-        odd = [f"{key} ({str(dtype).removeprefix('torch.')})" for key in keys if (dtype := self.headers[key].dtype) not in PLAIN_FLOATS]
+        odd = [
+            f"{key} ({str(dtype).removeprefix('torch.')})"
+            for key in keys
+            if (dtype := self.headers[key].dtype) not in PLAIN_FLOATS
+        ]
         if odd:
             raise CheckpointError(
-                f"{self.path} holds weights that are not float64, float32, float16 or bfloat16: {listed(odd)}; a quantised file? "
-                "take the bf16 or fp32 file of the same model"
+                f"{self.path} holds weights that are not float64, float32, float16 or bfloat16:"
+                f" {listed(odd)}; a quantised file? take the bf16 or fp32 file of the same model"
             )
 
 
@@ -111,7 +125,9 @@ def open_container(path: str | Path, *, hint: str = "") -> WeightFile:
 
 
 def _open_folder(path: Path, *, hint: str) -> WeightFile:
-    files = _one_format([file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and file.is_file()])
+    files = _one_format(
+        [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and file.is_file()]
+    )
     indices = _one_format(sorted(path.glob(f"*{INDEX}")), end=INDEX)
     if len(indices) == 1:
         return _open_shards(indices[0])
@@ -120,8 +136,8 @@ def _open_folder(path: Path, *, hint: str) -> WeightFile:
     if indices or len(chosen) != 1:
         found = listed(file.name for file in (*indices, *files)) or "none"
         raise CheckpointError(
-            f"{path} is not a folder with one network (files of weights in it: {found}); give the file that is meant"
-            + (f"; {hint}" if hint else "")
+            f"{path} is not a folder with one network (files of weights in it: {found}); give the"
+            " file that is meant" + (f"; {hint}" if hint else "")
         )
     file = _open_file(chosen[0])
     if file.config is None and (path / "config.json").is_file():
@@ -140,9 +156,15 @@ def _one_format(files: list[Path], *, end: str = "") -> list[Path]:
 
 def _open_file(path: Path) -> WeightFile:
     if path.suffix == ".gguf":
-        raise CheckpointError(f"{path} is a GGUF file, whose weights are quantised; use the bf16 or fp32 file of the same model")
+        raise CheckpointError(
+            f"{path} is a GGUF file, whose weights are quantised; use the bf16 or fp32 file of the"
+            " same model"
+        )
     if path.suffix not in SUFFIXES:
-        raise CheckpointError(f"{path} is no file of weights: expected a name ending in {', '.join(SUFFIXES)}, or a folder")
+        raise CheckpointError(
+            f"{path} is no file of weights: expected a name ending in {', '.join(SUFFIXES)}, or a"
+            " folder"
+        )
     file = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
     for stem, name in CONFIGS.items():
         if path.stem.startswith(stem) and (config := path.with_name(name)).is_file():
@@ -164,7 +186,13 @@ def _open_pickle(path: Path) -> WeightFile:
 def _open_safetensors(path: Path) -> WeightFile:
     entries, metadata = read_header(path)
     headers = {key: header for key, (header, _) in entries.items()}
-    return WeightFile(path, container="safetensors", headers=headers, read=lambda key: read_entry(path, *entries[key]), metadata=metadata)
+    return WeightFile(
+        path,
+        container="safetensors",
+        headers=headers,
+        read=lambda key: read_entry(path, *entries[key]),
+        metadata=metadata,
+    )
 
 
 def _open_shards(index: Path) -> WeightFile:
@@ -175,17 +203,24 @@ def _open_shards(index: Path) -> WeightFile:
     if not isinstance(where, dict) or not where:
         raise CheckpointError(f"{index} has no weight_map; it is not an index of shards")
     if outside := [name for name in where.values() if not is_plain_name(name)]:
-        raise CheckpointError(f"{index} names the shard {outside[0]!r}, which is no file of its folder")
+        raise CheckpointError(
+            f"{index} names the shard {outside[0]!r}, which is no file of its folder"
+        )
     names = sorted(set(where.values()))
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
-        raise CheckpointError(f"{index.parent} lacks {len(absent)} of {len(names)} shards: {listed(absent)}; the download is incomplete")
+        raise CheckpointError(
+            f"{index.parent} lacks {len(absent)} of {len(names)} shards: {listed(absent)}; the"
+            " download is incomplete"
+        )
     shards = {name: _open_file(index.parent / name) for name in names}
     missing = sorted(key for key, name in where.items() if key not in shards[name])
     extra = sorted(key for name, shard in shards.items() for key in shard if where.get(key) != name)
     if missing or extra:
         told = f"tensors that the index lists and the shards lack: {listed(missing) or 'none'}"
-        raise CheckpointError(f"{index} disagrees with its shards; {told}; the reverse: {listed(extra) or 'none'}")
+        raise CheckpointError(
+            f"{index} disagrees with its shards; {told}; the reverse: {listed(extra) or 'none'}"
+        )
     first = shards[names[0]]
     return WeightFile(
         index.parent,

@@ -75,7 +75,9 @@ class Checkpointer:
         other failures; the previous checkpoint stays in use.
         """
         self.wait()
-        parts = capture(state, positions=gather_positions(loader, self.dims), settings=self.settings)
+        parts = capture(
+            state, positions=gather_positions(loader, self.dims), settings=self.settings
+        )
         final = self.root / f"iter_{state.iteration:09d}"
         unfinished = self.root / f".writing_{final.name}"
         description = self.description.at(state.iteration)
@@ -94,7 +96,10 @@ class Checkpointer:
             return final
         finishing = self._group("finish")
         self._writer = threading.Thread(
-            target=self._finish, args=(futures, unfinished, final, description, finishing), name="checkpoint", daemon=False
+            target=self._finish,
+            args=(futures, unfinished, final, description, finishing),
+            name="checkpoint",
+            daemon=False,
         )
         self._writer.start()
         return final
@@ -122,12 +127,18 @@ class Checkpointer:
         found = pointed_at(pointer)
         if not found.is_dir():
             raise CheckpointError(
-                f"{pointer} names {found.name}, which does not exist; write the name of an existing iter_* directory into it"
+                f"{pointer} names {found.name}, which does not exist; write the name of an existing"
+                " iter_* directory into it"
             )
         return found
 
     def load(
-        self, state: TrainState, *, loader: Positioned | None = None, path: str | Path | None = None, taken: Taken = Taken()
+        self,
+        state: TrainState,
+        *,
+        loader: Positioned | None = None,
+        path: str | Path | None = None,
+        taken: Taken = Taken(),
     ) -> Path | None:
         """Restore the parts `taken` of `state` and the loader's position from `path`, or from the
         latest checkpoint; None when there is none. Collective.
@@ -139,8 +150,15 @@ class Checkpointer:
         found = Path(path) if path is not None else shared(on_first(self.latest))
         if found is None:
             return None
-        together(lambda: self._require_continues(Description.read(found / FILE_NAME), source=str(found)))
-        _translated(lambda: restore(state, found, loader=loader, dims=self.dims, settings=self.settings, taken=taken), path=found)
+        together(
+            lambda: self._require_continues(Description.read(found / FILE_NAME), source=str(found))
+        )
+        _translated(
+            lambda: restore(
+                state, found, loader=loader, dims=self.dims, settings=self.settings, taken=taken
+            ),
+            path=found,
+        )
         return found
 
     def _require_continues(self, stored: Description, *, source: str) -> None:
@@ -152,7 +170,10 @@ class Checkpointer:
 
     def _write_later(self, name: str, part: Part, unfinished: Path) -> Any:
         return dcp.async_save(
-            part, checkpoint_id=str(unfinished / name), process_group=self._group(name), no_dist=not dist.is_initialized()
+            part,
+            checkpoint_id=str(unfinished / name),
+            process_group=self._group(name),
+            no_dist=not dist.is_initialized(),
         )
 
     def _group(self, name: str) -> dist.ProcessGroup | None:
@@ -165,7 +186,14 @@ class Checkpointer:
             self._groups[name] = dist.new_group(backend="gloo")
         return self._groups[name]
 
-    def _finish(self, futures: list[Any], unfinished: Path, final: Path, description: Description, group: dist.ProcessGroup | None) -> None:
+    def _finish(
+        self,
+        futures: list[Any],
+        unfinished: Path,
+        final: Path,
+        description: Description,
+        group: dist.ProcessGroup | None,
+    ) -> None:
         """Body of the writer thread: wait for all parts on all ranks, then publish."""
         try:
             problem = None
@@ -179,7 +207,13 @@ class Checkpointer:
             self._failure = error
 
     def _finish_with(
-        self, unfinished: Path, final: Path, description: Description, *, problem: Exception | None, group: dist.ProcessGroup | None
+        self,
+        unfinished: Path,
+        final: Path,
+        description: Description,
+        *,
+        problem: Exception | None,
+        group: dist.ProcessGroup | None,
     ) -> None:
         """Publish when all parts are written everywhere; else remove them and raise the first
         `problem`.
@@ -191,7 +225,9 @@ class Checkpointer:
             self._give_up(unfinished, error, group=group)
             raise
 
-    def _give_up(self, unfinished: Path, error: Exception, *, group: dist.ProcessGroup | None) -> None:
+    def _give_up(
+        self, unfinished: Path, error: Exception, *, group: dist.ProcessGroup | None
+    ) -> None:
         """Remove a save that failed, so that it takes no space from the next one. No rank goes on
         before; a lost peer is not waited for.
         """
@@ -272,15 +308,22 @@ def _readable(error: BaseException, *, path: Path) -> Exception:
     """
     if isinstance(error, CheckpointException):
         causes = [failure[0] for failure in error.failures.values()]
-        error = next((cause for cause in causes if isinstance(cause, OSError)), causes[0] if causes else error)
+        error = next(
+            (cause for cause in causes if isinstance(cause, OSError)),
+            causes[0] if causes else error,
+        )
     if is_lost_peer(error):
-        return PeerGone(f"another rank of this launch ended while {path} was written or read; the previous checkpoint stays in use")
+        return PeerGone(
+            f"another rank of this launch ended while {path} was written or read; the previous"
+            " checkpoint stays in use"
+        )
     error = as_disk_full(error, path) or error
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
         return OSError(
             error.errno,
-            f"{reason}: checkpoint not written or read completely; the previous checkpoint is untouched",
+            f"{reason}: checkpoint not written or read completely; the previous checkpoint is"
+            " untouched",
             str(error.filename or path),
         )
     if isinstance(error, CheckpointError):

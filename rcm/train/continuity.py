@@ -39,7 +39,11 @@ class Settings:
         if not self.values:
             return
         if stored is None:
-            logger.warning("{} does not say with which settings it was trained; they are not compared with this run's", source)
+            logger.warning(
+                "{} does not say with which settings it was trained; they are not compared with"
+                " this run's",
+                source,
+            )
             return
         mine = self.record()
         different = sorted(key for key in mine.keys() & stored.keys() if mine[key] != stored[key])
@@ -47,17 +51,23 @@ class Settings:
         told = _told(refused, stored, mine)
         if refused:
             raise ConfigError(
-                f"{source} was trained with other settings ({told}); give the same ones, or choose another job.name and start from its "
-                "weights with model.config.student_ckpt"
+                f"{source} was trained with other settings ({told}); give the same ones, or choose"
+                " another job.name and start from its weights with model.config.student_ckpt"
             )
         if different:
-            logger.warning("{} was trained with other settings, this run goes on with its own: {}", source, _told(different, stored, mine))
+            logger.warning(
+                "{} was trained with other settings, this run goes on with its own: {}",
+                source,
+                _told(different, stored, mine),
+            )
 
     def _may_change(self, key: str) -> bool:
         return any(key == allowed or key.startswith(f"{allowed}.") for allowed in self.changeable)
 
 
 def _told(keys: list[str], stored: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
-    named = "; ".join(f"{key}: {stored[key]!r} there, {mine[key]!r} here" for key in keys[:_MOST_NAMED])
+    named = "; ".join(
+        f"{key}: {stored[key]!r} there, {mine[key]!r} here" for key in keys[:_MOST_NAMED]
+    )
     more = len(keys) - _MOST_NAMED
     return f"{named}; and {more} more" if more > 0 else named

@@ -68,7 +68,9 @@ class Description:
         """The same description beside one set of weights only: "ema", "reg" (or "live") or
         "fake_score".
         """
-        return replace(self, extra={**self.extra, "weights": "live" if weights == "reg" else weights})
+        return replace(
+            self, extra={**self.extra, "weights": "live" if weights == "reg" else weights}
+        )
 
     def to_json(self) -> str:
         """Indented JSON with a format number. Raises TypeError for a value that is not JSON."""
@@ -81,10 +83,13 @@ class Description:
         """
         values = parse_json(text, source=source)
         if not isinstance(values, dict) or "format" not in values:
-            raise CheckpointError(f"{source} is not a checkpoint description: it is no object with a format number")
+            raise CheckpointError(
+                f"{source} is not a checkpoint description: it is no object with a format number"
+            )
         if (number := values.pop("format")) != FORMAT or isinstance(number, bool):
             raise CheckpointError(
-                f"{source} has description format {str(number)[:40]}, this version of rcm reads {FORMAT}; use the version that wrote it"
+                f"{source} has description format {str(number)[:40]}, this version of rcm reads"
+                f" {FORMAT}; use the version that wrote it"
             )
         check_description(values, source=source)
         return cls(**values)
@@ -99,7 +104,10 @@ class Description:
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist: the checkpoint does not describe itself")
         if path.stat().st_size > MOST_BYTES:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; a checkpoint's description has at most {MOST_BYTES}")
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes; a checkpoint's description has at most"
+                f" {MOST_BYTES}"
+            )
         return cls.from_json(path.read_bytes(), source=str(path))
 
     def require_same_network(self, other: Description, *, source: str) -> None:
@@ -108,12 +116,15 @@ class Description:
         its zero.
         """
         mine, found = _plain(self.network), _plain(other.network)
-        different = sorted(k for k in set(mine) | set(found) if (mine.get(k) or None) != (found.get(k) or None))
+        different = sorted(
+            k for k in set(mine) | set(found) if (mine.get(k) or None) != (found.get(k) or None)
+        )
         if different:
             details = ", ".join(f"{k}: {found.get(k)} there, {mine.get(k)} here" for k in different)
             raise CheckpointError(
-                f"{source} holds network {other.network_name or 'of unknown name'!r}, "
-                f"this run has {self.network_name or 'of unknown name'!r} ({details}); choose the matching net or another checkpoint"
+                f"{source} holds network {other.network_name or 'of unknown name'!r}, this run has"
+                f" {self.network_name or 'of unknown name'!r} ({details}); choose the matching net"
+                " or another checkpoint"
             )
 
     def require_same_adapters(self, other: Description, *, source: str) -> None:
@@ -128,18 +139,25 @@ class Description:
             what = "all weights" if found is None else f"low-rank adapters of rank {found['rank']}"
             rank = 0 if found is None else found["rank"]
             here = f"adapters of rank {mine['rank']}" if found is None else "all weights"
-            raise CheckpointError(f"{source} holds {what}, this run trains {here}; set model.config.lora.rank={rank}, {anew}")
+            raise CheckpointError(
+                f"{source} holds {what}, this run trains {here}; set model.config.lora.rank={rank},"
+                f" {anew}"
+            )
         mine, found = _plain(mine), _plain(found)
         different = [key for key in ("rank", "alpha", "layers") if mine[key] != found[key]]
         if different:
             told = ", ".join(f"{key}: {found[key]} there, {mine[key]} here" for key in different)
-            raise CheckpointError(f"{source} holds other low-rank adapters ({told}); set model.config.lora as there, {anew}")
+            raise CheckpointError(
+                f"{source} holds other low-rank adapters ({told}); set model.config.lora as there,"
+                f" {anew}"
+            )
         for role in sorted(mine["bases"].keys() & found["bases"].keys()):
             here, there = mine["bases"][role], found["bases"][role]
             if here["digest"] != there["digest"]:
                 raise CheckpointError(
-                    f"{source} holds adapters of the {role} on the weights of {_base(there)}, this run's are those of {_base(here)}; "
-                    f"give it the weights that they belong to, {anew}"
+                    f"{source} holds adapters of the {role} on the weights of {_base(there)}, this"
+                    f" run's are those of {_base(here)}; give it the weights that they belong to,"
+                    f" {anew}"
                 )
 
 

@@ -28,22 +28,40 @@ MOST_LATENT = 1 << 31
 
 def whole(low: int, high: int) -> Rule:
     """An integer in [low, high]."""
-    return lambda v: None if type(v) is int and low <= v <= high else f"a whole number from {low} to {high}"
+    return lambda v: (
+        None if type(v) is int and low <= v <= high else f"a whole number from {low} to {high}"
+    )
 
 
 def number(low: float, high: float, *, above: bool = False) -> Rule:
     """A finite number in [low, high], or (low, high] if `above`."""
 
     def check(v: Any) -> str | None:
-        fits = type(v) in (int, float) and math.isfinite(v) and (low < v if above else low <= v) and v <= high
-        return None if fits else f"a number {'above' if above else 'from'} {low:g}{' and at most' if above else ' to'} {high:g}"
+        fits = (
+            type(v) in (int, float)
+            and math.isfinite(v)
+            and (low < v if above else low <= v)
+            and v <= high
+        )
+        return (
+            None
+            if fits
+            else (
+                f"a number {'above' if above else 'from'}"
+                f" {low:g}{' and at most' if above else ' to'} {high:g}"
+            )
+        )
 
     return check
 
 
 def word(most: int = 100) -> Rule:
     """Printable text of one line."""
-    return lambda v: None if isinstance(v, str) and len(v) <= most and v.isprintable() else f"a line of at most {most} characters"
+    return lambda v: (
+        None
+        if isinstance(v, str) and len(v) <= most and v.isprintable()
+        else f"a line of at most {most} characters"
+    )
 
 
 def text(most: int = 1 << 16) -> Rule:
@@ -58,7 +76,11 @@ def text(most: int = 1 << 16) -> Rule:
 
 def one_of(*choices: object) -> Rule:
     """One of these values."""
-    return lambda v: None if any(type(v) is type(c) and v == c for c in choices) else f"one of {', '.join(map(repr, choices))}"
+    return lambda v: (
+        None
+        if any(type(v) is type(c) and v == c for c in choices)
+        else f"one of {', '.join(map(repr, choices))}"
+    )
 
 
 def listed(rule: Rule, *, low: int, high: int) -> Rule:
@@ -67,7 +89,9 @@ def listed(rule: Rule, *, low: int, high: int) -> Rule:
     def check(v: Any) -> str | None:
         if not isinstance(v, list) or not low <= len(v) <= high:
             return f"a list of {low if low == high else f'{low} to {high}'} values"
-        return next((f"a list whose entries are each {told}" for told in map(rule, v) if told), None)
+        return next(
+            (f"a list whose entries are each {told}" for told in map(rule, v) if told), None
+        )
 
     return check
 
@@ -79,12 +103,18 @@ def optional(rule: Rule) -> Rule:
 
 def pattern(v: Any) -> str | None:
     """A block pattern of at most four digits each."""
-    return None if isinstance(v, str) and re.fullmatch(r"c[1-9]\d{0,3}-[1-9]\d{0,3}", v) else "a block pattern such as 'c3-3'"
+    return (
+        None
+        if isinstance(v, str) and re.fullmatch(r"c[1-9]\d{0,3}-[1-9]\d{0,3}", v)
+        else "a block pattern such as 'c3-3'"
+    )
 
 
 def hexadecimal(v: Any) -> str | None:
     """A digest of `rcm/storage/digest.py`."""
-    return None if isinstance(v, str) and re.fullmatch(r"[0-9a-f]{32}", v) else "32 hexadecimal digits"
+    return (
+        None if isinstance(v, str) and re.fullmatch(r"[0-9a-f]{32}", v) else "32 hexadecimal digits"
+    )
 
 
 def bare(v: Any) -> str | None:
@@ -92,7 +122,12 @@ def bare(v: Any) -> str | None:
     return None
 
 
-_FLAG, _GUIDANCE, _SHIFT, _SIGMA = one_of(False, True), number(0, 1000), number(0, 1e6, above=True), number(0, 1e9, above=True)
+_FLAG, _GUIDANCE, _SHIFT, _SIGMA = (
+    one_of(False, True),
+    number(0, 1000),
+    number(0, 1e6, above=True),
+    number(0, 1e9, above=True),
+)
 _WIDTH, _POSITIONS = whole(1, 1 << 17), whole(1, 1 << 14)
 _PATH = text(4096)
 
@@ -197,7 +232,9 @@ def check_description(values: Mapping[str, Any], *, source: str) -> None:
     _require_bounded(values, source=source)
     for key in ("stage", "network"):
         if key not in values:
-            raise CheckpointError(f"{source} lacks the field {key!r}; it is not a checkpoint's description")
+            raise CheckpointError(
+                f"{source} lacks the field {key!r}; it is not a checkpoint's description"
+            )
     for key in ("extra", "versions"):
         if not isinstance(values.get(key, {}), Mapping):
             raise CheckpointError(f"{source}: {key} is {_told(values[key])}, expected an object")
@@ -209,13 +246,18 @@ def check_description(values: Mapping[str, Any], *, source: str) -> None:
     _agree(values, extra, source)
 
 
-def _check(values: Mapping[str, Any], rules: Mapping[str, Rule | dict[str, Rule]], lead: str, source: str) -> None:
+def _check(
+    values: Mapping[str, Any], rules: Mapping[str, Rule | dict[str, Rule]], lead: str, source: str
+) -> None:
     for key, value in values.items():
         name, rule = f"{lead}{key}", rules.get(key)
         if rule is None:
             if lead.removeprefix("extra.").removesuffix(".") in _OPEN:
                 continue
-            raise CheckpointError(f"{source}: {name} is not known to this version of rcm; a newer one wrote it, or it is misspelt")
+            raise CheckpointError(
+                f"{source}: {name} is not known to this version of rcm; a newer one wrote it, or it"
+                " is misspelt"
+            )
         if isinstance(rule, dict):
             if value is None and key in _NULLABLE:
                 continue
@@ -232,7 +274,11 @@ def _value(value: Any, rule: Rule, name: str, source: str) -> None:
 
 
 def _told(value: Any) -> str:
-    words = repr(value) if isinstance(value, str | int | float | bool | None) else f"{type(value).__name__} {str(value)[:40]}"
+    words = (
+        repr(value)
+        if isinstance(value, str | int | float | bool | None)
+        else f"{type(value).__name__} {str(value)[:40]}"
+    )
     return words if len(words) <= 80 else f"{words[:77]}..."
 
 
@@ -250,7 +296,10 @@ def _require_bounded(values: Any, *, source: str) -> None:
         elif isinstance(value, str):
             characters += len(value)
         if count > MOST_VALUES or characters > MOST_CHARACTERS:
-            raise CheckpointError(f"{source} holds more than {MOST_VALUES} values or {MOST_CHARACTERS} characters; it is no description")
+            raise CheckpointError(
+                f"{source} holds more than {MOST_VALUES} values or {MOST_CHARACTERS} characters; it"
+                " is no description"
+            )
 
 
 def _agree(values: Mapping[str, Any], extra: Mapping[str, Any], source: str) -> None:
@@ -265,13 +314,17 @@ def _agree(values: Mapping[str, Any], extra: Mapping[str, Any], source: str) -> 
         _agree_adapters(network, extra, source)
     stated = []
     if recipe is not None and sampler is not None:
-        raise CheckpointError(f"{source} contradicts itself: extra has both a recipe and a sampler; a network is causal or it is not")
+        raise CheckpointError(
+            f"{source} contradicts itself: extra has both a recipe and a sampler; a network is"
+            " causal or it is not"
+        )
     if recipe is not None:
         if not {"kind", "pattern"} <= set(recipe):
             raise CheckpointError(f"{source}: extra.recipe lacks kind or pattern")
         if recipe["kind"] == "flow_map" and not network.get("two_times"):
             raise CheckpointError(
-                f"{source} contradicts itself: extra.recipe.kind is 'flow_map', but network.two_times is not true"
+                f"{source} contradicts itself: extra.recipe.kind is 'flow_map', but"
+                " network.two_times is not true"
             )
         stated += [("pattern", values.get("pattern"), recipe["pattern"], "extra.recipe.pattern")]
         try:
@@ -280,38 +333,57 @@ def _agree(values: Mapping[str, Any], extra: Mapping[str, Any], source: str) -> 
         except ConfigError as error:
             raise CheckpointError(f"{source}: extra.recipe: {error}") from error
     if sampler is not None and values.get("pattern") is not None:
-        raise CheckpointError(f"{source} contradicts itself: pattern is {values['pattern']!r}, but extra.sampler is for whole videos")
+        raise CheckpointError(
+            f"{source} contradicts itself: pattern is {values['pattern']!r}, but extra.sampler is"
+            " for whole videos"
+        )
     shape = extra.get("latent_shape")
     if shape is not None:
-        stated.append(("network.out_dim", network.get("out_dim"), shape[0], "extra.latent_shape[0]"))
+        stated.append(
+            ("network.out_dim", network.get("out_dim"), shape[0], "extra.latent_shape[0]")
+        )
         if math.prod(shape) > MOST_LATENT:
-            raise CheckpointError(f"{source}: extra.latent_shape {shape} has more than {MOST_LATENT} values")
+            raise CheckpointError(
+                f"{source}: extra.latent_shape {shape} has more than {MOST_LATENT} values"
+            )
         if recipe is not None:
             try:
                 built.blocks.num_blocks(shape[1])
             except ConfigError as error:
-                raise CheckpointError(f"{source} contradicts itself: extra.latent_shape and extra.recipe.pattern: {error}") from error
+                raise CheckpointError(
+                    f"{source} contradicts itself: extra.latent_shape and extra.recipe.pattern:"
+                    f" {error}"
+                ) from error
     described = extra.get("text") or {}
     for key in ("text_len", "text_dim"):
         stated.append((f"network.{key}", network.get(key), described.get(key), f"extra.text.{key}"))
     for here, mine, theirs, there in stated:
         if mine is not None and theirs is not None and mine != theirs:
-            raise CheckpointError(f"{source} contradicts itself: {here} is {mine}, {there} is {theirs}")
+            raise CheckpointError(
+                f"{source} contradicts itself: {here} is {mine}, {there} is {theirs}"
+            )
 
 
 def _agree_adapters(network: Mapping[str, Any], extra: Mapping[str, Any], source: str) -> None:
     """Adapters are whole, fit the network, and say which weights they belong to."""
     adapters = extra["adapters"]
     lacking = sorted(set(ADAPTERS) - set(adapters))
-    bases = {role: base for role, base in adapters.get("bases", {}).items() if set(base) != set(ADAPTED)}
+    bases = {
+        role: base for role, base in adapters.get("bases", {}).items() if set(base) != set(ADAPTED)
+    }
     if lacking or bases or "student" not in adapters["bases"]:
         raise CheckpointError(
-            f"{source}: extra.adapters needs {', '.join(ADAPTERS)}, and of each base {', '.join(ADAPTED)}, the student's among them; "
-            f"it lacks {', '.join(lacking) or 'parts of the bases'}"
+            f"{source}: extra.adapters needs {', '.join(ADAPTERS)}, and of each base"
+            f" {', '.join(ADAPTED)}, the student's among them; it lacks"
+            f" {', '.join(lacking) or 'parts of the bases'}"
         )
     if {"dim", "ffn_dim", "num_heads", "num_layers"} <= set(network):
-        most = largest_rank(adapters["layers"], WanConfig(**{**network, "patch": tuple(network.get("patch", (1, 2, 2)))}))
+        most = largest_rank(
+            adapters["layers"],
+            WanConfig(**{**network, "patch": tuple(network.get("patch", (1, 2, 2)))}),
+        )
         if extra.get("weights") != "fake_score" and adapters["rank"] > most:
             raise CheckpointError(
-                f"{source} contradicts itself: extra.adapters.rank is {adapters['rank']}, the smallest layer that they adapt has {most}"
+                f"{source} contradicts itself: extra.adapters.rank is {adapters['rank']}, the"
+                f" smallest layer that they adapt has {most}"
             )

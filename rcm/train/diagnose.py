@@ -24,39 +24,70 @@ from rcm.parallel.fsdp import local
 Losses = Sequence[tuple[str, Tensor]]
 
 
-def explain(method: Method, phase: Phase, *, batches: Sequence[LatentBatch], rngs: Sequence[StepRng], losses: Losses, norm: float) -> str:
+def explain(
+    method: Method,
+    phase: Phase,
+    *,
+    batches: Sequence[LatentBatch],
+    rngs: Sequence[StepRng],
+    losses: Losses,
+    norm: float,
+) -> str:
     """One sentence: role, update, term, and the module or parameter where the first NaN or infinity
     appeared. The same on every rank. Collective.
     """
     net = method.trainable[phase.role]
-    bad_terms = sorted({name for found in _everywhere(sorted({n for n, v in losses if not v.isfinite()})) for name in found})
+    bad_terms = sorted(
+        {
+            name
+            for found in _everywhere(sorted({n for n, v in losses if not v.isfinite()}))
+            for name in found
+        }
+    )
     start = f"{phase.role} update {phase.index} (iteration {phase.iteration}) is not finite"
     end = "weights were left as they were"
     if bad_terms:
         net.zero_grad(set_to_none=True)  # room for running the phase again
-        modules = [found for found in _everywhere(_first_module(method, phase, batches=batches, rngs=rngs)) if found]
+        modules = [
+            found
+            for found in _everywhere(_first_module(method, phase, batches=batches, rngs=rngs))
+            if found
+        ]
         where = (
             f"first non-finite output from {modules[0]}"
             if modules
-            else "all outputs of the trained networks are finite, so it arose in the term or a teacher"
+            else (
+                "all outputs of the trained networks are finite, so it arose in the term or a"
+                " teacher"
+            )
         )
         return f"{start}: loss of term {', '.join(bad_terms)}; {where}; {end}"
     names = [name for name, _ in net.named_parameters()]
     bad = {name for found in _everywhere(_bad_gradients(net)) for name in found}
     ordered = [name for name in names if name in bad]
     where = (
-        f"non-finite in {len(ordered)} of {len(names)} parameters, nearest the output {ordered[-1]}, nearest the input {ordered[0]}"
+        f"non-finite in {len(ordered)} of {len(names)} parameters, nearest the output"
+        f" {ordered[-1]}, nearest the input {ordered[0]}"
         if ordered
         else f"no single one is non-finite, their norm is {norm}"
     )
-    return f"{start}: gradient (all losses finite; terms {', '.join(sorted({n for n, _ in losses}))}); {where}; {end}"
+    return (
+        f"{start}: gradient (all losses finite; terms {', '.join(sorted({n for n, _ in losses}))});"
+        f" {where}; {end}"
+    )
 
 
 def _bad_gradients(net: nn.Module) -> list[str]:
-    return [name for name, p in net.named_parameters() if p.grad is not None and not local(p.grad).isfinite().all()]
+    return [
+        name
+        for name, p in net.named_parameters()
+        if p.grad is not None and not local(p.grad).isfinite().all()
+    ]
 
 
-def _first_module(method: Method, phase: Phase, *, batches: Sequence[LatentBatch], rngs: Sequence[StepRng]) -> str | None:
+def _first_module(
+    method: Method, phase: Phase, *, batches: Sequence[LatentBatch], rngs: Sequence[StepRng]
+) -> str | None:
     """Path of the first module whose output is not finite when the phase runs again."""
     found: list[str] = []
     with _watching(method, found):
@@ -71,7 +102,11 @@ def _watching(method: Method, found: list[str]) -> Iterator[None]:
     def watch(path: str) -> Any:
         def look(_module: nn.Module, _args: Any, output: Any) -> None:
             for value in output if isinstance(output, tuple) else (output,):
-                if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+                if (
+                    isinstance(value, Tensor)
+                    and value.is_floating_point()
+                    and not torch.isfinite(value).all()
+                ):
                     found.append(path)
 
         return look

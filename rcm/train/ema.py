@@ -61,7 +61,10 @@ class EMAConfig(Record):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.enabled and not 0 < self.rate < 12**-0.5:
-            raise ConfigError(f"rate={self.rate} must be in (0, {12**-0.5:.3f}), the widths a power-function average can have")
+            raise ConfigError(
+                f"rate={self.rate} must be in (0, {12**-0.5:.3f}), the widths a power-function"
+                " average can have"
+            )
 
 
 class PowerEMA:
@@ -73,7 +76,8 @@ class PowerEMA:
         self.config = config
         self.exponent = std_to_exponent(config.rate)
         self.shadow: dict[str, Tensor] = {
-            name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for name, p in stored_parameters(net).items()
+            name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+            for name, p in stored_parameters(net).items()
         }
 
     def beta(self, index: int) -> float:

@@ -34,14 +34,19 @@ def find_model_directory(path: str | Path) -> Path | None:
     pointer = path / "checkpoints" / "latest_checkpoint.txt"
     if pointer.is_file():
         path = pointed_at(pointer)
-    return next((found for found in (path, path / "model") if (found / ".metadata").is_file()), None)
+    return next(
+        (found for found in (path, path / "model") if (found / ".metadata").is_file()), None
+    )
 
 
 def model_directory(path: str | Path) -> Path:
     """As `find_model_directory`; `CheckpointError` where there is none."""
     found = find_model_directory(path)
     if found is None:
-        raise CheckpointError(f"{path} is not a DCP checkpoint: neither it nor {Path(path) / 'model'} has a .metadata file")
+        raise CheckpointError(
+            f"{path} is not a DCP checkpoint: neither it nor {Path(path) / 'model'} has a .metadata"
+            " file"
+        )
     return found
 
 
@@ -55,11 +60,16 @@ def describe(path: str | Path) -> Description | None:
     else:
         model = find_model_directory(path)
         places = [path] if model is None else [model, model.parent]
-        beside = next((place / FILE_NAME for place in places if (place / FILE_NAME).is_file()), places[0] / FILE_NAME)
+        beside = next(
+            (place / FILE_NAME for place in places if (place / FILE_NAME).is_file()),
+            places[0] / FILE_NAME,
+        )
     return Description.read(beside) if beside.is_file() else None
 
 
-def read_weights(path: str | Path, *, weights: str = "ema", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def read_weights(
+    path: str | Path, *, weights: str = "ema", dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """Full tensors of one set of `weights` ("ema", "reg", "fake_score") of a DCP checkpoint, by
     network key (without the names that wrappers leave), in `dtype` (None: as stored).
     """
@@ -71,12 +81,22 @@ def read_weights(path: str | Path, *, weights: str = "ema", dtype: torch.dtype |
     if not keys:
         present = sorted({k.partition(".")[0] for k in folder})
         raise CheckpointError(
-            f"{directory} holds no {prefix}* weights (it has {', '.join(present)}); choose other weights than {weights!r}"
+            f"{directory} holds no {prefix}* weights (it has {', '.join(present)}); choose other"
+            f" weights than {weights!r}"
         )
-    return {WRAPPERS.sub("", k.removeprefix(prefix)): folder[k].to(dtype) if dtype else folder[k] for k in keys}
+    return {
+        WRAPPERS.sub("", k.removeprefix(prefix)): folder[k].to(dtype) if dtype else folder[k]
+        for k in keys
+    }
 
 
-def export(path: str | Path, save_path: str | Path, *, weights: str = "ema", dtype: torch.dtype = torch.bfloat16) -> Path:
+def export(
+    path: str | Path,
+    save_path: str | Path,
+    *,
+    weights: str = "ema",
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
     """Write one set of weights to `save_path` (.safetensors or .pt/.pth) under `net.*` keys,
     atomically, and return it. Of a run that trained adapters, those alone, under the keys of the
     published layout "wan" (`rcm/nets/wan/lora.py:LAYOUTS`).

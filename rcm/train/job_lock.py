@@ -35,7 +35,11 @@ def job_lock(folder: Path) -> Iterator[None]:
     file = _acquired(path)
     try:
         if holder := _holder(file):
-            logger.warning("{} was left by a run that ended without removing it, {}; this run takes over", path, _said(holder))
+            logger.warning(
+                "{} was left by a run that ended without removing it, {}; this run takes over",
+                path,
+                _said(holder),
+            )
         file.truncate(0)
         file.write(json.dumps(_self()) + "\n")
         file.flush()
@@ -58,10 +62,16 @@ def _acquired(path: Path) -> IO[str]:
         holder = _holder(file)
         file.close()
         if not free and not _dead(holder):
-            raise ConfigError(f"the job folder {path.parent} is in use by {_said(holder)}; stop it, or choose another job.name")
+            raise ConfigError(
+                f"the job folder {path.parent} is in use by {_said(holder)}; stop it, or choose"
+                " another job.name"
+            )
         if not free:
             discard(path)
-    raise ConfigError(f"the job folder {path.parent} is being taken by other runs at this moment; start again, or choose another job.name")
+    raise ConfigError(
+        f"the job folder {path.parent} is being taken by other runs at this moment; start again, or"
+        " choose another job.name"
+    )
 
 
 def _lock(file: IO[str]) -> bool:
@@ -71,7 +81,11 @@ def _lock(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        logger.warning("{}: this file system has no locks ({}); a run on another host is not noticed", file.name, error.strerror)
+        logger.warning(
+            "{}: this file system has no locks ({}); a run on another host is not noticed",
+            file.name,
+            error.strerror,
+        )
         holder = _holder(file)
         return not holder or _dead(holder)
     return True
@@ -107,7 +121,12 @@ def _dead(holder: dict[str, Any]) -> bool:
 
 def _self() -> dict[str, Any]:
     pid = os.getpid()
-    return {"host": socket.gethostname(), "pid": pid, "started": datetime.now(UTC).isoformat(timespec="seconds"), "birth": _birth(pid)}
+    return {
+        "host": socket.gethostname(),
+        "pid": pid,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "birth": _birth(pid),
+    }
 
 
 def _birth(pid: int) -> int | None:

@@ -47,12 +47,17 @@ class Averages:
         names = sorted(self._sums)
         if not names:
             return {}
-        sums = torch.stack([torch.as_tensor(self._sums[n], dtype=torch.float64, device=device) for n in names])
+        sums = torch.stack(
+            [torch.as_tensor(self._sums[n], dtype=torch.float64, device=device) for n in names]
+        )
         if world_size > 1:
             dist.all_reduce(sums)
         counts = [self._counts[n] * world_size for n in names]
         self._sums, self._counts = {}, {}
-        return {name: total / count for name, total, count in zip(names, sums.tolist(), counts, strict=True)}
+        return {
+            name: total / count
+            for name, total, count in zip(names, sums.tolist(), counts, strict=True)
+        }
 
 
 class Sink(Protocol):
@@ -78,7 +83,11 @@ class JsonLines:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            kept = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= resumed_at]
+            kept = [
+                line
+                for line in self.path.read_text(errors="replace").splitlines()
+                if _step_of(line) <= resumed_at
+            ]
             write_atomically(self.path, "".join(line + "\n" for line in kept))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close())
 
@@ -99,7 +108,11 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}: numbers of the run not written; the last checkpoint is in use", str(path)) from error
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: numbers of the run not written; the last checkpoint is in use",
+            str(path),
+        ) from error
 
 
 def _step_of(line: str) -> float:
@@ -146,7 +159,10 @@ class Wandb:
                 resume="allow",
             )
         except wandb.errors.Error as error:
-            raise ConfigError(f"wandb refuses ({first_line(error)}); mend its settings, or choose job.wandb_mode=offline") from error
+            raise ConfigError(
+                f"wandb refuses ({first_line(error)}); mend its settings, or choose"
+                " job.wandb_mode=offline"
+            ) from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log `values` at `step`."""
@@ -167,9 +183,12 @@ def require_wandb(mode: str) -> None:
     """
     if importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            "logging to wandb was asked for, but the package is missing: pip install 'rcm[wandb]', or set job.wandb_mode=disabled"
+            "logging to wandb was asked for, but the package is missing: pip install 'rcm[wandb]',"
+            " or set job.wandb_mode=disabled"
         )
-    if mode != "online" or any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+    if mode != "online" or any(
+        os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    ):
         return
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
@@ -178,7 +197,8 @@ def require_wandb(mode: str) -> None:
         known = False
     if not known:
         raise ConfigError(
-            f"job.wandb_mode=online needs a key for {host}: run `wandb login`, set WANDB_API_KEY, or choose job.wandb_mode=offline"
+            f"job.wandb_mode=online needs a key for {host}: run `wandb login`, set WANDB_API_KEY,"
+            " or choose job.wandb_mode=offline"
         )
 
 

@@ -64,8 +64,15 @@ class CallbacksConfig:
             ("device_monitor", self.device_monitor, DeviceMonitorConfig()),
         ):
             if given.every_n == 0 and given != idle:
-                key = next(key.name for key in fields(given) if getattr(given, key.name) != getattr(idle, key.name))
-                raise ConfigError(f"{name}.{key}={getattr(given, key)} has no effect while its every_n=0; set that too")
+                key = next(
+                    key.name
+                    for key in fields(given)
+                    if getattr(given, key.name) != getattr(idle, key.name)
+                )
+                raise ConfigError(
+                    f"{name}.{key}={getattr(given, key)} has no effect while its every_n=0; set"
+                    " that too"
+                )
 
 
 class HeartBeat:
@@ -78,9 +85,20 @@ class HeartBeat:
     stall.
     """
 
-    def __init__(self, path: str | Path, *, every: int, minutes: float = 20.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        every: int,
+        minutes: float = 20.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.path, self.every, self.minutes, self._clock = Path(path), every, minutes, clock
-        self._lock, self._writing, self._over = threading.Lock(), threading.Lock(), threading.Event()
+        self._lock, self._writing, self._over = (
+            threading.Lock(),
+            threading.Lock(),
+            threading.Event(),
+        )
         self._watcher: threading.Thread | None = None
         # iteration and time: of the last iteration, of the last beat
         self._seen = self._beat = (0, 0.0)
@@ -107,7 +125,9 @@ class HeartBeat:
             since, was_stalled = now - self._seen[1], self._stalled
             self._seen, self._stalled = (state.iteration, now), False
         if was_stalled:
-            logger.warning("iterations go on: number {} took {:.1f} minutes", state.iteration, since / 60)
+            logger.warning(
+                "iterations go on: number {} took {:.1f} minutes", state.iteration, since / 60
+            )
         if was_stalled or state.iteration % self.every == 0:
             count, seconds = state.iteration - self._beat[0], now - self._beat[1]
             self._beat = (state.iteration, now)
@@ -135,7 +155,11 @@ class HeartBeat:
                 self._stalled |= news
             if news:
                 logger.warning(
-                    "no iteration has ended for {:.1f} minutes, the last was {}; the main thread is in {}", since / 60, iteration, _places()
+                    "no iteration has ended for {:.1f} minutes, the last was {}; the main thread is"
+                    " in {}",
+                    since / 60,
+                    iteration,
+                    _places(),
                 )
                 self._write_if_possible("stalled")
 
@@ -163,7 +187,12 @@ def _places() -> str:
     """The innermost calls of the main thread, innermost first."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     calls = traceback.extract_stack(frame)[-_PLACES:] if frame is not None else []
-    return " < ".join(f"{Path(call.filename).name}:{call.lineno} {call.name}" for call in reversed(calls)) or "no place that can be seen"
+    return (
+        " < ".join(
+            f"{Path(call.filename).name}:{call.lineno} {call.name}" for call in reversed(calls)
+        )
+        or "no place that can be seen"
+    )
 
 
 NVML: Mapping[str, tuple[Callable[[torch.device], float], float]] = {
@@ -195,7 +224,12 @@ class DeviceMonitor:
         detail: bool = True,
         gather: Callable[[dict[str, float]], list[dict[str, float]]] | None = None,
     ) -> None:
-        self.every, self.device, self.detail, self._gather = every, device, detail, gather or _of_all_ranks
+        self.every, self.device, self.detail, self._gather = (
+            every,
+            device,
+            detail,
+            gather or _of_all_ranks,
+        )
         self._silent = set(() if device.type == "cuda" else NVML)
 
     def started(self, state: TrainState) -> None:
@@ -221,11 +255,15 @@ class DeviceMonitor:
         figures = {"cpu_mem_gb": resident_bytes() / 2**30}
         if self.device.type == "cuda":
             figures["peak_gpu_mem_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-            figures["peak_gpu_mem_reserved_gb"] = torch.cuda.max_memory_reserved(self.device) / 2**30
+            figures["peak_gpu_mem_reserved_gb"] = (
+                torch.cuda.max_memory_reserved(self.device) / 2**30
+            )
             if self.detail:
                 stats = torch.cuda.memory_stats(self.device)
                 figures["gpu_mem_active_gb"] = stats.get("active_bytes.all.current", 0) / 2**30
-                figures["gpu_mem_inactive_split_gb"] = stats.get("inactive_split_bytes.all.current", 0) / 2**30
+                figures["gpu_mem_inactive_split_gb"] = (
+                    stats.get("inactive_split_bytes.all.current", 0) / 2**30
+                )
                 figures["alloc_retries"] = float(stats.get("num_alloc_retries", 0))
         return figures | self._nvml_figures()
 
@@ -238,11 +276,19 @@ class DeviceMonitor:
                 figures[name] = ask(self.device) / unit
             # NVML has errors of its own kind, and a card need not answer every question
             except Exception as error:
-                reasons[name] = "pip install 'rcm[monitor]'" if isinstance(error, ImportError) else first_line(error)
+                reasons[name] = (
+                    "pip install 'rcm[monitor]'"
+                    if isinstance(error, ImportError)
+                    else first_line(error)
+                )
         if reasons:
             self._silent |= reasons.keys()
             told = "; ".join(sorted(set(reasons.values())))
-            logger.warning("device monitor: {} left out, NVML does not tell ({})", ", ".join(sorted(reasons)), told)
+            logger.warning(
+                "device monitor: {} left out, NVML does not tell ({})",
+                ", ".join(sorted(reasons)),
+                told,
+            )
         return figures
 
 

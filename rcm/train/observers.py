@@ -66,8 +66,18 @@ class SampleGrid:
         at_start: bool = False,
     ) -> None:
         if every < 1 or weights not in ("reg", "ema"):
-            raise ConfigError(f"sample grid needs every >= 1 and weights reg or ema, got every={every}, weights={weights!r}")
-        self.every, self.draw, self.write, self.folder, self.weights, self.at_start = every, draw, write, Path(folder), weights, at_start
+            raise ConfigError(
+                f"sample grid needs every >= 1 and weights reg or ema, got every={every},"
+                f" weights={weights!r}"
+            )
+        self.every, self.draw, self.write, self.folder, self.weights, self.at_start = (
+            every,
+            draw,
+            write,
+            Path(folder),
+            weights,
+            at_start,
+        )
 
     def started(self, state: TrainState) -> None:
         """Sample the initial weights where asked."""
@@ -100,7 +110,11 @@ class Memory:
 
     def stepped(self, state: TrainState, *, is_main: bool) -> Mapping[str, float]:
         """Current peak."""
-        return {"memory/peak_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}
+        return (
+            {"memory/peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+            if torch.cuda.is_available()
+            else {}
+        )
 
 
 class KernelRecord:
@@ -121,7 +135,10 @@ class KernelRecord:
         if self._left == 0 or not is_main:
             return {}
         self._left -= 1
-        found = {role: {"attention": attention_record(entry.net), "fused_layers": entry.net.fused} for role, entry in state.roles.items()}
+        found = {
+            role: {"attention": attention_record(entry.net), "fused_layers": entry.net.fused}
+            for role, entry in state.roles.items()
+        }
         for role, record in found.items():
             if record != self._told.get(role):
                 logger.info("kernels of {}: {}", role, record)
@@ -188,7 +205,8 @@ class Progress:
         end = "\n" if state.iteration >= self.max_iter else ""
         bar = "=" * filled + " " * (30 - filled)
         self.stream.write(
-            f"\r[{bar}] {state.iteration}/{self.max_iter}  {pace:.2f} s/it  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left{end}"
+            f"\r[{bar}] {state.iteration}/{self.max_iter}  {pace:.2f} s/it "
+            f" {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left{end}"
         )
         self.stream.flush()
         return {}
@@ -201,10 +219,20 @@ class LogLines:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log both lines."""
-        losses = "  ".join(f"{name.removeprefix('loss/')} {value:.4g}" for name, value in values.items() if name.startswith("loss/"))
+        losses = "  ".join(
+            f"{name.removeprefix('loss/')} {value:.4g}"
+            for name, value in values.items()
+            if name.startswith("loss/")
+        )
         pace = values.get("time/seconds_per_iteration")
-        logger.info("iteration {}  {}{}", step, losses, "" if pace is None else f"  {pace:.2f} s/it")
-        logger.debug("iteration {}  {}", step, "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        logger.info(
+            "iteration {}  {}{}", step, losses, "" if pace is None else f"  {pace:.2f} s/it"
+        )
+        logger.debug(
+            "iteration {}  {}",
+            step,
+            "  ".join(f"{name} {value:.4g}" for name, value in values.items()),
+        )
 
     def close(self) -> None:
         """Nothing to release."""

@@ -46,9 +46,19 @@ class AdamWConfig(Record):
         """
         trained = [p for p in parameters if p.requires_grad]
         if not trained:
-            raise ConfigError("an optimiser was asked for a network without trainable parameters; frozen roles take no optimiser")
+            raise ConfigError(
+                "an optimiser was asked for a network without trainable parameters; frozen roles"
+                " take no optimiser"
+            )
         fused = all(p.device.type in _FUSED_DEVICES for p in trained)
-        return ShardAdamW(trained, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas, eps=self.eps, fused=fused)
+        return ShardAdamW(
+            trained,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+            eps=self.eps,
+            fused=fused,
+        )
 
 
 class ShardAdamW(torch.optim.AdamW):
@@ -84,7 +94,9 @@ class LambdaLinear(Record):
     def __post_init__(self) -> None:
         super().__post_init__()
         if 0 < self.cycle_length <= self.warm_up_steps:
-            raise ConfigError(f"cycle_length={self.cycle_length} must exceed warm_up_steps={self.warm_up_steps}")
+            raise ConfigError(
+                f"cycle_length={self.cycle_length} must exceed warm_up_steps={self.warm_up_steps}"
+            )
 
     def factor(self, update: int) -> float:
         """Factor of update `update` >= 0."""

@@ -90,12 +90,16 @@ def _phase(job: Job, card: Card, phase: PhasePlan, base: float) -> PhasePredicti
     for step in phase.passes:
         terms, cost = tuple(pass_terms(job, phase, step)), pass_cost(job, card, step)
         size = sum(term.bytes for term in terms)
-        passes.append(PassPrediction(step.name, step.role, step.mode, size, cost.seconds, cost.flops, terms))
+        passes.append(
+            PassPrediction(step.name, step.role, step.mode, size, cost.seconds, cost.flops, terms)
+        )
     fullest = max(passes, key=lambda item: item.bytes)
     update = update_seconds(job, card, phase)
     seconds = job.accumulation * sum(item.seconds for item in passes) + update
     peak, name = base + fullest.bytes, fullest.name
-    return PhasePrediction(phase.role, phase.share, tuple(passes), fullest.terms, peak, name, seconds, update)
+    return PhasePrediction(
+        phase.role, phase.share, tuple(passes), fullest.terms, peak, name, seconds, update
+    )
 
 
 def layouts(job: Job, *, global_batch: int | None = None) -> Iterator[Job]:
@@ -123,7 +127,12 @@ def _divisors(number: int) -> list[int]:
 
 def _contexts(job: Job) -> list[int]:
     """Context-parallel sizes that every network can take."""
-    frames = {layout.tokens_per_frame for phase in job.phases for step in phase.passes for layout in step.layouts}
+    frames = {
+        layout.tokens_per_frame
+        for phase in job.phases
+        for step in phase.passes
+        for layout in step.layouts
+    }
     counts = {*frames, *(net.config.num_heads for net in job.nets)}
     return [n for n in _divisors(job.ranks) if all(count % n == 0 for count in counts)]
 
@@ -146,8 +155,9 @@ def propose(job: Job, card: Card, *, global_batch: int | None = None) -> Proposa
     found = [predict(laid, card) for laid in layouts(job, global_batch=global_batch)]
     if not found:
         raise ConfigError(
-            f"no layout of {job.ranks} ranks with {job.batch} sample(s) each makes a global batch of "
-            f"{job.global_batch if global_batch is None else global_batch}; choose a multiple of the data ranks, or fewer gpus"
+            f"no layout of {job.ranks} ranks with {job.batch} sample(s) each makes a global batch"
+            f" of {job.global_batch if global_batch is None else global_batch}; choose a multiple"
+            " of the data ranks, or fewer gpus"
         )
     return Proposal(_fastest(found), min(found, key=lambda item: item.reserved), len(found))
 
@@ -155,7 +165,9 @@ def propose(job: Job, card: Card, *, global_batch: int | None = None) -> Proposa
 def _fastest(found: Sequence[Prediction]) -> Prediction | None:
     """Of those that fit."""
     fitting = [prediction for prediction in found if prediction.fits]
-    return min(fitting, key=lambda item: (round(item.seconds_per_sample, 6), item.reserved), default=None)
+    return min(
+        fitting, key=lambda item: (round(item.seconds_per_sample, 6), item.reserved), default=None
+    )
 
 
 def enough_ranks(job: Job, card: Card, *, limit: int = 1024) -> Prediction | None:

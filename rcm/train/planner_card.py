@@ -59,7 +59,10 @@ def card(name: str, *, memory_gib: float | None = None) -> Card:
     unknown name or an impossible size.
     """
     if name not in CARDS:
-        raise ConfigError(f"unknown gpu={name!r}; choose from {', '.join(CARDS)}, and give memory_gib=N for another size")
+        raise ConfigError(
+            f"unknown gpu={name!r}; choose from {', '.join(CARDS)}, and give memory_gib=N for"
+            " another size"
+        )
     if memory_gib is not None and not memory_gib > 0:
         raise ConfigError(f"memory_gib={memory_gib} must be positive")
     return CARDS[name] if memory_gib is None else replace(CARDS[name], gib=memory_gib)

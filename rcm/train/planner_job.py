@@ -27,12 +27,19 @@ from rcm.parallel.checkpointing import MODES, Mode
 def parameter_shapes(config: WanConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Name and shape of every parameter, read off the network on the meta device."""
     with torch.device("meta"):
-        return tuple((name, tuple(p.shape)) for name, p in WanDiT(config, attention="reference").named_parameters())
+        return tuple(
+            (name, tuple(p.shape))
+            for name, p in WanDiT(config, attention="reference").named_parameters()
+        )
 
 
 @cache
 def _elements(config: WanConfig, shard: int, part: str) -> int:
-    shapes = [shape for name, shape in parameter_shapes(config) if part == "all" or name.startswith("blocks.") == (part == "blocks")]
+    shapes = [
+        shape
+        for name, shape in parameter_shapes(config)
+        if part == "all" or name.startswith("blocks.") == (part == "blocks")
+    ]
     return sum(-(-shape[0] // shard) * math.prod(shape[1:]) for shape in shapes)
 
 
@@ -53,7 +60,9 @@ class NetPlan:
 
     def __post_init__(self) -> None:
         if self.recompute not in MODES:
-            raise ConfigError(f"{self.role}: recompute={self.recompute!r} is not one of {', '.join(MODES)}")
+            raise ConfigError(
+                f"{self.role}: recompute={self.recompute!r} is not one of {', '.join(MODES)}"
+            )
 
     def elements(self, *, shard: int = 1, part: Literal["all", "blocks", "root"] = "all") -> int:
         """Parameters on rank 0 of `shard` ranks. FSDP2 cuts every tensor along its first axis: [1,
@@ -75,7 +84,9 @@ class NetPlan:
     @property
     def trained_block(self) -> int:
         """What is trained of one block."""
-        return self.trained_elements() // self.config.num_layers if self.rank else self.block_elements
+        return (
+            self.trained_elements() // self.config.num_layers if self.rank else self.block_elements
+        )
 
     def is_recomputed(self, block: int) -> bool:
         """Whether this block runs again in the backward pass."""
@@ -140,7 +151,8 @@ class Job:
     def __post_init__(self) -> None:
         if self.ranks % self.shard_ranks or self.shard_ranks % self.context:
             raise ConfigError(
-                f"{self.ranks} ranks do not divide into shards of fsdp_shard_size={self.shard} with context_parallel_size={self.context}"
+                f"{self.ranks} ranks do not divide into shards of fsdp_shard_size={self.shard} with"
+                f" context_parallel_size={self.context}"
             )
 
     def net(self, role: str) -> NetPlan:
@@ -181,7 +193,10 @@ class Job:
 
     def with_recompute(self, mode: Mode) -> Job:
         """The same job with this recomputation in every trained network."""
-        return replace(self, nets=tuple(replace(net, recompute=mode) if net.trained else net for net in self.nets))
+        return replace(
+            self,
+            nets=tuple(replace(net, recompute=mode) if net.trained else net for net in self.nets),
+        )
 
 
 @lru_cache(maxsize=1024)

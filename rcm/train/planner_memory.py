@@ -67,8 +67,15 @@ def state_terms(job: Job) -> list[Term]:
             terms.append(Term(f"{net.role} weights", job.compute_bytes * job.stored(net), what))
         if not net.trained:
             continue
-        size, adam = job.param_bytes * job.trained(net), "AdamW: first and second moment of every parameter"
-        name, kind = ("adapters", f"parameters of rank {net.rank}") if net.rank else ("weights", "master parameters")
+        size, adam = (
+            job.param_bytes * job.trained(net),
+            "AdamW: first and second moment of every parameter",
+        )
+        name, kind = (
+            ("adapters", f"parameters of rank {net.rank}")
+            if net.rank
+            else ("weights", "master parameters")
+        )
         terms.append(Term(f"{net.role} {name}", size, f"{part}{net.trained_elements():,} {kind}"))
         terms.append(Term(f"{net.role} optimiser", 2 * size, adam))
         if net.averaged:
@@ -89,7 +96,9 @@ class PassMemory:
     def rows(self, layout: TokenLayout, moment: str) -> float:
         """Of the rows that `ROWS` names."""
         e_rows, h_rows = ROWS[moment][0 if self.job.fused else 1]
-        return layout.num_tokens * self.row * (e_rows * self.config.dim + h_rows * self.config.ffn_dim)
+        return (
+            layout.num_tokens * self.row * (e_rows * self.config.dim + h_rows * self.config.ffn_dim)
+        )
 
     def joined_keys(self, layout: TokenLayout) -> float:
         """Cached and own keys and values put together for attention; no copy without a cache."""
@@ -100,7 +109,9 @@ class PassMemory:
         """What a block keeps of a forward with gradient, by its recompute mode."""
         if self.net.is_recomputed(block):
             return self.rows(layout, self.net.recompute)
-        return self.rows(layout, "block_wise") + self.rows(layout, "saved") + self.joined_keys(layout)
+        return (
+            self.rows(layout, "block_wise") + self.rows(layout, "saved") + self.joined_keys(layout)
+        )
 
     def graph(self) -> float:
         """What all blocks keep of all layouts until the backward pass."""
@@ -111,7 +122,9 @@ class PassMemory:
         """Kept by every forward with gradient: float32 copies of the time embedding's matrices
         (7 E^2) if they are trained, and the embedded text.
         """
-        copies = 4 * 7 * self.config.dim**2 if self.job.compute_bytes < 4 and not self.net.rank else 0
+        copies = (
+            4 * 7 * self.config.dim**2 if self.job.compute_bytes < 4 and not self.net.rank else 0
+        )
         text = self.config.text_len * (self.config.text_dim + 3 * self.config.dim)
         return copies + self.job.batch * text * self.job.compute_bytes
 
@@ -171,7 +184,10 @@ def gathered_terms(job: Job, phase: PhasePlan) -> list[Term]:
     """Parameters that FSDP2 has gathered, of the phase's largest network."""
     nets = [job.net(role) for role in {step.role for step in phase.passes}]
     nets = [net for net in nets if job.shards_of(net)]
-    sizes = [2 * (net.block_elements + bool(net.rank) * net.trained_block) + net.elements(part="root") for net in nets]
+    sizes = [
+        2 * (net.block_elements + bool(net.rank) * net.trained_block) + net.elements(part="root")
+        for net in nets
+    ]
     what = "FSDP2: a block in use, the next one arriving, and what lies outside the blocks"
     return [Term("gathered parameters", max(sizes) * job.compute_bytes, what)] if sizes else []
 
@@ -208,7 +224,10 @@ def pass_terms(job: Job, phase: PhasePlan, step: Pass) -> list[Term]:
     before, after, moment = gradient_terms(job, phase, earlier=earlier)
     if step.mode != "train":
         how = "reduced" if job.gradient_sync == "each" else "whole and unreduced"
-        inside, running = max(map(memory.forward, step.layouts)), "rows of the block that is running"
+        inside, running = (
+            max(map(memory.forward, step.layouts)),
+            "rows of the block that is running",
+        )
         kept = [Term("gradients", before, f"of earlier terms, {how}")] if before else []
         return [*terms, *kept, Term(f"inside a block ({step.mode})", inside, running)]
     largest = max(step.layouts, key=lambda layout: layout.num_tokens)
@@ -222,10 +241,20 @@ def pass_terms(job: Job, phase: PhasePlan, step: Pass) -> list[Term]:
     }
     when, (kept_bytes, inside, grads) = max(moments.items(), key=lambda item: sum(item[1]))
     whole = before and job.gradient_sync == "last"
-    how = "held whole until the last term is reduced" if whole else "reduced shards and those on their way"
+    how = (
+        "held whole until the last term is reduced"
+        if whole
+        else "reduced shards and those on their way"
+    )
     return [
         *terms,
-        Term("stored for the backward pass", kept_bytes, f"recompute={memory.net.recompute}, {when}"),
-        Term("inside a block (train)", inside + memory.tables(largest), "one block recomputed and back-propagated"),
+        Term(
+            "stored for the backward pass", kept_bytes, f"recompute={memory.net.recompute}, {when}"
+        ),
+        Term(
+            "inside a block (train)",
+            inside + memory.tables(largest),
+            "one block recomputed and back-propagated",
+        ),
         Term("gradients", grads, how),
     ]

@@ -56,7 +56,9 @@ def _multiples(net: NetPlan, step: Pass, layout: TokenLayout) -> _Multiples:
     if step.mode == "infer":
         return _Multiples(1, 1, 0, 1, 1, 1)
     if step.mode == "tangent":  # attention: six products of two, four where the keys are constant
-        constant = 1 - visible_pairs(layout, first_key=layout.context_tokens) / visible_pairs(layout)
+        constant = 1 - visible_pairs(layout, first_key=layout.context_tokens) / visible_pairs(
+            layout
+        )
         return _Multiples(2, 3 - constant, 0, 2, 2, 1)
     again = net.recomputed_blocks / net.config.num_layers
     # of the MLP's products
@@ -116,7 +118,10 @@ def _gathering(job: Job, card: Card, net: NetPlan, step: Pass) -> float:
     """
     ranks = max(1, job.shards_of(net))
     training = step.mode == "train"
-    moved = job.compute_bytes * net.elements() * (1 + training) + job.reduce_bytes * net.trained_elements() * training
+    moved = (
+        job.compute_bytes * net.elements() * (1 + training)
+        + job.reduce_bytes * net.trained_elements() * training
+    )
     return moved * (ranks - 1) / ranks / _speed(card, ranks)
 
 

@@ -9,12 +9,22 @@ from dataclasses import dataclass
 
 from rcm.core.errors import ConfigError
 
-PARTS = ("model", "optim_net", "optim_fake_score", "scheduler_net", "scheduler_fake_score", "trainer")
+PARTS = (
+    "model",
+    "optim_net",
+    "optim_fake_score",
+    "scheduler_net",
+    "scheduler_fake_score",
+    "trainer",
+)
 """What can be taken or left: weights and averages; per role, moments and the update count that
 drives its schedule; iteration, settings and data position.
 """
 
-_BOTH_ROLES = {"optim": ("optim_net", "optim_fake_score"), "scheduler": ("scheduler_net", "scheduler_fake_score")}
+_BOTH_ROLES = {
+    "optim": ("optim_net", "optim_fake_score"),
+    "scheduler": ("scheduler_net", "scheduler_fake_score"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,12 +49,21 @@ class Taken:
         left = []
         for key in keys:
             if key not in PARTS and key not in _BOTH_ROLES:
-                known = "model, optim (optim_net, optim_fake_score), scheduler (scheduler_net, scheduler_fake_score), trainer"
-                raise ConfigError(f"checkpoint.keys_not_to_resume has {key!r}, which is no part of a checkpoint; its parts are {known}")
+                known = (
+                    "model, optim (optim_net, optim_fake_score), scheduler (scheduler_net,"
+                    " scheduler_fake_score), trainer"
+                )
+                raise ConfigError(
+                    f"checkpoint.keys_not_to_resume has {key!r}, which is no part of a checkpoint;"
+                    f" its parts are {known}"
+                )
             left.extend(_BOTH_ROLES.get(key, (key,)))
         parts = frozenset(PARTS) - frozenset(left)
         if not parts:
-            raise ConfigError("checkpoint.keys_not_to_resume leaves nothing to resume; to start afresh choose another job.name")
+            raise ConfigError(
+                "checkpoint.keys_not_to_resume leaves nothing to resume; to start afresh choose"
+                " another job.name"
+            )
         return cls(parts)
 
     def weights_alone(self, *, scheduler: bool = False, averaged: bool = False) -> Taken:

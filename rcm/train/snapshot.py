@@ -44,15 +44,22 @@ class Positioned(Protocol):
         ...
 
 
-def capture(state: TrainState, *, positions: list[dict[str, Any] | None], settings: Settings = Settings()) -> dict[str, Part]:
+def capture(
+    state: TrainState, *, positions: list[dict[str, Any] | None], settings: Settings = Settings()
+) -> dict[str, Part]:
     """The state as flat parts of tensors that share memory with it; what `restore` expects to
     find.
     """
     parts: dict[str, Part] = {"model": _model_part(state, average=state.ema)}
     for role, slot in state.roles.items():
         parts[_optim_name(role)] = {f"{key}.{name}": value for name, key, value in _slots(slot)}
-    parts["scheduler"] = {f"{CHECKPOINT_NAMES[role]}.updates": torch.tensor(slot.updates) for role, slot in state.roles.items()}
-    record = json.dumps({"iteration": state.iteration, "positions": positions, "settings": settings.record()}).encode()
+    parts["scheduler"] = {
+        f"{CHECKPOINT_NAMES[role]}.updates": torch.tensor(slot.updates)
+        for role, slot in state.roles.items()
+    }
+    record = json.dumps(
+        {"iteration": state.iteration, "positions": positions, "settings": settings.record()}
+    ).encode()
     parts["trainer"] = {"record": torch.frombuffer(bytearray(record), dtype=torch.uint8)}
     return parts
 
@@ -73,28 +80,54 @@ def restore(
     if average is None and taken.averaged:
         average = PowerEMA(state.roles[STUDENT].net, EMAConfig())  # a place to read into
     counts = {f"{CHECKPOINT_NAMES[role]}.updates": torch.tensor(0) for role in state.roles}
-    scheduled = [role for role in state.roles if _optim_name(role).replace("optim", "scheduler") in taken.parts]
+    scheduled = [
+        role
+        for role in state.roles
+        if _optim_name(role).replace("optim", "scheduler") in taken.parts
+    ]
     names = {role: _optim_name(role) for role in state.roles if _optim_name(role) in taken.parts}
-    opened = [name for name in ("model", "trainer") if name in taken.parts] + ["scheduler"] * bool(scheduled) + [*names.values()]
+    opened = (
+        [name for name in ("model", "trainer") if name in taken.parts]
+        + ["scheduler"] * bool(scheduled)
+        + [*names.values()]
+    )
     model = _model_part(state, average=average)
 
-    def check() -> tuple[dict[str, DcpFolder], dict[str, tuple[Part, dict[Tensor, dict[str, str]]]]]:
+    def check() -> tuple[
+        dict[str, DcpFolder], dict[str, tuple[Part, dict[Tensor, dict[str, str]]]]
+    ]:
         folders = {name: DcpFolder(directory / name) for name in opened}
         found = {name: shapes_of(folder) for name, folder in folders.items()}
         if "model" in folders:
             if taken.averaged and not any(name.startswith("net_ema.") for name in found["model"]):
-                raise CheckpointError(f"{directory}/model holds no averaged weights, which checkpoint.load_ema_to_reg=True starts from")
+                raise CheckpointError(
+                    f"{directory}/model holds no averaged weights, which"
+                    " checkpoint.load_ema_to_reg=True starts from"
+                )
             check_keys(f"{directory}/model", shapes=found["model"], expected=shapes_of(model))
-        optim = {role: _empty_slots(state.roles[role], found[name], source=f"{directory}/{name}") for role, name in names.items()}
+        optim = {
+            role: _empty_slots(state.roles[role], found[name], source=f"{directory}/{name}")
+            for role, name in names.items()
+        }
         if scheduled:
-            check_keys(f"{directory}/scheduler", shapes=found["scheduler"], expected=shapes_of(counts))
+            check_keys(
+                f"{directory}/scheduler", shapes=found["scheduler"], expected=shapes_of(counts)
+            )
         return folders, optim
 
     folders, optim = together(check)
     if "trainer" in folders:
-        record = {"record": torch.empty(shapes_of(folders["trainer"]).get("record", (0,)), dtype=torch.uint8)}
+        record = {
+            "record": torch.empty(
+                shapes_of(folders["trainer"]).get("record", (0,)), dtype=torch.uint8
+            )
+        }
         folders["trainer"].load_into(record)
-        facts = together(lambda: _continued(record["record"], directory, loader=loader, dims=dims, settings=settings))
+        facts = together(
+            lambda: _continued(
+                record["record"], directory, loader=loader, dims=dims, settings=settings
+            )
+        )
         state.iteration = facts["iteration"]
     if scheduled:
         folders["scheduler"].load_into(counts)
@@ -105,13 +138,20 @@ def restore(
     for role, (flat, by_parameter) in optim.items():
         folders[names[role]].load_into(flat)
         for parameter, values in by_parameter.items():
-            state.roles[role].optimizer.state[parameter] = {key: flat[name] for key, name in values.items()}
+            state.roles[role].optimizer.state[parameter] = {
+                key: flat[name] for key, name in values.items()
+            }
     for role in scheduled:
         state.roles[role].updates = int(counts[f"{CHECKPOINT_NAMES[role]}.updates"])
 
 
 def _continued(
-    record: Tensor, directory: Path, *, loader: Positioned | None, dims: ParallelDims, settings: Settings
+    record: Tensor,
+    directory: Path,
+    *,
+    loader: Positioned | None,
+    dims: ParallelDims,
+    settings: Settings,
 ) -> dict[str, Any]:
     """The facts of the record, once they are seen to be those of this run; the loader stands where
     they say.
@@ -127,11 +167,17 @@ def _facts(record: Tensor, *, source: Path) -> dict[str, Any]:
     """The JSON record of `capture`; CheckpointError unless it is one."""
     try:
         facts = parse_json(bytes(record.tolist()), source=source)
-        whole = isinstance(facts["iteration"], int) and facts["iteration"] >= 0 and isinstance(facts["positions"], list)
+        whole = (
+            isinstance(facts["iteration"], int)
+            and facts["iteration"] >= 0
+            and isinstance(facts["positions"], list)
+        )
         if not (whole and facts["positions"] and isinstance(facts.get("settings", {}), dict)):
             raise ValueError("a field has another type")
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{source} holds no iteration and data positions ({first_line(error)}); it is damaged") from error
+        raise CheckpointError(
+            f"{source} holds no iteration and data positions ({first_line(error)}); it is damaged"
+        ) from error
     return facts
 
 
@@ -141,7 +187,11 @@ def _optim_name(role: str) -> str:
 
 
 def _model_part(state: TrainState, *, average: PowerEMA | None) -> Part:
-    part = {f"{CHECKPOINT_NAMES[role]}.{k}": v for role, slot in state.roles.items() for k, v in stored_tensors(slot.net).items()}
+    part = {
+        f"{CHECKPOINT_NAMES[role]}.{k}": v
+        for role, slot in state.roles.items()
+        for k, v in stored_tensors(slot.net).items()
+    }
     if average is not None:
         part |= {f"net_ema.{name}": value for name, value in average.shadow.items()}
     return part
@@ -149,11 +199,15 @@ def _model_part(state: TrainState, *, average: PowerEMA | None) -> Part:
 
 def _slots(slot: RoleState) -> list[tuple[str, str, Tensor]]:
     """(parameter name, slot key, value) of the optimiser state that exists so far."""
-    named = ((name, slot.optimizer.state.get(p, {})) for name, p in stored_parameters(slot.net).items())
+    named = (
+        (name, slot.optimizer.state.get(p, {})) for name, p in stored_parameters(slot.net).items()
+    )
     return [(name, key, value) for name, values in named for key, value in values.items()]
 
 
-def _empty_slots(slot: RoleState, found: dict[str, tuple[int, ...]], *, source: str) -> tuple[Part, dict[Tensor, dict[str, str]]]:
+def _empty_slots(
+    slot: RoleState, found: dict[str, tuple[int, ...]], *, source: str
+) -> tuple[Part, dict[Tensor, dict[str, str]]]:
     """Tensors to read an optimiser's state into, flat, and by parameter: slot key -> flat key.
     Empty when the optimiser had not stepped.
     """
@@ -166,8 +220,12 @@ def _empty_slots(slot: RoleState, found: dict[str, tuple[int, ...]], *, source: 
         by_parameter[p] = {key: f"{key}.{name}" for key in keys}
         for key in keys:
             # AdamW keeps its step count as a float32 scalar, on the parameter's device when fused.
-            step = torch.zeros((), device=local(p).device if slot.optimizer.defaults.get("fused") else "cpu")
-            flat[f"{key}.{name}"] = step if key == "step" else torch.zeros_like(p, requires_grad=False)
+            step = torch.zeros(
+                (), device=local(p).device if slot.optimizer.defaults.get("fused") else "cpu"
+            )
+            flat[f"{key}.{name}"] = (
+                step if key == "step" else torch.zeros_like(p, requires_grad=False)
+            )
     check_keys(source, shapes=found, expected=shapes_of(flat))
     return flat, by_parameter
 
@@ -182,13 +240,16 @@ def gather_positions(loader: Positioned | None, dims: ParallelDims) -> list[dict
     return everyone[:: dims.cp]
 
 
-def _reposition(loader: Positioned, positions: list[dict[str, Any] | None], *, dims: ParallelDims, source: Path) -> None:
+def _reposition(
+    loader: Positioned, positions: list[dict[str, Any] | None], *, dims: ParallelDims, source: Path
+) -> None:
     if len(positions) == dims.num_data_ranks:
         position = positions[dims.data_rank]
     else:
         position = positions[0]
         logger.warning(
-            "{} was written by {} data ranks, now there are {}; data continues from rank 0's position",
+            "{} was written by {} data ranks, now there are {}; data continues from rank 0's"
+            " position",
             source,
             len(positions),
             dims.num_data_ranks,

@@ -17,7 +17,9 @@ from rcm.train.ema import EMAConfig, PowerEMA
 from rcm.train.optim import AdamWConfig, LambdaLinear
 
 STUDENT = "student"
-CHECKPOINT_NAMES: Mapping[str, str] = MappingProxyType({STUDENT: "net", "fake_score": "net_fake_score"})
+CHECKPOINT_NAMES: Mapping[str, str] = MappingProxyType(
+    {STUDENT: "net", "fake_score": "net_fake_score"}
+)
 """Role -> prefix of its weights in a checkpoint; `optim_<prefix without "net_">` holds its
 optimiser.
 """
@@ -78,11 +80,17 @@ class TrainState:
         roles = {}
         for role, net in trainable.items():
             if role not in CHECKPOINT_NAMES:
-                raise ConfigError(f"role {role!r} cannot be trained; trained roles are {', '.join(CHECKPOINT_NAMES)}")
+                raise ConfigError(
+                    f"role {role!r} cannot be trained; trained roles are"
+                    f" {', '.join(CHECKPOINT_NAMES)}"
+                )
             if role not in optim:
                 raise ConfigError(
-                    f"trained role {role!r} has no optimiser settings; set optimizer (student) or model.config.optimizer_fake_score"
+                    f"trained role {role!r} has no optimiser settings; set optimizer (student) or"
+                    " model.config.optimizer_fake_score"
                 )
             plan = schedule if isinstance(schedule, LambdaLinear) else schedule[role]
-            roles[role] = RoleState(net, optim[role].build(stored_parameters(net).values()), plan, optim[role].lr)
+            roles[role] = RoleState(
+                net, optim[role].build(stored_parameters(net).values()), plan, optim[role].lr
+            )
         return cls(roles, None if ema is None else PowerEMA(trainable[STUDENT], ema))

@@ -43,7 +43,9 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         if self.gradient_sync not in ("last", "each"):
-            raise ConfigError(f"trainer.gradient_sync={self.gradient_sync!r} is unknown; choose last or each")
+            raise ConfigError(
+                f"trainer.gradient_sync={self.gradient_sync!r} is unknown; choose last or each"
+            )
         if not self.clip_norm > 0:
             raise ConfigError(f"trainer.clip_norm={self.clip_norm} must be positive")
 
@@ -79,7 +81,9 @@ def run_step(
     """
     phase = method.phase(state.iteration)
     role = state.roles[phase.role]
-    losses, logs = _accumulate(method, phase, role.net, batches=batches, rngs=rngs, each=config.gradient_sync == "each")
+    losses, logs = _accumulate(
+        method, phase, role.net, batches=batches, rngs=rngs, each=config.gradient_sync == "each"
+    )
     _refuse_stray_gradients(state, phase)
     reshard(role.net)
     norm, finite, stopping = _verdict(role.net, losses, dims=dims, stop=stop)
@@ -94,7 +98,9 @@ def run_step(
         state.ema.update(role.net, index=phase.index)
     role.optimizer.zero_grad(set_to_none=True)
     state.iteration += 1
-    return StepReport(phase, {**logs, f"grad_norm/{phase.role}": norm, f"lr/{phase.role}": lr}, stopping)
+    return StepReport(
+        phase, {**logs, f"grad_norm/{phase.role}": norm, f"lr/{phase.role}": lr}, stopping
+    )
 
 
 def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
@@ -108,7 +114,13 @@ def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
 
 
 def _accumulate(
-    method: Method, phase: Phase, net: nn.Module, *, batches: Sequence[LatentBatch], rngs: Sequence[StepRng], each: bool
+    method: Method,
+    phase: Phase,
+    net: nn.Module,
+    *,
+    batches: Sequence[LatentBatch],
+    rngs: Sequence[StepRng],
+    each: bool,
 ) -> tuple[list[tuple[str, Tensor]], dict[str, Tensor]]:
     """Evaluate and back-propagate every term of every micro-batch; return the losses by name, and
     the means over micro-batches of what terms log.
@@ -134,14 +146,19 @@ def _accumulate(
 def _refuse_stray_gradients(state: TrainState, phase: Phase) -> None:
     for name, other in state.roles.items():
         if name != phase.role and any(p.grad is not None for p in other.net.parameters()):
-            raise RuntimeError(f"a {phase.role} phase left gradients in {name}; its terms must run other roles under no_grad")
+            raise RuntimeError(
+                f"a {phase.role} phase left gradients in {name}; its terms must run other roles"
+                " under no_grad"
+            )
 
 
 def _gradients(net: nn.Module) -> list[Tensor]:
     return [local(p.grad) for p in net.parameters() if p.grad is not None]
 
 
-def _verdict(net: nn.Module, losses: list[tuple[str, Tensor]], *, dims: ParallelDims, stop: bool) -> tuple[float, bool, bool]:
+def _verdict(
+    net: nn.Module, losses: list[tuple[str, Tensor]], *, dims: ParallelDims, stop: bool
+) -> tuple[float, bool, bool]:
     """Global gradient norm, whether all losses and gradients are finite, whether any rank asks to
     stop: one reduction, one host read.
     """

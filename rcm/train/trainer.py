@@ -87,7 +87,13 @@ class Trainer:
         sinks: Sequence[Sink] = (),
         observers: Sequence[Observer] = (),
     ) -> None:
-        self.method, self.loader, self.state, self.dims, self.config = method, loader, state, dims, config
+        self.method, self.loader, self.state, self.dims, self.config = (
+            method,
+            loader,
+            state,
+            dims,
+            config,
+        )
         self.device, self.checkpointer = torch.device(device), checkpointer
         self.observers = tuple(observers)
         self.is_main = dims.rank == 0
@@ -122,17 +128,36 @@ class Trainer:
                 first, stop = False, report.stop
                 self._averages.add(report.logs)
                 self._averages.add({"time/seconds_per_iteration": time.monotonic() - clock})
-                together(lambda: self._observe(lambda observer: self._averages.add(observer.stepped(state, is_main=self.is_main))))
+                together(
+                    lambda: self._observe(
+                        lambda observer: self._averages.add(
+                            observer.stepped(state, is_main=self.is_main)
+                        )
+                    )
+                )
                 clock = time.monotonic()
-                if state.iteration % config.logging_iter == 0 or state.iteration == config.max_iter or stop:
+                if (
+                    state.iteration % config.logging_iter == 0
+                    or state.iteration == config.max_iter
+                    or stop
+                ):
                     self._log()
-                if state.iteration % config.save_iter == 0 and state.iteration < config.max_iter and not stop:
+                if (
+                    state.iteration % config.save_iter == 0
+                    and state.iteration < config.max_iter
+                    and not stop
+                ):
                     saved = self._save()
             if saved != state.iteration:
                 self._save()
             if self.checkpointer is not None:
                 self.checkpointer.wait()
-        logger.info("{} after {} of {} iterations", "interrupted" if stop else "finished", state.iteration, config.max_iter)
+        logger.info(
+            "{} after {} of {} iterations",
+            "interrupted" if stop else "finished",
+            state.iteration,
+            config.max_iter,
+        )
         return "interrupted" if stop and state.iteration < config.max_iter else "finished"
 
     def _iterate(self, batches: Iterator[LatentBatch], *, guard: bool) -> StepReport:
@@ -142,20 +167,30 @@ class Trainer:
         self._averages.add({"time/seconds_waiting_for_data": time.monotonic() - begun})
         self._batch_size = data[0].batch_size
         rngs = [
-            StepRng(config.seed, self.state.iteration, self.dims.data_rank, micro, self.device) for micro in range(config.grad_accum_iter)
+            StepRng(config.seed, self.state.iteration, self.dims.data_rank, micro, self.device)
+            for micro in range(config.grad_accum_iter)
         ]
         with ExitStack() as guards:
             if guard:
                 for net in self.method.trainable.values():
                     guards.enter_context(guard_tangents(net))
-            return run_step(self.state, self.method, batches=data, rngs=rngs, dims=self.dims, config=config.step, stop=self._stop.is_set())
+            return run_step(
+                self.state,
+                self.method,
+                batches=data,
+                rngs=rngs,
+                dims=self.dims,
+                config=config.step,
+                stop=self._stop.is_set(),
+            )
 
     def _next(self, batches: Iterator[LatentBatch]) -> LatentBatch:
         try:
             return next(batches).to(self.device)
         except StopIteration:
             raise RuntimeError(
-                f"the data ended at iteration {self.state.iteration}; a training loader starts over instead of ending"
+                f"the data ended at iteration {self.state.iteration}; a training loader starts over"
+                " instead of ending"
             ) from None
 
     def _log(self) -> None:
@@ -171,8 +206,10 @@ class Trainer:
             share = count / self._batch_size
             if name.endswith("/nonfinite_samples") and share > self.config.skipped_limit:
                 raise NonFinite(
-                    f"{name}: {share:.1%} of the samples up to iteration {self.state.iteration} were not finite and skipped, "
-                    f"more than trainer.nan_sample_limit={self.config.skipped_limit:g}; the last checkpoint stays in use"
+                    f"{name}: {share:.1%} of the samples up to iteration {self.state.iteration}"
+                    " were not finite and skipped, more than"
+                    f" trainer.nan_sample_limit={self.config.skipped_limit:g}; the last checkpoint"
+                    " stays in use"
                 )
 
     def _save(self) -> int:
@@ -210,7 +247,10 @@ class Trainer:
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
         def ask(number: int, _frame: object) -> None:
-            logger.warning("{} received: stopping after this iteration; again to stop at once", signal.Signals(number).name)
+            logger.warning(
+                "{} received: stopping after this iteration; again to stop at once",
+                signal.Signals(number).name,
+            )
             signal.signal(number, before[number])
             self.request_stop()
 

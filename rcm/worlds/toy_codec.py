@@ -24,7 +24,13 @@ def cosine_basis(size: int) -> list[list[float]]:
     """Rows of the orthonormal DCT-II of `size` points, as Python floats (for size 2 the Haar
     transform).
     """
-    return [[math.sqrt((1 if k == 0 else 2) / size) * math.cos(math.pi * (n + 0.5) * k / size) for n in range(size)] for k in range(size)]
+    return [
+        [
+            math.sqrt((1 if k == 0 else 2) / size) * math.cos(math.pi * (n + 0.5) * k / size)
+            for n in range(size)
+        ]
+        for k in range(size)
+    ]
 
 
 def _rotate(parts: tuple[torch.Tensor, ...], rows: list[list[float]]) -> list[torch.Tensor]:
@@ -103,11 +109,17 @@ class ToyCodec:
 
     def _decode(self, latents: torch.Tensor, *, begins: bool) -> torch.Tensor:
         if latents.ndim != 5 or latents.shape[1] != self.latent_channels:
-            raise ConfigError(f"toy codec decodes [B, {self.latent_channels}, T, h, w], got {tuple(latents.shape)}")
+            raise ConfigError(
+                f"toy codec decodes [B, {self.latent_channels}, T, h, w], got"
+                f" {tuple(latents.shape)}"
+            )
         parts = [p / g for p, g in zip(latents.split(3, dim=1), self._gains(), strict=True)]
         for dim, stride in reversed(self._axes()):
             rows = _transposed(cosine_basis(stride))
-            parts = [_interleave(_rotate(tuple(parts[i : i + stride]), rows), dim) for i in range(0, len(parts), stride)]
+            parts = [
+                _interleave(_rotate(tuple(parts[i : i + stride]), rows), dim)
+                for i in range(0, len(parts), stride)
+            ]
         video = parts[0] + self.centre
         if not begins:
             return video
@@ -123,7 +135,9 @@ class ToyCodec:
 
     def _gains(self) -> list[float]:
         t, s = range(self.temporal_stride), range(self.spatial_stride)
-        return [self.gain * self.boost ** ((i > 0) + (j > 0) + (k > 0)) for i in t for j in s for k in s]
+        return [
+            self.gain * self.boost ** ((i > 0) + (j > 0) + (k > 0)) for i in t for j in s for k in s
+        ]
 
 
 NATURAL = ToyCodec(gain=0.9, boost=2.0, centre=0.0)

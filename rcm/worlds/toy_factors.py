@@ -48,7 +48,9 @@ class FactorReader:
         size = torch.tensor([world.config.width, world.config.height], dtype=torch.float32)
         kinds = world.config.shapes
         middle = (size / 2).expand(len(kinds), 2)
-        masks = torch.stack([world.coverage(c, kind) for c, kind in zip(middle, kinds, strict=True)])
+        masks = torch.stack(
+            [world.coverage(c, kind) for c, kind in zip(middle, kinds, strict=True)]
+        )
         self._size = size
         # a triangle's centroid is not its centre on a circle
         self._bias = _wrapped(_circular_centroid(masks) - middle, size)
@@ -58,23 +60,44 @@ class FactorReader:
         nothing.
         """
         parts = [self._read(part.float()) for part in videos.split(_RENDER_BATCH)]
-        return Factors(**{name: torch.cat([getattr(p, name) for p in parts]) for name in Factors.__dataclass_fields__})
+        return Factors(
+            **{
+                name: torch.cat([getattr(p, name) for p in parts])
+                for name in Factors.__dataclass_fields__
+            }
+        )
 
     def _read(self, videos: torch.Tensor) -> Factors:
         offset = videos - self.world.config.background
         amplitude = self._unmix(offset)
         mass = amplitude.sum(dim=(2, 3, 4))
         top = mass.topk(self.world.config.num_shapes, dim=1).indices.sort(dim=1).values
-        mask = amplitude.gather(1, top.view(*top.shape, 1, 1, 1).expand(-1, -1, *amplitude.shape[2:]))
+        mask = amplitude.gather(
+            1, top.view(*top.shape, 1, 1, 1).expand(-1, -1, *amplitude.shape[2:])
+        )
         purity = mass.gather(1, top) / mass.sum(dim=1, keepdim=True).clamp(min=1e-6)
         weight = mask.unsqueeze(2)
-        rgb = (weight * offset.unsqueeze(1)).sum(dim=(3, 4, 5)) / weight.square().sum(dim=(3, 4, 5)).clamp(min=1e-6)
+        rgb = (weight * offset.unsqueeze(1)).sum(dim=(3, 4, 5)) / weight.square().sum(
+            dim=(3, 4, 5)
+        ).clamp(min=1e-6)
         centres, fits = self._match(mask)
         best = fits.mean(dim=3).argmax(dim=2)
         pick = best[:, :, None, None]
         fit = fits.gather(2, pick.expand(-1, -1, 1, fits.shape[3])).squeeze(2)
-        centre = centres.gather(2, pick.unsqueeze(-1).expand(-1, -1, 1, *centres.shape[3:])).squeeze(2)
-        return Factors(top, best, purity, rgb, mask.sum(dim=(3, 4)), fits.mean(dim=3), fit, centre, self._steps(centre))
+        centre = centres.gather(
+            2, pick.unsqueeze(-1).expand(-1, -1, 1, *centres.shape[3:])
+        ).squeeze(2)
+        return Factors(
+            top,
+            best,
+            purity,
+            rgb,
+            mask.sum(dim=(3, 4)),
+            fits.mean(dim=3),
+            fit,
+            centre,
+            self._steps(centre),
+        )
 
     def _unmix(self, offset: torch.Tensor) -> torch.Tensor:
         """Amplitude [N, K, F, H, W] of each pixel along the one palette colour it is closest to in
@@ -85,7 +108,9 @@ class FactorReader:
         length = paint.square().sum(dim=1).view(1, -1, 1, 1, 1)
         winner = (along / length.sqrt()).argmax(dim=1, keepdim=True)
         amplitude = (along / length).clamp(0, 1.5)
-        keep = torch.zeros_like(amplitude, dtype=torch.bool).scatter_(1, winner, True) & (amplitude > _FLOOR)
+        keep = torch.zeros_like(amplitude, dtype=torch.bool).scatter_(1, winner, True) & (
+            amplitude > _FLOOR
+        )
         return amplitude * keep
 
     def _match(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +121,9 @@ class FactorReader:
         for kind, bias in zip(self.world.config.shapes, self._bias, strict=True):
             centre = (centroid - bias) % self._size
             template = self.world.coverage(centre, kind)
-            missed = (mask - template).square().sum(dim=(3, 4)) / template.square().sum(dim=(3, 4)).clamp(min=1e-6)
+            missed = (mask - template).square().sum(dim=(3, 4)) / template.square().sum(
+                dim=(3, 4)
+            ).clamp(min=1e-6)
             centres.append(centre)
             fits.append((1 - missed).clamp(min=0))
         return torch.stack(centres, dim=2), torch.stack(fits, dim=2)

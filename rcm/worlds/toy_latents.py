@@ -19,7 +19,9 @@ class ToyLatents:
     default videos take 57 MB.
     """
 
-    def __init__(self, world: ToyWorld, codec: LatentCodec, text: TextEncoder, *, num: int, seed: int = 0) -> None:
+    def __init__(
+        self, world: ToyWorld, codec: LatentCodec, text: TextEncoder, *, num: int, seed: int = 0
+    ) -> None:
         scenes = world.scenes(num, seed=seed)
         parts = [slice(start, start + _ENCODE_BATCH) for start in range(0, num, _ENCODE_BATCH)]
         self._latents = torch.cat([codec.encode(world.render(scenes[part])) for part in parts])
@@ -41,4 +43,9 @@ class ToyLatents:
     def fetch(self, indices: Sequence[int]) -> LatentBatch:
         """The batch of scenes `indices`."""
         rows = torch.as_tensor(list(indices))
-        return LatentBatch(self._latents[rows], self._text[rows], [self._prompts[i] for i in indices], [f"{i:09d}" for i in indices])
+        return LatentBatch(
+            self._latents[rows],
+            self._text[rows],
+            [self._prompts[i] for i in indices],
+            [f"{i:09d}" for i in indices],
+        )

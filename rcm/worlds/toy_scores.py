@@ -112,7 +112,9 @@ class ToyScorer:
     set should use).
     """
 
-    def __init__(self, world: ToyWorld, *, num_reference: int = 1024, seed: int = 987_654_321) -> None:
+    def __init__(
+        self, world: ToyWorld, *, num_reference: int = 1024, seed: int = 987_654_321
+    ) -> None:
         self.world, self.reader = world, FactorReader(world)
         scenes = world.scenes(num_reference, seed=seed)
         factors = self.reader.read(world.render(scenes))
@@ -120,7 +122,9 @@ class ToyScorer:
         vectors = self._vectors(factors)
         self._scale = vectors.std(dim=0).clamp(min=SCALE_FLOOR)
         self._vectors_real = vectors / self._scale
-        self._spread = float(self._distance(factors.centre[:-1, 0, 0], factors.centre[1:, 0, 0]).mean())
+        self._spread = float(
+            self._distance(factors.centre[:-1, 0, 0], factors.centre[1:, 0, 0]).mean()
+        )
 
     def score(self, videos: torch.Tensor, prompts: Sequence[str]) -> ToyScores:
         """`ToyScores` of `videos` [N, 3, F, H, W] in [-1, 1], one caption of this world each.
@@ -130,14 +134,30 @@ class ToyScorer:
         count that differs from the prompts', or a foreign caption.
         """
         if len(prompts) != len(videos) or len(videos) < 8:
-            raise ConfigError(f"scoring needs at least 8 videos with a prompt each, got {len(videos)} videos and {len(prompts)} prompts")
+            raise ConfigError(
+                f"scoring needs at least 8 videos with a prompt each, got {len(videos)} videos and"
+                f" {len(prompts)} prompts"
+            )
         factors = self.reader.read(videos)
         told = self.world.parse(list(prompts))
-        verdict = self._judge(factors, told.colour, told.shape, self.world.actions(told, num_frames=videos.shape[2]))
+        verdict = self._judge(
+            factors, told.colour, told.shape, self.world.actions(told, num_frames=videos.shape[2])
+        )
         frechet, floor = self.frechet(factors), self._floor(len(videos))
-        fit, realism = float(verdict.fit.mean()), 1 / (1 + max(0.0, frechet - floor) / FRECHET_SCALE)
-        diversity = self._diversity(factors.centre[:, 0, 0], prompts) * float(verdict.present.float().mean())
-        total = 0.5 * verdict.caption + 0.15 * verdict.motion + 0.1 * fit + 0.15 * realism + 0.1 * diversity
+        fit, realism = (
+            float(verdict.fit.mean()),
+            1 / (1 + max(0.0, frechet - floor) / FRECHET_SCALE),
+        )
+        diversity = self._diversity(factors.centre[:, 0, 0], prompts) * float(
+            verdict.present.float().mean()
+        )
+        total = (
+            0.5 * verdict.caption
+            + 0.15 * verdict.motion
+            + 0.1 * fit
+            + 0.15 * realism
+            + 0.1 * diversity
+        )
         return ToyScores(
             colour=float(verdict.colour.float().mean()),
             shape=float(verdict.shape.float().mean()),
@@ -159,13 +179,18 @@ class ToyScorer:
         """
         hop = self.world.config.num_frames - 1
         if videos.shape[2] < 1 + 2 * hop:
-            raise ConfigError(f"drift needs at least {1 + 2 * hop} frames (two windows of {hop + 1}), got {videos.shape[2]}")
+            raise ConfigError(
+                f"drift needs at least {1 + 2 * hop} frames (two windows of {hop + 1}), got"
+                f" {videos.shape[2]}"
+            )
         told = self.world.parse(list(prompts))
         actions = self.world.actions(told, num_frames=videos.shape[2])
         adherence = []
         for start in range(0, videos.shape[2] - hop, hop):
             factors = self.reader.read(videos[:, :, start : start + hop + 1])
-            verdict = self._judge(factors, told.colour, told.shape, actions[..., start : start + hop])
+            verdict = self._judge(
+                factors, told.colour, told.shape, actions[..., start : start + hop]
+            )
             adherence.append(verdict.adherence)
         return DriftReport(tuple(adherence), min(adherence[1:]) - adherence[0])
 
@@ -181,11 +206,15 @@ class ToyScorer:
         parts = [others[i : i + num] for i in range(0, len(others) - num + 1, num)][:4]
         return sum(frechet_distance(part, others) for part in parts) / len(parts) if parts else 0.0
 
-    def _judge(self, factors: Factors, colour: torch.Tensor, shape: torch.Tensor, actions: torch.Tensor) -> _Verdict:
+    def _judge(
+        self, factors: Factors, colour: torch.Tensor, shape: torch.Tensor, actions: torch.Tensor
+    ) -> _Verdict:
         """Match seen shapes to told ones (the assignment that agrees most, colour first) and
         compare.
         """
-        present = (factors.fit.mean(dim=2) > PRESENT_FIT) & (factors.purity.sum(dim=1, keepdim=True) > PURITY)
+        present = (factors.fit.mean(dim=2) > PRESENT_FIT) & (
+            factors.purity.sum(dim=1, keepdim=True) > PURITY
+        )
         best: _Verdict | None = None
         best_rank = torch.empty(0)
         for order in itertools.permutations(range(colour.shape[1])):
@@ -205,7 +234,12 @@ class ToyScorer:
                 best, best_rank = verdict, rank
                 continue
             better = (rank > best_rank)[:, None]
-            best = _Verdict(*(torch.where(better, getattr(verdict, f), getattr(best, f)) for f in _Verdict.__dataclass_fields__))
+            best = _Verdict(
+                *(
+                    torch.where(better, getattr(verdict, f), getattr(best, f))
+                    for f in _Verdict.__dataclass_fields__
+                )
+            )
             best_rank = torch.maximum(rank, best_rank)
         assert best is not None
         return best
@@ -217,8 +251,13 @@ class ToyScorer:
         world = self.world
         path = world.unfolded(factors.centre[:, :, 0], actions)
         path = path if world.config.boundary == "wrap" else world.fold(path)
-        seen, told = factors.step / world.config.speed, (path[:, :, 1:] - path[:, :, :-1]) / world.config.speed
-        run = torch.cat([torch.zeros_like(actions[..., :1]), (actions.diff(dim=-1) != 0).cumsum(-1)], dim=-1)
+        seen, told = (
+            factors.step / world.config.speed,
+            (path[:, :, 1:] - path[:, :, :-1]) / world.config.speed,
+        )
+        run = torch.cat(
+            [torch.zeros_like(actions[..., :1]), (actions.diff(dim=-1) != 0).cumsum(-1)], dim=-1
+        )
         member = torch.nn.functional.one_hot(run, int(run.max()) + 1).to(seen)
         share = member / member.sum(dim=2, keepdim=True).clamp(min=1)
         seen_mean, told_mean = (torch.einsum("nsfg,nsfd->nsgd", share, x) for x in (seen, told))
@@ -248,7 +287,9 @@ class ToyScorer:
     def _distance(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         size = torch.tensor([self.world.config.width, self.world.config.height], dtype=a.dtype)
         gap = (a - b).abs()
-        return (torch.minimum(gap, size - gap) if self.world.config.boundary == "wrap" else gap).norm(dim=-1)
+        return (
+            torch.minimum(gap, size - gap) if self.world.config.boundary == "wrap" else gap
+        ).norm(dim=-1)
 
     def _diversity(self, starts: torch.Tensor, prompts: Sequence[str]) -> float:
         """Smaller of: entropy of start cells over its expectation for even starts; mean distance of
@@ -261,7 +302,11 @@ class ToyScorer:
         cell = (place + 0.5).long() % GRID if wraps else place.long().clamp(0, GRID - 1)
         counts = torch.bincount(cell[:, 0] * GRID + cell[:, 1], minlength=GRID * GRID).double()
         share = counts[counts > 0] / counts.sum()
-        spread = min(1.0, abs(float((share * share.log()).sum())) / expected_entropy(len(starts), cells=GRID * GRID))
+        spread = min(
+            1.0,
+            abs(float((share * share.log()).sum()))
+            / expected_entropy(len(starts), cells=GRID * GRID),
+        )
         groups: dict[str, list[int]] = {}
         for row, prompt in enumerate(prompts):
             groups.setdefault(prompt, []).append(row)
@@ -269,7 +314,9 @@ class ToyScorer:
         if not pairs:
             return spread
         first, second = torch.tensor(pairs).unbind(1)
-        return min(spread, float(self._distance(starts[first], starts[second]).mean()) / self._spread)
+        return min(
+            spread, float(self._distance(starts[first], starts[second]).mean()) / self._spread
+        )
 
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -291,6 +338,8 @@ def expected_entropy(num: int, *, cells: int) -> float:
     k = torch.arange(1, num + 1, dtype=torch.float64)
     log_choose = math.lgamma(num + 1) - torch.lgamma(k + 1) - torch.lgamma(num - k + 1)
     log_p = (
-        log_choose + k * math.log(1 / cells) + (num - k) * math.log1p(-1 / cells) if cells > 1 else torch.where(k == num, 0.0, -math.inf)
+        log_choose + k * math.log(1 / cells) + (num - k) * math.log1p(-1 / cells)
+        if cells > 1
+        else torch.where(k == num, 0.0, -math.inf)
     )
     return float(-cells * (log_p.exp() * (k / num) * (k / num).log()).sum())

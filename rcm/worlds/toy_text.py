@@ -68,7 +68,10 @@ class ToyTextEncoder:
     def __post_init__(self) -> None:
         object.__setattr__(self, "words", tuple(self.words))  # a description brings a list
         if self.text_len < 1 or self.text_dim < 2 or self.text_dim % 2:
-            raise ConfigError(f"toy text needs text_len >= 1 and an even text_dim, got {self.text_len} and {self.text_dim}")
+            raise ConfigError(
+                f"toy text needs text_len >= 1 and an even text_dim, got {self.text_len} and"
+                f" {self.text_dim}"
+            )
 
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
         """Embeddings float32 [len(prompts), text_len, text_dim]: word vector plus position, then
@@ -84,7 +87,8 @@ class ToyTextEncoder:
             words = tokens_of(prompt)
             if unknown := self.unknown_words(prompt):
                 logger.warning(
-                    "prompt {!r}: {} {} new to this checkpoint and will be ignored or misread; it knows {}",
+                    "prompt {!r}: {} {} new to this checkpoint and will be ignored or misread; it"
+                    " knows {}",
                     prompt[:80],
                     ", ".join(map(repr, unknown)),
                     "is" if len(unknown) == 1 else "are",
@@ -92,13 +96,15 @@ class ToyTextEncoder:
                 )
             if len(words) > self.text_len:
                 raise ConfigError(
-                    f"prompt of {len(words) - 1} words and the end token does not fit text_len={self.text_len}: {prompt[:80]!r}; "
-                    "shorten it or raise text_len"
+                    f"prompt of {len(words) - 1} words and the end token does not fit"
+                    f" text_len={self.text_len}: {prompt[:80]!r}; shorten it or raise text_len"
                 )
             for word in words:
                 if word not in vectors:
                     vectors[word] = word_vector(word, dim=self.text_dim)
-            row[: len(words)] = torch.stack([vectors[word] for word in words]) + positions[: len(words)]
+            row[: len(words)] = (
+                torch.stack([vectors[word] for word in words]) + positions[: len(words)]
+            )
         return out
 
     def unknown_words(self, prompt: str) -> list[str]:
@@ -106,10 +112,16 @@ class ToyTextEncoder:
         are not recorded.
         """
         known = {*self.words, END_OF_SENTENCE}
-        return [word for word in dict.fromkeys(tokens_of(prompt)) if word not in known] if self.words else []
+        return (
+            [word for word in dict.fromkeys(tokens_of(prompt)) if word not in known]
+            if self.words
+            else []
+        )
 
     def _positions(self) -> torch.Tensor:
         """Sinusoids [text_len, text_dim] over geometric wavelengths, unit mean square."""
         half = self.text_dim // 2
-        angle = torch.arange(self.text_len)[:, None] * torch.exp(-math.log(100.0) * torch.arange(half) / half)
+        angle = torch.arange(self.text_len)[:, None] * torch.exp(
+            -math.log(100.0) * torch.arange(half) / half
+        )
         return math.sqrt(2.0) * torch.cat([angle.sin(), angle.cos()], dim=1)

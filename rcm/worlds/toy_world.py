@@ -87,28 +87,49 @@ class ToyWorldConfig:
         """
         unit = min(height, width) / 8
         return cls(
-            height=height, width=width, num_frames=num_frames, speed=unit, radius=unit * cls.radius, start_grid=unit * cls.start_grid
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            speed=unit,
+            radius=unit * cls.radius,
+            start_grid=unit * cls.start_grid,
         )
 
     def __post_init__(self) -> None:
-        for field_name, known in (("shapes", SHAPES), ("colours", COLOURS), ("directions", DIRECTIONS)):
+        for field_name, known in (
+            ("shapes", SHAPES),
+            ("colours", COLOURS),
+            ("directions", DIRECTIONS),
+        ):
             chosen = getattr(self, field_name)
             unknown = [name for name in chosen if name not in known]
             if unknown or not chosen or len(set(chosen)) != len(chosen):
-                raise ConfigError(f"toy world {field_name}={chosen}: choose distinct names from {', '.join(known)}")
+                raise ConfigError(
+                    f"toy world {field_name}={chosen}: choose distinct names from"
+                    f" {', '.join(known)}"
+                )
         if self.boundary not in ("wrap", "bounce"):
             raise ConfigError(f"toy world boundary={self.boundary!r}: choose wrap or bounce")
         if not 1 <= self.num_shapes <= len(self.colours):
-            raise ConfigError(f"num_shapes={self.num_shapes} needs as many distinct colours, colours has {len(self.colours)}")
+            raise ConfigError(
+                f"num_shapes={self.num_shapes} needs as many distinct colours, colours has"
+                f" {len(self.colours)}"
+            )
         if self.start_grid < 0:
             raise ConfigError(f"start_grid={self.start_grid} must be >= 0 (0: any start position)")
         if self.num_frames < 2 or not 0 <= self.turns < self.num_frames - 1:
-            raise ConfigError(f"turns={self.turns} do not fit between num_frames={self.num_frames} frames")
+            raise ConfigError(
+                f"turns={self.turns} do not fit between num_frames={self.num_frames} frames"
+            )
         if min(self.height, self.width) < 3.2 * self.radius:
-            raise ConfigError(f"frame {self.height}x{self.width} is smaller than 3.2 * radius={3.2 * self.radius:g}; shrink radius")
+            raise ConfigError(
+                f"frame {self.height}x{self.width} is smaller than 3.2 *"
+                f" radius={3.2 * self.radius:g}; shrink radius"
+            )
         if self.num_shapes * (4 + self.turns) + len(self.colours) > _WORDS_PER_SCENE:
             raise ConfigError(
-                f"num_shapes={self.num_shapes} with turns={self.turns} needs more than {_WORDS_PER_SCENE} random words per scene"
+                f"num_shapes={self.num_shapes} with turns={self.turns} needs more than"
+                f" {_WORDS_PER_SCENE} random words per scene"
             )
 
 
@@ -129,7 +150,9 @@ class Scenes:
         return self.colour.shape[0]
 
     def __getitem__(self, index: slice | torch.Tensor) -> Scenes:
-        return Scenes(self.colour[index], self.shape[index], self.start[index], self.direction[index])
+        return Scenes(
+            self.colour[index], self.shape[index], self.start[index], self.direction[index]
+        )
 
 
 class ToyWorld:
@@ -140,7 +163,9 @@ class ToyWorld:
         c = self.config
         has = torch.tensor([COLOURS[name] for name in c.colours], dtype=torch.bool)
         self.palette = torch.where(has, c.contrast, c.background + c.tint)
-        self.velocity = torch.tensor([DIRECTIONS[name] for name in c.directions], dtype=torch.float32) * c.speed
+        self.velocity = (
+            torch.tensor([DIRECTIONS[name] for name in c.directions], dtype=torch.float32) * c.speed
+        )
 
     def scenes(self, num: int, *, seed: int, first: int = 0) -> Scenes:
         """Scenes number `first` .. `first + num - 1` of `seed`; each depends on its own number
@@ -193,7 +218,9 @@ class ToyWorld:
         velocities of `actions` [N, S, F - 1].
         """
         steps = self.velocity.to(start)[actions]
-        return start.unsqueeze(2) + torch.cat([torch.zeros_like(steps[:, :, :1]), steps.cumsum(2)], dim=2)
+        return start.unsqueeze(2) + torch.cat(
+            [torch.zeros_like(steps[:, :, :1]), steps.cumsum(2)], dim=2
+        )
 
     def fold(self, centres: torch.Tensor) -> torch.Tensor:
         """Apply the boundary to centres [..., 2]: modulo the frame, or reflection at the walls."""
@@ -224,7 +251,8 @@ class ToyWorld:
         elif shape == "cross":
             arm = c.radius * math.sqrt(math.pi / 5)  # a plus sign is five squares of this side
             distance = torch.minimum(
-                torch.maximum(dx.abs() - 1.5 * arm, dy.abs() - 0.5 * arm), torch.maximum(dx.abs() - 0.5 * arm, dy.abs() - 1.5 * arm)
+                torch.maximum(dx.abs() - 1.5 * arm, dy.abs() - 0.5 * arm),
+                torch.maximum(dx.abs() - 0.5 * arm, dy.abs() - 1.5 * arm),
             )
         else:
             slope = math.sqrt(0.75) * dx.abs() - 0.5 * dy
@@ -249,10 +277,13 @@ class ToyWorld:
         further shapes follow "and".
         """
         c = self.config
-        lists = zip(scenes.colour.tolist(), scenes.shape.tolist(), scenes.direction.tolist(), strict=True)
+        lists = zip(
+            scenes.colour.tolist(), scenes.shape.tolist(), scenes.direction.tolist(), strict=True
+        )
         return [
             " and ".join(
-                f"a {c.colours[k]} {c.shapes[s]} moving {' then '.join(c.directions[g] for g in d)}" for k, s, d in zip(*row, strict=True)
+                f"a {c.colours[k]} {c.shapes[s]} moving {' then '.join(c.directions[g] for g in d)}"
+                for k, s, d in zip(*row, strict=True)
             )
             for row in lists
         ]
@@ -262,7 +293,9 @@ class ToyWorld:
         does not speak.
         """
         rows = [self._parse_one(caption) for caption in captions]
-        colour, shape, direction = (torch.tensor([[entry[i] for entry in row] for row in rows]) for i in range(3))
+        colour, shape, direction = (
+            torch.tensor([[entry[i] for entry in row] for row in rows]) for i in range(3)
+        )
         return Scenes(colour, shape, torch.zeros(*colour.shape, 2), direction)
 
     def _parse_one(self, caption: str) -> list[tuple[int, int, list[int]]]:
@@ -270,11 +303,28 @@ class ToyWorld:
         for part in caption.split(" and "):
             match = _OBJECT.fullmatch(part.strip())
             names = match and (match[1], match[2], *match[3].split(" then "))
-            if not names or names[0] not in c.colours or names[1] not in c.shapes or not set(names[2:]) <= set(c.directions):
-                raise ConfigError(f"caption {caption!r} is not of this world; it speaks sentences such as {self.prompts()[0]!r}")
-            found.append((c.colours.index(names[0]), c.shapes.index(names[1]), [c.directions.index(n) for n in names[2:]]))
+            if (
+                not names
+                or names[0] not in c.colours
+                or names[1] not in c.shapes
+                or not set(names[2:]) <= set(c.directions)
+            ):
+                raise ConfigError(
+                    f"caption {caption!r} is not of this world; it speaks sentences such as"
+                    f" {self.prompts()[0]!r}"
+                )
+            found.append(
+                (
+                    c.colours.index(names[0]),
+                    c.shapes.index(names[1]),
+                    [c.directions.index(n) for n in names[2:]],
+                )
+            )
         if len(found) != c.num_shapes or any(len(d) != c.turns + 1 for _, _, d in found):
-            raise ConfigError(f"caption {caption!r} needs {c.num_shapes} shapes (num_shapes) with {c.turns} turns (turns) each")
+            raise ConfigError(
+                f"caption {caption!r} needs {c.num_shapes} shapes (num_shapes) with {c.turns} turns"
+                " (turns) each"
+            )
         return found
 
     def prompts(self, limit: int = 4096) -> list[str]:
@@ -283,5 +333,8 @@ class ToyWorld:
         """
         c = self.config
         if c.num_shapes == 1 and c.turns == 0:
-            return [f"a {k} {s} moving {d}" for k, s, d in itertools.product(c.colours, c.shapes, c.directions)]
+            return [
+                f"a {k} {s} moving {d}"
+                for k, s, d in itertools.product(c.colours, c.shapes, c.directions)
+            ]
         return list(dict.fromkeys(self.captions(self.scenes(limit, seed=0))))

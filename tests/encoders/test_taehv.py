@@ -31,9 +31,7 @@ def straight_line(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Te
     at = {name.removeprefix("decoder."): value for name, value in weights.items()}
 
     def conv(frame: torch.Tensor, name: str) -> torch.Tensor:
-        return F.conv2d(
-            frame, at[f"{name}.weight"], at.get(f"{name}.bias"), padding=at[f"{name}.weight"].shape[-1] // 2
-        )
+        return F.conv2d(frame, at[f"{name}.weight"], at.get(f"{name}.bias"), padding=at[f"{name}.weight"].shape[-1] // 2)
 
     frames = [F.relu(conv(3 * torch.tanh(frame[None] / 3), "1")) for frame in x.unbind(1)]
     for first, grow, stride in ((3, 7, 1), (9, 13, 2), (15, 19, 2)):

@@ -193,6 +193,6 @@ def test_the_average_is_taken_whatever_it_is_called(prefixes: tuple[str, ...], t
 
 
 def test_names_of_live_weights_are_no_averages(tmp_path: Path) -> None:
-    """"schema", "cinema" and the like end in the same letters."""
+    """ "schema", "cinema" and the like end in the same letters."""
     with pytest.raises(CheckpointError, match=r"it holds no net_ema\.\*"):
         copies("schema.", "cinema.")(tmp_path)

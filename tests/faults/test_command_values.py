@@ -33,9 +33,7 @@ def _nothing_written(folder: Path) -> None:
 def streamed(name: str, refusal: str, *words: str) -> Fault:
     """The shipped checkpoint streamed with these words."""
     argv = lambda folder: ["--save_path", folder / "a.mp4", "--device", "cpu", *words]  # noqa: E731
-    return Fault(
-        name, kind="values of stream", refusal=refusal, main=stream.main, argv=argv, after=_nothing_written, deadline=DEADLINE
-    )
+    return Fault(name, kind="values of stream", refusal=refusal, main=stream.main, argv=argv, after=_nothing_written, deadline=DEADLINE)
 
 
 def sampled(name: str, refusal: str, *words: str, which: str = "diffusion") -> Fault:
@@ -46,9 +44,7 @@ def sampled(name: str, refusal: str, *words: str, which: str = "diffusion") -> F
         return [*files.shared_flags, "--dit_path", files.dit, "--prompt", "a cat", "--save_path", folder / "a.mp4", *words]
 
     main = import_module(f"rcm.inference.wan2pt1_t2v_{which}_infer").main
-    return Fault(
-        name, kind=f"values of wan {which}", refusal=refusal, main=main, argv=argv, after=_nothing_written, deadline=DEADLINE
-    )
+    return Fault(name, kind=f"values of wan {which}", refusal=refusal, main=main, argv=argv, after=_nothing_written, deadline=DEADLINE)
 
 
 def plain(name: str, refusal: str, command: object, words: Sequence[str], *, kind: str) -> Fault:

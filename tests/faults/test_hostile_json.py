@@ -323,8 +323,13 @@ def pointer(content: bytes) -> Callable[[Path], None]:
 
 
 POINTERS = {
-    "above": b"../../x", "root": b"/etc", "nothing": b"", "not UTF-8": b"\xff\xfe\x00",
-    "two lines": b"a\nb", "itself": b".", "long": b"x" * 9999,
+    "above": b"../../x",
+    "root": b"/etc",
+    "nothing": b"",
+    "not UTF-8": b"\xff\xfe\x00",
+    "two lines": b"a\nb",
+    "itself": b".",
+    "long": b"x" * 9999,
 }
 
 CASES = [

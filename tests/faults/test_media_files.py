@@ -124,9 +124,12 @@ VIDEOS: dict[str, tuple[str | None, Callable[[Path], object]]] = {
     "a list of other files": ("cannot decode", lambda path: path.write_text("ffconcat version 1.0\nfile /etc/hostname\n")),
     "a playlist": ("cannot decode", lambda path: path.write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n")),
     "a script": ("cannot decode", lambda path: path.write_text("<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>")),
-    "sound alone": ("cannot decode", lambda path: subprocess.run(
-        [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", "sine=d=1", "-f", "mp4", str(path)], check=True
-    )),
+    "sound alone": (
+        "cannot decode",
+        lambda path: subprocess.run(
+            [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", "sine=d=1", "-f", "mp4", str(path)], check=True
+        ),
+    ),
     "frames too large": ("too large", clip(size="64x9000", frames=1)),
     "a folder": ("no video file", lambda path: path.mkdir()),
     "a device": ("no video file", lambda path: path.symlink_to("/dev/zero")),

@@ -38,9 +38,7 @@ def test_a_fault_is_told_and_ends_with_status_1(monkeypatch: pytest.MonkeyPatch,
     assert "1 faults" in said
 
 
-def test_a_section_that_breaks_is_a_fault_and_the_others_go_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_section_that_breaks_is_a_fault_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """A driver that torch cannot ask, a launcher's variable that is no number."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "two")
     assert doctor.main(["--quick"]) == 1

@@ -37,9 +37,7 @@ def test_formulas_are_those_of_the_layers():
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
     table = RopeTables(12, max_rows=2, max_columns=2).table((5,), (2, 2), device=torch.device("cpu"), dtype=torch.float32)
     caches, slots = tuple(torch.zeros(2, 9, 3, 12) for _ in range(2)), torch.tensor([6, 7, 0, 1])
-    q = enter_cache_reference(
-        projected, tuple(n.weight for n in norms), table.per_pair, slots, caches, eps=1e-6, rotate_keys=True
-    )
+    q = enter_cache_reference(projected, tuple(n.weight for n in norms), table.per_pair, slots, caches, eps=1e-6, rotate_keys=True)
     expected = [rotate(norm(x).unflatten(2, (3, 12)), table) for norm, x in zip(norms, projected, strict=False)]
     torch.testing.assert_close(q, expected[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(caches[0][:, slots], expected[1], rtol=0, atol=1e-5)

@@ -57,9 +57,7 @@ def test_down_to_the_data_it_is_the_tangent_of_tf_scm(warmup):
     u, v, j = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=F64)
     zero = torch.zeros_like(t)
     assert torch.equal(meanflow_residual(u, v, j, t, zero, warmup=warmup), rf_tangent(u, v, j, t, warmup=warmup))
-    torch.testing.assert_close(
-        WORLD.rf_mean_velocity(x, per_frame(t, x), per_frame(zero, x)), WORLD.rf_student(x, per_frame(t, x))
-    )
+    torch.testing.assert_close(WORLD.rf_mean_velocity(x, per_frame(t, x), per_frame(zero, x)), WORLD.rf_student(x, per_frame(t, x)))
 
 
 def test_the_residual_carries_no_graph():

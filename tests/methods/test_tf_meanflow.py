@@ -43,9 +43,7 @@ class MeanDenoiser(AnalyticDenoiser):
 
 
 def batch(x: torch.Tensor | None = None) -> LatentBatch:
-    return LatentBatch(
-        WORLD.mu + WORLD.s * latents(6) if x is None else x, condition(tiny_config()).text, ["a", "b"], ["0", "1"]
-    )
+    return LatentBatch(WORLD.mu + WORLD.s * latents(6) if x is None else x, condition(tiny_config()).text, ["a", "b"], ["0", "1"])
 
 
 def only_term(method, data=None, phase=FIRST, rng=None):

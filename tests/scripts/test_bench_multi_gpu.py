@@ -1,5 +1,4 @@
-"""Exactness of two and four ranks against one, by the script that shows it on GPUs, on gloo ranks.
-"""
+"""Exactness of two and four ranks against one, by the script that shows it on GPUs, on gloo."""
 
 from __future__ import annotations
 

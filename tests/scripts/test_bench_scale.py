@@ -40,9 +40,7 @@ def plan_of(name: str, *, ranks: int = 1, **changes) -> Planned:
 
 def products(E: int, H: int, layers: int, *, tokens: int) -> tuple[float, float]:
     """Linear layers, and attention to the text: two FLOPs per multiply-add."""
-    linear = (
-        tokens * (2 * 6 * E * E + 2 * 2 * E * H) + 2 * 2 * TEXT * E * E
-    )  # q k v o q o, MLP; text k v
+    linear = tokens * (2 * 6 * E * E + 2 * 2 * E * H) + 2 * 2 * TEXT * E * E  # q k v o q o, MLP; text k v
     return layers * linear, layers * 2 * 2 * tokens * TEXT * E
 
 
@@ -71,24 +69,18 @@ def test_flops_of_continuous_consistency_by_hand() -> None:
     context = sum(products(**SMALL, tokens=half)) + scores(**SMALL, pairs=sum(BLOCKS))
     own = CHUNKS * 9 * S * S
     tangent = 2 * sum(products(**SMALL, tokens=half))
-    tangent += scores(
-        **SMALL, pairs=3 * own + 2 * (sum(BLOCKS) - own)
-    )  # six and four products of two
+    tangent += scores(**SMALL, pairs=3 * own + 2 * (sum(BLOCKS) - own))  # six and four products of two
     gradient = 3 * (sum(products(**SMALL, tokens=packed)) + scores(**SMALL, pairs=2 * sum(BLOCKS)))
     found = plan_of("tf_scm-1.3B-one").flops["student"]
     assert found == pytest.approx(teacher + context + tangent + gradient, rel=1e-12)
 
 
 def test_flops_of_self_forcing_by_hand_and_replay_adds_none() -> None:
-    chunk = [
-        (sum(products(**SMALL, tokens=3 * S)), scores(**SMALL, pairs=pairs)) for pairs in BLOCKS
-    ]
+    chunk = [(sum(products(**SMALL, tokens=3 * S)), scores(**SMALL, pairs=pairs)) for pairs in BLOCKS]
     forward = [linear + attention for linear, attention in chunk]
     whole = sum(products(**SMALL, tokens=FRAMES * S)) + scores(**SMALL, pairs=(FRAMES * S) ** 2)
     steps = 2.5  # the mean of one to four
-    rollout = (steps - 1) * sum(forward) + sum(
-        forward[:-1]
-    )  # each chunk but the last enters the cache
+    rollout = (steps - 1) * sum(forward) + sum(forward[:-1])  # each chunk but the last enters the cache
     last = sum(
         3 * linear + attention * (3 - i / (i + 1)) for i, (linear, attention) in enumerate(chunk)
     )  # keys of i chunks before have no gradient
@@ -106,9 +98,7 @@ def test_recomputation_and_layout_change_no_model_flops() -> None:
     ):
         assert plan_of(name, ranks=4).flops["student"] == base
     assert plan_of("tf_diffusion-14B-fsdp", ranks=4).flops["student"] == 4 * base  # samples
-    assert (
-        plan_of("tf_diffusion-14B-ulysses4-accumulate2_each", ranks=4).flops["student"] == 2 * base
-    )
+    assert plan_of("tf_diffusion-14B-ulysses4-accumulate2_each", ranks=4).flops["student"] == 2 * base
     assert mfu(2 * PEAK, seconds=1.0, gpus=4) == 0.5
 
 
@@ -157,8 +147,7 @@ def test_rows_by_number_of_ranks_and_by_name() -> None:
 
 
 def test_what_a_row_says() -> None:
-    """Two ranks, a student and a fake score: the slowest rank counts, kinds weigh by their share.
-    """
+    """A student and a fake score on two ranks: the slowest counts, kinds weigh by their share."""
     plan = plan_of("sf_dmd-1.3B-fsdp", ranks=2, tiny=True)
     kernels = {"nccl_ms": 500.0, "exposed_ms": 250.0, "busy_ms": 900.0}
     ends = [
@@ -174,26 +163,19 @@ def test_what_a_row_says() -> None:
         for rank in range(2)
     ]
     record = measured_record(plan.prediction, plan.flops, ends)
-    assert (
-        record["kinds"]["student"]["seconds"] == 6.5
-        and record["kinds"]["fake_score"]["seconds"] == 1.5
-    )
+    assert record["kinds"]["student"]["seconds"] == 6.5 and record["kinds"]["fake_score"]["seconds"] == 1.5
     assert record["kinds"]["student"]["peak_gib"] == [3.0, 4.0] and record["peak_gib"] == 4.0
     assert record["kinds"]["student"]["allocator_retries"] == 2
     seconds = 6.5 / 6 + 1.5 * 5 / 6
     assert record["seconds"] == pytest.approx(seconds) and record["global_batch"] == 2
-    assert record["tokens_per_s"] == pytest.approx(
-        2 * 6 * 8 * 8 / seconds
-    )  # 6 frames of 16 x 16 cells
+    assert record["tokens_per_s"] == pytest.approx(2 * 6 * 8 * 8 / seconds)  # 6 frames of 16 x 16 cells
     assert record["nccl_share"] == pytest.approx(0.5 / (7 / 6 + 2 * 5 / 6))
     flops = plan.flops["student"] / 6 + plan.flops["fake_score"] * 5 / 6
     assert record["mfu"] == pytest.approx(flops / (seconds * 2 * 989.4e12))
     assert json.loads(json.dumps(record)) == record
 
 
-def test_the_file_keeps_what_was_measured_and_a_restart_goes_on(
-    tmp_path: Path, monkeypatch
-) -> None:
+def test_the_file_keeps_what_was_measured_and_a_restart_goes_on(tmp_path: Path, monkeypatch) -> None:
     path, device = tmp_path / "rows.json", torch.device("cpu")
     ledger = Ledger(path, ranks=2, device=device)
     ledger.begin("a")
@@ -227,15 +209,9 @@ def test_what_goes_wrong_is_told_and_nothing_is_raised(monkeypatch) -> None:
 
         monkeypatch.setattr(bench_scale_run, "_train", fail)
         found = attempt(run, dims=None, device=torch.device("cpu"), roles=["student"])
-        assert (
-            found.status == status
-            and str(error).splitlines()[0] in found.why
-            and not found.iterations
-        )
+        assert found.status == status and str(error).splitlines()[0] in found.why and not found.iterations
     monkeypatch.setattr(bench_scale_run, "_train", lambda *_, **__: "interrupted")
-    assert (
-        attempt(run, dims=None, device=torch.device("cpu"), roles=["student"]).status == "stopped"
-    )
+    assert attempt(run, dims=None, device=torch.device("cpu"), roles=["student"]).status == "stopped"
 
 
 def _scarce(path: str) -> tuple[int, dict[str, str]]:
@@ -246,11 +222,7 @@ def _scarce(path: str) -> tuple[int, dict[str, str]]:
         if run.config.model_parallel.context_parallel_size > 1:
             return real(run, **options)
         alone = torch.distributed.get_rank() == 1
-        return (
-            Attempt("out of memory", "OutOfMemoryError: of one rank")
-            if alone
-            else Attempt("measured")
-        )
+        return Attempt("out of memory", "OutOfMemoryError: of one rank") if alone else Attempt("measured")
 
     bench_scale.attempt = fake
     status = main(
@@ -308,9 +280,7 @@ def test_whole_rows_on_gloo_ranks(tmp_path: Path, ranks: int, rows: str) -> None
     for record in found:
         assert record["status"] == "measured" and record["ranks"] == ranks
         kinds = record["kinds"]
-        assert set(kinds) == (
-            {"student", "fake_score"} if "sf_dmd" in record["row"] else {"student"}
-        )
+        assert set(kinds) == ({"student", "fake_score"} if "sf_dmd" in record["row"] else {"student"})
         assert sum(kind["share"] for kind in kinds.values()) == pytest.approx(1)
         for kind in kinds.values():
             assert len(kind["samples_s"]) == 2 and len(kind["peak_gib"]) == ranks

@@ -212,7 +212,7 @@ FAULTS = [
     hurt(
         merge_shards.main,
         "another set is there",
-        r"holds a data set built otherwise \(merged: there \[\{.*shard-000000.*\}\], asked \[\{.*shard-000001.*\}\]; num_samples: there 9, asked 2\)",
+        r"built otherwise \(merged: there \[\{.*shard-000000.*\}\], asked \[\{.*shard-000001.*\}\]; num_samples: there 9, asked 2\)",
         another_set,
         "FOLDER/set/*.tar",
         "--out",

@@ -93,9 +93,7 @@ class MetaNets(NetBuilder):
         super().__init__(run.config.model.config, dims=ParallelDims(), device=torch.device("meta"), seed=0)
         self.built: list[nn.Module] = []
 
-    def _build(
-        self, net_config: NetConfig, *, knob: str, checkpoint: str, frozen: bool, roles: tuple[str, ...] = ()
-    ) -> nn.Module:
+    def _build(self, net_config: NetConfig, *, knob: str, checkpoint: str, frozen: bool, roles: tuple[str, ...] = ()) -> nn.Module:
         def build() -> WanDiT:
             net, lora = WanDiT(wan_config(net_config)).requires_grad_(not frozen), self.config.lora
             if roles:

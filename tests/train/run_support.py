@@ -47,9 +47,7 @@ def launch(
     dims = dims or ParallelDims()
     method, state = make_run(dims=dims, precision=precision, fault=fault)
     loader = make_loader(dims=dims, prefetch=prefetch)
-    checkpointer = Checkpointer(
-        job, dims=dims, description=DESCRIPTION, settings=settings, asynchronous=asynchronous, keep_last=keep_last
-    )
+    checkpointer = Checkpointer(job, dims=dims, description=DESCRIPTION, settings=settings, asynchronous=asynchronous, keep_last=keep_last)
     if resume:
         checkpointer.load(state, loader=loader)
     sinks = [JsonLines(job / "metrics.jsonl", resumed_at=state.iteration)] if dims.rank == 0 else []

@@ -53,9 +53,7 @@ def updated() -> dict[str, object]:
             oracle.step()
     states = [s[key] for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     return {
-        "same": all(
-            torch.equal(p.full_tensor(), q) for p, q in zip(net.parameters(), whole, strict=True)
-        ),
+        "same": all(torch.equal(p.full_tensor(), q) for p, q in zip(net.parameters(), whole, strict=True)),
         "sharded": all(isinstance(x, DTensor) for x in states),
         "shards": kinds == {Tensor},
     }

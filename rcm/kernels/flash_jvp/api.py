@@ -59,7 +59,17 @@ def flash_jvp(
         o, o_dot, _ = flash_jvp(q, k, v, q_dot, k_dot, None, mask=BlockCausal(pattern,
         num_frames=21, tokens_per_frame=1560))
     """
-    problem = check_problem(q, k, v, q_dot=q_dot, k_dot=k_dot, v_dot=v_dot, mask=mask, scale=scale, tangent_start=tangent_start)
+    problem = check_problem(
+        q,
+        k,
+        v,
+        q_dot=q_dot,
+        k_dot=k_dot,
+        v_dot=v_dot,
+        mask=mask,
+        scale=scale,
+        tangent_start=tangent_start,
+    )
     if implementation == "reference":
         return reference_jvp(problem)
     if implementation == "triton":
@@ -67,4 +77,7 @@ def flash_jvp(
         from rcm.kernels.flash_jvp.launch import triton_jvp
 
         return triton_jvp(problem)
-    raise ValueError(f"implementation must be 'reference' or 'triton', got {implementation!r}; set jvp_implementation")
+    raise ValueError(
+        f"implementation must be 'reference' or 'triton', got {implementation!r}; set"
+        " jvp_implementation"
+    )

@@ -23,7 +23,9 @@ def float64_truth(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
     """The reference in float64 on the same (rounded) inputs."""
     names = ("q", "k", "v", "q_dot", "k_dot", "v_dot")
     inputs = {name: getattr(problem, name) for name in names}
-    return reference_jvp(replace(problem, **{name: None if x is None else x.double() for name, x in inputs.items()}))
+    return reference_jvp(
+        replace(problem, **{name: None if x is None else x.double() for name, x in inputs.items()})
+    )
 
 
 def low_precision_eager(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -37,7 +39,11 @@ def low_precision_eager(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor
         return None if x is None else x.transpose(1, 2)
 
     def padded(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.cat([x.new_zeros(x.shape[0], problem.tangent_start, *x.shape[2:]), x], dim=1)
+        return (
+            None
+            if x is None
+            else torch.cat([x.new_zeros(x.shape[0], problem.tangent_start, *x.shape[2:]), x], dim=1)
+        )
 
     q, k, v, q_dot = (heads_first(x) for x in (problem.q, problem.k, problem.v, problem.q_dot))
     k_dot, v_dot = (heads_first(padded(x)) for x in (problem.k_dot, problem.v_dot))
@@ -47,11 +53,19 @@ def low_precision_eager(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor
     p = scores.softmax(dim=-1)
     o = p @ v
     o_dot = torch.zeros_like(o) if v_dot is None else p @ v_dot
-    slopes = [(a @ b.mT) * problem.scale for a, b in ((q_dot, k), (q, k_dot)) if a is not None and b is not None]
+    slopes = [
+        (a @ b.mT) * problem.scale
+        for a, b in ((q_dot, k), (q, k_dot))
+        if a is not None and b is not None
+    ]
     if slopes:
         h = p * sum(slopes)
         o_dot = o_dot + h @ v - h.sum(dim=-1, keepdim=True) * o
-    return o.transpose(1, 2), o_dot.transpose(1, 2) if problem.has_tangent else None, scores.logsumexp(dim=-1)
+    return (
+        o.transpose(1, 2),
+        o_dot.transpose(1, 2) if problem.has_tangent else None,
+        scores.logsumexp(dim=-1),
+    )
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:
@@ -62,7 +76,9 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
     return float(error) if torch.isfinite(error) else float("inf")
 
 
-def errors_and_budgets(problem: Problem, got: tuple[Tensor, Tensor | None, Tensor]) -> dict[str, tuple[float, float]]:
+def errors_and_budgets(
+    problem: Problem, got: tuple[Tensor, Tensor | None, Tensor]
+) -> dict[str, tuple[float, float]]:
     """Per output that exists: (error of `got`, budget), both relative to float64.
 
     The budget is twice the error of `low_precision_eager`, and never below `ROUNDINGS`: where the
@@ -74,6 +90,8 @@ def errors_and_budgets(problem: Problem, got: tuple[Tensor, Tensor | None, Tenso
         if mine is not None:
             report[name] = (
                 relative_error(mine, exact),
-                max(2 * relative_error(theirs, exact), ROUNDINGS[name] * torch.finfo(mine.dtype).eps),
+                max(
+                    2 * relative_error(theirs, exact), ROUNDINGS[name] * torch.finfo(mine.dtype).eps
+                ),
             )
     return report

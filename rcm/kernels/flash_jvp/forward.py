@@ -12,19 +12,47 @@ import triton.language as tl
 
 
 @triton.jit
-def _tile_pointers(ptr, batch, head, row, stride_b, stride_l, stride_n, stride_d, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr):
+def _tile_pointers(
+    ptr,
+    batch,
+    head,
+    row,
+    stride_b,
+    stride_l,
+    stride_n,
+    stride_d,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """[L, D] pointers of a tile that starts at `row`; every product is 64 bit."""
-    base = ptr + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_n + row.to(tl.int64) * stride_l
+    base = (
+        ptr
+        + batch.to(tl.int64) * stride_b
+        + head.to(tl.int64) * stride_n
+        + row.to(tl.int64) * stride_l
+    )
     rows = tl.arange(0, BLOCK_L).to(tl.int64)
     channels = tl.arange(0, BLOCK_D).to(tl.int64)
     return base + rows[:, None] * stride_l + channels[None, :] * stride_d
 
 
 @triton.jit
-def _load_tile(tensor, batch, head, row, length, BLOCK_L: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, GUARD: tl.constexpr):
+def _load_tile(
+    tensor,
+    batch,
+    head,
+    row,
+    length,
+    BLOCK_L: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GUARD: tl.constexpr,
+):
     """A [L, D] tile. Padding channels are zeros; with GUARD so are rows outside [0, length)."""
     ptr, stride_b, stride_l, stride_n, stride_d = tensor
-    pointers = _tile_pointers(ptr, batch, head, row, stride_b, stride_l, stride_n, stride_d, BLOCK_L, BLOCK_D)
+    pointers = _tile_pointers(
+        ptr, batch, head, row, stride_b, stride_l, stride_n, stride_d, BLOCK_L, BLOCK_D
+    )
     rows = row + tl.arange(0, BLOCK_L)
     channels = tl.arange(0, BLOCK_D)
     if GUARD:
@@ -95,7 +123,17 @@ def _fold(
             if HAS_TQ:
                 s_dot = tl.dot(q_dot, tl.trans(k_tile), s_dot, input_precision=PRECISION)
             if HAS_TK:
-                kd_tile = _load_tile(kd, batch, head, row - tangent_start, kv_len - tangent_start, BLOCK_N, D_QK, BLOCK_QK, EDGE != 0)
+                kd_tile = _load_tile(
+                    kd,
+                    batch,
+                    head,
+                    row - tangent_start,
+                    kv_len - tangent_start,
+                    BLOCK_N,
+                    D_QK,
+                    BLOCK_QK,
+                    EDGE != 0,
+                )
                 s_dot = tl.dot(q, tl.trans(kd_tile), s_dot, input_precision=PRECISION)
 
         m_new = tl.maximum(m_i, tl.max(s, 1) * score_scale)
@@ -104,11 +142,23 @@ def _fold(
         l_i = l_i * alpha + tl.sum(p, 1)
         m_i = m_new
         v_tile = _load_tile(v, batch, head, row, kv_len, BLOCK_N, D_V, BLOCK_V, EDGE != 0)
-        acc_o = tl.dot(p.to(v_tile.dtype), v_tile, acc_o * alpha[:, None], input_precision=PRECISION)
+        acc_o = tl.dot(
+            p.to(v_tile.dtype), v_tile, acc_o * alpha[:, None], input_precision=PRECISION
+        )
         if HAS_H or HAS_TV:
             acc_t = acc_t * alpha[:, None]
         if HAS_TV:
-            vd_tile = _load_tile(vd, batch, head, row - tangent_start, kv_len - tangent_start, BLOCK_N, D_V, BLOCK_V, EDGE != 0)
+            vd_tile = _load_tile(
+                vd,
+                batch,
+                head,
+                row - tangent_start,
+                kv_len - tangent_start,
+                BLOCK_N,
+                D_V,
+                BLOCK_V,
+                EDGE != 0,
+            )
             acc_t = tl.dot(p.to(v_tile.dtype), vd_tile, acc_t, input_precision=PRECISION)
         if HAS_H:
             h = p * (s_dot * tangent_scale)
@@ -177,11 +227,19 @@ def portable_forward(
     r_i = tl.zeros([BLOCK_M], tl.float32)
 
     queries, keys = (q_tile, qd_tile), (k, kd, v, vd)
-    where, tables, scales = (batch, head, kv_len, tangent_start), (rows_table, q_rows, q_len), (score_scale, tangent_scale)
+    where, tables, scales = (
+        (batch, head, kv_len, tangent_start),
+        (rows_table, q_rows, q_len),
+        (score_scale, tangent_scale),
+    )
     for kind in tl.static_range(3):
         if CLASSES & (1 << kind):
             for piece in range(tl.load(tile + 1 + kind), tl.load(tile + 2 + kind)):
-                bounds = (tl.load(pieces + 4 * piece), tl.load(pieces + 4 * piece + 1), tl.load(pieces + 4 * piece + 2))
+                bounds = (
+                    tl.load(pieces + 4 * piece),
+                    tl.load(pieces + 4 * piece + 1),
+                    tl.load(pieces + 4 * piece + 2),
+                )
                 acc_o, acc_t, m_i, l_i, r_i = _fold(
                     (acc_o, acc_t, m_i, l_i, r_i),
                     queries,
@@ -203,11 +261,15 @@ def portable_forward(
     keep = (q_rows < q_len)[:, None] & (tl.arange(0, BLOCK_V) < D_V)[None, :]
     acc_o = acc_o / l_i[:, None]
     tl.store(
-        _tile_pointers(o[0], batch, head, q_start, o[1], o[2], o[3], o[4], BLOCK_M, BLOCK_V), acc_o.to(o[0].dtype.element_ty), mask=keep
+        _tile_pointers(o[0], batch, head, q_start, o[1], o[2], o[3], o[4], BLOCK_M, BLOCK_V),
+        acc_o.to(o[0].dtype.element_ty),
+        mask=keep,
     )
     if ANY:
         acc_t = acc_t / l_i[:, None] - (r_i / l_i)[:, None] * acc_o
-        pointers = _tile_pointers(od[0], batch, head, q_start, od[1], od[2], od[3], od[4], BLOCK_M, BLOCK_V)
+        pointers = _tile_pointers(
+            od[0], batch, head, q_start, od[1], od[2], od[3], od[4], BLOCK_M, BLOCK_V
+        )
         tl.store(pointers, acc_t.to(od[0].dtype.element_ty), mask=keep)
     lse_row = lse + (batch.to(tl.int64) * num_heads + head) * q_len
     tl.store(lse_row + q_rows, (m_i + tl.log2(l_i)) * 0.6931471805599453, mask=q_rows < q_len)

@@ -12,7 +12,12 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 ROWS = gl.constexpr(64)
 """Query rows of one consumer warpgroup: the height of a warpgroup product."""
@@ -25,7 +30,21 @@ def _flat(tile, ROWS_OF_TILE: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _load_slot(desc, dot_desc, ring, dot_ring, full, empty, it, batch, head, row, tangent_row, HAS_DOT: gl.constexpr, STAGES: gl.constexpr):
+def _load_slot(
+    desc,
+    dot_desc,
+    ring,
+    dot_ring,
+    full,
+    empty,
+    it,
+    batch,
+    head,
+    row,
+    tangent_row,
+    HAS_DOT: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """Fill one ring slot with a tile and, if wanted, its tangent. Rows outside the tensors arrive
     as zeros.
     """
@@ -34,14 +53,25 @@ def _load_slot(desc, dot_desc, ring, dot_ring, full, empty, it, batch, head, row
     nbytes: gl.constexpr = desc.block_type.nbytes
     if HAS_DOT:
         mbarrier.expect(full.index(slot), 2 * nbytes)
-        tma.async_copy_global_to_shared(dot_desc, [batch, tangent_row, head, 0], full.index(slot), dot_ring.index(slot))
+        tma.async_copy_global_to_shared(
+            dot_desc, [batch, tangent_row, head, 0], full.index(slot), dot_ring.index(slot)
+        )
     else:
         mbarrier.expect(full.index(slot), nbytes)
     tma.async_copy_global_to_shared(desc, [batch, row, head, 0], full.index(slot), ring.index(slot))
 
 
 @gluon.jit
-def _produce(descs, rings, bars, plan, where, FLAGS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+def _produce(
+    descs,
+    rings,
+    bars,
+    plan,
+    where,
+    FLAGS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """The producer warp: query tiles once, then every key tile of the plan in the consumers'
     order.
     """
@@ -57,9 +87,16 @@ def _produce(descs, rings, bars, plan, where, FLAGS: gl.constexpr, BLOCK_N: gl.c
     q_bytes: gl.constexpr = q_desc.block_type.nbytes * (2 if HAS_TQ else 1)
     for half in gl.static_range(2):
         mbarrier.expect(q_full.index(half), q_bytes)
-        tma.async_copy_global_to_shared(q_desc, [batch, q_start + half * ROWS, head, 0], q_full.index(half), q_buf.index(half))
+        tma.async_copy_global_to_shared(
+            q_desc, [batch, q_start + half * ROWS, head, 0], q_full.index(half), q_buf.index(half)
+        )
         if HAS_TQ:
-            tma.async_copy_global_to_shared(qd_desc, [batch, q_start + half * ROWS, head, 0], q_full.index(half), qd_buf.index(half))
+            tma.async_copy_global_to_shared(
+                qd_desc,
+                [batch, q_start + half * ROWS, head, 0],
+                q_full.index(half),
+                qd_buf.index(half),
+            )
 
     it = 0
     for kind in gl.static_range(2):
@@ -68,8 +105,36 @@ def _produce(descs, rings, bars, plan, where, FLAGS: gl.constexpr, BLOCK_N: gl.c
             row = gl.load(pieces + 4 * piece)
             for _ in range(gl.load(pieces + 4 * piece + 1)):
                 dot_row = row - tangent_start
-                _load_slot(k_desc, kd_desc, k_ring, kd_ring, k_full, k_empty, it, batch, head, row, dot_row, HAS_TK and kind == 1, STAGES)
-                _load_slot(v_desc, vd_desc, v_ring, vd_ring, v_full, v_empty, it, batch, head, row, dot_row, HAS_TV and kind == 1, STAGES)
+                _load_slot(
+                    k_desc,
+                    kd_desc,
+                    k_ring,
+                    kd_ring,
+                    k_full,
+                    k_empty,
+                    it,
+                    batch,
+                    head,
+                    row,
+                    dot_row,
+                    HAS_TK and kind == 1,
+                    STAGES,
+                )
+                _load_slot(
+                    v_desc,
+                    vd_desc,
+                    v_ring,
+                    vd_ring,
+                    v_full,
+                    v_empty,
+                    it,
+                    batch,
+                    head,
+                    row,
+                    dot_row,
+                    HAS_TV and kind == 1,
+                    STAGES,
+                )
                 row += BLOCK_N
                 it += 1
 
@@ -117,7 +182,9 @@ def _consume_piece(
     HAS_TV: gl.constexpr = FLAGS & 4 != 0
     HAS_H: gl.constexpr = HAS_TQ or HAS_TK
     ANY: gl.constexpr = HAS_H or HAS_TV
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
+    )
     o_layout: gl.constexpr = acc_o.type.layout
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
     acc_row: gl.constexpr = gl.SliceLayout(1, o_layout)
@@ -162,12 +229,16 @@ def _consume_piece(
         v = _flat(v_ring.index(slot), BLOCK_N, D_V)
         acc_o = warpgroup_mma(p_operand, v, acc_o, is_async=True)
         if HAS_TV:
-            acc_t = warpgroup_mma(p_operand, _flat(vd_ring.index(slot), BLOCK_N, D_V), acc_t, is_async=True)
+            acc_t = warpgroup_mma(
+                p_operand, _flat(vd_ring.index(slot), BLOCK_N, D_V), acc_t, is_async=True
+            )
         if HAS_H:
             s_dot = warpgroup_mma_wait(2 if HAS_TV else 1, deps=[s_dot])
             h = p * (s_dot * tangent_scale)
             r_i = r_i * alpha + gl.sum(h, axis=1)
-            acc_t = warpgroup_mma(gl.convert_layout(h.to(q.dtype), p_layout), v, acc_t, is_async=True)
+            acc_t = warpgroup_mma(
+                gl.convert_layout(h.to(q.dtype), p_layout), v, acc_t, is_async=True
+            )
         mbarrier.arrive(k_empty.index(slot), count=1)
         if ANY:
             acc_o, acc_t = warpgroup_mma_wait(0, deps=[acc_o, acc_t])
@@ -199,7 +270,9 @@ def _write(state, outputs, where, q_rows, q_len, ANY: gl.constexpr):
         o_dot = acc_t * inverse_acc - gl.convert_layout(r_i * inverse, acc_row)[:, None] * o
         gl.store(od_ptr + offsets, o_dot.to(od_ptr.dtype.element_ty), mask=keep)
     lse = (m_i + gl.log2(l_i)) * 0.6931471805599453
-    gl.store(lse_ptr + (batch.to(gl.int64) * num_heads + head) * q_len + q_rows, lse, mask=q_rows < q_len)
+    gl.store(
+        lse_ptr + (batch.to(gl.int64) * num_heads + head) * q_len + q_rows, lse, mask=q_rows < q_len
+    )
 
 
 @gluon.jit
@@ -227,8 +300,12 @@ def _consume(
     pieces, tile = plan
     rows_table, q_start, q_len = tables
     ANY: gl.constexpr = FLAGS != 0
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D_V, 16])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
+    )
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D_V, 16]
+    )
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     q_rows = q_start + half * ROWS + gl.arange(0, ROWS, row_layout)
     acc_o = gl.zeros([ROWS, D_V], gl.float32, o_layout)
@@ -246,7 +323,11 @@ def _consume(
     for kind in gl.static_range(3):
         if CLASSES & (1 << kind):
             for piece in range(gl.load(tile + 1 + kind), gl.load(tile + 2 + kind)):
-                bounds = (gl.load(pieces + 4 * piece), gl.load(pieces + 4 * piece + 1), gl.load(pieces + 4 * piece + 2))
+                bounds = (
+                    gl.load(pieces + 4 * piece),
+                    gl.load(pieces + 4 * piece + 1),
+                    gl.load(pieces + 4 * piece + 2),
+                )
                 acc_o, acc_t, m_i, l_i, r_i, it = _consume_piece(
                     (acc_o, acc_t, m_i, l_i, r_i),
                     (q, q_dot),
@@ -319,9 +400,13 @@ def hopper_forward(
     if FLAGS & 1:
         qd_buf = gl.allocate_shared_memory(dtype, [2] + q_desc.block_type.shape, q_desc.layout)
     if FLAGS & 2:
-        kd_ring = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
+        kd_ring = gl.allocate_shared_memory(
+            dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout
+        )
     if FLAGS & 4:
-        vd_ring = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+        vd_ring = gl.allocate_shared_memory(
+            dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout
+        )
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -347,9 +432,61 @@ def hopper_forward(
     scales = (score_scale, tangent_scale)
     gl.warp_specialize(
         [
-            (_consume, (0, queries, rings, bars, plan, tables, where, outputs, scales, FLAGS, CLASSES, EDGE, BLOCK_N, D_QK, D_V, STAGES)),
-            (_consume, (1, queries, rings, bars, plan, tables, where, outputs, scales, FLAGS, CLASSES, EDGE, BLOCK_N, D_QK, D_V, STAGES)),
-            (_produce, (descs, buffers, bars, plan, (batch, head, q_start, tangent_start), FLAGS, BLOCK_N, STAGES)),
+            (
+                _consume,
+                (
+                    0,
+                    queries,
+                    rings,
+                    bars,
+                    plan,
+                    tables,
+                    where,
+                    outputs,
+                    scales,
+                    FLAGS,
+                    CLASSES,
+                    EDGE,
+                    BLOCK_N,
+                    D_QK,
+                    D_V,
+                    STAGES,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    1,
+                    queries,
+                    rings,
+                    bars,
+                    plan,
+                    tables,
+                    where,
+                    outputs,
+                    scales,
+                    FLAGS,
+                    CLASSES,
+                    EDGE,
+                    BLOCK_N,
+                    D_QK,
+                    D_V,
+                    STAGES,
+                ),
+            ),
+            (
+                _produce,
+                (
+                    descs,
+                    buffers,
+                    bars,
+                    plan,
+                    (batch, head, q_start, tangent_start),
+                    FLAGS,
+                    BLOCK_N,
+                    STAGES,
+                ),
+            ),
         ],
         [4, 1],
         [240, 24],

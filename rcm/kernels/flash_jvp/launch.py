@@ -12,11 +12,19 @@ from rcm.kernels.flash_jvp.forward import portable_forward
 from rcm.kernels.flash_jvp.schedule import Tiles, make_plan
 from rcm.kernels.flash_jvp.validation import MAX_HEAD, MIN_HEAD, Problem
 
-_SMALL_TILES = (Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1), Tiles(16, 16, 4, 1))
+_SMALL_TILES = (
+    Tiles(64, 32, 4, 2),
+    Tiles(64, 32, 4, 1),
+    Tiles(32, 32, 4, 1),
+    Tiles(32, 16, 4, 1),
+    Tiles(16, 16, 4, 1),
+)
 """Tried in this order on cards whose shared memory is too small for the preferred tiles."""
 
 
-def portable_tiles(*, d_qk: int, d_v: int, element_size: int, num_tangents: int, shared_bytes: int) -> Tiles:
+def portable_tiles(
+    *, d_qk: int, d_v: int, element_size: int, num_tangents: int, shared_bytes: int
+) -> Tiles:
     """Tile sizes of the portable kernel for padded head sizes and a device's shared memory: the
     first row of the table that fits.
 
@@ -30,20 +38,30 @@ def portable_tiles(*, d_qk: int, d_v: int, element_size: int, num_tangents: int,
     elif width > 128:
         preferred = [Tiles(64, 32, 8, 2)]
     elif width == 128:
-        preferred = [Tiles(128, 32, 8, 3)] if num_tangents else [Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2)]
+        preferred = (
+            [Tiles(128, 32, 8, 3)]
+            if num_tangents
+            else [Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2)]
+        )
     else:
         preferred = [Tiles(128, 64, 8, 2)]
     for tiles in (*preferred, *_SMALL_TILES):
-        needed = element_size * copies * (tiles.block_m * d_qk + tiles.num_stages * tiles.block_n * (d_qk + d_v))
+        needed = (
+            element_size
+            * copies
+            * (tiles.block_m * d_qk + tiles.num_stages * tiles.block_n * (d_qk + d_v))
+        )
         if needed <= shared_bytes:
             return tiles
     raise ValueError(
-        f"head sizes {d_qk} and {d_v} in {8 * element_size} bits need {needed >> 10} KiB of shared memory, "
-        f"this card has {shared_bytes >> 10} KiB; use implementation='reference'"
+        f"head sizes {d_qk} and {d_v} in {8 * element_size} bits need {needed >> 10} KiB of shared"
+        f" memory, this card has {shared_bytes >> 10} KiB; use implementation='reference'"
     )
 
 
-def triton_jvp(problem: Problem, *, kernel: str = "auto", tiles: Tiles | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+def triton_jvp(
+    problem: Problem, *, kernel: str = "auto", tiles: Tiles | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Launch a fused kernel on a checked problem; O and O_dot in the input dtype, LSE float32.
 
     `kernel` is "hopper" (compute capability 9.0, 16-bit, head sizes 64 or 128, strides that bulk
@@ -73,25 +91,40 @@ def allocate_outputs(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
     """
     batch, q_len, heads, _ = problem.q.shape
     o = problem.q.new_empty(batch, q_len, heads, problem.v.shape[3])
-    return o, torch.empty_like(o) if problem.has_tangent else None, o.new_empty(batch, heads, q_len, dtype=torch.float32)
+    return (
+        o,
+        torch.empty_like(o) if problem.has_tangent else None,
+        o.new_empty(batch, heads, q_len, dtype=torch.float32),
+    )
 
 
 def check_triton(problem: Problem) -> None:
     """Raise for what no Triton kernel of this package computes."""
     q = problem.q
     if q.dtype == torch.float64:
-        raise TypeError("the triton kernels compute in float32; use implementation='reference' for float64")
+        raise TypeError(
+            "the triton kernels compute in float32; use implementation='reference' for float64"
+        )
     if not problem.scale > 0:
-        raise ValueError(f"the triton kernels need a positive scale, got {problem.scale}; use implementation='reference'")
+        raise ValueError(
+            f"the triton kernels need a positive scale, got {problem.scale}; use"
+            " implementation='reference'"
+        )
     for name, width in (("q and k", q.shape[3]), ("v", problem.v.shape[3])):
         if not MIN_HEAD <= width <= MAX_HEAD:
             raise ValueError(
-                f"head size of {name} must be in [{MIN_HEAD}, {MAX_HEAD}] for triton, got {width}; use implementation='reference'"
+                f"head size of {name} must be in [{MIN_HEAD}, {MAX_HEAD}] for triton, got {width};"
+                " use implementation='reference'"
             )
     if not q.is_cuda and not _interpreted():
-        raise RuntimeError(f"implementation='triton' needs a CUDA device, the inputs are on {q.device}; use implementation='reference'")
+        raise RuntimeError(
+            f"implementation='triton' needs a CUDA device, the inputs are on {q.device}; use"
+            " implementation='reference'"
+        )
     if _interpreted() and q.dtype == torch.bfloat16:
-        raise TypeError("Triton's interpreter computes bfloat16 products wrongly; test in float32 or float16")
+        raise TypeError(
+            "Triton's interpreter computes bfloat16 products wrongly; test in float32 or float16"
+        )
 
 
 def hopper_obstacle(problem: Problem) -> str | None:
@@ -106,7 +139,10 @@ def hopper_obstacle(problem: Problem) -> str | None:
     for name in ("q", "k", "v", "q_dot", "k_dot", "v_dot"):
         tensor = getattr(problem, name)
         if tensor is not None and not _bulk_copyable(tensor):
-            return f"{name} with strides {tensor.stride()} cannot be read by bulk copies (unit last stride, others multiples of 16 bytes)"
+            return (
+                f"{name} with strides {tensor.stride()} cannot be read by bulk copies (unit last"
+                " stride, others multiples of 16 bytes)"
+            )
     return None
 
 
@@ -120,17 +156,33 @@ def _interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def _launch_portable(problem: Problem, o: Tensor, o_dot: Tensor | None, lse: Tensor, *, tiles: Tiles | None) -> None:
+def _launch_portable(
+    problem: Problem, o: Tensor, o_dot: Tensor | None, lse: Tensor, *, tiles: Tiles | None
+) -> None:
     q, k, v = problem.q, problem.k, problem.v
     d_qk, d_v = q.shape[3], v.shape[3]
     block_qk, block_v = triton.next_power_of_2(d_qk), triton.next_power_of_2(d_v)
     if tiles is None:
-        shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin if q.is_cuda else 1 << 17
+        shared = (
+            torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+            if q.is_cuda
+            else 1 << 17
+        )
         tiles = portable_tiles(
-            d_qk=block_qk, d_v=block_v, element_size=q.element_size(), num_tangents=problem.flags.bit_count(), shared_bytes=shared
+            d_qk=block_qk,
+            d_v=block_v,
+            element_size=q.element_size(),
+            num_tangents=problem.flags.bit_count(),
+            shared_bytes=shared,
         )
     start = problem.first_tangent_key
-    plan = make_plan(problem.mask, block_m=tiles.block_m, block_n=tiles.block_n, tangent_start=start, device=q.device)
+    plan = make_plan(
+        problem.mask,
+        block_m=tiles.block_m,
+        block_n=tiles.block_n,
+        tangent_start=start,
+        device=q.device,
+    )
 
     def described(x: Tensor | None, stand_in: Tensor) -> tuple:
         x = stand_in if x is None else x

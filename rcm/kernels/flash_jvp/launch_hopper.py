@@ -29,7 +29,9 @@ def hopper_tiles(*, d_qk: int, d_v: int, flags: int) -> Tiles:
     return Tiles(2 * ROWS, block_n, 4, min(4, (SHARED_BYTES - q_bytes) // slot_bytes))
 
 
-def launch_hopper(problem: Problem, o: Tensor, o_dot: Tensor | None, lse: Tensor, *, tiles: Tiles | None = None) -> None:
+def launch_hopper(
+    problem: Problem, o: Tensor, o_dot: Tensor | None, lse: Tensor, *, tiles: Tiles | None = None
+) -> None:
     """Run the kernel on a problem for which `launch.hopper_obstacle` is None; writes into the three
     outputs.
     """
@@ -37,7 +39,13 @@ def launch_hopper(problem: Problem, o: Tensor, o_dot: Tensor | None, lse: Tensor
     d_qk, d_v = q.shape[3], v.shape[3]
     tiles = tiles or hopper_tiles(d_qk=d_qk, d_v=d_v, flags=problem.flags)
     start = problem.first_tangent_key
-    plan = make_plan(problem.mask, block_m=tiles.block_m, block_n=tiles.block_n, tangent_start=start, device=q.device)
+    plan = make_plan(
+        problem.mask,
+        block_m=tiles.block_m,
+        block_n=tiles.block_n,
+        tangent_start=start,
+        device=q.device,
+    )
 
     def described(x: Tensor | None, stand_in: Tensor, rows: int) -> TensorDescriptor:
         x = stand_in if x is None else x
@@ -83,4 +91,7 @@ def _copyable_strides(x: Tensor) -> list[int]:
     """Strides as a descriptor takes them: an axis of size one may carry any number, which becomes a
     legal one.
     """
-    return [stride if size > 1 else 16 // x.element_size() for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)] + [1]
+    return [
+        stride if size > 1 else 16 // x.element_size()
+        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+    ] + [1]

@@ -41,12 +41,23 @@ def reference_jvp(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
                 o[:, rows] = out.transpose(1, 2)
                 lse[:, :, rows] = row_lse
                 if o_dot is not None:
-                    o_dot[:, rows] = torch.zeros_like(out).transpose(1, 2) if out_dot is None else out_dot.transpose(1, 2)
+                    o_dot[:, rows] = (
+                        torch.zeros_like(out).transpose(1, 2)
+                        if out_dot is None
+                        else out_dot.transpose(1, 2)
+                    )
     return o, o_dot, lse
 
 
 def _attend(
-    q: Tensor, q_dot: Tensor | None, k: Tensor, v: Tensor, k_dot: Tensor | None, v_dot: Tensor | None, *, scale: float
+    q: Tensor,
+    q_dot: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    *,
+    scale: float,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Dense attention of [B, N, L, D] queries over gathered keys; a tangent is None where it is
     zero for all of these keys.
@@ -63,7 +74,9 @@ def _attend(
     return o, sum(tangent_terms) if tangent_terms else None, lse
 
 
-def _gather_keys(problem: Problem, intervals: Intervals, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _gather_keys(
+    problem: Problem, intervals: Intervals, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """k, v and their tangents over the union of `intervals`; rows before `tangent_start` get the
     zeros that they stand for.
     """
@@ -78,7 +91,10 @@ def _gather_keys(problem: Problem, intervals: Intervals, dtype: torch.dtype) -> 
         pieces = []
         for a, b in intervals:
             split = min(max(a, start), b)
-            pieces += [x.new_zeros(x.shape[0], split - a, *x.shape[2:]), x[:, max(split - start, 0) : max(b - start, 0)]]
+            pieces += [
+                x.new_zeros(x.shape[0], split - a, *x.shape[2:]),
+                x[:, max(split - start, 0) : max(b - start, 0)],
+            ]
         return _heads_first(torch.cat(pieces, dim=1), dtype)
 
     return primal(problem.k), primal(problem.v), tangent(problem.k_dot), tangent(problem.v_dot)

@@ -68,7 +68,9 @@ class Plan:
         return self.tiles.shape[0]
 
 
-def cover(interval: Interval, common: Intervals, *, tangent_start: int, block_n: int) -> Iterator[Piece]:
+def cover(
+    interval: Interval, common: Intervals, *, tangent_start: int, block_n: int
+) -> Iterator[Piece]:
     """Cut one elementary key interval of a query tile (each row sees all of it or nothing) into
     pieces of `block_n`-wide tiles.
 
@@ -89,25 +91,38 @@ def cover(interval: Interval, common: Intervals, *, tangent_start: int, block_n:
         position += count * block_n
 
 
-def tile_pieces(mask: MaskSpec, *, block_m: int, block_n: int, tangent_start: int) -> list[tuple[int, list[Piece]]]:
+def tile_pieces(
+    mask: MaskSpec, *, block_m: int, block_n: int, tangent_start: int
+) -> list[tuple[int, list[Piece]]]:
     """(first query, pieces sorted by kind) of every query tile, the most expensive tile first."""
     planned = []
     for tile in mask.kv_intervals(block_m):
         elementary = _elementary(mask, tile)
-        pieces = [p for interval in elementary for p in cover(interval, tile.common, tangent_start=tangent_start, block_n=block_n)]
-        planned.append((tile.q_start, sorted(_join_runs(pieces, block_n), key=lambda piece: piece.kind)))
+        pieces = [
+            p
+            for interval in elementary
+            for p in cover(interval, tile.common, tangent_start=tangent_start, block_n=block_n)
+        ]
+        planned.append(
+            (tile.q_start, sorted(_join_runs(pieces, block_n), key=lambda piece: piece.kind))
+        )
     return sorted(planned, key=lambda item: -sum(KIND_COST[p.kind] * p.count for p in item[1]))
 
 
 @lru_cache(maxsize=128)
-def make_plan(mask: MaskSpec, *, block_m: int, block_n: int, tangent_start: int, device: torch.device) -> Plan:
+def make_plan(
+    mask: MaskSpec, *, block_m: int, block_n: int, tangent_start: int, device: torch.device
+) -> Plan:
     """Tables for a kernel with tiles of `block_m` x `block_n`; keys below `tangent_start` have no
     tangent.
     """
     planned = tile_pieces(mask, block_m=block_m, block_n=block_n, tangent_start=tangent_start)
     tiles, table = [], []
     for q_start, pieces in planned:
-        begins = [len(table) + sum(piece.kind < kind for piece in pieces) for kind in (PLAIN, TANGENT, EDGE)]
+        begins = [
+            len(table) + sum(piece.kind < kind for piece in pieces)
+            for kind in (PLAIN, TANGENT, EDGE)
+        ]
         table += [(piece.start, piece.count, piece.stop, 0) for piece in pieces]
         tiles.append((q_start, *begins, len(table), 0, 0, 0))
     straddles = any(tile.straddles for tile in mask.kv_intervals(block_m))
@@ -115,7 +130,11 @@ def make_plan(mask: MaskSpec, *, block_m: int, block_n: int, tangent_start: int,
     return Plan(
         tiles=torch.tensor(tiles, dtype=torch.int32, device=device),
         pieces=torch.tensor(table, dtype=torch.int32, device=device),
-        rows=_row_table(mask).to(device) if straddles else torch.zeros(1, 6, dtype=torch.int32, device=device),
+        rows=(
+            _row_table(mask).to(device)
+            if straddles
+            else torch.zeros(1, 6, dtype=torch.int32, device=device)
+        ),
         classes=sum(1 << kind for kind in kinds),
         edge_mode=0 if EDGE not in kinds else 2 if straddles else 1,
     )
@@ -127,7 +146,9 @@ def _elementary(mask: MaskSpec, tile: QueryTile) -> list[Interval]:
         return list(tile.union)
     segments = mask.row_segments()
     first = bisect_right(segments, tile.q_start, key=lambda segment: segment.q_stop)
-    overlapping = takewhile(lambda segment: segment.q_start < tile.q_stop, islice(segments, first, None))
+    overlapping = takewhile(
+        lambda segment: segment.q_start < tile.q_stop, islice(segments, first, None)
+    )
     cuts = {edge for segment in overlapping for interval in segment.intervals for edge in interval}
     found = []
     for start, stop in tile.union:
@@ -141,7 +162,12 @@ def _join_runs(pieces: list[Piece], block_n: int) -> list[Piece]:
     joined: list[Piece] = []
     for piece in pieces:
         last = joined[-1] if joined else None
-        if last and last.kind == piece.kind == EDGE and last.stop == piece.stop and last.start + last.count * block_n == piece.start:
+        if (
+            last
+            and last.kind == piece.kind == EDGE
+            and last.stop == piece.stop
+            and last.start + last.count * block_n == piece.start
+        ):
             joined[-1] = last._replace(count=last.count + piece.count)
         else:
             joined.append(piece)
@@ -151,5 +177,7 @@ def _join_runs(pieces: list[Piece], block_n: int) -> list[Piece]:
 def _row_table(mask: MaskSpec) -> Tensor:
     table = torch.zeros(mask.q_len, 3, 2, dtype=torch.int32)
     for segment in mask.row_segments():
-        table[segment.q_start : segment.q_stop, : len(segment.intervals)] = torch.tensor(segment.intervals, dtype=torch.int32)
+        table[segment.q_start : segment.q_stop, : len(segment.intervals)] = torch.tensor(
+            segment.intervals, dtype=torch.int32
+        )
     return table.flatten(1)

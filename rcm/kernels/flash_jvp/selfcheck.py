@@ -43,7 +43,9 @@ class Case:
     @property
     def lengths(self) -> tuple[int, int]:
         """(query tokens, key tokens)."""
-        return (self.q_len, self.kv_len) if self.mask is None else (self.mask.q_len, self.mask.kv_len)
+        return (
+            (self.q_len, self.kv_len) if self.mask is None else (self.mask.q_len, self.mask.kv_len)
+        )
 
 
 def cases() -> Iterator[Case]:
@@ -54,22 +56,36 @@ def cases() -> Iterator[Case]:
     yield Case("dense, 1 query, 1 key", q_len=1, kv_len=1)
     yield Case("cross-attention, tangent of q only", q_len=700, kv_len=77, tangents="q")
     yield Case("cross-attention, no tangent", q_len=130, kv_len=513, tangents="")
-    yield from (Case(f"dense, tangent of {name} only", tangents=name, q_len=200, kv_len=333) for name in "qkv")
+    yield from (
+        Case(f"dense, tangent of {name} only", tangents=name, q_len=200, kv_len=333)
+        for name in "qkv"
+    )
     yield from (
         Case(f"heads of {d_qk} and {d_v}", d_qk=d_qk, d_v=d_v)
         for d_qk, d_v in ((64, 64), (64, 128), (128, 64), (16, 16), (80, 48), (256, 256))
     )
     yield Case("tangent only from key 301", tangent_start=301)
     yield Case("block-causal c1-2", BlockCausal(BlockPattern(1, 2), 7, 75))
-    yield Case("block-causal, offset, window 2, sink", BlockCausal(BlockPattern(1, 1), 9, 61, q_block_offset=4, window=2, sinks=1))
+    yield Case(
+        "block-causal, offset, window 2, sink",
+        BlockCausal(BlockPattern(1, 1), 9, 61, q_block_offset=4, window=2, sinks=1),
+    )
     for window, sinks in ((None, 0), (1, 0), (1, 1), (2, 1)):
         for queries in ("both", "noisy"):
-            mask = TeacherForcing(BlockPattern(1, 2), 7, 83, queries=queries, window=window, sinks=sinks)
+            mask = TeacherForcing(
+                BlockPattern(1, 2), 7, 83, queries=queries, window=window, sinks=sinks
+            )
             start = mask.half_len if queries == "noisy" else 0
-            yield Case(f"teacher-forced {queries}, window {window}, sinks {sinks}", mask, tangent_start=start)
+            yield Case(
+                f"teacher-forced {queries}, window {window}, sinks {sinks}",
+                mask,
+                tangent_start=start,
+            )
 
 
-def make_problem(case: Case, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> Problem:
+def make_problem(
+    case: Case, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+) -> Problem:
     """Random inputs with a component that all tokens share, so that no term of the tangent is
     negligible.
     """
@@ -77,15 +93,24 @@ def make_problem(case: Case, *, dtype: torch.dtype, device: torch.device | str, 
     q_len, kv_len = case.lengths
 
     def draw(length: int, width: int) -> Tensor:
-        x = torch.randn(case.batch, length, case.heads, width, generator=generator) + torch.randn(1, 1, 1, width, generator=generator)
+        x = torch.randn(case.batch, length, case.heads, width, generator=generator) + torch.randn(
+            1, 1, 1, width, generator=generator
+        )
         return x.to(device=device, dtype=dtype)
 
     q, k, v = draw(q_len, case.d_qk), draw(kv_len, case.d_qk), draw(kv_len, case.d_v)
-    dots = {f"{name}_dot": draw(x.shape[1], x.shape[3]) if name in case.tangents else None for name, x in (("q", q), ("k", k), ("v", v))}
-    return check_problem(q, k, v, **dots, mask=case.mask, scale=None, tangent_start=case.tangent_start)
+    dots = {
+        f"{name}_dot": draw(x.shape[1], x.shape[3]) if name in case.tangents else None
+        for name, x in (("q", q), ("k", k), ("v", v))
+    }
+    return check_problem(
+        q, k, v, **dots, mask=case.mask, scale=None, tangent_start=case.tangent_start
+    )
 
 
-def check(case: Case, *, dtype: torch.dtype, device: torch.device | str, run: Callable[[Problem], tuple]) -> dict[str, tuple[float, float]]:
+def check(
+    case: Case, *, dtype: torch.dtype, device: torch.device | str, run: Callable[[Problem], tuple]
+) -> dict[str, tuple[float, float]]:
     """(error, budget) of every output of `run` on one case."""
     problem = make_problem(case, dtype=dtype, device=device)
     return errors_and_budgets(problem, run(problem))
@@ -112,7 +137,9 @@ def dense_rates(*, tokens: int = 16384, heads: int = 8, width: int = 128) -> tup
     from rcm.kernels.flash_jvp.launch import triton_jvp
 
     problem = make_problem(
-        Case("speed", q_len=tokens, kv_len=tokens, d_qk=width, d_v=width, batch=1, heads=heads), dtype=torch.bfloat16, device="cuda"
+        Case("speed", q_len=tokens, kv_len=tokens, d_qk=width, d_v=width, batch=1, heads=heads),
+        dtype=torch.bfloat16,
+        device="cuda",
     )
     product = 2.0 * tokens * tokens * width * heads
     q, k, v = (x.transpose(1, 2) for x in (problem.q, problem.k, problem.v))
@@ -126,17 +153,26 @@ def main(arguments: list[str] | None = None) -> int:
     them.
     """
     parser = Arguments(
-        prog="python -m rcm.kernels.flash_jvp.selfcheck", description="Is the fused kernel right and fast on this GPU?"
+        prog="python -m rcm.kernels.flash_jvp.selfcheck",
+        description="Is the fused kernel right and fast on this GPU?",
     )
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="check only this dtype; may be repeated")
+    parser.add_argument(
+        "--dtype", action="append", choices=DTYPES, help="check only this dtype; may be repeated"
+    )
     chosen = parser.parse_args(arguments).dtype or list(DTYPES)
     if not torch.cuda.is_available():
-        _say("flash_jvp selfcheck: there is no CUDA device here, so the fused kernel cannot run. Use implementation='reference'.")
+        _say(
+            "flash_jvp selfcheck: there is no CUDA device here, so the fused kernel cannot run. Use"
+            " implementation='reference'."
+        )
         return 2
     from rcm.kernels.flash_jvp.launch import triton_jvp
 
     _say(f"flash_jvp selfcheck on {torch.cuda.get_device_name()}, torch {torch.__version__}")
-    _say("errors are relative to float64; the budget is twice the error of eager code in the same dtype")
+    _say(
+        "errors are relative to float64; the budget is twice the error of eager code in the same"
+        " dtype"
+    )
     failures = 0
     for case in cases():
         for dtype_name in chosen:
@@ -148,10 +184,15 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             good = all(error <= budget for error, budget in report.values())
             failures += not good
-            numbers = "  ".join(f"{name} {error:.1e}/{budget:.1e}" for name, (error, budget) in report.items())
+            numbers = "  ".join(
+                f"{name} {error:.1e}/{budget:.1e}" for name, (error, budget) in report.items()
+            )
             _say(f"{'ok    ' if good else 'FAILED'} {case.name:45s} {dtype_name}  {numbers}")
     ours, library = dense_rates()
-    _say(f"speed: attention with tangent {ours:.0f} TFLOP/s, {ours / library:.0%} of the library's dense forward, {library:.0f} TFLOP/s")
+    _say(
+        f"speed: attention with tangent {ours:.0f} TFLOP/s, {ours / library:.0%} of the library's"
+        f" dense forward, {library:.0f} TFLOP/s"
+    )
     verdict = (
         "this card is GOOD for implementation='triton'"
         if not failures

@@ -42,7 +42,9 @@ class Problem:
     @property
     def flags(self) -> int:
         """A bit per tangent that exists: 1 for q, 2 for k, 4 for v."""
-        return sum(1 << bit for bit, t in enumerate((self.q_dot, self.k_dot, self.v_dot)) if t is not None)
+        return sum(
+            1 << bit for bit, t in enumerate((self.q_dot, self.k_dot, self.v_dot)) if t is not None
+        )
 
     @property
     def first_tangent_key(self) -> int:
@@ -83,7 +85,10 @@ def check_problem(
     _check_shape("k", k, (batch, kv_len, heads, d_qk))
     _check_shape("v", v, (batch, kv_len, heads, d_v))
     if min(batch, q_len, kv_len, heads, d_qk, d_v) < 1:
-        raise ValueError(f"flash_jvp needs non-empty inputs, got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+        raise ValueError(
+            f"flash_jvp needs non-empty inputs, got q {tuple(q.shape)}, k {tuple(k.shape)}, v"
+            f" {tuple(v.shape)}"
+        )
     if not 0 <= tangent_start <= kv_len:
         raise ValueError(f"tangent_start must be in [0, kv_len={kv_len}], got {tangent_start}")
     if q_dot is not None:
@@ -92,9 +97,22 @@ def check_problem(
     v_dot = _tangent_part("v_dot", v_dot, v, tangent_start)
     mask = Full(q_len, kv_len) if mask is None else mask
     if (mask.q_len, mask.kv_len) != (q_len, kv_len):
-        raise ValueError(f"mask {mask} covers {mask.q_len} queries x {mask.kv_len} keys, but q has {q_len} tokens and k has {kv_len}")
+        raise ValueError(
+            f"mask {mask} covers {mask.q_len} queries x {mask.kv_len} keys, but q has {q_len}"
+            f" tokens and k has {kv_len}"
+        )
     _check_differentiation(present)
-    return Problem(q, k, v, q_dot, k_dot, v_dot, mask, d_qk**-0.5 if scale is None else float(scale), tangent_start)
+    return Problem(
+        q,
+        k,
+        v,
+        q_dot,
+        k_dot,
+        v_dot,
+        mask,
+        d_qk**-0.5 if scale is None else float(scale),
+        tangent_start,
+    )
 
 
 def _check_kinds(present: dict[str, Tensor]) -> None:
@@ -103,7 +121,10 @@ def _check_kinds(present: dict[str, Tensor]) -> None:
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be [B, L, N, D], got shape {tuple(tensor.shape)}")
         if tensor.dtype != q.dtype:
-            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}; cast before the call")
+            raise TypeError(
+                f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}; cast before the"
+                " call"
+            )
         if tensor.device != q.device:
             raise TypeError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
     if q.dtype not in FLOAT_DTYPES:
@@ -115,7 +136,9 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
 
 
-def _tangent_part(name: str, tangent: Tensor | None, primal: Tensor, tangent_start: int) -> Tensor | None:
+def _tangent_part(
+    name: str, tangent: Tensor | None, primal: Tensor, tangent_start: int
+) -> Tensor | None:
     """The rows from `tangent_start` on; a tangent for all keys is cut, one for only those rows is
     taken as it is.
     """
@@ -127,7 +150,9 @@ def _tangent_part(name: str, tangent: Tensor | None, primal: Tensor, tangent_sta
     if tuple(tangent.shape) == tuple(primal.shape):
         return tangent[:, tangent_start:]
     expected = (
-        str(tuple(primal.shape)) if tangent_start == 0 else f"{tuple(primal.shape)} or {rest} (keys from tangent_start={tangent_start})"
+        str(tuple(primal.shape))
+        if tangent_start == 0
+        else f"{tuple(primal.shape)} or {rest} (keys from tangent_start={tangent_start})"
     )
     raise ValueError(f"{name} must have shape {expected}, got {tuple(tangent.shape)}")
 
@@ -135,6 +160,11 @@ def _tangent_part(name: str, tangent: Tensor | None, primal: Tensor, tangent_sta
 def _check_differentiation(present: dict[str, Tensor]) -> None:
     for name, tensor in present.items():
         if torch.is_grad_enabled() and tensor.requires_grad:
-            raise RuntimeError(f"flash_jvp is forward-only, but {name} requires grad; call it under torch.no_grad()")
+            raise RuntimeError(
+                f"flash_jvp is forward-only, but {name} requires grad; call it under"
+                " torch.no_grad()"
+            )
         if forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(f"{name} is a dual tensor; unpack it and pass the tangent as an argument of its own")
+            raise RuntimeError(
+                f"{name} is a dual tensor; unpack it and pass the tangent as an argument of its own"
+            )

@@ -26,10 +26,17 @@ def obstacle(device: torch.device, *, width: int) -> str | None:
     if device.type != "cuda":
         return f"it has kernels for CUDA, the device is {device}"
     if (found := torch.cuda.get_device_capability(device)) != CAPABILITY:
-        return f"its kernels are for compute capability {_dotted(CAPABILITY)} (H100, H200), this card has {_dotted(found)}"
+        return (
+            f"its kernels are for compute capability {_dotted(CAPABILITY)} (H100, H200), this card"
+            f" has {_dotted(found)}"
+        )
     if width != WIDTH:
         return f"its kernels are for heads of {WIDTH} channels, the network's have {width}"
-    return None if importlib.util.find_spec("triton") else "its kernels need the package triton, which is not installed"
+    return (
+        None
+        if importlib.util.find_spec("triton")
+        else "its kernels need the package triton, which is not installed"
+    )
 
 
 def write(codes: Codes, slots: Tensor, k: Tensor, v: Tensor, *, at_slots: bool = False) -> None:
@@ -57,7 +64,9 @@ def attend(q: Tensor, codes: Codes, *, count: int, scale: float) -> Tensor:
     queries = launch.code_queries(_unit_stride(q), codes.scales, scale=scale)
     tiles = chosen_tiles(kv_len=count)
     if isinstance(tiles, PortableTiles):
-        return launch.attend_portable(queries, codes, count=count, dtype=q.dtype, tiles=tiles, parts=1)
+        return launch.attend_portable(
+            queries, codes, count=count, dtype=q.dtype, tiles=tiles, parts=1
+        )
     return launch.attend_hopper(queries, codes, count=count, dtype=q.dtype, tiles=tiles)
 
 

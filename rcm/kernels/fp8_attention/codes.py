@@ -76,7 +76,9 @@ def scales_of(k: Tensor, v: Tensor) -> Scales:
     k, v = (x.float() for x in (k, v))
     centers = [x.mean(dim=(0, 1)) for x in (k, v)]
     tops = [(x - center).abs().amax(dim=(0, 1)) for x, center in zip((k, v), centers, strict=True)]
-    key, value = (top.clamp_min(1e-12) * (HEADROOM / LARGEST) for top in (tops[0].amax(dim=1), tops[1]))
+    key, value = (
+        top.clamp_min(1e-12) * (HEADROOM / LARGEST) for top in (tops[0].amax(dim=1), tops[1])
+    )
     return Scales(key, centers[0], value, centers[1])
 
 
@@ -91,7 +93,9 @@ def to_e4m3(x: Tensor) -> Tensor:
     return x.clamp(-LARGEST, LARGEST).to(E4M3)
 
 
-def write_reference(codes: Codes, slots: Tensor, k: Tensor, v: Tensor, *, at_slots: bool = False) -> None:
+def write_reference(
+    codes: Codes, slots: Tensor, k: Tensor, v: Tensor, *, at_slots: bool = False
+) -> None:
     """Code `k`, `v` [B, L, N, D] into `slots` int64 [L]; `at_slots`: they lie in those slots of
     longer ones.
     """
@@ -100,10 +104,15 @@ def write_reference(codes: Codes, slots: Tensor, k: Tensor, v: Tensor, *, at_slo
         k, v = k[:, slots], v[:, slots]
     key = (k.float() - scales.key_center) / scales.key_scale[:, None]
     value = (v.float() - scales.value_center) / scales.value_scale
-    for target, x, axis, at in ((codes.keys, key, 2, rows_of(slots)), (codes.values, value, 3, slots)):
+    for target, x, axis, at in (
+        (codes.keys, key, 2, rows_of(slots)),
+        (codes.values, value, 3, slots),
+    ):
         order = (0, 2, 1, 3) if axis == 2 else (0, 2, 3, 1)
         # torch has no index_copy of e4m3; bytes do
-        target.view(torch.uint8).index_copy_(axis, at, to_e4m3(x.permute(order)).contiguous().view(torch.uint8))
+        target.view(torch.uint8).index_copy_(
+            axis, at, to_e4m3(x.permute(order)).contiguous().view(torch.uint8)
+        )
 
 
 def code_queries_reference(q: Tensor, scales: Scales, *, scale: float) -> CodedQueries:
@@ -111,13 +120,20 @@ def code_queries_reference(q: Tensor, scales: Scales, *, scale: float) -> CodedQ
     q = q.float().transpose(1, 2).contiguous()
     top = q.abs().amax(dim=3).clamp_min(1e-12)
     codes = to_e4m3(q * (LARGEST / top)[..., None])
-    return CodedQueries(codes, top / LARGEST * scales.key_scale[:, None] * (scale * math.log2(math.e)))
+    return CodedQueries(
+        codes, top / LARGEST * scales.key_scale[:, None] * (scale * math.log2(math.e))
+    )
 
 
-def decoded(codes: Codes, count: int, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def decoded(
+    codes: Codes, count: int, *, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """What the first `count` tokens stand for: keys and values [B, count, N, D]."""
     scales = Scales(*(x.to(dtype) for x in codes.scales))
     rows = rows_of(torch.arange(count, device=codes.keys.device))
     k = codes.keys.to(dtype)[:, :, rows].transpose(1, 2)
     v = codes.values.to(dtype)[..., :count].permute(0, 3, 1, 2)
-    return k * scales.key_scale[:, None] + scales.key_center, v * scales.value_scale + scales.value_center
+    return (
+        k * scales.key_scale[:, None] + scales.key_center,
+        v * scales.value_scale + scales.value_center,
+    )

@@ -19,12 +19,20 @@ def code_queries(
     column = tl.arange(0, BLOCK_D)
     inside = (row < length)[:, None] & (column < WIDTH)[None, :]
     base = q_ptr + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_n
-    q = tl.load(base + row.to(tl.int64)[:, None] * stride_l + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    q = tl.load(
+        base + row.to(tl.int64)[:, None] * stride_l + column[None, :], mask=inside, other=0.0
+    ).to(tl.float32)
     top = tl.maximum(tl.max(tl.abs(q), axis=1), 1e-12)
     line = (batch.to(tl.int64) * heads + head) * length + row
     coded = q * (448.0 / top)[:, None]
-    tl.store(codes_ptr + line[:, None] * WIDTH + column[None, :], coded.to(codes_ptr.dtype.element_ty), mask=inside)
-    tl.store(scale_ptr + line, top * (tl.load(key_scale + head) * (scale / 448.0)), mask=row < length)
+    tl.store(
+        codes_ptr + line[:, None] * WIDTH + column[None, :],
+        coded.to(codes_ptr.dtype.element_ty),
+        mask=inside,
+    )
+    tl.store(
+        scale_ptr + line, top * (tl.load(key_scale + head) * (scale / 448.0)), mask=row < length
+    )
 
 
 @triton.jit
@@ -56,12 +64,32 @@ def code_pair(
     room = groups * 16
     if tl.program_id(0) % 2 == 0:
         scale = tl.load(key_scale + head)
-        key = _codes_at(k_ptr, batch * k_b + head * k_n + source * k_l, key_center + head * WIDTH, scale, inside, column, WIDTH)
+        key = _codes_at(
+            k_ptr,
+            batch * k_b + head * k_n + source * k_l,
+            key_center + head * WIDTH,
+            scale,
+            inside,
+            column,
+            WIDTH,
+        )
         row = (slot & ~15) + ((slot & 2) << 2) + ((slot & 12) >> 1) + (slot & 1)
-        tl.store(keys_ptr + pair * room * WIDTH + (row[:, None] * WIDTH + column[None, :]), key.to(keys_ptr.dtype.element_ty), mask=inside)
+        tl.store(
+            keys_ptr + pair * room * WIDTH + (row[:, None] * WIDTH + column[None, :]),
+            key.to(keys_ptr.dtype.element_ty),
+            mask=inside,
+        )
     else:
         spread = tl.load(value_scale + head * WIDTH + column, mask=known, other=1.0)[None, :]
-        value = _codes_at(v_ptr, batch * v_b + head * v_n + source * v_l, value_center + head * WIDTH, spread, inside, column, WIDTH)
+        value = _codes_at(
+            v_ptr,
+            batch * v_b + head * v_n + source * v_l,
+            value_center + head * WIDTH,
+            spread,
+            inside,
+            column,
+            WIDTH,
+        )
         turned = tl.trans(value.to(values_ptr.dtype.element_ty))
         base, lines = values_ptr + pair * room * WIDTH, column[:, None] * room
         first = tl.load(slots_ptr + start).to(tl.int32)
@@ -72,4 +100,8 @@ def code_pair(
             run = tl.multiple_of(first, 8) + tl.arange(0, BLOCK_L)
             tl.store(base + (lines + run[None, :]), turned, mask=known[:, None])
         else:
-            tl.store(base + (lines + slot[None, :]), turned, mask=known[:, None] & (token < length)[None, :])
+            tl.store(
+                base + (lines + slot[None, :]),
+                turned,
+                mask=known[:, None] & (token < length)[None, :],
+            )

@@ -10,7 +10,9 @@ from rcm.kernels.fp8_attention import codes, launch
 from rcm.kernels.fp8_attention.schedule import SHORT, PortableTiles, chosen_tiles
 
 
-def attention_plan(*, dtype: torch.dtype = torch.bfloat16, heads: int = 2, width: int = 128) -> None:
+def attention_plan(
+    *, dtype: torch.dtype = torch.bfloat16, heads: int = 2, width: int = 128
+) -> None:
     """Launch them on tensors of the meta device. They depend on neither the heads nor the
     lengths.
     """

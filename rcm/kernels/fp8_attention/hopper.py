@@ -57,7 +57,9 @@ def _fill(desc, ring, full, empty, it, pair, row, column, batch, STAGES: gl.cons
     slot = it % STAGES
     mbarrier.wait(empty.index(slot), ((it // STAGES) & 1) ^ 1)
     mbarrier.expect(full.index(slot), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, [batch, pair, row, column], full.index(slot), ring.index(slot))
+    tma.async_copy_global_to_shared(
+        desc, [batch, pair, row, column], full.index(slot), ring.index(slot)
+    )
 
 
 @gluon.jit
@@ -86,7 +88,12 @@ def _produce(
             for half in gl.static_range(CONSUMERS):
                 mbarrier.wait(q_empty.index(half), (done & 1) ^ 1)
                 mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(q_desc, [batch, head, row + half * ROWS, 0], q_full.index(half), q_buf.index(half))
+                tma.async_copy_global_to_shared(
+                    q_desc,
+                    [batch, head, row + half * ROWS, 0],
+                    q_full.index(half),
+                    q_buf.index(half),
+                )
             done += 1
             for i in range(high - low):
                 key = (high - 1 - i) * BLOCK_N
@@ -129,7 +136,8 @@ def _weights(p, P_LAYOUT: gl.constexpr):
 
 
 RESCALE = gl.constexpr(
-    "{ .reg .pred same, all; setp.eq.f32 same, $128, 0f3F800000; setp.eq.and.f32 same, $130, 0f3F800000, same; "
+    "{ .reg .pred same, all; setp.eq.f32 same, $128, 0f3F800000; setp.eq.and.f32 same, $130,"
+    " 0f3F800000, same; "
     + "vote.sync.all.pred all, same, 0xffffffff; "
     + " ".join(f"mov.f32 ${i}, ${64 + i};" for i in range(64))
     + " @all bra DONE; "
@@ -146,7 +154,9 @@ def _rescaled(acc, alpha):
     """
     layout: gl.constexpr = acc.type.layout
     wide = gl.zeros([acc.shape[0], acc.shape[1]], gl.float32, layout) + alpha
-    return gl.inline_asm_elementwise(RESCALE, RESCALE_OPERANDS, [acc, wide], dtype=gl.float32, is_pure=True, pack=64)
+    return gl.inline_asm_elementwise(
+        RESCALE, RESCALE_OPERANDS, [acc, wide], dtype=gl.float32, is_pure=True, pack=64
+    )
 
 
 @gluon.jit
@@ -194,8 +204,12 @@ def _consume(
     heads, tiles_per_head = shape
     row_scale, value_scale, value_center = outputs[:3]
     q_len, kv_len = lengths
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 32])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 32])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 32]
+    )
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 32]
+    )
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=4)
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     acc_row: gl.constexpr = gl.SliceLayout(1, o_layout)
@@ -208,7 +222,11 @@ def _consume(
         tile, low, high = _job(index, program, programs, plan)
         if high > low:
             pair = tile // tiles_per_head
-            q_rows = (tile % tiles_per_head) * (CONSUMERS * ROWS) + half * ROWS + gl.arange(0, ROWS, row_layout)
+            q_rows = (
+                (tile % tiles_per_head) * (CONSUMERS * ROWS)
+                + half * ROWS
+                + gl.arange(0, ROWS, row_layout)
+            )
             scale = gl.load(row_scale + pair * q_len + q_rows, mask=q_rows < q_len, other=1.0)
             mbarrier.wait(q_full.index(half), done & 1)
             q = q_buf.index(half).reshape([ROWS, WIDTH])
@@ -216,11 +234,23 @@ def _consume(
             # the tile with the last keys comes first: only there are columns to be masked
             slot = it % STAGES
             mbarrier.wait(k_full.index(slot), (it // STAGES) & 1)
-            s = warpgroup_mma(q, k_ring.index(slot).reshape([BLOCK_N, WIDTH]).permute([1, 0]), zero, use_acc=False, is_async=True)
+            s = warpgroup_mma(
+                q,
+                k_ring.index(slot).reshape([BLOCK_N, WIDTH]).permute([1, 0]),
+                zero,
+                use_acc=False,
+                is_async=True,
+            )
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(slot), count=1)
             column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
-            key = (high - 1) * BLOCK_N + (column & ~15) + ((column & 6) << 1) + ((column & 8) >> 2) + (column & 1)
+            key = (
+                (high - 1) * BLOCK_N
+                + (column & ~15)
+                + ((column & 6) << 1)
+                + ((column & 8) >> 2)
+                + (column & 1)
+            )
             s = gl.where((key < kv_len)[None, :], s, float("-inf"))
             floor = _top(s, row_layout) * scale - TOP
             p = gl.exp2(s * scale[:, None] - floor[:, None])
@@ -274,7 +304,14 @@ def _consume(
             rows = gl.convert_layout(q_rows, acc_row)
             part = 2 * program + (index > plan[0]).to(gl.int32)
             whole = (low == 0) & (high == plan[2])
-            _write(result, floor + gl.log2(total), outputs, (pair, heads, rows, q_rows, channel, q_len), (whole, part, half), CONSUMERS)
+            _write(
+                result,
+                floor + gl.log2(total),
+                outputs,
+                (pair, heads, rows, q_rows, channel, q_len),
+                (whole, part, half),
+                CONSUMERS,
+            )
 
 
 @gluon.jit
@@ -300,7 +337,9 @@ def _write(result, lse, outputs, where, kind, CONSUMERS: gl.constexpr):
         gl.store(part_lse + place + gl.arange(0, ROWS, row_layout), lse)
 
 
-@gluon.jit(do_not_specialize=["whole", "remaining", "blocks", "heads", "tiles_per_head", "q_len", "kv_len"])
+@gluon.jit(
+    do_not_specialize=["whole", "remaining", "blocks", "heads", "tiles_per_head", "q_len", "kv_len"]
+)
 def hopper_forward(
     q_desc, k_desc, v_desc, row_scale, value_scale, value_center, o_ptr, part_o, part_lse,
     whole, remaining, blocks, heads, tiles_per_head, q_len, kv_len, stride_b, stride_l, stride_n,
@@ -335,7 +374,17 @@ def hopper_forward(
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     plan = (whole, remaining, blocks)
     shape = (heads, tiles_per_head)
-    outputs = (row_scale, value_scale, value_center, o_ptr, stride_b, stride_l, stride_n, part_o, part_lse)
+    outputs = (
+        row_scale,
+        value_scale,
+        value_center,
+        o_ptr,
+        stride_b,
+        stride_l,
+        stride_n,
+        part_o,
+        part_lse,
+    )
     task = (plan, shape, outputs, (q_len, kv_len))
     if CONSUMERS == 2:
         gl.warp_specialize(

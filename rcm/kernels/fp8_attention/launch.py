@@ -29,7 +29,8 @@ def code_queries(q: Tensor, scales: Scales, *, scale: float) -> CodedQueries:
     with _device(q):
         precompile.launch(
             coding_kernels.code_queries, (-(-length // CODED_TOKENS), heads, batch),
-            q, scales.key_scale, codes, spread, length, heads, *q.stride()[:3], scale * math.log2(math.e),
+            q, scales.key_scale, codes, spread, length, heads, *q.stride()[:3],
+            scale * math.log2(math.e),
             WIDTH=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_L=CODED_TOKENS, num_warps=4,
         )  # fmt: skip
     return CodedQueries(codes, spread)
@@ -44,11 +45,14 @@ def write(codes: Codes, slots: Tensor, k: Tensor, v: Tensor, *, at_slots: bool =
             coding_kernels.code_pair, (2 * -(-length // CODED_TOKENS), heads, batch),
             k, v, slots, *codes.scales, codes.keys, codes.values,
             length, heads, codes.keys.shape[2] // GROUP, *k.stride()[:3], *v.stride()[:3],
-            AT_SLOTS=at_slots, WIDTH=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_L=CODED_TOKENS, num_warps=4,
+            AT_SLOTS=at_slots, WIDTH=width, BLOCK_D=triton.next_power_of_2(width),
+            BLOCK_L=CODED_TOKENS, num_warps=4,
         )  # fmt: skip
 
 
-def attend_hopper(queries: CodedQueries, codes: Codes, *, count: int, dtype: torch.dtype, tiles: Tiles) -> Tensor:
+def attend_hopper(
+    queries: CodedQueries, codes: Codes, *, count: int, dtype: torch.dtype, tiles: Tiles
+) -> Tensor:
     """Attention to the first `count` tokens, [B, L, N, D]: the persistent kernel, and a merge of
     the query tiles that it cut.
     """
@@ -76,8 +80,10 @@ def attend_hopper(queries: CodedQueries, codes: Codes, *, count: int, dtype: tor
             described(queries.codes, [1, 1, 64, width]),
             described(codes.keys, [1, 1, tiles.block_n, width]),
             described(codes.values, [1, 1, width, tiles.block_n]),
-            queries.scale, codes.scales.value_scale, codes.scales.value_center, out, part_o, part_lse,
-            plan.whole, plan.remaining, plan.blocks, heads, plan.tiles_per_head, q_len, count, *out.stride()[:3],
+            queries.scale, codes.scales.value_scale, codes.scales.value_center, out, part_o,
+            part_lse,
+            plan.whole, plan.remaining, plan.blocks, heads, plan.tiles_per_head, q_len, count,
+            *out.stride()[:3],
             CONSUMERS=tiles.consumers, BLOCK_N=tiles.block_n, WIDTH=width, STAGES=tiles.stages,
             TWO_LEVEL=tiles.two_level, CONSUMER_REGISTERS=consumer_registers,
             num_warps=4, maxnreg=at_launch,
@@ -85,13 +91,22 @@ def attend_hopper(queries: CodedQueries, codes: Codes, *, count: int, dtype: tor
         if plan.remaining:
             precompile.launch(
                 merge_kernel.merge_parts, (plan.remaining, tiles.rows // 32),
-                part_o, part_lse, out, plan.whole, plan.remaining, plan.blocks, programs, heads, plan.tiles_per_head, q_len,
+                part_o, part_lse, out, plan.whole, plan.remaining, plan.blocks, programs, heads,
+                plan.tiles_per_head, q_len,
                 *out.stride()[:3], TILE=tiles.rows, ROWS=32, WIDTH=width, num_warps=4,
             )  # fmt: skip
     return out
 
 
-def attend_portable(queries: CodedQueries, codes: Codes, *, count: int, dtype: torch.dtype, tiles: PortableTiles, parts: int) -> Tensor:
+def attend_portable(
+    queries: CodedQueries,
+    codes: Codes,
+    *,
+    count: int,
+    dtype: torch.dtype,
+    tiles: PortableTiles,
+    parts: int,
+) -> Tensor:
     """As `attend_hopper`, by the Triton kernel; `parts` along the keys, at most as many as there
     are key tiles, and six.
     """
@@ -114,7 +129,8 @@ def attend_portable(queries: CodedQueries, codes: Codes, *, count: int, dtype: t
             described(codes.values, batch * heads * width, room, [width, tiles.block_n]),
             queries.scale, codes.scales.value_scale, codes.scales.value_center, out, lse,
             parts, blocks, heads, tiles_per_head, q_len, count, room, *out.stride()[:4],
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, WIDTH=width, STAGES=tiles.stages, num_warps=tiles.num_warps,
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, WIDTH=width, STAGES=tiles.stages,
+            num_warps=tiles.num_warps,
         )  # fmt: skip
     return out[0] if parts == 1 else merge([o.transpose(1, 2) for o in out], list(lse))
 
@@ -127,4 +143,8 @@ def processors(device: torch.device) -> int:
 
 def _device(x: Tensor) -> AbstractContextManager:
     """Makes the device of `x` current where it is not: launches go to the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else nullcontext()
+    return (
+        torch.cuda.device(x.device)
+        if x.is_cuda and x.device.index != torch.cuda.current_device()
+        else nullcontext()
+    )

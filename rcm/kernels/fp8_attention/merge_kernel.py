@@ -14,9 +14,20 @@ def _owner(unit, programs, shared):
     return ((unit + 1) * programs - 1) // shared
 
 
-@triton.jit(do_not_specialize=["whole", "remaining", "blocks", "programs", "heads", "tiles_per_head", "q_len"])
+@triton.jit(
+    do_not_specialize=[
+        "whole",
+        "remaining",
+        "blocks",
+        "programs",
+        "heads",
+        "tiles_per_head",
+        "q_len",
+    ]
+)
 def merge_parts(
-    part_o, part_lse, out, whole, remaining, blocks, programs, heads, tiles_per_head, q_len, stride_b, stride_l, stride_n,
+    part_o, part_lse, out, whole, remaining, blocks, programs, heads, tiles_per_head, q_len,
+    stride_b, stride_l, stride_n,
     TILE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """`ROWS` rows of one remaining query tile: its parts, weighed by their base-2 log-sum-exps.
@@ -47,6 +58,10 @@ def merge_parts(
         tile = whole * programs + index
         pair = tile // tiles_per_head
         row = (tile % tiles_per_head) * TILE + line
-        base = out + (pair // heads).to(tl.int64) * stride_b + (pair % heads).to(tl.int64) * stride_n
+        base = (
+            out + (pair // heads).to(tl.int64) * stride_b + (pair % heads).to(tl.int64) * stride_n
+        )
         target = base + row.to(tl.int64)[:, None] * stride_l + column[None, :]
-        tl.store(target, (total / weight[:, None]).to(out.dtype.element_ty), mask=(row < q_len)[:, None])
+        tl.store(
+            target, (total / weight[:, None]).to(out.dtype.element_ty), mask=(row < q_len)[:, None]
+        )

@@ -21,7 +21,9 @@ from rcm.kernels.fused import launch
 from rcm.kernels.fused.launch import NormKind
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
+def modulated_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float, dtype: torch.dtype
+) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift, without intermediate rounding.
 
     `x` [B, F, S, E]; `shift`, `scale` [B or 1, F or 1, 1, E] any float dtype. Returns `dtype`.
@@ -45,11 +47,18 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     or 1, 1, E].
     """
     if x.shape != y.shape or x.dtype != y.dtype:
-        raise ValueError(f"a gated add needs one shape and dtype, got {tuple(x.shape)} {x.dtype} and {tuple(y.shape)} {y.dtype}")
+        raise ValueError(
+            f"a gated add needs one shape and dtype, got {tuple(x.shape)} {x.dtype} and"
+            f" {tuple(y.shape)} {y.dtype}"
+        )
     (x, y, gate), tangents = _split(x, y, gate)
     if any(t is not None for t in tangents):
         return pack(*launch.gated_add(x, y, gate, tangents))
-    return _GatedAdd.apply(x, y, gate) if _graph(x, y, gate) else launch.gated_add(x, y, gate, tangents)[0]
+    return (
+        _GatedAdd.apply(x, y, gate)
+        if _graph(x, y, gate)
+        else launch.gated_add(x, y, gate, tangents)[0]
+    )
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -76,8 +85,13 @@ def _split(*tensors: Tensor | None) -> tuple[tuple[Tensor | None, ...], tuple[Te
         return tensors, (None,) * len(tensors)
     pairs = [(None, None) if x is None else unpack(x) for x in tensors]
     primals, tangents = zip(*pairs, strict=True)
-    if any(t is not None for t in tangents) and _graph(*(x for x in (*primals, *tangents) if x is not None)):
-        raise RuntimeError("fused layers give a tangent that is a constant: run the tangent pass under no_grad, or set fused_layers=off")
+    if any(t is not None for t in tangents) and _graph(
+        *(x for x in (*primals, *tangents) if x is not None)
+    ):
+        raise RuntimeError(
+            "fused layers give a tangent that is a constant: run the tangent pass under no_grad, or"
+            " set fused_layers=off"
+        )
     return primals, tangents
 
 
@@ -89,7 +103,9 @@ def _like(x: Tensor) -> tuple[torch.Size, torch.dtype]:
     return x.shape, x.dtype
 
 
-def _norm(x: Tensor, gain: Tensor, shift: Tensor | None, kind: NormKind, dtype: torch.dtype) -> Tensor:
+def _norm(
+    x: Tensor, gain: Tensor, shift: Tensor | None, kind: NormKind, dtype: torch.dtype
+) -> Tensor:
     (x, gain, shift), tangents = _split(x, gain, shift)
     if any(t is not None for t in tangents):
         return pack(*launch.norm_tangent(x, gain, shift, tangents, kind=kind, dtype=dtype))
@@ -100,16 +116,25 @@ def _norm(x: Tensor, gain: Tensor, shift: Tensor | None, kind: NormKind, dtype: 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, shift: Tensor | None, kind: NormKind, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, shift: Tensor | None, kind: NormKind, dtype: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(x, gain)
         ctx.kind, ctx.shift_like = kind, None if shift is None else _like(shift)
         return launch.norm(x, gain, shift, kind=kind, dtype=dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, gain = ctx.saved_tensors
-        options = {"kind": ctx.kind, "needs": ctx.needs_input_grad[:3], "gain_like": _like(gain), "shift_like": ctx.shift_like}
+        options = {
+            "kind": ctx.kind,
+            "needs": ctx.needs_input_grad[:3],
+            "gain_like": _like(gain),
+            "shift_like": ctx.shift_like,
+        }
         return *launch.norm_backward(x, gain, grad, **options), None, None
 
 
@@ -123,7 +148,9 @@ class _GatedAdd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         y, gate = ctx.saved_tensors
-        return grad, *launch.gated_add_backward(y, gate, grad, needs=ctx.needs_input_grad[1:], gate_like=_like(gate))
+        return grad, *launch.gated_add_backward(
+            y, gate, grad, needs=ctx.needs_input_grad[1:], gate_like=_like(gate)
+        )
 
 
 class _Gelu(torch.autograd.Function):

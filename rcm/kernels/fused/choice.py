@@ -25,7 +25,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def check_setting(name: str) -> str:
     """`name`, if it is one of `SETTINGS`; else `ConfigError`."""
     if name not in SETTINGS:
-        raise ConfigError(f"unknown setting of the fused layers {name!r}; set model.config.fused_layers to one of {', '.join(SETTINGS)}")
+        raise ConfigError(
+            f"unknown setting of the fused layers {name!r}; set model.config.fused_layers to one of"
+            f" {', '.join(SETTINGS)}"
+        )
     return name
 
 
@@ -54,7 +57,10 @@ def use_fused(setting: str, x: Tensor, *, width: int) -> bool:
         return False
     reason = obstacle(x, width=width)
     if reason is not None and setting == "on":
-        raise ConfigError(f"fused_layers=on, but the fused layers cannot run: {reason}; use fused_layers=auto or off")
+        raise ConfigError(
+            f"fused_layers=on, but the fused layers cannot run: {reason}; use fused_layers=auto"
+            " or off"
+        )
     return reason is None
 
 

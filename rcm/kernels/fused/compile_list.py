@@ -29,7 +29,10 @@ def inference_plan(
 
     def plan() -> None:
         with torch.device("meta"):
-            x, wide = torch.empty(1, 1, tokens, width, dtype=dtype), torch.empty(1, 1, tokens, hidden, dtype=dtype)
+            x, wide = (
+                torch.empty(1, 1, tokens, width, dtype=dtype),
+                torch.empty(1, 1, tokens, hidden, dtype=dtype),
+            )
             row, gain = torch.empty(1, 1, 1, width), torch.empty(width, dtype=dtype)
             head, table = (
                 torch.empty(1, tokens, heads, width // heads, dtype=dtype),

@@ -71,15 +71,20 @@ def enter_cache(
     turned if `rotate_keys`) and values go to the slots int64 [L] of `caches` [B, capacity, N, D].
     `weights` of the two norms [E], `tables` cos and sin [L, D / 2] float32.
     """
-    q, k, v = (x if x.stride(-1) == 1 and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous() for x in projected)
+    q, k, v = (
+        x if x.stride(-1) == 1 and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()
+        for x in projected
+    )
     batch, length, width = q.shape
     heads, head = caches[0].shape[2:]
     out = torch.empty(batch, length, heads, head, dtype=q.dtype, device=q.device)
     with torch.cuda.device(q.device) if q.is_cuda else torch.no_grad():
         _enter[(length, batch)](
             q, k, v, *weights, *tables, slots, out, *caches,
-            length, eps, q.stride(1), k.stride(1), v.stride(1), caches[0].stride(0), caches[0].stride(1),
-            HEAD=head, WIDTH=width, PAIRS=triton.next_power_of_2(width) // 2, ROTATE_KEYS=rotate_keys, num_warps=8,
+            length, eps, q.stride(1), k.stride(1), v.stride(1), caches[0].stride(0),
+            caches[0].stride(1),
+            HEAD=head, WIDTH=width, PAIRS=triton.next_power_of_2(width) // 2,
+            ROTATE_KEYS=rotate_keys, num_warps=8,
         )  # fmt: skip
     return out
 
@@ -107,7 +112,11 @@ def enter_cache_reference(
 
     def turned(x: Tensor) -> Tensor:
         even, odd = x.float().unflatten(3, (-1, 2)).unbind(4)
-        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=4).flatten(3).to(x.dtype)
+        return (
+            torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=4)
+            .flatten(3)
+            .to(x.dtype)
+        )
 
     q, k = (normed(x, weight) for x, weight in zip(projected[:2], weights, strict=True))
     caches[0][:, slots] = turned(k) if rotate_keys else k

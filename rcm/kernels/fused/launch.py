@@ -34,7 +34,11 @@ class NormKind(NamedTuple):
 
 def _device(x: Tensor) -> AbstractContextManager:
     """Makes the device of `x` current where it is not: launches go to the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else nullcontext()
+    return (
+        torch.cuda.device(x.device)
+        if x.is_cuda and x.device.index != torch.cuda.current_device()
+        else nullcontext()
+    )
 
 
 def _divided(count: int, by: int) -> int:
@@ -69,8 +73,17 @@ def _vectors(v: Tensor, rows: Tensor, *, name: str) -> tuple[Tensor, int, int]:
     batch, frames, _, width = rows.shape
     if v.dim() == 1 and v.shape[0] == width:
         return (v if v.stride(0) == 1 or width == 1 else v.contiguous()), 0, 0
-    if v.dim() != 4 or v.shape[0] not in (1, batch) or v.shape[1] not in (1, frames) or v.shape[2] != 1 or v.shape[3] != width:
-        raise ValueError(f"{name} must be [E] or [B or 1, F or 1, 1, E] for rows {tuple(rows.shape)}, got {tuple(v.shape)}")
+    if (
+        v.dim() != 4
+        or v.shape[0] not in (1, batch)
+        or v.shape[1] not in (1, frames)
+        or v.shape[2] != 1
+        or v.shape[3] != width
+    ):
+        raise ValueError(
+            f"{name} must be [E] or [B or 1, F or 1, 1, E] for rows {tuple(rows.shape)}, got"
+            f" {tuple(v.shape)}"
+        )
     v = v if v.stride(3) == 1 or width == 1 else v.contiguous()
     return v, v.stride(0) if v.shape[0] > 1 else 0, v.stride(1) if v.shape[1] > 1 else 0
 
@@ -79,7 +92,9 @@ def _tangent_rows(x_dot: Tensor | None, x: Tensor) -> tuple[Tensor, int, int, in
     return _rows(x if x_dot is None else as_rows(x_dot))
 
 
-def _tangent_vectors(v_dot: Tensor | None, v: tuple[Tensor, int, int], rows: Tensor) -> tuple[Tensor, int, int]:
+def _tangent_vectors(
+    v_dot: Tensor | None, v: tuple[Tensor, int, int], rows: Tensor
+) -> tuple[Tensor, int, int]:
     return v if v_dot is None else _vectors(v_dot, rows, name="tangent")
 
 
@@ -92,7 +107,12 @@ def _cut(rows: Tensor, tokens_per_program: int) -> tuple[tuple[int], dict]:
     batch, frames, tokens, width = rows.shape
     block = _power_of_2(width)
     grid = (batch * frames * _divided(tokens, tokens_per_program),)
-    return grid, {"ROWS": tokens_per_program, "WIDTH": width, "BLOCK": block, "num_warps": min(16, max(1, block // 1024))}
+    return grid, {
+        "ROWS": tokens_per_program,
+        "WIDTH": width,
+        "BLOCK": block,
+        "num_warps": min(16, max(1, block // 1024)),
+    }
 
 
 def _folded(parts: Tensor, rows: Tensor, like: tuple[torch.Size, torch.dtype]) -> Tensor:
@@ -101,10 +121,14 @@ def _folded(parts: Tensor, rows: Tensor, like: tuple[torch.Size, torch.dtype]) -
     """
     batch, frames, _, width = rows.shape
     shape, dtype = like
-    return parts.view(batch, frames, -1, width).sum(dim=2, keepdim=True).sum_to_size(shape).to(dtype)
+    return (
+        parts.view(batch, frames, -1, width).sum(dim=2, keepdim=True).sum_to_size(shape).to(dtype)
+    )
 
 
-def norm(x: Tensor, gain: Tensor, shift: Tensor | None, *, kind: NormKind, dtype: torch.dtype) -> Tensor:
+def norm(
+    x: Tensor, gain: Tensor, shift: Tensor | None, *, kind: NormKind, dtype: torch.dtype
+) -> Tensor:
     """n(x) * (offset + gain) + shift in `dtype`, contiguous, in the shape of `x`."""
     rows = as_rows(x)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -178,12 +202,18 @@ def norm_backward(
     """
     rows, grad = as_rows(x), as_rows(grad_y)
     if not x.numel():
-        sums = (None if like is None else torch.zeros(like[0], dtype=like[1], device=x.device) for like in (gain_like, shift_like))
+        sums = (
+            None if like is None else torch.zeros(like[0], dtype=like[1], device=x.device)
+            for like in (gain_like, shift_like)
+        )
         return torch.zeros_like(x), *sums
     vectors = _vectors(gain, rows, name="gain")
     grid, sizes = _cut(rows, ROWS_BACKWARD)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
-    parts = [torch.empty(grid[0], x.shape[-1], dtype=torch.float32, device=x.device) if need else None for need in needs[1:]]
+    parts = [
+        torch.empty(grid[0], x.shape[-1], dtype=torch.float32, device=x.device) if need else None
+        for need in needs[1:]
+    ]
     with _device(x):
         norm_kernels.norm_backward[grid](
             _rows(rows),
@@ -200,7 +230,8 @@ def norm_backward(
             **sizes,
         )
     gain_grad, shift_grad = (
-        None if part is None else _folded(part, rows, like) for part, like in zip(parts, (gain_like, shift_like), strict=True)
+        None if part is None else _folded(part, rows, like)
+        for part, like in zip(parts, (gain_like, shift_like), strict=True)
     )
     return grad_x, gain_grad, shift_grad
 
@@ -239,7 +270,12 @@ def gated_add(
 
 
 def gated_add_backward(
-    y: Tensor, gate: Tensor, grad_out: Tensor, *, needs: tuple[bool, bool], gate_like: tuple[torch.Size, torch.dtype]
+    y: Tensor,
+    gate: Tensor,
+    grad_out: Tensor,
+    *,
+    needs: tuple[bool, bool],
+    gate_like: tuple[torch.Size, torch.dtype],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of y and gate, where `needs` says so."""
     rows, grad = as_rows(y), as_rows(grad_out)
@@ -247,7 +283,11 @@ def gated_add_backward(
         return torch.zeros_like(y), torch.zeros(gate_like[0], dtype=gate_like[1], device=y.device)
     grid, sizes = _cut(rows, ROWS_BACKWARD)
     grad_y = torch.empty(y.shape, dtype=y.dtype, device=y.device) if needs[0] else None
-    parts = torch.empty(grid[0], y.shape[-1], dtype=torch.float32, device=y.device) if needs[1] else None
+    parts = (
+        torch.empty(grid[0], y.shape[-1], dtype=torch.float32, device=y.device)
+        if needs[1]
+        else None
+    )
     with _device(y):
         pointwise_kernels.gated_add_backward[grid](
             _rows(rows),
@@ -273,7 +313,9 @@ def gelu(x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if x.numel():
         with _device(x):
             options = {"HAS_DOT": x_dot is not None, "BLOCK": POINTWISE_BLOCK, "num_warps": 8}
-            precompile.launch(pointwise_kernels.gelu_forward, grid, x, moved, y, target, x.numel(), **options)
+            precompile.launch(
+                pointwise_kernels.gelu_forward, grid, x, moved, y, target, x.numel(), **options
+            )
     return y, y_dot
 
 
@@ -284,11 +326,15 @@ def gelu_backward(x: Tensor, grad_y: Tensor) -> Tensor:
     grid = (_divided(x.numel(), POINTWISE_BLOCK),)
     if x.numel():
         with _device(x):
-            pointwise_kernels.gelu_backward[grid](x, grad_y, grad_x, x.numel(), BLOCK=POINTWISE_BLOCK, num_warps=8)
+            pointwise_kernels.gelu_backward[grid](
+                x, grad_y, grad_x, x.numel(), BLOCK=POINTWISE_BLOCK, num_warps=8
+            )
     return grad_x
 
 
-def rotate(x: Tensor, x_dot: Tensor | None, cos: Tensor, sin: Tensor, *, backwards: bool = False) -> tuple[Tensor, Tensor | None]:
+def rotate(
+    x: Tensor, x_dot: Tensor | None, cos: Tensor, sin: Tensor, *, backwards: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Channel pairs of `x` [B, L, N, D] (and of `x_dot`) turned by the angles whose `cos`, `sin`
     are [L, D / 2] float32, or back.
     """

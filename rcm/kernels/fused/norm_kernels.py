@@ -33,14 +33,18 @@ def _vector(described, batch, frame, cols, inside):
     zeros.
     """
     ptr, stride_b, stride_f = described
-    return tl.load(ptr + batch * stride_b + frame * stride_f + cols, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(ptr + batch * stride_b + frame * stride_f + cols, mask=inside, other=0.0).to(
+        tl.float32
+    )
 
 
 @triton.jit
 def _token(described, batch, frame, token, cols, inside):
     """Channels of one token as float32; padding channels are zeros."""
     ptr, stride_b, stride_f, stride_s = described
-    return tl.load(ptr + batch * stride_b + frame * stride_f + token * stride_s + cols, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(
+        ptr + batch * stride_b + frame * stride_f + token * stride_s + cols, mask=inside, other=0.0
+    ).to(tl.float32)
 
 
 @triton.jit
@@ -69,16 +73,24 @@ def norm_forward(
     BLOCK: tl.constexpr,
 ):
     """y = n(x) * (OFFSET + gain) [+ shift]; y is contiguous."""
-    batch, frame, start, stop, group, program, cols, inside = _place(frames, tokens, ROWS, WIDTH, BLOCK)
+    batch, frame, start, stop, group, program, cols, inside = _place(
+        frames, tokens, ROWS, WIDTH, BLOCK
+    )
     factor = _vector(gain, batch, frame, cols, inside) + OFFSET
     if HAS_SHIFT:
         added = _vector(shift, batch, frame, cols, inside)
     for token in range(start, stop):
-        n, inverse = _normalised(_token(x, batch, frame, token, cols, inside), inside, eps, CENTER, WIDTH)
+        n, inverse = _normalised(
+            _token(x, batch, frame, token, cols, inside), inside, eps, CENTER, WIDTH
+        )
         y = n * factor
         if HAS_SHIFT:
             y += added
-        tl.store(y_ptr + (group * tokens + token) * WIDTH + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
+        tl.store(
+            y_ptr + (group * tokens + token) * WIDTH + cols,
+            y.to(y_ptr.dtype.element_ty),
+            mask=inside,
+        )
 
 
 @triton.jit(do_not_specialize=["frames", "tokens"])
@@ -105,7 +117,9 @@ def norm_tangent(
     """y and y_dot = n_dot * (OFFSET + gain) + n * gain_dot + shift_dot. FLAGS: 1, 2, 4 for a
     tangent of x, gain, shift.
     """
-    batch, frame, start, stop, group, program, cols, inside = _place(frames, tokens, ROWS, WIDTH, BLOCK)
+    batch, frame, start, stop, group, program, cols, inside = _place(
+        frames, tokens, ROWS, WIDTH, BLOCK
+    )
     factor = _vector(gain, batch, frame, cols, inside) + OFFSET
     if HAS_SHIFT:
         added = _vector(shift, batch, frame, cols, inside)
@@ -114,7 +128,9 @@ def norm_tangent(
     if FLAGS & 4 != 0:
         added_dot = _vector(shift_dot, batch, frame, cols, inside)
     for token in range(start, stop):
-        n, inverse = _normalised(_token(x, batch, frame, token, cols, inside), inside, eps, CENTER, WIDTH)
+        n, inverse = _normalised(
+            _token(x, batch, frame, token, cols, inside), inside, eps, CENTER, WIDTH
+        )
         y = n * factor
         if HAS_SHIFT:
             y += added
@@ -154,14 +170,18 @@ def norm_backward(
     """grad_x, contiguous, and this program's sums over its tokens for gain and shift. NEEDS: 1, 2,
     4 for x, gain, shift.
     """
-    batch, frame, start, stop, group, program, cols, inside = _place(frames, tokens, ROWS, WIDTH, BLOCK)
+    batch, frame, start, stop, group, program, cols, inside = _place(
+        frames, tokens, ROWS, WIDTH, BLOCK
+    )
     factor = _vector(gain, batch, frame, cols, inside) + OFFSET
     gain_sum = tl.zeros([BLOCK], dtype=tl.float32)
     shift_sum = tl.zeros([BLOCK], dtype=tl.float32)
     for token in range(start, stop):
         grad = _token(grad_y, batch, frame, token, cols, inside)
         if NEEDS & 3 != 0:
-            n, inverse = _normalised(_token(x, batch, frame, token, cols, inside), inside, eps, CENTER, WIDTH)
+            n, inverse = _normalised(
+                _token(x, batch, frame, token, cols, inside), inside, eps, CENTER, WIDTH
+            )
         if NEEDS & 2 != 0:
             gain_sum += grad * n
         if NEEDS & 4 != 0:
@@ -172,7 +192,9 @@ def norm_backward(
             if CENTER:
                 pulled -= tl.sum(grad_n, axis=0) / WIDTH
             place = (group * tokens + token) * WIDTH + cols
-            tl.store(grad_x_ptr + place, (inverse * pulled).to(grad_x_ptr.dtype.element_ty), mask=inside)
+            tl.store(
+                grad_x_ptr + place, (inverse * pulled).to(grad_x_ptr.dtype.element_ty), mask=inside
+            )
     if NEEDS & 2 != 0:
         tl.store(gain_parts_ptr + program * WIDTH + cols, gain_sum, mask=inside)
     if NEEDS & 4 != 0:

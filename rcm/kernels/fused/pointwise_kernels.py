@@ -30,7 +30,9 @@ def gated_add_forward(
     """out = x + gate * y with the gate rounded to the dtype of out, and its tangent. FLAGS: 1, 2, 4
     for a tangent of x, y, gate.
     """
-    batch, frame, start, stop, group, program, cols, inside = _place(frames, tokens, ROWS, WIDTH, BLOCK)
+    batch, frame, start, stop, group, program, cols, inside = _place(
+        frames, tokens, ROWS, WIDTH, BLOCK
+    )
     element: tl.constexpr = out_ptr.dtype.element_ty
     factor = _vector(gate, batch, frame, cols, inside).to(element).to(tl.float32)
     if FLAGS & 4 != 0:
@@ -68,14 +70,20 @@ def gated_add_backward(
     """grad_y = gate * grad, contiguous, and this program's sum of grad * y over its tokens. NEEDS:
     1, 2 for y, gate.
     """
-    batch, frame, start, stop, group, program, cols, inside = _place(frames, tokens, ROWS, WIDTH, BLOCK)
+    batch, frame, start, stop, group, program, cols, inside = _place(
+        frames, tokens, ROWS, WIDTH, BLOCK
+    )
     element: tl.constexpr = grad_y_ptr.dtype.element_ty
     factor = _vector(gate, batch, frame, cols, inside).to(element).to(tl.float32)
     gate_sum = tl.zeros([BLOCK], dtype=tl.float32)
     for token in range(start, stop):
         grad = _token(grad_out, batch, frame, token, cols, inside)
         if NEEDS & 1 != 0:
-            tl.store(grad_y_ptr + (group * tokens + token) * WIDTH + cols, (factor * grad).to(element), mask=inside)
+            tl.store(
+                grad_y_ptr + (group * tokens + token) * WIDTH + cols,
+                (factor * grad).to(element),
+                mask=inside,
+            )
         if NEEDS & 2 != 0:
             gate_sum += grad * _token(y, batch, frame, token, cols, inside)
     if NEEDS & 2 != 0:
@@ -94,7 +102,9 @@ def _gelu(x):
 
 
 @triton.jit
-def gelu_forward(x_ptr, x_dot_ptr, y_ptr, y_dot_ptr, size, HAS_DOT: tl.constexpr, BLOCK: tl.constexpr):
+def gelu_forward(
+    x_ptr, x_dot_ptr, y_ptr, y_dot_ptr, size, HAS_DOT: tl.constexpr, BLOCK: tl.constexpr
+):
     """y = gelu(x) and, with HAS_DOT, y_dot = gelu'(x) x_dot; contiguous."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
@@ -116,10 +126,27 @@ def gelu_backward(x_ptr, grad_y_ptr, grad_x_ptr, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _turn(described, out_ptr, out_place, batch, head, rows, cols, inside, cos, sin, TOKENS: tl.constexpr, PAIRS: tl.constexpr):
+def _turn(
+    described,
+    out_ptr,
+    out_place,
+    batch,
+    head,
+    rows,
+    cols,
+    inside,
+    cos,
+    sin,
+    TOKENS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
     """Rotate the [TOKENS, 2 PAIRS] tile of one head."""
     ptr, stride_b, stride_l, stride_n = described
-    x = tl.load(ptr + batch * stride_b + rows[:, None] * stride_l + head * stride_n + cols[None, :], mask=inside, other=0.0)
+    x = tl.load(
+        ptr + batch * stride_b + rows[:, None] * stride_l + head * stride_n + cols[None, :],
+        mask=inside,
+        other=0.0,
+    )
     even, odd = tl.split(tl.reshape(x.to(tl.float32), [TOKENS, PAIRS, 2]))
     out = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [TOKENS, 2 * PAIRS])
     tl.store(out_ptr + out_place, out.to(out_ptr.dtype.element_ty), mask=inside)
@@ -161,4 +188,6 @@ def rotate_pairs(
         place = ((batch * length + rows[:, None]) * heads + head) * WIDTH + cols[None, :]
         _turn(x, out_ptr, place, batch, head, rows, cols, inside, cos, sin, TOKENS, PAIRS)
         if HAS_DOT:
-            _turn(x_dot, out_dot_ptr, place, batch, head, rows, cols, inside, cos, sin, TOKENS, PAIRS)
+            _turn(
+                x_dot, out_dot_ptr, place, batch, head, rows, cols, inside, cos, sin, TOKENS, PAIRS
+            )

@@ -34,7 +34,12 @@ def quantise_rows(x: Tensor, *, gelu: bool = False) -> Rows:
     One kernel on CUDA, outside of compiled code; the plain formula elsewhere. Neither waits for the
     device.
     """
-    if x.is_cuda and not torch.compiler.is_compiling() and x.dtype != torch.float64 and x.shape[1] <= MAX_WIDTH:
+    if (
+        x.is_cuda
+        and not torch.compiler.is_compiling()
+        and x.dtype != torch.float64
+        and x.shape[1] <= MAX_WIDTH
+    ):
         return launch(x, gelu=gelu)
     return reference(gelu_tanh(x) if gelu else x)
 
@@ -88,7 +93,9 @@ def product(x: Rows, weight: Rows, bias: Tensor | None, *, dtype: torch.dtype) -
     (q, scale), (weight_q, weight_scale) = x, weight
     if q.is_cuda:
         scales = {"scale_a": scale, "scale_b": weight_scale.t()}
-        return torch._scaled_mm(q, weight_q.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
+        return torch._scaled_mm(
+            q, weight_q.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=True
+        )
     wide = accumulate_dtype(dtype)
     y = (q.to(wide) @ weight_q.to(wide).t()) * scale.to(wide) * weight_scale.to(wide).t()
     return (y if bias is None else y + bias.to(wide)).to(dtype)

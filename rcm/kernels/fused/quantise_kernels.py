@@ -11,7 +11,15 @@ from rcm.kernels.fused.pointwise_kernels import _gelu
 
 
 @triton.jit
-def quantise_rows(x_ptr, q_ptr, scale_ptr, row_stride, GELU: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def quantise_rows(
+    x_ptr,
+    q_ptr,
+    scale_ptr,
+    row_stride,
+    GELU: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """q = e4m3(x * (448 / amax)) and scale = amax / 448 of one row per program, held in registers;
     q is contiguous.
     """

@@ -30,7 +30,9 @@ def affine_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tenso
     if not any(map(has_tangent, (x, weight, bias))):
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     wide = x.to(accumulate_dtype(x.dtype))
-    return F.layer_norm(wide, weight.shape, weight.to(wide.dtype), bias.to(wide.dtype), eps).to(x.dtype)
+    return F.layer_norm(wide, weight.shape, weight.to(wide.dtype), bias.to(wide.dtype), eps).to(
+        x.dtype
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:

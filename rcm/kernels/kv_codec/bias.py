@@ -27,7 +27,12 @@ def error_variance(blob: Blob) -> Tensor:
     fmt, (r, groups, c) = codes.format, codes.scales.shape
     length = coding.rows_shape(codes.shape, fmt.granularity)[1]
     g = coding.group_length(length, fmt.group_size)
-    steps = coding.effective(codes.scales, codes.unit).unsqueeze(2).expand(r, groups, g, c).flatten(1, 2)[:, :length]
+    steps = (
+        coding.effective(codes.scales, codes.unit)
+        .unsqueeze(2)
+        .expand(r, groups, g, c)
+        .flatten(1, 2)[:, :length]
+    )
     if fmt.dtype in ("fp8", "fp4"):
         steps = steps * _float_step(coding.unpack(codes.data, fmt, length), fmt.dtype)
     variance = coding.unrows(steps.square() / 12, codes.shape, fmt.granularity)
@@ -39,7 +44,11 @@ def segment_variance(blob: Blob) -> Tensor:
     smoothing and no floating type is in the way.
     """
     codes = blob.codes
-    if not isinstance(codes, Codes) or codes.format.granularity != "channel" or codes.format.dtype in ("fp8", "fp4"):
+    if (
+        not isinstance(codes, Codes)
+        or codes.format.granularity != "channel"
+        or codes.format.dtype in ("fp8", "fp4")
+    ):
         return error_variance(blob).mean(1)
     b, s, n, d = codes.shape
     g = coding.group_length(s, codes.format.group_size)
@@ -57,7 +66,13 @@ def logit_gain(q: Tensor, blob: Blob, *, scale: float, rotated: bool = False) ->
     `q` stands at other angles to each, so the variances of a channel pair are taken together, their
     mean over all angles.
     """
-    return scale**2 / 2 * torch.einsum("blnd,bsnd->bnls", q.float().square(), _paired(error_variance(blob), rotated))
+    return (
+        scale**2
+        / 2
+        * torch.einsum(
+            "blnd,bsnd->bnls", q.float().square(), _paired(error_variance(blob), rotated)
+        )
+    )
 
 
 def segment_gain(q: Tensor, blob: Blob, *, scale: float, rotated: bool = False) -> Tensor:
@@ -72,10 +87,16 @@ def gain_of(q: Tensor, variance: Tensor, *, scale: float, rotated: bool = False)
     `q`.
     """
     work = torch.promote_types(q.dtype, torch.float32)
-    return scale**2 / 2 * torch.einsum("blnd,bnd->bnl", q.to(work).square(), _paired(variance.to(work), rotated))
+    return (
+        scale**2
+        / 2
+        * torch.einsum("blnd,bnd->bnl", q.to(work).square(), _paired(variance.to(work), rotated))
+    )
 
 
-def augment(q: Tensor, k_hat: Tensor, blob: Blob, *, scale: float, rotated: bool = False) -> tuple[Tensor, Tensor]:
+def augment(
+    q: Tensor, k_hat: Tensor, blob: Blob, *, scale: float, rotated: bool = False
+) -> tuple[Tensor, Tensor]:
     """(q', k') of twice the channels, whose product is the corrected logit: [q, q^2] and [k_hat, -s
     v / 2]. For a dense attention with the softmax scale `scale`; values stay as they are. Twice the
     work of q k^T; the second half wants float32 or bf16, not fp16.
@@ -112,4 +133,8 @@ def _through(variance: Tensor, blob: Blob) -> Tensor:
 
 def _paired(variance: Tensor, rotated: bool) -> Tensor:
     """Variances of channel pairs that rotation mixes replaced by their mean."""
-    return variance.unflatten(-1, (-1, 2)).mean(-1).repeat_interleave(2, dim=-1) if rotated else variance
+    return (
+        variance.unflatten(-1, (-1, 2)).mean(-1).repeat_interleave(2, dim=-1)
+        if rotated
+        else variance
+    )

@@ -52,8 +52,16 @@ class Blob:
     def fields(self) -> tuple[Tensor | None, ...]:
         """Its FIELDS tensors, in their order."""
         codes, clusters = self.codes, self.clusters
-        held = (codes.data, codes.scales, codes.zeros, codes.unit) if isinstance(codes, Codes) else (codes, None, None, None)
-        return *held, *((None, None) if clusters is None else (clusters.centroids, clusters.assignments)), self.undo.tensor
+        held = (
+            (codes.data, codes.scales, codes.zeros, codes.unit)
+            if isinstance(codes, Codes)
+            else (codes, None, None, None)
+        )
+        return (
+            *held,
+            *((None, None) if clusters is None else (clusters.centroids, clusters.assignments)),
+            self.undo.tensor,
+        )
 
     @cached_property
     def addresses(self) -> tuple[int, ...]:
@@ -76,7 +84,9 @@ class Blob:
             if x is None:
                 fields.append([None] * count)
             elif x.nbytes % ALIGNMENT:
-                fields.append([torch.empty(x.shape, dtype=x.dtype, device=device) for _ in range(count)])
+                fields.append(
+                    [torch.empty(x.shape, dtype=x.dtype, device=device) for _ in range(count)]
+                )
             else:
                 fields.append(torch.empty(count, *x.shape, dtype=x.dtype, device=device).unbind(0))
         return [self._with(held) for held in zip(*fields, strict=True)]
@@ -94,8 +104,14 @@ class Blob:
     def _with(self, fields: Sequence[Tensor | None]) -> Blob:
         data, scales, zeros, unit, centroids, assignments, undo = fields
         assert data is not None
-        codes = Codes(self.codes.format, self.codes.shape, data, scales, zeros, unit) if isinstance(self.codes, Codes) else data
-        clusters = self.clusters and Clusters(centroids, assignments, self.clusters.first_stage_first)
+        codes = (
+            Codes(self.codes.format, self.codes.shape, data, scales, zeros, unit)
+            if isinstance(self.codes, Codes)
+            else data
+        )
+        clusters = self.clusters and Clusters(
+            centroids, assignments, self.clusters.first_stage_first
+        )
         return Blob(codes, Undo(self.undo.kind, undo), clusters, self.dtype)
 
 

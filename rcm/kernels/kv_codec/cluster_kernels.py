@@ -41,12 +41,20 @@ def assign(
     token = tile * TOKENS + tl.arange(0, TOKENS)
     channel = tl.arange(0, D)
     there = token < tokens
-    point = tl.load(points + (batch * tokens + token[:, None]) * D + channel[None, :], mask=there[:, None], other=0.0)
+    point = tl.load(
+        points + (batch * tokens + token[:, None]) * D + channel[None, :],
+        mask=there[:, None],
+        other=0.0,
+    )
     best, index = tl.full((TOKENS,), float("inf"), tl.float32), tl.zeros((TOKENS,), tl.int32)
     for first in range(0, clusters, CLUSTERS):
         which = first + tl.arange(0, CLUSTERS)
         known = which < clusters
-        centre = tl.load(centres + (batch * clusters + which[:, None]) * D + channel[None, :], mask=known[:, None], other=0.0)
+        centre = tl.load(
+            centres + (batch * clusters + which[:, None]) * D + channel[None, :],
+            mask=known[:, None],
+            other=0.0,
+        )
         square = tl.where(known, tl.sum(centre * centre, axis=1), float("inf"))
         distance = square[None, :] - 2 * tl.dot(point, tl.trans(centre), input_precision="tf32x3")
         least, at = tl.min(distance, axis=1, return_indices=True)

@@ -78,7 +78,12 @@ def cluster(x: Tensor, how: Clustering, warm: Sequence[Tensor] | None = None) ->
     if k <= 1 and not official:
         mean = x.float().mean(1, keepdim=True)
         stored = mean.to(torch.bfloat16)
-        return Clustered(x.float() - (mean if how.mode == "release" else stored.float()), None, Clusters(stored[None], None), [])
+        return Clustered(
+            x.float() - (mean if how.mode == "release" else stored.float()),
+            None,
+            Clusters(stored[None], None),
+            [],
+        )
     centroids, assignments, centres, subtract = [], [], [], None
     for stage in range(how.stages):
         if subtract is not None:
@@ -88,15 +93,26 @@ def cluster(x: Tensor, how: Clustering, warm: Sequence[Tensor] | None = None) ->
             means, assigned, centre = euclidean(residual, k, iters=how.iters, start=start)
             stored = means
         else:
-            fused = fused_clusters.spherical(residual, k, iters=how.iters, start=start) if how.fused and how.shared else None
-            assigned, centre = fused or spherical(features(residual.float(), shared=how.shared), k, iters=how.iters, start=start)
+            fused = (
+                fused_clusters.spherical(residual, k, iters=how.iters, start=start)
+                if how.fused and how.shared
+                else None
+            )
+            assigned, centre = fused or spherical(
+                features(residual.float(), shared=how.shared), k, iters=how.iters, start=start
+            )
             means = member_means(residual, assigned, k, fused=how.fused)
             stored = means.to(torch.bfloat16)
         subtract = (means if official or how.mode == "release" else stored.float(), assigned)
         centroids.append(stored)
         assignments.append(assigned.to(index_dtype(k)))
         centres.append(centre)
-    return Clustered(residual, subtract, Clusters(torch.stack(centroids), torch.stack(assignments), official), centres)
+    return Clustered(
+        residual,
+        subtract,
+        Clusters(torch.stack(centroids), torch.stack(assignments), official),
+        centres,
+    )
 
 
 def add_back(residual: Tensor, clusters: Clusters) -> Tensor:
@@ -105,7 +121,9 @@ def add_back(residual: Tensor, clusters: Clusters) -> Tensor:
         return residual + clusters.centroids[0].float()
     stages = range(clusters.centroids.shape[0])
     for stage in stages if clusters.first_stage_first else reversed(stages):
-        residual = residual + members(clusters.centroids[stage], clusters.assignments[stage]).float()
+        residual = (
+            residual + members(clusters.centroids[stage], clusters.assignments[stage]).float()
+        )
     return residual
 
 
@@ -139,7 +157,9 @@ def spherical(points: Tensor, k: int, *, iters: int, start: Tensor | None) -> tu
     return (nearest[:, 0] if g == 1 else nearest.transpose(1, 2)), centres
 
 
-def euclidean(x: Tensor, k: int, *, iters: int, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def euclidean(
+    x: Tensor, k: int, *, iters: int, start: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Lloyd's iterations per head, as "official" runs them: (centroids [B, k, N, D], assignments
     [B, S, N], centres [B, N, k, D]).
 
@@ -180,7 +200,11 @@ def member_means(x: Tensor, assigned: Tensor, k: int, *, fused: bool = False) ->
         return means
     x = x.float()
     if assigned.dim() == 2:
-        return _means(x.flatten(2).unsqueeze(1), assigned.unsqueeze(1), k)[0].squeeze(1).unflatten(-1, x.shape[2:])
+        return (
+            _means(x.flatten(2).unsqueeze(1), assigned.unsqueeze(1), k)[0]
+            .squeeze(1)
+            .unflatten(-1, x.shape[2:])
+        )
     return _means(x.transpose(1, 2), assigned.transpose(1, 2), k)[0].transpose(1, 2)
 
 
@@ -189,7 +213,9 @@ def members(centroids: Tensor, assigned: Tensor) -> Tensor:
     [B, S, N].
     """
     b, _, n, d = centroids.shape
-    index = assigned.long() if assigned.dim() == 3 else assigned.long().unsqueeze(2).expand(-1, -1, n)
+    index = (
+        assigned.long() if assigned.dim() == 3 else assigned.long().unsqueeze(2).expand(-1, -1, n)
+    )
     return centroids.gather(1, index.unsqueeze(3).expand(b, -1, n, d))
 
 
@@ -197,6 +223,8 @@ def _means(points: Tensor, assigned: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Means [B, G, k, D] of points [B, G, S, D] by cluster, by a product with the indicator matrix,
     and member counts [B, G, k, 1].
     """
-    belongs = (assigned.unsqueeze(2) == torch.arange(k, device=points.device).view(1, 1, k, 1)).to(points.dtype)
+    belongs = (assigned.unsqueeze(2) == torch.arange(k, device=points.device).view(1, 1, k, 1)).to(
+        points.dtype
+    )
     counts = belongs.sum(-1, keepdim=True)
     return (belongs @ points) / counts.clamp(min=1), counts

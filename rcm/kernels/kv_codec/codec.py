@@ -54,7 +54,9 @@ class KVCodec:
     def encode(self, x: Tensor, *, side: Side, layer: int) -> Blob:
         """Blob of `x` [B, S, N, D] (any floating dtype and strides)."""
         key = (side, layer)
-        blob, centres = self._encode(x.detach(), side, self._centres[key] if key in self._warm else None)
+        blob, centres = self._encode(
+            x.detach(), side, self._centres[key] if key in self._warm else None
+        )
         if centres and self.spec.qvg_warm_start:
             self._keep(key, centres)
         return blob
@@ -89,7 +91,14 @@ class KVCodec:
         return torch.tensor([blob.addresses for blob in blobs], dtype=torch.int64)
 
     def restore(
-        self, like: Blob, table: Tensor, starts: Tensor, out: Tensor, *, side: Side, turn: tuple[Tensor, Tensor] | None = None
+        self,
+        like: Blob,
+        table: Tensor,
+        starts: Tensor,
+        out: Tensor,
+        *,
+        side: Side,
+        turn: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Write the blobs at the addresses in `table` int64 [P, 7], all in the form of `like`, into
         `out` [B, L, N, D] from its tokens `starts` int64 [P] on. `turn`: cos and sin [L, D / 2] of
@@ -98,7 +107,9 @@ class KVCodec:
         if self._fused(out) and fused_kernels.restore(like, table, starts, out, turn=turn):
             return
         if turn is not None:
-            raise ValueError("restored keys are turned by a Triton launch only; rotate them afterwards")
+            raise ValueError(
+                "restored keys are turned by a Triton launch only; rotate them afterwards"
+            )
         for start, row in zip(starts.tolist(), table.tolist(), strict=True):
             out[:, start : start + like.shape[1]].copy_(reference(_BY_ADDRESS[row[0]]))
 
@@ -114,7 +125,11 @@ class KVCodec:
         """Whether `encode_to` of a chunk in the form of `like` can be captured: its centres, if
         any, are at hand.
         """
-        if self.spec.side(side).smoothing != "qvg" or not self.spec.qvg_warm_start or like.clusters is None:
+        if (
+            self.spec.side(side).smoothing != "qvg"
+            or not self.spec.qvg_warm_start
+            or like.clusters is None
+        ):
             return True
         if like.clusters.assignments is None:
             return True
@@ -130,7 +145,11 @@ class KVCodec:
         anew; leaves the warm start as it is.
         """
         whole = self.decode(blob, side=side)
-        kept = whole[:, index] if index.dim() == 1 else whole.gather(1, index[:, :, None, None].expand(-1, -1, *whole.shape[2:]))
+        kept = (
+            whole[:, index]
+            if index.dim() == 1
+            else whole.gather(1, index[:, :, None, None].expand(-1, -1, *whole.shape[2:]))
+        )
         return self._encode(kept, side, None)[0]
 
     def fork(self) -> KVCodec:
@@ -144,7 +163,9 @@ class KVCodec:
 
     def state(self) -> dict[str, Any]:
         """A copy of the centres of the warm start, by (side, layer)."""
-        return {"centres": {key: [x.clone() for x in self._centres[key]] for key in sorted(self._warm)}}
+        return {
+            "centres": {key: [x.clone() for x in self._centres[key]] for key in sorted(self._warm)}
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up a `state`."""
@@ -160,7 +181,9 @@ class KVCodec:
         """Centres for the next chunk, in the memory of the last ones where they fit."""
         held = self._centres.get(key, [])
         if [(x.shape, x.dtype) for x in held] != [(x.shape, x.dtype) for x in centres]:
-            self._centres[key] = held = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in centres]
+            self._centres[key] = held = [
+                torch.empty_like(x, memory_format=torch.contiguous_format) for x in centres
+            ]
             self.generation += 1
         for mine, x in zip(held, centres, strict=True):
             mine.copy_(x)
@@ -169,21 +192,34 @@ class KVCodec:
     def _fused(self, out: Tensor) -> bool:
         return self.spec.triton_restore and fused_kernels.runs_on(out)
 
-    def _encode(self, x: Tensor, side: Side, warm: list[Tensor] | None) -> tuple[Blob, list[Tensor]]:
+    def _encode(
+        self, x: Tensor, side: Side, warm: list[Tensor] | None
+    ) -> tuple[Blob, list[Tensor]]:
         spec, how = self.spec, self.spec.side(side)
         clusters, centres, undo, smoothed, subtract = None, [], Undo(), x, None
         if how.smoothing == "qvg":
             settings = Clustering(
-                spec.qvg_clusters, spec.qvg_iters, spec.qvg_stages, spec.qvg_share_assignments, spec.mode, fused=spec.triton_restore
+                spec.qvg_clusters,
+                spec.qvg_iters,
+                spec.qvg_stages,
+                spec.qvg_share_assignments,
+                spec.mode,
+                fused=spec.triton_restore,
             )
-            smoothed, subtract, clusters, centres = cluster(x, settings, warm if spec.qvg_warm_start else None)
+            smoothed, subtract, clusters, centres = cluster(
+                x, settings, warm if spec.qvg_warm_start else None
+            )
         elif how.smoothing != "none":
-            smoothed, undo = smooth(x.float(), how.smoothing, alpha=spec.smooth_alpha, percentile=spec.clip_percentile)
+            smoothed, undo = smooth(
+                x.float(), how.smoothing, alpha=spec.smooth_alpha, percentile=spec.clip_percentile
+            )
         if how.dtype == "bf16":
             smoothed = smoothed if subtract is None else smoothed - members(*subtract)
             held = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device).copy_(smoothed)
             return Blob(held, undo, clusters, x.dtype).packed(), centres
-        fmt = CodeFormat(how.dtype, how.group_size, spec.granularity(side), how.asymmetric, spec.mode)
+        fmt = CodeFormat(
+            how.dtype, how.group_size, spec.granularity(side), how.asymmetric, spec.mode
+        )
         if spec.mode == "official":
             fmt = coding.check_official(x.shape, fmt, flag=f"kv_group_size_{side[0]}")
             # rounds the residual to the dtype of x, which the kernel does not
@@ -191,5 +227,7 @@ class KVCodec:
                 smoothed, subtract = smoothed - members(*subtract), None
         codes = fused_kernels.encode(smoothed, fmt, subtract) if spec.triton_restore else None
         if codes is None:
-            codes = coding.encode(smoothed if subtract is None else smoothed - members(*subtract), fmt)
+            codes = coding.encode(
+                smoothed if subtract is None else smoothed - members(*subtract), fmt
+            )
         return Blob(codes, undo, clusters, x.dtype).packed(), centres

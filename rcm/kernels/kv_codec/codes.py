@@ -80,7 +80,9 @@ class Codes:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(x.nbytes for x in (self.data, self.scales, self.zeros, self.unit) if x is not None)
+        return sum(
+            x.nbytes for x in (self.data, self.scales, self.zeros, self.unit) if x is not None
+        )
 
 
 def rows(x: Tensor, granularity: str) -> Tensor:
@@ -122,7 +124,9 @@ def decode(codes: Codes) -> Tensor:
     fmt, (r, groups, c) = codes.format, codes.scales.shape
     length = rows_shape(codes.shape, fmt.granularity)[1]
     g = group_length(length, fmt.group_size)
-    values = F.pad(unpack(codes.data, fmt, length), (0, 0, 0, groups * g - length)).view(r, groups, g, c)
+    values = F.pad(unpack(codes.data, fmt, length), (0, 0, 0, groups * g - length)).view(
+        r, groups, g, c
+    )
     values = values * effective(codes.scales, codes.unit).unsqueeze(2)
     if codes.zeros is not None:
         values = values + codes.zeros.float().unsqueeze(2)
@@ -132,10 +136,17 @@ def decode(codes: Codes) -> Tensor:
 def rows_shape(shape: tuple[int, int, int, int], granularity: str) -> tuple[int, int, int]:
     """(R, L, C) of `rows`."""
     b, s, n, d = shape
-    return {"token": (b * s * n, d, 1), "channel": (b, s, n * d), "head": (b * n, s * d, 1), "tensor": (b, s * n * d, 1)}[granularity]
+    return {
+        "token": (b * s * n, d, 1),
+        "channel": (b, s, n * d),
+        "head": (b * n, s * d, 1),
+        "tensor": (b, s * n * d, 1),
+    }[granularity]
 
 
-def scales_of(low: Tensor, high: Tensor, fmt: CodeFormat, *, batch: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def scales_of(
+    low: Tensor, high: Tensor, fmt: CodeFormat, *, batch: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Stored scales, zeros and units of groups with extremes `low`, `high` float32 [R, groups,
     C].
     """
@@ -167,7 +178,12 @@ def exact_scales(low: Tensor, high: Tensor, fmt: CodeFormat) -> Tensor:
 
 
 def divisors(
-    low: Tensor, high: Tensor, scales: Tensor, zeros: Tensor | None, unit: Tensor | None, fmt: CodeFormat
+    low: Tensor,
+    high: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    unit: Tensor | None,
+    fmt: CodeFormat,
 ) -> tuple[Tensor, Tensor | None]:
     """What codes are computed with, float32 [R, groups, C]: the scale and the zero. "release"
     divides by the scale before rounding it.
@@ -217,7 +233,10 @@ def nearest(y: Tensor, table: tuple[float, ...]) -> Tensor:
     for i, entry in enumerate(table[1:], 1):
         distance = (y - entry).abs()
         closer = distance < best
-        index, best = torch.where(closer, i, index).to(torch.uint8), torch.where(closer, distance, best)
+        index, best = (
+            torch.where(closer, i, index).to(torch.uint8),
+            torch.where(closer, distance, best),
+        )
     return index
 
 
@@ -240,7 +259,9 @@ def unpack(data: Tensor, fmt: CodeFormat, length: int) -> Tensor:
     if fmt.per_byte == 1:
         return data.float()
     mask = 2 ** BITS[fmt.dtype] - 1
-    parts = torch.stack([(data >> shift(place, fmt)) & mask for place in range(fmt.per_byte)], dim=2)
+    parts = torch.stack(
+        [(data >> shift(place, fmt)) & mask for place in range(fmt.per_byte)], dim=2
+    )
     unsigned = parts.flatten(1, 2)[:, :length]
     if fmt.dtype == "fp4":
         magnitudes = torch.tensor(E2M1, device=data.device)
@@ -259,7 +280,9 @@ def check_official(shape: tuple[int, ...], fmt: CodeFormat, *, flag: str) -> Cod
     """
     g = group_length(shape[3], fmt.group_size)
     if shape[3] % g:
-        raise ConfigError(f"--{flag}={g} must divide the {shape[3]} channels of a head with --kv_mode official")
+        raise ConfigError(
+            f"--{flag}={g} must divide the {shape[3]} channels of a head with --kv_mode official"
+        )
     return replace(fmt, group_size=g)
 
 

@@ -34,10 +34,19 @@ def fits(shape: tuple[int, ...], fmt: CodeFormat) -> bool:
     """
     if fmt.granularity == "channel":
         return True
-    return fmt.granularity == "token" and not (shape[3] % coding.group_length(shape[3], fmt.group_size) or shape[3] % fmt.per_byte)
+    return fmt.granularity == "token" and not (
+        shape[3] % coding.group_length(shape[3], fmt.group_size) or shape[3] % fmt.per_byte
+    )
 
 
-def restore(like: Blob, table: Tensor, starts: Tensor, out: Tensor, *, turn: tuple[Tensor, Tensor] | None = None) -> bool:
+def restore(
+    like: Blob,
+    table: Tensor,
+    starts: Tensor,
+    out: Tensor,
+    *,
+    turn: tuple[Tensor, Tensor] | None = None,
+) -> bool:
     """Write the blobs at the addresses of `table` int64 [P, 7] (`Blob.addresses`), all in the form
     of `like`, into `out` [B, L, N, D] from the tokens `starts` int64 [P] on, with one launch;
     False, and nothing done, where it cannot.
@@ -52,13 +61,25 @@ def restore(like: Blob, table: Tensor, starts: Tensor, out: Tensor, *, turn: tup
         return True
     clusters = like.clusters
     constants = _codes_constants(like.codes, d) | _clusters_constants(clusters)
-    rows, cols = _tile(n * d, ELEMENTS, least=_power_of_2(d) if like.undo.kind == "hadamard" or turn is not None else 1)
+    rows, cols = _tile(
+        n * d,
+        ELEMENTS,
+        least=_power_of_2(d) if like.undo.kind == "hadamard" or turn is not None else 1,
+    )
     if turn is not None and cols % d:
         return False
-    places = like.codes.format.per_byte if isinstance(like.codes, Codes) and like.codes.format.granularity == "channel" else 1
+    places = (
+        like.codes.format.per_byte
+        if isinstance(like.codes, Codes) and like.codes.format.granularity == "channel"
+        else 1
+    )
     across = -(-n * d // cols)
     tiles = min(TILES, across)
-    native = constants["DTYPE"] == "fp8" and out.is_cuda and torch.cuda.get_device_capability(out.device) >= (8, 9)
+    native = (
+        constants["DTYPE"] == "fp8"
+        and out.is_cuda
+        and torch.cuda.get_device_capability(out.device) >= (8, 9)
+    )
     cos, sin = (table, table) if turn is None else turn
     from rcm.kernels.kv_codec import restore_kernels as kernels
 
@@ -107,13 +128,23 @@ def deposit(blob: Blob, row: Tensor) -> None:
     sources = tuple(row.view(torch.uint8) if x is None else x for x in held)
     sizes = tuple(0 if x is None else x.numel() for x in held)
     with device_of(row):
-        kernels.deposit[(-(-max(sizes) // DEPOSITED), FIELDS)](row, sources, sizes, FIELDS=FIELDS, BLOCK=DEPOSITED, num_warps=4)
+        kernels.deposit[(-(-max(sizes) // DEPOSITED), FIELDS)](
+            row, sources, sizes, FIELDS=FIELDS, BLOCK=DEPOSITED, num_warps=4
+        )
 
 
 def _codes_constants(codes: Codes | Tensor, d: int) -> dict[str, Any]:
     """What a launch of `kernels.restore` knows of the codes of heads of `d` channels."""
     if not isinstance(codes, Codes):
-        absent = {"OFFSET": 0.0, "SIGNED": False, "HIGH_FIRST": False, "BITS": 16, "GROUP": 1, "AXIS": "token", "E4M3": False}
+        absent = {
+            "OFFSET": 0.0,
+            "SIGNED": False,
+            "HIGH_FIRST": False,
+            "BITS": 16,
+            "GROUP": 1,
+            "AXIS": "token",
+            "E4M3": False,
+        }
         return {"DTYPE": "bf16", **absent, "HAS_ZERO": False, "HAS_UNIT": False}
     fmt = codes.format
     return {
@@ -122,7 +153,9 @@ def _codes_constants(codes: Codes | Tensor, d: int) -> dict[str, Any]:
         "SIGNED": codes.data.dtype == torch.int8,
         "HIGH_FIRST": fmt.high_first,
         "BITS": BITS[fmt.dtype],
-        "GROUP": coding.group_length(coding.rows_shape(codes.shape, fmt.granularity)[1], fmt.group_size),
+        "GROUP": coding.group_length(
+            coding.rows_shape(codes.shape, fmt.granularity)[1], fmt.group_size
+        ),
         "AXIS": fmt.granularity,
         "E4M3": codes.scales.dtype == coding.E4M3,
         "HAS_ZERO": codes.zeros is not None,
@@ -133,7 +166,13 @@ def _codes_constants(codes: Codes | Tensor, d: int) -> dict[str, Any]:
 def _clusters_constants(clusters: Clusters | None) -> dict[str, Any]:
     """And of its clusters."""
     if clusters is None:
-        return {"STAGES": 0, "FIRST_FIRST": False, "CENTROIDS": None, "INDEX": None, "PER_HEAD": False}
+        return {
+            "STAGES": 0,
+            "FIRST_FIRST": False,
+            "CENTROIDS": None,
+            "INDEX": None,
+            "PER_HEAD": False,
+        }
     from rcm.kernels.kv_codec import restore_kernels as kernels
 
     assigned = clusters.assignments
@@ -146,7 +185,9 @@ def _clusters_constants(clusters: Clusters | None) -> dict[str, Any]:
     }
 
 
-def encode(x: Tensor, fmt: CodeFormat, subtract: tuple[Tensor, Tensor] | None = None) -> Codes | None:
+def encode(
+    x: Tensor, fmt: CodeFormat, subtract: tuple[Tensor, Tensor] | None = None
+) -> Codes | None:
     """`codes.encode` of `x` [B, S, N, D], less centroids [B, k, N, D] by assignments if `subtract`
     gives them; None where it cannot.
     """
@@ -176,11 +217,15 @@ def encode(x: Tensor, fmt: CodeFormat, subtract: tuple[Tensor, Tensor] | None = 
     groups = n * d if channel else s * n * d // group
     with device_of(x):
         grid = (-(-groups // across), -(-s // group) if channel else 1, b)
-        kernels.extremes[grid](*source, low, high, x.stride()[:3], sizes, ALONG=along, ACROSS=across, **common)
+        kernels.extremes[grid](
+            *source, low, high, x.stride()[:3], sizes, ALONG=along, ACROSS=across, **common
+        )
         scales, zeros, unit = coding.scales_of(low, high, fmt, batch=b)
         divisor, zero = coding.divisors(low, high, scales, zeros, unit, fmt)
         rows, columns = (-(-s // fmt.per_byte), n * d) if channel else (s, n * d // fmt.per_byte)
-        data = torch.empty(r, rows if channel else d // fmt.per_byte, c, dtype=torch.uint8, device=x.device)
+        data = torch.empty(
+            r, rows if channel else d // fmt.per_byte, c, dtype=torch.uint8, device=x.device
+        )
         tokens, cols = _tile(columns, ELEMENTS // fmt.per_byte)
         kernels.write_codes[(-(-rows // tokens), -(-columns // cols), b)](
             *source,

@@ -16,29 +16,57 @@ RECENTRED = 4
 """Clusters per program of `recentre`: it reads all tiles, so many programs share the work."""
 
 
-def spherical(x: Tensor, k: int, *, iters: int, start: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def spherical(
+    x: Tensor, k: int, *, iters: int, start: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
     """Assignments int32 [B, S] and unit centres [B, 1, k, D] of `x` [B, S, N, D] by the means over
     its heads; None where kernels cannot run. As `clusters.spherical` of `clusters.features`, but
     for the last bits of sums.
     """
     b, s, n, d = x.shape
-    if not (runs_on(x) and x.dtype in FLOATS and x.stride(3) == 1 and d >= 16 and d & (d - 1) == 0 and d <= 256):
+    if not (
+        runs_on(x)
+        and x.dtype in FLOATS
+        and x.stride(3) == 1
+        and d >= 16
+        and d & (d - 1) == 0
+        and d <= 256
+    ):
         return None
     from rcm.kernels.kv_codec import cluster_kernels as kernels
 
     tiles = -(-s // TILE)
-    points, partial = x.new_empty(b, s, d, dtype=torch.float32), x.new_empty(b, tiles, k, d, dtype=torch.float32)
+    points, partial = (
+        x.new_empty(b, s, d, dtype=torch.float32),
+        x.new_empty(b, tiles, k, d, dtype=torch.float32),
+    )
     assigned = x.new_empty(b, s, dtype=torch.int32)
     with device_of(x):
-        kernels.features[(-(-s // 16), b)](x, points, x.stride()[:3], (s, n), TOKENS=16, D=d, num_warps=4)
+        kernels.features[(-(-s // 16), b)](
+            x, points, x.stride()[:3], (s, n), TOKENS=16, D=d, num_warps=4
+        )
         if start is not None and start.shape == (b, 1, k, d):
             centres = F.normalize(start.float(), dim=-1).squeeze(1)
         else:
             centres = points[:, torch.linspace(0, s - 1, k, device=x.device).round().long()]
         for _ in range(max(1, iters)):
-            kernels.assign[(tiles, b)](points, centres, assigned, partial, s, k, tiles, TOKENS=TILE, CLUSTERS=TILE, D=d, num_warps=4)
+            kernels.assign[(tiles, b)](
+                points,
+                centres,
+                assigned,
+                partial,
+                s,
+                k,
+                tiles,
+                TOKENS=TILE,
+                CLUSTERS=TILE,
+                D=d,
+                num_warps=4,
+            )
             centres = torch.empty_like(centres)
-            kernels.recentre[(-(-k // RECENTRED), b)](partial, centres, k, tiles, CLUSTERS=RECENTRED, D=d, num_warps=4)
+            kernels.recentre[(-(-k // RECENTRED), b)](
+                partial, centres, k, tiles, CLUSTERS=RECENTRED, D=d, num_warps=4
+            )
     return assigned, centres.unsqueeze(1)
 
 
@@ -49,6 +77,8 @@ def member_means(x: Tensor, assigned: Tensor, k: int) -> Tensor | None:
     """
     if not (x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and assigned.dim() == 2):
         return None
-    belongs = assigned.unsqueeze(1) == torch.arange(k, device=x.device, dtype=assigned.dtype).view(1, k, 1)
+    belongs = assigned.unsqueeze(1) == torch.arange(k, device=x.device, dtype=assigned.dtype).view(
+        1, k, 1
+    )
     sums = torch.bmm(belongs.to(x.dtype), x.flatten(2), out_dtype=torch.float32)
     return (sums / belongs.sum(-1, keepdim=True).clamp(min=1)).unflatten(2, x.shape[2:])

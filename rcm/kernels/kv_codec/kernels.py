@@ -29,14 +29,22 @@ def _to_even(y):
 
 
 @triton.jit
-def _centroid(centroids, assigned, batch, token, head, col, keep, cluster_sizes, PER_HEAD: tl.constexpr):
+def _centroid(
+    centroids, assigned, batch, token, head, col, keep, cluster_sizes, PER_HEAD: tl.constexpr
+):
     """Centroids of tokens [T, C]; `cluster_sizes` = (tokens, heads, clusters, width)."""
     tokens, heads, clusters, width = cluster_sizes
     if PER_HEAD:
-        which = tl.load(assigned + (batch * tokens + token) * heads + head, mask=keep, other=0).to(tl.int64)
+        which = tl.load(assigned + (batch * tokens + token) * heads + head, mask=keep, other=0).to(
+            tl.int64
+        )
     else:
-        which = tl.load(assigned + batch * tokens + token, mask=token < tokens, other=0).to(tl.int64)
-    return tl.load(centroids + (batch * clusters + which) * width + col, mask=keep, other=0.0).to(tl.float32)
+        which = tl.load(assigned + batch * tokens + token, mask=token < tokens, other=0).to(
+            tl.int64
+        )
+    return tl.load(centroids + (batch * clusters + which) * width + col, mask=keep, other=0.0).to(
+        tl.float32
+    )
 
 
 @triton.jit
@@ -48,16 +56,31 @@ def _residual(
     _, tokens, heads, clusters = sizes
     stride_b, stride_s, stride_n = strides
     head = col // D
-    value = tl.load(x + batch * stride_b + token.to(tl.int64) * stride_s + head * stride_n + col % D, mask=keep, other=0.0).to(tl.float32)
+    value = tl.load(
+        x + batch * stride_b + token.to(tl.int64) * stride_s + head * stride_n + col % D,
+        mask=keep,
+        other=0.0,
+    ).to(tl.float32)
     if HAS_CLUSTERS:
-        value -= _centroid(centroids, assigned, batch, token, head, col, keep, (tokens, heads, clusters, heads * D), PER_HEAD)
+        value -= _centroid(
+            centroids,
+            assigned,
+            batch,
+            token,
+            head,
+            col,
+            keep,
+            (tokens, heads, clusters, heads * D),
+            PER_HEAD,
+        )
     return value
 
 
 @triton.jit
 def extremes(
     x, centroids, assigned, low, high, strides, sizes,
-    GROUP: tl.constexpr, CHANNEL: tl.constexpr, HAS_CLUSTERS: tl.constexpr, PER_HEAD: tl.constexpr, D: tl.constexpr,
+    GROUP: tl.constexpr, CHANNEL: tl.constexpr, HAS_CLUSTERS: tl.constexpr,
+    PER_HEAD: tl.constexpr, D: tl.constexpr,
     ALONG: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """Least and largest element of every group, float32. A program takes ACROSS groups; ALONG is
@@ -80,13 +103,17 @@ def extremes(
         group = batch * tokens * per_token + across
         there = across < tokens * per_token
     keep = (inside < GROUP) & (token < tokens) & there[None, :]
-    value = _residual(x, centroids, assigned, batch, token, col, keep, strides, sizes, HAS_CLUSTERS, PER_HEAD, D)
+    value = _residual(
+        x, centroids, assigned, batch, token, col, keep, strides, sizes, HAS_CLUSTERS, PER_HEAD, D
+    )
     tl.store(low + group, tl.min(tl.where(keep, value, float("inf")), axis=0), mask=there)
     tl.store(high + group, tl.max(tl.where(keep, value, float("-inf")), axis=0), mask=there)
 
 
 @triton.jit
-def _code(y, DTYPE: tl.constexpr, ASYMMETRIC: tl.constexpr, OFFICIAL: tl.constexpr, BITS: tl.constexpr):
+def _code(
+    y, DTYPE: tl.constexpr, ASYMMETRIC: tl.constexpr, OFFICIAL: tl.constexpr, BITS: tl.constexpr
+):
     """Unsigned codes (int32) of scaled elements; of int8 the low byte of the signed number."""
     top: tl.constexpr = (1 << BITS) - 1
     half: tl.constexpr = 1 << (BITS - 1)
@@ -127,8 +154,10 @@ def _code(y, DTYPE: tl.constexpr, ASYMMETRIC: tl.constexpr, OFFICIAL: tl.constex
 @triton.jit
 def write_codes(
     x, centroids, assigned, scale, zero, data, strides, sizes,
-    DTYPE: tl.constexpr, ASYMMETRIC: tl.constexpr, OFFICIAL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, CHANNEL: tl.constexpr,
-    HAS_CLUSTERS: tl.constexpr, PER_HEAD: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
+    DTYPE: tl.constexpr, ASYMMETRIC: tl.constexpr, OFFICIAL: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, CHANNEL: tl.constexpr,
+    HAS_CLUSTERS: tl.constexpr, PER_HEAD: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr,
+    COLS: tl.constexpr,
 ):  # fmt: skip
     """Packed codes of a tensor given what they are computed with: float32 `scale` and `zero` per
     group.
@@ -152,13 +181,28 @@ def write_codes(
             group = (batch * tl.cdiv(tokens, GROUP) + token // GROUP) * width + col
         else:
             group = ((batch * tokens + token) * width + col) // GROUP
-        value = _residual(x, centroids, assigned, batch, token, col, keep, strides, sizes, HAS_CLUSTERS, PER_HEAD, D)
+        value = _residual(
+            x,
+            centroids,
+            assigned,
+            batch,
+            token,
+            col,
+            keep,
+            strides,
+            sizes,
+            HAS_CLUSTERS,
+            PER_HEAD,
+            D,
+        )
         if ASYMMETRIC:
             value -= tl.load(zero + group, mask=keep, other=0.0)
         divisor = tl.load(scale + group, mask=keep, other=1.0)
         beyond = tl.where(value > 0, 1024.0, tl.where(value < 0, -1024.0, 0.0))
         value = tl.where(divisor > 0, tl.div_rn(value, tl.where(divisor > 0, divisor, 1.0)), beyond)
         code = _code(value, DTYPE, ASYMMETRIC, OFFICIAL, BITS)
-        total |= tl.where(keep, code, 0) << (BITS * (per_byte - 1 - place) if OFFICIAL else BITS * place)
+        total |= tl.where(keep, code, 0) << (
+            BITS * (per_byte - 1 - place) if OFFICIAL else BITS * place
+        )
     inside = (at < rows) & (across < columns)
     tl.store(data + (batch * rows + at) * columns + across, total.to(tl.uint8), mask=inside)

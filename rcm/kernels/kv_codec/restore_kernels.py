@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 KINDS = {
-    torch.float8_e4m3fn: tl.uint8, torch.uint8: tl.uint8, torch.int8: tl.int8, torch.int16: tl.int16, torch.int32: tl.int32,
+    torch.float8_e4m3fn: tl.uint8, torch.uint8: tl.uint8, torch.int8: tl.int8,
+    torch.int16: tl.int16, torch.int32: tl.int32,
     torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32,
 }  # fmt: skip
 """How the tensors of a blob are read at their addresses; e4m3 by its bits."""
@@ -42,7 +43,9 @@ def _number(code, DTYPE: tl.constexpr, OFFSET: tl.constexpr):
         return _e4m3(code)
     if DTYPE == "fp4":
         size = code & 7
-        half = tl.where(size < 4, size, tl.where(size < 6, 2 * size - 4, 4 * size - 16)).to(tl.float32)
+        half = tl.where(size < 4, size, tl.where(size < 6, 2 * size - 4, 4 * size - 16)).to(
+            tl.float32
+        )
         return tl.where(code >= 8, -0.5 * half, 0.5 * half)
     return code.to(tl.float32) - OFFSET
 
@@ -54,7 +57,18 @@ def _at(row, field: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _place(batch, token, head, channel, tokens, heads, AXIS: tl.constexpr, GROUP: tl.constexpr, PER_BYTE: tl.constexpr, D: tl.constexpr):
+def _place(
+    batch,
+    token,
+    head,
+    channel,
+    tokens,
+    heads,
+    AXIS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PER_BYTE: tl.constexpr,
+    D: tl.constexpr,
+):
     """(byte, place in it, group) of elements whose rows do not run over tokens: where `codes.pack`
     put them, and their scale.
     """
@@ -68,23 +82,40 @@ def _place(batch, token, head, channel, tokens, heads, AXIS: tl.constexpr, GROUP
         # one division of a running index keeps neighbouring lanes on neighbouring addresses
         flat = row * D + at
         return flat // PER_BYTE, at % PER_BYTE, flat // GROUP
-    return row * tl.cdiv(length, PER_BYTE) + at // PER_BYTE, at % PER_BYTE, row * tl.cdiv(length, GROUP) + at // GROUP
+    return (
+        row * tl.cdiv(length, PER_BYTE) + at // PER_BYTE,
+        at % PER_BYTE,
+        row * tl.cdiv(length, GROUP) + at // GROUP,
+    )
 
 
 @triton.jit
-def _spread(ptr, row, tile, there, width, GROUP: tl.constexpr, E4M3: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr):
+def _spread(
+    ptr,
+    row,
+    tile,
+    there,
+    width,
+    GROUP: tl.constexpr,
+    E4M3: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """Scales or zeros [T, C] of groups along the channels of tokens `row` [T, 1], each loaded once
     for its GROUP neighbours.
     """
     group = (tile * (COLS // GROUP) + tl.arange(0, COLS // GROUP))[None, :]
     held = _stored(ptr, row * (width // GROUP) + group, there & (group * GROUP < width), E4M3)
-    return tl.reshape(tl.broadcast_to(tl.expand_dims(held, 2), (TOKENS, COLS // GROUP, GROUP)), (TOKENS, COLS))
+    return tl.reshape(
+        tl.broadcast_to(tl.expand_dims(held, 2), (TOKENS, COLS // GROUP, GROUP)), (TOKENS, COLS)
+    )
 
 
 @triton.jit
 def _part(
     code, scale, zero, PLACE: tl.constexpr,
-    DTYPE: tl.constexpr, OFFSET: tl.constexpr, HIGH_FIRST: tl.constexpr, BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
+    DTYPE: tl.constexpr, OFFSET: tl.constexpr, HIGH_FIRST: tl.constexpr, BITS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
 ):  # fmt: skip
     """The elements at one place of bytes."""
     bits: tl.constexpr = BITS * (8 // BITS - 1 - PLACE) if HIGH_FIRST else BITS * PLACE
@@ -95,8 +126,10 @@ def _part(
 @triton.jit
 def _along_channels(
     row, batch, token, byte, tokens, heads,
-    DTYPE: tl.constexpr, OFFSET: tl.constexpr, HIGH_FIRST: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, E4M3: tl.constexpr,
-    HAS_ZERO: tl.constexpr, HAS_UNIT: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
+    DTYPE: tl.constexpr, OFFSET: tl.constexpr, HIGH_FIRST: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, E4M3: tl.constexpr,
+    HAS_ZERO: tl.constexpr, HAS_UNIT: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr,
+    COLS: tl.constexpr,
 ):  # fmt: skip
     """Elements of bytes (columns `byte` [1, C]) and groups that run along the channels of a head: a
     byte and its scale are loaded once.
@@ -104,7 +137,11 @@ def _along_channels(
     per_byte: tl.constexpr = 8 // BITS
     scales: tl.constexpr = tl.uint8 if E4M3 else tl.float16
     keep = (token < tokens) & (byte < heads * (D // per_byte))
-    code = tl.load(_at(row, 0, tl.uint8) + (batch * tokens + token) * (heads * (D // per_byte)) + byte, mask=keep, other=0).to(tl.int32)
+    code = tl.load(
+        _at(row, 0, tl.uint8) + (batch * tokens + token) * (heads * (D // per_byte)) + byte,
+        mask=keep,
+        other=0,
+    ).to(tl.int32)
     group = (batch * tokens + token) * (heads * (D // GROUP)) + byte // (GROUP // per_byte)
     scale = _stored(_at(row, 1, scales), group, keep, E4M3)
     if HAS_UNIT:
@@ -124,8 +161,10 @@ def _along_channels(
 @triton.jit
 def _elements(
     row, batch, token, col, head, channel, keep, tile, tokens, heads, PLACE: tl.constexpr,
-    DTYPE: tl.constexpr, OFFSET: tl.constexpr, SIGNED: tl.constexpr, HIGH_FIRST: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    AXIS: tl.constexpr, E4M3: tl.constexpr, NATIVE: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_UNIT: tl.constexpr,
+    DTYPE: tl.constexpr, OFFSET: tl.constexpr, SIGNED: tl.constexpr, HIGH_FIRST: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr,
+    AXIS: tl.constexpr, E4M3: tl.constexpr, NATIVE: tl.constexpr, HAS_ZERO: tl.constexpr,
+    HAS_UNIT: tl.constexpr,
     D: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """number * scale (+ zero) of elements [T, C]. AXIS "channel": they are at the place PLACE of
@@ -135,15 +174,26 @@ def _elements(
     scales: tl.constexpr = tl.uint8 if E4M3 else tl.float16
     if AXIS == "channel":
         source = head * D + channel
-        byte, place = (batch * tl.cdiv(tokens, per_byte) + token // per_byte) * (heads * D) + source, PLACE
+        byte, place = (
+            (batch * tl.cdiv(tokens, per_byte) + token // per_byte) * (heads * D) + source,
+            PLACE,
+        )
         # the tile lies in one group of tokens: a scale per column
         if GROUP % (TOKENS * per_byte) == 0:
             first = tl.program_id(0) * (TOKENS * per_byte) // GROUP
-            group, known = (batch * tl.cdiv(tokens, GROUP) + first) * (heads * D) + source, col < heads * D
+            group, known = (
+                (batch * tl.cdiv(tokens, GROUP) + first) * (heads * D) + source,
+                col < heads * D,
+            )
         else:
-            group, known = (batch * tl.cdiv(tokens, GROUP) + token // GROUP) * (heads * D) + source, keep
+            group, known = (
+                (batch * tl.cdiv(tokens, GROUP) + token // GROUP) * (heads * D) + source,
+                keep,
+            )
     else:
-        byte, place, group = _place(batch, token, head, channel, tokens, heads, AXIS, GROUP, per_byte, D)
+        byte, place, group = _place(
+            batch, token, head, channel, tokens, heads, AXIS, GROUP, per_byte, D
+        )
         known = keep
     if SIGNED:
         value = tl.load(_at(row, 0, tl.int8) + byte, mask=keep, other=0).to(tl.float32)
@@ -158,7 +208,17 @@ def _elements(
                 code = (code >> bits) & ((1 << BITS) - 1)
             value = _number(code, DTYPE, OFFSET)
     if SPREAD:
-        scale = _spread(_at(row, 1, scales), batch * tokens + token, tile, token < tokens, heads * D, GROUP, E4M3, TOKENS, COLS)
+        scale = _spread(
+            _at(row, 1, scales),
+            batch * tokens + token,
+            tile,
+            token < tokens,
+            heads * D,
+            GROUP,
+            E4M3,
+            TOKENS,
+            COLS,
+        )
     else:
         scale = _stored(_at(row, 1, scales), group, known, E4M3)
     if HAS_UNIT:
@@ -166,7 +226,17 @@ def _elements(
     value *= scale
     if HAS_ZERO:
         if SPREAD:
-            value += _spread(_at(row, 2, scales), batch * tokens + token, tile, token < tokens, heads * D, GROUP, E4M3, TOKENS, COLS)
+            value += _spread(
+                _at(row, 2, scales),
+                batch * tokens + token,
+                tile,
+                token < tokens,
+                heads * D,
+                GROUP,
+                E4M3,
+                TOKENS,
+                COLS,
+            )
         else:
             value += _stored(_at(row, 2, scales), group, known, E4M3)
     return value
@@ -189,7 +259,11 @@ def _angles(table, place, there, D: tl.constexpr, COLS: tl.constexpr):
     """cos or sin [T, C / 2] for the tokens at `place` [T, 1] and the channel pairs of whole
     heads.
     """
-    return tl.load(table + place * (D // 2) + (tl.arange(0, COLS // 2) % (D // 2))[None, :], mask=there, other=0.0)
+    return tl.load(
+        table + place * (D // 2) + (tl.arange(0, COLS // 2) % (D // 2))[None, :],
+        mask=there,
+        other=0.0,
+    )
 
 
 @triton.jit
@@ -204,10 +278,14 @@ def _turned(x, cos, sin, kind, TOKENS: tl.constexpr, COLS: tl.constexpr):
 @triton.jit
 def restore(
     table, starts, out, cos, sin, strides, sizes,
-    DTYPE: tl.constexpr, OFFSET: tl.constexpr, SIGNED: tl.constexpr, HIGH_FIRST: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    AXIS: tl.constexpr, E4M3: tl.constexpr, NATIVE: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_UNIT: tl.constexpr, UNDO: tl.constexpr,
-    ROOT: tl.constexpr, STAGES: tl.constexpr, FIRST_FIRST: tl.constexpr, CENTROIDS: tl.constexpr, INDEX: tl.constexpr,
-    PER_HEAD: tl.constexpr, TURN: tl.constexpr, FIELDS: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
+    DTYPE: tl.constexpr, OFFSET: tl.constexpr, SIGNED: tl.constexpr, HIGH_FIRST: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr,
+    AXIS: tl.constexpr, E4M3: tl.constexpr, NATIVE: tl.constexpr, HAS_ZERO: tl.constexpr,
+    HAS_UNIT: tl.constexpr, UNDO: tl.constexpr,
+    ROOT: tl.constexpr, STAGES: tl.constexpr, FIRST_FIRST: tl.constexpr, CENTROIDS: tl.constexpr,
+    INDEX: tl.constexpr,
+    PER_HEAD: tl.constexpr, TURN: tl.constexpr, FIELDS: tl.constexpr, D: tl.constexpr,
+    TOKENS: tl.constexpr, COLS: tl.constexpr,
     PLACES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """out[b, start + s, n, d] = number * scale (+ zero), unsmoothed, + centroids, for every blob of
@@ -231,7 +309,10 @@ def restore(
         token = line[:, None]
         target = start + token.to(tl.int64)
         if TURN:
-            c, s = _angles(cos, target, token < tokens, D, COLS), _angles(sin, target, token < tokens, D, COLS)
+            c, s = (
+                _angles(cos, target, token < tokens, D, COLS),
+                _angles(sin, target, token < tokens, D, COLS),
+            )
         for tile in range(TILES):
             at = tl.program_id(1) * TILES + tile
             col = (at * COLS + tl.arange(0, COLS))[None, :]
@@ -239,24 +320,43 @@ def restore(
             head = col // D
             channel = col % D
             if UNDO == "reorder":
-                channel = tl.load(_at(row, 6, tl.int16) + batch * width + col, mask=col < width, other=0).to(tl.int32)
+                channel = tl.load(
+                    _at(row, 6, tl.int16) + batch * width + col, mask=col < width, other=0
+                ).to(tl.int32)
             if DTYPE == "bf16":
-                value = tl.load(_at(row, 0, tl.bfloat16) + (batch * tokens + token) * width + head * D + channel, mask=keep, other=0.0)
+                value = tl.load(
+                    _at(row, 0, tl.bfloat16)
+                    + (batch * tokens + token) * width
+                    + head * D
+                    + channel,
+                    mask=keep,
+                    other=0.0,
+                )
                 value = value.to(tl.float32)
-            elif AXIS == "token" and BITS < 8 and D % GROUP == 0 and GROUP % (8 // BITS) == 0 and UNDO != "reorder":
+            elif (
+                AXIS == "token"
+                and BITS < 8
+                and D % GROUP == 0
+                and GROUP % (8 // BITS) == 0
+                and UNDO != "reorder"
+            ):
                 byte = (at * (COLS * BITS // 8) + tl.arange(0, COLS * BITS // 8))[None, :]
                 value = _along_channels(
-                    row, batch, token, byte, tokens, heads, DTYPE, OFFSET, HIGH_FIRST, BITS, GROUP, E4M3, HAS_ZERO, HAS_UNIT,
+                    row, batch, token, byte, tokens, heads, DTYPE, OFFSET, HIGH_FIRST, BITS,
+                    GROUP, E4M3, HAS_ZERO, HAS_UNIT,
                     D, TOKENS, COLS,
                 )  # fmt: skip
             else:
                 value = _elements(
-                    row, batch, token, col, head, channel, keep, at, tokens, heads, place, DTYPE, OFFSET, SIGNED, HIGH_FIRST, BITS, GROUP,
+                    row, batch, token, col, head, channel, keep, at, tokens, heads, place, DTYPE,
+                    OFFSET, SIGNED, HIGH_FIRST, BITS, GROUP,
                     AXIS, E4M3, NATIVE, HAS_ZERO, HAS_UNIT, D, TOKENS, COLS,
                     AXIS == "token" and D % GROUP == 0 and COLS % GROUP == 0 and UNDO != "reorder",
                 )  # fmt: skip
             if UNDO == "balance":
-                value *= tl.load(_at(row, 6, tl.bfloat16) + batch * width + col, mask=col < width, other=0.0).to(tl.float32)
+                value *= tl.load(
+                    _at(row, 6, tl.bfloat16) + batch * width + col, mask=col < width, other=0.0
+                ).to(tl.float32)
             if UNDO == "hadamard":
                 value = _hadamard(value, ROOT, D, TOKENS, COLS)
             for i in tl.static_range(STAGES):
@@ -265,15 +365,25 @@ def restore(
                 which = batch * clusters
                 if PER_HEAD:
                     assigned = _at(row, 5, INDEX) + (stage * batches + batch) * tokens * heads
-                    which += tl.load(assigned + token * heads + head, mask=keep, other=0).to(tl.int64)
+                    which += tl.load(assigned + token * heads + head, mask=keep, other=0).to(
+                        tl.int64
+                    )
                 # loaded as a vector: a column would be loaded once per element
                 elif INDEX is not None:
                     assigned = _at(row, 5, INDEX) + (stage * batches + batch) * tokens
-                    which += tl.load(assigned + line, mask=line < tokens, other=0).to(tl.int64)[:, None]
-                value += tl.load(centroids + which * width + col, mask=keep, other=0.0).to(tl.float32)
+                    which += tl.load(assigned + line, mask=line < tokens, other=0).to(tl.int64)[
+                        :, None
+                    ]
+                value += tl.load(centroids + which * width + col, mask=keep, other=0.0).to(
+                    tl.float32
+                )
             if TURN:
                 value = _turned(value, c, s, kind, TOKENS, COLS)
-            tl.store(out + batch * stride_b + target * stride_s + head * stride_n + col % D, value.to(kind), mask=keep)
+            tl.store(
+                out + batch * stride_b + target * stride_s + head * stride_n + col % D,
+                value.to(kind),
+                mask=keep,
+            )
 
 
 @triton.jit

@@ -42,11 +42,15 @@ def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor
     if q.is_cuda:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(*operands, scale=scale)[:2]
     else:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*operands, scale=scale)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *operands, scale=scale
+        )
     return out.transpose(1, 2), lse
 
 
-def attend_segments(q: Tensor, segments: Iterable[Segment], *, scale: float, attend: Attend = plain) -> Tensor:
+def attend_segments(
+    q: Tensor, segments: Iterable[Segment], *, scale: float, attend: Attend = plain
+) -> Tensor:
     """softmax(scale q k^T - gain) v over all segments together: [B, L, N, D] in the dtype of `q`;
     `ValueError` without any.
 
@@ -58,7 +62,10 @@ def attend_segments(q: Tensor, segments: Iterable[Segment], *, scale: float, att
         if segment.k.shape[1] == 0:
             continue
         part, lse = attend(q, segment.k, segment.v, scale)
-        part, lse = part.to(torch.promote_types(q.dtype, torch.float32)), lse if segment.gain is None else lse - segment.gain
+        part, lse = (
+            part.to(torch.promote_types(q.dtype, torch.float32)),
+            (lse if segment.gain is None else lse - segment.gain),
+        )
         if out is None:
             out, total = part, lse
             continue

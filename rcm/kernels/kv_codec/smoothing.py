@@ -65,7 +65,10 @@ def hadamard(x: Tensor) -> Tensor:
     """
     d = x.shape[-1]
     if d & (d - 1):
-        raise ConfigError(f"hadamard smoothing needs heads of a power of two channels, got {d}; choose another --kv_smoothing_k / _v")
+        raise ConfigError(
+            f"hadamard smoothing needs heads of a power of two channels, got {d}; choose another"
+            " --kv_smoothing_k / _v"
+        )
     for level in range(d.bit_length() - 1):
         a, b = x.unflatten(-1, (-1, 2, 1 << level)).unbind(-2)
         x = torch.stack([a + b, a - b], dim=-2).flatten(-3)

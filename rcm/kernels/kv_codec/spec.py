@@ -79,12 +79,18 @@ class KVCodecSpec:
         if not 0 <= self.smooth_alpha <= 1:
             raise ConfigError(f"--kv_smooth_alpha must lie in 0..1, got {self.smooth_alpha}")
         if not 0 < self.clip_percentile <= 1:
-            raise ConfigError(f"--kv_clip_percentile is a share above 0 and at most 1, such as 0.999, got {self.clip_percentile}")
+            raise ConfigError(
+                "--kv_clip_percentile is a share above 0 and at most 1, such as 0.999, got"
+                f" {self.clip_percentile}"
+            )
         for name in ("qvg_clusters", "qvg_stages"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--kv_{name} must be at least 1, got {getattr(self, name)}")
         if self.bias_correction and self.key.dtype == "bf16":
-            raise ConfigError("--kv_bias_correction is for coded keys, and these stay in bf16; choose --kv_dtype_k, or leave it out")
+            raise ConfigError(
+                "--kv_bias_correction is for coded keys, and these stay in bf16; choose"
+                " --kv_dtype_k, or leave it out"
+            )
         if self.qvg_iters < 0:
             raise ConfigError(f"--kv_qvg_iters must not be negative, got {self.qvg_iters}")
 
@@ -99,7 +105,11 @@ class KVCodecSpec:
         chosen = self.side(side)
         if chosen.granularity != "auto":
             return chosen.granularity
-        return "channel" if side == "key" and chosen.dtype != "bf16" and self.mode != "official" else "token"
+        return (
+            "channel"
+            if side == "key" and chosen.dtype != "bf16" and self.mode != "official"
+            else "token"
+        )
 
     @property
     def keys_before_rotation(self) -> bool:
@@ -113,10 +123,17 @@ class KVCodecSpec:
         parts = [f"KV cache: mode {self.mode}"]
         for side in SIDES:
             s = self.side(side)
-            text = s.dtype if s.dtype == "bf16" else f"{s.dtype} by {self.granularity(side)}, groups of {s.group_size}"
+            text = (
+                s.dtype
+                if s.dtype == "bf16"
+                else f"{s.dtype} by {self.granularity(side)}, groups of {s.group_size}"
+            )
             text += ", asymmetric" if s.asymmetric else ""
             if s.smoothing == "qvg":
-                text += f", qvg {self.qvg_clusters} clusters x {self.qvg_stages}, {self.qvg_iters} iterations"
+                text += (
+                    f", qvg {self.qvg_clusters} clusters x {self.qvg_stages}, {self.qvg_iters}"
+                    " iterations"
+                )
             elif s.smoothing != "none":
                 text += f", {s.smoothing}"
             parts.append(f"{side}s {text}")
@@ -128,8 +145,13 @@ class KVCodecSpec:
         default, other names are not looked at.
         """
         value = {name: flags.get(name, default) for name, default in FLAGS.items()}
-        sides = {side: SideSpec(**{f.name: value[f"kv_{f.name}_{side[0]}"] for f in fields(SideSpec)}) for side in SIDES}
-        return cls(**sides, **{f.name: value[f"kv_{f.name}"] for f in fields(cls) if f.name not in SIDES})
+        sides = {
+            side: SideSpec(**{f.name: value[f"kv_{f.name}_{side[0]}"] for f in fields(SideSpec)})
+            for side in SIDES
+        }
+        return cls(
+            **sides, **{f.name: value[f"kv_{f.name}"] for f in fields(cls) if f.name not in SIDES}
+        )
 
     def _check_side(self, side: Side) -> None:
         s, end = self.side(side), side[0]
@@ -137,19 +159,36 @@ class KVCodecSpec:
         _one_of(f"kv_smoothing_{end}", s.smoothing, SMOOTHINGS)
         _one_of(f"kv_granularity_{end}", s.granularity, GRANULARITIES)
         if isinstance(s.group_size, bool) or not isinstance(s.group_size, int):
-            raise ConfigError(f"--kv_group_size_{end} must be a whole number (0: the whole axis), got {s.group_size!r}")
+            raise ConfigError(
+                f"--kv_group_size_{end} must be a whole number (0: the whole axis), got"
+                f" {s.group_size!r}"
+            )
         if s.asymmetric and s.dtype not in INTEGERS:
-            raise ConfigError(f"--kv_asymmetric_{end} needs an integer type, got --kv_dtype_{end} {s.dtype}")
+            raise ConfigError(
+                f"--kv_asymmetric_{end} needs an integer type, got --kv_dtype_{end} {s.dtype}"
+            )
         if s.asymmetric and self.mode == "release":
-            raise ConfigError(f"--kv_asymmetric_{end} is not known to --kv_mode release; use --kv_mode rcm or official")
+            raise ConfigError(
+                f"--kv_asymmetric_{end} is not known to --kv_mode release; use --kv_mode rcm or"
+                " official"
+            )
         if self.mode != "official" or s.is_identity:
             return
         if s.dtype not in INTEGERS:
-            raise ConfigError(f"--kv_mode official stores int8, int4 or int2 (or bf16 as it is), got --kv_dtype_{end} {s.dtype}")
+            raise ConfigError(
+                "--kv_mode official stores int8, int4 or int2 (or bf16 as it is), got"
+                f" --kv_dtype_{end} {s.dtype}"
+            )
         if s.smoothing not in ("none", "qvg"):
-            raise ConfigError(f"--kv_mode official smooths with none or qvg, got --kv_smoothing_{end} {s.smoothing}")
+            raise ConfigError(
+                f"--kv_mode official smooths with none or qvg, got --kv_smoothing_{end}"
+                f" {s.smoothing}"
+            )
         if self.granularity(side) != "token":
-            raise ConfigError(f"--kv_mode official groups channels of a token, got --kv_granularity_{end} {s.granularity}; use token")
+            raise ConfigError(
+                f"--kv_mode official groups channels of a token, got --kv_granularity_{end}"
+                f" {s.granularity}; use token"
+            )
 
 
 def kivi(dtype: str = "int2", *, group_size: int = 64) -> KVCodecSpec:

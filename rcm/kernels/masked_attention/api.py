@@ -25,7 +25,14 @@ Backward = Literal["cudnn", "flash", "eager"]
 # torch.compiler.disable would import the compiler with this module; this one does at the first call
 @torch._disable_dynamo
 def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float | None = None, forward: Forward, backward: Backward
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: MaskSpec | None,
+    scale: float | None = None,
+    forward: Forward,
+    backward: Backward,
 ) -> Tensor:
     """Softmax attention under a mask, differentiable once in reverse mode: softmax(scale q k^T,
     masked) v.
@@ -53,9 +60,13 @@ def masked_attention(
     that cannot take these heads while a gradient is needed).
     """
     if forward not in ("triton", "reference"):
-        raise ConfigError(f"unknown forward {forward!r} of masked attention; choose from triton, reference")
+        raise ConfigError(
+            f"unknown forward {forward!r} of masked attention; choose from triton, reference"
+        )
     with torch.no_grad():
-        problem = check_problem(q, k, v, q_dot=None, k_dot=None, v_dot=None, mask=mask, scale=scale, tangent_start=0)
+        problem = check_problem(
+            q, k, v, q_dot=None, k_dot=None, v_dot=None, mask=mask, scale=scale, tangent_start=0
+        )
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     obstacle = rectangle_obstacle(backward, q, v, mask=problem.mask)
     if needs_grad and obstacle:
@@ -73,13 +84,19 @@ def forward_obstacle(q: Tensor, v: Tensor) -> str | None:
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"it needs bfloat16, float16 or float32, got {q.dtype}"
     if not all(MIN_HEAD <= width <= MAX_HEAD for width in (q.shape[3], v.shape[3])):
-        return f"it needs head sizes from {MIN_HEAD} to {MAX_HEAD}, got {q.shape[3]} and {v.shape[3]}"
+        return (
+            f"it needs head sizes from {MIN_HEAD} to {MAX_HEAD}, got {q.shape[3]} and {v.shape[3]}"
+        )
     return None
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: float, forward: Forward) -> tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: float, forward: Forward
+) -> tuple[Tensor, Tensor]:
     """(o, lse); called where no gradient is recorded."""
-    problem = check_problem(q, k, v, q_dot=None, k_dot=None, v_dot=None, mask=mask, scale=scale, tangent_start=0)
+    problem = check_problem(
+        q, k, v, q_dot=None, k_dot=None, v_dot=None, mask=mask, scale=scale, tangent_start=0
+    )
     if forward == "triton":
         # Triton is imported only when asked for
         from rcm.kernels.flash_jvp.launch import triton_jvp
@@ -92,7 +109,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: float, forw
 
 class _MaskedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: float, forward: Forward, backward: Backward) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: MaskSpec,
+        scale: float,
+        forward: Forward,
+        backward: Backward,
+    ) -> Tensor:
         o, lse = kept(lambda: _forward(q, k, v, mask, scale, forward))
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.mask, ctx.scale, ctx.rectangle = mask, scale, RECTANGLES[backward]
@@ -102,5 +128,7 @@ class _MaskedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
-        grads = masked_backward(grad_o, q, k, v, o, lse, mask=ctx.mask, scale=ctx.scale, rectangle=ctx.rectangle)
+        grads = masked_backward(
+            grad_o, q, k, v, o, lse, mask=ctx.mask, scale=ctx.scale, rectangle=ctx.rectangle
+        )
         return *grads, None, None, None, None

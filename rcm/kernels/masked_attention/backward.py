@@ -64,7 +64,11 @@ class Sum(NamedTuple):
 @lru_cache(maxsize=256)
 def plan_sum(calls: tuple[Teeth, ...], length: int) -> Sum:
     """The cheapest way to add up the results of `calls` along an axis of `length` tokens."""
-    ranges = [(t.start + i * t.step, t.start + i * t.step + t.length) for t in calls for i in range(t.count)]
+    ranges = [
+        (t.start + i * t.step, t.start + i * t.step + t.length)
+        for t in calls
+        for i in range(t.count)
+    ]
     touched = torch.zeros(length, dtype=torch.int32)
     for start, stop in ranges:
         touched[start:stop] += 1
@@ -108,7 +112,10 @@ class _Accumulator:
 
     def __init__(self, out: Tensor, calls: tuple[Teeth, ...]) -> None:
         self.out, self.calls, self.plan = out, calls, plan_sum(calls, out.shape[0])
-        rows, wide_dtype = self.plan.stop - self.plan.start, torch.promote_types(out.dtype, torch.float32)
+        rows, wide_dtype = (
+            self.plan.stop - self.plan.start,
+            torch.promote_types(out.dtype, torch.float32),
+        )
         self.wide = out.narrow(0, self.plan.start, rows)
         if wide_dtype != out.dtype and rows:
             self.wide = _allocate(self.wide.shape, wide_dtype, out.device)
@@ -119,10 +126,15 @@ class _Accumulator:
     def receive(self, call: int, result: Tensor) -> None:
         """Take the result [C, length, N, D] of one call."""
         for move in self.plan.moves[call]:
-            teeth, part = self.calls[call].part(move.first, move.last), result[move.first : move.last]
+            teeth, part = (
+                self.calls[call].part(move.first, move.last),
+                result[move.first : move.last],
+            )
             if move.wide:
                 add = move.add or self.plan.clear
-                deposit(self.wide, part, start=teeth.start - self.plan.start, step=teeth.step, add=add)
+                deposit(
+                    self.wide, part, start=teeth.start - self.plan.start, step=teeth.step, add=add
+                )
             else:
                 deposit(self.out, part, start=teeth.start, step=teeth.step, add=move.add)
 
@@ -133,7 +145,16 @@ class _Accumulator:
 
 
 def masked_backward(
-    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, mask: MaskSpec, scale: float, rectangle: RectangleBackward
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    *,
+    mask: MaskSpec,
+    scale: float,
+    rectangle: RectangleBackward,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of attention under `mask`: every visible (query, key) pair in exactly one call
     of `rectangle`.
@@ -149,11 +170,20 @@ def masked_backward(
     grad_o = grad_o.contiguous()
     grads = tuple(_allocate(x.shape, x.dtype, x.device) for x in (q, k, v))
     for b in range(q.shape[0]):
-        sums = [_Accumulator(grad[b], teeth) for grad, teeth in zip(grads, (queries, keys, keys), strict=True)]
+        sums = [
+            _Accumulator(grad[b], teeth)
+            for grad, teeth in zip(grads, (queries, keys, keys), strict=True)
+        ]
         for call, (rows, columns) in enumerate(zip(queries, keys, strict=True)):
             row_lse = rows.cut(lse[b], dim=1).contiguous()
             parts = rectangle(
-                rows.cut(grad_o[b]), rows.cut(q[b]), columns.cut(k[b]), columns.cut(v[b]), rows.cut(o[b]), row_lse, scale=scale
+                rows.cut(grad_o[b]),
+                rows.cut(q[b]),
+                columns.cut(k[b]),
+                columns.cut(v[b]),
+                rows.cut(o[b]),
+                row_lse,
+                scale=scale,
             )
             for total, part in zip(sums, parts, strict=True):
                 total.receive(call, part)
@@ -165,6 +195,7 @@ def masked_backward(
 def describe(calls: tuple[Comb, ...]) -> str:
     """A line per dense call, for benchmarks and errors."""
     return "\n".join(
-        f"{c.count} x [{c.q_len} queries x {c.k_len} keys] from ({c.q_start}, {c.k_start}) in steps of ({c.q_step}, {c.k_step})"
+        f"{c.count} x [{c.q_len} queries x {c.k_len} keys] from ({c.q_start}, {c.k_start}) in steps"
+        f" of ({c.q_step}, {c.k_step})"
         for c in calls
     )

@@ -19,7 +19,9 @@ LEAST = 0.5
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def eager_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float) -> Tensor:
+def eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
+) -> Tensor:
     """softmax(scale q k^T, masked) v on `[B, L, N, D]` with every product and intermediate in the
     dtype of q. Builds the dense mask.
     """
@@ -30,7 +32,9 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, s
     return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
 
-def with_gradients(attend: Attention, inputs: tuple[Tensor, Tensor, Tensor], grad_o: Tensor) -> tuple[Tensor, ...]:
+def with_gradients(
+    attend: Attention, inputs: tuple[Tensor, Tensor, Tensor], grad_o: Tensor
+) -> tuple[Tensor, ...]:
     """(o, dq, dk, dv) of `attend` at `inputs` for the output gradient `grad_o`."""
     leaves = tuple(x.detach().requires_grad_() for x in inputs)
     with torch.enable_grad():
@@ -39,7 +43,12 @@ def with_gradients(attend: Attention, inputs: tuple[Tensor, Tensor, Tensor], gra
 
 
 def errors_and_budgets(
-    attend: Attention, inputs: tuple[Tensor, Tensor, Tensor], grad_o: Tensor, *, mask: MaskSpec | None, scale: float
+    attend: Attention,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    grad_o: Tensor,
+    *,
+    mask: MaskSpec | None,
+    scale: float,
 ) -> dict[str, tuple[float, float]]:
     """Per output of `OUTPUTS`: (error of `attend`, budget), norms of the difference over the norm
     of the float64 truth on the same inputs.

@@ -25,7 +25,15 @@ class RectangleBackward(Protocol):
     """Gradient of attention restricted to a rectangle of pairs."""
 
     def __call__(
-        self, grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, scale: float
+        self,
+        grad_o: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        *,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) in the shapes of q, k, v."""
 
@@ -61,7 +69,21 @@ def flash_rectangle(
     """
     unused = torch.empty(0, dtype=torch.int64, device=q.device)
     return torch.ops.aten._flash_attention_backward(
-        grad_o, q, k, v, o, lse, None, None, q.shape[1], k.shape[1], 0.0, False, unused, unused, scale=scale
+        grad_o,
+        q,
+        k,
+        v,
+        o,
+        lse,
+        None,
+        None,
+        q.shape[1],
+        k.shape[1],
+        0.0,
+        False,
+        unused,
+        unused,
+        scale=scale,
     )
 
 
@@ -86,7 +108,11 @@ def eager_rectangle(
     return tuple(x.transpose(1, 2) for x in (dq, dk, dv))
 
 
-RECTANGLES: dict[str, RectangleBackward] = {"cudnn": cudnn_rectangle, "flash": flash_rectangle, "eager": eager_rectangle}
+RECTANGLES: dict[str, RectangleBackward] = {
+    "cudnn": cudnn_rectangle,
+    "flash": flash_rectangle,
+    "eager": eager_rectangle,
+}
 """The choices of `backward=`."""
 
 
@@ -95,7 +121,9 @@ def rectangle_obstacle(name: str, q: Tensor, v: Tensor, *, mask: MaskSpec) -> st
     None. Raises ConfigError for an unknown name.
     """
     if name not in RECTANGLES:
-        raise ConfigError(f"unknown backward {name!r} of masked attention; choose from {', '.join(RECTANGLES)}")
+        raise ConfigError(
+            f"unknown backward {name!r} of masked attention; choose from {', '.join(RECTANGLES)}"
+        )
     if name == "eager":
         return None
     if not q.is_cuda:
@@ -108,11 +136,17 @@ def rectangle_obstacle(name: str, q: Tensor, v: Tensor, *, mask: MaskSpec) -> st
     widths = (q.shape[3], v.shape[3])
     limit = 256 if name == "flash" or (major, minor) == (9, 0) else 128
     if any(width % 8 or width > limit for width in widths):
-        return f"it needs head sizes that are multiples of 8 up to {limit}, got {widths[0]} and {widths[1]}"
+        return (
+            f"it needs head sizes that are multiples of 8 up to {limit}, got {widths[0]} and"
+            f" {widths[1]}"
+        )
     if name == "flash" and widths[0] != widths[1]:
         return f"it needs equal head sizes of keys and values, got {widths[0]} and {widths[1]}"
     if name == "cudnn" and torch.are_deterministic_algorithms_enabled():
-        return "cuDNN's fused backward is not deterministic, and torch.use_deterministic_algorithms is on"
+        return (
+            "cuDNN's fused backward is not deterministic, and torch.use_deterministic_algorithms"
+            " is on"
+        )
     if name == "cudnn" and min(call.k_len for call in combs(mask)) == 1:
         return "it needs at least two keys per rectangle, and this mask has blocks of one key"
     return None

@@ -19,7 +19,12 @@ def deposit(target: Tensor, part: Tensor, *, start: int, step: int, add: bool) -
     torch's addition: the same numbers.
     """
     count, length = part.shape[:2]
-    if target.is_cuda and target.is_contiguous() and part.is_contiguous() and target.dtype != torch.float64:
+    if (
+        target.is_cuda
+        and target.is_contiguous()
+        and part.is_contiguous()
+        and target.dtype != torch.float64
+    ):
         # Triton is imported only on CUDA
         from rcm.kernels.masked_attention.deposit_kernel import launch_deposit
 

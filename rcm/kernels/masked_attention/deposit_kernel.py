@@ -32,4 +32,13 @@ def launch_deposit(target: Tensor, part: Tensor, *, start: int, step: int, add: 
     width = target.shape[1] * target.shape[2]
     grid = (triton.cdiv(length * width, BLOCK), count)
     with torch.cuda.device(target.device) if target.is_cuda else torch.no_grad():
-        _deposit[grid](target, part, start * width, step * width, length * width, ADD=add, BLOCK=BLOCK, num_warps=8)
+        _deposit[grid](
+            target,
+            part,
+            start * width,
+            step * width,
+            length * width,
+            ADD=add,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )

@@ -58,7 +58,10 @@ def combs(mask: MaskSpec) -> tuple[Comb, ...]:
     covers by `cost`.
     """
     cells = _Cells(mask)
-    covers = [_halved(cells, halve_rows=rows, halve_columns=columns) for rows, columns in product((False, True), repeat=2)]
+    covers = [
+        _halved(cells, halve_rows=rows, halve_columns=columns)
+        for rows, columns in product((False, True), repeat=2)
+    ]
     covers += [_merged(cover) for cover in covers]
     return min((_grouped(cover) for cover in covers), key=cost)
 
@@ -74,7 +77,9 @@ def cost(calls: tuple[Comb, ...]) -> float:
     total = 0.0
     for call in calls:
         q_tiles, k_tiles = -(-call.q_len // TILE), -(-call.k_len // TILE)
-        total += call.count * (q_tiles * k_tiles + 1.3 * (q_tiles + 2 * k_tiles)) + 5.5 * q_tiles + 60
+        total += (
+            call.count * (q_tiles * k_tiles + 1.3 * (q_tiles + 2 * k_tiles)) + 5.5 * q_tiles + 60
+        )
     return total
 
 
@@ -86,7 +91,9 @@ class _Cells:
     def __init__(self, mask: MaskSpec) -> None:
         segments = mask.row_segments()
         self.rows = [(segment.q_start, segment.q_stop) for segment in segments]
-        self.cuts = sorted({edge for segment in segments for interval in segment.intervals for edge in interval})
+        self.cuts = sorted(
+            {edge for segment in segments for interval in segment.intervals for edge in interval}
+        )
         self.columns = list(pairwise(self.cuts))
         self._sums = [[0] * (len(self.columns) + 1)]
         for segment in segments:
@@ -94,15 +101,30 @@ class _Cells:
             for start, stop in segment.intervals:
                 first, last = bisect_left(self.cuts, start), bisect_left(self.cuts, stop)
                 seen[first:last] = [1] * (last - first)
-            self._sums.append([above + here for above, here in zip(self._sums[-1], accumulate(seen, initial=0), strict=True)])
+            self._sums.append(
+                [
+                    above + here
+                    for above, here in zip(self._sums[-1], accumulate(seen, initial=0), strict=True)
+                ]
+            )
 
     def visible(self, top: int, bottom: int, left: int, right: int) -> int:
         """Number of visible cells in rows [top, bottom) and columns [left, right)."""
-        return self._sums[bottom][right] - self._sums[top][right] - self._sums[bottom][left] + self._sums[top][left]
+        return (
+            self._sums[bottom][right]
+            - self._sums[top][right]
+            - self._sums[bottom][left]
+            + self._sums[top][left]
+        )
 
     def rectangle(self, top: int, bottom: int, left: int, right: int) -> Rectangle:
         """Token ranges of a block of cells."""
-        return Rectangle(self.rows[top][0], self.rows[bottom - 1][1], self.columns[left][0], self.columns[right - 1][1])
+        return Rectangle(
+            self.rows[top][0],
+            self.rows[bottom - 1][1],
+            self.columns[left][0],
+            self.columns[right - 1][1],
+        )
 
 
 def _halved(cells: _Cells, *, halve_rows: bool, halve_columns: bool) -> list[Rectangle]:
@@ -121,7 +143,9 @@ def _halved(cells: _Cells, *, halve_rows: bool, halve_columns: bool) -> list[Rec
         for rows, columns in product(_power_cut(top, bottom), _power_cut(left, right)):
             visit(*rows, *columns)
 
-    for rows, columns in product(_middle_cut(len(cells.rows), halve_rows), _middle_cut(len(cells.columns), halve_columns)):
+    for rows, columns in product(
+        _middle_cut(len(cells.rows), halve_rows), _middle_cut(len(cells.columns), halve_columns)
+    ):
         visit(*rows, *columns)
     return found
 
@@ -145,7 +169,11 @@ def _merged(rectangles: list[Rectangle]) -> list[Rectangle]:
         joined: list[Rectangle] = []
         for rectangle in sorted(rectangles, key=lambda r: (r[own : own + 2], r[other])):
             last = joined[-1] if joined else None
-            if last and last[own : own + 2] == rectangle[own : own + 2] and last[other + 1] == rectangle[other]:
+            if (
+                last
+                and last[own : own + 2] == rectangle[own : own + 2]
+                and last[other + 1] == rectangle[other]
+            ):
                 edges = list(last)
                 edges[other + 1] = rectangle[other + 1]
                 joined[-1] = Rectangle(*edges)
@@ -161,20 +189,26 @@ def _grouped(rectangles: list[Rectangle]) -> tuple[Comb, ...]:
     """
     sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for r in rectangles:
-        sizes.setdefault((r.q_stop - r.q_start, r.k_stop - r.k_start), []).append((r.q_start, r.k_start))
+        sizes.setdefault((r.q_stop - r.q_start, r.k_stop - r.k_start), []).append(
+            (r.q_start, r.k_start)
+        )
     found = []
     for (q_len, k_len), corners in sizes.items():
         left = sorted(corners)
         while left:
             sequence = _longest_sequence(left, q_len=q_len, k_len=k_len)
             (q, k), count = sequence[0], len(sequence)
-            q_step, k_step = (sequence[1][0] - q, sequence[1][1] - k) if count > 1 else (q_len, k_len)
+            q_step, k_step = (
+                (sequence[1][0] - q, sequence[1][1] - k) if count > 1 else (q_len, k_len)
+            )
             found.append(Comb(q, q_len, q_step, k, k_len, k_step, count))
             left = [corner for corner in left if corner not in sequence]
     return tuple(sorted(found, key=lambda c: (-c.count * c.q_len, c)))
 
 
-def _longest_sequence(corners: list[tuple[int, int]], *, q_len: int, k_len: int) -> list[tuple[int, int]]:
+def _longest_sequence(
+    corners: list[tuple[int, int]], *, q_len: int, k_len: int
+) -> list[tuple[int, int]]:
     """The longest sequence from the first corner in equal steps that leave no two rectangles a row
     or a column in common.
     """

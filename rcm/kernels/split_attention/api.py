@@ -36,7 +36,9 @@ def num_splits(q_len: int, kv_len: int, heads: int, processors: int) -> int:
     def cost(parts: int) -> float:
         tiles = heads * -(-q_len // TILE) * parts
         rounds = -(-tiles // processors) / parts
-        return rounds * kv_len * ROUND_PER_KEY + (parts - 1) * (PART + 2 * result / BYTES_PER_NANOSECOND)
+        return rounds * kv_len * ROUND_PER_KEY + (parts - 1) * (
+            PART + 2 * result / BYTES_PER_NANOSECOND
+        )
 
     return min(range(1, max(1, min(LARGEST, kv_len // SHORTEST)) + 1), key=cost)
 
@@ -82,7 +84,9 @@ def merge_reference(outputs: list[Tensor], lses: list[Tensor]) -> Tensor:
 def _partial(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output [B, N, Lq, D] and natural log-sum-exp [B, N, Lq] of one part."""
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    found = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads_first, None, True, 0.0, False, False, scale=scale)
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *heads_first, None, True, 0.0, False, False, scale=scale
+    )
     return found[0], found[1].reshape(q.shape[0], q.shape[2], q.shape[1])
 
 

@@ -24,7 +24,12 @@ def _merge(
     column = tl.arange(0, PADDED)
     keep = row < length
     inside = keep[:, None] & (column < WIDTH)[None, :]
-    place = (pair // heads) * o_batch + (pair % heads) * o_head + row.to(tl.int64)[:, None] * o_row + column[None, :]
+    place = (
+        (pair // heads) * o_batch
+        + (pair % heads) * o_head
+        + row.to(tl.int64)[:, None] * o_row
+        + column[None, :]
+    )
     stats = pair * length + row
     top = tl.load(l0 + stats, mask=keep, other=0.0)
     for i in tl.static_range(1, PARTS):
@@ -33,8 +38,16 @@ def _merge(
     total = tl.zeros([ROWS, PADDED], dtype=tl.float32)
     weights = tl.zeros([ROWS], dtype=tl.float32)
     for i in tl.static_range(0, PARTS):
-        lse = l0 if i == 0 else (l1 if i == 1 else (l2 if i == 2 else (l3 if i == 3 else (l4 if i == 4 else l5))))
-        part = o0 if i == 0 else (o1 if i == 1 else (o2 if i == 2 else (o3 if i == 3 else (o4 if i == 4 else o5))))
+        lse = (
+            l0
+            if i == 0
+            else (l1 if i == 1 else (l2 if i == 2 else (l3 if i == 3 else (l4 if i == 4 else l5))))
+        )
+        part = (
+            o0
+            if i == 0
+            else (o1 if i == 1 else (o2 if i == 2 else (o3 if i == 3 else (o4 if i == 4 else o5))))
+        )
         weight = tl.exp(tl.load(lse + stats, mask=keep, other=0.0) - top)
         weights += weight
         total += weight[:, None] * tl.load(part + place, mask=inside, other=0.0).to(tl.float32)
@@ -55,6 +68,7 @@ def merge(outputs: list[Tensor], lses: list[Tensor]) -> Tensor:
     with torch.cuda.device(out.device) if out.is_cuda else torch.no_grad():
         _merge[grid](
             out, *padded[0], *padded[1], length, heads, *outputs[0].stride()[:3],
-            PARTS=len(outputs), ROWS=ROWS, WIDTH=width, PADDED=triton.next_power_of_2(width), num_warps=4,
+            PARTS=len(outputs), ROWS=ROWS, WIDTH=width, PADDED=triton.next_power_of_2(width),
+            num_warps=4,
         )  # fmt: skip
     return out

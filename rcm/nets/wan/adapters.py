@@ -20,25 +20,36 @@ they are.
 """
 
 
-def adapted_layers(targets: Iterable[str], *, knob: str = "model.config.lora.targets") -> tuple[str, ...]:
+def adapted_layers(
+    targets: Iterable[str], *, knob: str = "model.config.lora.targets"
+) -> tuple[str, ...]:
     """The `LAYERS` that `targets` name, in their order. As in PEFT, a target is the end of a
     layer's name in whole words ("q", "self_attn.q", "ffn.0"), in Wan's or in diffusers' naming
     ("to_q", "attn1.to_q", "ffn.net.2").
 
     Raises `ConfigError` naming a target that is none, and for no target at all.
     """
-    spelt = {layer: (layer, other_name(f"blocks.0.{layer}", form="diffusers").removeprefix("blocks.0.")) for layer in LAYERS}
+    spelt = {
+        layer: (layer, other_name(f"blocks.0.{layer}", form="diffusers").removeprefix("blocks.0."))
+        for layer in LAYERS
+    }
     chosen = set()
     for target in targets:
-        found = {layer for layer, names in spelt.items() if any(f".{name}".endswith(f".{target}") for name in names)}
+        found = {
+            layer
+            for layer, names in spelt.items()
+            if any(f".{name}".endswith(f".{target}") for name in names)
+        }
         if not found or not target:
             raise ConfigError(
-                f"{knob} names {target!r}, which is no linear layer of a block; choose from q, k, v, o, ffn.0, ffn.2, "
-                f"or of one attention: {', '.join(LAYERS[:8])}"
+                f"{knob} names {target!r}, which is no linear layer of a block; choose from q, k,"
+                f" v, o, ffn.0, ffn.2, or of one attention: {', '.join(LAYERS[:8])}"
             )
         chosen |= found
     if not chosen:
-        raise ConfigError(f"{knob} is empty, which leaves nothing to train; choose from q, k, v, o, ffn.0, ffn.2")
+        raise ConfigError(
+            f"{knob} is empty, which leaves nothing to train; choose from q, k, v, o, ffn.0, ffn.2"
+        )
     return tuple(layer for layer in LAYERS if layer in chosen)
 
 
@@ -60,4 +71,6 @@ def adapter_elements(layers: Iterable[str], config: WanConfig, *, rank: int, sha
     factors are cut along their first axis.
     """
     sizes = [layer_size(layer, config) for layer in layers]
-    return config.num_layers * sum(-(-rank // shard) * wide_in + -(-wide_out // shard) * rank for wide_in, wide_out in sizes)
+    return config.num_layers * sum(
+        -(-rank // shard) * wide_in + -(-wide_out // shard) * rank for wide_in, wide_out in sizes
+    )

@@ -58,7 +58,14 @@ class SelfAttentionCore(nn.Module):
         self.attention = attention
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rope: RopePair, cached: LayerView | None = None, attend: bool = True
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: TokenLayout,
+        rope: RopePair,
+        cached: LayerView | None = None,
+        attend: bool = True,
     ) -> Tensor | None:
         """`q`, `k`, `v` [B, L, N, D] with the L tokens of `layout`, not yet rotated, to [B, L, N,
         D]. `attend=False`: only what the cache takes and its observer sees; nothing is returned.
@@ -74,13 +81,23 @@ class SelfAttentionCore(nn.Module):
         cached.observe(q, k)
         return self._attended(q, k, v, layout, cached) if attend else None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rope: RopePair, cached: LayerView) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: TokenLayout,
+        rope: RopePair,
+        cached: LayerView,
+    ) -> Tensor:
         """Attention of turned queries over what `cached.enter` returned."""
         if not cached.enters_turned:
             k = self.rotate(k, rope.key)
         return self._attended(q, k, v, layout, cached)
 
-    def _attended(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, cached: LayerView) -> Tensor:
+    def _attended(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, cached: LayerView
+    ) -> Tensor:
         if cached.attends:
             return cached.attend(q, k, v, mask=layout.mask)
         return self.attention(q, k, v, layout.mask, cached.prefix_tokens)
@@ -93,7 +110,10 @@ def _behind_cached(k: Tensor, v: Tensor, cached: LayerView) -> tuple[Tensor, Ten
     (k, k_dot), (v, v_dot) = unpack(k), unpack(v)
     whole = cached.assemble(k, v)
     behind = (0, 0, 0, 0, cached.prefix_tokens, 0)
-    k, v = (pack(x, None if x_dot is None else F.pad(x_dot, behind)) for x, x_dot in zip(whole, (k_dot, v_dot), strict=True))
+    k, v = (
+        pack(x, None if x_dot is None else F.pad(x_dot, behind))
+        for x, x_dot in zip(whole, (k_dot, v_dot), strict=True)
+    )
     return k, v
 
 
@@ -112,15 +132,34 @@ class SelfAttention(nn.Module):
         self.core = SelfAttentionCore(AttentionCore(backend))
         self._joined: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor, layout: TokenLayout, rope: RopePair, cached: LayerView | None, attend: bool = True) -> Tensor | None:
+    def forward(
+        self,
+        x: Tensor,
+        layout: TokenLayout,
+        rope: RopePair,
+        cached: LayerView | None,
+        attend: bool = True,
+    ) -> Tensor | None:
         """`x` [B, F, S, E] to the same shape; `attend` as in `SelfAttentionCore`."""
         captured = cached if cached is not None and cached.takes_projections else None
         joined = None if captured is None else self.joined
-        q, k, v = (self.q(x), self.k(x), self.v(x)) if joined is None else F.linear(x, *joined).chunk(3, dim=-1)
+        q, k, v = (
+            (self.q(x), self.k(x), self.v(x))
+            if joined is None
+            else F.linear(x, *joined).chunk(3, dim=-1)
+        )
         if captured is not None and isinstance(self.core, SelfAttentionCore):
             # norms, rotation and the cache's slots in one kernel
-            q, k, v = captured.enter((q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)), (self.norm_q, self.norm_k), rope.query)
-            return self.o(self.core.attend(q, k, v, layout, rope, captured).reshape(x.shape)) if attend else None
+            q, k, v = captured.enter(
+                (q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)),
+                (self.norm_q, self.norm_k),
+                rope.query,
+            )
+            return (
+                self.o(self.core.attend(q, k, v, layout, rope, captured).reshape(x.shape))
+                if attend
+                else None
+            )
         q, k, v = (self._heads(y) for y in (self.norm_q(q), self.norm_k(k), v))
         if not attend:
             return self.core(q, k, v, layout, rope, cached, attend=False)
@@ -131,12 +170,16 @@ class SelfAttention(nn.Module):
         """Weights [3 E, E] and biases [3 E] of q, k and v in one piece, where `join` laid them so
         and they still are.
         """
-        if self._joined is None or any(type(layer) is not Linear for layer in (self.q, self.k, self.v)):
+        if self._joined is None or any(
+            type(layer) is not Linear for layer in (self.q, self.k, self.v)
+        ):
             return None
         width = self.q.out_features
         for name, whole in zip(("weight", "bias"), self._joined, strict=True):
             mine = [getattr(layer, name) for layer in (self.q, self.k, self.v)]
-            if [x.data_ptr() for x in mine] != [part.data_ptr() for part in whole.split(width)] or mine[0].dtype != whole.dtype:
+            if [x.data_ptr() for x in mine] != [
+                part.data_ptr() for part in whole.split(width)
+            ] or mine[0].dtype != whole.dtype:
                 return None
         return self._joined
 
@@ -148,7 +191,11 @@ class SelfAttention(nn.Module):
         """
         layers = (self.q, self.k, self.v)
         held = [p for layer in layers for p in layer.parameters(recurse=False)]
-        if self.joined is not None or len(held) != 6 or any(type(layer) is not Linear for layer in layers):
+        if (
+            self.joined is not None
+            or len(held) != 6
+            or any(type(layer) is not Linear for layer in layers)
+        ):
             return
         if any(p.requires_grad or p.is_inference() or type(p) is not nn.Parameter for p in held):
             return
@@ -175,7 +222,11 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: WanConfig, backend: AttentionBackend) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.has_image = config.num_heads, config.head_dim, config.image_branch
+        self.num_heads, self.head_dim, self.has_image = (
+            config.num_heads,
+            config.head_dim,
+            config.image_branch,
+        )
         self.q = Linear(config.dim, config.dim)
         self.k = Linear(config.dim, config.dim)
         self.v = Linear(config.dim, config.dim)
@@ -193,7 +244,13 @@ class CrossAttention(nn.Module):
         text = (self._heads(self.norm_k(self.k(context.text))), self._heads(self.v(context.text)))
         if not self.has_image:
             return ContextKV(text)
-        return ContextKV(text, (self._heads(self.norm_k_img(self.k_img(context.image))), self._heads(self.v_img(context.image))))
+        return ContextKV(
+            text,
+            (
+                self._heads(self.norm_k_img(self.k_img(context.image))),
+                self._heads(self.v_img(context.image)),
+            ),
+        )
 
     def forward(self, x: Tensor, context: ContextTokens | ContextKV) -> Tensor:
         """`x` [B, F, S, E] to the same shape."""
@@ -237,7 +294,9 @@ class WanBlock(nn.Module):
         self.norm3 = AffineLayerNorm(config.dim, eps=config.eps)
         self.cross_attn = CrossAttention(config, backend)
         self.norm2 = ModulatedNorm(config.dim, eps=config.eps)
-        self.ffn = FeedForward(Linear(config.dim, config.ffn_dim), Gelu(), Linear(config.ffn_dim, config.dim))
+        self.ffn = FeedForward(
+            Linear(config.dim, config.ffn_dim), Gelu(), Linear(config.ffn_dim, config.dim)
+        )
         self.gate2 = GatedAdd()
 
     def forward(
@@ -254,9 +313,17 @@ class WanBlock(nn.Module):
         or wider, or what `modulate` made of it. `keys_only`: keys and values go to the cache, and
         nothing else is computed or returned.
         """
-        attn_shift, attn_scale, attn_gate, ffn_shift, ffn_scale, ffn_gate = time if isinstance(time, Modulation) else self.modulate(time)
+        attn_shift, attn_scale, attn_gate, ffn_shift, ffn_scale, ffn_gate = (
+            time if isinstance(time, Modulation) else self.modulate(time)
+        )
         # the normalised rows have no name here: they would live until the block's end
-        attended = self.self_attn(self.norm1(x, attn_shift, attn_scale, dtype=x.dtype), layout, rope, cached, attend=not keys_only)
+        attended = self.self_attn(
+            self.norm1(x, attn_shift, attn_scale, dtype=x.dtype),
+            layout,
+            rope,
+            cached,
+            attend=not keys_only,
+        )
         if keys_only:
             return attended
         x = self.gate1(x, attended, attn_gate)

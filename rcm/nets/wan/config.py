@@ -39,17 +39,32 @@ class WanConfig:
     two_times: bool = False
 
     def __post_init__(self) -> None:
-        require_divisible("net.dim", value=self.dim, by=self.num_heads, by_name="net.num_heads", knob="net.num_heads")
-        require_divisible("net.freq_dim", value=self.freq_dim, by=2, by_name="cosine and sine halves", knob="net.freq_dim")
-        require_equal("net.patch[0] (frames per token)", got=self.patch[0], expected=1, knob="net.patch")
+        require_divisible(
+            "net.dim",
+            value=self.dim,
+            by=self.num_heads,
+            by_name="net.num_heads",
+            knob="net.num_heads",
+        )
+        require_divisible(
+            "net.freq_dim",
+            value=self.freq_dim,
+            by=2,
+            by_name="cosine and sine halves",
+            knob="net.freq_dim",
+        )
+        require_equal(
+            "net.patch[0] (frames per token)", got=self.patch[0], expected=1, knob="net.patch"
+        )
         if self.image_positions and not (self.image_branch and self.image_positions % 2 == 0):
             raise ConfigError(
-                f"net.image_positions={self.image_positions} are those of the tokens of two images: even, with net.image_branch=True"
+                f"net.image_positions={self.image_positions} are those of the tokens of two images:"
+                " even, with net.image_branch=True"
             )
         if self.head_dim < 6 or self.head_dim % 2:
             raise ConfigError(
-                f"net.dim={self.dim} over net.num_heads={self.num_heads} gives head size {self.head_dim}; "
-                "rotary embedding needs an even one, at least 6"
+                f"net.dim={self.dim} over net.num_heads={self.num_heads} gives head size"
+                f" {self.head_dim}; rotary embedding needs an even one, at least 6"
             )
 
     @property
@@ -70,15 +85,29 @@ class WanConfig:
         """Tokens (h, w) of a latent frame of `height` x `width`; `ConfigError` if the patch does
         not divide it.
         """
-        require_divisible("latent height", value=height, by=self.patch[1], by_name="net.patch[1]", knob="the resolution or net.patch")
-        require_divisible("latent width", value=width, by=self.patch[2], by_name="net.patch[2]", knob="the resolution or net.patch")
+        require_divisible(
+            "latent height",
+            value=height,
+            by=self.patch[1],
+            by_name="net.patch[1]",
+            knob="the resolution or net.patch",
+        )
+        require_divisible(
+            "latent width",
+            value=width,
+            by=self.patch[2],
+            by_name="net.patch[2]",
+            knob="the resolution or net.patch",
+        )
         return height // self.patch[1], width // self.patch[2]
 
 
 _LARGE = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 
 PRESETS: dict[str, WanConfig] = {
-    "tiny": WanConfig(dim=64, ffn_dim=128, num_heads=4, num_layers=2, freq_dim=32, text_dim=32, text_len=16),
+    "tiny": WanConfig(
+        dim=64, ffn_dim=128, num_heads=4, num_layers=2, freq_dim=32, text_dim=32, text_len=16
+    ),
     "1.3B": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "14B": _LARGE,
     "i2v-14B": replace(_LARGE, in_dim=36, image_branch=True),

@@ -30,7 +30,13 @@ HEAD_DIM = 128
 PATCH_KEY = "patch_embedding.weight"
 _AVERAGED = frozenset(("ema", "avg", "average", "averaged", "shadow", "swa"))
 """Words by which trainers call a running average."""
-ANCHORS = (PATCH_KEY, "blocks.0.modulation", "blocks.0.scale_shift_table", "head.modulation", "scale_shift_table")
+ANCHORS = (
+    PATCH_KEY,
+    "blocks.0.modulation",
+    "blocks.0.scale_shift_table",
+    "head.modulation",
+    "scale_shift_table",
+)
 """Keys that every network has in one of its namings; what stands before one of them is the prefix
 of a network.
 """
@@ -77,8 +83,14 @@ _BLOCK = (
     ("norm3", "norm2"),
     ("ffn.0", "ffn.net.0.proj"),
     ("ffn.2", "ffn.net.2"),
-    *((f"self_attn.{ours}", f"attn1.{theirs}") for ours, theirs in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))),
-    *((f"cross_attn.{ours}", f"attn2.{theirs}") for ours, theirs in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))),
+    *(
+        (f"self_attn.{ours}", f"attn1.{theirs}")
+        for ours, theirs in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
+    ),
+    *(
+        (f"cross_attn.{ours}", f"attn2.{theirs}")
+        for ours, theirs in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
+    ),
     *(
         (f"{ours}.norm_{side}", f"{theirs}.norm_{side}")
         for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
@@ -100,13 +112,21 @@ def network_prefixes(keys: Iterable[str]) -> dict[str, str]:
         name = WRAPPERS.sub("", key)
         for anchor in ANCHORS:
             prefix = name.removesuffix(anchor)
-            if prefix != name and (not prefix or prefix.endswith(".")) and not re.search(r"(^|\.)(blocks\.\d+|head)\.$", prefix):
+            if (
+                prefix != name
+                and (not prefix or prefix.endswith("."))
+                and not re.search(r"(^|\.)(blocks\.\d+|head)\.$", prefix)
+            ):
                 found.setdefault(prefix, _copy_of(prefix))
     return found
 
 
 def network_names(
-    keys: Iterable[str], *, weights: Weights = "ema", prefix: str | None = None, others: Iterable[str] = ()
+    keys: Iterable[str],
+    *,
+    weights: Weights = "ema",
+    prefix: str | None = None,
+    others: Iterable[str] = (),
 ) -> dict[str, str]:
     """Name in the package's own form -> key in the file, for one network of a file whose flat
     tensor keys are `keys`.
@@ -121,13 +141,23 @@ def network_names(
     chosen = prefix
     if chosen is None:
         chosen = choose_prefix(network_prefixes(cleaned), weights)
-    names = {name.removeprefix(chosen): key for name, key in cleaned.items() if name.startswith(chosen)}
+    names = {
+        name.removeprefix(chosen): key for name, key in cleaned.items() if name.startswith(chosen)
+    }
     if prefix and not names:
-        raise CheckpointError(f"no key starts with {prefix!r}; there are {listed(sorted({key.split('.')[0] + '.' for key in cleaned}))}")
-    strangers = sorted(key for key in others if WRAPPERS.sub("", key).startswith(chosen) and not key.endswith("._extra_state"))
+        raise CheckpointError(
+            f"no key starts with {prefix!r}; there are"
+            f" {listed(sorted({key.split('.')[0] + '.' for key in cleaned}))}"
+        )
+    strangers = sorted(
+        key
+        for key in others
+        if WRAPPERS.sub("", key).startswith(chosen) and not key.endswith("._extra_state")
+    )
     if strangers:
         raise CheckpointError(
-            f"entries are not tensors: {listed(strangers)}; not a network's state dict, or a container that needs prefix="
+            f"entries are not tensors: {listed(strangers)}; not a network's state dict, or a"
+            " container that needs prefix="
         )
     if any(name.startswith("condition_embedder.") for name in names):
         names = {wan_name(name): key for name, key in names.items()}
@@ -144,26 +174,47 @@ def choose_prefix(found: Mapping[str, str], weights: str) -> str:
     wanted = ("ema", "live") if weights == "ema" else (weights,)
     for copy in wanted:
         prefixes = [prefix for prefix, held in found.items() if held == copy]
-        unknown = [prefix for prefix, held in found.items() if held not in ("ema", "live", "fake_score")]
+        unknown = [
+            prefix for prefix, held in found.items() if held not in ("ema", "live", "fake_score")
+        ]
         if copy != weights and prefixes and unknown:
-            raise CheckpointError(f"it names no averaged weights, and one of {has} may be them; ask for the live ones or rename the prefix")
+            raise CheckpointError(
+                f"it names no averaged weights, and one of {has} may be them; ask for the live ones"
+                " or rename the prefix"
+            )
         if len(prefixes) > 1:
-            raise CheckpointError(f"several networks could be the {copy} weights: {has}; name one with prefix=")
+            raise CheckpointError(
+                f"several networks could be the {copy} weights: {has}; name one with prefix="
+            )
         if prefixes:
             return prefixes[0]
     if not found and weights != "fake_score":
         return ""
-    names = {"ema": "net_ema.* (generator_ema)", "live": "net.* (generator)", "fake_score": "net_fake_score.* weights (critic)"}
-    raise CheckpointError(f"it holds no {names[weights]} (it has {has or 'no network'}); choose other weights than {weights!r}")
+    names = {
+        "ema": "net_ema.* (generator_ema)",
+        "live": "net.* (generator)",
+        "fake_score": "net_fake_score.* weights (critic)",
+    }
+    raise CheckpointError(
+        f"it holds no {names[weights]} (it has {has or 'no network'}); choose other weights than"
+        f" {weights!r}"
+    )
 
 
-def to_wan(state: Mapping[str, object], *, weights: Weights = "ema", prefix: str | None = None) -> dict[str, Tensor]:
+def to_wan(
+    state: Mapping[str, object], *, weights: Weights = "ema", prefix: str | None = None
+) -> dict[str, Tensor]:
     """Any understood state dict, nested or flat, in the package's own form; arguments and errors as
     `network_names`.
     """
     flat = flatten(state)
     tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
-    names = network_names(set(tensors), weights=weights, prefix=prefix, others=[key for key in flat if key not in tensors])
+    names = network_names(
+        set(tensors),
+        weights=weights,
+        prefix=prefix,
+        others=[key for key in flat if key not in tensors],
+    )
     return {name: own_form(name, tensors[key]) for name, key in names.items()}
 
 
@@ -174,17 +225,23 @@ def own_form(name: str, tensor: Tensor) -> Tensor:
     return tensor.flatten(1) if name == PATCH_KEY else tensor
 
 
-def other_form(name: str, tensor: Tensor, *, form: Format, patch: tuple[int, int, int] = (1, 2, 2)) -> Tensor:
+def other_form(
+    name: str, tensor: Tensor, *, form: Format, patch: tuple[int, int, int] = (1, 2, 2)
+) -> Tensor:
     """The reverse of `own_form` for a family that keeps the patch weight as a convolution's [dim,
     in_dim, 1, 2, 2].
     """
-    return tensor.unflatten(1, (-1, *patch)) if name == PATCH_KEY and FORMS[form].patch_5d else tensor
+    return (
+        tensor.unflatten(1, (-1, *patch)) if name == PATCH_KEY and FORMS[form].patch_5d else tensor
+    )
 
 
 def other_name(name: str, *, form: Format, prefix: str | None = None) -> str:
     """The key of tensor `name` in another family; `prefix` instead of the family's."""
     if form not in FORMS:
-        raise ValueError(f"checkpoint form must be one of {', '.join(map(repr, FORMS))}, got {form!r}")
+        raise ValueError(
+            f"checkpoint form must be one of {', '.join(map(repr, FORMS))}, got {form!r}"
+        )
     lead = FORMS[form].prefix if prefix is None else prefix
     return lead + (_renamed(name, to_diffusers=True) if form == "diffusers" else name)
 
@@ -195,10 +252,17 @@ def wan_name(name: str) -> str:
 
 
 def from_wan(
-    state: Mapping[str, Tensor], *, form: Format, patch: tuple[int, int, int] = (1, 2, 2), prefix: str | None = None
+    state: Mapping[str, Tensor],
+    *,
+    form: Format,
+    patch: tuple[int, int, int] = (1, 2, 2),
+    prefix: str | None = None,
 ) -> dict[str, Tensor]:
     """The package's own form as another, flat; `prefix` replaces that of the family (`FORMS`)."""
-    return {other_name(name, form=form, prefix=prefix): other_form(name, value, form=form, patch=patch) for name, value in state.items()}
+    return {
+        other_name(name, form=form, prefix=prefix): other_form(name, value, form=form, patch=patch)
+        for name, value in state.items()
+    }
 
 
 def detect_config(state: Mapping[str, Tensor], *, head_dim: int = HEAD_DIM) -> WanConfig:
@@ -214,12 +278,16 @@ def detect_config(state: Mapping[str, Tensor], *, head_dim: int = HEAD_DIM) -> W
         dim, patched_in = shape[PATCH_KEY]
         blocks = {int(key.split(".")[1]) for key in shape if key.startswith("blocks.")}
         if not 0 <= min(blocks) <= max(blocks) < len(shape):
-            raise CheckpointError(f"not a Wan network: it has a block {max(blocks, key=abs)}, and {len(shape)} tensors in all")
+            raise CheckpointError(
+                f"not a Wan network: it has a block {max(blocks, key=abs)}, and {len(shape)}"
+                " tensors in all"
+            )
         image = "img_emb.proj.0.weight" in shape
         _, positions, _ = shape.get("img_emb.emb_pos", (1, 0, 0))
         if dim % head_dim:
             raise CheckpointError(
-                f"width {dim} is no multiple of the head size {head_dim}; say how many heads it has (a config.json beside it)"
+                f"width {dim} is no multiple of the head size {head_dim}; say how many heads it has"
+                " (a config.json beside it)"
             )
         return replace(
             base,
@@ -237,10 +305,18 @@ def detect_config(state: Mapping[str, Tensor], *, head_dim: int = HEAD_DIM) -> W
             two_times=f"{SPAN}.0.weight" in shape,
         )
     except (KeyError, ValueError, IndexError) as missing:
-        raise CheckpointError(f"not a Wan network: {missing}; it has {len(shape)} tensors: {listed(sorted(shape))}") from missing
+        raise CheckpointError(
+            f"not a Wan network: {missing}; it has {len(shape)} tensors: {listed(sorted(shape))}"
+        ) from missing
 
 
-def load(net: nn.Module, state: Mapping[str, object], *, weights: Weights = "ema", prefix: str | None = None) -> None:
+def load(
+    net: nn.Module,
+    state: Mapping[str, object],
+    *,
+    weights: Weights = "ema",
+    prefix: str | None = None,
+) -> None:
     """Put any understood state dict into `net`, all of it or nothing. On the meta device the
     tensors are taken over as they are. Weights of one time fit a network of two, whose second then
     begins without effect (`with_second_time`).
@@ -269,7 +345,20 @@ def _copy_of(prefix: str) -> str:
         return "ema"
     if any(word == "critic" or word.endswith("fake_score") for word in words):
         return "fake_score"
-    named = [word for word in words if word not in ("net", "generator", "model", "diffusion_model", "module", "state_dict", "transformer")]
+    named = [
+        word
+        for word in words
+        if word
+        not in (
+            "net",
+            "generator",
+            "model",
+            "diffusion_model",
+            "module",
+            "state_dict",
+            "transformer",
+        )
+    ]
     return ".".join(named) or "live"
 
 
@@ -279,7 +368,10 @@ def _cleaned(keys: Iterable[str]) -> dict[str, str]:
     for key in keys:
         name = WRAPPERS.sub("", key)
         if name in out:
-            raise CheckpointError(f"key {name!r} occurs twice, with and without wrapper names; the file mixes two copies")
+            raise CheckpointError(
+                f"key {name!r} occurs twice, with and without wrapper names; the file mixes two"
+                " copies"
+            )
         if not name.endswith("._extra_state"):
             out[name] = key
     return out
@@ -293,6 +385,10 @@ def _renamed(key: str, *, to_diffusers: bool) -> str:
             return lead + new + rest[len(old) :]
     if key.startswith(f"{SPAN}."):
         raise CheckpointError(
-            f"key {key!r} embeds the second time of a network, which diffusers has no name for; choose the rcm or wan form"
+            f"key {key!r} embeds the second time of a network, which diffusers has no name for;"
+            " choose the rcm or wan form"
         )
-    raise CheckpointError(f"key {key!r} has no {'diffusers' if to_diffusers else 'Wan'} counterpart; is this a Wan transformer?")
+    raise CheckpointError(
+        f"key {key!r} has no {'diffusers' if to_diffusers else 'Wan'} counterpart; is this a Wan"
+        " transformer?"
+    )

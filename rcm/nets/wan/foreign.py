@@ -20,19 +20,38 @@ CLIP = "the CLIP image encoder of Wan2.1 image-to-video, not a network"
 _WORDS: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("int8_weight", "qweight", "qzeros"),
-        "quantised (as TurboDiffusion publishes it), and nothing here applies its scales; take the bf16 file of the same model",
+        (
+            "quantised (as TurboDiffusion publishes it), and nothing here applies its scales; take"
+            " the bf16 file of the same model"
+        ),
     ),
     (
         ("scaled_fp8", "scale_weight", "weight_scale", "scale_input"),
-        "an fp8 repack with scales that nothing here applies; take the bf16 or fp32 file of the same model",
+        (
+            "an fp8 repack with scales that nothing here applies; take the bf16 or fp32 file of the"
+            " same model"
+        ),
     ),
     (
         ("proj_l",),
-        "a TurboDiffusion network with sparse-linear attention (proj_l), another architecture; take its file with plain attention",
+        (
+            "a TurboDiffusion network with sparse-linear attention (proj_l), another architecture;"
+            " take its file with plain attention"
+        ),
     ),
-    (("vace_blocks", "vace_patch_embedding"), "a VACE network, which has control blocks that this architecture lacks"),
     (
-        ("control_adapter", "ref_conv", "audio_injector", "audio_proj", "face_adapter", "motion_encoder"),
+        ("vace_blocks", "vace_patch_embedding"),
+        "a VACE network, which has control blocks that this architecture lacks",
+    ),
+    (
+        (
+            "control_adapter",
+            "ref_conv",
+            "audio_injector",
+            "audio_proj",
+            "face_adapter",
+            "motion_encoder",
+        ),
         "a Wan network with a control, audio or motion branch that this architecture lacks",
     ),
 )
@@ -50,17 +69,31 @@ def foreign(headers: Mapping[str, Tensor]) -> str | None:
             return told
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in headers.values()})
     if eight := ", ".join(name for name in dtypes if name.startswith("float8")):
-        return f"an fp8 repack ({eight}), whose rounding this package does not undo; take the bf16 or fp32 file of the same model"
+        return (
+            f"an fp8 repack ({eight}), whose rounding this package does not undo; take the bf16 or"
+            " fp32 file of the same model"
+        )
     for key, tensor in headers.items():
-        if key.endswith(PATCH_KEY) and tensor.dim() in (2, 5) and tensor.shape[0] == 3072 and tensor.shape[1] in (48, 192):
+        if (
+            key.endswith(PATCH_KEY)
+            and tensor.dim() in (2, 5)
+            and tensor.shape[0] == 3072
+            and tensor.shape[1] in (48, 192)
+        ):
             return (
-                "a network of the Wan2.2 TI2V-5B family (width 3072, 48 latent channels; LongLive-2.0 is one), which needs another VAE and "
-                "per-token times; this package has Wan2.1 and Wan2.2-A14B"
+                "a network of the Wan2.2 TI2V-5B family (width 3072, 48 latent channels;"
+                " LongLive-2.0 is one), which needs another VAE and per-token times; this package"
+                " has Wan2.1 and Wan2.2-A14B"
             )
     if "decoder.conv1.weight" in headers or "decoder.conv_in.weight" in headers:
         return VAE
-    if "token_embedding.weight" in headers or "encoder.block.0.layer.0.SelfAttention.q.weight" in headers:
+    if (
+        "token_embedding.weight" in headers
+        or "encoder.block.0.layer.0.SelfAttention.q.weight" in headers
+    ):
         return TEXT
-    if any(key.startswith("visual.transformer.") or key.endswith("class_embedding") for key in headers):
+    if any(
+        key.startswith("visual.transformer.") or key.endswith("class_embedding") for key in headers
+    ):
         return CLIP
     return None

@@ -19,7 +19,14 @@ from rcm.core.errors import ConfigError
 from rcm.kernels.fused.quantise import ALIGNMENT
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
-from rcm.nets.fp8_linear import FP8Linear, FP8Part, SharedProjections, check_device, refuse_loading, refuse_saving
+from rcm.nets.fp8_linear import (
+    FP8Linear,
+    FP8Part,
+    SharedProjections,
+    check_device,
+    refuse_loading,
+    refuse_saving,
+)
 from rcm.nets.layers import Gelu
 from rcm.nets.layout import TokenLayout
 from rcm.nets.lora import is_adapted
@@ -51,8 +58,16 @@ class FP8Report:
     error: float | None
 
     def __str__(self) -> str:
-        error = "not measured" if self.error is None else f"{self.error:.2e} of the velocity, same noise and weights"
-        kept = f", {len(self.kept)} kept because their sizes are not multiples of {ALIGNMENT}" if self.kept else ""
+        error = (
+            "not measured"
+            if self.error is None
+            else f"{self.error:.2e} of the velocity, same noise and weights"
+        )
+        kept = (
+            f", {len(self.kept)} kept because their sizes are not multiples of {ALIGNMENT}"
+            if self.kept
+            else ""
+        )
         return f"FP8 linears: {len(self.replaced)} layers replaced{kept}; error {error}"
 
 
@@ -92,11 +107,13 @@ def quantise_linears_(
     names, skipped = chosen_layers(which), _block_indices(net, skip_blocks)
     if is_adapted(net):
         raise ConfigError(
-            "a network with low-rank adapters has no FP8 products, which would leave the adapters out; merge them into its weights first "
-            "(python -m scripts.checkpoint convert)"
+            "a network with low-rank adapters has no FP8 products, which would leave the adapters"
+            " out; merge them into its weights first (python -m scripts.checkpoint convert)"
         )
     if is_quantised(net):
-        raise ConfigError("this network is quantised already; load the weights anew to choose other FP8 layers")
+        raise ConfigError(
+            "this network is quantised already; load the weights anew to choose other FP8 layers"
+        )
     check_device(net.patch_embedding.weight.device)
     before = None if velocity is None else velocity(net)
     if before is not None:
@@ -123,7 +140,8 @@ def is_quantised(net: nn.Module) -> bool:
 def _require_some(velocity: Tensor) -> None:
     if not velocity.any():
         raise ConfigError(
-            "the velocity is zero, as of an untrained network: no FP8 error can be stated; load weights first"
+            "the velocity is zero, as of an untrained network: no FP8 error can be stated; load"
+            " weights first"
         )
 
 
@@ -145,14 +163,21 @@ def noise_velocity(
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(weight)
 
-    image = draw(1, config.image_positions or 257, config.image_dim) if config.image_branch else None
-    x, cond = draw(1, config.in_dim, frames, *size), Condition(draw(1, config.text_len, config.text_dim), image=image)
+    image = (
+        draw(1, config.image_positions or 257, config.image_dim) if config.image_branch else None
+    )
+    x, cond = (
+        draw(1, config.in_dim, frames, *size),
+        Condition(draw(1, config.text_len, config.text_dim), image=image),
+    )
     time = torch.full((1, 1), timestep, dtype=torch.float32, device=weight.device)
     layout = TokenLayout.bidirectional(frames, grid=config.token_grid(*size))
     return lambda network: network(x, time, cond, layout)
 
 
-def attention_error(denoiser: Denoiser, *, size: tuple[int, int], timestep: float = 500.0, seed: int = 0) -> float:
+def attention_error(
+    denoiser: Denoiser, *, size: tuple[int, int], timestep: float = 500.0, seed: int = 0
+) -> float:
     """Relative error of the velocity of a frame of noise [in_dim, 1, *size] over a cached one when
     attention runs in FP8: same noise, random text and weights.
     """
@@ -163,7 +188,10 @@ def attention_error(denoiser: Denoiser, *, size: tuple[int, int], timestep: floa
         return torch.randn(shape, generator=generator).to(weight)
 
     image = draw(1, 257, config.image_dim) if config.image_branch else None
-    frames, cond = draw(2, 1, config.in_dim, 1, *size), Condition(draw(1, config.text_len, config.text_dim), image=image)
+    frames, cond = (
+        draw(2, 1, config.in_dim, 1, *size),
+        Condition(draw(1, config.text_len, config.text_dim), image=image),
+    )
     t = torch.full((1, 1), timestep / 1000.0, dtype=torch.float64, device=weight.device)
     grid = denoiser.token_grid(*size)
     found = []
@@ -171,7 +199,9 @@ def attention_error(denoiser: Denoiser, *, size: tuple[int, int], timestep: floa
         for attention in ("net", "fp8"):
             cache = denoiser.new_cache(num_frames=2, grid=grid, attention=attention)
             for place, x in enumerate(frames):
-                layout = TokenLayout.over_cache((place,), grid=grid, context_tokens=cache.num_tokens)
+                layout = TokenLayout.over_cache(
+                    (place,), grid=grid, context_tokens=cache.num_tokens
+                )
                 velocity = denoiser.velocity(x, t, cond, layout, cache=cache.append())
             found.append(velocity)
     _require_some(found[0])
@@ -183,7 +213,8 @@ def _block_indices(net: WanDiT, skip_blocks: Iterable[int]) -> set[int]:
     for index in (skipped := list(skip_blocks)):
         if not -count <= index < count:
             raise ConfigError(
-                f"skip_blocks names block {index}, the network has {count}; choose from {-count} to {count - 1}"
+                f"skip_blocks names block {index}, the network has {count}; choose from {-count} to"
+                f" {count - 1}"
             )
     return {index % count for index in skipped}
 
@@ -200,7 +231,9 @@ def _replace(block: WanBlock, name: str) -> bool:
     elif len(layers) == 1:
         block.set_submodule(LAYERS[name][0], FP8Linear(*layers))
     else:
-        shared = SharedProjections(FP8Linear(*layers), tuple(layer.out_features for layer in layers))
+        shared = SharedProjections(
+            FP8Linear(*layers), tuple(layer.out_features for layer in layers)
+        )
         for index, path in enumerate(LAYERS[name]):
             block.set_submodule(path, FP8Part(shared, index))
     return True

@@ -69,37 +69,56 @@ def lora_pairs(headers: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
         kind, target = _part(key)
         if kind is None:
             raise CheckpointError(
-                f"{key!r} is no factor of a low-rank update (lora_A, lora_B, lora_down, lora_up, alpha); it cannot be merged"
+                f"{key!r} is no factor of a low-rank update (lora_A, lora_B, lora_down, lora_up,"
+                " alpha); it cannot be merged"
             )
         name = _target(target)
         if kind in found.setdefault(name, {}):
-            raise CheckpointError(f"{key!r} and {found[name][kind]!r} are both the {kind} of {name}; give one adapter")
+            raise CheckpointError(
+                f"{key!r} and {found[name][kind]!r} are both the {kind} of {name}; give one adapter"
+            )
         found[name][kind] = key
     pairs = {}
     for name, parts in found.items():
         if "down" not in parts or "up" not in parts:
-            raise CheckpointError(f"{name} has {' and '.join(sorted(parts))} only; a low-rank update needs down and up")
+            raise CheckpointError(
+                f"{name} has {' and '.join(sorted(parts))} only; a low-rank update needs down"
+                " and up"
+            )
         down, up = headers[parts["down"]].shape, headers[parts["up"]].shape
         if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
-            raise CheckpointError(f"the factors of {name} do not fit: down {tuple(down)}, up {tuple(up)}")
+            raise CheckpointError(
+                f"the factors of {name} do not fit: down {tuple(down)}, up {tuple(up)}"
+            )
         if "alpha" in parts and headers[parts["alpha"]].numel() != 1:
-            raise CheckpointError(f"{parts['alpha']!r} has shape {tuple(headers[parts['alpha']].shape)}, expected one number")
-        pairs[name] = LoRAPair(parts["down"], parts["up"], parts.get("alpha"), _module(_part(parts["down"])[1]))
+            raise CheckpointError(
+                f"{parts['alpha']!r} has shape {tuple(headers[parts['alpha']].shape)}, expected one"
+                " number"
+            )
+        pairs[name] = LoRAPair(
+            parts["down"], parts["up"], parts.get("alpha"), _module(_part(parts["down"])[1])
+        )
     return pairs
 
 
-def check_targets(pairs: Mapping[str, LoRAPair], headers: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+def check_targets(
+    pairs: Mapping[str, LoRAPair], headers: Mapping[str, Tensor], base: Mapping[str, Tensor]
+) -> None:
     """Raise `CheckpointError` naming every target that the network (`base`, own form) does not
     have, or whose shape is another.
     """
     unknown = sorted(name for name in pairs if name not in base)
     if unknown:
-        raise CheckpointError(f"{len(unknown)} of {len(pairs)} targets are not in the network: {', '.join(unknown[:8])}")
+        raise CheckpointError(
+            f"{len(unknown)} of {len(pairs)} targets are not in the network:"
+            f" {', '.join(unknown[:8])}"
+        )
     for name, pair in pairs.items():
         product = (headers[pair.up].shape[0], headers[pair.down].shape[1])
         if product != tuple(base[name].shape):
             raise CheckpointError(
-                f"the update of {name} has shape {product}, the weight {tuple(base[name].shape)}; it is for another network"
+                f"the update of {name} has shape {product}, the weight {tuple(base[name].shape)};"
+                " it is for another network"
             )
 
 
@@ -110,7 +129,9 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     return {layer: (down, ups[layer]) for layer, down in downs.items()}
 
 
-def published(factors: Mapping[str, tuple[Tensor, Tensor]], *, layout: str, alpha: float) -> dict[str, Tensor]:
+def published(
+    factors: Mapping[str, tuple[Tensor, Tensor]], *, layout: str, alpha: float
+) -> dict[str, Tensor]:
     """Factors (A, B) by layer of the network under the keys of a published `LAYOUTS`; where nothing
     else in such a file says alpha, it is an entry of each layer.
     """
@@ -124,14 +145,31 @@ def published(factors: Mapping[str, tuple[Tensor, Tensor]], *, layout: str, alph
     return found
 
 
-def peft_settings(layers: Iterable[str], *, layout: str, rank: int, alpha: float, base: str | None = None) -> dict[str, object]:
+def peft_settings(
+    layers: Iterable[str], *, layout: str, rank: int, alpha: float, base: str | None = None
+) -> dict[str, object]:
     """PEFT's settings of adapters on these `layers` of each block, as adapter_config.json has
     them.
     """
     if layout == "diffusers":
-        layers = [other_name(f"blocks.0.{layer}", form="diffusers").removeprefix("blocks.0.") for layer in layers]
-    sizes = {"r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False}
-    return {"peft_type": "LORA", **sizes, "target_modules": sorted(layers), "base_model_name_or_path": base}
+        layers = [
+            other_name(f"blocks.0.{layer}", form="diffusers").removeprefix("blocks.0.")
+            for layer in layers
+        ]
+    sizes = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    return {
+        "peft_type": "LORA",
+        **sizes,
+        "target_modules": sorted(layers),
+        "base_model_name_or_path": base,
+    }
 
 
 def merge(weight: Tensor, *, down: Tensor, up: Tensor, scale: float) -> Tensor:

@@ -27,8 +27,24 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 _READ = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 _TOLD_ONLY = frozenset(
-    ("base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout", "target_modules", "exclude_modules")
-    + ("layers_to_transform", "layers_pattern", "auto_mapping", "megatron_config", "megatron_core", "peft_version", "runtime_config")
+    (
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+    )
+    + (
+        "layers_to_transform",
+        "layers_pattern",
+        "auto_mapping",
+        "megatron_config",
+        "megatron_core",
+        "peft_version",
+        "runtime_config",
+    )
     + ("loftq_config", "eva_config", "corda_config", "qalora_group_size", "ensure_weight_tying")
 )
 _ALPHAS = ("ss_network_alpha", "lora_alpha", "network_alpha", "alpha")
@@ -55,18 +71,27 @@ class LoRASettings:
         `CheckpointError` where they state another rank.
         """
         if (stated := _of(target, self.ranks) or self.rank) not in (None, rank):
-            raise CheckpointError(f"its settings state rank {stated} for {target}, the factors have {rank}")
+            raise CheckpointError(
+                f"its settings state rank {stated} for {target}, the factors have {rank}"
+            )
         chosen = alpha if alpha is not None else _of(target, self.alphas)
         chosen = chosen if chosen is not None else self.alpha
         if chosen is None:
             if self.stabilised:
-                raise CheckpointError("its settings say rank-stabilised (alpha / sqrt(rank)) and no alpha; say it with --lora_alpha")
+                raise CheckpointError(
+                    "its settings say rank-stabilised (alpha / sqrt(rank)) and no alpha; say it"
+                    " with --lora_alpha"
+                )
             return 1.0
         return chosen / (math.sqrt(rank) if self.stabilised else rank)
 
 
 def lora_settings(
-    config: Mapping[str, Any] | None, metadata: Mapping[str, str], *, others: Iterable[str] = (), given: bool = False
+    config: Mapping[str, Any] | None,
+    metadata: Mapping[str, str],
+    *,
+    others: Iterable[str] = (),
+    given: bool = False,
 ) -> LoRASettings:
     """The settings of an adapter: `config` the adapter_config.json, `metadata` of the file,
     `others` its entries that are no tensors. `given`: alpha is the caller's, so that what the file
@@ -77,17 +102,24 @@ def lora_settings(
     """
     untold = [key for key in others if re.search(r"(alpha|rank|scal|rslora|dora)", key.lower())]
     if untold and not given:
-        raise CheckpointError(f"it states {', '.join(untold[:4])} as plain values, which are not read; say alpha with --lora_alpha")
+        raise CheckpointError(
+            f"it states {', '.join(untold[:4])} as plain values, which are not read; say alpha with"
+            " --lora_alpha"
+        )
     stated = [settings for settings in (config, _of_diffusers(metadata)) if settings]
     found = [_of_peft(settings) for settings in stated]
     found += [_of_metadata(metadata)]
     alphas = {s.alpha for s in found if s.alpha is not None}
     if len(alphas) > 1 and not given:
         told = " and ".join(f"{alpha:g}" for alpha in sorted(alphas))
-        raise CheckpointError(f"its settings state {len(alphas)} alphas, {told}; say which with --lora_alpha")
+        raise CheckpointError(
+            f"its settings state {len(alphas)} alphas, {told}; say which with --lora_alpha"
+        )
     ranks = {s.rank for s in found if s.rank is not None}
     if len(ranks) > 1:
-        raise CheckpointError(f"its settings state {len(ranks)} ranks, {' and '.join(map(str, sorted(ranks)))}")
+        raise CheckpointError(
+            f"its settings state {len(ranks)} ranks, {' and '.join(map(str, sorted(ranks)))}"
+        )
     return LoRASettings(
         alpha=next(iter(alphas), None),
         rank=next(iter(ranks), None),
@@ -103,19 +135,30 @@ def _of_peft(settings: Mapping[str, Any]) -> LoRASettings:
             continue
         if value not in _NEUTRAL.get(key, ()):
             raise CheckpointError(
-                f"its settings have {key}={str(value)[:60]}, which changes the update and is not understood here; "
-                "merge it with the tools that trained it"
+                f"its settings have {key}={str(value)[:60]}, which changes the update and is not"
+                " understood here; merge it with the tools that trained it"
             )
     patterns = [settings.get(name) or {} for name in ("alpha_pattern", "rank_pattern")]
     for name, pattern in zip(("alpha_pattern", "rank_pattern"), patterns, strict=True):
         if not isinstance(pattern, Mapping) or any(not _LITERAL.fullmatch(key) for key in pattern):
-            raise CheckpointError(f"its {name} has names that are expressions; only plain ends of module names are understood")
+            raise CheckpointError(
+                f"its {name} has names that are expressions; only plain ends of module names are"
+                " understood"
+            )
     return LoRASettings(
         alpha=_number(settings, "lora_alpha"),
         rank=_rank(settings, "r"),
         stabilised=_flag(settings, "use_rslora"),
-        alphas={_plain(key): alpha for key in patterns[0] if (alpha := _number(patterns[0], key)) is not None},
-        ranks={_plain(key): rank for key in patterns[1] if (rank := _rank(patterns[1], key)) is not None},
+        alphas={
+            _plain(key): alpha
+            for key in patterns[0]
+            if (alpha := _number(patterns[0], key)) is not None
+        },
+        ranks={
+            _plain(key): rank
+            for key in patterns[1]
+            if (rank := _rank(patterns[1], key)) is not None
+        },
     )
 
 
@@ -135,14 +178,31 @@ def _of_metadata(metadata: Mapping[str, str]) -> LoRASettings:
     """kohya's settings, and the plain words that other trainers use."""
     arguments = metadata.get("ss_network_args", "").lower()
     said = f"{metadata.get('ss_network_module', '').lower()} {arguments}"
-    if odd := re.search(r"\b(lycoris|loha|lokr|dora_wd|oft|boft|dylora)\b(?!\W*(false|0|none))", said):
-        raise CheckpointError(f"its metadata says {odd[1]}, another kind of update than up @ down; it cannot be merged here")
-    alphas = {key: _number(metadata, key) for key in _ALPHAS if metadata.get(key) not in (None, "None", "")}
-    ranks = {key: _rank(metadata, key) for key in _RANKS if metadata.get(key) not in (None, "None", "", "Dynamic")}
+    if odd := re.search(
+        r"\b(lycoris|loha|lokr|dora_wd|oft|boft|dylora)\b(?!\W*(false|0|none))", said
+    ):
+        raise CheckpointError(
+            f"its metadata says {odd[1]}, another kind of update than up @ down; it cannot be"
+            " merged here"
+        )
+    alphas = {
+        key: _number(metadata, key)
+        for key in _ALPHAS
+        if metadata.get(key) not in (None, "None", "")
+    }
+    ranks = {
+        key: _rank(metadata, key)
+        for key in _RANKS
+        if metadata.get(key) not in (None, "None", "", "Dynamic")
+    }
     if len(set(alphas.values())) > 1 or len(set(ranks.values())) > 1:
         raise CheckpointError(f"its metadata contradicts itself: {alphas | ranks}")
-    stabilised = any(_flag(metadata, key) for key in _STABILISED) or bool(re.search(r'"rs_?lora": "?true', arguments))
-    return LoRASettings(next(iter(alphas.values()), None), next(iter(ranks.values()), None), stabilised)
+    stabilised = any(_flag(metadata, key) for key in _STABILISED) or bool(
+        re.search(r'"rs_?lora": "?true', arguments)
+    )
+    return LoRASettings(
+        next(iter(alphas.values()), None), next(iter(ranks.values()), None), stabilised
+    )
 
 
 def _number(settings: Mapping[str, Any], key: str) -> float | None:
@@ -154,7 +214,9 @@ def _number(settings: Mapping[str, Any], key: str) -> float | None:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise CheckpointError(f"its settings have {key}={str(value)[:60]}, expected a finite number")
+        raise CheckpointError(
+            f"its settings have {key}={str(value)[:60]}, expected a finite number"
+        )
     return number
 
 
@@ -162,7 +224,9 @@ def _rank(settings: Mapping[str, Any], key: str) -> int | None:
     number = _number(settings, key)
     if number is None or (number == int(number) and number >= 1):
         return None if number is None else int(number)
-    raise CheckpointError(f"its settings have {key}={number:g}, expected a whole number of at least 1")
+    raise CheckpointError(
+        f"its settings have {key}={number:g}, expected a whole number of at least 1"
+    )
 
 
 def _flag(settings: Mapping[str, Any], key: str) -> bool:
@@ -183,6 +247,8 @@ def _of(target: str, stated: Mapping[str, Any]) -> Any:
     one that fits, as PEFT has it.
     """
     for name, value in stated.items():
-        if target == name.removeprefix("^") or (not name.startswith("^") and target.endswith(f".{name}")):
+        if target == name.removeprefix("^") or (
+            not name.startswith("^") and target.endswith(f".{name}")
+        ):
             return value
     return None

@@ -16,7 +16,16 @@ from rcm.kernels.fused.choice import check_setting
 from rcm.nets.attention import AttentionBackend, AttentionCore, resolve
 from rcm.nets.condition import Condition
 from rcm.nets.kv_view import CacheView
-from rcm.nets.layers import AffineLayerNorm, FusedLayer, ModulatedNorm, Patchify, PromotedLinear, Sinusoid, Unpatchify, accumulate_dtype
+from rcm.nets.layers import (
+    AffineLayerNorm,
+    FusedLayer,
+    ModulatedNorm,
+    Patchify,
+    PromotedLinear,
+    Sinusoid,
+    Unpatchify,
+    accumulate_dtype,
+)
 from rcm.nets.layout import TokenLayout
 from rcm.nets.rope import RopePair, RopeTables
 from rcm.nets.wan.block import ContextKV, ContextTokens, Modulation, WanBlock
@@ -87,7 +96,9 @@ class WanDiT(nn.Module):
     attaches from outside. Construct, then load weights or call `init_weights`.
     """
 
-    def __init__(self, config: WanConfig, attention: str | AttentionBackend = "auto", *, fused: str = "auto") -> None:
+    def __init__(
+        self, config: WanConfig, attention: str | AttentionBackend = "auto", *, fused: str = "auto"
+    ) -> None:
         super().__init__()
         self.config = config
         backend = resolve(attention)
@@ -95,10 +106,16 @@ class WanDiT(nn.Module):
         self.patchify = Patchify(config.patch[1:])
         self.patch_embedding = nn.Linear(config.in_dim * config.patch_area, config.dim)
         self.text_embedding = nn.Sequential(
-            nn.Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), nn.Linear(config.dim, config.dim)
+            nn.Linear(config.text_dim, config.dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.dim, config.dim),
         )
         self.sinusoid = Sinusoid(config.freq_dim)
-        self.time_embedding = nn.Sequential(PromotedLinear(config.freq_dim, config.dim), nn.SiLU(), PromotedLinear(config.dim, config.dim))
+        self.time_embedding = nn.Sequential(
+            PromotedLinear(config.freq_dim, config.dim),
+            nn.SiLU(),
+            PromotedLinear(config.dim, config.dim),
+        )
         self.time_projection = nn.Sequential(nn.SiLU(), PromotedLinear(config.dim, 6 * config.dim))
         if config.image_branch:
             self.img_emb = ImageEmbedding(config)
@@ -108,7 +125,9 @@ class WanDiT(nn.Module):
         self.leave = nn.Identity()
         self.unpatchify = Unpatchify(config.patch[1:])
         self.set_fused(fused)
-        self.rope = RopeTables(config.head_dim, max_rows=config.max_rows, max_columns=config.max_columns)
+        self.rope = RopeTables(
+            config.head_dim, max_rows=config.max_rows, max_columns=config.max_columns
+        )
         # last, so that random weights of the rest are those of the network with one time
         self.span_embedding = SpanEmbedding(config) if config.two_times else None
 
@@ -141,17 +160,23 @@ class WanDiT(nn.Module):
         self._check(x, timestep, cond, layout, span)
         if cache is None and max(layout.frame_index) >= self.config.max_frames:
             raise ValueError(
-                f"a whole video of {max(layout.frame_index) + 1} latent frames is longer than WanConfig.max_frames="
-                f"{self.config.max_frames}; shorten it, or stream it over a cache, which has no limit"
+                f"a whole video of {max(layout.frame_index) + 1} latent frames is longer than"
+                f" WanConfig.max_frames={self.config.max_frames}; shorten it, or stream it over a"
+                " cache, which has no limit"
             )
         if cache is not None:
             cache.begin(layout)
         elif layout.context_tokens or context_only:
-            raise ValueError(f"the layout expects {layout.context_tokens} cached tokens; pass cache=")
+            raise ValueError(
+                f"the layout expects {layout.context_tokens} cached tokens; pass cache="
+            )
         if cond.concat is not None:
             x = torch.cat([x, _concat_frames(cond.concat, layout)], dim=1)
         if cache is not None and cache.times is not None:
-            time, rows = cache.times.embedding, [Modulation(*known.unbind(2)) for known in cache.times.blocks]
+            time, rows = (
+                cache.times.embedding,
+                [Modulation(*known.unbind(2)) for known in cache.times.blocks],
+            )
         else:
             time = self._time(timestep, span, accumulate_dtype(x.dtype))
             rows = [self.time_projection(time).unflatten(2, (6, -1))] * len(self.blocks)
@@ -160,7 +185,14 @@ class WanDiT(nn.Module):
         rope = self._rope_pair(layout, cache, device=x.device, dtype=time.dtype)
         *blocks, last = self.blocks
         for i, block in enumerate(blocks):
-            tokens = block(tokens, rows[i], contexts[i], layout, rope, None if cache is None else cache.layer(i))
+            tokens = block(
+                tokens,
+                rows[i],
+                contexts[i],
+                layout,
+                rope,
+                None if cache is None else cache.layer(i),
+            )
         final = None if cache is None else cache.layer(len(blocks))
         if context_only and cache is not None:
             last(tokens, rows[-1], contexts[-1], layout, rope, final, keys_only=True)
@@ -179,7 +211,12 @@ class WanDiT(nn.Module):
         gradient of this network only.
         """
         tokens = self._embed(cond)
-        return replace(cond, prepared=tuple(cast(WanBlock, block).cross_attn.keys_values(tokens) for block in self.blocks))
+        return replace(
+            cond,
+            prepared=tuple(
+                cast(WanBlock, block).cross_attn.keys_values(tokens) for block in self.blocks
+            ),
+        )
 
     def join_projections(self) -> None:
         """See `SelfAttention.join`, for every block."""
@@ -187,13 +224,20 @@ class WanDiT(nn.Module):
             cast(WanBlock, block).self_attn.join()
 
     @torch.no_grad()
-    def time_rows(self, timestep: Tensor, *, dtype: torch.dtype, span: Tensor | None = None) -> TimeRows:
+    def time_rows(
+        self, timestep: Tensor, *, dtype: torch.dtype, span: Tensor | None = None
+    ) -> TimeRows:
         """What passes in the compute dtype `dtype` make of `timestep` and `span` alone; for a
         network that is not sharded.
         """
         time = self._time(timestep, span, accumulate_dtype(dtype))
         rows = self.time_projection(time).unflatten(2, (6, -1))
-        return TimeRows(time, torch.stack([torch.stack(cast(WanBlock, block).modulate(rows), dim=2) for block in self.blocks]))
+        return TimeRows(
+            time,
+            torch.stack(
+                [torch.stack(cast(WanBlock, block).modulate(rows), dim=2) for block in self.blocks]
+            ),
+        )
 
     def set_jvp_implementation(self, name: Implementation | Literal["auto"]) -> None:
         """Choose the primal + tangent attention: "reference", "triton" or "auto" (see
@@ -224,10 +268,14 @@ class WanDiT(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 fan_out, fan_in = module.weight.shape
-                embeds = name.startswith(("text_embedding", "time_embedding", "time_projection", "span_embedding"))
+                embeds = name.startswith(
+                    ("text_embedding", "time_embedding", "time_projection", "span_embedding")
+                )
                 std = 0.02 if embeds else (2.0 / (fan_in + fan_out)) ** 0.5
                 draw = torch.randn if embeds else _centred_uniform
-                module.weight.copy_(std * draw(module.weight.shape, generator=generator, device=device))
+                module.weight.copy_(
+                    std * draw(module.weight.shape, generator=generator, device=device)
+                )
                 module.bias.zero_()
             elif isinstance(module, ImageEmbedding) and self.config.image_positions:
                 draws = torch.randn(module.emb_pos.shape, generator=generator, device=device)
@@ -254,18 +302,29 @@ class WanDiT(nn.Module):
     def _embed(self, cond: Condition) -> ContextTokens:
         missing = self.config.text_len - cond.text.shape[1]
         text = F.pad(cond.text, (0, 0, 0, missing)) if missing else cond.text
-        return ContextTokens(self.text_embedding(text), self.img_emb(cond.image) if self.config.image_branch else None)
+        return ContextTokens(
+            self.text_embedding(text),
+            self.img_emb(cond.image) if self.config.image_branch else None,
+        )
 
     def _contexts(self, cond: Condition) -> tuple[ContextTokens | ContextKV, ...]:
         if cond.prepared is None:
             return (self._embed(cond),) * len(self.blocks)
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "a prepared condition carries no gradient to the cross-attention; pass the plain condition, or use torch.no_grad"
+                "a prepared condition carries no gradient to the cross-attention; pass the plain"
+                " condition, or use torch.no_grad"
             )
         return cond.prepared
 
-    def _rope_pair(self, layout: TokenLayout, cache: CacheView | None, *, device: torch.device, dtype: torch.dtype) -> RopePair:
+    def _rope_pair(
+        self,
+        layout: TokenLayout,
+        cache: CacheView | None,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> RopePair:
         if cache is not None and cache.tables is not None:
             return cache.tables
         query = self.rope.table(layout.frame_index, layout.grid, device=device, dtype=dtype)
@@ -273,35 +332,60 @@ class WanDiT(nn.Module):
             return RopePair(query, query)
         return RopePair(query, self.rope.at(cache.positions(layout), device=device, dtype=dtype))
 
-    def _check(self, x: Tensor, timestep: Tensor, cond: Condition, layout: TokenLayout, span: Tensor | None) -> None:
+    def _check(
+        self, x: Tensor, timestep: Tensor, cond: Condition, layout: TokenLayout, span: Tensor | None
+    ) -> None:
         config, batch = self.config, x.shape[0]
         extra = 0 if cond.concat is None else cond.concat.shape[1]
         if x.dim() != 5 or x.shape[1] + extra != config.in_dim:
-            raise ValueError(f"x must be [B, C, F, H, W] with C + {extra} concat channels = in_dim {config.in_dim}, got {tuple(x.shape)}")
+            raise ValueError(
+                f"x must be [B, C, F, H, W] with C + {extra} concat channels = in_dim"
+                f" {config.in_dim}, got {tuple(x.shape)}"
+            )
         grid = config.token_grid(x.shape[3], x.shape[4])
         if (x.shape[2], grid) != (layout.num_frames, layout.grid):
-            raise ValueError(f"x has {x.shape[2]} frames of {grid} tokens, the layout describes {layout.num_frames} of {layout.grid}")
+            raise ValueError(
+                f"x has {x.shape[2]} frames of {grid} tokens, the layout describes"
+                f" {layout.num_frames} of {layout.grid}"
+            )
         if tuple(timestep.shape) not in ((batch, 1), (batch, layout.num_frames)):
-            raise ValueError(f"timestep must be [{batch}, 1] or [{batch}, {layout.num_frames}], got {tuple(timestep.shape)}")
+            raise ValueError(
+                f"timestep must be [{batch}, 1] or [{batch}, {layout.num_frames}], got"
+                f" {tuple(timestep.shape)}"
+            )
         if not timestep.is_floating_point():
             raise ValueError(f"timestep must be floating (0..1000), got {timestep.dtype}")
         if span is not None and not config.two_times:
             raise ValueError("a span was given to a network of one time; set net.two_times=True")
         if span is not None and span.shape != timestep.shape:
-            raise ValueError(f"span must have the shape of timestep, {tuple(timestep.shape)}, got {tuple(span.shape)}")
+            raise ValueError(
+                f"span must have the shape of timestep, {tuple(timestep.shape)}, got"
+                f" {tuple(span.shape)}"
+            )
         if cond.batch != batch:
-            raise ValueError(f"condition has batch {cond.batch}, x has {batch}; use cond.expand({batch})")
+            raise ValueError(
+                f"condition has batch {cond.batch}, x has {batch}; use cond.expand({batch})"
+            )
         if cond.text.shape[1] > config.text_len or cond.text.shape[2] != config.text_dim:
-            raise ValueError(f"text must be [B, <= {config.text_len}, {config.text_dim}], got {tuple(cond.text.shape)}")
+            raise ValueError(
+                f"text must be [B, <= {config.text_len}, {config.text_dim}], got"
+                f" {tuple(cond.text.shape)}"
+            )
         if (cond.image is not None) != config.image_branch:
             raise ValueError(
-                f"image tokens are {'given' if cond.image is not None else 'missing'}, but net.image_branch={config.image_branch}"
+                f"image tokens are {'given' if cond.image is not None else 'missing'}, but"
+                f" net.image_branch={config.image_branch}"
             )
         if cond.image is not None and config.image_positions not in (0, cond.image.shape[1]):
-            raise ValueError(f"net.image_positions={config.image_positions}, but {cond.image.shape[1]} image tokens are given")
+            raise ValueError(
+                f"net.image_positions={config.image_positions}, but {cond.image.shape[1]} image"
+                " tokens are given"
+            )
 
 
-def _centred_uniform(shape: torch.Size, *, generator: torch.Generator | None, device: torch.device) -> Tensor:
+def _centred_uniform(
+    shape: torch.Size, *, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
     """Uniform with mean 0 and variance 1."""
     return (torch.rand(shape, generator=generator, device=device) - 0.5) * 12**0.5
 
@@ -314,8 +398,8 @@ def _concat_frames(concat: Tensor, layout: TokenLayout) -> Tensor:
         return concat
     if max(layout.frame_index) >= concat.shape[2]:
         raise ValueError(
-            f"concat has {concat.shape[2]} frames, the layout needs position {max(layout.frame_index)}; "
-            "give one per input frame, or the whole video"
+            f"concat has {concat.shape[2]} frames, the layout needs position"
+            f" {max(layout.frame_index)}; give one per input frame, or the whole video"
         )
     runs: list[list[int]] = []
     for position in layout.frame_index:

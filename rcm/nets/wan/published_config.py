@@ -49,7 +49,13 @@ def published_settings(config: WanConfig, *, form: Format) -> dict[str, Any] | N
     """
     if form == "wan":
         named = {ours: getattr(config, field) for field, (ours, _) in _NAMES.items() if ours}
-        task = "flf2v" if config.image_positions else "i2v" if config.in_dim > config.out_dim else "t2v"
+        task = (
+            "flf2v"
+            if config.image_positions
+            else "i2v"
+            if config.in_dim > config.out_dim
+            else "t2v"
+        )
         return {"_class_name": "WanModel", "model_type": task, **named}
     if form == "diffusers":
         named = {theirs: getattr(config, field) for field, (_, theirs) in _NAMES.items() if theirs}
@@ -94,23 +100,41 @@ def with_settings(found: WanConfig, settings: Mapping[str, Any] | None) -> WanCo
     for name, allowed in _FIXED.items():
         if name in settings and settings[name] not in allowed:
             told = " or ".join(map(str, allowed))
-            raise CheckpointError(f"config.json states {name} {str(settings[name])[:60]}; this architecture has {told}")
-    if "pos_embed_seq_len" in settings and settings["pos_embed_seq_len"] != (found.image_positions or None):
-        told = f"{str(settings['pos_embed_seq_len'])[:60]}; the tensors have {found.image_positions or None}"
+            raise CheckpointError(
+                f"config.json states {name} {str(settings[name])[:60]}; this architecture has"
+                f" {told}"
+            )
+    if "pos_embed_seq_len" in settings and settings["pos_embed_seq_len"] != (
+        found.image_positions or None
+    ):
+        told = (
+            f"{str(settings['pos_embed_seq_len'])[:60]}; the tensors have"
+            f" {found.image_positions or None}"
+        )
         raise CheckpointError(f"config.json states pos_embed_seq_len {told}")
     stated: dict[str, float] = {}
     for field, names in _NAMES.items():
         for known in names:
             if known is not None and known in settings:
-                stated.setdefault(field, _positive(settings, known) if field == "eps" else _whole(settings, known))
+                stated.setdefault(
+                    field, _positive(settings, known) if field == "eps" else _whole(settings, known)
+                )
     if "num_attention_heads" in settings and "attention_head_dim" in settings:
-        stated["dim"] = _whole(settings, "num_attention_heads") * _whole(settings, "attention_head_dim")
+        stated["dim"] = _whole(settings, "num_attention_heads") * _whole(
+            settings, "attention_head_dim"
+        )
     wrong = [
-        f"{field} {stated[field]}, the tensors have {getattr(found, field)}" for field in _IN_TENSORS if _differs(field, stated, found)
+        f"{field} {stated[field]}, the tensors have {getattr(found, field)}"
+        for field in _IN_TENSORS
+        if _differs(field, stated, found)
     ]
     if wrong:
         raise CheckpointError(f"config.json contradicts the tensors beside it: {'; '.join(wrong)}")
-    return replace(found, eps=stated.get("eps", found.eps), text_len=int(stated.get("text_len", found.text_len)))
+    return replace(
+        found,
+        eps=stated.get("eps", found.eps),
+        text_len=int(stated.get("text_len", found.text_len)),
+    )
 
 
 def _differs(field: str, stated: Mapping[str, Any], found: WanConfig) -> bool:
@@ -120,12 +144,18 @@ def _differs(field: str, stated: Mapping[str, Any], found: WanConfig) -> bool:
 def _whole(settings: Mapping[str, Any], name: str) -> int:
     value = settings[name]
     if type(value) is not int or not 1 <= value <= _MOST:
-        raise CheckpointError(f"config.json states {name} {str(value)[:40]!r}, expected a whole number from 1 to {_MOST}")
+        raise CheckpointError(
+            f"config.json states {name} {str(value)[:40]!r}, expected a whole number from 1 to"
+            f" {_MOST}"
+        )
     return value
 
 
 def _positive(settings: Mapping[str, Any], name: str) -> float:
     value = settings[name]
     if type(value) not in (int, float) or not 0 < value <= 1:
-        raise CheckpointError(f"config.json states {name} {str(value)[:40]!r}, expected a number above 0 and at most 1")
+        raise CheckpointError(
+            f"config.json states {name} {str(value)[:40]!r}, expected a number above 0 and at"
+            " most 1"
+        )
     return value

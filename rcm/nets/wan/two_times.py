@@ -71,7 +71,7 @@ def with_second_time(weights: Mapping[str, Tensor], config: WanConfig) -> Mappin
     missing = [name for name in own if name not in weights]
     if missing and len(missing) < len(own):
         raise CheckpointError(
-            f"it holds a part of the second time's embedding and lacks {', '.join(missing)}; a network of one time has no "
-            f"{SPAN}.* at all, one of two times all four"
+            f"it holds a part of the second time's embedding and lacks {', '.join(missing)}; a"
+            f" network of one time has no {SPAN}.* at all, one of two times all four"
         )
     return StartedWeights(weights, config) if missing else weights

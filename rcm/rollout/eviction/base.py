@@ -66,7 +66,9 @@ class CachePolicy:
 
     def before(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> Placement:
         """What `chunk` sees. May drop chunks and set positions of those that stay."""
-        return Placement(tuple(held.id for held in branches[0].chunks), tuple(range(chunk.start, chunk.stop)))
+        return Placement(
+            tuple(held.id for held in branches[0].chunks), tuple(range(chunk.start, chunk.stop))
+        )
 
     def observers(self, branches: Sequence[KVCache]) -> tuple[Observer | None, ...]:
         """Per branch, who is shown queries and keys of the pass that enters a chunk."""

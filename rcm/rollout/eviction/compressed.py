@@ -43,11 +43,15 @@ class CompressedHistory(CachePolicy):
     def _begin(self, prefix: str) -> None:
         """Check the counts, whose flags begin with `prefix`, and forget everything."""
         if self.sinks < 0 or self.recent < 1:
-            raise ConfigError(f"{prefix}_sink_frames={self.sinks} must be at least 0 and {prefix}_recent_frames={self.recent} at least 1")
+            raise ConfigError(
+                f"{prefix}_sink_frames={self.sinks} must be at least 0 and"
+                f" {prefix}_recent_frames={self.recent} at least 1"
+            )
         if self.sinks + self.recent > self.budget:
             raise ConfigError(
-                f"{prefix}_sink_frames={self.sinks} and {prefix}_recent_frames={self.recent} do not fit into "
-                f"{prefix}_budget_frames={self.budget}; set it to {self.sinks + self.recent} or more"
+                f"{prefix}_sink_frames={self.sinks} and {prefix}_recent_frames={self.recent} do not"
+                f" fit into {prefix}_budget_frames={self.budget}; set it to"
+                f" {self.sinks + self.recent} or more"
             )
         self._sinks_moved, self._base = 0, self.sinks
 
@@ -57,7 +61,9 @@ class CompressedHistory(CachePolicy):
 
     def before(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> Placement:
         """See `CachePolicy`."""
-        return Placement(tuple(entry.id for entry in branches[0].chunks), tuple(range(chunk.start, chunk.stop)))
+        return Placement(
+            tuple(entry.id for entry in branches[0].chunks), tuple(range(chunk.start, chunk.stop))
+        )
 
     def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
         """See `CachePolicy`."""
@@ -68,9 +74,17 @@ class CompressedHistory(CachePolicy):
         kept, tail = self.budget - self.sinks - self.recent, chunk.stop - self.recent
         start, aged = tail - kept, frames - self.recent
         shift = start - self.sinks - self._sinks_moved
-        parts = [at_frames(range(low, high), grid) for low, high in ((start - self.sinks, start), (start, tail)) if low < high]
+        parts = [
+            at_frames(range(low, high), grid)
+            for low, high in ((start - self.sinks, start), (start, tail))
+            if low < high
+        ]
         for number, cache in enumerate(branches):
-            index = self.choose(number, cache, frames=range(self.sinks, aged), kept=kept * per_frame) if kept else []
+            index = (
+                self.choose(number, cache, frames=range(self.sinks, aged), kept=kept * per_frame)
+                if kept
+                else []
+            )
             split(cache, before=(self.sinks * per_frame, aged * per_frame))
             ids = region(cache, 0, aged * per_frame)
             if parts:
@@ -98,7 +112,12 @@ class CompressedHistory(CachePolicy):
         def make(layer: int, keys: Tensor, values: Tensor) -> Pair:
             found = []
             if self.sinks:
-                found.append((turned_in_time(keys[:, :split_at], shift, ntk=self.ntk_time), values[:, :split_at]))
+                found.append(
+                    (
+                        turned_in_time(keys[:, :split_at], shift, ntk=self.ntk_time),
+                        values[:, :split_at],
+                    )
+                )
             if index:
                 at = index[layer].to(keys.device)
                 keys, values = (_gathered(x[:, split_at:], at) for x in (keys, values))

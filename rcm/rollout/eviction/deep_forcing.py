@@ -44,13 +44,20 @@ class DeepForcing(CompressedHistory):
     def __post_init__(self) -> None:
         self._begin("df")
         if self.observation_layers < 0:
-            raise ConfigError(f"df_observation_layers={self.observation_layers} must be 0 (all layers) or a number of last layers")
+            raise ConfigError(
+                f"df_observation_layers={self.observation_layers} must be 0 (all layers) or a"
+                " number of last layers"
+            )
         self._queries: dict[tuple[int, int], Tensor] = {}
         self._scores: dict[tuple[int, int], Tensor] = {}
 
     def observers(self, branches: Sequence[KVCache]) -> tuple[Observer | None, ...]:
         """See `CachePolicy`."""
-        return tuple(partial(self._observe, number, cache) for number, cache in enumerate(branches)) if branches[0].chunks else ()
+        return (
+            tuple(partial(self._observe, number, cache) for number, cache in enumerate(branches))
+            if branches[0].chunks
+            else ()
+        )
 
     def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
         """See `CachePolicy`."""
@@ -60,7 +67,9 @@ class DeepForcing(CompressedHistory):
     def forget(self, branches: Sequence[KVCache], chunks: Sequence[CachedChunk]) -> None:
         """See `CachePolicy`: queries of other, older frames stay."""
         frames = sum(map(num_frames, chunks))
-        self._queries = {key: known[:, : max(0, known.shape[1] - frames)] for key, known in self._queries.items()}
+        self._queries = {
+            key: known[:, : max(0, known.shape[1] - frames)] for key, known in self._queries.items()
+        }
 
     def again(self, branches: Sequence[KVCache]) -> None:
         """See `CachePolicy`: scores serve the chunk after which tokens are chosen."""
@@ -75,7 +84,9 @@ class DeepForcing(CompressedHistory):
         wide = torch.promote_types(q.dtype, torch.float32)
         per_frame = q.unflatten(1, (-1, frame_tokens(cache))).to(wide).sum(2)
         known = self._queries.get((branch, layer))
-        recent = (per_frame if known is None else torch.cat([known, per_frame], dim=1))[:, -self.recent :]
+        recent = (per_frame if known is None else torch.cat([known, per_frame], dim=1))[
+            :, -self.recent :
+        ]
         self._queries[branch, layer] = recent
         past = k[:, : k.shape[1] - q.shape[1]].to(wide)
         scores = torch.einsum("bnd,bsnd->bs", recent.sum(1), past) / q.shape[-1] ** 0.5
@@ -86,14 +97,19 @@ class DeepForcing(CompressedHistory):
         per_frame = frame_tokens(cache)
         first, count = frames.start * per_frame, len(frames) * per_frame
         latest = torch.arange(count - kept, count)[None]
-        return [self._best(self._scores.get((branch, layer)), first, count, kept, otherwise=latest) for layer in range(cache.num_layers)]
+        return [
+            self._best(self._scores.get((branch, layer)), first, count, kept, otherwise=latest)
+            for layer in range(cache.num_layers)
+        ]
 
     def moves(self, index: Tensor, *, start: int, base: int, per_frame: int) -> Tensor | float:
         """See `CompressedHistory`: all alike."""
         return start - base
 
     @staticmethod
-    def _best(scores: Tensor | None, first: int, count: int, kept: int, *, otherwise: Tensor) -> Tensor:
+    def _best(
+        scores: Tensor | None, first: int, count: int, kept: int, *, otherwise: Tensor
+    ) -> Tensor:
         if scores is None:
             return otherwise
         known = scores[:, first : first + count]

@@ -27,7 +27,13 @@ def cached_frames(cache: KVCache) -> int:
     return sum(map(num_frames, cache.chunks))
 
 
-def place_in_a_row(branches: Sequence[KVCache], chunks: Sequence[CachedChunk], *, first: int, lowest: int | None = None) -> int:
+def place_in_a_row(
+    branches: Sequence[KVCache],
+    chunks: Sequence[CachedChunk],
+    *,
+    first: int,
+    lowest: int | None = None,
+) -> int:
     """Give the frames of `chunks` the positions first, first + 1, ... (at least `lowest`) in every
     branch; returns the next position.
     """

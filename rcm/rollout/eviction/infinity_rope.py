@@ -41,12 +41,16 @@ class InfinityRope(CachePolicy):
 
     def __post_init__(self) -> None:
         if not 0 <= self.sinks < self.blocks:
-            raise ConfigError(f"ir_sink_blocks={self.sinks} must be at least 0 and below cache_blocks={self.blocks}")
+            raise ConfigError(
+                f"ir_sink_blocks={self.sinks} must be at least 0 and below"
+                f" cache_blocks={self.blocks}"
+            )
         if self.horizon < 2:
             raise ConfigError(f"f_limit={self.horizon} must be at least 2 frames")
         if self.flush_interval < 0 or self.cut_delta < 0:
             raise ConfigError(
-                f"flush_interval_blocks={self.flush_interval} and rope_cut_delta={self.cut_delta} must be 0 (off) or positive"
+                f"flush_interval_blocks={self.flush_interval} and rope_cut_delta={self.cut_delta}"
+                " must be 0 (off) or positive"
             )
         self._wants_cut = self._cutting = self._wants_flush = False
 
@@ -69,7 +73,10 @@ class InfinityRope(CachePolicy):
         past = sum(map(num_frames, held))
         place_in_a_row(branches, held, first=self.horizon - own - past, lowest=0)
         moved = self.cut_delta if self._cutting and (own > 1 or self.cut_single_frames) else 0
-        return Placement(tuple(entry.id for entry in held), tuple(max(0, t) + moved for t in range(self.horizon - own, self.horizon)))
+        return Placement(
+            tuple(entry.id for entry in held),
+            tuple(max(0, t) + moved for t in range(self.horizon - own, self.horizon)),
+        )
 
     def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
         """See `CachePolicy`."""

@@ -48,8 +48,14 @@ class MemRope(CachePolicy):
 
     def __post_init__(self) -> None:
         if self.sinks < 0 or self.local < 1:
-            raise ConfigError(f"mr_sink_frames={self.sinks} must be at least 0 and mr_local_frames={self.local} at least 1")
-        for name, alpha in (("mr_alpha_long", self.alpha_long), ("mr_alpha_short", self.alpha_short)):
+            raise ConfigError(
+                f"mr_sink_frames={self.sinks} must be at least 0 and mr_local_frames={self.local}"
+                " at least 1"
+            )
+        for name, alpha in (
+            ("mr_alpha_long", self.alpha_long),
+            ("mr_alpha_short", self.alpha_short),
+        ):
             if not 0 < alpha <= 1:
                 raise ConfigError(f"{name}={alpha:g} must lie above 0 and not above 1")
         self._memory: dict[tuple[int, int], tuple[Pair, Pair]] = {}
@@ -67,7 +73,9 @@ class MemRope(CachePolicy):
         """See `CachePolicy`."""
         held = branches[0].chunks
         first = place_in_a_row(branches, held, first=0)
-        return Placement(tuple(entry.id for entry in held), tuple(range(first, first + chunk.stop - chunk.start)))
+        return Placement(
+            tuple(entry.id for entry in held), tuple(range(first, first + chunk.stop - chunk.start))
+        )
 
     def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
         """See `CachePolicy`."""
@@ -79,16 +87,24 @@ class MemRope(CachePolicy):
         parts = [at_frames((self.sinks + i,), grid) for i in range(MEMORY_FRAMES)]
         for number, cache in enumerate(branches):
             split(cache, before=(start, stop))
-            rewrite(cache, region(cache, start, stop), parts, partial(self._remember, number, per_frame))
+            rewrite(
+                cache, region(cache, start, stop), parts, partial(self._remember, number, per_frame)
+            )
 
-    def _remember(self, branch: int, per_frame: int, layer: int, keys: Tensor, values: Tensor) -> Pair:
+    def _remember(
+        self, branch: int, per_frame: int, layer: int, keys: Tensor, values: Tensor
+    ) -> Pair:
         """The two memory frames of a layer, after the tokens that grow old entered them."""
         known = self._memory.get((branch, layer))
         aged = [x[:, 0 if known is None else MEMORY_FRAMES * per_frame :] for x in (keys, values)]
         means = [self._mean(x, per_frame) for x in aged]
 
         def updated(i: int, alpha: float) -> Pair:
-            key, value = means if known is None else ((1 - alpha) * m + alpha * x for m, x in zip(known[i], means, strict=True))
+            key, value = (
+                means
+                if known is None
+                else ((1 - alpha) * m + alpha * x for m, x in zip(known[i], means, strict=True))
+            )
             return key, value
 
         memory = updated(0, self.alpha_long), updated(1, self.alpha_short)
@@ -99,7 +115,11 @@ class MemRope(CachePolicy):
 
     def _mean(self, x: Tensor, per_frame: int) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return wide.unflatten(1, (-1, per_frame)).mean(1) if self.per_position else wide.mean(1, keepdim=True)
+        return (
+            wide.unflatten(1, (-1, per_frame)).mean(1)
+            if self.per_position
+            else wide.mean(1, keepdim=True)
+        )
 
     def protected(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
         """See `CachePolicy`."""

@@ -44,13 +44,30 @@ class RelaxForcing(CompressedHistory):
     def choose(self, branch: int, cache: KVCache, *, frames: range, kept: int) -> list[Tensor]:
         """See `CompressedHistory`."""
         per_frame = frame_tokens(cache)
-        pieces = [piece for chunk in cache.chunks for piece in pieces_of(chunk.spans, chunk=chunk.id)]
+        pieces = [
+            piece for chunk in cache.chunks for piece in pieces_of(chunk.spans, chunk=chunk.id)
+        ]
         keys, _ = cache.store.read(0, pieces)
-        vectors = keys.to(torch.promote_types(keys.dtype, torch.float32)).unflatten(1, (-1, per_frame)).mean(2).flatten(2)
-        candidates, tail = vectors[:, frames.start : frames.stop], vectors[:, frames.stop :].mean(1, keepdim=True)
+        vectors = (
+            keys.to(torch.promote_types(keys.dtype, torch.float32))
+            .unflatten(1, (-1, per_frame))
+            .mean(2)
+            .flatten(2)
+        )
+        candidates, tail = (
+            vectors[:, frames.start : frames.stop],
+            vectors[:, frames.stop :].mean(1, keepdim=True),
+        )
         score = self._scores(cosines(torch.cat([candidates, tail], dim=1), self.reduce))
-        best = score.sort(dim=1, descending=True, stable=True).indices[:, : kept // per_frame].sort(dim=1).values
-        tokens = (best[:, :, None] * per_frame + torch.arange(per_frame, device=best.device)).flatten(1)
+        best = (
+            score.sort(dim=1, descending=True, stable=True)
+            .indices[:, : kept // per_frame]
+            .sort(dim=1)
+            .values
+        )
+        tokens = (
+            best[:, :, None] * per_frame + torch.arange(per_frame, device=best.device)
+        ).flatten(1)
         return [tokens] * cache.num_layers
 
     def moves(self, index: Tensor, *, start: int, base: int, per_frame: int) -> Tensor | float:
@@ -62,7 +79,9 @@ class RelaxForcing(CompressedHistory):
         """[B, n] from the cosines [B, n + 1, n + 1] of n candidates and the tail."""
         count = cosine.shape[1] - 1
         among = cosine[:, :count, :count].sum(2) - 1
-        return self.alignment_weight * cosine[:, :count, count] + (1 - self.alignment_weight) * (1 - among / max(count - 1, 1))
+        return self.alignment_weight * cosine[:, :count, count] + (1 - self.alignment_weight) * (
+            1 - among / max(count - 1, 1)
+        )
 
 
 def cosines(vectors: Tensor, reduce: Reduce | None) -> Tensor:

@@ -56,8 +56,8 @@ class RelaxForcingPaper(CachePolicy):
             )
         if (self.pool + 1) // 2 < self.history:
             raise ConfigError(
-                f"rx_pool_blocks={self.pool} leaves {(self.pool + 1) // 2} candidates for rx_history_blocks={self.history}; "
-                f"set it to {2 * self.history} or more"
+                f"rx_pool_blocks={self.pool} leaves {(self.pool + 1) // 2} candidates for"
+                f" rx_history_blocks={self.history}; set it to {2 * self.history} or more"
             )
         if not 0 <= self.redundancy < float("inf"):
             raise ConfigError(f"rx_redundancy={self.redundancy:g} must be at least 0")
@@ -71,7 +71,10 @@ class RelaxForcingPaper(CachePolicy):
         largest = max(pattern.first, pattern.chunk)
         seen = (self.sinks + self.history + self.tail + 1) * largest
         if seen > self.horizon:
-            raise ConfigError(f"f_limit={self.horizon} frames are fewer than the {seen} that a chunk and the blocks it sees take; raise it")
+            raise ConfigError(
+                f"f_limit={self.horizon} frames are fewer than the {seen} that a chunk and the"
+                " blocks it sees take; raise it"
+            )
         return (self.sinks + self.pool + self.tail + 1) * largest
 
     def before(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> Placement:
@@ -116,15 +119,24 @@ class RelaxForcingPaper(CachePolicy):
         """See `CachePolicy`: the vector of the newest block."""
         newest = branches[0].chunks[-1]
         keys, _ = branches[0].store.read(0, pieces_of(newest.spans, chunk=newest.id))
-        self._vectors[newest.id] = keys.to(torch.promote_types(keys.dtype, torch.float32)).mean(1).flatten(1)
+        self._vectors[newest.id] = (
+            keys.to(torch.promote_types(keys.dtype, torch.float32)).mean(1).flatten(1)
+        )
 
-    def _chosen(self, sinks: Sequence[CachedChunk], tail: Sequence[CachedChunk], candidates: Sequence[CachedChunk]) -> list[CachedChunk]:
+    def _chosen(
+        self,
+        sinks: Sequence[CachedChunk],
+        tail: Sequence[CachedChunk],
+        candidates: Sequence[CachedChunk],
+    ) -> list[CachedChunk]:
         """The best candidates, in order; by the keys of the first branch, the conditional one."""
         if len(candidates) <= self.history:
             return list(candidates)
         known = self._vectors
         rows = [known[entry.id] for entry in candidates]
-        ends = [torch.stack([known[entry.id] for entry in group]).mean(0) for group in (sinks, tail)]
+        ends = [
+            torch.stack([known[entry.id] for entry in group]).mean(0) for group in (sinks, tail)
+        ]
         cosine = cosines(torch.stack([*rows, *ends], dim=1), self.reduce).mean(0)
         score = cosine[: len(rows), -2] - self.redundancy * cosine[: len(rows), -1]
         best = score.sort(descending=True, stable=True).indices[: self.history].tolist()

@@ -37,11 +37,13 @@ class RollingSink(CachePolicy):
 
     def __post_init__(self) -> None:
         if self.recent < 1 or self.sinks < 1:
-            raise ConfigError(f"sink_blocks={self.sinks} and recent_blocks={self.recent} must both be at least 1")
+            raise ConfigError(
+                f"sink_blocks={self.sinks} and recent_blocks={self.recent} must both be at least 1"
+            )
         if self.sinks + self.recent != self.total:
             raise ConfigError(
-                f"sink_blocks={self.sinks} and recent_blocks={self.recent} must add up to total_blocks={self.total}; "
-                f"set total_blocks to {self.sinks + self.recent}"
+                f"sink_blocks={self.sinks} and recent_blocks={self.recent} must add up to"
+                f" total_blocks={self.total}; set total_blocks to {self.sinks + self.recent}"
             )
         self._hidden: tuple[int, ...] = ()
 

@@ -27,7 +27,10 @@ class SlidingWindow(CachePolicy):
 
     def __post_init__(self) -> None:
         if self.blocks < 1:
-            raise ConfigError(f"window={self.blocks} blocks: a chunk sees at least its own; set window to 1 or more, or leave it out")
+            raise ConfigError(
+                f"window={self.blocks} blocks: a chunk sees at least its own; set window to 1 or"
+                " more, or leave it out"
+            )
         if self.sinks < 0:
             raise ConfigError(f"sinks={self.sinks} must be 0 or more blocks")
 
@@ -39,7 +42,9 @@ class SlidingWindow(CachePolicy):
         """See `CachePolicy`."""
         ids = [held.id for held in branches[0].chunks]
         recent = len(ids) - (self.blocks - 1)
-        visible = [held for at, held in enumerate(ids) if at >= recent or self._is_sink(branches[0], at)]
+        visible = [
+            held for at, held in enumerate(ids) if at >= recent or self._is_sink(branches[0], at)
+        ]
         if not self.keep:
             for cache in branches:
                 cache.evict([held for held in ids if held not in visible])
@@ -47,7 +52,9 @@ class SlidingWindow(CachePolicy):
 
     def protected(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
         """See `CachePolicy`."""
-        return tuple(held.id for at, held in enumerate(branches[0].chunks) if self._is_sink(branches[0], at))
+        return tuple(
+            held.id for at, held in enumerate(branches[0].chunks) if self._is_sink(branches[0], at)
+        )
 
     def _is_sink(self, cache: KVCache, at: int) -> bool:
         # the first blocks are never dropped, so they stay the first ones that the cache holds
