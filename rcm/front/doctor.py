@@ -35,16 +35,8 @@ from rcm.train.describe import write_atomically
 GIB = 1 << 30
 TESTED = {"torch": ("2.11", "2.13"), "triton": ("3.6", "3.7")}
 """Versions that the tests and the measurements of docs/performance_log.md ran with."""
-PACKAGES = (
-    "torch",
-    "triton",
-    "hydra-core",
-    "webdataset",
-    "safetensors",
-    "imageio",
-    "wandb",
-    "loguru",
-)
+PACKAGES = ("torch", "triton", "hydra-core", "webdataset")
+PACKAGES += ("safetensors", "imageio", "wandb", "loguru")
 EXTRAS = {
     "transformers": "text",
     "flash-attn": "flash",
@@ -72,121 +64,96 @@ class Finding:
     advice: str = ""
 
 
+def _ok(name: str, found: str) -> Finding:
+    return Finding("ok", name, found)
+
+
+def _judged(name: str, found: str, *, bad: bool, advice: str, state: State = "warning") -> Finding:
+    """`state` with its advice where `bad`, else ok without."""
+    return Finding(state, name, found, advice) if bad else _ok(name, found)
+
+
 def software() -> Iterator[Finding]:
     """Python and the packages, with the versions that are known to work together."""
-    yield Finding("ok", "python", platform.python_version())
+    yield _ok("python", platform.python_version())
     for name in PACKAGES:
-        try:
-            here = version(name)
-        except PackageNotFoundError:
+        here, known = _version(name), TESTED.get(name, ())
+        if here is None:
             needs_card = name == "triton" and not torch.cuda.is_available()
             state: State = "warning" if needs_card or name == "wandb" else "fault"
             yield Finding(state, name, "not installed", f"pip install {name}")
             continue
-        known = TESTED.get(name)
-        if known and not any(here.startswith(f"{good}.") for good in known):
-            yield Finding(
-                "warning", name, here, f"tested with {' and '.join(known)}; others may work"
-            )
-        else:
-            yield Finding("ok", name, here)
-    absent = [f"{name} (rcm[{extra}])" for name, extra in EXTRAS.items() if not _installed(name)]
-    yield Finding(
-        "ok",
-        "extras",
-        f"absent, needed by nothing but their options: {', '.join(absent) or 'none'}",
+        foreign = bool(known) and not any(here.startswith(f"{good}.") for good in known)
+        advice = f"tested with {' and '.join(known)}; others may work"
+        yield _judged(name, here, bad=foreign, advice=advice)
+    absent = [f"{name} (rcm[{extra}])" for name, extra in EXTRAS.items() if _version(name) is None]
+    yield _ok(
+        "extras", f"absent, needed by nothing but their options: {', '.join(absent) or 'none'}"
     )
 
 
 def machine() -> Iterator[Finding]:
     """Cores, memory, shared memory, open files, disk and the variables that change what runs."""
     cores = len(os.sched_getaffinity(0))
-    yield Finding("ok", "cores", f"{cores} for this process, torch uses {torch.get_num_threads()}")
+    yield _ok("cores", f"{cores} for this process, torch uses {torch.get_num_threads()}")
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if ranks_here * torch.get_num_threads() > 2 * cores:
         advice = f"export OMP_NUM_THREADS={max(cores // ranks_here, 1)}"
         yield Finding("warning", "threads", f"{ranks_here} ranks on {cores} cores", advice)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Finding("ok", "memory", f"{total / GIB:.0f} GiB")
+    yield _ok("memory", f"{total / GIB:.0f} GiB")
     if os.path.isdir("/dev/shm"):
         free = shutil.disk_usage("/dev/shm").free
-        small = free < GIB and ranks_here > 1
         advice = (
             "NCCL and data threads exchange through it: start the container with --shm-size=16g"
         )
-        yield Finding(
-            "warning" if small else "ok",
-            "/dev/shm",
-            f"{free / GIB:.1f} GiB free",
-            advice if small else "",
-        )
+        small = free < GIB and ranks_here > 1
+        yield _judged("/dev/shm", f"{free / GIB:.1f} GiB free", bad=small, advice=advice)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    few = 0 <= files < 4096
-    yield Finding(
-        "warning" if few else "ok", "open files", str(files), "ulimit -n 65536" if few else ""
-    )
+    yield _judged("open files", str(files), bad=0 <= files < 4096, advice="ulimit -n 65536")
     free = shutil.disk_usage(".").free
     advice = (
         "a training checkpoint has 16 bytes per trained parameter: 21 GB at 1.3B, 229 GB at 14B"
     )
-    yield Finding(
-        "warning" if free < 25 * GIB else "ok",
-        "disk",
-        f"{free / GIB:.0f} GiB free here",
-        advice if free < 25 * GIB else "",
-    )
+    yield _judged("disk", f"{free / GIB:.0f} GiB free here", bad=free < 25 * GIB, advice=advice)
     wanted = ("NCCL_", "TORCH", "CUDA_VISIBLE", "RCM_", "PYTORCH_", "OMP_")
     told = sorted(
         f"{k}={v}"
         for k, v in os.environ.items()
         if k.startswith(wanted) and not k.startswith("TORCHELASTIC")
     )
-    yield Finding("ok", "environment", ", ".join(told) or "nothing that changes torch, NCCL or rcm")
+    yield _ok("environment", ", ".join(told) or "nothing that changes torch, NCCL or rcm")
 
 
 def card(device: torch.device) -> Iterator[Finding]:
     """The GPU, what is free on it, and what of torch fits it."""
     if device.type != "cuda":
         built = torch.version.cuda
-        if built is None:
-            advice = "to use a GPU, install torch built for CUDA (docs/questions.md)"
-        else:
-            advice = (
-                f"torch is built for CUDA {built}: nvidia-smi must work, and its driver be new"
-                " enough"
-            )
+        advice = (
+            "to use a GPU, install torch built for CUDA (docs/questions.md)"
+            if built is None
+            else f"torch is built for CUDA {built}: nvidia-smi must work, its driver be new enough"
+        )
         yield Finding("warning", "gpu", "none: the toy recipe runs here, Wan does not", advice)
         return
     properties = torch.cuda.get_device_properties(device)
-    capability = f"{properties.major}.{properties.minor}"
+    capability = (properties.major, properties.minor)
     told = (
-        f"{properties.name}, compute capability {capability}, CUDA {torch.version.cuda}, cuDNN"
-        f" {torch.backends.cudnn.version()}"
+        f"{properties.name}, compute capability {'.'.join(map(str, capability))},"
+        f" CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     )
-    if (properties.major, properties.minor) == (9, 0):
-        yield Finding("ok", "gpu", told)
-    elif properties.major >= 8:
-        yield Finding(
-            "warning", "gpu", told, "measured on Hopper only; the portable kernels serve this card"
-        )
-    else:
+    if capability < (8, 0):
         yield Finding("fault", "gpu", told, "bfloat16 needs compute capability 8.0 (A100) or newer")
+    else:
+        advice = "measured on Hopper only; the portable kernels serve this card"
+        yield _judged("gpu", told, bad=capability != (9, 0), advice=advice)
     free, total = torch.cuda.mem_get_info(device)
-    taken = total - free > 0.1 * total
-    advice = "another process holds the rest: nvidia-smi names it" if taken else ""
-    yield Finding(
-        "warning" if taken else "ok",
-        "gpu memory",
-        f"{free / GIB:.0f} of {total / GIB:.0f} GiB free",
-        advice,
-    )
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else "absent"
-    yield Finding(
-        "ok" if nccl != "absent" else "fault",
-        "nccl",
-        nccl,
-        "" if nccl != "absent" else "install torch with NCCL",
-    )
+    told = f"{free / GIB:.0f} of {total / GIB:.0f} GiB free"
+    advice = "another process holds the rest: nvidia-smi names it"
+    yield _judged("gpu memory", told, bad=total - free > 0.1 * total, advice=advice)
+    there = dist.is_nccl_available()
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if there else "absent"
+    yield _judged("nccl", nccl, bad=not there, advice="install torch with NCCL", state="fault")
 
 
 def kernels(device: torch.device) -> Iterator[Finding]:
@@ -194,39 +161,7 @@ def kernels(device: torch.device) -> Iterator[Finding]:
     chosen.
     """
     if device.type == "cuda":
-        from rcm.kernels.flash_jvp.launch import triton_jvp
-        from rcm.kernels.flash_jvp.selfcheck import cases, check, dense_rates
-
-        wrong = []
-        chosen = [
-            case
-            for case in cases()
-            if case.name in ("dense", "tangent only from key 301") or "both, window 1" in case.name
-        ]
-        began = time.perf_counter()
-        for case in chosen:
-            report = check(case, dtype=torch.bfloat16, device=device, run=triton_jvp)
-            wrong += [
-                f"{case.name}: {name} {e:.1e} > {b:.1e}"
-                for name, (e, b) in report.items()
-                if not e <= b
-            ]
-        told = f"{len(chosen)} cases against float64 in {time.perf_counter() - began:.0f} s"
-        advice = "set attention_backend=reference, and run rcm bench check"
-        yield Finding(
-            "fault" if wrong else "ok", "kernel", "; ".join([told, *wrong]), advice if wrong else ""
-        )
-        ours, library = dense_rates()
-        slow = ours < 0.6 * library
-        told = (
-            f"attention with tangent {ours:.0f} TFLOP/s, the library's dense forward {library:.0f}"
-        )
-        yield Finding(
-            "warning" if slow else "ok",
-            "speed",
-            told,
-            "is another process on this card?" if slow else "",
-        )
+        yield from _kernels_on_card(device)
     usable, missing = [], []
     for name, build in BACKENDS.items():
         try:
@@ -234,9 +169,28 @@ def kernels(device: torch.device) -> Iterator[Finding]:
             usable.append(name)
         except ConfigError as error:
             missing.append(f"{name} ({first_line(error).split(': ')[-1].split(';')[0]})")
-    yield Finding(
-        "ok", "attention", f"{', '.join(usable)}; not here: {', '.join(missing) or 'none'}"
-    )
+    yield _ok("attention", f"{', '.join(usable)}; not here: {', '.join(missing) or 'none'}")
+
+
+def _kernels_on_card(device: torch.device) -> Iterator[Finding]:
+    from rcm.kernels.flash_jvp.launch import triton_jvp
+    from rcm.kernels.flash_jvp.selfcheck import cases, check, dense_rates
+
+    names = ("dense", "tangent only from key 301")
+    chosen = [case for case in cases() if case.name in names or "both, window 1" in case.name]
+    began, wrong = time.perf_counter(), []
+    for case in chosen:
+        report = check(case, dtype=torch.bfloat16, device=device, run=triton_jvp)
+        off = {name: (e, b) for name, (e, b) in report.items() if not e <= b}
+        wrong += [f"{case.name}: {name} {e:.1e} > {b:.1e}" for name, (e, b) in off.items()]
+    told = f"{len(chosen)} cases against float64 in {time.perf_counter() - began:.0f} s"
+    advice = "set attention_backend=reference, and run rcm bench check"
+    found = "; ".join([told, *wrong])
+    yield _judged("kernel", found, bad=bool(wrong), advice=advice, state="fault")
+    ours, library = dense_rates()
+    told = f"attention with tangent {ours:.0f} TFLOP/s, the library's dense forward {library:.0f}"
+    advice = "is another process on this card?"
+    yield _judged("speed", told, bad=ours < 0.6 * library, advice=advice)
 
 
 def links(device: torch.device) -> Iterator[Finding]:
@@ -258,20 +212,15 @@ def links(device: torch.device) -> Iterator[Finding]:
         )
     one = torch.ones(1, device=device)
     latency = _seconds(lambda: dist.all_reduce(one), device)
+    advice = (
+        "see docs/questions.md, 'Which network between machines?'; NCCL_DEBUG=INFO tells the way"
+        " that was taken"
+    )
     for name, (call, moved) in calls.items():
         rate = moved / _seconds(call, device) / 1e9
-        slow = rate < SLOW_LINK[device.type]
-        advice = (
-            "see docs/questions.md, 'Which network between machines?'; NCCL_DEBUG=INFO tells the"
-            " way that was taken"
-        )
-        yield Finding(
-            "warning" if slow else "ok",
-            name,
-            f"{rate:.1f} GB/s per rank, {world} ranks",
-            advice if slow else "",
-        )
-    yield Finding("ok", "latency", f"{1e6 * latency:.0f} us for a reduction of one number")
+        told = f"{rate:.1f} GB/s per rank, {world} ranks"
+        yield _judged(name, told, bad=rate < SLOW_LINK[device.type], advice=advice)
+    yield _ok("latency", f"{1e6 * latency:.0f} us for a reduction of one number")
 
 
 def agreement(told: dict[str, Any]) -> Iterator[Finding]:
@@ -281,25 +230,17 @@ def agreement(told: dict[str, Any]) -> Iterator[Finding]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, told)
     hosts = {rank["host"] for rank in everyone}
-    yield Finding("ok", "ranks", f"{len(everyone)} on {len(hosts)} machine{'s' * (len(hosts) > 1)}")
+    yield _ok("ranks", f"{len(everyone)} on {len(hosts)} machine{'s' * (len(hosts) > 1)}")
     for key in ("python", "torch", "triton", "rcm", "nccl", "gpu"):
         values = {str(rank[key]): number for number, rank in reversed(list(enumerate(everyone)))}
         if len(values) > 1:
             found = ", ".join(f"{value} on rank {number}" for value, number in values.items())
-            yield Finding(
-                "fault",
-                key,
-                f"ranks differ: {found}",
-                "use one image or environment on all machines",
-            )
+            advice = "use one image or environment on all machines"
+            yield Finding("fault", key, f"ranks differ: {found}", advice)
     places = [(rank["host"], rank["card"]) for rank in everyone if rank["card"] is not None]
     if len(places) != len(set(places)):
-        yield Finding(
-            "fault",
-            "gpus",
-            "two ranks share a card",
-            "start at most one rank per GPU (--nproc_per_node)",
-        )
+        advice = "start at most one rank per GPU (--nproc_per_node)"
+        yield Finding("fault", "gpus", "two ranks share a card", advice)
 
 
 def _facts(device: torch.device) -> dict[str, Any]:
@@ -309,19 +250,19 @@ def _facts(device: torch.device) -> dict[str, Any]:
         "card": device.index if on_card else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": version("triton") if _installed("triton") else None,
-        "rcm": version("rcm") if _installed("rcm") else None,
+        "triton": _version("triton"),
+        "rcm": _version("rcm"),
         "nccl": str(torch.cuda.nccl.version()) if on_card else None,
         "gpu": torch.cuda.get_device_name(device) if on_card else None,
     }
 
 
-def _installed(name: str) -> bool:
+def _version(name: str) -> str | None:
+    """Of an installed package; None for one that is not."""
     try:
-        version(name)
+        return version(name)
     except PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 def _seconds(call: Callable[[], object], device: torch.device, *, repeats: int = 5) -> float:
@@ -359,13 +300,8 @@ def _to_its_end(section: str, findings: Iterator[Finding]) -> Iterator[Finding]:
     try:
         yield from findings
     except Exception as error:
-        told = f"broke off: {first_line(error)}"
-        yield Finding(
-            "fault",
-            section,
-            told,
-            "put this right first; what follows in this section was not looked at",
-        )
+        advice = "put this right first; what follows in this section was not looked at"
+        yield Finding("fault", section, f"broke off: {first_line(error)}", advice)
 
 
 @command
