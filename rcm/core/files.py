@@ -47,6 +47,23 @@ def replacing(target: Path) -> Iterator[Path]:
         discard(partial)
 
 
+def read_exactly(path: Path, target: bytearray | memoryview, *, start: int) -> None:
+    """Fill `target` with the bytes of a file from `start` on; `OSError` where they end before it is
+    full. Not mapped: a private mapping counts as memory that the machine must have.
+    """
+    view, done = memoryview(target), 0
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while done < len(view):
+            got = file.readinto(view[done:])
+            if not got:
+                raise OSError(
+                    f"the file ends {len(view) - done} bytes early; it was changed after it was"
+                    " opened"
+                )
+            done += got
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` beside `path`, flush it to disk, and rename it into place."""
     temporary = path.with_name(path.name + ".writing")

@@ -32,33 +32,12 @@ _OLD_MAGIC = 0x1950A86A20F9469CFC6C
 _MOST_PICKLE = 1 << 28
 """Bytes of the pickle inside an archive: names and shapes; 256 MiB is a million tensors."""
 
-_WIDE = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.complex64,
-    torch.complex128,
-    torch.bool,
+_DTYPES = (
+    *("float64", "float32", "float16", "bfloat16", "complex64", "complex128", "bool"),
+    *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
+    *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
 )
-_WHOLE = (
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,
-)
-_EIGHT = (
-    torch.float8_e4m3fn,
-    torch.float8_e4m3fnuz,
-    torch.float8_e5m2,
-    torch.float8_e5m2fnuz,
-    torch.float8_e8m0fnu,
-)
-DTYPES = {str(dtype): dtype for dtype in (*_WIDE, *_WHOLE, *_EIGHT)}
+DTYPES: dict[str, torch.dtype] = {f"torch.{name}": getattr(torch, name) for name in _DTYPES}
 """Dtypes that a stored tensor may have, by torch's name."""
 _STORAGES = {
     "torch.DoubleStorage": torch.float64,
@@ -79,9 +58,10 @@ _TENSOR = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
 _TENSOR_OF_NEW_DTYPE = "torch._utils._rebuild_tensor_v3"
 _PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
+_MAKERS = (*_TENSOR, _TENSOR_OF_NEW_DTYPE, *_PARAMETERS, _WITH_ATTRIBUTES)
 _CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter")
 NAMES = frozenset(
-    (*DTYPES, *_STORAGES, *_TENSOR, *_CLASSES, _TENSOR_OF_NEW_DTYPE, *_PARAMETERS, _WITH_ATTRIBUTES)
+    (*DTYPES, *_STORAGES, *_MAKERS, *_CLASSES)
     + ("collections.OrderedDict", "torch.Size", "torch.device")
 )
 """Everything that a pickle of tensors may name."""
@@ -113,6 +93,17 @@ class _Piece:
     key: str
     dtype: torch.dtype
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """A tensor as the file states it; offset and strides in elements."""
+
+    piece: _Piece
+    dtype: torch.dtype
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
 def read_pickle(path: Path) -> PickledTensors:
@@ -168,16 +159,14 @@ def _explained(source: Path | str) -> Iterator[None]:
         yield
     except Stranger as error:
         odd = _ODD_TENSORS.get(error.name)
-        words = (
+        told = (
             f"it holds {odd}; save dense tensors" if odd else f"{error}; save its state dict alone"
         )
-        raise CheckpointError(f"{source} cannot be read: {words}") from error
+        raise CheckpointError(f"{source} cannot be read: {told}") from error
     except CheckpointError as error:
-        raise (
-            error
-            if str(source) in str(error)
-            else CheckpointError(f"{source} cannot be read: {error}")
-        ) from error
+        if str(source) in str(error):
+            raise
+        raise CheckpointError(f"{source} cannot be read: {error}") from error
     except Exception as error:
         told = "it is damaged, truncated or not a torch pickle: copy or download it again"
         if "Cannot allocate memory" in str(error):
@@ -215,13 +204,9 @@ def _opened(source: Path | bytes | bytearray) -> tuple[Any, Callable[[Any], Tens
     """What the pickle holds, inert, and the function that makes a tensor of an entry that is
     one.
     """
-    held = (
-        None
-        if isinstance(source, Path)
-        else source
-        if isinstance(source, bytearray)
-        else bytearray(source)
-    )
+    held = None
+    if not isinstance(source, Path):
+        held = source if isinstance(source, bytearray) else bytearray(source)
     with open(source, "rb") if held is None else io.BufferedReader(_Held(held)) as file:
         archive = file.read(len(_LOCAL_HEADER)) == _LOCAL_HEADER
         size = file.seek(0, io.SEEK_END)
@@ -241,11 +226,12 @@ def _opened(source: Path | bytes | bytearray) -> tuple[Any, Callable[[Any], Tens
         return made[piece.key]
 
     def make(entry: Any) -> Tensor:
-        piece, dtype, offset, size, stride = _described(entry)
-        _require_inside(
-            piece, places[piece.key][1] if piece.key in places else 0, dtype, offset, size, stride
+        view = _described(entry)
+        _require_inside(view, length=places.get(view.piece.key, (0, 0))[1])
+        whole_piece = storage(view.piece)
+        return torch.empty(0, dtype=view.dtype).set_(
+            whole_piece, view.offset, view.size, view.stride
         )
-        return torch.empty(0, dtype=dtype).set_(storage(piece), offset, size, stride)
 
     return value, make
 
@@ -257,27 +243,16 @@ def _archive(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
     if not zipfile.is_zipfile(file):
         raise zipfile.BadZipFile("the end of the archive is missing")
     with zipfile.ZipFile(file) as archive:
-        entries, end = (
-            sorted(archive.infolist(), key=lambda entry: entry.header_offset),
-            archive.start_dir,
-        )
+        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+        ends = [*(entry.header_offset for entry in entries[1:]), archive.start_dir]
     places: dict[str, tuple[int, int]] = {}
-    for entry, following in zip(
-        entries, [e.header_offset for e in entries[1:]] + [end], strict=True
-    ):
-        file.seek(entry.header_offset)
-        head = file.read(30)
-        name_size, extra_size = (
-            int.from_bytes(head[26:28], "little"),
-            int.from_bytes(head[28:30], "little"),
-        )
+    for entry, following in zip(entries, ends, strict=True):
+        head = _bytes(file, (entry.header_offset, 30))
+        name_size, extra_size = (int.from_bytes(head[at : at + 2], "little") for at in (26, 28))
         name = file.read(name_size).decode("utf-8" if entry.flag_bits & 0x800 else "cp437")
         start = entry.header_offset + 30 + name_size + extra_size
-        if (
-            head[:4] != _LOCAL_HEADER
-            or name != entry.orig_filename
-            or start + entry.compress_size > following
-        ):
+        there = head[:4] == _LOCAL_HEADER and name == entry.orig_filename
+        if not there or start + entry.compress_size > following:
             raise zipfile.BadZipFile(f"entry {entry.filename} is not where the directory says")
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             raise zipfile.BadZipFile(
@@ -347,35 +322,22 @@ def _piece(pid: Any) -> _Piece:
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Made) and value.kind in (
-        *_TENSOR,
-        _TENSOR_OF_NEW_DTYPE,
-        *_PARAMETERS,
-        _WITH_ATTRIBUTES,
-    )
+    return isinstance(value, Made) and value.kind in _MAKERS
 
 
 def _kind_of(value: Any) -> str:
-    return (
-        "a tensor"
-        if _is_tensor(value)
-        else f"an object {value.kind}"
-        if isinstance(value, Made)
-        else f"a {type(value).__name__}"
-    )
+    if _is_tensor(value):
+        return "a tensor"
+    return f"an object {value.kind}" if isinstance(value, Made) else f"a {type(value).__name__}"
 
 
-def _described(entry: Any) -> tuple[_Piece, torch.dtype, int, tuple[int, ...], tuple[int, ...]]:
-    """(storage, dtype, offset, size, stride in elements) of a tensor."""
+def _described(entry: Any) -> _View:
+    """What the arguments of a tensor's maker say."""
     kind, arguments = entry.kind, entry.arguments
     for _ in range(3):  # a parameter with attributes around a tensor
         if kind in _PARAMETERS and _is_tensor(arguments[0]):
             kind, arguments = arguments[0].kind, arguments[0].arguments
-        elif (
-            kind == _WITH_ATTRIBUTES
-            and isinstance(arguments[0], Named)
-            and isinstance(arguments[1], Named)
-        ):
+        elif kind == _WITH_ATTRIBUTES and all(isinstance(a, Named) for a in arguments[:2]):
             if arguments[1].name not in _CLASSES:
                 raise pickle.UnpicklingError(f"it holds a tensor of the class {arguments[1].name}")
             kind, arguments = arguments[0].name, arguments[2]
@@ -391,38 +353,27 @@ def _described(entry: Any) -> tuple[_Piece, torch.dtype, int, tuple[int, ...], t
         tuple(v.arguments[0]) if isinstance(v, Made) and v.kind == "torch.Size" else tuple(v)
         for v in (size, stride)
     )
-    if any(type(n) is not int or n < 0 or n >= 1 << 62 for n in (offset, *size, *stride)) or len(
-        size
-    ) != len(stride):
+    possible = all(type(n) is int and 0 <= n < 1 << 62 for n in (offset, *size, *stride))
+    if not possible or len(size) != len(stride):
         raise pickle.UnpicklingError(
             f"it holds a tensor of impossible shape {size} and strides {stride}"
         )
-    return piece, dtype, offset, size, stride
+    return _View(piece, dtype, offset, size, stride)
 
 
-def _require_inside(
-    piece: _Piece,
-    length: int,
-    dtype: torch.dtype,
-    offset: int,
-    size: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> None:
-    """The storage has the bytes that it states, and the tensor lies in it, each element in a place
-    of its own.
+def _require_inside(view: _View, *, length: int) -> None:
+    """The storage, of `length` bytes in the file, has the bytes that it states, and the tensor lies
+    in it, each element in a place of its own.
     """
-    if piece.count < 0 or piece.count * piece.dtype.itemsize != length:
+    stated = view.piece.count * view.piece.dtype.itemsize
+    if view.piece.count < 0 or stated != length:
         raise pickle.UnpicklingError(
-            f"storage {piece.key} should have {piece.count * piece.dtype.itemsize} bytes, the file"
-            f" has {length}"
+            f"storage {view.piece.key} should have {stated} bytes, the file has {length}"
         )
-    elements, there = math.prod(size), length // dtype.itemsize
-    last = (
-        offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
-        if elements
-        else 0
-    )
-    if last > there or elements > there:
+    elements, there = math.prod(view.size), length // view.dtype.itemsize
+    steps = sum((n - 1) * step for n, step in zip(view.size, view.stride, strict=True))
+    if elements > there or (elements and view.offset + steps >= there):
         raise pickle.UnpicklingError(
-            f"a tensor of shape {list(size)} reaches beyond the {there} elements of its storage"
+            f"a tensor of shape {list(view.size)} reaches beyond the {there} elements of its"
+            " storage"
         )

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rcm.core.errors import CheckpointError, first_line
+from rcm.core.files import read_exactly
 from rcm.storage.json_file import parse_json
 
 MOST_HEADER = 100_000_000
@@ -63,22 +64,11 @@ def read_header(path: Path) -> tuple[dict[str, tuple[Tensor, int]], dict[str, st
 
 
 def read_entry(path: Path, header: Tensor, start: int) -> Tensor:
-    """The bytes from `start` on as a CPU tensor like `header`. Read, not mapped: a private mapping
-    of the file counts as memory that the machine must have. Raises `OSError` where the file ends
+    """The bytes from `start` on as a CPU tensor like `header`. Raises `OSError` where the file ends
     early.
     """
     flat = torch.empty(header.numel() * header.element_size(), dtype=torch.uint8)
-    with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        view, done = memoryview(flat.numpy()), 0
-        while done < len(view):
-            got = file.readinto(view[done:])
-            if not got:
-                raise OSError(
-                    f"the file ends {len(view) - done} bytes early; it was changed after it was"
-                    " opened"
-                )
-            done += got
+    read_exactly(path, memoryview(flat.numpy()), start=start)
     return flat.view(header.dtype).view(header.shape)
 
 

@@ -25,7 +25,8 @@ from rcm.parallel.mesh import ParallelDims
 from rcm.pipelines.from_checkpoint import open_checkpoint
 from rcm.pipelines.wan_files import load_wan
 from rcm.pipelines.weight_files import open_weights
-from rcm.storage.dcp_folder import NAMES, DcpFolder
+from rcm.storage.dcp_folder import DcpFolder
+from rcm.storage.dcp_metadata import NAMES
 from rcm.train.checkpoint import Checkpointer
 from rcm.train.optim import AdamWConfig, LambdaLinear
 from rcm.train.state import TrainState
