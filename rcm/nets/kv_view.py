@@ -132,6 +132,11 @@ class CacheView:
             )
 
     @property
+    def branches(self) -> tuple[CacheView, ...]:
+        """Itself: a guided forward has two (`PairedView`)."""
+        return (self,)
+
+    @property
     def own_spans(self) -> Spans:
         """Slots of the forward's own tokens, once `begin` found them; empty for a readonly view."""
         return tuple(span for chunk in self._new for span in chunk.spans)

@@ -18,15 +18,16 @@ from torch import Tensor
 
 from rcm.kernels.cuda_graph import CudaGraph
 from rcm.nets.condition import Condition
-from rcm.nets.denoiser import PairedView, VelocityModel
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.kv_coded import CodedStore, Group
 from rcm.nets.kv_store import Piece
 from rcm.nets.kv_view import CacheView
 from rcm.nets.layout import TokenLayout
+from rcm.nets.paired_cache import PairedView, View
 from rcm.nets.rope import RopePair, RopeTable
+from rcm.nets.velocity_model import VelocityModel
 from rcm.pipelines.captured_views import CodedView, StaticView
-from rcm.rollout.autoregressive import Canvas, ChunkLoop, View, time_tensor
+from rcm.rollout.autoregressive import Canvas, ChunkLoop, time_tensor
 from rcm.rollout.eviction.base import Placement
 from rcm.rollout.noise import Noise
 
@@ -147,7 +148,7 @@ class CapturedLoop(ChunkLoop):
             self.counts["eager"] += 1
             return None
         inputs.place(
-            _branches(view), [_codes(branch) for branch in _branches(view)], layout, self.denoiser
+            view.branches, [_codes(branch) for branch in view.branches], layout, self.denoiser
         )
         inputs.prompt(cond)
         return inputs
@@ -167,7 +168,7 @@ class CapturedLoop(ChunkLoop):
             self.counts["captured"] += 1
         self._graphs[key].replay()
         self.counts["replayed"] += 1
-        for branch in _branches(view):
+        for branch in view.branches:
             branch.commit(layout)
 
     def _captured(self, inputs: _Inputs, layout: TokenLayout, *, context_only: bool) -> CudaGraph:
@@ -189,11 +190,7 @@ class CapturedLoop(ChunkLoop):
             )
             for i, cache in enumerate(self.cache.branches)
         ]
-        view = (
-            views[0]
-            if isinstance(self.cache, KVCache)
-            else PairedView(views[0], views[1] if len(views) > 1 else None)
-        )
+        view = views[0] if isinstance(self.cache, KVCache) else PairedView(*views)
 
         def enter() -> None:
             self.denoiser.enter_context(inputs.x, inputs.t, inputs.cond, layout, cache=view)
@@ -215,7 +212,7 @@ class CapturedLoop(ChunkLoop):
     def _begin(self, view: View, layout: TokenLayout) -> bool:
         """Find the slots of the pass; whether a graph can serve it."""
         ok = True
-        for branch in _branches(view):
+        for branch in view.branches:
             if not ok or branch.observer is not None or branch.mode == "readonly":
                 return False
             branch.begin(layout)
@@ -316,7 +313,7 @@ class _Inputs:
 
     def place(
         self,
-        branches: list[CacheView],
+        branches: Sequence[CacheView],
         codes: Sequence[_Codes | None],
         layout: TokenLayout,
         denoiser: VelocityModel,
@@ -367,14 +364,6 @@ class _Inputs:
         """Rotary tables of one branch over a past of so many tokens."""
         keys = self.keys.get(context_tokens)
         return RopePair(self.query, self.query if not keys else keys[branch])
-
-
-def _branches(view: View) -> list[CacheView]:
-    return (
-        [view]
-        if isinstance(view, CacheView)
-        else [v for v in (view.cond, view.negative) if v is not None]
-    )
 
 
 def _static(mine: RopeTable | None, table: RopeTable) -> RopeTable:

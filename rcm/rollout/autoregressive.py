@@ -16,17 +16,14 @@ import torch
 from torch import Tensor
 
 from rcm.nets.condition import Condition
-from rcm.nets.denoiser import PairedCache, PairedView, VelocityModel
-from rcm.nets.kv_cache import KVCache
-from rcm.nets.kv_view import CachedChunk, CacheView
+from rcm.nets.kv_view import CachedChunk
 from rcm.nets.layout import TokenLayout
+from rcm.nets.paired_cache import Cache, View
+from rcm.nets.velocity_model import VelocityModel
 from rcm.rollout.eviction.base import CachePolicy, Placement
 from rcm.rollout.noise import Noise
 from rcm.rollout.plan import ChunkPlan
 from rcm.samplers.steps import StepRule
-
-Cache = KVCache | PairedCache
-View = CacheView | PairedView
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 
 from rcm.nets.condition import Condition
-from rcm.nets.denoiser import VelocityModel
-from rcm.rollout.autoregressive import Cache, Canvas, ChunkResult, time_tensor
+from rcm.nets.paired_cache import Cache
+from rcm.nets.velocity_model import VelocityModel
+from rcm.rollout.autoregressive import Canvas, ChunkResult, time_tensor
 
 
 def replay_chunk(

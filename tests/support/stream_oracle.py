@@ -190,7 +190,7 @@ def stream(model: Denoiser | Guided, cond, recipe, rule: Rule, *, blocks: int, n
     def run(x: Tensor, t: float, own: tuple[int, ...], *, append: bool) -> Tensor:
         views = [View(b, own, grid, batch=batch, append=append, coded_self=codec is not None) for b in branches]
         layout = TokenLayout.over_cache(own, grid=grid, context_tokens=views[0].prefix_tokens)
-        view = PairedView(views[0], views[1] if guided else None) if isinstance(model, Guided) else views[0]
+        view = PairedView(*views) if isinstance(model, Guided) else views[0]
         return model.velocity(x, torch.full((batch, 1), t, dtype=torch.float64), cond, layout, cache=view)
 
     chunks = []
