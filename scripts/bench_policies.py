@@ -22,7 +22,7 @@ import torch
 
 from rcm.core.arguments import Arguments
 from rcm.encoders.wan_vae import WanVAECodec
-from rcm.inference.causal_flags import METHODS, policy_of
+from rcm.inference.causal_methods import METHODS, policy_of
 from rcm.inference.outcome import command, writable_file
 from rcm.nets.denoiser import Denoiser
 from rcm.pipelines.session import Session

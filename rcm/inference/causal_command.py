@@ -28,10 +28,10 @@ from rcm.inference.causal_flags import (
     causal_parser,
     codec_spec_of,
     networks_of,
-    policy_of,
     recipe_of,
     settle_flags,
 )
+from rcm.inference.causal_methods import policy_of
 from rcm.inference.causal_report import Marks, Stopwatch, Timing, timing_lines, write_causal_report
 from rcm.inference.flag_ranges import MAX_FRAMES
 from rcm.inference.outcome import check_device

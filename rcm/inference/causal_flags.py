@@ -5,12 +5,13 @@ records that they stand for.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rcm.core.errors import ConfigError
 from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT
+from rcm.inference.causal_methods import add_method_flags, settle_method_flags
+from rcm.inference.flag_table import add_flags
 from rcm.inference.wan_flags import (
     PROMPT,
     NetworkFile,
@@ -22,15 +23,6 @@ from rcm.inference.wan_flags import (
 )
 from rcm.kernels.kv_codec.spec import DTYPES, FLAGS, GRANULARITIES, MODES, SMOOTHINGS, KVCodecSpec
 from rcm.nets.wan.fp8 import chosen_layers
-from rcm.rollout.eviction.base import CachePolicy
-from rcm.rollout.eviction.compressed import Reduce
-from rcm.rollout.eviction.deep_forcing import DeepForcing
-from rcm.rollout.eviction.infinity_rope import InfinityRope
-from rcm.rollout.eviction.mem_rope import MemRope
-from rcm.rollout.eviction.relax_forcing import RelaxForcing
-from rcm.rollout.eviction.relax_forcing_paper import RelaxForcingPaper
-from rcm.rollout.eviction.rolling_sink import RollingSink
-from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.plan import StepSchedule
 from rcm.rollout.recipe import SamplingRecipe
 from rcm.samplers.schedule import CAUSAL_MID_TIMES, parse_schedules, parse_times
@@ -43,8 +35,12 @@ SUV_PROMPT = (
 )
 BENCHMARK = 3
 """Warm-ups and timed runs of --benchmark."""
-GRAPHS = ("auto", "on", "off")
-_GROUP_CHOICES = {"kv_dtype": DTYPES, "kv_smoothing": SMOOTHINGS, "kv_granularity": GRANULARITIES}
+_CHOICES = {
+    "kv_mode": MODES,
+    "kv_dtype": DTYPES,
+    "kv_smoothing": SMOOTHINGS,
+    "kv_granularity": GRANULARITIES,
+}
 
 
 @dataclass(frozen=True)
@@ -57,99 +53,63 @@ class Defaults:
     prompt: str = SUV_PROMPT
 
 
-@dataclass(frozen=True)
-class Method:
-    """An extrapolation method: its flags with their defaults, and its policy from their values."""
-
-    flags: Mapping[str, Any]
-    make: Callable[..., CachePolicy]
-
-
-def _sliding(window_blocks: int, sw_sink_blocks: int) -> SlidingWindow:
-    if window_blocks < 1 or not 0 <= sw_sink_blocks < window_blocks:
-        raise ConfigError(
-            f"--window_blocks {window_blocks} must be at least 1 and --sw_sink_blocks"
-            f" {sw_sink_blocks} at least 0 and below it"
-        )
-    # the release counts cached blocks, sinks among them; the policy the blocks that a chunk sees,
-    # its own included, beside the sinks
-    return SlidingWindow(window_blocks - sw_sink_blocks + 1, sw_sink_blocks)
-
-
-def _infinity(no_rope_cut_single_frame: bool, **values: Any) -> InfinityRope:
-    names = ("blocks", "sinks", "horizon", "flush_interval", "cut_delta", "cuts")
-    return InfinityRope(
-        **dict(zip(names, values.values(), strict=True)),
-        cut_single_frames=not no_rope_cut_single_frame,
-    )
-
-
-METHODS: dict[str, Method] = {
-    "none": Method({}, CachePolicy),
-    "sliding_window": Method({"window_blocks": 6, "sw_sink_blocks": 0}, _sliding),
-    "rolling_sink": Method(
-        {"total_blocks": 6, "sink_blocks": 5, "recent_blocks": 1},
-        lambda **v: RollingSink(*v.values()),
-    ),
-    "infinity_rope": Method(
-        {
-            "cache_blocks": 6,
-            "ir_sink_blocks": 1,
-            "f_limit": 21,
-            "flush_interval_blocks": 0,
-            "rope_cut_delta": 21,
-            "no_rope_cut_single_frame": False,
-        },
-        _infinity,
-    ),
-    "deep_forcing": Method(
-        {
-            "df_sink_frames": 10,
-            "df_budget_frames": 16,
-            "df_recent_frames": 4,
-            "df_observation_layers": 0,
-        },
-        lambda reduce, ntk_time, **v: DeepForcing(*v.values(), reduce=reduce, ntk_time=ntk_time),
-    ),
-    "memrope": Method(
-        {
-            "mr_sink_frames": 3,
-            "mr_local_frames": 4,
-            "mr_alpha_long": 0.01,
-            "mr_alpha_short": 0.1,
-            "mr_per_position": False,
-        },
-        lambda **v: MemRope(*v.values()),
-    ),
-    "relax_forcing": Method(
-        {
-            "rx_sink_frames": 4,
-            "rx_budget_frames": 16,
-            "rx_recent_frames": 4,
-            "rx_alignment_weight": 0.5,
-        },
-        lambda reduce, ntk_time, **v: RelaxForcing(*v.values(), reduce=reduce, ntk_time=ntk_time),
-    ),
-    "relax_forcing_paper": Method(
-        {
-            "rx_sink_blocks": 2,
-            "rx_history_blocks": 1,
-            "rx_tail_blocks": 1,
-            "rx_pool_blocks": 8,
-            "rx_redundancy": 0.5,
-            "f_limit": 21,
-        },
-        lambda reduce, **v: RelaxForcingPaper(*v.values(), reduce=reduce),
-    ),
-}
-"""Name of --extrapolation_method -> method. The last one is an addition; the others are the
-release's.
+_PROMPTS = """
+scene_file FILE                    a timeline, one segment per line, instead of --prompt
+prompt_file FILE                   several videos: one prompt or timeline per line, instead of
+  --prompt
+prompt_switch keep|recache = keep  recache: rewrite the cache under a new prompt [%(default)s]
+prompt_blend N = 0                 chunks over which a prompt goes over into the next one
+  [%(default)s]
+"""
+_SAMPLING = """
+distilled                             few-step sampling of a distilled network
+first_chunk_t N
+chunk_t N                             latent frames of the later chunks [%(default)s]
+num_steps N                           steps of every chunk [50; with --distilled 4]
+sigma_max float = 1600.0              noise level of the first step [%(default)g]
+mid_t T...                            --distilled: times between the steps, fractions allowed
+  [15/16 5/6 5/8]
+steps_per_chunk N...                  --distilled: steps of each generated chunk, the last number
+  repeats
+mid_t_schedules T,T;T = ""            --mid_t per entry of --steps_per_chunk
+  ("15/16,5/6,5/8;5/6"; empty: one step)
+guidance_scale float                  many steps: classifier-free guidance, 1 or less: none [3]
+timestep_shift float                  many steps: shift of the grid [3]
+negative_prompt TEXT                  many steps [Wan's own, in Chinese]
+context_from_last_step                noisy context: a chunk's last step is its context, no pass
+  after it
+context_from_last_step_start_chunk N  first chunk that leaves noisy context, an image counts [0]
+noise_device auto|cpu|cuda = auto     where noise is drawn; auto: on --device, as the release does
+ntk_t R = 1.0                         NTK ratio of the rotary axis [%(default)g]
+ntk_h R = 1.0                         NTK ratio of the rotary axis [%(default)g]
+ntk_w R = 1.0                         NTK ratio of the rotary axis [%(default)g]
+"""
+_IMAGE = """
+image_path FILE = ""  the first frame: image to video
+adaptive_resolution   keep the image's shape, with about the pixels of the table's size
+"""
+_CACHE = """
+kv_pre_rope_keys       cache keys before rotation [when keys are quantised]
+kv_dense_prefix_cache  also keep every restored chunk: faster, and no memory is saved
+kv_hot_chunks N = 0    newest chunks that stay as they are [%(default)s]
+"""
+_RUNNING = f"""
+num_runs N = 1             timed samplings of the same video, the last one is written [%(default)s]
+benchmark                  the same as --warmup_iters {BENCHMARK} --num_runs {BENCHMARK}
+streaming_vae              decode and write each chunk as it is made, not all at the end
+fp8 LAYERS = off           linear layers in FP8: off, auto, all or names; tells its error
+  [%(default)s]
+fp8_attention              attention over the cache in FP8 (H100, H200; a plain cache); inexact
+tiny_decoder FILE = ""     decode with a tiny decoder (taew2_1.pth) instead of Wan's: previews [off]
+graphs auto|on|off = auto  passes as CUDA graphs; auto: on one GPU, wherever they can be
+  [%(default)s]
 """
 
 
 def causal_parser(name: str, *, about: str | None, defaults: Defaults) -> argparse.ArgumentParser:
     """The parser of a causal command."""
     parser = wan_parser(name, about=about)
+    group = parser.add_argument_group
     add_video_flags(
         parser,
         sizes=("1.3B", "14B"),
@@ -160,249 +120,40 @@ def causal_parser(name: str, *, about: str | None, defaults: Defaults) -> argpar
         prompt=defaults.prompt,
     )
     parser.set_defaults(save_path=defaults.save_path)
-    _add_prompts(parser)
-    _add_sampling(parser, defaults)
-    _add_image(parser)
-    _add_extrapolation(parser, defaults.method)
-    _add_kv_cache(parser)
+    scenes = (
+        "--prompt may be a timeline: 'a harbour at dawn[5s] | the same in a storm[3s#]'; # begins a"
+        " scene (infinity_rope)."
+    )
+    add_flags(group("scenes", scenes), _PROMPTS)
+    first, chunk = defaults.pattern
+    add_flags(
+        group("sampling", "Few steps with --distilled, else many steps with guidance."),
+        _SAMPLING,
+        first_chunk_t={"help": f"latent frames of the first chunk [{first}; with an image 1]"},
+        chunk_t={"default": chunk},
+    )
+    add_flags(group("image"), _IMAGE)
+    kept = "What of the past is kept; a flag belongs to the method in its help."
+    add_method_flags(group("extrapolation", kept), default=defaults.method)
+    stored = "How keys (_k) and values (_v) of finished chunks are stored; docs/kv_cache.md."
+    _add_kv_cache(group("key-value cache", stored))
     add_single_network_flags(parser, dit_path="")
     add_machine_flags(parser)
-    _add_running(parser)
+    add_flags(group("running"), _RUNNING)
     return parser
 
 
-def _add_prompts(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group(
-        "scenes",
-        "--prompt may be a timeline: 'a harbour at dawn[5s] | the same in a storm[3s#]'; # begins a"
-        " scene (infinity_rope).",
-    ).add_argument
-    add(
-        "--scene_file", metavar="FILE", help="a timeline, one segment per line, instead of --prompt"
-    )
-    add(
-        "--prompt_file",
-        metavar="FILE",
-        help="several videos: one prompt or timeline per line, instead of --prompt",
-    )
-    add(
-        "--prompt_switch",
-        choices=("keep", "recache"),
-        default="keep",
-        help="recache: rewrite the cache under a new prompt [%(default)s]",
-    )
-    add(
-        "--prompt_blend",
-        type=int,
-        default=0,
-        metavar="N",
-        help="chunks over which a prompt goes over into the next one [%(default)s]",
-    )
-
-
-def _add_sampling(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
-    first, chunk = defaults.pattern
-    add = parser.add_argument_group(
-        "sampling", "Few steps with --distilled, else many steps with guidance."
-    ).add_argument
-    add("--distilled", action="store_true", help="few-step sampling of a distilled network")
-    add(
-        "--first_chunk_t",
-        type=int,
-        metavar="N",
-        help=f"latent frames of the first chunk [{first}; with an image 1]",
-    )
-    add(
-        "--chunk_t",
-        type=int,
-        default=chunk,
-        metavar="N",
-        help="latent frames of the later chunks [%(default)s]",
-    )
-    add("--num_steps", type=int, metavar="N", help="steps of every chunk [50; with --distilled 4]")
-    add(
-        "--sigma_max",
-        type=float,
-        default=1600.0,
-        help="noise level of the first step [%(default)g]",
-    )
-    add(
-        "--mid_t",
-        nargs="+",
-        metavar="T",
-        help="--distilled: times between the steps, fractions allowed [15/16 5/6 5/8]",
-    )
-    add(
-        "--steps_per_chunk",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="--distilled: steps of each generated chunk, the last number repeats",
-    )
-    add(
-        "--mid_t_schedules",
-        default="",
-        metavar="T,T;T",
-        help='--mid_t per entry of --steps_per_chunk ("15/16,5/6,5/8;5/6"; empty: one step)',
-    )
-    add(
-        "--guidance_scale",
-        type=float,
-        help="many steps: classifier-free guidance, 1 or less: none [3]",
-    )
-    add("--timestep_shift", type=float, help="many steps: shift of the grid [3]")
-    add("--negative_prompt", metavar="TEXT", help="many steps [Wan's own, in Chinese]")
-    add(
-        "--context_from_last_step",
-        action="store_true",
-        help="noisy context: a chunk's last step is its context, no pass after it",
-    )
-    add(
-        "--context_from_last_step_start_chunk",
-        type=int,
-        metavar="N",
-        help="first chunk that leaves noisy context, an image counts [0]",
-    )
-    add(
-        "--noise_device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where noise is drawn; auto: on --device, as the release does",
-    )
-    for axis in ("t", "h", "w"):
-        add(
-            f"--ntk_{axis}",
-            type=float,
-            default=1.0,
-            metavar="R",
-            help="NTK ratio of the rotary axis [%(default)g]",
-        )
-
-
-def _add_image(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("image").add_argument
-    add("--image_path", default="", metavar="FILE", help="the first frame: image to video")
-    add(
-        "--adaptive_resolution",
-        action="store_true",
-        help="keep the image's shape, with about the pixels of the table's size",
-    )
-
-
-def _add_extrapolation(parser: argparse.ArgumentParser, method: str) -> None:
-    group = parser.add_argument_group(
-        "extrapolation", "What of the past is kept; a flag belongs to the method in its help."
-    )
-    group.add_argument(
-        "--extrapolation_method", choices=tuple(METHODS), default=method, help="[%(default)s]"
-    )
-    owners: dict[str, list[str]] = {}
-    for name, known in METHODS.items():
-        for flag in known.flags:
-            owners.setdefault(flag, []).append(name)
-    for flag, names in owners.items():
-        default = METHODS[names[0]].flags[flag]
-        told = f"{', '.join(names)} [{default:g}]"
-        if isinstance(default, bool):
-            group.add_argument(
-                f"--{flag}",
-                action="store_true",
-                default=None,
-                help=f"{', '.join(names)}: {_SWITCHES[flag]}",
-            )
-        else:
-            group.add_argument(
-                f"--{flag}",
-                type=type(default),
-                metavar="N" if isinstance(default, int) else "X",
-                help=told,
-            )
-
-
-_SWITCHES = {
-    "no_rope_cut_single_frame": "cuts do not move one-frame chunks",
-    "mr_per_position": "a mean per token position, as in the paper, not one per head",
-}
-
-
-def _add_kv_cache(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group(
-        "key-value cache",
-        "How keys (_k) and values (_v) of finished chunks are stored; docs/kv_cache.md.",
-    ).add_argument
+def _add_kv_cache(group: argparse._ArgumentGroup) -> None:
+    """The codec's own flags, whose names and defaults are its record's, and those of the cache."""
     for name, default in FLAGS.items():
-        choices = next(
-            (found for prefix, found in _GROUP_CHOICES.items() if name.startswith(prefix)), None
-        )
-        if name == "kv_mode":
-            choices = MODES
+        choices = next((found for part, found in _CHOICES.items() if name.startswith(part)), None)
+        options: dict[str, Any] = {"type": type(default), "metavar": "N", "help": "[%(default)s]"}
         if isinstance(default, bool):
-            add(f"--{name}", action=argparse.BooleanOptionalAction, default=default)
+            options = {"action": argparse.BooleanOptionalAction}
         elif choices is not None:
-            add(f"--{name}", choices=choices, default=default, help="[%(default)s]")
-        else:
-            add(f"--{name}", type=type(default), default=default, metavar="N", help="[%(default)s]")
-    add(
-        "--kv_pre_rope_keys",
-        action="store_true",
-        help="cache keys before rotation [when keys are quantised]",
-    )
-    add(
-        "--kv_dense_prefix_cache",
-        action="store_true",
-        help="also keep every restored chunk: faster, and no memory is saved",
-    )
-    add(
-        "--kv_hot_chunks",
-        type=int,
-        default=0,
-        metavar="N",
-        help="newest chunks that stay as they are [%(default)s]",
-    )
-
-
-def _add_running(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("running").add_argument
-    add(
-        "--num_runs",
-        type=int,
-        default=1,
-        metavar="N",
-        help="timed samplings of the same video, the last one is written [%(default)s]",
-    )
-    add(
-        "--benchmark",
-        action="store_true",
-        help=f"the same as --warmup_iters {BENCHMARK} --num_runs {BENCHMARK}",
-    )
-    add(
-        "--streaming_vae",
-        action="store_true",
-        help="decode and write each chunk as it is made, not all at the end",
-    )
-    add(
-        "--fp8",
-        default="off",
-        metavar="LAYERS",
-        help="linear layers in FP8: off, auto, all or names; tells its error [%(default)s]",
-    )
-    add(
-        "--fp8_attention",
-        action="store_true",
-        help="attention over the cache in FP8 (H100, H200; a plain cache); inexact",
-    )
-    add(
-        "--tiny_decoder",
-        default="",
-        metavar="FILE",
-        help="decode with a tiny decoder (taew2_1.pth) instead of Wan's: previews [off]",
-    )
-    add(
-        "--graphs",
-        choices=GRAPHS,
-        default="auto",
-        help="passes as CUDA graphs; auto: on one GPU, wherever they can be [%(default)s]",
-    )
+            options = {"choices": choices, "help": "[%(default)s]"}
+        group.add_argument(f"--{name}", default=default, **options)
+    add_flags(group, _CACHE)
 
 
 def settle_flags(flags: argparse.Namespace, defaults: Defaults) -> None:
@@ -415,17 +166,7 @@ def settle_flags(flags: argparse.Namespace, defaults: Defaults) -> None:
             "--tiny_decoder does not encode, and --image_path must be encoded; leave one of"
             " them out"
         )
-    method = METHODS[flags.extrapolation_method]
-    for name in sorted({flag for known in METHODS.values() for flag in known.flags}):
-        value = getattr(flags, name)
-        if name in method.flags:
-            setattr(flags, name, method.flags[name] if value is None else value)
-        elif value is not None:
-            owners = " or ".join(known for known, m in METHODS.items() if name in m.flags)
-            raise ConfigError(
-                f"--{name} belongs to --extrapolation_method {owners}, not to"
-                f" {flags.extrapolation_method}"
-            )
+    settle_method_flags(flags)
     _settle_sampling(flags)
     if flags.benchmark:
         flags.warmup_iters, flags.num_runs = (
@@ -528,21 +269,6 @@ def recipe_of(flags: argparse.Namespace) -> SamplingRecipe:
         recipe = SamplingRecipe("few_step", **common, mids=schedule.mids)
     recipe.plan(0)  # raises for times that do not decrease from the first one
     return recipe
-
-
-def policy_of(
-    flags: argparse.Namespace, *, cuts: frozenset[int], reduce: Reduce | None
-) -> CachePolicy:
-    """What the cache keeps."""
-    method = METHODS[flags.extrapolation_method]
-    values = {name: getattr(flags, name) for name in method.flags}
-    if flags.extrapolation_method == "infinity_rope":
-        values["cuts"] = cuts
-    if flags.extrapolation_method in ("deep_forcing", "relax_forcing", "relax_forcing_paper"):
-        values["reduce"] = reduce
-    if flags.extrapolation_method in ("deep_forcing", "relax_forcing"):
-        values["ntk_time"] = flags.ntk_t
-    return method.make(**values)
 
 
 def codec_spec_of(flags: argparse.Namespace) -> KVCodecSpec | None:

@@ -28,6 +28,7 @@ from rcm.core.text_file import read_lines
 from rcm.encoders.prompt_cleaning import checked_prompts
 from rcm.evaluation.throughput import Throughput, measure
 from rcm.inference.flag_ranges import check_numbers
+from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import check_device, exit_status, short_log
 from rcm.inference.stream_recipe import add_recipe_flags, chosen_recipe
 from rcm.parallel.threads import settle_threads
@@ -143,6 +144,40 @@ def read_prompts(given: Sequence[str] | None, file: str | None, *, allow_empty: 
     return checked_prompts(named, allow_empty=allow_empty)
 
 
+_WHAT = """
+ckpt PATH           job folder, iter_* folder, or exported .pt/.pth/.safetensors
+  [the shipped toy checkpoint]
+prompt TEXT         repeat for several videos side by side
+prompt_file FILE    one prompt per line
+allow_empty_prompt  sample an empty prompt, the unconditional one
+num_frames N        pixel frames, given first frames included [as trained]
+seed int = 0
+first_frames FILE   a video or an image whose beginning is continued
+first_latents N     latent frames taken from it [the first block of the pattern; 1 of an image]
+"""
+_WRITTEN = f"""
+save_path FILE.mp4 = outputs/stream.mp4  [%(default)s]
+upscale N         write every pixel as N x N [toy videos: {COMFORTABLE} pixels or more; others: 1]
+fps float         frames per second of the file [as trained]
+report FILE.json  settings and timings as JSON
+"""
+_MACHINE = """
+weights ema|reg = ema   averaged or last weights [%(default)s]
+device str              [%(default)s]
+precision fp32|bf16|bf16_fp32_time|fp64  [that of the training run]
+vae_path PATH           Wan2.1_VAE.pth, for a checkpoint trained on its latents
+  [where the checkpoint says]
+text_encoder_path PATH  umT5, for a checkpoint trained on its embeddings [where the checkpoint says]
+tokenizer_path DIR      folder of umT5's tokenizer [beside the text encoder]
+text_cache DIR          keep umT5's embeddings there, and read them from there
+"""
+_TIMING = """
+warmup_iters int = 0  untimed runs before the timed ones [%(default)s]
+num_runs int = 1      timed runs; with more than 1, or with a warm-up, timing runs write nothing
+  [%(default)s]
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Arguments(
         prog="rcm stream",
@@ -150,94 +185,12 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument_group("what to stream").add_argument
-    add(
-        "--ckpt",
-        metavar="PATH",
-        help=(
-            "job folder, iter_* folder, or exported .pt/.pth/.safetensors [the shipped toy"
-            " checkpoint]"
-        ),
-    )
-    add("--prompt", action="append", metavar="TEXT", help="repeat for several videos side by side")
-    add("--prompt_file", metavar="FILE", help="one prompt per line")
-    add(
-        "--allow_empty_prompt",
-        action="store_true",
-        help="sample an empty prompt, the unconditional one",
-    )
-    add(
-        "--num_frames",
-        type=int,
-        metavar="N",
-        help="pixel frames, given first frames included [as trained]",
-    )
-    add("--seed", type=int, default=0)
-    add("--first_frames", metavar="FILE", help="a video or an image whose beginning is continued")
-    add(
-        "--first_latents",
-        type=int,
-        metavar="N",
-        help="latent frames taken from it [the first block of the pattern; 1 of an image]",
-    )
-    add = parser.add_argument_group("what to write").add_argument
-    add("--save_path", default="outputs/stream.mp4", metavar="FILE.mp4", help="[%(default)s]")
-    add(
-        "--upscale",
-        type=int,
-        metavar="N",
-        help=f"write every pixel as N x N [toy videos: {COMFORTABLE} pixels or more; others: 1]",
-    )
-    add("--fps", type=float, help="frames per second of the file [as trained]")
-    add("--report", metavar="FILE.json", help="settings and timings as JSON")
+    group, here = parser.add_argument_group, "cuda" if torch.cuda.is_available() else "cpu"
+    add_flags(group("what to stream"), _WHAT, prompt={"action": "append"})
+    add_flags(group("what to write"), _WRITTEN)
     add_recipe_flags(parser)
-    add = parser.add_argument_group("weights and machine").add_argument
-    add(
-        "--weights",
-        choices=("ema", "reg"),
-        default="ema",
-        help="averaged or last weights [%(default)s]",
-    )
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
-    add(
-        "--precision",
-        choices=("fp32", "bf16", "bf16_fp32_time", "fp64"),
-        help="[that of the training run]",
-    )
-    add(
-        "--vae_path",
-        metavar="PATH",
-        help="Wan2.1_VAE.pth, for a checkpoint trained on its latents [where the checkpoint says]",
-    )
-    add(
-        "--text_encoder_path",
-        metavar="PATH",
-        help="umT5, for a checkpoint trained on its embeddings [where the checkpoint says]",
-    )
-    add(
-        "--tokenizer_path",
-        metavar="DIR",
-        help="folder of umT5's tokenizer [beside the text encoder]",
-    )
-    add(
-        "--text_cache", metavar="DIR", help="keep umT5's embeddings there, and read them from there"
-    )
-    add = parser.add_argument_group("timing").add_argument
-    add(
-        "--warmup_iters",
-        type=int,
-        default=0,
-        help="untimed runs before the timed ones [%(default)s]",
-    )
-    add(
-        "--num_runs",
-        type=int,
-        default=1,
-        help=(
-            "timed runs; with more than 1, or with a warm-up, timing runs write nothing"
-            " [%(default)s]"
-        ),
-    )
+    add_flags(group("weights and machine"), _MACHINE, device={"default": here})
+    add_flags(group("timing"), _TIMING)
     return parser
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from rcm.core.errors import ConfigError
+from rcm.inference.flag_table import add_flags
 from rcm.pipelines.text_to_video import WholeVideoRecipe
 from rcm.rollout.recipe import SamplingRecipe
 from rcm.samplers.schedule import parse_schedules
@@ -19,43 +20,25 @@ _FEW_STEP = (
 )
 
 
+_FLAGS = """
+steps_per_chunk N...    steps of each chunk, the last number repeats (4 2: four, then two)
+mid_t_schedules T,T;T   mid times per entry of --steps_per_chunk, fractions allowed
+  ("15/16,5/6,5/8;5/6")
+num_steps N             steps of every chunk, or of a whole video
+context_from_last_step  noisy context
+context_from_last_step_start_chunk N  first chunk that leaves it
+sigma_max float         noise level of the first step
+timestep_shift float    shift of the many-step grid
+guidance_scale float    classifier-free guidance; 1 or less: none
+ignore_recipe           sample even where the checkpoint was not trained for it
+"""
+
+
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that `chosen_recipe` reads; every default means "as trained"."""
     group = parser.add_argument_group("sampling", "Left out: as the checkpoint was trained.")
-    add = group.add_argument
-    add(
-        "--steps_per_chunk",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="steps of each chunk, the last number repeats (4 2: four, then two)",
-    )
-    add(
-        "--mid_t_schedules",
-        metavar="T,T;T",
-        help='mid times per entry of --steps_per_chunk, fractions allowed ("15/16,5/6,5/8;5/6")',
-    )
-    add("--num_steps", type=int, metavar="N", help="steps of every chunk, or of a whole video")
-    add(
-        "--context_from_last_step",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="noisy context",
-    )
-    add(
-        "--context_from_last_step_start_chunk",
-        type=int,
-        metavar="N",
-        help="first chunk that leaves it",
-    )
-    add("--sigma_max", type=float, help="noise level of the first step")
-    add("--timestep_shift", type=float, help="shift of the many-step grid")
-    add("--guidance_scale", type=float, help="classifier-free guidance; 1 or less: none")
-    add(
-        "--ignore_recipe",
-        action="store_true",
-        help="sample even where the checkpoint was not trained for it",
-    )
+    either = {"action": argparse.BooleanOptionalAction, "default": None}
+    add_flags(group, _FLAGS, context_from_last_step=either)
 
 
 def chosen_recipe(

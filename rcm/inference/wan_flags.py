@@ -12,6 +12,7 @@ from pathlib import Path
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT
+from rcm.inference.flag_table import add_flags
 from rcm.nets.attention import BACKENDS
 from rcm.pipelines.residency import POLICIES
 from rcm.pipelines.text_to_video import WholeVideoRecipe
@@ -131,6 +132,66 @@ def wan_parser(name: str, *, about: str | None) -> argparse.ArgumentParser:
     )
 
 
+_VIDEO = """
+model_size str      auto (an addition): whatever the file holds [%(default)s]
+prompt TEXT
+allow_empty_prompt   sample an empty prompt, the unconditional one
+num_samples N        videos of the prompt, side by side [%(default)s]
+num_frames N         pixel frames, 4n + 1 [%(default)s]
+resolution NAME
+aspect_ratio W:H = 16:9
+size HxW             pixels, multiples of 16, instead of the table (an addition)
+seed int = 0         [%(default)s]
+save_path FILE.mp4 = outputs/generated_video.mp4  [%(default)s]
+fps float = 16.0     frames per second of the file [%(default)g]
+preview_grid FILE.png  also a contact sheet of frames
+report FILE.json     settings, seconds and peak memory per part as JSON
+"""
+_FEW_STEPS = """
+num_steps int = 4  [%(default)s]
+sigma_max float   noise level of the first step; 1600: less diverse, perhaps better [%(default)g]
+"""
+_MANY_STEPS = """
+num_steps N = 50              [%(default)s]
+sigma_max int = 5000          noise level of the first step [%(default)s]
+sampler Euler|UniPC = UniPC   [%(default)s]
+guidance_scale float = 5.0    classifier-free guidance; 1 or less: none, and half the work
+  [%(default)g]
+timestep_shift float
+negative_prompt TEXT          [Wan's own, in Chinese]
+"""
+_IMAGE = """
+image_path FILE       the first frame [required]
+adaptive_resolution   keep the image's shape, with about the pixels of the table's size
+"""
+_BOUNDARY = """
+boundary float = 0.9  time at which the low-noise expert takes over [%(default)g]
+"""
+_MERGED = "merge a low-rank update; may be repeated"
+_FILES = f"""
+vae_path PATH = {VAE_PATH}                    [%(default)s]
+text_encoder_path PATH = {TEXT_ENCODER_PATH}  [%(default)s]
+tokenizer_path DIR         folder of google/umt5-xxl's files [beside the text encoder]
+text_cache DIR             keep embeddings there; with every prompt in it the text encoder is not
+  read
+weights ema|live = ema     averaged weights (the only ones in most files) or live ones [%(default)s]
+"""
+_MACHINE = """
+device str = cuda              cuda or cpu [%(default)s]
+precision str = bf16           of the networks; see docs/inference.md [%(default)s]
+vae_precision bf16|fp32 = bf16  [%(default)s]
+attention str = auto           [%(default)s]
+compile                        compile the blocks (one GPU): slow first step, faster later ones
+offload str = idle             what leaves the GPU when it is done; see docs/inference.md
+  [%(default)s]
+low_memory                     the same as --offload low
+vae_tile N                     decode in tiles of N x N pixels [whole frames]
+warmup_iters N = 0             untimed videos before the one that is kept [%(default)s]
+random_weights                 RANDOM numbers for all weights, no file is read: measures time and
+  memory only
+"""
+
+
 def add_video_flags(
     parser: argparse.ArgumentParser,
     *,
@@ -142,65 +203,26 @@ def add_video_flags(
     prompt: str | None = PROMPT,
 ) -> None:
     """What to make, of what; `prompt` None makes it required."""
-    add = parser.add_argument_group("video").add_argument
-    add(
-        "--model_size",
-        choices=(*sizes, "auto"),
-        default=size,
-        help="auto (an addition): whatever the file holds [%(default)s]",
+    needed = {"required": True, "help": "[required]"}
+    add_flags(
+        parser.add_argument_group("video"),
+        _VIDEO,
+        model_size={"choices": (*sizes, "auto"), "default": size},
+        prompt=needed if prompt is None else {"default": prompt, "help": "[a walk in Tokyo]"},
+        num_samples={"default": num_samples},
+        num_frames={"default": num_frames},
+        resolution={"default": resolution, "help": f"{', '.join(SIZES)} [%(default)s]"},
+        aspect_ratio={"help": f"{', '.join(SIZES['480p'])} [16:9]"},
     )
-    add(
-        "--prompt",
-        required=prompt is None,
-        default=prompt,
-        metavar="TEXT",
-        help="[required]" if prompt is None else "[a walk in Tokyo]",
-    )
-    add(
-        "--allow_empty_prompt",
-        action="store_true",
-        help="sample an empty prompt, the unconditional one",
-    )
-    add(
-        "--num_samples",
-        type=int,
-        default=num_samples,
-        metavar="N",
-        help="videos of the prompt, side by side [%(default)s]",
-    )
-    add(
-        "--num_frames",
-        type=int,
-        default=num_frames,
-        metavar="N",
-        help="pixel frames, 4n + 1 [%(default)s]",
-    )
-    add(
-        "--resolution", default=resolution, metavar="NAME", help=f"{', '.join(SIZES)} [%(default)s]"
-    )
-    add("--aspect_ratio", default="16:9", metavar="W:H", help=f"{', '.join(SIZES['480p'])} [16:9]")
-    add("--size", metavar="HxW", help="pixels, multiples of 16, instead of the table (an addition)")
-    add("--seed", type=int, default=0, help="[%(default)s]")
-    add(
-        "--save_path",
-        default="outputs/generated_video.mp4",
-        metavar="FILE.mp4",
-        help="[%(default)s]",
-    )
-    add("--fps", type=float, default=16.0, help="frames per second of the file [%(default)g]")
-    add("--preview_grid", metavar="FILE.png", help="also a contact sheet of frames")
-    add("--report", metavar="FILE.json", help="settings, seconds and peak memory per part as JSON")
 
 
 def add_few_step_flags(parser: argparse.ArgumentParser, *, sigma_max: float) -> None:
     """Few-step sampling."""
-    add = parser.add_argument_group("sampling").add_argument
-    add("--num_steps", type=int, choices=(1, 2, 3, 4), default=4, help="[%(default)s]")
-    add(
-        "--sigma_max",
-        type=float,
-        default=sigma_max,
-        help="noise level of the first step; 1600: less diverse, perhaps better [%(default)g]",
+    add_flags(
+        parser.add_argument_group("sampling"),
+        _FEW_STEPS,
+        num_steps={"choices": (1, 2, 3, 4)},
+        sigma_max={"default": sigma_max},
     )
 
 
@@ -211,135 +233,54 @@ def add_many_step_flags(
     timestep_shift: float | None = 5.0,
 ) -> None:
     """Many-step sampling with guidance; a default of None is chosen by the command."""
-    add = parser.add_argument_group("sampling").add_argument
-    add("--num_steps", type=int, default=50, metavar="N", help="[%(default)s]")
-    add("--sigma_max", type=int, default=5000, help="noise level of the first step [%(default)s]")
-    add("--sampler", choices=("Euler", "UniPC"), default="UniPC", help="[%(default)s]")
-    add(
-        "--guidance_scale",
-        type=float,
-        default=5.0,
-        help="classifier-free guidance; 1 or less: none, and half the work [%(default)g]",
-    )
     told = "Wan's own" if timestep_shift is None else f"{timestep_shift:g}"
-    add("--timestep_shift", type=float, default=timestep_shift, help=f"[{told}]")
-    add(
-        "--negative_prompt", default=negative_prompt, metavar="TEXT", help="[Wan's own, in Chinese]"
+    add_flags(
+        parser.add_argument_group("sampling"),
+        _MANY_STEPS,
+        timestep_shift={"default": timestep_shift, "help": f"[{told}]"},
+        negative_prompt={"default": negative_prompt},
     )
 
 
 def add_image_flags(parser: argparse.ArgumentParser, *, experts: bool = True) -> None:
     """The first frame, and with two `experts` (Wan2.2) when the second takes over."""
-    add = parser.add_argument_group("image").add_argument
-    add("--image_path", required=True, metavar="FILE", help="the first frame [required]")
-    add(
-        "--adaptive_resolution",
-        action="store_true",
-        help="keep the image's shape, with about the pixels of the table's size",
-    )
-    if not experts:
-        return
-    add(
-        "--boundary",
-        type=float,
-        default=0.9,
-        help="time at which the low-noise expert takes over [%(default)g]",
-    )
+    table = _IMAGE + (_BOUNDARY if experts else "")
+    add_flags(parser.add_argument_group("image"), table, image_path={"required": True})
 
 
 def add_single_network_flags(parser: argparse.ArgumentParser, *, dit_path: str) -> None:
     """One network."""
-    add = parser.add_argument_group("networks").add_argument
-    add(
-        "--dit_path",
-        default=dit_path,
-        metavar="PATH",
-        help=f"any format that scripts.checkpoint understands [{dit_path or 'required'}]",
-    )
-    add(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="PATH[=SCALE]",
-        help="merge a low-rank update; may be repeated",
+    told = f"any format that scripts.checkpoint understands [{dit_path or 'required'}]"
+    add_flags(
+        parser.add_argument_group("networks"),
+        "dit_path PATH\nlora PATH[=SCALE]",
+        dit_path={"default": dit_path, "help": told},
+        lora={"action": "append", "default": [], "help": _MERGED},
     )
 
 
 def add_expert_flags(parser: argparse.ArgumentParser, *, high: str, low: str) -> None:
     """Two experts."""
-    add = parser.add_argument_group("networks").add_argument
+    group = parser.add_argument_group("networks")
     for name, path in (("high", high), ("low", low)):
-        add(f"--{name}_noise_model_path", default=path, metavar="PATH", help=f"[{path}]")
-        add(
-            f"--{name}_noise_lora",
-            action="append",
-            default=[],
-            metavar="PATH[=SCALE]",
-            help="merge a low-rank update; may be repeated",
-        )
+        model, lora = f"{name}_noise_model_path", f"{name}_noise_lora"
+        changes = {
+            model: {"default": path, "help": f"[{path}]"},
+            lora: {"action": "append", "default": [], "help": _MERGED},
+        }
+        add_flags(group, f"{model} PATH\n{lora} PATH[=SCALE]", **changes)
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """Files that all commands share, and how to use the machine."""
-    add = parser.add_argument_group("other files").add_argument
-    add("--vae_path", default=VAE_PATH, metavar="PATH", help="[%(default)s]")
-    add("--text_encoder_path", default=TEXT_ENCODER_PATH, metavar="PATH", help="[%(default)s]")
-    add(
-        "--tokenizer_path",
-        metavar="DIR",
-        help="folder of google/umt5-xxl's files [beside the text encoder]",
-    )
-    add(
-        "--text_cache",
-        metavar="DIR",
-        help="keep embeddings there; with every prompt in it the text encoder is not read",
-    )
-    add(
-        "--weights",
-        choices=("ema", "live"),
-        default="ema",
-        help="averaged weights (the only ones in most files) or live ones [%(default)s]",
-    )
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", default="cuda", help="cuda or cpu [%(default)s]")
-    add(
-        "--precision",
-        choices=tuple(PRECISIONS),
-        default="bf16",
-        help="of the networks; see docs/inference.md [%(default)s]",
-    )
-    add("--vae_precision", choices=("bf16", "fp32"), default="bf16", help="[%(default)s]")
-    add("--attention", choices=tuple(BACKENDS), default="auto", help="[%(default)s]")
-    add(
-        "--compile",
-        action="store_true",
-        help="compile the blocks (one GPU): slow first step, faster later ones",
-    )
-    add(
-        "--offload",
-        choices=tuple(POLICIES),
-        default="idle",
-        help="what leaves the GPU when it is done; see docs/inference.md [%(default)s]",
-    )
-    add(
-        "--low_memory",
-        dest="offload",
-        action="store_const",
-        const="low",
-        help="the same as --offload low",
-    )
-    add("--vae_tile", type=int, metavar="N", help="decode in tiles of N x N pixels [whole frames]")
-    add(
-        "--warmup_iters",
-        type=int,
-        default=0,
-        metavar="N",
-        help="untimed videos before the one that is kept [%(default)s]",
-    )
-    add(
-        "--random_weights",
-        action="store_true",
-        help="RANDOM numbers for all weights, no file is read: measures time and memory only",
+    add_flags(parser.add_argument_group("other files"), _FILES)
+    add_flags(
+        parser.add_argument_group("machine"),
+        _MACHINE,
+        precision={"choices": tuple(PRECISIONS)},
+        attention={"choices": tuple(BACKENDS)},
+        offload={"choices": tuple(POLICIES)},
+        low_memory={"dest": "offload", "action": "store_const", "const": "low"},
     )
 
 

@@ -19,7 +19,8 @@ from rcm.core.dtypes import Precision
 from rcm.encoders.taehv import TinyDecoderCodec
 from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.inference import causal_command, wan_models
-from rcm.inference.causal_flags import CAUSAL, EXTRAPOLATION, METHODS, QUANT, causal_parser
+from rcm.inference.causal_flags import CAUSAL, EXTRAPOLATION, QUANT, causal_parser
+from rcm.inference.causal_methods import METHODS
 from rcm.kernels.kv_codec.spec import FLAGS
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, Guided

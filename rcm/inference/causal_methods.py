@@ -1,0 +1,167 @@
+"""Extrapolation methods of the causal commands: what of the past a chunk sees, as flags and as
+policies.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rcm.core.errors import ConfigError
+from rcm.rollout.eviction.base import CachePolicy
+from rcm.rollout.eviction.compressed import Reduce
+from rcm.rollout.eviction.deep_forcing import DeepForcing
+from rcm.rollout.eviction.infinity_rope import InfinityRope
+from rcm.rollout.eviction.mem_rope import MemRope
+from rcm.rollout.eviction.relax_forcing import RelaxForcing
+from rcm.rollout.eviction.relax_forcing_paper import RelaxForcingPaper
+from rcm.rollout.eviction.rolling_sink import RollingSink
+from rcm.rollout.eviction.sliding_window import SlidingWindow
+
+
+@dataclass(frozen=True)
+class Method:
+    """An extrapolation method: its flags with their defaults, and its policy from their values."""
+
+    flags: Mapping[str, Any]
+    make: Callable[..., CachePolicy]
+
+
+def _sliding(window_blocks: int, sw_sink_blocks: int) -> SlidingWindow:
+    if window_blocks < 1 or not 0 <= sw_sink_blocks < window_blocks:
+        raise ConfigError(
+            f"--window_blocks {window_blocks} must be at least 1 and --sw_sink_blocks"
+            f" {sw_sink_blocks} at least 0 and below it"
+        )
+    # the release counts cached blocks, sinks among them; the policy the blocks that a chunk sees,
+    # its own included, beside the sinks
+    return SlidingWindow(window_blocks - sw_sink_blocks + 1, sw_sink_blocks)
+
+
+def _infinity(no_rope_cut_single_frame: bool, **values: Any) -> InfinityRope:
+    names = ("blocks", "sinks", "horizon", "flush_interval", "cut_delta", "cuts")
+    return InfinityRope(
+        **dict(zip(names, values.values(), strict=True)),
+        cut_single_frames=not no_rope_cut_single_frame,
+    )
+
+
+METHODS: dict[str, Method] = {
+    "none": Method({}, CachePolicy),
+    "sliding_window": Method({"window_blocks": 6, "sw_sink_blocks": 0}, _sliding),
+    "rolling_sink": Method(
+        {"total_blocks": 6, "sink_blocks": 5, "recent_blocks": 1},
+        lambda **v: RollingSink(*v.values()),
+    ),
+    "infinity_rope": Method(
+        {
+            "cache_blocks": 6,
+            "ir_sink_blocks": 1,
+            "f_limit": 21,
+            "flush_interval_blocks": 0,
+            "rope_cut_delta": 21,
+            "no_rope_cut_single_frame": False,
+        },
+        _infinity,
+    ),
+    "deep_forcing": Method(
+        {
+            "df_sink_frames": 10,
+            "df_budget_frames": 16,
+            "df_recent_frames": 4,
+            "df_observation_layers": 0,
+        },
+        lambda reduce, ntk_time, **v: DeepForcing(*v.values(), reduce=reduce, ntk_time=ntk_time),
+    ),
+    "memrope": Method(
+        {
+            "mr_sink_frames": 3,
+            "mr_local_frames": 4,
+            "mr_alpha_long": 0.01,
+            "mr_alpha_short": 0.1,
+            "mr_per_position": False,
+        },
+        lambda **v: MemRope(*v.values()),
+    ),
+    "relax_forcing": Method(
+        {
+            "rx_sink_frames": 4,
+            "rx_budget_frames": 16,
+            "rx_recent_frames": 4,
+            "rx_alignment_weight": 0.5,
+        },
+        lambda reduce, ntk_time, **v: RelaxForcing(*v.values(), reduce=reduce, ntk_time=ntk_time),
+    ),
+    "relax_forcing_paper": Method(
+        {
+            "rx_sink_blocks": 2,
+            "rx_history_blocks": 1,
+            "rx_tail_blocks": 1,
+            "rx_pool_blocks": 8,
+            "rx_redundancy": 0.5,
+            "f_limit": 21,
+        },
+        lambda reduce, **v: RelaxForcingPaper(*v.values(), reduce=reduce),
+    ),
+}
+"""Name of --extrapolation_method -> method. The last one is an addition; the others are the
+release's.
+"""
+
+
+_SWITCHES = {
+    "no_rope_cut_single_frame": "cuts do not move one-frame chunks",
+    "mr_per_position": "a mean per token position, as in the paper, not one per head",
+}
+
+
+def add_method_flags(group: argparse._ArgumentGroup, *, default: str) -> None:
+    """--extrapolation_method, and the flags of all methods: None where they are not given."""
+    group.add_argument(
+        "--extrapolation_method", choices=tuple(METHODS), default=default, help="[%(default)s]"
+    )
+    for flag, value in {k: v for known in METHODS.values() for k, v in known.flags.items()}.items():
+        owners = _owners(flag, ", ")
+        options: dict[str, Any] = {
+            "type": type(value),
+            "metavar": "N" if isinstance(value, int) else "X",
+            "help": f"{owners} [{value:g}]",
+        }
+        if isinstance(value, bool):
+            options = {"action": "store_true", "help": f"{owners}: {_SWITCHES[flag]}"}
+        group.add_argument(f"--{flag}", default=None, **options)
+
+
+def settle_method_flags(flags: argparse.Namespace) -> None:
+    """Fill in the defaults of the chosen method. `ConfigError` for a flag of another."""
+    method = METHODS[flags.extrapolation_method]
+    for name in sorted({flag for known in METHODS.values() for flag in known.flags}):
+        value = getattr(flags, name)
+        if name in method.flags:
+            setattr(flags, name, method.flags[name] if value is None else value)
+        elif value is not None:
+            raise ConfigError(
+                f"--{name} belongs to --extrapolation_method {_owners(name, ' or ')}, not to"
+                f" {flags.extrapolation_method}"
+            )
+
+
+def _owners(flag: str, between: str) -> str:
+    return between.join(name for name, method in METHODS.items() if flag in method.flags)
+
+
+def policy_of(
+    flags: argparse.Namespace, *, cuts: frozenset[int], reduce: Reduce | None
+) -> CachePolicy:
+    """What the cache keeps."""
+    method = METHODS[flags.extrapolation_method]
+    values = {name: getattr(flags, name) for name in method.flags}
+    if flags.extrapolation_method == "infinity_rope":
+        values["cuts"] = cuts
+    if flags.extrapolation_method in ("deep_forcing", "relax_forcing", "relax_forcing_paper"):
+        values["reduce"] = reduce
+    if flags.extrapolation_method in ("deep_forcing", "relax_forcing"):
+        values["ntk_time"] = flags.ntk_t
+    return method.make(**values)
