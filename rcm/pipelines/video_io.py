@@ -7,18 +7,16 @@ yuv420p, so their sides are even.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import math
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import imageio_ffmpeg
 import numpy as np
@@ -28,6 +26,7 @@ from PIL import Image, ImageDraw
 
 from rcm.core.errors import ConfigError, NonFinite
 from rcm.core.output_file import OutputFile
+from rcm.pipelines.mp4_encoder import Encoder, enlarge, keep_somewhere
 
 KEPT_BYTES = 1 << 30
 """Pixels that a writer remembers for the case that the write fails: 14 minutes at 256x256 and 16
@@ -67,13 +66,6 @@ def to_uint8(video: torch.Tensor) -> torch.Tensor:
     return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def enlarge(video: torch.Tensor, factor: int) -> torch.Tensor:
-    """Every pixel of [..., H, W] as a `factor` x `factor` square: toy videos are too small for the
-    eye.
-    """
-    return video.repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2)
-
-
 def comfortable_scale(height: int, width: int) -> int:
     """Whole factor for `enlarge` that makes the shorter side at least `COMFORTABLE`; 1 for a video
     that has more than a quarter of it.
@@ -109,7 +101,7 @@ class Mp4Writer:
         self.path = Path(path.given) if isinstance(path, OutputFile) else Path(path)
         self._target = path
         self._settings = {"fps": fps, "scale": scale, "crf": crf, "pad": pad}
-        self._encoder: _Encoder | None = None
+        self._encoder: Encoder | None = None
         self._kept: list[torch.Tensor] = []
 
     def __enter__(self) -> Mp4Writer:
@@ -128,7 +120,7 @@ class Mp4Writer:
                 *pixels.shape[-2:], scale=self._settings["scale"], pad=self._settings["pad"]
             )
             target = OutputFile.claim(self._target)
-            self._encoder = _Encoder(target.temporary(), **self._settings)
+            self._encoder = Encoder(target.temporary(), **self._settings)
             self._target = target
         if self._kept and self._kept[-1].shape[-2:] != pixels.shape[-2:]:
             sizes = [f"{shape[-1]}x{shape[-2]}" for shape in (self._kept[-1].shape, pixels.shape)]
@@ -148,7 +140,7 @@ class Mp4Writer:
         assert self._encoder is not None
         self._encoder.remove()
         self._encoder = None
-        kept = _keep(self._kept, name=self.path.stem, **self._settings)
+        kept = keep_somewhere(self._kept, name=self.path.stem, **self._settings)
         count = sum(chunk.shape[1] for chunk in self._kept)
         told = (
             f"its {count} frames are kept in {kept}"
@@ -186,127 +178,6 @@ class Mp4Writer:
     def _place(self, path: Path) -> None:
         self._encoder.finish()
         os.replace(self._encoder.path, path)
-
-
-class _Encoder:
-    """One ffmpeg that writes `path` from pixels; failures are `OSError`s of what it told."""
-
-    def __init__(self, path: Path, *, fps: float, scale: int, crf: int, pad: bool) -> None:
-        self.path, self._fps, self._scale, self._crf, self._pad = path, fps, scale, crf, pad
-        self._process: subprocess.Popen[bytes] | None = None
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the encoder
-
-    def write(self, pixels: torch.Tensor) -> None:
-        """Frames uint8 [3, f, H, W]."""
-        frames = enlarge(pixels, self._scale)
-        height, width = frames.shape[-2:]
-        if self._pad:
-            frames = torch.cat([frames, frames[..., -1:, :]], dim=-2) if height % 2 else frames
-            frames = torch.cat([frames, frames[..., -1:]], dim=-1) if width % 2 else frames
-        if self._process is None:
-            self._start(frames.shape[-1], frames.shape[-2])
-        try:
-            self._process.stdin.write(frames.permute(1, 2, 3, 0).contiguous().numpy().tobytes())
-        except OSError as error:
-            raise self._told() from error
-
-    def _start(self, width: int, height: int) -> None:
-        source = [
-            "-f",
-            "rawvideo",
-            "-pix_fmt",
-            "rgb24",
-            "-s",
-            f"{width}x{height}",
-            "-r",
-            f"{self._fps}",
-            "-i",
-            "-",
-        ]
-        target = [
-            "-an",
-            "-vcodec",
-            "libx264",
-            "-pix_fmt",
-            "yuv420p",
-            "-crf",
-            f"{self._crf}",
-            "-movflags",
-            "+faststart",
-            "-f",
-            "mp4",
-        ]
-        command = [
-            imageio_ffmpeg.get_ffmpeg_exe(),
-            "-y",
-            "-loglevel",
-            "error",
-            *source,
-            *target,
-            str(self.path.absolute()),
-        ]
-        # in a session of its own: Ctrl-C is for this process to answer
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=self._log,
-            start_new_session=True,
-        )
-
-    def finish(self) -> None:
-        """The file is whole after this."""
-        try:
-            self._process.stdin.close()
-        except OSError as error:
-            raise self._told() from error
-        if self._process.wait():
-            raise self._told()
-
-    def _told(self) -> OSError:
-        self._process.wait()
-        self._log.seek(0)
-        words = " ".join(self._log.read().decode(errors="replace").split())[-300:]
-        return OSError(
-            errno.ENOSPC if os.strerror(errno.ENOSPC) in words else errno.EIO,
-            words or "ffmpeg stopped",
-        )
-
-    def remove(self) -> None:
-        """End the process; no file is left."""
-        if self._process is not None:
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-        with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)
-
-
-def _keep(chunks: Sequence[torch.Tensor], *, name: str, **settings: Any) -> Path | None:
-    """Write chunks where there is room: an mp4, or an array [F, H, W, 3] if encoding fails."""
-    for folder in (tempfile.gettempdir(), os.curdir, os.path.expanduser("~")):
-        try:
-            made = Path(tempfile.mkdtemp(prefix="rcm-kept-", dir=os.path.abspath(folder)))
-        except OSError:
-            continue
-        encoder = _Encoder(made / f"{name}.mp4", **settings)
-        try:
-            for chunk in chunks:
-                encoder.write(chunk)
-            encoder.finish()
-            return encoder.path
-        except OSError:
-            encoder.remove()
-        try:
-            np.save(
-                made / f"{name}.npy", torch.cat(list(chunks), dim=1).permute(1, 2, 3, 0).numpy()
-            )
-            return made / f"{name}.npy"
-        except OSError:
-            shutil.rmtree(made, ignore_errors=True)
-    return None
 
 
 def check_frame(height: int, width: int, *, scale: int, pad: bool = False) -> None:
@@ -396,27 +267,9 @@ def _decoder(path: Path, *output: str, log: str) -> list[str]:
     """An ffmpeg that decodes the first video stream of one file: with an absolute path no part of a
     name is a protocol, and formats that are lists of other files are none.
     """
-    source = [
-        "-nostdin",
-        "-hide_banner",
-        "-nostats",
-        "-loglevel",
-        log,
-        "-format_whitelist",
-        _FORMATS,
-        "-i",
-        str(path.absolute()),
-    ]
-    return [
-        imageio_ffmpeg.get_ffmpeg_exe(),
-        *source,
-        "-map",
-        "0:v:0",
-        "-vf",
-        _SQUARE_PIXELS,
-        *output,
-        "-",
-    ]
+    quiet = f"-nostdin -hide_banner -nostats -loglevel {log} -format_whitelist {_FORMATS} -i"
+    chosen = ["-map", "0:v:0", "-vf", _SQUARE_PIXELS, *output, "-"]
+    return [imageio_ffmpeg.get_ffmpeg_exe(), *quiet.split(), str(path.absolute()), *chosen]
 
 
 def _next_ppm(stream: IO[bytes], path: Path) -> torch.Tensor | None:
