@@ -5,104 +5,19 @@ one layer at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rcm.core.device_copy import to_device
-from rcm.kernels.kv_codec.segments import Segment, attend_segments, flash, plain
+from rcm.kernels.kv_codec.segments import Part, attend_parts
 from rcm.kernels.masks import MaskSpec
-from rcm.nets.kv_store import Pair, Piece, Side, Spans
+from rcm.nets.kv_codec import SIDES, AddressedCodec, CorrectingCodec, KVCodec
+from rcm.nets.kv_store import Pair, Piece, Spans
 
-SIDES: tuple[Side, Side] = ("key", "value")
 Blobs = tuple[Any, Any]
 """Blobs of the keys and of the values of one chunk and layer."""
-
-
-class KVCodec(Protocol):
-    """Storage format of a quantised cache: one blob per layer, chunk and side. A codec that
-    remembers nothing inherits the rest.
-    """
-
-    def encode(self, x: Tensor, *, side: Side, layer: int) -> Any:
-        """Blob of `x` [B, S, N, D]."""
-
-    def decode(self, blob: Any, *, side: Side) -> Tensor:
-        """[B, S, N, D] of a blob, in the dtype that was encoded."""
-
-    def decode_into(self, blob: Any, out: Tensor, *, side: Side) -> None:
-        """`decode`, written into `out` [B, S, N, D] (any strides)."""
-
-    def num_bytes(self) -> int:
-        """Bytes that the codec holds beside the blobs."""
-        return 0
-
-    def fork(self) -> KVCodec:
-        """The same settings for another stream, which remembers nothing of this one."""
-        return self
-
-    def state(self) -> Any:
-        """A copy of what the codec remembers of the chunks that it encoded."""
-
-    def load_state(self, state: Any) -> None:
-        """Take up a `state`."""
-
-    def reset(self) -> None:
-        """Forget: a new video begins."""
-
-
-@runtime_checkable
-class AddressedCodec(KVCodec, Protocol):
-    """A codec whose blobs can be read and written by address, so that captured passes find them as
-    data on the device.
-
-    A blob has `likes(count, device)`, blobs of the same form with memory of their own; on "meta"
-    the form alone. `generation` changes with the place of what `encode_to` reads and writes beside
-    the blob.
-    """
-
-    generation: int
-
-    def captures(self, device: torch.device) -> bool:
-        """Whether `restore` and `encode_to` can be captured on `device`."""
-
-    def addresses(self, blobs: Sequence[Any]) -> Tensor:
-        """Where blobs lie, int64 [blobs, fields] on the host."""
-
-    def restore(
-        self,
-        like: Any,
-        table: Tensor,
-        starts: Tensor,
-        out: Tensor,
-        *,
-        side: Side,
-        turn: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        """Write the blobs at `table` [P, fields], all in the form of `like`, into `out` [B, L, N,
-        D] from its tokens `starts` [P] on; `turn`: rotated by cos and sin [L, D / 2].
-        """
-
-    def encode_to(self, row: Tensor, x: Tensor, *, side: Side, layer: int) -> None:
-        """`encode`, into the blob at `row` [fields]."""
-
-    def is_ready(self, like: Any, *, side: Side, layer: int) -> bool:
-        """Whether `encode_to` in the form of `like` would do the same again and again."""
-
-
-@runtime_checkable
-class CorrectingCodec(KVCodec, Protocol):
-    """A codec that knows by how much attention to its keys is too large."""
-
-    @property
-    def corrects_bias(self) -> bool:
-        """Whether that is to be taken off."""
-
-    def key_gain(self, q: Tensor, blob: Any, *, scale: float, rotated: bool) -> Tensor:
-        """[B, N, L]: what to take off the log-sum-exp of the scaled logits of rotated queries `q`
-        [B, L, N, D] over the keys in `blob`; `rotated`: they were coded before rotation.
-        """
 
 
 class Group(NamedTuple):
@@ -185,39 +100,14 @@ class CodedStore:
         """
         codec, scale = self.codec, q.shape[3] ** -0.5
         assert isinstance(codec, CorrectingCodec)
-        parts: list[tuple[int, int, Tensor | None]] = []
-        at = 0
+        parts, at = [], 0
         for chunk, tokens in chunks:
-            blobs = self._blobs[layer].get(chunk)
-            gain = (
-                None if blobs is None else codec.key_gain(q, blobs[0], scale=scale, rotated=rotated)
-            )
-            parts.append((at, at + tokens, gain))
+            coded = self._blobs[layer].get(chunk)
+            gain = coded and codec.key_gain(q, coded[0], scale=scale, rotated=rotated)
+            parts.append(Part(at, at + tokens, gain))
             at += tokens
-        parts.append((at, pair[0].shape[1], None))
-        fused = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-        found = []
-        for first, last, intervals in _runs(mask, q.shape[1], pair[0].shape[1]):
-            cut = [
-                (max(a, start), min(b, stop), gain)
-                for a, b in intervals
-                for start, stop, gain in parts
-            ]
-            segments = [
-                Segment(
-                    pair[0][:, a:b],
-                    pair[1][:, a:b],
-                    None if gain is None else gain[:, :, first:last],
-                )
-                for a, b, gain in cut
-                if a < b
-            ]
-            found.append(
-                attend_segments(
-                    q[:, first:last], segments, scale=scale, attend=flash if fused else plain
-                )
-            )
-        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+        parts.append(Part(at, pair[0].shape[1]))
+        return attend_parts(q, *pair, parts, scale=scale, mask=mask)
 
     @property
     def addressed(self) -> AddressedCodec:
@@ -440,15 +330,6 @@ class CodedStore:
         key, value = (x.new_empty(x.shape[0], room, *x.shape[2:]) for x in like)
         self._scratch, self._scratches = (key, value), self._scratches + 1
         return key, value
-
-
-def _runs(
-    mask: MaskSpec | None, queries: int, keys: int
-) -> list[tuple[int, int, Sequence[tuple[int, int]]]]:
-    """Runs of queries [first, last) that see the same intervals of keys."""
-    if mask is None or mask.is_full:
-        return [(0, queries, [(0, keys)])]
-    return [(run.q_start, run.q_stop, run.intervals) for run in mask.row_segments()]
 
 
 def size_of(pieces: Sequence[Piece]) -> int:

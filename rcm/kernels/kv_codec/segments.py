@@ -4,11 +4,13 @@ and log-sum-exp; these merge exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from rcm.kernels.masks import MaskSpec
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 """(q [B, L, N, D], k, v [B, S, N, D], scale) -> (output [B, L, N, D], log-sum-exp of the scaled
@@ -75,6 +77,38 @@ def attend_segments(
     if out is None:
         raise ValueError("attention needs at least one key; every segment was empty")
     return out.to(q.dtype)
+
+
+class Part(NamedTuple):
+    """Keys [start, stop) of a call, and their gain (`Segment`)."""
+
+    start: int
+    stop: int
+    gain: Tensor | None = None
+
+
+def attend_parts(
+    q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], *, scale: float, mask: MaskSpec | None
+) -> Tensor:
+    """`attend_segments` over keys and values [B, S, N, D] that `parts` cut, under a mask: [B, L, N,
+    D].
+    """
+    attend = flash if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) else plain
+    runs = [(0, q.shape[1], ((0, k.shape[1]),))] if mask is None else mask.row_segments()
+    found = []
+    for first, last, intervals in runs:
+        cut = [
+            (max(a, part.start), min(b, part.stop), part.gain)
+            for a, b in intervals
+            for part in parts
+        ]
+        segments = [
+            Segment(k[:, a:b], v[:, a:b], None if gain is None else gain[:, :, first:last])
+            for a, b, gain in cut
+            if a < b
+        ]
+        found.append(attend_segments(q[:, first:last], segments, scale=scale, attend=attend))
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
 def _weight(log: Tensor) -> Tensor:
