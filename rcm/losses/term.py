@@ -46,6 +46,17 @@ class LossTerm:
                 )
 
 
+def together(*terms: LossTerm) -> LossTerm:
+    """Terms of one graph, which is back-propagated once: their sum, named after all of them. What
+    they log stays, beside `loss/NAME` of each.
+    """
+    logs: dict[str, torch.Tensor] = {}
+    for term in terms:
+        logs |= {f"loss/{term.name}": term.value.detach(), **term.logs}
+    value = torch.stack([term.value.double() for term in terms]).sum()
+    return LossTerm("+".join(term.name for term in terms), value, logs)
+
+
 def sample_sum(x: torch.Tensor) -> torch.Tensor:
     """[B, ...] -> [B]: sum over everything but the batch, in at least float32."""
     return _wide(x).flatten(1).sum(1)

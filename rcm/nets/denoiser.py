@@ -19,6 +19,7 @@ from rcm.diffusion.guidance import cfg, is_guided
 from rcm.diffusion.time import rf_to_timestep
 from rcm.kernels.fp8_attention.api import obstacle
 from rcm.nets.condition import Condition
+from rcm.nets.gan_head import Taps
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.kv_coded import KVCodec
 from rcm.nets.kv_view import Attention, CacheView, Keys
@@ -67,6 +68,15 @@ class Denoiser(VelocityModel):
     ) -> None:
         """See `VelocityModel`."""
         self.net(*self._inputs(x, t, cond), layout, cache, context_only=True)
+
+    def velocity_and_tokens(
+        self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, taps: Taps
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """The pass of `velocity` (None if the taps are alone), and the tokens [B, F, S, E] that it
+        leaves behind the tapped blocks, in the compute dtype; those of this rank.
+        """
+        v, tokens = self.net(*self._inputs(x, t, cond), layout, taps=taps)
+        return None if v is None else v.to(torch.promote_types(x.dtype, torch.float32)), tokens
 
     def _inputs(self, x: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor, Condition]:
         compute = self.precision.compute

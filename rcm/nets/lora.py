@@ -155,10 +155,11 @@ class AdaptedNet(nn.Module):
         cache: CacheView | None = None,
         *,
         context_only: bool = False,
-    ) -> Tensor | None:
+        taps: Any = None,
+    ) -> Any:
         """The network's forward with the adapters of this role."""
         with self.net.chosen.using(self.role):
-            return self.net(x, timestep, cond, layout, cache, context_only=context_only)
+            return self.net(x, timestep, cond, layout, cache, context_only=context_only, taps=taps)
 
     def prepare(self, cond: Condition) -> Condition:
         """The network's `prepare` with the adapters of this role."""

@@ -17,7 +17,7 @@ from rcm.core.errors import ConfigError
 from rcm.parallel.checkpointing import KEEP_PRODUCTS, checkpoint_blocks
 from rcm.parallel.fsdp import is_mixed, shard_parameters
 from rcm.parallel.mesh import ParallelDims
-from rcm.parallel.ulysses import shard_sequence
+from rcm.parallel.ulysses import Average, shard_sequence
 
 _VARIANTS = 64
 """Compiled variants of a block's code, shared by all networks of a process: kinds of pass, shapes,
@@ -80,6 +80,19 @@ def parallelize(
             net, dims=dims, precision=precision, reshard_after_forward=reshard_after_forward
         )
     return net
+
+
+def parallelize_head(head: nn.Module, *, dims: ParallelDims, precision: Precision) -> nn.Module:
+    """`parallelize` for a trained head that reads the tokens of a network parallelised alike: its
+    seam `pool` averages over the ranks that share a sequence. In place.
+    """
+    for parameter in head.parameters():
+        parameter.data = parameter.data.to(precision.params)
+    if dims.cp > 1:
+        head.pool = Average(dims.cp_group)
+    if dims.world_size > 1 or is_mixed(precision):
+        shard_parameters(head, dims=dims, precision=precision)
+    return head
 
 
 def _compile_blocks(net: nn.Module, *, mode: str) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from rcm.core.dtypes import Precision
+from rcm.parallel.host import fetch_back
 from rcm.parallel.mesh import ParallelDims
 
 
@@ -20,7 +21,7 @@ def is_mixed(precision: Precision) -> bool:
 def shard_parameters(
     net: nn.Module, *, dims: ParallelDims, precision: Precision, reshard_after_forward: bool = True
 ) -> None:
-    """Apply `fully_shard` to every block of `net` and to `net` itself, in place.
+    """Apply `fully_shard` to every block of `net`, if it has any, and to `net` itself, in place.
 
     Parameters are gathered in `precision.compute`, gradients averaged over all ranks in
     `precision.reduce`; inputs are not cast (a timestep cast to bf16 behind the network's back ruins
@@ -32,7 +33,7 @@ def shard_parameters(
     policy = MixedPrecisionPolicy(
         param_dtype=precision.compute, reduce_dtype=precision.reduce, cast_forward_inputs=False
     )
-    for module in (*net.blocks, net):
+    for module in (*getattr(net, "blocks", ()), net):
         fully_shard(
             module,
             mesh=dims.fsdp_mesh,
@@ -52,17 +53,19 @@ def stored_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are stored and updated, by name.
 
     A module that was left gathered after a forward without gradient lists its gathered copies
-    instead; reading or writing those would be lost.
+    instead; reading or writing those would be lost. A network that waits in host memory comes back.
     """
     reshard(net)
+    fetch_back(net)
     return dict(net.named_parameters())
 
 
 def stored_tensors(net: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict of stored (not gathered) tensors, detached, sharing memory with the
-    network.
+    network, which comes back if it waits in host memory.
     """
     reshard(net)
+    fetch_back(net)
     return {name: tensor.detach() for name, tensor in net.state_dict().items()}
 
 

@@ -130,6 +130,32 @@ class _Gather(torch.autograd.Function):
         return _whole(x_dot, ctx.group)
 
 
+class _Average(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        x = x.contiguous().clone()
+        dist.all_reduce(x, group=group)
+        return x / group.size()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None  # times P, as behind the seam, of each rank's share 1 / P
+
+
+class Average(nn.Module):
+    """Means over a rank's tokens -> means over the tokens of all ranks of the group, equal on all
+    of them: a seam like `Leave`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, means: Tensor) -> Tensor:
+        """`means` of any shape; every rank has as many tokens."""
+        return _Average.apply(means, self.group)
+
+
 class Enter(nn.Module):
     """Keep this rank's slice of every frame: [B, F, S, E] -> [B, F, S/P, E]; ConfigError if P does
     not divide S.

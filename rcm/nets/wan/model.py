@@ -15,6 +15,7 @@ from rcm.kernels.flash_jvp.api import Implementation
 from rcm.kernels.fused.choice import check_setting
 from rcm.nets.attention import AttentionBackend, AttentionCore, resolve
 from rcm.nets.condition import Condition
+from rcm.nets.gan_head import Taps
 from rcm.nets.kv_view import CacheView
 from rcm.nets.layers import (
     AffineLayerNorm,
@@ -141,7 +142,8 @@ class WanDiT(nn.Module):
         *,
         context_only: bool = False,
         span: Tensor | None = None,
-    ) -> Tensor | None:
+        taps: Taps | None = None,
+    ) -> Tensor | None | tuple[Tensor | None, tuple[Tensor, ...]]:
         """Velocity of the output frames, [B, out_dim, F_out, H, W], in float32 (float64 for
         float64).
 
@@ -183,27 +185,23 @@ class WanDiT(nn.Module):
         contexts = self._contexts(cond)
         tokens = self.enter(self.patch_embedding(self.patchify(x)))
         rope = self._rope_pair(layout, cache, device=x.device, dtype=time.dtype)
-        *blocks, last = self.blocks
-        for i, block in enumerate(blocks):
-            tokens = block(
-                tokens,
-                rows[i],
-                contexts[i],
-                layout,
-                rope,
-                None if cache is None else cache.layer(i),
-            )
-        final = None if cache is None else cache.layer(len(blocks))
-        if context_only and cache is not None:
-            last(tokens, rows[-1], contexts[-1], layout, rope, final, keys_only=True)
-            cache.commit(layout)
-            return None
-        tokens = last(tokens, rows[-1], contexts[-1], layout, rope, final)
+        last, tapped = len(self.blocks) - 1, []
+        for i, block in enumerate(self.blocks):
+            view = None if cache is None else cache.layer(i)
+            keys_only = context_only and i == last
+            tokens = block(tokens, rows[i], contexts[i], layout, rope, view, keys_only=keys_only)
+            if taps is not None and i in taps.blocks:
+                tapped.append(tokens)
+                if taps.alone and i == taps.blocks[-1]:
+                    return None, tuple(tapped)
         if cache is not None:
             cache.commit(layout)
+        if context_only:
+            return None
         start, stop = layout.output
         time = time if time.shape[1] == 1 else time[:, start:stop]
-        return self.unpatchify(self.leave(self.head(tokens[:, start:stop], time)), layout.grid)
+        v = self.unpatchify(self.leave(self.head(tokens[:, start:stop], time)), layout.grid)
+        return v if taps is None else (v, tuple(tapped))
 
     @torch.no_grad()
     def prepare(self, cond: Condition) -> Condition:

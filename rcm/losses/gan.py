@@ -1,0 +1,138 @@
+"""The adversarial term of self-forced DMD: losses of a discriminator's logits, and R1 in two forms
+(Causal_rCM.md section 6; DMD2, arXiv 2405.14867; R1, arXiv 1801.04406; APT, arXiv 2501.08316).
+
+A discriminator D gives one logit per sample, [B, 1], positive for real. R1 is |dD/dy|^2 at real
+samples y, summed over all of [C, T, H, W]: exactly, by a gradient that is differentiated again, or
+estimated without one from a second look, (D(y + sigma eps) - D(y))^2 / sigma^2. The estimate is
+unbiased for a linear D, and in the limit of small sigma for any.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from rcm.core.errors import ConfigError
+from rcm.losses.term import (
+    LossTerm,
+    NonFinitePolicy,
+    require_same_shape,
+    sample_sum,
+    screen_samples,
+)
+
+GanForm = Literal["softplus", "hinge"]
+
+
+def real_loss(logits: torch.Tensor, form: GanForm) -> torch.Tensor:
+    """What a discriminator pays for real samples: softplus(-D), or max(0, 1 - D); elementwise."""
+    return F.softplus(-logits) if _is_softplus(form) else F.relu(1 - logits)
+
+
+def fake_loss(logits: torch.Tensor, form: GanForm) -> torch.Tensor:
+    """What it pays for generated ones: softplus(D), or max(0, 1 + D); elementwise."""
+    return F.softplus(logits) if _is_softplus(form) else F.relu(1 + logits)
+
+
+def generator_loss(logits: torch.Tensor, form: GanForm) -> torch.Tensor:
+    """What the generator pays: softplus(-D), which does not saturate, or -D; elementwise."""
+    return F.softplus(-logits) if _is_softplus(form) else -logits
+
+
+def exact_r1(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """|dD/dy|^2 per sample, [B, 1], with graph: `logits` came from `y` [B, ...], which requires a
+    gradient, by operators that can be differentiated twice.
+    """
+    (gradient,) = torch.autograd.grad(logits.sum(), y, create_graph=True)
+    return sample_sum(gradient**2).unsqueeze(1)
+
+
+def approximate_r1(logits: torch.Tensor, perturbed: torch.Tensor, *, sigma: float) -> torch.Tensor:
+    """((D(y + sigma eps) - D(y)) / sigma)^2, [B, 1]; `perturbed` are the logits at y + sigma eps,
+    eps unit Gaussian. The term that APT prints, |D(y) - D(y + sigma eps)|^2, is sigma^2 times this.
+    """
+    require_same_shape(logits=logits, perturbed=perturbed)
+    return ((perturbed - logits) / sigma) ** 2
+
+
+def gan_real_loss(
+    logits: torch.Tensor,
+    r1: torch.Tensor | None,
+    *,
+    form: GanForm = "softplus",
+    loss_scale: float = 1.0,
+    gamma: float = 0.0,
+    nonfinite: NonFinitePolicy = "propagate",
+    name: str = "gan_d",
+) -> LossTerm:
+    """The discriminator's half at real samples: loss_scale * mean of `real_loss` + gamma / 2 *
+    `r1` [B, 1] (None: no penalty). Logs: mean logit, R1, and half the share of right answers.
+    """
+    r1 = torch.zeros_like(logits) if r1 is None else r1
+    require_same_shape(logits=logits, r1=r1)
+    (logits, r1), bad = screen_samples(nonfinite, logits, r1)
+    value = loss_scale * (real_loss(logits, form) + gamma / 2 * r1).mean()
+    logs = {
+        "gan/logit_real": logits.detach().mean(),
+        "gan/r1": r1.detach().mean(),
+        "gan/right": _share(logits > 0) / 2,
+        "gan_real/nonfinite_samples": bad,
+    }
+    return LossTerm(name, value, logs)
+
+
+def gan_fake_loss(
+    logits: torch.Tensor,
+    *,
+    form: GanForm = "softplus",
+    loss_scale: float = 1.0,
+    nonfinite: NonFinitePolicy = "propagate",
+    name: str = "gan_d",
+) -> LossTerm:
+    """The discriminator's half at generated samples: loss_scale * mean of `fake_loss`. Logs as
+    `gan_real_loss`: both halves together log the share of right answers.
+    """
+    (logits,), bad = screen_samples(nonfinite, logits)
+    logs = {
+        "gan/logit_fake": logits.detach().mean(),
+        "gan/right": _share(logits < 0) / 2,
+        "gan_fake/nonfinite_samples": bad,
+    }
+    return LossTerm(name, loss_scale * fake_loss(logits, form).mean(), logs)
+
+
+def gan_generator_loss(
+    generated: torch.Tensor,
+    gradient: torch.Tensor,
+    loss: torch.Tensor,
+    *,
+    loss_scale: float = 1.0,
+    nonfinite: NonFinitePolicy = "propagate",
+    name: str = "gan_g",
+) -> LossTerm:
+    """loss_scale * mean of `loss` [B, 1], a constant, with the gradient loss_scale * `gradient` / B
+    with respect to `generated` [B, C, T, H, W].
+
+    A discriminator's gradient is taken once, at the whole video; being linear in `generated` this
+    form adds up over frames, so that replay passes one block's frames of both and their share of
+    `loss`. Logs: the number of non-finite samples. `ValueError` on unequal shapes.
+    """
+    require_same_shape(generated=generated, gradient=gradient)
+    (generated, gradient, loss), bad = screen_samples(
+        nonfinite, generated, gradient.detach(), loss.detach()
+    )
+    moved = sample_sum((generated - generated.detach()) * gradient)
+    value = loss_scale * (loss.squeeze(1) + moved).mean()
+    return LossTerm(name, value, {f"{name}/nonfinite_samples": bad})
+
+
+def _share(right: torch.Tensor) -> torch.Tensor:
+    return right.double().mean()
+
+
+def _is_softplus(form: str) -> bool:
+    if form not in ("softplus", "hinge"):
+        raise ConfigError(f"GAN loss {form!r} is unknown; choose from softplus, hinge")
+    return form == "softplus"
