@@ -26,15 +26,13 @@ from rcm.inference.outcome import command
 from rcm.nets.wan.config import PRESETS, WanConfig
 from rcm.nets.wan.convert import FORMS
 from rcm.nets.wan.lora import LAYOUTS
-from rcm.pipelines.adapted_weights import AdaptedWeights
+from rcm.pipelines.adapted_weights import AdaptedWeights, LoRA, MergedWeights
 from rcm.pipelines.adapter_writer import save_adapters
+from rcm.pipelines.described import description_of
 from rcm.pipelines.wan_files import (
     COPIES,
-    LoRA,
-    MergedWeights,
     NetworkWeights,
     config_of,
-    description_of,
     network_weights,
     preset_of,
     require_fit,

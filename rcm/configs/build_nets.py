@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from rcm.configs.bases import TRAINED, Base, alpha_of, base_of, checkpoint_of, roles_on
 from rcm.configs.network import wan_config
-from rcm.configs.schema_model import CausalConfig, CommonModelConfig, NetConfig
+from rcm.configs.schema_common import CommonModelConfig, NetConfig
 from rcm.core.dtypes import Precision
 from rcm.core.errors import CheckpointError
-from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.attention import configured
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.lora import AdaptedNet, attach, initial_factors
@@ -29,7 +28,8 @@ from rcm.parallel.agree import on_first, shared
 from rcm.parallel.apply import parallelize
 from rcm.parallel.init import check_equal, drawn_weights, load_full, materialise, on_meta
 from rcm.parallel.mesh import ParallelDims
-from rcm.pipelines.wan_files import NetworkWeights, description_of, network_weights
+from rcm.pipelines.described import description_of
+from rcm.pipelines.wan_files import NetworkWeights, network_weights
 from rcm.pipelines.weight_files import open_weights
 from rcm.storage.digest import DigestedWeights
 
@@ -292,14 +292,9 @@ def _other_pattern(weights: NetworkWeights, config: CommonModelConfig) -> str:
     contradiction. Legal, seldom meant.
     """
     found = description_of(weights.file)
-    if (
-        found is None
-        or found.pattern is None
-        or not isinstance(config, CausalConfig)
-        or config.training_type == "bidirectional"
-    ):
+    if found is None or found.pattern is None or config.pattern is None:
         return ""
-    mine = BlockPattern(config.first_chunk_t, config.chunk_t).name
+    mine = config.pattern.name
     return (
         ""
         if found.pattern == mine

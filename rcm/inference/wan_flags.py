@@ -16,7 +16,7 @@ from rcm.inference.flag_table import add_flags
 from rcm.nets.attention import BACKENDS
 from rcm.pipelines.residency import POLICIES
 from rcm.pipelines.text_to_video import WholeVideoRecipe
-from rcm.pipelines.wan_files import LoRA
+from rcm.pipelines.adapted_weights import LoRA
 from rcm.pipelines.wan_sizes import SIZES
 
 FOLDER = "assets/checkpoints"

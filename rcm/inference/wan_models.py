@@ -32,10 +32,10 @@ from rcm.nets.wan.fp8 import attention_error, noise_velocity, quantise_linears_
 from rcm.parallel.agree import on_first
 from rcm.parallel.apply import parallelize
 from rcm.parallel.mesh import ParallelDims
+from rcm.pipelines.adapted_weights import MergedWeights
 from rcm.pipelines.part_clock import PartClock
 from rcm.pipelines.residency import MemoryPolicy, Resident
 from rcm.pipelines.wan_files import (
-    MergedWeights,
     config_of,
     load_wan,
     network_weights,

@@ -19,7 +19,7 @@ from rcm.encoders.text_protocol import TextEncoder
 from rcm.encoders.umt5 import UMT5_FILE, UMT5TextEncoder
 from rcm.encoders.wan_vae import WAN_VAE_FILE, WanVAECodec
 from rcm.nets.wan.config import WanConfig
-from rcm.storage.weight_files import open_container
+from rcm.storage.weight_files import CONFIGS, WeightFile, open_container
 from rcm.train.describe import Description
 from rcm.train.export import describe, model_directory
 from rcm.worlds.toy_codec import ToyCodec
@@ -35,7 +35,7 @@ def description_at(path: Path) -> Description:
     """
     found = describe(path)
     if found is None and path.suffix == ".safetensors" and path.is_file():
-        found = _embedded(path)
+        found = description_of(open_container(path))
     if found is None:
         beside = f"{path}.json" if path.is_file() else f"rcm.json in {model_directory(path).parent}"
         raise CheckpointError(
@@ -45,10 +45,15 @@ def description_at(path: Path) -> Description:
     return found
 
 
-def _embedded(path: Path) -> Description | None:
-    """The description inside a safetensors file that was separated from its JSON."""
-    text = open_container(path).metadata.get("rcm")
-    return None if text is None else Description.from_json(text, source=f"the metadata of {path}")
+def description_of(file: WeightFile) -> Description | None:
+    """The self-description beside the weights or inside a safetensors file; None without one."""
+    found = describe(file.path)
+    # a published folder describes itself as a whole
+    if found is None and file.path.stem in CONFIGS:
+        found = describe(file.path.parent)
+    if found is None and "rcm" in file.metadata:
+        found = Description.from_json(file.metadata["rcm"], source=f"the metadata of {file.path}")
+    return found
 
 
 def stream_command(path: str | Path, description: Description) -> str | None:

@@ -4,9 +4,8 @@ names, and a frozen denoiser.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,20 +26,24 @@ from rcm.nets.wan.convert import (
     own_form,
 )
 from rcm.nets.wan.foreign import foreign
-from rcm.nets.wan.lora import LoRAPair, check_targets, lora_pairs, merge
-from rcm.nets.wan.lora_settings import LoRASettings, lora_settings
 from rcm.nets.wan.model import WanDiT
 from rcm.nets.wan.published_config import heads_in, unread_settings, with_settings
 from rcm.parallel.agree import on_first, shared
 from rcm.parallel.init import load_full, materialise, on_meta
-from rcm.pipelines.adapted_weights import AdaptedWeights, adapter_copies, base_of, chosen_copy
-from rcm.pipelines.described import network_of
+from rcm.pipelines.adapted_weights import (
+    AdaptedWeights,
+    LoRA,
+    MergedWeights,
+    adapter_copies,
+    adapter_settings,
+    base_of,
+    chosen_copy,
+)
+from rcm.pipelines.described import description_of, network_of
 from rcm.pipelines.weight_files import open_weights
-from rcm.storage.json_file import read_object
 from rcm.storage.state_dicts import LazyWeights, check_keys, shapes_of
-from rcm.storage.weight_files import CONFIGS, WeightFile
+from rcm.storage.weight_files import WeightFile
 from rcm.train.describe import Description
-from rcm.train.export import describe
 
 COPIES = {"ema": "ema", "live": "live", "reg": "live", "fake_score": "fake_score"}
 """What a command may ask for -> which copy that is; "reg" is rcm's word for the live weights."""
@@ -60,25 +63,6 @@ _SHAPED = (
 )
 
 
-@dataclass(frozen=True)
-class LoRA:
-    """A low-rank update to merge: its file or PEFT folder, the strength of the merge, and alpha
-    (None: that of the file, of its metadata or of its adapter_config.json, else the rank, so that
-    the strength alone counts). Raises `ConfigError` for a number that is not finite.
-    """
-
-    path: str | Path
-    scale: float = 1.0
-    alpha: float | None = None
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.scale) or not math.isfinite(self.alpha or 0.0):
-            raise ConfigError(
-                f"LoRA {self.path} with scale {self.scale:g}, alpha {self.alpha or 0:g}: both must"
-                " be finite (--lora, --lora_alpha)"
-            )
-
-
 class NetworkWeights(LazyWeights):
     """One network of a file under the package's own names, read one tensor at a time: all entries
     of `file` whose keys start with `prefix`.
@@ -94,78 +78,6 @@ class NetworkWeights(LazyWeights):
 
     def __getitem__(self, name: str) -> Tensor:
         return own_form(name, self.file[self.names[name]])
-
-
-class MergedWeights(LazyWeights):
-    """`base` with a low-rank update added while it is read, in float32 on `device`. Raises
-    `CheckpointError` naming the LoRA's file for a target that the network does not have, or factors
-    of another shape.
-    """
-
-    def __init__(
-        self, base: LazyWeights, lora: LoRA, *, device: torch.device | str = "cpu"
-    ) -> None:
-        self.base, self.lora, self.device = base, lora, device
-        self.headers = base.headers
-        self._file = open_weights(lora.path)
-        try:
-            self.pairs: dict[str, LoRAPair] = lora_pairs(self._file.headers)
-            check_targets(self.pairs, self._file.headers, base.headers)
-            settings = adapter_settings(self._file, given=lora.alpha is not None)
-            self.strengths = {
-                name: lora.scale * self._strength(pair, settings)
-                for name, pair in self.pairs.items()
-            }
-        except CheckpointError as error:
-            raise CheckpointError(f"LoRA {lora.path}: {error}") from error
-
-    def __getitem__(self, name: str) -> Tensor:
-        weight, pair = self.base[name], self.pairs.get(name)
-        if pair is None:
-            return weight
-        return merge(
-            weight.to(self.device),
-            down=self._file[pair.down],
-            up=self._file[pair.up],
-            scale=self.strengths[name],
-        )
-
-    def _strength(self, pair: LoRAPair, settings: LoRASettings) -> float:
-        alpha = self.lora.alpha
-        if alpha is None and pair.alpha is not None:
-            alpha = float(self._file[pair.alpha])
-            if not math.isfinite(alpha):
-                raise CheckpointError(f"{pair.alpha} is {alpha:g}, expected a finite number")
-        return settings.strength(
-            pair.module, rank=self._file.headers[pair.down].shape[0], alpha=alpha
-        )
-
-
-def adapter_settings(file: WeightFile, *, given: bool = False) -> LoRASettings:
-    """What a low-rank update says of its strength, in its metadata, in the adapter_config.json
-    beside it, and in the description of the run that trained it; errors as `lora_settings`.
-    """
-    beside = (file.path if file.path.is_dir() else file.path.parent) / "adapter_config.json"
-    config = (
-        file.config
-        if file.config is not None
-        else read_object(beside)
-        if beside.is_file()
-        else None
-    )
-    settings, description = (
-        lora_settings(config, file.metadata, others=file.others, given=given),
-        description_of(file),
-    )
-    if description is None or "adapters" not in description.extra:
-        return settings
-    said = description.extra["adapters"]
-    if settings.alpha not in (None, said["alpha"]) and not given:
-        raise CheckpointError(
-            f"its description says alpha {said['alpha']:g}, its settings say {settings.alpha:g};"
-            " say which with --lora_alpha"
-        )
-    return replace(settings, alpha=said["alpha"], rank=said["rank"])
 
 
 def copies_in(file: WeightFile) -> dict[str, str]:
@@ -352,17 +264,6 @@ def told_size(config: WanConfig) -> str:
         f"{name} of {config.num_layers} layers of width {config.dim}, {config.in_dim} input"
         f" channels{branch}"
     )
-
-
-def description_of(file: WeightFile) -> Description | None:
-    """The self-description beside the weights or inside a safetensors file; None without one."""
-    found = describe(file.path)
-    # a published folder describes itself as a whole
-    if found is None and file.path.stem in CONFIGS:
-        found = describe(file.path.parent)
-    if found is None and "rcm" in file.metadata:
-        found = Description.from_json(file.metadata["rcm"], source=f"the metadata of {file.path}")
-    return found
 
 
 def load_wan(

@@ -19,13 +19,12 @@ from rcm.nets.wan.config import PRESETS
 from rcm.nets.wan.convert import PATCH_KEY
 from rcm.nets.wan.foreign import LORA, foreign
 from rcm.nets.wan.lora import lora_pairs
-from rcm.pipelines.described import stream_command
+from rcm.pipelines.adapted_weights import adapter_settings
+from rcm.pipelines.described import description_of, stream_command
 from rcm.pipelines.wan_files import (
     NetworkWeights,
-    adapter_settings,
     config_of,
     copies_in,
-    description_of,
     network_headers,
     network_weights,
     preset_of,

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rcm.core.errors import CheckpointError
 from rcm.nets.wan.convert import from_wan
-from rcm.pipelines.wan_files import LoRA, MergedWeights, network_weights
+from rcm.pipelines.adapted_weights import LoRA, MergedWeights
+from rcm.pipelines.wan_files import network_weights
 from rcm.pipelines.weight_files import open_weights
 from scripts.checkpoint import main as checkpoint_main
 from tests.faults.case import Fault, each, kept_folder

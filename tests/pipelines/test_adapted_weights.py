@@ -20,8 +20,9 @@ from rcm.core.errors import CheckpointError, ConfigError
 from rcm.nets.condition import Condition
 from rcm.nets.layout import TokenLayout
 from rcm.nets.lora import AdaptedNet
+from rcm.pipelines.adapted_weights import LoRA
 from rcm.pipelines.from_checkpoint import open_checkpoint
-from rcm.pipelines.wan_files import LoRA, load_wan, network_weights
+from rcm.pipelines.wan_files import load_wan, network_weights
 from rcm.pipelines.weight_files import open_weights
 from rcm.pipelines.weight_report import inspect_weights
 from rcm.storage.safetensors_file import read_header
