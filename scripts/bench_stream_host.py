@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rcm.kernels.cuda_graph import CudaGraph
 from rcm.nets.wan.block import SelfAttention
-from rcm.pipelines import decode_lane, engine
+from rcm.pipelines import captured_inputs, decode_lane
 from rcm.pipelines.session import Session
 
 
@@ -52,9 +52,9 @@ def timing(session: Session, parts: dict[str, list[float]]) -> Iterator[None]:
         (session._lane, "decode", "decode (issue)"),
         (decode_lane.Decoding, "result", "result (wait for pixels)"),
         (CudaGraph, "replay", "graph launch"),
-        (engine._Inputs, "set", "inputs: latents and times"),
-        (engine._Inputs, "place", "inputs: slots and tables"),
-        (engine._Inputs, "prompt", "inputs: prompt"),
+        (captured_inputs.CapturedInputs, "set", "inputs: latents and times"),
+        (captured_inputs.CapturedInputs, "place", "inputs: slots and tables"),
+        (captured_inputs.CapturedInputs, "prompt", "inputs: prompt"),
         (session.loop, "_begin", "cache: slots"),
         (session.loop, "place", "policy before"),
         (session.loop, "settle", "policy after"),

@@ -5,7 +5,6 @@ the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from torch import Tensor
 
@@ -17,20 +16,8 @@ from rcm.nets.kv_store import DenseStore
 from rcm.nets.kv_view import CacheView, LayerView
 from rcm.nets.layers import RMSNorm
 from rcm.nets.layout import TokenLayout
-from rcm.nets.rope import RopePair, RopeTable
-
-
-class StaticInputs(Protocol):
-    """Of the device memory of captured passes, what views read: `slots` int64 [L] of the pass's own
-    tokens; whether kernels are fused; `times`, what the network makes of its time, or None.
-    """
-
-    slots: Tensor
-    fused: bool
-    times: tuple[Tensor, ...] | None
-
-    def tables(self, branch: int, context_tokens: int) -> RopePair:
-        """Rotary tables of one branch over a past of so many tokens."""
+from rcm.nets.rope import RopeTable
+from rcm.pipelines.captured_inputs import CapturedInputs
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -44,7 +31,7 @@ class StaticView(CacheView):
     """
 
     def __init__(
-        self, cache: KVCache, inputs: StaticInputs, branch: int, layout: TokenLayout
+        self, cache: KVCache, inputs: CapturedInputs, branch: int, layout: TokenLayout
     ) -> None:
         super().__init__(cache, "transient", ())
         self.prefix_tokens = layout.context_tokens
@@ -67,7 +54,7 @@ class CodedView(StaticView):
     def __init__(
         self,
         cache: KVCache,
-        inputs: StaticInputs,
+        inputs: CapturedInputs,
         branch: int,
         layout: TokenLayout,
         *,
