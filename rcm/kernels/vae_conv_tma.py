@@ -61,27 +61,11 @@ def conv_tiles(*, pixels: int, channels_out: int) -> ConvTiles:
     do_not_specialize=["frames", "frame_pixels", "row_pixels", "height", "width", "batch_pixels"]
 )
 def convolution_kernel(
-    window,
-    weight,
-    weight_rest,
-    out,
-    frames,
-    frame_pixels,
-    row_pixels,
-    height,
-    width,
-    batch_pixels,
-    N: tl.constexpr,
-    TAP_ROWS: tl.constexpr,
-    TAPS_Y: tl.constexpr,
-    STEPS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    REST_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TILES_N: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    window, weight, weight_rest, out, frames, frame_pixels, row_pixels, height, width, batch_pixels,
+    N: tl.constexpr, TAP_ROWS: tl.constexpr, TAPS_Y: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILES_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Grid (pixel tiles of all frames x channel tiles, batch). `frames`, `height` and `width` are
     those of the output, the other sizes those of the window.
     """
@@ -156,29 +140,10 @@ def launch_convolution(
     columns = triton.cdiv(n, tiles.block_n + tiles.rest_n)
     with torch.cuda.device(padded.device) if padded.is_cuda else contextlib.nullcontext():
         launch(
-            convolution_kernel,
-            (triton.cdiv(size[0] * h * w, tiles.block_m) * columns, b),
-            rows,
-            weight,
-            rest,
-            out,
-            size[0],
-            h * w,
-            w,
-            size[1],
-            size[2],
-            t * h * w,
-            N=n,
-            TAP_ROWS=kt * ky,
-            TAPS_Y=ky,
-            STEPS=steps,
-            BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n,
-            REST_N=tiles.rest_n,
-            BLOCK_K=block_k,
-            TILES_N=columns,
-            STAGES=tiles.num_stages,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-        )
+            convolution_kernel, (triton.cdiv(size[0] * h * w, tiles.block_m) * columns, b), rows,
+            weight, rest, out, size[0], h * w, w, size[1], size[2], t * h * w,
+            N=n, TAP_ROWS=kt * ky, TAPS_Y=ky, STEPS=steps, BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n, REST_N=tiles.rest_n, BLOCK_K=block_k, TILES_N=columns,
+            STAGES=tiles.num_stages, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
     return out

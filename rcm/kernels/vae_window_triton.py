@@ -24,30 +24,11 @@ WARPS = 4
 
 @triton.jit(do_not_specialize=["frames", "height", "width", "adds", "keeps"])
 def window_kernel(
-    value,
-    bias,
-    residual,
-    gamma,
-    carried,
-    padded,
-    kept,
-    frames,
-    height,
-    width,
-    adds,
-    keeps,
-    FLOOR: tl.constexpr,
-    ROOT: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    NORM: tl.constexpr,
-    CARRIED: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    value, bias, residual, gamma, carried, padded, kept, frames, height, width, adds, keeps,
+    FLOOR: tl.constexpr, ROOT: tl.constexpr, CHANNELS: tl.constexpr, LAYOUT: tl.constexpr,
+    NORM: tl.constexpr, CARRIED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Grid (tiles of the padded plane, batch). Everything is contiguous; offsets of frames are 64
     bit. Whether a residual is added and the sum is kept are numbers, not variants: each of those is
     compiled before the first frame.
@@ -184,25 +165,11 @@ def launch_window(
     arguments = [value if x is None else x for x in tensors]
     with torch.cuda.device(value.device) if value.is_cuda else contextlib.nullcontext():
         launch(
-            window_kernel,
-            (triton.cdiv((h + low + high) * (w + low + high), block_p), b),
-            *arguments,
-            t,
-            h,
-            w,
-            int(features.residual is not None),
+            window_kernel, (triton.cdiv((h + low + high) * (w + low + high), block_p), b),
+            *arguments, t, h, w, int(features.residual is not None),
             int(keep and not nothing_to_add),
-            FLOOR=NORM_FLOOR,
-            ROOT=c**0.5,
-            CHANNELS=c,
-            LAYOUT=_LAYOUTS[features.layout],
-            NORM=_NORMS[norm],
-            CARRIED=count,
-            LOW=low,
-            HIGH=high,
-            HAS_BIAS=features.bias is not None,
-            BLOCK_P=block_p,
-            BLOCK_C=block_c,
-            num_warps=warps,
-        )
+            FLOOR=NORM_FLOOR, ROOT=c**0.5, CHANNELS=c, LAYOUT=_LAYOUTS[features.layout],
+            NORM=_NORMS[norm], CARRIED=count, LOW=low, HIGH=high,
+            HAS_BIAS=features.bias is not None, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps,
+        )  # fmt: skip
     return Window(padded, kept)

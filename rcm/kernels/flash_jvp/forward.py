@@ -13,17 +13,9 @@ import triton.language as tl
 
 @triton.jit
 def _tile_pointers(
-    ptr,
-    batch,
-    head,
-    row,
-    stride_b,
-    stride_l,
-    stride_n,
-    stride_d,
-    BLOCK_L: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    ptr, batch, head, row, stride_b, stride_l, stride_n, stride_d,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """[L, D] pointers of a tile that starts at `row`; every product is 64 bit."""
     base = (
         ptr
@@ -38,16 +30,9 @@ def _tile_pointers(
 
 @triton.jit
 def _load_tile(
-    tensor,
-    batch,
-    head,
-    row,
-    length,
-    BLOCK_L: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GUARD: tl.constexpr,
-):
+    tensor, batch, head, row, length,
+    BLOCK_L: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, GUARD: tl.constexpr,
+):  # fmt: skip
     """A [L, D] tile. Padding channels are zeros; with GUARD so are rows outside [0, length)."""
     ptr, stride_b, stride_l, stride_n, stride_d = tensor
     pointers = _tile_pointers(
@@ -78,22 +63,10 @@ def _seen(rows_table, q_rows, q_len, key):
 
 @triton.jit
 def _fold(
-    state,
-    queries,
-    keys,
-    bounds,
-    where,
-    tables,
-    scales,
-    FLAGS: tl.constexpr,
-    EDGE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    D_QK: tl.constexpr,
-    BLOCK_QK: tl.constexpr,
-    D_V: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    state, queries, keys, bounds, where, tables, scales,
+    FLAGS: tl.constexpr, EDGE: tl.constexpr, BLOCK_N: tl.constexpr, D_QK: tl.constexpr,
+    BLOCK_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Fold one run of key tiles into the running maximum, sums and accumulators of M rows."""
     acc_o, acc_t, m_i, l_i, r_i = state
     q, q_dot = queries
@@ -124,16 +97,9 @@ def _fold(
                 s_dot = tl.dot(q_dot, tl.trans(k_tile), s_dot, input_precision=PRECISION)
             if HAS_TK:
                 kd_tile = _load_tile(
-                    kd,
-                    batch,
-                    head,
-                    row - tangent_start,
-                    kv_len - tangent_start,
-                    BLOCK_N,
-                    D_QK,
-                    BLOCK_QK,
-                    EDGE != 0,
-                )
+                    kd, batch, head, row - tangent_start, kv_len - tangent_start, BLOCK_N, D_QK,
+                    BLOCK_QK, EDGE != 0,
+                )  # fmt: skip
                 s_dot = tl.dot(q, tl.trans(kd_tile), s_dot, input_precision=PRECISION)
 
         m_new = tl.maximum(m_i, tl.max(s, 1) * score_scale)
@@ -149,16 +115,9 @@ def _fold(
             acc_t = acc_t * alpha[:, None]
         if HAS_TV:
             vd_tile = _load_tile(
-                vd,
-                batch,
-                head,
-                row - tangent_start,
-                kv_len - tangent_start,
-                BLOCK_N,
-                D_V,
-                BLOCK_V,
+                vd, batch, head, row - tangent_start, kv_len - tangent_start, BLOCK_N, D_V, BLOCK_V,
                 EDGE != 0,
-            )
+            )  # fmt: skip
             acc_t = tl.dot(p.to(v_tile.dtype), vd_tile, acc_t, input_precision=PRECISION)
         if HAS_H:
             h = p * (s_dot * tangent_scale)
@@ -171,36 +130,12 @@ def _fold(
 
 @triton.jit(do_not_specialize=["num_tiles", "num_heads", "q_len", "kv_len", "tangent_start"])
 def portable_forward(
-    q,
-    qd,
-    k,
-    kd,
-    v,
-    vd,
-    o,
-    od,
-    lse,
-    tiles,
-    pieces,
-    rows_table,
-    num_tiles,
-    num_heads,
-    q_len,
-    kv_len,
-    tangent_start,
-    score_scale,
-    tangent_scale,
-    FLAGS: tl.constexpr,
-    CLASSES: tl.constexpr,
-    EDGE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    D_QK: tl.constexpr,
-    BLOCK_QK: tl.constexpr,
-    D_V: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, qd, k, kd, v, vd, o, od, lse, tiles, pieces, rows_table, num_tiles, num_heads, q_len, kv_len,
+    tangent_start, score_scale, tangent_scale,
+    FLAGS: tl.constexpr, CLASSES: tl.constexpr, EDGE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, D_QK: tl.constexpr, BLOCK_QK: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One program per (batch, head, query tile); programs of a head are neighbours, its longest
     tiles first.
 
@@ -241,22 +176,10 @@ def portable_forward(
                     tl.load(pieces + 4 * piece + 2),
                 )
                 acc_o, acc_t, m_i, l_i, r_i = _fold(
-                    (acc_o, acc_t, m_i, l_i, r_i),
-                    queries,
-                    keys,
-                    bounds,
-                    where,
-                    tables,
-                    scales,
-                    FLAGS & 1 if kind == 0 else FLAGS,
-                    EDGE if kind == 2 else 0,
-                    BLOCK_N,
-                    D_QK,
-                    BLOCK_QK,
-                    D_V,
-                    BLOCK_V,
-                    PRECISION,
-                )
+                    (acc_o, acc_t, m_i, l_i, r_i), queries, keys, bounds, where, tables, scales,
+                    FLAGS & 1 if kind == 0 else FLAGS, EDGE if kind == 2 else 0, BLOCK_N, D_QK,
+                    BLOCK_QK, D_V, BLOCK_V, PRECISION,
+                )  # fmt: skip
 
     keep = (q_rows < q_len)[:, None] & (tl.arange(0, BLOCK_V) < D_V)[None, :]
     acc_o = acc_o / l_i[:, None]

@@ -31,20 +31,9 @@ def _flat(tile, ROWS_OF_TILE: gl.constexpr, WIDTH: gl.constexpr):
 
 @gluon.jit
 def _load_slot(
-    desc,
-    dot_desc,
-    ring,
-    dot_ring,
-    full,
-    empty,
-    it,
-    batch,
-    head,
-    row,
-    tangent_row,
-    HAS_DOT: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    desc, dot_desc, ring, dot_ring, full, empty, it, batch, head, row, tangent_row,
+    HAS_DOT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """Fill one ring slot with a tile and, if wanted, its tangent. Rows outside the tensors arrive
     as zeros.
     """
@@ -63,15 +52,9 @@ def _load_slot(
 
 @gluon.jit
 def _produce(
-    descs,
-    rings,
-    bars,
-    plan,
-    where,
-    FLAGS: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    descs, rings, bars, plan, where,
+    FLAGS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """The producer warp: query tiles once, then every key tile of the plan in the consumers'
     order.
     """
@@ -106,35 +89,13 @@ def _produce(
             for _ in range(gl.load(pieces + 4 * piece + 1)):
                 dot_row = row - tangent_start
                 _load_slot(
-                    k_desc,
-                    kd_desc,
-                    k_ring,
-                    kd_ring,
-                    k_full,
-                    k_empty,
-                    it,
-                    batch,
-                    head,
-                    row,
-                    dot_row,
-                    HAS_TK and kind == 1,
-                    STAGES,
-                )
+                    k_desc, kd_desc, k_ring, kd_ring, k_full, k_empty, it, batch, head, row,
+                    dot_row, HAS_TK and kind == 1, STAGES,
+                )  # fmt: skip
                 _load_slot(
-                    v_desc,
-                    vd_desc,
-                    v_ring,
-                    vd_ring,
-                    v_full,
-                    v_empty,
-                    it,
-                    batch,
-                    head,
-                    row,
-                    dot_row,
-                    HAS_TV and kind == 1,
-                    STAGES,
-                )
+                    v_desc, vd_desc, v_ring, vd_ring, v_full, v_empty, it, batch, head, row,
+                    dot_row, HAS_TV and kind == 1, STAGES,
+                )  # fmt: skip
                 row += BLOCK_N
                 it += 1
 
@@ -154,21 +115,10 @@ def _seen(rows_table, q_rows, q_len, key):
 
 @gluon.jit
 def _consume_piece(
-    state,
-    queries,
-    rings,
-    bars,
-    bounds,
-    tables,
-    scales,
-    it,
-    FLAGS: gl.constexpr,
-    EDGE: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    D_QK: gl.constexpr,
-    D_V: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    state, queries, rings, bars, bounds, tables, scales, it,
+    FLAGS: gl.constexpr, EDGE: gl.constexpr, BLOCK_N: gl.constexpr, D_QK: gl.constexpr,
+    D_V: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """Fold one run of key tiles into the running maximum, sums and accumulators of 64 rows."""
     acc_o, acc_t, m_i, l_i, r_i = state
     q, q_dot = queries
@@ -277,23 +227,10 @@ def _write(state, outputs, where, q_rows, q_len, ANY: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    half: gl.constexpr,
-    queries,
-    rings,
-    bars,
-    plan,
-    tables,
-    where,
-    outputs,
-    scales,
-    FLAGS: gl.constexpr,
-    CLASSES: gl.constexpr,
-    EDGE: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    D_QK: gl.constexpr,
-    D_V: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    half: gl.constexpr, queries, rings, bars, plan, tables, where, outputs, scales,
+    FLAGS: gl.constexpr, CLASSES: gl.constexpr, EDGE: gl.constexpr, BLOCK_N: gl.constexpr,
+    D_QK: gl.constexpr, D_V: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """One consumer warpgroup: its 64 rows against every key tile of the plan, then the epilogue."""
     q_buf, qd_buf = queries
     q_full, k_full, k_empty, v_full, v_empty = bars
@@ -329,55 +266,21 @@ def _consume(
                     gl.load(pieces + 4 * piece + 2),
                 )
                 acc_o, acc_t, m_i, l_i, r_i, it = _consume_piece(
-                    (acc_o, acc_t, m_i, l_i, r_i),
-                    (q, q_dot),
-                    rings,
-                    ring_bars,
-                    bounds,
-                    row_tables,
-                    scales,
-                    it,
-                    FLAGS & 1 if kind == 0 else FLAGS,
-                    EDGE if kind == 2 else 0,
-                    BLOCK_N,
-                    D_QK,
-                    D_V,
-                    STAGES,
-                )
+                    (acc_o, acc_t, m_i, l_i, r_i), (q, q_dot), rings, ring_bars, bounds, row_tables,
+                    scales, it, FLAGS & 1 if kind == 0 else FLAGS, EDGE if kind == 2 else 0,
+                    BLOCK_N, D_QK, D_V, STAGES,
+                )  # fmt: skip
     _write((acc_o, acc_t, m_i, l_i, r_i), outputs, where, q_rows, q_len, ANY)
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "num_heads", "q_len", "tangent_start"])
 def hopper_forward(
-    q_desc,
-    qd_desc,
-    k_desc,
-    kd_desc,
-    v_desc,
-    vd_desc,
-    o_ptr,
-    od_ptr,
-    lse_ptr,
-    tiles,
-    pieces,
-    rows_table,
-    num_tiles,
-    num_heads,
-    q_len,
-    tangent_start,
-    stride_b,
-    stride_l,
-    stride_n,
-    score_scale,
-    tangent_scale,
-    FLAGS: gl.constexpr,
-    CLASSES: gl.constexpr,
-    EDGE: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    D_QK: gl.constexpr,
-    D_V: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    q_desc, qd_desc, k_desc, kd_desc, v_desc, vd_desc, o_ptr, od_ptr, lse_ptr, tiles, pieces,
+    rows_table, num_tiles, num_heads, q_len, tangent_start, stride_b, stride_l, stride_n,
+    score_scale, tangent_scale,
+    FLAGS: gl.constexpr, CLASSES: gl.constexpr, EDGE: gl.constexpr, BLOCK_N: gl.constexpr,
+    D_QK: gl.constexpr, D_V: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """One program per (batch, head, query tile); programs of a head are neighbours, its longest
     tiles first.
 
@@ -435,59 +338,25 @@ def hopper_forward(
             (
                 _consume,
                 (
-                    0,
-                    queries,
-                    rings,
-                    bars,
-                    plan,
-                    tables,
-                    where,
-                    outputs,
-                    scales,
-                    FLAGS,
-                    CLASSES,
-                    EDGE,
-                    BLOCK_N,
-                    D_QK,
-                    D_V,
-                    STAGES,
+                    0, queries, rings, bars, plan, tables, where, outputs, scales, FLAGS, CLASSES,
+                    EDGE, BLOCK_N, D_QK, D_V, STAGES,
                 ),
             ),
             (
                 _consume,
                 (
-                    1,
-                    queries,
-                    rings,
-                    bars,
-                    plan,
-                    tables,
-                    where,
-                    outputs,
-                    scales,
-                    FLAGS,
-                    CLASSES,
-                    EDGE,
-                    BLOCK_N,
-                    D_QK,
-                    D_V,
-                    STAGES,
+                    1, queries, rings, bars, plan, tables, where, outputs, scales, FLAGS, CLASSES,
+                    EDGE, BLOCK_N, D_QK, D_V, STAGES,
                 ),
             ),
             (
                 _produce,
                 (
-                    descs,
-                    buffers,
-                    bars,
-                    plan,
-                    (batch, head, q_start, tangent_start),
-                    FLAGS,
-                    BLOCK_N,
-                    STAGES,
+                    descs, buffers, bars, plan, (batch, head, q_start, tangent_start), FLAGS,
+                    BLOCK_N, STAGES,
                 ),
             ),
         ],
         [4, 1],
         [240, 24],
-    )
+    )  # fmt: skip

@@ -54,37 +54,14 @@ def launch_hopper(
         return TensorDescriptor(x, list(x.shape), _copyable_strides(x), block, layout)
 
     hopper_forward[(plan.num_tiles * q.shape[0] * q.shape[2],)](
-        described(q, q, ROWS),
-        described(problem.q_dot, q, ROWS),
-        described(k, k, tiles.block_n),
-        described(problem.k_dot, k, tiles.block_n),
-        described(v, v, tiles.block_n),
-        described(problem.v_dot, v, tiles.block_n),
-        o,
-        o if o_dot is None else o_dot,
-        lse,
-        plan.tiles,
-        plan.pieces,
-        plan.rows,
-        plan.num_tiles,
-        q.shape[2],
-        q.shape[1],
-        start,
-        o.stride(0),
-        o.stride(1),
-        o.stride(2),
-        problem.scale_base2,
-        problem.scale,
-        FLAGS=problem.flags,
-        CLASSES=plan.classes,
-        EDGE=plan.edge_mode,
-        BLOCK_N=tiles.block_n,
-        D_QK=d_qk,
-        D_V=d_v,
-        STAGES=tiles.num_stages,
-        num_warps=tiles.num_warps,
-        maxnreg=REGISTERS,
-    )
+        described(q, q, ROWS), described(problem.q_dot, q, ROWS), described(k, k, tiles.block_n),
+        described(problem.k_dot, k, tiles.block_n), described(v, v, tiles.block_n),
+        described(problem.v_dot, v, tiles.block_n), o, o if o_dot is None else o_dot, lse,
+        plan.tiles, plan.pieces, plan.rows, plan.num_tiles, q.shape[2], q.shape[1], start,
+        o.stride(0), o.stride(1), o.stride(2), problem.scale_base2, problem.scale,
+        FLAGS=problem.flags, CLASSES=plan.classes, EDGE=plan.edge_mode, BLOCK_N=tiles.block_n,
+        D_QK=d_qk, D_V=d_v, STAGES=tiles.num_stages, num_warps=tiles.num_warps, maxnreg=REGISTERS,
+    )  # fmt: skip
 
 
 def _copyable_strides(x: Tensor) -> list[int]:

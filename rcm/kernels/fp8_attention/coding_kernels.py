@@ -65,14 +65,9 @@ def code_pair(
     if tl.program_id(0) % 2 == 0:
         scale = tl.load(key_scale + head)
         key = _codes_at(
-            k_ptr,
-            batch * k_b + head * k_n + source * k_l,
-            key_center + head * WIDTH,
-            scale,
-            inside,
-            column,
-            WIDTH,
-        )
+            k_ptr, batch * k_b + head * k_n + source * k_l, key_center + head * WIDTH, scale,
+            inside, column, WIDTH,
+        )  # fmt: skip
         row = (slot & ~15) + ((slot & 2) << 2) + ((slot & 12) >> 1) + (slot & 1)
         tl.store(
             keys_ptr + pair * room * WIDTH + (row[:, None] * WIDTH + column[None, :]),
@@ -82,14 +77,9 @@ def code_pair(
     else:
         spread = tl.load(value_scale + head * WIDTH + column, mask=known, other=1.0)[None, :]
         value = _codes_at(
-            v_ptr,
-            batch * v_b + head * v_n + source * v_l,
-            value_center + head * WIDTH,
-            spread,
-            inside,
-            column,
-            WIDTH,
-        )
+            v_ptr, batch * v_b + head * v_n + source * v_l, value_center + head * WIDTH, spread,
+            inside, column, WIDTH,
+        )  # fmt: skip
         turned = tl.trans(value.to(values_ptr.dtype.element_ty))
         base, lines = values_ptr + pair * room * WIDTH, column[:, None] * room
         first = tl.load(slots_ptr + start).to(tl.int32)

@@ -305,13 +305,9 @@ def _consume(
             part = 2 * program + (index > plan[0]).to(gl.int32)
             whole = (low == 0) & (high == plan[2])
             _write(
-                result,
-                floor + gl.log2(total),
-                outputs,
-                (pair, heads, rows, q_rows, channel, q_len),
-                (whole, part, half),
-                CONSUMERS,
-            )
+                result, floor + gl.log2(total), outputs,
+                (pair, heads, rows, q_rows, channel, q_len), (whole, part, half), CONSUMERS,
+            )  # fmt: skip
 
 
 @gluon.jit
@@ -375,16 +371,8 @@ def hopper_forward(
     plan = (whole, remaining, blocks)
     shape = (heads, tiles_per_head)
     outputs = (
-        row_scale,
-        value_scale,
-        value_center,
-        o_ptr,
-        stride_b,
-        stride_l,
-        stride_n,
-        part_o,
-        part_lse,
-    )
+        row_scale, value_scale, value_center, o_ptr, stride_b, stride_l, stride_n, part_o, part_lse,
+    )  # fmt: skip
     task = (plan, shape, outputs, (q_len, kv_len))
     if CONSUMERS == 2:
         gl.warp_specialize(

@@ -12,19 +12,9 @@ TOP = tl.constexpr(8.0)
 
 @triton.jit
 def _fold(
-    state,
-    q,
-    scale,
-    k_desc,
-    v_desc,
-    pair,
-    room,
-    block,
-    kv_len,
-    MASK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    state, q, scale, k_desc, v_desc, pair, room, block, kv_len,
+    MASK: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """One tile of keys into the running maximum, sum and accumulator."""
     floor, total, acc = state
     k = k_desc.load([pair * room + block * BLOCK_N, 0])

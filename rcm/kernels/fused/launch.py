@@ -167,23 +167,12 @@ def norm_tangent(
     x_dot, gain_dot, shift_dot = tangents
     with _device(x):
         norm_kernels.norm_tangent[grid](
-            _rows(rows),
-            _tangent_rows(x_dot, rows),
-            gain,
-            _tangent_vectors(gain_dot, gain, rows),
-            added,
-            _tangent_vectors(shift_dot, added, rows),
-            y,
-            y_dot,
-            rows.shape[1],
-            rows.shape[2],
+            _rows(rows), _tangent_rows(x_dot, rows), gain, _tangent_vectors(gain_dot, gain, rows),
+            added, _tangent_vectors(shift_dot, added, rows), y, y_dot, rows.shape[1], rows.shape[2],
             kind.eps,
-            CENTER=kind.center,
-            OFFSET=kind.offset,
-            HAS_SHIFT=shift is not None,
-            FLAGS=_flags(*tangents),
-            **sizes,
-        )
+            CENTER=kind.center, OFFSET=kind.offset, HAS_SHIFT=shift is not None,
+            FLAGS=_flags(*tangents), **sizes,
+        )  # fmt: skip
     return y, y_dot
 
 
@@ -216,19 +205,12 @@ def norm_backward(
     ]
     with _device(x):
         norm_kernels.norm_backward[grid](
-            _rows(rows),
-            vectors,
-            _rows(grad),
-            x if grad_x is None else grad_x,
-            *(x if part is None else part for part in parts),
-            rows.shape[1],
-            rows.shape[2],
+            _rows(rows), vectors, _rows(grad), x if grad_x is None else grad_x,
+            *(x if part is None else part for part in parts), rows.shape[1], rows.shape[2],
             kind.eps,
-            CENTER=kind.center,
-            OFFSET=kind.offset,
-            NEEDS=sum(1 << bit for bit, need in enumerate(needs) if need),
-            **sizes,
-        )
+            CENTER=kind.center, OFFSET=kind.offset,
+            NEEDS=sum(1 << bit for bit, need in enumerate(needs) if need), **sizes,
+        )  # fmt: skip
     gain_grad, shift_grad = (
         None if part is None else _folded(part, rows, like)
         for part, like in zip(parts, (gain_like, shift_like), strict=True)
@@ -251,21 +233,12 @@ def gated_add(
     x_dot, y_dot, gate_dot = tangents
     with _device(x):
         precompile.launch(
-            pointwise_kernels.gated_add_forward,
-            grid,
-            _rows(rows),
-            _tangent_rows(x_dot, rows),
-            _rows(values),
-            _tangent_rows(y_dot, values),
-            vectors,
-            _tangent_vectors(gate_dot, vectors, rows),
-            out,
-            out if out_dot is None else out_dot,
-            rows.shape[1],
-            rows.shape[2],
-            FLAGS=flags,
-            **sizes,
-        )
+            pointwise_kernels.gated_add_forward, grid, _rows(rows), _tangent_rows(x_dot, rows),
+            _rows(values), _tangent_rows(y_dot, values), vectors,
+            _tangent_vectors(gate_dot, vectors, rows), out, out if out_dot is None else out_dot,
+            rows.shape[1], rows.shape[2],
+            FLAGS=flags, **sizes,
+        )  # fmt: skip
     return out, out_dot
 
 
@@ -290,16 +263,11 @@ def gated_add_backward(
     )
     with _device(y):
         pointwise_kernels.gated_add_backward[grid](
-            _rows(rows),
-            _vectors(gate, rows, name="gate"),
-            _rows(grad),
-            y if grad_y is None else grad_y,
-            y if parts is None else parts,
-            rows.shape[1],
+            _rows(rows), _vectors(gate, rows, name="gate"), _rows(grad),
+            y if grad_y is None else grad_y, y if parts is None else parts, rows.shape[1],
             rows.shape[2],
-            NEEDS=needs[0] + 2 * needs[1],
-            **sizes,
-        )
+            NEEDS=needs[0] + 2 * needs[1], **sizes,
+        )  # fmt: skip
     return grad_y, None if parts is None else _folded(parts, rows, gate_like)
 
 
@@ -348,21 +316,9 @@ def rotate(
     if x.numel():
         with _device(x):
             precompile.launch(
-                pointwise_kernels.rotate_pairs,
-                (batch * _divided(length, tokens),),
-                _rows(rows),
-                _rows(moved),
-                cos,
-                sin,
-                out,
-                out if out_dot is None else out_dot,
-                length,
-                heads,
-                HAS_DOT=x_dot is not None,
-                BACKWARDS=backwards,
-                TOKENS=tokens,
-                WIDTH=width,
-                PAIRS=pairs,
-                num_warps=4,
-            )
+                pointwise_kernels.rotate_pairs, (batch * _divided(length, tokens),), _rows(rows),
+                _rows(moved), cos, sin, out, out if out_dot is None else out_dot, length, heads,
+                HAS_DOT=x_dot is not None, BACKWARDS=backwards, TOKENS=tokens, WIDTH=width,
+                PAIRS=pairs, num_warps=4,
+            )  # fmt: skip
     return out, out_dot

@@ -58,20 +58,10 @@ def _normalised(x, inside, eps, CENTER: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["frames", "tokens"])
 def norm_forward(
-    x,
-    gain,
-    shift,
-    y_ptr,
-    frames,
-    tokens,
-    eps,
-    CENTER: tl.constexpr,
-    OFFSET: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, gain, shift, y_ptr, frames, tokens, eps,
+    CENTER: tl.constexpr, OFFSET: tl.constexpr, HAS_SHIFT: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """y = n(x) * (OFFSET + gain) [+ shift]; y is contiguous."""
     batch, frame, start, stop, group, program, cols, inside = _place(
         frames, tokens, ROWS, WIDTH, BLOCK
@@ -95,25 +85,10 @@ def norm_forward(
 
 @triton.jit(do_not_specialize=["frames", "tokens"])
 def norm_tangent(
-    x,
-    x_dot,
-    gain,
-    gain_dot,
-    shift,
-    shift_dot,
-    y_ptr,
-    y_dot_ptr,
-    frames,
-    tokens,
-    eps,
-    CENTER: tl.constexpr,
-    OFFSET: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
-    FLAGS: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, x_dot, gain, gain_dot, shift, shift_dot, y_ptr, y_dot_ptr, frames, tokens, eps,
+    CENTER: tl.constexpr, OFFSET: tl.constexpr, HAS_SHIFT: tl.constexpr, FLAGS: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """y and y_dot = n_dot * (OFFSET + gain) + n * gain_dot + shift_dot. FLAGS: 1, 2, 4 for a
     tangent of x, gain, shift.
     """
@@ -151,22 +126,10 @@ def norm_tangent(
 
 @triton.jit(do_not_specialize=["frames", "tokens"])
 def norm_backward(
-    x,
-    gain,
-    grad_y,
-    grad_x_ptr,
-    gain_parts_ptr,
-    shift_parts_ptr,
-    frames,
-    tokens,
-    eps,
-    CENTER: tl.constexpr,
-    OFFSET: tl.constexpr,
-    NEEDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, gain, grad_y, grad_x_ptr, gain_parts_ptr, shift_parts_ptr, frames, tokens, eps,
+    CENTER: tl.constexpr, OFFSET: tl.constexpr, NEEDS: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """grad_x, contiguous, and this program's sums over its tokens for gain and shift. NEEDS: 1, 2,
     4 for x, gain, shift.
     """

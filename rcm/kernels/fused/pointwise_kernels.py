@@ -12,21 +12,9 @@ from rcm.kernels.fused.norm_kernels import _place, _token, _vector
 
 @triton.jit(do_not_specialize=["frames", "tokens"])
 def gated_add_forward(
-    x,
-    x_dot,
-    y,
-    y_dot,
-    gate,
-    gate_dot,
-    out_ptr,
-    out_dot_ptr,
-    frames,
-    tokens,
-    FLAGS: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, x_dot, y, y_dot, gate, gate_dot, out_ptr, out_dot_ptr, frames, tokens,
+    FLAGS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """out = x + gate * y with the gate rounded to the dtype of out, and its tangent. FLAGS: 1, 2, 4
     for a tangent of x, y, gate.
     """
@@ -55,18 +43,9 @@ def gated_add_forward(
 
 @triton.jit(do_not_specialize=["frames", "tokens"])
 def gated_add_backward(
-    y,
-    gate,
-    grad_out,
-    grad_y_ptr,
-    gate_parts_ptr,
-    frames,
-    tokens,
-    NEEDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    y, gate, grad_out, grad_y_ptr, gate_parts_ptr, frames, tokens,
+    NEEDS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """grad_y = gate * grad, contiguous, and this program's sum of grad * y over its tokens. NEEDS:
     1, 2 for y, gate.
     """
@@ -127,19 +106,9 @@ def gelu_backward(x_ptr, grad_y_ptr, grad_x_ptr, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _turn(
-    described,
-    out_ptr,
-    out_place,
-    batch,
-    head,
-    rows,
-    cols,
-    inside,
-    cos,
-    sin,
-    TOKENS: tl.constexpr,
-    PAIRS: tl.constexpr,
-):
+    described, out_ptr, out_place, batch, head, rows, cols, inside, cos, sin,
+    TOKENS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
     """Rotate the [TOKENS, 2 PAIRS] tile of one head."""
     ptr, stride_b, stride_l, stride_n = described
     x = tl.load(
@@ -154,20 +123,10 @@ def _turn(
 
 @triton.jit(do_not_specialize=["length", "heads"])
 def rotate_pairs(
-    x,
-    x_dot,
-    cos_ptr,
-    sin_ptr,
-    out_ptr,
-    out_dot_ptr,
-    length,
-    heads,
-    HAS_DOT: tl.constexpr,
-    BACKWARDS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    x, x_dot, cos_ptr, sin_ptr, out_ptr, out_dot_ptr, length, heads,
+    HAS_DOT: tl.constexpr, BACKWARDS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
     PAIRS: tl.constexpr,
-):
+):  # fmt: skip
     """Rotate pairs (2j, 2j+1) of every head by the angle of (token, j), or by minus that angle; out
     [B, L, N, D] is contiguous.
     """

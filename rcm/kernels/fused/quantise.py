@@ -68,17 +68,9 @@ def launch(x: Tensor, *, gelu: bool) -> Rows:
     if rows:
         with _device(x):
             precompile.launch(
-                quantise_kernels.quantise_rows,
-                (rows,),
-                x,
-                q,
-                scale,
-                x.stride(0),
-                GELU=gelu,
-                WIDTH=width,
-                BLOCK=block,
-                num_warps=min(16, max(4, block // 1024)),
-            )
+                quantise_kernels.quantise_rows, (rows,), x, q, scale, x.stride(0),
+                GELU=gelu, WIDTH=width, BLOCK=block, num_warps=min(16, max(4, block // 1024)),
+            )  # fmt: skip
     return q, scale
 
 

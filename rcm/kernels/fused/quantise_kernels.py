@@ -12,14 +12,9 @@ from rcm.kernels.fused.pointwise_kernels import _gelu
 
 @triton.jit
 def quantise_rows(
-    x_ptr,
-    q_ptr,
-    scale_ptr,
-    row_stride,
-    GELU: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, q_ptr, scale_ptr, row_stride,
+    GELU: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """q = e4m3(x * (448 / amax)) and scale = amax / 448 of one row per program, held in registers;
     q is contiguous.
     """

@@ -85,26 +85,11 @@ def restore(
 
     with device_of(out):
         kernels.restore[(-(-s // (rows * places)), -(-across // tiles), b * len(table))](
-            table,
-            starts,
-            out,
-            cos,
-            sin,
-            out.stride()[:3],
+            table, starts, out, cos, sin, out.stride()[:3],
             (b, s, n, 1 if clusters is None else clusters.centroids.shape[2]),
-            NATIVE=native,
-            UNDO=like.undo.kind,
-            ROOT=d**-0.5,
-            TURN=turn is not None,
-            FIELDS=FIELDS,
-            D=d,
-            TOKENS=rows,
-            COLS=cols,
-            PLACES=places,
-            TILES=tiles,
-            num_warps=4,
-            **constants,
-        )
+            NATIVE=native, UNDO=like.undo.kind, ROOT=d**-0.5, TURN=turn is not None, FIELDS=FIELDS,
+            D=d, TOKENS=rows, COLS=cols, PLACES=places, TILES=tiles, num_warps=4, **constants,
+        )  # fmt: skip
     return True
 
 
@@ -228,20 +213,11 @@ def encode(
         )
         tokens, cols = _tile(columns, ELEMENTS // fmt.per_byte)
         kernels.write_codes[(-(-rows // tokens), -(-columns // cols), b)](
-            *source,
-            divisor.contiguous(),
-            divisor if zero is None else zero.contiguous(),
-            data,
-            x.stride()[:3],
-            sizes,
-            DTYPE=fmt.dtype,
-            ASYMMETRIC=fmt.asymmetric,
-            OFFICIAL=fmt.mode == "official",
-            BITS=BITS[fmt.dtype],
-            TOKENS=tokens,
-            COLS=cols,
-            **common,
-        )
+            *source, divisor.contiguous(), divisor if zero is None else zero.contiguous(), data,
+            x.stride()[:3], sizes,
+            DTYPE=fmt.dtype, ASYMMETRIC=fmt.asymmetric, OFFICIAL=fmt.mode == "official",
+            BITS=BITS[fmt.dtype], TOKENS=tokens, COLS=cols, **common,
+        )  # fmt: skip
     held = data.view(coding.E4M3) if fmt.dtype == "fp8" else data
     if fmt.dtype == "int8" and not fmt.asymmetric:
         held = data.view(torch.int8)

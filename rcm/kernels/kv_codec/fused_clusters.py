@@ -51,18 +51,9 @@ def spherical(
             centres = points[:, torch.linspace(0, s - 1, k, device=x.device).round().long()]
         for _ in range(max(1, iters)):
             kernels.assign[(tiles, b)](
-                points,
-                centres,
-                assigned,
-                partial,
-                s,
-                k,
-                tiles,
-                TOKENS=TILE,
-                CLUSTERS=TILE,
-                D=d,
-                num_warps=4,
-            )
+                points, centres, assigned, partial, s, k, tiles,
+                TOKENS=TILE, CLUSTERS=TILE, D=d, num_warps=4,
+            )  # fmt: skip
             centres = torch.empty_like(centres)
             kernels.recentre[(-(-k // RECENTRED), b)](
                 partial, centres, k, tiles, CLUSTERS=RECENTRED, D=d, num_warps=4

@@ -63,16 +63,9 @@ def _residual(
     ).to(tl.float32)
     if HAS_CLUSTERS:
         value -= _centroid(
-            centroids,
-            assigned,
-            batch,
-            token,
-            head,
-            col,
-            keep,
-            (tokens, heads, clusters, heads * D),
-            PER_HEAD,
-        )
+            centroids, assigned, batch, token, head, col, keep,
+            (tokens, heads, clusters, heads * D), PER_HEAD,
+        )  # fmt: skip
     return value
 
 
@@ -182,19 +175,9 @@ def write_codes(
         else:
             group = ((batch * tokens + token) * width + col) // GROUP
         value = _residual(
-            x,
-            centroids,
-            assigned,
-            batch,
-            token,
-            col,
-            keep,
-            strides,
-            sizes,
-            HAS_CLUSTERS,
-            PER_HEAD,
+            x, centroids, assigned, batch, token, col, keep, strides, sizes, HAS_CLUSTERS, PER_HEAD,
             D,
-        )
+        )  # fmt: skip
         if ASYMMETRIC:
             value -= tl.load(zero + group, mask=keep, other=0.0)
         divisor = tl.load(scale + group, mask=keep, other=1.0)

@@ -58,17 +58,9 @@ def _at(row, field: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def _place(
-    batch,
-    token,
-    head,
-    channel,
-    tokens,
-    heads,
-    AXIS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PER_BYTE: tl.constexpr,
-    D: tl.constexpr,
-):
+    batch, token, head, channel, tokens, heads,
+    AXIS: tl.constexpr, GROUP: tl.constexpr, PER_BYTE: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     """(byte, place in it, group) of elements whose rows do not run over tokens: where `codes.pack`
     put them, and their scale.
     """
@@ -91,16 +83,9 @@ def _place(
 
 @triton.jit
 def _spread(
-    ptr,
-    row,
-    tile,
-    there,
-    width,
-    GROUP: tl.constexpr,
-    E4M3: tl.constexpr,
-    TOKENS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    ptr, row, tile, there, width,
+    GROUP: tl.constexpr, E4M3: tl.constexpr, TOKENS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """Scales or zeros [T, C] of groups along the channels of tokens `row` [T, 1], each loaded once
     for its GROUP neighbours.
     """
@@ -209,16 +194,9 @@ def _elements(
             value = _number(code, DTYPE, OFFSET)
     if SPREAD:
         scale = _spread(
-            _at(row, 1, scales),
-            batch * tokens + token,
-            tile,
-            token < tokens,
-            heads * D,
-            GROUP,
-            E4M3,
-            TOKENS,
-            COLS,
-        )
+            _at(row, 1, scales), batch * tokens + token, tile, token < tokens, heads * D, GROUP,
+            E4M3, TOKENS, COLS,
+        )  # fmt: skip
     else:
         scale = _stored(_at(row, 1, scales), group, known, E4M3)
     if HAS_UNIT:
@@ -227,16 +205,9 @@ def _elements(
     if HAS_ZERO:
         if SPREAD:
             value += _spread(
-                _at(row, 2, scales),
-                batch * tokens + token,
-                tile,
-                token < tokens,
-                heads * D,
-                GROUP,
-                E4M3,
-                TOKENS,
-                COLS,
-            )
+                _at(row, 2, scales), batch * tokens + token, tile, token < tokens, heads * D, GROUP,
+                E4M3, TOKENS, COLS,
+            )  # fmt: skip
         else:
             value += _stored(_at(row, 2, scales), group, known, E4M3)
     return value

@@ -33,12 +33,6 @@ def launch_deposit(target: Tensor, part: Tensor, *, start: int, step: int, add: 
     grid = (triton.cdiv(length * width, BLOCK), count)
     with torch.cuda.device(target.device) if target.is_cuda else torch.no_grad():
         _deposit[grid](
-            target,
-            part,
-            start * width,
-            step * width,
-            length * width,
-            ADD=add,
-            BLOCK=BLOCK,
-            num_warps=8,
-        )
+            target, part, start * width, step * width, length * width,
+            ADD=add, BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
