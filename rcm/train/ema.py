@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from rcm.core.errors import ConfigError
 from rcm.core.records import Record, within
 from rcm.parallel.fsdp import local, stored_parameters
+from rcm.parallel.host import passing, sharded_like, zeros_on_host
+from rcm.train.kept_adamw import buckets_of
 
 
 def exponent_to_std(exponent: float) -> float:
@@ -69,15 +71,16 @@ class EMAConfig(Record):
 
 class PowerEMA:
     """Average of a network's parameters; `shadow` maps parameter names to fp32 (or wider) tensors
-    sharded as the parameters are.
+    sharded as the parameters are. `host`: they live in host memory and pass through the device when
+    they are updated.
     """
 
-    def __init__(self, net: nn.Module, config: EMAConfig) -> None:
-        self.config = config
+    def __init__(self, net: nn.Module, config: EMAConfig, *, host: bool = False) -> None:
+        self.config, self.host = config, host
         self.exponent = std_to_exponent(config.rate)
+        copied = _on_host if host else _wide
         self.shadow: dict[str, Tensor] = {
-            name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
-            for name, p in stored_parameters(net).items()
+            name: copied(p.detach()) for name, p in stored_parameters(net).items()
         }
 
     def beta(self, index: int) -> float:
@@ -90,10 +93,20 @@ class PowerEMA:
     @torch.no_grad()
     def update(self, net: nn.Module, *, index: int) -> None:
         """shadow <- beta shadow + (1 - beta) parameters, after the student's update `index`."""
-        parameters = stored_parameters(net)
-        shadow = [local(self.shadow[name]) for name in parameters]
-        current = [local(p).to(s.dtype) for p, s in zip(parameters.values(), shadow, strict=True)]
-        beta = self.beta(index)
+        parameters, beta = stored_parameters(net), self.beta(index)
+        if not self.host:
+            shadow = [local(self.shadow[name]) for name in parameters]
+            self._move(shadow, list(parameters.values()), beta)
+            return
+        names = {id(p): name for name, p in parameters.items()}
+        buckets = buckets_of(list(parameters.values()))
+        groups = [[local(self.shadow[names[id(p)]]) for p in bucket] for bucket in buckets]
+        device = local(buckets[0][0]).device
+        passing(groups, lambda i, here: self._move(here, buckets[i], beta), device=device)
+
+    @staticmethod
+    def _move(shadow: list[Tensor], parameters: list[Tensor], beta: float) -> None:
+        current = [local(p).to(s.dtype) for p, s in zip(parameters, shadow, strict=True)]
         if beta == 0.0:
             torch._foreach_copy_(shadow, current)
         else:
@@ -120,3 +133,15 @@ class PowerEMA:
     def _fill(net: nn.Module, values: dict[str, Tensor]) -> None:
         for name, p in stored_parameters(net).items():
             local(p.detach()).copy_(local(values[name]))
+
+
+def _wide(parameter: Tensor) -> Tensor:
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+
+
+def _on_host(parameter: Tensor) -> Tensor:
+    shard = local(parameter)
+    wide = torch.empty_like(
+        shard, dtype=torch.promote_types(shard.dtype, torch.float32), device="meta"
+    )
+    return sharded_like(zeros_on_host(wide, pinned=shard.is_cuda).copy_(shard), parameter)

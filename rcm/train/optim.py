@@ -14,6 +14,8 @@ from torch import Tensor
 from rcm.core.errors import ConfigError
 from rcm.core.records import Record, within
 from rcm.parallel.fsdp import local
+from rcm.train.kept_adamw import KeptAdamW
+from rcm.train.moments import States, forms
 
 _FUSED_DEVICES = ("cpu", "cuda")
 
@@ -33,6 +35,8 @@ class AdamWConfig(Record):
     weight_decay: float = within(0.1, least=0)
     betas: tuple[float, float] = (0.9, 0.99)  # decay of first and second moment, in [0, 1)
     eps: float = within(1e-8, above=0)  # added to the root of the second moment
+    # form in which both moments are kept: bfloat16 rounded at random; int8, float8 need torchao
+    states: States = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,9 +44,10 @@ class AdamWConfig(Record):
             if not 0 <= beta < 1:
                 raise ConfigError(f"betas[{i}]={beta} must be in [0, 1)")
 
-    def build(self, parameters: Iterable[Tensor]) -> torch.optim.AdamW:
-        """The optimiser over those `parameters` that require a gradient; its state has their dtype
-        (master weights) and their sharding.
+    def build(self, parameters: Iterable[Tensor], *, host: bool = False) -> torch.optim.Optimizer:
+        """The optimiser over those `parameters` that require a gradient; its state has their
+        sharding, and their dtype (master weights) unless `states` says otherwise. `host`: the
+        moments live in host memory. `ConfigError` for states whose package is missing.
         """
         trained = [p for p in parameters if p.requires_grad]
         if not trained:
@@ -50,15 +55,16 @@ class AdamWConfig(Record):
                 "an optimiser was asked for a network without trainable parameters; frozen roles"
                 " take no optimiser"
             )
+        options = {
+            "lr": self.lr,
+            "weight_decay": self.weight_decay,
+            "betas": self.betas,
+            "eps": self.eps,
+        }
+        if host or self.states != "float32":
+            return KeptAdamW(trained, forms=forms(self.states), host=host, **options)
         fused = all(p.device.type in _FUSED_DEVICES for p in trained)
-        return ShardAdamW(
-            trained,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            betas=self.betas,
-            eps=self.eps,
-            fused=fused,
-        )
+        return ShardAdamW(trained, fused=fused, **options)
 
 
 class ShardAdamW(torch.optim.AdamW):

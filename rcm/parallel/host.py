@@ -1,0 +1,268 @@
+"""Host memory as a place for what the device does not need for now: weights of a network that waits
+there, and tensors that live there and pass through the device.
+
+On CUDA the host's memory is pinned, and copies run on streams of their own, ordered by events; on
+other devices the same steps are plain copies, so that numbers are those of a run without them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import TensorMeta
+
+ARENA = 1 << 30
+"""Bytes of host memory taken at once: pinned memory is handed out in powers of two."""
+
+
+def sharded_like(shard: Tensor, like: Tensor) -> Tensor:
+    """`shard`, on any device, as the part that this rank holds of a tensor sharded as `like`; the
+    shard itself where that is a plain tensor.
+
+    A DTensor whose shard lies on the host is what FSDP2's own offloading makes, too: it can be
+    saved, loaded and read, not computed with.
+    """
+    if not isinstance(like, DTensor):
+        return shard
+    # sharded along the first axis; the last one may hold fewer numbers
+    shape = (*like.shape[:-1], shard.shape[-1]) if like.ndim > 1 else tuple(like.shape)
+    stride = torch.empty(shape, device="meta").stride()
+    meta = TensorMeta(torch.Size(shape), stride, shard.dtype)
+    return DTensor(shard, replace(like._spec, tensor_meta=meta), requires_grad=False)
+
+
+def zeros_on_host(like: Tensor, *, pinned: bool) -> Tensor:
+    """Zeros of the shape and dtype of `like` in host memory, pinned for copies to CUDA."""
+    return torch.zeros(like.shape, dtype=like.dtype, device="cpu", pin_memory=pinned)
+
+
+def passing(
+    groups: Sequence[Sequence[Tensor]],
+    visit: Callable[[int, list[Tensor]], None],
+    *,
+    device: torch.device,
+) -> None:
+    """Bring each of `groups` of host tensors to `device` in turn, let `visit(number, tensors)`
+    change them in place, and take them back; the next group arrives meanwhile.
+
+    At most three groups are on the device. The host's tensors are complete on return. Nothing is
+    copied where `device` is the host.
+    """
+    if device.type != "cuda":
+        for number, group in enumerate(groups):
+            visit(number, list(group))
+        return
+    coming, going = torch.cuda.Stream(device), torch.cuda.Stream(device)
+    current = torch.cuda.current_stream(device)
+
+    def fetch(number: int) -> tuple[list[Tensor], torch.cuda.Event]:
+        with torch.cuda.stream(coming):
+            here = [tensor.to(device, non_blocking=True) for tensor in groups[number]]
+            return here, coming.record_event()
+
+    left: list[torch.cuda.Event] = []
+    ahead = fetch(0) if groups else None
+    for number, group in enumerate(groups):
+        assert ahead is not None
+        here, arrived = ahead
+        if len(left) >= 2:  # no more groups on the way than that
+            left[-2].synchronize()
+        ahead = fetch(number + 1) if number + 1 < len(groups) else None
+        current.wait_event(arrived)
+        visit(number, here)
+        going.wait_stream(current)
+        with torch.cuda.stream(going):
+            for tensor, value in zip(group, here, strict=True):
+                tensor.copy_(value, non_blocking=True)
+                value.record_stream(current)
+                value.record_stream(going)
+        left.append(going.record_event())
+    going.synchronize()  # whoever reads host memory next does not know of the stream
+
+
+@dataclass
+class _Place:
+    """A storage of the device and where its bytes wait."""
+
+    storage: torch.UntypedStorage
+    size: int
+    host: Tensor
+
+
+class Shelf:
+    """The memory of `tensors`, of one device: `leave` gives it back to the device's allocator,
+    `arrive` takes it again with the values of before. The tensors stay the same objects.
+
+    What was not written to since it arrived is not copied out again.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.tensors = list(tensors)
+        storages = {s.data_ptr(): s for s in (t.untyped_storage() for t in self.tensors) if len(s)}
+        sizes = [storage.nbytes() for storage in storages.values()]
+        self.device = self.tensors[0].device if self.tensors else torch.device("cpu")
+        room = _arenas(sizes, pinned=self.device.type == "cuda")
+        self._places = [
+            _Place(storage, size, host)
+            for storage, size, host in zip(storages.values(), sizes, room, strict=True)
+        ]
+        self.bytes = sum(sizes)
+        self.away = False
+        self._seen: list[int] = []
+
+    def leave(self, *, stream: torch.cuda.Stream | None) -> None:
+        """Copy what changed, and free the memory. `stream`: of the copies, on CUDA."""
+        if self.away:
+            return
+        versions = [tensor._version for tensor in self.tensors]
+        if versions != self._seen:
+            with _beside(stream, self.device):
+                for place in self._places:
+                    place.host.copy_(_bytes_of(place), non_blocking=True)
+            if stream is not None:  # the memory may be taken again by what runs next
+                torch.cuda.current_stream(self.device).wait_stream(stream)
+        self._seen = versions
+        for place in self._places:
+            place.storage.resize_(0)
+        self.away = True
+
+    def arrive(self, *, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+        """Take memory and begin to fill it; the event after which the values are there, None where
+        they are.
+        """
+        if not self.away:
+            return None
+        for place in self._places:
+            place.storage.resize_(place.size)
+        self.away = False
+        with _beside(stream, self.device):
+            for place in self._places:
+                _bytes_of(place).copy_(place.host, non_blocking=True)
+        return None if stream is None else stream.record_event()
+
+
+def _beside(stream: torch.cuda.Stream | None, device: torch.device) -> Any:
+    """On `stream`, behind everything asked for so far."""
+    if stream is None:
+        return nullcontext()
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(stream)
+
+
+def _bytes_of(place: _Place) -> Tensor:
+    """The storage as bytes, for one copy. A tensor of its own: such copies count as no write."""
+    view = torch.empty(0, dtype=torch.uint8, device=place.storage.device)
+    return view.set_(place.storage, 0, (place.size,))
+
+
+def _arenas(sizes: Sequence[int], *, pinned: bool) -> Iterator[Tensor]:
+    """Host memory of these sizes in bytes, cut from large pieces."""
+    left: Tensor | None = None
+    rest = sum(sizes)
+    for size in sizes:
+        if left is None or len(left) < size:
+            wanted = max(size, min(ARENA, rest))
+            left = torch.empty(wanted, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        yield left[:size]
+        left, rest = left[size:], rest - size
+
+
+@dataclass
+class Waiting:
+    """A network that may wait in host memory: it comes back by itself when it is called, and when
+    its stored parameters are asked for (`rcm.parallel.fsdp`). Attaches itself to `net`.
+
+    `before`: called with this object and the forward's inputs when one begins, before the weights
+    arrive. Blocks that
+    FSDP2 does not gather begin as soon as their own weights are there.
+    """
+
+    net: nn.Module
+    before: Callable[[Waiting, tuple[Any, ...]], None]
+    _shelves: list[Shelf] = field(default_factory=list)
+    _events: dict[int, torch.cuda.Event | None] = field(default_factory=dict)
+    _stream: torch.cuda.Stream | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self.net, "waiting", self)
+        # before FSDP2's own, which gathers what is then there
+        self.net.register_forward_pre_hook(self._begin, prepend=True)
+        if not isinstance(self.net, FSDPModule):
+            for number, block in enumerate(self.net.blocks, start=1):
+                block.register_forward_pre_hook(self._block_hook(number), prepend=True)
+
+    @property
+    def away(self) -> bool:
+        """Whether its weights wait on the host."""
+        return any(shelf.away for shelf in self._shelves)
+
+    @property
+    def bytes(self) -> int:
+        """Host memory that it takes, once it has left."""
+        return sum(shelf.bytes for shelf in self._shelves)
+
+    def leave(self) -> None:
+        """Give the device's memory back."""
+        if self.away:
+            return
+        for module in self.net.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        if not self._shelves:
+            self._shelves = [Shelf(group) for group in self._groups()]
+            device = self._shelves[0].device
+            self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._wait_for(self._events)
+        for shelf in self._shelves:
+            shelf.leave(stream=self._stream)
+
+    def arrive(self) -> None:
+        """Have the weights on the device, all of them."""
+        self._fetch()
+        self._wait_for(self._events)
+
+    def _fetch(self) -> None:
+        if self.away:
+            found = (shelf.arrive(stream=self._stream) for shelf in self._shelves)
+            self._events = dict(enumerate(found))
+
+    def _begin(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.before(self, inputs)
+        self._fetch()
+        self._wait_for(self._events if isinstance(self.net, FSDPModule) else (0,))
+
+    def _block_hook(self, number: int) -> Callable[[nn.Module, Any], None]:
+        return lambda _module, _inputs: self._wait_for((number,))
+
+    def _wait_for(self, numbers: Iterable[int]) -> None:
+        for number in list(numbers):
+            event = self._events.pop(number, None)
+            if event is not None and self._stream is not None:
+                torch.cuda.current_stream(self._stream.device).wait_event(event)
+
+    def _groups(self) -> list[list[Tensor]]:
+        """Local shards: what lies outside the blocks, then block by block."""
+        blocks = [_shards(block.parameters()) for block in self.net.blocks]
+        inside = set(
+            map(id, itertools.chain.from_iterable(b.parameters() for b in self.net.blocks))
+        )
+        return [_shards(p for p in self.net.parameters() if id(p) not in inside), *blocks]
+
+
+def _shards(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [p._local_tensor if isinstance(p, DTensor) else p for p in parameters]
+
+
+def fetch_back(net: nn.Module) -> None:
+    """Have the weights of `net` on its device, wherever they are."""
+    waiting = getattr(net, "waiting", None)
+    if waiting is not None:
+        waiting.arrive()
