@@ -26,6 +26,7 @@ from rcm.storage.json_file import parse_json
 from rcm.storage.state_dicts import check_keys, shapes_of
 from rcm.train.continuity import Settings
 from rcm.train.ema import EMAConfig, PowerEMA
+from rcm.train.kept_adamw import KeptAdamW
 from rcm.train.resume import Taken
 from rcm.train.state import CHECKPOINT_NAMES, STUDENT, RoleState, TrainState
 
@@ -217,17 +218,25 @@ def _empty_slots(
     for name, p in stored_parameters(slot.net).items():
         if not p.requires_grad or not keys:
             continue
-        by_parameter[p] = {key: f"{key}.{name}" for key in keys}
-        for key in keys:
-            # AdamW keeps its step count as a float32 scalar, on the parameter's device when fused.
-            step = torch.zeros(
-                (), device=local(p).device if slot.optimizer.defaults.get("fused") else "cpu"
-            )
-            flat[f"{key}.{name}"] = (
-                step if key == "step" else torch.zeros_like(p, requires_grad=False)
-            )
+        blank = _blank_state(slot.optimizer, p, keys)
+        by_parameter[p] = {key: f"{key}.{name}" for key in blank}
+        flat |= {f"{key}.{name}": value for key, value in blank.items()}
     check_keys(source, shapes=found, expected=shapes_of(flat))
     return flat, by_parameter
+
+
+def _blank_state(optimizer: torch.optim.Optimizer, p: Tensor, keys: list[str]) -> Part:
+    """What an optimiser keeps of a parameter, to be read into."""
+    if isinstance(optimizer, KeptAdamW):
+        return optimizer.blank_state(p)
+    # AdamW keeps its step count as a float32 scalar, on the parameter's device when fused.
+    device = local(p).device if optimizer.defaults.get("fused") else "cpu"
+    return {
+        key: torch.zeros((), device=device)
+        if key == "step"
+        else torch.zeros_like(p, requires_grad=False)
+        for key in keys
+    }
 
 
 def gather_positions(loader: Positioned | None, dims: ParallelDims) -> list[dict[str, Any] | None]:

@@ -46,7 +46,7 @@ class RoleState:
         """Apply the gradients with the scheduled rate, count the update, and return that rate."""
         lr = self.lr
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"], group["update"] = lr, self.updates
         self.optimizer.step()
         self.updates += 1
         return lr
@@ -70,9 +70,11 @@ class TrainState:
         optim: Mapping[str, AdamWConfig],
         schedule: LambdaLinear | Mapping[str, LambdaLinear],
         ema: EMAConfig | None,
+        host: bool = False,
     ) -> TrainState:
         """State before the first iteration. `trainable`: networks by role, parallelised and loaded;
-        `optim`: their optimisers' settings.
+        `optim`: their optimisers' settings. `host`: what the update alone touches, moments and
+        average, lives in host memory.
 
         The EMA starts as a copy of the student. Raises ConfigError for an unknown role or a role
         without optimiser settings.
@@ -90,7 +92,6 @@ class TrainState:
                     " model.config.optimizer_fake_score"
                 )
             plan = schedule if isinstance(schedule, LambdaLinear) else schedule[role]
-            roles[role] = RoleState(
-                net, optim[role].build(stored_parameters(net).values()), plan, optim[role].lr
-            )
-        return cls(roles, None if ema is None else PowerEMA(trainable[STUDENT], ema))
+            optimizer = optim[role].build(stored_parameters(net).values(), host=host)
+            roles[role] = RoleState(net, optimizer, plan, optim[role].lr)
+        return cls(roles, None if ema is None else PowerEMA(trainable[STUDENT], ema, host=host))
