@@ -22,6 +22,7 @@ from rcm.methods.base import Method, Phase
 from rcm.parallel.fsdp import local, reshard, set_gradient_sync
 from rcm.parallel.mesh import ParallelDims
 from rcm.train.diagnose import explain
+from rcm.train.offload import IdleRoles
 from rcm.train.state import STUDENT, TrainState
 
 T = TypeVar("T")
@@ -69,10 +70,12 @@ def run_step(
     rngs: Sequence[StepRng],
     dims: ParallelDims,
     config: StepConfig,
+    idle: IdleRoles | None = None,
     stop: bool = False,
 ) -> StepReport:
     """Run the phase of `state.iteration` on `batches` (one per micro-batch, `rngs` alike) and
-    update the phase's role, its schedule and the EMA.
+    update the phase's role, its schedule and the EMA. `idle`: networks that wait in host memory
+    while it is not their turn.
 
     Losses are averaged over micro-batches and ranks. Raises NonFinite (naming role, step, term, and
     the module or parameter concerned) before anything is updated, on every rank, when a loss or
@@ -81,9 +84,12 @@ def run_step(
     """
     phase = method.phase(state.iteration)
     role = state.roles[phase.role]
+    idle, each = idle or IdleRoles(), config.gradient_sync == "each"
+    idle.begin((phase.role,))
     losses, logs = _accumulate(
-        method, phase, role.net, batches=batches, rngs=rngs, each=config.gradient_sync == "each"
+        method, phase, role.net, batches=batches, rngs=rngs, each=each, idle=idle
     )
+    idle.rest()
     _refuse_stray_gradients(state, phase)
     reshard(role.net)
     norm, finite, stopping = _verdict(role.net, losses, dims=dims, stop=stop)
@@ -121,6 +127,7 @@ def _accumulate(
     batches: Sequence[LatentBatch],
     rngs: Sequence[StepRng],
     each: bool,
+    idle: IdleRoles,
 ) -> tuple[list[tuple[str, Tensor]], dict[str, Tensor]]:
     """Evaluate and back-propagate every term of every micro-batch; return the losses by name, and
     the means over micro-batches of what terms log.
@@ -131,7 +138,9 @@ def _accumulate(
         terms = method.terms(phase, batch, rng)
         for thunk, is_last in ((t, True) for t in terms) if each else _with_last(terms):
             set_gradient_sync(net, each or (is_last and micro == len(batches)))
+            idle.rest()
             term = thunk()
+            idle.rest()
             (term.value / len(batches)).backward()
             value = term.value.detach()
             losses.append((term.name, value))

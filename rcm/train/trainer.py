@@ -26,6 +26,7 @@ from rcm.train.checkpoint import Checkpointer
 from rcm.train.garbage import lasting_objects
 from rcm.train.metrics import Averages, Sink
 from rcm.train.observers import Ending, Observer
+from rcm.train.offload import IdleRoles
 from rcm.train.snapshot import Positioned
 from rcm.train.state import TrainState
 from rcm.train.step import StepConfig, StepReport, run_step
@@ -71,7 +72,8 @@ class Trainer:
 
     `state`: built by TrainState.create and, on resume, loaded by `checkpointer.load(state,
     loader=loader)` before `run`. `dims`: of the launch. `checkpointer` None: nothing is saved.
-    `sinks`: where numbers go, used on rank 0. `observers`: see observers.py.
+    `sinks`: where numbers go, used on rank 0. `observers`: see observers.py. `idle`: networks that
+    wait in host memory while it is not their turn.
     """
 
     def __init__(
@@ -86,7 +88,9 @@ class Trainer:
         checkpointer: Checkpointer | None = None,
         sinks: Sequence[Sink] = (),
         observers: Sequence[Observer] = (),
+        idle: IdleRoles | None = None,
     ) -> None:
+        self.idle = idle
         self.method, self.loader, self.state, self.dims, self.config = (
             method,
             loader,
@@ -181,6 +185,7 @@ class Trainer:
                 rngs=rngs,
                 dims=self.dims,
                 config=config.step,
+                idle=self.idle,
                 stop=self._stop.is_set(),
             )
 
