@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import OmegaConf
@@ -147,19 +148,27 @@ def register() -> None:
 
 
 class _SharedNode(ConfigNode):
-    """A stored node that copies of the store share. Hydra copies the store at every composition and
-    each node again when it is read.
+    """A node of Hydra's store that copies of the store share, and that is built when it is read:
+    Hydra copies the store at every composition, and a run reads a dozen of several hundred nodes.
     """
+
+    def __init__(self, name: str, content: dict, *, group: str, package: str) -> None:
+        self.__dict__ |= {"name": name, "group": group, "package": package, "provider": "rcm"}
+        self._content = content
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "node":
+            raise AttributeError(name)
+        self.node = OmegaConf.structured(self._content)
+        return self.node
 
     def __deepcopy__(self, memo: dict) -> _SharedNode:
         return self
 
 
 def _put(group: str, name: str, node: dict, *, package: str = "_global_") -> None:
-    store = ConfigStore.instance()
-    store.store(group=group, name=name, node=node, package=package, provider="rcm")
-    stored = store.repo[group][f"{name}.yaml"]
-    store.repo[group][f"{name}.yaml"] = _SharedNode(**vars(stored))
+    stored = ConfigStore.instance().repo.setdefault(group, {})
+    stored[f"{name}.yaml"] = _SharedNode(f"{name}.yaml", node, group=group, package=package)
 
 
 def _debug(row: Row) -> dict:
