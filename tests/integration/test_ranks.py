@@ -62,6 +62,7 @@ def close(a: Path, b: Path, *, rel: float) -> None:
         assert mine == pytest.approx(theirs, rel=rel)
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_and_resume_exactly(tmp_path: Path) -> None:
     start = write_network(tmp_path / "start.safetensors", seed=3)
     for kind in (scm, dmd):
@@ -83,6 +84,7 @@ def test_two_ranks_equal_one_and_resume_exactly(tmp_path: Path) -> None:
     assert same(everything(tmp_path / "dmd_parts"), everything(tmp_path / "dmd_context"))
 
 
+@pytest.mark.slow
 def test_long_rollouts_are_as_long_on_every_rank(tmp_path: Path) -> None:
     """Sharded ranks gather weights together: a place drawn for each data rank would leave one of
     them waiting.
