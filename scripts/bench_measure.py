@@ -20,6 +20,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from rcm.nets.attention import AttentionCore
+from rcm.nets.frozen_fp8 import load_rows, scales_of
 from rcm.parallel.fsdp import local, stored_parameters
 
 GIB = 2**30
@@ -84,13 +85,20 @@ def fill(net: nn.Module) -> None:
     around 1. Zeros would draw less power and run faster.
     """
     generators: dict[torch.device, torch.Generator] = {}
-    for name, parameter in stored_parameters(net).items():
+    parameters = stored_parameters(net)
+    scales = scales_of(parameters)
+    for name, parameter in parameters.items():
+        if name in scales.values():
+            continue
         shard = local(parameter.detach())
         generator = generators.setdefault(
             shard.device, torch.Generator(shard.device).manual_seed(0)
         )
         draws = torch.randn(shard.shape, generator=generator, device=shard.device)
-        if parameter.ndim >= 2:
+        if name in scales:
+            draws *= parameter.shape[-1] ** -0.5
+            load_rows(shard, local(parameters[scales[name]].detach()), draws)
+        elif parameter.ndim >= 2:
             shard.copy_(draws * parameter.shape[-1] ** -0.5)
         else:
             shard.copy_(0.02 * draws + float(name.endswith("weight")))

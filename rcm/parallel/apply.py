@@ -14,6 +14,7 @@ from torch import nn
 
 from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
+from rcm.nets.frozen_fp8 import FrozenWeights, round_linears_
 from rcm.parallel.checkpointing import KEEP_PRODUCTS, checkpoint_blocks
 from rcm.parallel.fsdp import is_mixed, shard_parameters
 from rcm.parallel.mesh import ParallelDims
@@ -40,6 +41,7 @@ def parallelize(
     checkpoint_every: int = 1,
     compile: bool = False,
     reshard_after_forward: bool = True,
+    frozen_weights: FrozenWeights = "compute",
 ) -> nn.Module:
     """Apply activation checkpointing, compilation, Ulysses and FSDP2 to `net` in place, as `dims`
     and `precision` ask, and return it.
@@ -47,7 +49,8 @@ def parallelize(
     `net` has `blocks`, `enter`, `leave`, `blocks[i].self_attn.core` and `config.num_heads`; it may
     be on the meta device (materialise it afterwards with rcm.parallel.init). State-dict keys do not
     change. Frozen parameters (those of a teacher, or below low-rank adapters) are stored in
-    `precision.compute`, trained ones in `precision.params`. A single rank without mixed precision
+    `precision.compute`, or `frozen_weights` says how (`rcm.nets.frozen_fp8`), trained ones in
+    `precision.params`. A single rank without mixed precision
     needs neither FSDP2 nor a process group. Raises ConfigError where cp does not divide the heads,
     the dims do not multiply to the world size, a process group is missing, or `checkpoint` and
     `compile` exclude each other; `checkpoint` and `checkpoint_every` are `mode` and `every` of
@@ -59,6 +62,7 @@ def parallelize(
         parameter.data = parameter.data.to(
             precision.params if parameter.requires_grad else precision.compute
         )
+    round_linears_(net, frozen_weights)
     if compile:
         _compile_blocks(net, mode="none" if frozen else checkpoint)
     if not frozen:

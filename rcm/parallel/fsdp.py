@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from rcm.core.dtypes import Precision
+from rcm.nets.frozen_fp8 import is_rounded
 from rcm.parallel.host import fetch_back
 from rcm.parallel.mesh import ParallelDims
 
@@ -30,8 +31,9 @@ def shard_parameters(
     needs memory for the whole network. The root is told explicitly: by default it would stay
     gathered after a forward without gradient and then compute with stale weights.
     """
+    gathered = None if is_rounded(net) else precision.compute
     policy = MixedPrecisionPolicy(
-        param_dtype=precision.compute, reduce_dtype=precision.reduce, cast_forward_inputs=False
+        param_dtype=gathered, reduce_dtype=precision.reduce, cast_forward_inputs=False
     )
     for module in (*getattr(net, "blocks", ()), net):
         fully_shard(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rcm.core.errors import CheckpointError
+from rcm.nets.frozen_fp8 import load_rows, scales_of
 from rcm.parallel.agree import agree, on_first, spread, together
 from rcm.parallel.fsdp import local, stored_tensors
 from rcm.parallel.mesh import ParallelDims
@@ -42,12 +43,15 @@ def load_full(
     """Load a full (unsharded) state dict, strictly, into a network that may be sharded. Collective.
 
     `weights` is read on rank 0 only, one tensor at a time, and may be None elsewhere; a
-    `LazyWeights` is checked before anything is read. Dtypes are converted to the parameters'.
+    `LazyWeights` is checked before anything is read. Dtypes are converted to the parameters';
+    weights in e4m3 take the rows that this rank holds, rounded, with their scales.
     Raises CheckpointError on every rank, naming keys and shapes, when it does not fit (then no
     weight has changed), or naming the tensor that could not be read (then the network is
     incomplete).
     """
-    targets = stored_tensors(net)
+    stored = stored_tensors(net)
+    scales = scales_of(stored)
+    targets = {name: t for name, t in stored.items() if name not in scales.values()}
 
     def check() -> None:
         if weights is None:
@@ -57,7 +61,9 @@ def load_full(
     on_first(check)
     for name, target in targets.items():
         shard = local(target)
-        full = _received(name, target, weights, device=shard.device, source=source)
+        dtype = torch.float32 if name in scales else target.dtype
+        place = {"dtype": dtype, "device": shard.device}
+        full = _received(name, target, weights, **place, source=source)
         part = (
             distribute_tensor(
                 full, target.device_mesh, target.placements, src_data_rank=None
@@ -65,7 +71,10 @@ def load_full(
             if isinstance(target, DTensor)
             else full
         )
-        shard.copy_(part)
+        if name in scales:
+            load_rows(shard, local(stored[scales[name]]), part)
+        else:
+            shard.copy_(part)
 
 
 def _received(
@@ -73,14 +82,15 @@ def _received(
     target: Tensor,
     weights: Mapping[str, Tensor] | None,
     *,
+    dtype: torch.dtype,
     device: torch.device,
     source: str,
 ) -> Tensor:
-    """One full tensor in the dtype of `target` on every rank, read on rank 0."""
+    """One full tensor of the shape of `target` on every rank, read on rank 0."""
     full, problem = None, None
     try:
         if not spread() or dist.get_rank() == 0:
-            full = weights[name].to(device=device, dtype=target.dtype).contiguous()
+            full = weights[name].to(device=device, dtype=dtype).contiguous()
     except Exception as error:
         says_it_all = isinstance(error, CheckpointError)
         told = (
@@ -99,7 +109,7 @@ def _received(
     if not ready.item():
         agree(problem)
     if full is None:
-        full = torch.empty(target.shape, dtype=target.dtype, device=device)
+        full = torch.empty(target.shape, dtype=dtype, device=device)
     dist.broadcast(full, src=0)
     return full
 
@@ -140,6 +150,8 @@ def check_equal(net: nn.Module, *, dims: ParallelDims) -> None:
     group = dims.fsdp_mesh.get_group("dp_replicate")
     for name, tensor in stored_tensors(net).items():
         shard = local(tensor)
+        if shard.itemsize == 1:  # no reduction compares numbers of e4m3
+            shard = shard.view(torch.uint8)
         low, high = shard.clone(), shard.clone()
         dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
         dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
