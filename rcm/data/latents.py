@@ -21,8 +21,9 @@ import torch
 
 from rcm.core.errors import ConfigError
 from rcm.data.batch import LatentBatch
+from rcm.data.set_index import each, open_shards
 from rcm.data.stored_sample import stored_prompt, stored_tensor
-from rcm.data.tar_index import CONTEXT, FIELDS, ShardIndex, index_shard
+from rcm.data.tar_index import CONTEXT, FIELDS, Shard
 
 FINGERPRINT = "v2-"
 """Beginning of fingerprints that cover all shards; earlier versions looked at the first sample
@@ -49,23 +50,29 @@ def expand_pattern(pattern: str, *, knob: str = PATTERN_KNOB) -> list[Path]:
     files: list[Path] = []
     start, rest = _split_literal(pattern)
     for name in _expand_braces(rest, knob):
-        literal, magic = _split_literal(start + name)
-        matches = (
-            sorted(glob.glob(glob.escape(literal) + magic, recursive=True)) if magic else [literal]
-        )
-        matches = [match for match in matches if not os.path.basename(match).startswith("._")]
+        matches = _matches(start + name)
         if not matches:
             raise ConfigError(
                 f"no shard matches {start + name!r} (from {knob}={pattern!r}); change {knob}"
             )
-        for match in map(Path, matches):
-            if not match.is_file():
-                raise ConfigError(
-                    f"{match} is no file but a folder or a device (from {knob}={pattern!r}); change"
-                    f" {knob}"
-                )
-            files.append(match)
+        files.extend(map(Path, matches))
+    for path, whole in zip(files, each(Path.is_file, files), strict=True):
+        if not whole:
+            raise ConfigError(
+                f"{path} is no file but a folder or a device (from {knob}={pattern!r}); change"
+                f" {knob}"
+            )
     return list(dict.fromkeys(files))
+
+
+def _matches(name: str) -> list[str]:
+    """What is there of a pattern without braces."""
+    if os.path.lexists(name):
+        found = [name]
+    else:
+        literal, magic = _split_literal(name)
+        found = sorted(glob.glob(glob.escape(literal) + magic, recursive=True))
+    return [match for match in found if not os.path.basename(match).startswith("._")]
 
 
 def _split_literal(pattern: str) -> tuple[str, str]:
@@ -138,8 +145,9 @@ class LatentShards:
             if isinstance(tar_path_pattern, str)
             else tar_path_pattern
         )
-        self.shards: list[ShardIndex] = [index_shard(path) for path in paths]
-        self._first = np.cumsum([0] + [len(shard.keys) for shard in self.shards])
+        self.shards = open_shards(paths)
+        self._first = np.cumsum([0] + [len(shard) for shard in self.shards])
+        self._fingerprint = ""
         self._frames, self._channels, self._size, self._text_shape = (
             num_latent_frames,
             latent_channels,
@@ -164,14 +172,14 @@ class LatentShards:
         """Hash of names, keys and contents of all shards (`content_digest`): what a checkpoint
         records as its data.
         """
-        digest = hashlib.sha256()
-        for shard in self.shards:
-            digest.update(
-                f"{shard.path.name}\n{shard.size}\n{' '.join(shard.keys)}\n{shard.digest}\n".encode(
-                    errors="surrogateescape"
-                )
-            )
-        return f"{FINGERPRINT}{digest.hexdigest()[:16]}"
+        if not self._fingerprint:  # of ten million samples it takes a second, and every save asks
+            digest = hashlib.sha256()
+            for shard in self.shards:
+                name = shard.path.name.encode(errors="surrogateescape")
+                digest.update(b"%b\n%d\n%b\n" % (name, shard.size, shard.joined_keys()))
+                digest.update(b"%b\n" % shard.digest.encode())
+            self._fingerprint = f"{FINGERPRINT}{digest.hexdigest()[:16]}"
+        return self._fingerprint
 
     def captions(self) -> Iterator[str]:
         """Every caption, in order, without reading latents; what is not UTF-8 in them is replaced
@@ -180,7 +188,7 @@ class LatentShards:
         return (
             shard.read(i, _PROMPT).decode("utf-8", errors="replace")
             for shard in self.shards
-            for i in range(len(shard.keys))
+            for i in range(len(shard))
         )
 
     def fetch(self, indices: Sequence[int]) -> LatentBatch:
@@ -197,19 +205,21 @@ class LatentShards:
                     f"{what} of one batch differ in shape: {'; '.join(names)}; use shards of one"
                     " shape"
                 )
-        stacked = torch.stack([sample[0] for sample in samples])
+        stacked = _stacked([sample[0] for sample in samples])
         clean = stacked[:, 0] if stacked.ndim == 6 else stacked
         return LatentBatch(
             latents=(
-                clean if samples[0][3] is None else torch.stack([sample[3] for sample in samples])
+                clean
+                if samples[0][3] is None
+                else _stacked([sample[3] for sample in samples if sample[3] is not None])
             ),
-            cond=torch.stack([sample[1] for sample in samples]),
+            cond=_stacked([sample[1] for sample in samples]),
             prompts=[sample[2] for sample in samples],
-            keys=[self._locate(index)[0].keys[self._locate(index)[1]] for index in indices],
+            keys=[shard.key(sample) for shard, sample in map(self._locate, indices)],
             trajectory=stacked if stacked.ndim == 6 else None,
         )
 
-    def _locate(self, index: int) -> tuple[ShardIndex, int]:
+    def _locate(self, index: int) -> tuple[Shard, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a data set of {len(self)}")
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
@@ -223,10 +233,12 @@ class LatentShards:
         if index in self._cache:
             return self._cache[index]
         shard, sample = self._locate(index)
+        members = shard.read_members(sample, range(len(shard.fields)))
         latents = self._check_latents(
-            stored_tensor(shard, sample, _LATENT).float(), self._name(index, _LATENT)
+            stored_tensor(shard, sample, _LATENT, members[_LATENT]),
+            self._name(index, _LATENT),
         )
-        text = stored_tensor(shard, sample, _EMBED).float()
+        text = stored_tensor(shard, sample, _EMBED, members[_EMBED])
         most, width = self._text_shape or (None, None)
         if text.ndim != 2 or (
             most is not None and (text.shape[0] > most or text.shape[1] != width)
@@ -236,19 +248,30 @@ class LatentShards:
                 f"{self._name(index, _EMBED)} has shape {list(text.shape)}, expected {wanted} "
                 f"(the network's text_len, text_dim); change {PATTERN_KNOB} or model.config.net"
             )
-        prompt = stored_prompt(shard, sample)
-        context = self._context(shard, sample, latents) if CONTEXT in shard.fields else None
-        result = (latents, text, prompt, context)
-        bytes_used = latents.nbytes + text.nbytes + (0 if context is None else context.nbytes)
+        prompt = stored_prompt(shard, sample, members[_PROMPT])
+        context = (
+            self._context(shard, sample, latents, members[_CONTEXT])
+            if CONTEXT in shard.fields
+            else None
+        )
+        numbers = latents.numel() + text.numel() + (0 if context is None else context.numel())
         with self._lock:
-            if index not in self._cache and bytes_used <= self._cache_room:
-                self._cache[index], self._cache_room = result, self._cache_room - bytes_used
-        return result
+            if index not in self._cache and 4 * numbers <= self._cache_room:
+                self._cache[index] = (
+                    latents.to(torch.float32, copy=True),
+                    text.to(torch.float32, copy=True),
+                    prompt,
+                    None if context is None else context.to(torch.float32, copy=True),
+                )
+                self._cache_room -= 4 * numbers
+        return latents, text, prompt, context
 
-    def _context(self, shard: ShardIndex, sample: int, latents: torch.Tensor) -> torch.Tensor:
+    def _context(
+        self, shard: Shard, sample: int, latents: torch.Tensor, data: bytearray
+    ) -> torch.Tensor:
         """The data's latents [C, T, H, W] of a trajectory `latents`, cut to the same frames."""
         name = f"{shard.path}: {shard.member(sample, _CONTEXT)}"
-        context = self._check_latents(stored_tensor(shard, sample, _CONTEXT).float(), name)
+        context = self._check_latents(stored_tensor(shard, sample, _CONTEXT, data), name)
         if latents.ndim != 5 or context.shape != latents.shape[1:]:
             raise ConfigError(
                 f"{name} has shape {tuple(context.shape)}, beside {FIELDS[0]}"
@@ -283,4 +306,12 @@ class LatentShards:
                 f"the run is set to {self._size[0]} x {self._size[1]}; "
                 f"change model.config.latent_hw (or resolution and aspect_ratio) or {PATTERN_KNOB}"
             )
-        return latents if self._frames is None else latents[..., : self._frames, :, :].clone()
+        return latents if self._frames is None else latents[..., : self._frames, :, :]
+
+
+def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors of one shape and any dtype as one of float32, converted where they will stand."""
+    stacked = torch.empty((len(tensors), *tensors[0].shape), dtype=torch.float32)
+    for row, tensor in zip(stacked, tensors, strict=True):
+        row.copy_(tensor)
+    return stacked

@@ -123,10 +123,11 @@ class Loader(Generic[Batch]):
         if self._order is None or self._order[0] != epoch:
             count = len(self.source)
             stream = generator(seed=self.seed, step=epoch, dp_rank=0, purpose="data_order")
-            self._order = (
-                epoch,
-                torch.randperm(count, generator=stream) if self._shuffle else torch.arange(count),
+            order = (
+                torch.randperm(count, generator=stream) if self._shuffle else torch.arange(count)
             )
+            # half the memory: ten million samples take 40 MB
+            self._order = (epoch, order.int() if count < 2**31 else order)
         return self._order[1]
 
     def state_dict(self) -> dict[str, int | str]:

@@ -58,7 +58,7 @@ class Prompts:
     ) -> None:
         if not prompts:
             raise ConfigError("a prompt source needs at least one prompt")
-        self._prompts, self._encode = list(prompts), encode
+        self._prompts, self._encode, self._fingerprint = list(prompts), encode, ""
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -74,4 +74,6 @@ class Prompts:
 
     def fingerprint(self) -> str:
         """Hash of the list."""
-        return hashlib.sha256("\n".join(self._prompts).encode()).hexdigest()[:16]
+        if not self._fingerprint:
+            self._fingerprint = hashlib.sha256("\n".join(self._prompts).encode()).hexdigest()[:16]
+        return self._fingerprint

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rcm.core.errors import ConfigError
+from rcm.data.set_index import open_shards
 from rcm.data.shard_writer import MANIFEST, build_shards, read_manifest
 from rcm.data.stored_sample import StoredSample
-from rcm.data.tar_index import ShardIndex, index_shard
+from rcm.data.tar_index import Shard
 
 MEANINGS = ("codec", "text", "dtype", "latent_shape", "training_type", "kd_timesteps", "pattern")
 """Keys of a `dataset.json` that say what the numbers of a shard mean; sets that differ in one are
@@ -36,7 +37,7 @@ def merge_shards(paths: Sequence[Path], folder: Path, *, shard_size: int) -> lis
             f"{inside[0]} lies in the output folder {folder}, whose shards have the same names;"
             " choose another --out"
         )
-    shards = [index_shard(path) for path in paths]
+    shards = open_shards(paths)
     for other in shards[1:]:
         if other.fields != shards[0].fields:
             told = (
@@ -46,7 +47,7 @@ def merge_shards(paths: Sequence[Path], folder: Path, *, shard_size: int) -> lis
             raise ConfigError(f"{' and '.join(told)}: two kinds of data; merge each alone")
     first, recipe = StoredSample.read(shards[0], 0), _joint_recipe(shards)
 
-    def like_the_first(shard: ShardIndex, place: int) -> StoredSample:
+    def like_the_first(shard: Shard, place: int) -> StoredSample:
         sample = StoredSample.read(shard, place)
         if sample.shapes != first.shapes:
             raise ConfigError(
@@ -63,19 +64,17 @@ def merge_shards(paths: Sequence[Path], folder: Path, *, shard_size: int) -> lis
 
     return build_shards(
         folder,
-        num_samples=sum(len(s.keys) for s in shards),
+        num_samples=sum(len(s) for s in shards),
         shard_size=shard_size,
         recipe=recipe,
         make=make,
     )
 
 
-def _places(
-    shards: Sequence[ShardIndex], start: int, stop: int
-) -> Iterator[tuple[ShardIndex, int]]:
+def _places(shards: Sequence[Shard], start: int, stop: int) -> Iterator[tuple[Shard, int]]:
     """Shard and place in it of samples `start` .. `stop - 1` of all."""
     for shard in shards:
-        count = len(shard.keys)
+        count = len(shard)
         yield from ((shard, place) for place in range(max(start, 0), min(stop, count)))
         start, stop = start - count, stop - count
 
@@ -84,7 +83,7 @@ def _told(sample: StoredSample) -> str:
     return ", ".join(f"{field} {shape}" for field, shape in sample.shapes.items())
 
 
-def _joint_recipe(shards: Sequence[ShardIndex]) -> dict[str, object]:
+def _joint_recipe(shards: Sequence[Shard]) -> dict[str, object]:
     """What all sets say of themselves, and under "merged" per set: what it alone says, its shards
     with the hashes of their contents.
     """

@@ -21,6 +21,7 @@ from loguru import logger
 
 from rcm.core.errors import ConfigError, first_line
 from rcm.core.files import discard
+from rcm.data.set_index import MANY, record_shards
 from rcm.data.tar_index import CONTEXT, FIELDS, INDEX_SUFFIX, ShardError, scan_shard, write_index
 
 MANIFEST = "dataset.json"
@@ -240,7 +241,17 @@ def build_shards(
     )
     for span in missing:
         write_span(span, make(span.start, span.stop))
+    record_if_whole(folder, num_samples=num_samples, shard_size=shard_size)
     return paths
+
+
+def record_if_whole(folder: Path, *, num_samples: int, shard_size: int) -> None:
+    """Write the index of a build (`set_index`) once all its shards are there, whoever made them,
+    and where it is large enough to gain from one.
+    """
+    paths = [folder / shard_name(number) for number in range(-(-num_samples // shard_size))]
+    if len(paths) >= MANY and all(path.is_file() for path in paths):
+        record_shards(folder, paths)
 
 
 def read_manifest(folder: Path) -> dict[str, object]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from rcm.core.errors import CheckpointError
-from rcm.data.tar_index import FIELDS, ShardError, ShardIndex
+from rcm.data.tar_index import FIELDS, Shard, ShardError
 from rcm.storage.pickle_file import read_tensor
 
 _PROMPT = FIELDS.index("prompt.txt")
@@ -28,11 +28,12 @@ class StoredSample:
     prompt: str
 
     @classmethod
-    def read(cls, shard: ShardIndex, sample: int) -> StoredSample:
+    def read(cls, shard: Shard, sample: int) -> StoredSample:
         """Sample number `sample` of a shard; `ShardError` as `stored_tensor` and `stored_prompt`
         raise it, or for a member moved or cut.
         """
-        contents = {field: shard.read(sample, i) for i, field in enumerate(shard.fields)}
+        members = shard.read_members(sample, range(len(shard.fields)))
+        contents = {f: bytes(data) for f, data in zip(shard.fields, members, strict=True)}
         tensors = {
             f: stored_tensor(shard, sample, i, contents[f])
             for i, f in enumerate(shard.fields)
@@ -43,7 +44,7 @@ class StoredSample:
             for field, tensor in tensors.items()
         }
         return cls(
-            shard.keys[sample],
+            shard.key(sample),
             contents,
             shapes,
             stored_prompt(shard, sample, contents[FIELDS[_PROMPT]]),
@@ -55,7 +56,7 @@ class StoredSample:
 
 
 def stored_tensor(
-    shard: ShardIndex, sample: int, field: int, data: bytes | None = None
+    shard: Shard, sample: int, field: int, data: bytes | bytearray | None = None
 ) -> torch.Tensor:
     """Member `field` of a sample (`data`: its bytes, where they were read already), in the dtype it
     has. `ShardError`, naming shard and member, for anything but one dense tensor of floating-point
@@ -70,12 +71,21 @@ def stored_tensor(
         raise ShardError(
             f"{name} holds a tensor of {value.dtype}, expected one of floating-point numbers"
         )
-    if not torch.isfinite(value.float()).all():
+    if not _all_finite(value):
         raise ShardError(f"{name} holds NaN or infinite values")
     return value
 
 
-def stored_prompt(shard: ShardIndex, sample: int, data: bytes | None = None) -> str:
+def _all_finite(value: torch.Tensor) -> bool:
+    """Whether float32 holds every number as a finite one. By the extremes, which a NaN passes
+    through to: one quick pass, where torch.isfinite takes more time than reading the sample.
+    """
+    quick = value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    numbers = value if quick else value.float()
+    return not numbers.numel() or bool(torch.stack(torch.aminmax(numbers)).isfinite().all())
+
+
+def stored_prompt(shard: Shard, sample: int, data: bytes | bytearray | None = None) -> str:
     """The caption of a sample (`data`: its bytes); `ShardError` unless it is UTF-8."""
     try:
         return (shard.read(sample, _PROMPT) if data is None else data).decode("utf-8")

@@ -13,10 +13,11 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from loguru import logger
@@ -40,10 +41,72 @@ class ShardError(RuntimeError):
     """A shard is truncated, damaged or incomplete; the message names the shard and the member."""
 
 
+class Shard(ABC):
+    """One shard of N samples, wherever their places are kept: `path`, `size` in bytes, `digest` of
+    its contents (see `content_digest`).
+    """
+
+    path: Path
+    size: int
+    digest: str
+
+    @property
+    @abstractmethod
+    def fields(self) -> tuple[str, ...]:
+        """Members of every sample: `FIELDS`, and `CONTEXT` where the shard has it."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def key(self, sample: int) -> str:
+        """Key of a sample."""
+
+    @abstractmethod
+    def span(self, sample: int, field: int) -> tuple[int, int]:
+        """(offset, length) of member `fields[field]` of a sample."""
+
+    @abstractmethod
+    def joined_keys(self) -> bytes:
+        """All keys, a space between two."""
+
+    def read(self, sample: int, field: int) -> bytes:
+        """Bytes of member `fields[field]` of a sample; `ShardError` if the file ends early, or if
+        another member stands there by now.
+        """
+        return bytes(self.read_members(sample, (field,))[0])
+
+    def read_members(self, sample: int, fields: Iterable[int]) -> list[bytearray]:
+        """As `read`, of several members of one sample: the file is opened once."""
+        with open(self.path, "rb") as file:
+            return [self._read(file, sample, field) for field in fields]
+
+    def _read(self, file: BinaryIO, sample: int, field: int) -> bytearray:
+        offset, length = self.span(sample, field)
+        header, data = bytearray(tarfile.BLOCKSIZE), bytearray(length)
+        file.seek(offset - tarfile.BLOCKSIZE)
+        whole = file.readinto(header) == len(header)
+        if not whole or not _is_header_of(header, self.member(sample, field), length):
+            raise ShardError(
+                f"shard {self.path}: member {self.member(sample, field)} is not where it was found"
+                " before; the file was changed or damaged"
+            )
+        if (found := file.readinto(data)) != length:
+            raise ShardError(
+                f"shard {self.path}: member {self.member(sample, field)} has {found} of"
+                f" {length} bytes; the file was truncated"
+            )
+        return data
+
+    def member(self, sample: int, field: int) -> str:
+        """Name of a member, for messages."""
+        return f"{self.key(sample)}.{self.fields[field]}"
+
+
 @dataclass(frozen=True)
-class ShardIndex:
-    """One shard: `path`, `size` in bytes, `keys` of its N samples, `spans` int64 [N, fields, 2]:
-    (offset, length) of members `fields`, `digest` of its contents (see `content_digest`).
+class ShardIndex(Shard):
+    """A shard whose places are in memory: `keys` of its N samples, `spans` int64 [N, fields, 2]:
+    (offset, length) of members `fields`.
     """
 
     path: Path
@@ -54,37 +117,29 @@ class ShardIndex:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Members of every sample: `FIELDS`, and `CONTEXT` where the shard has it."""
+        """As `Shard.fields`."""
         return (*FIELDS, CONTEXT)[: self.spans.shape[1]]
 
-    def read(self, sample: int, field: int) -> bytes:
-        """Bytes of member `fields[field]` of a sample; `ShardError` if the file ends early, or if
-        another member stands there by now.
-        """
-        offset, length = (int(x) for x in self.spans[sample, field])
-        with open(self.path, "rb") as file:
-            file.seek(offset - tarfile.BLOCKSIZE)
-            header, data = file.read(tarfile.BLOCKSIZE), file.read(length)
-        if not _is_header_of(header, self.member(sample, field), length):
-            raise ShardError(
-                f"shard {self.path}: member {self.member(sample, field)} is not where it was found"
-                " before; the file was changed or damaged"
-            )
-        if len(data) != length:
-            raise ShardError(
-                f"shard {self.path}: member {self.member(sample, field)} has {len(data)} of"
-                f" {length} bytes; the file was truncated"
-            )
-        return data
+    def __len__(self) -> int:
+        return len(self.keys)
 
-    def member(self, sample: int, field: int) -> str:
-        """Name of a member, for messages."""
-        return f"{self.keys[sample]}.{self.fields[field]}"
+    def key(self, sample: int) -> str:
+        """As `Shard.key`."""
+        return self.keys[sample]
+
+    def span(self, sample: int, field: int) -> tuple[int, int]:
+        """As `Shard.span`."""
+        offset, length = self.spans[sample, field].tolist()
+        return offset, length
+
+    def joined_keys(self) -> bytes:
+        """As `Shard.joined_keys`."""
+        return " ".join(self.keys).encode(errors="surrogateescape")
 
 
-def index_shard(path: Path) -> ShardIndex:
+def index_shard(path: Path, *, keep: bool = False) -> ShardIndex:
     """Index of a shard: from the file beside it if made from a shard of these contents
-    (`content_digest`), else from the headers.
+    (`content_digest`), else from the headers, and with `keep` stored there.
     """
     beside = _beside(path)
     if beside.is_file():
@@ -105,7 +160,10 @@ def index_shard(path: Path) -> ShardIndex:
             logger.warning(
                 f"index {beside} is unreadable ({first_line(error)}); scanning the shard"
             )
-    return scan_shard(path)
+    found = scan_shard(path)
+    if keep:
+        write_index(found)
+    return found
 
 
 def content_digest(path: Path) -> str:
@@ -146,7 +204,7 @@ def _spans(stored: Mapping[str, Any], size: int) -> np.ndarray:
     return spans
 
 
-def _is_header_of(header: bytes, name: str, length: int) -> bool:
+def _is_header_of(header: bytes | bytearray, name: str, length: int) -> bool:
     """Whether a tar header announces this member; a name that is too long for the header stands
     elsewhere.
     """

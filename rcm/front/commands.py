@@ -132,6 +132,11 @@ DATA = {
             ),
         ),
     ),
+    "index": Command(
+        does="record where the samples of many shards lie, so that training starts at once",
+        module="scripts.index_shards",
+        examples=("rcm data index 'outputs/data/whole/shard-*.tar'",),
+    ),
     "ode-pairs": Command(
         does="write a teacher's trajectories, which the _tf_kd and _df_kd baselines learn from",
         module="scripts.build_ode_pairs",
@@ -319,7 +324,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
     },
     "Files": {
-        "data": Command(does="build, view and merge data sets", parts=DATA),
+        "data": Command(does="build, view, merge and index data sets", parts=DATA),
         "checkpoint": Command(does="inspect, convert and export weights", parts=CHECKPOINT),
     },
     "Measure": {

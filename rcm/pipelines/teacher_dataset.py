@@ -21,7 +21,14 @@ from torch import Tensor
 
 from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
-from rcm.data.shard_writer import ShardSample, ShardSpan, pending_shards, require_finite, write_span
+from rcm.data.shard_writer import (
+    ShardSample,
+    ShardSpan,
+    pending_shards,
+    record_if_whole,
+    require_finite,
+    write_span,
+)
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, Guided, VelocityModel
@@ -332,6 +339,8 @@ def build_teacher_shards(
             write_span(span, counted(span))
         else:
             deque(counted(span), maxlen=0)
+    if leads:
+        record_if_whole(folder, num_samples=num, shard_size=shard_size)
     return paths if leads else []
 
 
