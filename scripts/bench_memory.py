@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from rcm.configs.build_data import build_loader, negative_condition
-from rcm.configs.build_method import build_method, step_schedule
+from rcm.configs.build_method import build_method
 from rcm.configs.build_nets import NetBuilder
 from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
 from rcm.configs.compose import Run, compose_run
@@ -201,7 +201,7 @@ def longest_rollout(run: Run) -> int:
     """Index of the update with the most rollout steps."""
     model = run.config.model.config
     if isinstance(model, CausalConfig):
-        return step_schedule(model).steps(0) - 1
+        return model.step_schedule().steps(0) - 1
     return model.max_simulation_steps_fake - 1
 
 

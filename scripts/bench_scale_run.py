@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rcm.configs.build import allow_tf32, train_state, trainer_config
 from rcm.configs.build_data import build_loader, negative_condition
-from rcm.configs.build_method import build_method, step_schedule
+from rcm.configs.build_method import build_method
 from rcm.configs.compose import Run
 from rcm.configs.schema_model import CausalConfig
 from rcm.core.rng import StepRng
@@ -202,7 +202,7 @@ def middle_indices(run: Run, repeats: int) -> list[int]:
     """
     model = run.config.model.config
     cycle = (
-        step_schedule(model).steps(0)
+        model.step_schedule().steps(0)
         if isinstance(model, CausalConfig)
         else model.max_simulation_steps_fake
     )

@@ -7,12 +7,12 @@ from __future__ import annotations
 import os
 
 from rcm.configs.network import networks, wan_config
-from rcm.configs.schema_model import CausalConfig, CommonModelConfig, LoRAConfig
+from rcm.configs.schema_causal import CausalConfig
+from rcm.configs.schema_common import CommonModelConfig, LoRAConfig, M
 from rcm.core.errors import ConfigError
 from rcm.nets.wan.adapters import adapted_layers, largest_rank
 from rcm.nets.wan.config import WanConfig
 
-M = "model.config"
 TRAINED = {"net": "student", "net_fake_score": "fake_score"}
 """Keys of the networks that are trained -> their roles."""
 
@@ -61,27 +61,10 @@ def alpha_of(lora: LoRAConfig) -> float:
 
 
 def check_lora(model: CommonModelConfig) -> None:
-    """Raise `ConfigError` for settings of the adapters that cannot be meant, or that nothing
-    reads.
-    """
+    """Raise `ConfigError` for adapters that the networks do not take."""
     lora = model.lora
     if not lora.rank:
-        changed = {
-            name: value
-            for name in ("alpha", "targets")
-            if (value := getattr(lora, name)) != getattr(type(lora)(), name)
-        }
-        if changed:
-            told = ", ".join(f"{M}.lora.{name}={value}" for name, value in changed.items())
-            raise ConfigError(
-                f"{told} has no effect while {M}.lora.rank=0 trains all weights; set {M}.lora.rank"
-                " too, such as 64"
-            )
         return
-    if lora.rank < 0:
-        raise ConfigError(f"{M}.lora.rank={lora.rank} must be at least 0, which trains all weights")
-    if lora.alpha is not None and not lora.alpha > 0:
-        raise ConfigError(f"{M}.lora.alpha={lora.alpha} must be positive; null is the rank")
     layers, present = adapted_layers(lora.targets), networks(model)
     for knob in TRAINED.keys() & present.keys():
         most = largest_rank(layers, wan_config(present[knob], knob=f"{M}.{knob}"))

@@ -17,17 +17,16 @@ from rcm.configs.build_data import build_loader, known_words, latent_shape, nega
 from rcm.configs.build_method import build_method, sampling_recipe
 from rcm.configs.build_nets import NetBuilder
 from rcm.configs.build_samples import sample_observers
-from rcm.configs.checks import unread_files
 from rcm.configs.compose import Run
 from rcm.configs.console import told
 from rcm.configs.continuity import continued_settings, shared_by_ranks
 from rcm.configs.convert import get_key
+from rcm.configs.inputs import unread_files
 from rcm.configs.network import wan_config
 from rcm.configs.pieces import described_pieces
 from rcm.configs.schema import TrainConfig
-from rcm.configs.schema_model import CausalConfig
+from rcm.configs.schema_causal import CausalConfig
 from rcm.core.files import discard
-from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.denoiser import Denoiser
 from rcm.parallel.agree import on_first, require_same, together
 from rcm.parallel.mesh import ParallelDims, launch_group
@@ -163,14 +162,13 @@ def description(
     `words`: of the captions, for a toy text; `adapters`: what `NetBuilder.adapters` says of them.
     """
     config, model = run.config, run.config.model.config
-    causal = isinstance(model, CausalConfig) and model.training_type != "bidirectional"
     recipe = sampling_recipe(model)
     codec, text = described_pieces(model, words=words)
     return Description(
-        stage=model.training_type if isinstance(model, CausalConfig) else "rcm",
+        stage=model.stage.lower(),
         network=wan_config(model.net).to_dict(),
         network_name=model.net.preset,
-        pattern=BlockPattern(model.first_chunk_t, model.chunk_t).name if causal else None,
+        pattern=None if model.pattern is None else model.pattern.name,
         schedule=(
             [list(entry) for entry in recipe.mids]
             if recipe is not None and recipe.kind != "ode"

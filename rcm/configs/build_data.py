@@ -11,7 +11,8 @@ import torch
 from rcm.configs.network import wan_config
 from rcm.configs.pieces import encode_once, text_encoder, toy_codec, toy_text, toy_world
 from rcm.configs.schema import TrainConfig
-from rcm.configs.schema_model import CausalConfig, CommonModelConfig
+from rcm.configs.schema_causal import CausalConfig
+from rcm.configs.schema_common import CommonModelConfig
 from rcm.core.errors import ConfigError
 from rcm.data.batch import LatentBatch
 from rcm.data.fake import FakeLatents
@@ -19,7 +20,6 @@ from rcm.data.latents import LatentShards
 from rcm.data.loader import Loader, Source
 from rcm.data.prompts import Prompts, read_prompts
 from rcm.data.shard_writer import MANIFEST, read_manifest
-from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.condition import Condition
 from rcm.nets.wan.config import WanConfig
 from rcm.parallel.agree import together
@@ -65,7 +65,7 @@ def _source(run: TrainConfig, *, device: torch.device | str) -> Source:
     channels, frames, height, width = latent_shape(model)
     match data.kind:
         case "fake":
-            states = len(model.kd_timesteps) + 1 if _wants_trajectories(model) else 0
+            states = len(model.kd_timesteps) + 1 if model.learns_trajectories else 0
             return FakeLatents(
                 num=max(data.num_videos, data.batch_size),
                 latent_shape=latent_shape(model),
@@ -90,7 +90,7 @@ def _source(run: TrainConfig, *, device: torch.device | str) -> Source:
                 text_shape=text_shape,
                 cache_bytes=LATENT_CACHE_BYTES,
             )
-            if _wants_trajectories(model):
+            if model.learns_trajectories:
                 _check_trajectories(model, {shard.path.parent for shard in shards.shards})
             return shards
         case "prompts":
@@ -113,17 +113,13 @@ def known_words(model: CommonModelConfig, source: Source) -> tuple[str, ...]:
     return vocabulary(source.captions())
 
 
-def _wants_trajectories(model: CommonModelConfig) -> bool:
-    return isinstance(model, CausalConfig) and model.training_type in ("tf_kd", "df_kd")
-
-
 def _check_trajectories(model: CausalConfig, folders: set[Path]) -> None:
     """Shards that say how their trajectories were made must be made for this run: their number of
     states alone would not tell.
     """
     mine = {"training_type": model.training_type, "kd_timesteps": list(model.kd_timesteps)}
     if model.training_type == "tf_kd":
-        mine["pattern"] = BlockPattern(model.first_chunk_t, model.chunk_t).name
+        mine["pattern"] = model.pattern.name
     for folder in sorted(folders):
         stored = read_manifest(folder)
         for key in mine:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from rcm.configs.build_nets import NetBuilder
 from rcm.configs.schema import TrainConfig
-from rcm.configs.schema_model import CausalConfig, CommonModelConfig, RCMConfig
+from rcm.configs.schema_causal import CausalConfig
+from rcm.configs.schema_common import CommonModelConfig
+from rcm.configs.schema_rcm import RCMConfig
 from rcm.core.errors import ConfigError
-from rcm.diffusion.blocks import BlockPattern
 from rcm.diffusion.directional import Directional, Discrete, Exact, RFStep, SemiContinuous, TrigStep
 from rcm.diffusion.time_sampling import ConsistencyGrid
 from rcm.losses.denoising import gaussian_bell
@@ -33,29 +34,17 @@ from rcm.methods.tf_meanflow import TFMeanFlow
 from rcm.methods.tf_scm import TFContinuousConsistency
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Guided, VelocityModel
-from rcm.rollout.plan import ContextRule, StepSchedule
+from rcm.rollout.plan import StepSchedule
 from rcm.rollout.recipe import SamplingRecipe
 
 Negative = Callable[[], Condition]
 
 
-def step_schedule(config: CausalConfig) -> StepSchedule:
-    """Full step schedule per chunk of a causal student (Causal_rCM.md section 6,
-    docs/reference/training.md#experiments).
-    """
-    return StepSchedule.from_lists(
-        steps=config.sf_simulation_steps_per_chunk or (config.max_simulation_steps_fake,),
-        schedules=config.sf_backward_timestep_schedules,
-        default_mids=config.backward_timesteps,
-        knob="model.config.sf_simulation_steps_per_chunk",
-    )
-
-
 def sampling_recipe(config: CommonModelConfig) -> SamplingRecipe | None:
     """How a checkpoint of this run is sampled; None for bidirectional networks."""
-    if not isinstance(config, CausalConfig) or config.training_type == "bidirectional":
+    if not isinstance(config, CausalConfig) or config.pattern is None:
         return None
-    pattern = BlockPattern(config.first_chunk_t, config.chunk_t).name
+    pattern = config.pattern.name
     if config.training_type in ("tf", "df"):
         return SamplingRecipe(
             kind="ode",
@@ -64,8 +53,8 @@ def sampling_recipe(config: CommonModelConfig) -> SamplingRecipe | None:
             shift=config.sample_timestep_shift,
             guidance=config.causal_guidance,
         )
-    rollout = config.training_type in ("sf_dmd", "tf_scm_sf_dmd")
-    mids = step_schedule(config).mids if rollout else (tuple(config.backward_timesteps),)
+    rollout = config.has.self_forced
+    mids = config.step_schedule().mids if rollout else (tuple(config.backward_timesteps),)
     return SamplingRecipe(
         kind="flow_map" if config.training_type == "tf_meanflow" else "few_step",
         pattern=pattern,
@@ -107,17 +96,17 @@ class _Causal(_Parts):
     def build(self) -> Method:
         c = self.config
         student = self.nets.trained("net")
-        if c.training_type == "bidirectional":
+        if c.pattern is None:
             return BidirectionalDiffusion(
                 student, law=c.p_G.build(), weight=self._weight(), loss_scale=c.loss_scale
             )
-        pattern, long = BlockPattern(c.first_chunk_t, c.chunk_t), c.long_tuning
-        forcing = TeacherForcing(pattern, long.window_blocks or None, long.sink_blocks)
+        long = c.long_tuning
+        forcing = TeacherForcing(c.pattern, long.window_blocks or None, long.sink_blocks)
         simple = {"law": c.p_G.build(), "weight": self._weight(), "loss_scale": c.loss_scale}
         match c.training_type:
             case "tf":
                 noisy = {
-                    "context": self._context(),
+                    "context": c.context,
                     "context_schedule": StepSchedule((tuple(c.backward_timesteps),)),
                 }
                 return TeacherForcedDiffusion(student, forcing=forcing, **simple, **noisy)
@@ -165,22 +154,17 @@ class _Causal(_Parts):
         teacher = self.nets.frozen("net_causal_teacher")
         return self.guided(teacher, c.causal_guidance)
 
-    def _context(self) -> ContextRule:
-        return ContextRule(
-            self.config.context_from_last_step, self.config.context_from_last_step_start_chunk
-        )
-
     def _shared(self, forcing: TeacherForcing) -> dict:
         """Arguments of both consistency forms. In the joint stage noisy context takes the rollout's
         times (Causal_rCM.md section 5).
         """
         c = self.config
         joint = c.training_type == "tf_scm_sf_dmd"
-        schedule = step_schedule(c) if joint else StepSchedule((tuple(c.backward_timesteps),))
+        schedule = c.step_schedule() if joint else StepSchedule((tuple(c.backward_timesteps),))
         return {
             "forcing": forcing,
             "loss_scale": c.loss_scale,
-            "context": self._context(),
+            "context": c.context,
             "context_schedule": schedule,
             "nonfinite": self.nonfinite,
         }
@@ -225,10 +209,10 @@ class _Causal(_Parts):
             self.guided(teacher, c.bidirectional_guidance),
             self.nets.trained("net_fake_score"),
             forcing=forcing,
-            schedule=step_schedule(c),
+            schedule=c.step_schedule(),
             law=c.p_D.build(),
             alternation=Alternation(c.student_update_freq),
-            context=self._context(),
+            context=c.context,
             loss_scale=c.loss_scale_dmd,
             replayed=c.replayed_training,
             rollout_frames=c.long_tuning.frames or None,

@@ -15,7 +15,7 @@ from rcm.configs.build_method import sampling_recipe
 from rcm.configs.compose import Run
 from rcm.configs.pieces import codec_of_run, encode_once, toy_world
 from rcm.configs.schema import TrainConfig
-from rcm.configs.schema_model import CommonModelConfig
+from rcm.configs.schema_common import CommonModelConfig
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Guided, VelocityModel
 from rcm.parallel.agree import on_first, shared

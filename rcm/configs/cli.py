@@ -34,7 +34,7 @@ Train an experiment with your settings. The same command continues a run that wa
 an unknown key or value is refused before any network is built.
 
 NAME is one of `rcm experiments`. All keys stand with defaults and meanings in
-rcm/configs/schema.py and schema_model.py of the package.
+rcm/configs/schema.py, schema_common.py, schema_causal.py and schema_rcm.py of the package.
 """
 
 

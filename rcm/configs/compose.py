@@ -23,13 +23,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rcm import __version__
 from rcm.configs import registry_distill
-from rcm.configs.checks import check, check_mesh, missing_inputs
+from rcm.configs.checks import check, check_mesh
 from rcm.configs.convert import known_paths, plain, read, suggestions, unknown_key
 from rcm.configs.environment import EnvironmentUse, apply_environment
+from rcm.configs.inputs import missing_inputs
 from rcm.configs.overrides import parse_overrides
 from rcm.configs.release_words import refusal
 from rcm.configs.schema import TrainConfig
-from rcm.configs.schema_model import CausalConfig
+from rcm.configs.schema_causal import CausalConfig
 from rcm.core.errors import ConfigError
 
 SHIFT3_TIMES = (0.9, 0.75, 0.5)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from rcm.configs.schema_model import SIZES, CommonModelConfig, NetConfig
+from rcm.configs.schema_common import SIZES, CommonModelConfig, NetConfig
 from rcm.core.errors import ConfigError
 from rcm.nets.wan.config import PRESETS, WanConfig
 

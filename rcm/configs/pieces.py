@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rcm.configs.network import wan_config
-from rcm.configs.schema_model import CommonModelConfig
+from rcm.configs.schema_common import CommonModelConfig
 from rcm.core.errors import ConfigError
 from rcm.encoders.codec import LatentCodec
 from rcm.encoders.text_protocol import TextEncoder

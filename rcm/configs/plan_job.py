@@ -14,17 +14,16 @@ from typing import Literal
 
 from rcm.configs.bases import base_of, roles_on
 from rcm.configs.build_data import latent_shape
-from rcm.configs.build_method import step_schedule
 from rcm.configs.build_nets import precision_of
-from rcm.configs.checks import SELF_FORCED
 from rcm.configs.compose import Run
 from rcm.configs.network import networks, wan_config
-from rcm.configs.schema_model import CausalConfig, CommonModelConfig, NetConfig, RCMConfig
+from rcm.configs.schema_causal import CausalConfig
+from rcm.configs.schema_common import CommonModelConfig, NetConfig
+from rcm.configs.schema_rcm import RCMConfig
 from rcm.core.errors import ConfigError
-from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.layout import TokenLayout
 from rcm.nets.wan.adapters import adapted_layers
-from rcm.rollout.plan import ContextRule, training_plan
+from rcm.rollout.plan import training_plan
 from rcm.train.planner_job import Job, NetPlan, Pass, PhasePlan
 
 Rollouts = Literal["mean", "longest"]
@@ -114,7 +113,7 @@ class _Causal:
 
     def __init__(self, model: CausalConfig, rollouts: Rollouts) -> None:
         self.model, self.frames, self.rollouts = model, model.state_t, rollouts
-        self.pattern = BlockPattern(model.first_chunk_t, model.chunk_t)
+        self.pattern = model.pattern
         structure = {"grid": _grid(model), "pattern": self.pattern}
         self.whole = _whole(model)
         self.packed = TokenLayout.teacher_forcing(self.frames, **structure)
@@ -165,8 +164,7 @@ class _Causal:
 
     def rollout(self, *, last_with_gradient: bool, beside: Pass | None = None) -> Pass:
         """Forwards without gradient per chunk, context passes among them."""
-        schedule, model = step_schedule(self.model), self.model
-        rule = ContextRule(model.context_from_last_step, model.context_from_last_step_start_chunk)
+        schedule, rule = self.model.step_schedule(), self.model.context
         indices = range(schedule.steps(0)) if self.rollouts == "mean" else (schedule.steps(0) - 1,)
         counts, cases = [0.0] * len(self.chunks), len(indices) * len(self.ends)
         for index, end in product(indices, self.ends):
@@ -220,9 +218,9 @@ class _Causal:
         }
         if (passes := alone.get(kind.removesuffix("_kd"))) is not None:
             return (PhasePlan("student", passes(), terms=2 if kind == "tf_dscm" else 1),)
-        if kind not in SELF_FORCED:
+        if not model.has.self_forced:
             raise ConfigError(f"the planner does not know the passes of training_type={kind}")
-        joint = self.continuous() if kind == "tf_scm_sf_dmd" else ()
+        joint = self.continuous() if model.has.consistency else ()
         terms = (len(self.judged) if model.replayed_training else 1) + bool(joint)
         critic = (
             self.rollout(last_with_gradient=False),
@@ -233,7 +231,7 @@ class _Causal:
 
 
 def _causal_phases(model: CausalConfig, rollouts: Rollouts) -> tuple[PhasePlan, ...]:
-    if model.training_type == "bidirectional":  # its block pattern may be unset
+    if model.pattern is None:
         return (PhasePlan("student", (_trained(*_whole(model)),)),)
     return _Causal(model, rollouts).phases()
 

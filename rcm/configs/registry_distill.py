@@ -25,7 +25,7 @@ from rcm.configs.convert import plain, read
 from rcm.configs.network import NETS
 from rcm.configs.release_words import CALLBACKS
 from rcm.configs.schema import MODEL_VARIANTS, TrainConfig
-from rcm.configs.schema_model import NetConfig
+from rcm.configs.schema_common import NetConfig
 from rcm.core.errors import ConfigError
 
 PATTERNS = ("c1-1", "c3-3", "c1-4")

@@ -1,17 +1,18 @@
 """Words of the release's command line, as its users type them: what they say here, or why they say
 nothing.
 
-Three kinds. A group's choice (`optimizer=fusedadamw`, `data_train=webdataset`) stands for overrides
+Four kinds. A group's choice (`optimizer=fusedadamw`, `data_train=webdataset`) stands for overrides
 of this package where it is typed, so that later words win. A key under another name
 (`trainer.callbacks.every_n_sample_reg.every_n`) is that key here. A key without a meaning
-(`checkpoint.jit`) is refused with its reason: REFUSED is the whole list, beside keys that have one
-value (`rcm.configs.checks.FIXED`).
+(`checkpoint.jit`) is refused with its reason: REFUSED is the whole list. A key with one value
+(`checkpoint.strict_resume`) may be given that value: FIXED is the whole list.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from rcm.configs.convert import get_key
 from rcm.configs.network import NETS
 from rcm.core.errors import ConfigError
 
@@ -128,6 +129,26 @@ REFUSED = {
 }
 """Key, or group of keys, of the release -> why it has no meaning here."""
 
+_RECORDS = "batches are records, not dictionaries"
+_FUSED = "the fused kernel is taken wherever torch has it"
+FIXED: Mapping[str, tuple[object, str]] = {
+    "checkpoint.strict_resume": (True, "checkpoints are always loaded strictly"),
+    "optimizer.type": ("fusedadamw", _FUSED),
+    f"{M}.optimizer_fake_score.type": ("fusedadamw", _FUSED),
+    f"{M}.input_data_key": ("videos", _RECORDS),
+    f"{M}.input_latent_key": ("latents", _RECORDS),
+    f"{M}.input_caption_key": ("prompts", _RECORDS),
+    f"{M}.loss_scale_fake_score": (
+        1.0,
+        "the release defines it and uses it nowhere; scale the learning rate instead",
+    ),
+    f"{M}.rectified_flow_t_scaling_factor": (1000.0, "Wan's timestep of t = 1"),
+    f"{M}.sigma_data": (1.0, "the TrigFlow wrapper is written for it"),
+}
+"""Every key that has one value here, and why. Those of one model family are looked at in that
+family.
+"""
+
 
 def said_here(key: str, value: object) -> Sequence[str] | None:
     """The overrides that `key=value` stands for, None for a word that is no group's choice of the
@@ -141,6 +162,18 @@ def said_here(key: str, value: object) -> Sequence[str] | None:
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"unknown {key}={value!r}; choose from {', '.join(choices)}")
     return choices[value]
+
+
+def check_fixed(config: object) -> None:
+    """Raise `ConfigError` for another value of a key in FIXED."""
+    for key, (value, why) in FIXED.items():
+        group, _, name = key.rpartition(".")
+        found = getattr(get_key(config, group), name, value)
+        if found != value:
+            told = f"{value:g}" if isinstance(value, float) else value
+            raise ConfigError(
+                f"{key}={found} must be {told}, another value has no effect in this version: {why}"
+            )
 
 
 def refusal(key: str) -> str | None:

@@ -2,7 +2,8 @@
 stages.
 
 Frozen dataclasses, no Hydra: `rcm.configs.convert` reads a composed mapping into them and names
-unknown or mistyped keys. The keys of `model.config` stand in `rcm.configs.schema_model`. Keys and
+unknown or mistyped keys. The keys of `model.config` stand in `rcm.configs.schema_common`,
+`schema_causal` and `schema_rcm`. Keys and
 defaults: docs/reference/training.md#optimiser-and-ema, #bidirectional-keys, #experiments,
 #causal-keys.
 """
@@ -12,11 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rcm.configs.schema_model import CausalConfig, RCMConfig
+from rcm.configs.schema_causal import CausalConfig
+from rcm.configs.schema_rcm import RCMConfig
 from rcm.core.errors import ConfigError
 from rcm.core.records import Record, within
 from rcm.train.monitor import CallbacksConfig
 from rcm.train.optim import AdamWConfig, LambdaLinear
+from rcm.train.resume import Taken
 
 MODEL_VARIANTS = {"fsdp_t2v_causal": CausalConfig, "fsdp_t2v_distill_rcm": RCMConfig}
 """Options of the `model` group: which class `model.config` has."""
@@ -136,6 +139,7 @@ class CheckpointConfig(Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        Taken.all_but(self.keys_not_to_resume)
         started = {
             "load_training_state": False,
             "load_ema_to_reg": True,

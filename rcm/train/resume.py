@@ -54,14 +54,14 @@ class Taken:
                     " scheduler_fake_score), trainer"
                 )
                 raise ConfigError(
-                    f"checkpoint.keys_not_to_resume has {key!r}, which is no part of a checkpoint;"
+                    f"keys_not_to_resume has {key!r}, which is no part of a checkpoint;"
                     f" its parts are {known}"
                 )
             left.extend(_BOTH_ROLES.get(key, (key,)))
         parts = frozenset(PARTS) - frozenset(left)
         if not parts:
             raise ConfigError(
-                "checkpoint.keys_not_to_resume leaves nothing to resume; to start afresh choose"
+                "keys_not_to_resume leaves nothing to resume; to start afresh choose"
                 " another job.name"
             )
         return cls(parts)
