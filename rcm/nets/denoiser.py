@@ -148,10 +148,9 @@ class Denoiser(VelocityModel):
         return self.net.time_rows(timestep, dtype=self.precision.compute, **span)
 
     @property
-    def num_ranks(self) -> int:
+    def group(self) -> Any:
         """See `VelocityModel`."""
-        group = getattr(getattr(self.net, "enter", None), "group", None)
-        return 1 if group is None else group.size()
+        return getattr(getattr(self.net, "enter", None), "group", None)
 
     def eval_params(self) -> Self:
         """Freeze the network's parameters and set it to evaluation, for teachers; returns
@@ -279,9 +278,9 @@ class Guided(VelocityModel):
         return self.denoiser.time_rows(t, s)
 
     @property
-    def num_ranks(self) -> int:
+    def group(self) -> Any:
         """See `VelocityModel`."""
-        return self.denoiser.num_ranks
+        return self.denoiser.group
 
     def prepare(self, cond: Condition) -> Condition:
         """See `VelocityModel`. Prepares the positive branch; give the constructor a prepared

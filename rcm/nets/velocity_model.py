@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -126,6 +128,11 @@ class VelocityModel:
         return None
 
     @property
+    def group(self) -> Any:
+        """The process group of the ranks that compute each forward together, None for one rank."""
+        return None
+
+    @property
     def num_ranks(self) -> int:
         """Ranks that compute each forward together."""
-        return 1
+        return 1 if self.group is None else self.group.size()

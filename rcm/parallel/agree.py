@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -116,6 +116,16 @@ def shared(value: T | None) -> T:
         with naming_lost_peers():
             dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def greatest(numbers: Sequence[int], *, group: dist.ProcessGroup | None = None) -> list[int]:
+    """The greatest of each number that a rank of `group` passes, on all of them: one reduction in
+    host memory.
+    """
+    told = torch.tensor(list(numbers))
+    with naming_lost_peers():
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=group)
+    return told.tolist()
 
 
 def require_same(what: str, values: Mapping[str, Any], *, knob: str) -> None:

@@ -20,8 +20,10 @@ from rcm.nets.condition import Condition
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.layout import TokenLayout
 from rcm.nets.paired_cache import PairedView, View
+from rcm.nets.velocity_model import VelocityModel
 from rcm.pipelines.captured_inputs import CapturedInputs, Kinds, codes_of
 from rcm.pipelines.captured_views import CodedView, StaticView
+from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.autoregressive import Canvas, ChunkLoop, time_tensor
 from rcm.rollout.eviction.base import Placement
 from rcm.rollout.noise import Noise
@@ -223,3 +225,34 @@ class CapturedLoop(ChunkLoop):
                 branch.keys == "post_rope" or branch.positions(layout).frames is not None
             )
         return ok
+
+
+def new_loop(
+    denoiser: VelocityModel,
+    spec: StreamSpec,
+    *,
+    given: int,
+    device: torch.device,
+    interrupt: Callable[[], None] | None,
+) -> ChunkLoop:
+    """The chunk loop of a stream behind so many `given` blocks, over an empty cache of its own."""
+    policy, grid = spec.policy.fresh(), denoiser.token_grid(*spec.latent[1:])
+    cache = denoiser.new_cache(
+        num_frames=spec.cache_frames,
+        grid=grid,
+        keys=spec.keys or policy.keys,
+        codec=None if spec.kv_codec is None else spec.kv_codec.fork(),
+        hot_chunks=spec.hot_chunks,
+        attention=spec.attention,
+    )
+    kind = CapturedLoop if spec.graphs == "on" else ChunkLoop
+    return kind(
+        denoiser,
+        canvas=Canvas(grid, policy),
+        # drawn last: what is refused draws nothing
+        noise=spec.new_noise(given, device=device),
+        rule=spec.recipe.rule,
+        cache=cache,
+        in_place=True,
+        interrupt=interrupt,
+    )

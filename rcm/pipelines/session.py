@@ -21,23 +21,26 @@ from rcm.core.errors import ConfigError, first_line
 from rcm.encoders.codec import LatentCodec
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import VelocityModel
-from rcm.nets.kv_view import CachedChunk
 from rcm.pipelines.decode_lane import DecodeLane
-from rcm.pipelines.engine import CapturedLoop
+from rcm.pipelines.engine import new_loop
 from rcm.pipelines.generator_lease import lease
 from rcm.pipelines.shared_decoder import shared_decoder
-from rcm.pipelines.stream_spec import Receipt, StreamedChunk, StreamSpec, SwitchMode
+from rcm.pipelines.steering import Change, Steering
+from rcm.pipelines.stream_ranks import Meeting
+from rcm.pipelines.stream_spec import (
+    Receipt,
+    StreamCancelled,
+    StreamedChunk,
+    StreamSpec,
+    SwitchMode,
+    SwitchRefused,
+)
 from rcm.rollout.autoregressive import Canvas, ChunkLoop, ChunkResult
 from rcm.rollout.plan import ChunkPlan
 from rcm.rollout.recipe import SamplingRecipe
 
-
-class StreamCancelled(RuntimeError):
-    """A step was asked of a session that is closed, or was cancelled meanwhile."""
-
-
-class SwitchRefused(ConfigError):
-    """A change of condition that cannot be; the stream goes on under the old one."""
+_KEPT = ("given", "prefix", "block", "pending", "ahead")
+"""Attributes that a snapshot keeps as they are."""
 
 
 class Session:
@@ -47,6 +50,10 @@ class Session:
     clean context and handed out unchanged. With noisy context from block 0 the prefix is noised to
     the first generated chunk's last time (the release's image-to-video). State in float64.
     Iterating steps until the video ends.
+
+    Ranks that make a stream together (the model's `group`) call its methods alike. What one of them
+    does alone, it does at the next chunk, on all: a refusal to open or to change the condition is
+    raised everywhere, and a rank that cancels, closes or failed ends the stream for the others.
     """
 
     def __init__(
@@ -64,35 +71,48 @@ class Session:
             raise ConfigError(
                 f"graphs='on' needs a CUDA device, the stream is on {self.device}; use graphs='off'"
             )
-        self._begin(cond, prefix)
-        self._lease_generator()
+        self._loop: ChunkLoop | None = None
+        self._lane: DecodeLane | None = None
+        group = denoiser.group if denoiser.num_ranks > 1 else None
+        self._ranks = Meeting(group)
         try:
-            self._loop = self._new_loop(denoiser)
-            if denoiser.num_ranks > 1:
-                codec = shared_decoder(codec, ranks=spec.decode_ranks, sharing=denoiser.num_ranks)
-            lane = spec.look_ahead and self.device.type == "cuda"
-            options = {
-                "device": self.device,
-                "own_stream": lane,
-                "graphs": spec.graphs,
-                "to_host": spec.to_host,
-            }
-            self._lane = None if codec is None else DecodeLane(codec, **options)
+            self._ranks.together(lambda: self._open(denoiser, cond, prefix))
+            if group is not None:
+                codec = shared_decoder(codec, ranks=spec.decode_ranks, sharing=group.size())
+            if codec is not None:
+                self._lane = DecodeLane(
+                    codec,
+                    device=self.device,
+                    own_stream=spec.look_ahead and self.device.type == "cuda",
+                    graphs=spec.graphs,
+                    to_host=spec.to_host,
+                )
         except BaseException:
             # lets the generator go, whoever keeps the error and this session with it
             self._cancelled = True
             raise
 
+    def _open(self, denoiser: VelocityModel, cond: Condition, prefix: Tensor | None) -> None:
+        """Check and set up."""
+        self._begin(cond, prefix)
+        self._lease_generator()
+        self._loop = new_loop(
+            denoiser,
+            self.spec,
+            given=self._given,
+            device=self.device,
+            # ranks stop together, between chunks
+            interrupt=None if self._ranks.several else self._require_open,
+        )
+
     def _begin(self, cond: Condition, prefix: Tensor | None) -> None:
         given, cond = self.spec.given(prefix, device=self.device), self.spec.for_batch(cond)
         self._begun = time.perf_counter()
-        (self._given, self._prefix), self._cond = given, cond
-        self._wanted = deque[tuple[Condition, SwitchMode, Receipt]]()
+        (self._given, self._prefix), self._steering = given, Steering(cond)
         self._failed: Exception | None = None
         self._refused: SwitchRefused | None = None
         self._block = 0
         self._pending: ChunkResult | tuple[ChunkPlan, Tensor, float] | None = None
-        self._history: dict[int, tuple[Tensor, float]] = {}
         self._ahead: tuple[int, Tensor] | None = None
         self._pieces: deque[tuple[int, Tensor]] = deque()
         self._cancelled = False
@@ -111,7 +131,7 @@ class Session:
         self._require_open()
         self._lease_generator()
         # refuses before anything is changed
-        self._begin(self._cond if cond is None else cond, prefix)
+        self._begin(self._steering.cond if cond is None else cond, prefix)
         spec = self.spec = replace(self.spec, seed=self.spec.seed if seed is None else seed)
         if spec.generator is not None and seed is not None:
             spec.generator.manual_seed(seed)
@@ -182,8 +202,7 @@ class Session:
         begun; for timings.
         """
         self._require_whole()
-        with self._marking():
-            self._leave_context()
+        self._settle(asked=self._steering.asked)
 
     def __iter__(self) -> Iterator[StreamedChunk]:
         while (chunk := self.step()) is not None:
@@ -197,14 +216,7 @@ class Session:
         times), sinks excepted. The receipt says when it was applied.
         """
         self._require_open()
-        if mode not in ("keep", "recache"):
-            raise ConfigError(f"switch mode {mode!r} is not one of 'keep', 'recache'")
-        cond = self.spec.for_batch(cond)
-        while self._wanted:
-            self._wanted.pop()[2].superseded = True
-        receipt = Receipt()
-        self._wanted.append((cond, mode, receipt))
-        return receipt
+        return self._steering.ask(self.spec.for_batch(cond), mode)
 
     def set_recipe(self, recipe: SamplingRecipe) -> int:
         """Take other steps, or another context rule, from the next block on, and return that block.
@@ -212,21 +224,7 @@ class Session:
         where the noise of all steps was drawn up front.
         """
         self._require_open()
-        for name in ("pattern", "kind", "guidance"):
-            mine, new = getattr(self.spec.recipe, name), getattr(recipe, name)
-            if mine != new:
-                raise ConfigError(
-                    f"a stream under way keeps its {name}={mine!r}, the new recipe has {new!r};"
-                    " open another session"
-                )
-        if self.spec.noise == "video":
-            raise ConfigError(
-                "noise='video' was drawn for the steps of the first recipe; open the session with"
-                " noise='chunk'"
-            )
-        # raises for times that do not decrease
-        recipe.plan(max(self._block, self._given), prefix_blocks=self._given)
-        self.spec = replace(self.spec, recipe=recipe)
+        self.spec = self.spec.with_recipe(recipe, block=self._block, given=self._given)
         return self._block
 
     def snapshot(self) -> dict[str, Any]:
@@ -237,14 +235,9 @@ class Session:
         return {
             "recipe": self.spec.recipe,
             "seed": self.spec.seed,
-            "given": (self._given, self._prefix),
-            "block": self._block,
-            "pending": self._pending,
-            "cond": self._cond,
-            "wanted": [(cond, mode) for cond, mode, _ in self._wanted],
-            "history": dict(self._history),
-            "ahead": self._ahead,
+            **{name: getattr(self, f"_{name}") for name in _KEPT},
             "pieces": list(self._pieces),
+            "steering": self._steering.state(),
             "caches": [cache.state() for cache in self._loop.cache.branches],
             "policy": self._loop.canvas.policy.state(),
             "noise": self._loop.noise.state(),
@@ -256,15 +249,11 @@ class Session:
         self._require_open()
         self._lease_generator()
         self.spec = replace(self.spec, recipe=state["recipe"], seed=state["seed"])
-        self._given, self._prefix = state["given"]
+        for name in _KEPT:
+            setattr(self, f"_{name}", state[name])
         self._failed = self._refused = None
-        self._block, self._pending, self._cond = state["block"], state["pending"], state["cond"]
-        self._wanted = deque((cond, mode, Receipt()) for cond, mode in state["wanted"])
-        self._history, self._ahead, self._pieces = (
-            dict(state["history"]),
-            state["ahead"],
-            deque(state["pieces"]),
-        )
+        self._pieces = deque(state["pieces"])
+        self._steering.load_state(state["steering"])
         for cache, held in zip(self._loop.cache.branches, state["caches"], strict=True):
             cache.load_state(held)
         self._loop.canvas.policy.load_state(state["policy"])
@@ -274,18 +263,21 @@ class Session:
 
     def cancel(self) -> None:
         """Stop as soon as possible, from any thread: a step under way raises `StreamCancelled`
-        before its next pass.
+        before its next pass; where several ranks make the stream, at the next chunk, on all.
         """
         self._cancelled = True
 
     def close(self) -> None:
-        """Free cache, decoder and graphs. Any further step raises `StreamCancelled`."""
+        """Free cache, decoder and graphs. Any further step raises `StreamCancelled`. Where several
+        ranks make the stream and it goes on, this waits until the others are at the next chunk.
+        """
         self._cancelled = True
+        self._leave()
         self._loop.close()
         if self._lane is not None:
             self._lane.close()
         self._pieces.clear()
-        self._history.clear()
+        self._steering.forget()
         self._ahead = self._pending = self._prefix = None
 
     def num_bytes(self) -> int:
@@ -305,49 +297,44 @@ class Session:
         if self.spec.generator is not None:
             lease(self.spec.generator, self)
 
-    def _new_loop(self, denoiser: VelocityModel) -> ChunkLoop:
-        spec = self.spec
-        policy = spec.policy.fresh()
-        grid = denoiser.token_grid(*spec.latent[1:])
-        codec = None if spec.kv_codec is None else spec.kv_codec.fork()
-        keys = spec.keys or policy.keys
-        cache = denoiser.new_cache(
-            num_frames=spec.cache_frames,
-            grid=grid,
-            keys=keys,
-            codec=codec,
-            hot_chunks=spec.hot_chunks,
-            attention=spec.attention,
-        )
-        kind = CapturedLoop if spec.graphs == "on" else ChunkLoop
-        return kind(
-            denoiser,
-            canvas=Canvas(grid, policy),
-            noise=spec.new_noise(self._given, device=self.device),
-            rule=spec.recipe.rule,
-            cache=cache,
-            in_place=True,
-            interrupt=self._require_open,
-        )
-
     def _produce(self) -> tuple[int, Tensor]:
         """Latents of the next block: given, or denoised after the context of the one before was
         committed.
         """
+        change = self._change_due()
         with self._marking():
-            self._leave_context()
-        wanted = self._wanted_next()
-        with self._marking():
-            if wanted is not None:
-                self._apply(*wanted)
+            if change is not None:
+                self._steering.apply(change, self._loop, block=self._block)
             block, recipe = self._block, self.spec.recipe
             self._block += 1
             if block < self._given:
                 return block, self._enter_given(block)
-            plan = recipe.plan(block, prefix_blocks=self._given)
-            result = self._loop.denoise(plan, self._cond, keep=not self._is_last(block))
-            self._pending = None if self._is_last(block) else result
+            plan, last = recipe.plan(block, prefix_blocks=self._given), self._is_last(block)
+            result = self._loop.denoise(plan, self._steering.cond, keep=not last)
+            self._pending = None if last else result
             return block, result.x0.float()
+
+    def _change_due(self) -> Change | None:
+        """The change of condition that the next chunk takes up, once the ranks have met and the
+        context of the chunk before is in the cache; refused before the old condition is gone.
+        """
+        steering, change = self._steering, None
+        asked = steering.asked
+        try:
+            self._settle(asked=asked)
+            if asked:
+                change, problem = steering.due(self._loop)
+                self._ranks.meet(problem, place=self._block, asked=True)
+        except SwitchRefused as error:
+            steering.refuse(change, str(error))
+            raise
+        return change
+
+    def _settle(self, *, asked: bool) -> None:
+        stop = StreamCancelled("this stream was cancelled") if self._cancelled else None
+        self._ranks.meet(stop, place=self._block, asked=asked)
+        with self._marking():
+            self._leave_context()
 
     def _enter_given(self, block: int) -> Tensor:
         recipe = self.spec.recipe
@@ -366,60 +353,14 @@ class Session:
         if pending is None:
             return
         if isinstance(pending, ChunkResult):
-            x, t = self._loop.commit(pending, self._cond)
+            x, t = self._loop.commit(pending, self._steering.cond)
         else:
             plan, x, t = pending
-            x = (
-                (1.0 - t) * x + t * self._loop.noise.context(slice(plan.start, plan.stop))
-                if t > 0
-                else x
-            )
-            self._loop.prefill(x, plan, self._cond, t=t)
-        self._history[self._loop.newest] = (x, t)
-        ids = {chunk.id for chunk in self._loop.cache.branches[0].chunks}
-        self._history = {
-            chunk_id: found for chunk_id, found in self._history.items() if chunk_id in ids
-        }
-
-    def _wanted_next(self) -> tuple[Condition, SwitchMode, Receipt] | None:
-        """The change of condition that is due; refused here, before the old condition is gone."""
-        if not self._wanted:
-            return None
-        wanted = self._wanted.pop()
-        if wanted[1] == "recache":
-            try:
-                self._replayed()
-            except SwitchRefused as error:
-                wanted[2].refused = str(error)
-                raise
-        return wanted
-
-    def _apply(self, cond: Condition, mode: SwitchMode, receipt: Receipt) -> None:
-        self._cond = cond
-        if mode == "recache":
-            self._loop.refill(
-                [(chunk, *self._history[chunk.id]) for chunk in self._replayed()], cond
-            )
-        receipt.applied_at = self._block
-
-    def _replayed(self) -> list[CachedChunk]:
-        """What a recache enters anew: all that the cache holds, sinks excepted. `SwitchRefused` for
-        chunks that cannot be.
-        """
-        caches = self._loop.cache.branches
-        kept = set(self._loop.canvas.policy.protected(caches))
-        old = [chunk for chunk in caches[0].chunks if chunk.id not in kept]
-        if missing := [
-            chunk.id
-            for chunk in old
-            if chunk.id not in self._history or chunk.positions.frames is None
-        ]:
-            raise SwitchRefused(
-                f"mode='recache' replays cached chunks, and {missing} are no longer what was"
-                " generated (the policy merged them); use mode='keep', or a policy that keeps"
-                " whole chunks"
-            )
-        return old
+            if t > 0:
+                noise = self._loop.noise.context(slice(plan.start, plan.stop))
+                x = (1.0 - t) * x + t * noise
+            self._loop.prefill(x, plan, self._steering.cond, t=t)
+        self._steering.remember(self._loop, x, t)
 
     @contextmanager
     def _marking(self) -> Iterator[None]:
@@ -433,6 +374,8 @@ class Session:
             raise
 
     def _require_whole(self) -> None:
+        if self._cancelled or self._failed is not None:
+            self._leave()
         self._require_open()
         if self._failed is not None:
             raise StreamCancelled(
@@ -440,10 +383,15 @@ class Session:
                 " snapshot"
             )
 
+    def _leave(self) -> None:
+        """Tell the ranks that make another chunk with this one that it will not."""
+        if not self._is_last(self._block - 1):
+            self._ranks.leave()
+
     def _is_last(self, block: int) -> bool:
         frames = self.spec.num_frames
         return frames is not None and self.spec.recipe.blocks.frames_before(block + 1) >= frames
 
     def _require_open(self) -> None:
-        if self._cancelled:
+        if self._cancelled or self._ranks.stopped:
             raise StreamCancelled("this stream was cancelled or closed; open another session")

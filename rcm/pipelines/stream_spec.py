@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -21,6 +21,14 @@ from rcm.rollout.recipe import SamplingRecipe
 SwitchMode = Literal["keep", "recache"]
 AS_TRAINED = CachePolicy()
 """In place of a policy: that of the recipe."""
+
+
+class StreamCancelled(RuntimeError):
+    """A step was asked of a session that is closed, or was cancelled meanwhile."""
+
+
+class SwitchRefused(ConfigError):
+    """A change of condition that cannot be; the stream goes on under the old one."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +196,26 @@ class StreamSpec:
         """Latent frames that the cache has room for."""
         bound = self.policy.capacity_frames(self.recipe.blocks)
         return min(n for n in (bound, self.num_frames) if n is not None)
+
+    def with_recipe(self, recipe: SamplingRecipe, *, block: int, given: int) -> StreamSpec:
+        """The stream sampled by `recipe` from `block` on, behind so many `given` blocks.
+        `ConfigError` for one that a stream under way cannot take up.
+        """
+        for name in ("pattern", "kind", "guidance"):
+            mine, new = getattr(self.recipe, name), getattr(recipe, name)
+            if mine != new:
+                raise ConfigError(
+                    f"a stream under way keeps its {name}={mine!r}, the new recipe has {new!r};"
+                    " open another session"
+                )
+        if self.noise == "video":
+            raise ConfigError(
+                "noise='video' was drawn for the steps of the first recipe; open the session with"
+                " noise='chunk'"
+            )
+        # raises for times that do not decrease
+        recipe.plan(max(block, given), prefix_blocks=given)
+        return replace(self, recipe=recipe)
 
     def given(self, prefix: Tensor | None, *, device: torch.device) -> tuple[int, Tensor | None]:
         """Blocks of `prefix` [1 or batch, C, k, h, w] and its latents for the whole batch, float64,

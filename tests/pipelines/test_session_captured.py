@@ -11,7 +11,7 @@ import torch
 
 from rcm.core.dtypes import Precision
 from rcm.nets.denoiser import Denoiser, Guided
-from rcm.pipelines import session as session_module
+from rcm.pipelines import engine
 from rcm.pipelines.session import Session
 from rcm.rollout.eviction.deep_forcing import DeepForcing
 from rcm.rollout.eviction.infinity_rope import InfinityRope
@@ -55,7 +55,7 @@ def test_captured_passes_read_nothing_but_device_data(denoiser, monkeypatch, pol
         return torch.cat([first, latents(session, 4)], dim=2), session
 
     expected, _ = run()
-    monkeypatch.setattr(session_module, "ChunkLoop", RerunLoop)
+    monkeypatch.setattr(engine, "ChunkLoop", RerunLoop)
     found, session = run()
     counts = session.loop.counts
     assert counts["replayed"] > counts["captured"] > 0 and counts["eager"] <= 2, counts
@@ -66,7 +66,7 @@ def test_passes_that_a_policy_watches_run_one_by_one(denoiser, monkeypatch):
     """It chooses tokens by what it was shown: a captured pass would show it nothing."""
     wanted = spec(replace(NOISY, pattern="c1-1"), policy=DeepForcing(1, 4, 1, 0))
     expected = latents(opened(denoiser, wanted), 8)
-    monkeypatch.setattr(session_module, "ChunkLoop", RerunLoop)
+    monkeypatch.setattr(engine, "ChunkLoop", RerunLoop)
     session = opened(denoiser, wanted)
     assert torch.equal(latents(session, 8), expected) and session.loop.counts["replayed"] > 0
 
@@ -75,7 +75,7 @@ def test_captured_passes_make_the_rows_of_a_time_once(denoiser, monkeypatch):
     """One embedding per time of the schedule, whatever number of passes; weights that changed are
     seen from the next video on.
     """
-    monkeypatch.setattr(session_module, "ChunkLoop", RerunLoop)
+    monkeypatch.setattr(engine, "ChunkLoop", RerunLoop)
     session, made = opened(denoiser, spec(NOISY, policy=SlidingWindow(3))), []
     hook = denoiser.net.time_projection.register_forward_pre_hook(lambda *_: made.append(1))
     first = latents(session, 8)

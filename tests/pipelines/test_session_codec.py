@@ -14,7 +14,7 @@ from rcm.kernels.kv_codec.codec import KVCodec
 from rcm.kernels.kv_codec.spec import KVCodecSpec, SideSpec
 from rcm.nets.denoiser import Denoiser, Guided
 from rcm.nets.kv_coded import KVCodec as Protocolled
-from rcm.pipelines import session as session_module
+from rcm.pipelines import engine
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.infinity_rope import InfinityRope
@@ -123,7 +123,7 @@ def test_captured_passes_find_codes_as_device_data(denoiser, monkeypatch, name, 
         return torch.cat([first, *then, *other], dim=2), session
 
     expected, _ = story()
-    monkeypatch.setattr(session_module, "ChunkLoop", RerunLoop)
+    monkeypatch.setattr(engine, "ChunkLoop", RerunLoop)
     found, session = story()
     counts = session.loop.counts
     assert torch.equal(found, expected)
@@ -146,7 +146,7 @@ def test_chunks_that_bear_the_ids_of_others_are_found_where_they_lie(denoiser, m
     recipe = replace(RECIPE, pattern="c1-3")
     spec = StreamSpec(recipe, (4, HEIGHT, WIDTH), batch=2, num_frames=4, kv_codec=CODECS[name])
     expected, _ = run(denoiser, replace(spec, seed=7), 2)
-    monkeypatch.setattr(session_module, "ChunkLoop", RerunLoop)
+    monkeypatch.setattr(engine, "ChunkLoop", RerunLoop)
     _, session = run(denoiser, spec, 2)
     session.restart(seed=7)
     first, state = session.step().latents, session.snapshot()
@@ -161,7 +161,7 @@ def test_a_chunk_that_stays_plain_is_not_coded_by_a_captured_pass(denoiser, monk
     """After a restart the first chunk's form is known, and it sees no plain chunk."""
     spec = StreamSpec(RECIPE, (4, HEIGHT, WIDTH), batch=2, policy=SlidingWindow(3), kv_codec=codec("int4"), hot_chunks=1)
     expected, _ = run(denoiser, spec, 4)
-    monkeypatch.setattr(session_module, "ChunkLoop", RerunLoop)
+    monkeypatch.setattr(engine, "ChunkLoop", RerunLoop)
     _, session = run(denoiser, spec, 4)
     session.restart()
     assert torch.equal(torch.cat([session.step().latents for _ in range(4)], dim=2), expected)

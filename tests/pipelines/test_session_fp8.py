@@ -16,7 +16,7 @@ from rcm.core.errors import ConfigError
 from rcm.kernels.kv_codec.codec import KVCodec
 from rcm.kernels.kv_codec.spec import KVCodecSpec
 from rcm.nets.denoiser import Denoiser, Guided
-from rcm.pipelines import session as session_module
+from rcm.pipelines import engine
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.base import CachePolicy
@@ -81,7 +81,7 @@ def test_captured_passes_give_the_eager_latents(denoiser, policy, guided):
         return torch.cat([*found, latents(session, 3)], dim=2), session
 
     expected, _ = run()
-    with patch.object(session_module, "ChunkLoop", RerunLoop):
+    with patch.object(engine, "ChunkLoop", RerunLoop):
         found, session = run()
     counts = session.loop.counts
     assert counts["replayed"] > counts["captured"] > 0 and counts["eager"] <= 4, counts

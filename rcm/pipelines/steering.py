@@ -1,0 +1,107 @@
+"""What a stream is made under: the condition in force, the one that is wanted next, and the
+contexts that can be entered anew for it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from torch import Tensor
+
+from rcm.core.errors import ConfigError
+from rcm.nets.condition import Condition
+from rcm.nets.kv_view import CachedChunk
+from rcm.pipelines.stream_spec import Receipt, SwitchMode, SwitchRefused
+from rcm.rollout.autoregressive import ChunkLoop
+
+Change = tuple[Condition, SwitchMode, Receipt]
+
+
+class Steering:
+    """The condition `cond` of a stream under way, and how it changes at chunk boundaries."""
+
+    def __init__(self, cond: Condition) -> None:
+        self.cond = cond
+        self._wanted = deque[Change]()  # at most one; asked for by any thread
+        self._contexts: dict[int, tuple[Tensor, float]] = {}
+
+    @property
+    def asked(self) -> bool:
+        """Whether a change waits for the next chunk."""
+        return bool(self._wanted)
+
+    def ask(self, cond: Condition, mode: SwitchMode) -> Receipt:
+        """See `Session.set_condition`."""
+        if mode not in ("keep", "recache"):
+            raise ConfigError(f"switch mode {mode!r} is not one of 'keep', 'recache'")
+        while self._wanted:
+            self._wanted.pop()[2].superseded = True
+        receipt = Receipt()
+        self._wanted.append((cond, mode, receipt))
+        return receipt
+
+    def due(self, loop: ChunkLoop) -> tuple[Change | None, SwitchRefused | None]:
+        """The change that is taken up now, and why it cannot be."""
+        change = self._wanted.pop() if self._wanted else None
+        try:
+            if change is not None and change[1] == "recache":
+                self.replayed(loop)
+        except SwitchRefused as error:
+            return change, error
+        return change, None
+
+    def refuse(self, change: Change | None, why: str) -> None:
+        """Tell the receipt of `change`, or of the one that waits, which is taken back."""
+        if change is None and self._wanted:
+            change = self._wanted.pop()
+        if change is not None:
+            change[2].refused = why
+
+    def apply(self, change: Change, loop: ChunkLoop, *, block: int) -> None:
+        """Take up a change before `block` is made."""
+        self.cond, mode, receipt = change
+        if mode == "recache":
+            loop.refill(
+                [(chunk, *self._contexts[chunk.id]) for chunk in self.replayed(loop)], self.cond
+            )
+        receipt.applied_at = block
+
+    def remember(self, loop: ChunkLoop, x: Tensor, t: float) -> None:
+        """The newest chunk of the cache is the context of latents `x` at RF time `t`."""
+        self._contexts[loop.newest] = (x, t)
+        held = {chunk.id for chunk in loop.cache.branches[0].chunks}
+        self._contexts = {number: x for number, x in self._contexts.items() if number in held}
+
+    def replayed(self, loop: ChunkLoop) -> list[CachedChunk]:
+        """What a recache enters anew: all that the cache holds, sinks excepted. `SwitchRefused` for
+        chunks that cannot be.
+        """
+        caches = loop.cache.branches
+        kept = set(loop.canvas.policy.protected(caches))
+        old = [chunk for chunk in caches[0].chunks if chunk.id not in kept]
+        if missing := [
+            chunk.id
+            for chunk in old
+            if chunk.id not in self._contexts or chunk.positions.frames is None
+        ]:
+            raise SwitchRefused(
+                f"mode='recache' replays cached chunks, and {missing} are no longer what was"
+                " generated (the policy merged them); use mode='keep', or a policy that keeps"
+                " whole chunks"
+            )
+        return old
+
+    def forget(self) -> None:
+        """Free the contexts."""
+        self._contexts.clear()
+
+    def state(self) -> dict[str, Any]:
+        """What `load_state` goes on from."""
+        wanted = [(cond, mode) for cond, mode, _ in self._wanted]
+        return {"cond": self.cond, "wanted": wanted, "contexts": dict(self._contexts)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up a `state`; nobody holds the receipts of its changes."""
+        self.cond, self._contexts = state["cond"], dict(state["contexts"])
+        self._wanted = deque((cond, mode, Receipt()) for cond, mode in state["wanted"])

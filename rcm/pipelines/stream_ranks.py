@@ -1,0 +1,89 @@
+"""Where the ranks that make one stream together meet: before every chunk, and when one of them
+leaves. What one rank finds or wants alone would leave the others waiting in a pass; here all hear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch.distributed as dist
+
+from rcm.core.errors import PeerGone
+from rcm.parallel.agree import agree, greatest
+from rcm.pipelines.stream_spec import StreamCancelled, SwitchRefused
+
+_REFUSED, _STOPPED = 1, 2
+
+
+class Meeting:
+    """The ranks of `group`, None for a stream of one rank, which meets nobody. Every rank calls
+    `meet` before each chunk or `leave` once: a reduction of five numbers in host memory.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group, self.stopped = group, False
+
+    @property
+    def several(self) -> bool:
+        """Whether there are others."""
+        return self._group is not None
+
+    def together(self, action: Callable[[], None]) -> None:
+        """Do `action` on every rank; a failure of any is raised on all."""
+        problem = None
+        try:
+            action()
+        except Exception as error:
+            if self._group is None:
+                raise
+            problem = error
+        if self._group is not None:
+            agree(problem, group=self._group)
+
+    def meet(self, problem: Exception | None, *, place: int, asked: bool) -> None:
+        """Before the chunk `place`. Raises on all ranks `SwitchRefused` where one refuses a change
+        of condition, or where it was `asked` on some of them alone; `StreamCancelled` where one has
+        another `problem` or is at another place.
+        """
+        if self._group is None:
+            if problem is not None:
+                raise problem
+            return
+        refused = _REFUSED if isinstance(problem, SwitchRefused) else _STOPPED
+        kind = 0 if problem is None else refused
+        worst, last, first, some, not_all = self._told(kind, place, asked)
+        kind, who = divmod(worst, self._group.size())
+        who = f"rank {dist.get_global_rank(self._group, self._group.size() - 1 - who)}"
+        self.stopped = kind == _STOPPED or last != -first
+        if kind == _STOPPED:
+            raise problem or StreamCancelled(
+                f"{who} left this stream, which it makes together with others: it was cancelled,"
+                " closed, or failed there; open another session"
+            )
+        if self.stopped:
+            raise StreamCancelled(
+                f"the ranks of this stream are at different chunks ({-first} and {last}); step, "
+                "restart and restore it on all of them alike, and open another session"
+            )
+        if kind == _REFUSED:
+            raise problem or SwitchRefused(f"{who} refused the change of condition, and says why")
+        if some and not_all == 0:
+            raise SwitchRefused(
+                "the change of condition was asked on some ranks of this stream alone; call"
+                " set_condition on all of them"
+            )
+
+    def leave(self) -> None:
+        """This rank makes no further chunk: the others hear of it where they would begin the
+        next.
+        """
+        if self._group is not None and not self.stopped:
+            self.stopped = True
+            with suppress(PeerGone):
+                self._told(_STOPPED, 0, False)
+
+    def _told(self, kind: int, place: int, asked: bool) -> list[int]:
+        mine = kind * self._group.size() + self._group.size() - 1 - self._group.rank()
+        numbers = (mine, place, -place, int(asked), -int(asked))
+        return greatest(numbers, group=self._group)

@@ -1,0 +1,152 @@
+"""A stream that two ranks make together: what one of them does alone reaches the other at the next
+chunk, and neither waits for ever.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from rcm.core.dtypes import Precision
+from rcm.core.errors import ConfigError
+from rcm.nets.denoiser import Denoiser
+from rcm.parallel.ulysses import shard_sequence
+from rcm.pipelines import stream_ranks
+from rcm.pipelines.session import Session
+from rcm.pipelines.stream_spec import StreamCancelled, StreamSpec, SwitchRefused
+from rcm.rollout.eviction.sliding_window import SlidingWindow
+from rcm.rollout.recipe import SamplingRecipe
+from tests.support.dist import run_ranks
+from tests.support.tiny_nets import condition, tiny_config, tiny_net
+
+LATENT = (8, 4, 8)
+RECIPE = SamplingRecipe("few_step", "c1-2", mids=((0.5,), ()))
+
+
+def opened(*, prefix: torch.Tensor | None = None, look_ahead: bool = False) -> Session:
+    net = tiny_net(dtype=torch.float32, in_dim=LATENT[0], out_dim=LATENT[0])
+    shard_sequence(net, group=dist.group.WORLD)
+    denoiser = Denoiser(net, Precision.preset("fp32")).eval_params()
+    spec = StreamSpec(RECIPE, LATENT, policy=SlidingWindow(3), look_ahead=look_ahead)
+    return Session(denoiser, None, denoiser.prepare(condition(tiny_config(), batch=1)), spec, prefix=prefix)
+
+
+def told(action) -> str:
+    """The kind and words of what an action raises; the frames of a chunk."""
+    try:
+        made = action()
+        return "" if made is None else f"{made.latents.shape[2]} frames"
+    except (ConfigError, StreamCancelled) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def steps(session: Session) -> list[str]:
+    return [told(session.step) for _ in range(3)]
+
+
+def cancels(alone: bool, session: Session) -> list[str]:
+    if alone:
+        session.cancel()
+    return steps(session)
+
+
+def closes(alone: bool, session: Session) -> list[str]:
+    if alone:
+        session.close()
+    return steps(session)
+
+
+def fails(alone: bool, session: Session) -> list[str]:
+    if alone:
+        session._failed = RuntimeError("no more memory")
+    return steps(session)
+
+
+def refuses(alone: bool, session: Session) -> list[str]:
+    """One rank alone cannot replay its context."""
+    if alone:
+        session._steering._contexts.clear()
+    receipt = session.set_condition(condition(tiny_config(), batch=1, seed=3), mode="recache")
+    return [*steps(session), f"{bool(receipt.refused)} {receipt.applied_at}"]
+
+
+def asks(alone: bool, session: Session) -> list[str]:
+    if alone:
+        receipt = session.set_condition(condition(tiny_config(), batch=1, seed=3))
+    return [*steps(session), f"{bool(receipt.refused)} {receipt.applied_at}" if alone else ""]
+
+
+def restarts(alone: bool, session: Session) -> list[str]:
+    if alone:
+        session.restart()
+    return steps(session)
+
+
+def opens(alone: bool, session: Session) -> list[str]:
+    session.close()
+    try:
+        opened(prefix=torch.zeros(1, 5, 1, 4, 8) if alone else None)
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+SCENES = (cancels, closes, fails, refuses, asks, restarts, opens)
+
+
+def play() -> dict[str, list[str]]:
+    found = {}
+    for scene in SCENES:
+        for look_ahead in (False, True):
+            session = opened(look_ahead=look_ahead)
+            for _ in range(2):
+                session.step()
+            found[f"{scene.__name__} {look_ahead}"] = scene(dist.get_rank() == 1, session)
+            session.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[str, list[str]]]:
+    return run_ranks(2, play, tmp_path=tmp_path_factory.mktemp("ranks"), timeout=60)
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+@pytest.mark.parametrize("scene", [cancels, closes, fails])
+def test_a_rank_that_leaves_ends_the_stream_on_all(ranks, scene, look_ahead):
+    other, alone = (found[f"{scene.__name__} {look_ahead}"] for found in ranks)
+    assert other[0].startswith("StreamCancelled: rank 1 left this stream")
+    assert all(line.startswith("StreamCancelled: this stream") for line in [*alone, *other[1:]])
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+@pytest.mark.parametrize("scene", [refuses, asks])
+def test_a_change_that_one_rank_cannot_take_up_is_refused_on_all_and_the_stream_goes_on(ranks, scene, look_ahead):
+    words = {"refuses": ("rank 1 refused", "mode='recache' replays"), "asks": ("on some ranks",) * 2}[scene.__name__]
+    for found, expected in zip(ranks, words, strict=True):
+        *told, receipt = found[f"{scene.__name__} {look_ahead}"]
+        refusal = told.pop(1 if look_ahead else 0)  # a chunk made ahead is whole and handed out first
+        assert refusal.startswith("SwitchRefused: ") and expected in refusal
+        assert told == ["2 frames"] * 2 and receipt in ("True None", "")
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_ranks_at_different_chunks_stop(ranks, look_ahead):
+    for found in ranks:
+        assert "the ranks of this stream are at different chunks" in found[f"restarts {look_ahead}"][0]
+
+
+def test_what_one_rank_refuses_to_open_is_refused_on_all(ranks):
+    for found in ranks:
+        assert found["opens False"][0].startswith("prefix must be [1 or 1, 8, k, 4, 8]")
+
+
+def test_a_stream_of_one_rank_meets_nobody(monkeypatch):
+    monkeypatch.setattr(stream_ranks, "greatest", lambda *_, **__: pytest.fail("a message of one rank"))
+    meeting = stream_ranks.Meeting(None)
+    meeting.meet(None, place=3, asked=True)
+    meeting.leave()
+    with pytest.raises(SwitchRefused, match="words"):
+        meeting.meet(SwitchRefused("words"), place=0, asked=True)
+    assert not meeting.stopped
