@@ -1,8 +1,8 @@
 """What a training method is: roles it trains, whose turn it is at an iteration, and the loss terms
 of that turn.
 
-Roles: "student" and "fake_score" are trained; "causal_teacher" and "bidirectional_teacher" are
-frozen arguments of a method's constructor.
+Roles: "student", "fake_score" and "gan_head" are trained; "causal_teacher" and
+"bidirectional_teacher" are frozen arguments of a method's constructor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Thunk = Callable[[], LossTerm]
 @dataclass(frozen=True)
 class Phase:
     """Whose turn it is: the trained role, its effective update index (own counter of that role's
-    updates), and the trainer iteration.
+    updates), the trainer iteration, and roles that are updated `beside` it by the same terms.
 
     Step-count cycles and EMA follow `index`; the tangent warm-up follows `iteration` (Causal_rCM.md
     sections 5, 6).
@@ -33,6 +33,12 @@ class Phase:
     role: str
     index: int
     iteration: int
+    beside: tuple[str, ...] = ()
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Every role that is updated."""
+        return (self.role, *self.beside)
 
 
 class Method(Protocol):

@@ -20,7 +20,8 @@ from rcm.diffusion.interpolant import rf_noise, rf_x0
 from rcm.diffusion.time_sampling import TimeLaw
 from rcm.losses.denoising import causal_critic_loss
 from rcm.losses.dmd import dmd_loss, dmd_target
-from rcm.losses.term import LossTerm, NonFinitePolicy
+from rcm.losses.term import LossTerm, NonFinitePolicy, together
+from rcm.methods.adversary import HEAD, Adversary, Pull
 from rcm.methods.base import Phase, Thunk
 from rcm.methods.draws import draw_noise, draw_times
 from rcm.methods.schedule import Alternation
@@ -41,7 +42,8 @@ class SelfForcedDMD:
     `schedule` gives the step counts per chunk (non-increasing); update k rolls out (k mod max) + 1
     steps. `replayed` recomputes one chunk at a time for the gradient: equal gradients, activation
     memory of one chunk. `rollout_frames`: rollouts of up to that many frames, of which a window is
-    judged (`SelfRollout`). The latents of a batch give the shape only.
+    judged (`SelfRollout`). The latents of a batch give the shape only, but with an `adversary` on
+    the fake score: they are its real videos.
     """
 
     name = "sf_dmd"
@@ -60,29 +62,40 @@ class SelfForcedDMD:
         loss_scale: float = 1.0,
         replayed: bool = False,
         rollout_frames: int | None = None,
+        adversary: Adversary | None = None,
         nonfinite: NonFinitePolicy = "propagate",
     ) -> None:
         schedule.require_non_increasing("model.config.sf_simulation_steps_per_chunk")
         self.student, self.teacher, self.fake_score = student, teacher, fake_score
         self.rollout = SelfRollout(student, forcing, schedule, context, rollout_frames)
-        self.law, self.alternation = law, alternation
+        self.law, self.alternation, self.adversary = law, alternation, adversary
         self.loss_scale, self.replayed, self.nonfinite = loss_scale, replayed, nonfinite
 
     @property
     def trainable(self) -> Mapping[str, nn.Module]:
-        """Student and fake score."""
-        return {"student": self.student.net, "fake_score": self.fake_score.net}
+        """Student and fake score, and the head of an adversary."""
+        head = {} if self.adversary is None else {HEAD: self.adversary.head}
+        return {"student": self.student.net, "fake_score": self.fake_score.net, **head}
 
     def phase(self, iteration: int) -> Phase:
-        """1 student update, then student_update_freq - 1 fake-score updates."""
-        return self.alternation.phase(iteration)
+        """1 student update, then student_update_freq - 1 fake-score updates, the head's with
+        them.
+        """
+        phase = self.alternation.phase(iteration)
+        if self.adversary is None or phase.role != "fake_score":
+            return phase
+        return replace(phase, beside=(HEAD,))
 
     def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
         """Student phase: one term (plain) or one per chunk (replayed). Fake-score phase: one
-        regression.
+        regression, after the real videos of an adversary.
         """
         cond, like = batch.condition(), batch.latents
         if phase.role == "fake_score":
+            if self.adversary is not None:
+                # first: FSDP2 reduces gradients in the last backward pass, which this one, ending
+                # at the last block that is read, would leave incomplete
+                yield lambda: self._real_term(like, cond, rng)
             yield lambda: self._critic_term(phase, cond, like, rng)
         elif not self.replayed:
             yield lambda: self._student_term(phase, cond, like, rng)
@@ -98,54 +111,77 @@ class SelfForcedDMD:
         self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng
     ) -> LossTerm:
         video = self._roll(phase, cond, like, rng, grad=True).video
-        target = self._target(video, cond, rng)
-        return dmd_loss(
+        target, pull = self._judge(video, cond, rng)
+        found = dmd_loss(
             video, target, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name
         )
+        return found if pull is None else together(found, pull.term(video))
 
     def _replayed_terms(
         self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng
     ) -> Iterator[Thunk]:
         rolled = self._roll(phase, cond, like, rng, grad=False)
-        target = self._target(rolled.video, cond, rng)
+        target, pull = self._judge(rolled.video, cond, rng)
 
         def term(chunk: ChunkResult) -> LossTerm:
             x0 = replay_chunk(self.student, cond, chunk, canvas=rolled.canvas, cache=rolled.cache)
-            part = target[:, :, rolled.part(chunk.plan)]
+            frames, x0 = rolled.part(chunk.plan), rolled.judged(chunk.plan, x0)
+            part = target[:, :, frames]
             found = dmd_loss(
-                rolled.judged(chunk.plan, x0),
-                part,
-                loss_scale=self.loss_scale,
-                nonfinite=self.nonfinite,
-                name=self.name,
+                x0, part, loss_scale=self.loss_scale, nonfinite=self.nonfinite, name=self.name
             )
             # the step adds up the logs of its terms: together they are the video's
             share = part.shape[2] / target.shape[2]
-            return replace(found, logs={key: value * share for key, value in found.logs.items()})
+            found = replace(found, logs={key: value * share for key, value in found.logs.items()})
+            return found if pull is None else together(found, pull.term(x0, frames))
 
         for chunk in rolled.chunks:
             yield partial(term, chunk)
 
     @torch.no_grad()
-    def _target(self, video: torch.Tensor, cond: Condition, rng: StepRng) -> torch.Tensor:
-        """Pseudo-target of the whole video: G - (x0_fake - x0_teacher) / w at one time per
-        sample.
+    def _judge(
+        self, video: torch.Tensor, cond: Condition, rng: StepRng
+    ) -> tuple[torch.Tensor, Pull | None]:
+        """Pseudo-target of the whole video, G - (x0_fake - x0_teacher) / w at one time per sample,
+        and what the adversary does to it, in one pass of the fake score.
         """
         t = draw_times(rng, "dmd/time", self.law, batch=video.shape[0], device=video.device)
-        y = rf_noise(video, draw_noise(rng, "dmd/noise", video.shape, video.device), t)
+        eps = draw_noise(rng, "dmd/noise", video.shape, video.device)
+        y, pull = rf_noise(video, eps, t), None
         layout = self._whole(y)
-        x0_fake = rf_x0(y, self.fake_score.velocity(y, t, cond, layout), t)
+        if self.adversary is None:
+            v_fake = self.fake_score.velocity(y, t, cond, layout)
+        else:
+            v_fake, pull = self.adversary.pull(video, eps, t, cond, layout)
+        x0_fake = rf_x0(y, v_fake, t)
         x0_teacher = rf_x0(y, self.teacher.velocity(y, t, cond, layout), t)
-        return dmd_target(video, x0_fake, x0_teacher)
+        return dmd_target(video, x0_fake, x0_teacher), pull
 
     def _critic_term(
         self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng
     ) -> LossTerm:
         video = self._roll(phase, cond, like, rng, grad=False).video
-        t = draw_times(rng, "critic/time", self.law, batch=video.shape[0], device=video.device)
+        t = self._critic_times(video, rng)
         eps = draw_noise(rng, "critic/noise", video.shape, video.device)
-        v_fake = self.fake_score.velocity(rf_noise(video, eps, t), t, cond, self._whole(video))
-        return causal_critic_loss(v_fake, video, eps, nonfinite=self.nonfinite)
+        y, layout = rf_noise(video, eps, t), self._whole(video)
+        if self.adversary is None:
+            v_fake = self.fake_score.velocity(y, t, cond, layout)
+            return causal_critic_loss(v_fake, video, eps, nonfinite=self.nonfinite)
+        v_fake, logits = self.adversary.look(y, t, cond, layout)
+        return together(
+            causal_critic_loss(v_fake, video, eps, nonfinite=self.nonfinite),
+            self.adversary.fake_term(logits),
+        )
+
+    def _real_term(self, real: torch.Tensor, cond: Condition, rng: StepRng) -> LossTerm:
+        """The adversary's real videos, at the times of the generated ones."""
+        assert self.adversary is not None, "asked for with an adversary alone"
+        real = real.to(torch.promote_types(real.dtype, torch.float32))
+        t = self._critic_times(real, rng)
+        return self.adversary.real_term(real, t, cond, self._whole(real), rng)
+
+    def _critic_times(self, video: torch.Tensor, rng: StepRng) -> torch.Tensor:
+        return draw_times(rng, "critic/time", self.law, batch=video.shape[0], device=video.device)
 
     def _whole(self, x: torch.Tensor) -> TokenLayout:
         return TokenLayout.bidirectional(

@@ -31,12 +31,12 @@ def explain(
     batches: Sequence[LatentBatch],
     rngs: Sequence[StepRng],
     losses: Losses,
-    norm: float,
+    norms: Sequence[float],
 ) -> str:
     """One sentence: role, update, term, and the module or parameter where the first NaN or infinity
-    appeared. The same on every rank. Collective.
+    appeared. The same on every rank. Collective. `norms`: of the gradients of the phase's roles.
     """
-    net = method.trainable[phase.role]
+    nets = {role: method.trainable[role] for role in phase.roles}
     bad_terms = sorted(
         {
             name
@@ -47,7 +47,8 @@ def explain(
     start = f"{phase.role} update {phase.index} (iteration {phase.iteration}) is not finite"
     end = "weights were left as they were"
     if bad_terms:
-        net.zero_grad(set_to_none=True)  # room for running the phase again
+        for net in nets.values():
+            net.zero_grad(set_to_none=True)  # room for running the phase again
         modules = [
             found
             for found in _everywhere(_first_module(method, phase, batches=batches, rngs=rngs))
@@ -62,14 +63,19 @@ def explain(
             )
         )
         return f"{start}: loss of term {', '.join(bad_terms)}; {where}; {end}"
-    names = [name for name, _ in net.named_parameters()]
-    bad = {name for found in _everywhere(_bad_gradients(net)) for name in found}
+    names = [name for net in nets.values() for name, _ in net.named_parameters()]
+    bad = {
+        name
+        for net in nets.values()
+        for found in _everywhere(_bad_gradients(net))
+        for name in found
+    }
     ordered = [name for name in names if name in bad]
     where = (
         f"non-finite in {len(ordered)} of {len(names)} parameters, nearest the output"
         f" {ordered[-1]}, nearest the input {ordered[0]}"
         if ordered
-        else f"no single one is non-finite, their norm is {norm}"
+        else f"no single one is non-finite, their norm is {max(norms)}"
     )
     return (
         f"{start}: gradient (all losses finite; terms {', '.join(sorted({n for n, _ in losses}))});"

@@ -1,9 +1,9 @@
 """What a checkpoint holds: the state as named tensors, and the way back.
 
-Parts: `model` (net.*, net_ema.*, net_fake_score.*), `optim_net` and `optim_fake_score`
-(slot.parameter), `scheduler` (update counts), `trainer` (one JSON record of the iteration, the data
-positions and the settings, as bytes). Random generators are not among them: every draw is keyed by
-seed, step and data rank.
+Parts: `model` (net.*, net_ema.*, net_fake_score.*, net_gan_head.*), `optim_net`,
+`optim_fake_score`, `optim_gan_head` (slot.parameter), `scheduler` (update counts), `trainer` (one
+JSON record of the iteration, the data positions and the settings, as bytes). Random generators are
+not among them: every draw is keyed by seed, step and data rank.
 """
 
 from __future__ import annotations
@@ -81,12 +81,10 @@ def restore(
     if average is None and taken.averaged:
         average = PowerEMA(state.roles[STUDENT].net, EMAConfig())  # a place to read into
     counts = {f"{CHECKPOINT_NAMES[role]}.updates": torch.tensor(0) for role in state.roles}
-    scheduled = [
-        role
-        for role in state.roles
-        if _optim_name(role).replace("optim", "scheduler") in taken.parts
-    ]
-    names = {role: _optim_name(role) for role in state.roles if _optim_name(role) in taken.parts}
+    scheduled = [role for role in state.roles if _taken_as("scheduler", role) in taken.parts]
+    names = {
+        role: _optim_name(role) for role in state.roles if _taken_as("optim", role) in taken.parts
+    }
     opened = (
         [name for name in ("model", "trainer") if name in taken.parts]
         + ["scheduler"] * bool(scheduled)
@@ -185,6 +183,13 @@ def _facts(record: Tensor, *, source: Path) -> dict[str, Any]:
 def _optim_name(role: str) -> str:
     name = CHECKPOINT_NAMES[role]
     return "optim_" + (name.removeprefix("net_") if name != "net" else name)
+
+
+def _taken_as(kind: str, role: str) -> str:
+    """The part of `rcm.train.resume.PARTS` with which a role's is taken or left: a discriminator's
+    head goes with the fake score, as it is updated with it.
+    """
+    return _optim_name("fake_score" if role == "gan_head" else role).replace("optim", kind)
 
 
 def _model_part(state: TrainState, *, average: PowerEMA | None) -> Part:

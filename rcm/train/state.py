@@ -18,7 +18,7 @@ from rcm.train.optim import AdamWConfig, LambdaLinear
 
 STUDENT = "student"
 CHECKPOINT_NAMES: Mapping[str, str] = MappingProxyType(
-    {STUDENT: "net", "fake_score": "net_fake_score"}
+    {STUDENT: "net", "fake_score": "net_fake_score", "gan_head": "net_gan_head"}
 )
 """Role -> prefix of its weights in a checkpoint; `optim_<prefix without "net_">` holds its
 optimiser.
@@ -89,7 +89,8 @@ class TrainState:
             if role not in optim:
                 raise ConfigError(
                     f"trained role {role!r} has no optimiser settings; set optimizer (student) or"
-                    " model.config.optimizer_fake_score"
+                    " model.config.optimizer_fake_score (fake_score), model.config.gan.optimizer"
+                    " (gan_head)"
                 )
             plan = schedule if isinstance(schedule, LambdaLinear) else schedule[role]
             optimizer = optim[role].build(stored_parameters(net).values(), host=host)

@@ -74,7 +74,7 @@ def run_step(
     stop: bool = False,
 ) -> StepReport:
     """Run the phase of `state.iteration` on `batches` (one per micro-batch, `rngs` alike) and
-    update the phase's role, its schedule and the EMA. `idle`: networks that wait in host memory
+    update the phase's roles, their schedules and the EMA. `idle`: networks that wait in host memory
     while it is not their turn.
 
     Losses are averaged over micro-batches and ranks. Raises NonFinite (naming role, step, term, and
@@ -83,30 +83,33 @@ def run_step(
     gradients.
     """
     phase = method.phase(state.iteration)
-    role = state.roles[phase.role]
+    roles = {name: state.roles[name] for name in phase.roles}
+    nets = [role.net for role in roles.values()]
     idle, each = idle or IdleRoles(), config.gradient_sync == "each"
-    idle.begin((phase.role,))
+    idle.begin(phase.roles)
     losses, logs = _accumulate(
-        method, phase, role.net, batches=batches, rngs=rngs, each=each, idle=idle
+        method, phase, nets, batches=batches, rngs=rngs, each=each, idle=idle
     )
     idle.rest()
     _refuse_stray_gradients(state, phase)
-    reshard(role.net)
-    norm, finite, stopping = _verdict(role.net, losses, dims=dims, stop=stop)
+    for net in nets:
+        reshard(net)
+    norms, finite, stopping = _verdict(nets, losses, dims=dims, stop=stop)
     if not finite:
-        message = explain(method, phase, batches=batches, rngs=rngs, losses=losses, norm=norm)
-        role.optimizer.zero_grad(set_to_none=True)
+        message = explain(method, phase, batches=batches, rngs=rngs, losses=losses, norms=norms)
+        for role in roles.values():
+            role.optimizer.zero_grad(set_to_none=True)
         raise NonFinite(message)
-    if config.grad_clip:
-        _scale_gradients(role.net, min(1.0, config.clip_norm / (norm + 1e-6)))
-    lr = role.step()
+    for (name, role), norm in zip(roles.items(), norms, strict=True):
+        if config.grad_clip:
+            _scale_gradients(role.net, min(1.0, config.clip_norm / (norm + 1e-6)))
+        logs |= {f"grad_norm/{name}": norm, f"lr/{name}": role.step()}
     if phase.role == STUDENT and state.ema is not None:
-        state.ema.update(role.net, index=phase.index)
-    role.optimizer.zero_grad(set_to_none=True)
+        state.ema.update(roles[STUDENT].net, index=phase.index)
+    for role in roles.values():
+        role.optimizer.zero_grad(set_to_none=True)
     state.iteration += 1
-    return StepReport(
-        phase, {**logs, f"grad_norm/{phase.role}": norm, f"lr/{phase.role}": lr}, stopping
-    )
+    return StepReport(phase, logs, stopping)
 
 
 def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
@@ -122,22 +125,23 @@ def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
 def _accumulate(
     method: Method,
     phase: Phase,
-    net: nn.Module,
+    nets: Sequence[nn.Module],
     *,
     batches: Sequence[LatentBatch],
     rngs: Sequence[StepRng],
     each: bool,
     idle: IdleRoles,
-) -> tuple[list[tuple[str, Tensor]], dict[str, Tensor]]:
+) -> tuple[list[tuple[str, Tensor]], dict[str, Tensor | float]]:
     """Evaluate and back-propagate every term of every micro-batch; return the losses by name, and
     the means over micro-batches of what terms log.
     """
     losses: list[tuple[str, Tensor]] = []
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, Tensor | float] = {}
     for micro, (batch, rng) in enumerate(zip(batches, rngs, strict=True), start=1):
         terms = method.terms(phase, batch, rng)
         for thunk, is_last in ((t, True) for t in terms) if each else _with_last(terms):
-            set_gradient_sync(net, each or (is_last and micro == len(batches)))
+            for net in nets:
+                set_gradient_sync(net, each or (is_last and micro == len(batches)))
             idle.rest()
             term = thunk()
             idle.rest()
@@ -154,7 +158,7 @@ def _accumulate(
 
 def _refuse_stray_gradients(state: TrainState, phase: Phase) -> None:
     for name, other in state.roles.items():
-        if name != phase.role and any(p.grad is not None for p in other.net.parameters()):
+        if name not in phase.roles and any(p.grad is not None for p in other.net.parameters()):
             raise RuntimeError(
                 f"a {phase.role} phase left gradients in {name}; its terms must run other roles"
                 " under no_grad"
@@ -166,22 +170,28 @@ def _gradients(net: nn.Module) -> list[Tensor]:
 
 
 def _verdict(
-    net: nn.Module, losses: list[tuple[str, Tensor]], *, dims: ParallelDims, stop: bool
-) -> tuple[float, bool, bool]:
-    """Global gradient norm, whether all losses and gradients are finite, whether any rank asks to
-    stop: one reduction, one host read.
+    nets: Sequence[nn.Module], losses: list[tuple[str, Tensor]], *, dims: ParallelDims, stop: bool
+) -> tuple[list[float], bool, bool]:
+    """Global gradient norm of each network, whether all losses and gradients are finite, whether
+    any rank asks to stop: one reduction, one host read.
     """
-    grads = _gradients(net)
-    if not grads:
-        raise RuntimeError("the backward pass reached no parameter of the trained network")
-    squares = torch.nn.utils.get_total_norm(grads, norm_type=2.0).double().square()
-    bad_losses = (~torch.stack([value.isfinite() for _, value in losses])).sum().to(squares)
-    facts = torch.stack([squares, bad_losses, torch.full_like(squares, float(stop))])
+    squares = []
+    for net in nets:
+        grads = _gradients(net)
+        if not grads:
+            raise RuntimeError(
+                "the backward pass reached no parameter of the trained network"
+                f" {type(net).__name__}"
+            )
+        squares.append(torch.nn.utils.get_total_norm(grads, norm_type=2.0).double().square())
+    bad_losses = (~torch.stack([value.isfinite() for _, value in losses])).sum().to(squares[0])
+    facts = torch.stack([*squares, bad_losses, torch.full_like(bad_losses, float(stop))])
     if dims.world_size > 1:
         dist.all_reduce(facts)
-    total, bad, stops = facts.tolist()
-    norm = (total / dims.dp_replicate) ** 0.5  # every replica adds the same shards
-    return norm, bad == 0 and norm < float("inf"), stops > 0
+    *totals, bad, stops = facts.tolist()
+    # every replica adds the same shards
+    norms = [(total / dims.dp_replicate) ** 0.5 for total in totals]
+    return norms, bad == 0 and all(norm < float("inf") for norm in norms), stops > 0
 
 
 def _scale_gradients(net: nn.Module, factor: float) -> None:

@@ -117,7 +117,7 @@ def test_gradients_of_the_judged_window_are_those_of_masked_passes(name, step, r
     oracle = Denoiser(tiny_net(seed=1, attention="reference"), FP64)
     video = masked_rollout(m, oracle, name, plans, noise, first)
     assert video.shape[2] == judged
-    loss = dmd_loss(video, m._target(video, condition(tiny_config()), rng)).value
+    loss = dmd_loss(video, m._judge(video, condition(tiny_config()), rng)[0]).value
     loss.backward()
     torch.testing.assert_close(value, loss.detach(), rtol=1e-9, atol=0)
     expected = {key: p.grad for key, p in oracle.net.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
