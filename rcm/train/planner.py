@@ -13,8 +13,15 @@ from rcm.core.errors import ConfigError
 from rcm.parallel.checkpointing import MODES
 from rcm.train.planner_card import GIB, Card
 from rcm.train.planner_job import Job, PhasePlan
-from rcm.train.planner_memory import Term, pass_terms, state_terms
-from rcm.train.planner_time import pass_cost, update_seconds
+from rcm.train.planner_memory import (
+    Term,
+    host_bytes,
+    pass_terms,
+    present_terms,
+    state_terms,
+    update_terms,
+)
+from rcm.train.planner_time import moving_seconds, pass_cost, update_seconds
 
 SLACK = 1.06
 """Memory the caching allocator has reserved over what is allocated at the peak."""
@@ -62,6 +69,7 @@ class Prediction:
     peak: float  # largest `torch.cuda.max_memory_allocated` of all phases on rank 0
     reserved: float  # the peak with the allocator's slack and what lies outside it
     seconds: float  # mean iteration
+    host: float = 0.0  # bytes that rank 0 keeps in host memory
 
     @property
     def fits(self) -> bool:
@@ -82,23 +90,27 @@ def predict(job: Job, card: Card) -> Prediction:
     peak = max(phase.peak for phase in phases)
     reserved = peak * SLACK + OUTSIDE * (2 if job.ranks > 1 else 1)
     seconds = sum(phase.share * phase.seconds for phase in phases)
-    return Prediction(job, card, states, phases, base, peak, reserved, seconds)
+    return Prediction(job, card, states, phases, base, peak, reserved, seconds, host_bytes(job))
 
 
 def _phase(job: Job, card: Card, phase: PhasePlan, base: float) -> PhasePrediction:
     passes = []
     for step in phase.passes:
-        terms, cost = tuple(pass_terms(job, phase, step)), pass_cost(job, card, step)
-        size = sum(term.bytes for term in terms)
+        terms = (*present_terms(job, phase, step.role), *pass_terms(job, phase, step))
+        cost, size = pass_cost(job, card, step), sum(term.bytes for term in terms)
         passes.append(
             PassPrediction(step.name, step.role, step.mode, size, cost.seconds, cost.flops, terms)
         )
     fullest = max(passes, key=lambda item: item.bytes)
+    size, terms, name = fullest.bytes, fullest.terms, fullest.name
+    in_update = tuple(update_terms(job, phase))
+    if sum(term.bytes for term in in_update) > size:
+        size, terms, name = sum(term.bytes for term in in_update), in_update, "update"
     update = update_seconds(job, card, phase)
-    seconds = job.accumulation * sum(item.seconds for item in passes) + update
-    peak, name = base + fullest.bytes, fullest.name
+    computing = job.accumulation * sum(item.seconds for item in passes)
+    seconds = computing + update + moving_seconds(job, card, phase)
     return PhasePrediction(
-        phase.role, phase.share, tuple(passes), fullest.terms, peak, name, seconds, update
+        phase.role, phase.share, tuple(passes), terms, base + size, name, seconds, update
     )
 
 

@@ -25,6 +25,7 @@ class Card:
     bandwidth: float = 3.6e12  # device memory, read plus write
     link: float = 350e9  # of a rank to the other ranks of its node
     network: float = 45e9  # of a rank to other nodes
+    host: float = 50e9  # to or from pinned host memory; assumed from the bus (PCIe 5.0 x16)
     node: int = 8  # cards of a node
     launch: float = 0.8e-3  # seconds that a block takes at least
     measured: bool = False
@@ -33,11 +34,15 @@ class Card:
 H200 = Card("h200", 139.8, measured=True)
 
 
-def _scaled(name: str, gib: float, *, compute: float, bandwidth: float) -> Card:
+PCIE_4 = 24e9
+"""Bytes/s of copies over PCIe 4.0 x16, assumed."""
+
+
+def _scaled(name: str, gib: float, *, compute: float, bandwidth: float, **links: float) -> Card:
     """A card with these shares of the H200's arithmetic and memory speed."""
     arithmetic = ("matmul", "attention", "attention_backward", "attention_tangent")
     rates = {rate: getattr(H200, rate) * compute for rate in arithmetic}
-    return Card(name, gib, bandwidth=H200.bandwidth * bandwidth, **rates)
+    return Card(name, gib, bandwidth=H200.bandwidth * bandwidth, **rates, **links)
 
 
 CARDS = {
@@ -47,8 +52,11 @@ CARDS = {
         _scaled("h100", 79.1, compute=1.0, bandwidth=0.70),
         _scaled("h20", 95.6, compute=0.15, bandwidth=0.83),
         _scaled("b200", 178.0, compute=2.2, bandwidth=1.67),
-        _scaled("a100-80", 79.2, compute=0.32, bandwidth=0.42),
-        _scaled("a100-40", 39.4, compute=0.32, bandwidth=0.32),
+        _scaled("a100-80", 79.2, compute=0.32, bandwidth=0.42, host=PCIE_4),
+        _scaled("a100-40", 39.4, compute=0.32, bandwidth=0.32, host=PCIE_4),
+        # 48 and 24 GB, linked by the bus alone
+        _scaled("l40s", 44.4, compute=0.366, bandwidth=0.18, host=PCIE_4, link=PCIE_4),
+        _scaled("rtx4090", 23.5, compute=0.167, bandwidth=0.21, host=PCIE_4, link=PCIE_4),
     )
 }
 """By the name that `gpu=` takes."""

@@ -16,11 +16,13 @@ from typing import Literal
 import torch
 
 from rcm.core.errors import ConfigError
+from rcm.nets.frozen_fp8 import FrozenWeights, fits
 from rcm.nets.layout import TokenLayout
 from rcm.nets.wan.adapters import adapter_elements
 from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.model import WanDiT
 from rcm.parallel.checkpointing import MODES, Mode
+from rcm.train.moments import BLOCK, SMALLEST_BLOCK, States
 
 
 @cache
@@ -43,6 +45,33 @@ def _elements(config: WanConfig, shard: int, part: str) -> int:
     return sum(-(-shape[0] // shard) * math.prod(shape[1:]) for shape in shapes)
 
 
+@cache
+def _rounded(config: WanConfig, shard: int) -> tuple[int, int]:
+    """Weights that a rounded frozen network keeps in e4m3 on rank 0 of `shard` ranks, and their
+    rows.
+    """
+    shapes = [
+        shape
+        for name, shape in parameter_shapes(config)
+        if name.startswith("blocks.") and len(shape) == 2 and fits(shape)
+    ]
+    rows = [-(-shape[0] // shard) for shape in shapes]
+    return sum(n * shape[1] for n, shape in zip(rows, shapes, strict=True)), sum(rows)
+
+
+@cache
+def _coded(config: WanConfig, shard: int) -> tuple[int, int]:
+    """Trained numbers whose moments are 8-bit codes on rank 0 of `shard` ranks, and blocks that
+    share a scale.
+    """
+    sizes = [
+        (-(-shape[0] // shard) * math.prod(shape[1:]), math.gcd(shape[-1], BLOCK))
+        for _, shape in parameter_shapes(config)
+        if len(shape) > 1 and math.gcd(shape[-1], BLOCK) >= SMALLEST_BLOCK
+    ]
+    return sum(size for size, _ in sizes), sum(size // block for size, block in sizes)
+
+
 @dataclass(frozen=True)
 class NetPlan:
     """One network of a job."""
@@ -57,6 +86,7 @@ class NetPlan:
     rank: int = 0
     layers: tuple[str, ...] = ()
     base: str = ""  # role whose network in memory computes this one, too; "" = its own
+    states: States = "float32"  # form of its optimiser's moments
 
     def __post_init__(self) -> None:
         if self.recompute not in MODES:
@@ -69,6 +99,25 @@ class NetPlan:
         6, E] stays whole on rank 0.
         """
         return _elements(self.config, shard, part)
+
+    def rounded(self, *, shard: int = 1) -> tuple[int, int]:
+        """As `elements`, of what is e4m3 where a frozen network is rounded, and its rows."""
+        return _rounded(self.config, shard)
+
+    def moment_bytes(self, *, shard: int, wide: int) -> float:
+        """Both moments on rank 0; `wide`: bytes of a number in full precision."""
+        count = self.trained_elements(shard=shard)
+        if self.states in ("int8", "float8") and not self.rank:
+            coded, blocks = _coded(self.config, shard)
+            return 2.0 * (coded + 4 * blocks + wide * (count - coded))
+        if self.states in ("int8", "float8"):  # factors have a few blocks per row
+            return 2.0 * count * (1 + 4 / math.gcd(self.rank, BLOCK))
+        return 2.0 * count * (2 if self.states == "bfloat16" else wide)
+
+    @property
+    def largest(self) -> int:
+        """Numbers of the largest tensor."""
+        return max(math.prod(shape) for _, shape in parameter_shapes(self.config))
 
     def trained_elements(self, *, shard: int = 1) -> int:
         """As `elements`, of what is trained."""
@@ -147,6 +196,9 @@ class Job:
     reduce_bytes: int = 4  # gradients
     fused: bool = True  # the fused kernels run (CUDA), not the plain formulas
     gradient_sync: str = "last"  # as in the training step's configuration
+    frozen_weights: FrozenWeights = "compute"  # form of frozen networks
+    host_states: bool = False  # moments and averages live in host memory
+    idle_roles: bool = False  # networks whose turn it is not wait in host memory
 
     def __post_init__(self) -> None:
         if self.ranks % self.shard_ranks or self.shard_ranks % self.context:
@@ -186,6 +238,23 @@ class Job:
     def stored(self, net: NetPlan) -> int:
         """Parameters of `net` on rank 0."""
         return net.elements(shard=max(1, self.shards_of(net)))
+
+    def is_rounded(self, net: NetPlan) -> bool:
+        """Whether the blocks' weights of `net` are e4m3."""
+        return self.frozen_weights != "compute" and not (net.trained or net.base)
+
+    def compute_size(self, net: NetPlan, *, shard: int = 1, blocks: int | None = None) -> float:
+        """Bytes of `net` as frozen networks are stored and as FSDP2 gathers any, of rank 0 of
+        `shard` ranks. `blocks`: of that many blocks alone, whole.
+        """
+        layers = net.config.num_layers
+        of_blocks = 1.0 if blocks is None else blocks / layers
+        count = net.elements(shard=shard, part="blocks" if blocks is not None else "all")
+        size = self.compute_bytes * count * of_blocks
+        if not self.is_rounded(net):
+            return size
+        rounded, rows = net.rounded(shard=shard)
+        return size + ((1 - self.compute_bytes) * rounded + 4 * rows) * of_blocks
 
     def trained(self, net: NetPlan) -> int:
         """What is trained of `net` on rank 0."""

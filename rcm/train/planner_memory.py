@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from rcm.nets.layout import TokenLayout
-from rcm.train.planner_job import Job, Pass, PhasePlan
+from rcm.train.kept_adamw import BUCKET
+from rcm.train.planner_job import Job, NetPlan, Pass, PhasePlan
 
 LATENT_TENSORS = 8
 """Float32 tensors of the size of the latents that are alive in a loss: data, noise, times them,
@@ -43,6 +44,9 @@ ROWS = {
 }
 """Tensors of a block that are alive at its fullest moments: E-wide and H-wide rows per token."""
 
+ROUNDING = {"float32": 0, "bfloat16": 16, "int8": 64, "float8": 16}
+"""Bytes per number of the largest tensor while a moment is rounded, by its form."""
+
 TANGENT_KEYS = 7
 """E-wide rows per cached token of attention with tangents."""
 
@@ -57,31 +61,90 @@ class Term:
 
 
 def state_terms(job: Job) -> list[Term]:
-    """What is there all the time: weights, optimiser states, averages (`rcm.train.state`)."""
+    """What is there all the time: weights, unless they come and go, optimiser states and averages,
+    unless they live on the host (`rcm.train.state`).
+    """
     terms = []
     for net in job.nets:
-        shards = job.shards_of(net)
-        part = f"1/{shards} of " if shards > 1 else ""
-        if not net.base and (net.rank or not net.trained):
-            what = f"{part}{net.elements():,} parameters, frozen, in the compute dtype"
-            terms.append(Term(f"{net.role} weights", job.compute_bytes * job.stored(net), what))
-        if not net.trained:
+        terms += [] if job.idle_roles else weight_terms(job, net)
+        if not net.trained or job.host_states:
             continue
-        size, adam = (
-            job.param_bytes * job.trained(net),
-            "AdamW: first and second moment of every parameter",
-        )
+        told = "" if net.states == "float32" else f" in {net.states}"
+        adam = f"AdamW: first and second moment of every parameter{told}"
+        terms.append(Term(f"{net.role} optimiser", moment_bytes(job, net), adam))
+        if net.averaged:
+            average = average_bytes(job, net)
+            terms.append(Term(f"{net.role} average", average, "EMA: a float32 copy of the shards"))
+    return terms
+
+
+def host_bytes(job: Job) -> float:
+    """What rank 0 keeps in host memory."""
+    size = 0.0
+    for net in job.nets:
+        if job.idle_roles:
+            size += sum(term.bytes for term in weight_terms(job, net))
+        if job.host_states and net.trained:
+            size += moment_bytes(job, net) + average_bytes(job, net) * net.averaged
+    return size
+
+
+def moment_bytes(job: Job, net: NetPlan) -> float:
+    """Both moments of a trained network on rank 0."""
+    return net.moment_bytes(shard=max(1, job.shards_of(net)), wide=job.param_bytes)
+
+
+def average_bytes(job: Job, net: NetPlan) -> float:
+    """An average on rank 0."""
+    return float(max(4, job.param_bytes) * job.trained(net))
+
+
+def weight_terms(job: Job, net: NetPlan) -> list[Term]:
+    """Weights of one network, or its adapters and the base that they lie on."""
+    terms, shards = [], job.shards_of(net)
+    part = f"1/{shards} of " if shards > 1 else ""
+    if not net.base and (net.rank or not net.trained):
+        form = "blocks in e4m3" if job.is_rounded(net) else "in the compute dtype"
+        what = f"{part}{net.elements():,} parameters, frozen, {form}"
+        size = job.compute_size(net, shard=max(1, shards))
+        terms.append(Term(f"{net.role} weights", size, what))
+    if net.trained:
         name, kind = (
             ("adapters", f"parameters of rank {net.rank}")
             if net.rank
             else ("weights", "master parameters")
         )
+        size = float(job.param_bytes * job.trained(net))
         terms.append(Term(f"{net.role} {name}", size, f"{part}{net.trained_elements():,} {kind}"))
-        terms.append(Term(f"{net.role} optimiser", 2 * size, adam))
-        if net.averaged:
-            average = max(4, job.param_bytes) * job.trained(net)
-            terms.append(Term(f"{net.role} average", average, "EMA: a float32 copy of the shards"))
     return terms
+
+
+def present_terms(job: Job, phase: PhasePlan, role: str) -> list[Term]:
+    """Weights that are there while `role` computes, where others wait on the host: its own, and
+    those of the role in training.
+    """
+    present = {phase.role, role} if job.idle_roles else ()
+    return [term for net in job.nets if net.role in present for term in weight_terms(job, net)]
+
+
+def update_terms(job: Job, phase: PhasePlan) -> list[Term]:
+    """Everything beside the states in an update whose moments are opened bucket by bucket
+    (`rcm.train.kept_adamw`); nothing where AdamW works in place.
+    """
+    net = job.net(phase.role)
+    if not job.host_states and net.states == "float32":
+        return []
+    count, largest = job.trained(net), net.largest / max(1, job.shards_of(net))
+    bucket = min(count, max(BUCKET, largest))
+    opened = 0 if net.states == "float32" else 2 * job.param_bytes * bucket
+    rounding = ROUNDING[net.states] * min(largest, bucket)
+    visiting = 3 * bucket * moment_bytes(job, net) / count if job.host_states else 0.0
+    gradients = float((job.reduce_bytes if job.shards_of(net) else job.param_bytes) * count)
+    return [
+        *present_terms(job, phase, phase.role),
+        Term("gradients", gradients, "reduced"),
+        Term("moments", visiting + opened + rounding, "of the numbers that are updated at once"),
+    ]
 
 
 class PassMemory:
@@ -154,8 +217,17 @@ class PassMemory:
             attention += self.joined_keys(layout)
         else:
             attention += TANGENT_KEYS * layout.context_tokens * self.row * self.config.dim
-        inside = max(self.rows(layout, mode), attention)
+        inside = max(self.rows(layout, mode), attention) + self.rounded(layout)
         return inside + self.exchanged * exchange + self.tables(layout)
+
+    def rounded(self, layout: TokenLayout) -> float:
+        """Of a network in e4m3: a layer's weight made wide, or its input rounded."""
+        if not self.job.is_rounded(self.net):
+            return 0.0
+        if self.job.frozen_weights == "fp8_storage":
+            return float(self.job.compute_bytes * self.config.dim * self.config.ffn_dim)
+        rows = self.job.batch * layout.num_tokens / self.job.context
+        return rows * (self.config.ffn_dim + 4)
 
     def backward(self, layout: TokenLayout) -> float:
         """One block's input, what it saves, and its gradients on the way, under context
@@ -183,13 +255,14 @@ class PassMemory:
 def gathered_terms(job: Job, phase: PhasePlan) -> list[Term]:
     """Parameters that FSDP2 has gathered, of the phase's largest network."""
     nets = [job.net(role) for role in {step.role for step in phase.passes}]
-    nets = [net for net in nets if job.shards_of(net)]
     sizes = [
-        2 * (net.block_elements + bool(net.rank) * net.trained_block) + net.elements(part="root")
+        job.compute_size(net, blocks=2)
+        + job.compute_bytes * (2 * bool(net.rank) * net.trained_block + net.elements(part="root"))
         for net in nets
+        if job.shards_of(net)
     ]
     what = "FSDP2: a block in use, the next one arriving, and what lies outside the blocks"
-    return [Term("gathered parameters", max(sizes) * job.compute_bytes, what)] if sizes else []
+    return [Term("gathered parameters", max(sizes), what)] if sizes else []
 
 
 def gradient_terms(job: Job, phase: PhasePlan, *, earlier: bool) -> tuple[float, float, float]:

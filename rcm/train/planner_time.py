@@ -15,6 +15,7 @@ from rcm.nets.wan.adapters import adapter_elements
 from rcm.nets.wan.config import WanConfig
 from rcm.train.planner_card import Card
 from rcm.train.planner_job import Job, NetPlan, Pass, PhasePlan, visible_pairs
+from rcm.train.planner_memory import average_bytes, moment_bytes, weight_terms
 
 ELEMENTWISE_ROWS = 25
 """E-wide rows that the fused elementwise kernels of a block read and write per token, beside two
@@ -102,10 +103,16 @@ def pass_cost(job: Job, card: Card, step: Pass) -> Cost:
         # norms, rotations, gates and GELU
         rows = layout.num_tokens * (ELEMENTWISE_ROWS * config.dim + 2 * config.ffn_dim)
         traffic = times.rows * config.num_layers * rows * job.compute_bytes
-        seconds = share * (seconds + traffic / card.bandwidth)
+        seconds = share * (seconds + traffic / card.bandwidth) + _widening(job, card, net)
         seconds = max(seconds, times.launches * config.num_layers * card.launch, gathering)
         total += count * (seconds + times.exchanges * _exchanging(job, card, net, layout))
     return Cost(flops, total)
+
+
+def _widening(job: Job, card: Card, net: NetPlan) -> float:
+    """Of weights in e4m3 for one forward: each is read, written wide, scaled in place, and read."""
+    wide = job.is_rounded(net) and job.frozen_weights == "fp8_storage"
+    return wide * net.rounded()[0] * (1 + 3 * job.compute_bytes) / card.bandwidth
 
 
 def _speed(card: Card, ranks: int) -> float:
@@ -119,7 +126,7 @@ def _gathering(job: Job, card: Card, net: NetPlan, step: Pass) -> float:
     ranks = max(1, job.shards_of(net))
     training = step.mode == "train"
     moved = (
-        job.compute_bytes * net.elements() * (1 + training)
+        job.compute_size(net) * (1 + training)
         + job.reduce_bytes * net.trained_elements() * training
     )
     return moved * (ranks - 1) / ranks / _speed(card, ranks)
@@ -133,6 +140,31 @@ def _exchanging(job: Job, card: Card, net: NetPlan, layout: TokenLayout) -> floa
 
 
 def update_seconds(job: Job, card: Card, phase: PhasePlan) -> float:
-    """AdamW reads four and writes three numbers per parameter, the EMA reads two and writes one."""
+    """AdamW reads four and writes three numbers per parameter, the EMA reads two and writes one.
+    States on the host pass both ways at once, beside the arithmetic.
+    """
     net = job.net(phase.role)
-    return job.trained(net) * job.param_bytes * (7 + 3 * net.averaged) / card.bandwidth
+    inside = job.trained(net) * job.param_bytes * (7 + 3 * net.averaged) / card.bandwidth
+    if not job.host_states:
+        return inside
+    return max(
+        inside, (moment_bytes(job, net) + net.averaged * average_bytes(job, net)) / card.host
+    )
+
+
+def moving_seconds(job: Job, card: Card, phase: PhasePlan) -> float:
+    """Networks that come from the host, one after another, none of it hidden. The role in training
+    comes and goes when the turn passes to it, for it was changed; others come for each micro-batch
+    as often as another one computed in between.
+    """
+    if not job.idle_roles:
+        return 0.0
+    sizes = {net.role: sum(t.bytes for t in weight_terms(job, net)) for net in job.nets}
+    turns = min(other.share for other in job.phases) / phase.share
+    moved = 2 * turns * sizes[phase.role] if len(job.phases) > 1 else 0.0
+    present = phase.role
+    for step in phase.passes:
+        if step.role not in (phase.role, present):
+            moved += job.accumulation * sizes[step.role]
+        present = step.role
+    return moved / card.host
