@@ -139,8 +139,61 @@ class Full(_IntervalMask):
         return (Segment(0, self.q_len, ((0, self.kv_len),)),)
 
 
+class _BlockMask(_IntervalMask):
+    """What masks over the blocks of a `pattern` share: their checks, and how tokens, blocks, window
+    and sinks meet.
+    """
+
+    pattern: BlockPattern
+    num_frames: int
+    tokens_per_frame: int
+    window: int | None
+    sinks: int
+
+    def __post_init__(self) -> None:
+        kind = type(self).__name__
+        _require_positive(f"{kind}.num_frames", self.num_frames)
+        _require_positive(f"{kind}.tokens_per_frame", self.tokens_per_frame)
+        if self.window is not None:
+            _require_positive(
+                f"{kind}.window (blocks, the query's own included; None = unlimited)", self.window
+            )
+        if self.sinks < 0:
+            raise ConfigError(f"{kind}.sinks must be at least 0 blocks, got {self.sinks}")
+        self.pattern.num_blocks(self.num_frames)
+
+    def _block_of(self, token: Tensor) -> Tensor:
+        """Block index by arithmetic: a frame of the first block gives a non-positive quotient,
+        clamped to 0.
+        """
+        frame = token // self.tokens_per_frame
+        return ((frame - self.pattern.first) // self.pattern.chunk + 1).clamp(min=0)
+
+    def _in_reach(self, q_block: Tensor, kv_block: Tensor) -> Tensor:
+        """Window and sinks; the caller adds causality."""
+        if self.window is None:
+            return kv_block >= 0
+        return (kv_block > q_block - self.window) | (kv_block < self.sinks)
+
+    def _token_bounds(self) -> list[Interval]:
+        return [
+            (start * self.tokens_per_frame, stop * self.tokens_per_frame)
+            for start, stop in self.pattern.bounds(self.num_frames)
+        ]
+
+    def _prefix(self, bounds: list[Interval], block: int, num: int) -> list[Interval]:
+        """Those of the first `num` key blocks, which lie in `bounds`, that a query of `block`
+        reaches through window and sinks.
+        """
+        prefix = bounds[:num]
+        if self.window is None:
+            return prefix
+        oldest = max(0, block - self.window + 1)
+        return prefix[: self.sinks] + prefix[max(oldest, self.sinks) :]
+
+
 @dataclass(frozen=True)
-class BlockCausal(_IntervalMask):
+class BlockCausal(_BlockMask):
     """A query of block i sees key blocks j <= i (Causal_rCM.md section 2, block_causal).
 
     With `window=K`: of those only j >= i - (K - 1), and j < `sinks`. Keys are the blocks 0 .. last
@@ -159,7 +212,7 @@ class BlockCausal(_IntervalMask):
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        _check_common(self)
+        super().__post_init__()
         num_blocks = self.pattern.num_blocks(self.num_frames)
         if not 0 <= self.q_block_offset < num_blocks:
             raise ConfigError(
@@ -191,9 +244,8 @@ class BlockCausal(_IntervalMask):
         """Broadcasting predicate; `q_idx` counts from the first query token, `kv_idx` from the
         first key token.
         """
-        q_block = _block_of_token(self, q_idx + self._q_token_offset)
-        kv_block = _block_of_token(self, kv_idx)
-        return (kv_block <= q_block) & _in_reach(self, q_block, kv_block)
+        q_block, kv_block = self._block_of(q_idx + self._q_token_offset), self._block_of(kv_idx)
+        return (kv_block <= q_block) & self._in_reach(q_block, kv_block)
 
     def row_segments(self) -> tuple[Segment, ...]:
         """One segment per query block; neighbours with equal keys are joined."""
@@ -201,7 +253,7 @@ class BlockCausal(_IntervalMask):
 
 
 @dataclass(frozen=True)
-class TeacherForcing(_IntervalMask):
+class TeacherForcing(_BlockMask):
     """Keys are `[clean L ; noisy L]` tokens with L = num_frames * tokens_per_frame (Causal_rCM.md
     section 2, teacher_forcing).
 
@@ -221,7 +273,7 @@ class TeacherForcing(_IntervalMask):
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        _check_common(self)
+        super().__post_init__()
         if self.queries not in ("both", "noisy"):
             raise ConfigError(
                 f"TeacherForcing.queries must be 'both' or 'noisy', got {self.queries!r}"
@@ -249,11 +301,8 @@ class TeacherForcing(_IntervalMask):
         half = self.half_len
         q_packed = q_idx if self.queries == "both" else q_idx + half
         q_noisy, kv_noisy = q_packed >= half, kv_idx >= half
-        q_block, kv_block = (
-            _block_of_token(self, q_packed % half),
-            _block_of_token(self, kv_idx % half),
-        )
-        strictly_before = (kv_block < q_block) & _in_reach(self, q_block, kv_block)
+        q_block, kv_block = self._block_of(q_packed % half), self._block_of(kv_idx % half)
+        strictly_before = (kv_block < q_block) & self._in_reach(q_block, kv_block)
         own_half_and_block = (q_noisy == kv_noisy) & (q_block == kv_block)
         return own_half_and_block | (strictly_before & ~kv_noisy)
 
@@ -264,68 +313,16 @@ class TeacherForcing(_IntervalMask):
         return _teacher_forcing_segments(self)
 
 
-def _check_common(mask: BlockCausal | TeacherForcing) -> None:
-    kind = type(mask).__name__
-    _require_positive(f"{kind}.num_frames", mask.num_frames)
-    _require_positive(f"{kind}.tokens_per_frame", mask.tokens_per_frame)
-    if mask.window is not None:
-        _require_positive(
-            f"{kind}.window (blocks, the query's own included; None = unlimited)", mask.window
-        )
-    if mask.sinks < 0:
-        raise ConfigError(f"{kind}.sinks must be at least 0 blocks, got {mask.sinks}")
-    mask.pattern.num_blocks(mask.num_frames)
-
-
 def _require_positive(name: str, value: int) -> None:
     if value < 1:
         raise ConfigError(f"{name} must be at least 1, got {value}")
 
 
-def _block_of_token(mask: BlockCausal | TeacherForcing, token: Tensor) -> Tensor:
-    """Block index by arithmetic: a frame of the first block gives a non-positive quotient, clamped
-    to 0.
-    """
-    frame = token // mask.tokens_per_frame
-    return ((frame - mask.pattern.first) // mask.pattern.chunk + 1).clamp(min=0)
-
-
-def _in_reach(mask: BlockCausal | TeacherForcing, q_block: Tensor, kv_block: Tensor) -> Tensor:
-    """Window and sinks; the caller adds causality."""
-    if mask.window is None:
-        return kv_block >= 0
-    return (kv_block > q_block - mask.window) | (kv_block < mask.sinks)
-
-
-def _token_bounds(mask: BlockCausal | TeacherForcing) -> list[Interval]:
-    return [
-        (start * mask.tokens_per_frame, stop * mask.tokens_per_frame)
-        for start, stop in mask.pattern.bounds(mask.num_frames)
-    ]
-
-
-def _reachable_prefix(
-    mask: BlockCausal | TeacherForcing, bounds: list[Interval], *, block: int, num_blocks: int
-) -> list[Interval]:
-    """Token intervals of the first `num_blocks` key blocks that a query of `block` reaches through
-    window and sinks.
-    """
-    prefix = bounds[:num_blocks]
-    if mask.window is None:
-        return prefix
-    oldest = max(0, block - mask.window + 1)
-    return prefix[: mask.sinks] + prefix[max(oldest, mask.sinks) :]
-
-
 @lru_cache(maxsize=256)
 def _block_causal_segments(mask: BlockCausal) -> tuple[Segment, ...]:
-    bounds, offset = _token_bounds(mask), mask._q_token_offset
+    bounds, offset = mask._token_bounds(), mask._q_token_offset
     runs = [
-        Segment(
-            start - offset,
-            stop - offset,
-            _union(_reachable_prefix(mask, bounds, block=block, num_blocks=block + 1)),
-        )
+        Segment(start - offset, stop - offset, _union(mask._prefix(bounds, block, block + 1)))
         for block, (start, stop) in enumerate(bounds)
         if block >= mask.q_block_offset
     ]
@@ -334,25 +331,13 @@ def _block_causal_segments(mask: BlockCausal) -> tuple[Segment, ...]:
 
 @lru_cache(maxsize=256)
 def _teacher_forcing_segments(mask: TeacherForcing) -> tuple[Segment, ...]:
-    bounds, half = _token_bounds(mask), mask.half_len
-    clean = [
-        Segment(*own, _union(_reachable_prefix(mask, bounds, block=block, num_blocks=block + 1)))
-        for block, own in enumerate(bounds)
-    ]
+    bounds, half = mask._token_bounds(), mask.half_len
+    clean = [Segment(*own, _union(mask._prefix(bounds, i, i + 1))) for i, own in enumerate(bounds)]
     shift = half if mask.queries == "both" else 0
-    noisy = [
-        Segment(
-            start + shift,
-            stop + shift,
-            _union(
-                [
-                    *_reachable_prefix(mask, bounds, block=block, num_blocks=block),
-                    (half + start, half + stop),
-                ]
-            ),
-        )
-        for block, (start, stop) in enumerate(bounds)
-    ]
+    noisy = []
+    for i, (start, stop) in enumerate(bounds):
+        seen = [*mask._prefix(bounds, i, i), (half + start, half + stop)]
+        noisy.append(Segment(start + shift, stop + shift, _union(seen)))
     return _join_equal(clean + noisy if mask.queries == "both" else noisy)
 
 

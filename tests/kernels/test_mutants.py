@@ -14,17 +14,17 @@ from rcm.kernels.flash_jvp.validation import check_problem
 from tests.support import attention_oracle, mask_oracle, mutants
 
 MASK_MUTANTS = {
-    "causal: <= to <": ("(kv_block <= q_block) & _in_reach", "(kv_block < q_block) & _in_reach"),
-    "teacher: strict < to <=": ("(kv_block < q_block) & _in_reach", "(kv_block <= q_block) & _in_reach"),
+    "causal: <= to <": ("(kv_block <= q_block) & self", "(kv_block < q_block) & self"),
+    "teacher: strict < to <=": ("(kv_block < q_block) & self", "(kv_block <= q_block) & self"),
     "teacher: clean sees noisy": ("(strictly_before & ~kv_noisy)", "strictly_before"),
     "teacher: noisy sees own clean block": ("(q_noisy == kv_noisy) & (q_block", "(q_noisy | ~kv_noisy) & (q_block"),
-    "window one too wide": ("kv_block > q_block - mask.window", "kv_block >= q_block - mask.window"),
-    "sinks one too many": ("kv_block < mask.sinks", "kv_block <= mask.sinks"),
-    "first block ignored": ("// mask.pattern.chunk + 1).clamp(min=0)", "// mask.pattern.chunk + 1)"),
-    "offset forgotten": ("_block_of_token(self, q_idx + self._q_token_offset)", "_block_of_token(self, q_idx)"),
-    "segments: window off by one": ("block - mask.window + 1)", "block - mask.window)"),
-    "segments: sink blocks twice": ("prefix[: mask.sinks] +", "[] +"),
-    "segments: noisy prefix includes own": ("block=block, num_blocks=block), (half", "block=block, num_blocks=block + 1), (half"),
+    "window one too wide": ("kv_block > q_block - self.window", "kv_block >= q_block - self.window"),
+    "sinks one too many": ("kv_block < self.sinks", "kv_block <= self.sinks"),
+    "first block ignored": ("// self.pattern.chunk + 1).clamp(min=0)", "// self.pattern.chunk + 1)"),
+    "offset forgotten": ("self._block_of(q_idx + self._q_token_offset)", "self._block_of(q_idx)"),
+    "segments: window off by one": ("block - self.window + 1)", "block - self.window)"),
+    "segments: sink blocks twice": ("prefix[: self.sinks] +", "[] +"),
+    "segments: noisy prefix includes own": ("[*mask._prefix(bounds, i, i), (half", "[*mask._prefix(bounds, i, i + 1), (half"),
     "tiles: common from the first run only": ("_intersection(common, segments[last].intervals)", "common"),
     "tiles: union from the first run only": ("_union([*union, *segments[last].intervals])", "union"),
 }

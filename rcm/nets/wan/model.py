@@ -31,6 +31,7 @@ from rcm.nets.layout import TokenLayout
 from rcm.nets.rope import RopePair, RopeTables
 from rcm.nets.wan.block import ContextKV, ContextTokens, Modulation, WanBlock
 from rcm.nets.wan.config import WanConfig
+from rcm.nets.wan.inputs import check_inputs, concat_frames
 from rcm.nets.wan.two_times import SpanEmbedding
 
 IMAGE_NORM_EPS = 1e-5
@@ -159,7 +160,7 @@ class WanDiT(nn.Module):
                    the frames' second time lies, up to where the velocity is a mean. None: 0.
         Raises `ValueError` for shapes that do not fit each other, the configuration or the cache.
         """
-        self._check(x, timestep, cond, layout, span)
+        check_inputs(self.config, x, timestep, cond, layout, span=span)
         if cache is None and max(layout.frame_index) >= self.config.max_frames:
             raise ValueError(
                 f"a whole video of {max(layout.frame_index) + 1} latent frames is longer than"
@@ -173,7 +174,7 @@ class WanDiT(nn.Module):
                 f"the layout expects {layout.context_tokens} cached tokens; pass cache="
             )
         if cond.concat is not None:
-            x = torch.cat([x, _concat_frames(cond.concat, layout)], dim=1)
+            x = torch.cat([x, concat_frames(cond.concat, layout)], dim=1)
         if cache is not None and cache.times is not None:
             time, rows = (
                 cache.times.embedding,
@@ -330,79 +331,9 @@ class WanDiT(nn.Module):
             return RopePair(query, query)
         return RopePair(query, self.rope.at(cache.positions(layout), device=device, dtype=dtype))
 
-    def _check(
-        self, x: Tensor, timestep: Tensor, cond: Condition, layout: TokenLayout, span: Tensor | None
-    ) -> None:
-        config, batch = self.config, x.shape[0]
-        extra = 0 if cond.concat is None else cond.concat.shape[1]
-        if x.dim() != 5 or x.shape[1] + extra != config.in_dim:
-            raise ValueError(
-                f"x must be [B, C, F, H, W] with C + {extra} concat channels = in_dim"
-                f" {config.in_dim}, got {tuple(x.shape)}"
-            )
-        grid = config.token_grid(x.shape[3], x.shape[4])
-        if (x.shape[2], grid) != (layout.num_frames, layout.grid):
-            raise ValueError(
-                f"x has {x.shape[2]} frames of {grid} tokens, the layout describes"
-                f" {layout.num_frames} of {layout.grid}"
-            )
-        if tuple(timestep.shape) not in ((batch, 1), (batch, layout.num_frames)):
-            raise ValueError(
-                f"timestep must be [{batch}, 1] or [{batch}, {layout.num_frames}], got"
-                f" {tuple(timestep.shape)}"
-            )
-        if not timestep.is_floating_point():
-            raise ValueError(f"timestep must be floating (0..1000), got {timestep.dtype}")
-        if span is not None and not config.two_times:
-            raise ValueError("a span was given to a network of one time; set net.two_times=True")
-        if span is not None and span.shape != timestep.shape:
-            raise ValueError(
-                f"span must have the shape of timestep, {tuple(timestep.shape)}, got"
-                f" {tuple(span.shape)}"
-            )
-        if cond.batch != batch:
-            raise ValueError(
-                f"condition has batch {cond.batch}, x has {batch}; use cond.expand({batch})"
-            )
-        if cond.text.shape[1] > config.text_len or cond.text.shape[2] != config.text_dim:
-            raise ValueError(
-                f"text must be [B, <= {config.text_len}, {config.text_dim}], got"
-                f" {tuple(cond.text.shape)}"
-            )
-        if (cond.image is not None) != config.image_branch:
-            raise ValueError(
-                f"image tokens are {'given' if cond.image is not None else 'missing'}, but"
-                f" net.image_branch={config.image_branch}"
-            )
-        if cond.image is not None and config.image_positions not in (0, cond.image.shape[1]):
-            raise ValueError(
-                f"net.image_positions={config.image_positions}, but {cond.image.shape[1]} image"
-                " tokens are given"
-            )
-
 
 def _centred_uniform(
     shape: torch.Size, *, generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
     """Uniform with mean 0 and variance 1."""
     return (torch.rand(shape, generator=generator, device=device) - 0.5) * 12**0.5
-
-
-def _concat_frames(concat: Tensor, layout: TokenLayout) -> Tensor:
-    """Extra channels for the packed frames: as they are when the counts agree, else those at the
-    frames' temporal positions, run by run.
-    """
-    if concat.shape[2] == layout.num_frames:
-        return concat
-    if max(layout.frame_index) >= concat.shape[2]:
-        raise ValueError(
-            f"concat has {concat.shape[2]} frames, the layout needs position"
-            f" {max(layout.frame_index)}; give one per input frame, or the whole video"
-        )
-    runs: list[list[int]] = []
-    for position in layout.frame_index:
-        if runs and runs[-1][1] == position:
-            runs[-1][1] += 1
-        else:
-            runs.append([position, position + 1])
-    return torch.cat([concat[:, :, start:stop] for start, stop in runs], dim=2)
