@@ -44,7 +44,8 @@ from rcm.evaluation.vbench_sampling import Share, SuiteRun, group_of_video, samp
 from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.outcome import check_device, command, exit_status
 from rcm.storage.shipped import asset
-from scripts.vbench_models import add_model_flags, open_sampler, output_name
+from scripts.vbench_flags import add_model_flags, output_name
+from scripts.vbench_models import open_sampler
 
 ASSETS = asset("vbench")
 
