@@ -40,10 +40,12 @@ from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.inference.outcome import command, writable_file
 from rcm.methods.base import Method, Phase, Thunk
+from rcm.parallel.fsdp import local
 from rcm.parallel.mesh import ParallelDims, process_group
 from rcm.train.describe import write_atomically
 from rcm.train.ema import EMAConfig
 from rcm.train.memory_trace import MemoryTrace
+from rcm.train.offload import IdleRoles
 from rcm.train.optim import AdamWConfig, LambdaLinear
 from rcm.train.planner import Prediction, predict
 from rcm.train.planner_card import GIB, H200
@@ -156,13 +158,23 @@ def _measure(
     case: str, run: Run, meter: Meter, *, dims: ParallelDims, device: torch.device
 ) -> list[Measured]:
     config, model = run.config, run.config.model.config
-    nets = RandomNets(model, dims=dims, device=device, seed=config.trainer.seed)
+    idle = IdleRoles() if config.trainer.offload.idle_roles else None
+    nets = RandomNets(model, dims=dims, device=device, seed=config.trainer.seed, idle=idle)
     method = build_method(config, nets, negative=lambda: negative_condition(config, device=device))
     state = TrainState.create(
         method.trainable,
-        optim={role: AdamWConfig(lr=1e-9) for role in method.trainable},
+        optim={
+            role: AdamWConfig(
+                lr=1e-9,
+                states=(
+                    config.optimizer if role == "student" else model.optimizer_fake_score
+                ).states,
+            )
+            for role in method.trainable
+        },
         schedule=LambdaLinear(),
         ema=EMAConfig() if model.ema.enabled else None,
+        host=config.trainer.offload.states,
     )
     batches = iter(build_loader(config, dims=dims))
     expected = expect(run, ranks=dims.world_size, device=device)
@@ -176,8 +188,12 @@ def _measure(
             ]
             before, begin = meter.start(), time.perf_counter()
             held = AtPhase(method, phase.role, longest_rollout(run))
-            run_step(state, held, batches=data, rngs=rngs, dims=dims, config=StepConfig())
-            peak = meter.peak()
+            run_step(
+                state, held, batches=data, rngs=rngs, dims=dims, config=StepConfig(), idle=idle
+            )
+            # on the CPU the host's memory is counted with the rest
+            outside = 0.0 if meter.trace is None else host_memory(state, idle)
+            peak = meter.peak() - outside
             found[phase.role] = Measured(
                 case,
                 phase.role,
@@ -188,6 +204,21 @@ def _measure(
                 phase.seconds,
             )
     return list(found.values())
+
+
+def host_memory(state: TrainState, idle: IdleRoles | None) -> float:
+    """Bytes that wait on the host."""
+    kept = [
+        value
+        for role in state.roles.values()
+        if getattr(role.optimizer, "host", False)
+        for values in role.optimizer.state.values()
+        for key, value in values.items()
+        if key != "step"
+    ]
+    if state.ema is not None and state.ema.host:
+        kept += state.ema.shadow.values()
+    return sum(local(value).nbytes for value in kept) + (0 if idle is None else idle.bytes)
 
 
 def expect(run: Run, *, ranks: int, device: torch.device) -> Prediction:

@@ -20,12 +20,14 @@ from rcm.configs.build import allow_tf32, train_state, trainer_config
 from rcm.configs.build_data import build_loader, negative_condition
 from rcm.configs.build_method import build_method
 from rcm.configs.compose import Run
+from rcm.configs.memory import require_here
 from rcm.configs.schema_model import CausalConfig
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.inference.outcome import out_of_memory
 from rcm.methods.base import Method, Phase, Thunk
 from rcm.parallel.mesh import ParallelDims
+from rcm.train.offload import IdleRoles
 from rcm.train.state import TrainState
 from rcm.train.trainer import Outcome, Trainer
 from scripts.bench_memory import Meter, RandomNets
@@ -268,7 +270,11 @@ def _train(
     """What `rcm.configs.build` does for `scripts.train`, without files."""
     config = run.config
     allow_tf32()
-    nets = RandomNets(config.model.config, dims=dims, device=device, seed=config.trainer.seed)
+    require_here(config, device=device)
+    idle = IdleRoles() if config.trainer.offload.idle_roles else None
+    nets = RandomNets(
+        config.model.config, dims=dims, device=device, seed=config.trainer.seed, idle=idle
+    )
     if reduce:
         nets.precision = replace(nets.precision, reduce=_DTYPES[reduce])
     method = build_method(config, nets, negative=lambda: negative_condition(config, device=device))
@@ -287,6 +293,7 @@ def _train(
         config=settings,
         device=device,
         observers=[watch],
+        idle=idle,
     ).run()
 
 

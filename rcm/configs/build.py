@@ -22,11 +22,13 @@ from rcm.configs.console import told
 from rcm.configs.continuity import continued_settings, shared_by_ranks
 from rcm.configs.convert import get_key
 from rcm.configs.inputs import unread_files
+from rcm.configs.memory import require_here
 from rcm.configs.network import wan_config
 from rcm.configs.pieces import described_pieces
 from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_causal import CausalConfig
 from rcm.core.files import discard
+from rcm.methods.adversary import HEAD
 from rcm.nets.denoiser import Denoiser
 from rcm.parallel.agree import on_first, require_same, together
 from rcm.parallel.mesh import ParallelDims, launch_group
@@ -39,9 +41,11 @@ from rcm.train.job_lock import job_lock
 from rcm.train.metrics import JsonLines, Sink, Wandb, require_wandb
 from rcm.train.monitor import DeviceMonitor, HeartBeat
 from rcm.train.observers import KernelRecord, LogLines, Memory, Observer, Profiler, Progress
+from rcm.train.offload import IdleRoles
 from rcm.train.resume import Taken
 from rcm.train.state import TrainState
 from rcm.train.step import StepConfig
+from rcm.train.stragglers import OwnTime, Stragglers
 from rcm.train.trainer import Outcome, Trainer, TrainerConfig
 
 UNCHECKED = ".config.yaml"
@@ -116,11 +120,19 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
     )
     resumes = bool(config.checkpoint.load_path) or find_model_directory(folder) is not None
     resumes &= "model" in Taken.all_but(config.checkpoint.keys_not_to_resume).parts
+    require_here(config, device=device)
+    idle = IdleRoles() if config.trainer.offload.idle_roles else None
     nets = NetBuilder(
-        config.model.config, dims=dims, device=device, seed=config.trainer.seed, resumes=resumes
+        config.model.config,
+        dims=dims,
+        device=device,
+        seed=config.trainer.seed,
+        resumes=resumes,
+        idle=idle,
     )
     method = build_method(config, nets, negative=lambda: negative_condition(config, device=device))
     state = train_state(config, method)
+    own = OwnTime()
     checkpointer = Checkpointer(
         folder,
         dims=dims,
@@ -133,6 +145,7 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
         settings=continued_settings(config),
         keep_last=config.checkpoint.keep_last,
         asynchronous=config.checkpoint.dcp_async_mode_enabled,
+        own=own,
     )
     _resume(config, checkpointer, state, loader)
     sinks = on_first(lambda: _begin_record(run, folder, resumed_at=state.iteration))
@@ -145,8 +158,14 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
         device=device,
         checkpointer=checkpointer,
         sinks=sinks or (),
+        idle=idle,
+        own=own,
         observers=_observers(
-            run, folder, Denoiser(method.trainable["student"], nets.precision), device=device
+            run,
+            folder,
+            Denoiser(method.trainable["student"], nets.precision),
+            device=device,
+            own=own,
         ),
     )
 
@@ -263,11 +282,16 @@ def train_state(config: TrainConfig, method) -> TrainState:
     networks, built.
     """
     model = config.model.config
+    optim = {"student": config.optimizer, "fake_score": model.optimizer_fake_score}
+    schedule = {"student": config.scheduler, "fake_score": model.scheduler_fake_score}
+    if HEAD in method.trainable:
+        optim[HEAD], schedule[HEAD] = model.gan.optimizer, model.gan.scheduler
     return TrainState.create(
         method.trainable,
-        optim={"student": config.optimizer, "fake_score": model.optimizer_fake_score},
-        schedule={"student": config.scheduler, "fake_score": model.scheduler_fake_score},
+        optim=optim,
+        schedule=schedule,
         ema=model.ema if model.ema.enabled else None,
+        host=config.trainer.offload.states,
     )
 
 
@@ -328,7 +352,9 @@ def _sinks(run: Run, folder: Path, *, resumed_at: int) -> list[Sink]:
     return sinks
 
 
-def _observers(run: Run, folder: Path, student, *, device: torch.device) -> list[Observer]:
+def _observers(
+    run: Run, folder: Path, student, *, device: torch.device, own: OwnTime
+) -> list[Observer]:
     trainer = run.config.trainer
     observers: list[Observer] = [KernelRecord(folder / "kernels.json")]
     if device.type == "cuda":
@@ -347,6 +373,17 @@ def _observers(run: Run, folder: Path, student, *, device: torch.device) -> list
     if figures.every_n:
         observers.append(
             DeviceMonitor(every=figures.every_n, device=device, detail=figures.log_memory_detail)
+        )
+    if trainer.callbacks.stragglers.every_n:
+        slow = trainer.callbacks.stragglers
+        observers.append(
+            Stragglers(
+                own,
+                every=slow.every_n,
+                device=device,
+                percent=slow.percent,
+                intervals=slow.intervals,
+            )
         )
     if trainer.profile_iter:
         observers.append(Profiler(folder=folder / "profile", skip=trainer.profile_iter))

@@ -32,6 +32,7 @@ from rcm.pipelines.described import description_of
 from rcm.pipelines.wan_files import NetworkWeights, network_weights
 from rcm.pipelines.weight_files import open_weights
 from rcm.storage.digest import DigestedWeights
+from rcm.train.offload import IdleRoles
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -60,7 +61,8 @@ def open_network(path: str | Path, *, knob: str) -> NetworkWeights:
 
 class NetBuilder:
     """Builds the networks of one run on this rank; every call is collective. `resumes`: a
-    checkpoint will replace the trained weights.
+    checkpoint will replace the trained weights. `idle`: takes charge of the networks that are
+    alone in memory.
 
     With `lora.rank`, networks of the same sizes and checkpoint are one in memory: the adapters of
     student and fake score lie on it, and a teacher is the base without them. `adapted`: role ->
@@ -75,7 +77,9 @@ class NetBuilder:
         device: torch.device,
         seed: int,
         resumes: bool = False,
+        idle: IdleRoles | None = None,
     ) -> None:
+        self.idle = idle
         self.config, self.dims, self.device, self.seed, self.resumes = (
             config,
             dims,
@@ -130,12 +134,15 @@ class NetBuilder:
         return self._bases[base]
 
     def _alone(self, knob: str, *, frozen: bool) -> nn.Module:
-        return self._build(
+        net = self._build(
             getattr(self.config, knob),
             knob=knob,
             checkpoint=checkpoint_of(self.config, knob),
             frozen=frozen,
         )
+        if self.idle is not None:
+            self.idle.add(TRAINED.get(knob, knob.removeprefix("net_")), net)
+        return net
 
     def _build(
         self,
@@ -173,6 +180,7 @@ class NetBuilder:
             checkpoint=net_config.sac_config.mode,
             checkpoint_every=net_config.sac_config.every_n_blocks,
             compile=config.compile,
+            frozen_weights=config.frozen_weights if frozen else "compute",
         )
         net.set_jvp_implementation(config.jvp_implementation)
         materialise(net, device=self.device)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from rcm.configs.bases import check_lora
 from rcm.configs.convert import get_key
+from rcm.configs.memory import check_memory
 from rcm.configs.network import networks, wan_config
 from rcm.configs.release_words import check_fixed
 from rcm.configs.schema import TrainConfig
+from rcm.configs.schema_causal import CausalConfig
 from rcm.configs.schema_common import PIXELS, CommonModelConfig, M
 from rcm.core.errors import ConfigError, require_divisible
 
@@ -26,18 +28,23 @@ def check(config: TrainConfig) -> None:
     model.check()
     _data(config)
     _networks(config)
+    _discriminator(config)
     _two_times(model)
     check_lora(model)
+    check_memory(config)
 
 
 def _rates(config: TrainConfig) -> None:
     """The largest rate of a schedule, and the decay it multiplies, leave weights between updates
     what they are.
     """
-    for optimizer, scheduler in (
+    pairs = [
         ("optimizer", "scheduler"),
         (f"{M}.optimizer_fake_score", f"{M}.scheduler_fake_score"),
-    ):
+    ]
+    if isinstance(config.model.config, CausalConfig):
+        pairs.append((f"{M}.gan.optimizer", f"{M}.gan.scheduler"))
+    for optimizer, scheduler in pairs:
         adam, plan = get_key(config, optimizer), get_key(config, scheduler)
         peak = adam.lr * max(plan.f_start, plan.f_max, plan.f_min)
         if peak > 1:
@@ -61,7 +68,13 @@ def check_mesh(config: TrainConfig, *, world_size: int) -> tuple[int, int, int]:
     among them, so dp_shard = shard / cp; a shard size below cp shards over the context-parallel
     group alone.
     """
-    shard, cp = config.model.config.fsdp_shard_size, config.model_parallel.context_parallel_size
+    model, cp = config.model.config, config.model_parallel.context_parallel_size
+    shard = model.fsdp_shard_size
+    if world_size > 1 and isinstance(model, CausalConfig) and model.gan.r1 == "exact":
+        raise ConfigError(
+            f"{M}.gan.r1=exact differentiates gradients of the fake score again, which FSDP2 of"
+            f" {world_size} ranks cannot; set {M}.gan.r1=approximate, or start one rank"
+        )
     require_divisible(
         "world size",
         value=world_size,
@@ -162,6 +175,20 @@ def _networks(config: TrainConfig) -> None:
             by_name="context_parallel_size",
             knob=context,
         )
+
+
+def _discriminator(config: TrainConfig) -> None:
+    """It has real videos, and blocks to read."""
+    model = config.model.config
+    if not isinstance(model, CausalConfig) or not model.gan.loss_scale:
+        return
+    if config.dataloader_train.kind == "prompts":
+        raise ConfigError(
+            f"data=prompts has no latents, which {M}.gan.loss_scale={model.gan.loss_scale:g} shows"
+            f" a discriminator as real videos; use data=latents, or set {M}.gan.loss_scale=0"
+        )
+    knob = f"{M}.net_fake_score"
+    model.gan.read_blocks(wan_config(networks(model)["net_fake_score"], knob=knob).num_layers)
 
 
 def _data(config: TrainConfig) -> None:

@@ -17,6 +17,7 @@ from rcm.configs.build_data import latent_shape
 from rcm.configs.build_nets import precision_of
 from rcm.configs.compose import Run
 from rcm.configs.network import networks, wan_config
+from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_causal import CausalConfig
 from rcm.configs.schema_common import CommonModelConfig, NetConfig
 from rcm.configs.schema_rcm import RCMConfig
@@ -38,7 +39,7 @@ def plan_job(run: Run, *, ranks: int, fused: bool = True, rollouts: Rollouts = "
     precision = precision_of(model)
     return Job(
         name=run.experiment or config.job.name,
-        nets=tuple(_net(key, net, model) for key, net in networks(model).items()),
+        nets=tuple(_net(key, net, config) for key, net in networks(model).items()),
         phases=(
             _causal_phases(model, rollouts)
             if isinstance(model, CausalConfig)
@@ -55,10 +56,14 @@ def plan_job(run: Run, *, ranks: int, fused: bool = True, rollouts: Rollouts = "
         reduce_bytes=precision.reduce.itemsize,
         fused=fused and precision.compute.itemsize < 8,
         gradient_sync=config.trainer.gradient_sync,
+        frozen_weights=model.frozen_weights,
+        host_states=config.trainer.offload.states,
+        idle_roles=config.trainer.offload.idle_roles,
     )
 
 
-def _net(key: str, net: NetConfig, model: CommonModelConfig) -> NetPlan:
+def _net(key: str, net: NetConfig, config: TrainConfig) -> NetPlan:
+    model = config.model.config
     role = key.removeprefix("net_") if key != "net" else "student"
     # whose network carries the adapters, or none
     carrier = next(iter(roles_on(model, base_of(model, key))), role)
@@ -77,6 +82,7 @@ def _net(key: str, net: NetConfig, model: CommonModelConfig) -> NetPlan:
         model.lora.rank,
         layers,
         base,
+        (config.optimizer if role == "student" else model.optimizer_fake_score).states,
     )
 
 

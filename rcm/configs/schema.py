@@ -18,6 +18,7 @@ from rcm.configs.schema_rcm import RCMConfig
 from rcm.core.errors import ConfigError
 from rcm.core.records import Record, within
 from rcm.train.monitor import CallbacksConfig
+from rcm.train.offload import OffloadConfig
 from rcm.train.optim import AdamWConfig, LambdaLinear
 from rcm.train.resume import Taken
 
@@ -104,6 +105,7 @@ class TrainerConfig(Record):
     nan_sample_limit: float = 0.01
     # each: reduce after every term (14B: no unsharded gradients, more traffic)
     gradient_sync: Literal["last", "each"] = "last"
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
     guard_tangents: bool = True  # check on the first step that no module drops a tangent
     progress_bar: bool = True  # on rank 0
     profile_iter: int = within(0, least=0)  # iteration to record with the profiler; 0 = none

@@ -14,6 +14,7 @@ from rcm.core.records import Record, within
 from rcm.diffusion.blocks import BlockPattern
 from rcm.diffusion.time_sampling import TimeLawConfig
 from rcm.nets.attention import attention_name
+from rcm.nets.frozen_fp8 import FrozenWeights
 from rcm.parallel.checkpointing import KEEP_PRODUCTS, SACConfig
 from rcm.train.ema import EMAConfig
 from rcm.train.optim import AdamWConfig, LambdaLinear
@@ -155,6 +156,9 @@ class CommonModelConfig(Record):
     precision: Dtype = "bfloat16"  # compute dtype; set by precision=NAME
     # dtype of the timestep a network receives (released Wan weights were trained with bfloat16)
     time_precision: Dtype = "bfloat16"
+    # how frozen networks keep their linear layers: compute dtype, e4m3 made wide for each product,
+    # or (fp8) products of e4m3
+    frozen_weights: FrozenWeights = "compute"
     grad_clip: bool = False  # clip the gradient norm (it is measured either way)
     grad_clip_norm: float = within(1.0, above=0)  # largest norm when grad_clip is on
     # ranks over which one copy of the parameters is sharded, context-parallel ranks included

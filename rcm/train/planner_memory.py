@@ -138,7 +138,8 @@ def update_terms(job: Job, phase: PhasePlan) -> list[Term]:
     bucket = min(count, max(BUCKET, largest))
     opened = 0 if net.states == "float32" else 2 * job.param_bytes * bucket
     rounding = ROUNDING[net.states] * min(largest, bucket)
-    visiting = 3 * bucket * moment_bytes(job, net) / count if job.host_states else 0.0
+    visitors = min(3 * bucket, count) if job.host_states else 0  # as `rcm.parallel.host.passing`
+    visiting = visitors * moment_bytes(job, net) / count
     gradients = float((job.reduce_bytes if job.shards_of(net) else job.param_bytes) * count)
     return [
         *present_terms(job, phase, phase.role),

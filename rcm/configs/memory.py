@@ -1,0 +1,76 @@
+"""Which ways to save memory a run may combine. What each does: docs/scale.md."""
+
+from __future__ import annotations
+
+import torch
+
+from rcm.configs.bases import TRAINED, base_of, roles_on
+from rcm.configs.network import networks
+from rcm.configs.schema import TrainConfig
+from rcm.configs.schema_common import CommonModelConfig, M
+from rcm.core.errors import ConfigError
+from rcm.nets.fp8_linear import CAPABILITY
+from rcm.train.moments import forms
+
+
+def frozen_alone(model: CommonModelConfig) -> list[str]:
+    """Keys of the frozen networks that are no base of adapters."""
+    return [
+        knob
+        for knob in networks(model)
+        if knob not in TRAINED and not roles_on(model, base_of(model, knob))
+    ]
+
+
+def check_memory(config: TrainConfig) -> None:
+    """Raise `ConfigError` for a way to save memory that this run cannot take, or that would save
+    nothing.
+    """
+    model, offload = config.model.config, config.trainer.offload
+    if model.frozen_weights != "compute":
+        _frozen_weights(model)
+    if not offload.idle_roles:
+        return
+    if model.lora.rank:
+        raise ConfigError(
+            f"trainer.offload.idle_roles=True cannot take {M}.lora.rank={model.lora.rank}: roles on"
+            " one base share its weights, which are never idle; choose one of them"
+        )
+    if len(networks(model)) == 1:
+        raise ConfigError(
+            "trainer.offload.idle_roles=True has no effect on a run with one network, which is"
+            " never idle; leave it at False"
+        )
+
+
+def require_here(config: TrainConfig, *, device: torch.device) -> None:
+    """Raise `ConfigError` before anything is built if this machine lacks what the run's ways to
+    save memory need: a package, or FP8 products.
+    """
+    model = config.model.config
+    for role, optimizer in {"net": config.optimizer, "fake": model.optimizer_fake_score}.items():
+        if role == "net" or model.net_fake_score is not None:
+            forms(optimizer.states)
+    if model.frozen_weights != "fp8" or device.type != "cuda":
+        return  # other devices emulate the products
+    found = torch.cuda.get_device_capability(device)
+    if found < CAPABILITY or model.precision != "bfloat16":
+        raise ConfigError(
+            f"{M}.frozen_weights=fp8 needs compute capability 8.9 or later and"
+            f" {M}.precision=bfloat16, {device} has {'.'.join(map(str, found))} and the run"
+            f" {model.precision}; set {M}.frozen_weights=fp8_storage"
+        )
+
+
+def _frozen_weights(model: CommonModelConfig) -> None:
+    told = f"{M}.frozen_weights={model.frozen_weights}"
+    if not frozen_alone(model):
+        base = f" beside the base of {M}.lora.rank={model.lora.rank}" if model.lora.rank else ""
+        raise ConfigError(
+            f"{told} has no effect on a run without a frozen network{base}; leave it at compute"
+        )
+    if model.compile:
+        raise ConfigError(
+            f"{told} cannot take {M}.compile=True, with which it was never tried; choose one of"
+            " them"
+        )
