@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rcm.configs.build_gan import build_adversary
 from rcm.configs.build_nets import NetBuilder
 from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_causal import CausalConfig
@@ -204,10 +205,11 @@ class _Causal(_Parts):
     def _self_forced(self, student: VelocityModel, forcing: TeacherForcing) -> Method:
         c = self.config
         teacher = self.nets.frozen("net_bidirectional_teacher")
+        fake_score = self.nets.trained("net_fake_score")
         return SelfForcedDMD(
             student,
             self.guided(teacher, c.bidirectional_guidance),
-            self.nets.trained("net_fake_score"),
+            fake_score,
             forcing=forcing,
             schedule=c.step_schedule(),
             law=c.p_D.build(),
@@ -216,6 +218,7 @@ class _Causal(_Parts):
             loss_scale=c.loss_scale_dmd,
             replayed=c.replayed_training,
             rollout_frames=c.long_tuning.frames or None,
+            adversary=build_adversary(c, self.nets, fake_score, nonfinite=self.nonfinite),
             nonfinite=self.nonfinite,
         )
 

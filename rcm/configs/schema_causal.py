@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Literal
 
 from rcm.configs.schema_common import CommonModelConfig, M, NetConfig, require_times
+from rcm.configs.schema_gan import GanConfig
 from rcm.core.errors import ConfigError
 from rcm.core.records import Record, within
 from rcm.diffusion.blocks import BlockPattern
@@ -118,6 +119,7 @@ class CausalConfig(CommonModelConfig):
     replayed_training: bool = False  # back-propagate one block at a time (sf_dmd)
     # sf_dmd; its checkpoints are streamed with the same window
     long_tuning: LongTuningConfig = field(default_factory=LongTuningConfig)
+    gan: GanConfig = field(default_factory=GanConfig)  # self-forced training: a discriminator too
     # largest step count per chunk, last repeats; () = max_simulation_steps_fake
     sf_simulation_steps_per_chunk: tuple[int, ...] = ()
     # RF times per entry above; () = from backward_timesteps
@@ -208,6 +210,7 @@ class CausalConfig(CommonModelConfig):
         self._check_steps()
         self._check_context()
         self._check_long_tuning()
+        self.gan.check(self)
         super().check()
 
     def _check_stage(self) -> None:

@@ -59,6 +59,7 @@ class GanHead(nn.Module):
         self, dim: int, *, taps: int, hidden: int, eps: float = 1e-6, fused: str = "auto"
     ) -> None:
         super().__init__()
+        self.fused = fused
         self.readers = nn.ModuleList(Reader(dim, hidden, eps=eps, fused=fused) for _ in range(taps))
         self.pool = nn.Identity()
         self.logit = PromotedLinear(taps * hidden, 1)
