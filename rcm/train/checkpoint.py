@@ -37,6 +37,7 @@ from rcm.train.describe import FILE_NAME, Description, write_atomically
 from rcm.train.resume import Taken
 from rcm.train.snapshot import Part, Positioned, capture, gather_positions, restore
 from rcm.train.state import TrainState
+from rcm.train.stragglers import OwnTime
 
 LATEST = "latest_checkpoint.txt"
 
@@ -47,7 +48,7 @@ class Checkpointer:
     `description`: what every checkpoint says about itself. `settings`: what a run that continues
     from one must share. `keep_last`: keep only that many newest checkpoints (0: all).
     `asynchronous`: `save` returns once the state is copied to host memory; errors of the write
-    surface at the next `save` or at `wait`.
+    surface at the next `save` or at `wait`. `own`: counts the seconds of this rank's own part.
     """
 
     def __init__(
@@ -59,10 +60,11 @@ class Checkpointer:
         settings: Settings = Settings(),
         keep_last: int = 0,
         asynchronous: bool = False,
+        own: OwnTime | None = None,
     ) -> None:
         self.root = Path(job) / "checkpoints"
         self.dims, self.description, self.settings = dims, description, settings
-        self.keep_last, self.asynchronous = keep_last, asynchronous
+        self.keep_last, self.asynchronous, self.own = keep_last, asynchronous, own or OwnTime()
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -166,15 +168,21 @@ class Checkpointer:
         self.description.require_same_adapters(stored, source=source)
 
     def _write(self, name: str, part: Part, unfinished: Path) -> None:
-        dcp.save(part, checkpoint_id=str(unfinished / name), no_dist=not dist.is_initialized())
-
-    def _write_later(self, name: str, part: Part, unfinished: Path) -> Any:
-        return dcp.async_save(
+        dcp.save(
             part,
-            checkpoint_id=str(unfinished / name),
-            process_group=self._group(name),
+            storage_writer=_TimedWriter(unfinished / name, own=self.own),
             no_dist=not dist.is_initialized(),
         )
+
+    def _write_later(self, name: str, part: Part, unfinished: Path) -> Any:
+        group = self._group(name)
+        with self.own.counted("checkpoint"):  # copies to the host; the rest is in the background
+            return dcp.async_save(
+                part,
+                checkpoint_id=str(unfinished / name),
+                process_group=group,
+                no_dist=not dist.is_initialized(),
+            )
 
     def _group(self, name: str) -> dist.ProcessGroup | None:
         """A gloo group of all ranks for background collectives of one kind; made on first use, in
@@ -264,6 +272,19 @@ class Checkpointer:
             for directory in older[: max(0, len(older) + 1 - self.keep_last)]:
                 discard(directory)
         logger.info("saved {}", final)
+
+
+class _TimedWriter(dcp.FileSystemWriter):
+    """DCP's writer of files, which counts the seconds of this rank's own files."""
+
+    def __init__(self, path: Path, *, own: OwnTime) -> None:
+        super().__init__(path)
+        self._own = own
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """As its base."""
+        with self._own.counted("checkpoint"):
+            return super().write_data(plan, planner)
 
 
 def _clear(root: Path, unfinished: Path) -> None:

@@ -28,6 +28,7 @@ from rcm.core.records import Record, within
 from rcm.train.describe import write_atomically
 from rcm.train.observers import is_main
 from rcm.train.state import TrainState
+from rcm.train.stragglers import StragglersConfig
 
 _PLACES = 3
 """Places of the main thread that a stall tells of."""
@@ -53,15 +54,17 @@ class DeviceMonitorConfig(Record):
 
 @dataclass(frozen=True)
 class CallbacksConfig:
-    """What watches a run without changing a weight. `callbacks=[basic]` turns both on."""
+    """What watches a run without changing a weight. `callbacks=[basic]` turns the first two on."""
 
     heart_beat: HeartBeatConfig = field(default_factory=HeartBeatConfig)
     device_monitor: DeviceMonitorConfig = field(default_factory=DeviceMonitorConfig)
+    stragglers: StragglersConfig = field(default_factory=StragglersConfig)
 
     def __post_init__(self) -> None:
         for name, given, idle in (
             ("heart_beat", self.heart_beat, HeartBeatConfig()),
             ("device_monitor", self.device_monitor, DeviceMonitorConfig()),
+            ("stragglers", self.stragglers, StragglersConfig()),
         ):
             if given.every_n == 0 and given != idle:
                 key = next(

@@ -30,6 +30,7 @@ from rcm.train.offload import IdleRoles
 from rcm.train.snapshot import Positioned
 from rcm.train.state import TrainState
 from rcm.train.step import StepConfig, StepReport, run_step
+from rcm.train.stragglers import OwnTime
 
 Outcome = Literal["finished", "interrupted"]
 
@@ -88,6 +89,7 @@ class Trainer:
         checkpointer: Checkpointer | None = None,
         sinks: Sequence[Sink] = (),
         observers: Sequence[Observer] = (),
+        own: OwnTime | None = None,
         idle: IdleRoles | None = None,
     ) -> None:
         self.idle = idle
@@ -99,7 +101,7 @@ class Trainer:
             config,
         )
         self.device, self.checkpointer = torch.device(device), checkpointer
-        self.observers = tuple(observers)
+        self.observers, self.own = tuple(observers), own or OwnTime()
         self.is_main = dims.rank == 0
         self.sinks = tuple(sinks) if self.is_main else ()
         self._averages = Averages()
@@ -167,7 +169,7 @@ class Trainer:
     def _iterate(self, batches: Iterator[LatentBatch], *, guard: bool) -> StepReport:
         config = self.config
         begun = time.monotonic()
-        data = together(lambda: [self._next(batches) for _ in range(config.grad_accum_iter)])
+        data = together(lambda: self._read(batches))
         self._averages.add({"time/seconds_waiting_for_data": time.monotonic() - begun})
         self._batch_size = data[0].batch_size
         rngs = [
@@ -188,6 +190,10 @@ class Trainer:
                 idle=self.idle,
                 stop=self._stop.is_set(),
             )
+
+    def _read(self, batches: Iterator[LatentBatch]) -> list[LatentBatch]:
+        with self.own.counted("data"):
+            return [self._next(batches) for _ in range(self.config.grad_accum_iter)]
 
     def _next(self, batches: Iterator[LatentBatch]) -> LatentBatch:
         try:
