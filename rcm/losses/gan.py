@@ -28,17 +28,20 @@ GanForm = Literal["softplus", "hinge"]
 
 def real_loss(logits: torch.Tensor, form: GanForm) -> torch.Tensor:
     """What a discriminator pays for real samples: softplus(-D), or max(0, 1 - D); elementwise."""
-    return F.softplus(-logits) if _is_softplus(form) else F.relu(1 - logits)
+    loss = F.softplus(-logits) if _is_softplus(form) else F.relu(1 - logits)
+    return loss + 0 * logits  # 0 * inf = NaN: an infinite logit is no perfect answer
 
 
 def fake_loss(logits: torch.Tensor, form: GanForm) -> torch.Tensor:
     """What it pays for generated ones: softplus(D), or max(0, 1 + D); elementwise."""
-    return F.softplus(logits) if _is_softplus(form) else F.relu(1 + logits)
+    loss = F.softplus(logits) if _is_softplus(form) else F.relu(1 + logits)
+    return loss + 0 * logits
 
 
 def generator_loss(logits: torch.Tensor, form: GanForm) -> torch.Tensor:
     """What the generator pays: softplus(-D), which does not saturate, or -D; elementwise."""
-    return F.softplus(-logits) if _is_softplus(form) else -logits
+    loss = F.softplus(-logits) if _is_softplus(form) else -logits
+    return loss + 0 * logits
 
 
 def exact_r1(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
