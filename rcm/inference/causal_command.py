@@ -7,52 +7,42 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from loguru import logger
 from torch import Tensor
 
-from rcm.core.errors import ConfigError
-from rcm.core.output_file import OutputFile
-from rcm.core.text_file import read_lines
-from rcm.encoders.codec import LatentStream, latent_frames
-from rcm.encoders.prompt_cleaning import checked_prompts
-from rcm.inference.causal_film import Film, FilmWriter, Reel
+from rcm.encoders.codec import LatentStream
+from rcm.inference.causal_film import Film, Reel, film_of, timelines_of
 from rcm.inference.causal_flags import (
     Defaults,
     causal_parser,
     codec_spec_of,
-    networks_of,
     recipe_of,
     settle_flags,
+    stream_spec_of,
 )
-from rcm.inference.causal_methods import policy_of
 from rcm.inference.causal_report import Marks, Stopwatch, Timing, timing_lines, write_causal_report
-from rcm.inference.flag_ranges import MAX_FRAMES
 from rcm.inference.outcome import check_device
 from rcm.inference.wan_command import frame_size, wan_main
-from rcm.inference.wan_models import Task, build_pipeline, check_files
+from rcm.inference.wan_flags import single_network
+from rcm.inference.wan_models import Task, open_pipeline
+from rcm.inference.wan_outputs import VideoWriter, claimed
 from rcm.inference.wan_progress import Progress
 from rcm.inference.wan_report import BANNER
-from rcm.kernels.fp8_attention.api import WIDTH, obstacle
-from rcm.kernels.kv_codec.codec import KVCodec
 from rcm.kernels.kv_codec.spec import KVCodecSpec
 from rcm.nets.condition import Condition
-from rcm.nets.denoiser import Guided
-from rcm.nets.kv_memo import MemoisedCodec
-from rcm.nets.wan.config import preset
+from rcm.nets.denoiser import guided
 from rcm.parallel.agree import on_first, shared
 from rcm.pipelines.image_condition import fit_image, read_image
 from rcm.pipelines.part_clock import PartClock
-from rcm.pipelines.scenes import Timeline, parse_timeline, read_timeline
+from rcm.pipelines.scenes import Timeline
 from rcm.pipelines.stream_spec import StreamSpec
-from rcm.pipelines.wan_pipeline import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE, WanPipeline
-from rcm.pipelines.wan_ranks import check_ranks, leads, num_ranks
+from rcm.pipelines.wan_pipeline import LATENT_CHANNELS, WanPipeline
+from rcm.pipelines.wan_ranks import leads, num_ranks
 from rcm.pipelines.wan_sizes import FrameSize
 from rcm.rollout.recipe import SamplingRecipe
 
@@ -75,7 +65,7 @@ def causal_main(
         settle_flags(flags, defaults)
         if flags.noise_device != "auto":
             check_device(flags.noise_device, knob="--noise_device")
-        return CausalJob(recipe_of(flags), codec_spec_of(flags), _timelines(flags))
+        return CausalJob(recipe_of(flags), codec_spec_of(flags), timelines_of(flags))
 
     return wan_main(causal_parser(name, about=about, defaults=defaults), argv, plan, make=run)
 
@@ -87,36 +77,24 @@ def run(flags: argparse.Namespace, job: CausalJob, *, clock: PartClock) -> None:
     """
     image = shared(on_first(lambda: read_image(flags.image_path) if flags.image_path else None))
     size, count = frame_size(flags, image), len(job.timelines)
-    films = [_film(flags, timeline, job, number) for number, timeline in enumerate(job.timelines)]
-    named = flags.preview_grid
-    sheets = [
-        None if named is None else _numbered(named, i, count, suffix=".png", knob="--preview_grid")
-        for i in range(count)
+    films = [
+        film_of(flags, timeline, job.recipe.blocks, number=number, count=count)
+        for number, timeline in enumerate(job.timelines)
     ]
-    report = (
-        None
-        if flags.report is None
-        else _numbered(flags.report, 0, 1, suffix=".json", knob="--report")
+    report = claimed(flags, "report", ".json")
+    specs = [_spec(flags, job, film, size=size, device=clock.device) for film in films]
+    task = Task(LATENT_CHANNELS)
+    models = open_pipeline(
+        flags, single_network(flags), family="causal", task=task, clock=clock, size=size
     )
-    specs = [_stream_spec(flags, job, film, size=size, device=clock.device) for film in films]
-    tokens = size.height * size.width // (2 * SPATIAL_STRIDE) ** 2
-    networks = networks_of(flags)
-    if flags.model_size != "auto":
-        check_ranks(
-            num_ranks(), num_heads=preset(flags.model_size).num_heads, tokens_per_frame=tokens
-        )
-    if not flags.random_weights:
-        on_first(lambda: check_files(flags, networks, family="causal", task=Task(LATENT_CHANNELS)))
     if leads():
         _say_what_is_made(flags, job, films, specs[0], size)
-    maker = Maker(
-        flags, job, build_pipeline(flags, networks, clock=clock, size=size), image=image, size=size
-    )
+    maker = Maker(flags, job, models, image=image, size=size)
     timings = []
-    for film, spec, sheet in zip(films, specs, sheets, strict=True):
+    for film, spec in zip(films, specs, strict=True):
         with Progress(sys.stdout) if leads() else nullcontext() as progress:
             clock.watch = _watching(progress)
-            timings.append(maker.make(film, spec, preview=sheet, progress=progress))
+            timings.append(maker.make(film, spec, progress=progress))
         if leads():
             print(
                 "\n".join([*timing_lines(timings[-1], clock), f"wrote {film.target.given}"]),
@@ -153,9 +131,7 @@ class Maker:
         self.negative = Condition(rows[-1:]) if guided else None
         self.prefix = None if image is None else models.from_first(lambda: self._encoded(image))
 
-    def make(
-        self, film: Film, spec: StreamSpec, *, preview: OutputFile | None, progress: Progress | None
-    ) -> Timing:
+    def make(self, film: Film, spec: StreamSpec, *, progress: Progress | None) -> Timing:
         """Warm-ups and timed runs of one video, all alike; the last one is written. The network and
         its cache are let go before the last decoding, where the memory policy asks for it.
         """
@@ -166,8 +142,7 @@ class Maker:
             timed, last = number >= flags.warmup_iters, number == count - 1
             if number == flags.warmup_iters:
                 models.clock.restart()
-            with ExitStack() as stack:
-                writer = FilmWriter(flags, film, preview, stack) if last and leads() else None
+            with self._writer(film) if last and leads() else nullcontext() as writer:
                 marks, latents = self._sampled(reel, decode=timed, writer=writer)
                 if last:
                     timing.cache_bytes, timing.passes = reel.cache_bytes(), reel.passes()
@@ -181,20 +156,20 @@ class Maker:
         models.codec.rest(models.memory.codec)
         return timing
 
+    def _writer(self, film: Film) -> VideoWriter:
+        options = {"num_frames": film.num_frames, "prompt": film.timeline.prompts[0]}
+        return VideoWriter(film.target, film.preview, flags=self.flags, **options)
+
     def _reel(self, film: Film, spec: StreamSpec, progress: Progress | None) -> Reel:
         flags = self.flags
         denoiser = self.models.experts[0].network.use()
         denoiser.net.rope.stretch((flags.ntk_t, flags.ntk_h, flags.ntk_w))
-        negative = self.negative
-        model = (
-            denoiser
-            if negative is None
-            else Guided(denoiser, denoiser.prepare(negative), self.job.recipe.guidance)
-        )
+        scale = 1.0 if self.negative is None else self.job.recipe.guidance
+        model = guided(denoiser, lambda: denoiser.prepare(self.negative), scale)
         return Reel(denoiser, model, film, spec, given=self.prefix, progress=progress)
 
     def _sampled(
-        self, reel: Reel, *, decode: bool, writer: FilmWriter | None
+        self, reel: Reel, *, decode: bool, writer: VideoWriter | None
     ) -> tuple[Marks, list[Tensor]]:
         """Sample once: the latents of all chunks, none where they are decoded as they are made."""
         flags, clock = self.flags, self.models.clock
@@ -215,7 +190,7 @@ class Maker:
         self,
         latents: list[Tensor],
         marks: Marks,
-        writer: FilmWriter | None,
+        writer: VideoWriter | None,
         progress: Progress | None,
     ) -> None:
         stream = self.models.codec.use().stream()
@@ -226,7 +201,7 @@ class Maker:
                 self._decode(stream, chunk, marks, writer)
 
     def _decode(
-        self, stream: LatentStream, latents: Tensor, marks: Marks, writer: FilmWriter | None
+        self, stream: LatentStream, latents: Tensor, marks: Marks, writer: VideoWriter | None
     ) -> None:
         with self.models.clock.part("decode"), marks.decoding():
             frames = stream.decode_chunk(latents)
@@ -259,139 +234,18 @@ def _watching(progress: Progress | None) -> Callable[[str | None], None]:
     return watch
 
 
-def _timelines(flags: argparse.Namespace) -> tuple[Timeline, ...]:
-    if flags.scene_file is not None:
-        return (read_timeline(flags.scene_file),)
-    if flags.prompt_file is None:
-        return (parse_timeline(flags.prompt),)
-    lines = enumerate(read_lines(flags.prompt_file, what="prompt file", knob="--prompt_file"), 1)
-    prompts = checked_prompts(
-        [(f"line {i} of {flags.prompt_file}", line) for i, line in lines],
-        allow_empty=flags.allow_empty_prompt,
-    )
-    if not prompts:
-        raise ConfigError(f"--prompt_file {flags.prompt_file} is empty; write one prompt per line")
-    return tuple(map(parse_timeline, prompts))
-
-
-def _film(flags: argparse.Namespace, timeline: Timeline, job: CausalJob, number: int) -> Film:
-    pattern = job.recipe.blocks
-    if timeline.is_timed:
-        latents = pattern.frames_before(timeline.num_blocks(pattern))
-        if latents * TEMPORAL_STRIDE > MAX_FRAMES:
-            raise ConfigError(
-                f"the durations of the prompts make {latents * TEMPORAL_STRIDE} frames, at most"
-                f" {MAX_FRAMES} are made at once"
-            )
-        if (latents - 1) * TEMPORAL_STRIDE + 1 != flags.num_frames and leads():
-            told = f"{(latents - 1) * TEMPORAL_STRIDE + 1} frames by the durations of the prompts"
-            print(f"note: {told}; --num_frames {flags.num_frames} is not used", flush=True)
-    else:
-        latents = _latent_frames(flags.num_frames, job.recipe)
-    if flags.image_path and latents < 2:
-        raise ConfigError(
-            f"--num_frames {flags.num_frames} is the image alone; choose"
-            f" {pattern.chunk * TEMPORAL_STRIDE + 1} or more"
-        )
-    return Film(
-        timeline,
-        latents,
-        _numbered(flags.save_path, number, len(job.timelines), suffix=".mp4", knob="--save_path"),
-    )
-
-
-def _latent_frames(num_frames: int, recipe: SamplingRecipe) -> int:
-    """Latent frames of a video; `ConfigError`, naming the nearest lengths in pixel frames, unless
-    they fill whole chunks.
-    """
-    pattern = recipe.blocks
-    lengths = [(pattern.frames_before(1) - 1) * TEMPORAL_STRIDE + 1]
-    while lengths[-1] < num_frames:
-        lengths.append(lengths[-1] + pattern.chunk * TEMPORAL_STRIDE)
-    if lengths[-1] != num_frames:
-        raise ConfigError(
-            f"--num_frames {num_frames} does not fill chunks of {pattern.first}, then"
-            f" {pattern.chunk} latent frames ({TEMPORAL_STRIDE} frames each, one frame first);"
-            f" choose {' or '.join(map(str, lengths[-2:]))}, or change --first_chunk_t / --chunk_t"
-        )
-    return latent_frames(num_frames, stride=TEMPORAL_STRIDE)
-
-
-def _numbered(path: str, number: int, count: int, *, suffix: str, knob: str) -> OutputFile:
-    """`path`, or NAME-000 and so on for several videos; looked at by rank 0, known to all."""
-    named = (
-        path
-        if count == 1
-        else str(Path(path).with_name(f"{Path(path).stem}-{number:03d}{Path(path).suffix}"))
-    )
-    return shared(on_first(lambda: OutputFile.claim(named, suffix=suffix, knob=knob)))
-
-
-def _stream_spec(
+def _spec(
     flags: argparse.Namespace, job: CausalJob, film: Film, *, size: FrameSize, device: torch.device
 ) -> StreamSpec:
-    """What each session is opened with. `ConfigError` for what does not go together."""
-    cuts = film.timeline.cuts(job.recipe.blocks) if film.timeline.is_timed else frozenset()
+    cuts = film.cuts(job.recipe.blocks)
     if cuts and flags.extrapolation_method != "infinity_rope" and leads():
         print(
             "note: a # in a duration makes a cut with --extrapolation_method infinity_rope only;"
             " prompts change all the same",
             flush=True,
         )
-    policy = policy_of(flags, cuts=cuts, reduce=_summed_over_ranks if num_ranks() > 1 else None)
-    keys = "pre_rope" if flags.kv_pre_rope_keys else None
-    if job.codec is not None and job.codec.keys_before_rotation and policy.any_keys:
-        keys = "pre_rope"
-    if keys not in (None, policy.keys) and not policy.any_keys:
-        raise ConfigError(
-            f"--kv_pre_rope_keys: {flags.extrapolation_method} turns rotated keys on, so they are"
-            " cached rotated; leave it out"
-        )
-    if flags.fp8_attention and (why := obstacle(device, width=WIDTH)) is not None:
-        raise ConfigError(f"--fp8_attention is not possible here: {why}; leave it out")
-    codec = None if job.codec is None else KVCodec(job.codec)
-    noise_device = device if flags.noise_device == "auto" else torch.device(flags.noise_device)
-    spec = StreamSpec(
-        job.recipe,
-        (LATENT_CHANNELS, size.height // SPATIAL_STRIDE, size.width // SPATIAL_STRIDE),
-        batch=flags.num_samples,
-        num_frames=film.latent_frames,
-        seed=flags.seed,
-        noise="video",
-        generator=torch.Generator(noise_device).manual_seed(flags.seed),
-        policy=policy,
-        keys=keys,
-        kv_codec=MemoisedCodec(codec) if flags.kv_dense_prefix_cache else codec,
-        hot_chunks=flags.kv_hot_chunks,
-        attention="fp8" if flags.fp8_attention else "net",
-        graphs=_graphs(flags, device=device),
-    )
-    assert spec.cache_frames > 0  # asks the policy, which may refuse the pattern
-    return spec
-
-
-def _graphs(flags: argparse.Namespace, *, device: torch.device) -> str:
-    reasons = {
-        "--kv_dense_prefix_cache looks up what it restored before, pass by pass": (
-            flags.kv_dense_prefix_cache
-        ),
-        "--kv_hot_chunks codes chunks between passes": flags.kv_hot_chunks > 0,
-        "--kv_bias_correction attends chunk by chunk": flags.kv_bias_correction,
-        "--no-kv_triton_restore restores in plain torch": not flags.kv_triton_restore,
-        "several GPUs share each pass": num_ranks() > 1,
-        f"--device {flags.device} has none": device.type != "cuda",
-    }
-    against = [why for why, holds in reasons.items() if holds]
-    if flags.graphs == "on" and against:
-        raise ConfigError(f"--graphs on: {against[0]}; use --graphs auto")
-    return "off" if against or flags.graphs == "off" else "on"
-
-
-def _summed_over_ranks(x: Tensor) -> Tensor:
-    """The sum of `x` over the ranks, which hold other heads."""
-    total = x.clone()
-    dist.all_reduce(total)
-    return total
+    options = {"num_frames": film.latent_frames, "cuts": cuts, "size": size, "device": device}
+    return stream_spec_of(flags, job.recipe, job.codec, **options)
 
 
 def _say_what_is_made(

@@ -6,38 +6,48 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
+from rcm.core.text_file import read_lines
+from rcm.diffusion.blocks import BlockPattern
+from rcm.encoders.codec import latent_frames
+from rcm.encoders.prompt_cleaning import checked_prompts
 from rcm.inference.causal_report import Marks
+from rcm.inference.flag_ranges import MAX_FRAMES
+from rcm.inference.wan_outputs import claimed
 from rcm.inference.wan_progress import Progress
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, VelocityModel
-from rcm.pipelines.scenes import Timeline, play
+from rcm.pipelines.scenes import Timeline, parse_timeline, play, read_timeline
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
-from rcm.pipelines.video_io import Mp4Writer, contact_sheet
 from rcm.pipelines.wan_pipeline import TEMPORAL_STRIDE
-
-PREVIEW_HEIGHT, PREVIEW_COLUMNS = 160, 8
+from rcm.pipelines.wan_ranks import leads
 
 
 @dataclass(frozen=True)
 class Film:
-    """A video to make: its prompts, its latent frames, and the file it goes to."""
+    """A video to make: its prompts, its latent frames, and the files it and its contact sheet go
+    to.
+    """
 
     timeline: Timeline
     latent_frames: int
     target: OutputFile
+    preview: OutputFile | None
 
     @property
     def num_frames(self) -> int:
         """Pixel frames."""
         return (self.latent_frames - 1) * TEMPORAL_STRIDE + 1
+
+    def cuts(self, pattern: BlockPattern) -> frozenset[int]:
+        """Blocks at which a scene begins."""
+        return self.timeline.cuts(pattern) if self.timeline.is_timed else frozenset()
 
 
 class Reel:
@@ -126,48 +136,64 @@ class Reel:
             self._session.close()
 
 
-class FilmWriter:
-    """The file of a video, samples side by side, and its contact sheet, which appear when the stack
-    ends well.
-    """
+def timelines_of(flags: argparse.Namespace) -> tuple[Timeline, ...]:
+    """What the flags say of prompts, a timeline per video."""
+    if flags.scene_file is not None:
+        return (read_timeline(flags.scene_file),)
+    if flags.prompt_file is None:
+        return (parse_timeline(flags.prompt),)
+    lines = enumerate(read_lines(flags.prompt_file, what="prompt file", knob="--prompt_file"), 1)
+    prompts = checked_prompts(
+        [(f"line {i} of {flags.prompt_file}", line) for i, line in lines],
+        allow_empty=flags.allow_empty_prompt,
+    )
+    if not prompts:
+        raise ConfigError(f"--prompt_file {flags.prompt_file} is empty; write one prompt per line")
+    return tuple(map(parse_timeline, prompts))
 
-    def __init__(
-        self, flags: argparse.Namespace, film: Film, preview: OutputFile | None, stack: ExitStack
-    ) -> None:
-        self.flags, self.film, self.preview = flags, film, preview
-        self._writer = stack.enter_context(Mp4Writer(film.target, fps=flags.fps))
-        self._picks = set(
-            torch.linspace(0, film.num_frames - 1, min(PREVIEW_COLUMNS, film.num_frames))
-            .round()
-            .long()
-            .tolist()
-        )
-        self._small: list[Tensor] = []
-        self._written = 0
 
-    def append(self, frames: Tensor) -> None:
-        """Pixels [B, 3, f, H, W] in [-1, 1]."""
-        self._writer.append(torch.cat(list(frames), dim=-1))
-        for i in range(frames.shape[2]):
-            if self.preview is not None and self._written + i in self._picks:
-                height = min(PREVIEW_HEIGHT, frames.shape[3])
-                width = max(1, round(frames.shape[4] * height / frames.shape[3]))
-                self._small.append(
-                    torch.nn.functional.interpolate(
-                        frames[:, :, i].float(), size=(height, width), mode="area"
-                    ).cpu()
-                )
-        self._written += frames.shape[2]
-        if self.preview is not None and self._written == self.film.num_frames:
-            # the built-in font may have no other letters
-            prompt = self.film.timeline.prompts[0][:120].encode("ascii", "replace").decode()
-            labels = [
-                f"seed {self.flags.seed}, sample {i}: {prompt}" for i in range(frames.shape[0])
-            ]
-            contact_sheet(
-                self.preview,
-                torch.stack(self._small, dim=2),
-                labels=labels,
-                columns=PREVIEW_COLUMNS,
-                scale=1,
+def film_of(
+    flags: argparse.Namespace,
+    timeline: Timeline,
+    pattern: BlockPattern,
+    *,
+    number: int,
+    count: int,
+) -> Film:
+    """The video `number` of `count`. `ConfigError` for a length that cannot be."""
+    if timeline.is_timed:
+        latents = pattern.frames_before(timeline.num_blocks(pattern))
+        if latents * TEMPORAL_STRIDE > MAX_FRAMES:
+            raise ConfigError(
+                f"the durations of the prompts make {latents * TEMPORAL_STRIDE} frames, at most"
+                f" {MAX_FRAMES} are made at once"
             )
+        if (latents - 1) * TEMPORAL_STRIDE + 1 != flags.num_frames and leads():
+            told = f"{(latents - 1) * TEMPORAL_STRIDE + 1} frames by the durations of the prompts"
+            print(f"note: {told}; --num_frames {flags.num_frames} is not used", flush=True)
+    else:
+        latents = latent_frames_of(flags.num_frames, pattern)
+    if flags.image_path and latents < 2:
+        raise ConfigError(
+            f"--num_frames {flags.num_frames} is the image alone; choose"
+            f" {pattern.chunk * TEMPORAL_STRIDE + 1} or more"
+        )
+    several = {"number": number, "count": count}
+    video = claimed(flags, "save_path", ".mp4", **several)
+    return Film(timeline, latents, video, claimed(flags, "preview_grid", ".png", **several))
+
+
+def latent_frames_of(num_frames: int, pattern: BlockPattern) -> int:
+    """Latent frames of a video; `ConfigError`, naming the nearest lengths in pixel frames, unless
+    they fill whole chunks.
+    """
+    lengths = [(pattern.frames_before(1) - 1) * TEMPORAL_STRIDE + 1]
+    while lengths[-1] < num_frames:
+        lengths.append(lengths[-1] + pattern.chunk * TEMPORAL_STRIDE)
+    if lengths[-1] != num_frames:
+        raise ConfigError(
+            f"--num_frames {num_frames} does not fill chunks of {pattern.first}, then"
+            f" {pattern.chunk} latent frames ({TEMPORAL_STRIDE} frames each, one frame first);"
+            f" choose {' or '.join(map(str, lengths[-2:]))}, or change --first_chunk_t / --chunk_t"
+        )
+    return latent_frames(num_frames, stride=TEMPORAL_STRIDE)

@@ -8,21 +8,30 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
 from rcm.core.errors import ConfigError
 from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT
-from rcm.inference.causal_methods import add_method_flags, settle_method_flags
+from rcm.inference.causal_methods import add_method_flags, policy_of, settle_method_flags
 from rcm.inference.flag_table import add_flags
 from rcm.inference.wan_flags import (
     PROMPT,
-    NetworkFile,
     add_machine_flags,
     add_single_network_flags,
     add_video_flags,
-    single_network,
     wan_parser,
 )
+from rcm.kernels.fp8_attention.api import WIDTH, obstacle
+from rcm.kernels.kv_codec.codec import KVCodec
 from rcm.kernels.kv_codec.spec import DTYPES, FLAGS, GRANULARITIES, MODES, SMOOTHINGS, KVCodecSpec
+from rcm.nets.kv_memo import MemoisedCodec
 from rcm.nets.wan.fp8 import chosen_layers
+from rcm.pipelines.stream_spec import StreamSpec
+from rcm.pipelines.wan_pipeline import LATENT_CHANNELS, SPATIAL_STRIDE
+from rcm.pipelines.wan_ranks import num_ranks
+from rcm.pipelines.wan_sizes import FrameSize
 from rcm.rollout.plan import StepSchedule
 from rcm.rollout.recipe import SamplingRecipe
 from rcm.samplers.schedule import CAUSAL_MID_TIMES, parse_schedules, parse_times
@@ -295,9 +304,73 @@ def codec_spec_of(flags: argparse.Namespace) -> KVCodecSpec | None:
     return None
 
 
-def networks_of(flags: argparse.Namespace) -> tuple[NetworkFile, ...]:
-    """The network."""
-    return single_network(flags)
+def stream_spec_of(
+    flags: argparse.Namespace,
+    recipe: SamplingRecipe,
+    stored: KVCodecSpec | None,
+    *,
+    num_frames: int,
+    cuts: frozenset[int],
+    size: FrameSize,
+    device: torch.device,
+) -> StreamSpec:
+    """What a session over a video is opened with; `stored`: how its cache is. `ConfigError` for
+    what does not go together.
+    """
+    policy = policy_of(flags, cuts=cuts, reduce=_summed_over_ranks if num_ranks() > 1 else None)
+    keys = "pre_rope" if flags.kv_pre_rope_keys else None
+    if stored is not None and stored.keys_before_rotation and policy.any_keys:
+        keys = "pre_rope"
+    if keys not in (None, policy.keys) and not policy.any_keys:
+        raise ConfigError(
+            f"--kv_pre_rope_keys: {flags.extrapolation_method} turns rotated keys on, so they are"
+            " cached rotated; leave it out"
+        )
+    if flags.fp8_attention and (why := obstacle(device, width=WIDTH)) is not None:
+        raise ConfigError(f"--fp8_attention is not possible here: {why}; leave it out")
+    codec = None if stored is None else KVCodec(stored)
+    noise_device = device if flags.noise_device == "auto" else torch.device(flags.noise_device)
+    spec = StreamSpec(
+        recipe,
+        (LATENT_CHANNELS, size.height // SPATIAL_STRIDE, size.width // SPATIAL_STRIDE),
+        batch=flags.num_samples,
+        num_frames=num_frames,
+        seed=flags.seed,
+        noise="video",
+        generator=torch.Generator(noise_device).manual_seed(flags.seed),
+        policy=policy,
+        keys=keys,
+        kv_codec=MemoisedCodec(codec) if flags.kv_dense_prefix_cache else codec,
+        hot_chunks=flags.kv_hot_chunks,
+        attention="fp8" if flags.fp8_attention else "net",
+        graphs=_graphs(flags, device=device),
+    )
+    assert spec.cache_frames > 0  # asks the policy, which may refuse the pattern
+    return spec
+
+
+def _graphs(flags: argparse.Namespace, *, device: torch.device) -> str:
+    reasons = {
+        "--kv_dense_prefix_cache looks up what it restored before, pass by pass": (
+            flags.kv_dense_prefix_cache
+        ),
+        "--kv_hot_chunks codes chunks between passes": flags.kv_hot_chunks > 0,
+        "--kv_bias_correction attends chunk by chunk": flags.kv_bias_correction,
+        "--no-kv_triton_restore restores in plain torch": not flags.kv_triton_restore,
+        "several GPUs share each pass": num_ranks() > 1,
+        f"--device {flags.device} has none": device.type != "cuda",
+    }
+    against = [why for why, holds in reasons.items() if holds]
+    if flags.graphs == "on" and against:
+        raise ConfigError(f"--graphs on: {against[0]}; use --graphs auto")
+    return "off" if against or flags.graphs == "off" else "on"
+
+
+def _summed_over_ranks(x: Tensor) -> Tensor:
+    """The sum of `x` over the ranks, which hold other heads."""
+    total = x.clone()
+    dist.all_reduce(total)
+    return total
 
 
 EXTRAPOLATION = Defaults(

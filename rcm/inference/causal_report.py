@@ -20,14 +20,12 @@ from typing import Any, Protocol
 import torch
 
 from rcm.core.output_file import OutputFile
-from rcm.inference.wan_report import WATERMARK
+from rcm.inference.wan_report import common_record, peak_lines
 from rcm.kernels.kv_codec.spec import KVCodecSpec
 from rcm.pipelines.part_clock import PartClock
 from rcm.pipelines.scenes import Timeline
-from rcm.pipelines.wan_ranks import num_ranks
 from rcm.pipelines.wan_sizes import FrameSize
 from rcm.rollout.recipe import SamplingRecipe
-from rcm.train.describe import installed_versions
 
 Moment = Any
 """A point in time of a `Stopwatch`."""
@@ -177,10 +175,7 @@ def timing_lines(timing: Timing, clock: PartClock) -> list[str]:
             lines.append(f"{words}: {value:.1f} ms")
     lines.append(f"FPS: {timing.fps:.1f} ({timing.num_frames} frames)")
     lines.append(f"KV cache: {timing.cache_bytes / 2**30:.3f} GiB")
-    if clock.peak is not None:
-        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in clock.peak_bytes.items())
-        lines.append(f"peak GPU memory: {clock.peak / 2**30:.2f} GiB ({parts})")
-    return lines
+    return [*lines, *peak_lines(clock)]
 
 
 class Film(Protocol):
@@ -205,26 +200,13 @@ def write_causal_report(
     """Everything needed to make the videos again, and what they cost; written whole or not at
     all.
     """
-    record = {
-        "random_weights": flags.random_weights,
-        **({"watermark": WATERMARK} if flags.random_weights else {}),
-        "flags": {name: value for name, value in vars(flags).items() if name != "report"},
+    record = common_record(flags, clock) | {
         "recipe": asdict(recipe),
         "kv_codec": None if codec is None else asdict(codec),
         "size": {"height": size.height, "width": size.width},
         "videos": [
             _video(film, timing, recipe) for film, timing in zip(films, timings, strict=True)
         ],
-        "seconds": {**clock.seconds, "total": clock.total},
-        "peak_memory_gib": (
-            None if clock.peak is None else {k: v / 2**30 for k, v in clock.peak_bytes.items()}
-        ),
-        "device": (
-            torch.cuda.get_device_name(clock.device) if clock.device.type == "cuda" else "cpu"
-        ),
-        "ranks": num_ranks(),
-        "versions": installed_versions(),
-        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     path.write(json.dumps(record, indent=2, default=str))
 

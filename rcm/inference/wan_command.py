@@ -17,28 +17,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
-from rcm.core.output_file import OutputFile
 from rcm.encoders.prompt_cleaning import checked_prompts
 from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.outcome import OutOfMemory, check_device, exit_status, out_of_memory
 from rcm.inference.wan_flags import NetworkFile
-from rcm.inference.wan_models import Task, build_pipeline, check_files
+from rcm.inference.wan_models import Task, open_pipeline
+from rcm.inference.wan_outputs import VideoWriter, claimed
 from rcm.inference.wan_progress import Progress
 from rcm.inference.wan_report import BANNER, cost_lines, write_report
 from rcm.nets.attention import resolve
-from rcm.nets.wan.config import preset
 from rcm.parallel.agree import on_first, shared
 from rcm.parallel.mesh import process_group
 from rcm.pipelines.image_condition import image_size, read_image
 from rcm.pipelines.part_clock import PartClock
 from rcm.pipelines.text_to_video import WholeVideoRecipe
-from rcm.pipelines.video_io import contact_sheet, write_mp4
 from rcm.pipelines.wan_pipeline import GeneratedVideo, VideoRequest, WanPipeline
-from rcm.pipelines.wan_ranks import check_ranks, num_ranks
+from rcm.pipelines.wan_ranks import leads, num_ranks
 from rcm.pipelines.wan_sizes import FrameSize, adaptive_size, table_size, written_size
 
-PREVIEW_HEIGHT = 160
-PREVIEW_COLUMNS = 8
 MAX_PIXELS_GIB = 64
 """Of the float32 pixels of a request; 81 frames at 480p are 0.4."""
 
@@ -71,10 +67,8 @@ def wan_main(
     (`run` for the bidirectional commands).
     """
     flags = parser.parse_args(argv)
-    leads = os.environ.get("RANK", "0") == "0" and (
-        not dist.is_initialized() or dist.get_rank() == 0
-    )
-    return exit_status(lambda: _launch(flags, plan, make or run), tell=leads)
+    tell = os.environ.get("RANK", "0") == "0" and leads()
+    return exit_status(lambda: _launch(flags, plan, make or run), tell=tell)
 
 
 def _launch(
@@ -168,7 +162,10 @@ def run(flags: argparse.Namespace, job: Job, *, clock: PartClock) -> None:
     """Check, make, write, tell. Collective over the ranks of a launch; rank 0 reads, prints and
     writes.
     """
-    outputs = on_first(lambda: Outputs.claim(flags))
+    video, preview, report = (
+        claimed(flags, name, suffix)
+        for name, suffix in (("save_path", ".mp4"), ("preview_grid", ".png"), ("report", ".json"))
+    )
     first, last = shared(
         on_first(lambda: tuple(p and read_image(p) for p in (job.image_path, job.last_image_path)))
     )
@@ -184,32 +181,23 @@ def run(flags: argparse.Namespace, job: Job, *, clock: PartClock) -> None:
         last_image=last,
     )
     _check_amount(request)
-    tokens = request.tokens_per_frame
-    if flags.model_size != "auto":
-        check_ranks(
-            num_ranks(), num_heads=preset(flags.model_size).num_heads, tokens_per_frame=tokens
-        )
-    if not flags.random_weights:
-        task = Task(
-            request.input_channels,
-            images=0 if job.clip_path is None else 1 + (last is not None),
-            clip_path=job.clip_path,
-        )
-        on_first(lambda: check_files(flags, job.networks, family=job.family, task=task))
-    leads = not dist.is_initialized() or dist.get_rank() == 0
-    pipeline = build_pipeline(
-        flags, job.networks, clock=clock, size=request.size, clip_path=job.clip_path
+    task = Task(
+        request.input_channels,
+        images=0 if job.clip_path is None else 1 + (last is not None),
+        clip_path=job.clip_path,
     )
-    if not leads:
+    pipeline = open_pipeline(
+        flags, job.networks, family=job.family, task=task, clock=clock, size=request.size
+    )
+    if not leads():
         _generate(flags, pipeline, request, progress=None)
         return
-    assert outputs is not None
     if flags.random_weights:
         print(BANNER, flush=True)
     _, _, frames, height, width = request.latent_shape
     print(
         f"{flags.num_samples} x {flags.num_frames} frames of {request.size} (HxW),"
-        f" {frames}x{height}x{width} latents, {frames * tokens} tokens;"
+        f" {frames}x{height}x{width} latents, {frames * request.tokens_per_frame} tokens;"
         f" {len(job.recipe.times()) - 1} steps on {num_ranks()} x {clock.device}",
         flush=True,
     )
@@ -217,12 +205,14 @@ def run(flags: argparse.Namespace, job: Job, *, clock: PartClock) -> None:
         clock.watch = progress.part
         made = _generate(flags, pipeline, request, progress=progress)
         with clock.part("write"):
-            outputs.write(flags, made.frames)
+            options = {"num_frames": flags.num_frames, "prompt": flags.prompt}
+            with VideoWriter(video, preview, flags=flags, **options) as writer:
+                writer.append(made.frames)
     for line in cost_lines(clock, made.steps):
         print(line, flush=True)
     print(f"wrote {flags.save_path}", flush=True)
-    if outputs.report is not None:
-        write_report(outputs.report, flags, request, made, clock=clock, networks=job.networks)
+    if report is not None:
+        write_report(report, flags, request, made, clock=clock, networks=job.networks)
 
 
 def frame_size(flags: argparse.Namespace, image: Tensor | None) -> FrameSize:
@@ -267,44 +257,3 @@ def _generate(
     if flags.warmup_iters:
         pipeline.clock.restart()
     return pipeline.generate(request, on_step=None if progress is None else progress.step)
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Where a command writes, known to be writable before the work begins."""
-
-    video: OutputFile
-    preview: OutputFile | None
-    report: OutputFile | None
-
-    @classmethod
-    def claim(cls, flags: argparse.Namespace) -> Outputs:
-        """Errors of `OutputFile.claim`."""
-        asked = (("save_path", ".mp4"), ("preview_grid", ".png"), ("report", ".json"))
-        given = [(name, getattr(flags, name), suffix) for name, suffix in asked]
-        return cls(
-            *(
-                None if path is None else OutputFile.claim(path, suffix=suffix, knob=f"--{name}")
-                for name, path, suffix in given
-            )
-        )
-
-    def write(self, flags: argparse.Namespace, frames: Tensor) -> None:
-        """Samples side by side; and the contact sheet, a row per sample."""
-        write_mp4(self.video, torch.cat(list(frames), dim=-1), fps=flags.fps)
-        if self.preview is None:
-            return
-        height = min(PREVIEW_HEIGHT, frames.shape[3])
-        width = max(1, round(frames.shape[4] * height / frames.shape[3]))
-        picks = (
-            torch.linspace(0, frames.shape[2] - 1, min(PREVIEW_COLUMNS, frames.shape[2]))
-            .round()
-            .long()
-        )
-        small = torch.nn.functional.interpolate(
-            frames[:, :, picks], size=(len(picks), height, width), mode="area"
-        )
-        # the built-in font may have no other letters
-        prompt = flags.prompt[:120].encode("ascii", "replace").decode()
-        labels = [f"seed {flags.seed}, sample {i}: {prompt}" for i in range(len(small))]
-        contact_sheet(self.preview, small, labels=labels, columns=PREVIEW_COLUMNS, scale=1)

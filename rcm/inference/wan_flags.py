@@ -14,9 +14,9 @@ from rcm.core.errors import ConfigError
 from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT
 from rcm.inference.flag_table import add_flags
 from rcm.nets.attention import BACKENDS
+from rcm.pipelines.adapted_weights import LoRA
 from rcm.pipelines.residency import POLICIES
 from rcm.pipelines.text_to_video import WholeVideoRecipe
-from rcm.pipelines.adapted_weights import LoRA
 from rcm.pipelines.wan_sizes import SIZES
 
 FOLDER = "assets/checkpoints"

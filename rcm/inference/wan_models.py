@@ -33,6 +33,7 @@ from rcm.parallel.agree import on_first
 from rcm.parallel.apply import parallelize
 from rcm.parallel.mesh import ParallelDims
 from rcm.pipelines.adapted_weights import MergedWeights
+from rcm.pipelines.experts import Expert
 from rcm.pipelines.part_clock import PartClock
 from rcm.pipelines.residency import MemoryPolicy, Resident
 from rcm.pipelines.wan_files import (
@@ -42,8 +43,8 @@ from rcm.pipelines.wan_files import (
     random_wan,
     require_fit,
 )
-from rcm.pipelines.wan_pipeline import Expert, ImageEncoder, WanPipeline
-from rcm.pipelines.wan_ranks import num_ranks, share_tokens
+from rcm.pipelines.wan_pipeline import ImageEncoder, WanPipeline
+from rcm.pipelines.wan_ranks import check_ranks, num_ranks, share_tokens
 from rcm.pipelines.wan_sizes import FrameSize
 from rcm.pipelines.weight_files import open_weights
 
@@ -129,6 +130,31 @@ def _check_network(file: NetworkFile, *, size: str, weights: str, task: Task) ->
         raise CheckpointError(f"{file.flag} with --model_size {size}: {error}") from error
 
 
+def open_pipeline(
+    flags: argparse.Namespace,
+    networks: Sequence[NetworkFile],
+    *,
+    family: str,
+    task: Task,
+    clock: PartClock,
+    size: FrameSize,
+) -> WanPipeline:
+    """The pipeline of a command, once its ranks and its files are seen to fit; as
+    `build_pipeline`.
+    """
+    if flags.model_size != "auto":
+        heads = preset(flags.model_size).num_heads
+        check_ranks(num_ranks(), num_heads=heads, tokens_per_frame=tokens_per_frame(size))
+    if not flags.random_weights:
+        on_first(lambda: check_files(flags, networks, family=family, task=task))
+    return build_pipeline(flags, networks, clock=clock, size=size, clip_path=task.clip_path)
+
+
+def tokens_per_frame(size: FrameSize) -> int:
+    """Tokens of a latent frame of Wan's: patches of 2 x 2."""
+    return size.height * size.width // (2 * WanVAECodec.spatial_stride) ** 2
+
+
 def build_pipeline(
     flags: argparse.Namespace,
     networks: Sequence[NetworkFile],
@@ -143,7 +169,6 @@ def build_pipeline(
     """
     if flags.compile and num_ranks() > 1:
         raise ConfigError("--compile works on one GPU; leave it out under torchrun")
-    tokens_per_frame = size.height * size.width // (2 * WanVAECodec.spatial_stride) ** 2
     device, policy = clock.device, MemoryPolicy.preset(flags.offload)
     if policy.expert == "cpu" and flags.warmup_iters == 0:
         # one video: the expert that is done is not needed again, and copying 29 GB takes 15 s
@@ -170,7 +195,7 @@ def build_pipeline(
                     network,
                     number=number,
                     device=device,
-                    tokens_per_frame=tokens_per_frame,
+                    tokens_per_frame=tokens_per_frame(size),
                 ),
                 move=_move_network,
                 device=device,

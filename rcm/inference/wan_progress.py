@@ -8,7 +8,7 @@ import threading
 import time
 from typing import TextIO
 
-from rcm.pipelines.wan_pipeline import Step
+from rcm.pipelines.experts import Step
 
 BAR_WIDTH = 30
 DOING = {
@@ -32,7 +32,7 @@ class StepLines:
         self._spent: list[float] = []
 
     def __call__(self, step: Step, total: int) -> None:
-        """See `rcm.pipelines.wan_pipeline.OnStep`."""
+        """See `rcm.pipelines.experts.OnStep`."""
         told = f"step {step.index + 1}/{total}: t {step.t:.4f}, {step.expert}, {step.seconds:.3f} s"
         self.show(told, done=step.index + 1, total=total, seconds=step.seconds)
 

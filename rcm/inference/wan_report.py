@@ -13,8 +13,9 @@ import torch
 
 from rcm.core.output_file import OutputFile
 from rcm.inference.wan_flags import NetworkFile
+from rcm.pipelines.experts import Step
 from rcm.pipelines.part_clock import PartClock
-from rcm.pipelines.wan_pipeline import GeneratedVideo, Step, VideoRequest
+from rcm.pipelines.wan_pipeline import GeneratedVideo, VideoRequest
 from rcm.pipelines.wan_ranks import num_ranks
 from rcm.train.describe import installed_versions
 
@@ -39,17 +40,14 @@ def cost_lines(clock: PartClock, steps: Sequence[Step]) -> list[str]:
     """Seconds of every part, of a step, and peak memory, in words."""
     parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in clock.seconds.items())
     forward = [step.seconds for step in steps]
-    lines = [
+    return [
         f"seconds: {parts}; total {clock.total:.2f} s",
         (
             f"network: {len(forward)} steps, {sum(forward) / len(forward):.3f} s each (first"
             f" {forward[0]:.3f}, last {forward[-1]:.3f})"
         ),
+        *peak_lines(clock),
     ]
-    if clock.peak is not None:
-        peaks = ", ".join(f"{name} {_gib(size):.2f}" for name, size in clock.peak_bytes.items())
-        lines.append(f"peak GPU memory: {_gib(clock.peak):.2f} GiB ({peaks})")
-    return lines
 
 
 def write_report(
@@ -64,11 +62,7 @@ def write_report(
     """Everything needed to make the video again, and what it cost, as JSON; written whole or not at
     all.
     """
-    on_cuda = clock.device.type == "cuda"
-    record: dict[str, Any] = {
-        "random_weights": flags.random_weights,
-        **({"watermark": WATERMARK} if flags.random_weights else {}),
-        "flags": {name: value for name, value in vars(flags).items() if name != "report"},
+    record = common_record(flags, clock) | {
         "networks": [asdict(network) for network in networks],
         "size": {
             "height": request.size.height,
@@ -80,19 +74,36 @@ def write_report(
         "recipe": asdict(request.recipe),
         "times": list(request.recipe.times()),
         "steps": [asdict(step) for step in made.steps],
-        "seconds": {**clock.seconds, "total": clock.total},
         "seconds_per_step": sum(step.seconds for step in made.steps) / len(made.steps),
-        "peak_memory_gib": (
-            None
-            if clock.peak is None
-            else {**{k: _gib(v) for k, v in clock.peak_bytes.items()}, "all": _gib(clock.peak)}
-        ),
+    }
+    target.write(json.dumps(record, indent=2, default=str))
+
+
+def common_record(flags: argparse.Namespace, clock: PartClock) -> dict[str, Any]:
+    """What the report of every Wan command says: what was asked for, of which machine, at what
+    cost.
+    """
+    peaks = {name: _gib(size) for name, size in clock.peak_bytes.items()}
+    on_cuda = clock.device.type == "cuda"
+    return {
+        "random_weights": flags.random_weights,
+        **({"watermark": WATERMARK} if flags.random_weights else {}),
+        "flags": {name: value for name, value in vars(flags).items() if name != "report"},
+        "seconds": {**clock.seconds, "total": clock.total},
+        "peak_memory_gib": None if clock.peak is None else {**peaks, "all": _gib(clock.peak)},
         "device": torch.cuda.get_device_name(clock.device) if on_cuda else "cpu",
         "ranks": num_ranks(),
         "versions": installed_versions(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    target.write(json.dumps(record, indent=2, default=str))
+
+
+def peak_lines(clock: PartClock) -> list[str]:
+    """Peak memory of the device, as a line; none where it does not count."""
+    if clock.peak is None:
+        return []
+    peaks = ", ".join(f"{name} {_gib(size):.2f}" for name, size in clock.peak_bytes.items())
+    return [f"peak GPU memory: {_gib(clock.peak):.2f} GiB ({peaks})"]
 
 
 def _gib(size: int) -> float:

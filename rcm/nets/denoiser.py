@@ -8,6 +8,7 @@ docs/reference/wan.md#precision.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -287,3 +288,10 @@ class Guided(VelocityModel):
         negative for the other.
         """
         return self.denoiser.prepare(cond)
+
+
+def guided(model: VelocityModel, negative: Callable[[], Condition], scale: float) -> VelocityModel:
+    """`model` guided away from the condition that `negative` makes; itself, and nothing made, where
+    the scale asks for no guidance.
+    """
+    return Guided(model, negative(), scale) if is_guided(scale) else model

@@ -24,10 +24,9 @@ from rcm.encoders.codec import LatentCodec
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.nets.condition import Condition
-from rcm.nets.denoiser import Denoiser, Guided, VelocityModel
+from rcm.nets.denoiser import Denoiser, guided
 from rcm.nets.wan.config import WanConfig
-from rcm.nets.wan.model import WanDiT
-from rcm.parallel.init import load_full, materialise, on_first, on_meta
+from rcm.parallel.agree import on_first
 from rcm.pipelines.described import (
     PieceFiles,
     codec_of,
@@ -38,10 +37,10 @@ from rcm.pipelines.described import (
     text_of,
 )
 from rcm.pipelines.session import Session
-from rcm.pipelines.stream_spec import StreamedChunk, StreamReport, StreamSpec, count_prefix_blocks
-from rcm.pipelines.streaming import stream_video
+from rcm.pipelines.stream_spec import StreamedChunk, StreamReport, StreamSpec
+from rcm.pipelines.streaming import collected, stream_video
 from rcm.pipelines.text_to_video import WholeVideoRecipe, whole_video
-from rcm.pipelines.wan_files import COPIES, NetworkWeights, network_weights, require_fit
+from rcm.pipelines.wan_files import COPIES, NetworkWeights, frozen, network_weights, require_fit
 from rcm.pipelines.weight_files import open_weights
 from rcm.rollout.recipe import SamplingRecipe
 from rcm.train.describe import Description
@@ -146,27 +145,27 @@ class LoadedModel:
         """
         chosen = self._agreed(recipe, ignore=ignore_recipe)
         causal = isinstance(chosen, SamplingRecipe)
+        if prefix is not None and not causal:
+            raise ConfigError(
+                f"{self.source} samples whole videos (stage {self.description.stage}); it cannot"
+                " continue given first frames"
+            )
         frames = self.num_latent_frames(num_frames, pattern=chosen.blocks if causal else None)
         channels, _, height, width = self.latent_shape
         cond = self.condition(prompts)
+        scale = chosen.guidance if guidance is None else guidance
+        model = guided(self.denoiser, lambda: self.negative, scale)
+        if isinstance(self.text, UMT5TextEncoder):
+            self.text.unload()  # 11 GB that sampling does not need; both conditions are kept
         options: dict[str, Any] = {
             "shape": (len(prompts), channels, frames, height, width),
             "generator": torch.Generator().manual_seed(seed),
             "device": self.device,
         }
-        model = self._guided(chosen.guidance if guidance is None else guidance)
-        if isinstance(self.text, UMT5TextEncoder):
-            self.text.unload()  # 11 GB that sampling does not need; both conditions are kept
-        if causal:
-            chosen.plans(frames)  # raises for times that do not decrease from the first one
-            given = None if prefix is None else self._prefix(prefix, chosen, shape=options["shape"])
-            return stream_video(model, self.codec, cond, chosen, prefix=given, **options)
-        if prefix is not None:
-            raise ConfigError(
-                f"{self.source} samples whole videos (stage {self.description.stage}); it cannot"
-                " continue given first frames"
-            )
-        return whole_video(model, self.codec, cond, chosen, **options)
+        if not causal:
+            return whole_video(model, self.codec, cond, chosen, **options)
+        chosen.plans(frames)  # raises for times that do not decrease from the first one
+        return stream_video(model, self.codec, cond, chosen, prefix=prefix, **options)
 
     def open(
         self, prompts: Sequence[str], *, recipe: SamplingRecipe | None = None,
@@ -192,23 +191,13 @@ class LoadedModel:
         spec = StreamSpec(
             chosen, (channels, height, width), batch=len(prompts), num_frames=frames, **options
         )
-        given = (
-            prefix
-            if prefix is None
-            else self._prefix(prefix, chosen, shape=(len(prompts), channels, frames, height, width))
-        )
-        model = self._guided(chosen.guidance)
-        return Session(
-            model, self.codec, self.condition(prompts), spec, device=self.device, prefix=given
-        )
+        model = guided(self.denoiser, lambda: self.negative, chosen.guidance)
+        cond = self.condition(prompts)
+        return Session(model, self.codec, cond, spec, device=self.device, prefix=prefix)
 
     def generate(self, prompts: Sequence[str], **options: Any) -> tuple[Tensor, StreamReport]:
         """The whole video [B, 3, F, H, W] and its latencies; options as `stream`."""
-        report, frames = StreamReport(), []
-        for chunk in self.stream(prompts, **options):
-            report.add(chunk)
-            frames.append(chunk.frames)
-        return torch.cat(frames, dim=2), report
+        return collected(self.stream(prompts, **options))
 
     def _agreed(self, recipe: Recipe | None, *, ignore: bool) -> Recipe:
         trained = self.trained_recipe
@@ -230,26 +219,6 @@ class LoadedModel:
         for sentence in found:
             logger.warning("sampling against the checkpoint's description: {}", sentence)
         return recipe
-
-    def _guided(self, scale: float) -> VelocityModel:
-        return Guided(self.denoiser, self.negative, scale) if scale > 1 else self.denoiser
-
-    def _prefix(
-        self, prefix: Tensor, recipe: SamplingRecipe, *, shape: tuple[int | None, ...]
-    ) -> Tensor:
-        batch, channels, frames, height, width = shape
-        fits = (
-            prefix.ndim == 5
-            and prefix.shape[0] in (1, batch)
-            and (prefix.shape[1], *prefix.shape[3:]) == (channels, height, width)
-        )
-        if not fits:
-            raise ConfigError(
-                f"given latents must be [1 or {batch}, {channels}, k, {height}, {width}], got"
-                f" {list(prefix.shape)}"
-            )
-        count_prefix_blocks(recipe, prefix.shape[2], frames)
-        return prefix.expand(batch, -1, -1, -1, -1)
 
 
 def open_checkpoint(
@@ -286,15 +255,16 @@ def open_checkpoint(
     recipe, sampler = _recipes(extra, path)
     shape = latent_shape_of(extra.get("latent_shape"), config, codec=codec, text=text, path=path)
     tensors = on_first(lambda: _fitting(path, weights, config))
-    net = (
-        on_meta(lambda: WanDiT(config, attention=attention))
-        .requires_grad_(False)
-        .to(policy.compute)
+    denoiser = frozen(
+        config,
+        tensors,
+        source=f"{path} ({weights})",
+        device=device,
+        precision=policy,
+        attention=attention,
     )
-    materialise(net, device=device)
-    load_full(net, tensors, source=f"{path} ({weights})")
     return LoadedModel(
-        denoiser=Denoiser(net, policy).eval_params(),
+        denoiser=denoiser,
         description=description,
         recipe=recipe,
         sampler=sampler,

@@ -22,7 +22,7 @@ from rcm.data.shard_writer import ShardSample, require_finite
 from rcm.diffusion.time import shift_time, unshift_time
 from rcm.methods.teacher_forcing import TeacherForcing
 from rcm.nets.condition import Condition
-from rcm.nets.denoiser import Guided, VelocityModel
+from rcm.nets.denoiser import guided
 from rcm.nets.layout import TokenLayout
 from rcm.pipelines.from_checkpoint import LoadedModel
 from rcm.rollout.autoregressive import time_tensor
@@ -187,10 +187,7 @@ class ODEPairBuilder:
         self._forcing = None if model.recipe is None else TeacherForcing(model.recipe.blocks)
         if self._forcing is not None:
             self._forcing.pattern.bounds(model.latent_shape[1])  # raises where blocks do not fit
-        guided = plan.guidance > 1
-        self._teacher: VelocityModel = (
-            Guided(model.denoiser, model.negative, plan.guidance) if guided else model.denoiser
-        )
+        self._teacher = guided(model.denoiser, lambda: model.negative, plan.guidance)
 
     def samples(
         self, start: int, stop: int, *, batch: int, dtype: torch.dtype

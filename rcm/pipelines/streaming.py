@@ -4,10 +4,11 @@ release.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rcm.encoders.codec import LatentCodec
 from rcm.nets.condition import Condition
@@ -23,17 +24,27 @@ def bounded(
     cond: Condition,
     recipe: SamplingRecipe,
     *,
-    shape: tuple[int, int, int, int, int],
-    generator: torch.Generator,
-    prefix: torch.Tensor | None = None,
+    prefix: Tensor | None = None,
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Session:
-    """A session over a video of latent `shape` [B, C, T, h, w] with noise from `generator`;
-    `options` of `StreamSpec`.
+    """A session over a video; `options` of `video_spec`."""
+    spec = video_spec(recipe, **options)
+    return Session(denoiser, codec, cond, spec, device=device, prefix=prefix)
+
+
+def video_spec(
+    recipe: SamplingRecipe,
+    *,
+    shape: tuple[int, int, int, int, int],
+    generator: torch.Generator,
+    **options: Any,
+) -> StreamSpec:
+    """A video of latent `shape` [B, C, T, h, w] with noise from `generator`; `options` of
+    `StreamSpec`.
     """
     batch, channels, frames, height, width = shape
-    spec = StreamSpec(
+    return StreamSpec(
         recipe,
         (channels, height, width),
         batch=batch,
@@ -42,12 +53,11 @@ def bounded(
         generator=generator,
         **options,
     )
-    return Session(denoiser, codec, cond, spec, device=device, prefix=prefix)
 
 
 def stream_latents(
     denoiser: VelocityModel, cond: Condition, recipe: SamplingRecipe, **options: Any
-) -> Iterator[tuple[int, torch.Tensor]]:
+) -> Iterator[tuple[int, Tensor]]:
     """(block, x0 [B, C, frames, h, w] float32) of `bounded` without a codec."""
     for chunk in bounded(denoiser, None, cond, recipe, **options):
         yield chunk.block, chunk.latents
@@ -58,12 +68,21 @@ def stream_video(
     codec: LatentCodec,
     cond: Condition,
     recipe: SamplingRecipe,
+    *,
+    prefix: Tensor | None = None,
+    device: torch.device | str = "cpu",
     **options: Any,
 ) -> Iterator[StreamedChunk]:
-    """The chunks of `bounded`, which begins when the first is asked for; concatenated they equal
-    the one-shot decode.
+    """The chunks of `bounded`, whose options are checked now, and which begins when the first chunk
+    is asked for; concatenated they equal the one-shot decode.
     """
-    yield from bounded(denoiser, codec, cond, recipe, **options)
+    spec = video_spec(recipe, **options)
+    spec.given(prefix, device=torch.device(device))
+
+    def chunks() -> Iterator[StreamedChunk]:
+        yield from Session(denoiser, codec, cond, spec, device=device, prefix=prefix)
+
+    return chunks()
 
 
 def generate_video(
@@ -72,10 +91,15 @@ def generate_video(
     cond: Condition,
     recipe: SamplingRecipe,
     **options: Any,
-) -> tuple[torch.Tensor, StreamReport]:
+) -> tuple[Tensor, StreamReport]:
     """The whole video [B, 3, F, H, W] of `stream_video` and its latency report."""
+    return collected(stream_video(denoiser, codec, cond, recipe, **options))
+
+
+def collected(chunks: Iterable[StreamedChunk]) -> tuple[Tensor, StreamReport]:
+    """The pixels of all chunks in a row, and when they came."""
     report, frames = StreamReport(), []
-    for chunk in stream_video(denoiser, codec, cond, recipe, **options):
+    for chunk in chunks:
         report.add(chunk)
         frames.append(chunk.frames)
     return torch.cat(frames, dim=2), report

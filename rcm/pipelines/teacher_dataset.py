@@ -8,7 +8,6 @@ of ranks, or what was built before.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
+from rcm.core.output_file import OutputFile
 from rcm.data.shard_writer import (
     ShardSample,
     ShardSpan,
@@ -31,14 +31,13 @@ from rcm.data.shard_writer import (
 )
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.nets.condition import Condition
-from rcm.nets.denoiser import Denoiser, Guided, VelocityModel
-from rcm.nets.layout import TokenLayout
+from rcm.nets.denoiser import Denoiser, guided
+from rcm.nets.velocity_model import VelocityModel
 from rcm.parallel.apply import parallelize
 from rcm.parallel.mesh import ParallelDims
 from rcm.pipelines.described import PieceFiles
 from rcm.pipelines.from_checkpoint import open_checkpoint
-from rcm.pipelines.text_to_video import WholeVideoRecipe
-from rcm.rollout.autoregressive import time_tensor
+from rcm.pipelines.text_to_video import WholeVideoRecipe, walk
 
 RELEASE_RECIPE = WholeVideoRecipe("ode", sigma_max=5000.0, steps=100, shift=3.0, guidance=5.0)
 """How the released data sets were sampled from Wan2.1-14B (docs/reference/training.md#data)."""
@@ -247,12 +246,13 @@ class TeacherSampler:
             )
 
     def _model(self) -> VelocityModel:
-        teacher, scale = self.teacher, self.recipe.guidance
-        if scale <= 1:
-            return teacher.denoiser
+        return guided(self.teacher.denoiser, self._negative_condition, self.recipe.guidance)
+
+    def _negative_condition(self) -> Condition:
         if self._negative is None:
-            self._negative = teacher.condition(self._encode([teacher.text.negative_prompt]).float())
-        return Guided(teacher.denoiser, self._negative, scale)
+            text = self._encode([self.teacher.text.negative_prompt])
+            self._negative = self.teacher.condition(text.float())
+        return self._negative
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
         """[B, L, E] in the stored dtype on the CPU, so that the teacher sees what training will.
@@ -275,17 +275,9 @@ class TeacherSampler:
         float64.
         """
         teacher = self.teacher
-        _, frames, height, width = teacher.latent_shape
-        layout = TokenLayout.bidirectional(frames, grid=teacher.denoiser.token_grid(height, width))
+        noise = sample_noise(teacher.latent_shape, numbers, seed=self.seed)
         cond = teacher.condition(embeddings.float())
-        noise = sample_noise(teacher.latent_shape, numbers, seed=self.seed).to(
-            teacher.device, torch.float64
-        )
-
-        def velocity(x: Tensor, t: float) -> Tensor:
-            return model.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout)
-
-        x0 = self.recipe.sampler().sample(velocity, noise)
+        x0 = walk(model, cond, self.recipe, noise.to(teacher.device, torch.float64))
         require_finite(
             x0,
             numbers,
@@ -370,12 +362,9 @@ def write_negative_embedding(
     reads it (docs/reference/encoders.md#umt5); whole or not at all.
     """
     embedding = text.encode([text.negative_prompt])[0].to("cpu", dtype).contiguous().clone()
-    temporary = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(embedding, temporary)
-        os.replace(temporary, path)
+        with OutputFile.claim(path).replacing() as temporary:
+            torch.save(embedding, temporary)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write the negative embedding to {path}: {error}") from error
     return path

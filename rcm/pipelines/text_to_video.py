@@ -101,6 +101,25 @@ def check_guided(*, shift: float, guidance: float) -> None:
 
 
 @torch.no_grad()
+def walk(
+    denoiser: VelocityModel,
+    cond: Condition,
+    recipe: WholeVideoRecipe,
+    noise: torch.Tensor,
+    *,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """x0 of unit `noise` [B, C, T, h, w], in its dtype (use float64), all frames attending to each
+    other; `generator` draws what the solver adds.
+    """
+    layout = TokenLayout.bidirectional(noise.shape[2], grid=denoiser.token_grid(*noise.shape[3:]))
+
+    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+        return denoiser.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout)
+
+    return recipe.sampler().sample(velocity, noise, generator=generator)
+
+
 def whole_latents(
     denoiser: VelocityModel,
     cond: Condition,
@@ -110,18 +129,10 @@ def whole_latents(
     generator: torch.Generator,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """x0 [B, C, T, H, W] float32 of `shape`, all frames attending to each other. State in float64,
-    noise drawn in float32.
-    """
-    layout = TokenLayout.bidirectional(shape[2], grid=denoiser.token_grid(shape[3], shape[4]))
-    noise = torch.randn(
-        shape, generator=generator, device=generator.device, dtype=torch.float32
-    ).to(device, torch.float64)
-
-    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
-        return denoiser.velocity(x, time_tensor(t, x.shape[0], x.device), cond, layout)
-
-    return recipe.sampler().sample(velocity, noise, generator=generator).float()
+    """x0 [B, C, T, H, W] float32 of `shape` by `walk`, its noise drawn in float32."""
+    options = {"generator": generator, "device": generator.device, "dtype": torch.float32}
+    noise = torch.randn(shape, **options).to(device, torch.float64)
+    return walk(denoiser, cond, recipe, noise, generator=generator).float()
 
 
 def whole_video(

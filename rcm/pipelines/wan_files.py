@@ -290,28 +290,35 @@ def load_wan(
         network = network_weights(open_weights(path), weights=weights)
         config = config_of(network, expect=expect)
         require_fit(network, config)
-        logger.info(
-            "{}: {} from {}",
-            path,
-            told_size(config),
-            f"{network.prefix}*" if network.prefix else network.file.container,
-        )
+        place = f"{network.prefix}*" if network.prefix else network.file.container
+        logger.info("{}: {} from {}", path, told_size(config), place)
         merged: LazyWeights = network
         for lora in loras:
             merged = MergedWeights(merged, lora, device=device)
-            logger.info(
-                "{}: {} weights updated by {} (scale {})",
-                path,
-                len(merged.pairs),
-                lora.path,
-                lora.scale,
-            )
+            told = f"{len(merged.pairs)} weights updated by {lora.path} (scale {lora.scale})"
+            logger.info("{}: {}", path, told)
         return merged, config
 
     opened = on_first(read)
     config = shared(None if opened is None else opened[1])
+    options = {"device": device, "precision": precision, "attention": attention}
+    return frozen(config, opened and opened[0], source=str(path), **options)
+
+
+def frozen(
+    config: WanConfig,
+    weights: LazyWeights | None,
+    *,
+    source: str,
+    device: torch.device | str,
+    precision: Precision,
+    attention: str,
+) -> Denoiser:
+    """A frozen network of these sizes, filled tensor by tensor with the `weights` of rank 0 (None
+    on the others), in precision.compute.
+    """
     net = _empty(config, device=device, precision=precision, attention=attention)
-    load_full(net, None if opened is None else opened[0], source=str(path))
+    load_full(net, weights, source=source)
     return Denoiser(net, precision).eval_params()
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -19,19 +18,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rcm.core.errors import ConfigError, NonFinite
-from rcm.diffusion.guidance import cfg, is_guided
+from rcm.diffusion.guidance import is_guided
 from rcm.encoders.codec import LatentCodec, latent_frames
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.nets.condition import Condition
-from rcm.nets.denoiser import Denoiser
-from rcm.nets.layout import TokenLayout
 from rcm.parallel.agree import on_first, shared
+from rcm.pipelines.experts import Expert, OnStep, Step, Switched, require_descending
 from rcm.pipelines.image_condition import MASK_CHANNELS, fit_image, image_channels
 from rcm.pipelines.part_clock import PartClock
 from rcm.pipelines.residency import MemoryPolicy, Resident
-from rcm.pipelines.text_to_video import WholeVideoRecipe
+from rcm.pipelines.text_to_video import WholeVideoRecipe, whole_latents
 from rcm.pipelines.wan_sizes import FrameSize
-from rcm.rollout.autoregressive import time_tensor
 
 LATENT_CHANNELS, TEMPORAL_STRIDE, SPATIAL_STRIDE = 16, 4, 8
 """Of Wan's VAE; here so that nothing has to be loaded to know a latent's shape."""
@@ -43,31 +40,6 @@ class ImageEncoder(Protocol):
     def encode(self, images: Tensor) -> Tensor:
         """Tokens [B, 257, 1280] of images [B, 3, H, W] in [-1, 1], any size."""
         ...
-
-
-@dataclass(frozen=True)
-class Expert:
-    """A network, and the RF time down to which it is in charge (0 for the only or the last one)."""
-
-    name: str
-    network: Resident[Denoiser]
-    down_to: float = 0.0
-
-
-@dataclass(frozen=True)
-class Step:
-    """One network evaluation as it was made: its number from 0, RF time, the expert in charge,
-    seconds of its forwards alone.
-    """
-
-    index: int
-    t: float
-    expert: str
-    seconds: float
-
-
-OnStep = Callable[[Step, int], None]
-"""Called after every step with the step and their number in all."""
 
 
 @dataclass(frozen=True)
@@ -150,16 +122,7 @@ class WanPipeline:
         memory: MemoryPolicy = MemoryPolicy(),
         clip: ImageEncoder | None = None,
     ) -> None:
-        bounds = [expert.down_to for expert in experts]
-        if (
-            not bounds
-            or bounds[-1] != 0
-            or any(not 0 <= b < a for a, b in pairwise([1.0, *bounds]))
-        ):
-            raise ConfigError(
-                "experts must be in charge down to decreasing times below 1 that end at 0, got"
-                f" {bounds}; change --boundary"
-            )
+        require_descending(experts)
         self.text, self.experts, self.codec, self.clip = text, tuple(experts), codec, clip
         self.device, self.clock, self.memory = device, clock, memory
 
@@ -229,20 +192,23 @@ class WanPipeline:
         """x0 [B, C, T, H, W] float32 of `shape` and the steps; state in float64, noise drawn in
         float32 from `generator`.
         """
-        sampler = recipe.sampler()
+        model = Switched(
+            self.experts,
+            negative,
+            recipe.guidance if negative is not None else 1.0,
+            times=recipe.times(),
+            clock=self.clock,
+            idle=self.memory.expert,
+            on_step=on_step,
+        )
+        options = {"shape": shape, "generator": generator, "device": self.device}
         with self.clock.part("solver"):
-            noise = torch.randn(
-                shape, generator=generator, device=generator.device, dtype=torch.float32
-            ).to(self.device, torch.float64)
-            walk = _Walk(
-                self, cond, negative, recipe.guidance, total=len(sampler.times) - 1, on_step=on_step
-            )
-            x0 = sampler.sample(walk.velocity, noise, generator=generator).float()
+            x0 = whole_latents(model, cond, recipe, **options)
         if not bool(torch.isfinite(x0).all()):
             raise NonFinite(
                 "the network returned NaN or infinite latents; look at its weights and --precision"
             )
-        return x0, tuple(walk.steps)
+        return x0, tuple(model.steps)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, 3, F, H, W] float32, one sample after the other; in host memory where the
@@ -313,102 +279,3 @@ class WanPipeline:
 def _images(request: VideoRequest) -> list[Tensor]:
     """The frames that are given, in time."""
     return [image for image in (request.image, request.last_image) if image is not None]
-
-
-class _Walk:
-    """One way from noise to data: the expert in charge with its conditions, and the record of the
-    steps.
-    """
-
-    def __init__(
-        self,
-        pipeline: WanPipeline,
-        cond: Condition,
-        negative: Condition | None,
-        scale: float,
-        *,
-        total: int,
-        on_step: OnStep | None,
-    ) -> None:
-        self.pipeline, self.scale, self.total, self.on_step = pipeline, scale, total, on_step
-        self.steps: list[Step] = []
-        self._given = [cond] if negative is None else [cond, negative]
-        self._conditions: list[Condition] = []
-        self._number = -1
-        self._layout: TokenLayout | None = None
-
-    def velocity(self, x: Tensor, t: float) -> Tensor:
-        """v at `x` [B, C, T, H, W] and RF time `t`, guided; takes the next expert when the one in
-        charge is done.
-        """
-        denoiser = self._in_charge(t, x)
-        expert, clock = self.pipeline.experts[self._number], self.pipeline.clock
-        before = clock.seconds.get("network", 0.0)
-        with clock.part("network"):
-            times = time_tensor(t, x.shape[0], x.device)
-            results = [
-                denoiser.velocity(x, times, cond.expand(x.shape[0]), self._layout)
-                for cond in self._conditions
-            ]
-            v = results[0] if len(results) == 1 else cfg(*results, self.scale)
-        self.steps.append(Step(len(self.steps), t, expert.name, clock.seconds["network"] - before))
-        if self.on_step is not None:
-            self.on_step(self.steps[-1], self.total)
-        return v
-
-    def _in_charge(self, t: float, x: Tensor) -> Denoiser:
-        experts = self.pipeline.experts
-        number = next(i for i, expert in enumerate(experts) if t >= expert.down_to)
-        if number != self._number:
-            # the last references to what the expert in charge computed from the prompts
-            self._conditions = []
-            for other in (*experts[:number], *experts[number + 1 :]):
-                other.network.rest(self.pipeline.memory.expert)
-            self._number = number
-            denoiser = experts[number].network.use()
-            _require_task(denoiser, self._given[0], channels=x.shape[1], name=experts[number].name)
-            with self.pipeline.clock.part("network"):
-                self._conditions = [denoiser.prepare(cond) for cond in self._given]
-            self._layout = TokenLayout.bidirectional(
-                x.shape[2], grid=denoiser.token_grid(*x.shape[3:])
-            )
-        return experts[number].network.use()
-
-
-def _require_task(denoiser: Denoiser, cond: Condition, *, channels: int, name: str) -> None:
-    """`ConfigError` for a text-to-video network that is given an image, or the other way round."""
-    if not isinstance(denoiser, Denoiser):
-        return
-    config = denoiser.net.config
-    given = channels + (0 if cond.concat is None else cond.concat.shape[1])
-    if config.in_dim != given:
-        raise ConfigError(
-            f"the network {name} reads {config.in_dim} channels, {given} are given ({channels} of"
-            " noise, the others of an image): it was made for another task (16 text-to-video, 36"
-            " image-to-video); give another file"
-        )
-    if config.image_branch != (cond.image is not None):
-        has = (
-            "has an image branch (Wan2.1 image-to-video) and needs the CLIP encoder"
-            if config.image_branch
-            else "has no image branch"
-        )
-        raise ConfigError(
-            f"the network {name} {has}; WanPipeline(clip=...) decides whether it is given image"
-            " tokens"
-        )
-    ends = (
-        cond.concat is not None
-        and cond.concat.shape[2] > 1
-        and bool(cond.concat[0, MASK_CHANNELS - 1, -1].any())
-    )
-    if ends != bool(config.image_positions):
-        made = (
-            "a first and a last frame (Wan2.1 FLF2V)"
-            if config.image_positions
-            else "a first frame alone"
-        )
-        raise ConfigError(
-            f"the network {name} was made for {made}, {'both are' if ends else 'one is'} given"
-            " (--last_image_path)"
-        )

@@ -18,7 +18,7 @@ from PIL import Image
 from rcm.core.dtypes import Precision
 from rcm.encoders.taehv import TinyDecoderCodec
 from rcm.encoders.umt5 import UMT5TextEncoder
-from rcm.inference import causal_command, wan_models
+from rcm.inference import causal_film, causal_flags, causal_methods, wan_models
 from rcm.inference.causal_flags import CAUSAL, EXTRAPOLATION, QUANT, causal_parser
 from rcm.inference.causal_methods import METHODS
 from rcm.kernels.kv_codec.spec import FLAGS
@@ -26,6 +26,7 @@ from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, Guided
 from rcm.nets.layout import TokenLayout
 from rcm.pipelines.image_condition import fit_image, read_image
+from rcm.pipelines.scenes import parse_timeline
 from rcm.pipelines.streaming import stream_latents
 from rcm.pipelines.video_io import probe, read_mp4, write_mp4
 from rcm.pipelines.wan_sizes import FrameSize
@@ -236,15 +237,14 @@ def test_the_report_of_times(files, tmp_path, capsys):
     fps, frames = re.search(r"^FPS: ([\d.]+) \((\d+) frames\)$", said, re.M).groups()
     assert (int(frames), float(fps)) == (9, pytest.approx(9000 / means["Total"], rel=0.05))
     flags = causal_parser(PLAIN, about=None, defaults=CAUSAL).parse_args(["--benchmark"])
-    causal_command.settle_flags(flags, CAUSAL)
+    causal_flags.settle_flags(flags, CAUSAL)
     assert (flags.warmup_iters, flags.num_runs) == (3, 3)
 
 
 def test_random_weights_read_no_file(tmp_path, capsys, monkeypatch):
     main = import_module(f"rcm.inference.{LONG}").main
     small = ("--size", "16x16", "--num_frames", "9", "--distilled", "--num_steps", "1", "--device", "cpu")
-    for module in (wan_models, causal_command):
-        monkeypatch.setattr(module, "preset", lambda name: dit().config)
+    monkeypatch.setattr(wan_models, "preset", lambda name: dit().config)
     assert main(["--random_weights", *small, "--save_path", str(tmp_path / "a.mp4")]) == 0
     assert "RANDOM WEIGHTS" in capsys.readouterr().out and probe(tmp_path / "a.mp4").num_frames == 9
 
@@ -282,7 +282,7 @@ OTHER = {
 @pytest.mark.parametrize("command", [PLAIN, CODED, LONG])
 def test_defaults_of_the_release(command):
     flags = causal_parser(command, about=None, defaults=DEFAULTS[command]).parse_args([])
-    causal_command.settle_flags(flags, DEFAULTS[command])
+    causal_flags.settle_flags(flags, DEFAULTS[command])
     wanted = RELEASE | OTHER.get(command, {})
     assert {name: getattr(flags, name) for name in wanted} == wanted
     assert {name: getattr(flags, name) for name in FLAGS} == FLAGS
@@ -309,12 +309,12 @@ def test_the_documented_uses_are_understood():
     assert len(uses) == 11
     for words in uses:
         flags = causal_parser(PLAIN, about=None, defaults=CAUSAL).parse_args(words)
-        causal_command.settle_flags(flags, CAUSAL)
-        recipe, _ = causal_command.recipe_of(flags), causal_command.codec_spec_of(flags)
-        timeline = causal_command.parse_timeline(flags.prompt)
+        causal_flags.settle_flags(flags, CAUSAL)
+        recipe, _ = causal_flags.recipe_of(flags), causal_flags.codec_spec_of(flags)
+        timeline = parse_timeline(flags.prompt)
         frames = recipe.blocks.frames_before(timeline.num_blocks(recipe.blocks)) if timeline.is_timed else None
-        frames = frames or causal_command._latent_frames(flags.num_frames, recipe)
-        policy = causal_command.policy_of(flags, cuts=frozenset(), reduce=None)
+        frames = frames or causal_film.latent_frames_of(flags.num_frames, recipe.blocks)
+        policy = causal_methods.policy_of(flags, cuts=frozenset(), reduce=None)
         assert recipe.blocks.num_blocks(frames) > 1 and (policy.capacity_frames(recipe.blocks) or frames) <= max(frames, 24)
 
 
@@ -343,7 +343,7 @@ def test_fp8_attention_is_asked_for_by_name(files, tmp_path, capsys, monkeypatch
     assert 0 < (found - plain).abs().float().mean() < 8, "other pixels, of 255 levels, and not by much"
     assert any("FP8 attention: error" in line for line in said)
     assert sample(PLAIN, files, tmp_path / "b.mp4", "--fp8_attention", "--kv_dtype_k", "int4") == 2
-    monkeypatch.setattr(causal_command, "obstacle", lambda *_, **__: "this card is a toaster")
+    monkeypatch.setattr(causal_flags, "obstacle", lambda *_, **__: "this card is a toaster")
     assert sample(PLAIN, files, tmp_path / "b.mp4", "--fp8_attention") == 2
     told = capsys.readouterr().err
     assert "--fp8_attention needs a plain cache; leave out" in told and "not possible here: this card is a toaster; leave it out" in told

@@ -12,8 +12,8 @@ from rcm.core.errors import ConfigError
 from rcm.inference.flag_ranges import RANGES, check_numbers
 from rcm.inference.outcome import command, exit_status
 from rcm.inference.wan_progress import Progress, spoken
+from rcm.pipelines.experts import Step
 from rcm.pipelines.part_clock import PartClock
-from rcm.pipelines.wan_pipeline import Step
 
 
 @pytest.mark.parametrize("name", RANGES)

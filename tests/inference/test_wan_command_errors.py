@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT
-from rcm.inference import wan_command
+from rcm.inference import wan_command, wan_models
 from rcm.inference.wan_command import wan_main
 from tests.support.tiny_wan_files import WanFiles, dit, expect_a_tiny_vae, original_layout, write_wan_files
 
@@ -278,7 +278,7 @@ def test_other_failures_are_not_dressed_up(files, monkeypatch):
 
 
 def test_ranks_that_do_not_fit_are_told_before_any_file_is_read(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(wan_command, "num_ranks", lambda: 5)
+    monkeypatch.setattr(wan_models, "num_ranks", lambda: 5)
     assert run(RCM, "--device", "cpu", "--save_path", str(tmp_path / "a.mp4")) == 2
     assert "choose --nproc_per_node from 1, 2, 3, 4, 6, 12" in capsys.readouterr().err
 

@@ -279,7 +279,6 @@ def test_warm_up_runs_are_not_counted(files, tmp_path):
 
 def test_random_weights_need_no_files_and_say_so(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("rcm.inference.wan_models.preset", lambda name: dit().config)
-    monkeypatch.setattr("rcm.inference.wan_command.preset", lambda name: dit().config)
     monkeypatch.chdir(tmp_path)
     main = import_module(f"rcm.inference.{COMMANDS[0]}").main
     flags = ["--random_weights", "--device", "cpu", "--size", "32x48", "--num_frames", "1", "--report", "x.json"]

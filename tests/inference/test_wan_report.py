@@ -6,8 +6,8 @@ import io
 
 from rcm.inference.wan_progress import StepLines
 from rcm.inference.wan_report import cost_lines
+from rcm.pipelines.experts import Step
 from rcm.pipelines.part_clock import PartClock
-from rcm.pipelines.wan_pipeline import Step
 
 STEPS = (Step(0, 0.987, "high", 2.0), Step(1, 0.5, "low", 1.0))
 

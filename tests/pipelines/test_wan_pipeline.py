@@ -16,11 +16,12 @@ from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, Guided, VelocityModel
 from rcm.nets.layout import TokenLayout
+from rcm.pipelines.experts import Expert
 from rcm.pipelines.image_condition import fit_image, image_channels
 from rcm.pipelines.part_clock import PartClock
 from rcm.pipelines.residency import POLICIES, MemoryPolicy, Resident
 from rcm.pipelines.text_to_video import WholeVideoRecipe, whole_latents
-from rcm.pipelines.wan_pipeline import Expert, GeneratedVideo, VideoRequest, WanPipeline
+from rcm.pipelines.wan_pipeline import GeneratedVideo, VideoRequest, WanPipeline
 from rcm.pipelines.wan_ranks import check_ranks, fitting_ranks, share_tokens
 from rcm.pipelines.wan_sizes import FrameSize
 from tests.support.dist import run_ranks
