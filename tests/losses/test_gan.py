@@ -86,8 +86,8 @@ def test_approximate_r1_of_a_linear_discriminator_is_unbiased():
 
 
 def test_approximate_r1_tends_to_the_exact_one():
-    """D = y.A y / 2: (eps.A y + sigma eps.A eps / 2)^2, with the mean |A y|^2 + sigma^2 (tr A)^2 / 4
-    + sigma^2 |A|^2 / 2.
+    """D = y.A y / 2: (eps.A y + sigma eps.A eps / 2)^2, in the mean
+    |A y|^2 + sigma^2 ((tr A)^2 / 4 + |A|^2 / 2).
     """
     half, y, eps = rand(8, 8, seed=2), rand(8), rand(200_000, 8, seed=3)
     a = half + half.T
