@@ -13,8 +13,6 @@ allows x head size x heads. Quote ratios of one run; machines differ by 10 %.
 
 from __future__ import annotations
 
-import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -25,15 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rcm.core.arguments import Arguments
+from rcm.core.errors import first_line
 from rcm.diffusion.blocks import BlockPattern
-from rcm.inference.outcome import command, writable_file
+from rcm.inference.outcome import command
 from rcm.kernels.flash_jvp.budget import errors_and_budgets, relative_error
 from rcm.kernels.flash_jvp.launch import Tiles, triton_jvp
 from rcm.kernels.flash_jvp.selfcheck import time_ms
 from rcm.kernels.flash_jvp.validation import Problem, check_problem
 from rcm.kernels.masks import BlockCausal, Full, MaskSpec, TeacherForcing
 from scripts.bench_masked import measure_all
+from scripts.bench_measure import bench_flags, in_words, this_card, write
 
 HEADS, WIDTH, FRAME_TOKENS = 12, 128, 1560
 PATTERNS = {"c3-3": BlockPattern(3, 3), "c1-1": BlockPattern(1, 1), "c1-4": BlockPattern(1, 4)}
@@ -216,7 +215,7 @@ def measure(work: Work, *, only: str, repeats: int) -> list[dict]:
                 row["ms"] = time_ms(lambda run=run: run(problem), repeats=repeats)
                 row["tflops"] = work.flop() / row["ms"] / 1e9
         except Exception as error:
-            row |= {"correct": False, "errors": f"{type(error).__name__}: {str(error)[:300]}"}
+            row |= {"correct": False, "errors": first_line(error)}
         rows.append(row)
         print(
             f"{row['work']:20s} {row['variant']:26s} {row.get('ms', float('nan')):9.3f} ms"
@@ -231,43 +230,22 @@ def measure(work: Work, *, only: str, repeats: int) -> list[dict]:
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Measure everything and print it."""
-    parser = Arguments(
-        description="Benchmark attention with tangent and masked attention with gradient."
-    )
+    parser = bench_flags(__doc__)
     parser.add_argument("--part", choices=("all", "tangent", "gradient"), default="all")
-    parser.add_argument("--json", type=writable_file, help="write all rows to this file")
     parser.add_argument("--frames", type=int, default=21, help="latent frames of 1560 tokens")
     parser.add_argument("--only", default="", help="substring of 'work variant' to run")
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("bench_attention needs a CUDA device")
-        return 2
-    import triton
-
-    machine = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    print(machine, flush=True)
+    machine, how = this_card("bench_attention"), {"only": options.only, "repeats": options.repeats}
     with torch.no_grad():
         limits = ceilings()
-        print({key: round(value, 1) for key, value in limits.items()}, flush=True)
+        print(in_words(limits), flush=True)
         parts = works(options.frames) if options.part != "gradient" else []
-        rows = [
-            row
-            for work in parts
-            for row in measure(work, only=options.only, repeats=options.repeats)
-        ]
+        rows = [row for work in parts for row in measure(work, **how)]
     if options.part != "tangent":
-        rows += measure_all(options.frames, only=options.only, repeats=options.repeats)
+        rows += measure_all(options.frames, **how)
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"machine": machine, "ceilings": limits, "rows": rows}, file, indent=1)
+        write(options.json, {"machine": machine, "ceilings": limits, "rows": rows})
     return 1 if any(row["correct"] is False for row in rows) else 0
 
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,14 +25,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rcm.core.arguments import Arguments
-from rcm.inference.outcome import command, writable_file
+from rcm.core.errors import first_line
+from rcm.inference.outcome import command
 from scripts.bench_cold import DEVICE, HIDDEN, WIDTH, kernels_cold, kernels_cold_serial, vae_cold
-from scripts.bench_measure import write
+from scripts.bench_measure import (
+    CheckFailed,
+    bench_flags,
+    captured,
+    chosen_parts,
+    in_words,
+    relative,
+    require,
+    require_card,
+    this_card,
+    write,
+)
 
 ROWS = (4680, 1560, 780)
 """Tokens of a chunk of three frames and of one at 480x832, and of one frame over two cards."""
-COPIES, REPEATS = 8, 9
+COPIES = 8
 CELLS = (60, 104)
 LAYERS = {
     "qkv": (WIDTH, 3 * WIDTH, False),
@@ -45,51 +54,6 @@ LAYERS = {
     "ffn_out": (HIDDEN, WIDTH, True),
 }
 """Choice of FP8 layers to channels in, channels out, and whether a GELU comes before."""
-
-
-class CheckFailed(RuntimeError):
-    """A result is not what it should be; nothing of that part is timed."""
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected| in float64."""
-    found, expected = found.double(), expected.double()
-    return ((found - expected).norm() / expected.norm()).item()
-
-
-def require(checks: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """Print errors beside their budgets; `CheckFailed` if any is above."""
-    for name, (error, budget) in checks.items():
-        print(f"  {name:66s} {error:9.2e}  (budget {budget:.0e})", flush=True)
-    failed = [name for name, (error, budget) in checks.items() if not error <= budget]
-    if failed:
-        raise CheckFailed(f"above budget: {failed}")
-    return {name: error for name, (error, _) in checks.items()}
-
-
-def milliseconds(calls: list[Callable[[], object]]) -> float:
-    """Of one call: the `calls`, one after the other, captured in a graph; median of REPEATS
-    replays.
-    """
-    side = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(side), torch.no_grad():
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    spent = []
-    for _ in range(REPEATS + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        spent.append(begin.elapsed_time(end) / len(calls))
-    return sorted(spent[2:])[REPEATS // 2]
 
 
 def random_linear(inputs: int, outputs: int) -> nn.Linear:
@@ -151,10 +115,10 @@ def fp8_check() -> dict[str, Any]:
         checks[f"{name}: FP8 layer against float64"] = (relative(found, exact), 6e-2)
         held, graph = x.clone(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = fast(held)
+            replayed = fast(held)
         held.copy_(x.flip(0))
         graph.replay()
-        checks[f"{name}: captured against eager"] = (relative(captured, fast(x.flip(0))), 0.0)
+        checks[f"{name}: captured against eager"] = (relative(replayed, fast(x.flip(0))), 0.0)
     return {"errors": require(checks)}
 
 
@@ -197,29 +161,29 @@ def fp8_layers() -> dict[str, Any]:
 
             pairs = list(zip(layers, fast, xs, rounded, strict=True))
             row = {
-                "bf16_ms": milliseconds([lambda p=p: plain(p[0], p[2]) for p in pairs]),
-                "fp8_ms": milliseconds([lambda p=p: p[1](p[2]) for p in pairs]),
-                "fp8_product_ms": milliseconds([lambda p=p: product(p[1], p[3]) for p in pairs]),
-                "fp8_rounding_ms": milliseconds(
-                    [lambda x=x, g=gelu: quantise.quantise_rows(x, gelu=g) for x in xs]
+                "bf16_ms": captured(*(lambda p=p: plain(p[0], p[2]) for p in pairs)),
+                "fp8_ms": captured(*(lambda p=p: p[1](p[2]) for p in pairs)),
+                "fp8_product_ms": captured(*(lambda p=p: product(p[1], p[3]) for p in pairs)),
+                "fp8_rounding_ms": captured(
+                    *(lambda x=x, g=gelu: quantise.quantise_rows(x, gelu=g) for x in xs)
                 ),
             }
             try:
-                row["fp8_product_one_scale_ms"] = milliseconds(
-                    [lambda p=p: tensorwise(p[1], p[3]) for p in pairs]
+                row["fp8_product_one_scale_ms"] = captured(
+                    *(lambda p=p: tensorwise(p[1], p[3]) for p in pairs)
                 )
             except Exception as error:
-                print(f"  product with one scale: {type(error).__name__}: {error}")
+                print(f"  product with one scale: {first_line(error)}")
             if name == "qkv":
                 thirds = [
                     [random_linear(inputs, outputs // 3) for _ in range(3)] for _ in range(COPIES)
                 ]
                 apart = [[FP8Linear(layer) for layer in three] for three in thirds]
-                row["bf16_three_ms"] = milliseconds(
-                    [lambda t=t, x=x: [y(x) for y in t] for t, x in zip(thirds, xs, strict=True)]
+                row["bf16_three_ms"] = captured(
+                    *(lambda t=t, x=x: [y(x) for y in t] for t, x in zip(thirds, xs, strict=True))
                 )
-                row["fp8_three_ms"] = milliseconds(
-                    [lambda t=t, x=x: [y(x) for y in t] for t, x in zip(apart, xs, strict=True)]
+                row["fp8_three_ms"] = captured(
+                    *(lambda t=t, x=x: [y(x) for y in t] for t, x in zip(apart, xs, strict=True))
                 )
             base = row.get("bf16_three_ms", row["bf16_ms"])
             row["gain"] = base / row["fp8_ms"]
@@ -264,16 +228,13 @@ def fp8_network() -> dict[str, Any]:
                 raise CheckFailed(f"{which}: error of the velocity is {report.error}")
         for frames in (3, 1):
             forward = chunk_forward(net, frames)
-            row[f"{frames}_frames_ms"] = milliseconds([forward])
+            row[f"{frames}_frames_ms"] = captured(forward)
             row[f"{frames}_frames_gain"] = (
                 found.get("bf16", row)[f"{frames}_frames_ms"] / row[f"{frames}_frames_ms"]
             )
         row["weights_gib"] = sum(x.nbytes for x in (*net.parameters(), *net.buffers())) / 2**30
         found[which] = row
-        print(
-            f"  {which:8s} " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()),
-            flush=True,
-        )
+        print(f"  {which:8s} {in_words(row)}", flush=True)
         del net, forward
     return found
 
@@ -358,23 +319,19 @@ def run_part(name: str, *, limit_s: int) -> dict[str, Any]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "result.json"
+        words = [sys.executable, "-m", "scripts.bench_cheaper", "--child", name]
         try:
-            command = [
-                sys.executable,
-                "-m",
-                "scripts.bench_cheaper",
-                "--child",
-                name,
-                "--json",
-                str(target),
-            ]
             done = subprocess.run(
-                command, check=False, timeout=limit_s, stderr=subprocess.PIPE, text=True
+                [*words, "--json", str(target)],
+                check=False,
+                timeout=limit_s,
+                stderr=subprocess.PIPE,
+                text=True,
             )
             error = None if done.returncode == 0 else done.stderr.strip()[-3000:]
             result = json.loads(target.read_text()) if error is None else {"error": error}
         except (subprocess.TimeoutExpired, OSError, ValueError) as problem:
-            result = {"error": f"{type(problem).__name__}: {str(problem)[-1000:]}"}
+            result = {"error": first_line(problem)}
     if "error" in result:
         print(f"  FAILED: {result['error']}", flush=True)
     print(f"  ({time.perf_counter() - start:.0f} s)", flush=True)
@@ -384,47 +341,25 @@ def run_part(name: str, *, limit_s: int) -> dict[str, Any]:
 @command
 def main(arguments: list[str] | None = None) -> None:
     """Run the parts, print, write."""
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--json", type=writable_file, help="write the numbers here, after every part"
-    )
+    parser = bench_flags(__doc__)
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
     parser.add_argument("--limit", type=int, default=240, help="seconds per part")
     parser.add_argument("--child", choices=tuple(PARTS), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    chosen = options.parts.split(",")
-    if unknown := [name for name in chosen if name not in PARTS]:
-        parser.error(f"unknown parts {unknown}; choose from {', '.join(PARTS)}")
-    if not torch.cuda.is_available():
-        sys.exit(
-            "this benchmark needs a CUDA device; on the CPU run the tests in"
-            " tests/nets/test_fp8_linear.py and tests/encoders"
-        )
+    chosen = chosen_parts(options.parts, list(PARTS))
+    instead = "on the CPU run the tests in tests/nets/test_fp8_linear.py and tests/encoders"
     if options.child:
-        write(str(options.json), PARTS[options.child]())
+        require_card("bench_cheaper", instead=instead)
+        write(options.json, PARTS[options.child]())
         return
-    import triton
-
-    machine = {
-        "gpu": torch.cuda.get_device_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-    }
-    machine |= {
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-    }
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    found: dict[str, Any] = {"machine": machine}
+    found: dict[str, Any] = {"machine": this_card("bench_cheaper", instead=instead)}
     for name in chosen:
         found[name] = run_part(name, limit_s=options.limit)
         if options.json:
-            write(str(options.json), found)
-    failed = [name for name in chosen if "error" in found[name]]
-    if failed:
+            write(options.json, found)
+    if failed := [name for name in chosen if "error" in found[name]]:
         sys.exit(f"parts that failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,9 +16,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
-import platform
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rcm.core.arguments import Arguments
-from rcm.inference.outcome import command, writable_file
-from scripts.bench_measure import write
+from rcm.core.errors import first_line
+from rcm.inference.outcome import command
+from scripts.bench_measure import bench_flags, captured, relative, require_card, this_card, write
 
 WIDTH = 128
 FRAME = 1560
@@ -108,45 +106,12 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def relative(found: Tensor, truth: Tensor) -> float:
-    """Norm of the difference over that of `truth`; infinite for what is not finite."""
-    error = float((found.double() - truth).norm() / truth.norm())
-    return error if error == error else float("inf")
-
-
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One library call."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(
             1, 2
         )
-
-
-def captured_ms(call: Callable[[], object], *, repeats: int = 7) -> float:
-    """Milliseconds of a call among several in a graph, median of replays."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-    count = max(1, min(40, int(4 / max(begin.elapsed_time(end), 1e-3))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(count):
-            call()
-    samples = []
-    for _ in range(repeats + 1):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(begin.elapsed_time(end) / count)
-    return statistics.median(samples[1:])
 
 
 class Bf16:
@@ -170,8 +135,10 @@ class Bf16:
         from rcm.kernels.split_attention.api import num_splits, split_attention
 
         parts = num_splits(q.shape[1], k.shape[1], q.shape[2], processors(q.device))
-        whole = captured_ms(lambda: cudnn(q, k, v))
-        chosen = captured_ms(lambda: split_attention(q, k, v, scale=WIDTH**-0.5, parts=parts))
+        whole = captured(lambda: cudnn(q, k, v), fill_ms=4)
+        chosen = captured(
+            lambda: split_attention(q, k, v, scale=WIDTH**-0.5, parts=parts), fill_ms=4
+        )
         return {"library_ms": whole, "ms": min(whole, chosen), "parts": parts}
 
 
@@ -227,14 +194,8 @@ class Fp8:
         plain_queries = codes.code_queries_reference(q, held.scales, scale=WIDTH**-0.5)
         codes.write_reference(plain, torch.arange(case[1], device="cuda"), k, v)
         rest = torch.arange(case[1], case[1] + 300, device="cuda")
-        launch.write(
-            held,
-            rest,
-            *(
-                torch.randn(case[2], 300, case[3], WIDTH, device="cuda", dtype=q.dtype)
-                for _ in range(2)
-            ),
-        )
+        behind = torch.randn(2, case[2], 300, case[3], WIDTH, device="cuda", dtype=q.dtype)
+        launch.write(held, rest, *behind)
         truth = exact(q, k, v)
         by_formula = [
             reference.attend_reference(
@@ -264,9 +225,9 @@ class Fp8:
         queries, held = self.coded(q, k, v, capacity=21 * FRAME)
         slots = torch.arange(q.shape[1], device="cuda")
         own = k[:, : q.shape[1]], v[:, : q.shape[1]]
-        alone = captured_ms(lambda: self.attend(queries, held, k.shape[1]))
-        asked = captured_ms(lambda: launch.code_queries(q, held.scales, scale=WIDTH**-0.5))
-        entered = captured_ms(lambda: launch.write(held, slots, *own))
+        alone = captured(lambda: self.attend(queries, held, k.shape[1]), fill_ms=4)
+        asked = captured(lambda: launch.code_queries(q, held.scales, scale=WIDTH**-0.5), fill_ms=4)
+        entered = captured(lambda: launch.write(held, slots, *own), fill_ms=4)
         return {
             "ms": alone,
             "queries_ms": asked,
@@ -286,15 +247,11 @@ def sustained(subject: Bf16 | Fp8) -> str:
         for _ in range(800):
             cudnn(q, k, v)
     time.sleep(0.5)
-    words = [
-        "nvidia-smi",
-        "--query-gpu=clocks.sm,power.draw,temperature.gpu",
-        "--format=csv,noheader",
-    ]
+    words = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,temperature.gpu"]
+    words += ["--format=csv,noheader"]
     try:
-        return subprocess.run(
-            words, capture_output=True, text=True, timeout=10, check=False
-        ).stdout.splitlines()[0]
+        told = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
+        return told.stdout.splitlines()[0]
     except (OSError, IndexError, subprocess.TimeoutExpired):
         return "unknown"
 
@@ -313,7 +270,7 @@ def work(name: str, lock: str) -> int:
     try:
         subject.prepare()
     except Exception as error:  # the first call compiles, then
-        say(variant=name, note=f"not compiled ahead: {type(error).__name__}: {error}"[:400])
+        say(variant=name, note=f"not compiled ahead: {first_line(error)}")
     say(variant=name, prepared_s=round(time.perf_counter() - begin, 1))
     with open(lock, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -342,15 +299,8 @@ def run_all(names: list[str], *, limit: float) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         for place, name in enumerate(names):
             paths = [Path(folder) / f"{place}.{end}" for end in ("out", "err")]
-            words = [
-                sys.executable,
-                "-m",
-                "scripts.bench_fp8_attention",
-                "--worker",
-                name,
-                "--lock",
-                f"{folder}/lock",
-            ]
+            words = [sys.executable, "-m", "scripts.bench_fp8_attention", "--worker", name]
+            words += ["--lock", f"{folder}/lock"]
             with paths[0].open("w") as out, paths[1].open("w") as err:
                 running[name] = subprocess.Popen(words, stdout=out, stderr=err), *paths
         deadline = time.monotonic() + limit
@@ -366,12 +316,8 @@ def run_all(names: list[str], *, limit: float) -> list[dict]:
             if status:
                 said = [line for line in err.read_text().splitlines() if line.strip()]
                 why = " | ".join(said[-3:])[-400:] or "no message"
-                reason = (
-                    f"status {status}"
-                    + (" (never ended)" if status in (-signal.SIGALRM, -signal.SIGKILL) else "")
-                    + f": {why}"
-                )
-                rows.append({"variant": name, "failed": reason})
+                endless = " (never ended)" * (status in (-signal.SIGALRM, -signal.SIGKILL))
+                rows.append({"variant": name, "failed": f"status {status}{endless}: {why}"})
     return rows
 
 
@@ -417,8 +363,7 @@ def table(rows: list[dict], names: list[str]) -> str:
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Check and measure everything, and print it."""
-    parser = Arguments(description="FP8 attention against bf16: errors, then times.")
-    parser.add_argument("--out", type=writable_file, help="write all numbers to this JSON file")
+    parser = bench_flags("FP8 attention against bf16: errors, then times.", file="--out")
     parser.add_argument("--part", choices=("kernels", "stream"), default="kernels")
     parser.add_argument("--only", default="", help="substring of the variants to run, beside bf16")
     parser.add_argument(
@@ -427,23 +372,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--lock", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("bench_fp8_attention needs a CUDA device")
-        return 2
     if options.worker:
+        require_card("bench_fp8_attention")
         return work(options.worker, options.lock)
-    import triton
-
+    machine = this_card("bench_fp8_attention")
     names = [name for name in variants() if name == "bf16" or options.only in name]
-    machine = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    print(machine, flush=True)
     if options.part == "stream":
         from scripts.bench_fp8_stream import measure
 

@@ -15,7 +15,17 @@ from rcm.nets.denoiser import Denoiser
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.sliding_window import SlidingWindow
-from scripts.bench_stream import FRAMES, LATENT, RECIPES, build, engine, prompt, steady, video
+from scripts.bench_measure import relative
+from scripts.bench_stream_runs import (
+    FRAMES,
+    LATENT,
+    RECIPES,
+    build,
+    engine,
+    prompt,
+    steady,
+    video,
+)
 
 ATTENTION = ("net", "fp8")
 VIDEOS = {"c3-3 [4,2]": 15, "c1-1 [4,1]": 7}
@@ -26,20 +36,9 @@ WINDOWS = {"c3-3 [4]": 7, "c3-3 [4,2]": 7, "c1-1 [4,1]": 21}
 
 def latents(denoiser: Denoiser, name: str, *, graphs: str, attention: str) -> Tensor:
     """Of a short video over a window of three chunks and a sink."""
-    options = {
-        "num_frames": VIDEOS[name],
-        "policy": SlidingWindow(3, 1),
-        "graphs": graphs,
-        "draw_on": "cuda",
-        "attention": attention,
-    }
-    with Session(
-        denoiser,
-        None,
-        prompt(denoiser),
-        StreamSpec(RECIPES[name], LATENT, **options),
-        device="cuda",
-    ) as session:
+    options = {"num_frames": VIDEOS[name], "policy": SlidingWindow(3, 1), "draw_on": "cuda"}
+    spec = StreamSpec(RECIPES[name], LATENT, graphs=graphs, attention=attention, **options)
+    with Session(denoiser, None, prompt(denoiser), spec, device="cuda") as session:
         return torch.cat([chunk.latents for chunk in session], dim=2)
 
 
@@ -57,13 +56,10 @@ def errors(denoiser: Denoiser) -> dict[str, Any]:
             "fp8": latents(denoiser, name, graphs="on", attention="fp8"),
             "fp8, eager": latents(denoiser, name, graphs="off", attention="fp8"),
         }
-        found[name] = {kind: float((x - truth).norm() / truth.norm()) for kind, x in runs.items()}
-        found[name]["fp8, first frame"] = float(
-            (runs["fp8"] - truth)[:, :, 0].norm() / truth[:, :, 0].norm()
-        )
-        found[name]["fp8, captured against eager"] = float(
-            (runs["fp8"] - runs["fp8, eager"]).norm() / truth.norm()
-        )
+        found[name] = {kind: relative(x, truth) for kind, x in runs.items()}
+        first = relative(runs["fp8"][:, :, 0], truth[:, :, 0])
+        eager = relative(runs["fp8"], runs["fp8, eager"])
+        found[name] |= {"fp8, first frame": first, "fp8, captured against eager": eager}
     return found
 
 
@@ -77,48 +73,22 @@ def measure() -> dict[str, Any]:
     for name, window in WINDOWS.items():
         for attention in ATTENTION:
             gc.collect()
-            options = {
-                "look_ahead": False,
-                "first_alone": False,
-                "to_host": False,
-                "attention": attention,
-            }
-            got = steady(
-                denoiser, None, RECIPES[name], chunks=12, window=window, idle=False, **options
-            )
+            options = dict.fromkeys(("look_ahead", "first_alone", "to_host", "idle"), False)
+            options |= {"chunks": 12, "window": window, "attention": attention}
+            got = steady(denoiser, None, RECIPES[name], **options)
             found[f"{name} latents, {attention}"] = got
-            print(
-                f"{name} window of {FRAMES} frames, latents, {attention}: {got['chunk_ms']:.1f} ms"
-                " per chunk",
-                flush=True,
-            )
+            told = f"{name} window of {FRAMES} frames, latents, {attention}"
+            print(f"{told}: {got['chunk_ms']:.1f} ms per chunk", flush=True)
     codec = WanVAECodec.random(device="cuda")
     for attention in ATTENTION:
-        got = steady(
-            denoiser,
-            codec,
-            RECIPES["c3-3 [4]"],
-            chunks=16,
-            window=7,
-            idle=False,
-            attention=attention,
-        )
+        options = {"chunks": 16, "window": 7, "idle": False, "attention": attention}
+        got = steady(denoiser, codec, RECIPES["c3-3 [4]"], **options)
         found[f"c3-3 [4] decoded, {attention}"] = got
-        print(
-            f"c3-3 [4] window of {FRAMES} frames, decoded, {attention}: {got['chunk_ms']:.1f} ms"
-            " per chunk",
-            flush=True,
-        )
-        got = video(
-            denoiser,
-            codec,
-            engine(RECIPES["c3-3 [4,2]"], num_frames=FRAMES, attention=attention),
-            repeats=2,
-        )
+        told = f"c3-3 [4] window of {FRAMES} frames, decoded, {attention}"
+        print(f"{told}: {got['chunk_ms']:.1f} ms per chunk", flush=True)
+        spec = engine(RECIPES["c3-3 [4,2]"], num_frames=FRAMES, attention=attention)
+        got = video(denoiser, codec, spec, repeats=2)
         found[f"c3-3 [4,2] video, {attention}"] = got
-        print(
-            f"c3-3 [4,2] 81 frames, {attention}: {got['fps']:.1f} FPS, first"
-            f" {got['first_visible_s']:.3f} s",
-            flush=True,
-        )
+        told = f"{got['fps']:.1f} FPS, first {got['first_visible_s']:.3f} s"
+        print(f"c3-3 [4,2] 81 frames, {attention}: {told}", flush=True)
     return found

@@ -14,8 +14,6 @@ left.
 
 from __future__ import annotations
 
-import argparse
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rcm.core.arguments import Arguments
 from rcm.core.text_file import read_text
-from rcm.inference.outcome import command, writable_file
+from rcm.inference.outcome import command
 from rcm.kernels.kv_codec import bias
 from rcm.kernels.kv_codec.codec import KVCodec
 from rcm.kernels.kv_codec.segments import Segment, attend_segments, plain
@@ -35,7 +32,7 @@ from rcm.nets.rope import RopeTable, rotate
 from rcm.pipelines.from_checkpoint import open_checkpoint
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
-from scripts.bench_measure import write
+from scripts.bench_measure import bench_flags, in_words, machine, write
 
 SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "toy" / "sf_dmd_c1-1.safetensors"
 PROMPTS = Path(__file__).resolve().parents[1] / "assets" / "prompts" / "toy.txt"
@@ -167,7 +164,7 @@ def cases() -> dict[str, KVCodecSpec]:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 with one line on standard error for what cannot be streamed."""
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench_flags(__doc__, file="--out")
     parser.add_argument(
         "--ckpt",
         type=Path,
@@ -178,10 +175,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--frames", type=int, default=9, help="latent frames to stream [%(default)s]"
     )
     parser.add_argument("--batch", type=int, default=24, help="prompts at once [%(default)s]")
-    parser.add_argument("--out", type=writable_file, help="JSON file to write")
     args = parser.parse_args(argv)
-    rows = []
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
+    rows, on = [], machine("cpu")
+    print(in_words(on))
     for data, seen in (
         (args.ckpt.name, keys_of_a_stream(args.ckpt, frames=args.frames, batch=args.batch)),
         ("random", random_keys()),
@@ -189,13 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, spec in cases().items():
             row = corrected_errors(seen, spec)
             rows.append({"keys": data, "codec": name, **row})
-            print(
-                f"{data:28s} {name:24s} "
-                + "  ".join(f"{key} {value:.4f}" for key, value in row.items()),
-                flush=True,
-            )
+            print(f"{data:28s} {name:24s} {in_words(row)}", flush=True)
     if args.out:
-        write(args.out, {"torch": torch.__version__, "arguments": vars(args), "rows": rows})
+        write(args.out, {"machine": on, "arguments": vars(args), "rows": rows})
     return 0
 
 

@@ -10,23 +10,21 @@ correction of the keys' bias. `--tiny` runs the same on a CPU, where times mean 
 from __future__ import annotations
 
 import argparse
-import platform
+import sys
 import time
 from collections.abc import Callable
 
 import torch
-import triton
 from torch import Tensor
 
-from rcm.core.arguments import Arguments
-from rcm.inference.outcome import command, writable_file
+from rcm.inference.outcome import command
 from rcm.kernels.kv_codec import fused
 from rcm.kernels.kv_codec.bias import segment_gain
 from rcm.kernels.kv_codec.codec import KVCodec, reference
 from rcm.kernels.kv_codec.codes import Codes
 from rcm.kernels.kv_codec.segments import Segment, attend_segments, flash, plain
 from rcm.kernels.kv_codec.spec import SIDES, KVCodecSpec, SideSpec, kivi
-from scripts.bench_measure import alone, write
+from scripts.bench_measure import alone, bench_flags, in_words, machine, require_card, write
 
 LAYERS, FORWARDS = 30, 5
 """Layers of the 1.3B network; forwards per chunk (4 steps and the append), each of which restores
@@ -179,8 +177,7 @@ def measure(
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=writable_file, help="JSON file to write")
+    parser = bench_flags(__doc__, file="--out")
     parser.add_argument("--tokens", type=int, default=4680, help="tokens of a chunk")
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--channels", type=int, default=128, help="channels of a head")
@@ -198,13 +195,10 @@ def main(argv: list[str] | None = None) -> None:
     args.device = "cpu" if args.tiny else "cuda"
     if args.tiny:
         args.tokens, args.heads = 256, 2
-    elif not torch.cuda.is_available():
-        parser.error("no CUDA device; --tiny runs on the CPU")
-    hardware = platform.processor() if args.tiny else torch.cuda.get_device_name()
-    print(
-        f"{hardware}, torch {torch.__version__}, triton {triton.__version__}, chunk {args.tokens} x"
-        f" {args.heads} x {args.channels}"
-    )
+    else:
+        require_card("bench_kv_codec", instead="--tiny runs on the CPU")
+    on = machine(args.device)
+    print(f"{in_words(on)}  chunk {args.tokens} x {args.heads} x {args.channels}")
     rows, wrong = [], 0
     for kind in ("random", "real-like"):
         data = draw(kind, (args.tokens, args.heads, args.channels), args.device)
@@ -225,8 +219,7 @@ def main(argv: list[str] | None = None) -> None:
                 flush=True,
             )
     if args.out:
-        versions = {"hardware": hardware, "torch": torch.__version__, "triton": triton.__version__}
-        write(args.out, {**versions, "arguments": vars(args), "rows": rows})
+        write(args.out, {"machine": on, "arguments": vars(args), "rows": rows})
     fused_used = fused.runs_on(torch.empty(1, device=args.device))
     print(
         f"fused kernels {'ran' if fused_used else 'did not run'}; {wrong} rows differ from plain"
@@ -236,4 +229,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

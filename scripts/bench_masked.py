@@ -15,27 +15,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rcm.core.errors import ConfigError
+from rcm.core.errors import ConfigError, first_line
 from rcm.diffusion.blocks import BlockPattern
 from rcm.kernels.flash_jvp.budget import relative_error
 from rcm.kernels.flash_jvp.selfcheck import time_ms
 from rcm.kernels.masked_attention.budget import OUTPUTS, errors_and_budgets, with_gradients
 from rcm.kernels.masks import Full, MaskSpec, TeacherForcing
+from rcm.nets.attention import BACKENDS as NAMES
 from rcm.nets.attention import AttentionCore, attention_record, resolve
+from scripts.bench_measure import in_words
 
 HEADS, WIDTH, FRAME_TOKENS = 12, 128, 1560
-BACKENDS = (
-    "auto",
-    "triton",
-    "cudnn",
-    "sdpa",
-    "flex_triton",
-    "flex_flash",
-    "flash2",
-    "flash3",
-    "magi",
-    "te",
-)
+BACKENDS = ("auto", *(name for name in NAMES if name not in ("auto", "reference", "flex")))
 TARGETS_MS = {"c3-3": 62.0, "c1-1": 68.0}
 """Milliseconds of forward and backward together."""
 AGREEMENT = 8e-3
@@ -168,28 +159,10 @@ def measure_all(frames: int, *, only: str, repeats: int) -> list[dict]:
             try:
                 row = measure(name, mask, small, backend=backend, repeats=repeats)
             except Exception as error:
-                row = {
-                    "work": name,
-                    "variant": backend,
-                    "correct": False,
-                    "errors": f"{type(error).__name__}: {str(error)[:300]}",
-                }
+                row = {"work": name, "variant": backend, "correct": False}
+                row["errors"] = first_line(error)
             rows.append(row)
-            times = "  ".join(
-                f"{key} {row.get(f'{key}_ms', float('nan')):7.2f}"
-                for key in ("forward", "backward")
-            )
             state = {None: "absent", True: "ok", False: "WRONG"}[row["correct"]]
-            print(
-                f"{row['work']:12s} {row['variant']:12s} {times}  together"
-                f" {row.get('ms', float('nan')):7.2f} ms",
-                end=" ",
-            )
-            print(f"{row.get('tflops', 0):6.1f} TFLOP/s  {state}  {row['errors']}", end=" ")
-            print(row.get("full size against dense calls", ""), row.get("chosen", ""), end=" ")
-            print(
-                f"+{row.get('backward_peak_GiB', 0)} GiB (first call"
-                f" {row.get('first_call_s', 0)} s)",
-                flush=True,
-            )
+            rest = in_words(row, without=("work", "variant", "correct"))
+            print(f"{row['work']:12s} {row['variant']:12s} {state}  {rest}", flush=True)
     return rows

@@ -1,58 +1,147 @@
-"""How the step benchmarks measure: times and peaks of a call, GPU time by kind of kernel, and the
+"""What every benchmark has around its subject: flags, the machine, checks before times, the file
+of its numbers; and how it measures: times and peaks of a call, GPU time by kind of kernel, the
 floor of a forward.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import platform
 import statistics
-import tempfile
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from rcm.core.arguments import Arguments
+from rcm.core.errors import ConfigError, first_line
+from rcm.core.files import write_atomically
+from rcm.inference.outcome import writable_file
 from rcm.nets.attention import AttentionCore
 from rcm.nets.frozen_fp8 import load_rows, scales_of
 from rcm.parallel.fsdp import local, stored_parameters
 
 GIB = 2**30
-KINDS = (
-    (
-        "attention",
-        (
-            "attention",
-            "sdpa",
-            "fmha",
-            "flash",
-            "mha",
-            "cudnn",
-            "hopper_forward",
-            "portable_forward",
-            "_deposit",
-        ),
-    ),
-    ("matrix product", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk")),
-    (
-        "fused layers",
-        (
-            "norm_forward",
-            "norm_tangent",
-            "norm_backward",
-            "gated_add",
-            "gelu_forward",
-            "gelu_backward",
-            "rotate_pairs",
-        ),
-    ),
-)
+KINDS = {
+    "attention": "attention sdpa fmha flash mha cudnn hopper_forward portable_forward _deposit",
+    "matrix product": "gemm nvjet cutlass xmma cublas splitk",
+    "fused layers": "norm_forward norm_tangent norm_backward gated_add gelu_forward gelu_backward"
+    " rotate_pairs",
+}
+"""Kind of kernel -> words, one of which its name has; the first kind that fits."""
+
+
+class CheckFailed(ConfigError):
+    """A result is not what it should be, so nothing that rests on it is timed; a sentence ends the
+    command.
+    """
+
+
+def bench_flags(doc: str, *, file: str = "--json", default: str | None = None) -> Arguments:
+    """The parser of a benchmark with the flag `file` for its numbers; `doc` is its help."""
+    parser = Arguments(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        file, type=writable_file, metavar="FILE", default=default, help="write all numbers there"
+    )
+    return parser
+
+
+def require_card(name: str, *, instead: str = "") -> None:
+    """`ConfigError` without a GPU; `instead`: what can be done without one."""
+    if not torch.cuda.is_available():
+        raise ConfigError(f"{name} needs a CUDA device" + (f"; {instead}" if instead else ""))
+
+
+def machine(device: str | torch.device = "cuda") -> dict[str, Any]:
+    """What numbers are measured on: card or processor, versions, date."""
+    on_card = torch.device(device).type == "cuda"
+    found: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(device) if on_card else f"CPU, {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if on_card:
+        import triton
+
+        found |= {"triton": triton.__version__, "cuda": torch.version.cuda}
+        found |= {"cudnn": torch.backends.cudnn.version()}
+        found |= {"nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    return found
+
+
+def this_card(name: str, *, instead: str = "") -> dict[str, Any]:
+    """`machine` of the GPU, printed; `ConfigError` without one, as `require_card`."""
+    require_card(name, instead=instead)
+    found = machine()
+    print(in_words(found), flush=True)
+    return found
+
+
+def chosen_parts(words: str, known: Sequence[str], *, flag: str = "--parts") -> list[str]:
+    """The comma-separated names in `words`; `ConfigError` for one that is not known."""
+    names = words.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"{flag}: unknown {unknown[0]!r}; choose from {', '.join(known)}")
+    return names
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    """|found - truth| / |truth| in float64; infinite for what is not a number."""
+    found, truth = found.double(), truth.double()
+    error = ((found - truth).norm() / truth.norm()).item()
+    return error if error == error else float("inf")
+
+
+def require(checks: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Print errors beside their budgets; `CheckFailed` if any is above."""
+    for name, (error, budget) in checks.items():
+        print(f"  {name:66s} {error:9.2e}  (budget {budget:.0e})", flush=True)
+    failed = [name for name, (error, budget) in checks.items() if not error <= budget]
+    if failed:
+        raise CheckFailed(f"above budget, so nothing is timed: {', '.join(failed)}")
+    return {name: error for name, (error, _) in checks.items()}
+
+
+def attempted(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `measure` finds; its error in place of it, for one failure must not hide the other
+    numbers.
+    """
+    try:
+        return measure()
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": first_line(error)}
+
+
+def in_words(row: Mapping[str, Any], *, without: Sequence[str] = ()) -> str:
+    """Keys and values of a row on one line, numbers to four digits."""
+    return "  ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in row.items()
+        if key not in without
+    )
+
+
+def write(path: str | os.PathLike[str], content: object) -> None:
+    """JSON, whole or not at all; what JSON does not know (paths, dtypes) as its text."""
+    write_atomically(Path(path), json.dumps(content, indent=1, default=str))
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The value below which a share q of them lies."""
+    return sorted(values)[min(len(values) - 1, int(q * len(values)))]
 
 
 def timed(
@@ -77,6 +166,40 @@ def timed(
         "first_ms": samples[0],
         "peak_gib": torch.cuda.max_memory_allocated() / GIB,
     }
+
+
+def alone(call: Callable[[], object], *, repeats: int) -> float:
+    """Milliseconds of one call among ten in a row, median of `repeats` rounds."""
+    return _rounds(lambda: [call() for _ in range(10)], repeats=repeats) / 10
+
+
+def captured(*calls: Callable[[], object], repeats: int = 9, fill_ms: float = 0.0) -> float:
+    """Milliseconds of one of `calls`, which stand one after the other in a CUDA graph, median of
+    replays. Short ones stand in it again and again, up to `fill_ms` and 40 times.
+    """
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side), torch.no_grad():
+        once = _rounds(lambda: [call() for call in calls], repeats=1)
+    torch.cuda.synchronize()
+    times = max(1, min(40, int(fill_ms / max(once, 1e-3))))
+    with torch.no_grad(), torch.cuda.graph(graph):
+        for call in calls * times:
+            call()
+    return _rounds(graph.replay, repeats=repeats) / len(calls * times)
+
+
+def _rounds(call: Callable[[], object], *, repeats: int) -> float:
+    """Milliseconds of a call by the device's own clock, median after one that does not count."""
+    samples = []
+    for _ in range(repeats + 1):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end))
+    return statistics.median(samples[1:])
 
 
 @torch.no_grad()
@@ -107,9 +230,8 @@ def fill(net: nn.Module) -> None:
 def kind_of(kernel: str) -> str:
     """Attention, matrix product, fused layer, or the rest."""
     low = kernel.lower()
-    return next(
-        (kind for kind, words in KINDS if any(word in low for word in words)), "other elementwise"
-    )
+    found = (kind for kind, words in KINDS.items() if any(word in low for word in words.split()))
+    return next(found, "other elementwise")
 
 
 def breakdown(call: Callable[[], object]) -> dict[str, Any]:
@@ -120,21 +242,17 @@ def breakdown(call: Callable[[], object]) -> dict[str, Any]:
         call()
         torch.cuda.synchronize()
     kinds: Counter[str] = Counter()
-    rest: dict[str, list[float]] = {}
+    rest: dict[str, tuple[float, int]] = {}
     for event in found.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(
-            "FSDP::"
-        ):
-            spent = event.time_range.elapsed_us() / 1e3
-            kinds[kind_of(event.name)] += spent
-            if kind_of(event.name) == "other elementwise":
-                entry = rest.setdefault(event.name, [0.0, 0])
-                entry[0] += spent
-                entry[1] += 1
-    largest = sorted(
-        ((name, spent, int(count)) for name, (spent, count) in rest.items()),
-        key=lambda row: -row[1],
-    )
+        on_device = event.device_type == torch.autograd.DeviceType.CUDA
+        if not on_device or event.name.startswith("FSDP::"):
+            continue
+        spent, kind = event.time_range.elapsed_us() / 1e3, kind_of(event.name)
+        kinds[kind] += spent
+        if kind == "other elementwise":
+            total, count = rest.get(event.name, (0.0, 0))
+            rest[event.name] = total + spent, count + 1
+    largest = sorted(((name, *row) for name, row in rest.items()), key=lambda row: -row[1])
     return {
         "kinds_ms": {kind: round(spent, 2) for kind, spent in kinds.most_common()},
         "largest_others": largest[:10],
@@ -175,46 +293,13 @@ def floor_of(net: nn.Module, call: Callable[[], object], *, repeats: int) -> dic
             torch.randn(shape, device="cuda").to(dtype)
             for shape in ((rows, width), (out, width), (out,))
         ]
-        what = f"product {rows} x {width} x {out} {dtype}"
-        parts.append(
-            {
-                "what": what,
-                "count": count,
-                "ms": alone(partial(F.linear, *operands), repeats=repeats),
-            }
-        )
+        what, call = f"product {rows} x {width} x {out} {dtype}", partial(F.linear, *operands)
+        parts.append({"what": what, "count": count, "ms": alone(call, repeats=repeats)})
     for key, count in attentions.items():
         operands = [torch.randn(shape, device="cuda").to(torch.bfloat16) for shape in key[:3]]
-        what = f"attention of {key[0]} to {key[1][1]} keys"
-        parts.append(
-            {
-                "what": what,
-                "count": count,
-                "ms": alone(partial(cores[key], *operands, key[3]), repeats=repeats),
-            }
+        what, call = (
+            f"attention of {key[0]} to {key[1][1]} keys",
+            partial(cores[key], *operands, key[3]),
         )
+        parts.append({"what": what, "count": count, "ms": alone(call, repeats=repeats)})
     return {"parts": parts, "floor_ms": sum(part["count"] * part["ms"] for part in parts)}
-
-
-def alone(call: Callable[[], object], *, repeats: int) -> float:
-    """Milliseconds of one call among ten in a row, median of `repeats` rounds."""
-    samples = []
-    for _ in range(repeats + 1):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(10):
-            call()
-        end.record()
-        end.synchronize()
-        samples.append(begin.elapsed_time(end) / 10)
-    return statistics.median(samples[1:])
-
-
-def write(path: str, content: object) -> None:
-    """JSON, whole or not at all; what JSON does not know (paths, dtypes) as its text."""
-    text = json.dumps(content, indent=1, default=str)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=os.path.dirname(os.path.abspath(path)), delete=False
-    ) as file:
-        file.write(text)
-    os.replace(file.name, path)

@@ -16,8 +16,6 @@ import os
 # multicast over NVLink is not to be had on shared machines
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
-import argparse
-import json
 import sys
 import time
 import zlib
@@ -30,11 +28,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rcm.core.arguments import Arguments
 from rcm.core.dtypes import Precision
 from rcm.core.rng import StepRng, randn
 from rcm.diffusion.blocks import BlockPattern
-from rcm.inference.outcome import command, writable_file
+from rcm.inference.outcome import command
 from rcm.methods.teacher_forcing import TeacherForcing
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
@@ -45,6 +42,7 @@ from rcm.parallel.fsdp import local, stored_tensors
 from rcm.parallel.init import materialise, on_meta
 from rcm.parallel.mesh import ParallelDims, process_group
 from rcm.storage.pickle_file import read_pickle
+from scripts.bench_measure import bench_flags, in_words, machine, require_card, write
 
 SAMPLES = 2
 # of every gradient, evenly spread: a wrong shard, factor or order cannot hide from them
@@ -72,14 +70,13 @@ SIZES = (Size("fp32", 6, 16, 32, layers=10), Size("bf16", 21))
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Run all sizes and combinations; exit status 1 when a comparison exceeds its limit."""
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench_flags(__doc__)
     parser.add_argument(
         "--truth",
         type=Path,
         required=True,
         help="file of one rank's results: written by one rank, read by several",
     )
-    parser.add_argument("--json", type=writable_file, help="write the table here (rank 0)")
     parser.add_argument(
         "--layers", type=int, help="blocks, other than 10 in float32 and 30 in bfloat16"
     )
@@ -87,11 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--small", action="store_true", help="tiny latents, for trying the script")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("bench_multi_gpu needs CUDA devices (or --device cpu --small)", file=sys.stderr)
-        return 2
     if options.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        require_card("bench_multi_gpu", instead="--device cpu --small tries the script")
     text = {"text_len": 16, "text_dim": 64} if options.small else {}
     shape = {
         "dim": options.dim,
@@ -121,22 +115,11 @@ def main(arguments: list[str] | None = None) -> int:
                     )
                 rows.append(row)
                 if dist.get_rank() == 0:
-                    print(
-                        {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()},
-                        flush=True,
-                    )
+                    print(in_words(row), flush=True)
         if world == 1:
             torch.save(truth, options.truth)
         elif dist.get_rank() == 0 and options.json:
-            machine = {
-                "gpu": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
-                "torch": torch.__version__,
-            }
-            options.json.write_text(
-                json.dumps(
-                    {"machine": machine, "date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=1
-                )
-            )
+            write(options.json, {"machine": machine(options.device), "rows": rows})
     return 0 if all(row.get("ok", True) for row in rows) else 1
 
 

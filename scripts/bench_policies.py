@@ -14,21 +14,29 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-import traceback
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from rcm.core.arguments import Arguments
 from rcm.encoders.wan_vae import WanVAECodec
 from rcm.inference.causal_methods import METHODS, policy_of
-from rcm.inference.outcome import command, writable_file
+from rcm.inference.outcome import command
 from rcm.nets.denoiser import Denoiser
 from rcm.pipelines.session import Session
 from rcm.rollout.eviction.base import CachePolicy
-from scripts.bench_measure import GIB, write
-from scripts.bench_stream import RECIPES, build, engine, prompt
+from scripts.bench_measure import (
+    GIB,
+    attempted,
+    bench_flags,
+    chosen_parts,
+    in_words,
+    quantile,
+    this_card,
+    write,
+)
+from scripts.bench_stream_runs import RECIPES, build, engine, prompt
 
 CHUNKS_PER_MINUTE = 80
 FULL = 40
@@ -66,7 +74,7 @@ def long_stream(
     return {
         "chunks": chunks,
         "chunk_ms": 1e3 * statistics.median(kept),
-        "p99_ms": 1e3 * sorted(kept)[int(0.99 * len(kept))],
+        "p99_ms": 1e3 * quantile(kept, 0.99),
         "last_over_first": last / first,
         "memory_gib": memory[-1] / GIB,
         "memory_growth": (
@@ -79,43 +87,24 @@ def long_stream(
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run the methods one after the other and print a line each."""
-    parser = Arguments(prog="python -m scripts.bench_policies", description=__doc__)
+    parser = bench_flags(__doc__, file="--out")
     parser.add_argument("--methods", default=",".join(BOUNDED), help="comma-separated")
     parser.add_argument("--minutes", type=float, default=5.0, help="of video")
     parser.add_argument("--size", default="480x832", metavar="HxW", help="pixels")
-    parser.add_argument("--out", type=writable_file, help="write the numbers here")
     options = parser.parse_args(argv)
-    names = options.methods.split(",")
-    if unknown := [name for name in names if name not in BOUNDED]:
-        parser.error(f"unknown method {unknown[0]!r}; choose from {', '.join(BOUNDED)}")
+    names = chosen_parts(options.methods, BOUNDED, flag="--methods")
     height, _, width = options.size.partition("x")
     if not (height.isdigit() and width.isdigit() and int(height) % 16 == int(width) % 16 == 0):
         parser.error(f"--size {options.size}: expected HxW in multiples of 16, such as 480x832")
-    if not torch.cuda.is_available():
-        parser.error("there is no CUDA device here; this measures a card")
+    report: dict[str, Any] = this_card("bench_policies") | {"size": options.size, "rows": {}}
     chunks = max(FULL + 10, round(options.minutes * CHUNKS_PER_MINUTE))
+    size = (int(height), int(width))
     denoiser, codec = build("1.3B"), WanVAECodec.random(device="cuda")
-    report: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "size": options.size,
-        "rows": {},
-    }
     for name in names:
         torch.cuda.empty_cache()
-        try:
-            found = long_stream(
-                denoiser, codec, name, chunks=chunks, size=(int(height), int(width))
-            )
-        except Exception as error:  # one method's failure must not hide the others' numbers
-            traceback.print_exc()
-            found = {"error": f"{type(error).__name__}: {error}"}
-        report["rows"][name] = found
-        print(
-            name,
-            {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()},
-            flush=True,
-        )
+        stream = partial(long_stream, denoiser, codec, name, chunks=chunks, size=size)
+        report["rows"][name] = found = attempted(stream)
+        print(name, in_words(found), flush=True)
         if options.out:
             write(options.out, report)
     return 1 if any("error" in row for row in report["rows"].values()) else 0

@@ -17,16 +17,14 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rcm.core.arguments import Arguments
-from rcm.inference.outcome import command, writable_file
-from rcm.kernels.cuda_graph import CudaGraph
+from rcm.inference.outcome import command
 from rcm.kernels.kv_codec.codec import KVCodec
 from rcm.kernels.kv_codec.spec import SIDES, KVCodecSpec, SideSpec
 from rcm.kernels.split_attention.api import num_splits, split_attention
@@ -34,8 +32,8 @@ from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from scripts.bench_kv_codec import draw
-from scripts.bench_measure import GIB, alone, write
-from scripts.bench_stream import RECIPES, build, engine, prompt
+from scripts.bench_measure import GIB, bench_flags, captured, relative, this_card, write
+from scripts.bench_stream_runs import RECIPES, build, engine, prompt
 
 WINDOW, PASSES = 7, 3
 """Chunks of the window, the newest included; passes of a chunk in the steady state: two denoising
@@ -93,18 +91,14 @@ def streamed(denoiser: Any, spec: KVCodecSpec | None, *, chunks: int) -> dict[st
     """
     gc.collect()
     torch.cuda.empty_cache()
-    weights = torch.cuda.memory_allocated()
+    weights, cond = torch.cuda.memory_allocated(), prompt(denoiser)
     found: dict[str, Any] = {}
-    with Session(
-        denoiser, None, prompt(denoiser), stream(spec, graphs="off"), device="cuda"
-    ) as session:
+    with Session(denoiser, None, cond, stream(spec, graphs="off"), device="cuda") as session:
         for _ in range(WINDOW + 1):
             session.step()
         state = session.snapshot()
         found["eager_ms"], found["latents"] = chunk_ms(session, chunks)
-    with Session(
-        denoiser, None, prompt(denoiser), stream(spec, graphs="on"), device="cuda"
-    ) as session:
+    with Session(denoiser, None, cond, stream(spec, graphs="on"), device="cuda") as session:
         session.restore(state)
         del state
         torch.cuda.empty_cache()
@@ -113,20 +107,12 @@ def streamed(denoiser: Any, spec: KVCodecSpec | None, *, chunks: int) -> dict[st
         found["graph_ms"], rest = chunk_ms(session, chunks - 2 if chunks > 4 else chunks)
         both = torch.cat([*same, rest], dim=2)
         length = min(both.shape[2], found["latents"].shape[2])
-        eager = found["latents"][:, :, :length]
-        found["graph_differs"] = float((both[:, :, :length] - eager).norm() / eager.norm())
+        found["graph_differs"] = relative(both[:, :, :length], found["latents"][:, :, :length])
         found["cache_gib"] = session.loop.cache.num_bytes() / GIB
         found["allocated_gib"] = (torch.cuda.memory_allocated() - weights) / GIB
         found["peak_gib"] = (torch.cuda.max_memory_allocated() - weights) / GIB
         found["passes"] = dict(session.loop.counts)
     return found
-
-
-def captured_ms(call: Callable[[], None]) -> float:
-    """GPU milliseconds of what a call launches, as a graph."""
-    call()
-    torch.cuda.synchronize()
-    return alone(CudaGraph(call, torch.device("cuda")).replay, repeats=3)
 
 
 def parts(spec: KVCodecSpec | None, layers: int) -> dict[str, float]:
@@ -141,7 +127,7 @@ def parts(spec: KVCodecSpec | None, layers: int) -> dict[str, float]:
     def attend() -> None:
         split_attention(q, *room, scale=q.shape[3] ** -0.5, parts=splits)
 
-    found = {"attention": captured_ms(attend) * layers * PASSES}
+    found = {"attention": captured(attend, fill_ms=4) * layers * PASSES}
     if spec is None:
         return found
     codec, blobs, restored = KVCodec(spec), {}, []
@@ -164,10 +150,10 @@ def parts(spec: KVCodecSpec | None, layers: int) -> dict[str, float]:
                 blobs[side][0], tables[side][:count], starts[:count], out, side=side, turn=turn
             )
 
-    found["encode"] = captured_ms(encode) * layers
+    found["encode"] = captured(encode, fill_ms=4) * layers
     found["restore"] = layers * (
-        captured_ms(lambda: restore(WINDOW))
-        + (PASSES - 1) * captured_ms(lambda: restore(WINDOW - 1))
+        captured(lambda: restore(WINDOW), fill_ms=4)
+        + (PASSES - 1) * captured(lambda: restore(WINDOW - 1), fill_ms=4)
     )
     own = [x.roll(7, 1) for x in (k, v)]
 
@@ -177,29 +163,19 @@ def parts(spec: KVCodecSpec | None, layers: int) -> dict[str, float]:
             q[:, ::9].contiguous(), *pair, scale=q.shape[3] ** -0.5, parts=1
         ).float()
 
-    exact = output(k, v)
-    found["attention_error"] = float((output(*restored) - exact).norm() / exact.norm())
+    found["attention_error"] = relative(output(*restored), output(k, v))
     return found
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     """Run the caches, compare them with the plain one, print one table."""
-    parser = Arguments(description=__doc__.splitlines()[0])
+    parser = bench_flags(__doc__, file="--out", default="stream_cache.json")
     parser.add_argument("--chunks", type=int, default=6, help="chunks that are timed")
     parser.add_argument("--only", default="", help="part of a cache's name; bf16 always runs")
-    parser.add_argument("--out", type=writable_file, default="stream_cache.json")
     options = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        parser.error("bench_stream_cache needs a CUDA device")
-    begin = time.perf_counter()
-    denoiser = build("1.3B")
-    report: dict[str, Any] = {
-        "card": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    print(f"{report['card']}, torch {report['torch']}, {report['date']}", flush=True)
+    report: dict[str, Any] = this_card("bench_stream_cache")
+    begin, denoiser = time.perf_counter(), build("1.3B")
     print(
         "| cache | held GiB | x | allocated | most | graph ms | over | eager ms | over | encode |"
         " restore | attention | attention error | latents error | graph differs |\n|" + "---|" * 15,
@@ -214,9 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         latents = found.pop("latents")
         plain = plain or {**found, "latents": latents}
-        found["latents_error"] = float(
-            (latents - plain["latents"]).norm() / plain["latents"].norm()
-        )
+        found["latents_error"] = relative(latents, plain["latents"])
         report[name] = found
         spent = [
             f"{found.get(part, 0):.1f} ({found.get(part, 0) / found['graph_ms']:.0%})"
@@ -238,4 +212,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

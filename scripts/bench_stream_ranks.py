@@ -7,19 +7,19 @@ decoder on a second card.
 from __future__ import annotations
 
 import json
-import os
+import sys
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from rcm.core.arguments import Arguments
 from rcm.encoders.wan_vae import WanVAECodec
+from rcm.inference.outcome import command
 from rcm.nets.denoiser import Denoiser
+from rcm.parallel.mesh import process_group
 from rcm.parallel.ulysses import shard_sequence
-from rcm.pipelines.session import Session
-from scripts.bench_measure import write
-from scripts.bench_stream import RECIPES, build, engine, prompt, steady
+from scripts.bench_measure import bench_flags, machine, relative, require_card, write
+from scripts.bench_stream_runs import RECIPES, build, opened, steady
 
 
 def on_several(size: str, name: str, *, chunks: int) -> dict[str, Any]:
@@ -35,18 +35,14 @@ def on_several(size: str, name: str, *, chunks: int) -> dict[str, Any]:
             if count > 1:
                 shard_sequence(denoiser.net, group=group)
             codec = WanVAECodec.random(device="cuda") if rank == 0 or count == world else None
-            with Session(
-                denoiser, None, prompt(denoiser), engine(RECIPES[name], num_frames=9), device="cuda"
-            ) as session:
+            with opened(denoiser, None, name, num_frames=9) as session:
                 latents = torch.cat([chunk.latents for chunk in session], dim=2)
             alone_latents = latents if alone_latents is None else alone_latents
             for decode in sorted({1, 2, count} if count == world > 1 else {1}):
                 row = steady(
                     denoiser, codec, RECIPES[name], chunks=chunks, idle=False, decode_ranks=decode
                 )
-                row["latents_error"] = float(
-                    (latents - alone_latents).norm() / alone_latents.norm()
-                )
+                row["latents_error"] = relative(latents, alone_latents)
                 row["fps"] = 1e3 * 4 * RECIPES[name].blocks.chunk / row["chunk_ms"]
                 found[f"{count} ranks, {decode} of them decode"] = row
             if count == world > 1:
@@ -63,9 +59,7 @@ def staged_difference(denoiser: Denoiser, codec: WanVAECodec, name: str) -> floa
     """Pixels of a short stream decoded in stages against those of its latents decoded on one card;
     0 on the ranks without pixels.
     """
-    with Session(
-        denoiser, codec, prompt(denoiser), engine(RECIPES[name], num_frames=9), device="cuda"
-    ) as session:
+    with opened(denoiser, codec, name, num_frames=9) as session:
         chunks = list(session)
     if chunks[0].images is None:
         return 0.0
@@ -86,34 +80,31 @@ def apart(denoiser: Denoiser, *, chunks: int) -> dict[str, Any]:
     return found
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Run the rows and print them on the first rank."""
-    parser = Arguments(description=__doc__.splitlines()[0])
+    parser = bench_flags(__doc__, file="--out", default="stream_ranks.json")
     parser.add_argument("--chunks", type=int, default=12, help="steady chunks that are timed")
     parser.add_argument("--sizes", default="1.3B,14B", help="comma-separated")
-    parser.add_argument("--out", default="stream_ranks.json")
     options = parser.parse_args(argv)
-    dist.init_process_group("nccl", device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    report: dict[str, Any] = {
-        "card": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "world": dist.get_world_size(),
-    }
-    rows = [("1.3B", "c3-3 [4,2]"), ("1.3B", "c1-1 [4,1]"), ("14B", "c3-3 [4,2]")]
-    for size, name in (row for row in rows if row[0] in options.sizes.split(",")):
-        found = on_several(size, name, chunks=options.chunks)
-        report[f"{size} {name}"] = found
-        if dist.get_rank() == 0:
-            print(size, name, json.dumps(found), flush=True)
-            write(options.out, report)
-    if dist.get_rank() == 0 and torch.cuda.device_count() > 1:
-        report["decoder"] = apart(build("1.3B"), chunks=options.chunks)
-        print("decoder", json.dumps(report["decoder"]), flush=True)
-        write(options.out, report)
-    dist.barrier()
-    dist.destroy_process_group()
+    require_card("bench_stream_ranks")
+    with process_group("cuda"):
+        report: dict[str, Any] = {**machine(), "world": dist.get_world_size()}
+        first = dist.get_rank() == 0
+
+        def keep(name: str, found: dict[str, Any]) -> None:
+            report[name] = found
+            if first:
+                print(name, json.dumps(found), flush=True)
+                write(options.out, report)
+
+        rows = [("1.3B", "c3-3 [4,2]"), ("1.3B", "c1-1 [4,1]"), ("14B", "c3-3 [4,2]")]
+        for size, name in (row for row in rows if row[0] in options.sizes.split(",")):
+            keep(f"{size} {name}", on_several(size, name, chunks=options.chunks))
+        if first and torch.cuda.device_count() > 1:
+            keep("decoder", apart(build("1.3B"), chunks=options.chunks))
+        dist.barrier()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

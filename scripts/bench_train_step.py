@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import platform
 import statistics
 import sys
 import time
@@ -33,14 +32,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcm.core.arguments import Arguments
 from rcm.core.dtypes import Precision
 from rcm.core.dual import jvp
 from rcm.core.rng import StepRng, randn
 from rcm.data.batch import LatentBatch
 from rcm.diffusion.blocks import BlockPattern
 from rcm.diffusion.time_sampling import LogNormal
-from rcm.inference.outcome import command, writable_file
+from rcm.inference.outcome import command
 from rcm.losses.scm import normalise, rf_tangent, scm_regression
 from rcm.methods.teacher_forcing import TeacherForcing
 from rcm.methods.tf_scm import TFContinuousConsistency
@@ -56,7 +54,18 @@ from rcm.parallel.checkpointing import MODES
 from rcm.parallel.fsdp import stored_parameters
 from rcm.parallel.init import materialise, on_meta
 from rcm.parallel.mesh import ParallelDims, process_group
-from scripts.bench_measure import breakdown, fill, floor_of, timed, write
+from scripts.bench_measure import (
+    CheckFailed,
+    bench_flags,
+    breakdown,
+    fill,
+    floor_of,
+    in_words,
+    relative,
+    this_card,
+    timed,
+    write,
+)
 
 HEIGHT, WIDTH = 60, 104  # 480 x 832 pixels
 
@@ -291,11 +300,8 @@ def check(options: argparse.Namespace) -> list[dict[str, Any]]:
     truth: dict[str, Tensor] = {}
     for name, fused in (("float64", None), ("plain", "off"), ("fused", "on")):
         plain = changed(options, fused=fused, compile=False)
-        student = (
-            exact_student(config, rank=options.lora)
-            if fused is None
-            else build(config, plain, frozen=False)
-        )
+        exact = partial(exact_student, config, rank=options.lora)
+        student = exact() if fused is None else build(config, plain, frozen=False)
         step = Step(student, BlockPattern(3, 3), frames=6)
         found = {"tangent": step.tangent_pass()[1]}
         v = step.forcing.velocity(student, step.x_t, step.t, step.cond, context=step.context)
@@ -307,28 +313,21 @@ def check(options: argparse.Namespace) -> list[dict[str, Any]]:
         if name == "float64":
             truth = found
             continue
-        errors = {
-            key: ((x.double() - truth[key].double()).norm() / truth[key].double().norm()).item()
-            for key, x in found.items()
-        }
+        errors = {key: relative(x, truth[key]) for key, x in found.items()}
         gradients = [error for key, error in errors.items() if key.startswith("gradient")]
         row = {
             "work": f"check: {name} layers in bf16 against float64",
             "recompute": options.recompute,
+            "value": errors["value"],
+            "tangent": errors["tangent"],
+            "gradients_worst": max(gradients),
+            "gradients_median": statistics.median(gradients),
         }
-        row |= {"value": errors["value"], "tangent": errors["tangent"]}
-        report(
-            rows,
-            row
-            | {
-                "gradients_worst": max(gradients),
-                "gradients_median": statistics.median(gradients),
-            },
-        )
+        report(rows, row)
     plain, fused_row = rows
     for key in ("value", "tangent", "gradients_worst", "gradients_median"):
         if not fused_row[key] <= 1.5 * plain[key] + 1e-3:
-            raise SystemExit(
+            raise CheckFailed(
                 f"the fused layers are wrong: {key} error {fused_row[key]:.2e}, plain layers"
                 f" {plain[key]:.2e}"
             )
@@ -343,15 +342,8 @@ def full(x: Tensor) -> Tensor:
 def report(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
     """Keep and print a row."""
     rows.append(row)
-    shown = {
-        k: f"{v:.4g}" if isinstance(v, float) else v
-        for k, v in row.items()
-        if k not in ("work", "parts", "largest_others")
-    }
-    print(
-        f"{row['work']:48s} " + "  ".join(f"{key} {value}" for key, value in shown.items()),
-        flush=True,
-    )
+    shown = in_words(row, without=("work", "parts", "largest_others"))
+    print(f"{row['work']:48s} {shown}", flush=True)
     for name, spent, count in row.get("largest_others", ()):
         print(f"        {spent:8.2f} ms in {count:5d}  {name[:140]}", flush=True)
 
@@ -359,72 +351,35 @@ def report(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Check, measure, print, write."""
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--net", default="1.3B", choices=("1.3B", "14B"))
-    parser.add_argument("--layers", type=int, help="fewer blocks than the network has")
-    parser.add_argument("--frames", type=int, default=21, help="latent frames of 1560 tokens")
-    parser.add_argument(
-        "--pattern",
-        action="append",
-        help="block pattern of the student step; repeatable (c3-3 and c1-1)",
-    )
-    parser.add_argument(
-        "--recompute",
-        action="append",
-        choices=MODES,
-        help="recomputation of blocks; repeatable (block_wise)",
-    )
-    parser.add_argument("--attention", default="auto", help="attention back end")
-    parser.add_argument("--fused", default="auto", choices=("auto", "on", "off"))
-    parser.add_argument(
-        "--lora",
-        type=int,
-        default=0,
-        metavar="RANK",
-        help="train adapters of this rank on a frozen student",
-    )
-    parser.add_argument("--compile", action="store_true", help="compile the student's blocks")
-    parser.add_argument("--only", default="all", choices=("all", "check", "step", "forward"))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--profile", action="store_true", help="break passes down by kind of kernel"
-    )
-    parser.add_argument("--json", type=writable_file, help="write all rows to this file")
+    parser = bench_flags(__doc__)
+    add = parser.add_argument
+    add("--net", default="1.3B", choices=("1.3B", "14B"))
+    add("--layers", type=int, help="fewer blocks than the network has")
+    add("--frames", type=int, default=21, help="latent frames of 1560 tokens")
+    add("--pattern", action="append", help="blocks of the student step; repeatable (c3-3 and c1-1)")
+    add("--recompute", action="append", choices=MODES, help="of blocks; repeatable (block_wise)")
+    add("--attention", default="auto", help="attention back end")
+    add("--fused", default="auto", choices=("auto", "on", "off"))
+    add("--lora", type=int, default=0, metavar="RANK", help="train adapters on a frozen student")
+    add("--compile", action="store_true", help="compile the student's blocks")
+    add("--only", default="all", choices=("all", "check", "step", "forward"))
+    add("--repeats", type=int, default=3)
+    add("--profile", action="store_true", help="break passes down by kind of kernel")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("bench_train_step needs a CUDA device", file=sys.stderr)
-        return 2
-    import triton
-
+    found = this_card("bench_train_step") | {"options": vars(options)}
     options.pattern = options.pattern or ["c3-3", "c1-1"]
     modes = options.recompute or ["block_wise"]
     config = preset(options.net)
     config = config if options.layers is None else replace(config, num_layers=options.layers)
-    versions = {
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-    }
-    machine = {
-        "gpu": torch.cuda.get_device_name(),
-        **versions,
-        "date": time.strftime("%Y-%m-%d"),
-        "options": vars(options),
-    }
-    print(machine, flush=True)
-    parts = [
-        part
-        for chosen in (changed(options, recompute=mode) for mode in modes)
-        for part in (
-            ("check", partial(check, chosen)),
-            ("step", partial(bench_step, config, chosen)),
-        )
-    ]
+    parts: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = []
+    for chosen in (changed(options, recompute=mode) for mode in modes):
+        parts.append(("check", partial(check, chosen)))
+        parts.append(("step", partial(bench_step, config, chosen)))
     parts.append(("forward", partial(bench_forward, config, options)))
     with process_group("cuda"):
         rows = [row for name, part in parts if options.only in ("all", name) for row in part()]
     if options.json:
-        write(options.json, {"machine": machine, "rows": rows})
+        write(options.json, {"machine": found, "rows": rows})
     return 0
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,12 +23,20 @@ import time
 from collections.abc import Callable
 
 import torch
-import triton
 from torch import Tensor
 
-from rcm.core.arguments import Arguments
 from rcm.encoders.wan_vae import WanVAECodec
-from rcm.inference.outcome import command, writable_file
+from rcm.inference.outcome import command
+from scripts.bench_measure import (
+    bench_flags,
+    in_words,
+    relative,
+    require,
+    require_card,
+    this_card,
+    timed,
+    write,
+)
 
 DEVICE = "cuda"
 SMALL = (12, 20)
@@ -36,14 +44,8 @@ SMALL = (12, 20)
 RELEASE_MS, TARGET_MS, TARGET_TOTAL_S, TARGET_COLD_S = 77.0, 45.0, 1.0, 3.0
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b| in float64."""
-    a, b = a.double(), b.double()
-    return ((a - b).norm() / b.norm()).item()
-
-
 def check() -> dict[str, float]:
-    """Errors against their budgets; exits on the first that is above."""
+    """Errors against their budgets, see `require`."""
     fast, exact = (
         WanVAECodec.random(device=DEVICE, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)
     )
@@ -84,11 +86,7 @@ def check() -> dict[str, float]:
             0.0,
         ),
     }
-    for name, (error, budget) in errors.items():
-        print(f"{name:55s} {error:9.2e}  (budget {budget:.0e})")
-    if any(not error <= budget for error, budget in errors.values()):
-        sys.exit("a check failed; nothing is timed")
-    return {name: error for name, (error, _) in errors.items()}
+    return require(errors)
 
 
 def cold_starts(*, height: int, width: int) -> dict[str, dict[str, float]]:
@@ -100,25 +98,12 @@ def cold_starts(*, height: int, width: int) -> dict[str, dict[str, float]]:
     for way in ("ahead", "plain"):
         with tempfile.TemporaryDirectory() as cache:
             for disk in ("empty", "filled"):
-                command = [
-                    sys.executable,
-                    "-m",
-                    "scripts.bench_vae",
-                    "--cold-child",
-                    way,
-                    "--height",
-                    str(height),
-                    "--width",
-                    str(width),
-                ]
-                environment = {
-                    **os.environ,
-                    "TRITON_CACHE_DIR": cache,
-                    "RCM_BENCH_START": repr(time.time()),
-                }
+                words = [sys.executable, "-m", "scripts.bench_vae", "--cold-child", way]
+                words += ["--height", str(height), "--width", str(width)]
+                environment = {"TRITON_CACHE_DIR": cache, "RCM_BENCH_START": repr(time.time())}
                 done = subprocess.run(
-                    command,
-                    env=environment,
+                    words,
+                    env=os.environ | environment,
                     capture_output=True,
                     text=True,
                     check=False,
@@ -162,25 +147,8 @@ def cold_child(options: argparse.Namespace) -> dict[str, float]:
 def show_cold(found: dict[str, dict[str, float]]) -> None:
     """The table of starts."""
     for name, times in found.items():
-        print(
-            f"{name:22s} "
-            + "  ".join(f"{stage} {seconds:.2f}" for stage, seconds in times.items())
-            + " s"
-        )
+        print(f"{name:22s} {in_words(times)} s")
     print(f"target: {TARGET_COLD_S} s for three frames with compilation and an empty cache")
-
-
-def timed(work: Callable[[], object], *, repeats: int) -> float:
-    """Median milliseconds of a synchronised call, after one that does not count."""
-    work()
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return median(times)
 
 
 def streaming(
@@ -208,24 +176,16 @@ def streaming(
             launch += [1e3 * (returned - start) / chunk.shape[2]] if index else []
     # the first round compiles, packs and captures
     return {
-        "first_ms": median(first[1:]),
-        "steady_ms": median(steady[3:]),
-        "launch_ms": median(launch[3:]),
+        "first_ms": statistics.median(first[1:]),
+        "steady_ms": statistics.median(steady[3:]),
+        "launch_ms": statistics.median(launch[3:]),
     }
 
 
-def median(values: list[float]) -> float:
-    """Middle value, the upper of two."""
-    return sorted(values)[len(values) // 2]
-
-
-def peak(work: Callable[[], object]) -> float:
-    """GiB that `work` allocates at its highest, weights included."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 2**30
+def _whole(call: Callable[[], object], *, repeats: int) -> dict[str, float]:
+    """Median milliseconds and peak GiB, weights included."""
+    found = timed(call, repeats=repeats)
+    return {"total_ms": found["ms"], "peak_gib": found["peak_gib"]}
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
@@ -242,31 +202,21 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         for graphs in ("off", "on")
     }
     result["one_shot"] = {
-        f"{step} per step": {
-            "total_ms": timed(
-                lambda step=step: codec.decode(latents, frames_per_step=step),
-                repeats=options.repeats,
-            ),
-            "peak_gib": peak(lambda step=step: codec.decode(latents, frames_per_step=step)),
-        }
+        f"{step} per step": _whole(
+            lambda step=step: codec.decode(latents, frames_per_step=step), repeats=options.repeats
+        )
         for step in (1, 2, 4, 5, 10)
     }
     video = torch.rand(1, 3, options.frames, options.height, options.width, device=DEVICE) * 2 - 1
     result["encode"] = {
-        f"{step} pixel frames per step": {
-            "total_ms": timed(
-                lambda step=step: codec.encode(video, frames_per_step=step), repeats=options.repeats
-            ),
-            "peak_gib": peak(lambda step=step: codec.encode(video, frames_per_step=step)),
-        }
+        f"{step} pixel frames per step": _whole(
+            lambda step=step: codec.encode(video, frames_per_step=step), repeats=options.repeats
+        )
         for step in (4, 8, 16)
     }
     codec.tile = 32
-    result["tiled"] = {
-        "tile": 32,
-        "decode_ms": timed(lambda: codec.decode(latents), repeats=1),
-        "peak_gib": peak(lambda: codec.decode(latents)),
-    }
+    tiled = _whole(lambda: codec.decode(latents), repeats=1)
+    result["tiled"] = {"tile": 32, "decode_ms": tiled["total_ms"], "peak_gib": tiled["peak_gib"]}
     codec.tile = None
     if options.profile:
         profile(codec, latents)
@@ -328,8 +278,7 @@ def show(result: dict[str, object], options: argparse.Namespace) -> None:
 @command
 def main(arguments: list[str] | None = None) -> None:
     """Parse, check, measure, print."""
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=writable_file, help="write the numbers here")
+    parser = bench_flags(__doc__)
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--frames", type=int, default=81, help="1 + 4 k")
@@ -342,19 +291,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--cold-child", choices=("ahead", "plain"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        sys.exit("this benchmark needs a CUDA device; on the CPU run the tests in tests/encoders")
+    instead = "on the CPU run the tests in tests/encoders"
     if options.cold_child:
+        require_card("bench_vae", instead=instead)
         print(json.dumps(cold_child(options)))
         return
-    machine = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "python": platform.python_version(),
-    }
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    machine = this_card("bench_vae", instead=instead)
     cold = cold_starts(height=options.height, width=options.width)
     if options.cold:
         result = {"cold_start": cold}
@@ -363,10 +305,8 @@ def main(arguments: list[str] | None = None) -> None:
         result = {"errors": check(), "cold_start": cold, **measure(options)}
         show(result, options)
     if options.json:
-        partial = options.json.with_suffix(".partial")
-        partial.write_text(json.dumps({"machine": machine, **result}, indent=1))
-        partial.replace(options.json)
+        write(options.json, {"machine": machine, **result})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""What benchmarks have in common: they refuse without a card, check before they time, and a command
+that fails ends with a status that says so.
+"""
+
+from __future__ import annotations
+
+import ast
+from importlib import import_module
+
+import pytest
+import torch
+
+from rcm.core.errors import ConfigError
+from scripts import bench_measure
+from tests.hygiene.source import ROOT, files, name, tree
+
+ON_CARDS = ["attention", "cheaper", "fp8_attention", "kv_codec", "policies", "stream", "stream_cache", "stream_ranks", "train_step", "vae"]
+
+
+@pytest.mark.parametrize("bench", ON_CARDS)
+def test_refused_without_a_card_in_one_sentence(bench: str, monkeypatch: pytest.MonkeyPatch, tmp_path, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert import_module(f"scripts.bench_{bench}").main([]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: bench_{bench} needs a CUDA device") and said.count("\n") == 1
+    assert not list(tmp_path.iterdir()), "it left a file"
+
+
+def test_no_command_forgets_its_status() -> None:
+    """`main()` alone at the end of a file would end with 0 whatever it returned."""
+    found = []
+    for path in files("rcm", "scripts", "examples", "evaluation"):
+        for node in tree(path).body:
+            if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
+                bare = [ast.unparse(step) for step in node.body if isinstance(step, ast.Expr)]
+                found += [f"{name(path)}: {step}" for step in bare if not step.startswith(("sys.exit(", "raise "))]
+    assert not found
+    assert (ROOT / "scripts" / "bench_stream.py").read_text().endswith("sys.exit(main())\n")
+
+
+def test_checks_come_before_times(capsys) -> None:
+    assert bench_measure.require({"sum": (1e-3, 1e-2)}) == {"sum": 1e-3}
+    for wrong in (2e-2, float("nan")):
+        with pytest.raises(bench_measure.CheckFailed, match="above budget, so nothing is timed: sum"):
+            bench_measure.require({"sum": (wrong, 1e-2), "other": (0.0, 0.0)})
+    assert "sum" in capsys.readouterr().out
+
+
+def test_errors_are_relative_and_nan_is_the_largest() -> None:
+    truth = torch.tensor([3.0, 4.0])
+    assert bench_measure.relative(truth + torch.tensor([0.0, 0.5]), truth) == pytest.approx(0.1)
+    assert bench_measure.relative(truth * float("nan"), truth) == float("inf")
+
+
+def test_a_part_that_fails_leaves_the_others_their_numbers(capsys) -> None:
+    def broken() -> dict[str, float]:
+        raise RuntimeError("no such kernel\nand more")
+
+    assert bench_measure.attempted(broken) == {"error": "RuntimeError: no such kernel"}
+    assert bench_measure.attempted(lambda: {"ms": 1.0}) == {"ms": 1.0}
+
+
+def test_parts_are_chosen_by_name() -> None:
+    assert bench_measure.chosen_parts("b,a", ["a", "b"]) == ["b", "a"]
+    with pytest.raises(ConfigError, match="--parts: unknown 'c'; choose from a, b"):
+        bench_measure.chosen_parts("a,c", ["a", "b"])
+
+
+def test_quantiles_and_words() -> None:
+    assert [bench_measure.quantile([3, 1, 2, 4], q) for q in (0.0, 0.5, 0.99)] == [1, 3, 4]
+    assert bench_measure.in_words({"ms": 1.23456, "n": 3, "work": "x"}, without=("work",)) == "ms 1.235  n 3"
