@@ -100,15 +100,12 @@ class _Place:
 class Shelf:
     """The memory of `tensors`, of one device: `leave` gives it back to the device's allocator,
     `arrive` takes it again with the values of before. The tensors stay the same objects.
-
-    What was not written to since it arrived is not copied out again.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self.tensors = list(tensors)
-        storages = {s.data_ptr(): s for s in (t.untyped_storage() for t in self.tensors) if len(s)}
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        storages = {s.data_ptr(): s for s in (t.untyped_storage() for t in tensors) if len(s)}
         sizes = [storage.nbytes() for storage in storages.values()]
-        self.device = self.tensors[0].device if self.tensors else torch.device("cpu")
+        self.device = tensors[0].device if tensors else torch.device("cpu")
         room = _arenas(sizes, pinned=self.device.type == "cuda")
         self._places = [
             _Place(storage, size, host)
@@ -116,20 +113,19 @@ class Shelf:
         ]
         self.bytes = sum(sizes)
         self.away = False
-        self._seen: list[int] = []
 
-    def leave(self, *, stream: torch.cuda.Stream | None) -> None:
-        """Copy what changed, and free the memory. `stream`: of the copies, on CUDA."""
+    def leave(self, *, copy: bool, stream: torch.cuda.Stream | None) -> None:
+        """Free the memory, after a copy of the values unless the host has them. `stream`: of
+        copies, on CUDA.
+        """
         if self.away:
             return
-        versions = [tensor._version for tensor in self.tensors]
-        if versions != self._seen:
+        if copy:
             with _beside(stream, self.device):
                 for place in self._places:
                     place.host.copy_(_bytes_of(place), non_blocking=True)
             if stream is not None:  # the memory may be taken again by what runs next
                 torch.cuda.current_stream(self.device).wait_stream(stream)
-        self._seen = versions
         for place in self._places:
             place.storage.resize_(0)
         self.away = True
@@ -158,7 +154,7 @@ def _beside(stream: torch.cuda.Stream | None, device: torch.device) -> Any:
 
 
 def _bytes_of(place: _Place) -> Tensor:
-    """The storage as bytes, for one copy. A tensor of its own: such copies count as no write."""
+    """The storage as bytes, for one copy."""
     view = torch.empty(0, dtype=torch.uint8, device=place.storage.device)
     return view.set_(place.storage, 0, (place.size,))
 
@@ -190,6 +186,7 @@ class Waiting:
     _shelves: list[Shelf] = field(default_factory=list)
     _events: dict[int, torch.cuda.Event | None] = field(default_factory=dict)
     _stream: torch.cuda.Stream | None = None
+    _changed: bool = True  # perhaps, since it left last
 
     def __post_init__(self) -> None:
         object.__setattr__(self.net, "waiting", self)
@@ -222,10 +219,14 @@ class Waiting:
             self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._wait_for(self._events)
         for shelf in self._shelves:
-            shelf.leave(stream=self._stream)
+            shelf.leave(copy=self._changed, stream=self._stream)
+        self._changed = False
 
     def arrive(self) -> None:
-        """Have the weights on the device, all of them."""
+        """Have the weights on the device, all of them, to read or to change. (No counter of writes
+        is asked: torch's fused AdamW moves none.)
+        """
+        self._changed = True
         self._fetch()
         self._wait_for(self._events)
 

@@ -226,7 +226,8 @@ def _empty_slots(
         blank = _blank_state(slot.optimizer, p, keys)
         by_parameter[p] = {key: f"{key}.{name}" for key in blank}
         flat |= {f"{key}.{name}": value for key, value in blank.items()}
-    check_keys(source, shapes=found, expected=shapes_of(flat))
+    told = "optimizer.states must be what it was" if "exp_avg" in keys else ""
+    check_keys(source, shapes=found, expected=shapes_of(flat), advice=told)
     return flat, by_parameter
 
 
