@@ -257,6 +257,19 @@ BENCH = {
         does="one stream over several cards (start it with torchrun -m rcm)",
         module="scripts.bench_stream_ranks",
     ),
+    "data": Command(
+        does="one rank's loader against a training step's need; what ten million samples cost",
+        module="scripts.bench_data",
+        examples=(
+            "rcm bench data --workers 0 1 2 4",
+            "rcm bench data --index 10000000 --shards 10000",
+        ),
+    ),
+    "checkpoint": Command(
+        does="saves and loads by bytes: the stall of a step, the background write, the way back",
+        module="scripts.bench_checkpoint",
+        examples=("rcm bench checkpoint --size 1.3B",),
+    ),
     "scale": Command(
         does="training steps of every recipe and layout (start it with torchrun -m rcm)",
         module="scripts.bench_scale",

@@ -1,0 +1,56 @@
+"""The benchmark of data runs at any size, leaves nothing behind, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rcm.data import set_index
+from scripts import bench_data
+
+SMALL = ["--latents", "2x3x4x5", "--text", "6x7", "--samples", "18", "--seconds", "0.01", "--workers", "0", "2"]
+
+
+def test_rows_of_a_loader(tmp_path, capsys):
+    assert (
+        bench_data.main([*SMALL, "--folder", str(tmp_path), "--batch", "2", "--step_seconds", "0.5", "--json", f"{tmp_path}/o.json"]) == 0
+    )
+    told, found = capsys.readouterr().out, json.loads((tmp_path / "o.json").read_text())
+    assert "18 samples [2, 3, 4, 5], [6, 7]" in told and "a step of 0.5 s takes 4.00 samples/s" in told
+    assert [row["workers"] for row in found["rows"]] == [0, 2]
+    for row in found["rows"]:
+        assert row["times_the_need"] == pytest.approx(row["samples_per_second"] / 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["o.json"]
+
+
+def test_an_index_of_a_set_that_is_not_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_data, "_SETTLE", 0)
+    monkeypatch.setattr(set_index, "_SETTLED", -(10**15))
+    assert bench_data.main(["--index", "3000", "--shards", "100", "--folder", str(tmp_path), "--json", f"{tmp_path}/o.json"]) == 0
+    (row,) = json.loads((tmp_path / "o.json").read_text())["rows"]
+    assert (row["samples"], row["shards"]) == (3000, 100) and row["index_bytes"] > 3000 * 64 and row["position_bytes"] < 200
+    assert "open_seconds" in capsys.readouterr().out and [path.name for path in tmp_path.iterdir()] == ["o.json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--batch", "0"], "--batch 0 must be at least 1"),
+        (["--step_seconds", "nan"], "--step_seconds nan must be positive"),
+        (["--workers", "-1"], "--workers -1 must be at least 0"),
+        (["--latents", "2x3"], "--latents takes four sizes"),
+        (["--latents", "2x0x1x1"], "is not sizes joined by x"),
+        (["--index", "10", "--shards", "3"], "choose a divisor"),
+        (["--data", "/nowhere/*.tar"], "change --data"),
+        (["--batch", "99"], "18 samples do not fill one global batch of 99"),
+        (["--folder", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_refusals(words, told, capsys):
+    try:
+        status = bench_data.main([*SMALL, *words])
+    except SystemExit as end:
+        status = end.code
+    said = capsys.readouterr().err
+    assert status == 2 and told in said and said.count("\n") == 1
