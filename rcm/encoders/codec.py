@@ -89,6 +89,25 @@ class LatentCodec(Protocol):
         ...
 
 
+class StridedSizes:
+    """How a `LatentCodec` counts frames and cells, whose strides are numbers of its own."""
+
+    temporal_stride: int
+    spatial_stride: int
+
+    def latent_frames_for(self, num_frames: int) -> int:
+        """T = 1 + (F - 1) / temporal_stride; `ConfigError` for a remainder."""
+        return latent_frames(num_frames, stride=self.temporal_stride)
+
+    def frames_for(self, num_latent_frames: int) -> int:
+        """F = 1 + (T - 1) temporal_stride."""
+        return pixel_frames(num_latent_frames, stride=self.temporal_stride)
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """(H, W) / spatial_stride; `ConfigError` unless both divide."""
+        return latent_grid(height, width, stride=self.spatial_stride)
+
+
 def latent_frames(num_frames: int, *, stride: int) -> int:
     """T = 1 + (F - 1) / stride. `ConfigError`, naming the two nearest lengths that fold, when F is
     not 1 + k * stride.

@@ -8,21 +8,14 @@ pixels come in [0, 1] out of the network, in [-1, 1] out of this codec.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
-from rcm.encoders.codec import latent_frames, latent_grid, pixel_frames
-from rcm.encoders.taehv_net import (
-    LATENT_CHANNELS,
-    SPATIAL_STRIDE,
-    TEMPORAL_STRIDE,
-    TinyConfig,
-    TinyDecoder,
-)
-from rcm.encoders.wan_vae_stream import DecodeStream, Graphs, LatentStatistics, require_latents
+from rcm.encoders.network_codec import NetworkCodec
+from rcm.encoders.taehv_net import TinyConfig, TinyDecoder
+from rcm.encoders.wan_vae_stream import LatentStatistics, require_latents
 from rcm.kernels.precompile import Compiled
 from rcm.storage.state_dicts import check_keys, shapes_of
 from rcm.storage.weight_files import open_container
@@ -30,24 +23,21 @@ from rcm.storage.weight_files import open_container
 PUBLISHED_AT = "taew2_1.pth is published at https://github.com/madebyollin/taehv"
 
 
-class TinyDecoderCodec:
+class TinyDecoderCodec(NetworkCodec):
     """A `LatentCodec` that only decodes. Its precision is the dtype of the weights; bfloat16 is the
     fast one.
     """
 
-    temporal_stride = TEMPORAL_STRIDE
-    spatial_stride = SPATIAL_STRIDE
-    latent_channels = LATENT_CHANNELS
+    name = "tiny_decoder"
 
     def __init__(self, net: TinyDecoder, *, path: str | Path | None = None) -> None:
-        self.net = net.requires_grad_(False).eval().to(memory_format=torch.channels_last)
-        self._path = None if path is None else str(path)
-        channels = net.config.latent_channels
-        whitened = (
-            torch.zeros(channels, dtype=torch.float64),
-            torch.ones(channels, dtype=torch.float64),
+        as_they_are = LatentStatistics(
+            *(
+                fill(net.config.latent_channels, dtype=torch.float64)
+                for fill in (torch.zeros, torch.ones)
+            )
         )
-        self._statistics = LatentStatistics(*whitened)
+        super().__init__(net.to(memory_format=torch.channels_last), as_they_are, path=path)
 
     @classmethod
     def from_file(
@@ -82,40 +72,6 @@ class TinyDecoderCodec:
                 parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
         return cls(net.to(device, dtype))
 
-    @property
-    def captures(self) -> bool:
-        """Whether `stream` takes graphs='on'."""
-        return self.device.type == "cuda"
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are; inputs are moved there."""
-        return self.net.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
-        return self.net.dtype
-
-    def to(self, device: torch.device | str) -> TinyDecoderCodec:
-        """Move the weights and return self; open streams keep their state on the old device and
-        refuse to go on.
-        """
-        self.net.to(device)
-        return self
-
-    def latent_frames_for(self, num_frames: int) -> int:
-        """T = 1 + (F - 1) / 4; `ConfigError` for a remainder."""
-        return latent_frames(num_frames, stride=self.temporal_stride)
-
-    def frames_for(self, num_latent_frames: int) -> int:
-        """F = 1 + 4 (T - 1)."""
-        return pixel_frames(num_latent_frames, stride=self.temporal_stride)
-
-    def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H / 8, W / 8); `ConfigError` unless both divide."""
-        return latent_grid(height, width, stride=self.spatial_stride)
-
     def encode(self, video: Tensor) -> Tensor:
         """Refuses: what the network was conditioned on in training are latents of Wan's own
         encoder.
@@ -135,23 +91,11 @@ class TinyDecoderCodec:
         require_latents(latents, channels=self.latent_channels)
         return self.stream().decode_chunk(latents)
 
-    def stream(self, *, frames_per_step: int = 1, graphs: Graphs = "off") -> DecodeStream:
-        """A fresh streaming decoder, for one video or one batch in step; any number of streams may
-        be open. See `DecodeStream`.
-        """
-        return DecodeStream(
-            self.net, self._statistics, frames_per_step=frames_per_step, graphs=graphs
-        )
-
     def warm_up(
         self, size: tuple[int, int], *, batch: int = 1, frames_per_step: int = 1
     ) -> Compiled:
         """Nothing: the network has no kernels of its own to compile."""
         return Compiled()
-
-    def describe(self) -> dict[str, Any]:
-        """Name and file; path None for random weights."""
-        return {"name": "tiny_decoder", "path": self._path}
 
 
 def load_weights(

@@ -8,21 +8,14 @@ latent size. docs/reference/encoders.md#vae-layers.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rcm.core.errors import ConfigError
-from rcm.encoders.codec import latent_frames, latent_grid, pixel_frames
+from rcm.encoders.network_codec import NetworkCodec
 from rcm.encoders.wan_vae_compile import compile_decoder
-from rcm.encoders.wan_vae_net import (
-    LATENT_CHANNELS,
-    SPATIAL_STRIDE,
-    TEMPORAL_STRIDE,
-    WanVAE,
-    WanVAEConfig,
-)
+from rcm.encoders.wan_vae_net import LATENT_CHANNELS, WanVAE, WanVAEConfig
 from rcm.encoders.wan_vae_stream import (
     DecodeStream,
     Graphs,
@@ -47,7 +40,7 @@ DECODE_STEP = 2
 ENCODE_STEP = 4
 
 
-class WanVAECodec:
+class WanVAECodec(NetworkCodec):
     """A `LatentCodec` around a frozen `WanVAE`.
 
     Precision is one choice, the dtype of the weights: float32 computes everything in float32
@@ -57,9 +50,7 @@ class WanVAECodec:
     `wan_vae_tiles`).
     """
 
-    temporal_stride = TEMPORAL_STRIDE
-    spatial_stride = SPATIAL_STRIDE
-    latent_channels = LATENT_CHANNELS
+    name = "wan_vae"
 
     def __init__(
         self, vae: WanVAE, *, path: str | Path | None = None, tile: int | None = None
@@ -71,12 +62,9 @@ class WanVAECodec:
             )
         if tile is not None:
             plan_tiles((tile, tile), tile=tile, scale=1)
-        self.vae = vae.requires_grad_(False).eval()
+        published = (torch.tensor(x, dtype=torch.float64) for x in (MEANS, DEVIATIONS))
+        super().__init__(vae, LatentStatistics(*published), path=path)
         self.tile = tile
-        self._path = None if path is None else str(path)
-        self.statistics = LatentStatistics(
-            torch.tensor(MEANS, dtype=torch.float64), torch.tensor(DEVIATIONS, dtype=torch.float64)
-        )
 
     @classmethod
     def from_file(
@@ -120,38 +108,14 @@ class WanVAECodec:
         return cls(vae, tile=tile)
 
     @property
+    def vae(self) -> WanVAE:
+        """The autoencoder."""
+        return self.net
+
+    @property
     def captures(self) -> bool:
-        """Whether `stream` takes graphs='on'."""
-        return self.tile is None and self.device.type == "cuda"
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are; inputs are moved there."""
-        return self.vae.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
-        return self.vae.dtype
-
-    def to(self, device: torch.device | str) -> WanVAECodec:
-        """Move the weights and return self; open streams keep their state on the old device and
-        refuse to go on.
-        """
-        self.vae.to(device)
-        return self
-
-    def latent_frames_for(self, num_frames: int) -> int:
-        """T = 1 + (F - 1) / 4; `ConfigError` for a remainder."""
-        return latent_frames(num_frames, stride=self.temporal_stride)
-
-    def frames_for(self, num_latent_frames: int) -> int:
-        """F = 1 + 4 (T - 1)."""
-        return pixel_frames(num_latent_frames, stride=self.temporal_stride)
-
-    def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H / 8, W / 8); `ConfigError` unless both divide."""
-        return latent_grid(height, width, stride=self.spatial_stride)
+        """Whether `stream` takes graphs='on': not for tiles."""
+        return self.tile is None and super().captures
 
     def encode(self, video: Tensor, *, frames_per_step: int = ENCODE_STEP) -> Tensor:
         """Whitened latent means [B, 16, T, h, w] float32 (float64 in a float64 codec) of `video`
@@ -206,20 +170,14 @@ class WanVAECodec:
             return decode_in_tiles(
                 self.vae, self.statistics, latents, tile=self.tile, frames_per_step=frames_per_step
             )
-        return DecodeStream(
-            self.vae, self.statistics, frames_per_step=frames_per_step
-        ).decode_chunk(latents)
+        return self.stream(frames_per_step=frames_per_step).decode_chunk(latents)
 
     def stream(
         self, *, frames_per_step: int = 1, graphs: Graphs = "off"
     ) -> DecodeStream | TiledDecodeStream:
-        """A fresh streaming decoder, for one video or one batch in step; any number of streams may
-        be open. See `DecodeStream`.
-        """
+        """See `NetworkCodec`; tile by tile where the codec is."""
         if self.tile is None:
-            return DecodeStream(
-                self.vae, self.statistics, frames_per_step=frames_per_step, graphs=graphs
-            )
+            return super().stream(frames_per_step=frames_per_step, graphs=graphs)
         if graphs != "off":
             raise ConfigError("graphs='on' is for whole frames; set tile=None or graphs='off'")
         return TiledDecodeStream(
@@ -248,12 +206,6 @@ class WanVAECodec:
             "frames_per_step": frames_per_step,
         }
         return compile_decoder(self.device, size=pixels, **options)
-
-    def describe(self) -> dict[str, Any]:
-        """Name and file, as a checkpoint's self-description stores them; path None for random
-        weights.
-        """
-        return {"name": "wan_vae", "path": self._path}
 
 
 def fill_random(vae: nn.Module, *, seed: int) -> None:

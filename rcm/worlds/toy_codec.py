@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from rcm.core.errors import ConfigError
-from rcm.encoders.codec import latent_frames, latent_grid, pixel_frames
+from rcm.encoders.codec import StridedSizes
 
 
 def cosine_basis(size: int) -> list[list[float]]:
@@ -51,7 +51,7 @@ def _transposed(rows: list[list[float]]) -> list[list[float]]:
 
 
 @dataclass(frozen=True)
-class ToyCodec:
+class ToyCodec(StridedSizes):
     """A `LatentCodec` of temporal_stride * spatial_stride**2 * 3 channels.
 
     Latent = gain * boost**n * coefficient of (pixel - centre), n = how many of (time, height,
@@ -75,18 +75,6 @@ class ToyCodec:
     def latent_channels(self) -> int:
         """C."""
         return 3 * self.temporal_stride * self.spatial_stride**2
-
-    def latent_frames_for(self, num_frames: int) -> int:
-        """T = 1 + (F - 1) / temporal_stride."""
-        return latent_frames(num_frames, stride=self.temporal_stride)
-
-    def frames_for(self, num_latent_frames: int) -> int:
-        """F = 1 + (T - 1) * temporal_stride."""
-        return pixel_frames(num_latent_frames, stride=self.temporal_stride)
-
-    def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) / spatial_stride."""
-        return latent_grid(height, width, stride=self.spatial_stride)
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
         """Latents [B, C, T, h, w] of `video` [B, 3, F, H, W] in [-1, 1] (float32 or float64, kept);

@@ -7,10 +7,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rcm.encoders.codec import latent_frames, latent_grid, pixel_frames
+from rcm.encoders.codec import StridedSizes
 
 
-class StandInCodec:
+class StandInCodec(StridedSizes):
     """A `LatentCodec`: channels 0..2 are the mean colours of a cell in the last frame of its group,
     the others their square.
     """
@@ -28,15 +28,6 @@ class StandInCodec:
     def decode(self, latents: Tensor) -> Tensor:
         pixels = latents[:, :3].repeat_interleave(8, dim=3).repeat_interleave(8, dim=4)
         return torch.cat([pixels[:, :, :1], pixels[:, :, 1:].repeat_interleave(4, dim=2)], dim=2)
-
-    def latent_frames_for(self, num_frames: int) -> int:
-        return latent_frames(num_frames, stride=4)
-
-    def frames_for(self, num_latent_frames: int) -> int:
-        return pixel_frames(num_latent_frames, stride=4)
-
-    def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        return latent_grid(height, width, stride=8)
 
     def stream(self):
         raise NotImplementedError("whole videos only")
