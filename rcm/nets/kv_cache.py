@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rcm.nets.kv_coded import CodedStore, KVCodec
 from rcm.nets.kv_fp8 import Fp8Store
-from rcm.nets.kv_store import DenseStore, Spans, free_spans, part_of, pieces_of, size, take
+from rcm.nets.kv_store import DenseStore, Spans, Store, free_spans, part_of, size, take
 from rcm.nets.kv_view import Attention, CachedChunk, CacheView, Keys, Observer
 from rcm.nets.positions import Positions, gathered
 
@@ -64,15 +64,10 @@ class KVCache:
                 f"attention must be 'net' or, without a codec, 'fp8', got {attention!r} with"
                 f" codec={codec!r}"
             )
-        self.num_layers, self.capacity_tokens, self.keys, self.hot_chunks = (
-            num_layers,
-            capacity_tokens,
-            keys,
-            hot_chunks,
-        )
+        self.num_layers, self.capacity_tokens, self.keys = num_layers, capacity_tokens, keys
         self.chunks: tuple[CachedChunk, ...] = ()
         self.epoch, self._next_id = 0, 0
-        self.store: DenseStore | CodedStore
+        self.store: Store
         if codec is not None:
             self.store = CodedStore(num_layers, capacity_tokens, codec, hot_chunks=hot_chunks)
         elif attention == "fp8":
@@ -215,8 +210,9 @@ class KVCache:
                 " are common to all layers"
             )
         kept = []
+        pieces = [piece for chunk in self.chunks for piece in chunk.pieces]
         for layer, at in enumerate(per_layer):
-            keys, values = self._all(layer)
+            keys, values = self.store.read(layer, pieces)
             kept.append((_take(keys, at), _take(values, at)))
         positions = gathered([chunk.positions for chunk in self.chunks], per_layer[0])
         for chunk in self.chunks:
@@ -224,8 +220,8 @@ class KVCache:
         self.chunks, self._next_id, self.epoch = (), self._next_id + 1, self.epoch + 1
         merged = CachedChunk(self._next_id - 1, ((0, budget),), positions)
         for layer, pair in enumerate(kept):
-            self._put(layer, merged, pair)
-        self.store.commit(merged.id, merged.spans)
+            self.store.put(layer, merged.id, merged.spans, pair)
+        self.store.commit(merged.id)
         self.chunks = (merged,)
 
     def reset(self, free_buffers: bool = True) -> None:
@@ -262,24 +258,20 @@ class KVCache:
                 f" capacity_tokens={self.capacity_tokens} of the cache; make it larger, or let a"
                 " policy drop chunks"
             )
-        if isinstance(self.store, DenseStore) and any(
-            stop > total for chunk in self.chunks for _, stop in chunk.spans
-        ):
-            self._move_down(self.store, below=total)
-        return take(
-            free_spans([span for chunk in self.chunks for span in chunk.spans], below=total), tokens
-        )
+        if self.store.in_place and any(stop > total for _, stop in self._used()):
+            self._move_down(below=total)
+        return take(free_spans(self._used(), below=total), tokens)
 
-    def _move_down(self, store: DenseStore, *, below: int) -> None:
+    def _used(self) -> list[tuple[int, int]]:
+        return [span for chunk in self.chunks for span in chunk.spans]
+
+    def _move_down(self, *, below: int) -> None:
         for chunk in self.chunks:
             high = tuple((max(start, below), stop) for start, stop in chunk.spans if stop > below)
             if not high:
                 continue
-            target = take(
-                free_spans([span for other in self.chunks for span in other.spans], below=below),
-                size(high),
-            )
-            store.move(high, target)
+            target = take(free_spans(self._used(), below=below), size(high))
+            self.store.move(high, target)
             moved = replace(chunk, spans=_substituted(chunk.spans, below, target))
             self.chunks = tuple(moved if other is chunk else other for other in self.chunks)
         self.epoch += 1
@@ -289,18 +281,6 @@ class KVCache:
             return self.chunks
         wanted = {self.chunk(i).id for i in ids}
         return tuple(chunk for chunk in self.chunks if chunk.id in wanted)
-
-    def _all(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self.store.read(
-            layer,
-            [piece for chunk in self.chunks for piece in pieces_of(chunk.spans, chunk=chunk.id)],
-        )
-
-    def _put(self, layer: int, chunk: CachedChunk, pair: tuple[Tensor, Tensor]) -> None:
-        if isinstance(self.store, CodedStore):
-            self.store.put(layer, chunk.id, pair)
-        else:
-            self.store.write(layer, chunk.spans, pair)
 
     def _check_index(self, per_layer: list[Tensor]) -> None:
         if len(per_layer) != self.num_layers:

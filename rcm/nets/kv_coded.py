@@ -5,6 +5,7 @@ one layer at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from rcm.core.device_copy import to_device
 from rcm.kernels.kv_codec.segments import Part, attend_parts
 from rcm.kernels.masks import MaskSpec
 from rcm.nets.kv_codec import SIDES, AddressedCodec, CorrectingCodec, KVCodec
-from rcm.nets.kv_store import Pair, Piece, Spans
+from rcm.nets.kv_store import Pair, Piece, Seen, Spans, runs
 
 Blobs = tuple[Any, Any]
 """Blobs of the keys and of the values of one chunk and layer."""
@@ -57,8 +58,7 @@ class CodedStore:
 
     What a forward reads is restored into one scratch buffer that all layers share, so cold chunks
     exist as codes only. `generation` changes with the place of anything but blobs that a captured
-    pass touches. `corrects`: attention goes through `attend`, which takes off the bias of coded
-    keys.
+    pass touches. It `attends` where the bias of coded keys is to be taken off.
     """
 
     in_place = False
@@ -67,7 +67,7 @@ class CodedStore:
         self, num_layers: int, capacity: int, codec: KVCodec, *, hot_chunks: int = 0
     ) -> None:
         self.capacity, self.codec, self.hot_chunks = capacity, codec, hot_chunks
-        self.corrects = isinstance(codec, CorrectingCodec) and codec.corrects_bias
+        self.attends = isinstance(codec, CorrectingCodec) and codec.corrects_bias
         self._blobs: list[dict[int, Blobs]] = [{} for _ in range(num_layers)]
         self._hot: list[dict[int, Pair]] = [{} for _ in range(num_layers)]
         self._forms: dict[int, Blobs] = {}
@@ -85,25 +85,15 @@ class CodedStore:
         )
 
     def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        pair: Pair,
-        chunks: Sequence[tuple[int, int]],
-        *,
-        rotated: bool,
-        mask: MaskSpec | None,
+        self, layer: int, q: Tensor, pair: Pair, seen: Seen, *, mask: MaskSpec | None
     ) -> Tensor:
-        """Attention of rotated queries [B, L, N, D] to keys, rotated, and values of `chunks` (id,
-        tokens) and of a forward's own tokens behind them; of coded chunks what their keys gained by
-        rounding is taken off. `rotated`: keys were coded before rotation.
-        """
+        """See `Store`: of coded chunks what their keys gained by rounding is taken off."""
         codec, scale = self.codec, q.shape[3] ** -0.5
         assert isinstance(codec, CorrectingCodec)
         parts, at = [], 0
-        for chunk, tokens in chunks:
+        for chunk, tokens in seen.chunks:
             coded = self._blobs[layer].get(chunk)
-            gain = coded and codec.key_gain(q, coded[0], scale=scale, rotated=rotated)
+            gain = coded and codec.key_gain(q, coded[0], scale=scale, rotated=seen.rotated)
             parts.append(Part(at, at + tokens, gain))
             at += tokens
         parts.append(Part(at, pair[0].shape[1]))
@@ -122,10 +112,8 @@ class CodedStore:
             raise RuntimeError("the scratch buffer is allocated by the first read")
         return self._scratch
 
-    def put(self, layer: int, chunk: int, pair: Pair, *, hot: bool = True) -> None:
-        """Hold a chunk: as codes, or plain while it is among the newest, which it is not if it is
-        not `hot`.
-        """
+    def put(self, layer: int, chunk: int, spans: Spans, pair: Pair, *, hot: bool = True) -> None:
+        """See `Store`: as codes, or plain while it is among the newest."""
         self._forget_place_of(chunk)
         self._entering = chunk if hot else self._entering
         if hot and self.hot_chunks:
@@ -133,19 +121,19 @@ class CodedStore:
         else:
             self._blobs[layer][chunk] = self._encode(layer, pair)
 
-    def commit(self, chunk: int, spans: Spans) -> None:
-        """A chunk was put by all layers: code what is no longer among the newest."""
+    def commit(self, chunk: int) -> None:
+        """See `Store`: code what is no longer among the newest."""
         self._entering = None
         for layer, hot in enumerate(self._hot):
             for old in sorted(hot)[: max(0, len(hot) - self.hot_chunks)]:
                 self._blobs[layer][old] = self._encode(layer, hot.pop(old))
 
-    def captures(self, chunks: Sequence[int], *, adding: int) -> bool:
-        """Whether a captured pass can read `chunks` and, if `adding` is not 0, encode a chunk of so
-        many tokens.
-        """
+    def captures(self, chunks: Sequence[int], *, adding: Sequence[int], one_run: bool) -> bool:
+        """See `Store`: one new chunk at most."""
         codec = self.codec
-        if self.corrects or not isinstance(codec, AddressedCodec) or self._scratch is None:
+        if len(adding) > 1:
+            return False
+        if self.attends or not isinstance(codec, AddressedCodec) or self._scratch is None:
             return False
         if not codec.captures(self._scratch[0].device):
             return False
@@ -154,7 +142,7 @@ class CodedStore:
         if not adding:
             return True
         # layers encode one after the other
-        forms, layers = self._forms.get(adding), (0, len(self._blobs) - 1)
+        forms, layers = self._forms.get(adding[0]), (0, len(self._blobs) - 1)
         if forms is None or self.hot_chunks:
             return False
         return all(
@@ -176,26 +164,32 @@ class CodedStore:
         """Whole coded chunks as `Group`s that put them behind each other in the order of
         `pieces`.
         """
-        wanted = tuple(pieces)
+        wanted = _whole(pieces)
         if self._groups is None or self._groups[0] != wanted:
             self._groups = wanted, self._grouped(wanted)
         return self._groups[1]
 
-    def read(self, layer: int, pieces: Sequence[Piece], own: Pair | None = None) -> Pair:
-        """Keys and values of whole chunks, in order, and `own` behind them: views of the scratch
-        buffer, overwritten by the next read.
-        """
+    def read(self, layer: int, pieces: Sequence[Piece]) -> Pair:
+        """See `Store`: of whole chunks, as views of the scratch buffer."""
+        return self._restored(layer, _whole(pieces), None)
+
+    def gather(self, layer: int, past: Sequence[Piece], own: Sequence[Piece], pair: Pair) -> Pair:
+        """See `Store`: what is coded is what is attended to, a chunk sees its coded self."""
+        if own and not self.hot_chunks:
+            return self.read(layer, [*past, *own])
+        return self._restored(layer, _whole(past), pair)
+
+    def _restored(self, layer: int, pieces: Sequence[Piece], own: Pair | None) -> Pair:
         like = own or self.plain(layer, _id(pieces[0]))
         total = size_of(pieces) + (own[0].shape[1] if own else 0)
-        room = self._room(like, total)
-        keys, values = (x[:, :total] for x in room)
+        keys, values = (x[:, :total] for x in self._room(like, total))
         together = self._together(pieces)
         if together:
             for group in self.groups(pieces[:together]):
                 group.restore(self.addressed, layer, (keys, values))
-        at = size_of(pieces[:together])
-        for piece in pieces[together:]:
-            stop, chunk = at + piece.stop - piece.start, _id(piece)
+        places = runs(piece.tokens for piece in pieces)
+        for piece, (at, stop) in list(zip(pieces, places, strict=True))[together:]:
+            chunk = _id(piece)
             if chunk in self._hot[layer]:
                 for out, x in zip((keys, values), self._hot[layer][chunk], strict=True):
                     out[:, at:stop].copy_(x)
@@ -204,8 +198,8 @@ class CodedStore:
                     (keys, values), self._blobs[layer][chunk], SIDES, strict=True
                 ):
                     self.codec.decode_into(blob, out[:, at:stop], side=side)
-            at = stop
         if own:
+            at = size_of(pieces)
             keys[:, at:].copy_(own[0])
             values[:, at:].copy_(own[1])
         return keys, values
@@ -217,15 +211,22 @@ class CodedStore:
         key, value = self._blobs[layer][chunk]
         return self.codec.decode(key, side="key"), self.codec.decode(value, side="value")
 
+    def apart(self, layer: int, pair: Pair) -> Pair:
+        """See `Store`: codes are memory of their own, and what stays plain is copied."""
+        return pair
+
+    def move(self, source: Spans, target: Spans) -> None:
+        """See `Store`: codes lie in no slots."""
+
     def drop(self, chunk: int) -> None:
-        """Free a chunk."""
+        """See `Store`."""
         self._forget_place_of(chunk)
         for blobs, hot in zip(self._blobs, self._hot, strict=True):
             blobs.pop(chunk, None)
             hot.pop(chunk, None)
 
     def clear(self, *, free_buffers: bool) -> None:
-        """Forget everything."""
+        """See `Store`."""
         self._groups, self._addresses = None, {}
         for held in (*self._blobs, *self._hot):
             held.clear()
@@ -250,13 +251,13 @@ class CodedStore:
         )
 
     def state(self) -> Any:
-        """Everything held. Blobs and hot chunks are never written again, so they are shared, not
+        """See `Store`. Blobs and hot chunks are never written again, so they are shared, not
         copied; the codec says its own state.
         """
         return [dict(x) for x in self._blobs], [dict(x) for x in self._hot], self.codec.state()
 
     def load_state(self, state: Any) -> None:
-        """Take up a `state`."""
+        """See `Store`."""
         blobs, hot, own = state
         self._groups, self._addresses = None, {}
         self._blobs, self._hot = [dict(x) for x in blobs], [dict(x) for x in hot]
@@ -303,10 +304,8 @@ class CodedStore:
     def _grouped(self, pieces: tuple[Piece, ...]) -> list[Group]:
         device = self.scratch[0].device
         found: dict[int, list[tuple[int, int]]] = {}
-        at = 0
-        for piece in pieces:
-            found.setdefault(piece.stop - piece.start, []).append((_id(piece), at))
-            at += piece.stop - piece.start
+        for piece, (at, _) in zip(pieces, runs(p.tokens for p in pieces), strict=True):
+            found.setdefault(piece.tokens, []).append((_id(piece), at))
         groups = []
         for chunks in found.values():
             rows = torch.stack([self._addresses_of(chunk) for chunk, _ in chunks], dim=1)
@@ -332,9 +331,15 @@ class CodedStore:
         return key, value
 
 
+def _whole(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+    """Chunks, which lie in slots as it comes, as one piece each."""
+    chunks = groupby(pieces, key=lambda piece: piece.chunk)
+    return tuple(Piece(0, size_of(list(parts)), chunk, 0) for chunk, parts in chunks)
+
+
 def size_of(pieces: Sequence[Piece]) -> int:
     """Tokens of `pieces`."""
-    return sum(piece.stop - piece.start for piece in pieces)
+    return sum(piece.tokens for piece in pieces)
 
 
 def _id(piece: Piece) -> int:

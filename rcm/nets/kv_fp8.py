@@ -17,13 +17,15 @@ from rcm.core.dual import in_dual_level
 from rcm.kernels.fp8_attention import api
 from rcm.kernels.fp8_attention.codes import GROUP, Codes, Scales, new_codes, scales_of
 from rcm.kernels.masks import MaskSpec
-from rcm.nets.kv_store import DenseStore, Pair, Spans
+from rcm.nets.kv_store import DenseStore, Pair, Seen, Spans
 
 
 class Fp8Store(DenseStore):
     """A `DenseStore` with codes. `turned`: keys are stored rotated, so their codes serve every
     later pass; where they are rotated at every read they are coded at every read.
     """
+
+    attends = True
 
     def __init__(self, num_layers: int, capacity: int, *, turned: bool) -> None:
         super().__init__(num_layers, capacity)
@@ -38,13 +40,11 @@ class Fp8Store(DenseStore):
         return not self._unset
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, run: int | None
+        self, layer: int, q: Tensor, pair: Pair, seen: Seen, *, mask: MaskSpec | None
     ) -> Tensor:
-        """Attention of queries [B, L, N, D] to keys and values [B, S, N, D], which are the first
-        `run` slots of the layer, or (None) lie elsewhere. `RuntimeError` for gradients, tangents,
-        and a mask that is not full.
-        """
-        if in_dual_level() or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+        """See `Store`. `RuntimeError` for gradients, tangents, and a mask that is not full."""
+        grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, *pair))
+        if in_dual_level() or grad:
             raise RuntimeError(
                 "attention='fp8' gives neither gradients nor tangents; use attention='net'"
             )
@@ -54,18 +54,18 @@ class Fp8Store(DenseStore):
                 " attention='net'"
             )
         scale = q.shape[3] ** -0.5
-        if run is not None and (codes := self.codes[layer]) is not None:
-            return api.attend(q, codes, count=run, scale=scale)
-        return api.attend_plain(q, k, v, self._scaled(layer, k, v), scale=scale)
+        if seen.run is not None and (codes := self.codes[layer]) is not None:
+            return api.attend(q, codes, count=seen.run, scale=scale)
+        return api.attend_plain(q, *pair, self._scaled(layer, *pair), scale=scale)
 
     def code(self, layer: int, slots: Tensor) -> None:
         """Code what was put into `slots` int64 [L] of the layer."""
         if (codes := self.codes[layer]) is not None:
             api.write(codes, slots, *self.allocated(layer), at_slots=True)
 
-    def write(self, layer: int, spans: Spans, pair: Pair) -> None:
+    def put(self, layer: int, chunk: int, spans: Spans, pair: Pair, *, hot: bool = True) -> None:
         """See `DenseStore`."""
-        super().write(layer, spans, pair)
+        super().put(layer, chunk, spans, pair)
         if self.turned:
             scales = self._scaled(layer, *pair)
             if self.codes[layer] is None:

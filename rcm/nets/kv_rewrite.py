@@ -11,8 +11,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from rcm.nets.kv_cache import KVCache
-from rcm.nets.kv_coded import CodedStore
-from rcm.nets.kv_store import Pair, free_spans, part_of, pieces_of, take
+from rcm.nets.kv_store import Pair, free_spans, part_of, runs, take
 from rcm.nets.kv_view import CachedChunk
 from rcm.nets.positions import Positions, cut
 
@@ -25,12 +24,10 @@ def split(cache: KVCache, *, before: Sequence[int]) -> None:
 
     Costs nothing in a plain cache; in a coded one a cut chunk is restored and coded again in parts.
     """
-    found, start = [], 0
-    for chunk in cache.chunks:
-        stop = start + chunk.num_tokens
+    found: list[CachedChunk] = []
+    for chunk, (start, stop) in _counted(cache):
         inner = sorted({at - start for at in before if start < at < stop})
         found += _cut_chunk(cache, chunk, [0, *inner, stop - start]) if inner else [chunk]
-        start = stop
     if len(found) > len(cache.chunks):
         cache.chunks, cache.epoch = tuple(found), cache.epoch + 1
 
@@ -61,8 +58,7 @@ def rewrite(
         )
     new = _at_free_slots(cache, kept, parts)
     for layer in range(cache.num_layers):
-        pieces = [piece for chunk in old for piece in pieces_of(chunk.spans, chunk=chunk.id)]
-        pair = make(layer, *cache.store.read(layer, pieces))
+        pair = make(layer, *cache.store.read(layer, [p for chunk in old for p in chunk.pieces]))
         if any(x.shape[1] != total for x in pair):
             raise ValueError(
                 f"a rewrite to {total} tokens was given {pair[0].shape[1]} keys and"
@@ -78,12 +74,14 @@ def rewrite(
 
 def region(cache: KVCache, start: int, stop: int) -> tuple[int, ...]:
     """Ids of the chunks that lie within tokens [start, stop), counted over all chunks in order."""
-    found, at = [], 0
-    for chunk in cache.chunks:
-        if start <= at and at + chunk.num_tokens <= stop:
-            found.append(chunk.id)
-        at += chunk.num_tokens
-    return tuple(found)
+    counted = _counted(cache)
+    return tuple(chunk.id for chunk, (low, high) in counted if start <= low and high <= stop)
+
+
+def _counted(cache: KVCache) -> list[tuple[CachedChunk, tuple[int, int]]]:
+    """Chunks and their tokens [start, stop), counted over all chunks in order."""
+    places = runs(chunk.num_tokens for chunk in cache.chunks)
+    return list(zip(cache.chunks, places, strict=True))
 
 
 def _cut_chunk(cache: KVCache, chunk: CachedChunk, bounds: list[int]) -> list[CachedChunk]:
@@ -91,9 +89,9 @@ def _cut_chunk(cache: KVCache, chunk: CachedChunk, bounds: list[int]) -> list[Ca
     for start, stop in pairwise(bounds):
         spans = part_of(chunk.spans, start, stop - start)
         parts.append(CachedChunk(_new_id(cache), spans, cut(chunk.positions, start, stop - start)))
-    if isinstance(cache.store, CodedStore):
+    if not cache.store.in_place:
         for layer in range(cache.num_layers):
-            _put(cache, layer, parts, cache.store.plain(layer, chunk.id))
+            _put(cache, layer, parts, cache.store.read(layer, chunk.pieces))
         cache.store.drop(chunk.id)
     return parts
 
@@ -115,22 +113,10 @@ def _new_id(cache: KVCache) -> int:
 
 
 def _put(cache: KVCache, layer: int, chunks: Sequence[CachedChunk], pair: Pair) -> None:
-    """Write the tokens of `pair` into `chunks`, in order; a pair that lies in the cache's own
-    memory is copied before.
-    """
-    store, start = cache.store, 0
-    if not isinstance(store, CodedStore):
-        mine = {x.untyped_storage().data_ptr() for x in store.allocated(layer)}
-        keys, values = (x.clone() if x.untyped_storage().data_ptr() in mine else x for x in pair)
-    else:
-        keys, values = pair
-    for chunk in chunks:
-        stop = start + chunk.num_tokens
-        part, start = (keys[:, start:stop], values[:, start:stop]), stop
-        if isinstance(store, CodedStore):
-            store.put(layer, chunk.id, part, hot=False)
-        else:
-            store.write(layer, chunk.spans, part)
+    """Put the tokens of `pair`, which may lie in the store's own memory, as `chunks`, in order."""
+    keys, values = cache.store.apart(layer, pair)
+    for chunk, (a, b) in zip(chunks, runs(c.num_tokens for c in chunks), strict=True):
+        cache.store.put(layer, chunk.id, chunk.spans, (keys[:, a:b], values[:, a:b]), hot=False)
 
 
 def lift(cache: KVCache, hidden: Sequence[int], *, room: int) -> None:
@@ -138,8 +124,7 @@ def lift(cache: KVCache, hidden: Sequence[int], *, room: int) -> None:
     tokens of the next chunk, so that what it sees and its own tokens lie in one run from the first
     slot on, which is read without a copy. Nothing changes but where tokens lie.
     """
-    store = cache.store
-    if isinstance(store, CodedStore):
+    if not cache.store.in_place:
         return
     away = [chunk for chunk in cache.chunks if chunk.id in set(hidden)]
     if not away:
@@ -166,6 +151,6 @@ def lift(cache: KVCache, hidden: Sequence[int], *, room: int) -> None:
         used += spans
         moved[chunk.id] = replace(chunk, spans=spans)
     source = tuple(span for chunk in moving for span in chunk.spans)
-    store.move(source, tuple(span for chunk in moving for span in moved[chunk.id].spans))
+    cache.store.move(source, tuple(span for chunk in moving for span in moved[chunk.id].spans))
     cache.chunks = tuple(moved.get(chunk.id, chunk) for chunk in cache.chunks)
     cache.epoch += 1

@@ -1,4 +1,5 @@
-"""Where plain cached keys and values lie: buffers used as a ring. Those of a codec: `kv_coded`.
+"""Where cached keys and values lie: what a cache asks of its store, and the store of plain tensors,
+buffers used as a ring. Those of a codec: `kv_coded`; plain with codes beside them: `kv_fp8`.
 
 A place is a list of spans [start, stop) of token slots. Chunks take free slots, wherever they are,
 so dropping one costs nothing and the next takes its slots: a ring whose reader does not care for
@@ -7,11 +8,14 @@ the order of the keys (softmax does not).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from rcm.kernels.masks import MaskSpec
 
 Side = Literal["key", "value"]
 Spans = tuple[tuple[int, int], ...]
@@ -28,6 +32,89 @@ class Piece(NamedTuple):
     chunk: int | None
     offset: int
 
+    @property
+    def tokens(self) -> int:
+        """How many."""
+        return self.stop - self.start
+
+
+class Seen(NamedTuple):
+    """What the keys of a forward are, for a store that attends to them itself: the chunks (id,
+    tokens) that come first; whether they were stored before rotation; how many lie in the first
+    slots without a hole, None if not all.
+    """
+
+    chunks: tuple[tuple[int, int], ...] = ()
+    rotated: bool = False
+    run: int | None = None
+
+
+class Store(Protocol):
+    """Keys and values of all layers, [B, S, N, D] each.
+
+    in_place   chunks lie in the slots of their spans, and what is read comes in the order of slots;
+               else they are held by id and read in the order asked for.
+    attends    `attend` takes the place of the network's attention.
+    """
+
+    in_place: bool
+
+    @property
+    def attends(self) -> bool:
+        """See the class."""
+
+    def put(self, layer: int, chunk: int, spans: Spans, pair: Pair, *, hot: bool = True) -> None:
+        """Hold the tokens of `pair` as the chunk; `hot`: it is the newest."""
+
+    def commit(self, chunk: int) -> None:
+        """A chunk was put by all layers."""
+
+    def read(self, layer: int, pieces: Sequence[Piece]) -> Pair:
+        """Keys and values of `pieces`, in their order; overwritten by the next read, unless the
+        store is in place.
+        """
+
+    def gather(self, layer: int, past: Sequence[Piece], own: Sequence[Piece], pair: Pair) -> Pair:
+        """Those of `past` and of a forward's own tokens, `pair`, which were put as `own`, or for a
+        store that is not in place stand for themselves (no `own`).
+        """
+
+    def attend(
+        self, layer: int, q: Tensor, pair: Pair, seen: Seen, *, mask: MaskSpec | None
+    ) -> Tensor:
+        """Attention of rotated queries [B, L, N, D] to keys, rotated, and values."""
+
+    def captures(self, chunks: Sequence[int], *, adding: Sequence[int], one_run: bool) -> bool:
+        """Whether a captured pass can read `chunks` and put new ones of so many tokens; `one_run`:
+        all that it reads lies in the first slots without a hole.
+        """
+
+    def apart(self, layer: int, pair: Pair) -> Pair:
+        """`pair` in memory that no `put` touches."""
+
+    def move(self, source: Spans, target: Spans) -> None:
+        """Copy slots of every layer; the two do not overlap."""
+
+    def drop(self, chunk: int) -> None:
+        """Free a chunk."""
+
+    def clear(self, *, free_buffers: bool) -> None:
+        """Forget everything."""
+
+    def num_bytes(self) -> int:
+        """Bytes held."""
+
+    def state(self) -> Any:
+        """Everything held, as later steps do not change it."""
+
+    def load_state(self, state: Any) -> None:
+        """Take up a `state`."""
+
+
+def runs(sizes: Iterable[int]) -> list[tuple[int, int]]:
+    """[start, stop) of parts of these sizes behind each other."""
+    return list(pairwise(accumulate(sizes, initial=0)))
+
 
 def size(spans: Spans) -> int:
     """Slots of `spans`."""
@@ -36,11 +123,8 @@ def size(spans: Spans) -> int:
 
 def pieces_of(spans: Spans, *, chunk: int | None) -> list[Piece]:
     """The parts of a chunk that lies in `spans`, in order of its tokens."""
-    found, offset = [], 0
-    for start, stop in spans:
-        found.append(Piece(start, stop, chunk, offset))
-        offset += stop - start
-    return found
+    offsets = runs(stop - start for start, stop in spans)
+    return [Piece(*span, chunk, at) for span, (at, _) in zip(spans, offsets, strict=True)]
 
 
 def free_spans(used: Sequence[tuple[int, int]], *, below: int) -> Spans:
@@ -57,23 +141,16 @@ def free_spans(used: Sequence[tuple[int, int]], *, below: int) -> Spans:
 
 def take(spans: Spans, count: int) -> Spans:
     """The first `count` slots of `spans`."""
-    taken = []
-    for start, stop in spans:
-        if count <= 0:
-            break
-        taken.append((start, min(stop, start + count)))
-        count -= taken[-1][1] - taken[-1][0]
-    return tuple(taken)
+    return part_of(spans, 0, count)
 
 
 def part_of(spans: Spans, first: int, count: int) -> Spans:
     """Slots `first` to `first + count` of `spans`, counted along them."""
-    found, at = [], 0
-    for start, stop in spans:
+    found = []
+    for start, stop, _, at in pieces_of(spans, chunk=None):
         low, high = max(first - at, 0), min(first + count - at, stop - start)
         if low < high:
             found.append((start + low, start + high))
-        at += stop - start
     return tuple(found)
 
 
@@ -85,6 +162,7 @@ class DenseStore:
     """
 
     in_place = True
+    attends = False
 
     def __init__(self, num_layers: int, capacity: int) -> None:
         self.capacity = capacity
@@ -95,8 +173,8 @@ class DenseStore:
         """Whether captured passes find all that they read."""
         return True
 
-    def write(self, layer: int, spans: Spans, pair: Pair) -> None:
-        """Put the tokens of `pair` (keys, values [B, L, N, D]) into `spans`."""
+    def put(self, layer: int, chunk: int, spans: Spans, pair: Pair, *, hot: bool = True) -> None:
+        """See `Store`: into `spans`."""
         for buffer, x in zip(self._room(layer, pair), pair, strict=True):
             if (x.dtype, x.shape[0], x.shape[2:]) != (
                 buffer.dtype,
@@ -107,40 +185,53 @@ class DenseStore:
                     f"cache buffers are {tuple(buffer.shape)} {buffer.dtype}, got {tuple(x.shape)}"
                     f" {x.dtype}; reset(free_buffers=True) before another batch"
                 )
-            for piece in pieces_of(spans, chunk=None):
-                buffer[:, piece.start : piece.stop].copy_(
-                    x[:, piece.offset : piece.offset + piece.stop - piece.start]
-                )
+            _fill(buffer, spans, x)
 
     def read(self, layer: int, pieces: Sequence[Piece]) -> Pair:
         """Keys and values of `pieces`, in their order: views where they lie in one run, else
         copies.
         """
-        runs: list[list[int]] = []
+        joined: list[list[int]] = []
         for piece in pieces:
-            if runs and runs[-1][1] == piece.start:
-                runs[-1][1] = piece.stop
+            if joined and joined[-1][1] == piece.start:
+                joined[-1][1] = piece.stop
             else:
-                runs.append([piece.start, piece.stop])
-        cut = [[x[:, start:stop] for start, stop in runs] for x in self.allocated(layer)]
+                joined.append([piece.start, piece.stop])
+        cut = [[x[:, start:stop] for start, stop in joined] for x in self.allocated(layer)]
         keys, values = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in cut)
         return keys, values
 
+    def gather(self, layer: int, past: Sequence[Piece], own: Sequence[Piece], pair: Pair) -> Pair:
+        """See `Store`: what lies in one run is read as one."""
+        return self.read(layer, sorted([*past, *own]))
+
+    def attend(
+        self, layer: int, q: Tensor, pair: Pair, seen: Seen, *, mask: MaskSpec | None
+    ) -> Tensor:
+        """See `Store`."""
+        raise NotImplementedError("plain keys are the network's own business")
+
+    def captures(self, chunks: Sequence[int], *, adding: Sequence[int], one_run: bool) -> bool:
+        """See `Store`."""
+        return one_run and self.ready
+
+    def apart(self, layer: int, pair: Pair) -> Pair:
+        """See `Store`: a copy of what lies in the buffers."""
+        mine = {x.untyped_storage().data_ptr() for x in self.allocated(layer)}
+        keys, values = (x.clone() if x.untyped_storage().data_ptr() in mine else x for x in pair)
+        return keys, values
+
     def move(self, source: Spans, target: Spans) -> None:
-        """Copy slots of every layer; the two do not overlap."""
+        """See `Store`."""
         for pair in self.buffers:
             for x in pair or ():
-                held = torch.cat([x[:, start:stop] for start, stop in source], dim=1)
-                for piece in pieces_of(target, chunk=None):
-                    x[:, piece.start : piece.stop].copy_(
-                        held[:, piece.offset : piece.offset + piece.stop - piece.start]
-                    )
+                _fill(x, target, torch.cat([x[:, a:b] for a, b in source], dim=1))
 
-    def commit(self, chunk: int, spans: Spans) -> None:
-        """A chunk was written by all layers: nothing to do."""
+    def commit(self, chunk: int) -> None:
+        """See `Store`: nothing to do."""
 
     def drop(self, chunk: int) -> None:
-        """A chunk was dropped: its slots are simply free."""
+        """See `Store`: its slots are simply free."""
 
     def clear(self, *, free_buffers: bool) -> None:
         """Forget everything."""
@@ -180,3 +271,10 @@ class DenseStore:
             key, value = (x.new_zeros(x.shape[0], self.capacity, *x.shape[2:]) for x in pair)
             held = self.buffers[layer] = key, value
         return held
+
+
+def _fill(buffer: Tensor, spans: Spans, x: Tensor) -> None:
+    """Copy the tokens of `x` [B, L, N, D] into `spans` of `buffer`."""
+    for piece in pieces_of(spans, chunk=None):
+        part = x[:, piece.offset : piece.offset + piece.tokens]
+        buffer[:, piece.start : piece.stop].copy_(part)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,9 +13,7 @@ from torch import Tensor
 
 from rcm.core.dual import in_dual_level
 from rcm.kernels.masks import MaskSpec
-from rcm.nets.kv_coded import CodedStore
-from rcm.nets.kv_fp8 import Fp8Store
-from rcm.nets.kv_store import DenseStore, Piece, Spans, part_of, pieces_of, size
+from rcm.nets.kv_store import Pair, Piece, Seen, Spans, Store, part_of, pieces_of, runs, size
 from rcm.nets.layout import TokenLayout
 from rcm.nets.positions import Positions, at_frames, concatenated, cut
 
@@ -49,6 +47,11 @@ class CachedChunk:
     def num_tokens(self) -> int:
         """Tokens of the chunk."""
         return size(self.spans)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """Where its tokens lie, in their order."""
+        return pieces_of(self.spans, chunk=self.id)
 
 
 class CacheView:
@@ -108,24 +111,20 @@ class CacheView:
             raise RuntimeError(_REFUSES_DUALS)
         if self.mode == "readonly":
             return
-        spans, first = self._cache.room(layout.num_tokens), 0
-        chunks: list[CachedChunk] = []
+        spans = self._cache.room(layout.num_tokens)
         # room() may have moved chunks
-        self._epoch, self.visible = (
-            self._cache.epoch,
-            tuple(self._cache.chunk(chunk.id) for chunk in self.visible),
-        )
-        for frames in layout.chunks or (layout.num_frames,):
-            place = at_frames(layout.frame_index[first : first + frames], layout.grid)
-            own = part_of(spans, first * layout.tokens_per_frame, frames * layout.tokens_per_frame)
-            new_id = self._cache._next_id + len(chunks) if self._as_id is None else self._as_id
+        self._epoch = self._cache.epoch
+        self.visible = tuple(self._cache.chunk(chunk.id) for chunk in self.visible)
+        chunks, per_frame = [], layout.tokens_per_frame
+        for i, (first, last) in enumerate(runs(layout.chunks or (layout.num_frames,))):
+            place = at_frames(layout.frame_index[first:last], layout.grid)
+            own = part_of(spans, first * per_frame, (last - first) * per_frame)
+            new_id = self._next_id + i if self._as_id is None else self._as_id
             chunks.append(CachedChunk(new_id, own, place))
-            first += frames
         self._new = tuple(chunks)
-        self._order = _read_order(self.visible, self._new, in_place=self._cache.store.in_place)
-        if not layout.mask.is_full and self._order != _read_order(
-            self.visible, self._new, in_place=False
-        ):
+        wanted = self._pieces()
+        self._order = sorted(wanted) if self.store.in_place else wanted
+        if not layout.mask.is_full and self._order != wanted:
             raise RuntimeError(
                 "a mask that distinguishes keys needs the cached chunks in order before the new"
                 " ones; reset() the cache"
@@ -155,25 +154,24 @@ class CacheView:
         """What `assemble` returned, [B, prefix + L, N, D], as cached chunks in order and the
         forward's own tokens behind them.
         """
-        if self._order is None or not self._cache.store.in_place:
+        wanted = self._pieces()
+        if self._order is None or self._order == wanted:
             return x
-        starts, at = {}, 0
-        for piece in self._order:
-            starts[piece.start] = at
-            at += piece.stop - piece.start
-        wanted = _read_order(self.visible, self._new, in_place=False)
-        if wanted == self._order:
-            return x
-        return torch.cat(
-            [x[:, starts[p.start] : starts[p.start] + p.stop - p.start] for p in wanted], dim=1
-        )
+        places = runs(piece.tokens for piece in self._order)
+        found = dict(zip(self._order, places, strict=True))
+        return torch.cat([x[:, slice(*found[piece])] for piece in wanted], dim=1)
+
+    def _pieces(self) -> list[Piece]:
+        """What the forward reads: chunks in order, and its own tokens behind them."""
+        own = [piece for chunk in self._new for piece in pieces_of(chunk.spans, chunk=None)]
+        return [piece for chunk in self.visible for piece in chunk.pieces] + own
 
     def positions(self, layout: TokenLayout) -> Positions:
         """Positions of all keys of this forward, in the order of `assemble`, for keys that are
         rotated at reading.
         """
         own = at_frames(layout.frame_index, layout.grid)
-        if self._order is None or not self._cache.store.in_place:
+        if self._order is None or not self.store.in_place:
             return concatenated([*(chunk.positions for chunk in self.visible), own])
         known = {chunk.id: chunk.positions for chunk in self.visible}
         new = {chunk.spans: chunk.positions for chunk in self._new}
@@ -184,11 +182,11 @@ class CacheView:
                 if piece.chunk is not None
                 else next(p for s, p in new.items() if _holds(s, piece))
             )
-            found.append(cut(whole, piece.offset, piece.stop - piece.start))
+            found.append(cut(whole, piece.offset, piece.tokens))
         return concatenated(found)
 
     @property
-    def store(self) -> DenseStore | CodedStore:
+    def store(self) -> Store:
         """Where the cache's keys and values lie."""
         return self._cache.store
 
@@ -197,15 +195,9 @@ class CacheView:
         """Whether a captured pass can read and write what `begin` found: one run of a plain cache,
         codes at addresses of a coded one.
         """
-        store = self._cache.store
-        if isinstance(store, DenseStore):
-            return self.is_one_run and store.ready
-        if self.mode == "append" and self.own_chunk is None:
-            return False
-        return store.captures(
-            [chunk.id for chunk in self.visible],
-            adding=0 if self.own_chunk is None else self.own_chunk.num_tokens,
-        )
+        adding = [chunk.num_tokens for chunk in self._new] if self.mode == "append" else []
+        chunks = [chunk.id for chunk in self.visible]
+        return self.store.captures(chunks, adding=adding, one_run=self.is_one_run)
 
     @property
     def own_chunk(self) -> CachedChunk | None:
@@ -228,7 +220,7 @@ class CacheView:
         cache.chunks += self._new
         cache._next_id += len(self._new) if self._as_id is None else 0
         for chunk in self._new:
-            cache.store.commit(chunk.id, chunk.spans)
+            cache.store.commit(chunk.id)
 
     def _require_current(self) -> None:
         if self._epoch != self._cache.epoch:
@@ -293,30 +285,23 @@ class LayerView:
         Cached tokens are constants: no gradient, no tangent. Append stores detached tensors;
         gradients still reach this forward's own.
         """
-        view, cache, layer = self._view, self._view._cache, self._index
+        view, store, layer = self._view, self._view.store, self._index
         view._require_current()
-        past = [piece for chunk in view.visible for piece in pieces_of(chunk.spans, chunk=chunk.id)]
+        past = [piece for chunk in view.visible for piece in chunk.pieces]
+        own: list[Piece] = []
         if view.mode == "append":
             if in_dual_level():
                 raise RuntimeError(_REFUSES_DUALS)
-            self._store(k.detach(), v.detach())
+            own = self._put((k.detach(), v.detach()))
         elif view.mode == "transient" and (in_dual_level() or k.requires_grad or v.requires_grad):
             raise RuntimeError(
                 "a transient write keeps neither tangents nor gradients; use"
                 " readonly(transient=False)"
             )
-        store = cache.store
         if view.mode != "readonly" and not (k.requires_grad or v.requires_grad):
-            if isinstance(store, DenseStore):
-                if view.mode == "transient":
-                    self._store(k, v)
-                return store.read(layer, view._order or ())
-            if view.mode == "append" and not cache.hot_chunks:
-                # what is cached is what is attended to: a chunk sees its coded self
-                return store.read(
-                    layer, past + [Piece(0, c.num_tokens, c.id, 0) for c in view._new]
-                )
-            return store.read(layer, past, (k, v))
+            if view.mode == "transient" and store.in_place:
+                own = self._put((k, v))
+            return store.gather(layer, past, own, (k, v))
         if not past:
             return k, v
         k_past, v_past = store.read(layer, past)
@@ -325,44 +310,30 @@ class LayerView:
     @property
     def attends(self) -> bool:
         """Whether `attend` takes the place of the network's attention."""
-        store = self._view.store
-        return isinstance(store, Fp8Store) or (isinstance(store, CodedStore) and store.corrects)
+        return self._view.store.attends
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> Tensor:
         """Attention of rotated queries [B, L, N, D] to all keys, rotated, and values, as `assemble`
         returned them.
         """
-        view, store = self._view, self._view.store
-        if isinstance(store, CodedStore):
-            seen = view.visible + (view._new if view.mode == "append" else ())
-            chunks = [(chunk.id, chunk.num_tokens) for chunk in seen]
-            return store.attend(
-                self._index, q, (k, v), chunks, rotated=self.keys == "pre_rope", mask=mask
-            )
-        assert isinstance(store, Fp8Store)
-        return store.attend(
-            self._index, q, k, v, mask=mask, run=k.shape[1] if view.is_one_run else None
+        view = self._view
+        chunks = view.visible + (view._new if view.mode == "append" else ())
+        seen = Seen(
+            tuple((chunk.id, chunk.num_tokens) for chunk in chunks),
+            rotated=self.keys == "pre_rope",
+            run=k.shape[1] if view.is_one_run else None,
         )
+        return view.store.attend(self._index, q, (k, v), seen, mask=mask)
 
-    def _store(self, k: Tensor, v: Tensor) -> None:
-        view, start = self._view, 0
+    def _put(self, pair: Pair) -> list[Piece]:
+        """Hold the forward's own tokens; where they lie."""
+        view, (k, v) = self._view, pair
         if not view._new:
             raise RuntimeError("begin() must run before the layers of a forward that writes")
-        for chunk in view._new:
-            stop = start + chunk.num_tokens
-            view._cache._put(self._index, chunk, (k[:, start:stop], v[:, start:stop]))
-            start = stop
-
-
-def _read_order(
-    visible: Sequence[CachedChunk], new: Sequence[CachedChunk], *, in_place: bool
-) -> list[Piece]:
-    """Pieces in the order in which they are read: that of the slots, so that what lies in one run
-    is read as one.
-    """
-    past = [piece for chunk in visible for piece in pieces_of(chunk.spans, chunk=chunk.id)]
-    own = [piece for chunk in new for piece in pieces_of(chunk.spans, chunk=None)]
-    return sorted(past + own) if in_place else past + own
+        places = runs(chunk.num_tokens for chunk in view._new)
+        for chunk, (a, b) in zip(view._new, places, strict=True):
+            view.store.put(self._index, chunk.id, chunk.spans, (k[:, a:b], v[:, a:b]))
+        return [piece for chunk in view._new for piece in chunk.pieces]
 
 
 def _holds(spans: Spans, piece: Piece) -> bool:

@@ -12,7 +12,7 @@ from rcm.kernels.masks import MaskSpec
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.kv_coded import SIDES, CodedStore, Group
 from rcm.nets.kv_fp8 import Fp8Store
-from rcm.nets.kv_store import DenseStore
+from rcm.nets.kv_store import DenseStore, Seen
 from rcm.nets.kv_view import CacheView, LayerView
 from rcm.nets.layers import RMSNorm
 from rcm.nets.layout import TokenLayout
@@ -140,7 +140,7 @@ class _DenseLayer(_StaticLayer):
         """See `LayerView`."""
         store = self._view.store
         assert isinstance(store, Fp8Store)
-        return store.attend(self._index, q, k, v, mask=mask, run=self._total)
+        return store.attend(self._index, q, (k, v), Seen(run=self._total), mask=mask)
 
     def _code(self) -> None:
         if isinstance(store := self._view.store, Fp8Store):

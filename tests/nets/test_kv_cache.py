@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from rcm.core.dual import jvp
+from rcm.kernels.kv_codec.codec import KVCodec as QuantisingCodec
+from rcm.kernels.kv_codec.spec import KVCodecSpec, SideSpec
 from rcm.kernels.masks import Full
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.kv_coded import KVCodec
@@ -183,6 +185,24 @@ def test_a_ring_without_holes(sizes):
             assert torch.equal(torch.cat([cache.store.buffers[0][0][:, a:b] for a, b in spans], dim=1), expected)
     with pytest.raises(IndexError, match="chunk 99 is not in the cache"):
         cache.evict([99])
+
+
+@pytest.mark.parametrize("codec", [None, "halving", "int8"])
+def test_chunks_of_many_sizes_are_read_whole(codec):
+    """A chunk that takes the slots of dropped ones lies in parts; a codec holds it as one blob."""
+    int8 = QuantisingCodec(KVCodecSpec(SideSpec("int8", group_size=4), SideSpec("int8", group_size=4)))
+    cache = KVCache(1, capacity_tokens=9 * S, codec={None: None, "halving": Halving(), "int8": int8}[codec])
+    held: dict[int, torch.Tensor] = {}
+    for at, frames in enumerate((1, 4, 4, 2, 1, 4, 3, 4)):
+        while sum(k.shape[1] for k in held.values()) + frames * S > 9 * S:
+            del held[oldest := min(held)]
+            cache.evict([oldest])
+        held[at], _ = committed(cache, frames)
+        keys = torch.cat(list(held.values()), dim=1)
+        read, _ = cache.readonly().layer(0).assemble(*(own := tokens(S)))
+        scale, error = (0.5, 0.0) if codec == "halving" else (1.0, 0.05 if codec else 0.0)
+        torch.testing.assert_close(read, torch.cat([scale * keys, own[0]], dim=1), rtol=0, atol=error)
+    assert max(len(c.spans) for c in cache.chunks) > 1, "no chunk lay in parts: the sizes test nothing"
 
 
 def test_snapshots_are_not_changed_by_later_steps():

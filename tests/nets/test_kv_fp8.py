@@ -12,7 +12,7 @@ from rcm.kernels.fp8_attention.codes import decoded, rows_of
 from rcm.kernels.masks import BlockCausal
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.kv_fp8 import Fp8Store
-from rcm.nets.kv_store import DenseStore
+from rcm.nets.kv_store import DenseStore, Seen
 
 LAYERS, CAPACITY = 2, 24
 
@@ -27,7 +27,7 @@ def written(*, turned: bool = True) -> Fp8Store:
     """Every layer with 20 tokens in two spans."""
     store = Fp8Store(LAYERS, CAPACITY, turned=turned)
     for layer in range(LAYERS):
-        store.write(layer, ((4, 12), (12, 24)), drawn(20, layer))
+        store.put(layer, 0, ((4, 12), (12, 24)), drawn(20, layer))
     return store
 
 
@@ -45,7 +45,7 @@ def codes_stand_for_what_is_held(store: Fp8Store) -> bool:
 def test_codes_follow_writes_and_moves():
     store = written()
     assert codes_stand_for_what_is_held(store) and store.ready
-    store.write(0, ((0, 4), (12, 14)), drawn(6, 9))
+    store.put(0, 0, ((0, 4), (12, 14)), drawn(6, 9))
     store.move(((12, 16),), ((0, 4),))
     assert codes_stand_for_what_is_held(store)
     assert store.num_bytes() > 1.1 * sum(x.nbytes for pair in store.buffers for x in pair)
@@ -62,9 +62,9 @@ def test_a_state_restores_codes_and_scales_bit_by_bit():
     store = written()
     state, before = store.state(), bits(store)
     other = Fp8Store(LAYERS, CAPACITY, turned=True)
-    store.write(0, ((0, 20),), tuple(5 * x for x in drawn(20, 3)))
+    store.put(0, 0, ((0, 20),), tuple(5 * x for x in drawn(20, 3)))
     store.clear(free_buffers=False)
-    store.write(1, ((0, 20),), tuple(5 * x for x in drawn(20, 4)))
+    store.put(1, 0, ((0, 20),), tuple(5 * x for x in drawn(20, 4)))
     assert not all(torch.equal(a, b) for a, b in zip(bits(store), before, strict=True))
     for target in (store, other):
         target.load_state(state)
@@ -76,11 +76,11 @@ def test_scales_are_those_of_the_first_tokens_after_a_clear_in_the_same_memory()
     places = [x.data_ptr() for codes in store.codes for x in (*codes.scales, codes.keys)]
     store.clear(free_buffers=False)
     assert not store.ready
-    store.write(0, ((0, 20),), tuple(7 * x for x in drawn(20, 3)))
+    store.put(0, 0, ((0, 20),), tuple(7 * x for x in drawn(20, 3)))
     assert not store.ready, "the other layer has none yet"
-    store.write(1, ((0, 20),), drawn(20, 1))
+    store.put(1, 0, ((0, 20),), drawn(20, 1))
     fresh = Fp8Store(LAYERS, CAPACITY, turned=True)
-    fresh.write(0, ((0, 20),), tuple(7 * x for x in drawn(20, 3)))
+    fresh.put(0, 0, ((0, 20),), tuple(7 * x for x in drawn(20, 3)))
     assert store.ready and all(torch.equal(a, b) for a, b in zip(store.codes[0].scales, fresh.codes[0].scales, strict=True))
     assert places == [x.data_ptr() for codes in store.codes for x in (*codes.scales, codes.keys)]
     store.clear(free_buffers=True)
@@ -92,7 +92,7 @@ def test_attention_is_that_of_what_is_held(turned):
     store = written(turned=turned)
     q, _ = drawn(7, 8)
     k, v = (x[:, :20] for x in store.allocated(0))
-    found = store.attend(0, q, k, v, mask=None, run=20)
+    found = store.attend(0, q, (k, v), Seen(run=20), mask=None)
     scores = torch.einsum("bqnd,bknd->bnqk", q, k) / 4
     expected = torch.einsum("bnqk,bknd->bqnd", scores.softmax(-1), v)
     assert 1e-4 < float((found - expected).norm() / expected.norm()) < 0.08
@@ -104,12 +104,12 @@ def test_gradients_tangents_and_masks_are_refused():
     q, _ = drawn(7, 8)
     k, v = (x[:, :20] for x in store.allocated(0))
     with pytest.raises(RuntimeError, match="neither gradients nor tangents; use attention='net'"):
-        store.attend(0, q.requires_grad_(), k, v, mask=None, run=20)
+        store.attend(0, q.requires_grad_(), (k, v), Seen(run=20), mask=None)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="neither gradients nor tangents"):
-        store.attend(0, q.detach(), k, v, mask=None, run=20)
+        store.attend(0, q.detach(), (k, v), Seen(run=20), mask=None)
     mask = BlockCausal(BlockPattern(1, 1), 4, 5)
     with pytest.raises(RuntimeError, match="every query see every key, this pass has BlockCausal"):
-        store.attend(0, q.detach(), k, v, mask=mask, run=20)
+        store.attend(0, q.detach(), (k, v), Seen(run=20), mask=mask)
 
 
 def test_a_cache_is_asked_by_name():

@@ -47,14 +47,14 @@ class Dense:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, store, layer, q, pair, chunks, *, rotated, mask) -> Tensor:
+    def __call__(self, store, layer, q, pair, seen, *, mask) -> Tensor:
         self.calls += 1
         scale, at = q.shape[3] ** -0.5, 0
         logits = torch.einsum("blnd,bsnd->bnls", q.double(), pair[0].double()) * scale
-        for chunk, tokens in chunks:
+        for chunk, tokens in seen.chunks:
             if chunk in store._blobs[layer]:
                 variance = bias.error_variance(store._blobs[layer][chunk][0]).double().mean(1)
-                if rotated:
+                if seen.rotated:
                     variance = variance.unflatten(-1, (-1, 2)).mean(-1, keepdim=True).expand(*variance.shape[:-1], -1, 2).flatten(-2)
                 gain = scale**2 / 2 * torch.einsum("blnd,bnd->bnl", q.double().square(), variance)
                 logits[..., at : at + tokens] -= gain.unsqueeze(-1)

@@ -130,13 +130,13 @@ def test_after_a_recache_a_policy_is_as_if_the_window_had_been_made_under_the_ne
         session.step()
     session.settle()
     kept = session.loop.canvas.policy.protected(session.loop.cache.branches)
-    for block, (chunk, (x, t)) in enumerate(session._history.items()):
+    for block, (chunk, (x, t)) in enumerate(session._steering._contexts.items()):
         expected.loop.prefill(x, keep_from.plan(block), old if chunk in kept else new, t=t)
-        expected._history[chunk] = (x, t)
-    expected._block, expected._cond = blocks, new
-    assert len(session._history) == blocks > len(kept)
+        expected._steering._contexts[chunk] = (x, t)
+    expected._block, expected._steering.cond = blocks, new
+    assert len(session._steering._contexts) == blocks > len(kept)
     session.set_condition(new, mode="recache")
-    session._apply(*session._wanted_next())
+    session._steering.apply(session._steering.due(session.loop)[0], session.loop, block=blocks)
     states = [(s.loop.canvas.policy.state(), [c.state()["store"] for c in s.loop.cache.branches]) for s in sessions]
     torch.testing.assert_close(*states, rtol=0, atol=1e-9)
     found, wanted = (torch.cat([s.step().latents for _ in range(6)], dim=2) for s in sessions)

@@ -50,6 +50,11 @@ def keys_of(chunk: Span) -> torch.Tensor:
     return torch.arange(chunk.start, chunk.stop).double().repeat_interleave(S)[None, :, None, None].expand(2, -1, 1, 6).contiguous()
 
 
+def values_of(cache: KVCache) -> torch.Tensor:
+    """All cached values of the first layer, chunks in order."""
+    return cache.store.read(0, [piece for chunk in cache.chunks for piece in chunk.pieces])[1]
+
+
 def placed(policy: CachePolicy, pattern: str, blocks: int) -> Iterator[tuple[list[tuple[int, ...]], tuple[int, ...]]]:
     """Per block what it sees, as (frame, position) ... of every visible chunk, and its own
     positions; no network.
@@ -62,7 +67,7 @@ def placed(policy: CachePolicy, pattern: str, blocks: int) -> Iterator[tuple[lis
         seen = []
         for held in cache.chunks:
             if held.id in found.visible:
-                frames = cache._all(0)[1]
+                frames = values_of(cache)
                 at = sum(c.num_tokens for c in cache.chunks[: cache.chunks.index(held)])
                 names = frames[0, at : at + held.num_tokens : S, 0, 0].tolist()
                 seen.append(tuple(zip(names, held.positions.frames, strict=True)))
@@ -345,7 +350,7 @@ def test_ranks_with_other_heads_choose_alike(policy):
             view.layer(0).observe(queries[block][:, :, heads], k)
             view.commit(layout)
             mine.after((cache,), span)
-            yield torch.cat([cache._all(0)[1]]), found.visible
+            yield values_of(cache).clone(), found.visible
 
     class Gathering:
         """The sum of what both ranks give at the same time: run in lockstep by threads."""

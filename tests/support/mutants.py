@@ -15,7 +15,7 @@ def load(module: ModuleType, *, old: str, new: str, folder: Path, count: int = 1
 
     The copy is written to `folder` because Triton reads the source of its kernels from files.
     """
-    text, found = _anyhow_broken(old).subn(lambda _: new, Path(module.__file__).read_text())
+    text, found = _anyhow_broken(old).subn(lambda _: new.lstrip(), Path(module.__file__).read_text())
     assert found == count, f"{module.__name__} has {found} places that read {old!r}, the mutant expects {count}: update the list"
     path = folder / f"mutant_of_{module.__name__.rpartition('.')[2]}.py"
     path.write_text(text)
@@ -29,12 +29,16 @@ def load(module: ModuleType, *, old: str, new: str, folder: Path, count: int = 1
     return mutant
 
 
+def places(module: ModuleType, old: str) -> int:
+    """How many places of `module` read `old`."""
+    return len(_anyhow_broken(old).findall(Path(module.__file__).read_text()))
+
+
 def _anyhow_broken(code: str) -> re.Pattern[str]:
     """Matches `code` with any white space between its words and signs, and with a comma before a
     closing bracket.
     """
-    parts = re.findall(r"\w+|[^\w\s]", code)
-    pattern = r"[ \t]*" if code[0].isspace() else ""
+    parts, pattern = re.findall(r"\w+|[^\w\s]", code), ""
     for before, part in zip([" ", *parts], parts, strict=False):
         gap = r"\s+" if before[-1].isalnum() and part[0].isalnum() else r"\s*" if before != " " else ""
         pattern += gap + (r"(?:,\s*)?" if part in ")]}" else "") + re.escape(part)
