@@ -2,29 +2,33 @@
 
     python -m scripts.plan experiment=causal_wan2pt1_1pt3B_res480p_t2v_tf_scm_c3-3 gpus=32 gpu=h100
     python -m scripts.plan experiment=toy_tf_c3-3 gpus=1 memory_gib=8 --json plan.json
+    python -m scripts.plan --smallest experiment=causal_wan2pt1_1pt3B_res480p_t2v_sf_dmd_c3-3
 
 Words are the keys of `rcm train`, and besides: gpus=N (ranks), gpu=NAME (h200, h100, ...),
 memory_gib=N (another memory size), global_batch=N (samples per update; the config's by default).
-The model is explained in docs/planner.md; scripts.bench_memory measures what is predicted here.
+Where no layout fits, ways to save memory are taken in order of their price. The model is explained
+in docs/planner.md, the ways in docs/scale.md; scripts.bench_memory measures what is predicted here.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
 from rcm.configs.compose import Run, compose_run
 from rcm.configs.plan_job import plan_job
+from rcm.configs.plan_search import Found, Search
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
 from rcm.inference.outcome import command
-from rcm.train.planner import Prediction, Proposal, enough_ranks, predict, propose
+from rcm.train.planner import Prediction, enough_ranks, predict
 from rcm.train.planner_card import CARDS, GIB, Card, card
 from rcm.train.planner_job import NetPlan
 from rcm.train.planner_memory import Term
@@ -52,6 +56,12 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str,
         "--as_is",
         action="store_true",
         help="predict the configured layout only, search for no other",
+    )
+    parser.add_argument(
+        "--smallest",
+        action="store_true",
+        help="the smallest machine that trains it: one to eight cards of 24, 48, 80 or 141 GB, or"
+        " those of gpus= and gpu=",
     )
     parser.add_argument(
         "words", nargs="+", metavar="key=value", help=f"config keys, and {', '.join(OWN_KEYS)}"
@@ -140,6 +150,11 @@ def print_prediction(found: Prediction) -> None:
         f" slack: {verdict}; {seconds(found.seconds)} per iteration on {found.card.name}{scale},"
         f" {found.seconds_per_sample:.3f} s per sample"
     )
+    if found.host:
+        print(
+            f"     and {gib(found.host * job.ranks).strip()} of host memory, all ranks of a machine"
+            " together"
+        )
 
 
 def seconds(value: float) -> str:
@@ -172,43 +187,85 @@ def keys_of(found: Prediction) -> list[str]:
     return [*keys, f"trainer.grad_accum_iter={job.accumulation}"]
 
 
-def print_proposal(proposal: Proposal, wider: Prediction | None) -> None:
-    """The best layout, or what would be needed."""
+def command_line(found: Prediction, levers: Found, overrides: Sequence[str]) -> str:
+    """The command that trains so; a word of the user that the layout replaces is left out."""
+    chosen = [*levers.words, *keys_of(found)]
+    replaced = {word.split("=")[0] for word in chosen}
+    words = [word for word in overrides if word.split("=")[0] not in replaced]
+    ranks, node = found.job.ranks, found.card.node
+    machines = "" if ranks <= node else f"--nnodes={-(-ranks // node)} "
+    each = f"{machines}--nproc_per_node={min(ranks, node)}"
+    return f"torchrun {each} -m scripts.train {shlex.join([*words, *chosen])}"
+
+
+def print_proposal(levers: Found, wider: Prediction | None, overrides: Sequence[str]) -> None:
+    """The best layout and its command, or what would be needed."""
+    proposal = levers.proposal
     print(f"\nproposed, out of {proposal.tried} layouts:")
     if proposal.best is not None:
         print("  " + " ".join(keys_of(proposal.best)))
+        for lever in levers.levers:
+            print(f"  {' '.join(lever.words)}: needed to fit; {lever.price}")
         print_prediction(proposal.best)
+        print(f"  train so:\n    {command_line(proposal.best, levers, overrides)}")
         return
     small = proposal.smallest
     print(
         f"  nothing fits {small.card.gib:g} GiB. The layout that needs least,"
         f" {gib(small.reserved).strip()}:"
     )
-    print("  " + " ".join(keys_of(small)))
+    print("  " + " ".join([*levers.words, *keys_of(small)]))
     print_prediction(small)
     print("  what would fit:")
     for other in CARDS.values():
         if small.reserved <= other.gib * GIB:
             print(f"    this layout on cards of {other.gib:g} GiB (gpu={other.name})")
     if wider is not None:
-        print(
-            f"    gpus={wider.job.ranks} of these cards: {' '.join(keys_of(wider))} (global batch"
-            f" {wider.job.global_batch})"
-        )
-    if any("rollout's last steps" in step.name for phase in small.phases for step in phase.passes):
-        print("    back-propagating one chunk at a time: the experiment's _replayed variant")
+        words = " ".join([*levers.words, *keys_of(wider)])
+        batch = wider.job.global_batch
+        print(f"    gpus={wider.job.ranks} of these cards: {words} (global batch {batch})")
     print(
-        "    fewer latent frames or a smaller resolution: model.config.state_t,"
+        "    adapters instead of all weights (docs/lora.md): model.config.lora.rank=64"
+        "\n    fewer latent frames or a smaller resolution: model.config.state_t,"
         " model.config.resolution"
     )
+
+
+def print_machines(
+    search: Search, own: dict[str, str], overrides: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The smallest machine that trains the run, after those that are too small; as plain data."""
+    rows, best = [], None
+    on = chosen_card(own) if "gpu" in own else None
+    print(f"{'machine':<14}{'memory':>9}{'needs':>11}{'host':>11}  an iteration")
+    for levers, best in search.machines(ranks=whole(own, "gpus"), card=on):
+        found = best or levers.proposal.smallest
+        name = f"{found.job.ranks} x {found.card.name}"
+        needs = f"{gib(found.reserved).strip():>11}{gib(found.host * found.job.ranks).strip():>11}"
+        how = seconds(found.seconds) if best else "does not fit, whatever it gives up"
+        print(f"{name:<14}{found.card.gib:>5.1f} GiB{needs}  {how}")
+        rows.append({"gpus": found.job.ranks, "gpu": found.card.name, **plain(found)})
+        rows[-1]["levers"] = levers.words
+        if best is not None:
+            print_proposal(levers, None, overrides)
+    if best is None:
+        print("none of these machines trains it")
+    return rows
 
 
 def plan(flags: argparse.Namespace, own: dict[str, str], overrides: list[str]) -> dict[str, Any]:
     """Predict, search, print; everything as plain data."""
     ranks, chosen, wanted = whole(own, "gpus") or 1, chosen_card(own), whole(own, "global_batch")
-    run = compose_run(
-        overrides, registry=load_registry(flags.config), world_size=None, require_inputs=False
-    )
+    registry = load_registry(flags.config)
+
+    def composed(more: Sequence[str]) -> Run:
+        words = [*overrides, *more]
+        return compose_run(words, registry=registry, world_size=None, require_inputs=False)
+
+    run, search = composed(()), Search(composed)
+    if flags.smallest:
+        rows = print_machines(search, own, overrides)
+        return {"experiment": run.experiment, "overrides": overrides, "machines": rows}
     print(f"{run.experiment or 'this run'} on {ranks} x {chosen.name} ({chosen.gib:g} GiB)")
     record: dict[str, Any] = {
         "experiment": run.experiment,
@@ -226,22 +283,15 @@ def plan(flags: argparse.Namespace, own: dict[str, str], overrides: list[str]) -
         wanted = wanted or as_configured.job.global_batch
     if flags.as_is:
         return record
-    job = plan_job(alone(run), ranks=ranks)
-    proposal = propose(job, chosen, global_batch=wanted)
-    wider = None if proposal.best is not None else enough_ranks(job, chosen)
-    print_proposal(proposal, wider)
-    found = {"proposed": proposal.best, "smallest": proposal.smallest}
+    levers = search.found(chosen, ranks=ranks, global_batch=wanted)
+    best = levers.proposal.best
+    job = search.job(levers.levers, ranks=ranks)
+    print_proposal(levers, None if best is not None else enough_ranks(job, chosen), overrides)
+    found = {"proposed": best, "smallest": levers.proposal.smallest}
     return record | {
-        name: None if it is None else {"keys": keys_of(it), **plain(it)}
+        name: None if it is None else {"keys": [*levers.words, *keys_of(it)], **plain(it)}
         for name, it in found.items()
     }
-
-
-def alone(run: Run) -> Run:
-    """The run laid out for any number of ranks: no shards, no context parallelism."""
-    model = replace(run.config.model, config=replace(run.config.model.config, fsdp_shard_size=1))
-    parallel = replace(run.config.model_parallel, context_parallel_size=1)
-    return replace(run, config=replace(run.config, model=model, model_parallel=parallel))
 
 
 def plain(found: Prediction) -> dict[str, Any]:
@@ -259,6 +309,7 @@ def plain(found: Prediction) -> dict[str, Any]:
     }
     layout["recompute"] = {net.role: told_recompute(net) for net in job.nets if net.trained}
     needed = {"peak_bytes": found.peak, "reserved_bytes": found.reserved, "fits": found.fits}
+    needed["host_bytes"] = found.host * job.ranks
     taken = {"seconds": found.seconds, "seconds_per_sample": found.seconds_per_sample}
     terms = {
         "states": [asdict(term) for term in found.states],
