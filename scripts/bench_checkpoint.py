@@ -106,18 +106,20 @@ def checkpointer(job: Path, dims: ParallelDims, *, size: str, asynchronous: bool
 
 
 def saved(keeper: Checkpointer, state: TrainState, *, size: int) -> dict[str, float]:
-    """One save: seconds until the step may go on, those of this rank's own work, those until the
-    checkpoint is whole; and bytes of memory that the copy takes.
+    """One save: seconds until the step may go on (and of the processor in them), those of this
+    rank's own work, those until the checkpoint is whole; memory that the copy takes.
     """
     keeper.own.take()
-    before, begun = resident_bytes(), time.perf_counter()
+    before, worked, begun = resident_bytes(), time.thread_time(), time.perf_counter()
     keeper.save(state)
-    stall, copied = time.perf_counter() - begun, resident_bytes() - before
+    stall, worked = time.perf_counter() - begun, time.thread_time() - worked
+    copied = resident_bytes() - before
     own = keeper.own.take()["checkpoint"]
     keeper.wait()
     whole = time.perf_counter() - begun
     return {
         "stall_s": stall,
+        "stall_cpu_s": worked,
         "own_s": own,
         "whole_s": whole,
         "gb_per_s_stall": size / stall / GB,
@@ -138,6 +140,20 @@ def loaded(job: Path, fresh: TrainState, dims: ParallelDims, *, cold: bool) -> f
     return time.perf_counter() - begun
 
 
+def disk(job: Path) -> float:
+    """GB per second of one process that writes a GiB of random bytes and has them flushed."""
+    block = torch.randint(256, (1 << 26,), dtype=torch.uint8).numpy().tobytes()
+    begun = time.perf_counter()
+    with open(job / "alone", "wb") as file:
+        for _ in range(16):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    spent = time.perf_counter() - begun
+    (job / "alone").unlink()
+    return 16 * len(block) / spent / GB
+
+
 def measured(
     options: argparse.Namespace, config: WanConfig, job: Path, device: torch.device
 ) -> dict[str, Any]:
@@ -151,6 +167,7 @@ def measured(
         "ranks": world,
         "parameters": parameters(config),
         "gb_per_rank": size / GB,
+        "disk_gb_per_s": on_first(lambda: disk(job)),
     }
     for name, asynchronous in (("at once", False), ("in the background", True)):
         keeper = checkpointer(job, dims, size=options.size, asynchronous=asynchronous)

@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from loguru import logger
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from rcm.core.errors import CheckpointError, PeerGone
 from rcm.core.files import as_disk_full, discard
@@ -47,8 +48,9 @@ class Checkpointer:
 
     `description`: what every checkpoint says about itself. `settings`: what a run that continues
     from one must share. `keep_last`: keep only that many newest checkpoints (0: all).
-    `asynchronous`: `save` returns once the state is copied to host memory; errors of the write
-    surface at the next `save` or at `wait`. `own`: counts the seconds of this rank's own part.
+    `asynchronous`: `save` returns once the state is copied to host memory, which is kept for the
+    next copy; errors of the write surface at the next `save` or at `wait`. `own`: counts the
+    seconds of this rank's own part.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Checkpointer:
         self.dims, self.description, self.settings = dims, description, settings
         self.keep_last, self.asynchronous, self.own = keep_last, asynchronous, own or OwnTime()
         self._groups: dict[str, dist.ProcessGroup] = {}
+        self._copies: dict[str, DefaultStager] = {}
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -180,9 +183,18 @@ class Checkpointer:
             return dcp.async_save(
                 part,
                 checkpoint_id=str(unfinished / name),
+                async_stager=self._copy(name),
                 process_group=group,
                 no_dist=not dist.is_initialized(),
             )
+
+    def _copy(self, name: str) -> DefaultStager:
+        """What copies a part to host memory. It keeps that memory for the next save: the system
+        takes longer to hand out new pages than the copy does.
+        """
+        if name not in self._copies:
+            self._copies[name] = DefaultStager(StagingOptions(False, False, False, False))
+        return self._copies[name]
 
     def _group(self, name: str) -> dist.ProcessGroup | None:
         """A gloo group of all ranks for background collectives of one kind; made on first use, in

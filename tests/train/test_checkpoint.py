@@ -149,6 +149,27 @@ def test_asynchronous_save_holds_the_state_of_its_moment(tmp_path: Path) -> None
     assert same(everything(load(tmp_path)), before)
 
 
+def test_memory_of_asynchronous_copies_is_taken_once(tmp_path: Path) -> None:
+    """The second copy lies where the first one did, and both saves hold their own moment."""
+    trainer = launch(tmp_path, max_iter=2, asynchronous=True)
+    trainer.run()
+    keeper, places, before = trainer.checkpointer, [], []
+    for iteration in (5, 6):
+        trainer.state.iteration = iteration
+        with torch.no_grad():
+            for p in trainer.state.roles["student"].net.parameters():
+                p.add_(iteration)
+        before.append(everything(trainer.state))
+        keeper.save(trainer.state)
+        copies = keeper._copies["model"]._state_dict_stager._cached_storage_mapping
+        places.append(sorted(copy.data_ptr() for copy in copies.values()))
+    keeper.wait()
+    assert len(places[0]) > 10 and places[0] == places[1]
+    for iteration, truth in zip((5, 6), before, strict=True):
+        (tmp_path / "checkpoints" / "latest_checkpoint.txt").write_text(f"iter_{iteration:09d}\n")
+        assert same(everything(load(tmp_path)), truth)
+
+
 def test_another_network_is_named(saved: Path) -> None:
     other = replace(DESCRIPTION, network={**asdict(CONFIG), "dim": 64, "num_layers": 3}, network_name="1.3B")
     with pytest.raises(CheckpointError, match=r"'toy', this run has '1\.3B' \(dim: 32 there, 64 here, num_layers: 2 there, 3 here\)"):
