@@ -15,7 +15,7 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from rcm.encoders.codec import LatentStream
+from rcm.encoders.codec import LatentCodec, LatentStream
 from rcm.inference.causal_film import Film, Reel, film_of, timelines_of
 from rcm.inference.causal_flags import (
     Defaults,
@@ -214,12 +214,13 @@ class Maker:
 
     def _encoded(self, image: Tensor) -> Tensor:
         """The image as one latent frame [1, 16, 1, h, w]."""
-        codec = self.models.codec.use()
-        with self.models.clock.part("image"):
-            latents = codec.encode(fit_image(image.to(self.models.device), self.size))
-        del codec
-        self.models.codec.rest(self.models.memory.codec)
-        return latents
+        models = self.models
+
+        def encoded(codec: LatentCodec) -> Tensor:
+            with models.clock.part("image"):
+                return codec.encode(fit_image(image.to(models.device), self.size))
+
+        return models.codec.lend(encoded, then=models.memory.codec)
 
 
 def _watching(progress: Progress | None) -> Callable[[str | None], None]:

@@ -63,13 +63,8 @@ class Reel:
         given: Tensor | None,
         progress: Progress | None,
     ) -> None:
-        self.denoiser, self.model, self.film, self.spec, self.progress = (
-            denoiser,
-            model,
-            film,
-            spec,
-            progress,
-        )
+        self.denoiser, self.model, self.film, self.spec = denoiser, model, film, spec
+        self.progress = progress
         self.given = None if given is None else given.expand(spec.batch, -1, -1, -1, -1)
         self._session: Session | None = None
 

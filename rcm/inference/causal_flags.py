@@ -178,10 +178,8 @@ def settle_flags(flags: argparse.Namespace, defaults: Defaults) -> None:
     settle_method_flags(flags)
     _settle_sampling(flags)
     if flags.benchmark:
-        flags.warmup_iters, flags.num_runs = (
-            flags.warmup_iters or BENCHMARK,
-            (BENCHMARK if flags.num_runs == 1 else flags.num_runs),
-        )
+        flags.warmup_iters = flags.warmup_iters or BENCHMARK
+        flags.num_runs = BENCHMARK if flags.num_runs == 1 else flags.num_runs
     if flags.image_path == "" and flags.adaptive_resolution:
         raise ConfigError(
             "--adaptive_resolution follows the shape of an image; give --image_path with it"

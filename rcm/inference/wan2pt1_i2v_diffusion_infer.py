@@ -1,9 +1,10 @@
 """Image to video with Wan2.1 I2V-14B, or from a first and a last frame with Wan2.1 FLF2V-14B, in
 many steps, with guidance.
 
-python -m rcm.inference.wan2pt1_i2v_diffusion_infer --image_path first.png --dit_path FOLDER
---prompt "..." python -m rcm.inference.wan2pt1_i2v_diffusion_infer --image_path first.png
---last_image_path last.png --dit_path FOLDER --prompt "..."
+    python -m rcm.inference.wan2pt1_i2v_diffusion_infer --dit_path FOLDER --prompt "..." \\
+        --image_path first.png
+    python -m rcm.inference.wan2pt1_i2v_diffusion_infer --dit_path FOLDER --prompt "..." \\
+        --image_path first.png --last_image_path last.png
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
 """The causal command with defaults for videos longer than those trained on, at bounded memory:
 choose what of the past is kept.
 
-python -m rcm.inference.wan2pt1_t2v_causal_extrapolation_infer --distilled --num_steps 4
---num_frames 957 --dit_path FILE \\
-    --extrapolation_method rolling_sink
-python -m rcm.inference.wan2pt1_t2v_causal_extrapolation_infer --distilled --num_steps 4 --dit_path
-FILE \\
-    --extrapolation_method infinity_rope --prompt "a harbour at dawn[10s] | the harbour in a
-    storm[10s#]"
+    python -m rcm.inference.wan2pt1_t2v_causal_extrapolation_infer --dit_path FILE \\
+        --distilled --num_steps 4 --num_frames 957 --extrapolation_method rolling_sink
+    python -m rcm.inference.wan2pt1_t2v_causal_extrapolation_infer --dit_path FILE \\
+        --distilled --num_steps 4 --extrapolation_method infinity_rope \\
+        --prompt "a harbour at dawn[10s] | the harbour in a storm[10s#]"
 """
 
 from __future__ import annotations

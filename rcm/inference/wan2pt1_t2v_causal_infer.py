@@ -1,11 +1,12 @@
 """Text (or a first image) to video, chunk by chunk, with a causal Wan2.1 network: many steps with
 guidance, or few with --distilled.
 
-python -m rcm.inference.wan2pt1_t2v_causal_infer --distilled --num_steps 4 --first_chunk_t 3
---chunk_t 3 --dit_path FILE --prompt "..." python -m rcm.inference.wan2pt1_t2v_causal_infer
---distilled --steps_per_chunk 4 2 --mid_t_schedules "15/16,5/6,5/8;5/6" --dit_path FILE python -m
-rcm.inference.wan2pt1_t2v_causal_infer --image_path first.png --num_steps 50 --chunk_t 4 --dit_path
-FILE --prompt "..."
+    python -m rcm.inference.wan2pt1_t2v_causal_infer --dit_path FILE --prompt "..." \\
+        --distilled --num_steps 4 --first_chunk_t 3 --chunk_t 3
+    python -m rcm.inference.wan2pt1_t2v_causal_infer --dit_path FILE \\
+        --distilled --steps_per_chunk 4 2 --mid_t_schedules "15/16,5/6,5/8;5/6"
+    python -m rcm.inference.wan2pt1_t2v_causal_infer --dit_path FILE --prompt "..." \\
+        --image_path first.png --num_steps 50 --chunk_t 4
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The causal command with defaults for a quantised cache: say how keys and values are stored.
 
-python -m rcm.inference.wan2pt1_t2v_causal_quant_infer --distilled --num_steps 4 --dit_path FILE \\
-    --kv_dtype_k int2 --kv_dtype_v int2 --kv_smoothing_k qvg --kv_smoothing_v qvg
+    python -m rcm.inference.wan2pt1_t2v_causal_quant_infer --dit_path FILE \\
+        --distilled --num_steps 4 --kv_dtype_k int2 --kv_dtype_v int2 \\
+        --kv_smoothing_k qvg --kv_smoothing_v qvg
 """
 
 from __future__ import annotations

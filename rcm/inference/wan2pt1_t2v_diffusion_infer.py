@@ -1,7 +1,7 @@
 """Text to video with Wan2.1 itself, the many-step teacher, with guidance.
 
-python -m rcm.inference.wan2pt1_t2v_diffusion_infer --model_size 1.3B --dit_path
-assets/checkpoints/Wan2.1-T2V-1.3B.pth --num_samples 1
+    python -m rcm.inference.wan2pt1_t2v_diffusion_infer --model_size 1.3B --num_samples 1 \\
+        --dit_path assets/checkpoints/Wan2.1-T2V-1.3B.pth
 """
 
 from __future__ import annotations

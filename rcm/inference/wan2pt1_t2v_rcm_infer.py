@@ -1,9 +1,9 @@
 """Text to video in 1 to 4 steps with a bidirectional rCM student of Wan2.1.
 
-python -m rcm.inference.wan2pt1_t2v_rcm_infer --dit_path
-assets/checkpoints/rCM_Wan2.1_T2V_1.3B_480p.pt --prompt "..." torchrun --nproc_per_node=4 -m
-rcm.inference.wan2pt1_t2v_rcm_infer --model_size 14B --resolution 720p --sigma_max 120 --dit_path
-...
+    python -m rcm.inference.wan2pt1_t2v_rcm_infer --prompt "..." \\
+        --dit_path assets/checkpoints/rCM_Wan2.1_T2V_1.3B_480p.pt
+    torchrun --nproc_per_node=4 -m rcm.inference.wan2pt1_t2v_rcm_infer --prompt "..." \\
+        --model_size 14B --resolution 720p --sigma_max 120 --dit_path FILE
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Image to video with the two experts of Wan2.2 I2V-A14B, the many-step teacher, with guidance.
 
-python -m rcm.inference.wan2pt2_i2v_diffusion_infer --image_path first.png --prompt "..."
---num_samples 1
+    python -m rcm.inference.wan2pt2_i2v_diffusion_infer --image_path first.png --prompt "..." \\
+        --num_samples 1
 """
 
 from __future__ import annotations

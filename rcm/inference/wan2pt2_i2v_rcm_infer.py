@@ -1,7 +1,7 @@
 """Image to video in 1 to 4 steps with the two rCM experts of Wan2.2 I2V-A14B.
 
-python -m rcm.inference.wan2pt2_i2v_rcm_infer --image_path first.png --prompt "..."
---adaptive_resolution
+    python -m rcm.inference.wan2pt2_i2v_rcm_infer --image_path first.png --prompt "..." \\
+        --adaptive_resolution
 """
 
 from __future__ import annotations

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import argparse
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from loguru import logger
@@ -50,6 +51,7 @@ from rcm.pipelines.weight_files import open_weights
 
 FP8_PROBE = (32, 32)
 """Latent size of the noise on which --fp8 states its error."""
+M = TypeVar("M")
 VAE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -169,186 +171,134 @@ def build_pipeline(
     """
     if flags.compile and num_ranks() > 1:
         raise ConfigError("--compile works on one GPU; leave it out under torchrun")
-    device, policy = clock.device, MemoryPolicy.preset(flags.offload)
+    pieces, policy = _Pieces(flags, clock, size), MemoryPolicy.preset(flags.offload)
     if policy.expert == "cpu" and flags.warmup_iters == 0:
         # one video: the expert that is done is not needed again, and copying 29 GB takes 15 s
         policy = replace(policy, expert="free")
-    codec = Resident[LatentCodec](
-        partial(_codec, flags, device=device), move=_move_codec, device=device, clock=clock
-    )
-    _compile_codec_ahead(flags, size, device=device)
-    _compile_attention_ahead(flags, device=device)
+    codec = pieces.resident(pieces.codec, move=lambda codec, device: codec.to(device))
+    _compile_ahead(flags, size, device=clock.device)
 
     def open_text() -> TextEncoder:
         codec.use()
         codec.rest(policy.codec)
-        return _text(flags, device=device)
+        return pieces.text()
 
     text = on_first(open_text)
-    experts = [
-        Expert(
-            network.name,
-            Resident[Denoiser](
-                partial(
-                    _network,
-                    flags,
-                    network,
-                    number=number,
-                    device=device,
-                    tokens_per_frame=tokens_per_frame(size),
-                ),
-                move=_move_network,
-                device=device,
-                clock=clock,
-            ),
-            network.down_to,
-        )
-        for number, network in enumerate(networks)
-    ]
-    clip = None if clip_path is None else _clip(flags, clip_path, device=device)
-    text = _NoText() if text is None else text
     return WanPipeline(
-        text=text,
-        experts=experts,
+        text=_NoText() if text is None else text,
+        experts=[pieces.expert(file, number) for number, file in enumerate(networks)],
         codec=codec,
-        device=device,
+        device=clock.device,
         clock=clock,
         memory=policy,
-        clip=clip,
+        clip=None if clip_path is None else pieces.clip(clip_path),
     )
 
 
-def _clip(flags: argparse.Namespace, path: str, *, device: torch.device) -> ImageEncoder:
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
-    return (
-        _RandomImages()
-        if flags.random_weights
-        else ClipVision.from_file(path, device=device, dtype=dtype)
-    )
+class _Pieces:
+    """What a video is made with, as the flags say, each made when it is asked for."""
 
+    def __init__(self, flags: argparse.Namespace, clock: PartClock, size: FrameSize) -> None:
+        self.flags, self.clock, self.size = flags, clock, size
+        self.device, self.random = clock.device, flags.random_weights
 
-def _text(flags: argparse.Namespace, *, device: torch.device) -> TextEncoder:
-    if flags.random_weights:
-        return UMT5TextEncoder.random(text_dim=preset(flags.model_size).text_dim, device=device)
-    return UMT5TextEncoder.from_files(
-        flags.text_encoder_path,
-        tokenizer=flags.tokenizer_path,
-        device=device,
-        cache=flags.text_cache,
-    )
+    def resident(
+        self, load: Callable[[], M], *, move: Callable[[M, torch.device], Any]
+    ) -> Resident[M]:
+        return Resident(load, move=move, device=self.device, clock=self.clock)
 
+    def clip(self, path: str) -> ImageEncoder:
+        dtype = torch.float32 if self.device.type == "cpu" else torch.float16
+        if self.random:
+            return _RandomImages()
+        return ClipVision.from_file(path, device=self.device, dtype=dtype)
 
-def _codec(flags: argparse.Namespace, *, device: torch.device) -> LatentCodec:
-    dtype = VAE_DTYPES[flags.vae_precision]
-    if tiny := getattr(flags, "tiny_decoder", ""):
-        kind = TinyDecoderCodec
-        return (
-            kind.random(device=device, dtype=dtype)
-            if flags.random_weights
-            else kind.from_file(tiny, device=device, dtype=dtype)
-        )
-    tile = None if flags.vae_tile is None else flags.vae_tile // WanVAECodec.spatial_stride
-    if flags.random_weights:
-        return WanVAECodec.random(device=device, dtype=dtype, tile=tile)
-    return WanVAECodec.from_file(flags.vae_path, device=device, dtype=dtype, tile=tile)
+    def text(self) -> TextEncoder:
+        flags, kind = self.flags, UMT5TextEncoder
+        if self.random:
+            return kind.random(text_dim=preset(flags.model_size).text_dim, device=self.device)
+        where = {"tokenizer": flags.tokenizer_path, "cache": flags.text_cache}
+        return kind.from_files(flags.text_encoder_path, device=self.device, **where)
 
+    def codec(self) -> LatentCodec:
+        flags, kind = self.flags, WanVAECodec
+        options: dict[str, Any] = {"device": self.device, "dtype": VAE_DTYPES[flags.vae_precision]}
+        path = flags.vae_path
+        if tiny := getattr(flags, "tiny_decoder", ""):
+            kind, path = TinyDecoderCodec, tiny
+        else:
+            stride = WanVAECodec.spatial_stride
+            options["tile"] = None if flags.vae_tile is None else flags.vae_tile // stride
+        return kind.random(**options) if self.random else kind.from_file(path, **options)
 
-def _compile_codec_ahead(
-    flags: argparse.Namespace, size: FrameSize, *, device: torch.device
-) -> None:
-    """Begin to compile the decoder's kernels in a thread: done one by one at the first frame they
-    take 11 s on an H200.
-    """
-    if (
-        device.type != "cuda"
-        or getattr(flags, "tiny_decoder", "")
-        or flags.vae_tile is not None
-        or find_spec("triton") is None
-    ):
-        return
+    def expert(self, file: NetworkFile, number: int) -> Expert:
+        load = partial(self.network, file, number)
+        network = self.resident(load, move=lambda denoiser, device: denoiser.net.to(device))
+        return Expert(file.name, network, file.down_to)
 
-    def compile_decoder_() -> None:
-        try:
-            compile_decoder(
-                device, size=(size.height, size.width), dtype=VAE_DTYPES[flags.vae_precision]
+    def network(self, file: NetworkFile, number: int) -> Denoiser:
+        flags = self.flags
+        numerics = PRECISIONS[flags.precision]
+        precision = Precision.preset(numerics.precision)
+        options = {"device": self.device, "precision": precision, "attention": flags.attention}
+        if self.random:
+            denoiser = random_wan(preset(flags.model_size), seed=number, **options)
+        else:
+            denoiser = load_wan(
+                file.path,
+                expect=None if flags.model_size == "auto" else flags.model_size,
+                weights=flags.weights,
+                loras=file.loras,
+                **options,
             )
-        # decoding compiles what is missing, and raises what stands in its way
-        except Exception as error:
-            logger.warning("compiling the decoder ahead of time failed: {}", error)
+        denoiser.net.set_fused(numerics.fused)
+        if (fp8 := getattr(flags, "fp8", "off")) != "off":
+            report = quantise_linears_(
+                denoiser.net, which=fp8, velocity=noise_velocity(denoiser.net, size=FP8_PROBE)
+            )
+            logger.info("{}", report)
+        if getattr(flags, "fp8_attention", False):
+            error = attention_error(denoiser, size=FP8_PROBE)
+            logger.info(
+                "FP8 attention: error {:.2e} of the velocity, same noise and weights", error
+            )
+        if flags.compile:
+            parallelize(denoiser.net, dims=ParallelDims(), precision=precision, compile=True)
+        return share_tokens(denoiser, tokens_per_frame=tokens_per_frame(self.size))
 
-    threading.Thread(target=compile_decoder_, name="compile decoder", daemon=True).start()
 
-
-def _compile_attention_ahead(flags: argparse.Namespace, *, device: torch.device) -> None:
-    """Begin to compile the kernels of --fp8_attention in a thread."""
-    if (
-        device.type != "cuda"
-        or not getattr(flags, "fp8_attention", False)
-        or find_spec("triton") is None
-    ):
+def _compile_ahead(flags: argparse.Namespace, size: FrameSize, *, device: torch.device) -> None:
+    """Begin to compile, in threads, kernels that would be compiled one by one when they are first
+    needed: the decoder's take 11 s on an H200.
+    """
+    if device.type != "cuda" or find_spec("triton") is None:
         return
 
-    def compile_attention() -> None:
+    def decoder() -> None:
+        dtype = VAE_DTYPES[flags.vae_precision]
+        compile_decoder(device, size=(size.height, size.width), dtype=dtype)
+
+    def attention() -> None:
         # Triton is imported only on CUDA
         from rcm.kernels.fp8_attention.compile_list import attention_plan
 
-        try:
-            precompile(attention_plan, device=device)
-        # the first pass compiles what is missing, and raises what stands in its way
-        except Exception as error:
-            logger.warning("compiling FP8 attention ahead of time failed: {}", error)
+        precompile(attention_plan, device=device)
 
-    threading.Thread(target=compile_attention, name="compile attention", daemon=True).start()
-
-
-def _network(
-    flags: argparse.Namespace,
-    file: NetworkFile,
-    *,
-    number: int,
-    device: torch.device,
-    tokens_per_frame: int,
-) -> Denoiser:
-    numerics = PRECISIONS[flags.precision]
-    precision = Precision.preset(numerics.precision)
-    if flags.random_weights:
-        denoiser = random_wan(
-            preset(flags.model_size),
-            device=device,
-            precision=precision,
-            attention=flags.attention,
-            seed=number,
-        )
-    else:
-        denoiser = load_wan(
-            file.path,
-            expect=None if flags.model_size == "auto" else flags.model_size,
-            weights=flags.weights,
-            device=device,
-            precision=precision,
-            attention=flags.attention,
-            loras=file.loras,
-        )
-    denoiser.net.set_fused(numerics.fused)
-    if (fp8 := getattr(flags, "fp8", "off")) != "off":
-        report = quantise_linears_(
-            denoiser.net, which=fp8, velocity=noise_velocity(denoiser.net, size=FP8_PROBE)
-        )
-        logger.info("{}", report)
+    if not getattr(flags, "tiny_decoder", "") and flags.vae_tile is None:
+        _in_thread(decoder, "the decoder")
     if getattr(flags, "fp8_attention", False):
-        error = attention_error(denoiser, size=FP8_PROBE)
-        logger.info("FP8 attention: error {:.2e} of the velocity, same noise and weights", error)
-    if flags.compile:
-        parallelize(denoiser.net, dims=ParallelDims(), precision=precision, compile=True)
-    return share_tokens(denoiser, tokens_per_frame=tokens_per_frame)
+        _in_thread(attention, "FP8 attention")
 
 
-def _move_codec(codec: LatentCodec, device: torch.device) -> None:
-    codec.to(device)
+def _in_thread(compile_: Callable[[], None], what: str) -> None:
+    def run() -> None:
+        try:
+            compile_()
+        # whoever needs them compiles what is missing, and raises what stands in its way
+        except Exception as error:
+            logger.warning("compiling {} ahead of time failed: {}", what, error)
 
-
-def _move_network(denoiser: Denoiser, device: torch.device) -> None:
-    denoiser.net.to(device)
+    threading.Thread(target=run, name=f"compile {what}", daemon=True).start()
 
 
 class _RandomImages:

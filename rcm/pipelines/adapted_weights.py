@@ -103,10 +103,8 @@ def adapter_settings(file: WeightFile, *, given: bool = False) -> LoRASettings:
         if beside.is_file()
         else None
     )
-    settings, description = (
-        lora_settings(config, file.metadata, others=file.others, given=given),
-        description_of(file),
-    )
+    settings = lora_settings(config, file.metadata, others=file.others, given=given)
+    description = description_of(file)
     if description is None or "adapters" not in description.extra:
         return settings
     said = description.extra["adapters"]
@@ -166,13 +164,8 @@ class AdaptedWeights(LazyWeights):
         copy: str,
         base_path: object,
     ) -> None:
-        self.file, self.base, self.prefix, self.copy, self.base_path = (
-            file,
-            base,
-            prefix,
-            copy,
-            base_path,
-        )
+        self.file, self.base, self.prefix, self.copy = file, base, prefix, copy
+        self.base_path = base_path
         self.described, self.told = dict(described), base_of(described, copy)
         self.headers = base.headers
         own = {key: header for key, header in file.headers.items() if key.startswith(prefix)}

@@ -123,10 +123,8 @@ class CapturedInputs:
             else ((layout.context_tokens, layout.context_tokens + layout.num_tokens),)
         )
         turned = tuple(b.keys == "pre_rope" and b.positions(layout).frames for b in branches)
-        placed, groups = (
-            (spans, layout.frame_index, turned, kinds),
-            [found and found.groups for found in codes],
-        )
+        placed = (spans, layout.frame_index, turned, kinds)
+        groups = [found and found.groups for found in codes]
         # chunks may have the ids of others that were dropped: a restart, a snapshot taken up again,
         # a recache
         if placed == self._placed and all(
@@ -137,11 +135,8 @@ class CapturedInputs:
         for start, stop in spans:
             torch.arange(start, stop, out=self.slots[at : at + stop - start])
             at += stop - start
-        rope, dtype, device = (
-            denoiser.rope,
-            torch.promote_types(denoiser.compute_dtype, torch.float32),
-            self.x.device,
-        )
+        rope, dtype = denoiser.rope, torch.promote_types(denoiser.compute_dtype, torch.float32)
+        device = self.x.device
         found = rope.table(layout.frame_index, layout.grid, device=device, dtype=dtype)
         self.query = _static(self.query, found)
         for i, branch in enumerate(branches):

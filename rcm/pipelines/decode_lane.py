@@ -65,10 +65,8 @@ class DecodeLane:
         lane = self._stream or now
         with torch.cuda.device(self._device), torch.cuda.stream(lane):
             lane.wait_event(ready)
-            frames, images = (
-                self._decoder.decode_chunk(latents.to(self._device, non_blocking=True)),
-                None,
-            )
+            frames = self._decoder.decode_chunk(latents.to(self._device, non_blocking=True))
+            images = None
             if self._to_host and frames is not None:
                 pixels = _images(frames)
                 images = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)

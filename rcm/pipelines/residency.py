@@ -19,6 +19,7 @@ and read again at its next use.
 """
 
 M = TypeVar("M")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,12 @@ class Resident(Generic[M]):
         self._away = False
         return self._model
 
+    def lend(self, work: Callable[[M], T], *, then: Idle) -> T:
+        """What `work` makes of the model, which rests afterwards."""
+        made = work(self.use())
+        self.rest(then)
+        return made
+
     def rest(self, idle: Idle) -> None:
         """It is not needed for now. Whoever still holds it must let go, else "free" frees
         nothing.
@@ -102,3 +109,11 @@ class Resident(Generic[M]):
                 self._away = True
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def rest_encoder(encoder: object, idle: Idle) -> None:
+    """An encoder is done; one without weights to free or to move has neither method."""
+    if idle == "free" and hasattr(encoder, "unload"):
+        encoder.unload()
+    if idle == "cpu" and hasattr(encoder, "to"):
+        encoder.to("cpu")

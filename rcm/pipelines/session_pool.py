@@ -78,13 +78,8 @@ class Seat:
         *,
         predicted: int,
     ) -> None:
-        self.name, self.session, self.prompts, self.options, self.predicted = (
-            name,
-            session,
-            prompts,
-            options,
-            predicted,
-        )
+        self.name, self.session, self.prompts, self.options = name, session, prompts, options
+        self.predicted = predicted
         self.standing = prompts  # under which the latest chunk was made; `prompts` may still wait
         self.take, self.turns = 0, 0
         self.failed: Exception | None = None
@@ -300,11 +295,8 @@ def predicted_bytes(model: LoadedModel, session: Session) -> int:
     """Bytes of cache and decoder of a session whose window is full; a coded cache is counted as if
     it were plain, its upper bound.
     """
-    config, item, batch = (
-        model.denoiser.net.config,
-        model.denoiser.compute_dtype.itemsize,
-        session.spec.batch,
-    )
+    config, item = model.denoiser.net.config, model.denoiser.compute_dtype.itemsize
+    batch = session.spec.batch
     caches = session.loop.cache.branches
     cache = (
         sum(2 * held.num_layers * held.capacity_tokens * config.dim * item for held in caches)

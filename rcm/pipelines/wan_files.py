@@ -145,10 +145,8 @@ def network_weights(
 def _adapted(
     file: WeightFile, description: Description, *, wanted: str, base: str | Path | None, above: int
 ) -> AdaptedWeights:
-    described, copies = (
-        description.extra["adapters"],
-        adapter_copies(file, stated=description.extra.get("weights")),
-    )
+    described = description.extra["adapters"]
+    copies = adapter_copies(file, stated=description.extra.get("weights"))
     prefix = chosen_copy(copies, wanted, path=file.path)
     told = base_of(described, copies[prefix])
     where = base or told["path"]

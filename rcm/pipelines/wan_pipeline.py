@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rcm.core.errors import ConfigError, NonFinite
@@ -22,11 +21,11 @@ from rcm.diffusion.guidance import is_guided
 from rcm.encoders.codec import LatentCodec, latent_frames
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.nets.condition import Condition
-from rcm.parallel.agree import on_first, shared
+from rcm.parallel.agree import on_first, shared, spread
 from rcm.pipelines.experts import Expert, OnStep, Step, Switched, require_descending
 from rcm.pipelines.image_condition import MASK_CHANNELS, fit_image, image_channels
 from rcm.pipelines.part_clock import PartClock
-from rcm.pipelines.residency import MemoryPolicy, Resident
+from rcm.pipelines.residency import MemoryPolicy, Resident, rest_encoder
 from rcm.pipelines.text_to_video import WholeVideoRecipe, whole_latents
 from rcm.pipelines.wan_sizes import FrameSize
 
@@ -152,8 +151,8 @@ class WanPipeline:
         """
         prompts = [request.prompt]
         if guided:
-            prompts.append(self._negative_prompt(request))
-
+            stated = request.negative_prompt
+            prompts.append(self.text.negative_prompt if stated is None else stated)
         embedded = self.embed(prompts)
         images: dict[str, Tensor] = {}
         if request.image is not None:
@@ -174,7 +173,7 @@ class WanPipeline:
         def encode() -> Tensor:
             with self.clock.part("text"):
                 encoded = self.text.encode(list(prompts)).to(self.device)
-                self._rest(self.text)
+                rest_encoder(self.text, self.memory.text)
             return encoded
 
         return self.from_first(encode)
@@ -214,42 +213,22 @@ class WanPipeline:
         """Pixels [B, 3, F, H, W] float32, one sample after the other; in host memory where the
         policy does not keep the codec.
         """
-        codec = self.codec.use()
-        with self.clock.part("decode"):
-            where = self.device if self.memory.codec == "keep" else "cpu"
-            frames = torch.cat(
-                [codec.decode(sample[None]).to(where, torch.float32) for sample in latents]
-            )
-        del codec
-        self.codec.rest(self.memory.codec)
-        return frames
+        where = self.device if self.memory.codec == "keep" else "cpu"
 
-    def _negative_prompt(self, request: VideoRequest) -> str:
-        return (
-            self.text.negative_prompt
-            if request.negative_prompt is None
-            else request.negative_prompt
-        )
+        def decoded(codec: LatentCodec) -> Tensor:
+            with self.clock.part("decode"):
+                return torch.cat([codec.decode(x[None]).to(where, torch.float32) for x in latents])
 
-    def _rest(self, encoder: TextEncoder | ImageEncoder) -> None:
-        """An encoder is done; one without weights to free or to move has neither method."""
-        if self.memory.text == "free" and hasattr(encoder, "unload"):
-            encoder.unload()
-        if self.memory.text == "cpu" and hasattr(encoder, "to"):
-            encoder.to("cpu")
+        return self.codec.lend(decoded, then=self.memory.codec)
 
     def _image_channels(self, request: VideoRequest) -> Tensor:
-        codec = self.codec.use()
-        with self.clock.part("image"):
-            first, *last = (
-                fit_image(image.to(self.device), request.size) for image in _images(request)
-            )
-            channels = image_channels(
-                codec, first, num_frames=request.num_frames, last=last[0] if last else None
-            )
-        del codec
-        self.codec.rest(self.memory.codec)
-        return channels
+        def channels(codec: LatentCodec) -> Tensor:
+            with self.clock.part("image"):
+                images = [fit_image(x.to(self.device), request.size) for x in _images(request)]
+                first, last = images[0], images[1] if len(images) > 1 else None
+                return image_channels(codec, first, num_frames=request.num_frames, last=last)
+
+        return self.codec.lend(channels, then=self.memory.codec)
 
     def _image_tokens(self, request: VideoRequest) -> Tensor:
         with self.clock.part("image"):
@@ -258,22 +237,15 @@ class WanPipeline:
                 for image in _images(request)
             ]
             tokens = torch.cat([self.clip.encode(each).to(self.device) for each in pixels], dim=1)
-            self._rest(self.clip)
+            rest_encoder(self.clip, self.memory.text)
         return tokens
 
     def from_first(self, make: Callable[[], Tensor]) -> Tensor:
         """What `make` returns on rank 0, on every rank."""
         made = on_first(make)
-        if not dist.is_initialized() or dist.get_world_size() == 1:
+        if not spread():
             return made
-        shape, dtype = shared(None if made is None else (tuple(made.shape), made.dtype))
-        sent = (
-            torch.empty(shape, dtype=torch.float32, device=self.device)
-            if made is None
-            else made.to(self.device, torch.float32)
-        )
-        dist.broadcast(sent, src=0)
-        return sent.to(dtype)
+        return shared(None if made is None else made.cpu()).to(self.device)
 
 
 def _images(request: VideoRequest) -> list[Tensor]:

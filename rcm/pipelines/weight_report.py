@@ -225,10 +225,8 @@ def _copy_report(network: NetworkWeights) -> CopyReport:
     except CheckpointError as error:
         problem = str(error).removeprefix(f"{network.file.path}: ")
         name, agreeing = nearest_preset(network.headers)
-        config, told = (
-            PRESETS[name],
-            (f"nearest to {name}, {agreeing} tensors agree" if agreeing else "no Wan network"),
-        )
+        config = PRESETS[name]
+        told = f"nearest to {name}, {agreeing} tensors agree" if agreeing else "no Wan network"
     found = misfit(shapes_of(network), expected=shapes_of(network_headers(config)))
     return CopyReport(
         copy=network.copy,
