@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.encoders.lazy_module import LazyModule
@@ -148,7 +149,7 @@ class ClipVision(LazyModule):
             raise ConfigError(f"CLIP runs in float16, bfloat16 or float32, got dtype={dtype}")
         return cls(open_clip(path), device=device, dtype=dtype)
 
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """Features [B, N, E] in `dtype` on `device` of `images` [B, 3, H, W] in [-1, 1], of any
         size; `ConfigError` for another shape.
         """
@@ -166,7 +167,7 @@ class ClipVision(LazyModule):
         return {"name": "clip_vision", "path": str(self._path)}
 
 
-def preprocess(images: torch.Tensor, *, size: int) -> torch.Tensor:
+def preprocess(images: Tensor, *, size: int) -> Tensor:
     """`images` [B, 3, H, W] in [-1, 1] as the float32 [B, 3, size, size] that CLIP was trained on.
 
     Bicubic without antialiasing, whatever the aspect; mapped to [0, 1], not clamped; then (x -

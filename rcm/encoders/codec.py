@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-import torch
+from torch import Tensor
 
 from rcm.core.errors import ConfigError
 
@@ -18,7 +18,7 @@ from rcm.core.errors import ConfigError
 class LatentStream(Protocol):
     """A decoder in the middle of one video: it remembers what the codec needs of earlier chunks."""
 
-    def decode_chunk(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode_chunk(self, latents: Tensor) -> Tensor:
         """Pixels [B, 3, f, H, W] of the next latent frames [B, C, t, h, w]. Chunks concatenated
         along time equal `decode` of the whole.
         """
@@ -58,13 +58,13 @@ class LatentCodec(Protocol):
         """C."""
         ...
 
-    def encode(self, video: torch.Tensor) -> torch.Tensor:
+    def encode(self, video: Tensor) -> Tensor:
         """Latents [B, C, T, h, w] (float32 or wider) of `video` [B, 3, F, H, W] in [-1, 1];
         `ConfigError` for sizes that do not fold.
         """
         ...
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, 3, F, H, W] of latents [B, C, T, h, w]. Not clamped: whoever writes a file
         clamps.
         """

@@ -19,6 +19,7 @@ import torch
 from loguru import logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from rcm.core.errors import ConfigError
 
@@ -31,7 +32,7 @@ class PromptRows:
     the prompt that did not fit.
     """
 
-    rows: torch.Tensor
+    rows: Tensor
     cut: str = ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-import torch
+from torch import Tensor
 
 
 @runtime_checkable
@@ -29,7 +29,7 @@ class TextEncoder(Protocol):
         """The prompt of the unconditional branch of guidance."""
         ...
 
-    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
+    def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [len(prompts), text_len, text_dim]. The empty prompt is legal: one
         end-of-sentence row, then zeros.
         """

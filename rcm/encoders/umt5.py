@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 from loguru import logger
-from torch import nn
+from torch import Tensor, nn
 
 from rcm.core.errors import ConfigError, NonFinite
 from rcm.encoders.lazy_module import LazyModule
@@ -218,7 +218,7 @@ class UMT5TextEncoder(LazyModule):
         source = RandomRows(text_len=text_len, text_dim=text_dim, seed=seed, dtype=dtype)
         return cls(source, text_len=text_len, device=device, dtype=dtype)
 
-    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
+    def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [len(prompts), text_len, text_dim] on `device`; equal prompts are encoded
         once.
 

@@ -12,6 +12,7 @@ import contextlib
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rcm.kernels.precompile import launch
 from rcm.kernels.vae_window_eager import NORM_FLOOR, Features, Norm, Window
@@ -133,9 +134,9 @@ def window_kernel(
 def launch_window(
     features: Features,
     *,
-    gamma: torch.Tensor | None,
+    gamma: Tensor | None,
     norm: Norm,
-    carried: torch.Tensor | None,
+    carried: Tensor | None,
     border: tuple[int, int],
     keep: bool,
     tile_elements: int = TILE_ELEMENTS,

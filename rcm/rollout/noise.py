@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from rcm.core.device_copy import to_device
 from rcm.core.rng import generator, randn
@@ -18,13 +19,13 @@ class Noise(Protocol):
     video.
     """
 
-    def start(self, frames: slice) -> torch.Tensor:
+    def start(self, frames: slice) -> Tensor:
         """What a chunk starts from."""
 
-    def step(self, index: int, frames: slice) -> torch.Tensor:
+    def step(self, index: int, frames: slice) -> Tensor:
         """What is added when leaving step `index` (0-based) of a chunk."""
 
-    def context(self, frames: slice) -> torch.Tensor:
+    def context(self, frames: slice) -> Tensor:
         """For a context that is noised again."""
 
     def state(self) -> Any:
@@ -57,15 +58,15 @@ class ChunkNoise:
             draw_on,
         )
 
-    def start(self, frames: slice) -> torch.Tensor:
+    def start(self, frames: slice) -> Tensor:
         """See `Noise`."""
         return self._draw("start", frames)
 
-    def step(self, index: int, frames: slice) -> torch.Tensor:
+    def step(self, index: int, frames: slice) -> Tensor:
         """See `Noise`."""
         return self._draw(f"step {index}", frames)
 
-    def context(self, frames: slice) -> torch.Tensor:
+    def context(self, frames: slice) -> Tensor:
         """See `Noise`."""
         return self._draw("context", frames)
 
@@ -77,7 +78,7 @@ class ChunkNoise:
         """Take up a `state`."""
         self.seed = state
 
-    def _draw(self, purpose: str, frames: slice) -> torch.Tensor:
+    def _draw(self, purpose: str, frames: slice) -> Tensor:
         batch, channels, height, width = self.shape
         source = generator(
             seed=self.seed,
@@ -146,17 +147,17 @@ class VideoNoise:
             given=plans[0].start,
         )
 
-    def start(self, frames: slice) -> torch.Tensor:
+    def start(self, frames: slice) -> Tensor:
         """Unit noise a chunk starts from, [B, C, frames, H, W]."""
         return self._draws[0][:, :, frames.start - self.given : frames.stop - self.given].to(
             self.dtype
         )
 
-    def step(self, index: int, frames: slice) -> torch.Tensor:
+    def step(self, index: int, frames: slice) -> Tensor:
         """Unit noise used when leaving step `index` (0-based) of a chunk."""
         return self._draws[index + 1][:, :, frames].to(self.dtype)
 
-    def context(self, frames: slice) -> torch.Tensor:
+    def context(self, frames: slice) -> Tensor:
         """Fresh noise for a re-noised context of these frames."""
         batch, channels, _, height, width = self.shape
         return self._draw((batch, channels, frames.stop - frames.start, height, width)).to(
@@ -175,7 +176,7 @@ class VideoNoise:
         self._draws = list(draws)
         self._generator.set_state(generator)
 
-    def _draw(self, shape: tuple[int, ...]) -> torch.Tensor:
+    def _draw(self, shape: tuple[int, ...]) -> Tensor:
         return to_device(
             torch.randn(
                 shape, generator=self._generator, device=self._generator.device, dtype=torch.float32

@@ -154,11 +154,7 @@ def block_plan(
     given. The schedule indexes generated chunks; the context rule absolute blocks.
     """
     times = few_step_grid(schedule.entry(block - prefix_blocks), first=first_time)
-    noisy = context.applies(block)
-    start, stop = pattern.frames_before(block), pattern.frames_before(block + 1)
-    return ChunkPlan(
-        block, start, stop, times, "last_input" if noisy else "clean", times[-2] if noisy else 0.0
-    )
+    return ode_block_plan(pattern, block, times, context=context)
 
 
 def inference_plan(
@@ -191,7 +187,7 @@ def ode_block_plan(
     *,
     context: ContextRule = ContextRule(),
 ) -> ChunkPlan:
-    """Many-step plan of one block: the same grid in every chunk."""
+    """Plan of one block along `times`: of a many-step sampler, the same grid in every chunk."""
     noisy = context.applies(block)
     start, stop = pattern.frames_before(block), pattern.frames_before(block + 1)
     return ChunkPlan(

@@ -8,7 +8,7 @@ graph of every chunk, with the activation memory of one chunk (Causal-rCM 4.3).
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from rcm.nets.condition import Condition
 from rcm.nets.paired_cache import Cache
@@ -18,7 +18,7 @@ from rcm.rollout.autoregressive import Canvas, ChunkResult, time_tensor
 
 def replay_chunk(
     denoiser: VelocityModel, cond: Condition, result: ChunkResult, *, canvas: Canvas, cache: Cache
-) -> torch.Tensor:
+) -> Tensor:
     """x0 of one finished chunk, recomputed with gradient: x - t v(x, t | the chunks that it saw).
     Shape as `result.x0`.
     """

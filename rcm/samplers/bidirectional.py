@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from rcm.samplers.steps import StepRule
 
-Velocity = Callable[[torch.Tensor, float], torch.Tensor]
+Velocity = Callable[[Tensor, float], Tensor]
 """v = velocity(x, t) for x [B, C, T, H, W] at RF time t, same shape and dtype."""
 
 
@@ -25,8 +26,8 @@ class Sampler(Protocol):
         ...
 
     def sample(
-        self, velocity: Velocity, noise: torch.Tensor, *, generator: torch.Generator | None = None
-    ) -> torch.Tensor:
+        self, velocity: Velocity, noise: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
         """x0 from unit Gaussian `noise` [B, C, T, H, W]; the state keeps its dtype (use float64).
         `generator` draws added noise.
         """
@@ -46,8 +47,8 @@ class SingleStep:
     scale_first: bool = False
 
     def sample(
-        self, velocity: Velocity, noise: torch.Tensor, *, generator: torch.Generator | None = None
-    ) -> torch.Tensor:
+        self, velocity: Velocity, noise: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
         """See `Sampler`."""
         return sample_video(
             velocity,
@@ -61,13 +62,13 @@ class SingleStep:
 
 def sample_video(
     velocity: Velocity,
-    noise: torch.Tensor,
+    noise: Tensor,
     *,
     times: Sequence[float],
     rule: StepRule,
     generator: torch.Generator | None = None,
     scale_first: bool = True,
-) -> torch.Tensor:
+) -> Tensor:
     """Walk a whole video along `times` (decreasing, last 0) with one rule.
 
     `velocity(x, t)` returns v for x [B, C, T, H, W] at RF time t. `noise` is the unit Gaussian
@@ -89,5 +90,5 @@ def sample_video(
     return x
 
 
-def _device(generator: torch.Generator | None, x: torch.Tensor) -> torch.device:
+def _device(generator: torch.Generator | None, x: Tensor) -> torch.device:
     return generator.device if generator is not None else x.device

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
+from torch import Tensor
 
 
 class StepRule(Protocol):
@@ -24,24 +24,12 @@ class StepRule(Protocol):
     """
 
     def __call__(
-        self,
-        x: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        t: float,
-        t_next: float,
-        noise: torch.Tensor | None,
-    ) -> torch.Tensor: ...
+        self, x: Tensor, v: Tensor, *, t: float, t_next: float, noise: Tensor | None
+    ) -> Tensor: ...
 
     def on_device(
-        self,
-        x: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        t: torch.Tensor,
-        t_next: torch.Tensor,
-        noise: torch.Tensor,
-    ) -> torch.Tensor:
+        self, x: Tensor, v: Tensor, *, t: Tensor, t_next: Tensor, noise: Tensor
+    ) -> Tensor:
         """The same with times [B, 1] in device memory, for captured steps; `noise` is read, and of
         no effect, where none is needed.
         """
@@ -55,25 +43,13 @@ class EulerStep:
     mean = False
 
     def __call__(
-        self,
-        x: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        t: float,
-        t_next: float,
-        noise: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, x: Tensor, v: Tensor, *, t: float, t_next: float, noise: Tensor | None = None
+    ) -> Tensor:
         return x - (t - t_next) * v
 
     def on_device(
-        self,
-        x: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        t: torch.Tensor,
-        t_next: torch.Tensor,
-        noise: torch.Tensor,
-    ) -> torch.Tensor:
+        self, x: Tensor, v: Tensor, *, t: Tensor, t_next: Tensor, noise: Tensor
+    ) -> Tensor:
         """See `StepRule`."""
         return x - _over(t - t_next, x) * v
 
@@ -96,14 +72,8 @@ class ConsistencyStep:
     mean = False
 
     def __call__(
-        self,
-        x: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        t: float,
-        t_next: float,
-        noise: torch.Tensor | None,
-    ) -> torch.Tensor:
+        self, x: Tensor, v: Tensor, *, t: float, t_next: float, noise: Tensor | None
+    ) -> Tensor:
         x0 = x - t * v
         if t_next == 0.0:
             return x0
@@ -115,18 +85,12 @@ class ConsistencyStep:
         return (1.0 - t_next) * x0 + t_next * noise
 
     def on_device(
-        self,
-        x: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        t: torch.Tensor,
-        t_next: torch.Tensor,
-        noise: torch.Tensor,
-    ) -> torch.Tensor:
+        self, x: Tensor, v: Tensor, *, t: Tensor, t_next: Tensor, noise: Tensor
+    ) -> Tensor:
         """See `StepRule`."""
         return _over(1.0 - t_next, x) * (x - _over(t, x) * v) + _over(t_next, x) * noise
 
 
-def _over(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _over(t: Tensor, x: Tensor) -> Tensor:
     """Times [B, 1] over `x` [B, C, T, H, W]."""
     return t.reshape(-1, *[1] * (x.dim() - 1))

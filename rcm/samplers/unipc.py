@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from rcm.core.errors import ConfigError
 from rcm.samplers.bidirectional import Velocity
@@ -35,7 +36,7 @@ SINGLE_WEIGHT = 0.5
 class _Evaluation:
     """A predicted x0 and the lambda where it was predicted."""
 
-    x0: torch.Tensor
+    x0: Tensor
     log_snr: float
 
 
@@ -64,8 +65,8 @@ class UniPC:
             raise ConfigError("UniPC times must decrease strictly")
 
     def sample(
-        self, velocity: Velocity, noise: torch.Tensor, *, generator: torch.Generator | None = None
-    ) -> torch.Tensor:
+        self, velocity: Velocity, noise: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
         """See `Sampler`. Deterministic: `generator` is not used."""
         x, last_x, last_order = noise, noise, 0
         history: list[_Evaluation] = []
@@ -82,14 +83,14 @@ class UniPC:
 
 
 def _step(
-    x: torch.Tensor,
+    x: Tensor,
     history: list[_Evaluation],
     order: int,
     *,
     t_from: float,
     t_to: float,
     end: _Evaluation | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """From `x` at `t_from` to `t_to`: the predictor of `order`, or with the evaluation at the `end`
     the corrector of that order.
     """
