@@ -159,7 +159,10 @@ def _measure(
 ) -> list[Measured]:
     config, model = run.config, run.config.model.config
     idle = IdleRoles() if config.trainer.offload.idle_roles else None
-    nets = RandomNets(model, dims=dims, device=device, seed=config.trainer.seed, idle=idle)
+    host = config.trainer.offload.parameters
+    nets = RandomNets(
+        model, dims=dims, device=device, seed=config.trainer.seed, idle=idle, host=host
+    )
     method = build_method(config, nets, negative=lambda: negative_condition(config, device=device))
     state = TrainState.create(
         method.trainable,

@@ -273,7 +273,12 @@ def _train(
     require_here(config, device=device)
     idle = IdleRoles() if config.trainer.offload.idle_roles else None
     nets = RandomNets(
-        config.model.config, dims=dims, device=device, seed=config.trainer.seed, idle=idle
+        config.model.config,
+        dims=dims,
+        device=device,
+        seed=config.trainer.seed,
+        idle=idle,
+        host=config.trainer.offload.parameters,
     )
     if reduce:
         nets.precision = replace(nets.precision, reduce=_DTYPES[reduce])

@@ -31,6 +31,7 @@ from rcm.core.files import discard
 from rcm.methods.adversary import HEAD
 from rcm.nets.denoiser import Denoiser
 from rcm.parallel.agree import on_first, require_same, together
+from rcm.parallel.launch import this_launch
 from rcm.parallel.mesh import ParallelDims, launch_group
 from rcm.parallel.threads import settle_threads
 from rcm.pipelines.described import description_at, stream_command
@@ -71,6 +72,7 @@ def run(run: Run) -> Outcome:
     differ, or of a job folder in use, `NonFinite` (nothing updated), `OSError` with the path,
     `PeerGone`.
     """
+    this_launch()
     with launch_group() as device, ExitStack() as held:
         replicate, shard, cp = run.mesh
         dims = ParallelDims(dp_replicate=replicate, dp_shard=shard, cp=cp, device_type=device.type)
@@ -129,6 +131,7 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
         seed=config.trainer.seed,
         resumes=resumes,
         idle=idle,
+        host=config.trainer.offload.parameters,
     )
     method = build_method(config, nets, negative=lambda: negative_condition(config, device=device))
     state = train_state(config, method)

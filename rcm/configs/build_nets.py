@@ -62,7 +62,7 @@ def open_network(path: str | Path, *, knob: str) -> NetworkWeights:
 class NetBuilder:
     """Builds the networks of one run on this rank; every call is collective. `resumes`: a
     checkpoint will replace the trained weights. `idle`: takes charge of the networks that are
-    alone in memory.
+    alone in memory. `host`: trained networks live in host memory, and are not idle there.
 
     With `lora.rank`, networks of the same sizes and checkpoint are one in memory: the adapters of
     student and fake score lie on it, and a teacher is the base without them. `adapted`: role ->
@@ -78,8 +78,9 @@ class NetBuilder:
         seed: int,
         resumes: bool = False,
         idle: IdleRoles | None = None,
+        host: bool = False,
     ) -> None:
-        self.idle = idle
+        self.idle, self.host = idle, host
         self.config, self.dims, self.device, self.seed, self.resumes = (
             config,
             dims,
@@ -140,7 +141,9 @@ class NetBuilder:
             checkpoint=checkpoint_of(self.config, knob),
             frozen=frozen,
         )
-        if self.idle is not None:
+        if self.idle is not None and self.host and not frozen:
+            self.idle.watch(net)
+        elif self.idle is not None:
             self.idle.add(TRAINED.get(knob, knob.removeprefix("net_")), net)
         return net
 
@@ -172,7 +175,7 @@ class NetBuilder:
                 )
             return net
 
-        net = on_meta(build)
+        net, host = on_meta(build), self.host and not frozen
         parallelize(
             net,
             dims=self.dims,
@@ -181,9 +184,10 @@ class NetBuilder:
             checkpoint_every=net_config.sac_config.every_n_blocks,
             compile=config.compile,
             frozen_weights=config.frozen_weights if frozen else "compute",
+            host=host,
         )
         net.set_jvp_implementation(config.jvp_implementation)
-        materialise(net, device=self.device)
+        materialise(net, device="cpu" if host else self.device)
         quiet = self.resumes and not (frozen or roles)
         self._fill(
             net,

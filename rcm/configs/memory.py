@@ -7,6 +7,7 @@ import torch
 from rcm.configs.bases import TRAINED, base_of, roles_on
 from rcm.configs.network import networks
 from rcm.configs.schema import TrainConfig
+from rcm.configs.schema_causal import CausalConfig
 from rcm.configs.schema_common import CommonModelConfig, M
 from rcm.core.errors import ConfigError
 from rcm.nets.fp8_linear import CAPABILITY
@@ -29,13 +30,25 @@ def check_memory(config: TrainConfig) -> None:
     model, offload = config.model.config, config.trainer.offload
     if model.frozen_weights != "compute":
         _frozen_weights(model)
+    if offload.parameters and offload.states:
+        raise ConfigError(
+            "trainer.offload.states=True has no effect with trainer.offload.parameters=True, whose"
+            " states are on the host already; choose one of them"
+        )
+    gan = isinstance(model, CausalConfig) and model.gan.loss_scale > 0
+    for key in ("idle_roles", "parameters"):
+        if getattr(offload, key) and model.lora.rank:
+            raise ConfigError(
+                f"trainer.offload.{key}=True cannot take {M}.lora.rank={model.lora.rank}: roles on"
+                " one base share its weights, which are never idle; choose one of them"
+            )
+        if getattr(offload, key) and gan:
+            raise ConfigError(
+                f"trainer.offload.{key}=True cannot take {M}.gan.loss_scale={model.gan.loss_scale}:"
+                " the student's gradients pass through the fake score; choose one of them"
+            )
     if not offload.idle_roles:
         return
-    if model.lora.rank:
-        raise ConfigError(
-            f"trainer.offload.idle_roles=True cannot take {M}.lora.rank={model.lora.rank}: roles on"
-            " one base share its weights, which are never idle; choose one of them"
-        )
     if len(networks(model)) == 1:
         raise ConfigError(
             "trainer.offload.idle_roles=True has no effect on a run with one network, which is"

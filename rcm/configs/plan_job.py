@@ -59,6 +59,7 @@ def plan_job(run: Run, *, ranks: int, fused: bool = True, rollouts: Rollouts = "
         frozen_weights=model.frozen_weights,
         host_states=config.trainer.offload.states,
         idle_roles=config.trainer.offload.idle_roles,
+        host_parameters=config.trainer.offload.parameters,
     )
 
 

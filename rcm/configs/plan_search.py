@@ -25,6 +25,7 @@ class Lever:
 
     words: tuple[str, ...]
     price: str
+    instead: tuple[str, ...] = ()  # words of a lever that this one takes the place of
 
 
 LADDER = (
@@ -34,6 +35,11 @@ LADDER = (
         ("trainer.offload.idle_roles=True",), "networks cross the bus when another one's turn comes"
     ),
     Lever(("model.config.replayed_training=True",), "the last step of every chunk runs twice"),
+    Lever(
+        ("trainer.offload.parameters=True",),
+        "trained weights cross the bus for every pass, and the host's processor updates them",
+        instead=("trainer.offload.states=True",),
+    ),
     Lever(
         ("model.config.frozen_weights=fp8_storage",),
         "frozen networks are rounded to e4m3: the one that changes numbers beyond rounding",
@@ -95,9 +101,8 @@ class Search:
         for lever in LADDER:
             if found.proposal.best is not None:
                 break
-            more = self._proposed(
-                (*found.levers, lever), card, ranks=ranks, global_batch=global_batch
-            )
+            kept = tuple(other for other in found.levers if other.words != lever.instead)
+            more = self._proposed((*kept, lever), card, ranks=ranks, global_batch=global_batch)
             found = found if more is None else more
         for lever in reversed(found.levers) if found.proposal.best is not None else ():
             fewer = tuple(other for other in found.levers if other is not lever)

@@ -42,6 +42,7 @@ def parallelize(
     compile: bool = False,
     reshard_after_forward: bool = True,
     frozen_weights: FrozenWeights = "compute",
+    host: bool = False,
 ) -> nn.Module:
     """Apply activation checkpointing, compilation, Ulysses and FSDP2 to `net` in place, as `dims`
     and `precision` ask, and return it.
@@ -50,10 +51,11 @@ def parallelize(
     be on the meta device (materialise it afterwards with rcm.parallel.init). State-dict keys do not
     change. Frozen parameters (those of a teacher, or below low-rank adapters) are stored in
     `precision.compute`, or `frozen_weights` says how (`rcm.nets.frozen_fp8`), trained ones in
-    `precision.params`. A single rank without mixed precision
-    needs neither FSDP2 nor a process group. Raises ConfigError where cp does not divide the heads,
-    the dims do not multiply to the world size, a process group is missing, or `checkpoint` and
-    `compile` exclude each other; `checkpoint` and `checkpoint_every` are `mode` and `every` of
+    `precision.params`. A single rank without mixed precision needs neither FSDP2 nor a process
+    group. `host`: stored parameters and gradients live in host memory (`shard_parameters`);
+    materialise the network there. Raises ConfigError where cp does not divide the heads, the dims
+    do not multiply to the world size, a process group is missing, or `checkpoint` and `compile`
+    exclude each other; `checkpoint` and `checkpoint_every` are `mode` and `every` of
     `checkpoint_blocks`.
     """
     dims.check(num_heads=net.config.num_heads)
@@ -73,7 +75,7 @@ def parallelize(
         # masks, caches and launches of the attention are not the compiler's business
         for block in net.blocks:
             block.self_attn.core.forward = torch.compiler.disable(block.self_attn.core.forward)
-    if dims.world_size > 1 or (is_mixed(precision) and not frozen):
+    if host or dims.world_size > 1 or (is_mixed(precision) and not frozen):
         if not torch.distributed.is_initialized() and dims.world_size == 1:
             raise ConfigError(
                 f"parameters in {precision.params} computed in {precision.compute} on one rank need"
@@ -81,7 +83,11 @@ def parallelize(
                 " rcm.parallel.mesh.process_group(device_type) first, or choose one dtype"
             )
         shard_parameters(
-            net, dims=dims, precision=precision, reshard_after_forward=reshard_after_forward
+            net,
+            dims=dims,
+            precision=precision,
+            reshard_after_forward=reshard_after_forward,
+            host=host,
         )
     return net
 

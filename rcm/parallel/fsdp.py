@@ -6,7 +6,13 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from rcm.core.dtypes import Precision
 from rcm.nets.frozen_fp8 import is_rounded
@@ -20,7 +26,12 @@ def is_mixed(precision: Precision) -> bool:
 
 
 def shard_parameters(
-    net: nn.Module, *, dims: ParallelDims, precision: Precision, reshard_after_forward: bool = True
+    net: nn.Module,
+    *,
+    dims: ParallelDims,
+    precision: Precision,
+    reshard_after_forward: bool = True,
+    host: bool = False,
 ) -> None:
     """Apply `fully_shard` to every block of `net`, if it has any, and to `net` itself, in place.
 
@@ -29,8 +40,11 @@ def shard_parameters(
     tangents), the caller casts x. With dp_replicate > 1 parameters are replicated over that axis
     (HSDP). `reshard_after_forward` False keeps gathered blocks until the backward pass: faster,
     needs memory for the whole network. The root is told explicitly: by default it would stay
-    gathered after a forward without gradient and then compute with stale weights.
+    gathered after a forward without gradient and then compute with stale weights. `host`: the
+    stored parameters and their gradients live in host memory, whence every block is gathered.
     """
+    pinned = dims.device_type == "cuda"
+    policy_of_place = CPUOffloadPolicy(pin_memory=pinned) if host else OffloadPolicy()
     gathered = None if is_rounded(net) else precision.compute
     policy = MixedPrecisionPolicy(
         param_dtype=gathered, reduce_dtype=precision.reduce, cast_forward_inputs=False
@@ -41,6 +55,7 @@ def shard_parameters(
             mesh=dims.fsdp_mesh,
             mp_policy=policy,
             reshard_after_forward=reshard_after_forward,
+            offload_policy=policy_of_place,
         )
 
 

@@ -19,12 +19,15 @@ from rcm.parallel.host import Waiting
 
 @dataclass(frozen=True)
 class OffloadConfig(Record):
-    """What waits in host memory (docs/scale.md). Numbers stay, bit for bit."""
+    """What waits in host memory (docs/scale.md). Numbers stay, bit for bit, on one device."""
 
     # AdamW's moments and the average, which pass through the device in the update
     states: bool = False
     # networks of other roles than the one in training, but the one that computes
     idle_roles: bool = False
+    # weights, gradients and states of trained networks: gathered block by block for every pass,
+    # updated by the host's processor (whose AdamW rounds otherwise than a card's)
+    parameters: bool = False
 
 
 class IdleRoles:
@@ -44,6 +47,10 @@ class IdleRoles:
         """Take charge of `net`, which has its weights, and let it leave."""
         self._roles[role] = Waiting(net, self._called)
         self._roles[role].leave()
+
+    def watch(self, net: nn.Module) -> None:
+        """Whenever `net`, which stays where it is, is called, the others leave."""
+        net.register_forward_pre_hook(lambda *_: self.rest(), prepend=True)
 
     def begin(self, roles: Iterable[str]) -> None:
         """`roles` are in training from now on: they come, the others leave."""

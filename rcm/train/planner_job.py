@@ -199,6 +199,7 @@ class Job:
     frozen_weights: FrozenWeights = "compute"  # form of frozen networks
     host_states: bool = False  # moments and averages live in host memory
     idle_roles: bool = False  # networks whose turn it is not wait in host memory
+    host_parameters: bool = False  # trained networks live in host memory
 
     def __post_init__(self) -> None:
         if self.ranks % self.shard_ranks or self.shard_ranks % self.context:
@@ -233,7 +234,8 @@ class Job:
         `rcm.parallel.apply`).
         """
         mixed = not self.param_bytes == self.compute_bytes == self.reduce_bytes
-        return self.shard_ranks if self.ranks > 1 or (net.trained and mixed) else 0
+        wrapped = net.trained and (mixed or self.host_parameters)
+        return self.shard_ranks if self.ranks > 1 or wrapped else 0
 
     def stored(self, net: NetPlan) -> int:
         """Parameters of `net` on rank 0."""

@@ -66,8 +66,9 @@ def state_terms(job: Job) -> list[Term]:
     """
     terms = []
     for net in job.nets:
-        terms += [] if job.idle_roles else weight_terms(job, net)
-        if not net.trained or job.host_states:
+        lives = net.trained and job.host_parameters
+        terms += [] if job.idle_roles or lives else weight_terms(job, net)
+        if not net.trained or job.host_states or lives:
             continue
         told = "" if net.states == "float32" else f" in {net.states}"
         adam = f"AdamW: first and second moment of every parameter{told}"
@@ -82,10 +83,13 @@ def host_bytes(job: Job) -> float:
     """What rank 0 keeps in host memory."""
     size = 0.0
     for net in job.nets:
-        if job.idle_roles:
+        lives = net.trained and job.host_parameters
+        if job.idle_roles or lives:
             size += sum(term.bytes for term in weight_terms(job, net))
-        if job.host_states and net.trained:
+        if lives or (job.host_states and net.trained):
             size += moment_bytes(job, net) + average_bytes(job, net) * net.averaged
+    if job.host_parameters:  # gradients, of one role at a time
+        size += job.reduce_bytes * max(job.trained(net) for net in job.nets if net.trained)
     return size
 
 
@@ -123,7 +127,9 @@ def present_terms(job: Job, phase: PhasePlan, role: str) -> list[Term]:
     """Weights that are there while `role` computes, where others wait on the host: its own, and
     those of the role in training.
     """
-    present = {phase.role, role} if job.idle_roles else ()
+    present = {phase.role, role} if job.idle_roles else set()
+    if job.host_parameters:
+        present -= {net.role for net in job.nets if net.trained}
     return [term for net in job.nets if net.role in present for term in weight_terms(job, net)]
 
 
@@ -132,7 +138,7 @@ def update_terms(job: Job, phase: PhasePlan) -> list[Term]:
     (`rcm.train.kept_adamw`); nothing where AdamW works in place.
     """
     net = job.net(phase.role)
-    if not job.host_states and net.states == "float32":
+    if job.host_parameters or (not job.host_states and net.states == "float32"):
         return []
     count, largest = job.trained(net), net.largest / max(1, job.shards_of(net))
     bucket = min(count, max(BUCKET, largest))
@@ -259,11 +265,18 @@ def gathered_terms(job: Job, phase: PhasePlan) -> list[Term]:
     sizes = [
         job.compute_size(net, blocks=2)
         + job.compute_bytes * (2 * bool(net.rank) * net.trained_block + net.elements(part="root"))
+        + arriving(job, net)
         for net in nets
         if job.shards_of(net)
     ]
     what = "FSDP2: a block in use, the next one arriving, and what lies outside the blocks"
     return [Term("gathered parameters", max(sizes), what)] if sizes else []
+
+
+def arriving(job: Job, net: NetPlan) -> float:
+    """Shards of two blocks on their way from the host, as they are stored there."""
+    lives = net.trained and job.host_parameters
+    return 2.0 * lives * job.param_bytes * net.block_elements / max(1, job.shards_of(net))
 
 
 def gradient_terms(job: Job, phase: PhasePlan, *, earlier: bool) -> tuple[float, float, float]:
@@ -280,6 +293,7 @@ def gradient_terms(job: Job, phase: PhasePlan, *, earlier: bool) -> tuple[float,
     several = phase.terms * job.accumulation > 1
     waiting = several and (earlier or job.accumulation > 1)
     own = float((job.reduce_bytes if shards else job.param_bytes) * job.trained(net))
+    own *= not job.host_parameters
     moment = float(job.reduce_bytes * net.trained_block) if shards else 0.0
     if shards and several and job.gradient_sync != "each":
         whole = float(job.reduce_bytes * net.trained_elements())

@@ -22,6 +22,9 @@ ELEMENTWISE_ROWS = 25
 H-wide ones.
 """
 
+HOST_MEMORY = 150e9
+"""Bytes/s of a machine's host memory in an update there, assumed."""
+
 BACKWARD_ATTENTION = 2.5
 """Matrix products of attention's backward pass over those of its forward: five against two."""
 
@@ -129,7 +132,11 @@ def _gathering(job: Job, card: Card, net: NetPlan, step: Pass) -> float:
         job.compute_size(net) * (1 + training)
         + job.reduce_bytes * net.trained_elements() * training
     )
-    return moved * (ranks - 1) / ranks / _speed(card, ranks)
+    between = moved * (ranks - 1) / ranks / _speed(card, ranks)
+    if not (job.host_parameters and net.trained):
+        return between
+    crossing = job.param_bytes * (1 + training) + job.reduce_bytes * training
+    return between + crossing * job.stored(net) / card.host
 
 
 def _exchanging(job: Job, card: Card, net: NetPlan, layout: TokenLayout) -> float:
@@ -144,7 +151,10 @@ def update_seconds(job: Job, card: Card, phase: PhasePlan) -> float:
     States on the host pass both ways at once, beside the arithmetic.
     """
     net = job.net(phase.role)
-    inside = job.trained(net) * job.param_bytes * (7 + 3 * net.averaged) / card.bandwidth
+    touched = job.trained(net) * job.param_bytes * (7 + 3 * net.averaged)
+    if job.host_parameters:  # all ranks of a machine share its memory's speed
+        return touched * min(job.ranks, card.node) / HOST_MEMORY
+    inside = touched / card.bandwidth
     if not job.host_states:
         return inside
     return max(
@@ -159,7 +169,12 @@ def moving_seconds(job: Job, card: Card, phase: PhasePlan) -> float:
     """
     if not job.idle_roles:
         return 0.0
-    sizes = {net.role: sum(t.bytes for t in weight_terms(job, net)) for net in job.nets}
+    sizes = {
+        net.role: 0.0
+        if net.trained and job.host_parameters
+        else sum(term.bytes for term in weight_terms(job, net))
+        for net in job.nets
+    }
     turns = min(other.share for other in job.phases) / phase.share
     moved = 2 * turns * sizes[phase.role] if len(job.phases) > 1 else 0.0
     present = phase.role
