@@ -60,8 +60,9 @@ def approximate_r1(logits: torch.Tensor, perturbed: torch.Tensor, *, sigma: floa
     return ((perturbed - logits) / sigma) ** 2
 
 
-def gan_real_loss(
-    logits: torch.Tensor,
+def gan_critic_loss(
+    real: torch.Tensor,
+    fake: torch.Tensor,
     r1: torch.Tensor | None,
     *,
     form: GanForm = "softplus",
@@ -70,40 +71,25 @@ def gan_real_loss(
     nonfinite: NonFinitePolicy = "propagate",
     name: str = "gan_d",
 ) -> LossTerm:
-    """The discriminator's half at real samples: loss_scale * mean of `real_loss` + gamma / 2 *
-    `r1` [B, 1] (None: no penalty). Logs: mean logit, R1, and half the share of right answers.
+    """loss_scale * mean of `real_loss` + `fake_loss` + gamma / 2 * `r1`, of the logits [B, 1] at
+    real and at generated samples and R1 at the real ones (None: no penalty).
+
+    Logs: mean logits, R1, the share of right answers (real above 0, generated below), and the
+    number of non-finite samples. `ValueError` on unequal shapes.
     """
-    r1 = torch.zeros_like(logits) if r1 is None else r1
-    require_same_shape(logits=logits, r1=r1)
-    (logits, r1), bad = screen_samples(nonfinite, logits, r1)
-    value = loss_scale * (real_loss(logits, form) + gamma / 2 * r1).mean()
+    r1 = torch.zeros_like(real) if r1 is None else r1
+    require_same_shape(real=real, fake=fake, r1=r1)
+    (real, fake, r1), bad = screen_samples(nonfinite, real, fake, r1)
+    judged = real_loss(real, form) + fake_loss(fake, form) + gamma / 2 * r1
+    right = torch.cat([real > 0, fake < 0])
     logs = {
-        "gan/logit_real": logits.detach().mean(),
+        "gan/logit_real": real.detach().mean(),
+        "gan/logit_fake": fake.detach().mean(),
         "gan/r1": r1.detach().mean(),
-        "gan/right": _share(logits > 0) / 2,
-        "gan_real/nonfinite_samples": bad,
+        "gan/right": right.double().mean(),
+        f"{name}/nonfinite_samples": bad,
     }
-    return LossTerm(name, value, logs)
-
-
-def gan_fake_loss(
-    logits: torch.Tensor,
-    *,
-    form: GanForm = "softplus",
-    loss_scale: float = 1.0,
-    nonfinite: NonFinitePolicy = "propagate",
-    name: str = "gan_d",
-) -> LossTerm:
-    """The discriminator's half at generated samples: loss_scale * mean of `fake_loss`. Logs as
-    `gan_real_loss`: both halves together log the share of right answers.
-    """
-    (logits,), bad = screen_samples(nonfinite, logits)
-    logs = {
-        "gan/logit_fake": logits.detach().mean(),
-        "gan/right": _share(logits < 0) / 2,
-        "gan_fake/nonfinite_samples": bad,
-    }
-    return LossTerm(name, loss_scale * fake_loss(logits, form).mean(), logs)
+    return LossTerm(name, loss_scale * judged.mean(), logs)
 
 
 def gan_generator_loss(
@@ -129,10 +115,6 @@ def gan_generator_loss(
     moved = sample_sum((generated - generated.detach()) * gradient)
     value = loss_scale * (loss.squeeze(1) + moved).mean()
     return LossTerm(name, value, {f"{name}/nonfinite_samples": bad})
-
-
-def _share(right: torch.Tensor) -> torch.Tensor:
-    return right.double().mean()
 
 
 def _is_softplus(form: str) -> bool:

@@ -20,9 +20,8 @@ from rcm.losses.gan import (
     GanForm,
     approximate_r1,
     exact_r1,
-    gan_fake_loss,
+    gan_critic_loss,
     gan_generator_loss,
-    gan_real_loss,
     generator_loss,
 )
 from rcm.losses.term import LossTerm, NonFinitePolicy
@@ -105,16 +104,18 @@ class Adversary:
         assert v is not None, "these taps are not alone"
         return v, self.head(tokens)
 
-    def real_term(
+    def critic_term(
         self,
+        fake: torch.Tensor,
         real: torch.Tensor,
         t: torch.Tensor,
         cond: Condition,
         layout: TokenLayout,
         rng: StepRng,
     ) -> LossTerm:
-        """The discriminator's half at videos of the data, [B, C, T, H, W], with R1. No block runs
-        behind the last one that it reads.
+        """The discriminator's loss: of its logits `fake` at generated videos, and at `real` videos
+        of the data [B, C, T, H, W] noised to the same times, with R1 there. For these no block
+        runs behind the last one that is read.
         """
         y = rf_noise(real, draw_noise(rng, "gan/noise", real.shape, real.device), t)
         y = y.detach().requires_grad_(self.r1.form == "exact")
@@ -126,19 +127,14 @@ class Adversary:
             away = y + self.r1.sigma * draw_noise(rng, "gan/r1", y.shape, y.device)
             again = self._logits(away, t, cond, layout)
             r1 = approximate_r1(logits, again, sigma=self.r1.sigma)
-        return gan_real_loss(
+        return gan_critic_loss(
             logits,
+            fake,
             r1,
             form=self.form,
             loss_scale=self.loss_scale_critic,
             gamma=self.r1.gamma,
             nonfinite=self.nonfinite,
-        )
-
-    def fake_term(self, logits: torch.Tensor) -> LossTerm:
-        """Its half at generated videos, of the `logits` there."""
-        return gan_fake_loss(
-            logits, form=self.form, loss_scale=self.loss_scale_critic, nonfinite=self.nonfinite
         )
 
     def pull(

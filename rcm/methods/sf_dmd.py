@@ -88,14 +88,10 @@ class SelfForcedDMD:
 
     def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
         """Student phase: one term (plain) or one per chunk (replayed). Fake-score phase: one
-        regression, after the real videos of an adversary.
+        regression, an adversary's loss with it.
         """
         cond, like = batch.condition(), batch.latents
         if phase.role == "fake_score":
-            if self.adversary is not None:
-                # first: FSDP2 reduces gradients in the last backward pass, which this one, ending
-                # at the last block that is read, would leave incomplete
-                yield lambda: self._real_term(like, cond, rng)
             yield lambda: self._critic_term(phase, cond, like, rng)
         elif not self.replayed:
             yield lambda: self._student_term(phase, cond, like, rng)
@@ -161,27 +157,18 @@ class SelfForcedDMD:
         self, phase: Phase, cond: Condition, like: torch.Tensor, rng: StepRng
     ) -> LossTerm:
         video = self._roll(phase, cond, like, rng, grad=False).video
-        t = self._critic_times(video, rng)
+        t = draw_times(rng, "critic/time", self.law, batch=video.shape[0], device=video.device)
         eps = draw_noise(rng, "critic/noise", video.shape, video.device)
         y, layout = rf_noise(video, eps, t), self._whole(video)
         if self.adversary is None:
             v_fake = self.fake_score.velocity(y, t, cond, layout)
             return causal_critic_loss(v_fake, video, eps, nonfinite=self.nonfinite)
-        v_fake, logits = self.adversary.look(y, t, cond, layout)
+        v_fake, fake = self.adversary.look(y, t, cond, layout)
+        # one backward pass: FSDP2 cannot hold back gradients of a pass that leaves blocks out
         return together(
             causal_critic_loss(v_fake, video, eps, nonfinite=self.nonfinite),
-            self.adversary.fake_term(logits),
+            self.adversary.critic_term(fake, like.to(video.dtype), t, cond, layout, rng),
         )
-
-    def _real_term(self, real: torch.Tensor, cond: Condition, rng: StepRng) -> LossTerm:
-        """The adversary's real videos, at the times of the generated ones."""
-        assert self.adversary is not None, "asked for with an adversary alone"
-        real = real.to(torch.promote_types(real.dtype, torch.float32))
-        t = self._critic_times(real, rng)
-        return self.adversary.real_term(real, t, cond, self._whole(real), rng)
-
-    def _critic_times(self, video: torch.Tensor, rng: StepRng) -> torch.Tensor:
-        return draw_times(rng, "critic/time", self.law, batch=video.shape[0], device=video.device)
 
     def _whole(self, x: torch.Tensor) -> TokenLayout:
         return TokenLayout.bidirectional(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import CheckpointError, ConfigError
-from rcm.nets.wan.lora import LoRAPair, check_targets, lora_pairs, merge
+from rcm.nets.wan.lora import RUN_HEAD, LoRAPair, check_targets, lora_pairs, merge
 from rcm.nets.wan.lora_settings import LoRASettings, lora_settings
 from rcm.pipelines.described import description_of
 from rcm.pipelines.weight_files import open_weights
@@ -125,7 +125,7 @@ def adapter_copies(file: WeightFile, *, stated: str | None) -> dict[str, str]:
         for prefix, copy in _COPIES.items()
         if any(key.startswith(prefix) for key in file.headers)
     }
-    several = found and all(key.startswith(tuple(found)) for key in file.headers)
+    several = found and all(key.startswith((*found, RUN_HEAD)) for key in file.headers)
     return found if several and (len(found) > 1 or stated is None) else {"": stated or "unstated"}
 
 

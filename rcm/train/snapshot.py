@@ -9,6 +9,7 @@ not among them: every draw is keyed by seed, step and data rank.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,6 +96,8 @@ def restore(
     def check() -> tuple[
         dict[str, DcpFolder], dict[str, tuple[Part, dict[Tensor, dict[str, str]]]]
     ]:
+        if "model" in opened:
+            _require_same_roles(state, shapes_of(DcpFolder(directory / "model")), directory)
         folders = {name: DcpFolder(directory / name) for name in opened}
         found = {name: shapes_of(folder) for name, folder in folders.items()}
         if "model" in folders:
@@ -142,6 +145,18 @@ def restore(
             }
     for role in scheduled:
         state.roles[role].updates = int(counts[f"{CHECKPOINT_NAMES[role]}.updates"])
+
+
+def _require_same_roles(state: TrainState, found: Iterable[str], directory: Path) -> None:
+    """CheckpointError where only one of both trains a discriminator's head."""
+    there = any(name.startswith(f"{CHECKPOINT_NAMES['gan_head']}.") for name in found)
+    if there != ("gan_head" in state.roles):
+        what, mine = ("a", "has none") if there else ("no", "trains one")
+        raise CheckpointError(
+            f"{directory} holds {what} discriminator's head, this run {mine}; set"
+            " model.config.gan.loss_scale as there, or start from it under another job.name with"
+            f" model.config.student_ckpt={directory}"
+        )
 
 
 def _continued(

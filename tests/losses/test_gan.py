@@ -12,9 +12,8 @@ from rcm.losses.gan import (
     approximate_r1,
     exact_r1,
     fake_loss,
-    gan_fake_loss,
+    gan_critic_loss,
     gan_generator_loss,
-    gan_real_loss,
     generator_loss,
     real_loss,
 )
@@ -102,18 +101,18 @@ def test_approximate_r1_tends_to_the_exact_one():
         assert mean == pytest.approx(exact + bias, rel=0.02)
 
 
-def test_both_halves_and_what_they_log():
+def test_the_discriminators_loss_and_what_it_logs():
+    """Right are one of three real ones and one of three generated ones; R1 counts gamma / 2."""
     r1 = torch.tensor([[1.0], [2.0], [6.0]], dtype=F64)
-    real = gan_real_loss(LOGITS, r1, loss_scale=0.5, gamma=4.0)
-    fake = gan_fake_loss(LOGITS, loss_scale=0.5)
-    plain = gan_real_loss(LOGITS, None, gamma=4.0)
-    assert real.value.item() == pytest.approx(0.5 * (plain.value.item() + 2 * 3.0), rel=1e-14)
-    assert plain.value.item() == pytest.approx((log1pexp(0) + log1pexp(-2) + log1pexp(0.5)) / 3)
-    assert fake.value.item() == pytest.approx(0.5 * (log1pexp(0) + log1pexp(2) + log1pexp(-0.5)) / 3)
-    # the training step adds up the logs of its terms: right are 1 of 3 real and 1 of 3 generated
-    assert (real.logs["gan/right"] + fake.logs["gan/right"]).item() == pytest.approx(1 / 3)
-    assert real.logs["gan/logit_real"] == fake.logs["gan/logit_fake"] == pytest.approx(0.5)
-    assert real.logs["gan/r1"] == 3
+    fake = LOGITS.flip(0) + 0.25
+    whole = gan_critic_loss(LOGITS, fake, r1, loss_scale=0.5, gamma=4.0)
+    plain = gan_critic_loss(LOGITS, fake, None, gamma=4.0)
+    assert whole.value.item() == pytest.approx(0.5 * (plain.value.item() + 2 * 3.0), rel=1e-14)
+    halves = (log1pexp(0) + log1pexp(-2) + log1pexp(0.5), log1pexp(0.25) + log1pexp(2.25) + log1pexp(-0.25))
+    assert plain.value.item() == pytest.approx(sum(halves) / 3)
+    told = {key: value.item() for key, value in whole.logs.items()}
+    means = {"gan/logit_real": 0.5, "gan/logit_fake": 0.75, "gan/r1": 3, "gan/right": 1 / 3}
+    assert told == pytest.approx({**means, "gan_d/nonfinite_samples": 0})
 
 
 def test_generator_term_carries_a_given_gradient_and_adds_up_over_frames():
@@ -137,9 +136,9 @@ def test_what_is_not_finite_stops_or_leaves_its_sample_out(bad):
     gradient, generated = rand(*SHAPE), rand(*SHAPE).requires_grad_()
     gradient[1, 0, 0, 0, 0] = bad
     for build, key in (
-        (lambda how: gan_real_loss(broken, r1, gamma=1.0, nonfinite=how), "gan_real"),
-        (lambda how: gan_real_loss(LOGITS, broken, gamma=1.0, nonfinite=how), "gan_real"),
-        (lambda how: gan_fake_loss(broken, nonfinite=how), "gan_fake"),
+        (lambda how: gan_critic_loss(broken, LOGITS, r1, nonfinite=how), "gan_d"),
+        (lambda how: gan_critic_loss(LOGITS, broken, r1, nonfinite=how), "gan_d"),
+        (lambda how: gan_critic_loss(LOGITS, LOGITS, broken, gamma=1.0, nonfinite=how), "gan_d"),
         (lambda how: gan_generator_loss(generated, gradient, LOGITS, nonfinite=how), "gan_g"),
         (lambda how: gan_generator_loss(generated, rand(*SHAPE), broken, nonfinite=how), "gan_g"),
     ):

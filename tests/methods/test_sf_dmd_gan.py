@@ -193,7 +193,7 @@ def test_no_block_runs_behind_the_last_that_real_videos_need():
     for i, block in enumerate(m.fake_score.net.blocks):
         block.register_forward_hook(lambda *_, i=i: ran.append(i))
     next(iter(m.terms(CRITIC, batch(), RNG)))()
-    assert ran == [0, 0], "a look, and another one for R1"
+    assert ran == [0, 1, 0, 0], "a generated video, a real one, and another look at it for R1"
 
 
 def test_phases_name_the_head_beside_the_fake_score():

@@ -22,6 +22,8 @@ from rcm.nets.wan.convert import WRAPPERS, other_name, wan_name
 CONTAINERS = ("generator_lora.", "generator.")
 RUN_COPIES = ("net_ema.", "net.", "net_fake_score.")
 """Sets of adapters in a checkpoint of a training run: average, student, fake score."""
+RUN_HEAD = "net_gan_head."
+"""What such a checkpoint may have beside them: the head of a discriminator, which has none."""
 LEADS = ("base_model.model.", "diffusion_model.", "transformer.", "model.", *RUN_COPIES)
 LAYOUTS = {"wan": "diffusion_model.", "diffusers": "transformer.", "peft": "base_model.model."}
 """How adapters are published -> what leads every key: ComfyUI and the trainers of Wan; diffusers; a
@@ -57,7 +59,7 @@ def lora_pairs(headers: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
     Raises `CheckpointError` for an entry of the adapter that is none of these, a factor without its
     partner, or ranks that disagree.
     """
-    keys = list(headers)
+    keys = [key for key in headers if not key.startswith(RUN_HEAD)]
     of_run = all(key.startswith(RUN_COPIES) for key in keys)
     for container in RUN_COPIES if of_run else CONTAINERS:
         inside = [key for key in keys if key.startswith(container)]
