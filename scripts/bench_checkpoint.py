@@ -35,6 +35,7 @@ from rcm.parallel.agree import on_first, shared, together
 from rcm.parallel.apply import parallelize
 from rcm.parallel.fsdp import local, stored_parameters
 from rcm.parallel.init import materialise, on_meta
+from rcm.parallel.launch import is_first, this_launch
 from rcm.parallel.mesh import ParallelDims, launch_group
 from rcm.train.checkpoint import Checkpointer
 from rcm.train.describe import Description
@@ -158,7 +159,7 @@ def measured(
     options: argparse.Namespace, config: WanConfig, job: Path, device: torch.device
 ) -> dict[str, Any]:
     """All rows of this rank."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = this_launch().world_size
     dims = ParallelDims(dp_shard=world, device_type=device.type)
     state = trained(config, dims=dims, device=device)
     held = shards_of(state)
@@ -246,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             found = measured(options, config, Path(job), device)
         finally:
             shutil.rmtree(job, ignore_errors=True)
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_first():
             tell(options, here, found)
 
 

@@ -44,7 +44,8 @@ from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.inference.outcome import STOPPED, command, short_log, writable_file
-from rcm.parallel.mesh import ParallelDims, launched_world, process_group
+from rcm.parallel.launch import is_first, launched_world
+from rcm.parallel.mesh import ParallelDims, process_group
 from rcm.train.planner_card import CARDS, Card, card
 from scripts.bench_scale_report import (
     Ledger,
@@ -311,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_comparison(records)
         return 0
     rows, unknown = chosen(options.rows, ranks=ranks)
-    if unknown and os.environ.get("RANK", "0") == "0":
+    if unknown and is_first():
         told = f"--rows {','.join(unknown)}: no such row on {ranks} rank(s); the others run"
         print(f"error: {told}", file=sys.stderr, flush=True)
     if options.list:

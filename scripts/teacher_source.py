@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
 from contextlib import ExitStack
@@ -22,7 +21,8 @@ from rcm.encoders.text_protocol import TextEncoder
 from rcm.encoders.umt5 import UMT5_FILE, UMT5TextEncoder
 from rcm.inference.outcome import check_device
 from rcm.parallel.agree import naming_lost_peers
-from rcm.parallel.mesh import ParallelDims, launched_world, process_group
+from rcm.parallel.launch import launched_world, this_launch
+from rcm.parallel.mesh import ParallelDims, process_group
 from rcm.pipelines.described import PieceFiles, description_at, text_of
 from rcm.pipelines.teacher_dataset import (
     Teacher,
@@ -240,12 +240,7 @@ def _ranks(options: argparse.Namespace, stack: ExitStack) -> tuple[_Ranks, torch
         )
     check_device(kind)
     if cp == 1:
-        # with a number: torch.cuda.set_device takes no other device
-        device = (
-            torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
-            if kind == "cuda"
-            else torch.device(kind)
-        )
+        device = this_launch().device(kind)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         return _Ranks(dp_replicate=world, device_type=device.type), device
@@ -260,7 +255,7 @@ class _Ranks(ParallelDims):
     @property
     def rank(self) -> int:
         """RANK of the environment; 0 without a launcher."""
-        return int(os.environ.get("RANK", "0"))
+        return this_launch().rank
 
 
 def _recipe(options: argparse.Namespace, teacher: Teacher) -> WholeVideoRecipe:

@@ -43,6 +43,7 @@ from rcm.evaluation.vbench_prompts import (
 from rcm.evaluation.vbench_sampling import Share, SuiteRun, group_of_video, sample_suite
 from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.outcome import check_device, command, exit_status
+from rcm.parallel.launch import this_launch
 from rcm.storage.shipped import asset
 from scripts.vbench_flags import add_model_flags, output_name
 from scripts.vbench_models import open_sampler
@@ -203,7 +204,7 @@ def run(flags: argparse.Namespace) -> None:
     check_device(flags.device)
     device = torch.device(flags.device)
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", share.local_rank)
+        device = this_launch().device("cuda")
         torch.cuda.set_device(device)
     with group_of_video(share, device=device):
         sampler = open_sampler(flags, device=device)

@@ -25,7 +25,8 @@ from rcm.core.arguments import Arguments
 from rcm.core.errors import CheckpointError, ConfigError, NonFinite, PeerGone
 from rcm.data.tar_index import ShardError
 from rcm.parallel.agree import sentence, together
-from rcm.parallel.mesh import launch_group, launched_world
+from rcm.parallel.launch import is_first, launched_world
+from rcm.parallel.mesh import launch_group
 from rcm.pipelines.video_io import VideoError
 
 DEFAULT_REGISTRY = "rcm/configs/registry_distill.py"
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags.dryrun:
             return _show(overrides, registry)
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             print(f"error: {error}", file=sys.stderr)
         return 2
     # `--list | head`: the reader has seen enough; the interpreter's own flush at exit must not

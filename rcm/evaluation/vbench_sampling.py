@@ -7,7 +7,6 @@ prompts, whatever the number of ranks.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from rcm.core.errors import ConfigError
 from rcm.evaluation.vbench_manifest import RunFolder, VideoRecord, file_sha256
 from rcm.evaluation.vbench_prompts import SuiteItem
 from rcm.parallel.agree import on_first, shared
+from rcm.parallel.launch import this_launch
 from rcm.pipelines.video_io import write_mp4
 
 CRF = 12
@@ -86,17 +86,13 @@ class Share:
         """From torchrun's environment; one process without it. `ConfigError` unless the ranks
         divide into groups.
         """
-        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        launch = this_launch()
+        rank, world = launch.rank, launch.world_size
         if cp_size < 1 or world % cp_size:
             raise ConfigError(
                 f"--cp_size {cp_size} must be at least 1 and divide the {world} ranks of the launch"
             )
         return cls(rank // cp_size, world // cp_size, rank % cp_size, cp_size)
-
-    @property
-    def local_rank(self) -> int:
-        """Number of this process on its machine."""
-        return int(os.environ.get("LOCAL_RANK", "0"))
 
     def of(self, items: Sequence[SuiteItem]) -> list[SuiteItem]:
         """The prompts of this group."""

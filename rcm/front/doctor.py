@@ -29,6 +29,7 @@ from rcm.core.errors import ConfigError, first_line
 from rcm.inference.outcome import command, writable_file
 from rcm.nets.attention import BACKENDS
 from rcm.parallel.agree import spread
+from rcm.parallel.launch import launch_number
 from rcm.parallel.mesh import launch_group
 from rcm.train.describe import write_atomically
 
@@ -96,7 +97,7 @@ def machine() -> Iterator[Finding]:
     """Cores, memory, shared memory, open files, disk and the variables that change what runs."""
     cores = len(os.sched_getaffinity(0))
     yield _ok("cores", f"{cores} for this process, torch uses {torch.get_num_threads()}")
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks_here = launch_number("LOCAL_WORLD_SIZE", 1)
     if ranks_here * torch.get_num_threads() > 2 * cores:
         advice = f"export OMP_NUM_THREADS={max(cores // ranks_here, 1)}"
         yield Finding("warning", "threads", f"{ranks_here} ranks on {cores} cores", advice)

@@ -27,6 +27,7 @@ from rcm.inference.wan_progress import Progress
 from rcm.inference.wan_report import BANNER, cost_lines, write_report
 from rcm.nets.attention import resolve
 from rcm.parallel.agree import on_first, shared
+from rcm.parallel.launch import is_first, launch_number, this_launch
 from rcm.parallel.mesh import process_group
 from rcm.pipelines.image_condition import image_size, read_image
 from rcm.pipelines.part_clock import PartClock
@@ -67,7 +68,7 @@ def wan_main(
     (`run` for the bidirectional commands).
     """
     flags = parser.parse_args(argv)
-    tell = os.environ.get("RANK", "0") == "0" and leads()
+    tell = is_first() and leads()
     return exit_status(lambda: _launch(flags, plan, make or run), tell=tell)
 
 
@@ -85,7 +86,7 @@ def _launch(
 @contextmanager
 def _device(name: str) -> Iterator[torch.device]:
     """The device of this rank; under torchrun inside a process group."""
-    if not dist.is_initialized() and "RANK" not in os.environ:
+    if not dist.is_initialized() and not this_launch().launched:
         yield torch.device(name)
         return
     with process_group(torch.device(name).type) as device:
@@ -150,7 +151,7 @@ def _check_launch(device: str) -> None:
         raise ConfigError(
             f"--device {device}: under torchrun every rank takes its own GPU; write --device cuda"
         )
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here = launch_number("LOCAL_WORLD_SIZE", 1)
     if device == "cuda" and here > torch.cuda.device_count():
         raise ConfigError(
             f"{here} ranks on a machine with {torch.cuda.device_count()} GPUs; lower"

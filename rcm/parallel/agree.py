@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from rcm.core.errors import CheckpointError, ConfigError, NonFinite, PeerGone, first_line
+from rcm.parallel.launch import told_rank
 
 T = TypeVar("T")
 
@@ -81,7 +82,7 @@ def sentence(error: BaseException) -> str:
     findings, the others one line that names it.
     """
     words, voices = " ".join(str(error).split()), getattr(error, "heard_from", None)
-    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    rank = dist.get_rank() if dist.is_initialized() else told_rank()
     if voices is None or (
         voices.own and not voices.unanimous and not (voices.repeated and rank != voices.first)
     ):

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rcm.core.errors import ConfigError, PeerGone, require_divisible, require_equal
 from rcm.parallel.agree import naming_lost_peers
+from rcm.parallel.launch import Launch, launch_number, stated_launch
 
 SHARD_KNOB = "model.config.fsdp_shard_size"
 CP_KNOB = "model_parallel.context_parallel_size"
@@ -186,21 +187,21 @@ class ParallelDims:
 def process_group(device_type: str) -> Iterator[torch.device]:
     """Enter the process group of this launch and yield this rank's device.
 
-    Under torchrun (RANK in the environment) the group spans its ranks: gloo for CPU tensors, and
+    Under torchrun (`rcm.parallel.launch`) the group spans its ranks: gloo for CPU tensors, and
     NCCL for CUDA tensors where `device_type` is "cuda". Otherwise a group of one rank is made in
     memory, so that a single process takes the same code path (FSDP2 mixed precision included). An
     existing group is used as it is and left open.
     """
-    local_rank = _number("LOCAL_RANK", 0)
-    device = torch.device(device_type, local_rank) if device_type != "cpu" else torch.device("cpu")
+    launch = stated_launch()
+    device = launch.device(device_type)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dist.is_initialized():
         yield device
         return
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    if "RANK" in os.environ:
-        _meet(backend, None if device.type == "cpu" else device)
+    if launch.launched:
+        _meet(backend, launch, None if device.type == "cpu" else device)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -222,61 +223,33 @@ def launch_group() -> Iterator[torch.device]:
         yield device
 
 
-def _meet(backend: str, device: torch.device | None) -> None:
+def _meet(backend: str, launch: Launch, device: torch.device | None) -> None:
     """Make the group of the launcher's ranks; ConfigError for an environment that no launcher
     leaves, PeerGone where they do not meet.
     """
-    lacking = [
-        name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)
-    ]
+    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if lacking:
         raise ConfigError(
             f"RANK is set in the environment, {' and '.join(lacking)} is not; start several ranks"
             " with torchrun"
         )
-    rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    if not 0 <= rank < world:
-        raise ConfigError(
-            f"RANK={rank} must be at least 0 and below WORLD_SIZE={world}; start several ranks with"
-            " torchrun"
-        )
     try:
-        dist.init_process_group(backend, device_id=device, **_after_restart(rank, world))
+        dist.init_process_group(backend, device_id=device, **_after_restart(launch))
     except (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise PeerGone(
-            f"the {world} ranks of this launch did not meet at {place}; see what the others say"
+            f"the {launch.world_size} ranks of this launch did not meet at {place}; see what the"
+            " others say"
         ) from error
 
 
-def _after_restart(rank: int, world: int) -> dict[str, Any]:
+def _after_restart(launch: Launch) -> dict[str, Any]:
     """How ranks meet that torchrun started again: its agent still keeps the addresses of the dead
     ones.
     """
-    restarts = _number("TORCHELASTIC_RESTART_COUNT", 0)
+    restarts, port = launch_number("TORCHELASTIC_RESTART_COUNT", 0), launch_number("MASTER_PORT", 0)
     if not restarts or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0), is_master=False)
-    return {
-        "store": dist.PrefixStore(f"restart {restarts}", store),
-        "rank": rank,
-        "world_size": world,
-    }
-
-
-def _number(name: str, default: int) -> int:
-    """The whole number in an environment variable."""
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise ConfigError(
-            f"environment variable {name}={text!r} must be a whole number; start several ranks with"
-            " torchrun"
-        )
-    return int(text)
-
-
-def launched_world() -> int:
-    """Ranks of this launch, as its launcher says; 1 without one. ConfigError unless it is a
-    number.
-    """
-    return _number("WORLD_SIZE", 1)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False)
+    named = dist.PrefixStore(f"restart {restarts}", store)
+    return {"store": named, "rank": launch.rank, "world_size": launch.world_size}

@@ -1,0 +1,99 @@
+"""What a launcher says of this process: read in one place, and refused in one sentence where no
+launcher says it.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rcm.core.errors import ConfigError
+from rcm.parallel.agree import sentence
+from rcm.parallel.launch import Launch, is_first, launched_world, this_launch
+from rcm.parallel.mesh import process_group
+from tests.hygiene.source import ROOT, files, name
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+WRONG = {
+    "no number": ({"RANK": "x", "WORLD_SIZE": "2"}, "environment variable RANK='x' must be a whole number"),
+    "negative": ({"RANK": "-1", "WORLD_SIZE": "2"}, "environment variable RANK='-1' must be a whole number"),
+    "fraction": ({"RANK": "0", "WORLD_SIZE": "2.0"}, "environment variable WORLD_SIZE='2.0' must be a whole number"),
+    "world of nobody": ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0 must be at least 1"),
+    "beyond the world": ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 must be at least 0 and below WORLD_SIZE=2"),
+    "rank alone": ({"RANK": "0"}, "RANK is set in the environment, WORLD_SIZE is not"),
+    "world alone": ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set in the environment, RANK is not"),
+    "place": ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "gpu0"}, "environment variable LOCAL_RANK='gpu0' must be a whole number"),
+}
+
+
+@pytest.fixture
+def environ(monkeypatch: pytest.MonkeyPatch):
+    """Sets the launcher's variables to exactly these."""
+
+    def given(**values: str) -> None:
+        for key in NAMES:
+            monkeypatch.delenv(key, raising=False)
+        for key, value in values.items():
+            monkeypatch.setenv(key, value)
+
+    return given
+
+
+def test_what_launchers_say(environ) -> None:
+    environ()
+    assert this_launch() == Launch() == Launch(0, 1, 0, False)
+    environ(RANK="3", WORLD_SIZE="8", LOCAL_RANK="1")
+    assert this_launch() == Launch(3, 8, 1, True) and launched_world() == 8 and not is_first()
+    environ(RANK="0", WORLD_SIZE="1")
+    assert this_launch() == Launch(0, 1, 0, True) and is_first()
+    environ(RANK="", WORLD_SIZE="")  # as some shells leave a variable that they took back
+    assert this_launch() == Launch()
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_no_launcher_says_is_refused(environ, case: str) -> None:
+    values, told = WRONG[case]
+    environ(**values)
+    with pytest.raises(ConfigError, match=re.escape(told) + "; start several ranks with torchrun$") as found:
+        this_launch()
+    if case != "world alone":  # a dry run is composed for it
+        with pytest.raises(ConfigError, match=re.escape(told)), process_group("cpu"):
+            pass
+    said = sentence(found.value)  # does not stumble over the same value
+    assert told in said and said.startswith("error") and "\n" not in said
+    assert is_first() == (values.get("RANK") not in ("2",)), "somebody must say it"
+
+
+def test_every_rank_has_a_gpu_of_its_own(environ, monkeypatch: pytest.MonkeyPatch) -> None:
+    environ(RANK="2", WORLD_SIZE="3", LOCAL_RANK="2")
+    assert this_launch().device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert this_launch().device("cuda") == torch.device("cuda", 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    told = r"LOCAL_RANK=2 has no GPU of its own: this machine has 2; start at most 2 ranks on it \(--nproc_per_node\)"
+    with pytest.raises(ConfigError, match=told), process_group("cuda"):
+        pass
+
+
+@pytest.mark.parametrize("words", [["train", "experiment=toy_tf_c3-3"], ["doctor", "--quick"]])
+def test_commands_end_with_the_sentence(words: list[str]) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "rcm", *words],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "RANK": "x", "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert [line for line in run.stderr.splitlines() if "RANK='x' must be a whole number" in line]
+
+
+def test_nothing_else_reads_the_launcher_s_numbers() -> None:
+    reader = re.compile(r"""int\(\s*os\.environ(\.get\(|\[)\s*["'](\w*RANK|\w*WORLD_SIZE)["']""")
+    readers = [name(path) for path in files("rcm", "scripts") if reader.search(path.read_text())]
+    assert reader.search('int(os.environ.get("RANK", "0"))') and not readers
