@@ -38,10 +38,11 @@ from rcm.nets.condition import Condition
 from rcm.nets.denoiser import guided
 from rcm.parallel.agree import on_first, shared
 from rcm.pipelines.image_condition import fit_image, read_image
+from rcm.pipelines.models import Models
 from rcm.pipelines.part_clock import PartClock
 from rcm.pipelines.scenes import Timeline
 from rcm.pipelines.stream_spec import StreamSpec
-from rcm.pipelines.wan_pipeline import LATENT_CHANNELS, WanPipeline
+from rcm.pipelines.wan_pipeline import LATENT_CHANNELS
 from rcm.pipelines.wan_ranks import leads, num_ranks
 from rcm.pipelines.wan_sizes import FrameSize
 from rcm.rollout.recipe import SamplingRecipe
@@ -115,7 +116,7 @@ class Maker:
         self,
         flags: argparse.Namespace,
         job: CausalJob,
-        models: WanPipeline,
+        models: Models,
         *,
         image: Tensor | None,
         size: FrameSize,
@@ -148,7 +149,7 @@ class Maker:
                     timing.cache_bytes, timing.passes = reel.cache_bytes(), reel.passes()
                     reel.close()
                     del reel
-                    models.experts[0].network.rest(models.memory.network)
+                    models.rest_networks()
                 if timed and leads() and not flags.streaming_vae:
                     self._decode_all(latents, marks, writer, progress)
             if timed:
@@ -162,7 +163,7 @@ class Maker:
 
     def _reel(self, film: Film, spec: StreamSpec, progress: Progress | None) -> Reel:
         flags = self.flags
-        denoiser = self.models.experts[0].network.use()
+        denoiser = self.models.denoiser
         denoiser.net.rope.stretch((flags.ntk_t, flags.ntk_h, flags.ntk_w))
         scale = 1.0 if self.negative is None else self.job.recipe.guidance
         model = guided(denoiser, lambda: denoiser.prepare(self.negative), scale)

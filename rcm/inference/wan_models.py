@@ -35,8 +35,9 @@ from rcm.parallel.apply import parallelize
 from rcm.parallel.mesh import ParallelDims
 from rcm.pipelines.adapted_weights import MergedWeights
 from rcm.pipelines.experts import Expert
+from rcm.pipelines.models import ImageEncoder
 from rcm.pipelines.part_clock import PartClock
-from rcm.pipelines.residency import MemoryPolicy, Resident
+from rcm.pipelines.residency import MemoryPolicy, Resident, move_codec
 from rcm.pipelines.wan_files import (
     config_of,
     load_wan,
@@ -44,7 +45,7 @@ from rcm.pipelines.wan_files import (
     random_wan,
     require_fit,
 )
-from rcm.pipelines.wan_pipeline import ImageEncoder, WanPipeline
+from rcm.pipelines.wan_pipeline import WanPipeline
 from rcm.pipelines.wan_ranks import check_ranks, num_ranks, share_tokens
 from rcm.pipelines.wan_sizes import FrameSize
 from rcm.pipelines.weight_files import open_weights
@@ -175,7 +176,7 @@ def build_pipeline(
     if policy.expert == "cpu" and flags.warmup_iters == 0:
         # one video: the expert that is done is not needed again, and copying 29 GB takes 15 s
         policy = replace(policy, expert="free")
-    codec = pieces.resident(pieces.codec, move=lambda codec, device: codec.to(device))
+    codec = pieces.resident(pieces.codec, move=move_codec)
     _compile_ahead(flags, size, device=clock.device)
 
     def open_text() -> TextEncoder:

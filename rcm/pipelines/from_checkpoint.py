@@ -7,8 +7,9 @@ for chunk in model.stream(["a red circle moving left"]): ...
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from torch import Tensor
 from rcm.core.dtypes import Precision
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.diffusion.blocks import BlockPattern
+from rcm.diffusion.guidance import is_guided
 from rcm.encoders.codec import LatentCodec
 from rcm.encoders.text_protocol import TextEncoder
-from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, guided
 from rcm.nets.wan.config import WanConfig
@@ -36,10 +37,14 @@ from rcm.pipelines.described import (
     precision_of,
     text_of,
 )
+from rcm.pipelines.experts import Expert
+from rcm.pipelines.models import Models
+from rcm.pipelines.part_clock import PartClock
+from rcm.pipelines.residency import MemoryPolicy, Resident, move_codec, rest_encoder
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamedChunk, StreamReport, StreamSpec
 from rcm.pipelines.streaming import collected, stream_video
-from rcm.pipelines.text_to_video import WholeVideoRecipe, whole_video
+from rcm.pipelines.text_to_video import WholeVideoRecipe
 from rcm.pipelines.wan_files import COPIES, NetworkWeights, frozen, network_weights, require_fit
 from rcm.pipelines.weight_files import open_weights
 from rcm.rollout.recipe import SamplingRecipe
@@ -52,22 +57,49 @@ Recipe = SamplingRecipe | WholeVideoRecipe
 class LoadedModel:
     """A checkpoint ready to sample.
 
-    `denoiser` frozen, in evaluation; `recipe` how a causal checkpoint was trained to be sampled,
-    None for a bidirectional one, which has `sampler` instead; `latent_shape` (C, T, H, W) of a
-    training sample; `fps` of its videos; `source` the path it came from.
+    `recipe` how a causal checkpoint was trained to be sampled, None for a bidirectional one, which
+    has `sampler` instead; `latent_shape` (C, T, H, W) of a training sample; `fps` of its videos;
+    `source` the path it came from; network and codec stay on the device as `memory` says.
     """
 
-    denoiser: Denoiser
+    network: Resident[Denoiser]
     description: Description
     recipe: SamplingRecipe | None
     sampler: WholeVideoRecipe | None
-    codec: LatentCodec
+    resident_codec: Resident[LatentCodec]
     text: TextEncoder
     latent_shape: tuple[int, int, int, int]
     fps: float
-    device: torch.device
     source: Path
+    memory: MemoryPolicy
     _kept: dict[tuple[str, ...], Condition] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def models(self) -> Models:
+        """What it is sampled with."""
+        return Models(
+            text=self.text,
+            experts=(Expert("net", self.network),),
+            codec=self.resident_codec,
+            device=self.device,
+            clock=self.network.clock,
+            memory=self.memory,
+        )
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network, frozen, in evaluation."""
+        return self.network.use()
+
+    @property
+    def codec(self) -> LatentCodec:
+        """The codec of its latents."""
+        return self.resident_codec.use()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is sampled."""
+        return self.network.device
 
     @property
     def trained_recipe(self) -> Recipe:
@@ -154,18 +186,29 @@ class LoadedModel:
         channels, _, height, width = self.latent_shape
         cond = self.condition(prompts)
         scale = chosen.guidance if guidance is None else guidance
-        model = guided(self.denoiser, lambda: self.negative, scale)
-        if isinstance(self.text, UMT5TextEncoder):
-            self.text.unload()  # 11 GB that sampling does not need; both conditions are kept
-        options: dict[str, Any] = {
-            "shape": (len(prompts), channels, frames, height, width),
-            "generator": torch.Generator().manual_seed(seed),
-            "device": self.device,
-        }
+        negative = self.negative if is_guided(scale) else None
+        rest_encoder(self.text, self.memory.text)  # both conditions are kept
+        shape = (len(prompts), channels, frames, height, width)
+        generator = torch.Generator().manual_seed(seed)
         if not causal:
-            return whole_video(model, self.codec, cond, chosen, **options)
+            recipe = replace(chosen, guidance=scale)
+            return self._whole(cond, negative, recipe, shape=shape, generator=generator)
         chosen.plans(frames)  # raises for times that do not decrease from the first one
+        model = guided(self.denoiser, lambda: negative, scale)
+        options = {"shape": shape, "generator": generator, "device": self.device}
         return stream_video(model, self.codec, cond, chosen, prefix=prefix, **options)
+
+    def _whole(
+        self, cond: Condition, negative: Condition | None, recipe: WholeVideoRecipe, **options: Any
+    ) -> Iterator[StreamedChunk]:
+        """The video as a stream of a single chunk, so that callers treat both families alike."""
+        begin = time.perf_counter()
+        latents, _ = self.models.sample(cond, negative, recipe, **options)
+        self.models.rest_networks()
+        frames = self.models.decode(latents)
+        if frames.is_cuda:
+            torch.cuda.synchronize(frames.device)
+        yield StreamedChunk(0, latents, frames, time.perf_counter() - begin)
 
     def open(
         self, prompts: Sequence[str], *, recipe: SamplingRecipe | None = None,
@@ -229,15 +272,17 @@ def open_checkpoint(
     precision: Precision | str | None = None,
     attention: str = "auto",
     files: PieceFiles = PieceFiles(),
+    memory: MemoryPolicy | str = "idle",
 ) -> LoadedModel:
     """Everything needed to sample from `path`: a job folder (its newest checkpoint), an iter_*
     folder, or an exported file.
 
     `weights` "ema" or "reg" (an exported file holds one set, which is taken). `precision` a record,
     a preset's name, or None: that of the run. `files`: where this machine keeps Wan's VAE and umT5,
-    for checkpoints trained with them. Raises `CheckpointError` for a missing, damaged or
-    undescribed checkpoint or one that does not fit its own description, and `ConfigError` where its
-    codec or text encoder is not part of this version.
+    for checkpoints trained with them. `memory`: what stays on the device when it is done, a record
+    or one of `POLICIES`; streams under way hold what they need. Raises `CheckpointError` for a
+    missing, damaged or undescribed checkpoint or one that does not fit its own description, and
+    `ConfigError` where its codec or text encoder is not part of this version.
     """
     path = Path(path)
     if weights not in COPIES:
@@ -249,31 +294,36 @@ def open_checkpoint(
     config = network_of(description, path)
     policy = precision_of(precision, extra.get("precision"))
     text = text_of(extra.get("text"), path, files=files, device=device)
-    codec = codec_of(
-        extra.get("codec"), path, files=files, device=device, dtype=_codec_dtype(policy)
-    )
+    where, clock = torch.device(device), PartClock(device)
+
+    def open_codec() -> LatentCodec:
+        described, dtype = extra.get("codec"), _codec_dtype(policy)
+        return codec_of(described, path, files=files, device=device, dtype=dtype)
+
+    codec = Resident(open_codec, move=move_codec, device=where, clock=clock)
     recipe, sampler = _recipes(extra, path)
-    shape = latent_shape_of(extra.get("latent_shape"), config, codec=codec, text=text, path=path)
-    tensors = on_first(lambda: _fitting(path, weights, config))
-    denoiser = frozen(
-        config,
-        tensors,
-        source=f"{path} ({weights})",
-        device=device,
-        precision=policy,
-        attention=attention,
+    shape = latent_shape_of(
+        extra.get("latent_shape"), config, codec=codec.use(), text=text, path=path
     )
+
+    def open_network() -> Denoiser:
+        tensors = on_first(lambda: _fitting(path, weights, config))
+        options = {"device": device, "precision": policy, "attention": attention}
+        return frozen(config, tensors, source=f"{path} ({weights})", **options)
+
+    network = Resident(open_network, move=lambda x, to: x.net.to(to), device=where, clock=clock)
+    network.use()
     return LoadedModel(
-        denoiser=denoiser,
+        network=network,
         description=description,
         recipe=recipe,
         sampler=sampler,
-        codec=codec,
+        resident_codec=codec,
         text=text,
         latent_shape=shape,
         fps=float(extra.get("fps", 16)),
-        device=torch.device(device),
         source=path,
+        memory=MemoryPolicy.preset(memory) if isinstance(memory, str) else memory,
     )
 
 

@@ -111,6 +111,12 @@ class Resident(Generic[M]):
                 torch.cuda.empty_cache()
 
 
+def move_codec(codec: object, device: torch.device) -> None:
+    """Move a codec; one without weights works everywhere."""
+    if hasattr(codec, "to"):
+        codec.to(device)
+
+
 def rest_encoder(encoder: object, idle: Idle) -> None:
     """An encoder is done; one without weights to free or to move has neither method."""
     if idle == "free" and hasattr(encoder, "unload"):

@@ -5,19 +5,16 @@ few-step rCM student.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from rcm.core.errors import ConfigError
-from rcm.encoders.codec import LatentCodec
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import VelocityModel
 from rcm.nets.layout import TokenLayout
-from rcm.pipelines.stream_spec import StreamedChunk
 from rcm.rollout.autoregressive import time_tensor
 from rcm.samplers.bidirectional import Sampler, SingleStep
 from rcm.samplers.schedule import shifted_grid, trig_grid
@@ -133,25 +130,6 @@ def whole_latents(
     options = {"generator": generator, "device": generator.device, "dtype": torch.float32}
     noise = torch.randn(shape, **options).to(device, torch.float64)
     return walk(denoiser, cond, recipe, noise, generator=generator).float()
-
-
-def whole_video(
-    denoiser: VelocityModel,
-    codec: LatentCodec,
-    cond: Condition,
-    recipe: WholeVideoRecipe,
-    *,
-    shape: tuple[int, int, int, int, int],
-    generator: torch.Generator,
-    device: torch.device | str = "cpu",
-) -> Iterator[StreamedChunk]:
-    """The video as a stream of a single chunk, so that callers treat both families alike."""
-    begin = time.perf_counter()
-    latents = whole_latents(denoiser, cond, recipe, shape=shape, generator=generator, device=device)
-    frames = codec.decode(latents)
-    if frames.is_cuda:
-        torch.cuda.synchronize(frames.device)
-    yield StreamedChunk(0, latents, frames, time.perf_counter() - begin)
 
 
 def _either(kind: str) -> str:

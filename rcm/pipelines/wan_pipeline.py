@@ -1,44 +1,28 @@
-"""Wan's bidirectional sampling, whole: prompt and perhaps image to pixels, for every size, sampler
-and memory policy.
-
-One network, or two experts that take over from each other; each model is on the device when the
-`MemoryPolicy` says. Under torchrun all ranks share each video (Ulysses): rank 0 encodes and
-decodes, every rank computes its tokens. docs/reference/sampling.md,
-docs/reference/wan.md#image-condition, #frame-sizes.
+"""Wan's bidirectional videos: from a prompt and perhaps images to pixels, for every size and
+sampler. docs/reference/sampling.md, docs/reference/wan.md#image-condition, #frame-sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rcm.core.errors import ConfigError, NonFinite
+from rcm.core.errors import ConfigError
 from rcm.diffusion.guidance import is_guided
 from rcm.encoders.codec import LatentCodec, latent_frames
-from rcm.encoders.text_protocol import TextEncoder
 from rcm.nets.condition import Condition
-from rcm.parallel.agree import on_first, shared, spread
-from rcm.pipelines.experts import Expert, OnStep, Step, Switched, require_descending
+from rcm.parallel.agree import on_first
+from rcm.pipelines.experts import OnStep, Step
 from rcm.pipelines.image_condition import MASK_CHANNELS, fit_image, image_channels
-from rcm.pipelines.part_clock import PartClock
-from rcm.pipelines.residency import MemoryPolicy, Resident, rest_encoder
-from rcm.pipelines.text_to_video import WholeVideoRecipe, whole_latents
+from rcm.pipelines.models import Models
+from rcm.pipelines.residency import rest_encoder
+from rcm.pipelines.text_to_video import WholeVideoRecipe
 from rcm.pipelines.wan_sizes import FrameSize
 
 LATENT_CHANNELS, TEMPORAL_STRIDE, SPATIAL_STRIDE = 16, 4, 8
 """Of Wan's VAE; here so that nothing has to be loaded to know a latent's shape."""
-
-
-class ImageEncoder(Protocol):
-    """CLIP's half of Wan2.1 image-to-video."""
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Tokens [B, 257, 1280] of images [B, 3, H, W] in [-1, 1], any size."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -102,28 +86,10 @@ class GeneratedVideo:
     steps: tuple[Step, ...] = field(default=())
 
 
-class WanPipeline:
-    """Everything a Wan video is made with. `experts` in the order of their times, `text` and
-    `codec` used on rank 0 only.
-
-    `clip` is needed by networks with an image branch (Wan2.1 image-to-video). Raises `ConfigError`
-    unless the experts' times descend to 0.
+class WanPipeline(Models):
+    """Wan's bidirectional videos by request, of `Models`: `clip` is needed by networks with an
+    image branch (Wan2.1 image-to-video).
     """
-
-    def __init__(
-        self,
-        *,
-        text: TextEncoder,
-        experts: Sequence[Expert],
-        codec: Resident[LatentCodec],
-        device: torch.device,
-        clock: PartClock,
-        memory: MemoryPolicy = MemoryPolicy(),
-        clip: ImageEncoder | None = None,
-    ) -> None:
-        require_descending(experts)
-        self.text, self.experts, self.codec, self.clip = text, tuple(experts), codec, clip
-        self.device, self.clock, self.memory = device, clock, memory
 
     @torch.no_grad()
     def generate(self, request: VideoRequest, *, on_step: OnStep | None = None) -> GeneratedVideo:
@@ -139,8 +105,7 @@ class WanPipeline:
         latents, steps = self.sample(
             cond, negative, request.recipe, shape=shape, generator=generator, on_step=on_step
         )
-        for expert in self.experts:
-            expert.network.rest(self.memory.network)
+        self.rest_networks()
         return GeneratedVideo(on_first(lambda: self.decode(latents)), latents, steps)
 
     def conditions(
@@ -165,62 +130,6 @@ class WanPipeline:
             else (Condition(embedded, **images), None)
         )
 
-    def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings [P, L, E] of prompts, made by rank 0, equal on all ranks; then the text
-        encoder rests.
-        """
-
-        def encode() -> Tensor:
-            with self.clock.part("text"):
-                encoded = self.text.encode(list(prompts)).to(self.device)
-                rest_encoder(self.text, self.memory.text)
-            return encoded
-
-        return self.from_first(encode)
-
-    def sample(
-        self,
-        cond: Condition,
-        negative: Condition | None,
-        recipe: WholeVideoRecipe,
-        *,
-        shape: tuple[int, int, int, int, int],
-        generator: torch.Generator,
-        on_step: OnStep | None = None,
-    ) -> tuple[Tensor, tuple[Step, ...]]:
-        """x0 [B, C, T, H, W] float32 of `shape` and the steps; state in float64, noise drawn in
-        float32 from `generator`.
-        """
-        model = Switched(
-            self.experts,
-            negative,
-            recipe.guidance if negative is not None else 1.0,
-            times=recipe.times(),
-            clock=self.clock,
-            idle=self.memory.expert,
-            on_step=on_step,
-        )
-        options = {"shape": shape, "generator": generator, "device": self.device}
-        with self.clock.part("solver"):
-            x0 = whole_latents(model, cond, recipe, **options)
-        if not bool(torch.isfinite(x0).all()):
-            raise NonFinite(
-                "the network returned NaN or infinite latents; look at its weights and --precision"
-            )
-        return x0, tuple(model.steps)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pixels [B, 3, F, H, W] float32, one sample after the other; in host memory where the
-        policy does not keep the codec.
-        """
-        where = self.device if self.memory.codec == "keep" else "cpu"
-
-        def decoded(codec: LatentCodec) -> Tensor:
-            with self.clock.part("decode"):
-                return torch.cat([codec.decode(x[None]).to(where, torch.float32) for x in latents])
-
-        return self.codec.lend(decoded, then=self.memory.codec)
-
     def _image_channels(self, request: VideoRequest) -> Tensor:
         def channels(codec: LatentCodec) -> Tensor:
             with self.clock.part("image"):
@@ -239,13 +148,6 @@ class WanPipeline:
             tokens = torch.cat([self.clip.encode(each).to(self.device) for each in pixels], dim=1)
             rest_encoder(self.clip, self.memory.text)
         return tokens
-
-    def from_first(self, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` returns on rank 0, on every rank."""
-        made = on_first(make)
-        if not spread():
-            return made
-        return shared(None if made is None else made.cpu()).to(self.device)
 
 
 def _images(request: VideoRequest) -> list[Tensor]:

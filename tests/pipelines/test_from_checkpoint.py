@@ -90,6 +90,20 @@ def test_exported_files_open_like_the_folder(job, tmp_path, suffix):
             open_checkpoint(file)
 
 
+@pytest.mark.parametrize("recipe", [MANY_STEP, STUDENT], ids=["whole", "causal"])
+def test_what_stays_in_memory_is_an_option(tmp_path, recipe):
+    """The network leaves before a whole video is decoded, and is read again for the next; a stream
+    holds it. The videos are the same.
+    """
+    write_checkpoint(tmp_path, recipe)
+    plain, low = (open_checkpoint(tmp_path, weights="reg", memory=name) for name in ("none", "low"))
+    first, again = (low.generate([PROMPT], seed=2)[0] for _ in range(2))
+    assert torch.equal(first, again) and torch.equal(first, plain.generate([PROMPT], seed=2)[0])
+    assert plain.network.is_loaded and low.network.is_loaded == (recipe is STUDENT)
+    with pytest.raises(ConfigError, match="choose --offload from none, idle, low"):
+        open_checkpoint(tmp_path, memory="some")
+
+
 def test_guidance_runs_the_negative_prompt_only_above_one(tmp_path):
     net = write_checkpoint(tmp_path, TEACHER)
     model = open_checkpoint(tmp_path, weights="reg")
