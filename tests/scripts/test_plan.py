@@ -75,10 +75,11 @@ def test_proposed_keys_undo_a_choice_of_blocks_that_would_have_no_effect(capsys)
 
 
 def test_a_job_that_does_not_fit_hears_what_would(capsys):
-    assert main(["experiment=causal_wan2pt1_1pt3B_res480p_t2v_sf_dmd_c3-3", "gpus=2", "memory_gib=24"]) == 0
+    assert main(["experiment=causal_wan2pt1_1pt3B_res480p_t2v_sf_dmd_c3-3", "gpus=1", "memory_gib=16"]) == 0
     told = capsys.readouterr().out
-    assert "nothing fits 24 GiB" in told and "what would fit" in told and "_replayed" in told and "gpus=" in told
-    assert "not possible as configured: 2 ranks do not divide" in told
+    assert "nothing fits 16 GiB" in told and "what would fit" in told and "gpus=" in told
+    assert "replayed_training=True" in told and "lora.rank" in told
+    assert "not possible as configured: 1 ranks do not divide" in told
 
 
 @pytest.mark.parametrize(
