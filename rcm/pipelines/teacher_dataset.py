@@ -197,13 +197,8 @@ class TeacherSampler:
             )
         if not prompts:
             raise ConfigError("no prompts to sample; give --prompts FILE")
-        self.teacher, self.recipe, self.prompts, self.seed, self.dtype = (
-            teacher,
-            recipe,
-            list(prompts),
-            seed,
-            dtype,
-        )
+        self.teacher, self.recipe, self.prompts, self.seed = teacher, recipe, list(prompts), seed
+        self.dtype = dtype
         self._negative: Condition | None = None
 
     def manifest(self) -> dict[str, object]:
