@@ -5,7 +5,6 @@ floor of a forward.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -49,7 +48,7 @@ class CheckFailed(ConfigError):
 
 def bench_flags(doc: str, *, file: str = "--json", default: str | None = None) -> Arguments:
     """The parser of a benchmark with the flag `file` for its numbers; `doc` is its help."""
-    parser = Arguments(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=doc)
     parser.add_argument(
         file, type=writable_file, metavar="FILE", default=default, help="write all numbers there"
     )

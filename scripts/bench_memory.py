@@ -256,11 +256,7 @@ def table(rows: Sequence[Measured]) -> str:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Arguments(
-        prog="scripts.bench_memory",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(prog="scripts.bench_memory", description=__doc__)
     parser.add_argument(
         "--config",
         default=DEFAULT_REGISTRY,

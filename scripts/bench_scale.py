@@ -232,11 +232,7 @@ def _may_restart() -> bool:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Arguments(
-        prog="scripts.bench_scale",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(prog="scripts.bench_scale", description=__doc__)
     parser.add_argument(
         "--rows",
         metavar="A,B",

@@ -115,11 +115,7 @@ class ServedProcess:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `rcm bench serve`."""
-    parser = Arguments(
-        prog="rcm bench serve",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(prog="rcm bench serve", description=__doc__)
     parser.add_argument(
         "--seconds",
         type=float,

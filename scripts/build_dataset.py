@@ -69,11 +69,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Arguments(
-        prog="scripts.build_dataset",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(prog="scripts.build_dataset", description=__doc__)
 
     def add(name: str, *others: str, **options: object) -> None:
         spellings = (

@@ -59,11 +59,7 @@ def parse_part(text: str) -> tuple[int, int]:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Arguments(
-        prog="scripts.build_ode_pairs",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(prog="scripts.build_ode_pairs", description=__doc__)
     add = parser.add_argument
     add(
         "--teacher",

@@ -63,9 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Arguments(
-        prog="checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Arguments(prog="checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     look = commands.add_parser(
         "inspect", help="say what a file is, which network fits, what is missing, where to pass it"

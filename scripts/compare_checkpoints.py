@@ -32,12 +32,7 @@ from rcm.train.describe import installed_versions, write_atomically
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = Arguments(
-        prog="scripts.compare_checkpoints",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(prog="scripts.compare_checkpoints", allow_abbrev=False, description=__doc__)
     add = parser.add_argument
     add(
         "folders",

@@ -7,7 +7,6 @@ checkpoints are.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -26,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, export, report; exit status 1 with one line on stderr when the checkpoint or the
     target is unusable.
     """
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__)
     where = (
         "DCP directory (iter_*/model), its parent iter_*, or a job directory (default: %(default)s)"
     )

@@ -57,11 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Arguments(
-        prog="scripts.demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(prog="scripts.demo", description=__doc__)
     add = parser.add_argument
     add(
         "--out",

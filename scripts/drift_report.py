@@ -221,10 +221,7 @@ def _run(flags: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Arguments(
-        prog="python -m scripts.drift_report",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m scripts.drift_report", allow_abbrev=False, description=__doc__
     )
     add = parser.add_argument
     add(

@@ -26,7 +26,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; argparse ends the process with status 2 for a wrong one."""
     parser = Arguments(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(

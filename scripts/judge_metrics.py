@@ -59,12 +59,7 @@ START, END = "<!-- judged -->", "<!-- end of judged -->"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 1 when too few are ranked right."""
-    parser = Arguments(
-        prog="scripts.judge_metrics",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(prog="scripts.judge_metrics", allow_abbrev=False, description=__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("outputs/judge"), metavar="DIR", help="[%(default)s]"
     )

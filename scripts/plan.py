@@ -39,11 +39,7 @@ OWN_KEYS = {"gpus": 2**16, "gpu": None, "memory_gib": 2**20, "global_batch": 2**
 
 def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str], list[str]]:
     """Flags, the planner's own words, and the overrides of the config."""
-    parser = Arguments(
-        prog="scripts.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(prog="scripts.plan", description=__doc__)
     parser.add_argument(
         "--config",
         default=DEFAULT_REGISTRY,

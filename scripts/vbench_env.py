@@ -41,12 +41,7 @@ OpenCV asks for numpy 2.
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = Arguments(
-        prog="scripts.vbench_env",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(prog="scripts.vbench_env", allow_abbrev=False, description=__doc__)
     add = parser.add_argument
     add("--venv", type=Path, default=Path(".venv-vbench"), metavar="DIR", help="[%(default)s]")
     add(

@@ -60,12 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = Arguments(
-        prog="scripts.vbench_sample",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(prog="scripts.vbench_sample", allow_abbrev=False, description=__doc__)
     add = parser.add_argument_group("suite").add_argument
     add("--suite", choices=("t2v", "i2v"), default="t2v", help="[%(default)s]")
     add(

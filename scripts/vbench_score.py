@@ -56,12 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = Arguments(
-        prog="scripts.vbench_score",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(prog="scripts.vbench_score", allow_abbrev=False, description=__doc__)
     add = parser.add_argument
     add(
         "--videos_path",

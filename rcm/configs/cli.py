@@ -148,7 +148,6 @@ def _flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         ),
         allow_abbrev=False,
         description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--config",

@@ -6,15 +6,18 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _UNKNOWN = "unrecognized arguments: "
 
 
 class Arguments(argparse.ArgumentParser):
-    """`argparse.ArgumentParser` without the usage, which hides the sentence on a small screen:
-    "error: ...; --help lists the flags".
+    """`argparse.ArgumentParser` whose description keeps its lines and whose errors come without
+    the usage, which hides the sentence on a small screen: "error: ...; --help lists the flags".
     """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
 
     def error(self, message: str) -> NoReturn:
         """End with status 2 and one line on stderr."""

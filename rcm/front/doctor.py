@@ -7,7 +7,6 @@ it, and how fast the ranks reach each other. Each line is ok, a warning, or a fa
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -308,9 +307,7 @@ def _to_its_end(section: str, findings: Iterator[Finding]) -> Iterator[Finding]:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what was found; 1 if anything is a fault on any rank."""
-    parser = Arguments(
-        prog="rcm doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Arguments(prog="rcm doctor", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="leave the kernels out")
     parser.add_argument(
         "--json", type=writable_file, metavar="FILE", help="also write the findings of rank 0 here"

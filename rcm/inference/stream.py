@@ -179,12 +179,7 @@ num_runs int = 1      timed runs; with more than 1, or with a warm-up, timing ru
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Arguments(
-        prog="rcm stream",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(prog="rcm stream", allow_abbrev=False, description=__doc__)
     group, here = parser.add_argument_group, "cuda" if torch.cuda.is_available() else "cpu"
     add_flags(group("what to stream"), _WHAT, prompt={"action": "append"})
     add_flags(group("what to write"), _WRITTEN)

@@ -124,7 +124,6 @@ def wan_parser(name: str, *, about: str | None) -> argparse.ArgumentParser:
         prog=f"python -m rcm.inference.{name}",
         allow_abbrev=False,
         description=about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
             "docs/inference.md says which files to fetch, and what to do on small cards and with"
             " several GPUs."

@@ -177,12 +177,7 @@ def _budget(flags: argparse.Namespace, device: torch.device) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Arguments(
-        prog="rcm serve",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(prog="rcm serve", allow_abbrev=False, description=__doc__)
     add = parser.add_argument_group("what to stream").add_argument
     add(
         "--ckpt",
