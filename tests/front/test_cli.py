@@ -137,3 +137,14 @@ def test_scripts_are_ours_whatever_else_has_that_name(tmp_path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     assert "usage: rcm plan" in done.stdout
+
+
+def test_make_says_what_it_installs_before_it_does() -> None:
+    """Minutes of pip without a word look like a machine that hangs."""
+    told = subprocess.run(["make", "-n", "install", "VENV=/nowhere/venv"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = told.splitlines()
+    steps = [i for i, line in enumerate(lines) if line.startswith('echo "') and " of 3: " in line]
+    long = [i for i, line in enumerate(lines) if "-m pip install" in line and "--upgrade pip" not in line]
+    assert len(steps) == 3 and [i - 1 for i in long] == steps[1:]
+    assert all("GB to download" in lines[i] for i in steps[1:])
+    assert all("$(test -t 1 || echo --quiet)" in lines[i] for i in long), "the bar is for terminals"
