@@ -116,6 +116,28 @@ _KEEP = (MODE + "block_wise_keep_attention",)
 _KEEP_MLP = (MODE + "block_wise_keep_attention_mlp",)
 _ALL_SMALL = ("net_bidirectional_teacher=wan2pt1_1pt3b", "net_fake_score=wan2pt1_1pt3b")
 _TWICE = ("trainer.grad_accum_iter=2",)
+_EACH = ("trainer.gradient_sync=each",)
+_IDLE = ("trainer.offload.idle_roles=True",)
+_LIVES = (*_EACH, *_IDLE, "trainer.offload.parameters=True")
+
+
+def _states(form: str) -> tuple[str, ...]:
+    return (f"optimizer.states={form}", f"{M}.optimizer_fake_score.states={form}")
+
+
+LEVERS = {
+    "states": ("trainer.offload.states=True",),
+    "idle_roles": _IDLE,
+    "parameters": _LIVES,
+    "bfloat16_states": _states("bfloat16"),
+    "fp8_storage": (f"{M}.frozen_weights=fp8_storage",),
+    "fp8": (f"{M}.frozen_weights=fp8",),
+    "float8_states": _states("float8"),
+    "int8_states": _states("int8"),
+}
+"""Ways to save memory (docs/scale.md), each timed alone on one card beside the row without; the
+last two need torchao.
+"""
 
 ROWS = (
     Row("tf_diffusion", "1.3B", "one"),
@@ -166,6 +188,15 @@ ROWS = (
     Row("tf_scm", "1.3B", "fsdp"),
     Row("tf_scm", "1.3B", "ulysses2"),
     Row("sf_dmd", "1.3B", "fsdp"),
+    *(
+        Row("sf_dmd_replayed", "1.3B", "one", f"lever_{name}", (*_ALL_SMALL, *words))
+        for name, words in LEVERS.items()
+    ),
+    Row("tf_scm", "1.3B", "one", "lever_fp8_storage", LEVERS["fp8_storage"]),
+    Row("tf_scm", "1.3B", "one", "lever_fp8", LEVERS["fp8"]),
+    # as `rcm plan --smallest` lays them out
+    Row("sf_dmd_replayed", "1.3B", "one", "lever_least", (*_LIVES, MODE + "block_wise")),
+    Row("sf_dmd_replayed", "14B", "one", "lever_least", (*_LIVES, MODE + "block_wise")),
 )
 """In order of importance: a run stops where its budget does."""
 

@@ -5,6 +5,7 @@ correctness first, then times and memory.
         c3-3 --pattern c1-1]
                                        [--recompute block_wise --recompute ...] [--fused \\
                                        auto|off] [--lora RANK]
+                                       [--frozen-weights compute|fp8_storage|fp8]
                                        [--json FILE]
 
 The student is built as training builds it (float32 master weights, bfloat16 computation, FSDP2 in a
@@ -27,7 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ from rcm.methods.teacher_forcing import TeacherForcing
 from rcm.methods.tf_scm import TFContinuousConsistency
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, VelocityModel
+from rcm.nets.frozen_fp8 import FrozenWeights
 from rcm.nets.layout import TokenLayout
 from rcm.nets.lora import AdaptedNet, attach
 from rcm.nets.wan.adapters import LAYERS
@@ -111,6 +113,7 @@ def build(config: WanConfig, options: argparse.Namespace, *, frozen: bool) -> De
         precision=policy,
         checkpoint=options.recompute,
         compile=options.compile and not frozen,
+        frozen_weights=options.frozen_weights if frozen else "compute",
     )
     materialise(net, device="cuda")
     fill(net)
@@ -270,9 +273,14 @@ def bench_forward(config: WanConfig, options: argparse.Namespace) -> list[dict[s
         return denoiser.velocity(x, t, cond, layout)
 
     rows: list[dict[str, Any]] = []
-    row = {"work": f"bidirectional forward, {layout.num_tokens} tokens"} | timed(
+    weights = options.frozen_weights
+    told = "" if weights == "compute" else f", frozen weights {weights}"
+    row = {"work": f"bidirectional forward, {layout.num_tokens} tokens{told}"} | timed(
         call, repeats=options.repeats
     )
+    if told:  # the floor is that of plain products
+        report(rows, row | {"peak_gib": torch.cuda.max_memory_allocated() / 2**30})
+        return rows
     floor = floor_of(denoiser.net, call, repeats=options.repeats)
     for part in floor["parts"]:
         print(
@@ -361,6 +369,13 @@ def main(arguments: list[str] | None = None) -> int:
     add("--attention", default="auto", help="attention back end")
     add("--fused", default="auto", choices=("auto", "on", "off"))
     add("--lora", type=int, default=0, metavar="RANK", help="train adapters on a frozen student")
+    add(
+        "--frozen-weights",
+        "--frozen_weights",
+        default="compute",
+        choices=get_args(FrozenWeights),
+        help="how the network of --only forward keeps its weights, as model.config.frozen_weights",
+    )
     add("--compile", action="store_true", help="compile the student's blocks")
     add("--only", default="all", choices=("all", "check", "step", "forward"))
     add("--repeats", type=int, default=3)
