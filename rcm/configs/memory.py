@@ -61,9 +61,13 @@ def require_here(config: TrainConfig, *, device: torch.device) -> None:
     save memory need: a package, or FP8 products.
     """
     model = config.model.config
-    for role, optimizer in {"net": config.optimizer, "fake": model.optimizer_fake_score}.items():
-        if role == "net" or model.net_fake_score is not None:
-            forms(optimizer.states)
+    optimizers = [config.optimizer]
+    if model.net_fake_score is not None:
+        optimizers.append(model.optimizer_fake_score)
+    if isinstance(model, CausalConfig) and model.gan.loss_scale:
+        optimizers.append(model.gan.optimizer)
+    for optimizer in optimizers:
+        forms(optimizer.states)
     if model.frozen_weights != "fp8" or device.type != "cuda":
         return  # other devices emulate the products
     found = torch.cuda.get_device_capability(device)

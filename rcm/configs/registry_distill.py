@@ -68,7 +68,8 @@ def _rows() -> tuple[Row, ...]:
         ]
         rows += [Row(prefix + "tf_scm_sf_dmd", replayable=True, tangent=True)]
         rows += [Row(prefix + "tf_dcm_lora"), Row(prefix + "sf_dmd_lora", replayable=True)]
-    rows += [Row("toy_sf_dmd_long", replayable=True), Row("toy_tf_meanflow", tangent=True)]
+    rows += [Row("toy_sf_dmd_long", replayable=True), Row("toy_sf_dmd_gan", replayable=True)]
+    rows += [Row("toy_tf_meanflow", tangent=True)]
     return tuple(rows)
 
 

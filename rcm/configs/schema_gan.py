@@ -23,10 +23,6 @@ TWICE = ("none", "block_wise")
 """Modes of recomputation whose gradients can be differentiated again."""
 
 
-def _optimizer() -> AdamWConfig:
-    return AdamWConfig(lr=1e-4, betas=(0.0, 0.99), weight_decay=0.01)
-
-
 @dataclass(frozen=True)
 class GanConfig(Record):
     """A discriminator on the fake score, beside DMD (Causal_rCM.md section 6)."""
@@ -44,13 +40,13 @@ class GanConfig(Record):
     r1: R1Form = "approximate"
     r1_gamma: float = within(20.0, above=0)  # the penalty is gamma / 2 |dD/dy|^2
     r1_sigma: float = within(0.1, above=0, most=10)  # perturbation of r1=approximate
-    optimizer: AdamWConfig = field(default_factory=_optimizer)  # of the head
+    optimizer: AdamWConfig = field(default_factory=AdamWConfig)  # of the head
     scheduler: LambdaLinear = field(default_factory=LambdaLinear)  # of the head
 
     def __post_init__(self) -> None:
         super().__post_init__()
         blank = {key.name: key.default for key in fields(self)}
-        blank |= {"optimizer": _optimizer(), "scheduler": LambdaLinear()}
+        blank |= {"optimizer": AdamWConfig(), "scheduler": LambdaLinear()}
         changed = [name for name, value in blank.items() if getattr(self, name) != value]
         if changed and not self.loss_scale:
             raise ConfigError(
