@@ -8,23 +8,21 @@ from pathlib import Path
 
 import torch
 
-from rcm.core.dtypes import Precision
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.encoders.codec import latent_frames
-from rcm.encoders.umt5 import UMT5TextEncoder
-from rcm.encoders.wan_vae import WanVAECodec
+from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT
 from rcm.evaluation.vbench_samplers import CausalSampler, DescribedSampler, WanSampler
 from rcm.evaluation.vbench_sampling import VideoSampler
 from rcm.inference.stream_recipe import chosen_recipe
 from rcm.inference.wan_command import frame_size
 from rcm.inference.wan_flags import PRECISIONS, TEXT_ENCODER_PATH, VAE_PATH, NetworkFile
-from rcm.inference.wan_models import VAE_DTYPES, Task, build_pipeline, check_files
+from rcm.inference.wan_models import Task, build_pipeline, check_files
 from rcm.pipelines.described import PieceFiles
 from rcm.pipelines.from_checkpoint import open_checkpoint
 from rcm.pipelines.part_clock import PartClock
-from rcm.pipelines.wan_files import load_wan
-from rcm.pipelines.wan_pipeline import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE
-from rcm.pipelines.wan_ranks import num_ranks, share_tokens
+from rcm.pipelines.wan_pipeline import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE, WanPipeline
+from rcm.pipelines.wan_ranks import num_ranks
+from rcm.pipelines.wan_sizes import FrameSize
 from scripts.vbench_flags import (
     FEW_STEP_FLAGS,
     causal_recipe,
@@ -108,82 +106,49 @@ def _bidirectional(flags: argparse.Namespace, device: torch.device) -> WanSample
         )
     size, frames = frame_size(flags, None), given_or(flags.num_frames, 81)
     latent_frames(frames, stride=TEMPORAL_STRIDE)
-    numerics = _wan_flags(flags, device)
-    networks = (NetworkFile("--dit_path", flags.dit_path),)
-    check_files(
-        numerics,
-        networks,
-        family="rcm" if flags.distilled else "diffusion",
-        task=Task(LATENT_CHANNELS),
-    )
-    pipeline = build_pipeline(numerics, networks, clock=PartClock(device), size=size)
+    family = "rcm" if flags.distilled else "diffusion"
+    pipeline, about = _pipeline(flags, device, size, family=family)
     return WanSampler(
         pipeline,
         recipe=whole_recipe(flags),
         size=size,
         num_frames=frames,
         files={"--dit_path": flags.dit_path},
-        about={
-            "precision": numerics.precision,
-            "vae_precision": flags.vae_precision,
-            "weights": flags.weights,
-        },
+        about=about,
         fps=given_or(flags.fps, 16.0),
         negative_prompt=flags.negative_prompt,
     )
 
 
 def _causal(flags: argparse.Namespace, device: torch.device) -> CausalSampler:
-    size, frames = (
-        frame_size(flags, None),
-        latent_frames(given_or(flags.num_frames, 81), stride=TEMPORAL_STRIDE),
-    )
+    size, frames = frame_size(flags, None), given_or(flags.num_frames, 81)
+    latents, stride = latent_frames(frames, stride=TEMPORAL_STRIDE), SPATIAL_STRIDE
     recipe = causal_recipe(flags)
-    numerics = _wan_flags(flags, device)
-    check_files(
-        numerics,
-        (NetworkFile("--dit_path", flags.dit_path),),
-        family="rcm",
-        task=Task(LATENT_CHANNELS),
-    )
-    choice = PRECISIONS[numerics.precision]
-    denoiser = load_wan(
-        flags.dit_path,
-        expect=None if flags.model_size == "auto" else flags.model_size,
-        weights=numerics.weights,
-        device=device,
-        precision=Precision.preset(choice.precision),
-        attention=flags.attention,
-    )
-    denoiser.net.set_fused(choice.fused)
+    models, about = _pipeline(flags, device, size, family="rcm")
     return CausalSampler(
-        share_tokens(denoiser, tokens_per_frame=size.height * size.width // 256),
-        text=UMT5TextEncoder.from_files(
-            numerics.text_encoder_path,
-            tokenizer=flags.tokenizer_path,
-            device=device,
-            cache=flags.text_cache,
-        ),
-        codec=WanVAECodec.from_file(
-            numerics.vae_path, device=device, dtype=VAE_DTYPES[flags.vae_precision]
-        ),
+        models,
         recipe=recipe,
-        latent_shape=(
-            LATENT_CHANNELS,
-            frames,
-            size.height // SPATIAL_STRIDE,
-            size.width // SPATIAL_STRIDE,
-        ),
-        negative_prompt=flags.negative_prompt,
+        latent_shape=(LATENT_CHANNELS, latents, size.height // stride, size.width // stride),
+        negative_prompt=given_or(flags.negative_prompt, NEGATIVE_PROMPT),
         file=flags.dit_path,
-        about={
-            "precision": numerics.precision,
-            "vae_precision": flags.vae_precision,
-            "weights": flags.weights,
-        },
-        device=device,
+        about=about,
         fps=given_or(flags.fps, 16.0),
     )
+
+
+def _pipeline(
+    flags: argparse.Namespace, device: torch.device, size: FrameSize, *, family: str
+) -> tuple[WanPipeline, dict[str, str]]:
+    """The models of a Wan file, and what is noted of them."""
+    numerics = _wan_flags(flags, device)
+    about = {
+        "precision": numerics.precision,
+        "vae_precision": flags.vae_precision,
+        "weights": flags.weights,
+    }
+    networks, clock = (NetworkFile("--dit_path", flags.dit_path),), PartClock(device)
+    check_files(numerics, networks, family=family, task=Task(LATENT_CHANNELS))
+    return build_pipeline(numerics, networks, clock=clock, size=size), about
 
 
 def _wan_flags(flags: argparse.Namespace, device: torch.device) -> argparse.Namespace:

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcm.encoders.codec import LatentCodec
+from rcm.diffusion.guidance import is_guided
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.evaluation.vbench_images import stretched_image
 from rcm.evaluation.vbench_manifest import checkpoint_digest
 from rcm.evaluation.vbench_sampling import ClipRequest
 from rcm.nets.condition import Condition
-from rcm.nets.denoiser import Denoiser, Guided, VelocityModel
+from rcm.nets.denoiser import guided
 from rcm.pipelines.from_checkpoint import LoadedModel, Recipe
 from rcm.pipelines.image_condition import read_image
+from rcm.pipelines.models import Models
 from rcm.pipelines.streaming import generate_video
 from rcm.pipelines.text_to_video import WholeVideoRecipe
 from rcm.pipelines.wan_pipeline import VideoRequest, WanPipeline
@@ -188,73 +189,64 @@ class CausalSampler:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        models: Models,
         *,
-        text: TextEncoder,
-        codec: LatentCodec,
         recipe: SamplingRecipe,
         latent_shape: tuple[int, int, int, int],
-        negative_prompt: str | None = None,
+        negative_prompt: str,
         file: str | Path,
         about: Mapping[str, Any],
-        device: torch.device,
         fps: float = 16.0,
     ) -> None:
         recipe.plans(latent_shape[1])
-        self._denoiser, self._text, self._codec, self._recipe, self._shape = (
-            denoiser,
-            text,
-            codec,
-            recipe,
-            latent_shape,
-        )
-        self._negative = text.negative_prompt if negative_prompt is None else negative_prompt
-        self._file, self._about, self._device, self.fps = file, dict(about), device, fps
+        self._models, self._recipe, self._shape = models, recipe, latent_shape
+        self._negative, self._file, self._about, self.fps = negative_prompt, file, dict(about), fps
 
     @property
     def settings(self) -> Mapping[str, Any]:
         """See `VideoSampler`."""
         _, frames, height, width = self._shape
-        stride = self._codec.spatial_stride
+        codec = self._models.codec.use()
         return {
             "sampler": "causal",
             "checkpoint": {"--dit_path": checkpoint_digest(self._file)},
             "recipe": {
                 **asdict(self._recipe),
-                "negative_prompt": self._negative if self._recipe.guidance > 1 else None,
+                "negative_prompt": self._negative if is_guided(self._recipe.guidance) else None,
             },
-            "size": f"{height * stride}x{width * stride}",
-            "num_frames": self._codec.frames_for(frames),
-            "device": self._device.type,
+            "size": f"{height * codec.spatial_stride}x{width * codec.spatial_stride}",
+            "num_frames": codec.frames_for(frames),
+            "device": self._models.device.type,
             **self._about,
         }
 
     def prepare(self, texts: Sequence[str]) -> None:
-        """See `VideoSampler`."""
-        self._text = KnownText(self._text, [*texts, self._negative])
+        """See `VideoSampler`. On ranks that do not encode there is nothing to keep."""
+        models = self._models
+        if isinstance(models.text, TextEncoder):
+            models.text = KnownText(models.text, [*texts, self._negative])
 
     def sample(self, request: ClipRequest) -> Tensor:
         """See `VideoSampler`."""
-        model: VelocityModel = self._denoiser
-        if self._recipe.guidance > 1:
-            model = Guided(self._denoiser, self._condition(self._negative), self._recipe.guidance)
+        models, recipe = self._models, self._recipe
+        denoiser, codec = models.denoiser, models.codec.use()
+        cond, *negative = (
+            denoiser.prepare(Condition(models.embed([text])))
+            for text in (request.text, *([self._negative] if is_guided(recipe.guidance) else []))
+        )
         prefix = None
         if request.image is not None:
-            size = FrameSize(*(side * self._codec.spatial_stride for side in self._shape[2:]))
-            prefix = self._codec.encode(
-                stretched_image(request.image, size).to(self._device)
-            ).float()
+            size = FrameSize(*(side * codec.spatial_stride for side in self._shape[2:]))
+            pixels = stretched_image(request.image, size).to(models.device)
+            prefix = codec.encode(pixels).float()
         frames, _ = generate_video(
-            model,
-            self._codec,
-            self._condition(request.text),
-            self._recipe,
+            guided(denoiser, lambda: negative[0], recipe.guidance),
+            codec,
+            cond,
+            recipe,
             shape=(1, *self._shape),
             generator=torch.Generator().manual_seed(request.seed),
             prefix=prefix,
-            device=self._device,
+            device=models.device,
         )
         return frames[0].float().cpu()
-
-    def _condition(self, text: str) -> Condition:
-        return self._denoiser.prepare(Condition(self._text.encode([text]).to(self._device)))
