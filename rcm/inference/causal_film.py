@@ -115,11 +115,9 @@ class Reel:
 
     def cache_bytes(self) -> int:
         """Bytes of the cache, all branches."""
-        return (
-            0
-            if self._session is None
-            else sum(cache.num_bytes() for cache in self._session.loop.cache.branches)
-        )
+        if self._session is None:
+            return 0
+        return sum(cache.num_bytes() for cache in self._session.loop.cache.branches)
 
     def passes(self) -> dict[str, int]:
         """How many passes were captured, replayed and run eagerly, where graphs were asked for."""

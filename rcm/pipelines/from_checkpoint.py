@@ -383,10 +383,8 @@ def _fold(num_frames: int, *, codec: LatentCodec, pattern: BlockPattern | None) 
 
 def _other_family(recipe: Recipe, trained: Recipe) -> str:
     def told(r: Recipe) -> str:
-        return (
-            f"{r.pattern} {r.kind!r}"
-            if isinstance(r, SamplingRecipe)
-            else f"whole-video {r.kind!r}"
-        )
+        if isinstance(r, SamplingRecipe):
+            return f"{r.pattern} {r.kind!r}"
+        return f"whole-video {r.kind!r}"
 
     return f"it was trained for {told(trained)} sampling, the sampler asks for {told(recipe)}"

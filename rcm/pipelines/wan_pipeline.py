@@ -124,11 +124,9 @@ class WanPipeline(Models):
             images["concat"] = self.from_first(lambda: self._image_channels(request))
             if self.clip is not None:
                 images["image"] = self.from_first(lambda: self._image_tokens(request))
-        return (
-            tuple(Condition(row[None], **images) for row in embedded)
-            if guided
-            else (Condition(embedded, **images), None)
-        )
+        if guided:
+            return tuple(Condition(row[None], **images) for row in embedded)
+        return (Condition(embedded, **images), None)
 
     def _image_channels(self, request: VideoRequest) -> Tensor:
         def channels(codec: LatentCodec) -> Tensor:

@@ -59,11 +59,9 @@ class CopyReport:
     @property
     def told(self) -> str:
         """Which copy, in words."""
-        return (
-            "weights (which copy is not stated)"
-            if self.copy == "unstated"
-            else f"{self.copy} weights"
-        )
+        if self.copy == "unstated":
+            return "weights (which copy is not stated)"
+        return f"{self.copy} weights"
 
     @property
     def fits(self) -> bool:
