@@ -10,7 +10,6 @@ x 832).
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rcm.kernels.launching import device_of
 from rcm.kernels.precompile import launch
 from rcm.kernels.vae_conv_pack import PackedKernel, row_multiple
 
@@ -138,7 +138,7 @@ def launch_convolution(
     rest = TensorDescriptor.from_tensor(kernel.data, [tiles.rest_n or tiles.block_n, block_k])
     out = padded.new_empty(b, *size, n, dtype=out_dtype or padded.dtype)
     columns = triton.cdiv(n, tiles.block_n + tiles.rest_n)
-    with torch.cuda.device(padded.device) if padded.is_cuda else contextlib.nullcontext():
+    with device_of(padded):
         launch(
             convolution_kernel, (triton.cdiv(size[0] * h * w, tiles.block_m) * columns, b), rows,
             weight, rest, out, size[0], h * w, w, size[1], size[2], t * h * w,

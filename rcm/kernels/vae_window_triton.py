@@ -7,13 +7,12 @@ and replace the carried frames without a second launch and without a race.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rcm.kernels.launching import device_of
 from rcm.kernels.precompile import launch
 from rcm.kernels.vae_window_eager import NORM_FLOOR, Features, Norm, Window
 
@@ -164,7 +163,7 @@ def launch_window(
         raise ValueError("the fused window reads contiguous channels-last tensors only")
     # absent tensors are never read; any pointer will do
     arguments = [value if x is None else x for x in tensors]
-    with torch.cuda.device(value.device) if value.is_cuda else contextlib.nullcontext():
+    with device_of(value):
         launch(
             window_kernel, (triton.cdiv((h + low + high) * (w + low + high), block_p), b),
             *arguments, t, h, w, int(features.residual is not None),

@@ -9,8 +9,9 @@ import triton
 from torch import Tensor
 
 from rcm.kernels.flash_jvp.forward import portable_forward
-from rcm.kernels.flash_jvp.schedule import Tiles, make_plan
+from rcm.kernels.flash_jvp.schedule import Tiles, plan_of
 from rcm.kernels.flash_jvp.validation import MAX_HEAD, MIN_HEAD, Problem
+from rcm.kernels.launching import device_of
 
 _SMALL_TILES = (
     Tiles(64, 32, 4, 2),
@@ -74,7 +75,7 @@ def triton_jvp(
     if kernel == "hopper" and obstacle:
         raise ValueError(f"the hopper kernel does not apply: {obstacle}; use kernel='portable'")
     o, o_dot, lse = allocate_outputs(problem)
-    with torch.cuda.device(problem.q.device) if problem.q.is_cuda else torch.no_grad():
+    with device_of(problem.q):
         if kernel == "hopper" or (kernel == "auto" and not obstacle):
             # Gluon is imported only on the cards that run it
             from rcm.kernels.flash_jvp.launch_hopper import launch_hopper
@@ -175,14 +176,7 @@ def _launch_portable(
             num_tangents=problem.flags.bit_count(),
             shared_bytes=shared,
         )
-    start = problem.first_tangent_key
-    plan = make_plan(
-        problem.mask,
-        block_m=tiles.block_m,
-        block_n=tiles.block_n,
-        tangent_start=start,
-        device=q.device,
-    )
+    plan = plan_of(problem, tiles)
 
     def described(x: Tensor | None, stand_in: Tensor) -> tuple:
         x = stand_in if x is None else x
@@ -192,7 +186,7 @@ def _launch_portable(
         described(q, q), described(problem.q_dot, q), described(k, k), described(problem.k_dot, k),
         described(v, v), described(problem.v_dot, v), described(o, o), described(o_dot, o), lse,
         plan.tiles, plan.pieces, plan.rows, plan.num_tiles, q.shape[2], q.shape[1], k.shape[1],
-        start, problem.scale_base2, problem.scale,
+        problem.first_tangent_key, problem.scale_base2, problem.scale,
         FLAGS=problem.flags, CLASSES=plan.classes, EDGE=plan.edge_mode, BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n, D_QK=d_qk, BLOCK_QK=block_qk, D_V=d_v, BLOCK_V=block_v,
         PRECISION="ieee" if q.dtype == torch.float32 else None, num_warps=tiles.num_warps,

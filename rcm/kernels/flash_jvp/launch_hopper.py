@@ -7,7 +7,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from rcm.kernels.flash_jvp.hopper import hopper_forward
-from rcm.kernels.flash_jvp.schedule import Tiles, make_plan
+from rcm.kernels.flash_jvp.schedule import Tiles, plan_of
 from rcm.kernels.flash_jvp.validation import Problem
 
 SHARED_BYTES = 225 * 1024
@@ -38,14 +38,7 @@ def launch_hopper(
     q, k, v = problem.q, problem.k, problem.v
     d_qk, d_v = q.shape[3], v.shape[3]
     tiles = tiles or hopper_tiles(d_qk=d_qk, d_v=d_v, flags=problem.flags)
-    start = problem.first_tangent_key
-    plan = make_plan(
-        problem.mask,
-        block_m=tiles.block_m,
-        block_n=tiles.block_n,
-        tangent_start=start,
-        device=q.device,
-    )
+    plan = plan_of(problem, tiles)
 
     def described(x: Tensor | None, stand_in: Tensor, rows: int) -> TensorDescriptor:
         x = stand_in if x is None else x
@@ -57,8 +50,8 @@ def launch_hopper(
         described(q, q, ROWS), described(problem.q_dot, q, ROWS), described(k, k, tiles.block_n),
         described(problem.k_dot, k, tiles.block_n), described(v, v, tiles.block_n),
         described(problem.v_dot, v, tiles.block_n), o, o if o_dot is None else o_dot, lse,
-        plan.tiles, plan.pieces, plan.rows, plan.num_tiles, q.shape[2], q.shape[1], start,
-        o.stride(0), o.stride(1), o.stride(2), problem.scale_base2, problem.scale,
+        plan.tiles, plan.pieces, plan.rows, plan.num_tiles, q.shape[2], q.shape[1],
+        problem.first_tangent_key, *o.stride()[:3], problem.scale_base2, problem.scale,
         FLAGS=problem.flags, CLASSES=plan.classes, EDGE=plan.edge_mode, BLOCK_N=tiles.block_n,
         D_QK=d_qk, D_V=d_v, STAGES=tiles.num_stages, num_warps=tiles.num_warps, maxnreg=REGISTERS,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rcm.kernels.flash_jvp.validation import Problem
 from rcm.kernels.masks import Interval, Intervals, MaskSpec, QueryTile
 
 PLAIN, TANGENT, EDGE = 0, 1, 2
@@ -107,6 +108,17 @@ def tile_pieces(
             (tile.q_start, sorted(_join_runs(pieces, block_n), key=lambda piece: piece.kind))
         )
     return sorted(planned, key=lambda item: -sum(KIND_COST[p.kind] * p.count for p in item[1]))
+
+
+def plan_of(problem: Problem, tiles: Tiles) -> Plan:
+    """The tables of a launch, on the device of the problem."""
+    return make_plan(
+        problem.mask,
+        block_m=tiles.block_m,
+        block_n=tiles.block_n,
+        tangent_start=problem.first_tangent_key,
+        device=problem.q.device,
+    )
 
 
 @lru_cache(maxsize=128)

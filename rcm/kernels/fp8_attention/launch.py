@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -15,6 +14,7 @@ from rcm.kernels import precompile
 from rcm.kernels.fp8_attention import coding_kernels, merge_kernel, portable
 from rcm.kernels.fp8_attention.codes import E4M3, GROUP, CodedQueries, Codes, Scales
 from rcm.kernels.fp8_attention.schedule import PortableTiles, Tiles, make_plan
+from rcm.kernels.launching import device_of
 from rcm.kernels.split_attention.merge_kernel import merge
 
 CODED_TOKENS = 32
@@ -26,7 +26,7 @@ def code_queries(q: Tensor, scales: Scales, *, scale: float) -> CodedQueries:
     batch, length, heads, width = q.shape
     codes = torch.empty(batch, heads, length, width, dtype=E4M3, device=q.device)
     spread = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
-    with _device(q):
+    with device_of(q):
         precompile.launch(
             coding_kernels.code_queries, (-(-length // CODED_TOKENS), heads, batch),
             q, scales.key_scale, codes, spread, length, heads, *q.stride()[:3],
@@ -40,7 +40,7 @@ def write(codes: Codes, slots: Tensor, k: Tensor, v: Tensor, *, at_slots: bool =
     """`codes.write_reference` in one kernel; unit last strides."""
     batch, _, heads, width = k.shape
     length = slots.shape[0]
-    with _device(k):
+    with device_of(k):
         precompile.launch(
             coding_kernels.code_pair, (2 * -(-length // CODED_TOKENS), heads, batch),
             k, v, slots, *codes.scales, codes.keys, codes.values,
@@ -74,7 +74,7 @@ def attend_hopper(
         return BulkDescriptor(x, list(x.shape), list(x.stride()), box, layout)
 
     consumer_registers, at_launch = tiles.registers
-    with _device(out):
+    with device_of(out):
         precompile.launch(
             hopper_forward, (programs,),
             described(queries.codes, [1, 1, 64, width]),
@@ -121,7 +121,7 @@ def attend_portable(
     def described(x: Tensor, lines: int, width: int, box: list[int]) -> TensorDescriptor:
         return TensorDescriptor(x, [lines, width], [width, 1], box)
 
-    with _device(out):
+    with device_of(out):
         precompile.launch(
             portable.portable_forward, (tiles_per_head * batch * heads, parts),
             described(queries.codes, batch * heads * q_len, width, [tiles.block_m, width]),
@@ -139,12 +139,3 @@ def attend_portable(
 def processors(device: torch.device) -> int:
     """Multiprocessors of `device`."""
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _device(x: Tensor) -> AbstractContextManager:
-    """Makes the device of `x` current where it is not: launches go to the current one."""
-    return (
-        torch.cuda.device(x.device)
-        if x.is_cuda and x.device.index != torch.cuda.current_device()
-        else nullcontext()
-    )

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rcm.kernels.launching import device_of
+
 
 @triton.jit
 def _normed_halves(row, weight, pair, inside, eps, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
@@ -78,7 +80,7 @@ def enter_cache(
     batch, length, width = q.shape
     heads, head = caches[0].shape[2:]
     out = torch.empty(batch, length, heads, head, dtype=q.dtype, device=q.device)
-    with torch.cuda.device(q.device) if q.is_cuda else torch.no_grad():
+    with device_of(q):
         _enter[(length, batch)](
             q, k, v, *weights, *tables, slots, out, *caches,
             length, eps, q.stride(1), k.stride(1), v.stride(1), caches[0].stride(0),

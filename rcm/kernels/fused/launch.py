@@ -4,7 +4,6 @@ autograd or dual tensors.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from rcm.kernels import precompile
 from rcm.kernels.fused import norm_kernels, pointwise_kernels
+from rcm.kernels.launching import device_of, power_of_2
 
 ROWS_FORWARD, ROWS_BACKWARD = 8, 32
 """Tokens per program: enough to use a loaded gain more than once, and, backward, to keep the
@@ -32,21 +32,8 @@ class NormKind(NamedTuple):
     eps: float
 
 
-def _device(x: Tensor) -> AbstractContextManager:
-    """Makes the device of `x` current where it is not: launches go to the current one."""
-    return (
-        torch.cuda.device(x.device)
-        if x.is_cuda and x.device.index != torch.cuda.current_device()
-        else nullcontext()
-    )
-
-
 def _divided(count: int, by: int) -> int:
     return -(-count // by)
-
-
-def _power_of_2(count: int) -> int:
-    return 1 << (count - 1).bit_length()
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -105,7 +92,7 @@ def _flags(*tangents: Tensor | None) -> int:
 def _cut(rows: Tensor, tokens_per_program: int) -> tuple[tuple[int], dict]:
     """Grid and sizes of a row kernel."""
     batch, frames, tokens, width = rows.shape
-    block = _power_of_2(width)
+    block = power_of_2(width)
     grid = (batch * frames * _divided(tokens, tokens_per_program),)
     return grid, {
         "ROWS": tokens_per_program,
@@ -139,7 +126,7 @@ def norm(
     grid, sizes = _cut(rows, ROWS_FORWARD)
     operands = (_rows(rows), gain, added, y, rows.shape[1], rows.shape[2], kind.eps)
     options = {"CENTER": kind.center, "OFFSET": kind.offset, "HAS_SHIFT": shift is not None}
-    with _device(x):
+    with device_of(x):
         precompile.launch(norm_kernels.norm_forward, grid, *operands, **options, **sizes)
     return y
 
@@ -165,7 +152,7 @@ def norm_tangent(
     added = gain if shift is None else _vectors(shift, rows, name="shift")
     grid, sizes = _cut(rows, ROWS_FORWARD)
     x_dot, gain_dot, shift_dot = tangents
-    with _device(x):
+    with device_of(x):
         norm_kernels.norm_tangent[grid](
             _rows(rows), _tangent_rows(x_dot, rows), gain, _tangent_vectors(gain_dot, gain, rows),
             added, _tangent_vectors(shift_dot, added, rows), y, y_dot, rows.shape[1], rows.shape[2],
@@ -203,7 +190,7 @@ def norm_backward(
         torch.empty(grid[0], x.shape[-1], dtype=torch.float32, device=x.device) if need else None
         for need in needs[1:]
     ]
-    with _device(x):
+    with device_of(x):
         norm_kernels.norm_backward[grid](
             _rows(rows), vectors, _rows(grad), x if grad_x is None else grad_x,
             *(x if part is None else part for part in parts), rows.shape[1], rows.shape[2],
@@ -231,7 +218,7 @@ def gated_add(
     vectors = _vectors(gate, rows, name="gate")
     grid, sizes = _cut(rows, ROWS_FORWARD)
     x_dot, y_dot, gate_dot = tangents
-    with _device(x):
+    with device_of(x):
         precompile.launch(
             pointwise_kernels.gated_add_forward, grid, _rows(rows), _tangent_rows(x_dot, rows),
             _rows(values), _tangent_rows(y_dot, values), vectors,
@@ -261,7 +248,7 @@ def gated_add_backward(
         if needs[1]
         else None
     )
-    with _device(y):
+    with device_of(y):
         pointwise_kernels.gated_add_backward[grid](
             _rows(rows), _vectors(gate, rows, name="gate"), _rows(grad),
             y if grad_y is None else grad_y, y if parts is None else parts, rows.shape[1],
@@ -279,7 +266,7 @@ def gelu(x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
     moved, target = (x, y) if x_dot is None else (x_dot.contiguous(), y_dot)
     grid = (_divided(x.numel(), POINTWISE_BLOCK),)
     if x.numel():
-        with _device(x):
+        with device_of(x):
             options = {"HAS_DOT": x_dot is not None, "BLOCK": POINTWISE_BLOCK, "num_warps": 8}
             precompile.launch(
                 pointwise_kernels.gelu_forward, grid, x, moved, y, target, x.numel(), **options
@@ -293,7 +280,7 @@ def gelu_backward(x: Tensor, grad_y: Tensor) -> Tensor:
     grad_x = torch.empty_like(x)
     grid = (_divided(x.numel(), POINTWISE_BLOCK),)
     if x.numel():
-        with _device(x):
+        with device_of(x):
             pointwise_kernels.gelu_backward[grid](
                 x, grad_y, grad_x, x.numel(), BLOCK=POINTWISE_BLOCK, num_warps=8
             )
@@ -311,10 +298,10 @@ def rotate(
     moved = rows if x_dot is None else as_rows(x_dot)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     out_dot = None if x_dot is None else torch.empty_like(out)
-    pairs = _power_of_2(width) // 2
+    pairs = power_of_2(width) // 2
     tokens = max(1, TABLE_ELEMENTS // pairs)
     if x.numel():
-        with _device(x):
+        with device_of(x):
             precompile.launch(
                 pointwise_kernels.rotate_pairs, (batch * _divided(length, tokens),), _rows(rows),
                 _rows(moved), cos, sin, out, out if out_dot is None else out_dot, length, heads,

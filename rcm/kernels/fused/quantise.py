@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rcm.kernels import precompile
 from rcm.kernels.fused.reference import accumulate_dtype, gelu_tanh
+from rcm.kernels.launching import device_of, power_of_2
 
 Rows = tuple[Tensor, Tensor]
 """e4m3 [M, K] and scales [M, 1] float32."""
@@ -58,15 +59,14 @@ def launch(x: Tensor, *, gelu: bool) -> Rows:
     GPU may lack.
     """
     from rcm.kernels.fused import quantise_kernels
-    from rcm.kernels.fused.launch import _device, _power_of_2
 
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, width = x.shape
     q = torch.empty(rows, width, dtype=E4M3, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    block = _power_of_2(width)
+    block = power_of_2(width)
     if rows:
-        with _device(x):
+        with device_of(x):
             precompile.launch(
                 quantise_kernels.quantise_rows, (rows,), x, q, scale, x.stride(0),
                 GELU=gelu, WIDTH=width, BLOCK=block, num_warps=min(16, max(4, block // 1024)),

@@ -14,8 +14,9 @@ from rcm.kernels.kv_codec import codes as coding
 from rcm.kernels.kv_codec.blob import FIELDS, Blob
 from rcm.kernels.kv_codec.clusters import Clusters
 from rcm.kernels.kv_codec.codes import CodeFormat, Codes
-from rcm.kernels.kv_codec.launch import FLOATS, device_of, runs_on
+from rcm.kernels.kv_codec.launch import FLOATS, runs_on
 from rcm.kernels.kv_codec.spec import BITS
+from rcm.kernels.launching import device_of, power_of_2
 
 ELEMENTS = 4096
 """Elements per program of restore, bytes per program of encode times codes in a byte."""
@@ -64,7 +65,7 @@ def restore(
     rows, cols = _tile(
         n * d,
         ELEMENTS,
-        least=_power_of_2(d) if like.undo.kind == "hadamard" or turn is not None else 1,
+        least=power_of_2(d) if like.undo.kind == "hadamard" or turn is not None else 1,
     )
     if turn is not None and cols % d:
         return False
@@ -197,7 +198,7 @@ def encode(
     source = (x, centroids, assigned)
     from rcm.kernels.kv_codec import kernels
 
-    along = _power_of_2(group)
+    along = power_of_2(group)
     across = max(1, min(256, ELEMENTS // along))
     groups = n * d if channel else s * n * d // group
     with device_of(x):
@@ -226,9 +227,5 @@ def encode(
 
 def _tile(width: int, elements: int, *, least: int = 1) -> tuple[int, int]:
     """Tokens and columns of a program, at `least` so many columns."""
-    cols = max(least, min(MAX_COLS, _power_of_2(width)))
+    cols = max(least, min(MAX_COLS, power_of_2(width)))
     return max(1, elements // cols), cols
-
-
-def _power_of_2(count: int) -> int:
-    return 1 << (count - 1).bit_length()

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rcm.kernels.kv_codec.launch import FLOATS, device_of, runs_on
+from rcm.kernels.kv_codec.launch import FLOATS, runs_on
+from rcm.kernels.launching import device_of
 
 TILE = 64
 """Tokens, and clusters, that a program takes at a time."""

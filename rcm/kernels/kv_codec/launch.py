@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -18,8 +17,3 @@ def runs_on(x: Tensor) -> bool:
     """
     interpreted = x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     return (x.is_cuda or interpreted) and not torch.compiler.is_compiling()
-
-
-def device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Where launches for `x` go."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rcm.kernels.launching import device_of
 
 BLOCK = 4096
 """Elements per program."""
@@ -31,7 +32,7 @@ def launch_deposit(target: Tensor, part: Tensor, *, start: int, step: int, add: 
     count, length = part.shape[:2]
     width = target.shape[1] * target.shape[2]
     grid = (triton.cdiv(length * width, BLOCK), count)
-    with torch.cuda.device(target.device) if target.is_cuda else torch.no_grad():
+    with device_of(target):
         _deposit[grid](
             target, part, start * width, step * width, length * width,
             ADD=add, BLOCK=BLOCK, num_warps=8,

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rcm.kernels.launching import device_of
+
 ROWS = 32
+
+
+@triton.jit
+def _nth(i: tl.constexpr, x0, x1, x2, x3, x4, x5):
+    return x0 if i == 0 else (
+        x1 if i == 1 else (x2 if i == 2 else (x3 if i == 3 else (x4 if i == 4 else x5)))
+    )  # fmt: skip
 
 
 @triton.jit
@@ -33,21 +41,12 @@ def _merge(
     stats = pair * length + row
     top = tl.load(l0 + stats, mask=keep, other=0.0)
     for i in tl.static_range(1, PARTS):
-        lse = l1 if i == 1 else (l2 if i == 2 else (l3 if i == 3 else (l4 if i == 4 else l5)))
+        lse = _nth(i, l0, l1, l2, l3, l4, l5)
         top = tl.maximum(top, tl.load(lse + stats, mask=keep, other=0.0))
     total = tl.zeros([ROWS, PADDED], dtype=tl.float32)
     weights = tl.zeros([ROWS], dtype=tl.float32)
     for i in tl.static_range(0, PARTS):
-        lse = (
-            l0
-            if i == 0
-            else (l1 if i == 1 else (l2 if i == 2 else (l3 if i == 3 else (l4 if i == 4 else l5))))
-        )
-        part = (
-            o0
-            if i == 0
-            else (o1 if i == 1 else (o2 if i == 2 else (o3 if i == 3 else (o4 if i == 4 else o5))))
-        )
+        part, lse = _nth(i, o0, o1, o2, o3, o4, o5), _nth(i, l0, l1, l2, l3, l4, l5)
         weight = tl.exp(tl.load(lse + stats, mask=keep, other=0.0) - top)
         weights += weight
         total += weight[:, None] * tl.load(part + place, mask=inside, other=0.0).to(tl.float32)
@@ -65,7 +64,7 @@ def merge(outputs: list[Tensor], lses: list[Tensor]) -> Tensor:
     out = outputs[0].new_empty(batch, length, heads, width)
     padded = [xs + [xs[0]] * (6 - len(xs)) for xs in (outputs, [lse.contiguous() for lse in lses])]
     grid = (triton.cdiv(length, ROWS), batch * heads)
-    with torch.cuda.device(out.device) if out.is_cuda else torch.no_grad():
+    with device_of(out):
         _merge[grid](
             out, *padded[0], *padded[1], length, heads, *outputs[0].stride()[:3],
             PARTS=len(outputs), ROWS=ROWS, WIDTH=width, PADDED=triton.next_power_of_2(width),
