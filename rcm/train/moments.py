@@ -148,7 +148,7 @@ def _torchao(states: str) -> Any:
         from torchao.optim.subclass_fp8 import OptimStateFp8
     except ImportError as error:
         raise ConfigError(
-            f"optimizer.states={states} needs the package torchao ({first_line(error)}); install it"
-            " with `pip install torchao`, or choose optimizer.states=bfloat16"
+            f"optimizer.states={states} needs the package torchao ({first_line(error)}):"
+            " pip install 'rcm[lowbit]', or choose optimizer.states=bfloat16"
         ) from error
     return OptimStateFp8

@@ -23,6 +23,7 @@ from tests.support.dist import run_ranks
 from tests.support.toy_method import CHANNELS, FRAMES, HEIGHT, WIDTH, make_net
 from tests.train.run_support import everything, lines, same
 
+HOST = ["trainer.offload.parameters=True", "trainer.offload.idle_roles=True"]
 ALL = ["trainer.offload.states=True", "trainer.offload.idle_roles=True"]
 NETS = ("net", "net_fake_score", "net_bidirectional_teacher")
 SIZES = {"dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 1}
@@ -64,14 +65,21 @@ def trained(
 
 
 @pytest.mark.parametrize(
-    "experiment",
-    ["toy_sf_dmd_2step_c1-1", "toy_sf_dmd_2step_c1-1_replayed", pytest.param("toy_tf_scm_sf_dmd_c1-1", marks=pytest.mark.slow)],
+    ("experiment", "levers", "sync"),
+    [
+        ("toy_sf_dmd_2step_c1-1", ALL, "last"),
+        ("toy_sf_dmd_2step_c1-1_replayed", HOST, "each"),
+        pytest.param("toy_sf_dmd_2step_c1-1_replayed", ALL, "last", marks=pytest.mark.slow),
+        pytest.param("toy_sf_dmd_2step_c1-1", HOST, "last", marks=pytest.mark.slow),
+        pytest.param("toy_tf_scm_sf_dmd_c1-1", ALL, "last", marks=pytest.mark.slow),
+    ],
 )
-def test_waiting_in_host_memory_changes_no_bit(tmp_path: Path, experiment: str) -> None:
+def test_waiting_in_host_memory_changes_no_bit(tmp_path: Path, experiment: str, levers: list[str], sync: str) -> None:
     more = [f"model.config.net_causal_teacher.{k}={v}" for k, v in SIZES.items()] if "scm" in experiment else []
+    more.append(f"trainer.gradient_sync={sync}")
     with process_group("cpu"):
         plain = trained(experiment, tmp_path / "plain", *more)
-        found = trained(experiment, tmp_path / "host", *more, *ALL)
+        found = trained(experiment, tmp_path / "host", *more, *levers)
     assert same(plain["state"], found["state"])
     assert plain["lines"] == found["lines"]
 
@@ -176,7 +184,10 @@ REFUSALS = [
     ("toy_tf_c1-1", ["trainer.offload.idle_roles=True"], "run with one network"),
     ("toy_tf_c1-1", ["model.config.frozen_weights=fp8"], "without a frozen network"),
     ("toy_sf_dmd_lora_c3-3", ["trainer.offload.idle_roles=True"], "lora.rank"),
+    ("toy_sf_dmd_lora_c3-3", ["trainer.offload.parameters=True"], "lora.rank"),
+    ("toy_sf_dmd_c1-1", ["trainer.offload.parameters=True", "trainer.offload.states=True"], "states=True has no effect"),
     ("toy_tf_dcm_c1-1", ["model.config.frozen_weights=fp8_storage", "model.config.compile=True"], "compile=True"),
+    ("toy_sf_dmd_c1-1", ["trainer.offload.idle_roles=True", "model.config.gan.loss_scale=0.1"], "gan.loss_scale"),
     ("toy_tf_dcm_c1-1", ["model.config.frozen_weights=fp4"], "frozen_weights"),
     ("toy_tf_dcm_c1-1", ["optimizer.states=int4"], "optimizer.states"),
 ]
