@@ -178,7 +178,7 @@ def _networks(config: TrainConfig) -> None:
 
 
 def _discriminator(config: TrainConfig) -> None:
-    """It has real videos, blocks to read, and weights when they are needed."""
+    """It has real videos, and blocks to read."""
     model = config.model.config
     if not isinstance(model, CausalConfig) or not model.gan.loss_scale:
         return
@@ -186,12 +186,6 @@ def _discriminator(config: TrainConfig) -> None:
         raise ConfigError(
             f"data=prompts has no latents, which {M}.gan.loss_scale={model.gan.loss_scale:g} shows"
             f" a discriminator as real videos; use data=latents, or set {M}.gan.loss_scale=0"
-        )
-    if config.trainer.offload.idle_roles:
-        raise ConfigError(
-            f"{M}.gan.loss_scale={model.gan.loss_scale:g} passes gradients through the fake score"
-            " while the student is trained, whose weights trainer.offload.idle_roles=True would"
-            " take away before; choose one of them"
         )
     knob = f"{M}.net_fake_score"
     model.gan.read_blocks(wan_config(networks(model)["net_fake_score"], knob=knob).num_layers)
