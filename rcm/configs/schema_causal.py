@@ -63,8 +63,6 @@ STAGES: dict[str, Stage] = {
     "tf_scm_sf_dmd": Stage(consistency=True, self_forced=True),
 }
 """By training type."""
-SELF_FORCED = tuple(kind for kind, has in STAGES.items() if has.self_forced)
-CONSISTENCY = tuple(kind for kind, has in STAGES.items() if has.consistency)
 
 
 @dataclass(frozen=True)
