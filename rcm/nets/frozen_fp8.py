@@ -40,7 +40,7 @@ class FrozenFP8Linear(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.products = products
         with torch.no_grad():
-            weight, scale = quantise.quantise_rows(layer.weight)
+            weight, scale = quantise.reference(layer.weight)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         bias = None if layer.bias is None else layer.bias.detach()
@@ -121,8 +121,10 @@ def scales_of(names: Iterable[str]) -> dict[str, str]:
 
 @torch.no_grad()
 def load_rows(weight: Tensor, scale: Tensor, rows: Tensor) -> None:
-    """Round `rows` [N, K] of a weight into `weight` [N, K] e4m3 and `scale` [N, 1]."""
+    """Round `rows` [N, K] of a weight into `weight` [N, K] e4m3 and `scale` [N, 1]; by the plain
+    formula, which cards without FP8 have, too.
+    """
     if rows.numel():
-        found, scales = quantise.quantise_rows(rows)
+        found, scales = quantise.reference(rows)
         weight.copy_(found)
         scale.copy_(scales)

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,13 +61,18 @@ def passing(
         for number, group in enumerate(groups):
             visit(number, list(group))
         return
-    coming, going = torch.cuda.Stream(device), torch.cuda.Stream(device)
+    coming, going = _streams(device)
     current = torch.cuda.current_stream(device)
 
     def fetch(number: int) -> tuple[list[Tensor], torch.cuda.Event]:
+        # memory of the stream that computes: another's would stay with that one
+        here = [torch.empty_like(tensor, device=device) for tensor in groups[number]]
+        coming.wait_stream(current)
         with torch.cuda.stream(coming):
-            here = [tensor.to(device, non_blocking=True) for tensor in groups[number]]
-            return here, coming.record_event()
+            for tensor, value in zip(groups[number], here, strict=True):
+                value.copy_(tensor, non_blocking=True)
+                value.record_stream(coming)
+        return here, coming.record_event()
 
     left: list[torch.cuda.Event] = []
     ahead = fetch(0) if groups else None
@@ -82,10 +88,15 @@ def passing(
         with torch.cuda.stream(going):
             for tensor, value in zip(group, here, strict=True):
                 tensor.copy_(value, non_blocking=True)
-                value.record_stream(current)
                 value.record_stream(going)
         left.append(going.record_event())
     going.synchronize()  # whoever reads host memory next does not know of the stream
+
+
+@cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Of copies to and from a device."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 @dataclass
@@ -216,7 +227,7 @@ class Waiting:
         if not self._shelves:
             self._shelves = [Shelf(group) for group in self._groups()]
             device = self._shelves[0].device
-            self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+            self._stream = _streams(device)[0] if device.type == "cuda" else None
         self._wait_for(self._events)
         for shelf in self._shelves:
             shelf.leave(copy=self._changed, stream=self._stream)

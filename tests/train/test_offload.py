@@ -41,7 +41,9 @@ def words(experiment: str, folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def trainer_of(experiment: str, folder: Path, *more: str, dims: tuple[int, int, int] = (1, 1, 1)) -> Trainer:
+def trainer_of(
+    experiment: str, folder: Path, *more: str, dims: tuple[int, int, int] = (1, 1, 1), device: str = "cpu"
+) -> Trainer:
     registry_distill.register()
     shard, cp = dims[1] * dims[2], dims[2]
     layout = [f"model.config.fsdp_shard_size={shard}", f"model_parallel.context_parallel_size={cp}"]
@@ -49,14 +51,14 @@ def trainer_of(experiment: str, folder: Path, *more: str, dims: tuple[int, int, 
     if torch.distributed.get_rank() == 0:
         job_folder(run).mkdir(parents=True, exist_ok=True)
         (job_folder(run) / UNCHECKED).write_text(run.to_yaml())
-    return build_trainer(run, dims=ParallelDims(*dims), device=torch.device("cpu"))
+    return build_trainer(run, dims=ParallelDims(*dims, device), device=torch.device(device))
 
 
 def trained(
-    experiment: str, folder: Path, *more: str, saves: bool = False, dims: tuple[int, int, int] = (1, 1, 1)
+    experiment: str, folder: Path, *more: str, saves: bool = False, dims: tuple[int, int, int] = (1, 1, 1), device: str = "cpu"
 ) -> dict[str, Any]:
     """Weights, states and log lines at the end."""
-    trainer = trainer_of(experiment, folder, *more, dims=dims)
+    trainer = trainer_of(experiment, folder, *more, dims=dims, device=device)
     if not saves:
         trainer.checkpointer = None
     trainer.run()
@@ -82,6 +84,23 @@ def test_waiting_in_host_memory_changes_no_bit(tmp_path: Path, experiment: str, 
         found = trained(experiment, tmp_path / "host", *more, *levers)
     assert same(plain["state"], found["state"])
     assert plain["lines"] == found["lines"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("experiment", ["toy_sf_dmd_2step_c1-1", "toy_sf_dmd_2step_c1-1_replayed"])
+def test_on_a_card_waiting_changes_no_bit_and_less_is_there(tmp_path: Path, experiment: str) -> None:
+    """Streams and events in their places; weights that live on the host round otherwise."""
+    more = ["trainer.gradient_sync=each", "model.config.precision=bfloat16", "model.config.frozen_weights=fp8_storage"]
+    found = {}
+    with process_group("cuda"):
+        for name, levers in {"warm": [], "plain": [], "waits": ALL, "lives": HOST}.items():
+            torch.cuda.reset_peak_memory_stats()
+            found[name] = trained(experiment, tmp_path / name, *more, *levers, device="cuda") | {"peak": torch.cuda.max_memory_allocated()}
+    assert same(found["plain"]["state"], found["waits"]["state"])
+    assert found["waits"]["peak"] < found["plain"]["peak"] and found["lives"]["peak"] < found["plain"]["peak"]
+    for key, value in found["plain"]["state"].items():
+        torch.testing.assert_close(found["lives"]["state"][key].cpu(), value.cpu(), rtol=0.05, atol=1e-3)
 
 
 HALF = ["optimizer.states=bfloat16", "model.config.optimizer_fake_score.states=bfloat16"]
