@@ -1,9 +1,11 @@
-"""Copies from host to device for which the host does not wait."""
+"""Devices: whether one is there, and copies to it for which the host does not wait."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from rcm.core.errors import ConfigError
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -14,3 +16,15 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
+
+
+def check_device(device: torch.device | str, *, knob: str = "--device") -> None:
+    """`ConfigError` unless tensors can be made on `device`, which `knob` chose."""
+    named = f"{knob}{'' if knob.endswith('=') else ' '}{device}"
+    if str(device).partition(":")[0] == "meta":
+        raise ConfigError(f"{named} has no memory; choose cuda or cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        told = (str(error).splitlines() or ["it is not known here"])[0]
+        raise ConfigError(f"{named} cannot be used: {told}") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -51,11 +52,13 @@ def require_seed(seed: int, *, knob: str, draws: int = 1) -> None:
     """ConfigError naming `knob` unless `seed` .. `seed + draws - 1` are seeds of which no two give
     the same numbers on any device.
     """
-    if not 0 <= seed <= SEEDS - max(draws, 1):
+    whole = isinstance(seed, Integral) and not isinstance(seed, bool)
+    if not (whole and 0 <= seed <= SEEDS - max(draws, 1)):
         room = "" if draws <= 1 else f" with room for {draws} in a row"
+        shown = seed if not whole or abs(seed) < 10**40 else "(a number of more than 40 digits)"
         raise ConfigError(
-            f"{knob} {seed} must be a whole number from 0 to {SEEDS - 1}{room}; choose a"
-            " smaller one"
+            f"{knob}{'' if knob.endswith('=') else ' '}{shown} must be a whole number from 0 to"
+            f" {SEEDS - 1}{room}; choose a smaller one"
         )
 
 

@@ -12,6 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import require_kind
+from rcm.diffusion.blocks import BlockPattern
 
 
 @runtime_checkable
@@ -136,3 +138,29 @@ def latent_grid(height: int, width: int, *, stride: int) -> tuple[int, int]:
             f" multiples of {stride}"
         )
     return height // stride, width // stride
+
+
+MOST_FRAMES = 1_000_000
+"""Pixel frames of a video of known length, whose plan is made up front: 17 hours."""
+
+
+def fold_frames(num_frames: int, *, codec: LatentCodec, pattern: BlockPattern | None) -> int:
+    """Latent frames of a video of `num_frames` pixel frames. `ConfigError`, naming the nearest
+    lengths, unless the codec folds them and, with a pattern, they fill its blocks.
+    """
+    require_kind("num_frames", num_frames, int)
+    if pattern is None:
+        return codec.latent_frames_for(num_frames)
+    if num_frames > MOST_FRAMES:
+        raise ConfigError(f"num_frames={num_frames} must be at most {MOST_FRAMES}")
+    latents = 1 + -(-(num_frames - 1) // codec.temporal_stride)
+    blocks = 1 + max(0, -(-(latents - pattern.first) // pattern.chunk))
+    length = codec.frames_for(pattern.frames_before(blocks))
+    if length == num_frames:
+        return pattern.frames_before(blocks)
+    below = [] if blocks == 1 else [codec.frames_for(pattern.frames_before(blocks - 1))]
+    raise ConfigError(
+        f"num_frames={num_frames} does not fit latent blocks of {pattern.first}, then"
+        f" {pattern.chunk} frames (pattern {pattern.name}) with {codec.temporal_stride} pixel"
+        f" frames per latent frame; choose num_frames={' or '.join(map(str, [*below, length]))}"
+    )

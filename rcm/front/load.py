@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
+from rcm.core.records import require_kind
 from rcm.pipelines.described import PieceFiles
 from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
 from rcm.pipelines.stream_spec import StreamedChunk, StreamReport
@@ -52,6 +53,8 @@ class Model:
         """Stream into an mp4 file, a batch side by side; `upscale` pixels per pixel (None: small
         videos become at least 256 high).
         """
+        require_kind("path", path, str | Path)
+        require_kind("upscale", upscale, int | None)
         stream = self.stream(prompt, **options)
         scale = comfortable_scale(*self.loaded.pixel_size) if upscale is None else upscale
         with Mp4Writer(path, fps=self.loaded.fps, scale=scale, pad=True) as writer:
@@ -83,6 +86,6 @@ def load(
 def _listed(prompt: str | Sequence[str]) -> list[str]:
     if isinstance(prompt, str):
         return [prompt]
-    if not all(isinstance(text, str) for text in prompt):
+    if not isinstance(prompt, Sequence) or not all(isinstance(text, str) for text in prompt):
         raise ConfigError(f"a prompt is a text or a list of texts, got {prompt!r}")
     return list(prompt)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from loguru import logger
 
+from rcm.core.device_copy import check_device as check_device
 from rcm.core.errors import CheckpointError, ConfigError, NonFinite, PeerGone
 from rcm.core.output_file import OutputFile
 from rcm.data.tar_index import ShardError
@@ -99,14 +100,3 @@ def out_of_memory(error: BaseException) -> bool:
 
 def _say(sentence: str) -> None:
     print(sentence.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
-
-
-def check_device(name: str, *, knob: str = "--device") -> None:
-    """`ConfigError` unless tensors can be made on the device called `name`, which `knob` chose."""
-    if name.partition(":")[0] == "meta":
-        raise ConfigError(f"{knob} meta has no memory; choose cuda or cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        told = (str(error).splitlines() or ["it is not known here"])[0]
-        raise ConfigError(f"{knob} {name} cannot be used: {told}") from error

@@ -37,17 +37,17 @@ class MaskMatrices:
     def matrix(self, mask: MaskSpec, device: torch.device) -> Tensor:
         """`mask` as bool `[q_len, kv_len]` on `device`."""
         key = (mask, device)
-        if key not in self._kept:
-            while (
-                self._kept
-                and sum(x.nbytes for x in self._kept.values()) + mask.q_len * mask.kv_len
-                > self._limit
-            ):
-                self._kept.pop(next(iter(self._kept)))
+        found = self._kept.get(key)
+        if found is None:
+            kept = dict(self._kept)  # other threads look into the old one
+            size = mask.q_len * mask.kv_len
+            while kept and sum(x.nbytes for x in kept.values()) + size > self._limit:
+                kept.pop(next(iter(kept)))
             # a matrix may outlive the mode it was first asked for in
             with torch.inference_mode(False):
-                self._kept[key] = mask.dense(device)
-        return self._kept[key]
+                found = mask.dense(device)
+            self._kept = kept | {key: found}
+        return found
 
 
 def by_segment(

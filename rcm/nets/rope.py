@@ -8,7 +8,6 @@ axis of d channels turns by position * 10000^(-2j/d). docs/reference/wan.md#posi
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -147,7 +146,7 @@ class RopeTables:
         self.channels = axis_channels(head_dim)
         self.limits = {"row": max_rows, "column": max_columns}
         self.ntk = (1.0, 1.0, 1.0)
-        self._kept: OrderedDict[tuple, RopeTable] = OrderedDict()
+        self._kept: dict[tuple, RopeTable] = {}
 
     def stretch(self, ntk: tuple[float, float, float]) -> None:
         """Set `ntk`, for every table from now on. `ConfigError` unless the ratios are positive and
@@ -158,7 +157,7 @@ class RopeTables:
                 f"NTK ratios of frames, rows and columns must be positive numbers, got {ntk}"
             )
         self.ntk = ntk
-        self._kept.clear()
+        self._kept = {}
 
     def table(
         self,
@@ -173,17 +172,19 @@ class RopeTables:
         limits.
         """
         key = (frame_index, grid, device, dtype)
-        found = self._kept.pop(key, None)
+        found = self._kept.get(key)
         if found is None:
             self._check(frame_index, grid)
             # a table may outlive the mode it was first asked for in
             with torch.inference_mode(False), torch.no_grad():
                 found = self._build(frame_index, grid, device=device, dtype=dtype)
-        self._kept[key] = found
-        while len(self._kept) > TABLES_KEPT or (
-            len(self._kept) > 1 and sum(x.num_bytes for x in self._kept.values()) > TABLE_BYTES_KEPT
+        # a new dict each time: streams of other threads look into the old one
+        kept = {old: table for old, table in self._kept.items() if old != key} | {key: found}
+        while len(kept) > TABLES_KEPT or (
+            len(kept) > 1 and sum(x.num_bytes for x in kept.values()) > TABLE_BYTES_KEPT
         ):
-            self._kept.popitem(last=False)
+            del kept[next(iter(kept))]
+        self._kept = kept
         return found
 
     def at(self, positions: Positions, *, device: torch.device, dtype: torch.dtype) -> RopeTable:

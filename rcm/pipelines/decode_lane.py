@@ -32,7 +32,7 @@ class DecodeLane:
         graphs: str,
         to_host: bool,
     ) -> None:
-        self._codec, self._to_host = codec, to_host
+        self.codec, self._to_host = codec, to_host
         self._cuda = device.type == "cuda"
         self._device = torch.device(getattr(codec, "device", device)) if self._cuda else device
         self._stream = (
@@ -49,7 +49,7 @@ class DecodeLane:
             self._decoder = self._opened()
 
     def _opened(self) -> LatentStream:
-        return self._codec.stream(graphs="on") if self._captures else self._codec.stream()
+        return self.codec.stream(graphs="on") if self._captures else self.codec.stream()
 
     def decode(self, latents: Tensor) -> Decoding:
         """Start decoding the next latents. No pixels come of it where another rank has the last

@@ -18,11 +18,14 @@ import torch
 from loguru import logger
 from torch import Tensor
 
+from rcm.core.device_copy import check_device
 from rcm.core.dtypes import Precision
 from rcm.core.errors import CheckpointError, ConfigError
+from rcm.core.records import require_kind
+from rcm.core.rng import require_seed
 from rcm.diffusion.blocks import BlockPattern
 from rcm.diffusion.guidance import is_guided
-from rcm.encoders.codec import LatentCodec
+from rcm.encoders.codec import LatentCodec, fold_frames
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, guided
@@ -125,14 +128,13 @@ class LoadedModel:
         """Encoded prompts with their cross-attention keys computed once; those of the last call are
         kept. `ConfigError` for no prompts, or one the encoder refuses.
         """
-        if isinstance(prompts, str) or not prompts:
-            raise ConfigError(f"prompts must be a list with at least one string, got {prompts!r}")
-        wanted = tuple(prompts)
-        if wanted not in self._kept:
+        wanted = tuple(_listed(prompts))
+        made = self._kept.get(wanted)
+        if made is None:
             made = self.denoiser.prepare(Condition(self.text.encode(list(wanted)).to(self.device)))
             self._kept.clear()
             self._kept[wanted] = made
-        return self._kept[wanted]
+        return made
 
     def num_latent_frames(self, num_frames: int | None, *, pattern: BlockPattern | None) -> int:
         """Latent frames of a video of `num_frames` pixel frames (None: as trained). `ConfigError`,
@@ -142,7 +144,7 @@ class LoadedModel:
         frames = (
             self.latent_shape[1]
             if num_frames is None
-            else _fold(num_frames, codec=self.codec, pattern=pattern)
+            else fold_frames(num_frames, codec=self.codec, pattern=pattern)
         )
         limit = self.denoiser.net.config.max_frames
         if pattern is None and frames > limit:
@@ -175,6 +177,9 @@ class LoadedModel:
         before the first chunk is asked for. Noise comes from `seed` on the CPU, the same on every
         device.
         """
+        prompts = _listed(prompts)
+        require_seed(seed, knob="seed=")
+        require_kind("guidance", guidance, float | None)
         chosen = self._agreed(recipe, ignore=ignore_recipe)
         causal = isinstance(chosen, SamplingRecipe)
         if prefix is not None and not causal:
@@ -219,6 +224,7 @@ class LoadedModel:
         `options` of `StreamSpec`; the rest, and the errors, as `stream`. Change the prompts under
         way with `session.set_condition(model.condition([...]))`.
         """
+        prompts = _listed(prompts)
         chosen = self._agreed(recipe, ignore=ignore_recipe)
         if not isinstance(chosen, SamplingRecipe):
             raise ConfigError(
@@ -244,6 +250,8 @@ class LoadedModel:
 
     def _agreed(self, recipe: Recipe | None, *, ignore: bool) -> Recipe:
         trained = self.trained_recipe
+        require_kind("recipe", recipe, Recipe | None)
+        require_kind("ignore_recipe", ignore, bool)
         if recipe is None or recipe == trained:
             return trained
         if isinstance(recipe, SamplingRecipe) and isinstance(trained, SamplingRecipe):
@@ -284,6 +292,10 @@ def open_checkpoint(
     missing, damaged or undescribed checkpoint or one that does not fit its own description, and
     `ConfigError` where its codec or text encoder is not part of this version.
     """
+    require_kind("path", path, str | Path)
+    require_kind("precision", precision, Precision | str | None)
+    require_kind("files", files, PieceFiles)
+    check_device(device, knob="device=")
     path = Path(path)
     if weights not in COPIES:
         raise ConfigError(f"unknown weights {weights!r}; choose from {', '.join(COPIES)}")
@@ -365,20 +377,16 @@ def _codec_dtype(policy: Precision) -> torch.dtype:
     return torch.bfloat16 if policy.compute.itemsize == 2 else torch.float32
 
 
-def _fold(num_frames: int, *, codec: LatentCodec, pattern: BlockPattern | None) -> int:
-    if pattern is None:
-        return codec.latent_frames_for(num_frames)
-    blocks = 1
-    while (length := codec.frames_for(pattern.frames_before(blocks))) < num_frames:
-        blocks += 1
-    if length == num_frames:
-        return pattern.frames_before(blocks)
-    below = [] if blocks == 1 else [codec.frames_for(pattern.frames_before(blocks - 1))]
-    raise ConfigError(
-        f"num_frames={num_frames} does not fit latent blocks of {pattern.first}, then"
-        f" {pattern.chunk} frames (pattern {pattern.name}) with {codec.temporal_stride} pixel"
-        f" frames per latent frame; choose num_frames={' or '.join(map(str, [*below, length]))}"
-    )
+def _listed(prompts: Sequence[str]) -> list[str]:
+    """The prompts of a batch. `ConfigError` for none, for one text, and for what is no text."""
+    if (
+        isinstance(prompts, str)
+        or not isinstance(prompts, Sequence)
+        or not prompts
+        or not all(isinstance(prompt, str) for prompt in prompts)
+    ):
+        raise ConfigError(f"prompts must be a list with at least one string, got {prompts!r}")
+    return list(prompts)
 
 
 def _other_family(recipe: Recipe, trained: Recipe) -> str:

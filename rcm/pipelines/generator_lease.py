@@ -26,8 +26,12 @@ _held: weakref.WeakKeyDictionary[torch.Generator, weakref.ref[Drawing]] = (
 )
 
 
-def lease(generator: torch.Generator, session: Drawing) -> None:
-    """Let `session` draw from `generator`. `ConfigError` while another session may."""
+def lease(generator: torch.Generator | None, session: Drawing) -> None:
+    """Let `session` draw from `generator`, if it has one. `ConfigError` while another session
+    may.
+    """
+    if generator is None:
+        return
     known = _held.get(generator)
     other = None if known is None else known()
     if other is not None and other is not session and other.may_draw:

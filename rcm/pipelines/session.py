@@ -7,6 +7,7 @@ are made chunk by chunk, noise is keyed per chunk, the cache is a ring, position
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -24,7 +25,9 @@ from rcm.nets.denoiser import VelocityModel
 from rcm.pipelines.decode_lane import DecodeLane
 from rcm.pipelines.engine import new_loop
 from rcm.pipelines.generator_lease import lease
+from rcm.pipelines.one_thread import one_thread
 from rcm.pipelines.shared_decoder import shared_decoder
+from rcm.pipelines.snapshot import maker, require_alike
 from rcm.pipelines.steering import Change, Steering
 from rcm.pipelines.stream_ranks import Meeting
 from rcm.pipelines.stream_spec import (
@@ -73,6 +76,7 @@ class Session:
             )
         self._loop: ChunkLoop | None = None
         self._lane: DecodeLane | None = None
+        self._user = threading.RLock()
         group = denoiser.group if denoiser.num_ranks > 1 else None
         self._ranks = Meeting(group)
         try:
@@ -95,7 +99,7 @@ class Session:
     def _open(self, denoiser: VelocityModel, cond: Condition, prefix: Tensor | None) -> None:
         """Check and set up."""
         self._begin(cond, prefix)
-        self._lease_generator()
+        lease(self.spec.generator, self)
         self._loop = new_loop(
             denoiser,
             self.spec,
@@ -117,6 +121,7 @@ class Session:
         self._pieces: deque[tuple[int, Tensor]] = deque()
         self._cancelled = False
 
+    @one_thread
     def restart(
         self,
         cond: Condition | None = None,
@@ -129,10 +134,11 @@ class Session:
         noise="video", its generator is seeded with it).
         """
         self._require_open()
-        self._lease_generator()
-        # refuses before anything is changed
+        lease(self.spec.generator, self)
+        # refuse before anything is changed
+        spec = self.spec if seed is None else replace(self.spec, seed=seed)
         self._begin(self._steering.cond if cond is None else cond, prefix)
-        spec = self.spec = replace(self.spec, seed=self.spec.seed if seed is None else seed)
+        self.spec = spec
         if spec.generator is not None and seed is not None:
             spec.generator.manual_seed(seed)
         canvas = Canvas(self._loop.canvas.grid, spec.policy.fresh())
@@ -153,13 +159,14 @@ class Session:
     @property
     def ended(self) -> bool:
         """Whether everything was handed out."""
-        return not self._pieces and self._ahead is None and self._is_last(self._block - 1)
+        return not self._pieces and self._ahead is None and self.spec.ends_with(self._block - 1)
 
     @property
     def may_draw(self) -> bool:
         """Whether it may ask its generator for more noise."""
         return not self._cancelled and not self.ended
 
+    @one_thread
     @torch.no_grad()
     def step(self) -> StreamedChunk | None:
         """The next chunk (or part of one), None after the last. Raises `StreamCancelled` on a
@@ -179,15 +186,11 @@ class Session:
             block, latents = self._ahead or self._produce()
             self._ahead = None
             alone = self.spec.first_alone and block == 0 and latents.shape[2] > 1
-            self._pieces.extend(
-                (block, part)
-                for part in (
-                    latents.split([1, latents.shape[2] - 1], dim=2) if alone else (latents,)
-                )
-            )
+            parts = latents.split([1, latents.shape[2] - 1], dim=2) if alone else (latents,)
+            self._pieces.extend((block, part) for part in parts)
         block, latents = self._pieces.popleft()
         decoding = None if self._lane is None else self._lane.decode(latents)
-        if self.spec.look_ahead and not self._pieces and not self._is_last(self._block - 1):
+        if self.spec.look_ahead and not self._pieces and not self.spec.ends_with(self._block - 1):
             try:
                 self._ahead = self._produce()
             except SwitchRefused as error:  # this chunk is whole: the next step tells
@@ -196,6 +199,7 @@ class Session:
         frames = latents if frames is None else frames
         return StreamedChunk(block, latents, frames, time.perf_counter() - self._begun, images)
 
+    @one_thread
     @torch.no_grad()
     def settle(self) -> None:
         """Put the context of the newest chunk into the cache now, and not when the next one is
@@ -218,6 +222,7 @@ class Session:
         self._require_open()
         return self._steering.ask(self.spec.for_batch(cond), mode)
 
+    @one_thread
     def set_recipe(self, recipe: SamplingRecipe) -> int:
         """Take other steps, or another context rule, from the next block on, and return that block.
         `ConfigError` for another pattern, kind or guidance, which need a session of their own, and
@@ -227,39 +232,44 @@ class Session:
         self.spec = self.spec.with_recipe(recipe, block=self._block, given=self._given)
         return self._block
 
+    @one_thread
     def snapshot(self) -> dict[str, Any]:
         """Everything from which the stream goes on, as copies; for `restore` of this session or of
         one opened alike.
         """
         self._require_whole()
         return {
+            "made_by": self._maker(),
             "recipe": self.spec.recipe,
             "seed": self.spec.seed,
             **{name: getattr(self, f"_{name}") for name in _KEPT},
             "pieces": list(self._pieces),
             "steering": self._steering.state(),
-            "caches": [cache.state() for cache in self._loop.cache.branches],
-            "policy": self._loop.canvas.policy.state(),
-            "noise": self._loop.noise.state(),
+            "loop": self._loop.state(),
             "decoder": None if self._lane is None else self._lane.state(),
         }
 
+    @one_thread
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `snapshot`: the following chunks are those that followed it, bit by bit."""
+        """Go on from a `snapshot`: the following chunks are those that followed it, bit by bit.
+        `ConfigError`, and nothing is changed, for one by a session that was opened otherwise.
+        """
         self._require_open()
-        self._lease_generator()
-        self.spec = replace(self.spec, recipe=state["recipe"], seed=state["seed"])
-        for name in _KEPT:
-            setattr(self, f"_{name}", state[name])
+        require_alike(state, self._maker(), self.spec)
+        lease(self.spec.generator, self)
         self._failed = self._refused = None
-        self._pieces = deque(state["pieces"])
-        self._steering.load_state(state["steering"])
-        for cache, held in zip(self._loop.cache.branches, state["caches"], strict=True):
-            cache.load_state(held)
-        self._loop.canvas.policy.load_state(state["policy"])
-        self._loop.noise.load_state(state["noise"])
-        if self._lane is not None:
-            self._lane.load_state(state["decoder"])
+        with self._marking():
+            self.spec = replace(self.spec, recipe=state["recipe"], seed=state["seed"])
+            for name in _KEPT:
+                setattr(self, f"_{name}", state[name])
+            self._pieces = deque(state["pieces"])
+            self._steering.load_state(state["steering"])
+            self._loop.load_state(state["loop"])
+            if self._lane is not None:
+                self._lane.load_state(state["decoder"])
+
+    def _maker(self) -> dict[str, str]:
+        return maker(self.spec, self._loop, decoder=self._lane and self._lane.codec)
 
     def cancel(self) -> None:
         """Stop as soon as possible, from any thread: a step under way raises `StreamCancelled`
@@ -268,17 +278,19 @@ class Session:
         self._cancelled = True
 
     def close(self) -> None:
-        """Free cache, decoder and graphs. Any further step raises `StreamCancelled`. Where several
-        ranks make the stream and it goes on, this waits until the others are at the next chunk.
+        """Free cache, decoder and graphs. Any further step raises `StreamCancelled`; this waits for
+        one that is under way in another thread. Where several ranks make the stream and it goes on,
+        this waits until the others are at the next chunk.
         """
         self._cancelled = True
-        self._leave()
-        self._loop.close()
-        if self._lane is not None:
-            self._lane.close()
-        self._pieces.clear()
-        self._steering.forget()
-        self._ahead = self._pending = self._prefix = None
+        with self._user:
+            self._leave()
+            self._loop.close()
+            if self._lane is not None:
+                self._lane.close()
+            self._pieces.clear()
+            self._steering.forget()
+            self._ahead = self._pending = self._prefix = None
 
     def num_bytes(self) -> int:
         """Bytes that the stream holds on the device beside the weights, as far as it allocated them
@@ -293,10 +305,6 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _lease_generator(self) -> None:
-        if self.spec.generator is not None:
-            lease(self.spec.generator, self)
-
     def _produce(self) -> tuple[int, Tensor]:
         """Latents of the next block: given, or denoised after the context of the one before was
         committed.
@@ -309,7 +317,7 @@ class Session:
             self._block += 1
             if block < self._given:
                 return block, self._enter_given(block)
-            plan, last = recipe.plan(block, prefix_blocks=self._given), self._is_last(block)
+            plan, last = recipe.plan(block, prefix_blocks=self._given), self.spec.ends_with(block)
             result = self._loop.denoise(plan, self._steering.cond, keep=not last)
             self._pending = None if last else result
             return block, result.x0.float()
@@ -337,12 +345,9 @@ class Session:
             self._leave_context()
 
     def _enter_given(self, block: int) -> Tensor:
-        recipe = self.spec.recipe
-        first = recipe.plan(self._given, prefix_blocks=self._given)
-        start, stop = recipe.blocks.frames_before(block), recipe.blocks.frames_before(block + 1)
-        noisy = recipe.noisy_context and block >= recipe.noisy_context_start_chunk
-        x, t = self._prefix[:, :, start:stop], first.times[-2] if noisy else 0.0
-        self._pending = (replace(first, block=block, start=start, stop=stop), x, t)
+        plan, t = self.spec.given_chunk(block, given=self._given)
+        x = self._prefix[:, :, plan.start : plan.stop]
+        self._pending = (plan, x, t)
         return x.float()
 
     def _leave_context(self) -> None:
@@ -385,12 +390,8 @@ class Session:
 
     def _leave(self) -> None:
         """Tell the ranks that make another chunk with this one that it will not."""
-        if not self._is_last(self._block - 1):
+        if not self.spec.ends_with(self._block - 1):
             self._ranks.leave()
-
-    def _is_last(self, block: int) -> bool:
-        frames = self.spec.num_frames
-        return frames is not None and self.spec.recipe.blocks.frames_before(block + 1) >= frames
 
     def _require_open(self) -> None:
         if self._cancelled or self._ranks.stopped:

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import Record, require_kind, within
+from rcm.core.rng import require_seed
 from rcm.nets.condition import Condition
 from rcm.nets.kv_coded import KVCodec
 from rcm.nets.kv_view import Attention, Keys
 from rcm.rollout.eviction.base import CachePolicy
 from rcm.rollout.noise import ChunkNoise, Noise, VideoNoise
+from rcm.rollout.plan import ChunkPlan
 from rcm.rollout.recipe import SamplingRecipe
 
 SwitchMode = Literal["keep", "recache"]
@@ -90,7 +93,7 @@ class Receipt:
 
 
 @dataclass(frozen=True)
-class StreamSpec:
+class StreamSpec(Record):
     """What a stream is, beside its network and its condition.
 
     recipe        steps, context rule, block pattern.
@@ -127,44 +130,29 @@ class StreamSpec:
     keys: Keys | None = None
     attention: Attention = "net"
     kv_codec: KVCodec | None = None
-    hot_chunks: int = 0
+    hot_chunks: int = within(0, least=0)
     graphs: Literal["on", "off"] = "off"
     look_ahead: bool = False
     first_alone: bool = False
     to_host: bool = False
-    decode_ranks: int | None = None
+    decode_ranks: int | None = within(None, least=1)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        require_seed(self.seed, knob="seed=")
         if self.policy is AS_TRAINED:
             object.__setattr__(self, "policy", self.recipe.policy)
-        if self.noise not in ("chunk", "video"):
-            raise ConfigError(f"noise={self.noise!r} is not one of 'chunk', 'video'")
-        if self.graphs not in ("on", "off"):
-            raise ConfigError(f"graphs={self.graphs!r} is not one of 'on', 'off'")
         if self.batch < 1:
             raise ConfigError(f"batch={self.batch} must be at least 1 video")
-        if self.decode_ranks is not None and self.decode_ranks < 1:
-            raise ConfigError(
-                f"decode_ranks={self.decode_ranks} must be 1 or more; leave it out to let up to"
-                " four ranks decode"
-            )
-        if self.hot_chunks < 0:
-            raise ConfigError(f"hot_chunks={self.hot_chunks} must be 0 or more")
         if self.hot_chunks and self.kv_codec is None:
             raise ConfigError(
                 f"hot_chunks={self.hot_chunks} keeps chunks of a quantised cache plain, and this"
                 " one is; give kv_codec, or 0"
             )
-        if self.attention not in ("net", "fp8"):
-            raise ConfigError(f"attention={self.attention!r} is not one of 'net', 'fp8'")
         if self.attention == "fp8" and self.kv_codec is not None:
             raise ConfigError(
                 "attention='fp8' keeps FP8 codes of its own beside a plain cache; leave out"
                 " kv_codec, or attention"
-            )
-        if self.keys not in (None, "post_rope", "pre_rope"):
-            raise ConfigError(
-                f"keys={self.keys!r} is not one of 'post_rope', 'pre_rope'; or leave keys out"
             )
         if self.keys not in (None, self.policy.keys) and not self.policy.any_keys:
             raise ConfigError(
@@ -201,6 +189,7 @@ class StreamSpec:
         """The stream sampled by `recipe` from `block` on, behind so many `given` blocks.
         `ConfigError` for one that a stream under way cannot take up.
         """
+        require_kind("recipe", recipe, SamplingRecipe)
         for name in ("pattern", "kind", "guidance"):
             mine, new = getattr(self.recipe, name), getattr(recipe, name)
             if mine != new:
@@ -217,23 +206,29 @@ class StreamSpec:
         recipe.plan(max(block, given), prefix_blocks=given)
         return replace(self, recipe=recipe)
 
+    def ends_with(self, block: int) -> bool:
+        """Whether `block` is the last."""
+        frames = self.num_frames
+        return frames is not None and self.recipe.blocks.frames_before(block + 1) >= frames
+
+    def given_chunk(self, block: int, *, given: int) -> tuple[ChunkPlan, float]:
+        """Frames of `block`, one of `given` blocks, as a plan, and the time of its context: with
+        noisy context the last of the first generated chunk.
+        """
+        recipe, blocks = self.recipe, self.recipe.blocks
+        first = recipe.plan(given, prefix_blocks=given)
+        start, stop = blocks.frames_before(block), blocks.frames_before(block + 1)
+        noisy = recipe.noisy_context and block >= recipe.noisy_context_start_chunk
+        plan = replace(first, block=block, start=start, stop=stop)
+        return plan, first.times[-2] if noisy else 0.0
+
     def given(self, prefix: Tensor | None, *, device: torch.device) -> tuple[int, Tensor | None]:
         """Blocks of `prefix` [1 or batch, C, k, h, w] and its latents for the whole batch, float64,
         in memory of their own. `ConfigError` for another shape, or a k that ends within a block.
         """
         if prefix is None:
             return 0, None
-        channels, height, width = self.latent
-        fits = (
-            prefix.ndim == 5
-            and prefix.shape[0] in (1, self.batch)
-            and (prefix.shape[1], *prefix.shape[3:]) == tuple(self.latent)
-        )
-        if not fits:
-            raise ConfigError(
-                f"prefix must be [1 or {self.batch}, {channels}, k, {height}, {width}], got"
-                f" {list(prefix.shape)}"
-            )
+        check_prefix(prefix, batch=self.batch, latent=self.latent)
         blocks = count_prefix_blocks(self.recipe, prefix.shape[2], self.num_frames)
         return blocks, prefix.to(device, torch.float64, copy=True).expand(
             self.batch, -1, -1, -1, -1
@@ -241,6 +236,7 @@ class StreamSpec:
 
     def for_batch(self, cond: Condition) -> Condition:
         """`cond` of a batch of 1 for all videos. `ConfigError` for another batch."""
+        require_kind("cond", cond, Condition)
         if cond.batch not in (1, self.batch):
             raise ConfigError(
                 f"the condition has batch {cond.batch}, the stream {self.batch}; give a batch of 1"
@@ -268,6 +264,27 @@ class StreamSpec:
         return VideoNoise.for_plans(
             plans, whole, generator=source, renoises=self.recipe.rule.needs_noise, **options
         )
+
+
+def check_prefix(prefix: Tensor, *, batch: int, latent: tuple[int, int, int]) -> None:
+    """`ConfigError` unless `prefix` is finite latents [1 or batch, C, k, h, w] of `latent`
+    (C, h, w).
+    """
+    require_kind("prefix", prefix, Tensor)
+    fits = (
+        prefix.ndim == 5
+        and prefix.shape[0] in (1, batch)
+        and (prefix.shape[1], *prefix.shape[3:]) == tuple(latent)
+        and prefix.is_floating_point()
+    )
+    if not fits:
+        channels, height, width = latent
+        raise ConfigError(
+            f"prefix must be [1 or {batch}, {channels}, k, {height}, {width}] latents, got"
+            f" {prefix.dtype} {list(prefix.shape)}"
+        )
+    if not bool(prefix.isfinite().all()):
+        raise ConfigError("prefix has NaN or infinite values; encode the given frames again")
 
 
 def count_prefix_blocks(recipe: SamplingRecipe, prefix_frames: int, num_frames: int | None) -> int:

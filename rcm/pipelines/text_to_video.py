@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import Record
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import VelocityModel
 from rcm.nets.layout import TokenLayout
@@ -26,7 +27,7 @@ SOLVERS = {"ode": ("euler", "unipc"), "rcm_few_step": ("consistency", "euler")}
 
 
 @dataclass(frozen=True)
-class WholeVideoRecipe:
+class WholeVideoRecipe(Record):
     """Sampling of a bidirectional network; the counterpart of `SamplingRecipe`.
 
     kind "ode": along the grid of `steps`, `shift` and `sigma_max` from unscaled noise
@@ -42,13 +43,10 @@ class WholeVideoRecipe:
     steps: int
     shift: float = 1.0
     guidance: float = 1.0
-    solver: Literal["euler", "unipc", "consistency"] | None = None
+    solver: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in SOLVERS:
-            raise ConfigError(
-                f"whole-video sampling kind {self.kind!r} is not one of 'ode', 'rcm_few_step'"
-            )
+        super().__post_init__()
         if self.solver is not None and self.solver not in SOLVERS[self.kind]:
             raise ConfigError(
                 f"solver {self.solver!r} does not walk the grid of {self.kind!r} sampling; choose"

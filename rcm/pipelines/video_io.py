@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw
 
 from rcm.core.errors import ConfigError, NonFinite
 from rcm.core.output_file import OutputFile
+from rcm.core.records import require_kind
 from rcm.pipelines.mp4_encoder import Encoder, enlarge, keep_somewhere
 
 KEPT_BYTES = 1 << 30
@@ -94,7 +95,9 @@ class Mp4Writer:
         crf: int = 12,
         pad: bool = False,
     ) -> None:
-        if not 0 < fps < math.inf or scale < 1:
+        require_kind("fps", fps, float)
+        require_kind("scale", scale, int)
+        if fps <= 0 or scale < 1:
             raise ConfigError(
                 f"mp4 needs fps > 0 and an integer scale >= 1, got fps={fps}, scale={scale}"
             )

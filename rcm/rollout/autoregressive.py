@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -177,6 +177,23 @@ class ChunkLoop:
         """Begin another video in the memory of this one."""
         self.cache.reset(free_buffers=False)
         self.canvas, self.noise, self.newest = canvas, noise, None
+
+    def state(self) -> dict[str, Any]:
+        """What the next chunk depends on, as copies."""
+        return {
+            "newest": self.newest,
+            "caches": [cache.state() for cache in self.cache.branches],
+            "policy": self.canvas.policy.state(),
+            "noise": self.noise.state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up a `state` of a loop made alike."""
+        self.newest = state["newest"]
+        for cache, held in zip(self.cache.branches, state["caches"], strict=True):
+            cache.load_state(held)
+        self.canvas.policy.load_state(state["policy"])
+        self.noise.load_state(state["noise"])
 
     def close(self) -> None:
         """Free the cache."""

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import Record
 from rcm.diffusion.blocks import BlockPattern
 from rcm.rollout.eviction.base import CachePolicy
 from rcm.rollout.eviction.sliding_window import SlidingWindow
@@ -24,7 +25,7 @@ KINDS = ("few_step", "flow_map", "ode")
 
 
 @dataclass(frozen=True)
-class SamplingRecipe:
+class SamplingRecipe(Record):
     """Sampling of a causal network.
 
     kind "few_step": consistency steps along `mids` (per chunk, last repeats; see StepSchedule).
@@ -47,10 +48,7 @@ class SamplingRecipe:
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(
-                f"sampling kind {self.kind!r} is not one of {', '.join(map(repr, KINDS))}"
-            )
+        super().__post_init__()
         BlockPattern.parse(self.pattern)
         StepSchedule(self.mids)
         if self.window is not None:

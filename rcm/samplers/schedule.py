@@ -61,7 +61,7 @@ def few_step_grid(mid_times: Sequence[float], *, first: float) -> tuple[float, .
     grid = (float(first), *(float(t) for t in mid_times), 0.0)
     if not 0 < first <= 1:
         raise ConfigError(f"first time {first} of a few-step grid must be in (0, 1]")
-    if any(a <= b for a, b in pairwise(grid)):
+    if not all(a > b for a, b in pairwise(grid)):
         raise ConfigError(
             f"few-step times must decrease strictly from {first:g} to 0, got"
             f" {[f'{t:g}' for t in grid]}; change mid_t / mid_t_schedules (training:"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import check_kinds
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.kv_rewrite import Make, region, rewrite, split
@@ -42,6 +43,7 @@ class CompressedHistory(CachePolicy):
 
     def _begin(self, prefix: str) -> None:
         """Check the counts, whose flags begin with `prefix`, and forget everything."""
+        check_kinds(self, prefix=f"{prefix}_")
         if self.sinks < 0 or self.recent < 1:
             raise ConfigError(
                 f"{prefix}_sink_frames={self.sinks} must be at least 0 and"

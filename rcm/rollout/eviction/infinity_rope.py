@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import check_kinds
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.kv_cache import KVCache
 from rcm.rollout.eviction.base import CachePolicy, ChunkSpan, Placement
@@ -40,6 +41,7 @@ class InfinityRope(CachePolicy):
     any_keys = False
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if not 0 <= self.sinks < self.blocks:
             raise ConfigError(
                 f"ir_sink_blocks={self.sinks} must be at least 0 and below"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import check_kinds
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.kv_rewrite import region, rewrite, split
@@ -47,6 +48,7 @@ class MemRope(CachePolicy):
     any_keys = False
 
     def __post_init__(self) -> None:
+        check_kinds(self, prefix="mr_")
         if self.sinks < 0 or self.local < 1:
             raise ConfigError(
                 f"mr_sink_frames={self.sinks} must be at least 0 and mr_local_frames={self.local}"

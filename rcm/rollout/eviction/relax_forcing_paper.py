@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import check_kinds
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.kv_rewrite import lift
@@ -49,6 +50,7 @@ class RelaxForcingPaper(CachePolicy):
     any_keys = False
 
     def __post_init__(self) -> None:
+        check_kinds(self, prefix="rx_")
         if self.sinks < 1 or self.tail < 1 or self.history < 0:
             raise ConfigError(
                 f"rx_sink_blocks={self.sinks} and rx_tail_blocks={self.tail} must be at least 1, "

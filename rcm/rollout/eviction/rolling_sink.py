@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import check_kinds
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.kv_rewrite import lift
@@ -36,6 +37,7 @@ class RollingSink(CachePolicy):
     any_keys = False
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.recent < 1 or self.sinks < 1:
             raise ConfigError(
                 f"sink_blocks={self.sinks} and recent_blocks={self.recent} must both be at least 1"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import check_kinds
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.kv_cache import KVCache
 from rcm.rollout.eviction.base import CachePolicy, ChunkSpan, Placement
@@ -26,6 +27,7 @@ class SlidingWindow(CachePolicy):
     keep: bool = False
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.blocks < 1:
             raise ConfigError(
                 f"window={self.blocks} blocks: a chunk sees at least its own; set window to 1 or"

@@ -1,0 +1,30 @@
+"""A stream is stepped by one thread at a time: two would change one cache."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from rcm.core.errors import ConfigError
+
+
+def one_thread(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` of a session, refused while another thread is in one: they would change the same
+    cache.
+    """
+
+    @functools.wraps(method)
+    def alone(self: Any, *arguments: Any, **options: Any) -> Any:
+        if not self._user.acquire(blocking=False):
+            self._require_open()  # what closes it waits for nobody else
+            raise ConfigError(
+                f"{method.__name__}() was called while another thread uses this stream; step a"
+                " stream from one thread (cancel, close and set_condition may be called from any)"
+            )
+        try:
+            return method(self, *arguments, **options)
+        finally:
+            self._user.release()
+
+    return alone

@@ -1,0 +1,183 @@
+"""Snapshots: a fresh session goes on bit by bit, whatever the cache; one that was opened otherwise
+refuses before it changes. One thread steps a stream.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rcm.core.dtypes import Precision
+from rcm.core.errors import ConfigError
+from rcm.nets.denoiser import Denoiser, Guided
+from rcm.pipelines.session import Session, StreamCancelled
+from rcm.pipelines.stream_spec import StreamSpec
+from rcm.rollout.eviction.infinity_rope import InfinityRope
+from rcm.rollout.eviction.sliding_window import SlidingWindow
+from rcm.worlds.toy_codec import ToyCodec
+from tests.pipelines.test_session_codec import CODECS, NOISY, RECIPE
+from tests.rollout.test_eviction import POLICIES
+from tests.support.tiny_nets import HEIGHT, WIDTH, condition, tiny_config, tiny_net
+
+LATENT = (4, HEIGHT, WIDTH)
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> Denoiser:
+    return Denoiser(tiny_net(dtype=torch.float32), Precision.preset("fp32")).eval_params()
+
+
+def cond(seed: int = 0):
+    return condition(tiny_config(), dtype=torch.float32, seed=seed)
+
+
+def opened(model, recipe=RECIPE, codec=None, **options) -> Session:
+    options.setdefault("policy", SlidingWindow(3, 1))
+    return Session(model, codec, cond(), StreamSpec(recipe, LATENT, batch=2, **options))
+
+
+def chunks(session: Session, count: int) -> torch.Tensor:
+    return torch.cat([session.step().latents for _ in range(count)], dim=2)
+
+
+CASES = [(name, RECIPE, None) for name in POLICIES if name not in ("everything", "toy")]
+CASES += [("sliding+sink", NOISY, name) for name in ("int4", "int2 qvg", "official")] + [
+    ("infinity", NOISY, "int2 qvg"),
+    ("mem", NOISY, None),
+]
+
+
+@pytest.mark.parametrize(("policy", "recipe", "codec"), CASES)
+def test_a_fresh_session_goes_on_bit_by_bit(denoiser, policy, recipe, codec):
+    options = {"policy": POLICIES[policy][0], "kv_codec": CODECS.get(codec)}
+    session, fresh = (opened(denoiser, recipe, **options) for _ in range(2))
+    chunks(session, 6)
+    fresh.restore(session.snapshot())
+    assert torch.equal(chunks(fresh, 4), chunks(session, 4))
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, NOISY], ids=["clean", "noisy"])
+def test_a_fresh_session_recaches_what_the_snapshot_held(denoiser, recipe):
+    """The context of the newest chunk is remembered under its id in the cache that was taken up."""
+    session, fresh = opened(denoiser, recipe), opened(denoiser, recipe)
+    chunks(session, 5), chunks(fresh, 2)
+    fresh.restore(session.snapshot())
+    for one in (session, fresh):
+        one.set_condition(cond(seed=5), mode="recache")
+    assert torch.equal(chunks(fresh, 4), chunks(session, 4))
+
+
+OTHERS = {
+    "network": ({}, "another network"),
+    "guided": ({}, "another guidance: none, here 2"),
+    "codec": ({"codec": ToyCodec()}, "another decoder: none, here ToyCodec"),
+    "recipe": ({"recipe": replace(RECIPE, pattern="c2-1")}, "another pattern: c1-1, here c2-1"),
+    "window": ({"policy": SlidingWindow(4, 1)}, "another policy: SlidingWindow.blocks=3, sinks=1.*here .*blocks=4"),
+    "policy": ({"policy": InfinityRope(3, 1, 8)}, "another policy"),
+    "keys": ({"keys": "pre_rope"}, "another keys: post_rope, here pre_rope"),
+    "attention": ({"attention": "fp8"}, "another attention: net, here fp8"),
+    "coded": ({"kv_codec": CODECS["int4"]}, "another kv_codec: none, here KVCodecSpec"),
+    "noise": ({"num_frames": 20, "noise": "video"}, "another noise: chunk, here video"),
+    "length": ({"num_frames": 4}, "after 5 latent frames, the stream ends at 4"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_session_that_was_opened_otherwise_refuses_and_goes_on(denoiser, what):
+    options, told = OTHERS[what]
+    model = denoiser
+    if what == "guided":
+        model = Guided(denoiser, condition(tiny_config(), batch=1, seed=9, dtype=torch.float32), 2.0)
+    if what == "network":
+        model = Denoiser(tiny_net(dtype=torch.float32, seed=8), Precision.preset("fp32")).eval_params()
+    maker = opened(denoiser)
+    chunks(maker, 5)
+    other, alone = opened(model, **options), opened(model, **options)
+    if what == "codec":  # which no latents of this network fit
+        with pytest.raises(ConfigError, match=told):
+            other.restore(maker.snapshot())
+        return
+    other.step(), alone.step()
+    with pytest.raises(ConfigError, match=told):
+        other.restore(maker.snapshot())
+    assert torch.equal(other.step().latents, alone.step().latents)
+
+
+@pytest.mark.parametrize("state", [None, {}, [], "state", {"seed": 1}])
+def test_what_is_no_snapshot_is_refused(denoiser, state):
+    with pytest.raises(ConfigError, match="state"):
+        opened(denoiser).restore(state)
+
+
+def test_a_restore_that_breaks_off_leaves_no_half_stream(denoiser):
+    session = opened(denoiser)
+    chunks(session, 3)
+    whole = session.snapshot()
+    with pytest.raises(TypeError):
+        session.restore({**whole, "loop": None})
+    with pytest.raises(StreamCancelled, match="failed"):
+        session.step()
+    session.restore(whole)
+    assert session.step().block == 3
+
+
+def test_one_thread_at_a_time(denoiser):
+    """A second thread is refused while a step is under way, and the stream is as if it had not
+    asked; closing waits for the step.
+    """
+    session, alone, told = opened(denoiser), opened(denoiser), []
+    step = session.loop.advance
+
+    def others(*arguments, **options):
+        for name in ("step", "settle", "snapshot", "restart"):
+            thread = threading.Thread(target=lambda name=name: told.append(refused(getattr(session, name))))
+            thread.start()
+            thread.join()
+        return step(*arguments, **options)
+
+    def refused(call) -> str:
+        try:
+            call()
+        except ConfigError as error:
+            return str(error)
+        return "accepted"
+
+    session.loop.advance = others
+    assert torch.equal(chunks(session, 2), chunks(alone, 2))
+    assert told and all("while another thread uses this stream" in sentence for sentence in told)
+    session.loop.advance = step
+    closing = threading.Thread(target=session.close)
+    session.loop.interrupt = lambda: closing.is_alive() or closing.ident or closing.start() or session._require_open()
+    with pytest.raises(StreamCancelled):
+        chunks(session, 50)
+    closing.join(timeout=20)
+    assert not closing.is_alive() and session.num_bytes() == 0
+
+
+def test_an_impossible_seed_leaves_the_stream_as_it_was(denoiser):
+    session, alone = opened(denoiser), opened(denoiser)
+    chunks(session, 3), chunks(alone, 3)
+    for seed in (-1, 1.5, "7", True, 2**32, 10**5000):
+        with pytest.raises(ConfigError, match="seed="):
+            session.restart(seed=seed)
+    assert torch.equal(session.step().latents, alone.step().latents)
+
+
+def test_streams_of_several_threads_share_a_model(denoiser):
+    """What a network keeps for its passes (rotary tables) is looked up while others replace it."""
+    alone, found = chunks(opened(denoiser), 12), {}
+    threads = [threading.Thread(target=lambda i=i: found.update({i: chunks(opened(denoiser), 12)})) for i in range(3)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert len(found) == 3 and all(torch.equal(one, alone) for one in found.values())
