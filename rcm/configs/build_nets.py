@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from loguru import logger
@@ -25,7 +25,7 @@ from rcm.nets.wan.adapters import adapted_layers
 from rcm.nets.wan.model import WanDiT
 from rcm.nets.wan.two_times import SPAN, with_second_time
 from rcm.parallel.agree import on_first, shared
-from rcm.parallel.apply import parallelize
+from rcm.parallel.apply import parallelize, parallelize_head
 from rcm.parallel.init import check_equal, drawn_weights, load_full, materialise, on_meta
 from rcm.parallel.mesh import ParallelDims
 from rcm.pipelines.described import description_of
@@ -34,6 +34,7 @@ from rcm.pipelines.weight_files import open_weights
 from rcm.storage.digest import DigestedWeights
 from rcm.train.offload import IdleRoles
 
+Head = TypeVar("Head", bound=nn.Module)
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -108,6 +109,17 @@ class NetBuilder:
         shared = bool(roles_on(self.config, base_of(self.config, knob)))
         net = AdaptedNet(self._base(knob), None) if shared else self._alone(knob, frozen=True)
         return Denoiser(net, self.precision).eval_params()
+
+    def head(self, build: Callable[[], Head]) -> Head:
+        """What `build` makes, to be trained on tokens of another network: parallelised as that one,
+        with random weights.
+        """
+        head = parallelize_head(on_meta(build), dims=self.dims, precision=self.precision)
+        materialise(head, device=self.device)
+        drawn = on_first(lambda: drawn_weights(build, seed=self.seed))
+        load_full(head, drawn, source="initial weights")
+        check_equal(head, dims=self.dims)
+        return head
 
     def adapters(self) -> dict[str, Any] | None:
         """What a checkpoint says of its adapters; None where all weights are trained."""

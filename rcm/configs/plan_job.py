@@ -14,6 +14,7 @@ from typing import Literal
 
 from rcm.configs.bases import base_of, roles_on
 from rcm.configs.build_data import latent_shape
+from rcm.configs.build_gan import head_elements
 from rcm.configs.build_nets import precision_of
 from rcm.configs.compose import Run
 from rcm.configs.network import networks, wan_config
@@ -84,6 +85,7 @@ def _net(key: str, net: NetConfig, config: TrainConfig) -> NetPlan:
         layers,
         base,
         (config.optimizer if role == "student" else model.optimizer_fake_score).states,
+        head_elements(model, wan_config(net)) if role == "fake_score" else 0,
     )
 
 
@@ -195,7 +197,7 @@ class _Causal:
         guided = (_guided(self.model.bidirectional_guidance),)
         judged = (
             self.rollout(last_with_gradient=not replayed, beside=beside),
-            Pass("fake score", "fake_score", "infer", self.whole, (), cached, beside),
+            self.asked(cached, beside),
             Pass(
                 "bidirectional teacher",
                 "bidirectional_teacher",
@@ -211,6 +213,21 @@ class _Causal:
             for chunk in self.judged
         )
         return (*judged, *replays) if replayed else (*judged, last)
+
+    def asked(self, cached: int, beside: Pass | None) -> Pass:
+        """The fake score in a student phase; a discriminator's gradient comes back through it."""
+        step = Pass("fake score", "fake_score", "infer", self.whole, (), cached, beside)
+        return replace(step, mode="train", inputs=True) if self.model.gan.loss_scale else step
+
+    def fitted(self) -> Pass:
+        """The fake score in its own phase, with the looks of a discriminator at real videos."""
+        step, gan = Pass("fake score", "fake_score", "train", self.whole), self.model.gan
+        if not gan.loss_scale:
+            return step
+        layers = wan_config(self.model.net_fake_score).num_layers
+        looks = 2 if gan.r1 == "approximate" else 1
+        reach = (layers, *looks * (gan.read_blocks(layers)[-1] + 1,))
+        return replace(step, layouts=self.whole * len(reach), reach=reach)
 
     def phases(self) -> tuple[PhasePlan, ...]:
         """Those of the training type."""
@@ -229,10 +246,7 @@ class _Causal:
             raise ConfigError(f"the planner does not know the passes of training_type={kind}")
         joint = self.continuous() if model.has.consistency else ()
         terms = (len(self.judged) if model.replayed_training else 1) + bool(joint)
-        critic = (
-            self.rollout(last_with_gradient=False),
-            Pass("fake score", "fake_score", "train", self.whole),
-        )
+        critic = (self.rollout(last_with_gradient=False), self.fitted())
         student = PhasePlan("student", (*joint, *self.self_forced()), terms=terms)
         return _alternating(student, critic, frequency=model.student_update_freq)
 

@@ -87,6 +87,7 @@ class NetPlan:
     layers: tuple[str, ...] = ()
     base: str = ""  # role whose network in memory computes this one, too; "" = its own
     states: States = "float32"  # form of its optimiser's moments
+    head: int = 0  # numbers of a discriminator's head on its tokens, trained with it
 
     def __post_init__(self) -> None:
         if self.recompute not in MODES:
@@ -161,6 +162,12 @@ class Pass:
     repeats: tuple[float, ...] = ()
     cached: int = 0  # latent frames whose student keys and values are in memory
     beside: Pass | None = None  # an earlier pass whose backward pass is yet to come
+    reach: tuple[int, ...] = ()  # blocks that run of each layout; () is all of them
+    inputs: bool = False  # a backward pass reaches the network's input alone, none of its weights
+
+    def runs(self, index: int, blocks: int) -> int:
+        """How many of `blocks` run of a layout."""
+        return self.reach[index] if self.reach else blocks
 
 
 @dataclass(frozen=True)

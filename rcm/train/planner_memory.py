@@ -76,7 +76,14 @@ def state_terms(job: Job) -> list[Term]:
         if net.averaged:
             average = average_bytes(job, net)
             terms.append(Term(f"{net.role} average", average, "EMA: a float32 copy of the shards"))
-    return terms
+    return terms + [head_term(job, net) for net in job.nets if net.head]
+
+
+def head_term(job: Job, net: NetPlan) -> Term:
+    """A discriminator's head, spread as its network is."""
+    count = -(-net.head // max(1, job.shards_of(net)))
+    size = job.param_bytes * count * (1 if job.host_states else 3)
+    return Term(f"{net.role} discriminator", size, "its head: parameters and moments")
 
 
 def host_bytes(job: Job) -> float:
@@ -185,8 +192,12 @@ class PassMemory:
 
     def graph(self) -> float:
         """What all blocks keep of all layouts until the backward pass."""
-        blocks = range(self.config.num_layers)
-        return sum(self.stored(layout, block) for layout in self.step.layouts for block in blocks)
+        count = self.config.num_layers
+        return sum(
+            self.stored(layout, block)
+            for index, layout in enumerate(self.step.layouts)
+            for block in range(self.step.runs(index, count))
+        )
 
     def embeddings(self) -> float:
         """Kept by every forward with gradient: float32 copies of the time embedding's matrices
@@ -308,8 +319,10 @@ def pass_terms(job: Job, phase: PhasePlan, step: Pass) -> list[Term]:
     told = "samples, noise, velocities and targets of the loss"
     terms = [*gathered_terms(job, phase), *memory.held(), Term("latents", latents, told)]
     before_step = takewhile(lambda other: other is not step, phase.passes)
-    earlier = any(other.mode == "train" for other in before_step)
+    earlier = any(other.mode == "train" and not other.inputs for other in before_step)
     before, after, moment = gradient_terms(job, phase, earlier=earlier)
+    if step.inputs:
+        after, moment = before, 0.0
     if step.mode != "train":
         how = "reduced" if job.gradient_sync == "each" else "whole and unreduced"
         inside, running = (

@@ -89,13 +89,17 @@ def pass_cost(job: Job, card: Card, step: Pass) -> Cost:
     net, flops, total, share = job.net(step.role), 0.0, 0.0, job.batch / job.context
     config, gathering = net.config, _gathering(job, card, net, step)
     rate = card.attention_tangent if step.mode == "tangent" else card.attention
-    frozen = bool(net.rank) and step.mode == "train"  # no gradient of the weights themselves
+    # no gradient of the weights themselves
+    frozen = step.mode == "train" and (bool(net.rank) or step.inputs)
     # of tokens, not of the text
     own = [layer for layer in net.layers if layer not in ("cross_attn.k", "cross_attn.v")]
     # forward passes add factors to weights, which costs no token anything; of the backward pass
     # each factor's gradient is two products
-    factors = 4 * adapter_elements(own, config, rank=net.rank) if frozen else 0
-    for layout, count in zip(step.layouts, step.repeats or (1.0,) * len(step.layouts), strict=True):
+    adapted = frozen and not step.inputs
+    factors = 4 * adapter_elements(own, config, rank=net.rank) if adapted else 0
+    repeats = step.repeats or (1.0,) * len(step.layouts)
+    for index, (layout, runs) in enumerate(zip(step.layouts, repeats, strict=True)):
+        count = runs * step.runs(index, config.num_layers) / config.num_layers
         work, times = forward_work(config, layout), _multiples(net, step, layout)
         products = (times.linear - frozen) * work.linear + factors * layout.num_tokens
         dense = products + times.linear * work.cross
@@ -128,9 +132,9 @@ def _gathering(job: Job, card: Card, net: NetPlan, step: Pass) -> float:
     """
     ranks = max(1, job.shards_of(net))
     training = step.mode == "train"
+    reduced = training and not step.inputs
     moved = (
-        job.compute_size(net) * (1 + training)
-        + job.reduce_bytes * net.trained_elements() * training
+        job.compute_size(net) * (1 + training) + job.reduce_bytes * net.trained_elements() * reduced
     )
     between = moved * (ranks - 1) / ranks / _speed(card, ranks)
     if not (job.host_parameters and net.trained):

@@ -11,8 +11,10 @@ import pytest
 from rcm.configs import registry_distill
 from rcm.configs.compose import Run, compose_run
 from rcm.configs.plan_job import Rollouts, plan_job
+from rcm.train.planner_card import H200
 from rcm.train.planner_job import Job, Pass, parameter_shapes
 from rcm.train.planner_memory import PassMemory
+from rcm.train.planner_time import pass_cost
 
 SMALL = "causal_wan2pt1_1pt3B_res480p_t2v_"
 ONE = ["model.config.fsdp_shard_size=1", "model_parallel.context_parallel_size=1"]
@@ -85,6 +87,24 @@ def test_two_times_take_the_passes_of_one():
     assert student.two_times and not teacher.two_times
     counts = [sum(math.prod(shape) for _, shape in parameter_shapes(config)) for config in (student, teacher)]
     assert counts[0] - counts[1] == (64 + 1 + width + 1) * width
+
+
+def test_a_discriminator_looks_at_real_videos_and_passes_gradients_back():
+    """Two looks at a real video, to the last block that is read; a gradient to the input alone in
+    student phases. Nothing else moves.
+    """
+    plain, gan = job(SMALL + "sf_dmd_c3-3"), job(SMALL + "sf_dmd_c3-3", "model.config.gan={loss_scale:0.01,blocks:[3,15]}")
+    whole, looks = passes(plain, "fake_score")["fake score"], passes(gan, "fake_score")["fake score"]
+    assert looks == replace(whole, layouts=whole.layouts * 3, reach=(40, 16, 16))
+    asked = passes(gan, "student")["fake score"]
+    assert asked.inputs and asked == replace(passes(plain, "student")["fake score"], mode="train", inputs=True)
+    assert gan.net("fake_score") == replace(plain.net("fake_score"), head=2 * (2 * 5120 + 5121 * 256) + 2 * 256 + 1)
+    exact = job("toy_sf_dmd_c3-3", "model.config.gan={loss_scale:0.01,r1:off}")
+    assert passes(exact, "fake_score")["fake score"].reach == (4, 4)
+    costs = [{step.role: pass_cost(found, H200, step).flops for step in found.phases[0].passes} for found in (plain, gan)]
+    # forward, recomputed, and the gradient of the input: as dear for products, dearer for attention
+    assert 3 < costs[1]["fake_score"] / costs[0]["fake_score"] < 4.5
+    assert costs[1]["student"] == costs[0]["student"]
 
 
 def test_guidance_doubles_the_teachers_passes():

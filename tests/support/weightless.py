@@ -7,6 +7,7 @@ backward pass what the real one keeps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -105,6 +106,10 @@ class MetaNets(NetBuilder):
             checkpoint_blocks(net, mode=net_config.sac_config.mode, every=net_config.sac_config.every_n_blocks)
         self.built.append(net)
         return net
+
+    def head(self, build: Callable[[], nn.Module]) -> nn.Module:
+        self.built.append(on_meta(build).to(torch.bfloat16))
+        return self.built[-1]
 
 
 def traced_peak(run: Run, role: str, *, index: int) -> int:

@@ -15,6 +15,7 @@ from rcm.configs import registry_distill
 from rcm.configs.compose import Run, compose_run
 from rcm.configs.network import networks
 from rcm.configs.plan_job import plan_job
+from rcm.configs.schema_gan import GanConfig
 from rcm.configs.schema_model import CommonModelConfig, SACConfig
 from rcm.nets.wan.config import PRESETS
 from rcm.nets.wan.model import WanDiT
@@ -68,6 +69,9 @@ CASES = [
     (SMALL + "sf_dmd_c1-4", "student", {"mode": "none"}),
     (SMALL + "sf_dmd_c3-3_replayed", "student", {}),
     (SMALL + "sf_dmd_c3-3", "fake_score", {}),
+    (SMALL + "sf_dmd_c3-3", "student", {"gan": GanConfig(loss_scale=0.01)}),
+    (SMALL + "sf_dmd_c3-3_replayed", "student", {"gan": GanConfig(loss_scale=0.01)}),
+    (SMALL + "sf_dmd_c3-3", "fake_score", {"layers": 4, "gan": GanConfig(loss_scale=0.01, blocks=(1,))}),
     ("wan2pt1_1pt3B_res480p_t2v_rCM", "student", {}),
     ("wan2pt1_14B_res480p_t2v_rCM", "student", {"cm_type": "dcm"}),
     ("wan2pt1_14B_res480p_t2v_rCM", "fake_score", {"mode": "mm_only"}),
@@ -77,7 +81,7 @@ CASES = [
     ("wan2pt1_14B_res480p_t2v_rCM_lora", "fake_score", {}),
 ]
 """Experiment, whose iteration, and: `layers` of every network, its recompute `mode` of `every` so
-many blocks, another `cm_type`.
+many blocks, another `cm_type`, a `gan`.
 """
 
 
@@ -93,7 +97,7 @@ def test_activations_of_the_real_methods(monkeypatch, experiment, role, changes)
     for key, net in networks(model).items():
         sac = SACConfig(changes.get("mode", net.sac_config.mode), changes.get("every", 1))
         nets[key] = replace(net, num_layers=layers, sac_config=sac)
-    more = {"cm_type": changes["cm_type"]} if "cm_type" in changes else {}
+    more = {key: changes[key] for key in ("cm_type", "gan") if key in changes}
     run = with_model(run, replace(model, tangent_warmup=0, fsdp_shard_size=1, **nets, **more))
     found = predict(unsharded(run), H200)
     phase = next(phase for phase in found.phases if phase.role == role)
