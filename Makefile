@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0 triton==3.7.1
 VENV ?= .venv
 BIN := $(VENV)/bin
 # with a bar per download where somebody looks at a terminal
-PIP = $(BIN)/python -m pip install --disable-pip-version-check $$(test -t 1 || echo --quiet)
+PIP = $(BIN)/python -m pip install --disable-pip-version-check $$(test -t 2 || echo --quiet)
 HINT = command -v rcm >/dev/null || echo "first: . $(BIN)/activate"
 
 .PHONY: demo quick stream test test-all test-gpu lint install clean

@@ -147,4 +147,4 @@ def test_make_says_what_it_installs_before_it_does() -> None:
     long = [i for i, line in enumerate(lines) if "-m pip install" in line and "--upgrade pip" not in line]
     assert len(steps) == 3 and [i - 1 for i in long] == steps[1:]
     assert all("GB to download" in lines[i] for i in steps[1:])
-    assert all("$(test -t 1 || echo --quiet)" in lines[i] for i in long), "the bar is for terminals"
+    assert all("$(test -t 2 || echo --quiet)" in lines[i] for i in long), "the bar is for terminals"
