@@ -97,18 +97,10 @@ class Reel:
 
     def _tell(self, marks: Marks, *, number: int) -> None:
         if self.progress is not None and number >= 0:
-            seconds = (
-                marks.watch.ms(
-                    marks.chunks[number - 1] if number else marks.points["ready"],
-                    marks.chunks[number],
-                )
-                / 1000
-            )
-            self.progress.chunk(
-                number + 1,
-                self.spec.recipe.blocks.num_blocks(self.film.latent_frames),
-                seconds=seconds,
-            )
+            begin = marks.chunks[number - 1] if number else marks.points["ready"]
+            seconds = marks.watch.ms(begin, marks.chunks[number]) / 1000
+            total = self.spec.recipe.blocks.num_blocks(self.film.latent_frames)
+            self.progress.chunk(number + 1, total, seconds=seconds)
 
     def _prepared(self, cond: Condition) -> Condition:
         return self.denoiser.prepare(cond).expand(self.spec.batch)

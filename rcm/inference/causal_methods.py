@@ -23,10 +23,16 @@ from rcm.rollout.eviction.sliding_window import SlidingWindow
 
 @dataclass(frozen=True)
 class Method:
-    """An extrapolation method: its flags with their defaults, and its policy from their values."""
+    """An extrapolation method: its flags with their defaults, and its policy from their values in
+    that order.
+    """
 
     flags: Mapping[str, Any]
     make: Callable[..., CachePolicy]
+
+
+def _method(make: Callable[..., CachePolicy], **flags: Any) -> Method:
+    return Method(flags, make)
 
 
 def _sliding(window_blocks: int, sw_sink_blocks: int) -> SlidingWindow:
@@ -40,70 +46,54 @@ def _sliding(window_blocks: int, sw_sink_blocks: int) -> SlidingWindow:
     return SlidingWindow(window_blocks - sw_sink_blocks + 1, sw_sink_blocks)
 
 
-def _infinity(no_rope_cut_single_frame: bool, **values: Any) -> InfinityRope:
-    names = ("blocks", "sinks", "horizon", "flush_interval", "cut_delta", "cuts")
-    return InfinityRope(
-        **dict(zip(names, values.values(), strict=True)),
-        cut_single_frames=not no_rope_cut_single_frame,
-    )
+def _infinity(*values: Any, cuts: frozenset[int]) -> InfinityRope:
+    *numbers, uncut = values
+    return InfinityRope(*numbers, not uncut, cuts)
 
 
 METHODS: dict[str, Method] = {
-    "none": Method({}, CachePolicy),
-    "sliding_window": Method({"window_blocks": 6, "sw_sink_blocks": 0}, _sliding),
-    "rolling_sink": Method(
-        {"total_blocks": 6, "sink_blocks": 5, "recent_blocks": 1},
-        lambda **v: RollingSink(*v.values()),
-    ),
-    "infinity_rope": Method(
-        {
-            "cache_blocks": 6,
-            "ir_sink_blocks": 1,
-            "f_limit": 21,
-            "flush_interval_blocks": 0,
-            "rope_cut_delta": 21,
-            "no_rope_cut_single_frame": False,
-        },
+    "none": _method(CachePolicy),
+    "sliding_window": _method(_sliding, window_blocks=6, sw_sink_blocks=0),
+    "rolling_sink": _method(RollingSink, total_blocks=6, sink_blocks=5, recent_blocks=1),
+    "infinity_rope": _method(
         _infinity,
+        cache_blocks=6,
+        ir_sink_blocks=1,
+        f_limit=21,
+        flush_interval_blocks=0,
+        rope_cut_delta=21,
+        no_rope_cut_single_frame=False,
     ),
-    "deep_forcing": Method(
-        {
-            "df_sink_frames": 10,
-            "df_budget_frames": 16,
-            "df_recent_frames": 4,
-            "df_observation_layers": 0,
-        },
-        lambda reduce, ntk_time, **v: DeepForcing(*v.values(), reduce=reduce, ntk_time=ntk_time),
+    "deep_forcing": _method(
+        DeepForcing,
+        df_sink_frames=10,
+        df_budget_frames=16,
+        df_recent_frames=4,
+        df_observation_layers=0,
     ),
-    "memrope": Method(
-        {
-            "mr_sink_frames": 3,
-            "mr_local_frames": 4,
-            "mr_alpha_long": 0.01,
-            "mr_alpha_short": 0.1,
-            "mr_per_position": False,
-        },
-        lambda **v: MemRope(*v.values()),
+    "memrope": _method(
+        MemRope,
+        mr_sink_frames=3,
+        mr_local_frames=4,
+        mr_alpha_long=0.01,
+        mr_alpha_short=0.1,
+        mr_per_position=False,
     ),
-    "relax_forcing": Method(
-        {
-            "rx_sink_frames": 4,
-            "rx_budget_frames": 16,
-            "rx_recent_frames": 4,
-            "rx_alignment_weight": 0.5,
-        },
-        lambda reduce, ntk_time, **v: RelaxForcing(*v.values(), reduce=reduce, ntk_time=ntk_time),
+    "relax_forcing": _method(
+        RelaxForcing,
+        rx_sink_frames=4,
+        rx_budget_frames=16,
+        rx_recent_frames=4,
+        rx_alignment_weight=0.5,
     ),
-    "relax_forcing_paper": Method(
-        {
-            "rx_sink_blocks": 2,
-            "rx_history_blocks": 1,
-            "rx_tail_blocks": 1,
-            "rx_pool_blocks": 8,
-            "rx_redundancy": 0.5,
-            "f_limit": 21,
-        },
-        lambda reduce, **v: RelaxForcingPaper(*v.values(), reduce=reduce),
+    "relax_forcing_paper": _method(
+        RelaxForcingPaper,
+        rx_sink_blocks=2,
+        rx_history_blocks=1,
+        rx_tail_blocks=1,
+        rx_pool_blocks=8,
+        rx_redundancy=0.5,
+        f_limit=21,
     ),
 }
 """Name of --extrapolation_method -> method. The last one is an addition; the others are the
@@ -157,11 +147,11 @@ def policy_of(
 ) -> CachePolicy:
     """What the cache keeps."""
     method = METHODS[flags.extrapolation_method]
-    values = {name: getattr(flags, name) for name in method.flags}
+    extras: dict[str, Any] = {}
     if flags.extrapolation_method == "infinity_rope":
-        values["cuts"] = cuts
+        extras["cuts"] = cuts
     if flags.extrapolation_method in ("deep_forcing", "relax_forcing", "relax_forcing_paper"):
-        values["reduce"] = reduce
+        extras["reduce"] = reduce
     if flags.extrapolation_method in ("deep_forcing", "relax_forcing"):
-        values["ntk_time"] = flags.ntk_t
-    return method.make(**values)
+        extras["ntk_time"] = flags.ntk_t
+    return method.make(*(getattr(flags, name) for name in method.flags), **extras)

@@ -92,11 +92,8 @@ def check_numbers(flags: argparse.Namespace) -> None:
                 )
             if not least <= number <= most:
                 bound = f"at least {_told(least)}" if number < least else f"at most {_told(most)}"
-                bound = (
-                    f"positive, {bound}"
-                    if least > 0 >= number and isinstance(number, float)
-                    else bound
-                )
+                if least > 0 >= number and isinstance(number, float):
+                    bound = f"positive, {bound}"
                 raise ConfigError(
                     f"--{name} {_told(number)} must be {bound}{_REASONS.get(name, '')}"
                 )

@@ -12,12 +12,12 @@ from rcm.pipelines.text_to_video import WholeVideoRecipe
 from rcm.rollout.recipe import SamplingRecipe
 from rcm.samplers.schedule import parse_schedules
 
-_FEW_STEP = (
-    "steps_per_chunk",
-    "mid_t_schedules",
-    "context_from_last_step",
-    "context_from_last_step_start_chunk",
-)
+_CONTEXT = {
+    "context_from_last_step": "noisy_context",
+    "context_from_last_step_start_chunk": "noisy_context_start_chunk",
+}
+_GRID = {"sigma_max": "sigma_max", "timestep_shift": "shift", "guidance_scale": "guidance"}
+"""Flags and the fields of a recipe that they set."""
 
 
 _FLAGS = """
@@ -47,13 +47,22 @@ def chosen_recipe(
     """The checkpoint's recipe with the flags applied. Raises `ConfigError` for flags that have no
     meaning for it.
     """
-    return (
-        _causal(flags, trained) if isinstance(trained, SamplingRecipe) else _whole(flags, trained)
-    )
+    if flags.timestep_shift is not None and trained.kind != "ode":
+        raise ConfigError(
+            "--timestep_shift belongs to many-step sampling; the checkpoint is sampled with"
+            f" {trained.kind!r} steps"
+        )
+    if isinstance(trained, SamplingRecipe):
+        return _causal(flags, trained)
+    return _whole(flags, trained)
+
+
+def _given(flags: argparse.Namespace, fields: dict[str, str]) -> dict[str, Any]:
+    found = {field: getattr(flags, flag) for flag, field in fields.items()}
+    return {field: value for field, value in found.items() if value is not None}
 
 
 def _causal(flags: argparse.Namespace, trained: SamplingRecipe) -> SamplingRecipe:
-    changes: dict[str, Any] = {}
     if flags.num_steps is not None and flags.steps_per_chunk is not None:
         raise ConfigError(
             "--num_steps and --steps_per_chunk both set the number of steps; give one of them"
@@ -62,7 +71,7 @@ def _causal(flags: argparse.Namespace, trained: SamplingRecipe) -> SamplingRecip
         raise ConfigError(
             "--mid_t_schedules needs --steps_per_chunk with one step count per schedule"
         )
-    steps = flags.steps_per_chunk
+    changes, steps = _given(flags, _GRID | _CONTEXT), flags.steps_per_chunk
     if flags.num_steps is not None and trained.kind == "ode":
         if flags.num_steps < 1:
             raise ConfigError(f"--num_steps {flags.num_steps} must be at least 1")
@@ -72,23 +81,6 @@ def _causal(flags: argparse.Namespace, trained: SamplingRecipe) -> SamplingRecip
     if steps is not None:
         given = () if flags.mid_t_schedules is None else parse_schedules(flags.mid_t_schedules)
         trained = trained.with_steps(*steps, schedules=given, knob="--steps_per_chunk")
-    if flags.timestep_shift is not None and trained.kind != "ode":
-        raise ConfigError(
-            "--timestep_shift belongs to many-step sampling; the checkpoint is sampled with"
-            f" {trained.kind!r} steps"
-        )
-    renamed = {
-        "context_from_last_step": "noisy_context",
-        "context_from_last_step_start_chunk": "noisy_context_start_chunk",
-        "sigma_max": "sigma_max",
-        "timestep_shift": "shift",
-        "guidance_scale": "guidance",
-    }
-    changes |= {
-        field: getattr(flags, flag)
-        for flag, field in renamed.items()
-        if getattr(flags, flag) is not None
-    }
     chosen = replace(trained, **changes)
     if flags.context_from_last_step_start_chunk is not None and not chosen.noisy_context:
         raise ConfigError(
@@ -99,28 +91,11 @@ def _causal(flags: argparse.Namespace, trained: SamplingRecipe) -> SamplingRecip
 
 
 def _whole(flags: argparse.Namespace, trained: WholeVideoRecipe) -> WholeVideoRecipe:
-    causal = [f"--{name}" for name in _FEW_STEP if getattr(flags, name) is not None]
+    few = ("steps_per_chunk", "mid_t_schedules", *_CONTEXT)
+    causal = [f"--{name}" for name in few if getattr(flags, name) is not None]
     if causal:
         raise ConfigError(
             f"{', '.join(causal)} belong to causal checkpoints; this one is bidirectional and"
             " samples whole videos"
         )
-    renamed = {
-        "num_steps": "steps",
-        "sigma_max": "sigma_max",
-        "timestep_shift": "shift",
-        "guidance_scale": "guidance",
-    }
-    if flags.timestep_shift is not None and trained.kind != "ode":
-        raise ConfigError(
-            "--timestep_shift belongs to many-step sampling; the checkpoint is sampled with"
-            f" {trained.kind!r} steps"
-        )
-    return replace(
-        trained,
-        **{
-            field: getattr(flags, flag)
-            for flag, field in renamed.items()
-            if getattr(flags, flag) is not None
-        },
-    )
+    return replace(trained, **_given(flags, _GRID | {"num_steps": "steps"}))

@@ -230,14 +230,8 @@ def frame_size(flags: argparse.Namespace, image: Tensor | None) -> FrameSize:
 
 
 def _check_amount(request: VideoRequest) -> None:
-    gib = (
-        request.num_samples
-        * request.num_frames
-        * request.size.height
-        * request.size.width
-        * 12
-        / 2**30
-    )
+    size = request.size
+    gib = request.num_samples * request.num_frames * size.height * size.width * 12 / 2**30
     if gib > MAX_PIXELS_GIB:
         raise ConfigError(
             f"{request.num_samples} x {request.num_frames} frames of {request.size} are {gib:.0f}"

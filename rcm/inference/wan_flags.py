@@ -323,17 +323,12 @@ def experts(flags: argparse.Namespace) -> tuple[NetworkFile, ...]:
         raise ConfigError(
             f"--boundary {flags.boundary:g} must be a time between 0 and 1 (0.9 for image-to-video)"
         )
-    return (
+    return tuple(
         NetworkFile(
-            "--high_noise_model_path",
-            flags.high_noise_model_path,
-            flags.boundary,
-            tuple(map(lora_of, flags.high_noise_lora)),
-        ),
-        NetworkFile(
-            "--low_noise_model_path",
-            flags.low_noise_model_path,
-            0.0,
-            tuple(map(lora_of, flags.low_noise_lora)),
-        ),
+            f"--{name}_noise_model_path",
+            getattr(flags, f"{name}_noise_model_path"),
+            down_to,
+            tuple(map(lora_of, getattr(flags, f"{name}_noise_lora"))),
+        )
+        for name, down_to in (("high", flags.boundary), ("low", 0.0))
     )

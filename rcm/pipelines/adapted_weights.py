@@ -96,13 +96,9 @@ def adapter_settings(file: WeightFile, *, given: bool = False) -> LoRASettings:
     beside it, and in the description of the run that trained it; errors as `lora_settings`.
     """
     beside = (file.path if file.path.is_dir() else file.path.parent) / "adapter_config.json"
-    config = (
-        file.config
-        if file.config is not None
-        else read_object(beside)
-        if beside.is_file()
-        else None
-    )
+    config = file.config
+    if config is None and beside.is_file():
+        config = read_object(beside)
     settings = lora_settings(config, file.metadata, others=file.others, given=given)
     description = description_of(file)
     if description is None or "adapters" not in description.extra:

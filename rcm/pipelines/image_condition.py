@@ -16,9 +16,6 @@ from rcm.encoders.codec import LatentCodec
 from rcm.pipelines.video_io import VideoError
 from rcm.pipelines.wan_sizes import FrameSize
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-"""Of images that are read: none that starts another program or refers to other files."""
-
 MAX_PIXELS = 128 * 10**6
 
 MASK_CHANNELS = 4

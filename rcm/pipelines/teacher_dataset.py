@@ -153,28 +153,16 @@ def wan_teacher(
             " (--text_encoder_path, --dit_path)"
         )
     denoiser.token_grid(*latent_shape[2:])
-    return Teacher(
-        denoiser,
-        text,
-        latent_shape,
-        RELEASE_RECIPE,
-        {"name": "wan_vae"},
-        {"name": "umt5"},
-        identity,
-        device,
-    )
+    codec, encoder = {"name": "wan_vae"}, {"name": "umt5"}
+    return Teacher(denoiser, text, latent_shape, RELEASE_RECIPE, codec, encoder, identity, device)
 
 
 def sample_noise(shape: Sequence[int], numbers: range, *, seed: int) -> Tensor:
     """Unit noise [B, *shape] float32 on the CPU; the row of sample i is the first draw of a
     generator seeded with `seed + i`.
     """
-    return torch.stack(
-        [
-            torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed + number))
-            for number in numbers
-        ]
-    )
+    generators = (torch.Generator().manual_seed(seed + number) for number in numbers)
+    return torch.stack([torch.randn(tuple(shape), generator=each) for each in generators])
 
 
 class TeacherSampler:

@@ -40,6 +40,7 @@ MAX_SIDE = 8192
 PICTURES = {".png": "PNG", ".gif": "GIF"}
 
 _FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,h264,hevc,ivf,webp_pipe,m4v,mpegvideo"
+_KNOWN = "Invalid data|moov atom|not on whitelist|matches no streams|Invalid argument"
 _SQUARE_PIXELS = "scale='max(1,round(iw*sar))':ih,setsar=1"
 
 COMFORTABLE = 256
@@ -145,11 +146,8 @@ class Mp4Writer:
         self._encoder = None
         kept = keep_somewhere(self._kept, name=self.path.stem, **self._settings)
         count = sum(chunk.shape[1] for chunk in self._kept)
-        told = (
-            f"its {count} frames are kept in {kept}"
-            if kept
-            else f"its {count} frames could not be kept anywhere else either"
-        )
+        where = f"are kept in {kept}" if kept else "could not be kept anywhere else either"
+        told = f"its {count} frames {where}"
         return OSError(
             error.errno or errno.EIO,
             f"cannot write video: {error.strerror or error}; {told}",
@@ -301,13 +299,7 @@ def _require_whole(path: Path, status: int, told: str) -> None:
     """
     lines = [re.sub(r"^\[[^]]*\] ", "", line.strip()) for line in told.splitlines() if line.strip()]
     if status:
-        known = [
-            line
-            for line in lines
-            if re.search(
-                "Invalid data|moov atom|not on whitelist|matches no streams|Invalid argument", line
-            )
-        ]
+        known = [line for line in lines if re.search(_KNOWN, line)]
         raise VideoError(f"cannot decode {path}: {(known or lines or ['ffmpeg stopped'])[0][:200]}")
     if "partial file" in told:
         raise VideoError(f"cannot decode {path}: the file is cut off, its last frames are missing")

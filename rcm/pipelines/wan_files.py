@@ -348,12 +348,8 @@ def random_wan(
 def _empty(
     config: WanConfig, *, device: torch.device | str, precision: Precision, attention: str
 ) -> WanDiT:
-    net = (
-        on_meta(lambda: WanDiT(config, attention=attention))
-        .requires_grad_(False)
-        .to(precision.compute)
-    )
-    return materialise(net, device=device)
+    net = on_meta(lambda: WanDiT(config, attention=attention)).requires_grad_(False)
+    return materialise(net.to(precision.compute), device=device)
 
 
 def _head_dim(network: NetworkWeights) -> int:

@@ -26,48 +26,27 @@ class FrameSize(NamedTuple):
         return f"{self.height}x{self.width}"
 
 
-_WIDTH_HEIGHT = {
-    "480p": {
-        "1:1": (640, 640),
-        "4:3": (640, 480),
-        "3:4": (480, 640),
-        "16:9": (832, 480),
-        "9:16": (480, 832),
-    },
-    "720p": {
-        "1:1": (960, 960),
-        "4:3": (960, 720),
-        "3:4": (720, 960),
-        "16:9": (1280, 720),
-        "9:16": (720, 1280),
-    },
-    "480": {
-        "1:1": (480, 480),
-        "4:3": (640, 480),
-        "3:4": (480, 640),
-        "16:9": (768, 432),
-        "9:16": (432, 768),
-    },
-    "512": {
-        "1:1": (512, 512),
-        "4:3": (640, 512),
-        "3:4": (512, 640),
-        "16:9": (640, 384),
-        "9:16": (384, 640),
-    },
-    "720": {
-        "1:1": (960, 960),
-        "4:3": (960, 704),
-        "3:4": (704, 960),
-        "16:9": (1280, 704),
-        "9:16": (704, 1280),
-    },
-}
+_TABLE = """
+      1:1      4:3      3:4      16:9      9:16
+480p  640x640  640x480  480x640  832x480   480x832
+720p  960x960  960x720  720x960  1280x720  720x1280
+480   480x480  640x480  480x640  768x432   432x768
+512   512x512  640x512  512x640  640x384   384x640
+720   960x960  960x704  704x960  1280x704  704x1280
+"""
+"""Width x height."""
 
-SIZES = {
-    name: {ratio: FrameSize(h, w) for ratio, (w, h) in row.items()}
-    for name, row in _WIDTH_HEIGHT.items()
-}
+
+def _sizes(table: str) -> dict[str, dict[str, FrameSize]]:
+    ratios, *rows = (line.split() for line in table.strip().splitlines())
+    found: dict[str, dict[str, FrameSize]] = {}
+    for name, *row in rows:
+        sides = (map(int, cell.split("x")) for cell in row)
+        found[name] = {ratio: FrameSize(h, w) for ratio, (w, h) in zip(ratios, sides, strict=True)}
+    return found
+
+
+SIZES = _sizes(_TABLE)
 """Resolution -> aspect ratio (width:height) -> size. "480p" and "720p" are what Wan was trained on,
 the others are older tables.
 """

@@ -124,15 +124,9 @@ class WeightsReport:
             lines.append(f"  {self.others} other entries")
         if self.description:
             lines.append(f"  describes itself: {self.description}")
-        lines.append(
-            (
-                "  complete"
-                if self.preset or not self.copies
-                else "  complete, sizes of no published network"
-            )
-            if self.ok
-            else f"  CANNOT BE USED: {self.problem or 'see below'}"
-        )
+        known = "" if self.preset or not self.copies else ", sizes of no published network"
+        wrong = f"  CANNOT BE USED: {self.problem or 'see below'}"
+        lines.append(f"  complete{known}" if self.ok else wrong)
         lines += [f"  use: {use}" for use in self.uses]
         return "\n".join([*lines, *(f"\n{part}" for part in self.parts)])
 
@@ -194,26 +188,21 @@ def inspect_weights(path: str | Path) -> WeightsReport:
 def dtypes(tensors: Iterable[Tensor]) -> str:
     """The dtypes of some tensors, most frequent first."""
     counts = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
-    return (
-        ", ".join(
-            name if len(counts) == 1 else f"{name} ({number})"
-            for name, number in counts.most_common()
-        )
-        or "nothing"
-    )
+    found = counts.most_common()
+    told = (name if len(counts) == 1 else f"{name} ({number})" for name, number in found)
+    return ", ".join(told) or "nothing"
 
 
 def nearest_preset(headers: Mapping[str, Tensor]) -> tuple[str, int]:
     """The preset that agrees with most names and shapes, and with how many."""
-    found = {(name, tuple(tensor.shape)) for name, tensor in headers.items()}
-    agreement = {
-        name: len(
-            found & {(key, tuple(tensor.shape)) for key, tensor in network_headers(config).items()}
-        )
-        for name, config in PRESETS.items()
-    }
+    found = _shapes(headers)
+    agreement = {name: len(found & _shapes(network_headers(c))) for name, c in PRESETS.items()}
     best = max(agreement, key=lambda name: agreement[name])
     return best, agreement[best]
+
+
+def _shapes(headers: Mapping[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
+    return {(name, tuple(tensor.shape)) for name, tensor in headers.items()}
 
 
 def _copy_report(network: NetworkWeights) -> CopyReport:

@@ -94,14 +94,8 @@ def save_network(
         OutputFile.claim(target)
     weights = OtherForm(network, form=form, config=config, dtype=dtype)
     with replacing(target) as partial:
-        _write(
-            partial,
-            weights,
-            kind=target.suffix,
-            config=config,
-            description=description,
-            max_shard_bytes=max_shard_bytes,
-        )
+        told = {"config": config, "description": description, "max_shard_bytes": max_shard_bytes}
+        _write(partial, weights, kind=target.suffix, **told)
         if partial.is_file():
             description.write(target.with_name(target.name + ".json"))
     return target
@@ -154,11 +148,8 @@ def _write_folder(
     shards = _shards(weights.headers, max_shard_bytes)
     where = {}
     for number, keys in enumerate(shards, 1):
-        name = (
-            f"{FOLDER_STEM}.safetensors"
-            if len(shards) == 1
-            else f"{FOLDER_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
-        )
+        which = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
+        name = f"{FOLDER_STEM}{which}.safetensors"
         where |= dict.fromkeys(keys, name)
         write_safetensors(
             folder / name,
