@@ -374,8 +374,9 @@ class Session:
         """
         try:
             yield
-        except Exception as error:
-            self._failed = error
+        except BaseException as error:
+            self._ranks.adrift = True
+            self._failed = error if isinstance(error, Exception) else self._failed
             raise
 
     def _require_whole(self) -> None:

@@ -19,10 +19,14 @@ _REFUSED, _STOPPED = 1, 2
 class Meeting:
     """The ranks of `group`, None for a stream of one rank, which meets nobody. Every rank calls
     `meet` before each chunk or `leave` once: a reduction of five numbers in host memory.
+
+    `stopped`: no chunk is made any more. `adrift`: this rank was thrown out of a pass, in which
+    others may wait for it: it cannot meet them, and they hear of it when its process ends.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group, self.stopped = group, False
+        self._group = group
+        self.stopped = self.adrift = False
 
     @property
     def several(self) -> bool:
@@ -53,6 +57,7 @@ class Meeting:
         refused = _REFUSED if isinstance(problem, SwitchRefused) else _STOPPED
         kind = 0 if problem is None else refused
         worst, last, first, some, not_all = self._told(kind, place, asked)
+        self.adrift = False
         kind, who = divmod(worst, self._group.size())
         who = f"rank {dist.get_global_rank(self._group, self._group.size() - 1 - who)}"
         self.stopped = kind == _STOPPED or last != -first
@@ -78,7 +83,7 @@ class Meeting:
         """This rank makes no further chunk: the others hear of it where they would begin the
         next.
         """
-        if self._group is not None and not self.stopped:
+        if self._group is not None and not self.stopped and not self.adrift:
             self.stopped = True
             with suppress(PeerGone):
                 self._told(_STOPPED, 0, False)

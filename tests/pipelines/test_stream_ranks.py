@@ -150,3 +150,26 @@ def test_a_stream_of_one_rank_meets_nobody(monkeypatch):
     with pytest.raises(SwitchRefused, match="words"):
         meeting.meet(SwitchRefused("words"), place=0, asked=True)
     assert not meeting.stopped
+
+
+def throws() -> list[str]:
+    """Both ranks are thrown out of a pass, one by Ctrl-C."""
+    session = opened()
+    session.step()
+    session._loop.denoise = lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt if dist.get_rank() else RuntimeError("full"))
+    found = []
+    for action in (session.step, session.close):
+        try:
+            action()
+        except BaseException as error:
+            found.append(type(error).__name__)
+    return [*found, f"{session._ranks.stopped}"]
+
+
+def test_a_rank_thrown_out_of_a_pass_waits_for_nobody(tmp_path, monkeypatch):
+    """Whoever is in the pass with it would never come to the meeting."""
+    meeting = stream_ranks.Meeting(object())
+    monkeypatch.setattr(stream_ranks, "greatest", lambda *_, **__: pytest.fail("waits for a rank that waits for this one"))
+    meeting.adrift = True
+    meeting.leave()
+    assert run_ranks(2, throws, tmp_path=tmp_path, timeout=60) == [["RuntimeError", "False"], ["KeyboardInterrupt", "False"]]
