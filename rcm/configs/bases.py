@@ -8,9 +8,9 @@ import os
 
 from rcm.configs.network import networks, wan_config
 from rcm.configs.schema_causal import CausalConfig
-from rcm.configs.schema_common import CommonModelConfig, LoRAConfig, M
+from rcm.configs.schema_common import CommonModelConfig, M
 from rcm.core.errors import ConfigError
-from rcm.nets.wan.adapters import adapted_layers, largest_rank
+from rcm.nets.wan.adapters import LoRAConfig, largest_rank
 from rcm.nets.wan.config import WanConfig
 
 TRAINED = {"net": "student", "net_fake_score": "fake_score"}
@@ -65,7 +65,7 @@ def check_lora(model: CommonModelConfig) -> None:
     lora = model.lora
     if not lora.rank:
         return
-    layers, present = adapted_layers(lora.targets), networks(model)
+    layers, present = lora.layers, networks(model)
     for knob in TRAINED.keys() & present.keys():
         most = largest_rank(layers, wan_config(present[knob], knob=f"{M}.{knob}"))
         if lora.rank > most:

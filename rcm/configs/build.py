@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -306,12 +305,7 @@ def _resume(config: TrainConfig, checkpointer: Checkpointer, state: TrainState, 
     taken = Taken.all_but(keys.keys_not_to_resume)
     found = checkpointer.load(state, loader=loader, taken=taken)
     if found is None and keys.load_path:
-        if keys.load_training_state:
-            taken = replace(taken, averaged=keys.load_ema_to_reg)
-        else:
-            taken = taken.weights_alone(
-                scheduler=keys.only_load_scheduler_state, averaged=keys.load_ema_to_reg
-            )
+        taken = keys.taken_from_load_path()
         found = checkpointer.load(state, loader=loader, path=keys.load_path, taken=taken)
     if found is not None:
         less = f", without {', '.join(taken.left)}" if taken.left else ""

@@ -21,7 +21,6 @@ from rcm.core.errors import CheckpointError
 from rcm.nets.attention import configured
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.lora import AdaptedNet, attach, initial_factors
-from rcm.nets.wan.adapters import adapted_layers
 from rcm.nets.wan.model import WanDiT
 from rcm.nets.wan.two_times import SPAN, with_second_time
 from rcm.parallel.agree import on_first, shared
@@ -129,7 +128,7 @@ class NetBuilder:
         return {
             "rank": lora.rank,
             "alpha": alpha_of(lora),
-            "layers": list(adapted_layers(lora.targets)),
+            "layers": list(lora.layers),
             "bases": self.adapted,
         }
 
@@ -180,7 +179,7 @@ class NetBuilder:
             if roles:
                 attach(
                     net,
-                    adapted_layers(config.lora.targets),
+                    config.lora.layers,
                     roles=roles,
                     rank=config.lora.rank,
                     alpha=alpha_of(config.lora),

@@ -34,8 +34,8 @@ HELP = """\
 Train an experiment with your settings. The same command continues a run that was stopped;
 an unknown key or value is refused before any network is built.
 
-NAME is one of `rcm experiments`. All keys stand with defaults and meanings in
-rcm/configs/schema.py, schema_common.py, schema_causal.py and schema_rcm.py of the package.
+NAME is one of `rcm experiments`. All keys stand with defaults and meanings in the records
+that rcm/configs/schema.py of the package puts together; --dryrun prints them all.
 """
 
 

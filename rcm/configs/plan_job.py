@@ -24,7 +24,6 @@ from rcm.configs.schema_common import CommonModelConfig, NetConfig
 from rcm.configs.schema_rcm import RCMConfig
 from rcm.core.errors import ConfigError
 from rcm.nets.layout import TokenLayout
-from rcm.nets.wan.adapters import adapted_layers
 from rcm.rollout.plan import training_plan
 from rcm.train.planner_job import Job, NetPlan, Pass, PhasePlan
 
@@ -73,7 +72,7 @@ def _net(key: str, net: NetConfig, config: TrainConfig) -> NetPlan:
     if role not in ("student", "fake_score"):
         return NetPlan(role, wan_config(net), trained=False, base=base)
     sac, averaged = net.sac_config, role == "student" and model.ema.enabled
-    layers = adapted_layers(model.lora.targets) if model.lora.rank else ()
+    layers = model.lora.layers
     return NetPlan(
         role,
         wan_config(net),

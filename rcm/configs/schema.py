@@ -1,10 +1,10 @@
-"""Every key a user may set, with type, default, unit and meaning: the part that is common to all
-stages.
+"""A whole run, put together from records: every key a user may set, with type, default, unit and
+meaning.
 
-Frozen dataclasses, no Hydra: `rcm.configs.convert` reads a composed mapping into them and names
-unknown or mistyped keys. The keys of `model.config` stand in `rcm.configs.schema_common`,
-`schema_causal` and `schema_rcm`. Keys and
-defaults: docs/reference/training.md#optimiser-and-ema, #bidirectional-keys, #experiments,
+Records stand where they are used (`rcm.data.loader`, `rcm.train`), those of the model in
+`rcm.configs.schema_common`, `schema_causal` and `schema_rcm`. Frozen dataclasses, no Hydra:
+`rcm.configs.convert` reads a composed mapping into them and names unknown or mistyped keys. Keys
+and defaults: docs/reference/training.md#optimiser-and-ema, #bidirectional-keys, #experiments,
 #causal-keys.
 """
 
@@ -17,10 +17,12 @@ from rcm.configs.schema_causal import CausalConfig
 from rcm.configs.schema_rcm import RCMConfig
 from rcm.core.errors import ConfigError
 from rcm.core.records import Record, within
+from rcm.data.loader import DataConfig
 from rcm.train.monitor import CallbacksConfig
+from rcm.train.observers import SamplingConfig
 from rcm.train.offload import OffloadConfig
 from rcm.train.optim import AdamWConfig, LambdaLinear
-from rcm.train.resume import Taken
+from rcm.train.resume import CheckpointConfig
 
 MODEL_VARIANTS = {"fsdp_t2v_causal": CausalConfig, "fsdp_t2v_distill_rcm": RCMConfig}
 """Options of the `model` group: which class `model.config` has."""
@@ -78,17 +80,6 @@ class ModelParallelConfig(Record):
 
 
 @dataclass(frozen=True)
-class SamplingConfig(Record):
-    """Sample videos during training."""
-
-    # iterations between sample grids of the live student; 0 = never
-    every_n: int = within(0, least=0)
-    ema_every_n: int = within(0, least=0)  # the same for the EMA weights; 0 = never
-    num_samples: int = within(5, least=1, most=1024)  # prompts per grid
-    run_at_start: bool = False  # also before the first iteration
-
-
-@dataclass(frozen=True)
 class TrainerConfig(Record):
     """The loop. An iteration is one optimiser step of any role: student and fake-score updates both
     count.
@@ -116,79 +107,6 @@ class TrainerConfig(Record):
         super().__post_init__()
         if not 0 <= self.nan_sample_limit <= 1:
             raise ConfigError(f"nan_sample_limit={self.nan_sample_limit} must be a share in [0, 1]")
-
-
-@dataclass(frozen=True)
-class CheckpointConfig(Record):
-    """Saving and resuming."""
-
-    save_iter: int = within(500, least=1, most=10**12)  # iterations between checkpoints
-    keep_last: int = within(0, least=0)  # number of checkpoints kept; 0 = all
-    # checkpoint to continue from where this run's folder has none yet ("" = start at 0); its own
-    # newest wins
-    load_path: str = ""
-    # also optimisers, step, data position of load_path (False: weights only, the run starts at 0)
-    load_training_state: bool = True
-    # with load_training_state=False: also the update counts, where the rates' schedules stand
-    only_load_scheduler_state: bool = False
-    load_ema_to_reg: bool = False  # the student starts from the averaged weights of load_path
-    # parts left as built: model, optim[_net|_fake_score], scheduler[_net|_fake_score], trainer
-    keys_not_to_resume: tuple[str, ...] = ()
-    strict_resume: bool = True  # this alone: missing or foreign keys stop the run
-    # resume although as many samples have other contents (mended ones)
-    accept_changed_data: bool = False
-    dcp_async_mode_enabled: bool = False  # write in the background
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        Taken.all_but(self.keys_not_to_resume)
-        started = {
-            "load_training_state": False,
-            "load_ema_to_reg": True,
-            "only_load_scheduler_state": True,
-        }
-        for key, value in started.items():
-            if getattr(self, key) == value and not self.load_path:
-                raise ConfigError(
-                    f"{key}={value} has no effect without checkpoint.load_path, the checkpoint to"
-                    " start from; set it"
-                )
-        if self.only_load_scheduler_state and self.load_training_state:
-            raise ConfigError(
-                "only_load_scheduler_state=True has no effect while"
-                " checkpoint.load_training_state=True takes the schedules and all else; set"
-                " checkpoint.load_training_state=False"
-            )
-        if self.load_ema_to_reg and "model" in self.keys_not_to_resume:
-            raise ConfigError(
-                "load_ema_to_reg=True starts from weights that checkpoint.keys_not_to_resume leaves"
-                " out; choose one"
-            )
-        if (
-            not (self.load_training_state or self.only_load_scheduler_state)
-            and "model" in self.keys_not_to_resume
-        ):
-            raise ConfigError(
-                "load_training_state=False takes weights alone, which checkpoint.keys_not_to_resume"
-                " leaves out; choose one"
-            )
-
-
-@dataclass(frozen=True)
-class DataConfig(Record):
-    """Where batches come from."""
-
-    kind: Literal["fake", "toy", "latents", "prompts"] = "latents"  # set by data=NAME
-    # latents: shards with latent.pt, embed.pt, prompt.txt (glob or {0000..0099}); prompts: text
-    # file or shards
-    tar_path_pattern: str = ""
-    batch_size: int = within(1, least=1, most=2**16)  # samples per data rank and micro-batch
-    # threads that read ahead; 0 = batches are read when asked for
-    num_workers: int = within(8, least=0, most=1024)
-    prefetch_factor: int = within(2, least=1, most=1024)  # batches that each thread reads ahead
-    # permutation of shards and samples per epoch
-    shuffle_seed: int = within(0, least=0, most=2**32 - 1)
-    num_videos: int = within(512, least=1, most=10**7)  # toy: size of the procedural data set
 
 
 @dataclass(frozen=True)

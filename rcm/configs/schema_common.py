@@ -15,6 +15,7 @@ from rcm.diffusion.blocks import BlockPattern
 from rcm.diffusion.time_sampling import TimeLawConfig
 from rcm.nets.attention import attention_name
 from rcm.nets.frozen_fp8 import FrozenWeights
+from rcm.nets.wan.adapters import LoRAConfig
 from rcm.parallel.checkpointing import KEEP_PRODUCTS, SACConfig
 from rcm.train.ema import EMAConfig
 from rcm.train.optim import AdamWConfig, LambdaLinear
@@ -94,32 +95,6 @@ class NetConfig(Record):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
                 raise ConfigError(f"{name}={value} must be in 1 to {most}")
-
-
-@dataclass(frozen=True)
-class LoRAConfig(Record):
-    """Low-rank adapters on frozen weights instead of training all weights: student and fake score
-    alike (docs/lora.md).
-    """
-
-    # rank of every update (PEFT's r); 0 = no adapters, all weights are trained
-    rank: int = within(0, least=0)
-    # strength of an update times the rank (lora_alpha); null = the rank, strength 1
-    alpha: float | None = None
-    # ends of layer names (target_modules), of both attentions
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "ffn.0", "ffn.2")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key in ("alpha", "targets"):
-            value = getattr(self, key)
-            if not self.rank and value != getattr(LoRAConfig, key):
-                raise ConfigError(
-                    f"{key}={value} has no effect while {M}.lora.rank=0 trains all weights; set"
-                    f" {M}.lora.rank too, such as 64"
-                )
-        if self.alpha is not None and not self.alpha > 0:
-            raise ConfigError(f"alpha={self.alpha} must be positive; null is the rank")
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from rcm.configs.schema_common import (
     SIZES,
     AttentionBackendName,
     CommonModelConfig,
-    LoRAConfig,
     NetConfig,
     TokenizerConfig,
 )
 from rcm.configs.schema_rcm import RCMConfig
 from rcm.diffusion.time_sampling import TimeLawConfig
+from rcm.nets.wan.adapters import LoRAConfig
 from rcm.parallel.checkpointing import SACConfig
 
 __all__ = [

@@ -12,15 +12,34 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
 from loguru import logger
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import Record, within
 from rcm.core.rng import generator
 
 Batch = TypeVar("Batch", covariant=True)
+
+
+@dataclass(frozen=True)
+class DataConfig(Record):
+    """Where batches come from."""
+
+    kind: Literal["fake", "toy", "latents", "prompts"] = "latents"  # set by data=NAME
+    # latents: shards with latent.pt, embed.pt, prompt.txt (glob or {0000..0099}); prompts: text
+    # file or shards
+    tar_path_pattern: str = ""
+    batch_size: int = within(1, least=1, most=2**16)  # samples per data rank and micro-batch
+    # threads that read ahead; 0 = batches are read when asked for
+    num_workers: int = within(8, least=0, most=1024)
+    prefetch_factor: int = within(2, least=1, most=1024)  # batches that each thread reads ahead
+    # permutation of shards and samples per epoch
+    shuffle_seed: int = within(0, least=0, most=2**32 - 1)
+    num_videos: int = within(512, least=1, most=10**7)  # toy: size of the procedural data set
 
 
 class Source(Protocol[Batch]):

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,6 +21,7 @@ from loguru import logger
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import Record, within
 from rcm.nets.attention import attention_record
 from rcm.train.describe import write_atomically
 from rcm.train.state import STUDENT, TrainState
@@ -44,6 +46,17 @@ class Ending(Protocol):
     def finished(self) -> None:
         """Once after the last iteration of this process, however the run ended; must not raise."""
         ...
+
+
+@dataclass(frozen=True)
+class SamplingConfig(Record):
+    """The keys of sample videos during training."""
+
+    # iterations between sample grids of the live student; 0 = never
+    every_n: int = within(0, least=0)
+    ema_every_n: int = within(0, least=0)  # the same for the EMA weights; 0 = never
+    num_samples: int = within(5, least=1, most=1024)  # prompts per grid
+    run_at_start: bool = False  # also before the first iteration
 
 
 class SampleGrid:

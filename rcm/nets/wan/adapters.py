@@ -1,12 +1,14 @@
-"""Which layers of a Wan network carry low-rank adapters while it is trained: names, choice, and the
-largest rank that makes sense.
+"""Low-rank adapters of a Wan network while it is trained: their settings, which layers carry them,
+and the largest rank that makes sense.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import Record, within
 from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.convert import other_name
 
@@ -18,6 +20,37 @@ LAYERS = (
 """Linear layers of a block that take adapters; embeddings, time layers, modulation and head stay as
 they are.
 """
+
+
+@dataclass(frozen=True)
+class LoRAConfig(Record):
+    """Low-rank adapters on frozen weights instead of training all weights: student and fake score
+    alike (docs/lora.md).
+    """
+
+    # rank of every update (PEFT's r); 0 = no adapters, all weights are trained
+    rank: int = within(0, least=0)
+    # strength of an update times the rank (lora_alpha); null = the rank, strength 1
+    alpha: float | None = None
+    # ends of layer names (target_modules), of both attentions
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "ffn.0", "ffn.2")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("alpha", "targets"):
+            value = getattr(self, key)
+            if not self.rank and value != getattr(LoRAConfig, key):
+                raise ConfigError(
+                    f"{key}={value} has no effect while model.config.lora.rank=0 trains all"
+                    " weights; set model.config.lora.rank too, such as 64"
+                )
+        if self.alpha is not None and not self.alpha > 0:
+            raise ConfigError(f"alpha={self.alpha} must be positive; null is the rank")
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The `LAYERS` that carry adapters; none with rank 0."""
+        return adapted_layers(self.targets) if self.rank else ()
 
 
 def adapted_layers(
