@@ -28,8 +28,9 @@ from rcm.core.errors import ConfigError
 from scripts.demo_page import COLUMNS, verdict, write_page
 from scripts.demo_progress import Board
 from scripts.demo_record import FILE_NAME, Record
-from scripts.demo_run import LONG_FRAMES, Demo, Failed, Stopped, free_threads, one_thread_here
+from scripts.demo_run import LONG_FRAMES, Demo, Failed, Stopped
 from scripts.demo_stages import Stage, branches, flat
+from scripts.demo_threads import free_threads, one_thread_here
 
 VERDICTS = {True: "pass", False: "FAIL", None: "  - "}
 DRAW_EVERY = 0.25
@@ -173,6 +174,7 @@ class Session:
 
     def _branch(self, stages: Sequence[Stage]) -> None:
         for stage in stages:
+            self.demo.wait_for(stage.feeds.values())
             self.demo.train(stage, threads=1)
             self.demo.score(stage)
 
@@ -220,7 +222,7 @@ class Session:
         verdicts = {stage.name: verdict(stage, scores, judged=self.judged) for stage in self.stages}
         _print_table(self.demo, self.stages, verdicts)
         minutes, seconds = divmod(round(self.record.seconds), 60)
-        last = self.demo.run(self.stages[-1].name)
+        last = self.demo.run([s.name for s in self.stages if s.pattern == "c1-1"][-1])
         print(f"\n{minutes} min {seconds:02d} s in all; open {self.record.folder / 'report.html'}")
         print(f'next: rcm stream --ckpt {last} --prompt "{self.demo.prompts[0]}"')
         return 0 if all(passed in (True, None) for _, passed in verdicts.values()) else 1
@@ -230,7 +232,10 @@ def _print_table(
     demo: Demo, stages: Sequence[Stage], verdicts: dict[str, tuple[str, bool | None]]
 ) -> None:
     print(f"\n{'stage':<16} {'steps':<11} " + " ".join(f"{c:>9}" for c in COLUMNS))
-    for (name, label), scores in demo.scores().items():
+    order = [stage.name for stage in stages]
+    for (name, label), scores in sorted(
+        demo.scores().items(), key=lambda item: order.index(item[0][0])
+    ):
         cells = " ".join(
             f"{scores.values[c]:9.1f}" if c == "score" else f"{scores.values[c]:9.2f}"
             for c in COLUMNS

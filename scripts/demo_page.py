@@ -32,8 +32,9 @@ EXPECT = {
         " remains."
     ),
     "tf": (
-        "Begins with the teacher's weights, so most of the fall is over in a few steps; then it"
-        " learns to do without the future."
+        "Begins with trained weights, so most of the fall is over in a few steps: c1-1 with the"
+        " teacher's, and learns to do without the future; c3-3 with those of c1-1, and learns to"
+        " make three frames at a time."
     ),
     "tf_dcm": (
         "Falls quickly, then stays noisy: the target is the student itself at a slightly earlier"

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from scripts.demo_stages import Stage
+from scripts.demo_stages import Stage, flat
 
 PLAIN_EVERY = 20.0
 """Seconds between two lines where there is no terminal."""
@@ -30,7 +30,7 @@ class Board:
         self, branches: Sequence[Sequence[Stage]], *, console: Console | None = None
     ) -> None:
         self._branches = branches
-        self._stages = [stage for one in branches for stage in one]
+        self._stages = flat(branches)
         self._done = {stage.name: 0.0 for stage in self._stages}
         self._doing: dict[str, str] = {}
         self._begun: dict[str, tuple[float, float]] = {}

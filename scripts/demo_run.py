@@ -11,10 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-
-import torch
 
 from rcm.configs import registry_distill
 from rcm.configs.compose import compose_run
@@ -35,6 +33,8 @@ STEPS = ((4,), (4, 2), (4, 1))
 """Steps of the first and of later chunks: the 4-, 2- and 1-step samplers."""
 LONG_FRAMES = 65
 """Pixel frames of the long streams: four windows of 17 that share their border frames."""
+LOOK_EVERY = 0.3
+"""Seconds between two looks at a process, or at a stage that is waited for."""
 SEED, LONG_SEED = 1234, 99
 """Every sampler gets the same noise, so that videos can be compared one by one."""
 
@@ -135,6 +135,13 @@ class Demo:
             )
         entry["trained"] = True
         self.record.write()
+
+    def wait_for(self, names: Iterable[str]) -> None:
+        """Until those stages are trained; `Stopped` when asked to stop."""
+        for name in names:
+            while not self.record.stage(name)["trained"]:
+                self._check_stop()
+                time.sleep(LOOK_EVERY)
 
     def score(self, stage: Stage) -> None:
         """Sample with every step count the checkpoint supports, score, keep a few videos; what is
@@ -315,7 +322,7 @@ class Demo:
                 process.send_signal(signal.SIGINT)
             while process.poll() is None:
                 watch()
-                time.sleep(0.3)
+                time.sleep(LOOK_EVERY)
             self._running.discard(process)
         watch()
         self._check_stop()
@@ -362,20 +369,3 @@ def told(entry: dict) -> str:
     )
     seconds = entry["train_seconds"] + entry["score_seconds"]
     return f"{seconds:4.0f} s   score {scores}"
-
-
-def free_threads() -> int:
-    """Threads for the stage that runs alone: the idle cores, at most 2; what OMP_NUM_THREADS says
-    where it is set.
-    """
-    if told := os.environ.get("OMP_NUM_THREADS", ""):
-        return int(told) if told.isdecimal() and int(told) > 0 else 1
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return max(1, min(2, (os.cpu_count() or 1) - round(busy)))
-
-
-def one_thread_here() -> None:
-    """Sampling of toy videos runs beside training processes: more threads would wait for each
-    other.
-    """
-    torch.set_num_threads(1)

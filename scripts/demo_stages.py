@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 
 from scripts.demo_gates import SELF_FORCED_START
 
-PATTERNS = ("c3-3", "c1-1")
-
 ABOUT = {
     "bidirectional": "The teacher: sees the whole video at once, many steps.",
     "tf": "Stage 1, teacher forcing: the causal teacher, which sees the past alone. Many steps.",
@@ -53,38 +51,54 @@ class Stage:
         return self.name.rsplit("_", 1)[1] if "_c" in self.name else None
 
 
-FIRST = Stage("bidirectional", "toy_bidirectional", cost=(290, 12))
+def _annealed(iterations: int, *, tail: int) -> tuple[str, ...]:
+    """Overrides: that many iterations, of which the last `tail` keep the final rate."""
+    return f"trainer.max_iter={iterations}", f"scheduler.cycle_length={iterations - tail}"
 
 
-def branch(pattern: str) -> tuple[Stage, ...]:
-    """The causal stages of one block pattern, in order."""
-    tf, dcm, scm = f"tf_{pattern}", f"tf_dcm_{pattern}", f"tf_scm_{pattern}"
-    causal = {"student_ckpt": tf, "causal_teacher_ckpt": tf}
-    start = {
-        "student_ckpt": f"{SELF_FORCED_START[pattern]}_{pattern}",
-        "bidirectional_teacher_ckpt": "bidirectional",
-    }
-    framewise = pattern == "c1-1"
-    # its samples are further from the teacher's, and its branch has time left
-    longer = () if framewise else ("trainer.max_iter=500",)
-    return (
-        Stage(
-            tf,
-            f"toy_tf_{pattern}",
-            {"student_ckpt": "bidirectional"},
-            cost=(200, 40 if framewise else 25),
-        ),
-        Stage(dcm, f"toy_tf_dcm_{pattern}", causal, cost=(100, 12)),
-        Stage(scm, f"toy_tf_scm_{pattern}", causal, cost=(140, 12)),
-        Stage(
-            f"sf_dmd_{pattern}",
-            f"toy_sf_dmd_2step_{pattern}",
-            start,
-            longer,
-            cost=(160 if framewise else 150, 20),
-        ),
-    )
+def _few_steps(
+    pattern: str, kind: str, length: tuple[str, ...], cost: tuple[float, float]
+) -> Stage:
+    tf = f"tf_{pattern}"
+    feeds = {"student_ckpt": tf, "causal_teacher_ckpt": tf}
+    return Stage(f"{kind}_{pattern}", f"toy_{kind}_{pattern}", feeds, length, cost)
 
+
+def _self_forced(pattern: str, iterations: int, cost: tuple[float, float]) -> Stage:
+    start = f"{SELF_FORCED_START[pattern]}_{pattern}"
+    feeds = {"student_ckpt": start, "bidirectional_teacher_ckpt": "bidirectional"}
+    length = (f"trainer.max_iter={iterations}",)
+    return Stage(f"sf_dmd_{pattern}", f"toy_sf_dmd_2step_{pattern}", feeds, length, cost)
+
+
+def _forced(pattern: str, start: str, length: tuple[str, ...], cost: tuple[float, float]) -> Stage:
+    return Stage(f"tf_{pattern}", f"toy_tf_{pattern}", {"student_ckpt": start}, length, cost)
+
+
+# Few-step students of single frames are good sooner, so these stages are shorter. Chunks of 3 start
+# from single frames: what takes longest to find among frames of equal noise is which way a caption
+# moves them, and a frame that has the clean past before it finds that soon.
+STAGES = (
+    Stage("bidirectional", "toy_bidirectional", cost=(290, 12)),
+    _forced("c1-1", "bidirectional", _annealed(600, tail=30), (113, 15)),
+    _few_steps("c1-1", "tf_dcm", _annealed(120, tail=10), (38, 4)),
+    _few_steps("c1-1", "tf_scm", _annealed(200, tail=10), (77, 4)),
+    _self_forced("c1-1", 150, (50, 6)),
+    _forced("c3-3", "tf_c1-1", _annealed(400, tail=20), (76, 12)),
+    _few_steps("c3-3", "tf_dcm", _annealed(250, tail=20), (78, 4)),
+    _few_steps("c3-3", "tf_scm", _annealed(220, tail=15), (85, 4)),
+    _self_forced("c3-3", 400, (88, 6)),
+)
+"""All stages, in the order of the page."""
+
+BRANCHES = (
+    ("bidirectional", "tf_c1-1"),
+    ("tf_c3-3", "tf_scm_c3-3", "sf_dmd_c3-3"),
+    ("tf_dcm_c1-1", "sf_dmd_c1-1", "tf_scm_c1-1", "tf_dcm_c3-3"),
+)
+"""What runs first, then what runs side by side after it, about as long as each other. A stage of
+one branch may be fed by another.
+"""
 
 SHORT = (
     "trainer.max_iter=1000",
@@ -99,10 +113,14 @@ shapes, colours and motion are there.
 
 
 def branches(quick: bool) -> tuple[tuple[Stage, ...], ...]:
-    """What runs first, then what runs side by side after it: (first,), (branch, ...)."""
-    return (QUICK,) if quick else ((FIRST,), *(branch(pattern) for pattern in PATTERNS))
+    """What runs first, then what runs side by side after it: (first, ...), (branch, ...), ..."""
+    known = {stage.name: stage for stage in STAGES}
+    return (
+        (QUICK,) if quick else tuple(tuple(known[name] for name in branch) for branch in BRANCHES)
+    )
 
 
 def flat(chosen: Sequence[Sequence[Stage]]) -> tuple[Stage, ...]:
     """All stages, in the order of the page."""
-    return tuple(stage for one in chosen for stage in one)
+    order = [stage.name for stage in STAGES]
+    return tuple(sorted((s for one in chosen for s in one), key=lambda s: order.index(s.name)))

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -18,13 +19,14 @@ from rich.console import Console
 
 from rcm.core.errors import ConfigError
 from rcm.evaluation.throughput import processor
-from scripts import demo, demo_progress
+from scripts import demo, demo_progress, demo_threads
 from scripts.demo_clips import mosaic, picks, teacher_of
 from scripts.demo_page import verdict, write_page
 from scripts.demo_progress import Board
 from scripts.demo_record import FILE_NAME, Record
-from scripts.demo_run import Demo, checkpointed_iteration, free_threads, last_iteration
-from scripts.demo_stages import branches, flat
+from scripts.demo_run import Demo, Stopped, checkpointed_iteration, last_iteration
+from scripts.demo_stages import STAGES, branches, flat
+from scripts.demo_threads import free_threads
 from tests.hygiene.source import ROOT
 
 SETTINGS = {"quick": False, "scale": 1.0, "videos": 96}
@@ -69,15 +71,13 @@ def test_record_is_kept_and_a_damaged_one_is_refused(tmp_path) -> None:
 
 
 def test_time_left_follows_the_longest_way_at_the_pace_so_far(monkeypatch) -> None:
-    """Two branches side by side: the second is longer, so what the first still has does not
-    count.
-    """
+    """Two branches side by side: what the shorter one still has does not count."""
     clock = [1000.0]
     monkeypatch.setattr(demo_progress.time, "monotonic", lambda: clock[0])
     chosen = branches(quick=False)
     said = io.StringIO()
     board = Board(chosen, console=Console(file=said, width=200))
-    board.resume({"bidirectional": 1.0})
+    board.resume({stage.name: 1.0 for stage in chosen[0]})
     costs = [sum(sum(stage.cost) for stage in one) for one in chosen]
     clock[0] += 100
     longest = max(chosen[1:], key=lambda one: sum(sum(stage.cost) for stage in one))
@@ -95,14 +95,54 @@ def test_time_left_follows_the_longest_way_at_the_pace_so_far(monkeypatch) -> No
     assert board.number(flat(chosen)[-1].name) == "stage 9 of 9"
 
 
-def test_threads_leave_busy_cores_alone(monkeypatch) -> None:
+def test_threads_leave_busy_cores_alone(monkeypatch, tmp_path) -> None:
+    """Idle cores are counted over a moment; the load average, which remembers what has ended, is
+    asked only where there is no count.
+    """
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (7.0, 0, 0), raising=False)
+    stat, ticks = tmp_path / "stat", os.sysconf("SC_CLK_TCK")
+    monkeypatch.setattr(demo_threads, "PROC_STAT", stat)
+    for idle, threads in ((2.0, 2), (1.4, 1), (0.1, 1), (63.0, 2)):
+
+        def waits(seconds: float, idle: float = idle) -> None:
+            stat.write_text(f"cpu  10 0 10 {round(1000 + idle * seconds * ticks)} 30 0 0 0 0 0\n")
+
+        waits(0)
+        monkeypatch.setattr(demo_threads.time, "sleep", waits)
+        assert free_threads() == threads
+    stat.unlink()
     for load, threads in ((0.1, 2), (0.9, 1), (7.0, 1)):
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0, 0), raising=False)
         assert free_threads() == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert free_threads() == 3
+
+
+def test_branches_hold_every_stage_once_and_wait_for_what_feeds_them(tmp_path) -> None:
+    """Branches that wait for each other must not lock, whichever is ahead.
+    """
+    first, *others = (list(one) for one in branches(quick=False))
+    assert sorted(s.name for one in (first, *others) for s in one) == sorted(s.name for s in STAGES)
+    done: set[str] = set()
+    for running in ([first], others):
+        while any(running):
+            ready = next((one for one in running if one and done.issuperset(one[0].feeds.values())), None)
+            assert ready, f"locked: {[one[0].name for one in running if one]}"
+            done.add(ready.pop(0).name)
+    record = Record.open(tmp_path, SETTINGS)
+    made = Demo(record, Board(branches(quick=False)), scale=1.0, num_videos=8, changed=lambda: None)
+    waiter = threading.Thread(target=made.wait_for, args=(["tf_c3-3"],), daemon=True)
+    waiter.start()
+    waiter.join(0.5)
+    assert waiter.is_alive()
+    record.stage("tf_c3-3")["trained"] = True
+    waiter.join(10)
+    assert not waiter.is_alive()
+    made.stop()
+    with pytest.raises(Stopped):
+        made.wait_for(["tf_c1-1"])
 
 
 def test_positions_are_read_from_what_a_run_writes(tmp_path) -> None:
