@@ -34,7 +34,7 @@ from websockets.exceptions import WebSocketException
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
-from rcm.inference.outcome import exit_status
+from rcm.inference.outcome import command
 
 WARM_S, GRACE_S = 2.0, 5.0
 SLOW_S = 1.0
@@ -113,6 +113,7 @@ class ServedProcess:
         return said.strip()
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `rcm bench serve`."""
     parser = Arguments(prog="rcm bench serve", description=__doc__)
@@ -134,8 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--fps", type=float, default=16.0, help="[%(default)s]")
     parser.add_argument("--json", metavar="FILE")
-    flags = parser.parse_args(argv)
-    return exit_status(lambda: _run(flags))
+    return _run(parser.parse_args(argv))
 
 
 def _run(flags: argparse.Namespace) -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,12 +21,11 @@ from typing import Any
 import torch
 
 from rcm.core.arguments import Arguments
-from rcm.core.errors import CheckpointError, ConfigError
+from rcm.core.errors import ConfigError
 from rcm.core.rng import require_seed
 from rcm.data.latents import LatentShards
 from rcm.data.prompts import read_prompts
 from rcm.data.shard_writer import ShardSample, build_shards, check_build, shard_name
-from rcm.data.tar_index import ShardError
 from rcm.inference.outcome import check_device, command
 from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
 from rcm.pipelines.ode_pairs import (
@@ -261,17 +259,12 @@ def _digest(prompts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> int:
+@command(failure=1)
+def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 0, or 1 with one line on standard error."""
     options = arguments(argv)
-    try:
-        paths = build(options)
-    except (ConfigError, CheckpointError, ShardError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    paths = build(options)
     print(f"{len(paths)} shards of trajectories: {options.out}/shard-*.tar")
-    return 0
 
 
 if __name__ == "__main__":

@@ -25,11 +25,12 @@ from rcm.evaluation.compare import compare, require_same_conditions, side_by_sid
 from rcm.evaluation.metrics_pixels import clip_of
 from rcm.evaluation.metrics_report import write_comparison_page, write_metrics_page
 from rcm.evaluation.metrics_suite import ClipScores, Models, measure_clip
-from rcm.inference.outcome import exit_status
+from rcm.inference.outcome import command
 from rcm.pipelines.video_io import probe, read_mp4, write_mp4
 from rcm.train.describe import installed_versions, write_atomically
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = Arguments(prog="scripts.compare_checkpoints", allow_abbrev=False, description=__doc__)
@@ -55,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--ignore_conditions", action="store_true", help="do not check that prompts and seeds agree"
     )
     add("--device", default="cpu", help="of the networks [%(default)s]")
-    flags = parser.parse_args(argv)
-    return exit_status(lambda: run(flags))
+    run(parser.parse_args(argv))
 
 
 def run(flags: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ from rcm.core.output_file import OutputFile
 from rcm.evaluation.metrics_features import FrameFeatures
 from rcm.evaluation.metrics_pixels import clip_of, colour, differences, flicker, sharpness
 from rcm.evaluation.report import write_report
-from rcm.inference.outcome import exit_status, short_log
+from rcm.inference.outcome import command, short_log
 from rcm.pipelines.video_io import contact_sheet, iter_frames
 from rcm.worlds.toy_scores import ToyScorer
 from rcm.worlds.toy_world import ToyWorld
@@ -178,11 +178,12 @@ def toy_adherence(prompt: str) -> Callable[[Tensor], list[float]]:
     return score
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     flags = _parser().parse_args(argv)
     short_log()
-    return exit_status(lambda: _run(flags))
+    return _run(flags)
 
 
 def _features(device: str) -> FrameFeatures:

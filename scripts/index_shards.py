@@ -10,49 +10,30 @@ index beside them through it; a run that was stopped goes on when the same comma
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rcm.core.arguments import Arguments
-from rcm.core.errors import CheckpointError, ConfigError
-from rcm.data.latents import expand_pattern
 from rcm.data.set_index import RECORD, record_shards
-from rcm.data.tar_index import ShardError
 from rcm.inference.outcome import command
+from scripts.named_shards import named_shards, shard_flags
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; argparse ends the process with status 2 for a wrong one."""
-    parser = Arguments(
-        description=__doc__,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "shards",
-        nargs="+",
-        metavar="PATTERN",
-        help="shards: names, globs, or bash's braces, in quotes",
-    )
+    parser = shard_flags(__doc__)
     return parser.parse_args(argv)
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> int:
+@command(failure=1)
+def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 0, or 1 with one line on standard error."""
     options = arguments(argv)
-    try:
-        folders: dict[Path, dict[Path, None]] = {}
-        for pattern in options.shards:
-            for path in expand_pattern(pattern, knob="PATTERN"):
-                folders.setdefault(path.parent, {})[path] = None
-        for folder, paths in folders.items():
-            shards, samples = record_shards(folder, paths)
-            print(f"{folder / RECORD}: {shards} shards, {samples} samples")
-    except (ConfigError, CheckpointError, ShardError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+    folders: dict[Path, dict[Path, None]] = {}
+    for path in named_shards(options.shards):
+        folders.setdefault(path.parent, {})[path] = None
+    for folder, paths in folders.items():
+        shards, samples = record_shards(folder, paths)
+        print(f"{folder / RECORD}: {shards} shards, {samples} samples")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from rcm.evaluation.metrics_judge import Case, cases_of, share_right, tables
 from rcm.evaluation.metrics_pixels import clip_of
 from rcm.evaluation.metrics_suite import Models, measure_clip
 from rcm.evaluation.throughput import processor
-from rcm.inference.outcome import exit_status
+from rcm.inference.outcome import command
 from rcm.pipelines.video_io import read_mp4
 from rcm.train.describe import write_atomically
 from rcm.worlds.toy_world import ToyWorld, ToyWorldConfig
@@ -57,6 +57,7 @@ WINDOWS = (
 START, END = "<!-- judged -->", "<!-- end of judged -->"
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 1 when too few are ranked right."""
     parser = Arguments(prog="scripts.judge_metrics", allow_abbrev=False, description=__doc__)
@@ -73,10 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="also write the tables between the markers of this file",
     )
-    flags = parser.parse_args(argv)
-    passed: list[bool] = []
-    status = exit_status(lambda: passed.append(run(flags)))
-    return status or int(not all(passed))
+    return int(not run(parser.parse_args(argv)))
 
 
 def run(flags: argparse.Namespace) -> bool:

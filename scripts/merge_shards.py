@@ -12,31 +12,18 @@ the same command is given again.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rcm.core.arguments import Arguments
-from rcm.core.errors import CheckpointError, ConfigError
-from rcm.data.latents import expand_pattern
 from rcm.data.shard_merge import merge_shards
 from rcm.data.shard_writer import check_build
-from rcm.data.tar_index import ShardError
 from rcm.inference.outcome import command
+from scripts.named_shards import named_shards, shard_flags
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; argparse ends the process with status 2 for a wrong one."""
-    parser = Arguments(
-        description=__doc__,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "shards",
-        nargs="+",
-        metavar="PATTERN",
-        help="shards: names, globs, or bash's braces, in quotes",
-    )
+    parser = shard_flags(__doc__)
     parser.add_argument(
         "--out",
         type=Path,
@@ -55,25 +42,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> int:
+@command(failure=1)
+def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 0, or 1 with one line on standard error."""
     options = arguments(argv)
-    try:
-        check_build(options.out, num=None, shard_size=options.shard_size)
-        paths = list(
-            dict.fromkeys(
-                path
-                for pattern in options.shards
-                for path in expand_pattern(pattern, knob="the pattern")
-            )
-        )
-        written = merge_shards(paths, options.out, shard_size=options.shard_size)
-    except (ConfigError, CheckpointError, ShardError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    check_build(options.out, num=None, shard_size=options.shard_size)
+    paths = named_shards(options.shards)
+    written = merge_shards(paths, options.out, shard_size=options.shard_size)
     print(f"{len(paths)} shards in {len(written)}: {options.out}/shard-*.tar")
-    return 0
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from rcm.evaluation.vbench_files import cache_folder
 from rcm.evaluation.vbench_files import told as files_told
 from rcm.evaluation.vbench_launch import Launch
 from rcm.evaluation.vbench_score import T2V
-from rcm.inference.outcome import command, exit_status
+from rcm.inference.outcome import command
 
 VERSION = "0.1.5"
 PACKAGES = ("numpy<2", "setuptools<82")
@@ -39,8 +39,8 @@ OpenCV asks for numpy 2.
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
     parser = Arguments(prog="scripts.vbench_env", allow_abbrev=False, description=__doc__)
     add = parser.add_argument
     add("--venv", type=Path, default=Path(".venv-vbench"), metavar="DIR", help="[%(default)s]")
@@ -65,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="its model files [$VBENCH_CACHE_DIR, else ~/.cache/vbench]",
     )
     add("--dry_run", action="store_true", help="print the commands")
-    flags = parser.parse_args(argv)
-    return exit_status(lambda: run(flags))
+    run(parser.parse_args(argv))
 
 
 def run(flags: argparse.Namespace) -> None:

@@ -42,7 +42,7 @@ from rcm.evaluation.vbench_prompts import (
 )
 from rcm.evaluation.vbench_sampling import Share, SuiteRun, group_of_video, sample_suite
 from rcm.inference.flag_ranges import check_numbers
-from rcm.inference.outcome import check_device, command, exit_status
+from rcm.inference.outcome import check_device, command
 from rcm.parallel.launch import this_launch
 from rcm.storage.shipped import asset
 from scripts.vbench_flags import add_model_flags, output_name
@@ -52,10 +52,9 @@ ASSETS = asset("vbench")
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    flags = arguments(argv)
-    return exit_status(lambda: run(flags))
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    run(arguments(argv))
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

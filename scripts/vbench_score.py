@@ -40,7 +40,7 @@ from rcm.evaluation.vbench_manifest import EVAL_INFO
 from rcm.evaluation.vbench_prompts import T2V_FILE, read_suite
 from rcm.evaluation.vbench_results import DimensionResult, read_results
 from rcm.evaluation.vbench_score import SUITES, Suite, aggregate, table
-from rcm.inference.outcome import command, exit_status
+from rcm.inference.outcome import command
 from rcm.storage.shipped import asset
 from rcm.train.describe import write_atomically
 
@@ -48,10 +48,9 @@ ASSETS = asset("vbench")
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    flags = arguments(argv)
-    return exit_status(lambda: run(flags))
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    run(arguments(argv))
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

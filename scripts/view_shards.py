@@ -13,24 +13,23 @@ channels, else the toy world's.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from rcm.core.arguments import Arguments
-from rcm.core.errors import CheckpointError, ConfigError
+from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
-from rcm.data.latents import LatentShards, expand_pattern
+from rcm.data.latents import LatentShards
 from rcm.data.shard_writer import MANIFEST, read_manifest
 from rcm.data.stored_sample import StoredSample
-from rcm.data.tar_index import ShardError, ShardIndex, index_shard
+from rcm.data.tar_index import ShardIndex, index_shard
 from rcm.encoders.codec import LatentCodec
 from rcm.encoders.wan_vae import WAN_VAE_FILE, WanVAECodec
 from rcm.inference.outcome import command
-from rcm.pipelines.video_io import VideoError, contact_sheet
+from rcm.pipelines.video_io import contact_sheet
 from rcm.worlds.toy_codec import NATURAL, ToyCodec
+from scripts.named_shards import named_shards, shard_flags
 
 CODECS = {"toy": ToyCodec(), "natural": NATURAL}
 _WAN_CHANNELS = 16
@@ -41,16 +40,7 @@ _CAPTION = 100
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; argparse ends the process with status 2 for a wrong one."""
-    parser = Arguments(
-        description=__doc__,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "shards",
-        nargs="+",
-        metavar="PATTERN",
-        help="shards: names, globs, or bash's braces, in quotes",
-    )
+    parser = shard_flags(__doc__)
     parser.add_argument(
         "--rows", type=int, default=8, help="samples per shard; 0: how many there are [%(default)s]"
     )
@@ -147,51 +137,29 @@ def _thumbnail(codec: LatentCodec, latents: torch.Tensor) -> torch.Tensor:
     return frames.transpose(0, 1).unsqueeze(0)
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> int:
+@command(failure=1)
+def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 0, or 1 with one line on standard error."""
     options = arguments(argv)
-    try:
-        if not 0 <= options.rows <= _MOST_ROWS:
-            raise ConfigError(f"--rows {options.rows} must be in 0 to {_MOST_ROWS}")
-        for name in ("codec", "vae_path"):
-            if getattr(options, name) is not None and options.sheet is None:
-                raise ConfigError(
-                    f"--{name} is for the picture and has no effect without one; add --sheet"
-                )
-        sheet = (
-            None
-            if options.sheet is None
-            else OutputFile.claim(options.sheet, suffix=".png", knob="--sheet")
+    if not 0 <= options.rows <= _MOST_ROWS:
+        raise ConfigError(f"--rows {options.rows} must be in 0 to {_MOST_ROWS}")
+    how = {"codec": options.codec, "vae_path": options.vae_path}
+    sheet = None
+    if options.sheet is not None:
+        sheet = OutputFile.claim(options.sheet, suffix=".png", knob="--sheet")
+    elif given := [name for name, value in how.items() if value is not None]:
+        raise ConfigError(
+            f"--{given[0]} is for the picture and has no effect without one; add --sheet"
         )
-        paths = list(
-            dict.fromkeys(
-                path
-                for pattern in options.shards
-                for path in expand_pattern(pattern, knob="PATTERN")
-            )
-        )
-        count = 0
-        for shard in map(index_shard, paths):
-            count += len(shard.keys)
-            for line in listed(shard, rows=options.rows):
-                print(line)
-        if len(paths) > 1:
-            print(f"{count} samples in {len(paths)} shards")
-        if sheet is not None:
-            print(
-                draw(
-                    paths[0],
-                    sheet,
-                    rows=options.rows,
-                    codec=options.codec,
-                    vae_path=options.vae_path,
-                )
-            )
-    except (ConfigError, CheckpointError, ShardError, VideoError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+    paths, count = named_shards(options.shards), 0
+    for shard in map(index_shard, paths):
+        count += len(shard.keys)
+        for line in listed(shard, rows=options.rows):
+            print(line)
+    if len(paths) > 1:
+        print(f"{count} samples in {len(paths)} shards")
+    if sheet is not None:
+        print(draw(paths[0], sheet, rows=options.rows, **how))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import overload
 
 import torch
 from loguru import logger
@@ -67,16 +68,24 @@ def exit_status(work: Callable[[], int | None], *, tell: bool = True, failure: i
     return failure
 
 
-def command(
-    main: Callable[[Sequence[str] | None], int | None],
-) -> Callable[[Sequence[str] | None], int]:
-    """Decorate the `main(argv)` of a command: whatever its own handling lets through ends as
-    `exit_status` says.
+Main = Callable[[Sequence[str] | None], int | None]
+Ending = Callable[[Sequence[str] | None], int]
+
+
+@overload
+def command(main: Main) -> Ending: ...
+@overload
+def command(*, failure: int) -> Callable[[Main], Ending]: ...
+def command(main: Main | None = None, *, failure: int = 2) -> Ending | Callable[[Main], Ending]:
+    """Decorate the `main(argv)` of a command, as `@command` or `@command(failure=STATUS)`: whatever
+    its own handling lets through ends as `exit_status` says.
     """
+    if main is None:
+        return functools.partial(command, failure=failure)
 
     @functools.wraps(main)
     def ending(argv: Sequence[str] | None = None) -> int:
-        return exit_status(lambda: main(argv))
+        return exit_status(lambda: main(argv), failure=failure)
 
     return ending
 

@@ -4,10 +4,10 @@ answered in one sentence.
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -39,9 +39,10 @@ def test_every_entry_point_has_a_word() -> None:
 
 def test_help_is_quick_and_needs_no_torch() -> None:
     code = "import sys, rcm.front.cli as c; c.main(['--help']); sys.exit('torch' in sys.modules or 'hydra' in sys.modules)"
-    begin = time.perf_counter()
+    before = os.times()
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - begin < 5  # 0.1 s on an idle machine
+    after = os.times()  # of the processor: others may be busy on this machine
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 2  # 0.1 s
     assert all(f"  {name} " in told.stdout for name in COMMANDS)
 
 
