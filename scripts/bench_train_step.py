@@ -369,13 +369,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--attention", default="auto", help="attention back end")
     add("--fused", default="auto", choices=("auto", "on", "off"))
     add("--lora", type=int, default=0, metavar="RANK", help="train adapters on a frozen student")
-    add(
-        "--frozen-weights",
-        "--frozen_weights",
-        default="compute",
-        choices=get_args(FrozenWeights),
-        help="how the network of --only forward keeps its weights, as model.config.frozen_weights",
-    )
+    how = "how the network of --only forward keeps its weights, as model.config.frozen_weights"
+    add("--frozen-weights", default="compute", choices=get_args(FrozenWeights), help=how)
     add("--compile", action="store_true", help="compile the student's blocks")
     add("--only", default="all", choices=("all", "check", "step", "forward"))
     add("--repeats", type=int, default=3)
