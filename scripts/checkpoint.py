@@ -22,6 +22,7 @@ import torch
 
 from rcm.core.arguments import Arguments
 from rcm.core.errors import CheckpointError, ConfigError
+from rcm.core.standard_output import lost_output
 from rcm.inference.outcome import command
 from rcm.nets.wan.config import PRESETS, WanConfig
 from rcm.nets.wan.convert import FORMS
@@ -58,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _inspect(options) if options.command == "inspect" else _convert(options)
     except (CheckpointError, ConfigError, OSError) as error:
-        print(f"checkpoint {options.command}: {error}", file=sys.stderr)
+        lost = lost_output(error)
+        told = error if lost is None else lost.sentence
+        print(f"checkpoint {options.command}: {told}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
 
 

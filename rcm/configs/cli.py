@@ -23,6 +23,7 @@ from rcm.configs import listing
 from rcm.configs.compose import compose_run
 from rcm.core.arguments import Arguments
 from rcm.core.errors import CheckpointError, ConfigError, NonFinite, PeerGone
+from rcm.core.standard_output import lost_output
 from rcm.data.tar_index import ShardError
 from rcm.parallel.agree import sentence, together
 from rcm.parallel.launch import is_first, launched_world
@@ -62,11 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_first():
             print(f"error: {error}", file=sys.stderr)
         return 2
-    # `--list | head`: the reader has seen enough; the interpreter's own flush at exit must not
-    # complain either
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        lost = lost_output(error)
+        if lost is None:
+            raise
+        if not lost.reader_gone:  # of `--list | head` it has seen enough
+            print(f"error: {lost.sentence}", file=sys.stderr)
+        return 0 if lost.reader_gone else 2
     return _train(overrides, registry)
 
 

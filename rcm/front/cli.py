@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import rcm
+from rcm.core.standard_output import lost_output
 from rcm.front.commands import COMMANDS, GROUPS, Command
 
 HELP = ("-h", "--help", "help")
@@ -25,17 +26,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     names none, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _answer(words)
+        lost = lost_output()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except OSError as error:
+        status, lost = 0, lost_output(error)
+        if lost is None:
+            raise
+    if lost is None or status or lost.reader_gone:
+        return status
+    print(f"error: {lost.sentence}", file=sys.stderr)
+    return 1
+
+
+def _answer(words: Sequence[str]) -> int:
     if not words or words[0] in HELP:
         _write(overview())
         return 0
     if words[0] in ("--version", "-V"):
         _write(f"rcm {rcm.__version__}\n")
         return 0
-    try:
-        return _run("rcm", COMMANDS, words)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return _run("rcm", COMMANDS, words)
 
 
 def overview() -> str:
@@ -178,4 +192,4 @@ def _find_scripts() -> None:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    print(text, end="")  # nowhere, where standard output is closed

@@ -5,6 +5,7 @@ and for Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from loguru import logger
 from rcm.core.device_copy import check_device as check_device
 from rcm.core.errors import CheckpointError, ConfigError, NonFinite, PeerGone
 from rcm.core.output_file import OutputFile
+from rcm.core.standard_output import lost_output
 from rcm.data.tar_index import ShardError
 from rcm.pipelines.video_io import VideoError
 
@@ -50,10 +52,15 @@ def exit_status(work: Callable[[], int | None], *, tell: bool = True, failure: i
     one sentence on stderr by the rank that may `tell`; 130 and one sentence after Ctrl-C.
     """
     try:
-        return work() or 0
+        status = work() or 0
+        lost = lost_output()
+        if lost is None or status:
+            return status
+        _say(f"error: {lost.sentence}")
     except USER_ERRORS as error:
+        lost = lost_output(error)
         if tell or isinstance(error, OutOfMemory):
-            _say(f"error: {' '.join(str(error).split())}")
+            _say(f"error: {' '.join(str(error).split()) if lost is None else lost.sentence}")
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -108,4 +115,5 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _say(sentence: str) -> None:
-    print(sentence.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # stderr may be gone, too
+        print(sentence.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
