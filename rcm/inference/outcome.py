@@ -10,7 +10,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any
 
 import torch
 from loguru import logger
@@ -75,15 +75,9 @@ def exit_status(work: Callable[[], int | None], *, tell: bool = True, failure: i
     return failure
 
 
-Main = Callable[[Sequence[str] | None], int | None]
-Ending = Callable[[Sequence[str] | None], int]
-
-
-@overload
-def command(main: Main) -> Ending: ...
-@overload
-def command(*, failure: int) -> Callable[[Main], Ending]: ...
-def command(main: Main | None = None, *, failure: int = 2) -> Ending | Callable[[Main], Ending]:
+def command(
+    main: Callable[[Sequence[str] | None], int | None] | None = None, *, failure: int = 2
+) -> Any:
     """Decorate the `main(argv)` of a command, as `@command` or `@command(failure=STATUS)`: whatever
     its own handling lets through ends as `exit_status` says.
     """
