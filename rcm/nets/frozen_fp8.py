@@ -43,7 +43,7 @@ class FrozenFP8Linear(nn.Module):
             weight, scale = quantise.reference(layer.weight)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
-        bias = None if layer.bias is None else layer.bias.detach()
+        bias = layer.bias
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
