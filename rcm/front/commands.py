@@ -268,7 +268,7 @@ BENCH = {
     "checkpoint": Command(
         does="saves and loads by bytes: the stall of a step, the background write, the way back",
         module="scripts.bench_checkpoint",
-        examples=("rcm bench checkpoint --size 1.3B",),
+        examples=("rcm bench checkpoint --size 1.3B --blocks 6",),
     ),
     "scale": Command(
         does="training steps of every recipe and layout (start it with torchrun -m rcm)",
