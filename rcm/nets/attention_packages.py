@@ -67,55 +67,29 @@ class Flash2(_Package):
     queries with equal keys.
     """
 
-    name, module, hint = (
-        "flash2",
-        "flash_attn",
-        "pip install 'rcm[flash]' (flash-attn 2, built from source, needs CUDA)",
-    )
+    name, module = "flash2", "flash_attn"
+    hint = "pip install 'rcm[flash]' (flash-attn 2, built from source, needs CUDA)"
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
     ) -> Tensor:
         """See `AttentionBackend`."""
-        attend, deterministic = (
-            self._open(q).flash_attn_func,
-            torch.are_deterministic_algorithms_enabled(),
-        )
-        return by_segment(
-            lambda q, k, v: attend(q, k, v, softmax_scale=scale, deterministic=deterministic),
-            q,
-            k,
-            v,
-            mask=mask,
-        )
-
-
-class Flash3(_Package):
-    """FlashAttention-3, `flash_attn_interface.flash_attn_func` (Hopper): one dense call per run of
-    queries with equal keys.
-
-    Versions differ in whether the log-sum-exp comes beside the result; both are read.
-    """
-
-    name, module, hint = (
-        "flash3",
-        "flash_attn_interface",
-        "build FlashAttention-3 (the folder hopper/ of its sources), needs sm90",
-    )
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
-    ) -> Tensor:
-        """See `AttentionBackend`."""
-        attend, deterministic = (
-            self._open(q).flash_attn_func,
-            torch.are_deterministic_algorithms_enabled(),
-        )
+        attend = self._open(q).flash_attn_func
+        deterministic = torch.are_deterministic_algorithms_enabled()
 
         def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return _first(attend(q, k, v, softmax_scale=scale, deterministic=deterministic))
 
         return by_segment(dense, q, k, v, mask=mask)
+
+
+class Flash3(Flash2):
+    """FlashAttention-3, `flash_attn_interface.flash_attn_func` (Hopper), in the same calls.
+    Versions differ in whether the log-sum-exp comes beside the result; both are read.
+    """
+
+    name, module = "flash3", "flash_attn_interface"
+    hint = "build FlashAttention-3 (the folder hopper/ of its sources), needs sm90"
 
 
 class Magi(_Package):
@@ -124,11 +98,8 @@ class Magi(_Package):
     entries share no pair.
     """
 
-    name, module, hint = (
-        "magi",
-        "magi_attention.api",
-        "build MagiAttention from source (github.com/SandAI-org/MagiAttention), needs sm90",
-    )
+    name, module = "magi", "magi_attention.api"
+    hint = "build MagiAttention from source (github.com/SandAI-org/MagiAttention), needs sm90"
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
@@ -165,11 +136,8 @@ class TransformerEngine(_Package):
     in the layout "bshd" without mask: one dense call per run of queries with equal keys.
     """
 
-    name, module, hint = (
-        "te",
-        "transformer_engine.pytorch",
-        "pip install 'rcm[te]' (needs a CUDA toolchain)",
-    )
+    name, module = "te", "transformer_engine.pytorch"
+    hint = "pip install 'rcm[te]' (needs a CUDA toolchain)"
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,13 +159,11 @@ class TransformerEngine(_Package):
                 softmax_scale=scale,
             )
         attend = self._modules[key]
-        return by_segment(
-            lambda q, k, v: attend(q, k, v).unflatten(2, (q.shape[2], v.shape[3])),
-            q,
-            k,
-            v,
-            mask=mask,
-        )
+
+        def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend(q, k, v).unflatten(2, (q.shape[2], v.shape[3]))
+
+        return by_segment(dense, q, k, v, mask=mask)
 
 
 def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:

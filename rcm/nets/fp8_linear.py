@@ -36,10 +36,8 @@ class FP8Linear(nn.Module):
 
     def __init__(self, *layers: nn.Linear, gelu: bool = False) -> None:
         super().__init__()
-        self.in_features, self.out_features = (
-            layers[0].in_features,
-            sum(layer.out_features for layer in layers),
-        )
+        self.in_features = layers[0].in_features
+        self.out_features = sum(layer.out_features for layer in layers)
         self.gelu = gelu
         with torch.no_grad():
             weights: list[Tensor] = [layer.weight for layer in layers]

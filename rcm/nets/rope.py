@@ -199,9 +199,7 @@ class RopeTables:
             for channels, ntk in zip(self.channels, self.ntk, strict=True)
         ]
         parts = [where[..., axis, None] * rate for axis, rate in enumerate(rates)]
-        angle = torch.cat(parts, dim=-1)
-        cos, sin = angle.cos(), angle.sin()
-        return RopeTable(_paired(cos, cos).to(dtype), _paired(-sin, sin).to(dtype))
+        return _table(torch.cat(parts, dim=-1), dtype)
 
     def _check(self, frame_index: tuple[int, ...], grid: tuple[int, int]) -> None:
         if not frame_index:
@@ -229,11 +227,13 @@ class RopeTables:
             shape[axis] = full[axis]
             angle = to_device(position.double()[:, None] * _rates(channels, self.ntk[axis]), device)
             angles.append(angle.reshape(*shape, -1).expand(*full, channels // 2))
-        angle = torch.cat(angles, dim=3).flatten(0, 2)
-        cos, sin = angle.cos(), angle.sin()
-        return RopeTable(
-            _paired(cos, cos)[:, None].to(dtype), _paired(-sin, sin)[:, None].to(dtype)
-        )
+        return _table(torch.cat(angles, dim=3).flatten(0, 2)[:, None], dtype)
+
+
+def _table(angle: Tensor, dtype: torch.dtype) -> RopeTable:
+    """Table in `dtype` of angles [..., D / 2]."""
+    cos, sin = angle.cos(), angle.sin()
+    return RopeTable(_paired(cos, cos).to(dtype), _paired(-sin, sin).to(dtype))
 
 
 def _rates(channels: int, ntk: float = 1.0) -> Tensor:

@@ -83,13 +83,8 @@ class ChunkLoop:
         in_place: bool = False,
         interrupt: Callable[[], None] | None = None,
     ) -> None:
-        self.denoiser, self.canvas, self.noise, self.rule, self.cache = (
-            denoiser,
-            canvas,
-            noise,
-            rule,
-            cache,
-        )
+        self.denoiser, self.canvas, self.noise, self.rule = denoiser, canvas, noise, rule
+        self.cache = cache
         self.grad, self.in_place, self.interrupt = grad, in_place, interrupt
         self.newest: int | None = None  # id of the chunk that was appended last
 

@@ -50,13 +50,8 @@ class ChunkNoise:
         device: torch.device | str,
         draw_on: torch.device | str = "cpu",
     ) -> None:
-        self.shape, self.seed, self.dtype, self.device, self.draw_on = (
-            tuple(shape),
-            seed,
-            dtype,
-            torch.device(device),
-            draw_on,
-        )
+        self.shape, self.seed, self.dtype = tuple(shape), seed, dtype
+        self.device, self.draw_on = torch.device(device), draw_on
 
     def start(self, frames: slice) -> Tensor:
         """See `Noise`."""
@@ -112,12 +107,8 @@ class VideoNoise:
         device: torch.device | str,
         given: int = 0,
     ) -> None:
-        self.shape, self.dtype, self.device, self.given = (
-            tuple(shape),
-            dtype,
-            torch.device(device),
-            given,
-        )
+        self.shape, self.dtype, self.device = tuple(shape), dtype, torch.device(device)
+        self.given = given
         self._generator = generator
         batch, channels, frames, height, width = self.shape
         self._draws = [self._draw((batch, channels, frames - given, height, width))]

@@ -117,10 +117,12 @@ def _behind_cached(k: Tensor, v: Tensor, cached: LayerView) -> tuple[Tensor, Ten
     return k, v
 
 
-class SelfAttention(nn.Module):
-    """Self-attention with query and key norms over the full width."""
+class _Projections(nn.Module):
+    """What both attentions of a block have: projections, and query and key norms over the full
+    width.
+    """
 
-    def __init__(self, config: WanConfig, backend: AttentionBackend) -> None:
+    def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.q = Linear(config.dim, config.dim)
@@ -129,6 +131,17 @@ class SelfAttention(nn.Module):
         self.o = Linear(config.dim, config.dim)
         self.norm_q = RMSNorm(config.dim, eps=config.eps)
         self.norm_k = RMSNorm(config.dim, eps=config.eps)
+
+    def _heads(self, y: Tensor) -> Tensor:
+        """[..., E] to [..., N, D]."""
+        return y.unflatten(-1, (self.num_heads, self.head_dim))
+
+
+class SelfAttention(_Projections):
+    """Self-attention of all tokens."""
+
+    def __init__(self, config: WanConfig, backend: AttentionBackend) -> None:
+        super().__init__(config)
         self.core = SelfAttentionCore(AttentionCore(backend))
         self._joined: tuple[Tensor, Tensor] | None = None
 
@@ -160,7 +173,7 @@ class SelfAttention(nn.Module):
                 if attend
                 else None
             )
-        q, k, v = (self._heads(y) for y in (self.norm_q(q), self.norm_k(k), v))
+        q, k, v = (self._heads(y).flatten(1, 2) for y in (self.norm_q(q), self.norm_k(k), v))
         if not attend:
             return self.core(q, k, v, layout, rope, cached, attend=False)
         return self.o(self.core(q, k, v, layout, rope, cached).reshape(x.shape))
@@ -211,28 +224,15 @@ class SelfAttention(nn.Module):
         self._joined = None  # what moves elsewhere leaves nothing behind
         return super()._apply(fn, recurse)
 
-    def _heads(self, y: Tensor) -> Tensor:
-        return y.unflatten(3, (self.num_heads, self.head_dim)).flatten(1, 2)
 
-
-class CrossAttention(nn.Module):
+class CrossAttention(_Projections):
     """Attention from video tokens to the text, and beside it to the image where the network has
     that branch; results add before the projection.
     """
 
     def __init__(self, config: WanConfig, backend: AttentionBackend) -> None:
-        super().__init__()
-        self.num_heads, self.head_dim, self.has_image = (
-            config.num_heads,
-            config.head_dim,
-            config.image_branch,
-        )
-        self.q = Linear(config.dim, config.dim)
-        self.k = Linear(config.dim, config.dim)
-        self.v = Linear(config.dim, config.dim)
-        self.o = Linear(config.dim, config.dim)
-        self.norm_q = RMSNorm(config.dim, eps=config.eps)
-        self.norm_k = RMSNorm(config.dim, eps=config.eps)
+        super().__init__(config)
+        self.has_image = config.image_branch
         if self.has_image:
             self.k_img = nn.Linear(config.dim, config.dim)
             self.v_img = nn.Linear(config.dim, config.dim)
@@ -260,9 +260,6 @@ class CrossAttention(nn.Module):
         if known.image is not None:
             out = out + self.attention(q, *known.image)
         return self.o(out.reshape(x.shape))
-
-    def _heads(self, y: Tensor) -> Tensor:
-        return y.unflatten(2, (self.num_heads, self.head_dim))
 
 
 class FeedForward(nn.Sequential):

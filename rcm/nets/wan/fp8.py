@@ -166,10 +166,8 @@ def noise_velocity(
     image = (
         draw(1, config.image_positions or 257, config.image_dim) if config.image_branch else None
     )
-    x, cond = (
-        draw(1, config.in_dim, frames, *size),
-        Condition(draw(1, config.text_len, config.text_dim), image=image),
-    )
+    x = draw(1, config.in_dim, frames, *size)
+    cond = Condition(draw(1, config.text_len, config.text_dim), image=image)
     time = torch.full((1, 1), timestep, dtype=torch.float32, device=weight.device)
     layout = TokenLayout.bidirectional(frames, grid=config.token_grid(*size))
     return lambda network: network(x, time, cond, layout)
@@ -188,10 +186,8 @@ def attention_error(
         return torch.randn(shape, generator=generator).to(weight)
 
     image = draw(1, 257, config.image_dim) if config.image_branch else None
-    frames, cond = (
-        draw(2, 1, config.in_dim, 1, *size),
-        Condition(draw(1, config.text_len, config.text_dim), image=image),
-    )
+    frames = draw(2, 1, config.in_dim, 1, *size)
+    cond = Condition(draw(1, config.text_len, config.text_dim), image=image)
     t = torch.full((1, 1), timestep / 1000.0, dtype=torch.float64, device=weight.device)
     grid = denoiser.token_grid(*size)
     found = []

@@ -54,10 +54,8 @@ class RelaxForcing(CompressedHistory):
             .mean(2)
             .flatten(2)
         )
-        candidates, tail = (
-            vectors[:, frames.start : frames.stop],
-            vectors[:, frames.stop :].mean(1, keepdim=True),
-        )
+        candidates = vectors[:, frames.start : frames.stop]
+        tail = vectors[:, frames.stop :].mean(1, keepdim=True)
         score = self._scores(cosines(torch.cat([candidates, tail], dim=1), self.reduce))
         best = (
             score.sort(dim=1, descending=True, stable=True)
