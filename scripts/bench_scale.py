@@ -43,7 +43,8 @@ import torch.distributed as dist
 from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
-from rcm.inference.outcome import STOPPED, command, short_log, writable_file
+from rcm.core.stop_signal import INTERRUPTED
+from rcm.inference.outcome import command, short_log, writable_file
 from rcm.parallel.launch import is_first, launched_world
 from rcm.parallel.mesh import ParallelDims, process_group
 from rcm.train.planner_card import CARDS, Card, card
@@ -144,7 +145,7 @@ class Bench:
                 continue
             self.ledger.begin(row.name)
             if self.measure(found) == "stopped":
-                return STOPPED
+                return INTERRUPTED
         return self.told(
             int(any(end in ("failed", "refused") for end in self.ledger.done.values()))
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import rcm
 from rcm.core.standard_output import lost_output
+from rcm.core.stop_signal import status_of, terminable
 from rcm.front.commands import COMMANDS, GROUPS, Command
 
 HELP = ("-h", "--help", "help")
@@ -23,15 +24,16 @@ HELP = ("-h", "--help", "help")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `rcm`; returns the exit status: that of the subcommand, 2 for a line that
-    names none, 130 after Ctrl-C.
+    names none, 130 after Ctrl-C, 143 after SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        status = _answer(words)
+        with terminable():
+            status = _answer(words)
         lost = lost_output()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped", file=sys.stderr)
-        return 130
+        return status_of(stop)
     except OSError as error:
         status, lost = 0, lost_output(error)
         if lost is None:

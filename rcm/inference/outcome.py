@@ -19,11 +19,9 @@ from rcm.core.device_copy import check_device as check_device
 from rcm.core.errors import CheckpointError, ConfigError, NonFinite, PeerGone
 from rcm.core.output_file import OutputFile
 from rcm.core.standard_output import lost_output
+from rcm.core.stop_signal import status_of, terminable
 from rcm.data.tar_index import ShardError
 from rcm.pipelines.video_io import VideoError
-
-STOPPED = 130
-"""Exit status after Ctrl-C, as shells have it."""
 
 
 class OutOfMemory(ConfigError):
@@ -49,10 +47,12 @@ def short_log() -> None:
 
 def exit_status(work: Callable[[], int | None], *, tell: bool = True, failure: int = 2) -> int:
     """What `work` returns, else 0; `failure` after an error that the user can put right, told in
-    one sentence on stderr by the rank that may `tell`; 130 and one sentence after Ctrl-C.
+    one sentence on stderr by the rank that may `tell`; 130 and one word after Ctrl-C, 143 after
+    SIGTERM.
     """
     try:
-        status = work() or 0
+        with terminable():
+            status = work() or 0
         lost = lost_output()
         if lost is None or status:
             return status
@@ -68,10 +68,10 @@ def exit_status(work: Callable[[], int | None], *, tell: bool = True, failure: i
             "error: out of memory:"
             f" {(str(error).strip().splitlines() or ['no more to be had'])[0][:160]}; ask for less"
         )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if tell:
             _say("stopped")
-        return STOPPED
+        return status_of(stop)
     return failure
 
 
