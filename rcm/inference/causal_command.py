@@ -167,7 +167,7 @@ class Maker:
         denoiser.net.rope.stretch((flags.ntk_t, flags.ntk_h, flags.ntk_w))
         scale = 1.0 if self.negative is None else self.job.recipe.guidance
         model = guided(denoiser, lambda: denoiser.prepare(self.negative), scale)
-        return Reel(denoiser, model, film, spec, given=self.prefix, progress=progress)
+        return Reel(denoiser, model, film, spec, self.prefix, progress)
 
     def _sampled(
         self, reel: Reel, *, decode: bool, writer: VideoWriter | None

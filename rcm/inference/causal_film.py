@@ -50,23 +50,17 @@ class Film:
         return self.timeline.cuts(pattern) if self.timeline.is_timed else frozenset()
 
 
+@dataclass
 class Reel:
-    """One video, sampled again and again in one session."""
+    """One video, sampled again and again in one session, behind the `given` latents."""
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        model: VelocityModel,
-        film: Film,
-        spec: StreamSpec,
-        *,
-        given: Tensor | None,
-        progress: Progress | None,
-    ) -> None:
-        self.denoiser, self.model, self.film, self.spec = denoiser, model, film, spec
-        self.progress = progress
-        self.given = None if given is None else given.expand(spec.batch, -1, -1, -1, -1)
-        self._session: Session | None = None
+    denoiser: Denoiser
+    model: VelocityModel
+    film: Film
+    spec: StreamSpec
+    given: Tensor | None
+    progress: Progress | None
+    _session: Session | None = None
 
     def chunks(
         self, flags: argparse.Namespace, condition: Callable[[str], Condition], marks: Marks

@@ -119,15 +119,7 @@ def causal_parser(name: str, *, about: str | None, defaults: Defaults) -> argpar
     """The parser of a causal command."""
     parser = wan_parser(name, about=about)
     group = parser.add_argument_group
-    add_video_flags(
-        parser,
-        sizes=("1.3B", "14B"),
-        size="1.3B",
-        num_samples=1,
-        num_frames=81,
-        resolution="480p",
-        prompt=defaults.prompt,
-    )
+    add_video_flags(parser, prompt=defaults.prompt)
     parser.set_defaults(save_path=defaults.save_path)
     scenes = (
         "--prompt may be a timeline: 'a harbour at dawn[5s] | the same in a storm[3s#]'; # begins a"

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from rcm.core.errors import ConfigError
 from rcm.encoders.clip_vision import CLIP_FILE
 from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT_FLF2V, NEGATIVE_PROMPT_I2V
+from rcm.inference.flag_table import add_flags
 from rcm.inference.wan_command import Job, wan_main
 from rcm.inference.wan_flags import (
     add_image_flags,
@@ -29,6 +30,10 @@ from rcm.inference.wan_flags import (
 )
 from rcm.pipelines.image_condition import MASK_CHANNELS
 
+_IMAGES = f"""
+last_image_path FILE  the last frame, stretched to the size of the video as the first is (FLF2V)
+clip_path PATH = {CLIP_FILE}  weights of CLIP's image half [%(default)s]
+"""
 SHIFTS = {"one": 5.0, "two": 16.0}
 """Shift of the times as the original samples with one image and with two; 3 for one at 480p."""
 
@@ -36,27 +41,9 @@ SHIFTS = {"one": 5.0, "two": 16.0}
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = wan_parser("wan2pt1_i2v_diffusion_infer", about=__doc__)
-    add_video_flags(
-        parser,
-        sizes=("i2v-14B", "flf2v-14B"),
-        size="auto",
-        num_samples=1,
-        num_frames=81,
-        resolution="720p",
-    )
+    add_video_flags(parser, sizes=("i2v-14B", "flf2v-14B"), size="auto", resolution="720p")
     add_image_flags(parser, experts=False)
-    add = parser.add_argument_group("more of the image").add_argument
-    add(
-        "--last_image_path",
-        metavar="FILE",
-        help="the last frame, stretched to the size of the video as the first is (FLF2V)",
-    )
-    add(
-        "--clip_path",
-        default=CLIP_FILE,
-        metavar="PATH",
-        help="weights of CLIP's image half [%(default)s]",
-    )
+    add_flags(parser.add_argument_group("more of the image"), _IMAGES)
     add_many_step_flags(parser, negative_prompt=None, timestep_shift=None)
     add_single_network_flags(parser, dit_path="")
     add_machine_flags(parser)

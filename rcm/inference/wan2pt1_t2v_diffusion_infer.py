@@ -26,9 +26,7 @@ from rcm.inference.wan_flags import (
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = wan_parser("wan2pt1_t2v_diffusion_infer", about=__doc__)
-    add_video_flags(
-        parser, sizes=("1.3B", "14B"), size="14B", num_samples=4, num_frames=81, resolution="480p"
-    )
+    add_video_flags(parser, size="14B", num_samples=4)
     add_many_step_flags(parser)
     add_single_network_flags(parser, dit_path=f"{FOLDER}/Wan2.1-T2V-14B.pth")
     add_machine_flags(parser)

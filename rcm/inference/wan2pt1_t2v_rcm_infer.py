@@ -27,9 +27,7 @@ from rcm.pipelines.text_to_video import WholeVideoRecipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = wan_parser("wan2pt1_t2v_rcm_infer", about=__doc__)
-    add_video_flags(
-        parser, sizes=("1.3B", "14B"), size="1.3B", num_samples=1, num_frames=77, resolution="480p"
-    )
+    add_video_flags(parser, num_frames=77)
     add_few_step_flags(parser, sigma_max=80.0)
     add_single_network_flags(parser, dit_path="")
     add_machine_flags(parser)

@@ -27,9 +27,7 @@ from rcm.inference.wan_flags import (
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = wan_parser("wan2pt2_i2v_diffusion_infer", about=__doc__)
-    add_video_flags(
-        parser, sizes=("A14B",), size="A14B", num_samples=4, num_frames=81, resolution="720p"
-    )
+    add_video_flags(parser, sizes=("A14B",), num_samples=4, resolution="720p")
     add_image_flags(parser)
     add_many_step_flags(parser)
     add_expert_flags(

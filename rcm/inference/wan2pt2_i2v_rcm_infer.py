@@ -27,15 +27,7 @@ from rcm.pipelines.text_to_video import WholeVideoRecipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = wan_parser("wan2pt2_i2v_rcm_infer", about=__doc__)
-    add_video_flags(
-        parser,
-        sizes=("A14B",),
-        size="A14B",
-        num_samples=1,
-        num_frames=81,
-        resolution="720p",
-        prompt=None,
-    )
+    add_video_flags(parser, sizes=("A14B",), resolution="720p", prompt=None)
     add_image_flags(parser)
     add_few_step_flags(parser, sigma_max=200.0)
     parser.add_argument(

@@ -194,19 +194,19 @@ random_weights                 RANDOM numbers for all weights, no file is read: 
 def add_video_flags(
     parser: argparse.ArgumentParser,
     *,
-    sizes: Sequence[str],
-    size: str,
-    num_samples: int,
-    num_frames: int,
-    resolution: str,
+    sizes: Sequence[str] = ("1.3B", "14B"),
+    size: str | None = None,
+    num_samples: int = 1,
+    num_frames: int = 81,
+    resolution: str = "480p",
     prompt: str | None = PROMPT,
 ) -> None:
-    """What to make, of what; `prompt` None makes it required."""
+    """What to make, of what; `size` None: the first of `sizes`; `prompt` None makes it required."""
     needed = {"required": True, "help": "[required]"}
     add_flags(
         parser.add_argument_group("video"),
         _VIDEO,
-        model_size={"choices": (*sizes, "auto"), "default": size},
+        model_size={"choices": (*sizes, "auto"), "default": size or sizes[0]},
         prompt=needed if prompt is None else {"default": prompt, "help": "[a walk in Tokyo]"},
         num_samples={"default": num_samples},
         num_frames={"default": num_frames},

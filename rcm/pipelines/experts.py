@@ -5,7 +5,7 @@ charge, and the record of the steps they make.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import pairwise
 
 from torch import Tensor
@@ -56,29 +56,25 @@ def require_descending(experts: Sequence[Expert]) -> None:
         )
 
 
+@dataclass(eq=False)
 class Switched(VelocityModel):
     """The expert in charge at a time, guided with `negative` where `scale` asks for it; for whole
     videos along `times`. Whoever takes over prepares the conditions for itself; then nothing is
     left of its predecessor, which rests as `idle` says. `steps`: what was evaluated.
     """
 
-    def __init__(
-        self,
-        experts: Sequence[Expert],
-        negative: Condition | None,
-        scale: float,
-        *,
-        times: Sequence[float],
-        clock: PartClock,
-        idle: Idle,
-        on_step: OnStep | None = None,
-    ) -> None:
-        self.experts, self.negative, self.scale = tuple(experts), negative, scale
-        self.times, self.clock, self.idle, self.on_step = times, clock, idle, on_step
-        self.steps: list[Step] = []
-        self._number = -1
-        self._model: VelocityModel | None = None
-        self._prepared: tuple[Condition, Condition] | None = None
+    experts: Sequence[Expert]
+    negative: Condition | None
+    scale: float
+    _: KW_ONLY
+    times: Sequence[float]
+    clock: PartClock
+    idle: Idle
+    on_step: OnStep | None = None
+    steps: list[Step] = field(default_factory=list, init=False)
+    _number: int = field(default=-1, init=False)
+    _model: VelocityModel | None = field(default=None, init=False)
+    _prepared: tuple[Condition, Condition] | None = field(default=None, init=False)
 
     def velocity(
         self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: Past = None
@@ -109,7 +105,8 @@ class Switched(VelocityModel):
                 other.network.rest(self.idle)
             self._number, denoiser = number, self.experts[number].network.use()
             with self.clock.part("network"):
-                self._model = guided(denoiser, lambda: denoiser.prepare(self.negative), self.scale)
+                scale = 1.0 if self.negative is None else self.scale
+                self._model = guided(denoiser, lambda: denoiser.prepare(self.negative), scale)
         return self._model
 
     def _ready(self, cond: Condition, *, channels: int) -> Condition:

@@ -83,7 +83,7 @@ class Models:
         model = Switched(
             self.experts,
             negative,
-            recipe.guidance if negative is not None else 1.0,
+            recipe.guidance,
             times=recipe.times(),
             clock=self.clock,
             idle=self.memory.expert,

@@ -69,6 +69,7 @@ class Steering:
 
     def remember(self, loop: ChunkLoop, x: Tensor, t: float) -> None:
         """The newest chunk of the cache is the context of latents `x` at RF time `t`."""
+        assert loop.newest is not None
         self._contexts[loop.newest] = (x, t)
         held = {chunk.id for chunk in loop.cache.branches[0].chunks}
         self._contexts = {number: x for number, x in self._contexts.items() if number in held}

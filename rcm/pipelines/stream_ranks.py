@@ -58,8 +58,8 @@ class Meeting:
         kind = 0 if problem is None else refused
         worst, last, first, some, not_all = self._told(kind, place, asked)
         self.adrift = False
-        kind, who = divmod(worst, self._group.size())
-        who = f"rank {dist.get_global_rank(self._group, self._group.size() - 1 - who)}"
+        kind, behind = divmod(worst, self._group.size())
+        who = f"rank {dist.get_global_rank(self._group, self._group.size() - 1 - behind)}"
         self.stopped = kind == _STOPPED or last != -first
         if kind == _STOPPED:
             raise problem or StreamCancelled(
@@ -89,6 +89,8 @@ class Meeting:
                 self._told(_STOPPED, 0, False)
 
     def _told(self, kind: int, place: int, asked: bool) -> list[int]:
+        assert self._group is not None
+        # the greatest of them is of the worst kind, and among those of the first rank
         mine = kind * self._group.size() + self._group.size() - 1 - self._group.rank()
         numbers = (mine, place, -place, int(asked), -int(asked))
         return greatest(numbers, group=self._group)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,29 +165,27 @@ def sample_noise(shape: Sequence[int], numbers: range, *, seed: int) -> Tensor:
     return torch.stack([torch.randn(tuple(shape), generator=each) for each in generators])
 
 
+@dataclass
 class TeacherSampler:
     """Makes samples by number. Sample i takes prompt i modulo their number, and always its own
     noise. `recipe` must be an ODE.
     """
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        recipe: WholeVideoRecipe,
-        *,
-        prompts: Sequence[str],
-        seed: int,
-        dtype: torch.dtype,
-    ) -> None:
-        if recipe.kind != "ode":
+    teacher: Teacher
+    recipe: WholeVideoRecipe
+    _: KW_ONLY
+    prompts: Sequence[str]
+    seed: int
+    dtype: torch.dtype
+    _negative: Condition | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.recipe.kind != "ode":
             raise ConfigError(
-                f"data are sampled along the ODE, got a recipe of kind {recipe.kind!r}"
+                f"data are sampled along the ODE, got a recipe of kind {self.recipe.kind!r}"
             )
-        if not prompts:
+        if not self.prompts:
             raise ConfigError("no prompts to sample; give --prompts FILE")
-        self.teacher, self.recipe, self.prompts, self.seed = teacher, recipe, list(prompts), seed
-        self.dtype = dtype
-        self._negative: Condition | None = None
 
     def manifest(self) -> dict[str, object]:
         """What the samples are made of; nothing that leaves them as they are (batch size, ranks) is
