@@ -5,6 +5,7 @@ floor of a forward.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -136,6 +137,16 @@ def in_words(row: Mapping[str, Any], *, without: Sequence[str] = ()) -> str:
 def write(path: str | os.PathLike[str], content: object) -> None:
     """JSON, whole or not at all; what JSON does not know (paths, dtypes) as its text."""
     write_atomically(Path(path), json.dumps(content, indent=1, default=str))
+
+
+def forget(device: str | torch.device = "cuda") -> None:
+    """Give back what the last measurement left: graphs with cycles, gathered parameters, the
+    allocator's cache.
+    """
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
 def quantile(values: Sequence[float], q: float) -> float:

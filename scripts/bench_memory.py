@@ -16,8 +16,6 @@ the CPU a counter of live tensors stands in for CUDA's, and the plain formulas a
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,15 +32,13 @@ from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
 from rcm.configs.compose import Run, compose_run
 from rcm.configs.plan_job import plan_job
 from rcm.configs.schema_model import CausalConfig
-from rcm.core.arguments import Arguments
-from rcm.core.errors import ConfigError
+from rcm.core.errors import first_line
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
-from rcm.inference.outcome import command, writable_file
+from rcm.inference.outcome import command
 from rcm.methods.base import Method, Phase, Thunk
 from rcm.parallel.fsdp import local
 from rcm.parallel.mesh import ParallelDims, process_group
-from rcm.train.describe import write_atomically
 from rcm.train.ema import EMAConfig
 from rcm.train.memory_trace import MemoryTrace
 from rcm.train.offload import IdleRoles
@@ -51,7 +47,15 @@ from rcm.train.planner import Prediction, predict
 from rcm.train.planner_card import GIB, H200
 from rcm.train.state import TrainState
 from rcm.train.step import StepConfig, run_step
-from scripts.bench_measure import fill
+from scripts.bench_measure import (
+    bench_flags,
+    fill,
+    forget,
+    in_words,
+    machine,
+    require_card,
+    write,
+)
 
 _PREFIX = "experiment=causal_wan2pt1_1pt3B_res480p_t2v_"
 CASES: dict[str, list[str]] = {
@@ -256,29 +260,13 @@ def table(rows: Sequence[Measured]) -> str:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Arguments(prog="scripts.bench_memory", description=__doc__)
-    parser.add_argument(
-        "--config",
-        default=DEFAULT_REGISTRY,
-        metavar="REGISTRY",
-        help="as for scripts.train [%(default)s]",
-    )
-    parser.add_argument(
-        "--case", default="given", metavar="NAME", help="name of the case that the words describe"
-    )
-    parser.add_argument("--predict", action="store_true", help="print the predictions and stop")
-    parser.add_argument(
-        "--json",
-        type=writable_file,
-        metavar="FILE",
-        help="also write the rows there, after every case",
-    )
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="key=value",
-        help="as for scripts.train; without them the three cases of docs/planner.md",
-    )
+    parser = bench_flags(__doc__)
+    add = parser.add_argument
+    add("--config", default=DEFAULT_REGISTRY, metavar="REGISTRY", help="as scripts.train has it")
+    add("--case", default="given", metavar="NAME", help="name of the case that the words describe")
+    add("--predict", action="store_true", help="print the predictions and stop")
+    words = "as for scripts.train; without them the three cases of docs/planner.md"
+    add("words", nargs="*", metavar="key=value", help=words)
     return parser.parse_args(argv)
 
 
@@ -287,68 +275,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on standard error."""
     flags = arguments(argv)
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        registry = load_registry(flags.config)
-        cases = (
-            {flags.case: flags.words}
-            if flags.words
-            else {name: [*words, *ONE_CARD] for name, words in CASES.items()}
-        )
-        if flags.predict:
-            return _print_predictions(cases, registry)
-        if not flags.words and device_type == "cpu":
-            raise ConfigError(
-                "the three full-size cases need a CUDA card; give a small experiment, or --predict"
+    registry = load_registry(flags.config)
+    cases = {name: [*words, *ONE_CARD] for name, words in CASES.items()}
+    if flags.words:
+        cases = {flags.case: flags.words}
+    if flags.predict:
+        return _print_predictions(cases, registry)
+    if not flags.words:
+        require_card("bench_memory", instead="give a small experiment, or --predict")
+    rows: list[Measured] = []
+    with process_group(device_type) as device:
+        for name, words in cases.items():
+            world = torch.distributed.get_world_size()
+            run = compose_run(
+                [*words, *NO_FILES], registry=registry, world_size=world, require_inputs=False
             )
-        rows: list[Measured] = []
-        with process_group(device_type) as device:
-            for name, words in cases.items():
-                world = torch.distributed.get_world_size()
-                run = compose_run(
-                    [*words, *NO_FILES], registry=registry, world_size=world, require_inputs=False
-                )
-                replicate, shard, cp = run.mesh
-                dims = ParallelDims(
-                    dp_replicate=replicate, dp_shard=shard, cp=cp, device_type=device_type
-                )
-                try:
-                    rows += measure(name, run, dims=dims, device=device)
-                except torch.OutOfMemoryError as error:
-                    print(
-                        f"{name}: out of memory ({str(error).splitlines()[0][:200]})",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                if dims.rank == 0 and rows:
-                    _report(name, rows, flags.json, device)
-                _empty(device)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            replicate, shard, cp = run.mesh
+            dims = ParallelDims(
+                dp_replicate=replicate, dp_shard=shard, cp=cp, device_type=device_type
+            )
+            try:
+                rows += measure(name, run, dims=dims, device=device)
+            except torch.OutOfMemoryError as error:
+                print(f"{name}: {first_line(error)}", file=sys.stderr, flush=True)
+            if dims.rank == 0 and rows:
+                _report(name, rows, flags.json, device)
+            forget(device)
     return 0
 
 
 def _report(case: str, rows: Sequence[Measured], path: Path | None, device: torch.device) -> None:
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU (counted tensors)"
+    on = machine(device)
     print(
-        f"\n{case}: done on {where}, torch {torch.__version__}, RANDOM weights, made-up data",
-        flush=True,
+        f"\n{case}: done, RANDOM weights, made-up data; {in_words(on)}\n{table(rows)}", flush=True
     )
-    print(table(rows), flush=True)
     if path is not None:
-        write_atomically(
-            path,
-            json.dumps(
-                {"device": where, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
-            )
-            + "\n",
-        )
-
-
-def _empty(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+        write(path, {"machine": on, "rows": [asdict(row) for row in rows]})
 
 
 def _print_predictions(cases: Mapping[str, Sequence[str]], registry: str) -> int:

@@ -31,6 +31,7 @@ from scripts.bench_measure import (
     attempted,
     bench_flags,
     chosen_parts,
+    forget,
     in_words,
     quantile,
     this_card,
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     size = (int(height), int(width))
     denoiser, codec = build("1.3B"), WanVAECodec.random(device="cuda")
     for name in names:
-        torch.cuda.empty_cache()
+        forget()
         stream = partial(long_stream, denoiser, codec, name, chunks=chunks, size=size)
         report["rows"][name] = found = attempted(stream)
         print(name, in_words(found), flush=True)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from rcm.core.errors import ConfigError
 from rcm.train.planner import Prediction
-from scripts.bench_measure import write
+from scripts.bench_measure import machine, write
 from scripts.bench_scale_flops import mfu
 from scripts.bench_scale_run import Attempt
 
@@ -107,19 +106,6 @@ def _read(path: Path | None) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is no file of bench_scale; give --json another name") from error
     return content
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """What a row was measured on."""
-    gpu = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {platform.machine()}"
-    )
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    if device.type == "cuda":
-        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    return {"gpu": gpu, **versions, "date": time.strftime("%Y-%m-%d")}
 
 
 def measured_record(

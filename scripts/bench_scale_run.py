@@ -4,7 +4,6 @@ iterations of the trainer's own loop, and what was seen of them.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from rcm.parallel.mesh import ParallelDims
 from rcm.train.offload import IdleRoles
 from rcm.train.state import TrainState
 from rcm.train.trainer import Outcome, Trainer
+from scripts.bench_measure import forget
 from scripts.bench_memory import Meter, RandomNets
 
 GIB = 2**30
@@ -300,13 +300,3 @@ def _train(
         observers=[watch],
         idle=idle,
     ).run()
-
-
-def forget(device: torch.device) -> None:
-    """Give back what the last row left: graphs with cycles, gathered parameters, the allocator's
-    cache.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()

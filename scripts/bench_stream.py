@@ -11,7 +11,6 @@ attention calls of the passes and the decoder's convolutions, each timed alone.
 
 from __future__ import annotations
 
-import gc
 import json
 import statistics
 import sys
@@ -35,6 +34,7 @@ from scripts.bench_measure import (
     bench_flags,
     breakdown,
     chosen_parts,
+    forget,
     quantile,
     relative,
     this_card,
@@ -227,8 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     parts = parts_of(denoiser, codec, size=options.size, chunks=options.chunks)
     for part in chosen_parts(options.parts, list(parts)):
         for name, run in parts[part].items():
-            gc.collect()
-            torch.cuda.empty_cache()
+            forget()
             found = attempted(run)
             report.setdefault(part, {})[name] = found
             print(part, name, json.dumps(found, default=str), flush=True)

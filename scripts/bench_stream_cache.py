@@ -15,7 +15,6 @@ pictures.
 
 from __future__ import annotations
 
-import gc
 import statistics
 import sys
 import time
@@ -32,7 +31,7 @@ from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from scripts.bench_kv_codec import draw
-from scripts.bench_measure import GIB, bench_flags, captured, relative, this_card, write
+from scripts.bench_measure import GIB, bench_flags, captured, forget, relative, this_card, write
 from scripts.bench_stream_runs import RECIPES, build, engine, prompt
 
 WINDOW, PASSES = 7, 3
@@ -89,8 +88,7 @@ def streamed(denoiser: Any, spec: KVCodecSpec | None, *, chunks: int) -> dict[st
     """Fill the window eagerly, time chunks; take the same state up with graphs, time the same
     chunks.
     """
-    gc.collect()
-    torch.cuda.empty_cache()
+    forget()
     weights, cond = torch.cuda.memory_allocated(), prompt(denoiser)
     found: dict[str, Any] = {}
     with Session(denoiser, None, cond, stream(spec, graphs="off"), device="cuda") as session:
