@@ -14,12 +14,15 @@ from rcm.diffusion.guidance import is_guided
 from rcm.encoders.codec import LatentCodec, latent_frames
 from rcm.nets.condition import Condition
 from rcm.parallel.agree import on_first
-from rcm.pipelines.experts import OnStep, Step
+from rcm.pipelines.experts import Expert, OnStep, Step
 from rcm.pipelines.image_condition import MASK_CHANNELS, fit_image, image_channels
-from rcm.pipelines.models import Models
+from rcm.pipelines.models import ImageEncoder, Models
 from rcm.pipelines.residency import rest_encoder
 from rcm.pipelines.text_to_video import WholeVideoRecipe
 from rcm.pipelines.wan_sizes import FrameSize
+
+__all__ = ["Expert", "GeneratedVideo", "ImageEncoder", "Step", "VideoRequest", "WanPipeline"]
+"""What a pipeline is made of by hand, and what it is asked and tells."""
 
 LATENT_CHANNELS, TEMPORAL_STRIDE, SPATIAL_STRIDE = 16, 4, 8
 """Of Wan's VAE; here so that nothing has to be loaded to know a latent's shape."""
