@@ -6,7 +6,6 @@ import pytest
 
 from rcm.core.errors import ConfigError
 
-SMALL = "experiment=causal_wan2pt1_1pt3B_res480p_t2v_"
 TOY_SF = "experiment=toy_sf_dmd_c3-3"
 M = "model.config."
 
