@@ -22,6 +22,30 @@ TILE_ELEMENTS = 2048
 WARPS = 4
 
 
+@triton.jit
+def _source(
+    row, col, channel, batch, plain, plane, frames, height, width,
+    CHANNELS: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Where pixels lie in what holds a frame, its size, and where the batch entry begins."""
+    if LAYOUT == 2:
+        cells_wide = width // 2 + 1
+        source_plane = (height // 2 + 1).to(tl.int64) * cells_wide * (4 * CHANNELS)
+        cell = ((row + 1) // 2 * cells_wide + (col + 1) // 2).to(tl.int64)
+        group = (row % 2) * 2 + col % 2
+        source = (cell * (4 * CHANNELS) + group * CHANNELS)[:, None] + channel[None, :]
+        source_batch = batch * frames * source_plane
+    elif LAYOUT == 1:
+        source_plane = plane * 2
+        source = (row * width + col).to(tl.int64)[:, None] * (2 * CHANNELS) + channel[None, :]
+        source_batch = batch * (frames // 2) * source_plane
+    else:
+        source_plane = plane
+        source = plain
+        source_batch = batch * frames * plane
+    return source, source_plane, source_batch
+
+
 @triton.jit(do_not_specialize=["frames", "height", "width", "adds", "keeps"])
 def window_kernel(
     value, bias, residual, gamma, carried, padded, kept, frames, height, width, adds, keeps,
@@ -48,21 +72,9 @@ def window_kernel(
 
     plane = height.to(tl.int64) * width * CHANNELS
     plain = (row * width + col).to(tl.int64)[:, None] * CHANNELS + channel[None, :]
-    if LAYOUT == 2:
-        cells_wide = width // 2 + 1
-        source_plane = (height // 2 + 1).to(tl.int64) * cells_wide * (4 * CHANNELS)
-        cell = ((row + 1) // 2 * cells_wide + (col + 1) // 2).to(tl.int64)
-        group = (row % 2) * 2 + col % 2
-        source = (cell * (4 * CHANNELS) + group * CHANNELS)[:, None] + channel[None, :]
-        source_batch = batch * frames * source_plane
-    elif LAYOUT == 1:
-        source_plane = plane * 2
-        source = (row * width + col).to(tl.int64)[:, None] * (2 * CHANNELS) + channel[None, :]
-        source_batch = batch * (frames // 2) * source_plane
-    else:
-        source_plane = plane
-        source = plain
-        source_batch = batch * frames * plane
+    source, source_plane, source_batch = _source(
+        row, col, channel, batch, plain, plane, frames, height, width, CHANNELS, LAYOUT
+    )
     value += source_batch
     residual += batch * frames * plane
     kept += batch * frames * plane

@@ -162,11 +162,8 @@ def portable_forward(
     r_i = tl.zeros([BLOCK_M], tl.float32)
 
     queries, keys = (q_tile, qd_tile), (k, kd, v, vd)
-    where, tables, scales = (
-        (batch, head, kv_len, tangent_start),
-        (rows_table, q_rows, q_len),
-        (score_scale, tangent_scale),
-    )
+    where, tables = (batch, head, kv_len, tangent_start), (rows_table, q_rows, q_len)
+    scales = (score_scale, tangent_scale)
     for kind in tl.static_range(3):
         if CLASSES & (1 << kind):
             for piece in range(tl.load(tile + 1 + kind), tl.load(tile + 2 + kind)):

@@ -114,6 +114,16 @@ def _top(s, ROW_LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _masked(s, first, kv_len):
+    """Scores of a tile whose keys begin at `first`, without the columns of keys that are not there;
+    within 16 columns keys have the order ROW of `codes`.
+    """
+    column = gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+    key = first + (column & ~15) + ((column & 6) << 1) + ((column & 8) >> 2) + (column & 1)
+    return gl.where((key < kv_len)[None, :], s, float("-inf"))
+
+
+@gluon.jit
 def _sums(p):
     """[M, 4]: what each of the four threads of a row has of its sum. They are added up once, at the
     end.
@@ -202,7 +212,7 @@ def _consume(
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     plan, shape, outputs, lengths = task
     heads, tiles_per_head = shape
-    row_scale, value_scale, value_center = outputs[:3]
+    row_scale = outputs[0]
     q_len, kv_len = lengths
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 32]
@@ -243,15 +253,7 @@ def _consume(
             )
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(slot), count=1)
-            column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
-            key = (
-                (high - 1) * BLOCK_N
-                + (column & ~15)
-                + ((column & 6) << 1)
-                + ((column & 8) >> 2)
-                + (column & 1)
-            )
-            s = gl.where((key < kv_len)[None, :], s, float("-inf"))
+            s = _masked(s, (high - 1) * BLOCK_N, kv_len)
             floor = _top(s, row_layout) * scale - TOP
             p = gl.exp2(s * scale[:, None] - floor[:, None])
             total = _sums(p)
@@ -294,31 +296,31 @@ def _consume(
             it += 1
             done += 1
 
-            total = gl.convert_layout(gl.sum(total, axis=1), row_layout)
-            inverse = gl.convert_layout(1.0 / total, acc_row)
-            channel = gl.arange(0, WIDTH, gl.SliceLayout(0, o_layout))
-            head = pair % heads
-            spread = gl.load(value_scale + head * WIDTH + channel)
-            center = gl.load(value_center + head * WIDTH + channel)
-            result = acc * inverse[:, None] * spread[None, :] + center[None, :]
-            rows = gl.convert_layout(q_rows, acc_row)
-            part = 2 * program + (index > plan[0]).to(gl.int32)
-            whole = (low == 0) & (high == plan[2])
-            _write(
-                result, floor + gl.log2(total), outputs,
-                (pair, heads, rows, q_rows, channel, q_len), (whole, part, half), CONSUMERS,
-            )  # fmt: skip
+            where, job = (pair, heads, q_rows, q_len), (index, low, high, half)
+            _write(acc, floor, total, outputs, where, plan, job, CONSUMERS)
 
 
 @gluon.jit
-def _write(result, lse, outputs, where, kind, CONSUMERS: gl.constexpr):
-    """64 rows of a result: into the output if the job was a whole query tile, else, with the base-2
-    log-sum-exp, as a part.
+def _write(acc, floor, total, outputs, where, plan, job, CONSUMERS: gl.constexpr):
+    """64 rows of a result, decoded: into the output if the job was a whole query tile, else, with
+    the base-2 log-sum-exp, as a part.
     """
-    o_ptr, stride_b, stride_l, stride_n, part_o, part_lse = outputs[3:]
-    pair, heads, rows, q_rows, channel, q_len = where
-    whole, part, half = kind
-    WIDTH: gl.constexpr = result.shape[1]
+    _, value_scale, value_center, o_ptr, stride_b, stride_l, stride_n, part_o, part_lse = outputs
+    pair, heads, q_rows, q_len = where
+    index, low, high, half = job
+    WIDTH: gl.constexpr = acc.shape[1]
+    o_layout: gl.constexpr = acc.type.layout
+    total = gl.convert_layout(gl.sum(total, axis=1), q_rows.type.layout)
+    inverse = gl.convert_layout(1.0 / total, gl.SliceLayout(1, o_layout))
+    channel = gl.arange(0, WIDTH, gl.SliceLayout(0, o_layout))
+    head = pair % heads
+    spread = gl.load(value_scale + head * WIDTH + channel)
+    center = gl.load(value_center + head * WIDTH + channel)
+    result = acc * inverse[:, None] * spread[None, :] + center[None, :]
+    rows = gl.convert_layout(q_rows, gl.SliceLayout(1, o_layout))
+    part = 2 * gl.program_id(0) + (index > plan[0]).to(gl.int32)
+    whole = (low == 0) & (high == plan[2])
+    lse = floor + gl.log2(total)
     if whole:
         base = (pair // heads).to(gl.int64) * stride_b + (pair % heads).to(gl.int64) * stride_n
         offsets = base + rows.to(gl.int64)[:, None] * stride_l + channel[None, :]

@@ -29,15 +29,11 @@ def inference_plan(
 
     def plan() -> None:
         with torch.device("meta"):
-            x, wide = (
-                torch.empty(1, 1, tokens, width, dtype=dtype),
-                torch.empty(1, 1, tokens, hidden, dtype=dtype),
-            )
+            x = torch.empty(1, 1, tokens, width, dtype=dtype)
+            wide = torch.empty(1, 1, tokens, hidden, dtype=dtype)
             row, gain = torch.empty(1, 1, 1, width), torch.empty(width, dtype=dtype)
-            head, table = (
-                torch.empty(1, tokens, heads, width // heads, dtype=dtype),
-                torch.empty(tokens, width // heads // 2),
-            )
+            head = torch.empty(1, tokens, heads, width // heads, dtype=dtype)
+            table = torch.empty(tokens, width // heads // 2)
         for out in (dtype, torch.float32):
             launch.norm(x, row, row, kind=NormKind(center=True, offset=1.0, eps=eps), dtype=out)
         launch.norm(x, gain, gain, kind=NormKind(center=True, offset=0.0, eps=eps), dtype=dtype)

@@ -37,10 +37,8 @@ def spherical(
     from rcm.kernels.kv_codec import cluster_kernels as kernels
 
     tiles = -(-s // TILE)
-    points, partial = (
-        x.new_empty(b, s, d, dtype=torch.float32),
-        x.new_empty(b, tiles, k, d, dtype=torch.float32),
-    )
+    points = x.new_empty(b, s, d, dtype=torch.float32)
+    partial = x.new_empty(b, tiles, k, d, dtype=torch.float32)
     assigned = x.new_empty(b, s, dtype=torch.int32)
     with device_of(x):
         kernels.features[(-(-s // 16), b)](

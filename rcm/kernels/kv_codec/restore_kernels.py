@@ -159,22 +159,16 @@ def _elements(
     scales: tl.constexpr = tl.uint8 if E4M3 else tl.float16
     if AXIS == "channel":
         source = head * D + channel
-        byte, place = (
-            (batch * tl.cdiv(tokens, per_byte) + token // per_byte) * (heads * D) + source,
-            PLACE,
-        )
+        byte = (batch * tl.cdiv(tokens, per_byte) + token // per_byte) * (heads * D) + source
+        place = PLACE
         # the tile lies in one group of tokens: a scale per column
         if GROUP % (TOKENS * per_byte) == 0:
             first = tl.program_id(0) * (TOKENS * per_byte) // GROUP
-            group, known = (
-                (batch * tl.cdiv(tokens, GROUP) + first) * (heads * D) + source,
-                col < heads * D,
-            )
+            group = (batch * tl.cdiv(tokens, GROUP) + first) * (heads * D) + source
+            known = col < heads * D
         else:
-            group, known = (
-                (batch * tl.cdiv(tokens, GROUP) + token // GROUP) * (heads * D) + source,
-                keep,
-            )
+            group = (batch * tl.cdiv(tokens, GROUP) + token // GROUP) * (heads * D) + source
+            known = keep
     else:
         byte, place, group = _place(
             batch, token, head, channel, tokens, heads, AXIS, GROUP, per_byte, D
@@ -247,6 +241,27 @@ def _turned(x, cos, sin, kind, TOKENS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def _centroids(
+    row, stage, batch, line, head, col, keep, sizes,
+    CENTROIDS: tl.constexpr, INDEX: tl.constexpr, PER_HEAD: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Centroids [T, C] of the tokens `line` [T] in a stage of clustering."""
+    batches, tokens, heads, clusters = sizes
+    width = heads * D
+    token = line[:, None]
+    centroids = _at(row, 4, CENTROIDS) + stage * batches * clusters * width
+    which = batch * clusters
+    if PER_HEAD:
+        assigned = _at(row, 5, INDEX) + (stage * batches + batch) * tokens * heads
+        which += tl.load(assigned + token * heads + head, mask=keep, other=0).to(tl.int64)
+    # loaded as a vector: a column would be loaded once per element
+    elif INDEX is not None:
+        assigned = _at(row, 5, INDEX) + (stage * batches + batch) * tokens
+        which += tl.load(assigned + line, mask=line < tokens, other=0).to(tl.int64)[:, None]
+    return tl.load(centroids + which * width + col, mask=keep, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def restore(
     table, starts, out, cos, sin, strides, sizes,
     DTYPE: tl.constexpr, OFFSET: tl.constexpr, SIGNED: tl.constexpr, HIGH_FIRST: tl.constexpr,
@@ -280,10 +295,8 @@ def restore(
         token = line[:, None]
         target = start + token.to(tl.int64)
         if TURN:
-            c, s = (
-                _angles(cos, target, token < tokens, D, COLS),
-                _angles(sin, target, token < tokens, D, COLS),
-            )
+            c = _angles(cos, target, token < tokens, D, COLS)
+            s = _angles(sin, target, token < tokens, D, COLS)
         for tile in range(TILES):
             at = tl.program_id(1) * TILES + tile
             col = (at * COLS + tl.arange(0, COLS))[None, :]
@@ -332,21 +345,8 @@ def restore(
                 value = _hadamard(value, ROOT, D, TOKENS, COLS)
             for i in tl.static_range(STAGES):
                 stage = i if FIRST_FIRST else STAGES - 1 - i
-                centroids = _at(row, 4, CENTROIDS) + stage * batches * clusters * width
-                which = batch * clusters
-                if PER_HEAD:
-                    assigned = _at(row, 5, INDEX) + (stage * batches + batch) * tokens * heads
-                    which += tl.load(assigned + token * heads + head, mask=keep, other=0).to(
-                        tl.int64
-                    )
-                # loaded as a vector: a column would be loaded once per element
-                elif INDEX is not None:
-                    assigned = _at(row, 5, INDEX) + (stage * batches + batch) * tokens
-                    which += tl.load(assigned + line, mask=line < tokens, other=0).to(tl.int64)[
-                        :, None
-                    ]
-                value += tl.load(centroids + which * width + col, mask=keep, other=0.0).to(
-                    tl.float32
+                value += _centroids(
+                    row, stage, batch, line, head, col, keep, sizes, CENTROIDS, INDEX, PER_HEAD, D
                 )
             if TURN:
                 value = _turned(value, c, s, kind, TOKENS, COLS)

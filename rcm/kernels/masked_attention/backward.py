@@ -112,10 +112,8 @@ class _Accumulator:
 
     def __init__(self, out: Tensor, calls: tuple[Teeth, ...]) -> None:
         self.out, self.calls, self.plan = out, calls, plan_sum(calls, out.shape[0])
-        rows, wide_dtype = (
-            self.plan.stop - self.plan.start,
-            torch.promote_types(out.dtype, torch.float32),
-        )
+        rows = self.plan.stop - self.plan.start
+        wide_dtype = torch.promote_types(out.dtype, torch.float32)
         self.wide = out.narrow(0, self.plan.start, rows)
         if wide_dtype != out.dtype and rows:
             self.wide = _allocate(self.wide.shape, wide_dtype, out.device)
@@ -126,10 +124,8 @@ class _Accumulator:
     def receive(self, call: int, result: Tensor) -> None:
         """Take the result [C, length, N, D] of one call."""
         for move in self.plan.moves[call]:
-            teeth, part = (
-                self.calls[call].part(move.first, move.last),
-                result[move.first : move.last],
-            )
+            teeth = self.calls[call].part(move.first, move.last)
+            part = result[move.first : move.last]
             if move.wide:
                 add = move.add or self.plan.clear
                 deposit(
