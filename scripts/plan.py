@@ -220,9 +220,10 @@ def print_proposal(levers: Found, wider: Prediction | None, overrides: Sequence[
         words = " ".join([*levers.words, *keys_of(wider)])
         batch = wider.job.global_batch
         print(f"    gpus={wider.job.ranks} of these cards: {words} (global batch {batch})")
+    if not any(net.rank for net in small.job.nets):
+        print("    adapters instead of all weights (docs/lora.md): model.config.lora.rank=64")
     print(
-        "    adapters instead of all weights (docs/lora.md): model.config.lora.rank=64"
-        "\n    fewer latent frames or a smaller resolution: model.config.state_t,"
+        "    fewer latent frames or a smaller resolution: model.config.state_t,"
         " model.config.resolution"
     )
 
