@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rcm.encoders.wan_vae_net import LATENT_CHANNELS, TEMPORAL_STRIDE
 from rcm.encoders.wan_vae_state import Slot, StreamState
 
-LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE = 16, 8, 4
 BLOCKS = 3
 BOUND = 3.0
 """Latents are bent softly into (-BOUND, BOUND)."""

@@ -84,12 +84,8 @@ class UMT5Rows:
                 " do not belong together"
             )
         self.text_dim = shape.dim
-        self._weights, self._tokenizer, self._text_len, self._dtype = (
-            weights,
-            tokenizer,
-            text_len,
-            dtype,
-        )
+        self._weights, self._tokenizer, self._text_len = weights, tokenizer, text_len
+        self._dtype = dtype
 
     def build(self, device: torch.device) -> nn.Module:
         """The encoder; the file is opened again for every load, as it may have been replaced in the
@@ -147,11 +143,8 @@ class UMT5TextEncoder(LazyModule):
                 f"text_len must be at least 1 (the end-of-sentence row), got {text_len}"
             )
         super().__init__(source.build, device=device)
-        self.text_len, self.text_dim, self.negative_prompt = (
-            text_len,
-            source.text_dim,
-            negative_prompt,
-        )
+        self.text_len, self.text_dim = text_len, source.text_dim
+        self.negative_prompt = negative_prompt
         self.dtype = dtype
         self._source, self._cache = source, cache
 

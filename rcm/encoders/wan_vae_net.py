@@ -126,10 +126,8 @@ class Decoder(nn.Module):
         """
         blocks = self.units
         part = units or range(len(blocks))
-        enter, head = (
-            self.conv1 if part.start == 0 else None,
-            (self.head if part.stop == len(blocks) else None),
-        )
+        enter = self.conv1 if part.start == 0 else None
+        head = self.head if part.stop == len(blocks) else None
         return _run(x, state, enter=enter, blocks=blocks[part.start : part.stop], head=head)
 
     def slots_of(self, units: range) -> list[Slot]:

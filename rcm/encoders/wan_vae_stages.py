@@ -170,10 +170,8 @@ class StageStream(DecodeStream):
 
     def _through(self, latents: Tensor, size: tuple[int, ...]) -> Tensor | None:
         pixels = latents.new_empty(size, device=self._vae.device) if self._sink is None else None
-        parts, done = (
-            list(steps_of(latents.shape[2], first_alone=not self._state.started, most=1)),
-            0,
-        )
+        parts = list(steps_of(latents.shape[2], first_alone=not self._state.started, most=1))
+        done = 0
         expected = [
             self._expected(first=i == 0 and not self._state.started) for i in range(len(parts))
         ]

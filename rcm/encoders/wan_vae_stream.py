@@ -103,12 +103,8 @@ class DecodeStream:
                 f"graphs='on' needs a CUDA device, the autoencoder is on {vae.device}; use"
                 " graphs='off'"
             )
-        self._vae, self._statistics, self._frames_per_step, self._graphs = (
-            vae,
-            statistics.to(vae.device),
-            frames_per_step,
-            graphs,
-        )
+        self._vae, self._statistics = vae, statistics.to(vae.device)
+        self._frames_per_step, self._graphs = frames_per_step, graphs
         self._state: StreamState | None = None
         self._half_done = False
         self._captured: dict[int, _CapturedStep | None] = {}
@@ -249,12 +245,8 @@ class TiledDecodeStream:
         self, vae: WanVAE, statistics: LatentStatistics, *, tile: int, frames_per_step: int = 1
     ) -> None:
         plan_tiles((tile, tile), tile=tile, scale=SPATIAL_STRIDE)
-        self._vae, self._statistics, self._tile, self._frames_per_step = (
-            vae,
-            statistics,
-            tile,
-            frames_per_step,
-        )
+        self._vae, self._statistics, self._tile = vae, statistics, tile
+        self._frames_per_step = frames_per_step
         self._tiles: list[tuple[Tile, DecodeStream]] = []
         self._cells: tuple[int, int] | None = None
 
