@@ -133,8 +133,8 @@ def test_shards_on_the_host_are_those_of_the_whole(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchao", None)
-    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    for name in ("torchao", "torchao.optim", "torchao.optim.subclass_8bit", "torchao.optim.subclass_fp8"):
+        monkeypatch.setitem(sys.modules, name, None)
     for states in ("int8", "float8"):
         with pytest.raises(ConfigError, match=rf"states={states} needs .*torchao.*pip install"):
             AdamWConfig(states=states).build(layer().parameters())
