@@ -181,3 +181,52 @@ def test_streams_of_several_threads_share_a_model(denoiser):
     finally:
         sys.setswitchinterval(before)
     assert len(found) == 3 and all(torch.equal(one, alone) for one in found.values())
+
+
+def same(a, b) -> bool:
+    """Whether two values, nested as they may be, hold equal numbers."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name not in ("everything", "toy")])
+def test_all_that_a_policy_remembers_is_taken_up(denoiser, name):
+    session, fresh = (opened(denoiser, policy=POLICIES[name][0]) for _ in range(2))
+    chunks(session, 7)
+    for wish in ("cut", "flush"):
+        getattr(session.loop.canvas.policy, wish, lambda: None)()
+    fresh.restore(session.snapshot())
+    mine, theirs = (vars(one.loop.canvas.policy) for one in (fresh, session))
+    assert same(mine, theirs)
+
+
+def test_a_change_that_waits_is_part_of_the_snapshot(denoiser):
+    session, fresh = opened(denoiser), opened(denoiser)
+    chunks(session, 4)
+    session.set_condition(cond(seed=5), mode="recache")
+    fresh.restore(session.snapshot())
+    found = chunks(fresh, 3)
+    assert torch.equal(found, chunks(session, 3))
+    unchanged = opened(denoiser)
+    assert not torch.equal(found, chunks(unchanged, 7)[:, :, 4:])
+
+
+def test_a_refusal_that_waits_belongs_to_the_stream_that_was_left(denoiser):
+    session = opened(denoiser, policy=POLICIES["mem"][0], look_ahead=True)
+    chunks(session, 8)
+    state = session.snapshot()
+    session.set_condition(cond(seed=5), mode="recache")
+    session.step()
+    session.restore(state)
+    assert session.step().block == 8
+
+
+def test_contexts_of_dropped_chunks_are_forgotten(denoiser):
+    session = opened(denoiser)
+    chunks(session, 12)
+    assert len(session._steering._contexts) <= 4
