@@ -102,20 +102,10 @@ class TokenLayout:
         chunks = tuple(stop - start for start, stop in pattern.bounds(num_frames))
         return cls(grid, tuple(range(num_frames)), mask, (0, num_frames), chunks=chunks)
 
-    @classmethod
-    def context(
-        cls,
-        num_frames: int,
-        *,
-        grid: Grid,
-        pattern: BlockPattern,
-        window: int | None = None,
-        sinks: int = 0,
-    ) -> TokenLayout:
-        """Clean frames entering an empty cache in one append pass, a chunk per block; the
-        block-causal layout under the name of its use.
-        """
-        return cls.block_causal(num_frames, grid=grid, pattern=pattern, window=window, sinks=sinks)
+    context = block_causal
+    """Clean frames entering an empty cache in one append pass, a chunk per block: the same layout
+    under the name of its use.
+    """
 
     @classmethod
     def teacher_forcing(
