@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rcm.core.errors import ConfigError, first_line
+from rcm.core.records import require_kind
 from rcm.nets.kv_fp8 import Fp8Store
 from rcm.pipelines.from_checkpoint import LoadedModel
 from rcm.pipelines.session import Session, SwitchRefused
@@ -160,6 +161,11 @@ class SessionPool:
     max_sessions: int = 4
     seats: deque[Seat] = field(default_factory=deque)
     _opened: int = 0
+
+    def __post_init__(self) -> None:
+        require_kind("model", self.model, LoadedModel)
+        require_kind("memory_budget_bytes", self.memory_budget_bytes, float | None)
+        require_kind("max_sessions", self.max_sessions, int)
 
     def open(self, prompts: list[str], **options: Any) -> Seat:
         """A session in a seat of its own; options of `LoadedModel.open`. `PoolFull` beyond the

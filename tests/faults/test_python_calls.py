@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import rcm
+from rcm.kernels.kv_codec.spec import KVCodecSpec
+from rcm.pipelines.session_pool import SessionPool
 from rcm.rollout.eviction.infinity_rope import InfinityRope
 from rcm.rollout.eviction.mem_rope import MemRope
 from rcm.rollout.eviction.rolling_sink import RollingSink
@@ -51,7 +53,7 @@ def valued(call: Callable[..., object], where: str, table: dict[str, tuple]) -> 
     return [
         python(
             f"{where} {name} {str(type(value).__name__)} {i}",
-            rf"\b{name}=|{name} must|{name} has",
+            rf"(\b|kv_){name}=|{name} must|{name} has",
             lambda d, n=name, v=value: call(**{n: v}),
         )
         for name, values in table.items()
@@ -145,7 +147,18 @@ RECORDS = [
     python("recipe context", "noisy_context='no' must be True or False", lambda d: SamplingRecipe("few_step", "c1-1", noisy_context="no")),
     python("rate of a trainer", "lr='1e-4' must be a finite number", lambda d: AdamWConfig(lr="1e-4")),
 ]
+CODEC = {
+    "key": ("int4", None),
+    "qvg_clusters": (1.5, "4", True),
+    "qvg_iters": (NAN,),
+    "smooth_alpha": ("x", NAN),
+    "triton_restore": ("yes",),
+    "qvg_warm_start": (1,),
+}
+POOL = {"max_sessions": ("x", 1.5, True), "memory_budget_bytes": ("x", NAN), "model": (None,)}
 CASES = [
+    *valued(KVCodecSpec, "codec", CODEC),
+    *valued(lambda **o: SessionPool(**{"model": shipped().loaded, **o}), "pool", POOL),
     *valued(stream, "stream", STREAM),
     *valued(opened, "open", OPEN),
     *valued(lambda **o: rcm.load(**{"device": "cpu", **o}), "load", LOAD),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from rcm.core.errors import ConfigError
+from rcm.core.records import check_kinds
 
 Side = Literal["key", "value"]
 SIDES: tuple[Side, Side] = ("key", "value")
@@ -73,6 +74,7 @@ class KVCodecSpec:
     bias_correction: bool = False
 
     def __post_init__(self) -> None:
+        check_kinds(self, prefix="kv_")
         _one_of("kv_mode", self.mode, MODES)
         for side in SIDES:
             self._check_side(side)
