@@ -59,9 +59,7 @@ MUTANTS = {
     "order of the stages": ("stage = i if FIRST_FIRST", "stage = i if not FIRST_FIRST", "clusters 2 official"),
     "head of the assignment": ("token) * heads + head, mask", "token) * heads, mask", "clusters 1 per head"),
     "head of the restored assignment": ("token * heads + head, mask", "token * heads, mask", "clusters 1 per head"),
-    "batch of the assignment": (
-        "(stage * batches + batch) * tokens\n                which", "stage * batches * tokens\n                which", "clusters 1 shared",
-    ),
+    "batch of the assignment": ("tl.load(assigned + line, mask", "tl.load(assigned - batch * tokens + line, mask", "clusters 1 shared"),
     "one blob for all": ("blob = tl.program_id(2) // batches", "blob = 0 * tl.program_id(2)", "several int4 by head"),
     "start of a blob": ("start = tl.load(starts + blob)", "start = blob * tokens", "several int4 by head"),
     "rows of a head": ("batch * heads + head, token * D", "batch * heads, token * D", "several int4 by head"),

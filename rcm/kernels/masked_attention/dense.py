@@ -45,19 +45,9 @@ def cudnn_rectangle(
     unused = torch.empty(0, dtype=torch.int64, device=q.device)
     heads_first = (x.transpose(1, 2) for x in (grad_o, q, k, v, o))
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        *heads_first,
-        lse.unsqueeze(-1),
-        unused,
-        unused,
-        None,
-        None,
-        None,
-        q.shape[1],
-        k.shape[1],
-        0.0,
-        False,
-        scale=scale,
-    )
+        *heads_first, lse.unsqueeze(-1), unused, unused, None, None, None, q.shape[1], k.shape[1],
+        0.0, False, scale=scale,
+    )  # fmt: skip
     return tuple(grad.transpose(1, 2) for grad in grads)
 
 
@@ -69,22 +59,9 @@ def flash_rectangle(
     """
     unused = torch.empty(0, dtype=torch.int64, device=q.device)
     return torch.ops.aten._flash_attention_backward(
-        grad_o,
-        q,
-        k,
-        v,
-        o,
-        lse,
-        None,
-        None,
-        q.shape[1],
-        k.shape[1],
-        0.0,
-        False,
-        unused,
-        unused,
+        grad_o, q, k, v, o, lse, None, None, q.shape[1], k.shape[1], 0.0, False, unused, unused,
         scale=scale,
-    )
+    )  # fmt: skip
 
 
 def eager_rectangle(
