@@ -49,7 +49,7 @@ def start(tmp_path: Path) -> Path:
     return write_network(tmp_path / "start.safetensors", seed=3)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_three_and_three_iterations_are_six(tmp_path: Path, start: Path, asynchronous: bool) -> None:
     more = [f"checkpoint.dcp_async_mode_enabled={asynchronous}"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"

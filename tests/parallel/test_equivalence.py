@@ -52,7 +52,7 @@ def truth() -> dict[str, Any]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_compute_what_one_rank_computes(world: int, truth: dict[str, Any], tmp_path: Path) -> None:
     """Also: the same after an ordinary forward and backward on the sharded network, and unchanged
     state-dict keys under every wrapper.

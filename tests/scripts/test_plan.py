@@ -26,6 +26,7 @@ def planned_names() -> list[str]:
     return [name for name in names if not any(word in name for word in skipped) and not ("toy" in name and "replayed" in name)]
 
 
+@pytest.mark.slow
 def test_every_experiment_can_be_planned():
     registry_distill.register()
     names = planned_names()

@@ -128,6 +128,7 @@ def test_ranks_agree_when_one_of_them_fails(tmp_path: Path) -> None:
     assert "No space left" in first["disk"] and first["latest"] == "iter_000000005"
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_world_size_may_change_between_save_and_load(tmp_path: Path) -> None:
     """1 rank -> 4 ranks (2 shards x cp 2) -> 2 ranks -> 1 rank: weights, averages, optimiser and

@@ -136,7 +136,10 @@ def slow_rank(job: Path, part: str) -> str:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("part", "world"), [("data", 2), ("compute", 4), ("checkpoint", 2)])
+@pytest.mark.parametrize(
+    ("part", "world"),
+    [("data", 2), pytest.param("compute", 4, marks=pytest.mark.slow), pytest.param("checkpoint", 2, marks=pytest.mark.slow)],
+)
 def test_a_slow_rank_is_named_with_its_part(tmp_path: Path, part: str, world: int) -> None:
     job = tmp_path / "job"
     first, *others = run_ranks(world, slow_rank, job, part, tmp_path=tmp_path)

@@ -57,7 +57,7 @@ def test_twenty_steps_match_the_golden_losses(tmp_path: Path) -> None:
         assert record == pytest.approx(golden, rel=1e-8), f"step {golden['step']}"
 
 
-@pytest.mark.parametrize(("prefetch", "asynchronous"), [(0, False), (2, True)])
+@pytest.mark.parametrize(("prefetch", "asynchronous"), [pytest.param(0, False, marks=pytest.mark.slow), (2, True)])
 def test_resume_is_bit_identical(tmp_path: Path, prefetch: int, asynchronous: bool) -> None:
     """Twenty iterations at once, and ten, a new process's worth of objects, and ten more: equal
     weights, averages, optimisers and log.
