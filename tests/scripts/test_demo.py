@@ -121,8 +121,7 @@ def test_threads_leave_busy_cores_alone(monkeypatch, tmp_path) -> None:
 
 
 def test_branches_hold_every_stage_once_and_wait_for_what_feeds_them(tmp_path) -> None:
-    """Branches that wait for each other must not lock, whichever is ahead.
-    """
+    """Branches that wait for each other must not lock, whichever is ahead."""
     first, *others = (list(one) for one in branches(quick=False))
     assert sorted(s.name for one in (first, *others) for s in one) == sorted(s.name for s in STAGES)
     done: set[str] = set()

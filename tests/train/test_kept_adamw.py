@@ -158,5 +158,3 @@ def test_eight_bit_states_are_codes_per_block_of_a_row(states: str) -> None:
         assert torch.equal(rows["_scale"], kept["_scale"][:4])
     assert list(first.blank(torch.zeros(512))) == [""]  # one axis: full precision
     assert list(first.blank(torch.zeros(8, 80))) == [""]
-
-

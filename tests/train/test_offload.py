@@ -41,9 +41,7 @@ def words(experiment: str, folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def trainer_of(
-    experiment: str, folder: Path, *more: str, dims: tuple[int, int, int] = (1, 1, 1), device: str = "cpu"
-) -> Trainer:
+def trainer_of(experiment: str, folder: Path, *more: str, dims: tuple[int, int, int] = (1, 1, 1), device: str = "cpu") -> Trainer:
     registry_distill.register()
     shard, cp = dims[1] * dims[2], dims[2]
     layout = [f"model.config.fsdp_shard_size={shard}", f"model_parallel.context_parallel_size={cp}"]
