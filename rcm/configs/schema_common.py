@@ -207,7 +207,7 @@ class CommonModelConfig(Record):
     @property
     def stage(self) -> str:
         """What is trained, in a word: the training type of the causal family, or rCM."""
-        raise NotImplementedError
+        raise NotImplementedError  # each family of models says its own
 
     @property
     def pattern(self) -> BlockPattern | None:
@@ -217,7 +217,7 @@ class CommonModelConfig(Record):
     @property
     def guided(self) -> bool:
         """Whether a teacher is asked with and without the text."""
-        raise NotImplementedError
+        raise NotImplementedError  # each family of models says its own
 
     @property
     def learns_trajectories(self) -> bool:
@@ -226,7 +226,7 @@ class CommonModelConfig(Record):
 
     def checkpoints(self) -> dict[str, str]:
         """Key of each checkpoint that this stage must have -> what for."""
-        raise NotImplementedError
+        raise NotImplementedError  # each family of models says its own
 
     def check(self) -> None:
         """Raise `ConfigError` for keys of this record that cannot work together."""

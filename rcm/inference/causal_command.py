@@ -127,7 +127,7 @@ class Maker:
         )
         guided = job.recipe.kind == "ode" and job.recipe.guidance > 1
         rows = models.embed([*prompts, flags.negative_prompt] if guided else prompts)
-        # a last row may be the negative prompt's
+        # not strict: a last row may be the negative prompt's
         self.embedded = dict(zip(prompts, rows, strict=False))
         self.negative = Condition(rows[-1:]) if guided else None
         self.prefix = None if image is None else models.from_first(lambda: self._encoded(image))

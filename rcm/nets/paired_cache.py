@@ -58,7 +58,7 @@ class PairedCache:
         as_id: int | None = None,
     ) -> PairedView:
         """As `KVCache.append`, for both."""
-        given = zip(self.branches, observers or (None, None), strict=False)
+        given = zip(self.branches, observers or (None,) * len(self.branches), strict=True)
         return PairedView(*(c.append(visible, observers=(o,), as_id=as_id) for c, o in given))
 
     def readonly(

@@ -178,6 +178,13 @@ def _budget(flags: argparse.Namespace, device: torch.device) -> int | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Arguments(prog="rcm serve", allow_abbrev=False, description=__doc__)
+    _add_stream(parser)
+    _add_viewers(parser)
+    _add_machine(parser)
+    return parser
+
+
+def _add_stream(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what to stream").add_argument
     add(
         "--ckpt",
@@ -206,6 +213,9 @@ def _parser() -> argparse.ArgumentParser:
         help="of pictures [png for small ones, else jpeg]",
     )
     add("--quality", type=int, default=85, help="of jpeg and webp, 1 to 100 [%(default)s]")
+
+
+def _add_viewers(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("who may watch").add_argument
     add("--host", default="127.0.0.1", help="[%(default)s: this machine only]")
     add("--port", type=int, default=8765, help="0: any free one [%(default)s]")
@@ -258,6 +268,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="a private stream is closed after so long [%(default)s]",
     )
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("weights and machine").add_argument
     add(
         "--weights",
@@ -287,7 +300,6 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--text_cache", metavar="DIR", help="keep umT5's embeddings there, and read them from there"
     )
-    return parser
 
 
 if __name__ == "__main__":
