@@ -62,7 +62,7 @@ def lines(job: Path) -> list[dict[str, float]]:
 
 
 def everything(state: TrainState) -> dict[str, Tensor]:
-    """Full copies of all weights, averages and optimiser slots."""
+    """Full copies of all weights, averages and optimiser slots, in host memory: some wait there."""
     found: dict[str, Tensor] = {}
     for role, slot in state.roles.items():
         found |= {f"{role}.{k}": v for k, v in stored_tensors(slot.net).items()}
@@ -70,7 +70,8 @@ def everything(state: TrainState) -> dict[str, Tensor]:
             found |= {f"{role}.{k}.{name}": v for k, v in slot.optimizer.state.get(p, {}).items()}
     if state.ema is not None:
         found |= {f"ema.{k}": v for k, v in state.ema.shadow.items()}
-    return {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().clone() for k, v in found.items()}
+    whole = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in found.items()}
+    return {k: v.detach().to("cpu", copy=True) for k, v in whole.items()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
