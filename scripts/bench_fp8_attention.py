@@ -59,15 +59,16 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def variants() -> dict[str, tuple[str, object]]:
     """Name -> kind of kernel, and its tiles."""
-    from rcm.kernels.fp8_attention.schedule import PortableTiles, Tiles
+    from rcm.kernels.fp8_attention.schedule import PERSISTENT, PortableTiles
+    from rcm.kernels.persistent_attention.schedule import Tiles
 
     return {
         "bf16": ("bf16", None),
-        "gluon 128x128": ("hopper", Tiles()),
-        "gluon 128x128 one level": ("hopper", Tiles(two_level=False)),
-        "gluon 128x128 one level, 6": ("hopper", Tiles(two_level=False, stages=6)),
-        "gluon 128x128 one level, 3": ("hopper", Tiles(two_level=False, stages=3)),
-        "gluon 192x64 one level": ("hopper", Tiles(3, 64, 8, two_level=False)),
+        "gluon 128x128": ("hopper", PERSISTENT),
+        "gluon 128x128 one level": ("hopper", Tiles(stages=4)),
+        "gluon 128x128 one level, 6": ("hopper", Tiles(stages=6)),
+        "gluon 128x128 one level, 3": ("hopper", Tiles(stages=3)),
+        "gluon 192x64 one level": ("hopper", Tiles(3, 64, 8)),
         "triton 64x128 w4 s2": ("portable", PortableTiles(64, 128, 4, 2)),
         "triton 64x64 w4 s3": ("portable", PortableTiles(64, 64, 4, 3)),
     }
@@ -131,7 +132,7 @@ class Bf16:
 
     def measure(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
         """One library call, and the engine's choice."""
-        from rcm.kernels.fp8_attention.launch import processors
+        from rcm.kernels.persistent_attention.launch import processors
         from rcm.kernels.split_attention.api import num_splits, split_attention
 
         parts = num_splits(q.shape[1], k.shape[1], q.shape[2], processors(q.device))
@@ -168,13 +169,14 @@ class Fp8:
     def attend(self, queries: object, held: object, count: int) -> Tensor:
         """The kernel."""
         from rcm.kernels.fp8_attention import launch
+        from rcm.kernels.persistent_attention.launch import processors
 
         if self.kind == "hopper":
             return launch.attend_hopper(
                 queries, held, count=count, dtype=torch.bfloat16, tiles=self.tiles
             )
         batch, heads, q_len = queries.scale.shape
-        per_round = launch.processors(held.keys.device) * (8 // self.tiles.num_warps)
+        per_round = processors(held.keys.device) * (8 // self.tiles.num_warps)
         tiles = batch * heads * -(-q_len // self.tiles.block_m)
         most = max(1, min(6, count // 2048))
         parts = min(range(1, most + 1), key=lambda n: (-(-tiles * n // per_round) + 0.1 * n) / n)

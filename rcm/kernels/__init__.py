@@ -4,6 +4,7 @@
     flash_jvp/          attention with its tangent, under any mask; also the forward of
     masked_attention/   attention with gradient: its backward is dense rectangles
     split_attention/    dense attention of few queries in parts along the keys
+    persistent_attention/   the same by one kernel with equal shares for all processors
     fp8_attention/      attention over keys and values in e4m3, for streams
     fused/              norms, gates, GELU, rotation: value, tangent, gradient
     kv_codec/           keys and values as codes, and back

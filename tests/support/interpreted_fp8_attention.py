@@ -10,7 +10,6 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
@@ -18,8 +17,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from rcm.kernels.fp8_attention import codes, coding_kernels, launch, merge_kernel, portable, reference
-from rcm.kernels.fp8_attention.schedule import Plan, PortableTiles, Tiles, make_plan
+from rcm.kernels.fp8_attention import codes, coding_kernels, launch, portable, reference
+from rcm.kernels.fp8_attention.schedule import PortableTiles
 from tests.support import interpreter_casts, mutants
 
 TINY = PortableTiles(16, 16, 4, 1)
@@ -43,23 +42,7 @@ MUTANTS = {
     "result not rescaled": (portable, "acc = acc * change[:, None] +", "acc = acc +"),
     "center of the values forgotten": (portable, "* spread[None, :] + center[None, :]", "* spread[None, :]"),
     "parts overlap": (portable, "part * blocks // parts, (part + 1)", "0, (part + 1)"),
-    "parts weighed alike": (merge_kernel, "tl.exp2(top - raised), tl.exp2(lse - raised)", "tl.exp2(lse - lse), tl.exp2(lse - lse)"),
-    "first part of a program only": (merge_kernel, "second = start // blocks != index", "second = start < 0"),
-    "last owner left out": (merge_kernel, "range(first, last + 1)", "range(first, last)"),
 }
-
-
-def jobs(plan: Plan, programs: int, program: int) -> Iterator[tuple[int, int, int, int]]:
-    """(index, query tile, first and last key tile) of a program, as `hopper._job` finds them."""
-    yield from ((index, index * programs + program, 0, plan.blocks) for index in range(plan.whole))
-    shared = plan.remaining * plan.blocks
-    at, stop = (p * shared // programs for p in (program, program + 1))
-    index = plan.whole
-    while at < stop:
-        tile, low = divmod(at, plan.blocks)
-        high = min(plan.blocks, low + stop - at)
-        yield index, plan.whole * programs + tile, low, high
-        at, index = at + high - low, index + 1
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:
@@ -114,41 +97,7 @@ def attention_error() -> float:
     return worst
 
 
-def merge_error() -> float:
-    """Parts as the persistent kernel leaves them, made in torch, against whole attention; every
-    tile must be somebody's.
-    """
-    draw = torch.Generator().manual_seed(3)
-    worst, q_len, kv_len, pairs, block, width = 0.0, 300, 100, 2, 16, 16
-    for programs in (3, 5, 7, 11, 40):
-        tiles = Tiles(2, block)
-        plan = make_plan(q_len=q_len, kv_len=kv_len, pairs=pairs, tiles=tiles, programs=programs)
-        scores = 3 * torch.randn(pairs, plan.tiles_per_head * tiles.rows, plan.blocks * block, generator=draw)
-        scores[..., kv_len:] = float("-inf")
-        values = torch.randn(pairs, plan.blocks * block, width, generator=draw)
-        out = torch.full((1, q_len, pairs, width), float("nan"))
-        part_o, part_lse = torch.full((2 * programs, tiles.rows, width), float("nan")), torch.full((2 * programs, tiles.rows), float("nan"))
-        for program in range(programs):
-            for index, tile, low, high in jobs(plan, programs, program):
-                pair, row = tile // plan.tiles_per_head, tile % plan.tiles_per_head * tiles.rows
-                logits = scores[pair, row : row + tiles.rows, low * block : high * block]
-                found = logits.softmax(dim=-1) @ values[pair, low * block : high * block]
-                if (low, high) == (0, plan.blocks):
-                    out[0, row : row + tiles.rows, pair] = found[: q_len - row]
-                else:
-                    part = 2 * program + (index > plan.whole)
-                    part_o[part], part_lse[part] = found, logits.logsumexp(dim=-1) / math.log(2)
-        if plan.remaining:
-            merge_kernel.merge_parts[(plan.remaining, tiles.rows // 32)](
-                part_o, part_lse, out, *plan[:3], programs, pairs, plan.tiles_per_head, q_len, *out.stride()[:3],
-                TILE=tiles.rows, ROWS=32, WIDTH=width,
-            )  # fmt: skip
-        expected = (scores.softmax(dim=-1) @ values)[:, :q_len].transpose(0, 1)
-        worst = max(worst, deviation(out[0], expected))
-    return worst
-
-
-ERRORS = {coding_kernels: coding_error, portable: attention_error, merge_kernel: merge_error}
+ERRORS = {coding_kernels: coding_error, portable: attention_error}
 
 
 def mutant_error(module: ModuleType, old: str, new: str, folder: Path) -> float:
@@ -162,7 +111,7 @@ def mutant_error(module: ModuleType, old: str, new: str, folder: Path) -> float:
 if __name__ == "__main__":
     interpreter_casts.install()
     if sys.argv[1] == "errors":
-        report = {"coding": coding_error(), "attention": attention_error(), "merge": merge_error()}
+        report = {"coding": coding_error(), "attention": attention_error()}
     else:
         # one after the other: they share a file, which Triton reads at the first launch
         with tempfile.TemporaryDirectory() as folder:

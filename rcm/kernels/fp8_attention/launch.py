@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 import triton
@@ -11,10 +10,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rcm.kernels import precompile
-from rcm.kernels.fp8_attention import coding_kernels, merge_kernel, portable
+from rcm.kernels.fp8_attention import coding_kernels, portable
 from rcm.kernels.fp8_attention.codes import E4M3, GROUP, CodedQueries, Codes, Scales
-from rcm.kernels.fp8_attention.schedule import PortableTiles, Tiles, make_plan
+from rcm.kernels.fp8_attention.schedule import PortableTiles
 from rcm.kernels.launching import device_of
+from rcm.kernels.persistent_attention import launch as persistent
+from rcm.kernels.persistent_attention.schedule import Tiles
 from rcm.kernels.split_attention.merge_kernel import merge
 
 CODED_TOKENS = 32
@@ -53,49 +54,11 @@ def write(codes: Codes, slots: Tensor, k: Tensor, v: Tensor, *, at_slots: bool =
 def attend_hopper(
     queries: CodedQueries, codes: Codes, *, count: int, dtype: torch.dtype, tiles: Tiles
 ) -> Tensor:
-    """Attention to the first `count` tokens, [B, L, N, D]: the persistent kernel, and a merge of
-    the query tiles that it cut.
-    """
-    from triton.experimental.gluon.language import NVMMASharedLayout
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as BulkDescriptor
-
-    from rcm.kernels.fp8_attention.hopper import hopper_forward
-
-    batch, heads, q_len, width = queries.codes.shape
-    device = queries.codes.device
-    programs = processors(precompile.device_for(queries.codes))
-    plan = make_plan(q_len=q_len, kv_len=count, pairs=batch * heads, tiles=tiles, programs=programs)
-    out = torch.empty(batch, q_len, heads, width, dtype=dtype, device=device)
-    part_o = torch.empty(2 * programs, tiles.rows, width, dtype=dtype, device=device)
-    part_lse = torch.empty(2 * programs, tiles.rows, dtype=torch.float32, device=device)
-
-    def described(x: Tensor, box: list[int]) -> BulkDescriptor:
-        layout = NVMMASharedLayout(swizzle_byte_width=min(128, box[3]), element_bitwidth=8, rank=4)
-        return BulkDescriptor(x, list(x.shape), list(x.stride()), box, layout)
-
-    consumer_registers, at_launch = tiles.registers
-    with device_of(out):
-        precompile.launch(
-            hopper_forward, (programs,),
-            described(queries.codes, [1, 1, 64, width]),
-            described(codes.keys, [1, 1, tiles.block_n, width]),
-            described(codes.values, [1, 1, width, tiles.block_n]),
-            queries.scale, codes.scales.value_scale, codes.scales.value_center, out, part_o,
-            part_lse,
-            plan.whole, plan.remaining, plan.blocks, heads, plan.tiles_per_head, q_len, count,
-            *out.stride()[:3],
-            CONSUMERS=tiles.consumers, BLOCK_N=tiles.block_n, WIDTH=width, STAGES=tiles.stages,
-            TWO_LEVEL=tiles.two_level, CONSUMER_REGISTERS=consumer_registers,
-            num_warps=4, maxnreg=at_launch,
-        )  # fmt: skip
-        if plan.remaining:
-            precompile.launch(
-                merge_kernel.merge_parts, (plan.remaining, tiles.rows // 32),
-                part_o, part_lse, out, plan.whole, plan.remaining, plan.blocks, programs, heads,
-                plan.tiles_per_head, q_len,
-                *out.stride()[:3], TILE=tiles.rows, ROWS=32, WIDTH=width, num_warps=4,
-            )  # fmt: skip
-    return out
+    """Attention to the first `count` tokens, [B, L, N, D], by the persistent kernel."""
+    scales = queries.scale, codes.scales.value_scale, codes.scales.value_center
+    return persistent.attend(
+        queries.codes, codes.keys, codes.values, scales, count=count, dtype=dtype, tiles=tiles
+    )
 
 
 def attend_portable(
@@ -133,9 +96,3 @@ def attend_portable(
             num_warps=tiles.num_warps,
         )  # fmt: skip
     return out[0] if parts == 1 else merge([o.transpose(1, 2) for o in out], list(lse))
-
-
-@lru_cache(maxsize=64)
-def processors(device: torch.device) -> int:
-    """Multiprocessors of `device`."""
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,38 +1,14 @@
-"""Who computes what in the persistent kernel, and the tile sizes to choose from."""
+"""Which kernel serves a call, with which tiles."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
-CONSUMER_ROWS = 64
+from rcm.kernels.persistent_attention.schedule import Tiles
 
-
-@dataclass(frozen=True)
-class Tiles:
-    """Tile sizes of the Hopper kernel.
-
-    consumers     warpgroups of 64 query rows, 2 or 3.
-    block_n       keys of a tile, 64 or 128; three consumers have registers for 64.
-    stages        slots of the rings of keys and of values.
-    two_level     every product P V is added in float32; else the tensor cores accumulate, and
-                  nothing is rescaled where nothing grew.
-    """
-
-    consumers: int = 2
-    block_n: int = 128
-    stages: int = 4
-    two_level: bool = True
-
-    @property
-    def rows(self) -> int:
-        """Query rows of a program's tile."""
-        return CONSUMER_ROWS * self.consumers
-
-    @property
-    def registers(self) -> tuple[int, int]:
-        """Registers of a thread: of a consumer, and at launch."""
-        return (240, 168) if self.consumers == 2 else (160, 128)
+PERSISTENT = Tiles(stages=4, two_level=True)
+SHORT = 4000
+"""Keys up to which programs with one tile each are faster than persistent ones (README.md)."""
 
 
 @dataclass(frozen=True)
@@ -45,28 +21,6 @@ class PortableTiles:
     stages: int = 3
 
 
-class Plan(NamedTuple):
-    """`whole` query tiles for every program, then a share of the `remaining` ones, each of `blocks`
-    key tiles.
-    """
-
-    whole: int
-    remaining: int
-    blocks: int
-    tiles_per_head: int
-
-
-def make_plan(*, q_len: int, kv_len: int, pairs: int, tiles: Tiles, programs: int) -> Plan:
-    """The work of `pairs` (batch x heads) on `programs` processors."""
-    tiles_per_head = -(-q_len // tiles.rows)
-    whole, remaining = divmod(tiles_per_head * pairs, programs)
-    return Plan(whole, remaining, -(-kv_len // tiles.block_n), tiles_per_head)
-
-
-SHORT = 4000
-"""Keys up to which programs with one tile each are faster than persistent ones (README.md)."""
-
-
 def chosen_tiles(*, kv_len: int) -> Tiles | PortableTiles:
     """The kernel and the tiles that were fastest for such a call."""
-    return PortableTiles(64, 128, 4, 2) if kv_len < SHORT else Tiles()
+    return PortableTiles(64, 128, 4, 2) if kv_len < SHORT else PERSISTENT
