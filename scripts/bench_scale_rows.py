@@ -117,6 +117,8 @@ _KEEP_MLP = (MODE + "block_wise_keep_attention_mlp",)
 _ALL_SMALL = ("net_bidirectional_teacher=wan2pt1_1pt3b", "net_fake_score=wan2pt1_1pt3b")
 _TWICE = ("trainer.grad_accum_iter=2",)
 _EACH = ("trainer.gradient_sync=each",)
+_FP8 = (f"{M}.net.linear_precision=fp8",)
+_KEEP_LAST = (f"{M}.net.sac_config.keep_last_blocks=1",)
 _IDLE = ("trainer.offload.idle_roles=True",)
 _LIVES = (*_EACH, *_IDLE, "trainer.offload.parameters=True")
 
@@ -181,6 +183,10 @@ ROWS = (
     Row("tf_scm", "1.3B", "one", "small_teacher", ("net_causal_teacher=wan2pt1_1pt3b",)),
     Row("tf_diffusion", "1.3B", "one", "keep_attention", _KEEP),
     Row("tf_diffusion", "1.3B", "one", "keep_attention_mlp", _KEEP_MLP),
+    Row("tf_diffusion", "1.3B", "one", "fp8_products", _FP8),
+    Row("tf_diffusion", "1.3B", "one", "keep_attention_last", (*_KEEP, *_KEEP_LAST)),
+    Row("tf_diffusion", "14B", "ulysses4", "keep_attention_fp8_products", (*_KEEP, *_FP8)),
+    Row("tf_scm", "14B", "ulysses4", "keep_attention_fp8_products", (*_KEEP, *_FP8)),
     Row("tf_dcm", "1.3B", "one"),
     Row("sf_dmd", "1.3B", "one", "small_roles", _ALL_SMALL),
     Row("sf_dmd_replayed", "1.3B", "one", "small_roles", _ALL_SMALL),

@@ -3,15 +3,15 @@ correctness first, then times and memory.
 
     python -m scripts.bench_train_step [--net 1.3B|14B] [--layers N] [--frames 21] [--pattern \\
         c3-3 --pattern c1-1]
-                                       [--recompute block_wise --recompute ...] [--fused \\
-                                       auto|off] [--lora RANK]
+                                       [--recompute block_wise --recompute block_wise+1 ...]
+                                       [--linear-precision compute --linear-precision fp8]
+                                       [--fused auto|off] [--lora RANK]
                                        [--frozen-weights compute|fp8_storage|fp8]
                                        [--json FILE]
 
-The student is built as training builds it (float32 master weights, bfloat16 computation, FSDP2 in a
-group of one) with random weights; the teacher is left out: its velocity is noise. Passes are those
-of the method (`rcm.methods.tf_scm`): tangent pass = the clean half into the context cache, then the
-noisy half with tangents over it; gradient pass = packed [clean; noisy] forward and backward.
+The student and its passes are those of `scripts.bench_train_student`: tangent pass = the clean half
+into the context cache, then the noisy half with tangents over it; gradient pass = packed [clean;
+noisy] forward and backward.
 
 The floor of the forward is the sum over the network's own matrix products, each timed alone at its
 shape, plus its attention calls, each timed alone: medians of calls in a row, times how often the
@@ -21,46 +21,31 @@ forward makes them.
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from rcm.core.dtypes import Precision
-from rcm.core.dual import jvp
-from rcm.core.rng import StepRng, randn
-from rcm.data.batch import LatentBatch
 from rcm.diffusion.blocks import BlockPattern
-from rcm.diffusion.time_sampling import LogNormal
 from rcm.inference.outcome import command
-from rcm.losses.scm import normalise, rf_tangent, scm_regression
-from rcm.methods.teacher_forcing import TeacherForcing
-from rcm.methods.tf_scm import TFContinuousConsistency
 from rcm.nets.condition import Condition
-from rcm.nets.denoiser import Denoiser, VelocityModel
 from rcm.nets.frozen_fp8 import FrozenWeights
 from rcm.nets.layout import TokenLayout
-from rcm.nets.lora import AdaptedNet, attach
-from rcm.nets.wan.adapters import LAYERS
+from rcm.nets.trained_fp8 import LinearPrecision
 from rcm.nets.wan.config import WanConfig, preset
-from rcm.nets.wan.model import WanDiT
-from rcm.parallel.apply import parallelize
-from rcm.parallel.checkpointing import MODES
 from rcm.parallel.fsdp import stored_parameters
-from rcm.parallel.init import materialise, on_meta
-from rcm.parallel.mesh import ParallelDims, process_group
+from rcm.parallel.mesh import process_group
 from scripts.bench_measure import (
     CheckFailed,
     bench_flags,
     breakdown,
-    fill,
     floor_of,
     in_words,
     relative,
@@ -68,158 +53,13 @@ from scripts.bench_measure import (
     timed,
     write,
 )
-
-HEIGHT, WIDTH = 60, 104  # 480 x 832 pixels
-
-
-class NoiseTeacher(VelocityModel):
-    """Stands where the teacher would: a velocity that costs nothing."""
-
-    def __init__(self, config: WanConfig) -> None:
-        self.config = config
-
-    def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        """That of the network whose teacher it replaces."""
-        return self.config.token_grid(height, width)
-
-    def velocity(
-        self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: object = None
-    ) -> Tensor:
-        """Unit noise for the predicted frames of `layout`."""
-        start, stop = layout.output
-        generator = torch.Generator(x.device).manual_seed(7)
-        return torch.randn(x[:, :, start:stop].shape, generator=generator, device=x.device)
-
-
-def build(config: WanConfig, options: argparse.Namespace, *, frozen: bool) -> Denoiser:
-    """The network as a run builds it: on meta, parallelised, given memory, filled with random
-    weights.
-    """
-    policy = Precision.preset("bf16_fp32_time")
-    gc.collect()  # an earlier network is a cycle of hooks
-    rank = 0 if frozen else options.lora
-
-    def laid_out() -> WanDiT:
-        net = WanDiT(config, attention=options.attention, fused=options.fused).requires_grad_(
-            not frozen
-        )
-        return adapted(net, rank)
-
-    net = on_meta(laid_out)
-    dims = ParallelDims(device_type="cuda")
-    parallelize(
-        net,
-        dims=dims,
-        precision=policy,
-        checkpoint=options.recompute,
-        compile=options.compile and not frozen,
-        frozen_weights=options.frozen_weights if frozen else "compute",
-    )
-    materialise(net, device="cuda")
-    fill(net)
-    return Denoiser(AdaptedNet(net, "student") if rank else net, policy)
-
-
-def adapted(net: WanDiT, rank: int) -> WanDiT:
-    """`net` with adapters of this rank on every layer that takes them, alpha twice the rank (0: as
-    it is).
-    """
-    if rank:
-        attach(net, LAYERS, roles=("student",), rank=rank, alpha=2.0 * rank)
-    return net
-
-
-@torch.no_grad()
-def exact_student(config: WanConfig, *, rank: int) -> Denoiser:
-    """The same weights, rounded as a bfloat16 network computes with them, in float64 and plain
-    formulas.
-    """
-    net = adapted(WanDiT(config, attention="reference", fused="off"), rank).to(
-        "cuda", torch.float64
-    )
-    net.set_jvp_implementation("reference")
-    fill(net)
-    for parameter in net.parameters():
-        parameter.copy_(parameter.bfloat16())
-    return Denoiser(AdaptedNet(net, "student") if rank else net, Precision.preset("fp64"))
-
-
-class Step:
-    """Inputs of one student step and its passes, called as the method calls them."""
-
-    def __init__(self, student: Denoiser, pattern: BlockPattern, *, frames: int) -> None:
-        self.student, self.forcing, config = student, TeacherForcing(pattern), student.net.config
-        rng = StepRng(3, 0, 0)
-        shape = (1, config.out_dim, frames, HEIGHT, WIDTH)
-        self.x0, self.x_t, self.v_teacher = (
-            randn(shape, generator=rng.generator(name), device="cuda")
-            for name in ("x0", "x_t", "v")
-        )
-        self.text = randn(
-            (1, config.text_len, config.text_dim), generator=rng.generator("text"), device="cuda"
-        )
-        self.cond, self.context = Condition(self.text), self.forcing.clean(self.x0)
-        self.t = torch.full((1, 1), 0.6, dtype=torch.float64, device="cuda")
-        self.structure = {"grid": student.token_grid(HEIGHT, WIDTH), "pattern": pattern}
-        self.frames = frames
-
-    @torch.no_grad()
-    def context_pass(self) -> Any:
-        """The clean half into a fresh cache, as `TeacherForcing.tangent` does it first."""
-        cache = self.student.new_cache(num_frames=self.frames, grid=self.structure["grid"])
-        layout = TokenLayout.context(self.frames, **self.structure)
-        self.student.velocity(self.x0, self.context.times, self.cond, layout, cache=cache.append())
-        return cache
-
-    def noisy_pass(self, cache: Any) -> tuple[Tensor, Tensor]:
-        """The noisy half with tangents over the cache, as `TeacherForcing.tangent` does it
-        second.
-        """
-        layout = TokenLayout.noisy_over_context(self.frames, **self.structure)
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return self.student.velocity(x, t, self.cond, layout, cache=cache.readonly())
-
-        return jvp(velocity, (self.x_t, self.t), (self.v_teacher, torch.ones_like(self.t)))
-
-    def tangent_pass(self) -> tuple[Tensor, Tensor]:
-        """Both."""
-        dots = {"x_dot": self.v_teacher, "t_dot": torch.ones_like(self.t)}
-        return self.forcing.tangent(
-            self.student, self.x_t, self.t, self.cond, context=self.context, **dots
-        )
-
-    def gradient_pass(self, v_dot: Tensor) -> None:
-        """Packed forward, tangent of the loss, regression, backward."""
-        v = self.forcing.velocity(self.student, self.x_t, self.t, self.cond, context=self.context)
-        g_hat = normalise(rf_tangent(v.detach(), self.v_teacher, v_dot, self.t))
-        scm_regression(v, g_hat).value.backward()
-
-    @torch.no_grad()
-    def packed_forward(self) -> Tensor:
-        """The packed forward without gradient."""
-        return self.forcing.velocity(
-            self.student, self.x_t, self.t, self.cond, context=self.context
-        )
-
-    def whole(self) -> None:
-        """The method's own step, its teacher replaced by noise."""
-        teacher = NoiseTeacher(self.student.net.config)
-        method = TFContinuousConsistency(
-            self.student, teacher, forcing=self.forcing, law=LogNormal(-0.8, 1.6)
-        )
-        batch = LatentBatch(self.x0, self.text, [""], [""])
-        for term in method.terms(method.phase(2000), batch, StepRng(3, 0, 0)):
-            term().value.backward()
-
-    def forget(self) -> None:
-        """Drop the gradients."""
-        self.student.net.zero_grad(set_to_none=True)
+from scripts.bench_train_student import HEIGHT, WIDTH, Step, build, exact_student, recomputed
 
 
 def bench_step(config: WanConfig, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every pass of the student step, for every pattern; the first row holds the seconds of the
-    very first step.
+    very first step. With `--only gradient` the gradient pass alone, its tangent noise: what a step
+    of teacher-forced diffusion is.
     """
     student = build(config, options, frozen=False)
     rows: list[dict[str, Any]] = []
@@ -234,11 +74,14 @@ def bench_step(config: WanConfig, options: argparse.Namespace) -> list[dict[str,
             name: str = name,
             step: Step = step,
         ) -> None:
-            row = {"work": f"{name} {work}", "recompute": options.recompute} | timed(
-                call, repeats=options.repeats, prepare=step.forget
-            )
+            row = {"work": f"{name} {work}"} | told_of(options)
+            row |= timed(call, repeats=options.repeats, prepare=step.forget)
             report(rows, row | (breakdown(call) if traced and options.profile else {}))
 
+        if options.only == "gradient":
+            measure("gradient pass", partial(step.gradient_pass, step.v_teacher), traced=True)
+            step.forget()
+            continue
         begin = time.perf_counter()
         step.whole()
         torch.cuda.synchronize()
@@ -294,6 +137,11 @@ def bench_forward(config: WanConfig, options: argparse.Namespace) -> list[dict[s
     return rows
 
 
+def told_of(options: argparse.Namespace) -> dict[str, str]:
+    """What tells rows of the same work apart."""
+    return {"recompute": options.recompute, "linear_precision": options.linear_precision}
+
+
 def changed(options: argparse.Namespace, **changes: object) -> argparse.Namespace:
     """A copy with changes."""
     return argparse.Namespace(**{**vars(options), **changes})
@@ -325,7 +173,7 @@ def check(options: argparse.Namespace) -> list[dict[str, Any]]:
         gradients = [error for key, error in errors.items() if key.startswith("gradient")]
         row = {
             "work": f"check: {name} layers in bf16 against float64",
-            "recompute": options.recompute,
+            **told_of(options),
             "value": errors["value"],
             "tangent": errors["tangent"],
             "gradients_worst": max(gradients),
@@ -365,26 +213,33 @@ def main(arguments: list[str] | None = None) -> int:
     add("--layers", type=int, help="fewer blocks than the network has")
     add("--frames", type=int, default=21, help="latent frames of 1560 tokens")
     add("--pattern", action="append", help="blocks of the student step; repeatable (c3-3 and c1-1)")
-    add("--recompute", action="append", choices=MODES, help="of blocks; repeatable (block_wise)")
+    how = "of blocks: MODE, MODE/EVERY or MODE+LAST_KEPT; repeatable (block_wise)"
+    add("--recompute", action="append", help=how)
+    how = "products of the student, as model.config.net.linear_precision; repeatable (compute)"
+    add("--linear-precision", action="append", choices=get_args(LinearPrecision), help=how)
     add("--attention", default="auto", help="attention back end")
     add("--fused", default="auto", choices=("auto", "on", "off"))
     add("--lora", type=int, default=0, metavar="RANK", help="train adapters on a frozen student")
     how = "how the network of --only forward keeps its weights, as model.config.frozen_weights"
     add("--frozen-weights", default="compute", choices=get_args(FrozenWeights), help=how)
     add("--compile", action="store_true", help="compile the student's blocks")
-    add("--only", default="all", choices=("all", "check", "step", "forward"))
+    add("--only", default="all", choices=("all", "check", "step", "gradient", "forward"))
     add("--repeats", type=int, default=3)
     add("--profile", action="store_true", help="break passes down by kind of kernel")
     options = parser.parse_args(arguments)
     found = this_card("bench_train_step") | {"options": vars(options)}
     options.pattern = options.pattern or ["c3-3", "c1-1"]
-    modes = options.recompute or ["block_wise"]
+    ways = product(options.recompute or ["block_wise"], options.linear_precision or ["compute"])
+    variants = [changed(options, recompute=mode, linear_precision=how) for mode, how in ways]
+    for variant in variants:
+        recomputed(variant.recompute)
     config = preset(options.net)
     config = config if options.layers is None else replace(config, num_layers=options.layers)
     parts: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = []
-    for chosen in (changed(options, recompute=mode) for mode in modes):
+    for chosen in variants:
         parts.append(("check", partial(check, chosen)))
-        parts.append(("step", partial(bench_step, config, chosen)))
+        step = "gradient" if options.only == "gradient" else "step"
+        parts.append((step, partial(bench_step, config, chosen)))
     parts.append(("forward", partial(bench_forward, config, options)))
     with process_group("cuda"):
         rows = [row for name, part in parts if options.only in ("all", name) for row in part()]

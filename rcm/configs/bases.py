@@ -81,9 +81,12 @@ def _one_way_to_recompute(model: CommonModelConfig) -> None:
     if len(knobs) == 2 and base_of(model, knobs[0]) == base_of(model, knobs[1]):
         mine, theirs = (getattr(model, knob).sac_config for knob in knobs)
         if mine != theirs:
+            told = [
+                f"{sac.mode}, every {sac.every_n_blocks}, last {sac.keep_last_blocks} kept"
+                for sac in (mine, theirs)
+            ]
             raise ConfigError(
-                f"{M}.net.sac_config ({mine.mode}, every {mine.every_n_blocks}) and"
-                f" {M}.net_fake_score.sac_config ({theirs.mode}, every {theirs.every_n_blocks})"
+                f"{M}.net.sac_config ({told[0]}) and {M}.net_fake_score.sac_config ({told[1]})"
                 f" differ, and with {M}.lora.rank={model.lora.rank} both are one network"
                 f" ({checkpoint_of(model, 'net') or 'random weights'}); give both the same"
             )

@@ -191,10 +191,10 @@ class NetBuilder:
             net,
             dims=self.dims,
             precision=self.precision,
-            checkpoint=net_config.sac_config.mode,
-            checkpoint_every=net_config.sac_config.every_n_blocks,
+            checkpoint=net_config.sac_config,
             compile=config.compile,
             frozen_weights=config.frozen_weights if frozen else "compute",
+            linear_precision=net_config.linear_precision,
             host=host,
         )
         net.set_jvp_implementation(config.jvp_implementation)

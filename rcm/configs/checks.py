@@ -7,7 +7,7 @@ open until it starts); keys of the release with one value in `rcm.configs.releas
 
 from __future__ import annotations
 
-from rcm.configs.bases import check_lora
+from rcm.configs.bases import TRAINED, check_lora
 from rcm.configs.convert import get_key
 from rcm.configs.memory import check_memory
 from rcm.configs.network import networks, wan_config
@@ -16,6 +16,8 @@ from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_causal import CausalConfig
 from rcm.configs.schema_common import PIXELS, CommonModelConfig, M
 from rcm.core.errors import ConfigError, require_divisible
+from rcm.kernels.fused.quantise import ALIGNMENT
+from rcm.nets.frozen_fp8 import fits
 
 UMT5_WIDTH = 4096
 
@@ -30,6 +32,7 @@ def check(config: TrainConfig) -> None:
     _networks(config)
     _discriminator(config)
     _two_times(model)
+    _products(model)
     check_lora(model)
     check_memory(config)
 
@@ -123,6 +126,41 @@ def _two_times(model: CommonModelConfig) -> None:
             f"{M}.lora.rank={model.lora.rank} would freeze the embedding of the second time, which"
             f" training_type={kind} must train; set {M}.lora.rank=0"
         )
+
+
+def _products(model: CommonModelConfig) -> None:
+    """FP8 products are for weights that are trained, once differentiated, in eager code."""
+    for role, net in networks(model).items():
+        if net.linear_precision == "compute":
+            continue
+        told = f"{M}.{role}.linear_precision={net.linear_precision}"
+        if role not in TRAINED:
+            raise ConfigError(
+                f"{told} is for networks that are trained, and this one is frozen; set"
+                f" {M}.frozen_weights=fp8"
+            )
+        if model.lora.rank:
+            raise ConfigError(
+                f"{told} rounds trained weights, and {M}.lora.rank={model.lora.rank} trains"
+                " adapters on frozen ones; choose one of them"
+            )
+        if model.compile:
+            raise ConfigError(
+                f"{told} cannot take {M}.compile=True, with which it was never tried; choose one of"
+                " them"
+            )
+        gan = model.gan if isinstance(model, CausalConfig) and model.gan.loss_scale else None
+        if gan is not None and gan.r1 == "exact" and role == "net_fake_score":
+            raise ConfigError(
+                f"{told} cannot be differentiated twice, as {M}.gan.r1=exact does; set"
+                f" {M}.gan.r1=approximate, or leave it at compute"
+            )
+        wan = wan_config(net, knob=f"{M}.{role}")
+        if not fits((wan.dim,)):
+            raise ConfigError(
+                f"{told} has no effect on a network of width {wan.dim}, FP8 products take multiples"
+                f" of {ALIGNMENT}; leave it at compute"
+            )
 
 
 def _networks(config: TrainConfig) -> None:

@@ -26,6 +26,7 @@ CHANGEABLE = (
     "trainer.nan_sample_limit",
     "dataloader_train.batch_size",
     f"{M}.frozen_weights",
+    *(f"{M}.{net}.linear_precision" for net in NETS),
     f"{M}.teacher_ckpt",
     f"{M}.causal_teacher_ckpt",
     f"{M}.bidirectional_teacher_ckpt",

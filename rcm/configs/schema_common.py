@@ -15,6 +15,7 @@ from rcm.diffusion.blocks import BlockPattern
 from rcm.diffusion.time_sampling import TimeLawConfig
 from rcm.nets.attention import attention_name
 from rcm.nets.frozen_fp8 import FrozenWeights
+from rcm.nets.trained_fp8 import LinearPrecision
 from rcm.nets.wan.adapters import LoRAConfig
 from rcm.parallel.checkpointing import KEEP_PRODUCTS, SACConfig
 from rcm.train.ema import EMAConfig
@@ -88,6 +89,8 @@ class NetConfig(Record):
     text_len: int | None = None  # text tokens
     max_frames: int | None = None  # latent frames covered by the rotary table
     two_times: bool = False  # knows a second time below its own: the student of tf_meanflow
+    # products of a trained network's linear layers: in the compute dtype, or of e4m3 numbers
+    linear_precision: LinearPrecision = "compute"
     sac_config: SACConfig = field(default_factory=SACConfig)
 
     def __post_init__(self) -> None:

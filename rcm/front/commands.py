@@ -206,6 +206,10 @@ BENCH = {
         does="every attention variant, checked and timed", module="scripts.bench_attention"
     ),
     "train-step": Command(does="training steps at full size", module="scripts.bench_train_step"),
+    "fp8-products": Command(
+        does="a linear layer in training by every way to take its products in FP8",
+        module="scripts.bench_fp8_products",
+    ),
     "memory": Command(
         does="peak memory of training, beside what the planner predicts",
         module="scripts.bench_memory",

@@ -15,7 +15,8 @@ from torch import nn
 from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
 from rcm.nets.frozen_fp8 import FrozenWeights, round_linears_
-from rcm.parallel.checkpointing import KEEP_PRODUCTS, checkpoint_blocks
+from rcm.nets.trained_fp8 import LinearPrecision, train_in_fp8_
+from rcm.parallel.checkpointing import KEEP_PRODUCTS, SACConfig, checkpoint_blocks
 from rcm.parallel.fsdp import is_mixed, shard_parameters
 from rcm.parallel.mesh import ParallelDims
 from rcm.parallel.ulysses import Average, shard_sequence
@@ -37,11 +38,11 @@ def parallelize(
     *,
     dims: ParallelDims,
     precision: Precision,
-    checkpoint: str = "none",
-    checkpoint_every: int = 1,
+    checkpoint: str | SACConfig = "none",
     compile: bool = False,
     reshard_after_forward: bool = True,
     frozen_weights: FrozenWeights = "compute",
+    linear_precision: LinearPrecision = "compute",
     host: bool = False,
 ) -> nn.Module:
     """Apply activation checkpointing, compilation, Ulysses and FSDP2 to `net` in place, as `dims`
@@ -51,13 +52,14 @@ def parallelize(
     be on the meta device (materialise it afterwards with rcm.parallel.init). State-dict keys do not
     change. Frozen parameters (those of a teacher, or below low-rank adapters) are stored in
     `precision.compute`, or `frozen_weights` says how (`rcm.nets.frozen_fp8`), trained ones in
-    `precision.params`. A single rank without mixed precision needs neither FSDP2 nor a process
-    group. `host`: stored parameters and gradients live in host memory (`shard_parameters`);
-    materialise the network there. Raises ConfigError where cp does not divide the heads, the dims
-    do not multiply to the world size, a process group is missing, or `checkpoint` and `compile`
-    exclude each other; `checkpoint` and `checkpoint_every` are `mode` and `every` of
-    `checkpoint_blocks`.
+    `precision.params`; `linear_precision` says how those compute (`rcm.nets.trained_fp8`). A single
+    rank without mixed precision needs neither FSDP2 nor a process group. `host`: stored parameters
+    and gradients live in host memory (`shard_parameters`); materialise the network there.
+    `checkpoint` is a mode of `checkpoint_blocks` or all its settings. Raises ConfigError where cp
+    does not divide the heads, the dims do not multiply to the world size, a process group is
+    missing, or `checkpoint` and `compile` exclude each other.
     """
+    recompute = SACConfig(checkpoint) if isinstance(checkpoint, str) else checkpoint
     dims.check(num_heads=net.config.num_heads)
     frozen = is_frozen(net)
     for parameter in net.parameters():
@@ -65,10 +67,16 @@ def parallelize(
             precision.params if parameter.requires_grad else precision.compute
         )
     round_linears_(net, frozen_weights)
+    train_in_fp8_(net, linear_precision)
     if compile:
-        _compile_blocks(net, mode="none" if frozen else checkpoint)
+        _compile_blocks(net, mode="none" if frozen else recompute.mode)
     if not frozen:
-        checkpoint_blocks(net, mode=checkpoint, every=checkpoint_every)
+        checkpoint_blocks(
+            net,
+            mode=recompute.mode,
+            every=recompute.every_n_blocks,
+            keep_last=recompute.keep_last_blocks,
+        )
     if dims.cp > 1:
         shard_sequence(net, group=dims.cp_group)
     if compile:

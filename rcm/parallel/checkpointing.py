@@ -39,7 +39,7 @@ KEEP_PRODUCTS = ("block_wise_keep_attention_mlp", "mm_only")
 has none.
 """
 
-_MATMULS = ("mm", "addmm", "bmm", "baddbmm")
+_MATMULS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
 _ATTENTIONS = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention",
@@ -58,18 +58,22 @@ class SACConfig(Record):
     mode: Mode = "block_wise"
     # recompute blocks 0, n, 2n, ... alone; the blocks between them keep everything
     every_n_blocks: int = 1
+    # as many of the last blocks keep everything, too; a backward pass begins with them
+    keep_last_blocks: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.every_n_blocks <= 1024:
             raise ConfigError(
                 f"every_n_blocks={self.every_n_blocks} must be in 1 to 1024; 1 is every block"
             )
-        if self.mode == "none" and self.every_n_blocks != 1:
-            told = (
-                f"every_n_blocks={self.every_n_blocks} has no effect while mode=none recomputes no"
-                " block"
-            )
-            raise ConfigError(f"{told}; choose another mode, or leave it at 1")
+        if not 0 <= self.keep_last_blocks <= 1024:
+            raise ConfigError(f"keep_last_blocks={self.keep_last_blocks} must be in 0 to 1024")
+        for name, idle in (("every_n_blocks", 1), ("keep_last_blocks", 0)):
+            if self.mode == "none" and getattr(self, name) != idle:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} has no effect while mode=none recomputes no"
+                    f" block; choose another mode, or leave it at {idle}"
+                )
 
 
 def _operators(*names: str) -> frozenset[Any]:
@@ -175,9 +179,11 @@ class Recompute:
         )
 
 
-def checkpoint_blocks(net: nn.Module, *, mode: str, every: int = 1) -> None:
+def checkpoint_blocks(net: nn.Module, *, mode: str, every: int = 1, keep_last: int = 0) -> None:
     """Apply the policy `mode` (net.sac_config.mode) to blocks 0, `every`, 2 `every`, ... of `net`
-    (net.sac_config.every_n_blocks), in place. The blocks between them store everything.
+    (net.sac_config.every_n_blocks), in place. The blocks between them store everything, and so do
+    the last `keep_last` (net.sac_config.keep_last_blocks): what the very last one stores is what
+    its recomputation would have made at the same moment.
 
     "none": store everything. "block_wise": store block inputs only. "block_wise_keep_attention":
     also the result of each block's self-attention (E values per token and block), so that the
@@ -204,7 +210,8 @@ def checkpoint_blocks(net: nn.Module, *, mode: str, every: int = 1) -> None:
         context_fn = partial(_contexts, _operators(*_ATTENTIONS))
     elif mode in KEEP_PRODUCTS:
         context_fn = partial(_contexts, _operators(*_MATMULS, *_ATTENTIONS))
-    for block in list(net.blocks)[::every]:
+    blocks = list(net.blocks)
+    for block in blocks[: max(0, len(blocks) - keep_last) : every]:
         forward = _Keeping(block.forward) if mode == "mm_only" else block.forward
         block.forward = Recompute(
             forward, context_fn=context_fn, chosen=getattr(net, "chosen", None)

@@ -39,12 +39,12 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def prepared(mode: str, *, every: int = 1, layers: int = CONFIG.num_layers) -> tuple[WanDiT, Counter]:
+def prepared(mode: str, *, every: int = 1, keep_last: int = 0, layers: int = CONFIG.num_layers) -> tuple[WanDiT, Counter]:
     """A network under `mode` that counts how often each block's feed-forward runs."""
     net, runs = tiny_net(attention="sdpa", **asdict(CONFIG) | {"num_layers": layers}), Counter()
     for i, block in enumerate(net.blocks):
         block.ffn.register_forward_hook(lambda *_, i=i: runs.update([i]))
-    checkpoint_blocks(net, mode=mode, every=every)
+    checkpoint_blocks(net, mode=mode, every=every, keep_last=keep_last)
     return net, runs
 
 
@@ -71,14 +71,17 @@ def test_gradients_are_the_same_and_blocks_run_as_often_as_the_mode_says(mode: s
 
 
 @pytest.mark.parametrize("mode", RECOMPUTING)
-@pytest.mark.parametrize(("every", "again"), [(1, {0, 1, 2, 3, 4}), (2, {0, 2, 4}), (3, {0, 3}), (5, {0}), (9, {0})])
-def test_every_nth_block_alone_runs_again(mode: str, every: int, again: set[int]) -> None:
-    """Blocks 0, n, 2n, ... run twice, the others once and keep all their products; the gradient is
-    that of no recomputation.
+@pytest.mark.parametrize(
+    ("every", "kept", "again"),
+    [(1, 0, {0, 1, 2, 3, 4}), (2, 0, {0, 2, 4}), (3, 0, {0, 3}), (9, 0, {0}), (1, 1, {0, 1, 2, 3}), (2, 1, {0, 2}), (1, 7, set())],
+)
+def test_every_nth_block_but_the_last_runs_again(mode: str, every: int, kept: int, again: set[int]) -> None:
+    """Blocks 0, n, 2n, ... run twice, the others and the last ones once and keep all their
+    products; the gradient is that of no recomputation.
     """
     plain, _ = prepared("none", layers=5)
     forward(plain).square().mean().backward()
-    net, runs = prepared(mode, every=every, layers=5)
+    net, runs = prepared(mode, every=every, keep_last=kept, layers=5)
     with Attentions() as counted:
         forward(net).square().mean().backward()
     assert {i for i, count in runs.items() if count == 2} == again

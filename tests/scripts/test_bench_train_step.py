@@ -12,7 +12,8 @@ import torch
 from rcm.nets.layout import TokenLayout
 from scripts import bench_measure
 from scripts.bench_measure import floor_of, kind_of, write
-from scripts.bench_train_step import NoiseTeacher, main
+from scripts.bench_train_step import main
+from scripts.bench_train_student import NoiseTeacher
 from tests.support.tiny_nets import GRID, condition, latents, tiny_net
 
 

@@ -103,7 +103,8 @@ class MetaNets(NetBuilder):
 
         net = on_meta(build).to(torch.bfloat16)
         if not frozen:
-            checkpoint_blocks(net, mode=net_config.sac_config.mode, every=net_config.sac_config.every_n_blocks)
+            sac = net_config.sac_config
+            checkpoint_blocks(net, mode=sac.mode, every=sac.every_n_blocks, keep_last=sac.keep_last_blocks)
         self.built.append(net)
         return net
 
