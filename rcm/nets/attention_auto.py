@@ -11,6 +11,8 @@ from rcm.core.errors import ConfigError
 from rcm.kernels.masked_attention.api import Backward, forward_obstacle, masked_attention
 from rcm.kernels.masked_attention.dense import rectangle_obstacle
 from rcm.kernels.masks import Full, MaskSpec
+from rcm.kernels.persistent_attention.api import attend as persistent_attention
+from rcm.kernels.persistent_attention.api import obstacle as persistent_obstacle
 from rcm.kernels.split_attention.api import num_splits, split_attention
 from rcm.nets.attention_dense import SDPA
 
@@ -23,6 +25,8 @@ know the mask; see `choose`.
 """
 LARGEST_MATRIX = 1 << 26
 """Pairs that such a matrix may have whatever the number of heads: 64 MiB."""
+PERSISTENT_KEYS = 1 << 62
+"""Keys from which a captured dense call is faster by the persistent kernel than by cuDNN."""
 
 
 class Fused:
@@ -116,18 +120,26 @@ def choose(q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> str:
     return f"triton + {usable[0]}" if usable else "sdpa"
 
 
-def parts_of(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """Parts along the keys in which a dense call runs best: more than one only inside a captured
-    graph, where further launches cost nothing, without gradient, on compute capability 9.0.
+def choose_dense(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """What serves a call that sees everything best: "sdpa"; also "persistent kernel" and "cudnn in
+    parts" inside a captured graph, where further launches cost nothing, without gradient, in 16
+    bits, on compute capability 9.0.
     """
     if (
         not q.is_cuda
         or q.dtype not in (torch.bfloat16, torch.float16)
         or not torch.cuda.is_current_stream_capturing()
     ):
-        return 1
+        return "sdpa"
     if wants_gradient(q, k, v) or torch.cuda.get_device_capability(q.device) != (9, 0):
-        return 1
+        return "sdpa"
+    if k.shape[1] >= PERSISTENT_KEYS and persistent_obstacle(q, k, v) is None:
+        return "persistent kernel"
+    return "cudnn in parts" if parts_of(q, k) > 1 else "sdpa"
+
+
+def parts_of(q: Tensor, k: Tensor) -> int:
+    """Parts along the keys in which cuDNN runs a dense call best where launches cost nothing."""
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     return num_splits(q.shape[1], k.shape[1], q.shape[0] * q.shape[2], processors)
 
@@ -148,10 +160,12 @@ class Auto:
     ) -> Tensor:
         """See `AttentionBackend`."""
         if mask is None or mask.is_full:
-            if (parts := parts_of(q, k, v)) > 1:
-                self.decisions["dense, captured"] = "cudnn in parts"
-                return split_attention(q, k, v, scale=scale, parts=parts)
-            return self._sdpa(q, k, v, mask=None, scale=scale)
+            if (choice := choose_dense(q, k, v)) == "sdpa":
+                return self._sdpa(q, k, v, mask=None, scale=scale)
+            self.decisions["dense, captured"] = choice
+            if choice == "persistent kernel":
+                return persistent_attention(q, k, v, scale=scale)
+            return split_attention(q, k, v, scale=scale, parts=parts_of(q, k))
         return _masked(self, q, k, v, mask, scale)
 
 

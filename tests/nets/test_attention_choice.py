@@ -4,6 +4,8 @@ replaced silently.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -52,6 +54,30 @@ def test_training_shapes():
 
 def test_dense_calls_stay_with_sdpa():
     assert chosen(None, length=32760) == chosen(Full(32760, 512)) == chosen(BlockCausal(PATTERN, 6, 1560, q_block_offset=1)) == "sdpa"
+
+
+def test_captured_dense_calls_fill_all_processors(monkeypatch):
+    """The persistent kernel where it is measured to be the faster and there is no obstacle, else
+    cuDNN in parts; only captured, without gradient.
+    """
+    ran, obstacles = [], []
+    monkeypatch.setattr(attention_auto, "PERSISTENT_KEYS", 4000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(attention_auto, "persistent_obstacle", lambda *_: obstacles[0] if obstacles else None)
+    monkeypatch.setattr(attention_auto, "persistent_attention", lambda *_, scale: ran.append(("persistent", scale)))
+    monkeypatch.setattr(attention_auto, "split_attention", lambda *_, scale, parts: ran.append((parts, scale)))
+    auto, (q, k) = Auto(), (Shaped(1, n, 12, 128, grad=False) for n in (1560, 32760))
+    monkeypatch.setattr(auto, "_sdpa", lambda *_, mask, scale: ran.append(("sdpa", scale)))
+    for captured in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda captured=captured: captured)
+        auto(q, k, k, mask=None, scale=0.5)
+    assert auto.decisions["dense, captured"] == "persistent kernel"
+    auto(q, Shaped(1, 512, 12, 128, grad=False), k, mask=None, scale=0.5)
+    auto(Shaped(1, 1560, 12, 128), k, k, mask=None, scale=0.5)
+    obstacles.append("of another width")
+    auto(q, k, k, mask=Full(1560, 32760), scale=0.5)
+    assert ran == [("sdpa", 0.5), ("persistent", 0.5), ("sdpa", 0.5), ("sdpa", 0.5), (5, 0.5)]
+    assert auto.decisions["dense, captured"] == "cudnn in parts"
 
 
 def test_small_masks_are_a_matrix():
