@@ -14,7 +14,9 @@ class TangentLost(RuntimeError):
 
 
 class NonFinite(RuntimeError):
-    """A loss or gradient is NaN or infinite; raised before the update that would have used it."""
+    """A loss, a gradient, latents or pixels are NaN or infinite; raised before the update that
+    would have used them, or in place of the chunk that they are.
+    """
 
 
 class PeerGone(RuntimeError):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -70,9 +70,9 @@ class Reel:
         first = self._prepared(condition(self.film.timeline.prompts[0]))
         if self._session is None:
             device = next(self.denoiser.net.parameters()).device
-            self._session = Session(
-                self.model, None, first, self.spec, device=device, prefix=self.given
-            )
+            # a chunk's time is told with that of its context
+            spec = replace(self.spec, settled=True)
+            self._session = Session(self.model, None, first, spec, device=device, prefix=self.given)
         else:
             self._session.restart(first, seed=flags.seed, prefix=self.given)
         marks.mark("ready")
@@ -82,7 +82,6 @@ class Reel:
             "prepare": self._prepared,
         }
         for chunk in play(self._session, self.film.timeline, condition, **options):
-            self._session.settle()
             marks.chunk()
             # one chunk late, so that the device always has work
             self._tell(marks, number=chunk.block - 1)

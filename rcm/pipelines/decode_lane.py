@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rcm.encoders.codec import LatentCodec, LatentStream
+from rcm.pipelines.finite import Reading
+from rcm.pipelines.shared_decoder import shared_decoder
+from rcm.pipelines.stream_spec import StreamSpec
 
 
 class DecodeLane:
@@ -57,16 +61,16 @@ class DecodeLane:
         """
         if not self._cuda:
             frames = self._decoder.decode_chunk(latents)
-            return Decoding(
-                frames, _images(frames) if self._to_host and frames is not None else None, None
-            )
+            images = _images(frames) if self._to_host and frames is not None else None
+            return Decoding(frames, images, None, Reading(latents, frames))
         ready = torch.cuda.current_stream(latents.device).record_event()
         now = torch.cuda.current_stream(self._device)
         lane = self._stream or now
         with torch.cuda.device(self._device), torch.cuda.stream(lane):
             lane.wait_event(ready)
-            frames = self._decoder.decode_chunk(latents.to(self._device, non_blocking=True))
-            images = None
+            here = latents.to(self._device, non_blocking=True)
+            frames = self._decoder.decode_chunk(here)
+            reading, images = Reading(here, frames), None
             if self._to_host and frames is not None:
                 pixels = _images(frames)
                 images = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
@@ -76,7 +80,7 @@ class DecodeLane:
             latents.record_stream(lane)
             if frames is not None:
                 frames.record_stream(now)
-        return Decoding(frames, images, done)
+        return Decoding(frames, images, done, reading)
 
     def state(self) -> Any:
         """A copy of what the decoder remembers."""
@@ -98,18 +102,45 @@ class DecodeLane:
 
 
 class Decoding:
-    """Pixels on their way."""
+    """Pixels on their way, and a `reading` of them that is there with them."""
 
     def __init__(
-        self, frames: Tensor | None, images: Tensor | None, done: torch.cuda.Event | None
+        self,
+        frames: Tensor | None,
+        images: Tensor | None,
+        done: torch.cuda.Event | None,
+        reading: Reading,
     ) -> None:
-        self._frames, self._images, self._done = frames, images, done
+        self._frames, self._images, self._done, self.reading = frames, images, done, reading
 
     def result(self) -> tuple[Tensor | None, Tensor | None]:
         """Pixels and host images, once they are there."""
         if self._done is not None:
             self._done.synchronize()
         return self._frames, self._images
+
+
+def new_lane(
+    codec: LatentCodec | None,
+    spec: StreamSpec,
+    *,
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+) -> DecodeLane | None:
+    """The decoder of a stream, None where this rank decodes nothing; collective over `group`, the
+    ranks that make the stream together.
+    """
+    if group is not None:
+        codec = shared_decoder(codec, ranks=spec.decode_ranks, sharing=group.size())
+    if codec is None:
+        return None
+    return DecodeLane(
+        codec,
+        device=device,
+        own_stream=spec.look_ahead and device.type == "cuda",
+        graphs=spec.graphs,
+        to_host=spec.to_host,
+    )
 
 
 def _images(frames: Tensor) -> Tensor:

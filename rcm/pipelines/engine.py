@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rcm.core.errors import ConfigError
 from rcm.kernels.cuda_graph import CudaGraph
 from rcm.nets.condition import Condition
 from rcm.nets.kv_cache import KVCache
@@ -235,7 +236,13 @@ def new_loop(
     device: torch.device,
     interrupt: Callable[[], None] | None,
 ) -> ChunkLoop:
-    """The chunk loop of a stream behind so many `given` blocks, over an empty cache of its own."""
+    """The chunk loop of a stream behind so many `given` blocks, over an empty cache of its own.
+    `ConfigError` for graphs without CUDA.
+    """
+    if spec.graphs == "on" and device.type != "cuda":
+        raise ConfigError(
+            f"graphs='on' needs a CUDA device, the stream is on {device}; use graphs='off'"
+        )
     policy, grid = spec.policy.fresh(), denoiser.token_grid(*spec.latent[1:])
     cache = denoiser.new_cache(
         num_frames=spec.cache_frames,

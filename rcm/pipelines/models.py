@@ -19,6 +19,7 @@ from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
 from rcm.parallel.agree import on_first, shared, spread
 from rcm.pipelines.experts import Expert, OnStep, Step, Switched, require_descending
+from rcm.pipelines.finite import DECODER, Reading
 from rcm.pipelines.part_clock import PartClock
 from rcm.pipelines.residency import MemoryPolicy, Resident, rest_encoder
 from rcm.pipelines.text_to_video import WholeVideoRecipe, whole_latents
@@ -105,7 +106,7 @@ class Models:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, 3, F, H, W] float32, one sample after the other; in host memory where the
-        policy does not keep the codec.
+        policy does not keep the codec. `NonFinite` for NaN or infinite ones.
         """
         where = self.device if self.memory.codec == "keep" else "cpu"
 
@@ -113,7 +114,10 @@ class Models:
             with self.clock.part("decode"):
                 return torch.cat([codec.decode(x[None]).to(where, torch.float32) for x in latents])
 
-        return self.codec.lend(decoded, then=self.memory.codec)
+        pixels = self.codec.lend(decoded, then=self.memory.codec)
+        if Reading(pixels).wrong() is not None:
+            raise NonFinite(DECODER)
+        return pixels
 
     def from_first(self, make: Callable[[], Tensor]) -> Tensor:
         """What `make` returns on rank 0, on every rank."""

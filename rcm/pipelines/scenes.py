@@ -186,6 +186,7 @@ def play(
             session.set_condition(prepare(cond), mode=mode)
         applied = block
         yield session.step()
+    session.step()  # nothing more, or what is known of the last chunk by now
 
 
 def blended(old: Condition, new: Condition, share: float) -> Condition:

@@ -18,17 +18,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from rcm.core.errors import ConfigError, first_line
+from rcm.core.errors import first_line
 from rcm.encoders.codec import LatentCodec
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import VelocityModel
-from rcm.pipelines.decode_lane import DecodeLane
+from rcm.pipelines.decode_lane import DecodeLane, new_lane
 from rcm.pipelines.engine import new_loop
+from rcm.pipelines.finite import FiniteGuard, Reading, require_finite_weights
 from rcm.pipelines.generator_lease import lease
 from rcm.pipelines.one_thread import one_thread
-from rcm.pipelines.shared_decoder import shared_decoder
 from rcm.pipelines.snapshot import maker, require_alike
-from rcm.pipelines.steering import Change, Steering
+from rcm.pipelines.steering import Change, Pending, Steering
 from rcm.pipelines.stream_ranks import Meeting
 from rcm.pipelines.stream_spec import (
     Receipt,
@@ -38,8 +38,7 @@ from rcm.pipelines.stream_spec import (
     SwitchMode,
     SwitchRefused,
 )
-from rcm.rollout.autoregressive import Canvas, ChunkLoop, ChunkResult
-from rcm.rollout.plan import ChunkPlan
+from rcm.rollout.autoregressive import Canvas, ChunkLoop
 from rcm.rollout.recipe import SamplingRecipe
 
 _KEPT = ("given", "prefix", "block", "pending", "ahead")
@@ -52,7 +51,6 @@ class Session:
     `prefix` [B, C, k, h, w]: given first frames (an image, or the start of a clip), entered as
     clean context and handed out unchanged. With noisy context from block 0 the prefix is noised to
     the first generated chunk's last time (the release's image-to-video). State in float64.
-    Iterating steps until the video ends.
 
     Ranks that make a stream together (the model's `group`) call its methods alike. What one of them
     does alone, it does at the next chunk, on all: a refusal to open or to change the condition is
@@ -70,10 +68,6 @@ class Session:
         prefix: Tensor | None = None,
     ) -> None:
         self.spec, self.device = spec, torch.device(device)
-        if spec.graphs == "on" and self.device.type != "cuda":
-            raise ConfigError(
-                f"graphs='on' needs a CUDA device, the stream is on {self.device}; use graphs='off'"
-            )
         self._loop: ChunkLoop | None = None
         self._lane: DecodeLane | None = None
         self._user = threading.RLock()
@@ -81,23 +75,14 @@ class Session:
         self._ranks = Meeting(group)
         try:
             self._ranks.together(lambda: self._open(denoiser, cond, prefix))
-            if group is not None:
-                codec = shared_decoder(codec, ranks=spec.decode_ranks, sharing=group.size())
-            if codec is not None:
-                self._lane = DecodeLane(
-                    codec,
-                    device=self.device,
-                    own_stream=spec.look_ahead and self.device.type == "cuda",
-                    graphs=spec.graphs,
-                    to_host=spec.to_host,
-                )
+            self._lane = new_lane(codec, spec, device=self.device, group=group)
         except BaseException:
             # lets the generator go, whoever keeps the error and this session with it
             self._cancelled = True
             raise
 
     def _open(self, denoiser: VelocityModel, cond: Condition, prefix: Tensor | None) -> None:
-        """Check and set up."""
+        require_finite_weights(denoiser)
         self._begin(cond, prefix)
         lease(self.spec.generator, self)
         self._loop = new_loop(
@@ -108,15 +93,17 @@ class Session:
             # ranks stop together, between chunks
             interrupt=None if self._ranks.several else self._require_open,
         )
+        self._loop.watch = self._guard.step
 
     def _begin(self, cond: Condition, prefix: Tensor | None) -> None:
         given, cond = self.spec.given(prefix, device=self.device), self.spec.for_batch(cond)
         self._begun = time.perf_counter()
         (self._given, self._prefix), self._steering = given, Steering(cond)
+        self._guard = FiniteGuard()
         self._failed: Exception | None = None
         self._refused: SwitchRefused | None = None
         self._block = 0
-        self._pending: ChunkResult | tuple[ChunkPlan, Tensor, float] | None = None
+        self._pending: Pending | None = None
         self._ahead: tuple[int, Tensor] | None = None
         self._pieces: deque[tuple[int, Tensor]] = deque()
         self._cancelled = False
@@ -142,6 +129,7 @@ class Session:
         if spec.generator is not None and seed is not None:
             spec.generator.manual_seed(seed)
         canvas = Canvas(self._loop.canvas.grid, spec.policy.fresh())
+        self._loop.watch = self._guard.step
         self._loop.restart(canvas=canvas, noise=spec.new_noise(self._given, device=self.device))
         if self._lane is not None:
             self._lane.restart()
@@ -170,7 +158,7 @@ class Session:
     @torch.no_grad()
     def step(self) -> StreamedChunk | None:
         """The next chunk (or part of one), None after the last. Raises `StreamCancelled` on a
-        closed session.
+        closed session, `NonFinite` for a chunk whose latents or pixels are NaN or infinite.
 
         A change of condition that is refused raises `SwitchRefused` once and the stream goes on
         under the old one. After any other error the cache may lack a chunk, so further steps raise
@@ -181,6 +169,7 @@ class Session:
             error, self._refused = self._refused, None
             raise error
         if self.ended:
+            self._require_finite(wait=True)
             return None
         if not self._pieces:
             block, latents = self._ahead or self._produce()
@@ -190,20 +179,22 @@ class Session:
             self._pieces.extend((block, part) for part in parts)
         block, latents = self._pieces.popleft()
         decoding = None if self._lane is None else self._lane.decode(latents)
+        self._guard.handed(block, decoding.reading if decoding else Reading(latents))
         if self.spec.look_ahead and not self._pieces and not self.spec.ends_with(self._block - 1):
             try:
                 self._ahead = self._produce()
             except SwitchRefused as error:  # this chunk is whole: the next step tells
                 self._refused = error
         frames, images = (None, None) if decoding is None else decoding.result()
+        self._require_finite(wait=decoding is not None)
         frames = latents if frames is None else frames
         return StreamedChunk(block, latents, frames, time.perf_counter() - self._begun, images)
 
     @one_thread
     @torch.no_grad()
     def settle(self) -> None:
-        """Put the context of the newest chunk into the cache now, and not when the next one is
-        begun; for timings.
+        """Put the context of the newest chunk into the cache now, not when the next one is begun;
+        several ranks meet for it, which `StreamSpec.settled` saves.
         """
         self._require_whole()
         self._settle(asked=self._steering.asked)
@@ -238,6 +229,7 @@ class Session:
         one opened alike.
         """
         self._require_whole()
+        self._require_finite(wait=True)
         return {
             "made_by": self._maker(),
             "recipe": self.spec.recipe,
@@ -258,6 +250,7 @@ class Session:
         require_alike(state, self._maker(), self.spec)
         lease(self.spec.generator, self)
         self._failed = self._refused = None
+        self._guard.forget()
         with self._marking():
             self.spec = replace(self.spec, recipe=state["recipe"], seed=state["seed"])
             for name in _KEPT:
@@ -313,59 +306,59 @@ class Session:
         with self._marking():
             if change is not None:
                 self._steering.apply(change, self._loop, block=self._block)
-            block, recipe = self._block, self.spec.recipe
+            block = self._block
             self._block += 1
-            if block < self._given:
-                return block, self._enter_given(block)
-            plan, last = recipe.plan(block, prefix_blocks=self._given), self.spec.ends_with(block)
-            result = self._loop.denoise(plan, self._steering.cond, keep=not last)
-            self._pending = None if last else result
-            return block, result.x0.float()
+            self._guard.begun(block, self._loop)
+            latents = self._given_block(block) if block < self._given else self._denoised(block)
+            if self.spec.settled:
+                self._leave_context()
+            return block, latents
 
-    def _change_due(self) -> Change | None:
-        """The change of condition that the next chunk takes up, once the ranks have met and the
-        context of the chunk before is in the cache; refused before the old condition is gone.
-        """
-        steering, change = self._steering, None
-        asked = steering.asked
-        try:
-            self._settle(asked=asked)
-            if asked:
-                change, problem = steering.due(self._loop)
-                self._ranks.meet(problem, place=self._block, asked=True)
-        except SwitchRefused as error:
-            steering.refuse(change, str(error))
-            raise
-        return change
+    def _denoised(self, block: int) -> Tensor:
+        plan = self.spec.recipe.plan(block, prefix_blocks=self._given)
+        last = self.spec.ends_with(block)
+        result = self._loop.denoise(plan, self._steering.cond, keep=not last)
+        self._pending = None if last else result
+        return result.x0.float()
 
-    def _settle(self, *, asked: bool) -> None:
-        stop = StreamCancelled("this stream was cancelled") if self._cancelled else None
-        self._ranks.meet(stop, place=self._block, asked=asked)
-        with self._marking():
-            self._leave_context()
-
-    def _enter_given(self, block: int) -> Tensor:
+    def _given_block(self, block: int) -> Tensor:
         plan, t = self.spec.given_chunk(block, given=self._given)
         x = self._prefix[:, :, plan.start : plan.stop]
         self._pending = (plan, x, t)
         return x.float()
 
-    def _leave_context(self) -> None:
-        """Put the context of the block that was handed out last into the cache; what it was is
-        remembered for `recache`.
+    def _change_due(self) -> Change | None:
+        """The change of condition that the next chunk takes up, refused before the old one is gone,
+        once the ranks have met and the context of the chunk before is in the cache. They meet a
+        second time only where that had to be entered before a change.
         """
+        steering, change = self._steering, None
+        asked = steering.asked
+        try:
+            if self._pending is not None or not asked:
+                self._settle(asked=asked)
+            if asked:
+                change, problem = steering.due(self._loop)
+                self._meet(problem, asked=True)
+        except SwitchRefused as error:
+            steering.refuse(change, str(error))
+            raise
+        return change
+
+    def _meet(self, problem: Exception | None, *, asked: bool) -> None:
+        stop = StreamCancelled("this stream was cancelled") if self._cancelled else problem
+        self._ranks.meet(stop, place=self._block, asked=asked)
+
+    def _settle(self, *, asked: bool) -> None:
+        self._meet(None, asked=asked)
+        with self._marking():
+            self._leave_context()
+
+    def _leave_context(self) -> None:
+        """Put the context of the newest block into the cache, unless it is there."""
         pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        if isinstance(pending, ChunkResult):
-            x, t = self._loop.commit(pending, self._steering.cond)
-        else:
-            plan, x, t = pending
-            if t > 0:
-                noise = self._loop.noise.context(slice(plan.start, plan.stop))
-                x = (1.0 - t) * x + t * noise
-            self._loop.prefill(x, plan, self._steering.cond, t=t)
-        self._steering.remember(self._loop, x, t)
+        if pending is not None:
+            self._steering.enter(self._loop, pending)
 
     @contextmanager
     def _marking(self) -> Iterator[None]:
@@ -378,6 +371,14 @@ class Session:
             self._ranks.adrift = True
             self._failed = error if isinstance(error, Exception) else self._failed
             raise
+
+    def _require_finite(self, *, wait: bool) -> None:
+        """End a stream that is known to have made what is not finite; `wait`: until it is known."""
+        problem = self._guard.problem(self._loop, self._steering.cond, wait=wait)
+        if problem is not None:
+            self._failed = problem
+            self._leave()
+            raise problem
 
     def _require_whole(self) -> None:
         if self._cancelled or self._failed is not None:
@@ -392,7 +393,7 @@ class Session:
     def _leave(self) -> None:
         """Tell the ranks that make another chunk with this one that it will not."""
         if not self.spec.ends_with(self._block - 1):
-            self._ranks.leave()
+            self._ranks.leave(self._failed)
 
     def _require_open(self) -> None:
         if self._cancelled or self._ranks.stopped:

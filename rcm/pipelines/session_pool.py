@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rcm.core.errors import ConfigError, first_line
+from rcm.core.errors import ConfigError, NonFinite, first_line
 from rcm.core.records import require_kind
 from rcm.nets.kv_fp8 import Fp8Store
 from rcm.pipelines.from_checkpoint import LoadedModel
@@ -331,4 +331,5 @@ _ACTIONS: dict[str, Callable[[SessionPool, Seat, Order], int | None]] = {
 
 def told_error(error: Exception) -> str:
     """The sentence that ends a failed session."""
-    return " ".join(str(error).split()) if isinstance(error, ConfigError) else first_line(error)
+    known = isinstance(error, ConfigError | NonFinite)
+    return " ".join(str(error).split()) if known else first_line(error)

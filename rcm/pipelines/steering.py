@@ -13,9 +13,14 @@ from rcm.core.errors import ConfigError
 from rcm.nets.condition import Condition
 from rcm.nets.kv_view import CachedChunk
 from rcm.pipelines.stream_spec import Receipt, SwitchMode, SwitchRefused
-from rcm.rollout.autoregressive import ChunkLoop
+from rcm.rollout.autoregressive import ChunkLoop, ChunkResult
+from rcm.rollout.plan import ChunkPlan
 
 Change = tuple[Condition, SwitchMode, Receipt]
+Pending = ChunkResult | tuple[ChunkPlan, Tensor, float]
+"""A block whose context is not in the cache yet: denoised, or given as latents that are entered at
+an RF time.
+"""
 
 
 class Steering:
@@ -67,8 +72,18 @@ class Steering:
             )
         receipt.applied_at = block
 
-    def remember(self, loop: ChunkLoop, x: Tensor, t: float) -> None:
-        """The newest chunk of the cache is the context of latents `x` at RF time `t`."""
+    def enter(self, loop: ChunkLoop, pending: Pending) -> None:
+        """Put the context of a block into the cache, and remember what it was."""
+        if isinstance(pending, ChunkResult):
+            x, t = loop.commit(pending, self.cond)
+        else:
+            plan, x, t = pending
+            if t > 0:
+                x = (1.0 - t) * x + t * loop.noise.context(slice(plan.start, plan.stop))
+            loop.prefill(x, plan, self.cond, t=t)
+        self._remember(loop, x, t)
+
+    def _remember(self, loop: ChunkLoop, x: Tensor, t: float) -> None:
         assert loop.newest is not None
         self._contexts[loop.newest] = (x, t)
         held = {chunk.id for chunk in loop.cache.branches[0].chunks}

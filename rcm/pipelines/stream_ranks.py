@@ -9,11 +9,11 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from rcm.core.errors import PeerGone
+from rcm.core.errors import NonFinite, PeerGone
 from rcm.parallel.agree import agree, greatest
 from rcm.pipelines.stream_spec import StreamCancelled, SwitchRefused
 
-_REFUSED, _STOPPED = 1, 2
+_REFUSED, _STOPPED, _NOT_FINITE = 1, 2, 3
 
 
 class Meeting:
@@ -47,20 +47,23 @@ class Meeting:
 
     def meet(self, problem: Exception | None, *, place: int, asked: bool) -> None:
         """Before the chunk `place`. Raises on all ranks `SwitchRefused` where one refuses a change
-        of condition, or where it was `asked` on some of them alone; `StreamCancelled` where one has
-        another `problem` or is at another place.
+        of condition, or where it was `asked` on some of them alone; `NonFinite` where one made
+        something that is not; `StreamCancelled` where one has another `problem` or is at another
+        place.
         """
         if self._group is None:
             if problem is not None:
                 raise problem
             return
-        refused = _REFUSED if isinstance(problem, SwitchRefused) else _STOPPED
-        kind = 0 if problem is None else refused
-        worst, last, first, some, not_all = self._told(kind, place, asked)
+        worst, last, first, some, not_all = self._told(_kind(problem), place, asked)
         self.adrift = False
         kind, behind = divmod(worst, self._group.size())
         who = f"rank {dist.get_global_rank(self._group, self._group.size() - 1 - behind)}"
-        self.stopped = kind == _STOPPED or last != -first
+        self.stopped = kind >= _STOPPED or last != -first
+        if kind == _NOT_FINITE:
+            raise problem or NonFinite(
+                f"{who} found that this stream is not finite, and says where; look at its output"
+            )
         if kind == _STOPPED:
             raise problem or StreamCancelled(
                 f"{who} left this stream, which it makes together with others: it was cancelled,"
@@ -79,14 +82,14 @@ class Meeting:
                 " set_condition on all of them"
             )
 
-    def leave(self) -> None:
-        """This rank makes no further chunk: the others hear of it where they would begin the
-        next.
+    def leave(self, problem: Exception | None = None) -> None:
+        """This rank makes no further chunk: the others hear of it, and whether it is for a
+        `NonFinite`, where they would begin the next.
         """
         if self._group is not None and not self.stopped and not self.adrift:
             self.stopped = True
             with suppress(PeerGone):
-                self._told(_STOPPED, 0, False)
+                self._told(max(_STOPPED, _kind(problem)), 0, False)
 
     def _told(self, kind: int, place: int, asked: bool) -> list[int]:
         assert self._group is not None
@@ -94,3 +97,10 @@ class Meeting:
         mine = kind * self._group.size() + self._group.size() - 1 - self._group.rank()
         numbers = (mine, place, -place, int(asked), -int(asked))
         return greatest(numbers, group=self._group)
+
+
+def _kind(problem: Exception | None) -> int:
+    if isinstance(problem, NonFinite):
+        return _NOT_FINITE
+    stopped = 0 if problem is None else _STOPPED
+    return _REFUSED if isinstance(problem, SwitchRefused) else stopped

@@ -116,6 +116,8 @@ class StreamSpec(Record):
     to_host       chunks carry `images` in pinned host memory.
     decode_ranks  of the ranks that make a stream together, how many decode (the Wan decoder in
                   stages, one per rank); None: up to four. Only rank 0 has pixels.
+    settled       a step leaves the context of its chunk in the cache, too, and not the step after
+                  it: for timings. The last chunk leaves none.
     """
 
     recipe: SamplingRecipe
@@ -136,6 +138,7 @@ class StreamSpec(Record):
     first_alone: bool = False
     to_host: bool = False
     decode_ranks: int | None = within(None, least=1)
+    settled: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,6 +40,7 @@ from rcm.pipelines.adapted_weights import (
     chosen_copy,
 )
 from rcm.pipelines.described import description_of, network_of
+from rcm.pipelines.finite import bad_weight
 from rcm.pipelines.weight_files import open_weights
 from rcm.storage.state_dicts import LazyWeights, check_keys, shapes_of
 from rcm.storage.weight_files import WeightFile
@@ -313,10 +314,15 @@ def frozen(
     attention: str,
 ) -> Denoiser:
     """A frozen network of these sizes, filled tensor by tensor with the `weights` of rank 0 (None
-    on the others), in precision.compute.
+    on the others), in precision.compute. `CheckpointError` for weights that are NaN or infinite.
     """
     net = _empty(config, device=device, precision=precision, attention=attention)
     load_full(net, weights, source=source)
+    if (name := bad_weight(net)) is not None:
+        raise CheckpointError(
+            f"{source}: weight {name} is NaN or infinite as {precision.compute}; take an earlier"
+            " checkpoint, or a wider --precision"
+        )
     return Denoiser(net, precision).eval_params()
 
 

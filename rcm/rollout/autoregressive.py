@@ -68,7 +68,8 @@ class ChunkLoop:
 
     `grad="last_step"` keeps the graph of each chunk's last step only; the committed context is
     always detached, so no gradient crosses chunks. `in_place` uses the cache's transient writes
-    (inference). `interrupt` is called before every pass and may raise to stop.
+    (inference). `interrupt` is called before every pass and may raise to stop. `watch`, where it is
+    set, is shown what every denoising step made.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class ChunkLoop:
         self.denoiser, self.canvas, self.noise, self.rule = denoiser, canvas, noise, rule
         self.cache = cache
         self.grad, self.in_place, self.interrupt = grad, in_place, interrupt
+        self.watch: Callable[[Tensor], None] | None = None
         self.newest: int | None = None  # id of the chunk that was appended last
 
     def denoise(self, plan: ChunkPlan, cond: Condition, *, keep: bool = True) -> ChunkResult:
@@ -107,6 +109,8 @@ class ChunkLoop:
                 x_next = self.advance(
                     x, cond, placement, t=t, t_next=t_next, noise=noise, append=last and fuse
                 )
+            if self.watch is not None:
+                self.watch(x_next)
             if last:
                 if fuse:
                     self.settle(plan)

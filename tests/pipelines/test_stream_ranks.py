@@ -4,19 +4,23 @@ chunk, and neither waits for ever.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from rcm.core.dtypes import Precision
-from rcm.core.errors import ConfigError
+from rcm.core.errors import ConfigError, NonFinite
 from rcm.nets.denoiser import Denoiser
 from rcm.parallel.ulysses import shard_sequence
 from rcm.pipelines import stream_ranks
+from rcm.pipelines.decode_lane import DecodeLane
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamCancelled, StreamSpec, SwitchRefused
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.recipe import SamplingRecipe
+from tests.pipelines.test_stream_finite import Decoder
 from tests.support.dist import run_ranks
 from tests.support.tiny_nets import condition, tiny_config, tiny_net
 
@@ -24,11 +28,11 @@ LATENT = (8, 4, 8)
 RECIPE = SamplingRecipe("few_step", "c1-2", mids=((0.5,), ()))
 
 
-def opened(*, prefix: torch.Tensor | None = None, look_ahead: bool = False) -> Session:
+def opened(*, prefix: torch.Tensor | None = None, **options) -> Session:
     net = tiny_net(dtype=torch.float32, in_dim=LATENT[0], out_dim=LATENT[0])
     shard_sequence(net, group=dist.group.WORLD)
     denoiser = Denoiser(net, Precision.preset("fp32")).eval_params()
-    spec = StreamSpec(RECIPE, LATENT, policy=SlidingWindow(3), look_ahead=look_ahead)
+    spec = StreamSpec(RECIPE, LATENT, policy=SlidingWindow(3), **options)
     return Session(denoiser, None, denoiser.prepare(condition(tiny_config(), batch=1)), spec, prefix=prefix)
 
 
@@ -37,7 +41,7 @@ def told(action) -> str:
     try:
         made = action()
         return "" if made is None else f"{made.latents.shape[2]} frames"
-    except (ConfigError, StreamCancelled) as error:
+    except (ConfigError, StreamCancelled, NonFinite) as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -83,6 +87,21 @@ def restarts(alone: bool, session: Session) -> list[str]:
     return steps(session)
 
 
+def poisons(alone: bool, session: Session) -> list[str]:
+    """The weights of one rank alone, from which all have their latents."""
+    if alone:
+        with torch.no_grad():
+            session.loop.denoiser.net.blocks[1].ffn[0].weight[0, 0] = math.nan
+    return steps(session)
+
+
+def decodes(alone: bool, session: Session) -> list[str]:
+    """One rank alone sees pixels."""
+    if alone:
+        session._lane = DecodeLane(Decoder(poisoned=True), device=session.device, own_stream=False, graphs="off", to_host=False)
+    return steps(session)
+
+
 def opens(alone: bool, session: Session) -> list[str]:
     session.close()
     try:
@@ -92,7 +111,7 @@ def opens(alone: bool, session: Session) -> list[str]:
     return []
 
 
-SCENES = (cancels, closes, fails, refuses, asks, restarts, opens)
+SCENES = (cancels, closes, fails, refuses, asks, restarts, poisons, decodes, opens)
 
 
 def play() -> dict[str, list[str]]:
@@ -129,6 +148,52 @@ def test_a_change_that_one_rank_cannot_take_up_is_refused_on_all_and_the_stream_
         refusal = told.pop(1 if look_ahead else 0)  # a chunk made ahead is whole and handed out first
         assert refusal.startswith("SwitchRefused: ") and expected in refusal
         assert told == ["2 frames"] * 2 and receipt in ("True None", "")
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_what_is_not_finite_ends_the_stream_on_all(ranks, look_ahead):
+    other, alone = (found[f"poisons {look_ahead}"][int(look_ahead) :] for found in ranks)
+    block = 3 if look_ahead else 2
+    assert alone[0].startswith(f"NonFinite: chunk {block} ") and "weight blocks.1.ffn.0.weight is not" in alone[0]
+    assert other[0].startswith(f"NonFinite: chunk {block} ") and "after step 1 of 1" in other[0]
+    other, alone = (found[f"decodes {look_ahead}"] for found in ranks)
+    assert alone[0].startswith("NonFinite: chunk 2 of this stream is not finite: the decoder made")
+    assert other[:2] == ["2 frames", "NonFinite: rank 1 found that this stream is not finite, and says where; look at its output"]
+    assert all(line.startswith("StreamCancelled: this stream") for line in [*alone[1:], other[2]])
+
+
+class Counted(dict):
+    """Reductions by kind, and the real ones."""
+
+    def __init__(self, module, name: str) -> None:
+        super().__init__()
+        self.real, self.name = getattr(module, name), name
+        setattr(module, name, self)
+
+    def __call__(self, *arguments, **options):
+        self[self.name] = self.get(self.name, 0) + 1
+        return self.real(*arguments, **options)
+
+
+def films() -> list[int]:
+    """How often the ranks meet per chunk: plain, settled, settled with a change; and with a context
+    that had to be entered first.
+    """
+    meetings, found = Counted(stream_ranks, "greatest"), []
+    for settled in (False, True):
+        session = opened(settled=settled)
+        for change in (False, False, True, False):
+            if change:
+                session.set_condition(condition(tiny_config(), batch=1, seed=3), mode="recache")
+            meetings.clear()
+            session.step()
+            found.append(meetings["greatest"])
+        session.loop.cache.reset()
+    return found
+
+
+def test_ranks_meet_once_per_chunk(tmp_path):
+    assert run_ranks(2, films, tmp_path=tmp_path, timeout=60) == [[1, 1, 2, 1, 1, 1, 1, 1]] * 2
 
 
 @pytest.mark.parametrize("look_ahead", [False, True])
