@@ -1,5 +1,5 @@
-"""Kernels of a captured pass, each timed alone: attention in parts, this package's attention,
-products joined and apart. Parts of `scripts.bench_stream`.
+"""Kernels of a captured pass, each timed alone: attention in parts and by the persistent kernel,
+this package's masked attention, products joined and apart. Parts of `scripts.bench_stream`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import torch.nn.functional as F
 
 from rcm.kernels.flash_jvp.api import flash_jvp
 from rcm.kernels.fused.api import gelu_tanh
+from rcm.kernels.persistent_attention import api as persistent
 from rcm.kernels.split_attention.api import num_splits, split_attention
 from rcm.nets.denoiser import Denoiser
-from scripts.bench_measure import alone
+from scripts.bench_measure import CheckFailed, alone, captured, relative
 
 
 def attention_in_parts(denoiser: Denoiser) -> dict[str, Any]:
-    """Milliseconds of one dense attention call by number of parts, as captured graphs of ten calls;
-    the rule's choice in brackets.
+    """Milliseconds of one dense attention call in a captured graph by number of parts, and by the
+    persistent kernel with its error against one library call; the number that the rule chooses.
     """
     rows, heads = {}, denoiser.net.config.num_heads
     processors = torch.cuda.get_device_properties(0).multi_processor_count
@@ -28,6 +29,7 @@ def attention_in_parts(denoiser: Denoiser) -> dict[str, Any]:
         (4680, 4680),
         (4680, 14040),
         (4680, 28080),
+        (1560, 0),
         (1560, 3120),
         (1560, 14040),
         (1560, 31200),
@@ -37,16 +39,16 @@ def attention_in_parts(denoiser: Denoiser) -> dict[str, Any]:
             for n in (own, own + past, own + past)
         )
         row: dict[str, Any] = {"chosen": num_splits(own, own + past, heads, processors)}
-        for parts in range(1, 7):
-            call = partial(split_attention, q, k, v, scale=128**-0.5, parts=parts)
-            call()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for _ in range(10):
-                    call()
-            row[f"{parts}"] = round(alone(graph.replay, repeats=3) / 10, 4)
-            del graph
+        calls = {
+            f"{parts}": partial(split_attention, q, k, v, scale=128**-0.5, parts=parts)
+            for parts in range(1, 7)
+        }
+        if persistent.obstacle(q, k, v) is None:
+            calls["persistent"] = partial(persistent.attend, q, k, v, scale=128**-0.5)
+            row["error"] = relative(calls["persistent"](), calls["1"]())
+            if row["error"] > 1e-2:
+                raise CheckFailed(f"{own} x {own + past}: the persistent kernel is off by {row}")
+        row |= {name: round(captured(call, fill_ms=4), 4) for name, call in calls.items()}
         rows[f"{own} x {own + past}"] = row
     return rows
 
