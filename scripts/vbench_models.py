@@ -13,24 +13,17 @@ from rcm.encoders.codec import latent_frames
 from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT
 from rcm.evaluation.vbench_samplers import CausalSampler, DescribedSampler, WanSampler
 from rcm.evaluation.vbench_sampling import VideoSampler
-from rcm.inference.stream_recipe import chosen_recipe
+from rcm.inference.checkpoint_flags import piece_files
+from rcm.inference.stream_recipe import CONTEXT, FEW, chosen_recipe, refuse
 from rcm.inference.wan_command import frame_size
 from rcm.inference.wan_flags import PRECISIONS, TEXT_ENCODER_PATH, VAE_PATH, NetworkFile
 from rcm.inference.wan_models import Task, build_pipeline, check_files
-from rcm.pipelines.described import PieceFiles
 from rcm.pipelines.from_checkpoint import open_checkpoint
 from rcm.pipelines.part_clock import PartClock
 from rcm.pipelines.wan_pipeline import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE, WanPipeline
 from rcm.pipelines.wan_ranks import num_ranks
 from rcm.pipelines.wan_sizes import FrameSize
-from scripts.vbench_flags import (
-    FEW_STEP_FLAGS,
-    causal_recipe,
-    describes_itself,
-    given_or,
-    refuse,
-    whole_recipe,
-)
+from scripts.vbench_flags import causal_recipe, describes_itself, given_or, whole_recipe
 
 
 def open_sampler(flags: argparse.Namespace, *, device: torch.device) -> VideoSampler:
@@ -66,19 +59,13 @@ def _described(flags: argparse.Namespace, device: torch.device) -> DescribedSamp
             f"--cp_size {flags.cp_size}: a checkpoint that describes itself is sampled on one rank;"
             " leave it out"
         )
-    files = PieceFiles(
-        vae=flags.vae_path,
-        text_encoder=flags.text_encoder_path,
-        tokenizer=flags.tokenizer_path,
-        text_cache=flags.text_cache,
-    )
     model = open_checkpoint(
         flags.dit_path,
         weights=flags.weights,
         device=device,
         precision=flags.precision,
         attention=flags.attention,
-        files=files,
+        files=piece_files(flags),
     )
     kind = "bidirectional" if model.recipe is None else "causal"
     if flags.arch not in (None, kind):
@@ -97,7 +84,7 @@ def _described(flags: argparse.Namespace, device: torch.device) -> DescribedSamp
 
 
 def _bidirectional(flags: argparse.Namespace, device: torch.device) -> WanSampler:
-    causal = (*FEW_STEP_FLAGS, "first_chunk_t", "chunk_t")
+    causal = (*FEW, *CONTEXT, "first_chunk_t", "chunk_t")
     refuse(flags, causal, "belong to --arch causal; leave them out")
     if flags.suite == "i2v":
         raise ConfigError(

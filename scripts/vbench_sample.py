@@ -42,6 +42,7 @@ from rcm.evaluation.vbench_prompts import (
 )
 from rcm.evaluation.vbench_sampling import Share, SuiteRun, group_of_video, sample_suite
 from rcm.inference.flag_ranges import check_numbers
+from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import check_device, command
 from rcm.parallel.launch import this_launch
 from rcm.storage.shipped import asset
@@ -49,6 +50,23 @@ from scripts.vbench_flags import add_model_flags, output_name
 from scripts.vbench_models import open_sampler
 
 ASSETS = asset("vbench")
+
+
+_SUITE = """
+suite t2v|i2v = t2v     [%(default)s]
+prompt_json FILE        prompt list [the public one; i2v: of --vbench_repo or assets/vbench]
+augmented_prompts FILE  extended prompts [in --prompt_json, else assets/vbench/*augmented*]
+no_augmented_prompt     give the model the short prompts
+image_dir DIR           i2v: cropped first frames [crop/16-9 of --vbench_repo or assets/vbench]
+vbench_repo DIR         i2v: clone of VBench with the list and the images
+skip_missing_images     i2v: leave out prompts without an image
+output_dir DIR          folder of the videos [beside --prompt_json, else outputs/vbench]
+num_samples N = 5       videos per prompt [%(default)s]
+seed int = 0            of sample 0 [%(default)s]
+dimension NAME...       only prompts that these dimensions score
+max_prompts N           only the first N prompts
+dry_run                 say what would be sampled; reads no weights
+"""
 
 
 @command
@@ -60,47 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Arguments(prog="scripts.vbench_sample", allow_abbrev=False, description=__doc__)
-    add = parser.add_argument_group("suite").add_argument
-    add("--suite", choices=("t2v", "i2v"), default="t2v", help="[%(default)s]")
-    add(
-        "--prompt_json",
-        type=Path,
-        metavar="FILE",
-        help="prompt list [the public one; i2v: of --vbench_repo or assets/vbench]",
-    )
-    add(
-        "--augmented_prompts",
-        type=Path,
-        metavar="FILE",
-        help="extended prompts [in --prompt_json, else assets/vbench/*augmented*]",
-    )
-    add("--no_augmented_prompt", action="store_true", help="give the model the short prompts")
-    add(
-        "--image_dir",
-        type=Path,
-        metavar="DIR",
-        help="i2v: cropped first frames [crop/16-9 of --vbench_repo or assets/vbench]",
-    )
-    add(
-        "--vbench_repo",
-        type=Path,
-        metavar="DIR",
-        help="i2v: clone of VBench with the list and the images",
-    )
-    add(
-        "--skip_missing_images", action="store_true", help="i2v: leave out prompts without an image"
-    )
-    add(
-        "--output_dir",
-        type=Path,
-        metavar="DIR",
-        help="folder of the videos [beside --prompt_json, else outputs/vbench]",
-    )
-    add("--num_samples", type=int, default=5, metavar="N", help="videos per prompt [%(default)s]")
-    add("--seed", type=int, default=0, help="of sample 0 [%(default)s]")
-    add("--dimension", nargs="+", metavar="NAME", help="only prompts that these dimensions score")
-    add("--max_prompts", type=int, metavar="N", help="only the first N prompts")
-    add("--dry_run", action="store_true", help="say what would be sampled; reads no weights")
+    paths = ("prompt_json", "augmented_prompts", "image_dir", "vbench_repo", "output_dir")
+    suite = parser.add_argument_group("suite")
+    add_flags(suite, _SUITE, **{name: {"type": Path} for name in paths})
     add_model_flags(parser)
     return parser.parse_args(argv)
 

@@ -5,7 +5,7 @@ records that they stand for.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from rcm.core.errors import ConfigError
 from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT
 from rcm.inference.causal_methods import add_method_flags, policy_of, settle_method_flags
 from rcm.inference.flag_table import add_flags
+from rcm.inference.stream_recipe import FEW, KINDS, MANY, check_pairs, laid_over, refuse
 from rcm.inference.wan_flags import (
     PROMPT,
     add_machine_flags,
@@ -32,9 +33,7 @@ from rcm.pipelines.stream_spec import StreamSpec
 from rcm.pipelines.wan_pipeline import LATENT_CHANNELS, SPATIAL_STRIDE
 from rcm.pipelines.wan_ranks import num_ranks
 from rcm.pipelines.wan_sizes import FrameSize
-from rcm.rollout.plan import StepSchedule
 from rcm.rollout.recipe import SamplingRecipe
-from rcm.samplers.schedule import CAUSAL_MID_TIMES, parse_schedules, parse_times
 
 SUV_PROMPT = (
     "The camera follows behind a white vintage SUV with a black roof rack as it speeds up a steep"
@@ -71,27 +70,25 @@ prompt_blend N = 0                 chunks over which a prompt goes over into the
   [%(default)s]
 """
 _SAMPLING = """
-distilled                             few-step sampling of a distilled network
-first_chunk_t N
-chunk_t N                             latent frames of the later chunks [%(default)s]
-num_steps N                           steps of every chunk [50; with --distilled 4]
-sigma_max float = 1600.0              noise level of the first step [%(default)g]
-mid_t T...                            --distilled: times between the steps, fractions allowed
+distilled                  few-step sampling of a distilled network
+first_chunk_t
+chunk_t                    latent frames of the later chunks [%(default)s]
+num_steps                  steps of every chunk [50; with --distilled 4]
+sigma_max = 1600.0         noise level of the first step [%(default)g]
+mid_t                      --distilled: times between the steps, fractions allowed
   [15/16 5/6 5/8]
-steps_per_chunk N...                  --distilled: steps of each generated chunk, the last number
-  repeats
-mid_t_schedules T,T;T = ""            --mid_t per entry of --steps_per_chunk
+steps_per_chunk            --distilled: steps of each generated chunk, the last number repeats
+mid_t_schedules = ""       --mid_t per entry of --steps_per_chunk
   ("15/16,5/6,5/8;5/6"; empty: one step)
-guidance_scale float                  many steps: classifier-free guidance, 1 or less: none [3]
-timestep_shift float                  many steps: shift of the grid [3]
-negative_prompt TEXT                  many steps [Wan's own, in Chinese]
-context_from_last_step                noisy context: a chunk's last step is its context, no pass
-  after it
-context_from_last_step_start_chunk N  first chunk that leaves noisy context, an image counts [0]
-noise_device auto|cpu|cuda = auto     where noise is drawn; auto: on --device, as the release does
-ntk_t R = 1.0                         NTK ratio of the rotary axis [%(default)g]
-ntk_h R = 1.0                         NTK ratio of the rotary axis [%(default)g]
-ntk_w R = 1.0                         NTK ratio of the rotary axis [%(default)g]
+guidance_scale             many steps: classifier-free guidance, 1 or less: none [3]
+timestep_shift             many steps: shift of the grid [3]
+negative_prompt            many steps [Wan's own, in Chinese]
+context_from_last_step     noisy context: a chunk's last step is its context, no pass after it
+context_from_last_step_start_chunk  first chunk that leaves noisy context, an image counts [0]
+noise_device auto|cpu|cuda = auto   where noise is drawn; auto: on --device, as the release does
+ntk_t R = 1.0              NTK ratio of the rotary axis [%(default)g]
+ntk_h R = 1.0              NTK ratio of the rotary axis [%(default)g]
+ntk_w R = 1.0              NTK ratio of the rotary axis [%(default)g]
 """
 _IMAGE = """
 image_path FILE = ""  the first frame: image to video
@@ -130,6 +127,7 @@ def causal_parser(name: str, *, about: str | None, defaults: Defaults) -> argpar
     add_flags(
         group("sampling", "Few steps with --distilled, else many steps with guidance."),
         _SAMPLING,
+        KINDS,
         first_chunk_t={"help": f"latent frames of the first chunk [{first}; with an image 1]"},
         chunk_t={"default": chunk},
     )
@@ -184,88 +182,41 @@ def settle_flags(flags: argparse.Namespace, defaults: Defaults) -> None:
                 flush=True,
             )
         flags.first_chunk_t = 1
-    flags.first_chunk_t = (
-        defaults.pattern[0] if flags.first_chunk_t is None else flags.first_chunk_t
-    )
+    if flags.first_chunk_t is None:
+        flags.first_chunk_t = defaults.pattern[0]
     if flags.scene_file is not None and flags.prompt_file is not None:
         raise ConfigError("--scene_file and --prompt_file both say what to make; give one of them")
 
 
 def _settle_sampling(flags: argparse.Namespace) -> None:
-    few = {
-        "mid_t": flags.mid_t,
-        "steps_per_chunk": flags.steps_per_chunk,
-        "mid_t_schedules": flags.mid_t_schedules or None,
+    if flags.distilled:
+        refuse(
+            flags, MANY, "belong to many-step sampling; leave them out, or leave out --distilled"
+        )
+    else:
+        refuse(flags, FEW, "need --distilled: many-step sampling has a grid of its own")
+    check_pairs(flags)
+    meant = {
+        "num_steps": 4 if flags.distilled else 50,
+        "guidance_scale": 3.0,
+        "timestep_shift": 3.0,
+        "negative_prompt": NEGATIVE_PROMPT,
+        "context_from_last_step_start_chunk": 0,
     }
-    many = {
-        name: getattr(flags, name)
-        for name in ("guidance_scale", "timestep_shift", "negative_prompt")
-    }
-    idle = [
-        f"--{name}"
-        for name, value in (many if flags.distilled else few).items()
-        if value is not None
-    ]
-    if idle and flags.distilled:
-        raise ConfigError(
-            f"{', '.join(idle)} belong to many-step sampling; leave them out, or leave out"
-            " --distilled"
-        )
-    if idle:
-        raise ConfigError(
-            f"{', '.join(idle)} need --distilled: many-step sampling has a grid of its own"
-        )
-    if flags.num_steps is not None and flags.steps_per_chunk is not None:
-        raise ConfigError(
-            "--num_steps and --steps_per_chunk both set the number of steps; give one of them"
-        )
-    if flags.context_from_last_step_start_chunk is not None and not flags.context_from_last_step:
-        raise ConfigError(
-            "--context_from_last_step_start_chunk has no effect with clean context; add"
-            " --context_from_last_step"
-        )
-    flags.context_from_last_step_start_chunk = flags.context_from_last_step_start_chunk or 0
-    flags.num_steps = (4 if flags.distilled else 50) if flags.num_steps is None else flags.num_steps
-    flags.guidance_scale = 3.0 if flags.guidance_scale is None else flags.guidance_scale
-    flags.timestep_shift = 3.0 if flags.timestep_shift is None else flags.timestep_shift
-    flags.negative_prompt = (
-        NEGATIVE_PROMPT if flags.negative_prompt is None else flags.negative_prompt
-    )
+    for name, value in meant.items():
+        if getattr(flags, name) is None:
+            setattr(flags, name, value)
 
 
 def recipe_of(flags: argparse.Namespace) -> SamplingRecipe:
     """How every chunk is sampled. `ConfigError` for schedules that do not fit, in the words of the
     flags.
     """
-    common = {
-        "pattern": f"c{flags.first_chunk_t}-{flags.chunk_t}",
-        "sigma_max": flags.sigma_max,
-        "noisy_context": flags.context_from_last_step,
-        "noisy_context_start_chunk": flags.context_from_last_step_start_chunk,
-    }
-    if not flags.distilled:
-        recipe = SamplingRecipe(
-            "ode",
-            **common,
-            ode_steps=flags.num_steps,
-            shift=flags.timestep_shift,
-            guidance=flags.guidance_scale,
-        )
-    else:
-        several = flags.steps_per_chunk is not None
-        schedule = StepSchedule.from_lists(
-            steps=(
-                flags.steps_per_chunk
-                if several
-                else ()
-                if flags.mid_t_schedules
-                else (flags.num_steps,)
-            ),
-            schedules=parse_schedules(flags.mid_t_schedules),
-            default_mids=CAUSAL_MID_TIMES if flags.mid_t is None else parse_times(flags.mid_t),
-            knob="--steps_per_chunk" if several or flags.mid_t_schedules else "--num_steps",
-        )
-        recipe = SamplingRecipe("few_step", **common, mids=schedule.mids)
+    pattern = f"c{flags.first_chunk_t}-{flags.chunk_t}"
+    base = SamplingRecipe("few_step" if flags.distilled else "ode", pattern)
+    recipe = laid_over(flags, base)
+    if flags.distilled:  # what was settled for many steps is not of these
+        recipe = replace(recipe, shift=base.shift, guidance=base.guidance)
     recipe.plan(0)  # raises for times that do not decrease from the first one
     return recipe
 

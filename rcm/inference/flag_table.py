@@ -3,7 +3,7 @@
     name KIND = default  help
 
 KIND is what `--name` takes: `int`, `float`, `str`; a metavar, of a whole number (N), of a number
-(R, X), else of text; alternatives (`a|b`); nothing for a switch. `KIND...`: one or more of it. A
+(R, S, X), else of text; alternatives (`a|b`); nothing for a switch. `KIND...`: one or more of it. A
 line that begins with a space continues the help.
 """
 
@@ -11,31 +11,39 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 from typing import Any
 
 _LINE = re.compile(
     r"(?P<name>\w+)(?: (?P<kind>[^\s=]\S*))?(?: = (?P<default>\S+))?(?:  +(?P<help>.*))?"
 )
-_NUMBERS = {"int": int, "float": float, "N": int, "R": float, "X": float}
+_NUMBERS = {"int": int, "float": float, "N": int, "R": float, "S": float, "X": float}
 
 
-def add_flags(parser: argparse._ActionsContainer, table: str, **changes: dict[str, Any]) -> None:
-    """Add the flags of `table` to a parser or a group of one; `changes`: by name, options of
-    `add_argument` beside those of the line, or instead of them. `ValueError` for another line.
+def add_flags(
+    parser: argparse._ActionsContainer,
+    table: str,
+    kinds: Mapping[str, str] = {},
+    **changes: dict[str, Any],
+) -> None:
+    """Add the flags of `table` to a parser or a group of one. `kinds`: by name, where a line has
+    none; `changes`: by name, options of `add_argument` beside those of the line, or instead of
+    them. `ValueError` for another line.
     """
     for line in filter(None, re.sub(r"\n +", " ", table.strip()).splitlines()):
         match = _LINE.fullmatch(line)
         if match is None:
             raise ValueError(f"{line!r} is no line of flags: name KIND = default  help")
         name = match["name"]
-        options = _options(match["kind"], match["default"]) | {"help": match["help"]}
+        kind = match["kind"] or kinds.get(name)
+        options = _options(kind, match["default"]) | {"help": match["help"]}
         parser.add_argument(f"--{name}", **options | changes.pop(name, {}))
     if changes:
         raise ValueError(f"the table has no line for {', '.join(changes)}")
 
 
 def _options(kind: str | None, default: str | None) -> dict[str, Any]:
-    if kind is None:
+    if not kind:
         return {"action": "store_true"}
     options: dict[str, Any] = {}
     if kind.endswith("..."):

@@ -27,18 +27,17 @@ from rcm.core.output_file import OutputFile
 from rcm.core.text_file import read_lines
 from rcm.encoders.prompt_cleaning import checked_prompts
 from rcm.evaluation.throughput import Throughput, measure
+from rcm.inference.checkpoint_flags import HERE, KINDS, open_flagged
 from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import check_device, exit_status, short_log
 from rcm.inference.stream_recipe import add_recipe_flags, chosen_recipe
-from rcm.parallel.threads import settle_threads
-from rcm.pipelines.described import PieceFiles
 from rcm.pipelines.first_block import first_latents, is_image
-from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
+from rcm.pipelines.from_checkpoint import LoadedModel
 from rcm.pipelines.stream_spec import StreamedChunk, StreamReport
 from rcm.pipelines.video_io import COMFORTABLE, Mp4Writer, check_frame, comfortable_scale
 from rcm.rollout.recipe import SamplingRecipe
-from rcm.storage.shipped import TOY_PROMPTS, asset, toy_checkpoint
+from rcm.storage.shipped import TOY_PROMPTS, asset
 from rcm.train.describe import installed_versions
 
 SHOWN = 4
@@ -71,17 +70,7 @@ def run(flags: argparse.Namespace) -> None:
         if flags.report is None
         else OutputFile.claim(flags.report, suffix=".json", knob="--report")
     )
-    files = PieceFiles(
-        vae=flags.vae_path,
-        text_encoder=flags.text_encoder_path,
-        tokenizer=flags.tokenizer_path,
-        text_cache=flags.text_cache,
-    )
-    path = toy_checkpoint() if shipped else flags.ckpt
-    model = open_checkpoint(
-        path, weights=flags.weights, device=flags.device, precision=flags.precision, files=files
-    )
-    settle_threads(model.denoiser.net, device=model.device)
+    model = open_flagged(flags)
     recipe = chosen_recipe(flags, model.trained_recipe)
     upscale = flags.upscale or comfortable_scale(*model.pixel_size)
     check_frame(model.pixel_size[0], model.pixel_size[1] * len(prompts), scale=upscale, pad=True)
@@ -145,31 +134,31 @@ def read_prompts(given: Sequence[str] | None, file: str | None, *, allow_empty: 
 
 
 _WHAT = """
-ckpt PATH           job folder, iter_* folder, or exported .pt/.pth/.safetensors
+ckpt                job folder, iter_* folder, or exported .pt/.pth/.safetensors
   [the shipped toy checkpoint]
 prompt TEXT         repeat for several videos side by side
 prompt_file FILE    one prompt per line
 allow_empty_prompt  sample an empty prompt, the unconditional one
 num_frames N        pixel frames, given first frames included [as trained]
-seed int = 0
+seed = 0
 first_frames FILE   a video or an image whose beginning is continued
 first_latents N     latent frames taken from it [the first block of the pattern; 1 of an image]
 """
 _WRITTEN = f"""
 save_path FILE.mp4 = outputs/stream.mp4  [%(default)s]
 upscale N         write every pixel as N x N [toy videos: {COMFORTABLE} pixels or more; others: 1]
-fps float         frames per second of the file [as trained]
+fps               frames per second of the file [as trained]
 report FILE.json  settings and timings as JSON
 """
 _MACHINE = """
-weights ema|reg = ema   averaged or last weights [%(default)s]
-device str              [%(default)s]
-precision fp32|bf16|bf16_fp32_time|fp64  [that of the training run]
-vae_path PATH           Wan2.1_VAE.pth, for a checkpoint trained on its latents
+weights = ema      averaged or last weights [%(default)s]
+device             [%(default)s]
+precision          [that of the training run]
+vae_path           Wan2.1_VAE.pth, for a checkpoint trained on its latents
   [where the checkpoint says]
-text_encoder_path PATH  umT5, for a checkpoint trained on its embeddings [where the checkpoint says]
-tokenizer_path DIR      folder of umT5's tokenizer [beside the text encoder]
-text_cache DIR          keep umT5's embeddings there, and read them from there
+text_encoder_path  umT5, for a checkpoint trained on its embeddings [where the checkpoint says]
+tokenizer_path     folder of umT5's tokenizer [beside the text encoder]
+text_cache         keep umT5's embeddings there, and read them from there
 """
 _TIMING = """
 warmup_iters int = 0  untimed runs before the timed ones [%(default)s]
@@ -180,11 +169,11 @@ num_runs int = 1      timed runs; with more than 1, or with a warm-up, timing ru
 
 def _parser() -> argparse.ArgumentParser:
     parser = Arguments(prog="rcm stream", allow_abbrev=False, description=__doc__)
-    group, here = parser.add_argument_group, "cuda" if torch.cuda.is_available() else "cpu"
-    add_flags(group("what to stream"), _WHAT, prompt={"action": "append"})
-    add_flags(group("what to write"), _WRITTEN)
+    group = parser.add_argument_group
+    add_flags(group("what to stream"), _WHAT, KINDS, prompt={"action": "append"})
+    add_flags(group("what to write"), _WRITTEN, KINDS)
     add_recipe_flags(parser)
-    add_flags(group("weights and machine"), _MACHINE, device={"default": here})
+    add_flags(group("weights and machine"), _MACHINE, KINDS, device=HERE)
     add_flags(group("timing"), _TIMING)
     return parser
 

@@ -22,13 +22,13 @@ import torch
 
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
+from rcm.inference.checkpoint_flags import HERE, KINDS, open_flagged
 from rcm.inference.flag_ranges import check_numbers
+from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import check_device, exit_status, short_log
-from rcm.parallel.threads import settle_threads
-from rcm.pipelines.described import PieceFiles
-from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
+from rcm.pipelines.from_checkpoint import LoadedModel
 from rcm.rollout.eviction.sliding_window import SlidingWindow
-from rcm.storage.shipped import TOY_PROMPTS, asset, toy_checkpoint
+from rcm.storage.shipped import TOY_PROMPTS, asset
 
 GIB = 2**30
 PACKAGES = ("starlette", "uvicorn", "websockets")
@@ -77,7 +77,7 @@ def run(flags: argparse.Namespace) -> None:
         flags.host, flags.port, send_s=limits.send_s, send_buffer=flags.send_kib * 1024
     )
     try:
-        model = _model(flags)
+        model = open_flagged(flags)
         hub = Hub(make_offer(flags, model), limits, _budget(flags, model.device))
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -130,21 +130,6 @@ def make_offer(flags: argparse.Namespace, model: LoadedModel) -> Any:
     )
 
 
-def _model(flags: argparse.Namespace) -> LoadedModel:
-    files = PieceFiles(
-        vae=flags.vae_path,
-        text_encoder=flags.text_encoder_path,
-        tokenizer=flags.tokenizer_path,
-        text_cache=flags.text_cache,
-    )
-    path = toy_checkpoint() if flags.ckpt is None else flags.ckpt
-    model = open_checkpoint(
-        path, weights=flags.weights, device=flags.device, precision=flags.precision, files=files
-    )
-    settle_threads(model.denoiser.net, device=model.device)
-    return model
-
-
 def _trained_blocks(model: LoadedModel) -> int:
     """Whole blocks of a video as long as those it was trained on."""
     assert model.recipe is not None
@@ -176,130 +161,50 @@ def _budget(flags: argparse.Namespace, device: torch.device) -> int | None:
     return int(0.9 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
 
 
+_WHAT = """
+ckpt         job folder, iter_* folder, or exported file [the shipped toy checkpoint]
+prompt TEXT  what a stream begins with [the first preset of the page]
+seed = 0
+window N     blocks that a chunk sees, its own included [as many as in training]
+sinks N      first blocks that stay visible [as many as in training]
+fps          pictures per second [as trained]
+format auto|jpeg|webp|png = auto  of pictures [png for small ones, else jpeg]
+quality int = 85                  of jpeg and webp, 1 to 100 [%(default)s]
+"""
+_VIEWERS = f"""
+host str = 127.0.0.1  [%(default)s: this machine only]
+port int = 8765       0: any free one [%(default)s]
+token str             what a client must know; better in the variable {TOKEN_VARIABLE}, which
+  other users cannot list
+allow_origin ORIGIN   another page that may open streams, repeatable
+max_sessions N = 4    streams at once, the shared one included [%(default)s]
+max_clients N = 100   viewers at once [%(default)s]
+memory_gib X          for cache and decoder of all streams
+  [cuda: 0.9 of what is left; cpu: no bound]
+send_kib N = 256      that the kernel holds for a client, the delay of a slow one [%(default)s]
+idle_s S = 60.0       a stream that nobody watches is closed after so long [%(default)s]
+session_s S = 3600.0  a private stream is closed after so long [%(default)s]
+"""
+_MACHINE = """
+weights = ema           averaged or last weights [%(default)s]
+device                  [%(default)s]
+precision               [that of the training run]
+graphs auto|on|off = auto  CUDA graphs, and decoding beside denoising [on with cuda]
+vae_path                Wan2.1_VAE.pth [where the checkpoint says]
+text_encoder_path       umT5 [where the checkpoint says]
+tokenizer_path          folder of umT5's tokenizer [beside the text encoder]
+text_cache              keep umT5's embeddings there, and read them from there
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Arguments(prog="rcm serve", allow_abbrev=False, description=__doc__)
-    _add_stream(parser)
-    _add_viewers(parser)
-    _add_machine(parser)
+    group = parser.add_argument_group
+    add_flags(group("what to stream"), _WHAT, KINDS)
+    several = {"action": "append", "default": []}
+    add_flags(group("who may watch"), _VIEWERS, allow_origin=several)
+    add_flags(group("weights and machine"), _MACHINE, KINDS, device=HERE)
     return parser
-
-
-def _add_stream(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("what to stream").add_argument
-    add(
-        "--ckpt",
-        metavar="PATH",
-        help="job folder, iter_* folder, or exported file [the shipped toy checkpoint]",
-    )
-    add("--prompt", metavar="TEXT", help="what a stream begins with [the first preset of the page]")
-    add("--seed", type=int, default=0)
-    add(
-        "--window",
-        type=int,
-        metavar="N",
-        help="blocks that a chunk sees, its own included [as many as in training]",
-    )
-    add(
-        "--sinks",
-        type=int,
-        metavar="N",
-        help="first blocks that stay visible [as many as in training]",
-    )
-    add("--fps", type=float, help="pictures per second [as trained]")
-    add(
-        "--format",
-        choices=("auto", "jpeg", "webp", "png"),
-        default="auto",
-        help="of pictures [png for small ones, else jpeg]",
-    )
-    add("--quality", type=int, default=85, help="of jpeg and webp, 1 to 100 [%(default)s]")
-
-
-def _add_viewers(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("who may watch").add_argument
-    add("--host", default="127.0.0.1", help="[%(default)s: this machine only]")
-    add("--port", type=int, default=8765, help="0: any free one [%(default)s]")
-    add(
-        "--token",
-        help=(
-            f"what a client must know; better in the variable {TOKEN_VARIABLE}, which other users"
-            " cannot list"
-        ),
-    )
-    add(
-        "--allow_origin",
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="another page that may open streams, repeatable",
-    )
-    add(
-        "--max_sessions",
-        type=int,
-        default=4,
-        metavar="N",
-        help="streams at once, the shared one included [%(default)s]",
-    )
-    add("--max_clients", type=int, default=100, metavar="N", help="viewers at once [%(default)s]")
-    add(
-        "--memory_gib",
-        type=float,
-        metavar="X",
-        help="for cache and decoder of all streams [cuda: 0.9 of what is left; cpu: no bound]",
-    )
-    add(
-        "--send_kib",
-        type=int,
-        default=256,
-        metavar="N",
-        help="that the kernel holds for a client, the delay of a slow one [%(default)s]",
-    )
-    add(
-        "--idle_s",
-        type=float,
-        default=60.0,
-        metavar="S",
-        help="a stream that nobody watches is closed after so long [%(default)s]",
-    )
-    add(
-        "--session_s",
-        type=float,
-        default=3600.0,
-        metavar="S",
-        help="a private stream is closed after so long [%(default)s]",
-    )
-
-
-def _add_machine(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("weights and machine").add_argument
-    add(
-        "--weights",
-        choices=("ema", "reg"),
-        default="ema",
-        help="averaged or last weights [%(default)s]",
-    )
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
-    add(
-        "--precision",
-        choices=("fp32", "bf16", "bf16_fp32_time", "fp64"),
-        help="[that of the training run]",
-    )
-    add(
-        "--graphs",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="CUDA graphs, and decoding beside denoising [on with cuda]",
-    )
-    add("--vae_path", metavar="PATH", help="Wan2.1_VAE.pth [where the checkpoint says]")
-    add("--text_encoder_path", metavar="PATH", help="umT5 [where the checkpoint says]")
-    add(
-        "--tokenizer_path",
-        metavar="DIR",
-        help="folder of umT5's tokenizer [beside the text encoder]",
-    )
-    add(
-        "--text_cache", metavar="DIR", help="keep umT5's embeddings there, and read them from there"
-    )
 
 
 if __name__ == "__main__":
