@@ -20,21 +20,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rcm.configs.checks import check_mesh
 from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
 from rcm.configs.compose import Run, compose_run
 from rcm.configs.plan_job import plan_job
-from rcm.configs.plan_search import Found, Search
+from rcm.configs.plan_search import Found, Search, words_of
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
 from rcm.inference.outcome import command
-from rcm.train.planner import Prediction, enough_ranks, predict
+from rcm.train.planner import PassPrediction, PhasePrediction, Prediction, predict
 from rcm.train.planner_card import CARDS, GIB, Card, card
-from rcm.train.planner_job import NetPlan
+from rcm.train.planner_job import Job
 from rcm.train.planner_memory import Term
 
 OWN_KEYS = {"gpus": 2**16, "gpu": None, "memory_gib": 2**20, "global_batch": 2**24}
 """The planner's own words, and the largest value of those that are numbers."""
+
+ADAPTERS = "model.config.lora.rank=64"
 
 
 def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str], list[str]]:
@@ -107,38 +110,35 @@ def print_terms(terms: Sequence[Term]) -> None:
         print(f"    {gib(term.bytes)}  {term.name:<34} {term.what}")
 
 
+def print_phase(phase: PhasePrediction, *, often: str) -> None:
+    """One kind of iteration: its fullest moment, and its passes, those of one name together."""
+    peak, taken = gib(phase.peak).strip(), seconds(phase.seconds)
+    print(f"  {phase.role} iteration{often}: peak {peak} in '{phase.fullest}', {taken}")
+    print_terms(phase.terms)
+    told: dict[str, list[PassPrediction]] = {}
+    for step in phase.passes:
+        told.setdefault(f"{step.name} ({step.mode})", []).append(step)
+    for name, steps in told.items():
+        size, flops = max(step.bytes for step in steps), sum(step.flops for step in steps)
+        taken = seconds(sum(step.seconds for step in steps))
+        beside = f"{gib(size)} beside the states, {taken:>9}, {flops / 1e12:10.2f} TFLOP"
+        print(f"      pass {name:<42} {beside}")
+    print(f"      update {'':<40} {'':>29} {seconds(phase.update_seconds):>9}")
+
+
 def print_prediction(found: Prediction) -> None:
     """Memory and time of one layout: states, then each kind of iteration."""
-    job = found.job
+    job, several = found.job, len(found.phases) > 1
     print(
         f"  {job.ranks} ranks, {job.data_ranks} data ranks x batch {job.batch} x accumulation"
         f" {job.accumulation} = global batch {job.global_batch}; fsdp_shard_size {job.shard_ranks},"
         f" context_parallel_size {job.context}, recompute"
-        f" {', '.join(sorted({told_recompute(net) for net in job.nets if net.trained}))}"
+        f" {', '.join(sorted(set(recomputations(job).values())))}"
     )
     print(f"  always there: {gib(found.state_bytes).strip()}")
     print_terms(found.states)
     for phase in found.phases:
-        often = "" if len(found.phases) == 1 else f" ({phase.share:.0%} of the iterations)"
-        print(
-            f"  {phase.role} iteration{often}: peak {gib(phase.peak).strip()} in '{phase.fullest}',"
-            f" {seconds(phase.seconds)}"
-        )
-        print_terms(phase.terms)
-        told: dict[str, list[float]] = {}
-        for step in phase.passes:
-            row = told.setdefault(f"{step.name} ({step.mode})", [0.0, 0.0, 0.0])
-            row[0], row[1], row[2] = (
-                max(row[0], step.bytes),
-                row[1] + step.seconds,
-                row[2] + step.flops,
-            )
-        for name, (size, timing, flops) in told.items():
-            print(
-                f"      pass {name:<42} {gib(size)} beside the states, {seconds(timing):>9},"
-                f" {flops / 1e12:10.2f} TFLOP"
-            )
-        print(f"      update {'':<40} {'':>29} {seconds(phase.update_seconds):>9}")
+        print_phase(phase, often=f" ({phase.share:.0%} of the iterations)" if several else "")
     verdict = "fits" if found.fits else "DOES NOT FIT"
     scale = "" if found.card.measured else " (rates scaled from the H200's)"
     print(
@@ -147,10 +147,8 @@ def print_prediction(found: Prediction) -> None:
         f" {found.seconds_per_sample:.3f} s per sample"
     )
     if found.host:
-        print(
-            f"     and {gib(found.host * job.ranks).strip()} of host memory, all ranks of a machine"
-            " together"
-        )
+        host = gib(found.host * job.ranks).strip()
+        print(f"     and {host} of host memory, all ranks of a machine together")
 
 
 def seconds(value: float) -> str:
@@ -158,74 +156,60 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 0.1 else f"{1000 * value:.1f} ms"
 
 
-def told_recompute(net: NetPlan) -> str:
-    """The mode, and of which blocks where not of all."""
-    some = net.recomputed_blocks not in (0, net.config.num_layers)
-    return (
-        f"{net.recompute} ({net.recomputed_blocks} of {net.config.num_layers} blocks)"
-        if some
-        else net.recompute
-    )
-
-
-def keys_of(found: Prediction) -> list[str]:
-    """The overrides that give this layout."""
-    job, nets = found.job, {"student": "net", "fake_score": "net_fake_score"}
-    keys = [
-        f"model.config.fsdp_shard_size={job.shard_ranks}",
-        f"model_parallel.context_parallel_size={job.context}",
-    ]
+def recomputations(job: Job) -> dict[str, str]:
+    """Trained role -> its mode, and of which blocks where not of all."""
+    told = {}
     for net in (net for net in job.nets if net.trained):
-        sac = f"model.config.{nets[net.role]}.sac_config"
-        keys.append(f"{sac}.mode={net.recompute}")
-        if net.recompute == "none" and net.recompute_every != 1:  # which would have no effect
-            keys.append(f"{sac}.every_n_blocks=1")
-    return [*keys, f"trainer.grad_accum_iter={job.accumulation}"]
+        count, layers = net.recomputed_blocks, net.config.num_layers
+        some = "" if count in (0, layers) else f" ({count} of {layers} blocks)"
+        told[net.role] = net.recompute + some
+    return told
+
+
+def kept_words(overrides: Sequence[str], chosen: Sequence[str]) -> list[str]:
+    """Words of the user without those that chosen ones replace."""
+    replaced = {word.split("=")[0] for word in chosen}
+    return [word for word in overrides if word.split("=")[0] not in replaced]
 
 
 def command_line(found: Prediction, levers: Found, overrides: Sequence[str]) -> str:
-    """The command that trains so; a word of the user that the layout replaces is left out."""
-    chosen = [*levers.words, *keys_of(found)]
-    replaced = {word.split("=")[0] for word in chosen}
-    words = [word for word in overrides if word.split("=")[0] not in replaced]
+    """The command that trains so."""
+    chosen = words_of(levers.levers, found.job)
     ranks, node = found.job.ranks, found.card.node
     machines = "" if ranks <= node else f"--nnodes={-(-ranks // node)} "
     each = f"{machines}--nproc_per_node={min(ranks, node)}"
-    return f"torchrun {each} -m scripts.train {shlex.join([*words, *chosen])}"
+    words = shlex.join([*kept_words(overrides, chosen), *chosen])
+    return f"torchrun {each} -m scripts.train {words}"
 
 
-def print_proposal(levers: Found, wider: Prediction | None, overrides: Sequence[str]) -> None:
+def print_proposal(levers: Found, search: Search, overrides: Sequence[str]) -> None:
     """The best layout and its command, or what would be needed."""
     proposal = levers.proposal
     print(f"\nproposed, out of {proposal.tried} layouts:")
-    if proposal.best is not None:
-        print("  " + " ".join(keys_of(proposal.best)))
+    if (best := proposal.best) is not None:
+        print("  " + " ".join(words_of((), best.job)))
         for lever in levers.levers:
             print(f"  {' '.join(lever.words)}: needed to fit; {lever.price}")
-        print_prediction(proposal.best)
-        print(f"  train so:\n    {command_line(proposal.best, levers, overrides)}")
+        print_prediction(best)
+        print(f"  train so:\n    {command_line(best, levers, overrides)}")
         return
     small = proposal.smallest
-    print(
-        f"  nothing fits {small.card.gib:g} GiB. The layout that needs least,"
-        f" {gib(small.reserved).strip()}:"
-    )
-    print("  " + " ".join([*levers.words, *keys_of(small)]))
+    least = f"The layout that needs least, {gib(small.reserved).strip()}:"
+    print(f"  nothing fits {small.card.gib:g} GiB. {least}")
+    print("  " + " ".join(words_of(levers.levers, small.job)))
     print_prediction(small)
     print("  what would fit:")
     for other in CARDS.values():
         if small.reserved <= other.gib * GIB:
             print(f"    this layout on cards of {other.gib:g} GiB (gpu={other.name})")
-    if wider is not None:
-        words = " ".join([*levers.words, *keys_of(wider)])
-        batch = wider.job.global_batch
-        print(f"    gpus={wider.job.ranks} of these cards: {words} (global batch {batch})")
-    if not any(net.rank for net in small.job.nets):
-        print("    adapters instead of all weights (docs/lora.md): model.config.lora.rank=64")
-    print(
-        "    fewer latent frames or a smaller resolution: model.config.state_t,"
-        " model.config.resolution"
-    )
+    if (wider := search.wider(levers, small.card, ranks=small.job.ranks)) is not None:
+        words, batch = words_of(levers.levers, wider.job), wider.job.global_batch
+        told = f"{' '.join(words)} (global batch {batch})"
+        print(f"    gpus={wider.job.ranks} of these cards: {told}")
+    if search.takes(ADAPTERS) and not any(net.rank for net in small.job.nets):
+        print(f"    adapters instead of all weights (docs/lora.md): {ADAPTERS}")
+    keys = "model.config.state_t, model.config.resolution"
+    print(f"    fewer latent frames or a smaller resolution: {keys}")
 
 
 def print_machines(
@@ -244,7 +228,7 @@ def print_machines(
         rows.append({"gpus": found.job.ranks, "gpu": found.card.name, **plain(found)})
         rows[-1]["levers"] = levers.words
         if best is not None:
-            print_proposal(levers, None, overrides)
+            print_proposal(levers, search, overrides)
     if best is None:
         print("none of these machines trains it")
     return rows
@@ -256,21 +240,18 @@ def plan(flags: argparse.Namespace, own: dict[str, str], overrides: list[str]) -
     registry = load_registry(flags.config)
 
     def composed(more: Sequence[str]) -> Run:
-        words = [*overrides, *more]
+        words = [*kept_words(overrides, more), *more]
         return compose_run(words, registry=registry, world_size=None, require_inputs=False)
 
     run, search = composed(()), Search(composed)
+    record: dict[str, Any] = {"experiment": run.experiment, "overrides": overrides}
     if flags.smallest:
-        rows = print_machines(search, own, overrides)
-        return {"experiment": run.experiment, "overrides": overrides, "machines": rows}
+        return record | {"machines": print_machines(search, own, overrides)}
     print(f"{run.experiment or 'this run'} on {ranks} x {chosen.name} ({chosen.gib:g} GiB)")
-    record: dict[str, Any] = {
-        "experiment": run.experiment,
-        "overrides": overrides,
-        "card": asdict(chosen),
-    }
+    record["card"] = asdict(chosen)
     try:
         as_configured = predict(plan_job(run, ranks=ranks), chosen)
+        check_mesh(run.config, world_size=ranks)
     except ConfigError as error:
         print(f"\nnot possible as configured: {error}")
     else:
@@ -281,12 +262,10 @@ def plan(flags: argparse.Namespace, own: dict[str, str], overrides: list[str]) -
     if flags.as_is:
         return record
     levers = search.found(chosen, ranks=ranks, global_batch=wanted)
-    best = levers.proposal.best
-    job = search.job(levers.levers, ranks=ranks)
-    print_proposal(levers, None if best is not None else enough_ranks(job, chosen), overrides)
-    found = {"proposed": best, "smallest": levers.proposal.smallest}
+    print_proposal(levers, search, overrides)
+    found = {"proposed": levers.proposal.best, "smallest": levers.proposal.smallest}
     return record | {
-        name: None if it is None else {"keys": [*levers.words, *keys_of(it)], **plain(it)}
+        name: None if it is None else {"keys": words_of(levers.levers, it.job), **plain(it)}
         for name, it in found.items()
     }
 
@@ -294,25 +273,25 @@ def plan(flags: argparse.Namespace, own: dict[str, str], overrides: list[str]) -
 def plain(found: Prediction) -> dict[str, Any]:
     """A prediction as plain data: layout, terms and passes in bytes and seconds."""
     job = found.job
-    layout = {
-        "ranks": job.ranks,
-        "fsdp_shard_size": job.shard_ranks,
-        "context_parallel_size": job.context,
-    }
-    layout |= {
-        "batch": job.batch,
-        "accumulation": job.accumulation,
-        "global_batch": job.global_batch,
-    }
-    layout["recompute"] = {net.role: told_recompute(net) for net in job.nets if net.trained}
-    needed = {"peak_bytes": found.peak, "reserved_bytes": found.reserved, "fits": found.fits}
-    needed["host_bytes"] = found.host * job.ranks
-    taken = {"seconds": found.seconds, "seconds_per_sample": found.seconds_per_sample}
-    terms = {
+    return {
+        "layout": {
+            "ranks": job.ranks,
+            "fsdp_shard_size": job.shard_ranks,
+            "context_parallel_size": job.context,
+            "batch": job.batch,
+            "accumulation": job.accumulation,
+            "global_batch": job.global_batch,
+            "recompute": recomputations(job),
+        },
+        "peak_bytes": found.peak,
+        "reserved_bytes": found.reserved,
+        "fits": found.fits,
+        "host_bytes": found.host * job.ranks,
+        "seconds": found.seconds,
+        "seconds_per_sample": found.seconds_per_sample,
         "states": [asdict(term) for term in found.states],
         "phases": [asdict(phase) for phase in found.phases],
     }
-    return {"layout": layout, **needed, **taken, **terms}
 
 
 @command

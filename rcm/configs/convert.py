@@ -11,7 +11,7 @@ import difflib
 import math
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from fractions import Fraction
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -60,6 +60,14 @@ def get_key(config: Any, key: str) -> Any:
     for name in key.split("."):
         config = getattr(config, name)
     return config
+
+
+def with_key(config: Any, key: str, value: Any) -> Any:
+    """The frozen record `config` with another value at a dotted path."""
+    name, _, rest = key.partition(".")
+    return replace(
+        config, **{name: with_key(getattr(config, name), rest, value) if rest else value}
+    )
 
 
 def known_paths(cls: type, *, path: str = "") -> dict[str, Any]:

@@ -80,6 +80,7 @@ def _net(key: str, net: NetConfig, config: TrainConfig) -> NetPlan:
         averaged,
         sac.mode,
         sac.every_n_blocks,
+        sac.keep_last_blocks,
         model.lora.rank,
         layers,
         base,

@@ -2,19 +2,24 @@
 some layout fits, and then only those that are needed.
 
 A way is words of the command line, composed as training composes them; one that the run refuses is
-passed over. docs/scale.md says what each does.
+passed over, and so is a layout that the checks of the configuration refuse. docs/scale.md says what
+each way does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
+from rcm.configs.checks import check, check_mesh
 from rcm.configs.compose import Run
+from rcm.configs.convert import with_key
 from rcm.configs.plan_job import plan_job
 from rcm.core.errors import ConfigError
-from rcm.train.planner import Prediction, Proposal, propose
+from rcm.train.planner import Prediction, Proposal, enough_ranks, propose
 from rcm.train.planner_card import CARDS, Card
 from rcm.train.planner_job import Job
 
@@ -63,6 +68,43 @@ Composer = Callable[[Sequence[str]], Run]
 """The run of these words after those that the user gave."""
 
 
+KNOBS = {"student": "model.config.net", "fake_score": "model.config.net_fake_score"}
+"""Role that is trained -> its network's key."""
+
+
+def layout_keys(job: Job) -> dict[str, Any]:
+    """Key -> value of this layout. Blocks are not chosen where none is recomputed, which would have
+    no effect.
+    """
+    keys: dict[str, Any] = {
+        "model.config.fsdp_shard_size": job.shard_ranks,
+        "model_parallel.context_parallel_size": job.context,
+    }
+    for net in (net for net in job.nets if net.trained):
+        sac = f"{KNOBS[net.role]}.sac_config"
+        if net.recompute == "none" and net.recompute_every != 1:
+            keys[f"{sac}.every_n_blocks"] = 1
+        if net.recompute == "none" and net.keep_last:
+            keys[f"{sac}.keep_last_blocks"] = 0
+        keys[f"{sac}.mode"] = net.recompute
+    return {**keys, "trainer.grad_accum_iter": job.accumulation}
+
+
+def words_of(levers: Sequence[Lever], job: Job | None = None) -> list[str]:
+    """Words of the command line for levers, and for a layout."""
+    keys = {} if job is None else layout_keys(job)
+    chosen = [word for lever in levers for word in lever.words]
+    return [*chosen, *(f"{key}={value}" for key, value in keys.items())]
+
+
+def laid_out(run: Run, keys: dict[str, Any]) -> Run:
+    """The run with other values of keys. `ConfigError` of a record that cannot have them."""
+    config = run.config
+    for key, value in keys.items():
+        config = with_key(config, key, value)
+    return replace(run, config=config)
+
+
 @dataclass(frozen=True)
 class Found:
     """What a machine needs: `levers`, and what they allow; all levers where no layout fits."""
@@ -73,7 +115,7 @@ class Found:
     @property
     def words(self) -> list[str]:
         """Of the levers."""
-        return [word for lever in self.levers for word in lever.words]
+        return words_of(self.levers)
 
 
 class Search:
@@ -81,63 +123,88 @@ class Search:
 
     def __init__(self, compose: Composer) -> None:
         self._compose = compose
-        self._job = cache(self._composed)
+        self._run, self.refusal = cache(self._composed), cache(self._refusal)
 
     def job(self, levers: tuple[Lever, ...], *, ranks: int) -> Job:
         """The run with `levers`, laid out for any number of ranks. `ConfigError` where it refuses
         them.
         """
-        return replace(self._job(levers), ranks=ranks)
+        return replace(self._run(levers)[1], ranks=ranks)
 
-    def _composed(self, levers: tuple[Lever, ...]) -> Job:
-        return plan_job(alone(self._compose([w for lever in levers for w in lever.words])), ranks=1)
+    def _composed(self, levers: tuple[Lever, ...]) -> tuple[Run, Job]:
+        run = laid_out(self._compose(words_of(levers)), ALONE)
+        return run, plan_job(run, ranks=1)
+
+    def _refusal(self, levers: tuple[Lever, ...], job: Job) -> str:
+        """Why the run with `levers` refuses the layout of `job`; "" if training would take it."""
+        try:
+            config = laid_out(self._run(levers)[0], layout_keys(job)).config
+            check(config)
+            check_mesh(config, world_size=job.ranks)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    def takes(self, word: str) -> bool:
+        """Whether the run can be composed with this word."""
+        try:
+            self._compose([word])
+        except ConfigError:
+            return False
+        return True
 
     def found(self, card: Card, *, ranks: int, global_batch: int | None = None) -> Found:
         """The cheapest levers with which some layout fits. `ConfigError` if no layout gives this
-        global batch.
+        global batch, or the run takes none that does.
         """
-        found = self._proposed((), card, ranks=ranks, global_batch=global_batch)
-        assert found is not None
+        asked = partial(self._proposed, card=card, ranks=ranks, global_batch=global_batch)
+        found = asked(())
         for lever in LADDER:
             if found.proposal.best is not None:
                 break
             kept = tuple(other for other in found.levers if other.words != lever.instead)
-            more = self._proposed((*kept, lever), card, ranks=ranks, global_batch=global_batch)
-            found = found if more is None else more
+            with suppress(ConfigError):
+                found = asked((*kept, lever))
         for lever in reversed(found.levers) if found.proposal.best is not None else ():
-            fewer = tuple(other for other in found.levers if other is not lever)
-            less = self._proposed(fewer, card, ranks=ranks, global_batch=global_batch)
-            found = less if less is not None and less.proposal.best is not None else found
+            with suppress(ConfigError):
+                less = asked(tuple(other for other in found.levers if other is not lever))
+                found = found if less.proposal.best is None else less
         return found
 
     def _proposed(
         self, levers: tuple[Lever, ...], card: Card, *, ranks: int, global_batch: int | None
-    ) -> Found | None:
-        try:
-            job = self.job(levers, ranks=ranks)
-        except ConfigError:
-            if not levers:
-                raise
-            return None
-        return Found(levers, propose(job, card, global_batch=global_batch))
+    ) -> Found:
+        job, refusal = self.job(levers, ranks=ranks), partial(self.refusal, levers)
+        return Found(levers, propose(job, card, global_batch=global_batch, refusal=refusal))
+
+    def wider(self, found: Found, card: Card, *, ranks: int) -> Prediction | None:
+        """The fewest ranks above `ranks` that the levers of `found` suffice for."""
+        job = self.job(found.levers, ranks=ranks)
+        return enough_ranks(job, card, refusal=partial(self.refusal, found.levers))
 
     def machines(
         self, *, ranks: int | None = None, card: Card | None = None
     ) -> Iterator[tuple[Found, Prediction | None]]:
         """Machines from the smallest on, and what the run is on them; one that fits is the last.
-        `ranks`, `card`: machines of so many or of these cards alone.
+        `ranks`, `card`: machines of so many or of these cards alone. `ConfigError` if the run takes
+        a layout on none of them.
         """
+        refused, seen = None, False
         for count, other in MACHINES:
             if (ranks or count) != count or (card or other).name != other.name:
                 continue
-            found = self.found(other, ranks=count)
+            try:
+                found = self.found(other, ranks=count)
+            except ConfigError as error:
+                refused = error
+                continue
+            seen = True
             yield found, found.proposal.best
             if found.proposal.best is not None:
                 return
+        if refused is not None and not seen:
+            raise refused
 
 
-def alone(run: Run) -> Run:
-    """The run laid out for any number of ranks: no shards, no context parallelism."""
-    model = replace(run.config.model, config=replace(run.config.model.config, fsdp_shard_size=1))
-    parallel = replace(run.config.model_parallel, context_parallel_size=1)
-    return replace(run, config=replace(run.config, model=model, model_parallel=parallel))
+ALONE = {"model.config.fsdp_shard_size": 1, "model_parallel.context_parallel_size": 1}
+"""Layout for any number of ranks: no shards, no context parallelism."""

@@ -6,7 +6,7 @@ One analytic model: `planner_job` (what the job does), `planner_memory` (bytes),
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from rcm.core.errors import ConfigError
@@ -15,10 +15,10 @@ from rcm.train.planner_card import GIB, Card
 from rcm.train.planner_job import Job, PhasePlan
 from rcm.train.planner_memory import (
     Term,
+    held_terms,
     host_bytes,
     pass_terms,
-    present_terms,
-    state_terms,
+    total,
     update_terms,
 )
 from rcm.train.planner_time import moving_seconds, pass_cost, update_seconds
@@ -84,8 +84,8 @@ class Prediction:
 
 def predict(job: Job, card: Card) -> Prediction:
     """Memory and time of `job` as it is laid out."""
-    states = tuple(state_terms(job))
-    base = sum(term.bytes for term in states)
+    states = tuple(held_terms(job, "card"))
+    base = total(states)
     phases = tuple(_phase(job, card, phase, base) for phase in job.phases)
     peak = max(phase.peak for phase in phases)
     reserved = peak * SLACK + OUTSIDE * (2 if job.ranks > 1 else 1)
@@ -96,22 +96,17 @@ def predict(job: Job, card: Card) -> Prediction:
 def _phase(job: Job, card: Card, phase: PhasePlan, base: float) -> PhasePrediction:
     passes = []
     for step in phase.passes:
-        terms = (*present_terms(job, phase, step.role), *pass_terms(job, phase, step))
-        cost, size = pass_cost(job, card, step), sum(term.bytes for term in terms)
-        passes.append(
-            PassPrediction(step.name, step.role, step.mode, size, cost.seconds, cost.flops, terms)
-        )
-    fullest = max(passes, key=lambda item: item.bytes)
-    size, terms, name = fullest.bytes, fullest.terms, fullest.name
-    in_update = tuple(update_terms(job, phase))
-    if sum(term.bytes for term in in_update) > size:
-        size, terms, name = sum(term.bytes for term in in_update), in_update, "update"
+        cost, terms = pass_cost(job, card, step), tuple(pass_terms(job, phase, step))
+        told = (step.name, step.role, step.mode, total(terms), cost.seconds, cost.flops, terms)
+        passes.append(PassPrediction(*told))
+    moments = [(item.name, item.terms) for item in passes]
+    moments.append(("update", tuple(update_terms(job, phase))))
+    fullest, terms = max(moments, key=lambda moment: total(moment[1]))
     update = update_seconds(job, card, phase)
-    computing = job.accumulation * sum(item.seconds for item in passes)
-    seconds = computing + update + moving_seconds(job, card, phase)
-    return PhasePrediction(
-        phase.role, phase.share, tuple(passes), terms, base + size, name, seconds, update
-    )
+    seconds = job.accumulation * sum(item.seconds for item in passes) + update
+    seconds += moving_seconds(job, card, phase)
+    peak, kind = base + total(terms), (phase.role, phase.share)
+    return PhasePrediction(*kind, tuple(passes), terms, peak, fullest, seconds, update)
 
 
 def layouts(job: Job, *, global_batch: int | None = None) -> Iterator[Job]:
@@ -139,20 +134,24 @@ def _divisors(number: int) -> list[int]:
 
 def _contexts(job: Job) -> list[int]:
     """Context-parallel sizes that every network can take."""
-    frames = {
-        layout.tokens_per_frame
-        for phase in job.phases
-        for step in phase.passes
-        for layout in step.layouts
-    }
-    counts = {*frames, *(net.config.num_heads for net in job.nets)}
+    passes = [step for phase in job.phases for step in phase.passes]
+    counts = {layout.tokens_per_frame for step in passes for layout in step.layouts}
+    counts |= {net.config.num_heads for net in job.nets}
     return [n for n in _divisors(job.ranks) if all(count % n == 0 for count in counts)]
+
+
+Refusal = Callable[[Job], str]
+"""Why a run refuses a layout of its job; "" if it takes it."""
+
+
+def _takes_all(_: Job) -> str:
+    return ""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """What the search found: `best` fits and is the fastest, None if nothing fits; `smallest` needs
-    the least memory.
+    """What the search found among the layouts that the run takes: `best` fits and is the fastest,
+    None if nothing fits; `smallest` needs the least memory.
     """
 
     best: Prediction | None
@@ -160,9 +159,11 @@ class Proposal:
     tried: int
 
 
-def propose(job: Job, card: Card, *, global_batch: int | None = None) -> Proposal:
+def propose(
+    job: Job, card: Card, *, global_batch: int | None = None, refusal: Refusal = _takes_all
+) -> Proposal:
     """The fastest layout of `job` on its ranks that fits the card. `ConfigError` if no layout gives
-    this global batch.
+    this global batch, or the run refuses all that do.
     """
     found = [predict(laid, card) for laid in layouts(job, global_batch=global_batch)]
     if not found:
@@ -171,18 +172,26 @@ def propose(job: Job, card: Card, *, global_batch: int | None = None) -> Proposa
             f" of {job.global_batch if global_batch is None else global_batch}; choose a multiple"
             " of the data ranks, or fewer gpus"
         )
-    return Proposal(_fastest(found), min(found, key=lambda item: item.reserved), len(found))
+    smallest = _first(sorted(found, key=lambda item: item.reserved), refusal)
+    if smallest is None:
+        raise ConfigError(f"this run takes no layout of {job.ranks} ranks: {refusal(found[0].job)}")
+    return Proposal(_fastest(found, refusal), smallest, len(found))
 
 
-def _fastest(found: Sequence[Prediction]) -> Prediction | None:
+def _fastest(found: Iterable[Prediction], refusal: Refusal) -> Prediction | None:
     """Of those that fit."""
     fitting = [prediction for prediction in found if prediction.fits]
-    return min(
-        fitting, key=lambda item: (round(item.seconds_per_sample, 6), item.reserved), default=None
-    )
+    fitting.sort(key=lambda item: (round(item.seconds_per_sample, 6), item.reserved))
+    return _first(fitting, refusal)
 
 
-def enough_ranks(job: Job, card: Card, *, limit: int = 1024) -> Prediction | None:
+def _first(found: Iterable[Prediction], refusal: Refusal) -> Prediction | None:
+    return next((item for item in found if not refusal(item.job)), None)
+
+
+def enough_ranks(
+    job: Job, card: Card, *, limit: int = 1024, refusal: Refusal = _takes_all
+) -> Prediction | None:
     """The fewest ranks, doubling, on which some layout fits, the global batch growing where it
     must; None up to `limit`.
     """
@@ -192,6 +201,6 @@ def enough_ranks(job: Job, card: Card, *, limit: int = 1024) -> Prediction | Non
         wider = replace(job, ranks=ranks, shard=1, context=1, accumulation=1)
         batches = [ranks // context * job.batch for context in _contexts(wider) if context <= 16]
         spread = [laid for batch in batches for laid in layouts(wider, global_batch=batch)]
-        if (best := _fastest([predict(laid, card) for laid in spread])) is not None:
+        if (best := _fastest((predict(laid, card) for laid in spread), refusal)) is not None:
             return best
     return None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -35,41 +35,32 @@ def parameter_shapes(config: WanConfig) -> tuple[tuple[str, tuple[int, ...]], ..
         )
 
 
-@cache
-def _elements(config: WanConfig, shard: int, part: str) -> int:
-    shapes = [
-        shape
-        for name, shape in parameter_shapes(config)
-        if part == "all" or name.startswith("blocks.") == (part == "blocks")
-    ]
-    return sum(-(-shape[0] // shard) * math.prod(shape[1:]) for shape in shapes)
+class Numbers(NamedTuple):
+    """Parameters of a network on rank 0 of the ranks that share them."""
+
+    all: int = 0
+    blocks: int = 0
+    rounded: int = 0  # in e4m3 where it is frozen and rounded,
+    rows: int = 0  # and the rows of those, which have a scale each
+    coded: int = 0  # with moments in 8-bit codes where it is trained so,
+    scales: int = 0  # and the blocks of those, which have a scale each
+    largest: int = 0  # of one tensor
 
 
 @cache
-def _rounded(config: WanConfig, shard: int) -> tuple[int, int]:
-    """Weights that a rounded frozen network keeps in e4m3 on rank 0 of `shard` ranks, and their
-    rows.
-    """
-    shapes = [
-        shape
-        for name, shape in parameter_shapes(config)
-        if name.startswith("blocks.") and len(shape) == 2 and fits(shape)
-    ]
-    rows = [-(-shape[0] // shard) for shape in shapes]
-    return sum(n * shape[1] for n, shape in zip(rows, shapes, strict=True)), sum(rows)
-
-
-@cache
-def _coded(config: WanConfig, shard: int) -> tuple[int, int]:
-    """Trained numbers whose moments are 8-bit codes on rank 0 of `shard` ranks, and blocks that
-    share a scale.
-    """
-    sizes = [
-        (-(-shape[0] // shard) * math.prod(shape[1:]), math.gcd(shape[-1], BLOCK))
-        for _, shape in parameter_shapes(config)
-        if len(shape) > 1 and math.gcd(shape[-1], BLOCK) >= SMALLEST_BLOCK
-    ]
-    return sum(size for size, _ in sizes), sum(size // block for size, block in sizes)
+def numbers(config: WanConfig, shard: int = 1) -> Numbers:
+    """FSDP2 cuts every tensor along its first axis: [1, 6, E] stays whole on rank 0."""
+    total = Numbers()
+    for name, shape in parameter_shapes(config):
+        rows, group = -(-shape[0] // shard), math.gcd(shape[-1], BLOCK)
+        count, inside = rows * math.prod(shape[1:]), name.startswith("blocks.")
+        linear = inside and len(shape) == 2 and fits(shape)
+        coded = len(shape) > 1 and group >= SMALLEST_BLOCK
+        own = (count, inside * count, linear * count, linear * rows)
+        own += (coded * count, coded * (count // group))
+        sums = [a + b for a, b in zip(total, own, strict=False)]
+        total = Numbers(*sums, largest=max(total.largest, count))
+    return total
 
 
 @dataclass(frozen=True)
@@ -82,6 +73,7 @@ class NetPlan:
     averaged: bool = False  # it has an EMA
     recompute: Mode = "none"  # `sac_config.mode`, of a trained network
     recompute_every: int = 1  # `sac_config.every_n_blocks`
+    keep_last: int = 0  # `sac_config.keep_last_blocks`
     # of the low-rank adapters on `layers`, which are trained in place of the weights; 0 = none
     rank: int = 0
     layers: tuple[str, ...] = ()
@@ -96,29 +88,9 @@ class NetPlan:
             )
 
     def elements(self, *, shard: int = 1, part: Literal["all", "blocks", "root"] = "all") -> int:
-        """Parameters on rank 0 of `shard` ranks. FSDP2 cuts every tensor along its first axis: [1,
-        6, E] stays whole on rank 0.
-        """
-        return _elements(self.config, shard, part)
-
-    def rounded(self, *, shard: int = 1) -> tuple[int, int]:
-        """As `elements`, of what is e4m3 where a frozen network is rounded, and its rows."""
-        return _rounded(self.config, shard)
-
-    def moment_bytes(self, *, shard: int, wide: int) -> float:
-        """Both moments on rank 0; `wide`: bytes of a number in full precision."""
-        count = self.trained_elements(shard=shard)
-        if self.states in ("int8", "float8") and not self.rank:
-            coded, blocks = _coded(self.config, shard)
-            return 2.0 * (coded + 4 * blocks + wide * (count - coded))
-        if self.states in ("int8", "float8"):  # factors have a few blocks per row
-            return 2.0 * count * (1 + 4 / math.gcd(self.rank, BLOCK))
-        return 2.0 * count * (2 if self.states == "bfloat16" else wide)
-
-    @property
-    def largest(self) -> int:
-        """Numbers of the largest tensor."""
-        return max(math.prod(shape) for _, shape in parameter_shapes(self.config))
+        """Parameters on rank 0 of `shard` ranks, of the blocks, or of what lies outside them."""
+        found = numbers(self.config, shard)
+        return {"all": found.all, "blocks": found.blocks, "root": found.all - found.blocks}[part]
 
     def trained_elements(self, *, shard: int = 1) -> int:
         """As `elements`, of what is trained."""
@@ -134,13 +106,13 @@ class NetPlan:
     @property
     def trained_block(self) -> int:
         """What is trained of one block."""
-        return (
-            self.trained_elements() // self.config.num_layers if self.rank else self.block_elements
-        )
+        adapters = self.trained_elements() // self.config.num_layers
+        return adapters if self.rank else self.block_elements
 
     def is_recomputed(self, block: int) -> bool:
         """Whether this block runs again in the backward pass."""
-        return self.recompute != "none" and block % self.recompute_every == 0
+        reached = block < self.config.num_layers - self.keep_last
+        return self.recompute != "none" and reached and block % self.recompute_every == 0
 
     @property
     def recomputed_blocks(self) -> int:
@@ -236,38 +208,26 @@ class Job:
         """Samples per update."""
         return self.data_ranks * self.batch * self.accumulation
 
-    def shards_of(self, net: NetPlan) -> int:
-        """Ranks over which FSDP2 spreads `net`; 0 where it does not wrap it (see
-        `rcm.parallel.apply`).
-        """
+    def is_wrapped(self, net: NetPlan) -> bool:
+        """Whether FSDP2 wraps `net` (see `rcm.parallel.apply`)."""
         mixed = not self.param_bytes == self.compute_bytes == self.reduce_bytes
-        wrapped = net.trained and (mixed or self.host_parameters)
-        return self.shard_ranks if self.ranks > 1 or wrapped else 0
-
-    def stored(self, net: NetPlan) -> int:
-        """Parameters of `net` on rank 0."""
-        return net.elements(shard=max(1, self.shards_of(net)))
+        return self.ranks > 1 or (net.trained and (mixed or self.host_parameters))
 
     def is_rounded(self, net: NetPlan) -> bool:
         """Whether the blocks' weights of `net` are e4m3."""
         return self.frozen_weights != "compute" and not (net.trained or net.base)
 
-    def compute_size(self, net: NetPlan, *, shard: int = 1, blocks: int | None = None) -> float:
-        """Bytes of `net` as frozen networks are stored and as FSDP2 gathers any, of rank 0 of
-        `shard` ranks. `blocks`: of that many blocks alone, whole.
-        """
-        layers = net.config.num_layers
-        of_blocks = 1.0 if blocks is None else blocks / layers
-        count = net.elements(shard=shard, part="blocks" if blocks is not None else "all")
-        size = self.compute_bytes * count * of_blocks
-        if not self.is_rounded(net):
-            return size
-        rounded, rows = net.rounded(shard=shard)
-        return size + ((1 - self.compute_bytes) * rounded + 4 * rows) * of_blocks
+    def lives_on_host(self, net: NetPlan) -> bool:
+        """Whether `net` comes to the card block by block."""
+        return self.host_parameters and net.trained
+
+    def stored(self, net: NetPlan) -> Numbers:
+        """Parameters of `net` on rank 0."""
+        return numbers(net.config, self.shard_ranks)
 
     def trained(self, net: NetPlan) -> int:
         """What is trained of `net` on rank 0."""
-        return net.trained_elements(shard=max(1, self.shards_of(net)))
+        return net.trained_elements(shard=self.shard_ranks)
 
     def with_recompute(self, mode: Mode) -> Job:
         """The same job with this recomputation in every trained network."""

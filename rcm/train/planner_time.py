@@ -14,8 +14,8 @@ from rcm.nets.layout import TokenLayout
 from rcm.nets.wan.adapters import adapter_elements
 from rcm.nets.wan.config import WanConfig
 from rcm.train.planner_card import Card
-from rcm.train.planner_job import Job, NetPlan, Pass, PhasePlan, visible_pairs
-from rcm.train.planner_memory import average_bytes, moment_bytes, weight_terms
+from rcm.train.planner_job import Job, NetPlan, Pass, PhasePlan, numbers, visible_pairs
+from rcm.train.planner_memory import compute_size, held_terms, total
 
 ELEMENTWISE_ROWS = 25
 """E-wide rows that the fused elementwise kernels of a block read and write per token, beside two
@@ -25,8 +25,27 @@ H-wide ones.
 HOST_MEMORY = 150e9
 """Bytes/s of a machine's host memory in an update there, assumed."""
 
-BACKWARD_ATTENTION = 2.5
-"""Matrix products of attention's backward pass over those of its forward: five against two."""
+
+class Times(NamedTuple):
+    """A pass in units of one forward."""
+
+    linear: float  # linear layers and cross-attention
+    attention: float
+    backward: float  # attention's own: five matrix products against two
+    rows: float  # elementwise traffic
+    exchanges: float  # of context parallelism
+    launches: float
+
+
+TIMES = {
+    "infer": Times(1, 1, 0, 1, 1, 1),
+    "tangent": Times(2, 3, 0, 2, 2, 1),  # attention: six products of two
+    "train": Times(3, 1, 2.5, 3, 2, 3),
+}
+
+AGAIN = {"none": (0, 0), "mm_only": (0, 0), "block_wise": (1, 1)}
+AGAIN |= {"block_wise_keep_attention": (1, 0), "block_wise_keep_attention_mlp": (1, 0)}
+"""Forwards of linear layers and of attention that a recomputed block adds."""
 
 
 class Work(NamedTuple):
@@ -45,32 +64,23 @@ def forward_work(config: WanConfig, layout: TokenLayout) -> Work:
     return Work(scale * linear, scale * 4.0 * pairs * width, scale * 4.0 * tokens * text * width)
 
 
-class _Multiples(NamedTuple):
-    """A pass in units of one forward."""
-
-    linear: float  # linear layers and cross-attention
-    attention: float
-    backward: float  # attention's own
-    rows: float  # elementwise traffic
-    exchanges: float  # of context parallelism
-    launches: float
-
-
-def _multiples(net: NetPlan, step: Pass, layout: TokenLayout) -> _Multiples:
+def _times(net: NetPlan, step: Pass, layout: TokenLayout) -> Times:
+    once = TIMES[step.mode]
+    if step.mode == "tangent":  # four products where the keys are constant
+        own = visible_pairs(layout, first_key=layout.context_tokens) / visible_pairs(layout)
+        return once._replace(attention=once.attention - (1 - own))
     if step.mode == "infer":
-        return _Multiples(1, 1, 0, 1, 1, 1)
-    if step.mode == "tangent":  # attention: six products of two, four where the keys are constant
-        constant = 1 - visible_pairs(layout, first_key=layout.context_tokens) / visible_pairs(
-            layout
-        )
-        return _Multiples(2, 3 - constant, 0, 2, 2, 1)
-    again = net.recomputed_blocks / net.config.num_layers
-    # of the MLP's products
-    second = net.config.ffn_dim / (6 * net.config.dim + 2 * net.config.ffn_dim)
-    kept = second if net.recompute.endswith("_mlp") else 0
-    linear = 3 + again * net.recompute.startswith("block_wise") * (1 - kept)
-    attention = 1 + again * (net.recompute == "block_wise")
-    return _Multiples(linear, attention, BACKWARD_ATTENTION, 3 + again, 2 + again, 3)
+        return once
+    again, config = net.recomputed_blocks / net.config.num_layers, net.config
+    linear, attention = AGAIN[net.recompute]
+    if net.recompute.endswith("_mlp"):  # less the second product of the MLP
+        linear -= config.ffn_dim / (6 * config.dim + 2 * config.ffn_dim)
+    return once._replace(
+        linear=once.linear + again * linear,
+        attention=once.attention + again * attention,
+        rows=once.rows + again,
+        exchanges=once.exchanges + again,
+    )
 
 
 class Cost(NamedTuple):
@@ -90,36 +100,40 @@ def pass_cost(job: Job, card: Card, step: Pass) -> Cost:
     config, gathering = net.config, _gathering(job, card, net, step)
     rate = card.attention_tangent if step.mode == "tangent" else card.attention
     # no gradient of the weights themselves
-    frozen = step.mode == "train" and (bool(net.rank) or step.inputs)
-    # of tokens, not of the text
-    own = [layer for layer in net.layers if layer not in ("cross_attn.k", "cross_attn.v")]
-    # forward passes add factors to weights, which costs no token anything; of the backward pass
-    # each factor's gradient is two products
-    adapted = frozen and not step.inputs
-    factors = 4 * adapter_elements(own, config, rank=net.rank) if adapted else 0
+    frozen = step.mode == "train" and (net.rank > 0 or step.inputs)
+    factors = 0 if step.inputs or step.mode != "train" else _factors(net)
     repeats = step.repeats or (1.0,) * len(step.layouts)
     for index, (layout, runs) in enumerate(zip(step.layouts, repeats, strict=True)):
         count = runs * step.runs(index, config.num_layers) / config.num_layers
-        work, times = forward_work(config, layout), _multiples(net, step, layout)
+        work, times = forward_work(config, layout), _times(net, step, layout)
         products = (times.linear - frozen) * work.linear + factors * layout.num_tokens
-        dense = products + times.linear * work.cross
-        flops += count * job.batch * (dense + (times.attention + times.backward) * work.attention)
-        attention = work.attention / (1.0 if layout.mask.is_full else card.masked)
-        seconds = products / card.matmul + times.linear * work.cross / card.attention
-        seconds += attention * (times.attention / rate + times.backward / card.attention_backward)
+        cross, attention = times.linear * work.cross, times.attention * work.attention
+        back = times.backward * work.attention
+        flops += count * job.batch * (products + cross + attention + back)
+        masked = 1.0 if layout.mask.is_full else card.masked
         # norms, rotations, gates and GELU
         rows = layout.num_tokens * (ELEMENTWISE_ROWS * config.dim + 2 * config.ffn_dim)
         traffic = times.rows * config.num_layers * rows * job.compute_bytes
-        seconds = share * (seconds + traffic / card.bandwidth) + _widening(job, card, net)
+        seconds = products / card.matmul + cross / card.attention + traffic / card.bandwidth
+        seconds += attention / (masked * rate) + back / (masked * card.attention_backward)
+        seconds = share * seconds + _widening(job, card, net)
         seconds = max(seconds, times.launches * config.num_layers * card.launch, gathering)
         total += count * (seconds + times.exchanges * _exchanging(job, card, net, layout))
     return Cost(flops, total)
 
 
+def _factors(net: NetPlan) -> int:
+    """FLOPs per token of the gradients of low-rank factors, two products each; forward passes add
+    factors to weights, which costs no token anything. Layers of the text have few tokens.
+    """
+    own = [layer for layer in net.layers if layer not in ("cross_attn.k", "cross_attn.v")]
+    return 4 * adapter_elements(own, net.config, rank=net.rank) if net.rank else 0
+
+
 def _widening(job: Job, card: Card, net: NetPlan) -> float:
     """Of weights in e4m3 for one forward: each is read, written wide, scaled in place, and read."""
     wide = job.is_rounded(net) and job.frozen_weights == "fp8_storage"
-    return wide * net.rounded()[0] * (1 + 3 * job.compute_bytes) / card.bandwidth
+    return wide * numbers(net.config).rounded * (1 + 3 * job.compute_bytes) / card.bandwidth
 
 
 def _speed(card: Card, ranks: int) -> float:
@@ -128,19 +142,15 @@ def _speed(card: Card, ranks: int) -> float:
 
 def _gathering(job: Job, card: Card, net: NetPlan, step: Pass) -> float:
     """FSDP2's traffic of one forward (and backward): every block gathered, again for the backward,
-    its gradients scattered.
+    its gradients scattered; from the host, where it lives there.
     """
-    ranks = max(1, job.shards_of(net))
-    training = step.mode == "train"
-    reduced = training and not step.inputs
-    moved = (
-        job.compute_size(net) * (1 + training) + job.reduce_bytes * net.trained_elements() * reduced
-    )
-    between = moved * (ranks - 1) / ranks / _speed(card, ranks)
-    if not (job.host_parameters and net.trained):
-        return between
+    ranks, training, whole = job.shard_ranks, step.mode == "train", numbers(net.config)
+    reduced = job.reduce_bytes * (training and not step.inputs)
+    moved = compute_size(job, net, whole.all, of=whole) * (1 + training)
+    moved += reduced * net.trained_elements()
     crossing = job.param_bytes * (1 + training) + job.reduce_bytes * training
-    return between + crossing * job.stored(net) / card.host
+    crossing *= job.stored(net).all * job.lives_on_host(net)
+    return moved * (ranks - 1) / ranks / _speed(card, ranks) + crossing / card.host
 
 
 def _exchanging(job: Job, card: Card, net: NetPlan, layout: TokenLayout) -> float:
@@ -158,12 +168,8 @@ def update_seconds(job: Job, card: Card, phase: PhasePlan) -> float:
     touched = job.trained(net) * job.param_bytes * (7 + 3 * net.averaged)
     if job.host_parameters:  # all ranks of a machine share its memory's speed
         return touched * min(job.ranks, card.node) / HOST_MEMORY
-    inside = touched / card.bandwidth
-    if not job.host_states:
-        return inside
-    return max(
-        inside, (moment_bytes(job, net) + net.averaged * average_bytes(job, net)) / card.host
-    )
+    passing = total(held_terms(job, "host", {phase.role})) / card.host
+    return max(touched / card.bandwidth, passing)
 
 
 def moving_seconds(job: Job, card: Card, phase: PhasePlan) -> float:
@@ -171,17 +177,9 @@ def moving_seconds(job: Job, card: Card, phase: PhasePlan) -> float:
     comes and goes when the turn passes to it, for it was changed; others come for each micro-batch
     as often as another one computed in between.
     """
-    if not job.idle_roles:
-        return 0.0
-    sizes = {
-        net.role: 0.0
-        if net.trained and job.host_parameters
-        else sum(term.bytes for term in weight_terms(job, net))
-        for net in job.nets
-    }
-    turns = min(other.share for other in job.phases) / phase.share
-    moved = 2 * turns * sizes[phase.role] if len(job.phases) > 1 else 0.0
-    present = phase.role
+    sizes = {net.role: total(held_terms(job, "turn", {net.role})) for net in job.nets}
+    turns = min(other.share for other in job.phases) / phase.share * (len(job.phases) > 1)
+    moved, present = 2 * turns * sizes[phase.role], phase.role
     for step in phase.passes:
         if step.role not in (phase.role, present):
             moved += job.accumulation * sizes[step.role]

@@ -10,11 +10,12 @@ from rcm.configs import registry_distill
 from rcm.configs.compose import compose_run
 from rcm.configs.network import parameter_count
 from rcm.configs.plan_job import plan_job
+from rcm.configs.plan_search import words_of
 from rcm.configs.schema_model import SACConfig
 from rcm.train.planner import predict
 from rcm.train.planner_card import H200
 from scripts import bench_memory
-from scripts.plan import keys_of, main
+from scripts.plan import main
 
 SCM = "experiment=causal_wan2pt1_1pt3B_res480p_t2v_tf_scm_c3-3"
 
@@ -71,7 +72,7 @@ def test_proposed_keys_undo_a_choice_of_blocks_that_would_have_no_effect(capsys)
     assert main([*words, "--as-is"]) == 0
     assert "recompute block_wise (2 of 4 blocks)" in capsys.readouterr().out
     job = plan_job(compose_run(words), ranks=1)
-    keys = keys_of(predict(job.with_recompute("none"), H200))
+    keys = words_of((), job.with_recompute("none"))
     assert compose_run([*words, *keys]).config.model.config.net.sac_config == SACConfig("none", 1)
 
 

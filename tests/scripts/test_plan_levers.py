@@ -24,7 +24,7 @@ from rcm.train.optim import AdamWConfig
 from rcm.train.planner import predict, propose
 from rcm.train.planner_card import GIB, card
 from rcm.train.planner_job import Job, NetPlan, PhasePlan
-from rcm.train.planner_memory import host_bytes, moment_bytes, state_terms, weight_terms
+from rcm.train.planner_memory import held_terms, host_bytes, moment_bytes, total
 from scripts import bench_memory
 from scripts.plan import main
 from tests.scripts.test_plan import small
@@ -62,24 +62,24 @@ def test_rounded_weights_take_what_the_network_holds() -> None:
     round_linears_(net, "fp8_storage")
     found = sum(p.nbytes for p in net.parameters())
     plan = job(frozen_weights="fp8_storage")
-    assert [term.bytes for term in weight_terms(plan, plan.net("teacher"))] == [found]
+    assert total(held_terms(plan, "card", {"teacher"})) == found
     full = NetPlan("teacher", PRESETS["14B"], False)
     plain, rounded = (Job("j", (full,), (), 1, frozen_weights=w) for w in ("compute", "fp8_storage"))
-    assert 0.5 < rounded.compute_size(full) / plain.compute_size(full) < 0.53
+    assert 0.5 < total(held_terms(rounded, "card")) / total(held_terms(plain, "card")) < 0.53
 
 
 def test_what_waits_on_the_host_is_not_on_the_card() -> None:
     plain = job()
     count = plain.net("student").elements()
-    names = {term.name: term.bytes for term in state_terms(plain)}
+    names = {term.name: term.bytes for term in held_terms(plain, "card")}
     assert host_bytes(plain) == 0 and sum(names.values()) == 18 * count
     away = job(host_states=True)
-    assert sum(term.bytes for term in state_terms(away)) == 6 * count and host_bytes(away) == 12 * count
+    assert total(held_terms(away, "card")) == 6 * count and host_bytes(away) == 12 * count
     idle = job(idle_roles=True)
-    assert {term.name for term in state_terms(idle)} == {"student optimiser", "student average"}
+    assert {term.name for term in held_terms(idle, "card")} == {"student optimiser", "student average"}
     assert host_bytes(idle) == 6 * count
     lives = job(host_parameters=True)
-    assert {term.name for term in state_terms(lives)} == {"teacher weights"}
+    assert {term.name for term in held_terms(lives, "card")} == {"teacher weights"}
     assert host_bytes(lives) == (4 + 12 + 4) * count
 
 

@@ -24,7 +24,7 @@ from rcm.train.memory_trace import MemoryTrace
 from rcm.train.planner import predict
 from rcm.train.planner_card import H200
 from rcm.train.planner_job import Job, NetPlan, Pass, PhasePlan, parameter_shapes
-from rcm.train.planner_memory import gradient_terms, state_terms
+from rcm.train.planner_memory import gradient_terms, held_terms
 from tests.support.weightless import silence_kernels, traced_peak
 
 SMALL = "causal_wan2pt1_1pt3B_res480p_t2v_"
@@ -115,7 +115,7 @@ def test_parameter_bytes_are_exact(preset, count, shard):
     assert net.elements() == count and net.elements(shard=shard) == first
     assert net.elements(part="blocks") + net.elements(part="root") == count
     job = Job("job", (net, replace(net, role="teacher", trained=False)), (), 1, ranks=2 * shard, shard=shard)
-    sizes = [term.bytes for term in state_terms(job)]
+    sizes = [term.bytes for term in held_terms(job, "card")]
     assert sizes == [4 * first, 8 * first, 4 * first, 2 * first]
 
 
@@ -127,7 +127,7 @@ def test_adapters_lie_on_one_base():
     rank, (dim, hidden) = job.net("student").rank, (5120, 13824)
     factors = 40 * rank * (8 * 2 * dim + 2 * (dim + hidden))
     assert rank and job.net("student").trained_elements() == factors
-    found = {term.name: term.bytes for term in state_terms(job)}
+    found = {term.name: term.bytes for term in held_terms(job, "card")}
     assert found.pop("student weights") == 2 * 14_288_491_584
     assert found == {
         "student adapters": 4 * factors,
