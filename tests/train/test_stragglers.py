@@ -87,6 +87,26 @@ def test_it_is_said_once_in_a_row_of_comparisons_and_when_it_is_over(told: io.St
     assert "INFO rank 1 (hostb cuda:1) keeps up again" in said[15]
 
 
+def test_saving_counts_as_its_mean_since_the_start() -> None:
+    """A save of 8 s in the second of four iterations, none later: 4, then 2 s an iteration."""
+    figures: list[list[float]] = []
+
+    def gather(mine: list[float]) -> torch.Tensor:
+        figures.append(mine)
+        return row(*mine).view(1, 4)
+
+    now, own = [0.0], OwnTime(clock=lambda: now[0])
+    watch = Stragglers(own, every=2, device=torch.device("cpu"), probe=lambda: 1.0, gather=gather, clock=lambda: now[0])
+    watch.started(at(0))
+    for iteration in range(1, 5):
+        now[0] += 2
+        if iteration == 2:
+            with own.counted("checkpoint"):
+                now[0] += 8
+        watch.stepped(at(iteration), is_main=True)
+    assert figures == [[6.0, 0.0, 4.0, 1.0], [2.0, 0.0, 2.0, 1.0]]
+
+
 def test_settings() -> None:
     with pytest.raises(ValueError, match=r"stragglers.percent=5.0 has no effect while its every_n=0"):
         CallbacksConfig(stragglers=CallbacksConfig().stragglers.__class__(percent=5.0))
