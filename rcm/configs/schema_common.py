@@ -34,6 +34,7 @@ AttentionBackendName = Literal[
     "flex_flash",
     "flash2",
     "flash3",
+    "flash4",
     "magi",
     "te",
 ]

@@ -21,7 +21,7 @@ from rcm.kernels.masks import MaskSpec
 from rcm.nets.attention_auto import Auto, Fused
 from rcm.nets.attention_dense import SDPA, Cudnn, Reference
 from rcm.nets.attention_flex import Flex
-from rcm.nets.attention_packages import Flash2, Flash3, Magi, TransformerEngine
+from rcm.nets.attention_packages import Flash2, Flash3, Flash4, Magi, TransformerEngine
 
 ENVIRONMENT_KEY = "RCM_ATTENTION_BACKEND"
 
@@ -50,6 +50,7 @@ BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
     "flex_flash": partial(Flex, "flash"),
     "flash2": Flash2,
     "flash3": Flash3,
+    "flash4": Flash4,
     "magi": Magi,
     "te": TransformerEngine,
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 from rcm.core.dual import in_dual_level
 from rcm.core.errors import ConfigError
 from rcm.kernels.masks import MaskSpec
-from rcm.nets.attention_packages import require_package
+from rcm.nets.attention_packages import FLASH4_HINT, require_package
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -43,14 +43,7 @@ class Flex:
                 " to auto, triton or flash"
             )
         if kernel == "flash":
-            require_package(
-                "flex_flash",
-                "flash_attn.cute",
-                hint=(
-                    "pip install flash-attn-4 (FlashAttention-4, needs compute capability 9.0 or"
-                    " higher)"
-                ),
-            )
+            require_package("flex_flash", "flash_attn.cute", hint=FLASH4_HINT)
         self.kernel = kernel
         self.name = "flex" if kernel == "auto" else f"flex_{kernel}"
 

@@ -17,13 +17,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rcm.core.errors import ConfigError
+from rcm.core.errors import ConfigError, first_line
 from rcm.kernels.masks import Full, MaskSpec
 from rcm.nets.attention_dense import by_segment
 
 CHOOSE = (
     "choose attention_backend / RCM_ATTENTION_BACKEND from auto, triton, cudnn, sdpa, reference"
 )
+
+
+FLASH4_HINT = "pip install --pre 'flash-attn-4[cu13]' (needs compute capability 9.0 or higher)"
 
 
 def require_package(backend: str, module: str, *, hint: str) -> None:
@@ -34,11 +37,20 @@ def require_package(backend: str, module: str, *, hint: str) -> None:
         found = importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # a parent package is missing
         found = False
+    except (ImportError, OSError) as error:
+        raise _does_not_load(backend, module, error) from error
     if not found:
         raise ConfigError(
             f"attention backend '{backend}' is not available: {module} is not installed: {hint}; or"
             f" {CHOOSE}"
         )
+
+
+def _does_not_load(backend: str, module: str, error: BaseException) -> ConfigError:
+    return ConfigError(
+        f"attention backend '{backend}' is not available: {module} is installed but does not load"
+        f" ({first_line(error)}): install a build for torch {torch.__version__}; or {CHOOSE}"
+    )
 
 
 class _Package:
@@ -59,7 +71,10 @@ class _Package:
                 f"attention backend '{self.name}' needs bfloat16 or float16, got {q.dtype}; set"
                 f" precision, or {CHOOSE}"
             )
-        return importlib.import_module(self.module)
+        try:
+            return importlib.import_module(self.module)
+        except (ImportError, OSError) as error:
+            raise _does_not_load(self.name, self.module, error) from error
 
 
 class Flash2(_Package):
@@ -67,7 +82,8 @@ class Flash2(_Package):
     queries with equal keys.
     """
 
-    name, module = "flash2", "flash_attn"
+    # not "flash_attn" itself, which FlashAttention-4 alone leaves as a folder without functions
+    name, module = "flash2", "flash_attn.flash_attn_interface"
     hint = "pip install 'rcm[flash]' (flash-attn 2, built from source, needs CUDA)"
 
     def __call__(
@@ -90,6 +106,15 @@ class Flash3(Flash2):
 
     name, module = "flash3", "flash_attn_interface"
     hint = "build FlashAttention-3 (the folder hopper/ of its sources), needs sm90"
+
+
+class Flash4(Flash2):
+    """FlashAttention-4, `flash_attn.cute.flash_attn_func` (CuTe DSL, compute capability 9.0 and
+    later), in the same calls; compiles at the first call of each kind, some seconds.
+    """
+
+    name, module = "flash4", "flash_attn.cute"
+    hint = FLASH4_HINT
 
 
 class Magi(_Package):

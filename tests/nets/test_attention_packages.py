@@ -28,11 +28,12 @@ MASKS = {
     "forced window": TeacherForcing(pattern("c1-1"), 4, 3, window=2, sinks=1),
 }
 INSTALL = {
-    "flash2": "flash_attn is not installed: pip install 'rcm\\[flash\\]'",
+    "flash2": "flash_attn.flash_attn_interface is not installed: pip install 'rcm\\[flash\\]'",
     "flash3": "flash_attn_interface is not installed: build FlashAttention-3",
+    "flash4": "flash_attn.cute is not installed: pip install --pre 'flash-attn-4\\[cu13\\]'",
     "magi": "magi_attention.api is not installed: build MagiAttention",
     "te": "transformer_engine.pytorch is not installed: pip install 'rcm\\[te\\]'",
-    "flex_flash": "flash_attn.cute is not installed: pip install flash-attn-4",
+    "flex_flash": "flash_attn.cute is not installed: pip install --pre 'flash-attn-4\\[cu13\\]'",
 }
 
 
@@ -59,6 +60,14 @@ def flash3_func(
 
 def flash3_func_with_lse(q, k, v, softmax_scale=None, causal=False, deterministic=False):
     return flash3_func(q, k, v, softmax_scale), torch.zeros(1)
+
+
+def flash4_func(
+    q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None,
+    softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, mask_mod=None, return_lse=False,
+):  # fmt: skip
+    assert not causal
+    return dense(q, k, v, softmax_scale), None
 
 
 def ranged(q, k, v, q_ranges, k_ranges, attn_type_map, softmax_scale):
@@ -103,9 +112,10 @@ class DotProductAttention(nn.Module):
 
 
 STAND_INS = {
-    "flash2": ("flash2", {"flash_attn": {"flash_attn_func": flash_attn_func}}),
+    "flash2": ("flash2", {"flash_attn": {}, "flash_attn.flash_attn_interface": {"flash_attn_func": flash_attn_func}}),
     "flash3": ("flash3", {"flash_attn_interface": {"flash_attn_func": flash3_func}}),
     "flash3 with lse": ("flash3", {"flash_attn_interface": {"flash_attn_func": flash3_func_with_lse}}),
+    "flash4": ("flash4", {"flash_attn": {}, "flash_attn.cute": {"flash_attn_func": flash4_func}}),
     "magi 1.0.5": ("magi", {"magi_attention": {}, "magi_attention.api": {"flex_flash_attn_func": flex_flash_attn_func_105}}),
     "magi 1.0.3": ("magi", {"magi_attention": {}, "magi_attention.api": {"flex_flash_attn_func": flex_flash_attn_func_103}}),
     "te": ("te", {"transformer_engine": {}, "transformer_engine.pytorch": {"DotProductAttention": DotProductAttention}}),
@@ -149,3 +159,35 @@ def test_bindings_refuse_other_dtypes(backend):
 def test_missing_packages_say_what_to_install(name):
     with pytest.raises(ConfigError, match=f"attention backend '{name}' is not available: {INSTALL[name]}.*; or choose attention_backend"):
         resolve(name)
+
+
+@pytest.fixture
+def fresh():
+    """None of FlashAttention's modules imported, before and after."""
+
+    def forget():
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("flash_attn", "flash_attn_interface")]:
+            del sys.modules[name]
+
+    forget()
+    yield
+    forget()
+
+
+def test_flash4_alone_is_not_flash2(tmp_path, monkeypatch, fresh):
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    resolve("flash4")
+    with pytest.raises(ConfigError, match="flash_attn.flash_attn_interface is not installed"):
+        resolve("flash2")
+
+
+@pytest.mark.parametrize(("name", "module"), [("flash2", "flash_attn/__init__.py"), ("flash3", "flash_attn_interface.py")])
+def test_a_package_that_does_not_load_says_for_which_torch_to_build_it(name, module, tmp_path, monkeypatch, fresh):
+    (tmp_path / module).parent.mkdir(exist_ok=True)
+    (tmp_path / module).write_text("raise ImportError('libcudart.so.12: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    q = torch.zeros(1, 4, 1, 8).half()
+    with pytest.raises(ConfigError, match=r"does not load \(ImportError: libcudart.so.12.*\): install a build for torch .*; or choose"):
+        resolve(name)(q, q, q, mask=None, scale=1.0)
