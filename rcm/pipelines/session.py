@@ -68,7 +68,7 @@ class Session:
         prefix: Tensor | None = None,
     ) -> None:
         self.spec, self.device = spec, torch.device(device)
-        self._loop: ChunkLoop | None = None
+        self._loop: ChunkLoop
         self._lane: DecodeLane | None = None
         self._user = threading.RLock()
         group = denoiser.group if denoiser.num_ranks > 1 else None
@@ -286,9 +286,7 @@ class Session:
             self._ahead = self._pending = self._prefix = None
 
     def num_bytes(self) -> int:
-        """Bytes that the stream holds on the device beside the weights, as far as it allocated them
-        itself: cache and decoder.
-        """
+        """Bytes that the stream itself allocated on the device: cache and decoder."""
         held = sum(cache.num_bytes() for cache in self._loop.cache.branches)
         return held + (0 if self._lane is None else self._lane.num_bytes())
 
@@ -316,13 +314,15 @@ class Session:
 
     def _denoised(self, block: int) -> Tensor:
         plan = self.spec.recipe.plan(block, prefix_blocks=self._given)
-        last = self.spec.ends_with(block)
-        result = self._loop.denoise(plan, self._steering.cond, keep=not last)
+        last, coded = self.spec.ends_with(block), self.spec.kv_codec is not None
+        # a chunk sees its own codes in the step that leaves them, the last chunk, too
+        result = self._loop.denoise(plan, self._steering.cond, keep=coded or not last)
         self._pending = None if last else result
         return result.x0.float()
 
     def _given_block(self, block: int) -> Tensor:
         plan, t = self.spec.given_chunk(block, given=self._given)
+        assert self._prefix is not None
         x = self._prefix[:, :, plan.start : plan.stop]
         self._pending = (plan, x, t)
         return x.float()

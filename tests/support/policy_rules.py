@@ -36,15 +36,21 @@ def frames_of(pieces) -> int:
 
 
 class Window(Rule):
-    """Sliding window of the release: `window` cached blocks, `sinks` of them the first."""
+    """Sliding window of the release: `window` cached blocks, `sinks` of them the first. What falls
+    out of it is there until the next block is made.
+    """
 
     def __init__(self, window: int, sinks: int = 0):
         self.window, self.sinks = window, sinks
 
-    def after(self, branches, plan):
+    def before(self, branches, plan):
         for pieces in everywhere(branches):
             while len(pieces) > self.window:
                 del pieces[self.sinks]
+        return super().before(branches, plan)
+
+    def kept(self, pieces):
+        return min(self.sinks, len(pieces))
 
 
 class Rolling(Rule):
@@ -81,6 +87,9 @@ class Rolling(Rule):
             while len(pieces) > self.total + self.recent:
                 del pieces[self.total]
 
+    def kept(self, pieces):
+        return self.total if len(pieces) > self.total else min(self.sinks, len(pieces))
+
 
 class Infinity(Rule):
     def __init__(self, blocks, sinks, horizon, *, interval=0, delta=0, cuts=()):
@@ -100,10 +109,18 @@ class Infinity(Rule):
             while len(pieces) > (self.sinks + 1 if flush else self.blocks):
                 del pieces[self.sinks]
 
+    def kept(self, pieces):
+        return min(self.sinks, len(pieces))
+
 
 class Branchlike:
     def __init__(self, pieces):
         self.layers = [pieces]
+
+
+def within(pieces, frames):
+    """How many of the first pieces lie within so many frames."""
+    return sum(frames_of(pieces[: i + 1]) <= frames for i in range(len(pieces)))
 
 
 class Memory(Rule):
@@ -155,6 +172,9 @@ class Memory(Rule):
                     new.append(branch.stored(piece, layer))
                 pieces[low : low + len(old)] = new
 
+    def kept(self, pieces):
+        return within(pieces, self.sinks)
+
 
 class Compressed(Rule):
     turned = True
@@ -187,6 +207,9 @@ class Compressed(Rule):
                 pieces[:] = [branch.stored(p, layer) for p in new] + groups[2]
         self.sink_at, self.base = start - self.sinks, start
 
+    def kept(self, pieces):
+        return within(pieces, self.sinks)
+
 
 class Deep(Compressed):
     """Scores by explicit loops over queries, heads and keys' dot products."""
@@ -213,7 +236,10 @@ class Deep(Compressed):
             found.append(torch.tensor([sorted(row) for row in order]))
         return found
 
-    def after(self, branches, plan):
+    def forget(self, branches, frames):
+        self.queries = {key: q[:, : max(0, q.shape[1] - frames * S)] for key, q in self.queries.items()}
+
+    def again(self, branches):
         self.window = {}
         for branch in branches:
             for layer, (q, k) in branch.seen_by.items():
@@ -224,6 +250,9 @@ class Deep(Compressed):
                 whole = q if before is None else torch.cat([before, q], dim=1)
                 self.queries[id(branch), layer] = whole[:, -self.recent * S :]
                 self.window[id(branch), layer] = (self.queries[id(branch), layer], past)
+
+    def after(self, branches, plan):
+        self.again(branches)
         super().after(branches, plan)
 
     def delta(self, pick, start):
@@ -309,6 +338,9 @@ class Roles(Rule):
         for pieces in everywhere(branches):
             while len(pieces) > self.sinks + self.pool + self.tail:
                 del pieces[self.sinks]
+
+    def kept(self, pieces):
+        return min(self.sinks, len(pieces))
 
 
 class Thinned(Rule):

@@ -37,7 +37,7 @@ def spin(x: Tensor, where: tuple[Tensor, Tensor, Tensor], ntk: float = 1.0) -> T
 @dataclass(eq=False)
 class Piece:
     """A run of cached tokens of one layer: keys as stored, values, temporal positions [B, S], rows
-    and columns [B, S]; `seen` now.
+    and columns [B, S]; `seen` now. All that one block left: its number.
     """
 
     k: Tensor
@@ -46,9 +46,11 @@ class Piece:
     row: Tensor
     col: Tensor
     seen: bool = True
+    block: int | None = None
 
     def part(self, start: int, stop: int) -> Piece:
-        return replace(self, **{name: getattr(self, name)[:, start:stop] for name in ("k", "v", "t", "row", "col")})
+        parts = {name: getattr(self, name)[:, start:stop] for name in ("k", "v", "t", "row", "col")}
+        return replace(self, block=None, **parts)
 
     def take(self, index: Tensor) -> Piece:
         """Tokens `index` [B, L]."""
@@ -56,7 +58,7 @@ class Piece:
         def pick(x: Tensor) -> Tensor:
             return torch.stack([x[b, index[b]] for b in range(len(x))])
 
-        return replace(self, **{name: pick(getattr(self, name)) for name in ("k", "v", "t", "row", "col")})
+        return replace(self, block=None, **{name: pick(getattr(self, name)) for name in ("k", "v", "t", "row", "col")})
 
 
 def joined(pieces: list[Piece]) -> Piece:
@@ -67,12 +69,12 @@ def joined(pieces: list[Piece]) -> Piece:
 @dataclass
 class Branch:
     """What one branch has cached, per layer a list of pieces. `turned`: keys are stored rotated to
-    `t`.
+    `t`. `codecs`: of the ranks, each of which stores its heads by its own.
     """
 
     num_layers: int
     turned: bool
-    codec: object = None
+    codecs: tuple = ()
     ntk: float = 1.0
     layers: list[list[Piece]] = field(default_factory=list)
     seen_by: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -82,11 +84,14 @@ class Branch:
 
     def stored(self, piece: Piece, layer: int) -> Piece:
         """What comes back of a piece that is cached."""
-        if self.codec is None:
+        if not self.codecs:
             return piece
-        k = self.codec.decode(self.codec.encode(piece.k, side="key", layer=layer), side="key")
-        v = self.codec.decode(self.codec.encode(piece.v, side="value", layer=layer), side="value")
-        return replace(piece, k=k, v=v)
+        made = {}
+        for name, side in (("k", "key"), ("v", "value")):
+            heads = zip(self.codecs, getattr(piece, name).chunk(len(self.codecs), dim=2), strict=True)
+            blobs = [(codec, codec.encode(x.contiguous(), side=side, layer=layer)) for codec, x in heads]
+            made[name] = torch.cat([codec.decode(blob, side=side) for codec, blob in blobs], dim=2)
+        return replace(piece, **made)
 
     def rotated(self, piece: Piece) -> Tensor:
         return piece.k.double() if self.turned else spin(piece.k, (piece.t, piece.row, piece.col), self.ntk)
@@ -113,8 +118,8 @@ class Branch:
 class View:
     """The network's side of one pass of one branch."""
 
-    def __init__(self, branch: Branch, own: tuple[int, ...], grid: tuple[int, int], *, batch: int, append: bool, coded_self: bool) -> None:
-        self.branch, self.append, self.coded_self = branch, append, coded_self
+    def __init__(self, branch: Branch, own: tuple[int, ...], grid: tuple[int, int], *, batch: int, append: bool, block: int) -> None:
+        self.branch, self.append, self.block = branch, append, block
         self.prefix_tokens = sum(p.t.shape[1] for p in branch.layers[0] if p.seen)
         time, row, col = torch.meshgrid(torch.tensor(own), *(torch.arange(n) for n in grid), indexing="ij")
         self.where = tuple(x.reshape(1, -1).expand(batch, -1).double() for x in (time, row, col))
@@ -148,12 +153,12 @@ class LayerSide:
 
     def assemble(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         branch, (t, row, col) = self.view.branch, self.view.where
-        own = Piece(spin(k, self.view.where, branch.ntk) if branch.turned else k, v, t, row, col)
+        own = Piece(spin(k, self.view.where, branch.ntk) if branch.turned else k, v, t, row, col, block=self.view.block)
         past = [p for p in branch.layers[self.index] if p.seen]
         if self.view.append:
             kept = branch.stored(own, self.index)
             branch.layers[self.index].append(kept)
-            own = kept if self.view.coded_self else own
+            own = kept
         pieces = [*past, own]
         return torch.cat([branch.rotated(p) for p in pieces], dim=1), torch.cat([p.v for p in pieces], dim=1)
 
@@ -164,7 +169,8 @@ class LayerSide:
 
 class Rule:
     """A policy written out: where a chunk stands and what of `branches` it sees (`before`), and
-    what becomes of them (`after`).
+    what becomes of them (`after`). What a change of prompt rewrites is all but the first `kept`
+    pieces; before, `frames` of the newest are forgotten, and each is told when it is there again.
     """
 
     turned = False
@@ -175,42 +181,117 @@ class Rule:
     def after(self, branches: list[Branch], plan) -> None:
         pass
 
+    def kept(self, pieces: list[Piece]) -> int:
+        return 0
 
-@torch.no_grad()
-def stream(model: Denoiser | Guided, cond, recipe, rule: Rule, *, blocks: int, noise, latent, batch: int, codec=None, ntk: float = 1.0,
-           conds: Callable[[int], object] | None = None) -> Tensor:  # fmt: skip
-    """Latents [B, C, T, H, W] of the first `blocks` blocks."""
-    guided = isinstance(model, Guided) and model.active
-    base = model.denoiser if isinstance(model, Guided) else model
-    grid, layers = model.token_grid(*latent[1:]), base.net.config.num_layers
-    turned = rule.turned and codec is not None
-    codecs = [codec, None if codec is None else codec.fork()]
-    branches = [Branch(layers, turned, codecs[i], ntk) for i in range(2 if guided else 1)]
+    def forget(self, branches: list[Branch], frames: int) -> None:
+        pass
 
-    def run(x: Tensor, t: float, own: tuple[int, ...], *, append: bool) -> Tensor:
-        views = [View(b, own, grid, batch=batch, append=append, coded_self=codec is not None) for b in branches]
-        layout = TokenLayout.over_cache(own, grid=grid, context_tokens=views[0].prefix_tokens)
-        view = PairedView(*views) if isinstance(model, Guided) else views[0]
-        return model.velocity(x, torch.full((batch, 1), t, dtype=torch.float64), cond, layout, cache=view)
+    def again(self, branches: list[Branch]) -> None:
+        pass
 
-    chunks = []
-    for block in range(blocks):
-        plan = recipe.plan(block)
-        cond = cond if conds is None else conds(block)
+
+class Merged(Exception):
+    """What is cached is no longer what blocks left."""
+
+
+@dataclass
+class Oracle:
+    """A stream under way, the long way: `conds` gives the condition of a block, `recached` the
+    blocks before which the past is entered anew under it; `prefix` [B, C, k, h, w] given latents;
+    `ranks` store their heads apart.
+    """
+
+    model: Denoiser | Guided
+    conds: Callable[[int], object]
+    recipe: object
+    rule: Rule
+    noise: object
+    latent: tuple[int, int, int]
+    batch: int
+    codec: object = None
+    ntk: float = 1.0
+    prefix: Tensor | None = None
+    recached: frozenset[int] = frozenset()
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        guided = isinstance(self.model, Guided) and self.model.active
+        base = self.model.denoiser if isinstance(self.model, Guided) else self.model
+        self.grid, layers = self.model.token_grid(*self.latent[1:]), base.net.config.num_layers
+        turned = self.rule.turned and self.codec is not None
+        self.branches = []
+        for _ in range(2 if guided else 1):
+            codecs = () if self.codec is None else tuple(self.codec.fork() for _ in range(self.ranks))
+            self.branches.append(Branch(layers, turned, codecs, self.ntk))
+        self.contexts: dict[int, tuple[Tensor, float]] = {}
+        ends = [
+            block for block in range(99) if self.recipe.blocks.frames_before(block) == (0 if self.prefix is None else self.prefix.shape[2])
+        ]
+        self.given = ends[0]
+
+    def run(self, x: Tensor, t: float, own: tuple[int, ...], cond: object, *, block: int, append: bool) -> Tensor:
+        views = [View(b, own, self.grid, batch=self.batch, append=append, block=block) for b in self.branches]
+        layout = TokenLayout.over_cache(own, grid=self.grid, context_tokens=views[0].prefix_tokens)
+        view = PairedView(*views) if isinstance(self.model, Guided) else views[0]
+        return self.model.velocity(x, torch.full((self.batch, 1), t, dtype=torch.float64), cond, layout, cache=view)
+
+    def recache(self, cond: object) -> None:
+        """Enter all but the sinks again where they stand, oldest first."""
+        count = self.rule.kept(self.branches[0].layers[0])
+        old = self.branches[0].layers[0][count:]
+        if any(piece.block is None for piece in old):
+            raise Merged
+        for branch in self.branches:
+            branch.layers = [pieces[:count] for pieces in branch.layers]
+        per_frame = self.grid[0] * self.grid[1]
+        self.rule.forget(self.branches, sum(piece.t.shape[1] for piece in old) // per_frame)
+        for piece in old:
+            own = tuple(int(t) for t in piece.t[0, ::per_frame])
+            self.run(*self.contexts[piece.block], own, cond, block=piece.block, append=True)
+            for pieces in (pieces for branch in self.branches for pieces in branch.layers):
+                pieces[-1].seen = piece.seen
+            self.rule.again(self.branches)
+
+    def chunk(self, block: int) -> Tensor:
+        """Latents of the next block."""
+        cond = self.conds(block)
+        if block in self.recached:
+            self.recache(cond)
+        plan = self.recipe.plan(max(block, self.given), prefix_blocks=self.given)
+        if block < self.given:
+            start, stop = (self.recipe.blocks.frames_before(b) for b in (block, block + 1))
+            noisy = self.recipe.noisy_context and block >= self.recipe.noisy_context_start_chunk
+            plan, x = replace(plan, block=block, start=start, stop=stop, commit="clean"), self.prefix[:, :, start:stop]
+            t = plan.times[-2] if noisy else 0.0
+            own = self.rule.before(self.branches, plan)
+            context = ((1 - t) * x + t * self.noise.context(slice(start, stop)) if t else x), t
+        else:
+            own = self.rule.before(self.branches, plan)
+            x, context = self.denoised(plan, own, cond)
+        if plan.commit == "clean":
+            self.run(*context, own, cond, block=block, append=True)
+        self.contexts[block] = context
+        self.rule.after(self.branches, plan)
+        return x
+
+    def denoised(self, plan: object, own: tuple[int, ...], cond: object) -> tuple[Tensor, tuple[Tensor, float]]:
         frames = slice(plan.start, plan.stop)
-        own = rule.before(branches, plan)
-        x = noise.start(frames) * plan.times[0]
+        x = self.noise.start(frames) * plan.times[0]
         steps = list(itertools.pairwise(plan.times))
         for i, (t, t_next) in enumerate(steps):
-            append = i == len(steps) - 1 and plan.commit == "last_input"
-            v = run(x, t, own, append=append)
-            if recipe.kind == "ode":
+            append, seen = i == len(steps) - 1 and plan.commit == "last_input", x
+            v = self.run(x, t, own, cond, block=plan.block, append=append)
+            if self.recipe.kind == "ode":
                 x = x - (t - t_next) * v
             else:
-                x = (1 - t_next) * (x - t * v) + (t_next * noise.step(i, frames) if t_next else 0)
-        chunks.append(x)
-        if plan.commit == "clean":
-            run(x, 0.0, own, append=True)
-        rule.after(branches, plan)
-    assert all(math.isfinite(float(c.abs().max())) for c in chunks)
-    return torch.cat(chunks, dim=2)
+                x = (1 - t_next) * (x - t * v) + (t_next * self.noise.step(i, frames) if t_next else 0)
+        assert math.isfinite(float(x.abs().max()))
+        return x, ((seen, t) if plan.commit == "last_input" else (x, 0.0))
+
+
+@torch.no_grad()
+def stream(model: Denoiser | Guided, cond, recipe, rule: Rule, *, blocks: int, **options: object) -> Tensor:
+    """Latents [B, C, T, H, W] of the first `blocks` blocks; `options` of `Oracle`."""
+    oracle = Oracle(model, lambda _: cond, recipe, rule, **options)
+    return torch.cat([oracle.chunk(block) for block in range(blocks)], dim=2)
