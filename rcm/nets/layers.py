@@ -10,6 +10,7 @@ docs/reference/wan.md#forward, #precision.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,11 +81,13 @@ class RMSNorm(FusedLayer):
 class AffineLayerNorm(nn.LayerNorm, FusedLayer):
     """Layer norm with weight and bias; statistics in float32."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalised `x` [..., dim], same dtype."""
+    def forward(self, x: Tensor, *, carry: bool = False) -> Any:
+        """Normalised `x` [..., dim], same dtype; `carry` as in `ModulatedNorm`."""
         if self.runs_fused(x):
-            return _kernels().affine_norm(x, self.weight, self.bias, eps=self.eps)
-        return reference.affine_norm(x, self.weight, self.bias, eps=self.eps)
+            pair = _kernels().carried_affine_norm(x, self.weight, self.bias, eps=self.eps)
+        else:
+            pair = x, reference.affine_norm(x, self.weight, self.bias, eps=self.eps)
+        return pair if carry else pair[1]
 
 
 class ModulatedNorm(FusedLayer):
@@ -97,15 +100,24 @@ class ModulatedNorm(FusedLayer):
         self.dim, self.eps = dim, eps
 
     def forward(
-        self, x: Tensor, shift: Tensor, scale: Tensor, *, dtype: torch.dtype | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        carry: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """`x` [B, F, S, E]; `shift`, `scale` [B, F or 1, 1, E] float32 or wider. Returns `dtype`,
-        by default that of `shift`.
+        by default that of `shift`. `carry`: `x`, to go on with, before the result, so that a kernel
+        can add the gradients of both.
         """
         dtype = shift.dtype if dtype is None else dtype
         if self.runs_fused(x):
-            return _kernels().modulated_norm(x, shift, scale, eps=self.eps, dtype=dtype)
-        return reference.modulated_norm(x, shift, scale, eps=self.eps).to(dtype)
+            pair = _kernels().carried_modulated_norm(x, shift, scale, eps=self.eps, dtype=dtype)
+        else:
+            pair = x, reference.modulated_norm(x, shift, scale, eps=self.eps).to(dtype)
+        return pair if carry else pair[1]
 
 
 class GatedAdd(FusedLayer):
@@ -134,6 +146,15 @@ class Gelu(FusedLayer):
             and not (torch.is_grad_enabled() or in_dual_level())
             and torch.cuda.is_current_stream_capturing()
         )
+
+    def sums_bias_of(self, layer: Linear, x: Tensor) -> bool:
+        """Whether the kernel of its gradient may add up that of the bias of `layer` before it."""
+        trained = layer.bias is not None and layer.bias.requires_grad and torch.is_grad_enabled()
+        return trained and not in_dual_level() and choice.use_fused(self.fused, x, width=1)
+
+    def after(self, layer: Linear, x: Tensor) -> Tensor:
+        """Of `layer(x)`, where `sums_bias_of` says so."""
+        return _kernels().linear_gelu(x, layer.weight, layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` of any shape, same dtype."""

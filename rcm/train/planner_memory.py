@@ -48,12 +48,12 @@ ROWS = {
     # recomputed and back-propagated, in the MLP's second product: all that is kept, the gradients
     # of the block's output and of the MLP's, and that of the hidden rows
     "train": (Rows(19, 3, joined=2), Rows(30, 3, joined=2)),
-    # without gradient: in the MLP (input, residual stream, attention's result, normalised rows,
-    # hidden rows twice), and at the end of self-attention (input, normalised rows, q, k, v, rotated
-    # q and k, result, joined keys and values); the same two with tangents
-    "infer": (Rows(4, 2), Rows(4, 2)),
+    # without gradient: in the MLP (input, residual stream, normalised rows, hidden rows twice), and
+    # at the end of self-attention (input, normalised rows, q, k, v, rotated q and k, result, joined
+    # keys and values); the same two with tangents
+    "infer": (Rows(3, 2), Rows(3, 2)),
     "infer attention": (Rows(8, 0, joined=2), Rows(11, 0, joined=2)),
-    "tangent": (Rows(12.5, 4), Rows(20, 2)),
+    "tangent": (Rows(10.5, 4), Rows(18, 2)),
     "tangent attention": (Rows(24, 0, cached=7), Rows(30, 0, cached=7)),
     # Ulysses: q, k, v put together, cut for sending, and received; their gradients
     "exchange": (Rows(9, 0), Rows(9, 0)),

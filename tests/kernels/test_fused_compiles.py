@@ -31,7 +31,11 @@ def launches() -> dict:
         "gated add, tangent": lambda: launch.gated_add(X, Y, ROW, (X, Y, ROW)),
         "gated add, gradient": lambda: launch.gated_add_backward(Y, ROW, X, needs=(True, True), gate_like=like),
         "gelu, tangent": lambda: launch.gelu(X, Y),
+        "modulated norm, gradient beside its rows": lambda: launch.norm_backward(
+            X, ROW, Y, kind=modulated, needs=(True, True, True), gain_like=like, shift_like=like, carried=X
+        ),
         "gelu, gradient": lambda: launch.gelu_backward(X, Y),
+        "gelu, gradient and sums": lambda: launch.gelu_backward_sums(X, Y),
         "rotation, tangent": lambda: launch.rotate(HEADS, HEADS, TABLE, TABLE),
         "rotation, gradient": lambda: launch.rotate(HEADS, None, TABLE, TABLE, backwards=True),
     }

@@ -19,12 +19,16 @@ CASE_NAMES = [
     "modulation to float32",
     "affine norm",
     "affine norm of 3 dimensions, odd",
+    "modulation beside its rows",
+    "affine norm beside its rows, odd",
     "rms norm",
     "rms norm of a slice, odd",
     "gate per frame",
     "gate per sample, slices, odd",
     "gelu",
     "gelu of a slice",
+    "gelu of a product",
+    "gelu of a product, slices, odd",
     "rotation",
     "rotation of a slice",
     "rotation of 12 channels",
@@ -37,7 +41,7 @@ def report() -> dict:
 
 
 def test_every_case_is_named_here(report):
-    assert list(report) == CASE_NAMES
+    assert list(report) == [*CASE_NAMES, "network"]
 
 
 @pytest.mark.parametrize("name", CASE_NAMES)
@@ -46,6 +50,11 @@ def test_layer_matches_float64(report, name):
     assert {"value", "gradient 0", "tangent (0,)", "value without gradient"} <= set(outputs)
     for output, error, budget in report[name]:
         assert error <= budget, f"{output}: error {error:.2e}, budget {budget:.2e}"
+
+
+def test_a_network_of_fused_layers_has_the_gradients_of_plain_ones(report):
+    assert len(report["network"]) > 20
+    assert [(name, error) for name, error, budget in report["network"] if not error <= budget] == []
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", t
 KERNELS = (
     (norm_kernels, ("norm_forward", "norm_tangent", "norm_backward")),
     (quantise_kernels, ("quantise_rows",)),
-    (pointwise_kernels, ("gated_add_forward", "gated_add_backward", "gelu_forward", "gelu_backward", "rotate_pairs")),
+    (pointwise_kernels, ("gated_add_forward", "gated_add_backward", "gelu_forward", "gelu_backward", "gelu_backward_sums", "rotate_pairs")),
 )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rcm.core.dual import jvp
@@ -72,7 +73,10 @@ FUSED: dict[str, Callable[..., Tensor]] = {
     "affine_norm": lambda x, weight, bias: api.affine_norm(x, weight, bias, eps=EPS),
     "rms_norm": lambda x, weight: api.rms_norm(x, weight, eps=EPS),
     "gated_add": lambda x, y, gate: api.gated_add(x, y, gate),
+    "carried_modulated": lambda x, shift, scale: torch.stack(api.carried_modulated_norm(x, shift, scale, eps=EPS, dtype=x.dtype)),
+    "carried_affine": lambda x, weight, bias: torch.stack(api.carried_affine_norm(x, weight, bias, eps=EPS)),
     "gelu": lambda x: api.gelu_tanh(x),
+    "linear_gelu": lambda x, weight, bias: api.linear_gelu(x, weight, bias),
     "rotate": _rotate_fused,
 }
 EAGER: dict[str, Callable[..., Tensor]] = {
@@ -81,7 +85,10 @@ EAGER: dict[str, Callable[..., Tensor]] = {
     "affine_norm": lambda x, weight, bias: reference.affine_norm(x, weight, bias, eps=EPS),
     "rms_norm": lambda x, weight: reference.rms_norm(x, weight, eps=EPS),
     "gated_add": reference.gated_add,
+    "carried_modulated": lambda x, shift, scale: torch.stack((x, reference.modulated_norm(x, shift, scale, eps=EPS).to(x.dtype))),
+    "carried_affine": lambda x, weight, bias: torch.stack((x, reference.affine_norm(x, weight, bias, eps=EPS))),
     "gelu": reference.gelu_tanh,
+    "linear_gelu": lambda x, weight, bias: reference.gelu_tanh(F.linear(x, weight, bias)),
     "rotate": _rotate_reference,
 }
 
@@ -106,12 +113,16 @@ def cases(*, tokens: int, width: int, odd: int, heads: tuple[int, int, int]) -> 
         "modulation to float32": Case("modulated_norm_wide", _modulated(*x, of=per_frame)),
         "affine norm": Case("affine_norm", (x, (width,), (width,))),
         "affine norm of 3 dimensions, odd": Case("affine_norm", ((2, tokens, odd), (odd,), (odd,)), memory="slice"),
+        "modulation beside its rows": Case("carried_modulated", _modulated(*x, of=per_frame)),
+        "affine norm beside its rows, odd": Case("carried_affine", ((2, tokens, odd), (odd,), (odd,)), memory="slice"),
         "rms norm": Case("rms_norm", (x, (width,))),
         "rms norm of a slice, odd": Case("rms_norm", ((2, tokens, odd), (odd,)), memory="slice"),
         "gate per frame": Case("gated_add", (x, x, (2, 2, 1, width)), rows=2),
         "gate per sample, slices, odd": Case("gated_add", ((2, 2, tokens, odd),) * 2 + ((2, 1, 1, odd),), rows=2, memory="slice"),
         "gelu": Case("gelu", ((2, 2, tokens, odd),)),
         "gelu of a slice": Case("gelu", ((2, tokens, width),), memory="slice"),
+        "gelu of a product": Case("linear_gelu", (x, (width, width), (width,)), rows=2),
+        "gelu of a product, slices, odd": Case("linear_gelu", ((2, tokens, width), (odd, width), (odd,)), rows=2, memory="slice"),
         "rotation": Case("rotate", ((2, length, count, channels),)),
         "rotation of a slice": Case("rotate", ((2, length, count, channels),), memory="slice"),
         "rotation of 12 channels": Case("rotate", ((1, length, count, 12),)),

@@ -14,8 +14,11 @@ from pathlib import Path
 import torch
 
 from rcm.kernels.fused import launch, norm_kernels, pointwise_kernels
+from rcm.nets.condition import Condition
+from rcm.parallel.checkpointing import checkpoint_blocks
 from tests.support import mutants
 from tests.support.fused_cases import cases, errors
+from tests.support.toy_method import CHANNELS, CONFIG, FRAMES, HEIGHT, LAYOUT, WIDTH, make_net
 
 CASES = cases(tokens=5, width=24, odd=7, heads=(9, 3, 16))
 NORM, POINTWISE = norm_kernels, pointwise_kernels
@@ -53,6 +56,19 @@ MUTANTS = {
     "gradient: mean forgotten": (NORM, "pulled -= tl.sum(grad_n, axis=0) / WIDTH", "pulled -= 0.0", "affine norm"),
     "gradient of the gain not normalised": (NORM, "gain_sum += grad * n", "gain_sum += grad", "rms norm"),
     "gradient of the shift: last token only": (NORM, "shift_sum += grad\n", "shift_sum = grad\n", "affine norm"),
+    "gradient: what is carried forgotten": (
+        NORM,
+        "pulled += _token(carried,",
+        "pulled += 0 * _token(carried,",
+        "modulation beside its rows",
+    ),
+    "gelu: columns of the first rows alone": (POINTWISE, "total += slope * grad", "total = slope * grad", "gelu of a product"),
+    "gelu: columns of the first block": (
+        POINTWISE,
+        "cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)",
+        "cols = tl.arange(0, BLOCK)",
+        "gelu of a product",
+    ),
     "gate of the value's tangent forgotten": (POINTWISE, "factor * _token(y_dot,", "_token(y_dot,", "gate per frame"),
     "tangent of the gate forgotten": (POINTWISE, "out_dot += factor_dot * value", "out_dot += 0.0", "gate per frame"),
     "gradient of the gate: last token only": (POINTWISE, "gate_sum += grad * ", "gate_sum = grad * ", "gate per frame"),
@@ -71,8 +87,22 @@ MUTANTS = {
 
 
 def run_cases() -> dict[str, list]:
-    """Every output of every case: name, error, budget."""
-    return {name: list(errors(case, torch.float32)) for name, case in CASES.items()}
+    """Every output of every case: name, error, budget; and gradients of a network."""
+    return {name: list(errors(case, torch.float32)) for name, case in CASES.items()} | {"network": run_network()}
+
+
+def run_network() -> list[tuple[str, float, float]]:
+    """Gradients of a recomputed network with fused layers against plain ones in float64."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(1, CHANNELS, FRAMES, HEIGHT, WIDTH, generator=generator)
+    text, found = torch.randn(1, 5, CONFIG.text_dim, generator=generator), {}
+    for fused, dtype in (("off", torch.float64), ("on", torch.float32)):
+        net = make_net(seed=0).to(dtype)
+        net.set_fused(fused)
+        checkpoint_blocks(net, mode="block_wise_keep_attention_mlp")
+        net(x.to(dtype), torch.full((1, 1), 300.0, dtype=dtype), Condition(text.to(dtype)), LAYOUT).square().mean().backward()
+        found[fused] = {name: p.grad.double() for name, p in net.named_parameters()}
+    return [(name, float((found["on"][name] - g).norm() / g.norm()), 2e-5) for name, g in found["off"].items()]
 
 
 def run_mutants() -> dict[str, bool]:
@@ -88,6 +118,7 @@ def run_mutants() -> dict[str, bool]:
 
 if __name__ == "__main__":
     launch.ROWS_FORWARD, launch.ROWS_BACKWARD, launch.TABLE_ELEMENTS, launch.POINTWISE_BLOCK = 2, 3, 32, 64
+    launch.SUMMED_ROWS, launch.SUMMED_BLOCK = 3, 16
     # which fills fresh memory with NaN: elements that no program writes are noticed
     torch.use_deterministic_algorithms(True)
     json.dump({"cases": run_cases, "mutants": run_mutants}[sys.argv[1]](), sys.stdout)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -29,17 +30,33 @@ def modulated_norm(
     `x` [B, F, S, E]; `shift`, `scale` [B or 1, F or 1, 1, E] any float dtype. Returns `dtype`.
     docs/reference/wan.md#forward.
     """
+    return carried_modulated_norm(x, shift, scale, eps=eps, dtype=dtype)[1]
+
+
+def carried_modulated_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`x`, to go on with, and its `modulated_norm`: gradients of both arrive in one kernel, which
+    adds them.
+    """
     return _norm(x, scale, shift, NormKind(center=True, offset=1.0, eps=eps), dtype)
 
 
 def affine_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
     """LayerNorm(x) * weight + bias for `x` [.., E], `weight`, `bias` [E]; dtype of `x`."""
+    return carried_affine_norm(x, weight, bias, eps=eps)[1]
+
+
+def carried_affine_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`x`, to go on with, and its `affine_norm`, as `carried_modulated_norm`."""
     return _norm(x, weight, bias, NormKind(center=True, offset=0.0, eps=eps), x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight for `x` [.., E], `weight` [E]; dtype of `x`."""
-    return _norm(x, weight, None, NormKind(center=False, offset=0.0, eps=eps), x.dtype)
+    return _norm(x, weight, None, NormKind(center=False, offset=0.0, eps=eps), x.dtype)[1]
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -67,6 +84,13 @@ def gelu_tanh(x: Tensor) -> Tensor:
     if x_dot is not None:
         return pack(*launch.gelu(x, x_dot))
     return _Gelu.apply(x) if _graph(x) else launch.gelu(x, None)[0]
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu_tanh(x weight^T + bias); the kernel of GELU's gradient adds up that of the bias."""
+    if in_dual_level() or not _graph(x, weight, bias):
+        return gelu_tanh(F.linear(x, weight, bias))
+    return _LinearGelu.apply(x, weight, bias)
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -105,35 +129,39 @@ def _like(x: Tensor) -> tuple[torch.Size, torch.dtype]:
 
 def _norm(
     x: Tensor, gain: Tensor, shift: Tensor | None, kind: NormKind, dtype: torch.dtype
-) -> Tensor:
-    (x, gain, shift), tangents = _split(x, gain, shift)
+) -> tuple[Tensor, Tensor]:
+    (rows, gain, shift), tangents = _split(x, gain, shift)
     if any(t is not None for t in tangents):
-        return pack(*launch.norm_tangent(x, gain, shift, tangents, kind=kind, dtype=dtype))
-    if _graph(x, gain, *(() if shift is None else (shift,))):
-        return _Norm.apply(x, gain, shift, kind, dtype)
-    return launch.norm(x, gain, shift, kind=kind, dtype=dtype)
+        return x, pack(*launch.norm_tangent(rows, gain, shift, tangents, kind=kind, dtype=dtype))
+    if _graph(rows, gain, *(() if shift is None else (shift,))):
+        return _Norm.apply(rows, gain, shift, kind, dtype)
+    return x, launch.norm(rows, gain, shift, kind=kind, dtype=dtype)
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gain: Tensor, shift: Tensor | None, kind: NormKind, dtype: torch.dtype
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, gain)
+        ctx.set_materialize_grads(False)
         ctx.kind, ctx.shift_like = kind, None if shift is None else _like(shift)
-        return launch.norm(x, gain, shift, kind=kind, dtype=dtype)
+        return x, launch.norm(x, gain, shift, kind=kind, dtype=dtype)
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad: Tensor
+        ctx: Any, carried: Tensor | None, grad: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        if grad is None:
+            return carried, None, None, None, None
         x, gain = ctx.saved_tensors
         options = {
             "kind": ctx.kind,
             "needs": ctx.needs_input_grad[:3],
             "gain_like": _like(gain),
             "shift_like": ctx.shift_like,
+            "carried": carried,
         }
         return *launch.norm_backward(x, gain, grad, **options), None, None
 
@@ -163,6 +191,24 @@ class _Gelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return launch.gelu_backward(*ctx.saved_tensors, grad)
+
+
+class _LinearGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        grown = F.linear(x, weight, bias)
+        ctx.save_for_backward(x, weight, grown)
+        return launch.gelu(grown, None)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        x, weight, grown = ctx.saved_tensors
+        grad, bias_grad = launch.gelu_backward_sums(grown, grad)
+        rows, needs = grad.flatten(0, -2), ctx.needs_input_grad
+        x_grad = (rows @ weight).view(x.shape) if needs[0] else None
+        weight_grad = rows.t() @ x.reshape(-1, x.shape[-1]) if needs[1] else None
+        return x_grad, weight_grad, bias_grad.to(weight.dtype)
 
 
 class _Rotate(torch.autograd.Function):

@@ -126,12 +126,12 @@ def norm_tangent(
 
 @triton.jit(do_not_specialize=["frames", "tokens"])
 def norm_backward(
-    x, gain, grad_y, grad_x_ptr, gain_parts_ptr, shift_parts_ptr, frames, tokens, eps,
-    CENTER: tl.constexpr, OFFSET: tl.constexpr, NEEDS: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    x, gain, grad_y, carried, grad_x_ptr, gain_parts_ptr, shift_parts_ptr, frames, tokens, eps,
+    CENTER: tl.constexpr, OFFSET: tl.constexpr, NEEDS: tl.constexpr, CARRIED: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """grad_x, contiguous, and this program's sums over its tokens for gain and shift. NEEDS: 1, 2,
-    4 for x, gain, shift.
+    """grad_x, contiguous, with CARRIED on top of the gradient that x has from elsewhere, and this
+    program's sums over its tokens for gain and shift. NEEDS: 1, 2, 4 for x, gain, shift.
     """
     batch, frame, start, stop, group, program, cols, inside = _place(
         frames, tokens, ROWS, WIDTH, BLOCK
@@ -154,10 +154,11 @@ def norm_backward(
             pulled = grad_n - n * (tl.sum(grad_n * n, axis=0) / WIDTH)
             if CENTER:
                 pulled -= tl.sum(grad_n, axis=0) / WIDTH
+            pulled *= inverse
+            if CARRIED:
+                pulled += _token(carried, batch, frame, token, cols, inside)
             place = (group * tokens + token) * WIDTH + cols
-            tl.store(
-                grad_x_ptr + place, (inverse * pulled).to(grad_x_ptr.dtype.element_ty), mask=inside
-            )
+            tl.store(grad_x_ptr + place, pulled.to(grad_x_ptr.dtype.element_ty), mask=inside)
     if NEEDS & 2 != 0:
         tl.store(gain_parts_ptr + program * WIDTH + cols, gain_sum, mask=inside)
     if NEEDS & 4 != 0:

@@ -104,6 +104,28 @@ def gelu_backward(x_ptr, grad_y_ptr, grad_x_ptr, size, BLOCK: tl.constexpr):
     tl.store(grad_x_ptr + place, (slope * grad).to(grad_x_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def gelu_backward_sums(
+    x_ptr, grad_y_ptr, grad_x_ptr, parts_ptr, rows,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """grad_x = gelu'(x) grad_y [rows, WIDTH], contiguous, and its sums over the ROWS rows of this
+    program, BLOCK channels of them.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    start = program * ROWS
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < WIDTH
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for row in range(start, tl.minimum(start + ROWS, rows)):
+        place = row * WIDTH + cols
+        y, slope = _gelu(tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32))
+        grad = tl.load(grad_y_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        total += slope * grad
+        tl.store(grad_x_ptr + place, (slope * grad).to(grad_x_ptr.dtype.element_ty), mask=inside)
+    tl.store(parts_ptr + program * WIDTH + cols, total, mask=inside)
+
+
 @triton.jit
 def _turn(
     described, out_ptr, out_place, batch, head, rows, cols, inside, cos, sin,

@@ -264,13 +264,17 @@ class CrossAttention(_Projections):
 
 class FeedForward(nn.Sequential):
     """Two linear layers around a GELU. In captured passes the GELU is part of the first product,
-    which rounds once less.
+    which rounds once less; in passes with gradient its kernel takes the bias along.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, F, S, E] to the same shape."""
         grow, gelu, shrink = self
-        if not (type(grow) is Linear and isinstance(gelu, Gelu) and gelu.joins_product(x)):
+        if not (type(grow) is Linear and isinstance(gelu, Gelu)):
+            return super().forward(x)
+        if gelu.sums_bias_of(grow, x):
+            return shrink(gelu.after(grow, x))
+        if not gelu.joins_product(x):
             return super().forward(x)
         # the tanh form
         rows = torch._addmm_activation(grow.bias, x.flatten(0, -2), grow.weight.t(), use_gelu=True)
@@ -313,19 +317,16 @@ class WanBlock(nn.Module):
         attn_shift, attn_scale, attn_gate, ffn_shift, ffn_scale, ffn_gate = (
             time if isinstance(time, Modulation) else self.modulate(time)
         )
-        # the normalised rows have no name here: they would live until the block's end
-        attended = self.self_attn(
-            self.norm1(x, attn_shift, attn_scale, dtype=x.dtype),
-            layout,
-            rope,
-            cached,
-            attend=not keys_only,
-        )
+        x, rows = self.norm1(x, attn_shift, attn_scale, dtype=x.dtype, carry=True)
+        rows = self.self_attn(rows, layout, rope, cached, attend=not keys_only)
         if keys_only:
-            return attended
-        x = self.gate1(x, attended, attn_gate)
-        x = x + self.cross_attn(self.norm3(x), context)
-        return self.gate2(x, self.ffn(self.norm2(x, ffn_shift, ffn_scale, dtype=x.dtype)), ffn_gate)
+            return rows
+        x = self.gate1(x, rows, attn_gate)
+        x, rows = self.norm3(x, carry=True)
+        x = x + self.cross_attn(rows, context)
+        x, rows = self.norm2(x, ffn_shift, ffn_scale, dtype=x.dtype, carry=True)
+        rows = self.ffn(rows)
+        return self.gate2(x, rows, ffn_gate)
 
     def modulate(self, time: Tensor) -> Modulation:
         """The block's own modulation added to the projected embedding [B, F or 1, 6, E]."""
