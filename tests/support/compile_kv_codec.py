@@ -33,7 +33,7 @@ TYPES = {
 }  # fmt: skip
 NAMES = {
     restore_kernels: ("restore", "deposit", "write_row"),
-    kernels: ("extremes", "write_codes"),
+    kernels: ("extremes", "write_codes", "encode_bytes"),
     cluster_kernels: ("features", "assign", "recentre"),
 }
 

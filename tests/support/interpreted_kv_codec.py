@@ -42,12 +42,12 @@ MUTANTS = {
         "rcm int4 channel",
     ),
     "unit forgotten": (
-        "    scale *= tl.load(_at(row, 3, tl.float32) + batch)\n    value", "    scale *= 1.0\n    value", "rcm int2 channel",
+        "    scale *= tl.load(at_address(row, 3, tl.float32) + batch)\n    value", "    scale *= 1.0\n    value", "rcm int2 channel",
     ),
     "unit of bytes forgotten": (
-        "    scale *= tl.load(_at(row, 3, tl.float32) + batch)\n    zero", "    scale *= 1.0\n    zero", "rcm int2 token",
+        "    scale *= tl.load(at_address(row, 3, tl.float32) + batch)\n    zero", "    scale *= 1.0\n    zero", "rcm int2 token",
     ),
-    "zero forgotten": ("value += _stored(_at(row, 2, scales), group, known, E4M3)", "value += 0.0", "rcm int4 channel asymmetric"),
+    "zero forgotten": ("value += _stored(at_address(row, 2, scales), group, known, E4M3)", "value += 0.0", "rcm int4 channel asymmetric"),
     "bytes reversed": ("if HIGH_FIRST else BITS * place\n", "if not HIGH_FIRST else BITS * place\n", "rcm int2 channel"),
     "scale of a tile": ("first = tl.program_id(0) * (TOKENS * per_byte) // GROUP", "first = tl.program_id(0)", "tiles in a group of int8"),
     "tokens of a byte": ("* PLACES + place\n", "* PLACES\n", "rcm int4 channel"),

@@ -115,6 +115,13 @@ class KVCodec:
 
     def encode_to(self, row: Tensor, x: Tensor, *, side: Side, layer: int) -> None:
         """`encode`, written to the blob whose addresses are in `row` int64 [7]."""
+        if (
+            self._fused(x)
+            and self.spec.side(side).smoothing == "none"
+            and self.spec.side(side).dtype != "bf16"
+            and fused_kernels.encode_at(row, x.detach(), self._format(side))
+        ):
+            return
         blob = self.encode(x, side=side, layer=layer)
         if self._fused(x):
             fused_kernels.deposit(blob, row)
@@ -192,6 +199,12 @@ class KVCodec:
     def _fused(self, out: Tensor) -> bool:
         return self.spec.triton_restore and fused_kernels.runs_on(out)
 
+    def _format(self, side: Side) -> CodeFormat:
+        how, spec = self.spec.side(side), self.spec
+        return CodeFormat(
+            how.dtype, how.group_size, spec.granularity(side), how.asymmetric, spec.mode
+        )
+
     def _encode(
         self, x: Tensor, side: Side, warm: list[Tensor] | None
     ) -> tuple[Blob, list[Tensor]]:
@@ -217,9 +230,7 @@ class KVCodec:
             smoothed = smoothed if subtract is None else smoothed - members(*subtract)
             held = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device).copy_(smoothed)
             return Blob(held, undo, clusters, x.dtype).packed(), centres
-        fmt = CodeFormat(
-            how.dtype, how.group_size, spec.granularity(side), how.asymmetric, spec.mode
-        )
+        fmt = self._format(side)
         if spec.mode == "official":
             fmt = coding.check_official(x.shape, fmt, flag=f"kv_group_size_{side[0]}")
             # rounds the residual to the dtype of x, which the kernel does not

@@ -174,7 +174,11 @@ def exact_scales(low: Tensor, high: Tensor, fmt: CodeFormat) -> Tensor:
     absmax = torch.maximum(high, -low)
     if fmt.mode == "official":
         return (absmax / (2 ** (BITS[fmt.dtype] - 1) - 1)).clamp(min=OFFICIAL_FLOOR)
-    return absmax.clamp(min=FLOOR) / TOP[fmt.dtype]
+    absmax = absmax.clamp(min=FLOOR)
+    if fmt.mode == "rcm" and BITS[fmt.dtype] == 8:
+        # on CUDA torch multiplies with the inverse of a number; kernels divide
+        return absmax / absmax.new_full((), TOP[fmt.dtype])
+    return absmax / TOP[fmt.dtype]
 
 
 def divisors(

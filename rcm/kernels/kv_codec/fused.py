@@ -1,10 +1,11 @@
 """From tensors and blobs to launches of `kernels`: any number of blobs restored in one, a tensor
-encoded in two. They equal the plain torch of `codes`, `smoothing` and `clusters` bit for bit, and
-say no where they do not apply.
+encoded in two, or in one where numbers have 8 bits. They equal the plain torch of `codes`,
+`smoothing` and `clusters` bit for bit, and say no where they do not apply.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ once.
 """
 DEPOSITED = 16384
 """Bytes per program of deposit."""
+WARPS = 4
+"""Warps per program of restore."""
+MAX_GROUP = 256
+"""Elements of a group that a program still holds whole."""
 
 
 def fits(shape: tuple[int, ...], fmt: CodeFormat) -> bool:
@@ -76,11 +81,7 @@ def restore(
     )
     across = -(-n * d // cols)
     tiles = min(TILES, across)
-    native = (
-        constants["DTYPE"] == "fp8"
-        and out.is_cuda
-        and torch.cuda.get_device_capability(out.device) >= (8, 9)
-    )
+    native = _native(out, constants["DTYPE"])
     cos, sin = (table, table) if turn is None else turn
     from rcm.kernels.kv_codec import restore_kernels as kernels
 
@@ -89,7 +90,7 @@ def restore(
             table, starts, out, cos, sin, out.stride()[:3],
             (b, s, n, 1 if clusters is None else clusters.centroids.shape[2]),
             NATIVE=native, UNDO=like.undo.kind, ROOT=d**-0.5, TURN=turn is not None, FIELDS=FIELDS,
-            D=d, TOKENS=rows, COLS=cols, PLACES=places, TILES=tiles, num_warps=4, **constants,
+            D=d, TOKENS=rows, COLS=cols, PLACES=places, TILES=tiles, num_warps=WARPS, **constants,
         )  # fmt: skip
     return True
 
@@ -98,12 +99,7 @@ def row_of(blob: Blob) -> Tensor:
     """The addresses of one blob and a start of 0, int64 [8] on its device, written there by a
     launch: nothing is copied from the host.
     """
-    from rcm.kernels.kv_codec import restore_kernels as kernels
-
-    row = torch.empty(FIELDS + 1, dtype=torch.int64, device=blob.device)
-    with device_of(row):
-        kernels.write_row[(1,)](row, *blob.addresses, num_warps=1)
-    return row
+    return _row(blob.addresses, blob.device)
 
 
 def deposit(blob: Blob, row: Tensor) -> None:
@@ -179,11 +175,18 @@ def encode(
     """
     if not (runs_on(x) and fits(x.shape, fmt) and x.dtype in FLOATS) or x.numel() == 0:
         return None
+    r, length, c = coding.rows_shape(x.shape, fmt.granularity)
+    group = coding.group_length(length, fmt.group_size)
+    if subtract is None and _at_once(x.shape, fmt):
+        held = coding.E4M3 if fmt.dtype == "fp8" else torch.int8
+        data = torch.empty(r, length, c, dtype=held, device=x.device)
+        scales = torch.empty(r, -(-length // group), c, dtype=torch.float16, device=x.device)
+        places = (data.data_ptr(), scales.data_ptr())
+        encode_at(_row((*places, *[0] * (FIELDS - 2)), x.device), x, fmt)
+        return Codes(fmt, tuple(x.shape), data, scales, None, None)
     x = x if x.stride(3) == 1 else x.contiguous()
     b, s, n, d = x.shape
     channel = fmt.granularity == "channel"
-    r, length, c = coding.rows_shape(x.shape, fmt.granularity)
-    group = coding.group_length(length, fmt.group_size)
     low, high = (torch.empty(r, -(-length // group), c, device=x.device) for _ in range(2))
     centroids, assigned = (x, x) if subtract is None else (t.contiguous() for t in subtract)
     sizes = (b, s, n, 1 if subtract is None else centroids.shape[1])
@@ -223,6 +226,58 @@ def encode(
     if fmt.dtype == "int8" and not fmt.asymmetric:
         held = data.view(torch.int8)
     return Codes(fmt, tuple(x.shape), held, scales, zeros, unit)
+
+
+def encode_at(row: Tensor, x: Tensor, fmt: CodeFormat) -> bool:
+    """`encode`, written with one launch to the blob of that form whose addresses are in `row` int64
+    [7]: symmetric numbers of 8 bits in mode "rcm", whose scales depend on their group alone. False,
+    and nothing done, for others.
+    """
+    if not (runs_on(x) and x.dtype in FLOATS and x.numel() and _at_once(x.shape, fmt)):
+        return False
+    x = x if x.stride(3) == 1 else x.contiguous()
+    b, s, n, d = x.shape
+    channel = fmt.granularity == "channel"
+    group = coding.group_length(s if channel else d, fmt.group_size)
+    along = power_of_2(group)
+    across = max(1, min(256, ELEMENTS // along))
+    groups = n * d if channel else s * n * d // group
+    from rcm.kernels.kv_codec import kernels
+
+    with device_of(x):
+        kernels.encode_bytes[(-(-groups // across), -(-s // group) if channel else 1, b)](
+            x, row, x.stride()[:3], (b, s, n, 1),
+            DTYPE=fmt.dtype, TOP=coding.TOP[fmt.dtype], NATIVE=_native(x, fmt.dtype),
+            GROUP=group, CHANNEL=channel, D=d, ALONG=along, ACROSS=across, num_warps=8,
+        )  # fmt: skip
+    return True
+
+
+def _at_once(shape: tuple[int, ...], fmt: CodeFormat) -> bool:
+    """Whether `encode_at` applies to tensors of a shape."""
+    length = shape[1] if fmt.granularity == "channel" else shape[3]
+    return (
+        fmt.mode == "rcm"
+        and BITS[fmt.dtype] == 8
+        and not fmt.asymmetric
+        and fits(shape, fmt)
+        and coding.group_length(length, fmt.group_size) <= MAX_GROUP
+    )
+
+
+def _native(x: Tensor, dtype: str) -> bool:
+    """Whether the device of `x` has instructions for numbers of that type."""
+    return dtype == "fp8" and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
+
+
+def _row(addresses: Sequence[int], device: torch.device) -> Tensor:
+    """int64 [8], written by a launch."""
+    from rcm.kernels.kv_codec import restore_kernels as kernels
+
+    row = torch.empty(FIELDS + 1, dtype=torch.int64, device=device)
+    with device_of(row):
+        kernels.write_row[(1,)](row, *addresses, num_warps=1)
+    return row
 
 
 def _tile(width: int, elements: int, *, least: int = 1) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Triton kernels that encode: extremes of groups, codes.
+"""Triton kernels that encode: extremes of groups, codes; both at once for numbers of 8 bits.
 
 A tensor is seen as [B, S, W], W = N D channels of all heads. CHANNEL: groups and bytes run over
 tokens, else over channels; either way neighbouring lanes read neighbouring addresses.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from rcm.kernels.kv_codec.restore_kernels import at_address
 
 
 @triton.jit
@@ -70,18 +72,16 @@ def _residual(
 
 
 @triton.jit
-def extremes(
-    x, centroids, assigned, low, high, strides, sizes,
-    GROUP: tl.constexpr, CHANNEL: tl.constexpr, HAS_CLUSTERS: tl.constexpr,
-    PER_HEAD: tl.constexpr, D: tl.constexpr,
+def _groups(
+    batch, sizes,
+    GROUP: tl.constexpr, CHANNEL: tl.constexpr, D: tl.constexpr,
     ALONG: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Least and largest element of every group, float32. A program takes ACROSS groups; ALONG is
-    GROUP up to a power of two.
+    """The ACROSS groups of a program: (token, column) of their elements [ALONG, ACROSS], their
+    numbers [ACROSS], which elements and which groups there are.
     """
     _, tokens, heads, _ = sizes
     width = heads * D
-    batch = tl.program_id(2).to(tl.int64)
     inside = tl.arange(0, ALONG)[:, None]
     across = tl.program_id(0) * ACROSS + tl.arange(0, ACROSS)
     if CHANNEL:
@@ -95,7 +95,21 @@ def extremes(
         col = (across % per_token)[None, :] * GROUP + inside
         group = batch * tokens * per_token + across
         there = across < tokens * per_token
-    keep = (inside < GROUP) & (token < tokens) & there[None, :]
+    return token, col, group, (inside < GROUP) & (token < tokens) & there[None, :], there
+
+
+@triton.jit
+def extremes(
+    x, centroids, assigned, low, high, strides, sizes,
+    GROUP: tl.constexpr, CHANNEL: tl.constexpr, HAS_CLUSTERS: tl.constexpr,
+    PER_HEAD: tl.constexpr, D: tl.constexpr,
+    ALONG: tl.constexpr, ACROSS: tl.constexpr,
+):  # fmt: skip
+    """Least and largest element of every group, float32. A program takes ACROSS groups; ALONG is
+    GROUP up to a power of two.
+    """
+    batch = tl.program_id(2).to(tl.int64)
+    token, col, group, keep, there = _groups(batch, sizes, GROUP, CHANNEL, D, ALONG, ACROSS)
     value = _residual(
         x, centroids, assigned, batch, token, col, keep, strides, sizes, HAS_CLUSTERS, PER_HEAD, D
     )
@@ -189,3 +203,32 @@ def write_codes(
         )
     inside = (at < rows) & (across < columns)
     tl.store(data + (batch * rows + at) * columns + across, total.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def encode_bytes(
+    x, row, strides, sizes,
+    DTYPE: tl.constexpr, TOP: tl.constexpr, NATIVE: tl.constexpr,
+    GROUP: tl.constexpr, CHANNEL: tl.constexpr, D: tl.constexpr,
+    ALONG: tl.constexpr, ACROSS: tl.constexpr,
+):  # fmt: skip
+    """Codes of 8 bits and fp16 scales of symmetric groups, at the addresses of a `row` of a table:
+    a group is read once. TOP: the number that its largest element becomes.
+    """
+    _, tokens, heads, _ = sizes
+    batch = tl.program_id(2).to(tl.int64)
+    token, col, group, keep, there = _groups(batch, sizes, GROUP, CHANNEL, D, ALONG, ACROSS)
+    value = _residual(x, x, x, batch, token, col, keep, strides, sizes, False, False, D)
+    absmax = tl.maximum(tl.max(tl.abs(value), axis=0), 1e-8)
+    scale = tl.maximum(
+        tl.div_rn(absmax, tl.full((ACROSS,), TOP, tl.float32)).to(tl.float16), 2.0**-24
+    )
+    tl.store(at_address(row, 1, tl.float16) + group, scale, mask=there)
+    number = tl.div_rn(value, tl.broadcast_to(scale.to(tl.float32)[None, :], (ALONG, ACROSS)))
+    if NATIVE:
+        bounded = tl.minimum(tl.maximum(number, -448.0), 448.0)
+        code = bounded.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        code = _code(number, DTYPE, False, False, 8).to(tl.uint8)
+    place = (batch * tokens + token) * (heads * D) + col
+    tl.store(at_address(row, 0, tl.uint8) + place, code, mask=keep)

@@ -51,7 +51,7 @@ def _number(code, DTYPE: tl.constexpr, OFFSET: tl.constexpr):
 
 
 @triton.jit
-def _at(row, field: tl.constexpr, KIND: tl.constexpr):
+def at_address(row, field: tl.constexpr, KIND: tl.constexpr):
     """Pointer to elements of KIND at the address in the column `field` of a row of the table."""
     return tl.multiple_of(tl.load(row + field).to(tl.pointer_type(KIND)), 16)
 
@@ -123,15 +123,15 @@ def _along_channels(
     scales: tl.constexpr = tl.uint8 if E4M3 else tl.float16
     keep = (token < tokens) & (byte < heads * (D // per_byte))
     code = tl.load(
-        _at(row, 0, tl.uint8) + (batch * tokens + token) * (heads * (D // per_byte)) + byte,
+        at_address(row, 0, tl.uint8) + (batch * tokens + token) * (heads * (D // per_byte)) + byte,
         mask=keep,
         other=0,
     ).to(tl.int32)
     group = (batch * tokens + token) * (heads * (D // GROUP)) + byte // (GROUP // per_byte)
-    scale = _stored(_at(row, 1, scales), group, keep, E4M3)
+    scale = _stored(at_address(row, 1, scales), group, keep, E4M3)
     if HAS_UNIT:
-        scale *= tl.load(_at(row, 3, tl.float32) + batch)
-    zero = _stored(_at(row, 2, scales), group, keep, E4M3) if HAS_ZERO else scale
+        scale *= tl.load(at_address(row, 3, tl.float32) + batch)
+    zero = _stored(at_address(row, 2, scales), group, keep, E4M3) if HAS_ZERO else scale
     first = _part(code, scale, zero, 0, DTYPE, OFFSET, HIGH_FIRST, BITS, HAS_ZERO)
     second = _part(code, scale, zero, 1, DTYPE, OFFSET, HIGH_FIRST, BITS, HAS_ZERO)
     if BITS == 4:
@@ -175,9 +175,9 @@ def _elements(
         )
         known = keep
     if SIGNED:
-        value = tl.load(_at(row, 0, tl.int8) + byte, mask=keep, other=0).to(tl.float32)
+        value = tl.load(at_address(row, 0, tl.int8) + byte, mask=keep, other=0).to(tl.float32)
     else:
-        code = tl.load(_at(row, 0, tl.uint8) + byte, mask=keep, other=0)
+        code = tl.load(at_address(row, 0, tl.uint8) + byte, mask=keep, other=0)
         if NATIVE:
             value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
         else:
@@ -188,22 +188,22 @@ def _elements(
             value = _number(code, DTYPE, OFFSET)
     if SPREAD:
         scale = _spread(
-            _at(row, 1, scales), batch * tokens + token, tile, token < tokens, heads * D, GROUP,
-            E4M3, TOKENS, COLS,
+            at_address(row, 1, scales), batch * tokens + token, tile, token < tokens, heads * D,
+            GROUP, E4M3, TOKENS, COLS,
         )  # fmt: skip
     else:
-        scale = _stored(_at(row, 1, scales), group, known, E4M3)
+        scale = _stored(at_address(row, 1, scales), group, known, E4M3)
     if HAS_UNIT:
-        scale *= tl.load(_at(row, 3, tl.float32) + batch)
+        scale *= tl.load(at_address(row, 3, tl.float32) + batch)
     value *= scale
     if HAS_ZERO:
         if SPREAD:
             value += _spread(
-                _at(row, 2, scales), batch * tokens + token, tile, token < tokens, heads * D, GROUP,
-                E4M3, TOKENS, COLS,
+                at_address(row, 2, scales), batch * tokens + token, tile, token < tokens, heads * D,
+                GROUP, E4M3, TOKENS, COLS,
             )  # fmt: skip
         else:
-            value += _stored(_at(row, 2, scales), group, known, E4M3)
+            value += _stored(at_address(row, 2, scales), group, known, E4M3)
     return value
 
 
@@ -249,14 +249,14 @@ def _centroids(
     batches, tokens, heads, clusters = sizes
     width = heads * D
     token = line[:, None]
-    centroids = _at(row, 4, CENTROIDS) + stage * batches * clusters * width
+    centroids = at_address(row, 4, CENTROIDS) + stage * batches * clusters * width
     which = batch * clusters
     if PER_HEAD:
-        assigned = _at(row, 5, INDEX) + (stage * batches + batch) * tokens * heads
+        assigned = at_address(row, 5, INDEX) + (stage * batches + batch) * tokens * heads
         which += tl.load(assigned + token * heads + head, mask=keep, other=0).to(tl.int64)
     # loaded as a vector: a column would be loaded once per element
     elif INDEX is not None:
-        assigned = _at(row, 5, INDEX) + (stage * batches + batch) * tokens
+        assigned = at_address(row, 5, INDEX) + (stage * batches + batch) * tokens
         which += tl.load(assigned + line, mask=line < tokens, other=0).to(tl.int64)[:, None]
     return tl.load(centroids + which * width + col, mask=keep, other=0.0).to(tl.float32)
 
@@ -305,11 +305,11 @@ def restore(
             channel = col % D
             if UNDO == "reorder":
                 channel = tl.load(
-                    _at(row, 6, tl.int16) + batch * width + col, mask=col < width, other=0
+                    at_address(row, 6, tl.int16) + batch * width + col, mask=col < width, other=0
                 ).to(tl.int32)
             if DTYPE == "bf16":
                 value = tl.load(
-                    _at(row, 0, tl.bfloat16)
+                    at_address(row, 0, tl.bfloat16)
                     + (batch * tokens + token) * width
                     + head * D
                     + channel,
@@ -339,7 +339,9 @@ def restore(
                 )  # fmt: skip
             if UNDO == "balance":
                 value *= tl.load(
-                    _at(row, 6, tl.bfloat16) + batch * width + col, mask=col < width, other=0.0
+                    at_address(row, 6, tl.bfloat16) + batch * width + col,
+                    mask=col < width,
+                    other=0.0,
                 ).to(tl.float32)
             if UNDO == "hadamard":
                 value = _hadamard(value, ROOT, D, TOKENS, COLS)
@@ -379,4 +381,4 @@ def deposit(row, sources, sizes, FIELDS: tl.constexpr, BLOCK: tl.constexpr):
     for field in tl.static_range(FIELDS):
         if tl.program_id(1) == field:
             held = tl.load(sources[field] + at, mask=at < sizes[field])
-            tl.store(_at(row, field, tl.uint8) + at, held, mask=at < sizes[field])
+            tl.store(at_address(row, field, tl.uint8) + at, held, mask=at < sizes[field])
