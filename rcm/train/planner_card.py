@@ -17,17 +17,21 @@ class Card:
 
     name: str
     gib: float  # memory that a process can have
-    matmul: float = 620e12  # large matrix products
-    attention: float = 540e12  # dense attention, forward
-    attention_backward: float = 500e12
-    attention_tangent: float = 500e12
-    masked: float = 0.88  # share of these that masked attention reaches
+    matmul: float = 720e12  # large matrix products
+    attention: float = 550e12  # forward
+    attention_backward: float = 485e12
+    attention_tangent: float = 640e12
+    masked: float = 0.9  # share of the last two that masked attention reaches
     bandwidth: float = 3.6e12  # device memory, read plus write
     link: float = 350e9  # of a rank to the other ranks of its node
+    reorder: float = (
+        115e9  # exchanged heads beside the link: copies before and after, smaller calls
+    )
     network: float = 45e9  # of a rank to other nodes
     host: float = 50e9  # to or from pinned host memory; assumed from the bus (PCIe 5.0 x16)
     node: int = 8  # cards of a node
-    launch: float = 0.8e-3  # seconds that a block takes at least
+    launch: float = 1.2e-3  # seconds that the host issues a block in
+    launch_ranks: float = 7.6e-3  # the same where ranks share parameters, and wait for the slowest
     measured: bool = False
 
 
@@ -42,7 +46,14 @@ def _scaled(name: str, gib: float, *, compute: float, bandwidth: float, **links:
     """A card with these shares of the H200's arithmetic and memory speed."""
     arithmetic = ("matmul", "attention", "attention_backward", "attention_tangent")
     rates = {rate: getattr(H200, rate) * compute for rate in arithmetic}
-    return Card(name, gib, bandwidth=H200.bandwidth * bandwidth, **rates, **links)
+    return Card(
+        name,
+        gib,
+        bandwidth=H200.bandwidth * bandwidth,
+        reorder=H200.reorder * bandwidth,
+        **rates,
+        **links,
+    )
 
 
 CARDS = {

@@ -14,13 +14,24 @@ from rcm.nets.layout import TokenLayout
 from rcm.nets.wan.adapters import adapter_elements
 from rcm.nets.wan.config import WanConfig
 from rcm.train.planner_card import Card
-from rcm.train.planner_job import Job, NetPlan, Pass, PhasePlan, numbers, visible_pairs
+from rcm.train.planner_job import (
+    Job,
+    NetPlan,
+    Pass,
+    PhasePlan,
+    numbers,
+    parameter_shapes,
+    visible_pairs,
+)
 from rcm.train.planner_memory import compute_size, held_terms, total
 
 ELEMENTWISE_ROWS = 25
 """E-wide rows that the fused elementwise kernels of a block read and write per token, beside two
 H-wide ones.
 """
+
+UPDATE_LAUNCH = 0.11e-3
+"""Seconds per trained tensor in which an update leaves the device idle: 90 ms of 825."""
 
 HOST_MEMORY = 150e9
 """Bytes/s of a machine's host memory in an update there, assumed."""
@@ -98,7 +109,6 @@ def pass_cost(job: Job, card: Card, step: Pass) -> Cost:
     """
     net, flops, total, share = job.net(step.role), 0.0, 0.0, job.batch / job.context
     config, gathering = net.config, _gathering(job, card, net, step)
-    rate = card.attention_tangent if step.mode == "tangent" else card.attention
     # no gradient of the weights themselves
     frozen = step.mode == "train" and (net.rank > 0 or step.inputs)
     factors = 0 if step.inputs or step.mode != "train" else _factors(net)
@@ -111,15 +121,25 @@ def pass_cost(job: Job, card: Card, step: Pass) -> Cost:
         back = times.backward * work.attention
         flops += count * job.batch * (products + cross + attention + back)
         masked = 1.0 if layout.mask.is_full else card.masked
+        ahead = card.attention_tangent * masked if step.mode == "tangent" else card.attention
         # norms, rotations, gates and GELU
         rows = layout.num_tokens * (ELEMENTWISE_ROWS * config.dim + 2 * config.ffn_dim)
         traffic = times.rows * config.num_layers * rows * job.compute_bytes
         seconds = products / card.matmul + cross / card.attention + traffic / card.bandwidth
-        seconds += attention / (masked * rate) + back / (masked * card.attention_backward)
-        seconds = share * seconds + _widening(job, card, net)
-        seconds = max(seconds, times.launches * config.num_layers * card.launch, gathering)
-        total += count * (seconds + times.exchanges * _exchanging(job, card, net, layout))
+        seconds += attention / ahead + back / (masked * card.attention_backward)
+        seconds = max(share * seconds + _widening(job, card, net), gathering)
+        seconds += times.exchanges * _exchanging(job, card, net, layout)
+        total += count * _issued(job, card, seconds, blocks=times.launches * config.num_layers)
     return Cost(flops, total)
+
+
+def _issued(job: Job, card: Card, seconds: float, *, blocks: float) -> float:
+    """With the time in which the host issues so many blocks: beside the device's; beside half of it
+    where ranks share parameters, for they meet in every block.
+    """
+    if job.shard_ranks == 1:
+        return max(seconds, blocks * card.launch)
+    return max(seconds, seconds / 2 + blocks * card.launch_ranks)
 
 
 def _factors(net: NetPlan) -> int:
@@ -157,7 +177,7 @@ def _exchanging(job: Job, card: Card, net: NetPlan, layout: TokenLayout) -> floa
     """Ulysses, of one forward: q, k, v and the result cross the group in every block."""
     rows = 4 * job.batch * layout.num_tokens / job.context * (job.context - 1) / job.context
     moved = rows * net.config.dim * job.compute_bytes * net.config.num_layers
-    return moved / _speed(card, job.context)
+    return moved / _speed(card, job.context) + moved / card.reorder
 
 
 def update_seconds(job: Job, card: Card, phase: PhasePlan) -> float:
@@ -169,7 +189,8 @@ def update_seconds(job: Job, card: Card, phase: PhasePlan) -> float:
     if job.host_parameters:  # all ranks of a machine share its memory's speed
         return touched * min(job.ranks, card.node) / HOST_MEMORY
     passing = total(held_terms(job, "host", {phase.role})) / card.host
-    return max(touched / card.bandwidth, passing)
+    idle = UPDATE_LAUNCH * len(parameter_shapes(net.config))
+    return max(touched / card.bandwidth, passing) + idle
 
 
 def moving_seconds(job: Job, card: Card, phase: PhasePlan) -> float:

@@ -10,9 +10,10 @@ from rcm.configs import registry_distill
 from rcm.configs.compose import compose_run
 from rcm.configs.network import parameter_count
 from rcm.configs.plan_job import plan_job
-from rcm.configs.plan_search import words_of
+from rcm.configs.plan_search import Search, words_of
 from rcm.configs.schema_model import SACConfig
-from rcm.train.planner import predict
+from rcm.parallel.checkpointing import KEEP_PRODUCTS
+from rcm.train.planner import layouts, predict, propose
 from rcm.train.planner_card import H200
 from scripts import bench_memory
 from scripts.plan import main
@@ -136,3 +137,29 @@ def test_predictions_of_the_named_cases(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and all("GiB" in line for line in lines)
     assert bench_memory.main([]) == 2 and "CUDA" in capsys.readouterr().err
+
+
+def test_a_layout_that_the_run_refuses_is_not_proposed():
+    """The fastest layout that fits keeps results of products, which compiled code does not have."""
+    words = ["experiment=causal_wan2pt1_1pt3B_res480p_t2v_tf_c3-3", "model.config.compile=True"]
+    search = Search(lambda more: compose_run([*words, *more], world_size=None, require_inputs=False))
+    job, card = search.job((), ranks=1), H200
+    assert propose(job, card).best.job.net("student").recompute in KEEP_PRODUCTS
+    best = search.found(card, ranks=1).proposal.best
+    assert best.job.net("student").recompute not in KEEP_PRODUCTS
+    compose_run([*words, *words_of((), best.job)], world_size=1, require_inputs=False)
+    taken = [laid for laid in layouts(job) if not search.refusal((), laid)]
+    assert best.seconds == min(found.seconds for found in (predict(laid, card) for laid in taken) if found.fits)
+
+
+EXACT = ["experiment=toy_sf_dmd_c3-3", "model.config.gan={loss_scale:0.01,r1:exact}", "model.config.attention_backend=reference"]
+EXACT += ["model.config.fused_layers=off", "model.config.precision=float32"]
+
+
+def test_a_run_that_takes_no_layout_says_why(capsys):
+    assert main([*EXACT, "gpus=2"]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("error: this run takes no layout of 2 ranks: model.config.gan.r1=exact")
+    assert "not possible as configured: model.config.gan.r1=exact" in told.out
+    assert main([*EXACT, "--smallest"]) == 0
+    assert "1 x rtx4090" in capsys.readouterr().out

@@ -58,8 +58,8 @@ MLP_SECOND = 2 * 8960 / (12 * 1536 + 4 * 8960)
 """Share of the second product of the MLP in the linear layers of a block, 1.3B."""
 
 
-def one_pass(mode, layout, *, recompute="none", **changes) -> tuple[Job, Pass]:
-    net = NetPlan("student", PRESETS["1.3B"], trained=True, recompute=recompute)
+def one_pass(mode, layout, *, recompute="none", preset="1.3B", **changes) -> tuple[Job, Pass]:
+    net = NetPlan("student", PRESETS[preset], trained=True, recompute=recompute)
     step = Pass("student", "student", mode, (layout,))
     return Job("job", (net,), (PhasePlan("student", (step,)),), 1, **changes), step
 
@@ -94,15 +94,29 @@ def test_backward_recompute_and_tangent_multiply_the_forward():
     assert cost(one_pass("tangent", noisy)).flops == pytest.approx(expected)
 
 
-def test_times_of_the_published_shapes():
-    """One H200, plain eager mode, first version of the kernels: 0.56 s for the clean half, 1.62 s
-    for the noisy half with tangents. The model has fused elementwise work: faster than those,
-    slower than the arithmetic alone.
+def test_times_of_passes_that_were_measured():
+    """docs/performance_log.md, H200: one card, and two that share a sample; within 8 percent. A
+    forward of the 14B network is 40 blocks for the 6 that were timed.
     """
-    clean = TokenLayout.context(21, grid=GRID, pattern=C33)
-    noisy = TokenLayout.noisy_over_context(21, grid=GRID, pattern=C33)
-    assert 0.33 < cost(one_pass("infer", clean)).seconds < 0.56
-    assert 0.8 < cost(one_pass("tangent", noisy)).seconds < 1.62
+    whole = TokenLayout.bidirectional(21, grid=GRID)
+    clean, noisy, packed = (
+        make(21, grid=GRID, pattern=C33) for make in (TokenLayout.context, TokenLayout.noisy_over_context, TokenLayout.teacher_forcing)
+    )
+    keep, two = {"recompute": "block_wise_keep_attention"}, {"ranks": 2, "context": 2}
+    for mode, layout, changes, measured in (
+        ("infer", whole, {}, 0.514),
+        ("infer", whole, {"preset": "14B"}, 0.425 * 40 / 6),
+        ("infer", packed, {}, 0.718),
+        ("infer", clean, {}, 0.367),
+        ("tangent", noisy, {}, 0.752),
+        ("train", packed, {"recompute": "block_wise"}, 3.22),
+        ("train", packed, keep, 2.84),
+        ("train", packed, {"recompute": "block_wise", **two}, 1.86),
+    ):
+        found = cost(one_pass(mode, layout, **changes)).seconds
+        assert found == pytest.approx(measured, rel=0.08), (mode, layout, changes)
+    tangents = [cost(one_pass(mode, layout, **two)).seconds for mode, layout in (("infer", clean), ("tangent", noisy))]
+    assert sum(tangents) == pytest.approx(0.69, rel=0.15)  # hosts that issue 30 blocks twice
 
 
 def cost(case: tuple[Job, Pass], *, card: Card = H200) -> Cost:
