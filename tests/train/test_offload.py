@@ -108,8 +108,11 @@ HALF = ["optimizer.states=bfloat16", "model.config.optimizer_fake_score.states=b
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, states: str) -> None:
     if states in ("int8", "float8"):
         pytest.importorskip("torchao.optim")
-    """Written in the background, while the next update changes what is on the host."""
-    more = [*ALL, f"optimizer.states={states}", f"model.config.optimizer_fake_score.states={states}"]
+    """Written in the background, while the next update changes what is on the host; products in
+    FP8.
+    """
+    more = [*ALL, *(f"model.config.{net}.linear_precision=fp8" for net in NETS[:2])]
+    more += [f"optimizer.states={states}", f"model.config.optimizer_fake_score.states={states}"]
     more.append("checkpoint.dcp_async_mode_enabled=True")
     with process_group("cpu"):
         whole = trained("toy_sf_dmd_2step_c1-1", tmp_path, *more, saves=True)
