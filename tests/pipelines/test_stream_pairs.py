@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from rcm.core.dtypes import Precision
+from rcm.core.errors import ConfigError
 from rcm.encoders.taehv import TinyDecoderCodec
 from rcm.encoders.taehv_net import Level, TinyConfig
 from rcm.encoders.wan_vae import WanVAECodec
@@ -25,7 +26,7 @@ from rcm.parallel.ulysses import shard_sequence
 from rcm.pipelines import engine
 from rcm.pipelines.scenes import Segment, Timeline, play
 from rcm.pipelines.session import Session
-from rcm.pipelines.stream_spec import StreamSpec
+from rcm.pipelines.stream_spec import StreamSpec, SwitchRefused
 from rcm.rollout.eviction.base import CachePolicy
 from rcm.rollout.eviction.deep_forcing import DeepForcing
 from rcm.rollout.eviction.infinity_rope import InfinityRope
@@ -39,7 +40,7 @@ from tests.support import policy_rules as rules
 from tests.support.covering import Row, all_pairs, covering, pairs_of
 from tests.support.dist import run_ranks
 from tests.support.rerun_loop import RerunLoop
-from tests.support.stream_oracle import Oracle, Rule
+from tests.support.stream_oracle import Merged, Oracle, Rule
 from tests.support.tiny_nets import HEIGHT, WIDTH, condition, tiny_config, tiny_net
 
 LATENT = (16, HEIGHT, WIDTH)
@@ -140,7 +141,7 @@ def prompt(text: str) -> Condition:
 
 def change_block(row: Row) -> int:
     """Where the prompt changes: as the window wraps, or before a policy that merges does so."""
-    return 2 if row["policy"] in MERGING and row["prompts"] == "recache" else 4
+    return int(row.get("late", 2)) if row["policy"] in MERGING and row["prompts"] == "recache" else 4
 
 
 def recipe_of(row: Row) -> SamplingRecipe:
@@ -258,6 +259,26 @@ def test_options_together(monkeypatch, row):
     if row["passes"] == "captured":
         monkeypatch.setattr(engine, "ChunkLoop", RerunLoop)
     compare(row, *played(row))
+
+
+@pytest.mark.parametrize("policy", MERGING)
+def test_a_recache_after_a_policy_merged_is_refused_and_the_stream_goes_on(policy):
+    row = {**{factor: values[0] for factor, values in FACTORS.items()}, "policy": policy, "pattern": "c3-3"}
+    session = Session(model_of(row, sharded=False), None, prompt("first"), spec_of(row))
+    chunks = [session.step().latents for _ in range(4)]
+    receipt = session.set_condition(prompt("second"), mode="recache")
+    with pytest.raises(SwitchRefused, match="mode='recache' replays cached chunks.*use mode='keep', or a policy that keeps whole chunks"):
+        session.step()
+    assert receipt.refused and receipt.applied_at is None
+    compare(row, torch.cat([*chunks, session.step().latents, session.step().latents], dim=2), None)
+    with pytest.raises(Merged):
+        expected({**row, "prompts": "recache", "late": "4"})
+
+
+def test_a_timeline_with_a_stream_that_works_ahead_is_refused():
+    row = {**ROWS[0], "ranks": "1", "prompts": "keep", "ahead": "on", "start": "noise"}
+    with pytest.raises(ConfigError, match="a timeline needs look_ahead=False"):
+        played(row)
 
 
 def played_all(rows: list[Row]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
