@@ -1,10 +1,10 @@
 """Compiling kernels before they are needed, side by side in threads: one by one they take seconds
 of a first frame.
 
-While `precompile` runs a plan, a launch made with `launch` asks for its kernel and runs nothing. So
-code that computes on tensors of the meta device tells which kernels it will want, before any weight
-is loaded. Triton compiles outside of Python's lock, and the last step in a process of its own:
-threads are enough, once the plan is through, which would share that lock with all of them.
+While `precompile` runs a plan, a launch made with `launch` starts the compilation of its kernel and
+runs nothing. So code that computes on tensors of the meta device tells which kernels it will want,
+before any weight is loaded. Triton compiles outside of Python's lock, and the last step in a
+process of its own: threads are enough.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,6 @@ from torch import Tensor
 MOST_THREADS = 32
 SWITCH_SECONDS = 2e-4
 _planned: ContextVar[torch.device | None] = ContextVar("planned", default=None)
-_waking: ContextVar[threading.Thread | None] = ContextVar("waking", default=None)
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: 
     """
     if _planned.get() is None:
         kernel[grid](*arguments, **constants)
-        return
-    if (driver := _waking.get()) is not None:
-        driver.join()
-    kernel.warmup(*arguments, grid=grid, **constants)
+    else:
+        kernel.warmup(*arguments, grid=grid, **constants)
 
 
 def device_for(x: Tensor) -> torch.device:
@@ -96,34 +93,15 @@ def _precompile(plan: Callable[[], object], device: torch.device, threads: int) 
 
     start = time.perf_counter()
     _planned.set(device)
-    _waking.set(_wake_driver(device))
     with (
         _quick_turns(),
         torch.cuda.device(device),
         _LoadingPool(device, threads, start) as pool,
         triton.AsyncCompileMode(pool),
     ):
-        try:
-            plan()
-        finally:
-            planned = time.perf_counter() - start
-            pool.begin.set()
+        plan()
+        planned = time.perf_counter() - start
     return Compiled(pool.submitted, time.perf_counter() - start, planned, tuple(pool.parts))
-
-
-def _wake_driver(device: torch.device) -> threading.Thread:
-    """Triton's driver, whose own C code is compiled where its cache is empty: beside the part of
-    a plan that comes before its first launch. Errors are left to that launch.
-    """
-    from triton.runtime import driver
-
-    def wake() -> None:
-        with suppress(Exception), torch.cuda.device(device):
-            driver.active.get_current_target()
-
-    thread = threading.Thread(target=copy_context().run, args=(wake,), daemon=True)
-    thread.start()
-    return thread
 
 
 @contextmanager
@@ -141,7 +119,7 @@ def _quick_turns() -> Iterator[None]:
 
 class _LoadingPool(ThreadPoolExecutor):
     """Threads that compile a kernel and then build its launcher and load it, which the first launch
-    would do otherwise; all wait for `begin`.
+    would do otherwise.
     """
 
     def __init__(self, device: torch.device, threads: int, start: float) -> None:
@@ -152,7 +130,6 @@ class _LoadingPool(ThreadPoolExecutor):
             initargs=(device,),
         )
         self.submitted, self.start = 0, start
-        self.begin = threading.Event()
         self.parts: list[tuple[str, float, float, float]] = []
         # kernels of one function share launchers: the first to be ready builds, the others find it
         self._building: defaultdict[object, threading.Lock] = defaultdict(threading.Lock)
@@ -163,7 +140,6 @@ class _LoadingPool(ThreadPoolExecutor):
         return super().submit(self._compile_and_load, compile_kernel)
 
     def _compile_and_load(self, compile_kernel: Callable[[], Any]) -> Any:
-        self.begin.wait()
         times = [time.perf_counter() - self.start]
         kernel = compile_kernel()
         times.append(time.perf_counter() - self.start)
