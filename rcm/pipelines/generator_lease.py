@@ -13,7 +13,7 @@ from rcm.core.errors import ConfigError
 
 
 class Drawing(Protocol):
-    """A session, as far as its draws are concerned."""
+    """A session, as far as its draws are concerned. It holds its generator."""
 
     @property
     def may_draw(self) -> bool:
@@ -21,9 +21,10 @@ class Drawing(Protocol):
         ...
 
 
-_held: weakref.WeakKeyDictionary[torch.Generator, weakref.ref[Drawing]] = (
-    weakref.WeakKeyDictionary()
-)
+_held: weakref.WeakValueDictionary[int, Drawing] = weakref.WeakValueDictionary()
+"""By the generator's `id`, which is its own while the session lives: generators of torch 2.11 take
+no weak references.
+"""
 
 
 def lease(generator: torch.Generator | None, session: Drawing) -> None:
@@ -32,12 +33,11 @@ def lease(generator: torch.Generator | None, session: Drawing) -> None:
     """
     if generator is None:
         return
-    known = _held.get(generator)
-    other = None if known is None else known()
+    other = _held.get(id(generator))
     if other is not None and other is not session and other.may_draw:
         raise ConfigError(
             "generator= draws for another session that is still open, and each would change the"
             " other's noise; give every session a torch.Generator of its own, or close() the other"
             " one first"
         )
-    _held[generator] = weakref.ref(session)
+    _held[id(generator)] = session

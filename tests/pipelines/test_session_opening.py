@@ -13,6 +13,7 @@ import torch
 from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
 from rcm.nets.denoiser import Denoiser
+from rcm.pipelines.generator_lease import lease
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.recipe import SamplingRecipe
@@ -58,6 +59,23 @@ def test_sessions_do_not_take_draws_from_each_other(denoiser):
     first.restore(held)
     with pytest.raises(ConfigError, match="generator= draws noise='video' only"):
         spec(generator=shared, num_frames=3)
+
+
+def test_a_generator_need_not_take_weak_references():
+    """Those of torch 2.11 do not."""
+
+    class Generator:
+        __slots__ = ()
+
+    class Stream:
+        may_draw = True
+
+    shared, first, second = Generator(), Stream(), Stream()
+    lease(shared, first)
+    with pytest.raises(ConfigError, match="for another session"):
+        lease(shared, second)
+    del first
+    lease(shared, second)
 
 
 def test_a_session_that_cannot_be_opened_lets_its_generator_go(denoiser):
