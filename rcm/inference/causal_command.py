@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -158,15 +159,19 @@ class Maker:
         return timing
 
     def _writer(self, film: Film) -> VideoWriter:
-        options = {"num_frames": film.num_frames, "prompt": film.timeline.prompts[0]}
-        return VideoWriter(film.target, film.preview, flags=self.flags, **options)
+        return VideoWriter(
+            film.target,
+            film.preview,
+            flags=self.flags,
+            num_frames=film.num_frames,
+            prompt=film.timeline.prompts[0],
+        )
 
     def _reel(self, film: Film, spec: StreamSpec, progress: Progress | None) -> Reel:
-        flags = self.flags
-        denoiser = self.models.denoiser
+        flags, denoiser = self.flags, self.models.denoiser
         denoiser.net.rope.stretch((flags.ntk_t, flags.ntk_h, flags.ntk_w))
-        scale = 1.0 if self.negative is None else self.job.recipe.guidance
-        model = guided(denoiser, lambda: denoiser.prepare(self.negative), scale)
+        negative = None if self.negative is None else partial(denoiser.prepare, self.negative)
+        model = guided(denoiser, negative, self.job.recipe.guidance)
         return Reel(denoiser, model, film, spec, self.prefix, progress)
 
     def _sampled(
@@ -246,8 +251,15 @@ def _spec(
             " prompts change all the same",
             flush=True,
         )
-    options = {"num_frames": film.latent_frames, "cuts": cuts, "size": size, "device": device}
-    return stream_spec_of(flags, job.recipe, job.codec, **options)
+    return stream_spec_of(
+        flags,
+        job.recipe,
+        job.codec,
+        num_frames=film.latent_frames,
+        cuts=cuts,
+        size=size,
+        device=device,
+    )
 
 
 def _say_what_is_made(

@@ -158,6 +158,7 @@ def film_of(
         )
     several = {"number": number, "count": count}
     video = claimed(flags, "save_path", ".mp4", **several)
+    assert video is not None  # the flag has a default
     return Film(timeline, latents, video, claimed(flags, "preview_grid", ".png", **several))
 
 

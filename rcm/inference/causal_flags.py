@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,9 @@ from rcm.inference.wan_flags import (
 from rcm.kernels.fp8_attention.api import WIDTH, obstacle
 from rcm.kernels.kv_codec.codec import KVCodec
 from rcm.kernels.kv_codec.spec import DTYPES, FLAGS, GRANULARITIES, MODES, SMOOTHINGS, KVCodecSpec
+from rcm.nets.kv_coded import KVCodec as CacheCodec
 from rcm.nets.kv_memo import MemoisedCodec
+from rcm.nets.kv_view import Keys
 from rcm.nets.wan.fp8 import chosen_layers
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.pipelines.wan_pipeline import LATENT_CHANNELS, SPATIAL_STRIDE
@@ -259,7 +261,7 @@ def stream_spec_of(
     what does not go together.
     """
     policy = policy_of(flags, cuts=cuts, reduce=_summed_over_ranks if num_ranks() > 1 else None)
-    keys = "pre_rope" if flags.kv_pre_rope_keys else None
+    keys: Keys | None = "pre_rope" if flags.kv_pre_rope_keys else None
     if stored is not None and stored.keys_before_rotation and policy.any_keys:
         keys = "pre_rope"
     if keys not in (None, policy.keys) and not policy.any_keys:
@@ -269,7 +271,9 @@ def stream_spec_of(
         )
     if flags.fp8_attention and (why := obstacle(device, width=WIDTH)) is not None:
         raise ConfigError(f"--fp8_attention is not possible here: {why}; leave it out")
-    codec = None if stored is None else KVCodec(stored)
+    codec: CacheCodec | None = None if stored is None else KVCodec(stored)
+    if codec is not None and flags.kv_dense_prefix_cache:
+        codec = MemoisedCodec(codec)
     noise_device = device if flags.noise_device == "auto" else torch.device(flags.noise_device)
     spec = StreamSpec(
         recipe,
@@ -281,7 +285,7 @@ def stream_spec_of(
         generator=torch.Generator(noise_device).manual_seed(flags.seed),
         policy=policy,
         keys=keys,
-        kv_codec=MemoisedCodec(codec) if flags.kv_dense_prefix_cache else codec,
+        kv_codec=codec,
         hot_chunks=flags.kv_hot_chunks,
         attention="fp8" if flags.fp8_attention else "net",
         graphs=_graphs(flags, device=device),
@@ -290,7 +294,7 @@ def stream_spec_of(
     return spec
 
 
-def _graphs(flags: argparse.Namespace, *, device: torch.device) -> str:
+def _graphs(flags: argparse.Namespace, *, device: torch.device) -> Literal["on", "off"]:
     reasons = {
         "--kv_dense_prefix_cache looks up what it restored before, pass by pass": (
             flags.kv_dense_prefix_cache

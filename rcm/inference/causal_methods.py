@@ -46,9 +46,10 @@ def _sliding(window_blocks: int, sw_sink_blocks: int) -> SlidingWindow:
     return SlidingWindow(window_blocks - sw_sink_blocks + 1, sw_sink_blocks)
 
 
-def _infinity(*values: Any, cuts: frozenset[int]) -> InfinityRope:
-    *numbers, uncut = values
-    return InfinityRope(*numbers, not uncut, cuts)
+def _infinity(
+    blocks: int, sinks: int, horizon: int, flush: int, delta: int, uncut: bool, cuts: frozenset[int]
+) -> InfinityRope:
+    return InfinityRope(blocks, sinks, horizon, flush, delta, not uncut, cuts)
 
 
 METHODS: dict[str, Method] = {

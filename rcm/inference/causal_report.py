@@ -181,9 +181,12 @@ def timing_lines(timing: Timing, clock: PartClock) -> list[str]:
 class Film(Protocol):
     """Of a video, what its report tells."""
 
-    timeline: Timeline
-    latent_frames: int
-    target: OutputFile
+    @property
+    def timeline(self) -> Timeline: ...
+    @property
+    def latent_frames(self) -> int: ...
+    @property
+    def target(self) -> OutputFile: ...
 
 
 def write_causal_report(

@@ -39,7 +39,7 @@ def short_log() -> None:
     """
     logger.remove()
     logger.add(
-        lambda line: sys.stderr.write(line),
+        lambda line: print(line, end="", file=sys.stderr),
         level="WARNING",
         format=lambda record: f"{record['level'].name.lower()}: {{message}}\n",
     )

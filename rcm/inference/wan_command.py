@@ -167,9 +167,9 @@ def run(flags: argparse.Namespace, job: Job, *, clock: PartClock) -> None:
         claimed(flags, name, suffix)
         for name, suffix in (("save_path", ".mp4"), ("preview_grid", ".png"), ("report", ".json"))
     )
-    first, last = shared(
-        on_first(lambda: tuple(p and read_image(p) for p in (job.image_path, job.last_image_path)))
-    )
+    paths = (job.image_path, job.last_image_path)
+    first, last = shared(on_first(lambda: tuple(read_image(p) if p else None for p in paths)))
+    assert video is not None  # the flag has a default
     request = VideoRequest(
         prompt=flags.prompt,
         recipe=job.recipe,
@@ -206,8 +206,9 @@ def run(flags: argparse.Namespace, job: Job, *, clock: PartClock) -> None:
         clock.watch = progress.part
         made = _generate(flags, pipeline, request, progress=progress)
         with clock.part("write"):
-            options = {"num_frames": flags.num_frames, "prompt": flags.prompt}
-            with VideoWriter(video, preview, flags=flags, **options) as writer:
+            assert made.frames is not None  # this is rank 0
+            about: dict[str, Any] = {"num_frames": flags.num_frames, "prompt": flags.prompt}
+            with VideoWriter(video, preview, flags=flags, **about) as writer:
                 writer.append(made.frames)
     for line in cost_lines(clock, made.steps):
         print(line, flush=True)
@@ -226,7 +227,10 @@ def frame_size(flags: argparse.Namespace, image: Tensor | None) -> FrameSize:
             )
         return written_size(flags.size)
     size = table_size(flags.resolution, flags.aspect_ratio)
-    return adaptive_size(size, image=image_size(image)) if adaptive else size
+    if not adaptive:
+        return size
+    assert image is not None  # the flag needs one
+    return adaptive_size(size, image=image_size(image))
 
 
 def _check_amount(request: VideoRequest) -> None:

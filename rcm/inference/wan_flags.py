@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
@@ -263,7 +264,7 @@ def add_expert_flags(parser: argparse.ArgumentParser, *, high: str, low: str) ->
     group = parser.add_argument_group("networks")
     for name, path in (("high", high), ("low", low)):
         model, lora = f"{name}_noise_model_path", f"{name}_noise_lora"
-        changes = {
+        changes: dict[str, dict[str, Any]] = {
             model: {"default": path, "help": f"[{path}]"},
             lora: {"action": "append", "default": [], "help": _MERGED},
         }

@@ -222,7 +222,8 @@ class _Pieces:
         return kind.from_files(flags.text_encoder_path, device=self.device, **where)
 
     def codec(self) -> LatentCodec:
-        flags, kind = self.flags, WanVAECodec
+        flags = self.flags
+        kind: type[WanVAECodec] | type[TinyDecoderCodec] = WanVAECodec
         options: dict[str, Any] = {"device": self.device, "dtype": VAE_DTYPES[flags.vae_precision]}
         path = flags.vae_path
         if tiny := getattr(flags, "tiny_decoder", ""):
@@ -313,4 +314,9 @@ class _RandomImages:
 class _NoText:
     """The text encoder of ranks that do not encode: they receive what rank 0 encoded."""
 
+    text_len = text_dim = 0
     negative_prompt = ""
+
+    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Nothing asks for it."""
+        raise NotImplementedError

@@ -21,6 +21,7 @@ from rcm.methods.draws import draw_noise
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.layout import TokenLayout
+from rcm.nets.velocity_model import VelocityModel
 from rcm.rollout.plan import ContextRule, StepSchedule
 
 
@@ -75,7 +76,7 @@ class TeacherForcing:
 
     def velocity(
         self,
-        denoiser: Denoiser,
+        denoiser: VelocityModel,
         x_t: torch.Tensor,
         t: torch.Tensor,
         cond: Condition,
@@ -132,7 +133,7 @@ class TeacherForcing:
 
         return jvp(field, (x_t, t), (x_dot, t_dot))
 
-    def _structure(self, denoiser: Denoiser, x: torch.Tensor) -> dict:
+    def _structure(self, denoiser: VelocityModel, x: torch.Tensor) -> dict:
         grid = denoiser.token_grid(x.shape[3], x.shape[4])
         return {"grid": grid, "pattern": self.pattern, "window": self.window, "sinks": self.sinks}
 

@@ -290,8 +290,10 @@ class Guided(VelocityModel):
         return self.denoiser.prepare(cond)
 
 
-def guided(model: VelocityModel, negative: Callable[[], Condition], scale: float) -> VelocityModel:
+def guided(
+    model: VelocityModel, negative: Callable[[], Condition] | None, scale: float
+) -> VelocityModel:
     """`model` guided away from the condition that `negative` makes; itself, and nothing made, where
-    the scale asks for no guidance.
+    there is none or the scale asks for no guidance.
     """
-    return Guided(model, negative(), scale) if is_guided(scale) else model
+    return model if negative is None or not is_guided(scale) else Guided(model, negative(), scale)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,14 +24,16 @@ from rcm.parallel.mesh import ParallelDims
 from rcm.storage.dcp_folder import DcpFolder
 from rcm.storage.state_dicts import check_keys, shapes_of
 
+N = TypeVar("N", bound=nn.Module)
 
-def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+
+def on_meta(build: Callable[[], N]) -> N:
     """The network that `build` makes, with shapes but no memory."""
     with torch.device("meta"):
         return build()
 
 
-def materialise(net: nn.Module, *, device: torch.device | str) -> nn.Module:
+def materialise(net: N, *, device: torch.device | str) -> N:
     """Give a network built on meta (already sharded or not) memory on `device`. Its values are
     undefined until loaded; return `net`.
     """

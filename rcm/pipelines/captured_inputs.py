@@ -144,14 +144,15 @@ class CapturedInputs:
                 known = self.keys.setdefault(layout.context_tokens, [])
                 table = rope.at(branch.positions(layout), device=device, dtype=dtype)
                 known[i : i + 1] = [_static(known[i] if i < len(known) else None, table)]
-        for i, found in enumerate(codes):
-            if found is not None:
+        for i, coded in enumerate(codes):
+            if coded is not None:
                 held = self.groups.setdefault((i, kinds), [])
-                held[:] = [_same_place(*pair) for pair in zip_longest(held, found.groups)]
+                held[:] = [_same_place(*pair) for pair in zip_longest(held, coded.groups)]
 
     def tables(self, branch: int, context_tokens: int) -> RopePair:
         """Rotary tables of one branch over a past of so many tokens."""
         keys = self.keys.get(context_tokens)
+        assert self.query is not None  # placed
         return RopePair(self.query, self.query if not keys else keys[branch])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -43,24 +43,31 @@ class DecodeLane:
             torch.cuda.Stream(self._device, priority=self.PRIORITY) if own_stream else None
         )
         self._captures = graphs == "on" and getattr(codec, "captures", False)
-        self._decoder = self._opened()
+        self._decoder: LatentStream | None = self._opened()
 
     def restart(self) -> None:
         """Begin another video, in the memory of this one where the decoder can."""
-        if hasattr(self._decoder, "restart"):
+        if self._decoder is not None and hasattr(self._decoder, "restart"):
             self._decoder.restart()
         else:
             self._decoder = self._opened()
 
     def _opened(self) -> LatentStream:
-        return self.codec.stream(graphs="on") if self._captures else self.codec.stream()
+        if self._captures:
+            return cast("_Capturing", self.codec).stream(graphs="on")
+        return self.codec.stream()
+
+    @property
+    def _running(self) -> LatentStream:
+        assert self._decoder is not None  # open
+        return self._decoder
 
     def decode(self, latents: Tensor) -> Decoding:
         """Start decoding the next latents. No pixels come of it where another rank has the last
         stage of the decoder.
         """
         if not self._cuda:
-            frames = self._decoder.decode_chunk(latents)
+            frames = self._running.decode_chunk(latents)
             images = _images(frames) if self._to_host and frames is not None else None
             return Decoding(frames, images, None, Reading(latents, frames))
         ready = torch.cuda.current_stream(latents.device).record_event()
@@ -69,7 +76,7 @@ class DecodeLane:
         with torch.cuda.device(self._device), torch.cuda.stream(lane):
             lane.wait_event(ready)
             here = latents.to(self._device, non_blocking=True)
-            frames = self._decoder.decode_chunk(here)
+            frames = self._running.decode_chunk(here)
             reading, images = Reading(here, frames), None
             if self._to_host and frames is not None:
                 pixels = _images(frames)
@@ -84,11 +91,11 @@ class DecodeLane:
 
     def state(self) -> Any:
         """A copy of what the decoder remembers."""
-        return self._decoder.state_copy()
+        return self._running.state_copy()
 
     def load_state(self, state: Any) -> None:
         """Take up a `state`."""
-        self._decoder.load_state(state)
+        self._running.load_state(state)
 
     def num_bytes(self) -> int:
         """Bytes that the decoder remembers."""
@@ -96,9 +103,15 @@ class DecodeLane:
 
     def close(self) -> None:
         """Free the decoder."""
-        if hasattr(self._decoder, "close"):
+        if self._decoder is not None and hasattr(self._decoder, "close"):
             self._decoder.close()
         self._decoder = None
+
+
+class _Capturing(Protocol):
+    """A codec whose `captures` says that it knows CUDA graphs."""
+
+    def stream(self, *, graphs: Literal["on"]) -> LatentStream: ...
 
 
 class Decoding:

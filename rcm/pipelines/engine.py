@@ -63,7 +63,7 @@ class CapturedLoop(ChunkLoop):
         self._filled: set[tuple[int, int]] = set()
         self._inputs: dict[int, CapturedInputs] = {}
         self._times: dict[tuple[float, float], tuple[Tensor, ...] | None] = {}
-        self._pool = None
+        self._pool: torch.cuda._POOL_HANDLE | None = None
 
     def advance(
         self,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from itertools import pairwise
 
 from torch import Tensor
@@ -82,7 +83,7 @@ class Switched(VelocityModel):
         """See `VelocityModel`; one time for all samples and frames."""
         time, clock = float(t[0, 0]), self.clock
         model = self._in_charge(time)
-        prepared = self._ready(cond, channels=x.shape[1])
+        prepared = self._ready(model, cond, channels=x.shape[1])
         before = clock.seconds.get("network", 0.0)
         with clock.part("network"):
             v = model.velocity(x, t, prepared.expand(x.shape[0]), layout, cache=cache)
@@ -105,16 +106,17 @@ class Switched(VelocityModel):
                 other.network.rest(self.idle)
             self._number, denoiser = number, self.experts[number].network.use()
             with self.clock.part("network"):
-                scale = 1.0 if self.negative is None else self.scale
-                self._model = guided(denoiser, lambda: denoiser.prepare(self.negative), scale)
+                away = self.negative
+                negative = None if away is None else partial(denoiser.prepare, away)
+                self._model = guided(denoiser, negative, self.scale)
         return self._model
 
-    def _ready(self, cond: Condition, *, channels: int) -> Condition:
+    def _ready(self, model: VelocityModel, cond: Condition, *, channels: int) -> Condition:
         if self._prepared is None or self._prepared[0] is not cond:
             expert = self.experts[self._number]
             require_task(expert.network.use(), cond, channels=channels, name=expert.name)
             with self.clock.part("network"):
-                self._prepared = cond, self._model.prepare(cond)
+                self._prepared = cond, model.prepare(cond)
         return self._prepared[1]
 
 

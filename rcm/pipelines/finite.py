@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ def require_finite_weights(model: VelocityModel) -> None:
     """`NonFinite`, naming the first such weight, for a network with NaN or infinite ones. Attention
     of a CPU makes zeros of queries that are NaN, so what comes out may be finite and wrong.
     """
-    if (name := bad_weight(_net(model))) is not None:
+    if (name := bad_weight(net_of(model))) is not None:
         raise NonFinite(
             f"the network's weight {name} is NaN or infinite; load the checkpoint again, or another"
             " one"
@@ -122,7 +123,7 @@ def cause(loop: ChunkLoop, cond: Condition, seen: Iterable[int]) -> str:
     """What made a chunk NaN or infinite, of all that went into it, and what to look at; `seen`: ids
     of the chunks that were cached before.
     """
-    if (name := bad_weight(_net(loop.denoiser))) is not None:
+    if (name := bad_weight(net_of(loop.denoiser))) is not None:
         return f"the network's weight {name} is not; load the checkpoint again, or another one"
     others = getattr(loop.denoiser, "negative", None)
     if not all(_finite(x) for c in (cond, others) if c is not None for x in c.tensors()):
@@ -150,8 +151,10 @@ def bad_weight(net: nn.Module) -> str | None:
     return next((name for name, ok in zip(weights, found, strict=True) if not ok), None)
 
 
-def _net(model: VelocityModel) -> nn.Module:
-    return getattr(model, "denoiser", model).net  # of a guided one
+def net_of(model: VelocityModel) -> nn.Module:
+    """The network of a denoiser, guided or not."""
+    denoiser: Any = getattr(model, "denoiser", model)
+    return denoiser.net
 
 
 def _finite(x: Tensor) -> bool:

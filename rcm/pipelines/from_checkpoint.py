@@ -48,9 +48,10 @@ from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamedChunk, StreamReport, StreamSpec
 from rcm.pipelines.streaming import collected, stream_video
 from rcm.pipelines.text_to_video import WholeVideoRecipe
-from rcm.pipelines.wan_files import COPIES, NetworkWeights, frozen, network_weights, require_fit
+from rcm.pipelines.wan_files import COPIES, frozen, network_weights, require_fit
 from rcm.pipelines.weight_files import open_weights
 from rcm.rollout.recipe import SamplingRecipe
+from rcm.storage.state_dicts import LazyWeights
 from rcm.train.describe import Description
 
 Recipe = SamplingRecipe | WholeVideoRecipe
@@ -181,13 +182,13 @@ class LoadedModel:
         require_seed(seed, knob="seed=")
         require_kind("guidance", guidance, float | None)
         chosen = self._agreed(recipe, ignore=ignore_recipe)
-        causal = isinstance(chosen, SamplingRecipe)
-        if prefix is not None and not causal:
+        pattern = chosen.blocks if isinstance(chosen, SamplingRecipe) else None
+        if prefix is not None and pattern is None:
             raise ConfigError(
                 f"{self.source} samples whole videos (stage {self.description.stage}); it cannot"
                 " continue given first frames"
             )
-        frames = self.num_latent_frames(num_frames, pattern=chosen.blocks if causal else None)
+        frames = self.num_latent_frames(num_frames, pattern=pattern)
         channels, _, height, width = self.latent_shape
         cond = self.condition(prompts)
         scale = chosen.guidance if guidance is None else guidance
@@ -195,12 +196,12 @@ class LoadedModel:
         rest_encoder(self.text, self.memory.text)  # both conditions are kept
         shape = (len(prompts), channels, frames, height, width)
         generator = torch.Generator().manual_seed(seed)
-        if not causal:
-            recipe = replace(chosen, guidance=scale)
-            return self._whole(cond, negative, recipe, shape=shape, generator=generator)
+        if isinstance(chosen, WholeVideoRecipe):
+            whole = replace(chosen, guidance=scale)
+            return self._whole(cond, negative, whole, shape=shape, generator=generator)
         chosen.plans(frames)  # raises for times that do not decrease from the first one
-        model = guided(self.denoiser, lambda: negative, scale)
-        options = {"shape": shape, "generator": generator, "device": self.device}
+        model = guided(self.denoiser, lambda: self.negative, scale)
+        options: dict[str, Any] = {"shape": shape, "generator": generator, "device": self.device}
         return stream_video(model, self.codec, cond, chosen, prefix=prefix, **options)
 
     def _whole(
@@ -320,8 +321,14 @@ def open_checkpoint(
 
     def open_network() -> Denoiser:
         tensors = on_first(lambda: _fitting(path, weights, config))
-        options = {"device": device, "precision": policy, "attention": attention}
-        return frozen(config, tensors, source=f"{path} ({weights})", **options)
+        return frozen(
+            config,
+            tensors,
+            source=f"{path} ({weights})",
+            device=device,
+            precision=policy,
+            attention=attention,
+        )
 
     network = Resident(open_network, move=lambda x, to: x.net.to(to), device=where, clock=clock)
     network.use()
@@ -357,7 +364,7 @@ def _recipes(
         raise CheckpointError(f"{path} describes an impossible sampler: {error}") from error
 
 
-def _fitting(path: Path, weights: str, config: WanConfig) -> NetworkWeights:
+def _fitting(path: Path, weights: str, config: WanConfig) -> LazyWeights:
     """The weights at `path`, once their names and shapes are seen to be those of the described
     network, of which nothing exists yet.
     """

@@ -55,9 +55,10 @@ def _pixels(image: Image.Image, path: Path) -> torch.Tensor:
             f"{path} has {image.width}x{image.height} pixels, at most {MAX_PIXELS // 10**6} million"
             " are read; scale it down"
         )
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photograph with a preview
+    pictures = getattr(image, "n_frames", 1)
+    if pictures > 1 and image.format != "MPO":  # a photograph with a preview
         raise VideoError(
-            f"{path} holds {image.n_frames} pictures, an animation or pages; give one still image,"
+            f"{path} holds {pictures} pictures, an animation or pages; give one still image,"
             " or a video file"
         )
     if image.mode in ("I", "F"):

@@ -90,9 +90,10 @@ class Models:
             idle=self.memory.expert,
             on_step=on_step,
         )
-        options = {"shape": shape, "generator": generator, "device": self.device}
         with self.clock.part("solver"):
-            x0 = whole_latents(model, cond, recipe, **options)
+            x0 = whole_latents(
+                model, cond, recipe, shape=shape, generator=generator, device=self.device
+            )
         if not bool(torch.isfinite(x0).all()):
             raise NonFinite(
                 "the network returned NaN or infinite latents; look at its weights and --precision"
@@ -121,7 +122,7 @@ class Models:
 
     def from_first(self, make: Callable[[], Tensor]) -> Tensor:
         """What `make` returns on rank 0, on every rank."""
-        made = on_first(make)
         if not spread():
-            return made
+            return make()
+        made = on_first(make)
         return shared(None if made is None else made.cpu()).to(self.device)

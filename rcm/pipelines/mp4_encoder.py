@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import imageio_ffmpeg
 import numpy as np
@@ -40,13 +40,13 @@ class Encoder:
             frames = torch.cat([frames, frames[..., -1:, :]], dim=-2) if height % 2 else frames
             frames = torch.cat([frames, frames[..., -1:]], dim=-1) if width % 2 else frames
         if self._process is None:
-            self._start(frames.shape[-1], frames.shape[-2])
+            self._process = self._started(frames.shape[-1], frames.shape[-2])
         try:
-            self._process.stdin.write(frames.permute(1, 2, 3, 0).contiguous().numpy().tobytes())
+            _input(self._process).write(frames.permute(1, 2, 3, 0).contiguous().numpy().tobytes())
         except OSError as error:
             raise self._told() from error
 
-    def _start(self, width: int, height: int) -> None:
+    def _started(self, width: int, height: int) -> subprocess.Popen[bytes]:
         source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {self._fps} -i -"
         target = (
             f"-an -vcodec libx264 -pix_fmt yuv420p -crf {self._crf} -movflags +faststart -f mp4"
@@ -54,7 +54,7 @@ class Encoder:
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error"]
         command += [*source.split(), *target.split(), str(self.path.absolute())]
         # in a session of its own: Ctrl-C is for this process to answer
-        self._process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -64,15 +64,17 @@ class Encoder:
 
     def finish(self) -> None:
         """The file is whole after this."""
+        assert self._process is not None  # frames were written
         try:
-            self._process.stdin.close()
+            _input(self._process).close()
         except OSError as error:
             raise self._told() from error
         if self._process.wait():
             raise self._told()
 
     def _told(self) -> OSError:
-        self._process.wait()
+        if self._process is not None:
+            self._process.wait()
         self._log.seek(0)
         words = " ".join(self._log.read().decode(errors="replace").split())[-300:]
         return OSError(
@@ -84,12 +86,17 @@ class Encoder:
         """End the process; no file is left."""
         if self._process is not None:
             with contextlib.suppress(OSError):
-                self._process.stdin.close()
+                _input(self._process).close()
             self._process.kill()
             self._process.wait()
         self._log.close()
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
+
+
+def _input(process: subprocess.Popen[bytes]) -> IO[bytes]:
+    assert process.stdin is not None  # a pipe
+    return process.stdin
 
 
 def keep_somewhere(chunks: Sequence[torch.Tensor], *, name: str, **settings: Any) -> Path | None:

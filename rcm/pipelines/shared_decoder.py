@@ -38,8 +38,9 @@ def shared_decoder(
     if not all(told[:count]):
         return codec
     rank = dist.get_rank()
-    above, below = chain(count, kind=told[0])
+    above, below = chain(count, kind=str(told[0]))
     if rank >= count:
         return None
+    assert isinstance(codec, WanVAECodec)  # told
     units = stages_of(codec.vae.decoder, count)[count - 1 - rank]
     return StagedCodec(codec, units, source=above, sink=below)

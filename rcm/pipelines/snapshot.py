@@ -12,7 +12,9 @@ import torch
 
 from rcm.core.errors import ConfigError
 from rcm.core.records import require_kind
+from rcm.nets.denoiser import Guided
 from rcm.nets.velocity_model import VelocityModel
+from rcm.pipelines.finite import net_of
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.autoregressive import ChunkLoop
 
@@ -25,15 +27,15 @@ PARTS = (
 
 def maker(spec: StreamSpec, loop: ChunkLoop, *, decoder: object) -> dict[str, str]:
     """What a session has in common with those that may take up its snapshots, by name."""
-    recipe = spec.recipe
+    recipe, model = spec.recipe, loop.denoiser
     return {
-        "network": signature(loop.denoiser),
-        "compute dtype": str(loop.denoiser.compute_dtype),
+        "network": signature(model),
+        "compute dtype": str(model.compute_dtype),
         "latent": str(tuple(spec.latent)),
         "batch": str(spec.batch),
         "pattern": recipe.pattern,
         "sampling kind": recipe.kind,
-        "guidance": "none" if len(loop.cache.branches) < 2 else f"{loop.denoiser.scale:g}",
+        "guidance": f"{model.scale:g}" if isinstance(model, Guided) and model.active else "none",
         "noise": spec.noise,
         "draw_on": "-" if spec.noise == "video" else str(spec.draw_on),
         "policy": told(spec.policy),
@@ -70,8 +72,7 @@ def require_alike(state: Any, mine: dict[str, str], spec: StreamSpec) -> None:
 
 def signature(model: VelocityModel) -> str:
     """Tells models apart: equal for equal weights, of which it looks at a few numbers each."""
-    inner = getattr(model, "denoiser", model)  # of a guided one
-    weights = list(inner.net.parameters())
+    weights = list(net_of(model).parameters())
     few = [p.detach()[(0,) * (p.ndim - 1)][:8].double() for p in weights if p.ndim]
     shapes = "".join(f"{tuple(p.shape)}" for p in weights)
     return blake2b(

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -258,14 +258,17 @@ class StreamSpec(Record):
                 f"draw_on={str(self.draw_on)!r} is no device that draws random numbers here; use"
                 " 'cpu'"
             ) from error
-        shape, options = (self.batch, *self.latent), {"dtype": torch.float64, "device": device}
-        if self.noise == "chunk":
+        channels, *sides = self.latent
+        options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        if self.num_frames is None or self.noise == "chunk":
+            shape = (self.batch, *self.latent)
             return ChunkNoise(shape, seed=self.seed, draw_on=self.draw_on, **options)
-        source = self.generator or drawn.manual_seed(self.seed)
-        plans = self.recipe.plans(self.num_frames, prefix_blocks=prefix_blocks)
-        whole = (shape[0], shape[1], self.num_frames, *shape[2:])
         return VideoNoise.for_plans(
-            plans, whole, generator=source, renoises=self.recipe.rule.needs_noise, **options
+            self.recipe.plans(self.num_frames, prefix_blocks=prefix_blocks),
+            (self.batch, channels, self.num_frames, *sides),
+            generator=self.generator or drawn.manual_seed(self.seed),
+            renoises=self.recipe.rule.needs_noise,
+            **options,
         )
 
 

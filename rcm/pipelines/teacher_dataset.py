@@ -291,7 +291,7 @@ def build_teacher_shards(
     """
     dims = sampler.teacher.shared
     leads = dims is None or dims.cp_rank == 0
-    recipe = {
+    recipe: dict[str, Any] = {
         "num_samples": num,
         "shard_size": shard_size,
         "recipe": sampler.manifest(),

@@ -19,7 +19,7 @@ from rcm.nets.layout import TokenLayout
 from rcm.rollout.autoregressive import time_tensor
 from rcm.samplers.bidirectional import Sampler, SingleStep
 from rcm.samplers.schedule import shifted_grid, trig_grid
-from rcm.samplers.steps import ConsistencyStep, EulerStep
+from rcm.samplers.steps import ConsistencyStep, EulerStep, StepRule
 from rcm.samplers.unipc import UniPC
 
 SOLVERS = {"ode": ("euler", "unipc"), "rcm_few_step": ("consistency", "euler")}
@@ -66,7 +66,7 @@ class WholeVideoRecipe(Record):
         solver = self.solver or SOLVERS[self.kind][0]
         if solver == "unipc":
             return UniPC(times)
-        rules = {"euler": EulerStep, "consistency": ConsistencyStep}
+        rules: dict[str, type[StepRule]] = {"euler": EulerStep, "consistency": ConsistencyStep}
         return SingleStep(times, rules[solver](), scale_first=scaled)
 
     @classmethod
@@ -125,8 +125,8 @@ def whole_latents(
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """x0 [B, C, T, H, W] float32 of `shape` by `walk`, its noise drawn in float32."""
-    options = {"generator": generator, "device": generator.device, "dtype": torch.float32}
-    noise = torch.randn(shape, **options).to(device, torch.float64)
+    noise = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
+    noise = noise.to(device, torch.float64)
     return walk(denoiser, cond, recipe, noise, generator=generator).float()
 
 

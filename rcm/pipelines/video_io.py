@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import imageio_ffmpeg
 import numpy as np
@@ -103,8 +103,8 @@ class Mp4Writer:
                 f"mp4 needs fps > 0 and an integer scale >= 1, got fps={fps}, scale={scale}"
             )
         self.path = Path(path.given) if isinstance(path, OutputFile) else Path(path)
-        self._target = path
-        self._settings = {"fps": fps, "scale": scale, "crf": crf, "pad": pad}
+        self._target: str | Path | OutputFile = path
+        self._settings: dict[str, Any] = {"fps": fps, "scale": scale, "crf": crf, "pad": pad}
         self._encoder: Encoder | None = None
         self._kept: list[torch.Tensor] = []
 
@@ -159,11 +159,13 @@ class Mp4Writer:
             if kind is None:
                 raise ConfigError(f"no frames were given for {self.path}")
             return
+        assert isinstance(self._target, OutputFile)  # claimed with the first frames
+        target = self._target.path
         try:
             if kind is None:
-                self._place(self._target.path)
+                self._place(self._encoder, target)
             elif not issubclass(kind, ConfigError | GeneratorExit) and self._kept:
-                self._place(self._target.path.with_suffix(".partial.mp4"))
+                self._place(self._encoder, target.with_suffix(".partial.mp4"))
                 logger.warning(
                     "broken off; what there was until then is in"
                     f" {self.path.with_suffix('.partial.mp4')}"
@@ -176,9 +178,10 @@ class Mp4Writer:
             if self._encoder is not None:
                 self._encoder.remove()
 
-    def _place(self, path: Path) -> None:
-        self._encoder.finish()
-        os.replace(self._encoder.path, path)
+    @staticmethod
+    def _place(encoder: Encoder, path: Path) -> None:
+        encoder.finish()
+        os.replace(encoder.path, path)
 
 
 def check_frame(height: int, width: int, *, scale: int, pad: bool = False) -> None:
@@ -252,6 +255,7 @@ def iter_frames(path: str | Path) -> Iterator[torch.Tensor]:
             stderr=log,
             start_new_session=True,
         )
+        assert process.stdout is not None  # a pipe
         try:
             while (frame := _next_ppm(process.stdout, path)) is not None:
                 yield frame

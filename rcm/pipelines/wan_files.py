@@ -300,8 +300,14 @@ def load_wan(
 
     opened = on_first(read)
     config = shared(None if opened is None else opened[1])
-    options = {"device": device, "precision": precision, "attention": attention}
-    return frozen(config, opened and opened[0], source=str(path), **options)
+    return frozen(
+        config,
+        opened and opened[0],
+        source=str(path),
+        device=device,
+        precision=precision,
+        attention=attention,
+    )
 
 
 def frozen(
@@ -358,7 +364,7 @@ def _empty(
     return materialise(net.to(precision.compute), device=device)
 
 
-def _head_dim(network: NetworkWeights) -> int:
+def _head_dim(network: NetworkWeights | AdaptedWeights) -> int:
     """Channels per head: what config.json says, else that of all published networks."""
     heads, patch = heads_in(network.file.config), network.headers.get("patch_embedding.weight")
     if heads is None or patch is None:

@@ -122,14 +122,13 @@ class WanPipeline(Models):
             stated = request.negative_prompt
             prompts.append(self.text.negative_prompt if stated is None else stated)
         embedded = self.embed(prompts)
-        images: dict[str, Tensor] = {}
+        concat = image = None
         if request.image is not None:
-            images["concat"] = self.from_first(lambda: self._image_channels(request))
-            if self.clip is not None:
-                images["image"] = self.from_first(lambda: self._image_tokens(request))
-        if guided:
-            return tuple(Condition(row[None], **images) for row in embedded)
-        return (Condition(embedded, **images), None)
+            concat = self.from_first(lambda: self._image_channels(request))
+            if (clip := self.clip) is not None:
+                image = self.from_first(lambda: self._image_tokens(clip, request))
+        made = [Condition(row[None], concat=concat, image=image) for row in embedded]
+        return made[0], made[1] if guided else None
 
     def _image_channels(self, request: VideoRequest) -> Tensor:
         def channels(codec: LatentCodec) -> Tensor:
@@ -140,14 +139,14 @@ class WanPipeline(Models):
 
         return self.codec.lend(channels, then=self.memory.codec)
 
-    def _image_tokens(self, request: VideoRequest) -> Tensor:
+    def _image_tokens(self, clip: ImageEncoder, request: VideoRequest) -> Tensor:
         with self.clock.part("image"):
             pixels = [
                 image.to(self.device).permute(2, 0, 1)[None].float() / 127.5 - 1
                 for image in _images(request)
             ]
-            tokens = torch.cat([self.clip.encode(each).to(self.device) for each in pixels], dim=1)
-            rest_encoder(self.clip, self.memory.text)
+            tokens = torch.cat([clip.encode(each).to(self.device) for each in pixels], dim=1)
+            rest_encoder(clip, self.memory.text)
         return tokens
 
 

@@ -49,5 +49,5 @@ def share_tokens(denoiser: Denoiser, *, tokens_per_frame: int) -> Denoiser:
         num_ranks(), num_heads=denoiser.net.config.num_heads, tokens_per_frame=tokens_per_frame
     )
     if num_ranks() > 1:
-        shard_sequence(denoiser.net, group=dist.group.WORLD)
+        shard_sequence(denoiser.net, group=dist.distributed_c10d._get_default_group())
     return denoiser

@@ -169,18 +169,15 @@ def inspect_weights(path: str | Path) -> WeightsReport:
         (tensor.dim() for key, tensor in file.headers.items() if key.endswith(PATCH_KEY)), None
     )
     description = description_of(file)
+    streamed = None if description is None else stream_command(path, description)
     return WeightsReport(
         family=_family(file, patch, [copy.prefix for copy in copies]),
         patch=f"{patch}-D" if patch else "",
         copies=copies,
         others=len(file.headers) + len(file.others) - used,
-        description=description and _stated(description),
+        description=None if description is None else _stated(description),
         problem=_problem(copies),
-        uses=(
-            _uses(str(path), copies[0], streamed=description and stream_command(path, description))
-            if copies[0].fits
-            else ()
-        ),
+        uses=(_uses(str(path), copies[0], streamed=streamed) if copies[0].fits else ()),
         **common,
     )
 

@@ -94,8 +94,14 @@ def save_network(
         OutputFile.claim(target)
     weights = OtherForm(network, form=form, config=config, dtype=dtype)
     with replacing(target) as partial:
-        told = {"config": config, "description": description, "max_shard_bytes": max_shard_bytes}
-        _write(partial, weights, kind=target.suffix, **told)
+        _write(
+            partial,
+            weights,
+            kind=target.suffix,
+            config=config,
+            description=description,
+            max_shard_bytes=max_shard_bytes,
+        )
         if partial.is_file():
             description.write(target.with_name(target.name + ".json"))
     return target
@@ -138,7 +144,7 @@ def _write(
 
 def _write_folder(
     folder: Path,
-    weights: LazyWeights,
+    weights: OtherForm,
     *,
     config: WanConfig,
     description: Description,
@@ -146,7 +152,7 @@ def _write_folder(
 ) -> None:
     folder.mkdir()
     shards = _shards(weights.headers, max_shard_bytes)
-    where = {}
+    where: dict[str, str] = {}
     for number, keys in enumerate(shards, 1):
         which = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
         name = f"{FOLDER_STEM}{which}.safetensors"
@@ -184,7 +190,7 @@ def _shards(headers: Mapping[str, Tensor], limit: int | None) -> list[list[str]]
     return shards
 
 
-def _contained(weights: OtherForm, *, copy: str) -> dict[str, object]:
+def _contained(weights: OtherForm, *, copy: str) -> Mapping[str, object]:
     """The dict that torch.save writes: a family with containers gets the one of this copy."""
     entry = {"ema": "generator_ema", "fake_score": "critic"}.get(
         copy, FORMS[weights.form].container
