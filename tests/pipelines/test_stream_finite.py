@@ -141,7 +141,7 @@ def test_a_poisoned_stream_ends_with_its_first_bad_chunk(monkeypatch, what, look
             use()
 
 
-@pytest.mark.parametrize("options", [{}, {"kv_codec": CODECS["int4"]}, {"first_alone": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"kv_codec": CODECS["int4"]}, {"first_alone": True}], ids=("plain", "coded", "first alone"))
 def test_after_a_restart_or_a_snapshot_a_poisoned_cache_is_forgotten(options):
     """NaN that stays in free slots is not read."""
     session, alone = (opened(codec=Decoder(), **options) for _ in range(2))
