@@ -18,34 +18,13 @@ from typing import Any, BinaryIO
 from rcm.core.errors import CheckpointError
 
 _INSTRUCTIONS = (
-    *(
-        "PROTO",
-        "FRAME",
-        "STOP",
-        "MARK",
-        "MEMOIZE",
-        "BINPUT",
-        "LONG_BINPUT",
-        "BINGET",
-        "LONG_BINGET",
-    ),
-    *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
-    *("SHORT_BINSTRING", "BINUNICODE", "SHORT_BINUNICODE"),
-    *(
-        "EMPTY_TUPLE",
-        "TUPLE",
-        "TUPLE1",
-        "TUPLE2",
-        "TUPLE3",
-        "EMPTY_LIST",
-        "APPEND",
-        "APPENDS",
-        "EMPTY_DICT",
-        "SETITEM",
-        "SETITEMS",
-    ),
-    *("GLOBAL", "STACK_GLOBAL", "BINPERSID"),
+    "PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET"
+    " NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT"
+    " SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE"
+    " EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS"
+    " GLOBAL STACK_GLOBAL BINPERSID"
 )
+"""Those of plain values."""
 _DICTS = ("collections.OrderedDict",)
 
 
@@ -136,7 +115,7 @@ class _Reader(pickle._Unpickler):
         {
             **{
                 code: pickle._Unpickler.dispatch[code]
-                for name in _INSTRUCTIONS
+                for name in _INSTRUCTIONS.split()
                 for code in getattr(pickle, name)
             },
             pickle.REDUCE[0]: make,

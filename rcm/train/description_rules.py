@@ -26,61 +26,49 @@ MOST_CHARACTERS = 1 << 20
 MOST_LATENT = 1 << 31
 
 
+def _rule(told: str, fits: Callable[[Any], bool]) -> Rule:
+    return lambda v: None if fits(v) else told
+
+
 def whole(low: int, high: int) -> Rule:
     """An integer in [low, high]."""
-    return lambda v: (
-        None if type(v) is int and low <= v <= high else f"a whole number from {low} to {high}"
-    )
+    told = f"a whole number from {low} to {high}"
+    return _rule(told, lambda v: type(v) is int and low <= v <= high)
 
 
 def number(low: float, high: float, *, above: bool = False) -> Rule:
     """A finite number in [low, high], or (low, high] if `above`."""
+    told = f"a number above {low:g} and at most {high:g}"
+    told = told if above else f"a number from {low:g} to {high:g}"
 
-    def check(v: Any) -> str | None:
-        fits = (
-            type(v) in (int, float)
-            and math.isfinite(v)
-            and (low < v if above else low <= v)
-            and v <= high
-        )
-        return (
-            None
-            if fits
-            else (
-                f"a number {'above' if above else 'from'}"
-                f" {low:g}{' and at most' if above else ' to'} {high:g}"
-            )
-        )
+    def fits(v: Any) -> bool:  # which infinity and NaN do not, either
+        return type(v) in (int, float) and low <= v <= high and not (above and v == low)
 
-    return check
+    return _rule(told, fits)
 
 
 def word(most: int = 100) -> Rule:
     """Printable text of one line."""
-    return lambda v: (
-        None
-        if isinstance(v, str) and len(v) <= most and v.isprintable()
-        else f"a line of at most {most} characters"
-    )
+    told = f"a line of at most {most} characters"
+    return _rule(told, lambda v: isinstance(v, str) and len(v) <= most and v.isprintable())
 
 
 def text(most: int = 1 << 16) -> Rule:
     """Any text that UTF-8 can hold."""
-
-    def check(v: Any) -> str | None:
-        fits = isinstance(v, str) and len(v) <= most and not re.search("[\0\ud800-\udfff]", v)
-        return None if fits else f"text of at most {most} characters"
-
-    return check
+    odd = re.compile("[\0\ud800-\udfff]")
+    told = f"text of at most {most} characters"
+    return _rule(told, lambda v: isinstance(v, str) and len(v) <= most and not odd.search(v))
 
 
 def one_of(*choices: object) -> Rule:
     """One of these values."""
-    return lambda v: (
-        None
-        if any(type(v) is type(c) and v == c for c in choices)
-        else f"one of {', '.join(map(repr, choices))}"
-    )
+    told = f"one of {', '.join(map(repr, choices))}"
+    return _rule(told, lambda v: any(type(v) is type(c) and v == c for c in choices))
+
+
+def matching(form: str, told: str) -> Rule:
+    """Text of this form alone."""
+    return _rule(told, lambda v: isinstance(v, str) and re.fullmatch(form, v) is not None)
 
 
 def listed(rule: Rule, *, low: int, high: int) -> Rule:
@@ -89,9 +77,7 @@ def listed(rule: Rule, *, low: int, high: int) -> Rule:
     def check(v: Any) -> str | None:
         if not isinstance(v, list) or not low <= len(v) <= high:
             return f"a list of {low if low == high else f'{low} to {high}'} values"
-        return next(
-            (f"a list whose entries are each {told}" for told in map(rule, v) if told), None
-        )
+        return next((f"a list whose entries are each {told}" for e in v if (told := rule(e))), None)
 
     return check
 
@@ -101,20 +87,10 @@ def optional(rule: Rule) -> Rule:
     return lambda v: None if v is None or rule(v) is None else f"{rule(v)}, or null"
 
 
-def pattern(v: Any) -> str | None:
-    """A block pattern of at most four digits each."""
-    return (
-        None
-        if isinstance(v, str) and re.fullmatch(r"c[1-9]\d{0,3}-[1-9]\d{0,3}", v)
-        else "a block pattern such as 'c3-3'"
-    )
-
-
-def hexadecimal(v: Any) -> str | None:
-    """A digest of `rcm/storage/digest.py`."""
-    return (
-        None if isinstance(v, str) and re.fullmatch(r"[0-9a-f]{32}", v) else "32 hexadecimal digits"
-    )
+pattern = matching(r"c[1-9]\d{0,3}-[1-9]\d{0,3}", "a block pattern such as 'c3-3'")
+"""A block pattern of at most four digits each."""
+hexadecimal = matching(r"[0-9a-f]{32}", "32 hexadecimal digits")
+"""A digest of `rcm/storage/digest.py`."""
 
 
 def bare(v: Any) -> str | None:
@@ -305,28 +281,23 @@ def _require_bounded(values: Any, *, source: str) -> None:
 def _agree(values: Mapping[str, Any], extra: Mapping[str, Any], source: str) -> None:
     """Relations between fields."""
     network, recipe, sampler = values["network"], extra.get("recipe"), extra.get("sampler")
-    if {"dim", "ffn_dim", "num_heads", "num_layers"} <= set(network):
-        try:
-            WanConfig(**{**network, "patch": tuple(network.get("patch", (1, 2, 2)))})
-        except ConfigError as error:
-            raise CheckpointError(f"{source} describes no possible network: {error}") from error
+    shape, described = extra.get("latent_shape"), extra.get("text") or {}
+    contradiction = f"{source} contradicts itself: "
+    config, built = _described_network(network, source), None
     if "adapters" in extra:
-        _agree_adapters(network, extra, source)
-    stated = []
+        _agree_adapters(config, extra, source)
     if recipe is not None and sampler is not None:
         raise CheckpointError(
-            f"{source} contradicts itself: extra has both a recipe and a sampler; a network is"
-            " causal or it is not"
+            f"{contradiction}extra has both a recipe and a sampler; a network is causal or it is"
+            " not"
         )
     if recipe is not None:
         if not {"kind", "pattern"} <= set(recipe):
             raise CheckpointError(f"{source}: extra.recipe lacks kind or pattern")
         if recipe["kind"] == "flow_map" and not network.get("two_times"):
             raise CheckpointError(
-                f"{source} contradicts itself: extra.recipe.kind is 'flow_map', but"
-                " network.two_times is not true"
+                f"{contradiction}extra.recipe.kind is 'flow_map', but network.two_times is not true"
             )
-        stated += [("pattern", values.get("pattern"), recipe["pattern"], "extra.recipe.pattern")]
         try:
             built = SamplingRecipe.from_dict(dict(recipe))
             built.plan(0), built.plan(1)
@@ -334,37 +305,47 @@ def _agree(values: Mapping[str, Any], extra: Mapping[str, Any], source: str) -> 
             raise CheckpointError(f"{source}: extra.recipe: {error}") from error
     if sampler is not None and values.get("pattern") is not None:
         raise CheckpointError(
-            f"{source} contradicts itself: pattern is {values['pattern']!r}, but extra.sampler is"
-            " for whole videos"
+            f"{contradiction}pattern is {values['pattern']!r}, but extra.sampler is for whole"
+            " videos"
         )
-    shape = extra.get("latent_shape")
-    if shape is not None:
-        stated.append(
-            ("network.out_dim", network.get("out_dim"), shape[0], "extra.latent_shape[0]")
+    if shape is not None and math.prod(shape) > MOST_LATENT:
+        raise CheckpointError(
+            f"{source}: extra.latent_shape {shape} has more than {MOST_LATENT} values"
         )
-        if math.prod(shape) > MOST_LATENT:
+    if shape is not None and built is not None:
+        try:
+            built.blocks.num_blocks(shape[1])
+        except ConfigError as error:
             raise CheckpointError(
-                f"{source}: extra.latent_shape {shape} has more than {MOST_LATENT} values"
-            )
-        if recipe is not None:
-            try:
-                built.blocks.num_blocks(shape[1])
-            except ConfigError as error:
-                raise CheckpointError(
-                    f"{source} contradicts itself: extra.latent_shape and extra.recipe.pattern:"
-                    f" {error}"
-                ) from error
-    described = extra.get("text") or {}
-    for key in ("text_len", "text_dim"):
-        stated.append((f"network.{key}", network.get(key), described.get(key), f"extra.text.{key}"))
-    for here, mine, theirs, there in stated:
-        if mine is not None and theirs is not None and mine != theirs:
-            raise CheckpointError(
-                f"{source} contradicts itself: {here} is {mine}, {there} is {theirs}"
-            )
+                f"{contradiction}extra.latent_shape and extra.recipe.pattern: {error}"
+            ) from error
+    stated = {  # where a thing is said twice: here, and there
+        ("pattern", "extra.recipe.pattern"): (values.get("pattern"), (recipe or {}).get("pattern")),
+        ("network.out_dim", "extra.latent_shape[0]"): (
+            network.get("out_dim"),
+            (shape or [None])[0],
+        ),
+        **{
+            (f"network.{key}", f"extra.text.{key}"): (network.get(key), described.get(key))
+            for key in ("text_len", "text_dim")
+        },
+    }
+    for (here, there), (mine, theirs) in stated.items():
+        if None not in (mine, theirs) and mine != theirs:
+            raise CheckpointError(f"{contradiction}{here} is {mine}, {there} is {theirs}")
 
 
-def _agree_adapters(network: Mapping[str, Any], extra: Mapping[str, Any], source: str) -> None:
+def _described_network(network: Mapping[str, Any], source: str) -> WanConfig | None:
+    """The network, where enough is said of it."""
+    if not {"dim", "ffn_dim", "num_heads", "num_layers"} <= set(network):
+        return None
+    try:
+        return WanConfig(**{**network, "patch": tuple(network.get("patch", (1, 2, 2)))})
+    except ConfigError as error:
+        raise CheckpointError(f"{source} describes no possible network: {error}") from error
+
+
+def _agree_adapters(config: WanConfig | None, extra: Mapping[str, Any], source: str) -> None:
     """Adapters are whole, fit the network, and say which weights they belong to."""
     adapters = extra["adapters"]
     lacking = sorted(set(ADAPTERS) - set(adapters))
@@ -377,13 +358,10 @@ def _agree_adapters(network: Mapping[str, Any], extra: Mapping[str, Any], source
             f" {', '.join(ADAPTED)}, the student's among them; it lacks"
             f" {', '.join(lacking) or 'parts of the bases'}"
         )
-    if {"dim", "ffn_dim", "num_heads", "num_layers"} <= set(network):
-        most = largest_rank(
-            adapters["layers"],
-            WanConfig(**{**network, "patch": tuple(network.get("patch", (1, 2, 2)))}),
+    if config is None or extra.get("weights") == "fake_score":
+        return
+    if adapters["rank"] > (most := largest_rank(adapters["layers"], config)):
+        raise CheckpointError(
+            f"{source} contradicts itself: extra.adapters.rank is {adapters['rank']}, the smallest"
+            f" layer that they adapt has {most}"
         )
-        if extra.get("weights") != "fake_score" and adapters["rank"] > most:
-            raise CheckpointError(
-                f"{source} contradicts itself: extra.adapters.rank is {adapters['rank']}, the"
-                f" smallest layer that they adapt has {most}"
-            )

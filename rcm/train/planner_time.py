@@ -107,7 +107,7 @@ def pass_cost(job: Job, card: Card, step: Pass) -> Cost:
     """Seconds: the slower of arithmetic and the communication that it hides, plus the exchanges
     that it cannot hide.
     """
-    net, flops, total, share = job.net(step.role), 0.0, 0.0, job.batch / job.context
+    net, flops, taken, share = job.net(step.role), 0.0, 0.0, job.batch / job.context
     config, gathering = net.config, _gathering(job, card, net, step)
     # no gradient of the weights themselves
     frozen = step.mode == "train" and (net.rank > 0 or step.inputs)
@@ -129,8 +129,8 @@ def pass_cost(job: Job, card: Card, step: Pass) -> Cost:
         seconds += attention / ahead + back / (masked * card.attention_backward)
         seconds = max(share * seconds + _widening(job, card, net), gathering)
         seconds += times.exchanges * _exchanging(job, card, net, layout)
-        total += count * _issued(job, card, seconds, blocks=times.launches * config.num_layers)
-    return Cost(flops, total)
+        taken += count * _issued(job, card, seconds, blocks=times.launches * config.num_layers)
+    return Cost(flops, taken)
 
 
 def _issued(job: Job, card: Card, seconds: float, *, blocks: float) -> float:
