@@ -1,9 +1,9 @@
 """A plain cache whose attention runs in FP8: codes lie beside keys and values and follow every
 write.
 
-Scales are those of the first keys and values of a layer, which a pass that is launched one by one
-must bring (`ready`); after `clear` the next ones set them anew, in the same memory. Codes depend on
-nothing but scales and what is held, so a snapshot needs only these.
+Scales are those of the first keys and values of a layer; after `clear` the next ones set them anew,
+in the same memory. The first pass of all, which allocates, must be launched one by one (`ready`).
+Codes depend on nothing but scales and what is held, so a snapshot needs only these.
 """
 
 from __future__ import annotations
@@ -36,8 +36,19 @@ class Fp8Store(DenseStore):
 
     @property
     def ready(self) -> bool:
-        """Whether every layer has its scales, so that a captured pass can read them."""
-        return not self._unset
+        """Whether every layer has memory for its scales and codes, where a captured pass reads and
+        sets them.
+        """
+        return None not in self._scales and not (self.turned and None in self.codes)
+
+    @property
+    def unset(self) -> bool:
+        """Whether the next pass sets scales; a captured one that does is followed by `settle`."""
+        return bool(self._unset)
+
+    def settle(self) -> None:
+        """A captured pass has set the scales of all layers."""
+        self._unset.clear()
 
     def attend(
         self, layer: int, q: Tensor, pair: Pair, seen: Seen, *, mask: MaskSpec | None
@@ -59,9 +70,12 @@ class Fp8Store(DenseStore):
         return api.attend_plain(q, *pair, self._scaled(layer, *pair), scale=scale)
 
     def code(self, layer: int, slots: Tensor) -> None:
-        """Code what was put into `slots` int64 [L] of the layer."""
+        """Code what was put into `slots` int64 [L] of the layer, which may set its scales."""
         if (codes := self.codes[layer]) is not None:
-            api.write(codes, slots, *self.allocated(layer), at_slots=True)
+            pair = self.allocated(layer)
+            if layer in self._unset:
+                self._scaled(layer, *(x[:, slots] for x in pair))
+            api.write(codes, slots, *pair, at_slots=True)
 
     def put(self, layer: int, chunk: int, spans: Spans, pair: Pair, *, hot: bool = True) -> None:
         """See `DenseStore`."""

@@ -19,6 +19,7 @@ from rcm.core.errors import ConfigError
 from rcm.kernels.cuda_graph import CudaGraph
 from rcm.nets.condition import Condition
 from rcm.nets.kv_cache import KVCache
+from rcm.nets.kv_fp8 import Fp8Store
 from rcm.nets.layout import TokenLayout
 from rcm.nets.paired_cache import PairedView, View
 from rcm.nets.velocity_model import VelocityModel
@@ -35,9 +36,9 @@ schedule.
 """
 
 
-_Key = tuple[int, int, Kinds | None, bool]
+_Key = tuple[int, int, Kinds | None, bool, bool]
 """Frames of the chunk, tokens of the past, what the codes of each branch are (None: plain caches),
-whether it ends at the last keys.
+whether it ends at the last keys, whether it sets the scales of FP8 codes.
 """
 
 
@@ -112,7 +113,7 @@ class CapturedLoop(ChunkLoop):
         shared = (
             inputs.kinds is None
             and length not in self._filled
-            and (*length, None, False) in self._graphs
+            and (*length, None, False, False) in self._graphs
         )
         self._replay(inputs, view, layout, context_only=not shared)
         self._filled.add(length)
@@ -166,12 +167,16 @@ class CapturedLoop(ChunkLoop):
     def _replay(
         self, inputs: CapturedInputs, view: View, layout: TokenLayout, *, context_only: bool
     ) -> None:
-        key = (layout.num_frames, layout.context_tokens, inputs.kinds, context_only)
+        unset = [s for b in view.branches if isinstance(s := b.store, Fp8Store) and s.unset]
+        shape = (layout.num_frames, layout.context_tokens)
+        key = (*shape, inputs.kinds, context_only, bool(unset))
         if key not in self._graphs:
             self._graphs[key] = self._captured(inputs, layout, context_only=context_only)
             self.counts["captured"] += 1
         self._graphs[key].replay()
         self.counts["replayed"] += 1
+        for store in unset:
+            store.settle()
         for branch in view.branches:
             branch.commit(layout)
 

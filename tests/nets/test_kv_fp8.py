@@ -44,7 +44,7 @@ def codes_stand_for_what_is_held(store: Fp8Store) -> bool:
 
 def test_codes_follow_writes_and_moves():
     store = written()
-    assert codes_stand_for_what_is_held(store) and store.ready
+    assert codes_stand_for_what_is_held(store) and store.ready and not store.unset
     store.put(0, 0, ((0, 4), (12, 14)), drawn(6, 9))
     store.move(((12, 16),), ((0, 4),))
     assert codes_stand_for_what_is_held(store)
@@ -68,20 +68,20 @@ def test_a_state_restores_codes_and_scales_bit_by_bit():
     assert not all(torch.equal(a, b) for a, b in zip(bits(store), before, strict=True))
     for target in (store, other):
         target.load_state(state)
-        assert target.ready and all(torch.equal(a, b) for a, b in zip(bits(target), before, strict=True))
+        assert not target.unset and all(torch.equal(a, b) for a, b in zip(bits(target), before, strict=True))
 
 
 def test_scales_are_those_of_the_first_tokens_after_a_clear_in_the_same_memory():
     store = written()
     places = [x.data_ptr() for codes in store.codes for x in (*codes.scales, codes.keys)]
     store.clear(free_buffers=False)
-    assert not store.ready
+    assert store.unset and store.ready
     store.put(0, 0, ((0, 20),), tuple(7 * x for x in drawn(20, 3)))
-    assert not store.ready, "the other layer has none yet"
+    assert store.unset, "the other layer has none yet"
     store.put(1, 0, ((0, 20),), drawn(20, 1))
     fresh = Fp8Store(LAYERS, CAPACITY, turned=True)
     fresh.put(0, 0, ((0, 20),), tuple(7 * x for x in drawn(20, 3)))
-    assert store.ready and all(torch.equal(a, b) for a, b in zip(store.codes[0].scales, fresh.codes[0].scales, strict=True))
+    assert not store.unset and all(torch.equal(a, b) for a, b in zip(store.codes[0].scales, fresh.codes[0].scales, strict=True))
     assert places == [x.data_ptr() for codes in store.codes for x in (*codes.scales, codes.keys)]
     store.clear(free_buffers=True)
     assert store.codes == [None, None] and store.num_bytes() == 0

@@ -16,6 +16,7 @@ from rcm.core.errors import ConfigError
 from rcm.kernels.kv_codec.codec import KVCodec
 from rcm.kernels.kv_codec.spec import KVCodecSpec
 from rcm.nets.denoiser import Denoiser, Guided
+from rcm.nets.kv_fp8 import Fp8Store
 from rcm.pipelines import engine
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
@@ -81,10 +82,13 @@ def test_captured_passes_give_the_eager_latents(denoiser, policy, guided):
         return torch.cat([*found, latents(session, 3)], dim=2), session
 
     expected, _ = run()
-    with patch.object(engine, "ChunkLoop", RerunLoop):
+    original = Fp8Store.settle
+    with patch.object(engine, "ChunkLoop", RerunLoop), patch.object(Fp8Store, "settle", autospec=True, side_effect=original) as settled:
         found, session = run()
+    # a replayed graph sets scales on the device alone, so who replays it says so, once per restart
+    assert settled.call_count == 1 + guided
     counts = session.loop.counts
-    assert counts["replayed"] > counts["captured"] > 0 and counts["eager"] <= 4, counts
+    assert counts["replayed"] > counts["captured"] > 0 and counts["eager"] <= 2, counts
     assert torch.equal(found, expected)
 
 

@@ -1,7 +1,7 @@
 """The format: e4m3 codes of keys, values and queries (Micikevicius et al. 2022, arXiv:2209.05433),
 and how they are made, in torch.
 
-e4m3 keeps 3 bits over 15 binades, so the grain of the scales hardely matters; what does is a common
+e4m3 keeps 3 bits over 15 binades, so the grain of the scales hardly matters; what does is a common
 part of all keys, which softmax does not see: it is taken off (SageAttention2, arXiv:2411.10958).
 Per head, from the first keys and values that are coded, and fixed from then on: k = key_center +
 key_scale codes, v = value_center + value_scale codes. HEADROOM is left for later ones; what lies
