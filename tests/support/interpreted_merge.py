@@ -72,7 +72,8 @@ def worst_persistent(module) -> float:
                     part_o[part], part_lse[part] = found, logits.logsumexp(dim=-1) / math.log(2)
         if plan.remaining:
             module.merge_parts[(plan.remaining, tiles.rows // 32)](
-                part_o, part_lse, out, *plan[:3], programs, pairs, plan.tiles_per_head, q_len, *out.stride()[:3],
+                part_o, part_lse, out, plan.whole * programs,
+                plan.remaining, plan.blocks, plan.sharers, pairs, plan.tiles_per_head, q_len, *out.stride()[:3],
                 TILE=tiles.rows, ROWS=32, WIDTH=width,
             )  # fmt: skip
         expected = (scores.softmax(dim=-1) @ values)[:, :q_len].transpose(0, 1)

@@ -13,7 +13,7 @@ def jobs(plan: Plan, programs: int, program: int) -> Iterator[tuple[int, int, in
     """
     yield from ((index, index * programs + program, 0, plan.blocks) for index in range(plan.whole))
     shared = plan.remaining * plan.blocks
-    at, stop = (p * shared // programs for p in (program, program + 1))
+    at, stop = (min(p * shared // plan.sharers, shared) for p in (program, program + 1))
     index = plan.whole
     while at < stop:
         tile, low = divmod(at, plan.blocks)

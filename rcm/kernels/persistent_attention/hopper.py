@@ -26,8 +26,6 @@ from rcm.kernels.persistent_attention.tiles import (
     operand,
     ordered,
     thread_sums,
-    weigh,
-    weighed,
 )
 
 ROWS = gl.constexpr(64)
@@ -43,10 +41,10 @@ def _job(index, program, programs, plan):
     """Query tile, first and last key tile (exclusive) of a program's job `index`; an empty run
     where there is none.
     """
-    whole, remaining, blocks = plan
+    whole, remaining, blocks, sharers = plan
     shared = remaining * blocks
-    start = program * shared // programs
-    stop = (program + 1) * shared // programs
+    start = gl.minimum(program * shared // sharers, shared)
+    stop = gl.minimum((program + 1) * shared // sharers, shared)
     tile = start // blocks
     low = start - tile * blocks
     high = gl.minimum(blocks, low + stop - start)
@@ -145,7 +143,10 @@ def _consume(
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
     TWO_LEVEL: gl.constexpr,
 ):  # fmt: skip
-    """One consumer warpgroup: its 64 rows of every job."""
+    """One consumer warpgroup: its 64 rows of every job. TWO_LEVEL: every product P V is a sum of
+    its own, added in float32, since tensor cores keep some 14 bits of what they accumulate of
+    e4m3; it takes the registers of the last one. Otherwise they accumulate.
+    """
     q_buf, k_ring, v_ring = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     plan, shape, outputs, lengths = task
@@ -215,7 +216,9 @@ def _consume(
                 s = warpgroup_mma(q, k, p, use_acc=False, is_async=True)
                 mbarrier.wait(v_full.index(slot), (it // STAGES) & 1)
                 v = _values(v_ring, slot, BLOCK_N, WIDTH)
-                found = weigh(acc, alpha[:, None], found, weights, v, TWO_LEVEL)
+                found = warpgroup_mma(
+                    weights, v, found if TWO_LEVEL else acc, use_acc=not TWO_LEVEL, is_async=True
+                )
                 s = warpgroup_mma_wait(1, deps=[s])
                 mbarrier.arrive(k_empty.index(ahead), count=1)
                 raised = gl.maximum(floor, largest(s, row_layout) * scale - TOP)
@@ -227,18 +230,22 @@ def _consume(
                 floor = raised
                 found = warpgroup_mma_wait(0, deps=[found])
                 mbarrier.arrive(v_empty.index(slot), count=1)
-                acc = weighed(acc, alpha[:, None], found, TWO_LEVEL)
-                alpha = gl.convert_layout(change, acc_row)
+                change = gl.convert_layout(change, acc_row)
+                acc = acc * alpha[:, None] + found if TWO_LEVEL else found * change[:, None]
+                alpha = change
                 it += 1
 
             mbarrier.arrive(q_empty.index(half), count=1)
             slot = it % STAGES
             mbarrier.wait(v_full.index(slot), (it // STAGES) & 1)
             v = _values(v_ring, slot, BLOCK_N, WIDTH)
-            found = weigh(acc, alpha[:, None], found, operand(p, dtype, p_layout), v, TWO_LEVEL)
+            weights = operand(p, dtype, p_layout)
+            found = warpgroup_mma(
+                weights, v, found if TWO_LEVEL else acc, use_acc=not TWO_LEVEL, is_async=True
+            )
             found = warpgroup_mma_wait(0, deps=[found])
             mbarrier.arrive(v_empty.index(slot), count=1)
-            acc = weighed(acc, alpha[:, None], found, TWO_LEVEL)
+            acc = acc * alpha[:, None] + found if TWO_LEVEL else found
             it += 1
             done += 1
 
@@ -285,18 +292,28 @@ def _write(acc, floor, total, outputs, where, plan, job, CONSUMERS: gl.constexpr
 
 
 @gluon.jit(
-    do_not_specialize=["whole", "remaining", "blocks", "heads", "tiles_per_head", "q_len", "kv_len"]
+    do_not_specialize=[
+        "whole",
+        "remaining",
+        "blocks",
+        "sharers",
+        "heads",
+        "tiles_per_head",
+        "q_len",
+        "kv_len",
+    ]
 )
 def hopper_forward(
     q_desc, k_desc, v_desc, row_scale, value_scale, value_center, o_ptr, part_o, part_lse,
-    whole, remaining, blocks, heads, tiles_per_head, q_len, kv_len, stride_b, stride_l, stride_n,
+    whole, remaining, blocks, sharers, heads, tiles_per_head, q_len, kv_len,
+    stride_b, stride_l, stride_n,
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
     TWO_LEVEL: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As many programs as there are processors. `whole` query tiles for each, then a share of the
-    `remaining` ones, of `blocks` key tiles each. Outputs are [B, L, N, D] with a unit last stride;
-    parts as `merge_parts` takes them. `row_scale` is a number where operands are not coded, and
-    `value_scale`, `value_center` are None.
+    """As many programs as there are processors. `whole` query tiles for each, then for `sharers` of
+    them a share of the `remaining` ones, of `blocks` key tiles each. Outputs are [B, L, N, D] with
+    a unit last stride; parts as `merge_parts` takes them. `row_scale` is a number where operands
+    are not coded, and `value_scale`, `value_center` are None.
     """
     dtype: gl.constexpr = q_desc.dtype
     q_buf = gl.allocate_shared_memory(dtype, [CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
@@ -320,7 +337,7 @@ def hopper_forward(
     descs = (q_desc, k_desc, v_desc)
     buffers = (q_buf, k_ring, v_ring)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    plan = (whole, remaining, blocks)
+    plan = (whole, remaining, blocks, sharers)
     shape = (heads, tiles_per_head)
     outputs = (
         row_scale, value_scale, value_center, o_ptr, stride_b, stride_l, stride_n, part_o, part_lse,

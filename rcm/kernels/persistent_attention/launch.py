@@ -50,8 +50,8 @@ def attend(
             _described(q, [1, 1, CONSUMER_ROWS, width]), _described(k, keys),
             _described(v, [1, 1, width, tiles.block_n] if coded else keys),
             *scales, out, part_o, part_lse,
-            plan.whole, plan.remaining, plan.blocks, heads, plan.tiles_per_head, q_len, count,
-            *out.stride()[:3],
+            plan.whole, plan.remaining, plan.blocks, plan.sharers, heads, plan.tiles_per_head,
+            q_len, count, *out.stride()[:3],
             CONSUMERS=tiles.consumers, BLOCK_N=tiles.block_n, WIDTH=width, STAGES=tiles.stages,
             TWO_LEVEL=tiles.two_level, CONSUMER_REGISTERS=consumer_registers,
             num_warps=4, maxnreg=at_launch,
@@ -59,8 +59,8 @@ def attend(
         if plan.remaining:
             precompile.launch(
                 merge_kernel.merge_parts, (plan.remaining, tiles.rows // MERGED_ROWS),
-                part_o, part_lse, out, plan.whole, plan.remaining, plan.blocks, programs, heads,
-                plan.tiles_per_head, q_len,
+                part_o, part_lse, out, plan.whole * programs, plan.remaining, plan.blocks,
+                plan.sharers, heads, plan.tiles_per_head, q_len,
                 *out.stride()[:3], TILE=tiles.rows, ROWS=MERGED_ROWS, WIDTH=width, num_warps=4,
             )  # fmt: skip
     return out

@@ -9,9 +9,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _owner(unit, programs, shared):
+def _owner(unit, sharers, shared):
     """The program whose share of all `shared` units holds `unit`."""
-    return ((unit + 1) * programs - 1) // shared
+    return ((unit + 1) * sharers - 1) // shared
 
 
 @triton.jit(
@@ -19,33 +19,33 @@ def _owner(unit, programs, shared):
         "whole",
         "remaining",
         "blocks",
-        "programs",
+        "sharers",
         "heads",
         "tiles_per_head",
         "q_len",
     ]
 )
 def merge_parts(
-    part_o, part_lse, out, whole, remaining, blocks, programs, heads, tiles_per_head, q_len,
+    part_o, part_lse, out, whole, remaining, blocks, sharers, heads, tiles_per_head, q_len,
     stride_b, stride_l, stride_n,
     TILE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """`ROWS` rows of one remaining query tile: its parts, weighed by their base-2 log-sum-exps.
-    Parts are [2 programs, TILE, WIDTH]: two for each program, for the first and for the second
-    query tile of its share.
+    """`ROWS` rows of one query tile that remains behind the `whole` ones of all programs: its
+    parts, weighed by their base-2 log-sum-exps. Parts are [2 programs, TILE, WIDTH]: two for each
+    program, for the first and for the second query tile of its share.
     """
     index, line = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     shared = remaining * blocks
-    first = _owner(index * blocks, programs, shared)
-    last = _owner((index + 1) * blocks - 1, programs, shared)
+    first = _owner(index * blocks, sharers, shared)
+    last = _owner((index + 1) * blocks - 1, sharers, shared)
     if first < last:
         column = tl.arange(0, WIDTH)
         top = tl.full([ROWS], float("-inf"), tl.float32)
         weight = tl.zeros([ROWS], tl.float32)
         total = tl.zeros([ROWS, WIDTH], tl.float32)
         for program in range(first, last + 1):
-            start = program * shared // programs
-            if start < (program + 1) * shared // programs:
+            start = program * shared // sharers
+            if start < (program + 1) * shared // sharers:
                 second = start // blocks != index
                 place = (2 * program + second.to(tl.int32)).to(tl.int64) * TILE + line
                 lse = tl.load(part_lse + place)
@@ -55,7 +55,7 @@ def merge_parts(
                 part = tl.load(part_o + place[:, None] * WIDTH + column[None, :]).to(tl.float32)
                 total = total * keep[:, None] + share[:, None] * part
                 top = raised
-        tile = whole * programs + index
+        tile = whole + index
         pair = tile // tiles_per_head
         row = (tile % tiles_per_head) * TILE + line
         base = (

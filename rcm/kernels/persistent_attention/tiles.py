@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 
 @gluon.jit
@@ -53,46 +52,6 @@ def operand(p, dtype: gl.constexpr, P_LAYOUT: gl.constexpr):
     if dtype == gl.float8e4nv:
         p = gl.permute(p.reshape([M, J // 16, 2, 4, 2]), [0, 1, 3, 2, 4]).reshape([M, J])
     return gl.convert_layout(p, P_LAYOUT).to(dtype)
-
-
-RESCALE = gl.constexpr(
-    "{ .reg .pred same, all; setp.eq.f32 same, $128, 0f3F800000; setp.eq.and.f32 same, $130,"
-    " 0f3F800000, same; "
-    + "vote.sync.all.pred all, same, 0xffffffff; "
-    + " ".join(f"mov.f32 ${i}, ${64 + i};" for i in range(64))
-    + " @all bra DONE; "
-    + " ".join(f"mul.f32 ${i}, ${i}, ${128 + i};" for i in range(64))
-    + " DONE: }"
-)
-RESCALE_OPERANDS = gl.constexpr(",".join(["=&f"] * 64 + ["f"] * 128))
-
-
-@gluon.jit
-def rescaled(acc, alpha):
-    """`acc` times `alpha` [M, 1]; most often the maximum of no row of a warp has grown, and nothing
-    is to be done.
-    """
-    layout: gl.constexpr = acc.type.layout
-    wide = gl.zeros([acc.shape[0], acc.shape[1]], gl.float32, layout) + alpha
-    return gl.inline_asm_elementwise(
-        RESCALE, RESCALE_OPERANDS, [acc, wide], dtype=gl.float32, is_pure=True, pack=64
-    )
-
-
-@gluon.jit
-def weigh(acc, alpha, found, p, v, TWO_LEVEL: gl.constexpr):
-    """Start P V. TWO_LEVEL: a sum of its own, which `weighed` adds in float32, since tensor cores
-    keep some 14 bits of what they accumulate; it takes the registers of the last one. Otherwise
-    they accumulate.
-    """
-    if TWO_LEVEL:
-        return warpgroup_mma(p, v, found, use_acc=False, is_async=True)
-    return warpgroup_mma(p, v, rescaled(acc, alpha), is_async=True)
-
-
-@gluon.jit
-def weighed(acc, alpha, found, TWO_LEVEL: gl.constexpr):
-    return acc * alpha + found if TWO_LEVEL else found
 
 
 @gluon.jit
