@@ -195,11 +195,11 @@ class LatentShards:
         """The batch of samples `indices`, each in [0, len): latents and embeddings as float32."""
         samples = [self._sample(index) for index in indices]
         for what, part in (("latents", 0), ("text embeddings", 1)):
-            shapes = {tuple(sample[part].shape) for sample in samples}
-            if len(shapes) > 1:
+            shapes = [tuple((latents, text)[part].shape) for latents, text, *_ in samples]
+            if len(set(shapes)) > 1:
                 names = [
-                    f"{self._name(i, part)} {tuple(s[part].shape)}"
-                    for i, s in zip(indices, samples, strict=True)
+                    f"{self._name(i, part)} {shape}"
+                    for i, shape in zip(indices, shapes, strict=True)
                 ]
                 raise ConfigError(
                     f"{what} of one batch differ in shape: {'; '.join(names)}; use shards of one"

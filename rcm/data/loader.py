@@ -181,7 +181,7 @@ class Loader(Generic[Batch]):
                 )
         if state["fingerprint"] != mine["fingerprint"]:
             self._judge_change(str(state["fingerprint"]), str(mine["fingerprint"]))
-        if not 0 <= state["position"] <= len(self.source) or state["epoch"] < 0:
+        if not 0 <= int(state["position"]) <= len(self.source) or int(state["epoch"]) < 0:
             raise ConfigError(
                 f"stored data position {state['epoch']}:{state['position']} is outside of"
                 f" {len(self.source)} samples"

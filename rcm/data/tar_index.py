@@ -16,8 +16,9 @@ import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from loguru import logger
@@ -81,7 +82,7 @@ class Shard(ABC):
         with open(self.path, "rb") as file:
             return [self._read(file, sample, field) for field in fields]
 
-    def _read(self, file: BinaryIO, sample: int, field: int) -> bytearray:
+    def _read(self, file: BufferedReader, sample: int, field: int) -> bytearray:
         offset, length = self.span(sample, field)
         header, data = bytearray(tarfile.BLOCKSIZE), bytearray(length)
         file.seek(offset - tarfile.BLOCKSIZE)

@@ -116,7 +116,7 @@ def measure_drift(
                 tint=float((colours[2:] - first_tint).norm()),
                 embedding_distance=(
                     None
-                    if embedding is None
+                    if embedding is None or first_embedding is None
                     else float((1 - embedding @ first_embedding).clamp_min(0))
                 ),
             )

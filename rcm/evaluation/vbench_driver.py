@@ -74,8 +74,11 @@ def _torchvision() -> None:
         library = torch.library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        main.library = library  # an operator lives as long as its library
+        _KEPT.append(library)  # an operator lives as long as its library
         importlib.import_module("torchvision")
+
+
+_KEPT: list[object] = []
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def _item(row: Any, place: str) -> SuiteItem:
     prompt = next((row[key] for key in _TEXT_KEYS if isinstance(row.get(key), str)), "")
     if not prompt.strip():
         raise ConfigError(f"{place} has no text under {' or '.join(_TEXT_KEYS)}")
-    dimensions = next((row[key] for key in _DIMENSION_KEYS if row.get(key)), [])
+    dimensions: Any = next((row[key] for key in _DIMENSION_KEYS if row.get(key)), [])
     dimensions = [dimensions] if isinstance(dimensions, str) else dimensions
     auxiliary, extended = row.get("auxiliary_info") or {}, row.get("augmented_prompt")
     right = (

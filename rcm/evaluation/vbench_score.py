@@ -159,8 +159,8 @@ def aggregate(raw: Mapping[str, float], suite: Suite = T2V, *, partial: bool = F
                 " (divide percent by 100)"
             )
     normalised = {name: suite[name].normalised(raw[name]) for name in suite.names if name in raw}
-    groups = {group: _mean(suite, group, normalised) for group in suite.group_weights}
-    groups = {group: value for group, value in groups.items() if value is not None}
+    means = {group: _mean(suite, group, normalised) for group in suite.group_weights}
+    groups = {group: value for group, value in means.items() if value is not None}
     total = None
     if len(groups) == len(suite.group_weights):
         weights = suite.group_weights

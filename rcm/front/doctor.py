@@ -35,7 +35,7 @@ from rcm.train.describe import write_atomically
 GIB = 1 << 30
 TESTED = {"torch": ("2.11", "2.13"), "triton": ("3.6", "3.7")}
 """Versions that the tests and the measurements of docs/performance_log.md ran with."""
-PACKAGES = ("torch", "triton", "hydra-core", "webdataset")
+PACKAGES: tuple[str, ...] = ("torch", "triton", "hydra-core", "webdataset")
 PACKAGES += ("safetensors", "imageio", "wandb", "loguru")
 EXTRAS = {
     "transformers": "text",

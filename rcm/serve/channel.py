@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rcm.pipelines.session_pool import Change, Order, Seat, Turn, told_error
 from rcm.rollout.eviction.sliding_window import SlidingWindow
@@ -227,6 +226,7 @@ class Channel:
         loop = asyncio.get_running_loop()
         while True:
             turn = await self._arrivals.get()
+            assert turn.chunk is not None  # others do not arrive
             if self._asked_at is not None:
                 self._delays.append(time.monotonic() - self._asked_at)
             self._asked_at = None
@@ -300,7 +300,7 @@ def _changed_recipe(
 
 
 def _encoded(turn: Turn, playback: Playback) -> list[bytes]:
-    images: Tensor | None = turn.chunk.images
+    images = None if turn.chunk is None else turn.chunk.images
     assert images is not None, "sessions of the server are opened with to_host"
     assert images.dtype == torch.uint8
     return [

@@ -61,7 +61,7 @@ class Hub:
     channels: dict[str, Channel] = field(default_factory=dict)
     clients: int = 0
     stopping: bool = False
-    request_stop: Callable[[], None] = lambda: None
+    request_stop: Callable[[], object] = lambda: None
     """Ends the server that runs this hub; from any thread."""
 
     async def start(self) -> None:
@@ -188,13 +188,15 @@ class Hub:
         name = SHARED if which == SHARED else secrets.token_urlsafe(9)
         playback = Playback(offer.fps, offer.kind, offer.quality, self._encoders)
         hands = Hands(self.worker.want, self._soon)
-        options = {
-            "playback": playback,
-            "limits": self.limits,
-            "metrics": self.metrics,
-            "hands": hands,
-        }
-        channel = Channel(name, seat, shared=which == SHARED, **options)
+        channel = Channel(
+            name,
+            seat,
+            shared=which == SHARED,
+            playback=playback,
+            limits=self.limits,
+            metrics=self.metrics,
+            hands=hands,
+        )
         self.channels[name] = self._by_seat[seat] = channel
         return channel
 

@@ -43,7 +43,8 @@ class Bucket:
     """A rate with bursts: `take(now)` says whether one more is allowed."""
 
     def __init__(self, rate: float, burst: int) -> None:
-        self._rate, self._burst, self._left, self._at = rate, burst, float(burst), None
+        self._rate, self._burst, self._left = rate, burst, float(burst)
+        self._at: float | None = None
 
     def take(self, now: float) -> bool:
         """Use one of what has gathered until `now` (seconds of any clock that does not go back)."""
