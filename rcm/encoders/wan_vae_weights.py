@@ -9,14 +9,14 @@ Either may come as .pth / .pt or .safetensors. docs/reference/encoders.md#vae-na
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rcm.core.errors import CheckpointError
-from rcm.storage.state_dicts import check_keys, shapes_of
+from rcm.storage.state_dicts import check_keys, renamed, shapes_of
 from rcm.storage.weight_files import open_container
 
 WAN_VAE_FILE = "assets/checkpoints/Wan2.1_VAE.pth"
@@ -25,21 +25,23 @@ _DIFFUSERS_MARK = "quant_conv."
 
 # original beginning of a name, diffusers beginning; the rest of a block's name follows
 _ENDS = (
-    ("conv1.", "quant_conv."),
-    ("conv2.", "post_quant_conv."),
-    *((f"{side}.conv1.", f"{side}.conv_in.") for side in ("encoder", "decoder")),
-    *((f"{side}.head.0.", f"{side}.norm_out.") for side in ("encoder", "decoder")),
-    *((f"{side}.head.2.", f"{side}.conv_out.") for side in ("encoder", "decoder")),
-    *((f"{side}.middle.0.", f"{side}.mid_block.resnets.0.") for side in ("encoder", "decoder")),
-    *((f"{side}.middle.1.", f"{side}.mid_block.attentions.0.") for side in ("encoder", "decoder")),
-    *((f"{side}.middle.2.", f"{side}.mid_block.resnets.1.") for side in ("encoder", "decoder")),
+    ("conv1", "quant_conv"),
+    ("conv2", "post_quant_conv"),
+    *(
+        (f"{side}.{ours}", f"{side}.{theirs}")
+        for side in ("encoder", "decoder")
+        for ours, theirs in (
+            *(("conv1", "conv_in"), ("head.0", "norm_out"), ("head.2", "conv_out")),
+            ("middle.0", "mid_block.resnets.0"),
+            ("middle.1", "mid_block.attentions.0"),
+            ("middle.2", "mid_block.resnets.1"),
+        )
+    ),
 )
 _INSIDE = (
-    ("residual.0.", "norm1."),
-    ("residual.2.", "conv1."),
-    ("residual.3.", "norm2."),
-    ("residual.6.", "conv2."),
-    ("shortcut.", "conv_shortcut."),
+    *(("residual.0", "norm1"), ("residual.2", "conv1")),
+    *(("residual.3", "norm2"), ("residual.6", "conv2")),
+    ("shortcut", "conv_shortcut"),
 )
 _BLOCK = re.compile(r"(encoder\.downsamples|decoder\.upsamples)\.(\d+)\.(.+)")
 _UP_GROUP = 4
@@ -53,27 +55,14 @@ def diffusers_name(original: str) -> str:
     if block is not None:
         side, index, rest = block.group(1), int(block.group(2)), block.group(3)
         if side == "encoder.downsamples":
-            return f"encoder.down_blocks.{index}.{_renamed_inside(rest)}"
+            return f"encoder.down_blocks.{index}.{_inside(rest)}"
         group, member = divmod(index, _UP_GROUP)
         part = "upsamplers.0" if member == _UP_GROUP - 1 else f"resnets.{member}"
-        return f"decoder.up_blocks.{group}.{part}.{_renamed_inside(rest)}"
+        return f"decoder.up_blocks.{group}.{part}.{_inside(rest)}"
     for ours, theirs in _ENDS:
-        if original.startswith(ours):
-            return theirs + _renamed_inside(original[len(ours) :])
+        if original.startswith(f"{ours}."):
+            return f"{theirs}.{_inside(original[len(ours) + 1 :])}"
     raise CheckpointError(f"{original!r} is no tensor of the Wan autoencoder")
-
-
-def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under diffusers' names (AutoencoderKLWan)."""
-    return {diffusers_name(key): value for key, value in state.items()}
-
-
-def to_original(state: Mapping[str, Tensor], *, expected: Iterable[str]) -> dict[str, Tensor]:
-    """The same tensors under the original names; `expected` lists them all. Names of neither format
-    stay.
-    """
-    names = original_names(state, expected=expected)
-    return {names[key]: value for key, value in state.items()}
 
 
 def original_names(names: Iterable[str], *, expected: Iterable[str]) -> dict[str, str]:
@@ -118,8 +107,5 @@ def load_weights(
     vae.load_state_dict(state, strict=True, assign=True)
 
 
-def _renamed_inside(rest: str) -> str:
-    for ours, theirs in _INSIDE:
-        if rest.startswith(ours):
-            return theirs + rest[len(ours) :]
-    return rest
+def _inside(rest: str) -> str:
+    return renamed(rest, _INSIDE) or rest

@@ -46,6 +46,16 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in headers_of(weights).items()}
 
 
+def renamed(key: str, table: Iterable[tuple[str, str]]) -> str | None:
+    """`key` with the first beginning in `table` that it has (whole dotted components) replaced;
+    None where it has none of them.
+    """
+    for old, new in table:
+        if key == old or key.startswith(f"{old}."):
+            return new + key[len(old) :]
+    return None
+
+
 def flatten(state: Mapping[str, object]) -> dict[str, object]:
     """Nested state dicts as one, their keys joined with dots; what is no mapping with string keys
     stays as it is.

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from rcm.core.errors import CheckpointError
 from rcm.encoders.wan_vae import WAN_VAE_FILE, WanVAE, WanVAECodec, WanVAEConfig
-from rcm.encoders.wan_vae_weights import diffusers_name, load_weights, to_diffusers
-from tests.support.wan_vae_cases import BASE_DIM, small_codec, small_latents, small_video
+from rcm.encoders.wan_vae_weights import diffusers_name, load_weights
+from tests.support.wan_vae_cases import BASE_DIM, small_codec, small_latents, small_video, to_diffusers
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,13 @@ away from 1.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from rcm.encoders.wan_vae import WanVAECodec
+from rcm.encoders.wan_vae_weights import diffusers_name
 
 BASE_DIM = 8
 CELLS = (4, 6)
@@ -32,3 +36,8 @@ def small_video(frames: int = 9, *, batch: int = 1, seed: int = 1, cells: tuple[
     """Pixels [B, 3, F, 8 h, 8 w] in [-1, 1]."""
     size = (batch, 3, frames, 8 * cells[0], 8 * cells[1])
     return torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2 - 1
+
+
+def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under diffusers' names (AutoencoderKLWan)."""
+    return {diffusers_name(key): value for key, value in state.items()}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.two_times import SPAN, with_second_time
-from rcm.storage.state_dicts import check_keys, flatten, listed, shapes_of
+from rcm.storage.state_dicts import check_keys, flatten, listed, renamed, shapes_of
 
 Format = Literal["rcm", "wan", "diffusers", "self_forcing", "comfyui"]
 Weights = Literal["ema", "live", "fake_score"]
@@ -30,6 +30,10 @@ HEAD_DIM = 128
 PATCH_KEY = "patch_embedding.weight"
 _AVERAGED = frozenset(("ema", "avg", "average", "averaged", "shadow", "swa"))
 """Words by which trainers call a running average."""
+_TECHNICAL = frozenset(
+    ("net", "generator", "model", "diffusion_model", "module", "state_dict", "transformer")
+)
+"""Words that say nothing about which copy it is."""
 ANCHORS = (
     PATCH_KEY,
     "blocks.0.modulation",
@@ -84,17 +88,12 @@ _BLOCK = (
     ("ffn.0", "ffn.net.0.proj"),
     ("ffn.2", "ffn.net.2"),
     *(
-        (f"self_attn.{ours}", f"attn1.{theirs}")
-        for ours, theirs in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
-    ),
-    *(
-        (f"cross_attn.{ours}", f"attn2.{theirs}")
-        for ours, theirs in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
-    ),
-    *(
-        (f"{ours}.norm_{side}", f"{theirs}.norm_{side}")
-        for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-        for side in "qk"
+        (f"{attention}.{ours}", f"{module}.{theirs}")
+        for attention, module in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for ours, theirs in (
+            *(("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")),
+            *(("norm_q", "norm_q"), ("norm_k", "norm_k")),
+        )
     ),
     ("cross_attn.k_img", "attn2.add_k_proj"),
     ("cross_attn.v_img", "attn2.add_v_proj"),
@@ -345,20 +344,7 @@ def _copy_of(prefix: str) -> str:
         return "ema"
     if any(word == "critic" or word.endswith("fake_score") for word in words):
         return "fake_score"
-    named = [
-        word
-        for word in words
-        if word
-        not in (
-            "net",
-            "generator",
-            "model",
-            "diffusion_model",
-            "module",
-            "state_dict",
-            "transformer",
-        )
-    ]
+    named = [word for word in words if word not in _TECHNICAL]
     return ".".join(named) or "live"
 
 
@@ -380,9 +366,9 @@ def _cleaned(keys: Iterable[str]) -> dict[str, str]:
 def _renamed(key: str, *, to_diffusers: bool) -> str:
     block = _BLOCK_KEY.fullmatch(key)
     lead, rest, table = (block[1], block[2], _BLOCK) if block else ("", key, _TOP)
-    for old, new in table if to_diffusers else tuple((theirs, ours) for ours, theirs in table):
-        if rest == old or rest.startswith(old + "."):
-            return lead + new + rest[len(old) :]
+    pairs = table if to_diffusers else tuple((theirs, ours) for ours, theirs in table)
+    if (found := renamed(rest, pairs)) is not None:
+        return lead + found
     if key.startswith(f"{SPAN}."):
         raise CheckpointError(
             f"key {key!r} embeds the second time of a network, which diffusers has no name for;"
