@@ -17,7 +17,7 @@ def one_thread(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def alone(self: Any, *arguments: Any, **options: Any) -> Any:
         if not self._user.acquire(blocking=False):
-            self._require_open()  # what closes it waits for nobody else
+            self._course.require_open()  # what closes it waits for nobody else
             raise ConfigError(
                 f"{method.__name__}() was called while another thread uses this stream; step a"
                 " stream from one thread (cancel, close and set_condition may be called from any)"

@@ -11,17 +11,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from rcm.core.errors import first_line
 from rcm.encoders.codec import LatentCodec
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import VelocityModel
+from rcm.pipelines.course import Course
 from rcm.pipelines.decode_lane import DecodeLane, new_lane
 from rcm.pipelines.engine import new_loop
 from rcm.pipelines.finite import FiniteGuard, Reading, require_finite_weights
@@ -32,7 +31,6 @@ from rcm.pipelines.steering import Change, Pending, Steering
 from rcm.pipelines.stream_ranks import Meeting
 from rcm.pipelines.stream_spec import (
     Receipt,
-    StreamCancelled,
     StreamedChunk,
     StreamSpec,
     SwitchMode,
@@ -72,13 +70,13 @@ class Session:
         self._lane: DecodeLane | None = None
         self._user = threading.RLock()
         group = denoiser.group if denoiser.num_ranks > 1 else None
-        self._ranks = Meeting(group)
+        self._course = Course(Meeting(group))
         try:
-            self._ranks.together(lambda: self._open(denoiser, cond, prefix))
+            self._course.ranks.together(lambda: self._open(denoiser, cond, prefix))
             self._lane = new_lane(codec, spec, device=self.device, group=group)
         except BaseException:
             # lets the generator go, whoever keeps the error and this session with it
-            self._cancelled = True
+            self._course.cancelled = True
             raise
 
     def _open(self, denoiser: VelocityModel, cond: Condition, prefix: Tensor | None) -> None:
@@ -91,7 +89,7 @@ class Session:
             given=self._given,
             device=self.device,
             # ranks stop together, between chunks
-            interrupt=None if self._ranks.several else self._require_open,
+            interrupt=None if self._course.ranks.several else self._course.require_open,
         )
         self._loop.watch = self._guard.step
 
@@ -100,13 +98,12 @@ class Session:
         self._begun = time.perf_counter()
         (self._given, self._prefix), self._steering = given, Steering(cond)
         self._guard = FiniteGuard()
-        self._failed: Exception | None = None
         self._refused: SwitchRefused | None = None
         self._block = 0
         self._pending: Pending | None = None
         self._ahead: tuple[int, Tensor] | None = None
         self._pieces: deque[tuple[int, Tensor]] = deque()
-        self._cancelled = False
+        self._course.failed = None
 
     @one_thread
     def restart(
@@ -120,11 +117,13 @@ class Session:
         session opened alike. `cond` None: the same; `seed` None: that of the `StreamSpec` (with
         noise="video", its generator is seeded with it).
         """
-        self._require_open()
+        self._course.require_open()
         lease(self.spec.generator, self)
         # refuse before anything is changed
         spec = self.spec if seed is None else replace(self.spec, seed=seed)
-        self._begin(self._steering.cond if cond is None else cond, prefix)
+        before = self._steering
+        self._begin(before.cond if cond is None else cond, prefix)
+        before.end()
         self.spec = spec
         if spec.generator is not None and seed is not None:
             spec.generator.manual_seed(seed)
@@ -147,12 +146,17 @@ class Session:
     @property
     def ended(self) -> bool:
         """Whether everything was handed out."""
-        return not self._pieces and self._ahead is None and self.spec.ends_with(self._block - 1)
+        return not self._pieces and self._ahead is None and self._last
 
     @property
     def may_draw(self) -> bool:
         """Whether it may ask its generator for more noise."""
-        return not self._cancelled and not self.ended
+        return not self._course.cancelled and not self.ended
+
+    @property
+    def _last(self) -> bool:
+        """Whether every block was begun."""
+        return self.spec.ends_with(self._block - 1)
 
     @one_thread
     @torch.no_grad()
@@ -164,7 +168,7 @@ class Session:
         under the old one. After any other error the cache may lack a chunk, so further steps raise
         `StreamCancelled` until `restart` or `restore`.
         """
-        self._require_whole()
+        self._course.require_whole(last=self._last)
         if self._refused is not None:
             error, self._refused = self._refused, None
             raise error
@@ -178,14 +182,16 @@ class Session:
             parts = latents.split([1, latents.shape[2] - 1], dim=2) if alone else (latents,)
             self._pieces.extend((block, part) for part in parts)
         block, latents = self._pieces.popleft()
-        decoding = None if self._lane is None else self._lane.decode(latents)
+        with self._course.marking(in_pass=False):
+            decoding = None if self._lane is None else self._lane.decode(latents)
         self._guard.handed(block, decoding.reading if decoding else Reading(latents))
-        if self.spec.look_ahead and not self._pieces and not self.spec.ends_with(self._block - 1):
+        if self.spec.look_ahead and not self._pieces and not self._last:
             try:
                 self._ahead = self._produce()
             except SwitchRefused as error:  # this chunk is whole: the next step tells
                 self._refused = error
-        frames, images = (None, None) if decoding is None else decoding.result()
+        with self._course.marking(in_pass=False):
+            frames, images = (None, None) if decoding is None else decoding.result()
         self._require_finite(wait=decoding is not None)
         frames = latents if frames is None else frames
         return StreamedChunk(block, latents, frames, time.perf_counter() - self._begun, images)
@@ -196,7 +202,7 @@ class Session:
         """Put the context of the newest chunk into the cache now, not when the next one is begun;
         several ranks meet for it, which `StreamSpec.settled` saves.
         """
-        self._require_whole()
+        self._course.require_whole(last=self._last)
         self._settle(asked=self._steering.asked)
 
     def __iter__(self) -> Iterator[StreamedChunk]:
@@ -210,8 +216,11 @@ class Session:
         what the window holds is entered anew under the new one (its latents at their context
         times), sinks excepted. The receipt says when it was applied.
         """
-        self._require_open()
-        return self._steering.ask(self.spec.for_batch(cond), mode)
+        self._course.require_open()
+        receipt = self._steering.ask(self.spec.for_batch(cond), mode)
+        if self._last:
+            self._steering.refuse(None, "the last chunk of this stream was made before")
+        return receipt
 
     @one_thread
     def set_recipe(self, recipe: SamplingRecipe) -> int:
@@ -219,7 +228,7 @@ class Session:
         `ConfigError` for another pattern, kind or guidance, which need a session of their own, and
         where the noise of all steps was drawn up front.
         """
-        self._require_open()
+        self._course.require_open()
         self.spec = self.spec.with_recipe(recipe, block=self._block, given=self._given)
         return self._block
 
@@ -228,7 +237,7 @@ class Session:
         """Everything from which the stream goes on, as copies; for `restore` of this session or of
         one opened alike.
         """
-        self._require_whole()
+        self._course.require_whole(last=self._last)
         self._require_finite(wait=True)
         return {
             "made_by": self._maker(),
@@ -246,12 +255,13 @@ class Session:
         """Go on from a `snapshot`: the following chunks are those that followed it, bit by bit.
         `ConfigError`, and nothing is changed, for one by a session that was opened otherwise.
         """
-        self._require_open()
+        self._course.require_open()
         require_alike(state, self._maker(), self.spec)
         lease(self.spec.generator, self)
-        self._failed = self._refused = None
+        self._course.failed = self._refused = None
         self._guard.forget()
-        with self._marking():
+        self._steering.refuse(None, "a snapshot was taken up before")
+        with self._course.marking():
             self.spec = replace(self.spec, recipe=state["recipe"], seed=state["seed"])
             for name in _KEPT:
                 setattr(self, f"_{name}", state[name])
@@ -268,21 +278,21 @@ class Session:
         """Stop as soon as possible, from any thread: a step under way raises `StreamCancelled`
         before its next pass; where several ranks make the stream, at the next chunk, on all.
         """
-        self._cancelled = True
+        self._course.cancelled = True
 
     def close(self) -> None:
         """Free cache, decoder and graphs. Any further step raises `StreamCancelled`; this waits for
         one that is under way in another thread. Where several ranks make the stream and it goes on,
         this waits until the others are at the next chunk.
         """
-        self._cancelled = True
+        self._course.cancelled = True
         with self._user:
-            self._leave()
+            self._course.leave(last=self._last)
             self._loop.close()
             if self._lane is not None:
                 self._lane.close()
             self._pieces.clear()
-            self._steering.forget()
+            self._steering.end()
             self._ahead = self._pending = self._prefix = None
 
     def num_bytes(self) -> int:
@@ -301,7 +311,7 @@ class Session:
         committed.
         """
         change = self._change_due()
-        with self._marking():
+        with self._course.marking():
             if change is not None:
                 self._steering.apply(change, self._loop, block=self._block)
             block = self._block
@@ -339,19 +349,15 @@ class Session:
                 self._settle(asked=asked)
             if asked:
                 change, problem = steering.due(self._loop)
-                self._meet(problem, asked=True)
+                self._course.meet(problem, place=self._block, asked=True)
         except SwitchRefused as error:
             steering.refuse(change, str(error))
             raise
         return change
 
-    def _meet(self, problem: Exception | None, *, asked: bool) -> None:
-        stop = StreamCancelled("this stream was cancelled") if self._cancelled else problem
-        self._ranks.meet(stop, place=self._block, asked=asked)
-
     def _settle(self, *, asked: bool) -> None:
-        self._meet(None, asked=asked)
-        with self._marking():
+        self._course.meet(None, place=self._block, asked=asked)
+        with self._course.marking():
             self._leave_context()
 
     def _leave_context(self) -> None:
@@ -360,41 +366,10 @@ class Session:
         if pending is not None:
             self._steering.enter(self._loop, pending)
 
-    @contextmanager
-    def _marking(self) -> Iterator[None]:
-        """An error within leaves the stream between two states: remembered, so that no later chunk
-        is made of half a past.
-        """
-        try:
-            yield
-        except BaseException as error:
-            self._ranks.adrift = True
-            self._failed = error if isinstance(error, Exception) else self._failed
-            raise
-
     def _require_finite(self, *, wait: bool) -> None:
         """End a stream that is known to have made what is not finite; `wait`: until it is known."""
         problem = self._guard.problem(self._loop, self._steering.cond, wait=wait)
         if problem is not None:
-            self._failed = problem
-            self._leave()
+            self._course.failed = problem
+            self._course.leave(last=self._last)
             raise problem
-
-    def _require_whole(self) -> None:
-        if self._cancelled or self._failed is not None:
-            self._leave()
-        self._require_open()
-        if self._failed is not None:
-            raise StreamCancelled(
-                f"this stream failed ({first_line(self._failed)}); restart() it, or restore() a"
-                " snapshot"
-            )
-
-    def _leave(self) -> None:
-        """Tell the ranks that make another chunk with this one that it will not."""
-        if not self.spec.ends_with(self._block - 1):
-            self._ranks.leave(self._failed)
-
-    def _require_open(self) -> None:
-        if self._cancelled or self._ranks.stopped:
-            raise StreamCancelled("this stream was cancelled or closed; open another session")

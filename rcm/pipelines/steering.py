@@ -108,8 +108,9 @@ class Steering:
             )
         return old
 
-    def forget(self) -> None:
-        """Free the contexts."""
+    def end(self) -> None:
+        """Free the contexts, and tell who waits."""
+        self.refuse(None, "the stream ended before")
         self._contexts.clear()
 
     def state(self) -> dict[str, Any]:

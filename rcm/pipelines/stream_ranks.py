@@ -82,7 +82,7 @@ class Meeting:
                 " set_condition on all of them"
             )
 
-    def leave(self, problem: Exception | None = None) -> None:
+    def leave(self, problem: BaseException | None = None) -> None:
         """This rank makes no further chunk: the others hear of it, and whether it is for a
         `NonFinite`, where they would begin the next.
         """
@@ -99,7 +99,7 @@ class Meeting:
         return greatest(numbers, group=self._group)
 
 
-def _kind(problem: Exception | None) -> int:
+def _kind(problem: BaseException | None) -> int:
     if isinstance(problem, NonFinite):
         return _NOT_FINITE
     stopped = 0 if problem is None else _STOPPED

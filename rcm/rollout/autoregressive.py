@@ -168,6 +168,7 @@ class ChunkLoop:
         for (chunk, x, t), frames in zip(chunks, places, strict=True):
             hidden = policy.hidden(caches)
             visible = tuple(held.id for held in caches[0].chunks if held.id not in hidden)
+            self._may_go_on()
             view = self.cache.append(visible, observers=policy.observers(caches), as_id=chunk.id)
             self.fill(x, cond, view, cast(tuple[int, ...], frames), t=t)
             policy.again(caches)
@@ -247,15 +248,17 @@ class ChunkLoop:
 
     def view(self, placement: Placement, *, append: bool) -> View:
         """The view of one denoising pass."""
+        if append:
+            return self._append(placement)
+        self._may_go_on()
+        return self.cache.readonly(visible=placement.visible, transient=self.in_place)
+
+    def _may_go_on(self) -> None:
         if self.interrupt is not None:
             self.interrupt()
-        return (
-            self._append(placement)
-            if append
-            else self.cache.readonly(visible=placement.visible, transient=self.in_place)
-        )
 
     def _append(self, placement: Placement) -> View:
+        self._may_go_on()
         return self.cache.append(
             placement.visible, observers=self.canvas.policy.observers(self.cache.branches)
         )

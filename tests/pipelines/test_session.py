@@ -17,8 +17,8 @@ from rcm.core.errors import ConfigError
 from rcm.kernels.masks import BlockCausal
 from rcm.nets.denoiser import Denoiser, Guided
 from rcm.nets.layout import TokenLayout
-from rcm.pipelines.session import Session, StreamCancelled
-from rcm.pipelines.stream_spec import StreamSpec
+from rcm.pipelines.session import Session
+from rcm.pipelines.stream_spec import StreamCancelled, StreamSpec
 from rcm.pipelines.streaming import bounded
 from rcm.rollout.eviction.base import CachePolicy
 from rcm.rollout.eviction.sliding_window import SlidingWindow

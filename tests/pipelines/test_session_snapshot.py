@@ -4,6 +4,7 @@ refuses before it changes. One thread steps a stream.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 from dataclasses import replace
@@ -14,12 +15,15 @@ import torch
 from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
 from rcm.nets.denoiser import Denoiser, Guided
-from rcm.pipelines.session import Session, StreamCancelled
-from rcm.pipelines.stream_spec import StreamSpec
+from rcm.pipelines.decode_lane import Decoding
+from rcm.pipelines.session import Session
+from rcm.pipelines.stream_spec import Receipt, StreamCancelled, StreamSpec
+from rcm.rollout.eviction.base import CachePolicy
 from rcm.rollout.eviction.infinity_rope import InfinityRope
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.worlds.toy_codec import ToyCodec
 from tests.pipelines.test_session_codec import CODECS, NOISY, RECIPE
+from tests.pipelines.test_stream_finite import Decoder
 from tests.rollout.test_eviction import POLICIES
 from tests.support.tiny_nets import HEIGHT, WIDTH, condition, tiny_config, tiny_net
 
@@ -56,8 +60,48 @@ def test_a_fresh_session_goes_on_bit_by_bit(denoiser, policy, recipe, codec):
     options = {"policy": POLICIES[policy][0], "kv_codec": CODECS.get(codec)}
     session, fresh = (opened(denoiser, recipe, **options) for _ in range(2))
     chunks(session, 6)
-    fresh.restore(session.snapshot())
-    assert torch.equal(chunks(fresh, 4), chunks(session, 4))
+    state = session.snapshot()
+    following = chunks(session, 4)
+    for _ in range(2):  # what goes on from a snapshot changes nothing of it
+        fresh.restore(state)
+        assert torch.equal(chunks(fresh, 4), following)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"kv_codec": CODECS["int2 qvg"]}, {"num_frames": 9, "noise": "video"}], ids=["plain", "coded", "video"]
+)
+def test_a_stream_cancelled_at_any_pass_goes_on_elsewhere_from_its_snapshot(denoiser, options):
+    """One generator serves them in turn."""
+    options = {**options, **({"policy": CachePolicy(), "generator": torch.Generator().manual_seed(4)} if "noise" in options else {})}
+    alone, passes = opened(denoiser, **options), 0
+    chunks(alone, 4)
+    expected = chunks(alone, 3)
+    alone.close()
+    while True:
+        session, seen = opened(denoiser, **options), itertools.count()
+        if "noise" in options:
+            session.restart(seed=4)
+        chunks(session, 4)
+        state, at = session.snapshot(), passes
+
+        def interrupt(session=session, seen=seen, at=at) -> None:
+            if next(seen) == at:
+                session.cancel()
+            session._course.require_open()
+
+        session.loop.interrupt = interrupt
+        try:
+            whole = torch.equal(chunks(session, 3), expected)
+        except StreamCancelled:
+            whole = False
+        session.close()
+        with opened(denoiser, **options) as fresh:
+            fresh.restore(state)
+            assert torch.equal(chunks(fresh, 3), expected)
+        if whole:
+            break
+        passes += 1
+    assert passes == 3 * 2 + 3, "steps, and contexts of the chunks before"
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, NOISY], ids=["clean", "noisy"])
@@ -151,7 +195,7 @@ def test_one_thread_at_a_time(denoiser):
     assert told and all("while another thread uses this stream" in sentence for sentence in told)
     session.loop.advance = step
     closing = threading.Thread(target=session.close)
-    session.loop.interrupt = lambda: closing.is_alive() or closing.ident or closing.start() or session._require_open()
+    session.loop.interrupt = lambda: closing.is_alive() or closing.ident or closing.start() or session._course.require_open()
     with pytest.raises(StreamCancelled):
         chunks(session, 50)
     closing.join(timeout=20)
@@ -203,6 +247,46 @@ def test_all_that_a_policy_remembers_is_taken_up(denoiser, name):
     fresh.restore(session.snapshot())
     mine, theirs = (vars(one.loop.canvas.policy) for one in (fresh, session))
     assert same(mine, theirs)
+
+
+def test_who_waits_for_a_change_hears_of_its_end(denoiser):
+    def waiting(session: Session) -> Receipt:
+        chunks(session, 2)
+        return session.set_condition(cond(seed=5))
+
+    session = opened(denoiser)
+    chunks(session, 2)
+    state, told = session.snapshot(), []
+    for end in (session.restart, lambda: session.restore(state), session.close):
+        receipt = waiting(session)
+        end()
+        told.append(receipt.refused)
+    last = opened(denoiser, num_frames=2)
+    told.append(waiting(last).refused)
+    assert told == ["the stream ended before", "a snapshot was taken up before", "the stream ended before",
+                    "the last chunk of this stream was made before"]  # fmt: skip
+    assert last.step() is None
+
+
+@pytest.mark.parametrize("where", ["pass", "decoder", "pixels"])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+def test_a_stream_that_was_broken_off_makes_no_chunk_of_half_a_past(denoiser, monkeypatch, where, kind):
+    """Nor with a decoder that missed a chunk."""
+
+    def stop(*_, **__):
+        raise kind("stop")
+
+    session = opened(denoiser, codec=Decoder())
+    state = (chunks(session, 3), session.snapshot())[1]
+    target, name = {"pass": (session.loop, "denoise"), "decoder": (session._lane, "decode"), "pixels": (Decoding, "result")}[where]
+    monkeypatch.setattr(target, name, stop)
+    with pytest.raises(kind):
+        session.step()
+    monkeypatch.undo()
+    with pytest.raises(StreamCancelled, match=f"failed .{kind.__name__}: stop.; restart"):
+        session.step()
+    session.restore(state)
+    assert session.step().block == 3
 
 
 def test_a_change_that_waits_is_part_of_the_snapshot(denoiser):

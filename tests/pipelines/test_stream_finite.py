@@ -17,9 +17,9 @@ from rcm.pipelines import engine
 from rcm.pipelines.finite import Reading, largest
 from rcm.pipelines.from_checkpoint import open_checkpoint
 from rcm.pipelines.scenes import parse_timeline, play
-from rcm.pipelines.session import Session, StreamCancelled
+from rcm.pipelines.session import Session
 from rcm.pipelines.session_pool import SessionPool, told_error
-from rcm.pipelines.stream_spec import StreamSpec
+from rcm.pipelines.stream_spec import StreamCancelled, StreamSpec
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from tests.pipelines.test_session_codec import CODECS, NOISY, RECIPE
 from tests.support.rerun_loop import RerunLoop

@@ -63,7 +63,7 @@ def closes(alone: bool, session: Session) -> list[str]:
 
 def fails(alone: bool, session: Session) -> list[str]:
     if alone:
-        session._failed = RuntimeError("no more memory")
+        session._course.failed = RuntimeError("no more memory")
     return steps(session)
 
 
@@ -114,6 +114,24 @@ def opens(alone: bool, session: Session) -> list[str]:
 SCENES = (cancels, closes, fails, refuses, asks, restarts, poisons, decodes, opens)
 
 
+def meetings() -> list[int]:
+    """How often the ranks meet per chunk, a change in the third of four; then settled."""
+    told, counts = stream_ranks.greatest, []
+    stream_ranks.greatest = lambda *numbers, **group: counts.append(1) or told(*numbers, **group)
+    found = []
+    for settled in (False, True):
+        session = opened(settled=settled)
+        for change in (False, False, True, False):
+            if change:
+                session.set_condition(condition(tiny_config(), batch=1, seed=3), mode="recache")
+            counts.clear()
+            session.step()
+            found.append(len(counts))
+        session.close()
+    stream_ranks.greatest = told
+    return found
+
+
 def play() -> dict[str, list[str]]:
     found = {}
     for scene in SCENES:
@@ -123,7 +141,7 @@ def play() -> dict[str, list[str]]:
                 session.step()
             found[f"{scene.__name__} {look_ahead}"] = scene(dist.get_rank() == 1, session)
             session.close()
-    return found
+    return found | {"meetings": meetings()}
 
 
 @pytest.fixture(scope="module")
@@ -162,38 +180,9 @@ def test_what_is_not_finite_ends_the_stream_on_all(ranks, look_ahead):
     assert all(line.startswith("StreamCancelled: this stream") for line in [*alone[1:], other[2]])
 
 
-class Counted(dict):
-    """Reductions by kind, and the real ones."""
-
-    def __init__(self, module, name: str) -> None:
-        super().__init__()
-        self.real, self.name = getattr(module, name), name
-        setattr(module, name, self)
-
-    def __call__(self, *arguments, **options):
-        self[self.name] = self.get(self.name, 0) + 1
-        return self.real(*arguments, **options)
-
-
-def films() -> list[int]:
-    """How often the ranks meet per chunk: plain, settled, settled with a change; and with a context
-    that had to be entered first.
-    """
-    meetings, found = Counted(stream_ranks, "greatest"), []
-    for settled in (False, True):
-        session = opened(settled=settled)
-        for change in (False, False, True, False):
-            if change:
-                session.set_condition(condition(tiny_config(), batch=1, seed=3), mode="recache")
-            meetings.clear()
-            session.step()
-            found.append(meetings["greatest"])
-        session.loop.cache.reset()
-    return found
-
-
-def test_ranks_meet_once_per_chunk(tmp_path):
-    assert run_ranks(2, films, tmp_path=tmp_path, timeout=60) == [[1, 1, 2, 1, 1, 1, 1, 1]] * 2
+def test_ranks_meet_once_per_chunk(ranks):
+    """And a second time where a context had to be entered before a change."""
+    assert [found["meetings"] for found in ranks] == [[1, 1, 2, 1, 1, 1, 1, 1]] * 2
 
 
 @pytest.mark.parametrize("look_ahead", [False, True])
@@ -228,7 +217,7 @@ def throws() -> list[str]:
             action()
         except BaseException as error:
             found.append(type(error).__name__)
-    return [*found, f"{session._ranks.stopped}"]
+    return [*found, f"{session._course.ranks.stopped}"]
 
 
 def test_a_rank_thrown_out_of_a_pass_waits_for_nobody(tmp_path, monkeypatch):

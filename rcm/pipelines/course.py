@@ -1,0 +1,60 @@
+"""Whether a stream may go on: it is open, none of its chunks is missing, and the ranks that make it
+together are with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rcm.core.errors import first_line
+from rcm.pipelines.stream_ranks import Meeting
+from rcm.pipelines.stream_spec import StreamCancelled
+
+
+class Course:
+    """Of one session. `cancelled`: by its user, from any thread. `failed`: by what it was left
+    between two states, until another video is begun or a snapshot taken up.
+    """
+
+    def __init__(self, ranks: Meeting) -> None:
+        self.ranks, self.cancelled = ranks, False
+        self.failed: BaseException | None = None
+
+    @contextmanager
+    def marking(self, *, in_pass: bool = True) -> Iterator[None]:
+        """An error within, Ctrl-C too, leaves the stream between two states: remembered, so that no
+        later chunk is made of half a past. `in_pass`: other ranks may wait in it for this one.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.ranks.adrift |= in_pass
+            self.failed = error
+            raise
+
+    def require_open(self) -> None:
+        """`StreamCancelled` for a stream that makes no chunk any more."""
+        if self.cancelled or self.ranks.stopped:
+            raise StreamCancelled("this stream was cancelled or closed; open another session")
+
+    def require_whole(self, *, last: bool) -> None:
+        """The same for one that failed; `last`: no further chunk is to come."""
+        if self.cancelled or self.failed is not None:
+            self.leave(last=last)
+        self.require_open()
+        if self.failed is not None:
+            raise StreamCancelled(
+                f"this stream failed ({first_line(self.failed)}); restart() it, or restore() a"
+                " snapshot"
+            )
+
+    def leave(self, *, last: bool) -> None:
+        """Tell the ranks that make another chunk with this one that it will not."""
+        if not last:
+            self.ranks.leave(self.failed)
+
+    def meet(self, problem: Exception | None, *, place: int, asked: bool) -> None:
+        """See `Meeting.meet`; a cancelled stream ends there."""
+        stop = StreamCancelled("this stream was cancelled") if self.cancelled else problem
+        self.ranks.meet(stop, place=place, asked=asked)
