@@ -68,19 +68,19 @@ def require_here(config: TrainConfig, *, device: torch.device) -> None:
         optimizers.append(model.gan.optimizer)
     for optimizer in optimizers:
         forms(optimizer.states)
-    instead = {f"{M}.frozen_weights": "fp8_storage"} if model.frozen_weights == "fp8" else {}
+    instead = {f"{M}.frozen_weights=fp8": "fp8_storage"} if model.frozen_weights == "fp8" else {}
     for role, net in networks(model).items():
-        if net.linear_precision == "fp8":
-            instead[f"{M}.{role}.linear_precision"] = "compute"
+        if net.linear_precision != "compute":
+            instead[f"{M}.{role}.linear_precision={net.linear_precision}"] = "compute"
     if not instead or device.type != "cuda":
         return  # other devices emulate the products
     found = torch.cuda.get_device_capability(device)
     if found < CAPABILITY or model.precision != "bfloat16":
-        knob = next(iter(instead))
+        told, value = next(iter(instead.items()))
         raise ConfigError(
-            f"{knob}=fp8 needs compute capability 8.9 or later and {M}.precision=bfloat16, {device}"
-            f" has {'.'.join(map(str, found))} and the run {model.precision}; set"
-            f" {knob}={instead[knob]}"
+            f"{told} needs compute capability 8.9 or later and {M}.precision=bfloat16, {device} has"
+            f" {'.'.join(map(str, found))} and the run {model.precision}; set"
+            f" {told.split('=')[0]}={value}"
         )
 
 
