@@ -68,59 +68,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Arguments(prog="checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    look = commands.add_parser(
-        "inspect", help="say what a file is, which network fits, what is missing, where to pass it"
-    )
+    told = "say what a file is, which network fits, what is missing, where to pass it"
+    look = commands.add_parser("inspect", help=told)
     look.add_argument("path", nargs="+")
     look.add_argument("--json", action="store_true", help="one JSON list instead of text")
     turn = commands.add_parser("convert", help="write one network of a file in another form")
-    turn.add_argument("source")
-    turn.add_argument("target", help=".pth, .pt, .safetensors, .dcp, or a folder")
-    turn.add_argument(
-        "--to",
-        choices=sorted(FORMS),
-        default="rcm",
-        help="names and patch weight of this family (default: rcm)",
-    )
-    turn.add_argument(
-        "--weights",
-        choices=sorted(COPIES),
-        default="ema",
-        help="which copy; ema takes the only one too (default: ema)",
-    )
-    turn.add_argument(
-        "--dtype", choices=sorted(DTYPES), default="keep", help="stored dtype (default: keep)"
-    )
-    turn.add_argument(
-        "--expect", choices=sorted(PRESETS), help="network that it must be (default: what it is)"
-    )
-    turn.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE[:SCALE]",
-        help="merge a low-rank update; may be repeated",
-    )
-    turn.add_argument(
-        "--lora_alpha",
-        type=float,
-        help="alpha of every --lora (default: that of its file, else its rank)",
-    )
-    turn.add_argument(
-        "--base",
-        metavar="PATH",
-        help="weights below SOURCE's adapters (default: where it says they were)",
-    )
-    turn.add_argument(
-        "--adapters", choices=sorted(LAYOUTS), help="write SOURCE's adapters alone, in this layout"
-    )
-    turn.add_argument(
-        "--max_shard_size",
-        type=size_in_bytes,
-        metavar="5GB",
-        help="cut a folder into shards of at most this size",
-    )
-    turn.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
+    add = turn.add_argument
+    add("source")
+    add("target", help=".pth, .pt, .safetensors, .dcp, or a folder")
+    told = "names and patch weight of this family (default: rcm)"
+    add("--to", choices=sorted(FORMS), default="rcm", help=told)
+    told = "which copy; ema takes the only one too (default: ema)"
+    add("--weights", choices=sorted(COPIES), default="ema", help=told)
+    add("--dtype", choices=sorted(DTYPES), default="keep", help="stored dtype (default: keep)")
+    told = "network that it must be (default: what it is)"
+    add("--expect", choices=sorted(PRESETS), help=told)
+    told = "merge a low-rank update; may be repeated"
+    add("--lora", action="append", default=[], metavar="FILE[:SCALE]", help=told)
+    told = "alpha of every --lora (default: that of its file, else its rank)"
+    add("--lora_alpha", type=float, help=told)
+    told = "weights below SOURCE's adapters (default: where it says they were)"
+    add("--base", metavar="PATH", help=told)
+    told = "write SOURCE's adapters alone, in this layout"
+    add("--adapters", choices=sorted(LAYOUTS), help=told)
+    told = "cut a folder into shards of at most this size"
+    add("--max_shard_size", type=size_in_bytes, metavar="5GB", help=told)
+    add("--overwrite", action="store_true", help="replace TARGET if it exists")
     return parser
 
 
@@ -167,22 +140,19 @@ def _write_adapters(network: NetworkWeights | AdaptedWeights, options: argparse.
     if options.lora or options.max_shard_size:
         raise ConfigError("--adapters writes adapters alone; leave out --lora and --max_shard_size")
     found = description_of(network.file)
-    description = replace(
-        found, extra={**found.extra, "converted_from": str(network.file.path)}
-    ).holding(network.copy)
-    dtype, layout = DTYPES[options.dtype], options.adapters
+    extra = {**found.extra, "converted_from": str(network.file.path)}
     target = save_adapters(
         options.target,
         network,
-        layout=layout,
-        description=description,
-        dtype=dtype,
+        layout=options.adapters,
+        description=replace(found, extra=extra).holding(network.copy),
+        dtype=DTYPES[options.dtype],
         overwrite=options.overwrite,
     )
     rank, alpha = network.described["rank"], network.described["alpha"]
     print(
         f"wrote {network.copy} adapters of rank {rank}, alpha {alpha:g}, for {len(network.pairs)}"
-        f" layers, as {layout} to {target}"
+        f" layers, as {options.adapters} to {target}"
     )
     return 0
 
@@ -191,24 +161,17 @@ def _description(
     network: NetworkWeights | AdaptedWeights, config: WanConfig, loras: Sequence[LoRA]
 ) -> Description:
     """That of the source or a new one, with the copy that was taken and what was merged."""
-    source = str(network.file.path)
-    found = description_of(network.file)
-    if found is None:
-        found = Description(
-            stage=IMPORTED,
-            network=asdict(config),
-            network_name=preset_of(config) or "",
-            parent=source,
-        )
+    source, name = str(network.file.path), preset_of(config) or ""
+    found = description_of(network.file) or Description(
+        stage=IMPORTED, network=asdict(config), network_name=name, parent=source
+    )
     merged = [{"path": str(lora.path), "scale": lora.scale, "alpha": lora.alpha} for lora in loras]
     if isinstance(network, AdaptedWeights):
         merged.insert(0, {"path": source, "scale": 1.0, "alpha": network.described["alpha"]})
-    kept = {key: value for key, value in found.extra.items() if key != "adapters"}
-    extra = {
-        **kept,
-        "converted_from": source,
-        **({"loras": [*found.extra.get("loras", ()), *merged]} if merged else {}),
-    }
+    extra = {key: value for key, value in found.extra.items() if key != "adapters"}
+    extra["converted_from"] = source
+    if merged:
+        extra["loras"] = [*found.extra.get("loras", ()), *merged]
     return replace(found, extra=extra).holding(network.copy)
 
 

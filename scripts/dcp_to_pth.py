@@ -26,31 +26,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     target is unusable.
     """
     parser = Arguments(description=__doc__)
-    where = (
-        "DCP directory (iter_*/model), its parent iter_*, or a job directory (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--dcp_checkpoint_dir", default="checkpoints/iter_000010000/model", help=where
-    )
-    parser.add_argument(
-        "--save_path",
-        default="saved_model.pt",
-        help="target file: .pth, .pt or .safetensors (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--weights", choices=sorted(PREFIXES), default="ema", help="which weights (default: ema)"
-    )
-    parser.add_argument(
-        "--dtype", choices=sorted(DTYPES), default="bf16", help="stored dtype (default: bf16)"
-    )
+    add, here = parser.add_argument, "checkpoints/iter_000010000/model"
+    told = "DCP directory (iter_*/model), its parent iter_*, or a job directory"
+    add("--dcp_checkpoint_dir", default=here, help=f"{told} (default: %(default)s)")
+    told = "target file: .pth, .pt or .safetensors (default: %(default)s)"
+    add("--save_path", default="saved_model.pt", help=told)
+    told = "which weights (default: ema)"
+    add("--weights", choices=sorted(PREFIXES), default="ema", help=told)
+    told = "stored dtype (default: bf16)"
+    add("--dtype", choices=sorted(DTYPES), default="bf16", help=told)
     options = parser.parse_args(arguments)
     try:
-        target = export(
-            options.dcp_checkpoint_dir,
-            options.save_path,
-            weights=options.weights,
-            dtype=DTYPES[options.dtype],
-        )
+        dtype, weights = DTYPES[options.dtype], options.weights
+        target = export(options.dcp_checkpoint_dir, options.save_path, weights=weights, dtype=dtype)
     except (CheckpointError, ConfigError, OSError) as error:
         print(f"dcp_to_pth: {error}", file=sys.stderr)
         return 1
