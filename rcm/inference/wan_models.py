@@ -280,16 +280,28 @@ def _compile_ahead(flags: argparse.Namespace, size: FrameSize, *, device: torch.
         dtype = VAE_DTYPES[flags.vae_precision]
         compile_decoder(device, size=(size.height, size.width), dtype=dtype)
 
-    def attention() -> None:
-        # Triton is imported only on CUDA
+    # Triton is imported only on CUDA
+    def coded_attention() -> None:
         from rcm.kernels.fp8_attention.compile_list import attention_plan
+
+        precompile(attention_plan, device=device)
+
+    def captured_attention() -> None:
+        from rcm.kernels.persistent_attention.compile_list import attention_plan
 
         precompile(attention_plan, device=device)
 
     if not getattr(flags, "tiny_decoder", "") and flags.vae_tile is None:
         _in_thread(decoder, "the decoder")
     if getattr(flags, "fp8_attention", False):
-        _in_thread(attention, "FP8 attention")
+        _in_thread(coded_attention, "FP8 attention")
+    elif (
+        getattr(flags, "graphs", "off") != "off"
+        and flags.attention == "auto"
+        and torch.cuda.get_device_capability(device) == (9, 0)
+        and Precision.preset(PRECISIONS[flags.precision].precision).compute == torch.bfloat16
+    ):
+        _in_thread(captured_attention, "attention")
 
 
 def _in_thread(compile_: Callable[[], None], what: str) -> None:
