@@ -26,7 +26,15 @@ from rcm.inference.wan_flags import (
 )
 from rcm.kernels.fp8_attention.api import WIDTH, obstacle
 from rcm.kernels.kv_codec.codec import KVCodec
-from rcm.kernels.kv_codec.spec import DTYPES, FLAGS, GRANULARITIES, MODES, SMOOTHINGS, KVCodecSpec
+from rcm.kernels.kv_codec.spec import (
+    DTYPES,
+    FLAGS,
+    GRANULARITIES,
+    MODES,
+    SCALE_FITS,
+    SMOOTHINGS,
+    KVCodecSpec,
+)
 from rcm.nets.kv_coded import KVCodec as CacheCodec
 from rcm.nets.kv_memo import MemoisedCodec
 from rcm.nets.kv_view import Keys
@@ -50,6 +58,7 @@ _CHOICES = {
     "kv_dtype": DTYPES,
     "kv_smoothing": SMOOTHINGS,
     "kv_granularity": GRANULARITIES,
+    "kv_scale_fit": SCALE_FITS,
 }
 
 

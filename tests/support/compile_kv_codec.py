@@ -33,7 +33,7 @@ TYPES = {
 }  # fmt: skip
 NAMES = {
     restore_kernels: ("restore", "deposit", "write_row"),
-    kernels: ("extremes", "write_codes", "encode_bytes"),
+    kernels: ("extremes", "fit", "write_codes", "encode_bytes"),
     cluster_kernels: ("features", "assign", "recentre"),
 }
 
@@ -55,7 +55,7 @@ class Compiled:
     def __getitem__(self, _grid: object) -> object:
         return self._compile
 
-    def _compile(self, *args: object, num_warps: int, **constants: object) -> None:
+    def _compile(self, *args: object, num_warps: int, enable_fp_fusion: bool = True, **constants: object) -> None:
         names = self.kernel.arg_names
         signature = {name: "constexpr" if name in constants else _type(value) for name, value in zip(names, args, strict=False)}
         signature |= dict.fromkeys(constants, "constexpr")
@@ -67,7 +67,8 @@ class Compiled:
                 whole = [j for j, part in enumerate(value) if isinstance(part, Tensor) or part % 16 == 0]
                 aligned |= {(i, j): [["tt.divisibility", 16]] for j in whole}
         source = ASTSource(self.kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
-        done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+        options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
+        done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         accesses = Counter(re.findall(r"(?:ld|st)\.global[.\w]*", done.asm["ptx"]))
         self.found.append({"kernel": done.metadata.name, "constants": constants, "accesses": accesses})
 
@@ -95,6 +96,7 @@ def main() -> None:
             fmt = CodeFormat(dtype, 64, granularity, asymmetric, mode)
             fused.encode(x, fmt)
             launch(Blob(coding.encode(x, fmt), Undo(), None, x.dtype))
+        fused.encode(x, CodeFormat("int2", 64, "token", False, "rcm", fit=True))
         fused_clusters.spherical(x, 256, iters=1, start=None)
         for shared in (True, False):
             parts = cluster(x, Clustering(8, 1, 2, shared, "rcm"))

@@ -73,6 +73,13 @@ MUTANTS = {
     "balance forgotten": ('if UNDO == "balance"', 'if UNDO == "none of them"', "several balance int4"),
     "order forgotten": ('if UNDO == "reorder"', 'if UNDO == "none of them"', "several reorder int4"),
     "a field not copied": ("if tl.program_id(1) == field:", "if tl.program_id(1) == field and field != 4:", "several qvg int4"),
+    "scale of 8 bits": ("tl.max(tl.abs(value), axis=0), 1e-8)", "tl.max(value, axis=0), 1e-8)", "rcm int8 channel"),
+    "place of a byte": ("place = (batch * tokens + token) * (heads * D) + col", "place = token * (heads * D) + col", "rcm fp8 token"),
+    "weights of a fit": ("2 * tl.abs(y) + _to_even(reach)[None, :]", "1.0", "fit int2 channel"),
+    "padding in a fit": ("tl.where(keep, 2 * tl.abs(y)", "tl.where(y == y, 2 * tl.abs(y)", "fit int2 channel"),
+    "one step": ("(1.0 - 0.15 * i) * STEP", "1.0 * STEP", "fit int4 token"),
+    "middle of a fit": ("mid + shift.to(tl.float32) * back", "low", "fit int2 token asymmetric"),
+    "sums of a long group": ("if GROUP <= 64 else", "if GROUP <= 4096 else", "fit, groups of 70 tokens"),
     "stride of the output": ("+ head * stride_n + col % D, value", "+ col, value", "rcm int4 token"),
 }  # fmt: skip
 
@@ -195,6 +202,16 @@ def cases() -> dict[str, tuple]:
     for kind, group in (("int8", 32), ("int4", 32), ("int2", 32)):
         fmt = CodeFormat(kind, group, "channel", False, "rcm")
         found[f"tiles in a group of {kind}"] = (sample(torch.float32, (2, 75, 3, 16)), fmt, None, None)
+    for dtype, asymmetric, granularity in itertools.product(("int2", "int4", "fp4"), (False, True), ("channel", "token")):
+        if not (asymmetric and dtype == "fp4"):
+            fmt = CodeFormat(dtype, 8, granularity, asymmetric, "rcm", fit=True)
+            found[f"fit {dtype} {granularity}{' asymmetric' if asymmetric else ''}"] = (sample(torch.bfloat16), fmt, None, None)
+    found["fit, groups of 70 tokens"] = (
+        sample(torch.float32, (2, 75, 3, 16)),
+        CodeFormat("int2", 70, "channel", True, "rcm", fit=True),
+        None,
+        None,
+    )
     for stages, shared in itertools.product((1, 2), (True, False)):
         for mode, granularity in (("rcm", "token"), ("release", "channel")):
             x = sample(torch.float32)
@@ -202,6 +219,9 @@ def cases() -> dict[str, tuple]:
             fmt = CodeFormat("int2", 8, granularity, False, mode)
             name = f"clusters {stages} {'shared' if shared else 'per head'}{'' if mode == 'rcm' else ', release by channel'}"
             found[name] = (parts.residual, fmt, parts.subtract, parts.clusters)
+    parts = cluster(sample(torch.float32), Clustering(4, 2, 1, True, "rcm"))
+    fmt = CodeFormat("int2", 8, "channel", False, "rcm", fit=True)
+    found["fit int2, clusters"] = (parts.residual, fmt, parts.subtract, parts.clusters)
     x = sample(torch.float32)
     parts = cluster(x, Clustering(4, 3, 2, False, "official"))
     fmt = CodeFormat("int2", 8, "token", False, "official")
@@ -211,7 +231,15 @@ def cases() -> dict[str, tuple]:
 
 def run_cases(*, every: bool = True) -> dict[str, list[str]]:
     """Every case and what differs; or one case per rule of the kernels."""
-    few = ("rcm fp8 token", "rcm fp4 channel", "release int8 token", "rcm int4 channel asymmetric", "rcm int2 channel")
+    few = (
+        "rcm fp8 token",
+        "rcm fp4 channel",
+        "fit int2 channel",
+        "fit int2 token asymmetric",
+        "release int8 token",
+        "rcm int4 channel asymmetric",
+        "rcm int2 channel",
+    )
     also = ("clusters 2", "slice", "official int4", "tiles")
     chosen = {name: case for name, case in cases().items() if every or name in few or name.startswith(also)}
     return {name: differences(*arguments) for name, arguments in chosen.items()}

@@ -202,7 +202,12 @@ class KVCodec:
     def _format(self, side: Side) -> CodeFormat:
         how, spec = self.spec.side(side), self.spec
         return CodeFormat(
-            how.dtype, how.group_size, spec.granularity(side), how.asymmetric, spec.mode
+            how.dtype,
+            how.group_size,
+            spec.granularity(side),
+            how.asymmetric,
+            spec.mode,
+            fit=how.scale_fit == "search",
         )
 
     def _encode(

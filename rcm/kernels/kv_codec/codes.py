@@ -32,7 +32,8 @@ E4M3_MAX, E4M3_STEP = 448.0, 2.0**-9
 @dataclass(frozen=True)
 class CodeFormat:
     """How groups become codes: the type of the numbers, the elements of a group (0: all), along
-    which axis, with a zero or not, and the mode (`spec.KVCodecSpec`).
+    which axis, with a zero or not, the mode (`spec.KVCodecSpec`), and whether scales are searched
+    (`fitting`) instead of following from the extremes.
     """
 
     dtype: str
@@ -40,6 +41,7 @@ class CodeFormat:
     granularity: str
     asymmetric: bool
     mode: str
+    fit: bool = False
 
     @property
     def per_byte(self) -> int:
@@ -113,7 +115,12 @@ def encode(x: Tensor, fmt: CodeFormat) -> Codes:
     shape = tuple(x.shape)
     grouped, length = _grouped(rows(x, fmt.granularity).float(), fmt)
     low, high = grouped.amin(2), grouped.amax(2)
-    scales, zeros, unit = scales_of(low, high, fmt, batch=shape[0])
+    if fmt.fit:
+        from rcm.kernels.kv_codec.fitting import fitted
+
+        scales, zeros, unit = stored(*fitted(grouped, length, fmt), fmt, batch=shape[0])
+    else:
+        scales, zeros, unit = scales_of(low, high, fmt, batch=shape[0])
     unsigned = numbers(grouped, *divisors(low, high, scales, zeros, unit, fmt), fmt)
     flat = unsigned.flatten(1, 2)[:, :length]
     return Codes(fmt, shape, pack(flat, fmt), scales, zeros, unit)
@@ -150,12 +157,18 @@ def scales_of(
     """Stored scales, zeros and units of groups with extremes `low`, `high` float32 [R, groups,
     C].
     """
-    exact = exact_scales(low, high, fmt)
+    return stored(exact_scales(low, high, fmt), low, fmt, batch=batch)
+
+
+def stored(
+    exact: Tensor, zeros: Tensor, fmt: CodeFormat, *, batch: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scales and zeros (looked at where groups have them) rounded to what is stored, and units."""
     if fmt.asymmetric:
-        stored = E4M3 if fmt.mode == "official" else torch.float16
-        zeros = low.clamp(-E4M3_MAX, E4M3_MAX) if stored == E4M3 else low
-        exact = exact.clamp(max=E4M3_MAX) if stored == E4M3 else exact
-        return _at_least_a_step(exact.to(stored), fmt), zeros.to(stored), None
+        kind = E4M3 if fmt.mode == "official" else torch.float16
+        zeros = zeros.clamp(-E4M3_MAX, E4M3_MAX) if kind == E4M3 else zeros
+        exact = exact.clamp(max=E4M3_MAX) if kind == E4M3 else exact
+        return _at_least_a_step(exact.to(kind), fmt), zeros.to(kind), None
     if fmt.mode != "rcm":
         return exact.clamp(max=E4M3_MAX).to(E4M3), None, None
     if BITS[fmt.dtype] == 8:
@@ -266,9 +279,13 @@ def unpack(data: Tensor, fmt: CodeFormat, length: int) -> Tensor:
     parts = torch.stack(
         [(data >> shift(place, fmt)) & mask for place in range(fmt.per_byte)], dim=2
     )
-    unsigned = parts.flatten(1, 2)[:, :length]
+    return stands_for(parts.flatten(1, 2)[:, :length], fmt)
+
+
+def stands_for(unsigned: Tensor, fmt: CodeFormat) -> Tensor:
+    """The numbers (float32) of codes of 4 or 2 bits."""
     if fmt.dtype == "fp4":
-        magnitudes = torch.tensor(E2M1, device=data.device)
+        magnitudes = torch.tensor(E2M1, device=unsigned.device)
         return magnitudes[(unsigned & 7).long()] * (1.0 - 2.0 * (unsigned >> 3).float())
     return unsigned.float() - fmt.offset
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rcm.kernels.kv_codec import codes as coding
+from rcm.kernels.kv_codec import fitting
 from rcm.kernels.kv_codec.blob import FIELDS, Blob
 from rcm.kernels.kv_codec.clusters import Clusters
 from rcm.kernels.kv_codec.codes import CodeFormat, Codes
@@ -206,10 +207,15 @@ def encode(
     groups = n * d if channel else s * n * d // group
     with device_of(x):
         grid = (-(-groups // across), -(-s // group) if channel else 1, b)
-        kernels.extremes[grid](
-            *source, low, high, x.stride()[:3], sizes, ALONG=along, ACROSS=across, **common
-        )
-        scales, zeros, unit = coding.scales_of(low, high, fmt, batch=b)
+        groups_of = {"ALONG": along, "ACROSS": across, **common}
+        if fmt.fit:  # `low` and `high` take scales and zeros
+            kernels.fit[grid](
+                *source, low, high, x.stride()[:3], sizes, **_fit_constants(fmt), **groups_of
+            )
+            scales, zeros, unit = coding.stored(low, high, fmt, batch=b)
+        else:
+            kernels.extremes[grid](*source, low, high, x.stride()[:3], sizes, **groups_of)
+            scales, zeros, unit = coding.scales_of(low, high, fmt, batch=b)
         divisor, zero = coding.divisors(low, high, scales, zeros, unit, fmt)
         rows, columns = (-(-s // fmt.per_byte), n * d) if channel else (s, n * d // fmt.per_byte)
         data = torch.empty(
@@ -226,6 +232,23 @@ def encode(
     if fmt.dtype == "int8" and not fmt.asymmetric:
         held = data.view(torch.int8)
     return Codes(fmt, tuple(x.shape), held, scales, zeros, unit)
+
+
+def _fit_constants(fmt: CodeFormat) -> dict[str, Any]:
+    """What a launch of `kernels.fit` knows of the format."""
+    return {
+        "DTYPE": fmt.dtype,
+        "ASYMMETRIC": fmt.asymmetric,
+        "BITS": BITS[fmt.dtype],
+        "OFFSET": fmt.offset,
+        "STEP": fitting.step_of(fmt),
+        "MIDDLE": fitting.middle_of(fmt),
+        "FLOOR": coding.FLOOR,
+        "LEAST": fitting.floor_of(fmt),
+        "GRID": fitting.GRID,
+        "CANDIDATES": fitting.CANDIDATES,
+        "enable_fp_fusion": False,
+    }
 
 
 def encode_at(row: Tensor, x: Tensor, fmt: CodeFormat) -> bool:

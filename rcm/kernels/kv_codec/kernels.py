@@ -1,4 +1,5 @@
-"""Triton kernels that encode: extremes of groups, codes; both at once for numbers of 8 bits.
+"""Triton kernels that encode: extremes of groups or scales that fit them, codes; all at once for
+numbers of 8 bits.
 
 A tensor is seen as [B, S, W], W = N D channels of all heads. CHANNEL: groups and bytes run over
 tokens, else over channels; either way neighbouring lanes read neighbouring addresses.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rcm.kernels.kv_codec.restore_kernels import at_address
+from rcm.kernels.kv_codec.restore_kernels import at_address, number_of
 
 
 @triton.jit
@@ -156,6 +157,66 @@ def _code(
         return number if BITS == 8 else number + half - 1
     number = tl.minimum(tl.maximum(number, -half), half - 1)
     return number if BITS == 8 else number + half
+
+
+@triton.jit
+def fit(
+    x, centroids, assigned, scale, zero, strides, sizes,
+    DTYPE: tl.constexpr, ASYMMETRIC: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr,
+    STEP: tl.constexpr, MIDDLE: tl.constexpr, FLOOR: tl.constexpr, LEAST: tl.constexpr,
+    GRID: tl.constexpr, CANDIDATES: tl.constexpr,
+    GROUP: tl.constexpr, CHANNEL: tl.constexpr, HAS_CLUSTERS: tl.constexpr,
+    PER_HEAD: tl.constexpr, D: tl.constexpr,
+    ALONG: tl.constexpr, ACROSS: tl.constexpr,
+):  # fmt: skip
+    """`fitting.fitted` of every group, float32. A program takes groups as `extremes` does. To be
+    launched without fused multiply-adds, which would round otherwise.
+    """
+    batch = tl.program_id(2).to(tl.int64)
+    token, col, group, keep, there = _groups(batch, sizes, GROUP, CHANNEL, D, ALONG, ACROSS)
+    value = _residual(
+        x, centroids, assigned, batch, token, col, keep, strides, sizes, HAS_CLUSTERS, PER_HEAD, D
+    )
+    low = tl.min(tl.where(keep, value, float("inf")), axis=0)
+    high = tl.max(tl.where(keep, value, float("-inf")), axis=0)
+    low, high = tl.where(there, low, 0.0), tl.where(there, high, 0.0)
+    mid = (low + high) * 0.5 if ASYMMETRIC else tl.zeros_like(low)
+    half = tl.maximum(high - mid if ASYMMETRIC else tl.maximum(high, -low), FLOOR)
+    exponent = (half.to(tl.int32, bitcast=True) >> 23) - 126
+    per = ((GRID - exponent + 127) << 23).to(tl.float32, bitcast=True)
+    back = ((exponent - GRID + 127) << 23).to(tl.float32, bitcast=True)
+    y = _to_even((value - mid[None, :]) * per[None, :])
+    reach = half * per
+    weight = tl.where(keep, 2 * tl.abs(y) + _to_even(reach)[None, :], 0.0).to(tl.int32)
+    whole = y.to(tl.int32)
+    # sums of 64 terms of at most 2^9 x 3 2^9 x 30 stay below 2^31
+    wide: tl.constexpr = tl.int32 if GROUP <= 64 else tl.int64
+    total = tl.sum(weight.to(wide), axis=0).to(tl.float64)
+    first = tl.sum((weight * whole).to(wide), axis=0).to(tl.float64)
+    best = tl.full((ACROSS,), -1.0, tl.float64)
+    found, shift = tl.zeros((ACROSS,), tl.float64), tl.zeros((ACROSS,), tl.float64)
+    for i in tl.static_range(CANDIDATES):
+        inverse = tl.div_rn(tl.full((ACROSS,), 1.0, tl.float32), reach * ((1.0 - 0.15 * i) * STEP))
+        code = _code(y * inverse[None, :] + MIDDLE, DTYPE, ASYMMETRIC, False, BITS)
+        twice = (2.0 * number_of(code, DTYPE, OFFSET)).to(tl.int32)
+        product = tl.sum((weight * whole * twice).to(wide), axis=0).to(tl.float64)
+        square = tl.sum((weight * twice * twice).to(wide), axis=0).to(tl.float64)
+        if ASYMMETRIC:
+            codes = tl.sum((weight * twice).to(wide), axis=0).to(tl.float64)
+            spread = tl.maximum(total * square - codes * codes, 1.0)
+            common = total * product - codes * first
+            cut = (square * first - codes * product) / spread
+        else:
+            spread, common = tl.maximum(square, 1.0), product
+            cut = tl.zeros((ACROSS,), tl.float64)
+        score = common * common / spread
+        better = score > best
+        best = tl.where(better, score, best)
+        found = tl.where(better, common / spread, found)
+        shift = tl.where(better, cut, shift)
+    fitting = tl.maximum((2.0 * found).to(tl.float32) * back, LEAST)
+    tl.store(scale + group, fitting, mask=there)
+    tl.store(zero + group, mid + shift.to(tl.float32) * back, mask=there)
 
 
 @triton.jit

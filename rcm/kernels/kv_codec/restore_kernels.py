@@ -37,7 +37,7 @@ def _stored(ptr, index, keep, E4M3: tl.constexpr):
 
 
 @triton.jit
-def _number(code, DTYPE: tl.constexpr, OFFSET: tl.constexpr):
+def number_of(code, DTYPE: tl.constexpr, OFFSET: tl.constexpr):
     """float32 of unsigned codes (int32)."""
     if DTYPE == "fp8":
         return _e4m3(code)
@@ -104,7 +104,7 @@ def _part(
 ):  # fmt: skip
     """The elements at one place of bytes."""
     bits: tl.constexpr = BITS * (8 // BITS - 1 - PLACE) if HIGH_FIRST else BITS * PLACE
-    value = _number((code >> bits) & ((1 << BITS) - 1), DTYPE, OFFSET) * scale
+    value = number_of((code >> bits) & ((1 << BITS) - 1), DTYPE, OFFSET) * scale
     return value + zero if HAS_ZERO else value
 
 
@@ -185,7 +185,7 @@ def _elements(
             if BITS < 8:
                 bits = BITS * (per_byte - 1 - place) if HIGH_FIRST else BITS * place
                 code = (code >> bits) & ((1 << BITS) - 1)
-            value = _number(code, DTYPE, OFFSET)
+            value = number_of(code, DTYPE, OFFSET)
     if SPREAD:
         scale = _spread(
             at_address(row, 1, scales), batch * tokens + token, tile, token < tokens, heads * D,

@@ -15,6 +15,7 @@ DTYPES = ("bf16", "fp8", "fp4", "int8", "int4", "int2")
 SMOOTHINGS = ("none", "clip", "balance", "hadamard", "reorder", "qvg")
 GRANULARITIES = ("auto", "token", "channel", "head", "tensor")
 MODES = ("rcm", "release", "official")
+SCALE_FITS = ("none", "search")
 INTEGERS = ("int8", "int4", "int2")
 BITS = {"bf16": 16, "fp8": 8, "int8": 8, "fp4": 4, "int4": 4, "int2": 2}
 
@@ -32,6 +33,9 @@ class SideSpec:
                  everything of a sample. "auto": keys channel, values token.
     asymmetric   integers only: groups have a zero (their minimum) next to the scale, after KIVI
                  (arXiv 2402.02750).
+    scale_fit    types of 4 and 2 bits, mode "rcm". "none": scales follow from the extremes of their
+                 group. "search": a few steps are tried, and scale (and zero) fitted to the codes by
+                 least squares (`fitting.py`); as many bytes, the same restore.
     """
 
     dtype: str = "bf16"
@@ -39,6 +43,7 @@ class SideSpec:
     group_size: int = 64
     granularity: str = "auto"
     asymmetric: bool = False
+    scale_fit: str = "none"
 
     @property
     def is_identity(self) -> bool:
@@ -93,6 +98,11 @@ class KVCodecSpec:
                 "--kv_bias_correction is for coded keys, and these stay in bf16; choose"
                 " --kv_dtype_k, or leave it out"
             )
+        if self.bias_correction and self.key.scale_fit != "none":
+            raise ConfigError(
+                "--kv_bias_correction takes off what scales from the extremes of a group cause, and"
+                f" --kv_scale_fit_k {self.key.scale_fit} leaves none of it; give one of them"
+            )
         if self.qvg_iters < 0:
             raise ConfigError(f"--kv_qvg_iters must not be negative, got {self.qvg_iters}")
 
@@ -131,6 +141,7 @@ class KVCodecSpec:
                 else f"{s.dtype} by {self.granularity(side)}, groups of {s.group_size}"
             )
             text += ", asymmetric" if s.asymmetric else ""
+            text += "" if s.scale_fit == "none" else f", scales by {s.scale_fit}"
             if s.smoothing == "qvg":
                 text += (
                     f", qvg {self.qvg_clusters} clusters x {self.qvg_stages}, {self.qvg_iters}"
@@ -168,6 +179,15 @@ class KVCodecSpec:
         if s.asymmetric and s.dtype not in INTEGERS:
             raise ConfigError(
                 f"--kv_asymmetric_{end} needs an integer type, got --kv_dtype_{end} {s.dtype}"
+            )
+        _one_of(f"kv_scale_fit_{end}", s.scale_fit, SCALE_FITS)
+        if s.scale_fit != "none" and BITS[s.dtype] > 4:
+            raise ConfigError(
+                f"--kv_scale_fit_{end} is for types of 4 and 2 bits, got --kv_dtype_{end} {s.dtype}"
+            )
+        if s.scale_fit != "none" and self.mode != "rcm":
+            raise ConfigError(
+                f"--kv_scale_fit_{end} is not known to --kv_mode {self.mode}; use --kv_mode rcm"
             )
         if s.asymmetric and self.mode == "release":
             raise ConfigError(
