@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from rcm.configs.build import allow_tf32, train_state, trainer_config
+from rcm.configs.build import allow_tf32, step_config, train_state
 from rcm.configs.build_data import build_loader, negative_condition
 from rcm.configs.build_method import build_method
 from rcm.configs.compose import Run
@@ -284,18 +284,15 @@ def _train(
         nets.precision = replace(nets.precision, reduce=_DTYPES[reduce])
     method = build_method(config, nets, negative=lambda: negative_condition(config, device=device))
     loader = iter(build_loader(config, dims=dims))
-    settings = replace(
-        trainer_config(config),
-        max_iter=len(watch.phases),
-        logging_iter=len(watch.phases),
-        guard_first_step=False,
-    )
+    count = len(watch.phases)
+    settings = replace(config.trainer, max_iter=count, logging_iter=count, guard_tangents=False)
     return Trainer(
         Scripted(method, watch.phases),
         Endless([next(loader).to(device) for _ in range(2)]),
         state=train_state(config, method),
         dims=dims,
         config=settings,
+        step=step_config(config),
         device=device,
         observers=[watch],
         idle=idle,

@@ -46,7 +46,7 @@ from rcm.train.resume import Taken
 from rcm.train.state import TrainState
 from rcm.train.step import StepConfig
 from rcm.train.stragglers import OwnTime, Stragglers
-from rcm.train.trainer import Outcome, Trainer, TrainerConfig
+from rcm.train.trainer import Outcome, Trainer
 
 UNCHECKED = ".config.yaml"
 """Name of a run's record until everything is loaded: a launch that is refused leaves the record of
@@ -156,7 +156,9 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
         loader,
         state=state,
         dims=dims,
-        config=trainer_config(config),
+        config=config.trainer,
+        step=step_config(config),
+        save_iter=config.checkpoint.save_iter,
         device=device,
         checkpointer=checkpointer,
         sinks=sinks or (),
@@ -313,22 +315,13 @@ def _resume(config: TrainConfig, checkpointer: Checkpointer, state: TrainState, 
         logger.info("resumed at iteration {} from {}{}{}", state.iteration, found, less, averaged)
 
 
-def trainer_config(config: TrainConfig) -> TrainerConfig:
-    """The loop's own settings of a run."""
-    trainer, model = config.trainer, config.model.config
-    return TrainerConfig(
-        max_iter=trainer.max_iter,
-        grad_accum_iter=trainer.grad_accum_iter,
-        logging_iter=trainer.logging_iter,
-        save_iter=config.checkpoint.save_iter,
-        seed=trainer.seed,
-        guard_first_step=trainer.guard_tangents,
-        skipped_limit=trainer.nan_sample_limit if trainer.nan_policy == "skip_sample" else 1.0,
-        step=StepConfig(
-            grad_clip=model.grad_clip,
-            clip_norm=model.grad_clip_norm,
-            gradient_sync=config.trainer.gradient_sync,
-        ),
+def step_config(config: TrainConfig) -> StepConfig:
+    """How gradients of a run are treated."""
+    model = config.model.config
+    return StepConfig(
+        grad_clip=model.grad_clip,
+        clip_norm=model.grad_clip_norm,
+        gradient_sync=config.trainer.gradient_sync,
     )
 
 

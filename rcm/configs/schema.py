@@ -18,11 +18,9 @@ from rcm.configs.schema_rcm import RCMConfig
 from rcm.core.errors import ConfigError
 from rcm.core.records import Record, within
 from rcm.data.loader import DataConfig
-from rcm.train.monitor import CallbacksConfig
-from rcm.train.observers import SamplingConfig
-from rcm.train.offload import OffloadConfig
 from rcm.train.optim import AdamWConfig, LambdaLinear
 from rcm.train.resume import CheckpointConfig
+from rcm.train.trainer import TrainerConfig
 
 MODEL_VARIANTS = {"fsdp_t2v_causal": CausalConfig, "fsdp_t2v_distill_rcm": RCMConfig}
 """Options of the `model` group: which class `model.config` has."""
@@ -77,36 +75,6 @@ class ModelParallelConfig(Record):
 
     # ranks that share one sample (Ulysses); divides heads and tokens per frame
     context_parallel_size: int = within(1, least=1)
-
-
-@dataclass(frozen=True)
-class TrainerConfig(Record):
-    """The loop. An iteration is one optimiser step of any role: student and fake-score updates both
-    count.
-    """
-
-    max_iter: int = within(100_000, least=1, most=10**12)  # iterations of either kind
-    grad_accum_iter: int = within(1, least=1, most=2**16)  # micro-batches per iteration
-    logging_iter: int = within(50, least=1, most=10**12)  # iterations between log lines
-    # key of every random draw, with (step, data rank, purpose); 32 bits
-    seed: int = within(0, least=0, most=2**32 - 1)
-    # skip_sample zeroes a sample whose tangent or output has a NaN and counts it
-    nan_policy: Literal["stop", "skip_sample"] = "stop"
-    # skip_sample: largest share of skipped samples before the run stops anyway
-    nan_sample_limit: float = 0.01
-    # each: reduce after every term (14B: no unsharded gradients, more traffic)
-    gradient_sync: Literal["last", "each"] = "last"
-    offload: OffloadConfig = field(default_factory=OffloadConfig)
-    guard_tangents: bool = True  # check on the first step that no module drops a tangent
-    progress_bar: bool = True  # on rank 0
-    profile_iter: int = within(0, least=0)  # iteration to record with the profiler; 0 = none
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.nan_sample_limit <= 1:
-            raise ConfigError(f"nan_sample_limit={self.nan_sample_limit} must be a share in [0, 1]")
 
 
 @dataclass(frozen=True)

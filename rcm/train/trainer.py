@@ -17,6 +17,7 @@ from loguru import logger
 
 from rcm.core.dual import guard_tangents
 from rcm.core.errors import ConfigError, NonFinite
+from rcm.core.records import Record, within
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.methods.base import Method
@@ -25,8 +26,9 @@ from rcm.parallel.mesh import ParallelDims
 from rcm.train.checkpoint import Checkpointer
 from rcm.train.garbage import lasting_objects
 from rcm.train.metrics import Averages, Sink
-from rcm.train.observers import Ending, Observer
-from rcm.train.offload import IdleRoles
+from rcm.train.monitor import CallbacksConfig
+from rcm.train.observers import Ending, Observer, SamplingConfig
+from rcm.train.offload import IdleRoles, OffloadConfig
 from rcm.train.snapshot import Positioned
 from rcm.train.state import TrainState
 from rcm.train.step import StepConfig, StepReport, run_step
@@ -41,38 +43,47 @@ class Loader(Positioned, Protocol):
     def __iter__(self) -> Iterator[LatentBatch]: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
-    """`max_iter`: iterations (updates of either role) of the whole run. `grad_accum_iter`:
-    micro-batches per iteration. `logging_iter`, `save_iter`: every how many iterations. `seed`: of
-    all random draws. `guard_first_step`: check in the first iteration of the process that no module
-    loses a tangent. `skipped_limit`: largest share of samples that losses may zero as not finite
-    between two log lines. `step`: how gradients are treated. Raises ConfigError for numbers below 1
-    (max_iter: below 0).
+@dataclass(frozen=True)
+class TrainerConfig(Record):
+    """The loop. An iteration is one optimiser step of any role: student and fake-score updates both
+    count.
     """
 
-    max_iter: int
-    grad_accum_iter: int = 1
-    logging_iter: int = 50
-    save_iter: int = 500
-    seed: int = 0
-    guard_first_step: bool = True
-    skipped_limit: float = 1.0
-    step: StepConfig = field(default_factory=StepConfig)
+    max_iter: int = within(100_000, least=1, most=10**12)  # iterations of either kind
+    grad_accum_iter: int = within(1, least=1, most=2**16)  # micro-batches per iteration
+    logging_iter: int = within(50, least=1, most=10**12)  # iterations between log lines
+    # key of every random draw, with (step, data rank, purpose); 32 bits
+    seed: int = within(0, least=0, most=2**32 - 1)
+    # skip_sample zeroes a sample whose tangent or output has a NaN and counts it
+    nan_policy: Literal["stop", "skip_sample"] = "stop"
+    # skip_sample: largest share of skipped samples before the run stops anyway
+    nan_sample_limit: float = 0.01
+    # each: reduce after every term (14B: no unsharded gradients, more traffic)
+    gradient_sync: Literal["last", "each"] = "last"
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    guard_tangents: bool = True  # check on the first step that no module drops a tangent
+    progress_bar: bool = True  # on rank 0
+    profile_iter: int = within(0, least=0)  # iteration to record with the profiler; 0 = none
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
 
     def __post_init__(self) -> None:
-        for name in ("grad_accum_iter", "logging_iter", "save_iter"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"trainer.{name}={getattr(self, name)} must be at least 1")
-        if self.max_iter < 0:
-            raise ConfigError(f"trainer.max_iter={self.max_iter} must not be negative")
+        super().__post_init__()
+        if not 0 <= self.nan_sample_limit <= 1:
+            raise ConfigError(f"nan_sample_limit={self.nan_sample_limit} must be a share in [0, 1]")
+
+    @property
+    def skipped_limit(self) -> float:
+        """Largest share of samples that losses may zero as not finite between two log lines."""
+        return self.nan_sample_limit if self.nan_policy == "skip_sample" else 1.0
 
 
 class Trainer:
     """Runs a method until `config.max_iter`, from wherever `state` is.
 
     `state`: built by TrainState.create and, on resume, loaded by `checkpointer.load(state,
-    loader=loader)` before `run`. `dims`: of the launch. `checkpointer` None: nothing is saved.
+    loader=loader)` before `run`. `dims`: of the launch. `checkpointer` None: nothing is saved,
+    else every `save_iter` iterations. `step`: how gradients are treated.
     `sinks`: where numbers go, used on rank 0. `observers`: see observers.py. `idle`: networks that
     wait in host memory while it is not their turn.
     """
@@ -85,6 +96,8 @@ class Trainer:
         state: TrainState,
         dims: ParallelDims,
         config: TrainerConfig,
+        step: StepConfig = StepConfig(),
+        save_iter: int = 500,
         device: torch.device | str = "cpu",
         checkpointer: Checkpointer | None = None,
         sinks: Sequence[Sink] = (),
@@ -92,14 +105,8 @@ class Trainer:
         own: OwnTime | None = None,
         idle: IdleRoles | None = None,
     ) -> None:
-        self.idle = idle
-        self.method, self.loader, self.state, self.dims, self.config = (
-            method,
-            loader,
-            state,
-            dims,
-            config,
-        )
+        self.method, self.loader, self.state, self.dims = method, loader, state, dims
+        self.config, self.step, self.save_iter, self.idle = config, step, save_iter, idle
         self.device, self.checkpointer = torch.device(device), checkpointer
         self.observers, self.own = tuple(observers), own or OwnTime()
         self.is_main = dims.rank == 0
@@ -128,7 +135,7 @@ class Trainer:
             batches = iter(self.loader)
             saved, clock, stop, first = state.iteration, time.monotonic(), False, True
             while state.iteration < config.max_iter and not stop:
-                report = self._iterate(batches, guard=first and config.guard_first_step)
+                report = self._iterate(batches, guard=first and config.guard_tangents)
                 if first:  # optimiser states, compiled kernels
                     pass_over()
                 first, stop = False, report.stop
@@ -149,7 +156,7 @@ class Trainer:
                 ):
                     self._log()
                 if (
-                    state.iteration % config.save_iter == 0
+                    state.iteration % self.save_iter == 0
                     and state.iteration < config.max_iter
                     and not stop
                 ):
@@ -186,7 +193,7 @@ class Trainer:
                 batches=data,
                 rngs=rngs,
                 dims=self.dims,
-                config=config.step,
+                config=self.step,
                 idle=self.idle,
                 stop=self._stop.is_set(),
             )

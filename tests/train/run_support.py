@@ -51,8 +51,18 @@ def launch(
     if resume:
         checkpointer.load(state, loader=loader)
     sinks = [JsonLines(job / "metrics.jsonl", resumed_at=state.iteration)] if dims.rank == 0 else []
-    loop = TrainerConfig(max_iter=max_iter, save_iter=save_iter, logging_iter=1, **config)
-    return Trainer(method, loader, state=state, dims=dims, config=loop, checkpointer=checkpointer, sinks=sinks, observers=observers)
+    loop = TrainerConfig(max_iter=max_iter, logging_iter=1, **config)
+    return Trainer(
+        method,
+        loader,
+        state=state,
+        dims=dims,
+        config=loop,
+        save_iter=save_iter,
+        checkpointer=checkpointer,
+        sinks=sinks,
+        observers=observers,
+    )
 
 
 def lines(job: Path) -> list[dict[str, float]]:

@@ -97,7 +97,7 @@ def test_names_that_wrappers_leave_are_removed(tmp_path: Path) -> None:
 
 
 def test_absent_weights_and_unknown_names_are_errors(tmp_path: Path) -> None:
-    trainer = launch(tmp_path, max_iter=0)
+    trainer = launch(tmp_path, max_iter=1)
     trainer.state.roles.pop("fake_score")
     trainer.state.ema = None
     trainer.checkpointer.save(trainer.state)
