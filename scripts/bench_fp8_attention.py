@@ -7,8 +7,8 @@ stream's shapes, as a table and JSON.
 Every variant has a process of its own, so that an error, or a kernel that never ends, is a line of
 the table. They compile side by side and take the card in turn. Times are of calls inside a CUDA
 graph. "all" adds to attention what codes the queries and the chunk's own keys and values. bf16 is
-what a captured stream calls today: cuDNN, in parts along the keys where that is faster. `--part
-stream` is whole streams instead.
+the same kernel on plain operands, as captured streams call it, beside cuDNN in one call and in
+parts along the keys. `--part stream` is whole streams instead.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rcm.core.errors import first_line
 from rcm.inference.outcome import command
+from rcm.kernels.persistent_attention.api import attend
+from rcm.kernels.split_attention.api import num_splits, split_attention
 from scripts.bench_measure import bench_flags, captured, relative, require_card, this_card, write
 
 WIDTH = 128
@@ -107,40 +108,35 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One library call."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(
-            1, 2
-        )
-
-
 class Bf16:
-    """What a stream calls today."""
+    """What captured streams call otherwise."""
+
+    attend = staticmethod(partial(attend, scale=WIDTH**-0.5))
+    cudnn = staticmethod(partial(split_attention, scale=WIDTH**-0.5))
 
     def prepare(self) -> None:
-        """Nothing to compile."""
+        """Compile the kernels."""
+        from rcm.kernels.persistent_attention.compile_list import attention_plan
+        from rcm.kernels.precompile import precompile
+
+        precompile(attention_plan, device="cuda", threads=4)
 
     def check(self, case: tuple[int, int, int, int], kind: str) -> tuple[float, float]:
-        """Error of the library, twice."""
+        """Error of the kernel, and of the library."""
         q, k, v = draw(case[0], case[1], case[3], batch=case[2], kind=kind)
-        found = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(
-            1, 2
-        )
-        error = relative(found, exact(q, k, v))
-        return error, error
+        found = self.attend(q, k, v), self.cudnn(q, k, v, parts=1)
+        return tuple(relative(x, exact(q, k, v)) for x in found)
 
     def measure(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
-        """One library call, and the engine's choice."""
-        from rcm.kernels.persistent_attention.launch import processors
-        from rcm.kernels.split_attention.api import num_splits, split_attention
-
-        parts = num_splits(q.shape[1], k.shape[1], q.shape[2], processors(q.device))
-        whole = captured(lambda: cudnn(q, k, v), fill_ms=4)
-        chosen = captured(
-            lambda: split_attention(q, k, v, scale=WIDTH**-0.5, parts=parts), fill_ms=4
-        )
-        return {"library_ms": whole, "ms": min(whole, chosen), "parts": parts}
+        """The kernel; one library call, and several for parts of the keys."""
+        card = torch.cuda.get_device_properties(q.device)
+        parts = num_splits(q.shape[1], k.shape[1], q.shape[2], card.multi_processor_count)
+        calls = {
+            "ms": partial(self.attend, q, k, v),
+            "library_ms": partial(self.cudnn, q, k, v, parts=1),
+            "parts_ms": partial(self.cudnn, q, k, v, parts=parts),
+        }
+        return {name: captured(call, fill_ms=4) for name, call in calls.items()} | {"parts": parts}
 
 
 class Fp8:
@@ -247,7 +243,7 @@ def sustained(subject: Bf16 | Fp8) -> str:
             subject.attend(queries, held, k.shape[1])
     else:
         for _ in range(800):
-            cudnn(q, k, v)
+            subject.attend(q, k, v)
     time.sleep(0.5)
     words = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,temperature.gpu"]
     words += ["--format=csv,noheader"]
@@ -344,8 +340,8 @@ def table(rows: list[dict], names: list[str]) -> str:
         if base:
             lines.append(
                 f"{shape[0]} x {shape[1]}, {shape[2]} heads: bf16 {base['ms']:.4f}"
-                f" ({flop / base['ms']:.0f}), parts {base['parts']}; one call"
-                f" {base['library_ms']:.4f} ({flop / base['library_ms']:.0f})"
+                f" ({flop / base['ms']:.0f}); cuDNN {base['library_ms']:.4f}"
+                f" ({flop / base['library_ms']:.0f}), {base['parts']} parts {base['parts_ms']:.4f}"
             )
         for row in rows:
             if row["variant"] != "bf16" and tuple(row.get("shape", ())) == shape:

@@ -90,6 +90,7 @@ def test_obstacles_are_named():
     odd = torch.empty(1, 8, 2, 132, dtype=torch.bfloat16)
     assert "bulk copies" in told(q, odd[..., 1:129], v) and "bulk copies" in told(q, k, odd[..., :128])
     assert "bulk copies" in told(q, k.transpose(1, 3).contiguous().transpose(1, 3), v)
+    assert "bulk copies" in told(q.expand(2, -1, -1, -1), k[:1].expand(2, -1, -1, -1), v.repeat(2, 1, 1, 1))
 
 
 @pytest.mark.slow

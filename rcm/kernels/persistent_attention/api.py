@@ -35,14 +35,15 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if not (q.shape[2] == k.shape[2] == v.shape[2] and q.numel() and k.numel()):
         return "it takes as many heads of keys and values as of queries, and none of them empty"
     if any(not copied_in_bulk(x) for x in (q, k, v)):
-        return f"bulk copies take unit last strides, and others of {ALIGNMENT} bytes"
+        return f"bulk copies take unit last strides, and others of whole {ALIGNMENT} bytes"
     return None if importlib.util.find_spec("triton") else "it needs the package triton"
 
 
 def copied_in_bulk(x: Tensor) -> bool:
     """Whether bulk copies can read `x` as it lies in memory."""
     steps = [stride * x.element_size() for stride in x.stride()[:-1]]
-    return x.stride(-1) == 1 and not any(n % ALIGNMENT for n in (x.data_ptr(), *steps))
+    aligned = not any(n % ALIGNMENT for n in (x.data_ptr(), *steps))
+    return x.stride(-1) == 1 and all(steps) and aligned
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, tiles: Tiles | None = None) -> Tensor:
