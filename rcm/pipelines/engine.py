@@ -118,6 +118,10 @@ class CapturedLoop(ChunkLoop):
         self._replay(inputs, view, layout, context_only=not shared)
         self._filled.add(length)
 
+    def captured_for(self) -> Condition | None:
+        """See `ChunkLoop`."""
+        return next((inputs.cond for inputs in self._inputs.values()), None)
+
     def restart(self, *, canvas: Canvas, noise: Noise) -> None:
         """See `ChunkLoop`; weights may have changed meanwhile, which graphs read where they are."""
         self._times.clear()

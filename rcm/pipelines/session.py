@@ -27,7 +27,7 @@ from rcm.pipelines.finite import FiniteGuard, Reading, require_finite_weights
 from rcm.pipelines.generator_lease import lease
 from rcm.pipelines.one_thread import one_thread
 from rcm.pipelines.snapshot import maker, require_alike
-from rcm.pipelines.steering import Change, Pending, Steering
+from rcm.pipelines.steering import Change, Pending, Steering, require_fitting
 from rcm.pipelines.stream_ranks import Meeting
 from rcm.pipelines.stream_spec import (
     Receipt,
@@ -92,6 +92,7 @@ class Session:
             interrupt=None if self._course.ranks.several else self._course.require_open,
         )
         self._loop.watch = self._guard.step
+        require_fitting(self._steering.cond, self._loop)
 
     def _begin(self, cond: Condition, prefix: Tensor | None) -> None:
         given, cond = self.spec.given(prefix, device=self.device), self.spec.for_batch(cond)
@@ -122,6 +123,8 @@ class Session:
         # refuse before anything is changed
         spec = self.spec if seed is None else replace(self.spec, seed=seed)
         before = self._steering
+        if cond is not None:
+            require_fitting(spec.for_batch(cond), self._loop)
         self._begin(before.cond if cond is None else cond, prefix)
         before.end()
         self.spec = spec
@@ -217,7 +220,9 @@ class Session:
         times), sinks excepted. The receipt says when it was applied.
         """
         self._course.require_open()
-        receipt = self._steering.ask(self.spec.for_batch(cond), mode)
+        cond = self.spec.for_batch(cond)
+        require_fitting(cond, self._loop)
+        receipt = self._steering.ask(cond, mode)
         if self._last:
             self._steering.refuse(None, "the last chunk of this stream was made before")
         return receipt

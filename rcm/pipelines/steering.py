@@ -12,6 +12,7 @@ from torch import Tensor
 from rcm.core.errors import ConfigError
 from rcm.nets.condition import Condition
 from rcm.nets.kv_view import CachedChunk
+from rcm.pipelines.finite import net_of
 from rcm.pipelines.stream_spec import Receipt, SwitchMode, SwitchRefused
 from rcm.rollout.autoregressive import ChunkLoop, ChunkResult
 from rcm.rollout.plan import ChunkPlan
@@ -21,6 +22,34 @@ Pending = ChunkResult | tuple[ChunkPlan, Tensor, float]
 """A block whose context is not in the cache yet: denoised, or given as latents that are entered at
 an RF time.
 """
+
+
+def require_fitting(cond: Condition, loop: ChunkLoop) -> None:
+    """`ConfigError` for a condition that the passes of `loop` could not take: another device, text
+    of another size, and for captured passes other shapes than those of the first.
+    """
+    net, text = net_of(loop.denoiser), cond.text
+    weight = next(net.parameters(), text)
+    if text.device.type != weight.device.type:
+        raise ConfigError(
+            f"the condition lies on {text.device}, the network on {weight.device}; move it with"
+            f" cond.to(device='{weight.device}')"
+        )
+    config: Any = getattr(net, "config", None)
+    length, width = (getattr(config, name, None) for name in ("text_len", "text_dim"))
+    if length is not None and (text.shape[1] > length or text.shape[2] != width):
+        raise ConfigError(
+            f"the text of a condition must be [B, up to {length}, {width}], got"
+            f" {list(text.shape)}; encode it with the network's own text encoder"
+        )
+    if (first := loop.captured_for()) is not None:
+        mine, theirs = ([list(x.shape) for x in c.tensors()] for c in (cond, first))
+        if mine != theirs:
+            raise ConfigError(
+                "the passes of this stream are captured for conditions of the shapes of its first,"
+                f" text {theirs[0]} and {len(theirs) - 1} more tensors, got text {mine[0]} and"
+                f" {len(mine) - 1}; pad and prepare() it like the first, or use graphs='off'"
+            )
 
 
 class Steering:

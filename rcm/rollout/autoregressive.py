@@ -173,6 +173,10 @@ class ChunkLoop:
             self.fill(x, cond, view, cast(tuple[int, ...], frames), t=t)
             policy.again(caches)
 
+    def captured_for(self) -> Condition | None:
+        """A condition whose shapes all others must have, None where passes are not captured."""
+        return None
+
     def restart(self, *, canvas: Canvas, noise: Noise) -> None:
         """Begin another video in the memory of this one."""
         self.cache.reset(free_buffers=False)

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from rcm.core.dtypes import Precision
+from rcm.core.errors import ConfigError
+from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, Guided
 from rcm.pipelines import engine
 from rcm.pipelines.session import Session
@@ -60,6 +62,26 @@ def test_captured_passes_read_nothing_but_device_data(denoiser, monkeypatch, pol
     counts = session.loop.counts
     assert counts["replayed"] > counts["captured"] > 0 and counts["eager"] <= 2, counts
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("loop", ["eager", "captured"])
+def test_a_condition_that_passes_cannot_take_is_refused_and_the_stream_goes_on(denoiser, monkeypatch, loop):
+    if loop == "captured":
+        monkeypatch.setattr(engine, "ChunkLoop", RerunLoop)
+    session, alone = (opened(denoiser, spec(NOISY, policy=SlidingWindow(3))) for _ in range(2))
+    first, whole = latents(session, 3), latents(alone, 6)
+    text = condition(tiny_config()).text
+    wrong = {"longer": Condition(text.repeat(1, 3, 1)), "wider": Condition(text.repeat(1, 1, 2)), "elsewhere": Condition(text.to("meta"))}
+    told = {"longer": "up to 8, 24", "wider": "up to 8, 24", "elsewhere": "lies on meta, the network on cpu"}
+    if loop == "captured":
+        wrong |= {"shorter": Condition(text[:, :3]), "prepared": denoiser.prepare(Condition(text))}
+        told |= {"shorter": r"text \[2, 5, 24\].*got text \[2, 3, 24\]", "prepared": "prepare.. it like the first"}
+    for name, cond in wrong.items():
+        for use in (session.set_condition, session.restart, lambda cond: opened(denoiser, spec(policy=SlidingWindow(3)), cond=cond)):
+            if name not in ("shorter", "prepared") or use in (session.set_condition, session.restart):
+                with pytest.raises(ConfigError, match=told[name]):
+                    use(cond)
+    assert torch.equal(torch.cat([first, latents(session, 3)], dim=2), whole)
 
 
 def test_passes_that_a_policy_watches_run_one_by_one(denoiser, monkeypatch):

@@ -129,6 +129,14 @@ def allowed(pair) -> bool:
 
 
 ROWS = covering(FACTORS, allowed=allowed, seed=4)
+FIRST = {factor: values[0] for factor, values in FACTORS.items()}
+WRAPPING = [
+    # codes are entered anew in the chunk in which the window wraps
+    {**FIRST, "policy": "window", "codec": "int4", "prompts": "recache", "passes": "captured"},
+    {**FIRST, "policy": "rolling", "codec": "int2 qvg", "prompts": "recache", "state": "restored"},
+    {**FIRST, "policy": "infinity", "codec": "int2 qvg release", "prompts": "recache", "pattern": "c3-3"},
+    {**FIRST, "policy": "relax paper", "codec": "fp8", "prompts": "recache", "context": "noisy", "guidance": "on"},
+]
 MORE = [row for seed in (0, 1, 2) for row in covering(FACTORS, allowed=allowed, seed=seed, tries=3)]
 """The same pairs in other company."""
 PROMPTS = {"first": 2, "second": 5}
@@ -251,7 +259,7 @@ def test_the_table_holds_all_pairs():
 
 def on_ranks(count: str) -> list:
     slow = [pytest.param(row, marks=pytest.mark.slow) for row in MORE if row["ranks"] == count]
-    return [row for row in ROWS if row["ranks"] == count] + slow
+    return [row for row in ROWS + WRAPPING if row["ranks"] == count] + slow
 
 
 @pytest.mark.parametrize("row", on_ranks("1"), ids=name_of)
@@ -263,7 +271,7 @@ def test_options_together(monkeypatch, row):
 
 @pytest.mark.parametrize("policy", MERGING)
 def test_a_recache_after_a_policy_merged_is_refused_and_the_stream_goes_on(policy):
-    row = {**{factor: values[0] for factor, values in FACTORS.items()}, "policy": policy, "pattern": "c3-3"}
+    row = {**FIRST, "policy": policy, "pattern": "c3-3"}
     session = Session(model_of(row, sharded=False), None, prompt("first"), spec_of(row))
     chunks = [session.step().latents for _ in range(4)]
     receipt = session.set_condition(prompt("second"), mode="recache")
