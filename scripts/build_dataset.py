@@ -37,6 +37,7 @@ from rcm.encoders.codec import LatentCodec, latent_frames
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.encoders.wan_vae import WAN_VAE_FILE, WanVAECodec
+from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import check_device, command
 from rcm.parallel.agree import sentence
 from rcm.pipelines.clip_folder import find_clips, plan_windows, read_windows
@@ -59,6 +60,38 @@ _TOY_NUM, _TOY_SIZE, _TOY_FRAMES = 2048, (8, 8), 17
 _MOST_TOY_PIXELS = 1 << 22
 
 
+# torchrun takes --num for its own --numa-binding, wherever it stands
+_FLAGS = f"""
+source toy|videos|teacher = toy  where videos come from
+out str                 folder of the shards
+num,num-samples int     toy: videos [2048]; teacher: samples, prompts repeat with other noise
+  [one per prompt]
+shard-size int = 256    samples per shard
+seed int = 0            toy: seed of the scenes; teacher: seed of sample 0, sample i has seed + i
+size HxW                pixels of a frame [8x8; teacher: the checkpoint's, or --resolution]
+frames int              pixel frames of a sample [17; teacher: the checkpoint's, or 81]
+num-shapes int = 1      toy: shapes per video
+turns int = 0           toy: changes of direction per video
+boundary wrap|bounce = wrap  toy: what happens at the border
+empty-prompts FRACTION = 0.0  toy: share of samples stored with an empty caption
+input str               videos: folder of mp4 files
+frame-stride int = 1    videos: distance of the frames of a sample
+hop int                 videos: distance of two samples of a clip in frames (default: end to end)
+skip-bad-clips          videos: warn about unreadable or short clips and go on
+codec {"|".join((*CODECS, "wan_vae"))}  toy, natural: scalings of the toy codec; wan_vae: Wan's VAE
+  and umT5 (default: toy for toy videos, natural for real ones; view: the data set's)
+temporal-stride int = 2  toy codec: frames per latent frame, as model.config.tokenizer
+spatial-stride int = 2  toy codec: pixels per latent cell, as model.config.tokenizer
+text-len int = 8        rows of a text embedding, end token included
+text-dim int = 64       width of a text embedding
+dtype {"|".join(DTYPES)} = bf16  stored number format
+view SHARD              instead of building: draw the first samples of a shard
+sheet str               view: PNG to write
+rows int = 12           view: number of samples
+vae-path str            weights of Wan's VAE [assets/checkpoints/Wan2.1_VAE.pth]
+"""
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """(height, width) of "HEIGHTxWIDTH"."""
     parts = text.lower().split("x")
@@ -71,98 +104,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Arguments(prog="scripts.build_dataset", description=__doc__)
 
-    def add(name: str, *others: str, **options: object) -> None:
-        spellings = (
-            f"--{spelt}" for word in (name, *others) for spelt in (word, word.replace("-", "_"))
-        )
-        parser.add_argument(*dict.fromkeys(spellings), **options)
-
-    add(
-        "source", choices=("toy", "videos", "teacher"), default="toy", help="where videos come from"
+    paths = {name: {"type": Path} for name in ("out", "input", "view", "sheet", "vae_path")}
+    add_flags(
+        parser,
+        _FLAGS,
+        spellings=True,
+        size={"type": parse_size},
+        empty_prompts={"type": float},
+        **paths,
     )
-    add("out", type=Path, help="folder of the shards")
-    # torchrun takes --num for its own --numa-binding, wherever it stands
-    add(
-        "num",
-        "num-samples",
-        type=int,
-        help=(
-            "toy: videos [2048]; teacher: samples, prompts repeat with other noise [one per prompt]"
-        ),
-    )
-    add("shard-size", type=int, default=256, help="samples per shard")
-    add(
-        "seed",
-        type=int,
-        default=0,
-        help="toy: seed of the scenes; teacher: seed of sample 0, sample i has seed + i",
-    )
-    add(
-        "size",
-        type=parse_size,
-        metavar="HxW",
-        help="pixels of a frame [8x8; teacher: the checkpoint's, or --resolution]",
-    )
-    add("frames", type=int, help="pixel frames of a sample [17; teacher: the checkpoint's, or 81]")
-    add("num-shapes", type=int, default=1, help="toy: shapes per video")
-    add("turns", type=int, default=0, help="toy: changes of direction per video")
-    add(
-        "boundary",
-        choices=("wrap", "bounce"),
-        default="wrap",
-        help="toy: what happens at the border",
-    )
-    add(
-        "empty-prompts",
-        type=float,
-        default=0.0,
-        metavar="FRACTION",
-        help="toy: share of samples stored with an empty caption",
-    )
-    add("input", type=Path, help="videos: folder of mp4 files")
-    add("frame-stride", type=int, default=1, help="videos: distance of the frames of a sample")
-    add(
-        "hop",
-        type=int,
-        help="videos: distance of two samples of a clip in frames (default: end to end)",
-    )
-    add(
-        "skip-bad-clips",
-        action="store_true",
-        help="videos: warn about unreadable or short clips and go on",
-    )
-    add(
-        "codec",
-        choices=(*CODECS, "wan_vae"),
-        help=(
-            "toy, natural: scalings of the toy codec; wan_vae: Wan's VAE and umT5 (default: toy for"
-            " toy videos, natural for real ones; view: the data set's)"
-        ),
-    )
-    add(
-        "temporal-stride",
-        type=int,
-        default=2,
-        help="toy codec: frames per latent frame, as model.config.tokenizer",
-    )
-    add(
-        "spatial-stride",
-        type=int,
-        default=2,
-        help="toy codec: pixels per latent cell, as model.config.tokenizer",
-    )
-    add("text-len", type=int, default=8, help="rows of a text embedding, end token included")
-    add("text-dim", type=int, default=64, help="width of a text embedding")
-    add("dtype", choices=tuple(DTYPES), default="bf16", help="stored number format")
-    add(
-        "view",
-        type=Path,
-        metavar="SHARD",
-        help="instead of building: draw the first samples of a shard",
-    )
-    add("sheet", type=Path, help="view: PNG to write")
-    add("rows", type=int, default=12, help="view: number of samples")
-    add("vae-path", type=Path, help="weights of Wan's VAE [assets/checkpoints/Wan2.1_VAE.pth]")
     add_teacher_flags(parser)
     return parser.parse_args(argv)
 

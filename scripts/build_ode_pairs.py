@@ -26,6 +26,8 @@ from rcm.core.rng import require_seed
 from rcm.data.latents import LatentShards
 from rcm.data.prompts import read_prompts
 from rcm.data.shard_writer import ShardSample, build_shards, check_build, shard_name
+from rcm.inference.checkpoint_flags import HERE, KINDS
+from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import check_device, command
 from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
 from rcm.pipelines.ode_pairs import (
@@ -43,6 +45,29 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _DEFAULT_NUM = 2048
 
 
+_FLAGS = f"""
+teacher PATH        job folder, iter_* folder or exported file that describes itself
+weights = ema       averaged or last weights [%(default)s]
+out str             folder of the shards
+latents PATTERN     causal teacher: shards of the data it runs under
+prompts FILE        bidirectional teacher: a prompt per line, or .jsonl
+  [captions of the toy world's scenes]
+num int             samples; prompts or videos repeat with other noise
+  [as many as there are; toy captions: {_DEFAULT_NUM}]
+times T...          RF times of the kept states, as model.config.kd_timesteps [1 15/16 5/6 5/8]
+steps int           Euler steps of the grid that --times are added to [the teacher's]
+shift float         shift of that grid [the teacher's]
+guidance float      scale; above 1 with the negative prompt [the teacher's]
+seed = 0            of the noise, and of the toy world's scenes
+batch int = 16      samples computed together [%(default)s]
+shard-size int = 256  samples per shard [%(default)s]
+part I/N            build every N-th shard only, from shard I on
+dtype {"|".join(DTYPES)} = bf16  stored number format [%(default)s]
+device              [%(default)s]
+precision           of the teacher [that of its training run]
+"""
+
+
 def parse_part(text: str) -> tuple[int, int]:
     """(i, n) of "i/n"."""
     words = text.split("/")
@@ -58,67 +83,15 @@ def parse_part(text: str) -> tuple[int, int]:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Arguments(prog="scripts.build_ode_pairs", description=__doc__)
-    add = parser.add_argument
-    add(
-        "--teacher",
-        required=True,
-        metavar="PATH",
-        help="job folder, iter_* folder or exported file that describes itself",
-    )
-    add(
-        "--weights",
-        choices=("ema", "reg"),
-        default="ema",
-        help="averaged or last weights [%(default)s]",
-    )
-    add("--out", type=Path, required=True, help="folder of the shards")
-    add("--latents", metavar="PATTERN", help="causal teacher: shards of the data it runs under")
-    add(
-        "--prompts",
-        metavar="FILE",
-        help=(
-            "bidirectional teacher: a prompt per line, or .jsonl [captions of the toy world's"
-            " scenes]"
-        ),
-    )
-    add(
-        "--num",
-        type=int,
-        help=(
-            "samples; prompts or videos repeat with other noise [as many as there are; toy"
-            f" captions: {_DEFAULT_NUM}]"
-        ),
-    )
-    add(
-        "--times",
-        nargs="+",
-        default=KD_TIMES,
-        metavar="T",
-        help="RF times of the kept states, as model.config.kd_timesteps [1 15/16 5/6 5/8]",
-    )
-    add(
-        "--steps",
-        type=int,
-        help="Euler steps of the grid that --times are added to [the teacher's]",
-    )
-    add("--shift", type=float, help="shift of that grid [the teacher's]")
-    add("--guidance", type=float, help="scale; above 1 with the negative prompt [the teacher's]")
-    add("--seed", type=int, default=0, help="of the noise, and of the toy world's scenes")
-    add("--batch", type=int, default=16, help="samples computed together [%(default)s]")
-    add("--shard-size", type=int, default=256, help="samples per shard [%(default)s]")
-    add(
-        "--part",
-        type=parse_part,
-        default=(0, 1),
-        metavar="I/N",
-        help="build every N-th shard only, from shard I on",
-    )
-    add("--dtype", choices=tuple(DTYPES), default="bf16", help="stored number format [%(default)s]")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
-    add(
-        "--precision",
-        choices=("fp32", "bf16", "bf16_fp32_time", "fp64"),
-        help="of the teacher [that of its training run]",
+    add_flags(
+        parser,
+        _FLAGS,
+        KINDS,
+        teacher={"required": True},
+        out={"type": Path, "required": True},
+        times={"default": KD_TIMES},
+        part={"type": parse_part, "default": (0, 1)},
+        device=HERE,
     )
     return parser.parse_args(argv)
 

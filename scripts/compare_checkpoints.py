@@ -25,37 +25,28 @@ from rcm.evaluation.compare import compare, require_same_conditions, side_by_sid
 from rcm.evaluation.metrics_pixels import clip_of
 from rcm.evaluation.metrics_report import write_comparison_page, write_metrics_page
 from rcm.evaluation.metrics_suite import ClipScores, Models, measure_clip
+from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import command
 from rcm.pipelines.video_io import probe, read_mp4, write_mp4
 from rcm.train.describe import installed_versions, write_atomically
+
+_FLAGS = """
+out DIR = outputs/compare  [%(default)s]
+max_videos N               only the first N names
+grid_videos N = 12         videos shown side by side [%(default)s]
+pixels_only                without the networks
+ignore_conditions          do not check that prompts and seeds agree
+device str = cpu           of the networks [%(default)s]
+"""
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = Arguments(prog="scripts.compare_checkpoints", allow_abbrev=False, description=__doc__)
-    add = parser.add_argument
-    add(
-        "folders",
-        nargs="+",
-        type=Path,
-        metavar="DIR",
-        help="folders of mp4 files with equal names; the first is the reference",
-    )
-    add("--out", type=Path, default=Path("outputs/compare"), metavar="DIR", help="[%(default)s]")
-    add("--max_videos", type=int, metavar="N", help="only the first N names")
-    add(
-        "--grid_videos",
-        type=int,
-        default=12,
-        metavar="N",
-        help="videos shown side by side [%(default)s]",
-    )
-    add("--pixels_only", action="store_true", help="without the networks")
-    add(
-        "--ignore_conditions", action="store_true", help="do not check that prompts and seeds agree"
-    )
-    add("--device", default="cpu", help="of the networks [%(default)s]")
+    told = "folders of mp4 files with equal names; the first is the reference"
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help=told)
+    add_flags(parser, _FLAGS, out={"type": Path})
     run(parser.parse_args(argv))
 
 

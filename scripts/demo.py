@@ -25,6 +25,7 @@ from pathlib import Path
 
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
+from rcm.inference.flag_table import add_flags
 from scripts.demo_page import COLUMNS, verdict, write_page
 from scripts.demo_progress import Board
 from scripts.demo_record import FILE_NAME, Record
@@ -57,30 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     ).run()
 
 
+_FLAGS = """
+out str            folder of everything the demo writes [outputs/demo, or outputs/demo_quick]
+fresh              begin anew: empty the folder, if it is a demo's
+quick              one stage from random weights, without gates: a look in under 3 minutes on 2 idle
+  cores
+scale float = 1.0  factor on all iterations; below 1 is a look at everything without gates
+videos int = 96    videos sampled per score, at least 8 [%(default)s]
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Arguments(prog="scripts.demo", description=__doc__)
-    add = parser.add_argument
-    add(
-        "--out",
-        type=Path,
-        help="folder of everything the demo writes [outputs/demo, or outputs/demo_quick]",
-    )
-    add("--fresh", action="store_true", help="begin anew: empty the folder, if it is a demo's")
-    add(
-        "--quick",
-        action="store_true",
-        help=(
-            "one stage from random weights, without gates: a look in under 3 minutes on 2 idle"
-            " cores"
-        ),
-    )
-    add(
-        "--scale",
-        type=float,
-        default=1.0,
-        help="factor on all iterations; below 1 is a look at everything without gates",
-    )
-    add("--videos", type=int, default=96, help="videos sampled per score, at least 8 [%(default)s]")
+    add_flags(parser, _FLAGS, out={"type": Path})
     return parser
 
 

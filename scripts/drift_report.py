@@ -27,6 +27,7 @@ from rcm.core.output_file import OutputFile
 from rcm.evaluation.metrics_features import FrameFeatures
 from rcm.evaluation.metrics_pixels import clip_of, colour, differences, flicker, sharpness
 from rcm.evaluation.report import write_report
+from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import command, short_log
 from rcm.pipelines.video_io import contact_sheet, iter_frames
 from rcm.worlds.toy_scores import ToyScorer
@@ -220,32 +221,24 @@ def _run(flags: argparse.Namespace) -> None:
     print(f"wrote {report(drifts, window=flags.window, folder=folder, fps=flags.fps)}", flush=True)
 
 
+_FLAGS = """
+out DIR = outputs/drift  [%(default)s]
+window N = 16     frames of a window [%(default)s]
+fps float = 16.0  for the time axis [%(default)g]
+features          content by an image classifier (rcm[metrics])
+device str = cpu  of the classifier [%(default)s]
+toy_prompt TEXT   the videos are of the toy world: also its exact scores for this prompt
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Arguments(
         prog="python -m scripts.drift_report", allow_abbrev=False, description=__doc__
     )
-    add = parser.add_argument
-    add(
-        "videos",
-        nargs="+",
-        metavar="NAME=FILE",
-        help="a video under a name, such as that of its method",
-    )
-    add("--out", default="outputs/drift", metavar="DIR", help="[%(default)s]")
-    add("--window", type=int, default=16, metavar="N", help="frames of a window [%(default)s]")
-    add("--fps", type=float, default=16.0, help="for the time axis [%(default)g]")
-    add(
-        "--features",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="content by an image classifier (rcm[metrics])",
-    )
-    add("--device", default="cpu", help="of the classifier [%(default)s]")
-    add(
-        "--toy_prompt",
-        metavar="TEXT",
-        help="the videos are of the toy world: also its exact scores for this prompt",
-    )
+    told = "a video under a name, such as that of its method"
+    parser.add_argument("videos", nargs="+", metavar="NAME=FILE", help=told)
+    either = {"action": argparse.BooleanOptionalAction, "default": True}
+    add_flags(parser, _FLAGS, features=either)
     return parser
 
 

@@ -19,6 +19,7 @@ from rcm.data.prompt_list import MAX_PROMPT_CHARS, read_prompt_list
 from rcm.encoders.codec import latent_frames, latent_grid
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.encoders.umt5 import UMT5_FILE, UMT5TextEncoder
+from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import check_device
 from rcm.parallel.agree import naming_lost_peers
 from rcm.parallel.launch import launched_world, this_launch
@@ -41,7 +42,36 @@ WAN_FRAMES, WAN_CHANNELS = 81, 16
 WAN_TEMPORAL_STRIDE, WAN_SPATIAL_STRIDE = 4, 8
 PROGRESS_SECONDS = 10.0
 _MOST_STEPS = 100_000
-_PRECISIONS = ("bf16", "fp32", "bf16_fp32_time", "fp64")
+
+
+_FLAGS = f"""
+prompts FILE            a prompt per line, or .csv / .jsonl with a prompt, caption or text column
+skip_bad_prompts        warn about empty or too long prompts and leave them out
+max_prompt_chars int = {MAX_PROMPT_CHARS}  longer prompts are refused [%(default)s]
+teacher PATH            job folder, iter_* folder or exported file of this package, which describes
+  itself
+weights ema|reg = ema   averaged or last weights, where a file has both [%(default)s]
+dit_path FILE           original or converted Wan weights
+  [assets/checkpoints/Wan2.1-T2V-<model_size>.pth]
+model_size 1.3B|14B|auto  network of --dit_path; auto: what the file holds [14B]
+text_encoder_path FILE  umT5 weights [assets/checkpoints/models_t5_umt5-xxl-enc-bf16.pth]
+tokenizer_path FOLDER   umT5's tokenizer [beside its weights]
+text_cache FOLDER       keep and reuse text embeddings there
+random_weights          RANDOM network and text encoder of the full size, to measure speed: no data
+  come of it
+resolution {"|".join(SIZES)}  with --aspect_ratio: pixels [480p]
+aspect_ratio {"|".join(SIZES["480p"])}  width to height [16:9]
+num_steps int           Euler steps [100; the checkpoint's]
+timestep_shift float    shift of the time grid [3; the checkpoint's]
+guidance_scale float    above 1 with the negative prompt [5; the checkpoint's]
+sigma_max float         first noise level [5000; the checkpoint's]
+batch int = 1           samples computed together [%(default)s]
+precision bf16|fp32|bf16_fp32_time|fp64  of the network [bf16; the checkpoint's]
+attention str = auto    attention back end [%(default)s]
+context_parallel_size int = 1  ranks that share each sample [%(default)s]
+device str              [cuda where there is one]
+write_negative_embedding FILE  store the negative prompt's embedding [L, E]; alone without --out
+"""
 
 
 def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
@@ -52,91 +82,10 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
         " as the checkpoint says.",
     )
 
-    def add(name: str, **options: object) -> None:
-        group.add_argument(*dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")), **options)
-
-    add(
-        "prompts",
-        type=Path,
-        metavar="FILE",
-        help="a prompt per line, or .csv / .jsonl with a prompt, caption or text column",
-    )
-    add(
-        "skip_bad_prompts",
-        action="store_true",
-        help="warn about empty or too long prompts and leave them out",
-    )
-    add(
-        "max_prompt_chars",
-        type=int,
-        default=MAX_PROMPT_CHARS,
-        help="longer prompts are refused [%(default)s]",
-    )
-    add(
-        "teacher",
-        metavar="PATH",
-        help="job folder, iter_* folder or exported file of this package, which describes itself",
-    )
-    add(
-        "weights",
-        choices=("ema", "reg"),
-        default="ema",
-        help="averaged or last weights, where a file has both [%(default)s]",
-    )
-    add(
-        "dit_path",
-        type=Path,
-        metavar="FILE",
-        help="original or converted Wan weights [assets/checkpoints/Wan2.1-T2V-<model_size>.pth]",
-    )
-    add(
-        "model_size",
-        choices=("1.3B", "14B", "auto"),
-        help="network of --dit_path; auto: what the file holds [14B]",
-    )
-    add(
-        "text_encoder_path",
-        type=Path,
-        metavar="FILE",
-        help="umT5 weights [assets/checkpoints/models_t5_umt5-xxl-enc-bf16.pth]",
-    )
-    add(
-        "tokenizer_path",
-        dest="tokenizer",
-        type=Path,
-        metavar="FOLDER",
-        help="umT5's tokenizer [beside its weights]",
-    )
-    add("text_cache", type=Path, metavar="FOLDER", help="keep and reuse text embeddings there")
-    add(
-        "random_weights",
-        action="store_true",
-        help=(
-            "RANDOM network and text encoder of the full size, to measure speed: no data come of it"
-        ),
-    )
-    add("resolution", choices=tuple(SIZES), help="with --aspect_ratio: pixels [480p]")
-    add("aspect_ratio", choices=tuple(SIZES["480p"]), help="width to height [16:9]")
-    add("num_steps", type=int, help="Euler steps [100; the checkpoint's]")
-    add("timestep_shift", type=float, help="shift of the time grid [3; the checkpoint's]")
-    add("guidance_scale", type=float, help="above 1 with the negative prompt [5; the checkpoint's]")
-    add("sigma_max", type=float, help="first noise level [5000; the checkpoint's]")
-    add("batch", type=int, default=1, help="samples computed together [%(default)s]")
-    add("precision", choices=_PRECISIONS, help="of the network [bf16; the checkpoint's]")
-    add("attention", default="auto", help="attention back end [%(default)s]")
-    add(
-        "context_parallel_size",
-        type=int,
-        default=1,
-        help="ranks that share each sample [%(default)s]",
-    )
-    add("device", help="[cuda where there is one]")
-    add(
-        "write_negative_embedding",
-        type=Path,
-        metavar="FILE",
-        help="store the negative prompt's embedding [L, E]; alone without --out",
-    )
+    files = ("prompts", "dit_path", "text_encoder_path", "text_cache", "write_negative_embedding")
+    paths = {name: {"type": Path} for name in files}
+    tokenizer = {"dest": "tokenizer", "type": Path}
+    add_flags(group, _FLAGS, spellings=True, tokenizer_path=tokenizer, **paths)
 
 
 def build_from_teacher(options: argparse.Namespace, *, dtype: torch.dtype) -> list[Path]:

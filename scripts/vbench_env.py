@@ -27,6 +27,7 @@ from rcm.evaluation.vbench_files import cache_folder
 from rcm.evaluation.vbench_files import told as files_told
 from rcm.evaluation.vbench_launch import Launch
 from rcm.evaluation.vbench_score import T2V
+from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import command
 
 VERSION = "0.1.5"
@@ -38,33 +39,22 @@ OpenCV asks for numpy 2.
 """
 
 
+_FLAGS = """
+venv DIR = .venv-vbench   [%(default)s]
+python NAME = python3.11  interpreter of the environment [%(default)s]
+torch REQUIREMENT = torch==2.13.0  installed first, with the torchvision that fits [%(default)s]
+minimal                   only what temporal_flickering needs
+check                     install nothing
+vbench_cache DIR          its model files [$VBENCH_CACHE_DIR, else ~/.cache/vbench]
+dry_run                   print the commands
+"""
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = Arguments(prog="scripts.vbench_env", allow_abbrev=False, description=__doc__)
-    add = parser.add_argument
-    add("--venv", type=Path, default=Path(".venv-vbench"), metavar="DIR", help="[%(default)s]")
-    add(
-        "--python",
-        default="python3.11",
-        metavar="NAME",
-        help="interpreter of the environment [%(default)s]",
-    )
-    add(
-        "--torch",
-        default="torch==2.13.0",
-        metavar="REQUIREMENT",
-        help="installed first, with the torchvision that fits [%(default)s]",
-    )
-    add("--minimal", action="store_true", help="only what temporal_flickering needs")
-    add("--check", action="store_true", help="install nothing")
-    add(
-        "--vbench_cache",
-        type=Path,
-        metavar="DIR",
-        help="its model files [$VBENCH_CACHE_DIR, else ~/.cache/vbench]",
-    )
-    add("--dry_run", action="store_true", help="print the commands")
+    add_flags(parser, _FLAGS, venv={"type": Path}, vbench_cache={"type": Path})
     run(parser.parse_args(argv))
 
 

@@ -40,11 +40,33 @@ from rcm.evaluation.vbench_manifest import EVAL_INFO
 from rcm.evaluation.vbench_prompts import T2V_FILE, read_suite
 from rcm.evaluation.vbench_results import DimensionResult, read_results
 from rcm.evaluation.vbench_score import SUITES, Suite, aggregate, table
+from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import command
 from rcm.storage.shipped import asset
 from rcm.train.describe import write_atomically
 
 ASSETS = asset("vbench")
+
+
+_FLAGS = f"""
+videos_path DIR         folder of scripts.vbench_sample, or any with VBench's file names
+result_dir,output_path DIR  results [VIDEOS_PATH_eval_results]
+suite t2v|i2v|long = t2v  long: VBench-Long, added up like t2v [%(default)s]
+dimension NAME...       [all of the suite]
+full_json_dir FILE      prompts to score [the run's vbench_eval_info.json, else the public list]
+partial                 allow missing dimensions and videos; the score is marked partial
+dry_run                 print commands, files and what is missing; runs nothing
+explain str             why two results differ: folders of results, or B the name of a published row
+vbench_python FILE = .venv-vbench/bin/python  [%(default)s]
+vbench_repo DIR         clone of VBench, for --suite long and i2v
+vbench_cache DIR        its model files [$VBENCH_CACHE_DIR, else ~/.cache/vbench]
+load_ckpt_from_local    never ask the network for model files
+device cuda|cpu = cuda  [%(default)s]
+ngpus N = 1             [%(default)s]; appearance_style has another rule with more than one
+resolution 1-1|8-5|7-4|16-9 = 16-9  i2v: crops of the images [%(default)s]
+vision_reward COMMAND   also run VisionReward; {{eval_info}}, {{output}} and {{model}} are filled in
+vision_reward_model NAME = {MODEL}  [%(default)s]
+"""
 
 
 @command
@@ -56,84 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Arguments(prog="scripts.vbench_score", allow_abbrev=False, description=__doc__)
-    add = parser.add_argument
-    add(
-        "--videos_path",
-        type=Path,
-        metavar="DIR",
-        help="folder of scripts.vbench_sample, or any with VBench's file names",
-    )
-    add(
-        "--result_dir",
-        "--output_path",
-        type=Path,
-        metavar="DIR",
-        help="results [VIDEOS_PATH_eval_results]",
-    )
-    add(
-        "--suite",
-        choices=("t2v", "i2v", "long"),
-        default="t2v",
-        help="long: VBench-Long, added up like t2v [%(default)s]",
-    )
-    add("--dimension", nargs="+", metavar="NAME", help="[all of the suite]")
-    add(
-        "--full_json_dir",
-        type=Path,
-        metavar="FILE",
-        help="prompts to score [the run's vbench_eval_info.json, else the public list]",
-    )
-    add(
-        "--partial",
-        action="store_true",
-        help="allow missing dimensions and videos; the score is marked partial",
-    )
-    add(
-        "--dry_run",
-        action="store_true",
-        help="print commands, files and what is missing; runs nothing",
-    )
-    add(
-        "--explain",
-        nargs=2,
-        metavar=("A", "B"),
-        help="why two results differ: folders of results, or B the name of a published row",
-    )
-    add(
-        "--vbench_python",
-        type=Path,
-        default=Path(".venv-vbench/bin/python"),
-        metavar="FILE",
-        help="[%(default)s]",
-    )
-    add("--vbench_repo", type=Path, metavar="DIR", help="clone of VBench, for --suite long and i2v")
-    add(
-        "--vbench_cache",
-        type=Path,
-        metavar="DIR",
-        help="its model files [$VBENCH_CACHE_DIR, else ~/.cache/vbench]",
-    )
-    add("--load_ckpt_from_local", action="store_true", help="never ask the network for model files")
-    add("--device", default="cuda", choices=("cuda", "cpu"), help="[%(default)s]")
-    add(
-        "--ngpus",
-        type=int,
-        default=1,
-        metavar="N",
-        help="[%(default)s]; appearance_style has another rule with more than one",
-    )
-    add(
-        "--resolution",
-        default="16-9",
-        choices=("1-1", "8-5", "7-4", "16-9"),
-        help="i2v: crops of the images [%(default)s]",
-    )
-    add(
-        "--vision_reward",
-        metavar="COMMAND",
-        help="also run VisionReward; {eval_info}, {output} and {model} are filled in",
-    )
-    add("--vision_reward_model", default=MODEL, metavar="NAME", help="[%(default)s]")
+    names = ("videos_path", "result_dir", "full_json_dir", "vbench_python", "vbench_repo")
+    paths = {name: {"type": Path} for name in (*names, "vbench_cache")}
+    add_flags(parser, _FLAGS, explain={"nargs": 2, "metavar": ("A", "B")}, **paths)
     return parser.parse_args(argv)
 
 

@@ -2,9 +2,10 @@
 
     name KIND = default  help
 
-KIND is what `--name` takes: `int`, `float`, `str`; a metavar, of a whole number (N), of a number
-(R, S, X), else of text; alternatives (`a|b`); nothing for a switch. `KIND...`: one or more of it. A
-line that begins with a space continues the help.
+Other names of the same flag follow the first, separated by commas. KIND is what `--name` takes:
+`int`, `float`, `str`; a metavar, of a whole number (N), of a number (R, S, X), else of text;
+alternatives (`a|b`); nothing for a switch. `KIND...`: one or more of it. A line that begins with a
+space continues the help.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _LINE = re.compile(
-    r"(?P<name>\w+)(?: (?P<kind>[^\s=]\S*))?(?: = (?P<default>\S+))?(?:  +(?P<help>.*))?"
+    r"(?P<names>[\w,-]+)(?: (?P<kind>[^\s=]\S*))?(?: = (?P<default>\S+))?(?:  +(?P<help>.*))?"
 )
 _NUMBERS = {"int": int, "float": float, "N": int, "R": float, "S": float, "X": float}
 
@@ -24,20 +25,26 @@ def add_flags(
     parser: argparse._ActionsContainer,
     table: str,
     kinds: Mapping[str, str] = {},
+    *,
+    spellings: bool = False,
     **changes: dict[str, Any],
 ) -> None:
     """Add the flags of `table` to a parser or a group of one. `kinds`: by name, where a line has
-    none; `changes`: by name, options of `add_argument` beside those of the line, or instead of
-    them. `ValueError` for another line.
+    none; `spellings`: both with - and with _; `changes`: by name, options of `add_argument` beside
+    those of the line, or instead of them. `ValueError` for another line.
     """
     for line in filter(None, re.sub(r"\n +", " ", table.strip()).splitlines()):
         match = _LINE.fullmatch(line)
         if match is None:
             raise ValueError(f"{line!r} is no line of flags: name KIND = default  help")
-        name = match["name"]
+        names = match["names"].split(",")
+        name = names[0].replace("-", "_")
+        if spellings:
+            names = [spelt for n in names for spelt in (n.replace("_", "-"), n.replace("-", "_"))]
         kind = match["kind"] or kinds.get(name)
         options = _options(kind, match["default"]) | {"help": match["help"]}
-        parser.add_argument(f"--{name}", **options | changes.pop(name, {}))
+        flags = dict.fromkeys(f"--{word}" for word in names)
+        parser.add_argument(*flags, **options | changes.pop(name, {}))
     if changes:
         raise ValueError(f"the table has no line for {', '.join(changes)}")
 

@@ -35,6 +35,14 @@ def test_lines_become_flags():
         parser.parse_args(["--name", "x", "--mode", "c"])
 
 
+def test_several_names_of_a_flag():
+    parser = argparse.ArgumentParser()
+    add_flags(parser, "shard-size,per_shard int = 3\nfast  quick\nseed", {"seed": "int"}, spellings=True)
+    actions = {action.dest: action.option_strings for action in parser._actions}
+    assert actions["shard_size"] == ["--shard-size", "--shard_size", "--per-shard", "--per_shard"] and actions["fast"] == ["--fast"]
+    assert vars(parser.parse_args(["--per_shard", "5", "--seed", "7"])) == {"shard_size": 5, "fast": False, "seed": 7}
+
+
 @pytest.mark.parametrize(
     ("table", "changes", "told"),
     [("two words and more", {}, "no line of flags"), ("name TEXT  told", {"nome": {}}, "no line for nome")],
