@@ -19,6 +19,8 @@ from rcm.encoders.text_protocol import TextEncoder
 from rcm.encoders.umt5 import UMT5_FILE, UMT5TextEncoder
 from rcm.encoders.wan_vae import WAN_VAE_FILE, WanVAECodec
 from rcm.nets.wan.config import WanConfig
+from rcm.pipelines.text_to_video import WholeVideoRecipe
+from rcm.rollout.recipe import SamplingRecipe
 from rcm.storage.weight_files import CONFIGS, WeightFile, open_container
 from rcm.train.describe import Description
 from rcm.train.export import describe, model_directory
@@ -246,3 +248,23 @@ def latent_shape_of(
                 f"{path} contradicts itself: {mine} {what}, but {theirs} in {where}"
             )
     return channels, frames, height, width
+
+
+def recipes_of(
+    extra: Mapping[str, Any], path: Path
+) -> tuple[SamplingRecipe | None, WholeVideoRecipe | None]:
+    """The described recipe, or the sampler of whole videos. `CheckpointError` for neither, or an
+    impossible one.
+    """
+    recipe, sampler = extra.get("recipe"), extra.get("sampler")
+    if recipe is not None:
+        return SamplingRecipe.from_dict(dict(recipe)), None
+    if sampler is None:
+        raise CheckpointError(
+            f"{path} does not say how to sample it: its description has neither a recipe nor a"
+            " sampler"
+        )
+    try:
+        return None, WholeVideoRecipe.from_dict(sampler)
+    except ConfigError as error:
+        raise CheckpointError(f"{path} describes an impossible sampler: {error}") from error

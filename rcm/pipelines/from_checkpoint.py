@@ -8,7 +8,7 @@ for chunk in model.stream(["a red circle moving left"]): ...
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,7 @@ from rcm.pipelines.described import (
     latent_shape_of,
     network_of,
     precision_of,
+    recipes_of,
     text_of,
 )
 from rcm.pipelines.experts import Expert
@@ -314,7 +315,7 @@ def open_checkpoint(
         return codec_of(described, path, files=files, device=device, dtype=dtype)
 
     codec = Resident(open_codec, move=move_codec, device=where, clock=clock)
-    recipe, sampler = _recipes(extra, path)
+    recipe, sampler = recipes_of(extra, path)
     shape = latent_shape_of(
         extra.get("latent_shape"), config, codec=codec.use(), text=text, path=path
     )
@@ -344,24 +345,6 @@ def open_checkpoint(
         source=path,
         memory=MemoryPolicy.preset(memory) if isinstance(memory, str) else memory,
     )
-
-
-def _recipes(
-    extra: Mapping[str, Any], path: Path
-) -> tuple[SamplingRecipe | None, WholeVideoRecipe | None]:
-    """The described recipe, or the sampler of whole videos."""
-    recipe, sampler = extra.get("recipe"), extra.get("sampler")
-    if recipe is not None:
-        return SamplingRecipe.from_dict(dict(recipe)), None
-    if sampler is None:
-        raise CheckpointError(
-            f"{path} does not say how to sample it: its description has neither a recipe nor a"
-            " sampler"
-        )
-    try:
-        return None, WholeVideoRecipe.from_dict(sampler)
-    except ConfigError as error:
-        raise CheckpointError(f"{path} describes an impossible sampler: {error}") from error
 
 
 def _fitting(path: Path, weights: str, config: WanConfig) -> LazyWeights:
