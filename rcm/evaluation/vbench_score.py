@@ -172,12 +172,6 @@ def aggregate(raw: Mapping[str, float], suite: Suite = T2V, *, partial: bool = F
     )
 
 
-def total_of_groups(groups: Mapping[str, float], suite: Suite = T2V) -> float:
-    """The total of published group scores, in their own unit."""
-    weights = suite.group_weights
-    return sum(weights[group] * groups[group] for group in weights) / sum(weights.values())
-
-
 def table(score: SuiteScore) -> str:
     """The score as text: a line per dimension with raw value, normalised value, weight and group;
     groups and total in percent.

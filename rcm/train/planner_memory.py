@@ -81,48 +81,35 @@ class Term:
 
 def holdings(job: Job, net: NetPlan) -> list[tuple[Place, Term]]:
     """What a role holds for the whole run, and where (`rcm.train.state`)."""
-    shards, lives, stored = job.shard_ranks, job.lives_on_host(net), job.stored(net)
+    shards, lives = job.shard_ranks, job.lives_on_host(net)
+    stored, trained = job.stored(net), job.trained(net)
     weights: Place = "host" if lives else "turn" if job.idle_roles else "card"
     states: Place = "host" if lives or job.host_states else "card"
     part = f"1/{shards} of " if shards > 1 else ""
-    form = "blocks in e4m3" if job.is_rounded(net) else "in the compute dtype"
-    masters, kind = ("weights", "master parameters")
-    if net.rank:
-        masters, kind = ("adapters", f"parameters of rank {net.rank}")
-    told = "" if net.states == "float32" else f" in {net.states}"
-    frozen = not net.base and (net.rank > 0 or not net.trained)
-    head = job.param_bytes * -(-net.head // shards) * (1 if job.host_states else 3)
-    size, trained = compute_size(job, net, stored.all, of=stored), job.trained(net)
-    rows: tuple[tuple[bool, Place, str, float, str], ...] = (
-        (frozen, weights, "weights", size, f"{part}{net.elements():,} parameters, frozen, {form}"),
-        (
-            net.trained,
-            weights,
-            masters,
-            job.param_bytes * trained,
-            f"{part}{net.trained_elements():,} {kind}",
-        ),
-        (
-            net.trained,
-            states,
-            "optimiser",
-            moment_bytes(job, net),
-            f"AdamW: first and second moment of every parameter{told}",
-        ),
-        (
-            net.trained and net.averaged,
-            states,
-            "average",
-            max(4, job.param_bytes) * trained,
-            "EMA: a float32 copy of the shards",
-        ),
-        (net.head > 0, "card", "discriminator", head, "its head: parameters and moments"),
-    )
-    return [
-        (place, Term(f"{net.role} {name}", float(bytes), what))
-        for there, place, name, bytes, what in rows
-        if there
-    ]
+    found: list[tuple[Place, Term]] = []
+
+    def hold(place: Place, name: str, size: float, what: str) -> None:
+        found.append((place, Term(f"{net.role} {name}", float(size), what)))
+
+    if not net.base and (net.rank or not net.trained):
+        form = "blocks in e4m3" if job.is_rounded(net) else "in the compute dtype"
+        what = f"{part}{net.elements():,} parameters, frozen, {form}"
+        hold(weights, "weights", compute_size(job, net, stored.all, of=stored), what)
+    if net.trained:
+        name = "adapters" if net.rank else "weights"
+        kind = f"parameters of rank {net.rank}" if net.rank else "master parameters"
+        what = f"{part}{net.trained_elements():,} {kind}"
+        hold(weights, name, job.param_bytes * trained, what)
+        form = "" if net.states == "float32" else f" in {net.states}"
+        what = f"AdamW: first and second moment of every parameter{form}"
+        hold(states, "optimiser", moment_bytes(job, net), what)
+    if net.trained and net.averaged:
+        what = "EMA: a float32 copy of the shards"
+        hold(states, "average", max(4, job.param_bytes) * trained, what)
+    if net.head:  # on the card, but for its moments
+        size = job.param_bytes * -(-net.head // shards) * (1 if job.host_states else 3)
+        hold("card", "discriminator", size, "its head: parameters and moments")
+    return found
 
 
 def held_terms(job: Job, place: Place, roles: set[str] | None = None) -> list[Term]:
