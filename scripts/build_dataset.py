@@ -37,7 +37,7 @@ from rcm.encoders.codec import LatentCodec, latent_frames
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.encoders.wan_vae import WAN_VAE_FILE, WanVAECodec
-from rcm.inference.flag_table import add_flags
+from rcm.inference.flag_table import add_flags, both_spellings
 from rcm.inference.outcome import check_device, command
 from rcm.parallel.agree import sentence
 from rcm.pipelines.clip_folder import find_clips, plan_windows, read_windows
@@ -107,8 +107,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     paths = {name: {"type": Path} for name in ("out", "input", "view", "sheet", "vae_path")}
     add_flags(
         parser,
-        _FLAGS,
-        spellings=True,
+        both_spellings(_FLAGS),
         size={"type": parse_size},
         empty_prompts={"type": float},
         **paths,

@@ -19,7 +19,7 @@ from rcm.data.prompt_list import MAX_PROMPT_CHARS, read_prompt_list
 from rcm.encoders.codec import latent_frames, latent_grid
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.encoders.umt5 import UMT5_FILE, UMT5TextEncoder
-from rcm.inference.flag_table import add_flags
+from rcm.inference.flag_table import add_flags, both_spellings
 from rcm.inference.outcome import check_device
 from rcm.parallel.agree import naming_lost_peers
 from rcm.parallel.launch import launched_world, this_launch
@@ -85,7 +85,7 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     files = ("prompts", "dit_path", "text_encoder_path", "text_cache", "write_negative_embedding")
     paths = {name: {"type": Path} for name in files}
     tokenizer = {"dest": "tokenizer", "type": Path}
-    add_flags(group, _FLAGS, spellings=True, tokenizer_path=tokenizer, **paths)
+    add_flags(group, both_spellings(_FLAGS), tokenizer_path=tokenizer, **paths)
 
 
 def build_from_teacher(options: argparse.Namespace, *, dtype: torch.dtype) -> list[Path]:

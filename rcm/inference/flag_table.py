@@ -25,13 +25,11 @@ def add_flags(
     parser: argparse._ActionsContainer,
     table: str,
     kinds: Mapping[str, str] = {},
-    *,
-    spellings: bool = False,
     **changes: dict[str, Any],
 ) -> None:
     """Add the flags of `table` to a parser or a group of one. `kinds`: by name, where a line has
-    none; `spellings`: both with - and with _; `changes`: by name, options of `add_argument` beside
-    those of the line, or instead of them. `ValueError` for another line.
+    none; `changes`: by name, options of `add_argument` beside those of the line, or instead of
+    them. `ValueError` for another line.
     """
     for line in filter(None, re.sub(r"\n +", " ", table.strip()).splitlines()):
         match = _LINE.fullmatch(line)
@@ -39,14 +37,23 @@ def add_flags(
             raise ValueError(f"{line!r} is no line of flags: name KIND = default  help")
         names = match["names"].split(",")
         name = names[0].replace("-", "_")
-        if spellings:
-            names = [spelt for n in names for spelt in (n.replace("_", "-"), n.replace("-", "_"))]
         kind = match["kind"] or kinds.get(name)
         options = _options(kind, match["default"]) | {"help": match["help"]}
-        flags = dict.fromkeys(f"--{word}" for word in names)
+        flags = [f"--{word}" for word in names]
         parser.add_argument(*flags, **options | changes.pop(name, {}))
     if changes:
         raise ValueError(f"the table has no line for {', '.join(changes)}")
+
+
+def both_spellings(table: str) -> str:
+    """`table` with every name spelt with - and with _."""
+
+    def both(match: re.Match[str]) -> str:
+        names = match[0].split(",")
+        spelt = [(name.replace("_", "-"), name.replace("-", "_")) for name in names]
+        return ",".join(dict.fromkeys(name for pair in spelt for name in pair))
+
+    return re.sub(r"(?m)^[\w,-]+", both, table)
 
 
 def _options(kind: str | None, default: str | None) -> dict[str, Any]:

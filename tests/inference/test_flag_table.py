@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from rcm.inference.flag_table import add_flags
+from rcm.inference.flag_table import add_flags, both_spellings
 
 TABLE = """
 name TEXT             what it is
@@ -37,7 +37,7 @@ def test_lines_become_flags():
 
 def test_several_names_of_a_flag():
     parser = argparse.ArgumentParser()
-    add_flags(parser, "shard-size,per_shard int = 3\nfast  quick\nseed", {"seed": "int"}, spellings=True)
+    add_flags(parser, both_spellings("shard-size,per_shard int = 3\nfast  quick\nseed"), {"seed": "int"})
     actions = {action.dest: action.option_strings for action in parser._actions}
     assert actions["shard_size"] == ["--shard-size", "--shard_size", "--per-shard", "--per_shard"] and actions["fast"] == ["--fast"]
     assert vars(parser.parse_args(["--per_shard", "5", "--seed", "7"])) == {"shard_size": 5, "fast": False, "seed": 7}
