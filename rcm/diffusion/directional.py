@@ -107,16 +107,19 @@ class Exact:
 
 
 @dataclass(frozen=True)
-class SemiContinuous:
-    """Exact in x with the time held, plus a difference in time with x held (`fd_type` 1).
-    `ConfigError` unless 0 < h < 1.
-    """
-
+class _Difference:
     geometry: Geometry
     h: float = 1e-4
 
     def __post_init__(self) -> None:
-        _require_step(self.h)
+        if not 0 < self.h < 1:
+            raise ConfigError(f"fd_size={self.h} must lie strictly between 0 and 1 (release: 1e-4)")
+
+
+class SemiContinuous(_Difference):
+    """Exact in x with the time held, plus a difference in time with x held (`fd_type` 1).
+    `ConfigError` unless 0 < h < 1.
+    """
 
     def __call__(
         self,
@@ -137,17 +140,10 @@ class SemiContinuous:
         return moved + _scaled(self.geometry.slope(now, before, self.h), scale)
 
 
-@dataclass(frozen=True)
-class Discrete:
+class Discrete(_Difference):
     """Difference of two plain passes along the path (`fd_type` 2). `ConfigError` unless 0 < h <
     1.
     """
-
-    geometry: Geometry
-    h: float = 1e-4
-
-    def __post_init__(self) -> None:
-        _require_step(self.h)
 
     def __call__(
         self,
@@ -178,8 +174,3 @@ def _require_shared(scale: torch.Tensor | None) -> None:
             f"scale has shape {tuple(scale.shape)}, finite differences need one per sample, [B, 1];"
             " a scale per frame needs Exact"
         )
-
-
-def _require_step(h: float) -> None:
-    if not 0 < h < 1:
-        raise ConfigError(f"fd_size={h} must lie strictly between 0 and 1 (release: 1e-4)")

@@ -17,6 +17,7 @@ from rcm.core.errors import ConfigError
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.losses.term import LossTerm
+from rcm.nets.denoiser import Denoiser
 
 Thunk = Callable[[], LossTerm]
 
@@ -67,6 +68,21 @@ class Method(Protocol):
 def student_only(iteration: int) -> Phase:
     """Phase of methods that train nothing but the student."""
     return Phase("student", iteration, iteration)
+
+
+class StudentOnly:
+    """The half of a `Method` that says what it trains: nothing but `student`."""
+
+    student: Denoiser
+
+    @property
+    def trainable(self) -> Mapping[str, nn.Module]:
+        """The student."""
+        return {"student": self.student.net}
+
+    def phase(self, iteration: int) -> Phase:
+        """Always the student's turn."""
+        return student_only(iteration)
 
 
 class Joint:

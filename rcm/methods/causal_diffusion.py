@@ -8,10 +8,9 @@ attention; it makes the teacher of toy runs and fine-tunes Wan.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
-from torch import nn
 
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
@@ -20,7 +19,7 @@ from rcm.diffusion.interpolant import rf_noise
 from rcm.diffusion.time_sampling import BlockStrategy, TimeLaw, block_times
 from rcm.losses.denoising import TimeWeight, diffusion_loss
 from rcm.losses.term import LossTerm
-from rcm.methods.base import Phase, Thunk, student_only
+from rcm.methods.base import Phase, StudentOnly, Thunk
 from rcm.methods.draws import draw_noise, draw_times
 from rcm.methods.teacher_forcing import StudentContext, TeacherForcing
 from rcm.nets.condition import Condition
@@ -29,7 +28,7 @@ from rcm.nets.layout import TokenLayout
 from rcm.rollout.plan import ContextRule, StepSchedule
 
 
-class _VelocityRegression:
+class _VelocityRegression(StudentOnly):
     """Shared frame of the three forms: one student, one term; subclasses draw times and run the
     network.
     """
@@ -40,15 +39,6 @@ class _VelocityRegression:
         self, student: Denoiser, *, law: TimeLaw, weight: TimeWeight | None, loss_scale: float
     ) -> None:
         self.student, self.law, self.weight, self.loss_scale = student, law, weight, loss_scale
-
-    @property
-    def trainable(self) -> Mapping[str, nn.Module]:
-        """The student."""
-        return {"student": self.student.net}
-
-    def phase(self, iteration: int) -> Phase:
-        """Always the student's turn."""
-        return student_only(iteration)
 
     def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
         """One regression of v onto eps - x0."""

@@ -8,10 +8,9 @@ in `latents` the data that a causal teacher had as context.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
 
 from rcm.core.errors import ConfigError
 from rcm.core.rng import StepRng
@@ -19,14 +18,14 @@ from rcm.data.batch import LatentBatch
 from rcm.diffusion.interpolant import rf_x0
 from rcm.losses.denoising import ode_pair_loss, pick_states
 from rcm.losses.term import LossTerm
-from rcm.methods.base import Phase, Thunk, student_only
+from rcm.methods.base import Phase, StudentOnly, Thunk
 from rcm.methods.teacher_forcing import TeacherForcing
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.layout import TokenLayout
 
 
-class ODEPairs:
+class ODEPairs(StudentOnly):
     """`tf_kd` or `df_kd`: predict the trajectory's clean end from one of its states.
 
     `times[k]` is the RF time of stored state k; times[0] must be 0. TF-KD draws one state per video
@@ -56,15 +55,6 @@ class ODEPairs:
             loss_scale,
         )
         self.name = "df_kd" if per_block else "tf_kd"
-
-    @property
-    def trainable(self) -> Mapping[str, nn.Module]:
-        """The student."""
-        return {"student": self.student.net}
-
-    def phase(self, iteration: int) -> Phase:
-        """Always the student's turn."""
-        return student_only(iteration)
 
     def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
         """One regression term; `ConfigError` if the batch has no matching trajectory."""

@@ -33,7 +33,7 @@ from rcm.losses.scm import (
     warmup_ratio,
 )
 from rcm.losses.term import LossTerm, NonFinitePolicy
-from rcm.methods.base import Phase, Thunk, student_only
+from rcm.methods.base import Phase, StudentOnly, Thunk
 from rcm.methods.draws import draw_noise, draw_times
 from rcm.methods.schedule import Alternation
 from rcm.nets.condition import Condition
@@ -45,7 +45,7 @@ def _whole(denoiser: Denoiser, x: torch.Tensor) -> TokenLayout:
     return TokenLayout.bidirectional(x.shape[2], grid=denoiser.token_grid(x.shape[3], x.shape[4]))
 
 
-class ContinuousConsistency:
+class ContinuousConsistency(StudentOnly):
     """sCM over whole videos: TrigFlow form by default, RF form with `rf_native` (Causal_rCM.md
     section 8).
 
@@ -71,15 +71,6 @@ class ContinuousConsistency:
         self.student, self.teacher, self.law, self.directional = student, teacher, law, directional
         self.rf_native, self.variant, self.tangent_warmup = rf_native, variant, tangent_warmup
         self.loss_scale, self.nonfinite = loss_scale, nonfinite
-
-    @property
-    def trainable(self) -> Mapping[str, nn.Module]:
-        """The student."""
-        return {"student": self.student.net}
-
-    def phase(self, iteration: int) -> Phase:
-        """Always the student's turn."""
-        return student_only(iteration)
 
     def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
         """One consistency term."""
@@ -128,7 +119,7 @@ class ContinuousConsistency:
         )
 
 
-class DiscreteConsistency:
+class DiscreteConsistency(StudentOnly):
     """dCM over whole videos: Euler steps of the teacher in TrigFlow time, target = live student
     without gradient (Causal_rCM.md section 8).
     """
@@ -151,15 +142,6 @@ class DiscreteConsistency:
             loss_scale,
             nonfinite,
         )
-
-    @property
-    def trainable(self) -> Mapping[str, nn.Module]:
-        """The student."""
-        return {"student": self.student.net}
-
-    def phase(self, iteration: int) -> Phase:
-        """Always the student's turn."""
-        return student_only(iteration)
 
     def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
         """One consistency term."""

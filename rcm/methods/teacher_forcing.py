@@ -4,11 +4,9 @@ for tangents; the student's context; the roles of consistency (Causal_rCM.md sec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from rcm.core.dual import jvp
 from rcm.core.errors import ConfigError
@@ -16,7 +14,7 @@ from rcm.core.rng import StepRng
 from rcm.diffusion.blocks import BlockPattern
 from rcm.diffusion.interpolant import rf_noise
 from rcm.losses.term import NonFinitePolicy
-from rcm.methods.base import Phase, student_only
+from rcm.methods.base import StudentOnly
 from rcm.methods.draws import draw_noise
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
@@ -165,7 +163,7 @@ class StudentContext:
         return forcing.noisy(x0, rule=self.rule, schedule=self.schedule, rng=rng, purpose=purpose)
 
 
-class TeacherForcedConsistency:
+class TeacherForcedConsistency(StudentOnly):
     """Roles of TF-dCM and TF-sCM: student, guided causal teacher (always on clean context), block
     structure, the student's context.
     """
@@ -188,15 +186,6 @@ class TeacherForcedConsistency:
             loss_scale,
         )
         self.context, self.nonfinite = StudentContext(context, context_schedule), nonfinite
-
-    @property
-    def trainable(self) -> Mapping[str, nn.Module]:
-        """The student."""
-        return {"student": self.student.net}
-
-    def phase(self, iteration: int) -> Phase:
-        """Always the student's turn."""
-        return student_only(iteration)
 
     def student_context(self, x0: torch.Tensor, rng: StepRng, purpose: str) -> Context:
         """What the student is conditioned on in this step."""
