@@ -35,7 +35,13 @@ from rcm.inference.stream_recipe import add_recipe_flags, chosen_recipe
 from rcm.pipelines.first_block import first_latents, is_image
 from rcm.pipelines.from_checkpoint import LoadedModel
 from rcm.pipelines.stream_spec import StreamedChunk, StreamReport
-from rcm.pipelines.video_io import COMFORTABLE, Mp4Writer, check_frame, comfortable_scale
+from rcm.pipelines.video_io import (
+    COMFORTABLE,
+    Mp4Writer,
+    check_frame,
+    claim_video,
+    comfortable_scale,
+)
 from rcm.rollout.recipe import SamplingRecipe
 from rcm.storage.shipped import TOY_PROMPTS, asset
 from rcm.train.describe import installed_versions
@@ -64,7 +70,7 @@ def run(flags: argparse.Namespace) -> None:
             flags.prompt, flags.prompt_file, allow_empty=flags.allow_empty_prompt
         )
     _check_flags(flags)
-    save_to = OutputFile.claim(flags.save_path, suffix=".mp4", knob="--save_path")
+    save_to = claim_video(flags.save_path, knob="--save_path")
     report_to = (
         None
         if flags.report is None

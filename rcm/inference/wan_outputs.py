@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rcm.core.output_file import OutputFile
 from rcm.parallel.agree import on_first, shared
-from rcm.pipelines.video_io import Mp4Writer, contact_sheet
+from rcm.pipelines.video_io import Mp4Writer, claim_video, contact_sheet
 
 PREVIEW_HEIGHT, PREVIEW_COLUMNS = 160, 8
 
@@ -30,7 +30,10 @@ def claimed(
         return None
     if count > 1:
         path = str(Path(path).with_name(f"{Path(path).stem}-{number:03d}{Path(path).suffix}"))
-    return shared(on_first(lambda: OutputFile.claim(path, suffix=suffix, knob=f"--{name}")))
+    knob = f"--{name}"
+    if suffix == ".mp4":
+        return shared(on_first(lambda: claim_video(path, knob=knob)))
+    return shared(on_first(lambda: OutputFile.claim(path, suffix=suffix, knob=knob)))
 
 
 class VideoWriter:

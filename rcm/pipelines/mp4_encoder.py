@@ -16,6 +16,19 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 
+from rcm.core.errors import ConfigError
+
+
+def find_ffmpeg() -> str:
+    """The program that writes mp4 files; `ConfigError` where there is none."""
+    try:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise ConfigError(
+            "mp4 files are written by ffmpeg, and none was found: `pip install imageio-ffmpeg`"
+            " brings one along, IMAGEIO_FFMPEG_EXE names one of yours"
+        ) from error
+
 
 def enlarge(video: torch.Tensor, factor: int) -> torch.Tensor:
     """Every pixel of [..., H, W] as a `factor` x `factor` square: toy videos are too small for the
@@ -51,7 +64,7 @@ class Encoder:
         target = (
             f"-an -vcodec libx264 -pix_fmt yuv420p -crf {self._crf} -movflags +faststart -f mp4"
         )
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error"]
+        command = [find_ffmpeg(), "-y", "-loglevel", "error"]
         command += [*source.split(), *target.split(), str(self.path.absolute())]
         # in a session of its own: Ctrl-C is for this process to answer
         return subprocess.Popen(
@@ -64,7 +77,8 @@ class Encoder:
 
     def finish(self) -> None:
         """The file is whole after this."""
-        assert self._process is not None  # frames were written
+        if self._process is None:  # it did not start
+            raise self._told()
         try:
             _input(self._process).close()
         except OSError as error:
@@ -79,7 +93,7 @@ class Encoder:
         words = " ".join(self._log.read().decode(errors="replace").split())[-300:]
         return OSError(
             errno.ENOSPC if os.strerror(errno.ENOSPC) in words else errno.EIO,
-            words or "ffmpeg stopped",
+            words or ("ffmpeg stopped" if self._process else "ffmpeg did not start"),
         )
 
     def remove(self) -> None:

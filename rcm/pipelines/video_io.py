@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 from rcm.core.errors import ConfigError, NonFinite
 from rcm.core.output_file import OutputFile
 from rcm.core.records import require_kind
-from rcm.pipelines.mp4_encoder import Encoder, enlarge, keep_somewhere
+from rcm.pipelines.mp4_encoder import Encoder, enlarge, find_ffmpeg, keep_somewhere
 
 KEPT_BYTES = 1 << 30
 """Pixels that a writer remembers for the case that the write fails: 14 minutes at 256x256 and 16
@@ -74,6 +74,14 @@ def comfortable_scale(height: int, width: int) -> int:
     """
     side = min(height, width)
     return 1 if 4 * side > COMFORTABLE else math.ceil(COMFORTABLE / side)
+
+
+def claim_video(path: str | Path, *, knob: str) -> OutputFile:
+    """An mp4 file that will be written (`OutputFile.claim`), looked at before anything is made for
+    it. `ConfigError` without ffmpeg.
+    """
+    find_ffmpeg()
+    return OutputFile.claim(path, suffix=".mp4", knob=knob)
 
 
 class Mp4Writer:

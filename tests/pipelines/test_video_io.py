@@ -14,6 +14,7 @@ from rcm.core.errors import ConfigError, NonFinite
 from rcm.pipelines.video_io import (
     Mp4Writer,
     VideoError,
+    claim_video,
     contact_sheet,
     enlarge,
     iter_frames,
@@ -213,3 +214,25 @@ def test_what_was_made_before_ctrl_c_is_kept(tmp_path, video):
     assert probe(tmp_path / "a.partial.mp4").num_frames == 17
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "a.partial.mp4"]
     assert (tmp_path / "a.mp4").read_bytes() == b"older"
+
+
+def test_without_ffmpeg_it_is_said_before_anything_is_made(tmp_path, monkeypatch):
+    def missing() -> str:
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", missing)
+    with pytest.raises(ConfigError, match="written by ffmpeg, and none was found: `pip install imageio-ffmpeg`"):
+        claim_video(tmp_path / "a.mp4", knob="--save_path")
+    with pytest.raises(ConfigError, match="none was found"):
+        write_mp4(tmp_path / "a.mp4", torch.zeros(3, 2, 16, 16), fps=8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_ffmpeg_that_does_not_start_costs_no_frames(tmp_path, monkeypatch):
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(tmp_path / "nowhere"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(OSError, match="its 2 frames are kept in") as failed:
+        write_mp4(tmp_path / "a.mp4", torch.zeros(3, 2, 16, 16), fps=8)
+    assert "nowhere" in str(failed.value) or "No such file" in str(failed.value)
+    (kept,) = tmp_path.glob("rcm-kept-*/*.npy")
+    assert np.load(kept).shape == (2, 16, 16, 3)
