@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from rcm.core.errors import CheckpointError
 
@@ -27,29 +27,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 _READ = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 _TOLD_ONLY = frozenset(
-    (
-        "base_model_name_or_path",
-        "revision",
-        "task_type",
-        "inference_mode",
-        "lora_dropout",
-        "target_modules",
-        "exclude_modules",
-    )
-    + (
-        "layers_to_transform",
-        "layers_pattern",
-        "auto_mapping",
-        "megatron_config",
-        "megatron_core",
-        "peft_version",
-        "runtime_config",
-    )
-    + ("loftq_config", "eva_config", "corda_config", "qalora_group_size", "ensure_weight_tying")
+    ("base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout")
+    + ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "auto_mapping")
+    + ("megatron_config", "megatron_core", "peft_version", "runtime_config", "loftq_config")
+    + ("eva_config", "corda_config", "qalora_group_size", "ensure_weight_tying")
 )
 _ALPHAS = ("ss_network_alpha", "lora_alpha", "network_alpha", "alpha")
 _RANKS = ("ss_network_dim", "network_dim", "rank", "r")
 _STABILISED = ("use_rslora", "rslora", "rs_lora")
+V = TypeVar("V")
 _LITERAL = re.compile(r"\^?[\w.\\-]{1,300}")
 
 
@@ -149,17 +135,17 @@ def _of_peft(settings: Mapping[str, Any]) -> LoRASettings:
         alpha=_number(settings, "lora_alpha"),
         rank=_rank(settings, "r"),
         stabilised=_flag(settings, "use_rslora"),
-        alphas={
-            _plain(key): alpha
-            for key in patterns[0]
-            if (alpha := _number(patterns[0], key)) is not None
-        },
-        ranks={
-            _plain(key): rank
-            for key in patterns[1]
-            if (rank := _rank(patterns[1], key)) is not None
-        },
+        alphas=_by_name(patterns[0], _number),
+        ranks=_by_name(patterns[1], _rank),
     )
+
+
+def _by_name(
+    pattern: Mapping[str, Any], read: Callable[[Mapping[str, Any], str], V | None]
+) -> dict[str, V]:
+    """The values of a pattern that are stated, by the end of a target's name."""
+    found = {key.replace("\\.", "."): read(pattern, key) for key in pattern}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _of_diffusers(metadata: Mapping[str, str]) -> dict[str, Any] | None:
@@ -236,10 +222,6 @@ def _flag(settings: Mapping[str, Any], key: str) -> bool:
     if str(value).lower() in ("none", "false", "0", ""):
         return False
     raise CheckpointError(f"its settings have {key}={str(value)[:60]}, expected true or false")
-
-
-def _plain(pattern: str) -> str:
-    return pattern.replace("\\.", ".")
 
 
 def _of(target: str, stated: Mapping[str, Any]) -> Any:
