@@ -1,5 +1,5 @@
-"""What the bias correction of coded keys recovers, as error of attention's output: on keys of a
-trained network, and on random ones.
+"""What the bias correction of coded keys recovers, and what searched scales do, as error of
+attention's output: on keys of a trained network, and on random ones.
 
     python -m scripts.bench_kv_bias
     python -m scripts.bench_kv_bias --ckpt outputs/demo/runs/sf_dmd_c3-3 --frames 9 --batch 24 \\
@@ -9,12 +9,14 @@ Keys and queries are those of the denoising passes of a stream over a plain cach
 coded as one chunk, before rotation, and its own tokens stay plain, as in a quantised cache.
 Columns: squared relative error of the output as coded, corrected, and with the true mean gain of
 every head taken off ("possible"); how many logits coded keys gain on average, and how many are
-left.
+left; for types of 4 and 2 bits the error with searched scales (`SideSpec.scale_fit`), the share of
+the error as coded that they recover, and the logits gained with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ from rcm.inference.outcome import command
 from rcm.kernels.kv_codec import bias
 from rcm.kernels.kv_codec.codec import KVCodec
 from rcm.kernels.kv_codec.segments import Segment, attend_segments, plain
-from rcm.kernels.kv_codec.spec import KVCodecSpec, SideSpec, kivi
+from rcm.kernels.kv_codec.spec import BITS, SIDES, KVCodecSpec, SideSpec, kivi
 from rcm.nets.kv_store import pieces_of
 from rcm.nets.rope import RopeTable, rotate
 from rcm.pipelines.from_checkpoint import open_checkpoint
@@ -148,6 +150,26 @@ def corrected_errors(
     return {**errors, "gain": sum(gains) / len(gains), "gain left": sum(left) / len(left)}
 
 
+def searched(spec: KVCodecSpec) -> KVCodecSpec | None:
+    """The codec with searched scales; None where there are none to search."""
+    sides = {
+        side: replace(spec.side(side), scale_fit="search")
+        for side in SIDES
+        if BITS[spec.side(side).dtype] <= 4
+    }
+    return replace(spec, **sides) if sides else None
+
+
+def row_of(seen: Sequence[Seen], spec: KVCodecSpec, *, least: int = 16) -> dict[str, float]:
+    """All columns."""
+    row, other = corrected_errors(seen, spec, least=least), searched(spec)
+    if other is None:
+        return row
+    fit = corrected_errors(seen, other, least=least)
+    recovered = 1 - fit["as coded"] / row["as coded"]
+    return {**row, "searched": fit["as coded"], "recovered": recovered, "then gain": fit["gain"]}
+
+
 def cases() -> dict[str, KVCodecSpec]:
     """Codecs by name."""
     int2, int4 = SideSpec("int2"), SideSpec("int4")
@@ -158,6 +180,9 @@ def cases() -> dict[str, KVCodecSpec]:
         "int2 asymmetric (KIVI)": kivi("int2"),
         "int2 qvg, 4 clusters": KVCodecSpec(qvg, qvg, qvg_clusters=4),
         "int4": KVCodecSpec(int4, int4),
+        "int4 asymmetric (KIVI)": kivi("int4"),
+        "fp4": KVCodecSpec(SideSpec("fp4"), SideSpec("fp4")),
+        "fp8": KVCodecSpec(SideSpec("fp8"), SideSpec("fp8")),
     }
 
 
@@ -183,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("random", random_keys()),
     ):
         for name, spec in cases().items():
-            row = corrected_errors(seen, spec)
+            row = row_of(seen, spec)
             rows.append({"keys": data, "codec": name, **row})
             print(f"{data:28s} {name:24s} {in_words(row)}", flush=True)
     if args.out:

@@ -40,9 +40,11 @@ ones and its context.
 """
 
 
-def spec_of(dtype: str, smoothing: str = "none", **settings: Any) -> KVCodecSpec:
+def spec_of(
+    dtype: str, smoothing: str = "none", scale_fit: str = "none", **settings: Any
+) -> KVCodecSpec:
     """Keys and values alike."""
-    side = SideSpec(dtype=dtype, smoothing=smoothing)
+    side = SideSpec(dtype=dtype, smoothing=smoothing, scale_fit=scale_fit)
     return KVCodecSpec(key=side, value=side, **settings)
 
 
@@ -51,6 +53,7 @@ CACHES: dict[str, KVCodecSpec | None] = {
     "fp8": spec_of("fp8"),
     "int4": spec_of("int4"),
     "int2": spec_of("int2"),
+    "int2 search": spec_of("int2", scale_fit="search"),
     "int2+qvg": spec_of("int2", "qvg"),
     "int2+qvg release": spec_of("int2", "qvg", mode="release"),
 }

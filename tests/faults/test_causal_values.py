@@ -199,6 +199,12 @@ CACHE = [
         *(*FEW, "--kv_bias_correction", "--kv_dtype_k", "int2", "--graphs", "on", "--num_frames", "9"),
         which="causal_quant",
     ),
+    causal(
+        "scales to search of bytes",
+        "--kv_scale_fit_k is for types of 4 and 2 bits, got --kv_dtype_k fp8",
+        *(*FEW, "--kv_dtype_k", "fp8", "--kv_scale_fit_k", "search"),
+        which="causal_quant",
+    ),
     causal("no clusters", "--kv_qvg_clusters must be at least 1", *FEW, "--kv_qvg_clusters", "0", which="causal_quant"),
     causal("a percentile of percent", "--kv_clip_percentile", *FEW, "--kv_clip_percentile", "99.9", which="causal_quant"),
     causal(

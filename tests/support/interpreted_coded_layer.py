@@ -28,7 +28,12 @@ from rcm.pipelines import captured_views
 from rcm.pipelines.captured_views import CodedView
 
 GRID, HEADS, HEAD = (2, 3), 2, 16
-CODECS = {"int4": SideSpec("int4", group_size=4), "int2 qvg": SideSpec("int2", "qvg", 4), "int8 hadamard": SideSpec("int8", "hadamard", 4)}
+CODECS = {
+    "int4": SideSpec("int4", group_size=4, scale_fit="search"),
+    "int2 qvg": SideSpec("int2", "qvg", 4),
+    "int8 hadamard": SideSpec("int8", "hadamard", 4),
+    "fp8": SideSpec("fp8", group_size=4),
+}
 
 
 @dataclass

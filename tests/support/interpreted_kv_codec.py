@@ -79,7 +79,6 @@ MUTANTS = {
     "padding in a fit": ("tl.where(keep, 2 * tl.abs(y)", "tl.where(y == y, 2 * tl.abs(y)", "fit int2 channel"),
     "one step": ("(1.0 - 0.15 * i) * STEP", "1.0 * STEP", "fit int4 token"),
     "middle of a fit": ("mid + shift.to(tl.float32) * back", "low", "fit int2 token asymmetric"),
-    "sums of a long group": ("if GROUP <= 64 else", "if GROUP <= 4096 else", "fit, groups of 70 tokens"),
     "stride of the output": ("+ head * stride_n + col % D, value", "+ col, value", "rcm int4 token"),
 }  # fmt: skip
 

@@ -26,6 +26,7 @@ SPECS = {
     **{f"int4 {smoothing}": KVCodecSpec(SideSpec("int4", smoothing), SideSpec("int2", smoothing)) for smoothing in SMOOTHINGS},
     **{f"{mode} qvg": KVCodecSpec(SideSpec("int2", "qvg"), SideSpec("int4", "qvg"), mode=mode) for mode in ("release", "official")},
     "fp8": KVCodecSpec(SideSpec("fp8"), SideSpec("fp4")),
+    "searched": KVCodecSpec(SideSpec("int2", asymmetric=True, scale_fit="search"), SideSpec("int4", scale_fit="search")),
     "bf16 keys": KVCodecSpec(SideSpec(), SideSpec("int8", asymmetric=True)),
     "heads": KVCodecSpec(SideSpec("int4", granularity="head"), SideSpec("int8", granularity="tensor")),
 }
