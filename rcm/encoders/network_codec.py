@@ -10,7 +10,7 @@ from torch import nn
 
 from rcm.encoders.codec import StridedSizes
 from rcm.encoders.wan_vae_net import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE
-from rcm.encoders.wan_vae_stream import DecodeStream, Graphs, LatentStatistics
+from rcm.encoders.wan_vae_stream import DecodeStream, Graphs, LatentStatistics, TiledDecodeStream
 
 
 class NetworkCodec(StridedSizes):
@@ -52,7 +52,9 @@ class NetworkCodec(StridedSizes):
         self.net.to(device)
         return self
 
-    def stream(self, *, frames_per_step: int = 1, graphs: Graphs = "off") -> DecodeStream:
+    def stream(
+        self, *, frames_per_step: int = 1, graphs: Graphs = "off"
+    ) -> DecodeStream | TiledDecodeStream:
         """A fresh streaming decoder, for one video or one batch in step; any number of streams may
         be open. See `DecodeStream`.
         """

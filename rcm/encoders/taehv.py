@@ -37,7 +37,8 @@ class TinyDecoderCodec(NetworkCodec):
                 for fill in (torch.zeros, torch.ones)
             )
         )
-        super().__init__(net.to(memory_format=torch.channels_last), as_they_are, path=path)
+        net._apply(lambda x: x.to(memory_format=torch.channels_last) if x.ndim == 4 else x)
+        super().__init__(net, as_they_are, path=path)
 
     @classmethod
     def from_file(

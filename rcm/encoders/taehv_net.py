@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rcm.encoders.wan_vae_layers import part
 from rcm.encoders.wan_vae_net import LATENT_CHANNELS, TEMPORAL_STRIDE
 from rcm.encoders.wan_vae_state import Slot, StreamState
 
@@ -64,8 +65,8 @@ class MemoryBlock(nn.Module):
         memory = state.frames(self)
         y = torch.cat([x, torch.cat([memory, x[:, :-1]], dim=1)], dim=-1)
         memory.copy_(x[:, -1:])
-        for name, conv in self.conv.items():
-            y = convolved(conv, F.relu(y) if name != "0" else y)
+        for name in self.conv:
+            y = convolved(part(self.conv, name, nn.Conv2d), F.relu(y) if name != "0" else y)
         return F.relu(x + y)
 
 
@@ -119,12 +120,12 @@ class TinyDecoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of weights and activations."""
-        return self.decoder["1"].weight.dtype
+        return part(self.decoder, "1", nn.Conv2d).weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.decoder["1"].weight.device
+        return part(self.decoder, "1", nn.Conv2d).weight.device
 
     def decoder_state(self, *, batch: int, cells: tuple[int, int]) -> StreamState:
         """State of one decoded video (or batch in step) of latent size `cells`."""
@@ -146,6 +147,7 @@ class TinyDecoder(nn.Module):
                 # published in the other order: the same values, for four times the work
                 x = doubled(layer(x))
             else:
+                assert isinstance(layer, nn.Conv2d)
                 x = convolved(layer, F.relu(x) if index == last else x)
                 x = F.relu(x) if index == 0 else x
         skipped = 0 if state.started else TEMPORAL_STRIDE - 1

@@ -74,9 +74,11 @@ class EmbeddingCache:
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError) as error:
-            return _distrusted(path, str(error))
+            _distrusted(path, str(error))
+            return None
         if meta.get("prompt") != prompt:
-            return _distrusted(path, f"it is of another prompt, {str(meta.get('prompt'))[:80]!r}")
+            _distrusted(path, f"it is of another prompt, {str(meta.get('prompt'))[:80]!r}")
+            return None
         fits = (
             rows.ndim == 2
             and 1 <= rows.shape[0] <= text_len
@@ -84,9 +86,9 @@ class EmbeddingCache:
             and rows.dtype == dtype
         )
         if not fits or not bool(torch.isfinite(rows).all()):
-            return _distrusted(
-                path, f"it holds {rows.dtype} {list(rows.shape)}, or numbers that are not finite"
-            )
+            held = f"it holds {rows.dtype} {list(rows.shape)}, or numbers that are not finite"
+            _distrusted(path, held)
+            return None
         return PromptRows(rows, meta.get("cut", ""))
 
     def put(self, prompt: str, found: PromptRows) -> None:

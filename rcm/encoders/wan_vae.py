@@ -32,9 +32,9 @@ from rcm.kernels.precompile import Compiled
 __all__ = ["WAN_VAE_FILE", "WanVAE", "WanVAECodec", "WanVAEConfig"]
 
 # per channel, of the published network's latents (docs/reference/encoders.md#vae-normalisation)
-MEANS = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
+MEANS: tuple[float, ...] = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
 MEANS += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
-DEVIATIONS = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
+DEVIATIONS: tuple[float, ...] = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
 DEVIATIONS += (3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 DECODE_STEP = 2
 ENCODE_STEP = 4
@@ -155,6 +155,7 @@ class WanVAECodec(NetworkCodec):
             if total is None:
                 total = piece.new_zeros(video.shape[0], self.latent_channels, frames, *cells)
             tile.add(piece, total, scale=1)
+        assert total is not None  # there are tiles
         return total
 
     def decode(self, latents: Tensor, *, frames_per_step: int = DECODE_STEP) -> Tensor:
@@ -193,19 +194,17 @@ class WanVAECodec(NetworkCodec):
         May run in a thread beside other work. `compile_decoder` itself needs no codec, so it can
         run while the weights are read.
         """
-        cells = (
-            self.latent_size(*size)
-            if self.tile is None
-            else (min(n, self.tile) for n in self.latent_size(*size))
+        height, width = (
+            min(n, self.tile or n) * self.spatial_stride for n in self.latent_size(*size)
         )
-        pixels = tuple(n * self.spatial_stride for n in cells)
-        options = {
-            "dtype": self.dtype,
-            "config": self.vae.config,
-            "batch": batch,
-            "frames_per_step": frames_per_step,
-        }
-        return compile_decoder(self.device, size=pixels, **options)
+        return compile_decoder(
+            self.device,
+            size=(height, width),
+            dtype=self.dtype,
+            config=self.vae.config,
+            batch=batch,
+            frames_per_step=frames_per_step,
+        )
 
 
 def fill_random(vae: nn.Module, *, seed: int) -> None:

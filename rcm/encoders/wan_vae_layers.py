@@ -10,7 +10,7 @@ bias and residual cost no pass of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,16 @@ from rcm.kernels.vae_window_eager import Features
 
 Resampling = Literal["down2d", "down3d", "up2d", "up3d"]
 EDGE = (1, 1)
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def part(parts: nn.ModuleDict, name: str, kind: type[M]) -> M:
+    """`parts[name]`, which is of `kind`."""
+    found = parts[name]
+    assert isinstance(found, kind)
+    return found
 
 
 class RMSNorm(nn.Module):
@@ -127,21 +137,22 @@ class ResidualBlock(nn.Module):
 
     def forward(self, features: Features, state: StreamState) -> Features:
         """Features of the same frames."""
-        first, second = self.residual["2"], self.residual["6"]
+        first, second = part(self.residual, "2", Conv), part(self.residual, "6", Conv)
         seen = window(
             features,
-            gamma=self.residual["0"].flat(),
+            gamma=part(self.residual, "0", RMSNorm).flat(),
             norm="rms_silu",
             carried=state.frames(first),
             border=EDGE,
             keep=True,
         )
         value, entered = first.over(seen.padded), seen.kept
+        assert entered is not None  # keep
         # the window is as large as the features: give it back before the next one is made
         del features, seen
         value = window(
             Features(value, first.bias),
-            gamma=self.residual["3"].flat(),
+            gamma=part(self.residual, "3", RMSNorm).flat(),
             norm="rms_silu",
             carried=state.frames(second),
             border=EDGE,
@@ -196,7 +207,7 @@ class Resample(nn.Module):
         """Features of half or twice the size; [B, T, ...] becomes T/2 or 2T behind the first frame
         for the kinds in three dimensions.
         """
-        conv = self.resample["1"]
+        conv = part(self.resample, "1", Conv)
         if self.kind in ("up2d", "up3d"):
             if self.kind == "up3d" and state.started:
                 time = self.time_conv

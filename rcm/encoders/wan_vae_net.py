@@ -22,6 +22,7 @@ from rcm.encoders.wan_vae_layers import (
     ResidualBlock,
     RMSNorm,
     number_slots,
+    part,
 )
 from rcm.encoders.wan_vae_state import Slot, StreamState
 from rcm.kernels.vae_conv_pack import Form
@@ -260,9 +261,13 @@ def _run(
     if head is None:
         state.started = True
         return window(features).padded
-    last = head["2"]
+    last = part(head, "2", Conv)
     padded = window(
-        features, gamma=head["0"].flat(), norm="rms_silu", carried=state.frames(last), border=EDGE
+        features,
+        gamma=part(head, "0", RMSNorm).flat(),
+        norm="rms_silu",
+        carried=state.frames(last),
+        border=EDGE,
     ).padded
     del features
     state.started = True

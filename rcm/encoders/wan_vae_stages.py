@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rcm.encoders.wan_vae import WanVAECodec
-from rcm.encoders.wan_vae_layers import Conv, NearestThenConv, Resample, ResidualBlock
+from rcm.encoders.wan_vae_layers import Conv, NearestThenConv, Resample, ResidualBlock, part
 from rcm.encoders.wan_vae_net import Decoder, WanVAE
 from rcm.encoders.wan_vae_state import StreamState
 from rcm.encoders.wan_vae_stream import DecodeStream, Graphs, LatentStatistics, steps_of
@@ -83,9 +83,9 @@ def boundary_before(decoder: Decoder, unit: int) -> Boundary:
     channels, frames, scale = decoder.conv1.weight.shape[0], 1, 1
     for block in decoder.units[:unit]:
         if isinstance(block, ResidualBlock):
-            channels = block.residual["6"].weight.shape[0]
+            channels = part(block.residual, "6", Conv).weight.shape[0]
         if isinstance(block, Resample):
-            channels, scale = block.resample["1"].weight.shape[0], 2 * scale
+            channels, scale = part(block.resample, "1", Conv).weight.shape[0], 2 * scale
             frames *= 2 if block.kind == "up3d" else 1
     return Boundary(channels, frames, scale)
 
@@ -168,33 +168,34 @@ class StageStream(DecodeStream):
         if self._sink is not None:
             self._sink.release()
 
-    def _through(self, latents: Tensor, size: tuple[int, ...]) -> Tensor | None:
-        pixels = latents.new_empty(size, device=self._vae.device) if self._sink is None else None
-        parts = list(steps_of(latents.shape[2], first_alone=not self._state.started, most=1))
-        done = 0
+    def _through(self, latents: Tensor, size: tuple[int, ...], state: StreamState) -> Any:
+        sink, done, pixels = self._sink, 0, latents.new_empty(0)
+        if sink is None:
+            pixels = latents.new_empty(size, device=self._vae.device)
+        parts = list(steps_of(latents.shape[2], first_alone=not state.started, most=1))
         expected = [
-            self._expected(first=i == 0 and not self._state.started) for i in range(len(parts))
+            self._expected(state, first=i == 0 and not state.started) for i in range(len(parts))
         ]
         for shape in expected[:AHEAD]:
             self._expect(shape)
-        for i, part in enumerate(parts):
-            piece = self._step(
-                self._prepared(latents[:, :, part]) if self._source is None else self._source.take()
-            )
+        for i, frames in enumerate(parts):
+            source = self._source
+            taken = self._prepared(latents[:, :, frames]) if source is None else source.take()
+            piece = self._step(taken, state)
             for shape in expected[i + AHEAD : i + AHEAD + 1]:
                 self._expect(shape)
-            if pixels is None:
+            if sink is not None:
                 # the next replay writes it again
-                self._sink.send(piece if self._graphs == "off" else piece.clone())
+                sink.send(piece if self._graphs == "off" else piece.clone())
             else:
                 pixels[:, :, done : done + piece.shape[1]] = piece.permute(0, 4, 1, 2, 3)
                 done += piece.shape[1]
-        return pixels
+        return pixels if sink is None else None
 
-    def _expected(self, *, first: bool) -> tuple[int, ...]:
-        at, (height, width) = self._before, self._state.cells
+    def _expected(self, state: StreamState, *, first: bool) -> tuple[int, ...]:
+        at, (height, width) = self._before, state.cells
         return (
-            self._state.batch,
+            state.batch,
             1 if first else at.frames,
             at.scale * height,
             at.scale * width,

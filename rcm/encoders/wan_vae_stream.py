@@ -131,26 +131,31 @@ class DecodeStream:
             )
         require_latents(latents, channels=self._vae.config.latent_channels)
         batch, _, count, *cells = latents.shape
-        if self._state is None:
-            self._state = self._vae.decoder_state(batch=batch, cells=(cells[0], cells[1]))
-        self._state.require_fit(
-            batch=batch, cells=(cells[0], cells[1]), device=self._vae.device, dtype=self._vae.dtype
-        )
-        frames = TEMPORAL_STRIDE * count - (0 if self._state.started else TEMPORAL_STRIDE - 1)
+        state = self._fitting(batch, (cells[0], cells[1]))
+        frames = TEMPORAL_STRIDE * count - (0 if state.started else TEMPORAL_STRIDE - 1)
         size = (batch, 3, frames, SPATIAL_STRIDE * cells[0], SPATIAL_STRIDE * cells[1])
         self._half_done = True
         with network_scope(self._vae):
-            pixels = self._through(latents, size)
+            pixels = self._through(latents, size, state)
         self._half_done = False
         return pixels
 
-    def _through(self, latents: Tensor, size: tuple[int, ...]) -> Tensor:
+    def _fitting(self, batch: int, cells: tuple[int, int]) -> StreamState:
+        """What is remembered of such a video; `ConfigError` where it is of another."""
+        if self._state is None:
+            self._state = self._vae.decoder_state(batch=batch, cells=cells)
+        self._state.require_fit(
+            batch=batch, cells=cells, device=self._vae.device, dtype=self._vae.dtype
+        )
+        return self._state
+
+    def _through(self, latents: Tensor, size: tuple[int, ...], state: StreamState) -> Any:
         """Pixels of `size` of checked latents, part by part."""
         pixels, done = latents.new_empty(size, device=self._vae.device), 0
         for part in steps_of(
-            latents.shape[2], first_alone=not self._state.started, most=self._frames_per_step
+            latents.shape[2], first_alone=not state.started, most=self._frames_per_step
         ):
-            piece = self._step(self._prepared(latents[:, :, part]))
+            piece = self._step(self._prepared(latents[:, :, part]), state)
             pixels[:, :, done : done + piece.shape[1]] = piece.permute(0, 4, 1, 2, 3)
             done += piece.shape[1]
         return pixels
@@ -179,12 +184,7 @@ class DecodeStream:
             self.restart()
             return
         batch, cells, frames = state
-        if self._state is None:
-            self._state = self._vae.decoder_state(batch=batch, cells=cells)
-        self._state.require_fit(
-            batch=batch, cells=cells, device=self._vae.device, dtype=self._vae.dtype
-        )
-        self._state.load(frames)
+        self._fitting(batch, cells).load(frames)
         self._half_done = False
 
     def num_bytes(self) -> int:
@@ -203,9 +203,9 @@ class DecodeStream:
         wide = moved.to(torch.promote_types(moved.dtype, torch.float32))
         return self._statistics.colour(wide).to(self._vae.dtype).contiguous()
 
-    def _step(self, frames: Tensor) -> Tensor:
-        if self._graphs == "off" or not self._state.started:
-            return self._vae.decode_step(frames, self._state)
+    def _step(self, frames: Tensor, state: StreamState) -> Tensor:
+        if self._graphs == "off" or not state.started:
+            return self._vae.decode_step(frames, state)
         if self._generation != self._vae.generation:
             # captured steps read the weights where they were
             self._captured.clear()
@@ -214,17 +214,18 @@ class DecodeStream:
         if count not in self._captured:
             # compiles kernels and packs weights, which a capture may not
             self._captured[count] = None
-            return self._vae.decode_step(frames, self._state)
-        if self._captured[count] is None:
-            self._captured[count] = _CapturedStep(self._vae, self._state, frames)
-        return self._captured[count].replay(frames)
+            return self._vae.decode_step(frames, state)
+        captured = self._captured[count]
+        if captured is None:
+            captured = self._captured[count] = _CapturedStep(self._vae, state, frames)
+        return captured.replay(frames)
 
 
 class _CapturedStep:
     """One steady step of a stream as a CUDA graph."""
 
-    def __init__(self, vae: WanVAE, state: StreamState, frames: Tensor) -> None:
-        self._input = frames.clone()
+    def __init__(self, vae: ChunkDecoder, state: StreamState, frames: Tensor) -> None:
+        self._input, self._output = frames.clone(), frames
         self._graph = CudaGraph(
             lambda: setattr(self, "_output", vae.decode_step(self._input, state)), frames.device
         )
@@ -324,6 +325,7 @@ def blend_tiles(
             total = piece.new_zeros(*piece.shape[:3], height, width, dtype=wide)
         tile.add(piece, total, scale=SPATIAL_STRIDE)
         del stream
+    assert total is not None  # there are tiles
     return total.to(latents.dtype)
 
 
