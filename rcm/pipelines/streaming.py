@@ -59,8 +59,9 @@ def stream_latents(
     denoiser: VelocityModel, cond: Condition, recipe: SamplingRecipe, **options: Any
 ) -> Iterator[tuple[int, Tensor]]:
     """(block, x0 [B, C, frames, h, w] float32) of `bounded` without a codec."""
-    for chunk in bounded(denoiser, None, cond, recipe, **options):
-        yield chunk.block, chunk.latents
+    with bounded(denoiser, None, cond, recipe, **options) as session:
+        for chunk in session:
+            yield chunk.block, chunk.latents
 
 
 def stream_video(
@@ -80,7 +81,8 @@ def stream_video(
     spec.given(prefix, device=torch.device(device))
 
     def chunks() -> Iterator[StreamedChunk]:
-        yield from Session(denoiser, codec, cond, spec, device=device, prefix=prefix)
+        with Session(denoiser, codec, cond, spec, device=device, prefix=prefix) as session:
+            yield from session
 
     return chunks()
 

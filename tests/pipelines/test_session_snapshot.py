@@ -74,14 +74,14 @@ def test_a_stream_cancelled_at_any_pass_goes_on_elsewhere_from_its_snapshot(deno
     """One generator serves them in turn."""
     options = {**options, **({"policy": CachePolicy(), "generator": torch.Generator().manual_seed(4)} if "noise" in options else {})}
     alone, passes = opened(denoiser, **options), 0
-    chunks(alone, 4)
-    expected = chunks(alone, 3)
+    chunks(alone, 2)
+    expected = chunks(alone, 2)
     alone.close()
     while True:
         session, seen = opened(denoiser, **options), itertools.count()
         if "noise" in options:
             session.restart(seed=4)
-        chunks(session, 4)
+        chunks(session, 2)
         state, at = session.snapshot(), passes
 
         def interrupt(session=session, seen=seen, at=at) -> None:
@@ -91,17 +91,17 @@ def test_a_stream_cancelled_at_any_pass_goes_on_elsewhere_from_its_snapshot(deno
 
         session.loop.interrupt = interrupt
         try:
-            whole = torch.equal(chunks(session, 3), expected)
+            whole = torch.equal(chunks(session, 2), expected)
         except StreamCancelled:
             whole = False
         session.close()
         with opened(denoiser, **options) as fresh:
             fresh.restore(state)
-            assert torch.equal(chunks(fresh, 3), expected)
+            assert torch.equal(chunks(fresh, 2), expected)
         if whole:
             break
         passes += 1
-    assert passes == 3 * 2 + 3, "steps, and contexts of the chunks before"
+    assert passes == 2 * 2 + 2, "steps, and contexts of the chunks before"
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, NOISY], ids=["clean", "noisy"])
