@@ -24,13 +24,11 @@ class Card:
     masked: float = 0.9  # share of the last two that masked attention reaches
     bandwidth: float = 3.6e12  # device memory, read plus write
     link: float = 350e9  # of a rank to the other ranks of its node
-    reorder: float = (
-        115e9  # exchanged heads beside the link: copies before and after, smaller calls
-    )
+    reorder: float = 115e9  # exchanged heads, beside the link: copies around it, smaller calls
     network: float = 45e9  # of a rank to other nodes
     host: float = 50e9  # to or from pinned host memory; assumed from the bus (PCIe 5.0 x16)
     node: int = 8  # cards of a node
-    launch: float = 1.2e-3  # seconds that the host issues a block in
+    launch: float = 1.6e-3  # seconds that the host issues a block in
     launch_ranks: float = 7.6e-3  # the same where ranks share parameters, and wait for the slowest
     measured: bool = False
 
