@@ -86,6 +86,11 @@ class Encoder:
         if self._process.wait():
             raise self._told()
 
+    def place(self, path: Path) -> None:
+        """The whole file stands at `path` after this."""
+        self.finish()
+        os.replace(self.path, path)
+
     def _told(self) -> OSError:
         if self._process is not None:
             self._process.wait()

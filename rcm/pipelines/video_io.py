@@ -171,9 +171,9 @@ class Mp4Writer:
         target = self._target.path
         try:
             if kind is None:
-                self._place(self._encoder, target)
+                self._encoder.place(target)
             elif not issubclass(kind, ConfigError | GeneratorExit) and self._kept:
-                self._place(self._encoder, target.with_suffix(".partial.mp4"))
+                self._encoder.place(target.with_suffix(".partial.mp4"))
                 logger.warning(
                     "broken off; what there was until then is in"
                     f" {self.path.with_suffix('.partial.mp4')}"
@@ -185,11 +185,6 @@ class Mp4Writer:
         finally:
             if self._encoder is not None:
                 self._encoder.remove()
-
-    @staticmethod
-    def _place(encoder: Encoder, path: Path) -> None:
-        encoder.finish()
-        os.replace(encoder.path, path)
 
 
 def check_frame(height: int, width: int, *, scale: int, pad: bool = False) -> None:
@@ -229,12 +224,7 @@ def probe(path: str | Path) -> VideoInfo:
     path = _existing(path)
     command = _decoder(path, "-progress", "pipe:1", "-f", "null", "-fps_mode", "cfr", log="info")
     done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
     )
     _require_whole(path, done.returncode, done.stderr)
     lines = [line for line in done.stderr.splitlines() if re.match(r"\s*Stream #.* Video: ", line)]
