@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 import re
 import subprocess
 import tempfile
