@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from rcm.nets.condition import Condition
 from rcm.parallel.checkpointing import checkpoint_blocks
 from tests.support import mutants
 from tests.support.fused_cases import cases, errors
-from tests.support.toy_method import CHANNELS, CONFIG, FRAMES, HEIGHT, LAYOUT, WIDTH, make_net
+from tests.support.tiny_nets import tiny_net
+from tests.support.toy_method import CHANNELS, CONFIG, FRAMES, HEIGHT, LAYOUT, WIDTH
 
 CASES = cases(tokens=5, width=24, odd=7, heads=(9, 3, 16))
 NORM, POINTWISE = norm_kernels, pointwise_kernels
@@ -94,11 +96,12 @@ def run_cases() -> dict[str, list]:
 
 def run_network() -> list[tuple[str, float, float]]:
     """Gradients of a recomputed network with fused layers against plain ones in float64."""
+    launch.ROWS_FORWARD, launch.ROWS_BACKWARD, launch.POINTWISE_BLOCK, launch.SUMMED_ROWS = 8, 8, 2048, 64  # few programs
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(1, CHANNELS, FRAMES, HEIGHT, WIDTH, generator=generator)
     text, found = torch.randn(1, 5, CONFIG.text_dim, generator=generator), {}
     for fused, dtype in (("off", torch.float64), ("on", torch.float32)):
-        net = make_net(seed=0).to(dtype)
+        net = tiny_net(dtype=dtype, attention="reference", **asdict(CONFIG) | {"num_layers": 1})
         net.set_fused(fused)
         checkpoint_blocks(net, mode="block_wise_keep_attention_mlp")
         net(x.to(dtype), torch.full((1, 1), 300.0, dtype=dtype), Condition(text.to(dtype)), LAYOUT).square().mean().backward()
