@@ -43,35 +43,22 @@ ADAPTERS = "model.config.lora.rank=64"
 def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str], list[str]]:
     """Flags, the planner's own words, and the overrides of the config."""
     parser = Arguments(prog="scripts.plan", description=__doc__)
-    parser.add_argument(
-        "--config",
-        default=DEFAULT_REGISTRY,
-        metavar="REGISTRY",
-        help="as for scripts.train [%(default)s]",
+    add, told = parser.add_argument, "as for scripts.train [%(default)s]"
+    add("--config", default=DEFAULT_REGISTRY, metavar="REGISTRY", help=told)
+    add("--json", type=Path, metavar="FILE", help="also write everything there")
+    told = "predict the configured layout only, search for no other"
+    add("--as-is", "--as_is", action="store_true", help=told)
+    told = (
+        "the smallest machine that trains it: one to eight cards of 24, 48, 80 or 141 GB, or those"
+        " of gpus= and gpu="
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
-    parser.add_argument(
-        "--as-is",
-        "--as_is",
-        action="store_true",
-        help="predict the configured layout only, search for no other",
-    )
-    parser.add_argument(
-        "--smallest",
-        action="store_true",
-        help="the smallest machine that trains it: one to eight cards of 24, 48, 80 or 141 GB, or"
-        " those of gpus= and gpu=",
-    )
-    parser.add_argument(
-        "words", nargs="+", metavar="key=value", help=f"config keys, and {', '.join(OWN_KEYS)}"
-    )
+    add("--smallest", action="store_true", help=told)
+    told = f"config keys, and {', '.join(OWN_KEYS)}"
+    add("words", nargs="+", metavar="key=value", help=told)
     flags = parser.parse_intermixed_args(argv)
     own = [word for word in flags.words if "=" in word and word.split("=")[0] in OWN_KEYS]
-    return (
-        flags,
-        dict(word.split("=", 1) for word in own),
-        [word for word in flags.words if word not in own],
-    )
+    rest = [word for word in flags.words if word not in own]
+    return flags, dict(word.split("=", 1) for word in own), rest
 
 
 def whole(own: dict[str, str], key: str) -> int | None:

@@ -87,10 +87,9 @@ class NetPlan:
                 f"{self.role}: recompute={self.recompute!r} is not one of {', '.join(MODES)}"
             )
 
-    def elements(self, *, shard: int = 1, part: Literal["all", "blocks", "root"] = "all") -> int:
-        """Parameters on rank 0 of `shard` ranks, of the blocks, or of what lies outside them."""
-        found = numbers(self.config, shard)
-        return {"all": found.all, "blocks": found.blocks, "root": found.all - found.blocks}[part]
+    def elements(self, *, shard: int = 1) -> int:
+        """Parameters on rank 0 of `shard` ranks."""
+        return numbers(self.config, shard).all
 
     def trained_elements(self, *, shard: int = 1) -> int:
         """As `elements`, of what is trained."""
@@ -101,7 +100,7 @@ class NetPlan:
     @property
     def block_elements(self) -> int:
         """Parameters of one block."""
-        return self.elements(part="blocks") // self.config.num_layers
+        return numbers(self.config).blocks // self.config.num_layers
 
     @property
     def trained_block(self) -> int:

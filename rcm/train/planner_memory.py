@@ -287,7 +287,8 @@ def gradient_terms(job: Job, phase: PhasePlan, *, earlier: bool) -> tuple[float,
     """
     net = job.net(phase.role)
     wrapped, several = job.is_wrapped(net), phase.terms * job.accumulation > 1
-    root = 0 if net.rank else net.elements(part="root")
+    of = numbers(net.config)
+    root = 0 if net.rank else of.all - of.blocks
     reached = 1 - (net.trained_block + root) / net.trained_elements()
     waiting = several and (earlier or job.accumulation > 1)
     own = float((job.reduce_bytes if wrapped else job.param_bytes) * job.trained(net))
