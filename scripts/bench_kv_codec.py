@@ -35,8 +35,10 @@ all cold chunks.
 def cases(clusters: int) -> dict[str, KVCodecSpec]:
     """Codecs by name."""
 
-    def both(dtype: str, smoothing: str = "none", **settings: object) -> KVCodecSpec:
-        side = SideSpec(dtype, smoothing)
+    def both(
+        dtype: str, smoothing: str = "none", scale_fit: str = "none", **settings: object
+    ) -> KVCodecSpec:
+        side = SideSpec(dtype, smoothing, scale_fit=scale_fit)
         return KVCodecSpec(side, side, qvg_clusters=clusters, **settings)
 
     return {
@@ -46,6 +48,7 @@ def cases(clusters: int) -> dict[str, KVCodecSpec]:
         "fp4": both("fp4"),
         "int4": both("int4"),
         "int2": both("int2"),
+        "int2 search": both("int2", scale_fit="search"),
         "int2 kivi": kivi("int2"),
         "int2 hadamard": both("int2", "hadamard"),
         "int4 qvg": both("int4", "qvg"),
