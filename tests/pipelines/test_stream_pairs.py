@@ -49,9 +49,9 @@ POLICIES = {
     "window": (SlidingWindow(3, 1), rules.Window(3, 1)),
     "rolling": (RollingSink(3, 2, 1), rules.Rolling(3, 2, 1)),
     "infinity": (InfinityRope(3, 1, 12, cut_delta=5, cuts=frozenset({4})), rules.Infinity(3, 1, 12, delta=5, cuts=(4,))),
-    "mem": (MemRope(2, 2, 0.3, 0.6), rules.Memory(2, 2, 0.3, 0.6)),
-    "deep": (DeepForcing(2, 6, 2), rules.Deep(2, 6, 2)),
-    "relax": (RelaxForcing(1, 6, 2, 0.5), rules.Relax(1, 6, 2, 0.5)),
+    "mem": (MemRope(1, 1, 0.3, 0.6), rules.Memory(1, 1, 0.3, 0.6)),
+    "deep": (DeepForcing(1, 5, 3), rules.Deep(1, 5, 3)),
+    "relax": (RelaxForcing(1, 5, 2, 0.5), rules.Relax(1, 5, 2, 0.5)),
     "relax paper": (RelaxForcingPaper(1, 1, 1, 5, 0.5, 18), rules.Roles(1, 1, 1, 5, 0.5, 18)),
 }
 MERGING = ("mem", "deep", "relax")
@@ -133,9 +133,9 @@ FIRST = {factor: values[0] for factor, values in FACTORS.items()}
 WRAPPING = [
     # codes are entered anew in the chunk in which the window wraps
     {**FIRST, "policy": "window", "codec": "int4", "prompts": "recache", "passes": "captured"},
-    {**FIRST, "policy": "rolling", "codec": "int2 qvg", "prompts": "recache", "state": "restored"},
+    {**FIRST, "policy": "rolling", "codec": "int2 qvg", "prompts": "recache", "state": "restored", "change": "5"},
     {**FIRST, "policy": "infinity", "codec": "int2 qvg release", "prompts": "recache", "pattern": "c3-3"},
-    {**FIRST, "policy": "relax paper", "codec": "fp8", "prompts": "recache", "context": "noisy", "guidance": "on"},
+    {**FIRST, "policy": "relax paper", "codec": "fp8", "prompts": "recache", "context": "noisy", "guidance": "on", "change": "6"},
 ]
 MORE = [row for seed in (0, 1, 2) for row in covering(FACTORS, allowed=allowed, seed=seed, tries=3)]
 """The same pairs in other company."""
@@ -149,7 +149,8 @@ def prompt(text: str) -> Condition:
 
 def change_block(row: Row) -> int:
     """Where the prompt changes: as the window wraps, or before a policy that merges does so."""
-    return int(row.get("late", 2)) if row["policy"] in MERGING and row["prompts"] == "recache" else 4
+    early = row["policy"] in MERGING and row["prompts"] == "recache"
+    return int(row.get("change", (3 if row["pattern"] == "c1-1" else 1) if early else 4))
 
 
 def recipe_of(row: Row) -> SamplingRecipe:
@@ -250,7 +251,7 @@ def compare(row: Row, found: torch.Tensor, frames: torch.Tensor | None) -> None:
 
 
 def name_of(row: Row) -> str:
-    return "-".join(value for factor, value in row.items() if value != FACTORS[factor][0])
+    return "-".join(value for factor, value in row.items() if value != FIRST.get(factor))
 
 
 def test_the_table_holds_all_pairs():
@@ -280,7 +281,7 @@ def test_a_recache_after_a_policy_merged_is_refused_and_the_stream_goes_on(polic
     assert receipt.refused and receipt.applied_at is None
     compare(row, torch.cat([*chunks, session.step().latents, session.step().latents], dim=2), None)
     with pytest.raises(Merged):
-        expected({**row, "prompts": "recache", "late": "4"})
+        expected({**row, "prompts": "recache", "change": "4"})
 
 
 def test_a_timeline_with_a_stream_that_works_ahead_is_refused():
