@@ -56,7 +56,7 @@ def agree(problem: Exception | None, *, group: dist.ProcessGroup | None = None) 
         dist.all_gather_object(found, None if problem is None else _told(problem), group=group)
     rank, told = next((rank, told) for rank, told in enumerate(found) if told is not None)
     error = problem or _rebuilt(told)
-    error.heard_from = Voices(
+    vars(error)["heard_from"] = Voices(
         rank,
         own=problem is not None,
         repeated=_told(error) == told,
@@ -96,12 +96,12 @@ def together(action: Callable[[], T]) -> T:
     """What `action`, a rank's own work without collectives, returns here; a failure on any rank is
     raised on every rank.
     """
-    result, problem = None, None
     try:
         result = action()
     except Exception as error:
-        problem = error
-    agree(problem)
+        agree(error)
+        raise
+    agree(None)
     return result
 
 
@@ -112,7 +112,7 @@ def on_first(action: Callable[[], T]) -> T | None:
 
 def shared(value: T | None) -> T:
     """The object that rank 0 passes, on every rank."""
-    box = [value]
+    box: list[Any] = [value]
     if spread():
         with naming_lost_peers():
             dist.broadcast_object_list(box, src=0)

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -16,7 +18,8 @@ from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
 from rcm.nets.frozen_fp8 import FrozenWeights, round_linears_
 from rcm.nets.trained_fp8 import LinearPrecision, train_in_fp8_
-from rcm.parallel.checkpointing import KEEP_PRODUCTS, SACConfig, checkpoint_blocks
+from rcm.parallel.blocks import blocks_of
+from rcm.parallel.checkpointing import KEEP_PRODUCTS, Mode, SACConfig, checkpoint_blocks
 from rcm.parallel.fsdp import is_mixed, shard_parameters
 from rcm.parallel.mesh import ParallelDims
 from rcm.parallel.ulysses import Average, shard_sequence
@@ -38,7 +41,7 @@ def parallelize(
     *,
     dims: ParallelDims,
     precision: Precision,
-    checkpoint: str | SACConfig = "none",
+    checkpoint: Mode | SACConfig = "none",
     compile: bool = False,
     reshard_after_forward: bool = True,
     frozen_weights: FrozenWeights = "compute",
@@ -60,7 +63,8 @@ def parallelize(
     missing, or `checkpoint` and `compile` exclude each other.
     """
     recompute = SACConfig(checkpoint) if isinstance(checkpoint, str) else checkpoint
-    dims.check(num_heads=net.config.num_heads)
+    config: Any = net.config
+    dims.check(num_heads=config.num_heads)
     frozen = is_frozen(net)
     for parameter in net.parameters():
         parameter.data = parameter.data.to(
@@ -81,7 +85,7 @@ def parallelize(
         shard_sequence(net, group=dims.cp_group)
     if compile:
         # masks, caches and launches of the attention are not the compiler's business
-        for block in net.blocks:
+        for block in blocks_of(net):
             block.self_attn.core.forward = torch.compiler.disable(block.self_attn.core.forward)
     if host or dims.world_size > 1 or (is_mixed(precision) and not frozen):
         if not torch.distributed.is_initialized() and dims.world_size == 1:
@@ -123,5 +127,5 @@ def _compile_blocks(net: nn.Module, *, mode: str) -> None:
     import torch._dynamo.config as compiler  # takes two seconds, so not with this module
 
     compiler.recompile_limit = max(compiler.recompile_limit, _VARIANTS)
-    for block in net.blocks:
+    for block in blocks_of(net):
         block.forward = torch.compile(block.forward)

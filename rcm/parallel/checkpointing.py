@@ -27,6 +27,7 @@ from rcm.core.errors import ConfigError
 from rcm.core.records import Record
 from rcm.kernels import replay
 from rcm.nets.lora import Chosen
+from rcm.parallel.blocks import blocks_of
 
 Mode = Literal[
     "none", "mm_only", "block_wise_keep_attention_mlp", "block_wise_keep_attention", "block_wise"
@@ -166,7 +167,7 @@ class Recompute:
         chosen: Chosen | None = None,
     ) -> None:
         self.forward, self.chosen = forward, chosen
-        self.options = {} if context_fn is None else {"context_fn": context_fn}
+        self.options: dict[str, Any] = {} if context_fn is None else {"context_fn": context_fn}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, recomputing it in the backward pass where one will come."""
@@ -210,7 +211,7 @@ def checkpoint_blocks(net: nn.Module, *, mode: str, every: int = 1, keep_last: i
         context_fn = partial(_contexts, _operators(*_ATTENTIONS))
     elif mode in KEEP_PRODUCTS:
         context_fn = partial(_contexts, _operators(*_MATMULS, *_ATTENTIONS))
-    blocks = list(net.blocks)
+    blocks = blocks_of(net)
     for block in blocks[: max(0, len(blocks) - keep_last) : every]:
         forward = _Keeping(block.forward) if mode == "mm_only" else block.forward
         block.forward = Recompute(

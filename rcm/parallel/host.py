@@ -7,7 +7,6 @@ other devices the same steps are plain copies, so that numbers are those of a ru
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import TensorMeta
+
+from rcm.parallel.blocks import blocks_of
 
 ARENA = 1 << 30
 """Bytes of host memory taken at once: pinned memory is handed out in powers of two."""
@@ -167,7 +168,7 @@ def _beside(stream: torch.cuda.Stream | None, device: torch.device) -> Any:
 def _bytes_of(place: _Place) -> Tensor:
     """The storage as bytes, for one copy."""
     view = torch.empty(0, dtype=torch.uint8, device=place.storage.device)
-    return view.set_(place.storage, 0, (place.size,))
+    return view.set_(place.storage, 0, (place.size,), (1,))
 
 
 def _arenas(sizes: Sequence[int], *, pinned: bool) -> Iterator[Tensor]:
@@ -204,7 +205,7 @@ class Waiting:
         # before FSDP2's own, which gathers what is then there
         self.net.register_forward_pre_hook(self._begin, prepend=True)
         if not isinstance(self.net, FSDPModule):
-            for number, block in enumerate(self.net.blocks, start=1):
+            for number, block in enumerate(blocks_of(self.net), start=1):
                 block.register_forward_pre_hook(self._block_hook(number), prepend=True)
 
     @property
@@ -262,10 +263,8 @@ class Waiting:
 
     def _groups(self) -> list[list[Tensor]]:
         """Local shards: what lies outside the blocks, then block by block."""
-        blocks = [_shards(block.parameters()) for block in self.net.blocks]
-        inside = set(
-            map(id, itertools.chain.from_iterable(b.parameters() for b in self.net.blocks))
-        )
+        blocks = [_shards(block.parameters()) for block in blocks_of(self.net)]
+        inside = {id(p) for block in blocks_of(self.net) for p in block.parameters()}
         return [_shards(p for p in self.net.parameters() if id(p) not in inside), *blocks]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -65,8 +65,7 @@ def load_full(
     for name, target in targets.items():
         shard = local(target)
         dtype = torch.float32 if name in scales else target.dtype
-        place = {"dtype": dtype, "device": shard.device}
-        full = _received(name, target, weights, **place, source=source)
+        full = _received(name, target, weights, dtype=dtype, device=shard.device, source=source)
         part = (
             distribute_tensor(
                 full, target.device_mesh, target.placements, src_data_rank=None
@@ -90,9 +89,11 @@ def _received(
     source: str,
 ) -> Tensor:
     """One full tensor of the shape of `target` on every rank, read on rank 0."""
-    full, problem = None, None
+    full: Tensor | None = None
+    problem: CheckpointError | None = None
     try:
         if not spread() or dist.get_rank() == 0:
+            assert weights is not None  # checked
             full = weights[name].to(device=device, dtype=dtype).contiguous()
     except Exception as error:
         says_it_all = isinstance(error, CheckpointError)
@@ -104,7 +105,7 @@ def _received(
         problem = CheckpointError(f"{told}; the network is incomplete now")
         if not spread():
             raise problem from error
-    if not spread():
+    if full is not None and not spread():
         return full
     # one byte per tensor instead of a pickled object: several hundred of these travel per network
     ready = torch.tensor([problem is None], dtype=torch.uint8, device=device)
@@ -139,7 +140,7 @@ def drawn_weights(build: Callable[[], nn.Module], *, seed: int) -> dict[str, Ten
     `load_full` on rank 0, which holds the whole network in CPU memory meanwhile. For networks
     trained from scratch (the embedded world, ablations).
     """
-    full = build()
+    full: Any = build()
     full.init_weights(torch.Generator().manual_seed(seed))
     return full.state_dict()
 

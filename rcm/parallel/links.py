@@ -35,7 +35,9 @@ class Link:
         """Hand over `x`, which is not written again; waits for the one before the last."""
         while len(self._sent) >= MOST_UNDER_WAY:
             self._sent.popleft()[0].wait()
-        self._sent.append((dist.isend(x, dst=self._target, group=self._group), x))
+        work = dist.isend(x, dst=self._target, group=self._group)
+        assert work is not None  # this rank is of the group
+        self._sent.append((work, x))
 
     def release(self) -> None:
         """Let go of what has arrived; the rest goes with later sends."""
@@ -44,7 +46,9 @@ class Link:
     def expect(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> None:
         """Be ready for the next tensor."""
         x = torch.empty(shape, dtype=dtype, device=device)
-        self._expected.append((dist.irecv(x, src=self._source, group=self._group), x))
+        work = dist.irecv(x, src=self._source, group=self._group)
+        assert work is not None  # this rank is of the group
+        self._expected.append((work, x))
 
     def take(self) -> Tensor:
         """The oldest that is expected, once it is there."""

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rcm.core.errors import ConfigError
+from rcm.parallel.blocks import blocks_of
 
 
 def _exchange(pieces: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -237,5 +238,5 @@ def shard_sequence(net: nn.Module, *, group: dist.ProcessGroup) -> None:
     the ranks of `group` share each sequence.
     """
     net.enter, net.leave = Enter(group), Leave(group)
-    for block in net.blocks:
+    for block in blocks_of(net):
         block.self_attn.core = HeadParallelCore(block.self_attn.core, group=group)
