@@ -179,7 +179,7 @@ _MEASURE = _commands("""
 doctor  rcm.front.doctor: check this machine, or all ranks of a launch: versions, card, kernels,
     network
   rcm doctor
-  rcm doctor --quick
+  rcm doctor --quick --compile 480x832
   torchrun --nproc_per_node=8 -m rcm doctor
 """)
 

@@ -2,6 +2,7 @@
 it, and how fast the ranks reach each other. Each line is ok, a warning, or a fault with what to do.
 
     rcm doctor
+    rcm doctor --quick --compile 480x832    # so that the first stream of that size starts at once
     torchrun --nproc_per_node=8 -m rcm doctor
 """
 
@@ -25,6 +26,7 @@ import torch.distributed as dist
 
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError, first_line
+from rcm.front.ahead import compiled, frame_size
 from rcm.inference.outcome import command, writable_file
 from rcm.nets.attention import BACKENDS
 from rcm.parallel.agree import spread
@@ -277,7 +279,19 @@ def _seconds(call: Callable[[], object], device: torch.device, *, repeats: int =
     return statistics.median(samples[1:])
 
 
-def examine(device: torch.device, *, quick: bool = False) -> Iterator[tuple[str, Finding]]:
+def compilation(device: torch.device, size: tuple[int, int]) -> Iterator[Finding]:
+    """The kernels of streams of `size` pixels, compiled into Triton's cache on disk."""
+    if device.type != "cuda":
+        told = "no CUDA device: nothing was compiled"
+        yield Finding("warning", "compile", told, "run it where streams will run")
+        return
+    for name, done in compiled(device, size):
+        yield Finding("ok", name, f"{done.kernels} kernels ready in {done.seconds:.1f} s")
+
+
+def examine(
+    device: torch.device, *, quick: bool = False, compile_size: tuple[int, int] | None = None
+) -> Iterator[tuple[str, Finding]]:
     """(section, finding) of this rank. Collective over the ranks of a launch."""
     sections: dict[str, Iterator[Finding]] = {
         "software": software(),
@@ -286,6 +300,8 @@ def examine(device: torch.device, *, quick: bool = False) -> Iterator[tuple[str,
     }
     if not quick:
         sections["kernels"] = kernels(device)
+    if compile_size is not None:
+        sections["compiled"] = compilation(device, compile_size)
     if spread():
         sections |= {"ranks": agreement(_facts(device)), "links": links(device)}
     for name, findings in sections.items():
@@ -310,13 +326,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Arguments(prog="rcm doctor", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="leave the kernels out")
     parser.add_argument(
+        "--compile",
+        type=frame_size,
+        metavar="HxW",
+        help="also compile, ahead of time, the kernels of streams of such frames",
+    )
+    parser.add_argument(
         "--json", type=writable_file, metavar="FILE", help="also write the findings of rank 0 here"
     )
     flags = parser.parse_args(argv)
     with launch_group() as device:
         first = not spread() or dist.get_rank() == 0
         found, section = [], ""
-        for name, finding in examine(device, quick=flags.quick):
+        for name, finding in examine(device, quick=flags.quick, compile_size=flags.compile):
             found.append(finding)
             if first and name != section:
                 section = name
