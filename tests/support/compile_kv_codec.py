@@ -24,7 +24,7 @@ from rcm.kernels.kv_codec import cluster_kernels, fused, fused_clusters, kernels
 from rcm.kernels.kv_codec import codes as coding
 from rcm.kernels.kv_codec.blob import Blob
 from rcm.kernels.kv_codec.clusters import Clustering, cluster
-from rcm.kernels.kv_codec.codes import CodeFormat
+from rcm.kernels.kv_codec.formats import CodeFormat
 from rcm.kernels.kv_codec.smoothing import Undo
 
 TYPES = {

@@ -20,7 +20,7 @@ from rcm.kernels.kv_codec import codes as coding
 from rcm.kernels.kv_codec.blob import Blob, reference
 from rcm.kernels.kv_codec.clusters import Clustering, cluster, features, members, spherical
 from rcm.kernels.kv_codec.codec import KVCodec
-from rcm.kernels.kv_codec.codes import CodeFormat
+from rcm.kernels.kv_codec.formats import E4M3, CodeFormat
 from rcm.kernels.kv_codec.smoothing import Undo
 from rcm.kernels.kv_codec.spec import INTEGERS, SMOOTHINGS, KVCodecSpec, SideSpec
 from tests.support import interpreter_casts, mutants
@@ -279,7 +279,7 @@ def run_mutants() -> dict[str, bool]:
 
 
 def _bits(x: Tensor) -> Tensor:
-    return x.view(torch.uint8) if x.dtype == coding.E4M3 else x
+    return x.view(torch.uint8) if x.dtype == E4M3 else x
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch import Tensor
 from rcm.kernels.kv_codec import codes as coding
 from rcm.kernels.kv_codec.clusters import Clusters, euclidean
 from rcm.kernels.kv_codec.codec import Blob, reference
-from rcm.kernels.kv_codec.codes import CodeFormat
+from rcm.kernels.kv_codec.formats import CodeFormat
 from rcm.kernels.kv_codec.smoothing import Undo
 from tests.support import interpreter_casts
 

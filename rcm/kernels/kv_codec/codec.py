@@ -14,7 +14,7 @@ from rcm.kernels.kv_codec import codes as coding
 from rcm.kernels.kv_codec import fused as fused_kernels
 from rcm.kernels.kv_codec.blob import Blob, reference
 from rcm.kernels.kv_codec.clusters import Clustering, cluster, members
-from rcm.kernels.kv_codec.codes import CodeFormat
+from rcm.kernels.kv_codec.formats import CodeFormat
 from rcm.kernels.kv_codec.smoothing import Undo, smooth
 from rcm.kernels.kv_codec.spec import KVCodecSpec, Side
 

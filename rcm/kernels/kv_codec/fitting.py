@@ -15,8 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rcm.kernels.kv_codec import codes as coding
-from rcm.kernels.kv_codec.codes import FLOOR, TOP, CodeFormat
+from rcm.kernels.kv_codec.formats import FLOOR, TOP, CodeFormat, numbers, stands_for
 from rcm.kernels.kv_codec.spec import BITS
 
 GRID = 9
@@ -59,8 +58,8 @@ def fitted(x: Tensor, length: int, fmt: CodeFormat) -> tuple[Tensor, Tensor]:
     for i in range(CANDIDATES):
         inverse = (reach * ((1.0 - 0.15 * i) * step_of(fmt))).reciprocal()
         scaled = y * inverse.unsqueeze(2) + middle_of(fmt)
-        unsigned = coding.numbers(scaled, torch.ones_like(reach), None, fmt)
-        twice = (2 * coding.stands_for(unsigned, fmt)).long()
+        unsigned = numbers(scaled, torch.ones_like(reach), None, fmt)
+        twice = (2 * stands_for(unsigned, fmt)).long()
         found = _least_squares(y.long(), twice, weight, fmt)
         better = found[0] > best[0]
         best = [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]

@@ -15,7 +15,8 @@ from rcm.kernels.kv_codec import codes as coding
 from rcm.kernels.kv_codec import fitting
 from rcm.kernels.kv_codec.blob import FIELDS, Blob
 from rcm.kernels.kv_codec.clusters import Clusters
-from rcm.kernels.kv_codec.codes import CodeFormat, Codes
+from rcm.kernels.kv_codec.codes import Codes
+from rcm.kernels.kv_codec.formats import E4M3, FLOOR, TOP, CodeFormat
 from rcm.kernels.kv_codec.launch import FLOATS, runs_on
 from rcm.kernels.kv_codec.spec import BITS
 from rcm.kernels.launching import device_of, power_of_2
@@ -140,7 +141,7 @@ def _codes_constants(codes: Codes | Tensor, d: int) -> dict[str, Any]:
             coding.rows_shape(codes.shape, fmt.granularity)[1], fmt.group_size
         ),
         "AXIS": fmt.granularity,
-        "E4M3": codes.scales.dtype == coding.E4M3,
+        "E4M3": codes.scales.dtype == E4M3,
         "HAS_ZERO": codes.zeros is not None,
         "HAS_UNIT": codes.unit is not None,
     }
@@ -179,7 +180,7 @@ def encode(
     r, length, c = coding.rows_shape(x.shape, fmt.granularity)
     group = coding.group_length(length, fmt.group_size)
     if subtract is None and _at_once(x.shape, fmt):
-        held = coding.E4M3 if fmt.dtype == "fp8" else torch.int8
+        held = E4M3 if fmt.dtype == "fp8" else torch.int8
         data = torch.empty(r, length, c, dtype=held, device=x.device)
         scales = torch.empty(r, -(-length // group), c, dtype=torch.float16, device=x.device)
         places = (data.data_ptr(), scales.data_ptr())
@@ -228,7 +229,7 @@ def encode(
             DTYPE=fmt.dtype, ASYMMETRIC=fmt.asymmetric, OFFICIAL=fmt.mode == "official",
             BITS=BITS[fmt.dtype], TOKENS=tokens, COLS=cols, **common,
         )  # fmt: skip
-    held = data.view(coding.E4M3) if fmt.dtype == "fp8" else data
+    held = data.view(E4M3) if fmt.dtype == "fp8" else data
     if fmt.dtype == "int8" and not fmt.asymmetric:
         held = data.view(torch.int8)
     return Codes(fmt, tuple(x.shape), held, scales, zeros, unit)
@@ -243,7 +244,7 @@ def _fit_constants(fmt: CodeFormat) -> dict[str, Any]:
         "OFFSET": fmt.offset,
         "STEP": fitting.step_of(fmt),
         "MIDDLE": fitting.middle_of(fmt),
-        "FLOOR": coding.FLOOR,
+        "FLOOR": FLOOR,
         "LEAST": fitting.floor_of(fmt),
         "GRID": fitting.GRID,
         "CANDIDATES": fitting.CANDIDATES,
@@ -270,7 +271,7 @@ def encode_at(row: Tensor, x: Tensor, fmt: CodeFormat) -> bool:
     with device_of(x):
         kernels.encode_bytes[(-(-groups // across), -(-s // group) if channel else 1, b)](
             x, row, x.stride()[:3], (b, s, n, 1),
-            DTYPE=fmt.dtype, TOP=coding.TOP[fmt.dtype], NATIVE=_native(x, fmt.dtype),
+            DTYPE=fmt.dtype, TOP=TOP[fmt.dtype], NATIVE=_native(x, fmt.dtype),
             GROUP=group, CHANNEL=channel, D=d, ALONG=along, ACROSS=across, num_warps=8,
         )  # fmt: skip
     return True

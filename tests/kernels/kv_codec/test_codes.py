@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rcm.kernels.kv_codec import codes as coding
-from rcm.kernels.kv_codec.codes import CodeFormat
+from rcm.kernels.kv_codec.formats import TOP, CodeFormat
 
 E4M3 = torch.float8_e4m3fn
 TABLE = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
@@ -63,7 +63,7 @@ def by_hand(group: list[float], dtype: str, mode: str, unit: float) -> list[floa
 def expected(x: Tensor, fmt: CodeFormat) -> Tensor:
     lines = axes(x, fmt.granularity)
     g = coding.group_length(lines.shape[1], fmt.group_size)
-    per_sample = x.abs().amax(dim=(1, 2, 3)).clamp(min=1e-8) / F(coding.TOP[fmt.dtype])
+    per_sample = x.abs().amax(dim=(1, 2, 3)).clamp(min=1e-8) / F(TOP[fmt.dtype])
     out = torch.zeros_like(lines)
     for row, start in itertools.product(range(lines.shape[0]), range(0, lines.shape[1], g)):
         sample = row // (lines.shape[0] // x.shape[0])

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rcm.kernels.kv_codec import codes as coding
 from rcm.kernels.kv_codec.codec import KVCodec
-from rcm.kernels.kv_codec.codes import CodeFormat
 from rcm.kernels.kv_codec.fitting import fitted
+from rcm.kernels.kv_codec.formats import E2M1, TOP, CodeFormat
 from rcm.kernels.kv_codec.spec import KVCodecSpec, SideSpec
 from scripts.bench_kv_bias import SHIPPED, keys_of_a_stream, random_keys, row_of
 
@@ -23,7 +23,7 @@ LEVELS = {
     ("int2", True): [0.0, 1.0, 2.0, 3.0],
     ("int4", False): [float(i) for i in range(-8, 8)],
     ("int4", True): [float(i) for i in range(16)],
-    ("fp4", False): [sign * x for sign in (1.0, -1.0) for x in coding.E2M1],
+    ("fp4", False): [sign * x for sign in (1.0, -1.0) for x in E2M1],
 }
 
 
@@ -54,7 +54,7 @@ def candidates(x: Tensor, dtype: str, *, asymmetric: bool) -> list[tuple[float, 
     levels = torch.tensor(LEVELS[dtype, asymmetric], dtype=torch.float64)
     weight, found = weighted(x - mid), []
     for fraction in (1.0, 0.85, 0.7, 0.55):
-        step = fraction * half / ((levels.max() - levels.min()) / 2 if asymmetric else coding.TOP[dtype])
+        step = fraction * half / ((levels.max() - levels.min()) / 2 if asymmetric else TOP[dtype])
         wanted = (x - mid) / step + (levels.mean() if asymmetric else 0)
         code = levels[(wanted[:, None] - levels).abs().argmin(1)]
         design = torch.stack([code, torch.ones_like(code)], 1)[:, : 2 if asymmetric else 1]
