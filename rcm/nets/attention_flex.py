@@ -108,12 +108,14 @@ def block_mask(mask: MaskSpec, device: torch.device) -> BlockMask:
             full[-1] = False  # a block with rows that do not exist is an edge
         partial_count, partial_index = _ordered(needed & ~full, device)
         full_count, full_index = _ordered(full, device)
-        table = _interval_table(mask).to(device)
+        # vectors, not one table: torch 2.11 makes no code for FlashAttention-4 of a constant index
+        bounds = [bound.to(device) for bound in _bounds(mask)]
 
         def allowed(_batch: Tensor, _head: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
-            seen = (kv_index >= table[q_index, 0]) & (kv_index < table[q_index, 1])
-            seen = seen | ((kv_index >= table[q_index, 2]) & (kv_index < table[q_index, 3]))
-            return seen | ((kv_index >= table[q_index, 4]) & (kv_index < table[q_index, 5]))
+            start, stop, start_2, stop_2, start_3, stop_3 = (bound[q_index] for bound in bounds)
+            seen = (kv_index >= start) & (kv_index < stop)
+            seen = seen | ((kv_index >= start_2) & (kv_index < stop_2))
+            return seen | ((kv_index >= start_3) & (kv_index < stop_3))
 
         return BlockMask.from_kv_blocks(
             partial_count,
@@ -135,11 +137,13 @@ def _ordered(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return counts[None, None].to(device), order[None, None].contiguous().to(device)
 
 
-def _interval_table(mask: MaskSpec) -> Tensor:
-    """Up to three key intervals of every query, int32 `[q_len, 6]`; unused ones are empty."""
+def _bounds(mask: MaskSpec) -> list[Tensor]:
+    """Up to three key intervals of every query, as start, stop, start, ... in vectors int32
+    `[q_len]`; unused intervals are empty.
+    """
     table = torch.zeros(mask.q_len, 3, 2, dtype=torch.int32)
     for segment in mask.row_segments():
         table[segment.q_start : segment.q_stop, : len(segment.intervals)] = torch.tensor(
             segment.intervals, dtype=torch.int32
         )
-    return table.flatten(1)
+    return [column.contiguous() for column in table.flatten(1).unbind(1)]
