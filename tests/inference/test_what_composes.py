@@ -141,11 +141,18 @@ ROWS = {
         (*FEW, "--df_sink_frames", "3"),
         words="needs|no effect|give --image_path|belongs to --extrapolation_method",
     ),
-    "`--kv_hot_chunks`, `--kv_dense_prefix_cache` without a quantised cache; `--kv_bias_correction` without quantised keys": refused(
+    "`--kv_hot_chunks`, `--kv_dense_prefix_cache` without a quantised cache; `--kv_bias_correction` without quantised keys;"
+    " `--kv_scale_fit_k` (or `_v`) with 8 bits or more": refused(
         (*FEW, "--kv_hot_chunks", "1"),
         (*FEW, "--kv_dense_prefix_cache"),
         (*FEW, "--kv_bias_correction", "--kv_dtype_v", "int4"),
-        words="belongs to a quantised cache|is for coded keys",
+        *((*FEW, "--kv_dtype_k", dtype, "--kv_scale_fit_k", "search") for dtype in ("bf16", "fp8", "int8")),
+        words="belongs to a quantised cache|is for coded keys|is for types of 4 and 2 bits",
+    ),
+    "`--kv_scale_fit_k search` with `--kv_bias_correction`, or with `--kv_mode release` or `official`": refused(
+        (*FEW, *CODED, "--kv_scale_fit_k", "search", "--kv_bias_correction"),
+        *((*FEW, *CODED, "--kv_scale_fit_k", "search", "--kv_mode", mode) for mode in ("release", "official")),
+        words="leaves none of it|is not known to --kv_mode",
     ),
     "`--fp8_attention` with a quantised cache": refused((*FEW, "--fp8_attention", *CODED), words="--fp8_attention needs a plain cache"),
     "`--tiny_decoder` with `--image_path`": refused(

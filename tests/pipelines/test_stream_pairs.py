@@ -70,7 +70,7 @@ CODECS = {
     "fp8": coded(both("fp8", smoothing="clip"), both("fp8")),
     "fp4": coded(both("fp4", smoothing="balance"), both("fp4", granularity="head")),
     "int8": coded(both("int8", granularity="tensor"), both("int8", smoothing="hadamard")),
-    "int4": coded(both("int4"), both("int4", asymmetric=True)),
+    "int4": coded(both("int4", scale_fit="search"), both("int4", asymmetric=True)),
     "int2": coded(both("int2", asymmetric=True)),
     "int2 qvg": coded(both("int2", smoothing="qvg")),
     "int2 qvg release": coded(both("int2", smoothing="qvg"), mode="release"),
