@@ -41,8 +41,9 @@ from scripts.bench_measure import (
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 """torchao's; the last one takes the gradient of the weight in bf16, as fp8 does."""
-SMALL = (1024, 512, 768)
-"""Tokens, inputs and outputs of the layer that is checked."""
+SMALL = (16_384, 512, 768)
+"""Tokens, inputs and outputs of the layer that is checked; a gradient of its weight is a long
+sum."""
 
 
 def layer_of(inputs: int, outputs: int) -> Linear:

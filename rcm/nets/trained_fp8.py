@@ -74,11 +74,12 @@ class _Product(torch.autograd.Function):
         rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         x_grad = weight_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
-            factors = quantise.quantise_rows(rows), quantise.quantise_columns(weight)
+            factors = quantise.quantise_rows(rows), quantise.quantise_rows(weight.t())
             x_grad = quantise.product(*factors, None, dtype=grad.dtype).view(x.shape)
         if ctx.needs_input_grad[1] and ctx.all_products:
             factors = quantise.quantise_columns(rows), quantise.quantise_columns(inputs)
-            weight_grad = quantise.product(*factors, None, dtype=grad.dtype)
+            # a sum over tens of thousands of tokens
+            weight_grad = quantise.product(*factors, None, dtype=grad.dtype, fast=False)
         elif ctx.needs_input_grad[1]:
             weight_grad = rows.t() @ inputs
         if ctx.needs_input_grad[2]:

@@ -160,7 +160,8 @@ def norm_backward(
             pulled *= inverse
             if CARRIED:
                 pulled += _token(carried, batch, frame, token, cols, inside)
-            x_sum += pulled
+            if NEEDS & 8 != 0:
+                x_sum += pulled
             place = (group * tokens + token) * WIDTH + cols
             tl.store(grad_x_ptr + place, pulled.to(grad_x_ptr.dtype.element_ty), mask=inside)
     if NEEDS & 2 != 0:

@@ -111,19 +111,21 @@ def launch_columns(x: Tensor) -> Rows:
     return q, scale
 
 
-def product(x: Rows, weight: Rows, bias: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+def product(
+    x: Rows, weight: Rows, bias: Tensor | None, *, dtype: torch.dtype, fast: bool = True
+) -> Tensor:
     """x weight^T + bias [M, N] in `dtype`, of `x` [M, K] and `weight` [N, K], both with their
     scales.
 
-    On CUDA one product of the library with rowwise scales, which writes bfloat16 only. Elsewhere
-    the same sum in float32 (float64 for a `dtype` of float64), scaled, biased and rounded in this
-    order.
+    On CUDA one product of the library with rowwise scales, which writes bfloat16 only; `fast` keeps
+    its sums in the tensor cores' own precision, below float32. Elsewhere the same sum in float32
+    (float64 for a `dtype` of float64), scaled, biased and rounded in this order.
     """
     (q, scale), (weight_q, weight_scale) = x, weight
     if q.is_cuda:
         scales = {"scale_a": scale, "scale_b": weight_scale.t()}
         return torch._scaled_mm(
-            q, weight_q.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=True
+            q, weight_q.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=fast
         )
     wide = accumulate_dtype(dtype)
     y = (q.to(wide) @ weight_q.to(wide).t()) * scale.to(wide) * weight_scale.to(wide).t()
