@@ -138,7 +138,7 @@ class Description:
         if mine is None or found is None:
             what = "all weights" if found is None else f"low-rank adapters of rank {found['rank']}"
             rank = 0 if found is None else found["rank"]
-            here = f"adapters of rank {mine['rank']}" if found is None else "all weights"
+            here = "all weights" if mine is None else f"adapters of rank {mine['rank']}"
             raise CheckpointError(
                 f"{source} holds {what}, this run trains {here}; set model.config.lora.rank={rank},"
                 f" {anew}"

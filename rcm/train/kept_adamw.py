@@ -56,8 +56,8 @@ class KeptAdamW(torch.optim.Optimizer):
         return state
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Apply the gradients."""
+    def step(self, closure: Any = None) -> Any:
+        """Apply the gradients; no closure is called."""
         for group in self.param_groups:
             updated = [p for p in group["params"] if p.grad is not None]
             for p in updated:
@@ -114,11 +114,12 @@ class KeptAdamW(torch.optim.Optimizer):
             ]
             for name, form in zip(MOMENTS, self.forms, strict=True)
         ]
-        beta1, beta2 = group["betas"]
+        (beta1, beta2), (first, second) = group["betas"], opened
         adamw(
             shards,
-            [local(p.grad) for p in bucket],
-            *opened,
+            [local(p.grad) for p in bucket if p.grad is not None],
+            first,
+            second,
             [],
             [self.state[p]["step"] for p in bucket],
             fused=True,
@@ -159,6 +160,7 @@ def _place(p: Tensor) -> int:
     if not isinstance(p, DTensor):
         return 0
     coordinate, number = p.device_mesh.get_coordinate(), 0
+    assert coordinate is not None  # this rank is of the mesh
     for axis, placement in enumerate(p.placements):
         if isinstance(placement, Shard):
             number = number * p.device_mesh.size(axis) + coordinate[axis]

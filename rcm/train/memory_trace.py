@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,12 +58,12 @@ class MemoryTrace(TorchDispatchMode):
                 self._set(id(storage), storage.nbytes())
             return result
 
-        torch.UntypedStorage.resize_ = resize
+        type.__setattr__(torch.UntypedStorage, "resize_", resize)
         try:
             with self:
                 yield self
         finally:
-            torch.UntypedStorage.resize_ = original
+            type.__setattr__(torch.UntypedStorage, "resize_", original)
 
     def _see(self, tensor: Tensor) -> None:
         if hasattr(tensor, "_local_tensor"):
@@ -73,7 +74,7 @@ class MemoryTrace(TorchDispatchMode):
         key = id(storage)
         if key not in self._sizes:
             self._sizes[key] = 0
-            self._alive[key] = weakref.ref(storage, lambda _, key=key: self._forget(key))
+            self._alive[key] = weakref.ref(storage, partial(self._forget, key))
         self._set(key, storage.nbytes())
 
     def _set(self, key: int, size: int) -> None:
@@ -81,6 +82,6 @@ class MemoryTrace(TorchDispatchMode):
         self._sizes[key] = size
         self.peak = max(self.peak, self.current)
 
-    def _forget(self, key: int) -> None:
+    def _forget(self, key: int, _: object) -> None:
         self.current -= self._sizes.pop(key, 0)
         self._alive.pop(key, None)

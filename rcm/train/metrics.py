@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from urllib.parse import urlparse
 
 import torch
@@ -138,7 +138,7 @@ class Wandb:
         project: str,
         name: str,
         directory: str | Path,
-        mode: str = "online",
+        mode: Literal["online", "offline"] = "online",
         config: Mapping[str, Any] | None = None,
         entity: str = "",
         group: str = "",
@@ -148,7 +148,12 @@ class Wandb:
 
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        place = {"project": project, "name": name, "entity": entity or None, "group": group or None}
+        place: dict[str, Any] = {
+            "project": project,
+            "name": name,
+            "entity": entity or None,
+            "group": group or None,
+        }
         try:
             self._run = wandb.init(
                 **place,

@@ -102,7 +102,8 @@ class Blockwise:
 
     def __init__(self, states: Literal["int8", "float8"], *, signed: bool) -> None:
         self.states, self.signed, self._full = states, signed, Full()
-        self._kind, self._tables = _torchao(states), {}
+        self._kind = _torchao(states)
+        self._tables: dict[torch.device, Tensor] = {}
 
     def blank(self, shard: Tensor) -> Kept:
         """Codes of the shape of `shard`, scales with the blocks of a row as last axis."""

@@ -105,8 +105,8 @@ class SampleGrid:
 
     @torch.no_grad()
     def _sample(self, state: TrainState, *, is_main: bool) -> None:
-        averaged = self.weights == "ema" and state.ema is not None
-        with state.ema.swapped(state.roles[STUDENT].net) if averaged else nullcontext():
+        ema, net = state.ema if self.weights == "ema" else None, state.roles[STUDENT].net
+        with nullcontext() if ema is None else ema.swapped(net):
             frames = self.draw(state.iteration)
         if is_main:
             self.folder.mkdir(parents=True, exist_ok=True)

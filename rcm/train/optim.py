@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class AdamWConfig(Record):
                 "an optimiser was asked for a network without trainable parameters; frozen roles"
                 " take no optimiser"
             )
-        options = {
+        options: dict[str, Any] = {
             "lr": self.lr,
             "weight_decay": self.weight_decay,
             "betas": self.betas,

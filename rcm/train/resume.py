@@ -47,7 +47,7 @@ class Taken:
         """Everything but `keys` (checkpoint.keys_not_to_resume): parts, or "optim" and "scheduler"
         of both roles. ConfigError for an unknown key, and where nothing is left to resume.
         """
-        left = []
+        left: list[str] = []
         for key in keys:
             if key not in PARTS and key not in _BOTH_ROLES:
                 known = (

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from loguru import logger
@@ -213,8 +213,12 @@ class Trainer:
 
     def _log(self) -> None:
         values = self._averages.collect(device=self.device, world_size=self.dims.world_size)
-        together(lambda: [sink.write(self.state.iteration, values) for sink in self.sinks])
+        together(lambda: self._tell(values))
         self._judge_skipped(values)
+
+    def _tell(self, values: Mapping[str, float]) -> None:
+        for sink in self.sinks:
+            sink.write(self.state.iteration, values)
 
     def _judge_skipped(self, values: Mapping[str, float]) -> None:
         """Raise NonFinite on every rank when losses zeroed more samples since the last log line
@@ -262,7 +266,9 @@ class Trainer:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        before: dict[int, Any] = {
+            number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)
+        }
 
         def ask(number: int, _frame: object) -> None:
             logger.warning(
