@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 from functools import lru_cache
 from types import ModuleType
 
@@ -159,6 +160,9 @@ class Magi(_Package):
 class TransformerEngine(_Package):
     """NVIDIA Transformer Engine, `transformer_engine.pytorch.DotProductAttention` (2.0 and later)
     in the layout "bshd" without mask: one dense call per run of queries with equal keys.
+
+    Its unfused attention, which holds the whole score matrix, is switched off for the process
+    unless NVTE_UNFUSED_ATTN says otherwise; `ConfigError` where it has no other for a call.
     """
 
     name, module = "te", "transformer_engine.pytorch"
@@ -166,6 +170,7 @@ class TransformerEngine(_Package):
 
     def __init__(self) -> None:
         super().__init__()
+        os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
         self._modules: dict[tuple[int, int, int, float], torch.nn.Module] = {}
 
     def __call__(
@@ -186,9 +191,26 @@ class TransformerEngine(_Package):
         attend = self._modules[key]
 
         def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(q, k, v).unflatten(2, (q.shape[2], v.shape[3]))
+            try:
+                out = attend(*(_apart(x) for x in (q, k, v)))
+            except ValueError as error:
+                raise ConfigError(
+                    "attention backend 'te' has no fused attention for this call"
+                    f" ({first_line(error)}); set NVTE_UNFUSED_ATTN=1 to let it hold the whole"
+                    f" score matrix, or {CHOOSE}"
+                ) from error
+            return out.unflatten(2, (q.shape[2], v.shape[3]))
 
         return by_segment(dense, q, k, v, mask=mask)
+
+
+def _apart(x: Tensor) -> Tensor:
+    """`x` dense and at the start of its memory: of a view further in, Transformer Engine cannot
+    tell the layout.
+    """
+    if x.is_contiguous() and x.storage_offset() == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:

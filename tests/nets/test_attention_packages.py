@@ -4,6 +4,7 @@ signatures that compute the reference.
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 
@@ -108,6 +109,9 @@ class DotProductAttention(nn.Module):
 
     def forward(self, query_layer, key_layer, value_layer, attention_mask=None, qkv_format=None, attn_mask_type=None):
         assert tuple(query_layer.shape[2:]) == (self.heads, self.width)
+        assert all(x.is_contiguous() and not x.storage_offset() for x in (query_layer, key_layer, value_layer)), "memory layout"
+        if os.environ["NVTE_UNFUSED_ATTN"] == "0" and len(query_layer) == 3:
+            raise ValueError("No dot product attention backend is available for the provided inputs.")
         return dense(query_layer, key_layer, value_layer, self.scale).flatten(2)
 
 
@@ -124,6 +128,7 @@ STAND_INS = {
 
 @pytest.fixture(params=STAND_INS)
 def backend(request, monkeypatch):
+    monkeypatch.delenv("NVTE_UNFUSED_ATTN", raising=False)
     name, modules = STAND_INS[request.param]
     for module_name, members in modules.items():
         module = types.ModuleType(module_name)
@@ -153,6 +158,15 @@ def test_bindings_refuse_other_dtypes(backend):
     backend(q.half(), q.half(), q.half(), mask=None, scale=1.0)
     with pytest.raises(ConfigError, match=f"'{backend.name}' needs bfloat16 or float16, got torch.float32"):
         backend(q, q, q, mask=None, scale=1.0)
+
+
+@pytest.mark.parametrize("backend", ["te"], indirect=True)
+def test_transformer_engine_never_holds_the_score_matrix_unasked(backend, monkeypatch):
+    q = torch.zeros(3, 4, 1, 8).half()
+    with pytest.raises(ConfigError, match=r"'te' has no fused attention .*No dot product.*NVTE_UNFUSED_ATTN=1 .*, or choose"):
+        backend(q, q, q, mask=None, scale=1.0)
+    monkeypatch.setenv("NVTE_UNFUSED_ATTN", "1")
+    resolve("te")(q, q, q, mask=None, scale=1.0)
 
 
 @pytest.mark.parametrize("name", INSTALL)
