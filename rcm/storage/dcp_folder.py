@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, StorageReader
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -100,7 +101,7 @@ class DcpFolder(LazyWeights):
 
     def metadata(self) -> Metadata:
         """torch's record of the tensors, made from what was checked."""
-        entries = {}
+        entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         for key, header in self.headers.items():
             chunks = [
                 ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes))

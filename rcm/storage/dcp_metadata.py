@@ -126,7 +126,7 @@ def _tensor(key: str, entry: Made, places: dict[Numbers, tuple[str, int, int]]) 
         raise CheckpointError(
             f"it states the place of a piece of {key!r} that the entry does not have"
         )
-    return Entry(dtype, size, tuple(Piece(*box, *places[box[0]]) for box in boxes))
+    return Entry(dtype, size, tuple(Piece(at, box, *places[at]) for at, box in boxes))
 
 
 def _state(record: Any, kind: str) -> dict[str, Any]:
@@ -203,15 +203,17 @@ def _place(key: str, place: Any) -> tuple[str, int, int]:
     folder.
     """
     state = _state(place, _PLACE)
-    file, numbers = state.get("relative_path"), (state.get("offset"), state.get("length"))
+    file: Any = state.get("relative_path")
+    start: Any = state.get("offset")
+    length: Any = state.get("length")
     if isinstance(file, Made) and file.kind.startswith("pathlib."):
         file = "/".join(map(str, file.arguments))
     if not is_plain_name(file):
         raise CheckpointError(f"the file of {key!r} is {file!r}, which is no name in the folder")
-    if any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers):
+    if any(type(n) is not int or not 0 <= n < 1 << 62 for n in (start, length)):
         raise CheckpointError(f"the place of {key!r} is impossible")
     if told := state.get("transform_descriptors"):
         raise CheckpointError(
             f"{key!r} is stored transformed ({told!r}), which this reader does not undo"
         )
-    return file, *numbers
+    return file, start, length

@@ -31,7 +31,7 @@ class DigestedWeights(LazyWeights):
         if name not in self._seen:
             values = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
             told = hashlib.blake2b(f"{name}:{tuple(tensor.shape)}:".encode(), digest_size=BYTES)
-            told.update(values)
+            told.update(values.data)
             self._seen[name] = told.digest()
         return tensor
 

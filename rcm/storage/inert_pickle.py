@@ -82,6 +82,8 @@ class _Instructions(dict):
 class _Reader(pickle._Unpickler):
     names: Collection[str]
     storages: Callable[[Any], Any] | None
+    stack: list[Any]
+    append: Callable[[Any], None]
 
     def find_class(self, module: str, name: str) -> Named:
         full = f"{module}.{name}"

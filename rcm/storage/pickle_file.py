@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from loguru import logger
@@ -204,16 +204,17 @@ def _opened(source: Path | bytes | bytearray) -> tuple[Any, Callable[[Any], Tens
     """What the pickle holds, inert, and the function that makes a tensor of an entry that is
     one.
     """
-    held = None
-    if not isinstance(source, Path):
-        held = source if isinstance(source, bytearray) else bytearray(source)
-    with open(source, "rb") if held is None else io.BufferedReader(_Held(held)) as file:
+    held = bytearray(source) if isinstance(source, bytes) else source
+    with cast(
+        BinaryIO,
+        open(held, "rb") if isinstance(held, Path) else io.BufferedReader(_Held(held)),
+    ) as file:
         archive = file.read(len(_LOCAL_HEADER)) == _LOCAL_HEADER
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         value, places = _archive(file) if archive else _old_format(file)
-    if held is None:
-        whole = torch.UntypedStorage.from_file(str(source), False, size)
+    if isinstance(held, Path):
+        whole = torch.UntypedStorage.from_file(str(held), False, size)
     else:
         whole = torch.frombuffer(held, dtype=torch.uint8).untyped_storage()
     made: dict[str, torch.UntypedStorage] = {}

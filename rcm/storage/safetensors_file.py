@@ -68,7 +68,7 @@ def read_entry(path: Path, header: Tensor, start: int) -> Tensor:
     early.
     """
     flat = torch.empty(header.numel() * header.element_size(), dtype=torch.uint8)
-    read_exactly(path, memoryview(flat.numpy()), start=start)
+    read_exactly(path, flat.numpy().data, start=start)
     return flat.view(header.dtype).view(header.shape)
 
 
@@ -105,7 +105,7 @@ def write_safetensors(
                     f"{key} was announced as {headers[key].dtype} {tuple(headers[key].shape)}, came"
                     f" as {tensor.dtype} {tuple(tensor.shape)}"
                 )
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -5,6 +5,7 @@ published peaks.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rcm.core.errors import ConfigError
 
@@ -40,10 +41,10 @@ PCIE_4 = 24e9
 """Bytes/s of copies over PCIe 4.0 x16, assumed."""
 
 
-def _scaled(name: str, gib: float, *, compute: float, bandwidth: float, **links: float) -> Card:
+def _scaled(name: str, gib: float, *, compute: float, bandwidth: float, **links: Any) -> Card:
     """A card with these shares of the H200's arithmetic and memory speed."""
     arithmetic = ("matmul", "attention", "attention_backward", "attention_tangent")
-    rates = {rate: getattr(H200, rate) * compute for rate in arithmetic}
+    rates: dict[str, Any] = {rate: getattr(H200, rate) * compute for rate in arithmetic}
     return Card(
         name,
         gib,

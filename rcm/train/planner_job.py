@@ -50,17 +50,16 @@ class Numbers(NamedTuple):
 @cache
 def numbers(config: WanConfig, shard: int = 1) -> Numbers:
     """FSDP2 cuts every tensor along its first axis: [1, 6, E] stays whole on rank 0."""
-    total = Numbers()
+    columns: list[tuple[int, ...]] = []
     for name, shape in parameter_shapes(config):
         rows, group = -(-shape[0] // shard), math.gcd(shape[-1], BLOCK)
         count, inside = rows * math.prod(shape[1:]), name.startswith("blocks.")
         linear = inside and len(shape) == 2 and fits(shape)
         coded = len(shape) > 1 and group >= SMALLEST_BLOCK
         own = (count, inside * count, linear * count, linear * rows)
-        own += (coded * count, coded * (count // group))
-        sums = [a + b for a, b in zip(total, own, strict=False)]
-        total = Numbers(*sums, largest=max(total.largest, count))
-    return total
+        columns.append((*own, coded * count, coded * (count // group)))
+    sums = Numbers(*(sum(column) for column in zip(*columns, strict=True)))
+    return sums._replace(largest=max(count for count, *_ in columns))
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ TIMES = {
     "train": Times(3, 1, 2.5, 3, 2, 3),
 }
 
-AGAIN = {"none": (0, 0), "mm_only": (0, 0), "block_wise": (1, 1)}
+AGAIN: dict[str, tuple[float, float]] = {"none": (0, 0), "mm_only": (0, 0), "block_wise": (1, 1)}
 AGAIN |= {"block_wise_keep_attention": (1, 0), "block_wise_keep_attention_mlp": (1, 0)}
 """Forwards of linear layers and of attention that a recomputed block adds."""
 
