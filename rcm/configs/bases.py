@@ -9,6 +9,7 @@ import os
 from rcm.configs.network import networks, wan_config
 from rcm.configs.schema_causal import CausalConfig
 from rcm.configs.schema_common import CommonModelConfig, M
+from rcm.configs.schema_rcm import RCMConfig
 from rcm.core.errors import ConfigError
 from rcm.nets.wan.adapters import LoRAConfig, largest_rank
 from rcm.nets.wan.config import WanConfig
@@ -25,7 +26,7 @@ random, of the run's seed).
 def checkpoint_of(model: CommonModelConfig, knob: str) -> str:
     """Path of the weights that the network at `knob` starts from; "" for random ones."""
     if knob == "net":
-        return model.student_ckpt or ("" if isinstance(model, CausalConfig) else model.teacher_ckpt)
+        return model.student_ckpt or (model.teacher_ckpt if isinstance(model, RCMConfig) else "")
     if knob == "net_fake_score":
         teacher = (
             "bidirectional_teacher_ckpt" if isinstance(model, CausalConfig) else "teacher_ckpt"
@@ -82,7 +83,8 @@ def _one_way_to_recompute(model: CommonModelConfig) -> None:
         mine, theirs = (getattr(model, knob).sac_config for knob in knobs)
         if mine != theirs:
             told = [
-                f"{sac.mode}, every {sac.every_n_blocks}, last {sac.keep_last_blocks} kept"
+                f"{sac.mode}, every {sac.every_n_blocks}"
+                + f", last {sac.keep_last_blocks} kept" * (sac.keep_last_blocks > 0)
                 for sac in (mine, theirs)
             ]
             raise ConfigError(

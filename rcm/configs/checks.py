@@ -192,6 +192,13 @@ def _networks(config: TrainConfig) -> None:
                     f"{knob}.{name}={channels} does not fit latents of"
                     f" {M}.state_ch={model.state_ch}; set one of them"
                 )
+        sac = net.sac_config
+        if sac.keep_last_blocks >= wan.num_layers:
+            raise ConfigError(
+                f"{knob}.sac_config.keep_last_blocks={sac.keep_last_blocks} keeps all"
+                f" {wan.num_layers} blocks, and mode={sac.mode} has no effect; choose fewer, or set"
+                " mode=none"
+            )
         if wan.max_frames < model.state_t:
             raise ConfigError(
                 f"{M}.state_t={model.state_t} is beyond the rotary table of"

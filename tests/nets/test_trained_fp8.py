@@ -144,6 +144,7 @@ REFUSALS = [
     ),
     ("toy_tf_c1-1", [f"{M}net.linear_precision=fp4"], "linear_precision"),
     ("toy_tf_c1-1", [f"{M}net.sac_config.mode=none", f"{M}net.sac_config.keep_last_blocks=1"], "keep_last_blocks=1 has no effect"),
+    ("toy_tf_c1-1", [f"{M}net.sac_config.mode=block_wise", f"{M}net.sac_config.keep_last_blocks=99"], r"keeps all \d+ blocks"),
     ("toy_tf_c1-1", [f"{M}net.sac_config.keep_last_blocks=-1"], "keep_last_blocks=-1 must be in 0 to 1024"),
 ]
 
