@@ -163,9 +163,9 @@ def attention_record(net: nn.Module) -> dict[str, Any]:
     """What the attention of `net` was, for the record of a run: `{"backend": name, "calls": {kind
     of call: what served it}}`.
 
-    With a named back end it serves every plain call; under "auto" the kinds are "dense", "masked"
-    and "masked with gradient", those that happened so far ("dense" always). "tangent" is there once
-    a tangent pass ran.
+    With a named back end it serves every plain call; under "auto" the kinds are "dense", "dense,
+    captured", "dense, long", "masked" and "masked with gradient", those that happened so far
+    ("dense" always). "tangent" is there once a tangent pass ran.
     """
     cores = [module for module in net.modules() if isinstance(module, AttentionCore)]
     calls: dict[str, str] = {}

@@ -4,10 +4,14 @@ rules.
 
 from __future__ import annotations
 
+import warnings
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
+from rcm.kernels import replay
 from rcm.kernels.masked_attention.api import Backward, forward_obstacle, masked_attention
 from rcm.kernels.masked_attention.dense import rectangle_obstacle
 from rcm.kernels.masks import Full, MaskSpec
@@ -15,6 +19,7 @@ from rcm.kernels.persistent_attention.api import attend as persistent_attention
 from rcm.kernels.persistent_attention.api import obstacle as persistent_obstacle
 from rcm.kernels.split_attention.api import num_splits, split_attention
 from rcm.nets.attention_dense import SDPA
+from rcm.nets.attention_packages import Flash3, Flash4, NotInstalled
 
 RECTANGLES: tuple[Backward, ...] = ("cudnn", "flash")
 """Fused backward passes of a rectangle, the faster first (39.0 and 66.5 ms, chunks of 3)."""
@@ -28,6 +33,10 @@ LARGEST_MATRIX = 1 << 26
 PERSISTENT_KEYS = 1500
 """Keys from which a captured dense call is faster by the persistent kernel than by cuDNN; fewer
 were not measured.
+"""
+LONG = 32_760
+"""Queries and keys from which FlashAttention-3 and -4 serve a dense call where one of them is
+installed; fewer were not measured.
 """
 
 
@@ -99,7 +108,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> str:
         sdpa, no gradient                              11.7               1.85            0.20
         triton, no gradient                            11.1               2.11            0.41
 
-    Dense calls therefore go to SDPA always. Other cards than compute capability 9.0 were not
+    Dense calls go to `choose_dense`. Other cards than compute capability 9.0 were not
     measured: masked calls stay with SDPA there.
     """
     if mask is None or mask.is_full:
@@ -125,19 +134,49 @@ def choose(q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> str:
 def choose_dense(q: Tensor, k: Tensor, v: Tensor) -> str:
     """What serves a call that sees everything best: "sdpa"; also "persistent kernel" and "cudnn in
     parts" inside a captured graph, where further launches cost nothing, without gradient, in 16
-    bits, on compute capability 9.0.
+    bits, on compute capability 9.0; and there, outside of graphs, "flash3" or "flash4" for calls as
+    long as `LONG` where the package is installed.
+
+    One H200, torch 2.11, 12 heads of 128, bf16, 32,760 x 32,760, forward + backward / no gradient:
+    cuDNN 44.0 / 10.8 to 11.3 ms, flash3 37.8 / 9.35, flash4 37.2 / 9.69 (docs/scale.md).
     """
-    if (
-        not q.is_cuda
-        or q.dtype not in (torch.bfloat16, torch.float16)
-        or not torch.cuda.is_current_stream_capturing()
-    ):
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
+    if not torch.cuda.is_current_stream_capturing():
+        package = _long_package() if _is_long(q, k, v) else None
+        return package.name if package is not None else "sdpa"
     if wants_gradient(q, k, v) or torch.cuda.get_device_capability(q.device) != (9, 0):
         return "sdpa"
     if k.shape[1] >= PERSISTENT_KEYS and persistent_obstacle(q, k, v) is None:
         return "persistent kernel"
     return "cudnn in parts" if parts_of(q, k) > 1 else "sdpa"
+
+
+def _is_long(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the measurement of the packages covers this call. Compiled code, runs that must
+    repeat bit by bit and recomputation that keeps attention stay with torch's own operators.
+    """
+    if torch.compiler.is_compiling() or min(q.shape[1], k.shape[1]) < LONG:
+        return False
+    if q.dtype != torch.bfloat16 or not q.shape[3] == v.shape[3] == 128:
+        return False
+    if torch.are_deterministic_algorithms_enabled() or replay.is_keeping():
+        return False
+    return torch.cuda.get_device_capability(q.device) == (9, 0)
+
+
+@lru_cache(maxsize=1)
+def _long_package() -> Flash3 | Flash4 | None:
+    """FlashAttention-3, else -4, else nothing: the first that is installed and loads; one that does
+    not load is warned of.
+    """
+    for kind in (Flash3, Flash4):
+        try:
+            return kind.loaded()
+        except ConfigError as error:
+            if not isinstance(error, NotInstalled):
+                warnings.warn(f"auto goes on without it: {error}", stacklevel=2)
+    return None
 
 
 def parts_of(q: Tensor, k: Tensor) -> int:
@@ -164,6 +203,9 @@ class Auto:
         if mask is None or mask.is_full:
             if (choice := choose_dense(q, k, v)) == "sdpa":
                 return self._sdpa(q, k, v, mask=None, scale=scale)
+            if choice in (Flash3.name, Flash4.name) and (package := _long_package()):
+                self.decisions["dense, long"] = choice
+                return package(q, k, v, mask=None, scale=scale)
             self.decisions["dense, captured"] = choice
             if choice == "persistent kernel":
                 return persistent_attention(q, k, v, scale=scale)

@@ -1,9 +1,9 @@
-"""Attention back ends of packages that are installed apart: FlashAttention-2 and -3, MagiAttention,
-Transformer Engine.
+"""Attention back ends of packages that are installed apart: FlashAttention-2, -3 and -4,
+MagiAttention, Transformer Engine.
 
-Written against the documented interfaces named below and tested with stand-ins of the same
-signatures; not run against the packages themselves. Each raises `ConfigError` saying what to
-install when its package is missing.
+Tested with stand-ins of the documented signatures; which of them ran against the packages
+themselves, on which card, is in docs/scale.md. Each raises `ConfigError` saying what to install
+when its package is missing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import inspect
 import os
 from functools import lru_cache
 from types import ModuleType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -30,9 +31,13 @@ CHOOSE = (
 FLASH4_HINT = "pip install --pre 'flash-attn-4[cu13]' (needs compute capability 9.0 or higher)"
 
 
+class NotInstalled(ConfigError):
+    """The package of a back end is not there at all."""
+
+
 def require_package(backend: str, module: str, *, hint: str) -> None:
-    """Raise `ConfigError` naming what to install unless `module` can be found; only the parents of
-    a dotted name are imported.
+    """Raise `NotInstalled` naming what to install unless `module` can be found, `ConfigError` where
+    a parent of it does not load; only the parents of a dotted name are imported.
     """
     try:
         found = importlib.util.find_spec(module) is not None
@@ -41,7 +46,7 @@ def require_package(backend: str, module: str, *, hint: str) -> None:
     except (ImportError, OSError) as error:
         raise _does_not_load(backend, module, error) from error
     if not found:
-        raise ConfigError(
+        raise NotInstalled(
             f"attention backend '{backend}' is not available: {module} is not installed: {hint}; or"
             f" {CHOOSE}"
         )
@@ -66,12 +71,22 @@ class _Package:
     def __init__(self) -> None:
         require_package(self.name, self.module, hint=self.hint)
 
+    @classmethod
+    def loaded(cls) -> Self:
+        """This back end with its package imported; `ConfigError` where that fails."""
+        backend = cls()
+        backend._import()
+        return backend
+
     def _open(self, q: Tensor) -> ModuleType:
         if q.dtype not in (torch.bfloat16, torch.float16):
             raise ConfigError(
                 f"attention backend '{self.name}' needs bfloat16 or float16, got {q.dtype}; set"
                 f" precision, or {CHOOSE}"
             )
+        return self._import()
+
+    def _import(self) -> ModuleType:
         try:
             return importlib.import_module(self.module)
         except (ImportError, OSError) as error:

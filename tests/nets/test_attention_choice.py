@@ -11,10 +11,12 @@ import torch
 
 from rcm.core.errors import ConfigError
 from rcm.diffusion.blocks import BlockPattern
+from rcm.kernels import replay
 from rcm.kernels.masks import BlockCausal, Full, TeacherForcing
 from rcm.nets import attention_auto
-from rcm.nets.attention_auto import Auto, Fused, choose
+from rcm.nets.attention_auto import Auto, Fused, choose, choose_dense
 from rcm.nets.attention_dense import Cudnn
+from rcm.nets.attention_packages import NotInstalled
 
 PATTERN = BlockPattern(3, 3)
 
@@ -50,6 +52,65 @@ def test_training_shapes():
     with torch.no_grad():
         assert chosen(forced(1560)) == "triton"
     assert chosen(BlockCausal(PATTERN, 21, 1560, window=3, sinks=1)) == "triton + cudnn"
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """Which of FlashAttention-3 and -4 are there, to be filled in; what they were asked for."""
+    here, asked = [], []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    class Package:
+        def __init__(self, name):
+            self.name = name
+
+        def __call__(self, q, k, v, *, mask, scale):
+            asked.append((self.name, q.shape[1], mask, scale))
+
+    def loaded(name):
+        if name not in here:
+            raise NotInstalled(name) if f"broken {name}" not in here else ConfigError(f"{name} does not load")
+        return Package(name)
+
+    for kind in (attention_auto.Flash3, attention_auto.Flash4):
+        monkeypatch.setattr(kind, "loaded", lambda kind=kind: loaded(kind.name))
+    attention_auto._long_package.cache_clear()
+    yield here, asked
+    attention_auto._long_package.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("here", "expected"), [((), "sdpa"), (("flash4",), "flash4"), (("flash3", "flash4"), "flash3"), (("broken flash3", "flash4"), "flash4")]
+)
+def test_long_dense_calls_take_an_installed_flash_attention(here, expected, packages):
+    packages[0].extend(here)
+    q = Shaped(1, 32760, 12, 128)
+    if "broken flash3" in here:
+        with pytest.warns(UserWarning, match="auto goes on without it: flash3 does not load"):
+            assert choose_dense(q, q, q) == expected
+    assert choose_dense(q, q, q) == expected
+
+
+def test_what_was_not_measured_of_flash_attention_stays_with_sdpa(packages, monkeypatch):
+    here, asked = packages
+    here.append("flash3")
+    auto, q, short = Auto(), Shaped(1, 32760, 12, 128), Shaped(1, 32759, 12, 128)
+    monkeypatch.setattr(auto, "_sdpa", lambda q, *_, mask, scale: asked.append(("sdpa", q.shape[1], mask, scale)))
+    auto(q, q, q, mask=None, scale=0.5)
+    auto(q, short, short, mask=None, scale=0.5)
+    assert asked == [("flash3", 32760, None, 0.5), ("sdpa", 32760, None, 0.5)]
+    assert auto.decisions == {"dense": "sdpa", "dense, long": "flash3"}
+    for other in (Shaped(1, 32760, 12, 64), Shaped(1, 32760, 12, 128, dtype=torch.float16), Shaped(1, 32760, 12, 128, dtype=torch.float32)):
+        assert choose_dense(other, other, other) == "sdpa"
+    with replay.keeping():
+        assert choose_dense(q, q, q) == "sdpa", "recomputation keeps torch's own operators only"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose_dense(q, q, q) == "sdpa"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert choose_dense(q, q, q) == "sdpa"
 
 
 def test_dense_calls_stay_with_sdpa():
