@@ -114,10 +114,11 @@ def small(*keys: str) -> list[str]:
 @pytest.mark.parametrize(
     ("experiment", "nets", "more"),
     [
-        ("tf_c3-3", ("net",), ["dataloader_train.batch_size=2", "trainer.grad_accum_iter=2"]),
-        ("sf_dmd_2step_c3-3_replayed", ("net", "net_fake_score", "net_bidirectional_teacher"), []),
+        pytest.param(
+            "tf_c3-3", ("net",), ["dataloader_train.batch_size=2", "trainer.grad_accum_iter=2"], id="accumulated", marks=pytest.mark.slow
+        ),
+        pytest.param("sf_dmd_2step_c3-3_replayed", ("net", "net_fake_score", "net_bidirectional_teacher"), [], id="replayed"),
     ],
-    ids=["accumulated", "replayed"],
 )
 def test_real_iterations_need_what_was_predicted(tmp_path, capsys, experiment, nets, more):
     """Through FSDP2 and the training step, on the CPU with the plain formulas: within 10
