@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rcm.core.errors import NonFinite
 from rcm.nets.condition import Condition
 from rcm.nets.velocity_model import VelocityModel
+from rcm.parallel.agree import agree
 from rcm.rollout.autoregressive import ChunkLoop
 
 DECODER = (
@@ -73,7 +75,8 @@ class FiniteGuard:
         """`block` is made next, of what `loop` has cached."""
         self._block, self._steps[block] = block, []
         self._seen[block] = frozenset(chunk.id for chunk in loop.cache.branches[0].chunks)
-        for made in [known for known in self._steps if known < block - 2]:
+        needed = min([block - 2, *(unread for unread, _ in self._unread)])
+        for made in [known for known in self._steps if known < needed]:
             del self._steps[made], self._seen[made]
 
     def step(self, x: Tensor) -> None:
@@ -110,13 +113,19 @@ class FiniteGuard:
 
 def require_finite_weights(model: VelocityModel) -> None:
     """`NonFinite`, naming the first such weight, for a network with NaN or infinite ones. Attention
-    of a CPU makes zeros of queries that are NaN, so what comes out may be finite and wrong.
+    of a CPU makes zeros of queries that are NaN, so what comes out may be finite and wrong. Of a
+    sharded network every rank looks at its part, and all hear of it.
     """
-    if (name := bad_weight(net_of(model))) is not None:
-        raise NonFinite(
+    net, problem = net_of(model), None
+    if (name := bad_weight(net)) is not None:
+        problem = NonFinite(
             f"the network's weight {name} is NaN or infinite; load the checkpoint again, or another"
             " one"
         )
+    if any(isinstance(x, DTensor) for x in net.parameters()):
+        agree(problem)
+    elif problem is not None:
+        raise problem
 
 
 def cause(loop: ChunkLoop, cond: Condition, seen: Iterable[int]) -> str:
@@ -145,10 +154,15 @@ def cause(loop: ChunkLoop, cond: Condition, seen: Iterable[int]) -> str:
 
 
 def bad_weight(net: nn.Module) -> str | None:
-    """The name of the first weight that is NaN or infinite; None if there is none."""
-    weights = dict(net.named_parameters())
-    found = torch.stack([largest(_wide(x)) for x in weights.values()]).isfinite().tolist()
-    return next((name for name, ok in zip(weights, found, strict=True) if not ok), None)
+    """The name of the first weight that is NaN or infinite; None if there is none. Of sharded ones
+    this rank's part counts.
+    """
+    wide = {name: _wide(x) for name, x in net.named_parameters()}
+    looked = {name: largest(x) for name, x in wide.items() if x.numel()}
+    if not looked:
+        return None
+    found = torch.stack(list(looked.values())).isfinite().tolist()
+    return next((name for name, ok in zip(looked, found, strict=True) if not ok), None)
 
 
 def net_of(model: VelocityModel) -> nn.Module:
@@ -164,5 +178,6 @@ def _finite(x: Tensor) -> bool:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """FP8 in a type that has arithmetic."""
+    """FP8 in a type that has arithmetic; of a sharded tensor this rank's part."""
+    x = x.to_local() if isinstance(x, DTensor) else x
     return x.detach() if x.dtype.itemsize > 1 else x.detach().float()

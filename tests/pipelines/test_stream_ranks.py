@@ -9,6 +9,8 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError, NonFinite
@@ -132,6 +134,23 @@ def meetings() -> list[int]:
     return found
 
 
+def sharded() -> list[str]:
+    """A network of which every rank holds a part, as it is sampled in training: whole, then with
+    NaN in the part of one.
+    """
+    net = tiny_net(dtype=torch.float32)
+    mesh = init_device_mesh("cpu", (2,))
+    for module in (*net.blocks, net):
+        fully_shard(module, mesh=mesh)
+    model, spec = Denoiser(net, Precision.preset("fp32")), StreamSpec(RECIPE, (4, 4, 6), num_frames=3)
+    found = []
+    for poisoned in (False, True):
+        if poisoned and dist.get_rank() == 1:
+            net.blocks[1].ffn[0].weight.to_local().data.fill_(math.nan)
+        found.append(told(lambda: Session(model, None, condition(tiny_config(), batch=1, dtype=torch.float32), spec).step()))
+    return found
+
+
 def play() -> dict[str, list[str]]:
     found = {}
     for scene in SCENES:
@@ -141,7 +160,7 @@ def play() -> dict[str, list[str]]:
                 session.step()
             found[f"{scene.__name__} {look_ahead}"] = scene(dist.get_rank() == 1, session)
             session.close()
-    return found | {"meetings": meetings()}
+    return found | {"meetings": meetings(), "sharded": sharded()}
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +197,12 @@ def test_what_is_not_finite_ends_the_stream_on_all(ranks, look_ahead):
     assert alone[0].startswith("NonFinite: chunk 2 of this stream is not finite: the decoder made")
     assert other[:2] == ["2 frames", "NonFinite: rank 1 found that this stream is not finite, and says where; look at its output"]
     assert all(line.startswith("StreamCancelled: this stream") for line in [*alone[1:], other[2]])
+
+
+def test_a_part_of_a_sharded_network_that_is_not_finite_is_refused_on_all_ranks(ranks):
+    for found in ranks:
+        whole, refused = found["sharded"]
+        assert whole == "1 frames" and refused.startswith("NonFinite: the network's weight blocks.1.ffn.0.weight is NaN or infinite")
 
 
 def test_ranks_meet_once_per_chunk(ranks):
