@@ -65,7 +65,7 @@ def megatron(request, monkeypatch):
         present(monkeypatch, "megatron", "einops")
 
 
-@pytest.mark.parametrize("rank", [0, 3, 5, 7])
+@pytest.mark.parametrize("rank", [0, 5])
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (2, 2, 2), (2, 4, 1), (1, 1, 8), (8, 1, 1)])
 def test_groups_hold_the_ranks_of_our_meshes(megatron, sizes, rank):
     with pretend(rank, 8):
