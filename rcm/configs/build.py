@@ -26,8 +26,11 @@ from rcm.configs.network import wan_config
 from rcm.configs.pieces import described_pieces
 from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_causal import CausalConfig
+from rcm.configs.schema_rcm import RCMConfig
 from rcm.core.files import discard
+from rcm.data.loader import Loader
 from rcm.methods.adversary import HEAD
+from rcm.methods.base import Method
 from rcm.nets.denoiser import Denoiser
 from rcm.parallel.agree import on_first, require_same, together
 from rcm.parallel.launch import this_launch
@@ -113,7 +116,10 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
     if dims.rank == 0:
         _warn_of_unread(config)
     loader = together(lambda: build_loader(config, dims=dims, device=device))
-    identity = {"fingerprint": loader.source.fingerprint(), "samples": len(loader.source)}
+    identity: dict[str, Any] = {
+        "fingerprint": loader.source.fingerprint(),
+        "samples": len(loader.source),
+    }
     require_same(
         "their data",
         identity,
@@ -219,7 +225,7 @@ def description(
     )
 
 
-def _bidirectional_sampler(model) -> dict:
+def _bidirectional_sampler(model: CausalConfig | RCMConfig) -> dict[str, Any]:
     if isinstance(model, CausalConfig):
         return {
             "kind": "ode",
@@ -281,14 +287,14 @@ def allow_tf32() -> None:
     torch.backends.cudnn.allow_tf32 = True
 
 
-def train_state(config: TrainConfig, method) -> TrainState:
+def train_state(config: TrainConfig, method: Method) -> TrainState:
     """What training changes: optimisers, schedules and average as configured. `method`: the
     networks, built.
     """
     model = config.model.config
     optim = {"student": config.optimizer, "fake_score": model.optimizer_fake_score}
     schedule = {"student": config.scheduler, "fake_score": model.scheduler_fake_score}
-    if HEAD in method.trainable:
+    if HEAD in method.trainable and isinstance(model, CausalConfig):
         optim[HEAD], schedule[HEAD] = model.gan.optimizer, model.gan.scheduler
     return TrainState.create(
         method.trainable,
@@ -299,7 +305,9 @@ def train_state(config: TrainConfig, method) -> TrainState:
     )
 
 
-def _resume(config: TrainConfig, checkpointer: Checkpointer, state: TrainState, loader) -> None:
+def _resume(
+    config: TrainConfig, checkpointer: Checkpointer, state: TrainState, loader: Loader
+) -> None:
     """Continue this job's newest checkpoint, else `checkpoint.load_path` as far as its keys ask
     for, else start at 0.
     """
@@ -343,7 +351,7 @@ def _sinks(run: Run, folder: Path, *, resumed_at: int) -> list[Sink]:
 
 
 def _observers(
-    run: Run, folder: Path, student, *, device: torch.device, own: OwnTime
+    run: Run, folder: Path, student: Denoiser, *, device: torch.device, own: OwnTime
 ) -> list[Observer]:
     trainer = run.config.trainer
     observers: list[Observer] = [KernelRecord(folder / "kernels.json")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,7 +66,9 @@ def _source(run: TrainConfig, *, device: torch.device | str) -> Source:
     channels, frames, height, width = latent_shape(model)
     match data.kind:
         case "fake":
-            states = len(model.kd_timesteps) + 1 if model.learns_trajectories else 0
+            states = 0
+            if isinstance(model, CausalConfig) and model.learns_trajectories:
+                states = len(model.kd_timesteps) + 1
             return FakeLatents(
                 num=max(data.num_videos, data.batch_size),
                 latent_shape=latent_shape(model),
@@ -90,7 +93,7 @@ def _source(run: TrainConfig, *, device: torch.device | str) -> Source:
                 text_shape=text_shape,
                 cache_bytes=LATENT_CACHE_BYTES,
             )
-            if model.learns_trajectories:
+            if isinstance(model, CausalConfig) and model.learns_trajectories:
                 _check_trajectories(model, {shard.path.parent for shard in shards.shards})
             return shards
         case "prompts":
@@ -108,17 +111,21 @@ def _source(run: TrainConfig, *, device: torch.device | str) -> Source:
 
 def known_words(model: CommonModelConfig, source: Source) -> tuple[str, ...]:
     """Vocabulary of the captions, for a text encoder that has none of its own: the toy one."""
+    captioned: Any = source
     if model.text_encoder_class != "toy" or isinstance(source, FakeLatents):
         return ()
-    return vocabulary(source.captions())
+    return vocabulary(captioned.captions())
 
 
 def _check_trajectories(model: CausalConfig, folders: set[Path]) -> None:
     """Shards that say how their trajectories were made must be made for this run: their number of
     states alone would not tell.
     """
-    mine = {"training_type": model.training_type, "kd_timesteps": list(model.kd_timesteps)}
-    if model.training_type == "tf_kd":
+    mine: dict[str, Any] = {
+        "training_type": model.training_type,
+        "kd_timesteps": list(model.kd_timesteps),
+    }
+    if model.training_type == "tf_kd" and model.pattern is not None:
         mine["pattern"] = model.pattern.name
     for folder in sorted(folders):
         stored = read_manifest(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from rcm.configs.build_gan import build_adversary
 from rcm.configs.build_nets import NetBuilder
@@ -13,7 +14,8 @@ from rcm.configs.schema_rcm import RCMConfig
 from rcm.core.errors import ConfigError
 from rcm.diffusion.directional import Directional, Discrete, Exact, RFStep, SemiContinuous, TrigStep
 from rcm.diffusion.time_sampling import ConsistencyGrid
-from rcm.losses.denoising import gaussian_bell
+from rcm.losses.denoising import TimeWeight, gaussian_bell
+from rcm.losses.term import NonFinitePolicy
 from rcm.methods.base import Joint, Method
 from rcm.methods.causal_diffusion import (
     BidirectionalDiffusion,
@@ -34,7 +36,7 @@ from rcm.methods.tf_dcm import TFDiscreteConsistency
 from rcm.methods.tf_meanflow import TFMeanFlow
 from rcm.methods.tf_scm import TFContinuousConsistency
 from rcm.nets.condition import Condition
-from rcm.nets.denoiser import Guided, VelocityModel
+from rcm.nets.denoiser import Denoiser, Guided, VelocityModel
 from rcm.rollout.plan import StepSchedule
 from rcm.rollout.recipe import SamplingRecipe
 
@@ -85,7 +87,8 @@ class _Parts:
 
     def __init__(self, run: TrainConfig, nets: NetBuilder, negative: Negative) -> None:
         self.config, self.nets, self._negative = run.model.config, nets, negative
-        self.nonfinite = "zero_sample" if run.trainer.nan_policy == "skip_sample" else "propagate"
+        skips = run.trainer.nan_policy == "skip_sample"
+        self.nonfinite: NonFinitePolicy = "zero_sample" if skips else "propagate"
 
     def guided(self, teacher: VelocityModel, scale: float) -> VelocityModel:
         return Guided(teacher, self._negative(), scale) if scale > 1 else teacher
@@ -103,10 +106,14 @@ class _Causal(_Parts):
             )
         long = c.long_tuning
         forcing = TeacherForcing(c.pattern, long.window_blocks or None, long.sink_blocks)
-        simple = {"law": c.p_G.build(), "weight": self._weight(), "loss_scale": c.loss_scale}
+        simple: dict[str, Any] = {
+            "law": c.p_G.build(),
+            "weight": self._weight(),
+            "loss_scale": c.loss_scale,
+        }
         match c.training_type:
             case "tf":
-                noisy = {
+                noisy: dict[str, Any] = {
                     "context": c.context,
                     "context_schedule": StepSchedule((tuple(c.backward_timesteps),)),
                 }
@@ -147,7 +154,7 @@ class _Causal(_Parts):
                 )
         raise ConfigError(f"model.config.training_type={c.training_type!r} has no method")
 
-    def _weight(self):
+    def _weight(self) -> TimeWeight | None:
         return gaussian_bell if self.config.loss_weighting == "gaussian_bell" else None
 
     def _teacher(self) -> VelocityModel:
@@ -155,7 +162,7 @@ class _Causal(_Parts):
         teacher = self.nets.frozen("net_causal_teacher")
         return self.guided(teacher, c.causal_guidance)
 
-    def _shared(self, forcing: TeacherForcing) -> dict:
+    def _shared(self, forcing: TeacherForcing) -> dict[str, Any]:
         """Arguments of both consistency forms. In the joint stage noisy context takes the rollout's
         times (Causal_rCM.md section 5).
         """
@@ -171,7 +178,7 @@ class _Causal(_Parts):
         }
 
     def _discrete(
-        self, student: VelocityModel, forcing: TeacherForcing, teacher: VelocityModel
+        self, student: Denoiser, forcing: TeacherForcing, teacher: VelocityModel
     ) -> Method:
         c = self.config
         grid = ConsistencyGrid(
@@ -180,7 +187,7 @@ class _Causal(_Parts):
         return TFDiscreteConsistency(student, teacher, grid=grid, **self._shared(forcing))
 
     def _continuous(
-        self, student: VelocityModel, forcing: TeacherForcing, teacher: VelocityModel
+        self, student: Denoiser, forcing: TeacherForcing, teacher: VelocityModel
     ) -> Method:
         c = self.config
         return TFContinuousConsistency(
@@ -192,17 +199,17 @@ class _Causal(_Parts):
         )
 
     def _mean_flow(
-        self, student: VelocityModel, forcing: TeacherForcing, teacher: VelocityModel
+        self, student: Denoiser, forcing: TeacherForcing, teacher: VelocityModel
     ) -> Method:
         c = self.config
-        times = {
+        times: dict[str, Any] = {
             "law": c.p_G.build(),
             "equal_share": c.meanflow_equal_share,
             "tangent_warmup": c.tangent_warmup,
         }
         return TFMeanFlow(student, teacher, **times, **self._shared(forcing))
 
-    def _self_forced(self, student: VelocityModel, forcing: TeacherForcing) -> Method:
+    def _self_forced(self, student: Denoiser, forcing: TeacherForcing) -> Method:
         c = self.config
         teacher = self.nets.frozen("net_bidirectional_teacher")
         fake_score = self.nets.trained("net_fake_score")
@@ -232,13 +239,14 @@ class _RCM(_Parts):
         teacher = self.guided(self.nets.frozen("net_teacher"), c.teacher_guidance)
         consistency = self._consistency(student, teacher) if c.loss_scale > 0 else None
         if c.net_fake_score is None or c.loss_scale_dmd <= 0:
+            assert consistency is not None  # checked: a run has a loss
             return consistency
         matching = self._matching(
             student, teacher, warmup=0 if consistency is None else c.tangent_warmup
         )
         return Joint("rcm", consistency, matching) if consistency is not None else matching
 
-    def _consistency(self, student: VelocityModel, teacher: VelocityModel) -> Method:
+    def _consistency(self, student: Denoiser, teacher: VelocityModel) -> Method:
         c = self.config
         if c.cm_type == "dcm":
             grid = ConsistencyGrid(
@@ -262,13 +270,11 @@ class _RCM(_Parts):
     def _directional(self) -> Directional:
         c = self.config
         geometry = RFStep() if c.use_rf_scm else TrigStep()
-        return {
-            0: Exact(),
-            1: SemiContinuous(geometry, c.fd_size),
-            2: Discrete(geometry, c.fd_size),
-        }[c.fd_type]
+        if c.fd_type == 0:
+            return Exact()
+        return (SemiContinuous if c.fd_type == 1 else Discrete)(geometry, c.fd_size)
 
-    def _matching(self, student: VelocityModel, teacher: VelocityModel, *, warmup: int) -> Method:
+    def _matching(self, student: Denoiser, teacher: VelocityModel, *, warmup: int) -> Method:
         """DMD; during `warmup` iterations the consistency term has the student for itself."""
         c = self.config
         law = c.p_D.build()

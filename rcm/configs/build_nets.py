@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from rcm.parallel.agree import on_first, shared
 from rcm.parallel.apply import parallelize, parallelize_head
 from rcm.parallel.init import check_equal, drawn_weights, load_full, materialise, on_meta
 from rcm.parallel.mesh import ParallelDims
+from rcm.pipelines.adapted_weights import AdaptedWeights
 from rcm.pipelines.described import description_of
 from rcm.pipelines.wan_files import NetworkWeights, network_weights
 from rcm.pipelines.weight_files import open_weights
@@ -46,7 +48,7 @@ def precision_of(config: CommonModelConfig) -> Precision:
     return Precision(params=wide, compute=compute, reduce=wide, time=_DTYPES[config.time_precision])
 
 
-def open_network(path: str | Path, *, knob: str) -> NetworkWeights:
+def open_network(path: str | Path, *, knob: str) -> NetworkWeights | AdaptedWeights:
     """The network of any file or folder that `open_weights` takes, averaged weights preferred;
     nothing is read yet.
 
@@ -113,7 +115,8 @@ class NetBuilder:
         """What `build` makes, to be trained on tokens of another network: parallelised as that one,
         with random weights.
         """
-        head = parallelize_head(on_meta(build), dims=self.dims, precision=self.precision)
+        head = on_meta(build)
+        parallelize_head(head, dims=self.dims, precision=self.precision)
         materialise(head, device=self.device)
         drawn = on_first(lambda: drawn_weights(build, seed=self.seed))
         load_full(head, drawn, source="initial weights")
@@ -253,15 +256,15 @@ class NetBuilder:
         logger.info("{}: weights from {}", knob, checkpoint)
         if weights is not None and (told := _other_pattern(weights, self.config)):
             logger.warning("{}: {} {}", knob, checkpoint, told)
+        start: Mapping[str, Tensor] | None = weights
         if net_config.two_times:
-            whole = on_first(lambda: weights and with_second_time(weights, wan_config(net_config)))
-            if whole is not weights:
+            start = on_first(lambda: weights and with_second_time(weights, wan_config(net_config)))
+            if start is not weights:
                 logger.info(
                     "{}: {} has one time; the second one begins without effect", knob, checkpoint
                 )
             about += f", two times; only {SPAN}.* may be missing"
-            weights = whole
-        return weights, f"{checkpoint}{said} (for {about})"
+        return start, f"{checkpoint}{said} (for {about})"
 
     def _fill_adapted(
         self,
@@ -278,7 +281,7 @@ class NetBuilder:
         compute = self.precision.compute
         digested = None if weights is None else DigestedWeights(weights, dtype=compute)
         load_full(AdaptedNet(net, None), digested, source=source)
-        digest = shared(on_first(lambda: digested.digest))
+        digest = shared(on_first(lambda: None if digested is None else digested.digest))
         told = {
             "path": checkpoint or None,
             "dtype": str(compute).removeprefix("torch."),
@@ -286,11 +289,8 @@ class NetBuilder:
         }
         for role in roles:
             view, seed = AdaptedNet(net, role), self.seed + list(TRAINED.values()).index(role)
-            load_full(
-                view,
-                on_first(lambda view=view, seed=seed: initial_factors(view, seed=seed)),
-                source="initial adapters",
-            )
+            factors = on_first(partial(initial_factors, view, seed=seed))
+            load_full(view, factors, source="initial adapters")
             self.adapted[role] = told
 
 
@@ -298,7 +298,7 @@ def _size(network: Mapping[str, object]) -> str:
     return f"{network.get('num_layers')} layers of width {network.get('dim')}"
 
 
-def _said(weights: NetworkWeights) -> str:
+def _said(weights: NetworkWeights | AdaptedWeights) -> str:
     """Which network a checkpoint says it holds; nothing for a file that does not describe
     itself.
     """
@@ -310,7 +310,7 @@ def _said(weights: NetworkWeights) -> str:
     )
 
 
-def _other_pattern(weights: NetworkWeights, config: CommonModelConfig) -> str:
+def _other_pattern(weights: NetworkWeights | AdaptedWeights, config: CommonModelConfig) -> str:
     """What to say of a checkpoint that was trained in other blocks than the run's; "" for no
     contradiction. Legal, seldom meant.
     """

@@ -97,7 +97,9 @@ def compose_run(
     parsed = parse_overrides(overrides)
     _refuse_unknown(parsed)
     config = read(TrainConfig, _compose([_for_hydra(override) for override in parsed]))
-    experiment = next((o.value() for o in parsed if o.key_or_group == "experiment"), None) or ""
+    experiment = str(
+        next((o.value() for o in parsed if o.key_or_group == "experiment"), None) or ""
+    )
     config, environment = apply_environment(
         _resolve(config, experiment, parsed), os.environ if environ is None else environ
     )
@@ -172,7 +174,7 @@ def _for_hydra(override: Override) -> str:
     breaks on net_fake_score=null.
     """
     left_out = override.key_or_group in registry_distill.EXTRA_NETS and override.value() is None
-    return f"~{override.key_or_group}" if left_out else override.input_line
+    return f"~{override.key_or_group}" if left_out else str(override.input_line)
 
 
 def _compose(overrides: Sequence[str]) -> Any:

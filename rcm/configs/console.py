@@ -8,11 +8,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loguru import logger
 
+if TYPE_CHECKING:
+    from loguru import Record
+
 LOG_FILE = "train.log"
 FULL = "{time:YYYY-MM-DD HH:mm:ss.SSS} | {level: <8} | {name}:{function}:{line} - {message}"
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(line)
 
 
 @contextmanager
@@ -25,7 +33,7 @@ def told(folder: Path, *, rank: int = 0, world_size: int = 1) -> Iterator[None]:
         logger.remove(0)
     who = f"rank {rank}: " if world_size > 1 else ""
 
-    def short(record: dict) -> str:
+    def short(record: Record) -> str:
         level = record["level"].name
         return (
             "{time:HH:mm:ss} "
@@ -34,7 +42,9 @@ def told(folder: Path, *, rank: int = 0, world_size: int = 1) -> Iterator[None]:
 
     mine = [
         logger.add(
-            lambda line: sys.stderr.write(line), level="WARNING" if rank else "INFO", format=short
+            _tell,
+            level="WARNING" if rank else "INFO",
+            format=short,
         )
     ]
     if rank == 0:

@@ -141,7 +141,7 @@ def _default(f: Field) -> Any:
 def _dataclasses_in(f: Field, hint: Any) -> list[type]:
     if "variants" in f.metadata:
         return list(f.metadata["variants"].values())
-    return [h for h in (hint, *get_args(hint)) if is_dataclass(h)]
+    return [h for h in (hint, *get_args(hint)) if isinstance(h, type) and is_dataclass(h)]
 
 
 def _variant(f: Field, data: Mapping[str, Any], path: str) -> type | None:
@@ -162,7 +162,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if value is None and type(None) in args:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, path)
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return read(hint, value, path=path)
     if origin is Literal:
         return _literal(args, value, path)

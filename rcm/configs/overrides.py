@@ -61,7 +61,7 @@ def _texts() -> frozenset[str]:
 
 def _read(word: str) -> Override:
     parser, found = OverridesParser.create(), _WORD.fullmatch(word)
-    text = found is not None and found[2] in _texts()
+    text = found if found is not None and found[2] in _texts() else None
     try:
         override = parser.parse_overrides([word])[0]
         is_text = (
@@ -75,7 +75,8 @@ def _read(word: str) -> Override:
         if not text:
             advice = "write key=value (quote lists and spaces for the shell, as in 'key=[1, 2]')"
             raise ConfigError(f"cannot read override {_short(word)!r}: {advice}") from error
-    plus, key, characters = found.groups()
+    assert text is not None  # others were returned, or raised
+    plus, key, characters = text.groups()
     return parser.parse_overrides([f"{plus}{key}={quoted(characters.strip())}"])[0]
 
 
@@ -108,7 +109,7 @@ def _of_release(override: Override) -> Iterator[Override]:
     if words is not None and override.is_add():
         raise ConfigError(f"write {key}=NAME without +")
     if words is None and key in RENAMED:
-        words = (override.input_line.replace(key, RENAMED[key], 1),)
+        words = (str(override.input_line).replace(key, RENAMED[key], 1),)
     if words is not None:
         yield from OverridesParser.create().parse_overrides(list(words))
         return
@@ -118,11 +119,9 @@ def _of_release(override: Override) -> Iterator[Override]:
     ):
         yield override
         return
-    given = (
-        {"_target_": value}
-        if law_key != key
-        else {str(name): number for name, number in value.items()}
-    )
+    given: dict[str, Any] = {"_target_": value}
+    if law_key == key and isinstance(value, dict):
+        given = {str(name): number for name, number in value.items()}
     target = given.pop("_target_")
     if target not in TIME_LAWS:
         known = " and ".join(

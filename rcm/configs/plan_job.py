@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from rcm.configs.bases import base_of, roles_on
 from rcm.configs.build_data import latent_shape
@@ -122,8 +122,9 @@ class _Causal:
 
     def __init__(self, model: CausalConfig, rollouts: Rollouts) -> None:
         self.model, self.frames, self.rollouts = model, model.state_t, rollouts
+        assert model.pattern is not None  # a bidirectional run has phases of its own
         self.pattern = model.pattern
-        structure = {"grid": _grid(model), "pattern": self.pattern}
+        structure: dict[str, Any] = {"grid": _grid(model), "pattern": self.pattern}
         self.whole = _whole(model)
         self.packed = TokenLayout.teacher_forcing(self.frames, **structure)
         self.masked = TokenLayout.block_causal(self.frames, **structure)
@@ -132,7 +133,8 @@ class _Causal:
             model.long_tuning.frames or self.frames,
             model.long_tuning.window_blocks or None,
         )
-        seen = {"num_frames": total, "window": window, "sinks": model.long_tuning.sink_blocks}
+        sinks = model.long_tuning.sink_blocks
+        seen: dict[str, Any] = {"num_frames": total, "window": window, "sinks": sinks}
         self.bounds = self.pattern.bounds(total)
         self.chunks = tuple(
             TokenLayout.cached_chunk(block, **seen, **structure)
@@ -224,6 +226,7 @@ class _Causal:
         step, gan = Pass("fake score", "fake_score", "train", self.whole), self.model.gan
         if not gan.loss_scale:
             return step
+        assert self.model.net_fake_score is not None  # checked with the loss
         layers = wan_config(self.model.net_fake_score).num_layers
         looks = 2 if gan.r1 == "approximate" else 1
         reach = (layers, *looks * (gan.read_blocks(layers)[-1] + 1,))

@@ -137,9 +137,8 @@ def register() -> None:
     for name, cls in MODEL_VARIANTS.items():
         _put("model", name, {"name": name, "config": plain(cls())}, package="model")
     for path in sorted((config_dir() / "net").glob("*.yaml")):
-        node = plain(
-            read(NetConfig, OmegaConf.to_container(OmegaConf.load(path)), path=f"net/{path.name}")
-        )
+        body: Any = OmegaConf.to_container(OmegaConf.load(path))
+        node = plain(read(NetConfig, body, path=f"net/{path.name}"))
         for group in EXTRA_NETS:
             _put(group, path.stem, node, package=f"model.config.{group}")
     for name, body in CALLBACKS.items():

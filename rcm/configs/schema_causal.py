@@ -323,11 +323,12 @@ class CausalConfig(CommonModelConfig):
                 f"{knob}.window_blocks={long.window_blocks} must be at least 1, the chunk itself:"
                 " it bounds the cache"
             )
+        blocks = BlockPattern(self.first_chunk_t, self.chunk_t)
         rest = (long.frames - self.first_chunk_t) % self.chunk_t
         if rest:
             fits = f"{long.frames - rest} or {long.frames - rest + self.chunk_t}"
             raise ConfigError(
-                f"{knob}.frames={long.frames} does not split into blocks of {self.pattern.name};"
+                f"{knob}.frames={long.frames} does not split into blocks of {blocks.name};"
                 f" nearest that fit: {fits}"
             )
 

@@ -39,6 +39,7 @@ from rcm.methods.schedule import Alternation
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.layout import TokenLayout
+from rcm.nets.velocity_model import VelocityModel
 
 
 def _whole(denoiser: Denoiser, x: torch.Tensor) -> TokenLayout:
@@ -58,7 +59,7 @@ class ContinuousConsistency(StudentOnly):
     def __init__(
         self,
         student: Denoiser,
-        teacher: Denoiser,
+        teacher: VelocityModel,
         *,
         law: TimeLaw,
         directional: Directional = Exact(),
@@ -129,7 +130,7 @@ class DiscreteConsistency(StudentOnly):
     def __init__(
         self,
         student: Denoiser,
-        teacher: Denoiser,
+        teacher: VelocityModel,
         *,
         grid: ConsistencyGrid,
         loss_scale: float = 100.0,
@@ -233,7 +234,7 @@ class DistributionMatching:
     def __init__(
         self,
         student: Denoiser,
-        teacher: Denoiser,
+        teacher: VelocityModel,
         fake_score: Denoiser,
         *,
         law: TimeLaw,

@@ -30,6 +30,7 @@ from rcm.methods.teacher_forcing import TeacherForcing
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
 from rcm.nets.layout import TokenLayout
+from rcm.nets.velocity_model import VelocityModel
 from rcm.rollout.autoregressive import ChunkResult
 from rcm.rollout.plan import ContextRule, StepSchedule
 from rcm.rollout.replay import replay_chunk
@@ -51,7 +52,7 @@ class SelfForcedDMD:
     def __init__(
         self,
         student: Denoiser,
-        teacher: Denoiser,
+        teacher: VelocityModel,
         fake_score: Denoiser,
         *,
         forcing: TeacherForcing,

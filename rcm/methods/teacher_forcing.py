@@ -171,7 +171,7 @@ class TeacherForcedConsistency(StudentOnly):
     def __init__(
         self,
         student: Denoiser,
-        teacher: Denoiser,
+        teacher: VelocityModel,
         *,
         forcing: TeacherForcing,
         loss_scale: float = 100.0,

@@ -23,6 +23,7 @@ from rcm.methods.draws import draw_noise
 from rcm.methods.teacher_forcing import TeacherForcedConsistency
 from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser
+from rcm.nets.velocity_model import VelocityModel
 
 
 class TFDiscreteConsistency(TeacherForcedConsistency):
@@ -33,7 +34,7 @@ class TFDiscreteConsistency(TeacherForcedConsistency):
     name = "tf_dcm"
 
     def __init__(
-        self, student: Denoiser, teacher: Denoiser, *, grid: ConsistencyGrid, **shared: Any
+        self, student: Denoiser, teacher: VelocityModel, *, grid: ConsistencyGrid, **shared: Any
     ) -> None:
         super().__init__(student, teacher, **shared)
         self.grid = grid

@@ -24,6 +24,7 @@ from rcm.methods.base import Phase, Thunk
 from rcm.methods.draws import draw_end_times, draw_noise, draw_times
 from rcm.methods.teacher_forcing import TeacherForcedConsistency
 from rcm.nets.denoiser import Denoiser
+from rcm.nets.velocity_model import VelocityModel
 
 
 class TFMeanFlow(TeacherForcedConsistency):
@@ -39,7 +40,7 @@ class TFMeanFlow(TeacherForcedConsistency):
     def __init__(
         self,
         student: Denoiser,
-        teacher: Denoiser,
+        teacher: VelocityModel,
         *,
         law: TimeLaw,
         equal_share: float = 0.25,

@@ -22,6 +22,7 @@ from rcm.methods.base import Phase, Thunk
 from rcm.methods.draws import draw_noise, draw_times
 from rcm.methods.teacher_forcing import TeacherForcedConsistency
 from rcm.nets.denoiser import Denoiser
+from rcm.nets.velocity_model import VelocityModel
 
 
 class TFContinuousConsistency(TeacherForcedConsistency):
@@ -37,7 +38,7 @@ class TFContinuousConsistency(TeacherForcedConsistency):
     def __init__(
         self,
         student: Denoiser,
-        teacher: Denoiser,
+        teacher: VelocityModel,
         *,
         law: TimeLaw,
         tangent_warmup: int = 1000,
