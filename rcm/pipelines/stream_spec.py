@@ -290,7 +290,10 @@ def check_prefix(prefix: Tensor, *, batch: int, latent: tuple[int, int, int]) ->
             f" {prefix.dtype} {list(prefix.shape)}"
         )
     if not bool(prefix.isfinite().all()):
-        raise ConfigError("prefix has NaN or infinite values; encode the given frames again")
+        raise ConfigError(
+            "prefix has NaN or infinite values; look at the given frames, and at the weights and"
+            " the precision of the codec that encoded them (--vae_precision)"
+        )
 
 
 def count_prefix_blocks(recipe: SamplingRecipe, prefix_frames: int, num_frames: int | None) -> int:

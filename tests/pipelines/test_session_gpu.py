@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rcm.core.dtypes import Precision
+from rcm.core.errors import NonFinite
 from rcm.encoders.wan_vae import WanVAECodec
 from rcm.nets.denoiser import Denoiser
 from rcm.pipelines.session import Session
@@ -80,6 +81,26 @@ def test_captured_bfloat16_is_as_near_to_float64_as_the_plain_path_is(recipe):
     captured = run("bf16", graphs="on", fused="on", **which)
     assert error(captured, exact) <= 1.2 * error(plain, exact)
     assert error(captured, plain) <= 1.5 * error(plain, exact)
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+def test_a_captured_stream_tells_of_nan(decoded):
+    """With the pixels, or, where nothing waits for the device, later."""
+    denoiser = Denoiser(tiny_net(dtype=torch.bfloat16, in_dim=16, out_dim=16).cuda(), Precision.preset("bf16")).eval_params()
+    spec = StreamSpec(RECIPES["clean"], (16, HEIGHT, WIDTH), batch=2, policy=POLICIES["window"], graphs="on")
+    codec = WanVAECodec.random(device="cuda", base_dim=32) if decoded else None
+    with Session(denoiser, codec, denoiser.prepare(condition(tiny_config())), spec, device="cuda") as session:
+        for _ in range(8):
+            session.step()
+        denoiser.net.blocks[1].ffn[0].weight[0, 0] = float("nan")
+        with pytest.raises(NonFinite, match=r"chunk 8 .* after step 1 of 2: the network's weight blocks\.1\.ffn\.0\.weight is not"):
+            steps(session, 2)
+
+
+def steps(session: Session, count: int) -> None:
+    for _ in range(count):
+        session.step()
+        torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("policy", POLICIES)
