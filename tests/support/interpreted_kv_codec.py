@@ -78,7 +78,7 @@ MUTANTS = {
     "weights of a fit": ("2 * tl.abs(y) + _to_even(reach)[None, :]", "1.0", "fit int2 channel"),
     "padding in a fit": ("tl.where(keep, 2 * tl.abs(y)", "tl.where(y == y, 2 * tl.abs(y)", "fit int2 channel"),
     "one step": ("(1.0 - 0.15 * i) * STEP", "1.0 * STEP", "fit int4 token"),
-    "middle of a fit": ("mid + shift.to(tl.float32) * back", "low", "fit int2 token asymmetric"),
+    "middle of a fit": ("mid + shift * back", "low", "fit int2 token asymmetric"),
     "stride of the output": ("+ head * stride_n + col % D, value", "+ col, value", "rcm int4 token"),
 }  # fmt: skip
 

@@ -54,7 +54,7 @@ def fitted(x: Tensor, length: int, fmt: CodeFormat) -> tuple[Tensor, Tensor]:
     reach = half * per
     weight = 2 * y.abs() + reach.round().unsqueeze(2)
     weight = torch.where(there.view(1, x.shape[1], x.shape[2], 1), weight, 0.0).long()
-    best = [torch.full_like(low, value, dtype=torch.float64) for value in (-1.0, 0.0, 0.0)]
+    best = [torch.full_like(low, value) for value in (-1.0, 0.0, 0.0)]
     for i in range(CANDIDATES):
         inverse = (reach * ((1.0 - 0.15 * i) * step_of(fmt))).reciprocal()
         scaled = y * inverse.unsqueeze(2) + middle_of(fmt)
@@ -64,33 +64,25 @@ def fitted(x: Tensor, length: int, fmt: CodeFormat) -> tuple[Tensor, Tensor]:
         better = found[0] > best[0]
         best = [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]
     _, scale, zero = best
-    return (
-        ((2 * scale).float() * back).clamp(min=floor_of(fmt)),
-        mid + zero.float() * back,
-    )
+    return (2 * scale * back).clamp(min=floor_of(fmt)), mid + zero * back
 
 
 def _least_squares(
     y: Tensor, twice: Tensor, weight: Tensor, fmt: CodeFormat
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(score, scale, zero), float64 [R, groups, C]: the weighted regression of `y` on codes
+    """(score, scale, zero), float32 [R, groups, C]: the weighted regression of `y` on codes
     `twice`, and what it explains of the squares of `y`, up to what all codes have in common.
     """
-    product, square = (
-        (weight * y * twice).sum(2).double(),
-        (weight * twice * twice).sum(2).double(),
-    )
+    product = (weight * y * twice).sum(2).float()
+    square = (weight * twice * twice).sum(2).float()
     if not fmt.asymmetric:
-        square = square.clamp(min=1.0)
-        return product * product / square, product / square, torch.zeros_like(product)
-    total, first, codes = (
-        weight.sum(2).double(),
-        (weight * y).sum(2).double(),
-        (weight * twice).sum(2).double(),
-    )
+        scale = product / square.clamp(min=1.0)
+        return product * scale, scale, torch.zeros_like(scale)
+    total, first, codes = (x.sum(2).float() for x in (weight, weight * y, weight * twice))
     spread = (total * square - codes * codes).clamp(min=1.0)
     common = total * product - codes * first
-    return common * common / spread, common / spread, (square * first - codes * product) / spread
+    scale = common / spread
+    return common * scale, scale, (square * first - codes * product) / spread
 
 
 def _power_of_2(exponent: Tensor) -> Tensor:

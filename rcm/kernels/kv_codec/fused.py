@@ -241,7 +241,7 @@ def _fit_constants(fmt: CodeFormat) -> dict[str, Any]:
         "DTYPE": fmt.dtype,
         "ASYMMETRIC": fmt.asymmetric,
         "BITS": BITS[fmt.dtype],
-        "OFFSET": fmt.offset,
+        "ZERO": int(2 * fmt.offset),
         "STEP": fitting.step_of(fmt),
         "MIDDLE": fitting.middle_of(fmt),
         "FLOOR": FLOOR,

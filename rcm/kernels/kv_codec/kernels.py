@@ -160,9 +160,23 @@ def _code(
 
 
 @triton.jit
+def _twice(
+    y, DTYPE: tl.constexpr, ASYMMETRIC: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr
+):
+    """Twice the numbers (int32) that the codes of scaled elements stand for; ZERO: twice the number
+    that is taken off a code.
+    """
+    if DTYPE == "fp4":
+        return (2.0 * number_of(_code(y, DTYPE, False, False, 4), DTYPE, 0.0)).to(tl.int32)
+    if DTYPE == "int2" and not ASYMMETRIC:
+        return 2 * ((y > -1).to(tl.int32) + (y > 0).to(tl.int32) + (y > 1).to(tl.int32)) - ZERO
+    return 2 * _code(y, DTYPE, ASYMMETRIC, False, BITS) - ZERO
+
+
+@triton.jit
 def fit(
     x, centroids, assigned, scale, zero, strides, sizes,
-    DTYPE: tl.constexpr, ASYMMETRIC: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr,
+    DTYPE: tl.constexpr, ASYMMETRIC: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr,
     STEP: tl.constexpr, MIDDLE: tl.constexpr, FLOOR: tl.constexpr, LEAST: tl.constexpr,
     GRID: tl.constexpr, CANDIDATES: tl.constexpr,
     GROUP: tl.constexpr, CHANNEL: tl.constexpr, HAS_CLUSTERS: tl.constexpr,
@@ -191,32 +205,34 @@ def fit(
     whole = y.to(tl.int32)
     # sums of 64 terms of at most 2^9 x 3 2^9 x 30 stay below 2^31
     wide: tl.constexpr = tl.int32 if GROUP <= 64 else tl.int64
-    total = tl.sum(weight.to(wide), axis=0).to(tl.float64)
-    first = tl.sum((weight * whole).to(wide), axis=0).to(tl.float64)
-    best = tl.full((ACROSS,), -1.0, tl.float64)
-    found, shift = tl.zeros((ACROSS,), tl.float64), tl.zeros((ACROSS,), tl.float64)
+    if ASYMMETRIC:
+        total = tl.sum(weight.to(wide), axis=0).to(tl.float32)
+        first = tl.sum((weight * whole).to(wide), axis=0).to(tl.float32)
+    best = tl.full((ACROSS,), -1.0, tl.float32)
+    found, shift = tl.zeros((ACROSS,), tl.float32), tl.zeros((ACROSS,), tl.float32)
+    one = tl.full((ACROSS,), 1.0, tl.float32)
     for i in tl.static_range(CANDIDATES):
-        inverse = tl.div_rn(tl.full((ACROSS,), 1.0, tl.float32), reach * ((1.0 - 0.15 * i) * STEP))
-        code = _code(y * inverse[None, :] + MIDDLE, DTYPE, ASYMMETRIC, False, BITS)
-        twice = (2.0 * number_of(code, DTYPE, OFFSET)).to(tl.int32)
-        product = tl.sum((weight * whole * twice).to(wide), axis=0).to(tl.float64)
-        square = tl.sum((weight * twice * twice).to(wide), axis=0).to(tl.float64)
+        inverse = tl.div_rn(one, reach * ((1.0 - 0.15 * i) * STEP))
+        twice = _twice(y * inverse[None, :] + MIDDLE, DTYPE, ASYMMETRIC, BITS, ZERO)
+        weighted = weight * twice
+        product = tl.sum((weighted * whole).to(wide), axis=0).to(tl.float32)
+        square = tl.sum((weighted * twice).to(wide), axis=0).to(tl.float32)
+        spread, common, cut = square, product, tl.zeros((ACROSS,), tl.float32)
         if ASYMMETRIC:
-            codes = tl.sum((weight * twice).to(wide), axis=0).to(tl.float64)
-            spread = tl.maximum(total * square - codes * codes, 1.0)
+            codes = tl.sum(weighted.to(wide), axis=0).to(tl.float32)
+            spread = total * square - codes * codes
             common = total * product - codes * first
-            cut = (square * first - codes * product) / spread
-        else:
-            spread, common = tl.maximum(square, 1.0), product
-            cut = tl.zeros((ACROSS,), tl.float64)
-        score = common * common / spread
+            cut = square * first - codes * product
+        spread = tl.maximum(spread, 1.0)
+        fitting = tl.div_rn(common, spread)
+        score = common * fitting
         better = score > best
         best = tl.where(better, score, best)
-        found = tl.where(better, common / spread, found)
-        shift = tl.where(better, cut, shift)
-    fitting = tl.maximum((2.0 * found).to(tl.float32) * back, LEAST)
-    tl.store(scale + group, fitting, mask=there)
-    tl.store(zero + group, mid + shift.to(tl.float32) * back, mask=there)
+        found = tl.where(better, fitting, found)
+        if ASYMMETRIC:
+            shift = tl.where(better, tl.div_rn(cut, spread), shift)
+    tl.store(scale + group, tl.maximum(2.0 * found * back, LEAST), mask=there)
+    tl.store(zero + group, mid + shift * back, mask=there)
 
 
 @triton.jit
