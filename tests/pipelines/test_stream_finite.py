@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from rcm.nets.denoiser import Denoiser, Guided
 from rcm.pipelines import engine
 from rcm.pipelines.finite import Reading, largest
 from rcm.pipelines.from_checkpoint import open_checkpoint
+from rcm.pipelines.models import Models
+from rcm.pipelines.part_clock import PartClock
+from rcm.pipelines.residency import MemoryPolicy
 from rcm.pipelines.scenes import parse_timeline, play
 from rcm.pipelines.session import Session
 from rcm.pipelines.session_pool import SessionPool, told_error
@@ -247,6 +251,15 @@ def test_a_model_hands_out_no_nan(model):
     finally:
         weight.data.copy_(before)
     assert len(list(model.stream([PROMPT], num_frames=5))) == 3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_whole_videos_are_not_decoded_to_nan(bad):
+    codec = SimpleNamespace(decode=lambda latents: latents.mul(bad), rest=None)
+    lent = SimpleNamespace(lend=lambda use, then: use(codec))
+    models = SimpleNamespace(memory=MemoryPolicy(), device="cpu", clock=PartClock(torch.device("cpu")), codec=lent)
+    with pytest.raises(NonFinite, match="the decoder made NaN or infinite pixels of finite latents"):
+        Models.decode(models, torch.ones(2, 3, 1, 4, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
