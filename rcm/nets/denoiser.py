@@ -9,7 +9,7 @@ docs/reference/wan.md#precision.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self, Unpack
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,9 @@ from rcm.diffusion.time import rf_to_timestep
 from rcm.kernels.fp8_attention.api import obstacle
 from rcm.nets.condition import Condition
 from rcm.nets.gan_head import Taps
-from rcm.nets.kv_cache import CacheForm, KVCache
-from rcm.nets.kv_view import CacheView
+from rcm.nets.kv_cache import KVCache
+from rcm.nets.kv_coded import KVCodec
+from rcm.nets.kv_view import Attention, CacheView, Keys
 from rcm.nets.layout import TokenLayout
 from rcm.nets.paired_cache import PairedCache, PairedView, Past, View
 from rcm.nets.rope import RopeTables
@@ -87,14 +88,28 @@ class Denoiser(VelocityModel):
         return rf_to_timestep(t - s).to(device=device, dtype=self.precision.time)
 
     def new_cache(
-        self, *, num_frames: int, grid: tuple[int, int], **form: Unpack[CacheForm]
+        self,
+        *,
+        num_frames: int,
+        grid: tuple[int, int],
+        keys: Keys = "post_rope",
+        codec: KVCodec | None = None,
+        hot_chunks: int = 0,
+        attention: Attention = "net",
     ) -> KVCache:
         """See `VelocityModel`."""
         tokens, config = num_frames * grid[0] * grid[1], self.net.config
         device = self.net.patch_embedding.weight.device
-        if form.get("attention") == "fp8" and (why := obstacle(device, width=config.head_dim)):
+        if attention == "fp8" and (why := obstacle(device, width=config.head_dim)):
             raise ConfigError(f"attention='fp8' is not possible here: {why}; use attention='net'")
-        return KVCache(config.num_layers, capacity_tokens=tokens, **form)
+        return KVCache(
+            config.num_layers,
+            capacity_tokens=tokens,
+            keys=keys,
+            codec=codec,
+            hot_chunks=hot_chunks,
+            attention=attention,
+        )
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """See `VelocityModel`."""
@@ -207,22 +222,34 @@ class Guided(VelocityModel):
         return self.negative.expand(x.shape[0]).to(device=x.device).with_images_of(cond)
 
     def new_cache(
-        self, *, num_frames: int, grid: tuple[int, int], **form: Unpack[CacheForm]
+        self,
+        *,
+        num_frames: int,
+        grid: tuple[int, int],
+        keys: Keys = "post_rope",
+        codec: KVCodec | None = None,
+        hot_chunks: int = 0,
+        attention: Attention = "net",
     ) -> PairedCache:
         """See `VelocityModel`: one cache per branch, the negative one only if it is used; a codec's
         warm state is not shared.
         """
 
-        def branch(form: CacheForm) -> KVCache:
-            cache = self.denoiser.new_cache(num_frames=num_frames, grid=grid, **form)
+        def branch(codec: KVCodec | None) -> KVCache:
+            cache = self.denoiser.new_cache(
+                num_frames=num_frames,
+                grid=grid,
+                keys=keys,
+                codec=codec,
+                hot_chunks=hot_chunks,
+                attention=attention,
+            )
             assert isinstance(cache, KVCache), "guidance is around one network, not around guidance"
             return cache
 
         if not self.active:
-            return PairedCache(branch(form))
-        codec = form.get("codec")
-        other: CacheForm = {**form, "codec": None if codec is None else codec.fork()}
-        return PairedCache(branch(form), branch(other))
+            return PairedCache(branch(codec))
+        return PairedCache(branch(codec), branch(None if codec is None else codec.fork()))
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """See `VelocityModel`."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +21,6 @@ from rcm.nets.kv_fp8 import Fp8Store
 from rcm.nets.kv_store import DenseStore, Spans, Store, free_spans, part_of, size, take
 from rcm.nets.kv_view import Attention, CachedChunk, CacheView, Keys, Observer
 from rcm.nets.positions import Positions, gathered
-
-
-class CacheForm(TypedDict, total=False):
-    """How a `KVCache` keeps what it holds: what whoever asks for one may say beside its size."""
-
-    keys: Keys
-    codec: KVCodec | None
-    hot_chunks: int
-    attention: Attention
 
 
 class KVCache:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch import Tensor
 from rcm.core.errors import ConfigError
 from rcm.diffusion.wan_as_trigflow import rf_point, trig_F
 from rcm.nets.condition import Condition
-from rcm.nets.kv_cache import CacheForm
+from rcm.nets.kv_coded import KVCodec
+from rcm.nets.kv_view import Attention, Keys
 from rcm.nets.layout import TokenLayout
 from rcm.nets.paired_cache import Cache, Past, View
 from rcm.nets.rope import RopeTables
@@ -75,7 +76,14 @@ class VelocityModel:
         return trig_F(x_t, self.velocity(x_t, t, cond, layout, cache=cache), tau)
 
     def new_cache(
-        self, *, num_frames: int, grid: tuple[int, int], **form: Unpack[CacheForm]
+        self,
+        *,
+        num_frames: int,
+        grid: tuple[int, int],
+        keys: Keys = "post_rope",
+        codec: KVCodec | None = None,
+        hot_chunks: int = 0,
+        attention: Attention = "net",
     ) -> Cache:
         """An empty cache with room for `num_frames` frames of `grid` = (h, w) tokens; `codec`
         stores chunks quantised, except the newest `hot_chunks`. `attention="fp8"`: passes attend to
