@@ -20,7 +20,6 @@ from rcm.core.dual import has_tangent, in_dual_level, pack, unpack
 from rcm.kernels.fused import choice, reference
 
 accumulate_dtype = reference.accumulate_dtype
-_PARTS = ("weight", "bias")
 
 
 class FusedLayer(nn.Module):
@@ -52,20 +51,6 @@ class Linear(nn.Linear):
         ):
             return super().forward(x)
         return pack(super().forward(primal), F.linear(tangent, self.weight))
-
-
-def projected(
-    x: Tensor, layers: tuple[nn.Module, ...], norms: tuple[RMSNorm, RMSNorm]
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """`x` through three linear layers, and through the norms behind two of them, as one Function of
-    the kernels: in passes with gradient through plain layers that are trained; None elsewhere.
-    """
-    plain = all(type(layer) is Linear and layer.weight.requires_grad for layer in layers)
-    if not plain or not torch.is_grad_enabled() or in_dual_level() or not norms[0].runs_fused(x):
-        return None
-    weights, biases = (tuple(getattr(layer, name) for layer in layers) for name in _PARTS)
-    gains = tuple(norm.weight for norm in norms)
-    return _kernels().projections(x, weights, biases, gains, eps=norms[0].eps)
 
 
 class PromotedLinear(nn.Linear):

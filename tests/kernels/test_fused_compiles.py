@@ -21,7 +21,6 @@ def launches() -> dict:
     from rcm.kernels.fused.launch import NormKind
 
     modulated, rms, like = NormKind(True, 1.0, 1e-6), NormKind(False, 0.0, 1e-6), (ROW.shape, ROW.dtype)
-    flat = (WEIGHT.shape, WEIGHT.dtype)
     return {
         "modulated norm": lambda: launch.norm(X, ROW, ROW, kind=modulated, dtype=X.dtype),
         "modulated norm, tangent": lambda: launch.norm_tangent(X, ROW, ROW, (X, ROW, ROW), kind=modulated, dtype=X.dtype),
@@ -29,9 +28,6 @@ def launches() -> dict:
             X, ROW, Y, kind=modulated, needs=(True, True, True), gain_like=like, shift_like=like
         ),
         "rms norm, tangent": lambda: launch.norm_tangent(X, WEIGHT, None, (X, None, None), kind=rms, dtype=X.dtype),
-        "rms norm, gradient with that of a bias": lambda: launch.norm_backward(
-            X, WEIGHT, Y, kind=rms, needs=(True, True, False), gain_like=flat, shift_like=None, bias_like=flat
-        ),
         "gated add, tangent": lambda: launch.gated_add(X, Y, ROW, (X, Y, ROW)),
         "gated add, gradient": lambda: launch.gated_add_backward(Y, ROW, X, needs=(True, True), gate_like=like),
         "gelu, tangent": lambda: launch.gelu(X, Y),

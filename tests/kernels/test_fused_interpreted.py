@@ -29,7 +29,6 @@ CASE_NAMES = [
     "gelu of a slice",
     "gelu of a product",
     "gelu of a product, slices, odd",
-    "projections",
     "rotation",
     "rotation of a slice",
     "rotation of 12 channels",

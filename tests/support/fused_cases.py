@@ -67,11 +67,6 @@ def _rotate_reference(x: Tensor) -> Tensor:
     return reference.rotate_pairs(x, table.cos, table.sin)
 
 
-def _projected(x: Tensor, p: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    q, k, v = (F.linear(x, weight, bias) for weight, bias in zip(p[:3], p[3:6], strict=True))
-    return reference.rms_norm(q, p[6], eps=EPS), reference.rms_norm(k, p[7], eps=EPS), v
-
-
 FUSED: dict[str, Callable[..., Tensor]] = {
     "modulated_norm": lambda x, shift, scale: api.modulated_norm(x, shift, scale, eps=EPS, dtype=x.dtype),
     "modulated_norm_wide": lambda x, shift, scale: api.modulated_norm(x, shift, scale, eps=EPS, dtype=shift.dtype),
@@ -82,7 +77,6 @@ FUSED: dict[str, Callable[..., Tensor]] = {
     "carried_affine": lambda x, weight, bias: torch.stack(api.carried_affine_norm(x, weight, bias, eps=EPS)),
     "gelu": lambda x: api.gelu_tanh(x),
     "linear_gelu": lambda x, weight, bias: api.linear_gelu(x, weight, bias),
-    "projections": lambda x, *p: torch.stack(api.projections(x, p[:3], p[3:6], p[6:], eps=EPS)),
     "rotate": _rotate_fused,
 }
 EAGER: dict[str, Callable[..., Tensor]] = {
@@ -95,7 +89,6 @@ EAGER: dict[str, Callable[..., Tensor]] = {
     "carried_affine": lambda x, weight, bias: torch.stack((x, reference.affine_norm(x, weight, bias, eps=EPS))),
     "gelu": reference.gelu_tanh,
     "linear_gelu": lambda x, weight, bias: reference.gelu_tanh(F.linear(x, weight, bias)),
-    "projections": lambda x, *p: torch.stack(_projected(x, p)),
     "rotate": _rotate_reference,
 }
 
@@ -130,7 +123,6 @@ def cases(*, tokens: int, width: int, odd: int, heads: tuple[int, int, int]) -> 
         "gelu of a slice": Case("gelu", ((2, tokens, width),), memory="slice"),
         "gelu of a product": Case("linear_gelu", (x, (width, width), (width,)), rows=2),
         "gelu of a product, slices, odd": Case("linear_gelu", ((2, tokens, width), (odd, width), (odd,)), rows=2, memory="slice"),
-        "projections": Case("projections", (x, *((width, width),) * 3, *((width,),) * 5), rows=4),
         "rotation": Case("rotate", ((2, length, count, channels),)),
         "rotation of a slice": Case("rotate", ((2, length, count, channels),), memory="slice"),
         "rotation of 12 channels": Case("rotate", ((1, length, count, 12),)),

@@ -64,7 +64,6 @@ MUTANTS = {
         "pulled += 0 * _token(carried,",
         "modulation beside its rows",
     ),
-    "gradient: sum of the last token alone": (NORM, "x_sum += pulled", "x_sum = pulled", "projections"),
     "gelu: columns of the first rows alone": (POINTWISE, "total += slope * grad", "total = slope * grad", "gelu of a product"),
     "gelu: columns of the first block": (
         POINTWISE,

@@ -93,25 +93,6 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _LinearGelu.apply(x, weight, bias)
 
 
-def projections(
-    x: Tensor,
-    weights: tuple[Tensor, Tensor, Tensor],
-    biases: tuple[Tensor, Tensor, Tensor],
-    gains: tuple[Tensor, Tensor],
-    *,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of `x` [.., E]: three products with biases, the first two
-    RMS-normalised. One gradient of `x`, each product added to it where it is made; those of the
-    biases before a norm come with that of the norm.
-    """
-    parameters = (*weights, *biases, *gains)
-    if in_dual_level() or not all(map(_graph, parameters)):
-        q, k, v = (F.linear(x, *pair) for pair in zip(weights, biases, strict=True))
-        return rms_norm(q, gains[0], eps=eps), rms_norm(k, gains[1], eps=eps), v
-    return _Projections.apply(x, eps, *parameters)
-
-
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Channel pairs (2j, 2j+1) of `x` [B, L, N, D] turned by angles given as `cos`, `sin` [L, D /
     2], float32 and contiguous.
@@ -182,7 +163,7 @@ class _Norm(torch.autograd.Function):
             "shift_like": ctx.shift_like,
             "carried": carried,
         }
-        return *launch.norm_backward(x, gain, grad, **options)[:3], None, None
+        return *launch.norm_backward(x, gain, grad, **options), None, None
 
 
 class _GatedAdd(torch.autograd.Function):
@@ -228,41 +209,6 @@ class _LinearGelu(torch.autograd.Function):
         x_grad = (rows @ weight).view(x.shape) if needs[0] else None
         weight_grad = rows.t() @ x.reshape(-1, x.shape[-1]) if needs[1] else None
         return x_grad, weight_grad, bias_grad.to(weight.dtype)
-
-
-class _Projections(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float, *parameters: Tensor) -> tuple[Tensor, ...]:
-        weights, biases, gains = parameters[:3], parameters[3:6], parameters[6:]
-        ctx.kind = NormKind(center=False, offset=0.0, eps=eps)
-        products = [F.linear(x, *pair) for pair in zip(weights, biases, strict=True)]
-        ctx.save_for_backward(x, *weights, *gains, *products[:2])
-        normed = [
-            launch.norm(y, gain, None, kind=ctx.kind, dtype=y.dtype)
-            for y, gain in zip(products, gains, strict=False)
-        ]
-        return *normed, products[2]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
-        weights, gains, products = saved[:3], saved[3:5], saved[5:]
-        inputs, x_grad = x.reshape(-1, x.shape[-1]), None
-        of_weights, of_biases, of_gains = [], [], []
-        for index, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
-            if index < 2:
-                like = _like(gains[index])
-                options = {"needs": (True, True, False), "gain_like": like, "bias_like": like}
-                grad, of_gain, _, of_bias = launch.norm_backward(
-                    products[index], gains[index], grad, kind=ctx.kind, shift_like=None, **options
-                )
-                of_gains.append(of_gain)
-            rows = grad.reshape(-1, grad.shape[-1])
-            of_biases.append(of_bias if index < 2 else rows.sum(dim=0))
-            of_weights.append(rows.t() @ inputs)
-            x_grad = rows @ weight if x_grad is None else x_grad.addmm_(rows, weight)
-        return x_grad.view(x.shape), None, *of_weights, *of_biases, *of_gains
 
 
 class _Rotate(torch.autograd.Function):

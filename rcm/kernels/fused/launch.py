@@ -25,10 +25,6 @@ TABLE_ELEMENTS = 1024
 """Channel pairs whose cosines and sines one rotation program holds."""
 
 
-Like = tuple[torch.Size, torch.dtype]
-"""Shape and dtype of a gradient."""
-
-
 class NormKind(NamedTuple):
     """Which norm: subtract the mean or not, what is added to the gain, and the epsilon inside the
     root.
@@ -177,29 +173,26 @@ def norm_backward(
     *,
     kind: NormKind,
     needs: tuple[bool, bool, bool],
-    gain_like: Like,
-    shift_like: Like | None,
-    bias_like: Like | None = None,
+    gain_like: tuple[torch.Size, torch.dtype],
+    shift_like: tuple[torch.Size, torch.dtype] | None,
     carried: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, gain and shift, where `needs` says so, and with `bias_like` that of a bias in
-    x, the sum of its rows; sums over tokens in float32 and in a fixed order. `carried`: the
-    gradient of x from elsewhere, which that of x includes.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, gain and shift, where `needs` says so; sums over tokens in float32 and in a
+    fixed order. `carried`: the gradient of x from elsewhere, which that of x includes.
     """
-    rows, grad, likes = as_rows(x), as_rows(grad_y), (gain_like, shift_like, bias_like)
+    rows, grad = as_rows(x), as_rows(grad_y)
     if not x.numel():
-        sums = [
+        sums = (
             None if like is None else torch.zeros(like[0], dtype=like[1], device=x.device)
-            for like in likes
-        ]
-        return torch.zeros_like(x) if carried is None else carried, sums[0], sums[1], sums[2]
-    wanted = (*needs, bias_like is not None)
+            for like in (gain_like, shift_like)
+        )
+        return torch.zeros_like(x) if carried is None else carried, *sums
     vectors = _vectors(gain, rows, name="gain")
     grid, sizes = _cut(rows, ROWS_BACKWARD)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
     parts = [
         torch.empty(grid[0], x.shape[-1], dtype=torch.float32, device=x.device) if need else None
-        for need in wanted[1:]
+        for need in needs[1:]
     ]
     with device_of(x):
         norm_kernels.norm_backward[grid](
@@ -208,14 +201,14 @@ def norm_backward(
             *(x if part is None else part for part in parts), rows.shape[1], rows.shape[2],
             kind.eps,
             CENTER=kind.center, OFFSET=kind.offset,
-            NEEDS=sum(1 << bit for bit, need in enumerate(wanted) if need),
+            NEEDS=sum(1 << bit for bit, need in enumerate(needs) if need),
             CARRIED=carried is not None, **sizes,
         )  # fmt: skip
-    gain_grad, shift_grad, bias_grad = (
-        None if part is None or like is None else _folded(part, rows, like)
-        for part, like in zip(parts, likes, strict=True)
+    gain_grad, shift_grad = (
+        None if part is None else _folded(part, rows, like)
+        for part, like in zip(parts, (gain_like, shift_like), strict=True)
     )
-    return grad_x, gain_grad, shift_grad, bias_grad
+    return grad_x, gain_grad, shift_grad
 
 
 def gated_add(

@@ -126,14 +126,12 @@ def norm_tangent(
 
 @triton.jit(do_not_specialize=["frames", "tokens"])
 def norm_backward(
-    x, gain, grad_y, carried, grad_x_ptr, gain_parts_ptr, shift_parts_ptr, x_parts_ptr,
-    frames, tokens, eps,
+    x, gain, grad_y, carried, grad_x_ptr, gain_parts_ptr, shift_parts_ptr, frames, tokens, eps,
     CENTER: tl.constexpr, OFFSET: tl.constexpr, NEEDS: tl.constexpr, CARRIED: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad_x, contiguous, with CARRIED on top of the gradient that x has from elsewhere, and this
-    program's sums over its tokens for gain and shift. NEEDS: 1, 2, 4 for x, gain, shift, 8 for
-    sums of grad_x, too.
+    program's sums over its tokens for gain and shift. NEEDS: 1, 2, 4 for x, gain, shift.
     """
     batch, frame, start, stop, group, program, cols, inside = _place(
         frames, tokens, ROWS, WIDTH, BLOCK
@@ -141,7 +139,6 @@ def norm_backward(
     factor = _vector(gain, batch, frame, cols, inside) + OFFSET
     gain_sum = tl.zeros([BLOCK], dtype=tl.float32)
     shift_sum = tl.zeros([BLOCK], dtype=tl.float32)
-    x_sum = tl.zeros([BLOCK], dtype=tl.float32)
     for token in range(start, stop):
         grad = _token(grad_y, batch, frame, token, cols, inside)
         if NEEDS & 3 != 0:
@@ -160,13 +157,9 @@ def norm_backward(
             pulled *= inverse
             if CARRIED:
                 pulled += _token(carried, batch, frame, token, cols, inside)
-            if NEEDS & 8 != 0:
-                x_sum += pulled
             place = (group * tokens + token) * WIDTH + cols
             tl.store(grad_x_ptr + place, pulled.to(grad_x_ptr.dtype.element_ty), mask=inside)
     if NEEDS & 2 != 0:
         tl.store(gain_parts_ptr + program * WIDTH + cols, gain_sum, mask=inside)
     if NEEDS & 4 != 0:
         tl.store(shift_parts_ptr + program * WIDTH + cols, shift_sum, mask=inside)
-    if NEEDS & 8 != 0:
-        tl.store(x_parts_ptr + program * WIDTH + cols, x_sum, mask=inside)

@@ -14,15 +14,7 @@ from torch import Tensor, nn
 from rcm.core.dual import pack, unpack
 from rcm.nets.attention import AttentionBackend, AttentionCore
 from rcm.nets.kv_view import LayerView
-from rcm.nets.layers import (
-    AffineLayerNorm,
-    GatedAdd,
-    Gelu,
-    Linear,
-    ModulatedNorm,
-    RMSNorm,
-    projected,
-)
+from rcm.nets.layers import AffineLayerNorm, GatedAdd, Gelu, Linear, ModulatedNorm, RMSNorm
 from rcm.nets.layout import TokenLayout
 from rcm.nets.rope import RopePair, Rotate
 from rcm.nets.wan.config import WanConfig
@@ -163,34 +155,28 @@ class SelfAttention(_Projections):
     ) -> Tensor | None:
         """`x` [B, F, S, E] to the same shape; `attend` as in `SelfAttentionCore`."""
         captured = cached if cached is not None and cached.takes_projections else None
+        joined = None if captured is None else self.joined
+        q, k, v = (
+            (self.q(x), self.k(x), self.v(x))
+            if joined is None
+            else F.linear(x, *joined).chunk(3, dim=-1)
+        )
         if captured is not None and isinstance(self.core, SelfAttentionCore):
             # norms, rotation and the cache's slots in one kernel
-            q, k, v = (y.flatten(1, 2) for y in self._products(x, self.joined))
-            q, k, v = captured.enter((q, k, v), (self.norm_q, self.norm_k), rope.query)
+            q, k, v = captured.enter(
+                (q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)),
+                (self.norm_q, self.norm_k),
+                rope.query,
+            )
             return (
                 self.o(self.core.attend(q, k, v, layout, rope, captured).reshape(x.shape))
                 if attend
                 else None
             )
-        normed = self._normed(x, None if captured is None else self.joined)
-        q, k, v = (self._heads(y).flatten(1, 2) for y in normed)
+        q, k, v = (self._heads(y).flatten(1, 2) for y in (self.norm_q(q), self.norm_k(k), v))
         if not attend:
             return self.core(q, k, v, layout, rope, cached, attend=False)
         return self.o(self.core(q, k, v, layout, rope, cached).reshape(x.shape))
-
-    def _products(self, x: Tensor, joined: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
-        """q, k and v of `x`, before norms."""
-        if joined is None:
-            return self.q(x), self.k(x), self.v(x)
-        return F.linear(x, *joined).chunk(3, dim=-1)
-
-    def _normed(self, x: Tensor, joined: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
-        """The same behind the norms of q and k."""
-        trained = projected(x, (self.q, self.k, self.v), (self.norm_q, self.norm_k))
-        if trained is not None:
-            return trained
-        q, k, v = self._products(x, joined)
-        return self.norm_q(q), self.norm_k(k), v
 
     @property
     def joined(self) -> tuple[Tensor, Tensor] | None:
