@@ -21,6 +21,7 @@ from rcm.train.describe import Description
 from rcm.train.metrics import JsonLines
 from rcm.train.observers import Observer
 from rcm.train.state import TrainState
+from rcm.train.step import StepConfig
 from rcm.train.trainer import Trainer, TrainerConfig
 from tests.support.toy_method import CONFIG, make_loader, make_run
 
@@ -41,6 +42,7 @@ def launch(
     fault: Callable[[int, Tensor], Tensor] | None = None,
     precision: str = "fp64",
     settings: Settings = Settings(),
+    step: StepConfig = StepConfig(),
     **config: Any,
 ) -> Trainer:
     """A trainer in `job`, resumed from its latest checkpoint where there is one."""
@@ -58,6 +60,7 @@ def launch(
         state=state,
         dims=dims,
         config=loop,
+        step=step,
         save_iter=save_iter,
         checkpointer=checkpointer,
         sinks=sinks,
