@@ -126,15 +126,16 @@ class Session:
         if cond is not None:
             require_fitting(spec.for_batch(cond), self._loop)
         self._begin(before.cond if cond is None else cond, prefix)
-        before.end()
-        self.spec = spec
-        if spec.generator is not None and seed is not None:
-            spec.generator.manual_seed(seed)
-        canvas = Canvas(self._loop.canvas.grid, spec.policy.fresh())
-        self._loop.watch = self._guard.step
-        self._loop.restart(canvas=canvas, noise=spec.new_noise(self._given, device=self.device))
-        if self._lane is not None:
-            self._lane.restart()
+        with self._course.marking(in_pass=False):
+            before.end()
+            self.spec = spec
+            if spec.generator is not None and seed is not None:
+                spec.generator.manual_seed(seed)
+            canvas = Canvas(self._loop.canvas.grid, spec.policy.fresh())
+            self._loop.watch = self._guard.step
+            self._loop.restart(canvas=canvas, noise=spec.new_noise(self._given, device=self.device))
+            if self._lane is not None:
+                self._lane.restart()
 
     @property
     def next_block(self) -> int:

@@ -296,6 +296,21 @@ def test_a_stream_that_was_broken_off_makes_no_chunk_of_half_a_past(denoiser, mo
     assert session.step().block == 3
 
 
+def test_a_restart_that_was_broken_off_makes_no_chunk_of_another_video(denoiser, monkeypatch):
+    session = opened(denoiser, codec=Decoder())
+    whole, state = chunks(session, 3), session.snapshot()
+    monkeypatch.setattr(session.loop, "restart", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        session.restart()
+    monkeypatch.undo()
+    with pytest.raises(StreamCancelled, match="failed .KeyboardInterrupt.*restart"):
+        session.step()
+    session.restore(state)
+    assert session.step().block == 3
+    session.restart()
+    assert torch.equal(chunks(session, 3), whole)
+
+
 def test_a_change_that_waits_is_part_of_the_snapshot(denoiser):
     session, fresh = opened(denoiser), opened(denoiser)
     chunks(session, 4)
