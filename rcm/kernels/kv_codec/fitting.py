@@ -64,7 +64,8 @@ def fitted(x: Tensor, length: int, fmt: CodeFormat) -> tuple[Tensor, Tensor]:
         better = found[0] > best[0]
         best = [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]
     _, scale, zero = best
-    return (2 * scale * back).clamp(min=floor_of(fmt)), mid + zero * back
+    scale = (2 * scale * back).clamp(min=floor_of(fmt))
+    return scale + (low - low) + (high - high), mid + zero * back  # NaN and infinities make it NaN
 
 
 def _least_squares(

@@ -231,7 +231,8 @@ def fit(
         found = tl.where(better, fitting, found)
         if ASYMMETRIC:
             shift = tl.where(better, tl.div_rn(cut, spread), shift)
-    tl.store(scale + group, tl.maximum(2.0 * found * back, LEAST), mask=there)
+    spoilt = (low - low) + (high - high)  # NaN, where anything is NaN or infinite
+    tl.store(scale + group, tl.maximum(2.0 * found * back, LEAST) + spoilt, mask=there)
     tl.store(zero + group, mid + shift * back, mask=there)
 
 

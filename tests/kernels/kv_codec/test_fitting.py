@@ -4,6 +4,7 @@ attention on keys of a trained network and on random ones.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -105,6 +106,17 @@ def test_scales_count_in_the_size_of_their_group(dtype, asymmetric):
         constant = torch.full((1, 24, 1, 2), value)
         restored = coding.decode(coding.encode(constant, fmt))
         torch.testing.assert_close(restored, constant, rtol=2.0**-4, atol=2.0**-20)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("dtype", "asymmetric"), KINDS)
+def test_what_is_not_finite_stays_so(dtype, asymmetric, bad):
+    """A stream that overflowed is told so by what its cache restores."""
+    x, fmt = torch.ones(2, 24, 1, 2), CodeFormat(dtype, 8, "channel", asymmetric, "rcm", fit=True)
+    x[0, 3, 0, 1] = bad
+    restored = coding.decode(coding.encode(x, fmt))
+    assert not restored[0, :8, 0, 1].isfinite().any()
+    assert restored[1].isfinite().all()
 
 
 def test_what_is_stored_keeps_its_form_and_its_bytes():
