@@ -142,9 +142,9 @@ def guard_tangents(net: nn.Module) -> Iterator[None]:
     without tangent raises `TangentLost`.
 
     Looks at positional and keyword arguments and at outputs, through tuples, lists, mappings and
-    dataclasses. All modules are watched; the innermost reports first, so the error names the leaf
-    by its path. Outside a dual level the hooks do nothing. Operators that are not modules are seen
-    only through the module around them.
+    dataclasses; an argument that is returned as it came has lost nothing. All modules are watched;
+    the innermost reports first, so the error names the leaf by its path. Outside a dual level the
+    hooks do nothing. Operators that are not modules are seen only through the module around them.
     """
     handles = [
         module.register_forward_hook(_tangent_hook(name or type(net).__name__), with_kwargs=True)
@@ -159,10 +159,11 @@ def guard_tangents(net: nn.Module) -> Iterator[None]:
 
 def _tangent_hook(path: str) -> Callable[..., None]:
     def check(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        if not in_dual_level() or not any(has_tangent(x) for x in _float_tensors((args, kwargs))):
+        given = list(_float_tensors((args, kwargs)))
+        if not in_dual_level() or not any(map(has_tangent, given)):
             return
         for x in _float_tensors(output):
-            if not has_tangent(x):
+            if not has_tangent(x) and all(x is not y for y in given):
                 raise TangentLost(
                     f"module '{path}' ({type(module).__name__}) got a tangent and returned"
                     f" {tuple(x.shape)} {x.dtype} without one"

@@ -4,6 +4,8 @@ differences, and what happens when a tangent is lost.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -163,8 +165,9 @@ class Dropping(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, *args):
-        return self.inner(*args).detach()
+    def forward(self, *args, **kwargs):
+        out = self.inner(*args, **kwargs)
+        return (out[0], out[1].detach()) if isinstance(out, tuple) else out.detach()
 
 
 @pytest.mark.parametrize("where", ["blocks.1.norm3", "blocks.0.self_attn.core.attention", "time_embedding.1", "blocks.1.ffn.2"])
@@ -181,6 +184,19 @@ def test_guard_names_the_module_that_lost_the_tangent(where):
     with pytest.raises(TangentLost, match=where.replace(".", r"\.") + r"'"), guard_tangents(net):
         run()
     run()  # hooks are gone
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_guard_lets_an_argument_without_tangent_pass_as_it_came(copied):
+    class Passing(nn.Module):
+        def forward(self, x, t):
+            return x.clone() if copied else x, x * t
+
+    net = Passing()
+    x, t = torch.ones(2), torch.ones(2)
+    expected = pytest.raises(TangentLost, match="Passing") if copied else nullcontext()
+    with expected, guard_tangents(net):
+        jvp(lambda t: net(x, t)[1], (t,), (t,))
 
 
 def test_guard_sees_keywords_and_nested_outputs_and_ignores_plain_passes():
