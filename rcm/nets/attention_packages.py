@@ -43,7 +43,7 @@ def require_package(backend: str, module: str, *, hint: str) -> None:
         found = importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # a parent package is missing
         found = False
-    except (ImportError, OSError) as error:
+    except Exception as error:  # packages for another torch or card raise whatever they meet
         raise _does_not_load(backend, module, error) from error
     if not found:
         raise NotInstalled(
@@ -89,7 +89,7 @@ class _Package:
     def _import(self) -> ModuleType:
         try:
             return importlib.import_module(self.module)
-        except (ImportError, OSError) as error:
+        except Exception as error:
             raise _does_not_load(self.name, self.module, error) from error
 
 

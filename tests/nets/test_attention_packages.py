@@ -197,11 +197,13 @@ def test_flash4_alone_is_not_flash2(tmp_path, monkeypatch, fresh):
         resolve("flash2")
 
 
+@pytest.mark.parametrize("kind", ["ImportError", "RuntimeError"])
 @pytest.mark.parametrize(("name", "module"), [("flash2", "flash_attn/__init__.py"), ("flash3", "flash_attn_interface.py")])
-def test_a_package_that_does_not_load_says_for_which_torch_to_build_it(name, module, tmp_path, monkeypatch, fresh):
+def test_a_package_that_does_not_load_says_for_which_torch_to_build_it(name, module, kind, tmp_path, monkeypatch, fresh):
+    """Whatever it raises: without the sentence, "auto" would not go on to what does load."""
     (tmp_path / module).parent.mkdir(exist_ok=True)
-    (tmp_path / module).write_text("raise ImportError('libcudart.so.12: cannot open shared object file')")
+    (tmp_path / module).write_text(f"raise {kind}('libcudart.so.12: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
     q = torch.zeros(1, 4, 1, 8).half()
-    with pytest.raises(ConfigError, match=r"does not load \(ImportError: libcudart.so.12.*\): install a build for torch .*; or choose"):
+    with pytest.raises(ConfigError, match=rf"does not load \({kind}: libcudart.so.12.*\): install a build for torch .*; or choose"):
         resolve(name)(q, q, q, mask=None, scale=1.0)
