@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from rcm.core.errors import ConfigError
-from rcm.core.records import check_kinds
+from rcm.core.records import check_kinds, require_kind
 
 Side = Literal["key", "value"]
 SIDES: tuple[Side, Side] = ("key", "value")
@@ -176,6 +176,7 @@ class KVCodecSpec:
                 f"--kv_group_size_{end} must be a whole number (0: the whole axis), got"
                 f" {s.group_size!r}"
             )
+        require_kind(f"kv_asymmetric_{end}", s.asymmetric, bool)
         if s.asymmetric and s.dtype not in INTEGERS:
             raise ConfigError(
                 f"--kv_asymmetric_{end} needs an integer type, got --kv_dtype_{end} {s.dtype}"

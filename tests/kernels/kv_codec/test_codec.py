@@ -206,6 +206,7 @@ ERRORS = [
     ({"kv_clip_percentile": 99.9}, "--kv_clip_percentile is a share"),
     ({"kv_smooth_alpha": -0.1}, "--kv_smooth_alpha must lie in 0..1"),
     ({"kv_mode": "exact"}, "--kv_mode must be one of rcm, release, official"),
+    ({"kv_dtype_k": "int4", "kv_asymmetric_k": "no"}, "kv_asymmetric_k='no' must be True or False"),
     ({"kv_asymmetric_k": True}, "--kv_asymmetric_k needs an integer type"),
     ({"kv_dtype_v": "int4", "kv_asymmetric_v": True, "kv_mode": "release"}, "--kv_asymmetric_v is not known to --kv_mode release"),
     ({"kv_dtype_k": "int2", "kv_scale_fit_k": "mse"}, "--kv_scale_fit_k must be one of none, search, got 'mse'"),
