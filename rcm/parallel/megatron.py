@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch.distributed as dist
 
-from rcm.core.errors import ConfigError
+from rcm.core.errors import ConfigError, first_line
 from rcm.parallel.mesh import ParallelDims
 
 MODULE = "megatron.core.parallel_state"
@@ -37,7 +37,13 @@ def initialize_megatron(dims: ParallelDims) -> ModuleType:
             f"megatron-core needs einops for more than one copy (dp_replicate={dims.dp_replicate})"
             " and does not ask for it: pip install einops"
         )
-    state = importlib.import_module(MODULE)
+    try:
+        state = importlib.import_module(MODULE)
+    except Exception as error:  # another package of that name, or a build for another torch
+        raise ConfigError(
+            f"{MODULE} does not load ({first_line(error)}): pip install megatron-core (0.12 or"
+            " later), or do without it, nothing else needs it"
+        ) from error
     if state.model_parallel_is_initialized():
         raise ConfigError(
             f"{MODULE} is initialised already: call its destroy_model_parallel() before"

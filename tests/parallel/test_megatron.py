@@ -97,3 +97,10 @@ def test_a_missing_package_says_what_to_install(monkeypatch):
     present(monkeypatch, "megatron")
     with pytest.raises(ConfigError, match=r"needs einops .*\(dp_replicate=2\).*pip install einops"):
         initialize_megatron(ParallelDims(2, 2, 2))
+
+
+def test_a_package_without_the_core_does_not_load(monkeypatch):
+    present(monkeypatch, "megatron")
+    monkeypatch.setitem(sys.modules, MODULE, None)
+    with pytest.raises(ConfigError, match=r"parallel_state does not load \(.*\): pip install megatron-core"):
+        initialize_megatron(ParallelDims())
