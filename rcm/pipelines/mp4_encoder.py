@@ -20,14 +20,25 @@ from rcm.core.errors import ConfigError
 
 
 def find_ffmpeg() -> str:
-    """The program that writes mp4 files; `ConfigError` where there is none."""
+    """The program that reads and writes videos; `ConfigError` where there is none."""
     try:
         return imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:
         raise ConfigError(
-            "mp4 files are written by ffmpeg, and none was found: `pip install imageio-ffmpeg`"
-            " brings one along, IMAGEIO_FFMPEG_EXE names one of yours"
+            "videos are read and written by ffmpeg, and none was found: `pip install"
+            " imageio-ffmpeg` brings one along, IMAGEIO_FFMPEG_EXE names one of yours"
         ) from error
+
+
+def require_ffmpeg() -> str:
+    """`find_ffmpeg`; `ConfigError`, too, where IMAGEIO_FFMPEG_EXE names what cannot be run."""
+    found = find_ffmpeg()
+    if shutil.which(found) is None:
+        raise ConfigError(
+            f"videos are read and written by ffmpeg, and IMAGEIO_FFMPEG_EXE={found} is no program"
+            " that can be run; name another, or unset it"
+        )
+    return found
 
 
 def enlarge(video: torch.Tensor, factor: int) -> torch.Tensor:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import imageio_ffmpeg
 import numpy as np
 import torch
 from loguru import logger
@@ -26,7 +25,7 @@ from PIL import Image, ImageDraw
 from rcm.core.errors import ConfigError, NonFinite
 from rcm.core.output_file import OutputFile
 from rcm.core.records import require_kind
-from rcm.pipelines.mp4_encoder import Encoder, enlarge, find_ffmpeg, keep_somewhere
+from rcm.pipelines.mp4_encoder import Encoder, enlarge, keep_somewhere, require_ffmpeg
 
 KEPT_BYTES = 1 << 30
 """Pixels that a writer remembers for the case that the write fails: 14 minutes at 256x256 and 16
@@ -79,7 +78,7 @@ def claim_video(path: str | Path, *, knob: str) -> OutputFile:
     """An mp4 file that will be written (`OutputFile.claim`), looked at before anything is made for
     it. `ConfigError` without ffmpeg.
     """
-    find_ffmpeg()
+    require_ffmpeg()
     return OutputFile.claim(path, suffix=".mp4", knob=knob)
 
 
@@ -271,7 +270,7 @@ def _decoder(path: Path, *output: str, log: str) -> list[str]:
     """
     quiet = f"-nostdin -hide_banner -nostats -loglevel {log} -format_whitelist {_FORMATS} -i"
     chosen = ["-map", "0:v:0", "-vf", _SQUARE_PIXELS, *output, "-"]
-    return [imageio_ffmpeg.get_ffmpeg_exe(), *quiet.split(), str(path.absolute()), *chosen]
+    return [require_ffmpeg(), *quiet.split(), str(path.absolute()), *chosen]
 
 
 def _next_ppm(stream: IO[bytes], path: Path) -> torch.Tensor | None:

@@ -226,6 +226,14 @@ def test_without_ffmpeg_it_is_said_before_anything_is_made(tmp_path, monkeypatch
     with pytest.raises(ConfigError, match="none was found"):
         write_mp4(tmp_path / "a.mp4", torch.zeros(3, 2, 16, 16), fps=8)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "b.mp4").touch(mode=0o600)
+    with pytest.raises(ConfigError, match="read and written by ffmpeg, and none was found"):
+        probe(tmp_path / "b.mp4")
+    for no_program in (tmp_path / "nowhere", tmp_path / "b.mp4", tmp_path):
+        monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda path=no_program: str(path))
+        for use in (lambda: claim_video(tmp_path / "a.mp4", knob="--save_path"), lambda: probe(tmp_path / "b.mp4")):
+            with pytest.raises(ConfigError, match=f"IMAGEIO_FFMPEG_EXE={no_program} is no program that can be run"):
+                use()
 
 
 def test_an_ffmpeg_that_does_not_start_costs_no_frames(tmp_path, monkeypatch):
