@@ -63,6 +63,7 @@ class SACConfig(Record):
     keep_last_blocks: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.every_n_blocks <= 1024:
             raise ConfigError(
                 f"every_n_blocks={self.every_n_blocks} must be in 1 to 1024; 1 is every block"

@@ -20,7 +20,7 @@ from rcm.nets.condition import Condition
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.layout import TokenLayout
 from rcm.nets.wan.model import WanDiT
-from rcm.parallel.checkpointing import MODES, checkpoint_blocks
+from rcm.parallel.checkpointing import MODES, SACConfig, checkpoint_blocks
 from tests.support.tiny_nets import GRID, condition, latents, tiny_net
 from tests.support.toy_method import CHANNELS, CONFIG, FRAMES, HEIGHT, LAYOUT, WIDTH, make_net
 
@@ -262,3 +262,13 @@ def test_masked_attention_keeps_its_result(monkeypatch: pytest.MonkeyPatch) -> N
     assert counts == {"none": layers, "block_wise": 2 * layers, "block_wise_keep_attention": layers}
     for mode in ("block_wise", "block_wise_keep_attention"):
         torch.testing.assert_close(gradients[mode], gradients["none"], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"mode": "all"}, "mode='all' is not one of 'none'"), ({"every_n_blocks": "2"}, "every_n_blocks='2' must be a whole number"),
+     ({"keep_last_blocks": 1.5}, "keep_last_blocks=1.5 must be a whole number")],
+)  # fmt: skip
+def test_settings_of_another_kind_are_refused(options, told):
+    with pytest.raises(ConfigError, match=told):
+        SACConfig(**options)
