@@ -203,6 +203,11 @@ def print_machines(
     search: Search, own: dict[str, str], overrides: Sequence[str]
 ) -> list[dict[str, Any]]:
     """The smallest machine that trains the run, after those that are too small; as plain data."""
+    if idle := [f"{key}={own[key]}" for key in ("memory_gib", "global_batch") if key in own]:
+        raise ConfigError(
+            f"{', '.join(idle)} has no effect with --smallest, which goes through machines as they"
+            " are; leave one of them out"
+        )
     rows, best = [], None
     on = chosen_card(own) if "gpu" in own else None
     print(f"{'machine':<14}{'memory':>9}{'needs':>11}{'host':>11}  an iteration")

@@ -64,6 +64,8 @@ MACHINES = tuple(
 )
 """Cards of 24, 48, 80 and 141 GB, one to eight of a host, by their memory."""
 
+_NAMED = sorted((ranks, on.name) for ranks, on in MACHINES)
+
 Composer = Callable[[Sequence[str]], Run]
 """The run of these words after those that the user gave."""
 
@@ -189,10 +191,19 @@ class Search:
         `ranks`, `card`: machines of so many or of these cards alone. `ConfigError` if the run takes
         a layout on none of them.
         """
+        chosen = [
+            (count, other)
+            for count, other in MACHINES
+            if (ranks or count) == count and (card or other).name == other.name
+        ]
+        if not chosen:
+            counts, cards = (dict.fromkeys(map(str, x)) for x in zip(*_NAMED, strict=True))
+            raise ConfigError(
+                f"--smallest goes through {', '.join(counts)} cards of {', '.join(cards)}; choose"
+                " gpus= and gpu= among them, or leave out --smallest"
+            )
         refused, seen = None, False
-        for count, other in MACHINES:
-            if (ranks or count) != count or (card or other).name != other.name:
-                continue
+        for count, other in chosen:
             try:
                 found = self.found(other, ranks=count)
             except ConfigError as error:

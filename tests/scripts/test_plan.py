@@ -162,5 +162,12 @@ def test_a_run_that_takes_no_layout_says_why(capsys):
     told = capsys.readouterr()
     assert told.err.startswith("error: this run takes no layout of 2 ranks: model.config.gan.r1=exact")
     assert "not possible as configured: model.config.gan.r1=exact" in told.out
+    for words, why in {
+        "gpus=3": "goes through 1, 2, 4, 8 cards of h100, h200, l40s, rtx4090; choose gpus= and gpu=",
+        "gpu=h20": "choose gpus= and gpu= among them",
+        "memory_gib=24": "memory_gib=24 has no effect with --smallest",
+    }.items():
+        assert main([*EXACT, "--smallest", words]) == 2
+        assert why in capsys.readouterr().err
     assert main([*EXACT, "--smallest"]) == 0
     assert "1 x rtx4090" in capsys.readouterr().out
