@@ -58,7 +58,7 @@ def require_seed(seed: int, *, knob: str, draws: int = 1) -> None:
         shown = seed if not whole or abs(seed) < 10**40 else "(a number of more than 40 digits)"
         raise ConfigError(
             f"{knob}{'' if knob.endswith('=') else ' '}{shown} must be a whole number from 0 to"
-            f" {SEEDS - 1}{room}; choose a smaller one"
+            f" {SEEDS - 1}{room}; choose another"
         )
 
 
