@@ -59,7 +59,7 @@ def lines(words: Sequence[str]) -> Iterator[tuple[str, bool]]:
             yield from _row(row, names, composed=bool(words))
     yield "Each name also exists with _debug (25 iterations).", False
     if words:
-        yield "batch: per data rank x accumulation; ranks: context x shard.", False
+        yield "batch: per data rank x accumulation; ranks: those that share a sample / the weights.", False
     else:
         yield (
             (
@@ -99,7 +99,7 @@ def details(name: str) -> tuple[str, bool]:
         f"{_SHORT[role]} {net.preset}" for role, net in nets.items() if role != "net"
     )
     batch = f"{config.dataloader_train.batch_size}x{config.trainer.grad_accum_iter}"
-    ranks = f"{config.model_parallel.context_parallel_size}x{model.fsdp_shard_size}"
+    ranks = f"{config.model_parallel.context_parallel_size}/{model.fsdp_shard_size}"
     needs = sorted(
         {
             lack.split()[0].removeprefix("model.config.").removeprefix("dataloader_train.")
