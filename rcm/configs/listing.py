@@ -59,7 +59,10 @@ def lines(words: Sequence[str]) -> Iterator[tuple[str, bool]]:
             yield from _row(row, names, composed=bool(words))
     yield "Each name also exists with _debug (25 iterations).", False
     if words:
-        yield "batch: per data rank x accumulation; ranks: those that share a sample / the weights.", False
+        yield (
+            "batch: per data rank x accumulation; ranks: those that share a sample / the weights.",
+            False,
+        )
     else:
         yield (
             (
