@@ -105,6 +105,7 @@ def test_few_steps_with_schedules_per_chunk(files, tmp_path, capsys):
     assert "2 x 17 frames of 32x48 (HxW) in 5 chunks (c1-1); steps per chunk 4 2, noisy context from chunk 1" in said
 
 
+@pytest.mark.slow
 def test_many_steps_with_guidance(files, tmp_path):
     flags = ("--num_steps", "3", "--chunk_t", "2", "--num_frames", "17", "--negative_prompt", "a cat", "--guidance_scale", "2",
              "--timestep_shift", "5", "--sigma_max", "800")  # fmt: skip
@@ -333,6 +334,7 @@ def test_fp8_and_the_tiny_decoder_are_asked_for_by_name(files, tmp_path, capsys,
     assert shape == plain.shape
 
 
+@pytest.mark.slow
 def test_fp8_attention_is_asked_for_by_name(files, tmp_path, capsys, monkeypatch):
     frames = ("--num_frames", "9")
     (tmp_path / "fp8").mkdir()

@@ -109,6 +109,7 @@ def test_many_step_text_to_video(files, tmp_path, sampler, solver):
     assert close_to_file(tiny_codec().decode(latents), out)
 
 
+@pytest.mark.slow
 def test_guidance_0_is_none_as_everywhere(files, tmp_path):
     """Not the negative prompt alone, which the formula would give."""
     for scale in ("0", "1", "8"):
@@ -191,6 +192,7 @@ def test_a_prompt_that_is_too_long_says_what_was_cut(files, tmp_path):
     assert "longer than 512 tokens; left out: 'red red red red red red red red red cat'" in "".join(heard)
 
 
+@pytest.mark.slow
 def test_precisions(files, tmp_path, monkeypatch):
     made, settings = {}, {}
     real = wan_models.share_tokens
@@ -214,6 +216,7 @@ def test_precisions(files, tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_compiling_is_asked_for_by_name(files, tmp_path, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(wan_models, "parallelize", lambda net, **options: asked.append(options["compile"]) or net)
@@ -226,6 +229,7 @@ def test_compiling_is_asked_for_by_name(files, tmp_path, monkeypatch, capsys):
     assert "--compile works on one GPU" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_low_rank_updates_are_merged(files, tmp_path):
     """The same video as from a file in which they are merged by hand."""
     down, up = (
@@ -246,6 +250,7 @@ def test_low_rank_updates_are_merged(files, tmp_path):
     assert (merged - without).abs().mean() > 0.02
 
 
+@pytest.mark.slow
 def test_live_weights_where_a_file_has_both(files, tmp_path):
     both = {f"net_ema.{name}": tensor for name, tensor in original_layout(dit()).items()}
     both |= {f"net.{name}": tensor for name, tensor in original_layout(dit(seed=7)).items()}
@@ -272,6 +277,7 @@ def test_tiles_are_asked_for_in_pixels(files, tmp_path, monkeypatch):
     assert asked == [None, 8]
 
 
+@pytest.mark.slow
 def test_warm_up_runs_are_not_counted(files, tmp_path):
     record = report(COMMANDS[0], files, tmp_path, "--warmup_iters", "1", "--num_steps", "1")
     assert len(record["steps"]) == 1 and "load" not in record["seconds"]

@@ -63,6 +63,7 @@ def words(files: WanFiles, *, images: int, network: int | str | None = None) -> 
     return [*flags, *(["--last_image_path", str(folder / "last.png")] if images == 2 else [])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("images", "shift", "negative"), [(1, 5.0, NEGATIVE_PROMPT_I2V), (2, 16.0, NEGATIVE_PROMPT_FLF2V)])
 def test_the_video_is_that_of_its_condition(files, tmp_path, images, shift, negative) -> None:
     """Against the network, the sampler and the encoders called one by one, with the defaults of the

@@ -129,6 +129,7 @@ def test_a_checkpoint_folder_of_another_network_names_both(tmp_path: Path, job: 
     assert "which holds tiny of 1 layers of width 32 (for model.config.net = tiny, 1 layers of width 64)" in told(1)
 
 
+@pytest.mark.slow
 def test_a_job_of_another_network_stays_as_it_was(job: Path, told: Told) -> None:
     """The same folder with another network: checkpoint, numbers and record of the first run
     survive.

@@ -181,6 +181,7 @@ def test_noisy_context_reaches_the_objective(tmp_path: Path, starts: dict[str, P
     assert a[f"loss/{name}"] != b[f"loss/{name}"]
 
 
+@pytest.mark.slow
 def test_strategies_of_diffusion_forcing_differ(tmp_path: Path, starts: dict[str, Path]) -> None:
     losses = {}
     for strategy in ("random", "same", "fopp"):
@@ -222,6 +223,7 @@ def test_replayed_training_gives_the_same_weights(tmp_path: Path, starts: dict[s
     assert max((weights(plain_job)[k] - start[k]).abs().max().item() for k in start) > 1e-5
 
 
+@pytest.mark.slow
 def test_weights_of_other_blocks_are_told_of(tmp_path: Path, starts: dict[str, Path]) -> None:
     """A checkpoint trained in chunks of 3 may start a frame-wise student, but not without a
     word.

@@ -25,6 +25,7 @@ def parallel_net(mode: str, *, compiled: bool) -> torch.nn.Module:
     return parallelize(net, dims=ParallelDims(), precision=Precision.preset("fp64"), checkpoint=mode, compile=compiled)
 
 
+@pytest.mark.slow
 def test_compiled_gradients_and_number_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

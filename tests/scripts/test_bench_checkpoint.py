@@ -29,6 +29,7 @@ def test_a_round_trip_and_what_follows(tmp_path: Path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["o.json"]
 
 
+@pytest.mark.slow
 def test_other_numbers_are_not_timed(tmp_path: Path, capsys, monkeypatch):
     """A load that changes nothing."""
     monkeypatch.setattr(checkpoint, "restore", lambda *_, **__: None)

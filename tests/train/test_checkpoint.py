@@ -91,6 +91,7 @@ def train_and_die_while_saving(job: Path) -> None:
     trainer.run()
 
 
+@pytest.mark.slow
 def test_killed_save_leaves_the_previous_checkpoint(saved: Path) -> None:
     """A process that dies (SIGKILL) while parts of iteration 6 are on disk: 4 stays latest, loads,
     and the next save cleans up.
@@ -212,6 +213,7 @@ def test_absent_parts_and_pointers_are_named(saved: Path) -> None:
     assert Checkpointer(saved / "empty", dims=ONE, description=DESCRIPTION).load(make_run(dims=ONE)[1]) is None
 
 
+@pytest.mark.slow
 def test_keep_last_and_saving_an_iteration_twice(tmp_path: Path) -> None:
     trainer = launch(tmp_path, max_iter=5, save_iter=1, keep_last=2)
     trainer.run()

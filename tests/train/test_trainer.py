@@ -107,6 +107,7 @@ def test_signal_saves_and_returns(tmp_path: Path, number: int) -> None:
     assert launch(tmp_path, max_iter=50).state.iteration == 5
 
 
+@pytest.mark.slow
 def test_observers_may_be_removed(tmp_path: Path) -> None:
     """With samples from averaged and own weights, a profiler, memory and a progress line the
     weights are the same, bit for bit.
