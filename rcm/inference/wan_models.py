@@ -331,4 +331,4 @@ class _NoText:
 
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
         """Nothing asks for it."""
-        raise NotImplementedError
+        raise NotImplementedError  # a fault of this package, were it ever called

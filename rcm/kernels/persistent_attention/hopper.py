@@ -127,6 +127,12 @@ def _row_scale(row_scale, pair, q_rows, q_len, CODED: gl.constexpr):
 
 
 @gluon.jit
+def _keys(k_ring, slot, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr):
+    """A slot as the right operand of Q K^T [D, J]."""
+    return k_ring.index(slot).reshape([BLOCK_N, WIDTH]).permute([1, 0])
+
+
+@gluon.jit
 def _values(v_ring, slot, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr):
     """A slot as the right operand of P V [J, D]; coded values are stored [D, J]."""
     slot = v_ring.index(slot)
@@ -151,7 +157,6 @@ def _consume(
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     plan, shape, outputs, lengths = task
     heads, tiles_per_head = shape
-    row_scale = outputs[0]
     q_len, kv_len = lengths
     dtype: gl.constexpr = q_buf.dtype
     CODED: gl.constexpr = dtype == gl.float8e4nv
@@ -163,9 +168,7 @@ def _consume(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, DEPTH]
     )
-    p_layout: gl.constexpr = gl.DotOperandLayout(
-        operand_index=0, parent=o_layout, k_width=4 if CODED else 2
-    )
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, k_width=4 if CODED else 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     acc_row: gl.constexpr = gl.SliceLayout(1, o_layout)
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
@@ -177,25 +180,16 @@ def _consume(
         tile, low, high = _job(index, program, programs, plan)
         if high > low:
             pair = tile // tiles_per_head
-            q_rows = (
-                (tile % tiles_per_head) * (CONSUMERS * ROWS)
-                + half * ROWS
-                + gl.arange(0, ROWS, row_layout)
-            )
-            scale = _row_scale(row_scale, pair, q_rows, q_len, CODED)
+            first = (tile % tiles_per_head) * (CONSUMERS * ROWS) + half * ROWS
+            q_rows = first + gl.arange(0, ROWS, row_layout)
+            scale = _row_scale(outputs[0], pair, q_rows, q_len, CODED)
             mbarrier.wait(q_full.index(half), done & 1)
             q = q_buf.index(half).reshape([ROWS, WIDTH])
-
             # the tile with the last keys comes first: only there are columns to be masked
             slot = it % STAGES
             mbarrier.wait(k_full.index(slot), (it // STAGES) & 1)
-            s = warpgroup_mma(
-                q,
-                k_ring.index(slot).reshape([BLOCK_N, WIDTH]).permute([1, 0]),
-                zero,
-                use_acc=False,
-                is_async=True,
-            )
+            k = _keys(k_ring, slot, BLOCK_N, WIDTH)
+            s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(slot), count=1)
             s = masked(s, (high - 1) * BLOCK_N, kv_len, CODED)
@@ -212,7 +206,7 @@ def _consume(
                 slot = it % STAGES
                 weights = operand(p, dtype, p_layout)
                 mbarrier.wait(k_full.index(ahead), ((it + 1) // STAGES) & 1)
-                k = k_ring.index(ahead).reshape([BLOCK_N, WIDTH]).permute([1, 0])
+                k = _keys(k_ring, ahead, BLOCK_N, WIDTH)
                 s = warpgroup_mma(q, k, p, use_acc=False, is_async=True)
                 mbarrier.wait(v_full.index(slot), (it // STAGES) & 1)
                 v = _values(v_ring, slot, BLOCK_N, WIDTH)
@@ -248,7 +242,6 @@ def _consume(
             acc = acc * alpha[:, None] + found if TWO_LEVEL else found
             it += 1
             done += 1
-
             where, job = (pair, heads, q_rows, q_len), (index, low, high, half)
             _write(acc, floor, total, outputs, where, plan, job, CONSUMERS)
 
