@@ -128,8 +128,11 @@ def _states(form: str) -> tuple[str, ...]:
     return (f"optimizer.states={form}", f"{M}.optimizer_fake_score.states={form}")
 
 
+_STATES_WAIT = ("trainer.offload.states=True",)
+_WAITING = (*_EACH, *_STATES_WAIT, *_states("bfloat16"), *LEAN)
+
 LEVERS = {
-    "states": ("trainer.offload.states=True",),
+    "states": _STATES_WAIT,
     "idle_roles": _IDLE,
     "parameters": _LIVES,
     "bfloat16_states": _states("bfloat16"),
@@ -181,6 +184,11 @@ ROWS = (
     # two cards of 139 GiB hold 14B with moments in 16 bits; the average is made over checkpoints
     Row("tf_diffusion", "14B", "ulysses2", "keep_attention_lean", (*_KEEP, *_HALF, *LEAN)),
     Row("tf_diffusion", "14B", "ulysses2", "keep_attention_mlp_lean", (*_KEEP_MLP, *_HALF, *LEAN)),
+    Row("tf_scm", "14B", "ulysses2", "keep_attention_lean", (*_KEEP, *_HALF, *LEAN)),
+    Row("tf_dcm", "14B", "ulysses2", "keep_attention_lean", (*_KEEP, *_HALF, *LEAN)),
+    # of two trained networks only the weights stay on the card
+    Row("sf_dmd_replayed", "14B", "ulysses2", "states_lean", _WAITING),
+    Row("rcm", "14B", "ulysses2", "states_lean", (*_WAITING, MODE + "block_wise")),
     Row("tf_diffusion", "14B", "fsdp"),
     Row("tf_scm", "14B", "fsdp"),
     Row("tf_scm", "1.3B", "one"),
