@@ -1,6 +1,4 @@
-"""Block patterns: how the latent frames of a video are grouped into autoregressive blocks (c1-1,
-c3-3, c1-4, any).
-"""
+"""Block patterns (c1-1, c3-3, c1-4, any): how latent frames are grouped into blocks."""
 
 from __future__ import annotations
 
@@ -38,9 +36,7 @@ class BlockPattern:
 
     @classmethod
     def parse(cls, name: str) -> BlockPattern:
-        """Pattern from its name "c<first>-<chunk>", e.g. "c3-3"; `ConfigError` on any other form or
-        a zero size.
-        """
+        """The pattern called "c<first>-<chunk>"; `ConfigError` on another form or a zero."""
         match = _NAME.fullmatch(name)
         if match is None:
             raise ConfigError(
@@ -55,9 +51,7 @@ class BlockPattern:
         return f"c{self.first}-{self.chunk}"
 
     def num_blocks(self, num_frames: int) -> int:
-        """Blocks in a video of `num_frames` latent frames; `ConfigError` when the frames do not
-        fill whole blocks.
-        """
+        """Blocks of `num_frames` latent frames; `ConfigError` unless whole blocks fill up."""
         rest = num_frames - self.first
         if rest < 0 or rest % self.chunk:
             below = self.first + max(rest, 0) // self.chunk * self.chunk
@@ -71,9 +65,7 @@ class BlockPattern:
         return 1 + rest // self.chunk
 
     def frames_before(self, block: int) -> int:
-        """Latent frames in front of block `block` >= 0, i.e. the temporal position at which it
-        starts; `ValueError` if negative.
-        """
+        """First latent frame of `block`, which counts from 0; `ValueError` if it is negative."""
         if block < 0:
             raise ValueError(f"block index must be >= 0, got {block}")
         return 0 if block == 0 else self.first + (block - 1) * self.chunk

@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from rcm.core.dual import jvp
 from rcm.core.errors import ConfigError
 from rcm.diffusion.interpolant import scale_per_frame
 
-Field = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Field = Callable[[Tensor, Tensor], Tensor]
 
 
 class Directional(Protocol):
@@ -36,54 +37,42 @@ class Directional(Protocol):
     """
 
     def __call__(
-        self,
-        fn: Field,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        *,
-        velocity: torch.Tensor,
-        scale: torch.Tensor | None = None,
-    ) -> torch.Tensor: ...
+        self, fn: Field, x: Tensor, t: Tensor, *, velocity: Tensor, scale: Tensor | None = None
+    ) -> Tensor: ...
 
 
 class Geometry(Protocol):
-    """How one backward step of size h acts on a sample, and how two values of a field h apart make
-    a derivative.
-    """
+    """A backward step of size h, and the derivative from two values of a field h apart."""
 
-    def back(self, x: torch.Tensor, velocity: torch.Tensor, h: float) -> torch.Tensor:
+    def back(self, x: Tensor, velocity: Tensor, h: float) -> Tensor:
         """The sample at t - h."""
-        ...
 
-    def slope(self, now: torch.Tensor, before: torch.Tensor, h: float) -> torch.Tensor:
+    def slope(self, now: Tensor, before: Tensor, h: float) -> Tensor:
         """Derivative from the field at t (`now`) and at t - h (`before`), error O(h)."""
-        ...
 
 
 @dataclass(frozen=True)
 class RFStep:
-    """Straight line: x - h v; (now - before) / h."""
+    """Straight line."""
 
-    def back(self, x: torch.Tensor, velocity: torch.Tensor, h: float) -> torch.Tensor:
+    def back(self, x: Tensor, velocity: Tensor, h: float) -> Tensor:
         """x - h velocity."""
         return x - h * velocity
 
-    def slope(self, now: torch.Tensor, before: torch.Tensor, h: float) -> torch.Tensor:
+    def slope(self, now: Tensor, before: Tensor, h: float) -> Tensor:
         """(now - before) / h."""
         return (now - before) / h
 
 
 @dataclass(frozen=True)
 class TrigStep:
-    """Rotation: cos(h) x - sin(h) F, exact when x and F belong to one pair (x0, eps); (cos(h) now -
-    before) / sin(h).
-    """
+    """Rotation: exact when x and F belong to one pair (x0, eps)."""
 
-    def back(self, x: torch.Tensor, velocity: torch.Tensor, h: float) -> torch.Tensor:
+    def back(self, x: Tensor, velocity: Tensor, h: float) -> Tensor:
         """cos(h) x - sin(h) velocity."""
         return math.cos(h) * x - math.sin(h) * velocity
 
-    def slope(self, now: torch.Tensor, before: torch.Tensor, h: float) -> torch.Tensor:
+    def slope(self, now: Tensor, before: Tensor, h: float) -> Tensor:
         """(cos(h) now - before) / sin(h)."""
         return (math.cos(h) * now - before) / math.sin(h)
 
@@ -93,14 +82,8 @@ class Exact:
     """Forward-mode derivative: one dual pass (`fd_type` 0)."""
 
     def __call__(
-        self,
-        fn: Field,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        *,
-        velocity: torch.Tensor,
-        scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, fn: Field, x: Tensor, t: Tensor, *, velocity: Tensor, scale: Tensor | None = None
+    ) -> Tensor:
         """jvp of fn in the direction (scale velocity, scale)."""
         t_dot = torch.ones_like(t) if scale is None else scale.to(t.dtype).expand_as(t).contiguous()
         return jvp(fn, (x, t), (_scaled(velocity, scale).to(x.dtype), t_dot))[1]
@@ -117,19 +100,11 @@ class _Difference:
 
 
 class SemiContinuous(_Difference):
-    """Exact in x with the time held, plus a difference in time with x held (`fd_type` 1).
-    `ConfigError` unless 0 < h < 1.
-    """
+    """Exact in x with t held, plus a difference in t with x held (`fd_type` 1)."""
 
     def __call__(
-        self,
-        fn: Field,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        *,
-        velocity: torch.Tensor,
-        scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, fn: Field, x: Tensor, t: Tensor, *, velocity: Tensor, scale: Tensor | None = None
+    ) -> Tensor:
         """One dual pass and one plain pass at t - h; `ValueError` if `scale` differs between
         frames.
         """
@@ -141,19 +116,11 @@ class SemiContinuous(_Difference):
 
 
 class Discrete(_Difference):
-    """Difference of two plain passes along the path (`fd_type` 2). `ConfigError` unless 0 < h <
-    1.
-    """
+    """Difference of two plain passes along the path (`fd_type` 2)."""
 
     def __call__(
-        self,
-        fn: Field,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        *,
-        velocity: torch.Tensor,
-        scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, fn: Field, x: Tensor, t: Tensor, *, velocity: Tensor, scale: Tensor | None = None
+    ) -> Tensor:
         """Plain passes at (x, t) and one step back, without a graph; `ValueError` if `scale`
         differs between frames.
         """
@@ -164,11 +131,11 @@ class Discrete(_Difference):
             return _scaled(self.geometry.slope(now, before, self.h), scale)
 
 
-def _scaled(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else scale_per_frame(scale, x)
 
 
-def _require_shared(scale: torch.Tensor | None) -> None:
+def _require_shared(scale: Tensor | None) -> None:
     if scale is not None and (scale.dim() != 2 or scale.shape[1] != 1):
         raise ValueError(
             f"scale has shape {tuple(scale.shape)}, finite differences need one per sample, [B, 1];"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 
 def is_guided(scale: float) -> bool:
-    """Whether a scale asks for the negative branch: above 1. 1 and less (0 among them) are no
-    guidance: the prompt alone.
-    """
+    """Whether a scale asks for the negative branch: above 1. Any other: the prompt alone."""
     return scale > 1
 
 
-def cfg(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
+def cfg(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     """uncond + scale (cond - uncond) (Causal_rCM.md section 1): scale 1 is `cond`, 0 is `uncond`.
     Any prediction linear in v (v, x0, F), equal shapes.
 

@@ -16,67 +16,43 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 TIMESTEP_SCALE = 1000.0
 
-FloatOrTensor = TypeVar("FloatOrTensor", float, torch.Tensor)
+FloatOrTensor = TypeVar("FloatOrTensor", float, Tensor)
 
 
-def rf_to_trig(t_rf: torch.Tensor) -> torch.Tensor:
+def rf_to_trig(t_rf: Tensor) -> Tensor:
     """tau = arctan(t / (1 - t)), written arctan2(t, 1 - t): exact at t = 1, where it is pi/2."""
     _require_precise("t_rf", t_rf)
     return torch.atan2(t_rf, 1 - t_rf)
 
 
-def trig_to_rf(tau: torch.Tensor) -> torch.Tensor:
+def trig_to_rf(tau: Tensor) -> Tensor:
     """t = sin(tau) / (cos(tau) + sin(tau)); dt/dtau = 1 / (cos + sin)^2."""
     _require_precise("tau", tau)
     sin = torch.sin(tau)
     return sin / (torch.cos(tau) + sin)
 
 
-def rf_to_sigma(t_rf: torch.Tensor) -> torch.Tensor:
-    """sigma = t / (1 - t), with t clamped to [0, 1 - machine epsilon] so that pure noise has a
-    large finite sigma.
-    """
-    _require_precise("t_rf", t_rf)
-    t_rf = t_rf.clamp(0.0, 1.0 - torch.finfo(t_rf.dtype).eps)
-    return t_rf / (1 - t_rf)
-
-
-def sigma_to_rf(sigma: torch.Tensor) -> torch.Tensor:
-    """t = sigma / (1 + sigma) for finite sigma >= 0."""
-    _require_precise("sigma", sigma)
-    return sigma / (1 + sigma)
-
-
-def rf_to_timestep(t_rf: torch.Tensor) -> torch.Tensor:
-    """timestep = 1000 t, in the dtype of t; the cast to the network's time precision happens in the
-    denoiser.
-    """
+def rf_to_timestep(t_rf: Tensor) -> Tensor:
+    """timestep = 1000 t, in the dtype of t; the denoiser casts it for the network."""
     _require_precise("t_rf", t_rf)
     return TIMESTEP_SCALE * t_rf
 
 
-def timestep_to_rf(timestep: torch.Tensor) -> torch.Tensor:
-    """t = timestep / 1000."""
-    _require_precise("timestep", timestep)
-    return timestep / TIMESTEP_SCALE
-
-
 def shift_time(t: FloatOrTensor, shift: float) -> FloatOrTensor:
-    """s t / (1 + (s - 1) t) of t in [0, 1], tensor or float: multiplies sigma by s; s <= 0 is the
-    identity (release).
-    """
+    """s t / (1 + (s - 1) t): multiplies sigma by s; s <= 0 changes nothing (release)."""
     return t if shift <= 0 else shift * t / (1 + (shift - 1) * t)
 
 
 def unshift_time(t: FloatOrTensor, shift: float) -> FloatOrTensor:
-    """Inverse of `shift_time`: t / (s - (s - 1) t); s <= 0 is the identity."""
+    """t / (s - (s - 1) t), the inverse of `shift_time`; s <= 0 changes nothing."""
     return t if shift <= 0 else t / (shift - (shift - 1) * t)
 
 
-def per_frame(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def per_frame(t: Tensor, x: Tensor) -> Tensor:
     """View of a time [B, 1] (one per sample) or [B, T] (one per frame) that broadcasts over x [B,
     C, T, H, W].
 
@@ -95,7 +71,7 @@ def per_frame(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return t[:, None, :, None, None]
 
 
-def _require_precise(name: str, value: torch.Tensor) -> None:
+def _require_precise(name: str, value: Tensor) -> None:
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"{name} is {value.dtype}, expected float64 (float32 accepted): lower precision merges"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from rcm.core.errors import ConfigError
 from rcm.core.records import Record
@@ -24,24 +25,19 @@ BlockStrategy = Literal["random", "same", "fopp"]
 class TimeLaw(Protocol):
     """A distribution of RF time with its cumulative function and the inverse of it."""
 
-    def sample(self, shape: Sequence[int], *, generator: torch.Generator) -> torch.Tensor:
+    def sample(self, shape: Sequence[int], *, generator: torch.Generator) -> Tensor:
         """Independent float64 draws in [0, 1]."""
-        ...
 
-    def cdf(self, t_rf: torch.Tensor) -> torch.Tensor:
+    def cdf(self, t_rf: Tensor) -> Tensor:
         """P(time <= t_rf), elementwise."""
-        ...
 
-    def icdf(self, u: torch.Tensor) -> torch.Tensor:
+    def icdf(self, u: Tensor) -> Tensor:
         """The time with cdf u, elementwise, u in [0, 1]."""
-        ...
 
 
 @dataclass(frozen=True)
 class LogNormal:
-    """log sigma ~ N(p_mean, p_std^2) and t = sigma / (1 + sigma): t is logit-normal. `ConfigError`
-    unless p_std > 0.
-    """
+    """t = sigma / (1 + sigma) with log sigma ~ N(p_mean, p_std^2), p_std > 0."""
 
     p_mean: float
     p_std: float
@@ -50,18 +46,18 @@ class LogNormal:
         if not self.p_std > 0:
             raise ConfigError(f"LogNormal needs p_std > 0, got p_std={self.p_std}")
 
-    def sample(self, shape: Sequence[int], *, generator: torch.Generator) -> torch.Tensor:
+    def sample(self, shape: Sequence[int], *, generator: torch.Generator) -> Tensor:
         """sigmoid(p_mean + p_std z) with z standard normal."""
         z = torch.randn(
             tuple(shape), generator=generator, device=generator.device, dtype=torch.float64
         )
         return torch.sigmoid(self.p_mean + self.p_std * z)
 
-    def cdf(self, t_rf: torch.Tensor) -> torch.Tensor:
+    def cdf(self, t_rf: Tensor) -> Tensor:
         """Phi((logit t - p_mean) / p_std); 0 at t = 0 and 1 at t = 1."""
         return torch.special.ndtr((torch.logit(t_rf) - self.p_mean) / self.p_std)
 
-    def icdf(self, u: torch.Tensor) -> torch.Tensor:
+    def icdf(self, u: Tensor) -> Tensor:
         """sigmoid(p_mean + p_std Phi^-1(u))."""
         return torch.sigmoid(self.p_mean + self.p_std * torch.special.ndtri(u))
 
@@ -72,18 +68,18 @@ class UniformShift:
 
     shift: float
 
-    def sample(self, shape: Sequence[int], *, generator: torch.Generator) -> torch.Tensor:
+    def sample(self, shape: Sequence[int], *, generator: torch.Generator) -> Tensor:
         """shift_time(u)."""
         u = torch.rand(
             tuple(shape), generator=generator, device=generator.device, dtype=torch.float64
         )
         return self.icdf(u)
 
-    def cdf(self, t_rf: torch.Tensor) -> torch.Tensor:
+    def cdf(self, t_rf: Tensor) -> Tensor:
         """unshift_time(t)."""
         return unshift_time(t_rf, self.shift)
 
-    def icdf(self, u: torch.Tensor) -> torch.Tensor:
+    def icdf(self, u: Tensor) -> Tensor:
         """shift_time(u), clamped to [0, 1]."""
         return shift_time(u, self.shift).clamp(0.0, 1.0)
 
@@ -136,19 +132,15 @@ class ConsistencyGrid:
                 f" (dcm_total_steps={self.num_steps})"
             )
 
-    def sample(self, batch: int, *, generator: torch.Generator) -> torch.Tensor:
-        """Float64 [B, skip + 1], strictly decreasing along dim 1: column 0 is the student's time,
-        the last one the target's, >= 0.
-        """
+    def sample(self, batch: int, *, generator: torch.Generator) -> Tensor:
+        """Float64 [B, skip + 1], falling: first the student's time, last the target's, >= 0."""
         phase = torch.rand(
             (batch, 1), generator=generator, device=generator.device, dtype=torch.float64
         )
         return self.times((1 - self.skip / self.num_steps) * phase)
 
-    def times(self, u: torch.Tensor) -> torch.Tensor:
-        """t_k = shift(1 - (u + k / num_steps)), k = 0..skip, for phases u [B, 1] in [0, 1 - skip /
-        num_steps]: [B, skip + 1].
-        """
+    def times(self, u: Tensor) -> Tensor:
+        """shift(1 - (u + k / num_steps)), k = 0..skip, of phases u [B, 1]: [B, skip + 1]."""
         if u.dim() != 2 or u.shape[1] != 1:
             raise ValueError(f"phase u has shape {tuple(u.shape)}, expected [B, 1]")
         k = torch.arange(self.skip + 1, device=u.device, dtype=u.dtype)
@@ -163,7 +155,7 @@ def block_times(
     pattern: BlockPattern,
     num_frames: int,
     generator: torch.Generator,
-) -> torch.Tensor:
+) -> Tensor:
     """RF times of every frame, float64 [batch, num_frames], constant inside a block (Causal_rCM.md
     section 3).
 
@@ -187,7 +179,7 @@ def block_times(
     return times[:, list(pattern.block_of_frame(num_frames))]
 
 
-def _fopp(law: TimeLaw, *, batch: int, num_blocks: int, generator: torch.Generator) -> torch.Tensor:
+def _fopp(law: TimeLaw, *, batch: int, num_blocks: int, generator: torch.Generator) -> Tensor:
     device = generator.device
     anchor = torch.randint(num_blocks, (batch, 1), generator=generator, device=device)
     t_anchor = law.sample((batch, 1), generator=generator)
@@ -204,14 +196,10 @@ def _fopp(law: TimeLaw, *, batch: int, num_blocks: int, generator: torch.Generat
     return torch.where(block < anchor, left, torch.where(block > anchor, right, t_anchor))
 
 
-def _sorted_uniforms(
-    count: torch.Tensor, *, width: int, generator: torch.Generator
-) -> torch.Tensor:
-    """Row b: `count[b]` < width sorted uniforms on (0, 1) in its first columns, 1 in the rest;
-    count [B, 1].
+def _sorted_uniforms(count: Tensor, *, width: int, generator: torch.Generator) -> Tensor:
+    """Row b: `count[b]` < width sorted uniforms on (0, 1), then ones; count [B, 1].
 
-    Partial sums of count + 1 exponential draws over their total are the order statistics of count
-    uniforms.
+    They are partial sums of count + 1 exponential draws over the total of these.
     """
     uniform = torch.rand(
         (count.shape[0], width), generator=generator, device=generator.device, dtype=torch.float64

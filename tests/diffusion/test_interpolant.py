@@ -39,9 +39,6 @@ def test_rf_definitions(columns):
     torch.testing.assert_close(I.rf_noise(x0, eps, t), x_t, rtol=1e-14, atol=1e-14)
     v = I.rf_velocity(x0, eps)
     torch.testing.assert_close(I.rf_x0(x_t, v, t), x0, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(I.rf_eps(x_t, v, t), eps, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(I.rf_v_from_x0(x_t, x0, t), eps - x0, rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(I.rf_v_from_eps(x_t, eps, t), eps - x0, rtol=1e-11, atol=1e-12)
 
 
 def test_trig_definitions(columns):
@@ -52,8 +49,6 @@ def test_trig_definitions(columns):
     torch.testing.assert_close(I.trig_noise(x0, eps, tau), x_tau, rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(I.trig_velocity(x0, eps, tau), velocity, rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(I.trig_x0(x_tau, velocity, tau), x0, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(I.trig_eps(x_tau, velocity, tau), eps, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(I.trig_F_from_x0(x_tau, x0, tau), velocity, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("path", ["rf", "trig"])
@@ -73,11 +68,9 @@ def test_ends_are_exact_in_float32(path, top):
     x0, eps, v = _latents(3, dtype=torch.float32)
     start, end = torch.zeros(N, 1, dtype=F64), torch.full((N, 1), top, dtype=F64)
     noise, data = getattr(I, f"{path}_noise"), getattr(I, f"{path}_x0")
-    to_eps = getattr(I, f"{path}_eps")
     assert torch.equal(noise(x0, eps, start), x0)
     torch.testing.assert_close(noise(x0, eps, end), eps, rtol=0, atol=1e-15)
     assert torch.equal(data(x0, v, start), x0)
-    torch.testing.assert_close(to_eps(x0, v, end), x0, rtol=0, atol=1e-15)
 
 
 def test_euler_steps():
@@ -105,9 +98,8 @@ def test_float64_times_do_not_widen_the_latents():
     x0, eps, v = _latents(3, dtype=torch.float32)
     t = _times(1, 1.0)
     calls = {
-        "rf_noise": (x0, eps, t), "rf_x0": (x0, v, t), "rf_eps": (x0, v, t), "rf_v_from_x0": (x0, eps, t), "rf_v_from_eps": (x0, eps, t),
-        "trig_noise": (x0, eps, t), "trig_velocity": (x0, eps, t), "trig_x0": (x0, v, t), "trig_eps": (x0, v, t),
-        "trig_F_from_x0": (x0, eps, t), "rf_euler": (x0, v, t, t / 2), "trig_euler": (x0, v, t, t / 2),
+        "rf_noise": (x0, eps, t), "rf_x0": (x0, v, t), "rf_euler": (x0, v, t, t / 2),
+        "trig_noise": (x0, eps, t), "trig_velocity": (x0, eps, t), "trig_x0": (x0, v, t), "trig_euler": (x0, v, t, t / 2),
     }  # fmt: skip
     for name, args in calls.items():
         out = getattr(I, name)(*args)
@@ -119,6 +111,6 @@ def test_float64_times_do_not_widen_the_latents():
 
 def test_flat_times_are_refused():
     x0, eps = _latents(2)
-    for name in ("rf_noise", "trig_noise", "rf_x0", "trig_x0", "rf_eps", "trig_eps", "trig_velocity"):
+    for name in ("rf_noise", "trig_noise", "rf_x0", "trig_x0", "trig_velocity"):
         with pytest.raises(ValueError, match="expected"):
             getattr(I, name)(x0, eps, torch.rand(N, dtype=F64))

@@ -36,16 +36,10 @@ def test_derivatives():
     z = torch.cos(tau) + torch.sin(tau)
     torch.testing.assert_close(_slope(T.trig_to_rf, tau), 1 / z**2, rtol=1e-12, atol=0)
     torch.testing.assert_close(_slope(T.rf_to_trig, INNER), 1 / ((1 - INNER) ** 2 + INNER**2), rtol=1e-12, atol=0)
-    torch.testing.assert_close(_slope(T.rf_to_sigma, INNER), 1 / (1 - INNER) ** 2, rtol=1e-11, atol=0)
-    sigma = torch.tensor([0.0, 0.5, 3.0, 80.0], dtype=F64)
-    torch.testing.assert_close(_slope(T.sigma_to_rf, sigma), 1 / (1 + sigma) ** 2, rtol=1e-12, atol=0)
 
 
 def test_known_values():
-    """sigma_max values of the samplers (Causal_rCM.md section 9) and round numbers."""
-    assert T.sigma_to_rf(torch.tensor(1600.0, dtype=F64)).item() == pytest.approx(1600 / 1601, rel=1e-15)
     assert T.rf_to_timestep(torch.tensor(15 / 16, dtype=F64)).item() == 937.5
-    assert T.timestep_to_rf(torch.tensor(937.5, dtype=F64)).item() == 0.9375
     assert T.rf_to_trig(torch.tensor(0.5, dtype=F64)).item() == pytest.approx(math.pi / 4, rel=1e-15)
     assert T.trig_to_rf(torch.tensor(1.5, dtype=F64)).item() == pytest.approx(math.tan(1.5) / (1 + math.tan(1.5)), rel=1e-14)
 
@@ -55,17 +49,13 @@ def test_limits(dtype):
     zero, one, half_pi = (torch.tensor(v, dtype=dtype) for v in (0.0, 1.0, math.pi / 2))
     assert T.rf_to_trig(zero) == 0 and T.rf_to_trig(one) == half_pi
     assert T.trig_to_rf(zero) == 0 and abs(T.trig_to_rf(half_pi) - 1) < 1e-6
-    assert T.rf_to_sigma(zero) == 0
-    assert T.rf_to_sigma(one) == 1 / torch.finfo(dtype).eps - 1, "clamped to 1 - eps: large but finite"
-    assert T.rf_to_sigma(one).isfinite()
     tiny = torch.tensor([1e-8, 1e-6, 1e-4], dtype=dtype)
     torch.testing.assert_close(T.rf_to_trig(tiny), tiny + tiny**2, rtol=1e-6, atol=0)
     torch.testing.assert_close(T.trig_to_rf(tiny), tiny - tiny**2, rtol=1e-6, atol=0)
 
 
-def test_round_trips():
-    for there, back in ((T.rf_to_trig, T.trig_to_rf), (T.rf_to_sigma, T.sigma_to_rf), (T.rf_to_timestep, T.timestep_to_rf)):
-        torch.testing.assert_close(back(there(INNER)), INNER, rtol=1e-13, atol=0)
+def test_round_trip():
+    torch.testing.assert_close(T.trig_to_rf(T.rf_to_trig(INNER)), INNER, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("s", [1.0, 3.0, 5.0, 0.4])
@@ -95,7 +85,7 @@ def test_no_shift(s):
 
 
 def test_low_precision_times_are_refused():
-    for fn in (T.rf_to_trig, T.trig_to_rf, T.rf_to_sigma, T.sigma_to_rf, T.rf_to_timestep, T.timestep_to_rf):
+    for fn in (T.rf_to_trig, T.trig_to_rf, T.rf_to_timestep):
         with pytest.raises(TypeError, match="bfloat16"):
             fn(torch.zeros(2, 1, dtype=torch.bfloat16))
         with pytest.raises(TypeError, match="int64"):

@@ -5,9 +5,8 @@ import torch
 
 from rcm.diffusion import interpolant as I
 from rcm.diffusion.time import per_frame
-from rcm.diffusion.wan_as_trigflow import rf_point, trig_F, trig_F_dot
+from rcm.diffusion.wan_as_trigflow import rf_point, trig_F
 from tests.support.linear_gaussian import LinearGaussian
-from tests.support.toy_field import ToyField
 
 F64 = torch.float64
 N = 3
@@ -76,27 +75,3 @@ def test_float32_is_good_to_its_precision_everywhere(tau):
     assert (single - exact).norm() / exact.norm() < 2e-7
     only_float32 = trig_F(rf_point(x.float(), tau.float())[0], v.float(), tau.float())
     assert (only_float32 - exact).norm() / exact.norm() < 1e-6
-
-
-def test_derivative_along_the_teacher_against_forward_mode():
-    """dF/dtau of the wrapped network by torch.func.jvp in (x_tau, tau) against the closed form from
-    the RF tangent.
-    """
-    x_tau, _, tau = _setup()
-    net, teacher = ToyField(seed=0), ToyField(seed=1)
-
-    def wrapped(field):
-        def F(x_tau, tau):
-            x_t, t = rf_point(x_tau, tau)
-            return trig_F(x_t, field(x_t, t), tau)
-
-        return F
-
-    F_teacher = wrapped(teacher)(x_tau, tau)
-    _, expected = torch.func.jvp(wrapped(net), (x_tau, tau), (F_teacher, torch.ones_like(tau)))
-    x_t, t = rf_point(x_tau, tau)
-    v_teacher = teacher(x_t, t)
-    v, jvp = torch.func.jvp(net, (x_t, t), (v_teacher, torch.ones_like(t)))
-    torch.testing.assert_close(trig_F_dot(x_t, v, v_teacher=v_teacher, jvp=jvp, tau=tau), expected, rtol=1e-11, atol=1e-11)
-    with pytest.raises(ValueError, match=r"\[B, 1\]"):
-        trig_F_dot(x_t, v, v_teacher=v_teacher, jvp=jvp, tau=tau.expand(N, N))
