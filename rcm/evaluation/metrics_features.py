@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rcm.core.errors import ConfigError
 from rcm.evaluation.metrics_weights import packaged_file
 from rcm.storage.weight_files import open_container
 
@@ -146,33 +145,3 @@ def embedding_drift(features: Tensor, *, share: float = 0.25) -> float:
     count = max(1, round(share * features.shape[0]))
     first, last = features[:count].mean(0), features[-count:].mean(0)
     return float(1 - functional.cosine_similarity(first, last, dim=0))
-
-
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Frechet distance of two sets of features [N, D] taken as Gaussians: |m1 - m2|^2 + tr(C1 + C2
-    - 2 (C1 C2)^(1/2)), in float64.
-
-    Biased upward for few samples, so only sets of equal size compare. `ConfigError` for fewer than
-    two samples or another width.
-    """
-    if (
-        first.ndim != 2
-        or second.ndim != 2
-        or first.shape[1] != second.shape[1]
-        or min(len(first), len(second)) < 2
-    ):
-        raise ConfigError(
-            "a Frechet distance needs two sets [N, D] of at least 2 samples, got"
-            f" {list(first.shape)} and {list(second.shape)}"
-        )
-    a, b = first.double(), second.double()
-    centred = [(x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b)]
-    # the square root of C1 C2 has the singular values of X1 X2^T as its eigenvalues, so no matrix
-    # root is needed
-    cross = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
-    return float(
-        (a.mean(0) - b.mean(0)).square().sum()
-        + centred[0].square().sum()
-        + centred[1].square().sum()
-        - 2 * cross
-    )

@@ -1,3 +1,1 @@
-"""The embedded world: videos, codec, captions and scores small enough to train every stage on two
-CPU cores.
-"""
+"""The embedded world: videos, codec, captions and scores, trained on two CPU cores."""

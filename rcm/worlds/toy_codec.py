@@ -15,15 +15,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from rcm.core.errors import ConfigError
 from rcm.encoders.codec import StridedSizes
 
 
 def cosine_basis(size: int) -> list[list[float]]:
-    """Rows of the orthonormal DCT-II of `size` points, as Python floats (for size 2 the Haar
-    transform).
-    """
+    """Rows of the orthonormal DCT-II of `size` points; for 2 the Haar transform."""
     return [
         [
             math.sqrt((1 if k == 0 else 2) / size) * math.cos(math.pi * (n + 0.5) * k / size)
@@ -33,10 +32,8 @@ def cosine_basis(size: int) -> list[list[float]]:
     ]
 
 
-def _rotate(parts: tuple[torch.Tensor, ...], rows: list[list[float]]) -> list[torch.Tensor]:
-    """sum_n rows[k][n] * parts[n] for every k, by elementwise steps alone: the bits do not depend
-    on how many frames are given at once.
-    """
+def _rotate(parts: tuple[Tensor, ...], rows: list[list[float]]) -> list[Tensor]:
+    """sum_n rows[k][n] * parts[n] for every k, elementwise: bits do not depend on the batch."""
     out = []
     for row in rows:
         total = parts[0] * row[0]
@@ -73,13 +70,10 @@ class ToyCodec(StridedSizes):
 
     @property
     def latent_channels(self) -> int:
-        """C."""
         return 3 * self.temporal_stride * self.spatial_stride**2
 
-    def encode(self, video: torch.Tensor) -> torch.Tensor:
-        """Latents [B, C, T, h, w] of `video` [B, 3, F, H, W] in [-1, 1] (float32 or float64, kept);
-        `ConfigError` for sizes that do not fold.
-        """
+    def encode(self, video: Tensor) -> Tensor:
+        """Latents [B, C, T, h, w] of `video` [B, 3, F, H, W] in [-1, 1], in its dtype."""
         if video.ndim != 5 or video.shape[1] != 3:
             raise ConfigError(f"toy codec encodes [B, 3, F, H, W], got {tuple(video.shape)}")
         self.latent_frames_for(video.shape[2])
@@ -91,11 +85,11 @@ class ToyCodec(StridedSizes):
             parts = [q for p in parts for q in _rotate(_deal(p, dim, stride), cosine_basis(stride))]
         return torch.cat([p * g for p, g in zip(parts, self._gains(), strict=True)], dim=1)
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, 3, F, H, W] of latents [B, C, T, h, w] that begin a video."""
         return self._decode(latents, begins=True)
 
-    def _decode(self, latents: torch.Tensor, *, begins: bool) -> torch.Tensor:
+    def _decode(self, latents: Tensor, *, begins: bool) -> Tensor:
         if latents.ndim != 5 or latents.shape[1] != self.latent_channels:
             raise ConfigError(
                 f"toy codec decodes [B, {self.latent_channels}, T, h, w], got"
@@ -138,10 +132,8 @@ class ToyStream:
     def __init__(self, codec: ToyCodec) -> None:
         self._codec, self._begins = codec, True
 
-    def decode_chunk(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pixels of the next latent frames [B, C, t, h, w]; bit-equal to the same frames of
-        `ToyCodec.decode` of the whole.
-        """
+    def decode_chunk(self, latents: Tensor) -> Tensor:
+        """Pixels of the next latent frames, bit for bit those of `ToyCodec.decode` of all."""
         frames = self._codec._decode(latents, begins=self._begins)
         self._begins = False
         return frames
@@ -151,19 +143,17 @@ class ToyStream:
         return self._begins
 
     def load_state(self, state: bool) -> None:
-        """Go on from a `state_copy`."""
         self._begins = state
 
     def num_bytes(self) -> int:
-        """Nothing is held."""
         return 0
 
 
-def _deal(x: torch.Tensor, dim: int, stride: int) -> tuple[torch.Tensor, ...]:
+def _deal(x: Tensor, dim: int, stride: int) -> tuple[Tensor, ...]:
     """Split an axis into its `stride` interleaved parts."""
     return x.unflatten(dim, (-1, stride)).unbind(dim + 1)
 
 
-def _interleave(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+def _interleave(parts: list[Tensor], dim: int) -> Tensor:
     """Inverse of `_deal`."""
     return torch.stack(parts, dim=dim + 1).flatten(dim, dim + 1)

@@ -7,9 +7,10 @@ Shape legend: N videos, S shapes per video, F frames, K colours, M shape kinds, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
+from torch import Tensor
 
 from rcm.worlds.toy_world import ToyWorld
 
@@ -29,15 +30,15 @@ class Factors:
     S, F - 1, 2], shortest displacement between frames.
     """
 
-    colour: torch.Tensor
-    shape: torch.Tensor
-    purity: torch.Tensor
-    rgb: torch.Tensor
-    area: torch.Tensor
-    fits: torch.Tensor
-    fit: torch.Tensor
-    centre: torch.Tensor
-    step: torch.Tensor
+    colour: Tensor
+    shape: Tensor
+    purity: Tensor
+    rgb: Tensor
+    area: Tensor
+    fits: Tensor
+    fit: Tensor
+    centre: Tensor
+    step: Tensor
 
 
 class FactorReader:
@@ -55,19 +56,13 @@ class FactorReader:
         # a triangle's centroid is not its centre on a circle
         self._bias = _wrapped(_circular_centroid(masks) - middle, size)
 
-    def read(self, videos: torch.Tensor) -> Factors:
-        """`Factors` of pixels [N, 3, F, H, W] in [-1, 1]; any values are accepted, noise just fits
-        nothing.
-        """
+    def read(self, videos: Tensor) -> Factors:
+        """`Factors` of pixels [N, 3, F, H, W] in [-1, 1]; noise just fits nothing."""
         parts = [self._read(part.float()) for part in videos.split(_RENDER_BATCH)]
-        return Factors(
-            **{
-                name: torch.cat([getattr(p, name) for p in parts])
-                for name in Factors.__dataclass_fields__
-            }
-        )
+        names = (field.name for field in fields(Factors))
+        return Factors(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
 
-    def _read(self, videos: torch.Tensor) -> Factors:
+    def _read(self, videos: Tensor) -> Factors:
         offset = videos - self.world.config.background
         amplitude = self._unmix(offset)
         mass = amplitude.sum(dim=(2, 3, 4))
@@ -99,10 +94,8 @@ class FactorReader:
             self._steps(centre),
         )
 
-    def _unmix(self, offset: torch.Tensor) -> torch.Tensor:
-        """Amplitude [N, K, F, H, W] of each pixel along the one palette colour it is closest to in
-        direction.
-        """
+    def _unmix(self, offset: Tensor) -> Tensor:
+        """Amplitude [N, K, F, H, W] of each pixel along the palette colour nearest to it."""
         paint = self.world.palette.to(offset) - self.world.config.background
         along = torch.einsum("ncfhw,kc->nkfhw", offset, paint)
         length = paint.square().sum(dim=1).view(1, -1, 1, 1, 1)
@@ -113,10 +106,8 @@ class FactorReader:
         )
         return amplitude * keep
 
-    def _match(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Centres [N, S, M, F, 2] and fits [N, S, M, F] of masks [N, S, F, H, W] under each
-        template.
-        """
+    def _match(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Centres [N, S, M, F, 2] and fits [N, S, M, F] of masks [N, S, F, H, W]."""
         centroid, centres, fits = _circular_centroid(mask), [], []
         for kind, bias in zip(self.world.config.shapes, self._bias, strict=True):
             centre = (centroid - bias) % self._size
@@ -128,15 +119,13 @@ class FactorReader:
             fits.append((1 - missed).clamp(min=0))
         return torch.stack(centres, dim=2), torch.stack(fits, dim=2)
 
-    def _steps(self, centre: torch.Tensor) -> torch.Tensor:
-        step = centre[:, :, 1:] - centre[:, :, :-1]
+    def _steps(self, centre: Tensor) -> Tensor:
+        step = centre.diff(dim=2)
         return _wrapped(step, self._size) if self.world.config.boundary == "wrap" else step
 
 
-def _circular_centroid(mask: torch.Tensor) -> torch.Tensor:
-    """Centroid [..., 2] (x, y) in pixels of masks [..., H, W] on a torus: phase of the first
-    Fourier coefficient of each marginal.
-    """
+def _circular_centroid(mask: Tensor) -> Tensor:
+    """Centroid (x, y) of masks [..., H, W] on a torus: phase of each marginal's first harmonic."""
     out = []
     for marginal in (mask.sum(dim=-2), mask.sum(dim=-1)):
         size = marginal.shape[-1]
@@ -146,6 +135,6 @@ def _circular_centroid(mask: torch.Tensor) -> torch.Tensor:
     return torch.stack(out, dim=-1)
 
 
-def _wrapped(step: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+def _wrapped(step: Tensor, size: Tensor) -> Tensor:
     """Shortest displacement on a torus."""
     return (step + size / 2) % size - size / 2

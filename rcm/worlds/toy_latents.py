@@ -15,9 +15,7 @@ _ENCODE_BATCH = 128
 
 
 class ToyLatents:
-    """A `loader.Source` of scenes 0 .. num - 1 of `seed`, encoded once: latents float32, so 4096
-    default videos take 57 MB.
-    """
+    """A `loader.Source` of scenes 0 .. num - 1, encoded once: 57 MB for 4096 default videos."""
 
     def __init__(
         self, world: ToyWorld, codec: LatentCodec, text: TextEncoder, *, num: int, seed: int = 0

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
 from rcm.core.errors import ConfigError
 from rcm.worlds.toy_factors import FactorReader, Factors
@@ -59,15 +60,12 @@ class ToyScores:
     score: float
 
     def as_dict(self) -> dict[str, float]:
-        """Plain numbers, for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class DriftReport:
-    """`adherence` in [0, 100] of each successive window of a long video; `drift` = worst later
-    window minus the first (negative: it decays).
-    """
+    """`adherence` [0, 100] of successive windows; `drift`: the worst later one less the first."""
 
     adherence: tuple[float, ...]
     drift: float
@@ -75,20 +73,18 @@ class DriftReport:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """Per shape [N, S]: whether it is there, whether each attribute matches its caption, and how
-    motion differs from constant velocity.
-    """
+    """Per shape [N, S]: is it there, does each attribute match, how does its motion differ."""
 
-    present: torch.Tensor
-    colour: torch.Tensor
-    shape: torch.Tensor
-    direction: torch.Tensor
-    jitter: torch.Tensor
-    speed_error: torch.Tensor
-    fit: torch.Tensor
+    present: Tensor
+    colour: Tensor
+    shape: Tensor
+    direction: Tensor
+    jitter: Tensor
+    speed_error: Tensor
+    fit: Tensor
 
     @property
-    def joint(self) -> torch.Tensor:
+    def joint(self) -> Tensor:
         return (self.colour & self.shape & self.direction).all(dim=1)
 
     @property
@@ -104,13 +100,11 @@ class _Verdict:
     @property
     def adherence(self) -> float:
         """What can be said of one window: captions, motion and fit, in [0, 100]."""
-        return 100 * (0.6 * self.caption + 0.25 * self.motion + 0.15 * float(self.fit.mean()))
+        return 100 * (0.6 * self.caption + 0.25 * self.motion + 0.15 * _mean(self.fit))
 
 
 class ToyScorer:
-    """Scores videos of one world against `num_reference` real ones (scenes of `seed`, which no data
-    set should use).
-    """
+    """Scores videos of a world against real ones, scenes of `seed`, which no data set uses."""
 
     def __init__(
         self, world: ToyWorld, *, num_reference: int = 1024, seed: int = 987_654_321
@@ -122,16 +116,14 @@ class ToyScorer:
         vectors = self._vectors(factors)
         self._scale = vectors.std(dim=0).clamp(min=SCALE_FLOOR)
         self._vectors_real = vectors / self._scale
-        self._spread = float(
-            self._distance(factors.centre[:-1, 0, 0], factors.centre[1:, 0, 0]).mean()
-        )
+        starts = factors.centre[:, 0, 0]
+        self._spread = _mean(self._distance(starts[:-1], starts[1:]))
 
-    def score(self, videos: torch.Tensor, prompts: Sequence[str]) -> ToyScores:
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> ToyScores:
         """`ToyScores` of `videos` [N, 3, F, H, W] in [-1, 1], one caption of this world each.
 
         Ask for every caption equally often, and for some twice: realism compares with the world's
-        even mix, diversity looks inside a caption. Raises `ConfigError` for fewer than 8 videos, a
-        count that differs from the prompts', or a foreign caption.
+        even mix, diversity looks inside a caption. `ConfigError` for fewer than 8 videos.
         """
         if len(prompts) != len(videos) or len(videos) < 8:
             raise ConfigError(
@@ -144,27 +136,17 @@ class ToyScorer:
             factors, told.colour, told.shape, self.world.actions(told, num_frames=videos.shape[2])
         )
         frechet, floor = self.frechet(factors), self._floor(len(videos))
-        fit, realism = (
-            float(verdict.fit.mean()),
-            1 / (1 + max(0.0, frechet - floor) / FRECHET_SCALE),
-        )
-        diversity = self._diversity(factors.centre[:, 0, 0], prompts) * float(
-            verdict.present.float().mean()
-        )
-        total = (
-            0.5 * verdict.caption
-            + 0.15 * verdict.motion
-            + 0.1 * fit
-            + 0.15 * realism
-            + 0.1 * diversity
-        )
+        caption, motion, fit = verdict.caption, verdict.motion, _mean(verdict.fit)
+        realism = 1 / (1 + max(0.0, frechet - floor) / FRECHET_SCALE)
+        diversity = self._diversity(factors.centre[:, 0, 0], prompts) * _mean(verdict.present)
+        total = 0.5 * caption + 0.15 * motion + 0.1 * fit + 0.15 * realism + 0.1 * diversity
         return ToyScores(
-            colour=float(verdict.colour.float().mean()),
-            shape=float(verdict.shape.float().mean()),
-            direction=float(verdict.direction.float().mean()),
-            joint=float(verdict.joint.float().mean()),
-            motion=verdict.motion,
-            jitter=float(verdict.jitter.mean()),
+            colour=_mean(verdict.colour),
+            shape=_mean(verdict.shape),
+            direction=_mean(verdict.direction),
+            joint=_mean(verdict.joint),
+            motion=motion,
+            jitter=_mean(verdict.jitter),
             fit=fit,
             frechet=frechet,
             frechet_floor=floor,
@@ -173,10 +155,8 @@ class ToyScorer:
             score=100 * total,
         )
 
-    def drift(self, videos: torch.Tensor, prompts: Sequence[str]) -> DriftReport:
-        """Adherence over successive windows of the world's length; `videos` [N, 3, F, H, W] with F
-        at least two windows, 1 + 2 * (num_frames - 1).
-        """
+    def drift(self, videos: Tensor, prompts: Sequence[str]) -> DriftReport:
+        """Adherence over windows of the world's length; F covers at least two of them."""
         hop = self.world.config.num_frames - 1
         if videos.shape[2] < 1 + 2 * hop:
             raise ConfigError(
@@ -195,9 +175,7 @@ class ToyScorer:
         return DriftReport(tuple(adherence), min(adherence[1:]) - adherence[0])
 
     def frechet(self, factors: Factors) -> float:
-        """Frechet distance between the factor vectors of `factors` and of the reference videos, in
-        units of the reference's standard deviations.
-        """
+        """Frechet distance to the reference videos, in standard deviations of their factors."""
         return frechet_distance(self._vectors(factors) / self._scale, self._vectors_real)
 
     def _floor(self, num: int) -> float:
@@ -206,12 +184,8 @@ class ToyScorer:
         parts = [others[i : i + num] for i in range(0, len(others) - num + 1, num)][:4]
         return sum(frechet_distance(part, others) for part in parts) / len(parts) if parts else 0.0
 
-    def _judge(
-        self, factors: Factors, colour: torch.Tensor, shape: torch.Tensor, actions: torch.Tensor
-    ) -> _Verdict:
-        """Match seen shapes to told ones (the assignment that agrees most, colour first) and
-        compare.
-        """
+    def _judge(self, factors: Factors, colour: Tensor, shape: Tensor, actions: Tensor) -> _Verdict:
+        """Compare shapes as seen and told, in the assignment that agrees most, colour first."""
         present = (factors.fit.mean(dim=2) > PRESENT_FIT) & (
             factors.purity.sum(dim=1, keepdim=True) > PURITY
         )
@@ -244,17 +218,14 @@ class ToyScorer:
         assert best is not None
         return best
 
-    def _motion_error(self, factors: Factors, actions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Worst mean velocity error over runs of equal action, rms deviation from a run's mean,
-        worst error of speed; [N, S], in units of the speed.
+    def _motion_error(self, factors: Factors, actions: Tensor) -> tuple[Tensor, ...]:
+        """Worst mean velocity error over runs of one action, rms deviation from their means, worst
+        error of speed; [N, S], in units of the speed.
         """
         world = self.world
         path = world.unfolded(factors.centre[:, :, 0], actions)
         path = path if world.config.boundary == "wrap" else world.fold(path)
-        seen, told = (
-            factors.step / world.config.speed,
-            (path[:, :, 1:] - path[:, :, :-1]) / world.config.speed,
-        )
+        seen, told = (step / world.config.speed for step in (factors.step, path.diff(dim=2)))
         run = torch.cat(
             [torch.zeros_like(actions[..., :1]), (actions.diff(dim=-1) != 0).cumsum(-1)], dim=-1
         )
@@ -266,9 +237,9 @@ class ToyScorer:
         speed_error = (seen_mean.norm(dim=-1) - told_mean.norm(dim=-1)).abs().amax(dim=-1)
         return error.norm(dim=-1).amax(dim=-1), rest.square().sum(-1).mean(-1).sqrt(), speed_error
 
-    def _vectors(self, factors: Factors) -> torch.Tensor:
-        """Known factors float64 [N, D] of a video: colour, size, template fits, start on the
-        circle, mean velocity and its spread, per shape.
+    def _vectors(self, factors: Factors) -> Tensor:
+        """Factors float64 [N, D]: colour, size, fits, start on the circle, mean and spread of
+        velocity.
         """
         size = torch.tensor([self.world.config.width, self.world.config.height])
         phase = 2 * math.pi * factors.centre[:, :, 0] / size
@@ -284,16 +255,16 @@ class ToyScorer:
         ]
         return torch.cat(parts, dim=2).flatten(1).double()
 
-    def _distance(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        size = torch.tensor([self.world.config.width, self.world.config.height], dtype=a.dtype)
-        gap = (a - b).abs()
-        return (
-            torch.minimum(gap, size - gap) if self.world.config.boundary == "wrap" else gap
-        ).norm(dim=-1)
+    def _distance(self, a: Tensor, b: Tensor) -> Tensor:
+        config, gap = self.world.config, (a - b).abs()
+        if config.boundary == "wrap":
+            size = torch.tensor([config.width, config.height], dtype=a.dtype)
+            gap = torch.minimum(gap, size - gap)
+        return gap.norm(dim=-1)
 
-    def _diversity(self, starts: torch.Tensor, prompts: Sequence[str]) -> float:
-        """Smaller of: entropy of start cells over its expectation for even starts; mean distance of
-        starts inside a caption over that of real videos.
+    def _diversity(self, starts: Tensor, prompts: Sequence[str]) -> float:
+        """The smaller of: entropy of start cells over that of even starts; mean distance of starts
+        inside a caption over that of real videos.
         """
         low, span = (part.to(starts) for part in self.world.start_range())
         place = (starts - low) / span * GRID
@@ -302,11 +273,8 @@ class ToyScorer:
         cell = (place + 0.5).long() % GRID if wraps else place.long().clamp(0, GRID - 1)
         counts = torch.bincount(cell[:, 0] * GRID + cell[:, 1], minlength=GRID * GRID).double()
         share = counts[counts > 0] / counts.sum()
-        spread = min(
-            1.0,
-            abs(float((share * share.log()).sum()))
-            / expected_entropy(len(starts), cells=GRID * GRID),
-        )
+        entropy = abs(float((share * share.log()).sum()))
+        spread = min(1.0, entropy / expected_entropy(len(starts), cells=GRID * GRID))
         groups: dict[str, list[int]] = {}
         for row, prompt in enumerate(prompts):
             groups.setdefault(prompt, []).append(row)
@@ -314,15 +282,23 @@ class ToyScorer:
         if not pairs:
             return spread
         first, second = torch.tensor(pairs).unbind(1)
-        return min(
-            spread, float(self._distance(starts[first], starts[second]).mean()) / self._spread
-        )
+        return min(spread, _mean(self._distance(starts[first], starts[second])) / self._spread)
 
 
-def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Frechet distance of the Gaussians fitted to samples `a` [Na, D] and `b` [Nb, D]: |mu_a -
-    mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2); float64.
+def _mean(values: Tensor) -> float:
+    return float(values.float().mean())
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) of samples [N, D] as Gaussians; float64.
+
+    Few samples bias it upward: compare sets of equal size. `ConfigError` for fewer than two.
     """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ConfigError(
+            f"a Frechet distance needs two sets [N, D] of at least 2 samples, got {list(a.shape)}"
+            f" and {list(b.shape)}"
+        )
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(cov_a)
@@ -332,8 +308,8 @@ def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def expected_entropy(num: int, *, cells: int) -> float:
-    """Mean entropy (nats) of the histogram of `num` even draws over `cells` cells: -cells * sum_k
-    Binomial(k; num, 1 / cells) (k / num) ln(k / num).
+    """Mean entropy (nats) of `num` even draws over `cells` cells: -cells * sum_k Binomial(k; num, 1
+    / cells) (k / num) ln(k / num).
     """
     k = torch.arange(1, num + 1, dtype=torch.float64)
     log_choose = math.lgamma(num + 1) - torch.lgamma(k + 1) - torch.lgamma(num - k + 1)

@@ -1,6 +1,4 @@
-"""A deterministic caption embedding: every word is a fixed random sign vector, told apart by
-position, with nothing to download.
-"""
+"""Caption embeddings with nothing to download: a fixed random sign vector for every word."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from loguru import logger
+from torch import Tensor
 
 from rcm.core.errors import ConfigError
 
@@ -21,16 +20,12 @@ _POSITION_WEIGHT = 0.25
 
 
 def tokens_of(prompt: str) -> list[str]:
-    """Lower-case words (letters and digits of any script), then the end-of-sentence token; the
-    empty prompt is that token alone.
-    """
+    """Lower-case words (letters and digits of any script), then the end-of-sentence token."""
     return [*re.findall(r"\w+", prompt.lower()), END_OF_SENTENCE]
 
 
 def vocabulary(captions: Iterable[str], *, limit: int = 256) -> tuple[str, ...]:
-    """Distinct words of captions, sorted; none where there are more than `limit`, which nobody
-    would read.
-    """
+    """Distinct words of captions, sorted; none if more than `limit`, which nobody would read."""
     words: set[str] = set()
     for caption in captions:
         words.update(tokens_of(caption))
@@ -39,10 +34,8 @@ def vocabulary(captions: Iterable[str], *, limit: int = 256) -> tuple[str, ...]:
     return tuple(sorted(words - {END_OF_SENTENCE}))
 
 
-def word_vector(word: str, *, dim: int) -> torch.Tensor:
-    """Signs [dim] in {-1, +1}, float32, from SHA-256 of the word: nearly orthogonal between words,
-    the same on every machine and version.
-    """
+def word_vector(word: str, *, dim: int) -> Tensor:
+    """Signs float32 [dim] from SHA-256 of the word: nearly orthogonal, the same everywhere."""
     bits: list[int] = []
     for block in range(math.ceil(dim / 256)):
         digest = hashlib.sha256(f"{block}:{word}".encode()).digest()
@@ -73,16 +66,15 @@ class ToyTextEncoder:
                 f" {self.text_dim}"
             )
 
-    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
+    def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings float32 [len(prompts), text_len, text_dim]: word vector plus position, then
-        exact zeros.
+        zeros.
 
-        Raises `ConfigError` for a prompt with more words than `text_len - 1` (a truncated caption
-        would train the wrong thing).
+        `ConfigError` for more than `text_len - 1` words: a cut caption would train the wrong thing.
         """
         out = torch.zeros(len(prompts), self.text_len, self.text_dim)
         positions = _POSITION_WEIGHT * self._positions()
-        vectors: dict[str, torch.Tensor] = {}
+        vectors: dict[str, Tensor] = {}
         for row, prompt in zip(out, prompts, strict=True):
             words = tokens_of(prompt)
             if unknown := self.unknown_words(prompt):
@@ -108,9 +100,7 @@ class ToyTextEncoder:
         return out
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """Words of `prompt`, each once, that the training captions did not have; none where those
-        are not recorded.
-        """
+        """Distinct words that the training captions did not have, where those are recorded."""
         known = {*self.words, END_OF_SENTENCE}
         return (
             [word for word in dict.fromkeys(tokens_of(prompt)) if word not in known]
@@ -118,7 +108,7 @@ class ToyTextEncoder:
             else []
         )
 
-    def _positions(self) -> torch.Tensor:
+    def _positions(self) -> Tensor:
         """Sinusoids [text_len, text_dim] over geometric wavelengths, unit mean square."""
         half = self.text_dim // 2
         angle = torch.arange(self.text_len)[:, None] * torch.exp(

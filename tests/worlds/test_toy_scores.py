@@ -170,21 +170,18 @@ def test_two_shapes_are_told_apart_in_any_order():
     assert abs(first.score - second.score) < 1e-9
 
 
-def test_frechet_distance_of_known_gaussians():
-    """Diagonal Gaussians: |mu|^2 + sum (s_a - s_b)^2; samples are whitened exactly, so the estimate
-    is the truth.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def exact(mean: list[float], std: list[float]) -> torch.Tensor:
-        x = torch.randn(500, 3, generator=generator, dtype=torch.float64)
-        x = x - x.mean(dim=0)
-        x = x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
-        return x * torch.tensor(std) + torch.tensor(mean)
-
-    a, b = exact([0, 0, 0], [1, 2, 0.5]), exact([1, -2, 0], [3, 2, 0.25])
-    assert frechet_distance(a, b) == pytest.approx(1 + 4 + 4 + 0 + 0.0625, abs=1e-4)
+def test_frechet_distance_is_that_of_gaussians() -> None:
+    """Against the eigenvalues of A B, whose square roots are those of A^1/2 B A^1/2."""
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.randn(50, 4, generator=generator), 2 * torch.randn(60, 4, generator=generator) + 1
+    means = [x.double().mean(0) for x in (a, b)]
+    covariances = [torch.cov(x.double().T) for x in (a, b)]
+    cross = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp_min(0).sqrt().sum()
+    expected = (means[0] - means[1]).square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * cross
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-6)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ConfigError, match="at least 2 samples"):
+        frechet_distance(a[:1], b)
 
 
 def test_expected_entropy_of_small_cases():
