@@ -52,9 +52,7 @@ _BLOCK = "transformer.{}."
 
 @dataclass(frozen=True)
 class CLIPShape(PublishedShape):
-    """Sizes of the vision half, whose names begin with `visual.` in the file; the defaults are
-    ViT-H/14's at 224 pixels.
-    """
+    """Sizes of the vision half (`visual.` in the file); the defaults are ViT-H/14's at 224."""
 
     dim: int = 1280
     mlp_dim: int = 5120
@@ -70,9 +68,7 @@ class CLIPShape(PublishedShape):
         return self.grid * self.patch
 
     def rows(self) -> list[Row]:
-        """Every tensor; Wan does not use the last, which projects the class token into the space
-        shared with text.
-        """
+        """Every tensor. Wan has no use for the last, the projection to text space."""
         dim, wide = self.dim, self.mlp_dim
         block = [
             *_affine("norm1", ("layer_norm1",), (dim,)),
@@ -110,11 +106,9 @@ def _affine(ours: str, theirs: tuple[str, ...], weight: tuple[int, ...]) -> Iter
 
 
 class ClipVision(LazyModule):
-    """Images to CLIP features [B, 257, 1280]: the output of the last block but one, without a final
-    norm.
+    """Images to CLIP features [B, 257, 1280]: the last block but one, without a final norm.
 
-    Make one with `from_file`; the weights are read at the first image, or by `load()`, and freed by
-    `unload()`.
+    The weights are read at the first image, or by `load()`, and freed by `unload()`.
     """
 
     def __init__(
@@ -150,9 +144,7 @@ class ClipVision(LazyModule):
         return cls(open_clip(path), device=device, dtype=dtype)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Features [B, N, E] in `dtype` on `device` of `images` [B, 3, H, W] in [-1, 1], of any
-        size; `ConfigError` for another shape.
-        """
+        """Features [B, N, E] in `dtype` on `device` of `images` [B, 3, H, W] in [-1, 1]."""
         pixels = preprocess(images, size=self.shape.image_size).to(self.device, self.dtype)
         states = self.load()(pixel_values=pixels, output_hidden_states=True).hidden_states
         if len(states) != self.shape.layers + 1:
@@ -163,7 +155,6 @@ class ClipVision(LazyModule):
         return states[-2]
 
     def describe(self) -> dict[str, str]:
-        """Name and file."""
         return {"name": "clip_vision", "path": str(self._path)}
 
 
@@ -188,11 +179,7 @@ def preprocess(images: Tensor, *, size: int) -> Tensor:
 
 
 def open_clip(path: str | Path) -> PublishedWeights[CLIPShape]:
-    """Open and check the vision half without reading it.
-
-    Raises `CheckpointError`: no such file (where to get it), truncated, or tensors missing, left
-    over or misshapen (named).
-    """
+    """Open and check the vision half without reading it; `CheckpointError` says what is wrong."""
     file = open_container(path, hint=CLIP_MISSING)
     file.require_tensors_only()
     strangers = sorted(name for name in file if not name.startswith(("visual.", *_OTHER_HALF)))
@@ -207,9 +194,7 @@ def open_clip(path: str | Path) -> PublishedWeights[CLIPShape]:
 def load_clip(
     weights: PublishedWeights[CLIPShape], *, device: torch.device | str, dtype: torch.dtype
 ) -> CLIPVisionModel:
-    """transformers' vision model with the weights of the file (`fill`: do not overwrite it while
-    they are in use), on `device`.
-    """
+    """transformers' vision model over the file (see `fill`), on `device`."""
     transformers = text_extra("transformers", purpose="the CLIP image encoder")
     shape = weights.shape
     config = transformers.CLIPVisionConfig(

@@ -21,22 +21,16 @@ class LatentStream(Protocol):
     """A decoder in the middle of one video: it remembers what the codec needs of earlier chunks."""
 
     def decode_chunk(self, latents: Tensor) -> Tensor:
-        """Pixels [B, 3, f, H, W] of the next latent frames [B, C, t, h, w]. Chunks concatenated
-        along time equal `decode` of the whole.
-        """
-        ...
+        """Pixels [B, 3, f, H, W] of the next latent frames; all chunks together are `decode`."""
 
     def state_copy(self) -> Any:
         """A copy of what is remembered, for a snapshot."""
-        ...
 
     def load_state(self, state: Any) -> None:
         """Go on from a `state_copy` of this stream or of one opened alike."""
-        ...
 
     def num_bytes(self) -> int:
         """Bytes that are remembered on the device."""
-        ...
 
 
 @runtime_checkable
@@ -48,47 +42,32 @@ class LatentCodec(Protocol):
     @property
     def temporal_stride(self) -> int:
         """Pixel frames per latent frame after the first."""
-        ...
 
     @property
     def spatial_stride(self) -> int:
         """Pixels per latent cell along height and width."""
-        ...
 
     @property
     def latent_channels(self) -> int:
         """C."""
-        ...
 
     def encode(self, video: Tensor) -> Tensor:
-        """Latents [B, C, T, h, w] (float32 or wider) of `video` [B, 3, F, H, W] in [-1, 1];
-        `ConfigError` for sizes that do not fold.
-        """
-        ...
+        """Latents [B, C, T, h, w] (float32 or wider) of `video` [B, 3, F, H, W] in [-1, 1]."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels [B, 3, F, H, W] of latents [B, C, T, h, w]. Not clamped: whoever writes a file
-        clamps.
-        """
-        ...
+        """Pixels [B, 3, F, H, W] of latents [B, C, T, h, w]; whoever writes a file clamps."""
 
     def latent_frames_for(self, num_frames: int) -> int:
-        """T of a video of `num_frames` pixel frames; `ConfigError` unless num_frames = 1 + k *
-        temporal_stride.
-        """
-        ...
+        """T of `num_frames` = 1 + k * temporal_stride pixel frames, or `ConfigError`."""
 
     def frames_for(self, num_latent_frames: int) -> int:
         """F of `num_latent_frames` latent frames."""
-        ...
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) of a frame; `ConfigError` unless both are multiples of spatial_stride."""
-        ...
 
     def stream(self) -> LatentStream:
         """A fresh streaming decoder, for one video (or one batch of videos in step)."""
-        ...
 
 
 class StridedSizes:
@@ -98,22 +77,17 @@ class StridedSizes:
     spatial_stride: int
 
     def latent_frames_for(self, num_frames: int) -> int:
-        """T = 1 + (F - 1) / temporal_stride; `ConfigError` for a remainder."""
         return latent_frames(num_frames, stride=self.temporal_stride)
 
     def frames_for(self, num_latent_frames: int) -> int:
-        """F = 1 + (T - 1) temporal_stride."""
         return pixel_frames(num_latent_frames, stride=self.temporal_stride)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) / spatial_stride; `ConfigError` unless both divide."""
         return latent_grid(height, width, stride=self.spatial_stride)
 
 
 def latent_frames(num_frames: int, *, stride: int) -> int:
-    """T = 1 + (F - 1) / stride. `ConfigError`, naming the two nearest lengths that fold, when F is
-    not 1 + k * stride.
-    """
+    """T = 1 + (F - 1) / stride; `ConfigError` for a remainder names the nearest lengths."""
     if num_frames < 1 or (num_frames - 1) % stride:
         below = max(0, num_frames - 1) // stride * stride + 1
         raise ConfigError(

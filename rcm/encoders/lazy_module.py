@@ -11,9 +11,7 @@ from torch import nn
 
 
 class LazyModule:
-    """Holds `build(device)`'s network from the first `load()` to `unload()`; `device` says where it
-    is, or will be built.
-    """
+    """Holds the network of `build(device)` from the first `load()` to `unload()`."""
 
     def __init__(
         self, build: Callable[[torch.device], nn.Module], *, device: torch.device | str
@@ -29,7 +27,6 @@ class LazyModule:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the weights are in memory now."""
         return self._module is not None
 
     def load(self) -> nn.Module:
@@ -39,16 +36,12 @@ class LazyModule:
         return self._module
 
     def unload(self) -> None:
-        """Drop the network and give its memory back to the device, not only to torch's
-        allocator.
-        """
+        """Drop the network and give its memory back to the device, not only to torch."""
         self._module = None
         self._release()
 
     def to(self, device: torch.device | str) -> Self:
-        """Use `device` from now on, and return self; a loaded network moves there without a copy,
-        or is freed if it does not fit.
-        """
+        """Use `device` from now on; a loaded network moves without a copy, or is freed."""
         target, left = torch.device(device), self._device
         if self._module is not None:
             try:

@@ -15,7 +15,8 @@ from rcm.encoders.wan_vae_stream import DecodeStream, Graphs, LatentStatistics, 
 
 class NetworkCodec(StridedSizes):
     """A frozen network, whose dtype is the codec's precision, and the statistics of its latents.
-    `path`: where its weights came from, None for random ones.
+
+    `path`: the file of its weights, None for random ones.
     """
 
     temporal_stride = TEMPORAL_STRIDE
@@ -32,12 +33,10 @@ class NetworkCodec(StridedSizes):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are; inputs are moved there."""
         return self.net.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
         return self.net.dtype
 
     @property
@@ -46,18 +45,14 @@ class NetworkCodec(StridedSizes):
         return self.device.type == "cuda"
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the weights and return self; open streams keep their state on the old device and
-        refuse to go on.
-        """
+        """Move the weights and return self; open streams stay where they are and refuse."""
         self.net.to(device)
         return self
 
     def stream(
         self, *, frames_per_step: int = 1, graphs: Graphs = "off"
     ) -> DecodeStream | TiledDecodeStream:
-        """A fresh streaming decoder, for one video or one batch in step; any number of streams may
-        be open. See `DecodeStream`.
-        """
+        """A fresh `DecodeStream` for one video or batch in step; any number may be open."""
         return DecodeStream(
             self.net, self.statistics, frames_per_step=frames_per_step, graphs=graphs
         )

@@ -37,9 +37,7 @@ def clean_prompt(prompt: str) -> str:
 
 
 def says_nothing(prompt: str) -> bool:
-    """Whether nothing of a prompt can be read: blanks, controls (NUL), characters of no width, also
-    as HTML entities.
-    """
+    """Whether a prompt is blank: spaces, controls, characters of no width, also as entities."""
     return all(
         unicodedata.category(letter)[0] in "ZC" for letter in html.unescape(html.unescape(prompt))
     )

@@ -47,9 +47,7 @@ class PublishedShape:
 
 
 def repeated(block: Iterable[Row], layers: int, *, ours: str, theirs: str) -> Iterator[Row]:
-    """The rows of all blocks: those of one after `ours` and `theirs`, in which the block's number
-    stands for {}.
-    """
+    """The rows of `layers` blocks like `block`; its number stands for {} in `ours` and `theirs`."""
     for i, row in product(range(layers), block):
         yield Row(
             ours.format(i) + row.ours,
@@ -59,9 +57,7 @@ def repeated(block: Iterable[Row], layers: int, *, ours: str, theirs: str) -> It
 
 
 def count_blocks(names: Iterable[str], begin: str) -> int:
-    """How many numbers stand for {} where `names` begin like `begin`; the largest number alone
-    would be the file's to choose.
-    """
+    """How many different numbers stand for {} in `names` that begin like `begin`."""
     key = re.compile(re.escape(begin).replace(r"\{\}", r"(\d+)"))
     return len({int(found[1]) for name in names if (found := key.match(name))})
 
@@ -71,9 +67,7 @@ S = TypeVar("S", bound=PublishedShape)
 
 @dataclass(frozen=True)
 class PublishedWeights(Generic[S]):
-    """A file that was found to hold exactly one network: `names` gives the stored name of every
-    published one.
-    """
+    """A file that holds exactly one network; `names`: published name -> stored name."""
 
     file: WeightFile
     names: Mapping[str, str]

@@ -24,9 +24,7 @@ PUBLISHED_AT = "taew2_1.pth is published at https://github.com/madebyollin/taehv
 
 
 class TinyDecoderCodec(NetworkCodec):
-    """A `LatentCodec` that only decodes. Its precision is the dtype of the weights; bfloat16 is the
-    fast one.
-    """
+    """A `LatentCodec` that only decodes, in the dtype of its weights; bfloat16 is the fast one."""
 
     name = "tiny_decoder"
 
@@ -63,9 +61,7 @@ class TinyDecoderCodec(NetworkCodec):
         seed: int = 0,
         config: TinyConfig | None = None,
     ) -> TinyDecoderCodec:
-        """The codec with random weights, for speed measurements and tests; its pictures are noise.
-        Drawn in float32 on the CPU.
-        """
+        """Random weights, drawn in float32 on the CPU: for speed tests, its pictures are noise."""
         net, generator = TinyDecoder(config), torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in net.named_parameters():
@@ -74,9 +70,7 @@ class TinyDecoderCodec(NetworkCodec):
         return cls(net.to(device, dtype))
 
     def encode(self, video: Tensor) -> Tensor:
-        """Refuses: what the network was conditioned on in training are latents of Wan's own
-        encoder.
-        """
+        """Refuses: the network was trained on latents of Wan's own encoder."""
         raise ConfigError(
             "the tiny decoder does not encode; encode with Wan's autoencoder (--vae_path), or leave"
             " --tiny_decoder out"
@@ -142,17 +136,13 @@ def load_weights(
 
 
 def _grows_more(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether a product over channels makes a whole number of times the frames that are wanted of
-    it.
-    """
+    """Whether a product over channels makes several times the frames wanted of it."""
     pointwise = len(found) == len(wanted) == 4 and found[1:] == wanted[1:] and wanted[2:] == (1, 1)
     return pointwise and found[0] > wanted[0] and found[0] % wanted[0] == 0
 
 
 def encoder_shapes(config: TinyConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the encoder in a published file: three levels of 64 channels, two of them
-    halving time.
-    """
+    """Tensors of the encoder in a published file: 3 levels of 64 channels, 2 halve time."""
     width = 64
     shapes: dict[str, tuple[int, ...]] = {
         "encoder.0.weight": (width, 3, 3, 3),

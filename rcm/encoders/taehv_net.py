@@ -27,9 +27,7 @@ BOUND = 3.0
 
 @dataclass(frozen=True)
 class Level:
-    """Blocks of `width` channels, then doubling in space, `grow` frames out of one, and a
-    convolution to `narrower`.
-    """
+    """Blocks of `width` channels, doubling, `grow` frames of one, convolution to `narrower`."""
 
     width: int
     grow: int
@@ -48,9 +46,7 @@ class TinyConfig:
 
 
 class MemoryBlock(nn.Module):
-    """relu(x + three convolutions of (x, the frame before)), each but the last followed by a
-    ReLU.
-    """
+    """relu(x + three convolutions of (x, the frame before)), with a ReLU between them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -71,9 +67,7 @@ class MemoryBlock(nn.Module):
 
 
 class Grow(nn.Module):
-    """`stride` frames out of each, by a product over channels: consecutive groups of its output are
-    consecutive frames.
-    """
+    """`stride` frames of each, by a product over channels: one group of outputs per frame."""
 
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()

@@ -28,20 +28,14 @@ FORMAT = 1  # raise it when the same key would give other numbers
 
 @dataclass(frozen=True)
 class PromptRows:
-    """The embedding of one prompt without its padding: `rows` [tokens, dim]; `cut` is the part of
-    the prompt that did not fit.
-    """
+    """A prompt's embedding without padding, [tokens, dim]; `cut`: text that did not fit."""
 
     rows: Tensor
     cut: str = ""
 
 
 class EmbeddingCache:
-    """A folder of embeddings of one encoder; `identity` names its weights, tokenizer, length and
-    dtype.
-
-    Raises `ConfigError` if the folder cannot be made.
-    """
+    """A folder of one encoder's embeddings; `identity`: its weights, tokenizer, length, dtype."""
 
     def __init__(self, folder: str | Path, *, identity: Mapping[str, str]) -> None:
         self._folder, self._identity = Path(folder), dict(identity)
@@ -64,9 +58,7 @@ class EmbeddingCache:
     def get(
         self, prompt: str, *, text_len: int, text_dim: int, dtype: torch.dtype
     ) -> PromptRows | None:
-        """The stored rows of a cleaned prompt, on the CPU; None if there are none, or (with a
-        warning) if they cannot be trusted.
-        """
+        """The stored rows of a cleaned prompt, on the CPU; None, with a warning if damaged."""
         path = self.path(prompt)
         try:
             with safe_open(path, framework="pt") as file:
@@ -92,9 +84,7 @@ class EmbeddingCache:
         return PromptRows(rows, meta.get("cut", ""))
 
     def put(self, prompt: str, found: PromptRows) -> None:
-        """Store the rows of a cleaned prompt. A full or read-only disk is a warning: the embedding
-        is good, it is only not kept.
-        """
+        """Store the rows of a cleaned prompt; a disk that takes none is only a warning."""
         meta = {"prompt": prompt, "cut": found.cut, **self._identity}
         data = save({"rows": found.rows.cpu().contiguous()}, metadata=meta)
         try:

@@ -9,11 +9,10 @@ from rcm.core.errors import ConfigError
 
 
 def text_extra(module: str, *, purpose: str) -> ModuleType:
-    """The imported `module`; `ConfigError` that names the extra to install when it is absent.
-    `purpose` is the subject of the sentence.
+    """The imported `module`; `ConfigError` names the extra to install if it is absent.
 
-    A package that is present but broken raises its own ImportError: installing it again would not
-    be the cure.
+    `purpose` is the subject of the sentence. A package that is there but broken raises its own
+    error.
     """
     try:
         return importlib.import_module(module)

@@ -10,27 +10,21 @@ from torch import Tensor
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """Prompts to padded embeddings. Rows after a prompt's last token are exact zeros, as umT5
-    embeddings are stored (docs/reference/encoders.md#umt5).
+    """Prompts to padded embeddings: exact zeros after a prompt's last token, as umT5's are stored
+    (docs/reference/encoders.md#umt5).
     """
 
     @property
     def text_len(self) -> int:
         """Rows of an embedding, padding included."""
-        ...
 
     @property
     def text_dim(self) -> int:
         """Width of an embedding."""
-        ...
 
     @property
     def negative_prompt(self) -> str:
         """The prompt of the unconditional branch of guidance."""
-        ...
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings [len(prompts), text_len, text_dim]. The empty prompt is legal: one
-        end-of-sentence row, then zeros.
-        """
-        ...
+        """Embeddings [len(prompts), text_len, text_dim]; of "" one end-of-sentence row."""

@@ -53,21 +53,16 @@ class RowSource(Protocol):
 
     def build(self, device: torch.device) -> nn.Module:
         """The network that `embed` needs, on `device`."""
-        ...
 
     def embed(self, cleaned: str, *, net: nn.Module, device: torch.device) -> PromptRows:
         """Rows of one cleaned prompt, on `device`, where `net` is."""
-        ...
 
     def describe(self) -> dict[str, str]:
         """Name and files, as a checkpoint's self-description keeps them."""
-        ...
 
 
 class UMT5Rows:
-    """A `RowSource` that runs umT5 of the given `shape`, which `open_umt5` found in the file
-    `weights`.
-    """
+    """A `RowSource` that runs umT5 of `shape` from the file `weights`."""
 
     def __init__(
         self,
@@ -88,15 +83,11 @@ class UMT5Rows:
         self._dtype = dtype
 
     def build(self, device: torch.device) -> nn.Module:
-        """The encoder; the file is opened again for every load, as it may have been replaced in the
-        meantime.
-        """
+        """The encoder; the file is opened for every load, as it may have been replaced."""
         return load_umt5(open_umt5(self._weights), device=device, dtype=self._dtype)
 
     def embed(self, cleaned: str, *, net: nn.Module, device: torch.device) -> PromptRows:
-        """Rows [tokens, text_dim] in the weights' dtype. Raises `NonFinite` if one is NaN or
-        infinite.
-        """
+        """Rows [tokens, text_dim] in the weights' dtype; `NonFinite` for NaN or infinity."""
         tokens = self._tokenizer.tokens(cleaned, text_len=self._text_len)
         length = len(tokens.ids)
         ids = torch.full((1, self._text_len), PAD_ID)
@@ -112,7 +103,6 @@ class UMT5Rows:
         return PromptRows(rows, tokens.cut)
 
     def describe(self) -> dict[str, str]:
-        """Name and files, as a checkpoint's self-description keeps them."""
         return {
             "name": "umt5",
             "path": str(self._weights),
@@ -205,9 +195,7 @@ class UMT5TextEncoder(LazyModule):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
     ) -> UMT5TextEncoder:
-        """Noise in umT5's shape that depends on (seed, prompt) alone, one row per word; no files.
-        For speed tests: it means nothing.
-        """
+        """Noise in umT5's shape from (seed, prompt), one row per word: for speed tests."""
         source = RandomRows(text_len=text_len, text_dim=text_dim, seed=seed, dtype=dtype)
         return cls(source, text_len=text_len, device=device, dtype=dtype)
 
@@ -235,16 +223,13 @@ class UMT5TextEncoder(LazyModule):
 
     @contextmanager
     def loaded(self) -> Iterator[UMT5TextEncoder]:
-        """Inside, weights stay in memory once a prompt has needed them; on leaving they are
-        freed.
-        """
+        """Inside, weights stay in memory once needed; on leaving they are freed."""
         try:
             yield self
         finally:
             self.unload()
 
     def describe(self) -> dict[str, str]:
-        """Name and files, as a checkpoint's self-description keeps them."""
         return self._source.describe()
 
     def _rows(self, cleaned: str) -> PromptRows:

@@ -22,9 +22,7 @@ BESIDE_WEIGHTS = ("google/umt5-xxl", "umt5-xxl", "tokenizer")  # the last: a dif
 
 @dataclass(frozen=True)
 class Tokens:
-    """Ids of a prompt, end-of-sentence included, and the part of the prompt that did not fit ("" if
-    all did).
-    """
+    """Ids of a prompt with end-of-sentence, and the part of the prompt that did not fit."""
 
     ids: list[int]
     cut: str
@@ -32,9 +30,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class UMT5Tokenizer:
-    """Turns cleaned prompts into ids; `identity` changes with the file. Made by
-    `open_tokenizer`.
-    """
+    """Cleaned prompts to ids, made by `open_tokenizer`; `identity` changes with the file."""
 
     path: Path
     identity: str
@@ -43,9 +39,7 @@ class UMT5Tokenizer:
     pieces: Callable[[str], tuple[list[int], list[int]]]
 
     def tokens(self, cleaned: str, *, text_len: int) -> Tokens:
-        """At most `text_len` ids, the last of them end-of-sentence; the empty prompt is that id
-        alone.
-        """
+        """At most `text_len` ids, the last of them end-of-sentence."""
         ids, starts = self.pieces(cleaned)
         if len(ids) < text_len:
             return Tokens([*ids, self.end_id], "")
@@ -53,10 +47,9 @@ class UMT5Tokenizer:
 
 
 def find_tokenizer(given: str | Path | None, *, weights: Path) -> Path:
-    """The tokenizer file to use: in the folder (or the file) `given`, else in one of the usual
-    folders beside the weights.
+    """The tokenizer file in the folder (or file) `given`, else in a usual folder beside `weights`.
 
-    Raises `ConfigError` that lists the places and says where the files are published.
+    `ConfigError` lists the places and says where the files are published.
     """
     places = (
         [Path(given)] if given is not None else [weights.parent / name for name in BESIDE_WEIGHTS]
@@ -78,9 +71,7 @@ def find_tokenizer(given: str | Path | None, *, weights: Path) -> Path:
 
 
 def open_tokenizer(path: Path) -> UMT5Tokenizer:
-    """The tokenizer in a file that `find_tokenizer` returned; `ConfigError` for a damaged file or
-    one without an end-of-sentence token.
-    """
+    """The tokenizer in a file of `find_tokenizer`; `ConfigError` for a damaged or foreign one."""
     identity = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
     return (
         _from_json(path, identity)
@@ -148,9 +139,7 @@ def _from_sentencepiece(path: Path, identity: str) -> UMT5Tokenizer:
 
 
 def _starts(text: str, pieces: Sequence[str]) -> list[int]:
-    """Where each piece begins in `text`, by the pieces' lengths. Normalisation may shift it: good
-    enough to quote what was cut.
-    """
+    """Where each piece begins in `text`, up to normalisation: enough to quote what was cut."""
     starts, at = [], -1  # the first piece carries a space that the text does not have
     for piece in pieces:
         starts.append(min(max(at, 0), len(text)))

@@ -63,9 +63,7 @@ class UMT5Shape(PublishedShape):
     buckets: int = 32
 
     def rows(self) -> list[Row]:
-        """Every tensor: embedding, norm; per block attention with its position bias, and the gated
-        feed-forward.
-        """
+        """Every tensor: embedding, norm; per block attention, position bias, gated MLP."""
         dim, inner, wide = self.dim, self.heads * self.head_dim, self.ffn_dim
         attention, dense = "layer.0.SelfAttention", "layer.1.DenseReluDense"
         block = [
@@ -93,9 +91,7 @@ class UMT5Shape(PublishedShape):
 
 
 def shape_of(shapes: Mapping[str, tuple[int, ...]], *, path: Path) -> UMT5Shape:
-    """The sizes that tensors with original names and these `shapes` imply; `CheckpointError` where
-    they imply none.
-    """
+    """Sizes of a network with tensors of these `shapes`; `CheckpointError` if it is no umT5."""
     try:
         vocab, dim = shapes["token_embedding.weight"]
         buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
@@ -121,10 +117,9 @@ def shape_of(shapes: Mapping[str, tuple[int, ...]], *, path: Path) -> UMT5Shape:
 
 
 def open_umt5(path: str | Path) -> PublishedWeights[UMT5Shape]:
-    """Open and check umT5 weights with original or transformers' names without reading them.
+    """Open and check umT5 weights, with original or transformers' names, without reading them.
 
-    Raises `CheckpointError`: no such file (where to get it), truncated, no umT5, or tensors
-    missing, left over or misshapen (named).
+    `CheckpointError` says what is wrong, and where the file is published.
     """
     file = open_container(path, hint=UMT5_MISSING)
     file.require_tensors_only()
@@ -137,9 +132,7 @@ def open_umt5(path: str | Path) -> PublishedWeights[UMT5Shape]:
 
 
 def empty_umt5(shape: UMT5Shape) -> UMT5EncoderModel:
-    """transformers' encoder of this shape on the meta device, with its embedding tied and attention
-    that rounds as the original.
-    """
+    """transformers' encoder on the meta device: tied embedding, attention rounds as original."""
     transformers = text_extra("transformers", purpose="the umT5 text encoder")
     config = transformers.UMT5Config(
         vocab_size=shape.vocab,
@@ -184,9 +177,7 @@ def load_umt5(
 
 
 def _from_transformers(file: WeightFile) -> dict[str, str]:
-    """Stored name of every original name; foreign names stay as they are, so that the check of
-    names reports them.
-    """
+    """Stored name of every original name; foreign names stay, for the check to report."""
     kept = [name for name in file if name != _TIED or _SHARED not in file]
     if len(kept) < len(file) and not torch.equal(file[_SHARED], file[_TIED]):
         raise CheckpointError(

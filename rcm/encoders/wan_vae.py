@@ -75,9 +75,7 @@ class WanVAECodec(NetworkCodec):
         dtype: torch.dtype = torch.bfloat16,
         tile: int | None = None,
     ) -> WanVAECodec:
-        """The codec with the weights of a .pth or .safetensors file, original or diffusers names;
-        strict (`load_weights`).
-        """
+        """The codec with weights of a file, original or diffusers names (`load_weights`)."""
         require_dtype(dtype)
         with torch.device("meta"):
             vae = WanVAE()
@@ -94,8 +92,8 @@ class WanVAECodec(NetworkCodec):
         base_dim: int = 96,
         tile: int | None = None,
     ) -> WanVAECodec:
-        """The codec with random weights (gammas away from 1, biases away from 0), for speed
-        measurements and tests; its pictures are noise.
+        """Random weights for speed tests (gammas away from 1, biases from 0): its pictures are
+        noise.
 
         Drawn in float32 on `device`, so CPU and CUDA give different weights for one seed.
         """
@@ -109,7 +107,6 @@ class WanVAECodec(NetworkCodec):
 
     @property
     def vae(self) -> WanVAE:
-        """The autoencoder."""
         return self.net
 
     @property
@@ -208,9 +205,7 @@ class WanVAECodec(NetworkCodec):
 
 
 def fill_random(vae: nn.Module, *, seed: int) -> None:
-    """Random weights in place: convolutions keep the size of what they see, gammas are 1 +- 0.2,
-    biases +- 0.1.
-    """
+    """Random weights: convolutions keep the size of inputs, gammas 1 +- 0.2, biases +- 0.1."""
     generator = torch.Generator(device=next(vae.parameters()).device).manual_seed(seed)
     for name, parameter in vae.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)

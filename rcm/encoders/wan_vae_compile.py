@@ -1,6 +1,4 @@
-"""Kernels of the Wan decoder, compiled all at once before the first frame, while weights are still
-being read.
-"""
+"""Compiles the Wan decoder's kernels before the first frame, while weights are being read."""
 
 from __future__ import annotations
 

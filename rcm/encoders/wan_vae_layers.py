@@ -37,9 +37,7 @@ def part(parts: nn.ModuleDict, name: str, kind: type[M]) -> M:
 
 
 class RMSNorm(nn.Module):
-    """Scale of a normalisation over channels: gamma [C, 1, ...] with `axes` trailing ones. y = x /
-    |x| * sqrt(C) * gamma.
-    """
+    """gamma [C, 1, ...] with `axes` trailing ones: y = x / |x| * sqrt(C) * gamma."""
 
     def __init__(self, channels: int, *, axes: int = 3) -> None:
         super().__init__()
@@ -109,18 +107,14 @@ class Conv(nn.Module):
 
 
 class NearestThenConv(Conv):
-    """Nearest-neighbour doubling, then a 3x3 convolution, as one 2x2 convolution of the small image
-    (`fold_nearest`).
-    """
+    """Doubling, then a 3x3 convolution, as one 2x2 of the small image (`fold_nearest`)."""
 
     def _kernel(self) -> Tensor:
         return fold_nearest(self.weight)
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, 3x3x3, norm, SiLU, 3x3x3, plus the input (through a 1x1x1 convolution where the
-    channels change).
-    """
+    """norm, SiLU, 3x3x3, twice, plus the input, through a 1x1x1 where the channels change."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -183,9 +177,7 @@ class AttentionBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Halve or double the image, and for "down3d" and "up3d" the frames. The first frame of a video
-    is never folded in time.
-    """
+    """Halve or double the image, and in "*3d" the frames but for the first of a video."""
 
     def __init__(self, channels: int, *, kind: Resampling) -> None:
         super().__init__()
@@ -204,9 +196,7 @@ class Resample(nn.Module):
             self.time_conv = Conv(channels, channels, taps=(3, 1, 1), carries=1, stride=(2, 1, 1))
 
     def forward(self, features: Features, state: StreamState) -> Features:
-        """Features of half or twice the size; [B, T, ...] becomes T/2 or 2T behind the first frame
-        for the kinds in three dimensions.
-        """
+        """Features of half or twice the size, and T / 2 or 2 T behind the first frame."""
         conv = part(self.resample, "1", Conv)
         if self.kind in ("up2d", "up3d"):
             if self.kind == "up3d" and state.started:
@@ -232,11 +222,10 @@ class Resample(nn.Module):
 def number_slots(
     root: nn.Module, order: Iterator[nn.Module], *, height: int = 1, width: int = 1
 ) -> list[Slot]:
-    """Give every convolution that carries frames its index, in the order of the forward pass, and
-    list the slots for one latent cell.
+    """Number the convolutions that carry frames, in the order of the forward pass, and list their
+    slots.
 
-    `order` yields the blocks of `root` in that order. Slot sizes are relative: rows and columns per
-    cell of the smallest image.
+    `order` yields the blocks of `root`. Slot sizes are relative: rows and columns per latent cell.
     """
     slots: list[Slot] = []
     scale = (height, width)

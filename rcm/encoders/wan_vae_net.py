@@ -40,18 +40,14 @@ ENCODER_BLOCKS, DECODER_BLOCKS = 2, 3
 
 @dataclass(frozen=True)
 class WanVAEConfig:
-    """Sizes that differ between the published autoencoder (`base_dim` 96: 126,892,531 parameters)
-    and those of tests.
-    """
+    """Sizes; the published network has `base_dim` 96 and 126,892,531 parameters."""
 
     base_dim: int = 96
     latent_channels: int = LATENT_CHANNELS
 
 
 class Encoder(nn.Module):
-    """Pixels [B, T, H, W, 3] to moments [B, T', H/8, W/8, 2 C]; T is 1 in the first call, then any
-    multiple of 4.
-    """
+    """Pixels [B, T, H, W, 3] to moments [B, T', H/8, W/8, 2 C]; T is 1 first, then 4 k."""
 
     def __init__(self, config: WanVAEConfig) -> None:
         super().__init__()
@@ -87,9 +83,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, T, h, w, C] to pixels [B, T', 8 h, 8 w, 3]; T is 1 in the first call (T' = 1),
-    then anything (T' = 4 T).
-    """
+    """Latents [B, T, h, w, C] to pixels [B, T', 8 h, 8 w, 3]; T = T' = 1 first, then T' = 4 T."""
 
     def __init__(self, config: WanVAEConfig) -> None:
         super().__init__()
@@ -115,9 +109,7 @@ class Decoder(nn.Module):
 
     @property
     def units(self) -> tuple[nn.Module, ...]:
-        """The blocks in their order, between any two of which the decoder may be cut; the first
-        convolution goes with the first of them, the head with the last.
-        """
+        """Its blocks; it may be cut between any two. The ends hold first and last convolution."""
         return (*self.middle, *self.upsamples)
 
     def forward(self, x: Tensor, state: StreamState, units: range | None = None) -> Tensor:
@@ -169,16 +161,12 @@ class WanVAE(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
     ) -> object:
-        """As `nn.Module.load_state_dict`; counts as a change of the weights, like a move
-        (`generation`), which captured steps watch.
-        """
+        """Counts as a change of the weights (`generation`), which captured steps watch."""
         self.generation += 1
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def use(self, form: Form | None) -> None:
-        """Run every convolution in `form`, None for the measured best of each; for benchmarks. What
-        a form cannot compute raises.
-        """
+        """Run every convolution in `form`, None for the best of each: for benchmarks."""
         self.generation += 1
         for module in self.modules():
             if isinstance(module, Conv):
@@ -186,12 +174,10 @@ class WanVAE(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
         return self.conv1.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
         return self.conv1.weight.device
 
     def encoder_state(self, *, batch: int, cells: tuple[int, int]) -> StreamState:
@@ -210,8 +196,8 @@ class WanVAE(nn.Module):
         return StreamState(slots, batch=batch, cells=cells, dtype=self.dtype, device=self.device)
 
     def encode_step(self, pixels: Tensor, state: StreamState) -> Tensor:
-        """Latent means [B, T', h, w, C] of the next pixel frames [B, T, H, W, 3]: one frame first,
-        then multiples of 4.
+        """Latent means [B, T', h, w, C] of the next pixels [B, T, H, W, 3]: one frame first, then 4
+        k.
 
         The published network predicts a log-variance too; encoding is deterministic and drops it.
         """
@@ -219,9 +205,7 @@ class WanVAE(nn.Module):
         return moments[..., : self.config.latent_channels]
 
     def decode_step(self, x: Tensor, state: StreamState, units: range | None = None) -> Tensor:
-        """Pixels [B, T', H, W, 3] of the next latent frames [B, T, h, w, C]: one frame first, then
-        any number. `units`: see `Decoder`.
-        """
+        """Pixels [B, T', H, W, 3] of the next latents [B, T, h, w, C]: one frame first."""
         return self.decoder(
             x if units is not None and units.start else self.conv2.pointwise(x), state, units
         )
@@ -247,9 +231,7 @@ def _run(
     blocks: tuple[nn.Module, ...],
     head: nn.ModuleDict | None,
 ) -> Tensor:
-    """First convolution, blocks, then norm, SiLU and last convolution, where they are given; marks
-    the first frame as passed.
-    """
+    """First convolution, blocks, norm, SiLU, last convolution, as given; the video has begun."""
     features = Features(x)
     if enter is not None:
         features = Features(

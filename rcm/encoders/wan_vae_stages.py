@@ -34,11 +34,9 @@ class Sink(Protocol):
 
     def send(self, x: Tensor) -> None:
         """Hand over `x`, which is not written again."""
-        ...
 
     def release(self) -> None:
         """No more for now: keep nothing that has arrived."""
-        ...
 
 
 class Source(Protocol):
@@ -46,18 +44,14 @@ class Source(Protocol):
 
     def expect(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> None:
         """Be ready for the next one."""
-        ...
 
     def take(self) -> Tensor:
         """The oldest that is expected."""
-        ...
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """What stands between two blocks of a decoder in its steady state: `frames` per latent frame,
-    `scale` pixels per latent cell.
-    """
+    """What the block behind it is given: `frames` per latent frame, `scale` pixels per cell."""
 
     channels: int
     frames: int
@@ -65,9 +59,7 @@ class Boundary:
 
 
 def stages_of(decoder: Decoder, count: int) -> list[range]:
-    """The blocks of `decoder` as `count` stages, the longest of which is as short as can be.
-    `ValueError` for more stages than blocks.
-    """
+    """The blocks as `count` stages, the longest as short as can be; `ValueError` for too many."""
     costs = [_cost(block, boundary_before(decoder, i)) for i, block in enumerate(decoder.units)]
     if not 1 <= count <= len(costs):
         raise ValueError(
@@ -143,7 +135,6 @@ class _Part:
         return getattr(self.vae, name)
 
     def decode_step(self, x: Tensor, state: StreamState) -> Tensor:
-        """See `ChunkDecoder`."""
         return self.vae.decode_step(x, state, self.units)
 
 

@@ -19,9 +19,7 @@ from rcm.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Slot:
-    """The frames one convolution remembers: `frames` of `channels`, and its image size per latent
-    cell.
-    """
+    """The frames that one convolution remembers, and its image size per latent cell."""
 
     frames: int
     rows: int
@@ -85,7 +83,6 @@ class StreamState:
             mine.copy_(frames)
 
     def num_bytes(self) -> int:
-        """Bytes of all slots together."""
         return sum(frames.nbytes for frames in self._frames)
 
     def restart(self) -> None:
@@ -97,9 +94,7 @@ class StreamState:
     def require_fit(
         self, *, batch: int, cells: tuple[int, int], device: torch.device, dtype: torch.dtype
     ) -> None:
-        """`ConfigError` unless a chunk of this batch and latent size, on weights of this device and
-        dtype, belongs to the video at hand.
-        """
+        """`ConfigError` unless such a chunk, on such weights, belongs to the video at hand."""
         if (batch, cells) != (self.batch, self.cells):
             raise ConfigError(
                 f"this stream serves a batch of {self.batch} at {self.cells[0]}x{self.cells[1]}"

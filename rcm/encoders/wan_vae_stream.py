@@ -27,39 +27,28 @@ Graphs = Literal["off", "on"]
 
 
 class ChunkDecoder(Protocol):
-    """What a `DecodeStream` runs: a network whose memory of a video is outside of it. `generation`
-    counts changes of its weights.
-    """
+    """What a `DecodeStream` runs; `generation` counts changes of its weights."""
 
     config: Any
     generation: int
 
     @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        ...
+    def device(self) -> torch.device: ...
 
     @property
     def dtype(self) -> torch.dtype:
         """Of weights and activations."""
-        ...
 
     def decoder_state(self, *, batch: int, cells: tuple[int, int]) -> StreamState:
         """A video that has not begun, of latent size `cells`."""
-        ...
 
     def decode_step(self, latents: Tensor, state: StreamState) -> Tensor:
-        """Pixels [B, T', H, W, 3] of the next latent frames [B, T, h, w, C]: one frame first, then
-        any number.
-        """
-        ...
+        """Pixels [B, T', H, W, 3] of the next latents [B, T, h, w, C]: one frame first."""
 
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Mean and standard deviation per latent channel [C], float64, of the network's latents;
-    whitened ones have 0 and 1.
-    """
+    """Mean and deviation per channel of the network's latents, float64 [C]."""
 
     mean: Tensor
     std: Tensor
@@ -161,15 +150,13 @@ class DecodeStream:
         return pixels
 
     def restart(self) -> None:
-        """Begin another video of the same batch and size, in the memory (and with the captured
-        steps) of this one.
-        """
+        """Begin another video of the same batch and size, with memory and captures of this."""
         self._half_done = False
         if self._state is not None:
             self._state.restart()
 
     def state_copy(self) -> tuple[int, tuple[int, int], tuple[bool, list[Tensor]]] | None:
-        """See `LatentStream`: batch, cells and frames; None before the first chunk."""
+        """Batch, cells and frames; None before the first chunk."""
         return (
             None
             if self._state is None
@@ -179,7 +166,6 @@ class DecodeStream:
     def load_state(
         self, state: tuple[int, tuple[int, int], tuple[bool, list[Tensor]]] | None
     ) -> None:
-        """See `LatentStream`."""
         if state is None:
             self.restart()
             return
@@ -188,7 +174,6 @@ class DecodeStream:
         self._half_done = False
 
     def num_bytes(self) -> int:
-        """See `LatentStream`."""
         return 0 if self._state is None else self._state.num_bytes()
 
     def bytes_for(self, *, batch: int, cells: tuple[int, int]) -> int:
@@ -238,9 +223,7 @@ class _CapturedStep:
 
 
 class TiledDecodeStream:
-    """A `LatentStream` that decodes tile by tile and blends (`wan_vae_tiles`); every tile remembers
-    its own frames.
-    """
+    """A `LatentStream` that decodes tile by tile and blends; every tile remembers its frames."""
 
     def __init__(
         self, vae: WanVAE, statistics: LatentStatistics, *, tile: int, frames_per_step: int = 1
@@ -266,11 +249,10 @@ class TiledDecodeStream:
         return blend_tiles(self._tiles, latents)
 
     def state_copy(self) -> Any:
-        """See `LatentStream`: one copy per tile."""
+        """One copy per tile."""
         return self._cells, [stream.state_copy() for _, stream in self._tiles]
 
     def load_state(self, state: Any) -> None:
-        """See `LatentStream`."""
         cells, copies = state
         if cells is None:
             self._cells, self._tiles = None, []
@@ -280,7 +262,6 @@ class TiledDecodeStream:
             stream.load_state(copy)
 
     def num_bytes(self) -> int:
-        """See `LatentStream`."""
         return sum(stream.num_bytes() for _, stream in self._tiles)
 
     def bytes_for(self, *, batch: int, cells: tuple[int, int]) -> int:
@@ -303,9 +284,7 @@ class TiledDecodeStream:
 def decode_in_tiles(
     vae: WanVAE, statistics: LatentStatistics, latents: Tensor, *, tile: int, frames_per_step: int
 ) -> Tensor:
-    """A whole video, one tile through all its frames after the other, so that one tile's state is
-    in memory at a time.
-    """
+    """A whole video, tile after tile, so that one tile's state is in memory at a time."""
     plan = plan_tiles((latents.shape[3], latents.shape[4]), tile=tile, scale=SPATIAL_STRIDE)
     return blend_tiles(
         ((t, DecodeStream(vae, statistics, frames_per_step=frames_per_step)) for t in plan), latents
@@ -365,9 +344,7 @@ def require_latents(latents: Tensor, *, channels: int) -> None:
 
 @contextlib.contextmanager
 def network_scope(vae: WanVAE | ChunkDecoder) -> Iterator[None]:
-    """The codec's precision is its dtype: no autocast of the caller's, and float32 convolutions in
-    float32 (not TF32).
-    """
+    """The codec's dtype is its precision: no autocast, and no TF32 in float32 convolutions."""
     exact = torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=False, allow_tf32=False
     )
@@ -379,9 +356,7 @@ def network_scope(vae: WanVAE | ChunkDecoder) -> Iterator[None]:
 
 
 def steps_of(count: int, *, first_alone: bool, most: int) -> Iterator[slice]:
-    """Consecutive slices of `count` frames: the first alone if nothing came before, then at most
-    `most`.
-    """
+    """Slices of `count` frames, at most `most` each; the first alone at the start of a video."""
     start = 0
     if first_alone and count:
         yield slice(0, 1)

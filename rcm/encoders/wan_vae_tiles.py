@@ -20,9 +20,7 @@ OVERLAP_PART = 4
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of one tile, in latent cells, and its blending weights per cell row and
-    column at `scale` points per cell.
-    """
+    """Rows and columns in latent cells, with blending weights at `scale` points per cell."""
 
     rows: slice
     columns: slice
@@ -35,9 +33,7 @@ class Tile:
         return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
 
     def add(self, piece: Tensor, total: Tensor, *, scale: int) -> None:
-        """Add `piece` [..., h, w] times the weights to its place in `total` [..., H, W], `scale`
-        points per cell.
-        """
+        """Add `piece` [..., h, w] times the weights to its place in `total` [..., H, W]."""
         place = total[
             ...,
             self.rows.start * scale : self.rows.stop * scale,

@@ -48,9 +48,7 @@ _UP_GROUP = 4
 
 
 def diffusers_name(original: str) -> str:
-    """The diffusers name of an original tensor name; `CheckpointError` for a name of neither
-    encoder nor decoder.
-    """
+    """The diffusers name of an original tensor name; `CheckpointError` for another name."""
     block = _BLOCK.fullmatch(original)
     if block is not None:
         side, index, rest = block.group(1), int(block.group(2)), block.group(3)
@@ -66,9 +64,7 @@ def diffusers_name(original: str) -> str:
 
 
 def original_names(names: Iterable[str], *, expected: Iterable[str]) -> dict[str, str]:
-    """Each of `names`, of either format, with its original name; `expected` lists the original
-    ones. Names of neither format stay.
-    """
+    """Name of either format -> original name (`expected` lists them); others stay."""
     names = list(names)
     if not any(name.startswith(_DIFFUSERS_MARK) for name in names):
         return {name: name for name in names}
