@@ -72,7 +72,10 @@ class Reel:
             device = next(self.denoiser.net.parameters()).device
             # a chunk's time is told with that of its context
             spec = replace(self.spec, settled=True)
-            self._session = Session(self.model, None, first, spec, device=device, prefix=self.given)
+            self._session = Session(
+                self.model, None, first, spec, device=device, prefix=self.given,
+                weights_checked=True,  # when they were read; another look would count as sampling
+            )  # fmt: skip
         else:
             self._session.restart(first, seed=flags.seed, prefix=self.given)
         marks.mark("ready")

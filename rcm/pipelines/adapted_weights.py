@@ -73,12 +73,8 @@ class MergedWeights(LazyWeights):
         weight, pair = self.base[name], self.pairs.get(name)
         if pair is None:
             return weight
-        return merge(
-            weight.to(self.device),
-            down=self._file[pair.down],
-            up=self._file[pair.up],
-            scale=self.strengths[name],
-        )
+        down, up = _factors(self._file, pair)
+        return merge(weight.to(self.device), down=down, up=up, scale=self.strengths[name])
 
     def _strength(self, pair: LoRAPair, settings: LoRASettings) -> float:
         alpha = self.lora.alpha
@@ -194,12 +190,13 @@ class AdaptedWeights(LazyWeights):
             )
         if pair is None:
             return weight
-        return merge(weight, down=self.file[pair.down], up=self.file[pair.up], scale=self.strength)
+        down, up = _factors(self.file, pair)
+        return merge(weight, down=down, up=up, scale=self.strength)
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Layer -> (A, B) of every adapted layer."""
         return {
-            name.removesuffix(".weight"): (self.file[pair.down], self.file[pair.up])
+            name.removesuffix(".weight"): _factors(self.file, pair)
             for name, pair in self.pairs.items()
         }
 
@@ -233,6 +230,17 @@ class AdaptedWeights(LazyWeights):
                 f"{len(missing)} factors that its description names are missing, {missing[0]} among"
                 " them"
             )
+
+
+def _factors(file: WeightFile, pair: LoRAPair) -> tuple[Tensor, Tensor]:
+    """A and B; `CheckpointError` for one that is NaN or infinite."""
+    down, up = file[pair.down], file[pair.up]
+    for key, factor in ((pair.down, down), (pair.up, up)):
+        if not bool(factor.float().isfinite().all()):
+            raise CheckpointError(
+                f"{file.path}: {key} is NaN or infinite; take adapters of an earlier checkpoint"
+            )
+    return down, up
 
 
 def base_of(described: Mapping[str, Any], copy: str) -> Mapping[str, Any]:

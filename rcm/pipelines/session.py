@@ -49,6 +49,7 @@ class Session:
     `prefix` [B, C, k, h, w]: given first frames (an image, or the start of a clip), entered as
     clean context and handed out unchanged. With noisy context from block 0 the prefix is noised to
     the first generated chunk's last time (the release's image-to-video). State in float64.
+    `weights_checked`: they were looked at where they were read, and are not again.
 
     Ranks that make a stream together (the model's `group`) call its methods alike. What one of them
     does alone, it does at the next chunk, on all: a refusal to open or to change the condition is
@@ -64,6 +65,7 @@ class Session:
         *,
         device: torch.device | str = "cpu",
         prefix: Tensor | None = None,
+        weights_checked: bool = False,
     ) -> None:
         self.spec, self.device = spec, torch.device(device)
         self._loop: ChunkLoop
@@ -72,6 +74,8 @@ class Session:
         group = denoiser.group if denoiser.num_ranks > 1 else None
         self._course = Course(Meeting(group))
         try:
+            if not weights_checked:
+                self._course.ranks.together(lambda: require_finite_weights(denoiser))
             self._course.ranks.together(lambda: self._open(denoiser, cond, prefix))
             self._lane = new_lane(codec, spec, device=self.device, group=group)
         except BaseException:
@@ -80,7 +84,6 @@ class Session:
             raise
 
     def _open(self, denoiser: VelocityModel, cond: Condition, prefix: Tensor | None) -> None:
-        require_finite_weights(denoiser)
         self._begin(cond, prefix)
         lease(self.spec.generator, self)
         self._loop = new_loop(
@@ -231,8 +234,8 @@ class Session:
     @one_thread
     def set_recipe(self, recipe: SamplingRecipe) -> int:
         """Take other steps, or another context rule, from the next block on, and return that block.
-        `ConfigError` for another pattern, kind or guidance, which need a session of their own, and
-        where the noise of all steps was drawn up front.
+        `ConfigError` for another pattern, kind, guidance or window, which need a session of their
+        own, and where the noise of all steps was drawn up front.
         """
         self._course.require_open()
         self.spec = self.spec.with_recipe(recipe, block=self._block, given=self._given)
@@ -333,7 +336,7 @@ class Session:
         last, coded = self.spec.ends_with(block), self.spec.kv_codec is not None
         # a chunk sees its own codes in the step that leaves them, the last chunk, too
         result = self._loop.denoise(plan, self._steering.cond, keep=coded or not last)
-        self._pending = None if last else result
+        self._pending = result
         return result.x0.float()
 
     def _given_block(self, block: int) -> Tensor:
@@ -367,7 +370,11 @@ class Session:
             self._leave_context()
 
     def _leave_context(self) -> None:
-        """Put the context of the newest block into the cache, unless it is there."""
+        """Put the context of the newest block into the cache, unless it is there, or is the last's:
+        only a longer stream, which takes up a snapshot, reads that.
+        """
+        if self._last:
+            return
         pending, self._pending = self._pending, None
         if pending is not None:
             self._steering.enter(self._loop, pending)

@@ -149,12 +149,21 @@ def copies(*prefixes: str) -> Callable[[Path], str]:
     return call
 
 
+def one_nan(folder: Path) -> Tensor:
+    """The weight of an adapter with one NaN."""
+    key = f"base_model.model.{Q}.lora_B.weight"
+    factor = factors()[key]
+    factor[-1, -1] = math.nan
+    return merged(adapter(folder, entries={key: factor}))[f"{Q}.weight"]
+
+
 CASES = [
     *(Fault(name, kind="adapter settings", refusal=w, call=lambda f, make=make: merged(make(f))) for name, (make, w) in REFUSED.items()),
     Fault("convert", kind="adapter settings", refusal="use_dora=True", main=checkpoint_main,
           argv=lambda f: ["convert", _base()[0], f / "y.pt", "--lora", adapter(f, {**PEFT, "use_dora": True})]),
     Fault("inspect", kind="adapter settings", refusal="use_dora=True", main=checkpoint_main,
           argv=lambda f: ["inspect", adapter(f, {**PEFT, "use_dora": True})]),
+    Fault("a factor that is NaN", kind="adapter factors", refusal=r"\.q\.lora_B\.weight is NaN or infinite", call=one_nan),
     Fault("two networks, one of no known name", kind="copies in a file", refusal=r"no averaged .* one of model\.\*, teacher\.\*",
           call=copies("model.", "teacher.")),
     Fault("two averages", kind="copies in a file", refusal="several networks could be the ema", call=copies("model_ema.", "ema.")),

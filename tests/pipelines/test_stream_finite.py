@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +15,11 @@ import torch
 from rcm.core.dtypes import Precision
 from rcm.core.errors import CheckpointError, ConfigError, NonFinite
 from rcm.nets.denoiser import Denoiser, Guided
+from rcm.nets.frozen_fp8 import round_linears_
+from rcm.nets.lora import AdaptedNet, attach
+from rcm.nets.wan.fp8 import quantise_linears_
 from rcm.pipelines import engine
-from rcm.pipelines.finite import Reading, largest
+from rcm.pipelines.finite import Reading, bad_weight, largest
 from rcm.pipelines.from_checkpoint import open_checkpoint
 from rcm.pipelines.models import Models
 from rcm.pipelines.part_clock import PartClock
@@ -174,12 +178,59 @@ def test_both_branches_of_a_guided_stream_and_numbers_that_overflow():
     assert "network's arithmetic overflowed; try a wider precision" in poisoned_after(session, lambda _: None, 0)[1]
 
 
-@pytest.mark.parametrize("name", ["blocks.1.norm3.weight", "blocks.0.self_attn.norm_q.weight", "blocks.1.cross_attn.q.weight"])
-def test_weights_that_are_not_finite_are_refused(name):
-    """Also those whose NaN a CPU's attention hides: they reach queries alone."""
-    model = opened().loop.denoiser
-    model.net.get_parameter(name).data.flatten()[0] = math.nan
-    with pytest.raises(NonFinite, match=f"weight {name} is NaN or infinite; load the checkpoint again"):
+ADAPTED = "blocks.0.self_attn.q"
+STORED, PLAIN = partial(round_linears_, which="fp8_storage"), lambda net: net
+ODD_SCALE = "NaN, infinite or not above 0"
+
+
+def rounded(net):
+    quantise_linears_(net)
+    return net
+
+
+def adapted(net, role: str | None = "student"):
+    """One role's adapters on `net`; those of another hold NaN, and do not matter to it."""
+    attach(net, [ADAPTED.split(".", 2)[2]], roles=["student", "fake"], rank=2, alpha=2)
+    for name, x in net.named_parameters():
+        if "adapters" in name:
+            torch.nn.init.constant_(x, 0.0 if ".student." in name else math.nan)
+    return AdaptedNet(net, role)
+
+
+BAD = {
+    "plain": (PLAIN, "blocks.1.norm3.weight", math.nan, "NaN or infinite"),
+    "query norm": (PLAIN, "blocks.0.self_attn.norm_q.weight", math.nan, "NaN or infinite"),
+    "query": (PLAIN, "blocks.1.cross_attn.q.weight", -math.inf, "NaN or infinite"),
+    "codes": (rounded, "blocks.0.ffn.0.weight", math.nan, "NaN or infinite"),
+    "joined codes": (rounded, "blocks.1.self_attn.q.whole.weight", math.nan, "NaN or infinite"),
+    "bias of codes": (rounded, "blocks.1.ffn.0.bias", math.inf, "NaN or infinite"),
+    "infinite scale": (rounded, "blocks.0.ffn.0.weight_scale", math.inf, ODD_SCALE),
+    "scale of 0": (rounded, "blocks.0.ffn.0.weight_scale", 0.0, ODD_SCALE),
+    "stored codes": (STORED, "blocks.0.ffn.0.weight", math.nan, "NaN or infinite"),
+    "stored scale of 0": (STORED, "blocks.0.ffn.0.weight_scale", -0.0, ODD_SCALE),
+    "stored scale": (STORED, "blocks.0.self_attn.k.weight_scale", math.nan, ODD_SCALE),
+    "adapters": (adapted, f"{ADAPTED}.lora_B.weight", math.nan, "NaN or infinite"),
+    "under adapters": (adapted, f"{ADAPTED}.weight", math.nan, "NaN or infinite"),
+    "base alone": (lambda net: adapted(net, None), "blocks.1.ffn.2.bias", math.nan, "NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_weights_that_are_not_finite_are_refused(case):
+    """Also those whose NaN a CPU's attention hides, as they reach queries alone; codes, scales, and
+    every part of an adapted network.
+    """
+    change, name, value, words = BAD[case]
+    net = change(tiny_net(dtype=torch.float32).requires_grad_(False))
+    assert bad_weight(net) is None
+    base = dict(AdaptedNet(net.net, None).named_parameters()) if isinstance(net, AdaptedNet) else {}
+    tensor = (base | dict(net.named_buffers()) | dict(net.named_parameters()))[name]
+    if tensor.itemsize == 1:
+        tensor.data.view(torch.uint8).flatten()[0] = 0x7F  # e4m3's NaN
+    else:
+        tensor.data.flatten()[0] = value
+    model = Denoiser(net, Precision.preset("fp32"))
+    with pytest.raises(NonFinite, match=f"weight {name} is {words}; load the checkpoint again"):
         Session(model, None, condition(tiny_config()), StreamSpec(RECIPE, (4, HEIGHT, WIDTH), batch=2, num_frames=2))
 
 
