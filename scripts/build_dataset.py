@@ -36,7 +36,8 @@ from rcm.data.tar_index import ShardError
 from rcm.encoders.codec import LatentCodec, latent_frames
 from rcm.encoders.text_protocol import TextEncoder
 from rcm.encoders.umt5 import UMT5TextEncoder
-from rcm.encoders.wan_vae import WAN_VAE_FILE, WanVAECodec
+from rcm.encoders.wan_vae import WanVAECodec
+from rcm.encoders.wan_vae_weights import WAN_VAE_FILE
 from rcm.inference.flag_table import add_flags, both_spellings
 from rcm.inference.outcome import check_device, command
 from rcm.parallel.agree import sentence

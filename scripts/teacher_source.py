@@ -18,7 +18,8 @@ from rcm.core.rng import require_seed
 from rcm.data.prompt_list import MAX_PROMPT_CHARS, read_prompt_list
 from rcm.encoders.codec import latent_frames, latent_grid
 from rcm.encoders.text_protocol import TextEncoder
-from rcm.encoders.umt5 import UMT5_FILE, UMT5TextEncoder
+from rcm.encoders.umt5 import UMT5TextEncoder
+from rcm.encoders.umt5_weights import UMT5_FILE
 from rcm.inference.flag_table import add_flags, both_spellings
 from rcm.inference.outcome import check_device
 from rcm.parallel.agree import naming_lost_peers

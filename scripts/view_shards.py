@@ -25,7 +25,8 @@ from rcm.data.shard_writer import MANIFEST, read_manifest
 from rcm.data.stored_sample import StoredSample
 from rcm.data.tar_index import ShardIndex, index_shard
 from rcm.encoders.codec import LatentCodec
-from rcm.encoders.wan_vae import WAN_VAE_FILE, WanVAECodec
+from rcm.encoders.wan_vae import WanVAECodec
+from rcm.encoders.wan_vae_weights import WAN_VAE_FILE
 from rcm.inference.outcome import command
 from rcm.pipelines.video_io import contact_sheet
 from rcm.worlds.toy_codec import NATURAL, ToyCodec

@@ -9,13 +9,15 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rcm.configs.network import wan_config
 from rcm.configs.schema_common import CommonModelConfig
 from rcm.core.errors import ConfigError
 from rcm.encoders.codec import LatentCodec
 from rcm.encoders.text_protocol import TextEncoder
-from rcm.encoders.umt5 import UMT5_FILE, UMT5TextEncoder
+from rcm.encoders.umt5 import UMT5TextEncoder
+from rcm.encoders.umt5_weights import UMT5_FILE
 from rcm.encoders.wan_vae import WanVAECodec
 from rcm.parallel.agree import on_first, shared
 from rcm.worlds.toy_codec import ToyCodec
@@ -64,12 +66,12 @@ def encode_once(
     prompts: Callable[[TextEncoder], Sequence[str]],
     *,
     device: torch.device | str,
-) -> torch.Tensor:
+) -> Tensor:
     """Embeddings of a few prompts on the CPU, float32; rank 0 encodes for all and frees the
     encoder. Collective.
     """
 
-    def encode() -> torch.Tensor:
+    def encode() -> Tensor:
         encoder = text_encoder(model, device=device)
         rows = encoder.encode(prompts(encoder)).float().cpu()
         if isinstance(encoder, UMT5TextEncoder):

@@ -234,13 +234,5 @@ def _shape_of(shapes: Mapping[str, tuple[int, ...]], *, path: Path) -> CLIPShape
             f"{path}: {tokens} positions are not 1 + a square, or width {dim} is no multiple of the"
             f" head size {HEAD_DIM}"
         )
-    layers = count_blocks(shapes, _BLOCK)
-    return CLIPShape(
-        dim=dim,
-        mlp_dim=mlp_dim,
-        layers=layers,
-        heads=dim // HEAD_DIM,
-        patch=patch,
-        grid=grid,
-        projection=projection,
-    )
+    layers, heads = count_blocks(shapes, _BLOCK), dim // HEAD_DIM
+    return CLIPShape(dim, mlp_dim, layers, heads, patch, grid, projection)

@@ -9,14 +9,13 @@ zeros at the start of a video.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rcm.encoders.wan_vae_layers import part
+from rcm.encoders.wan_vae_layers import WatchedNet, part
 from rcm.encoders.wan_vae_net import LATENT_CHANNELS, TEMPORAL_STRIDE
 from rcm.encoders.wan_vae_state import Slot, StreamState
 
@@ -80,12 +79,11 @@ class Grow(nn.Module):
         return grown.unflatten(4, (self.stride, -1)).movedim(4, 2).flatten(1, 2)
 
 
-class TinyDecoder(nn.Module):
+class TinyDecoder(WatchedNet):
     """Whitened latents to pixels; one module serves any number of streams, each with a
     `StreamState` of its own.
 
-    `TinyDecoderCodec.from_file` and `.random` give it values. `generation` counts changes of the
-    weights.
+    `TinyDecoderCodec.from_file` and `.random` give it values.
     """
 
     def __init__(self, config: TinyConfig | None = None) -> None:
@@ -109,17 +107,6 @@ class TinyDecoder(nn.Module):
             place, scale = place + 3, 2 * scale
         layers[str(place + 1)] = nn.Conv2d(levels[-1].narrower, 3, 3, padding=1)
         self.decoder = nn.ModuleDict(layers)
-        self.generation = 0
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
-        return part(self.decoder, "1", nn.Conv2d).weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return part(self.decoder, "1", nn.Conv2d).weight.device
 
     def decoder_state(self, *, batch: int, cells: tuple[int, int]) -> StreamState:
         """State of one decoded video (or batch in step) of latent size `cells`."""
@@ -147,17 +134,6 @@ class TinyDecoder(nn.Module):
         skipped = 0 if state.started else TEMPORAL_STRIDE - 1
         state.started = True
         return 2 * x[:, skipped:] - 1
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
-    ) -> object:
-        """As `nn.Module.load_state_dict`; counts as a change of the weights."""
-        self.generation += 1
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TinyDecoder:
-        self.generation += 1
-        return super()._apply(fn, recurse)
 
 
 def convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:

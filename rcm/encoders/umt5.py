@@ -19,27 +19,12 @@ from torch import Tensor, nn
 
 from rcm.core.errors import ConfigError, NonFinite
 from rcm.encoders.lazy_module import LazyModule
-from rcm.encoders.prompt_cleaning import (
-    NEGATIVE_PROMPT,
-    NEGATIVE_PROMPT_FLF2V,
-    NEGATIVE_PROMPT_I2V,
-    clean_prompt,
-)
+from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT, clean_prompt
 from rcm.encoders.random_text import RandomRows
 from rcm.encoders.text_cache import EmbeddingCache, PromptRows
 from rcm.encoders.umt5_tokenizer import UMT5Tokenizer, find_tokenizer, open_tokenizer
-from rcm.encoders.umt5_weights import DTYPES, UMT5_FILE, UMT5Shape, load_umt5, open_umt5
+from rcm.encoders.umt5_weights import UMT5_FILE, UMT5Shape, load_umt5, open_umt5, require_dtype
 from rcm.storage.identity import content_identity
-
-__all__ = [
-    "NEGATIVE_PROMPT",
-    "NEGATIVE_PROMPT_FLF2V",
-    "NEGATIVE_PROMPT_I2V",
-    "UMT5_FILE",
-    "RowSource",
-    "UMT5Rows",
-    "UMT5TextEncoder",
-]
 
 TEXT_LEN = 512
 PAD_ID = 0
@@ -159,10 +144,7 @@ class UMT5TextEncoder(LazyModule):
         fit, `ConfigError` for a missing tokenizer, an unsupported dtype or a missing package.
         """
         weights = Path(weights)
-        if dtype not in DTYPES:
-            raise ConfigError(
-                f"umT5 runs in bfloat16 or float32 (it overflows in float16), got dtype={dtype}"
-            )
+        require_dtype(dtype)
         # before the tokenizer: whoever has neither file hears of the larger one first
         shape = open_umt5(weights).shape
         words = open_tokenizer(find_tokenizer(tokenizer, weights=weights))
@@ -243,11 +225,9 @@ class UMT5TextEncoder(LazyModule):
             if self._cache is not None:
                 self._cache.put(cleaned, found)
         if found.cut:
-            quoted = (
-                found.cut
-                if len(found.cut) <= _QUOTED
-                else f"{found.cut[:_QUOTED]}... ({len(found.cut)} characters)"
-            )
+            quoted = found.cut
+            if len(quoted) > _QUOTED:
+                quoted = f"{quoted[:_QUOTED]}... ({len(quoted)} characters)"
             logger.warning(
                 f"the prompt {cleaned[:60]!r} is longer than {self.text_len} tokens; left out:"
                 f" {quoted!r}"

@@ -73,11 +73,8 @@ def find_tokenizer(given: str | Path | None, *, weights: Path) -> Path:
 def open_tokenizer(path: Path) -> UMT5Tokenizer:
     """The tokenizer in a file of `find_tokenizer`; `ConfigError` for a damaged or foreign one."""
     identity = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-    return (
-        _from_json(path, identity)
-        if path.name == FAST_FILE
-        else _from_sentencepiece(path, identity)
-    )
+    read = _from_json if path.name == FAST_FILE else _from_sentencepiece
+    return read(path, identity)
 
 
 def _from_json(path: Path, identity: str) -> UMT5Tokenizer:
@@ -102,9 +99,7 @@ def _from_json(path: Path, identity: str) -> UMT5Tokenizer:
         encoding = tokenizer.encode(text, add_special_tokens=False)
         return list(encoding.ids), [start for start, _ in encoding.offsets]
 
-    return UMT5Tokenizer(
-        path=path, identity=identity, vocab=tokenizer.get_vocab_size(), end_id=end, pieces=pieces
-    )
+    return UMT5Tokenizer(path, identity, tokenizer.get_vocab_size(), end, pieces)
 
 
 def _from_sentencepiece(path: Path, identity: str) -> UMT5Tokenizer:
@@ -125,17 +120,10 @@ def _from_sentencepiece(path: Path, identity: str) -> UMT5Tokenizer:
         raise ConfigError(f"{path} has no end-of-sentence token: not umT5's tokenizer")
 
     def pieces(text: str) -> tuple[list[int], list[int]]:
-        return processor.encode(text, out_type=int), _starts(
-            text, processor.encode(text, out_type=str)
-        )
+        words = processor.encode(text, out_type=str)
+        return processor.encode(text, out_type=int), _starts(text, words)
 
-    return UMT5Tokenizer(
-        path=path,
-        identity=identity,
-        vocab=processor.get_piece_size(),
-        end_id=processor.eos_id(),
-        pieces=pieces,
-    )
+    return UMT5Tokenizer(path, identity, processor.get_piece_size(), processor.eos_id(), pieces)
 
 
 def _starts(text: str, pieces: Sequence[str]) -> list[int]:

@@ -43,7 +43,6 @@ UMT5_MISSING = (
 )
 MAX_DISTANCE = 128  # of the relative position buckets; not stored
 NORM_EPS = 1e-6
-DTYPES = (torch.bfloat16, torch.float32)
 
 _BLOCK, _THEIR_BLOCK = "blocks.{}.", "encoder.block.{}."
 # the two names that transformers has for the token embedding
@@ -105,15 +104,7 @@ def shape_of(shapes: Mapping[str, tuple[int, ...]], *, path: Path) -> UMT5Shape:
             f"{path}: query width {inner} is no multiple of the {heads} heads of the position bias"
         )
     layers = count_blocks(shapes, _BLOCK)
-    return UMT5Shape(
-        vocab=vocab,
-        dim=dim,
-        heads=heads,
-        head_dim=inner // heads,
-        ffn_dim=ffn_dim,
-        layers=layers,
-        buckets=buckets,
-    )
+    return UMT5Shape(vocab, dim, heads, inner // heads, ffn_dim, layers, buckets)
 
 
 def open_umt5(path: str | Path) -> PublishedWeights[UMT5Shape]:
@@ -123,11 +114,9 @@ def open_umt5(path: str | Path) -> PublishedWeights[UMT5Shape]:
     """
     file = open_container(path, hint=UMT5_MISSING)
     file.require_tensors_only()
-    names = (
-        _from_transformers(file)
-        if {_SHARED, _TIED} & file.keys()
-        else {name: name for name in file}
-    )
+    names = {name: name for name in file}
+    if {_SHARED, _TIED} & file.keys():
+        names = _from_transformers(file)
     return checked(file, names, shape_of=shape_of, network="a umT5 encoder")
 
 
@@ -156,6 +145,14 @@ def empty_umt5(shape: UMT5Shape) -> UMT5EncoderModel:
     return model
 
 
+def require_dtype(dtype: torch.dtype) -> None:
+    """`ConfigError` for another dtype than bfloat16 and float32: umT5 overflows in float16."""
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise ConfigError(
+            f"umT5 runs in bfloat16 or float32 (it overflows in float16), got dtype={dtype}"
+        )
+
+
 def load_umt5(
     weights: PublishedWeights[UMT5Shape],
     *,
@@ -165,12 +162,9 @@ def load_umt5(
     """transformers' encoder with the weights of the file (`fill`: do not overwrite it while they
     are in use), on `device`.
 
-    Raises `ConfigError` for a dtype other than bfloat16 and float32 (umT5 overflows in float16).
+    Raises as `require_dtype`.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(
-            f"umT5 runs in bfloat16 or float32 (it overflows in float16), got dtype={dtype}"
-        )
+    require_dtype(dtype)
     model = empty_umt5(weights.shape)
     fill(model, weights, device=device, dtype=dtype, tied={_TIED: _SHARED})
     return model.eval().requires_grad_(False)

@@ -26,10 +26,8 @@ from rcm.encoders.wan_vae_stream import (
     require_latents,
 )
 from rcm.encoders.wan_vae_tiles import plan_tiles
-from rcm.encoders.wan_vae_weights import WAN_VAE_FILE, load_weights
+from rcm.encoders.wan_vae_weights import load_weights
 from rcm.kernels.precompile import Compiled
-
-__all__ = ["WAN_VAE_FILE", "WanVAE", "WanVAECodec", "WanVAEConfig"]
 
 # per channel, of the published network's latents (docs/reference/encoders.md#vae-normalisation)
 MEANS: tuple[float, ...] = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
@@ -223,7 +221,5 @@ def require_dtype(dtype: torch.dtype) -> None:
     """`ConfigError` unless the autoencoder can run in `dtype`."""
     known = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     if dtype not in known:
-        raise ConfigError(
-            f"the autoencoder's dtype is {dtype}, expected one of"
-            f" {', '.join(str(d) for d in known)}"
-        )
+        told = ", ".join(map(str, known))
+        raise ConfigError(f"the autoencoder's dtype is {dtype}, expected one of {told}")

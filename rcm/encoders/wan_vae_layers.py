@@ -9,8 +9,8 @@ bias and residual cost no pass of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Literal, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,34 @@ def part(parts: nn.ModuleDict, name: str, kind: type[M]) -> M:
     found = parts[name]
     assert isinstance(found, kind)
     return found
+
+
+class WatchedNet(nn.Module):
+    """A network of one dtype on one device that counts changes of its weights (`generation`):
+    captured steps read them where they were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generation = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> object:
+        self.generation += 1
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.generation += 1
+        return super()._apply(fn, recurse)
 
 
 class RMSNorm(nn.Module):
@@ -211,12 +239,10 @@ class Resample(nn.Module):
             return small
         time = self.time_conv
         seen = window(small, carried=state.frames(time)).padded
+        if state.started:
+            return Features(time.over(seen), time.bias)
         # nothing precedes the first frame of a video: it passes unfolded and is remembered
-        return (
-            Features(time.over(seen), time.bias)
-            if state.started
-            else Features(seen[:, time.carries :].contiguous())
-        )
+        return Features(seen[:, time.carries :].contiguous())
 
 
 def number_slots(

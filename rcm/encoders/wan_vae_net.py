@@ -6,10 +6,9 @@ Nothing here knows latent statistics, files or streams; the codec (rcm/encoders/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from rcm.encoders.wan_vae_layers import (
     Resampling,
     ResidualBlock,
     RMSNorm,
+    WatchedNet,
     number_slots,
     part,
 )
@@ -54,15 +54,7 @@ class Encoder(nn.Module):
         widths = [config.base_dim * level for level in LEVELS]
         kinds: tuple[Resampling | None, ...] = ("down2d", "down3d", "down3d", None)
         self.conv1 = Conv(3, widths[0], taps=(3, 3, 3), carries=2, reads=PIXEL_CHANNELS)
-        blocks: list[nn.Module] = []
-        width = widths[0]
-        for wider, kind in zip(widths, kinds, strict=True):
-            for _ in range(ENCODER_BLOCKS):
-                blocks.append(ResidualBlock(width, wider))
-                width = wider
-            if kind is not None:
-                blocks.append(Resample(width, kind=kind))
-        self.downsamples = nn.ModuleList(blocks)
+        self.downsamples, width = _levels(widths, kinds, blocks=ENCODER_BLOCKS)
         self.middle = _middle(width)
         self.head = _head(width, 2 * config.latent_channels)
         self.slots = number_slots(self, self._order(), height=SPATIAL_STRIDE, width=SPATIAL_STRIDE)
@@ -91,16 +83,7 @@ class Decoder(nn.Module):
         kinds: tuple[Resampling | None, ...] = ("up3d", "up3d", "up2d", None)
         self.conv1 = Conv(config.latent_channels, widths[0], taps=(3, 3, 3), carries=2)
         self.middle = _middle(widths[0])
-        blocks: list[nn.Module] = []
-        width = widths[0]
-        for wider, kind in zip(widths, kinds, strict=True):
-            for _ in range(DECODER_BLOCKS):
-                blocks.append(ResidualBlock(width, wider))
-                width = wider
-            if kind is not None:
-                blocks.append(Resample(width, kind=kind))
-                width //= 2
-        self.upsamples = nn.ModuleList(blocks)
+        self.upsamples, width = _levels(widths, kinds, blocks=DECODER_BLOCKS)
         self.head = _head(width, 3)
         self.slots = number_slots(self, self._order())
 
@@ -127,17 +110,12 @@ class Decoder(nn.Module):
         """`slots`, without frames for what lies outside of `units`."""
         blocks = self.units
         ends = [self.conv1] * (units.start == 0) + [self.head] * (units.stop == len(blocks))
-        convs = [
-            m
-            for block in (*blocks[units.start : units.stop], *ends)
-            for m in block.modules()
-            if isinstance(m, Conv)
-        ]
-        mine = {conv.slot for conv in convs}
+        parts = nn.ModuleList([*blocks[units.start : units.stop], *ends])
+        mine = {conv.slot for conv in parts.modules() if isinstance(conv, Conv)}
         return [slot if i in mine else replace(slot, frames=0) for i, slot in enumerate(self.slots)]
 
 
-class WanVAE(nn.Module):
+class WanVAE(WatchedNet):
     """Encoder, decoder and the two 1x1x1 convolutions between them and the latents: 194 tensors
     under their published names.
 
@@ -152,18 +130,6 @@ class WanVAE(nn.Module):
         self.encoder, self.decoder = Encoder(self.config), Decoder(self.config)
         self.conv1 = Conv(2 * c, 2 * c, taps=(1, 1, 1))
         self.conv2 = Conv(c, c, taps=(1, 1, 1))
-        self.generation = 0
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WanVAE:
-        self.generation += 1
-        return super()._apply(fn, recurse)
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
-    ) -> object:
-        """Counts as a change of the weights (`generation`), which captured steps watch."""
-        self.generation += 1
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def use(self, form: Form | None) -> None:
         """Run every convolution in `form`, None for the best of each: for benchmarks."""
@@ -171,14 +137,6 @@ class WanVAE(nn.Module):
         for module in self.modules():
             if isinstance(module, Conv):
                 module.form = "auto" if form is None else form
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.conv1.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.conv1.weight.device
 
     def encoder_state(self, *, batch: int, cells: tuple[int, int]) -> StreamState:
         """State of one encoded video (or batch in step) of latent size `cells`."""
@@ -209,6 +167,22 @@ class WanVAE(nn.Module):
         return self.decoder(
             x if units is not None and units.start else self.conv2.pointwise(x), state, units
         )
+
+
+def _levels(
+    widths: Sequence[int], kinds: Sequence[Resampling | None], *, blocks: int
+) -> tuple[nn.ModuleList, int]:
+    """The residual blocks of every level, each level's resampling behind them; the last width."""
+    found: list[nn.Module] = []
+    width = widths[0]
+    for wider, kind in zip(widths, kinds, strict=True):
+        for _ in range(blocks):
+            found.append(ResidualBlock(width, wider))
+            width = wider
+        if kind is not None:
+            found.append(Resample(width, kind=kind))
+            width = width // 2 if kind.startswith("up") else width
+    return nn.ModuleList(found), width
 
 
 def _middle(width: int) -> nn.ModuleList:

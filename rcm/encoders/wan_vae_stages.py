@@ -87,14 +87,11 @@ def _cost(block: torch.nn.Module, at: Boundary) -> float:
     total = 0.0
     for conv in (m for m in block.modules() if isinstance(m, Conv)):
         # four pixels of twice the image, with 4 of 9 taps
-        taps, frames = (
-            (16 / 9, at.frames * (2 if block.kind == "up3d" else 1))
-            if isinstance(conv, NearestThenConv)
-            else (1, at.frames)
-        )
-        total += (
-            conv.weight.numel() * taps * frames * at.scale**2 * (1 + NARROW / conv.weight.shape[1])
-        )
+        taps, frames = 1.0, at.frames
+        if isinstance(conv, NearestThenConv):
+            taps, frames = 16 / 9, at.frames * (2 if block.kind == "up3d" else 1)
+        work = conv.weight.numel() * taps * frames * at.scale**2
+        total += work * (1 + NARROW / conv.weight.shape[1])
     return total
 
 
@@ -184,14 +181,9 @@ class StageStream(DecodeStream):
         return pixels if sink is None else None
 
     def _expected(self, state: StreamState, *, first: bool) -> tuple[int, ...]:
-        at, (height, width) = self._before, state.cells
-        return (
-            state.batch,
-            1 if first else at.frames,
-            at.scale * height,
-            at.scale * width,
-            at.channels,
-        )
+        at, frames = self._before, 1 if first else self._before.frames
+        height, width = (at.scale * cells for cells in state.cells)
+        return state.batch, frames, height, width, at.channels
 
     def _expect(self, shape: tuple[int, ...]) -> None:
         if self._source is not None:

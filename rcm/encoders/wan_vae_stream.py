@@ -10,7 +10,7 @@ the network's channels-last frames stay inside. docs/reference/encoders.md#vae-n
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -24,6 +24,9 @@ from rcm.encoders.wan_vae_tiles import Tile, plan_tiles
 from rcm.kernels.cuda_graph import CudaGraph
 
 Graphs = Literal["off", "on"]
+
+StateCopy = tuple[int, tuple[int, int], tuple[bool, list[Tensor]]]
+"""Batch, cells, and the frames of a stream that has begun."""
 
 
 class ChunkDecoder(Protocol):
@@ -155,17 +158,11 @@ class DecodeStream:
         if self._state is not None:
             self._state.restart()
 
-    def state_copy(self) -> tuple[int, tuple[int, int], tuple[bool, list[Tensor]]] | None:
-        """Batch, cells and frames; None before the first chunk."""
-        return (
-            None
-            if self._state is None
-            else (self._state.batch, self._state.cells, self._state.copy())
-        )
+    def state_copy(self) -> StateCopy | None:
+        state = self._state
+        return None if state is None else (state.batch, state.cells, state.copy())
 
-    def load_state(
-        self, state: tuple[int, tuple[int, int], tuple[bool, list[Tensor]]] | None
-    ) -> None:
+    def load_state(self, state: StateCopy | None) -> None:
         if state is None:
             self.restart()
             return
@@ -178,9 +175,8 @@ class DecodeStream:
 
     def bytes_for(self, *, batch: int, cells: tuple[int, int]) -> int:
         """What `num_bytes` will be for such a video: every slot grows with the number of cells."""
-        return (
-            self._vae.decoder_state(batch=1, cells=(1, 1)).num_bytes() * batch * cells[0] * cells[1]
-        )
+        per_cell = self._vae.decoder_state(batch=1, cells=(1, 1)).num_bytes()
+        return per_cell * batch * cells[0] * cells[1]
 
     def _prepared(self, latents: Tensor) -> Tensor:
         """Channels-last latents of the network: statistics in float32 or wider, one cast."""
@@ -266,19 +262,16 @@ class TiledDecodeStream:
 
     def bytes_for(self, *, batch: int, cells: tuple[int, int]) -> int:
         """As `DecodeStream.bytes_for`, over all tiles."""
-        stream = DecodeStream(self._vae, self._statistics)
-        return sum(
-            stream.bytes_for(batch=batch, cells=t.cells)
-            for t in plan_tiles(cells, tile=self._tile, scale=SPATIAL_STRIDE)
-        )
+        plan = plan_tiles(cells, tile=self._tile, scale=SPATIAL_STRIDE)
+        return sum(self._stream().bytes_for(batch=batch, cells=t.cells) for t in plan)
 
     def _open(self, cells: tuple[int, int]) -> None:
         self._cells = cells
         plan = plan_tiles(cells, tile=self._tile, scale=SPATIAL_STRIDE)
-        self._tiles = [
-            (t, DecodeStream(self._vae, self._statistics, frames_per_step=self._frames_per_step))
-            for t in plan
-        ]
+        self._tiles = [(t, self._stream()) for t in plan]
+
+    def _stream(self) -> DecodeStream:
+        return DecodeStream(self._vae, self._statistics, frames_per_step=self._frames_per_step)
 
 
 def decode_in_tiles(
@@ -286,14 +279,12 @@ def decode_in_tiles(
 ) -> Tensor:
     """A whole video, tile after tile, so that one tile's state is in memory at a time."""
     plan = plan_tiles((latents.shape[3], latents.shape[4]), tile=tile, scale=SPATIAL_STRIDE)
-    return blend_tiles(
-        ((t, DecodeStream(vae, statistics, frames_per_step=frames_per_step)) for t in plan), latents
-    )
+    step = frames_per_step
+    streams = ((t, DecodeStream(vae, statistics, frames_per_step=step)) for t in plan)
+    return blend_tiles(streams, latents)
 
 
-def blend_tiles(
-    tiles: Iterator[tuple[Tile, DecodeStream]] | list[tuple[Tile, DecodeStream]], latents: Tensor
-) -> Tensor:
+def blend_tiles(tiles: Iterable[tuple[Tile, DecodeStream]], latents: Tensor) -> Tensor:
     """Pixels of the next latent frames of every tile, weighted and added."""
     total: Tensor | None = None
     height, width = (SPATIAL_STRIDE * n for n in latents.shape[3:])
@@ -357,11 +348,8 @@ def network_scope(vae: WanVAE | ChunkDecoder) -> Iterator[None]:
 
 def steps_of(count: int, *, first_alone: bool, most: int) -> Iterator[slice]:
     """Slices of `count` frames, at most `most` each; the first alone at the start of a video."""
-    start = 0
-    if first_alone and count:
+    start = 1 if first_alone and count else 0
+    if start:
         yield slice(0, 1)
-        start = 1
-    while start < count:
-        stop = min(start + most, count)
-        yield slice(start, stop)
-        start = stop
+    for begin in range(start, count, most):
+        yield slice(begin, min(begin + most, count))

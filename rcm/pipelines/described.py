@@ -16,8 +16,10 @@ from rcm.core.dtypes import Precision
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.encoders.codec import LatentCodec
 from rcm.encoders.text_protocol import TextEncoder
-from rcm.encoders.umt5 import UMT5_FILE, UMT5TextEncoder
-from rcm.encoders.wan_vae import WAN_VAE_FILE, WanVAECodec
+from rcm.encoders.umt5 import UMT5TextEncoder
+from rcm.encoders.umt5_weights import UMT5_FILE
+from rcm.encoders.wan_vae import WanVAECodec
+from rcm.encoders.wan_vae_weights import WAN_VAE_FILE
 from rcm.nets.wan.config import WanConfig
 from rcm.pipelines.text_to_video import WholeVideoRecipe
 from rcm.rollout.recipe import SamplingRecipe

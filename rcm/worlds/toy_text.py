@@ -101,12 +101,10 @@ class ToyTextEncoder:
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Distinct words that the training captions did not have, where those are recorded."""
+        if not self.words:
+            return []
         known = {*self.words, END_OF_SENTENCE}
-        return (
-            [word for word in dict.fromkeys(tokens_of(prompt)) if word not in known]
-            if self.words
-            else []
-        )
+        return [word for word in dict.fromkeys(tokens_of(prompt)) if word not in known]
 
     def _positions(self) -> Tensor:
         """Sinusoids [text_len, text_dim] over geometric wavelengths, unit mean square."""

@@ -16,7 +16,8 @@ from rcm.configs.build_samples import PREVIEW_PROMPTS, sample_observers
 from rcm.configs.compose import compose_run
 from rcm.core.dtypes import Precision
 from rcm.core.errors import CheckpointError
-from rcm.encoders.umt5 import NEGATIVE_PROMPT, UMT5TextEncoder
+from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT
+from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.nets.denoiser import Denoiser
 from rcm.parallel.mesh import ParallelDims
 from rcm.pipelines.described import text_of

@@ -13,8 +13,9 @@ import torch
 
 from rcm.core.errors import CheckpointError, ConfigError, NonFinite
 from rcm.encoders import umt5
+from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT
 from rcm.encoders.text_protocol import TextEncoder
-from rcm.encoders.umt5 import NEGATIVE_PROMPT, UMT5TextEncoder
+from rcm.encoders.umt5 import UMT5TextEncoder
 from tests.support.tiny_umt5 import TINY, random_umt5, save_tokenizer, save_umt5
 
 PROMPTS = ["a red square moves left", "", "cat", "a  red square\nmoves left"]

@@ -9,7 +9,8 @@ import torch
 
 from rcm.core.errors import ConfigError
 from rcm.encoders.codec import LatentCodec, LatentStream
-from rcm.encoders.wan_vae import WanVAE, WanVAECodec
+from rcm.encoders.wan_vae import WanVAECodec
+from rcm.encoders.wan_vae_net import WanVAE
 from rcm.encoders.wan_vae_tiles import plan_tiles
 from tests.support.wan_vae_cases import CELLS, small_codec, small_latents, small_video
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from rcm.core.errors import CheckpointError
-from rcm.encoders.wan_vae import WAN_VAE_FILE, WanVAE, WanVAECodec, WanVAEConfig
-from rcm.encoders.wan_vae_weights import diffusers_name, load_weights
+from rcm.encoders.wan_vae import WanVAECodec
+from rcm.encoders.wan_vae_net import WanVAE, WanVAEConfig
+from rcm.encoders.wan_vae_weights import WAN_VAE_FILE, diffusers_name, load_weights
 from tests.support.wan_vae_cases import BASE_DIM, small_codec, small_latents, small_video, to_diffusers
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rcm.encoders import wan_vae
-from rcm.encoders.wan_vae import WanVAE, WanVAECodec, WanVAEConfig
+from rcm.encoders.wan_vae import WanVAECodec
+from rcm.encoders.wan_vae_net import WanVAE, WanVAEConfig
 from rcm.nets.wan.config import WanConfig
 from rcm.nets.wan.model import WanDiT
 from tests.support.tiny_nets import tiny_net
