@@ -259,7 +259,8 @@ class SessionPool:
         return 0
 
     def _set_seed(self, seat: Seat, order: Order) -> int:
-        seat.session.restart(self.model.condition(seat.prompts), seed=order.value)
+        cond = self.model.condition(seat.prompts)
+        seat.session.restart(cond, seed=order.value, prefix=seat.options.get("prefix"))
         self._next_take(seat)
         return 0
 

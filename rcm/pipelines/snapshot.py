@@ -9,6 +9,7 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rcm.core.errors import ConfigError
 from rcm.core.records import require_kind
@@ -28,14 +29,18 @@ PARTS = (
 def maker(spec: StreamSpec, loop: ChunkLoop, *, decoder: object) -> dict[str, str]:
     """What a session has in common with those that may take up its snapshots, by name."""
     recipe, model = spec.recipe, loop.denoiser
+    guide = model if isinstance(model, Guided) and model.active else None
+    precision = getattr(getattr(model, "denoiser", model), "precision", None)
     return {
         "network": signature(model),
         "compute dtype": str(model.compute_dtype),
+        "dtype of times": str(getattr(precision, "time", None)),
         "latent": str(tuple(spec.latent)),
         "batch": str(spec.batch),
         "pattern": recipe.pattern,
         "sampling kind": recipe.kind,
-        "guidance": f"{model.scale:g}" if isinstance(model, Guided) and model.active else "none",
+        "guidance": "none" if guide is None else f"{guide.scale}",
+        "negative prompt": "none" if guide is None else digest(guide.negative.text),
         "noise": spec.noise,
         "draw_on": "-" if spec.noise == "video" else str(spec.draw_on),
         "policy": told(spec.policy),
@@ -45,6 +50,7 @@ def maker(spec: StreamSpec, loop: ChunkLoop, *, decoder: object) -> dict[str, st
         "kv_codec": told(getattr(spec.kv_codec, "spec", spec.kv_codec)),
         "hot_chunks": str(spec.hot_chunks),
         "decoder": "none" if decoder is None else type(decoder).__name__,
+        "tile of the decoder": str(getattr(decoder, "tile", None)),
     }
 
 
@@ -74,10 +80,13 @@ def signature(model: VelocityModel) -> str:
     """Tells models apart: equal for equal weights, of which it looks at a few numbers each."""
     weights = list(net_of(model).parameters())
     few = [p.detach()[(0,) * (p.ndim - 1)][:8].double() for p in weights if p.ndim]
-    shapes = "".join(f"{tuple(p.shape)}" for p in weights)
-    return blake2b(
-        shapes.encode() + torch.cat(few).cpu().numpy().tobytes(), digest_size=8
-    ).hexdigest()
+    return digest(torch.cat(few), told="".join(f"{tuple(p.shape)}" for p in weights))
+
+
+def digest(x: Tensor, *, told: str = "") -> str:
+    """Tells numbers apart, and what is `told` of them."""
+    numbers = x.detach().double().cpu().contiguous().numpy().tobytes()
+    return blake2b(told.encode() + numbers, digest_size=8).hexdigest()
 
 
 def told(part: object) -> str:

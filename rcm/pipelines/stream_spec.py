@@ -193,7 +193,7 @@ class StreamSpec(Record):
         `ConfigError` for one that a stream under way cannot take up.
         """
         require_kind("recipe", recipe, SamplingRecipe)
-        for name in ("pattern", "kind", "guidance"):
+        for name in ("pattern", "kind", "guidance", "window", "sinks"):
             mine, new = getattr(self.recipe, name), getattr(recipe, name)
             if mine != new:
                 raise ConfigError(

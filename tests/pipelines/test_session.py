@@ -164,6 +164,18 @@ def test_recaching_is_as_if_the_window_had_been_made_under_the_new_prompt(denois
     assert not torch.equal(latents(kept, 1), got)
 
 
+def test_recaching_sees_no_more_than_was_seen_of_a_past_that_is_kept(denoiser):
+    """In two layers a block knows of the one before it alone, which is entered anew either way."""
+
+    def after_a_change(keep: bool) -> torch.Tensor:
+        session = opened(denoiser, spec(num_frames=8, policy=SlidingWindow(2, keep=keep)))
+        latents(session, 5)
+        session.set_condition(condition(tiny_config(), seed=5), mode="recache")
+        return latents(session, 1)
+
+    torch.testing.assert_close(after_a_change(True), after_a_change(False))
+
+
 class Merging(CachePolicy):
     """Makes one chunk of everything once there are three."""
 

@@ -113,6 +113,13 @@ def test_schedules_are_checked_when_a_session_is_opened(denoiser, wrong, told):
     assert session.spec is before
 
 
+def test_what_a_stream_under_way_cannot_change_is_not_passed_over(denoiser):
+    session = opened(denoiser, spec(num_frames=4))
+    for other in ({"window": 2}, {"window": 2, "sinks": 1}, {"kind": "ode"}, {"guidance": 2.0}):
+        with pytest.raises(ConfigError, match=f"keeps its {next(iter(other))}="):
+            session.set_recipe(replace(RECIPE, **other))
+
+
 @pytest.mark.parametrize("noise", ["chunk", "video"])
 def test_a_device_that_cannot_draw_is_refused_when_a_session_is_opened(denoiser, noise):
     for device in ("toaster", *([] if torch.cuda.is_available() else ["cuda"])):

@@ -120,14 +120,18 @@ def test_the_latest_order_of_each_kind_wins_and_says_where_it_applies(model, mod
         assert all(torch.equal(mine, alone.step().latents) for mine in got)
 
 
-def test_a_new_seed_begins_another_take_under_the_latest_prompt(model):
+@pytest.mark.parametrize("given", [0, 1])
+def test_a_new_seed_begins_another_take_under_the_latest_prompt(model, given):
+    """Behind the same given frames."""
+    channels, _, *sides = model.latent_shape
+    prefix = torch.ones(1, channels, given, *sides) if given else None
     pool = SessionPool(model)
-    seat = pool.open([PROMPT], seed=5, **WINDOW)
+    seat = pool.open([PROMPT], seed=5, prefix=prefix, **WINDOW)
     latents(pool, 2)
     seed, prompt = seat.steer(Order("seed", 8)), seat.steer(Order("prompt", [OTHER]))
     got = latents(pool, 3)["s1"]
     assert (seed.applied_at, prompt.applied_at, seat.take, prompt.take) == (0, 0, 1, 1)
-    with model.open([OTHER], seed=8, **WINDOW) as alone:
+    with model.open([OTHER], seed=8, prefix=prefix, **WINDOW) as alone:
         assert all(torch.equal(mine, alone.step().latents) for mine in got)
 
 

@@ -126,6 +126,8 @@ OTHERS = {
     "network": ({}, "another network"),
     "guided": ({}, "another guidance: none, here 2"),
     "codec": ({"codec": ToyCodec()}, "another decoder: none, here ToyCodec"),
+    "negative": ({}, "another negative prompt: .*, here"),
+    "times": ({}, "another dtype of times: torch.float32, here torch.bfloat16"),
     "recipe": ({"recipe": replace(RECIPE, pattern="c2-1")}, "another pattern: c1-1, here c2-1"),
     "window": ({"policy": SlidingWindow(4, 1)}, "another policy: SlidingWindow.blocks=3, sinks=1.*here .*blocks=4"),
     "policy": ({"policy": InfinityRope(3, 1, 8)}, "another policy"),
@@ -145,7 +147,11 @@ def test_a_session_that_was_opened_otherwise_refuses_and_goes_on(denoiser, what)
         model = Guided(denoiser, condition(tiny_config(), batch=1, seed=9, dtype=torch.float32), 2.0)
     if what == "network":
         model = Denoiser(tiny_net(dtype=torch.float32, seed=8), Precision.preset("fp32")).eval_params()
-    maker = opened(denoiser)
+    if what == "times":
+        model = Denoiser(denoiser.net, replace(denoiser.precision, time=torch.bfloat16))
+    guides = [condition(tiny_config(), batch=1, seed=seed, dtype=torch.float32) for seed in (8, 9)]
+    first, model = (Guided(denoiser, guide, 2.0) for guide in guides) if what == "negative" else (denoiser, model)
+    maker = opened(first)
     chunks(maker, 5)
     other, alone = opened(model, **options), opened(model, **options)
     if what == "codec":  # which no latents of this network fit
@@ -156,6 +162,19 @@ def test_a_session_that_was_opened_otherwise_refuses_and_goes_on(denoiser, what)
     with pytest.raises(ConfigError, match=told):
         other.restore(maker.snapshot())
     assert torch.equal(other.step().latents, alone.step().latents)
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, NOISY], ids=["clean", "noisy"])
+@pytest.mark.parametrize("options", [{}, {"settled": True}, {"kv_codec": CODECS["int4"]}], ids=["plain", "settled", "coded"])
+def test_a_longer_stream_goes_on_where_a_shorter_one_ended(denoiser, recipe, options):
+    """With the last chunk in its past."""
+    short, long, whole = (opened(denoiser, recipe, num_frames=count, **options) for count in (5, 9, 9))
+    chunks(short, 5), chunks(whole, 5)
+    long.restore(short.snapshot())
+    assert short.step() is None
+    torch.testing.assert_close(chunks(long, 4), chunks(whole, 4), rtol=0, atol=1e-5)
+    long.restore(short.snapshot())
+    assert not long.set_condition(cond(seed=5), mode="recache").refused and long.step().block == 5
 
 
 @pytest.mark.parametrize("state", [None, {}, [], "state", {"seed": 1}])

@@ -82,8 +82,8 @@ class CachePolicy:
         return ()
 
     def hidden(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
-        """Ids of cached chunks that the newest chunk did not see: what is entered again after a
-        change of prompt does not, either.
+        """Ids of cached chunks that a chunk which is entered again after a change of prompt, behind
+        all that are cached, does not see, as it did not before.
         """
         return ()
 

@@ -42,15 +42,22 @@ class SlidingWindow(CachePolicy):
 
     def before(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> Placement:
         """See `CachePolicy`."""
-        ids = [held.id for held in branches[0].chunks]
-        recent = len(ids) - (self.blocks - 1)
-        visible = [
-            held for at, held in enumerate(ids) if at >= recent or self._is_sink(branches[0], at)
-        ]
+        hidden = self.hidden(branches)
+        visible = tuple(held.id for held in branches[0].chunks if held.id not in hidden)
         if not self.keep:
             for cache in branches:
-                cache.evict([held for held in ids if held not in visible])
-        return Placement(tuple(visible), tuple(range(chunk.start, chunk.stop)))
+                cache.evict(hidden)
+        return Placement(visible, tuple(range(chunk.start, chunk.stop)))
+
+    def hidden(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
+        """See `CachePolicy`: what lies out of the window of a chunk that follows."""
+        ids = [held.id for held in branches[0].chunks]
+        recent = len(ids) - (self.blocks - 1)
+        return tuple(
+            held
+            for at, held in enumerate(ids)
+            if at < recent and not self._is_sink(branches[0], at)
+        )
 
     def protected(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
         """See `CachePolicy`."""
