@@ -24,9 +24,7 @@ def frozen_alone(model: CommonModelConfig) -> list[str]:
 
 
 def check_memory(config: TrainConfig) -> None:
-    """Raise `ConfigError` for a way to save memory that this run cannot take, or that would save
-    nothing.
-    """
+    """`ConfigError` for a way to save memory that this run cannot take, or that saves nothing."""
     model, offload = config.model.config, config.trainer.offload
     if model.frozen_weights != "compute":
         _frozen_weights(model)
@@ -57,17 +55,15 @@ def check_memory(config: TrainConfig) -> None:
 
 
 def require_here(config: TrainConfig, *, device: torch.device) -> None:
-    """Raise `ConfigError` before anything is built if this machine lacks what the run's ways to
-    save memory need: a package, or FP8 products.
-    """
+    """`ConfigError` if this machine lacks a package, or FP8 products, that the run needs."""
     model = config.model.config
-    optimizers = [config.optimizer]
+    optimizers = {"optimizer": config.optimizer}
     if model.net_fake_score is not None:
-        optimizers.append(model.optimizer_fake_score)
+        optimizers[f"{M}.optimizer_fake_score"] = model.optimizer_fake_score
     if isinstance(model, CausalConfig) and model.gan.loss_scale:
-        optimizers.append(model.gan.optimizer)
-    for optimizer in optimizers:
-        forms(optimizer.states)
+        optimizers[f"{M}.gan.optimizer"] = model.gan.optimizer
+    for knob, optimizer in optimizers.items():
+        forms(optimizer.states, knob=f"{knob}.states")
     instead = {f"{M}.frozen_weights=fp8": "fp8_storage"} if model.frozen_weights == "fp8" else {}
     for role, net in networks(model).items():
         if net.linear_precision != "compute":

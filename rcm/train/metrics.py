@@ -116,10 +116,12 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _step_of(line: str) -> float:
-    """Step of a line; infinite for one that was torn by a crash, so that it is dropped."""
+    """Step of a line; infinite for one that was torn by a crash or is none of this file, so that
+    it is dropped.
+    """
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")
 
 

@@ -40,10 +40,13 @@ class Form(Protocol):
         ...
 
 
-def forms(states: States) -> tuple[Form, Form]:
-    """Of the first and of the second moment. `ConfigError` naming the package that is missing."""
+def forms(states: States, *, knob: str = "optimizer.states") -> tuple[Form, Form]:
+    """Of the first and of the second moment. `ConfigError` naming the package that is missing, and
+    `knob`, where the states were asked for.
+    """
     if states in ("int8", "float8"):
-        return Blockwise(states, signed=True), Blockwise(states, signed=False)
+        kind = _torchao(states, knob)
+        return Blockwise(states, kind, signed=True), Blockwise(states, kind, signed=False)
     form: Form = HalfWidth() if states == "bfloat16" else Full()
     return form, form
 
@@ -100,9 +103,9 @@ class Blockwise:
     Parameters of one axis, and rows that do not divide into blocks, stay in full precision.
     """
 
-    def __init__(self, states: Literal["int8", "float8"], *, signed: bool) -> None:
+    def __init__(self, states: Literal["int8", "float8"], kind: Any, *, signed: bool) -> None:
         self.states, self.signed, self._full = states, signed, Full()
-        self._kind = _torchao(states)
+        self._kind = kind  # torchao's class
         self._tables: dict[torch.device, Tensor] = {}
 
     def blank(self, shard: Tensor) -> Kept:
@@ -139,7 +142,7 @@ class Blockwise:
         return self._kind(codes, scale, self._tables[codes.device], self.signed)
 
 
-def _torchao(states: str) -> Any:
+def _torchao(states: str, knob: str) -> Any:
     """torchao's class of such states."""
     try:
         if states == "int8":
@@ -149,7 +152,7 @@ def _torchao(states: str) -> Any:
         from torchao.optim.subclass_fp8 import OptimStateFp8
     except ImportError as error:
         raise ConfigError(
-            f"optimizer.states={states} needs the package torchao ({first_line(error)}):"
-            " pip install 'rcm[lowbit]', or choose optimizer.states=bfloat16"
+            f"{knob}={states} needs the package torchao ({first_line(error)}):"
+            f" pip install 'rcm[lowbit]', or choose {knob}=bfloat16"
         ) from error
     return OptimStateFp8

@@ -138,6 +138,10 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for states in ("int8", "float8"):
         with pytest.raises(ConfigError, match=rf"states={states} needs .*torchao.*pip install"):
             AdamWConfig(states=states).build(layer().parameters())
+    with pytest.raises(
+        ConfigError, match="^model.config.gan.optimizer.states=int8 needs .*choose model.config.gan.optimizer.states=bfloat16$"
+    ):
+        forms("int8", knob="model.config.gan.optimizer.states")
 
 
 @pytest.mark.parametrize("states", ["int8", "float8"])

@@ -39,6 +39,8 @@ def test_json_lines_are_complete_at_once_and_drop_what_will_be_run_again(tmp_pat
         sink.write(step, {"x": step / 2})
     assert [json.loads(line)["step"] for line in (tmp_path / "deep" / "m.jsonl").read_text().splitlines()] == [1, 2, 3]
     sink.close()
+    with open(tmp_path / "deep" / "m.jsonl", "a") as file:
+        file.write('{"step": "1"\n{"step": "one"}\n{"step": null}\n[1]\n1\n{}\n{"step": 4')
     again = JsonLines(tmp_path / "deep" / "m.jsonl", resumed_at=2)
     again.write(3, {"x": 9.0})
     again.close()
