@@ -4,7 +4,9 @@ rules.
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
@@ -18,8 +20,8 @@ from rcm.kernels.masks import Full, MaskSpec
 from rcm.kernels.persistent_attention.api import attend as persistent_attention
 from rcm.kernels.persistent_attention.api import obstacle as persistent_obstacle
 from rcm.kernels.split_attention.api import num_splits, split_attention
-from rcm.nets.attention_dense import SDPA
-from rcm.nets.attention_packages import Flash3, Flash4, NotInstalled
+from rcm.nets.attention_dense import SDPA, wants_gradient
+from rcm.nets.attention_packages import WITHOUT_KEY, Flash3, Flash4, NotInstalled
 
 RECTANGLES: tuple[Backward, ...] = ("cudnn", "flash")
 """Fused backward passes of a rectangle, the faster first (39.0 and 66.5 ms, chunks of 3)."""
@@ -34,6 +36,8 @@ PERSISTENT_KEYS = 1500
 """Keys from which a captured dense call is faster by the persistent kernel than by cuDNN; fewer
 were not measured.
 """
+PACKAGES: tuple[type[Flash3 | Flash4], ...] = (Flash3, Flash4)
+"""What auto may take for long dense calls where it is installed, the first of them that works."""
 LONG = 32_760
 """Queries and keys from which FlashAttention-3 and -4 serve a dense call where one of them is
 installed; fewer were not measured.
@@ -77,11 +81,6 @@ class Fused:
         return masked_attention(
             q, k, v, mask=mask, scale=scale, forward="triton", backward=usable[0]
         )
-
-
-def wants_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether a backward pass may follow."""
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> str:
@@ -143,7 +142,7 @@ def choose_dense(q: Tensor, k: Tensor, v: Tensor) -> str:
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
     if not torch.cuda.is_current_stream_capturing():
-        package = _long_package() if _is_long(q, k, v) else None
+        package = _long_package(q, k, v) if _is_long(q, k, v) else None
         return package.name if package is not None else "sdpa"
     if wants_gradient(q, k, v) or torch.cuda.get_device_capability(q.device) != (9, 0):
         return "sdpa"
@@ -165,18 +164,79 @@ def _is_long(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return torch.cuda.get_device_capability(q.device) == (9, 0)
 
 
-@lru_cache(maxsize=1)
-def _long_package() -> Flash3 | Flash4 | None:
-    """FlashAttention-3, else -4, else nothing: the first that is installed and loads; one that does
-    not load is warned of.
+Kind = tuple[str, int, bool]
+"""Name of a package, heads, and whether a gradient is wanted."""
+_Long = Flash3 | Flash4 | None
+_chosen: dict[tuple[int, bool, torch.device], _Long] = {}
+_left_out: set[Kind] = set()
+
+
+def _long_package(q: Tensor, k: Tensor, v: Tensor) -> _Long:
+    """The first of `PACKAGES` that is installed, loads and passes its trial for calls of this kind;
+    None if there is none. Decided at the first call of a kind, for as long as the process lives:
+    one that does not work is warned of once and not asked again, one that does is not replaced.
     """
-    for kind in (Flash3, Flash4):
-        try:
-            return kind.loaded()
-        except ConfigError as error:
-            if not isinstance(error, NotInstalled):
-                warnings.warn(f"auto goes on without it: {error}", stacklevel=2)
+    key = (q.shape[2], wants_gradient(q, k, v), q.device)
+    if key not in _chosen:
+        working = (package for package in PACKAGES if package.name not in _unwanted())
+        tried = (_tried(package, q, k, v) for package in working)
+        _chosen[key] = next((backend for backend in tried if backend is not None), None)
+    return _chosen[key]
+
+
+def _tried(package: type[Flash3 | Flash4], q: Tensor, k: Tensor, v: Tensor) -> _Long:
+    kind = (package.name, q.shape[2], wants_gradient(q, k, v))
+    if kind in _left_out:
+        return None
+    try:
+        backend = package.loaded()
+        problem = backend.problem(q, k, v)
+    except NotInstalled:
+        return None
+    except ConfigError as error:
+        problem = str(error)
+    if problem is None:
+        return backend
+    _left_out.add(kind)
+    _say_once(package.name, problem)
     return None
+
+
+def left_out() -> frozenset[Kind]:
+    """Which packages `auto` found not to work, for which calls, in this process."""
+    return frozenset(_left_out)
+
+
+def leave_out(kinds: Iterable[Kind]) -> None:
+    """Go on without these, too: ranks that train together choose alike."""
+    for name, heads, gradient in set(kinds) - _left_out:
+        _left_out.add((name, heads, gradient))
+        _say_once(name, f"'{name}' does not work on another rank")
+        for key in [key for key in _chosen if key[:2] == (heads, gradient)]:
+            del _chosen[key]
+
+
+def _unwanted() -> list[str]:
+    """Back ends that the environment leaves out; `ConfigError` for names of no package."""
+    names = os.environ.get(WITHOUT_KEY, "").replace(",", " ").split()
+    known = [package.name for package in PACKAGES]
+    if wrong := [name for name in names if name not in known]:
+        raise ConfigError(
+            f"environment variable {WITHOUT_KEY} names {', '.join(wrong)}, which auto never chooses"
+            f" by itself; name some of {', '.join(known)}, or unset it"
+        )
+    return names
+
+
+@lru_cache(maxsize=64)
+def _say_once(name: str, problem: str) -> None:
+    rank = os.environ.get("RANK")
+    where = "" if rank is None else f"rank {rank}: "
+    warnings.warn(
+        f"{where}auto goes on without it: {problem}; {WITHOUT_KEY}={name} leaves it out from the"
+        " start",
+        stacklevel=2,
+    )
 
 
 def parts_of(q: Tensor, k: Tensor) -> int:
@@ -193,6 +253,7 @@ class Auto:
     name = "auto"
 
     def __init__(self) -> None:
+        _unwanted()  # is said before anything is built
         self._sdpa = SDPA()
         self.decisions: dict[str, str] = {"dense": "sdpa"}
 
@@ -203,7 +264,7 @@ class Auto:
         if mask is None or mask.is_full:
             if (choice := choose_dense(q, k, v)) == "sdpa":
                 return self._sdpa(q, k, v, mask=None, scale=scale)
-            if choice in (Flash3.name, Flash4.name) and (package := _long_package()):
+            if choice in (Flash3.name, Flash4.name) and (package := _long_package(q, k, v)):
                 self.decisions["dense, long"] = choice
                 return package(q, k, v, mask=None, scale=scale)
             self.decisions["dense, captured"] = choice

@@ -22,6 +22,11 @@ unmasked call per run of equal queries.
 DenseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def wants_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
 class MaskMatrices:
     """Bool matrices of the last masks on a device, together at most `limit` bytes (one may exceed
     it); a cache, not state.

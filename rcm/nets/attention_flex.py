@@ -14,7 +14,7 @@ from torch import Tensor
 from rcm.core.dual import in_dual_level
 from rcm.core.errors import ConfigError
 from rcm.kernels.masks import MaskSpec
-from rcm.nets.attention_packages import FLASH4_HINT, require_package
+from rcm.nets.attention_packages import FLASH4_HINT, failed, require_package
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -64,15 +64,14 @@ class Flex:
                 " attention_backend / RCM_ATTENTION_BACKEND from auto, sdpa, triton"
             )
         blocks = None if mask is None or mask.is_full else block_mask(mask, q.device)
-        out = _compiled()(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            block_mask=blocks,
-            scale=scale,
-            kernel_options=_OPTIONS[self.kernel],
-        )
-        return out.transpose(1, 2)
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        options = {"scale": scale, "kernel_options": _OPTIONS[self.kernel]}
+        try:
+            return _compiled()(*heads_first, block_mask=blocks, **options).transpose(1, 2)
+        except Exception as error:
+            if self.kernel != "flash" or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise failed(self.name, "flash_attn.cute", q, k, error) from error
 
 
 @lru_cache(maxsize=1)

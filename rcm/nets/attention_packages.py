@@ -3,7 +3,8 @@ MagiAttention, Transformer Engine.
 
 Tested with stand-ins of the documented signatures; which of them ran against the packages
 themselves, on which card, is in docs/scale.md. Each raises `ConfigError` saying what to install
-when its package is missing.
+when its package is missing, and what to do when it cannot be called here, found out before the
+first call of each kind (`attention_trial`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import importlib
 import importlib.util
 import inspect
 import os
-from functools import lru_cache
+from abc import ABC, abstractmethod
+from functools import lru_cache, partial
+from importlib.metadata import packages_distributions, version
 from types import ModuleType
 from typing import Self
 
@@ -21,13 +24,16 @@ from torch import Tensor
 
 from rcm.core.errors import ConfigError, first_line
 from rcm.kernels.masks import Full, MaskSpec
-from rcm.nets.attention_dense import by_segment
+from rcm.nets.attention_dense import by_segment, wants_gradient
+from rcm.nets.attention_trial import TOKENS, trial
 
 CHOOSE = (
     "choose attention_backend / RCM_ATTENTION_BACKEND from auto, triton, cudnn, sdpa, reference"
 )
 
 
+WITHOUT_KEY = "RCM_ATTENTION_WITHOUT"
+"""Environment: back ends that auto does not choose, such as "flash3" or "flash3,flash4"."""
 FLASH4_HINT = "pip install --pre 'flash-attn-4[cu13]' (needs compute capability 9.0 or higher)"
 
 
@@ -59,9 +65,18 @@ def _does_not_load(backend: str, module: str, error: BaseException) -> ConfigErr
     )
 
 
-class _Package:
-    """What the four have in common: the package's module, imported at the first call, and 16-bit
-    CUDA tensors.
+def failed(backend: str, module: str, q: Tensor, k: Tensor, error: Exception) -> ConfigError:
+    """What a package raised in a call that nothing spoke against."""
+    return ConfigError(
+        f"attention backend '{backend}' failed: {_told(module)} raised {first_line(error)} for q"
+        f" {tuple(q.shape)}, k {tuple(k.shape)} in {q.dtype} on {q.device}; {CHOOSE}; where auto"
+        f" had chosen it, {WITHOUT_KEY}={backend} leaves it out"
+    )
+
+
+class Package(ABC):
+    """What the four have in common: the package's module, imported at the first call, 16-bit CUDA
+    tensors, and a trial before the first call of each kind.
     """
 
     name: str
@@ -78,6 +93,42 @@ class _Package:
         backend._import()
         return backend
 
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
+    ) -> Tensor:
+        """See `AttentionBackend`. `ConfigError` where the package cannot be called here, or fails
+        in a call after its trial; out of memory is raised as it is.
+        """
+        if (problem := self.problem(q, k, v)) is not None:
+            raise ConfigError(problem)
+        try:
+            return self.attend(q, k, v, mask=mask, scale=scale)
+        except (ConfigError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise failed(self.name, self.module, q, k, error) from error
+
+    @abstractmethod
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
+    ) -> Tensor:
+        """See `AttentionBackend`: the package's own calls."""
+
+    def problem(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        """Why calls of this kind (heads and their sizes, dtype, device, gradient) cannot be made
+        here, in one sentence; None where they can. Tried once per process; not in compiled code nor
+        while a graph is captured. `ConfigError` for other dtypes, and a package that does not load.
+        """
+        module = self._open(q)
+        if torch.compiler.is_compiling() or (
+            q.is_cuda and torch.cuda.is_current_stream_capturing()
+        ):
+            return None
+        widths = (q.shape[3], v.shape[3])
+        return _tried(
+            type(self), module, q.shape[2], widths, q.dtype, q.device, wants_gradient(q, k, v)
+        )
+
     def _open(self, q: Tensor) -> ModuleType:
         if q.dtype not in (torch.bfloat16, torch.float16):
             raise ConfigError(
@@ -93,7 +144,41 @@ class _Package:
             raise _does_not_load(self.name, self.module, error) from error
 
 
-class Flash2(_Package):
+@lru_cache(maxsize=256)
+def _tried(
+    kind: type[Package],
+    module: ModuleType,
+    heads: int,
+    widths: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    gradient: bool,
+) -> str | None:
+    """See `Package.problem`."""
+    attend = partial(kind().attend, mask=None, scale=widths[0] ** -0.5)
+    found = trial(attend, heads=heads, widths=widths, dtype=dtype, device=device, gradient=gradient)
+    if found is None:
+        return None
+    how = "forward and backward" if gradient else "forward"
+    return (
+        f"attention backend '{kind.name}' is not available: {_told(module.__name__)} loads and"
+        f" fails at its first call, {how} of {TOKENS} tokens in {heads} heads of {widths[0]} in"
+        f" {dtype} on {device} ({found}): install a build for torch {torch.__version__} and this"
+        f" machine; or {CHOOSE}"
+    )
+
+
+def _told(module: str) -> str:
+    """A module, and what was installed to bring it, with versions."""
+    top = module.partition(".")[0]
+    brought = sorted(set(packages_distributions().get(top, ())))
+    if brought:
+        return f"{module} of {', '.join(f'{name} {version(name)}' for name in brought)}"
+    found = getattr(importlib.import_module(top), "__version__", None)
+    return module if found is None else f"{module} {found}"
+
+
+class Flash2(Package):
     """FlashAttention-2, `flash_attn.flash_attn_func` (2.7 and later): one dense call per run of
     queries with equal keys.
     """
@@ -102,10 +187,10 @@ class Flash2(_Package):
     name, module = "flash2", "flash_attn.flash_attn_interface"
     hint = "pip install 'rcm[flash]' (flash-attn 2, built from source, needs CUDA)"
 
-    def __call__(
+    def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
     ) -> Tensor:
-        """See `AttentionBackend`."""
+        """See `Package`."""
         attend = self._open(q).flash_attn_func
         deterministic = torch.are_deterministic_algorithms_enabled()
 
@@ -133,7 +218,7 @@ class Flash4(Flash2):
     hint = FLASH4_HINT
 
 
-class Magi(_Package):
+class Magi(Package):
     """MagiAttention, `magi_attention.api.flex_flash_attn_func` (1.0 and later, Hopper): one call
     over (query range, key range) pairs, all of the full type; a batch is a longer sequence whose
     entries share no pair.
@@ -142,10 +227,10 @@ class Magi(_Package):
     name, module = "magi", "magi_attention.api"
     hint = "build MagiAttention from source (github.com/SandAI-org/MagiAttention), needs sm90"
 
-    def __call__(
+    def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
     ) -> Tensor:
-        """See `AttentionBackend`."""
+        """See `Package`."""
         attend = self._open(q).flex_flash_attn_func
         mask = Full(q.shape[1], k.shape[1]) if mask is None else mask
         q_ranges, k_ranges = _ranges(mask, q.shape[0], q.device)
@@ -172,7 +257,7 @@ class Magi(_Package):
         return _first(out).to(q.dtype).unflatten(0, (q.shape[0], q.shape[1]))
 
 
-class TransformerEngine(_Package):
+class TransformerEngine(Package):
     """NVIDIA Transformer Engine, `transformer_engine.pytorch.DotProductAttention` (2.0 and later)
     in the layout "bshd" without mask: one dense call per run of queries with equal keys.
 
@@ -188,10 +273,10 @@ class TransformerEngine(_Package):
         os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
         self._modules: dict[tuple[int, int, int, float], torch.nn.Module] = {}
 
-    def __call__(
+    def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
     ) -> Tensor:
-        """See `AttentionBackend`."""
+        """See `Package`."""
         package, key = self._open(q), (q.shape[2], q.shape[3], v.shape[3], scale)
         if key not in self._modules:
             width = q.shape[3] if q.shape[3] == v.shape[3] else (q.shape[3], v.shape[3])

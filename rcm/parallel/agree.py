@@ -129,6 +129,16 @@ def greatest(numbers: Sequence[int], *, group: dist.ProcessGroup | None = None) 
     return told.tolist()
 
 
+def union(values: frozenset[T]) -> frozenset[T]:
+    """What any rank passes, on every rank."""
+    if not spread():
+        return values
+    found: list[Any] = [None] * dist.get_world_size()
+    with naming_lost_peers():
+        dist.all_gather_object(found, values)
+    return frozenset().union(*found)
+
+
 def require_same(what: str, values: Mapping[str, Any], *, knob: str) -> None:
     """Raise ConfigError on every rank, with the keys and both values, unless all ranks passed equal
     `values`.

@@ -21,7 +21,8 @@ from rcm.core.records import Record, within
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.methods.base import Method
-from rcm.parallel.agree import together
+from rcm.nets.attention_auto import leave_out, left_out
+from rcm.parallel.agree import together, union
 from rcm.parallel.mesh import ParallelDims
 from rcm.train.checkpoint import Checkpointer
 from rcm.train.garbage import lasting_objects
@@ -35,6 +36,15 @@ from rcm.train.step import StepConfig, StepReport, run_step
 from rcm.train.stragglers import OwnTime
 
 Outcome = Literal["finished", "interrupted"]
+SETTLING = 20
+"""Iterations of a process after which ranks agree on packages of attention that one of them cannot
+call: a role's turn may come late."""
+
+
+RELAYED = 5.0
+"""Seconds after a SIGTERM in which another one is the same: a scheduler signals all processes of a
+job, and torchrun hands on to its ranks what it gets.
+"""
 
 
 class Loader(Positioned, Protocol):
@@ -133,12 +143,15 @@ class Trainer:
         with self._signals(), self._closing(), lasting_objects() as pass_over:
             together(lambda: self._observe(lambda observer: observer.started(state)))
             batches = iter(self.loader)
-            saved, clock, stop, first = state.iteration, time.monotonic(), False, True
+            begun = saved = state.iteration
+            clock, stop, first = time.monotonic(), False, True
             while state.iteration < config.max_iter and not stop:
                 report = self._iterate(batches, guard=first and config.guard_tangents)
                 if first:  # optimiser states, compiled kernels
                     pass_over()
                 first, stop = False, report.stop
+                if state.iteration <= begun + SETTLING:
+                    leave_out(union(left_out()))
                 self._averages.add(report.logs)
                 self._averages.add({"time/seconds_per_iteration": time.monotonic() - clock})
                 together(
@@ -260,8 +273,8 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """While training, the first SIGTERM or SIGINT asks to stop and reinstates what was there
-        before.
+        """While training, the first SIGTERM or SIGINT asks to stop, a second one takes its usual
+        effect. A SIGTERM that follows at once is the first one, relayed.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -270,13 +283,20 @@ class Trainer:
             number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)
         }
 
+        asked: dict[int, float] = {}
+
         def ask(number: int, _frame: object) -> None:
-            logger.warning(
-                "{} received: stopping after this iteration; again to stop at once",
-                signal.Signals(number).name,
-            )
-            signal.signal(number, before[number])
-            self.request_stop()
+            now = time.monotonic()
+            if number not in asked:
+                asked[number] = now
+                name = signal.Signals(number).name
+                logger.warning(
+                    "{} received: stopping after this iteration; again to stop at once", name
+                )
+                self.request_stop()
+            elif number == signal.SIGINT or now - asked[number] > RELAYED:
+                signal.signal(number, before[number])
+                signal.raise_signal(number)
 
         for number in before:
             signal.signal(number, ask)

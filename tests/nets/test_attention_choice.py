@@ -54,6 +54,13 @@ def test_training_shapes():
     assert chosen(BlockCausal(PATTERN, 21, 1560, window=3, sinks=1)) == "triton + cudnn"
 
 
+def forget(monkeypatch) -> None:
+    """What this process decided so far, for the time of a test."""
+    monkeypatch.setattr(attention_auto, "_chosen", {})
+    monkeypatch.setattr(attention_auto, "_left_out", set())
+    attention_auto._say_once.cache_clear()
+
+
 @pytest.fixture
 def packages(monkeypatch):
     """Which of FlashAttention-3 and -4 are there, to be filled in; what they were asked for."""
@@ -63,6 +70,9 @@ def packages(monkeypatch):
     class Package:
         def __init__(self, name):
             self.name = name
+
+        def problem(self, q, k, v):
+            return None
 
         def __call__(self, q, k, v, *, mask, scale):
             asked.append((self.name, q.shape[1], mask, scale))
@@ -74,9 +84,8 @@ def packages(monkeypatch):
 
     for kind in (attention_auto.Flash3, attention_auto.Flash4):
         monkeypatch.setattr(kind, "loaded", lambda kind=kind: loaded(kind.name))
-    attention_auto._long_package.cache_clear()
-    yield here, asked
-    attention_auto._long_package.cache_clear()
+    forget(monkeypatch)
+    return here, asked
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rcm.core.errors import NonFinite
+from rcm.nets.attention_auto import leave_out, left_out
 from rcm.parallel.mesh import ParallelDims
 from rcm.train.state import TrainState
 from rcm.train.step import StepConfig
@@ -78,8 +79,8 @@ class AskOnRank:
 
 
 def agree(folder: Path) -> dict[str, Any]:
-    """A NaN on rank 1 only, a stop request on rank 1 only, a save that fails on rank 1 only: every
-    rank does the same.
+    """A NaN on rank 1 only, a stop request, a save that fails, a package of attention that does:
+    every rank does the same.
     """
     dims = ParallelDims(1, 2, 1)
     broken = launch(folder / "nan", max_iter=9, dims=dims, fault=lambda i, v: v * float("nan") if i == 3 and dist.get_rank() == 1 else v)
@@ -91,7 +92,9 @@ def agree(folder: Path) -> dict[str, Any]:
     ask = AskOnRank(1, 4)
     stopped = launch(folder / "stop", max_iter=9, dims=dims, observers=[ask])
     ask.trainer = stopped
+    leave_out({("flash3", 12, True)} if dist.get_rank() == 1 else ())
     found["stop"] = (stopped.run(), stopped.state.iteration)
+    found["packages"] = left_out()
     checkpointer = stopped.checkpointer
     write = checkpointer._write
 
@@ -124,7 +127,7 @@ def test_ranks_agree_when_one_of_them_fails(tmp_path: Path) -> None:
     assert first == second
     message, iteration = first["nan"]
     assert iteration == 3 and "loss of term flow" in message
-    assert first["stop"] == ("interrupted", 5)
+    assert first["stop"] == ("interrupted", 5) and first["packages"] == {("flash3", 12, True)}
     assert "No space left" in first["disk"] and first["latest"] == "iter_000000005"
 
 
