@@ -111,7 +111,12 @@ def jvp(
         )
     if in_dual_level():
         raise RuntimeError("jvp inside another dual level: forward-mode levels do not nest")
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), forward_ad.dual_level():
+    with (
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        _watched(),
+        forward_ad.dual_level(),
+    ):
         out = fn(
             *(pack(primal, tangent) for primal, tangent in zip(primals, tangents, strict=True))
         )
@@ -136,18 +141,32 @@ def _split_output(x: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
     return primal, tangent
 
 
+_guarded: list[nn.Module] = []
+
+
 @contextmanager
 def guard_tangents(net: nn.Module) -> Iterator[None]:
-    """Within the context, a module of `net` that takes a dual tensor and returns a floating tensor
-    without tangent raises `TangentLost`.
+    """Within the context, a module of `net` that takes a dual tensor in a `jvp` and returns a
+    floating tensor without tangent raises `TangentLost`.
 
     Looks at positional and keyword arguments and at outputs, through tuples, lists, mappings and
     dataclasses; an argument that is returned as it came has lost nothing. All modules are watched;
-    the innermost reports first, so the error names the leaf by its path. Outside a dual level the
-    hooks do nothing. Operators that are not modules are seen only through the module around them.
+    the innermost reports first, so the error names the leaf by its path. Outside of `jvp` no module
+    has a hook: compiled code would take it in, and round otherwise than without. Operators that are
+    not modules are seen only through the module around them.
     """
+    _guarded.append(net)
+    try:
+        yield
+    finally:
+        _guarded.pop()
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
     handles = [
         module.register_forward_hook(_tangent_hook(name or type(net).__name__), with_kwargs=True)
+        for net in _guarded
         for name, module in net.named_modules()
     ]
     try:

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from rcm.core.dtypes import Precision
 from rcm.core.dual import guard_tangents, has_tangent, in_dual_level, jvp, pack, unpack
@@ -241,6 +242,18 @@ def test_compiled_code_runs_eagerly_inside_jvp():
     assert not compiled
     fn(x)
     assert compiled
+
+
+def test_a_guard_is_not_compiled_in():
+    """Compiled passes under the guard (the first step) are those after it: resuming stays exact."""
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.GELU()), torch.randn(2, 4)
+    counter = CompileCounter()
+    compiled = torch.compile(net, backend=counter)
+    for context in (guard_tangents(net), nullcontext()):
+        with context:
+            compiled(x)
+            jvp(compiled, (x,), (x,))
+    assert counter.frame_count == 1
 
 
 def test_refusals():

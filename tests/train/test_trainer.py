@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from rcm.core.dual import jvp
 from rcm.core.errors import ConfigError, NonFinite, TangentLost
 from rcm.nets.condition import Condition
 from rcm.train.observers import Memory, Profiler, Progress, SampleGrid
@@ -107,6 +107,23 @@ def test_signal_saves_and_returns(tmp_path: Path, number: int) -> None:
     assert launch(tmp_path, max_iter=50).state.iteration == 5
 
 
+def test_a_relayed_signal_is_no_second_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler signals every process of a job, and torchrun its ranks: the run still saves. One
+    that comes later takes its usual effect.
+    """
+    stopped: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: stopped.append(number))
+    try:
+        for window, taken in ((60.0, []), (0.0, [signal.SIGTERM])):
+            monkeypatch.setattr("rcm.train.trainer.RELAYED", window)
+            twice = lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]  # noqa: E731
+            trainer = launch(tmp_path / str(window), max_iter=50, observers=[At(1, twice)])
+            assert trainer.run() == "interrupted" and stopped == taken
+            assert launch(tmp_path / str(window), max_iter=50).state.iteration == trainer.state.iteration > 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.slow
 def test_observers_may_be_removed(tmp_path: Path) -> None:
     """With samples from averaged and own weights, a profiler, memory and a progress line the
@@ -149,10 +166,8 @@ def test_lost_tangent_stops_the_first_step(tmp_path: Path) -> None:
     """
 
     def tangent_pass(iteration: int, v: Tensor) -> Tensor:
-        with torch.no_grad(), forward_ad.dual_level():
-            forward_ad.unpack_dual(
-                trainer.method.nets["student"].blocks[0].ffn(forward_ad.make_dual(torch.ones(1, 32).double(), torch.ones(1, 32).double()))
-            )
+        ones = torch.ones(1, 32).double()
+        jvp(lambda x: x + trainer.method.nets["student"].blocks[0].ffn(x), (ones,), (ones,))
         return v
 
     trainer = launch(tmp_path / "a", max_iter=1, fault=tangent_pass)
