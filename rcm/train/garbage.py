@@ -14,8 +14,10 @@ def lasting_objects() -> Iterator[Callable[[], None]]:
 
     Left to itself it walks over all of them, a few hundred thousand, whenever enough new ones were
     made: for a tenth of a second and more, at another moment on each rank, while the others wait in
-    their next collective. New cycles are found as before.
+    their next collective. New cycles are found as before. What a caller froze before stays frozen,
+    and with it what the block made: all or nothing can be unfrozen.
     """
+    frozen_before = gc.get_freeze_count() > 0
 
     def pass_over() -> None:
         gc.collect()
@@ -25,4 +27,5 @@ def lasting_objects() -> Iterator[Callable[[], None]]:
     try:
         yield pass_over
     finally:
-        gc.unfreeze()
+        if not frozen_before:
+            gc.unfreeze()

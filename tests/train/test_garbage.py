@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
+
+import pytest
 
 from rcm.train.garbage import lasting_objects
 
@@ -13,6 +16,14 @@ class Node:
 
     def __init__(self) -> None:
         self.me = self
+
+
+@pytest.fixture(autouse=True)
+def _nothing_frozen() -> Iterator[None]:
+    """As in a process that does nothing but train; the suite freezes what it has collected."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
 
 
 def scanned() -> int:
@@ -34,3 +45,12 @@ def test_what_lasts_is_passed_over_and_new_cycles_are_found() -> None:
     dead = weakref.ref(kept.pop())
     gc.collect()
     assert dead() is None, "an object that was passed over could not be collected afterwards"
+
+
+def test_what_a_caller_froze_stays_frozen() -> None:
+    with lasting_objects():
+        outer, before = gc.get_freeze_count(), scanned()
+        with lasting_objects():
+            pass
+        assert gc.get_freeze_count() >= outer and scanned() < before + 100
+    assert gc.get_freeze_count() == 0
