@@ -31,7 +31,7 @@ from rcm.configs.build_nets import NetBuilder
 from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
 from rcm.configs.compose import Run, compose_run
 from rcm.configs.plan_job import plan_job
-from rcm.configs.schema_model import CausalConfig
+from rcm.configs.schema_causal import CausalConfig
 from rcm.core.errors import first_line
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch

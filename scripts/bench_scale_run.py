@@ -20,7 +20,7 @@ from rcm.configs.build_data import build_loader, negative_condition
 from rcm.configs.build_method import build_method
 from rcm.configs.compose import Run
 from rcm.configs.memory import require_here
-from rcm.configs.schema_model import CausalConfig
+from rcm.configs.schema_causal import CausalConfig
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.inference.outcome import out_of_memory
@@ -215,9 +215,9 @@ def scripted_phases(run: Run, roles: Sequence[str], *, warm: int, repeats: int) 
     """Each role `warm` times (kernels, optimiser states, the allocator's habits), then `repeats`
     times in turn.
     """
-    indices = middle_indices(run, repeats)
+    indices, rollout = middle_indices(run, repeats), run.config.model.config.has.self_forced
     return [
-        Phase(role, index, WARM + number)
+        Phase(role, index, WARM + number, rollout=rollout)
         for number, index in enumerate([indices[0]] * warm + indices)
         for role in roles
     ]

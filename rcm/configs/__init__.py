@@ -1,3 +1,1 @@
-"""Configuration: typed schema, registries, composition and checks. Imported by command lines
-only.
-"""
+"""Configuration: schema, registries, composition, checks; only command lines import it."""

@@ -1,6 +1,4 @@
-"""Which networks of a run start from the same weights: with low-rank adapters they are one network
-in memory.
-"""
+"""Networks of a run that start from the same weights; with adapters they are one in memory."""
 
 from __future__ import annotations
 
@@ -18,9 +16,7 @@ TRAINED = {"net": "student", "net_fake_score": "fake_score"}
 """Keys of the networks that are trained -> their roles."""
 
 Base = tuple[WanConfig, str]
-"""What makes two networks the same before training: sizes, and where the weights come from ("":
-random, of the run's seed).
-"""
+"""Sizes, and where the weights come from ("": random): equal for networks that start equal."""
 
 
 def checkpoint_of(model: CommonModelConfig, knob: str) -> str:
@@ -28,25 +24,20 @@ def checkpoint_of(model: CommonModelConfig, knob: str) -> str:
     if knob == "net":
         return model.student_ckpt or (model.teacher_ckpt if isinstance(model, RCMConfig) else "")
     if knob == "net_fake_score":
-        teacher = (
-            "bidirectional_teacher_ckpt" if isinstance(model, CausalConfig) else "teacher_ckpt"
-        )
+        causal = isinstance(model, CausalConfig)
+        teacher = "bidirectional_teacher_ckpt" if causal else "teacher_ckpt"
         return model.fake_score_ckpt or getattr(model, teacher)
     return getattr(model, f"{knob.removeprefix('net_')}_ckpt")
 
 
 def base_of(model: CommonModelConfig, knob: str) -> Base:
-    """The base of the network at `knob`."""
     path = checkpoint_of(model, knob)
-    return wan_config(getattr(model, knob), knob=f"{M}.{knob}"), (
-        os.path.realpath(path) if path else ""
-    )
+    sizes = wan_config(getattr(model, knob), knob=f"{M}.{knob}")
+    return sizes, os.path.realpath(path) if path else ""
 
 
 def roles_on(model: CommonModelConfig, base: Base) -> tuple[str, ...]:
-    """Roles that are trained on `base`: one set of adapters each. None without adapters
-    (`lora.rank` 0).
-    """
+    """Roles that are trained on `base`, one set of adapters each; none without adapters."""
     if not model.lora.rank:
         return ()
     return tuple(

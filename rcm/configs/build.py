@@ -1,6 +1,4 @@
-"""A composed run, executed: networks, method, data, state, checkpoints, logs, and the loop. The
-only place where all layers meet.
-"""
+"""A composed run, executed: the only place where all layers meet."""
 
 from __future__ import annotations
 
@@ -52,27 +50,21 @@ from rcm.train.stragglers import OwnTime, Stragglers
 from rcm.train.trainer import Outcome, Trainer
 
 UNCHECKED = ".config.yaml"
-"""Name of a run's record until everything is loaded: a launch that is refused leaves the record of
-the run before it.
-"""
+"""Name of a run's record until all is loaded: a refused launch leaves the earlier record."""
 
 
 def job_folder(run: Run) -> Path:
-    """`<output_root>/<project>/<group>/<name>` of a run (empty parts left out; the name defaults to
-    the experiment's).
-    """
+    """`<output_root>/<project>/<group>/<name>` of a run; empty parts are left out."""
     job = run.config.job
     parts = (job.project, job.group, job.name or run.experiment or "unnamed")
     return Path(job.output_root or "outputs").joinpath(*(part for part in parts if part))
 
 
 def run(run: Run) -> Outcome:
-    """Train until `trainer.max_iter`, resuming from this job's newest checkpoint if there is one.
-    Writes under `job_folder(run)`.
+    """Train until `trainer.max_iter` in `job_folder(run)`, from its newest checkpoint on.
 
-    Raises what composing missed: `CheckpointError`, `ConfigError` of the data, of ranks that
-    differ, or of a job folder in use, `NonFinite` (nothing updated), `OSError` with the path,
-    `PeerGone`.
+    Raises what composing missed: `CheckpointError`, `ConfigError` of data, ranks or a folder in
+    use, `NonFinite` (nothing updated), `OSError` with the path, `PeerGone`.
     """
     this_launch()
     with launch_group() as device, ExitStack() as held:
@@ -107,22 +99,17 @@ def _tell_how_to_go_on(outcome: Outcome, run: Run) -> None:
 
 
 def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trainer:
-    """Everything of a run, ready to go; on return the state is where the run continues. Its folder
-    is claimed. Collective.
-    """
+    """Everything of a run whose folder is claimed, at the state where it continues. Collective."""
     config = run.config
     folder = job_folder(run)
     allow_tf32()
     if dims.rank == 0:
         _warn_of_unread(config)
     loader = together(lambda: build_loader(config, dims=dims, device=device))
-    identity: dict[str, Any] = {
-        "fingerprint": loader.source.fingerprint(),
-        "samples": len(loader.source),
-    }
+    fingerprint, samples = loader.source.fingerprint(), len(loader.source)
     require_same(
         "their data",
-        identity,
+        {"fingerprint": fingerprint, "samples": samples},
         knob="dataloader_train.tar_path_pattern must name the same files for every rank",
     )
     resumes = bool(config.checkpoint.load_path) or find_model_directory(folder) is not None
@@ -146,7 +133,7 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
         dims=dims,
         description=description(
             run,
-            data_hash=identity["fingerprint"],
+            data_hash=fingerprint,
             words=known_words(config.model.config, loader.source),
             adapters=nets.adapters(),
         ),
@@ -156,6 +143,7 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
         own=own,
     )
     _resume(config, checkpointer, state, loader)
+    student = Denoiser(method.trainable["student"], nets.precision)
     sinks = on_first(lambda: _begin_record(run, folder, resumed_at=state.iteration))
     return Trainer(
         method,
@@ -170,13 +158,7 @@ def build_trainer(run: Run, *, dims: ParallelDims, device: torch.device) -> Trai
         sinks=sinks or (),
         idle=idle,
         own=own,
-        observers=_observers(
-            run,
-            folder,
-            Denoiser(method.trainable["student"], nets.precision),
-            device=device,
-            own=own,
-        ),
+        observers=_observers(run, folder, student, device=device, own=own),
     )
 
 
@@ -187,27 +169,24 @@ def description(
     words: Sequence[str] = (),
     adapters: Mapping[str, Any] | None = None,
 ) -> Description:
-    """What checkpoints of this run say about themselves: enough to sample from the path alone.
-    `words`: of the captions, for a toy text; `adapters`: what `NetBuilder.adapters` says of them.
+    """What checkpoints of this run say of themselves: enough to sample from the path alone.
+
+    `words`: of the captions, for a toy text; `adapters`: from `NetBuilder.adapters`.
     """
-    config, model = run.config, run.config.model.config
-    recipe = sampling_recipe(model)
+    model = run.config.model.config
+    recipe, schedule, noisy = sampling_recipe(model), None, None
+    if recipe is not None and recipe.kind != "ode":
+        schedule = [list(entry) for entry in recipe.mids]
+    if recipe is not None and recipe.noisy_context:
+        noisy = {"start_chunk": recipe.noisy_context_start_chunk}
     codec, text = described_pieces(model, words=words)
     return Description(
         stage=model.stage.lower(),
         network=wan_config(model.net).to_dict(),
         network_name=model.net.preset,
         pattern=None if model.pattern is None else model.pattern.name,
-        schedule=(
-            [list(entry) for entry in recipe.mids]
-            if recipe is not None and recipe.kind != "ode"
-            else None
-        ),
-        noisy_context=(
-            {"start_chunk": recipe.noisy_context_start_chunk}
-            if recipe is not None and recipe.noisy_context
-            else None
-        ),
+        schedule=schedule,
+        noisy_context=noisy,
         sigma_max=model.sigma_max,
         parent=model.student_ckpt or None,
         data_hash=data_hash,
@@ -218,7 +197,7 @@ def description(
             "codec": codec,
             "text": text,
             "latent_shape": list(latent_shape(model)),
-            "fps": 8 if config.model.config.text_encoder_class == "toy" else 16,
+            "fps": 8 if model.text_encoder_class == "toy" else 16,
             "precision": {"compute": model.precision, "time": model.time_precision},
             **({} if adapters is None else {"adapters": adapters}),
         },
@@ -226,21 +205,21 @@ def description(
 
 
 def _bidirectional_sampler(model: CausalConfig | RCMConfig) -> dict[str, Any]:
-    if isinstance(model, CausalConfig):
-        return {
-            "kind": "ode",
-            "shift": model.sample_timestep_shift,
-            "sigma_max": model.sigma_max,
-            "guidance": model.bidirectional_guidance,
-            "steps": 50,
-        }
-    return {"kind": "rcm_few_step", "sigma_max": model.sigma_max, "guidance": 1.0, "steps": 4}
+    if isinstance(model, RCMConfig):
+        return {"kind": "rcm_few_step", "sigma_max": model.sigma_max, "guidance": 1.0, "steps": 4}
+    return {
+        "kind": "ode",
+        "shift": model.sample_timestep_shift,
+        "sigma_max": model.sigma_max,
+        "guidance": model.bidirectional_guidance,
+        "steps": 50,
+    }
 
 
 @contextmanager
 def _claimed(folder: Path, run: Run) -> Iterator[None]:
-    """The job's folder for this run alone, with the resolved run written into it, not yet in place
-    of an earlier one. `OSError` names the folder, `ConfigError` the run that has it.
+    """The job's folder for this run alone, with its record as `UNCHECKED`. `OSError` names the
+    folder, `ConfigError` the run that has it.
     """
     with ExitStack() as held:
         try:
@@ -259,9 +238,7 @@ def _claimed(folder: Path, run: Run) -> Iterator[None]:
 
 
 def _begin_record(run: Run, folder: Path, *, resumed_at: int) -> list[Sink]:
-    """The run fits what the folder holds: its record takes the place of an earlier one, and its
-    numbers go on after `resumed_at`.
-    """
+    """The run fits the folder: its record takes the place, its numbers follow `resumed_at`."""
     record = folder / "config.yaml"
     if record.is_dir():
         discard(record)
@@ -272,25 +249,18 @@ def _begin_record(run: Run, folder: Path, *, resumed_at: int) -> list[Sink]:
 def _warn_of_unread(config: TrainConfig) -> None:
     """Say which files are named by keys that this run reads nowhere."""
     for key in unread_files(config):
-        logger.warning(
-            "{}={} is not read by this run (see `--dryrun` for its stage and networks)",
-            key,
-            get_key(config, key),
-        )
+        told = "{}={} is not read by this run (see `--dryrun` for its stage and networks)"
+        logger.warning(told, key, get_key(config, key))
 
 
 def allow_tf32() -> None:
-    """float32 matrix products on tensor cores, as the release trains
-    (docs/reference/wan.md#precision); no effect on CPU.
-    """
+    """float32 products on tensor cores, as the release (docs/reference/wan.md#precision)."""
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
 
 
 def train_state(config: TrainConfig, method: Method) -> TrainState:
-    """What training changes: optimisers, schedules and average as configured. `method`: the
-    networks, built.
-    """
+    """What training changes: optimisers, schedules and average of the networks of `method`."""
     model = config.model.config
     optim = {"student": config.optimizer, "fake_score": model.optimizer_fake_score}
     schedule = {"student": config.scheduler, "fake_score": model.scheduler_fake_score}
@@ -308,9 +278,7 @@ def train_state(config: TrainConfig, method: Method) -> TrainState:
 def _resume(
     config: TrainConfig, checkpointer: Checkpointer, state: TrainState, loader: Loader
 ) -> None:
-    """Continue this job's newest checkpoint, else `checkpoint.load_path` as far as its keys ask
-    for, else start at 0.
-    """
+    """Continue this job's newest checkpoint, else `checkpoint.load_path`, else start at 0."""
     keys = config.checkpoint
     taken = Taken.all_but(keys.keys_not_to_resume)
     found = checkpointer.load(state, loader=loader, taken=taken)
@@ -337,16 +305,9 @@ def _sinks(run: Run, folder: Path, *, resumed_at: int) -> list[Sink]:
     job = run.config.job
     sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", resumed_at=resumed_at), LogLines()]
     if job.wandb_mode in ("online", "offline"):
-        place = {
-            "project": job.wandb_project or job.project,
-            "entity": job.wandb_entity,
-            "group": job.group,
-        }
-        sinks.append(
-            Wandb(
-                **place, name=job.name, directory=folder, mode=job.wandb_mode, config=run.record()
-            )
-        )
+        place = {"project": job.wandb_project or job.project, "entity": job.wandb_entity}
+        names = {**place, "group": job.group, "name": job.name}
+        sinks.append(Wandb(**names, directory=folder, mode=job.wandb_mode, config=run.record()))
     return sinks
 
 
@@ -360,29 +321,16 @@ def _observers(
     if trainer.progress_bar:
         observers.append(Progress(max_iter=trainer.max_iter))
     beat, figures = trainer.callbacks.heart_beat, trainer.callbacks.device_monitor
+    slow = trainer.callbacks.stragglers
     if beat.every_n:
-        observers.append(
-            HeartBeat(
-                folder / "heartbeat.json",
-                every=beat.every_n,
-                minutes=beat.update_interval_in_minute,
-            )
-        )
+        minutes = beat.update_interval_in_minute
+        observers.append(HeartBeat(folder / "heartbeat.json", every=beat.every_n, minutes=minutes))
     if figures.every_n:
-        observers.append(
-            DeviceMonitor(every=figures.every_n, device=device, detail=figures.log_memory_detail)
-        )
-    if trainer.callbacks.stragglers.every_n:
-        slow = trainer.callbacks.stragglers
-        observers.append(
-            Stragglers(
-                own,
-                every=slow.every_n,
-                device=device,
-                percent=slow.percent,
-                intervals=slow.intervals,
-            )
-        )
+        detail = figures.log_memory_detail
+        observers.append(DeviceMonitor(every=figures.every_n, device=device, detail=detail))
+    if slow.every_n:
+        often, share, runs = slow.every_n, slow.percent, slow.intervals
+        observers.append(Stragglers(own, every=often, device=device, percent=share, intervals=runs))
     if trainer.profile_iter:
         observers.append(Profiler(folder=folder / "profile", skip=trainer.profile_iter))
     return observers + sample_observers(run, folder, student, device=device)

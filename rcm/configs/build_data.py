@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rcm.configs.network import wan_config
 from rcm.configs.pieces import encode_once, text_encoder, toy_codec, toy_text, toy_world
@@ -30,9 +31,7 @@ from rcm.worlds.toy_latents import ToyLatents
 from rcm.worlds.toy_text import vocabulary
 
 LATENT_CACHE_BYTES = 1 << 30
-"""Decoded samples kept in memory: all of a toy data set, none that matters of a real one (a 480p
-sample takes 12 MB).
-"""
+"""Decoded samples in memory: all of a toy data set, few of a real one (480p: 12 MB each)."""
 
 
 def latent_shape(model: CommonModelConfig) -> tuple[int, int, int, int]:
@@ -43,9 +42,7 @@ def latent_shape(model: CommonModelConfig) -> tuple[int, int, int, int]:
 def build_loader(
     run: TrainConfig, *, dims: ParallelDims, device: torch.device | str = "cpu"
 ) -> Loader:
-    """The endless loader of this data rank; ranks of one context-parallel group read the same
-    samples. Prompts are encoded on `device`.
-    """
+    """The loader of this data rank, equal on the ranks of one sample; `device` encodes prompts."""
     data = run.dataloader_train
     return Loader(
         _source(run, device=device),
@@ -100,7 +97,7 @@ def _source(run: TrainConfig, *, device: torch.device | str) -> Source:
             encoder = text_encoder(model, device=device)
             turn = threading.Lock()  # an encoder serves one thread at a time
 
-            def encode(words: Sequence[str]) -> torch.Tensor:
+            def encode(words: Sequence[str]) -> Tensor:
                 with turn:
                     return encoder.encode(words).cpu()
 
@@ -118,9 +115,7 @@ def known_words(model: CommonModelConfig, source: Source) -> tuple[str, ...]:
 
 
 def _check_trajectories(model: CausalConfig, folders: set[Path]) -> None:
-    """Shards that say how their trajectories were made must be made for this run: their number of
-    states alone would not tell.
-    """
+    """Trajectories must be made for this run, which their number of states does not tell."""
     mine: dict[str, Any] = {
         "training_type": model.training_type,
         "kd_timesteps": list(model.kd_timesteps),
@@ -140,9 +135,7 @@ def _check_trajectories(model: CausalConfig, folders: set[Path]) -> None:
 
 
 class _PromptedShapes:
-    """Prompts as latent batches for on-policy training, which reads the shape of the latents only:
-    they are zeros.
-    """
+    """Prompts with zeros for latents, of which on-policy training reads the shape alone."""
 
     def __init__(self, prompts: Prompts, shape: tuple[int, int, int, int]) -> None:
         self._prompts, self._shape = prompts, shape
@@ -151,15 +144,12 @@ class _PromptedShapes:
         return len(self._prompts)
 
     def fingerprint(self) -> str:
-        """That of the prompts."""
         return self._prompts.fingerprint()
 
     def captions(self) -> Iterator[str]:
-        """Those of the prompts."""
         return self._prompts.captions()
 
     def fetch(self, indices: Sequence[int]) -> LatentBatch:
-        """Embeddings of prompts `indices` and zero latents."""
         batch = self._prompts.fetch(indices)
         return LatentBatch(
             torch.zeros(len(indices), *self._shape),
@@ -170,8 +160,8 @@ class _PromptedShapes:
 
 
 def negative_condition(run: TrainConfig, *, device: torch.device) -> Condition:
-    """The unconditional branch of a guided teacher, batch 1: `neg_embed_path` ([L, E] or [1, L,
-    E]), or the encoder's negative prompt. Collective.
+    """The unconditional branch of a guided teacher, batch 1: the embedding stored at
+    `neg_embed_path`, or the encoder's negative prompt. Collective.
     """
     model = run.model.config
     if model.neg_embed_path:
@@ -184,7 +174,7 @@ def negative_condition(run: TrainConfig, *, device: torch.device) -> Condition:
     return Condition(text.to(device))
 
 
-def _stored_embedding(path: str, net: WanConfig) -> torch.Tensor:
+def _stored_embedding(path: str, net: WanConfig) -> Tensor:
     stored = read_tensor(Path(path), name=f"model.config.neg_embed_path={path}")
     if (
         not stored.is_floating_point()

@@ -1,6 +1,4 @@
-"""The discriminator of a self-forced run: its head, and the objective that it has with the fake
-score.
-"""
+"""The discriminator of a self-forced run: its head and its objective."""
 
 from __future__ import annotations
 

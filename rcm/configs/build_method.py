@@ -71,15 +71,9 @@ def sampling_recipe(config: CommonModelConfig) -> SamplingRecipe | None:
 
 
 def build_method(run: TrainConfig, nets: NetBuilder, *, negative: Negative) -> Method:
-    """Networks and objective of `run`. `negative` gives the unconditional embedding when a teacher
-    is guided.
-    """
-    config = run.model.config
-    return (
-        _RCM(run, nets, negative).build()
-        if isinstance(config, RCMConfig)
-        else _Causal(run, nets, negative).build()
-    )
+    """Networks and objective of `run`; `negative` gives the unconditional embedding."""
+    family = _RCM if isinstance(run.model.config, RCMConfig) else _Causal
+    return family(run, nets, negative).build()
 
 
 class _Parts:
@@ -158,13 +152,11 @@ class _Causal(_Parts):
         return gaussian_bell if self.config.loss_weighting == "gaussian_bell" else None
 
     def _teacher(self) -> VelocityModel:
-        c = self.config
-        teacher = self.nets.frozen("net_causal_teacher")
-        return self.guided(teacher, c.causal_guidance)
+        return self.guided(self.nets.frozen("net_causal_teacher"), self.config.causal_guidance)
 
     def _shared(self, forcing: TeacherForcing) -> dict[str, Any]:
-        """Arguments of both consistency forms. In the joint stage noisy context takes the rollout's
-        times (Causal_rCM.md section 5).
+        """Arguments of consistency methods; joint stages make context noisy at rollout times
+        (Causal_rCM.md section 5).
         """
         c = self.config
         joint = c.training_type == "tf_scm_sf_dmd"

@@ -1,6 +1,4 @@
-"""Networks of a run: built on meta, parallelised, given memory, and filled from a checkpoint or at
-random.
-"""
+"""Networks of a run: built on meta, parallelised, given memory, and filled."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 from rcm.configs.bases import TRAINED, Base, alpha_of, base_of, checkpoint_of, roles_on
 from rcm.configs.network import wan_config
-from rcm.configs.schema_common import CommonModelConfig, NetConfig
+from rcm.configs.schema_common import CommonModelConfig
 from rcm.core.dtypes import Precision
 from rcm.core.errors import CheckpointError
 from rcm.nets.attention import configured
@@ -40,20 +38,16 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torc
 
 
 def precision_of(config: CommonModelConfig) -> Precision:
-    """Master weights and reductions in float32 (float64 for float64 runs), compute and timestep as
-    configured.
-    """
+    """Weights and reductions in float32 or wider; compute and timestep as configured."""
     compute = _DTYPES[config.precision]
     wide = torch.promote_types(compute, torch.float32)
     return Precision(params=wide, compute=compute, reduce=wide, time=_DTYPES[config.time_precision])
 
 
 def open_network(path: str | Path, *, knob: str) -> NetworkWeights | AdaptedWeights:
-    """The network of any file or folder that `open_weights` takes, averaged weights preferred;
-    nothing is read yet.
+    """The network in a file or folder, averaged weights preferred; nothing is read yet.
 
-    Raises `CheckpointError` naming the path and the config key for a missing, truncated or foreign
-    file.
+    `CheckpointError` names the path and the config key.
     """
     try:
         return network_weights(open_weights(path))
@@ -62,13 +56,12 @@ def open_network(path: str | Path, *, knob: str) -> NetworkWeights | AdaptedWeig
 
 
 class NetBuilder:
-    """Builds the networks of one run on this rank; every call is collective. `resumes`: a
-    checkpoint will replace the trained weights. `idle`: takes charge of the networks that are
-    alone in memory. `host`: trained networks live in host memory, and are not idle there.
+    """Builds the networks of one run on this rank; every call is collective.
 
-    With `lora.rank`, networks of the same sizes and checkpoint are one in memory: the adapters of
-    student and fake score lie on it, and a teacher is the base without them. `adapted`: role ->
-    where its base comes from, as `rcm.json` says it.
+    `resumes`: a checkpoint will replace trained weights. `idle`: takes charge of networks that are
+    alone in memory. `host`: trained ones live in host memory. With `lora.rank`, networks of equal
+    sizes and checkpoint are one: adapters lie on it, a teacher is the base without them. `adapted`:
+    role -> where its base comes from, as in `rcm.json`.
     """
 
     def __init__(
@@ -82,28 +75,17 @@ class NetBuilder:
         idle: IdleRoles | None = None,
         host: bool = False,
     ) -> None:
-        self.idle, self.host = idle, host
-        self.config, self.dims, self.device, self.seed, self.resumes = (
-            config,
-            dims,
-            device,
-            seed,
-            resumes,
-        )
+        self.config, self.dims, self.device, self.seed = config, dims, device, seed
+        self.resumes, self.idle, self.host = resumes, idle, host
         self.precision = precision_of(config)
         self.adapted: dict[str, dict[str, str | None]] = {}
         self._bases: dict[Base, nn.Module] = {}
 
     def trained(self, knob: str) -> Denoiser:
-        """The network at `knob` ("net", "net_fake_score"), to be trained: master weights,
-        activation checkpointing as configured.
-        """
-        net = (
-            AdaptedNet(self._base(knob), TRAINED[knob])
-            if self.config.lora.rank
-            else self._alone(knob, frozen=False)
-        )
-        return Denoiser(net, self.precision)
+        """The network at `knob` ("net", "net_fake_score"), to be trained."""
+        if self.config.lora.rank:
+            return Denoiser(AdaptedNet(self._base(knob), TRAINED[knob]), self.precision)
+        return Denoiser(self._alone(knob, frozen=False), self.precision)
 
     def frozen(self, knob: str) -> Denoiser:
         """A teacher: compute precision, no gradient."""
@@ -112,9 +94,7 @@ class NetBuilder:
         return Denoiser(net, self.precision).eval_params()
 
     def head(self, build: Callable[[], Head]) -> Head:
-        """What `build` makes, to be trained on tokens of another network: parallelised as that one,
-        with random weights.
-        """
+        """What `build` makes, parallel as the network whose tokens it reads, at random weights."""
         head = on_meta(build)
         parallelize_head(head, dims=self.dims, precision=self.precision)
         materialise(head, device=self.device)
@@ -141,37 +121,22 @@ class NetBuilder:
         if base not in self._bases:
             roles = roles_on(self.config, base)
             first = next(name for name, role in TRAINED.items() if role == roles[0])
-            net_config, checkpoint = getattr(self.config, first), checkpoint_of(self.config, first)
-            self._bases[base] = self._build(
-                net_config, knob=first, checkpoint=checkpoint, frozen=False, roles=roles
-            )
+            self._bases[base] = self._build(first, frozen=False, roles=roles)
             logger.info("{}: adapters of {} on one base", first, " and ".join(roles))
         return self._bases[base]
 
     def _alone(self, knob: str, *, frozen: bool) -> nn.Module:
-        net = self._build(
-            getattr(self.config, knob),
-            knob=knob,
-            checkpoint=checkpoint_of(self.config, knob),
-            frozen=frozen,
-        )
+        net = self._build(knob, frozen=frozen)
         if self.idle is not None and self.host and not frozen:
             self.idle.watch(net)
         elif self.idle is not None:
             self.idle.add(TRAINED.get(knob, knob.removeprefix("net_")), net)
         return net
 
-    def _build(
-        self,
-        net_config: NetConfig,
-        *,
-        knob: str,
-        checkpoint: str,
-        frozen: bool,
-        roles: tuple[str, ...] = (),
-    ) -> nn.Module:
+    def _build(self, knob: str, *, frozen: bool, roles: tuple[str, ...] = ()) -> nn.Module:
         """A filled network; with `roles` a frozen one with adapters for each."""
-        sizes, config = wan_config(net_config, knob=f"model.config.{knob}"), self.config
+        config, net_config = self.config, getattr(self.config, knob)
+        sizes = wan_config(net_config, knob=f"model.config.{knob}")
 
         def plain() -> WanDiT:
             backend = configured(config.attention_backend, flex_backend=config.flex_backend)
@@ -180,13 +145,8 @@ class NetBuilder:
         def build() -> WanDiT:
             net = plain().requires_grad_(not frozen)
             if roles:
-                attach(
-                    net,
-                    config.lora.layers,
-                    roles=roles,
-                    rank=config.lora.rank,
-                    alpha=alpha_of(config.lora),
-                )
+                lora = config.lora
+                attach(net, lora.layers, roles=roles, rank=lora.rank, alpha=alpha_of(lora))
             return net
 
         net, host = on_meta(build), self.host and not frozen
@@ -203,56 +163,30 @@ class NetBuilder:
         net.set_jvp_implementation(config.jvp_implementation)
         materialise(net, device="cpu" if host else self.device)
         quiet = self.resumes and not (frozen or roles)
-        self._fill(
-            net,
-            lambda: self._weights(net_config, plain, knob=knob, checkpoint=checkpoint, quiet=quiet),
-            checkpoint,
-            roles,
-        )
+        weights, source = self._weights(knob, plain, quiet=quiet)
+        if roles:
+            self._fill_adapted(net, weights, source=source, knob=knob, roles=roles)
+        else:
+            load_full(net, weights, source=source)
+        del weights  # they are in the network
         check_equal(net, dims=self.dims)
         return net
 
-    def _fill(
-        self,
-        net: nn.Module,
-        start: Callable[[], tuple[Mapping[str, Tensor] | None, str]],
-        checkpoint: str,
-        roles: tuple[str, ...],
-    ) -> None:
-        """Give a network in memory its values: those of `start`, and adapters for each of
-        `roles`.
-        """
-        weights, source = start()
-        if roles:
-            self._fill_adapted(net, weights, source=source, checkpoint=checkpoint, roles=roles)
-        else:
-            load_full(net, weights, source=source)
-
     def _weights(
-        self,
-        net_config: NetConfig,
-        plain: Callable[[], WanDiT],
-        *,
-        knob: str,
-        checkpoint: str,
-        quiet: bool,
+        self, knob: str, plain: Callable[[], WanDiT], *, quiet: bool
     ) -> tuple[Mapping[str, Tensor] | None, str]:
-        """What a network starts from, on rank 0, and its name in errors. `quiet`: nothing is said
-        of random weights.
-        """
+        """What a network starts from, on rank 0, and its name in errors; `quiet`: unsaid."""
+        net_config, checkpoint = getattr(self.config, knob), checkpoint_of(self.config, knob)
         if not checkpoint:
             if not quiet:
                 logger.warning(
                     "{}: RANDOM weights (seed {}), no checkpoint was given", knob, self.seed
                 )
             return on_first(lambda: drawn_weights(plain, seed=self.seed)), "initial weights"
-        weights = on_first(
-            lambda: open_network(checkpoint, knob=f"model.config.{knob}'s checkpoint")
-        )
+        key, size = f"model.config.{knob}", _size(asdict(wan_config(net_config)))
+        weights = on_first(lambda: open_network(checkpoint, knob=f"{key}'s checkpoint"))
         said = "" if weights is None else _said(weights)
-        about = (
-            f"model.config.{knob} = {net_config.preset}, {_size(asdict(wan_config(net_config)))}"
-        )
+        about = f"{key} = {net_config.preset}, {size}"
         logger.info("{}: weights from {}", knob, checkpoint)
         if weights is not None and (told := _other_pattern(weights, self.config)):
             logger.warning("{}: {} {}", knob, checkpoint, told)
@@ -272,18 +206,16 @@ class NetBuilder:
         weights: Mapping[str, Tensor] | None,
         *,
         source: str,
-        checkpoint: str,
+        knob: str,
         roles: tuple[str, ...],
     ) -> None:
-        """Load the base, take down which one it is, and start the adapters so that the network is
-        its base.
-        """
+        """Load the base, note which it is, and start adapters that change nothing."""
         compute = self.precision.compute
         digested = None if weights is None else DigestedWeights(weights, dtype=compute)
         load_full(AdaptedNet(net, None), digested, source=source)
         digest = shared(on_first(lambda: None if digested is None else digested.digest))
         told = {
-            "path": checkpoint or None,
+            "path": checkpoint_of(self.config, knob) or None,
             "dtype": str(compute).removeprefix("torch."),
             "digest": digest,
         }
@@ -299,27 +231,19 @@ def _size(network: Mapping[str, object]) -> str:
 
 
 def _said(weights: NetworkWeights | AdaptedWeights) -> str:
-    """Which network a checkpoint says it holds; nothing for a file that does not describe
-    itself.
-    """
+    """Which network a checkpoint says it holds; "" for a file that does not describe itself."""
     found = description_of(weights.file)
-    return (
-        ""
-        if found is None
-        else f", which holds {found.network_name or 'a network'} of {_size(found.network)}"
-    )
+    if found is None:
+        return ""
+    return f", which holds {found.network_name or 'a network'} of {_size(found.network)}"
 
 
 def _other_pattern(weights: NetworkWeights | AdaptedWeights, config: CommonModelConfig) -> str:
-    """What to say of a checkpoint that was trained in other blocks than the run's; "" for no
-    contradiction. Legal, seldom meant.
-    """
+    """A warning about weights of other blocks than the run's, legal but seldom meant; or ""."""
     found = description_of(weights.file)
     if found is None or found.pattern is None or config.pattern is None:
         return ""
     mine = config.pattern.name
-    return (
-        ""
-        if found.pattern == mine
-        else f"was trained in blocks {found.pattern}, this run has {mine} (first_chunk_t, chunk_t)"
-    )
+    if found.pattern == mine:
+        return ""
+    return f"was trained in blocks {found.pattern}, this run has {mine} (first_chunk_t, chunk_t)"

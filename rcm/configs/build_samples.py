@@ -1,14 +1,14 @@
-"""Sample grids during training: the student streams prompts on a schedule, and rank 0 writes mp4
-files.
-"""
+"""Sample grids during training: the student samples prompts, rank 0 writes mp4 files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from loguru import logger
+from torch import Tensor
 
 from rcm.configs.build_data import latent_shape
 from rcm.configs.build_method import sampling_recipe
@@ -52,22 +52,17 @@ PREVIEW_PROMPTS = (
 def sample_observers(
     run: Run, folder: Path, student: VelocityModel, *, device: torch.device
 ) -> list[Observer]:
-    """Grids of the live and of the averaged student, where `trainer.sampling` asks for them.
-    Collective.
-    """
+    """Grids of the live and the averaged student, as `trainer.sampling` asks. Collective."""
     config, sampling = run.config, run.config.trainer.sampling
-    wanted = [
-        (weights, every)
-        for weights, every in (("reg", sampling.every_n), ("ema", sampling.ema_every_n))
-        if every
-    ]
+    every_n = {"reg": sampling.every_n, "ema": sampling.ema_every_n}
+    wanted = {weights: every for weights, every in every_n.items() if every}
     if not wanted:
         return []
     if lacking := shared(on_first(lambda: _lacking(config.model.config))):
         logger.warning("trainer.sampling: no previews, {}", lacking)
         return []
     draw = _drawer(config, student, device=device)
-    write = _write_enlarged if config.model.config.tokenizer.name == "toy" else _write
+    write = partial(_write, toy=config.model.config.tokenizer.name == "toy")
     return [
         SampleGrid(
             every=every,
@@ -77,14 +72,12 @@ def sample_observers(
             weights=weights,
             at_start=sampling.run_at_start,
         )
-        for weights, every in wanted
+        for weights, every in wanted.items()
     ]
 
 
 def _lacking(model: CommonModelConfig) -> str:
-    """What previews would need and the run does not have, "" for nothing: training itself goes by
-    stored latents and embeddings.
-    """
+    """What previews need beyond training, which goes by stored latents and embeddings; or ""."""
     if model.text_encoder_class == "umT5" and not model.text_encoder_path:
         return (
             "they need prompts encoded: set model.config.text_encoder_path, or"
@@ -100,10 +93,8 @@ def _lacking(model: CommonModelConfig) -> str:
 
 def _drawer(
     config: TrainConfig, student: VelocityModel, *, device: torch.device
-) -> Callable[[int], torch.Tensor]:
-    """Frames of the preview prompts on rank 0; the other ranks take part in the network's passes
-    and return latents. Collective.
-    """
+) -> Callable[[int], Tensor]:
+    """Draws frames of preview prompts on rank 0, latents on the others. Collective."""
     model, count = config.model.config, config.trainer.sampling.num_samples
     codec = on_first(lambda: codec_of_run(model, device=device))
     texts = encode_once(
@@ -121,7 +112,7 @@ def _drawer(
     if recipe is not None and recipe.kind == "ode" and recipe.guidance > 1:
         student = Guided(student, Condition(texts[-1:]), recipe.guidance)
 
-    def draw(iteration: int) -> torch.Tensor:
+    def draw(iteration: int) -> Tensor:
         generator = torch.Generator().manual_seed(config.trainer.seed)
         if recipe is None:
             latents = whole_latents(
@@ -141,9 +132,7 @@ def _drawer(
 
 
 def preview_prompts(config: TrainConfig) -> list[str]:
-    """As many prompts as a grid has columns: captions of the embedded world, or the built-in ones
-    in turn.
-    """
+    """A prompt per column of a grid: the world's captions, or the built-in ones in turn."""
     model, count = config.model.config, config.trainer.sampling.num_samples
     if model.text_encoder_class == "toy":
         world = toy_world(model)
@@ -151,11 +140,7 @@ def preview_prompts(config: TrainConfig) -> list[str]:
     return [PREVIEW_PROMPTS[i % len(PREVIEW_PROMPTS)] for i in range(count)]
 
 
-def _write(path: Path, videos: torch.Tensor) -> None:
-    """[B, 3, F, H, W] side by side in width."""
-    write_mp4(path.with_suffix(".mp4"), torch.cat(list(videos), dim=-1), fps=16)
-
-
-def _write_enlarged(path: Path, videos: torch.Tensor) -> None:
-    """The same for videos that are too small and short for the eye."""
-    write_mp4(path.with_suffix(".mp4"), torch.cat(list(videos), dim=-1), fps=8, scale=8)
+def _write(path: Path, videos: Tensor, *, toy: bool) -> None:
+    """[B, 3, F, H, W] side by side in width; slower and larger where they are small and short."""
+    fps, scale = (8, 8) if toy else (16, 1)
+    write_mp4(path.with_suffix(".mp4"), torch.cat(list(videos), dim=-1), fps=fps, scale=scale)

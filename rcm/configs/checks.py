@@ -7,6 +7,8 @@ open until it starts); keys of the release with one value in `rcm.configs.releas
 
 from __future__ import annotations
 
+from functools import partial
+
 from rcm.configs.bases import TRAINED, check_lora
 from rcm.configs.convert import get_key
 from rcm.configs.memory import check_memory
@@ -20,6 +22,7 @@ from rcm.kernels.fused.quantise import ALIGNMENT
 from rcm.nets.frozen_fp8 import fits
 
 UMT5_WIDTH = 4096
+SHARD, CONTEXT = f"{M}.fsdp_shard_size", "model_parallel.context_parallel_size"
 
 
 def check(config: TrainConfig) -> None:
@@ -38,9 +41,7 @@ def check(config: TrainConfig) -> None:
 
 
 def _rates(config: TrainConfig) -> None:
-    """The largest rate of a schedule, and the decay it multiplies, leave weights between updates
-    what they are.
-    """
+    """The largest rate and the decay it multiplies must not turn weights around."""
     pairs = [
         ("optimizer", "scheduler"),
         (f"{M}.optimizer_fake_score", f"{M}.scheduler_fake_score"),
@@ -78,31 +79,13 @@ def check_mesh(config: TrainConfig, *, world_size: int) -> tuple[int, int, int]:
             f"{M}.gan.r1=exact differentiates gradients of the fake score again, which FSDP2 of"
             f" {world_size} ranks cannot; set {M}.gan.r1=approximate, or start one rank"
         )
-    require_divisible(
-        "world size",
-        value=world_size,
-        by=cp,
-        by_name="context_parallel_size",
-        knob="model_parallel.context_parallel_size",
-    )
-    require_divisible(
-        "world size",
-        value=world_size,
-        by=shard,
-        by_name="fsdp_shard_size",
-        knob=f"{M}.fsdp_shard_size",
-    )
+    dp_shard, span = max(1, shard // cp), "max(fsdp_shard_size, context_parallel_size)"
+    divides = partial(require_divisible, "world size", value=world_size)
+    divides(by=cp, by_name="context_parallel_size", knob=CONTEXT)
+    divides(by=shard, by_name="fsdp_shard_size", knob=SHARD)
     if shard % cp and cp % shard:
-        raise ConfigError(
-            f"{M}.fsdp_shard_size={shard} and model_parallel.context_parallel_size={cp}: one must"
-            " divide the other"
-        )
-    dp_shard = max(1, shard // cp)
-    span, knob = (
-        "max(fsdp_shard_size, context_parallel_size)",
-        f"{M}.fsdp_shard_size or model_parallel.context_parallel_size",
-    )
-    require_divisible("world size", value=world_size, by=dp_shard * cp, by_name=span, knob=knob)
+        raise ConfigError(f"{SHARD}={shard} and {CONTEXT}={cp}: one must divide the other")
+    divides(by=dp_shard * cp, by_name=span, knob=f"{SHARD} or {CONTEXT}")
     return world_size // (dp_shard * cp), dp_shard, cp
 
 
@@ -204,22 +187,11 @@ def _networks(config: TrainConfig) -> None:
                 f"{M}.state_t={model.state_t} is beyond the rotary table of"
                 f" {knob}.max_frames={wan.max_frames}"
             )
-        grid = wan.token_grid(*model.latent_size())
-        context = "model_parallel.context_parallel_size"
-        require_divisible(
-            f"{knob} num_heads",
-            value=wan.num_heads,
-            by=cp,
-            by_name="context_parallel_size",
-            knob=context,
-        )
-        require_divisible(
-            f"tokens per frame of {knob}",
-            value=grid[0] * grid[1],
-            by=cp,
-            by_name="context_parallel_size",
-            knob=context,
-        )
+        rows, columns = wan.token_grid(*model.latent_size())
+        spread = {f"{knob} num_heads": wan.num_heads, f"tokens per frame of {knob}": rows * columns}
+        for name, value in spread.items():
+            by_name = "context_parallel_size"
+            require_divisible(name, value=value, by=cp, by_name=by_name, knob=CONTEXT)
 
 
 def _discriminator(config: TrainConfig) -> None:

@@ -1,8 +1,7 @@
-"""The command line of training: read flags, choose the registry, compose and check, then print or
-run.
+"""The command line of training: flags, registry, then print or run what is composed.
 
-`[--config=REGISTRY] [--dryrun | --list [WORD ...]] [--] experiment=NAME key=value ...`
-REGISTRY is a Python file or module with a `register()`.
+`[--config=REGISTRY] [--dryrun | --list [WORD ...]] [--] experiment=NAME key=value ...`; REGISTRY is
+a Python file or module with a `register()`.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from rcm.parallel.launch import is_first, launched_world
 from rcm.parallel.mesh import launch_group
 from rcm.pipelines.video_io import VideoError
 
+_TOLD = (ConfigError, CheckpointError, ShardError, NonFinite, PeerGone, VideoError, OSError)
 DEFAULT_REGISTRY = "rcm/configs/registry_distill.py"
 HELP = """\
 Train an experiment with your settings. The same command continues a run that was stopped;
@@ -89,9 +89,7 @@ def _show(overrides: Sequence[str], registry: str) -> int:
 
 
 def _train(overrides: Sequence[str], registry: str) -> int:
-    """Compose and train. What one rank refuses or meets, all ranks hear of before they wait for it:
-    each says its own, the others whose.
-    """
+    """Compose and train. What one rank refuses, all ranks hear of before they wait for it."""
     status = 2
     try:
         world = launched_world()
@@ -104,15 +102,7 @@ def _train(overrides: Sequence[str], registry: str) -> int:
                 run = together(lambda: compose_run(overrides, registry=registry, world_size=world))
             status = 1
             run_training(run)
-    except (
-        ConfigError,
-        CheckpointError,
-        ShardError,
-        NonFinite,
-        PeerGone,
-        VideoError,
-        OSError,
-    ) as error:
+    except _TOLD as error:
         if told := sentence(error):
             print(told, file=sys.stderr, flush=True)
         return status
@@ -120,17 +110,14 @@ def _train(overrides: Sequence[str], registry: str) -> int:
 
 
 def list_main() -> int:
-    """Entry point of `rcm-experiments`: the table of experiments whose names contain every given
-    word.
-    """
+    """Entry point of `rcm-experiments`: those whose names contain every given word."""
     return main(["--list", *sys.argv[1:]])
 
 
 def load_registry(name: str) -> str:
     """Import the registry, call its `register()`, return its name.
 
-    `name` is a .py path (also relative to the package's parent folder) or a dotted module. Raises
-    `ConfigError` if there is no such file or module, or it has no `register`.
+    `name`: a .py path (also relative to the package's parent folder) or a dotted module.
     """
     module = _module_of(name)
     if not callable(getattr(module, "register", None)):
@@ -170,13 +157,12 @@ def _flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     flags, rest = parser.parse_known_args(argv)
     for word in rest:
         if word.startswith("-"):
-            near = difflib.get_close_matches(
-                word, ("--config", "--dryrun", "--list", "--help"), n=1
-            )
+            known = ("--config", "--dryrun", "--list", "--help")
+            near = difflib.get_close_matches(word, known, n=1)
             meant = f"did you mean {near[0]}? " if near else ""
             raise ConfigError(
-                f"unknown flag {word!r}; {meant}flags are --config, --dryrun, --list, --help;"
-                " settings are written key=value"
+                f"unknown flag {word!r}; {meant}flags are {', '.join(known)}; settings are written"
+                " key=value"
             )
     return flags, rest
 

@@ -1,9 +1,7 @@
-"""Command-line overrides -> a resolved, checked, frozen `Run`. Nothing is built; every refusal
-names the key.
+"""Command-line overrides -> a resolved, checked, frozen `Run`. Every refusal names the key.
 
-Order: read the overrides, refuse unknown keys and unknown options (also with + or ++), compose with
-Hydra, convert into the schema, fill in what the environment decides, check fields against each
-other.
+Order: read the overrides, refuse unknown keys and options, compose with Hydra, convert into the
+schema, fill in what the environment decides, check fields against each other.
 """
 
 from __future__ import annotations
@@ -59,24 +57,18 @@ class Run:
     missing: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
-        """Everything as plain dicts and lists: goes into the run's folder and into its
-        checkpoints.
-        """
-        head = {
+        """Everything as plain dicts and lists, for the run's folder and its checkpoints."""
+        return {
             "experiment": self.experiment,
             "registry": self.registry,
             "overrides": list(self.overrides),
             "rcm_version": __version__,
-        }
-        return {
-            **head,
             "mesh": list(self.mesh),
             "environment": plain(self.environment),
             "config": plain(self.config),
         }
 
     def to_yaml(self) -> str:
-        """The record as YAML text."""
         return OmegaConf.to_yaml(OmegaConf.create(self.record()))
 
 
@@ -170,21 +162,17 @@ def _refuse_unknown_option(group: str, override: Override) -> None:
 
 
 def _for_hydra(override: Override) -> str:
-    """The override's text; Hydra leaves an optional network out when told ~net_fake_score, and
-    breaks on net_fake_score=null.
-    """
+    """Hydra leaves a network out when told ~net_fake_score, and breaks on net_fake_score=null."""
     left_out = override.key_or_group in registry_distill.EXTRA_NETS and override.value() is None
     return f"~{override.key_or_group}" if left_out else str(override.input_line)
 
 
 def _compose(overrides: Sequence[str]) -> Any:
     try:
-        with initialize_config_dir(
-            config_dir=str(registry_distill.config_dir()), version_base="1.3"
-        ):
-            return OmegaConf.to_container(
-                compose("train", overrides=list(overrides)), resolve=True, throw_on_missing=True
-            )
+        folder = str(registry_distill.config_dir())
+        with initialize_config_dir(config_dir=folder, version_base="1.3"):
+            composed = compose("train", overrides=list(overrides))
+            return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         refused = re.search(r"Could not override '([^']+)'", str(error))
         if refused:  # the key is known to the schema, but this run has no such group

@@ -1,6 +1,4 @@
-"""What a training command says on its console, and what it keeps in the job's folder: short lines
-there, whole ones here.
-"""
+"""What a training command says: short lines on its console, whole ones in the job's folder."""
 
 from __future__ import annotations
 
@@ -25,9 +23,8 @@ def _tell(line: str) -> None:
 
 @contextmanager
 def told(folder: Path, *, rank: int = 0, world_size: int = 1) -> Iterator[None]:
-    """Inside, log lines are short on stderr (time and message, from INFO on; ranks other than 0:
-    warnings), in place of loguru's own handler, and whole in `folder`/train.log (rank 0, from DEBUG
-    on, appended).
+    """Inside, lines from INFO on (ranks other than 0: WARNING) are short on stderr, in place of
+    loguru's own, and on rank 0 all are whole in `folder`/train.log, appended.
     """
     with suppress(ValueError):  # taken away before
         logger.remove(0)
@@ -35,18 +32,10 @@ def told(folder: Path, *, rank: int = 0, world_size: int = 1) -> Iterator[None]:
 
     def short(record: Record) -> str:
         level = record["level"].name
-        return (
-            "{time:HH:mm:ss} "
-            f" {who}{'' if level == 'INFO' else level.lower() + ': '}{{message}}\n"
-        )
+        mark = "" if level == "INFO" else f"{level.lower()}: "
+        return f"{{time:HH:mm:ss}}  {who}{mark}{{message}}\n"
 
-    mine = [
-        logger.add(
-            _tell,
-            level="WARNING" if rank else "INFO",
-            format=short,
-        )
-    ]
+    mine = [logger.add(_tell, level="WARNING" if rank else "INFO", format=short)]
     if rank == 0:
         # loguru fills in braces of a name
         path = str(folder / LOG_FILE).replace("{", "{{").replace("}", "}}")

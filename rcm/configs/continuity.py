@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from rcm.configs.convert import plain
 from rcm.configs.network import NETS
 from rcm.configs.schema import TrainConfig
+from rcm.configs.schema_common import M
+from rcm.storage.state_dicts import flatten
 from rcm.train.continuity import Settings
-
-M = "model.config"
 
 CHANGEABLE = (
     "optimizer.lr",
@@ -33,9 +32,7 @@ CHANGEABLE = (
     f"{M}.neg_embed_path",
     f"{M}.text_encoder_path",
 )
-"""What a run may change on the way, with a word: rates and batches, and where frozen weights lie
-(they may have been moved).
-"""
+"""What may change on the way, with a word: rates, batches, where frozen weights lie."""
 
 FREE = (
     "job",
@@ -49,6 +46,7 @@ FREE = (
     "trainer.profile_iter",
     "trainer.guard_tangents",
     "trainer.gradient_sync",
+    "trainer.keep_gathered_gib",
     "trainer.offload",
     "dataloader_train.tar_path_pattern",
     "dataloader_train.num_workers",
@@ -67,9 +65,7 @@ FREE = (
     f"{M}.tokenizer.vae_pth",
     *(f"{M}.{net}.sac_config" for net in NETS),
 )
-"""What changes no number of the training but by rounding, or is compared elsewhere (data by their
-fingerprint, networks by their sizes).
-"""
+"""What changes numbers by rounding alone, or is compared elsewhere (data, network sizes)."""
 
 _OF_RANK_0 = ("job.wandb_mode", "job.wandb_project", "job.wandb_entity", f"{M}.text_cache")
 """What only rank 0 uses, or what may differ from host to host."""
@@ -77,24 +73,15 @@ _OF_RANK_0 = ("job.wandb_mode", "job.wandb_project", "job.wandb_entity", f"{M}.t
 
 def continued_settings(config: TrainConfig) -> Settings:
     """What a run must share with the checkpoint that it continues."""
-    return Settings(
-        {key: value for key, value in _flat(plain(config)) if not _below(key, FREE)}, CHANGEABLE
-    )
+    return Settings(_without(FREE, config), CHANGEABLE)
 
 
 def shared_by_ranks(config: TrainConfig) -> dict[str, Any]:
     """What all ranks of a launch must agree on."""
-    return {key: value for key, value in _flat(plain(config)) if not _below(key, _OF_RANK_0)}
+    return _without(_OF_RANK_0, config)
 
 
-def _flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        key = f"{path}.{name}" if path else name
-        if isinstance(value, dict):
-            yield from _flat(value, key)
-        else:
-            yield key, value
-
-
-def _below(key: str, groups: tuple[str, ...]) -> bool:
-    return any(key == group or key.startswith(f"{group}.") for group in groups)
+def _without(groups: tuple[str, ...], config: TrainConfig) -> dict[str, Any]:
+    below = tuple(f"{group}." for group in groups)
+    flat = flatten(plain(config))
+    return {k: v for k, v in flat.items() if k not in groups and not k.startswith(below)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from fractions import Fraction
 from functools import cache
@@ -23,9 +23,7 @@ _ELSEWHERE = {"r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "target_m
 
 
 def read(cls: type, data: Mapping[str, Any], *, path: str = "") -> Any:
-    """Instance of dataclass `cls` from a plain mapping; keys left out keep their default. `path` is
-    the name of `data` in messages.
-    """
+    """Instance of dataclass `cls` from a plain mapping, called `path` in messages."""
     if not isinstance(data, Mapping):
         names = ", ".join(f.name for f in fields(cls))
         raise ConfigError(
@@ -71,32 +69,16 @@ def with_key(config: Any, key: str, value: Any) -> Any:
 
 
 def known_paths(cls: type, *, path: str = "") -> dict[str, Any]:
-    """Dotted path -> default of every key below `cls`, groups included; optional groups and
-    variants are walked too.
-    """
+    """Dotted path -> default of every key below `cls`, with groups, options and variants."""
     found: dict[str, Any] = {}
-    hints = _hints(cls)
-    for f in fields(cls):
-        here = _join(path, f.name)
-        found[here] = _default(f)
-        for inner in _dataclasses_in(f, hints[f.name]):
-            for key, default in known_paths(inner, path=here).items():
-                found.setdefault(key, default)
+    for key, f, _ in _walk(cls, path):
+        found.setdefault(key, _default(f))
     return found
 
 
-def text_paths(cls: type, *, path: str = "") -> set[str]:
+def text_paths(cls: type) -> set[str]:
     """Dotted paths of every key below `cls` that is a text, or one of several words."""
-    found: set[str] = set()
-    for f in fields(cls):
-        here, hint = _join(path, f.name), _hints(cls)[f.name]
-        if hint is str or (
-            get_origin(hint) is Literal and all(isinstance(word, str) for word in get_args(hint))
-        ):
-            found.add(here)
-        for inner in _dataclasses_in(f, hint):
-            found |= text_paths(inner, path=here)
-    return found
+    return {key for key, _, hint in _walk(cls, "") if hint is str or _is_word(hint)}
 
 
 def unknown_key(key: str, *, known_keys: Iterable[str]) -> ConfigError:
@@ -107,9 +89,7 @@ def unknown_key(key: str, *, known_keys: Iterable[str]) -> ConfigError:
 
 
 def suggestions(word: str, known: Iterable[str], *, limit: int = 3) -> list[str]:
-    """Known names close to `word`: those with the same last part first, then by similarity of the
-    whole or of the last part.
-    """
+    """Known names close to `word`: those with its last part first, then by similarity."""
     known = list(known)
     leaf = word.rsplit(".", 1)[-1]
     leaf = _ELSEWHERE.get(leaf, leaf)
@@ -121,6 +101,19 @@ def suggestions(word: str, known: Iterable[str], *, limit: int = 3) -> list[str]
     close = difflib.get_close_matches(word, known, n=limit, cutoff=0.75)
     similar = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=limit, cutoff=0.65)]
     return list(dict.fromkeys([*exact, *close, *similar]))[:limit]
+
+
+def _walk(cls: type, path: str) -> Iterator[tuple[str, Field, Any]]:
+    """(dotted path, field, type) of every key below `cls`, groups included."""
+    for f in fields(cls):
+        here, hint = _join(path, f.name), _hints(cls)[f.name]
+        yield here, f, hint
+        for inner in _dataclasses_in(f, hint):
+            yield from _walk(inner, here)
+
+
+def _is_word(hint: Any) -> bool:
+    return get_origin(hint) is Literal and all(isinstance(word, str) for word in get_args(hint))
 
 
 def _join(path: str, name: str) -> str:

@@ -1,14 +1,11 @@
-"""Environment variables that may decide a key. A key that the config sets wins; the record says who
-decided.
-"""
+"""Environment variables that may decide a key; one that the config sets wins."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-from rcm.configs.convert import get_key, plain, read
+from rcm.configs.convert import get_key, plain, read, with_key
 from rcm.configs.schema import TrainConfig
 from rcm.core.errors import ConfigError
 
@@ -20,16 +17,12 @@ VARIABLES = {
     "RCM_ATTENTION_BACKEND": ("model.config.attention_backend", "auto"),
     "RCM_FLEX_BACKEND": ("model.config.flex_backend", "auto"),
 }
-"""Variable -> (the key it may decide, the value when neither is set). Secrets such as WANDB_API_KEY
-are never read here.
-"""
+"""Variable -> (key that it may decide, value when neither is set). Secrets are not read."""
 
 
 @dataclass(frozen=True)
 class EnvironmentUse:
-    """One variable that was set: the key, the value used, and whether the environment or the config
-    decided.
-    """
+    """A variable that was set, its key, the value used, and who decided."""
 
     variable: str
     key: str
@@ -40,9 +33,7 @@ class EnvironmentUse:
 def apply_environment(
     config: TrainConfig, environ: Mapping[str, str]
 ) -> tuple[TrainConfig, tuple[EnvironmentUse, ...]]:
-    """Fill keys left empty from `environ`, then from their fallback. Returns the config and a line
-    per variable that was set.
-    """
+    """Fill empty keys from `environ`, then their fallback; also, what each set variable did."""
     uses = []
     for variable, (key, fallback) in VARIABLES.items():
         configured, given = get_key(config, key), environ.get(variable, "")
@@ -54,7 +45,7 @@ def apply_environment(
             value, who = fallback.format(project=config.job.project), "default"
         if who != "config":
             try:
-                config = _set(config, key.split("."), value)
+                config = _with_checked(config, key, value)
             except ConfigError as error:
                 raise ConfigError(f"environment variable {variable}: {error}") from error
         if given:
@@ -62,9 +53,9 @@ def apply_environment(
     return config, tuple(uses)
 
 
-def _set(node: Any, names: list[str], value: str) -> Any:
-    if len(names) > 1:
-        return replace(node, **{names[0]: _set(getattr(node, names[0]), names[1:], value)})
-    # validates the value as if it stood in the config
-    fresh = read(type(node), {**plain(node), names[0]: value})
-    return replace(node, **{names[0]: getattr(fresh, names[0])})
+def _with_checked(config: TrainConfig, key: str, value: str) -> TrainConfig:
+    """`config` with a value that is read as if it stood in the config."""
+    group, _, name = key.rpartition(".")
+    node = get_key(config, group)
+    fresh = read(type(node), {**plain(node), name: value})
+    return with_key(config, key, getattr(fresh, name))

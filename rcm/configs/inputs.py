@@ -12,9 +12,7 @@ _TEACHERS = ("teacher_ckpt", "causal_teacher_ckpt", "bidirectional_teacher_ckpt"
 
 
 def missing_inputs(config: TrainConfig) -> list[str]:
-    """What the run needs from outside and does not have yet: one sentence per key, empty when it
-    can start.
-    """
+    """What the run needs from outside and lacks, one sentence per key."""
     model = config.model.config
     weights = dict.fromkeys((*model.checkpoints(), "student_ckpt", "fake_score_ckpt"))
     paths = {f"{M}.{key}": getattr(model, key) for key in weights}

@@ -21,9 +21,7 @@ _SHORT = {
 
 
 def matching(words: Sequence[str]) -> dict[str, list[str]]:
-    """Runnable experiments whose names contain all `words`, by row; `_debug` variants only if a
-    word asks for them.
-    """
+    """Runnable experiments with all `words` in their names, by row; `_debug` if asked for."""
     known = set(compose.options("experiment"))
     debug = any("debug" in word for word in words)
     found: dict[str, list[str]] = {}
@@ -31,19 +29,14 @@ def matching(words: Sequence[str]) -> dict[str, list[str]]:
         template = any(
             other.startswith(f"{name}_c") and _SUFFIXES.sub("", other) == name for other in known
         )
-        if (
-            not template
-            and all(word in name for word in words)
-            and (debug or not name.endswith("_debug"))
-        ):
+        asked = all(word in name for word in words) and (debug or not name.endswith("_debug"))
+        if asked and not template:
             found.setdefault(_SUFFIXES.sub("", name), []).append(name)
     return found
 
 
 def lines(words: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """(line, whether it tells of a failure). Rows are composed, one variant each, when words narrow
-    the list down: that takes a moment.
-    """
+    """(line, whether it tells of a failure). Words narrow the list, and rows are composed."""
     rows = matching(words)
     if not rows:
         raise ConfigError(
@@ -59,30 +52,19 @@ def lines(words: Sequence[str]) -> Iterator[tuple[str, bool]]:
             yield from _row(row, names, composed=bool(words))
     yield "Each name also exists with _debug (25 iterations).", False
     if words:
-        yield (
-            "batch: per data rank x accumulation; ranks: those that share a sample / the weights.",
-            False,
-        )
+        batch = "batch: per data rank x accumulation"
+        yield f"{batch}; ranks: those that share a sample / the weights.", False
     else:
-        yield (
-            (
-                "With words from the names it also tells networks, sizes and needs: rcm experiments"
-                " toy sf_dmd"
-            ),
-            False,
-        )
+        more = "With words from the names it also tells networks, sizes and needs"
+        yield f"{more}: rcm experiments toy sf_dmd", False
 
 
 def _row(row: str, names: Sequence[str], *, composed: bool) -> Iterator[tuple[str, bool]]:
     if composed:
         about, failed = details(names[0])
         yield f"  {row}", failed
-        yield from (
-            (line, failed)
-            for line in textwrap.wrap(
-                about, WIDTH, initial_indent="      ", subsequent_indent="      "
-            )
-        )
+        for line in textwrap.wrap(about, WIDTH - 6):
+            yield f"      {line}", failed
     for name in names:
         yield f"    {name}" if composed else f"  {name}", False
 
@@ -103,15 +85,9 @@ def details(name: str) -> tuple[str, bool]:
     )
     batch = f"{config.dataloader_train.batch_size}x{config.trainer.grad_accum_iter}"
     ranks = f"{config.model_parallel.context_parallel_size}/{model.fsdp_shard_size}"
-    needs = sorted(
-        {
-            lack.split()[0].removeprefix("model.config.").removeprefix("dataloader_train.")
-            for lack in run.missing
-        }
-    )
-    sizes = (
-        f"lr {config.optimizer.lr:.0e}, batch {batch}, {config.trainer.max_iter} steps, ranks"
-        f" {ranks}"
-    )
+    lacks = (lack.split()[0].removeprefix("model.config.") for lack in run.missing)
+    needs = sorted({lack.removeprefix("dataloader_train.") for lack in lacks})
+    rate, steps = f"lr {config.optimizer.lr:.0e}", f"{config.trainer.max_iter} steps"
+    sizes = f"{rate}, batch {batch}, {steps}, ranks {ranks}"
     verdict = f"ok; needs {', '.join(needs)}" if needs else "ok"
     return f"{mine}{', with ' + others if others else ''}; {sizes}; {verdict}", False

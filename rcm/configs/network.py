@@ -1,6 +1,4 @@
-"""What a net config means in numbers: the network's sizes and its parameters. Nothing is
-allocated.
-"""
+"""Sizes and parameters of a configured network; nothing is allocated."""
 
 from __future__ import annotations
 
@@ -16,9 +14,7 @@ NETS = ("net", "net_teacher", "net_causal_teacher", "net_bidirectional_teacher",
 
 
 def wan_config(net: NetConfig, *, knob: str = "model.config.net") -> WanConfig:
-    """The network's sizes: its preset with the given numbers put in. `ConfigError` on an unknown
-    preset.
-    """
+    """The network's sizes: its preset with the given numbers put in."""
     if net.preset not in PRESETS:
         raise ConfigError(f"{knob}.preset={net.preset!r} must be one of {', '.join(PRESETS)}")
     given = {name: getattr(net, name) for name in SIZES if getattr(net, name) is not None}

@@ -1,5 +1,4 @@
-"""Words of the command line -> overrides as Hydra reads them, with what a user means by text and by
-the release's names put right.
+"""Words of the command line as Hydra's overrides, texts and the release's words put right.
 
 Text keys keep the characters that were typed: `job.name=1_3` is no 13, and a path may have '=',
 '#', braces and brackets. Nothing that a word names is imported.
@@ -48,9 +47,7 @@ def quoted(text: str) -> str:
 
 
 def as_typed(key: str, text: str) -> str:
-    """The word that sets a text key, as a shell takes it: Hydra's quotes inside, the shell's around
-    them.
-    """
+    """The word that sets a text key: Hydra's quotes inside, the shell's around them."""
     return shlex.quote(f"{key}={quoted(text)}")
 
 
@@ -88,11 +85,9 @@ def _checked(override: Override, word: str) -> Override:
         )
     if override.is_sweep_override():
         key, text = override.key_or_group, word.partition("=")[2]
-        advice = (
-            f"a text with a comma: {as_typed(key, text)}"
-            if key in _texts()
-            else f"a list: {shlex.quote(f'{key}=[{text}]')}"
-        )
+        advice = f"a list: {shlex.quote(f'{key}=[{text}]')}"
+        if key in _texts():
+            advice = f"a text with a comma: {as_typed(key, text)}"
         raise ConfigError(
             f"override {_short(word)!r} asks for several runs; launch one at a time (or do you mean"
             f" {advice}?)"
@@ -101,35 +96,34 @@ def _checked(override: Override, word: str) -> Override:
 
 
 def _of_release(override: Override) -> Iterator[Override]:
-    """The override, or those that say the same here: a group's choice, a key of another name, a
-    time law given by the release's class.
-    """
+    """The override, or those that say the same here if it is one of the release."""
     key, value = override.key_or_group, override.value()
     words = said_here(key, value)
     if words is not None and override.is_add():
         raise ConfigError(f"write {key}=NAME without +")
     if words is None and key in RENAMED:
         words = (str(override.input_line).replace(key, RENAMED[key], 1),)
-    if words is not None:
-        yield from OverridesParser.create().parse_overrides(list(words))
-        return
-    law_key = key.removesuffix("._target_")
-    if law_key not in _LAW_KEYS or not (
-        law_key != key or (isinstance(value, dict) and "_target_" in value)
-    ):
+    if words is None:
+        words = _law_words(key, value)
+    if words is None:
         yield override
-        return
-    given: dict[str, Any] = {"_target_": value}
-    if law_key == key and isinstance(value, dict):
-        given = {str(name): number for name, number in value.items()}
+    else:
+        yield from OverridesParser.create().parse_overrides(list(words))
+
+
+def _law_words(key: str, value: Any) -> list[str] | None:
+    """Overrides for a time law that is given by the release's class; None for other words."""
+    law_key = key.removesuffix("._target_")
+    given = value if law_key == key else {"_target_": value}
+    if law_key not in _LAW_KEYS or not isinstance(given, dict) or "_target_" not in given:
+        return None
+    given = {str(name): number for name, number in given.items()}
     target = given.pop("_target_")
     if target not in TIME_LAWS:
-        known = " and ".join(
-            f"{name} ({law_key}.law={law})" for name, (law, _) in TIME_LAWS.items()
-        )
+        laws = (f"{name} ({law_key}.law={law})" for name, (law, _) in TIME_LAWS.items())
         raise ConfigError(
             f"{law_key}._target_={target!r} is not imported; the time laws known by name are"
-            f" {known}"
+            f" {' and '.join(laws)}"
         )
     law, numbers = TIME_LAWS[target]
     for name in given:
@@ -137,12 +131,8 @@ def _of_release(override: Override) -> Iterator[Override]:
             raise ConfigError(
                 f"{law_key}.{name} is no number of {target}, which takes {', '.join(numbers)}"
             )
-    yield from OverridesParser.create().parse_overrides(
-        [
-            f"{law_key}.law={law}",
-            *(f"{law_key}.{name}={_number(number)}" for name, number in given.items()),
-        ]
-    )
+    told = [f"{law_key}.{name}={_number(number)}" for name, number in given.items()]
+    return [f"{law_key}.law={law}", *told]
 
 
 def _number(value: Any) -> str:

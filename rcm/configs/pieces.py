@@ -1,6 +1,4 @@
-"""Codec and text encoder of a run: the embedded world's, or Wan's VAE and umT5 from the files that
-the config names.
-"""
+"""Codec and text encoder of a run: the embedded world's, or Wan's from their files."""
 
 from __future__ import annotations
 
@@ -28,9 +26,7 @@ from rcm.worlds.toy_world import ToyWorld, ToyWorldConfig
 def described_pieces(
     model: CommonModelConfig, *, words: Sequence[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How a checkpoint describes the codec and the text encoder it needs, as
-    `rcm/pipelines/described.py` reads it; `words` of the captions it was trained with.
-    """
+    """Codec and text encoder as checkpoints describe them; `words` of the captions."""
     if model.tokenizer.name == "toy":
         codec = {"name": "toy", **asdict(toy_codec(model))}
     else:
@@ -41,18 +37,14 @@ def described_pieces(
 
 
 def codec_of_run(model: CommonModelConfig, *, device: torch.device | str) -> LatentCodec:
-    """The codec of the latents, on `device`. `CheckpointError` if Wan's VAE is not at
-    `model.config.tokenizer.vae_pth`.
-    """
+    """The codec of the latents; `CheckpointError` if Wan's VAE is not where it should be."""
     if model.tokenizer.name == "toy":
         return toy_codec(model)
     return WanVAECodec.from_file(model.tokenizer.vae_pth, device=device)
 
 
 def text_encoder(model: CommonModelConfig, *, device: torch.device | str) -> TextEncoder:
-    """The encoder of prompts. umT5 is read at its first prompt, and stays on `device`. Raises as
-    `UMT5TextEncoder.from_files`.
-    """
+    """The encoder of prompts; umT5 is read at its first prompt, and stays on `device`."""
     if model.text_encoder_class == "toy":
         return toy_text(model)
     weights, cache = model.text_encoder_path or UMT5_FILE, model.text_cache or None
@@ -67,9 +59,7 @@ def encode_once(
     *,
     device: torch.device | str,
 ) -> Tensor:
-    """Embeddings of a few prompts on the CPU, float32; rank 0 encodes for all and frees the
-    encoder. Collective.
-    """
+    """Embeddings of prompts, float32 on the CPU; rank 0 encodes, then frees. Collective."""
 
     def encode() -> Tensor:
         encoder = text_encoder(model, device=device)
@@ -82,9 +72,7 @@ def encode_once(
 
 
 def toy_codec(model: CommonModelConfig) -> ToyCodec:
-    """The toy codec that `model.config.tokenizer` names; `ConfigError` unless its channels are
-    `state_ch`.
-    """
+    """The toy codec of `tokenizer`; `ConfigError` unless its channels are `state_ch`."""
     t = model.tokenizer
     codec = ToyCodec(t.temporal_stride, t.spatial_stride, t.gain, t.boost, t.centre)
     if codec.latent_channels != model.state_ch:

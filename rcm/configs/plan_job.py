@@ -1,8 +1,6 @@
-"""A composed run in the planner's vocabulary: which networks, which phases, which passes
-(`rcm.train.planner_job`).
+"""A composed run as a planner's job: networks, phases, passes (`rcm.train.planner_job`).
 
-Follows `rcm.configs.build_method` and the methods it builds; sampling and checkpoints in between
-are left out.
+Follows `rcm.configs.build_method`, without sampling and checkpoints.
 """
 
 from __future__ import annotations
@@ -28,9 +26,7 @@ from rcm.rollout.plan import training_plan
 from rcm.train.planner_job import Job, NetPlan, Pass, PhasePlan
 
 Rollouts = Literal["mean", "longest"]
-"""Step counts of rollouts: the mean over their cycle (for the time of a run), or the longest (for
-one measured iteration).
-"""
+"""Rollout steps: the mean of their cycle (time of a run) or the longest (of an iteration)."""
 
 
 def plan_job(run: Run, *, ranks: int, fused: bool = True, rollouts: Rollouts = "mean") -> Job:
@@ -40,11 +36,7 @@ def plan_job(run: Run, *, ranks: int, fused: bool = True, rollouts: Rollouts = "
     return Job(
         name=run.experiment or config.job.name,
         nets=tuple(_net(key, net, config) for key, net in networks(model).items()),
-        phases=(
-            _causal_phases(model, rollouts)
-            if isinstance(model, CausalConfig)
-            else _rcm_phases(model, rollouts)
-        ),
+        phases=_phases(model, rollouts),
         latent_elements=math.prod(latent_shape(model)),
         batch=config.dataloader_train.batch_size,
         accumulation=config.trainer.grad_accum_iter,
@@ -60,6 +52,7 @@ def plan_job(run: Run, *, ranks: int, fused: bool = True, rollouts: Rollouts = "
         host_states=config.trainer.offload.states,
         idle_roles=config.trainer.offload.idle_roles,
         host_parameters=config.trainer.offload.parameters,
+        keep_gathered=kept_gathered(config),
     )
 
 
@@ -110,15 +103,15 @@ def _alternating(
     student: PhasePlan, critic: tuple[Pass, ...], *, frequency: int
 ) -> tuple[PhasePlan, PhasePlan]:
     """One student iteration, then `frequency` - 1 of the fake score."""
-    return replace(student, share=1 / frequency), PhasePlan(
-        "fake_score", critic, share=(frequency - 1) / frequency
+    rest = (frequency - 1) / frequency
+    return (
+        replace(student, share=1 / frequency),
+        PhasePlan("fake_score", critic, share=rest, rollout=student.rollout),
     )
 
 
 class _Causal:
-    """Passes of the causal stages. `whole`, `packed`, `masked`, `noisy`, `chunks`: the layouts of
-    `rcm.methods`.
-    """
+    """Passes of the causal stages, over the layouts that `rcm.methods` use."""
 
     def __init__(self, model: CausalConfig, rollouts: Rollouts) -> None:
         self.model, self.frames, self.rollouts = model, model.state_t, rollouts
@@ -129,11 +122,8 @@ class _Causal:
         self.packed = TokenLayout.teacher_forcing(self.frames, **structure)
         self.masked = TokenLayout.block_causal(self.frames, **structure)
         self.noisy = TokenLayout.noisy_over_context(self.frames, **structure)
-        total, window = (
-            model.long_tuning.frames or self.frames,
-            model.long_tuning.window_blocks or None,
-        )
-        sinks = model.long_tuning.sink_blocks
+        long, sinks = model.long_tuning, model.long_tuning.sink_blocks
+        total, window = long.frames or self.frames, long.window_blocks or None
         seen: dict[str, Any] = {"num_frames": total, "window": window, "sinks": sinks}
         self.bounds = self.pattern.bounds(total)
         self.chunks = tuple(
@@ -151,9 +141,7 @@ class _Causal:
             if stop > total - self.frames
         )
         if window is not None:  # what a streamed chunk sees, and the judged chunks
-            seen_frames = (window + model.long_tuning.sink_blocks) * max(
-                self.pattern.first, self.pattern.chunk
-            )
+            seen_frames = (window + sinks) * max(self.pattern.first, self.pattern.chunk)
             total = min(total, seen_frames + sum(chunk.num_frames for chunk in self.judged))
         self.cached = total
 
@@ -190,25 +178,15 @@ class _Causal:
         return Pass("rollout", "student", "infer", self.chunks, tuple(counts), self.cached, beside)
 
     def self_forced(self) -> tuple[Pass, ...]:
-        """A student phase: the rollout, its judgement, and the gradient of every chunk's last step,
-        together or one chunk at a time.
-        """
+        """A student phase: rollout, judgement, and the gradient of every chunk's last step."""
         cached, replayed = self.cached, self.model.replayed_training
         last = Pass("rollout's last steps", "student", "train", self.judged, cached=cached)
         beside = None if replayed else last
-        guided = (_guided(self.model.bidirectional_guidance),)
+        role, guided = "bidirectional_teacher", (_guided(self.model.bidirectional_guidance),)
         judged = (
             self.rollout(last_with_gradient=not replayed, beside=beside),
             self.asked(cached, beside),
-            Pass(
-                "bidirectional teacher",
-                "bidirectional_teacher",
-                "infer",
-                self.whole,
-                guided,
-                cached,
-                beside,
-            ),
+            Pass("bidirectional teacher", role, "infer", self.whole, guided, cached, beside),
         )
         replays = (
             Pass("replayed chunk", "student", "train", (chunk,), cached=cached)
@@ -250,11 +228,14 @@ class _Causal:
         joint = self.continuous() if model.has.consistency else ()
         terms = (len(self.judged) if model.replayed_training else 1) + bool(joint)
         critic = (self.rollout(last_with_gradient=False), self.fitted())
-        student = PhasePlan("student", (*joint, *self.self_forced()), terms=terms)
+        passes = (*joint, *self.self_forced())
+        student = PhasePlan("student", passes, terms=terms, rollout=True)
         return _alternating(student, critic, frequency=model.student_update_freq)
 
 
-def _causal_phases(model: CausalConfig, rollouts: Rollouts) -> tuple[PhasePlan, ...]:
+def _phases(model: CausalConfig | RCMConfig, rollouts: Rollouts) -> tuple[PhasePlan, ...]:
+    if isinstance(model, RCMConfig):
+        return _rcm_phases(model, rollouts)
     if model.pattern is None:
         return (PhasePlan("student", (_trained(*_whole(model)),)),)
     return _Causal(model, rollouts).phases()
@@ -266,11 +247,8 @@ def _rcm_phases(model: RCMConfig, rollouts: Rollouts) -> tuple[PhasePlan, ...]:
     student = _consistency(model, whole, guided) if model.loss_scale > 0 else ()
     if model.net_fake_score is None or model.loss_scale_dmd <= 0:
         return (PhasePlan("student", student),)
-    steps = (
-        (model.max_simulation_steps_fake + 1) / 2
-        if rollouts == "mean"
-        else model.max_simulation_steps_fake
-    )
+    most = model.max_simulation_steps_fake
+    steps = (most + 1) / 2 if rollouts == "mean" else most
     last = Pass("simulation's last step", "student", "train", whole)
     matching = (
         Pass("simulation", "student", "infer", whole, (steps - 1,)),
@@ -291,15 +269,11 @@ def _consistency(
 ) -> tuple[Pass, ...]:
     exact = Pass("student's tangent", "student", "tangent", whole)
     plain = Pass("student's difference", "student", "infer", whole)
-    evaluations, own = (
-        1,
-        {0: (exact,), 1: (exact, plain), 2: (replace(plain, repeats=(2.0,)),)}[model.fd_type],
-    )
+    schemes = {0: (exact,), 1: (exact, plain), 2: (replace(plain, repeats=(2.0,)),)}
+    evaluations, own = 1, schemes[model.fd_type]
     if model.cm_type == "dcm":
-        evaluations, own = (
-            model.dcm_skipping_interval_steps,
-            (Pass("student's target", "student", "infer", whole),),
-        )
+        evaluations = model.dcm_skipping_interval_steps
+        own = (Pass("student's target", "student", "infer", whole),)
     return (
         Pass("teacher", "teacher", "infer", whole, (evaluations * guided,)),
         *own,

@@ -1,9 +1,7 @@
-"""What a run must give up to fit a machine: ways to save memory in order of their price, until
-some layout fits, and then only those that are needed.
+"""What a run must give up to fit a machine: the cheapest ways to save memory that suffice.
 
-A way is words of the command line, composed as training composes them; one that the run refuses is
-passed over, and so is a layout that the checks of the configuration refuse. docs/scale.md says what
-each way does.
+A way is words of the command line. One that the run refuses is passed over, and so is a layout that
+its checks refuse. docs/scale.md says what each way does.
 """
 
 from __future__ import annotations
@@ -75,9 +73,7 @@ KNOBS = {"student": "model.config.net", "fake_score": "model.config.net_fake_sco
 
 
 def layout_keys(job: Job) -> dict[str, Any]:
-    """Key -> value of this layout. Blocks are not chosen where none is recomputed, which would have
-    no effect.
-    """
+    """Key -> value of this layout; no choice of blocks where none is recomputed."""
     keys: dict[str, Any] = {
         "model.config.fsdp_shard_size": job.shard_ranks,
         "model_parallel.context_parallel_size": job.context,
@@ -116,7 +112,6 @@ class Found:
 
     @property
     def words(self) -> list[str]:
-        """Of the levers."""
         return words_of(self.levers)
 
 
@@ -128,9 +123,7 @@ class Search:
         self._run, self.refusal = cache(self._composed), cache(self._refusal)
 
     def job(self, levers: tuple[Lever, ...], *, ranks: int) -> Job:
-        """The run with `levers`, laid out for any number of ranks. `ConfigError` where it refuses
-        them.
-        """
+        """The run with `levers` for any number of ranks; `ConfigError` if it refuses them."""
         return replace(self._run(levers)[1], ranks=ranks)
 
     def _composed(self, levers: tuple[Lever, ...]) -> tuple[Run, Job]:
@@ -156,8 +149,8 @@ class Search:
         return True
 
     def found(self, card: Card, *, ranks: int, global_batch: int | None = None) -> Found:
-        """The cheapest levers with which some layout fits. `ConfigError` if no layout gives this
-        global batch, or the run takes none that does.
+        """The cheapest levers with which a layout fits. `ConfigError` if the run takes no layout of
+        this global batch.
         """
         asked = partial(self._proposed, card=card, ranks=ranks, global_batch=global_batch)
         found = asked(())
@@ -187,9 +180,8 @@ class Search:
     def machines(
         self, *, ranks: int | None = None, card: Card | None = None
     ) -> Iterator[tuple[Found, Prediction | None]]:
-        """Machines from the smallest on, and what the run is on them; one that fits is the last.
-        `ranks`, `card`: machines of so many or of these cards alone. `ConfigError` if the run takes
-        a layout on none of them.
+        """Machines from the smallest on, and the run on them, until one fits. `ranks`, `card`: only
+        machines of those. `ConfigError` if the run takes a layout on none.
         """
         chosen = [
             (count, other)

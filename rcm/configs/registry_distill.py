@@ -78,9 +78,7 @@ ROWS = _rows()
 
 
 def config_dir() -> Path:
-    """The folder of YAML files: inside an installed wheel `rcm/_configs`, in a source tree
-    `configs` beside the package.
-    """
+    """The folder of YAML files: `rcm/_configs` of a wheel, `configs` of a source tree."""
     package = Path(rcm.__file__).resolve().parent
     for folder in (package / "_configs", package.parent / "configs"):
         if (folder / "train.yaml").is_file():
@@ -105,9 +103,7 @@ def experiment_names() -> tuple[str, ...]:
 
 
 def add_row(row: Row, *, body: dict | None = None) -> None:
-    """Store the variants of `row` in the group `experiment`; `body` is the row itself where it has
-    no YAML file.
-    """
+    """Store the variants of `row`; `body` is the row itself where it has no YAML file."""
     if body is not None:
         _put("experiment", row.name, body)
     names: dict[str, dict | None] = {row.name: None}
@@ -128,9 +124,7 @@ def add_row(row: Row, *, body: dict | None = None) -> None:
 
 
 def register() -> None:
-    """Fill Hydra's ConfigStore: `base`, the `model` group, one group per extra network, and all
-    experiment variants. Idempotent.
-    """
+    """Fill Hydra's ConfigStore with the base, parts and all experiments. Idempotent."""
     base = plain(TrainConfig())
     del base["model"]
     ConfigStore.instance().store(name="base", node=base, provider="rcm")
@@ -172,8 +166,8 @@ def _put(group: str, name: str, node: dict, *, package: str = "_global_") -> Non
 
 
 def _debug(row: Row) -> dict:
-    """25 iterations with everything happening early, and random weights where no checkpoint is
-    given (docs/reference/training.md#experiments).
+    """25 iterations with all events early, random weights for want of others
+    (docs/reference/training.md#experiments).
     """
     config = {"allow_random_init": True, **({"tangent_warmup": 8} if row.tangent else {})}
     return {

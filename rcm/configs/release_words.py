@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 
 from rcm.configs.convert import get_key
 from rcm.configs.network import NETS
+from rcm.configs.schema_common import M
 from rcm.core.errors import ConfigError
 
-M = "model.config"
 _WAN_NETS = {
     f"wan2pt1_{size}_t2v{kind}": f"wan2pt1_{size.lower()}"
     for size in ("1pt3B", "14B")
@@ -145,14 +145,12 @@ FIXED: Mapping[str, tuple[object, str]] = {
     f"{M}.rectified_flow_t_scaling_factor": (1000.0, "Wan's timestep of t = 1"),
     f"{M}.sigma_data": (1.0, "the TrigFlow wrapper is written for it"),
 }
-"""Every key that has one value here, and why. Those of one model family are looked at in that
-family.
-"""
+"""Every key that has one value here, and why."""
 
 
 def said_here(key: str, value: object) -> Sequence[str] | None:
-    """The overrides that `key=value` stands for, None for a word that is no group's choice of the
-    release. ConfigError for a choice that does not exist, listing those that do.
+    """Overrides that `key=value` stands for; None if it is no group of the release. `ConfigError`
+    lists the choices of a group.
     """
     if key in NETS and isinstance(value, str) and value in _WAN_NETS:
         return (f"{key}={_WAN_NETS[value]}",)

@@ -28,9 +28,7 @@ MODEL_VARIANTS = {"fsdp_t2v_causal": CausalConfig, "fsdp_t2v_distill_rcm": RCMCo
 
 @dataclass(frozen=True)
 class JobConfig(Record):
-    """Names of a run. Files go to `<output_root>/<project>/<group>/<name>`; the last three never
-    leave the first.
-    """
+    """Names of a run, whose files go to `<output_root>/<project>/<group>/<name>`."""
 
     project: str = "rcm"  # first folder below the output root, and the wandb project
     group: str = ""  # second folder, and the wandb group ("" = left out)
@@ -79,9 +77,7 @@ class ModelParallelConfig(Record):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole training run, as `rcm.configs.compose.compose_run` returns it: resolved and
-    checked.
-    """
+    """A whole training run; `rcm.configs.compose.compose_run` returns it checked."""
 
     job: JobConfig = field(default_factory=JobConfig)
     model: ModelNode = field(default_factory=ModelNode)

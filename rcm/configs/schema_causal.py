@@ -1,5 +1,4 @@
-"""The keys of `model.config` of causal training, what each stage has beside its student, and what
-the keys must say together.
+"""The keys of `model.config` of causal training, its stages, and rules between the keys.
 
 Times are rectified-flow (RF) times in (0, 1), 1 = noise (docs/reference/training.md#causal-keys).
 """
@@ -67,9 +66,7 @@ STAGES: dict[str, Stage] = {
 
 @dataclass(frozen=True)
 class LongTuningConfig(Record):
-    """Self-forced rollouts longer than what is judged, over a cache that is bounded (Causal_rCM.md
-    section 6).
-    """
+    """Self-forced rollouts longer than what is judged (Causal_rCM.md section 6)."""
 
     # longest rollout in latent frames, of which state_t are judged; 0 = off
     frames: int = within(0, least=0, most=2**16)
@@ -89,9 +86,7 @@ class LongTuningConfig(Record):
 
 @dataclass(frozen=True)
 class CausalConfig(CommonModelConfig):
-    """`model=fsdp_t2v_causal`: causal training (docs/reference/training.md#causal-keys).
-    `sigma_max` is used when sampling only.
-    """
+    """`model=fsdp_t2v_causal`: causal training (docs/reference/training.md#causal-keys)."""
 
     training_type: TrainingType = "tf"  # the stage
     net_causal_teacher: NetConfig | None = None  # stages tf_dcm, tf_scm, tf_dscm
@@ -129,30 +124,26 @@ class CausalConfig(CommonModelConfig):
 
     @property
     def stage(self) -> str:
-        """The training type."""
         return self.training_type
 
     @property
     def has(self) -> Stage:
-        """What the training type has beside its student."""
         return STAGES[self.training_type]
 
     @property
     def pattern(self) -> BlockPattern | None:
-        """first_chunk_t and chunk_t; None for bidirectional training."""
+        """None for bidirectional training."""
         if self.training_type == "bidirectional":
             return None
         return BlockPattern(self.first_chunk_t, self.chunk_t)
 
     @property
     def guided(self) -> bool:
-        """Whether one of the teachers is."""
         causal = self.has.consistency and self.causal_guidance > 1
         return causal or (self.has.self_forced and self.bidirectional_guidance > 1)
 
     @property
     def learns_trajectories(self) -> bool:
-        """Whether samples must have the states of a teacher's trajectory."""
         return self.has.trajectories
 
     @property
@@ -161,9 +152,7 @@ class CausalConfig(CommonModelConfig):
         return ContextRule(self.context_from_last_step, self.context_from_last_step_start_chunk)
 
     def step_schedule(self) -> StepSchedule:
-        """Full step schedule per chunk of a causal student (Causal_rCM.md section 6,
-        docs/reference/training.md#experiments).
-        """
+        """Full step schedule per chunk of a causal student (Causal_rCM.md section 6)."""
         knob, counts = self._step_counts()
         return StepSchedule.from_lists(
             steps=counts,
@@ -180,7 +169,6 @@ class CausalConfig(CommonModelConfig):
         return f"{M}.max_simulation_steps_fake", (self.max_simulation_steps_fake,)
 
     def checkpoints(self) -> dict[str, str]:
-        """Those of the student and of its teachers."""
         kind = f"training_type={self.training_type}"
         needed = {"student_ckpt": f"the weights that {kind} starts from"}
         if self.has.consistency:
@@ -190,9 +178,8 @@ class CausalConfig(CommonModelConfig):
         return needed
 
     def check(self) -> None:
-        """Raise `ConfigError` for a block pattern that does not fit, networks and terms that the
-        stage lacks or has no use for, and impossible rollouts (Causal_rCM.md section 6, decision
-        A13).
+        """`ConfigError` for a pattern that does not fit, networks and terms that the stage lacks or
+        has no use for, and impossible rollouts (Causal_rCM.md section 6).
         """
         if self.training_type != "bidirectional":
             if self.first_chunk_t == 0 or self.chunk_t == 0:
@@ -302,9 +289,7 @@ class CausalConfig(CommonModelConfig):
             )
 
     def _check_long_tuning(self) -> None:
-        """Rollouts longer than what is judged fit the pattern, and have a window to be streamed
-        with.
-        """
+        """Longer rollouts fit the pattern, and have a window to be streamed with."""
         long, knob = self.long_tuning, f"{M}.long_tuning"
         if not long.frames:
             return

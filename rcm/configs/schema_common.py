@@ -1,4 +1,4 @@
-"""The keys of `model.config` that both families have: networks, numerics, the video, time laws.
+"""The keys of `model.config` of both families: networks, numerics, the video, time laws.
 
 Times are those of the family: docs/reference/training.md#bidirectional-keys, #causal-keys.
 """
@@ -55,9 +55,7 @@ PIXELS = {
     ("720p", "16:9"): (1280, 720),
     ("720p", "9:16"): (720, 1280),
 }
-"""Video (width, height) in pixels by (resolution, aspect ratio);
-docs/reference/wan.md#frame-sizes.
-"""
+"""Video (width, height) by (resolution, aspect ratio); docs/reference/wan.md#frame-sizes."""
 
 SIZES = {
     **dict.fromkeys(("dim", "ffn_dim", "in_dim", "out_dim", "freq_dim", "text_dim"), 2**17),
@@ -74,9 +72,7 @@ VAE_STRIDE = 8
 
 @dataclass(frozen=True)
 class NetConfig(Record):
-    """One network: a preset of `rcm.nets.wan.config`, with single sizes replaced where a number is
-    given.
-    """
+    """One network: a preset of `rcm.nets.wan.config`, and numbers in place of its own."""
 
     preset: str = "tiny"  # set by net=NAME, net_fake_score=NAME, ...
     dim: int | None = None  # model width; null = the preset's
@@ -104,9 +100,7 @@ class NetConfig(Record):
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The video codec of the latents: training reads latents, the codec decodes samples and is
-    recorded in checkpoints.
-    """
+    """The video codec of the latents, which decodes samples; recorded in checkpoints."""
 
     name: Literal["wan", "toy"] = "wan"  # Wan's VAE, or the embedded world's invertible folding
     vae_pth: str = "assets/checkpoints/Wan2.1_VAE.pth"  # weights of Wan's VAE
@@ -201,9 +195,7 @@ class CommonModelConfig(Record):
             )
 
     def latent_size(self) -> tuple[int, int]:
-        """Latent (height, width): `latent_hw`, or the table entry of resolution and aspect ratio.
-        `KeyError` if the table has none.
-        """
+        """Latent (height, width); `KeyError` for a frame size that `PIXELS` lacks."""
         if self.latent_hw is not None:
             return self.latent_hw
         width, height = PIXELS[self.resolution, self.aspect_ratio]

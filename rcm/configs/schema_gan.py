@@ -72,9 +72,7 @@ class GanConfig(Record):
             )
 
     def read_blocks(self, num_layers: int) -> tuple[int, ...]:
-        """Blocks that are read of a fake score with so many; `ConfigError` for one that it has
-        not.
-        """
+        """Blocks that are read of a fake score with so many; `ConfigError` for others."""
         if not self.blocks:
             return tuple(sorted({num_layers // 2, 3 * num_layers // 4, num_layers - 1}))
         if self.blocks[-1] >= num_layers:
@@ -105,11 +103,8 @@ class GanConfig(Record):
 
     def _check_exact(self, model: CausalConfig) -> None:
         """Everything on the way of a gradient that is differentiated again can be, twice."""
-        fake, attention = (
-            model.net_fake_score,
-            attention_name(model.attention_backend, flex_backend=model.flex_backend),
-        )
-        mode = "none" if fake is None else fake.sac_config.mode
+        attention = attention_name(model.attention_backend, flex_backend=model.flex_backend)
+        mode = "none" if model.net_fake_score is None else model.net_fake_score.sac_config.mode
         obstacles = (
             (attention != "reference", "attention_backend", attention, "reference"),
             (model.compile, "compile", model.compile, False),

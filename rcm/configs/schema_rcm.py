@@ -1,4 +1,4 @@
-"""The keys of `model.config` of bidirectional rCM, and what they must say together.
+"""The keys of `model.config` of bidirectional rCM, and rules between them.
 
 Times are TrigFlow angles in (0, pi/2) (docs/reference/training.md#bidirectional-keys).
 """
@@ -17,9 +17,7 @@ from rcm.diffusion.time_sampling import TimeLawConfig
 
 @dataclass(frozen=True)
 class RCMConfig(CommonModelConfig):
-    """`model=fsdp_t2v_distill_rcm`: bidirectional rCM
-    (docs/reference/training.md#bidirectional-keys).
-    """
+    """`model=fsdp_t2v_distill_rcm`: docs/reference/training.md#bidirectional-keys."""
 
     net_teacher: NetConfig | None = None  # the diffusion teacher
     # its weights; the student starts from them too unless student_ckpt is set
@@ -42,22 +40,17 @@ class RCMConfig(CommonModelConfig):
 
     @property
     def stage(self) -> str:
-        """rCM."""
         return "rCM"
 
     @property
     def guided(self) -> bool:
-        """Whether the teacher is."""
         return self.teacher_guidance > 1
 
     def checkpoints(self) -> dict[str, str]:
-        """That of the teacher."""
         return {"teacher_ckpt": "the teacher's weights (the student starts from them)"}
 
     def check(self) -> None:
-        """Raise `ConfigError` for terms without a network or without a weight, and for options of
-        another objective.
-        """
+        """`ConfigError` for terms without a network or weight, and for other options."""
         if self.net_teacher is None:
             raise ConfigError(
                 f"{M}.net_teacher is null, but rCM distils a teacher; choose one with"

@@ -9,8 +9,11 @@ import pytest
 from rcm.configs.convert import known_paths, plain, read
 from rcm.configs.network import parameter_count, wan_config
 from rcm.configs.schema import ModelNode, TrainConfig
-from rcm.configs.schema_model import CausalConfig, NetConfig, RCMConfig, TimeLawConfig
+from rcm.configs.schema_causal import CausalConfig
+from rcm.configs.schema_common import NetConfig
+from rcm.configs.schema_rcm import RCMConfig
 from rcm.core.errors import ConfigError
+from rcm.diffusion.time_sampling import TimeLawConfig
 
 M = "model.config."
 TF = "experiment=toy_tf_c3-3"

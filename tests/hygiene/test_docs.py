@@ -21,7 +21,8 @@ from rcm.configs import registry_distill
 from rcm.configs.compose import compose_run, groups, options
 from rcm.configs.convert import known_paths
 from rcm.configs.schema import TrainConfig
-from rcm.configs.schema_model import CausalConfig, TimeLawConfig
+from rcm.configs.schema_causal import CausalConfig
+from rcm.diffusion.time_sampling import TimeLawConfig
 from tests.hygiene.source import ROOT, name, tree
 
 TOP = ("rcm", "configs", "scripts", "docs", "tests", ".ci")

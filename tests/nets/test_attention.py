@@ -9,7 +9,7 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 
-from rcm.configs.schema_model import CommonModelConfig
+from rcm.configs.schema_common import CommonModelConfig
 from rcm.core.dual import jvp, unpack
 from rcm.core.errors import ConfigError
 from rcm.kernels.masks import BlockCausal, Full, TeacherForcing

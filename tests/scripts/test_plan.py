@@ -11,8 +11,7 @@ from rcm.configs.compose import compose_run
 from rcm.configs.network import parameter_count
 from rcm.configs.plan_job import plan_job
 from rcm.configs.plan_search import Search, words_of
-from rcm.configs.schema_model import SACConfig
-from rcm.parallel.checkpointing import KEEP_PRODUCTS
+from rcm.parallel.checkpointing import KEEP_PRODUCTS, SACConfig
 from rcm.train.planner import layouts, predict, propose
 from rcm.train.planner_card import H200
 from scripts import bench_memory

@@ -20,7 +20,7 @@ from rcm.configs.build_method import build_method
 from rcm.configs.build_nets import NetBuilder
 from rcm.configs.compose import Run
 from rcm.configs.network import wan_config
-from rcm.configs.schema_model import NetConfig
+from rcm.configs.schema_common import NetConfig
 from rcm.core.dual import in_dual_level, pack, unpack
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch

@@ -15,11 +15,11 @@ from rcm.configs import registry_distill
 from rcm.configs.compose import Run, compose_run
 from rcm.configs.network import networks
 from rcm.configs.plan_job import plan_job
+from rcm.configs.schema_common import CommonModelConfig
 from rcm.configs.schema_gan import GanConfig
-from rcm.configs.schema_model import CommonModelConfig, SACConfig
 from rcm.nets.wan.config import PRESETS
 from rcm.nets.wan.model import WanDiT
-from rcm.parallel.checkpointing import MODES
+from rcm.parallel.checkpointing import MODES, SACConfig
 from rcm.train.memory_trace import MemoryTrace
 from rcm.train.planner import predict
 from rcm.train.planner_card import H200
