@@ -12,12 +12,11 @@ _NAME = re.compile(r"c(\d+)-(\d+)")
 
 @dataclass(frozen=True)
 class BlockPattern:
-    """[first | chunk | chunk | ...] in latent frames: block 0 has `first` frames, every later block
-    `chunk` (Causal-rCM section 4.1).
+    """[first | chunk | chunk | ...] latent frames of an autoregressive block (Causal-rCM section
+    4.1).
 
-    Frames attend to each other freely inside a block and to earlier blocks only. Raises
-    `ConfigError` if either size is below 1: 0 marks the template experiments in which the pattern
-    was never chosen.
+    Frames attend freely inside a block, and to earlier blocks. `ConfigError` for a size below 1: 0
+    marks template experiments, in which the pattern was never chosen.
     """
 
     first: int

@@ -11,11 +11,9 @@ def is_guided(scale: float) -> bool:
 
 
 def cfg(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-    """uncond + scale (cond - uncond) (Causal_rCM.md section 1): scale 1 is `cond`, 0 is `uncond`.
-    Any prediction linear in v (v, x0, F), equal shapes.
+    """uncond + scale (cond - uncond), for any prediction linear in v (Causal_rCM.md section 1).
 
-    Self-Forcing writes cond + s (cond - uncond), which is this with scale s + 1. Raises
-    `ValueError` on different shapes.
+    Self-Forcing writes cond + s (cond - uncond), which is this with scale s + 1.
     """
     if cond.shape != uncond.shape:
         raise ValueError(

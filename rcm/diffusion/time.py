@@ -53,12 +53,10 @@ def unshift_time(t: FloatOrTensor, shift: float) -> FloatOrTensor:
 
 
 def per_frame(t: Tensor, x: Tensor) -> Tensor:
-    """View of a time [B, 1] (one per sample) or [B, T] (one per frame) that broadcasts over x [B,
-    C, T, H, W].
+    """Time [B, 1] (per sample) or [B, T] (per frame) as a view that broadcasts over x [B, C, T, H,
+    W].
 
-    Returns [B, 1, 1, 1, 1] or [B, 1, T, 1, 1] in the dtype of `t`. Raises `ValueError` on anything
-    else; [B] is refused because against square data it would broadcast over the width without a
-    word.
+    `ValueError` for other shapes: a [B] would broadcast over the width of square data unseen.
     """
     if x.dim() != 5:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected [B, C, T, H, W]")

@@ -1,7 +1,6 @@
-"""Training-time distributions over RF time, per video or per block (Causal_rCM.md sections 1, 3,
-4).
+"""Training-time laws of RF time, per video or per block (Causal_rCM.md sections 1, 3, 4).
 
-Every draw is float64 on the device of the generator it is given, and lies in [0, 1].
+Every draw is float64 on the device of its generator, and lies in [0, 1].
 """
 
 from __future__ import annotations
@@ -114,11 +113,10 @@ class TimeLawConfig(Record):
 
 @dataclass(frozen=True)
 class ConsistencyGrid:
-    """Adjacent times of discrete consistency: steps of 1/num_steps in unshifted time from a
-    continuous random phase (Causal_rCM.md section 4).
+    """Adjacent times of discrete consistency: steps of 1/num_steps in unshifted time, random phase.
 
-    `skip` teacher steps separate student and target. Bidirectional shift 5, causal 3; both
-    num_steps 48, skip 1. Raises `ConfigError` unless 1 <= skip <= num_steps.
+    `skip` teacher steps, 1 to num_steps, separate student and target (Causal_rCM.md section 4).
+    Bidirectional shift 5, causal 3; both num_steps 48, skip 1.
     """
 
     num_steps: int = 48

@@ -26,11 +26,9 @@ def rf_point(x_tau: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def trig_F(x_t: Tensor, v: Tensor, tau: Tensor) -> Tensor:
-    """TrigFlow velocity F = (cos - sin) x_t + v / (cos + sin) from an RF sample and a velocity at
-    its RF time.
+    """F = (cos - sin) x_t + v / (cos + sin) from a velocity at an RF sample and its RF time.
 
-    `x_t` is the RF sample (first result of `rf_point`), not x_tau. Derivatives, also forward-mode,
-    pass through.
+    `x_t` is the RF sample (of `rf_point`), not x_tau. Derivatives pass through.
     """
     cos, sin = torch.cos(tau), torch.sin(tau)
     return scale_per_frame(cos - sin, x_t) + scale_per_frame(1 / (cos + sin), v)

@@ -132,12 +132,10 @@ class ClipVision(LazyModule):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float16,
     ) -> ClipVision:
-        """The encoder in the original `.pth` (or the same names in a safetensors file), whose text
-        half is not read.
+        """The encoder in the original `.pth`, or the same names in a safetensors file.
 
-        float16 is what the original runs in. Raises now: `CheckpointError` for a file that is
-        missing, truncated or does not fit, `ConfigError` for a dtype other than float16, bfloat16
-        and float32.
+        The original runs in float16. Raises now: `CheckpointError` for a file that does not fit,
+        `ConfigError` for a dtype other than float16, bfloat16 and float32.
         """
         if dtype not in DTYPES:
             raise ConfigError(f"CLIP runs in float16, bfloat16 or float32, got dtype={dtype}")

@@ -46,11 +46,9 @@ def says_nothing(prompt: str) -> bool:
 def checked_prompts(
     named: Iterable[tuple[str, str]], *, allow_empty: bool, knob: str = "--allow_empty_prompt"
 ) -> list[str]:
-    """The prompts of (where it stands, prompt) pairs without blanks at their ends, "" for those
-    that say nothing.
+    """Prompts of (place, prompt) pairs, stripped, "" for those that say nothing.
 
-    `ConfigError`, naming the place, for an empty one unless `allow_empty`, and for bytes of a
-    command line that are no text.
+    `ConfigError` names the place of an empty one unless `allow_empty`, and of one that is no text.
     """
     prompts = []
     for where, prompt in named:

@@ -77,11 +77,9 @@ class PublishedWeights(Generic[S]):
 def checked(
     file: WeightFile, names: Mapping[str, str], *, shape_of: Callable[..., S], network: str
 ) -> PublishedWeights[S]:
-    """The weights that `file` stores under `names`, of the sizes that `shape_of(shapes, path=...)`
-    finds; none is read.
+    """The weights that `file` stores under `names`, of sizes that `shape_of` finds; none is read.
 
-    Raises `CheckpointError` where tensors of `network` (in words) are missing, left over, misshapen
-    (named) or no plain floats.
+    `CheckpointError` names what is missing, left over, misshapen or no float of `network`.
     """
     stored = shapes_of(file)
     shapes = {name: stored[place] for name, place in names.items()}
@@ -100,11 +98,11 @@ def fill(
     dtype: torch.dtype,
     tied: Mapping[str, str] | None = None,
 ) -> None:
-    """Give transformers' `model`, which is on the meta device, the parameters in the file; `tied`:
-    second name -> first.
+    """Give transformers' `model` (on meta) the parameters in the file; `tied`: second name ->
+    first.
 
-    Nothing is held twice: on the CPU in the dtype of a torch pickle the parameters are views of the
-    mapped file.
+    Nothing is held twice: on the CPU, in a torch pickle's dtype, they are views of the mapped file,
+    which must not be overwritten meanwhile.
     """
     axes, state = {name: tensor.ndim for name, tensor in model.state_dict().items()}, {}
     for row in weights.shape.rows():

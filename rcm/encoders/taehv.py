@@ -1,8 +1,7 @@
-"""The tiny decoder as a `LatentCodec`, for previews: loaded from its published file by name,
-streamed as Wan's own decoder is.
+"""The tiny decoder as a `LatentCodec`, for previews, streamed as Wan's own decoder is.
 
-It reads latents as the diffusion network makes them, whitened: no statistics are applied, and
-pixels come in [0, 1] out of the network, in [-1, 1] out of this codec.
+It reads whitened latents, without statistics. Pixels come in [0, 1] out of the network, in [-1, 1]
+out of this codec.
 """
 
 from __future__ import annotations
@@ -77,11 +76,9 @@ class TinyDecoderCodec(NetworkCodec):
         )
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels [B, 3, F, H, W] of whitened latents [B, 16, T, h, w], in their dtype, on the
-        codec's device, not clamped.
+        """Pixels [B, 3, F, H, W] of whitened latents [B, 16, T, h, w], in their dtype.
 
-        One latent frame at a time, as a stream does: the result is that of any split into chunks,
-        bit for bit.
+        One latent frame at a time: the result is that of any split into chunks, bit for bit.
         """
         require_latents(latents, channels=self.latent_channels)
         return self.stream().decode_chunk(latents)
@@ -96,13 +93,11 @@ class TinyDecoderCodec(NetworkCodec):
 def load_weights(
     net: TinyDecoder, path: str | Path, *, device: torch.device | str, dtype: torch.dtype
 ) -> None:
-    """Fill `net` (on the meta device or not) from a published file, cast to `dtype` on `device`;
-    the encoder in it is left.
+    """Fill `net` (on meta or not) from a published file, cast to `dtype` on `device`.
 
-    Everything is checked and read first. Raises `CheckpointError` for a file that is missing,
-    damaged, of another kind, or whose tensors (those of the encoder included, where it has them)
-    are missing, extra or of other shapes; `net` is then unchanged. Where the file grows more frames
-    than the network, the last ones are taken, as their author does.
+    Everything is checked and read first: `CheckpointError` for a bad file, or for tensors (of the
+    encoder in it, too) that are missing, extra or misshapen; `net` is then unchanged. If the file
+    grows more frames than the network, the last ones are taken, as their author does.
     """
     decoder = shapes_of(net.state_dict())
     file = open_container(path, hint=f"{PUBLISHED_AT}: name its place with --tiny_decoder")

@@ -1,10 +1,8 @@
-"""The decoder of TAEHV (Boer Bohan, github.com/madebyollin/taehv) in its layout for Wan2.1: a small
-network that turns whitened latents into pictures of lower quality than the autoencoder's own
-decoder, at a few per cent of its arithmetic.
+"""The decoder of TAEHV (Boer Bohan, github.com/madebyollin/taehv) for Wan2.1's whitened latents:
+pictures of lower quality than the autoencoder's own, at a few per cent of its arithmetic.
 
-Parameters carry the names and shapes of the published file; frames are channels-last everywhere:
-[B, T, H, W, C]. A block with memory sees, beside each frame of its input, the frame before it,
-zeros at the start of a video.
+Parameters carry the published names and shapes; frames are channels-last: [B, T, H, W, C]. A block
+with memory sees each frame and the one before it, zeros at the start of a video.
 """
 
 from __future__ import annotations
@@ -80,11 +78,7 @@ class Grow(nn.Module):
 
 
 class TinyDecoder(WatchedNet):
-    """Whitened latents to pixels; one module serves any number of streams, each with a
-    `StreamState` of its own.
-
-    `TinyDecoderCodec.from_file` and `.random` give it values.
-    """
+    """Whitened latents to pixels, with a `StreamState` per stream; made by `TinyDecoderCodec`."""
 
     def __init__(self, config: TinyConfig | None = None) -> None:
         super().__init__()

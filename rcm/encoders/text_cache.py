@@ -1,8 +1,7 @@
-"""Embeddings on disk, one small safetensors file per prompt, named by a hash of everything that
-decides the numbers.
+"""Embeddings on disk: a safetensors file per prompt, named by all that decides the numbers.
 
-Several processes may share a folder: a file appears under its name only when it is complete, and
-equal names mean equal content.
+Several processes may share a folder: a file gets its name when it is complete, and equal names mean
+equal content.
 """
 
 from __future__ import annotations

@@ -11,8 +11,7 @@ from rcm.core.errors import ConfigError
 def text_extra(module: str, *, purpose: str) -> ModuleType:
     """The imported `module`; `ConfigError` names the extra to install if it is absent.
 
-    `purpose` is the subject of the sentence. A package that is there but broken raises its own
-    error.
+    `purpose` is the subject of the sentence. A broken package raises its own error.
     """
     try:
         return importlib.import_module(module)

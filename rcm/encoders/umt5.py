@@ -96,11 +96,8 @@ class UMT5Rows:
 
 
 class UMT5TextEncoder(LazyModule):
-    """A `TextEncoder` for Wan: cleans, looks into the cache, encodes what is not there, pads with
-    exact zeros.
-
-    Make one with `from_files` or `random`. `text_len` rows of width `text_dim`; `dtype` is that of
-    the embeddings.
+    """A `TextEncoder` for Wan, made with `from_files` or `random`: cleans prompts, looks into the
+    cache, encodes what is not there, pads with exact zeros.
     """
 
     def __init__(
@@ -135,13 +132,12 @@ class UMT5TextEncoder(LazyModule):
         text_len: int = TEXT_LEN,
         negative_prompt: str = NEGATIVE_PROMPT,
     ) -> UMT5TextEncoder:
-        """umT5 from its original `.pth`, a safetensors file or a folder of shards (original or
-        transformers' names), read when needed.
+        """umT5 from its original `.pth`, safetensors or a folder of shards, of either naming.
 
         `tokenizer`: folder of google/umt5-xxl's files; None looks beside the weights. `cache`: a
-        folder for embeddings, which processes may share; with every prompt in it the weights are
-        never read. Raises now: `CheckpointError` for weights that are missing, truncated or do not
-        fit, `ConfigError` for a missing tokenizer, an unsupported dtype or a missing package.
+        folder for embeddings, which processes may share; weights are not read for prompts in it.
+        Raises now: `CheckpointError` for weights that do not fit, `ConfigError` for a missing
+        tokenizer or package and for an unsupported dtype.
         """
         weights = Path(weights)
         require_dtype(dtype)
@@ -185,8 +181,7 @@ class UMT5TextEncoder(LazyModule):
         """Embeddings [len(prompts), text_len, text_dim] on `device`; equal prompts are encoded
         once.
 
-        A prompt that is too long is cut after `text_len - 1` tokens; a warning quotes the rest,
-        also when the rows come from the cache.
+        Of a prompt that is too long, a warning quotes what is cut, also when rows are cached.
         """
         if isinstance(prompts, str):
             raise TypeError(

@@ -1,8 +1,7 @@
-"""umT5's tokenizer from local files: `tokenizer.json` through the tokenizers library, else
-`spiece.model` through sentencepiece.
+"""umT5's tokenizer from local files: `tokenizer.json`, else `spiece.model` by sentencepiece.
 
-The files are used as they are. transformers' tokenizer classes are not: from version 5 they rebuild
-normalisation and pre-tokenisation with settings of their own. Nothing is ever downloaded.
+Files are used as they are; nothing is downloaded. transformers' tokenizer classes, from version 5
+on, rebuild normalisation with settings of their own.
 """
 
 from __future__ import annotations

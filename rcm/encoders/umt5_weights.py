@@ -159,11 +159,7 @@ def load_umt5(
     device: torch.device | str,
     dtype: torch.dtype = torch.bfloat16,
 ) -> UMT5EncoderModel:
-    """transformers' encoder with the weights of the file (`fill`: do not overwrite it while they
-    are in use), on `device`.
-
-    Raises as `require_dtype`.
-    """
+    """transformers' encoder over the file (see `fill`), on `device`; raises as `require_dtype`."""
     require_dtype(dtype)
     model = empty_umt5(weights.shape)
     fill(model, weights, device=device, dtype=dtype, tied={_TIED: _SHARED})

@@ -1,5 +1,4 @@
-"""The Wan2.1 autoencoder as a `LatentCodec`: weights from the published file, whitened latents,
-whole videos, streams and tiles.
+"""The Wan2.1 autoencoder as a `LatentCodec`: published weights, videos, streams and tiles.
 
 Shape legend: B batch, C = 16 latent channels, F pixel frames, T latent frames, H W pixel size, h w
 latent size. docs/reference/encoders.md#vae-layers.
@@ -39,13 +38,11 @@ ENCODE_STEP = 4
 
 
 class WanVAECodec(NetworkCodec):
-    """A `LatentCodec` around a frozen `WanVAE`.
+    """A `LatentCodec` around a frozen `WanVAE`, whose dtype is its precision.
 
-    Precision is one choice, the dtype of the weights: float32 computes everything in float32
-    (convolutions on CUDA without TF32), as the official code does; bfloat16 stores weights and
-    activations in bfloat16, with sums, norms and statistics in float32, and is the fast one.
-    `tile`: side of spatial tiles in latent cells, None for whole frames (tiles are approximate, see
-    `wan_vae_tiles`).
+    float32 computes all in float32 (no TF32), as the official code does. bfloat16 stores in
+    bfloat16, with sums, norms and statistics in float32, and is the fast one. `tile`: side of
+    approximate tiles in latent cells (`wan_vae_tiles`), None for whole frames.
     """
 
     name = "wan_vae"
@@ -90,11 +87,7 @@ class WanVAECodec(NetworkCodec):
         base_dim: int = 96,
         tile: int | None = None,
     ) -> WanVAECodec:
-        """Random weights for speed tests (gammas away from 1, biases from 0): its pictures are
-        noise.
-
-        Drawn in float32 on `device`, so CPU and CUDA give different weights for one seed.
-        """
+        """Random weights, drawn in float32 on `device`: for speed tests, pictures are noise."""
         require_dtype(dtype)
         with torch.device("meta"):
             vae = WanVAE(WanVAEConfig(base_dim=base_dim))
@@ -113,13 +106,11 @@ class WanVAECodec(NetworkCodec):
         return self.tile is None and super().captures
 
     def encode(self, video: Tensor, *, frames_per_step: int = ENCODE_STEP) -> Tensor:
-        """Whitened latent means [B, 16, T, h, w] float32 (float64 in a float64 codec) of `video`
-        [B, 3, F, H, W] in [-1, 1].
+        """Whitened latent means [B, 16, T, h, w], float32 or wider, of [B, 3, F, H, W] in [-1, 1].
 
-        Deterministic: the variance is not used. One frame, then `frames_per_step` at a time (any
-        multiple of 4 gives the same latents); `video` may stay on the CPU, each step moves its
-        frames. `ConfigError` for a wrong shape, an F that is not 1 + 4 k, an H or W that is no
-        multiple of 8, a dtype that is not floating.
+        Deterministic. One frame, then `frames_per_step` at a time (any multiple of 4 gives the same
+        latents), each moved from where `video` is. `ConfigError` for another shape, an F that is
+        not 1 + 4 k, an H or W that is no multiple of 8.
         """
         if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
             raise ConfigError(
@@ -154,12 +145,10 @@ class WanVAECodec(NetworkCodec):
         return total
 
     def decode(self, latents: Tensor, *, frames_per_step: int = DECODE_STEP) -> Tensor:
-        """Pixels [B, 3, F, H, W] of whitened latents [B, 16, T, h, w], in their dtype, on the
-        codec's device, not clamped.
+        """Pixels [B, 3, F, H, W] of whitened latents [B, 16, T, h, w], in their dtype.
 
-        `frames_per_step` latent frames go through the network at once: more of them use the card
-        better and take more memory; the result is the same up to rounding. `ConfigError` for a
-        wrong shape.
+        `frames_per_step` latent frames go through at once: more use the card better and take more
+        memory; the result is the same up to rounding.
         """
         require_latents(latents, channels=self.latent_channels)
         if self.tile is not None:
@@ -183,11 +172,9 @@ class WanVAECodec(NetworkCodec):
     def warm_up(
         self, size: tuple[int, int], *, batch: int = 1, frames_per_step: int = 1
     ) -> Compiled:
-        """Compile the kernels that a `stream` of videos of `size` = (H, W) pixels will launch,
-        before its first frame (`compile_decoder`).
+        """Compile what a `stream` of videos of `size` = (H, W) pixels launches (`compile_decoder`).
 
-        May run in a thread beside other work. `compile_decoder` itself needs no codec, so it can
-        run while the weights are read.
+        It may run in a thread; `compile_decoder` itself even while the weights are read.
         """
         height, width = (
             min(n, self.tile or n) * self.spatial_stride for n in self.latent_size(*size)

@@ -77,12 +77,11 @@ class RMSNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution's published parameters, and the packed weights it runs with, made again
-    whenever the parameters change.
+    """A convolution's published parameters, and the packed weights of them that it runs with.
 
     weight [N, C, *taps] with 2 or 3 taps, bias [N]. `carries` frames of its input are remembered
-    between calls (0: it has no slot). `reads`: channels of the frames it is given, if more than C;
-    those beyond are zeros, which fast copies need as filling.
+    between calls (0: no slot). `reads`: channels of its input, those beyond C are zeros, which fast
+    copies need as filling.
     """
 
     def __init__(
@@ -248,10 +247,9 @@ class Resample(nn.Module):
 def number_slots(
     root: nn.Module, order: Iterator[nn.Module], *, height: int = 1, width: int = 1
 ) -> list[Slot]:
-    """Number the convolutions that carry frames, in the order of the forward pass, and list their
-    slots.
+    """Number the convolutions of `order` that carry frames, and list their slots.
 
-    `order` yields the blocks of `root`. Slot sizes are relative: rows and columns per latent cell.
+    `order`: the blocks of `root` as they run. Slots have rows and columns per latent cell.
     """
     slots: list[Slot] = []
     scale = (height, width)

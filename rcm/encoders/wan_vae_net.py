@@ -96,9 +96,8 @@ class Decoder(nn.Module):
         return (*self.middle, *self.upsamples)
 
     def forward(self, x: Tensor, state: StreamState, units: range | None = None) -> Tensor:
-        """Pixels of the next latent frames; `state` is advanced. `units`: only those blocks, from
-        the features before them to the features behind them [B, T, H, W, C], rounded as the next
-        block would.
+        """Pixels of the next latent frames. `units`: only those blocks, to the features behind them
+        [B, T, H, W, C], rounded as the next block would.
         """
         blocks = self.units
         part = units or range(len(blocks))
@@ -116,11 +115,9 @@ class Decoder(nn.Module):
 
 
 class WanVAE(WatchedNet):
-    """Encoder, decoder and the two 1x1x1 convolutions between them and the latents: 194 tensors
-    under their published names.
+    """Encoder, decoder, and the 1x1x1 convolutions to their latents: 194 tensors, published names.
 
-    Built without values (the weights are uninitialised memory); `WanVAECodec.from_file` and
-    `.random` fill it. Latents here are the network's own, not whitened.
+    `WanVAECodec.from_file` and `.random` give it values. Its latents are not whitened.
     """
 
     def __init__(self, config: WanVAEConfig | None = None) -> None:
@@ -147,17 +144,16 @@ class WanVAE(WatchedNet):
     def decoder_state(
         self, *, batch: int, cells: tuple[int, int], units: range | None = None
     ) -> StreamState:
-        """State of one decoded video (or batch in step) of latent size `cells`; 944,286,720
-        elements at 60x104 and base_dim 96. `units`: what those blocks of the decoder remember.
+        """State of a decoded video of latent size `cells`: 944,286,720 elements at 60x104. `units`:
+        of those blocks alone.
         """
         slots = self.decoder.slots if units is None else self.decoder.slots_of(units)
         return StreamState(slots, batch=batch, cells=cells, dtype=self.dtype, device=self.device)
 
     def encode_step(self, pixels: Tensor, state: StreamState) -> Tensor:
-        """Latent means [B, T', h, w, C] of the next pixels [B, T, H, W, 3]: one frame first, then 4
-        k.
+        """Latent means [B, T', h, w, C] of the next pixels [B, T, H, W, 3]: one first, then 4 k.
 
-        The published network predicts a log-variance too; encoding is deterministic and drops it.
+        The log-variance that the published network also predicts is dropped.
         """
         moments = self.conv1.pointwise(self.encoder(pixels, state))
         return moments[..., : self.config.latent_channels]

@@ -1,8 +1,7 @@
-"""The Wan decoder in stages, each on a rank of its own: a stage decodes one latent frame while the
-next stage decodes the one before.
+"""The Wan decoder in stages, one per rank: a stage decodes the frame after the next stage's.
 
-What goes from stage to stage is the rounded sum that the next block would make first, so pixels are
-those of the whole decoder, bit by bit.
+Between stages goes the rounded sum that the next block would make first, so pixels are those of the
+whole decoder, bit by bit.
 """
 
 from __future__ import annotations
@@ -96,9 +95,8 @@ def _cost(block: torch.nn.Module, at: Boundary) -> float:
 
 
 class StagedCodec:
-    """One stage of a codec's decoder, as a codec whose streams are stepped on all stages together,
-    with the same latents. The last stage's streams return pixels, the others None. `collective`
-    tells whoever runs it that it waits for other ranks.
+    """A stage of a decoder, as a codec: its streams take the same latents on all stages, and return
+    pixels on the last, None before. `collective` says that they wait for other ranks.
     """
 
     collective = True

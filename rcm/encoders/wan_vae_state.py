@@ -1,8 +1,7 @@
-"""What an autoencoder remembers between two calls on one video: preallocated frames per
-convolution, outside the module.
+"""What an autoencoder remembers between calls on a video: frames per convolution.
 
-Frames are overwritten in place, so addresses and shapes never change, one module serves any number
-of streams, and a step can be captured in a CUDA graph. docs/reference/encoders.md#vae-layers.
+They are allocated once, outside the module, and overwritten in place: one module serves any number
+of streams, and a CUDA graph can hold a step. docs/reference/encoders.md#vae-layers.
 """
 
 from __future__ import annotations
@@ -34,11 +33,9 @@ class Carrying(Protocol):
 
 
 class StreamState:
-    """Carried frames [B, K, H, W, C] of every slot, zero at the start of a video, and whether the
-    first frame has passed.
+    """Frames [B, K, H, W, C] of every slot, and whether the first frame of the video has passed.
 
-    Zeros are exactly what the causal padding puts in front of a video. `cells` = (h, w) of the
-    latent image.
+    At its start they are zeros, which is the causal padding. `cells` = (h, w) of the latent image.
     """
 
     def __init__(

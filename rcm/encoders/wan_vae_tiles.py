@@ -1,8 +1,7 @@
 """Spatial tiles with linear blending, for cards on which a whole frame does not fit.
 
-Approximate: a tile sees zeros beyond its border and its attention sees the tile alone, so pixels
-near seams differ from those of the whole frame, and blending hides it. Deterministic: tiles are
-visited in order. One tile that covers everything gives the untiled result.
+Approximate: a tile sees zeros beyond its border and attends to itself alone; blending hides it.
+Tiles are visited in order; one that covers everything gives the untiled result.
 """
 
 from __future__ import annotations
@@ -44,11 +43,9 @@ class Tile:
 
 
 def plan_tiles(cells: tuple[int, int], *, tile: int, scale: int) -> list[Tile]:
-    """Tiles of at most `tile` x `tile` latent cells that overlap by a quarter or more and whose
-    weights add to 1 everywhere.
+    """Tiles of at most `tile` x `tile` latent cells that overlap by a quarter, weights adding to 1.
 
-    `scale` points per cell in the blended result: 8 for pixels, 1 for latents. `ConfigError` for a
-    tile below 4 cells.
+    `scale` points per cell of the result: 8 for pixels, 1 for latents.
     """
     if tile < MIN_TILE:
         raise ConfigError(

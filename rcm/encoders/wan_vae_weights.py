@@ -75,12 +75,10 @@ def original_names(names: Iterable[str], *, expected: Iterable[str]) -> dict[str
 def load_weights(
     vae: nn.Module, path: str | Path, *, device: torch.device | str, dtype: torch.dtype
 ) -> None:
-    """Fill `vae` (on the meta device or not) from a file of either format, or diffusers' `vae`
-    folder, cast to `dtype` on `device`.
+    """Fill `vae` from a file of either format, or diffusers' `vae` folder, as `dtype` on `device`.
 
-    Everything is checked and read first. Raises `CheckpointError` for a file that is missing,
-    truncated, of another kind, or whose tensors are missing, extra or of other shapes, each named;
-    `vae` is then unchanged.
+    Everything is checked and read first: `CheckpointError` for a bad file, and for tensors that are
+    missing, extra or misshapen, each named; `vae` is then unchanged.
     """
     expected = shapes_of(vae.state_dict())
     file = open_container(

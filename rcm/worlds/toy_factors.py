@@ -1,5 +1,4 @@
-"""Reading a scene back from pixels: colour by unmixing, shape by template, position by centroid,
-motion by displacement. No learned part.
+"""Reading a scene back from pixels, without learned parts: colour, shape, position, motion.
 
 Shape legend: N videos, S shapes per video, F frames, K colours, M shape kinds, H W pixels.
 """
