@@ -1,5 +1,6 @@
 """A rank is killed under torchrun with --max-restarts: the job goes on from its last checkpoint by
-itself, and ends bit for bit where an unbroken run ends.
+itself, and ends bit for bit where an unbroken run ends. A job that is asked to end saves first,
+though every process is asked and torchrun asks its ranks again.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ import pytest
 from tests.faults.case import ROOT
 from tests.faults.test_disk_and_kills import KEEPS, SAVES, TF, logged
 from tests.integration.entry import everything, same, small
+from tests.integration.test_resume import latest
 
 ITERATIONS = 14
 KILLED_AT = (4, 9)
 """Logged iterations at which a rank is killed, one after the other."""
 
 
-def torchrun(job: Path, *, restarts: int) -> subprocess.Popen:
+def torchrun(job: Path, *more: str, restarts: int) -> subprocess.Popen:
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
             *(f"--max-restarts={restarts}", "-m", "scripts.train", TF, SAVES, KEEPS),
             *small(job, iterations=ITERATIONS),
+            *more,
         ],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -63,3 +66,22 @@ def test_a_job_that_loses_ranks_goes_on_by_itself(tmp_path: Path) -> None:
     said, _ = unbroken.communicate(timeout=300)
     assert unbroken.returncode == 0, said[-3000:]
     assert same(everything(job), everything(whole))
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks through /proc")
+def test_a_job_saves_though_all_its_processes_are_signalled(tmp_path: Path) -> None:
+    """As Slurm does before a job's time is over."""
+    job = tmp_path / "job"
+    process = torchrun(job, "trainer.max_iter=100000", "checkpoint.save_iter=100000", restarts=0)
+    deadline = time.monotonic() + 300
+    while logged(job) < 3:
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for pid in (*ranks_of(process.pid), process.pid):
+        os.kill(pid, signal.SIGTERM)
+    told, _ = process.communicate(timeout=300)
+    assert told.count("SIGTERM received: stopping after this iteration") == 2, told[-3000:]
+    assert latest(job) == f"iter_{logged(job):09d}", told[-3000:]
