@@ -1,6 +1,4 @@
-"""Line charts as inline SVG, drawn with the page's own colours (CSS variables), for pages without
-scripts or outside resources.
-"""
+"""Line charts as inline SVG in the page's colours, for pages that stand alone."""
 
 from __future__ import annotations
 
@@ -24,11 +22,9 @@ Point = tuple[float, float]
 
 
 def line_chart(points: Sequence[Sequence[float]], *, label: str) -> str:
-    """An `<svg>` of (x, y) pairs in order of x, with axes and, for long curves, a running mean over
-    the raw line.
+    """An `<svg>` of (x, y) pairs in order of x; long curves get a running mean over them.
 
-    Values that are not finite leave a gap and are counted on the chart. `label` is what a screen
-    reader says.
+    Values that are not finite leave a gap and are counted; `label` is for screen readers.
     """
     pairs = [(float(x), float(y)) for x, y in points]
     curve = thinned([p for p in pairs if math.isfinite(p[1])])
@@ -60,12 +56,10 @@ def line_chart(points: Sequence[Sequence[float]], *, label: str) -> str:
 def lines_chart(
     lines: Sequence[Mapping[str, Any]], *, label: str, x_label: str = "", y_label: str = ""
 ) -> str:
-    """An `<svg>` of several curves in one frame, each point marked and named when pointed at, and a
-    legend below.
+    """An `<svg>` of curves in one frame, points marked and named, with a legend below.
 
-    `lines`: `name`, `points` [(x, y), ...], and `colour` 1 .. 6 (default: the place in the list).
-    An x axis of positive values that span more than a factor of 8, such as numbers of steps, is
-    logarithmic and ticked at the values themselves.
+    `lines`: `name`, `points` [(x, y), ...], and `colour` 1 .. 6 (default: its place). An x axis of
+    positive values over a factor of 8, such as steps, is logarithmic, ticked at the values.
     """
     curves = [
         [(float(x), float(y)) for x, y in line["points"] if math.isfinite(float(y))]
@@ -124,9 +118,7 @@ def thinned(points: Sequence[Point], *, limit: int = MAX_POINTS) -> list[Point]:
 
 
 def running_mean(points: Sequence[Point], *, width: int) -> list[Point]:
-    """Mean of y over the `width` neighbours around each point, fewer at the ends (symmetric
-    there).
-    """
+    """Mean of y over the `width` neighbours of each point, fewer of them near the ends."""
     half, out = width // 2, []
     for i, (x, _) in enumerate(points):
         reach = min(half, i, len(points) - 1 - i)
@@ -147,9 +139,7 @@ def ticks(low: float, high: float, *, about: int = 4) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten inside [low, high], with 2 and 5 times them where there would be fewer than
-    three.
-    """
+    """Powers of ten inside [low, high]; with 2 and 5 times them if they are fewer than three."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     decades = [10.0**e for e in exponents if low <= 10.0**e <= high]
     if len(decades) >= 3:

@@ -1,6 +1,4 @@
-"""Comparing checkpoints on the same prompts and noise: means with bootstrap intervals, and paired
-differences, which noise does not blur.
-"""
+"""Comparing checkpoints on the same prompts and noise, by means and by paired differences."""
 
 from __future__ import annotations
 
@@ -33,8 +31,7 @@ class Interval:
 def bootstrap(
     values: Sequence[float], *, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> Interval:
-    """The mean of `values` with the interval between the (1 - level) / 2 quantiles of means of
-    resamples with replacement.
+    """The mean of `values`, between quantiles (1 - level) / 2 of the means of resamples.
 
     `ConfigError` for no values, or ones that are not finite.
     """
@@ -52,9 +49,8 @@ def bootstrap(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Scores of several checkpoints over the same videos. `means` checkpoint -> metric -> interval;
-    `differences` checkpoint -> metric -> interval of its value less that of `reference`, video by
-    video. `videos` the names that all have.
+    """Scores of checkpoints over the same `videos`: checkpoint -> metric -> interval, of the mean,
+    and of the difference to `reference`, video by video.
     """
 
     reference: str
@@ -69,9 +65,7 @@ def compare(
     reference: str | None = None,
     level: float = 0.95,
 ) -> Comparison:
-    """Compare checkpoint -> video name -> scores. `reference` None: the first. `ConfigError` unless
-    every checkpoint has the same videos.
-    """
+    """Compare checkpoint -> video -> scores, over the same videos; `reference` None: the first."""
     names = list(scores)
     reference = names[0] if reference is None else reference
     if len(names) < 2 or reference not in scores:
@@ -93,28 +87,23 @@ def compare(
         for m in METRICS
         if all(m.name in s.values for by_video in scores.values() for s in by_video.values())
     ]
-    column = {
-        name: {m: [scores[name][v].values[m] for v in videos] for m in metrics} for name in names
-    }
-    means = {name: {m: bootstrap(column[name][m], level=level) for m in metrics} for name in names}
-    differences = {
-        name: {
-            m: bootstrap(
-                [a - b for a, b in zip(column[name][m], column[reference][m], strict=True)],
-                level=level,
-            )
-            for m in metrics
-        }
-        for name in names
-        if name != reference
-    }
-    return Comparison(reference, videos, means, differences)
+
+    def intervals(name: str, *, less: str | None = None) -> dict[str, Interval]:
+        found = {}
+        for m in metrics:
+            values = [scores[name][v].values[m] for v in videos]
+            base = [scores[less][v].values[m] for v in videos] if less else [0.0] * len(videos)
+            found[m] = bootstrap([a - b for a, b in zip(values, base, strict=True)], level=level)
+        return found
+
+    means = {name: intervals(name) for name in names}
+    others = [name for name in names if name != reference]
+    paired = {name: intervals(name, less=reference) for name in others}
+    return Comparison(reference, videos, means, paired)
 
 
 def require_same_conditions(folders: Sequence[Path]) -> None:
-    """`ConfigError`, naming the first video, unless all runs gave the same text and seed to every
-    video they share: prompts and noise equal.
-    """
+    """`ConfigError` unless all runs gave the videos they share the same text and seed."""
     runs = [(folder, read_manifest(folder)["videos"]) for folder in folders]
     first_folder, first = runs[0]
     for folder, videos in runs[1:]:

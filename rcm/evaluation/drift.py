@@ -1,14 +1,12 @@
-"""Drift of a long video: the same numbers over windows of it, each against the first window, and
-how they trend.
+"""Drift of a long video: numbers of windows, against the first window, and their trend.
 
-Windows are read one at a time, so a stream of any length needs the memory of one. Features are
-optional (extra `metrics`).
+Windows are read one by one, so any length needs the memory of one. Features are optional.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -19,26 +17,11 @@ from rcm.core.errors import ConfigError
 from rcm.evaluation import metrics_pixels as pixels
 from rcm.evaluation.metrics_features import FrameFeatures
 
-SERIES = (
-    "motion",
-    "flicker",
-    "sharpness",
-    "detail",
-    "noise",
-    "brightness",
-    "contrast",
-    "tint",
-    "embedding_distance",
-)
-"""Numbers of a window. `tint` and `embedding_distance` are distances to the first window; the
-others are levels.
-"""
-
 
 @dataclass(frozen=True)
 class DriftWindow:
-    """One window: its first frame, number of frames, and its numbers. `embedding_distance` None
-    without features.
+    """One window: its first frame, number of frames, and the numbers of `SERIES`. `tint` and
+    `embedding_distance` (None without features) are distances to the first window.
     """
 
     start: int
@@ -54,8 +37,11 @@ class DriftWindow:
     embedding_distance: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready dict."""
         return asdict(self)
+
+
+SERIES = tuple(field.name for field in fields(DriftWindow))[2:]
+"""Names of the numbers of a window."""
 
 
 def windows_of(
@@ -88,8 +74,8 @@ def windows_of(
 def measure_drift(
     windows: Iterable[tuple[int, Tensor]], *, features: FrameFeatures | None = None, stride: int = 4
 ) -> list[DriftWindow]:
-    """The numbers of every window. `features` embeds every `stride`-th frame. `ConfigError` for no
-    window at all.
+    """The numbers of every window, of which there must be one; `features` every `stride`-th frame.
+    frame.
     """
     found: list[DriftWindow] = []
     first_tint, first_embedding = None, None
@@ -127,9 +113,7 @@ def measure_drift(
 
 
 def series(windows: Sequence[DriftWindow], name: str) -> list[tuple[float, float]]:
-    """(first frame, value) of one number, for a chart; empty where it was not measured.
-    `ConfigError` lists the names.
-    """
+    """(first frame, value) of one number, for a chart; empty where it was not measured."""
     if name not in SERIES:
         raise ConfigError(f"no drift series {name!r}; there are {', '.join(SERIES)}")
     return [(float(w.start), getattr(w, name)) for w in windows if getattr(w, name) is not None]
@@ -146,9 +130,7 @@ def slope(windows: Sequence[DriftWindow], name: str) -> float:
 
 
 def summary(windows: Sequence[DriftWindow]) -> dict[str, dict[str, float]]:
-    """Series -> its first and last value, largest departure from the first, and slope per 1000
-    frames.
-    """
+    """Series -> its first and last value, furthest departure, and slope per 1000 frames."""
     found = {}
     for name in SERIES:
         values = [value for _, value in series(windows, name)]

@@ -24,18 +24,14 @@ MIN_SIDE = 32
 
 
 class Brisque:
-    """The regression, read once. Scores are around 0 (natural) to 100 (distorted), outside at the
-    extremes.
-    """
+    """The regression, read once. Scores go from about 0 (natural) to 100 (distorted)."""
 
     def __init__(self) -> None:
         self._low, self._high = (torch.tensor(values, dtype=torch.float64) for values in _ranges())
         self._gamma, self._rho, self._weights, self._vectors = _support_vectors()
 
     def __call__(self, clip: Tensor, *, every: int = 8) -> Tensor:
-        """Scores of every `every`-th frame of a clip [F, 3, H, W] in [0, 1]. `ConfigError` for
-        frames smaller than 32 pixels.
-        """
+        """Scores of each `every`-th frame of a clip [F, 3, H, W] in [0, 1]."""
         if min(clip.shape[2:]) < MIN_SIDE:
             raise ConfigError(
                 f"BRISQUE needs frames of at least {MIN_SIDE} pixels a side, got"
@@ -79,9 +75,7 @@ def _normalised(grey: Tensor) -> Tensor:
 
 
 def _asymmetric_fit(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shape, mean, left and right deviation of an asymmetric generalised Gaussian, by moments, of
-    every row of [F, N].
-    """
+    """Shape, mean, left and right deviation of an asymmetric Gaussian, for rows of [F, N]."""
     left, right = (_root_mean_square(x, part) for part in (x < 0, x >= 0))
     gamma = left / right
     moment = x.abs().mean(1).square() / x.square().mean(1).clamp_min(1e-12)

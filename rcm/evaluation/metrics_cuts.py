@@ -1,6 +1,4 @@
-"""Probability of a cut at every frame, by TransNetV2 (Soucek and Lokoc 2020, arXiv 2008.04838),
-whose weights come in its package.
-"""
+"""Probability of a cut at every frame, by TransNetV2 (Soucek, Lokoc 2020, arXiv 2008.04838)."""
 
 from __future__ import annotations
 
@@ -18,8 +16,8 @@ _HEIGHT, _WIDTH = 27, 48
 
 
 class CutDetector:
-    """The network, frozen. Making it leaves the global random state and determinism settings as
-    they were, which the package does not.
+    """The network, frozen. Random state and determinism settings, which its package changes, are
+    kept.
     """
 
     def __init__(self, *, device: str = "cpu") -> None:
@@ -47,9 +45,7 @@ class CutDetector:
 
     @torch.no_grad()
     def __call__(self, clip: Tensor) -> Tensor:
-        """Probability [F] that a cut lies between a frame and the next, of a clip [F, 3, H, W] in
-        [0, 1].
-        """
+        """Probability [F] of a cut behind each frame of a clip [F, 3, H, W] in [0, 1]."""
         small = functional.interpolate(
             clip, size=(_HEIGHT, _WIDTH), mode="bilinear", antialias=True, align_corners=False
         )

@@ -65,9 +65,7 @@ def colour_drift(source: Tensor, strength: int) -> Tensor:
 
 
 def chunk_jump(source: Tensor, strength: int) -> Tensor:
-    """From frame 16 on the picture is 2, 4 or 8 percent of its width further right, and darker by
-    as much.
-    """
+    """From frame 16 on the picture is 2, 4 or 8 % of its width further right, and darker."""
     share, clip = (0.02, 0.04, 0.08)[strength], untouched(source).clone()
     shift = max(1, round(share * clip.shape[3]))
     later = functional.pad(clip[16:], (shift, 0, 0, 0), mode="replicate")[..., : clip.shape[3]]
@@ -88,9 +86,7 @@ def repeated_chunk(source: Tensor, strength: int) -> Tensor:
 
 
 def compression(source: Tensor, strength: int) -> Tensor:
-    """Through x264 at a constant rate factor of 33, 40 or 47; the comparison is with the clip
-    through no codec.
-    """
+    """Through x264 at a constant rate factor of 33, 40 or 47; others go through no codec."""
     clip = untouched(source)
     with tempfile.TemporaryDirectory() as folder:
         path = write_mp4(

@@ -1,9 +1,7 @@
-"""Features of frames from an ImageNet classifier (EfficientNet-Lite0) whose weights come in a
-package, and what is measured on them.
+"""Features of frames from an ImageNet classifier (EfficientNet-Lite0), and measures on them.
 
-Mobile network of inverted bottlenecks (Tan and Le 2019, arXiv 1905.11946; the Lite variant has
-ReLU6 and no squeeze-excitation). These are not the networks of VBench or of FVD: numbers compare
-with each other, with nobody else's.
+Inverted bottlenecks (Tan and Le 2019, arXiv 1905.11946) with ReLU6 and no squeeze-excitation; the
+weights come in a package. VBench and FVD use other networks: numbers compare with each other.
 """
 
 from __future__ import annotations
@@ -49,9 +47,7 @@ class FrameFeatures:
 
     @torch.no_grad()
     def __call__(self, clip: Tensor) -> Tensor:
-        """Features [F, 1280] of a clip [F, 3, H, W] in [0, 1]; frames are resized to 224 x 224,
-        whatever their shape.
-        """
+        """Features [F, 1280] of a clip [F, 3, H, W] in [0, 1], resized to 224 x 224."""
         return torch.cat([self._batch(part.to(self.device)) for part in clip.split(_BATCH)]).cpu()
 
     @torch.no_grad()
@@ -62,86 +58,57 @@ class FrameFeatures:
         )
 
     def _batch(self, frames: Tensor) -> Tensor:
-        x = (
-            functional.interpolate(
-                frames, size=(SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False
-            )
-            * 2
-            - 1
+        small = functional.interpolate(
+            frames, size=(SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False
         )
-        x = functional.relu6(self._norm(self._conv(x, "_conv_stem", stride=2), "_bn0"))
+        x = functional.relu6(self._layer(2 * small - 1, "_conv_stem", "_bn0", stride=2))
         number = 0
         for kernel, stride, expansion, channels, blocks in _STAGES:
             for block in range(blocks):
-                x = self._block(
-                    x, f"_blocks.{number}", stride=stride if block == 0 else 1, expand=expansion > 1
-                )
+                step = stride if block == 0 else 1
+                x = self._block(x, f"_blocks.{number}", stride=step, expand=expansion > 1)
                 number += 1
-            assert (
-                x.shape[1] == channels
-                and self._weights[f"_blocks.{number - 1}._depthwise_conv.weight"].shape[-1]
-                == kernel
-            )
-        x = functional.relu6(self._norm(self._conv(x, "_conv_head"), "_bn1"))
-        return x.mean((2, 3))
+            depthwise = self._weights[f"_blocks.{number - 1}._depthwise_conv.weight"]
+            assert (x.shape[1], depthwise.shape[-1]) == (channels, kernel)
+        return functional.relu6(self._layer(x, "_conv_head", "_bn1")).mean((2, 3))
 
     def _block(self, x: Tensor, name: str, *, stride: int, expand: bool) -> Tensor:
-        y = (
-            functional.relu6(self._norm(self._conv(x, f"{name}._expand_conv"), f"{name}._bn0"))
-            if expand
-            else x
-        )
-        y = functional.relu6(
-            self._norm(
-                self._conv(y, f"{name}._depthwise_conv", stride=stride, groups=y.shape[1]),
-                f"{name}._bn1",
-            )
-        )
-        y = self._norm(self._conv(y, f"{name}._project_conv"), f"{name}._bn2")
+        y = x
+        if expand:
+            y = functional.relu6(self._layer(y, f"{name}._expand_conv", f"{name}._bn0"))
+        deep = {"stride": stride, "groups": y.shape[1]}
+        y = functional.relu6(self._layer(y, f"{name}._depthwise_conv", f"{name}._bn1", **deep))
+        y = self._layer(y, f"{name}._project_conv", f"{name}._bn2")
         return x + y if x.shape == y.shape else y
 
-    def _conv(self, x: Tensor, name: str, *, stride: int = 1, groups: int = 1) -> Tensor:
-        """Convolution with the padding that makes the output ceil(size / stride), the odd pixel
-        after the end: as the weights were trained.
-        """
-        weight = self._weights[f"{name}.weight"]
+    def _layer(
+        self, x: Tensor, conv: str, norm: str, *, stride: int = 1, groups: int = 1
+    ) -> Tensor:
+        """Convolution to ceil(size / stride), odd padding at the end as in training; norm."""
+        weight = self._weights[f"{conv}.weight"]
         kernel = weight.shape[-1]
         down, across = (max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in x.shape[2:])
         x = functional.pad(x, (across // 2, across - across // 2, down // 2, down - down // 2))
-        return functional.conv2d(x, weight, stride=stride, groups=groups)
-
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        w = self._weights
-        return functional.batch_norm(
-            x,
-            w[f"{name}.running_mean"],
-            w[f"{name}.running_var"],
-            w[f"{name}.weight"],
-            w[f"{name}.bias"],
-            eps=_BN_EPS,
-        )
+        x = functional.conv2d(x, weight, stride=stride, groups=groups)
+        parts = ("running_mean", "running_var", "weight", "bias")
+        mean, variance, gamma, beta = (self._weights[f"{norm}.{part}"] for part in parts)
+        return functional.batch_norm(x, mean, variance, gamma, beta, eps=_BN_EPS)
 
 
 def consistency(features: Tensor) -> Tensor:
-    """Cosine of each frame's features with those of the frame before, and with those of the first,
-    averaged [F - 1].
-    """
+    """Cosine of features with the frame before and with the first, averaged [F - 1]."""
     unit = functional.normalize(features, dim=1)
     return ((unit[1:] * unit[:-1]).sum(1) + (unit[1:] * unit[:1]).sum(1)) / 2
 
 
 def steps(features: Tensor) -> Tensor:
-    """One minus the cosine of neighbours [F - 1]: how far the picture's content moves from a frame
-    to the next.
-    """
+    """One minus the cosine of neighbours [F - 1]: how far the content moves in a frame."""
     unit = functional.normalize(features, dim=1)
     return (1 - (unit[1:] * unit[:-1]).sum(1)).clamp_min(0)
 
 
 def embedding_drift(features: Tensor, *, share: float = 0.25) -> float:
-    """One minus the cosine between the mean features of the first and of the last `share` of the
-    frames.
-    """
+    """One minus the cosine of mean features over the first and the last `share` of frames."""
     count = max(1, round(share * features.shape[0]))
     first, last = features[:count].mean(0), features[-count:].mean(0)
     return float(1 - functional.cosine_similarity(first, last, dim=0))

@@ -1,6 +1,4 @@
-"""Does the offline suite see known harm? Every clip is harmed in every way at every strength,
-measured, and ranked against itself untouched.
-"""
+"""Does the offline suite see known harm? Clips harmed in every way against themselves."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from statistics import median
 from torch import Tensor
 
 from rcm.evaluation.metrics_degrade import DEGRADATIONS, STRENGTHS, untouched
-from rcm.evaluation.metrics_suite import BY_NAME, METRICS, judge
+from rcm.evaluation.metrics_suite import METRICS, judge
 
 Values = Mapping[str, float]
 SEEN = 1.0
@@ -20,9 +18,7 @@ SEEN = 1.0
 
 @dataclass(frozen=True)
 class Case:
-    """One harmed clip: name of the clip, kind and strength of the harm, the numbers untouched and
-    harmed.
-    """
+    """One harmed clip, the kind and strength of the harm, its numbers before and after."""
 
     clip: str
     kind: str
@@ -61,31 +57,26 @@ def share_right(cases: Iterable[Case]) -> tuple[int, int]:
 
 
 def who_sees_what(cases: list[Case]) -> dict[str, dict[str, str]]:
-    """Kind -> metric -> "-" or the weakest strength (1 to 3) at which half of the clips are at
-    least one step worse by that metric.
+    """Kind -> metric -> the weakest strength (1 to 3) at which half of the clips are a step worse,
+    or "-".
     """
     found: dict[str, dict[str, str]] = {}
     for kind in dict.fromkeys(case.kind for case in cases):
         row = {}
         for metric in METRICS:
-            there = [
-                c
-                for c in cases
-                if c.kind == kind and metric.name in c.before and metric.name in c.after
-            ]
-            harms = [
-                median(_harms(there, metric.name, s)) if _harms(there, metric.name, s) else 0.0
-                for s in STRENGTHS
-            ]
-            row[metric.name] = next((str(s + 1) for s in STRENGTHS if harms[s] >= SEEN), "-")
+            harms: dict[int, list[float]] = {strength: [] for strength in STRENGTHS}
+            for c in cases:
+                if c.kind == kind and metric.name in c.before and metric.name in c.after:
+                    harm = metric.harm(c.before[metric.name], c.after[metric.name])
+                    harms[c.strength].append(harm)
+            seen = (str(s + 1) for s, found in harms.items() if found and median(found) >= SEEN)
+            row[metric.name] = next(seen, "-")
         found[kind] = row
     return found
 
 
 def tables(cases: list[Case]) -> str:
-    """Two Markdown tables: right rankings by kind and strength, and who sees what from which
-    strength.
-    """
+    """Two Markdown tables: right rankings by kind and strength, and who sees what."""
     kinds = list(dict.fromkeys(case.kind for case in cases))
     lines = ["| harm | weak | middle | strong |", "|---|---|---|---|"]
     for kind in kinds:
@@ -101,11 +92,3 @@ def tables(cases: list[Case]) -> str:
     lines += ["", f"| harm | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     lines += [f"| {kind} | {' | '.join(seen[kind][name] for name in names)} |" for kind in kinds]
     return "\n".join(lines)
-
-
-def _harms(cases: list[Case], metric: str, strength: int) -> list[float]:
-    return [
-        BY_NAME[metric].harm(c.before[metric], c.after[metric])
-        for c in cases
-        if c.strength == strength
-    ]

@@ -1,9 +1,7 @@
-"""What pixel arithmetic tells of a clip: motion, flicker, freezes, jumps, repeats, sharpness,
-noise, blocks, colour.
+"""What pixel arithmetic tells of a clip: motion, flicker, jumps, sharpness, noise, colour.
 
-A clip is float32 [F, 3, H, W] in [0, 1]. Series have a value per frame or per pair of neighbours;
-single numbers come with the sense in which they get worse in `rcm.evaluation.metrics_suite`. F
-frames, at least two.
+A clip is float32 [F, 3, H, W] in [0, 1], F >= 2. Series have a value per frame or per pair of
+neighbours; `rcm.evaluation.metrics_suite` says in which sense a number is worse.
 """
 
 from __future__ import annotations
@@ -21,9 +19,7 @@ _FLOOR = 1e-4  # a fortieth of a grey level: differences below are numerical
 
 
 def clip_of(video: Tensor) -> Tensor:
-    """A clip from pixels [3, F, H, W] in [-1, 1]. `ConfigError` for another shape, fewer than two
-    frames, or values that are not finite.
-    """
+    """A clip from finite pixels [3, F, H, W] in [-1, 1], two frames at least; `ConfigError`."""
     if video.ndim != 4 or video.shape[0] != 3:
         raise ConfigError(f"a video is [3, F, H, W], got {list(video.shape)}")
     if video.shape[1] < 2:
@@ -42,23 +38,19 @@ def luma(clip: Tensor) -> Tensor:
 
 
 def differences(clip: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring frames [F - 1]. One minus its mean is the arithmetic
-    of VBench's temporal_flickering.
-    """
+    """Mean absolute difference of neighbours [F - 1]; VBench's temporal_flickering is 1 - mean."""
     return torch.stack([(b - a).abs().mean() for a, b in zip(clip[:-1], clip[1:], strict=True)])
 
 
 def flicker(clip: Tensor) -> Tensor:
-    """Second difference of the mean brightness [F - 2], absolute: light that goes up and down. A
-    steady fade has none.
-    """
+    """Absolute second difference of the mean brightness [F - 2]; a steady fade has none."""
     mean = luma(clip).mean((1, 2))
     return (mean[2:] - 2 * mean[1:-1] + mean[:-2]).abs()
 
 
 def unevenness(clip: Tensor) -> Tensor:
-    """How far a frame is from the middle of its neighbours, as a share of their distance, beyond
-    the half that smooth motion of textured things has [F - 2]; 0 where nothing moves.
+    """How far frames are off the middle of their neighbours, as a share of the neighbours'
+    distance, beyond the half that smooth motion has [F - 2]; 0 where nothing moves.
     """
     out = []
     for before, here, after in zip(clip[:-2], clip[1:-1], clip[2:], strict=True):
@@ -69,20 +61,16 @@ def unevenness(clip: Tensor) -> Tensor:
 
 
 def frozen(clip: Tensor) -> Tensor:
-    """Whether a frame repeats the one before it although the clip moves: 1 or 0 [F - 1]. Less than
-    a tenth of the usual motion counts.
-    """
+    """1 for a frame that repeats the one before it (a tenth of the usual motion) [F - 1]."""
     moved = differences(clip)
     usual = moved.quantile(0.75)
     return (moved < 0.1 * usual).float() if usual > 10 * _FLOOR else torch.zeros_like(moved)
 
 
 def jumps(clip: Tensor, *, radius: int = 6) -> Tensor:
-    """Log ratio of each frame's change to the usual change around it [F - 1]: a cut, a dropped or a
-    badly joined chunk stands out.
+    """Log ratio of each frame's change to the usual change around it [F - 1]: cuts stand out.
 
-    The usual change is the upper quartile of the `radius` changes before and after, without the
-    change itself and its neighbours' zeros.
+    The usual change: upper quartile of the `radius` changes before and after, without itself.
     """
     moved, count = differences(clip).clamp_min(_FLOOR), clip.shape[0] - 1
     out = []
@@ -93,9 +81,7 @@ def jumps(clip: Tensor, *, radius: int = 6) -> Tensor:
 
 
 def repeats(clip: Tensor) -> Tensor:
-    """Whether a frame shows what an earlier one (at least 4 frames before) showed, more nearly than
-    its own neighbour: 1 or 0 [F].
-    """
+    """1 for a frame that is nearer to one at least 4 before it than to its neighbour [F]."""
     small = functional.adaptive_avg_pool2d(
         clip, (min(_SMALL, clip.shape[2]), min(_SMALL, clip.shape[3]))
     ).flatten(1)
@@ -114,9 +100,7 @@ def repeats(clip: Tensor) -> Tensor:
 
 
 def sharpness(clip: Tensor) -> Tensor:
-    """Log of the mean gradient of brightness [F], finest scale: falls with blur, rises with
-    noise.
-    """
+    """Log of the mean gradient of brightness [F]: falls with blur, rises with noise."""
     return _gradient(luma(clip)[:, None]).clamp_min(_FLOOR).log()
 
 
@@ -137,11 +121,10 @@ def detail(clip: Tensor) -> Tensor:
 
 
 def noise(clip: Tensor, *, size: int = 8) -> Tensor:
-    """Standard deviation of noise [F - 2]: what neither space nor time explains, in the quietest
-    quarter of each frame's blocks.
+    """Standard deviation [F - 2] of what space and time leave unexplained in the quietest blocks.
 
-    A frame less the mean of its neighbours, under a Laplacian that flat and sloping surfaces cancel
-    (Immerkaer 1996): still texture has none, moving texture a little.
+    A frame less the mean of its neighbours, under a Laplacian that cancels slopes (Immerkaer 1996):
+    still texture has none, moving texture a little.
     """
     grey = luma(clip)
     residual = (grey[1:-1] - (grey[:-2] + grey[2:]) / 2)[:, None]
@@ -187,9 +170,7 @@ def colour(clip: Tensor) -> Tensor:
 
 
 def drift(series: Tensor, *, share: float = 0.25) -> Tensor:
-    """Distance of the mean of the last `share` of a series [F, D] from that of the first,
-    Euclidean.
-    """
+    """Distance of the means of the first and the last `share` of a series [F, D]."""
     count = max(1, round(share * series.shape[0]))
     return (series[-count:].mean(0) - series[:count].mean(0)).norm()
 

@@ -1,6 +1,4 @@
-"""Pages of the offline suite: curves and worst clips of one folder, and the comparison of several,
-written through `rcm.evaluation.report`.
-"""
+"""Pages of the offline suite: one folder's curves and worst clips; a comparison of several."""
 
 from __future__ import annotations
 
@@ -23,54 +21,40 @@ def write_metrics_page(
     subtitle: str = "",
     machine: Mapping[str, Any],
 ) -> Path:
-    """`report.html` in the `folder` of the videos that `scores` names: means, the worst clips of
-    every judging metric, their curves.
-    """
+    """`report.html` beside the videos of `scores`: means, worst clips and their curves."""
     means = mean_scores(list(scores.values()))
-    picked = dict.fromkeys(
-        name
-        for m in METRICS
-        if m.judges and m.name in means
-        for name in worst(scores, m.name, count=1)
-    )
-    rows = [
-        {"stage": name, "scores": {m: scores[name].values[m] for m in means}} for name in picked
-    ]
-    tables = [
-        {
-            "title": f"Mean of {len(scores)} clips",
-            "rows": [{"stage": "mean", "scores": means}],
-            "note": _legend(means),
-        },
-        {
-            "title": "Worst clips",
-            "rows": rows,
-            "better": _better(means),
-            "note": "Every clip that some metric finds worst.",
-        },
-    ]
-    stages = [
-        {
-            "name": name,
-            "history": {
-                c: [[i, v] for i, v in enumerate(scores[name].curves[c])]
-                for c in _SHOWN
-                if c in scores[name].curves
-            },
-        }
-        for name in picked
-    ]
-    videos = [
-        {"title": name, "path": name, "caption": _why(scores, name, means), "group": "Worst clips"}
-        for name in picked
-    ]
+    blamed: dict[str, list[str]] = {}
+    for metric in METRICS:
+        if metric.judges and metric.name in means:
+            for name in worst(scores, metric.name, count=1):
+                blamed.setdefault(name, []).append(metric.name)
+    rows = {name: {m: scores[name].values[m] for m in means} for name in blamed}
+    note = "Every clip that some metric finds worst."
+    curves = {
+        name: {c: scores[name].curves[c] for c in _SHOWN if c in scores[name].curves}
+        for name in blamed
+    }
     data = {
         "title": title,
         "subtitle": subtitle,
         "machine": dict(machine),
-        "tables": tables,
-        "stages": stages,
-        "videos": videos,
+        "tables": [
+            _table(f"Mean of {len(scores)} clips", {"mean": means}, note=_legend(means)),
+            _table("Worst clips", rows, better=_better(means), note=note),
+        ],
+        "stages": [
+            {"name": name, "history": {c: [[*x] for x in enumerate(v)] for c, v in found.items()}}
+            for name, found in curves.items()
+        ],
+        "videos": [
+            {
+                "title": name,
+                "path": name,
+                "caption": f"worst by {', '.join(metrics)}",
+                "group": "Worst clips",
+            }
+            for name, metrics in blamed.items()
+        ],
     }
     return write_report(folder, data)
 
@@ -83,48 +67,44 @@ def write_comparison_page(
     title: str,
     machine: Mapping[str, Any],
 ) -> Path:
-    """`report.html` in `folder`: means with intervals, paired differences, and the grid of videos
-    (`grids`: entries of a report's videos).
-    """
+    """`report.html` with means, paired differences and `grids`, entries of a report's videos."""
     metrics = list(comparison.means[comparison.reference])
-    means = [
-        {"stage": name, "scores": {m: _told(by_metric[m]) for m in metrics}}
-        for name, by_metric in comparison.means.items()
-    ]
-    paired = [
-        {"stage": name, "scores": {m: _told(by_metric[m], sense=BY_NAME[m].worse) for m in metrics}}
-        for name, by_metric in comparison.differences.items()
-    ]
+    means = {
+        name: {m: _told(found[m]) for m in metrics} for name, found in comparison.means.items()
+    }
+    paired = {
+        name: {m: _told(found[m], sense=BY_NAME[m].worse) for m in metrics}
+        for name, found in comparison.differences.items()
+    }
     about = (
         f"{len(comparison.videos)} videos, same prompts and noise; 95 % bootstrap intervals over"
         " videos."
     )
-    tables = [
-        {"title": "Means", "rows": means, "note": f"{about} {_legend(metrics)}"},
-        {
-            "title": f"Differences to {comparison.reference}, video by video",
-            "rows": paired,
-            "note": (
-                "A word stands where the interval excludes zero: better or worse than the"
-                " reference."
+    data = {
+        "title": title,
+        "machine": dict(machine),
+        "tables": [
+            _table("Means", means, note=f"{about} {_legend(metrics)}"),
+            _table(
+                f"Differences to {comparison.reference}, video by video",
+                paired,
+                note="A word stands where the interval excludes zero: better or worse than the"
+                " reference.",
             ),
-        },
-    ]
-    return write_report(
-        folder,
-        {
-            "title": title,
-            "machine": dict(machine),
-            "tables": tables,
-            "videos": [dict(grid) for grid in grids],
-        },
-    )
+        ],
+        "videos": [dict(grid) for grid in grids],
+    }
+    return write_report(folder, data)
+
+
+def _table(title: str, rows: Mapping[str, Mapping[str, Any]], **about: Any) -> dict[str, Any]:
+    """A report's table of one row per name."""
+    listed = [{"stage": name, "scores": scores} for name, scores in rows.items()]
+    return {"title": title, "rows": listed, **about}
 
 
 def _told(interval: Interval, *, sense: str | None = None) -> str:
-    """The interval as text; with `sense` ("higher" or "lower" is worse) the word better or worse
-    where it excludes zero.
-    """
+    """The interval; better or worse, by the `sense` that is worse, if it excludes zero."""
     text = f"{interval.mean:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
     if sense is None or not interval.excludes_zero:
         return text
@@ -132,11 +112,8 @@ def _told(interval: Interval, *, sense: str | None = None) -> str:
 
 
 def _better(names: Mapping[str, float]) -> dict[str, str]:
-    return {
-        name: "lower" if BY_NAME[name].worse == "higher" else "higher"
-        for name in names
-        if BY_NAME[name].judges
-    }
+    other = {"higher": "lower", "lower": "higher"}
+    return {name: other[BY_NAME[name].worse] for name in names if BY_NAME[name].judges}
 
 
 def _legend(names: Mapping[str, float] | Sequence[str]) -> str:
@@ -144,12 +121,3 @@ def _legend(names: Mapping[str, float] | Sequence[str]) -> str:
         f"{name}: sees {BY_NAME[name].sees}, blind to {BY_NAME[name].blind}" for name in names
     )
     return f"An offline suite of its own, not VBench. {words}."
-
-
-def _why(scores: Mapping[str, ClipScores], name: str, means: Mapping[str, float]) -> str:
-    found = [
-        m.name
-        for m in METRICS
-        if m.judges and m.name in means and worst(scores, m.name, count=1) == [name]
-    ]
-    return f"worst by {', '.join(found)}"

@@ -1,9 +1,7 @@
-"""The offline suite: what it measures of a clip, in which sense each number is worse, what each can
-and cannot see, and a verdict on two clips.
+"""The offline suite: numbers of a clip, their sense, what they see, and a verdict on two clips.
 
-It needs no download and is not VBench: nothing here compares with published numbers. Networks whose
-weights come in packages (extra `metrics`) are used where they are installed, and named as absent
-where not.
+It downloads nothing and is not VBench: nothing compares with published numbers. Networks of
+packages (extra `metrics`) are used where installed, and named as absent where not.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
@@ -150,9 +147,7 @@ METRICS = (
         judges=False,
     ),
 )
-"""motion is one minus VBench's temporal_flickering, on another codec's pixels; it judges nothing,
-for less motion is no merit.
-"""
+"""motion is one minus VBench's temporal_flickering; less motion is no merit."""
 
 BY_NAME = {metric.name: metric for metric in METRICS}
 
@@ -185,9 +180,7 @@ class Models:
 
 @dataclass(frozen=True)
 class ClipScores:
-    """Numbers of a clip by metric (only those that could be measured), and the series behind them:
-    name -> values per frame.
-    """
+    """Numbers of a clip by metric, those that could be measured, and series: name -> values."""
 
     values: Mapping[str, float]
     curves: Mapping[str, Sequence[float]]
@@ -196,9 +189,7 @@ class ClipScores:
 def measure_clip(
     clip: Tensor, *, models: Models = Models(), feature_stride: int = 1, brisque_stride: int = 8
 ) -> ClipScores:
-    """All that can be measured of a clip [F, 3, H, W] in [0, 1]. `feature_stride`,
-    `brisque_stride`: every n-th frame goes through those.
-    """
+    """All that can be measured of a clip [F, 3, H, W] in [0, 1]; networks see each n-th frame."""
     curves = {
         "motion": pixels.differences(clip),
         "flicker": pixels.flicker(clip),
@@ -215,14 +206,10 @@ def measure_clip(
     }
     values["jump"] = float(curves["jump"].max())
     colours = pixels.colour(clip)
-    values["light_drift"], values["tint_drift"] = (
-        float(pixels.drift(colours[:, :2])),
-        float(pixels.drift(colours[:, 2:])),
-    )
-    for name, series in zip(
-        ("brightness", "contrast", "red over green", "blue over green"), colours.T, strict=True
-    ):
-        curves[name] = series
+    values["light_drift"] = float(pixels.drift(colours[:, :2]))
+    values["tint_drift"] = float(pixels.drift(colours[:, 2:]))
+    names = ("brightness", "contrast", "red over green", "blue over green")
+    curves |= dict(zip(names, colours.T, strict=True))
     if models.cuts is not None:
         curves["cut"] = models.cuts(clip)
         values["cut"] = float(curves["cut"].max())
@@ -265,21 +252,17 @@ def judge(
     most, least = max(harm, key=lambda name: harm[name]), min(harm, key=lambda name: harm[name])
     if max(harm[most], -harm[least]) < 0.5 or harm[most] == -harm[least]:
         return Verdict(None, harm, None)
-    return (
-        Verdict("second", harm, most)
-        if harm[most] > -harm[least]
-        else Verdict("first", harm, least)
-    )
+    if harm[most] > -harm[least]:
+        return Verdict("second", harm, most)
+    return Verdict("first", harm, least)
 
 
 def mean_scores(scores: Sequence[ClipScores]) -> dict[str, float]:
     """Mean over clips of every metric that all clips have."""
+    if not scores:
+        return {}
     names = [m.name for m in METRICS if all(m.name in s.values for s in scores)]
-    return (
-        {name: sum(s.values[name] for s in scores) / len(scores) for name in names}
-        if scores
-        else {}
-    )
+    return {name: sum(s.values[name] for s in scores) / len(scores) for name in names}
 
 
 def worst(scores: Mapping[str, ClipScores], metric: str, *, count: int = 3) -> list[str]:
@@ -287,8 +270,3 @@ def worst(scores: Mapping[str, ClipScores], metric: str, *, count: int = 3) -> l
     sense = -1 if BY_NAME[metric].worse == "higher" else 1
     there = [name for name, s in scores.items() if metric in s.values]
     return sorted(there, key=lambda name: sense * scores[name].values[metric])[:count]
-
-
-def as_tensor(curves: Mapping[str, Sequence[float]], name: str) -> Tensor:
-    """One series as a tensor."""
-    return torch.tensor(list(curves[name]))

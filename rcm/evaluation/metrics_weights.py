@@ -1,6 +1,4 @@
-"""Files of weights that come inside packages: found without importing the packages, which pull in
-much and change global state.
-"""
+"""Weights inside packages, found without an import, which would change global state."""
 
 from __future__ import annotations
 

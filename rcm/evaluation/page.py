@@ -1,6 +1,4 @@
-"""The frame of a report's page: its style, for light and dark screens, wide and narrow. `{{title}}`
-and `{{body}}` are filled by `sections.py`.
-"""
+"""The frame of a report's page and its style; `sections.py` fills `{{title}}` and `{{body}}`."""
 
 from __future__ import annotations
 

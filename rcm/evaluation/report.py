@@ -43,18 +43,9 @@ from rcm.train.describe import write_atomically
 EMBEDDED_BYTES = 2_000_000
 """Size up to which a video or picture is written into the page."""
 
+_LISTS = ("stages", "tables", "charts", "videos")
 KEYS = {
-    "": {
-        "title",
-        "subtitle",
-        "status",
-        "machine",
-        "stages",
-        "tables",
-        "charts",
-        "videos",
-        "glossary",
-    },
+    "": {"title", "subtitle", "status", "machine", *_LISTS, "glossary"},
     "stages": {"name", "about", "seconds", "gate", "passed", "history", "expect", "scores", "note"},
     "tables": {"title", "note", "better", "section", "rows"},
     "rows": {"stage", "steps", "scores"},
@@ -73,12 +64,10 @@ _REQUIRED = {
 
 
 def write_report(folder: str | Path, data: Mapping[str, Any]) -> Path:
-    """Write `report.json` and `report.html` into `folder` (made if needed), each atomically;
-    returns the page's path.
+    """Write `report.json` and `report.html` into `folder`, each atomically; returns the page.
 
-    Raises `ConfigError` for data of another form (naming the key), `OSError` with the path where it
-    cannot be written. Numbers that are not finite are written as "nan", "inf", "-inf". A video
-    whose file is missing is said to be missing, on the page.
+    `ConfigError` for data of another form (naming the key). Numbers that are not finite become
+    "nan", "inf", "-inf"; the page says which videos are missing.
     """
     folder = Path(folder)
     _check(data)
@@ -92,7 +81,7 @@ def write_report(folder: str | Path, data: Mapping[str, Any]) -> Path:
 
 def _check(data: Mapping[str, Any]) -> None:
     _known(data, "", "report")
-    for kind in ("stages", "tables", "charts", "videos"):
+    for kind in _LISTS:
         for i, item in enumerate(data.get(kind, ())):
             _known(item, kind, f"{kind}[{i}]")
             for inner in ("rows", "lines"):

@@ -1,6 +1,4 @@
-"""The sections of a report's page, from checked, plain data: videos first, then what was measured,
-then what the words mean.
-"""
+"""The sections of a report's page: videos first, then measurements, then meanings."""
 
 from __future__ import annotations
 
@@ -98,10 +96,12 @@ class Media:
         )
 
 
+def _quiet(text: str | None) -> str:
+    return f'<p class="quiet">{escape(text)}</p>' if text else ""
+
+
 def number(value: Any) -> str:
-    """A value as a table cell's inside: four significant digits, the exact number as its tooltip;
-    text is escaped, None a dash.
-    """
+    """HTML of a value: 4 significant digits, the exact number as tooltip; None is a dash."""
     if value is None:
         return "&ndash;"
     if isinstance(value, float):
@@ -137,8 +137,7 @@ def _grid(
     about = {stage["name"]: stage.get("about", "") for stage in stages}
     lines = []
     for group, cells in rows.items():
-        words = f'<p class="quiet">{escape(about[group])}</p>' if about.get(group) else ""
-        head = f'<div class="stage"><h3>{escape(group)}</h3>{words}</div>'
+        head = f'<div class="stage"><h3>{escape(group)}</h3>{_quiet(about.get(group))}</div>'
         figures = "".join(
             _figure(cells[column], media) if column in cells else '<div class="none"></div>'
             for column in columns
@@ -155,8 +154,7 @@ def _figure(video: Mapping[str, Any], media: Media) -> str:
     caption = f"<figcaption>{title}{facts}</figcaption>"
     beside = video.get("beside")
     if not beside or not media.exists(beside):
-        text = f'<p class="quiet">{escape(video["caption"])}</p>' if video.get("caption") else ""
-        return f"<figure>{shown}{caption}{text}</figure>"
+        return f"<figure>{shown}{caption}{_quiet(video.get('caption'))}</figure>"
     name = f"large{media.number()}"
     large = media.element(beside, words=words)
     text = f"<p>{words}</p>" if video.get("caption") else ""
@@ -170,8 +168,7 @@ def _figure(video: Mapping[str, Any], media: Media) -> str:
 
 
 def _chart(chart: Mapping[str, Any]) -> str:
-    title, note = escape(chart.get("title", "")), chart.get("note")
-    words = f'<p class="quiet">{escape(note)}</p>' if note else ""
+    title, words = escape(chart.get("title", "")), _quiet(chart.get("note"))
     drawn = lines_chart(
         chart["lines"],
         label=chart.get("title", "chart"),
@@ -184,11 +181,9 @@ def _chart(chart: Mapping[str, Any]) -> str:
 def _curves(stages: Sequence[Mapping[str, Any]]) -> str:
     found = []
     for stage in stages:
-        history = stage.get("history") or {}
-        expected = f'<p class="quiet">{escape(stage["expect"])}</p>' if stage.get("expect") else ""
-        for name, points in (
-            history.items() if isinstance(history, Mapping) else [("loss", history)]
-        ):
+        history, expected = stage.get("history") or {}, _quiet(stage.get("expect"))
+        curves = history if isinstance(history, Mapping) else {"loss": history}
+        for name, points in curves.items():
             if not points:
                 continue
             label = f"{stage['name']}: {name}"
@@ -210,11 +205,9 @@ def _stage_table(stages: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for stage in stages:
         seconds = stage.get("seconds")
-        bar = (
-            ""
-            if seconds is None
-            else f'<div class="bar"><i style="width:{100 * seconds / longest:.1f}%"></i></div>'
-        )
+        share = 100 * (seconds or 0.0) / longest
+        bar = f'<div class="bar"><i style="width:{share:.1f}%"></i></div>'
+        bar = "" if seconds is None else bar
         scores = "".join(
             f"<li>{escape(name)} <b>{number(value)}</b></li>"
             for name, value in stage.get("scores", {}).items()
@@ -255,7 +248,7 @@ def _score_table(table: Mapping[str, Any]) -> str:
             f' scope="row">{name}</th><td>{number(row.get("steps"))}</td>{"".join(cells)}</tr>'
         )
     title = f'<h3 class="over">{escape(table["title"])}</h3>' if table.get("title") else ""
-    note = f'<p class="quiet">{escape(table["note"])}</p>' if table.get("note") else ""
+    note = _quiet(table.get("note"))
     head = f"<tr><th>Stage</th><th>Steps</th>{head}</tr>"
     return (
         f'{title}<div class="wide"><table'
@@ -280,20 +273,17 @@ def _facts(items: Mapping[str, Any]) -> str:
 def _section(title: str, body: str, *, note: str = "", wrap: str = "") -> str:
     if not body:
         return ""
-    words = f'<p class="quiet">{escape(note)}</p>' if note else ""
     inner = f'<div class="{wrap}">{body}</div>' if wrap else body
-    return f"<section><h2>{title}</h2>{words}{inner}</section>"
+    return f"<section><h2>{title}</h2>{_quiet(note)}{inner}</section>"
 
 
 def _badge(stage: Mapping[str, Any]) -> str:
     passed = stage.get("passed")
     if passed is None:
         return f'<span class="quiet">{"not judged" if stage.get("gate") else "no gate"}</span>'
-    return (
-        '<span class="pass">&#10003; passed</span>'
-        if passed
-        else '<span class="fail">&#10007; missed</span>'
-    )
+    if passed:
+        return '<span class="pass">&#10003; passed</span>'
+    return '<span class="fail">&#10007; missed</span>'
 
 
 def _duration(seconds: float | None) -> str:

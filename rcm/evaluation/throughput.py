@@ -1,6 +1,4 @@
-"""How fast a stream is: first chunk, later chunks, frames per second, over runs after a warm-up;
-peak memory on CUDA; on what processor.
-"""
+"""How fast a stream is: first chunk, later chunks, frames per second, peak CUDA memory."""
 
 from __future__ import annotations
 
@@ -35,7 +33,6 @@ class Throughput:
     runs: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready dict."""
         return asdict(self)
 
 
@@ -46,11 +43,9 @@ def measure(
     num_runs: int = 3,
     device: torch.device | str = "cpu",
 ) -> Throughput:
-    """`Throughput` of the stream that `start` begins anew each time: `warmup` untimed runs, then
-    `num_runs` timed ones.
+    """`Throughput` of the stream that `start` begins: `warmup` untimed runs, `num_runs` timed ones.
 
-    fps is frames over the mean total (docs/reference/sampling.md#timing). Raises `ConfigError` for
-    negative warm-up or no timed run.
+    fps is frames over the mean total (docs/reference/sampling.md#timing).
     """
     if warmup < 0 or num_runs < 1:
         raise ConfigError(
@@ -95,9 +90,7 @@ def processor() -> str:
             )
         if platform.system() == "Darwin":
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(
-                command, capture_output=True, text=True, check=True
-            ).stdout.strip()
+            return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, StopIteration, subprocess.CalledProcessError):
         pass  # then the name that Python knows
     return platform.processor() or platform.machine()

@@ -1,8 +1,7 @@
-"""Runs inside VBench's own environment, started as a file by `rcm.evaluation.vbench_launch`: one
-dimension, or a look at what can be imported.
+"""One dimension, or a look at it, inside VBench's own environment, which has no rcm.
 
-It imports nothing of rcm. With RANK in the environment (torchrun) VBench's process group is used,
-which needs CUDA; alone it runs on any device.
+Started as a file by `rcm.evaluation.vbench_launch`. With RANK (torchrun) VBench's process group is
+used, which needs CUDA; alone it runs on any device.
 """
 
 from __future__ import annotations
@@ -58,9 +57,8 @@ def main() -> int:
 
 
 def _torchvision() -> None:
-    """Import torchvision. Its CUDA build beside a CPU build of torch cannot load its operators, and
-    then fails to describe `nms` and `qnms`, which no dimension calls outside of detectron2; with a
-    declaration of these two the rest of it works.
+    """Import torchvision. Its CUDA build beside a CPU build of torch fails to describe `nms` and
+    `qnms`; with a declaration of these two, which only detectron2 calls, the rest of it works.
     """
     import torch
 

@@ -11,28 +11,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rcm.core.errors import ConfigError
-from rcm.evaluation.vbench_manifest import flattened, read_manifest
-from rcm.evaluation.vbench_results import DimensionResult, read_results
+from rcm.evaluation.vbench_manifest import read_manifest
+from rcm.evaluation.vbench_results import read_results
 from rcm.evaluation.vbench_score import SUITES, Suite
+from rcm.storage.state_dicts import flatten
 
 ROUNDING = 1.5e-4
-"""Raw difference (0-1) that two decimals of a published percentage leave open, and a little of
-another machine's arithmetic.
-"""
+"""Raw difference that two printed decimals of a percentage, and other machines, leave open."""
 
 PUBLISHED = "published_rows.json"
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of two results: a run with its settings, or a published row with little but its numbers.
-    `counts`: videos per dimension.
-    """
+    """A run with its settings, or a published row. `counts`: videos per dimension."""
 
     name: str
     raw: Mapping[str, float]
@@ -51,51 +48,40 @@ class Finding:
 
 
 def run_side(results: str | Path, *, videos: str | Path | None = None) -> Side:
-    """A scored run: the folder of results, and that of its videos for the settings (None: results
-    `X_eval_results` belong to videos `X`).
-    """
+    """A scored run; `videos` None: results `X_eval_results` belong to videos `X`."""
     results = Path(results)
     found = read_results(results)
+    side = Side(
+        str(results),
+        {name: result.score for name, result in found.items()},
+        {name: result.num_videos for name, result in found.items() if result.num_videos},
+    )
     guessed = Path(str(results).removesuffix("_eval_results")) if videos is None else Path(videos)
     try:
         manifest = read_manifest(guessed)
     except ConfigError:
         if videos is not None:
             raise
-        return Side(
-            str(results),
-            _raw(found),
-            _counts(found),
-            note="no record of how its videos were sampled",
-        )
-    names = list(manifest["videos"])
-    samples = 1 + max((record["sample"] for record in manifest["videos"].values()), default=0)
-    settings = {
-        **flattened(manifest["settings"]),
-        "prompts": len({name.rpartition("-")[0] for name in names}),
-    }
-    return Side(str(results), _raw(found), _counts(found), settings, samples)
+        return replace(side, note="no record of how its videos were sampled")
+    videos_made = manifest["videos"]
+    samples = 1 + max((record["sample"] for record in videos_made.values()), default=0)
+    prompts = len({name.rpartition("-")[0] for name in videos_made})
+    settings = {**flatten(manifest["settings"]), "prompts": prompts}
+    return replace(side, settings=settings, samples=samples)
 
 
 def published_side(name: str, *, file: str | Path) -> Side:
-    """The published row called `name`, or the only one whose name contains it. `ConfigError` lists
-    what there is.
-    """
+    """The published row called `name`, or the only one whose name contains it."""
     table = json.loads(Path(file).read_text(encoding="utf-8"))
     rows = table["rows"]
     near = [name] if name in rows else [key for key in rows if name.lower() in key.lower()]
     if len(near) != 1:
-        told = (
-            f"{len(near)} rows contain it: {', '.join(near[:8])}"
-            if near
-            else f"there are {', '.join(list(rows)[:12])}, ..."
-        )
+        told = f"there are {', '.join(list(rows)[:12])}, ..."
+        if near:
+            told = f"{len(near)} rows contain it: {', '.join(near[:8])}"
         raise ConfigError(f"no single published row {name!r}; {told}")
     row = rows[near[0]]
-    raw = {
-        dimension: value / 100
-        for dimension, value in zip(table["dimensions"], row["values"], strict=True)
-    }
+    raw = {key: x / 100 for key, x in zip(table["dimensions"], row["values"], strict=True)}
     told = ", ".join(str(row[key]) for key in ("source", "date", "sampled_by") if key in row)
     return Side(near[0], raw, note=told)
 
@@ -104,23 +90,15 @@ def explain(mine: Side, theirs: Side, *, suite: Suite = SUITES["t2v"]) -> list[F
     """Everything that differs, the strongest suspicion first; empty where nothing does."""
     found = [*_missing(mine, theirs, suite), *_counted(mine, theirs), *_protocol(mine, theirs)]
     shared = [name for name in suite.names if name in mine.raw and name in theirs.raw]
-    moved = {
-        name: mine.raw[name] - theirs.raw[name]
-        for name in shared
-        if abs(mine.raw[name] - theirs.raw[name]) > ROUNDING
-    }
-    if moved:
-        found += _pattern(
-            moved, suite, known=mine.settings is not None and theirs.settings is not None
-        )
-        effects = sorted(moved, key=lambda name: -abs(_effect(suite, name, moved[name])))
-        for name in effects:
-            points = 100 * _effect(suite, name, moved[name])
-            words = (
-                f"{name}: {mine.raw[name]:.4f} and {theirs.raw[name]:.4f}, {points:+.2f} points of"
-                " the total"
-            )
-            found.append(Finding(min(0.9, abs(points)), words))
+    gaps = {name: mine.raw[name] - theirs.raw[name] for name in shared}
+    moved = {name: gap for name, gap in gaps.items() if abs(gap) > ROUNDING}
+    if mine.settings is None or theirs.settings is None:
+        found += _pattern(moved)
+    for name in sorted(moved, key=lambda name: -abs(_effect(suite, name, moved[name]))):
+        points = 100 * _effect(suite, name, moved[name])
+        both = f"{mine.raw[name]:.4f} and {theirs.raw[name]:.4f}"
+        words = f"{name}: {both}, {points:+.2f} points of the total"
+        found.append(Finding(min(0.9, abs(points)), words))
     return sorted(found, key=lambda finding: -finding.weight)
 
 
@@ -133,21 +111,8 @@ def told(findings: list[Finding], mine: Side, theirs: Side) -> str:
     if not findings:
         return "\n".join([*heads, "no difference beyond rounding in scores or settings"])
     first, *others = findings
-    return "\n".join(
-        [
-            *heads,
-            f"first suspicion: {first.words}",
-            *(f"  then: {finding.words}" for finding in others),
-        ]
-    )
-
-
-def _raw(found: Mapping[str, DimensionResult]) -> dict[str, float]:
-    return {name: result.score for name, result in found.items()}
-
-
-def _counts(found: Mapping[str, DimensionResult]) -> dict[str, int]:
-    return {name: result.num_videos for name, result in found.items() if result.num_videos}
+    lines = [f"first suspicion: {first.words}", *(f"  then: {other.words}" for other in others)]
+    return "\n".join([*heads, *lines])
 
 
 def _effect(suite: Suite, name: str, difference: float) -> float:
@@ -163,27 +128,17 @@ def _missing(mine: Side, theirs: Side, suite: Suite) -> list[Finding]:
     for mark, side, other in (("A", mine, theirs), ("B", theirs, mine)):
         lost = [name for name in suite.names if name not in side.raw and name in other.raw]
         if lost:
-            found.append(
-                Finding(
-                    100.0,
-                    f"{mark} has no result for {', '.join(lost)}; its total is of other dimensions",
-                )
-            )
+            words = f"{mark} has no result for {', '.join(lost)}; its total is of other dimensions"
+            found.append(Finding(100.0, words))
     return found
 
 
 def _counted(mine: Side, theirs: Side) -> list[Finding]:
-    differing = [
-        name
-        for name in mine.counts
-        if name in theirs.counts and mine.counts[name] != theirs.counts[name]
-    ]
-    words = [f"{name} {mine.counts[name]} and {theirs.counts[name]}" for name in differing]
-    return (
-        [Finding(50.0, f"other numbers of scored videos (A and B): {', '.join(words)}")]
-        if words
-        else []
-    )
+    both = {name: (a, theirs.counts.get(name, a)) for name, a in mine.counts.items()}
+    words = [f"{name} {a} and {b}" for name, (a, b) in both.items() if a != b]
+    if not words:
+        return []
+    return [Finding(50.0, f"other numbers of scored videos (A and B): {', '.join(words)}")]
 
 
 _QUESTIONS = (
@@ -207,60 +162,37 @@ def _protocol(mine: Side, theirs: Side) -> list[Finding]:
     """Settings that differ; the ones with a known effect in words of their own."""
     if mine.settings is None or theirs.settings is None:
         return []
-    found, asked = [], {key for key, _, _ in _QUESTIONS}
-    for key, weight, words in _QUESTIONS:
+    found, asked = [], {key: (weight, f"{words}: ") for key, weight, words in _QUESTIONS}
+    others = sorted(({*mine.settings} | {*theirs.settings}) - {*asked})
+    for key in (*asked, *others):
         a, b = mine.settings.get(key), theirs.settings.get(key)
+        weight, words = asked.get(key, (8.0 if key.startswith("recipe.") else 3.0, ""))
         if a != b:
-            found.append(Finding(weight, f"{words}: {key}={a!r} in A, {b!r} in B"))
+            found.append(Finding(weight, f"{words}{key}={a!r} in A, {b!r} in B"))
     if mine.samples != theirs.samples:
-        found.append(
-            Finding(15.0, f"samples per prompt: {mine.samples} in A, {theirs.samples} in B")
-        )
-    for key in sorted(set(mine.settings) | set(theirs.settings)):
-        if key not in asked and mine.settings.get(key) != theirs.settings.get(key):
-            weight = 8.0 if key.startswith("recipe.") else 3.0
-            found.append(
-                Finding(
-                    weight,
-                    f"{key}={mine.settings.get(key)!r} in A, {theirs.settings.get(key)!r} in B",
-                )
-            )
+        words = f"samples per prompt: {mine.samples} in A, {theirs.samples} in B"
+        found.append(Finding(15.0, words))
     return found
 
 
-def _pattern(moved: Mapping[str, float], suite: Suite, *, known: bool) -> list[Finding]:
+def _pattern(moved: Mapping[str, float]) -> list[Finding]:
     """What the pattern of differences looks like, where the settings of a side are not known."""
-    if known:
-        return []
     found = []
-    semantic = [
-        v
-        for name, v in moved.items()
-        if suite[name].group == "semantic"
-        and name in ("multiple_objects", "scene", "human_action", "color")
-    ]
-    if len(semantic) >= 3 and (all(v > 0.02 for v in semantic) or all(v < -0.02 for v in semantic)):
-        lower = "A" if semantic[0] < 0 else "B"
-        found.append(
-            Finding(
-                35.0,
-                f"objects, scenes and actions are all lower in {lower}: its videos look as if made"
-                " from short, not extended prompts",
-            )
+    named = ("multiple_objects", "scene", "human_action", "color")
+    semantic = [v for name, v in moved.items() if name in named]
+    if len(semantic) >= 3 and (min(semantic) > 0.02 or max(semantic) < -0.02):
+        words = (
+            f"objects, scenes and actions are all lower in {'A' if semantic[0] < 0 else 'B'}: its"
+            " videos look as if made from short, not extended prompts"
         )
+        found.append(Finding(35.0, words))
     if abs(moved.get("dynamic_degree", 0.0)) > 0.1 and len(moved) <= 3:
-        found.append(
-            Finding(
-                24.0,
-                "dynamic_degree alone moves much: look at the frame rate written into the files",
-            )
-        )
+        words = "dynamic_degree alone moves much: look at the frame rate written into the files"
+        found.append(Finding(24.0, words))
     if abs(moved.get("human_action", 0.0)) > 0.5:
-        found.append(
-            Finding(
-                45.0,
-                "human_action collapses where file names are not the original prompts: it reads its"
-                " label from the name",
-            )
+        words = (
+            "human_action collapses where file names are not the original prompts: it reads its"
+            " label from the name"
         )
+        found.append(Finding(45.0, words))
     return found

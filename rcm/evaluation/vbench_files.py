@@ -1,8 +1,6 @@
-"""The model files that VBench's dimensions need: sizes, check sums, where they are published.
-Nothing here downloads.
+"""Model files of VBench's dimensions: sizes, check sums, places. Nothing here downloads.
 
-Sizes and sums as published for VBench 0.1.5; the four dimensions on GRiT also need a compiled
-detectron2, which no registry has.
+As published for VBench 0.1.5; those on GRiT also need a compiled detectron2, in no registry.
 """
 
 from __future__ import annotations
@@ -18,9 +16,7 @@ _VICLIP = ("temporal_style", "overall_consistency")
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A file under VBench's cache folder: bytes, beginning of its SHA-256, the dimensions that read
-    it, where it is published.
-    """
+    """A file in VBench's cache; `sha256` begins so, `published` says where to find it."""
 
     path: str
     bytes: int
@@ -139,9 +135,7 @@ def files_for(dimensions: Sequence[str]) -> list[ModelFile]:
 
 
 def problems(cache: Path, dimensions: Sequence[str]) -> dict[str, str]:
-    """Path -> what is wrong with it, for every file of `dimensions` that is missing or of another
-    size.
-    """
+    """Path -> what is wrong, for files of `dimensions` that are missing or of another size."""
     found = {}
     for file in files_for(dimensions):
         path = cache / file.path
@@ -153,9 +147,7 @@ def problems(cache: Path, dimensions: Sequence[str]) -> dict[str, str]:
 
 
 def told(cache: Path, dimensions: Sequence[str]) -> str:
-    """The files of `dimensions` as lines: whether it is there, bytes, sum, dimensions, where it is
-    published; and other needs.
-    """
+    """The files of `dimensions` as lines, what is wrong with them, and other needs."""
     wrong, lines = problems(cache, dimensions), []
     for file in files_for(dimensions):
         state = wrong.get(file.path, "there")

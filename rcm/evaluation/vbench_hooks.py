@@ -1,8 +1,7 @@
-"""VisionReward beside VBench: the list of videos its script is given, the command, and its scores
-once they are there.
+"""VisionReward beside VBench: the command that is given its videos, and its scores.
 
-VisionReward (arXiv 2412.21059) asks a vision-language model 29 yes/no questions of a video's frames
-and weighs the answers; model and script are the user's own.
+It asks a vision-language model 29 yes/no questions of a video and weighs the answers (arXiv
+2412.21059); model and script are the user's own.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,7 @@ def vision_reward_command(
 def read_vision_reward(path: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Mean score, number of videos and standard error of `vision_reward_scores.json`.
 
-    Raises `ConfigError` for videos of `rows` (the entries of vbench_eval_info.json) without a
-    score, scored twice or with no finite number, naming the first: their mean would be of other
-    videos than it says.
+    `ConfigError` for videos of `rows` (of vbench_eval_info.json) without one finite score.
     """
     try:
         given = json.loads(path.read_text(encoding="utf-8"))["video_results"]
@@ -55,11 +53,7 @@ def read_vision_reward(path: Path, rows: Sequence[Mapping[str, Any]]) -> dict[st
         ) from error
     wanted = [Path(name).name for row in rows for name in row["video_list"]]
     by_name = dict(scores)
-    twice = (
-        [name for name, _ in scores if [n for n, _ in scores].count(name) > 1]
-        if len(by_name) < len(scores)
-        else []
-    )
+    twice = [name for name, count in Counter(name for name, _ in scores).items() if count > 1]
     lost = [name for name in wanted if name not in by_name]
     bad = [name for name, score in scores if not math.isfinite(score)]
     for names, what in (

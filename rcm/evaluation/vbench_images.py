@@ -1,8 +1,7 @@
-"""First frames of the image-to-video suite: where its list and its images are, which image a prompt
-has, how it becomes a frame.
+"""First frames of the image-to-video suite: places, the image of a prompt, its frame.
 
-VBench publishes the list in its repository, and the images, cropped to four aspect ratios, for
-download; neither comes with this package. (VBench++, Huang et al. 2024, arXiv 2411.13503.)
+VBench publishes the list in its repository and the images, cropped, for download; neither comes
+with this package. (VBench++, Huang et al. 2024, arXiv 2411.13503.)
 """
 
 from __future__ import annotations
@@ -26,15 +25,11 @@ CROPS = ("1-1", "8-5", "7-4", "16-9")
 """Aspect ratios, width to height, in which VBench publishes the images."""
 _CLONE = Path("vbench2_beta_i2v")
 _MOTION = ", camera "
-"""Before the camera's motion in a prompt; what is left of it is the prompt that the image is named
-after.
-"""
+"""Between the prompt that an image is named after and the camera's motion."""
 
 
 def placed_list(assets: Path, *, clone: Path | None, knob: str) -> Path:
-    """The suite's list: in a `clone` of VBench where one is given, else among `assets`.
-    `ConfigError`, naming the place, if it is not there; `knob` is the flag that names another file.
-    """
+    """The suite's list, of a `clone` of VBench or among `assets`; `knob`: flag of another file."""
     path = assets / I2V_FILE if clone is None else clone / _CLONE / I2V_FILE
     if not path.is_file():
         raise ConfigError(
@@ -46,10 +41,7 @@ def placed_list(assets: Path, *, clone: Path | None, knob: str) -> Path:
 
 
 def placed_crops(assets: Path, *, clone: Path | None, aspect_ratio: str) -> Path:
-    """The folder of images of `aspect_ratio` ("16:9"): `vbench2_beta_i2v/data/crop/16-9` of a
-    `clone`, else `crop/16-9` among `assets`. `ConfigError`, saying what to place where, if it is
-    not there.
-    """
+    """Images of `aspect_ratio` ("16:9"), of a `clone` or among `assets`."""
     name = aspect_ratio.replace(":", "-")
     if name not in CROPS:
         raise ConfigError(
@@ -67,8 +59,8 @@ def placed_crops(assets: Path, *, clone: Path | None, aspect_ratio: str) -> Path
 
 
 def with_images(items: Sequence[SuiteItem]) -> list[SuiteItem]:
-    """`items`, each with an image: older lists name none for prompts of camera motion, which share
-    that of the prompt they begin with. `ConfigError` for a prompt whose image is not known.
+    """`items` with images: in older lists, prompts of camera motion share that of the prompt they
+    begin with. `ConfigError` for a prompt whose image is not known.
     """
     known = {item.prompt: item.image_name for item in items}
     found = [
@@ -91,8 +83,8 @@ def with_images(items: Sequence[SuiteItem]) -> list[SuiteItem]:
 def require_images(
     items: Sequence[SuiteItem], folder: Path, *, skip_missing: bool = False
 ) -> list[SuiteItem]:
-    """The items whose first frame is in `folder`: all of them, or `ConfigError` naming the first
-    missing one unless `skip_missing`, which still needs one.
+    """The items whose image is in `folder`; `ConfigError` for a missing one, unless `skip_missing`
+    and some are there.
     """
     there = [
         item
@@ -110,10 +102,7 @@ def require_images(
 
 
 def stretched_image(path: str | Path, size: FrameSize) -> Tensor:
-    """An image file stretched to `size` (Lanczos, nothing is cut), as the image-to-video suite
-    gives its crops to a model: float32 [1, 3, 1, H, W] in [-1, 1]. `VideoError` for a file that
-    cannot be read.
-    """
+    """A file stretched to `size` (Lanczos): float32 [1, 3, 1, H, W] in [-1, 1]."""
     pixels = Image.fromarray(read_image(path).numpy()).resize(
         (size.width, size.height), Image.Resampling.LANCZOS
     )

@@ -1,6 +1,4 @@
-"""Running VBench in its own environment: one command per dimension, over a folder that holds
-nothing but the videos.
-"""
+"""Running VBench in its own environment: a command per dimension, over a folder of videos."""
 
 from __future__ import annotations
 
@@ -47,48 +45,25 @@ class Launch:
 
     @property
     def view(self) -> Path:
-        """Folder of links to the videos."""
         return self.output / "videos"
 
     @property
     def full_json(self) -> Path:
-        """The prompts that are scored."""
         return self.output / "scored_prompts.json"
 
     def result(self, dimension: str) -> Path:
-        """The file that the dimension's result is written to."""
         return self.output / f"{dimension}{SUFFIX}"
 
     def command(self, dimension: str) -> list[str]:
         """The command line that scores one dimension."""
         if self.suite == "long":
             return self._long(dimension)
-        words = [
-            "--suite",
-            self.suite,
-            "--dimension",
-            dimension,
-            "--videos",
-            self.view,
-            "--full_json",
-            self.full_json,
-        ]
-        words += [
-            "--output",
-            self.output,
-            "--device",
-            self.device,
-            "--local",
-            int(self.local),
-            "--options",
-            json.dumps(dict(self.options)),
-        ]
-        many = (
-            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus}"]
-            if self.gpus > 1
-            else []
-        )
-        return [str(word) for word in (self.python, *many, DRIVER, *words)]
+        words = ["--suite", self.suite, "--dimension", dimension, "--videos", self.view]
+        words += ["--full_json", self.full_json, "--output", self.output, "--device", self.device]
+        words += ["--local", int(self.local), "--options", json.dumps(dict(self.options))]
+        many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus}"]
+        launcher = many if self.gpus > 1 else []
+        return [str(word) for word in (self.python, *launcher, DRIVER, *words)]
 
     def _long(self, dimension: str) -> list[str]:
         if self.repository is None:
@@ -96,27 +71,13 @@ class Launch:
                 "--suite long runs VBench-Long from a clone of github.com/Vchitect/VBench; say"
                 " where with --vbench_repo DIR"
             )
-        words = [
-            "--videos_path",
-            self.view,
-            "--dimension",
-            dimension,
-            "--output_path",
-            self.output,
-            "--full_json_dir",
-            self.full_json,
-        ]
+        script = self.repository / "vbench2_beta_long" / "eval_long.py"
+        words = [self.python, script, "--videos_path", self.view, "--dimension", dimension]
+        words += ["--output_path", self.output, "--full_json_dir", self.full_json]
         words += ["--mode", "long_vbench_standard", "--dev_flag"]
         words += ["--static_filter_flag"] if dimension == "temporal_flickering" else []
         words += ["--load_ckpt_from_local", "1"] if self.local else []
-        return [
-            str(word)
-            for word in (
-                self.python,
-                self.repository / "vbench2_beta_long" / "eval_long.py",
-                *words,
-            )
-        ]
+        return [str(word) for word in words]
 
     def environment(self) -> dict[str, str]:
         """Variables of the command beyond the caller's."""
@@ -126,31 +87,18 @@ class Launch:
         return extra
 
     def check(self, dimension: str) -> str | None:
-        """None if the dimension's module can be imported in the environment, else the last line of
-        what it said.
-        """
-        words = [
-            str(self.python),
-            str(DRIVER),
-            "--check",
-            "--dimension",
-            dimension,
-            "--suite",
-            "i2v" if self.suite == "i2v" else "t2v",
-        ]
+        """What is wrong with a dimension's module in the environment; None if it imports."""
+        words = [str(self.python), str(DRIVER), "--check", "--dimension", dimension]
+        words += ["--suite", "i2v" if self.suite == "i2v" else "t2v"]
         done = subprocess.run(
             words, env=os.environ | self.environment(), capture_output=True, text=True, timeout=600
         )
-        return (
-            None
-            if done.returncode == 0
-            else (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
-        )
+        if done.returncode == 0:
+            return None
+        return (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
 
     def run(self, dimension: str) -> None:
-        """Score one dimension. `ConfigError` with the end of VBench's own words where it fails or
-        leaves no result.
-        """
+        """Score one dimension; `ConfigError` quotes VBench where it leaves no result."""
         if not self.python.is_file():
             raise ConfigError(
                 f"no Python of a VBench environment at {self.python}; make one with `python -m"
@@ -178,8 +126,8 @@ class Launch:
 
 
 def prepare(launch: Launch, videos: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Make the folder of links to `videos`' mp4 files and the list of prompts to score. VBench
-    names files by the suffix of whatever entry it sees first, so nothing else may lie among them.
+    """Link `videos`' mp4 files and list the prompts to score. VBench names files by the suffix of
+    whatever entry it sees first, so nothing else may lie among the links.
     """
     launch.view.mkdir(parents=True, exist_ok=True)
     wanted = {path.name: path.resolve() for path in videos.glob("*.mp4")}
@@ -189,13 +137,8 @@ def prepare(launch: Launch, videos: Path, rows: Sequence[Mapping[str, Any]]) -> 
     for name, path in wanted.items():
         if not (launch.view / name).is_symlink():
             (launch.view / name).symlink_to(path)
-    write_atomically(
-        launch.full_json,
-        json.dumps(
-            [{k: v for k, v in row.items() if k != "video_list"} for row in rows],
-            ensure_ascii=False,
-        ),
-    )
+    listed = [{k: v for k, v in row.items() if k != "video_list"} for row in rows]
+    write_atomically(launch.full_json, json.dumps(listed, ensure_ascii=False))
 
 
 def missing_videos(
@@ -205,9 +148,7 @@ def missing_videos(
     *,
     num_samples: int = SCORED_SAMPLES,
 ) -> list[str]:
-    """Files that VBench would look for and not find; it only warns of them, and scores what is
-    left.
-    """
+    """Files that VBench would not find; it only warns of them, and scores the others."""
     prompts = [row["prompt_en"] for row in rows if dimension in row["dimension"]]
     names = [f"{prompt}-{sample}.mp4" for prompt in prompts for sample in range(num_samples)]
     return [name for name in names if not (videos / name).is_file()]

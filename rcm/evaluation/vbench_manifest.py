@@ -1,9 +1,7 @@
-"""What a folder of sampled videos says about itself: settings, runs, and a record per video, in
-`<folder>_run` beside it.
+"""What is known of a folder of videos: settings, runs, a record each, in `<folder>_run`.
 
-Beside and not inside, because VBench takes the suffix of whatever entry of the video folder the
-file system lists first: one JSON file there can make it find no video at all. A second run with
-other settings is refused, for its videos would mix with the first one's.
+Beside and not inside: VBench takes the suffix of whatever entry it lists first, and finds no video
+if that is a JSON file. Runs of other settings are refused, as videos would mix.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from rcm.core.errors import ConfigError
 from rcm.pipelines.video_io import VideoError
 from rcm.storage.identity import content_identity
 from rcm.storage.pickle_file import is_archive
+from rcm.storage.state_dicts import flatten
 from rcm.train.describe import installed_versions, write_atomically
 from rcm.train.export import find_model_directory
 
@@ -58,11 +57,9 @@ class RunFolder:
         self._known: dict[str, VideoRecord] = {}
 
     def begin(self, settings: Mapping[str, Any], *, run: Mapping[str, Any]) -> None:
-        """Settle that this run belongs here. The leading rank writes the settings and appends `run`
-        (machine, ranks) to the list of runs.
+        """Settle that this run belongs here; the leading rank writes settings and appends `run`.
 
-        Raises `ConfigError` naming the first setting that differs from those of the videos that are
-        there, and for a folder with videos of unknown origin.
+        `ConfigError` names the first setting that differs from that of the videos which are there.
         """
         plain = json.loads(json.dumps(settings))
         before = read_manifest(self.records) if (self.records / MANIFEST).is_file() else None
@@ -74,30 +71,18 @@ class RunFolder:
         if before is not None:
             _require_same(before["settings"], plain, self.videos)
         if self._rank == 0:
-            entry = {
-                "started": _now(),
-                "commit": code_commit(),
-                "versions": installed_versions(),
-                **run,
-            }
-            runs = [*(before or {}).get("runs", []), entry]
-            self._write(
-                {
-                    "format": FORMAT,
-                    "settings": plain,
-                    "runs": runs,
-                    "videos": (before or {}).get("videos", {}),
-                }
-            )
+            old = before or {}
+            entry = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "commit": code_commit()}
+            runs = [*old.get("runs", []), {**entry, "versions": installed_versions(), **run}]
+            about = {"format": FORMAT, "settings": plain, "runs": runs}
+            self._write({**about, "videos": old.get("videos", {})})
         self.videos.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.staging, ignore_errors=True)  # what a kill has left there is no video
         self._known = self._recorded()
 
     @property
     def staging(self) -> Path:
-        """Where this rank's video is written until it is whole; on the file system of the videos,
-        not among them.
-        """
+        """Where a video is written until it is whole: beside the videos, on their disk."""
         return self.records / f"writing_rank{self._rank}"
 
     def place(self, staged: Path) -> Path:
@@ -107,11 +92,9 @@ class RunFolder:
         return target
 
     def has(self, file: str, *, text: str, seed: int, sample: int) -> bool:
-        """Whether `file` is there, complete and made from this text. Adds a record for a file whose
-        run died before writing it.
+        """Whether `file` is there, whole; a file whose run died gets a record.
 
-        Raises `ConfigError` for one made from another text or seed, `VideoError` for one whose size
-        is not the recorded one.
+        `ConfigError` for one of another text or seed, `VideoError` for another size than recorded.
         """
         path = self.videos / file
         if not path.is_file():
@@ -121,10 +104,9 @@ class RunFolder:
             self.add(VideoRecord(file, sample, seed, text, path.stat().st_size, file_sha256(path)))
             return True
         if (record.text, record.seed) != (text, seed):
-            what = "seed" if record.seed != seed else "prompt text"
-            mine, theirs = (
-                (seed, record.seed) if what == "seed" else (repr(text[:60]), repr(record.text[:60]))
-            )
+            what, mine, theirs = "prompt text", repr(text[:60]), repr(record.text[:60])
+            if record.seed != seed:
+                what, mine, theirs = "seed", str(seed), str(record.seed)
             raise ConfigError(
                 f"{path} was made from another {what} ({theirs}, now {mine}); choose another"
                 " --output_dir"
@@ -137,22 +119,18 @@ class RunFolder:
         return True
 
     def add(self, record: VideoRecord) -> None:
-        """Append a record. It begins on a new line, so a line that a kill has cut spoils no
-        other.
-        """
+        """Append a record, on a new line: one that a kill has cut spoils no other."""
         self.records.mkdir(parents=True, exist_ok=True)
         with (self.records / f"videos_rank{self._rank}.jsonl").open("a", encoding="utf-8") as out:
             out.write("\n" + json.dumps(asdict(record), ensure_ascii=False))
         self._known[record.file] = record
 
     def finish(self, rows: Sequence[Mapping[str, Any]]) -> bool:
-        """If every video of `rows` (entries of vbench_eval_info.json) is there, write that file and
-        the manifest's list of videos.
+        """If every video of `rows` is there, write vbench_eval_info.json and the list of videos.
 
         Any rank may call it; the last one to end finds all. Returns whether the suite is complete.
         """
-        # empty by now; a folder that stays does no harm
-        shutil.rmtree(self.staging, ignore_errors=True)
+        shutil.rmtree(self.staging, ignore_errors=True)  # empty by now; it does no harm
         names = [name for row in rows for name in row["video_list"]]
         if not all((self.videos / name).is_file() for name in names):
             return False
@@ -160,9 +138,7 @@ class RunFolder:
             {**row, "video_list": [str(self.videos / name) for name in row["video_list"]]}
             for row in rows
         ]
-        write_atomically(
-            self.records / EVAL_INFO, json.dumps(located, ensure_ascii=False, indent=1)
-        )
+        self._write(located, EVAL_INFO)
         manifest, records = read_manifest(self.records), self._recorded()
         manifest["videos"] = {name: asdict(records[name]) for name in sorted(records)}
         self._write(manifest)
@@ -178,17 +154,13 @@ class RunFolder:
                     found[record.file] = record
         return found
 
-    def _write(self, manifest: Mapping[str, Any]) -> None:
+    def _write(self, content: object, name: str = MANIFEST) -> None:
         self.records.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            self.records / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1)
-        )
+        write_atomically(self.records / name, json.dumps(content, ensure_ascii=False, indent=1))
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a run: `folder` is that of the videos or that of the records. `ConfigError`
-    where there is none, or a damaged one.
-    """
+    """The manifest of a run, whose folder of videos or of records is given."""
     folder = Path(folder)
     candidates = (folder / MANIFEST, folder.with_name(f"{folder.name}_run") / MANIFEST)
     path = next((p for p in candidates if p.is_file()), None)
@@ -205,17 +177,6 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise ConfigError(f"{path} has format {found}, this version reads {FORMAT}")
     return manifest
-
-
-def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one mapping of dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= flattened(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def checkpoint_digest(path: str | Path) -> str:
@@ -240,37 +201,24 @@ def checkpoint_digest(path: str | Path) -> str:
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file."""
+    """In hex."""
     with Path(path).open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def code_commit() -> str | None:
-    """The commit of the code that runs, "+changes" where files differ from it; None outside a
-    repository.
-    """
-    root = Path(__file__).resolve().parents[2]
+    """The commit of this code, "+changes" if files differ; None outside a repository."""
+    words = ["git", "-C", str(Path(__file__).resolve().parents[2]), "describe", "--always"]
+    words += ["--exclude=*", "--abbrev=40", "--dirty=+changes"]
     try:
-        head = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
-        changed = subprocess.run(
-            ["git", "-C", str(root), "diff", "--quiet", "HEAD"], capture_output=True, timeout=60
-        )
+        told = subprocess.run(words, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return (
-        None
-        if head.returncode
-        else head.stdout.strip() + ("+changes" if changed.returncode else "")
-    )
+    return None if told.returncode else told.stdout.strip()
 
 
 def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    old, new = flattened(before), flattened(now)
+    old, new = flatten(before), flatten(now)
     differing = [key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key)]
     if differing:
         key = differing[0]
@@ -279,7 +227,3 @@ def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Pat
             f"{folder} was sampled with {key}={old.get(key)!r}, now it is {new.get(key)!r}{more};"
             " repeat that run's settings, or choose another --output_dir"
         )
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

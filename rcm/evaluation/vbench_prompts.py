@@ -1,9 +1,7 @@
-"""Prompt lists of the VBench suites: which videos a suite asks for, under which names, and the text
-that each is generated from.
+"""Prompt lists of the VBench suites: videos, their names, and the texts they are made from.
 
-Three texts belong to an item and must not be mixed: the ORIGINAL prompt names the file and is what
-the scorer compares with; the extended prompt, where there is one, is what the model is given.
-(VBench, Huang et al. 2024, arXiv 2311.17982.)
+The ORIGINAL prompt names the file and is what the scorer compares with; the extended prompt, if
+any, is what the model is given. (VBench, Huang et al. 2024, arXiv 2311.17982.)
 """
 
 from __future__ import annotations
@@ -46,9 +44,7 @@ class SuiteItem:
         return self.prompt if self.extended is None else self.extended
 
     def video_name(self, sample: int) -> str:
-        """File name of sample number `sample`: the whole original prompt, "/" as "-", a line break
-        as a space.
-        """
+        """File name of a sample: the original prompt, "/" as "-", a line break as a space."""
         return f"{self.prompt.replace('/', '-').replace(chr(10), ' ')}-{sample}.mp4"
 
     def eval_row(self, videos: Sequence[str]) -> dict[str, Any]:
@@ -82,9 +78,7 @@ def read_suite(path: str | Path) -> list[SuiteItem]:
 
 
 def read_rows(path: str | Path) -> list[str]:
-    """The original prompts of every entry in order, repeated ones included: what line-aligned files
-    of extended prompts count by.
-    """
+    """The original prompt of every entry, repeated ones too: extended prompts count by them."""
     return [_item(row, place).prompt for place, row in _rows(Path(path))]
 
 
@@ -119,11 +113,9 @@ def with_extended(
 
 
 def placed_extensions(folder: str | Path) -> Path:
-    """The one file of extended prompts that was placed in `folder` (`*augmented*.json`, `.jsonl` or
-    `.txt`).
+    """The one file of extended prompts in `folder`: `*augmented*`, .json, .jsonl or .txt.
 
-    `ConfigError` for none or several, saying what to do: raw prompts cost Wan's family about ten
-    points of the semantic score.
+    Raw prompts cost Wan's family about ten points of the semantic score, so `ConfigError` asks.
     """
     found = sorted(
         p for p in Path(folder).glob("*augmented*") if p.suffix in (".json", ".jsonl", ".txt")

@@ -1,6 +1,4 @@
-"""Per-dimension results of VBench: reading what its commands write, and what became of every
-video.
-"""
+"""Per-dimension results of VBench, as its commands write them."""
 
 from __future__ import annotations
 
@@ -18,9 +16,7 @@ SUFFIX = "_eval_results.json"
 
 @dataclass(frozen=True)
 class DimensionResult:
-    """What VBench says of one dimension: its score (0-1), the number of videos in it, the file that
-    says so.
-    """
+    """VBench's result for a dimension: score (0-1), number of videos, file, result by video."""
 
     score: float
     num_videos: int
@@ -29,12 +25,10 @@ class DimensionResult:
 
 
 def read_results(folder: str | Path) -> dict[str, DimensionResult]:
-    """The results of every `*_eval_results.json` in `folder`, by dimension. The spelling with
-    spaces is understood.
+    """The results of every `*_eval_results.json` in `folder`, by dimension, also with spaces.
 
-    Raises `ConfigError` naming the dimension for one that two files hold, one whose score is
-    missing or no finite number (NaN is what a dimension without videos gives), and for a folder
-    without results.
+    `ConfigError` for a dimension in two files or without a finite score (NaN: without videos), and
+    for a folder without results.
     """
     folder = Path(folder)
     found: dict[str, DimensionResult] = {}
@@ -55,6 +49,11 @@ def read_results(folder: str | Path) -> dict[str, DimensionResult]:
     return found
 
 
+def finite_number(value: Any) -> bool:
+    """Whether a result is a number, neither infinite nor NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _object(path: Path) -> Mapping[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -66,21 +65,14 @@ def _object(path: Path) -> Mapping[str, Any]:
 
 
 def _result(name: str, value: Any, path: Path) -> DimensionResult:
-    score, videos = (
-        (value[0], value[1] if len(value) > 1 else [])
-        if isinstance(value, list) and value
-        else (value, [])
-    )
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+    score, *more = value if isinstance(value, list) and value else (value,)
+    if not finite_number(score):
         raise ConfigError(
             f"{path.name} gives {score!r} for {name}, no finite number; were its videos found?"
             " Score it again"
         )
-    entries = (
-        [v for v in videos if isinstance(v, Mapping) and "video_path" in v]
-        if isinstance(videos, list)
-        else []
-    )
+    videos = more[0] if more and isinstance(more[0], list) else []
+    entries = [v for v in videos if isinstance(v, Mapping) and "video_path" in v]
     return DimensionResult(
         float(score),
         len(entries),

@@ -1,6 +1,4 @@
-"""What can sample a suite: checkpoints that describe themselves, and Wan's networks, bidirectional
-or causal, with their original files.
-"""
+"""What can sample a suite: described checkpoints, and Wan's networks in original files."""
 
 from __future__ import annotations
 
@@ -30,33 +28,26 @@ from rcm.rollout.recipe import SamplingRecipe
 
 
 class KnownText:
-    """The embeddings of a fixed list of prompts, encoded one by one (so that they do not depend on
-    what is encoded with them), after which the encoder is freed. A text encoder itself; `KeyError`
-    for another prompt.
+    """A text encoder of known prompts alone (`KeyError` for others): they are encoded one by one,
+    so that they do not depend on each other, and the encoder is freed.
     """
 
     def __init__(self, encoder: TextEncoder, prompts: Sequence[str]) -> None:
-        self.text_len, self.text_dim, self.negative_prompt = (
-            encoder.text_len,
-            encoder.text_dim,
-            encoder.negative_prompt,
-        )
+        self.text_len, self.text_dim = encoder.text_len, encoder.text_dim
+        self.negative_prompt = encoder.negative_prompt
         wanted = dict.fromkeys((*prompts, encoder.negative_prompt))
         self._rows = {prompt: encoder.encode([prompt]).cpu() for prompt in wanted}
         if hasattr(encoder, "unload"):
             encoder.unload()
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings [B, text_len, text_dim] of known prompts."""
         return torch.cat([self._rows[prompt] for prompt in prompts])
 
 
 class DescribedSampler:
-    """A checkpoint that says itself how it is sampled; its noise is drawn on the CPU from the
-    request's seed.
+    """A checkpoint that says how it is sampled; noise is drawn on the CPU from the seed.
 
-    `weights` and `recipe` as for `open_checkpoint` and `LoadedModel.stream`; `num_frames` None: as
-    trained; `fps` None: as trained.
+    `num_frames`, `fps` None: as trained.
     """
 
     def __init__(
@@ -75,7 +66,6 @@ class DescribedSampler:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """See `VideoSampler`."""
         model, precision = self._model, self._model.denoiser.precision
         height, width = model.pixel_size
         return {
@@ -94,11 +84,9 @@ class DescribedSampler:
         }
 
     def prepare(self, texts: Sequence[str]) -> None:
-        """See `VideoSampler`."""
         self._model = replace(self._model, text=KnownText(self._model.text, texts), _kept={})
 
     def sample(self, request: ClipRequest) -> Tensor:
-        """See `VideoSampler`."""
         model = self._model
         prefix = None
         if request.image is not None:
@@ -117,9 +105,7 @@ class DescribedSampler:
 
 
 class WanSampler:
-    """Wan's bidirectional networks; noise from a generator on the device. `files`: the network's
-    files by flag, for the settings.
-    """
+    """Wan's bidirectional networks, noise drawn on the device; `files` by flag, for settings."""
 
     def __init__(
         self,
@@ -134,16 +120,11 @@ class WanSampler:
         negative_prompt: str | None = None,
     ) -> None:
         self._pipeline, self._recipe, self._size, self._frames = pipeline, recipe, size, num_frames
-        self._files, self._about, self._negative, self.fps = (
-            dict(files),
-            dict(about),
-            negative_prompt,
-            fps,
-        )
+        self._files, self._about = dict(files), dict(about)
+        self._negative, self.fps = negative_prompt, fps
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """See `VideoSampler`."""
         return {
             "sampler": "wan",
             "checkpoint": {flag: checkpoint_digest(path) for flag, path in self._files.items()},
@@ -155,7 +136,7 @@ class WanSampler:
         }
 
     def prepare(self, texts: Sequence[str]) -> None:
-        """See `VideoSampler`. On ranks that do not encode there is nothing to keep."""
+        """On ranks that do not encode there is nothing to keep."""
         pipeline = self._pipeline
         if not isinstance(pipeline.text, TextEncoder):
             return
@@ -163,7 +144,6 @@ class WanSampler:
         pipeline.text = KnownText(pipeline.text, wanted)
 
     def sample(self, request: ClipRequest) -> Tensor | None:
-        """See `VideoSampler`."""
         # the pipeline stretches it to the size
         image = None if request.image is None else read_image(request.image)
         asked = VideoRequest(
@@ -180,11 +160,9 @@ class WanSampler:
 
 
 class CausalSampler:
-    """A causal Wan network from its original file; noise from a generator on the CPU, the same on
-    every rank and device.
+    """A causal Wan network from its original file, noise drawn on the CPU, equal on all ranks.
 
-    `latent_shape` (C, T, H, W); `guidance` above 1 uses the negative prompt. On several ranks all
-    compute, the first one decodes and writes.
+    `latent_shape` (C, T, H, W). On several ranks all compute, the first one decodes and writes.
     """
 
     def __init__(
@@ -204,7 +182,6 @@ class CausalSampler:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """See `VideoSampler`."""
         _, frames, height, width = self._shape
         codec = self._models.codec.use()
         return {
@@ -221,13 +198,12 @@ class CausalSampler:
         }
 
     def prepare(self, texts: Sequence[str]) -> None:
-        """See `VideoSampler`. On ranks that do not encode there is nothing to keep."""
+        """On ranks that do not encode there is nothing to keep."""
         models = self._models
         if isinstance(models.text, TextEncoder):
             models.text = KnownText(models.text, [*texts, self._negative])
 
     def sample(self, request: ClipRequest) -> Tensor:
-        """See `VideoSampler`."""
         models, recipe = self._models, self._recipe
         denoiser, codec = models.denoiser, models.codec.use()
         cond, *negative = (

@@ -1,8 +1,6 @@
-"""Sampling a suite: every prompt `num_samples` times, each file appearing whole under its name,
-shared over ranks, resumed by starting again.
+"""Sampling a suite: whole files under their names, shared over ranks, resumed by a restart.
 
-Sample i of every prompt is drawn from a generator seeded with `seed + i`: the same noise over
-prompts, whatever the number of ranks.
+Sample i of every prompt is drawn from seed + i: the same noise over prompts and ranks.
 """
 
 from __future__ import annotations
@@ -31,9 +29,7 @@ CRF = 12
 
 @dataclass(frozen=True)
 class ClipRequest:
-    """One video to make: the text given to the model, the seed of its generator, the first frame of
-    image-to-video.
-    """
+    """One video to make; `image` is its first frame."""
 
     text: str
     seed: int
@@ -41,40 +37,26 @@ class ClipRequest:
 
 
 class VideoSampler(Protocol):
-    """What samples a suite. On several ranks that share a video every rank calls the same methods
-    in the same order.
-    """
+    """What samples a suite; ranks that share a video call it in the same order."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Everything that decides the pixels besides text and seed: checkpoint digest, recipe,
-        size, frames, precision. JSON values.
-        """
-        ...
+        """What decides pixels besides text and seed: weights, recipe, size. JSON values."""
 
     @property
     def fps(self) -> float:
         """Frames per second of the files."""
-        ...
 
     def prepare(self, texts: Sequence[str]) -> None:
-        """Told all texts that will be asked for, before the first: encode them once, and free the
-        encoder.
-        """
-        ...
+        """Told all texts before the first video: encode them once, and free the encoder."""
 
     def sample(self, request: ClipRequest) -> Tensor | None:
-        """Pixels [3, F, H, W] in [-1, 1], of which the first rank of the video's group writes a
-        file; None on other ranks is enough.
-        """
-        ...
+        """Pixels [3, F, H, W] in [-1, 1] on a video's first rank, None elsewhere."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part of a launch: groups of `cp_size` ranks make a video together, group
-    number `dp_rank` of `dp_size` takes every `dp_size`-th prompt.
-    """
+    """This process's part: groups of `cp_size` ranks make a video, each its share of prompts."""
 
     dp_rank: int = 0
     dp_size: int = 1
@@ -83,9 +65,7 @@ class Share:
 
     @classmethod
     def of_launch(cls, *, cp_size: int = 1) -> Share:
-        """From torchrun's environment; one process without it. `ConfigError` unless the ranks
-        divide into groups.
-        """
+        """The share of this rank of torchrun's, whose ranks divide into groups."""
         launch = this_launch()
         rank, world = launch.rank, launch.world_size
         if cp_size < 1 or world % cp_size:
@@ -95,23 +75,19 @@ class Share:
         return cls(rank // cp_size, world // cp_size, rank % cp_size, cp_size)
 
     def of(self, items: Sequence[SuiteItem]) -> list[SuiteItem]:
-        """The prompts of this group."""
         return list(items[self.dp_rank :: self.dp_size])
 
 
 @contextmanager
 def group_of_video(share: Share, *, device: torch.device) -> Iterator[None]:
-    """A process group of the ranks that make one video together, as if they were the whole launch:
-    what shares a video needs to know nothing of the other groups. No group at all for one rank.
+    """A process group of one video's ranks, as if they were the whole launch, so that what shares a
+    video knows nothing of other groups. No group for one rank.
     """
     if share.cp_size == 1:
         yield
         return
-    store, _, _ = next(
-        dist.rendezvous(
-            "env://", share.dp_rank * share.cp_size + share.cp_rank, share.dp_size * share.cp_size
-        )
-    )
+    rank, world = share.dp_rank * share.cp_size + share.cp_rank, share.dp_size * share.cp_size
+    store, _, _ = next(dist.rendezvous("env://", rank, world))
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     own = dist.PrefixStore(f"video{share.dp_rank}", store)
     dist.init_process_group(
@@ -130,9 +106,7 @@ def group_of_video(share: Share, *, device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """What to sample: `items`, `num_samples` of each, `seed` of sample 0, the folder of the videos;
-    `image_dir` holds the items' first frames.
-    """
+    """`items`, `num_samples` of each, `seed` of sample 0; `image_dir` holds first frames."""
 
     items: Sequence[SuiteItem]
     folder: Path
@@ -147,7 +121,6 @@ class SuiteRun:
             raise ConfigError("no prompt to sample")
 
     def names(self, item: SuiteItem) -> list[str]:
-        """File names of an item."""
         return [item.video_name(sample) for sample in range(self.num_samples)]
 
 
@@ -160,48 +133,27 @@ def sample_suite(
     about: Mapping[str, Any] | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> bool:
-    """Make what is missing of this group's share. Returns whether the whole suite is complete,
-    which the last group to end finds.
+    """Make what this group's share lacks; True if the suite is complete, on the last to end.
 
-    `settings`: what decides the videos besides the sampler's own; `about`: what to note of this run
-    that does not. `tell` receives a line per video. Raises `ConfigError` where other settings made
-    the videos that are there. A kill at any moment leaves only whole files, and a second call goes
-    on.
+    `settings`: what decides videos besides the sampler's own; `about`: what does not. `tell` gets a
+    line per video. `ConfigError` for videos of other settings. A kill leaves only whole files, and
+    a second call goes on.
     """
     folder = RunFolder(run.folder, rank=share.dp_rank)
-    every = {
-        **(settings or {}),
-        **sampler.settings,
-        "seed": run.seed,
-        "fps": sampler.fps,
-        "crf": CRF,
-    }
-    on_first(
-        lambda: folder.begin(
-            every,
-            run={"ranks": share.dp_size * share.cp_size, "cp_size": share.cp_size, **(about or {})},
-        )
-    )
+    every = {**(settings or {}), **sampler.settings}
+    every |= {"seed": run.seed, "fps": sampler.fps, "crf": CRF}
+    ranks = {"ranks": share.dp_size * share.cp_size, "cp_size": share.cp_size}
+    on_first(lambda: folder.begin(every, run={**ranks, **(about or {})}))
     on_first(lambda: _check_case(run, share))
-    mine = share.of(run.items)
-    wanted = [(item, sample) for item in mine for sample in range(run.num_samples)]
-    todo = shared(
-        on_first(
-            lambda: [
-                (item, sample) for item, sample in wanted if not _done(folder, run, item, sample)
-            ]
-        )
-    )
+    wanted = [(item, i) for item in share.of(run.items) for i in range(run.num_samples)]
+    todo = shared(on_first(lambda: [one for one in wanted if not _done(folder, run, *one)]))
     tell(f"{len(wanted)} videos for this rank, {len(wanted) - len(todo)} are there")
     if todo:
         sampler.prepare(list(dict.fromkeys(item.text for item, _ in todo)))
     for number, (item, sample) in enumerate(todo, 1):
         begin = time.perf_counter()
-        request = ClipRequest(
-            item.text,
-            run.seed + sample,
-            None if run.image_dir is None else run.image_dir / (item.image_name or ""),
-        )
+        image = None if run.image_dir is None else run.image_dir / (item.image_name or "")
+        request = ClipRequest(item.text, run.seed + sample, image)
         frames = sampler.sample(request)
         if share.cp_rank > 0:
             continue
@@ -222,23 +174,17 @@ def sample_suite(
         )
         folder.add(record)
         tell(f"{number}/{len(todo)} {path.name}: {frames.shape[1]} frames in {seconds:.2f} s")
-    return bool(
-        shared(
-            on_first(lambda: folder.finish([item.eval_row(run.names(item)) for item in run.items]))
-        )
-    )
+    rows = [item.eval_row(run.names(item)) for item in run.items]
+    return bool(shared(on_first(lambda: folder.finish(rows))))
 
 
 def _done(folder: RunFolder, run: SuiteRun, item: SuiteItem, sample: int) -> bool:
-    return folder.has(
-        item.video_name(sample), text=item.text, seed=run.seed + sample, sample=sample
-    )
+    name, seed = item.video_name(sample), run.seed + sample
+    return folder.has(name, text=item.text, seed=seed, sample=sample)
 
 
 def _check_case(run: SuiteRun, share: Share) -> None:
-    """Where names differ by case alone the file system must tell them apart, or one video replaces
-    the other.
-    """
+    """Names that differ by case alone need a file system that tells them apart."""
     seen: dict[str, str] = {}
     twins = [
         (seen[key], item.prompt)

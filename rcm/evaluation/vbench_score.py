@@ -9,19 +9,17 @@ semantic; image-to-video: both groups count once. Constants as in VBench's own s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rcm.core.errors import ConfigError
+from rcm.evaluation.vbench_results import finite_number
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """A dimension: its group, the raw values that are mapped to 0 and 1, its weight in the
-    group.
-    """
+    """A dimension: its group and weight in it, and the raw values mapped to 0 and 1."""
 
     name: str
     group: str
@@ -30,17 +28,13 @@ class Dimension:
     weight: float = 1.0
 
     def normalised(self, raw: float) -> float:
-        """`raw` on the scale of the group; outside [0, 1] where the raw value is outside its
-        bounds.
-        """
+        """`raw` on the scale of the group, not clamped."""
         return (raw - self.low) / (self.high - self.low)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite: its dimensions in the order of its tables, and the weight of every group in the
-    total.
-    """
+    """A suite: dimensions in the order of its tables, weight of every group in the total."""
 
     name: str
     dimensions: tuple[Dimension, ...]
@@ -51,7 +45,6 @@ class Suite:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the dimensions."""
         return tuple(d.name for d in self.dimensions)
 
 
@@ -118,16 +111,14 @@ class SuiteScore:
         return bool(self.missing)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready dict, with the word partial in it."""
         return {**asdict(self), "missing": list(self.missing), "partial": self.partial}
 
 
 def aggregate(raw: Mapping[str, float], suite: Suite = T2V, *, partial: bool = False) -> SuiteScore:
     """Groups and total of the raw values (0-1) by dimension.
 
-    Raises `ConfigError`, naming the dimension, for an unknown one, one that is missing (unless
-    `partial`) and one that is no finite number. A value beyond 1 is refused: percent and 0-100
-    results of single videos look like that.
+    `ConfigError` for a dimension that is unknown, missing (unless `partial`), no finite number, or
+    beyond 1: percent and 0-100 results of single videos look like that.
     """
     unknown = sorted(set(raw) - set(suite.names))
     if unknown:
@@ -144,11 +135,7 @@ def aggregate(raw: Mapping[str, float], suite: Suite = T2V, *, partial: bool = F
     if not raw:
         raise ConfigError(f"no result for any dimension of the suite {suite.name}")
     for name, value in raw.items():
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
+        if not finite_number(value):
             raise ConfigError(
                 f"the result of {name} is {value!r}, no finite number (a dimension without videos"
                 " gives NaN); score it again"
@@ -161,43 +148,27 @@ def aggregate(raw: Mapping[str, float], suite: Suite = T2V, *, partial: bool = F
     normalised = {name: suite[name].normalised(raw[name]) for name in suite.names if name in raw}
     means = {group: _mean(suite, group, normalised) for group in suite.group_weights}
     groups = {group: value for group, value in means.items() if value is not None}
-    total = None
-    if len(groups) == len(suite.group_weights):
-        weights = suite.group_weights
-        total = sum(weights[group] * value for group, value in groups.items()) / sum(
-            weights.values()
-        )
-    return SuiteScore(
-        suite.name, {n: float(raw[n]) for n in normalised}, normalised, groups, total, missing
-    )
+    weights, total = suite.group_weights, None
+    if len(groups) == len(weights):
+        weighted = sum(weights[group] * value for group, value in groups.items())
+        total = weighted / sum(weights.values())
+    floats = {name: float(raw[name]) for name in normalised}
+    return SuiteScore(suite.name, floats, normalised, groups, total, missing)
 
 
 def table(score: SuiteScore) -> str:
-    """The score as text: a line per dimension with raw value, normalised value, weight and group;
-    groups and total in percent.
-    """
+    """The score as text: a line per dimension, group and total."""
     suite = SUITES[score.suite]
     lines = [f"{'dimension':<24}{'raw':>9}{'norm':>9}{'weight':>8}  group"]
     for dimension in suite.dimensions:
-        if dimension.name not in score.raw:
-            lines.append(
-                f"{dimension.name:<24}{'missing':>9}{'':>9}{dimension.weight:>8g} "
-                f" {dimension.group}"
-            )
-            continue
-        raw, norm = score.raw[dimension.name], score.normalised[dimension.name]
-        lines.append(
-            f"{dimension.name:<24}{raw:>9.4f}{norm:>9.4f}{dimension.weight:>8g}  {dimension.group}"
-        )
+        name, told = dimension.name, f"{'missing':>9}{'':>9}"
+        if name in score.raw:
+            told = f"{score.raw[name]:>9.4f}{score.normalised[name]:>9.4f}"
+        lines.append(f"{name:<24}{told}{dimension.weight:>8g}  {dimension.group}")
     lines += [f"{group:<24}{100 * value:>8.2f}%" for group, value in score.groups.items()]
-    lines.append(
-        f"{'total':<24}"
-        + (
-            "  not defined: a group is missing"
-            if score.total is None
-            else f"{100 * score.total:>8.2f}%"
-        )
-    )
+    undefined = "  not defined: a group is missing"
+    total = undefined if score.total is None else f"{100 * score.total:>8.2f}%"
+    lines.append(f"{'total':<24}{total}")
     if score.partial:
         lines.append(
             f"PARTIAL: {len(score.missing)} of {len(suite.names)} dimensions are missing; not"
