@@ -31,6 +31,7 @@ def checkpoint_of(model: CommonModelConfig, knob: str) -> str:
 
 
 def base_of(model: CommonModelConfig, knob: str) -> Base:
+    """Sizes and weights that the network at `knob` starts from."""
     path = checkpoint_of(model, knob)
     sizes = wan_config(getattr(model, knob), knob=f"{M}.{knob}")
     return sizes, os.path.realpath(path) if path else ""
