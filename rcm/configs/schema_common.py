@@ -5,6 +5,7 @@ Times are those of the family: docs/reference/training.md#bidirectional-keys, #c
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -112,7 +113,7 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
-class CommonModelConfig(Record):
+class CommonModelConfig(Record, ABC):
     """Keys that both families share."""
 
     # networks, optimisers
@@ -202,9 +203,9 @@ class CommonModelConfig(Record):
         return height // VAE_STRIDE, width // VAE_STRIDE
 
     @property
+    @abstractmethod
     def stage(self) -> str:
         """What is trained, in a word: the training type of the causal family, or rCM."""
-        raise NotImplementedError  # each family of models says its own
 
     @property
     def pattern(self) -> BlockPattern | None:
@@ -212,18 +213,18 @@ class CommonModelConfig(Record):
         return None
 
     @property
+    @abstractmethod
     def guided(self) -> bool:
         """Whether a teacher is asked with and without the text."""
-        raise NotImplementedError  # each family of models says its own
 
     @property
     def learns_trajectories(self) -> bool:
         """Whether samples must have the states of a teacher's trajectory."""
         return False
 
+    @abstractmethod
     def checkpoints(self) -> dict[str, str]:
         """Key of each checkpoint that this stage must have -> what for."""
-        raise NotImplementedError  # each family of models says its own
 
     def check(self) -> None:
         """Raise `ConfigError` for keys of this record that cannot work together."""

@@ -6,6 +6,7 @@ from it tensor by tensor.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -31,15 +32,15 @@ class Row(NamedTuple):
     shape: tuple[int, ...]
 
 
-class PublishedShape:
+class PublishedShape(ABC):
     """Sizes of a network of `layers` blocks and width `dim`."""
 
     layers: int
     dim: int
 
+    @abstractmethod
     def rows(self) -> Iterable[Row]:
         """Every tensor."""
-        raise NotImplementedError  # each family says its own
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, by its published name."""

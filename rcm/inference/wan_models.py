@@ -330,5 +330,5 @@ class _NoText:
     negative_prompt = ""
 
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Nothing asks for it."""
-        raise NotImplementedError  # a fault of this package, were it ever called
+        """Nothing asks for it: `Models.embed` encodes on rank 0."""
+        raise NotImplementedError("rank 0 encodes, and sends what it made")

@@ -8,6 +8,7 @@ attention; it makes the teacher of toy runs and fine-tunes Wan.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -28,7 +29,7 @@ from rcm.nets.layout import TokenLayout
 from rcm.rollout.plan import ContextRule, StepSchedule
 
 
-class _VelocityRegression(StudentOnly):
+class _VelocityRegression(StudentOnly, ABC):
     """Shared frame of the three forms: one student, one term; subclasses draw times and run the
     network.
     """
@@ -56,10 +57,10 @@ class _VelocityRegression(StudentOnly):
     def _times(self, x0: torch.Tensor, rng: StepRng) -> torch.Tensor:
         return draw_times(rng, "time", self.law, batch=x0.shape[0], device=x0.device)
 
+    @abstractmethod
     def _velocity(
         self, x_t: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, cond: Condition, rng: StepRng
-    ) -> torch.Tensor:
-        raise NotImplementedError  # abstract: the forms below
+    ) -> torch.Tensor: ...
 
 
 class BidirectionalDiffusion(_VelocityRegression):

@@ -54,7 +54,7 @@ class Store(Protocol):
 
     in_place   chunks lie in the slots of their spans, and what is read comes in the order of slots;
                else they are held by id and read in the order asked for.
-    attends    `attend` takes the place of the network's attention.
+    attends    it is an `AttendingStore`, whose `attend` takes the place of the network's attention.
     """
 
     in_place: bool
@@ -78,11 +78,6 @@ class Store(Protocol):
         """Those of `past` and of a forward's own tokens, `pair`, which were put as `own`, or for a
         store that is not in place stand for themselves (no `own`).
         """
-
-    def attend(
-        self, layer: int, q: Tensor, pair: Pair, seen: Seen, *, mask: MaskSpec | None
-    ) -> Tensor:
-        """Attention of rotated queries [B, L, N, D] to keys, rotated, and values."""
 
     def captures(self, chunks: Sequence[int], *, adding: Sequence[int], one_run: bool) -> bool:
         """Whether a captured pass can read `chunks` and put new ones of so many tokens; `one_run`:
@@ -109,6 +104,15 @@ class Store(Protocol):
 
     def load_state(self, state: Any) -> None:
         """Take up a `state`."""
+
+
+class AttendingStore(Store, Protocol):
+    """A store that attends to what it holds itself."""
+
+    def attend(
+        self, layer: int, q: Tensor, pair: Pair, seen: Seen, *, mask: MaskSpec | None
+    ) -> Tensor:
+        """Attention of rotated queries [B, L, N, D] to keys, rotated, and values."""
 
 
 def runs(sizes: Iterable[int]) -> list[tuple[int, int]]:
@@ -204,12 +208,6 @@ class DenseStore:
     def gather(self, layer: int, past: Sequence[Piece], own: Sequence[Piece], pair: Pair) -> Pair:
         """See `Store`: what lies in one run is read as one."""
         return self.read(layer, sorted([*past, *own]))
-
-    def attend(
-        self, layer: int, q: Tensor, pair: Pair, seen: Seen, *, mask: MaskSpec | None
-    ) -> Tensor:
-        """See `Store`."""
-        raise NotImplementedError("plain keys are the network's own business")
 
     def captures(self, chunks: Sequence[int], *, adding: Sequence[int], one_run: bool) -> bool:
         """See `Store`."""

@@ -4,16 +4,28 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from rcm.core.dual import in_dual_level
 from rcm.kernels.masks import MaskSpec
-from rcm.nets.kv_store import Pair, Piece, Seen, Spans, Store, part_of, pieces_of, runs, size
+from rcm.nets.kv_store import (
+    AttendingStore,
+    Pair,
+    Piece,
+    Seen,
+    Spans,
+    Store,
+    part_of,
+    pieces_of,
+    runs,
+    size,
+)
 from rcm.nets.layout import TokenLayout
 from rcm.nets.positions import Positions, at_frames, concatenated, cut
 
@@ -231,12 +243,7 @@ class CacheView:
 
 
 class LayerView:
-    """One layer of a `CacheView`. `takes_projections`: whether it offers `enter`, as layers of
-    captured passes do; `enters_turned`: whether the keys that `enter` returns are rotated.
-    """
-
-    takes_projections = False
-    enters_turned = False
+    """One layer of a `CacheView`."""
 
     def __init__(self, view: CacheView, index: int) -> None:
         self._view, self._index = view, index
@@ -259,17 +266,6 @@ class LayerView:
         or masks tell them apart.
         """
         return self._view.prefix_tokens
-
-    def enter(
-        self,
-        projected: tuple[Tensor, Tensor, Tensor],
-        norms: tuple[RMSNorm, RMSNorm],
-        table: RopeTable,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Turned queries [B, L, N, D] of the projections q, k, v [B, L, E], and all keys and values
-        with this pass's own among them.
-        """
-        raise NotImplementedError("only layers of captured passes take projections")
 
     def observe(self, q: Tensor, k: Tensor) -> None:
         """Show the rotated queries [B, L, N, D] and all rotated keys [B, prefix + L, N, D], cached
@@ -323,7 +319,8 @@ class LayerView:
             rotated=self.keys == "pre_rope",
             run=k.shape[1] if view.is_one_run else None,
         )
-        return view.store.attend(self._index, q, (k, v), seen, mask=mask)
+        store = cast(AttendingStore, view.store)
+        return store.attend(self._index, q, (k, v), seen, mask=mask)
 
     def _put(self, pair: Pair) -> list[Piece]:
         """Hold the forward's own tokens; where they lie."""
@@ -334,6 +331,26 @@ class LayerView:
         for chunk, (a, b) in zip(view._new, places, strict=True):
             view.store.put(self._index, chunk.id, chunk.spans, (k[:, a:b], v[:, a:b]))
         return [piece for chunk in view._new for piece in chunk.pieces]
+
+
+class EnteredLayer(LayerView, ABC):
+    """A layer of captured passes. `takes_projections`: whether `enter` can be called here;
+    `enters_turned`: whether the keys that it returns are rotated.
+    """
+
+    takes_projections: bool
+    enters_turned: bool
+
+    @abstractmethod
+    def enter(
+        self,
+        projected: tuple[Tensor, Tensor, Tensor],
+        norms: tuple[RMSNorm, RMSNorm],
+        table: RopeTable,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Turned queries [B, L, N, D] of the projections q, k, v [B, L, E], and all keys and values
+        with this pass's own among them.
+        """
 
 
 def _holds(spans: Spans, piece: Piece) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from rcm.nets.paired_cache import Cache, Past, View
 from rcm.nets.rope import RopeTables
 
 
-class VelocityModel:
-    """What objectives and samplers need of a denoiser; `velocity` is its only primitive."""
+class VelocityModel(ABC):
+    """What objectives and samplers need of a denoiser; `velocity` is its only primitive. What
+    `_unsaid` answers here, `rcm.nets.denoiser.Denoiser` says for a network.
+    """
 
+    @abstractmethod
     def velocity(
         self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: Past = None
     ) -> Tensor:
@@ -28,7 +32,6 @@ class VelocityModel:
         `x` [B, C, F, H, W] any float dtype; `t` RF time in [0, 1], float64 [B, 1] or [B, F];
         `cache` a fresh view of `new_cache`'s cache. Returns the dtype of `x`, at least float32.
         """
-        raise NotImplementedError  # a model says this itself
 
     def mean_velocity(
         self,
@@ -89,37 +92,38 @@ class VelocityModel:
         stores chunks quantised, except the newest `hot_chunks`. `attention="fp8"`: passes attend to
         it in FP8; `ConfigError` where that cannot be.
         """
-        raise NotImplementedError  # a model says this itself
+        raise self._unsaid("new_cache")
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Tokens (h, w) of a latent frame; `ConfigError` if the patch does not divide it."""
-        raise NotImplementedError  # a model says this itself
+        raise self._unsaid("token_grid")
 
     @property
     def rope(self) -> RopeTables:
         """The network's rotary tables."""
-        raise NotImplementedError  # a model says this itself
+        raise self._unsaid("rope")
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """What the network computes in."""
-        raise NotImplementedError  # a model says this itself
+        raise self._unsaid("compute_dtype")
 
     @property
     def fused(self) -> str:
         """Where the network's fused layers run: "auto", "on" or "off"."""
-        raise NotImplementedError  # a model says this itself
+        raise self._unsaid("fused")
 
     def prepare(self, cond: Condition) -> Condition:
         """`cond` with everything that depends on the prompt alone computed once, for passes without
         gradient.
         """
-        raise NotImplementedError  # a model says this itself
+        raise self._unsaid("prepare")
 
     def join_projections(self) -> None:
         """Lay weights so that captured passes need fewer products; nothing where a model has no
         such layout.
         """
+        return
 
     def time_rows(self, t: Tensor, s: Tensor | None = None) -> tuple[Tensor, ...] | None:
         """What the passes at RF time `t`, float64 [B, 1], make of it alone; None if every pass
@@ -136,3 +140,9 @@ class VelocityModel:
     def num_ranks(self) -> int:
         """Ranks that compute each forward together."""
         return 1 if self.group is None else self.group.size()
+
+    def _unsaid(self, what: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{type(self).__name__} has no `{what}`, which this use of a model needs; see"
+            " docs/extending.md, 'A backbone'"
+        )

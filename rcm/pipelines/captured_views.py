@@ -13,7 +13,7 @@ from rcm.nets.kv_cache import KVCache
 from rcm.nets.kv_coded import SIDES, CodedStore, Group
 from rcm.nets.kv_fp8 import Fp8Store
 from rcm.nets.kv_store import DenseStore, Seen
-from rcm.nets.kv_view import CacheView, LayerView
+from rcm.nets.kv_view import CacheView, EnteredLayer, LayerView
 from rcm.nets.layers import RMSNorm
 from rcm.nets.layout import TokenLayout
 from rcm.nets.rope import RopeTable
@@ -69,7 +69,7 @@ class CodedView(StaticView):
         return _CodedLayer(self, index)
 
 
-class _StaticLayer(LayerView):
+class _StaticLayer(EnteredLayer):
     """What layers of captured passes have in common: where keys and values are gathered."""
 
     appends = False
@@ -124,7 +124,7 @@ class _DenseLayer(_StaticLayer):
         norms: tuple[RMSNorm, RMSNorm],
         table: RopeTable,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `LayerView`."""
+        """See `EnteredLayer`."""
         q = self._entered(projected, norms, table, rotate_keys=self.enters_turned)
         self._code()
         return q, *self._gathered()
@@ -173,7 +173,7 @@ class _CodedLayer(_StaticLayer):
         norms: tuple[RMSNorm, RMSNorm],
         table: RopeTable,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `LayerView`."""
+        """See `EnteredLayer`."""
         q = self._entered(
             projected, norms, table, rotate_keys=self.keys == "post_rope" or not self._adds
         )

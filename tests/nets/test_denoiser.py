@@ -12,7 +12,9 @@ from rcm.nets.condition import Condition
 from rcm.nets.denoiser import Denoiser, Guided, PairedCache
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.layout import TokenLayout
+from rcm.nets.velocity_model import VelocityModel
 from tests.support.tiny_nets import GRID, condition, latents, pattern, tiny_net
+from tests.support.toy_extensions import Mixer
 
 FP64 = Precision.preset("fp64")
 LAYOUT = TokenLayout.bidirectional(3, grid=GRID)
@@ -156,3 +158,14 @@ def test_conditions():
         two.expand(3)
     moved = one.to(dtype=torch.float64)
     assert moved.text.dtype == moved.image.dtype == torch.float64 and moved.concat is None
+
+
+def test_a_model_says_what_it_is_asked_for():
+    """`velocity` always, the rest for the uses that need it."""
+    with pytest.raises(TypeError, match="abstract.* '?velocity'?"):
+        VelocityModel()
+    mixer, cond = Mixer(2), condition(tiny_net().config)
+    uses = {"new_cache": lambda: mixer.new_cache(num_frames=2, grid=GRID), "prepare": lambda: mixer.prepare(cond)}
+    for name, use in {**uses, "rope": lambda: mixer.rope, "fused": lambda: mixer.fused}.items():
+        with pytest.raises(NotImplementedError, match=f"Mixer has no `{name}`, which .* docs/extending.md"):
+            use()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rcm.core.dual import pack, unpack
 from rcm.nets.attention import AttentionBackend, AttentionCore
-from rcm.nets.kv_view import LayerView
+from rcm.nets.kv_view import EnteredLayer, LayerView
 from rcm.nets.layers import AffineLayerNorm, GatedAdd, Gelu, Linear, ModulatedNorm, RMSNorm
 from rcm.nets.layout import TokenLayout
 from rcm.nets.rope import RopePair, Rotate
@@ -88,7 +88,7 @@ class SelfAttentionCore(nn.Module):
         v: Tensor,
         layout: TokenLayout,
         rope: RopePair,
-        cached: LayerView,
+        cached: EnteredLayer,
     ) -> Tensor:
         """Attention of turned queries over what `cached.enter` returned."""
         if not cached.enters_turned:
@@ -154,7 +154,7 @@ class SelfAttention(_Projections):
         attend: bool = True,
     ) -> Tensor | None:
         """`x` [B, F, S, E] to the same shape; `attend` as in `SelfAttentionCore`."""
-        captured = cached if cached is not None and cached.takes_projections else None
+        captured = cached if isinstance(cached, EnteredLayer) and cached.takes_projections else None
         joined = None if captured is None else self.joined
         q, k, v = (
             (self.q(x), self.k(x), self.v(x))

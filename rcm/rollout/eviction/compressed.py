@@ -4,6 +4,7 @@ recent], moved along in time in place.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -26,7 +27,7 @@ Reduce = Callable[[Tensor], Tensor]
 """The sum of a tensor over the ranks that hold other heads of the same tokens."""
 
 
-class CompressedHistory(CachePolicy):
+class CompressedHistory(CachePolicy, ABC):
     """A policy with `sinks`, `budget` and `recent` frames. Chunks and recent frames stand at
     absolute positions; beyond the budget the frames between sinks and recent ones are thinned out
     to budget - sinks - recent, which then end right before the recent ones, the sinks right before
@@ -96,17 +97,17 @@ class CompressedHistory(CachePolicy):
         self._sinks_moved += shift
         self._base = start
 
+    @abstractmethod
     def choose(self, branch: int, cache: KVCache, *, frames: range, kept: int) -> list[Tensor]:
         """Per layer, which `kept` tokens of the cached frames `frames` stay: ascending int64 [B or
         1, kept], counted from the first of them.
         """
-        raise NotImplementedError  # a policy says this itself
 
+    @abstractmethod
     def moves(self, index: Tensor, *, start: int, base: int, per_frame: int) -> Tensor | float:
         """How far what was chosen moves, so that it begins at `start`, all candidates having stood
         in a row from `base`.
         """
-        raise NotImplementedError  # a policy says this itself
 
     def _make(self, index: list[Tensor], shift: int, start: int, per_frame: int) -> Make:
         split_at = self.sinks * per_frame
