@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -16,7 +15,13 @@ class CudaGraph:
     of whichever card came first.
     """
 
-    def __init__(self, step: Callable[[], None], device: torch.device, *, pool: Any = None) -> None:
+    def __init__(
+        self,
+        step: Callable[[], None],
+        device: torch.device,
+        *,
+        pool: torch.cuda._POOL_HANDLE | None = None,
+    ) -> None:
         now = torch.cuda.current_stream(device)
         # kernels of a graph keep the priority of the stream on which it was captured, wherever it
         # is launched
@@ -25,9 +30,7 @@ class CudaGraph:
         with torch.cuda.device(device), torch.cuda.stream(side), torch.no_grad():
             # only calls of this thread may not synchronise: others are decoding or launching a
             # denoiser meanwhile
-            self._graph.capture_begin(
-                *([] if pool is None else [pool]), capture_error_mode="thread_local"
-            )
+            self._graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 step()
             finally:

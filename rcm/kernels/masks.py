@@ -90,15 +90,15 @@ class MaskSpec(Protocol):
 
 
 class _IntervalMask:
-    """The faces that follow from `row_segments` and `allowed`."""
+    """The faces that follow from `row_segments` and `allowed`; mixed into a `MaskSpec`."""
 
     @property
-    def is_full(self) -> bool:
+    def is_full(self: MaskSpec) -> bool:
         """Whether every query sees every key, so that plain dense attention is exact."""
         segments = self.row_segments()
         return len(segments) == 1 and segments[0].intervals == ((0, self.kv_len),)
 
-    def dense(self, device: torch.device | str = "cpu") -> Tensor:
+    def dense(self: MaskSpec, device: torch.device | str = "cpu") -> Tensor:
         """The mask as bool `[q_len, kv_len]` on `device`, True = attends. Quadratic memory: tests
         and tiny sizes only.
         """
@@ -106,7 +106,7 @@ class _IntervalMask:
         kv_idx = torch.arange(self.kv_len, device=device)[None, :]
         return self.allowed(q_idx, kv_idx).expand(self.q_len, self.kv_len).clone()
 
-    def kv_intervals(self, block_m: int) -> tuple[QueryTile, ...]:
+    def kv_intervals(self: MaskSpec, block_m: int) -> tuple[QueryTile, ...]:
         """Cut the queries into tiles of `block_m` (the last may be short).
 
         Per tile: the union of the keys that its rows see, and the keys that all of its rows see.
@@ -342,7 +342,7 @@ def _teacher_forcing_segments(mask: TeacherForcing) -> tuple[Segment, ...]:
 
 
 @lru_cache(maxsize=256)
-def _tiles(mask: _IntervalMask, block_m: int) -> tuple[QueryTile, ...]:
+def _tiles(mask: MaskSpec, block_m: int) -> tuple[QueryTile, ...]:
     segments, tiles, first = mask.row_segments(), [], 0
     for start in range(0, mask.q_len, block_m):
         stop = min(start + block_m, mask.q_len)

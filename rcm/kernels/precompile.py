@@ -19,10 +19,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # Triton is absent on machines without a GPU
+    from triton.compiler import CompiledKernel
 
 MOST_THREADS = 32
 SWITCH_SECONDS = 2e-4
@@ -42,7 +45,17 @@ class Compiled:
     parts: tuple[tuple[str, float, float, float], ...] = ()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
+class Kernel(Protocol):
+    """What `triton.jit` makes of a function, as far as launches are concerned."""
+
+    def __getitem__(self, grid: tuple[int, ...], /) -> Callable[..., object]:
+        """The function that launches it over `grid`."""
+
+    def warmup(self, *arguments: object, grid: tuple[int, ...], **constants: object) -> object:
+        """Compile what such a launch would run."""
+
+
+def launch(kernel: Kernel, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
     """`kernel[grid](*arguments, **constants)`; in a plan of `precompile`, only the compilation of
     what that would run.
     """
@@ -93,15 +106,17 @@ def _precompile(plan: Callable[[], object], device: torch.device, threads: int) 
 
     start = time.perf_counter()
     _planned.set(device)
-    with (
-        _quick_turns(),
-        torch.cuda.device(device),
-        _LoadingPool(device, threads, start) as pool,
-        triton.AsyncCompileMode(pool),
-    ):
+    pool = ThreadPoolExecutor(
+        threads,
+        thread_name_prefix="compile",
+        initializer=torch.cuda.set_device,
+        initargs=(device,),
+    )
+    loading = _Loading(pool, start)
+    with _quick_turns(), torch.cuda.device(device), pool, triton.AsyncCompileMode(loading):
         plan()
         planned = time.perf_counter() - start
-    return Compiled(pool.submitted, time.perf_counter() - start, planned, tuple(pool.parts))
+    return Compiled(loading.submitted, time.perf_counter() - start, planned, tuple(loading.parts))
 
 
 @contextmanager
@@ -117,29 +132,23 @@ def _quick_turns() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-class _LoadingPool(ThreadPoolExecutor):
-    """Threads that compile a kernel and then build its launcher and load it, which the first launch
-    would do otherwise.
+class _Loading:
+    """What Triton hands its compilations to: threads of `pool` compile a kernel, then build its
+    launcher and load it, which the first launch would do otherwise.
     """
 
-    def __init__(self, device: torch.device, threads: int, start: float) -> None:
-        super().__init__(
-            threads,
-            thread_name_prefix="compile",
-            initializer=torch.cuda.set_device,
-            initargs=(device,),
-        )
-        self.submitted, self.start = 0, start
+    def __init__(self, pool: ThreadPoolExecutor, start: float) -> None:
+        self.submitted, self.start, self._pool = 0, start, pool
         self.parts: list[tuple[str, float, float, float]] = []
         # kernels of one function share launchers: the first to be ready builds, the others find it
         self._building: defaultdict[object, threading.Lock] = defaultdict(threading.Lock)
 
-    def submit(self, compile_kernel: Callable[[], Any], /) -> Future:
+    def submit(self, compile_kernel: Callable[[], CompiledKernel], /) -> Future[CompiledKernel]:
         """Compile and load."""
         self.submitted += 1
-        return super().submit(self._compile_and_load, compile_kernel)
+        return self._pool.submit(self._compile_and_load, compile_kernel)
 
-    def _compile_and_load(self, compile_kernel: Callable[[], Any]) -> Any:
+    def _compile_and_load(self, compile_kernel: Callable[[], CompiledKernel]) -> CompiledKernel:
         times = [time.perf_counter() - self.start]
         kernel = compile_kernel()
         times.append(time.perf_counter() - self.start)

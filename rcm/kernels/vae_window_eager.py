@@ -77,7 +77,7 @@ def eager_window(
     dtype = features.value.dtype
     kept = features.total()
     new = kept
-    if norm != "none":
+    if gamma is not None:  # there is a norm
         wide = kept.to(torch.promote_types(dtype, torch.float32))
         wide = (
             wide

@@ -5,6 +5,7 @@ break it.
 from __future__ import annotations
 
 import ast
+import tomllib
 
 from tests.hygiene.source import ROOT, calls, files, name, tree
 
@@ -123,3 +124,23 @@ def test_files_are_read_where_nothing_in_them_runs() -> None:
                 named = {getattr(node, "module", None), *(alias.name for alias in node.names)}
             broken += [f"{name(path)}:{node.lineno} {found}" for found in named & banned - homes.get(name(path), set())]
     assert not broken
+
+
+def test_only_device_code_goes_without_annotations() -> None:
+    """The modules that mypy does not ask for annotations are those with kernels, and all in them
+    that is no kernel has some.
+    """
+    overrides = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["overrides"]
+    spared = {module for o in overrides if not o["disallow_untyped_defs"] for module in o["module"]}
+    with_kernels, bare = set(), []
+    for path in files("rcm"):
+        functions = [n for n in ast.walk(tree(path)) if isinstance(n, ast.FunctionDef)]
+        on_host = [n for n in functions if not any(ast.unparse(d).startswith(("triton.jit", "gluon.jit")) for d in n.decorator_list)]
+        if len(on_host) < len(functions):
+            with_kernels.add(name(path).removesuffix(".py").replace("/", "."))
+            for n in on_host:
+                args = [*n.args.posonlyargs, *n.args.args, *n.args.kwonlyargs]
+                if n.returns is None or any(a.annotation is None for a in args if a.arg not in ("self", "cls")):
+                    bare.append(f"{name(path)}:{n.lineno} {n.name}")
+    assert spared == with_kernels
+    assert not bare

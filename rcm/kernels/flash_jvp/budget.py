@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rcm.kernels.flash_jvp.reference import reference_jvp
-from rcm.kernels.flash_jvp.validation import Problem
+from rcm.kernels.flash_jvp.validation import Problem, Results
 
 OUTPUTS = ("o", "o_dot", "lse")
 ROUNDINGS = {"o": 0.5, "o_dot": 0.5, "lse": 2.0}
@@ -19,34 +19,30 @@ also converted from base 2 in float32.
 """
 
 
-def float64_truth(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
+def float64_truth(problem: Problem) -> Results:
     """The reference in float64 on the same (rounded) inputs."""
-    names = ("q", "k", "v", "q_dot", "k_dot", "v_dot")
-    inputs = {name: getattr(problem, name) for name in names}
-    return reference_jvp(
-        replace(problem, **{name: None if x is None else x.double() for name, x in inputs.items()})
+    q, k, v = (x.double() for x in (problem.q, problem.k, problem.v))
+    q_dot, k_dot, v_dot = (
+        None if x is None else x.double() for x in (problem.q_dot, problem.k_dot, problem.v_dot)
     )
+    return reference_jvp(replace(problem, q=q, k=k, v=v, q_dot=q_dot, k_dot=k_dot, v_dot=v_dot))
 
 
-def low_precision_eager(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
+def low_precision_eager(problem: Problem) -> Results:
     """(o, o_dot, lse) as eager code in the input dtype gives them, every product and intermediate
     rounded to it: the yardstick.
 
     Builds the dense mask: sizes for tests only.
     """
 
-    def heads_first(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.transpose(1, 2)
+    def padded(x: Tensor | None, before: int) -> Tensor | None:
+        if x is None:
+            return None
+        return torch.cat([x.new_zeros(x.shape[0], before, *x.shape[2:]), x], dim=1).transpose(1, 2)
 
-    def padded(x: Tensor | None) -> Tensor | None:
-        return (
-            None
-            if x is None
-            else torch.cat([x.new_zeros(x.shape[0], problem.tangent_start, *x.shape[2:]), x], dim=1)
-        )
-
-    q, k, v, q_dot = (heads_first(x) for x in (problem.q, problem.k, problem.v, problem.q_dot))
-    k_dot, v_dot = (heads_first(padded(x)) for x in (problem.k_dot, problem.v_dot))
+    q, k, v = (x.transpose(1, 2) for x in (problem.q, problem.k, problem.v))
+    q_dot = padded(problem.q_dot, 0)
+    k_dot, v_dot = (padded(x, problem.tangent_start) for x in (problem.k_dot, problem.v_dot))
     scores = (q @ k.mT) * problem.scale
     if not problem.mask.is_full:
         scores = scores.masked_fill(~problem.mask.dense(scores.device), float("-inf"))
@@ -76,9 +72,7 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
     return float(error) if torch.isfinite(error) else float("inf")
 
 
-def errors_and_budgets(
-    problem: Problem, got: tuple[Tensor, Tensor | None, Tensor]
-) -> dict[str, tuple[float, float]]:
+def errors_and_budgets(problem: Problem, got: Results) -> dict[str, tuple[float, float]]:
     """Per output that exists: (error of `got`, budget), both relative to float64.
 
     The budget is twice the error of `low_precision_eager`, and never below `ROUNDINGS`: where the
@@ -87,11 +81,8 @@ def errors_and_budgets(
     truth, eager = float64_truth(problem), low_precision_eager(problem)
     report = {}
     for name, mine, theirs, exact in zip(OUTPUTS, got, eager, truth, strict=True):
-        if mine is not None:
-            report[name] = (
-                relative_error(mine, exact),
-                max(
-                    2 * relative_error(theirs, exact), ROUNDINGS[name] * torch.finfo(mine.dtype).eps
-                ),
-            )
+        if mine is not None and theirs is not None and exact is not None:
+            least = ROUNDINGS[name] * torch.finfo(mine.dtype).eps
+            budget = max(2 * relative_error(theirs, exact), least)
+            report[name] = relative_error(mine, exact), budget
     return report

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rcm.kernels.flash_jvp.forward import portable_forward
 from rcm.kernels.flash_jvp.schedule import Tiles, plan_of
-from rcm.kernels.flash_jvp.validation import MAX_HEAD, MIN_HEAD, Problem
+from rcm.kernels.flash_jvp.validation import MAX_HEAD, MIN_HEAD, Problem, Results
 from rcm.kernels.launching import device_of
 
 _SMALL_TILES = (
@@ -60,9 +60,7 @@ def portable_tiles(
     )
 
 
-def triton_jvp(
-    problem: Problem, *, kernel: str = "auto", tiles: Tiles | None = None
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def triton_jvp(problem: Problem, *, kernel: str = "auto", tiles: Tiles | None = None) -> Results:
     """Launch a fused kernel on a checked problem; O and O_dot in the input dtype, LSE float32.
 
     `kernel` is "hopper" (compute capability 9.0, 16-bit, head sizes 64 or 128, strides that bulk
@@ -86,7 +84,7 @@ def triton_jvp(
     return o, o_dot, lse
 
 
-def allocate_outputs(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
+def allocate_outputs(problem: Problem) -> Results:
     """Uninitialised O, O_dot `[B, Lq, N, Dv]` and LSE `[B, N, Lq]`; the kernels write every
     element.
     """
@@ -153,6 +151,14 @@ def _bulk_copyable(x: Tensor) -> bool:
     return x.stride(3) == 1 and aligned and x.data_ptr() % 16 == 0
 
 
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may have."""
+    if device.type != "cuda":
+        return 1 << 17
+    card = torch.cuda.get_device_properties(device)
+    return card.shared_memory_per_block_optin  # type: ignore[attr-defined]  # no stub in torch
+
+
 def _interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
@@ -164,21 +170,16 @@ def _launch_portable(
     d_qk, d_v = q.shape[3], v.shape[3]
     block_qk, block_v = triton.next_power_of_2(d_qk), triton.next_power_of_2(d_v)
     if tiles is None:
-        shared = (
-            torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
-            if q.is_cuda
-            else 1 << 17
-        )
         tiles = portable_tiles(
             d_qk=block_qk,
             d_v=block_v,
             element_size=q.element_size(),
             num_tangents=problem.flags.bit_count(),
-            shared_bytes=shared,
+            shared_bytes=_shared_bytes(q.device),
         )
     plan = plan_of(problem, tiles)
 
-    def described(x: Tensor | None, stand_in: Tensor) -> tuple:
+    def described(x: Tensor | None, stand_in: Tensor) -> tuple[Tensor | int, ...]:
         x = stand_in if x is None else x
         return (x, *x.stride())
 

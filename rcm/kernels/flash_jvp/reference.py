@@ -4,17 +4,19 @@ and the choice without Triton.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
-from rcm.kernels.flash_jvp.validation import Problem
+from rcm.kernels.flash_jvp.validation import Problem, Results
 from rcm.kernels.masks import Intervals
 
 SCORES_PER_CHUNK = 1 << 24
 """Upper bound of the score matrix held at once, in elements: 64 MiB in float32."""
 
 
-def reference_jvp(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
+def reference_jvp(problem: Problem) -> Results:
     """Primal, tangent and log-sum-exp in float32 (float64 for float64 inputs), O and O_dot returned
     in the input dtype.
 
@@ -37,7 +39,7 @@ def reference_jvp(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
             for start in range(segment.q_start, segment.q_stop, step):
                 rows = slice(start, min(start + step, segment.q_stop))
                 queries = (_heads_first(q[:, rows], compute), _maybe(problem.q_dot, rows, compute))
-                out, out_dot, row_lse = _attend(*queries, *keys, scale=problem.scale)
+                out, out_dot, row_lse = _attend(queries, keys, scale=problem.scale)
                 o[:, rows] = out.transpose(1, 2)
                 lse[:, :, rows] = row_lse
                 if o_dot is not None:
@@ -50,18 +52,15 @@ def reference_jvp(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 def _attend(
-    q: Tensor,
-    q_dot: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    k_dot: Tensor | None,
-    v_dot: Tensor | None,
+    queries: tuple[Tensor, Tensor | None],
+    keys: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     *,
     scale: float,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> Results:
     """Dense attention of [B, N, L, D] queries over gathered keys; a tangent is None where it is
     zero for all of these keys.
     """
+    (q, q_dot), (k, v, k_dot, v_dot) = queries, keys
     scores = scale * (q @ k.mT)
     lse = scores.logsumexp(dim=-1)
     p = (scores - lse[..., None]).exp_()
@@ -71,7 +70,7 @@ def _attend(
     if score_terms:
         h = p * (scale * sum(score_terms))
         tangent_terms += [h @ v, -h.sum(dim=-1, keepdim=True) * o]
-    return o, sum(tangent_terms) if tangent_terms else None, lse
+    return o, reduce(torch.add, tangent_terms) if tangent_terms else None, lse
 
 
 def _gather_keys(

@@ -6,10 +6,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice, pairwise, takewhile
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +36,8 @@ class Tiles:
     num_stages: int
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """`count` key tiles from `start`; only keys below `stop` exist for a boundary piece."""
 
     kind: int
@@ -129,7 +129,8 @@ def make_plan(
     tangent.
     """
     planned = tile_pieces(mask, block_m=block_m, block_n=block_n, tangent_start=tangent_start)
-    tiles, table = [], []
+    tiles: list[tuple[int, ...]] = []
+    table: list[tuple[int, ...]] = []
     for q_start, pieces in planned:
         begins = [
             len(table) + sum(piece.kind < kind for piece in pieces)
@@ -162,7 +163,7 @@ def _elementary(mask: MaskSpec, tile: QueryTile) -> list[Interval]:
         lambda segment: segment.q_start < tile.q_stop, islice(segments, first, None)
     )
     cuts = {edge for segment in overlapping for interval in segment.intervals for edge in interval}
-    found = []
+    found: list[Interval] = []
     for start, stop in tile.union:
         edges = sorted({start, stop} | {cut for cut in cuts if start < cut < stop})
         found += pairwise(edges)
@@ -180,7 +181,7 @@ def _join_runs(pieces: list[Piece], block_n: int) -> list[Piece]:
             and last.stop == piece.stop
             and last.start + last.count * block_n == piece.start
         ):
-            joined[-1] = last._replace(count=last.count + piece.count)
+            joined[-1] = replace(last, count=last.count + piece.count)
         else:
             joined.append(piece)
     return joined

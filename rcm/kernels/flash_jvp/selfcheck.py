@@ -19,7 +19,7 @@ from torch import Tensor
 from rcm.core.arguments import Arguments
 from rcm.diffusion.blocks import BlockPattern
 from rcm.kernels.flash_jvp.budget import errors_and_budgets
-from rcm.kernels.flash_jvp.validation import Problem, check_problem
+from rcm.kernels.flash_jvp.validation import Problem, Results, check_problem
 from rcm.kernels.masks import BlockCausal, MaskSpec, TeacherForcing
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -109,7 +109,7 @@ def make_problem(
 
 
 def check(
-    case: Case, *, dtype: torch.dtype, device: torch.device | str, run: Callable[[Problem], tuple]
+    case: Case, *, dtype: torch.dtype, device: torch.device | str, run: Callable[[Problem], Results]
 ) -> dict[str, tuple[float, float]]:
     """(error, budget) of every output of `run` on one case."""
     problem = make_problem(case, dtype=dtype, device=device)

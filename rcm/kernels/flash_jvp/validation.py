@@ -16,6 +16,10 @@ MIN_HEAD, MAX_HEAD = 16, 256
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
+Results = tuple[Tensor, Tensor | None, Tensor]
+"""O, O_dot (None without tangents) and LSE."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """A checked call: tensors `[B, L, N, D]`, tangents None where structurally zero, every default

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from rcm.core.dual import in_dual_level, pack, unpack
 from rcm.kernels.fused import launch
-from rcm.kernels.fused.launch import NormKind
+from rcm.kernels.fused.launch import Like, NormKind
 
 
 def modulated_norm(
@@ -68,22 +68,17 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
             f"a gated add needs one shape and dtype, got {tuple(x.shape)} {x.dtype} and"
             f" {tuple(y.shape)} {y.dtype}"
         )
-    (x, y, gate), tangents = _split(x, y, gate)
-    if any(t is not None for t in tangents):
-        return pack(*launch.gated_add(x, y, gate, tangents))
-    return (
-        _GatedAdd.apply(x, y, gate)
-        if _graph(x, y, gate)
-        else launch.gated_add(x, y, gate, tangents)[0]
-    )
+    (x, y, gate), (x_dot, y_dot, gate_dot) = _split(x, y, gate)
+    if _graph(x, y, gate):
+        return _GatedAdd.apply(x, y, gate)
+    out, out_dot = launch.gated_add(x, y, gate, (x_dot, y_dot, gate_dot))
+    return pack(out, out_dot)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU in its tanh form; shape and dtype of `x`."""
     (x,), (x_dot,) = _split(x)
-    if x_dot is not None:
-        return pack(*launch.gelu(x, x_dot))
-    return _Gelu.apply(x) if _graph(x) else launch.gelu(x, None)[0]
+    return _Gelu.apply(x) if _graph(x) else pack(*launch.gelu(x, x_dot))
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -98,20 +93,16 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     2], float32 and contiguous.
     """
     (x,), (x_dot,) = _split(x)
-    if x_dot is not None:
-        return pack(*launch.rotate(x, x_dot, cos, sin))
-    return _Rotate.apply(x, cos, sin) if _graph(x) else launch.rotate(x, None, cos, sin)[0]
+    return _Rotate.apply(x, cos, sin) if _graph(x) else pack(*launch.rotate(x, x_dot, cos, sin))
 
 
-def _split(*tensors: Tensor | None) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+def _split(*tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """Primals and tangents. Raises `RuntimeError` for a tangent together with a gradient."""
     if not in_dual_level():
         return tensors, (None,) * len(tensors)
-    pairs = [(None, None) if x is None else unpack(x) for x in tensors]
-    primals, tangents = zip(*pairs, strict=True)
-    if any(t is not None for t in tangents) and _graph(
-        *(x for x in (*primals, *tangents) if x is not None)
-    ):
+    primals, tangents = zip(*map(unpack, tensors), strict=True)
+    moving = [t for t in tangents if t is not None]
+    if moving and _graph(*primals, *moving):
         raise RuntimeError(
             "fused layers give a tangent that is a constant: run the tangent pass under no_grad, or"
             " set fused_layers=off"
@@ -123,19 +114,22 @@ def _graph(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def _like(x: Tensor) -> tuple[torch.Size, torch.dtype]:
+def _like(x: Tensor) -> Like:
     return x.shape, x.dtype
 
 
 def _norm(
     x: Tensor, gain: Tensor, shift: Tensor | None, kind: NormKind, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    (rows, gain, shift), tangents = _split(x, gain, shift)
-    if any(t is not None for t in tangents):
-        return x, pack(*launch.norm_tangent(rows, gain, shift, tangents, kind=kind, dtype=dtype))
-    if _graph(rows, gain, *(() if shift is None else (shift,))):
+    given = (x, gain) if shift is None else (x, gain, shift)
+    (rows, gain, *rest), (x_dot, gain_dot, *rest_dot) = _split(*given)
+    shift, shift_dot = (rest[0], rest_dot[0]) if rest else (None, None)
+    if _graph(rows, gain, *rest):
         return _Norm.apply(rows, gain, shift, kind, dtype)
-    return x, launch.norm(rows, gain, shift, kind=kind, dtype=dtype)
+    tangents = (x_dot, gain_dot, shift_dot)
+    if all(t is None for t in tangents):
+        return x, launch.norm(rows, gain, shift, kind=kind, dtype=dtype)
+    return x, pack(*launch.norm_tangent(rows, gain, shift, tangents, kind=kind, dtype=dtype))
 
 
 class _Norm(torch.autograd.Function):
@@ -156,14 +150,11 @@ class _Norm(torch.autograd.Function):
         if grad is None:
             return carried, None, None, None, None
         x, gain = ctx.saved_tensors
-        options = {
-            "kind": ctx.kind,
-            "needs": ctx.needs_input_grad[:3],
-            "gain_like": _like(gain),
-            "shift_like": ctx.shift_like,
-            "carried": carried,
-        }
-        return *launch.norm_backward(x, gain, grad, **options), None, None
+        grads = launch.norm_backward(
+            x, gain, grad, kind=ctx.kind, needs=ctx.needs_input_grad[:3],
+            gain_like=_like(gain), shift_like=ctx.shift_like, carried=carried,
+        )  # fmt: skip
+        return *grads, None, None
 
 
 class _GatedAdd(torch.autograd.Function):
@@ -190,7 +181,8 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return launch.gelu_backward(*ctx.saved_tensors, grad)
+        (x,) = ctx.saved_tensors
+        return launch.gelu_backward(x, grad)
 
 
 class _LinearGelu(torch.autograd.Function):

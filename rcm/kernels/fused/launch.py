@@ -25,6 +25,16 @@ TABLE_ELEMENTS = 1024
 """Channel pairs whose cosines and sines one rotation program holds."""
 
 
+Rows = tuple[Tensor, int, int, int]
+"""What a kernel reads as rows [B, F, S, E] of unit last stride, and its other strides."""
+Vectors = tuple[Tensor, int, int]
+"""Vectors [E] per batch entry and frame, and their strides; 0 where one serves all."""
+Like = tuple[torch.Size, torch.dtype]
+"""What a gradient is to look like."""
+Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""One per tensor that a layer takes; None: a structural zero."""
+
+
 class NormKind(NamedTuple):
     """Which norm: subtract the mean or not, what is added to the gain, and the epsilon inside the
     root.
@@ -50,16 +60,14 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """A tensor from `as_rows` and its strides over batch, frames, tokens."""
+def _rows(x: Tensor) -> Rows:
+    """A tensor from `as_rows`, described."""
     batch, frame, token, _ = x.stride()
     return x, batch, frame, token
 
 
-def _vectors(v: Tensor, rows: Tensor, *, name: str) -> tuple[Tensor, int, int]:
-    """`v` [E] or [B or 1, F or 1, 1, E] and its strides over batch and frames, 0 where one vector
-    serves all.
-    """
+def _vectors(v: Tensor, rows: Tensor, *, name: str) -> Vectors:
+    """`v` [E] or [B or 1, F or 1, 1, E], described; `ValueError` for another shape."""
     batch, frames, _, width = rows.shape
     if v.dim() == 1 and v.shape[0] == width:
         return (v if v.stride(0) == 1 or width == 1 else v.contiguous()), 0, 0
@@ -78,13 +86,11 @@ def _vectors(v: Tensor, rows: Tensor, *, name: str) -> tuple[Tensor, int, int]:
     return v, v.stride(0) if v.shape[0] > 1 else 0, v.stride(1) if v.shape[1] > 1 else 0
 
 
-def _tangent_rows(x_dot: Tensor | None, x: Tensor) -> tuple[Tensor, int, int, int]:
+def _tangent_rows(x_dot: Tensor | None, x: Tensor) -> Rows:
     return _rows(x if x_dot is None else as_rows(x_dot))
 
 
-def _tangent_vectors(
-    v_dot: Tensor | None, v: tuple[Tensor, int, int], rows: Tensor
-) -> tuple[Tensor, int, int]:
+def _tangent_vectors(v_dot: Tensor | None, v: Vectors, rows: Tensor) -> Vectors:
     return v if v_dot is None else _vectors(v_dot, rows, name="tangent")
 
 
@@ -92,7 +98,7 @@ def _flags(*tangents: Tensor | None) -> int:
     return sum(1 << bit for bit, tangent in enumerate(tangents) if tangent is not None)
 
 
-def _cut(rows: Tensor, tokens_per_program: int) -> tuple[tuple[int], dict]:
+def _cut(rows: Tensor, tokens_per_program: int) -> tuple[tuple[int], dict[str, int]]:
     """Grid and sizes of a row kernel."""
     batch, frames, tokens, width = rows.shape
     block = power_of_2(width)
@@ -105,15 +111,32 @@ def _cut(rows: Tensor, tokens_per_program: int) -> tuple[tuple[int], dict]:
     }
 
 
-def _folded(parts: Tensor, rows: Tensor, like: tuple[torch.Size, torch.dtype]) -> Tensor:
+def _folded(parts: Tensor | None, rows: Tensor, like: Like | None) -> Tensor | None:
     """Partial sums [programs, E] added up to the shape of the vectors they belong to, in a fixed
     order.
     """
+    if parts is None or like is None:
+        return None
     batch, frames, _, width = rows.shape
     shape, dtype = like
     return (
         parts.view(batch, frames, -1, width).sum(dim=2, keepdim=True).sum_to_size(shape).to(dtype)
     )
+
+
+def _parts(grid: tuple[int, ...], x: Tensor) -> Tensor:
+    """Room for the sums over tokens of every program: float32 [programs, E]."""
+    return torch.empty(grid[0], x.shape[-1], dtype=torch.float32, device=x.device)
+
+
+def _nothing(like: Like, x: Tensor) -> Tensor:
+    """The gradient of a vector that met no token."""
+    return torch.zeros(like[0], dtype=like[1], device=x.device)
+
+
+def _or(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """`tensors`, a stand-in for the absent ones, which a kernel does not touch."""
+    return [stand_in if x is None else x for x in tensors]
 
 
 def norm(
@@ -124,10 +147,10 @@ def norm(
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     if not x.numel():
         return y
-    gain = _vectors(gain, rows, name="gain")
-    added = gain if shift is None else _vectors(shift, rows, name="shift")
+    gains = _vectors(gain, rows, name="gain")
+    added = gains if shift is None else _vectors(shift, rows, name="shift")
     grid, sizes = _cut(rows, ROWS_FORWARD)
-    operands = (_rows(rows), gain, added, y, rows.shape[1], rows.shape[2], kind.eps)
+    operands = (_rows(rows), gains, added, y, rows.shape[1], rows.shape[2], kind.eps)
     options = {"CENTER": kind.center, "OFFSET": kind.offset, "HAS_SHIFT": shift is not None}
     with device_of(x):
         precompile.launch(norm_kernels.norm_forward, grid, *operands, **options, **sizes)
@@ -138,7 +161,7 @@ def norm_tangent(
     x: Tensor,
     gain: Tensor,
     shift: Tensor | None,
-    tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
+    tangents: Tangents,
     *,
     kind: NormKind,
     dtype: torch.dtype,
@@ -151,13 +174,13 @@ def norm_tangent(
     y, y_dot = (torch.empty(x.shape, dtype=dtype, device=x.device) for _ in range(2))
     if not x.numel():
         return y, y_dot
-    gain = _vectors(gain, rows, name="gain")
-    added = gain if shift is None else _vectors(shift, rows, name="shift")
+    gains = _vectors(gain, rows, name="gain")
+    added = gains if shift is None else _vectors(shift, rows, name="shift")
     grid, sizes = _cut(rows, ROWS_FORWARD)
     x_dot, gain_dot, shift_dot = tangents
     with device_of(x):
         norm_kernels.norm_tangent[grid](
-            _rows(rows), _tangent_rows(x_dot, rows), gain, _tangent_vectors(gain_dot, gain, rows),
+            _rows(rows), _tangent_rows(x_dot, rows), gains, _tangent_vectors(gain_dot, gains, rows),
             added, _tangent_vectors(shift_dot, added, rows), y, y_dot, rows.shape[1], rows.shape[2],
             kind.eps,
             CENTER=kind.center, OFFSET=kind.offset, HAS_SHIFT=shift is not None,
@@ -173,46 +196,35 @@ def norm_backward(
     *,
     kind: NormKind,
     needs: tuple[bool, bool, bool],
-    gain_like: tuple[torch.Size, torch.dtype],
-    shift_like: tuple[torch.Size, torch.dtype] | None,
+    gain_like: Like,
+    shift_like: Like | None,
     carried: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Tangents:
     """Gradients of x, gain and shift, where `needs` says so; sums over tokens in float32 and in a
     fixed order. `carried`: the gradient of x from elsewhere, which that of x includes.
     """
     rows, grad = as_rows(x), as_rows(grad_y)
     if not x.numel():
-        sums = (
-            None if like is None else torch.zeros(like[0], dtype=like[1], device=x.device)
-            for like in (gain_like, shift_like)
-        )
-        return torch.zeros_like(x) if carried is None else carried, *sums
-    vectors = _vectors(gain, rows, name="gain")
+        gain_grad = _nothing(gain_like, x)
+        shift_grad = None if shift_like is None else _nothing(shift_like, x)
+        return torch.zeros_like(x) if carried is None else carried, gain_grad, shift_grad
     grid, sizes = _cut(rows, ROWS_BACKWARD)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
-    parts = [
-        torch.empty(grid[0], x.shape[-1], dtype=torch.float32, device=x.device) if need else None
-        for need in needs[1:]
-    ]
+    gain_parts, shift_parts = (_parts(grid, x) if need else None for need in needs[1:])
     with device_of(x):
         norm_kernels.norm_backward[grid](
-            _rows(rows), vectors, _rows(grad), _tangent_rows(carried, rows),
-            x if grad_x is None else grad_x,
-            *(x if part is None else part for part in parts), rows.shape[1], rows.shape[2],
-            kind.eps,
+            _rows(rows), _vectors(gain, rows, name="gain"), _rows(grad),
+            _tangent_rows(carried, rows), *_or(x, grad_x, gain_parts, shift_parts),
+            rows.shape[1], rows.shape[2], kind.eps,
             CENTER=kind.center, OFFSET=kind.offset,
             NEEDS=sum(1 << bit for bit, need in enumerate(needs) if need),
             CARRIED=carried is not None, **sizes,
         )  # fmt: skip
-    gain_grad, shift_grad = (
-        None if part is None else _folded(part, rows, like)
-        for part, like in zip(parts, (gain_like, shift_like), strict=True)
-    )
-    return grad_x, gain_grad, shift_grad
+    return grad_x, _folded(gain_parts, rows, gain_like), _folded(shift_parts, rows, shift_like)
 
 
 def gated_add(
-    x: Tensor, y: Tensor, gate: Tensor, tangents: tuple[Tensor | None, Tensor | None, Tensor | None]
+    x: Tensor, y: Tensor, gate: Tensor, tangents: Tangents
 ) -> tuple[Tensor, Tensor | None]:
     """x + gate * y and its tangent (None if no tangent is given), contiguous."""
     rows, values = as_rows(x), as_rows(y)
@@ -228,7 +240,7 @@ def gated_add(
         precompile.launch(
             pointwise_kernels.gated_add_forward, grid, _rows(rows), _tangent_rows(x_dot, rows),
             _rows(values), _tangent_rows(y_dot, values), vectors,
-            _tangent_vectors(gate_dot, vectors, rows), out, out if out_dot is None else out_dot,
+            _tangent_vectors(gate_dot, vectors, rows), out, *_or(out, out_dot),
             rows.shape[1], rows.shape[2],
             FLAGS=flags, **sizes,
         )  # fmt: skip
@@ -241,27 +253,22 @@ def gated_add_backward(
     grad_out: Tensor,
     *,
     needs: tuple[bool, bool],
-    gate_like: tuple[torch.Size, torch.dtype],
+    gate_like: Like,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of y and gate, where `needs` says so."""
     rows, grad = as_rows(y), as_rows(grad_out)
     if not y.numel():
-        return torch.zeros_like(y), torch.zeros(gate_like[0], dtype=gate_like[1], device=y.device)
+        return torch.zeros_like(y), _nothing(gate_like, y)
     grid, sizes = _cut(rows, ROWS_BACKWARD)
     grad_y = torch.empty(y.shape, dtype=y.dtype, device=y.device) if needs[0] else None
-    parts = (
-        torch.empty(grid[0], y.shape[-1], dtype=torch.float32, device=y.device)
-        if needs[1]
-        else None
-    )
+    parts = _parts(grid, y) if needs[1] else None
     with device_of(y):
         pointwise_kernels.gated_add_backward[grid](
             _rows(rows), _vectors(gate, rows, name="gate"), _rows(grad),
-            y if grad_y is None else grad_y, y if parts is None else parts, rows.shape[1],
-            rows.shape[2],
+            *_or(y, grad_y, parts), rows.shape[1], rows.shape[2],
             NEEDS=needs[0] + 2 * needs[1], **sizes,
         )  # fmt: skip
-    return grad_y, None if parts is None else _folded(parts, rows, gate_like)
+    return grad_y, _folded(parts, rows, gate_like)
 
 
 def gelu(x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -269,14 +276,15 @@ def gelu(x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
     x = x.contiguous()
     y = torch.empty_like(x)
     y_dot = None if x_dot is None else torch.empty_like(x)
-    moved, target = (x, y) if x_dot is None else (x_dot.contiguous(), y_dot)
+    moved = x if x_dot is None else x_dot.contiguous()
     grid = (_divided(x.numel(), POINTWISE_BLOCK),)
     if x.numel():
         with device_of(x):
             options = {"HAS_DOT": x_dot is not None, "BLOCK": POINTWISE_BLOCK, "num_warps": 8}
             precompile.launch(
-                pointwise_kernels.gelu_forward, grid, x, moved, y, target, x.numel(), **options
-            )
+                pointwise_kernels.gelu_forward, grid, x, moved, y, *_or(y, y_dot), x.numel(),
+                **options,
+            )  # fmt: skip
     return y, y_dot
 
 
@@ -302,7 +310,7 @@ def gelu_backward_sums(x: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
         return grad_x, torch.zeros(width, device=x.device)
     rows = x.numel() // width
     grid = (_divided(rows, SUMMED_ROWS), _divided(width, SUMMED_BLOCK))
-    parts = torch.empty(grid[0], width, dtype=torch.float32, device=x.device)
+    parts = _parts(grid, x)
     with device_of(x):
         pointwise_kernels.gelu_backward_sums[grid](
             x, grad_y, grad_x, parts, rows,
@@ -328,7 +336,7 @@ def rotate(
         with device_of(x):
             precompile.launch(
                 pointwise_kernels.rotate_pairs, (batch * _divided(length, tokens),), _rows(rows),
-                _rows(moved), cos, sin, out, out if out_dot is None else out_dot, length, heads,
+                _rows(moved), cos, sin, out, *_or(out, out_dot), length, heads,
                 HAS_DOT=x_dot is not None, BACKWARDS=backwards, TOKENS=tokens, WIDTH=width,
                 PAIRS=pairs, num_warps=4,
             )  # fmt: skip

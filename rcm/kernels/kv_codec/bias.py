@@ -122,13 +122,13 @@ def _float_step(number: Tensor, dtype: str) -> Tensor:
 def _through(variance: Tensor, blob: Blob) -> Tensor:
     """Variances [B, S, N, D] of smoothed elements as variances of the elements."""
     kind, held = blob.undo.kind, blob.undo.tensor
-    if kind == "balance":
-        return variance * held.float().square()
     if kind == "hadamard":
         return variance.mean(-1, keepdim=True).expand_as(variance)
-    if kind == "reorder":
-        return variance.gather(3, held.long().expand_as(variance))
-    return variance
+    if held is None:
+        return variance
+    if kind == "balance":
+        return variance * held.float().square()
+    return variance.gather(3, held.long().expand_as(variance))
 
 
 def _paired(variance: Tensor, rotated: bool) -> Tensor:

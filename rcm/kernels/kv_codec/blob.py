@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -38,10 +38,9 @@ class Blob:
     dtype: torch.dtype
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> coding.Shape:
         """[B, S, N, D]."""
-        b, s, n, d = self.codes.shape
-        return b, s, n, d
+        return coding.shape_of(self.codes)
 
     @property
     def device(self) -> torch.device:
@@ -104,15 +103,15 @@ class Blob:
     def _with(self, fields: Sequence[Tensor | None]) -> Blob:
         data, scales, zeros, unit, centroids, assignments, undo = fields
         assert data is not None
-        codes = (
-            Codes(self.codes.format, self.codes.shape, data, scales, zeros, unit)
-            if isinstance(self.codes, Codes)
-            else data
-        )
-        clusters = self.clusters and Clusters(
-            centroids, assignments, self.clusters.first_stage_first
-        )
-        return Blob(codes, Undo(self.undo.kind, undo), clusters, self.dtype)
+        codes: Codes | Tensor = data
+        if isinstance(self.codes, Codes):
+            assert scales is not None
+            codes = replace(self.codes, data=data, scales=scales, zeros=zeros, unit=unit)
+        clusters = self.clusters
+        if clusters is not None:
+            assert centroids is not None
+            clusters = replace(clusters, centroids=centroids, assignments=assignments)
+        return replace(self, codes=codes, undo=replace(self.undo, tensor=undo), clusters=clusters)
 
 
 def reference(blob: Blob) -> Tensor:

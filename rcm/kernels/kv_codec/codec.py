@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -18,6 +17,8 @@ from rcm.kernels.kv_codec.formats import CodeFormat
 from rcm.kernels.kv_codec.smoothing import Undo, smooth
 from rcm.kernels.kv_codec.spec import KVCodecSpec, Side
 
+Centres = dict[tuple[Side, int], list[Tensor]]
+"""Cluster centres of the stages, by side and layer."""
 _BY_ADDRESS: WeakValueDictionary[int, Blob] = WeakValueDictionary()
 """Blobs whose addresses were asked for, on devices whose kernels do not follow addresses."""
 
@@ -34,7 +35,7 @@ class KVCodec:
     def __init__(self, spec: KVCodecSpec) -> None:
         self.spec = spec
         self.generation = 0
-        self._centres: dict[tuple[Side, int], list[Tensor]] = {}
+        self._centres: Centres = {}
         self._warm: set[tuple[Side, int]] = set()
         self._variances: WeakKeyDictionary[Blob, Tensor] = WeakKeyDictionary()
 
@@ -168,13 +169,13 @@ class KVCodec:
         centres = sum(x.nbytes for stages in self._centres.values() for x in stages)
         return centres + sum(x.nbytes for x in self._variances.values())
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Centres]:
         """A copy of the centres of the warm start, by (side, layer)."""
         return {
             "centres": {key: [x.clone() for x in self._centres[key]] for key in sorted(self._warm)}
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Centres]) -> None:
         """Take up a `state`."""
         self._warm.clear()
         for key, stages in state["centres"].items():
@@ -214,7 +215,8 @@ class KVCodec:
         self, x: Tensor, side: Side, warm: list[Tensor] | None
     ) -> tuple[Blob, list[Tensor]]:
         spec, how = self.spec, self.spec.side(side)
-        clusters, centres, undo, smoothed, subtract = None, [], Undo(), x, None
+        clusters, undo, smoothed, subtract = None, Undo(), x, None
+        centres: list[Tensor] = []
         if how.smoothing == "qvg":
             settings = Clustering(
                 spec.qvg_clusters,

@@ -21,6 +21,8 @@ from rcm.kernels.kv_codec.spec import BITS
 OFFICIAL_FLOOR = 1e-10
 """Least scale of a group before it is rounded ("official")."""
 E4M3_MAX, E4M3_STEP = 448.0, 2.0**-9
+Shape = tuple[int, int, int, int]
+"""[B, S, N, D]."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Codes:
     """
 
     format: CodeFormat
-    shape: tuple[int, int, int, int]
+    shape: Shape
     data: Tensor
     scales: Tensor
     zeros: Tensor | None
@@ -45,6 +47,12 @@ class Codes:
         return sum(
             x.nbytes for x in (self.data, self.scales, self.zeros, self.unit) if x is not None
         )
+
+
+def shape_of(x: Tensor | Codes) -> Shape:
+    """Its four sizes."""
+    b, s, n, d = x.shape
+    return b, s, n, d
 
 
 def rows(x: Tensor, granularity: str) -> Tensor:
@@ -59,7 +67,7 @@ def rows(x: Tensor, granularity: str) -> Tensor:
     return x.transpose(1, 2).reshape(b * n, s * d, 1)
 
 
-def unrows(r: Tensor, shape: tuple[int, int, int, int], granularity: str) -> Tensor:
+def unrows(r: Tensor, shape: Shape, granularity: str) -> Tensor:
     """The inverse of `rows`."""
     b, s, n, d = shape
     return r.reshape(b, n, s, d).transpose(1, 2) if granularity == "head" else r.reshape(shape)
@@ -72,7 +80,7 @@ def group_length(length: int, group_size: int) -> int:
 
 def encode(x: Tensor, fmt: CodeFormat) -> Codes:
     """Codes of `x` [B, S, N, D], computed in float32."""
-    shape = tuple(x.shape)
+    shape = shape_of(x)
     grouped, length = _grouped(rows(x, fmt.granularity).float(), fmt)
     low, high = grouped.amin(2), grouped.amax(2)
     if fmt.fit:
@@ -98,7 +106,7 @@ def decode(codes: Codes) -> Tensor:
     return unrows(values.flatten(1, 2)[:, :length], codes.shape, fmt.granularity)
 
 
-def rows_shape(shape: tuple[int, int, int, int], granularity: str) -> tuple[int, int, int]:
+def rows_shape(shape: Shape, granularity: str) -> tuple[int, int, int]:
     """(R, L, C) of `rows`."""
     b, s, n, d = shape
     return {

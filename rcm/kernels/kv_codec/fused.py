@@ -6,7 +6,6 @@ encoded in two, or in one where numbers have 8 bits. They equal the plain torch 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +67,7 @@ def restore(
     if b * s * n * d == 0 or len(table) == 0:
         return True
     clusters = like.clusters
-    constants = _codes_constants(like.codes, d) | _clusters_constants(clusters)
+    constants = _codes_constants(like.codes, out) | _clusters_constants(clusters)
     rows, cols = _tile(
         n * d,
         ELEMENTS,
@@ -83,7 +82,6 @@ def restore(
     )
     across = -(-n * d // cols)
     tiles = min(TILES, across)
-    native = _native(out, constants["DTYPE"])
     cos, sin = (table, table) if turn is None else turn
     from rcm.kernels.kv_codec import restore_kernels as kernels
 
@@ -91,7 +89,7 @@ def restore(
         kernels.restore[(-(-s // (rows * places)), -(-across // tiles), b * len(table))](
             table, starts, out, cos, sin, out.stride()[:3],
             (b, s, n, 1 if clusters is None else clusters.centroids.shape[2]),
-            NATIVE=native, UNDO=like.undo.kind, ROOT=d**-0.5, TURN=turn is not None, FIELDS=FIELDS,
+            UNDO=like.undo.kind, ROOT=d**-0.5, TURN=turn is not None, FIELDS=FIELDS,
             D=d, TOKENS=rows, COLS=cols, PLACES=places, TILES=tiles, num_warps=WARPS, **constants,
         )  # fmt: skip
     return True
@@ -117,19 +115,13 @@ def deposit(blob: Blob, row: Tensor) -> None:
         )
 
 
-def _codes_constants(codes: Codes | Tensor, d: int) -> dict[str, Any]:
-    """What a launch of `kernels.restore` knows of the codes of heads of `d` channels."""
+def _codes_constants(codes: Codes | Tensor, out: Tensor) -> dict[str, object]:
+    """What a launch of `kernels.restore` into `out` knows of the codes."""
     if not isinstance(codes, Codes):
-        absent = {
-            "OFFSET": 0.0,
-            "SIGNED": False,
-            "HIGH_FIRST": False,
-            "BITS": 16,
-            "GROUP": 1,
-            "AXIS": "token",
-            "E4M3": False,
-        }
-        return {"DTYPE": "bf16", **absent, "HAS_ZERO": False, "HAS_UNIT": False}
+        absent = dict.fromkeys(
+            ("SIGNED", "HIGH_FIRST", "E4M3", "HAS_ZERO", "HAS_UNIT", "NATIVE"), False
+        )
+        return {"DTYPE": "bf16", "OFFSET": 0.0, "BITS": 16, "GROUP": 1, "AXIS": "token", **absent}
     fmt = codes.format
     return {
         "DTYPE": fmt.dtype,
@@ -144,10 +136,11 @@ def _codes_constants(codes: Codes | Tensor, d: int) -> dict[str, Any]:
         "E4M3": codes.scales.dtype == E4M3,
         "HAS_ZERO": codes.zeros is not None,
         "HAS_UNIT": codes.unit is not None,
+        "NATIVE": _native(out, fmt.dtype),
     }
 
 
-def _clusters_constants(clusters: Clusters | None) -> dict[str, Any]:
+def _clusters_constants(clusters: Clusters | None) -> dict[str, object]:
     """And of its clusters."""
     if clusters is None:
         return {
@@ -177,22 +170,22 @@ def encode(
     """
     if not (runs_on(x) and fits(x.shape, fmt) and x.dtype in FLOATS) or x.numel() == 0:
         return None
-    r, length, c = coding.rows_shape(x.shape, fmt.granularity)
+    b, s, n, d = shape = coding.shape_of(x)
+    r, length, c = coding.rows_shape(shape, fmt.granularity)
     group = coding.group_length(length, fmt.group_size)
     if subtract is None and _at_once(x.shape, fmt):
-        held = E4M3 if fmt.dtype == "fp8" else torch.int8
-        data = torch.empty(r, length, c, dtype=held, device=x.device)
+        kind = E4M3 if fmt.dtype == "fp8" else torch.int8
+        data = torch.empty(r, length, c, dtype=kind, device=x.device)
         scales = torch.empty(r, -(-length // group), c, dtype=torch.float16, device=x.device)
         places = (data.data_ptr(), scales.data_ptr())
         encode_at(_row((*places, *[0] * (FIELDS - 2)), x.device), x, fmt)
-        return Codes(fmt, tuple(x.shape), data, scales, None, None)
+        return Codes(fmt, shape, data, scales, None, None)
     x = x if x.stride(3) == 1 else x.contiguous()
-    b, s, n, d = x.shape
     channel = fmt.granularity == "channel"
     low, high = (torch.empty(r, -(-length // group), c, device=x.device) for _ in range(2))
     centroids, assigned = (x, x) if subtract is None else (t.contiguous() for t in subtract)
     sizes = (b, s, n, 1 if subtract is None else centroids.shape[1])
-    common: dict[str, Any] = {
+    common = {
         "GROUP": group,
         "CHANNEL": channel,
         "HAS_CLUSTERS": subtract is not None,
@@ -229,13 +222,14 @@ def encode(
             DTYPE=fmt.dtype, ASYMMETRIC=fmt.asymmetric, OFFICIAL=fmt.mode == "official",
             BITS=BITS[fmt.dtype], TOKENS=tokens, COLS=cols, **common,
         )  # fmt: skip
-    held = data.view(E4M3) if fmt.dtype == "fp8" else data
-    if fmt.dtype == "int8" and not fmt.asymmetric:
-        held = data.view(torch.int8)
-    return Codes(fmt, tuple(x.shape), held, scales, zeros, unit)
+    if fmt.dtype == "fp8":
+        data = data.view(E4M3)
+    elif fmt.dtype == "int8" and not fmt.asymmetric:
+        data = data.view(torch.int8)
+    return Codes(fmt, shape, data, scales, zeros, unit)
 
 
-def _fit_constants(fmt: CodeFormat) -> dict[str, Any]:
+def _fit_constants(fmt: CodeFormat) -> dict[str, object]:
     """What a launch of `kernels.fit` knows of the format."""
     return {
         "DTYPE": fmt.dtype,

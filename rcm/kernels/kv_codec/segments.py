@@ -59,24 +59,22 @@ def attend_segments(
     Takes one segment after another, so an iterator may restore each into the same memory. Sums are
     float32 (float64 for such inputs).
     """
-    out = total = None
+    work = torch.promote_types(q.dtype, torch.float32)
+    found: tuple[Tensor, Tensor] | None = None
     for segment in segments:
         if segment.k.shape[1] == 0:
             continue
         part, lse = attend(q, segment.k, segment.v, scale)
-        part, lse = (
-            part.to(torch.promote_types(q.dtype, torch.float32)),
-            (lse if segment.gain is None else lse - segment.gain),
-        )
-        if out is None:
-            out, total = part, lse
+        part, lse = part.to(work), lse if segment.gain is None else lse - segment.gain
+        if found is None:
+            found = part, lse
             continue
+        out, total = found
         merged = torch.logaddexp(total, lse)
-        out = out * _weight(total - merged) + part * _weight(lse - merged)
-        total = merged
-    if out is None:
+        found = out * _weight(total - merged) + part * _weight(lse - merged), merged
+    if found is None:
         raise ValueError("attention needs at least one key; every segment was empty")
-    return out.to(q.dtype)
+    return found[0].to(q.dtype)
 
 
 class Part(NamedTuple):

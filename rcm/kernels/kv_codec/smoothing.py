@@ -50,13 +50,10 @@ def smooth(x: Tensor, kind: str, *, alpha: float, percentile: float) -> tuple[Te
 
 def unsmooth(x: Tensor, undo: Undo) -> Tensor:
     """The inverse of `smooth`, in float32."""
-    if undo.kind == "balance":
-        return x * undo.tensor.float()
-    if undo.kind == "hadamard":
-        return hadamard(x)
-    if undo.kind == "reorder":
-        return x.gather(3, undo.tensor.long().expand_as(x))
-    return x
+    held = undo.tensor
+    if held is None:
+        return hadamard(x) if undo.kind == "hadamard" else x
+    return x * held.float() if undo.kind == "balance" else x.gather(3, held.long().expand_as(x))
 
 
 def hadamard(x: Tensor) -> Tensor:

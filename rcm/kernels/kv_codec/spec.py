@@ -158,13 +158,12 @@ class KVCodecSpec:
         default, other names are not looked at.
         """
         value = {name: flags.get(name, default) for name, default in FLAGS.items()}
-        sides = {
-            side: SideSpec(**{f.name: value[f"kv_{f.name}_{side[0]}"] for f in fields(SideSpec)})
+        key, values = (
+            SideSpec(**{f.name: value[f"kv_{f.name}_{side[0]}"] for f in fields(SideSpec)})
             for side in SIDES
-        }
-        return cls(
-            **sides, **{f.name: value[f"kv_{f.name}"] for f in fields(cls) if f.name not in SIDES}
         )
+        both = {f.name: value[f"kv_{f.name}"] for f in fields(cls) if f.name not in SIDES}
+        return cls(key=key, value=values, **both)
 
     def _check_side(self, side: Side) -> None:
         s, end = self.side(side), side[0]

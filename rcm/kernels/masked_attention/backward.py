@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from rcm.kernels.masked_attention.rectangles import Comb, combs
 from rcm.kernels.masks import MaskSpec
 
 
-class Teeth(NamedTuple):
+@dataclass(frozen=True)
+class Teeth:
     """The token ranges of one axis of a comb: `count` ranges of `length`, the i-th from `start + i
     step`.
     """
@@ -164,11 +166,10 @@ def masked_backward(
     keys = tuple(Teeth(c.k_start, c.k_len, c.k_step, c.count) for c in calls)
     # cuDNN's plans are cached by the strides of q, k and v alone: those of o and grad_o must follow
     grad_o = grad_o.contiguous()
-    grads = tuple(_allocate(x.shape, x.dtype, x.device) for x in (q, k, v))
+    dq, dk, dv = (_allocate(x.shape, x.dtype, x.device) for x in (q, k, v))
     for b in range(q.shape[0]):
         sums = [
-            _Accumulator(grad[b], teeth)
-            for grad, teeth in zip(grads, (queries, keys, keys), strict=True)
+            _Accumulator(grad[b], teeth) for grad, teeth in ((dq, queries), (dk, keys), (dv, keys))
         ]
         for call, (rows, columns) in enumerate(zip(queries, keys, strict=True)):
             row_lse = rows.cut(lse[b], dim=1).contiguous()
@@ -185,7 +186,7 @@ def masked_backward(
                 total.receive(call, part)
         for total in sums:
             total.finish()
-    return grads
+    return dq, dk, dv
 
 
 def describe(calls: tuple[Comb, ...]) -> str:

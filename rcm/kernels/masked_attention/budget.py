@@ -17,6 +17,8 @@ LEAST = 0.5
 """Least budget in units of the dtype's eps: half for the rounding of the result itself."""
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Inputs = tuple[Tensor, Tensor, Tensor]
+"""q, k, v."""
 
 
 def eager_attention(
@@ -32,19 +34,17 @@ def eager_attention(
     return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
 
-def with_gradients(
-    attend: Attention, inputs: tuple[Tensor, Tensor, Tensor], grad_o: Tensor
-) -> tuple[Tensor, ...]:
+def with_gradients(attend: Attention, inputs: Inputs, grad_o: Tensor) -> tuple[Tensor, ...]:
     """(o, dq, dk, dv) of `attend` at `inputs` for the output gradient `grad_o`."""
-    leaves = tuple(x.detach().requires_grad_() for x in inputs)
+    q, k, v = (x.detach().requires_grad_() for x in inputs)
     with torch.enable_grad():
-        o = attend(*leaves)
-        return o.detach(), *torch.autograd.grad(o, leaves, grad_o)
+        o = attend(q, k, v)
+        return o.detach(), *torch.autograd.grad(o, (q, k, v), grad_o)
 
 
 def errors_and_budgets(
     attend: Attention,
-    inputs: tuple[Tensor, Tensor, Tensor],
+    inputs: Inputs,
     grad_o: Tensor,
     *,
     mask: MaskSpec | None,
@@ -60,7 +60,8 @@ def errors_and_budgets(
     def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return eager_attention(q, k, v, mask=mask, scale=scale)
 
-    truth = with_gradients(eager, tuple(x.double() for x in inputs), grad_o.double())
+    q, k, v = (x.double() for x in inputs)
+    truth = with_gradients(eager, (q, k, v), grad_o.double())
     yardstick, got = with_gradients(eager, inputs, grad_o), with_gradients(attend, inputs, grad_o)
     least = LEAST * torch.finfo(inputs[0].dtype).eps
     return {

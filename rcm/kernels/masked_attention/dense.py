@@ -44,11 +44,11 @@ def cudnn_rectangle(
     """Through cuDNN's fused attention. Sums dQ with atomic additions: not bit-reproducible."""
     unused = torch.empty(0, dtype=torch.int64, device=q.device)
     heads_first = (x.transpose(1, 2) for x in (grad_o, q, k, v, o))
-    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         *heads_first, lse.unsqueeze(-1), unused, unused, None, None, None, q.shape[1], k.shape[1],
         0.0, False, scale=scale,
     )  # fmt: skip
-    return tuple(grad.transpose(1, 2) for grad in grads)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def flash_rectangle(
@@ -82,7 +82,7 @@ def eager_rectangle(
         dv += p.mT @ grad_o[rows]
         dq[rows] = ds @ k
         dk += ds.mT @ q[rows]
-    return tuple(x.transpose(1, 2) for x in (dq, dk, dv))
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 RECTANGLES: dict[str, RectangleBackward] = {

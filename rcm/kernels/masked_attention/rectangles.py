@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise, product
 from typing import NamedTuple
@@ -32,7 +33,8 @@ class Rectangle(NamedTuple):
     k_stop: int
 
 
-class Comb(NamedTuple):
+@dataclass(frozen=True, order=True)
+class Comb:
     """`count` rectangles of `q_len` x `k_len`; the i-th starts at (`q_start + i q_step`, `k_start +
     i k_step`) and overlaps no other.
     """
