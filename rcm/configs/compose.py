@@ -162,7 +162,7 @@ def _refuse_unknown_option(group: str, override: Override) -> None:
 
 
 def _for_hydra(override: Override) -> str:
-    """Hydra leaves a network out when told ~net_fake_score, and breaks on net_fake_score=null."""
+    """The override as Hydra takes it: net_fake_score=null breaks it, ~net_fake_score does not."""
     left_out = override.key_or_group in registry_distill.EXTRA_NETS and override.value() is None
     return f"~{override.key_or_group}" if left_out else str(override.input_line)
 

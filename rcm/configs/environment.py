@@ -33,7 +33,7 @@ class EnvironmentUse:
 def apply_environment(
     config: TrainConfig, environ: Mapping[str, str]
 ) -> tuple[TrainConfig, tuple[EnvironmentUse, ...]]:
-    """Fill empty keys from `environ`, then their fallback; also, what each set variable did."""
+    """`config` with empty keys filled from `environ` or a fallback, and what each variable did."""
     uses = []
     for variable, (key, fallback) in VARIABLES.items():
         configured, given = get_key(config, key), environ.get(variable, "")

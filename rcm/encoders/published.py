@@ -100,10 +100,8 @@ def fill(
     tied: Mapping[str, str] | None = None,
 ) -> None:
     """Give transformers' `model` (on meta) the parameters in the file; `tied`: second name ->
-    first.
-
-    Nothing is held twice: on the CPU, in a torch pickle's dtype, they are views of the mapped file,
-    which must not be overwritten meanwhile.
+    first. Nothing is held twice: on the CPU, in a torch pickle's dtype, they are views of the
+    mapped file.
     """
     axes, state = {name: tensor.ndim for name, tensor in model.state_dict().items()}, {}
     for row in weights.shape.rows():

@@ -92,7 +92,7 @@ class Decoder(nn.Module):
 
     @property
     def units(self) -> tuple[nn.Module, ...]:
-        """Its blocks; it may be cut between any two. The ends hold first and last convolution."""
+        """Blocks between which it may be cut; the ends include first and last convolution."""
         return (*self.middle, *self.upsamples)
 
     def forward(self, x: Tensor, state: StreamState, units: range | None = None) -> Tensor:
@@ -201,7 +201,7 @@ def _run(
     blocks: tuple[nn.Module, ...],
     head: nn.ModuleDict | None,
 ) -> Tensor:
-    """First convolution, blocks, norm, SiLU, last convolution, as given; the video has begun."""
+    """First convolution, blocks, norm, SiLU, last convolution, as far as they are given."""
     features = Features(x)
     if enter is not None:
         features = Features(

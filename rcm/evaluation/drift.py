@@ -74,20 +74,16 @@ def windows_of(
 def measure_drift(
     windows: Iterable[tuple[int, Tensor]], *, features: FrameFeatures | None = None, stride: int = 4
 ) -> list[DriftWindow]:
-    """The numbers of every window, of which there must be one; `features` every `stride`-th frame.
-    frame.
-    """
+    """The numbers of every window; `features` embeds every `stride`-th frame."""
     found: list[DriftWindow] = []
     first_tint, first_embedding = None, None
     for start, clip in windows:
         colours = pixels.colour(clip).mean(0)
-        embedding = (
-            None
-            if features is None
-            else functional.normalize(features(clip[::stride]).mean(0), dim=0)
-        )
-        first_tint = colours[2:] if first_tint is None else first_tint
-        first_embedding = embedding if first_embedding is None else first_embedding
+        first_tint, distance = colours[2:] if first_tint is None else first_tint, None
+        if features is not None:
+            embedding = functional.normalize(features(clip[::stride]).mean(0), dim=0)
+            first_embedding = embedding if first_embedding is None else first_embedding
+            distance = float((1 - embedding @ first_embedding).clamp_min(0))
         found.append(
             DriftWindow(
                 start=start,
@@ -100,11 +96,7 @@ def measure_drift(
                 brightness=float(colours[0]),
                 contrast=float(colours[1]),
                 tint=float((colours[2:] - first_tint).norm()),
-                embedding_distance=(
-                    None
-                    if embedding is None or first_embedding is None
-                    else float((1 - embedding @ first_embedding).clamp_min(0))
-                ),
+                embedding_distance=distance,
             )
         )
     if not found:

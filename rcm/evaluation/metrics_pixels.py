@@ -19,7 +19,7 @@ _FLOOR = 1e-4  # a fortieth of a grey level: differences below are numerical
 
 
 def clip_of(video: Tensor) -> Tensor:
-    """A clip from finite pixels [3, F, H, W] in [-1, 1], two frames at least; `ConfigError`."""
+    """A clip from finite pixels [3, F, H, W] in [-1, 1] of two frames or more, or `ConfigError`."""
     if video.ndim != 4 or video.shape[0] != 3:
         raise ConfigError(f"a video is [3, F, H, W], got {list(video.shape)}")
     if video.shape[1] < 2:

@@ -104,7 +104,7 @@ def _table(title: str, rows: Mapping[str, Mapping[str, Any]], **about: Any) -> d
 
 
 def _told(interval: Interval, *, sense: str | None = None) -> str:
-    """The interval; better or worse, by the `sense` that is worse, if it excludes zero."""
+    """The interval as text; better or worse is said where it excludes zero (`sense` is worse)."""
     text = f"{interval.mean:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
     if sense is None or not interval.excludes_zero:
         return text

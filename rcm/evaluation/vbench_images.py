@@ -63,14 +63,10 @@ def with_images(items: Sequence[SuiteItem]) -> list[SuiteItem]:
     begin with. `ConfigError` for a prompt whose image is not known.
     """
     known = {item.prompt: item.image_name for item in items}
-    found = [
-        (
-            item
-            if item.image_name
-            else replace(item, image_name=known.get(item.prompt.rpartition(_MOTION)[0]))
-        )
-        for item in items
-    ]
+    found = []
+    for item in items:
+        base = item.prompt.rpartition(_MOTION)[0]
+        found.append(item if item.image_name else replace(item, image_name=known.get(base)))
     unnamed = next((item.prompt for item in found if not item.image_name), None)
     if unnamed is not None:
         raise ConfigError(

@@ -122,11 +122,9 @@ def placed_extensions(folder: str | Path) -> Path:
     )
     if len(found) == 1:
         return found[0]
-    told = (
-        f"{folder} holds {', '.join(p.name for p in found)}"
-        if found
-        else f"no file of extended prompts in {folder} (*augmented*.json)"
-    )
+    told = f"no file of extended prompts in {folder} (*augmented*.json)"
+    if found:
+        told = f"{folder} holds {', '.join(p.name for p in found)}"
     raise ConfigError(
         f"{told}; name one with --augmented_prompts FILE, or pass --no_augmented_prompt to sample"
         " the short prompts"
