@@ -94,17 +94,16 @@ class _Causal(_Parts):
     def build(self) -> Method:
         c = self.config
         student = self.nets.trained("net")
-        if c.pattern is None:
-            return BidirectionalDiffusion(
-                student, law=c.p_G.build(), weight=self._weight(), loss_scale=c.loss_scale
-            )
-        long = c.long_tuning
-        forcing = TeacherForcing(c.pattern, long.window_blocks or None, long.sink_blocks)
         simple: dict[str, Any] = {
             "law": c.p_G.build(),
             "weight": self._weight(),
             "loss_scale": c.loss_scale,
+            "nonfinite": self.nonfinite,
         }
+        if c.pattern is None:
+            return BidirectionalDiffusion(student, **simple)
+        long = c.long_tuning
+        forcing = TeacherForcing(c.pattern, long.window_blocks or None, long.sink_blocks)
         match c.training_type:
             case "tf":
                 noisy: dict[str, Any] = {
@@ -124,6 +123,7 @@ class _Causal(_Parts):
                     times=times,
                     per_block=c.training_type == "df_kd",
                     loss_scale=c.loss_scale,
+                    nonfinite=self.nonfinite,
                 )
             case "sf_dmd":
                 return self._self_forced(student, forcing)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from rcm.diffusion.blocks import BlockPattern
 from rcm.diffusion.interpolant import rf_noise
 from rcm.diffusion.time_sampling import BlockStrategy, TimeLaw, block_times
 from rcm.losses.denoising import TimeWeight, diffusion_loss
-from rcm.losses.term import LossTerm
+from rcm.losses.term import LossTerm, NonFinitePolicy
 from rcm.methods.base import Phase, StudentOnly, Thunk
 from rcm.methods.draws import draw_noise, draw_times
 from rcm.methods.teacher_forcing import StudentContext, TeacherForcing
@@ -37,9 +38,16 @@ class _VelocityRegression(StudentOnly, ABC):
     name: str
 
     def __init__(
-        self, student: Denoiser, *, law: TimeLaw, weight: TimeWeight | None, loss_scale: float
+        self,
+        student: Denoiser,
+        *,
+        law: TimeLaw,
+        weight: TimeWeight | None,
+        loss_scale: float,
+        nonfinite: NonFinitePolicy = "propagate",
     ) -> None:
         self.student, self.law, self.weight, self.loss_scale = student, law, weight, loss_scale
+        self.nonfinite = nonfinite
 
     def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
         """One regression of v onto eps - x0."""
@@ -50,9 +58,8 @@ class _VelocityRegression(StudentOnly, ABC):
         t = self._times(x0, rng)
         eps = draw_noise(rng, "noise", x0.shape, x0.device)
         v = self._velocity(rf_noise(x0, eps, t), t, x0, batch.condition(), rng)
-        return diffusion_loss(
-            v, x0, eps, t, weight=self.weight, loss_scale=self.loss_scale, name=self.name
-        )
+        how: dict[str, Any] = {"weight": self.weight, "loss_scale": self.loss_scale}
+        return diffusion_loss(v, x0, eps, t, **how, nonfinite=self.nonfinite, name=self.name)
 
     def _times(self, x0: torch.Tensor, rng: StepRng) -> torch.Tensor:
         return draw_times(rng, "time", self.law, batch=x0.shape[0], device=x0.device)
@@ -92,13 +99,11 @@ class TeacherForcedDiffusion(_VelocityRegression):
         student: Denoiser,
         *,
         forcing: TeacherForcing,
-        law: TimeLaw,
-        weight: TimeWeight | None,
-        loss_scale: float,
         context: ContextRule = ContextRule(),
         context_schedule: StepSchedule | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(student, law=law, weight=weight, loss_scale=loss_scale)
+        super().__init__(student, **shared)
         self.forcing, self.context = forcing, StudentContext(context, context_schedule)
 
     def _velocity(
@@ -121,13 +126,11 @@ class DiffusionForcing(_VelocityRegression):
         *,
         pattern: BlockPattern,
         strategy: BlockStrategy,
-        law: TimeLaw,
-        weight: TimeWeight | None,
-        loss_scale: float,
         window: int | None = None,
         sinks: int = 0,
+        **shared: Any,
     ) -> None:
-        super().__init__(student, law=law, weight=weight, loss_scale=loss_scale)
+        super().__init__(student, **shared)
         self.pattern, self.strategy, self.window, self.sinks = pattern, strategy, window, sinks
 
     def _times(self, x0: torch.Tensor, rng: StepRng) -> torch.Tensor:

@@ -9,6 +9,7 @@ in `latents` the data that a causal teacher had as context.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.diffusion.interpolant import rf_x0
 from rcm.losses.denoising import ode_pair_loss, pick_states
-from rcm.losses.term import LossTerm
+from rcm.losses.term import LossTerm, NonFinitePolicy
 from rcm.methods.base import Phase, StudentOnly, Thunk
 from rcm.methods.teacher_forcing import TeacherForcing
 from rcm.nets.condition import Condition
@@ -41,19 +42,15 @@ class ODEPairs(StudentOnly):
         times: Sequence[float],
         per_block: bool,
         loss_scale: float = 1.0,
+        nonfinite: NonFinitePolicy = "propagate",
     ) -> None:
         if len(times) < 2 or times[0] != 0.0 or any(not 0 < t <= 1 for t in times[1:]):
             raise ConfigError(
                 f"trajectory times {list(times)} must start with 0 (the clean end) and then lie in"
                 " (0, 1]"
             )
-        self.student, self.forcing, self.times, self.per_block, self.loss_scale = (
-            student,
-            forcing,
-            tuple(times),
-            per_block,
-            loss_scale,
-        )
+        self.student, self.forcing, self.times = student, forcing, tuple(times)
+        self.per_block, self.loss_scale, self.nonfinite = per_block, loss_scale, nonfinite
         self.name = "df_kd" if per_block else "tf_kd"
 
     def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
@@ -83,7 +80,8 @@ class ODEPairs(StudentOnly):
         t = torch.tensor(self.times, dtype=torch.float64)[index].to(device)
         x_t, x0 = pick_states(trajectory, index.to(device)), trajectory[:, 0]
         x0_student = rf_x0(x_t, self._velocity(x_t, t, cond, context=batch.latents), t)
-        return ode_pair_loss(x0_student, x0, t, loss_scale=self.loss_scale, name=self.name)
+        how: dict[str, Any] = {"loss_scale": self.loss_scale, "nonfinite": self.nonfinite}
+        return ode_pair_loss(x0_student, x0, t, **how, name=self.name)
 
     def _velocity(
         self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition, *, context: torch.Tensor
