@@ -74,38 +74,33 @@ RENAMED = {
 
 _ALWAYS = "it is part of every training step here"
 _STORE = "files go to the job's folder, there is no object store"
+_LOGGED = "is always logged, every trainer.logging_iter"
+_WANDB = "set job.wandb_mode; all numbers are logged every trainer.logging_iter"
+_ONE_BY_ONE = "iterations are counted one by one"
+_NO_VALIDATION = "there is no validation loop; scripts.compare_checkpoints scores checkpoints"
 REFUSED = {
     "trainer.callbacks.grad_clip": (
         f"{_ALWAYS}: {M}.grad_clip, {M}.grad_clip_norm, and trainer.nan_policy for what is not"
         " finite"
     ),
     "trainer.callbacks.low_prec": f"{_ALWAYS}: {M}.precision computes, float32 keeps the weights",
-    "trainer.callbacks.iter_speed": (
-        "time/seconds_per_iteration is always logged, every trainer.logging_iter"
-    ),
-    "trainer.callbacks.dataloader_speed": (
-        "time/seconds_waiting_for_data is always logged, every trainer.logging_iter"
-    ),
+    "trainer.callbacks.iter_speed": f"time/seconds_per_iteration {_LOGGED}",
+    "trainer.callbacks.dataloader_speed": f"time/seconds_waiting_for_data {_LOGGED}",
     "trainer.callbacks.manual_gc": (
         "a step leaves no cycles behind that a collector would have to find"
     ),
     "trainer.callbacks.compile_tokenizer": "training reads latents and decodes previews alone",
-    "trainer.callbacks.wandb": (
-        "set job.wandb_mode; all numbers are logged every trainer.logging_iter"
-    ),
-    "trainer.callbacks.wandb_10x": (
-        "set job.wandb_mode; all numbers are logged every trainer.logging_iter"
-    ),
+    "trainer.callbacks.wandb": _WANDB,
+    "trainer.callbacks.wandb_10x": _WANDB,
     _REG: "previews are trainer.sampling.every_n, num_samples and run_at_start",
     _EMA: (
         "previews of averaged weights are trainer.sampling.ema_every_n, num_samples and"
         " run_at_start"
     ),
-    **{f"trainer.callbacks.{name}.save_s3": _STORE for name in ("heart_beat", "device_monitor")},
-    **{
-        f"trainer.callbacks.{name}.step_size": "iterations are counted one by one"
-        for name in ("heart_beat", "device_monitor")
-    },
+    "trainer.callbacks.heart_beat.save_s3": _STORE,
+    "trainer.callbacks.device_monitor.save_s3": _STORE,
+    "trainer.callbacks.heart_beat.step_size": _ONE_BY_ONE,
+    "trainer.callbacks.device_monitor.step_size": _ONE_BY_ONE,
     "trainer.callbacks.device_monitor.upload_every_n_mul": _STORE,
     "checkpoint.save_to_object_store": _STORE,
     "checkpoint.load_from_object_store": _STORE,
@@ -121,11 +116,9 @@ REFUSED = {
     ),
     "trainer.timestamp_seed": "a run can be repeated: set trainer.seed",
     "trainer.distributed_parallelism": f"it is FSDP2, with {M}.fsdp_shard_size",
-    "trainer.run_validation": (
-        "there is no validation loop; scripts.compare_checkpoints scores checkpoints"
-    ),
-    "dataloader_val": "there is no validation loop; scripts.compare_checkpoints scores checkpoints",
-    "data_val": "there is no validation loop; scripts.compare_checkpoints scores checkpoints",
+    "trainer.run_validation": _NO_VALIDATION,
+    "dataloader_val": _NO_VALIDATION,
+    "data_val": _NO_VALIDATION,
 }
 """Key, or group of keys, of the release -> why it has no meaning here."""
 
