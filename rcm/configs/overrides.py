@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from rcm.configs.convert import text_paths
@@ -41,9 +41,7 @@ def parse_overrides(words: Sequence[str]) -> list[Override]:
 
 def quoted(text: str) -> str:
     """`text` as a value that Hydra reads as exactly these characters."""
-    inner = re.sub(r'(\\*)"', lambda found: found[1] * 2 + '\\"', text)
-    end = len(inner) - len(inner.rstrip("\\"))
-    return f'"{inner}{inner[len(inner) - end :]}"'
+    return QuotedString(text, Quote.double).with_quotes()
 
 
 def as_typed(key: str, text: str) -> str:
