@@ -30,10 +30,6 @@ def write_metrics_page(
                 blamed.setdefault(name, []).append(metric.name)
     rows = {name: {m: scores[name].values[m] for m in means} for name in blamed}
     note = "Every clip that some metric finds worst."
-    curves = {
-        name: {c: scores[name].curves[c] for c in _SHOWN if c in scores[name].curves}
-        for name in blamed
-    }
     data = {
         "title": title,
         "subtitle": subtitle,
@@ -42,10 +38,7 @@ def write_metrics_page(
             _table(f"Mean of {len(scores)} clips", {"mean": means}, note=_legend(means)),
             _table("Worst clips", rows, better=_better(means), note=note),
         ],
-        "stages": [
-            {"name": name, "history": {c: [[*x] for x in enumerate(v)] for c, v in found.items()}}
-            for name, found in curves.items()
-        ],
+        "stages": [{"name": name, "history": _curves(scores[name])} for name in blamed],
         "videos": [
             {
                 "title": name,
@@ -95,6 +88,12 @@ def write_comparison_page(
         "videos": [dict(grid) for grid in grids],
     }
     return write_report(folder, data)
+
+
+def _curves(clip: ClipScores) -> dict[str, list[list[float]]]:
+    """The curves that are shown, [[frame, value], ...] each."""
+    shown = {name: clip.curves[name] for name in _SHOWN if name in clip.curves}
+    return {name: [[i, v] for i, v in enumerate(values)] for name, values in shown.items()}
 
 
 def _table(title: str, rows: Mapping[str, Mapping[str, Any]], **about: Any) -> dict[str, Any]:
