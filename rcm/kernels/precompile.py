@@ -107,10 +107,7 @@ def _precompile(plan: Callable[[], object], device: torch.device, threads: int) 
     start = time.perf_counter()
     _planned.set(device)
     pool = ThreadPoolExecutor(
-        threads,
-        thread_name_prefix="compile",
-        initializer=torch.cuda.set_device,
-        initargs=(device,),
+        threads, thread_name_prefix="compile", initializer=torch.cuda.set_device, initargs=(device,)
     )
     loading = _Loading(pool, start)
     with _quick_turns(), torch.cuda.device(device), pool, triton.AsyncCompileMode(loading):

@@ -92,14 +92,9 @@ def is_keeping() -> bool:
     return _keeping.get()
 
 
-def current_tape() -> Tape | None:
-    """The tape of the forward or recomputation that runs, if there is one."""
-    return _tape.get()
-
-
 def kept(compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """`compute()`, or in a recomputation its result of the first forward; call it where no gradient
     is recorded (a Function's forward).
     """
-    tape = current_tape()
+    tape = _tape.get()
     return compute() if tape is None or not is_keeping() else tape.pass_through(compute)

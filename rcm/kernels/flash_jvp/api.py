@@ -56,8 +56,8 @@ def flash_jvp(
 
     Example, the tangent of self-attention along `x_dot` with a constant value projection::
 
-        o, o_dot, _ = flash_jvp(q, k, v, q_dot, k_dot, None, mask=BlockCausal(pattern,
-        num_frames=21, tokens_per_frame=1560))
+        mask = BlockCausal(pattern, num_frames=21, tokens_per_frame=1560)
+        o, o_dot, _ = flash_jvp(q, k, v, q_dot, k_dot, None, mask=mask)
     """
     problem = check_problem(
         q,

@@ -12,9 +12,8 @@ from torch import Tensor
 from rcm.kernels.fp8_attention import codes as formulas
 from rcm.kernels.fp8_attention.codes import GROUP, Codes, Scales
 from rcm.kernels.fp8_attention.reference import attend_reference
-
-WIDTH = 128
-CAPABILITY = (9, 0)
+from rcm.kernels.launching import unit_stride
+from rcm.kernels.persistent_attention.api import CAPABILITY, WIDTH
 
 
 def obstacle(device: torch.device, *, width: int) -> str | None:
@@ -46,7 +45,7 @@ def write(codes: Codes, slots: Tensor, k: Tensor, v: Tensor, *, at_slots: bool =
     if k.is_cuda:
         from rcm.kernels.fp8_attention import launch  # Triton is imported only on CUDA
 
-        launch.write(codes, slots, _unit_stride(k), _unit_stride(v), at_slots=at_slots)
+        launch.write(codes, slots, unit_stride(k), unit_stride(v), at_slots=at_slots)
     else:
         formulas.write_reference(codes, slots, k, v, at_slots=at_slots)
 
@@ -61,7 +60,7 @@ def attend(q: Tensor, codes: Codes, *, count: int, scale: float) -> Tensor:
     from rcm.kernels.fp8_attention import launch
     from rcm.kernels.fp8_attention.schedule import PortableTiles, chosen_tiles
 
-    queries = launch.code_queries(_unit_stride(q), codes.scales, scale=scale)
+    queries = launch.code_queries(unit_stride(q), codes.scales, scale=scale)
     tiles = chosen_tiles(kv_len=count)
     if isinstance(tiles, PortableTiles):
         return launch.attend_portable(
@@ -91,10 +90,6 @@ def _room_for(scales: Scales, *, batch: int, count: int) -> Codes:
     keys[:, :, room - GROUP :] = 0
     values[..., room - GROUP :] = 0
     return Codes(keys.view(formulas.E4M3), values.view(formulas.E4M3), scales)
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -13,7 +12,7 @@ from rcm.kernels import precompile
 from rcm.kernels.fp8_attention import coding_kernels, portable
 from rcm.kernels.fp8_attention.codes import E4M3, GROUP, CodedQueries, Codes, Scales
 from rcm.kernels.fp8_attention.schedule import PortableTiles
-from rcm.kernels.launching import device_of
+from rcm.kernels.launching import device_of, power_of_2
 from rcm.kernels.persistent_attention import launch as persistent
 from rcm.kernels.persistent_attention.schedule import Tiles
 from rcm.kernels.split_attention.merge_kernel import merge
@@ -32,7 +31,7 @@ def code_queries(q: Tensor, scales: Scales, *, scale: float) -> CodedQueries:
             coding_kernels.code_queries, (-(-length // CODED_TOKENS), heads, batch),
             q, scales.key_scale, codes, spread, length, heads, *q.stride()[:3],
             scale * math.log2(math.e),
-            WIDTH=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_L=CODED_TOKENS, num_warps=4,
+            WIDTH=width, BLOCK_D=power_of_2(width), BLOCK_L=CODED_TOKENS, num_warps=4,
         )  # fmt: skip
     return CodedQueries(codes, spread)
 
@@ -46,7 +45,7 @@ def write(codes: Codes, slots: Tensor, k: Tensor, v: Tensor, *, at_slots: bool =
             coding_kernels.code_pair, (2 * -(-length // CODED_TOKENS), heads, batch),
             k, v, slots, *codes.scales, codes.keys, codes.values,
             length, heads, codes.keys.shape[2] // GROUP, *k.stride()[:3], *v.stride()[:3],
-            AT_SLOTS=at_slots, WIDTH=width, BLOCK_D=triton.next_power_of_2(width),
+            AT_SLOTS=at_slots, WIDTH=width, BLOCK_D=power_of_2(width),
             BLOCK_L=CODED_TOKENS, num_warps=4,
         )  # fmt: skip
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
 from rcm.core.dual import in_dual_level
 from rcm.core.errors import ConfigError
+from rcm.kernels.launching import FLOATS, runs_on
 
 SETTINGS = ("auto", "on", "off")
 MAX_WIDTH = 8192
@@ -19,7 +18,6 @@ launch by Triton costs the host 13 to 25 us, one of torch's 5 to 8: a forward of
 1536), which waits for its launches, takes 27 ms instead of 23 (docs/performance_log.md). Under CUDA
 graphs launches cost nothing: set "on" before capturing one.
 """
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check_setting(name: str) -> str:
@@ -36,9 +34,9 @@ def obstacle(x: Tensor, *, width: int) -> str | None:
     """Why the fused layers cannot take `x` with rows of `width` channels, or None if they can."""
     if torch.compiler.is_compiling():
         return "inside compiled code the compiler fuses the plain formulas"
-    if not x.is_cuda and not (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    if not runs_on(x):
         return f"they need a CUDA device, the input is on {x.device}"
-    if x.dtype not in DTYPES:
+    if x.dtype not in FLOATS:
         return f"they compute in float32, the input is {x.dtype}"
     if width > MAX_WIDTH:
         return f"rows of {width} channels are wider than {MAX_WIDTH}"

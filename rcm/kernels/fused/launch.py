@@ -23,8 +23,6 @@ SUMMED_ROWS, SUMMED_BLOCK = 64, 1024
 thirtieth of what it reads."""
 TABLE_ELEMENTS = 1024
 """Channel pairs whose cosines and sines one rotation program holds."""
-
-
 Rows = tuple[Tensor, int, int, int]
 """What a kernel reads as rows [B, F, S, E] of unit last stride, and its other strides."""
 Vectors = tuple[Tensor, int, int]
@@ -43,10 +41,6 @@ class NormKind(NamedTuple):
     center: bool
     offset: float
     eps: float
-
-
-def _divided(count: int, by: int) -> int:
-    return -(-count // by)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -102,7 +96,7 @@ def _cut(rows: Tensor, tokens_per_program: int) -> tuple[tuple[int], dict[str, i
     """Grid and sizes of a row kernel."""
     batch, frames, tokens, width = rows.shape
     block = power_of_2(width)
-    grid = (batch * frames * _divided(tokens, tokens_per_program),)
+    grid = (batch * frames * -(-tokens // tokens_per_program),)
     return grid, {
         "ROWS": tokens_per_program,
         "WIDTH": width,
@@ -199,7 +193,7 @@ def norm_backward(
     gain_like: Like,
     shift_like: Like | None,
     carried: Tensor | None = None,
-) -> Tangents:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, gain and shift, where `needs` says so; sums over tokens in float32 and in a
     fixed order. `carried`: the gradient of x from elsewhere, which that of x includes.
     """
@@ -248,12 +242,7 @@ def gated_add(
 
 
 def gated_add_backward(
-    y: Tensor,
-    gate: Tensor,
-    grad_out: Tensor,
-    *,
-    needs: tuple[bool, bool],
-    gate_like: Like,
+    y: Tensor, gate: Tensor, grad_out: Tensor, *, needs: tuple[bool, bool], gate_like: Like
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of y and gate, where `needs` says so."""
     rows, grad = as_rows(y), as_rows(grad_out)
@@ -277,7 +266,7 @@ def gelu(x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
     y = torch.empty_like(x)
     y_dot = None if x_dot is None else torch.empty_like(x)
     moved = x if x_dot is None else x_dot.contiguous()
-    grid = (_divided(x.numel(), POINTWISE_BLOCK),)
+    grid = (-(-x.numel() // POINTWISE_BLOCK),)
     if x.numel():
         with device_of(x):
             options = {"HAS_DOT": x_dot is not None, "BLOCK": POINTWISE_BLOCK, "num_warps": 8}
@@ -292,7 +281,7 @@ def gelu_backward(x: Tensor, grad_y: Tensor) -> Tensor:
     """gelu'(x) grad_y."""
     x, grad_y = x.contiguous(), grad_y.contiguous()
     grad_x = torch.empty_like(x)
-    grid = (_divided(x.numel(), POINTWISE_BLOCK),)
+    grid = (-(-x.numel() // POINTWISE_BLOCK),)
     if x.numel():
         with device_of(x):
             pointwise_kernels.gelu_backward[grid](
@@ -309,7 +298,7 @@ def gelu_backward_sums(x: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
     if not x.numel():
         return grad_x, torch.zeros(width, device=x.device)
     rows = x.numel() // width
-    grid = (_divided(rows, SUMMED_ROWS), _divided(width, SUMMED_BLOCK))
+    grid = (-(-rows // SUMMED_ROWS), -(-width // SUMMED_BLOCK))
     parts = _parts(grid, x)
     with device_of(x):
         pointwise_kernels.gelu_backward_sums[grid](
@@ -335,7 +324,7 @@ def rotate(
     if x.numel():
         with device_of(x):
             precompile.launch(
-                pointwise_kernels.rotate_pairs, (batch * _divided(length, tokens),), _rows(rows),
+                pointwise_kernels.rotate_pairs, (batch * -(-length // tokens),), _rows(rows),
                 _rows(moved), cos, sin, out, *_or(out, out_dot), length, heads,
                 HAS_DOT=x_dot is not None, BACKWARDS=backwards, TOKENS=tokens, WIDTH=width,
                 PAIRS=pairs, num_warps=4,

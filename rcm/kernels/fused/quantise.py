@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rcm.kernels import precompile
 from rcm.kernels.fused.reference import accumulate_dtype, gelu_tanh
-from rcm.kernels.launching import device_of, power_of_2
+from rcm.kernels.launching import device_of, power_of_2, unit_stride
 
 Rows = tuple[Tensor, Tensor]
 """e4m3 [M, K] and scales [M, 1] float32."""
@@ -72,7 +72,7 @@ def launch(x: Tensor, *, gelu: bool) -> Rows:
     """
     from rcm.kernels.fused import quantise_kernels
 
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = unit_stride(x)
     rows, width = x.shape
     q = torch.empty(rows, width, dtype=E4M3, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
@@ -90,7 +90,7 @@ def launch_columns(x: Tensor) -> Rows:
     """The kernels of `quantise_columns`; rows of any stride."""
     from rcm.kernels.fused import quantise_kernels
 
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = unit_stride(x)
     rows, width = x.shape
     padded = -(-rows // ALIGNMENT) * ALIGNMENT
     q = torch.empty(width, padded, dtype=E4M3, device=x.device)

@@ -57,14 +57,8 @@ def shape_of(x: Tensor | Codes) -> Shape:
 
 def rows(x: Tensor, granularity: str) -> Tensor:
     """[B, S, N, D] as [R, L, C]."""
-    b, s, n, d = x.shape
-    if granularity == "token":
-        return x.reshape(b * s * n, d, 1)
-    if granularity == "channel":
-        return x.reshape(b, s, n * d)
-    if granularity == "tensor":
-        return x.reshape(b, s * n * d, 1)
-    return x.transpose(1, 2).reshape(b * n, s * d, 1)
+    ordered = x.transpose(1, 2) if granularity == "head" else x
+    return ordered.reshape(rows_shape(shape_of(x), granularity))
 
 
 def unrows(r: Tensor, shape: Shape, granularity: str) -> Tensor:

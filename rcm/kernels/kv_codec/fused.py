@@ -16,9 +16,8 @@ from rcm.kernels.kv_codec.blob import FIELDS, Blob
 from rcm.kernels.kv_codec.clusters import Clusters
 from rcm.kernels.kv_codec.codes import Codes
 from rcm.kernels.kv_codec.formats import E4M3, FLOOR, TOP, CodeFormat
-from rcm.kernels.kv_codec.launch import FLOATS, runs_on
 from rcm.kernels.kv_codec.spec import BITS
-from rcm.kernels.launching import device_of, power_of_2
+from rcm.kernels.launching import FLOATS, device_of, power_of_2, runs_on, unit_stride
 
 ELEMENTS = 4096
 """Elements per program of restore, bytes per program of encode times codes in a byte."""
@@ -180,7 +179,7 @@ def encode(
         places = (data.data_ptr(), scales.data_ptr())
         encode_at(_row((*places, *[0] * (FIELDS - 2)), x.device), x, fmt)
         return Codes(fmt, shape, data, scales, None, None)
-    x = x if x.stride(3) == 1 else x.contiguous()
+    x = unit_stride(x)
     channel = fmt.granularity == "channel"
     low, high = (torch.empty(r, -(-length // group), c, device=x.device) for _ in range(2))
     centroids, assigned = (x, x) if subtract is None else (t.contiguous() for t in subtract)
@@ -253,7 +252,7 @@ def encode_at(row: Tensor, x: Tensor, fmt: CodeFormat) -> bool:
     """
     if not (runs_on(x) and x.dtype in FLOATS and x.numel() and _at_once(x.shape, fmt)):
         return False
-    x = x if x.stride(3) == 1 else x.contiguous()
+    x = unit_stride(x)
     b, s, n, d = x.shape
     channel = fmt.granularity == "channel"
     group = coding.group_length(s if channel else d, fmt.group_size)

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rcm.kernels.kv_codec.launch import FLOATS, runs_on
-from rcm.kernels.launching import device_of
+from rcm.kernels.launching import FLOATS, device_of, runs_on
 
 TILE = 64
 """Tokens, and clusters, that a program takes at a time."""

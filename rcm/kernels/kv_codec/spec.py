@@ -59,8 +59,7 @@ class KVCodecSpec:
           are stored; scales are fp16 for types of 8 bits and with a zero, else e4m3 times a power
           of two per sample. "release": the arithmetic of the Causal-rCM release of June
           2026. "official": that of the package quant-videogen 0.1.0 (integers, groups of channels,
-                none or qvg). docs/kv_cache.md says
-          how they differ.
+          none or qvg). docs/kv_cache.md says how they differ.
     bias_correction   attention takes off what coded keys draw too much of it (`bias.py`), chunk by
           chunk. Attention is then by segments and no part of a captured graph.
     """

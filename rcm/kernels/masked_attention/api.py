@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from rcm.core.errors import ConfigError
 from rcm.kernels.flash_jvp.reference import reference_jvp
-from rcm.kernels.flash_jvp.validation import MAX_HEAD, MIN_HEAD, check_problem
+from rcm.kernels.flash_jvp.validation import MAX_HEAD, MIN_HEAD, Problem, check_problem
+from rcm.kernels.launching import FLOATS
 from rcm.kernels.masked_attention.backward import masked_backward
 from rcm.kernels.masked_attention.dense import RECTANGLES, rectangle_obstacle
 from rcm.kernels.masks import MaskSpec
@@ -81,7 +82,7 @@ def forward_obstacle(q: Tensor, v: Tensor) -> str | None:
     """Why `forward="triton"` cannot take heads like those of q and v, or None."""
     if not q.is_cuda:
         return f"it needs a CUDA device, the inputs are on {q.device}"
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if q.dtype not in FLOATS:
         return f"it needs bfloat16, float16 or float32, got {q.dtype}"
     if not all(MIN_HEAD <= width <= MAX_HEAD for width in (q.shape[3], v.shape[3])):
         return (
@@ -93,10 +94,8 @@ def forward_obstacle(q: Tensor, v: Tensor) -> str | None:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: float, forward: Forward
 ) -> tuple[Tensor, Tensor]:
-    """(o, lse); called where no gradient is recorded."""
-    problem = check_problem(
-        q, k, v, q_dot=None, k_dot=None, v_dot=None, mask=mask, scale=scale, tangent_start=0
-    )
+    """(o, lse) of what was checked; called where no gradient is recorded."""
+    problem = Problem(q, k, v, None, None, None, mask, scale, tangent_start=0)
     if forward == "triton":
         # Triton is imported only when asked for
         from rcm.kernels.flash_jvp.launch import triton_jvp

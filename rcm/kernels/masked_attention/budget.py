@@ -43,12 +43,7 @@ def with_gradients(attend: Attention, inputs: Inputs, grad_o: Tensor) -> tuple[T
 
 
 def errors_and_budgets(
-    attend: Attention,
-    inputs: Inputs,
-    grad_o: Tensor,
-    *,
-    mask: MaskSpec | None,
-    scale: float,
+    attend: Attention, inputs: Inputs, grad_o: Tensor, *, mask: MaskSpec | None, scale: float
 ) -> dict[str, tuple[float, float]]:
     """Per output of `OUTPUTS`: (error of `attend`, budget), norms of the difference over the norm
     of the float64 truth on the same inputs.

@@ -20,13 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from rcm.kernels.persistent_attention.tiles import (
-    largest,
-    masked,
-    operand,
-    ordered,
-    thread_sums,
-)
+from rcm.kernels.persistent_attention.tiles import largest, masked, operand, ordered, thread_sums
 
 ROWS = gl.constexpr(64)
 """Query rows of one consumer warpgroup: the height of a warpgroup product."""
