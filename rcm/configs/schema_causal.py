@@ -179,7 +179,7 @@ class CausalConfig(CommonModelConfig):
 
     def check(self) -> None:
         """`ConfigError` for a pattern that does not fit, networks and terms that the stage lacks or
-        has no use for, and impossible rollouts (Causal_rCM.md section 6).
+        has no use for, impossible rollouts (Causal_rCM.md section 6, A13).
         """
         if self.training_type != "bidirectional":
             if self.first_chunk_t == 0 or self.chunk_t == 0:

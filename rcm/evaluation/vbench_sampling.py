@@ -164,13 +164,13 @@ def sample_suite(
         )
         record = VideoRecord(
             path.name,
-            sample,
-            request.seed,
-            item.text,
-            path.stat().st_size,
-            file_sha256(path),
-            frames.shape[1],
-            round(seconds, 3),
+            sample=sample,
+            seed=request.seed,
+            text=item.text,
+            bytes=path.stat().st_size,
+            sha256=file_sha256(path),
+            frames=frames.shape[1],
+            seconds=round(seconds, 3),
         )
         folder.add(record)
         tell(f"{number}/{len(todo)} {path.name}: {frames.shape[1]} frames in {seconds:.2f} s")
