@@ -138,6 +138,7 @@ LEVERS = {
     "bfloat16_states": _states("bfloat16"),
     "fp8_storage": (f"{M}.frozen_weights=fp8_storage",),
     "fp8": (f"{M}.frozen_weights=fp8",),
+    "gathered_anew": ("trainer.keep_gathered_gib=0",),
     "float8_states": _states("float8"),
     "int8_states": _states("int8"),
 }

@@ -215,7 +215,8 @@ def scripted_phases(run: Run, roles: Sequence[str], *, warm: int, repeats: int) 
     """Each role `warm` times (kernels, optimiser states, the allocator's habits), then `repeats`
     times in turn.
     """
-    indices, rollout = middle_indices(run, repeats), run.config.model.config.has.self_forced
+    indices, model = middle_indices(run, repeats), run.config.model.config
+    rollout = isinstance(model, CausalConfig) and model.has.self_forced
     return [
         Phase(role, index, WARM + number, rollout=rollout)
         for number, index in enumerate([indices[0]] * warm + indices)

@@ -12,7 +12,7 @@ from loguru import logger
 
 from rcm.configs.build_data import build_loader, known_words, latent_shape, negative_condition
 from rcm.configs.build_method import build_method, sampling_recipe
-from rcm.configs.build_nets import NetBuilder
+from rcm.configs.build_nets import NetBuilder, kept_gathered
 from rcm.configs.build_samples import sample_observers
 from rcm.configs.compose import Run
 from rcm.configs.console import told
@@ -298,6 +298,7 @@ def step_config(config: TrainConfig) -> StepConfig:
         grad_clip=model.grad_clip,
         clip_norm=model.grad_clip_norm,
         gradient_sync=config.trainer.gradient_sync,
+        keep_gathered=kept_gathered(config),
     )
 
 

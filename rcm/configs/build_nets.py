@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rcm.configs.bases import TRAINED, Base, alpha_of, base_of, checkpoint_of, roles_on
 from rcm.configs.network import wan_config
+from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_common import CommonModelConfig
 from rcm.core.dtypes import Precision
 from rcm.core.errors import CheckpointError
@@ -42,6 +43,12 @@ def precision_of(config: CommonModelConfig) -> Precision:
     compute = _DTYPES[config.precision]
     wide = torch.promote_types(compute, torch.float32)
     return Precision(params=wide, compute=compute, reduce=wide, time=_DTYPES[config.time_precision])
+
+
+def kept_gathered(config: TrainConfig) -> int:
+    """Parameters of the largest student that `trainer.keep_gathered_gib` lets stay gathered."""
+    size = precision_of(config.model.config).compute.itemsize
+    return int(config.trainer.keep_gathered_gib * 2**30 / size)
 
 
 def open_network(path: str | Path, *, knob: str) -> NetworkWeights | AdaptedWeights:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rcm.configs.bases import base_of, roles_on
 from rcm.configs.build_data import latent_shape
 from rcm.configs.build_gan import head_elements
-from rcm.configs.build_nets import precision_of
+from rcm.configs.build_nets import kept_gathered, precision_of
 from rcm.configs.compose import Run
 from rcm.configs.network import networks, wan_config
 from rcm.configs.schema import TrainConfig

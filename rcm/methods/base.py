@@ -25,7 +25,8 @@ Thunk = Callable[[], LossTerm]
 @dataclass(frozen=True)
 class Phase:
     """Whose turn it is: the trained role, its effective update index (own counter of that role's
-    updates), the trainer iteration, and roles that are updated `beside` it by the same terms.
+    updates), the trainer iteration, roles that are updated `beside` it by the same terms, and
+    whether the student makes a video in a `rollout`, many passes through the same weights.
 
     Step-count cycles and EMA follow `index`; the tangent warm-up follows `iteration` (Causal_rCM.md
     sections 5, 6).
@@ -35,6 +36,7 @@ class Phase:
     index: int
     iteration: int
     beside: tuple[str, ...] = ()
+    rollout: bool = False
 
     @property
     def roles(self) -> tuple[str, ...]:

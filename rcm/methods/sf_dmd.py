@@ -82,7 +82,7 @@ class SelfForcedDMD:
         """1 student update, then student_update_freq - 1 fake-score updates, the head's with
         them.
         """
-        phase = self.alternation.phase(iteration)
+        phase = replace(self.alternation.phase(iteration), rollout=True)
         if self.adversary is None or phase.role != "fake_score":
             return phase
         return replace(phase, beside=(HEAD,))

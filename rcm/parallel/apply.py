@@ -43,7 +43,6 @@ def parallelize(
     precision: Precision,
     checkpoint: Mode | SACConfig = "none",
     compile: bool = False,
-    reshard_after_forward: bool = True,
     frozen_weights: FrozenWeights = "compute",
     linear_precision: LinearPrecision = "compute",
     host: bool = False,
@@ -98,7 +97,6 @@ def parallelize(
             net,
             dims=dims,
             precision=precision,
-            reshard_after_forward=reshard_after_forward,
             host=host,
         )
     return net

@@ -4,6 +4,9 @@ dtype than the computation.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import (
@@ -30,7 +33,6 @@ def shard_parameters(
     *,
     dims: ParallelDims,
     precision: Precision,
-    reshard_after_forward: bool = True,
     host: bool = False,
 ) -> None:
     """Apply `fully_shard` to every block of `net`, if it has any, and to `net` itself, in place.
@@ -38,32 +40,56 @@ def shard_parameters(
     Parameters are gathered in `precision.compute`, gradients averaged over all ranks in
     `precision.reduce`; inputs are not cast (a timestep cast to bf16 behind the network's back ruins
     tangents), the caller casts x. With dp_replicate > 1 parameters are replicated over that axis
-    (HSDP). `reshard_after_forward` False keeps gathered blocks until the backward pass: faster,
-    needs memory for the whole network. The root is told explicitly: by default it would stay
-    gathered after a forward without gradient and then compute with stale weights. `host`: the
-    stored parameters and their gradients live in host memory, whence every block is gathered.
+    (HSDP). Every module, the root too, gives up what it gathered after each forward (see
+    `gathered`): by default the root would stay gathered after a forward without gradient and then
+    compute with stale weights. `host`: the stored parameters and their gradients live in host
+    memory, whence every block is gathered.
     """
     pinned = dims.device_type == "cuda"
     policy_of_place = CPUOffloadPolicy(pin_memory=pinned) if host else OffloadPolicy()
-    gathered = None if is_rounded(net) else precision.compute
     policy = MixedPrecisionPolicy(
-        param_dtype=gathered, reduce_dtype=precision.reduce, cast_forward_inputs=False
+        param_dtype=None if is_rounded(net) else precision.compute,
+        reduce_dtype=precision.reduce,
+        cast_forward_inputs=False,
     )
     for module in (*getattr(net, "blocks", ()), net):
         fully_shard(
             module,
             mesh=dims.fsdp_mesh,
             mp_policy=policy,
-            reshard_after_forward=reshard_after_forward,
+            reshard_after_forward=True,
             offload_policy=policy_of_place,
         )
 
 
+@contextmanager
+def gathered(net: nn.Module) -> Iterator[None]:
+    """Within the context, parameters of `net` stay gathered from the first pass on, backward passes
+    included: many short passes, as those of a rollout, gather them once. They may not be changed
+    meanwhile. Does nothing without FSDP2.
+    """
+    _keep_gathered(net, True)
+    try:
+        yield
+    finally:
+        _keep_gathered(net, False)
+        reshard(net)
+
+
+def _keep_gathered(net: nn.Module, keep: bool) -> None:
+    for module in _wrapped(net):
+        module.set_reshard_after_forward(not keep, recurse=False)
+        module.set_reshard_after_backward(not keep, recurse=False)
+
+
+def _wrapped(net: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in net.modules() if isinstance(module, FSDPModule))
+
+
 def reshard(net: nn.Module) -> None:
     """Drop gathered copies of parameters. Does nothing on a network without FSDP2."""
-    for module in net.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in _wrapped(net):
+        module.reshard()
 
 
 def stored_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
@@ -90,7 +116,7 @@ def set_gradient_sync(net: nn.Module, enabled: bool) -> None:
     """Whether the next backward passes reduce gradients (True) or keep them unreduced on every
     rank. Does nothing without FSDP2.
     """
-    root = next((module for module in net.modules() if isinstance(module, FSDPModule)), None)
+    root = next(_wrapped(net), None)
     if root is not None:
         root.set_requires_gradient_sync(enabled)
 

@@ -146,13 +146,15 @@ class PhasePlan:
     iterations.
 
     `terms`: loss terms that are back-propagated one by one; with more than one (or several
-    micro-batches) gradients are held unreduced, unless `gradient_sync` is "each".
+    micro-batches) gradients are held unreduced, unless `gradient_sync` is "each". `rollout`: the
+    student makes a video, as `rcm.methods.base.Phase` says.
     """
 
     role: str
     passes: tuple[Pass, ...]
     share: float = 1.0
     terms: int = 1
+    rollout: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,7 @@ class Job:
     host_states: bool = False  # moments and averages live in host memory
     idle_roles: bool = False  # networks whose turn it is not wait in host memory
     host_parameters: bool = False  # trained networks live in host memory
+    keep_gathered: int = 0  # parameters of the largest student that rolls out gathered
 
     def __post_init__(self) -> None:
         if self.ranks % self.shard_ranks or self.shard_ranks % self.context:
@@ -210,6 +213,12 @@ class Job:
         """Whether FSDP2 wraps `net` (see `rcm.parallel.apply`)."""
         mixed = not self.param_bytes == self.compute_bytes == self.reduce_bytes
         return self.ranks > 1 or (net.trained and (mixed or self.host_parameters))
+
+    def rolls_gathered(self, phase: PhasePlan) -> bool:
+        """Whether the student's weights stay gathered from pass to pass (`rcm.train.step`)."""
+        student = self.net("student")
+        count = student.elements() + bool(student.rank) * student.trained_elements()
+        return phase.rollout and self.is_wrapped(student) and count <= self.keep_gathered
 
     def is_rounded(self, net: NetPlan) -> bool:
         """Whether the blocks' weights of `net` are e4m3."""

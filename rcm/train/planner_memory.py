@@ -260,12 +260,20 @@ class PassMemory:
         return terms
 
 
-def gathered_terms(job: Job, phase: PhasePlan) -> list[Term]:
-    """Parameters that FSDP2 has gathered, of the phase's largest network."""
+def gathered_terms(job: Job, phase: PhasePlan, step: Pass) -> list[Term]:
+    """Parameters that FSDP2 has gathered: of the phase's largest network, and the whole student
+    where it stays gathered, until the backward passes of others.
+    """
     what = "FSDP2: a block in use, the next one arriving, and what lies outside the blocks"
     nets = [job.net(role) for role in {step.role for step in phase.passes}]
     sizes = [gathered_bytes(job, net) for net in nets if job.is_wrapped(net)]
-    return [Term("gathered parameters", max(sizes), what)] if sizes else []
+    terms = [Term("gathered parameters", max(sizes), what)] if sizes else []
+    if job.rolls_gathered(phase) and "student" in (phase.role, step.role):
+        net = job.net("student")
+        inside = (1 - 2 / net.config.num_layers) * numbers(net.config).blocks
+        size = compute_size(job, net, math.ceil(inside), of=numbers(net.config))
+        terms.append(Term("student kept gathered", size, "its other blocks, for a rollout"))
+    return terms
 
 
 def gathered_bytes(job: Job, net: NetPlan) -> float:
@@ -310,7 +318,7 @@ def pass_terms(job: Job, phase: PhasePlan, step: Pass) -> list[Term]:
     largest = max(step.layouts, key=lambda layout: layout.num_tokens)
     terms = [
         *held_terms(job, "turn", {phase.role, step.role}),
-        *gathered_terms(job, phase),
+        *gathered_terms(job, phase, step),
         *memory.held(),
         Term("latents", latents, "samples, noise, velocities and targets of the loss"),
     ]

@@ -8,6 +8,7 @@ every rank or on none.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -19,7 +20,7 @@ from rcm.core.errors import ConfigError, NonFinite
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.methods.base import Method, Phase
-from rcm.parallel.fsdp import local, reshard, set_gradient_sync
+from rcm.parallel.fsdp import gathered, local, reshard, set_gradient_sync
 from rcm.parallel.mesh import ParallelDims
 from rcm.train.diagnose import explain
 from rcm.train.offload import IdleRoles
@@ -35,12 +36,15 @@ class StepConfig:
     `grad_clip`: scale gradients down to norm `clip_norm` (off in every published run; the norm is
     measured always). `gradient_sync`: "last" reduces gradients over ranks once, in the backward
     pass of the last term of the last micro-batch, and holds unsharded gradients until then; "each"
-    reduces after every term, which costs communication and saves that memory.
+    reduces after every term, which costs communication and saves that memory. `keep_gathered`:
+    largest student, in parameters, whose weights FSDP2 keeps gathered through the passes of a
+    rollout and of the chunks that are replayed.
     """
 
     grad_clip: bool = False
     clip_norm: float = 1.0
     gradient_sync: Literal["last", "each"] = "last"
+    keep_gathered: int = 0
 
     def __post_init__(self) -> None:
         if self.gradient_sync not in ("last", "each"):
@@ -86,10 +90,22 @@ def run_step(
     roles = {name: state.roles[name] for name in phase.roles}
     nets = [role.net for role in roles.values()]
     idle, each = idle or IdleRoles(), config.gradient_sync == "each"
+    rolled = _rolled(state, phase, config)
     idle.begin(phase.roles)
-    losses, logs = _accumulate(
-        method, phase, nets, batches=batches, rngs=rngs, each=each, idle=idle
-    )
+    with ExitStack() as stack:
+        for net in rolled:
+            stack.enter_context(gathered(net))
+        borrowed = [net for net in rolled if STUDENT not in phase.roles]
+        losses, logs = _accumulate(
+            method,
+            phase,
+            nets,
+            batches=batches,
+            rngs=rngs,
+            each=each,
+            idle=idle,
+            borrowed=borrowed,
+        )
     idle.rest()
     _refuse_stray_gradients(state, phase)
     for net in nets:
@@ -112,6 +128,13 @@ def run_step(
     return StepReport(phase, logs, stopping)
 
 
+def _rolled(state: TrainState, phase: Phase, config: StepConfig) -> list[nn.Module]:
+    """The student, if it makes a video in this phase and is small enough to stay gathered."""
+    net = state.roles[STUDENT].net
+    small = sum(p.numel() for p in net.parameters()) <= config.keep_gathered
+    return [net] if phase.rollout and small else []
+
+
 def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
     """Items, each with whether it is the last; looks one item ahead."""
     iterator = iter(items)
@@ -131,9 +154,11 @@ def _accumulate(
     rngs: Sequence[StepRng],
     each: bool,
     idle: IdleRoles,
+    borrowed: Sequence[nn.Module],
 ) -> tuple[list[tuple[str, Tensor]], dict[str, Tensor | float]]:
     """Evaluate and back-propagate every term of every micro-batch; return the losses by name, and
-    the means over micro-batches of what terms log.
+    the means over micro-batches of what terms log. No backward pass needs the weights of networks
+    that are `borrowed`.
     """
     losses: list[tuple[str, Tensor]] = []
     sums: dict[str, Tensor | float] = {}
@@ -144,6 +169,8 @@ def _accumulate(
                 set_gradient_sync(net, each or (is_last and micro == len(batches)))
             idle.rest()
             term = thunk()
+            for net in borrowed:
+                reshard(net)
             idle.rest()
             (term.value / len(batches)).backward()
             value = term.value.detach()

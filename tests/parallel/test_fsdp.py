@@ -5,6 +5,7 @@ group.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
 from rcm.nets.condition import Condition
 from rcm.parallel.apply import parallelize
-from rcm.parallel.fsdp import is_mixed, local, reshard, stored_parameters
+from rcm.parallel.fsdp import gathered, is_mixed, local, stored_parameters
 from rcm.parallel.mesh import ParallelDims, process_group
 from tests.support.toy_method import CHANNELS, CONFIG, FRAMES, HEIGHT, LAYOUT, WIDTH, make_net
 
@@ -47,26 +48,25 @@ def test_mixed_precision_keeps_fp32_masters_and_computes_in_bf16(group: None) ->
     assert 0 < (got - expected).norm() / expected.norm() < 0.05
 
 
-def test_weights_written_after_a_forward_without_gradient_are_used(group: None) -> None:
+@pytest.mark.parametrize("kept", [False, True])
+def test_weights_written_after_a_forward_without_gradient_are_used(group: None, kept: bool) -> None:
     """FSDP2's root by default stays gathered after such a forward and would go on computing with
     the old weights (an EMA swap would then be ignored).
     """
-    for reshard_after_forward in (True, False):
-        net = parallelize(make_net(seed=0), dims=ParallelDims(), precision=BF16, reshard_after_forward=reshard_after_forward)
-        with torch.no_grad():
+    net = parallelize(make_net(seed=0), dims=ParallelDims(), precision=BF16)
+    with torch.no_grad():
+        with gathered(net) if kept else nullcontext():
             before = forward(net, torch.bfloat16)
-            gathered = [name for name, p in net.named_parameters() if not isinstance(p, DTensor)]
-            assert bool(gathered) is not reshard_after_forward
-            for p in stored_parameters(net).values():
-                local(p).mul_(0.5)
-            reshard(net)  # whatever was written to a gathered copy would be gone now
-            after = forward(net, torch.bfloat16)
-        half = make_net(seed=0)
-        with torch.no_grad():
-            for p in half.parameters():
-                p.mul_(0.5)
-            fresh = forward(parallelize(half, dims=ParallelDims(), precision=BF16), torch.bfloat16)
-        assert torch.equal(after, fresh) and not torch.equal(after, before)
+            assert all(isinstance(p, DTensor) is not kept for p in net.parameters())
+        for p in stored_parameters(net).values():
+            local(p).mul_(0.5)
+        after = forward(net, torch.bfloat16)
+    half = make_net(seed=0)
+    with torch.no_grad():
+        for p in half.parameters():
+            p.mul_(0.5)
+        fresh = forward(parallelize(half, dims=ParallelDims(), precision=BF16), torch.bfloat16)
+    assert torch.equal(after, fresh) and not torch.equal(after, before)
 
 
 def test_a_frozen_network_is_stored_as_it_computes() -> None:

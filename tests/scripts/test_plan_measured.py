@@ -58,5 +58,6 @@ def test_rows_of_the_scaling_benchmark(name, cards, seconds, gib) -> None:
 @pytest.mark.parametrize(("case", "seconds", "gib"), MEMORY, ids=lambda value: value if isinstance(value, str) else "")
 def test_cases_of_the_memory_benchmark(case, seconds, gib) -> None:
     words = [*bench_memory.CASES[case], *bench_memory.ONE_CARD, *bench_memory.NO_FILES]
+    words.append("trainer.keep_gathered_gib=0")  # as it was then
     run = compose_run(words, world_size=None, require_inputs=False)
     hold(bench_memory.expect(run, ranks=1, device=torch.device("cuda")), seconds, gib)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from rcm.configs import registry_distill
 from rcm.configs.build import UNCHECKED, build_trainer, job_folder
@@ -82,6 +83,28 @@ def test_waiting_in_host_memory_changes_no_bit(tmp_path: Path, experiment: str, 
         found = trained(experiment, tmp_path / "host", *more, *levers)
     assert same(plain["state"], found["state"])
     assert plain["lines"] == found["lines"]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "levers"), [("toy_sf_dmd_2step_c1-1_replayed", []), ("toy_sf_dmd_2step_c1-1", HOST)], ids=["replayed", "host"]
+)
+def test_a_student_that_stays_gathered_changes_no_bit(
+    tmp_path: Path, experiment: str, levers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the passes of a rollout and of replayed chunks one gathers weights."""
+    gathers, unshard = [], FSDPParamGroup.unshard
+    monkeypatch.setattr(
+        FSDPParamGroup, "unshard", lambda group, *args: (group.is_unsharded or gathers.append(group), unshard(group, *args))[1]
+    )
+    more, found, count = ["model.config.precision=bfloat16", "trainer.gradient_sync=each", *levers], {}, {}
+    with process_group("cpu"):
+        for gib in ("0", "4.0"):
+            gathers.clear()
+            found[gib] = trained(experiment, tmp_path / gib, *more, f"trainer.keep_gathered_gib={gib}")
+            count[gib] = len(gathers)
+    assert same(found["0"]["state"], found["4.0"]["state"])
+    assert found["0"]["lines"] == found["4.0"]["lines"]
+    assert count["4.0"] < 0.5 * count["0"], count
 
 
 @pytest.mark.gpu
