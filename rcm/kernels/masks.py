@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch import Tensor
 from rcm.core.errors import ConfigError
 from rcm.diffusion.blocks import BlockPattern
 
+Queries = Literal["both", "noisy"]
 Interval = tuple[int, int]
 Intervals = tuple[Interval, ...]
 
@@ -268,7 +269,7 @@ class TeacherForcing(_BlockMask):
     pattern: BlockPattern
     num_frames: int
     tokens_per_frame: int
-    queries: str = "both"
+    queries: Queries = "both"
     window: int | None = None
     sinks: int = 0
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rcm.kernels.flash_jvp import flash_jvp
+from rcm.kernels.flash_jvp.validation import check_problem
 from tests.support.attention_oracle import random_inputs
 from tests.support.in_interpreter import in_interpreter
 
@@ -83,3 +84,11 @@ def test_triton_is_never_replaced_silently(options, error, words):
     inputs = random_inputs(q_len=4, kv_len=4, **{"dtype": torch.float32, **options})
     with pytest.raises(error, match=words):
         flash_jvp(**inputs, scale=scale, implementation="triton")
+
+
+def test_an_unknown_kernel_is_no_other_kernel():
+    from rcm.kernels.flash_jvp.launch import triton_jvp
+
+    inputs = random_inputs(q_len=4, kv_len=4, dtype=torch.float32)
+    with pytest.raises(ValueError, match="kernel must be one of auto, hopper, portable, got 'hoper'"):
+        triton_jvp(check_problem(**inputs, mask=None, scale=None, tangent_start=0), kernel="hoper")

@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from rcm.core.arguments import Arguments
 from rcm.diffusion.blocks import BlockPattern
 from rcm.kernels.flash_jvp.budget import errors_and_budgets
 from rcm.kernels.flash_jvp.validation import Problem, Results, check_problem
-from rcm.kernels.masks import BlockCausal, MaskSpec, TeacherForcing
+from rcm.kernels.masks import BlockCausal, MaskSpec, Queries, TeacherForcing
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -71,7 +72,7 @@ def cases() -> Iterator[Case]:
         BlockCausal(BlockPattern(1, 1), 9, 61, q_block_offset=4, window=2, sinks=1),
     )
     for window, sinks in ((None, 0), (1, 0), (1, 1), (2, 1)):
-        for queries in ("both", "noisy"):
+        for queries in get_args(Queries):
             mask = TeacherForcing(
                 BlockPattern(1, 2), 7, 83, queries=queries, window=window, sinks=sinks
             )
