@@ -12,12 +12,15 @@ import sys
 
 import pytest
 
+from tests.support.in_interpreter import in_interpreter
+
 pytest.importorskip("triton")
 
 
-def run(module: str, *arguments: str, interpret: bool) -> object:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if interpret else {})
-    command = [sys.executable, "-m", f"tests.support.{module}", *arguments]
+def compiled() -> list[dict]:
+    """What `tests.support.compile_kv_codec` prints, run without the interpreter."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.support.compile_kv_codec"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
@@ -27,28 +30,28 @@ def run(module: str, *arguments: str, interpret: bool) -> object:
     ("what", "count"), [("few", 10), pytest.param("several", 16, marks=pytest.mark.slow), pytest.param("cases", 40, marks=pytest.mark.slow)]
 )
 def test_kernels_equal_plain_torch(what, count):
-    found = run("interpreted_kv_codec", what, interpret=True)
+    found = in_interpreter("interpreted_kv_codec", what)
     assert len(found) > count
     assert {name: different for name, different in found.items() if different} == {}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("quant_videogen") is None, reason="pip install --no-deps quant-videogen==0.1.0")
 def test_official_equals_the_package():
-    found = run("official_kv_codec", interpret=True)
+    found = in_interpreter("official_kv_codec")
     assert len(found) == 18
     assert {name: different for name, different in found.items() if different} == {}
 
 
 @pytest.mark.slow
 def test_broken_kernels_are_caught():
-    caught = run("interpreted_kv_codec", "mutants", interpret=True)
+    caught = in_interpreter("interpreted_kv_codec", "mutants")
     assert len(caught) > 10
     assert [name for name, seen in caught.items() if not seen] == []
 
 
 @pytest.mark.slow
 def test_kernels_compile_and_store_wide():
-    found = run("compile_kv_codec", interpret=False)
+    found = compiled()
     assert {kernel["kernel"] for kernel in found} == {
         "restore", "deposit", "write_row", "extremes", "fit", "write_codes", "encode_bytes",
         "features", "assign", "recentre",
