@@ -20,7 +20,6 @@ from rcm.configs.build_method import build_method
 from rcm.configs.build_nets import NetBuilder
 from rcm.configs.compose import Run
 from rcm.configs.network import wan_config
-from rcm.configs.schema_common import NetConfig
 from rcm.core.dual import in_dual_level, pack, unpack
 from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
@@ -94,7 +93,9 @@ class MetaNets(NetBuilder):
         super().__init__(run.config.model.config, dims=ParallelDims(), device=torch.device("meta"), seed=0)
         self.built: list[nn.Module] = []
 
-    def _build(self, net_config: NetConfig, *, knob: str, checkpoint: str, frozen: bool, roles: tuple[str, ...] = ()) -> nn.Module:
+    def _build(self, knob: str, *, frozen: bool, roles: tuple[str, ...] = ()) -> nn.Module:
+        net_config = getattr(self.config, knob)
+
         def build() -> WanDiT:
             net, lora = WanDiT(wan_config(net_config)).requires_grad_(not frozen), self.config.lora
             if roles:
