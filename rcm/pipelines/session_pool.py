@@ -36,13 +36,15 @@ class PoolFull(ConfigError):
 
 @dataclass
 class Order:
-    """A change that was asked for, and what became of it. `applied_at` counts blocks of take
-    `take`; `told` is called at every change of `state`, in the thread that made it.
+    """A change that was asked for, and what became of it. `part` of what is changed, "" for all of
+    it: orders of other parts stand beside it. `applied_at` counts blocks of take `take`; `told` is
+    called at every change of `state`, in the thread that made it.
     """
 
     what: Change
     value: Any
     mode: Literal["keep", "recache"] = "keep"
+    part: str = ""
     told: Callable[[Order], None] | None = None
     state: Literal["received", "applied", "superseded", "refused"] = "received"
     applied_at: int | None = None
@@ -85,18 +87,18 @@ class Seat:
         self.take, self.turns = 0, 0
         self.failed: Exception | None = None
         self.closed = False
-        self._orders: dict[Change, Order] = {}
+        self._orders: dict[tuple[Change, str], Order] = {}
         self._waiting: list[tuple[Order, Receipt]] = []
         self._lock = threading.Lock()
 
     def steer(self, order: Order) -> Order:
-        """Ask for a change at the next chunk boundary; the latest of each kind wins. From any
-        thread.
+        """Ask for a change at the next chunk boundary; the latest of each kind and part wins. From
+        any thread.
         """
         with self._lock:
-            old, closed = self._orders.pop(order.what, None), self.closed
+            old, closed = self._orders.pop((order.what, order.part), None), self.closed
             if not closed:
-                self._orders[order.what] = order
+                self._orders[order.what, order.part] = order
         if old is not None:
             old.become("superseded")
         if closed:
@@ -110,7 +112,7 @@ class Seat:
     def _taken(self) -> list[Order]:
         with self._lock:
             orders, self._orders = self._orders, {}
-        return [orders[what] for what in CHANGES if what in orders]
+        return sorted(orders.values(), key=lambda order: CHANGES.index(order.what))
 
     def _report(self) -> None:
         """Settle the prompts that the session has taken up meanwhile."""

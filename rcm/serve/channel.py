@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from rcm.core.errors import ConfigError
 from rcm.pipelines.session_pool import Change, Order, Seat, Turn, told_error
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.recipe import SamplingRecipe
@@ -153,7 +154,7 @@ class Channel:
             else:
                 kind, value = self._order(what, message)
                 told = functools.partial(self._hands.soon, self._settled, viewer, receipt)
-                self.seat.steer(Order(kind, value, mode=message.mode, told=told))
+                self.seat.steer(Order(kind, value, mode=message.mode, part=what, told=told))
 
     def arrived(self, turn: Turn) -> None:
         """A turn of the seat is over."""
@@ -195,9 +196,9 @@ class Channel:
         if what == "window":
             sinks = getattr(self.seat.session.spec.policy, "sinks", 0)
             return "policy", SlidingWindow(message.window or 1, sinks)
-        return "recipe", functools.partial(
-            _changed_recipe, trained=self._trained, steps=message.steps, context=message.context
-        )
+        if message.steps is not None and what == "steps":
+            return "recipe", functools.partial(_stepped, trained=self._trained, steps=message.steps)
+        return "recipe", functools.partial(replace, noisy_context=message.context == "noisy")
 
     def _settled(self, viewer: Viewer, receipt: dict[str, Any], order: Order) -> None:
         told = {**receipt, "state": order.state}
@@ -282,21 +283,18 @@ class Channel:
             viewer.offer(data)
 
 
-def _changed_recipe(
-    recipe: SamplingRecipe,
-    *,
-    trained: SamplingRecipe,
-    steps: tuple[int, ...] | None,
-    context: str | None,
+def _stepped(
+    recipe: SamplingRecipe, *, trained: SamplingRecipe, steps: tuple[int, ...]
 ) -> SamplingRecipe:
-    """The recipe of a stream with other steps (out of the schedule that was trained), or another
-    context rule.
-    """
-    if steps is not None and recipe.kind == "ode":
-        recipe = replace(recipe, ode_steps=steps[0])
-    elif steps is not None:
-        recipe = replace(recipe, mids=trained.with_steps(*steps, knob="steps").mids)
-    return recipe if context is None else replace(recipe, noisy_context=context == "noisy")
+    """The recipe of a stream with other steps, out of the schedule that was trained."""
+    if recipe.kind == "ode" and len(steps) > 1:
+        raise ConfigError(
+            f"steps={list(steps)} are for a few-step network; this one makes as many steps in every"
+            " chunk: give one number"
+        )
+    if recipe.kind == "ode":
+        return replace(recipe, ode_steps=steps[0])
+    return replace(recipe, mids=trained.with_steps(*steps, knob="steps").mids)
 
 
 def _encoded(turn: Turn, playback: Playback) -> list[bytes]:

@@ -103,7 +103,9 @@ def test_the_latest_order_of_each_kind_wins_and_says_where_it_applies(model, mod
     latents(pool, 3)
     told: list[tuple[str, str]] = []
     orders = [Order("prompt", [text], mode=mode, told=lambda o: told.append((o.value[0], o.state))) for text in ("a red cross", OTHER)]
-    steps = Order("recipe", lambda recipe: recipe.with_steps(1))
+    steps = Order("recipe", lambda recipe: recipe.with_steps(1), part="steps")
+    first = Order("recipe", lambda recipe: replace(recipe, noisy_context_start_chunk=9), part="context")
+    seat.steer(first)
     threads = [threading.Thread(target=seat.steer, args=(order,)) for order in (orders[0], steps)]
     for thread in threads:
         thread.start()
@@ -111,7 +113,8 @@ def test_the_latest_order_of_each_kind_wins_and_says_where_it_applies(model, mod
     seat.steer(orders[1])
     got = latents(pool, 2)["s1"]
     assert told == [("a red cross", "superseded"), (OTHER, "applied")]
-    assert (orders[1].applied_at, steps.applied_at) == (3, 3)
+    assert (orders[1].applied_at, steps.applied_at, first.applied_at) == (3, 3, 3)
+    assert seat.session.spec.recipe == replace(RECIPE.with_steps(1), noisy_context_start_chunk=9)
     with model.open([PROMPT], seed=5, **WINDOW) as alone:
         for _ in range(3):
             alone.step()

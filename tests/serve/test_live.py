@@ -124,9 +124,12 @@ def test_viewers_of_the_shared_stream_see_the_same_and_steer_it(server):
         assert len(both) >= 4
         seen = [{p.number: p.pixels.tobytes() for p in client.pictures} for client in (one, two)]
         assert all(seen[0][number] == seen[1][number] for number in both)
-        one.ask(id=1, steps=[1], context="noisy")
-        state = two.message("state", context="noisy")
-        assert state["steps"] == [1] or two.message("state", steps=[1])
+        half = "half a character \ud800"
+        one.ask(id=half, steps=[1], context="noisy")
+        two.message("state", context="noisy", steps=[1])
+        one.until(lambda _: sum(m["type"] == "receipt" and m["state"] != "received" for m in one.said) == 2)
+        told = {m["what"]: m["state"] for m in one.said if m.get("id") == half}
+        assert told == {"steps": "applied", "context": "applied"}
         two.ask(id=2, window=0)
         assert "window is a whole number from 1" in two.message("error", id=2)["reason"]
 

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rcm.core.errors import ConfigError
 from rcm.front import cli
+from rcm.rollout.recipe import SamplingRecipe
 from rcm.serve.access import Access
+from rcm.serve.channel import _stepped
 from rcm.serve.limits import Bucket, Limits
 from rcm.serve.metrics import Metrics, Samples
 from rcm.serve.protocol import HEADER, Message, Picture, ProtocolError, encode_image, read_message
@@ -122,8 +125,8 @@ class Socket:
             await asyncio.Event().wait()
         self.got.append(data)
 
-    async def send_json(self, data) -> None:
-        await self.send_bytes(data)
+    async def send_text(self, data) -> None:
+        await self.send_bytes(json.loads(data))
 
     async def close(self, code, reason) -> None:
         await self.send_bytes((code, reason))
@@ -154,6 +157,13 @@ def test_messages_of_a_client_that_does_not_read_are_bounded():
         assert len(socket.got) == TEXTS + 1 and socket.got[-1][0] == 1008
 
     asyncio.run(story())
+
+
+def test_a_list_of_steps_is_not_cut_for_a_network_of_many_steps():
+    ode = SamplingRecipe("ode", "c1-1")
+    assert _stepped(ode, trained=ode, steps=(7,)).ode_steps == 7
+    with pytest.raises(ConfigError, match=r"steps=\[4, 2\] are for a few-step network; .* give one number"):
+        _stepped(ode, trained=ode, steps=(4, 2))
 
 
 def test_rates_and_quantiles():
