@@ -98,7 +98,7 @@ class Measured:
 class RandomNets(NetBuilder):
     """Builds networks as training does, and fills them with random numbers on the device."""
 
-    def _fill(self, net: nn.Module, start: object, checkpoint: str, roles: tuple[str, ...]) -> None:
+    def _fill(self, net: nn.Module, knob: str, roles: tuple[str, ...], start: object) -> None:
         fill(net)
 
 
@@ -267,6 +267,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--predict", action="store_true", help="print the predictions and stop")
     words = "as for scripts.train; without them the three cases of docs/planner.md"
     add("words", nargs="*", metavar="key=value", help=words)
+    parser.idle("case", without="words")
+    parser.idle("json", beside="predict")
     return parser.parse_args(argv)
 
 

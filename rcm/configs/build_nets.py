@@ -170,14 +170,23 @@ class NetBuilder:
         net.set_jvp_implementation(config.jvp_implementation)
         materialise(net, device="cpu" if host else self.device)
         quiet = self.resumes and not (frozen or roles)
-        weights, source = self._weights(knob, plain, quiet=quiet)
+        self._fill(net, knob, roles, lambda: self._weights(knob, plain, quiet=quiet))
+        check_equal(net, dims=self.dims)
+        return net
+
+    def _fill(
+        self,
+        net: nn.Module,
+        knob: str,
+        roles: tuple[str, ...],
+        start: Callable[[], tuple[Mapping[str, Tensor] | None, str]],
+    ) -> None:
+        """Give a network the values of `start`, and adapters for each of `roles`."""
+        weights, source = start()
         if roles:
             self._fill_adapted(net, weights, source=source, knob=knob, roles=roles)
         else:
             load_full(net, weights, source=source)
-        del weights  # they are in the network
-        check_equal(net, dims=self.dims)
-        return net
 
     def _weights(
         self, knob: str, plain: Callable[[], WanDiT], *, quiet: bool
