@@ -228,8 +228,8 @@ class _Causal:
         joint = self.continuous() if model.has.consistency else ()
         terms = (len(self.judged) if model.replayed_training else 1) + bool(joint)
         critic = (self.rollout(last_with_gradient=False), self.fitted())
-        passes = (*joint, *self.self_forced())
-        student = PhasePlan("student", passes, terms=terms, rollout=True)
+        both = (*joint, *self.self_forced())
+        student = PhasePlan("student", both, terms=terms, rollout=True)
         return _alternating(student, critic, frequency=model.student_update_freq)
 
 
