@@ -31,21 +31,16 @@ def render(data: Mapping[str, Any], *, folder: Path, embedded_bytes: int) -> str
     charts, tables = [_chart(chart) for chart in data.get("charts", ())], data.get("tables", ())
     drawn = f'<div class="charts wide-charts">{"".join(charts)}</div>' if charts else ""
     below = "".join(_score_table(table) for table in tables if table.get("section"))
+    scores = "".join(_score_table(table) for table in tables if not table.get("section"))
+    hint = "Click one to see it large." if any(video.get("beside") for video in grid) else ""
+    shown = _grid(grid, stages, media)
+    stream = "".join(_figure(video, media) for video in drift)
     sections = [
-        _section(
-            "Videos",
-            _grid(grid, stages, media),
-            note="Click one to see it large." if any(v.get("beside") for v in grid) else "",
-        ),
+        _section("Videos", shown, note=hint),
         _section("Measured", drawn + below),
-        _section(
-            "The long stream", "".join(_figure(video, media) for video in drift), wrap="strip"
-        ),
+        _section("The long stream", stream, wrap="strip"),
         _section("Loss curves", _curves(stages)),
-        _section(
-            "All scores",
-            "".join(_score_table(table) for table in tables if not table.get("section")),
-        ),
+        _section("All scores", scores),
         _section("Stages and gates", _stage_table(stages) if stages else ""),
         _section("Words", _facts(data.get("glossary", {}))),
         _section("Machine", _facts(data.get("machine", {}))),
@@ -53,10 +48,8 @@ def render(data: Mapping[str, Any], *, folder: Path, embedded_bytes: int) -> str
     title = escape(data.get("title", "Report"))
     subtitle = f'<p class="lead">{escape(data["subtitle"])}</p>' if data.get("subtitle") else ""
     status = f'<p class="status">{escape(data["status"])}</p>' if data.get("status") else ""
-    body = f"<header><h1>{title}</h1>{subtitle}{status}{_verdict(stages)}</header>" + "".join(
-        sections
-    )
-    return PAGE.replace("{{title}}", title).replace("{{body}}", body)
+    header = f"<header><h1>{title}</h1>{subtitle}{status}{_verdict(stages)}</header>"
+    return PAGE.replace("{{title}}", title).replace("{{body}}", header + "".join(sections))
 
 
 class Media:
