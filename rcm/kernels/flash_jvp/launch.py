@@ -15,7 +15,7 @@ from rcm.kernels.flash_jvp.schedule import Tiles, plan_of
 from rcm.kernels.flash_jvp.validation import MAX_HEAD, MIN_HEAD, Problem, Results
 from rcm.kernels.launching import device_of
 
-Kernel = Literal["auto", "hopper", "portable"]
+KernelName = Literal["auto", "hopper", "portable"]
 _SMALL_TILES = (
     Tiles(64, 32, 4, 2),
     Tiles(64, 32, 4, 1),
@@ -63,7 +63,9 @@ def portable_tiles(
     )
 
 
-def triton_jvp(problem: Problem, *, kernel: Kernel = "auto", tiles: Tiles | None = None) -> Results:
+def triton_jvp(
+    problem: Problem, *, kernel: KernelName = "auto", tiles: Tiles | None = None
+) -> Results:
     """Launch a fused kernel on a checked problem; O and O_dot in the input dtype, LSE float32.
 
     `kernel` is "hopper" (compute capability 9.0, 16-bit, head sizes 64 or 128, strides that bulk
@@ -72,8 +74,8 @@ def triton_jvp(problem: Problem, *, kernel: Kernel = "auto", tiles: Tiles | None
     16..256 and a kernel that is unknown or does not apply, `TypeError` for float64, `RuntimeError`
     without CUDA.
     """
-    if kernel not in get_args(Kernel):
-        raise ValueError(f"kernel must be one of {', '.join(get_args(Kernel))}, got {kernel!r}")
+    if kernel not in get_args(KernelName):
+        raise ValueError(f"kernel must be one of {', '.join(get_args(KernelName))}, got {kernel!r}")
     check_triton(problem)
     obstacle = hopper_obstacle(problem)
     if kernel == "hopper" and obstacle:
