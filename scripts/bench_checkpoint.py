@@ -65,6 +65,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--cold", action="store_true", help="drop the files from the page cache before reading")
     add("--of", choices=sorted(PRESETS), help="compute for this network too")
     add("--gpus", type=int, default=4, help="of --of [%(default)s]")
+    parser.idle("gpus", without="of")
     return parser.parse_args(argv)
 
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--cold", action="store_true", help="drop the shards from the page cache before a row")
     add("--index", type=int, metavar="SAMPLES", help="instead: open a set of so many samples")
     add("--shards", type=int, default=10_000, help="of --index [%(default)s]")
+    drawn, read = ("folder", "latents", "text", "samples"), ("batch", "step_seconds", "seconds")
+    read += ("workers", "prefetch_factor")
+    # what is wrong with the set itself is said first
+    parser.idle(*drawn, beside="data", when=lambda options: bool(glob(options.data or "")))
+    parser.idle(
+        *("data", "cold", *drawn[1:], *read),
+        beside="index",
+        when=lambda options: bool(options.index) and options.index % max(options.shards, 1) == 0,
+    )
+    parser.idle("shards", without="index")
     return parser.parse_args(argv)
 
 

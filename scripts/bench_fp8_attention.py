@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rcm.core.arguments import one_of
 from rcm.core.errors import first_line
 from rcm.inference.outcome import command
 from rcm.kernels.persistent_attention.api import attend
@@ -369,6 +370,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--lock", help=argparse.SUPPRESS)
+    parser.idle("only", "limit", beside="part", when=one_of("part", "stream"))
     options = parser.parse_args(arguments)
     if options.worker:
         require_card("bench_fp8_attention")

@@ -194,6 +194,7 @@ def main(argv: list[str] | None = None) -> None:
         action="store_true",
         help="256 tokens, 2 heads, on the CPU: a check of this script",
     )
+    parser.idle("tokens", "heads", beside="tiny")
     args = parser.parse_args(argv)
     args.device = "cpu" if args.tiny else "cuda"
     if args.tiny:

@@ -250,6 +250,9 @@ small            tiny networks and videos, for trying the script
 """
 
 
+_REPORT = ("help", "report", "json")
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Arguments(prog="scripts.bench_scale", description=__doc__)
@@ -258,6 +261,20 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         _FLAGS,
         repeats={"type": int, "choices": range(1, 10), "default": 2, "metavar": "N"},
         json={"type": writable_file},
+    )
+    run = ("budget", "limit", "no_profile", "device")
+    parser.idle(*run, "repeats", "json", "gpu", "memory_gib", "plan_only", "small", beside="list")
+    parser.idle(*run, "json", beside="plan_only")
+    parser.idle(*(name for name in parser.names if name not in _REPORT), beside="report")
+
+    def measures(options: argparse.Namespace) -> bool:
+        return not (options.list or options.plan_only or options.report)
+
+    parser.idle(
+        "gpu",
+        "memory_gib",
+        beside="plan_only",
+        when=lambda options: measures(options) and options.device == "cuda",
     )
     return parser.parse_args(argv)
 

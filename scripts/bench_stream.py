@@ -218,6 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--size", default="1.3B", choices=("1.3B", "14B"))
     parser.add_argument("--chunks", type=int, default=24, help="steady chunks that are timed")
+    parser.idle("chunks", beside="parts", when=lambda options: "steady" not in options.parts)
     options = parser.parse_args(argv)
     report: dict[str, Any] = {**this_card("bench_stream"), "size": options.size}
     begin = time.perf_counter()

@@ -33,6 +33,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from rcm.core.arguments import one_of
 from rcm.diffusion.blocks import BlockPattern
 from rcm.inference.outcome import command
 from rcm.nets.condition import Condition
@@ -226,6 +227,11 @@ def main(arguments: list[str] | None = None) -> int:
     add("--only", default="all", choices=("all", "check", "step", "gradient", "forward"))
     add("--repeats", type=int, default=3)
     add("--profile", action="store_true", help="break passes down by kind of kernel")
+    student = ("pattern", "recompute", "linear_precision", "lora")
+    parser.idle(*student, beside="only", when=one_of("only", "forward"))
+    parser.idle("frozen_weights", beside="only", when=one_of("only", "check", "step", "gradient"))
+    checked = ("net", "layers", "frames", "pattern", "compile", "repeats", "profile")
+    parser.idle(*checked, beside="only", when=one_of("only", "check"))
     options = parser.parse_args(arguments)
     found = this_card("bench_train_step") | {"options": vars(options)}
     options.pattern = options.pattern or ["c3-3", "c1-1"]

@@ -290,6 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--cold", action="store_true", help="time the start of fresh processes only"
     )
     parser.add_argument("--cold-child", choices=("ahead", "plain"), help=argparse.SUPPRESS)
+    parser.idle("frames", "repeats", "profile", beside="cold")
     options = parser.parse_args(arguments)
     instead = "on the CPU run the tests in tests/encoders"
     if options.cold_child:

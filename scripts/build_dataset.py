@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from rcm.core.arguments import Arguments
+from rcm.core.arguments import Arguments, one_of
 from rcm.core.errors import CheckpointError, ConfigError, PeerGone
 from rcm.core.rng import require_seed
 from rcm.data.latents import LatentShards, expand_pattern
@@ -114,7 +114,52 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         **paths,
     )
     add_teacher_flags(parser)
+    _refuse_idle(parser)
     return parser.parse_args(argv)
+
+
+_TOY_ONLY = ("num_shapes", "turns", "boundary", "empty_prompts")
+_CLIPS_ONLY = ("input", "frame_stride", "hop", "skip_bad_clips")
+_TEACHER_ONLY = (
+    "prompts",
+    "skip_bad_prompts",
+    "max_prompt_chars",
+    "teacher",
+    "weights",
+    "dit_path",
+)
+_TEACHER_ONLY += ("model_size", "resolution", "aspect_ratio", "num_steps", "timestep_shift")
+_TEACHER_ONLY += ("guidance_scale", "sigma_max", "batch", "precision", "attention")
+_TEACHER_ONLY += ("context_parallel_size", "write_negative_embedding")
+_TOY_CODEC = ("temporal_stride", "spatial_stride", "text_len", "text_dim")
+_UMT5 = ("text_encoder_path", "tokenizer_path", "text_cache", "random_weights")
+_VIEW = ("help", "view", "sheet", "rows", "codec", "vae_path")
+
+
+def _refuse_idle(parser: Arguments) -> None:
+    """What belongs to another source, or to the other of two ways."""
+    built = [name for name in parser.names if name not in _VIEW]
+    parser.idle(*built, beside="view")
+    parser.idle("sheet", "rows", without="view")
+    for source, flags in {
+        "toy": (*_CLIPS_ONLY, *_TEACHER_ONLY, *_UMT5, "device"),
+        "videos": (*_TOY_ONLY, *_TEACHER_ONLY, "seed"),
+        "teacher": (*_TOY_ONLY, *_CLIPS_ONLY, *_TOY_CODEC, "codec"),
+    }.items():
+        parser.idle(*flags, beside="source", when=one_of("source", source))
+
+    def encodes_itself(flags: argparse.Namespace) -> bool:
+        return flags.source == "videos" and flags.codec != "wan_vae" and not flags.view
+
+    parser.idle(*_UMT5, "device", "vae_path", beside="codec", when=encodes_itself)
+    parser.idle(*_TOY_CODEC, beside="codec", when=one_of("codec", "wan_vae"))
+    read = ("dit_path", "weights", "text_encoder_path", "tokenizer_path", "text_cache")
+    parser.idle(
+        *read,
+        beside="random_weights",
+        # a size is asked for first
+        when=lambda flags: flags.random_weights and flags.model_size != "auto",
+    )
 
 
 def toy_samples(
@@ -256,6 +301,11 @@ def _build_clips(options: argparse.Namespace) -> list[Path]:
         hop=options.hop,
         skip_bad=options.skip_bad_clips,
     )
+    if options.num is not None:
+        raise ConfigError(
+            f"--num {options.num} has no effect with --source videos, which makes {len(windows)}"
+            " samples of these clips; leave it out, or choose them by --hop and --frame-stride"
+        )
     # the toy encoder refuses captions: hear of it before the first shard
     if not isinstance(pieces.text, UMT5TextEncoder):
         _embeddings(pieces.text, sorted({w.prompt for w in windows}))

@@ -94,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     told = "cut a folder into shards of at most this size"
     add("--max_shard_size", type=size_in_bytes, metavar="5GB", help=told)
     add("--overwrite", action="store_true", help="replace TARGET if it exists")
+    turn.idle("to", beside="adapters")
+    turn.idle("lora_alpha", without="lora")
     return parser
 
 

@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     told = "folders of mp4 files with equal names; the first is the reference"
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help=told)
     add_flags(parser, _FLAGS, out={"type": Path})
+    parser.idle("device", beside="pixels_only")
+    parser.idle("ignore_conditions", beside="folders", when=lambda flags: len(flags.folders) == 1)
     run(parser.parse_args(argv))
 
 

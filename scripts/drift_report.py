@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rcm.core.arguments import Arguments
+from rcm.core.arguments import Arguments, one_of
 from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
 from rcm.evaluation.metrics_features import FrameFeatures
@@ -239,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("videos", nargs="+", metavar="NAME=FILE", help=told)
     either = {"action": argparse.BooleanOptionalAction, "default": True}
     add_flags(parser, _FLAGS, features=either)
+    parser.idle("device", beside="features", when=one_of("features", False))
     return parser
 
 

@@ -55,6 +55,7 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str,
     add("--smallest", action="store_true", help=told)
     told = f"config keys, and {', '.join(OWN_KEYS)}"
     add("words", nargs="+", metavar="key=value", help=told)
+    parser.idle("as_is", beside="smallest")
     flags = parser.parse_intermixed_args(argv)
     own = [word for word in flags.words if "=" in word and word.split("=")[0] in OWN_KEYS]
     rest = [word for word in flags.words if word not in own]
@@ -239,6 +240,11 @@ def plan(flags: argparse.Namespace, own: dict[str, str], overrides: list[str]) -
     record: dict[str, Any] = {"experiment": run.experiment, "overrides": overrides}
     if flags.smallest:
         return record | {"machines": print_machines(search, own, overrides)}
+    if flags.as_is and wanted:
+        raise ConfigError(
+            f"global_batch={wanted} has no effect with --as-is, which predicts the batch of the"
+            " config; set dataloader_train.batch_size, or leave one of them out"
+        )
     print(f"{run.experiment or 'this run'} on {ranks} x {chosen.name} ({chosen.gib:g} GiB)")
     record["card"] = asdict(chosen)
     try:

@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = Arguments(prog="scripts.vbench_env", allow_abbrev=False, description=__doc__)
     add_flags(parser, _FLAGS, venv={"type": Path}, vbench_cache={"type": Path})
+    parser.idle("python", "torch", "minimal", "dry_run", beside="check")
+    parser.idle("vbench_cache", beside="dry_run")
     run(parser.parse_args(argv))
 
 

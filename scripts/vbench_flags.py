@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from rcm.core.arguments import Arguments
 from rcm.inference import checkpoint_flags
 from rcm.inference.flag_table import add_flags
 from rcm.inference.stream_recipe import (
@@ -21,7 +22,7 @@ from rcm.inference.stream_recipe import (
     laid_over_whole,
     refuse,
 )
-from rcm.inference.wan_flags import PRECISIONS, TEXT_ENCODER_PATH, VAE_PATH
+from rcm.inference.wan_flags import PRECISIONS, TEXT_ENCODER_PATH, VAE_PATH, unguided
 from rcm.inference.wan_models import VAE_DTYPES
 from rcm.nets.attention import BACKENDS
 from rcm.pipelines.text_to_video import WholeVideoRecipe
@@ -83,6 +84,25 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add_flags(group("video"), _VIDEO, checkpoint_flags.KINDS)
     add_flags(group("sampling"), _SAMPLING, KINDS, context_from_last_step=EITHER)
     add_flags(group("machine"), _MACHINE, checkpoint_flags.KINDS, device=checkpoint_flags.HERE)
+
+
+def refuse_idle(parser: Arguments) -> None:
+    """What says nothing of the model at hand; the crops of images have an aspect ratio, too."""
+    parser.idle("resolution", beside="size")
+    parser.idle(
+        "aspect_ratio", beside="size", when=lambda flags: flags.size and flags.suite == "t2v"
+    )
+    unguided(parser)
+
+    def described(flags: argparse.Namespace) -> bool:
+        return describes_itself(flags.dit_path)
+
+    parser.idle("model_size", "resolution", "vae_precision", beside="dit_path", when=described)
+    parser.idle(
+        "aspect_ratio",
+        beside="dit_path",
+        when=lambda flags: flags.suite == "t2v" and described(flags),
+    )
 
 
 def output_name(flags: argparse.Namespace) -> str:

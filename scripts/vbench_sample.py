@@ -46,7 +46,7 @@ from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import check_device, command
 from rcm.parallel.launch import this_launch
 from rcm.storage.shipped import asset
-from scripts.vbench_flags import add_model_flags, output_name
+from scripts.vbench_flags import add_model_flags, output_name, refuse_idle
 from scripts.vbench_models import open_sampler
 
 ASSETS = asset("vbench")
@@ -82,6 +82,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     suite = parser.add_argument_group("suite")
     add_flags(suite, _SUITE, **{name: {"type": Path} for name in paths})
     add_model_flags(parser)
+    refuse_idle(parser)
     return parser.parse_args(argv)
 
 

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rcm.core.arguments import Arguments
+from rcm.core.arguments import Arguments, one_of
 from rcm.core.errors import ConfigError
 from rcm.evaluation.vbench_explain import PUBLISHED, explain, published_side, run_side, told
 from rcm.evaluation.vbench_files import cache_folder, problems
@@ -69,6 +69,11 @@ vision_reward_model NAME = {MODEL}  [%(default)s]
 """
 
 
+_SCORED = ("full_json_dir", "dry_run", "vbench_python", "vbench_repo", "vbench_cache")
+_SCORED += ("load_ckpt_from_local", "device", "resolution")
+"""Flags of scoring, which results that are there do not need."""
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
@@ -81,6 +86,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     names = ("videos_path", "result_dir", "full_json_dir", "vbench_python", "vbench_repo")
     paths = {name: {"type": Path} for name in (*names, "vbench_cache")}
     add_flags(parser, _FLAGS, explain={"nargs": 2, "metavar": ("A", "B")}, **paths)
+    parser.idle(
+        *(name for name in parser.names if name not in ("help", "explain", "suite")),
+        beside="explain",
+    )
+    parser.idle("resolution", beside="suite", when=one_of("suite", "t2v", "long"))
+    parser.idle("vision_reward_model", without="vision_reward")
+    parser.idle(*_SCORED, without="videos_path")
     return parser.parse_args(argv)
 
 

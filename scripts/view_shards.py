@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from rcm.core.arguments import one_of
 from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
 from rcm.data.latents import LatentShards
@@ -56,6 +57,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--vae_path", "--vae-path", type=Path, help=f"weights of Wan's VAE [{WAN_VAE_FILE}]"
     )
+    parser.idle("vae_path", beside="codec", when=one_of("codec", *CODECS))
     return parser.parse_args(argv)
 
 

@@ -118,7 +118,21 @@ class Reel:
 
 
 def timelines_of(flags: argparse.Namespace) -> tuple[Timeline, ...]:
-    """What the flags say of prompts, a timeline per video."""
+    """What the flags say of prompts, a timeline per video. `ConfigError` for how prompts change
+    where none does.
+    """
+    found = _timelines(flags)
+    ways = {"prompt_switch": flags.prompt_switch != "keep", "prompt_blend": flags.prompt_blend}
+    named = [f"--{name}" for name, given in ways.items() if given]
+    if named and all(len(timeline.prompts) == 1 for timeline in found):
+        raise ConfigError(
+            f"{named[0]} has no effect on a video of one prompt; write several, as in --prompt"
+            ' "a cat[3s] | rain[3s]", or leave it out'
+        )
+    return found
+
+
+def _timelines(flags: argparse.Namespace) -> tuple[Timeline, ...]:
     if flags.scene_file is not None:
         return (read_timeline(flags.scene_file),)
     if flags.prompt_file is None:

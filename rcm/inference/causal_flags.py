@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.encoders.prompt_cleaning import NEGATIVE_PROMPT
 from rcm.inference.causal_methods import add_method_flags, policy_of, settle_method_flags
@@ -22,6 +23,7 @@ from rcm.inference.wan_flags import (
     add_machine_flags,
     add_single_network_flags,
     add_video_flags,
+    unguided,
     wan_parser,
 )
 from rcm.kernels.fp8_attention.api import WIDTH, obstacle
@@ -123,7 +125,7 @@ graphs auto|on|off = auto  passes as CUDA graphs; auto: on one GPU, wherever the
 """
 
 
-def causal_parser(name: str, *, about: str | None, defaults: Defaults) -> argparse.ArgumentParser:
+def causal_parser(name: str, *, about: str | None, defaults: Defaults) -> Arguments:
     """The parser of a causal command."""
     parser = wan_parser(name, about=about)
     group = parser.add_argument_group
@@ -150,6 +152,10 @@ def causal_parser(name: str, *, about: str | None, defaults: Defaults) -> argpar
     add_single_network_flags(parser, dit_path="")
     add_machine_flags(parser)
     add_flags(group("running"), _RUNNING)
+    unguided(parser)
+    for file in ("prompt_file", "scene_file"):
+        parser.idle("prompt", beside=file)
+    parser.idle("vae_tile", beside="tiny_decoder")
     return parser
 
 

@@ -119,7 +119,7 @@ class NetworkFile:
         return self.flag.removeprefix("--").removesuffix("_path")
 
 
-def wan_parser(name: str, *, about: str | None) -> argparse.ArgumentParser:
+def wan_parser(name: str, *, about: str | None) -> Arguments:
     """An empty parser for `python -m rcm.inference.NAME`."""
     return Arguments(
         prog=f"python -m rcm.inference.{name}",
@@ -192,8 +192,21 @@ random_weights                 RANDOM numbers for all weights, no file is read: 
 """
 
 
+READ: tuple[str, ...] = (
+    "dit_path",
+    "lora",
+    "weights",
+    "vae_path",
+    "text_encoder_path",
+    "tokenizer_path",
+)
+READ += ("text_cache", "clip_path", "high_noise_model_path", "high_noise_lora")
+READ += ("low_noise_model_path", "low_noise_lora")
+"""Flags of files, which random weights leave unread."""
+
+
 def add_video_flags(
-    parser: argparse.ArgumentParser,
+    parser: Arguments,
     *,
     sizes: Sequence[str] = ("1.3B", "14B"),
     size: str | None = None,
@@ -214,6 +227,7 @@ def add_video_flags(
         resolution={"default": resolution, "help": f"{', '.join(SIZES)} [%(default)s]"},
         aspect_ratio={"help": f"{', '.join(SIZES['480p'])} [16:9]"},
     )
+    parser.idle("resolution", "aspect_ratio", beside="size")
 
 
 def add_few_step_flags(parser: argparse.ArgumentParser, *, sigma_max: float) -> None:
@@ -227,7 +241,7 @@ def add_few_step_flags(parser: argparse.ArgumentParser, *, sigma_max: float) -> 
 
 
 def add_many_step_flags(
-    parser: argparse.ArgumentParser,
+    parser: Arguments,
     *,
     negative_prompt: str | None = NEGATIVE_PROMPT,
     timestep_shift: float | None = 5.0,
@@ -239,6 +253,16 @@ def add_many_step_flags(
         _MANY_STEPS,
         timestep_shift={"default": timestep_shift, "help": f"[{told}]"},
         negative_prompt={"default": negative_prompt},
+    )
+    unguided(parser)
+
+
+def unguided(parser: Arguments) -> None:
+    """A negative prompt belongs to guidance."""
+    parser.idle(
+        "negative_prompt",
+        beside="guidance_scale",
+        when=lambda flags: flags.guidance_scale is not None and flags.guidance_scale <= 1,
     )
 
 
@@ -271,8 +295,8 @@ def add_expert_flags(parser: argparse.ArgumentParser, *, high: str, low: str) ->
         add_flags(group, f"{model} PATH\n{lora} PATH[=SCALE]", **changes)
 
 
-def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """Files that all commands share, and how to use the machine."""
+def add_machine_flags(parser: Arguments) -> None:
+    """Files that all commands share, and how to use the machine; after the flags of networks."""
     add_flags(parser.add_argument_group("other files"), _FILES)
     add_flags(
         parser.add_argument_group("machine"),
@@ -281,6 +305,13 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         attention={"choices": tuple(BACKENDS)},
         offload={"choices": tuple(POLICIES)},
         low_memory={"dest": "offload", "action": "store_const", "const": "low"},
+    )
+    parser.idle("offload", beside="low_memory")
+    parser.idle(
+        *(name for name in READ if name in parser.names),
+        beside="random_weights",
+        # without a size nothing can be made, which is said first
+        when=lambda flags: flags.random_weights and flags.model_size != "auto",
     )
 
 

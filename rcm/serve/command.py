@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from rcm.core.arguments import Arguments
+from rcm.core.arguments import Arguments, one_of
 from rcm.core.errors import ConfigError
 from rcm.inference.checkpoint_flags import HERE, KINDS, open_flagged
 from rcm.inference.flag_ranges import check_numbers
@@ -118,13 +118,18 @@ def make_offer(flags: argparse.Namespace, model: LoadedModel) -> Any:
     kind = flags.format
     if kind == "auto":
         kind = "png" if min(model.pixel_size) <= SMALL else "jpeg"
+        if kind == "png" and flags.quality is not None:
+            raise ConfigError(
+                "--quality has no effect on pictures as small as these, which are sent as png; add"
+                " --format jpeg, or leave --quality out"
+            )
     return Offer(
         model=model,
         prompt=flags.prompt or presets[0],
         options=options,
         fps=flags.fps or model.fps,
         kind=kind,
-        quality=flags.quality,
+        quality=85 if flags.quality is None else flags.quality,
         presets=presets,
         words=words,
     )
@@ -169,7 +174,7 @@ window N     blocks that a chunk sees, its own included [as many as in training]
 sinks N      first blocks that stay visible [as many as in training]
 fps          pictures per second [as trained]
 format auto|jpeg|webp|png = auto  of pictures [png for small ones, else jpeg]
-quality int = 85                  of jpeg and webp, 1 to 100 [%(default)s]
+quality int                       of jpeg and webp, 1 to 100 [85]
 """
 _VIEWERS = f"""
 host str = 127.0.0.1  [%(default)s: this machine only]
@@ -204,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     several = {"action": "append", "default": []}
     add_flags(group("who may watch"), _VIEWERS, allow_origin=several)
     add_flags(group("weights and machine"), _MACHINE, KINDS, device=HERE)
+    parser.idle("quality", beside="format", when=one_of("format", "png"))
     return parser
 
 
