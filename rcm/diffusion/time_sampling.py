@@ -104,11 +104,9 @@ class TimeLawConfig(Record):
 
     def build(self) -> TimeLaw:
         """The law itself."""
-        return (
-            LogNormal(self.p_mean, self.p_std)
-            if self.law == "lognormal"
-            else UniformShift(self.shift)
-        )
+        if self.law == "lognormal":
+            return LogNormal(self.p_mean, self.p_std)
+        return UniformShift(self.shift)
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,8 @@ class TinyDecoderCodec(NetworkCodec):
     name = "tiny_decoder"
 
     def __init__(self, net: TinyDecoder, *, path: str | Path | None = None) -> None:
-        as_they_are = LatentStatistics(
-            *(
-                fill(net.config.latent_channels, dtype=torch.float64)
-                for fill in (torch.zeros, torch.ones)
-            )
-        )
+        zeros = torch.zeros(net.config.latent_channels, dtype=torch.float64)
+        as_they_are = LatentStatistics(zeros, zeros + 1)
         net._apply(lambda x: x.to(memory_format=torch.channels_last) if x.ndim == 4 else x)
         super().__init__(net, as_they_are, path=path)
 

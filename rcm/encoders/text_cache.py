@@ -49,10 +49,8 @@ class EmbeddingCache:
     def path(self, prompt: str) -> Path:
         """Where the embedding of a cleaned prompt is, or would be."""
         key = json.dumps({"format": FORMAT, "prompt": prompt, **self._identity}, sort_keys=True)
-        return (
-            self._folder
-            / f"{hashlib.blake2b(key.encode(), digest_size=20).hexdigest()}.safetensors"
-        )
+        digest = hashlib.blake2b(key.encode(), digest_size=20).hexdigest()
+        return self._folder / f"{digest}.safetensors"
 
     def get(
         self, prompt: str, *, text_len: int, text_dim: int, dtype: torch.dtype

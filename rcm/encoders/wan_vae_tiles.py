@@ -33,11 +33,8 @@ class Tile:
 
     def add(self, piece: Tensor, total: Tensor, *, scale: int) -> None:
         """Add `piece` [..., h, w] times the weights to its place in `total` [..., H, W]."""
-        place = total[
-            ...,
-            self.rows.start * scale : self.rows.stop * scale,
-            self.columns.start * scale : self.columns.stop * scale,
-        ]
+        down, across = (slice(s.start * scale, s.stop * scale) for s in (self.rows, self.columns))
+        place = total[..., down, across]
         rows, columns = self.row_weights.to(total), self.column_weights.to(total)
         place += piece.to(total.dtype) * rows[:, None] * columns
 

@@ -118,9 +118,5 @@ def _support_vectors() -> tuple[float, float, Tensor, Tensor]:
         for entry in row[1:]:
             index, value = entry.split(":")
             vectors[i, int(index) - 1] = float(value)
-    return (
-        float(fields["gamma"]),
-        float(fields["rho"]),
-        torch.tensor([float(row[0]) for row in rows], dtype=torch.float64),
-        vectors,
-    )
+    weights = torch.tensor([float(row[0]) for row in rows], dtype=torch.float64)
+    return float(fields["gamma"]), float(fields["rho"]), weights, vectors

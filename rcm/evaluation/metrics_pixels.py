@@ -142,17 +142,12 @@ def blockiness(clip: Tensor, *, size: int = 8) -> Tensor:
     codec's blocks. A few strong edges that lie on the grid count as few.
     """
     grey = luma(clip)
-    steps = (
-        (grey[:, :, 1:] - grey[:, :, :-1]).abs().mean(1),
-        (grey[:, 1:] - grey[:, :-1]).abs().mean(2),
-    )
+    steps = (grey.diff(dim=2).abs().mean(1), grey.diff(dim=1).abs().mean(2))
     found = []
     for line in (line for line in steps if line.shape[1] >= 2 * size + 1):
         steeper = (line[:, 1:-1] > (1 + 1e-3) * torch.maximum(line[:, :-2], line[:, 2:])).float()
-        border, middle = (
-            steeper[:, size - 2 :: size].mean(1),
-            steeper[:, size // 2 - 2 :: size].mean(1),
-        )
+        border = steeper[:, size - 2 :: size].mean(1)
+        middle = steeper[:, size // 2 - 2 :: size].mean(1)
         found.append((border - middle).clamp_min(0))
     return torch.stack(found).mean(0) if found else clip.new_zeros(clip.shape[0])
 
@@ -177,12 +172,11 @@ def drift(series: Tensor, *, share: float = 0.25) -> Tensor:
 
 def _gradient(grey: Tensor) -> Tensor:
     """Mean absolute gradient [F] of [F, 1, H, W]."""
-    return (grey[..., 1:] - grey[..., :-1]).abs().mean((1, 2, 3)) + (
-        grey[..., 1:, :] - grey[..., :-1, :]
-    ).abs().mean((1, 2, 3))
+    across, down = (grey.diff(dim=axis).abs().mean((1, 2, 3)) for axis in (-1, -2))
+    return across + down
 
 
 def _edges(grey: Tensor) -> Tensor:
     """Absolute gradient [F, 1, H, W] of [F, 1, H, W], zero at the last row and column."""
-    across = functional.pad((grey[..., 1:] - grey[..., :-1]).abs(), (0, 1))
-    return across + functional.pad((grey[..., 1:, :] - grey[..., :-1, :]).abs(), (0, 0, 0, 1))
+    across = functional.pad(grey.diff(dim=-1).abs(), (0, 1))
+    return across + functional.pad(grey.diff(dim=-2).abs(), (0, 0, 0, 1))

@@ -208,12 +208,8 @@ class ToyScorer:
                 best, best_rank = verdict, rank
                 continue
             better = (rank > best_rank)[:, None]
-            best = _Verdict(
-                *(
-                    torch.where(better, getattr(verdict, f), getattr(best, f))
-                    for f in _Verdict.__dataclass_fields__
-                )
-            )
+            pairs = zip(vars(verdict).values(), vars(best).values(), strict=True)
+            best = _Verdict(*(torch.where(better, new, old) for new, old in pairs))
             best_rank = torch.maximum(rank, best_rank)
         assert best is not None
         return best
@@ -313,9 +309,7 @@ def expected_entropy(num: int, *, cells: int) -> float:
     """
     k = torch.arange(1, num + 1, dtype=torch.float64)
     log_choose = math.lgamma(num + 1) - torch.lgamma(k + 1) - torch.lgamma(num - k + 1)
-    log_p = (
-        log_choose + k * math.log(1 / cells) + (num - k) * math.log1p(-1 / cells)
-        if cells > 1
-        else torch.where(k == num, 0.0, -math.inf)
-    )
+    log_p = torch.where(k == num, 0.0, -math.inf)
+    if cells > 1:
+        log_p = log_choose + k * math.log(1 / cells) + (num - k) * math.log1p(-1 / cells)
     return float(-cells * (log_p.exp() * (k / num) * (k / num).log()).sum())

@@ -298,13 +298,8 @@ class ToyWorld:
                     f"caption {caption!r} is not of this world; it speaks sentences such as"
                     f" {self.prompts()[0]!r}"
                 )
-            found.append(
-                (
-                    c.colours.index(names[0]),
-                    c.shapes.index(names[1]),
-                    [c.directions.index(n) for n in names[2:]],
-                )
-            )
+            directions = [c.directions.index(name) for name in names[2:]]
+            found.append((c.colours.index(names[0]), c.shapes.index(names[1]), directions))
         if len(found) != c.num_shapes or any(len(d) != c.turns + 1 for _, _, d in found):
             raise ConfigError(
                 f"caption {caption!r} needs {c.num_shapes} shapes (num_shapes) with {c.turns} turns"
