@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from rcm.train import garbage
 from rcm.train.garbage import lasting_objects
 
 
@@ -45,6 +46,16 @@ def test_what_lasts_is_passed_over_and_new_cycles_are_found() -> None:
     dead = weakref.ref(kept.pop())
     gc.collect()
     assert dead() is None, "an object that was passed over could not be collected afterwards"
+
+
+def test_what_the_interpreter_froze_is_no_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.12 begins with frozen objects; networks of an ended run would stay in memory."""
+    gc.freeze()
+    monkeypatch.setattr(garbage, "_AT_START", gc.get_freeze_count())
+    with lasting_objects():
+        lost = weakref.ref(Node())
+    gc.collect()
+    assert lost() is None and gc.get_freeze_count() == 0
 
 
 def test_what_a_caller_froze_stays_frozen() -> None:
