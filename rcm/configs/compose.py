@@ -23,6 +23,7 @@ from rcm import __version__
 from rcm.configs import registry_distill
 from rcm.configs.checks import check, check_mesh
 from rcm.configs.convert import known_paths, plain, read, suggestions, unknown_key
+from rcm.configs.dead_keys import paths_of, refuse_switched_off, typed_keys
 from rcm.configs.environment import EnvironmentUse, apply_environment
 from rcm.configs.inputs import missing_inputs
 from rcm.configs.overrides import parse_overrides
@@ -95,8 +96,8 @@ def compose_run(
     config, environment = apply_environment(
         _resolve(config, experiment, parsed), os.environ if environ is None else environ
     )
-    _refuse_dead_laws(config, parsed)
     check(config)
+    refuse_switched_off(config, typed_keys(parsed), known=known_paths(TrainConfig))
     mesh = check_mesh(config, world_size=world_size) if world_size else (0, 0, 0)
     missing = tuple(missing_inputs(config))
     if missing and require_inputs:
@@ -125,17 +126,11 @@ def _refuse_unknown(parsed: Sequence[Override]) -> None:
         if key in choosable:
             _refuse_unknown_option(key, override)
             continue
-        for path in _paths(key, override.value()):
+        for path in paths_of(key, override.value()):
             if why := refusal(path):
                 raise ConfigError(why)
             if path not in known:
                 raise unknown_key(path, known_keys=[*known, *choosable])
-
-
-def _paths(key: str, value: Any) -> list[str]:
-    """The key itself, and every key inside a value written as {a: 1, b: {c: 2}}."""
-    inner = value.items() if isinstance(value, dict) else ()
-    return [key, *(path for name, v in inner for path in _paths(f"{key}.{name}", v))]
 
 
 def _refuse_unknown_option(group: str, override: Override) -> None:
@@ -199,16 +194,3 @@ def _resolve(config: TrainConfig, experiment: str, parsed: Sequence[Override]) -
             )
         model = replace(model, backward_timesteps=SHIFT3_TIMES)
     return replace(config, job=job, model=replace(config.model, config=model))
-
-
-def _refuse_dead_laws(config: TrainConfig, parsed: Sequence[Override]) -> None:
-    """An explicitly set number that the chosen time law does not read."""
-    for law_key in ("p_G", "p_D"):
-        law = getattr(config.model.config, law_key).law
-        dead = ("shift",) if law == "lognormal" else ("p_mean", "p_std")
-        for name in dead:
-            key = f"model.config.{law_key}.{name}"
-            if any(o.key_or_group == key for o in parsed):
-                raise ConfigError(
-                    f"{key} has no effect while model.config.{law_key}.law={law}; set the law too"
-                )

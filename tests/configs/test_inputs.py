@@ -1,12 +1,14 @@
 """Files that a run reads: those that it lacks are named by key, and those that it is given for
-nothing.
+nothing; typed keys that nothing reads.
 """
 
 from __future__ import annotations
 
 import pytest
 
+from rcm.configs.dead_keys import typed_keys, unread_keys
 from rcm.configs.inputs import unread_files
+from rcm.configs.overrides import parse_overrides
 from rcm.core.errors import ConfigError
 
 SMALL = "experiment=causal_wan2pt1_1pt3B_res480p_t2v_"
@@ -65,3 +67,63 @@ def test_files_that_a_run_reads_nowhere_are_named(composed, tmp_path) -> None:
     assert unread_files(composed("experiment=toy_tf_c3-3", *given).config) == [M + key for key in keys]
     assert unread_files(composed("experiment=toy_sf_dmd_c3-3", *given, M + "bidirectional_guidance=3").config) == [M + keys[0]]
     assert not unread_files(composed("experiment=toy_tf_c3-3").config)
+
+
+TF, DMD, RCM, CUT = "toy_tf_c3-3", "toy_sf_dmd_2step_c3-3", "toy_rCM", "causal_wan2pt1_1pt3B_res480p_t2v_tf_c3-3"
+SWITCHED_OFF = {
+    "clipping": (TF, ["model.config.grad_clip_norm=0.5"], "model.config.grad_clip=True"),
+    "average": (TF, ["model.config.ema={enabled: False, rate: 0.2}"], "model.config.ema={enabled: True, rate: 0.2}"),
+    "skipped samples": (TF, ["trainer.nan_sample_limit=0.5"], "trainer.nan_policy=skip_sample"),
+    "samples": (TF, ["trainer.sampling.num_samples=3"], "trainer.sampling.ema_every_n=2"),
+    "reading ahead": (TF, ["dataloader_train.prefetch_factor=4", "dataloader_train.num_workers=0"], "dataloader_train.num_workers=1"),
+    "end of a cycle": (CUT, ["scheduler.f_min=0.1"], "scheduler.cycle_length=5000"),
+    "start of a warm-up": (TF, ["scheduler.f_start=0.1", "scheduler.warm_up_steps=0"], "scheduler.warm_up_steps=3"),
+    "shards of a procedural set": (TF, ["dataloader_train.tar_path_pattern=*.tar"], "data=toy_shards"),
+    "size beside a size": (CUT, ["model.config.resolution=720p", "model.config.latent_hw=[8,8]"], "model.config.latent_hw=null"),
+    "numbers of the other codec": (CUT, ["model.config.tokenizer.gain=2.0"], "model.config.tokenizer.name=toy"),
+    "steps beside steps": (DMD, ["model.config.max_simulation_steps_fake=3"], "model.config.sf_simulation_steps_per_chunk=[]"),
+    "a difference's step": (RCM, ["model.config.fd_size=0.01"], "model.config.fd_type=1"),
+    "angles": (RCM, ["model.config.backward_timesteps=[1.5,1.3,1.1]"], "model.config.dmd_fix_timesteps=True"),
+}
+"""Experiment, words of which the first has no effect, and the word with which it has."""
+
+
+@pytest.mark.parametrize("case", SWITCHED_OFF)
+def test_a_typed_key_that_another_one_turns_off_is_refused(composed, case: str) -> None:
+    name, words, switch = SWITCHED_OFF[case]
+    with pytest.raises(ConfigError, match=" has no effect while ") as refused:
+        composed(f"experiment={name}", *words)
+    assert str(refused.value).startswith(words[0].partition("={")[0].partition("=")[0])
+    key = switch.partition("=")[0]
+    more = ["model.config.sf_backward_timestep_schedules=[]"] if case == "steps beside steps" else []
+    composed(f"experiment={name}", *(word for word in words if not word.startswith(f"{key}=")), switch, *more)
+
+
+def test_what_is_so_anyway_may_be_typed(composed) -> None:
+    composed(f"experiment={TF}", "model.config.grad_clip_norm=1.0", "trainer.sampling.run_at_start=False", "model.config.resolution=480p")
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "told"),
+    [
+        (TF, ["model.config.student_update_freq=3", "optimizer.lr=1e-4"], ["model.config.student_update_freq=3 is not read by stage tf"]),
+        (TF, ["model.config.optimizer_fake_score={lr: 0.1}"], 2 * ["model.config.optimizer_fake_score"]),
+        (TF, ["model.config.df_timestep_strategy=fopp"], ["model.config.df_timestep_strategy=fopp is not read by stage tf"]),
+        (
+            DMD,
+            ["model.config.tangent_warmup=5", "model.config.student_update_freq=3"],
+            ["model.config.tangent_warmup=5 is not read by stage sf_dmd"],
+        ),
+        (DMD, ["model.config.causal_guidance=2"], ["model.config.causal_guidance=2.0 is not read by stage sf_dmd"]),
+        (RCM, ["model.config.dcm_total_steps=9"], ["model.config.dcm_total_steps=9 is not read by stage rCM with cm_type=scm"]),
+        (RCM, ["model.config.dcm_total_steps=9", "model.config.cm_type=dcm"], []),
+        (
+            RCM,
+            ["model.config.p_D.shift=3", "net_fake_score=null"],
+            ["model.config.p_D.shift=3.0 is not read by stage rCM without fake score"],
+        ),
+    ],
+)
+def test_keys_that_the_stage_does_not_read_are_told(composed, name: str, words: list[str], told: list[str]) -> None:
+    found = unread_keys(composed(f"experiment={name}", *words).config, typed_keys(parse_overrides(words)))
+    assert len(found) == len(told) and all(mine.startswith(start) for mine, start in zip(found, told, strict=True)), found
