@@ -4,10 +4,10 @@ products in FP8: errors against float64 first, then times.
     python -m scripts.bench_fp8_products [--net 1.3B --net 14B] [--tokens 65520] [--compile]
                                          [--recipe tensorwise ...] [--json FILE]
 
-Ways: bf16; fp8 and fp8_all (`rcm.nets.trained_fp8`); torchao's recipes (`pip install
+Ways: bf16; fp8 (`rcm.nets.trained_fp8`); torchao's recipes (`pip install
 'rcm[lowbit]'`), eager and with --compile under torch.compile. Layers: E -> E, E -> H, H -> E of the
 network, all tokens of a packed teacher-forced pass. `parts`: a product alone in bf16, in e4m3 with
-a scale per row and with one scale, and the kernels that round rows and columns.
+a scale per row and with one scale, and the kernel that rounds rows.
 """
 
 from __future__ import annotations
@@ -67,7 +67,6 @@ def ways(layer: Linear, options: argparse.Namespace) -> Iterator[tuple[str, nn.M
     """Every way to compute `layer`, by name; all share its parameters."""
     yield "bf16", layer
     yield "fp8", TrainedFP8Linear(layer)
-    yield "fp8_all", TrainedFP8Linear(layer, all_products=True)
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
@@ -88,8 +87,8 @@ def both_ways(way: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
 
 
 def check(options: argparse.Namespace) -> dict[str, float]:
-    """Relative errors of a small layer against float64: of the same roundings for fp8 and fp8_all,
-    whose result is known; of exact products for all.
+    """Relative errors of a small layer against float64: of the same roundings for fp8, whose result
+    is known; of exact products for all.
     """
     rows, inputs, outputs = SMALL
     layer, x = layer_of(inputs, outputs), drawn(rows, inputs, seed=2).requires_grad_()
@@ -109,7 +108,7 @@ def check(options: argparse.Namespace) -> dict[str, float]:
     rounded = {
         "value": F.linear(wide(x, axis=1), wide(weight, axis=1), wide(layer.bias)),
         "x": wide(grad, axis=1) @ wide(weight, axis=0),
-        "weight": wide(grad, axis=0).t() @ wide(x, axis=0),
+        "weight": exact["weight"],
     }
     errors: dict[str, tuple[float, float]] = {}
     for name, way in ways(layer, options):
@@ -117,9 +116,8 @@ def check(options: argparse.Namespace) -> dict[str, float]:
         for key, value in found.items():
             budget = 1e-2 if name == "bf16" else 0.2
             errors[f"{name}: {key}"] = (relative(value, exact[key]), budget)
-            if name.startswith("fp8"):
-                truth = exact if (name, key) == ("fp8", "weight") else rounded
-                error = relative(value, truth[key])
+            if name == "fp8":
+                error = relative(value, rounded[key])
                 errors[f"{name}: {key}, its own roundings"] = (error, 6e-3)
     return require(errors)
 
@@ -135,7 +133,6 @@ def parts(inputs: int, outputs: int, options: argparse.Namespace) -> dict[str, f
         "by rows": lambda: quantise.product(rows, columns, None, dtype=torch.bfloat16),
         "one scale": lambda: torch._scaled_mm(rows[0], columns[0].t(), **whole),
         "rounding x": lambda: quantise.quantise_rows(x),
-        "rounding x by columns": lambda: quantise.quantise_columns(x),
     }
     return {f"{name}_ms": alone(call, repeats=2) for name, call in calls.items()}
 

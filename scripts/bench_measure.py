@@ -35,7 +35,7 @@ GIB = 2**30
 KINDS = {
     "attention": "attention sdpa fmha flash mha cudnn hopper_forward portable_forward _deposit",
     "matrix product": "gemm nvjet cutlass xmma cublas splitk",
-    "rounding to FP8": "quantise_rows quantise_columns column_amax",
+    "rounding to FP8": "quantise_rows",
     "fused layers": "norm_forward norm_tangent norm_backward gated_add gelu_forward gelu_backward"
     " rotate_pairs",
 }

@@ -87,8 +87,7 @@ class NetConfig(Record):
     text_len: int | None = None  # text tokens
     max_frames: int | None = None  # latent frames covered by the rotary table
     two_times: bool = False  # knows a second time below its own: the student of tf_meanflow
-    # products of a trained network's linear layers: in the compute dtype, or of e4m3 numbers, where
-    # fp8_all takes the gradients of weights along
+    # products of a trained network's linear layers: in the compute dtype, or of e4m3 numbers
     linear_precision: LinearPrecision = "compute"
     sac_config: SACConfig = field(default_factory=SACConfig)
 

@@ -20,9 +20,9 @@ from rcm.kernels.fused import quantise
 from rcm.nets.frozen_fp8 import fits
 from rcm.nets.layers import Linear
 
-LinearPrecision = Literal["compute", "fp8", "fp8_all"]
+LinearPrecision = Literal["compute", "fp8"]
 """compute: products in the compute dtype. fp8: products of e4m3 numbers, but for the gradients of
-weights, which are sums over all tokens. fp8_all: those, too."""
+weights, which are sums over all tokens."""
 TEXT = ("cross_attn.k", "cross_attn.v")
 """Layers of a block that see the tokens of the prompt alone: too few to pay for rounding a
 weight."""
@@ -33,16 +33,14 @@ class TrainedFP8Linear(Linear):
     `layer`.
 
     The gradient of `x` is a product of e4m3 numbers, too: that of y rounded per token, W per input
-    column. So is that of W with `all_products`, both factors rounded per column over all tokens;
-    without, it is taken in the compute dtype from what was not rounded. A dual `x` takes the
+    column. That of W is taken in the compute dtype from what was not rounded. A dual `x` takes the
     products of `Linear`, so that tangents are exactly those of the weights as they are.
     """
 
-    def __init__(self, layer: nn.Linear, *, all_products: bool = False) -> None:
+    def __init__(self, layer: nn.Linear) -> None:
         bias = layer.bias is not None
         super().__init__(layer.in_features, layer.out_features, bias=bias, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
-        self.all_products = all_products
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in_features] to [..., out_features], dtype of `x`; plain or dual."""
@@ -53,16 +51,13 @@ class TrainedFP8Linear(Linear):
                 f"FP8 products on a GPU need bfloat16, the input is {x.dtype}; set"
                 " model.config.precision=bfloat16 or linear_precision=compute"
             )
-        return cast(Tensor, _Product.apply(x, self.weight, self.bias, self.all_products))
+        return cast(Tensor, _Product.apply(x, self.weight, self.bias))
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, all_products: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.all_products = all_products
         rows = quantise.quantise_rows(x.reshape(-1, x.shape[-1]))
         y = quantise.product(rows, quantise.quantise_rows(weight), bias, dtype=x.dtype)
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -76,15 +71,11 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             factors = quantise.quantise_rows(rows), quantise.quantise_rows(weight.t())
             x_grad = quantise.product(*factors, None, dtype=grad.dtype).view(x.shape)
-        if ctx.needs_input_grad[1] and ctx.all_products:
-            factors = quantise.quantise_columns(rows), quantise.quantise_columns(inputs)
-            # a sum over tens of thousands of tokens
-            weight_grad = quantise.product(*factors, None, dtype=grad.dtype, fast=False)
-        elif ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1]:
             weight_grad = rows.t() @ inputs
         if ctx.needs_input_grad[2]:
             bias_grad = rows.sum(dim=0)
-        return x_grad, weight_grad, bias_grad, None
+        return x_grad, weight_grad, bias_grad
 
 
 def train_in_fp8_(net: nn.Module, which: LinearPrecision) -> nn.Module:
@@ -97,6 +88,5 @@ def train_in_fp8_(net: nn.Module, which: LinearPrecision) -> nn.Module:
     for block in cast(nn.ModuleList, net.blocks):
         for path, layer in list(block.named_modules()):
             if type(layer) is Linear and path not in TEXT and fits(tuple(layer.weight.shape)):
-                made = TrainedFP8Linear(layer, all_products=which == "fp8_all")
-                block.set_submodule(path, made)
+                block.set_submodule(path, TrainedFP8Linear(layer))
     return net

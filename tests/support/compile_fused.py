@@ -19,7 +19,7 @@ from rcm.kernels.fused import norm_kernels, pointwise_kernels, quantise_kernels
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv"}
 KERNELS = (
     (norm_kernels, ("norm_forward", "norm_tangent", "norm_backward")),
-    (quantise_kernels, ("quantise_rows", "quantise_columns", "column_amax")),
+    (quantise_kernels, ("quantise_rows",)),
     (pointwise_kernels, ("gated_add_forward", "gated_add_backward", "gelu_forward", "gelu_backward", "gelu_backward_sums", "rotate_pairs")),
 )
 

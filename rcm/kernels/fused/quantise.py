@@ -1,5 +1,5 @@
-"""Rows in e4m3 with one float32 scale each: the rule, its plain formula, its kernels for rows and
-for columns, and the product of two such matrices.
+"""Rows in e4m3 with one float32 scale each: the rule, its plain formula, its kernel, and the
+product of two such matrices.
 
 The rule for a row x: amax = max(max |x|, 1e-30) in float32, q = e4m3(x * (448 / amax)) to the
 nearest, ties to even, scale = amax / 448, so that x is about q * scale. A NaN or an infinity in a
@@ -26,9 +26,6 @@ ALIGNMENT = 16
 """Hopper's FP8 products take inner and outer widths that are multiples of this."""
 MAX_WIDTH = 16384
 """A row is held in registers; the widest feed-forward of a Wan network has 13824 channels."""
-AMAX_TILE, TURNED_TILE = (128, 1024), (128, 64)
-"""Rows and columns of a program: of the pass that finds the largest of every column, and of the one
-that rounds and turns."""
 
 
 def quantise_rows(x: Tensor, *, gelu: bool = False) -> Rows:
@@ -46,15 +43,6 @@ def quantise_rows(x: Tensor, *, gelu: bool = False) -> Rows:
     ):
         return launch(x, gelu=gelu)
     return reference(gelu_tanh(x) if gelu else x)
-
-
-def quantise_columns(x: Tensor) -> Rows:
-    """`quantise_rows` of the transpose of `x` [M, K]: e4m3 [K, M] and scales [K, 1] float32. On
-    CUDA zeros follow up to a multiple of `ALIGNMENT` rows, where a product sums over them.
-    """
-    if x.is_cuda and not torch.compiler.is_compiling() and x.dtype != torch.float64:
-        return launch_columns(x)
-    return reference(x.t())
 
 
 def reference(x: Tensor) -> Rows:
@@ -86,46 +74,19 @@ def launch(x: Tensor, *, gelu: bool) -> Rows:
     return q, scale
 
 
-def launch_columns(x: Tensor) -> Rows:
-    """The kernels of `quantise_columns`; rows of any stride."""
-    from rcm.kernels.fused import quantise_kernels
-
-    x = unit_stride(x)
-    rows, width = x.shape
-    padded = -(-rows // ALIGNMENT) * ALIGNMENT
-    q = torch.empty(width, padded, dtype=E4M3, device=x.device)
-    scale = torch.empty(width, 1, dtype=torch.float32, device=x.device)
-    if not x.numel():
-        return q, scale
-    (tall, wide), (height, breadth) = AMAX_TILE, TURNED_TILE
-    parts = torch.empty(-(-rows // tall), width, dtype=torch.float32, device=x.device)
-    sizes = {"ROWS": tall, "WIDTH": width, "BLOCK": wide, "num_warps": max(1, wide // 256)}
-    with device_of(x):
-        grid = (parts.shape[0], -(-width // wide))
-        quantise_kernels.column_amax[grid](x, parts, rows, x.stride(0), **sizes)
-        grid = (-(-padded // height), -(-width // breadth))
-        quantise_kernels.quantise_columns[grid](
-            x, parts.amax(dim=0), q, scale, rows, x.stride(0), padded,
-            WIDTH=width, TALL=height, WIDE=breadth, num_warps=4,
-        )  # fmt: skip
-    return q, scale
-
-
-def product(
-    x: Rows, weight: Rows, bias: Tensor | None, *, dtype: torch.dtype, fast: bool = True
-) -> Tensor:
+def product(x: Rows, weight: Rows, bias: Tensor | None, *, dtype: torch.dtype) -> Tensor:
     """x weight^T + bias [M, N] in `dtype`, of `x` [M, K] and `weight` [N, K], both with their
     scales.
 
-    On CUDA one product of the library with rowwise scales, which writes bfloat16 only; `fast` keeps
-    its sums in the tensor cores' own precision, below float32. Elsewhere the same sum in float32
+    On CUDA one product of the library with rowwise scales, which writes bfloat16 only, its sums in
+    the tensor cores' own precision, below float32. Elsewhere the same sum in float32
     (float64 for a `dtype` of float64), scaled, biased and rounded in this order.
     """
     (q, scale), (weight_q, weight_scale) = x, weight
     if q.is_cuda:
         scales = {"scale_a": scale, "scale_b": weight_scale.t()}
         return torch._scaled_mm(
-            q, weight_q.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=fast
+            q, weight_q.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=True
         )
     wide = accumulate_dtype(dtype)
     y = (q.to(wide) @ weight_q.to(wide).t()) * scale.to(wide) * weight_scale.to(wide).t()
