@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from rcm.configs.bases import TRAINED, base_of, roles_on
-from rcm.configs.network import networks
+from rcm.configs.network import networks, wan_config
 from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_causal import CausalConfig
 from rcm.configs.schema_common import CommonModelConfig, M
 from rcm.core.errors import ConfigError
+from rcm.kernels.flash_jvp.validation import MAX_HEAD, MIN_HEAD
 from rcm.nets.fp8_linear import CAPABILITY
 from rcm.train.moments import forms
 
@@ -55,8 +56,12 @@ def check_memory(config: TrainConfig) -> None:
 
 
 def require_here(config: TrainConfig, *, device: torch.device) -> None:
-    """`ConfigError` if this machine lacks a package, or FP8 products, that the run needs."""
+    """`ConfigError` if this machine lacks a package, FP8 products, or the kernel of tangents that
+    the run needs.
+    """
     model = config.model.config
+    if model.jvp_implementation == "triton":
+        _tangent_kernel(model, device)
     optimizers = {"optimizer": config.optimizer}
     if model.net_fake_score is not None:
         optimizers[f"{M}.optimizer_fake_score"] = model.optimizer_fake_score
@@ -78,6 +83,20 @@ def require_here(config: TrainConfig, *, device: torch.device) -> None:
             f" {'.'.join(map(str, found))} and the run {model.precision}; set"
             f" {told.split('=')[0]}={value}"
         )
+
+
+def _tangent_kernel(model: CommonModelConfig, device: torch.device) -> None:
+    size = wan_config(model.net, knob=f"{M}.net").head_dim
+    obstacles = {
+        f"a CUDA device, this run is on {device}": device.type != "cuda",
+        f"{M}.precision other than float64": model.precision == "float64",
+        f"heads of {MIN_HEAD} to {MAX_HEAD}, {M}.net has {size}": not MIN_HEAD <= size <= MAX_HEAD,
+    }
+    for needed, lacks in obstacles.items():
+        if lacks:
+            raise ConfigError(
+                f"{M}.jvp_implementation=triton needs {needed}; set it to auto or reference"
+            )
 
 
 def _frozen_weights(model: CommonModelConfig) -> None:

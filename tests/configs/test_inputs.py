@@ -5,9 +5,11 @@ nothing; typed keys that nothing reads.
 from __future__ import annotations
 
 import pytest
+import torch
 
 from rcm.configs.dead_keys import typed_keys, unread_keys
 from rcm.configs.inputs import unread_files
+from rcm.configs.memory import require_here
 from rcm.configs.overrides import parse_overrides
 from rcm.core.errors import ConfigError
 
@@ -127,3 +129,21 @@ def test_what_is_so_anyway_may_be_typed(composed) -> None:
 def test_keys_that_the_stage_does_not_read_are_told(composed, name: str, words: list[str], told: list[str]) -> None:
     found = unread_keys(composed(f"experiment={name}", *words).config, typed_keys(parse_overrides(words)))
     assert len(found) == len(told) and all(mine.startswith(start) for mine, start in zip(found, told, strict=True)), found
+
+
+@pytest.mark.parametrize(
+    ("device", "words", "needed"),
+    [
+        ("cpu", [], "a CUDA device, this run is on cpu"),
+        ("cuda", ["precision=fp64"], "model.config.precision other than float64"),
+        ("cuda", ["model.config.net.num_heads=20"], "heads of 16 to 256, model.config.net has 8"),
+        ("cuda", [], None),
+    ],
+)
+def test_a_kernel_of_tangents_that_cannot_run_is_refused(composed, device: str, words: list[str], needed: str | None) -> None:
+    config = composed("experiment=toy_tf_scm_c3-3", "model.config.jvp_implementation=triton", *words).config
+    if needed is None:
+        return require_here(config, device=torch.device(device))
+    with pytest.raises(ConfigError) as refused:
+        require_here(config, device=torch.device(device))
+    assert str(refused.value) == f"model.config.jvp_implementation=triton needs {needed}; set it to auto or reference"
