@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from rcm.core.errors import ConfigError
@@ -21,6 +22,9 @@ from rcm.serve.hub import Hub
 SEND_BUFFER = 256 * 1024
 """Bytes that the kernel holds for a client. What waits there can no longer be dropped, so it is the
 delay of a slow reader.
+"""
+MOST = 128
+"""HTTP connections at once. A page takes a few, and each for a moment.
 """
 
 
@@ -33,6 +37,22 @@ class Unbuffered(WebSocketsSansIOProtocol):
         """See `asyncio.Protocol`."""
         transport.set_write_buffer_limits(high=0)
         super().connection_made(transport)
+
+
+class Brief(AutoHTTPProtocol):  # type: ignore[misc,valid-type]  # chosen at its import
+    """An HTTP connection, of which `MOST` are open at once: a further one ends the oldest, so that
+    silent ones do not use up the files that a process may open.
+    """
+
+    def connection_made(self, transport: Any) -> None:
+        """See `asyncio.Protocol`."""
+        super().connection_made(transport)
+        self.since = self.loop.time()
+        # those that became WebSockets are others by now
+        open_ones = (other for other in self.connections if not other.transport.is_closing())
+        brief = [other for other in open_ones if isinstance(other, Brief)]
+        if len(brief) > MOST:
+            min(brief, key=lambda other: other.since).transport.abort()
 
 
 class Server(uvicorn.Server):
@@ -74,6 +94,8 @@ async def serve(
     """
     config = uvicorn.Config(
         make_app(hub, access),
+        backlog=100,  # are taken in one turn of the loop, before older ones can be ended
+        http=Brief,
         ws=Unbuffered,
         ws_max_size=hub.limits.message_bytes,
         ws_per_message_deflate=False,  # pictures are compressed already

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -21,6 +22,7 @@ from websockets.sync.client import connect
 from rcm.pipelines.from_checkpoint import LoadedModel, open_checkpoint
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.recipe import SamplingRecipe
+from rcm.serve import server as server_module
 from rcm.serve.access import Access
 from rcm.serve.hub import Offer
 from rcm.serve.limits import Limits
@@ -217,6 +219,20 @@ def test_a_stop_tells_everyone_and_closes_all(offer):
             pass
 
 
+def test_silent_connections_keep_nobody_out(server, monkeypatch):
+    """The oldest end when others come; those that became sockets stay."""
+    monkeypatch.setattr(server_module, "MOST", 3)
+    with server.client("new") as client, contextlib.ExitStack() as open_ones:
+        client.frames(1)
+        silent = [open_ones.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=20)) for _ in range(8)]
+        silent[0].sendall(b"GET / HT")
+        assert get(server, "/health")[0] == 200
+        for ended in silent[:5]:
+            with contextlib.suppress(ConnectionError):
+                assert ended.recv(1) == b""
+        assert client.frames(2)
+
+
 def test_a_session_over_the_memory_budget_is_refused_with_the_numbers(offer, model):
     with model.open([PROMPT], **WINDOW) as session:
         for _ in range(4):
@@ -241,8 +257,8 @@ def test_a_session_over_the_memory_budget_is_refused_with_the_numbers(offer, mod
 def test_tokens_and_origins_of_sockets(guarded, headers, query, status):
     address = guarded.address() + query
     if status == 101:
-        with connect(address, additional_headers=headers) as socket:
-            assert json.loads(socket.recv(timeout=20))["type"] == "hello"
+        with connect(address, additional_headers=headers) as connected:
+            assert json.loads(connected.recv(timeout=20))["type"] == "hello"
     else:
         with pytest.raises(InvalidStatus) as refused, connect(address, additional_headers=headers):
             pass
