@@ -12,6 +12,8 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 
+from rcm.configs.bases import TRAINED
+from rcm.configs.network import networks
 from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_causal import CausalConfig
 from rcm.configs.schema_common import CommonModelConfig, M
@@ -118,7 +120,7 @@ def _codec(model: CommonModelConfig) -> Iterator[tuple[str, str, str]]:
 
 
 def _unread(model: CommonModelConfig) -> Iterator[tuple[str, str]]:
-    """Key of a value or of a record, and the stage that has no use for it."""
+    """Key of a value or of a record, and what has no use for it."""
     kind, stage = model.stage, f"stage {model.stage}"
     critic = model.net_fake_score is not None
     reads = {
@@ -155,4 +157,6 @@ def _unread(model: CommonModelConfig) -> Iterator[tuple[str, str]]:
             "dcm_skipping_interval_steps": dcm,
             "dcm_timestep_shift": dcm,
         }
-    return ((f"{M}.{key}", stage) for key, read in reads.items() if not read)
+    yield from ((f"{M}.{key}", stage) for key, read in reads.items() if not read)
+    frozen = (knob for knob in networks(model) if knob not in TRAINED)
+    yield from ((f"{M}.{knob}.sac_config", "a frozen network") for knob in frozen)

@@ -116,6 +116,11 @@ def test_what_is_so_anyway_may_be_typed(composed) -> None:
             ["model.config.tangent_warmup=5", "model.config.student_update_freq=3"],
             ["model.config.tangent_warmup=5 is not read by stage sf_dmd"],
         ),
+        (
+            DMD,
+            ["model.config.net_bidirectional_teacher.sac_config.mode=block_wise", "model.config.net.sac_config.mode=block_wise"],
+            ["model.config.net_bidirectional_teacher.sac_config.mode=block_wise is not read by a frozen network"],
+        ),
         (DMD, ["model.config.causal_guidance=2"], ["model.config.causal_guidance=2.0 is not read by stage sf_dmd"]),
         (RCM, ["model.config.dcm_total_steps=9"], ["model.config.dcm_total_steps=9 is not read by stage rCM with cm_type=scm"]),
         (RCM, ["model.config.dcm_total_steps=9", "model.config.cm_type=dcm"], []),
@@ -143,7 +148,8 @@ def test_keys_that_the_stage_does_not_read_are_told(composed, name: str, words: 
 def test_a_kernel_of_tangents_that_cannot_run_is_refused(composed, device: str, words: list[str], needed: str | None) -> None:
     config = composed("experiment=toy_tf_scm_c3-3", "model.config.jvp_implementation=triton", *words).config
     if needed is None:
-        return require_here(config, device=torch.device(device))
+        require_here(config, device=torch.device(device))
+        return
     with pytest.raises(ConfigError) as refused:
         require_here(config, device=torch.device(device))
     assert str(refused.value) == f"model.config.jvp_implementation=triton needs {needed}; set it to auto or reference"
