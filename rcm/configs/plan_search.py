@@ -39,6 +39,9 @@ LADDER = (
     ),
     Lever(("model.config.replayed_training=True",), "the last step of every chunk runs twice"),
     Lever(
+        ("trainer.keep_gathered_gib=0",), "the student's weights are gathered for every short pass"
+    ),
+    Lever(
         ("trainer.offload.parameters=True",),
         "trained weights cross the bus for every pass, and the host's processor updates them",
         instead=("trainer.offload.states=True",),

@@ -21,7 +21,7 @@ from rcm.train.planner_memory import (
     total,
     update_terms,
 )
-from rcm.train.planner_time import moving_seconds, pass_cost, update_seconds
+from rcm.train.planner_time import gather_seconds, moving_seconds, pass_cost, update_seconds
 
 SLACK = 1.06
 """Memory the caching allocator has reserved over what is allocated at the peak."""
@@ -95,8 +95,10 @@ def predict(job: Job, card: Card) -> Prediction:
 
 def _phase(job: Job, card: Card, phase: PhasePlan, base: float) -> PhasePrediction:
     passes = []
+    kept = job.rolls_gathered(phase)
     for step in phase.passes:
-        cost, terms = pass_cost(job, card, step), tuple(pass_terms(job, phase, step))
+        cost = pass_cost(job, card, step, gathered=kept and step.role == "student")
+        terms = tuple(pass_terms(job, phase, step))
         told = (step.name, step.role, step.mode, total(terms), cost.seconds, cost.flops, terms)
         passes.append(PassPrediction(*told))
     moments = [(item.name, item.terms) for item in passes]
@@ -105,6 +107,7 @@ def _phase(job: Job, card: Card, phase: PhasePlan, base: float) -> PhasePredicti
     update = update_seconds(job, card, phase)
     seconds = job.accumulation * sum(item.seconds for item in passes) + update
     seconds += moving_seconds(job, card, phase)
+    seconds += job.accumulation * gather_seconds(job, card, "student") * kept
     peak, kind = base + total(terms), (phase.role, phase.share)
     return PhasePrediction(*kind, tuple(passes), terms, peak, fullest, seconds, update)
 

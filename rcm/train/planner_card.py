@@ -28,8 +28,9 @@ class Card:
     reorder: float = 115e9  # exchanged heads, beside the link: copies around it, smaller calls
     network: float = 45e9  # of a rank to other nodes
     host: float = 50e9  # to or from pinned host memory; assumed from the bus (PCIe 5.0 x16)
+    host_gather: float = 13e9  # the same tensor by tensor, as FSDP2 gathers what lives there
     node: int = 8  # cards of a node
-    launch: float = 1.6e-3  # seconds that the host issues a block in
+    launch: float = 2.4e-3  # seconds that the host issues a block in
     launch_ranks: float = 7.6e-3  # the same where ranks share parameters, and wait for the slowest
     measured: bool = False
 

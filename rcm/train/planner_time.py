@@ -46,12 +46,13 @@ class Times(NamedTuple):
     rows: float  # elementwise traffic
     exchanges: float  # of context parallelism
     launches: float
+    launches_alone: float  # on a rank that waits for no other
 
 
 TIMES = {
-    "infer": Times(1, 1, 0, 1, 1, 1),
-    "tangent": Times(2, 3, 0, 2, 2, 1),  # attention: six products of two
-    "train": Times(3, 1, 2.5, 3, 2, 3),
+    "infer": Times(1, 1, 0, 1, 1, 1, 1),
+    "tangent": Times(2, 3, 0, 2, 2, 1, 1),  # attention: six products of two
+    "train": Times(3, 1, 2.5, 3, 2, 3, 5),
 }
 
 AGAIN: dict[str, tuple[float, float]] = {"none": (0, 0), "mm_only": (0, 0), "block_wise": (1, 1)}
@@ -103,12 +104,13 @@ class Cost(NamedTuple):
     seconds: float
 
 
-def pass_cost(job: Job, card: Card, step: Pass) -> Cost:
+def pass_cost(job: Job, card: Card, step: Pass, *, gathered: bool = False) -> Cost:
     """Seconds: the slower of arithmetic and the communication that it hides, plus the exchanges
-    that it cannot hide.
+    that it cannot hide. `gathered`: the weights are there.
     """
     net, flops, taken, share = job.net(step.role), 0.0, 0.0, job.batch / job.context
-    config, gathering = net.config, _gathering(job, card, net, step)
+    gathers = (step.mode == "train") + 1 if not gathered else 0
+    config, gathering = net.config, _gathering(job, card, net, step, gathers)
     # no gradient of the weights themselves
     frozen = step.mode == "train" and (net.rank > 0 or step.inputs)
     factors = 0 if step.inputs or step.mode != "train" else _factors(net)
@@ -129,17 +131,22 @@ def pass_cost(job: Job, card: Card, step: Pass) -> Cost:
         seconds += attention / ahead + back / (masked * card.attention_backward)
         seconds = max(share * seconds + _widening(job, card, net), gathering)
         seconds += times.exchanges * _exchanging(job, card, net, layout)
-        taken += count * _issued(job, card, seconds, blocks=times.launches * config.num_layers)
+        taken += count * _issued(job, card, seconds, times=times, blocks=config.num_layers)
     return Cost(flops, taken)
 
 
-def _issued(job: Job, card: Card, seconds: float, *, blocks: float) -> float:
+def _issued(job: Job, card: Card, seconds: float, *, times: Times, blocks: int) -> float:
     """With the time in which the host issues so many blocks: beside the device's; beside half of it
     where ranks share parameters, for they meet in every block.
     """
     if job.shard_ranks == 1:
-        return max(seconds, blocks * card.launch)
-    return max(seconds, seconds / 2 + blocks * card.launch_ranks)
+        return max(seconds, times.launches_alone * blocks * card.launch)
+    return max(seconds, seconds / 2 + times.launches * blocks * card.launch_ranks)
+
+
+def gather_seconds(job: Job, card: Card, role: str) -> float:
+    """Gathering the weights of `role` once, nothing beside it."""
+    return _gathering(job, card, job.net(role), None, 1)
 
 
 def _factors(net: NetPlan) -> int:
@@ -160,17 +167,18 @@ def _speed(card: Card, ranks: int) -> float:
     return card.link if ranks <= card.node else card.network
 
 
-def _gathering(job: Job, card: Card, net: NetPlan, step: Pass) -> float:
-    """FSDP2's traffic of one forward (and backward): every block gathered, again for the backward,
-    its gradients scattered; from the host, where it lives there.
+def _gathering(job: Job, card: Card, net: NetPlan, step: Pass | None, gathers: int) -> float:
+    """FSDP2's traffic of one forward (and backward): every block gathered so many times, its
+    gradients scattered; from the host, where it lives there.
     """
-    ranks, training, whole = job.shard_ranks, step.mode == "train", numbers(net.config)
-    reduced = job.reduce_bytes * (training and not step.inputs)
-    moved = compute_size(job, net, whole.all, of=whole) * (1 + training)
+    ranks, whole = job.shard_ranks, numbers(net.config)
+    training = step is not None and step.mode == "train"
+    reduced = job.reduce_bytes * (training and step is not None and not step.inputs)
+    moved = compute_size(job, net, whole.all, of=whole) * gathers
     moved += reduced * net.trained_elements()
-    crossing = job.param_bytes * (1 + training) + job.reduce_bytes * training
+    crossing = job.param_bytes * gathers + job.reduce_bytes * training
     crossing *= job.stored(net).all * job.lives_on_host(net)
-    return moved * (ranks - 1) / ranks / _speed(card, ranks) + crossing / card.host
+    return moved * (ranks - 1) / ranks / _speed(card, ranks) + crossing / card.host_gather
 
 
 def _exchanging(job: Job, card: Card, net: NetPlan, layout: TokenLayout) -> float:

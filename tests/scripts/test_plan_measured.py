@@ -15,8 +15,10 @@ from rcm.train.planner_card import GIB, H200
 from scripts import bench_memory
 from scripts.bench_scale_rows import ROWS, composed
 
+ANEW = "trainer.keep_gathered_gib=0"
+SMALL = "sf_dmd_replayed-1.3B-one"
 SCALE = [
-    # row of scripts.bench_scale, cards, {role: seconds}, {role: GiB}
+    # row of scripts.bench_scale, cards, {role: seconds}, {role: GiB}, more words
     ("tf_diffusion-1.3B-one", 1, {"student": 3.26}, {"student": 33.8}),
     ("tf_scm-1.3B-one", 1, {"student": 12.46}, {"student": 60.7}),
     ("tf_diffusion-1.3B-fsdp", 4, {"student": 3.59}, {"student": 18.1}),
@@ -26,6 +28,19 @@ SCALE = [
     ("tf_scm-14B-ulysses4", 4, {"student": 10.13}, {"student": 82.4}),
     ("tf_dcm-14B-ulysses4", 4, {"student": 9.48}, {"student": 82.3}),
     ("sf_dmd_replayed-14B-ulysses4-each", 4, {"student": 19.48, "fake_score": 11.32}, {"student": 126.8, "fake_score": 120.8}),
+    ("tf_diffusion-1.3B-fsdp", 2, {"student": 3.40}, {"student": 23.30}),
+    ("tf_diffusion-1.3B-ulysses2", 2, {"student": 1.91}, {"student": 17.64}),
+    ("tf_diffusion-14B-ulysses2-keep_attention_lean", 2, {"student": 10.09}, {"student": 92.18}),
+    ("tf_diffusion-14B-ulysses2-keep_attention_mlp_lean", 2, {"student": 9.71}, {"student": 103.14}),
+    ("tf_scm-14B-ulysses2-keep_attention_lean", 2, {"student": 18.87}, {"student": 105.97}),
+    ("tf_dcm-14B-ulysses2-keep_attention_lean", 2, {"student": 17.45}, {"student": 105.92}),
+    ("sf_dmd_replayed-14B-ulysses2-states_lean", 2, {}, {"student": 112.43, "fake_score": 100.91}),
+    (f"{SMALL}-small_roles", 1, {"student": 6.34, "fake_score": 4.25}, {"student": 54.90, "fake_score": 48.77}),
+    # on a machine busy with tests: their times are none
+    (f"{SMALL}-small_roles", 1, {}, {"student": 52.37, "fake_score": 48.76}, ANEW),
+    (f"{SMALL}-lever_states", 1, {}, {"student": 25.89, "fake_score": 22.28}, ANEW),
+    (f"{SMALL}-lever_idle_roles", 1, {}, {"student": 44.45, "fake_score": 43.36}, ANEW),
+    (f"{SMALL}-lever_bfloat16_states", 1, {}, {"student": 41.78, "fake_score": 38.17}, ANEW),
 ]
 MEMORY = [
     # case of scripts.bench_memory, on one card, with the longest rollout
@@ -41,23 +56,24 @@ def registry() -> None:
 
 
 def hold(found: Prediction, seconds: dict[str, float], gib: dict[str, float]) -> None:
-    """Time within 8 percent, peak memory within 1 (2.5 below for rows under Ulysses)."""
-    times = {phase.role: phase.seconds / seconds[phase.role] for phase in found.phases}
+    """Time within 10 percent, peak memory within 1 (2.5 below for rows under Ulysses)."""
+    times = {phase.role: phase.seconds / seconds[phase.role] for phase in found.phases if seconds}
     peaks = {phase.role: phase.peak / GIB / gib[phase.role] for phase in found.phases}
-    assert times == {role: pytest.approx(1, abs=0.08) for role in seconds}
+    assert times == {role: pytest.approx(1, abs=0.1) for role in seconds}
     below = 0.025 if found.job.context > 1 else 0.01
     assert all(1 - below <= ratio <= 1.01 for ratio in peaks.values()), peaks
 
 
-@pytest.mark.parametrize(("name", "cards", "seconds", "gib"), SCALE, ids=lambda value: value if isinstance(value, str) else "")
-def test_rows_of_the_scaling_benchmark(name, cards, seconds, gib) -> None:
+@pytest.mark.parametrize("measured", SCALE, ids=lambda row: "-".join(map(str, (row[0], row[1], *row[4:]))))
+def test_rows_of_the_scaling_benchmark(measured) -> None:
+    name, cards, seconds, gib, *more = measured
     row = next(row for row in ROWS if row.name == name)
-    hold(predict(plan_job(composed(row, ranks=cards, tiny=False), ranks=cards), H200), seconds, gib)
+    hold(predict(plan_job(composed(row, ranks=cards, tiny=False, more=more), ranks=cards), H200), seconds, gib)
 
 
 @pytest.mark.parametrize(("case", "seconds", "gib"), MEMORY, ids=lambda value: value if isinstance(value, str) else "")
 def test_cases_of_the_memory_benchmark(case, seconds, gib) -> None:
     words = [*bench_memory.CASES[case], *bench_memory.ONE_CARD, *bench_memory.NO_FILES]
-    words.append("trainer.keep_gathered_gib=0")  # as it was then
+    words.append(ANEW)  # as it was then
     run = compose_run(words, world_size=None, require_inputs=False)
     hold(bench_memory.expect(run, ranks=1, device=torch.device("cuda")), seconds, gib)
