@@ -24,9 +24,15 @@ PRELOADED = [
     "torch._dynamo",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
-    "rcm.parallel.apply",
+    "pytest",
+    "rcm.configs.cli",
+    "rcm.configs.build",
+    "rcm.pipelines.session",
+    "rcm.pipelines.from_checkpoint",
     "tests.support.toy_method",
+    "tests.support.warmed",
 ]
+"""What cannot be imported on a machine is passed over."""
 
 
 def run_ranks(

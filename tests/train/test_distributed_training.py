@@ -26,21 +26,21 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def on_two_ranks(folder: Path) -> dict[str, Any]:
-    """Ten iterations on one sequence (cp 2) and on two data streams (shard 2), the latter also in
+    """Four iterations on one sequence (cp 2) and on two data streams (shard 2), the latter also in
     two halves with an asynchronous save between.
     """
-    shared = launch(folder / "cp", max_iter=10, dims=ParallelDims(1, 1, 2))
+    shared = launch(folder / "cp", max_iter=4, dims=ParallelDims(1, 1, 2))
     shared.run()
     found: dict[str, Any] = {"cp": everything(shared.state)}
     for gradient_sync in ("last", "each"):
         job = folder / f"whole {gradient_sync}"
-        whole = launch(job, max_iter=8, dims=ParallelDims(1, 2, 1), grad_accum_iter=2, step=StepConfig(gradient_sync=gradient_sync))
+        whole = launch(job, max_iter=4, dims=ParallelDims(1, 2, 1), grad_accum_iter=2, step=StepConfig(gradient_sync=gradient_sync))
         whole.run()
         found[gradient_sync] = everything(whole.state)
     options = {"dims": ParallelDims(1, 2, 1), "grad_accum_iter": 2, "asynchronous": True}
-    launch(folder / "parts", max_iter=4, **options).run()
-    second = launch(folder / "parts", max_iter=8, **options)
-    assert second.state.iteration == 4
+    launch(folder / "parts", max_iter=2, **options).run()
+    second = launch(folder / "parts", max_iter=4, **options)
+    assert second.state.iteration == 2
     second.run()
     found["resumed"] = everything(second.state)
     return found
@@ -48,7 +48,7 @@ def on_two_ranks(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.dist
 def test_two_ranks_train_like_one_and_resume_exactly(tmp_path: Path) -> None:
-    single = launch(tmp_path / "one", max_iter=10)
+    single = launch(tmp_path / "one", max_iter=4)
     single.run()
     first, second = run_ranks(2, on_two_ranks, tmp_path, tmp_path=tmp_path)
     assert same(first["cp"], second["cp"]) and close(first["cp"], everything(single.state))
@@ -58,7 +58,7 @@ def test_two_ranks_train_like_one_and_resume_exactly(tmp_path: Path) -> None:
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole last")
     assert close(first["each"], first["last"])
     # Both data streams count: a single rank's stream gives other weights.
-    alone = launch(tmp_path / "alone", max_iter=8, grad_accum_iter=2)
+    alone = launch(tmp_path / "alone", max_iter=4, grad_accum_iter=2)
     alone.run()
     assert not close(first["last"], everything(alone.state))
 
