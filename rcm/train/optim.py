@@ -34,7 +34,8 @@ class AdamWConfig(Record):
     # decoupled, per unit of lr, applied to every parameter
     weight_decay: float = within(0.1, least=0)
     betas: tuple[float, float] = (0.9, 0.99)  # decay of first and second moment, in [0, 1)
-    eps: float = within(1e-8, above=0)  # added to the root of the second moment
+    # added to the root of the second moment; float32 must hold it, or 0 / 0 makes weights NaN
+    eps: float = within(1e-8, least=1e-37)
     # form in which both moments are kept: bfloat16 rounded at random; int8, float8 need torchao
     states: States = "float32"
 
