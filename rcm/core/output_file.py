@@ -57,7 +57,9 @@ class OutputFile:
             target._probe()
         except OSError as error:
             raise OSError(
-                error.errno, f"cannot write there: {error.strerror or error}", text
+                error.errno,
+                f"{f'{knob}: ' if knob else ''}cannot write there: {error.strerror or error}",
+                text,
             ) from error
         return target
 
@@ -72,7 +74,10 @@ class OutputFile:
                 raise PermissionError(errno.EACCES, "the file is write-protected")
         if len(os.fsencode(self.path.name)) > os.pathconf("/", "PC_NAME_MAX"):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, "what is above it is no folder") from error
         with self.replacing(keep=False) as temporary, open(temporary, "wb") as file:
             file.write(_PROBE)
             file.flush()

@@ -28,7 +28,7 @@ from rcm.inference.causal_flags import (
 )
 from rcm.inference.causal_report import Marks, Stopwatch, Timing, timing_lines, write_causal_report
 from rcm.inference.outcome import check_device
-from rcm.inference.wan_command import frame_size, wan_main
+from rcm.inference.wan_command import check_beside, frame_size, wan_main
 from rcm.inference.wan_flags import single_network
 from rcm.inference.wan_models import Task, open_pipeline
 from rcm.inference.wan_outputs import VideoWriter, claimed
@@ -79,6 +79,7 @@ def run(flags: argparse.Namespace, job: CausalJob, *, clock: PartClock) -> None:
     """
     image = shared(on_first(lambda: read_image(flags.image_path) if flags.image_path else None))
     size, count = frame_size(flags, image), len(job.timelines)
+    check_beside(size, count=flags.num_samples)
     films = [
         film_of(flags, timeline, job.recipe.blocks, number=number, count=count)
         for number, timeline in enumerate(job.timelines)

@@ -79,7 +79,10 @@ def run(flags: argparse.Namespace) -> None:
     model = open_flagged(flags)
     recipe = chosen_recipe(flags, model.trained_recipe)
     upscale = flags.upscale or comfortable_scale(*model.pixel_size)
-    check_frame(model.pixel_size[0], model.pixel_size[1] * len(prompts), scale=upscale, pad=True)
+    height, width = model.pixel_size
+    beside = f"give fewer than {len(prompts)} prompts, which are written side by side"
+    advice = beside if upscale == 1 else f"lower --upscale {upscale}, or {beside}"
+    check_frame(height, width * len(prompts), scale=upscale, pad=True, advice=advice)
     prefix = _prefix(flags, model, recipe)
 
     def start() -> Iterator[StreamedChunk]:

@@ -32,6 +32,7 @@ from rcm.parallel.mesh import process_group
 from rcm.pipelines.image_condition import image_size, read_image
 from rcm.pipelines.part_clock import PartClock
 from rcm.pipelines.text_to_video import WholeVideoRecipe
+from rcm.pipelines.video_io import check_frame
 from rcm.pipelines.wan_pipeline import GeneratedVideo, VideoRequest, WanPipeline
 from rcm.pipelines.wan_ranks import leads, num_ranks
 from rcm.pipelines.wan_sizes import FrameSize, adaptive_size, table_size, written_size
@@ -233,6 +234,12 @@ def frame_size(flags: argparse.Namespace, image: Tensor | None) -> FrameSize:
     return adaptive_size(size, image=image_size(image))
 
 
+def check_beside(size: FrameSize, *, count: int) -> None:
+    """`ConfigError` where so many samples do not fit side by side into a file."""
+    advice = "choose a smaller --size" if count == 1 else "lower --num_samples or --size"
+    check_frame(size.height, size.width * count, scale=1, advice=advice)
+
+
 def _check_amount(request: VideoRequest) -> None:
     size = request.size
     gib = request.num_samples * request.num_frames * size.height * size.width * 12 / 2**30
@@ -242,6 +249,7 @@ def _check_amount(request: VideoRequest) -> None:
             f" GiB of pixels, at most {MAX_PIXELS_GIB} are made at once; lower --num_samples,"
             " --num_frames or --size"
         )
+    check_beside(size, count=request.num_samples)
 
 
 def _generate(

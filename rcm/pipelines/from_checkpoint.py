@@ -298,6 +298,8 @@ def open_checkpoint(
     require_kind("precision", precision, Precision | str | None)
     require_kind("files", files, PieceFiles)
     check_device(device, knob="device=")
+    if path == "":
+        raise ConfigError("the path of the checkpoint is empty (--ckpt); name a file or a folder")
     path = Path(path)
     if weights not in COPIES:
         raise ConfigError(f"unknown weights {weights!r}; choose from {', '.join(COPIES)}")

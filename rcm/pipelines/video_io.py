@@ -185,8 +185,12 @@ class Mp4Writer:
                 self._encoder.remove()
 
 
-def check_frame(height: int, width: int, *, scale: int, pad: bool = False) -> None:
-    """`ConfigError` unless enlarged frames fit an mp4: even sides (or `pad`), up to `MAX_SIDE`."""
+def check_frame(
+    height: int, width: int, *, scale: int, pad: bool = False, advice: str = "make them smaller"
+) -> None:
+    """`ConfigError` unless enlarged frames fit an mp4: even sides (or `pad`), up to `MAX_SIDE`,
+    with `advice` for larger ones.
+    """
     height, width = height * scale, width * scale
     if not pad and (width % 2 or height % 2):
         raise ConfigError(
@@ -196,7 +200,7 @@ def check_frame(height: int, width: int, *, scale: int, pad: bool = False) -> No
     if max(height, width) > MAX_SIDE:
         raise ConfigError(
             f"frames of {height}x{width} (HxW) are too large for an mp4, {MAX_SIDE} a side at most;"
-            " lower --upscale"
+            f" {advice}"
         )
 
 

@@ -62,9 +62,10 @@ def few_step_grid(mid_times: Sequence[float], *, first: float) -> tuple[float, .
     if not 0 < first <= 1:
         raise ConfigError(f"first time {first} of a few-step grid must be in (0, 1]")
     if not all(a > b for a, b in pairwise(grid)):
+        late = first <= grid[1] < 1 and f"raise sigma_max above {grid[1] / (1 - grid[1]):.4g}, or "
         raise ConfigError(
             f"few-step times must decrease strictly from {first:g} to 0, got"
-            f" {[f'{t:g}' for t in grid]}; change mid_t / mid_t_schedules (training:"
+            f" {[f'{t:g}' for t in grid]}; {late or ''}change mid_t / mid_t_schedules (training:"
             " model.config.backward_timesteps or sf_backward_timestep_schedules)"
         )
     return grid

@@ -99,6 +99,7 @@ SAMPLING = [
         if torch.cuda.is_available()
         else [causal("noise of a card that is not there", "--noise_device cuda cannot be used", *FEW, "--noise_device", "cuda")]
     ),
+    causal("samples beyond a file", "too large for an mp4.*lower --num_samples", *FEW, "--num_samples", "400"),
     causal("times that grow", "must decrease strictly", "--distilled", "--num_steps", "3", "--mid_t", "5/8", "5/6"),
     causal("a time of one", "must decrease strictly", "--distilled", "--num_steps", "2", "--mid_t", "1"),
     causal("times that are words", "cannot read times from", "--distilled", "--num_steps", "2", "--mid_t", "half"),

@@ -181,7 +181,7 @@ def test_prefix_is_checked_before_anything_runs(model):
         model.stream([PROMPT], prefix=given[:, :, :2])
     with pytest.raises(ConfigError, match=r"must be \[1 or 2, 24, k, 4, 4\]"):
         model.stream(PROMPTS, prefix=given[:, :, :, :3])
-    with pytest.raises(ConfigError, match="must decrease strictly from 0.5"):
+    with pytest.raises(ConfigError, match="must decrease strictly from 0.5.*; raise sigma_max above 15, or change mid_t"):
         model.stream([PROMPT], recipe=replace(STUDENT, sigma_max=1.0))
     for nothing in ([], PROMPT):
         with pytest.raises(ConfigError, match="prompts must be a list"):
@@ -249,6 +249,8 @@ def test_weights_of_another_network_are_named(job, tmp_path):
 
 
 def test_unreadable_checkpoints_say_so(job, tmp_path):
+    with pytest.raises(ConfigError, match=r"path of the checkpoint is empty \(--ckpt\)"):
+        open_checkpoint("")
     with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere"):
         open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="is not a DCP checkpoint"):
