@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,8 +153,8 @@ def play(
     blend: int = 0,
     prepare: Callable[[Condition], Condition] = lambda cond: cond,
 ) -> Iterator[StreamedChunk]:
-    """The chunks of `session`, which was opened with the first prompt, its condition changed as
-    each segment begins.
+    """The chunks of `session`, which was opened with the first prompt or took up a snapshot of one
+    that was played, its condition changed as each segment begins.
 
     `condition` gives that of a prompt, `prepare` makes it ready for the network. `blend`: over so
     many chunks the text goes over in equal steps from the old prompt's embedding to the new one's,
@@ -167,17 +168,14 @@ def play(
         )
     if blend < 0:
         raise ConfigError(f"blend={blend} chunks must be at least 0")
-    starts = dict(
-        zip(timeline.first_blocks(session.spec.recipe.blocks), timeline.segments, strict=True)
-    )
-    old = new = timeline.segments[0]
-    since, applied = 0, -1
+    starts, applied = timeline.first_blocks(session.spec.recipe.blocks), -1
     while not session.ended:
         block = session.next_block
-        if block in starts and block != applied:
-            old, new, since = new, starts[block], block
-        if block != applied and new is not old and block - since <= blend:
-            share = min(1.0, (block - since + 1) / (blend + 1))
+        number = bisect_right(starts, block) - 1
+        old, new = timeline.segments[max(0, number - 1)], timeline.segments[number]
+        since = block - starts[number]
+        if block != applied and number and since <= blend:
+            share = min(1.0, (since + 1) / (blend + 1))
             cond = (
                 condition(new.prompt)
                 if share == 1

@@ -140,6 +140,12 @@ def test_playing_equals_switching_by_hand(denoiser, mode, blend):
         by_hand.append(session.step().latents)
     assert torch.equal(torch.cat([c.latents for c in played], dim=2), torch.cat(by_hand, dim=2))
     assert len(prepared) == len(changes)
+    first, later = (opened(denoiser, conds["a"], policy) for _ in range(2))
+    options = {"mode": mode, "blend": blend, "prepare": prepare}
+    list(itertools.islice(play(first, timeline, conds.get, **options), 4))
+    later.restore(first.snapshot())  # under way from a to b, where they blend
+    rest = [chunk.latents for chunk in play(later, timeline, conds.get, **options)]
+    assert all(torch.equal(a, b.latents) for a, b in zip(rest, played[4:], strict=True))
 
 
 def test_blends_pad_the_shorter_prompt():
