@@ -35,6 +35,7 @@ from rcm.parallel.mesh import ParallelDims
 from rcm.storage.inside import pointed_at
 from rcm.train.continuity import Settings
 from rcm.train.describe import FILE_NAME, Description, write_atomically
+from rcm.train.export import find_model_directory
 from rcm.train.resume import Taken
 from rcm.train.snapshot import Part, Positioned, capture, gather_positions, restore
 from rcm.train.state import TrainState
@@ -145,14 +146,15 @@ class Checkpointer:
         path: str | Path | None = None,
         taken: Taken = Taken(),
     ) -> Path | None:
-        """Restore the parts `taken` of `state` and the loader's position from `path`, or from the
-        latest checkpoint; None when there is none. Collective.
+        """Restore the parts `taken` of `state` and the loader's position from `path` (a checkpoint,
+        or a job: its newest), or from the latest checkpoint; None when there is none. Collective.
 
         Raises CheckpointError for another network (both named), missing or unexpected keys, wrong
         shapes, or a damaged file; ConfigError for settings or data that do not continue the run.
         """
         self.wait()
-        found = Path(path) if path is not None else shared(on_first(self.latest))
+        find = self.latest if path is None else lambda: _checkpoint_at(Path(path))
+        found = shared(on_first(find))
         if found is None:
             return None
         together(
@@ -282,7 +284,7 @@ class Checkpointer:
         if self.keep_last > 0:
             older = sorted(d for d in self.root.glob("iter_*") if d.is_dir() and d != final)
             for directory in older[: max(0, len(older) + 1 - self.keep_last)]:
-                discard(directory)
+                _retire(directory)
         logger.info("saved {}", final)
 
 
@@ -299,12 +301,34 @@ class _TimedWriter(dcp.FileSystemWriter):
             return super().write_data(plan, planner)
 
 
+def _checkpoint_at(path: Path) -> Path:
+    """The checkpoint that a path means: itself, the one around its `model/`, or a job's newest."""
+    model = find_model_directory(path)
+    return path if model is None or model.name != "model" else model.parent
+
+
 def _clear(root: Path, unfinished: Path) -> None:
     """Make room for a new save: drop leftovers of killed ones, whatever they are."""
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in (*root.glob(".writing_iter_*"), *root.glob(".replaced_iter_*")):
+    for leftover in root.glob(".replaced_iter_*"):
+        with contextlib.suppress(OSError):
+            discard(leftover)
+    for leftover in root.glob(".writing_iter_*"):
         discard(leftover)
     unfinished.mkdir()
+
+
+def _retire(directory: Path) -> None:
+    """Remove an old checkpoint, first from its name, so that none is left half. One that cannot be
+    removed, as network file systems refuse while somebody reads it, is no reason to end a run.
+    """
+    away = directory.with_name(f".replaced_{directory.name}")
+    try:
+        directory.rename(away)
+        discard(away)
+    except OSError as error:
+        told = "{} cannot be removed now ({}); the next save tries again"
+        logger.warning(told, directory, error.strerror or error)
 
 
 def _drain(futures: list[Any]) -> None:

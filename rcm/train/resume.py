@@ -81,8 +81,8 @@ class CheckpointConfig(Record):
 
     save_iter: int = within(500, least=1, most=10**12)  # iterations between checkpoints
     keep_last: int = within(0, least=0)  # number of checkpoints kept; 0 = all
-    # checkpoint to continue from where this run's folder has none yet ("" = start at 0); its own
-    # newest wins
+    # checkpoint, or job, to continue from where this run's folder has none yet ("" = start at 0);
+    # its own newest wins
     load_path: str = ""
     # also optimisers, step, data position of load_path (False: weights only, the run starts at 0)
     load_training_state: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ import torch
 
 from rcm.core.errors import CheckpointError
 from rcm.parallel.mesh import ParallelDims
+from rcm.train import checkpoint
 from rcm.train.checkpoint import Checkpointer
 from rcm.train.describe import Description
 from tests.support.dist import run_until_death
@@ -224,12 +226,6 @@ def test_keep_last_and_saving_an_iteration_twice(tmp_path: Path) -> None:
     assert load(tmp_path).iteration == 5
 
 
-def test_an_explicit_path_wins(saved: Path) -> None:
-    _, state = make_run(dims=ONE, precision="fp64")
-    Checkpointer(saved / "new job", dims=ONE, description=DESCRIPTION).load(state, path=saved / "checkpoints" / "iter_000000002")
-    assert state.iteration == 2
-
-
 def test_description_of_a_newer_format_or_with_unknown_fields_is_refused() -> None:
     text = json.loads(DESCRIPTION.to_json())
     with pytest.raises(CheckpointError, match="format 99"):
@@ -237,3 +233,31 @@ def test_description_of_a_newer_format_or_with_unknown_fields_is_refused() -> No
     with pytest.raises(CheckpointError, match="here: sorcery is not known to this version"):
         Description.from_json(json.dumps({**text, "sorcery": 1}), source="here")
     assert Description.from_json(DESCRIPTION.to_json(), source="").to_json() == DESCRIPTION.to_json()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network file system, while somebody reads it: nothing half of it keeps its name, and
+    a later save removes it.
+    """
+    removed = checkpoint.discard
+
+    def busy(path: Path) -> None:
+        if "iter_000000001" in path.name:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        removed(path)
+
+    monkeypatch.setattr(checkpoint, "discard", busy)
+    launch(tmp_path, max_iter=3, save_iter=1, keep_last=1).run()
+    names = lambda: sorted(path.name for path in (tmp_path / "checkpoints").iterdir())  # noqa: E731
+    assert names() == [".replaced_iter_000000001", "iter_000000003", "latest_checkpoint.txt"]
+    monkeypatch.undo()
+    launch(tmp_path, max_iter=4, save_iter=1, keep_last=1).run()
+    assert names() == ["iter_000000004", "latest_checkpoint.txt"]
+
+
+def test_a_job_and_what_is_inside_are_its_newest_checkpoint(saved: Path) -> None:
+    inside = saved / "checkpoints"
+    for path, iteration in ((saved, 4), (inside, 4), (inside / "iter_000000002", 2), (inside / "iter_000000002" / "model", 2)):
+        _, state = make_run(dims=ONE, precision="fp64")
+        assert Checkpointer(saved / "other", dims=ONE, description=DESCRIPTION).load(state, path=path) == inside / f"iter_{iteration:09d}"
+        assert state.iteration == iteration
