@@ -23,6 +23,7 @@ from typing import Any
 from rcm.configs.checks import check_mesh
 from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
 from rcm.configs.compose import Run, compose_run
+from rcm.configs.memory import require_products
 from rcm.configs.plan_job import plan_job
 from rcm.configs.plan_search import Found, Search, words_of
 from rcm.core.arguments import Arguments
@@ -59,7 +60,15 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str,
     flags = parser.parse_intermixed_args(argv)
     own = [word for word in flags.words if "=" in word and word.split("=")[0] in OWN_KEYS]
     rest = [word for word in flags.words if word not in own]
-    return flags, dict(word.split("=", 1) for word in own), rest
+    words = [word.split("=", 1) for word in own]
+    keys = [key for key, _ in words]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ConfigError(f"{twice[0]}= is given twice; say which one is meant")
+    if not rest:
+        raise ConfigError(
+            "nothing chosen; give experiment=NAME (`rcm experiments` shows the names)"
+        )
+    return flags, dict(words), rest
 
 
 def whole(own: dict[str, str], key: str) -> int | None:
@@ -237,6 +246,7 @@ def plan(flags: argparse.Namespace, own: dict[str, str], overrides: list[str]) -
         return compose_run(words, registry=registry, world_size=None, require_inputs=False)
 
     run, search = composed(()), Search(composed)
+    require_products(run.config.model.config, chosen.capability, where=f"gpu={chosen.name}")
     record: dict[str, Any] = {"experiment": run.experiment, "overrides": overrides}
     if flags.smallest:
         return record | {"machines": print_machines(search, own, overrides)}
@@ -251,6 +261,8 @@ def plan(flags: argparse.Namespace, own: dict[str, str], overrides: list[str]) -
         as_configured = predict(plan_job(run, ranks=ranks), chosen)
         check_mesh(run.config, world_size=ranks)
     except ConfigError as error:
+        if flags.as_is:
+            raise
         print(f"\nnot possible as configured: {error}")
     else:
         print("\nas configured:")

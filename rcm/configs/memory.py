@@ -69,18 +69,23 @@ def require_here(config: TrainConfig, *, device: torch.device) -> None:
         optimizers[f"{M}.gan.optimizer"] = model.gan.optimizer
     for knob, optimizer in optimizers.items():
         forms(optimizer.states, knob=f"{knob}.states")
+    if device.type == "cuda":  # other devices emulate the products
+        require_products(model, torch.cuda.get_device_capability(device), where=str(device))
+
+
+def require_products(model: CommonModelConfig, capability: tuple[int, int], *, where: str) -> None:
+    """`ConfigError` for FP8 products that a card of this compute capability, called `where`, has
+    not.
+    """
     instead = {f"{M}.frozen_weights=fp8": "fp8_storage"} if model.frozen_weights == "fp8" else {}
     for role, net in networks(model).items():
         if net.linear_precision != "compute":
             instead[f"{M}.{role}.linear_precision={net.linear_precision}"] = "compute"
-    if not instead or device.type != "cuda":
-        return  # other devices emulate the products
-    found = torch.cuda.get_device_capability(device)
-    if found < CAPABILITY or model.precision != "bfloat16":
+    if instead and (capability < CAPABILITY or model.precision != "bfloat16"):
         told, value = next(iter(instead.items()))
         raise ConfigError(
-            f"{told} needs compute capability 8.9 or later and {M}.precision=bfloat16, {device} has"
-            f" {'.'.join(map(str, found))} and the run {model.precision}; set"
+            f"{told} needs compute capability 8.9 or later and {M}.precision=bfloat16, {where} has"
+            f" {'.'.join(map(str, capability))} and the run {model.precision}; set"
             f" {told.split('=')[0]}={value}"
         )
 

@@ -30,6 +30,7 @@ class Card:
     host: float = 50e9  # to or from pinned host memory; assumed from the bus (PCIe 5.0 x16)
     host_gather: float = 13e9  # the same tensor by tensor, as FSDP2 gathers what lives there
     node: int = 8  # cards of a node
+    capability: tuple[int, int] = (9, 0)
     launch: float = 2.4e-3  # seconds that the host issues a block in
     launch_ranks: float = 7.6e-3  # the same where ranks share parameters, and wait for the slowest
     measured: bool = False
@@ -56,18 +57,21 @@ def _scaled(name: str, gib: float, *, compute: float, bandwidth: float, **links:
     )
 
 
+_A100: dict[str, Any] = {"host": PCIE_4, "capability": (8, 0)}
+_ADA: dict[str, Any] = {"host": PCIE_4, "link": PCIE_4, "capability": (8, 9)}
+"""Linked by the bus alone."""
+
 CARDS = {
     card.name: card
     for card in (
         H200,
         _scaled("h100", 79.1, compute=1.0, bandwidth=0.70),
         _scaled("h20", 95.6, compute=0.15, bandwidth=0.83),
-        _scaled("b200", 178.0, compute=2.2, bandwidth=1.67),
-        _scaled("a100-80", 79.2, compute=0.32, bandwidth=0.42, host=PCIE_4),
-        _scaled("a100-40", 39.4, compute=0.32, bandwidth=0.32, host=PCIE_4),
-        # 48 and 24 GB, linked by the bus alone
-        _scaled("l40s", 44.4, compute=0.366, bandwidth=0.18, host=PCIE_4, link=PCIE_4),
-        _scaled("rtx4090", 23.5, compute=0.167, bandwidth=0.21, host=PCIE_4, link=PCIE_4),
+        _scaled("b200", 178.0, compute=2.2, bandwidth=1.67, capability=(10, 0)),
+        _scaled("a100-80", 79.2, compute=0.32, bandwidth=0.42, **_A100),
+        _scaled("a100-40", 39.4, compute=0.32, bandwidth=0.32, **_A100),
+        _scaled("l40s", 44.4, compute=0.366, bandwidth=0.18, **_ADA),
+        _scaled("rtx4090", 23.5, compute=0.167, bandwidth=0.21, **_ADA),
     )
 }
 """By the name that `gpu=` takes."""

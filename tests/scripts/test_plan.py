@@ -95,6 +95,11 @@ def test_a_job_that_does_not_fit_hears_what_would(capsys):
         ([SCM, "model.config.nett=1"], "model.config.nett"),
         ([SCM, "gpus=32", "global_batch=1"], "no layout of 32 ranks"),
         ([SCM, "gpus=32", "--json", "/nowhere/plan.json"], "/nowhere"),
+        ([SCM, "gpus=3", "--as-is"], "3 ranks do not divide"),
+        (
+            [SCM, "gpu=a100-80", "model.config.frozen_weights=fp8"],
+            "gpu=a100-80 has 8.0 and the run bfloat16; set model.config.frozen_weights=fp8_storage",
+        ),
     ],
 )
 def test_bad_requests_say_what_to_change(capsys, words, told):
