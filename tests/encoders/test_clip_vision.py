@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.encoders.clip_vision import CLIPShape, ClipVision, load_clip, open_clip, preprocess
@@ -99,6 +98,8 @@ def test_features_equal_the_formulas_of_all_blocks_but_the_last(tmp_path: Path) 
 
 @torch.no_grad()
 def test_features_equal_transformers_from_its_own_state_dict(tmp_path: Path) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModel  # a second, which collecting need not wait for
+
     config = CLIPVisionConfig(
         hidden_size=TINY.dim, intermediate_size=TINY.mlp_dim, num_hidden_layers=TINY.layers, num_attention_heads=TINY.heads,
         image_size=24, patch_size=6, hidden_act="gelu", layer_norm_eps=1e-5,

@@ -28,30 +28,29 @@ def covering(factors: Mapping[str, Sequence[str]], *, allowed: Callable[[Pair], 
     """Rows that hold all pairs: each is the best of `tries`, grown around a pair that is missing
     yet. The first value of a factor is taken where none is better, so put the cheap one there.
     """
-    draw, order = random.Random(seed), list(factors)
+    draw, place = random.Random(seed), {factor: i for i, factor in enumerate(factors)}
     missing, rows = all_pairs(factors, allowed=allowed), []
     while missing:
-        grown = [_grown(draw, factors, order, draw.choice(sorted(missing)), missing, allowed) for _ in range(tries)]
+        starts = sorted(missing)
+        grown = [_grown(draw, factors, place, draw.choice(starts), missing, allowed) for _ in range(tries)]
         best = max((row for row in grown if row), key=lambda row: len(pairs_of(row) & missing))
         missing -= pairs_of(best)
         rows.append(best)
     return rows
 
 
-def _grown(draw: random.Random, factors, order: list[str], start: Pair, missing: set[Pair], allowed) -> Row:
+def _grown(draw: random.Random, factors, place: dict[str, int], start: Pair, missing: set[Pair], allowed) -> Row:
     row = dict(start)
-    for factor in draw.sample([name for name in order if name not in row], len(order) - 2):
+    for factor in draw.sample([name for name in place if name not in row], len(place) - 2):
         best, gain = None, -1
+        before = [(place[name] < place[factor], (name, value)) for name, value in row.items()]
         for value in factors[factor]:
-            new = [_pair(order, (factor, value), other) for other in row.items()]
+            mine = (factor, value)
+            new = [(other, mine) if first else (mine, other) for first, other in before]
             found = sum(pair in missing for pair in new)
             if found > gain and all(map(allowed, new)):
                 best, gain = value, found
         if best is None:  # this start leaves no value here
             return {}
         row[factor] = best
-    return {name: row[name] for name in order}
-
-
-def _pair(order: list[str], a: tuple[str, str], b: tuple[str, str]) -> Pair:
-    return (a, b) if order.index(a[0]) < order.index(b[0]) else (b, a)
+    return {name: row[name] for name in place}
