@@ -38,6 +38,7 @@ from rcm.encoders.text_protocol import TextEncoder
 from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.encoders.wan_vae import WanVAECodec
 from rcm.encoders.wan_vae_weights import WAN_VAE_FILE
+from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.flag_table import add_flags, both_spellings
 from rcm.inference.outcome import check_device, command
 from rcm.parallel.agree import sentence
@@ -221,6 +222,8 @@ def build(options: argparse.Namespace) -> list[Path]:
             options.out, num=options.num, shard_size=options.shard_size, batch=options.batch
         )
     require_seed(options.seed, knob="--seed")
+    counts = ("frames", "num_shapes", "turns", *_TOY_CODEC)
+    check_numbers(argparse.Namespace(**{name: getattr(options, name) for name in counts}))
     if options.source == "teacher":
         return build_from_teacher(options, dtype=DTYPES[options.dtype])
     options.size, options.frames = (

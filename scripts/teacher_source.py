@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from rcm.core.dtypes import Precision
-from rcm.core.errors import ConfigError
+from rcm.core.errors import CheckpointError, ConfigError
+from rcm.core.output_file import OutputFile
 from rcm.core.rng import require_seed
 from rcm.data.prompt_list import MAX_PROMPT_CHARS, read_prompt_list
 from rcm.encoders.codec import latent_frames, latent_grid
@@ -22,7 +23,7 @@ from rcm.encoders.umt5 import UMT5TextEncoder
 from rcm.encoders.umt5_weights import UMT5_FILE
 from rcm.inference.flag_table import add_flags, both_spellings
 from rcm.inference.outcome import check_device
-from rcm.parallel.agree import naming_lost_peers
+from rcm.parallel.agree import naming_lost_peers, on_first
 from rcm.parallel.launch import launched_world, this_launch
 from rcm.parallel.mesh import ParallelDims, process_group
 from rcm.pipelines.described import PieceFiles, description_at, text_of
@@ -94,6 +95,10 @@ def build_from_teacher(options: argparse.Namespace, *, dtype: torch.dtype) -> li
     embedding was asked for).
     """
     check_sampler(options)
+    if options.teacher == "":
+        raise ConfigError("--teacher names nothing; give a folder or a file, or leave it out")
+    if options.write_negative_embedding is not None:
+        OutputFile.claim(options.write_negative_embedding, knob="--write_negative_embedding")
     if options.out is not None and options.prompts is None:
         raise ConfigError("--source teacher needs --prompts FILE")
     prompts = []
@@ -269,6 +274,7 @@ def _teacher(options: argparse.Namespace, device: torch.device) -> Teacher:
             device=device,
         )
     path = options.dit_path or Path(f"assets/checkpoints/Wan2.1-T2V-{model_size}.pth")
+    on_first(lambda: _require_file(path))
     expect = None if model_size == "auto" else model_size
     net = load_wan(
         path,
@@ -282,6 +288,14 @@ def _teacher(options: argparse.Namespace, device: torch.device) -> Teacher:
     return wan_teacher(
         net, umt5_of(options, device), latent_shape=shape, identity=identity, device=device
     )
+
+
+def _require_file(path: Path) -> None:
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist; name the teacher's file with --dit_path, or a checkpoint that"
+            " describes itself with --teacher"
+        )
 
 
 def _size(options: argparse.Namespace) -> tuple[int, int]:

@@ -151,6 +151,7 @@ def _flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         action="store_true",
         help="print the experiments (whose names contain the given words) and exit",
     )
+    parser.idle("dryrun", beside="list")
     if "--" in argv:
         cut = argv.index("--")
         argv = argv[:cut] + argv[cut + 1 :]
@@ -171,6 +172,11 @@ def _module_of(name: str) -> ModuleType:
     if not name.endswith(".py"):
         try:
             return importlib.import_module(name)
+        except (ValueError, TypeError) as error:  # "", ".", ".name"
+            raise ConfigError(
+                f"--config={name}: this is no name of a module; give a path that ends in .py or a"
+                " dotted module name"
+            ) from error
         except ModuleNotFoundError as error:
             if error.name and not f"{name}.".startswith(f"{error.name}."):
                 raise

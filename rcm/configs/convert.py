@@ -84,7 +84,11 @@ def text_paths(cls: type) -> set[str]:
 def unknown_key(key: str, *, known_keys: Iterable[str]) -> ConfigError:
     """The error for a key that does not exist, with the nearest known ones."""
     near = suggestions(key, known_keys)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "; `--dryrun` prints every key"
+    hint = (
+        f"; did you mean {' or '.join(near)}?"
+        if near
+        else "; `rcm train --dryrun experiment=toy_tf_c3-3` prints every key"
+    )
     return ConfigError(f"unknown key {key!r}{hint}")
 
 

@@ -8,6 +8,7 @@ import argparse
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 _UNKNOWN = "unrecognized arguments: "
@@ -98,6 +99,8 @@ class Arguments(argparse.ArgumentParser):
     def _get_values(self, action: argparse.Action, arg_strings: Sequence[str]) -> Any:
         if action.option_strings:
             self.typed[_name(action)] = action
+        if action.type is Path and any(not word.strip() for word in arg_strings):
+            self.error(f"argument {_flag(action)}: '' is no path")  # and not this folder
         return super()._get_values(action, list(arg_strings))
 
     def _refuse_idle(self, found: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ HOPPER = (9, 0)
 def frame_size(text: str) -> tuple[int, int]:
     """(H, W) of "HxW"; `argparse.ArgumentTypeError` for others than Wan's."""
     sides = text.lower().split("x")
-    if len(sides) != 2 or not all(x.isdecimal() and int(x) in SIDES for x in sides):
+    if len(sides) != 2 or not all(x.isascii() and x.isdecimal() and int(x) in SIDES for x in sides):
         raise ArgumentTypeError(
             f"{text!r} is not HxW with sides that are multiples of {SIDES.step}, at most"
             f" {SIDES[-1]}, such as 480x832"
