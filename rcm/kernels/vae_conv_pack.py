@@ -64,18 +64,19 @@ def pack(weight: Tensor, *, form: Form, stride: tuple[int, int, int] = (1, 1, 1)
     a convolution.
     """
     n, c, kt, ky, kx = weight.shape
-    made = {"taps": (kt, ky, kx), "channels_in": c, "channels_out": n, "stride": stride}
+
+    def packed(data: Tensor) -> PackedKernel:
+        return PackedKernel(data, form, (kt, ky, kx), c, n, stride)
+
     if form == "direct":
-        return PackedKernel(weight.contiguous(memory_format=torch.channels_last_3d), form, **made)
+        return packed(weight.contiguous(memory_format=torch.channels_last_3d))
     if form == "pairs":
         if kx != 3 or stride != (1, 1, 1):
             raise ValueError(
                 f"form 'pairs' needs 3 taps along the width and stride 1, got {kx} and {stride};"
                 " use form='direct'"
             )
-        return PackedKernel(
-            _paired(weight).contiguous(memory_format=torch.channels_last_3d), form, **made
-        )
+        return packed(_paired(weight).contiguous(memory_format=torch.channels_last_3d))
     if form not in ("tma", "columns"):
         raise ValueError(f"form must be 'direct', 'pairs', 'tma' or 'columns', got {form!r}")
     obstacle = tma_obstacle(weight, stride=stride)
@@ -85,8 +86,8 @@ def pack(weight: Tensor, *, form: Form, stride: tuple[int, int, int] = (1, 1, 1)
         )
     if form == "columns":
         taps_out = weight.permute(4, 0, 1, 2, 3).reshape(kx * n, c, kt, ky, 1)
-        return PackedKernel(_rows(taps_out, multiple=row_multiple(c)), form, **made)
-    return PackedKernel(_rows(weight, multiple=row_multiple(kx * c)), form, **made)
+        return packed(_rows(taps_out, multiple=row_multiple(c)))
+    return packed(_rows(weight, multiple=row_multiple(kx * c)))
 
 
 def fold_nearest(weight: Tensor) -> Tensor:
