@@ -139,21 +139,16 @@ class VideoNoise:
         )
 
     def start(self, frames: slice) -> Tensor:
-        """Unit noise a chunk starts from, [B, C, frames, H, W]."""
-        return self._draws[0][:, :, frames.start - self.given : frames.stop - self.given].to(
-            self.dtype
-        )
+        mine = slice(frames.start - self.given, frames.stop - self.given)
+        return self._draws[0][:, :, mine].to(self.dtype)
 
     def step(self, index: int, frames: slice) -> Tensor:
-        """Unit noise used when leaving step `index` (0-based) of a chunk."""
         return self._draws[index + 1][:, :, frames].to(self.dtype)
 
     def context(self, frames: slice) -> Tensor:
-        """Fresh noise for a re-noised context of these frames."""
         batch, channels, _, height, width = self.shape
-        return self._draw((batch, channels, frames.stop - frames.start, height, width)).to(
-            self.dtype
-        )
+        draw = self._draw((batch, channels, frames.stop - frames.start, height, width))
+        return draw.to(self.dtype)
 
     def state(self) -> Any:
         """What was drawn, which is never written again, and the generator's state, on which context
@@ -168,9 +163,6 @@ class VideoNoise:
         self._generator.set_state(generator)
 
     def _draw(self, shape: tuple[int, ...]) -> Tensor:
-        return to_device(
-            torch.randn(
-                shape, generator=self._generator, device=self._generator.device, dtype=torch.float32
-            ),
-            self.device,
-        )
+        source = self._generator
+        draw = torch.randn(shape, generator=source, device=source.device, dtype=torch.float32)
+        return to_device(draw, self.device)

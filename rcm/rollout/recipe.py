@@ -143,24 +143,20 @@ class SamplingRecipe(Record):
             "pattern": "first_chunk_t / chunk_t",
             "kind": "--distilled",
             "noisy_context": "--context_from_last_step",
+            "window": "SamplingRecipe.window",
+            "sinks": "SamplingRecipe.sinks",
         }
-        for name, knob in (
-            knobs | {"window": "SamplingRecipe.window", "sinks": "SamplingRecipe.sinks"}
-        ).items():
+        for name, knob in knobs.items():
             mine, theirs = getattr(self, name), getattr(trained, name)
             if mine != theirs:
                 found.append(
                     f"{name}: the checkpoint was trained for {theirs!r}, the sampler asks for"
                     f" {mine!r} ({knob})"
                 )
-        if (
-            self.noisy_context
-            and trained.noisy_context
-            and self.mids[-1][-1:] != trained.mids[-1][-1:]
-        ):
+        mine, theirs = self.mids[-1][-1:], trained.mids[-1][-1:]
+        if self.noisy_context and trained.noisy_context and mine != theirs:
             found.append(
-                f"noisy-context time: trained at {trained.mids[-1][-1:]}, sampler uses"
-                f" {self.mids[-1][-1:]} (mid_t_schedules)"
+                f"noisy-context time: trained at {theirs}, sampler uses {mine} (mid_t_schedules)"
             )
         return found
 

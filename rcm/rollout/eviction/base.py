@@ -5,8 +5,8 @@ is kept. It never touches keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any, Protocol, Self
 
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.kv_cache import KVCache
@@ -14,21 +14,16 @@ from rcm.nets.kv_view import CachedChunk, Keys, Observer
 
 
 class ChunkSpan(Protocol):
-    """Of a plan, what a policy may look at: its block and its latent frames [start, stop) counted
-    from the beginning of the video.
-    """
+    """What a policy reads of a plan: its block and latent frames [start, stop) of the video."""
 
     @property
-    def block(self) -> int:
-        """Absolute index of the block."""
+    def block(self) -> int: ...
 
     @property
-    def start(self) -> int:
-        """First latent frame."""
+    def start(self) -> int: ...
 
     @property
-    def stop(self) -> int:
-        """One past the last latent frame."""
+    def stop(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -96,9 +91,9 @@ class CachePolicy:
     def again(self, branches: Sequence[KVCache]) -> None:
         """The newest entry of the cache is one of those, entered again."""
 
-    def fresh(self) -> CachePolicy:
-        """The same policy for another stream."""
-        return self
+    def fresh(self) -> Self:
+        """The same policy for another stream, remembering nothing of this one."""
+        return replace(self) if is_dataclass(self) else self
 
     def state(self) -> Any:
         """What the policy remembers, for a snapshot."""

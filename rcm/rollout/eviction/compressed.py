@@ -6,8 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +19,8 @@ from rcm.nets.kv_rewrite import Make, region, rewrite, split
 from rcm.nets.kv_store import Pair
 from rcm.nets.positions import at_frames
 from rcm.nets.rope import turned_in_time
-from rcm.rollout.eviction.base import CachePolicy, ChunkSpan, Placement
-from rcm.rollout.eviction.frames import cached_frames, frame_tokens
+from rcm.rollout.eviction.base import CachePolicy, ChunkSpan
+from rcm.rollout.eviction.frames import cached_frames, frame_tokens, within_frames
 
 Reduce = Callable[[Tensor], Tensor]
 """The sum of a tensor over the ranks that hold other heads of the same tokens."""
@@ -61,12 +60,6 @@ class CompressedHistory(CachePolicy, ABC):
     def capacity_frames(self, pattern: BlockPattern) -> int | None:
         """See `CachePolicy`."""
         return self.budget + max(pattern.first, pattern.chunk)
-
-    def before(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> Placement:
-        """See `CachePolicy`."""
-        return Placement(
-            tuple(entry.id for entry in branches[0].chunks), tuple(range(chunk.start, chunk.stop))
-        )
 
     def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
         """See `CachePolicy`."""
@@ -115,12 +108,8 @@ class CompressedHistory(CachePolicy, ABC):
         def make(layer: int, keys: Tensor, values: Tensor) -> Pair:
             found = []
             if self.sinks:
-                found.append(
-                    (
-                        turned_in_time(keys[:, :split_at], shift, ntk=self.ntk_time),
-                        values[:, :split_at],
-                    )
-                )
+                sinks = turned_in_time(keys[:, :split_at], shift, ntk=self.ntk_time)
+                found.append((sinks, values[:, :split_at]))
             if index:
                 at = index[layer].to(keys.device)
                 keys, values = (_gathered(x[:, split_at:], at) for x in (keys, values))
@@ -132,13 +121,7 @@ class CompressedHistory(CachePolicy, ABC):
         return make
 
     def protected(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
-        """See `CachePolicy`."""
-        cache = branches[0]
-        return region(cache, 0, self.sinks * frame_tokens(cache)) if cache.chunks else ()
-
-    def fresh(self) -> Self:
-        """See `CachePolicy`."""
-        return replace(self)  # type: ignore[type-var]  # every policy that derives from this is a dataclass
+        return within_frames(branches[0], self.sinks)
 
     def state(self) -> Any:
         """See `CachePolicy`."""
@@ -152,6 +135,11 @@ class CompressedHistory(CachePolicy, ABC):
 def summed(x: Tensor, reduce: Reduce | None) -> Tensor:
     """`x` itself, or its sum over the ranks."""
     return x if reduce is None else reduce(x)
+
+
+def best_in_order(scores: Tensor, count: int) -> Tensor:
+    """Indices [B, count] of the largest `scores` [B, n], ascending; the first of equal ones."""
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
 
 
 def _gathered(x: Tensor, index: Tensor) -> Tensor:

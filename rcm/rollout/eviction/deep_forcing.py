@@ -16,7 +16,7 @@ from rcm.core.errors import ConfigError
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.kv_view import CachedChunk, Observer
 from rcm.rollout.eviction.base import ChunkSpan
-from rcm.rollout.eviction.compressed import CompressedHistory, Reduce, summed
+from rcm.rollout.eviction.compressed import CompressedHistory, Reduce, best_in_order, summed
 from rcm.rollout.eviction.frames import frame_tokens, num_frames
 
 
@@ -53,11 +53,9 @@ class DeepForcing(CompressedHistory):
 
     def observers(self, branches: Sequence[KVCache]) -> tuple[Observer | None, ...]:
         """See `CachePolicy`."""
-        return (
-            tuple(partial(self._observe, number, cache) for number, cache in enumerate(branches))
-            if branches[0].chunks
-            else ()
-        )
+        if not branches[0].chunks:
+            return ()
+        return tuple(partial(self._observe, i, cache) for i, cache in enumerate(branches))
 
     def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
         """See `CachePolicy`."""
@@ -84,10 +82,8 @@ class DeepForcing(CompressedHistory):
         wide = torch.promote_types(q.dtype, torch.float32)
         per_frame = q.unflatten(1, (-1, frame_tokens(cache))).to(wide).sum(2)
         known = self._queries.get((branch, layer))
-        recent = (per_frame if known is None else torch.cat([known, per_frame], dim=1))[
-            :, -self.recent :
-        ]
-        self._queries[branch, layer] = recent
+        held = per_frame if known is None else torch.cat([known, per_frame], dim=1)
+        recent = self._queries[branch, layer] = held[:, -self.recent :]
         past = k[:, : k.shape[1] - q.shape[1]].to(wide)
         scores = torch.einsum("bnd,bsnd->bs", recent.sum(1), past) / q.shape[-1] ** 0.5
         self._scores[branch, layer] = summed(scores, self.reduce)
@@ -114,7 +110,7 @@ class DeepForcing(CompressedHistory):
             return otherwise
         known = scores[:, first : first + count]
         padded = torch.nn.functional.pad(known, (0, count - known.shape[1]))
-        return padded.sort(dim=1, descending=True, stable=True).indices[:, :kept].sort(dim=1).values
+        return best_in_order(padded, kept)
 
     def state(self) -> Any:
         """See `CachePolicy`; scores live within one chunk only."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rcm.nets.kv_cache import KVCache
+from rcm.nets.kv_rewrite import region
 from rcm.nets.kv_view import CachedChunk
 
 
@@ -25,6 +26,11 @@ def num_frames(chunk: CachedChunk) -> int:
 def cached_frames(cache: KVCache) -> int:
     """Frames that a cache holds."""
     return sum(map(num_frames, cache.chunks))
+
+
+def within_frames(cache: KVCache, count: int) -> tuple[int, ...]:
+    """Ids of the chunks that lie within the first `count` cached frames."""
+    return region(cache, 0, count * frame_tokens(cache)) if cache.chunks else ()
 
 
 def place_in_a_row(

@@ -5,7 +5,7 @@ past, and scene cuts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rcm.core.errors import ConfigError
@@ -95,10 +95,6 @@ class InfinityRope(CachePolicy):
     def protected(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
         """See `CachePolicy`."""
         return tuple(entry.id for entry in branches[0].chunks[: self.sinks])
-
-    def fresh(self) -> InfinityRope:
-        """See `CachePolicy`."""
-        return replace(self)
 
     def state(self) -> Any:
         """See `CachePolicy`."""

@@ -5,7 +5,7 @@ between sinks and the newest ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,12 @@ from rcm.nets.kv_rewrite import region, rewrite, split
 from rcm.nets.kv_store import Pair
 from rcm.nets.positions import at_frames
 from rcm.rollout.eviction.base import CachePolicy, ChunkSpan, Placement
-from rcm.rollout.eviction.frames import cached_frames, frame_tokens, place_in_a_row
+from rcm.rollout.eviction.frames import (
+    cached_frames,
+    frame_tokens,
+    place_in_a_row,
+    within_frames,
+)
 
 MEMORY_FRAMES = 2
 
@@ -54,12 +59,9 @@ class MemRope(CachePolicy):
                 f"mr_sink_frames={self.sinks} must be at least 0 and mr_local_frames={self.local}"
                 " at least 1"
             )
-        for name, alpha in (
-            ("mr_alpha_long", self.alpha_long),
-            ("mr_alpha_short", self.alpha_short),
-        ):
-            if not 0 < alpha <= 1:
-                raise ConfigError(f"{name}={alpha:g} must lie above 0 and not above 1")
+        for name in ("alpha_long", "alpha_short"):
+            if not 0 < (alpha := getattr(self, name)) <= 1:
+                raise ConfigError(f"mr_{name}={alpha:g} must lie above 0 and not above 1")
         self._memory: dict[tuple[int, int], tuple[Pair, Pair]] = {}
 
     @property
@@ -102,11 +104,9 @@ class MemRope(CachePolicy):
         means = [self._mean(x, per_frame) for x in aged]
 
         def updated(i: int, alpha: float) -> Pair:
-            key, value = (
-                means
-                if known is None
-                else ((1 - alpha) * m + alpha * x for m, x in zip(known[i], means, strict=True))
-            )
+            if known is None:
+                return means[0], means[1]
+            key, value = ((1 - alpha) * m + alpha * x for m, x in zip(known[i], means, strict=True))
             return key, value
 
         memory = updated(0, self.alpha_long), updated(1, self.alpha_short)
@@ -117,20 +117,12 @@ class MemRope(CachePolicy):
 
     def _mean(self, x: Tensor, per_frame: int) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (
-            wide.unflatten(1, (-1, per_frame)).mean(1)
-            if self.per_position
-            else wide.mean(1, keepdim=True)
-        )
+        if self.per_position:
+            return wide.unflatten(1, (-1, per_frame)).mean(1)
+        return wide.mean(1, keepdim=True)
 
     def protected(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
-        """See `CachePolicy`."""
-        held = branches[0]
-        return region(held, 0, self.sinks * frame_tokens(held)) if held.chunks else ()
-
-    def fresh(self) -> MemRope:
-        """See `CachePolicy`."""
-        return replace(self)
+        return within_frames(branches[0], self.sinks)
 
     def state(self) -> Any:
         """See `CachePolicy`; memories are replaced, never written."""

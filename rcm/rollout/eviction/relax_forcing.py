@@ -11,8 +11,7 @@ from torch import Tensor
 
 from rcm.core.errors import ConfigError
 from rcm.nets.kv_cache import KVCache
-from rcm.nets.kv_store import pieces_of
-from rcm.rollout.eviction.compressed import CompressedHistory, Reduce, summed
+from rcm.rollout.eviction.compressed import CompressedHistory, Reduce, best_in_order, summed
 from rcm.rollout.eviction.frames import frame_tokens
 
 
@@ -44,29 +43,15 @@ class RelaxForcing(CompressedHistory):
     def choose(self, branch: int, cache: KVCache, *, frames: range, kept: int) -> list[Tensor]:
         """See `CompressedHistory`."""
         per_frame = frame_tokens(cache)
-        pieces = [
-            piece for chunk in cache.chunks for piece in pieces_of(chunk.spans, chunk=chunk.id)
-        ]
-        keys, _ = cache.store.read(0, pieces)
-        vectors = (
-            keys.to(torch.promote_types(keys.dtype, torch.float32))
-            .unflatten(1, (-1, per_frame))
-            .mean(2)
-            .flatten(2)
-        )
+        keys, _ = cache.store.read(0, [piece for chunk in cache.chunks for piece in chunk.pieces])
+        wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        vectors = wide.unflatten(1, (-1, per_frame)).mean(2).flatten(2)
         candidates = vectors[:, frames.start : frames.stop]
         tail = vectors[:, frames.stop :].mean(1, keepdim=True)
         score = self._scores(cosines(torch.cat([candidates, tail], dim=1), self.reduce))
-        best = (
-            score.sort(dim=1, descending=True, stable=True)
-            .indices[:, : kept // per_frame]
-            .sort(dim=1)
-            .values
-        )
-        tokens = (
-            best[:, :, None] * per_frame + torch.arange(per_frame, device=best.device)
-        ).flatten(1)
-        return [tokens] * cache.num_layers
+        best = best_in_order(score, kept // per_frame)
+        tokens = best[:, :, None] * per_frame + torch.arange(per_frame, device=best.device)
+        return [tokens.flatten(1)] * cache.num_layers
 
     def moves(self, index: Tensor, *, start: int, base: int, per_frame: int) -> Tensor | float:
         """See `CompressedHistory`: every frame to its place."""

@@ -5,7 +5,7 @@ tail, with hybrid rotary indices.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from rcm.core.records import check_kinds
 from rcm.diffusion.blocks import BlockPattern
 from rcm.nets.kv_cache import KVCache
 from rcm.nets.kv_rewrite import lift
-from rcm.nets.kv_store import pieces_of
 from rcm.nets.kv_view import CachedChunk
 from rcm.rollout.eviction.base import CachePolicy, ChunkSpan, Placement
 from rcm.rollout.eviction.compressed import Reduce
 from rcm.rollout.eviction.frames import frame_tokens, num_frames, place_in_a_row
 from rcm.rollout.eviction.relax_forcing import cosines
+
+Chunks = Sequence[CachedChunk]
 
 
 @dataclass
@@ -99,7 +100,7 @@ class RelaxForcingPaper(CachePolicy):
             place_in_a_row(branches, [entry], first=limit)
         self._hidden = tuple(entry.id for entry in held if entry not in seen)
         for cache in branches if held else ():
-            lift(cache, self._hidden, room=(chunk.stop - chunk.start) * frame_tokens(cache))
+            lift(cache, self._hidden, room=own * frame_tokens(cache))
         return Placement(tuple(entry.id for entry in seen), tuple(range(now, now + own)))
 
     def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
@@ -120,17 +121,11 @@ class RelaxForcingPaper(CachePolicy):
     def again(self, branches: Sequence[KVCache]) -> None:
         """See `CachePolicy`: the vector of the newest block."""
         newest = branches[0].chunks[-1]
-        keys, _ = branches[0].store.read(0, pieces_of(newest.spans, chunk=newest.id))
-        self._vectors[newest.id] = (
-            keys.to(torch.promote_types(keys.dtype, torch.float32)).mean(1).flatten(1)
-        )
+        keys, _ = branches[0].store.read(0, newest.pieces)
+        wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        self._vectors[newest.id] = wide.mean(1).flatten(1)
 
-    def _chosen(
-        self,
-        sinks: Sequence[CachedChunk],
-        tail: Sequence[CachedChunk],
-        candidates: Sequence[CachedChunk],
-    ) -> list[CachedChunk]:
+    def _chosen(self, sinks: Chunks, tail: Chunks, candidates: Chunks) -> list[CachedChunk]:
         """The best candidates, in order; by the keys of the first branch, the conditional one."""
         if len(candidates) <= self.history:
             return list(candidates)
@@ -152,10 +147,6 @@ class RelaxForcingPaper(CachePolicy):
         """See `CachePolicy`."""
         held = {entry.id for entry in branches[0].chunks}
         return tuple(i for i in self._hidden if i in held)
-
-    def fresh(self) -> RelaxForcingPaper:
-        """See `CachePolicy`."""
-        return replace(self)
 
     def state(self) -> Any:
         """See `CachePolicy`."""

@@ -5,7 +5,7 @@ backwards, right before the newest ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rcm.core.errors import ConfigError
@@ -75,7 +75,7 @@ class RollingSink(CachePolicy):
         self._hidden = tuple(i for i in ids if i not in placed)
         for cache in branches:
             cache.place(placed)
-            lift(cache, self._hidden, room=(chunk.stop - chunk.start) * frame_tokens(cache))
+            lift(cache, self._hidden, room=len(own) * frame_tokens(cache))
         return Placement(tuple(placed), own)
 
     def rolled(self, phase: int) -> tuple[list[int], bool]:
@@ -102,10 +102,6 @@ class RollingSink(CachePolicy):
         """See `CachePolicy`."""
         held = {entry.id for entry in branches[0].chunks}
         return tuple(i for i in self._hidden if i in held)
-
-    def fresh(self) -> RollingSink:
-        """See `CachePolicy`."""
-        return replace(self)
 
     def state(self) -> Any:
         """See `CachePolicy`."""
