@@ -54,7 +54,7 @@ def refuse_switched_off(
 
 def unread_keys(config: TrainConfig, typed: Collection[str]) -> list[str]:
     """Typed keys that the stage does not read, each with its value and the reason."""
-    dead = dict(_unread(config.model.config))
+    dead = dict(_unread(config))
     groups = {key: [group for group in dead if f"{key}.".startswith(f"{group}.")] for key in typed}
     return [
         f"{key}={attrgetter(key)(config)} is not read by {dead[found[0]]}"
@@ -87,13 +87,6 @@ def _switched_off(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
     if trainer.nan_policy == "stop":
         told = "set that to skip_sample"
         yield "trainer.nan_sample_limit", "trainer.nan_policy=stop", told
-    if not (trainer.sampling.every_n or trainer.sampling.ema_every_n):
-        for name in ("num_samples", "run_at_start"):
-            key = "trainer.sampling"
-            yield f"{key}.{name}", f"{key}.every_n and ema_every_n are 0", "set one of them"
-    if not config.dataloader_train.num_workers:
-        key = "dataloader_train"
-        yield f"{key}.prefetch_factor", f"{key}.num_workers=0 reads nothing ahead", "set that too"
     if config.dataloader_train.kind == "toy":
         told = "set data=latents or data=toy_shards"
         yield "dataloader_train.tar_path_pattern", "dataloader_train.kind=toy", told
@@ -119,8 +112,14 @@ def _codec(model: CommonModelConfig) -> Iterator[tuple[str, str, str]]:
         yield f"{M}.tokenizer.{key}", f"{M}.tokenizer.name={name}", "set the name too"
 
 
-def _unread(model: CommonModelConfig) -> Iterator[tuple[str, str]]:
+def _unread(config: TrainConfig) -> Iterator[tuple[str, str]]:
     """Key of a value or of a record, and what has no use for it."""
+    model, sampling = config.model.config, config.trainer.sampling
+    if not config.dataloader_train.num_workers:
+        yield "dataloader_train.prefetch_factor", "a loader with num_workers=0"
+    if not (sampling.every_n or sampling.ema_every_n):
+        for name in ("num_samples", "run_at_start"):
+            yield f"trainer.sampling.{name}", "a run with sampling.every_n=0 and ema_every_n=0"
     kind, stage = model.stage, f"stage {model.stage}"
     critic = model.net_fake_score is not None
     reads = {
