@@ -150,7 +150,10 @@ def test_keys_that_the_stage_does_not_read_are_told(composed, name: str, words: 
         ("cuda", [], None),
     ],
 )
-def test_a_kernel_of_tangents_that_cannot_run_is_refused(composed, device: str, words: list[str], needed: str | None) -> None:
+def test_a_kernel_of_tangents_that_cannot_run_is_refused(
+    composed, monkeypatch: pytest.MonkeyPatch, device: str, words: list[str], needed: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     config = composed("experiment=toy_tf_scm_c3-3", "model.config.jvp_implementation=triton", *words).config
     if needed is None:
         require_here(config, device=torch.device(device))
