@@ -158,7 +158,6 @@ class RecordedShard(Shard):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """As `Shard.fields`."""
         return (*FIELDS, CONTEXT)[: self._facts.num_fields]
 
     @property
@@ -190,7 +189,6 @@ class RecordedShard(Shard):
         return offset, length
 
     def joined_keys(self) -> bytes:
-        """As `Shard.joined_keys`."""
         return self._record.read(self._facts.at + self._facts.rows, self._facts.keys)
 
     def rows(self) -> bytes:

@@ -118,23 +118,19 @@ class ShardIndex(Shard):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """As `Shard.fields`."""
         return (*FIELDS, CONTEXT)[: self.spans.shape[1]]
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def key(self, sample: int) -> str:
-        """As `Shard.key`."""
         return self.keys[sample]
 
     def span(self, sample: int, field: int) -> tuple[int, int]:
-        """As `Shard.span`."""
         offset, length = self.spans[sample, field].tolist()
         return offset, length
 
     def joined_keys(self) -> bytes:
-        """As `Shard.joined_keys`."""
         return " ".join(self.keys).encode(errors="surrogateescape")
 
 

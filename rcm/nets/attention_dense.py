@@ -94,7 +94,6 @@ class Reference:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
     ) -> Tensor:
-        """See `AttentionBackend`."""
         compute = torch.promote_types(q.dtype, torch.float32)
         scores = scale * torch.einsum("bqnd,bknd->bnqk", q.to(compute), k.to(compute))
         if mask is not None and not mask.is_full:
@@ -117,7 +116,6 @@ class SDPA:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
     ) -> Tensor:
-        """See `AttentionBackend`."""
         if mask is not None and not mask.is_full and len(mask.row_segments()) > 1:
             limit = DENSE_MASK_LIMIT if self._matrix_pairs is None else self._matrix_pairs
             if mask.q_len * mask.kv_len <= limit:
@@ -141,7 +139,6 @@ class Cudnn:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
     ) -> Tensor:
-        """See `AttentionBackend`."""
         if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
             raise ConfigError(
                 "attention backend 'cudnn' needs bfloat16 or float16 on a CUDA device, got"

@@ -50,7 +50,6 @@ class Flex:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None, scale: float
     ) -> Tensor:
-        """See `AttentionBackend`."""
         if not q.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise ConfigError(
                 f"attention backend '{self.name}' has no gradient on {q.device.type}: torch's"

@@ -67,7 +67,6 @@ class Denoiser(VelocityModel):
     def enter_context(
         self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: View
     ) -> None:
-        """See `VelocityModel`."""
         self.net(*self._inputs(x, t, cond), layout, cache, context_only=True)
 
     def velocity_and_tokens(
@@ -97,7 +96,6 @@ class Denoiser(VelocityModel):
         hot_chunks: int = 0,
         attention: Attention = "net",
     ) -> KVCache:
-        """See `VelocityModel`."""
         tokens, config = num_frames * grid[0] * grid[1], self.net.config
         device = self.net.patch_embedding.weight.device
         if attention == "fp8" and (why := obstacle(device, width=config.head_dim)):
@@ -112,22 +110,18 @@ class Denoiser(VelocityModel):
         )
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        """See `VelocityModel`."""
         return self.net.config.token_grid(height, width)
 
     @property
     def rope(self) -> RopeTables:
-        """See `VelocityModel`."""
         return self.net.rope
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """See `VelocityModel`."""
         return self.precision.compute
 
     @property
     def fused(self) -> str:
-        """See `VelocityModel`."""
         return self.net.fused
 
     def prepare(self, cond: Condition) -> Condition:
@@ -136,12 +130,10 @@ class Denoiser(VelocityModel):
         return self.net.prepare(cond.to(device=weight.device, dtype=self.precision.compute))
 
     def join_projections(self) -> None:
-        """See `VelocityModel`."""
         if hasattr(self.net, "join_projections"):
             self.net.join_projections()
 
     def time_rows(self, t: Tensor, s: Tensor | None = None) -> tuple[Tensor, ...] | None:
-        """See `VelocityModel`."""
         if not hasattr(self.net, "time_rows"):
             return None
         span = {} if s is None else {"span": self._span(t, s, t.device)}
@@ -150,7 +142,6 @@ class Denoiser(VelocityModel):
 
     @property
     def group(self) -> Any:
-        """See `VelocityModel`."""
         return getattr(getattr(self.net, "enter", None), "group", None)
 
     def eval_params(self) -> Self:
@@ -252,35 +243,28 @@ class Guided(VelocityModel):
         return PairedCache(branch(codec), branch(None if codec is None else codec.fork()))
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        """See `VelocityModel`."""
         return self.denoiser.token_grid(height, width)
 
     @property
     def rope(self) -> RopeTables:
-        """See `VelocityModel`."""
         return self.denoiser.rope
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """See `VelocityModel`."""
         return self.denoiser.compute_dtype
 
     @property
     def fused(self) -> str:
-        """See `VelocityModel`."""
         return self.denoiser.fused
 
     def join_projections(self) -> None:
-        """See `VelocityModel`."""
         self.denoiser.join_projections()
 
     def time_rows(self, t: Tensor, s: Tensor | None = None) -> tuple[Tensor, ...] | None:
-        """See `VelocityModel`."""
         return self.denoiser.time_rows(t, s)
 
     @property
     def group(self) -> Any:
-        """See `VelocityModel`."""
         return self.denoiser.group
 
     def prepare(self, cond: Condition) -> Condition:

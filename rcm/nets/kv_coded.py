@@ -219,14 +219,12 @@ class CodedStore:
         """See `Store`: codes lie in no slots."""
 
     def drop(self, chunk: int) -> None:
-        """See `Store`."""
         self._forget_place_of(chunk)
         for blobs, hot in zip(self._blobs, self._hot, strict=True):
             blobs.pop(chunk, None)
             hot.pop(chunk, None)
 
     def clear(self, *, free_buffers: bool) -> None:
-        """See `Store`."""
         self._groups, self._addresses = None, {}
         for held in (*self._blobs, *self._hot):
             held.clear()
@@ -257,7 +255,6 @@ class CodedStore:
         return [dict(x) for x in self._blobs], [dict(x) for x in self._hot], self.codec.state()
 
     def load_state(self, state: Any) -> None:
-        """See `Store`."""
         blobs, hot, own = state
         self._groups, self._addresses = None, {}
         self._blobs, self._hot = [dict(x) for x in blobs], [dict(x) for x in hot]

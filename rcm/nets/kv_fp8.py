@@ -78,7 +78,6 @@ class Fp8Store(DenseStore):
             api.write(codes, slots, *pair, at_slots=True)
 
     def put(self, layer: int, chunk: int, spans: Spans, pair: Pair, *, hot: bool = True) -> None:
-        """See `DenseStore`."""
         super().put(layer, chunk, spans, pair)
         if self.turned:
             scales = self._scaled(layer, *pair)
@@ -89,21 +88,18 @@ class Fp8Store(DenseStore):
             self.code(layer, _slots(spans, pair[0].device))
 
     def move(self, source: Spans, target: Spans) -> None:
-        """See `DenseStore`."""
         super().move(source, target)
         for layer, pair in enumerate(self.buffers):
             if pair is not None:
                 self.code(layer, _slots(target, pair[0].device))
 
     def clear(self, *, free_buffers: bool) -> None:
-        """See `DenseStore`."""
         super().clear(free_buffers=free_buffers)
         self._unset = set(range(len(self.buffers)))
         if free_buffers:
             self.codes, self._scales = [None] * len(self.codes), [None] * len(self._scales)
 
     def num_bytes(self) -> int:
-        """See `DenseStore`."""
         held = [x for codes in self.codes if codes is not None for x in (codes.keys, codes.values)]
         return super().num_bytes() + sum(
             x.nbytes for x in (*held, *(x for scales in self._scales for x in scales or ()))
@@ -117,7 +113,6 @@ class Fp8Store(DenseStore):
         return len(self.buffers) * (2 * batch * heads * room * width + 4 * heads * (1 + 3 * width))
 
     def state(self) -> Any:
-        """See `DenseStore`."""
         scales = [
             None if held is None or i in self._unset else Scales(*(x.clone() for x in held))
             for i, held in enumerate(self._scales)
@@ -125,7 +120,6 @@ class Fp8Store(DenseStore):
         return super().state(), scales
 
     def load_state(self, state: Any) -> None:
-        """See `DenseStore`."""
         buffers, scales = state
         super().load_state(buffers)
         self._unset = {layer for layer, held in enumerate(scales) if held is None}

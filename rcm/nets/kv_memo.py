@@ -22,16 +22,13 @@ class MemoisedCodec:
 
     @property
     def corrects_bias(self) -> bool:
-        """See `CorrectingCodec`."""
         return isinstance(self.codec, CorrectingCodec) and self.codec.corrects_bias
 
     def key_gain(self, q: Tensor, blob: Any, *, scale: float, rotated: bool) -> Tensor:
-        """See `CorrectingCodec`."""
         assert isinstance(self.codec, CorrectingCodec)
         return self.codec.key_gain(q, blob, scale=scale, rotated=rotated)
 
     def encode(self, x: Tensor, *, side: Side, layer: int) -> Any:
-        """See `KVCodec`."""
         return self.codec.encode(x, side=side, layer=layer)
 
     def decode(self, blob: Any, *, side: Side) -> Tensor:
@@ -43,7 +40,6 @@ class MemoisedCodec:
         return self._kept[key]
 
     def decode_into(self, blob: Any, out: Tensor, *, side: Side) -> None:
-        """See `KVCodec`."""
         out.copy_(self.decode(blob, side=side))
 
     def num_bytes(self) -> int:
@@ -51,17 +47,13 @@ class MemoisedCodec:
         return self.codec.num_bytes() + sum(x.nbytes for x in self._kept.values())
 
     def fork(self) -> MemoisedCodec:
-        """See `KVCodec`."""
         return MemoisedCodec(self.codec.fork())
 
     def state(self) -> Any:
-        """See `KVCodec`."""
         return self.codec.state()
 
     def load_state(self, state: Any) -> None:
-        """See `KVCodec`."""
         self.codec.load_state(state)
 
     def reset(self) -> None:
-        """See `KVCodec`."""
         self.codec.reset()

@@ -210,7 +210,6 @@ class DenseStore:
         return self.read(layer, sorted([*past, *own]))
 
     def captures(self, chunks: Sequence[int], *, adding: Sequence[int], one_run: bool) -> bool:
-        """See `Store`."""
         return one_run and self.ready
 
     def apart(self, layer: int, pair: Pair) -> Pair:
@@ -220,7 +219,6 @@ class DenseStore:
         return keys, values
 
     def move(self, source: Spans, target: Spans) -> None:
-        """See `Store`."""
         for pair in self.buffers:
             for x in pair or ():
                 _fill(x, target, torch.cat([x[:, a:b] for a, b in source], dim=1))

@@ -54,15 +54,12 @@ class ChunkNoise:
         self.device, self.draw_on = torch.device(device), draw_on
 
     def start(self, frames: slice) -> Tensor:
-        """See `Noise`."""
         return self._draw("start", frames)
 
     def step(self, index: int, frames: slice) -> Tensor:
-        """See `Noise`."""
         return self._draw(f"step {index}", frames)
 
     def context(self, frames: slice) -> Tensor:
-        """See `Noise`."""
         return self._draw("context", frames)
 
     def state(self) -> Any:

@@ -58,11 +58,9 @@ class CompressedHistory(CachePolicy, ABC):
         self._sinks_moved, self._base = 0, self.sinks
 
     def capacity_frames(self, pattern: BlockPattern) -> int | None:
-        """See `CachePolicy`."""
         return self.budget + max(pattern.first, pattern.chunk)
 
     def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
-        """See `CachePolicy`."""
         frames = cached_frames(branches[0])
         if frames <= self.budget:
             return
@@ -124,11 +122,9 @@ class CompressedHistory(CachePolicy, ABC):
         return within_frames(branches[0], self.sinks)
 
     def state(self) -> Any:
-        """See `CachePolicy`."""
         return self._sinks_moved, self._base
 
     def load_state(self, state: Any) -> None:
-        """See `CachePolicy`."""
         self._sinks_moved, self._base = state
 
 

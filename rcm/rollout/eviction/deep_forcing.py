@@ -52,13 +52,11 @@ class DeepForcing(CompressedHistory):
         self._scores: dict[tuple[int, int], Tensor] = {}
 
     def observers(self, branches: Sequence[KVCache]) -> tuple[Observer | None, ...]:
-        """See `CachePolicy`."""
         if not branches[0].chunks:
             return ()
         return tuple(partial(self._observe, i, cache) for i, cache in enumerate(branches))
 
     def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
-        """See `CachePolicy`."""
         super().after(branches, chunk)
         self._scores.clear()
 
@@ -89,7 +87,6 @@ class DeepForcing(CompressedHistory):
         self._scores[branch, layer] = summed(scores, self.reduce)
 
     def choose(self, branch: int, cache: KVCache, *, frames: range, kept: int) -> list[Tensor]:
-        """See `CompressedHistory`."""
         per_frame = frame_tokens(cache)
         first, count = frames.start * per_frame, len(frames) * per_frame
         latest = torch.arange(count - kept, count)[None]
@@ -117,7 +114,6 @@ class DeepForcing(CompressedHistory):
         return super().state(), dict(self._queries)
 
     def load_state(self, state: Any) -> None:
-        """See `CachePolicy`."""
         moved, queries = state
         super().load_state(moved)
         self._queries, self._scores = dict(queries), {}

@@ -65,11 +65,9 @@ class InfinityRope(CachePolicy):
         self._wants_flush = True
 
     def capacity_frames(self, pattern: BlockPattern) -> int | None:
-        """See `CachePolicy`."""
         return (self.blocks + 1) * max(pattern.first, pattern.chunk)
 
     def before(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> Placement:
-        """See `CachePolicy`."""
         self._cutting, self._wants_cut = self._wants_cut or chunk.block in self.cuts, False
         held, own = branches[0].chunks, chunk.stop - chunk.start
         past = sum(map(num_frames, held))
@@ -81,7 +79,6 @@ class InfinityRope(CachePolicy):
         )
 
     def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
-        """See `CachePolicy`."""
         ids = [entry.id for entry in branches[0].chunks]
         due = self.flush_interval > 0 and (chunk.block + 1) % self.flush_interval == 0
         if self._cutting or self._wants_flush or due:
@@ -93,13 +90,10 @@ class InfinityRope(CachePolicy):
             cache.evict(gone)
 
     def protected(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
-        """See `CachePolicy`."""
         return tuple(entry.id for entry in branches[0].chunks[: self.sinks])
 
     def state(self) -> Any:
-        """See `CachePolicy`."""
         return self._wants_cut, self._cutting, self._wants_flush
 
     def load_state(self, state: Any) -> None:
-        """See `CachePolicy`."""
         self._wants_cut, self._cutting, self._wants_flush = state

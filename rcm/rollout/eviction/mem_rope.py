@@ -70,11 +70,9 @@ class MemRope(CachePolicy):
         return self.sinks + MEMORY_FRAMES + self.local
 
     def capacity_frames(self, pattern: BlockPattern) -> int | None:
-        """See `CachePolicy`."""
         return self.budget + max(pattern.first, pattern.chunk)
 
     def before(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> Placement:
-        """See `CachePolicy`."""
         held = branches[0].chunks
         first = place_in_a_row(branches, held, first=0)
         return Placement(
@@ -82,7 +80,6 @@ class MemRope(CachePolicy):
         )
 
     def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
-        """See `CachePolicy`."""
         frames = cached_frames(branches[0])
         if frames <= self.budget:
             return
@@ -129,5 +126,4 @@ class MemRope(CachePolicy):
         return dict(self._memory)
 
     def load_state(self, state: Any) -> None:
-        """See `CachePolicy`."""
         self._memory = dict(state)

@@ -41,7 +41,6 @@ class RelaxForcing(CompressedHistory):
             raise ConfigError(f"rx_alignment_weight={self.alignment_weight:g} must lie in [0, 1]")
 
     def choose(self, branch: int, cache: KVCache, *, frames: range, kept: int) -> list[Tensor]:
-        """See `CompressedHistory`."""
         per_frame = frame_tokens(cache)
         keys, _ = cache.store.read(0, [piece for chunk in cache.chunks for piece in chunk.pieces])
         wide = keys.to(torch.promote_types(keys.dtype, torch.float32))

@@ -81,7 +81,6 @@ class RelaxForcingPaper(CachePolicy):
         return (self.sinks + self.pool + self.tail + 1) * largest
 
     def before(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> Placement:
-        """See `CachePolicy`."""
         held, own = branches[0].chunks, chunk.stop - chunk.start
         now = min(self.horizon, chunk.stop) - own
         sinks, later = held[: self.sinks], held[self.sinks :]
@@ -104,7 +103,6 @@ class RelaxForcingPaper(CachePolicy):
         return Placement(tuple(entry.id for entry in seen), tuple(range(now, now + own)))
 
     def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
-        """See `CachePolicy`."""
         self.again(branches)
         ids = [entry.id for entry in branches[0].chunks]
         gone = ids[self.sinks : max(self.sinks, len(ids) - self.pool - self.tail)]
@@ -114,7 +112,6 @@ class RelaxForcingPaper(CachePolicy):
             del self._vectors[chunk_id]
 
     def forget(self, branches: Sequence[KVCache], chunks: Sequence[CachedChunk]) -> None:
-        """See `CachePolicy`."""
         for chunk in chunks:
             del self._vectors[chunk.id]
 
@@ -140,19 +137,15 @@ class RelaxForcingPaper(CachePolicy):
         return [candidates[i] for i in sorted(best)]
 
     def protected(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
-        """See `CachePolicy`."""
         return tuple(entry.id for entry in branches[0].chunks[: self.sinks])
 
     def hidden(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
-        """See `CachePolicy`."""
         held = {entry.id for entry in branches[0].chunks}
         return tuple(i for i in self._hidden if i in held)
 
     def state(self) -> Any:
-        """See `CachePolicy`."""
         return dict(self._vectors), self._hidden
 
     def load_state(self, state: Any) -> None:
-        """See `CachePolicy`."""
         vectors, self._hidden = state
         self._vectors = dict(vectors)

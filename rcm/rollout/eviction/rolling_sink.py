@@ -54,7 +54,6 @@ class RollingSink(CachePolicy):
         return (self.total + self.recent + 1) * max(pattern.first, pattern.chunk)
 
     def before(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> Placement:
-        """See `CachePolicy`."""
         own = tuple(range(chunk.start, chunk.stop))
         held = branches[0].chunks
         ids = [entry.id for entry in held]
@@ -88,7 +87,6 @@ class RollingSink(CachePolicy):
         return [(self.total - 1 - turn - j) % self.total for j in range(self.sinks)], True
 
     def after(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> None:
-        """See `CachePolicy`."""
         ids = [entry.id for entry in branches[0].chunks]
         for cache in branches:
             cache.evict(ids[self.total : max(self.total, len(ids) - self.recent)])
@@ -99,14 +97,11 @@ class RollingSink(CachePolicy):
         return tuple(ids[: self.total if len(ids) > self.total else self.sinks])
 
     def hidden(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
-        """See `CachePolicy`."""
         held = {entry.id for entry in branches[0].chunks}
         return tuple(i for i in self._hidden if i in held)
 
     def state(self) -> Any:
-        """See `CachePolicy`."""
         return self._hidden
 
     def load_state(self, state: Any) -> None:
-        """See `CachePolicy`."""
         self._hidden = state

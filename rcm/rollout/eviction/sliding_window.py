@@ -41,7 +41,6 @@ class SlidingWindow(CachePolicy):
         return None if self.keep else (self.blocks + self.sinks) * max(pattern.first, pattern.chunk)
 
     def before(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> Placement:
-        """See `CachePolicy`."""
         hidden = self.hidden(branches)
         visible = tuple(held.id for held in branches[0].chunks if held.id not in hidden)
         if not self.keep:
@@ -60,7 +59,6 @@ class SlidingWindow(CachePolicy):
         )
 
     def protected(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
-        """See `CachePolicy`."""
         return tuple(
             held.id for at, held in enumerate(branches[0].chunks) if self._is_sink(branches[0], at)
         )
