@@ -169,14 +169,14 @@ def _flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _module_of(name: str) -> ModuleType:
+    if not name or name.startswith("."):
+        raise ConfigError(
+            f"--config={name}: no name of a module; give a path that ends in .py or a dotted module"
+            " name"
+        )
     if not name.endswith(".py"):
         try:
             return importlib.import_module(name)
-        except (ValueError, TypeError) as error:  # "", ".", ".name"
-            raise ConfigError(
-                f"--config={name}: this is no name of a module; give a path that ends in .py or a"
-                " dotted module name"
-            ) from error
         except ModuleNotFoundError as error:
             if error.name and not f"{name}.".startswith(f"{error.name}."):
                 raise

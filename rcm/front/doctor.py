@@ -29,6 +29,7 @@ from rcm.core.errors import ConfigError, first_line
 from rcm.front.ahead import compiled, frame_size
 from rcm.inference.outcome import command, writable_file
 from rcm.nets.attention import BACKENDS
+from rcm.nets.attention_packages import NotInstalled, Package
 from rcm.parallel.agree import spread
 from rcm.parallel.launch import launch_number
 from rcm.parallel.mesh import launch_group
@@ -167,11 +168,22 @@ def kernels(device: torch.device) -> Iterator[Finding]:
     usable, missing = [], []
     for name, build in BACKENDS.items():
         try:
-            build()
+            backend = build()
+            if isinstance(backend, Package) and device.type == "cuda":
+                _try_first_call(backend, device)
             usable.append(name)
-        except ConfigError as error:
+        except NotInstalled as error:
             missing.append(f"{name} ({first_line(error).split(': ')[-1].split(';')[0]})")
+        except ConfigError as error:
+            yield Finding("warning", name, str(error), "auto goes on without it")
     yield _ok("attention", f"{', '.join(usable)}; not here: {', '.join(missing) or 'none'}")
+
+
+def _try_first_call(backend: Package, device: torch.device) -> None:
+    """`ConfigError` where a package of attention loads and cannot be called, with gradient."""
+    x = torch.zeros(1, 1, 12, 128, dtype=torch.bfloat16, device=device, requires_grad=True)
+    if (problem := backend.problem(x, x, x)) is not None:
+        raise ConfigError(problem)
 
 
 def _kernels_on_card(device: torch.device) -> Iterator[Finding]:

@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from rcm.front import doctor
 from rcm.front.commands import COMMANDS
+from rcm.nets.attention_dense import Reference
+from rcm.nets.attention_packages import Flash3
 from tests.hygiene.source import ROOT
 from tests.support.dist import run_ranks
 
@@ -51,6 +53,25 @@ def test_back_ends_are_named_with_what_is_missing() -> None:
     [finding] = [f for f in doctor.kernels(torch.device("cpu")) if f.name == "attention"]
     usable, missing = finding.found.split("; not here: ")
     assert "reference" in usable.split(", ") and "flash3 (build FlashAttention-3" in missing
+
+
+def test_a_package_that_cannot_be_called_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loads; so does one of another torch."""
+
+    class Broken(Flash3):
+        def __init__(self) -> None:
+            pass
+
+        def problem(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+            return f"attention backend 'flash3' fails at its first call, {q.requires_grad}"
+
+    zeros = torch.zeros
+    monkeypatch.setattr(doctor, "_kernels_on_card", lambda _: iter(()))
+    monkeypatch.setattr(doctor.torch, "zeros", lambda *shape, device, **options: zeros(*shape, **options))
+    monkeypatch.setattr(doctor, "BACKENDS", {"flash3": Broken, "reference": Reference})
+    warning, usable = doctor.kernels(torch.device("cuda"))
+    assert (warning.state, warning.name) == ("warning", "flash3") and warning.found.endswith("first call, True")
+    assert usable.found == "reference; not here: none"
 
 
 def _two_ranks() -> None:
