@@ -65,9 +65,7 @@ class LatentBatch:
         return self.cond
 
     def condition(self) -> Condition:
-        """What the networks are conditioned on; a batch that carries more says so here, and no
-        method has to know.
-        """
+        """The condition of the networks; a batch that carries more says so here."""
         return Condition(self.text)
 
     @property
@@ -90,9 +88,7 @@ class LatentBatch:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Captions alone, for on-policy training and sampling: `text` [B, L, E] float32 and one prompt
-    per sample.
-    """
+    """Captions alone, to train on own samples: `text` [B, L, E] float32, a prompt per sample."""
 
     text: torch.Tensor
     prompts: list[str]

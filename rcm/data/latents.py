@@ -76,18 +76,14 @@ def _matches(name: str) -> list[str]:
 
 
 def _split_literal(pattern: str) -> tuple[str, str]:
-    """The longest beginning of a pattern, in whole names, that exists as it is written, and the
-    rest.
-    """
+    """The longest beginning, in whole names, that exists as it is written, and the rest."""
     ends = [found.start() for found in re.finditer(r"(?<=[^/])/", pattern)] + [len(pattern)]
     there = max((end for end in ends if os.path.exists(pattern[:end])), default=0)
     return pattern[:there], pattern[there:]
 
 
 def _expand_braces(pattern: str, knob: str) -> list[str]:
-    """Every alternative of a pattern, as bash spells it out: braces without a comma or a range are
-    characters like others.
-    """
+    """Every alternative, as in bash: braces without a comma or a range are plain characters."""
     match = next(
         (m for m in re.finditer(r"\{([^{}]*)\}", pattern) if "," in m[1] or _RANGE.fullmatch(m[1])),
         None,
@@ -169,9 +165,7 @@ class LatentShards:
         return int(self._first[-1])
 
     def fingerprint(self) -> str:
-        """Hash of names, keys and contents of all shards (`content_digest`): what a checkpoint
-        records as its data.
-        """
+        """Hash of names, keys and contents (`content_digest`) of all shards, for checkpoints."""
         if not self._fingerprint:  # of ten million samples it takes a second, and every save asks
             digest = hashlib.sha256()
             for shard in self.shards:
@@ -281,9 +275,7 @@ class LatentShards:
         return context
 
     def _check_latents(self, latents: torch.Tensor, name: str) -> torch.Tensor:
-        """[C, T, H, W], or [K, C, T, H, W] for ODE trajectories, cut to the first frames asked
-        for.
-        """
+        """[C, T, H, W], or [K, C, T, H, W] of ODE trajectories, cut to the frames asked for."""
         if latents.ndim not in (4, 5):
             raise ConfigError(
                 f"{name} has shape {tuple(latents.shape)}, expected [C, T, H, W] or a trajectory"

@@ -43,9 +43,7 @@ class DataConfig(Record):
 
 
 class Source(Protocol[Batch]):
-    """Samples by number: shards, prompt files, the toy world, fakes. `fetch` may be called from
-    several threads at once.
-    """
+    """Samples by number: shards, prompts, the toy world, fakes. Threads may `fetch` at once."""
 
     def __len__(self) -> int: ...
 
@@ -126,9 +124,7 @@ class Loader(Generic[Batch]):
         return batch
 
     def _plan(self, at: tuple[int, int]) -> tuple[tuple[int, int], list[int]]:
-        """The place after the batch that begins at `at` = (epoch, samples used by all ranks), and
-        this rank's samples of it.
-        """
+        """The place behind the batch at `at` = (epoch, samples of all ranks); this rank's part."""
         epoch, position = at
         step = self.batch_size * self._world
         if position + step > len(self.source):
@@ -150,9 +146,7 @@ class Loader(Generic[Batch]):
         return self._order[1]
 
     def state_dict(self) -> dict[str, int | str]:
-        """The place after the last batch handed out (what was read ahead does not count), and what
-        it is a place in.
-        """
+        """The place behind the last batch handed out (not the last one read), and of what."""
         return {
             "epoch": self._epoch,
             "position": self._position,

@@ -1,6 +1,4 @@
-"""Prompt files for building data: one sample per prompt, so that a prompt nobody meant must not
-slip in unseen.
-"""
+"""Prompt files for building data: one sample per prompt, so mistakes must not pass unseen."""
 
 from __future__ import annotations
 

@@ -49,9 +49,7 @@ def _json_prompt(line: str, place: str) -> str:
 
 
 class Prompts:
-    """A `loader.Source` of `PromptBatch`: `encode` turns prompts into embeddings [B, L, E] (a
-    `TextEncoder.encode`).
-    """
+    """A `loader.Source` of `PromptBatch`; `encode` makes embeddings, as `TextEncoder.encode`."""
 
     def __init__(
         self, prompts: Sequence[str], *, encode: Callable[[Sequence[str]], torch.Tensor]

@@ -121,9 +121,7 @@ class Record:
         return found
 
     def believes(self, facts: _Facts, path: Path) -> bool | None:
-        """Whether the file is the shard of these facts by its size and times; None where its
-        contents must tell.
-        """
+        """Whether size and times say that the file is this shard; None: compare the contents."""
         now = os.stat(path)
         if now.st_size != facts.size:
             return False
@@ -132,9 +130,7 @@ class Record:
 
 
 class RecordedShard(Shard):
-    """A shard whose places are read from a `Record` one at a time: nothing of its samples is in
-    memory.
-    """
+    """A shard whose places are read from a `Record` when asked for; memory holds no samples."""
 
     __slots__ = ("_facts", "_folder", "_record")
 
@@ -340,9 +336,7 @@ def _kept(path: Path) -> ShardIndex:
 
 
 def write_record(folder: Path, shards: Iterable[tuple[os.stat_result, Place]]) -> tuple[int, int]:
-    """As `record_shards`, of shards that were looked at already, each with what the system says of
-    its file.
-    """
+    """As `record_shards`, of shards that were opened already, each with the `stat` of its file."""
     temporary = folder / f".{RECORD}.{uuid.uuid4().hex}.partial"
     facts: list[list[object]] = []
     samples = 0

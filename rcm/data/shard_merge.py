@@ -1,6 +1,4 @@
-"""Shards of one kind put together into larger (or smaller) ones: members are copied byte for byte,
-and looked at on the way.
-"""
+"""Shards of one kind joined into larger or smaller ones: members are checked and copied whole."""
 
 from __future__ import annotations
 

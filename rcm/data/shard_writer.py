@@ -1,6 +1,4 @@
-"""Writing shards in the release's layout: whole or not at all, the same bytes for the same build,
-and continuable after a stop.
-"""
+"""Shards in the release's layout: written whole or not at all, reproducible, continuable."""
 
 from __future__ import annotations
 
@@ -95,9 +93,7 @@ def shard_name(number: int) -> str:
 
 
 class Members(Protocol):
-    """What can be written as a sample: contents by member name, in the order in which they are to
-    lie.
-    """
+    """A sample that can be written: contents by member name, in the order they are to lie."""
 
     def members(self) -> dict[str, bytes]: ...
 
@@ -207,9 +203,7 @@ def pending_shards(
 
 
 def write_span(span: ShardSpan, samples: Iterable[Members]) -> None:
-    """Write the shard of `span`; `ShardError` if the source gives another number of samples, and
-    nothing stays.
-    """
+    """Write the shard of `span`; `ShardError`, and no file, for another number of samples."""
     written = write_shard(span.path, samples, first_key=span.start)
     if written != span.stop - span.start:
         span.path.unlink()
@@ -255,9 +249,7 @@ def record_if_whole(folder: Path, *, num_samples: int, shard_size: int) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, object]:
-    """What the data set in `folder` was made from; empty without a `dataset.json`. `ConfigError` if
-    that is damaged.
-    """
+    """What made the data set in `folder`; empty without `dataset.json`, `ConfigError` if broken."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return {}

@@ -1,6 +1,4 @@
-"""What lies in a shard, read without executing anything: one member, and one sample with all of its
-bytes.
-"""
+"""What lies in a shard, read without executing anything: single members and whole samples."""
 
 from __future__ import annotations
 

@@ -164,9 +164,7 @@ def index_shard(path: Path, *, keep: bool = False) -> ShardIndex:
 
 
 def content_digest(path: Path) -> str:
-    """Hash of a file's size and bytes: of all of them up to 16 MiB, else of 64 blocks of 16 KiB
-    spread from its first to its last byte.
-    """
+    """Hash of size and bytes: all up to 16 MiB, else 64 blocks of 16 KiB spread over the file."""
     size, digest = path.stat().st_size, hashlib.sha256()
     digest.update(str(size).encode())
     with open(path, "rb") as file:
@@ -180,9 +178,7 @@ def content_digest(path: Path) -> str:
 
 
 def _spans(stored: Mapping[str, Any], size: int) -> np.ndarray:
-    """The spans of a stored index; `ValueError` unless they lie inside a file of `size` bytes and
-    belong to different keys.
-    """
+    """A stored index's spans; `ValueError` unless they lie within `size` bytes, keys unique."""
     keys, fields = stored["keys"], stored["fields"]
     if (
         fields not in (list(FIELDS), [*FIELDS, CONTEXT])
@@ -202,9 +198,7 @@ def _spans(stored: Mapping[str, Any], size: int) -> np.ndarray:
 
 
 def _is_header_of(header: bytes | bytearray, name: str, length: int) -> bool:
-    """Whether a tar header announces this member; a name that is too long for the header stands
-    elsewhere.
-    """
+    """Whether a tar header announces this member; names too long for it are not compared."""
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
@@ -216,9 +210,7 @@ def _is_header_of(header: bytes | bytearray, name: str, length: int) -> bool:
 
 
 def write_index(index: ShardIndex) -> Path:
-    """Store an index beside its shard (atomically), to spare later runs the scan; returns its
-    path.
-    """
+    """Store an index beside its shard, atomically, to spare later scans; returns its path."""
     beside = _beside(index.path)
     record = {
         "size": index.size,
@@ -282,9 +274,7 @@ def _is_of_macos(name: str) -> bool:
 
 
 def _check_end(path: Path, end: int, *, last: str) -> None:
-    """tarfile takes a damaged header for the end of the archive, so look for the end marker
-    itself.
-    """
+    """Look for the end marker: tarfile takes a damaged header for the end of the archive."""
     with open(path, "rb") as file:
         file.seek(end)
         marker = file.read(len(_END))

@@ -1,6 +1,4 @@
-"""Attention back ends made of dense calls: the eager oracle, torch's fused attention, and what they
-share for masks.
-"""
+"""Attention back ends made of dense calls: eager, torch's fused one, and their use of masks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Attention through torch's FlexAttention: block tables from a mask's intervals, one compiled
-kernel, no tuning at the first step.
-"""
+"""Attention through torch's FlexAttention: block tables from masks, one kernel, no autotuning."""
 
 from __future__ import annotations
 
@@ -127,9 +125,7 @@ def block_mask(mask: MaskSpec, device: torch.device) -> BlockMask:
 
 
 def _ordered(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Number of true blocks per row, and their columns first in each row; int32 `[1, 1, rows]` and
-    `[1, 1, rows, columns]`.
-    """
+    """True blocks per row, their columns first: int32 `[1, 1, rows]`, `[1, 1, rows, columns]`."""
     counts = blocks.sum(dim=1, dtype=torch.int32)
     order = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
     return counts[None, None].to(device), order[None, None].contiguous().to(device)

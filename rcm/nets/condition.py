@@ -1,6 +1,4 @@
-"""What a sample is conditioned on, as tensors: text, and for image-to-video extra channels and
-image tokens.
-"""
+"""What a sample is conditioned on: text, and for image-to-video channels and image tokens."""
 
 from __future__ import annotations
 
@@ -58,9 +56,7 @@ class Condition:
         return self._map(lambda x: x.to(device=device, dtype=dtype))
 
     def with_images_of(self, other: Condition) -> Condition:
-        """This text with the image conditioning of `other` where this one has none: the negative
-        prompt of an image-to-video sample.
-        """
+        """This text with the image conditioning of `other` where it has none, as negatives."""
         concat = other.concat if self.concat is None else self.concat
         image = other.image if self.image is None else self.image
         return replace(self, concat=concat, image=image)

@@ -56,9 +56,7 @@ class Denoiser(VelocityModel):
         *,
         cache: Past = None,
     ) -> Tensor:
-        """See `VelocityModel`. The difference of the times is taken before its cast, as exact as
-        they are.
-        """
+        """See `VelocityModel`. Times are subtracted before the cast, so as exactly as they are."""
         if not self.net.config.two_times:
             return super().mean_velocity(x, t, s, cond, layout, cache=cache)
         u = self.net(*self._inputs(x, t, cond), layout, cache, span=self._span(t, s, x.device))
@@ -145,9 +143,7 @@ class Denoiser(VelocityModel):
         return getattr(getattr(self.net, "enter", None), "group", None)
 
     def eval_params(self) -> Self:
-        """Freeze the network's parameters and set it to evaluation, for teachers; returns
-        itself.
-        """
+        """Freeze the network and set it to evaluation, for teachers; returns itself."""
         self.net.requires_grad_(False).eval()
         return self
 
@@ -171,9 +167,7 @@ class Guided(VelocityModel):
     def velocity(
         self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: Past = None
     ) -> Tensor:
-        """See `VelocityModel`; `cache` is a view of a `PairedCache`. Raises `TypeError` for
-        another.
-        """
+        """See `VelocityModel`; `cache` is a view of a `PairedCache`, others are `TypeError`."""
         positive, negative = self._branches(cache)
         v = self.denoiser.velocity(x, t, cond, layout, cache=positive)
         if not self.active:
@@ -222,9 +216,7 @@ class Guided(VelocityModel):
         hot_chunks: int = 0,
         attention: Attention = "net",
     ) -> PairedCache:
-        """See `VelocityModel`: one cache per branch, the negative one only if it is used; a codec's
-        warm state is not shared.
-        """
+        """See `VelocityModel`: a cache per branch that is used, each with its own codec state."""
 
         def branch(codec: KVCodec | None) -> KVCache:
             cache = self.denoiser.new_cache(
@@ -268,9 +260,7 @@ class Guided(VelocityModel):
         return self.denoiser.group
 
     def prepare(self, cond: Condition) -> Condition:
-        """See `VelocityModel`. Prepares the positive branch; give the constructor a prepared
-        negative for the other.
-        """
+        """See `VelocityModel`: the positive branch; construct with a prepared negative."""
         return self.denoiser.prepare(cond)
 
 

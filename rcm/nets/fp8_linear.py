@@ -121,9 +121,7 @@ class FP8Part(nn.Module):
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` [..., in_features] to [..., out_features], dtype of `x`, a view with the stride of
-        the shared product.
-        """
+        """`x` [..., in_features] to [..., out_features]: a view of the shared product."""
         return self.shared.part(x, self.index)
 
 

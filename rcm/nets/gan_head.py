@@ -1,6 +1,4 @@
-"""What a discriminator adds to a network that it looks into (DMD2, arXiv 2405.14867): a logit from
-the tokens behind a few blocks.
-"""
+"""What a discriminator adds to a network (DMD2, arXiv 2405.14867): a logit from block outputs."""
 
 from __future__ import annotations
 

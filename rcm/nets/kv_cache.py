@@ -152,9 +152,7 @@ class KVCache:
         return CacheView(self, "transient" if transient else "readonly", chunks)
 
     def evict(self, ids: Sequence[int]) -> None:
-        """Drop the chunks with these ids; their slots are free at once. `IndexError` for an id that
-        is not held.
-        """
+        """Drop these chunks; their slots are free at once. `IndexError` for an id not held."""
         gone = {self.chunk(i).id for i in ids}
         if not gone:
             return
@@ -225,9 +223,7 @@ class KVCache:
         self.chunks = (merged,)
 
     def reset(self, free_buffers: bool = True) -> None:
-        """Forget everything; `free_buffers=False` keeps the allocations for inputs of the same
-        shape and dtype.
-        """
+        """Forget everything; `free_buffers=False` keeps memory for inputs of the same form."""
         self.chunks, self._next_id = (), 0
         self.epoch += 1
         self.store.clear(free_buffers=free_buffers)
@@ -311,9 +307,7 @@ class KVCache:
 
 
 def _substituted(spans: Spans, below: int, target: Spans) -> Spans:
-    """`spans` with every slot from `below` on replaced by the next one of `target`, in order of the
-    tokens.
-    """
+    """`spans` with the slots from `below` on replaced by those of `target`, in token order."""
     found, used = [], 0
     for start, stop in spans:
         if start < below:

@@ -16,9 +16,7 @@ SIDES: tuple[Side, Side] = ("key", "value")
 
 
 class KVCodec(Protocol):
-    """Storage format of a quantised cache: one blob per layer, chunk and side. A codec that
-    remembers nothing inherits the rest.
-    """
+    """Storage format of a cache: a blob per layer, chunk and side; what has no body is optional."""
 
     def encode(self, x: Tensor, *, side: Side, layer: int) -> Any:
         """Blob of `x` [B, S, N, D]."""

@@ -1,6 +1,4 @@
-"""Cached keys and values as the blobs of a codec: cold chunks exist as codes only, and are restored
-one layer at a time.
-"""
+"""Keys and values as blobs of a codec: cold chunks are codes alone, restored layer by layer."""
 
 from __future__ import annotations
 
@@ -38,9 +36,7 @@ class Group(NamedTuple):
         *,
         turn: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Write the keys, turned if `turn` is given, and the values of a layer into `out`, each [B,
-        L, N, D].
-        """
+        """Write the keys (turned by `turn`) and values of a layer into `out`, [B, L, N, D] each."""
         for at, (x, side) in enumerate(zip(out, SIDES, strict=True)):
             codec.restore(
                 self.like[at],
@@ -161,9 +157,7 @@ class CodedStore:
         self._forget_place_of(chunk)
 
     def groups(self, pieces: Sequence[Piece]) -> list[Group]:
-        """Whole coded chunks as `Group`s that put them behind each other in the order of
-        `pieces`.
-        """
+        """Whole coded chunks as `Group`s that lay them down in the order of `pieces`."""
         wanted = _whole(pieces)
         if self._groups is None or self._groups[0] != wanted:
             self._groups = wanted, self._grouped(wanted)
@@ -249,9 +243,7 @@ class CodedStore:
         )
 
     def state(self) -> Any:
-        """See `Store`. Blobs and hot chunks are never written again, so they are shared, not
-        copied; the codec says its own state.
-        """
+        """See `Store`. Blobs and hot chunks are never rewritten, so they are not copied."""
         return [dict(x) for x in self._blobs], [dict(x) for x in self._hot], self.codec.state()
 
     def load_state(self, state: Any) -> None:
@@ -261,9 +253,7 @@ class CodedStore:
         self.codec.load_state(own)
 
     def _together(self, pieces: Sequence[Piece]) -> int:
-        """How many of `pieces`, from the first on, are held as codes by all layers, so that one
-        table serves them.
-        """
+        """How many of the first `pieces` all layers hold as codes, so that one table serves."""
         if not isinstance(self.codec, AddressedCodec):
             return 0
         apart = (
@@ -274,9 +264,7 @@ class CodedStore:
         return next(apart, len(pieces))
 
     def _addresses_of(self, chunk: int) -> Tensor:
-        """Of the blobs of a chunk, layer by layer, keys and values: int64 [2 layers, fields] on the
-        host.
-        """
+        """Addresses of a chunk's blobs by layer, key then value: int64 [2 layers, fields], host."""
         if chunk not in self._addresses:
             self._addresses[chunk] = self.addressed.addresses(
                 [blob for held in self._blobs for blob in held[chunk]]

@@ -36,9 +36,7 @@ class Fp8Store(DenseStore):
 
     @property
     def ready(self) -> bool:
-        """Whether every layer has memory for its scales and codes, where a captured pass reads and
-        sets them.
-        """
+        """Whether every layer has the memory for scales and codes that a captured pass uses."""
         return None not in self._scales and not (self.turned and None in self.codes)
 
     @property
@@ -106,9 +104,7 @@ class Fp8Store(DenseStore):
         )
 
     def code_bytes(self, *, batch: int, heads: int, width: int) -> int:
-        """Bytes of codes and scales once every layer was written, beside those of the plain
-        tensors.
-        """
+        """Bytes of codes and scales once every layer was written, beyond the plain tensors."""
         room = -(-self.capacity // GROUP) * GROUP if self.turned else 0
         return len(self.buffers) * (2 * batch * heads * room * width + 4 * heads * (1 + 3 * width))
 

@@ -1,6 +1,4 @@
-"""A codec that keeps what it restored: time for memory, for caches that are quantised for their
-effect and not for their size.
-"""
+"""A codec that keeps what it restored, for caches quantised for their effect, not their size."""
 
 from __future__ import annotations
 

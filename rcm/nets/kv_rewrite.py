@@ -1,6 +1,4 @@
-"""Cached chunks replaced by others: cut in two, gathered, merged, turned in time. What policies
-that reshape the past are made of.
-"""
+"""Cached chunks cut, gathered, merged or turned in time, for policies that reshape the past."""
 
 from __future__ import annotations
 

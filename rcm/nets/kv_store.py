@@ -70,9 +70,7 @@ class Store(Protocol):
         """A chunk was put by all layers."""
 
     def read(self, layer: int, pieces: Sequence[Piece]) -> Pair:
-        """Keys and values of `pieces`, in their order; overwritten by the next read, unless the
-        store is in place.
-        """
+        """Keys and values of `pieces` in order; valid till the next read unless in place."""
 
     def gather(self, layer: int, past: Sequence[Piece], own: Sequence[Piece], pair: Pair) -> Pair:
         """Those of `past` and of a forward's own tokens, `pair`, which were put as `own`, or for a
@@ -192,9 +190,7 @@ class DenseStore:
             _fill(buffer, spans, x)
 
     def read(self, layer: int, pieces: Sequence[Piece]) -> Pair:
-        """Keys and values of `pieces`, in their order: views where they lie in one run, else
-        copies.
-        """
+        """Keys and values of `pieces` in order: views of one run, copies of several."""
         joined: list[list[int]] = []
         for piece in pieces:
             if joined and joined[-1][1] == piece.start:
@@ -243,9 +239,7 @@ class DenseStore:
         return [pair and tuple(x.clone() for x in pair) for pair in self.buffers]
 
     def load_state(self, state: Any) -> None:
-        """Take up a `state`, in the buffers at hand where they fit (what was captured keeps reading
-        them).
-        """
+        """Take up a `state`, in the buffers at hand if any: captured passes read them."""
         for layer, pair in enumerate(state):
             if pair is None:
                 continue

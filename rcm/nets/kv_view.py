@@ -1,6 +1,4 @@
-"""What one forward sees of a cache and writes to it, as a whole (`CacheView`) and layer by layer
-(`LayerView`).
-"""
+"""What a forward sees of a cache and writes to it: as a whole, and layer by layer."""
 
 from __future__ import annotations
 
@@ -47,9 +45,7 @@ _REFUSES_DUALS = (
 
 @dataclass(frozen=True)
 class CachedChunk:
-    """A chunk that a cache holds: a stable `id` (counted since the last reset), its token slots,
-    and the positions of its tokens.
-    """
+    """A chunk in a cache: `id` (counted since the last reset), slots, positions of its tokens."""
 
     id: int
     spans: Spans
@@ -163,9 +159,7 @@ class CacheView:
         return self._order is not None
 
     def in_order(self, x: Tensor) -> Tensor:
-        """What `assemble` returned, [B, prefix + L, N, D], as cached chunks in order and the
-        forward's own tokens behind them.
-        """
+        """`x` [B, prefix + L, N, D] of `assemble` as chunks in order, then the own tokens."""
         wanted = self._pieces()
         if self._order is None or self._order == wanted:
             return x
@@ -179,9 +173,7 @@ class CacheView:
         return [piece for chunk in self.visible for piece in chunk.pieces] + own
 
     def positions(self, layout: TokenLayout) -> Positions:
-        """Positions of all keys of this forward, in the order of `assemble`, for keys that are
-        rotated at reading.
-        """
+        """Positions of all keys, in the order of `assemble`, for rotation at reading."""
         own = at_frames(layout.frame_index, layout.grid)
         if self._order is None or not self.store.in_place:
             return concatenated([*(chunk.positions for chunk in self.visible), own])
@@ -204,18 +196,14 @@ class CacheView:
 
     @property
     def can_be_captured(self) -> bool:
-        """Whether a captured pass can read and write what `begin` found: one run of a plain cache,
-        codes at addresses of a coded one.
-        """
+        """Whether captured passes can do this: one plain run, or codes at addresses."""
         adding = [chunk.num_tokens for chunk in self._new] if self.mode == "append" else []
         chunks = [chunk.id for chunk in self.visible]
         return self.store.captures(chunks, adding=adding, one_run=self.is_one_run)
 
     @property
     def own_chunk(self) -> CachedChunk | None:
-        """The one chunk that this append adds, once `begin` found its place; None for other modes
-        and for several.
-        """
+        """The one chunk that an append adds, once `begin` placed it; None if not one."""
         return self._new[0] if self.mode == "append" and len(self._new) == 1 else None
 
     def layer(self, index: int) -> LayerView:
@@ -255,9 +243,7 @@ class LayerView:
 
     @property
     def appends(self) -> bool:
-        """Whether this forward writes committed tokens, so that it must run exactly once (no
-        activation recomputation).
-        """
+        """Whether this forward commits tokens: it must run once, without recomputation."""
         return self._view.mode == "append"
 
     @property
@@ -309,9 +295,7 @@ class LayerView:
         return self._view.store.attends
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskSpec | None) -> Tensor:
-        """Attention of rotated queries [B, L, N, D] to all keys, rotated, and values, as `assemble`
-        returned them.
-        """
+        """Attention of rotated queries [B, L, N, D] to the rotated keys of `assemble`."""
         view = self._view
         chunks = view.visible + (view._new if view.mode == "append" else ())
         seen = Seen(

@@ -30,9 +30,7 @@ class FusedLayer(nn.Module):
     fused = "auto"
 
     def runs_fused(self, x: Tensor) -> bool:
-        """Whether the kernel serves `x` [.., E]. Raises `ConfigError` where it is demanded and
-        cannot.
-        """
+        """Whether the kernel serves `x` [.., E]; `ConfigError` if demanded and impossible."""
         return choice.use_fused(self.fused, x, width=x.shape[-1])
 
 
@@ -91,9 +89,7 @@ class AffineLayerNorm(nn.LayerNorm, FusedLayer):
 
 
 class ModulatedNorm(FusedLayer):
-    """Layer norm without parameters, then `* (1 + scale) + shift` in float32: the adaptive norm of
-    a DiT.
-    """
+    """Adaptive norm of a DiT: plain layer norm, then `* (1 + scale) + shift` in float32."""
 
     def __init__(self, dim: int, *, eps: float) -> None:
         super().__init__()
@@ -166,9 +162,7 @@ class Gelu(FusedLayer):
 
 
 class Sinusoid(nn.Module):
-    """cos and sin of `timestep * 10000^(-j / half)`, j < half = dim / 2, cosines first; computed in
-    float64.
-    """
+    """cos, then sin, of `timestep * 10000^(-j / half)` for j < half = dim / 2, in float64."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -218,9 +212,7 @@ class Unpatchify(nn.Module):
 
 
 def _kernels() -> ModuleType:
-    """The kernels, imported by the first layer that runs them: Triton is absent on machines without
-    a GPU.
-    """
+    """The kernels, imported when first run: Triton is absent on machines without a GPU."""
     from rcm.kernels.fused import api
 
     return api

@@ -95,9 +95,7 @@ class TokenLayout:
         window: int | None = None,
         sinks: int = 0,
     ) -> TokenLayout:
-        """Frames attend to their own block and earlier ones (the last `window` blocks, and the
-        first `sinks`); all are predicted.
-        """
+        """Frames see their block, earlier ones (last `window`) and first `sinks`; predict all."""
         mask = BlockCausal(pattern, num_frames, grid[0] * grid[1], window=window, sinks=sinks)
         chunks = tuple(stop - start for start, stop in pattern.bounds(num_frames))
         return cls(grid, tuple(range(num_frames)), mask, (0, num_frames), chunks=chunks)
@@ -117,9 +115,7 @@ class TokenLayout:
         window: int | None = None,
         sinks: int = 0,
     ) -> TokenLayout:
-        """Packed [clean T frames | noisy T frames] at the same positions; the noisy half is
-        predicted (Causal_rCM.md section 2).
-        """
+        """Packed [clean T | noisy T] frames at the same positions; the noisy half is predicted."""
         mask = TeacherForcing(
             pattern, num_frames, grid[0] * grid[1], queries="both", window=window, sinks=sinks
         )
@@ -168,9 +164,7 @@ class TokenLayout:
     def over_cache(
         cls, frame_index: Sequence[int], *, grid: Grid, context_tokens: int
     ) -> TokenLayout:
-        """One chunk of frames at temporal positions `frame_index` that sees all a cache shows it,
-        `context_tokens` tokens.
-        """
+        """One chunk at positions `frame_index` that sees `context_tokens`, all a cache shows."""
         own = len(frame_index) * grid[0] * grid[1]
         return cls(
             grid,

@@ -47,9 +47,7 @@ class Chosen:
 
 
 class LowRank(nn.Module):
-    """The factors of one update, `strength` B A: `down` A [rank, in_features], `up` B
-    [out_features, rank].
-    """
+    """The update `strength` B A: `down` A [rank, in_features], `up` B [out_features, rank]."""
 
     def __init__(self, in_features: int, out_features: int, *, rank: int, strength: float) -> None:
         super().__init__()
@@ -66,9 +64,7 @@ def _merged(weight: Tensor, down: Tensor, up: Tensor, strength: float) -> Tensor
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """x (W + s B A)^T + b with gradients for x, A and B alone, and nothing kept but `x` and the
-    parameters.
-    """
+    """x (W + s B A)^T + b; gradients for x, A, B alone, keeping only `x` and parameters."""
 
     @staticmethod
     def forward(

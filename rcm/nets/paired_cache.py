@@ -28,9 +28,7 @@ class PairedView:
 
 
 class PairedCache:
-    """Caches of the conditional and the negative branch, moved in step; `negative` is None without
-    guidance.
-    """
+    """Caches of both branches, moved in step; `negative` is None without guidance."""
 
     def __init__(self, cond: KVCache, negative: KVCache | None = None) -> None:
         self.cond, self.negative = cond, negative

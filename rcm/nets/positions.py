@@ -97,9 +97,7 @@ def cut(whole: Positions, start: int, count: int) -> Positions:
 
 
 def gathered(parts: Sequence[Positions], index: Tensor) -> Positions:
-    """Tokens `index` ([L] for all samples, [B, L] per sample) of the concatenated `parts`, in that
-    order.
-    """
+    """Tokens `index` ([L] for all samples, or [B, L]) of the concatenated `parts`, in order."""
     whole = concatenated(parts)
     per_frame = whole.grid[0] * whole.grid[1]
     if whole.frames is not None and index.dim() == 1 and len(index) % per_frame == 0:

@@ -60,18 +60,14 @@ class RopeTable:
 
 @dataclass(frozen=True)
 class RopePair:
-    """Tables of the queries and of the keys; one object twice unless cached keys are rotated along
-    (pre-RoPE cache).
-    """
+    """Tables of queries and keys: one object, unless cached keys turn along (pre-RoPE cache)."""
 
     query: RopeTable
     key: RopeTable
 
 
 def axis_channels(head_dim: int) -> tuple[int, int, int]:
-    """Channels of the frame, row and column axes. Raises `ValueError` unless `head_dim` is even and
-    at least 6.
-    """
+    """Channels per axis: frame, row, column. `ValueError` unless `head_dim` is even and >= 6."""
     if head_dim < 6 or head_dim % 2:
         raise ValueError(
             f"rotary embedding needs an even head size of at least 6, got {head_dim}; choose dim /"
@@ -149,9 +145,7 @@ class RopeTables:
         self._kept: dict[tuple, RopeTable] = {}
 
     def stretch(self, ntk: tuple[float, float, float]) -> None:
-        """Set `ntk`, for every table from now on. `ConfigError` unless the ratios are positive and
-        finite.
-        """
+        """Set `ntk` for later tables. `ConfigError` unless all ratios are positive and finite."""
         if not all(0 < ratio < math.inf for ratio in ntk):
             raise ConfigError(
                 f"NTK ratios of frames, rows and columns must be positive numbers, got {ntk}"
@@ -188,9 +182,7 @@ class RopeTables:
         return found
 
     def at(self, positions: Positions, *, device: torch.device, dtype: torch.dtype) -> RopeTable:
-        """Table for tokens at `positions`: kept for whole frames, made anew for positions that
-        differ between samples or heads.
-        """
+        """Table for tokens at `positions`; kept for whole frames, else made anew."""
         if positions.frames is not None:
             return self.table(positions.frames, positions.grid, device=device, dtype=dtype)
         where = to_device(positions.per_token.to(torch.float64), device)

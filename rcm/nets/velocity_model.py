@@ -55,9 +55,7 @@ class VelocityModel(ABC):
     def enter_context(
         self, x: Tensor, t: Tensor, cond: Condition, layout: TokenLayout, *, cache: View
     ) -> None:
-        """The pass of `velocity` for what it leaves in `cache`; a model skips what that does not
-        need.
-        """
+        """The pass of `velocity` for `cache` alone; a model skips what that does not need."""
         self.velocity(x, t, cond, layout, cache=cache)
 
     def trig_F(
@@ -114,15 +112,11 @@ class VelocityModel(ABC):
         raise self._unsaid("fused")
 
     def prepare(self, cond: Condition) -> Condition:
-        """`cond` with everything that depends on the prompt alone computed once, for passes without
-        gradient.
-        """
+        """`cond` with all that only the prompt decides computed, for gradient-free passes."""
         raise self._unsaid("prepare")
 
     def join_projections(self) -> None:
-        """Lay weights so that captured passes need fewer products; nothing where a model has no
-        such layout.
-        """
+        """Lay weights so that captured passes need fewer products, where the model can."""
         return
 
     def time_rows(self, t: Tensor, s: Tensor | None = None) -> tuple[Tensor, ...] | None:

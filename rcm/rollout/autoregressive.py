@@ -28,9 +28,7 @@ from rcm.samplers.steps import StepRule
 
 @dataclass(frozen=True)
 class Canvas:
-    """What is written on: the token grid (h, w) of a frame, and the policy that says what of the
-    past a chunk sees.
-    """
+    """The token grid (h, w) of a frame, and the policy that says what a chunk sees."""
 
     grid: tuple[int, int]
     policy: CachePolicy = CachePolicy()
@@ -223,9 +221,7 @@ class ChunkLoop:
         noise: Tensor | None,
         append: bool,
     ) -> Tensor:
-        """One denoising step from RF time `t` to `t_next`; `append` leaves the pass in the
-        cache.
-        """
+        """One denoising step from RF time `t` to `t_next`; `append` keeps it in the cache."""
         view = self.view(placement, append=append)
         layout = self.canvas.layout(placement.frame_index, view)
         now, then = (time_tensor(time, x.shape[0], x.device) for time in (t, t_next))

@@ -1,6 +1,4 @@
-"""The noise a rollout consumes: of a whole video in the order of the release, or keyed per chunk
-for videos without end.
-"""
+"""Noise of a rollout: of a whole video as released, or keyed per chunk of an endless one."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ from rcm.rollout.plan import ChunkPlan
 
 
 class Noise(Protocol):
-    """Unit noise [B, C, frames, H, W] of the latent frames [frames.start, frames.stop) of a
-    video.
-    """
+    """Unit noise [B, C, frames, H, W] of a video's latent frames [frames.start, stop)."""
 
     def start(self, frames: slice) -> Tensor:
         """What a chunk starts from."""
@@ -122,9 +118,7 @@ class VideoNoise:
         device: torch.device | str,
         renoises: bool = True,
     ) -> VideoNoise:
-        """Noise for `plans`, before the first of which all frames are given; `renoises` False (ODE)
-        draws the start only.
-        """
+        """Noise for `plans`, all frames before given; `renoises` False (ODE): the start alone."""
         num = max(plan.num_steps for plan in plans) if renoises else 0
         return cls(
             shape,
@@ -148,9 +142,7 @@ class VideoNoise:
         return draw.to(self.dtype)
 
     def state(self) -> Any:
-        """What was drawn, which is never written again, and the generator's state, on which context
-        noise depends.
-        """
+        """What was drawn, which never changes, and the generator, which context noise needs."""
         return self.given, tuple(self._draws), self._generator.get_state()
 
     def load_state(self, state: Any) -> None:

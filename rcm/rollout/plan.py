@@ -47,9 +47,7 @@ class StepSchedule:
         return len(self.entry(chunk)) + 1
 
     def context_time(self, chunk: int) -> float:
-        """RF time of noisy context left by chunk `chunk`: the last of its full schedule, 1 if that
-        is empty.
-        """
+        """RF time of noisy context of chunk `chunk`: its last mid time, 1 without any."""
         entry = self.entry(chunk)
         return entry[-1] if entry else 1.0
 
@@ -88,9 +86,7 @@ class StepSchedule:
         return cls(tuple(mids))
 
     def require_non_increasing(self, knob: str) -> None:
-        """Training refuses schedules whose step counts grow along the video (the step-count cycle
-        is defined by chunk 0).
-        """
+        """Training refuses growing step counts: the cycle of counts is that of chunk 0."""
         counts = [len(entry) + 1 for entry in self.mids]
         if any(b > a for a, b in pairwise(counts)):
             raise ConfigError(
@@ -113,9 +109,7 @@ class ContextRule:
             raise ConfigError(f"context_from_last_step_start_chunk={self.start_chunk} must be >= 0")
 
     def applies(self, block: int) -> bool:
-        """Whether block `block` (absolute index; an image prefix counts as block 0) leaves noisy
-        context.
-        """
+        """Whether block `block` (an image prefix is block 0) leaves noisy context."""
         return self.noisy and block >= self.start_chunk
 
 

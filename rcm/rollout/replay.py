@@ -19,9 +19,7 @@ from rcm.rollout.autoregressive import Canvas, ChunkResult, time_tensor
 def replay_chunk(
     denoiser: VelocityModel, cond: Condition, result: ChunkResult, *, canvas: Canvas, cache: Cache
 ) -> Tensor:
-    """x0 of one finished chunk, recomputed with gradient: x - t v(x, t | the chunks that it saw).
-    Shape as `result.x0`.
-    """
+    """x0 of a chunk again, with gradient: x - t v(x, t | what it saw); shaped as `result.x0`."""
     x, t = result.last_input.detach(), result.last_time
     view = cache.readonly(visible=result.placement.visible)
     layout = canvas.layout(result.placement.frame_index, view)

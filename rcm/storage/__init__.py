@@ -1,3 +1,1 @@
-"""Weights on disk: containers of tensors that are opened whole, checked, and read one tensor at a
-time.
-"""
+"""Weights on disk: containers that are opened and checked whole, and read tensor by tensor."""

@@ -41,9 +41,7 @@ Numbers = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """A box inside a tensor, and the bytes of a file (a plain name) that hold it as a torch
-    pickle.
-    """
+    """A box of a tensor, and the bytes of a file (a plain name) with it as a torch pickle."""
 
     offsets: Numbers
     sizes: Numbers
@@ -199,9 +197,7 @@ def _index(index: Any) -> tuple[str, Numbers]:
 
 
 def _place(key: str, place: Any) -> tuple[str, int, int]:
-    """(file, first byte, length) of a piece; the file a plain name, so that it lies in the
-    folder.
-    """
+    """(file, first byte, length) of a piece; `file` is a plain name, so lies in the folder."""
     state = _state(place, _PLACE)
     file: Any = state.get("relative_path")
     start: Any = state.get("offset")

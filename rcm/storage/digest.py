@@ -1,6 +1,4 @@
-"""Which numbers a network is made of: a digest of every tensor, taken while they are read
-anyway.
-"""
+"""Which numbers a network is made of: a digest of every tensor, taken as they are read."""
 
 from __future__ import annotations
 

@@ -47,9 +47,7 @@ class Named:
 
 @dataclass(slots=True, eq=False)
 class Made:
-    """What the file would have made by calling `kind` with `arguments` and giving it `state`; not
-    made.
-    """
+    """What calling `kind` with `arguments`, then giving it `state`, would make; not made."""
 
     kind: str
     arguments: tuple[Any, ...]

@@ -1,6 +1,4 @@
-"""Names that files state of their neighbours: an index of its shards, a pointer of the newest
-checkpoint, a DCP folder of its pieces.
-"""
+"""Names that files state of neighbours: an index of shards, a newest checkpoint, DCP pieces."""
 
 from __future__ import annotations
 
@@ -12,9 +10,7 @@ _MOST_BYTES = 4096
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether `name` is that of an entry of a folder, on any system: no path, no drive, not the
-    folder itself or its parent.
-    """
+    """Whether `name` is a plain entry of a folder on any system: no path, drive, "." or ".."."""
     return (
         isinstance(name, str)
         and 0 < len(name) <= 255
@@ -24,9 +20,7 @@ def is_plain_name(name: object) -> bool:
 
 
 def pointed_at(pointer: Path) -> Path:
-    """The neighbour of `pointer` whose name that file holds. `CheckpointError` unless the content
-    is one plain name.
-    """
+    """The neighbour named in the file `pointer`; `CheckpointError` if that is no plain name."""
     with open(pointer, "rb") as file:
         name = file.read(_MOST_BYTES).decode("utf-8", errors="replace").strip()
     if not is_plain_name(name):

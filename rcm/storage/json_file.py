@@ -1,6 +1,4 @@
-"""JSON as the package reads it from strangers: strict, bounded, and one sentence for whatever is
-wrong.
-"""
+"""JSON from strangers: strict, bounded, and one sentence for whatever is wrong."""
 
 from __future__ import annotations
 

@@ -201,9 +201,7 @@ class _Held(io.RawIOBase):
 
 
 def _opened(source: Path | bytes | bytearray) -> tuple[Any, Callable[[Any], Tensor]]:
-    """What the pickle holds, inert, and the function that makes a tensor of an entry that is
-    one.
-    """
+    """What the pickle holds, inert, and what makes a tensor of an entry that is one."""
     held = bytearray(source) if isinstance(source, bytes) else source
     with cast(
         BinaryIO,
@@ -276,9 +274,7 @@ def _archive(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
 
 
 def _old_format(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """As `_archive`, of torch's first format: five pickles, then each storage after its number of
-    elements.
-    """
+    """As `_archive`, of torch's first format: five pickles, then storages after their sizes."""
     if read_inert(file, names=()) != _OLD_MAGIC:
         raise pickle.UnpicklingError("it does not begin as a torch file does")
     read_inert(file, names=())

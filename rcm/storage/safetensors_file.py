@@ -64,9 +64,7 @@ def read_header(path: Path) -> tuple[dict[str, tuple[Tensor, int]], dict[str, st
 
 
 def read_entry(path: Path, header: Tensor, start: int) -> Tensor:
-    """The bytes from `start` on as a CPU tensor like `header`. Raises `OSError` where the file ends
-    early.
-    """
+    """The bytes from `start` on as a CPU tensor like `header`; `OSError` if too few."""
     flat = torch.empty(header.numel() * header.element_size(), dtype=torch.uint8)
     read_exactly(path, flat.numpy().data, start=start)
     return flat.view(header.dtype).view(header.shape)

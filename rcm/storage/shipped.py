@@ -1,6 +1,4 @@
-"""Files that come with the package: prompt lists, Wan's negative prompt, a small trained checkpoint
-of the embedded world.
-"""
+"""Files that come with the package: prompts, Wan's negative prompt, a small checkpoint."""
 
 from __future__ import annotations
 

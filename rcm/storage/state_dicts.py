@@ -1,6 +1,4 @@
-"""Dicts of tensors from anywhere: keys joined, shapes known before reading, and one wording for
-what does not fit.
-"""
+"""Dicts of tensors from anywhere: joined keys, known shapes, one wording for what misfits."""
 
 from __future__ import annotations
 
@@ -47,9 +45,7 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def renamed(key: str, table: Iterable[tuple[str, str]]) -> str | None:
-    """`key` with the first beginning in `table` that it has (whole dotted components) replaced;
-    None where it has none of them.
-    """
+    """`key`, its first dotted beginning found in `table` replaced; None if none is."""
     for old, new in table:
         if key == old or key.startswith(f"{old}."):
             return new + key[len(old) :]

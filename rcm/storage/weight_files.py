@@ -66,9 +66,7 @@ class WeightFile(LazyWeights):
         self._read = read
 
     def __getitem__(self, key: str) -> Tensor:
-        """The tensor as stored, on the CPU (of a mapped file, a view of it); `CheckpointError` if
-        it cannot be read any more.
-        """
+        """The tensor as stored, on the CPU (of a mapped file a view); `CheckpointError`."""
         if key not in self.headers:
             raise KeyError(key)
         try:
@@ -196,9 +194,7 @@ def _open_safetensors(path: Path) -> WeightFile:
 
 
 def _open_shards(index: Path) -> WeightFile:
-    """Files that an index lists; every one must be there and together they must hold what it
-    says.
-    """
+    """The files of an index: all must be there, and hold together what it says."""
     where = read_object(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise CheckpointError(f"{index} has no weight_map; it is not an index of shards")

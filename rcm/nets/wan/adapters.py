@@ -24,9 +24,7 @@ they are.
 
 @dataclass(frozen=True)
 class LoRAConfig(Record):
-    """Low-rank adapters on frozen weights instead of training all weights: student and fake score
-    alike (docs/lora.md).
-    """
+    """Low-rank adapters of student and fake score, on frozen weights (docs/lora.md)."""
 
     # rank of every update (PEFT's r); 0 = no adapters, all weights are trained
     rank: int = within(0, least=0)
@@ -93,9 +91,7 @@ def layer_size(layer: str, config: WanConfig) -> tuple[int, int]:
 
 
 def largest_rank(layers: Iterable[str], config: WanConfig) -> int:
-    """The rank of the smallest of these layers: factors of more are more numbers than the layer has
-    directions.
-    """
+    """The smallest layer's rank: larger factors have more numbers than it has directions."""
     return min(min(layer_size(layer, config)) for layer in layers)
 
 

@@ -28,9 +28,7 @@ class ContextTokens(NamedTuple):
 
 
 class ContextKV(NamedTuple):
-    """Keys and values [B, L, N, D] that one block makes of `ContextTokens`; depends on the prompt
-    alone.
-    """
+    """A block's keys and values [B, L, N, D] of `ContextTokens`; depend on the prompt alone."""
 
     text: tuple[Tensor, Tensor]
     image: tuple[Tensor, Tensor] | None = None
@@ -48,9 +46,7 @@ class Modulation(NamedTuple):
 
 
 class SelfAttentionCore(nn.Module):
-    """Rotation, cache and attention over all tokens of the heads at hand; context parallelism wraps
-    it in its all-to-alls.
-    """
+    """Rotation, cache, attention over the heads at hand; context parallelism wraps this."""
 
     def __init__(self, attention: AttentionCore) -> None:
         super().__init__()
@@ -104,9 +100,7 @@ class SelfAttentionCore(nn.Module):
 
 
 def _behind_cached(k: Tensor, v: Tensor, cached: LayerView) -> tuple[Tensor, Tensor]:
-    """`cached.assemble`, with tangents laid behind zeros in one pass: torch concatenates a plain
-    and a dual tensor in several.
-    """
+    """`cached.assemble`, tangents padded in one pass: torch joins plain and dual in several."""
     (k, k_dot), (v, v_dot) = unpack(k), unpack(v)
     whole = cached.assemble(k, v)
     behind = (0, 0, 0, 0, cached.prefix_tokens, 0)
@@ -118,9 +112,7 @@ def _behind_cached(k: Tensor, v: Tensor, cached: LayerView) -> tuple[Tensor, Ten
 
 
 class _Projections(nn.Module):
-    """What both attentions of a block have: projections, and query and key norms over the full
-    width.
-    """
+    """What both attentions of a block have: projections, query and key norms of full width."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -180,9 +172,7 @@ class SelfAttention(_Projections):
 
     @property
     def joined(self) -> tuple[Tensor, Tensor] | None:
-        """Weights [3 E, E] and biases [3 E] of q, k and v in one piece, where `join` laid them so
-        and they still are.
-        """
+        """Weights [3 E, E], biases [3 E] of q, k, v, while they lie as `join` laid them."""
         if self._joined is None or any(
             type(layer) is not Linear for layer in (self.q, self.k, self.v)
         ):

@@ -82,9 +82,7 @@ class WanConfig:
         return {k: v for k, v in asdict(self).items() if k != "two_times" or v}
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Tokens (h, w) of a latent frame of `height` x `width`; `ConfigError` if the patch does
-        not divide it.
-        """
+        """Tokens (h, w) of a latent frame; `ConfigError` if the patch does not divide it."""
         require_divisible(
             "latent height",
             value=height,

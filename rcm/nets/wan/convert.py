@@ -164,9 +164,7 @@ def network_names(
 
 
 def choose_prefix(found: Mapping[str, str], weights: str) -> str:
-    """The prefix of one copy among `network_prefixes`; "" where nothing was found.
-    `CheckpointError` as in `network_names`.
-    """
+    """One copy's prefix among `network_prefixes`, "" for none; errors as `network_names`."""
     if weights not in ("ema", "live", "fake_score"):
         raise ConfigError(f"unknown weights {weights!r}; choose from ema, live, fake_score")
     has = ", ".join(f"{prefix}*" if prefix else "one network without prefix" for prefix in found)
@@ -203,9 +201,7 @@ def choose_prefix(found: Mapping[str, str], weights: str) -> str:
 def to_wan(
     state: Mapping[str, object], *, weights: Weights = "ema", prefix: str | None = None
 ) -> dict[str, Tensor]:
-    """Any understood state dict, nested or flat, in the package's own form; arguments and errors as
-    `network_names`.
-    """
+    """Any state dict, nested or flat, in the package's form; arguments as `network_names`."""
     flat = flatten(state)
     tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
     names = network_names(
@@ -218,18 +214,14 @@ def to_wan(
 
 
 def own_form(name: str, tensor: Tensor) -> Tensor:
-    """A tensor of another family as the package keeps it: the patch weight flattened, channel
-    slowest.
-    """
+    """A foreign tensor as the package keeps it: patch weight flattened, channel slowest."""
     return tensor.flatten(1) if name == PATCH_KEY else tensor
 
 
 def other_form(
     name: str, tensor: Tensor, *, form: Format, patch: tuple[int, int, int] = (1, 2, 2)
 ) -> Tensor:
-    """The reverse of `own_form` for a family that keeps the patch weight as a convolution's [dim,
-    in_dim, 1, 2, 2].
-    """
+    """Reverse of `own_form`: families may keep the patch weight as [dim, in_dim, 1, 2, 2]."""
     return (
         tensor.unflatten(1, (-1, *patch)) if name == PATCH_KEY and FORMS[form].patch_5d else tensor
     )
@@ -336,9 +328,7 @@ def load(
 
 
 def _copy_of(prefix: str) -> str:
-    """What the prefix of a network says about its weights; a plain or technical prefix means the
-    live ones.
-    """
+    """Which weights a prefix names; a plain or technical one means the live ones."""
     words = prefix.split(".")[:-1]
     if any(_AVERAGED.intersection(word.lower().split("_")) for word in words):
         return "ema"

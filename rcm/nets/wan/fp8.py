@@ -72,9 +72,7 @@ class FP8Report:
 
 
 def chosen_layers(which: str | Iterable[str]) -> tuple[str, ...]:
-    """Names of `LAYERS` in their order, from a preset, comma-separated names or an iterable of
-    names; `ConfigError` for others.
-    """
+    """`LAYERS` chosen by a preset, a comma-separated list or names; `ConfigError` for others."""
     if isinstance(which, str):
         which = PRESETS[which] if which in PRESETS else [name.strip() for name in which.split(",")]
     names = list(which)
@@ -216,9 +214,7 @@ def _block_indices(net: WanDiT, skip_blocks: Iterable[int]) -> set[int]:
 
 
 def _replace(block: WanBlock, name: str) -> bool:
-    """Replace the layers of `name`; False, and nothing done, where the products do not take their
-    sizes.
-    """
+    """Replace the layers of `name`; False, nothing done, if their sizes do not fit."""
     layers = [cast(nn.Linear, block.get_submodule(path)) for path in LAYERS[name]]
     if any(size % ALIGNMENT for layer in layers for size in layer.weight.shape):
         return False

@@ -106,9 +106,7 @@ def lora_pairs(headers: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
 def check_targets(
     pairs: Mapping[str, LoRAPair], headers: Mapping[str, Tensor], base: Mapping[str, Tensor]
 ) -> None:
-    """Raise `CheckpointError` naming every target that the network (`base`, own form) does not
-    have, or whose shape is another.
-    """
+    """`CheckpointError` for targets missing in the network `base` (own form) or misshapen."""
     unknown = sorted(name for name in pairs if name not in base)
     if unknown:
         raise CheckpointError(
@@ -150,9 +148,7 @@ def published(
 def peft_settings(
     layers: Iterable[str], *, layout: str, rank: int, alpha: float, base: str | None = None
 ) -> dict[str, object]:
-    """PEFT's settings of adapters on these `layers` of each block, as adapter_config.json has
-    them.
-    """
+    """adapter_config.json for adapters on these `layers` of each block."""
     if layout == "diffusers":
         layers = [
             other_name(f"blocks.0.{layer}", form="diffusers").removeprefix("blocks.0.")
@@ -175,9 +171,7 @@ def peft_settings(
 
 
 def merge(weight: Tensor, *, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """`weight` [out, in] + scale * up [out, r] @ down [r, in], in float32 (float64 for float64) on
-    the device of `weight`.
-    """
+    """`weight` [out, in] + scale * up [out, r] @ down [r, in], float32 or wider, where it lies."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     factors = (up.to(device=weight.device, dtype=wide), down.to(device=weight.device, dtype=wide))
     return torch.addmm(weight.to(wide), *factors, alpha=scale)

@@ -225,9 +225,7 @@ def _flag(settings: Mapping[str, Any], key: str) -> bool:
 
 
 def _of(target: str, stated: Mapping[str, Any]) -> Any:
-    """The value whose name is the end of `target` in whole words (all of it after "^"); the first
-    one that fits, as PEFT has it.
-    """
+    """The first value whose name ends `target` in whole words (is it, after "^"), as in PEFT."""
     for name, value in stated.items():
         if target == name.removeprefix("^") or (
             not name.startswith("^") and target.endswith(f".{name}")

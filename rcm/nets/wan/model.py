@@ -1,6 +1,4 @@
-"""The Wan diffusion transformer: one forward for every use; what the frames are is said by the
-`TokenLayout`. docs/reference/wan.md.
-"""
+"""The Wan diffusion transformer: one forward for every `TokenLayout`. docs/reference/wan.md."""
 
 from __future__ import annotations
 
@@ -38,9 +36,7 @@ IMAGE_NORM_EPS = 1e-5
 
 
 class ImageEmbedding(nn.Module):
-    """CLIP tokens to network width (Wan2.1 image-to-video), after a table of positions where there
-    are two images.
-    """
+    """CLIP tokens to network width, after a table of positions where there are two images."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -80,9 +76,7 @@ class Head(nn.Module):
         self.head = PromotedLinear(config.dim, config.out_dim * config.patch_area)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """`x` [B, F, S, E] and `time` [B, F or 1, E] to [B, F, S, patch_area * out_dim], dtype of
-        `time`.
-        """
+        """`x` [B, F, S, E], `time` [B, F or 1, E] to [B, F, S, patch_area * out_dim], as `time`."""
         shift, scale = (self.modulation.to(time.dtype) + time.unsqueeze(2)).unsqueeze(3).unbind(2)
         return self.head(self.norm(x, shift, scale))
 
@@ -206,9 +200,7 @@ class WanDiT(nn.Module):
 
     @torch.no_grad()
     def prepare(self, cond: Condition) -> Condition:
-        """`cond` with the cross-attention keys and values of every block, for passes without
-        gradient of this network only.
-        """
+        """`cond` with cross-attention keys and values, for gradient-free passes of this net."""
         tokens = self._embed(cond)
         return replace(
             cond,
@@ -226,9 +218,7 @@ class WanDiT(nn.Module):
     def time_rows(
         self, timestep: Tensor, *, dtype: torch.dtype, span: Tensor | None = None
     ) -> TimeRows:
-        """What passes in the compute dtype `dtype` make of `timestep` and `span` alone; for a
-        network that is not sharded.
-        """
+        """All that `timestep` and `span` alone decide, in dtype `dtype`; not if sharded."""
         time = self._time(timestep, span, accumulate_dtype(dtype))
         rows = self.time_projection(time).unflatten(2, (6, -1))
         return TimeRows(
@@ -239,17 +229,13 @@ class WanDiT(nn.Module):
         )
 
     def set_jvp_implementation(self, name: Implementation | Literal["auto"]) -> None:
-        """Choose the primal + tangent attention: "reference", "triton" or "auto" (see
-        `AttentionCore`).
-        """
+        """Choose tangent attention: "reference", "triton", "auto" (`AttentionCore`)."""
         for module in self.modules():
             if isinstance(module, AttentionCore):
                 module.jvp_implementation = name
 
     def set_fused(self, name: str) -> None:
-        """Choose where the fused elementwise kernels run: "auto", "on" or "off". Raises
-        `ConfigError` for another name.
-        """
+        """Where fused layers run: "auto", "on" or "off"; `ConfigError` for others."""
         self.fused = check_setting(name)
         for module in self.modules():
             if isinstance(module, FusedLayer):

@@ -44,9 +44,7 @@ _IN_TENSORS = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "freq_dim", 
 
 
 def published_settings(config: WanConfig, *, form: Format) -> dict[str, Any] | None:
-    """The content of config.json for a network in the "wan" or "diffusers" form; None for a form
-    that has none.
-    """
+    """The config.json of a network in the "wan" or "diffusers" form; None for other forms."""
     if form == "wan":
         named = {ours: getattr(config, field) for field, (ours, _) in _NAMES.items() if ours}
         task = (
@@ -74,17 +72,13 @@ def published_settings(config: WanConfig, *, form: Format) -> dict[str, Any] | N
 
 
 def unread_settings(settings: Mapping[str, Any] | None) -> list[str]:
-    """Settings of a config.json that nothing here reads or knows, private ones of its library left
-    out.
-    """
+    """Settings of a config.json that nothing here knows, its library's private ones left out."""
     known = {name for names in _NAMES.values() for name in names} | _FIXED.keys() | set(_DERIVED)
     return sorted(name for name in settings or () if name not in known and not name.startswith("_"))
 
 
 def heads_in(settings: Mapping[str, Any] | None) -> int | None:
-    """The number of heads that a config.json states; None where there is none. `CheckpointError`
-    for one that is no such number.
-    """
+    """The number of heads a config.json states, None without; `CheckpointError` if malformed."""
     for name in ("num_heads", "num_attention_heads"):
         if settings and name in settings:
             return _whole(settings, name)

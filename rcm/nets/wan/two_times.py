@@ -21,9 +21,7 @@ SPAN = "span_embedding"
 
 
 class SpanEmbedding(nn.Sequential):
-    """t - s, as a sinusoid, to what is added to the time embedding: an MLP of the form of
-    `time_embedding`.
-    """
+    """t - s, as a sinusoid, to an addend of the time embedding, through an MLP like its own."""
 
     def __init__(self, config: WanConfig) -> None:
         sizes = (config.freq_dim, config.dim)

@@ -1,6 +1,4 @@
-"""What a cache policy is: asked before and after every chunk, it says what the chunk sees and what
-is kept. It never touches keys.
-"""
+"""A cache policy says what a chunk sees and what is kept; it never touches keys."""
 
 from __future__ import annotations
 
@@ -54,9 +52,7 @@ class CachePolicy:
     """
 
     def capacity_frames(self, pattern: BlockPattern) -> int | None:
-        """Latent frames that a cache must hold while a chunk is being made, its own included; None:
-        all of the video.
-        """
+        """Most latent frames in a cache, the chunk in the making included; None: all."""
         return None
 
     def before(self, branches: Sequence[KVCache], chunk: ChunkSpan) -> Placement:

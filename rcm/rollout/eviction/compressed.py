@@ -1,6 +1,4 @@
-"""What Deep Forcing and Relax Forcing share: a budget of frames as [sinks | chosen history |
-recent], moved along in time in place.
-"""
+"""A budget of frames [sinks | chosen | recent], moved in time: Deep and Relax Forcing."""
 
 from __future__ import annotations
 
@@ -96,9 +94,7 @@ class CompressedHistory(CachePolicy, ABC):
 
     @abstractmethod
     def moves(self, index: Tensor, *, start: int, base: int, per_frame: int) -> Tensor | float:
-        """How far what was chosen moves, so that it begins at `start`, all candidates having stood
-        in a row from `base`.
-        """
+        """How far the chosen, candidates in a row from `base`, move to begin at `start`."""
 
     def _make(self, index: list[Tensor], shift: int, start: int, per_frame: int) -> Make:
         split_at = self.sinks * per_frame

@@ -1,6 +1,4 @@
-"""Deep Forcing (arXiv 2512.05081): of the past between sinks and recent frames the tokens stay that
-recent queries attend to.
-"""
+"""Deep Forcing (arXiv 2512.05081): between sinks and recent frames, keep tokens attended to."""
 
 from __future__ import annotations
 

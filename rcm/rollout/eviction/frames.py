@@ -1,6 +1,4 @@
-"""What policies that count frames instead of chunks share: how many frames a cache holds, and where
-each chunk stands in a row.
-"""
+"""How many frames a cache holds and where chunks stand, for policies that count frames."""
 
 from __future__ import annotations
 

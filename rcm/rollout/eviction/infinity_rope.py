@@ -1,6 +1,4 @@
-"""Infinity-RoPE (arXiv 2511.20649): positions relative to the block being made, flushes of the
-past, and scene cuts.
-"""
+"""Infinity-RoPE (arXiv 2511.20649): positions relative to the new block, flushes, cuts."""
 
 from __future__ import annotations
 

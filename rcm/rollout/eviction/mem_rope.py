@@ -1,6 +1,4 @@
-"""MemRoPE (arXiv 2603.12513): what grows old enters two running means, which are seen as two frames
-between sinks and the newest ones.
-"""
+"""MemRoPE (arXiv 2603.12513): old frames enter two running means, seen as two frames."""
 
 from __future__ import annotations
 

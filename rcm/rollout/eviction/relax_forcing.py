@@ -1,6 +1,4 @@
-"""Relax Forcing as the Causal-rCM release samples: of the past, the frames that resemble the recent
-ones and differ from each other.
-"""
+"""Relax Forcing as released: keep past frames like the recent ones and unlike each other."""
 
 from __future__ import annotations
 

@@ -68,9 +68,7 @@ class RelaxForcingPaper(CachePolicy):
         self._hidden: tuple[int, ...] = ()
 
     def capacity_frames(self, pattern: BlockPattern) -> int | None:
-        """See `CachePolicy`. `ConfigError` for a horizon into which what a chunk sees does not
-        fit.
-        """
+        """See `CachePolicy`. `ConfigError` for a horizon shorter than what a chunk sees."""
         largest = max(pattern.first, pattern.chunk)
         seen = (self.sinks + self.history + self.tail + 1) * largest
         if seen > self.horizon:

@@ -1,6 +1,4 @@
-"""Rolling Sink (arXiv 2602.07775): the first blocks come back in turn as sinks, forwards and
-backwards, right before the newest ones.
-"""
+"""Rolling Sink (arXiv 2602.07775): the first blocks return in turn, to and fro, as sinks."""
 
 from __future__ import annotations
 
@@ -78,9 +76,7 @@ class RollingSink(CachePolicy):
         return Placement(tuple(placed), own)
 
     def rolled(self, phase: int) -> tuple[list[int], bool]:
-        """Which of the first blocks are sinks in `phase` >= 1, in order, and whether their frames
-        run backwards.
-        """
+        """Sinks of `phase` >= 1, in order, and whether their frames run backwards."""
         turn = phase % self.total
         if phase % (2 * self.total) < self.total:
             return [(turn + j) % self.total for j in range(self.sinks)], False
