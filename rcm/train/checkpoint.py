@@ -302,8 +302,14 @@ class _TimedWriter(dcp.FileSystemWriter):
 
 
 def _checkpoint_at(path: Path) -> Path:
-    """The checkpoint that a path means: itself, the one around its `model/`, or a job's newest."""
+    """The checkpoint that a path means: itself, the one around its `model/`, or a job's newest.
+    `CheckpointError` for a folder that is none of these.
+    """
     model = find_model_directory(path)
+    if model is None and not (path / FILE_NAME).is_file():
+        raise CheckpointError(
+            f"{path} is no checkpoint; give its iter_* folder, or the folder of the job"
+        )
     return path if model is None or model.name != "model" else model.parent
 
 

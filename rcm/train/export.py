@@ -28,13 +28,12 @@ critic.
 
 def find_model_directory(path: str | Path) -> Path | None:
     """The DCP directory with the weights: `path` itself, its `model/`, or that of the newest
-    checkpoint of a job directory or of its `checkpoints/`; None where there is none.
+    checkpoint of a job directory; None where there is none.
     """
     path = Path(path)
-    for folder in (path / "checkpoints", path):
-        if (pointer := folder / "latest_checkpoint.txt").is_file():
-            path = pointed_at(pointer)
-            break
+    pointer = path / "checkpoints" / "latest_checkpoint.txt"
+    if pointer.is_file():
+        path = pointed_at(pointer)
     return next(
         (found for found in (path, path / "model") if (found / ".metadata").is_file()), None
     )

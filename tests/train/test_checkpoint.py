@@ -257,7 +257,9 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tmp_path: Path, mo
 
 def test_a_job_and_what_is_inside_are_its_newest_checkpoint(saved: Path) -> None:
     inside = saved / "checkpoints"
-    for path, iteration in ((saved, 4), (inside, 4), (inside / "iter_000000002", 2), (inside / "iter_000000002" / "model", 2)):
+    for path, iteration in ((saved, 4), (inside / "iter_000000002", 2), (inside / "iter_000000002" / "model", 2)):
         _, state = make_run(dims=ONE, precision="fp64")
         assert Checkpointer(saved / "other", dims=ONE, description=DESCRIPTION).load(state, path=path) == inside / f"iter_{iteration:09d}"
         assert state.iteration == iteration
+    with pytest.raises(CheckpointError, match=r"checkpoints is no checkpoint; give its iter_\* folder, or the folder of the job"):
+        Checkpointer(saved / "other", dims=ONE, description=DESCRIPTION).load(state, path=inside)
