@@ -77,13 +77,8 @@ class Condition:
         return self._map(torch.clone)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Condition:
-        return replace(
-            self,
-            **{
-                field.name: _map_tensors(getattr(self, field.name), change)
-                for field in fields(self)
-            },
-        )
+        names = [field.name for field in fields(self)]
+        return replace(self, **{n: _map_tensors(getattr(self, n), change) for n in names})
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -174,14 +174,9 @@ class KVCache:
         new = {}
         for chunk_id, given in positions.items():
             chunk = self.chunk(chunk_id)
-            new[chunk_id] = replace(
-                chunk,
-                positions=(
-                    given
-                    if isinstance(given, Positions)
-                    else chunk.positions.moved_to(tuple(given))
-                ),
-            )
+            if not isinstance(given, Positions):
+                given = chunk.positions.moved_to(tuple(given))
+            new[chunk_id] = replace(chunk, positions=given)
         self.chunks = tuple(new.get(chunk.id, chunk) for chunk in self.chunks)
 
     def compact_(self, index: Tensor | Sequence[Tensor] | None) -> None:

@@ -13,7 +13,7 @@ from rcm.core.device_copy import to_device
 from rcm.kernels.kv_codec.segments import Part, attend_parts
 from rcm.kernels.masks import MaskSpec
 from rcm.nets.kv_codec import SIDES, AddressedCodec, CorrectingCodec, KVCodec
-from rcm.nets.kv_store import Pair, Piece, Seen, Spans, runs
+from rcm.nets.kv_store import Pair, Piece, Seen, Spans, form_of, runs
 
 Blobs = tuple[Any, Any]
 """Blobs of the keys and of the values of one chunk and layer."""
@@ -228,19 +228,8 @@ class CodedStore:
 
     def num_bytes(self) -> int:
         """Bytes held: codes, hot chunks, the scratch buffer and what the codec remembers."""
-        held = [
-            x
-            for chunks in self._blobs
-            for pair in chunks.values()
-            for blob in pair
-            for x in _tensors(blob)
-        ]
-        held += [x for chunks in self._hot for pair in chunks.values() for x in pair]
-        return (
-            self.codec.num_bytes()
-            + sum(x.nbytes for x in held)
-            + sum(x.nbytes for x in self._scratch or ())
-        )
+        held = _tensors((self._blobs, self._hot, self._scratch or ()))
+        return self.codec.num_bytes() + sum(x.nbytes for x in held)
 
     def state(self) -> Any:
         """See `Store`. Blobs and hot chunks are never rewritten, so they are not copied."""
@@ -256,12 +245,8 @@ class CodedStore:
         """How many of the first `pieces` all layers hold as codes, so that one table serves."""
         if not isinstance(self.codec, AddressedCodec):
             return 0
-        apart = (
-            i
-            for i, p in enumerate(pieces)
-            if p.chunk not in self._blobs[-1] or p.chunk == self._entering
-        )
-        return next(apart, len(pieces))
+        coded = self._blobs[-1].keys() - {self._entering}
+        return next((i for i, p in enumerate(pieces) if p.chunk not in coded), len(pieces))
 
     def _addresses_of(self, chunk: int) -> Tensor:
         """Addresses of a chunk's blobs by layer, key then value: int64 [2 layers, fields], host."""
@@ -297,16 +282,14 @@ class CodedStore:
             addresses = to_device(rows, device).unflatten(0, (len(self._blobs), 2))
             starts = to_device(torch.tensor([start for _, start in chunks]), device)
             key, value = self._blobs[-1][chunks[0][0]]
-            groups.append(
-                Group((key.likes(1, "meta")[0], value.likes(1, "meta")[0]), addresses, starts)
-            )
+            form = (key.likes(1, "meta")[0], value.likes(1, "meta")[0])
+            groups.append(Group(form, addresses, starts))
         return groups
 
     def _room(self, like: Pair, total: int) -> Pair:
         held = self._scratch
         if held is not None and all(
-            (x.dtype, x.shape[0], x.shape[2:]) == (y.dtype, y.shape[0], y.shape[2:])
-            and x.shape[1] >= total
+            form_of(x) == form_of(y) and x.shape[1] >= total
             for x, y in zip(held, like, strict=True)
         ):
             return held
@@ -332,16 +315,11 @@ def _id(piece: Piece) -> int:
     return piece.chunk
 
 
-def _tensors(blob: Any) -> list[Tensor]:
+def _tensors(held: Any) -> list[Tensor]:
     """The tensors of nested tuples, lists, dicts and records."""
-    if isinstance(blob, Tensor):
-        return [blob]
-    if isinstance(blob, dict):
-        return [x for item in blob.values() for x in _tensors(item)]
-    if isinstance(blob, (tuple, list)):
-        return [x for item in blob for x in _tensors(item)]
-    return (
-        [x for item in vars(blob).values() for x in _tensors(item)]
-        if hasattr(blob, "__dict__")
-        else []
-    )
+    if isinstance(held, Tensor):
+        return [held]
+    if not isinstance(held, (tuple, list, dict)):
+        held = getattr(held, "__dict__", {})
+    items = held.values() if isinstance(held, dict) else held
+    return [x for item in items for x in _tensors(item)]

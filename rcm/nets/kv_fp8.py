@@ -78,11 +78,7 @@ class Fp8Store(DenseStore):
     def put(self, layer: int, chunk: int, spans: Spans, pair: Pair, *, hot: bool = True) -> None:
         super().put(layer, chunk, spans, pair)
         if self.turned:
-            scales = self._scaled(layer, *pair)
-            if self.codes[layer] is None:
-                self.codes[layer] = new_codes(
-                    scales, batch=pair[0].shape[0], capacity=self.capacity
-                )
+            self._make_room(layer, self._scaled(layer, *pair), batch=pair[0].shape[0])
             self.code(layer, _slots(spans, pair[0].device))
 
     def move(self, source: Spans, target: Spans) -> None:
@@ -124,11 +120,12 @@ class Fp8Store(DenseStore):
                 continue
             mine, pair = self._set(layer, held), self.buffers[layer]
             if self.turned and pair is not None:
-                if self.codes[layer] is None:
-                    self.codes[layer] = new_codes(
-                        mine, batch=pair[0].shape[0], capacity=self.capacity
-                    )
+                self._make_room(layer, mine, batch=pair[0].shape[0])
                 self.code(layer, torch.arange(self.capacity, device=pair[0].device))
+
+    def _make_room(self, layer: int, scales: Scales, *, batch: int) -> None:
+        if self.codes[layer] is None:
+            self.codes[layer] = new_codes(scales, batch=batch, capacity=self.capacity)
 
     def _scaled(self, layer: int, k: Tensor, v: Tensor) -> Scales:
         """The layer's scales, which are those of `k` and `v` if it has none."""

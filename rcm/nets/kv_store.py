@@ -113,6 +113,11 @@ class AttendingStore(Store, Protocol):
         """Attention of rotated queries [B, L, N, D] to keys, rotated, and values."""
 
 
+def form_of(x: Tensor) -> tuple[torch.dtype, int, torch.Size]:
+    """What must agree for `x` [B, S, N, D] to be written into a buffer: all but S."""
+    return x.dtype, x.shape[0], x.shape[2:]
+
+
 def runs(sizes: Iterable[int]) -> list[tuple[int, int]]:
     """[start, stop) of parts of these sizes behind each other."""
     return list(pairwise(accumulate(sizes, initial=0)))
@@ -178,11 +183,7 @@ class DenseStore:
     def put(self, layer: int, chunk: int, spans: Spans, pair: Pair, *, hot: bool = True) -> None:
         """See `Store`: into `spans`."""
         for buffer, x in zip(self._room(layer, pair), pair, strict=True):
-            if (x.dtype, x.shape[0], x.shape[2:]) != (
-                buffer.dtype,
-                buffer.shape[0],
-                buffer.shape[2:],
-            ):
+            if form_of(x) != form_of(buffer):
                 raise ValueError(
                     f"cache buffers are {tuple(buffer.shape)} {buffer.dtype}, got {tuple(x.shape)}"
                     f" {x.dtype}; reset(free_buffers=True) before another batch"

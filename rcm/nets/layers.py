@@ -71,9 +71,8 @@ class RMSNorm(FusedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised `x` [..., dim], same dtype."""
-        if self.runs_fused(x):
-            return _kernels().rms_norm(x, self.weight, eps=self.eps)
-        return reference.rms_norm(x, self.weight, eps=self.eps)
+        kernels = _kernels() if self.runs_fused(x) else reference
+        return kernels.rms_norm(x, self.weight, eps=self.eps)
 
 
 class AffineLayerNorm(nn.LayerNorm, FusedLayer):
@@ -121,11 +120,8 @@ class GatedAdd(FusedLayer):
 
     def forward(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         """`x`, `y` [B, F, S, E] of one dtype, `gate` [B, F or 1, 1, E]."""
-        return (
-            _kernels().gated_add(x, y, gate)
-            if self.runs_fused(x)
-            else reference.gated_add(x, y, gate)
-        )
+        kernels = _kernels() if self.runs_fused(x) else reference
+        return kernels.gated_add(x, y, gate)
 
 
 class Gelu(FusedLayer):
@@ -154,11 +150,8 @@ class Gelu(FusedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` of any shape, same dtype."""
-        return (
-            _kernels().gelu_tanh(x)
-            if choice.use_fused(self.fused, x, width=1)
-            else reference.gelu_tanh(x)
-        )
+        kernels = _kernels() if choice.use_fused(self.fused, x, width=1) else reference
+        return kernels.gelu_tanh(x)
 
 
 class Sinusoid(nn.Module):

@@ -32,11 +32,9 @@ class Positions:
     @property
     def num_tokens(self) -> int:
         """Tokens L."""
-        return (
-            self.per_token.shape[1]
-            if self.frames is None
-            else len(self.frames) * self.grid[0] * self.grid[1]
-        )
+        if self.frames is None:
+            return self.per_token.shape[1]
+        return len(self.frames) * self.grid[0] * self.grid[1]
 
     @cached_property
     def per_token(self) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rcm.core.errors import ConfigError
 from rcm.core.records import Record, within
 from rcm.nets.wan.config import WanConfig
-from rcm.nets.wan.convert import other_name
+from rcm.nets.wan.convert import diffusers_layer
 
 LAYERS = (
     *(f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"),
@@ -60,10 +60,7 @@ def adapted_layers(
 
     Raises `ConfigError` naming a target that is none, and for no target at all.
     """
-    spelt = {
-        layer: (layer, other_name(f"blocks.0.{layer}", form="diffusers").removeprefix("blocks.0."))
-        for layer in LAYERS
-    }
+    spelt = {layer: (layer, diffusers_layer(layer)) for layer in LAYERS}
     chosen = set()
     for target in targets:
         found = {

@@ -148,23 +148,17 @@ class SelfAttention(_Projections):
         """`x` [B, F, S, E] to the same shape; `attend` as in `SelfAttentionCore`."""
         captured = cached if isinstance(cached, EnteredLayer) and cached.takes_projections else None
         joined = None if captured is None else self.joined
-        q, k, v = (
-            (self.q(x), self.k(x), self.v(x))
-            if joined is None
-            else F.linear(x, *joined).chunk(3, dim=-1)
-        )
+        if joined is None:
+            q, k, v = self.q(x), self.k(x), self.v(x)
+        else:
+            q, k, v = F.linear(x, *joined).chunk(3, dim=-1)
         if captured is not None and isinstance(self.core, SelfAttentionCore):
             # norms, rotation and the cache's slots in one kernel
-            q, k, v = captured.enter(
-                (q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)),
-                (self.norm_q, self.norm_k),
-                rope.query,
-            )
-            return (
-                self.o(self.core.attend(q, k, v, layout, rope, captured).reshape(x.shape))
-                if attend
-                else None
-            )
+            projected = (q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2))
+            q, k, v = captured.enter(projected, (self.norm_q, self.norm_k), rope.query)
+            if not attend:
+                return None
+            return self.o(self.core.attend(q, k, v, layout, rope, captured).reshape(x.shape))
         q, k, v = (self._heads(y).flatten(1, 2) for y in (self.norm_q(q), self.norm_k(k), v))
         if not attend:
             return self.core(q, k, v, layout, rope, cached, attend=False)
@@ -234,13 +228,8 @@ class CrossAttention(_Projections):
         text = (self._heads(self.norm_k(self.k(context.text))), self._heads(self.v(context.text)))
         if not self.has_image:
             return ContextKV(text)
-        return ContextKV(
-            text,
-            (
-                self._heads(self.norm_k_img(self.k_img(context.image))),
-                self._heads(self.v_img(context.image)),
-            ),
-        )
+        keys, values = self.norm_k_img(self.k_img(context.image)), self.v_img(context.image)
+        return ContextKV(text, (self._heads(keys), self._heads(values)))
 
     def forward(self, x: Tensor, context: ContextTokens | ContextKV) -> Tensor:
         """`x` [B, F, S, E] to the same shape."""

@@ -39,19 +39,10 @@ class WanConfig:
     two_times: bool = False
 
     def __post_init__(self) -> None:
+        heads, halves = "net.num_heads", "cosine and sine halves"
+        require_divisible("net.dim", value=self.dim, by=self.num_heads, by_name=heads, knob=heads)
         require_divisible(
-            "net.dim",
-            value=self.dim,
-            by=self.num_heads,
-            by_name="net.num_heads",
-            knob="net.num_heads",
-        )
-        require_divisible(
-            "net.freq_dim",
-            value=self.freq_dim,
-            by=2,
-            by_name="cosine and sine halves",
-            knob="net.freq_dim",
+            "net.freq_dim", value=self.freq_dim, by=2, by_name=halves, knob="net.freq_dim"
         )
         require_equal(
             "net.patch[0] (frames per token)", got=self.patch[0], expected=1, knob="net.patch"
@@ -83,20 +74,12 @@ class WanConfig:
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Tokens (h, w) of a latent frame; `ConfigError` if the patch does not divide it."""
-        require_divisible(
-            "latent height",
-            value=height,
-            by=self.patch[1],
-            by_name="net.patch[1]",
-            knob="the resolution or net.patch",
-        )
-        require_divisible(
-            "latent width",
-            value=width,
-            by=self.patch[2],
-            by_name="net.patch[2]",
-            knob="the resolution or net.patch",
-        )
+        knob = "the resolution or net.patch"
+        for axis, (side, value) in enumerate((("height", height), ("width", width)), 1):
+            name = f"net.patch[{axis}]"
+            require_divisible(
+                f"latent {side}", value=value, by=self.patch[axis], by_name=name, knob=knob
+            )
         return height // self.patch[1], width // self.patch[2]
 
 

@@ -137,9 +137,7 @@ def network_names(
     of the network is no tensor, or a diffusers key is unknown.
     """
     cleaned = _cleaned(keys)
-    chosen = prefix
-    if chosen is None:
-        chosen = choose_prefix(network_prefixes(cleaned), weights)
+    chosen = choose_prefix(network_prefixes(cleaned), weights) if prefix is None else prefix
     names = {
         name.removeprefix(chosen): key for name, key in cleaned.items() if name.startswith(chosen)
     }
@@ -235,6 +233,11 @@ def other_name(name: str, *, form: Format, prefix: str | None = None) -> str:
         )
     lead = FORMS[form].prefix if prefix is None else prefix
     return lead + (_renamed(name, to_diffusers=True) if form == "diffusers" else name)
+
+
+def diffusers_layer(layer: str) -> str:
+    """What diffusers calls a layer, both names counted from its block."""
+    return other_name(f"blocks.0.{layer}", form="diffusers").removeprefix("blocks.0.")
 
 
 def wan_name(name: str) -> str:

@@ -58,16 +58,11 @@ class FP8Report:
     error: float | None
 
     def __str__(self) -> str:
-        error = (
-            "not measured"
-            if self.error is None
-            else f"{self.error:.2e} of the velocity, same noise and weights"
-        )
-        kept = (
-            f", {len(self.kept)} kept because their sizes are not multiples of {ALIGNMENT}"
-            if self.kept
-            else ""
-        )
+        error, kept = "not measured", ""
+        if self.error is not None:
+            error = f"{self.error:.2e} of the velocity, same noise and weights"
+        if self.kept:
+            kept = f", {len(self.kept)} kept because their sizes are not multiples of {ALIGNMENT}"
         return f"FP8 linears: {len(self.replaced)} layers replaced{kept}; error {error}"
 
 
@@ -155,18 +150,9 @@ def noise_velocity(
     """A velocity of noise [1, in_dim, frames, *size] and random text under full attention; the same
     inputs at every call.
     """
-    config, weight = net.config, net.patch_embedding.weight
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(weight)
-
-    image = (
-        draw(1, config.image_positions or 257, config.image_dim) if config.image_branch else None
-    )
-    x = draw(1, config.in_dim, frames, *size)
-    cond = Condition(draw(1, config.text_len, config.text_dim), image=image)
-    time = torch.full((1, 1), timestep, dtype=torch.float32, device=weight.device)
+    config = net.config
+    x, cond = _drawn(net, (1, config.in_dim, frames, *size), seed=seed)
+    time = torch.full((1, 1), timestep, dtype=torch.float32, device=x.device)
     layout = TokenLayout.bidirectional(frames, grid=config.token_grid(*size))
     return lambda network: network(x, time, cond, layout)
 
@@ -177,16 +163,8 @@ def attention_error(
     """Relative error of the velocity of a frame of noise [in_dim, 1, *size] over a cached one when
     attention runs in FP8: same noise, random text and weights.
     """
-    config, weight = denoiser.net.config, denoiser.net.patch_embedding.weight
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(weight)
-
-    image = draw(1, 257, config.image_dim) if config.image_branch else None
-    frames = draw(2, 1, config.in_dim, 1, *size)
-    cond = Condition(draw(1, config.text_len, config.text_dim), image=image)
-    t = torch.full((1, 1), timestep / 1000.0, dtype=torch.float64, device=weight.device)
+    frames, cond = _drawn(denoiser.net, (2, 1, denoiser.net.config.in_dim, 1, *size), seed=seed)
+    t = torch.full((1, 1), timestep / 1000.0, dtype=torch.float64, device=frames.device)
     grid = denoiser.token_grid(*size)
     found = []
     with torch.no_grad():
@@ -200,6 +178,20 @@ def attention_error(
             found.append(velocity)
     _require_some(found[0])
     return relative_error(found[1], found[0])
+
+
+def _drawn(net: WanDiT, shape: tuple[int, ...], *, seed: int) -> tuple[Tensor, Condition]:
+    """Noise of `shape` and a random condition of `net`, where its weights lie."""
+    config, weight = net.config, net.patch_embedding.weight
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(weight)
+
+    tokens = config.image_positions or 257
+    image = draw(1, tokens, config.image_dim) if config.image_branch else None
+    x = draw(*shape)
+    return x, Condition(draw(1, config.text_len, config.text_dim), image=image)
 
 
 def _block_indices(net: WanDiT, skip_blocks: Iterable[int]) -> set[int]:

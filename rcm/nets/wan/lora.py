@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rcm.core.errors import CheckpointError
-from rcm.nets.wan.convert import WRAPPERS, other_name, wan_name
+from rcm.nets.wan.convert import WRAPPERS, diffusers_layer, other_name, wan_name
 
 CONTAINERS = ("generator_lora.", "generator.")
 RUN_COPIES = ("net_ema.", "net.", "net_fake_score.")
@@ -150,21 +150,15 @@ def peft_settings(
 ) -> dict[str, object]:
     """adapter_config.json for adapters on these `layers` of each block."""
     if layout == "diffusers":
-        layers = [
-            other_name(f"blocks.0.{layer}", form="diffusers").removeprefix("blocks.0.")
-            for layer in layers
-        ]
-    sizes = {
+        layers = map(diffusers_layer, layers)
+    return {
+        "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
-    }
-    return {
-        "peft_type": "LORA",
-        **sizes,
         "target_modules": sorted(layers),
         "base_model_name_or_path": base,
     }

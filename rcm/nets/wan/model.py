@@ -170,10 +170,8 @@ class WanDiT(nn.Module):
         if cond.concat is not None:
             x = torch.cat([x, concat_frames(cond.concat, layout)], dim=1)
         if cache is not None and cache.times is not None:
-            time, rows = (
-                cache.times.embedding,
-                [Modulation(*known.unbind(2)) for known in cache.times.blocks],
-            )
+            time = cache.times.embedding
+            rows = [Modulation(*known.unbind(2)) for known in cache.times.blocks]
         else:
             time = self._time(timestep, span, accumulate_dtype(x.dtype))
             rows = [self.time_projection(time).unflatten(2, (6, -1))] * len(self.blocks)
@@ -202,12 +200,8 @@ class WanDiT(nn.Module):
     def prepare(self, cond: Condition) -> Condition:
         """`cond` with cross-attention keys and values, for gradient-free passes of this net."""
         tokens = self._embed(cond)
-        return replace(
-            cond,
-            prepared=tuple(
-                cast(WanBlock, block).cross_attn.keys_values(tokens) for block in self.blocks
-            ),
-        )
+        made = (cast(WanBlock, block).cross_attn.keys_values(tokens) for block in self.blocks)
+        return replace(cond, prepared=tuple(made))
 
     def join_projections(self) -> None:
         """See `SelfAttention.join`, for every block."""
@@ -221,12 +215,8 @@ class WanDiT(nn.Module):
         """All that `timestep` and `span` alone decide, in dtype `dtype`; not if sharded."""
         time = self._time(timestep, span, accumulate_dtype(dtype))
         rows = self.time_projection(time).unflatten(2, (6, -1))
-        return TimeRows(
-            time,
-            torch.stack(
-                [torch.stack(cast(WanBlock, block).modulate(rows), dim=2) for block in self.blocks]
-            ),
-        )
+        made = [torch.stack(cast(WanBlock, block).modulate(rows), dim=2) for block in self.blocks]
+        return TimeRows(time, torch.stack(made))
 
     def set_jvp_implementation(self, name: Implementation | Literal["auto"]) -> None:
         """Choose tangent attention: "reference", "triton", "auto" (`AttentionCore`)."""

@@ -47,13 +47,8 @@ def published_settings(config: WanConfig, *, form: Format) -> dict[str, Any] | N
     """The config.json of a network in the "wan" or "diffusers" form; None for other forms."""
     if form == "wan":
         named = {ours: getattr(config, field) for field, (ours, _) in _NAMES.items() if ours}
-        task = (
-            "flf2v"
-            if config.image_positions
-            else "i2v"
-            if config.in_dim > config.out_dim
-            else "t2v"
-        )
+        task = "i2v" if config.in_dim > config.out_dim else "t2v"
+        task = "flf2v" if config.image_positions else task
         return {"_class_name": "WanModel", "model_type": task, **named}
     if form == "diffusers":
         named = {theirs: getattr(config, field) for field, (_, theirs) in _NAMES.items() if theirs}
@@ -98,29 +93,24 @@ def with_settings(found: WanConfig, settings: Mapping[str, Any] | None) -> WanCo
                 f"config.json states {name} {str(settings[name])[:60]}; this architecture has"
                 f" {told}"
             )
-    if "pos_embed_seq_len" in settings and settings["pos_embed_seq_len"] != (
-        found.image_positions or None
-    ):
-        told = (
-            f"{str(settings['pos_embed_seq_len'])[:60]}; the tensors have"
-            f" {found.image_positions or None}"
+    positions = found.image_positions or None
+    if (told := settings.get("pos_embed_seq_len", positions)) != positions:
+        raise CheckpointError(
+            f"config.json states pos_embed_seq_len {str(told)[:60]}; the tensors have {positions}"
         )
-        raise CheckpointError(f"config.json states pos_embed_seq_len {told}")
     stated: dict[str, float] = {}
     for field, names in _NAMES.items():
         for known in names:
             if known is not None and known in settings:
-                stated.setdefault(
-                    field, _positive(settings, known) if field == "eps" else _whole(settings, known)
-                )
-    if "num_attention_heads" in settings and "attention_head_dim" in settings:
-        stated["dim"] = _whole(settings, "num_attention_heads") * _whole(
-            settings, "attention_head_dim"
-        )
+                read = _positive if field == "eps" else _whole
+                stated.setdefault(field, read(settings, known))
+    heads, width = "num_attention_heads", "attention_head_dim"
+    if heads in settings and width in settings:
+        stated["dim"] = _whole(settings, heads) * _whole(settings, width)
     wrong = [
         f"{field} {stated[field]}, the tensors have {getattr(found, field)}"
         for field in _IN_TENSORS
-        if _differs(field, stated, found)
+        if field in stated and stated[field] != getattr(found, field)
     ]
     if wrong:
         raise CheckpointError(f"config.json contradicts the tensors beside it: {'; '.join(wrong)}")
@@ -129,10 +119,6 @@ def with_settings(found: WanConfig, settings: Mapping[str, Any] | None) -> WanCo
         eps=stated.get("eps", found.eps),
         text_len=int(stated.get("text_len", found.text_len)),
     )
-
-
-def _differs(field: str, stated: Mapping[str, Any], found: WanConfig) -> bool:
-    return field in stated and stated[field] != getattr(found, field)
 
 
 def _whole(settings: Mapping[str, Any], name: str) -> int:
