@@ -75,15 +75,11 @@ class LatentBatch:
 
     def to(self, device: torch.device | str) -> LatentBatch:
         """The same record with its tensors on `device`."""
-        trajectory = (
-            None if self.trajectory is None else self.trajectory.to(device, non_blocking=True)
-        )
-        return replace(
-            self,
-            latents=self.latents.to(device, non_blocking=True),
-            cond=self.cond.to(device, non_blocking=True),
-            trajectory=trajectory,
-        )
+        latents, cond = (x.to(device, non_blocking=True) for x in (self.latents, self.cond))
+        trajectory = self.trajectory
+        if trajectory is not None:
+            trajectory = trajectory.to(device, non_blocking=True)
+        return replace(self, latents=latents, cond=cond, trajectory=trajectory)
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,8 @@ class FakeLatents:
         seed: int = 0,
         trajectory_states: int = 0,
     ) -> None:
-        self._num, self._latent_shape, self._text_shape = (
-            num,
-            tuple(latent_shape),
-            tuple(text_shape),
-        )
-        self._seed, self._states = seed, trajectory_states
+        self._num, self._seed, self._states = num, seed, trajectory_states
+        self._latent_shape, self._text_shape = tuple(latent_shape), tuple(text_shape)
 
     def __len__(self) -> int:
         return self._num
@@ -46,24 +42,18 @@ class FakeLatents:
 
     def fetch(self, indices: Sequence[int]) -> LatentBatch:
         """The batch of samples `indices`."""
-        latents = torch.stack([self._draw(i, self._latent_shape, "fake_latents") for i in indices])
-        text = torch.stack([self._draw(i, self._text_shape, "fake_text") for i in indices])
+        latents = self._draw(indices, self._latent_shape, "fake_latents")
+        text = self._draw(indices, self._text_shape, "fake_text")
         if self._text_shape[0] > 2:
             text[:, -2:] = 0
         trajectory = None
         if self._states:
-            noise = torch.stack([self._draw(i, self._latent_shape, "fake_noise") for i in indices])
+            noise = self._draw(indices, self._latent_shape, "fake_noise")
             times = torch.linspace(0, 1, self._states).view(1, -1, 1, 1, 1, 1)
             trajectory = torch.lerp(latents.unsqueeze(1), noise.unsqueeze(1), times)
-        return LatentBatch(
-            latents,
-            text,
-            [f"fake prompt {i}" for i in indices],
-            [f"{i:09d}" for i in indices],
-            trajectory,
-        )
+        prompts, keys = [f"fake prompt {i}" for i in indices], [f"{i:09d}" for i in indices]
+        return LatentBatch(latents, text, prompts, keys, trajectory)
 
-    def _draw(self, index: int, shape: tuple[int, ...], purpose: str) -> torch.Tensor:
-        return randn(
-            shape, generator=generator(seed=self._seed, step=index, dp_rank=0, purpose=purpose)
-        )
+    def _draw(self, indices: Sequence[int], shape: tuple[int, ...], purpose: str) -> torch.Tensor:
+        streams = (generator(seed=self._seed, step=i, dp_rank=0, purpose=purpose) for i in indices)
+        return torch.stack([randn(shape, generator=stream) for stream in streams])

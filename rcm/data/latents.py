@@ -97,10 +97,8 @@ def _expand_braces(pattern: str, knob: str) -> list[str]:
             raise ConfigError(
                 f"{{{match[1]}}} names more than {_MOST_SHARDS} shards; change {knob}"
             )
-        choices = [
-            f"{i:0{width}d}"
-            for i in (range(low, high + 1) if low <= high else range(low, high - 1, -1))
-        ]
+        numbers = range(low, high + 1) if low <= high else range(low, high - 1, -1)
+        choices = [f"{i:0{width}d}" for i in numbers]
     else:
         choices = match[1].split(",")
     names = [
@@ -136,20 +134,13 @@ class LatentShards:
         text_shape: tuple[int, int] | None = None,
         cache_bytes: int = 0,
     ) -> None:
-        paths = (
-            expand_pattern(tar_path_pattern)
-            if isinstance(tar_path_pattern, str)
-            else tar_path_pattern
-        )
-        self.shards = open_shards(paths)
+        if isinstance(tar_path_pattern, str):
+            tar_path_pattern = expand_pattern(tar_path_pattern)
+        self.shards = open_shards(tar_path_pattern)
         self._first = np.cumsum([0] + [len(shard) for shard in self.shards])
         self._fingerprint = ""
-        self._frames, self._channels, self._size, self._text_shape = (
-            num_latent_frames,
-            latent_channels,
-            latent_size,
-            text_shape,
-        )
+        self._frames, self._channels = num_latent_frames, latent_channels
+        self._size, self._text_shape = latent_size, text_shape
         with_context = [shard.path for shard in self.shards if CONTEXT in shard.fields]
         if len(with_context) not in (0, len(self.shards)):
             without = next(shard.path for shard in self.shards if CONTEXT not in shard.fields)
@@ -200,13 +191,10 @@ class LatentShards:
                     " shape"
                 )
         stacked = _stacked([sample[0] for sample in samples])
+        contexts = [sample[3] for sample in samples if sample[3] is not None]
         clean = stacked[:, 0] if stacked.ndim == 6 else stacked
         return LatentBatch(
-            latents=(
-                clean
-                if samples[0][3] is None
-                else _stacked([sample[3] for sample in samples if sample[3] is not None])
-            ),
+            latents=_stacked(contexts) if contexts else clean,
             cond=_stacked([sample[1] for sample in samples]),
             prompts=[sample[2] for sample in samples],
             keys=[shard.key(sample) for shard, sample in map(self._locate, indices)],
@@ -228,10 +216,8 @@ class LatentShards:
             return self._cache[index]
         shard, sample = self._locate(index)
         members = shard.read_members(sample, range(len(shard.fields)))
-        latents = self._check_latents(
-            stored_tensor(shard, sample, _LATENT, members[_LATENT]),
-            self._name(index, _LATENT),
-        )
+        stored = stored_tensor(shard, sample, _LATENT, members[_LATENT])
+        latents = self._check_latents(stored, self._name(index, _LATENT))
         text = stored_tensor(shard, sample, _EMBED, members[_EMBED])
         most, width = self._text_shape or (None, None)
         if text.ndim != 2 or (
@@ -243,11 +229,9 @@ class LatentShards:
                 f"(the network's text_len, text_dim); change {PATTERN_KNOB} or model.config.net"
             )
         prompt = stored_prompt(shard, sample, members[_PROMPT])
-        context = (
-            self._context(shard, sample, latents, members[_CONTEXT])
-            if CONTEXT in shard.fields
-            else None
-        )
+        context = None
+        if CONTEXT in shard.fields:
+            context = self._context(shard, sample, latents, members[_CONTEXT])
         numbers = latents.numel() + text.numel() + (0 if context is None else context.numel())
         with self._lock:
             if index not in self._cache and 4 * numbers <= self._cache_room:

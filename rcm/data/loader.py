@@ -90,13 +90,8 @@ class Loader(Generic[Batch]):
                 " data ranks; lower dataloader_train.batch_size"
             )
         self.source, self.batch_size, self.seed = source, batch_size, seed
-        self._rank, self._world, self._shuffle, self._prefetch, self._threads = (
-            data_rank,
-            data_world,
-            shuffle,
-            prefetch,
-            threads,
-        )
+        self._rank, self._world, self._shuffle = data_rank, data_world, shuffle
+        self._prefetch, self._threads = prefetch, threads
         self._accept_changed = accept_changed
         self._epoch, self._position = 0, 0
         self._planned = (0, 0)  # where the next batch to be read ahead begins
@@ -130,9 +125,8 @@ class Loader(Generic[Batch]):
         if position + step > len(self.source):
             epoch, position = epoch + 1, 0
         start = position + self._rank * self.batch_size
-        return (epoch, position + step), self._permutation(epoch)[
-            start : start + self.batch_size
-        ].tolist()
+        mine = self._permutation(epoch)[start : start + self.batch_size].tolist()
+        return (epoch, position + step), mine
 
     def _permutation(self, epoch: int) -> torch.Tensor:
         if self._order is None or self._order[0] != epoch:

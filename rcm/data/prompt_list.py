@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from loguru import logger
 
 from rcm.core.errors import ConfigError
 from rcm.core.text_file import lines_of, read_text
+from rcm.data.prompts import json_line
 from rcm.encoders.prompt_cleaning import says_nothing
 
 COLUMNS = ("prompt", "caption", "text")
@@ -80,11 +80,10 @@ def _entries(path: Path, text: str) -> Iterator[_Entry]:
         yield from _csv_entries(path, text)
         return
     for number, line in enumerate(lines_of(text), 1):
-        place = f"{path}:{number}"
-        yield _Entry(
-            place,
-            _json_prompt(line, place) if path.suffix == ".jsonl" and line.strip() else line.strip(),
-        )
+        place, prompt = f"{path}:{number}", line.strip()
+        if prompt and path.suffix == ".jsonl":
+            prompt = _json_prompt(line, place)
+        yield _Entry(place, prompt)
 
 
 def _csv_entries(path: Path, text: str) -> Iterator[_Entry]:
@@ -112,16 +111,9 @@ def _csv_entries(path: Path, text: str) -> Iterator[_Entry]:
 
 
 def _json_prompt(line: str, place: str) -> str:
-    try:
-        record = json.loads(line)
-    # also numbers too long and lists too deep to be read
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{place} is not JSON: {str(error)[:200]}") from error
-    found = [
-        record[name]
-        for name in COLUMNS
-        if isinstance(record, dict) and isinstance(record.get(name), str)
-    ]
+    record = json_line(line, place)
+    values = [record.get(name) for name in COLUMNS] if isinstance(record, dict) else []
+    found = [value for value in values if isinstance(value, str)]
     if not found:
         raise ConfigError(f"{place} needs a string under {' or '.join(COLUMNS)}, got {line[:80]}")
     return found[0].strip()

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,12 +38,17 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def _json_prompt(line: str, place: str) -> str:
+def json_line(line: str, place: str) -> Any:
+    """The value of a line of a .jsonl file; `ConfigError` names its `place`."""
     try:
-        record = json.loads(line)
+        return json.loads(line)
     # also numbers too long and lists too deep to be read
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{place} is not JSON: {str(error)[:200]}") from error
+
+
+def _json_prompt(line: str, place: str) -> str:
+    record = json_line(line, place)
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise ConfigError(f'{place} needs a "prompt" string, got {line[:80]}')
     return record["prompt"]

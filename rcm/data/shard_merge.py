@@ -99,11 +99,8 @@ def _joint_recipe(shards: Sequence[Shard]) -> dict[str, object]:
                     f" {head[key]!r} and {told[folder][key]!r}): two kinds of data; merge each"
                     " alone"
                 )
-    common = {
-        k: v
-        for k, v in head.items()
-        if all(k in other and other[k] == v for other in told.values())
-    }
+    others = told.values()
+    common = {k: v for k, v in head.items() if all(k in o and o[k] == v for o in others)}
     sets = [
         {
             "own": {k: v for k, v in told[folder].items() if k not in common},

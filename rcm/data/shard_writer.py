@@ -42,22 +42,20 @@ class ShardSample:
 
     def members(self) -> dict[str, bytes]:
         """Contents by member name."""
-        tensors = {FIELDS[0]: self.latents, FIELDS[1]: self.text}
-        if self.context is not None:
-            tensors[CONTEXT] = self.context
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise ShardError(
-                    f"{name} of a sample ({self.prompt[:60]!r}) holds NaN or infinite values; its"
-                    " shard was not written"
-                )
-        stored = {name: _tensor_bytes(tensor) for name, tensor in tensors.items()}
-        return {
-            FIELDS[0]: stored.pop(FIELDS[0]),
-            FIELDS[1]: stored.pop(FIELDS[1]),
-            FIELDS[2]: self.prompt.encode(),
-            **stored,
-        }
+        told = zip(
+            (*FIELDS, CONTEXT), (self.latents, self.text, self.prompt, self.context), strict=True
+        )
+        return {name: self._stored(name, value) for name, value in told if value is not None}
+
+    def _stored(self, name: str, value: torch.Tensor | str) -> bytes:
+        if isinstance(value, str):
+            return value.encode()
+        if not torch.isfinite(value).all():
+            raise ShardError(
+                f"{name} of a sample ({self.prompt[:60]!r}) holds NaN or infinite values; its"
+                " shard was not written"
+            )
+        return _tensor_bytes(value)
 
 
 def require_finite(samples: torch.Tensor, numbers: Sequence[int], *, what: str, knob: str) -> None:
@@ -78,9 +76,8 @@ def check_build(out: Path, *, num: int | None, shard_size: int, batch: int = 1) 
     for name, value in (("num", num), ("shard-size", shard_size), ("batch", batch)):
         if value is not None and not 1 <= value <= _MOST_SAMPLES:
             raise ConfigError(f"{name}={value} must be in 1 to {_MOST_SAMPLES}; change --{name}")
-    there = next(
-        (folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder)), None
-    )
+    folders = (out, *out.absolute().parents)
+    there = next((folder for folder in folders if os.path.lexists(folder)), None)
     if there is not None and not there.is_dir():
         raise ConfigError(
             f"cannot write to the output folder {out}: {there} is a file; change --out"
@@ -278,14 +275,15 @@ def _claim(folder: Path, recipe: Mapping[str, object]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if manifest.is_file():
             stored = read_manifest(folder)
-            differing = sorted(
-                k for k in stored.keys() | wanted.keys() if stored.get(k) != wanted.get(k)
-            )
+            keys = sorted(stored.keys() | wanted.keys())
+            pairs = [(k, stored.get(k), wanted.get(k)) for k in keys]
+            differing = [
+                f"{k}: there {_short(there)}, asked {_short(asked)}"
+                for k, there, asked in pairs
+                if there != asked
+            ]
             if differing:
-                told = "; ".join(
-                    f"{k}: there {_short(stored.get(k))}, asked {_short(wanted.get(k))}"
-                    for k in differing
-                )
+                told = "; ".join(differing)
                 raise ConfigError(
                     f"{folder} holds a data set built otherwise ({told}); choose another output"
                     " folder"

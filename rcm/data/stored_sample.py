@@ -41,12 +41,8 @@ class StoredSample:
             field: f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
             for field, tensor in tensors.items()
         }
-        return cls(
-            shard.key(sample),
-            contents,
-            shapes,
-            stored_prompt(shard, sample, contents[FIELDS[_PROMPT]]),
-        )
+        prompt = stored_prompt(shard, sample, contents[FIELDS[_PROMPT]])
+        return cls(shard.key(sample), contents, shapes, prompt)
 
     def members(self) -> dict[str, bytes]:
         """The bytes, for a writer."""

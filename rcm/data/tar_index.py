@@ -33,6 +33,7 @@ in all samples of a shard or in none.
 """
 
 INDEX_SUFFIX = ".index.json"
+_NO_INDEX = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 _END = bytes(2 * tarfile.BLOCKSIZE)
 _WHOLE, _BLOCK, _BLOCKS = 1 << 24, 1 << 14, 64
 _LONGEST_NAME = 100
@@ -146,14 +147,7 @@ def index_shard(path: Path, *, keep: bool = False) -> ShardIndex:
             if stored["size"] == size and stored.get("digest") == digest:
                 return ShardIndex(path, size, tuple(stored["keys"]), _spans(stored, size), digest)
             logger.warning(f"index {beside} is of another version of its shard; scanning the shard")
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            OverflowError,
-            RecursionError,
-        ) as error:
+        except _NO_INDEX as error:
             logger.warning(
                 f"index {beside} is unreadable ({first_line(error)}); scanning the shard"
             )
@@ -217,13 +211,14 @@ def write_index(index: ShardIndex) -> Path:
         "digest": index.digest,
         "fields": list(index.fields),
         "keys": list(index.keys),
+        "spans": index.spans.reshape(-1).tolist(),
     }
     temporary = beside.with_name(f".{beside.name}.partial")
     for path in (temporary, beside):
         if path.is_dir():
             discard(path)
     temporary.unlink(missing_ok=True)
-    temporary.write_text(json.dumps({**record, "spans": index.spans.reshape(-1).tolist()}))
+    temporary.write_text(json.dumps(record))
     os.replace(temporary, beside)
     return beside
 
@@ -262,9 +257,8 @@ def scan_shard(path: Path) -> ShardIndex:
             )
     if not found:
         raise ShardError(f"shard {path} holds no samples")
-    spans = np.array(
-        [[members[field] for field in fields] for members in found.values()], dtype=np.int64
-    )
+    places = [[members[field] for field in fields] for members in found.values()]
+    spans = np.array(places, dtype=np.int64)
     return ShardIndex(path, path.stat().st_size, tuple(found), spans, content_digest(path))
 
 

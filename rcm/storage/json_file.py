@@ -33,9 +33,9 @@ def parse_json(text: str | bytes, *, source: Path | str) -> Any:
         ) from error
 
 
-def read_json(path: Path, *, most_bytes: int = MOST_BYTES) -> Any:
-    """The value of a JSON file; errors as `parse_json`, also for a file that cannot be opened or
-    has more than `most_bytes`.
+def read_object(path: Path, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+    """The object in a JSON file; errors as `parse_json`, also for another value and for a file that
+    cannot be opened or has more than `most_bytes`.
     """
     try:
         if path.stat().st_size > most_bytes:
@@ -46,12 +46,7 @@ def read_json(path: Path, *, most_bytes: int = MOST_BYTES) -> Any:
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
-    return parse_json(content, source=path)
-
-
-def read_object(path: Path, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
-    """As `read_json`, and an object."""
-    found = read_json(path, most_bytes=most_bytes)
+    found = parse_json(content, source=path)
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, not an object of settings")
     return found

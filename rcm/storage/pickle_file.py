@@ -227,10 +227,8 @@ def _opened(source: Path | bytes | bytearray) -> tuple[Any, Callable[[Any], Tens
     def make(entry: Any) -> Tensor:
         view = _described(entry)
         _require_inside(view, length=places.get(view.piece.key, (0, 0))[1])
-        whole_piece = storage(view.piece)
-        return torch.empty(0, dtype=view.dtype).set_(
-            whole_piece, view.offset, view.size, view.stride
-        )
+        empty = torch.empty(0, dtype=view.dtype)
+        return empty.set_(storage(view.piece), view.offset, view.size, view.stride)
 
     return value, make
 
@@ -268,9 +266,8 @@ def _archive(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
     if places["data.pkl"][1] > _MOST_PICKLE:
         raise pickle.UnpicklingError(f"its data.pkl has more than {_MOST_PICKLE} bytes")
     value = read_inert(io.BytesIO(_bytes(file, places["data.pkl"])), names=NAMES, storages=_piece)
-    return value, {
-        key.removeprefix("data/"): place for key, place in places.items() if key.startswith("data/")
-    }
+    lead = "data/"
+    return value, {k.removeprefix(lead): at for k, at in places.items() if k.startswith(lead)}
 
 
 def _old_format(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:

@@ -148,6 +148,5 @@ def check_keys(
 def listed(names: Iterable[str], *, most: int = 8, separator: str = ", ") -> str:
     """The first `most` of many names, and how many there are besides."""
     names = list(names)
-    return separator.join(names[:most]) + (
-        f" and {len(names) - most} more" if len(names) > most else ""
-    )
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more

@@ -56,14 +56,9 @@ class WeightFile(LazyWeights):
         metadata: Mapping[str, str] | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path, self.container, self.headers, self.others = (
-            path,
-            container,
-            headers,
-            tuple(others),
-        )
+        self.path, self.container, self.headers = path, container, headers
+        self.others, self._read = tuple(others), read
         self.metadata, self.config = dict(metadata or {}), config
-        self._read = read
 
     def __getitem__(self, key: str) -> Tensor:
         """The tensor as stored, on the CPU (of a mapped file a view); `CheckpointError`."""
@@ -123,9 +118,8 @@ def open_container(path: str | Path, *, hint: str = "") -> WeightFile:
 
 
 def _open_folder(path: Path, *, hint: str) -> WeightFile:
-    files = _one_format(
-        [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and file.is_file()]
-    )
+    entries = sorted(path.iterdir())
+    files = _one_format([f for f in entries if f.suffix in SUFFIXES and f.is_file()])
     indices = _one_format(sorted(path.glob(f"*{INDEX}")), end=INDEX)
     if len(indices) == 1:
         return _open_shards(indices[0])
