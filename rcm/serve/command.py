@@ -22,11 +22,13 @@ import torch
 
 from rcm.core.arguments import Arguments, one_of
 from rcm.core.errors import ConfigError
+from rcm.encoders.prompt_cleaning import says_nothing
 from rcm.inference.checkpoint_flags import HERE, KINDS, open_flagged
 from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import check_device, exit_status, short_log
 from rcm.pipelines.from_checkpoint import LoadedModel
+from rcm.pipelines.session_pool import SessionPool
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.storage.shipped import TOY_PROMPTS, asset
 
@@ -55,6 +57,8 @@ def run(flags: argparse.Namespace) -> None:
         )
     check_numbers(flags)
     check_device(flags.device)
+    if flags.prompt is not None and says_nothing(flags.prompt):
+        raise ConfigError("--prompt is empty; write one, or leave it out for the first preset")
     token = flags.token or os.environ.get(TOKEN_VARIABLE) or None
     loopback = flags.host in ("127.0.0.1", "localhost", "::1")
     if not loopback and token is None:
@@ -78,7 +82,11 @@ def run(flags: argparse.Namespace) -> None:
     )
     try:
         model = open_flagged(flags)
-        hub = Hub(make_offer(flags, model), limits, _budget(flags, model.device))
+        offer, budget = make_offer(flags, model), _budget(flags, model.device)
+        # what no client could open is refused now
+        pool = SessionPool(model, budget)
+        pool.close(pool.open([offer.prompt], to_host=True, **offer.options))
+        hub = Hub(offer, limits, budget)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(

@@ -9,6 +9,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from rcm.core.errors import ConfigError
@@ -184,6 +185,10 @@ def test_the_command_refuses_what_it_must(monkeypatch, capsys):
         (["--port", "70000"], "--port 70000 must be at most 65535"),
         (["--ckpt", "nowhere"], "no checkpoint at nowhere"),
         (["--max_sessions", "0"], "--max_sessions 0 must be at least 1"),
+        (["--prompt", " "], "--prompt is empty"),
+        (["--prompt", "a red cross moving up up up up", "--port", "0"], "does not fit text_len=8"),
+        (["--memory_gib", "0.001", "--window", "64", "--port", "0"], "MiB does not fit"),
+        *([] if torch.cuda.is_available() else [(["--graphs", "on", "--port", "0"], "graphs='on' needs a CUDA device")]),
     ):
         assert cli.main(["serve", *line]) == 2
         said = capsys.readouterr().err
