@@ -11,8 +11,7 @@ from rcm.data.batch import LatentBatch
 
 
 class FakeLatents:
-    """A `loader.Source`: sample i of `seed` is Gaussian noise of `latent_shape` (C, T, H, W) and
-    `text_shape` (L, E), the same on every call.
+    """A `loader.Source` of Gaussian noise: sample i of `seed` is the same on every call.
 
     Two rows of text at the end are zeros (where there are more than two), as in padded embeddings.
     `trajectory_states` K > 0 adds ODE states [K, C, T, H, W] that grow from the clean latents to

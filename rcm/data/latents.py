@@ -1,5 +1,4 @@
-"""Tar shards of latents and text embeddings: `KEY.latent.pt`, `KEY.embed.pt`, `KEY.prompt.txt`, as
-the release stores them.
+"""Tar shards as released: `KEY.latent.pt`, `KEY.embed.pt`, `KEY.prompt.txt`.
 
 Why not stream with webdataset: it has no resumable position and shuffles within a buffer. Here the
 order belongs to `loader.Loader`, a permutation over all samples, and this source answers "give me
@@ -112,8 +111,7 @@ def _expand_braces(pattern: str, knob: str) -> list[str]:
 
 
 class LatentShards:
-    """Random access to the samples of tar shards, a `loader.Source`: files of a pattern, or the
-    given ones.
+    """Random access to tar shards, a `loader.Source`: files of a pattern, or the given ones.
 
     `num_latent_frames`: take the first that many latent frames of each sample (None: all).
     `latent_channels`, `latent_size` (H, W), `text_shape` (most rows L, E): refuse samples that

@@ -1,5 +1,4 @@
-"""Order, sharding and position of any source: the same batches for the same (seed, data rank), and
-an exact place to continue from.
+"""Order, shards and position of a source: batches depend on (seed, data rank), resume exactly.
 
 Epoch e visits the samples in the permutation drawn from (seed, e). Step s of an epoch takes the
 next `batch_size * data_world` of them, and data rank r the r-th part. Ranks of one context-parallel

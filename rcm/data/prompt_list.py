@@ -34,8 +34,7 @@ class _Entry(NamedTuple):
 def read_prompt_list(
     path: str | Path, *, skip_bad: bool = False, max_chars: int = MAX_PROMPT_CHARS
 ) -> list[str]:
-    """Prompts of a .txt (one per line), .csv (with a header) or .jsonl file, stripped of
-    surrounding blanks, in order.
+    """Prompts of a .txt (one per line), .csv (with a header) or .jsonl file, stripped, in order.
 
     Empty prompts (blank lines between others among them) and prompts above `max_chars` characters
     raise `ConfigError` naming file and line; with `skip_bad` they are left out, with a warning.

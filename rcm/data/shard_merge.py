@@ -20,8 +20,7 @@ _OF_A_BUILD = ("num_samples", "shard_size")
 
 
 def merge_shards(paths: Sequence[Path], folder: Path, *, shard_size: int) -> list[Path]:
-    """Write all samples of the shards `paths`, in their order, as shards of `shard_size` samples
-    into `folder`; returns the new paths.
+    """Write all samples of `paths`, in order, as shards of `shard_size` into `folder`; their paths.
 
     Keys count anew from 0. Like every build it goes on after a stop, and a damaged shard of its own
     is written again. `dataset.json` keeps what the sets have in common, and each set's own words

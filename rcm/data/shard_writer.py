@@ -96,8 +96,7 @@ class Members(Protocol):
 
 
 def write_shard(path: Path, samples: Iterable[Members], *, first_key: int) -> int:
-    """Write one shard under a temporary name, rename it when complete, and store its index beside
-    it; returns the number of samples.
+    """Write a shard and its index, renamed when complete; returns the number of samples.
 
     Keys count from `first_key`, nine digits. Any `OSError` (disk full, no permission) is raised
     again with the path, and nothing half-written stays.
@@ -170,8 +169,7 @@ def pending_shards(
     recipe: Mapping[str, object],
     part: tuple[int, int] = (0, 1),
 ) -> tuple[list[Path], list[ShardSpan]]:
-    """Paths of all shards of this `part`, and those among them that are missing or damaged. Claims
-    `folder` for `recipe`.
+    """Claim `folder` for `recipe`; the shards of this `part`, and those missing or damaged.
 
     `part` (i, n): only shards i, i + n, i + 2n, ..., so that n processes may share a build.
     `recipe` says what the samples are made of: it is stored in `dataset.json` first, and a folder
@@ -220,8 +218,7 @@ def build_shards(
     make: Callable[[int, int], Iterable[Members]],
     part: tuple[int, int] = (0, 1),
 ) -> list[Path]:
-    """Write samples 0 .. num_samples - 1 as shards of `shard_size`, and continue a build that was
-    stopped; returns the shards' paths.
+    """Write samples 0 .. num_samples - 1 as shards, or go on with a stopped build; their paths.
 
     `make(start, stop)` yields those samples, whatever was written before. Whole shards are kept, a
     damaged one is written again. `recipe` and `part` as in `pending_shards`; the paths of this part

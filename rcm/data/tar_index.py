@@ -1,5 +1,4 @@
-"""Where each member of a tar shard lies, found from its headers alone, so that any sample can be
-read with one seek.
+"""Where each member of a tar shard lies, by its headers alone: any sample is read by one seek.
 
 Reading by index is what makes a resumed run exact: the order is a permutation over samples, and a
 position in it is one number. The layout stays that of the webdataset format (members of a sample

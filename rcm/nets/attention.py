@@ -96,8 +96,7 @@ def attention_name(attention_backend: str, *, flex_backend: str) -> str:
 
 
 def configured(attention_backend: str, *, flex_backend: str) -> AttentionBackend:
-    """The back end of the two configuration keys, whatever the environment says: reading it was the
-    configuration's business.
+    """The back end of the two configuration keys; the environment was the configuration's to read.
 
     Raises `ConfigError` as `attention_name` does, and for a package that is missing.
     """
@@ -105,8 +104,7 @@ def configured(attention_backend: str, *, flex_backend: str) -> AttentionBackend
 
 
 class AttentionCore(nn.Module):
-    """Softmax attention on plain tensors through a back end, and on dual tensors through
-    `flash_jvp`: one launch for primal and tangent.
+    """Softmax attention: a back end on plain tensors, one `flash_jvp` launch on dual ones.
 
     `jvp_implementation` is "reference", "triton", or "auto" = triton on CUDA and reference
     elsewhere.
@@ -160,8 +158,7 @@ class AttentionCore(nn.Module):
 
 
 def attention_record(net: nn.Module) -> dict[str, Any]:
-    """What the attention of `net` was, for the record of a run: `{"backend": name, "calls": {kind
-    of call: what served it}}`.
+    """For the record of a run, `{"backend": name, "calls": {kind of call: what served it}}`.
 
     With a named back end it serves every plain call; under "auto" the kinds are "dense", "dense,
     captured", "dense, long", "masked" and "masked with gradient", those that happened so far

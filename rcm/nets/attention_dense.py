@@ -26,8 +26,7 @@ def wants_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 class MaskMatrices:
-    """Bool matrices of the last masks on a device, together at most `limit` bytes (one may exceed
-    it); a cache, not state.
+    """Bool matrices of the last masks, at most `limit` bytes (one may exceed it); no state.
 
     Bounded by memory, not by number: selective recomputation refuses to make a forgotten matrix
     again in the backward pass, and the chunks of one rollout have a mask each.

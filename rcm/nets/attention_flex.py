@@ -24,8 +24,7 @@ _OPTIONS = {"auto": {}, "triton": {"BACKEND": "TRITON"}, "flash": {"BACKEND": "F
 
 
 class Flex:
-    """FlexAttention; `kernel` is torch's choice ("auto"), its Triton kernel, or FlashAttention-4
-    ("flash", name "flex_flash").
+    """FlexAttention by torch's choice ("auto"), its Triton kernel, or FlashAttention-4 ("flash").
 
     Compiled once per shape without autotuning, seconds instead of minutes. The mask comes as block
     tables made from its intervals, and as three key intervals per query for blocks at an edge, so
@@ -84,8 +83,7 @@ def _compiled() -> Callable[..., Tensor]:
 # more than the chunks of a rollout: what recomputation needs again must still be there
 @lru_cache(maxsize=64)
 def block_mask(mask: MaskSpec, device: torch.device) -> BlockMask:
-    """FlexAttention's description of `mask`: which key blocks each query block needs, which of them
-    fully, and the rule for the others.
+    """FlexAttention's form of `mask`: needed and full key blocks per query block, and a rule.
 
     Made from `kv_intervals` and `row_segments`; nothing quadratic in tokens is built.
     """

@@ -1,5 +1,4 @@
-"""Where parameterisations and dtypes meet: networks speak Wan's language (velocity, timestep
-0..1000), objectives and samplers ask in RF or TrigFlow time.
+"""Where objectives' time and dtypes become Wan's: velocity, timestep 0..1000.
 
 `Guided` wraps a denoiser and is one, so no objective or sampler mentions guidance. All are
 transparent to dual numbers. Causal_rCM.md section 1, docs/reference/objectives.md#wrapper,
@@ -149,8 +148,7 @@ class Denoiser(VelocityModel):
 
 
 class Guided(VelocityModel):
-    """Classifier-free guidance: v = v_neg + scale (v_cond - v_neg), the negative pass skipped for
-    scale <= 1.
+    """Guidance: v = v_neg + scale (v_cond - v_neg), without the negative pass for scale <= 1.
 
     `negative` has a batch of 1 or that of the sample; image conditioning is taken from the sample
     where the negative has none.

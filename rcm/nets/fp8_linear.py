@@ -1,5 +1,4 @@
-"""Linear layers with FP8 products, for inference: weights in e4m3 with a scale per output row,
-inputs rounded at each call with a scale per token.
+"""FP8 products for inference: e4m3 weights scaled per output row, inputs rounded per token.
 
 The format is that of Micikevicius et al. 2022 (arXiv:2209.05433), the rule that of
 `rcm.kernels.fused.quantise`. On machines without FP8 products it is emulated: the result differs by
@@ -22,8 +21,7 @@ CAPABILITY = (8, 9)
 
 
 class FP8Linear(nn.Module):
-    """y = x W^T + b with W in e4m3 and x rounded per token; layers with one input are one product
-    of their stacked weights.
+    """y = x W^T + b, W in e4m3, x rounded per token; layers with one input share one product.
 
     With `gelu` the input passes a GELU (tanh form) first, in the kernel that rounds it. Rounded
     weights are neither saved nor loaded, have no gradient and no tangent: each attempt is a
@@ -89,8 +87,7 @@ class FP8Linear(nn.Module):
 
 
 class SharedProjections:
-    """Hands out the parts of one product to layers that are called one after another with the same
-    input, as q, k, v are.
+    """Parts of one product for layers that are called in turn with one input, as q, k, v are.
 
     The first of them computes all parts, the last one forgets them. Other orders and inputs give
     right results, too, for more products.

@@ -46,8 +46,7 @@ class Reader(nn.Module):
 
 
 class GanHead(nn.Module):
-    """Logit [B, 1], positive for real, of the tokens behind `taps` blocks of width `dim`: a linear
-    function of what the readers of all blocks found.
+    """Logit [B, 1], positive for real: linear in what a reader finds behind each tapped block.
 
     `pool` (identity on [B, taps, hidden]) is where context parallelism attaches from outside: means
     over a rank's tokens become means over all. Construct, then load weights or call `init_weights`.

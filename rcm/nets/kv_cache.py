@@ -1,5 +1,4 @@
-"""Keys and values of finished chunks: what is held, where it stands in time, and what one forward
-sees of it.
+"""Keys and values of finished chunks: what is held, where it stands, what a forward sees.
 
 All bookkeeping is host integers. A forward works on a `CacheView` made for it alone, which is never
 changed afterwards, so that recomputation of that forward sees the same context. The cache knows
@@ -107,8 +106,7 @@ class KVCache:
         observers: Sequence[Observer | None] = (),
         as_id: int | None = None,
     ) -> CacheView:
-        """View of one forward that adds its tokens after seeing the chunks with ids `visible`
-        (None: all), in the order of the cache.
+        """View of a forward that sees chunks `visible` (None: all) and adds its own tokens.
 
         Refuses dual tensors; stores detached; `RuntimeError` beyond the capacity. An observer
         `(layer, q, k)` is shown the rotated queries and all rotated keys of every layer. `as_id`
@@ -133,8 +131,7 @@ class KVCache:
         visible: Sequence[int] | None = None,
         transient: bool = False,
     ) -> CacheView:
-        """View of one forward that sees committed chunks before its own tokens and leaves the cache
-        as it is: the first `num_chunks`, or those with ids `visible`, or all.
+        """View of a forward that sees the first `num_chunks`, `visible` or all, and adds none.
 
         `transient=True` (inference only): the forward's tokens are written in place into free slots
         and read from there, without a copy of the prefix; bookkeeping does not change and the next

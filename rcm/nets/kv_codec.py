@@ -47,8 +47,7 @@ class KVCodec(Protocol):
 
 @runtime_checkable
 class AddressedCodec(KVCodec, Protocol):
-    """A codec whose blobs can be read and written by address, so that captured passes find them as
-    data on the device.
+    """A codec whose blobs have addresses, which captured passes find as data on the device.
 
     A blob has `likes(count, device)`, blobs of the same form with memory of their own; on "meta"
     the form alone. `generation` changes with the place of what `encode_to` reads and writes beside

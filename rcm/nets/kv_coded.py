@@ -49,8 +49,7 @@ class Group(NamedTuple):
 
 
 class CodedStore:
-    """Blobs of a codec, one per layer, chunk and side. The newest `hot_chunks` stay plain and are
-    coded when they grow older.
+    """Blobs per layer, chunk and side; the newest `hot_chunks` stay plain until they age.
 
     What a forward reads is restored into one scratch buffer that all layers share, so cold chunks
     exist as codes only. `generation` changes with the place of anything but blobs that a captured

@@ -1,5 +1,4 @@
-"""A plain cache whose attention runs in FP8: codes lie beside keys and values and follow every
-write.
+"""A plain cache that attends in FP8: codes lie beside keys and values, after every write.
 
 Scales are those of the first keys and values of a layer; after `clear` the next ones set them anew,
 in the same memory. The first pass of all, which allocates, must be launched one by one (`ready`).

@@ -17,8 +17,7 @@ Make = Callable[[int, Tensor, Tensor], Pair]
 
 
 def split(cache: KVCache, *, before: Sequence[int]) -> None:
-    """Cut chunks so that one begins at each token of `before`, counted over all chunks in order;
-    what is not cut keeps its id.
+    """Cut chunks at the tokens `before`, counted over all in order; what stays whole keeps its id.
 
     Costs nothing in a plain cache; in a coded one a cut chunk is restored and coded again in parts.
     """
@@ -33,8 +32,7 @@ def split(cache: KVCache, *, before: Sequence[int]) -> None:
 def rewrite(
     cache: KVCache, ids: Sequence[int], parts: Sequence[Positions], make: Make
 ) -> tuple[int, ...]:
-    """Replace the neighbouring chunks `ids` by one new chunk per entry of `parts`, at their place;
-    returns the new ids.
+    """Replace neighbouring chunks `ids` by one new chunk per entry of `parts`; the new ids.
 
     `make(layer, keys, values)` is given the tokens of `ids` in order, [B, S, N, D], rotated or not
     as the cache keeps keys, and returns those of all `parts` in order. `ValueError` for chunks that

@@ -162,8 +162,7 @@ def part_of(spans: Spans, first: int, count: int) -> Spans:
 
 
 class DenseStore:
-    """Plain keys and values, per layer two buffers [B, capacity, N, D], allocated by the first
-    write in its dtype.
+    """Plain buffers [B, capacity, N, D], two per layer, made by the first write in its dtype.
 
     Slots that were never written hold zeros: a graph that reads a whole buffer must not meet a NaN.
     """

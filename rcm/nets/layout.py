@@ -1,5 +1,4 @@
-"""What the frames of one network input are: their positions, who attends to whom, what is cached
-before them, and which of them are predicted.
+"""What the frames of one input are: positions, who sees whom, cached tokens, predicted ones.
 
 A layout replaces modes: the network reads it and has no branch for a training regime. Positions are
 frames; tokens follow from the grid.
@@ -184,8 +183,7 @@ class TokenLayout:
         window: int | None = None,
         sinks: int = 0,
     ) -> TokenLayout:
-        """The noisy half of `teacher_forcing`, with the clean half in the cache (put there by a
-        `context` pass).
+        """The noisy half of `teacher_forcing` over the clean half, cached by `context`.
 
         The clean half sees nothing noisy and its times are constant, so in a tangent pass it has no
         tangent: run it once as plain tensors.

@@ -1,5 +1,4 @@
-"""Low-rank adapters in training: y = W x + b + (alpha / rank) B A x with W, b frozen (Hu et al.
-2021, arXiv 2106.09685).
+"""Adapters in training: y = W x + b + (alpha / rank) B A x, W, b frozen (arXiv 2106.09685).
 
 One network may carry several sets of adapters, one per role that trains on it, and computes with
 one of them or with none: student and fake score are then sets on one base, and the teacher is the
@@ -129,8 +128,7 @@ class AdaptedLinear(Linear):
 
 
 class AdaptedNet(nn.Module):
-    """One role of an adapted network `net` (its `chosen` says who computes): its set of adapters,
-    or with `role` None the base.
+    """One role of an adapted `net`: its set of adapters, or with `role` None the base.
 
     Call it as the network. Parameters and state dict are those of the role alone, under names that
     do not mention it; everything else is the network's. FSDP2, Ulysses and recomputation are

@@ -1,5 +1,4 @@
-"""Where tokens stand: (frame, row, column) each, common to a batch and its heads where possible,
-else per sample and head.
+"""Where tokens stand: (frame, row, column), common to batch and heads or per sample and head.
 
 The common case, whole frames of one grid, is a tuple of integers, so that tables can be kept by it;
 everything else is a tensor.

@@ -78,8 +78,7 @@ def axis_channels(head_dim: int) -> tuple[int, int, int]:
 
 
 def rotate(x: Tensor, table: RopeTable) -> Tensor:
-    """Rotate the channel pairs of `x` [B, L, N, D] by the angles of `table`; computed in the
-    table's dtype, returned in the dtype of `x`.
+    """Rotate the channel pairs of `x` [B, L, N, D] by `table`, in its dtype; same dtype as `x`.
 
     Linear in `x`, so a tangent turns with it. Raises `ValueError` unless L and D agree with the
     table.
@@ -89,8 +88,7 @@ def rotate(x: Tensor, table: RopeTable) -> Tensor:
 
 
 def turned_in_time(keys: Tensor, frames: Tensor | float, *, ntk: float = 1.0) -> Tensor:
-    """Keys [B, S, N, D] that are rotated already, moved by `frames` temporal positions: a number,
-    or [B or 1, S] per token.
+    """Rotated keys [B, S, N, D] moved by `frames` in time: a number, or [B or 1, S] per token.
 
     Rows and columns stay. `ntk`: the time axis' ratio of the tables that rotated them. Float32
     arithmetic (float64 for float64 keys).
@@ -130,8 +128,7 @@ class Rotate(FusedLayer):
 
 
 class RopeTables:
-    """Builds tables and keeps the most recently used ones; they are no state of the network and
-    stay out of its state dict.
+    """Builds tables and keeps the latest; they stay out of the network's state dict.
 
     `max_rows` and `max_columns` bound the positions within a frame. Time is not bounded: angles are
     exact for any integer. `ntk`: how many times slower the slowest pair of each axis (frame, row,

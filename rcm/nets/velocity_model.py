@@ -67,8 +67,7 @@ class VelocityModel(ABC):
         *,
         cache: Past = None,
     ) -> Tensor:
-        """TrigFlow velocity F at `x_tau` [B, C, F, H, W], `tau` in [0, pi/2] float64 [B, 1] or [B,
-        F]; every frame of the layout is predicted.
+        """TrigFlow F of all frames at `x_tau` [B, C, F, H, W], `tau` in [0, pi/2] like `t`.
 
         F = (cos - sin) x_t + v / (cos + sin), with x_t, t the RF point of (x_tau, tau). Finite on
         the closed interval.

@@ -1,5 +1,4 @@
-"""One chunk loop for training and streaming: denoise a chunk against the cache, hand it out, commit
-its context.
+"""One chunk loop for training and streaming: denoise against the cache, hand out, commit.
 
 What varies is a value: the plan (steps, times, context rule), the step rule (consistency or Euler),
 where gradient is kept, the cache and the policy that decides what of it is seen. An engine that
@@ -42,8 +41,7 @@ class Canvas:
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """A finished chunk: prediction x0 [B, C, frames, H, W], the input of its last step, that step's
-    RF time, and where it was placed.
+    """A finished chunk: x0 [B, C, frames, H, W], its last step's input and RF time, its place.
 
     `committed`: its context is in the cache already, left by its last step.
     """

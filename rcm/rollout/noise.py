@@ -80,8 +80,7 @@ class ChunkNoise:
 
 
 class VideoNoise:
-    """All noise of one video, drawn up front in a fixed order: the start, then `num_draws` step
-    tensors of the whole video.
+    """All noise of a video, drawn in order: the start, then `num_draws` whole step tensors.
 
     `shape` [B, C, T, H, W]; draws are float32 on the generator's device, handed out in `dtype` on
     `device`. Step j of every chunk reads its frames of step tensor j. As in the release, a last

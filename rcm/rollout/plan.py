@@ -1,5 +1,4 @@
-"""What a rollout does, decided before it runs: per chunk the frames, the denoising times and how
-its context is committed.
+"""What a rollout does, decided before it runs: frames, times and context of every chunk.
 
 Plans are pure functions of host numbers (pattern, schedule, global step), so every rank issues the
 same network calls.
@@ -115,8 +114,7 @@ class ContextRule:
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """One chunk: latent frames [start, stop), times walked (decreasing, last 0), and the commit
-    into the cache.
+    """One chunk: latent frames [start, stop), decreasing times (last 0), commit to the cache.
 
     commit "clean" appends x0 at time 0; "last_input" appends the last denoising input at its own
     time; "renoised" re-noises x0 to `commit_time`.

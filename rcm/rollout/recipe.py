@@ -1,5 +1,4 @@
-"""How a causal checkpoint is meant to be sampled: a record that travels with the weights and builds
-plans.
+"""How to sample a causal checkpoint: a record stored with the weights, which makes plans.
 
 Sampling from a checkpoint needs only its path because this record is stored beside it; a sampler
 that contradicts it is refused unless forced.
@@ -110,8 +109,7 @@ class SamplingRecipe(Record):
     def with_steps(
         self, *steps: int, schedules: Sequence[Sequence[float]] = (), knob: str = "steps_per_chunk"
     ) -> SamplingRecipe:
-        """The same recipe with other step counts per chunk (the last repeats) and, if given, one
-        mid-time schedule per count.
+        """The recipe with other step counts per chunk (last repeats), each with a schedule.
 
         Without `schedules` entry i takes the first times of chunk i's own schedule, which the
         checkpoint was trained at; one that is too short for the count, those of the longest known
@@ -132,8 +130,7 @@ class SamplingRecipe(Record):
         )
 
     def contradictions(self, trained: SamplingRecipe) -> list[str]:
-        """What in this recipe a checkpoint trained for `trained` does not support: one sentence
-        each, empty if compatible.
+        """What a checkpoint trained for `trained` does not support, a sentence each, or none.
 
         Fewer or other step counts are a supported use (the 2-step checkpoint is sampled in 1 step);
         another pattern, kind or context is not.

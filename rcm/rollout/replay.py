@@ -1,5 +1,4 @@
-"""Replayed back-propagation: recompute one chunk's last step at a time, with gradient, against what
-it saw of the cache.
+"""Replayed back-propagation: each chunk's last step again, with gradient, on what it saw.
 
 The rollout ran without gradient and kept, per chunk, the last input and its time, plus the
 (detached) cache. Replaying a chunk gives the same x0 and the same parameter gradient as keeping the

@@ -1,5 +1,4 @@
-"""Directories of torch.distributed.checkpoint (DCP): a pickled `.metadata` with the place of every
-piece; each piece is a torch pickle.
+"""Directories of torch.distributed.checkpoint (DCP): pickled `.metadata` and torch pickles.
 
 The only reader of them in the package. torch's own executes `.metadata` as any pickle, every time
 it is asked for it, and entries that are no tensors too. Here the metadata is read inert

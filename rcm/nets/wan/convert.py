@@ -1,5 +1,4 @@
-"""Strict conversion between the checkpoint formats of Wan and its descendants. Names and tensors in
-dicts only; reading files is not this module's business.
+"""Strict conversion between checkpoint forms of Wan and its descendants, as dicts of tensors.
 
 The package's own form is the original Wan naming with `patch_embedding.weight` as [dim, in_dim *
 patch area]. Understood: original Wan (5-D patch weight), diffusers, rcm (`net.`, `net_ema.`, other
@@ -127,8 +126,7 @@ def network_names(
     prefix: str | None = None,
     others: Iterable[str] = (),
 ) -> dict[str, str]:
-    """Name in the package's own form -> key in the file, for one network of a file whose flat
-    tensor keys are `keys`.
+    """Name in the package's form -> key in the file, for one network among the flat `keys`.
 
     `weights`: which copy to take; "ema" takes the only copy where there is no averaged one.
     `prefix`: take exactly the keys under it (for example "net_fake_score."). `others`: keys of

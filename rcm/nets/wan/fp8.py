@@ -1,5 +1,4 @@
-"""Which linear layers of a Wan network run in FP8, the replacement in place, and the error that it
-costs.
+"""Which linear layers of a Wan network run in FP8, their replacement, and what it costs.
 
 Only layers inside the blocks are offered. Patch and text embedding, time layers, modulation and the
 output head act on few values that reach every token; the keys and values of the prompt are computed
@@ -86,8 +85,7 @@ def quantise_linears_(
     skip_blocks: Iterable[int] = (),
     velocity: Velocity | None = None,
 ) -> FP8Report:
-    """Replace linear layers of the blocks of `net` by `FP8Linear`, in place, for inference, and
-    free their weights.
+    """Replace linear layers of the blocks of `net` by `FP8Linear` in place, for inference.
 
     which         of `chosen_layers`.
     skip_blocks   blocks that are left as they are; negative numbers count from the end.

@@ -1,5 +1,4 @@
-"""Low-rank updates of a Wan network (LoRA): their names, and the update itself. Names and tensors
-in dicts only.
+"""Low-rank updates (LoRA) of a Wan network as dicts of tensors: their names, and merging.
 
 W <- W + scale * strength * B A, with A [rank, in] and B [out, rank], summed in float32; strength is
 alpha / rank, or what the adapter's settings say (rcm/nets/wan/lora_settings.py). Understood: PEFT
@@ -52,8 +51,7 @@ def is_lora(keys: Iterable[str]) -> bool:
 
 
 def lora_pairs(headers: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
-    """Name of the target weight in the package's own form -> its pair, for a file with these
-    entries (meta tensors suffice).
+    """Target weight in the package's form -> its pair, for a file's entries (or meta tensors).
 
     A file with several adapters gives that of the generator, or the averaged one of a training run.
     Raises `CheckpointError` for an entry of the adapter that is none of these, a factor without its

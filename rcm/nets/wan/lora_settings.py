@@ -1,5 +1,4 @@
-"""How strong a low-rank update is: alpha and its rule, from wherever a trainer wrote them, and a
-refusal of what would change the update unread.
+"""How strong an update is, wherever a trainer wrote it; settings not understood are refused.
 
 PEFT keeps an adapter_config.json beside the file; diffusers the same settings in the file's
 metadata under `lora_adapter_metadata`, keys led by the model's name; kohya's trainers

@@ -37,8 +37,7 @@ class Placement:
 
 
 class CachePolicy:
-    """A policy for one stream: `before` and `after` every chunk, in order. The base keeps
-    everything at absolute positions.
+    """A policy of one stream, asked in order; the base keeps everything at absolute positions.
 
     `branches` are the caches of the stream, one or (guided) two, which hold chunks with the same
     ids. A policy with state is made anew for every stream (`fresh`), and gives it to snapshots

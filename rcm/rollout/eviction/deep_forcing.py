@@ -20,8 +20,7 @@ from rcm.rollout.eviction.frames import frame_tokens, num_frames
 
 @dataclass
 class DeepForcing(CompressedHistory):
-    """[`sinks` | the best tokens | `recent`] frames, `budget` in all; tokens are chosen per sample,
-    layer and branch.
+    """`budget` frames [`sinks` | best tokens | `recent`], chosen per sample, layer and branch.
 
     While a chunk's context enters a cache that holds something, every cached key is scored by the
     sum over heads and queries of q . k / sqrt(D), the queries being those of the last `recent`

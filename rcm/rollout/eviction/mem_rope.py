@@ -30,8 +30,7 @@ MEMORY_FRAMES = 2
 
 @dataclass
 class MemRope(CachePolicy):
-    """The cache is [sinks | long memory | short memory | local], positions in a row from 0, the
-    chunk being made behind them.
+    """[sinks | long memory | short memory | local | new chunk], positions in a row from 0.
 
     A memory is a running mean of the keys and values (before rotation) of the frames that leave the
     local ones, one vector per head and layer repeated over its frame: m <- (1 - alpha) m + alpha

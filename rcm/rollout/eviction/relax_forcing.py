@@ -15,8 +15,7 @@ from rcm.rollout.eviction.frames import frame_tokens
 
 @dataclass
 class RelaxForcing(CompressedHistory):
-    """[`sinks` | the best frames | `recent`] frames, `budget` in all; frames are chosen per sample
-    and branch, by layer 0 for all layers.
+    """`budget` frames [`sinks` | best ones | `recent`], chosen per sample and branch by layer 0.
 
     A frame's vector is the mean of its keys over tokens, heads laid side by side. With w =
     `alignment_weight` its score is w cos(frame, mean of the recent frames) + (1 - w) (1 - its mean

@@ -27,8 +27,7 @@ Chunks = Sequence[CachedChunk]
 
 @dataclass
 class RelaxForcingPaper(CachePolicy):
-    """A chunk sees the first `sinks` blocks, the best `history` blocks of the past and the last
-    `tail` blocks.
+    """A chunk sees the first `sinks` blocks, the best `history` ones and the last `tail`.
 
     Candidates are the later half of the last `pool` blocks between sinks and tail (of an odd
     number, the larger half), which the cache holds for that. The score is cos(block, sinks) -

@@ -17,8 +17,7 @@ from rcm.rollout.eviction.frames import frame_tokens, num_frames
 
 @dataclass
 class RollingSink(CachePolicy):
-    """The first `total` blocks stay for ever. Once a block was made after them, a chunk sees
-    `sinks` of them and the `recent` newest.
+    """The first `total` blocks stay; later chunks see `sinks` of them and the `recent` newest.
 
     Block `total` + p (p >= 1) takes, with m = p mod 2 total, the sinks p, p + 1, ... modulo `total`
     for m < total, and else going down from total - 1 - (p mod total), each of them with its frames
