@@ -180,6 +180,7 @@ def test_rates_and_quantiles():
 
 def test_the_command_refuses_what_it_must(monkeypatch, capsys):
     monkeypatch.delenv("RCM_TOKEN", raising=False)
+    monkeypatch.setattr(asyncio, "run", lambda serving: serving.close() or 0)  # what is not refused does not serve for ever
     for line, sentence in (
         (["--host", "0.0.0.0"], "--host 0.0.0.0 is open to other machines; protect it with --token"),
         (["--port", "70000"], "--port 70000 must be at most 65535"),
