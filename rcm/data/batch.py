@@ -70,11 +70,9 @@ class LatentBatch:
 
     @property
     def batch_size(self) -> int:
-        """B."""
         return self.latents.shape[0]
 
     def to(self, device: torch.device | str) -> LatentBatch:
-        """The same record with its tensors on `device`."""
         latents, cond = (x.to(device, non_blocking=True) for x in (self.latents, self.cond))
         trajectory = self.trajectory
         if trajectory is not None:
@@ -94,9 +92,7 @@ class PromptBatch:
 
     @property
     def batch_size(self) -> int:
-        """B."""
         return self.text.shape[0]
 
     def to(self, device: torch.device | str) -> PromptBatch:
-        """The same record with its embeddings on `device`."""
         return replace(self, text=self.text.to(device, non_blocking=True))

@@ -13,9 +13,9 @@ from rcm.data.batch import LatentBatch
 class FakeLatents:
     """A `loader.Source` of Gaussian noise: sample i of `seed` is the same on every call.
 
-    Two rows of text at the end are zeros (where there are more than two), as in padded embeddings.
-    `trajectory_states` K > 0 adds ODE states [K, C, T, H, W] that grow from the clean latents to
-    noise.
+    `latent_shape` (C, T, H, W); `text_shape` (L, E): where L > 2 the last two rows are zeros, as in
+    padded embeddings. `trajectory_states` K > 0 adds ODE states [K, C, T, H, W] that grow from the
+    clean latents to noise.
     """
 
     def __init__(
@@ -34,13 +34,11 @@ class FakeLatents:
         return self._num
 
     def fingerprint(self) -> str:
-        """Names what the samples are made from."""
         return (
             f"fake-{self._seed}-{self._num}-{self._latent_shape}-{self._text_shape}-{self._states}"
         )
 
     def fetch(self, indices: Sequence[int]) -> LatentBatch:
-        """The batch of samples `indices`."""
         latents = self._draw(indices, self._latent_shape, "fake_latents")
         text = self._draw(indices, self._text_shape, "fake_text")
         if self._text_shape[0] > 2:

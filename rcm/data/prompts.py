@@ -68,16 +68,13 @@ class Prompts:
         return len(self._prompts)
 
     def fetch(self, indices: Sequence[int]) -> PromptBatch:
-        """Prompts number `indices` and their embeddings."""
         chosen = [self._prompts[i] for i in indices]
         return PromptBatch(self._encode(chosen).float(), chosen)
 
     def captions(self) -> Iterator[str]:
-        """The list."""
         return iter(self._prompts)
 
     def fingerprint(self) -> str:
-        """Hash of the list."""
         if not self._fingerprint:
             self._fingerprint = hashlib.sha256("\n".join(self._prompts).encode()).hexdigest()[:16]
         return self._fingerprint

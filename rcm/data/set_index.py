@@ -74,7 +74,6 @@ class _Facts:
 
     @property
     def rows(self) -> int:
-        """Bytes of its rows."""
         return 8 * self.count * (2 + 2 * self.num_fields)
 
     def fit(self, *, before: int) -> bool:
@@ -139,17 +138,14 @@ class RecordedShard(Shard):
 
     @property
     def path(self) -> Path:  # type: ignore[override]
-        """The tar file."""
         return self._folder / self._facts.name
 
     @property
     def size(self) -> int:  # type: ignore[override]
-        """Its bytes."""
         return self._facts.size
 
     @property
     def digest(self) -> str:  # type: ignore[override]
-        """Of its contents."""
         return self._facts.digest
 
     @property

@@ -45,7 +45,6 @@ class StoredSample:
         return cls(shard.key(sample), contents, shapes, prompt)
 
     def members(self) -> dict[str, bytes]:
-        """The bytes, for a writer."""
         return dict(self.contents)
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Condition:
-    """Conditioning of a batch. A subclass may add fields: None, tensors [B, ...], or tuples and
-    records of such.
+    """Conditioning of a batch. Subclasses may add fields: tensors [B, ...], None, nested tuples.
 
     text     [B, L_text, E_text] embeddings; shorter than the network's text length means zero
              padding, which is attended to (docs/reference/wan.md#forward).
@@ -21,9 +20,8 @@ class Condition:
              16 image latent), or None. With as many frames as the network input they are taken as
              they are; otherwise the input's frame at temporal position f takes frame f.
     image    [B, 257, 1280] CLIP tokens (Wan2.1 image-to-video), or None.
-    prepared per block, the cross-attention keys and values of this condition for one network
-    (`WanDiT.prepare`), or None. For passes
-             without gradient: saves recomputing them at every step of a stream.
+    prepared cross-attention keys and values per block of one network (`WanDiT.prepare`), or None;
+             saves recomputing them at every step of a stream, in passes without gradient.
     """
 
     text: Tensor
@@ -33,7 +31,6 @@ class Condition:
 
     @property
     def batch(self) -> int:
-        """Batch size B."""
         return self.text.shape[0]
 
     def expand(self, batch: int) -> Condition:

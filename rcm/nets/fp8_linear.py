@@ -61,13 +61,11 @@ class FP8Linear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def train(self, mode: bool = True) -> FP8Linear:
-        """Refuses training."""
         if mode:
             raise _refusal("do not train")
         return super().train(mode)
 
     def extra_repr(self) -> str:
-        """Sizes, as `nn.Linear` shows them."""
         return f"in_features={self.in_features}, out_features={self.out_features}, gelu={self.gelu}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FP8Linear:

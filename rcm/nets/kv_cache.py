@@ -76,12 +76,10 @@ class KVCache:
 
     @property
     def num_tokens(self) -> int:
-        """Committed tokens."""
         return sum(chunk.num_tokens for chunk in self.chunks)
 
     @property
     def num_chunks(self) -> int:
-        """Committed chunks."""
         return len(self.chunks)
 
     @property

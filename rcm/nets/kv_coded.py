@@ -74,7 +74,6 @@ class CodedStore:
 
     @property
     def generation(self) -> tuple[int, int]:
-        """See the class."""
         return self._scratches, (
             self.codec.generation if isinstance(self.codec, AddressedCodec) else 0
         )

@@ -41,7 +41,6 @@ class MemoisedCodec:
         out.copy_(self.decode(blob, side=side))
 
     def num_bytes(self) -> int:
-        """Bytes of what is kept, and of what the codec holds."""
         return self.codec.num_bytes() + sum(x.nbytes for x in self._kept.values())
 
     def fork(self) -> MemoisedCodec:

@@ -34,7 +34,6 @@ class Piece(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """How many."""
         return self.stop - self.start
 
 
@@ -226,16 +225,13 @@ class DenseStore:
         """See `Store`: its slots are simply free."""
 
     def clear(self, *, free_buffers: bool) -> None:
-        """Forget everything."""
         if free_buffers:
             self.buffers = [None] * len(self.buffers)
 
     def num_bytes(self) -> int:
-        """Bytes held."""
         return sum(x.nbytes for pair in self.buffers for x in pair or ())
 
     def state(self) -> Any:
-        """A copy of everything held."""
         return [pair and tuple(x.clone() for x in pair) for pair in self.buffers]
 
     def load_state(self, state: Any) -> None:

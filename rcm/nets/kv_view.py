@@ -53,7 +53,6 @@ class CachedChunk:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the chunk."""
         return size(self.spans)
 
     @property
@@ -93,7 +92,6 @@ class CacheView:
 
     @property
     def num_layers(self) -> int:
-        """Number of layers."""
         return self._cache.num_layers
 
     def begin(self, layout: TokenLayout) -> None:
@@ -207,7 +205,6 @@ class CacheView:
         return self._new[0] if self.mode == "append" and len(self._new) == 1 else None
 
     def layer(self, index: int) -> LayerView:
-        """View of layer `index`."""
         return LayerView(self, index)
 
     def commit(self, layout: TokenLayout) -> None:

@@ -70,7 +70,6 @@ class RMSNorm(FusedLayer):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised `x` [..., dim], same dtype."""
         kernels = _kernels() if self.runs_fused(x) else reference
         return kernels.rms_norm(x, self.weight, eps=self.eps)
 

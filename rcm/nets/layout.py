@@ -75,7 +75,6 @@ class TokenLayout:
 
     @property
     def num_output_frames(self) -> int:
-        """Frames that are predicted."""
         return self.output[1] - self.output[0]
 
     @classmethod

@@ -169,7 +169,6 @@ class AdaptedNet(nn.Module):
                 yield own, parameter
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]  # the one form that is called
-        """The role's own tensors."""
         named = ((self._own(name), value) for name, value in self.net.state_dict().items())
         return {own: value for own, value in named if own is not None}
 

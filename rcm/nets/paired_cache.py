@@ -18,7 +18,6 @@ class PairedView:
 
     @property
     def branches(self) -> tuple[CacheView, ...]:
-        """The views that exist."""
         return (self.cond,) if self.negative is None else (self.cond, self.negative)
 
     @property
@@ -28,24 +27,21 @@ class PairedView:
 
 
 class PairedCache:
-    """Caches of both branches, moved in step; `negative` is None without guidance."""
+    """`KVCache`s of both branches, moved in step; `negative` is None without guidance."""
 
     def __init__(self, cond: KVCache, negative: KVCache | None = None) -> None:
         self.cond, self.negative = cond, negative
 
     @property
     def num_tokens(self) -> int:
-        """Committed tokens of either branch."""
         return self.cond.num_tokens
 
     @property
     def num_chunks(self) -> int:
-        """Committed chunks of either branch."""
         return self.cond.num_chunks
 
     @property
     def branches(self) -> tuple[KVCache, ...]:
-        """The caches that exist."""
         return (self.cond,) if self.negative is None else (self.cond, self.negative)
 
     def append(
@@ -55,7 +51,6 @@ class PairedCache:
         observers: Sequence[Observer | None] = (),
         as_id: int | None = None,
     ) -> PairedView:
-        """As `KVCache.append`, for both."""
         given = zip(self.branches, observers or (None,) * len(self.branches), strict=True)
         return PairedView(*(c.append(visible, observers=(o,), as_id=as_id) for c, o in given))
 
@@ -66,13 +61,11 @@ class PairedCache:
         visible: Sequence[int] | None = None,
         transient: bool = False,
     ) -> PairedView:
-        """As `KVCache.readonly`, for both."""
         return PairedView(
             *(c.readonly(num_chunks, visible=visible, transient=transient) for c in self.branches)
         )
 
     def reset(self, free_buffers: bool = True) -> None:
-        """As `KVCache.reset`, for both."""
         for branch in self.branches:
             branch.reset(free_buffers)
 

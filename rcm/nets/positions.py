@@ -30,7 +30,6 @@ class Positions:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens L."""
         if self.frames is None:
             return self.per_token.shape[1]
         return len(self.frames) * self.grid[0] * self.grid[1]

@@ -38,12 +38,10 @@ class RopeTable:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens L."""
         return self.cos.shape[-3]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of both tables."""
         return self.cos.nbytes + self.sin.nbytes
 
     @property
@@ -118,7 +116,6 @@ class Rotate(FusedLayer):
     """`rotate` as a module: the tangent guard watches it, and it has a fused kernel."""
 
     def forward(self, x: Tensor, table: RopeTable) -> Tensor:
-        """`x` [B, L, N, D] rotated by `table`."""
         if not table.is_common or not self.runs_fused(x):
             return rotate(x, table)
         _check_fit(x, table)

@@ -196,7 +196,6 @@ class ChunkLoop:
         self.noise.load_state(state["noise"])
 
     def close(self) -> None:
-        """Free the cache."""
         self.cache.reset()
 
     def place(self, plan: ChunkPlan) -> Placement:
@@ -245,7 +244,6 @@ class ChunkLoop:
         )
 
     def view(self, placement: Placement, *, append: bool) -> View:
-        """The view of one denoising pass."""
         if append:
             return self._append(placement)
         self._may_go_on()

@@ -63,7 +63,6 @@ class ChunkNoise:
         return self.seed
 
     def load_state(self, state: Any) -> None:
-        """Take up a `state`."""
         self.seed = state
 
     def _draw(self, purpose: str, frames: slice) -> Tensor:
@@ -145,7 +144,6 @@ class VideoNoise:
         return self.given, tuple(self._draws), self._generator.get_state()
 
     def load_state(self, state: Any) -> None:
-        """Take up a `state`."""
         self.given, draws, generator = state
         self._draws = list(draws)
         self._generator.set_state(generator)

@@ -65,12 +65,10 @@ class SamplingRecipe(Record):
 
     @property
     def blocks(self) -> BlockPattern:
-        """The block pattern."""
         return BlockPattern.parse(self.pattern)
 
     @property
     def rule(self) -> StepRule:
-        """The update rule of a denoising step."""
         rules: dict[str, StepRule] = {
             "few_step": ConsistencyStep(),
             "flow_map": FlowMapStep(),

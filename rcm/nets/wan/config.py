@@ -60,7 +60,6 @@ class WanConfig:
 
     @property
     def head_dim(self) -> int:
-        """Channels per head."""
         return self.dim // self.num_heads
 
     @property
