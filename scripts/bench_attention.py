@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rcm.core.errors import first_line
+from rcm.core.errors import ConfigError, first_line
 from rcm.diffusion.blocks import BlockPattern
 from rcm.inference.outcome import command
 from rcm.kernels.flash_jvp.budget import errors_and_budgets, relative_error
@@ -244,6 +244,8 @@ def main(arguments: list[str] | None = None) -> int:
         rows = [row for work in parts for row in measure(work, **how)]
     if options.part != "tangent":
         rows += measure_all(options.frames, **how)
+    if not rows:
+        raise ConfigError(f"--only {options.only} is part of no name; leave it out to see them all")
     if options.json:
         write(options.json, {"machine": machine, "ceilings": limits, "rows": rows})
     return 1 if any(row["correct"] is False for row in rows) else 0

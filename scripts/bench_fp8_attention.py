@@ -377,6 +377,8 @@ def main(arguments: list[str] | None = None) -> int:
         return work(options.worker, options.lock)
     machine = this_card("bench_fp8_attention")
     names = [name for name in variants() if name == "bf16" or options.only in name]
+    if options.only not in "".join(names):
+        parser.error(f"--only {options.only} is part of no name of {', '.join(variants())}")
     if options.part == "stream":
         from scripts.bench_fp8_stream import measure
 

@@ -24,7 +24,15 @@ from rcm.kernels.kv_codec.codec import KVCodec, reference
 from rcm.kernels.kv_codec.codes import Codes
 from rcm.kernels.kv_codec.segments import Segment, attend_segments, flash, plain
 from rcm.kernels.kv_codec.spec import SIDES, KVCodecSpec, SideSpec, kivi
-from scripts.bench_measure import alone, bench_flags, in_words, machine, require_card, write
+from scripts.bench_measure import (
+    alone,
+    bench_flags,
+    in_words,
+    machine,
+    require_card,
+    require_match,
+    write,
+)
 
 LAYERS, FORWARDS = 30, 5
 """Layers of the 1.3B network; forwards per chunk (4 steps and the append), each of which restores
@@ -196,6 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.idle("tokens", "heads", beside="tiny")
     args = parser.parse_args(argv)
+    require_match(args.only, cases(1))
     args.device = "cpu" if args.tiny else "cuda"
     if args.tiny:
         args.tokens, args.heads = 256, 2

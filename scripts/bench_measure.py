@@ -5,6 +5,7 @@ floor of a forward.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -13,7 +14,7 @@ import statistics
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError, first_line
 from rcm.core.files import write_atomically
+from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.outcome import writable_file
 from rcm.nets.attention import AttentionCore
 from rcm.nets.frozen_fp8 import load_rows, scales_of
@@ -48,13 +50,35 @@ class CheckFailed(ConfigError):
     """
 
 
+class _Bench(Arguments):
+    """Counts and limits are checked as soon as they are read."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in argparse; `ConfigError` for a number that nothing can be measured with."""
+        found = super().parse_args(args, namespace)
+        counts = {name: value for name, value in vars(found).items() if name in COUNTS}
+        check_numbers(argparse.Namespace(**counts))
+        return found
+
+
+COUNTS = ("channels", "chunks", "dim", "frames", "heads", "height", "layers", "limit", "minutes")
+COUNTS += ("repeats", "tokens", "width")
+
+
 def bench_flags(doc: str, *, file: str = "--json", default: str | None = None) -> Arguments:
     """The parser of a benchmark with the flag `file` for its numbers; `doc` is its help."""
-    parser = Arguments(description=doc)
+    parser = _Bench(description=doc)
     parser.add_argument(
         file, type=writable_file, metavar="FILE", default=default, help="write all numbers there"
     )
     return parser
+
+
+def require_match(only: str, names: Iterable[str]) -> None:
+    """`ConfigError` where `--only` is part of none of `names`."""
+    known = list(dict.fromkeys(names))
+    if not any(only in name for name in known):
+        raise ConfigError(f"--only {only} is part of no name; choose from {', '.join(known)}")
 
 
 def require_card(name: str, *, instead: str = "") -> None:

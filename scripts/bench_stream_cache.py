@@ -31,7 +31,16 @@ from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from scripts.bench_kv_codec import draw
-from scripts.bench_measure import GIB, bench_flags, captured, forget, relative, this_card, write
+from scripts.bench_measure import (
+    GIB,
+    bench_flags,
+    captured,
+    forget,
+    relative,
+    require_match,
+    this_card,
+    write,
+)
 from scripts.bench_stream_runs import RECIPES, build, engine, prompt
 
 WINDOW, PASSES = 7, 3
@@ -175,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--chunks", type=int, default=6, help="chunks that are timed")
     parser.add_argument("--only", default="", help="part of a cache's name; bf16 always runs")
     options = parser.parse_args(argv)
+    require_match(options.only, CACHES)
     report: dict[str, Any] = this_card("bench_stream_cache")
     begin, denoiser = time.perf_counter(), build("1.3B")
     print(

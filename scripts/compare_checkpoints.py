@@ -26,7 +26,7 @@ from rcm.evaluation.metrics_pixels import clip_of
 from rcm.evaluation.metrics_report import write_comparison_page, write_metrics_page
 from rcm.evaluation.metrics_suite import ClipScores, Models, measure_clip
 from rcm.inference.flag_table import add_flags
-from rcm.inference.outcome import command
+from rcm.inference.outcome import check_device, command
 from rcm.pipelines.video_io import probe, read_mp4, write_mp4
 from rcm.train.describe import installed_versions, write_atomically
 
@@ -54,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(flags: argparse.Namespace) -> None:
     """Check that the folders belong together, measure, write the page."""
+    check_device(flags.device)
+    for flag, least in (("max_videos", 1), ("grid_videos", 0)):
+        if (value := getattr(flags, flag)) is not None and value < least:
+            raise ConfigError(f"--{flag} {value} must be at least {least}")
     names = common_videos(flags.folders)[: flags.max_videos]
     if len(flags.folders) > 1 and not flags.ignore_conditions:
         require_same_conditions(flags.folders)

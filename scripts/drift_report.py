@@ -28,7 +28,7 @@ from rcm.evaluation.metrics_features import FrameFeatures
 from rcm.evaluation.metrics_pixels import clip_of, colour, differences, flicker, sharpness
 from rcm.evaluation.report import write_report
 from rcm.inference.flag_table import add_flags
-from rcm.inference.outcome import command, short_log
+from rcm.inference.outcome import check_device, command, short_log
 from rcm.pipelines.video_io import contact_sheet, iter_frames
 from rcm.worlds.toy_scores import ToyScorer
 from rcm.worlds.toy_world import ToyWorld
@@ -207,6 +207,7 @@ def _run(flags: argparse.Namespace) -> None:
             f"--window must be at least 3 frames and --fps positive, got {flags.window} and"
             f" {flags.fps:g}"
         )
+    check_device(flags.device)
     toy = None if flags.toy_prompt is None else toy_adherence(flags.toy_prompt)
     features = _features(flags.device) if flags.features else None
     folder = Path(flags.out)

@@ -62,3 +62,31 @@ def test_a_flag_without_effect_is_refused(line, tmp_path, monkeypatch, capsys):
     told = capsys.readouterr().err
     assert status == 2 and told.startswith(f"error: {PAIRS[line]}") and told.count("\n") == 1, told
     assert "leave" in told and not list(tmp_path.iterdir())
+
+
+UNUSABLE = {
+    "bench kv-codec --tiny --channels 0": "--channels 0 must be at least 1",
+    "bench vae --height -3": "--height -3 must be at least 1",
+    "bench policies --minutes nan": "--minutes nan must be a finite number",
+    "bench kv-codec --tiny --only nope": "--only nope is part of no name; choose from bf16, fp8",
+    "bench drift a.mp4 --device nope": "--device nope cannot be used",
+    "bench compare a --max_videos -1": "--max_videos -1 must be at least 1",
+    "plan experiment=toy_tf_c3-3 gpus=1 gpus=2": "gpus= is given twice",
+    "plan gpus=1": "nothing chosen; give experiment=NAME",
+    "plan experiment=toy_tf_c3-3 --config .": "--config=.: no name of a module",
+    "plan experiment=toy_tf_c3-3 --json=": "argument --json: '' is no path",
+    "data build --out=": "argument --out: '' is no path",
+    "doctor --compile ٤٨٠x832": "argument --compile: '٤٨٠x832' is not HxW",
+}
+
+
+@pytest.mark.parametrize("line", UNUSABLE)
+def test_words_that_nothing_can_be_done_with(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(line.split())
+    except SystemExit as ended:
+        status = ended.code
+    told = capsys.readouterr().err
+    assert status == 2 and told.startswith(f"error: {UNUSABLE[line]}") and told.count("\n") == 1, told
+    assert not list(tmp_path.iterdir())
