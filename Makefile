@@ -40,6 +40,8 @@ stream: install
 	@$(HINT)
 
 test test-all: export OMP_NUM_THREADS ?= 1
+# many tests start an interpreter, which compiles the package anew where nothing keeps the result
+test test-all: export PYTHONDONTWRITEBYTECODE :=
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slow"

@@ -32,6 +32,7 @@ LONGEST = 3
 """Index of the update with four rollout steps."""
 
 
+@cache
 def composed(*overrides: str) -> Run:
     registry_distill.register()
     return compose_run(overrides, world_size=None, require_inputs=False)
