@@ -68,12 +68,13 @@ def with_key(config: Any, key: str, value: Any) -> Any:
     )
 
 
-def known_paths(cls: type, *, path: str = "") -> dict[str, Any]:
+@cache
+def known_paths(cls: type, *, path: str = "") -> Mapping[str, Any]:
     """Dotted path -> default of every key below `cls`, with groups, options and variants."""
     found: dict[str, Any] = {}
     for key, f, _ in _walk(cls, path):
         found.setdefault(key, _default(f))
-    return found
+    return types.MappingProxyType(found)
 
 
 def text_paths(cls: type) -> set[str]:
