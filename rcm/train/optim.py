@@ -91,9 +91,10 @@ class LambdaLinear(Record):
     warm_up_steps).
     """
 
-    warm_up_steps: int = within(100, least=0)  # updates from f_start to f_max
+    # updates from f_start to f_max
+    warm_up_steps: int = within(100, least=0, most=10**12)
     # update at which f_min is reached; 0 = constant at f_max
-    cycle_length: int = within(0, least=0)
+    cycle_length: int = within(0, least=0, most=10**12)
     f_start: float = within(1e-6, least=0)  # factor at update 0
     f_max: float = within(1.0, least=0)  # factor after the warm-up
     f_min: float = within(1.0, least=0)  # factor at the end of the cycle (kept from then on)

@@ -51,6 +51,7 @@ CASES = [
     word("rate nan", "lr=nan must be finite", "optimizer.lr=nan"),
     word("rate infinite", "lr=inf must be finite", "optimizer.lr=inf"),
     word("decay that turns weights around", "weight_decay", "optimizer.weight_decay=1e9"),
+    word("endless warm-up", "scheduler.warm_up_steps=1.* must be at most 10", "scheduler.warm_up_steps=1e308"),
     word("eps that float32 has as zero", "optimizer.eps=1e-320 must be at least 1e-37", "optimizer.eps=1e-320"),
     word("critic's rate", "optimizer_fake_score.lr", M + "optimizer_fake_score.lr=1e30", experiment=DMD),
     word("seed of 20 digits", "trainer.seed=9.* must be at most 4294967295", f"trainer.seed={HUGE}"),
