@@ -235,8 +235,8 @@ def _opened(
     alone: Callable[[Path], ShardIndex],
     tell: Callable[[list[Path], list[Path]], None] = lambda *_: None,
 ) -> list[Place]:
-    """The shards, those that no record knows by `alone`; `tell` hears before of these, and of those
-    whose contents were compared.
+    """The shards; `alone` opens those that no record knows. Before that, `tell` is given the paths
+    of these, and of those whose contents had to be compared.
     """
     compared: list[Path] = []
 
@@ -259,9 +259,8 @@ def _opened(
 
 
 def each(look: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[Found]:
-    """`look(item)` of all items in their order. Many at a time, since a file system over a network
-    takes long to answer and answers many at once; the first failure in the order of the items is
-    raised.
+    """`look(item)` of all items in order; the first failure in that order is raised. Many at a
+    time: a file system over a network answers slowly, but many questions at once.
     """
     if len(items) < MANY:
         yield from map(look, items)

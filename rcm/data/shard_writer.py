@@ -234,9 +234,7 @@ def build_shards(
 
 
 def record_if_whole(folder: Path, *, num_samples: int, shard_size: int) -> None:
-    """Write the index of a build (`set_index`) once all its shards are there, whoever made them,
-    and where it is large enough to gain from one.
-    """
+    """Write a large build's index (`set_index`) once all shards are there, whoever made them."""
     paths = [folder / shard_name(number) for number in range(-(-num_samples // shard_size))]
     if len(paths) >= MANY and all(path.is_file() for path in paths):
         record_shards(folder, paths)

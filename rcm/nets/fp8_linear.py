@@ -72,9 +72,8 @@ class FP8Linear(nn.Module):
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 moved = fn(buffer)
-                self._buffers[name] = (
-                    moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
-                )
+                changed = moved.dtype != buffer.dtype
+                self._buffers[name] = buffer.to(moved.device) if changed else moved
         return self
 
     def _save_to_state_dict(self, *_: Any) -> None:

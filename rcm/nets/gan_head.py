@@ -11,9 +11,7 @@ from rcm.nets.layers import AffineLayerNorm, PromotedLinear, accumulate_dtype
 
 
 class Taps(NamedTuple):
-    """Blocks whose tokens a pass hands out, in rising order; `alone`: and no velocity, so that no
-    block behind the last of them runs.
-    """
+    """Blocks, rising, whose tokens a pass hands out; `alone`: nothing else, no later block runs."""
 
     blocks: tuple[int, ...]
     alone: bool = False

@@ -173,7 +173,7 @@ class CodedStore:
 
     def _restored(self, layer: int, pieces: Sequence[Piece], own: Pair | None) -> Pair:
         like = own or self.plain(layer, _id(pieces[0]))
-        total = size_of(pieces) + (own[0].shape[1] if own else 0)
+        total = _tokens_of(pieces) + (own[0].shape[1] if own else 0)
         keys, values = (x[:, :total] for x in self._room(like, total))
         together = self._together(pieces)
         if together:
@@ -191,7 +191,7 @@ class CodedStore:
                 ):
                     self.codec.decode_into(blob, out[:, at:stop], side=side)
         if own:
-            at = size_of(pieces)
+            at = _tokens_of(pieces)
             keys[:, at:].copy_(own[0])
             values[:, at:].copy_(own[1])
         return keys, values
@@ -300,11 +300,10 @@ class CodedStore:
 def _whole(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
     """Chunks, which lie in slots as it comes, as one piece each."""
     chunks = groupby(pieces, key=lambda piece: piece.chunk)
-    return tuple(Piece(0, size_of(list(parts)), chunk, 0) for chunk, parts in chunks)
+    return tuple(Piece(0, _tokens_of(list(parts)), chunk, 0) for chunk, parts in chunks)
 
 
-def size_of(pieces: Sequence[Piece]) -> int:
-    """Tokens of `pieces`."""
+def _tokens_of(pieces: Sequence[Piece]) -> int:
     return sum(piece.tokens for piece in pieces)
 
 

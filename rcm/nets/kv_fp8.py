@@ -94,9 +94,8 @@ class Fp8Store(DenseStore):
 
     def num_bytes(self) -> int:
         held = [x for codes in self.codes if codes is not None for x in (codes.keys, codes.values)]
-        return super().num_bytes() + sum(
-            x.nbytes for x in (*held, *(x for scales in self._scales for x in scales or ()))
-        )
+        held += [x for scales in self._scales for x in scales or ()]
+        return super().num_bytes() + sum(x.nbytes for x in held)
 
     def code_bytes(self, *, batch: int, heads: int, width: int) -> int:
         """Bytes of codes and scales once every layer was written, beyond the plain tensors."""

@@ -127,16 +127,9 @@ def lift(cache: KVCache, hidden: Sequence[int], *, room: int) -> None:
         return
     ceiling = min(cache.num_tokens + room, cache.capacity_tokens)
     edge = ceiling - sum(chunk.num_tokens for chunk in away)
-    rising = [
-        chunk
-        for chunk in away
-        if any(start < edge or stop > ceiling for start, stop in chunk.spans)
-    ]
-    sinking = [
-        chunk
-        for chunk in cache.chunks
-        if chunk not in away and any(stop > edge for _, stop in chunk.spans)
-    ]
+    stay = [chunk for chunk in cache.chunks if chunk not in away]
+    rising = [c for c in away if any(low < edge or high > ceiling for low, high in c.spans)]
+    sinking = [c for c in stay if any(high > edge for _, high in c.spans)]
     if not rising and not sinking:
         return
     moving, moved = [*rising, *sinking], {}

@@ -38,9 +38,9 @@ class Piece(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the keys of a forward are, for a store that attends to them itself: the chunks (id,
-    tokens) that come first; whether they were stored before rotation; how many lie in the first
-    slots without a hole, None if not all.
+    """The keys of a forward, for a store that attends to them itself. `chunks`: (id, tokens) of
+    those that come first; `rotated`: at reading, after they were stored; `run`: how many keys there
+    are, if all lie in the first slots without a hole, else None.
     """
 
     chunks: tuple[tuple[int, int], ...] = ()
@@ -72,13 +72,13 @@ class Store(Protocol):
         """Keys and values of `pieces` in order; valid till the next read unless in place."""
 
     def gather(self, layer: int, past: Sequence[Piece], own: Sequence[Piece], pair: Pair) -> Pair:
-        """Those of `past` and of a forward's own tokens, `pair`, which were put as `own`, or for a
-        store that is not in place stand for themselves (no `own`).
+        """`read` of `past`, a forward's own tokens with it: they were put as `own`, or, in a store
+        that is not in place, are taken from `pair` (no `own`).
         """
 
     def captures(self, chunks: Sequence[int], *, adding: Sequence[int], one_run: bool) -> bool:
-        """Whether a captured pass can read `chunks` and put new ones of so many tokens; `one_run`:
-        all that it reads lies in the first slots without a hole.
+        """Whether a captured pass can read `chunks` and put new ones of `adding` tokens each;
+        `one_run`: all that it reads lies in the first slots without a hole.
         """
 
     def apart(self, layer: int, pair: Pair) -> Pair:

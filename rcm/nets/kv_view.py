@@ -179,11 +179,10 @@ class CacheView:
         new = {chunk.spans: chunk.positions for chunk in self._new}
         found = []
         for piece in self._order:
-            whole = (
-                known[piece.chunk]
-                if piece.chunk is not None
-                else next(p for s, p in new.items() if _holds(s, piece))
-            )
+            if piece.chunk is not None:
+                whole = known[piece.chunk]
+            else:
+                whole = next(p for s, p in new.items() if _holds(s, piece))
             found.append(cut(whole, piece.offset, piece.tokens))
         return concatenated(found)
 

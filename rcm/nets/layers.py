@@ -23,9 +23,7 @@ accumulate_dtype = reference.accumulate_dtype
 
 
 class FusedLayer(nn.Module):
-    """A layer with a fused kernel beside its plain formula; `fused` is "auto", "on" or "off"
-    (rcm.kernels.fused.choice.use_fused).
-    """
+    """A layer with a fused kernel; `fused` is "auto", "on" or "off" (`choice.use_fused`)."""
 
     fused = "auto"
 
@@ -42,11 +40,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in_features] to [..., out_features]; plain or dual."""
         primal, tangent = unpack(x)
-        if (
-            tangent is None
-            or has_tangent(self.weight)
-            or (self.bias is not None and has_tangent(self.bias))
-        ):
+        dual_bias = self.bias is not None and has_tangent(self.bias)
+        if tangent is None or has_tangent(self.weight) or dual_bias:
             return super().forward(x)
         return pack(super().forward(primal), F.linear(tangent, self.weight))
 

@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from rcm.core.dual import pack, unpack
 from rcm.core.errors import ConfigError
 from rcm.nets.condition import Condition
-from rcm.nets.kv_view import CacheView
 from rcm.nets.layers import Linear
-from rcm.nets.layout import TokenLayout
 
 _FACTOR = re.compile(r"(.+)\.adapters\.(\w+)\.(down|up)")
 _NAMES = {"down": "lora_A.weight", "up": "lora_B.weight"}
@@ -121,10 +119,8 @@ class AdaptedLinear(Linear):
         if torch.is_grad_enabled():
             return _AdaptedProduct.apply(x, self.weight, self.bias, *factors)
         weight, (primal, tangent) = _merged(self.weight, *factors), unpack(x)
-        return pack(
-            F.linear(primal, weight, self.bias),
-            None if tangent is None else F.linear(tangent, weight),
-        )
+        tangent = None if tangent is None else F.linear(tangent, weight)
+        return pack(F.linear(primal, weight, self.bias), tangent)
 
 
 class AdaptedNet(nn.Module):
@@ -140,20 +136,10 @@ class AdaptedNet(nn.Module):
         self.net: Any = net
         self.role = role
 
-    def forward(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        cond: Condition,
-        layout: TokenLayout,
-        cache: CacheView | None = None,
-        *,
-        context_only: bool = False,
-        taps: Any = None,
-    ) -> Any:
+    def forward(self, *inputs: Any, **options: Any) -> Any:
         """The network's forward with the adapters of this role."""
         with self.net.chosen.using(self.role):
-            return self.net(x, timestep, cond, layout, cache, context_only=context_only, taps=taps)
+            return self.net(*inputs, **options)
 
     def prepare(self, cond: Condition) -> Condition:
         """The network's `prepare` with the adapters of this role."""

@@ -101,15 +101,11 @@ def gathered(parts: Sequence[Positions], index: Tensor) -> Positions:
         starts = rows[:, 0]
         runs = rows == starts[:, None] + torch.arange(per_frame, device=index.device)
         if bool(runs.all()) and bool((starts % per_frame == 0).all()):
-            return Positions(
-                whole.grid,
-                frames=tuple(whole.frames[start // per_frame] for start in starts.tolist()),
-            )
+            return at_frames([whole.frames[i // per_frame] for i in starts.tolist()], whole.grid)
     tokens = whole.per_token
     at = index.to(tokens.device)
     if at.dim() == 1:
         return Positions(whole.grid, tokens=tokens[:, at])
     tokens = tokens.expand(at.shape[0], -1, -1, -1)
-    return Positions(
-        whole.grid, tokens=tokens.gather(1, at[:, :, None, None].expand(-1, -1, *tokens.shape[2:]))
-    )
+    at = at[:, :, None, None].expand(-1, -1, *tokens.shape[2:])
+    return Positions(whole.grid, tokens=tokens.gather(1, at))

@@ -19,8 +19,8 @@ from rcm.nets.rope import RopeTables
 
 
 class VelocityModel(ABC):
-    """What objectives and samplers need of a denoiser; `velocity` is its only primitive. What
-    `_unsaid` answers here, `rcm.nets.denoiser.Denoiser` says for a network.
+    """What objectives and samplers need of a denoiser; `velocity` is its only primitive. Methods
+    that raise here need a network: see `rcm.nets.denoiser.Denoiser`.
     """
 
     @abstractmethod

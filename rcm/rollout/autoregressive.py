@@ -87,10 +87,9 @@ class ChunkLoop:
         self.newest: int | None = None  # id of the chunk that was appended last
 
     def denoise(self, plan: ChunkPlan, cond: Condition, *, keep: bool = True) -> ChunkResult:
-        """Generate the chunk of `plan`. `keep`: its context will be needed, so a plan that leaves
-        its last input as context does so in its last step, where no gradient is kept; not with a
-        rule of mean velocities, whose step looks down to t_next, while context is trained to look
-        no further than its own time.
+        """Generate the chunk of `plan`. `keep`: its context will be needed. Where that is the last
+        input, the last step writes it as well, except with gradient and with mean velocities: such
+        a step looks down to t_next, context no further than its own time.
         """
         frames = slice(plan.start, plan.stop)
         placement = self.place(plan)

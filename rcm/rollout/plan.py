@@ -96,9 +96,7 @@ class StepSchedule:
 
 @dataclass(frozen=True)
 class ContextRule:
-    """Noisy context: chunks with index >= start_chunk leave the KV of their last denoising input in
-    the cache instead of a clean pass.
-    """
+    """Noisy context: chunks >= start_chunk leave KV of their last input, not of a clean pass."""
 
     noisy: bool = False
     start_chunk: int = 0

@@ -77,9 +77,7 @@ class SamplingRecipe(Record):
         return rules[self.kind]
 
     def plan(self, block: int, *, prefix_blocks: int = 0) -> ChunkPlan:
-        """Plan of block `block` of a video of any length whose first `prefix_blocks` blocks are
-        given. `ValueError` for a given block.
-        """
+        """Plan of block `block` after `prefix_blocks` given ones; `ValueError` for one of them."""
         if block < prefix_blocks:
             raise ValueError(f"block {block} is one of the {prefix_blocks} given ones")
         context = ContextRule(self.noisy_context, self.noisy_context_start_chunk)
@@ -96,9 +94,7 @@ class SamplingRecipe(Record):
         )
 
     def plans(self, num_frames: int, *, prefix_blocks: int = 0) -> tuple[ChunkPlan, ...]:
-        """Plans of a video of `num_frames` latent frames whose first `prefix_blocks` blocks are
-        given; `ConfigError` as `num_blocks`.
-        """
+        """Plans of `num_frames` latent frames, `prefix_blocks` given; errors as `num_blocks`."""
         return tuple(
             self.plan(block, prefix_blocks=prefix_blocks)
             for block in range(prefix_blocks, self.blocks.num_blocks(num_frames))

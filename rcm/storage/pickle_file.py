@@ -77,9 +77,7 @@ _ODD_TENSORS = {
 
 @dataclass(frozen=True)
 class PickledTensors:
-    """Tensors by key, nested state dicts joined with dots; keys of what is no tensor; whether the
-    file is mapped rather than read.
-    """
+    """Tensors by dotted key; keys of what is no tensor; whether the file is mapped, not read."""
 
     tensors: dict[str, Tensor]
     others: tuple[str, ...]

@@ -14,9 +14,7 @@ MOST_ENTRIES = 1_000_000
 
 
 class LazyWeights(Mapping[str, Tensor]):
-    """Weights that are read when asked for: a read-only mapping of names to CPU tensors whose
-    shapes and dtypes are known beforehand.
-    """
+    """Names -> CPU tensors, read when asked for; shapes and dtypes are known beforehand."""
 
     headers: Mapping[str, Tensor]
     """Name -> meta tensor with the shape and dtype of the entry."""

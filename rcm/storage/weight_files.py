@@ -74,9 +74,7 @@ class WeightFile(LazyWeights):
             ) from error
 
     def require_tensors_only(self) -> None:
-        """Raise `CheckpointError` naming the entries that are no tensors, for a reader whose
-        network is published as a flat dict.
-        """
+        """`CheckpointError` naming entries that are no tensors, for networks in flat dicts."""
         if self.others:
             raise CheckpointError(
                 f"{self.path} holds entries that are not tensors: {listed(self.others)}; expected a"
@@ -84,9 +82,7 @@ class WeightFile(LazyWeights):
             )
 
     def require_floats(self, keys: Iterable[str]) -> None:
-        """Raise `CheckpointError` naming those of `keys` that are no plain floats; quantised
-        weights need scales that nobody applies.
-        """
+        """`CheckpointError` naming `keys` of quantised weights: nobody applies their scales."""
         odd = [
             f"{key} ({str(dtype).removeprefix('torch.')})"
             for key in keys
@@ -138,9 +134,7 @@ def _open_folder(path: Path, *, hint: str) -> WeightFile:
 
 
 def _one_format(files: list[Path], *, end: str = "") -> list[Path]:
-    """`files` without the pickles that a public folder offers beside the same weights as
-    safetensors (both called `.bin` there).
-    """
+    """`files` without pickles (`.bin` in public folders) of what is there as safetensors, too."""
     if not any(file.name.endswith(f".safetensors{end}") for file in files):
         return files
     return [file for file in files if not file.name.endswith(f".bin{end}")]

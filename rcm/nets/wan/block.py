@@ -174,9 +174,8 @@ class SelfAttention(_Projections):
         width = self.q.out_features
         for name, whole in zip(("weight", "bias"), self._joined, strict=True):
             mine = [getattr(layer, name) for layer in (self.q, self.k, self.v)]
-            if [x.data_ptr() for x in mine] != [
-                part.data_ptr() for part in whole.split(width)
-            ] or mine[0].dtype != whole.dtype:
+            places = [part.data_ptr() for part in whole.split(width)]
+            if [x.data_ptr() for x in mine] != places or mine[0].dtype != whole.dtype:
                 return None
         return self._joined
 
@@ -188,11 +187,8 @@ class SelfAttention(_Projections):
         """
         layers = (self.q, self.k, self.v)
         held = [p for layer in layers for p in layer.parameters(recurse=False)]
-        if (
-            self.joined is not None
-            or len(held) != 6
-            or any(type(layer) is not Linear for layer in layers)
-        ):
+        plain = len(held) == 6 and all(type(layer) is Linear for layer in layers)
+        if self.joined is not None or not plain:
             return
         if any(p.requires_grad or p.is_inference() or type(p) is not nn.Parameter for p in held):
             return
@@ -210,9 +206,7 @@ class SelfAttention(_Projections):
 
 
 class CrossAttention(_Projections):
-    """Attention from video tokens to the text, and beside it to the image where the network has
-    that branch; results add before the projection.
-    """
+    """Attention of video tokens to text, and to the image if any; their sum is projected."""
 
     def __init__(self, config: WanConfig, backend: AttentionBackend) -> None:
         super().__init__(config)
@@ -261,9 +255,7 @@ class FeedForward(nn.Sequential):
 
 
 class WanBlock(nn.Module):
-    """One block. `modulation` is added to the projected time embedding and gives shift, scale, gate
-    of both modulated branches.
-    """
+    """One block; `modulation` plus projected time give shift, scale, gate of both branches."""
 
     def __init__(self, config: WanConfig, backend: AttentionBackend) -> None:
         super().__init__()

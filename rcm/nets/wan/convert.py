@@ -110,11 +110,8 @@ def network_prefixes(keys: Iterable[str]) -> dict[str, str]:
         name = WRAPPERS.sub("", key)
         for anchor in ANCHORS:
             prefix = name.removesuffix(anchor)
-            if (
-                prefix != name
-                and (not prefix or prefix.endswith("."))
-                and not re.search(r"(^|\.)(blocks\.\d+|head)\.$", prefix)
-            ):
+            whole = prefix != name and (not prefix or prefix.endswith("."))
+            if whole and not re.search(r"(^|\.)(blocks\.\d+|head)\.$", prefix):
                 found.setdefault(prefix, _copy_of(prefix))
     return found
 
@@ -167,9 +164,7 @@ def choose_prefix(found: Mapping[str, str], weights: str) -> str:
     wanted = ("ema", "live") if weights == "ema" else (weights,)
     for copy in wanted:
         prefixes = [prefix for prefix, held in found.items() if held == copy]
-        unknown = [
-            prefix for prefix, held in found.items() if held not in ("ema", "live", "fake_score")
-        ]
+        unknown = any(held not in ("ema", "live", "fake_score") for held in found.values())
         if copy != weights and prefixes and unknown:
             raise CheckpointError(
                 f"it names no averaged weights, and one of {has} may be them; ask for the live ones"
@@ -200,12 +195,8 @@ def to_wan(
     """Any state dict, nested or flat, in the package's form; arguments as `network_names`."""
     flat = flatten(state)
     tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
-    names = network_names(
-        set(tensors),
-        weights=weights,
-        prefix=prefix,
-        others=[key for key in flat if key not in tensors],
-    )
+    others = [key for key in flat if key not in tensors]
+    names = network_names(set(tensors), weights=weights, prefix=prefix, others=others)
     return {name: own_form(name, tensors[key]) for name, key in names.items()}
 
 
@@ -218,9 +209,8 @@ def other_form(
     name: str, tensor: Tensor, *, form: Format, patch: tuple[int, int, int] = (1, 2, 2)
 ) -> Tensor:
     """Reverse of `own_form`: families may keep the patch weight as [dim, in_dim, 1, 2, 2]."""
-    return (
-        tensor.unflatten(1, (-1, *patch)) if name == PATCH_KEY and FORMS[form].patch_5d else tensor
-    )
+    convolves = name == PATCH_KEY and FORMS[form].patch_5d
+    return tensor.unflatten(1, (-1, *patch)) if convolves else tensor
 
 
 def other_name(name: str, *, form: Format, prefix: str | None = None) -> str:

@@ -48,9 +48,7 @@ Velocity = Callable[[WanDiT], Tensor]
 
 @dataclass(frozen=True)
 class FP8Report:
-    """Names of the layers `replaced` and `kept`, and the relative `error` of the velocity against
-    the network as it was (None where it was not asked for).
-    """
+    """Layers `replaced` and `kept`, and the relative `error` of the velocity, None if not asked."""
 
     replaced: tuple[str, ...]
     kept: tuple[str, ...]

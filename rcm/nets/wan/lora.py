@@ -95,9 +95,8 @@ def lora_pairs(headers: Mapping[str, Tensor]) -> dict[str, LoRAPair]:
                 f"{parts['alpha']!r} has shape {tuple(headers[parts['alpha']].shape)}, expected one"
                 " number"
             )
-        pairs[name] = LoRAPair(
-            parts["down"], parts["up"], parts.get("alpha"), _module(_part(parts["down"])[1])
-        )
+        module = _module(_part(parts["down"])[1])
+        pairs[name] = LoRAPair(parts["down"], parts["up"], parts.get("alpha"), module)
     return pairs
 
 

@@ -92,8 +92,7 @@ def lora_settings(
             " --lora_alpha"
         )
     stated = [settings for settings in (config, _of_diffusers(metadata)) if settings]
-    found = [_of_peft(settings) for settings in stated]
-    found += [_of_metadata(metadata)]
+    found = [*map(_of_peft, stated), _of_metadata(metadata)]
     alphas = {s.alpha for s in found if s.alpha is not None}
     if len(alphas) > 1 and not given:
         told = " and ".join(f"{alpha:g}" for alpha in sorted(alphas))
@@ -226,8 +225,7 @@ def _flag(settings: Mapping[str, Any], key: str) -> bool:
 def _of(target: str, stated: Mapping[str, Any]) -> Any:
     """The first value whose name ends `target` in whole words (is it, after "^"), as in PEFT."""
     for name, value in stated.items():
-        if target == name.removeprefix("^") or (
-            not name.startswith("^") and target.endswith(f".{name}")
-        ):
+        ends = not name.startswith("^") and target.endswith(f".{name}")
+        if ends or target == name.removeprefix("^"):
             return value
     return None

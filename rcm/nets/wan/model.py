@@ -248,9 +248,8 @@ class WanDiT(nn.Module):
                 )
                 std = 0.02 if embeds else (2.0 / (fan_in + fan_out)) ** 0.5
                 draw = torch.randn if embeds else _centred_uniform
-                module.weight.copy_(
-                    std * draw(module.weight.shape, generator=generator, device=device)
-                )
+                values = draw(module.weight.shape, generator=generator, device=device)
+                module.weight.copy_(std * values)
                 module.bias.zero_()
             elif isinstance(module, ImageEmbedding) and self.config.image_positions:
                 draws = torch.randn(module.emb_pos.shape, generator=generator, device=device)

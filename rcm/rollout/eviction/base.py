@@ -72,15 +72,14 @@ class CachePolicy:
         return ()
 
     def hidden(self, branches: Sequence[KVCache]) -> tuple[int, ...]:
-        """Ids of cached chunks that a chunk which is entered again after a change of prompt, behind
-        all that are cached, does not see, as it did not before.
+        """Ids of cached chunks that a chunk does not see which is entered again, as the newest,
+        after a change of prompt; it did not see them before.
         """
         return ()
 
     def forget(self, branches: Sequence[KVCache], chunks: Sequence[CachedChunk]) -> None:
-        """`chunks`, the newest that were in the cache, left it to be entered again under another
-        condition, oldest first: what is remembered of their old keys and queries no longer holds.
-        Their passes are shown to `observers`.
+        """The newest chunks, `chunks`, left the cache to be entered again under another condition,
+        oldest first: forget their keys and queries. `observers` are shown the new passes.
         """
 
     def again(self, branches: Sequence[KVCache]) -> None:

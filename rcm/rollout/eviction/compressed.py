@@ -72,11 +72,10 @@ class CompressedHistory(CachePolicy, ABC):
             if low < high
         ]
         for number, cache in enumerate(branches):
-            index = (
-                self.choose(number, cache, frames=range(self.sinks, aged), kept=kept * per_frame)
-                if kept
-                else []
-            )
+            index: list[Tensor] = []
+            if kept:
+                among = range(self.sinks, aged)
+                index = self.choose(number, cache, frames=among, kept=kept * per_frame)
             split(cache, before=(self.sinks * per_frame, aged * per_frame))
             ids = region(cache, 0, aged * per_frame)
             if parts:
