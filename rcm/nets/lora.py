@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from rcm.core.dual import pack, unpack
 from rcm.core.errors import ConfigError
 from rcm.nets.condition import Condition
+from rcm.nets.kv_view import CacheView
 from rcm.nets.layers import Linear
+from rcm.nets.layout import TokenLayout
 
 _FACTOR = re.compile(r"(.+)\.adapters\.(\w+)\.(down|up)")
 _NAMES = {"down": "lora_A.weight", "up": "lora_B.weight"}
@@ -136,10 +138,20 @@ class AdaptedNet(nn.Module):
         self.net: Any = net
         self.role = role
 
-    def forward(self, *inputs: Any, **options: Any) -> Any:
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        cond: Condition,
+        layout: TokenLayout,
+        cache: CacheView | None = None,
+        *,
+        context_only: bool = False,
+        taps: Any = None,
+    ) -> Any:
         """The network's forward with the adapters of this role."""
         with self.net.chosen.using(self.role):
-            return self.net(*inputs, **options)
+            return self.net(x, timestep, cond, layout, cache, context_only=context_only, taps=taps)
 
     def prepare(self, cond: Condition) -> Condition:
         """The network's `prepare` with the adapters of this role."""
