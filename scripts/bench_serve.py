@@ -34,6 +34,7 @@ from websockets.exceptions import WebSocketException
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
+from rcm.inference.flag_ranges import check_numbers
 from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import command
 
@@ -133,6 +134,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: argparse.Namespace) -> int:
+    check_numbers(flags)
+    if flags.slow < 0 or flags.vanish < 0 or not flags.seconds >= 4:
+        raise ConfigError(
+            f"--seconds {flags.seconds:g} must be at least 4, --slow {flags.slow} and --vanish"
+            f" {flags.vanish} at least 0"
+        )
     if not 0 < flags.slow + flags.vanish < flags.clients:
         raise ConfigError(
             f"--slow {flags.slow} and --vanish {flags.vanish} must leave some of --clients"

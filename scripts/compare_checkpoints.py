@@ -21,6 +21,7 @@ from pathlib import Path
 
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
+from rcm.core.output_file import OutputFile
 from rcm.evaluation.compare import compare, require_same_conditions, side_by_side
 from rcm.evaluation.metrics_pixels import clip_of
 from rcm.evaluation.metrics_report import write_comparison_page, write_metrics_page
@@ -61,6 +62,7 @@ def run(flags: argparse.Namespace) -> None:
     names = common_videos(flags.folders)[: flags.max_videos]
     if len(flags.folders) > 1 and not flags.ignore_conditions:
         require_same_conditions(flags.folders)
+    OutputFile.claim(flags.out / "scores.json", knob="--out")
     models = Models() if flags.pixels_only else Models.installed(device=flags.device)
     for why in models.absent.values():
         print(f"without: {why}")

@@ -30,6 +30,8 @@ from torch.nn import functional
 
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
+from rcm.core.output_file import OutputFile
+from rcm.core.text_file import read_text
 from rcm.evaluation.metrics_degrade import SOURCE_FRAMES
 from rcm.evaluation.metrics_judge import Case, cases_of, share_right, tables
 from rcm.evaluation.metrics_pixels import clip_of
@@ -76,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(flags: argparse.Namespace) -> bool:
     """Measure what is missing, judge, tell. Returns whether enough are ranked right."""
+    if flags.docs is not None:
+        _around(flags.docs)
+    OutputFile.claim(flags.out / "measured.json", knob="--out")
     models = Models() if flags.pixels_only else Models.installed()
     for why in models.absent.values():
         print(f"without: {why}")
@@ -214,11 +219,17 @@ def _read(path: Path, start: int) -> Tensor:
     ).clamp(0, 1)
 
 
-def _put(path: Path, text: str) -> None:
-    before, start, rest = path.read_text(encoding="utf-8").partition(START)
+def _around(path: Path) -> tuple[str, str]:
+    """What stands before and behind the tables."""
+    before, start, rest = read_text(path, what="page", knob="--docs").partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:
-        raise ConfigError(f"{path} has no lines {START} and {END} to write between")
+        raise ConfigError(f"--docs {path} has no lines {START} and {END} to write between")
+    return before, after
+
+
+def _put(path: Path, text: str) -> None:
+    before, after = _around(path)
     write_atomically(path, f"{before}{START}\n{text}\n{END}{after}")
 
 
