@@ -45,7 +45,7 @@ from rcm.train.optim import AdamWConfig, LambdaLinear
 from rcm.train.snapshot import capture
 from rcm.train.state import TrainState
 from rcm.train.stragglers import OwnTime
-from scripts.bench_measure import bench_flags, fill, in_words, machine, write
+from scripts.bench_measure import bench_flags, fill, in_words, machine, present_folder, write
 
 GB = 1e9
 COPIES = 4
@@ -60,7 +60,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--size", choices=sorted(PRESETS), default="1.3B", help="network [%(default)s]")
     add("--blocks", type=int, help="only so many of its blocks, where memory ends")
-    add("--folder", type=Path, help="file system to write to [the temporary one]")
+    add("--folder", type=present_folder, help="file system to write to [the temporary one]")
     add("--repeats", type=int, default=2, help="saves of each kind [%(default)s]")
     add("--cold", action="store_true", help="drop the files from the page cache before reading")
     add("--of", choices=sorted(PRESETS), help="compute for this network too")

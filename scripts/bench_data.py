@@ -33,7 +33,7 @@ from rcm.data.shard_writer import ShardSample, shard_name, write_shard
 from rcm.data.tar_index import ShardIndex
 from rcm.inference.outcome import command
 from rcm.train.monitor import resident_bytes
-from scripts.bench_measure import bench_flags, in_words, machine, write
+from scripts.bench_measure import bench_flags, in_words, machine, present_folder, write
 
 MIB = 2**20
 _SAMPLE = 8_427_520
@@ -48,7 +48,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = bench_flags(__doc__)
     add = parser.add_argument
     add("--data", metavar="PATTERN", help="shards to read instead of random ones")
-    add("--folder", type=Path, help="where random shards or the index are written [temporary]")
+    add(
+        "--folder",
+        type=present_folder,
+        help="where random shards or the index are written [temporary]",
+    )
     add("--latents", type=sizes, default=(16, 21, 60, 104), metavar="CxTxHxW", help="[480p]")
     add("--text", type=sizes, default=(512, 4096), metavar="LxE", help="[512x4096]")
     add("--samples", type=int, default=64, help="random samples to write [%(default)s]")

@@ -74,6 +74,13 @@ def bench_flags(doc: str, *, file: str = "--json", default: str | None = None) -
     return parser
 
 
+def present_folder(text: str) -> Path:
+    """An argparse type: a folder that is there."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder that is there; make it first")
+    return Path(text)
+
+
 def require_match(only: str, names: Iterable[str]) -> None:
     """`ConfigError` where `--only` is part of none of `names`."""
     known = list(dict.fromkeys(names))

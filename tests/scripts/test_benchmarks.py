@@ -5,6 +5,7 @@ that fails ends with a status that says so.
 from __future__ import annotations
 
 import ast
+from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
@@ -25,6 +26,23 @@ def test_refused_without_a_card_in_one_sentence(bench: str, monkeypatch: pytest.
     said = capsys.readouterr().err
     assert said.startswith(f"error: bench_{bench} needs a CUDA device") and said.count("\n") == 1
     assert not list(tmp_path.iterdir()), "it left a file"
+
+
+@pytest.mark.parametrize(
+    ("bench", "words", "refusal"),
+    [
+        ("scale", ["--plan-only", "--gpus", "-1"], "--gpus -1 must be at least 1"),
+        ("scale", ["--report", "--json", "none.json"], "none.json is none"),
+        ("data", ["--folder", "nowhere"], "nowhere is no folder"),
+        ("checkpoint", ["--folder", "nowhere"], "nowhere is no folder"),
+    ],
+)
+def test_what_nothing_can_be_done_with_is_refused(bench, words, refusal, monkeypatch: pytest.MonkeyPatch, tmp_path, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    with nullcontext() if bench == "scale" else pytest.raises(SystemExit):
+        assert import_module(f"scripts.bench_{bench}").main(words) == 2
+    said = capsys.readouterr().err
+    assert refusal in said and said.count("\n") == 1
 
 
 def test_no_command_forgets_its_status() -> None:
