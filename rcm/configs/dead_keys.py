@@ -108,13 +108,15 @@ def _switched_off(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
 
 def _codec(model: CommonModelConfig) -> Iterator[tuple[str, str, str]]:
     name = model.tokenizer.name
-    for key in ("vae_pth",) if name == "toy" else _TOY_CODEC:
+    for key in _TOY_CODEC if name != "toy" else ():
         yield f"{M}.tokenizer.{key}", f"{M}.tokenizer.name={name}", "set the name too"
 
 
 def _unread(config: TrainConfig) -> Iterator[tuple[str, str]]:
     """Key of a value or of a record, and what has no use for it."""
     model, sampling = config.model.config, config.trainer.sampling
+    if model.tokenizer.name == "toy":
+        yield f"{M}.tokenizer.vae_pth", "the toy codec"
     if not config.dataloader_train.num_workers:
         yield "dataloader_train.prefetch_factor", "a loader with num_workers=0"
     if not (sampling.every_n or sampling.ema_every_n):

@@ -122,6 +122,11 @@ def test_what_is_so_anyway_may_be_typed(composed) -> None:
         (DMD, ["model.config.causal_guidance=2"], ["model.config.causal_guidance=2.0 is not read by stage sf_dmd"]),
         (RCM, ["model.config.dcm_total_steps=9"], ["model.config.dcm_total_steps=9 is not read by stage rCM with cm_type=scm"]),
         (RCM, ["model.config.dcm_total_steps=9", "model.config.cm_type=dcm"], []),
+        (
+            "toy_tf_c3-3",
+            ["model.config.tokenizer.vae_pth=v.pth"],
+            ["model.config.tokenizer.vae_pth=v.pth is not read by the toy codec"],
+        ),
         (TF, ["trainer.sampling.num_samples=3"], ["trainer.sampling.num_samples=3 is not read by a run with sampling.every_n=0"]),
         (TF, ["trainer.sampling.num_samples=3", "trainer.sampling.ema_every_n=2"], []),
         (
