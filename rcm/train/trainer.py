@@ -71,7 +71,7 @@ class TrainerConfig(Record):
     # each: reduce after every term (14B: no unsharded gradients, more traffic)
     gradient_sync: Literal["last", "each"] = "last"
     # GiB of weights of the largest student that stays gathered through a rollout; 0 = none
-    keep_gathered_gib: float = within(4.0, least=0.0)
+    keep_gathered_gib: float = within(4.0, least=0.0, most=1e6)
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     guard_tangents: bool = True  # check on the first step that no module drops a tangent
     progress_bar: bool = True  # on rank 0
