@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,14 @@ _UNKNOWN = "unrecognized arguments: "
 @dataclass(frozen=True)
 class _Idle:
     """`flags` that have no effect beside the flag `other` (`when` the values are so), or, where
-    `absent`, without it.
+    `absent`, without it; refused, or told.
     """
 
     flags: tuple[str, ...]
     other: str
     absent: bool
     when: Callable[[argparse.Namespace], bool] | None
+    refused: bool
 
 
 def one_of(name: str, *values: object) -> Callable[[argparse.Namespace], bool]:
@@ -50,14 +52,15 @@ class Arguments(argparse.ArgumentParser):
         beside: str = "",
         without: str = "",
         when: Callable[[argparse.Namespace], bool] | None = None,
+        refuse: bool = True,
     ) -> None:
         """Refuse each of `flags` that is typed `beside` a flag that leaves it without effect: one
         that is typed, too, or, typed or not, `when` all values are so; or `without` one that it
-        needs.
+        needs. `refuse` False warns: for flags that published commands have always let through.
         """
         for name in (*flags, beside or without):
             self._action(name)  # a misspelt rule would refuse nothing
-        self._idle.append(_Idle(flags, beside or without, bool(without), when))
+        self._idle.append(_Idle(flags, beside or without, bool(without), when, refuse))
 
     @property
     def names(self) -> list[str]:
@@ -118,15 +121,21 @@ class Arguments(argparse.ArgumentParser):
                 continue
             idle = f"{', '.join(named)} {'has' if len(named) == 1 else 'have'} no effect"
             them = "it" if len(named) == 1 else "them"
+            say = self.error if rule.refused else _warn
             if rule.absent or (rule.when is not None and value in (None, False)):
-                self.error(f"{idle} without {_flag(other)}; add that, or leave {them} out")
+                say(f"{idle} without {_flag(other)}; add that, or leave {them} out")
+                continue
             plain = rule.when is None or value is True
             told = _flag(other) if plain else f"{_flag(other)} {_words(value)}".strip()
             what = f"leave {_flag(other)} out" if plain else f"change {_flag(other)}"
-            self.error(f"{idle} with {told}; leave {them} out, or {what}")
+            say(f"{idle} with {told}; leave {them} out, or {what}")
 
     def _action(self, name: str) -> argparse.Action:
         return next(action for action in self._actions if _name(action) == name)
+
+
+def _warn(sentence: str) -> None:
+    sys.stderr.write(f"warning: {sentence}\n")
 
 
 def _name(action: argparse.Action) -> str:

@@ -154,8 +154,8 @@ def causal_parser(name: str, *, about: str | None, defaults: Defaults) -> Argume
     add_flags(group("running"), _RUNNING)
     unguided(parser)
     for file in ("prompt_file", "scene_file"):
-        parser.idle("prompt", beside=file)
-    parser.idle("vae_tile", beside="tiny_decoder")
+        parser.idle("prompt", beside=file, refuse=False)
+    parser.idle("vae_tile", beside="tiny_decoder", refuse=False)
     return parser
 
 

@@ -227,7 +227,7 @@ def add_video_flags(
         resolution={"default": resolution, "help": f"{', '.join(SIZES)} [%(default)s]"},
         aspect_ratio={"help": f"{', '.join(SIZES['480p'])} [16:9]"},
     )
-    parser.idle("resolution", "aspect_ratio", beside="size")
+    parser.idle("resolution", "aspect_ratio", beside="size", refuse=False)
 
 
 def add_few_step_flags(parser: argparse.ArgumentParser, *, sigma_max: float) -> None:
@@ -263,6 +263,7 @@ def unguided(parser: Arguments) -> None:
         "negative_prompt",
         beside="guidance_scale",
         when=lambda flags: flags.guidance_scale is not None and flags.guidance_scale <= 1,
+        refuse=False,
     )
 
 
@@ -306,12 +307,13 @@ def add_machine_flags(parser: Arguments) -> None:
         offload={"choices": tuple(POLICIES)},
         low_memory={"dest": "offload", "action": "store_const", "const": "low"},
     )
-    parser.idle("offload", beside="low_memory")
+    parser.idle("offload", beside="low_memory", refuse=False)
     parser.idle(
         *(name for name in READ if name in parser.names),
         beside="random_weights",
         # without a size nothing can be made, which is said first
         when=lambda flags: flags.random_weights and flags.model_size != "auto",
+        refuse=False,
     )
 
 

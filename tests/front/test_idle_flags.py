@@ -10,14 +10,6 @@ PAIRS = {
     "plan --smallest --as-is experiment=toy_tf_c3-3": "--as-is has no effect with --smallest",
     "plan --as-is experiment=toy_tf_c3-3 gpus=1 global_batch=4": "global_batch=4 has no effect with --as-is",
     "plan --smallest experiment=toy_tf_c3-3 memory_gib=3": "memory_gib=3 has no effect with --smallest",
-    "sample rcm --size 32x48 --resolution 480p": "--resolution has no effect with --size",
-    "sample rcm --random_weights --dit_path x --vae_path y": "--dit_path, --vae_path have no effect with --random_weights",
-    "sample rcm --low_memory --offload none": "--offload has no effect with --low_memory",
-    "sample diffusion --guidance_scale 1 --negative_prompt x": "--negative_prompt has no effect with --guidance_scale 1",
-    "sample causal --prompt a --prompt_file b": "--prompt has no effect with --prompt_file",
-    "sample causal-long --prompt a --scene_file b": "--prompt has no effect with --scene_file",
-    "sample causal-quant --tiny_decoder a.pth --vae_tile 64": "--vae_tile has no effect with --tiny_decoder",
-    "sample i2v-rcm --prompt a --image_path b --random_weights --low_noise_lora c": "--low_noise_lora has no effect with --random_weights",
     "serve --format png --quality 3": "--quality has no effect with --format png",
     "data build --source toy --input x --out y": "--input has no effect with --source toy",
     "data build --turns 2 --source teacher --prompts p --out y": "--turns has no effect with --source teacher",
@@ -90,3 +82,22 @@ def test_words_that_nothing_can_be_done_with(line, tmp_path, monkeypatch, capsys
     told = capsys.readouterr().err
     assert status == 2 and told.startswith(f"error: {UNUSABLE[line]}") and told.count("\n") == 1, told
     assert not list(tmp_path.iterdir())
+
+
+TOLD = {
+    "sample rcm --size 32x48 --resolution 480p": "--resolution has no effect with --size",
+    "sample rcm --low_memory --offload none": "--offload has no effect with --low_memory",
+    "sample diffusion --guidance_scale 1 --negative_prompt x": "--negative_prompt has no effect with --guidance_scale 1",
+    "sample causal --prompt a --prompt_file b": "--prompt has no effect with --prompt_file",
+    "sample causal-long --prompt a --scene_file b": "--prompt has no effect with --scene_file",
+    "sample causal-quant --tiny_decoder a.pth --vae_tile 64": "--vae_tile has no effect with --tiny_decoder",
+}
+"""Published commands have always let these through."""
+
+
+@pytest.mark.parametrize("line", TOLD)
+def test_a_flag_that_was_always_let_through_is_told(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()) == 2  # there is no network
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"warning: {TOLD[line]}") and "leave" in first and second.startswith("error: ")
