@@ -25,6 +25,7 @@ def check_device(device: torch.device | str, *, knob: str = "--device") -> None:
         raise ConfigError(f"{named} has no memory; choose cuda or cpu")
     try:
         torch.empty(0, device=device)
+    # what torch raises for a device that is absent, not built in, without kernels, or misspelt
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         told = (str(error).splitlines() or ["it is not known here"])[0]
         raise ConfigError(f"{named} cannot be used: {told}") from error

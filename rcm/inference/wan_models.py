@@ -331,4 +331,5 @@ class _NoText:
 
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
         """Nothing asks for it: `Models.embed` encodes on rank 0."""
+        # a call here is a fault of the program, not of its user: no sentence for a command line
         raise NotImplementedError("rank 0 encodes, and sends what it made")

@@ -53,6 +53,7 @@ def trial(
         mine = results(attend, inputs, grad)
         exact = results(plain, [x.float() for x in inputs], grad)
         with torch.no_grad():
+            # not strict: without gradient there is o alone
             pairs = zip(("o", "dq", "dk", "dv"), mine, exact, strict=False)
             found = {name: float((x.float() - y).norm() / y.norm()) for name, x, y in pairs}
         wrong = [f"{name} by {e:.2g}" for name, e in found.items() if not e <= LARGEST_ERROR]

@@ -135,6 +135,7 @@ class VelocityModel(ABC):
         return 1 if self.group is None else self.group.size()
 
     def _unsaid(self, what: str) -> NotImplementedError:
+        # not abstract: a model that only trains, or only streams, need not have all of them
         return NotImplementedError(
             f"{type(self).__name__} has no `{what}`, which this use of a model needs; see"
             " docs/extending.md, 'A backbone'"

@@ -60,6 +60,7 @@ class Reading:
         if self._done is not None:
             self._done.synchronize()
         bad = (math.isfinite(x) for x in self._found.tolist())
+        # not strict: a chunk without pixels has one flag
         return next(
             (what for what, ok in zip(("latents", "pixels"), bad, strict=False) if not ok), None
         )

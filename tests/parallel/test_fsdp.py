@@ -58,6 +58,7 @@ def test_weights_written_after_a_forward_without_gradient_are_used(group: None, 
         with gathered(net) if kept else nullcontext():
             before = forward(net, torch.bfloat16)
             assert all(isinstance(p, DTensor) is not kept for p in net.parameters())
+        assert all(isinstance(p, DTensor) for p in net.parameters())
         for p in stored_parameters(net).values():
             local(p).mul_(0.5)
         after = forward(net, torch.bfloat16)
