@@ -283,10 +283,12 @@ def _old_format(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
     value = read_inert(file, names=NAMES, storages=noted)
     places: dict[str, tuple[int, int]] = {}
     for key in read_inert(file, names=()):
-        piece, count = pieces[key], int.from_bytes(file.read(8), "little")
-        length = count * piece.dtype.itemsize
+        piece, stated = pieces[key], file.read(8)
+        length = piece.count * piece.dtype.itemsize
         places[key] = (file.tell(), length)
-        if count != piece.count or file.seek(length, io.SEEK_CUR) > file.seek(0, io.SEEK_END):
+        # All eight bytes: what is left of a size that was cut can be equal, as of an empty storage
+        whole = stated == piece.count.to_bytes(8, "little")
+        if not whole or file.seek(length, io.SEEK_CUR) > file.seek(0, io.SEEK_END):
             raise pickle.UnpicklingError(f"storage {key} is incomplete")
         file.seek(places[key][0] + length)
     if file.read(1):

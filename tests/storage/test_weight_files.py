@@ -114,6 +114,18 @@ def test_truncated_files_are_refused(state, tmp_path, name, cut):
         open_container(path)
 
 
+@pytest.mark.parametrize("values", [[], [1.0], [float(n) for n in range(300)]], ids=len)
+@pytest.mark.parametrize("name", ["new.pt", "old.pt", "x.safetensors"])
+def test_a_file_cut_anywhere_near_its_end_is_refused(tmp_path, name, values):
+    """Also of an empty tensor, of which the old format ends with eight zeros."""
+    path = write(tmp_path / name, {"last": torch.tensor(values)})
+    whole = path.read_bytes()
+    for cut in range(1, 33):
+        path.write_bytes(whole[:-cut])
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            open_container(path)
+
+
 @pytest.mark.parametrize("name", ["new.pt", "x.safetensors"])
 def test_a_hole_in_the_middle_is_found(state, tmp_path, name):
     """A resumed download that skipped some bytes ends as it should and is still refused."""
