@@ -1,14 +1,13 @@
 """FP8 attention against bf16 on one card: errors against float64 first, then every variant over a
 stream's shapes, as a table and JSON.
 
-    python -m scripts.bench_fp8_attention [--out FILE] [--part kernels|stream] [--only SUBSTRING] \\
-        [--limit SECONDS]
+    python -m scripts.bench_fp8_attention [--out FILE] [--only SUBSTRING] [--limit SECONDS]
 
 Every variant has a process of its own, so that an error, or a kernel that never ends, is a line of
 the table. They compile side by side and take the card in turn. Times are of calls inside a CUDA
 graph. "all" adds to attention what codes the queries and the chunk's own keys and values. bf16 is
 the same kernel on plain operands, as captured streams call it, beside cuDNN in one call and in
-parts along the keys. `--part stream` is whole streams instead.
+parts along the keys. Whole streams: `rcm bench stream --attention fp8 --parts correct,c33,steady`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rcm.core.arguments import one_of
 from rcm.core.errors import first_line
 from rcm.inference.outcome import command
 from rcm.kernels.persistent_attention.api import attend
@@ -363,14 +361,12 @@ def table(rows: list[dict], names: list[str]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Check and measure everything, and print it."""
     parser = bench_flags("FP8 attention against bf16: errors, then times.", file="--out")
-    parser.add_argument("--part", choices=("kernels", "stream"), default="kernels")
     parser.add_argument("--only", default="", help="substring of the variants to run, beside bf16")
     parser.add_argument(
         "--limit", type=float, default=110, help="seconds for everything [%(default)g]"
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--lock", help=argparse.SUPPRESS)
-    parser.idle("only", "limit", beside="part", when=one_of("part", "stream"))
     options = parser.parse_args(arguments)
     if options.worker:
         require_card("bench_fp8_attention")
@@ -379,14 +375,6 @@ def main(arguments: list[str] | None = None) -> int:
     names = [name for name in variants() if name == "bf16" or options.only in name]
     if options.only not in "".join(names):
         parser.error(f"--only {options.only} is part of no name of {', '.join(variants())}")
-    if options.part == "stream":
-        from scripts.bench_fp8_stream import measure
-
-        with torch.no_grad():
-            found = measure()
-        if options.out:
-            write(options.out, {"machine": machine, **found})
-        return 0
     rows = run_all(names, limit=options.limit)
     print(table(rows, names), flush=True)
     if options.out:

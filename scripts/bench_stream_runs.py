@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.recipe import SamplingRecipe
 from scripts.bench_measure import GIB, fill, quantile
-from scripts.bench_stream_host import timing
 
 LATENT = (16, 60, 104)
 FRAMES = 21
@@ -80,16 +78,17 @@ def opened(denoiser: Denoiser, codec: WanVAECodec | None, name: str, **options: 
     return Session(denoiser, codec, prompt(denoiser), spec, device="cuda")
 
 
-def watch(session: Session, *, most: int | None = None) -> dict[str, Any]:
-    """Arrival of the pieces of a video, from the moment at which it begins."""
+def watch(session: Session) -> dict[str, Any]:
+    """Arrival of the pieces of a video, from the moment at which it begins: in host memory, or,
+    latents alone, made.
+    """
     stamps, frames = [], []
     while (chunk := session.step()) is not None:
-        if session.spec.to_host and chunk.images is None:
+        returned = time.perf_counter()
+        if chunk.images is None:  # its stamp is that of its issue
             torch.cuda.synchronize()
-        stamps.append(chunk.seconds)
+        stamps.append(chunk.seconds + time.perf_counter() - returned)
         frames.append(chunk.frames.shape[2])
-        if most and len(stamps) == most:
-            break
     return {"first": stamps[0], "stamps": stamps, "frames": frames, "fps": sum(frames) / stamps[-1]}
 
 
@@ -114,7 +113,7 @@ def video(
         ]
         # the first frame of a chunk of several comes alone
         whole = 1 if spec.first_alone and spec.recipe.blocks.first > 1 else 0
-        chunk = sum(run["stamps"][whole] for run in runs) / len(runs)
+        chunk = statistics.median(run["stamps"][whole] for run in runs)
         counts = getattr(session.loop, "counts", None)
     return {
         "fps": statistics.median(run["fps"] for run in runs),
@@ -159,11 +158,8 @@ def steady(
             stamps.append(time.perf_counter() - begin)
             memory.append(torch.cuda.memory_allocated())
         block = session.next_block
-        issues: dict[str, list[float]] = defaultdict(list)
         # before any profiler, which slows launches down for the rest of the process
-        with timing(session, issues):
-            for _ in range(5):
-                session.step()
+        issue_ms = issued(session)
         share = idle_share(session) if idle else None
         torch.cuda.synchronize()
     times = [b - a for a, b in zip([0.0, *stamps[:-1]], stamps, strict=True)]
@@ -178,10 +174,27 @@ def steady(
         ),
         "memory_growth": memory[-1] / memory[0] - 1,
         "memory_gib": memory[-1] / GIB,
-        "host_issue_ms": statistics.median(issues["produce (issue of a chunk)"]),
+        "host_issue_ms": issue_ms,
         "idle_share": share,
         "last_block": block,
     }
+
+
+def issued(session: Session) -> float:
+    """Median milliseconds in which the host issues a chunk, of five."""
+    produce, spent = session._produce, []
+
+    def timed() -> Any:
+        begin = time.perf_counter()
+        made = produce()
+        spent.append(1e3 * (time.perf_counter() - begin))
+        return made
+
+    session._produce = timed
+    for _ in range(5):
+        session.step()
+    del session._produce  # the class's again
+    return statistics.median(spent)
 
 
 def idle_share(session: Session, *, steps: int = 4) -> float:

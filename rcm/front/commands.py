@@ -127,7 +127,6 @@ kv-codec  scripts.bench_kv_codec: the codec of cached keys and values
 policies  scripts.bench_policies: long streams under every extrapolation method: time and memory
 fp8-attention  scripts.bench_fp8_attention: FP8 attention against bf16: errors, then times
 kv-bias  scripts.bench_kv_bias: the bias correction of coded keys, on a trained network's keys
-cheaper  scripts.bench_cheaper: cheaper arithmetic and a quicker start on one card
 drift  scripts.drift_report: how long videos drift: curves per window, several videos side by side
     on one page
   rcm bench drift sliding_window=a.mp4 rolling_sink=b.mp4 --out outputs/drift

@@ -15,7 +15,7 @@ from rcm.core.errors import ConfigError
 from scripts import bench_measure
 from tests.hygiene.source import ROOT, files, name, tree
 
-ON_CARDS = ["attention", "cheaper", "fp8_attention", "kv_codec", "policies", "stream", "stream_cache", "stream_ranks", "train_step", "vae"]
+ON_CARDS = ["attention", "fp8_attention", "kv_codec", "policies", "stream", "stream_cache", "stream_ranks", "train_step", "vae"]
 
 
 @pytest.mark.parametrize("bench", ON_CARDS)
