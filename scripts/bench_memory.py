@@ -9,7 +9,7 @@ weights and made-up data.
 
 Networks are made on the device with RANDOM weights, no checkpoint is read, data are made up:
 numbers say nothing about quality. Every kind of iteration runs twice with its longest rollout,
-through the training step itself; the second is measured (by then the optimiser's states exist). On
+in the trainer's own loop; the second is measured (by then the optimiser's states exist). On
 the CPU a counter of live tensors stands in for CUDA's, and the plain formulas are predicted.
 """
 
@@ -17,45 +17,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from rcm.configs.build_data import build_loader, negative_condition
-from rcm.configs.build_method import build_method
-from rcm.configs.build_nets import NetBuilder
 from rcm.configs.cli import DEFAULT_REGISTRY, load_registry
 from rcm.configs.compose import Run, compose_run
 from rcm.configs.plan_job import plan_job
-from rcm.configs.schema_causal import CausalConfig
 from rcm.core.errors import first_line
-from rcm.core.rng import StepRng
-from rcm.data.batch import LatentBatch
-from rcm.inference.outcome import command
-from rcm.methods.base import Method, Phase, Thunk
-from rcm.parallel.fsdp import local
+from rcm.inference.outcome import command, short_log
 from rcm.parallel.mesh import ParallelDims, process_group
-from rcm.train.ema import EMAConfig
-from rcm.train.memory_trace import MemoryTrace
-from rcm.train.offload import IdleRoles
-from rcm.train.optim import AdamWConfig, LambdaLinear
 from rcm.train.planner import Prediction, predict
 from rcm.train.planner_card import GIB, H200
-from rcm.train.state import TrainState
-from rcm.train.step import StepConfig, run_step
-from scripts.bench_measure import (
-    bench_flags,
-    fill,
-    forget,
-    in_words,
-    machine,
-    require_card,
-    write,
-)
+from scripts.bench_measure import bench_flags, forget, in_words, machine, require_card, write
+from scripts.bench_scale_run import Meter, Watch, longest_rollout, scripted_phases, trained
 
 _PREFIX = "experiment=causal_wan2pt1_1pt3B_res480p_t2v_"
 CASES: dict[str, list[str]] = {
@@ -72,7 +49,6 @@ NO_FILES = [
     "dataloader_train.num_videos=2",
     "model.config.allow_random_init=True",
 ]
-_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -95,137 +71,21 @@ class Measured:
         return self.predicted_peak / self.peak
 
 
-class RandomNets(NetBuilder):
-    """Builds networks as training does, and fills them with random numbers on the device."""
-
-    def _fill(self, net: nn.Module, knob: str, roles: tuple[str, ...], start: object) -> None:
-        fill(net)
-
-
-class AtPhase:
-    """A method held at one phase, whatever the iteration."""
-
-    def __init__(self, method: Method, role: str, index: int) -> None:
-        self.method, self.role, self.index, self.name = method, role, index, method.name
-
-    @property
-    def trainable(self) -> Mapping[str, nn.Module]:
-        """The method's."""
-        return self.method.trainable
-
-    def phase(self, iteration: int) -> Phase:
-        """The held phase."""
-        return Phase(self.role, self.index, iteration)
-
-    def terms(self, phase: Phase, batch: LatentBatch, rng: StepRng) -> Iterator[Thunk]:
-        """The method's."""
-        return self.method.terms(phase, batch, rng)
-
-
-class Meter:
-    """Peak of allocated bytes: CUDA's own counter, or a trace of tensors on the CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.trace = None if device.type == "cuda" else MemoryTrace()
-
-    def start(self) -> float:
-        """Begin a new maximum; returns what is allocated now."""
-        if self.trace is not None:
-            self.trace.reset_peak()
-            return self.trace.current
-        torch.cuda.synchronize(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return torch.cuda.memory_allocated(self.device)
-
-    def peak(self) -> float:
-        """The maximum since `start`, all work done."""
-        if self.trace is not None:
-            return self.trace.peak
-        torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_allocated(self.device)
-
-
 def measure(case: str, run: Run, *, dims: ParallelDims, device: torch.device) -> list[Measured]:
-    """Both rounds of every kind of iteration of `run`, with random weights; one row per kind.
-    Collective.
+    """Every kind of iteration of `run` twice, with random weights; a row per kind of the second
+    time. Collective.
     """
-    torch.backends.cuda.matmul.allow_tf32 = True  # as training does
-    meter = Meter(device)
-    if meter.trace is None:
-        return _measure(case, run, meter, dims=dims, device=device)
-    with meter.trace.watching():
-        return _measure(case, run, meter, dims=dims, device=device)
-
-
-def _measure(
-    case: str, run: Run, meter: Meter, *, dims: ParallelDims, device: torch.device
-) -> list[Measured]:
-    config, model = run.config, run.config.model.config
-    idle = IdleRoles() if config.trainer.offload.idle_roles else None
-    host = config.trainer.offload.parameters
-    nets = RandomNets(
-        model, dims=dims, device=device, seed=config.trainer.seed, idle=idle, host=host
-    )
-    method = build_method(config, nets, negative=lambda: negative_condition(config, device=device))
-    state = TrainState.create(
-        method.trainable,
-        optim={
-            role: AdamWConfig(
-                lr=1e-9,
-                states=(
-                    config.optimizer if role == "student" else model.optimizer_fake_score
-                ).states,
-            )
-            for role in method.trainable
-        },
-        schedule=LambdaLinear(),
-        ema=EMAConfig() if model.ema.enabled else None,
-        host=config.trainer.offload.states,
-    )
-    batches = iter(build_loader(config, dims=dims))
     expected = expect(run, ranks=dims.world_size, device=device)
-    found: dict[str, Measured] = {}
-    for _ in range(_ROUNDS):
-        for phase in expected.phases:
-            data = [next(batches).to(device) for _ in range(config.trainer.grad_accum_iter)]
-            rngs = [
-                StepRng(config.trainer.seed, state.iteration, dims.data_rank, micro, device)
-                for micro in range(len(data))
-            ]
-            before, begin = meter.start(), time.perf_counter()
-            held = AtPhase(method, phase.role, longest_rollout(run))
-            run_step(
-                state, held, batches=data, rngs=rngs, dims=dims, config=StepConfig(), idle=idle
-            )
-            # on the CPU the host's memory is counted with the rest
-            outside = 0.0 if meter.trace is None else host_memory(state, idle)
-            peak = meter.peak() - outside
-            found[phase.role] = Measured(
-                case,
-                phase.role,
-                before,
-                peak,
-                time.perf_counter() - begin,
-                phase.peak,
-                phase.seconds,
-            )
-    return list(found.values())
-
-
-def host_memory(state: TrainState, idle: IdleRoles | None) -> float:
-    """Bytes that wait on the host."""
-    kept = [
-        value
-        for role in state.roles.values()
-        if getattr(role.optimizer, "host", False)
-        for values in role.optimizer.state.values()
-        for key, value in values.items()
-        if key != "step"
+    roles = [phase.role for phase in expected.phases]
+    phases = scripted_phases(run, roles, [longest_rollout(run)] * 2)
+    watch = Watch(phases, meter=Meter(device))
+    if trained(run, watch, dims=dims, device=device) != "finished":
+        raise KeyboardInterrupt
+    seen = zip(watch.iterations[len(roles) :], expected.phases, strict=True)
+    return [
+        Measured(case, phase.role, i.before, i.allocated, i.seconds, phase.peak, phase.seconds)
+        for i, phase in seen
     ]
-    if state.ema is not None and state.ema.host:
-        kept += state.ema.shadow.values()
-    return sum(local(value).nbytes for value in kept) + (0 if idle is None else idle.bytes)
 
 
 def expect(run: Run, *, ranks: int, device: torch.device) -> Prediction:
@@ -233,14 +93,6 @@ def expect(run: Run, *, ranks: int, device: torch.device) -> Prediction:
     return predict(
         plan_job(run, ranks=ranks, fused=device.type == "cuda", rollouts="longest"), H200
     )
-
-
-def longest_rollout(run: Run) -> int:
-    """Index of the update with the most rollout steps."""
-    model = run.config.model.config
-    if isinstance(model, CausalConfig):
-        return model.step_schedule().steps(0) - 1
-    return model.max_simulation_steps_fake - 1
 
 
 def table(rows: Sequence[Measured]) -> str:
@@ -276,6 +128,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on standard error."""
     flags = arguments(argv)
+    short_log()
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     registry = load_registry(flags.config)
     cases = {name: [*words, *ONE_CARD] for name, words in CASES.items()}

@@ -1,5 +1,5 @@
-"""One row of `scripts.bench_scale`: the run built as training builds it, with random weights, a few
-iterations of the trainer's own loop, and what was seen of them.
+"""A run built as training builds it, with random weights, a few iterations of the trainer's own
+loop, and what was seen of them: a row of `scripts.bench_scale`, a case of `scripts.bench_memory`.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from rcm.configs.build import allow_tf32, step_config, train_state
 from rcm.configs.build_data import build_loader, negative_condition
 from rcm.configs.build_method import build_method
+from rcm.configs.build_nets import NetBuilder
 from rcm.configs.compose import Run
 from rcm.configs.memory import require_here
 from rcm.configs.schema_causal import CausalConfig
@@ -25,14 +26,14 @@ from rcm.core.rng import StepRng
 from rcm.data.batch import LatentBatch
 from rcm.inference.outcome import out_of_memory
 from rcm.methods.base import Method, Phase, Thunk
+from rcm.parallel.fsdp import local
 from rcm.parallel.mesh import ParallelDims
+from rcm.train.memory_trace import MemoryTrace
 from rcm.train.offload import IdleRoles
 from rcm.train.state import TrainState
 from rcm.train.trainer import Outcome, Trainer
-from scripts.bench_measure import forget
-from scripts.bench_memory import Meter, RandomNets
+from scripts.bench_measure import fill, forget
 
-GIB = 2**30
 WARM = 100_000
 """Iteration that held phases claim: behind every warm-up of a loss."""
 
@@ -46,8 +47,8 @@ ncclDevKernel...
 @dataclass
 class Iteration:
     """One iteration as a rank saw it: role, index of the role's update, seconds, peak bytes
-    allocated and reserved, how often the allocator had to give back memory first, and milliseconds
-    of kernels (empty where not profiled).
+    allocated and reserved, how often the allocator had to give back memory first, milliseconds
+    of kernels (empty where not profiled), and bytes allocated before it.
     """
 
     role: str
@@ -57,6 +58,7 @@ class Iteration:
     reserved: float
     retries: int
     kernels: dict[str, float] = field(default_factory=dict)
+    before: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,13 @@ class Attempt:
     status: str
     why: str = ""
     iterations: tuple[Iteration, ...] = ()
+
+
+class RandomNets(NetBuilder):
+    """Builds networks as training does, and fills them with random numbers on the device."""
+
+    def _fill(self, net: nn.Module, knob: str, roles: tuple[str, ...], start: object) -> None:
+        fill(net)
 
 
 class Scripted:
@@ -107,6 +116,34 @@ class Endless:
         """Has no position."""
 
 
+class Meter:
+    """Peak of allocated bytes: CUDA's own counter, or a trace of tensors on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.trace = None if device.type == "cuda" else MemoryTrace()
+
+    def watching(self) -> AbstractContextManager[object]:
+        """Counts within."""
+        return nullcontext() if self.trace is None else self.trace.watching()
+
+    def start(self) -> float:
+        """Begin a new maximum; returns what is allocated now."""
+        if self.trace is not None:
+            self.trace.reset_peak()
+            return self.trace.current
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> float:
+        """The maximum since `start`, all work done."""
+        if self.trace is not None:
+            return self.trace.peak
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
+
+
 class Watch:
     """An observer of the trainer that measures every iteration, its data and update included; those
     of `profiled` with the profiler on.
@@ -117,6 +154,7 @@ class Watch:
     ) -> None:
         self.phases, self.meter, self.profiled = phases, meter, profiled
         self.iterations: list[Iteration] = []
+        self.idle: IdleRoles | None = None
         self._retries = 0
         self._profile: profile | None = None
 
@@ -129,12 +167,14 @@ class Watch:
         peak = self.meter.peak()  # waits for the device
         seconds = time.perf_counter() - self._since
         done = self.phases[state.iteration - 1]
+        if self.meter.trace is not None:  # a CPU's host memory is counted with the rest
+            peak -= host_memory(state, self.idle)
         reserved, retries = peak, 0
         if self.meter.trace is None:
             reserved = torch.cuda.max_memory_reserved(self.meter.device)
             retries = torch.cuda.memory_stats(self.meter.device)["num_alloc_retries"]
         seen = (seconds, peak, reserved, retries - self._retries, self._kernels())
-        self.iterations.append(Iteration(done.role, done.index, *seen))
+        self.iterations.append(Iteration(done.role, done.index, *seen, before=self._before))
         self._retries = retries
         self._begin(state.iteration)
         return {}
@@ -143,7 +183,7 @@ class Watch:
         if iteration in self.profiled:
             self._profile = profile(activities=[ProfilerActivity.CUDA])
             self._profile.__enter__()
-        self.meter.start()
+        self._before = self.meter.start()
         self._since = time.perf_counter()
 
     def end(self) -> None:
@@ -165,6 +205,21 @@ class Watch:
             and not event.name().startswith(_MARKS)
         ]
         return kernel_times(spans)
+
+
+def host_memory(state: TrainState, idle: IdleRoles | None) -> float:
+    """Bytes that wait on the host."""
+    kept = [
+        value
+        for role in state.roles.values()
+        if getattr(role.optimizer, "host", False)
+        for values in role.optimizer.state.values()
+        for key, value in values.items()
+        if key != "step"
+    ]
+    if state.ema is not None and state.ema.host:
+        kept += state.ema.shadow.values()
+    return sum(local(value).nbytes for value in kept) + (0 if idle is None else idle.bytes)
 
 
 def kernel_times(spans: Sequence[tuple[str, int, int]]) -> dict[str, float]:
@@ -198,28 +253,28 @@ def _length(intervals: Sequence[tuple[int, int]]) -> float:
     return sum(end - begin for begin, end in intervals) / 1e6
 
 
+def longest_rollout(run: Run) -> int:
+    """Index of the update with the most rollout steps."""
+    model = run.config.model.config
+    if isinstance(model, CausalConfig):
+        return model.step_schedule().steps(0) - 1
+    return model.max_simulation_steps_fake - 1
+
+
 def middle_indices(run: Run, repeats: int) -> list[int]:
     """Update indices whose rollouts are, on the mean of an even number of `repeats`, as long as
     those of a whole cycle of step counts.
     """
+    return [(longest_rollout(run) + turn % 2) // 2 for turn in range(repeats)]
+
+
+def scripted_phases(run: Run, roles: Sequence[str], indices: Sequence[int]) -> list[Phase]:
+    """Each role in turn at its update of each of `indices`."""
     model = run.config.model.config
-    cycle = (
-        model.step_schedule().steps(0)
-        if isinstance(model, CausalConfig)
-        else model.max_simulation_steps_fake
-    )
-    return [(cycle - 1 + turn % 2) // 2 for turn in range(repeats)]
-
-
-def scripted_phases(run: Run, roles: Sequence[str], *, warm: int, repeats: int) -> list[Phase]:
-    """Each role `warm` times (kernels, optimiser states, the allocator's habits), then `repeats`
-    times in turn.
-    """
-    indices, model = middle_indices(run, repeats), run.config.model.config
     rollout = isinstance(model, CausalConfig) and model.has.self_forced
     return [
         Phase(role, index, WARM + number, rollout=rollout)
-        for number, index in enumerate([indices[0]] * warm + indices)
+        for number, index in enumerate(indices)
         for role in roles
     ]
 
@@ -239,19 +294,18 @@ def attempt(
     Collective.
 
     The last repetition of every role is profiled. Iterations count behind the first `warm` of their
-    role.
+    role (kernels, optimiser states, the allocator's habits).
     """
-    phases = scripted_phases(run, roles, warm=warm, repeats=repeats)
+    indices = middle_indices(run, repeats)
+    phases = scripted_phases(run, roles, [indices[0]] * warm + indices)
     last = (
         frozenset(range(len(phases) - len(roles), len(phases)))
         if profiled and device.type == "cuda"
         else frozenset()
     )
-    meter = Meter(device)
-    watch = Watch(phases, meter=meter, profiled=last)
+    watch = Watch(phases, meter=Meter(device), profiled=last)
     try:
-        with nullcontext() if meter.trace is None else meter.trace.watching():
-            outcome = _train(run, watch, dims=dims, device=device, reduce=reduce)
+        outcome = trained(run, watch, dims=dims, device=device, reduce=reduce)
         whole = Attempt("measured", iterations=tuple(watch.iterations[warm * len(roles) :]))
         found = whole if outcome == "finished" else Attempt("stopped", "asked to stop")
     except Exception as error:  # a row that fails must not take the others with it
@@ -260,19 +314,28 @@ def attempt(
             status, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
         )
     watch.end()
-    del watch, meter
+    del watch
     forget(device)
     return found
+
+
+def trained(
+    run: Run, watch: Watch, *, dims: ParallelDims, device: torch.device, reduce: str = ""
+) -> Outcome:
+    """What `rcm.configs.build` does for `scripts.train`, without files, through the phases of
+    `watch`.
+    """
+    with watch.meter.watching():
+        return _train(run, watch, dims=dims, device=device, reduce=reduce)
 
 
 def _train(
     run: Run, watch: Watch, *, dims: ParallelDims, device: torch.device, reduce: str
 ) -> Outcome:
-    """What `rcm.configs.build` does for `scripts.train`, without files."""
     config = run.config
     allow_tf32()
     require_here(config, device=device)
-    idle = IdleRoles() if config.trainer.offload.idle_roles else None
+    watch.idle = idle = IdleRoles() if config.trainer.offload.idle_roles else None
     nets = RandomNets(
         config.model.config,
         dims=dims,
