@@ -65,12 +65,12 @@ def read_exactly(path: Path, target: bytearray | memoryview, *, start: int) -> N
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` beside `path`, flush it to disk, and rename it into place."""
+    """Write `text` as UTF-8 beside `path`, flush it to disk, and rename it into place."""
     temporary = path.with_name(path.name + ".writing")
     # whatever a killed process or another program left there, a link to elsewhere among it
     discard(temporary)
     try:
-        with open(temporary, "w") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,10 @@ def test_a_folder_is_called_one(tmp_path):
     (tmp_path / "a.mp4").mkdir()
     with pytest.raises(OSError, match="is a folder"):
         OutputFile.claim(str(tmp_path / "a.mp4"), suffix=(".mp4",), knob="--save_path")
+
+
+def test_what_is_written_does_not_depend_on_the_locale(tmp_path):
+    text = "import sys, pathlib, rcm.core.files as f; f.write_atomically(pathlib.Path(sys.argv[1]), 'fa\\xe7ade')"
+    plain = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": os.getcwd()}
+    subprocess.run([sys.executable, "-X", "utf8=0", "-c", text, tmp_path / "a"], env=plain, check=True)
+    assert (tmp_path / "a").read_bytes() == b"fa\xc3\xa7ade"
