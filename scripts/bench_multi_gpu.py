@@ -16,6 +16,7 @@ import os
 # multicast over NVLink is not to be had on shared machines
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
+import io
 import sys
 import time
 import zlib
@@ -29,6 +30,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rcm.core.dtypes import Precision
+from rcm.core.errors import ConfigError
+from rcm.core.output_file import OutputFile
 from rcm.core.rng import StepRng, randn
 from rcm.diffusion.blocks import BlockPattern
 from rcm.inference.outcome import command
@@ -44,7 +47,7 @@ from rcm.parallel.mesh import ParallelDims, process_group
 from rcm.storage.pickle_file import read_pickle
 from scripts.bench_measure import bench_flags, in_words, machine, require_card, write
 
-SAMPLES = 2
+SAMPLES, HEAD = 2, 128
 # of every gradient, evenly spread: a wrong shard, factor or order cannot hide from them
 KEPT_ENTRIES = 65536
 LIMITS = {"fp32": 1e-5, "bf16": 1e-2}
@@ -80,51 +83,85 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--layers", type=int, help="blocks, other than 10 in float32 and 30 in bfloat16"
     )
-    parser.add_argument("--dim", type=int, default=1536, help="width, a multiple of 128")
+    parser.add_argument("--dim", type=int, default=1536, help=f"width, a multiple of {HEAD}")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--small", action="store_true", help="tiny latents, for trying the script")
     options = parser.parse_args(arguments)
+    if options.dim % HEAD:
+        raise ConfigError(f"--dim {options.dim} must be a multiple of {HEAD}, the size of a head")
     if options.device == "cuda":
         require_card("bench_multi_gpu", instead="--device cpu --small tries the script")
     text = {"text_len": 16, "text_dim": 64} if options.small else {}
     shape = {
         "dim": options.dim,
         "ffn_dim": options.dim * 35 // 6,
-        "num_heads": options.dim // 128,
+        "num_heads": options.dim // HEAD,
         **text,
     }
     sizes = (Size("fp32", 6, 4, 8), Size("bf16", 6, 4, 8)) if options.small else SIZES
     rows: list[dict[str, Any]] = []
     with process_group(options.device):
-        world, truth = dist.get_world_size(), {}
-        if world > 1:
-            for key, value in read_pickle(options.truth).tensors.items():
-                precision, _, name = key.partition(".")
-                truth.setdefault(precision, {})[name] = value
+        world, layouts = dist.get_world_size(), combinations(dist.get_world_size())
+        written = OutputFile.claim(options.truth, knob="--truth") if world == 1 else None
+        truth = {} if written else read_truth(options.truth)
         for size in sizes:
-            for name, mesh in combinations(world).items():
+            for name, mesh in layouts.items():
                 config = WanConfig(num_layers=options.layers or size.layers, **shape)
                 found, row = run(config, size, ParallelDims(*mesh, options.device))
                 row = {"size": f"{size.precision} {size.frames} frames", "ranks": name, **row}
-                if world == 1:
+                if written:
                     truth[size.precision] = found
                 else:
-                    row |= compare(found, truth[size.precision])
+                    require_alike(found, truth.get(size.precision, {}), options.truth)
+                    row |= compare(found, truth[size.precision], options.device)
                     row["ok"] = (
                         max(row[key] for key in ("v", "v_dot", "grad")) <= LIMITS[size.precision]
                     )
                 rows.append(row)
                 if dist.get_rank() == 0:
                     print(in_words(row), flush=True)
-        if world == 1:
-            torch.save(truth, options.truth)
-        elif dist.get_rank() == 0 and options.json:
+        if written:
+            torch.save(truth, whole := io.BytesIO())
+            written.write(whole.getvalue())
+        if dist.get_rank() == 0 and options.json:
             write(options.json, {"machine": machine(options.device), "rows": rows})
     return 0 if all(row.get("ok", True) for row in rows) else 1
 
 
+def read_truth(path: Path) -> dict[str, dict[str, Tensor]]:
+    """What one rank wrote, by precision and name."""
+    if not path.is_file():
+        raise ConfigError(
+            f"--truth {path} is not there; write it first, on one rank with the same flags:"
+            f" torchrun --nproc_per_node=1 -m scripts.bench_multi_gpu --truth {path}"
+        )
+    truth: dict[str, dict[str, Tensor]] = {}
+    for key, value in read_pickle(path).tensors.items():
+        precision, _, name = key.partition(".")
+        truth.setdefault(precision, {})[name] = value
+    return truth
+
+
+def require_alike(found: dict[str, Tensor], truth: dict[str, Tensor], path: Path) -> None:
+    """`ConfigError` for results of another network, or of other latents."""
+    gradients = [{name for name in held if name.startswith("grad.")} for held in (found, truth)]
+    alike = (name in truth and truth[name].shape == x.shape for name, x in found.items())
+    if gradients[0] != gradients[1] or not all(alike):
+        raise ConfigError(
+            f"--truth {path} is of another network; write it anew on one rank, with the same"
+            " --layers, --dim and --small"
+        )
+
+
 def combinations(world: int) -> dict[str, tuple[int, int, int]]:
-    """Name -> copies of the parameters, data ranks that share one, ranks that share a sample."""
+    """Name -> copies of the parameters, data ranks that share one, ranks that share a sample.
+    `ConfigError` where some data ranks would take one of `SAMPLES` more often than the other.
+    """
+    if world > 2 and world % 4:
+        raise ConfigError(
+            f"{world} ranks cannot share {SAMPLES} samples evenly in every layout; start 1, 2, or a"
+            " multiple of 4"
+        )
     if world == 1:
         return {"one": (1, 1, 1)}
     found = {f"FSDP2 over {world}": (1, world, 1), f"Ulysses over {world}": (1, 1, world)}
@@ -239,7 +276,9 @@ class Meter:
         )
 
 
-def compare(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Any]:
+def compare(
+    found: dict[str, Tensor], truth: dict[str, Tensor], device: str = "cpu"
+) -> dict[str, Any]:
     """Relative L2 differences, worst over ranks: of outputs and tangents (worst sample), of all
     gradients together, of the worst tensor.
 
@@ -263,10 +302,7 @@ def compare(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Any
         else:
             numbers[kind] = max(numbers[kind], difference)
     numbers["grad"] = (squares[0] / squares[1]) ** 0.5
-    return {
-        **worst_over_ranks(numbers, "cuda" if torch.cuda.is_available() else "cpu"),
-        "worst_grad_of": name,
-    }
+    return {**worst_over_ranks(numbers, device), "worst_grad_of": name}
 
 
 def worst_over_ranks(numbers: dict[str, float], device: str) -> dict[str, float]:

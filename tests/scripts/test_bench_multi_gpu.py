@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from rcm.core.errors import ConfigError
 from scripts import bench_multi_gpu
 from tests.support.dist import run_ranks
 
@@ -38,6 +41,31 @@ def test_layouts_by_number_of_ranks() -> None:
         found = bench_multi_gpu.combinations(ranks)
         assert all(copies * shard * context == ranks for copies, shard, context in found.values())
         assert len(found) == {1: 1, 2: 2}.get(ranks, 4)
+    with pytest.raises(ConfigError, match="6 ranks cannot share 2 samples evenly"):
+        bench_multi_gpu.combinations(6)
+
+
+def refusal(*words: str) -> tuple[int, str]:
+    """Exit status in this rank's group, and what it says."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        return ran(*words), said.getvalue()
+
+
+@pytest.mark.dist
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys) -> None:
+    """Before anything runs where that can be, and never as a difference of numbers."""
+    assert ran("--dim", "130", "--truth", "x.pt") == 2
+    assert "--dim 130 must be a multiple of 128" in capsys.readouterr().err
+    missing = f"{tmp_path}/none.pt"
+    for status, said in run_ranks(2, refusal, "--truth", missing, tmp_path=tmp_path):
+        assert status == 2 and said.count("\n") == 1
+        assert f"--truth {missing} is not there; write it first" in said
+    truth = {"grad.w": torch.ones(3), "v.0": torch.ones(2)}
+    for wrong in ({}, {**truth, "grad.b": torch.ones(1)}, {**truth, "v.0": torch.ones(3)}):
+        with pytest.raises(ConfigError, match="t.pt is of another network; write it anew"):
+            bench_multi_gpu.require_alike(truth, wrong, Path("t.pt"))
+    both = {**truth, "v.1": torch.ones(2)}
+    bench_multi_gpu.require_alike(truth, both, Path("t.pt"))  # a rank has some of the samples
 
 
 def test_a_wrong_gradient_cannot_hide() -> None:
