@@ -30,7 +30,8 @@ from torch import Tensor
 from rcm.core.errors import first_line
 from rcm.inference.outcome import command
 from rcm.kernels.persistent_attention.api import attend
-from rcm.kernels.split_attention.api import num_splits, split_attention
+from rcm.kernels.split_attention.api import split_attention
+from rcm.nets.attention_auto import parts_of
 from scripts.bench_measure import bench_flags, captured, relative, require_card, this_card, write
 
 WIDTH = 128
@@ -128,14 +129,13 @@ class Bf16:
 
     def measure(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
         """The kernel; one library call, and several for parts of the keys."""
-        card = torch.cuda.get_device_properties(q.device)
-        parts = num_splits(q.shape[1], k.shape[1], q.shape[2], card.multi_processor_count)
+        parts = parts_of(q, k)
         calls = {
             "ms": partial(self.attend, q, k, v),
             "library_ms": partial(self.cudnn, q, k, v, parts=1),
             "parts_ms": partial(self.cudnn, q, k, v, parts=parts),
         }
-        return {name: captured(call, fill_ms=4) for name, call in calls.items()} | {"parts": parts}
+        return {name: captured(call) for name, call in calls.items()} | {"parts": parts}
 
 
 class Fp8:
@@ -222,9 +222,9 @@ class Fp8:
         queries, held = self.coded(q, k, v, capacity=21 * FRAME)
         slots = torch.arange(q.shape[1], device="cuda")
         own = k[:, : q.shape[1]], v[:, : q.shape[1]]
-        alone = captured(lambda: self.attend(queries, held, k.shape[1]), fill_ms=4)
-        asked = captured(lambda: launch.code_queries(q, held.scales, scale=WIDTH**-0.5), fill_ms=4)
-        entered = captured(lambda: launch.write(held, slots, *own), fill_ms=4)
+        alone = captured(lambda: self.attend(queries, held, k.shape[1]))
+        asked = captured(lambda: launch.code_queries(q, held.scales, scale=WIDTH**-0.5))
+        entered = captured(lambda: launch.write(held, slots, *own))
         return {
             "ms": alone,
             "queries_ms": asked,

@@ -217,20 +217,20 @@ def alone(call: Callable[[], object], *, repeats: int) -> float:
     return _rounds(lambda: [call() for _ in range(10)], repeats=repeats) / 10
 
 
-def captured(*calls: Callable[[], object], repeats: int = 9, fill_ms: float = 0.0) -> float:
-    """Milliseconds of one of `calls`, which stand one after the other in a CUDA graph, median of
-    replays. Short ones stand in it again and again, up to `fill_ms` and 40 times.
+def captured(call: Callable[[], object], *, repeats: int = 9, fill_ms: float = 4.0) -> float:
+    """Milliseconds of a call in a CUDA graph, median of replays. A short one stands in it again
+    and again, up to `fill_ms` and 40 times.
     """
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.stream(side), torch.no_grad():
-        once = _rounds(lambda: [call() for call in calls], repeats=1)
+        once = _rounds(call, repeats=1)
     torch.cuda.synchronize()
     times = max(1, min(40, int(fill_ms / max(once, 1e-3))))
     with torch.no_grad(), torch.cuda.graph(graph):
-        for call in calls * times:
+        for _ in range(times):
             call()
-    return _rounds(graph.replay, repeats=repeats) / len(calls * times)
+    return _rounds(graph.replay, repeats=repeats) / times
 
 
 def _rounds(call: Callable[[], object], *, repeats: int) -> float:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ from torch import Tensor
 from rcm.inference.outcome import command
 from rcm.kernels.kv_codec.codec import KVCodec
 from rcm.kernels.kv_codec.spec import SIDES, KVCodecSpec, SideSpec
-from rcm.kernels.split_attention.api import num_splits, split_attention
+from rcm.kernels.persistent_attention.api import attend, obstacle
+from rcm.kernels.split_attention.api import split_attention
+from rcm.nets.attention_auto import parts_of
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamSpec
 from rcm.rollout.eviction.sliding_window import SlidingWindow
@@ -126,18 +129,15 @@ def streamed(denoiser: Any, spec: KVCodecSpec | None, *, chunks: int) -> dict[st
 
 
 def parts(spec: KVCodecSpec | None, layers: int) -> dict[str, float]:
-    """Encode, restore and attention of a chunk, and the relative error of attention."""
+    """Encode, restore and attention of a chunk, as captured passes take it, and the relative error
+    of attention.
+    """
     q, k, v = draw("real-like", (4680, 12, 128), "cuda")
-    total = WINDOW * k.shape[1]
-    splits = num_splits(
-        q.shape[1], total, q.shape[2], torch.cuda.get_device_properties(0).multi_processor_count
-    )
+    total, scale = WINDOW * k.shape[1], q.shape[3] ** -0.5
     room = [torch.zeros(1, total, *x.shape[2:], dtype=x.dtype, device="cuda") for x in (k, v)]
-
-    def attend() -> None:
-        split_attention(q, *room, scale=q.shape[3] ** -0.5, parts=splits)
-
-    found = {"attention": captured(attend, fill_ms=4) * layers * PASSES}
+    by_parts = partial(split_attention, parts=parts_of(q, room[0]))
+    dense = partial(by_parts if obstacle(q, *room) else attend, q, *room, scale=scale)
+    found = {"attention": captured(dense) * layers * PASSES}
     if spec is None:
         return found
     codec, blobs, restored = KVCodec(spec), {}, []
@@ -160,18 +160,15 @@ def parts(spec: KVCodecSpec | None, layers: int) -> dict[str, float]:
                 blobs[side][0], tables[side][:count], starts[:count], out, side=side, turn=turn
             )
 
-    found["encode"] = captured(encode, fill_ms=4) * layers
+    found["encode"] = captured(encode) * layers
     found["restore"] = layers * (
-        captured(lambda: restore(WINDOW), fill_ms=4)
-        + (PASSES - 1) * captured(lambda: restore(WINDOW - 1), fill_ms=4)
+        captured(lambda: restore(WINDOW)) + (PASSES - 1) * captured(lambda: restore(WINDOW - 1))
     )
     own = [x.roll(7, 1) for x in (k, v)]
 
     def output(keys: Tensor, values: Tensor) -> Tensor:
         pair = [torch.cat([x, y], dim=1) for x, y in zip((keys, values), own, strict=True)]
-        return split_attention(
-            q[:, ::9].contiguous(), *pair, scale=q.shape[3] ** -0.5, parts=1
-        ).float()
+        return split_attention(q[:, ::9].contiguous(), *pair, scale=scale, parts=1).float()
 
     found["attention_error"] = relative(output(*restored), output(k, v))
     return found

@@ -25,9 +25,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rcm.core.errors import ConfigError
+from rcm.encoders.taehv import TinyDecoderCodec
 from rcm.encoders.wan_vae import WanVAECodec
 from rcm.inference.outcome import command
 from scripts.bench_measure import (
+    CheckFailed,
     bench_flags,
     in_words,
     relative,
@@ -110,7 +113,7 @@ def cold_starts(*, height: int, width: int) -> dict[str, dict[str, float]]:
                     timeout=300,
                 )
                 if done.returncode:
-                    raise RuntimeError(
+                    raise CheckFailed(
                         f"the process with {way}, cache {disk} failed:"
                         f" {done.stderr.strip()[-2000:]}"
                     )
@@ -152,7 +155,12 @@ def show_cold(found: dict[str, dict[str, float]]) -> None:
 
 
 def streaming(
-    codec: WanVAECodec, latents: Tensor, *, per_chunk: int, graphs: str, repeats: int
+    codec: WanVAECodec | TinyDecoderCodec,
+    latents: Tensor,
+    *,
+    per_chunk: int,
+    graphs: str,
+    repeats: int,
 ) -> dict[str, float]:
     """Milliseconds of the first latent frame and per later one, pixels included, in chunks of
     `per_chunk` that are not split further; `launch_ms` is how long the host is busy with a later
@@ -160,26 +168,21 @@ def streaming(
     """
     stream = codec.stream(frames_per_step=per_chunk, graphs=graphs)
     first, steady, launch = [], [], []
-    for _ in range(repeats + 1):
+    chunks = latents[:, :, :1], *latents[:, :, 1 : 1 + 3 * per_chunk].split(per_chunk, dim=2)
+    for number in range(repeats + 1):
         stream.restart()
-        for index, chunk in enumerate(
-            (latents[:, :, :1], *latents[:, :, 1 : 1 + 3 * per_chunk].split(per_chunk, dim=2))
-        ):
+        for index, chunk in enumerate(chunks):
             torch.cuda.synchronize()
             start = time.perf_counter()
             stream.decode_chunk(chunk)
             returned = time.perf_counter()
             torch.cuda.synchronize()
-            (steady if index else first).append(
-                1e3 * (time.perf_counter() - start) / chunk.shape[2]
-            )
-            launch += [1e3 * (returned - start) / chunk.shape[2]] if index else []
-    # the first round compiles, packs and captures
-    return {
-        "first_ms": statistics.median(first[1:]),
-        "steady_ms": statistics.median(steady[3:]),
-        "launch_ms": statistics.median(launch[3:]),
-    }
+            if number:  # the first round compiles, packs and captures
+                spent = 1e3 * (time.perf_counter() - start) / chunk.shape[2]
+                (steady if index else first).append(spent)
+                launch += [1e3 * (returned - start) / chunk.shape[2]] if index else []
+    found = {"first_ms": first, "steady_ms": steady, "launch_ms": launch}
+    return {name: statistics.median(spent) for name, spent in found.items()}
 
 
 def _whole(call: Callable[[], object], *, repeats: int) -> dict[str, float]:
@@ -201,6 +204,9 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         for per_chunk in (1, 3)
         for graphs in ("off", "on")
     }
+    tiny = TinyDecoderCodec.random(device=DEVICE, dtype=torch.bfloat16)
+    how = {"per_chunk": 3, "graphs": "off", "repeats": options.repeats}
+    result["tiny_decoder"] = streaming(tiny, latents, **how)
     result["one_shot"] = {
         f"{step} per step": _whole(
             lambda step=step: codec.decode(latents, frames_per_step=step), repeats=options.repeats
@@ -253,7 +259,7 @@ def show(result: dict[str, object], options: argparse.Namespace) -> None:
         f" (release: {RELEASE_MS} ms per latent frame)"
     )
     show_cold(result["cold_start"])
-    for name, row in result["streaming"].items():
+    for name, row in (result["streaming"] | {"tiny decoder": result["tiny_decoder"]}).items():
         times = (
             f"first {row['first_ms']:7.2f} ms   steady {row['steady_ms']:7.2f} ms per latent frame"
         )
@@ -281,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = bench_flags(__doc__)
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=832)
-    parser.add_argument("--frames", type=int, default=81, help="1 + 4 k")
+    parser.add_argument("--frames", type=int, default=81, help="1 + 4 k, at least 37 [%(default)s]")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--profile", action="store_true", help="print the kernels of one steady step"
@@ -292,6 +298,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cold-child", choices=("ahead", "plain"), help=argparse.SUPPRESS)
     parser.idle("frames", "repeats", "profile", beside="cold")
     options = parser.parse_args(arguments)
+    if options.frames % 4 != 1 or options.frames < 37:  # the chunks that are streamed
+        raise ConfigError(f"--frames {options.frames} must be 1 + 4 k, at least 37")
+    for flag in ("height", "width"):
+        if getattr(options, flag) % 8:
+            raise ConfigError(f"--{flag} {getattr(options, flag)} must be a multiple of 8")
     instead = "on the CPU run the tests in tests/encoders"
     if options.cold_child:
         require_card("bench_vae", instead=instead)
