@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -33,18 +36,19 @@ PRELOADED = [
     "tests.support.warmed",
 ]
 """What cannot be imported on a machine is passed over."""
+ENVIRONMENT = dict(os.environ)
+"""Of all ranks: the fork server would keep for the others what the first test had set."""
 
 
 def run_ranks(
-    world: int, function: Callable[..., Any], *arguments: Any, tmp_path: Path, timeout: float = 120.0, device_type: str = "cpu"
+    world: int, function: Callable[..., Any], *arguments: Any, tmp_path: Path, timeout: float = 300.0, device_type: str = "cpu"
 ) -> list[Any]:
     """`function(*arguments)` on `world` gloo ranks; its results (anything torch.save takes) in rank
     order. The first failing rank's traceback is raised.
     """
     folder = tmp_path / f"ranks_{time.monotonic_ns()}"
     folder.mkdir(parents=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = _context()
     children = [context.Process(target=_child, args=(rank, world, device_type, folder, function, arguments)) for rank in range(world)]
     for child in children:
         child.start()
@@ -71,13 +75,11 @@ def run_ranks(
     return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def run_until_death(function: Callable[..., Any], *arguments: Any, timeout: float = 60.0) -> int | None:
+def run_until_death(function: Callable[..., Any], *arguments: Any, timeout: float = 300.0) -> int | None:
     """Exit code of a process that runs `function(*arguments)` and is expected to die in it
     (negative: the signal).
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    child = context.Process(target=function, args=arguments)
+    child = _context().Process(target=function, args=arguments)
     child.start()
     child.join(timeout)
     if child.is_alive():
@@ -86,8 +88,17 @@ def run_until_death(function: Callable[..., Any], *arguments: Any, timeout: floa
     return child.exitcode
 
 
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with mock.patch.dict(os.environ, ENVIRONMENT, clear=True):
+        forkserver.ensure_running()
+    return context
+
+
 def _child(rank: int, world: int, device_type: str, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_tests, daemon=True).start()
     try:
         if device_type == "cuda":
             torch.cuda.set_device(rank)
@@ -103,3 +114,11 @@ def _child(rank: int, world: int, device_type: str, folder: Path, function: Call
         (folder / f"error_{rank}.txt").write_text(traceback.format_exc())
         os._exit(1)
     os._exit(0)
+
+
+def _end_with_the_tests() -> None:
+    """Ranks that wait for each other would otherwise outlive a run of tests that was killed, and
+    keep the fork server.
+    """
+    multiprocessing.parent_process().join()
+    os._exit(1)

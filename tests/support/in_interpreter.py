@@ -5,10 +5,11 @@ own.
 from __future__ import annotations
 
 import atexit
-import functools
+import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,11 @@ from typing import Any
 
 import pytest
 
-SECONDS = 300
+SECONDS = 600
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+"""Of all programs: the server would keep for the others what the first test had set."""
+_running: list[subprocess.Popen] = []
 
 
 def in_interpreter(module: str, *words: str) -> Any:
@@ -31,18 +36,29 @@ def in_interpreter(module: str, *words: str) -> Any:
         asked = {"module": f"tests.support.{module}", "words": words, "out": str(out), "err": str(err)}
         print(json.dumps(asked), file=server.stdin, flush=True)
         if not select.select([server.stdout], [], [], SECONDS)[0]:
-            _server.cache_clear()
-            server.kill()
+            _end()
             pytest.fail(f"{module} still runs after {SECONDS} s")
         status = server.stdout.readline().strip()
         assert status == "0", f"status {status or 'none'}: {err.read_text()[-3000:] if err.exists() else ''}"
         return json.loads(out.read_text())
 
 
-@functools.cache
 def _server() -> subprocess.Popen:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.support.interpreter_server"]
-    server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    atexit.register(server.kill)
-    return server
+    """The one at hand, or another where that is gone."""
+    if _running and _running[0].poll() is not None:
+        _end()
+    if not _running:
+        command = [sys.executable, "-m", "tests.support.interpreter_server"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        _running.append(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes))
+    return _running[0]
+
+
+@atexit.register
+def _end() -> None:
+    """The server, and a program of its that still runs."""
+    for server in _running:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    _running.clear()
