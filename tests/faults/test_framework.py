@@ -47,7 +47,7 @@ CASES = {
     "command that goes on": (Fault("x", kind="k", refusal="knob", main=lambda arguments: 0), "exit 0"),
     "accepted": (Fault("x", kind="k", refusal=None, call=lambda folder: None), None),
     "accepted but refused": (Fault("x", kind="k", refusal=None, call=_refuse), "unclear"),
-    "process that hangs": (Fault("x", kind="k", refusal="", module="http.server", argv=lambda d: ["0"], deadline=0.5), "hang"),
+    "process that hangs": (Fault("x", kind="k", refusal="", module="http.server", argv=lambda d: ["0"], deadline=0.05), "hang"),
     "process refused": (Fault("x", kind="k", refusal="No module named", module="no_such_module"), None),
 }
 

@@ -56,18 +56,19 @@ def test_beats_are_written_and_lines_said_when_it_is_time(tmp_path: Path, told: 
 
 
 def test_a_stall_is_told_once_with_its_place(tmp_path: Path, told: list[str]) -> None:
-    beat = HeartBeat(tmp_path / "heartbeat.json", every=100, minutes=0.002)
+    path, now = tmp_path / "heartbeat.json", [0.0]
+    beat = HeartBeat(path, every=100, minutes=0.002, clock=lambda: now[0])
 
     def stand_still() -> None:
-        while sum("no iteration has ended" in line for line in told) < 1:
+        now[0] += 1
+        while json.loads(path.read_text())["state"] != "stalled":
             time.sleep(0.01)
-        time.sleep(0.3)
+        time.sleep(0.3)  # ten looks of the watch
 
     beat.started(at(3))
     stand_still()
-    assert json.loads((tmp_path / "heartbeat.json").read_text())["state"] == "stalled"
     beat.stepped(at(4), is_main=True)
-    record = json.loads((tmp_path / "heartbeat.json").read_text())
+    record = json.loads(path.read_text())
     beat.finished()
     stalls = [line for line in told if "no iteration has ended" in line]
     assert len(stalls) == 1 and "the last was 3; the main thread is in test_monitor.py:" in stalls[0] and "stand_still" in stalls[0]
