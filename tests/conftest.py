@@ -17,6 +17,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.support import processes
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Two workers share two cores: more threads per process only make them wait for each other."""
@@ -72,3 +74,10 @@ def _same_defaults() -> object:
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
     assert not changed, "the test left torch's default dtype or gradient mode changed"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs_on() -> Iterator[None]:
+    """A job of a failed test would take a core from all later ones."""
+    yield
+    processes.end_all()

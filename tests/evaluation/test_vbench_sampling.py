@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from rcm.evaluation.vbench_prompts import T2V_FILE, SuiteItem, by_dimension, pla
 from rcm.evaluation.vbench_sampling import ClipRequest, Share, SuiteRun, sample_suite
 from rcm.pipelines.video_io import VideoError, probe, read_mp4
 from scripts.vbench_sample import ASSETS, main
-from tests.hygiene.source import ROOT
+from tests.support.processes import begin
 from tests.support.tiny_checkpoint import write_checkpoint
 
 COUNTS = {
@@ -212,8 +211,8 @@ def command(out: Path, checkpoint: Path, *more: str) -> list[str]:
 
 
 def start(words: list[str], *, rank: int = 0, world: int = 1) -> subprocess.Popen:
-    environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    environment = {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    return begin(words, environment=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 @pytest.mark.slow

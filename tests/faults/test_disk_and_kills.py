@@ -21,9 +21,10 @@ import pytest
 from rcm.configs import cli
 from rcm.train import checkpoint as saving
 from rcm.train.checkpoint import Checkpointer
-from tests.faults.case import ROOT, Fault, count
+from tests.faults.case import Fault, count
 from tests.integration.entry import everything, launch, lines, same, small
 from tests.support.dist import run_until_death
+from tests.support.processes import begin
 
 TF = "experiment=toy_tf_c3-3"
 SAVES = "checkpoint.save_iter=1"
@@ -158,17 +159,8 @@ def start(job: Path, *words: str, ranks: int) -> list[subprocess.Popen]:
         port = str(probe.getsockname()[1])
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
     command = [sys.executable, "-m", "scripts.train", TF, *small(job, iterations=100_000), SAVES, "checkpoint.keep_last=3", *words]
-    return [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **({**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
+    places = [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
+    return [begin(command, environment=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for place in places]
 
 
 def logged(job: Path) -> int:
@@ -176,7 +168,7 @@ def logged(job: Path) -> int:
     return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
-def reach(job: Path, target: int, processes: list[subprocess.Popen], *, seconds: float = 180) -> None:
+def reach(job: Path, target: int, processes: list[subprocess.Popen], *, seconds: float = 300) -> None:
     """Until the job has logged `target` lines; all processes must live meanwhile."""
     deadline = time.monotonic() + seconds
     while logged(job) < target:
@@ -203,7 +195,7 @@ def test_kills_at_random(tmp_path: Path, request: pytest.FixtureRequest, ranks: 
         for process in victims:
             process.kill()
         for process in processes:
-            _, told = process.communicate(timeout=60)
+            _, told = process.communicate(timeout=300)
             if process not in victims:
                 count(request, "kills at random", "unclear")
                 said = [line for line in told.splitlines() if line.startswith("error")]
@@ -225,7 +217,7 @@ def test_a_dead_peer_is_one_sentence(tmp_path: Path, request: pytest.FixtureRequ
     processes = start(tmp_path / "job", ranks=2)
     reach(tmp_path / "job", 3, processes)
     processes[1].kill()
-    _, told = processes[0].communicate(timeout=60)
+    _, told = processes[0].communicate(timeout=300)
     processes[1].communicate()
     count(request, "dead peers", "unclear")
     said = [line for line in told.splitlines() if line.startswith("error")]

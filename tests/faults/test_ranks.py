@@ -205,7 +205,7 @@ SELDOM = ("a full disk under a background save of rank 1", "an observer that ref
 def test_two_ranks_end_together(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     case = next(case for case in CASES if case.name == name)
     count(request, case.kind, "hang")
-    found = run_ranks(2, on_rank, name, tmp_path / "job", tmp_path=tmp_path, timeout=60)
+    found = run_ranks(2, on_rank, name, tmp_path / "job", tmp_path=tmp_path)
     count(request, case.kind, "exit 0")
     codes = [code for code, _, _ in found]
     assert all(codes) and case.code in codes, found

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.case import ROOT
 from tests.faults.test_disk_and_kills import KEEPS, SAVES, TF, logged
 from tests.integration.entry import everything, same, small
 from tests.integration.test_resume import latest
+from tests.support.processes import begin
 
 ITERATIONS = 14
 KILLED_AT = (4, 9)
@@ -25,19 +25,13 @@ KILLED_AT = (4, 9)
 
 
 def torchrun(job: Path, *more: str, restarts: int) -> subprocess.Popen:
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *(f"--max-restarts={restarts}", "-m", "scripts.train", TF, SAVES, KEEPS),
-            *small(job, iterations=ITERATIONS),
-            *more,
-        ],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *(f"--max-restarts={restarts}", "-m", "scripts.train", TF, SAVES, KEEPS),
+        *small(job, iterations=ITERATIONS),
+        *more,
+    ]
+    return begin(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def ranks_of(agent: int) -> list[int]:

@@ -145,7 +145,7 @@ def test_two_ranks_equal_one_and_resume_exactly(tmp_path: Path) -> None:
         words("parts", SHARD, iterations=2),
         words("parts", SHARD),
     ]
-    assert run_ranks(2, exit_codes, commands, tmp_path=tmp_path, timeout=300) == [[0] * len(commands)] * 2
+    assert run_ranks(2, exit_codes, commands, tmp_path=tmp_path) == [[0] * len(commands)] * 2
     close(tmp_path / "context", tmp_path / "one", rel=1e-6)
     close(tmp_path / "shard", tmp_path / "replica", rel=1e-6)
     assert lines(tmp_path / "shard")[0] != lines(tmp_path / "one")[0], "two data ranks read other samples than one"

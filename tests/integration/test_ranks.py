@@ -121,7 +121,7 @@ def test_torchrun_resumes_in_the_short_form(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_refused_config_ends_every_rank_with_one_sentence(tmp_path: Path) -> None:
     process = command(*teacher_forced(tmp_path / "job", "model_parallel.context_parallel_size=3"), ranks=2)
-    _, told = process.communicate(timeout=120)
+    _, told = process.communicate(timeout=300)
     assert process.returncode != 0
     assert told.count("error: ") == 1 and "context_parallel_size" in told
     assert not (tmp_path / "job").exists()

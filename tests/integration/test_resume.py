@@ -5,7 +5,6 @@ one ends; on several ranks too.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration.entry import everything, launch, lines, same, small, write_network
+from tests.support.processes import begin
 
-ROOT = Path(__file__).resolve().parents[2]
 M = "model.config."
 SELF_FORCED = ("net", "net_bidirectional_teacher", "net_fake_score")
 REGISTRY = ["--config=rcm/configs/registry_distill.py", "--"]
@@ -142,24 +141,18 @@ def command(*words: str, ranks: int = 1) -> subprocess.Popen:
         "--rdzv-backend=c10d",
         "--rdzv-endpoint=localhost:0",
     ]
-    return subprocess.Popen(
-        [sys.executable, *(torchrun if ranks > 1 else []), "-m", "scripts.train", *words],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, *(torchrun if ranks > 1 else []), "-m", "scripts.train", *words]
+    return begin(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def finish(process: subprocess.Popen, *, timeout: float = 120) -> str:
+def finish(process: subprocess.Popen, *, timeout: float = 300) -> str:
     """Wait; the process must succeed. Returns what it wrote to standard error."""
     _, told = process.communicate(timeout=timeout)
     assert process.returncode == 0, told
     return told
 
 
-def wait_for(condition, process: subprocess.Popen, *, seconds: float = 60) -> None:
+def wait_for(condition, process: subprocess.Popen, *, seconds: float = 300) -> None:
     """Until `condition()`; the process must live meanwhile."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -227,7 +227,7 @@ def test_one_thread_at_a_time(denoiser):
     session.loop.interrupt = lambda: closing.is_alive() or closing.ident or closing.start() or session._course.require_open()
     with pytest.raises(StreamCancelled):
         chunks(session, 50)
-    closing.join(timeout=20)
+    closing.join(timeout=120)
     assert not closing.is_alive() and session.num_bytes() == 0
 
 

@@ -165,7 +165,7 @@ def play() -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, list[str]]]:
-    return run_ranks(2, play, tmp_path=tmp_path_factory.mktemp("ranks"), timeout=60)
+    return run_ranks(2, play, tmp_path=tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("look_ahead", [False, True])
@@ -251,4 +251,4 @@ def test_a_rank_thrown_out_of_a_pass_waits_for_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(stream_ranks, "greatest", lambda *_, **__: pytest.fail("waits for a rank that waits for this one"))
     meeting.adrift = True
     meeting.leave()
-    assert run_ranks(2, throws, tmp_path=tmp_path, timeout=60) == [["RuntimeError", "False"], ["KeyboardInterrupt", "False"]]
+    assert run_ranks(2, throws, tmp_path=tmp_path) == [["RuntimeError", "False"], ["KeyboardInterrupt", "False"]]

@@ -272,7 +272,7 @@ def test_two_ranks_load_like_one_and_fail_together(tmp_path):
     (tmp_path / "cut.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:-5000])
     lora_file(tmp_path / "lora.pt")
     merged = dict(load_wan(tmp_path / "a.pt", precision=FP32, loras=[LoRA(tmp_path / "lora.pt")]).net.state_dict())
-    ranks = run_ranks(2, on_two_ranks, tmp_path, tmp_path=tmp_path, timeout=60)
+    ranks = run_ranks(2, on_two_ranks, tmp_path, tmp_path=tmp_path)
     for found in ranks:
         assert equal(found["sharded"], state) and equal(found["whole"], merged)
         for name, words in {

@@ -356,7 +356,7 @@ def test_ranks_with_other_heads_choose_alike(policy):
         """The sum of what both ranks give at the same time: run in lockstep by threads."""
 
         def __init__(self) -> None:
-            self.barrier, self.given = threading.Barrier(2, timeout=20), {}
+            self.barrier, self.given = threading.Barrier(2, timeout=120), {}
 
         def __call__(self, x: torch.Tensor) -> torch.Tensor:
             me = threading.get_ident()

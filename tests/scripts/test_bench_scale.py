@@ -274,7 +274,7 @@ def ran(*words: str) -> int:
 def test_whole_rows_on_gloo_ranks(tmp_path: Path, ranks: int, rows: str) -> None:
     path = tmp_path / "rows.json"
     words = ["--gpus", str(ranks), "--rows", rows, "--json", str(path)]
-    assert run_ranks(ranks, ran, *words, tmp_path=tmp_path, timeout=300) == [0] * ranks
+    assert run_ranks(ranks, ran, *words, tmp_path=tmp_path) == [0] * ranks
     found = json.loads(path.read_text())["rows"]
     assert [record["row"] for record in found] == rows.split(",")
     for record in found:

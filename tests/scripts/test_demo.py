@@ -28,6 +28,7 @@ from scripts.demo_run import Demo, Stopped, checkpointed_iteration, last_iterati
 from scripts.demo_stages import STAGES, branches, flat
 from scripts.demo_threads import free_threads
 from tests.hygiene.source import ROOT
+from tests.support.processes import begin
 
 SETTINGS = {"quick": False, "scale": 1.0, "videos": 96}
 
@@ -200,13 +201,13 @@ def test_ctrl_c_is_one_sentence_and_the_same_command_continues(tmp_path) -> None
     out = tmp_path / "demo"
     command = [sys.executable, "-m", "rcm", "demo", "--quick", "--scale", "0.4", "--videos", "8", "--out", str(out)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = begin(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     metrics = out / "runs" / "tf_c1-1" / "metrics.jsonl"
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     while last_iteration(metrics) < 10 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 130, said
     assert said == "stopped at stage 1 of 1 (tf_c1-1); the same command continues there, --fresh begins anew\n"
     saved = checkpointed_iteration(out / "runs" / "tf_c1-1")

@@ -66,7 +66,9 @@ def images(model: LoadedModel, chunks: int, *, seed: int = 0, switch: tuple[int,
 
 def get(server: Live, path: str, **headers: str) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers=headers), timeout=20) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers=headers), timeout=120
+        ) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -224,7 +226,7 @@ def test_silent_connections_keep_nobody_out(server, monkeypatch):
     monkeypatch.setattr(server_module, "MOST", 3)
     with server.client("new") as client, contextlib.ExitStack() as open_ones:
         client.frames(1)
-        silent = [open_ones.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=20)) for _ in range(8)]
+        silent = [open_ones.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=120)) for _ in range(8)]
         silent[0].sendall(b"GET / HT")
         assert get(server, "/health")[0] == 200
         for ended in silent[:5]:
@@ -258,7 +260,7 @@ def test_tokens_and_origins_of_sockets(guarded, headers, query, status):
     address = guarded.address() + query
     if status == 101:
         with connect(address, additional_headers=headers) as connected:
-            assert json.loads(connected.recv(timeout=20))["type"] == "hello"
+            assert json.loads(connected.recv(timeout=120))["type"] == "hello"
     else:
         with pytest.raises(InvalidStatus) as refused, connect(address, additional_headers=headers):
             pass

@@ -25,7 +25,7 @@ from rcm.serve.limits import Limits
 from rcm.serve.protocol import HEADER
 from rcm.serve.server import SEND_BUFFER, listen, serve
 
-PATIENCE = 30.0
+PATIENCE = 120.0
 """Seconds after which a test gives up waiting."""
 
 
