@@ -20,7 +20,7 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from rcm.core.errors import ConfigError
+from rcm.core.errors import ConfigError, first_line
 from rcm.core.records import Record, within
 from rcm.nets.attention import attention_record
 from rcm.train.describe import write_atomically
@@ -162,8 +162,8 @@ class KernelRecord:
 
 
 class Profiler:
-    """A trace of `active` iterations after `skip` ones of this process, one Chrome trace file per
-    rank in `folder`.
+    """A trace of `active` iterations after `skip` ones of this process, or of as many as there are,
+    one Chrome trace file per rank in `folder`.
     """
 
     def __init__(self, *, folder: str | Path, skip: int = 3, active: int = 2) -> None:
@@ -181,17 +181,33 @@ class Profiler:
         self._seen += 1
         if self._seen == self.skip:
             self._begin()
-        elif self._profile is not None and self._seen == self.skip + self.active:
-            self._profile.__exit__(None, None, None)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-            self._profile.export_chrome_trace(str(self.folder / f"trace_rank{rank}.json"))
-            self._profile = None
+        elif self._seen == self.skip + self.active:
+            self._end()
         return {}
+
+    def finished(self) -> None:
+        """A trace that is under way is written; one of no iteration is told."""
+        if self._seen > self.skip:
+            try:
+                self._end()
+            except OSError as error:
+                logger.warning("profile not written: {}", first_line(error))
+        elif is_main():
+            told = "no profile: trainer.profile_iter={} skips all {} iterations of this process"
+            logger.warning(told, self.skip, self._seen)
 
     def _begin(self) -> None:
         self._profile = torch.profiler.profile()
         self._profile.__enter__()
+
+    def _end(self) -> None:
+        profile, self._profile = self._profile, None
+        if profile is None:
+            return
+        profile.__exit__(None, None, None)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        profile.export_chrome_trace(str(self.folder / f"trace_rank{rank}.json"))
 
 
 class Progress:

@@ -75,7 +75,8 @@ class TrainerConfig(Record):
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     guard_tangents: bool = True  # check on the first step that no module drops a tangent
     progress_bar: bool = True  # on rank 0
-    profile_iter: int = within(0, least=0)  # iteration to record with the profiler; 0 = none
+    # iterations of this process before two that the profiler records; 0 = no profile
+    profile_iter: int = within(0, least=0)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
 
@@ -255,23 +256,31 @@ class Trainer:
         return self.state.iteration
 
     def _observe(self, call: Callable[[Observer], object]) -> None:
+        """Every observer is called whatever one of them raises, for others of them are collective;
+        the first problem is raised afterwards.
+        """
+        problems = []
         with torch.no_grad():
             for observer in self.observers:
-                call(observer)
+                try:
+                    call(observer)
+                except Exception as error:
+                    problems.append(error)
+        if problems:
+            raise problems[0]
 
     @contextmanager
     def _closing(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            for observer in self.observers:
-                if isinstance(observer, Ending):
-                    observer.finished()
-            for sink in self.sinks:
-                sink.close()
+        with ExitStack() as ends:  # each comes, whatever another one raises
             if self.checkpointer is not None:
                 # its collectives must not outlive the process group, whatever ended the run
-                self.checkpointer.settle()
+                ends.callback(self.checkpointer.settle)
+            for sink in self.sinks:
+                ends.callback(sink.close)
+            for observer in self.observers:
+                if isinstance(observer, Ending):
+                    ends.callback(observer.finished)
+            yield
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

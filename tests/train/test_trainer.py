@@ -202,3 +202,27 @@ def test_too_many_skipped_samples_stop_the_run() -> None:
     trainer._judge_skipped({"tf_scm/nonfinite_samples": 0.3, "loss/tf_scm": 100.0})
     with pytest.raises(NonFinite, match="50.0%.*iteration 7.*nan_sample_limit=0.1"):
         trainer._judge_skipped({"tf_scm/nonfinite_samples": 2.0})
+
+
+@pytest.mark.parametrize(("ran", "told"), [(2, True), (3, False)])
+def test_a_profile_of_a_run_that_ends_early(tmp_path: Path, warned: list[str], ran: int, told: bool) -> None:
+    """Two skipped, two asked for: what there is of them is written, nothing is said."""
+    launch(tmp_path, max_iter=ran, observers=[Profiler(folder=tmp_path / "traces", skip=2)]).run()
+    assert (tmp_path / "traces" / "trace_rank0.json").is_file() != told
+    assert any(f"trainer.profile_iter=2 skips all {ran} iterations" in line for line in warned) == told
+
+
+def test_one_observer_that_fails_keeps_none_waiting(tmp_path: Path) -> None:
+    """Others are collective: each is called, the checkpointer settles, then the run ends."""
+
+    def full() -> None:
+        raise OSError(28, "No space left on device", "kernels.json")
+
+    called: list[str] = []
+    trainer = launch(tmp_path, max_iter=3, observers=[At(1, full), At(1, lambda: called.append("gather"))])
+    closed = SimpleNamespace(write=lambda *_: None, close=full)
+    trainer.sinks, settle = (closed,), trainer.checkpointer.settle
+    trainer.checkpointer.settle = lambda: (called.append("settle"), settle())[1]
+    with pytest.raises(OSError, match="No space left"):
+        trainer.run()
+    assert called == ["gather", "settle"]
