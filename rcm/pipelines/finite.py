@@ -19,6 +19,7 @@ from rcm.nets.frozen_fp8 import SCALE, scales_of
 from rcm.nets.lora import AdaptedNet
 from rcm.nets.velocity_model import VelocityModel
 from rcm.parallel.agree import agree
+from rcm.parallel.host import fetch_back
 from rcm.rollout.autoregressive import ChunkLoop
 
 DECODER = (
@@ -162,8 +163,10 @@ def cause(loop: ChunkLoop, cond: Condition, seen: Iterable[int]) -> str:
 def bad_weight(net: nn.Module) -> str | None:
     """The name of the first parameter or buffer that is NaN or infinite, or of the first scale of
     weights in e4m3 that is not above 0; None if there is none. Adapters of a role are looked at
-    with the network that they are on. Of sharded tensors this rank's part counts.
+    with the network that they are on. Of sharded tensors this rank's part counts. A network that
+    waits in host memory comes back.
     """
+    fetch_back(net)
     tensors, looked = dict(_tensors(net)), dict[str, Tensor]()
     scales = set(scales_of(tensors).values())
     for name, x in tensors.items():

@@ -18,6 +18,7 @@ from rcm.configs.compose import compose_run
 from rcm.core.errors import CheckpointError, ConfigError
 from rcm.parallel.fsdp import local, stored_tensors
 from rcm.parallel.mesh import ParallelDims, process_group
+from rcm.pipelines.finite import bad_weight
 from rcm.train.offload import IdleRoles
 from rcm.train.trainer import Trainer
 from tests.support.dist import run_ranks
@@ -202,6 +203,8 @@ def test_one_network_beside_the_one_in_training(tmp_path: Path) -> None:
         }
         weights = stored_tensors(nets["bidirectional_teacher"])  # reading them fetches them
         assert present(nets["bidirectional_teacher"]) and all(local(w).isfinite().all() for w in weights.values())
+        trainer.idle.begin(())
+        assert bad_weight(nets["student"]) is None, "previews look at the weights of a student that waits"
 
 
 def test_a_gradient_through_a_network_that_would_leave_is_refused() -> None:
