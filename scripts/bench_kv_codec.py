@@ -19,11 +19,10 @@ from torch import Tensor
 
 from rcm.inference.outcome import command
 from rcm.kernels.kv_codec import fused
-from rcm.kernels.kv_codec.bias import segment_gain
 from rcm.kernels.kv_codec.codec import KVCodec, reference
 from rcm.kernels.kv_codec.codes import Codes
-from rcm.kernels.kv_codec.segments import Segment, attend_segments, flash, plain
 from rcm.kernels.kv_codec.spec import SIDES, KVCodecSpec, SideSpec, kivi
+from scripts.bench_kv_bias import Seen, corrected_errors
 from scripts.bench_measure import (
     alone,
     bench_flags,
@@ -129,7 +128,7 @@ def measure(
 ) -> dict:
     """One row."""
     q, k, v = data
-    codec, scale = KVCodec(spec), k.shape[3] ** -0.5
+    codec = KVCodec(spec)
     row: dict = {"codec": name, "encode_ms": 0.0, "restore_ms": 0.0, "bytes": 0}
     hats, blobs = {}, {}
     for side, x in zip(SIDES, (k, v), strict=True):
@@ -156,34 +155,11 @@ def measure(
     row["restores of a chunk's forwards, all layers, ms"] = (
         row["restore_ms"] * LAYERS * FORWARDS * args.chunks
     )
-    attend = flash if args.device == "cuda" else plain
     own = tuple(x.roll(7, 1) for x in (k, v))  # the chunk that is being made: never coded
     some = q[:, :: max(1, q.shape[1] // 512)].contiguous()
-
-    def output(keys: Tensor, values: Tensor, gain: Tensor | None = None) -> Tensor:
-        return attend_segments(
-            some, [Segment(keys, values, gain), Segment(*own)], scale=scale, attend=attend
-        ).float()
-
-    exact = output(k, v)
-
-    def error(out: Tensor) -> float:
-        return float(((out - exact).norm() / exact.norm()) ** 2)
-
-    gain = segment_gain(some, blobs["key"], scale=scale)
-    found = attend(some, hats["key"], v, scale)[1].float() - attend(some, k, v, scale)[1].float()
-    # what the coded chunk gains on average over queries, per head: its bias
-    mean = found.mean(-1, keepdim=True)
-    row["attention error"], row["corrected"] = (
-        error(output(hats["key"], hats["value"])),
-        error(output(hats["key"], hats["value"], gain)),
-    )
-    row["without the bias"] = error(output(hats["key"], hats["value"], mean.expand_as(found)))
-    row["gain"], row["gain left"] = (
-        float(mean.abs().mean()),
-        float((found - gain).mean(-1).abs().mean()),
-    )
-    return row
+    names = {"as coded": "attention error", "possible": "without the bias"}
+    errors = corrected_errors([Seen(some, (k, v), own, None)], spec)
+    return row | {names.get(name, name): error for name, error in errors.items()}
 
 
 @command
