@@ -12,14 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from rcm.nets.kv_coded import CodedStore, KVCodec
 from rcm.nets.kv_fp8 import Fp8Store
 from rcm.nets.kv_store import DenseStore, Spans, Store, free_spans, part_of, size, take
 from rcm.nets.kv_view import Attention, CachedChunk, CacheView, Keys, Observer
-from rcm.nets.positions import Positions, gathered
+from rcm.nets.positions import Positions
 
 
 class KVCache:
@@ -111,7 +108,7 @@ class KVCache:
         enters a dropped chunk again under its id, as the newest.
         """
         if as_id is not None and (
-            as_id >= self._next_id or any(chunk.id == as_id for chunk in self.chunks)
+            not 0 <= as_id < self._next_id or any(chunk.id == as_id for chunk in self.chunks)
         ):
             raise ValueError(f"chunk {as_id} was not dropped from this cache")
         return CacheView(
@@ -174,44 +171,6 @@ class KVCache:
             new[chunk_id] = replace(chunk, positions=given)
         self.chunks = tuple(new.get(chunk.id, chunk) for chunk in self.chunks)
 
-    def compact_(self, index: Tensor | Sequence[Tensor] | None) -> None:
-        """Keep only the tokens `index` (counted over all chunks in order), in that order: int
-        [budget] for all samples or [B, budget] per sample, or one such tensor per layer. Afterwards
-        all is one chunk, with a new id; positions go with their tokens (with an index per layer, a
-        pre-RoPE cache is refused: its positions are common to the layers).
-
-        None, or an empty cache, does nothing; an empty index clears. Raises `ValueError` for more
-        than two dimensions, a wrong batch or a non-integer index, `IndexError` for tokens that are
-        not cached. Reads the index on the host.
-        """
-        if index is None or self.num_tokens == 0:
-            return
-        per_layer = list(index) if not isinstance(index, Tensor) else [index] * self.num_layers
-        self._check_index(per_layer)
-        budget = per_layer[0].shape[-1]
-        if budget == 0:
-            self.reset(free_buffers=False)
-            return
-        if self.keys == "pre_rope" and not isinstance(index, Tensor):
-            raise ValueError(
-                "an index per layer needs keys='post_rope': rotary positions of a pre_rope cache"
-                " are common to all layers"
-            )
-        kept = []
-        pieces = [piece for chunk in self.chunks for piece in chunk.pieces]
-        for layer, at in enumerate(per_layer):
-            keys, values = self.store.read(layer, pieces)
-            kept.append((_take(keys, at), _take(values, at)))
-        positions = gathered([chunk.positions for chunk in self.chunks], per_layer[0])
-        for chunk in self.chunks:
-            self.store.drop(chunk.id)
-        self.chunks, self._next_id, self.epoch = (), self._next_id + 1, self.epoch + 1
-        merged = CachedChunk(self._next_id - 1, ((0, budget),), positions)
-        for layer, pair in enumerate(kept):
-            self.store.put(layer, merged.id, merged.spans, pair)
-        self.store.commit(merged.id)
-        self.chunks = (merged,)
-
     def reset(self, free_buffers: bool = True) -> None:
         """Forget everything; `free_buffers=False` keeps memory for inputs of the same form."""
         self.chunks, self._next_id = (), 0
@@ -268,33 +227,6 @@ class KVCache:
         wanted = {self.chunk(i).id for i in ids}
         return tuple(chunk for chunk in self.chunks if chunk.id in wanted)
 
-    def _check_index(self, per_layer: list[Tensor]) -> None:
-        if len(per_layer) != self.num_layers:
-            raise ValueError(f"{len(per_layer)} compaction indices for {self.num_layers} layers")
-        for index in {id(x): x for x in per_layer}.values():
-            if index.dim() not in (1, 2):
-                raise ValueError(
-                    "compaction index must be [budget] or [B, budget], got shape"
-                    f" {tuple(index.shape)}"
-                )
-            if index.is_floating_point() or index.dtype == torch.bool:
-                raise ValueError(f"compaction index must be of integers, got {index.dtype}")
-            if index.shape[-1] != per_layer[0].shape[-1]:
-                counts = f"{index.shape[-1]} and {per_layer[0].shape[-1]}"
-                raise ValueError(
-                    f"compaction indices keep {counts} tokens; keep as many in every layer"
-                )
-            if index.shape[-1] > self.capacity_tokens:
-                raise ValueError(
-                    f"compaction to {index.shape[-1]} tokens exceeds the capacity of"
-                    f" {self.capacity_tokens}"
-                )
-            if index.numel() and (int(index.min()) < 0 or int(index.max()) >= self.num_tokens):
-                spanned = f"{int(index.min())} to {int(index.max())}"
-                raise IndexError(
-                    f"compaction index spans {spanned}, the cache holds {self.num_tokens} tokens"
-                )
-
 
 def _substituted(spans: Spans, below: int, target: Spans) -> Spans:
     """`spans` with the slots from `below` on replaced by those of `target`, in token order."""
@@ -307,15 +239,3 @@ def _substituted(spans: Spans, below: int, target: Spans) -> Spans:
             found += part_of(target, used, high)
             used += high
     return tuple(found)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens `index` of `x` [B, S, N, D], a copy."""
-    if index.dim() == 1:
-        return x.index_select(1, index.to(x.device))
-    if index.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"compaction index for {index.shape[0]} samples, the cache holds {x.shape[0]}; give"
-            " [budget] or [B, budget]"
-        )
-    return x.gather(1, index.to(x.device)[:, :, None, None].expand(-1, -1, *x.shape[2:]))

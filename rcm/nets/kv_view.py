@@ -221,8 +221,7 @@ class CacheView:
     def _require_current(self) -> None:
         if self._epoch != self._cache.epoch:
             raise RuntimeError(
-                "the cache was reset, compacted or dropped chunks after this view was made; take a"
-                " fresh view"
+                "the cache was reset or dropped chunks after this view was made; take a fresh view"
             )
 
 

@@ -90,22 +90,3 @@ def cut(whole: Positions, start: int, count: int) -> Positions:
             whole, frames=whole.frames[start // per_frame : (start + count) // per_frame]
         )
     return Positions(whole.grid, tokens=whole.per_token[:, start : start + count])
-
-
-def gathered(parts: Sequence[Positions], index: Tensor) -> Positions:
-    """Tokens `index` ([L] for all samples, or [B, L]) of the concatenated `parts`, in order."""
-    whole = concatenated(parts)
-    per_frame = whole.grid[0] * whole.grid[1]
-    if whole.frames is not None and index.dim() == 1 and len(index) % per_frame == 0:
-        rows = index.reshape(-1, per_frame)
-        starts = rows[:, 0]
-        runs = rows == starts[:, None] + torch.arange(per_frame, device=index.device)
-        if bool(runs.all()) and bool((starts % per_frame == 0).all()):
-            return at_frames([whole.frames[i // per_frame] for i in starts.tolist()], whole.grid)
-    tokens = whole.per_token
-    at = index.to(tokens.device)
-    if at.dim() == 1:
-        return Positions(whole.grid, tokens=tokens[:, at])
-    tokens = tokens.expand(at.shape[0], -1, -1, -1)
-    at = at[:, :, None, None].expand(-1, -1, *tokens.shape[2:])
-    return Positions(whole.grid, tokens=tokens.gather(1, at))

@@ -1,4 +1,4 @@
-"""Bookkeeping, refusals, compaction and codecs of the cache; its use by the network is in
+"""Bookkeeping, refusals and codecs of the cache; its use by the network is in
 test_wan_equivalence.py.
 """
 
@@ -111,6 +111,13 @@ def test_capacity_and_context_are_checked_before_any_write():
     used.commit(chunk(1, after=8))
     with pytest.raises(RuntimeError, match="one forward"):
         used.begin(chunk(1, after=8))
+    stale = cache.readonly()
+    cache.evict([0])
+    with pytest.raises(RuntimeError, match="take a fresh view"):
+        stale.layer(0).assemble(*tokens(S))
+    for never_dropped in (-1, 1, 9):
+        with pytest.raises(ValueError, match=f"chunk {never_dropped} was not dropped"):
+            cache.append(as_id=never_dropped)
     with pytest.raises(ValueError, match="capacity_tokens=0"):
         KVCache(1, capacity_tokens=0)
     for wrong in ({"hot_chunks": 1}, {"hot_chunks": -1, "codec": Halving()}):
@@ -216,48 +223,6 @@ def test_snapshots_are_not_changed_by_later_steps():
         assert torch.equal(begun(cache.readonly(), 1).assemble(*own)[0], before) and [c.id for c in cache.chunks] == [0, 1]
 
 
-@pytest.mark.parametrize("per_sample", [False, True])
-def test_compaction(per_sample):
-    cache, k, v = filled(1, 2, 1)
-    index = torch.tensor([[20, 0, 3, 7], [1, 1, 23, 12]]) if per_sample else torch.tensor([20, 0, 3, 7])
-    expected = [torch.stack([x[b, index[b] if per_sample else index] for b in range(2)]) for x in (k, v)]
-    cache.compact_(index)
-    assert [(c.id, c.num_tokens) for c in cache.chunks] == [(3, 4)]
-    where = cache.chunks[0].positions.per_token.expand(2, -1, -1, -1)[:, :, 0]
-    rows = index if per_sample else index.expand(2, -1)
-    assert torch.equal(where, torch.stack([rows // S, rows % S // GRID[1], rows % GRID[1]], dim=-1)), "positions go with their tokens"
-    k_all, v_all = cache.readonly(1).layer(0).assemble(*(own := tokens(2)))
-    assert torch.equal(k_all, torch.cat([expected[0], own[0]], dim=1)) and torch.equal(v_all, torch.cat([expected[1], own[1]], dim=1))
-
-
-def test_compaction_edges():
-    cache, *_ = filled(1, 2)
-    view = cache.readonly(1)
-    for bad in (torch.tensor([18]), torch.tensor([-1])):
-        with pytest.raises(IndexError, match="holds 18"):
-            cache.compact_(bad)
-    with pytest.raises(ValueError, match=r"\[B, budget\]"):
-        cache.compact_(torch.zeros(1, 1, 1, dtype=torch.long))
-    with pytest.raises(ValueError, match="integers"):
-        cache.compact_(torch.zeros(3))
-    with pytest.raises(ValueError, match="3 samples"):
-        cache.compact_(torch.zeros(3, 1, dtype=torch.long))
-    with pytest.raises(ValueError, match="capacity"):
-        cache.compact_(torch.zeros(61, dtype=torch.long))
-    cache.compact_(None)
-    assert cache.num_chunks == 2
-    cache.compact_(torch.arange(6, 18))
-    assert cache.chunks[0].positions.frames == (1, 2), "whole frames stay whole frames"
-    with pytest.raises(ValueError, match="pre_rope"):
-        cache.place({3: (4, 5)})
-    with pytest.raises(RuntimeError, match="compacted"):
-        view.layer(0).assemble(*tokens(S))
-    cache.compact_(torch.zeros(0, dtype=torch.long))
-    assert (cache.num_tokens, cache.num_chunks) == (0, 0)
-    cache.compact_(torch.arange(3))  # nothing there: nothing happens
-    assert cache.num_tokens == 0
-
-
 def test_reset_keeps_or_frees_buffers():
     cache, *_ = filled(2)
     buffers = cache.store.buffers[0]
@@ -297,9 +262,6 @@ def test_codec_sees_chunks_and_its_result_is_what_is_read():
     assert torch.equal(k_all, torch.cat([k, own[0]], dim=1) / 2), "in append a chunk attends to its coded self"
     assert torch.equal(cache.readonly().layer(0).assemble(*own)[0], torch.cat([k / 2, own[0]], dim=1))
     assert torch.equal(begun(cache.readonly(transient=True), 1).assemble(*own)[0], torch.cat([k / 2, own[0]], dim=1))
-    cache.compact_(torch.arange(6, 18))
-    k_all, _ = cache.readonly().layer(0).assemble(*own)
-    assert torch.equal(k_all[:, :12], k[:, 6:] / 4)
 
 
 def test_hot_chunks_are_plain_until_they_grow_older():
@@ -332,8 +294,8 @@ def test_pre_rope_keys_can_be_renumbered():
     def seen() -> torch.Tensor:
         return net(x[:, :, 2:], t[:, 2:], cond, current, cache.readonly())
 
-    cache.compact_(torch.arange(S, 2 * S))
-    assert (seen() - expected).abs().max() > 1e-3, "a compacted cache works, and its keys stand where they stood"
+    cache.evict([0])
+    assert (seen() - expected).abs().max() > 1e-3, "its keys stand where they stood"
     kept = cache.chunks[0].id
     cache.place({kept: (0,)})
     torch.testing.assert_close(seen(), expected, rtol=0, atol=1e-12)

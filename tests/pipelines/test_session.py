@@ -16,11 +16,14 @@ from rcm.core.dtypes import Precision
 from rcm.core.errors import ConfigError
 from rcm.kernels.masks import BlockCausal
 from rcm.nets.denoiser import Denoiser, Guided
+from rcm.nets.kv_rewrite import rewrite
 from rcm.nets.layout import TokenLayout
+from rcm.nets.positions import at_frames
 from rcm.pipelines.session import Session
 from rcm.pipelines.stream_spec import StreamCancelled, StreamSpec
 from rcm.pipelines.streaming import bounded
 from rcm.rollout.eviction.base import CachePolicy
+from rcm.rollout.eviction.frames import cached_frames
 from rcm.rollout.eviction.sliding_window import SlidingWindow
 from rcm.rollout.noise import ChunkNoise
 from rcm.rollout.recipe import SamplingRecipe
@@ -184,7 +187,13 @@ class Merging(CachePolicy):
 
     def after(self, branches, chunk):
         if branches[0].num_chunks == 3:
-            branches[0].compact_(torch.arange(branches[0].num_tokens))
+            ids = [held.id for held in branches[0].chunks]
+            rewrite(
+                branches[0],
+                ids,
+                [at_frames(range(cached_frames(branches[0])), GRID)],
+                lambda _, keys, values: (keys.clone(), values.clone()),
+            )
 
 
 def test_recaching_refuses_what_a_policy_merged(denoiser):

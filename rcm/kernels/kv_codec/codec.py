@@ -148,18 +148,6 @@ class KVCodec:
         """Bytes that the blob takes on its device."""
         return blob.nbytes
 
-    def select(self, blob: Blob, index: Tensor, *, side: Side) -> Blob:
-        """A blob of the tokens `index` ([K], or [B, K] per sample), decoded, gathered and coded
-        anew; leaves the warm start as it is.
-        """
-        whole = self.decode(blob, side=side)
-        kept = (
-            whole[:, index]
-            if index.dim() == 1
-            else whole.gather(1, index[:, :, None, None].expand(-1, -1, *whole.shape[2:]))
-        )
-        return self._encode(kept, side, None)[0]
-
     def fork(self) -> KVCodec:
         """The same settings, no centres."""
         return KVCodec(self.spec)

@@ -166,20 +166,6 @@ def test_centres_stay_where_captured_passes_read_them_or_are_told_to_have_moved(
     assert c.generation == moves + 1
 
 
-@pytest.mark.parametrize("smoothing", ["none", "qvg"])
-def test_select_keeps_tokens_and_leaves_the_warm_start(smoothing):
-    c, x = codec("int8", smoothing), sample()
-    blob = c.encode(x, side="value", layer=0)
-    before = c.state()
-    shared, each = torch.tensor([3, 20, 4]), torch.tensor([[3, 20, 4], [5, 5, 23]])
-    torch.testing.assert_close(c.decode(c.select(blob, shared, side="value"), side="value"), x[:, shared], rtol=0.02, atol=0.05)
-    expected = torch.stack([x[0, each[0]], x[1, each[1]]])
-    torch.testing.assert_close(c.decode(c.select(blob, each, side="value"), side="value"), expected, rtol=0.02, atol=0.05)
-    after = c.state()["centres"]
-    assert after.keys() == before["centres"].keys()
-    assert all(torch.equal(x, y) for key, kept in before["centres"].items() for x, y in zip(after[key], kept, strict=True))
-
-
 def test_bytes_are_those_of_the_tensors_and_of_the_arithmetic():
     """Chunk of 480p: 4,680 tokens, 12 heads of 128, groups of 64: bits per element without and with
     clusters.
