@@ -101,17 +101,20 @@ class Conv(nn.Module):
         self.reads = channels_in if reads is None else reads
         self.form: Form | Literal["auto"] = "auto"
         self._packed: PackedKernel | None = None
-        self._packed_from: tuple[object, ...] = ()
+        self._packed_from: tuple[object, ...] = (None,)
 
     def over(self, padded: Tensor) -> Tensor:
         """The convolution of a window, without bias."""
         # tensors made in inference mode count no versions, and cannot change outside it
         version = 0 if self.weight.is_inference() else self.weight._version
         key = (self.weight.data_ptr(), version, self.weight.dtype, self.form)
-        if self._packed is None or key != self._packed_from:
+        # the tensor itself, too: another may come to lie where one that was freed had lain
+        of, *before = self._packed_from
+        if self._packed is None or of is not self.weight or before != [*key]:
             weight = self._kernel()
             form = best_form(weight, stride=self.stride) if self.form == "auto" else self.form
-            self._packed, self._packed_from = pack(weight, form=form, stride=self.stride), key
+            self._packed = pack(weight, form=form, stride=self.stride)
+            self._packed_from = (self.weight, *key)
         return convolve(padded, self._packed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Conv:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
 from rcm.core.errors import ConfigError
 from rcm.encoders.codec import LatentCodec, LatentStream
 from rcm.encoders.wan_vae import WanVAECodec
+from rcm.encoders.wan_vae_layers import Conv
 from rcm.encoders.wan_vae_net import WanVAE
 from rcm.encoders.wan_vae_tiles import plan_tiles
 from tests.support.wan_vae_cases import CELLS, small_codec, small_latents, small_video
@@ -134,6 +136,18 @@ def test_weights_may_change_between_calls(codec):
     other.vae.load_state_dict(codec.vae.state_dict())
     assert torch.equal(other.decode(latents), codec.decode(latents))
     assert not torch.equal(before, codec.decode(latents))
+
+
+def test_other_weights_where_freed_ones_lay_are_read():
+    """What a convolution has packed is of its tensor, not of an address."""
+    conv = Conv(8, 8, taps=(3, 3, 3))
+    memory = np.full((8, 8, 3, 3, 3), 0.5, np.float32)
+    found = []
+    for _ in range(2):
+        conv.weight = torch.nn.Parameter(torch.from_numpy(memory))
+        found.append(conv.over(torch.ones(1, 3, 3, 3, 8)))
+        memory *= 2
+    assert torch.equal(found[1], 2 * found[0])
 
 
 def test_forms_of_convolutions_agree(codec):
