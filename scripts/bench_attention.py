@@ -31,11 +31,8 @@ from rcm.kernels.flash_jvp.launch import Tiles, triton_jvp
 from rcm.kernels.flash_jvp.selfcheck import time_ms
 from rcm.kernels.flash_jvp.validation import Problem, check_problem
 from rcm.kernels.masks import BlockCausal, Full, MaskSpec, TeacherForcing
-from scripts.bench_masked import measure_all
+from scripts.bench_masked import FRAME_TOKENS, HEADS, PATTERNS, SMALL_TOKENS, WIDTH, measure_all
 from scripts.bench_measure import bench_flags, in_words, this_card, write
-
-HEADS, WIDTH, FRAME_TOKENS = 12, 128, 1560
-PATTERNS = {"c3-3": BlockPattern(3, 3), "c1-1": BlockPattern(1, 1), "c1-4": BlockPattern(1, 4)}
 
 
 @dataclass(frozen=True)
@@ -61,9 +58,7 @@ class Work:
         return total * 2 * WIDTH * HEADS
 
     def _products(self, with_key_tangents: bool) -> int:
-        tangents = (
-            self.tangents if with_key_tangents else self.tangents.replace("k", "").replace("v", "")
-        )
+        tangents = [name for name in self.tangents if with_key_tangents or name == "q"]
         return 2 + len(tangents) + any(name in tangents for name in "qk")
 
 
@@ -77,24 +72,15 @@ def works(frames: int) -> list[Work]:
         Work("dense primal", Full(length, length), Full(1000, 1000), ""),
         Work("cross q-tangent", Full(length, 512), Full(1000, 300), "q"),
     ]
-    for name, pattern in PATTERNS.items():
-        clean = [BlockCausal(pattern, frames, tokens) for tokens in (FRAME_TOKENS, 47)]
-        noisy = [
-            TeacherForcing(pattern, frames, tokens, queries="noisy")
-            for tokens in (FRAME_TOKENS, 47)
-        ]
-        found.append(Work(f"{name} clean primal", *clean, tangents=""))
-        found.append(
-            Work(
-                f"{name} noisy jvp",
-                *noisy,
-                tangents="qkv",
-                tangent_start=length,
-                small_start=frames * 47,
-            )
-        )
-        both = [TeacherForcing(pattern, frames, tokens) for tokens in (FRAME_TOKENS, 47)]
-        found.append(Work(f"{name} packed primal", *both, tangents=""))
+    sizes, starts = (FRAME_TOKENS, SMALL_TOKENS), (length, frames * SMALL_TOKENS)
+    for name in PATTERNS:
+        pattern = BlockPattern.parse(name)
+        clean = (BlockCausal(pattern, frames, tokens) for tokens in sizes)
+        noisy = (TeacherForcing(pattern, frames, tokens, queries="noisy") for tokens in sizes)
+        both = (TeacherForcing(pattern, frames, tokens) for tokens in sizes)
+        found.append(Work(f"{name} clean primal", *clean, ""))
+        found.append(Work(f"{name} noisy jvp", *noisy, "qkv", *starts))
+        found.append(Work(f"{name} packed primal", *both, ""))
     return found
 
 
@@ -114,11 +100,8 @@ def make_problem(
         return torch.randn(1, length, heads, WIDTH, generator=generator, device="cuda").to(dtype)
 
     q, k, v = draw(mask.q_len), draw(mask.kv_len), draw(mask.kv_len)
-    lengths = {
-        "q_dot": mask.q_len,
-        "k_dot": mask.kv_len - tangent_start,
-        "v_dot": mask.kv_len - tangent_start,
-    }
+    own = mask.kv_len - tangent_start
+    lengths = {"q_dot": mask.q_len, "k_dot": own, "v_dot": own}
     dots = {name: draw(length) if name[0] in tangents else None for name, length in lengths.items()}
     return check_problem(q, k, v, **dots, mask=mask, scale=None, tangent_start=tangent_start)
 
@@ -206,11 +189,8 @@ def measure(work: Work, *, only: str, repeats: int) -> list[dict]:
         row = {"work": work.name, "variant": name}
         try:
             good, words = is_correct(work, run)
-            row |= {
-                "correct": good,
-                "errors": words,
-                "first_call_s": round(time.perf_counter() - began, 1),
-            }
+            row |= {"correct": good, "errors": words}
+            row["first_call_s"] = round(time.perf_counter() - began, 1)
             if good:
                 row["ms"] = time_ms(lambda run=run: run(problem), repeats=repeats)
                 row["tflops"] = work.flop() / row["ms"] / 1e9
@@ -232,10 +212,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure everything and print it."""
     parser = bench_flags(__doc__)
     parser.add_argument("--part", choices=("all", "tangent", "gradient"), default="all")
-    parser.add_argument("--frames", type=int, default=21, help="latent frames of 1560 tokens")
+    parser.add_argument("--frames", type=int, default=21, help="latent frames of 1560 tokens [21]")
     parser.add_argument("--only", default="", help="substring of 'work variant' to run")
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args(arguments)
+    if options.frames % 12 != 9:
+        raise ConfigError(
+            f"--frames {options.frames} is no whole number of blocks of {', '.join(PATTERNS)}; give 9,"
+            " 21, 33 or so on"
+        )
     machine, how = this_card("bench_attention"), {"only": options.only, "repeats": options.repeats}
     with torch.no_grad():
         limits = ceilings()

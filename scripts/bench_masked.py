@@ -25,7 +25,8 @@ from rcm.nets.attention import BACKENDS as NAMES
 from rcm.nets.attention import AttentionCore, attention_record, resolve
 from scripts.bench_measure import in_words
 
-HEADS, WIDTH, FRAME_TOKENS = 12, 128, 1560
+HEADS, WIDTH, FRAME_TOKENS, SMALL_TOKENS = 12, 128, 1560, 47
+PATTERNS = ("c3-3", "c1-1", "c1-4")
 BACKENDS = ("auto", *(name for name in NAMES if name not in ("auto", "reference", "flex")))
 TARGETS_MS = {"c3-3": 62.0, "c1-1": 68.0}
 """Milliseconds of forward and backward together."""
@@ -35,15 +36,16 @@ AGREEMENT = 8e-3
 
 def masks(frames: int) -> dict[str, tuple[MaskSpec, MaskSpec]]:
     """Name -> (full size, small size)."""
-    found: dict[str, tuple[MaskSpec, MaskSpec]] = {}
-    for name in ("c3-3", "c1-1", "c1-4"):
-        pattern = BlockPattern.parse(name)
-        found[name] = (
+    patterns = {name: BlockPattern.parse(name) for name in PATTERNS}
+    found: dict[str, tuple[MaskSpec, MaskSpec]] = {
+        name: (
             TeacherForcing(pattern, frames, FRAME_TOKENS),
-            TeacherForcing(pattern, frames, 47),
+            TeacherForcing(pattern, frames, SMALL_TOKENS),
         )
-    found["dense"] = (Full(frames * FRAME_TOKENS, frames * FRAME_TOKENS), Full(987, 987))
-    return found
+        for name, pattern in patterns.items()
+    }
+    length = frames * FRAME_TOKENS
+    return found | {"dense": (Full(length, length), Full(987, 987))}
 
 
 def flop(mask: MaskSpec) -> float:

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from rcm.core.arguments import one_of
+from rcm.core.errors import ConfigError
 from rcm.diffusion.blocks import BlockPattern
 from rcm.inference.outcome import command
 from rcm.nets.condition import Condition
@@ -119,19 +120,15 @@ def bench_forward(config: WanConfig, options: argparse.Namespace) -> list[dict[s
     rows: list[dict[str, Any]] = []
     weights = options.frozen_weights
     told = "" if weights == "compute" else f", frozen weights {weights}"
-    row = {"work": f"bidirectional forward, {layout.num_tokens} tokens{told}"} | timed(
-        call, repeats=options.repeats
-    )
+    row = {"work": f"bidirectional forward, {layout.num_tokens} tokens{told}"}
+    row |= timed(call, repeats=options.repeats)
     if told:  # the floor is that of plain products
-        report(rows, row | {"peak_gib": torch.cuda.max_memory_allocated() / 2**30})
+        report(rows, row)
         return rows
     floor = floor_of(denoiser.net, call, repeats=options.repeats)
     for part in floor["parts"]:
-        print(
-            f"    {part['count']:4d} x {part['ms']:8.3f} ms = {part['count'] * part['ms']:8.2f} ms "
-            f" {part['what']}",
-            flush=True,
-        )
+        count, ms = part["count"], part["ms"]
+        print(f"    {count:4d} x {ms:8.3f} ms = {count * ms:8.2f} ms  {part['what']}", flush=True)
     row["ms"] = statistics.median([row["ms"], timed(call, repeats=options.repeats)["ms"]])
     row |= floor | {"over_floor": row["ms"] / floor["floor_ms"]}
     report(rows, row | (breakdown(call) if options.profile else {}))
@@ -163,10 +160,8 @@ def check(options: argparse.Namespace) -> list[dict[str, Any]]:
         found = {"tangent": step.tangent_pass()[1]}
         v = step.forcing.velocity(student, step.x_t, step.t, step.cond, context=step.context)
         (v * step.v_teacher).sum().backward()
-        found |= {"value": v.detach()}
-        found |= {
-            f"gradient {key}": full(p.grad) for key, p in stored_parameters(student.net).items()
-        }
+        found["value"], held = v.detach(), stored_parameters(student.net)
+        found |= {f"gradient {key}": full(p.grad) for key, p in held.items()}
         if name == "float64":
             truth = found
             continue
@@ -237,10 +232,15 @@ def main(arguments: list[str] | None = None) -> int:
     options.pattern = options.pattern or ["c3-3", "c1-1"]
     ways = product(options.recompute or ["block_wise"], options.linear_precision or ["compute"])
     variants = [changed(options, recompute=mode, linear_precision=how) for mode, how in ways]
-    for variant in variants:
+    for variant in variants:  # refused before anything is built
         recomputed(variant.recompute)
+    for pattern in options.pattern if options.only != "forward" else ():
+        BlockPattern.parse(pattern).num_blocks(options.frames)
     config = preset(options.net)
-    config = config if options.layers is None else replace(config, num_layers=options.layers)
+    if options.layers is not None:
+        if options.layers > config.num_layers:
+            raise ConfigError(f"--layers {options.layers}: {options.net} has {config.num_layers}")
+        config = replace(config, num_layers=options.layers)
     parts: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = []
     for chosen in variants:
         parts.append(("check", partial(check, chosen)))
