@@ -218,8 +218,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.frames % 12 != 9:
         raise ConfigError(
-            f"--frames {options.frames} is no whole number of blocks of {', '.join(PATTERNS)}; give 9,"
-            " 21, 33 or so on"
+            f"--frames {options.frames} is no whole number of blocks of {', '.join(PATTERNS)};"
+            " give 9, 21, 33 or so on"
         )
     machine, how = this_card("bench_attention"), {"only": options.only, "repeats": options.repeats}
     with torch.no_grad():
