@@ -34,11 +34,17 @@ from rcm.evaluation.vbench_explain import PUBLISHED, explain, published_side, ru
 from rcm.evaluation.vbench_files import cache_folder, problems
 from rcm.evaluation.vbench_files import told as files_told
 from rcm.evaluation.vbench_hooks import MODEL, SCORES, read_vision_reward, vision_reward_command
-from rcm.evaluation.vbench_images import placed_list
-from rcm.evaluation.vbench_launch import SCORED_SAMPLES, Launch, missing_videos, prepare
+from rcm.evaluation.vbench_images import I2V_FILE, placed_list
+from rcm.evaluation.vbench_launch import (
+    SCORED_SAMPLES,
+    Launch,
+    holds_bytes,
+    missing_videos,
+    prepare,
+)
 from rcm.evaluation.vbench_manifest import EVAL_INFO
-from rcm.evaluation.vbench_prompts import T2V_FILE, read_suite
-from rcm.evaluation.vbench_results import DimensionResult, read_results
+from rcm.evaluation.vbench_prompts import T2V_FILE, by_dimension, read_suite
+from rcm.evaluation.vbench_results import DimensionResult, read_json, read_results
 from rcm.evaluation.vbench_score import SUITES, Suite, aggregate, table
 from rcm.inference.flag_table import add_flags
 from rcm.inference.outcome import command
@@ -91,6 +97,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         beside="explain",
     )
     parser.idle("resolution", beside="suite", when=one_of("suite", "t2v", "long"))
+    parser.idle("device", "ngpus", beside="suite", when=one_of("suite", "long"))
     parser.idle("vision_reward_model", without="vision_reward")
     parser.idle(*_SCORED, without="videos_path")
     return parser.parse_args(argv)
@@ -117,9 +124,8 @@ def run(flags: argparse.Namespace) -> None:
     found = read_results(results)
     if flags.videos_path is not None:
         _require_current(flags, found)
-    score = aggregate(
-        {name: result.score for name, result in found.items()}, suite, partial=flags.partial
-    )
+    raw = {name: result.score for name, result in found.items()}
+    score = aggregate(raw, suite, partial=flags.partial, few=_few(flags, found))
     print(table(score))
     record = {
         **score.to_dict(),
@@ -159,8 +165,8 @@ def _score_videos(flags: argparse.Namespace, suite: Suite, results: Path) -> boo
     if lost and not flags.partial:
         name, files = next(iter(lost.items()))
         raise ConfigError(
-            f"{len(files)} videos of {name} are missing in {flags.videos_path}, the first is"
-            f" {files[0]!r} (VBench would only warn); sample them, or pass --partial"
+            f"{len(files)} videos of {name} are missing in {flags.videos_path} or empty, the first"
+            f" is {files[0]!r} (VBench would only warn); sample them, or pass --partial"
         )
     wrong = problems(launch.cache, wanted) if flags.load_ckpt_from_local else {}
     if wrong:
@@ -192,7 +198,7 @@ def _tell(launch: Launch, wanted: Sequence[str], lost: Mapping[str, Sequence[str
         print(
             f"# {name}"
             + (
-                f": {len(lost[name])} videos missing, the first is {lost[name][0]!r}"
+                f": {len(lost[name])} videos missing or empty, the first is {lost[name][0]!r}"
                 if name in lost
                 else ""
             )
@@ -217,6 +223,34 @@ def _rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
+def _fewer(flags: argparse.Namespace, name: str, result: DimensionResult, videos: int) -> bool:
+    """Whether a result is of fewer than `videos`, and should not be: color leaves out videos in
+    which the object was not seen, and VBench-Long's filter those that move.
+    """
+    chosen = name == "color" or (name == "temporal_flickering" and flags.suite == "long")
+    return 0 < result.num_videos < videos and not chosen
+
+
+def _few(
+    flags: argparse.Namespace, found: Mapping[str, DimensionResult]
+) -> dict[str, tuple[int, int]]:
+    """Dimension -> (videos scored, videos of the suite) where some are lacking; empty where the
+    suite's list is not at hand.
+    """
+    listed = ASSETS / (I2V_FILE if flags.suite == "i2v" else T2V_FILE)
+    if not listed.is_file():
+        return {}
+    whole = {
+        name: SCORED_SAMPLES * len(items)
+        for name, items in by_dimension(read_suite(listed)).items()
+    }
+    return {
+        name: (result.num_videos, whole[name])
+        for name, result in found.items()
+        if name in whole and _fewer(flags, name, result, whole[name])
+    }
+
+
 def _require_current(flags: argparse.Namespace, found: Mapping[str, DimensionResult]) -> None:
     """`ConfigError` for a result that is not of the videos that are there now: it is old, or VBench
     passed over files it could not read.
@@ -224,13 +258,13 @@ def _require_current(flags: argparse.Namespace, found: Mapping[str, DimensionRes
     rows = _rows(flags)
     for name, result in found.items():
         wanted = [video for row in rows if name in row["dimension"] for video in row["video_list"]]
-        there = sum((flags.videos_path / video).is_file() for video in wanted)
-        # color leaves out videos in which the object was not seen
-        few = result.num_videos < there and name != "color"
-        if result.num_videos and (few or result.num_videos > there):
+        there = [video for video in wanted if holds_bytes(flags.videos_path / video)]
+        lost = next((video for video in there if video not in result.videos), None)
+        if _fewer(flags, name, result, len(there)) or result.num_videos > len(there):
+            more = f", {lost!r} is not among them (can it be played?)" if lost else ""
             raise ConfigError(
-                f"{result.file} is of {result.num_videos} videos of {name}, {there} are there now;"
-                " delete it to have them scored again"
+                f"{result.file} is of {result.num_videos} videos of {name}, {len(there)} are there"
+                f" now{more}; delete it to have them scored again"
             )
 
 
@@ -266,7 +300,7 @@ def _vision_reward(flags: argparse.Namespace, results: Path) -> dict[str, float]
         )
         if subprocess.run(command).returncode or not scores.is_file():
             raise ConfigError(f"VisionReward failed or wrote no {scores}: {shlex.join(command)}")
-    return read_vision_reward(scores, json.loads(info.read_text(encoding="utf-8")))
+    return read_vision_reward(scores, read_json(info, what="list of videos"))
 
 
 if __name__ == "__main__":

@@ -30,9 +30,7 @@ def main() -> int:
     os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     _torchvision()
     if flags.check:
-        importlib.import_module(
-            f"{'vbench2_beta_i2v' if flags.suite == 'i2v' else 'vbench'}.{flags.dimension}"
-        )
+        importlib.import_module(f"vbench.{flags.dimension}")
         return 0
     import torch
 

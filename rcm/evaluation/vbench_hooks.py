@@ -6,7 +6,6 @@ It asks a vision-language model 29 yes/no questions of a video and weighs the an
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections import Counter
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rcm.core.errors import ConfigError
+from rcm.evaluation.vbench_results import read_json
 
 MODEL = "THUDM/VisionReward-Video"
 SCORES = "vision_reward_scores.json"
@@ -44,9 +44,9 @@ def read_vision_reward(path: Path, rows: Sequence[Mapping[str, Any]]) -> dict[st
     `ConfigError` for videos of `rows` (of vbench_eval_info.json) without one finite score.
     """
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))["video_results"]
+        given = read_json(path, what="file of VisionReward scores")["video_results"]
         scores = [(Path(entry["video_path"]).name, float(entry["score"])) for entry in given]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ConfigError(
             f"{path} is not a list of VisionReward scores (video_results with video_path and"
             f" score): {error!r}"

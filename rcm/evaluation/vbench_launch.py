@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from rcm.core.errors import ConfigError
+from rcm.core.files import discard
 from rcm.evaluation import vbench_driver
 from rcm.evaluation.vbench_results import SUFFIX
 from rcm.train.describe import write_atomically
 
 DRIVER = Path(vbench_driver.__file__)
+CUT = ("split_clip", "split_scene", "temporal_filtered_cilps")
+"""Folders of VBench-Long's clips, spelt as it does."""
 SCORED_SAMPLES = 5
 """VBench looks at samples 0 to 4 of a prompt, whatever else is there."""
 
@@ -71,7 +74,7 @@ class Launch:
                 "--suite long runs VBench-Long from a clone of github.com/Vchitect/VBench; say"
                 " where with --vbench_repo DIR"
             )
-        script = self.repository / "vbench2_beta_long" / "eval_long.py"
+        script = self.repository.absolute() / "vbench2_beta_long" / "eval_long.py"
         words = [self.python, script, "--videos_path", self.view, "--dimension", dimension]
         words += ["--output_path", self.output, "--full_json_dir", self.full_json]
         words += ["--mode", "long_vbench_standard", "--dev_flag"]
@@ -89,7 +92,6 @@ class Launch:
     def check(self, dimension: str) -> str | None:
         """What is wrong with a dimension's module in the environment; None if it imports."""
         words = [str(self.python), str(DRIVER), "--check", "--dimension", dimension]
-        words += ["--suite", "i2v" if self.suite == "i2v" else "t2v"]
         done = subprocess.run(
             words, env=os.environ | self.environment(), capture_output=True, text=True, timeout=600
         )
@@ -115,6 +117,8 @@ class Launch:
                 stderr=subprocess.STDOUT,
             )
         written = set(self.output.glob(f"*{SUFFIX}")) - before
+        if self.suite != "long":  # other commands may be scoring other dimensions here
+            written &= {self.result(dimension)}
         if done.returncode or not written:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             raise ConfigError(
@@ -127,16 +131,23 @@ class Launch:
 
 def prepare(launch: Launch, videos: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Link `videos`' mp4 files and list the prompts to score. VBench names files by the suffix of
-    whatever entry it sees first, so nothing else may lie among the links.
+    whatever entry it sees first, so nothing else may lie among the links; but VBench-Long puts the
+    clips that it cuts there, and would go on with those of other videos.
     """
     launch.view.mkdir(parents=True, exist_ok=True)
+    if launch.view.samefile(videos):
+        raise ConfigError(
+            f"{launch.view}, where links to the videos go, is the folder of the videos itself; name"
+            " another folder of results with --result_dir"
+        )
     wanted = {path.name: path.resolve() for path in videos.glob("*.mp4")}
-    for link in launch.view.iterdir():
-        if link.is_symlink() and wanted.get(link.name) != link.readlink():
-            link.unlink()
-    for name, path in wanted.items():
+    there = {path.name: path.readlink() for path in launch.view.iterdir() if path.is_symlink()}
+    if there != wanted:
+        for name in (*CUT, *(name for name in there if wanted.get(name) != there[name])):
+            discard(launch.view / name)
+    for name in sorted(wanted):
         if not (launch.view / name).is_symlink():
-            (launch.view / name).symlink_to(path)
+            (launch.view / name).symlink_to(wanted[name])
     listed = [{k: v for k, v in row.items() if k != "video_list"} for row in rows]
     write_atomically(launch.full_json, json.dumps(listed, ensure_ascii=False))
 
@@ -148,7 +159,14 @@ def missing_videos(
     *,
     num_samples: int = SCORED_SAMPLES,
 ) -> list[str]:
-    """Files that VBench would not find; it only warns of them, and scores the others."""
+    """Files that VBench would not find, or find empty; it only warns of the first, passes over the
+    others in temporal_flickering, and scores what there is.
+    """
     prompts = [row["prompt_en"] for row in rows if dimension in row["dimension"]]
     names = [f"{prompt}-{sample}.mp4" for prompt in prompts for sample in range(num_samples)]
-    return [name for name in names if not (videos / name).is_file()]
+    return [name for name in names if not holds_bytes(videos / name)]
+
+
+def holds_bytes(path: Path) -> bool:
+    """Whether there is a file that is not empty."""
+    return path.is_file() and path.stat().st_size > 0

@@ -6,7 +6,7 @@ any, is what the model is given. (VBench, Huang et al. 2024, arXiv 2311.17982.)
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from rcm.core.errors import ConfigError
 from rcm.core.text_file import read_lines, read_text
+from rcm.evaluation.vbench_results import json_value
 
 T2V_FILE = "t2v_prompts.jsonl"
 """The public prompt list, in the order of VBench_full_info.json: one entry a line."""
@@ -22,6 +23,7 @@ MAX_NAME_BYTES = 255 - len(".") - len(".partial")
 """Of a file name, so that the temporary name beside it fits as well."""
 
 _TEXT_KEYS, _DIMENSION_KEYS = ("prompt_en", "prompt"), ("dimension", "dimensions")
+_STRINGS = ("augmented_prompt", "image_name", "image_type")
 
 
 @dataclass(frozen=True)
@@ -143,13 +145,11 @@ def by_dimension(items: Iterable[SuiteItem]) -> dict[str, list[SuiteItem]]:
 def _rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
     """(place, object) of every entry."""
     text = read_text(path, what="prompt list")
-    try:
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {str(error)[:200]}") from error
+    if path.suffix == ".jsonl":
+        lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [json_value(line, source=f"{path}, line {i},") for i, line in lines]
+    else:
+        rows = json_value(text, source=path)
     if isinstance(rows, dict) and isinstance(rows.get("prompts"), list):
         rows = rows["prompts"]
     if not isinstance(rows, list):
@@ -167,24 +167,25 @@ def _item(row: Any, place: str) -> SuiteItem:
         raise ConfigError(f"{place} has no text under {' or '.join(_TEXT_KEYS)}")
     dimensions: Any = next((row[key] for key in _DIMENSION_KEYS if row.get(key)), [])
     dimensions = [dimensions] if isinstance(dimensions, str) else dimensions
-    auxiliary, extended = row.get("auxiliary_info") or {}, row.get("augmented_prompt")
+    auxiliary, texts = row.get("auxiliary_info") or {}, [row.get(key) for key in _STRINGS]
     right = (
         isinstance(dimensions, list)
         and all(isinstance(d, str) for d in dimensions)
         and isinstance(auxiliary, Mapping)
     )
-    if not right or not (extended is None or isinstance(extended, str)):
+    if not right or not all(text is None or isinstance(text, str) for text in texts):
         raise ConfigError(
-            f"{place}: dimension is a list of words, auxiliary_info an object, augmented_prompt a"
-            " string"
+            f"{place}: dimension is a list of words, auxiliary_info an object, and"
+            f" {', '.join(_STRINGS)} are strings"
         )
+    extended = texts[0]
+    if any(re.search("[\ud800-\udfff]", text) for text in (prompt, *filter(None, texts))):
+        raise ConfigError(f"{place} holds half a character (\\ud800 to \\udfff), which is no text")
     if extended is not None and not extended.strip():
         raise ConfigError(
             f"{place} has an empty augmented_prompt; leave the key out, or write the text"
         )
-    return SuiteItem(
-        prompt, tuple(dimensions), auxiliary, extended, row.get("image_name"), row.get("image_type")
-    )
+    return SuiteItem(prompt, tuple(dimensions), auxiliary, *texts)
 
 
 def _joined(known: SuiteItem, other: SuiteItem, place: str) -> SuiteItem:

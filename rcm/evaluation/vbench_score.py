@@ -10,7 +10,7 @@ semantic; image-to-video: both groups count once. Constants as in VBench's own s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rcm.core.errors import ConfigError
@@ -90,12 +90,18 @@ I2V = Suite(
 
 SUITES = {suite.name: suite for suite in (T2V, I2V)}
 
+_SIGNED = ("aesthetic_quality", "appearance_style", "temporal_style", "overall_consistency")
+"""Dimensions of cosines, and of a regression, which may be negative; others are shares."""
+_ROUNDING = 1e-4
+"""By which a mean of cosines in float32 may lie beyond 1."""
+
 
 @dataclass(frozen=True)
 class SuiteScore:
     """Scores of a run on the 0-1 scale. `raw` and `normalised` by dimension, `groups` and `total`
     after normalisation; `missing` names the dimensions that a partial score lacks: its groups and
-    total are of the others, and `total` is None where a whole group is missing.
+    total are of the others, and `total` is None where a whole group is missing. `few`: by
+    dimension, (videos scored, videos of the suite) where the first are fewer.
     """
 
     suite: str
@@ -104,21 +110,28 @@ class SuiteScore:
     groups: Mapping[str, float]
     total: float | None
     missing: tuple[str, ...] = ()
+    few: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def partial(self) -> bool:
-        """Whether dimensions are missing: not comparable with a complete score."""
-        return bool(self.missing)
+        """Whether dimensions or videos are missing: not comparable with a complete score."""
+        return bool(self.missing or self.few)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "missing": list(self.missing), "partial": self.partial}
 
 
-def aggregate(raw: Mapping[str, float], suite: Suite = T2V, *, partial: bool = False) -> SuiteScore:
-    """Groups and total of the raw values (0-1) by dimension.
+def aggregate(
+    raw: Mapping[str, float],
+    suite: Suite = T2V,
+    *,
+    partial: bool = False,
+    few: Mapping[str, tuple[int, int]] = {},
+) -> SuiteScore:
+    """Groups and total of the raw values (0-1) by dimension; `few` as in `SuiteScore`.
 
     `ConfigError` for a dimension that is unknown, missing (unless `partial`), no finite number, or
-    beyond 1: percent and 0-100 results of single videos look like that.
+    outside of what it can be: percent and 0-100 results of single videos look like that.
     """
     unknown = sorted(set(raw) - set(suite.names))
     if unknown:
@@ -140,10 +153,11 @@ def aggregate(raw: Mapping[str, float], suite: Suite = T2V, *, partial: bool = F
                 f"the result of {name} is {value!r}, no finite number (a dimension without videos"
                 " gives NaN); score it again"
             )
-        if abs(value) > 1:
+        least = -1 if name in _SIGNED else 0
+        if not least - _ROUNDING <= value <= 1 + _ROUNDING:
             raise ConfigError(
-                f"the result of {name} is {value:g}; raw results are shares or cosines, at most 1"
-                " (divide percent by 100)"
+                f"the result of {name} is {value:g}, expected {least} to 1: raw results are shares"
+                " or cosines (divide percent by 100)"
             )
     normalised = {name: suite[name].normalised(raw[name]) for name in suite.names if name in raw}
     means = {group: _mean(suite, group, normalised) for group in suite.group_weights}
@@ -153,7 +167,7 @@ def aggregate(raw: Mapping[str, float], suite: Suite = T2V, *, partial: bool = F
         weighted = sum(weights[group] * value for group, value in groups.items())
         total = weighted / sum(weights.values())
     floats = {name: float(raw[name]) for name in normalised}
-    return SuiteScore(suite.name, floats, normalised, groups, total, missing)
+    return SuiteScore(suite.name, floats, normalised, groups, total, missing, few)
 
 
 def table(score: SuiteScore) -> str:
@@ -164,15 +178,17 @@ def table(score: SuiteScore) -> str:
         name, told = dimension.name, f"{'missing':>9}{'':>9}"
         if name in score.raw:
             told = f"{score.raw[name]:>9.4f}{score.normalised[name]:>9.4f}"
-        lines.append(f"{name:<24}{told}{dimension.weight:>8g}  {dimension.group}")
+        few = "  {} of {} videos".format(*score.few[name]) if name in score.few else ""
+        lines.append(f"{name:<24}{told}{dimension.weight:>8g}  {dimension.group:<8}{few}".rstrip())
     lines += [f"{group:<24}{100 * value:>8.2f}%" for group, value in score.groups.items()]
     undefined = "  not defined: a group is missing"
     total = undefined if score.total is None else f"{100 * score.total:>8.2f}%"
     lines.append(f"{'total':<24}{total}")
     if score.partial:
         lines.append(
-            f"PARTIAL: {len(score.missing)} of {len(suite.names)} dimensions are missing; not"
-            " comparable with a complete score"
+            f"PARTIAL: {len(score.missing)} of {len(suite.names)} dimensions are missing,"
+            f" {len(score.few)} are of fewer videos than the suite has; not comparable with a"
+            " complete score"
         )
     return "\n".join(lines)
 

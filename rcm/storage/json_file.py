@@ -22,7 +22,7 @@ def parse_json(text: str | bytes, *, source: Path | str) -> Any:
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8-sig")
         return json.loads(
-            decoded, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite
+            decoded, object_pairs_hook=keys_once, parse_constant=_no_number, parse_float=_finite
         )
     except RecursionError as error:
         raise CheckpointError(f"{source} cannot be read: its JSON is nested too deeply") from error
@@ -52,7 +52,8 @@ def read_object(path: Path, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
     return found
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook`; `ValueError` for a key given twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         [(key, _)] = Counter(key for key, _ in pairs).most_common(1)

@@ -15,6 +15,7 @@ import pytest
 from rcm.core.errors import ConfigError
 from rcm.core.output_file import OutputFile
 from rcm.core.text_file import lines_of, read_lines, read_text
+from tests.hygiene.source import ROOT
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
@@ -93,6 +94,6 @@ def test_a_folder_is_called_one(tmp_path):
 
 def test_what_is_written_does_not_depend_on_the_locale(tmp_path):
     text = "import sys, pathlib, rcm.core.files as f; f.write_atomically(pathlib.Path(sys.argv[1]), 'fa\\xe7ade')"
-    plain = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": os.getcwd()}
+    plain = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-X", "utf8=0", "-c", text, tmp_path / "a"], env=plain, check=True)
     assert (tmp_path / "a").read_bytes() == b"fa\xc3\xa7ade"

@@ -17,7 +17,8 @@ from rcm.core.errors import ConfigError
 from rcm.evaluation.vbench_explain import explain, published_side, run_side, told
 from rcm.evaluation.vbench_files import FILES, files_for, problems
 from rcm.evaluation.vbench_hooks import read_vision_reward, vision_reward_command
-from rcm.evaluation.vbench_launch import Launch
+from rcm.evaluation.vbench_launch import Launch, prepare
+from rcm.evaluation.vbench_manifest import EVAL_INFO
 from rcm.evaluation.vbench_results import read_results
 from rcm.evaluation.vbench_sampling import SuiteRun, sample_suite
 from rcm.evaluation.vbench_score import I2V, T2V, Suite, aggregate, table
@@ -100,7 +101,10 @@ def test_image_to_video_by_hand() -> None:
         ({"scene": None}, "no result for scene"),
         ({"scene": float("nan")}, "the result of scene is nan"),
         ({"color": True}, "the result of color is True"),
-        ({"imaging_quality": 67.0}, "imaging_quality is 67"),
+        ({"imaging_quality": 67.0}, "imaging_quality is 67, expected 0 to 1"),
+        ({"color": -0.3}, "color is -0.3, expected 0 to 1"),
+        ({"temporal_style": -1.1}, "temporal_style is -1.1, expected -1 to 1"),
+        ({"color": 10**400}, "no finite number"),
         ({"colour": 0.5}, "colour: no dimension of the suite t2v"),
     ],
 )
@@ -108,6 +112,10 @@ def test_what_is_missing_or_no_number_is_refused_by_name(change: dict, told_: st
     raw = {name: value for name, value in (constant(T2V, 0.5) | change).items() if value is not None}
     with pytest.raises(ConfigError, match=told_):
         aggregate(raw)
+
+
+def test_cosines_may_be_negative_and_off_by_rounding() -> None:
+    assert aggregate(constant(T2V, 0.5) | {"temporal_style": -0.1, "subject_consistency": 1.0000002}).total
 
 
 def test_a_partial_score_says_so() -> None:
@@ -135,6 +143,50 @@ def test_results_are_read_and_doubles_refused(tmp_path: Path) -> None:
     (tmp_path / "again_eval_results.json").write_text('{"color": [NaN, []]}')
     with pytest.raises(ConfigError, match=r"gives nan for color"):
         read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "told_"),
+    [
+        (b"", "is not JSON"),
+        (b"[" * 10**5, "is not JSON"),
+        (b'[{"scene": 0.4}]', "must hold an object"),
+        (b'{"scene": [0.4, []], "scene": [0.9, []]}', "the key 'scene' is given twice"),
+        (b'{"human_action": 0.4, "human action": 0.4}', "human_action is in x_eval_results.json and in x_"),
+        (b'{"scene": ["0.4", []]}', "gives '0.4' for scene, no finite number"),
+        (b'{"scene": [1' + b"0" * 400 + b", []]}", "no finite number"),
+        (b'{"made": "2026-01-01"}', "for made, no finite number; .* take the key out if it is no dimension"),
+        (b'{"scene": [0.4, [{"video_path": "a/p-0.mp4"}, {"video_path": "b/p-0.mp4"}]]}', "counts 'p-0.mp4' 2 times in scene"),
+    ],
+)
+def test_files_that_are_no_results_are_refused(tmp_path: Path, text: bytes, told_: str) -> None:
+    (tmp_path / "x_eval_results.json").write_bytes(text)
+    with pytest.raises(ConfigError, match=told_):
+        read_results(tmp_path)
+
+
+def test_results_as_other_programs_leave_them(tmp_path: Path) -> None:
+    (tmp_path / "a_eval_results.json").write_bytes(b'\xef\xbb\xbf{"scene": 0.4, "color": [0.5, [{"video_path": 5}]]}')
+    videos = [{"video_path": f"p-{i}.mp4", "video_results": 0.5} for i in range(2)]
+    (tmp_path / "b_eval_results.json").write_text(json.dumps({"camera_motion": [0.3, {"pan": 0.3}, videos]}))
+    assert {name: (r.score, r.num_videos) for name, r in read_results(tmp_path).items()} == {
+        "scene": (0.4, 0),
+        "color": (0.5, 0),
+        "camera_motion": (0.3, 2),
+    }
+
+
+def test_a_total_of_fewer_videos_than_the_suite_has_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in T2V.names:
+        write_result(tmp_path, name, 0.5, count=430 if name in ("scene", "background_consistency") else 500)
+    assert main(["--result_dir", str(tmp_path)]) == 0 and "PARTIAL" not in capsys.readouterr().out
+    for name in ("scene", "color"):  # videos of color may lack the object
+        write_result(tmp_path, name, 0.5, count=429)
+    assert main(["--result_dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"scene .*429 of 430 videos", said) and "0 of 16 dimensions are missing, 1 are of fewer videos" in said
+    record = json.loads((tmp_path / "score.json").read_text())
+    assert record["partial"] and record["few"] == {"scene": [429, 430]}
 
 
 STAND_IN = """
@@ -185,8 +237,36 @@ def test_scoring_sees_only_videos(stand_in: Path, capsys: pytest.CaptureFixture)
     assert score(stand_in, "--dimension", "scene", "--partial") == 2
     assert "is of 15 videos of scene, 14 are there now" in capsys.readouterr().err
     (stand_in / "v_eval_results" / "scene_eval_results.json").unlink()
+    (stand_in / "v" / "prompt 1-3.mp4").write_bytes(b"")
     assert score(stand_in, "--dimension", "scene") == 2
-    assert "1 videos of scene are missing" in capsys.readouterr().err
+    assert "1 videos of scene are missing in" in capsys.readouterr().err, "an empty file is no video"
+
+
+def test_a_video_that_vbench_passed_over_is_named(stand_in: Path, capsys: pytest.CaptureFixture) -> None:
+    results = stand_in / "v_eval_results"
+    write_result(results, "scene", 0.5, count=3)
+    assert score(stand_in, "--dimension", "scene", "--partial") == 2
+    assert "is of 3 videos of scene, 15 are there now, 'prompt 0-1.mp4' is not among them" in capsys.readouterr().err
+
+
+def test_links_never_lie_among_the_videos(stand_in: Path, capsys: pytest.CaptureFixture) -> None:
+    (stand_in / "v").rename(stand_in / "videos")
+    flags = ["--result_dir", str(stand_in), "--dimension", "scene", "--partial", "--full_json_dir", str(stand_in / "v_run" / EVAL_INFO)]
+    assert main(["--videos_path", str(stand_in / "videos"), "--vbench_python", sys.executable, *flags]) == 2
+    assert "is the folder of the videos itself" in capsys.readouterr().err
+    assert len(list((stand_in / "videos").glob("prompt*.mp4"))) == 15
+
+
+def test_clips_of_other_videos_are_cut_again(tmp_path: Path) -> None:
+    launch, videos = Launch(python=Path("py"), output=tmp_path / "r", suite="long"), tmp_path / "v"
+    videos.mkdir()
+    for count in (1, 2):
+        (videos / f"a-{count}.mp4").write_bytes(b"x")
+        prepare(launch, videos, [])
+        assert {path.name for path in launch.view.iterdir()} == {path.name for path in videos.iterdir()}
+        (launch.view / "split_clip" / "a-1").mkdir(parents=True)
+    prepare(launch, videos, [])
+    assert (launch.view / "split_clip").is_dir(), "nothing has changed"
 
 
 def test_failures_of_vbench_are_told(stand_in: Path, capsys: pytest.CaptureFixture) -> None:
@@ -206,6 +286,8 @@ def test_dry_run_lists_commands_and_files(stand_in: Path, capsys: pytest.Capture
 
 def test_long_suite_needs_a_clone(tmp_path: Path) -> None:
     launch = Launch(python=Path("py"), output=tmp_path, suite="long", repository=Path("/clone"))
+    beside = replace(launch, repository=Path("clone")).command("scene")
+    assert beside[1] == str(Path("clone/vbench2_beta_long/eval_long.py").absolute()), "it runs in another folder"
     words = launch.command("temporal_flickering")
     assert words[1] == "/clone/vbench2_beta_long/eval_long.py" and "--static_filter_flag" in words and "long_vbench_standard" in words
     assert "--static_filter_flag" not in launch.command("scene")
