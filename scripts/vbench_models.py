@@ -25,6 +25,9 @@ from rcm.pipelines.wan_ranks import num_ranks
 from rcm.pipelines.wan_sizes import FrameSize
 from scripts.vbench_flags import causal_recipe, describes_itself, given_or, whole_recipe
 
+PIECES = ("vae_path", "text_encoder_path")
+"""Flags of the files beside the network's that decide pixels, too."""
+
 
 def open_sampler(flags: argparse.Namespace, *, device: torch.device) -> VideoSampler:
     """The sampler of the flags. Collective over the ranks that make a video together. Raises
@@ -80,6 +83,7 @@ def _described(flags: argparse.Namespace, device: torch.device) -> DescribedSamp
         num_frames=flags.num_frames,
         fps=flags.fps,
         ignore_recipe=flags.ignore_recipe,
+        files={f"--{name}": vars(flags)[name] for name in PIECES if vars(flags)[name]},
     )
 
 
@@ -94,13 +98,13 @@ def _bidirectional(flags: argparse.Namespace, device: torch.device) -> WanSample
     size, frames = frame_size(flags, None), given_or(flags.num_frames, 81)
     latent_frames(frames, stride=TEMPORAL_STRIDE)
     family = "rcm" if flags.distilled else "diffusion"
-    pipeline, about = _pipeline(flags, device, size, family=family)
+    pipeline, files, about = _pipeline(flags, device, size, family=family)
     return WanSampler(
         pipeline,
         recipe=whole_recipe(flags),
         size=size,
         num_frames=frames,
-        files={"--dit_path": flags.dit_path},
+        files=files,
         about=about,
         fps=given_or(flags.fps, 16.0),
         negative_prompt=flags.negative_prompt,
@@ -111,13 +115,13 @@ def _causal(flags: argparse.Namespace, device: torch.device) -> CausalSampler:
     size, frames = frame_size(flags, None), given_or(flags.num_frames, 81)
     latents, stride = latent_frames(frames, stride=TEMPORAL_STRIDE), SPATIAL_STRIDE
     recipe = causal_recipe(flags)
-    models, about = _pipeline(flags, device, size, family="rcm")
+    models, files, about = _pipeline(flags, device, size, family="rcm")
     return CausalSampler(
         models,
         recipe=recipe,
         latent_shape=(LATENT_CHANNELS, latents, size.height // stride, size.width // stride),
         negative_prompt=given_or(flags.negative_prompt, NEGATIVE_PROMPT),
-        file=flags.dit_path,
+        files=files,
         about=about,
         fps=given_or(flags.fps, 16.0),
     )
@@ -125,8 +129,8 @@ def _causal(flags: argparse.Namespace, device: torch.device) -> CausalSampler:
 
 def _pipeline(
     flags: argparse.Namespace, device: torch.device, size: FrameSize, *, family: str
-) -> tuple[WanPipeline, dict[str, str]]:
-    """The models of a Wan file, and what is noted of them."""
+) -> tuple[WanPipeline, dict[str, str], dict[str, str]]:
+    """The models of a Wan file, its files by flag, and what is noted of them."""
     numerics = _wan_flags(flags, device)
     about = {
         "precision": numerics.precision,
@@ -135,7 +139,8 @@ def _pipeline(
     }
     networks, clock = (NetworkFile("--dit_path", flags.dit_path),), PartClock(device)
     check_files(numerics, networks, family=family, task=Task(LATENT_CHANNELS))
-    return build_pipeline(numerics, networks, clock=clock, size=size), about
+    files = {f"--{name}": vars(numerics)[name] for name in ("dit_path", *PIECES)}
+    return build_pipeline(numerics, networks, clock=clock, size=size), files, about
 
 
 def _wan_flags(flags: argparse.Namespace, device: torch.device) -> argparse.Namespace:

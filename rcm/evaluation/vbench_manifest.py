@@ -6,19 +6,22 @@ if that is a JSON file. Runs of other settings are refused, as videos would mix.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rcm.core.errors import ConfigError
-from rcm.pipelines.video_io import VideoError
+from rcm.evaluation.vbench_results import read_json
+from rcm.pipelines.video_io import VideoError, probe
 from rcm.storage.identity import content_identity
 from rcm.storage.pickle_file import is_archive
 from rcm.storage.state_dicts import flatten
@@ -34,7 +37,7 @@ _ENDS = 1 << 20
 class VideoRecord:
     """How one file was made: number of the sample, seed of its generator, text given to the model,
     bytes and SHA-256 of the file, frames and seconds of sampling (None for a file whose run was
-    killed before it could say).
+    killed before it could say), SHA-256 of its first frame's file.
     """
 
     file: str
@@ -45,6 +48,7 @@ class VideoRecord:
     sha256: str
     frames: int | None = None
     seconds: float | None = None
+    image: str | None = None
 
 
 class RunFolder:
@@ -52,33 +56,46 @@ class RunFolder:
 
     def __init__(self, videos: str | Path, *, rank: int = 0) -> None:
         self.videos = Path(videos)
-        self.records = self.videos.with_name(f"{self.videos.name}_run")
+        self.records = _beside(self.videos)
         self._rank = rank
         self._known: dict[str, VideoRecord] = {}
+        self._log: IO[str] | None = None
 
     def begin(self, settings: Mapping[str, Any], *, run: Mapping[str, Any]) -> None:
-        """Settle that this run belongs here; the leading rank writes settings and appends `run`.
+        """Settle that this run belongs here, and hold its part of the folder until `close`; the
+        first rank to come writes settings, the leading one appends `run`.
 
-        `ConfigError` names the first setting that differs from that of the videos which are there.
+        `ConfigError` names the first setting that differs from that of the videos which are there,
+        or says that another process holds this part.
         """
         plain = json.loads(json.dumps(settings))
-        before = read_manifest(self.records) if (self.records / MANIFEST).is_file() else None
-        if before is None and any(self.videos.glob("*.mp4")):
+        # looked for before the manifest, which whoever comes first writes before any video
+        foreign = any(self.videos.glob("*.mp4"))
+        if foreign and not (self.records / MANIFEST).is_file():
             raise ConfigError(
                 f"{self.videos} holds videos but no record of their settings ({self.records});"
                 " choose another --output_dir"
             )
-        if before is not None:
-            _require_same(before["settings"], plain, self.videos)
-        if self._rank == 0:
-            old = before or {}
-            entry = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "commit": code_commit()}
-            runs = [*old.get("runs", []), {**entry, "versions": installed_versions(), **run}]
-            about = {"format": FORMAT, "settings": plain, "runs": runs}
-            self._write({**about, "videos": old.get("videos", {})})
+        self._hold()
+        with self._alone():
+            before = read_manifest(self.records) if (self.records / MANIFEST).is_file() else None
+            if before is not None:
+                _require_same(before["settings"], plain, self.videos)
+            about = before or {"format": FORMAT, "settings": plain, "runs": [], "videos": {}}
+            if self._rank == 0:
+                started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+                entry = {"started": started, "commit": code_commit()}
+                about["runs"].append({**entry, "versions": installed_versions(), **run})
+            if self._rank == 0 or before is None:
+                self._write(about)
         self.videos.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.staging, ignore_errors=True)  # what a kill has left there is no video
-        self._known = self._recorded()
+        self._known = _recorded(self.records)
+
+    def close(self) -> None:
+        """Let other processes have this part of the folder."""
+        if self._log is not None:
+            self._log.close()
 
     @property
     def staging(self) -> Path:
@@ -91,26 +108,36 @@ class RunFolder:
         os.replace(staged, target)
         return target
 
-    def has(self, file: str, *, text: str, seed: int, sample: int) -> bool:
-        """Whether `file` is there, whole; a file whose run died gets a record.
+    def has(
+        self, file: str, *, text: str, seed: int, sample: int, image: str | None = None
+    ) -> bool:
+        """Whether `file` is there, whole; one that plays and whose run died gets a record.
 
-        `ConfigError` for one of another text or seed, `VideoError` for another size than recorded.
+        `ConfigError` for one of another text, seed or first frame (`image`, its SHA-256),
+        `VideoError` for another size than recorded.
         """
         path = self.videos / file
         if not path.is_file():
             return False
         record = self._known.get(file)
         if record is None:
-            self.add(VideoRecord(file, sample, seed, text, path.stat().st_size, file_sha256(path)))
+            try:
+                probe(path)
+            except VideoError:
+                return False
+            size, digest = path.stat().st_size, file_sha256(path)
+            self.add(VideoRecord(file, sample, seed, text, size, digest, image=image))
             return True
-        if (record.text, record.seed) != (text, seed):
-            what, mine, theirs = "prompt text", repr(text[:60]), repr(record.text[:60])
-            if record.seed != seed:
-                what, mine, theirs = "seed", str(seed), str(record.seed)
-            raise ConfigError(
-                f"{path} was made from another {what} ({theirs}, now {mine}); choose another"
-                " --output_dir"
-            )
+        for what, theirs, mine in (
+            ("seed", record.seed, seed),
+            ("prompt text", record.text, text),
+            ("first frame", record.image or image, image),
+        ):
+            if theirs != mine:
+                told = f"{str(theirs)[:60]!r}, now {str(mine)[:60]!r}"
+                raise ConfigError(
+                    f"{path} was made from another {what} ({told}); choose another --output_dir"
+                )
         if path.stat().st_size != record.bytes:
             raise VideoError(
                 f"{path} has {path.stat().st_size} bytes, {record.bytes} were written; delete it to"
@@ -120,9 +147,9 @@ class RunFolder:
 
     def add(self, record: VideoRecord) -> None:
         """Append a record, on a new line: one that a kill has cut spoils no other."""
-        self.records.mkdir(parents=True, exist_ok=True)
-        with (self.records / f"videos_rank{self._rank}.jsonl").open("a", encoding="utf-8") as out:
-            out.write("\n" + json.dumps(asdict(record), ensure_ascii=False))
+        assert self._log is not None  # begun
+        self._log.write("\n" + json.dumps(asdict(record), ensure_ascii=False))
+        self._log.flush()
         self._known[record.file] = record
 
     def finish(self, rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -138,45 +165,80 @@ class RunFolder:
             {**row, "video_list": [str(self.videos / name) for name in row["video_list"]]}
             for row in rows
         ]
-        self._write(located, EVAL_INFO)
-        manifest, records = read_manifest(self.records), self._recorded()
-        manifest["videos"] = {name: asdict(records[name]) for name in sorted(records)}
-        self._write(manifest)
+        with self._alone():
+            self._write(located, EVAL_INFO)
+            self._write(read_manifest(self.records))
         return True
 
-    def _recorded(self) -> dict[str, VideoRecord]:
-        found: dict[str, VideoRecord] = {}
-        for path in sorted(self.records.glob("videos_rank*.jsonl")):
-            for line in path.read_text(encoding="utf-8").split("\n"):
-                # else cut by a kill: no record, and its video is hashed again
-                if line.endswith("}"):
-                    record = VideoRecord(**json.loads(line))
-                    found[record.file] = record
-        return found
+    def _hold(self) -> None:
+        """Lock the record file of this rank; the system forgets it with the process."""
+        self.records.mkdir(parents=True, exist_ok=True)
+        path = self.records / f"videos_rank{self._rank}.jsonl"
+        log = path.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.close()
+            raise ConfigError(
+                f"{self.videos} is being sampled by another process at this moment (it holds"
+                f" {path}); wait for it, or choose another --output_dir"
+            ) from None
+        except OSError:
+            pass  # a file system without locks: nothing can be said
+        self._log = log
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No two ranks write what they share at once, where the file system has locks."""
+        folder = os.open(self.records, os.O_RDONLY)
+        try:
+            with suppress(OSError):
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
 
     def _write(self, content: object, name: str = MANIFEST) -> None:
-        self.records.mkdir(parents=True, exist_ok=True)
         write_atomically(self.records / name, json.dumps(content, ensure_ascii=False, indent=1))
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a run, whose folder of videos or of records is given."""
+    """The manifest of a run, whose folder of videos or of records is given, with the videos that
+    were recorded up to now.
+    """
     folder = Path(folder)
-    candidates = (folder / MANIFEST, folder.with_name(f"{folder.name}_run") / MANIFEST)
-    path = next((p for p in candidates if p.is_file()), None)
+    path = next((f / MANIFEST for f in (folder, _beside(folder)) if (f / MANIFEST).is_file()), None)
     if path is None:
         raise ConfigError(
             f"no {MANIFEST} in {folder} or {folder.name}_run beside it: not a folder of"
             " scripts.vbench_sample"
         )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
+    manifest = read_json(path, what="manifest")
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
         raise ConfigError(f"{path} has format {found}, this version reads {FORMAT}")
-    return manifest
+    kinds = {"settings": dict, "runs": list, "videos": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
+    if wrong:
+        raise ConfigError(f"{path} is damaged: it has no {' and no '.join(wrong)}")
+    videos = manifest["videos"] | {n: asdict(r) for n, r in _recorded(path.parent).items()}
+    return {**manifest, "videos": {name: videos[name] for name in sorted(videos)}}
+
+
+def _beside(videos: Path) -> Path:
+    """The folder of the records of a folder of videos."""
+    return videos.with_name(f"{videos.name}_run")
+
+
+def _recorded(records: Path) -> dict[str, VideoRecord]:
+    """By file. A line cut by a kill is no record, and its video is looked at again."""
+    found: dict[str, VideoRecord] = {}
+    for path in sorted(records.glob("videos_rank*.jsonl")):
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with suppress(ValueError, TypeError):
+                record = VideoRecord(**json.loads(line))
+                found[record.file] = record
+    return found
 
 
 def checkpoint_digest(path: str | Path) -> str:
@@ -219,7 +281,8 @@ def code_commit() -> str | None:
 
 def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     old, new = flatten(before), flatten(now)
-    differing = [key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key)]
+    # what only the new ones tell was not noted by the version that wrote the old ones
+    differing = [key for key in old if old[key] != new.get(key)]
     if differing:
         key = differing[0]
         more = "" if len(differing) == 1 else f" (also different: {', '.join(differing[1:6])})"

@@ -47,7 +47,7 @@ class KnownText:
 class DescribedSampler:
     """A checkpoint that says how it is sampled; noise is drawn on the CPU from the seed.
 
-    `num_frames`, `fps` None: as trained.
+    `num_frames`, `fps` None: as trained. `files`: by flag, in place of those that it names.
     """
 
     def __init__(
@@ -59,7 +59,9 @@ class DescribedSampler:
         num_frames: int | None = None,
         fps: float | None = None,
         ignore_recipe: bool = False,
+        files: Mapping[str, str | Path] = {},
     ) -> None:
+        self._files = dict(files)
         self._model, self._weights, self._recipe = model, weights, recipe or model.trained_recipe
         self._frames, self._ignore = num_frames, ignore_recipe
         self.fps = model.fps if fps is None else fps
@@ -75,6 +77,7 @@ class DescribedSampler:
                 "weights": self._weights,
                 "stage": model.description.stage,
                 "iteration": model.description.iteration,
+                **{flag: checkpoint_digest(path) for flag, path in self._files.items()},
             },
             "recipe": asdict(self._recipe),
             "size": f"{height}x{width}",
@@ -160,7 +163,7 @@ class WanSampler:
 
 
 class CausalSampler:
-    """A causal Wan network from its original file, noise drawn on the CPU, equal on all ranks.
+    """A causal Wan network from its original files, noise drawn on the CPU, equal on all ranks.
 
     `latent_shape` (C, T, H, W). On several ranks all compute, the first one decodes and writes.
     """
@@ -172,13 +175,14 @@ class CausalSampler:
         recipe: SamplingRecipe,
         latent_shape: tuple[int, int, int, int],
         negative_prompt: str,
-        file: str | Path,
+        files: Mapping[str, str | Path],
         about: Mapping[str, Any],
         fps: float = 16.0,
     ) -> None:
         recipe.plans(latent_shape[1])
         self._models, self._recipe, self._shape = models, recipe, latent_shape
-        self._negative, self._file, self._about, self.fps = negative_prompt, file, dict(about), fps
+        self._negative, self._files, self._about = negative_prompt, dict(files), dict(about)
+        self.fps = fps
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -186,7 +190,7 @@ class CausalSampler:
         codec = self._models.codec.use()
         return {
             "sampler": "causal",
-            "checkpoint": {"--dit_path": checkpoint_digest(self._file)},
+            "checkpoint": {flag: checkpoint_digest(path) for flag, path in self._files.items()},
             "recipe": {
                 **asdict(self._recipe),
                 "negative_prompt": self._negative if is_guided(self._recipe.guidance) else None,

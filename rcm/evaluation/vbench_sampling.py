@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -123,6 +123,10 @@ class SuiteRun:
     def names(self, item: SuiteItem) -> list[str]:
         return [item.video_name(sample) for sample in range(self.num_samples)]
 
+    def image(self, item: SuiteItem) -> Path | None:
+        """The file of its first frame."""
+        return None if self.image_dir is None else self.image_dir / (item.image_name or "")
+
 
 def sample_suite(
     run: SuiteRun,
@@ -143,8 +147,21 @@ def sample_suite(
     every = {**(settings or {}), **sampler.settings}
     every |= {"seed": run.seed, "fps": sampler.fps, "crf": CRF}
     ranks = {"ranks": share.dp_size * share.cp_size, "cp_size": share.cp_size}
-    on_first(lambda: folder.begin(every, run={**ranks, **(about or {})}))
-    on_first(lambda: _check_case(run, share))
+    with closing(folder):
+        on_first(lambda: folder.begin(every, run={**ranks, **(about or {})}))
+        on_first(lambda: _check_case(run, share))
+        _sample_share(run, sampler, folder, share, tell)
+        rows = [item.eval_row(run.names(item)) for item in run.items]
+        return bool(shared(on_first(lambda: folder.finish(rows))))
+
+
+def _sample_share(
+    run: SuiteRun,
+    sampler: VideoSampler,
+    folder: RunFolder,
+    share: Share,
+    tell: Callable[[str], None],
+) -> None:
     wanted = [(item, i) for item in share.of(run.items) for i in range(run.num_samples)]
     todo = shared(on_first(lambda: [one for one in wanted if not _done(folder, run, *one)]))
     tell(f"{len(wanted)} videos for this rank, {len(wanted) - len(todo)} are there")
@@ -152,7 +169,7 @@ def sample_suite(
         sampler.prepare(list(dict.fromkeys(item.text for item, _ in todo)))
     for number, (item, sample) in enumerate(todo, 1):
         begin = time.perf_counter()
-        image = None if run.image_dir is None else run.image_dir / (item.image_name or "")
+        image = run.image(item)
         request = ClipRequest(item.text, run.seed + sample, image)
         frames = sampler.sample(request)
         if share.cp_rank > 0:
@@ -171,16 +188,16 @@ def sample_suite(
             sha256=file_sha256(path),
             frames=frames.shape[1],
             seconds=round(seconds, 3),
+            image=None if image is None else file_sha256(image),
         )
         folder.add(record)
         tell(f"{number}/{len(todo)} {path.name}: {frames.shape[1]} frames in {seconds:.2f} s")
-    rows = [item.eval_row(run.names(item)) for item in run.items]
-    return bool(shared(on_first(lambda: folder.finish(rows))))
 
 
 def _done(folder: RunFolder, run: SuiteRun, item: SuiteItem, sample: int) -> bool:
-    name, seed = item.video_name(sample), run.seed + sample
-    return folder.has(name, text=item.text, seed=seed, sample=sample)
+    name, seed, image = item.video_name(sample), run.seed + sample, run.image(item)
+    digest = None if image is None else file_sha256(image)
+    return folder.has(name, text=item.text, seed=seed, sample=sample, image=digest)
 
 
 def _check_case(run: SuiteRun, share: Share) -> None:

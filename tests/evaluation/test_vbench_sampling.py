@@ -116,6 +116,9 @@ def test_extended_prompts_by_line_and_by_name(tmp_path: Path) -> None:
         ('[{"prompt": "a", "dimension": [1]}]', "dimension is a list of words"),
         ('[{"prompt": "a", "augmented_prompt": " "}]', "empty augmented_prompt"),
         ('[{"prompt": "a/b"}, {"prompt": "a-b"}]', "the same file 'a-b-0.mp4'"),
+        ('[{"prompt": "a", "prompt": "b"}]', "the key 'prompt' is given twice"),
+        ('[{"prompt": "a", "image_name": 5}]', "image_name, image_type are strings"),
+        ('[{"prompt": "a", "augmented_prompt": "\\ud83d"}]', "half a character"),
         (json.dumps([{"prompt": "x" * 260}]), "a file name of 266 bytes"),
     ],
 )
@@ -180,11 +183,58 @@ def test_unknown_and_damaged_files_are_refused(tmp_path: Path) -> None:
         sample_suite(run, Noise())
 
 
+def test_ranks_come_in_any_order_and_one_folder_has_one_run(tmp_path: Path) -> None:
+    run = SuiteRun(items(), tmp_path / "v", num_samples=1)
+    assert not sample_suite(run, Noise(), share=Share(1, 2))
+    held = RunFolder(run.folder)
+    held.begin({"sampler": "noise", "seed": 0, "fps": 16.0, "crf": 12}, run={})
+    with pytest.raises(ConfigError, match=r"is being sampled by another process at this moment \(it holds .*videos_rank0.jsonl"):
+        sample_suite(run, Noise(), share=Share(0, 2))
+    held.close()
+    assert sample_suite(run, Noise(), share=Share(0, 2)), "rank 0 may come after videos of another rank"
+    manifest = read_manifest(run.folder)
+    assert len(manifest["videos"]) == 3 and [entry.get("ranks") for entry in manifest["runs"]] == [None, 2]
+
+
+def test_what_a_run_left_unfinished_is_known(tmp_path: Path) -> None:
+    """Records count before the suite is complete; a file without one must play; a first frame is
+    part of what a video was made from.
+    """
+    images = tmp_path / "images"
+    images.mkdir()
+    listed = [replace(item, image_name=f"{i}.jpg") for i, item in enumerate(items())]
+    for item in listed:
+        (images / item.image_name).write_bytes(b"one")
+    run = SuiteRun(listed, tmp_path / "v", num_samples=1, image_dir=images)
+    assert not sample_suite(run, Noise(), share=Share(0, 2))
+    assert list(read_manifest(run.folder)["videos"]) == ["prompt 0-0.mp4", "prompt 2-0.mp4"]
+    (run.folder / "prompt 1-0.mp4").write_bytes(b"")
+    assert sample_suite(run, Noise()) and probe(run.folder / "prompt 1-0.mp4").num_frames == 2, "made again"
+    (images / "2.jpg").write_bytes(b"another")
+    with pytest.raises(ConfigError, match=r"prompt 2-0.mp4 was made from another first frame"):
+        sample_suite(run, Noise())
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "not JSON"),
+        ("[]", "has format None"),
+        ('{"format": 2}', "has format 2"),
+        ('{"format": 1, "runs": []}', "no settings and no videos"),
+    ],
+)
+def test_damaged_manifests_are_refused(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        read_manifest(tmp_path)
+
+
 def test_a_cut_record_is_no_record(tmp_path: Path) -> None:
     run = SuiteRun(items(), tmp_path / "v", num_samples=1)
     sample_suite(run, Noise())
     log = tmp_path / "v_run" / "videos_rank0.jsonl"
-    log.write_text(log.read_text()[:-30])
+    log.write_text(log.read_text()[:-30] + '"}\n{}\n[1]')
     sample_suite(run, Noise())
     assert set(read_manifest(run.folder)["videos"]) == {f"prompt {i}-0.mp4" for i in range(3)}
     again = RunFolder(run.folder)
