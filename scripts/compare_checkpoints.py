@@ -63,6 +63,11 @@ def run(flags: argparse.Namespace) -> None:
     if len(flags.folders) > 1 and not flags.ignore_conditions:
         require_same_conditions(flags.folders)
     OutputFile.claim(flags.out / "scores.json", knob="--out")
+    if any(flags.out.samefile(folder) for folder in flags.folders):
+        raise ConfigError(
+            f"--out {flags.out} is one of the folders of videos, which the page's copies would"
+            " replace; choose another"
+        )
     models = Models() if flags.pixels_only else Models.installed(device=flags.device)
     for why in models.absent.values():
         print(f"without: {why}")

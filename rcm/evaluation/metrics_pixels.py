@@ -20,8 +20,10 @@ _FLOOR = 1e-4  # a fortieth of a grey level: differences below are numerical
 
 def clip_of(video: Tensor) -> Tensor:
     """A clip from finite pixels [3, F, H, W] in [-1, 1] of two frames or more, or `ConfigError`."""
-    if video.ndim != 4 or video.shape[0] != 3:
-        raise ConfigError(f"a video is [3, F, H, W], got {list(video.shape)}")
+    if video.ndim != 4 or video.shape[0] != 3 or not video.is_floating_point():
+        raise ConfigError(
+            f"a video is floats [3, F, H, W] in [-1, 1], got {video.dtype} {list(video.shape)}"
+        )
     if video.shape[1] < 2:
         raise ConfigError(
             f"a video of {video.shape[1]} frame(s) has no motion to judge; at least 2 are needed"

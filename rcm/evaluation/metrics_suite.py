@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from rcm.core.errors import ConfigError
@@ -189,7 +190,14 @@ class ClipScores:
 def measure_clip(
     clip: Tensor, *, models: Models = Models(), feature_stride: int = 1, brisque_stride: int = 8
 ) -> ClipScores:
-    """All that can be measured of a clip [F, 3, H, W] in [0, 1]; networks see each n-th frame."""
+    """All that can be measured of a clip [F, 3, H, W] in [0, 1], F >= 2; networks see each n-th
+    frame, features at least two.
+    """
+    if clip.ndim != 4 or clip.shape[0] < 2 or clip.dtype != torch.float32:
+        raise ConfigError(
+            "a clip is float32 [F, 3, H, W] of at least 2 frames, got"
+            f" {clip.dtype} {list(clip.shape)}; metrics_pixels.clip_of makes one of a video"
+        )
     curves = {
         "motion": pixels.differences(clip),
         "flicker": pixels.flicker(clip),
@@ -217,11 +225,12 @@ def measure_clip(
         curves["brisque"] = models.brisque(clip, every=brisque_stride)
         values["brisque"] = float(curves["brisque"].mean())
     if models.features is not None:
-        features = models.features(clip[::feature_stride])
+        features = models.features(clip[:: min(feature_stride, clip.shape[0] - 1)])
         curves["consistency"], moved = consistency(features), steps(features)
         values["consistency"] = float(curves["consistency"].mean())
         values["embedding_drift"] = embedding_drift(features)
-        values["embedding_jump"] = float((moved.max() / moved.median().clamp_min(1e-4)).log())
+        moved = moved.clamp_min(1e-4)  # below, a still clip's rounding decides
+        values["embedding_jump"] = float((moved.max() / moved.median()).log())
     return ClipScores(values, {name: [float(v) for v in series] for name, series in curves.items()})
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from rcm.core.errors import ConfigError
 from rcm.worlds.toy_world import ToyWorld
 
 _FLOOR = 0.15  # amplitude, relative to a clean shape, below which a pixel counts as background
@@ -56,7 +57,18 @@ class FactorReader:
         self._bias = _wrapped(_circular_centroid(masks) - middle, size)
 
     def read(self, videos: Tensor) -> Factors:
-        """`Factors` of pixels [N, 3, F, H, W] in [-1, 1]; noise just fits nothing."""
+        """`Factors` of pixels [N, 3, F, H, W] in [-1, 1]; noise just fits nothing. `ConfigError`
+        for another size or type than the world's, and for pixels that are not finite.
+        """
+        size = (self.world.config.height, self.world.config.width)
+        like = videos.ndim == 5 and videos.shape[1] == 3 and videos.shape[3:] == size
+        if not like or not videos.is_floating_point():
+            raise ConfigError(
+                f"videos of this world are floats [N, 3, F, {size[0]}, {size[1]}] in [-1, 1], got"
+                f" {videos.dtype} {list(videos.shape)}"
+            )
+        if not videos.isfinite().all():
+            raise ConfigError("the videos hold NaN or infinite pixels; they cannot be judged")
         parts = [self._read(part.float()) for part in videos.split(_RENDER_BATCH)]
         names = (field.name for field in fields(Factors))
         return Factors(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})

@@ -130,6 +130,11 @@ class ToyScorer:
                 f"scoring needs at least 8 videos with a prompt each, got {len(videos)} videos and"
                 f" {len(prompts)} prompts"
             )
+        if videos.ndim == 5 and videos.shape[2] < 3:
+            raise ConfigError(
+                f"scoring needs at least 3 frames, of two a motion has no spread; got"
+                f" {videos.shape[2]}"
+            )
         factors = self.reader.read(videos)
         told = self.world.parse(list(prompts))
         verdict = self._judge(
@@ -288,7 +293,8 @@ def _mean(values: Tensor) -> float:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) of samples [N, D] as Gaussians; float64.
 
-    Few samples bias it upward: compare sets of equal size. `ConfigError` for fewer than two.
+    Few samples bias it upward: compare sets of equal size. `ConfigError` for fewer than two, and
+    for values that are not finite.
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ConfigError(
@@ -296,11 +302,14 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
             f" and {list(b.shape)}"
         )
     a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ConfigError("a Frechet distance needs finite samples, got NaN or infinity")
+    cov_a, cov_b = (torch.cov(x.T).reshape(x.shape[1], x.shape[1]) for x in (a, b))
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+    away = (a.mean(0) - b.mean(0)).square().sum()
+    return max(0.0, float(away + cov_a.trace() + cov_b.trace() - 2 * cross))
 
 
 def expected_entropy(num: int, *, cells: int) -> float:

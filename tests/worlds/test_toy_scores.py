@@ -179,7 +179,11 @@ def test_frechet_distance_is_that_of_gaussians() -> None:
     cross = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp_min(0).sqrt().sum()
     expected = (means[0] - means[1]).square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * cross
     assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-6)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert 0 <= frechet_distance(a, a) < 1e-6
+    by_hand = (a[:, 0].mean() - b[:, 0].mean()) ** 2 + (a[:, 0].std() - b[:, 0].std()) ** 2
+    assert frechet_distance(a[:, :1], b[:, :1]) == pytest.approx(float(by_hand), rel=1e-5)
+    with pytest.raises(ConfigError, match="finite samples"):
+        frechet_distance(a / 0, b)
     with pytest.raises(ConfigError, match="at least 2 samples"):
         frechet_distance(a[:1], b)
 
@@ -197,5 +201,13 @@ def test_bad_requests_are_refused(scorer, truth):
         scorer.score(truth[1], truth[2][:-1])
     with pytest.raises(ConfigError, match="at least 8"):
         scorer.score(truth[1][:4], truth[2][:4])
+    for videos, told in (
+        (truth[1] * float("nan"), "NaN or infinite pixels"),
+        (truth[1].to(torch.uint8), r"got torch.uint8 \["),
+        (truth[1][..., :4], "are floats"),
+        (truth[1][:, :, :2], "at least 3 frames"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            scorer.score(videos, truth[2])
     with pytest.raises(ConfigError, match="not of this world"):
         scorer.score(truth[1], ["a dog on a beach"] * len(truth[2]))
