@@ -91,6 +91,7 @@ def adapter_settings(file: WeightFile, *, given: bool = False) -> LoRASettings:
     """What a low-rank update says of its strength, in its metadata, in the adapter_config.json
     beside it, and in the description of the run that trained it; errors as `lora_settings`.
     """
+    file.require_named()
     beside = (file.path if file.path.is_dir() else file.path.parent) / "adapter_config.json"
     config = file.config
     if config is None and beside.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import zipfile
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def content_identity(path: str | Path) -> str:
                     f"{e.filename.partition('/')[2]}:{e.file_size}:{e.CRC}"
                     for e in archive.infolist()
                 ]
-        except (zipfile.BadZipFile, ValueError) as error:
+        # NotImplementedError: of a version that zip files do not have
+        except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({first_line(error)}); it is damaged or truncated"
             ) from error

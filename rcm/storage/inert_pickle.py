@@ -10,6 +10,7 @@ them.
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ _INSTRUCTIONS = (
 )
 """Those of plain values."""
 _DICTS = ("collections.OrderedDict",)
+MOST_BYTES = 1 << 28
+"""Of a pickle: names and shapes; 256 MiB is a million tensors."""
 
 
 class Stranger(CheckpointError):
@@ -64,9 +67,31 @@ def read_inert(
     values too) and returns what stands for it. Raises `Stranger` for another name,
     `pickle.UnpicklingError` or any other exception for what is no pickle of plain values.
     """
-    reader = _Reader(stream)
+    reader = _Reader(_Bounded(stream))
     reader.names, reader.storages = names, storages
     return reader.load()
+
+
+class _Bounded:
+    """A stream's next pickle. A length that it states is compared with what is left before any
+    memory is taken for it.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        at = stream.tell()
+        self.stream, self.left = stream, min(stream.seek(0, io.SEEK_END) - at, MOST_BYTES)
+        stream.seek(at)
+
+    def read(self, count: int) -> bytes:
+        if not 0 <= count <= self.left:
+            raise pickle.UnpicklingError(f"it ends inside a value of {count} bytes")
+        self.left -= count
+        return self.stream.read(count)
+
+    def readline(self) -> bytes:
+        line = self.stream.readline(self.left)
+        self.left -= len(line)
+        return line
 
 
 class _Instructions(dict):

@@ -4,7 +4,8 @@ read into memory.
 torch.load is not used: even its restricted form trusts the sizes that a pickle states about the
 bytes beside it, and a list of names that any imported library may extend. Here the pickle is read
 inert (rcm/storage/inert_pickle.py), every tensor is compared with the bytes that are there, and
-only then made.
+only then made. An archive has checksums: that of the pickle is compared when it is opened, those of
+the numbers when they are read (torch compares none).
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,13 +24,16 @@ from loguru import logger
 from torch import Tensor
 
 from rcm.core.errors import CheckpointError, first_line
-from rcm.storage.inert_pickle import Made, Named, Stranger, read_inert
-from rcm.storage.state_dicts import flatten
-
-_LOCAL_HEADER = b"PK\x03\x04"
-_OLD_MAGIC = 0x1950A86A20F9469CFC6C
-_MOST_PICKLE = 1 << 28
-"""Bytes of the pickle inside an archive: names and shapes; 256 MiB is a million tensors."""
+from rcm.storage.inert_pickle import Made, Named, Stranger
+from rcm.storage.state_dicts import flatten, listed
+from rcm.storage.torch_layout import (
+    LOCAL_HEADER,
+    NOWHERE,
+    Held,
+    Piece,
+    read_archive,
+    read_old_format,
+)
 
 _DTYPES = (
     *("float64", "float32", "float16", "bfloat16", "complex64", "complex128", "bool"),
@@ -77,27 +80,24 @@ _ODD_TENSORS = {
 
 @dataclass(frozen=True)
 class PickledTensors:
-    """Tensors by dotted key; keys of what is no tensor; whether the file is mapped, not read."""
+    """Tensors by dotted key; keys of what is no tensor; those of them with tensors that have no
+    name (in a list, or under a number); whether the file is mapped, not read.
+
+    `read(key)`: the tensor, once its bytes have been compared with their checksum.
+    """
 
     tensors: dict[str, Tensor]
     others: tuple[str, ...]
+    unnamed: tuple[str, ...]
     mapped: bool
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Piece:
-    """Bytes of one storage: those of key `key`, `count` elements of `dtype`."""
-
-    key: str
-    dtype: torch.dtype
-    count: int
+    read: Callable[[str], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class _View:
     """A tensor as the file states it; offset and strides in elements."""
 
-    piece: _Piece
+    piece: Piece
     dtype: torch.dtype
     offset: int
     size: tuple[int, ...]
@@ -112,7 +112,7 @@ def read_pickle(path: Path) -> PickledTensors:
     """
     with _explained(path):
         mapped = is_archive(path)
-        value, made = _opened(path)
+        value, made, require_intact = _opened(path)
         if not isinstance(value, dict):
             raise CheckpointError(f"{path} holds {_kind_of(value)}, not a state dict")
         if len({str(key) for key in value}) < len(value):
@@ -125,9 +125,20 @@ def read_pickle(path: Path) -> PickledTensors:
             " into memory as a whole",
             path,
         )
-    return PickledTensors(
-        tensors, others=tuple(key for key in flat if key not in tensors), mapped=mapped
-    )
+
+    def read(key: str) -> Tensor:
+        with _explained(path):
+            require_intact(flat[key])
+        return tensors[key]
+
+    others = tuple(key for key in flat if key not in tensors)
+    unnamed = tuple(key for key in others if _holds_tensor(flat[key]))
+    if unnamed:
+        told = (
+            "{}: the tensors under {} have no names (they are numbered or listed) and are left out"
+        )
+        logger.warning(told, path, listed(unnamed))
+    return PickledTensors(tensors, others, unnamed, mapped, read)
 
 
 def read_tensor(source: Path | bytes | bytearray, *, name: str) -> Tensor:
@@ -138,16 +149,18 @@ def read_tensor(source: Path | bytes | bytearray, *, name: str) -> Tensor:
     `read_pickle`, and for anything else than one tensor.
     """
     with _explained(name):
-        value, made = _opened(source)
+        value, made, require_intact = _opened(source)
         if not _is_tensor(value):
             raise CheckpointError(f"{name} holds {_kind_of(value)}, expected one tensor")
-        return made(value)
+        tensor = made(value)
+        require_intact(value)
+        return tensor
 
 
 def is_archive(path: Path) -> bool:
     """Whether a file begins as a zip archive does."""
     with open(path, "rb") as file:
-        return file.read(len(_LOCAL_HEADER)) == _LOCAL_HEADER
+        return file.read(len(LOCAL_HEADER)) == LOCAL_HEADER
 
 
 @contextmanager
@@ -175,133 +188,53 @@ def _explained(source: Path | str) -> Iterator[None]:
         raise CheckpointError(f"{source} cannot be read ({first_line(error)}); {told}") from error
 
 
-class _Held(io.RawIOBase):
-    """Bytes in memory as a file; io.BytesIO would copy them."""
-
-    def __init__(self, content: bytearray) -> None:
-        self.content, self.at = memoryview(content), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.at = max(0, offset + (0, self.at, len(self.content))[whence])
-        return self.at
-
-    def readinto(self, target: Any) -> int:
-        part = self.content[self.at : self.at + len(target)]
-        target[: len(part)] = part
-        self.at += len(part)
-        return len(part)
-
-
-def _opened(source: Path | bytes | bytearray) -> tuple[Any, Callable[[Any], Tensor]]:
-    """What the pickle holds, inert, and what makes a tensor of an entry that is one."""
+def _opened(
+    source: Path | bytes | bytearray,
+) -> tuple[Any, Callable[[Any], Tensor], Callable[[Any], None]]:
+    """What the pickle holds, inert; what makes a tensor of an entry that is one; what compares its
+    bytes with their checksum, once.
+    """
     held = bytearray(source) if isinstance(source, bytes) else source
     with cast(
         BinaryIO,
-        open(held, "rb") if isinstance(held, Path) else io.BufferedReader(_Held(held)),
+        open(held, "rb") if isinstance(held, Path) else io.BufferedReader(Held(held)),
     ) as file:
-        archive = file.read(len(_LOCAL_HEADER)) == _LOCAL_HEADER
+        archive = file.read(len(LOCAL_HEADER)) == LOCAL_HEADER
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
-        value, places = _archive(file) if archive else _old_format(file)
+        read = read_archive if archive else read_old_format
+        value, places = read(file, names=NAMES, storages=_piece)
     if isinstance(held, Path):
         whole = torch.UntypedStorage.from_file(str(held), False, size)
     else:
         whole = torch.frombuffer(held, dtype=torch.uint8).untyped_storage()
     made: dict[str, torch.UntypedStorage] = {}
+    intact: set[str] = set()
 
-    def storage(piece: _Piece) -> torch.UntypedStorage:
-        start, length = places[piece.key]
+    def storage(piece: Piece) -> torch.UntypedStorage:
+        place = places[piece.key]
         if piece.key not in made:
-            part = whole[start : start + length]
+            part = whole[place.start : place.start + place.length]
             made[piece.key] = part if archive else part.clone()
         return made[piece.key]
 
     def make(entry: Any) -> Tensor:
         view = _described(entry)
-        _require_inside(view, length=places.get(view.piece.key, (0, 0))[1])
+        _require_inside(view, length=places.get(view.piece.key, NOWHERE).length)
         empty = torch.empty(0, dtype=view.dtype)
         return empty.set_(storage(view.piece), view.offset, view.size, view.stride)
 
-    return value, make
+    def require_intact(entry: Any) -> None:
+        piece = _described(entry).piece
+        if piece.key not in intact and places[piece.key].length:
+            content = torch.empty(0, dtype=torch.uint8).set_(storage(piece)).numpy().data
+            places[piece.key].require_intact(content, f"storage {piece.key}")
+        intact.add(piece.key)
+
+    return value, make, require_intact
 
 
-def _archive(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """The value of an archive, and where (first byte, length) its storages are. A file with a hole
-    in the middle is found here.
-    """
-    if not zipfile.is_zipfile(file):
-        raise zipfile.BadZipFile("the end of the archive is missing")
-    with zipfile.ZipFile(file) as archive:
-        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-        ends = [*(entry.header_offset for entry in entries[1:]), archive.start_dir]
-    places: dict[str, tuple[int, int]] = {}
-    for entry, following in zip(entries, ends, strict=True):
-        head = _bytes(file, (entry.header_offset, 30))
-        name_size, extra_size = (int.from_bytes(head[at : at + 2], "little") for at in (26, 28))
-        name = file.read(name_size).decode("utf-8" if entry.flag_bits & 0x800 else "cp437")
-        start = entry.header_offset + 30 + name_size + extra_size
-        there = head[:4] == _LOCAL_HEADER and name == entry.orig_filename
-        if not there or start + entry.compress_size > following:
-            raise zipfile.BadZipFile(f"entry {entry.filename} is not where the directory says")
-        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            raise zipfile.BadZipFile(
-                f"entry {entry.filename} is compressed, which torch does not do"
-            )
-        inner = name.partition("/")[2]
-        if inner in places:
-            raise zipfile.BadZipFile(f"entry {entry.filename} occurs twice")
-        places[inner] = (start, entry.file_size)
-    if "data.pkl" not in places:
-        raise zipfile.BadZipFile("it has no data.pkl; another kind of archive")
-    if _bytes(file, places.get("byteorder", (0, 0))) not in (b"little", b""):
-        raise pickle.UnpicklingError("its numbers are not little-endian")
-    if places["data.pkl"][1] > _MOST_PICKLE:
-        raise pickle.UnpicklingError(f"its data.pkl has more than {_MOST_PICKLE} bytes")
-    value = read_inert(io.BytesIO(_bytes(file, places["data.pkl"])), names=NAMES, storages=_piece)
-    lead = "data/"
-    return value, {k.removeprefix(lead): at for k, at in places.items() if k.startswith(lead)}
-
-
-def _old_format(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """As `_archive`, of torch's first format: five pickles, then storages after their sizes."""
-    if read_inert(file, names=()) != _OLD_MAGIC:
-        raise pickle.UnpicklingError("it does not begin as a torch file does")
-    read_inert(file, names=())
-    read_inert(file, names=())
-    pieces: dict[str, _Piece] = {}
-
-    def noted(pid: Any) -> _Piece:
-        piece = _piece(pid)
-        return pieces.setdefault(piece.key, piece)
-
-    value = read_inert(file, names=NAMES, storages=noted)
-    places: dict[str, tuple[int, int]] = {}
-    for key in read_inert(file, names=()):
-        piece, stated = pieces[key], file.read(8)
-        length = piece.count * piece.dtype.itemsize
-        places[key] = (file.tell(), length)
-        # All eight bytes: what is left of a size that was cut can be equal, as of an empty storage
-        whole = stated == piece.count.to_bytes(8, "little")
-        if not whole or file.seek(length, io.SEEK_CUR) > file.seek(0, io.SEEK_END):
-            raise pickle.UnpicklingError(f"storage {key} is incomplete")
-        file.seek(places[key][0] + length)
-    if file.read(1):
-        raise pickle.UnpicklingError("there are bytes after its last storage")
-    return value, places
-
-
-def _bytes(file: BinaryIO, place: tuple[int, int]) -> bytes:
-    file.seek(place[0])
-    return file.read(place[1])
-
-
-def _piece(pid: Any) -> _Piece:
+def _piece(pid: Any) -> Piece:
     """The storage of a persistent id ("storage", class, key, device, elements[, view])."""
     word, kind, key, _, count, *view = pid
     if (
@@ -312,11 +245,23 @@ def _piece(pid: Any) -> _Piece:
         or any(view)
     ):
         raise pickle.UnpicklingError("it refers to something that is no storage")
-    return _Piece(str(key), _STORAGES[kind.name], count)
+    return Piece(str(key), _STORAGES[kind.name], count)
 
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Made) and value.kind in _MAKERS
+
+
+def _holds_tensor(value: Any) -> bool:
+    waiting, seen = [value], set()
+    while waiting:
+        found = waiting.pop()
+        if _is_tensor(found):
+            return True
+        if isinstance(found, dict | list | tuple) and id(found) not in seen:
+            seen.add(id(found))
+            waiting += found.values() if isinstance(found, dict) else found
+    return False
 
 
 def _kind_of(value: Any) -> str:
@@ -335,11 +280,15 @@ def _described(entry: Any) -> _View:
             if arguments[1].name not in _CLASSES:
                 raise pickle.UnpicklingError(f"it holds a tensor of the class {arguments[1].name}")
             kind, arguments = arguments[0].name, arguments[2]
-    if kind not in (*_TENSOR, _TENSOR_OF_NEW_DTYPE) or not isinstance(arguments[0], _Piece):
+    if kind not in (*_TENSOR, _TENSOR_OF_NEW_DTYPE) or not isinstance(arguments[0], Piece):
         raise pickle.UnpicklingError("it holds a tensor that is none")
     piece, offset, size, stride = arguments[:4]
-    dtype = piece.dtype
-    if kind == _TENSOR_OF_NEW_DTYPE:
+    dtype, new = piece.dtype, kind == _TENSOR_OF_NEW_DTYPE
+    if any(arguments[7 if new else 6 :]):
+        raise CheckpointError(
+            "it holds a conjugated or negated view; save x.resolve_conj().resolve_neg()"
+        )
+    if new:
         if not isinstance(arguments[6], Named) or arguments[6].name not in DTYPES:
             raise pickle.UnpicklingError("it holds a tensor of no known dtype")
         dtype = DTYPES[arguments[6].name]

@@ -41,8 +41,9 @@ class WeightFile(LazyWeights):
     """All tensors of one file or folder, read one by one.
 
     `headers` has them as meta tensors; `container` says in words how they are kept; `others` are
-    the keys of entries that are no tensors; `metadata` is that of safetensors files; `config` the
-    config.json beside them, None without one.
+    the keys of entries that are no tensors, `unnamed` those of them that hold tensors without a
+    name; `metadata` is that of safetensors files; `config` the config.json beside them, None
+    without one.
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class WeightFile(LazyWeights):
         headers: Mapping[str, Tensor],
         read: Callable[[str], Tensor],
         others: Iterable[str] = (),
+        unnamed: Iterable[str] = (),
         metadata: Mapping[str, str] | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.container, self.headers = path, container, headers
-        self.others, self._read = tuple(others), read
+        self.others, self.unnamed, self._read = tuple(others), tuple(unnamed), read
         self.metadata, self.config = dict(metadata or {}), config
 
     def __getitem__(self, key: str) -> Tensor:
@@ -79,6 +81,14 @@ class WeightFile(LazyWeights):
             raise CheckpointError(
                 f"{self.path} holds entries that are not tensors: {listed(self.others)}; expected a"
                 " flat dict of tensors"
+            )
+
+    def require_named(self) -> None:
+        """`CheckpointError` naming `unnamed`: what they hold would be left out without a word."""
+        if self.unnamed:
+            raise CheckpointError(
+                f"{self.path} holds tensors without names under {listed(self.unnamed)} (numbered or"
+                " listed); expected dicts with words as keys"
             )
 
     def require_floats(self, keys: Iterable[str]) -> None:
@@ -164,8 +174,9 @@ def _open_pickle(path: Path) -> WeightFile:
         path,
         container="torch pickle" if found.mapped else "torch pickle of the old format",
         headers={key: value.to("meta") for key, value in found.tensors.items()},
-        read=found.tensors.__getitem__,
+        read=found.read,
         others=found.others,
+        unnamed=found.unnamed,
     )
 
 
@@ -212,6 +223,7 @@ def _open_shards(index: Path) -> WeightFile:
         headers={key: shards[name].headers[key] for key, name in where.items()},
         read=lambda key: shards[where[key]][key],
         others=[key for shard in shards.values() for key in shard.others],
+        unnamed=[key for shard in shards.values() for key in shard.unnamed],
         metadata=first.metadata,
         config=first.config,
     )

@@ -64,6 +64,14 @@ def twice(folder: Path) -> Path:
     return path
 
 
+def replaced(path: Path, old: bytes, new: bytes) -> Path:
+    """A file with other bytes in one place."""
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new, 1))
+    return path
+
+
 def expanded(size: tuple, stride: tuple) -> object:
     return {"a": tensor(size=size, stride=stride)}
 
@@ -143,7 +151,20 @@ CONTAINERS = {
     "forged memo, which takes no memory": (lambda f: instructions(f / "x.pt", "}r\xff\xff\xff\x7f."), None),
     "empty pickle": (lambda f: archive(f / "x.pt", b""), "cannot be read"),
     "stack that runs dry": (lambda f: instructions(f / "x.pt", "ttt."), "cannot be read"),
-    "string longer than the file": (lambda f: instructions(f / "x.pt", "X\xff\xff\xff\x7fabc."), "cannot be read"),
+    "string longer than the file": (lambda f: instructions(f / "x.pt", "X\xff\xff\xff\x7fabc."), "ends inside a value of 2147483647 bytes"),
+    "frame longer than memory": (lambda f: instructions(f / "x.pt", "\x95" + 7 * "\xff" + "\x00."), "ends inside a value of"),
+    "conjugated view": (saved({"a": torch.ones(2, dtype=torch.complex64).conj()}), r"conjugated or negated view; save x\.resolve"),
+    "negated view": (saved({"a": torch.ones(2, dtype=torch.complex64).conj().imag}), "conjugated or negated view"),
+    "old format, big-endian": (lambda f: replaced(old_format(f / "x.pt", {}), b"\x88s.", b"\x89s."), "not little-endian"),
+    "old format, another version": (lambda f: replaced(old_format(f / "x.pt", {}), b"M\xe9\x03", b"M\xe8\x03"), "another version"),
+    "a flipped letter of a name": (
+        lambda f: replaced(archive(f / "x.pt", {"name": tensor()}), b"name", b"nbme"),
+        "data.pkl are not those of its checksum",
+    ),
+    "a flipped number": (
+        lambda f: replaced(archive(f / "x.pt", {"a": tensor()}), bytes(16), bytes(15) + b"x"),
+        "storage 0 are not those of its checksum",
+    ),
     "old format, storage of a terabyte": (
         lambda f: old_format(f / "x.pt", {"a": 1}) and (f / "x.pt").write_bytes((f / "x.pt").read_bytes() + bytes(8)) and f / "x.pt",
         "bytes after its last storage",

@@ -6,9 +6,11 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
+from rcm.core.errors import CheckpointError
 from rcm.storage.identity import content_identity
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
@@ -23,6 +25,16 @@ def test_identity_follows_the_content_of_a_pickle(tmp_path: Path) -> None:
     assert content_identity(copy) == identity
     torch.save({**STATE, "a": STATE["a"] + 1}, first)  # same name, same size
     assert content_identity(first) != identity
+
+
+def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save(STATE, path)
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\x01\x02") + 6] = 255  # no zip file has such a version
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a\.pth cannot be read \(NotImplementedError: zip file version"):
+        content_identity(path)
 
 
 def test_identity_of_safetensors_follows_the_file(tmp_path: Path) -> None:

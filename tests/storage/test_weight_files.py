@@ -72,6 +72,18 @@ def test_nested_entries_and_what_is_no_tensor(tmp_path):
         file.require_tensors_only()
 
 
+def test_tensors_without_names_are_told(tmp_path, warned):
+    """Numbered or listed: no network has such entries, and a reader that skips them must say so."""
+    torch.save(
+        {"a": torch.ones(2), "b": {0: torch.ones(1), "c": torch.ones(1)}, "d": [({"e": torch.ones(1)},)], "f": [1]}, tmp_path / "n.pt"
+    )
+    file = open_container(tmp_path / "n.pt")
+    assert set(file) == {"a"} and file.others == ("b", "d", "f") and file.unnamed == ("b", "d")
+    assert any("the tensors under b, d have no names" in message for message in warned)
+    with pytest.raises(CheckpointError, match=r"n\.pt holds tensors without names under b, d"):
+        file.require_named()
+
+
 def test_weights_that_need_scales_are_named(tmp_path):
     """Only those that are asked for: a table of positions may well be of integers."""
     odd = {"q": torch.zeros(2, dtype=torch.int8), "f": torch.zeros(2).to(torch.float8_e4m3fn), "good": torch.zeros(2)}
@@ -124,6 +136,23 @@ def test_a_file_cut_anywhere_near_its_end_is_refused(tmp_path, name, values):
         path.write_bytes(whole[:-cut])
         with pytest.raises(CheckpointError, match="cannot be read"):
             open_container(path)
+
+
+def test_no_flipped_bit_of_an_archive_passes_for_other_weights(tmp_path):
+    """It has checksums: wherever the bit is, the values are as before, or the file is refused."""
+    path = write(tmp_path / "new.pt", {"a": torch.arange(3.0), "b": torch.zeros(0), "c": torch.ones((), dtype=torch.uint8)})
+    whole, want = path.read_bytes(), open_container(path)
+    want, refused = {key: want[key].clone() for key in want}, 0
+    for at in range(0, len(whole), 7):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+        try:
+            file = open_container(path)
+            got = {key: file[key] for key in file}
+        except CheckpointError:
+            refused += 1
+        else:
+            assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want), at
+    assert refused > len(whole) // 21
 
 
 @pytest.mark.parametrize("name", ["new.pt", "x.safetensors"])
