@@ -15,47 +15,53 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
+import re
+import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from rcm.core.arguments import Arguments
 from rcm.core.errors import ConfigError
+from rcm.core.files import discard
+from rcm.core.stop_signal import status_of
 from rcm.inference.flag_table import add_flags
+from rcm.inference.outcome import command, short_log
+from rcm.train.job_lock import NAME as LOCK
+from rcm.train.job_lock import job_lock
 from scripts.demo_page import COLUMNS, verdict, write_page
 from scripts.demo_progress import Board
 from scripts.demo_record import FILE_NAME, Record
 from scripts.demo_run import LONG_FRAMES, Demo, Failed, Stopped
 from scripts.demo_stages import Stage, branches, flat
-from scripts.demo_threads import free_threads, one_thread_here
+from scripts.demo_threads import free_threads
 
 VERDICTS = {True: "pass", False: "FAIL", None: "  - "}
 DRAW_EVERY = 0.25
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo. 0: done; 1: a gate was missed or a stage failed; 2: a flag is wrong; 130:
-    stopped, to be continued.
+    """Run the demo. 0: done; 1: a gate was missed or a stage failed; 2: a flag is wrong, or a file
+    cannot be written; 130, 143: stopped, to be continued.
     """
     args = _parser().parse_args(argv)
-    try:
-        record = _open(args)
-    except (ConfigError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    one_thread_here()
-    chosen = branches(args.quick)
-    return Session(
-        record,
-        chosen,
-        scale=args.scale,
-        num_videos=args.videos,
-        judged=args.scale >= 1 and not args.quick,
-    ).run()
+    short_log()
+    folder = _folder(args)
+    folder.mkdir(parents=True, exist_ok=True)
+    with job_lock(folder, knob="--out"):
+        record = _open(args, folder)
+        # sampling runs beside training processes: more threads would wait for each other
+        torch.set_num_threads(1)
+        how = {"scale": args.scale, "num_videos": args.videos}
+        judged = args.scale >= 1 and not args.quick
+        return Session(record, branches(args.quick), judged=judged, **how).run()
 
 
 _FLAGS = """
@@ -74,10 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _open(args: argparse.Namespace) -> Record:
-    """Check the flags, then claim the folder: nothing is deleted for a wrong flag, nor in a folder
-    that is not a demo's.
-    """
+def _folder(args: argparse.Namespace) -> Path:
+    """Check the flags, and that the folder is a demo's or empty."""
     if not (math.isfinite(args.scale) and args.scale > 0):
         raise ConfigError(f"--scale {args.scale} must be a positive number")
     if args.videos < 8:
@@ -87,14 +91,24 @@ def _open(args: argparse.Namespace) -> Record:
     folder = args.out or Path("outputs/demo_quick" if args.quick else "outputs/demo")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file; choose a folder")
-    ours = (folder / FILE_NAME).is_file()
-    if folder.is_dir() and any(folder.iterdir()) and not ours:
+    if odd := re.search(r"[,*?[]|\$\{", str(folder)):
+        raise ConfigError(f"--out {folder}: a name with {odd[0]} cannot be a value of rcm train")
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if held - {LOCK, f"{FILE_NAME}.writing"} and not (folder / FILE_NAME).is_file():
         raise ConfigError(
             f"--out {folder} holds files that no demo wrote (it has no {FILE_NAME}); choose an"
             " empty or a new folder"
         )
-    if args.fresh and ours:
-        shutil.rmtree(folder)
+    return folder
+
+
+def _open(args: argparse.Namespace, folder: Path) -> Record:
+    """The record of the folder, emptied first if it is to be fresh: what makes it a demo's goes
+    last, so that it stays one when this is interrupted.
+    """
+    for path in sorted(folder.iterdir(), key=lambda p: p.name == FILE_NAME) if args.fresh else ():
+        if path.name != LOCK:
+            discard(path)
     return Record.open(folder, {"quick": args.quick, "scale": args.scale, "videos": args.videos})
 
 
@@ -118,6 +132,7 @@ class Session:
             record, self.board, scale=scale, num_videos=num_videos, changed=self._write_page
         )
         self._begin, self._before = time.perf_counter(), record.seconds
+        self._page = threading.Lock()
 
     def run(self) -> int:
         """Work, watch, tell; returns the exit status."""
@@ -127,16 +142,19 @@ class Session:
         page, logs = self.record.folder / "report.html", self.record.folder / "logs"
         when = "" if page.exists() else " (after the first)"
         self.board.say(f"{len(self.stages)} stages{kept}; page {page}{when}, logs {logs}")
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        hung_up = signal.getsignal(signal.SIGHUP)
+        if hung_up is signal.SIG_DFL:  # a closed terminal, which training processes do not notice
+            signal.signal(signal.SIGHUP, signal.default_int_handler)
         try:
             self._work()
-        except KeyboardInterrupt:
-            return self._stopped()
+        except KeyboardInterrupt as stop:
+            self._stopped()
+            return status_of(stop)
         except Failed as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGHUP, hung_up)
             self._clock()
             self.record.write()
         return self._finished()
@@ -180,8 +198,8 @@ class Session:
         for error in sorted(errors, key=lambda e: isinstance(e, Stopped)):
             raise error
 
-    def _stopped(self) -> int:
-        """Status after Ctrl-C: processes have saved; a second Ctrl-C had ended them at once."""
+    def _stopped(self) -> None:
+        """After Ctrl-C: processes have saved; a second Ctrl-C had ended them at once."""
         self.demo.kill()
         doing = next(
             (stage for stage in self.stages if not self.record.is_scored(stage.name)),
@@ -192,17 +210,17 @@ class Session:
             f"stopped at {where}; the same command continues there, --fresh begins anew",
             file=sys.stderr,
         )
-        return 130
 
     def _clock(self) -> None:
         self.record.seconds = self._before + time.perf_counter() - self._begin
 
     def _write_page(self) -> None:
-        self._clock()
-        left = [stage.name for stage in self.stages if not self.record.is_scored(stage.name)]
-        done = len(self.stages) - len(left)
-        status = f"{done} of {len(self.stages)} stages done; reload for more" if left else ""
-        page = write_page(self.demo, self.stages, judged=self.judged, status=status)
+        with self._page:  # branches may end at once
+            self._clock()
+            left = [stage.name for stage in self.stages if not self.record.is_scored(stage.name)]
+            done = len(self.stages) - len(left)
+            status = f"{done} of {len(self.stages)} stages done; reload for more" if left else ""
+            page = write_page(self.demo, self.stages, judged=self.judged, status=status)
         if done == 1 and left:
             self.board.say(f"first videos: open {page}")
 
@@ -214,7 +232,8 @@ class Session:
         minutes, seconds = divmod(round(self.record.seconds), 60)
         last = self.demo.run([s.name for s in self.stages if s.pattern == "c1-1"][-1])
         print(f"\n{minutes} min {seconds:02d} s in all; open {self.record.folder / 'report.html'}")
-        print(f'next: rcm stream --ckpt {last} --prompt "{self.demo.prompts[0]}"')
+        words = shlex.join(["rcm", "stream", "--ckpt", str(last)])
+        print(f'next: {words} --prompt "{self.demo.prompts[0]}"')
         return 0 if all(passed in (True, None) for _, passed in verdicts.values()) else 1
 
 

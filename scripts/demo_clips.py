@@ -4,11 +4,13 @@ beside the stage's teacher.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from rcm.core.output_file import OutputFile
 from rcm.pipelines.video_io import enlarge, to_uint8, write_mp4
 from rcm.storage.pickle_file import read_tensor
 from scripts.demo_stages import Stage
@@ -25,8 +27,9 @@ videos are part of one page.
 
 
 def picks(num: int) -> list[int]:
-    """Which of `num` videos are shown: 17 apart, so that shapes, colours and directions differ."""
-    return sorted({17 * i % num for i in range(LARGE)})
+    """Which of `num` videos are shown: far apart, so that shapes, colours and directions differ."""
+    step = 17 if num % 17 else 19
+    return sorted(step * i % num for i in range(LARGE))
 
 
 def stem(name: str, label: str) -> str:
@@ -51,32 +54,19 @@ def keep_clips(
     shown, name = videos[picks(len(prompts))].clamp(-1, 1), stem(stage.name, label)
     target = folder / "videos"
     target.mkdir(parents=True, exist_ok=True)
-    torch.save(to_uint8(shown), target / f"{name}.pt")
-    write_mp4(
-        target / f"{name}.mp4", mosaic(shown[:SMALL], rows=2, scale=8), fps=FPS, pad=True, crf=CRF
-    )
-    teacher = teacher_of(stage.name)
-    above = None if teacher is None else _stored(target / f"{stem(*teacher)}.pt")
+    torch.save(to_uint8(shown), pixels := io.BytesIO())
+    OutputFile.claim(target / f"{name}.pt").write(pixels.getvalue())  # other branches may read it
+    _keep(target / f"{name}.mp4", mosaic(shown[:SMALL], rows=2, scale=8))
+    above = _stored(target / f"{stem(*teacher_of(stage.name))}.pt") if stage.feeds else None
     both = shown if above is None or above.shape != shown.shape else torch.cat([above, shown])
-    write_mp4(
-        target / f"{name}_large.mp4",
-        mosaic(both, rows=len(both) // len(shown), scale=12),
-        fps=FPS,
-        pad=True,
-        crf=CRF,
-    )
+    large = mosaic(both, rows=len(both) // len(shown), scale=12)
+    _keep(target / f"{name}_large.mp4", large)
 
 
 def keep_drift(folder: Path, stage: Stage, videos: torch.Tensor, prompts: Sequence[str]) -> None:
     """Write the long stream's video."""
     shown = videos[picks(len(prompts))[:SMALL]].clamp(-1, 1)
-    write_mp4(
-        folder / "videos" / f"{stage.name}_long.mp4",
-        mosaic(shown, rows=1, scale=12),
-        fps=FPS,
-        pad=True,
-        crf=CRF,
-    )
+    _keep(folder / "videos" / f"{stage.name}_long.mp4", mosaic(shown, rows=1, scale=12))
 
 
 def mosaic(videos: torch.Tensor, *, rows: int, scale: int) -> torch.Tensor:
@@ -85,6 +75,10 @@ def mosaic(videos: torch.Tensor, *, rows: int, scale: int) -> torch.Tensor:
     """
     large = torch.nn.functional.pad(enlarge(videos, scale), (GAP, GAP, GAP, GAP), value=GROUND)
     return torch.cat([torch.cat(list(row), dim=-1) for row in large.chunk(rows)], dim=-2)
+
+
+def _keep(path: Path, video: torch.Tensor) -> None:
+    write_mp4(path, video, fps=FPS, pad=True, crf=CRF)
 
 
 def _stored(path: Path) -> torch.Tensor | None:

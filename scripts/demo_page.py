@@ -18,9 +18,11 @@ from scripts.demo_gates import judge
 from scripts.demo_run import LONG_FRAMES, Demo
 from scripts.demo_stages import ABOUT, Stage
 
-SUBTITLE = """Coloured shapes move over a torus, asked for by captions. A slow teacher is distilled,
-stage by stage, into students that stream the same videos in 4, 2 or 1 steps. Everything here was
+SUBTITLE = """Coloured shapes move over a torus, asked for by captions. {} Everything here was
 trained and streamed on this machine."""
+DISTILLED = """A slow teacher is distilled, stage by stage, into students that stream the same
+videos in 4, 2 or 1 steps."""
+ALONE = "One stage alone, from random weights and shortened: many steps for every frame."
 COLUMNS = ("score", "joint", "colour", "shape", "direction", "motion", "realism", "diversity")
 COLOURS = {"bidirectional": 6, "tf": 4, "tf_dcm": 2, "tf_scm": 3, "sf_dmd": 1}
 ORDER = ("many steps", "4 steps", "2 steps", "1 step")
@@ -102,14 +104,11 @@ def write_page(demo: Demo, stages: Sequence[Stage], *, judged: bool, status: str
         demo.folder,
         {
             "title": "Causal-rCM: the embedded recipe",
-            "subtitle": SUBTITLE,
+            "subtitle": SUBTITLE.format(DISTILLED if len(stages) > 1 else ALONE),
             "status": status,
             "machine": machine(demo.record.seconds),
             "stages": [
-                _stage(
-                    demo, stage, record.get(stage.name, {}), verdicts.get(stage.name, ("", None))
-                )
-                for stage in stages
+                _stage(demo, stage, verdicts.get(stage.name, ("", None))) for stage in stages
             ],
             "charts": _charts(stages, record),
             "tables": [_table(stages, record), _speeds(stages, record)],
@@ -133,27 +132,22 @@ def verdict(stage: Stage, scores: Mapping, *, judged: bool) -> tuple[str, bool |
 
 def machine(seconds: float) -> dict[str, Any]:
     """What computed this, by its real name."""
-    found = {"processor": processor(), "cores": os.cpu_count()}
-    if torch.cuda.is_available():
-        found["GPU (unused)"] = torch.cuda.get_device_name()
+    gpu = {"GPU (unused)": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     minutes, rest = divmod(round(seconds), 60)
-    versions = {
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        **gpu,
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "system": platform.platform(terse=True),
-    }
-    return {
-        **found,
-        **versions,
         "wall time": f"{minutes} min {rest:02d} s",
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def _stage(
-    demo: Demo, stage: Stage, entry: Mapping[str, Any], gate: tuple[str, bool | None]
-) -> dict[str, Any]:
-    done = bool(entry.get("scored"))
+def _stage(demo: Demo, stage: Stage, gate: tuple[str, bool | None]) -> dict[str, Any]:
+    entry, done = demo.record.stages.get(stage.name, {}), demo.record.is_scored(stage.name)
     return {
         "name": stage.name,
         "about": ABOUT[stage.kind],
@@ -161,7 +155,7 @@ def _stage(
         "gate": gate[0] if done else "not trained yet",
         "passed": gate[1],
         "history": demo.history(stage.name),
-        "expect": EXPECT[stage.kind],
+        "expect": EXPECT[stage.kind if stage.feeds else "bidirectional"],  # from random weights
         "scores": entry.get("drift", {}),
     }
 
@@ -185,30 +179,22 @@ def _charts(stages: Sequence[Stage], record: Mapping) -> list[dict[str, Any]]:
         if sum(len(line["points"]) for line in lines) < 2:
             continue
         axes = {"x": "steps per later chunk", "y": "score"}
-        charts.append(
-            {"title": f"Score against steps, {pattern}", **axes, "note": note, "lines": lines}
-        )
+        title = f"Score against steps, {pattern}"
+        charts.append({"title": title, **axes, "note": note, "lines": lines})
     drifting = [stage for stage in stages if record.get(stage.name, {}).get("drift")]
     if drifting:
-        lines = [
-            {
-                "name": stage.name,
-                "points": [
-                    [i, v]
-                    for i, (k, v) in enumerate(record[stage.name]["drift"].items(), 1)
-                    if "window " in k
-                ],
-            }
-            for stage in drifting
-        ]
+        lines = []
+        for stage in drifting:
+            values = [v for k, v in record[stage.name]["drift"].items() if "window " in k]
+            points = [[i, v] for i, v in enumerate(values, 1)]
+            lines.append({"name": stage.name, "points": points})
         note = (
             f"{LONG_FRAMES} frames, four times the length of the training videos. A falling line is"
             " drift."
         )
         axes = {"x": "window of 17 frames", "y": "adherence"}
-        charts.append(
-            {"title": "Adherence along the long stream", **axes, "note": note, "lines": lines}
-        )
+        title = "Adherence along the long stream"
+        charts.append({"title": title, **axes, "note": note, "lines": lines})
     return charts
 
 
@@ -245,7 +231,7 @@ def _speeds(stages: Sequence[Stage], record: Mapping) -> dict[str, Any]:
     ]
     return {
         "title": "Speed of one video, streamed alone on one core",
-        "note": "Stages were training on the other cores at the same time.",
+        "note": "Stages were training on the other cores at the same time." * (len(stages) > 1),
         "section": "measured",
         "rows": rows,
         "better": {"first frames, ms": "lower", "FPS": "higher"},
@@ -256,19 +242,11 @@ def _videos(demo: Demo, stages: Sequence[Stage], record: Mapping) -> list[dict[s
     prompts = [demo.prompts[i] for i in picks(len(demo.prompts))]
     videos = []
     for stage, label, plan in _plans(stages, record):
-        teacher, name = teacher_of(stage.name), stem(stage.name, label)
-        if (
-            teacher
-            and stage.kind != "tf"
-            and (demo.folder / "videos" / f"{stem(*teacher)}.mp4").is_file()
-        ):
-            path = f"videos/{stem(*teacher)}.mp4"
-            above = {
-                "title": ORDER[0],
-                "facts": [f"its teacher, {teacher[0]}"],
-                "path": path,
-                "group": stage.name,
-            }
+        name, teacher = stem(stage.name, label), teacher_of(stage.name) if stage.feeds else None
+        path = f"videos/{stem(*teacher)}.mp4" if teacher else ""
+        if path and stage.kind != "tf" and (demo.folder / path).is_file():
+            told = {"title": ORDER[0], "facts": [f"its teacher, {teacher[0]}"]}
+            above = {**told, "path": path, "group": stage.name}
             videos += [] if above in videos else [above]
         beside = (
             f"Above its teacher {teacher[0]} on the same noise, below {stage.name} in {label}. "
@@ -288,13 +266,8 @@ def _videos(demo: Demo, stages: Sequence[Stage], record: Mapping) -> list[dict[s
                 "group": stage.name,
             }
         )
-    return sorted(
-        videos,
-        key=lambda video: (
-            [stage.name for stage in stages].index(video["group"]),
-            ORDER.index(video["title"]),
-        ),
-    )
+    order = [stage.name for stage in stages]
+    return sorted(videos, key=lambda v: (order.index(v["group"]), ORDER.index(v["title"])))
 
 
 def _long_videos(demo: Demo, stages: Sequence[Stage], record: Mapping) -> list[dict[str, Any]]:
@@ -319,5 +292,5 @@ def _plans(stages: Sequence[Stage], record: Mapping) -> list[tuple[Stage, str, M
     return [
         (stage, label, plan)
         for stage in stages
-        for label, plan in list(record.get(stage.name, {}).get("plans", {}).items())
+        for label, plan in record.get(stage.name, {}).get("plans", {}).items()
     ]

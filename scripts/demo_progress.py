@@ -34,23 +34,16 @@ class Board:
         self._done = {stage.name: 0.0 for stage in self._stages}
         self._doing: dict[str, str] = {}
         self._begun: dict[str, tuple[float, float]] = {}
-        self._start, self._resumed, self._spoken, self._lock = (
-            time.monotonic(),
-            0.0,
-            0.0,
-            threading.Lock(),
-        )
+        self._start, self._resumed, self._spoken = time.monotonic(), 0.0, 0.0
+        self._lock = threading.Lock()
         self.console = console or Console(file=sys.stdout, highlight=False)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=28),
             TextColumn("{task.fields[told]}"),
         )
-        self._bars = (
-            Progress(*columns, console=self.console, transient=True)
-            if self.console.is_terminal
-            else None
-        )
+        bars = Progress(*columns, console=self.console, transient=True)
+        self._bars = bars if self.console.is_terminal else None
         self._rows: dict[str, int] = {}
 
     def drawing(self) -> AbstractContextManager[object]:
@@ -63,9 +56,8 @@ class Board:
 
     def number(self, name: str) -> str:
         """ "stage k of n"."""
-        return (
-            f"stage {1 + [stage.name for stage in self._stages].index(name)} of {len(self._stages)}"
-        )
+        place = [stage.name for stage in self._stages].index(name)
+        return f"stage {1 + place} of {len(self._stages)}"
 
     def resume(self, shares: Mapping[str, float]) -> None:
         """Work of earlier sessions, by stage; the clock of this one starts."""
@@ -117,10 +109,9 @@ class Board:
         for name, text, share, left in lines:
             if name not in self._rows:
                 self._rows[name] = self._bars.add_task(text, total=1.0, told="")
-            doing = f", {self._doing[name]}" if name in self._doing else ""
-            self._bars.update(
-                self._rows[name], completed=share, told=f"{share:4.0%}  {_time(left)} left{doing}"
-            )
+            doing = f", {told}" if (told := self._doing.get(name)) else ""
+            told = f"{share:4.0%}  {_time(left)} left{doing}"
+            self._bars.update(self._rows[name], completed=share, told=told)
 
     def _left_of(self, name: str) -> float | None:
         since, share = self._begun.get(name, (0.0, 0.0))

@@ -20,8 +20,8 @@ FILE_NAME = "demo.json"
 @dataclass
 class Record:
     """`settings`: what the numbers depend on; `seconds`: wall time of all sessions; `stages`: by
-    name, {trained, train_seconds, score_seconds, plans: {label: {scores, speed}}, drift}. Every
-    change is written at once; safe for several threads.
+    name, {trained, scored, train_seconds, score_seconds, plans: {label: {scores, speed}}, drift}.
+    Threads may replace values of an entry while another writes; `stage` alone adds keys.
     """
 
     folder: Path
@@ -43,7 +43,8 @@ class Record:
             return record
         try:
             found = json.loads(path.read_text())
-            stored, seconds, stages = found["settings"], found["seconds"], found["stages"]
+            stored, stages = dict(found["settings"]), dict(found["stages"])
+            seconds = float(found["seconds"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{path} is not the record of a demo ({error}); begin anew with --fresh, or choose"
@@ -63,16 +64,9 @@ class Record:
     def stage(self, name: str) -> dict[str, Any]:
         """The entry of a stage, empty at first."""
         with self._lock:
-            return self.stages.setdefault(
-                name,
-                {
-                    "trained": False,
-                    "train_seconds": 0.0,
-                    "score_seconds": 0.0,
-                    "plans": {},
-                    "drift": {},
-                },
-            )
+            empty = {"trained": False, "scored": False, "plans": {}, "drift": {}}
+            spent = {"train_seconds": 0.0, "score_seconds": 0.0}
+            return self.stages.setdefault(name, empty | spent)
 
     def is_scored(self, name: str) -> bool:
         """Whether nothing is left to do for a stage."""

@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 
 from rcm.configs import registry_distill
@@ -26,8 +28,7 @@ from scripts.demo_clips import keep_clips, keep_drift
 from scripts.demo_gates import Scores
 from scripts.demo_progress import Board
 from scripts.demo_record import Record
-from scripts.demo_stages import Stage
-from scripts.demo_world import DATA_ARGUMENTS, WORLD
+from scripts.demo_stages import DATA, WORLD, Stage
 
 STEPS = ((4,), (4, 2), (4, 1))
 """Steps of the first and of later chunks: the 4-, 2- and 1-step samplers."""
@@ -61,21 +62,13 @@ class Demo:
         num_videos: int,
         changed: Callable[[], None],
     ) -> None:
-        self.record, self.board, self.folder, self.scale, self.changed = (
-            record,
-            board,
-            record.folder,
-            scale,
-            changed,
-        )
+        self.record, self.board, self.folder = record, board, record.folder
+        self.scale, self.changed = scale, changed
         self.world = ToyWorld(WORLD)
         self.scorer = ToyScorer(self.world)
-        self.prompts = (self.world.prompts() * 8)[:num_videos]
-        self._stop, self._running, self._iterations = (
-            threading.Event(),
-            set[subprocess.Popen](),
-            dict[str, int](),
-        )
+        self.prompts = list(islice(cycle(self.world.prompts()), num_videos))
+        self._stop, self._running = threading.Event(), set[subprocess.Popen]()
+        self._iterations = dict[str, int]()
 
     @property
     def long_prompts(self) -> list[str]:
@@ -88,43 +81,24 @@ class Demo:
 
     def build_data(self) -> None:
         """Shards of the toy world in the release's layout; those that are whole stay."""
-        command = [
-            "data",
-            "build",
-            "--source",
-            "toy",
-            "--out",
-            str(self.folder / "data"),
-            *DATA_ARGUMENTS,
-        ]
-        self._call(command, log="data", threads=1, watch=lambda: None)
+        words = ["data", "build", *DATA, "--out", str(self.folder / "data")]
+        self._call(words, log="data", threads=1, watch=lambda: None)
 
     def train(self, stage: Stage, *, threads: int) -> None:
         """Train, or continue, until the stage's last iteration."""
         entry = self.record.stage(stage.name)
         if entry["trained"]:
             return
-        total, begin, train_share = (
-            self.iterations(stage),
-            time.perf_counter(),
-            stage.cost[0] / sum(stage.cost),
-        )
+        total, begin = self.iterations(stage), time.perf_counter()
 
         def watch() -> None:
             done = last_iteration(self.run(stage.name) / "metrics.jsonl")
-            self.board.update(
-                stage.name,
-                train_share * done / total,
-                f"iteration {done} of {total}" if done else "starting",
-            )
+            doing = f"iteration {done} of {total}" if done else "starting"
+            self.board.update(stage.name, stage.train_share * done / total, doing)
 
+        words = ["train", *self._overrides(stage, total)]
         try:
-            self._call(
-                ["train", *self._overrides(stage, total)],
-                log=stage.name,
-                threads=threads,
-                watch=watch,
-            )
+            self._call(words, log=stage.name, threads=threads, watch=watch)
         finally:
             entry["train_seconds"] += time.perf_counter() - begin
             self.record.write()
@@ -152,22 +126,18 @@ class Demo:
         entry, begin = self.record.stage(stage.name), time.perf_counter()
         model = open_checkpoint(self.run(stage.name))
         plans = sampling_plans(model)
-        lengthy = stage.kind == "sf_dmd"
-        first, rest = stage.cost[0] / sum(stage.cost), stage.cost[1] / sum(stage.cost)
+        lengthy, first = stage.kind == "sf_dmd", stage.train_share
         for i, (label, recipe) in enumerate(plans):
-            self.board.update(
-                stage.name, first + rest * i / (len(plans) + lengthy), f"sampling in {label}"
-            )
+            share = first + (1 - first) * i / (len(plans) + lengthy)
+            self.board.update(stage.name, share, f"sampling in {label}")
             if label not in entry["plans"]:
-                entry["plans"][label] = self._sampled(stage, model, label, recipe)
+                found = self._sampled(stage, model, label, recipe)
+                entry["plans"] = {**entry["plans"], label: found}
                 self.record.write()
             self._check_stop()
         if lengthy and not entry["drift"]:
-            self.board.update(
-                stage.name,
-                first + rest * len(plans) / (len(plans) + 1),
-                f"streaming {LONG_FRAMES} frames",
-            )
+            share = first + (1 - first) * len(plans) / (len(plans) + 1)
+            self.board.update(stage.name, share, f"streaming {LONG_FRAMES} frames")
             entry["drift"] = self._drift(stage, model)
         entry["score_seconds"] += time.perf_counter() - begin
         entry["scored"] = True
@@ -188,7 +158,8 @@ class Demo:
         """Logged losses of a stage by term: [[step, loss], ...]."""
         curves: dict[str, list[list[float]]] = {}
         path = self.run(name) / "metrics.jsonl"
-        for line in path.read_text().splitlines() if path.is_file() else ():
+        text = path.read_text() if path.is_file() else ""
+        for line in text.rpartition("\n")[0].splitlines():  # what is being written is left out
             record = json.loads(line)
             for key, value in record.items():
                 if key.startswith("loss/"):
@@ -201,29 +172,19 @@ class Demo:
         """
         if stage.name not in self._iterations:
             registry_distill.register()
-            run = compose_run(
-                [f"experiment={stage.experiment}", *stage.overrides], require_inputs=False
-            )
-            full = run.config.trainer.max_iter
-            self._iterations[stage.name] = (
-                full if self.scale == 1 else max(2, round(full * self.scale))
-            )
+            words = [f"experiment={stage.experiment}", *stage.overrides]
+            full = compose_run(words, require_inputs=False).config.trainer.max_iter
+            scaled = full if self.scale == 1 else max(2, round(full * self.scale))
+            self._iterations[stage.name] = scaled
         return self._iterations[stage.name]
 
     def share(self, stage: Stage) -> float:
         """How much of a stage earlier sessions did, 0 to 1."""
-        entry, train, total = (
-            self.record.stages.get(stage.name, {}),
-            stage.cost[0] / sum(stage.cost),
-            self.iterations(stage),
-        )
+        entry, total = self.record.stages.get(stage.name, {}), self.iterations(stage)
         if entry.get("scored"):
             return 1.0
-        return (
-            train
-            if entry.get("trained")
-            else train * (checkpointed_iteration(self.run(stage.name)) or 0) / total
-        )
+        saved = checkpointed_iteration(self.run(stage.name)) or 0
+        return stage.train_share * (1.0 if entry.get("trained") else saved / total)
 
     def stop(self) -> None:
         """Ask everything to stop: training processes save and end, scoring ends after the sampler
@@ -260,30 +221,20 @@ class Demo:
     ) -> dict:
         video, _ = model.generate(self.prompts, recipe=recipe, seed=SEED)
         scores = self.scorer.score(video.clamp(-1, 1), self.prompts).as_dict()
-        alone = measure(
-            lambda: model.stream(self.prompts[:1], recipe=recipe, seed=SEED), warmup=0, num_runs=1
-        )
+        one = partial(model.stream, self.prompts[:1], recipe=recipe, seed=SEED)
+        alone = measure(one, warmup=0, num_runs=1)
         keep_clips(self.folder, stage, label, video, self.prompts)
-        return {
-            "scores": scores,
-            "speed": {
-                "first_chunk": alone.first_chunk,
-                "later_chunks": alone.later_chunks,
-                "fps": alone.fps,
-            },
-        }
+        speed = {name: getattr(alone, name) for name in ("first_chunk", "later_chunks", "fps")}
+        return {"scores": scores, "speed": speed}
 
     def _drift(self, stage: Stage, model: LoadedModel) -> dict[str, float]:
         """Adherence per window of a stream four times as long as the training videos, 2 steps per
         later chunk.
         """
         prompts = self.long_prompts
-        video, _ = model.generate(
-            prompts,
-            recipe=model.trained_recipe.with_steps(4, 2),
-            num_frames=LONG_FRAMES,
-            seed=LONG_SEED,
-        )
+        recipe = model.trained_recipe.with_steps(4, 2)
+        how = {"recipe": recipe, "num_frames": LONG_FRAMES, "seed": LONG_SEED}
+        video, _ = model.generate(prompts, **how)
         report = self.scorer.drift(video.clamp(-1, 1), prompts)
         keep_drift(self.folder, stage, video, prompts)
         windows = {
@@ -305,6 +256,7 @@ class Demo:
         path = self.folder / "logs" / f"{log}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "WANDB_MODE": "disabled"}
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # the limits of the gates are a CPU's
         environment.pop("IMAGINAIRE_OUTPUT_ROOT", None)
         command = [sys.executable, "-m", "rcm", *words]
         with open(path, "a") as out:
@@ -327,7 +279,7 @@ class Demo:
         watch()
         self._check_stop()
         if process.returncode:
-            tail = "\n".join(path.read_text().splitlines()[-15:])
+            tail = "\n".join(path.read_text(errors="replace").splitlines()[-15:])
             raise Failed(
                 f"rcm {words[0]} failed with exit status {process.returncode}; the end of"
                 f" {path}:\n{tail}"

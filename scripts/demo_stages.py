@@ -1,5 +1,5 @@
-"""The stages of the demo: which experiments, what feeds what, how long each takes beside the
-others.
+"""The world of the demo and its stages: which experiments, what feeds what, how long each takes
+beside the others.
 """
 
 from __future__ import annotations
@@ -7,7 +7,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rcm.worlds.toy_world import ToyWorldConfig
 from scripts.demo_gates import SELF_FORCED_START
+
+WORLD = ToyWorldConfig()
+"""17 frames of 8x8 pixels: one of three shapes in one of four colours, moving in one of four
+directions on a torus.
+"""
+DATA = [
+    "--source",
+    "toy",
+    "--size",
+    "8x8",
+    "--frames",
+    "17",
+    "--num",
+    "2048",
+    "--shard-size",
+    "512",
+    "--seed",
+    "0",
+]
+"""Arguments of scripts.build_dataset."""
 
 ABOUT = {
     "bidirectional": "The teacher: sees the whole video at once, many steps.",
@@ -39,6 +60,11 @@ class Stage:
     feeds: dict[str, str] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
     cost: tuple[float, float] = (100.0, 20.0)
+
+    @property
+    def train_share(self) -> float:
+        """Share of the work that is training."""
+        return self.cost[0] / sum(self.cost)
 
     @property
     def kind(self) -> str:

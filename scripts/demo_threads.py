@@ -6,8 +6,6 @@ import os
 import time
 from pathlib import Path
 
-import torch
-
 PROC_STAT = Path("/proc/stat")
 
 
@@ -37,10 +35,3 @@ def _idle_seconds() -> float:
     """Idle time since the machine's start, summed over its cores."""
     idle, waiting = map(int, PROC_STAT.read_text().split("\n", 1)[0].split()[4:6])
     return (idle + waiting) / os.sysconf("SC_CLK_TCK")
-
-
-def one_thread_here() -> None:
-    """Sampling of toy videos runs beside training processes: more threads would wait for each
-    other.
-    """
-    torch.set_num_threads(1)

@@ -24,15 +24,15 @@ _TRIES = 5
 
 
 @contextmanager
-def job_lock(folder: Path) -> Iterator[None]:
+def job_lock(folder: Path, *, knob: str = "job.name") -> Iterator[None]:
     """Hold `folder` for this process. ConfigError naming host, process id and start time while
-    another one does.
+    another one does; `knob` chooses another folder.
 
     The system's lock on the file ends with its holder, however that ends. Where it is still held
     (by a child of a dead run), the process that the file names decides.
     """
     path = folder / NAME
-    file = _acquired(path)
+    file = _acquired(path, knob)
     try:
         if holder := _holder(file):
             logger.warning(
@@ -50,7 +50,7 @@ def job_lock(folder: Path) -> Iterator[None]:
         file.close()
 
 
-def _acquired(path: Path) -> IO[str]:
+def _acquired(path: Path, knob: str) -> IO[str]:
     """The file, locked by this process and still under its name."""
     for _ in range(_TRIES):
         if path.is_symlink() or (path.exists() and not path.is_file()):
@@ -64,13 +64,13 @@ def _acquired(path: Path) -> IO[str]:
         if not free and not _dead(holder):
             raise ConfigError(
                 f"the job folder {path.parent} is in use by {_said(holder)}; stop it, or choose"
-                " another job.name"
+                f" another {knob}"
             )
         if not free:
             discard(path)
     raise ConfigError(
         f"the job folder {path.parent} is being taken by other runs at this moment; start again, or"
-        " choose another job.name"
+        f" choose another {knob}"
     )
 
 

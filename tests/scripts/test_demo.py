@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from rcm.core.errors import ConfigError
 from rcm.evaluation.throughput import processor
+from rcm.train.job_lock import job_lock
 from scripts import demo, demo_progress, demo_threads
 from scripts.demo_clips import mosaic, picks, teacher_of
 from scripts.demo_page import verdict, write_page
@@ -56,8 +58,36 @@ def test_nothing_of_others_is_deleted_and_flags_are_checked_first(tmp_path, caps
         assert words in refused(capsys, *flags)
     assert (theirs / "thesis.tex").read_text() == "years of work"
     assert (mine / "video").exists()
-    demo._open(demo._parser().parse_args(["--out", str(mine), "--fresh", "--scale", "0.5"]))
+    opened(mine, "--fresh", "--scale", "0.5")
     assert [p.name for p in mine.iterdir()] == [FILE_NAME]
+
+
+def opened(folder: Path, *flags: str) -> Record:
+    args = demo._parser().parse_args(["--out", str(folder), *flags])
+    return demo._open(args, demo._folder(args))
+
+
+def test_a_folder_is_one_demos_and_stays_a_demos(tmp_path, capsys, monkeypatch) -> None:
+    """A second demo is refused; one that is emptied stays one until the end; a link is followed
+    into, and a name that is no value of a command line is refused.
+    """
+    mine, link = tmp_path / "mine", tmp_path / "link"
+    Record.open(mine, SETTINGS)
+    (mine / "runs").mkdir()
+    link.symlink_to(mine)
+    with job_lock(mine):
+        said = refused(capsys, "--out", str(link), "--fresh")
+        assert f"{link} is in use by process {os.getpid()}" in said and "choose another --out" in said
+    assert (mine / "runs").is_dir()
+    gone: list[str] = []
+    monkeypatch.setattr(demo, "discard", lambda path: gone.append(path.name))
+    opened(link, "--fresh")
+    assert gone == ["runs", FILE_NAME]
+    for odd in ("a,b", "${x}", "x[1]"):
+        assert "cannot be a value" in refused(capsys, "--out", str(tmp_path / odd))
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / f"{FILE_NAME}.writing").touch()  # killed while it began
+    assert opened(tmp_path / "begun").stages == {}
 
 
 def test_record_is_kept_and_a_damaged_one_is_refused(tmp_path) -> None:
@@ -66,9 +96,10 @@ def test_record_is_kept_and_a_damaged_one_is_refused(tmp_path) -> None:
     record.write()
     again = Record.open(tmp_path / "a", SETTINGS)
     assert (again.seconds, again.stages["tf_c1-1"]["trained"], again.is_scored("tf_c1-1")) == (12.5, True, False)
-    (tmp_path / "a" / FILE_NAME).write_text("{")
-    with pytest.raises(ConfigError, match="is not the record of a demo"):
-        Record.open(tmp_path / "a", SETTINGS)
+    for damaged in ("{", '{"settings": {}, "seconds": 1, "stages": 3}', "[]", '{"settings": {}, "seconds": "x", "stages": {}}'):
+        (tmp_path / "a" / FILE_NAME).write_text(damaged)
+        with pytest.raises(ConfigError, match="is not the record of a demo"):
+            Record.open(tmp_path / "a", SETTINGS)
 
 
 def test_time_left_follows_the_longest_way_at_the_pace_so_far(monkeypatch) -> None:
@@ -153,6 +184,10 @@ def test_positions_are_read_from_what_a_run_writes(tmp_path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "latest_checkpoint.txt").write_text("iter_000000300\n")
     assert checkpointed_iteration(tmp_path) == 300
+    made = Demo(Record.open(tmp_path / "demo", SETTINGS), Board(branches(True)), scale=1.0, num_videos=500, changed=lambda: None)
+    made.run("x").mkdir(parents=True)
+    (made.run("x") / "metrics.jsonl").write_text('{"step": 10, "loss/d": 2.0}\n{"step": 20, "lo')
+    assert made.history("x") == {"d": [[10, 2.0]]} and len(made.prompts) == 500
 
 
 def test_mosaic_places_videos_in_rows() -> None:
@@ -160,7 +195,7 @@ def test_mosaic_places_videos_in_rows() -> None:
     tiled = mosaic(videos, rows=2, scale=8)
     assert tiled.shape == (3, 2, 2 * 68, 2 * 68)
     assert [float(tiled[0, 0, y, x]) for y, x in ((34, 34), (34, 102), (102, 34), (102, 102))] == [0.0, 0.25, 0.5, 0.75]
-    assert len(picks(96)) == 6
+    assert all(len(set(picks(num))) == 6 for num in range(8, 400))
     assert [teacher_of(name) for name in ("bidirectional", "tf_c1-1", "sf_dmd_c3-3")] == [
         None,
         ("bidirectional", "many steps"),
@@ -191,6 +226,19 @@ def test_page_tells_what_is_done_and_what_is_not(tmp_path) -> None:
     assert all(stage["expect"] and stage["about"] for stage in data["stages"])
     assert data["machine"]["processor"] == processor() not in ("", "x86_64")
     assert verdict(stages[-1], made.scores(), judged=True)[1] is None
+    assert "A slow teacher is distilled" in page
+
+
+def test_a_page_of_one_stage_says_nothing_of_others(tmp_path) -> None:
+    """No teacher above it, none training beside it, none that it starts from."""
+    chosen = branches(quick=True)
+    record = Record.open(tmp_path, SETTINGS)
+    record.stages = {"tf_c1-1": scored(70.0, ["many steps"])}
+    made = Demo(record, Board(chosen), scale=1.0, num_videos=96, changed=lambda: None)
+    page = write_page(made, flat(chosen), judged=False).read_text()
+    for untrue in ("Above its teacher", "is distilled", "Begins with trained weights", "Stages were training"):
+        assert untrue not in page
+    assert "One stage alone" in page and "From left to right" in (tmp_path / "report.json").read_text()
 
 
 @pytest.mark.slow

@@ -15,8 +15,7 @@ from scripts.demo_page import write_page
 from scripts.demo_progress import Board
 from scripts.demo_record import Record
 from scripts.demo_run import LONG_FRAMES, Demo
-from scripts.demo_stages import branches, flat
-from scripts.demo_world import WORLD
+from scripts.demo_stages import WORLD, branches, flat
 from tests.support import browser
 
 pytestmark = pytest.mark.slow
