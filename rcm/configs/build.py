@@ -27,6 +27,7 @@ from rcm.configs.pieces import described_pieces
 from rcm.configs.schema import TrainConfig
 from rcm.configs.schema_causal import CausalConfig
 from rcm.configs.schema_rcm import RCMConfig
+from rcm.core.errors import CheckpointError, ConfigError
 from rcm.core.files import discard
 from rcm.data.loader import Loader
 from rcm.methods.adversary import HEAD
@@ -182,7 +183,7 @@ def description(
     if recipe is not None and recipe.noisy_context:
         noisy = {"start_chunk": recipe.noisy_context_start_chunk}
     codec, text = described_pieces(model, words=words)
-    return Description(
+    described = Description(
         stage=model.stage.lower(),
         network=wan_config(model.net).to_dict(),
         network_name=model.net.preset,
@@ -204,6 +205,10 @@ def description(
             **({} if adapters is None else {"adapters": adapters}),
         },
     )
+    try:  # now, before there is work that nobody could open
+        return Description.from_json(described.to_json(), source="what its checkpoints would say")
+    except CheckpointError as error:
+        raise ConfigError(f"this run cannot be described: {error}") from error
 
 
 def _bidirectional_sampler(model: CausalConfig | RCMConfig) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -28,8 +28,9 @@ from rcm.configs.environment import EnvironmentUse, apply_environment
 from rcm.configs.inputs import missing_inputs
 from rcm.configs.overrides import parse_overrides
 from rcm.configs.release_words import refusal
-from rcm.configs.schema import TrainConfig
+from rcm.configs.schema import MODEL_VARIANTS, TrainConfig
 from rcm.configs.schema_causal import CausalConfig
+from rcm.configs.schema_common import M
 from rcm.core.errors import ConfigError
 
 SHIFT3_TIMES = (0.9, 0.75, 0.5)
@@ -89,15 +90,17 @@ def compose_run(
     """
     parsed = parse_overrides(overrides)
     _refuse_unknown(parsed)
-    config = read(TrainConfig, _compose([_for_hydra(override) for override in parsed]))
-    experiment = str(
-        next((o.value() for o in parsed if o.key_or_group == "experiment"), None) or ""
-    )
+    composed = _compose([_for_hydra(override) for override in parsed])
+    _refuse_other_family(composed)
+    config = read(TrainConfig, composed)
+    # as of other words, the last one counts
+    experiment = next((o.value() for o in reversed(parsed) if o.key_or_group == "experiment"), "")
+    typed = typed_keys(parsed)
     config, environment = apply_environment(
-        _resolve(config, experiment, parsed), os.environ if environ is None else environ
+        _resolve(config, experiment, typed), os.environ if environ is None else environ
     )
     check(config)
-    refuse_switched_off(config, typed_keys(parsed), known=known_paths(TrainConfig))
+    refuse_switched_off(config, typed, known=known_paths(TrainConfig))
     mesh = check_mesh(config, world_size=world_size) if world_size else (0, 0, 0)
     missing = tuple(missing_inputs(config))
     if missing and require_inputs:
@@ -123,6 +126,11 @@ def _refuse_unknown(parsed: Sequence[Override]) -> None:
     known, choosable = known_paths(TrainConfig), groups()
     for override in parsed:
         key = override.key_or_group
+        if override.package is not None:
+            raise ConfigError(
+                f"{key}@{override.package} cannot be chosen: what is below {key} has its one place;"
+                f" write {key}=... without @{override.package}"
+            )
         if key in choosable:
             _refuse_unknown_option(key, override)
             continue
@@ -134,7 +142,7 @@ def _refuse_unknown(parsed: Sequence[Override]) -> None:
 
 
 def _refuse_unknown_option(group: str, override: Override) -> None:
-    if override.is_add():
+    if override.is_add() or override.is_force_add():
         raise ConfigError(f"write {group}=NAME without +")
     name, choices = override.value(), options(group)
     if group == "callbacks" and isinstance(name, list) and name:
@@ -168,7 +176,12 @@ def _compose(overrides: Sequence[str]) -> Any:
         with initialize_config_dir(config_dir=folder, version_base="1.3"):
             composed = compose("train", overrides=list(overrides))
             return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
+        key, why = error.full_key, str(error.msg).strip().partition("\n")[0]
+        raise ConfigError(
+            f"the config does not compose: {key} has no value: {why}; give it a plain one"
+        ) from error
+    except HydraException as error:
         refused = re.search(r"Could not override '([^']+)'", str(error))
         if refused:  # the key is known to the schema, but this run has no such group
             raise ConfigError(
@@ -179,18 +192,29 @@ def _compose(overrides: Sequence[str]) -> Any:
         raise ConfigError(f"the config does not compose: {error}") from error
 
 
-def _resolve(config: TrainConfig, experiment: str, parsed: Sequence[Override]) -> TrainConfig:
+def _refuse_other_family(composed: Mapping[str, Any]) -> None:
+    """`ConfigError` for keys of a model family that are left where another one was chosen."""
+    node, others = composed["model"], dict(MODEL_VARIANTS)
+    mine = others.pop(str(node["name"]), None)
+    if mine is None:  # no family, which is told where values are read
+        return
+    known = {f.name for f in fields(mine)}
+    theirs = {f.name for other in others.values() for f in fields(other)} - known
+    if left := sorted(theirs & node["config"].keys()):
+        raise ConfigError(
+            f"model={node['name']} has no key {M}.{left[0]}, which the chosen experiment or method"
+            " sets; choose an experiment, a method and a model of one family"
+        )
+
+
+def _resolve(config: TrainConfig, experiment: str, typed: Collection[str]) -> TrainConfig:
     """Fill the run's name, and replace switches that stand for values by the values."""
     job = replace(config.job, name=config.job.name or experiment or "run")
     model = config.model.config
     if isinstance(model, CausalConfig) and model.shift3_backward:
-        if (
-            any(o.key_or_group == "model.config.backward_timesteps" for o in parsed)
-            and model.backward_timesteps != SHIFT3_TIMES
-        ):
+        if f"{M}.backward_timesteps" in typed and model.backward_timesteps != SHIFT3_TIMES:
             raise ConfigError(
-                "model.config.shift3_backward=True contradicts model.config.backward_timesteps;"
-                " give one of them"
+                f"{M}.shift3_backward=True contradicts {M}.backward_timesteps; give one of them"
             )
         model = replace(model, backward_timesteps=SHIFT3_TIMES)
     return replace(config, job=job, model=replace(config.model, config=model))

@@ -82,6 +82,15 @@ def text_paths(cls: type) -> set[str]:
     return {key for key, _, hint in _walk(cls, "") if hint is str or _is_word(hint)}
 
 
+def list_paths(cls: type) -> set[str]:
+    """Dotted paths of every key below `cls` that is a list."""
+    return {
+        key
+        for key, _, hint in _walk(cls, "")
+        if tuple in {get_origin(kind) for kind in (hint, *get_args(hint))}
+    }
+
+
 def unknown_key(key: str, *, known_keys: Iterable[str]) -> ConfigError:
     """The error for a key that does not exist, with the nearest known ones."""
     near = suggestions(key, known_keys)

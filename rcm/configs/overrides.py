@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from rcm.configs.convert import text_paths
+from rcm.configs.convert import list_paths, text_paths
 from rcm.configs.release_words import RENAMED, said_here
 from rcm.configs.schema import TrainConfig
 from rcm.core.errors import ConfigError
@@ -54,6 +54,11 @@ def _texts() -> frozenset[str]:
     return frozenset(text_paths(TrainConfig))
 
 
+@cache
+def _lists() -> frozenset[str]:
+    return frozenset({*list_paths(TrainConfig), "callbacks"})
+
+
 def _read(word: str) -> Override:
     parser, found = OverridesParser.create(), _WORD.fullmatch(word)
     text = found if found is not None and found[2] in _texts() else None
@@ -82,13 +87,13 @@ def _checked(override: Override, word: str) -> Override:
             " null where null is allowed"
         )
     if override.is_sweep_override():
-        key, text = override.key_or_group, word.partition("=")[2]
-        advice = f"a list: {shlex.quote(f'{key}=[{text}]')}"
+        key, text, meant = override.key_or_group, word.partition("=")[2], ""
         if key in _texts():
-            advice = f"a text with a comma: {as_typed(key, text)}"
+            meant = f" (or do you mean a text with a comma: {as_typed(key, text)}?)"
+        elif key in _lists() and "(" not in text:
+            meant = f" (or do you mean a list: {shlex.quote(f'{key}=[{text}]')}?)"
         raise ConfigError(
-            f"override {_short(word)!r} asks for several runs; launch one at a time (or do you mean"
-            f" {advice}?)"
+            f"override {_short(word)!r} asks for several runs; launch one at a time{meant}"
         )
     return override
 

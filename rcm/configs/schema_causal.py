@@ -94,16 +94,18 @@ class CausalConfig(CommonModelConfig):
     causal_teacher_ckpt: str = ""  # weights of net_causal_teacher
     # weights of net_bidirectional_teacher (and of the fake score, unless fake_score_ckpt)
     bidirectional_teacher_ckpt: str = ""
-    causal_guidance: float = 3.0  # guidance of the causal teacher
-    bidirectional_guidance: float = 5.0  # guidance of the bidirectional teacher
-    sigma_max: float = within(1600.0, above=0)  # first noise level when sampling
+    # guidance of the causal, and of the bidirectional teacher; <= 1 skips the unconditional pass
+    causal_guidance: float = within(3.0, least=0, most=1000)
+    bidirectional_guidance: float = within(5.0, least=0, most=1000)
+    sigma_max: float = within(1600.0, above=0, most=1e9)  # first noise level when sampling
     first_chunk_t: int = 1  # latent frames of block 0; set by pattern=cF-C (0 = unset, a template)
     chunk_t: int = 1  # latent frames of each later block
     loss_scale_fake_score: float = 1.0  # this alone: the release reads it nowhere
     loss_weighting: Literal["none", "gaussian_bell"] = "none"  # time weight of velocity regression
     # per-block times of diffusion forcing
     df_timestep_strategy: Literal["random", "same", "fopp"] = "random"
-    sample_timestep_shift: float = 3.0  # shift of the tf_dcm grid and of many-step sampling
+    # shift of the tf_dcm grid and of many-step sampling
+    sample_timestep_shift: float = within(3.0, least=1e-3, most=1e3)
     # RF times after t = 1 in a rollout
     backward_timesteps: tuple[float, ...] = (15 / 16, 5 / 6, 5 / 8)
     shift3_backward: bool = False  # use (0.9, 0.75, 0.5) instead (resolved away by compose)

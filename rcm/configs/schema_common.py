@@ -59,13 +59,12 @@ PIXELS = {
 """Video (width, height) by (resolution, aspect ratio); docs/reference/wan.md#frame-sizes."""
 
 SIZES = {
-    **dict.fromkeys(("dim", "ffn_dim", "in_dim", "out_dim", "freq_dim", "text_dim"), 2**17),
+    **dict.fromkeys(("dim", "ffn_dim", "freq_dim", "text_dim"), 2**17),
+    **dict.fromkeys(("in_dim", "out_dim", "text_len", "max_frames"), 2**14),
     "num_heads": 2**12,
-    "num_layers": 1024,
-    "text_len": 2**16,
-    "max_frames": 2**16,
+    "num_layers": 1000,
 }
-"""Sizes of a network that a config may replace, and the largest that a machine can hold."""
+"""Sizes of a network that a config may replace, and the largest that a checkpoint may tell of."""
 
 VAE_STRIDE = 8
 """Pixels per latent cell of Wan's VAE, both ways."""
@@ -99,16 +98,19 @@ class NetConfig(Record):
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Record):
     """The video codec of the latents, which decodes samples; recorded in checkpoints."""
 
     name: Literal["wan", "toy"] = "wan"  # Wan's VAE, or the embedded world's invertible folding
     vae_pth: str = "assets/checkpoints/Wan2.1_VAE.pth"  # weights of Wan's VAE
-    temporal_stride: int = 2  # toy: pixel frames per later latent frame
-    spatial_stride: int = 2  # toy: pixels per latent cell, both ways
-    gain: float = 3.0  # toy: factor of all latents
-    boost: float = 1.0  # toy: factor of channels with a frequency other than zero, per axis
-    centre: float = -0.9  # toy: pixel value that becomes latent 0
+    # toy: pixel frames per later latent frame
+    temporal_stride: int = within(2, least=1, most=64)
+    spatial_stride: int = within(2, least=1, most=64)  # toy: pixels per latent cell, both ways
+    gain: float = within(3.0, above=0, most=1e6)  # toy: factor of all latents
+    # toy: factor of channels with a frequency other than zero, per axis
+    boost: float = within(1.0, above=0, most=1e6)
+    # toy: pixel value that becomes latent 0
+    centre: float = within(-0.9, least=-1e6, most=1e6)
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,8 @@ class CommonModelConfig(Record, ABC):
     fused_layers: Literal["auto", "on", "off"] = "auto"
     compile: bool = False  # compile each block (tangent passes stay eager)
     # the video
-    state_ch: int = within(16, least=1, most=2**16)  # latent channels
-    state_t: int = within(21, least=1, most=2**16)  # latent frames
+    state_ch: int = within(16, least=1, most=2**14)  # latent channels
+    state_t: int = within(21, least=1, most=2**14)  # latent frames
     resolution: str = "480p"  # with aspect_ratio: the latent size, unless latent_hw is given
     aspect_ratio: str = "16:9"  # width to height
     # latent height and width; null = from resolution and aspect_ratio

@@ -23,10 +23,10 @@ class RCMConfig(CommonModelConfig):
     # its weights; the student starts from them too unless student_ckpt is set
     teacher_ckpt: str = ""
     # classifier-free guidance of the teacher; <= 1 skips the unconditional pass
-    teacher_guidance: float = 5.0
+    teacher_guidance: float = within(5.0, least=0, most=1000)
     p_D: TimeLawConfig = field(default_factory=lambda: TimeLawConfig(law="lognormal", p_mean=0.0))
     sigma_data: float = 1.0  # this alone: the TrigFlow wrapper is written for it
-    sigma_max: float = within(80.0, above=0)  # first noise level when sampling
+    sigma_max: float = within(80.0, above=0, most=1e9)  # first noise level when sampling
     cm_type: Literal["scm", "dcm"] = "scm"  # continuous or discrete consistency
     use_rf_scm: bool = False  # sCM in rectified-flow form instead of TrigFlow
     # warm-up of the TrigFlow tangent: release leaves its JVP term unscaled
@@ -36,7 +36,7 @@ class RCMConfig(CommonModelConfig):
     # TrigFlow angles after pi/2, when dmd_fix_timesteps
     backward_timesteps: tuple[float, ...] = (1.5, 1.4, 1.0)
     dmd_fix_timesteps: bool = False  # rollout times from backward_timesteps instead of p_D
-    dcm_timestep_shift: float = 5.0  # shift of the discrete grid
+    dcm_timestep_shift: float = within(5.0, least=1e-3, most=1e3)  # shift of the discrete grid
 
     @property
     def stage(self) -> str:

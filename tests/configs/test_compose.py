@@ -6,11 +6,12 @@ import dataclasses
 
 import pytest
 
+from rcm.configs.build import description
 from rcm.configs.convert import known_paths, plain, read
 from rcm.configs.network import parameter_count, wan_config
 from rcm.configs.schema import ModelNode, TrainConfig
 from rcm.configs.schema_causal import CausalConfig
-from rcm.configs.schema_common import NetConfig
+from rcm.configs.schema_common import NetConfig, TokenizerConfig
 from rcm.configs.schema_rcm import RCMConfig
 from rcm.core.errors import ConfigError
 from rcm.diffusion.time_sampling import TimeLawConfig
@@ -25,6 +26,12 @@ def test_command_line_wins_over_experiment(composed) -> None:
     assert config.model.config.p_G == TimeLawConfig(law="lognormal", p_mean=0.5)
     assert config.trainer.max_iter == 1000
     assert isinstance(config.trainer.max_iter, int)
+
+
+def test_the_last_experiment_is_the_one_and_names_the_run(composed) -> None:
+    run = composed("experiment=toy_tf_c3-3", "experiment=toy_df_c1-1")
+    assert (run.experiment, run.config.job.name) == ("toy_df_c1-1", "toy_df_c1-1")
+    assert run.config.model.config.stage == "df"
 
 
 def test_keys_may_carry_a_plus(composed) -> None:
@@ -141,3 +148,34 @@ def test_net_numbers_replace_those_of_the_preset() -> None:
 def test_parameter_counts_on_meta(preset: str, count: int) -> None:
     """docs/reference/wan.md#sizes."""
     assert parameter_count(NetConfig(preset=preset)) == count
+
+
+EXTREMES = {
+    "toy_tf_c1-1": {
+        "causal_guidance": (0, 1000), "sample_timestep_shift": (0.001, 1000), "sigma_max": (1e-300, 1e9), "net.max_frames": (9, 2**14),
+        "tokenizer.gain": (1e-300, 1e6), "tokenizer.boost": (1e-300, 1e6), "tokenizer.centre": (-1e6, 1e6), "net.num_layers": (1, 1000),
+    },
+    "toy_bidirectional": {"bidirectional_guidance": (0, 1000), "sample_timestep_shift": (0.001, 1000)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment", EXTREMES)
+def test_checkpoints_can_be_opened_at_the_ends_of_every_number_they_tell(composed, experiment: str) -> None:
+    for end in (0, 1):
+        words = [f"model.config.{key}={ends[end]}" for key, ends in EXTREMES[experiment].items()]
+        description(composed(f"experiment={experiment}", *words))
+    for key, (_, most) in EXTREMES[experiment].items():
+        *group, name = key.split(".")
+        node = {"net": NetConfig, "tokenizer": TokenizerConfig}[group[0]] if group else CausalConfig
+        with pytest.raises(ConfigError, match=rf"{name}=.* must be (at most|in 1 to)"):
+            node(**{name: most + 1})
+
+
+@pytest.mark.parametrize(
+    ("word", "why"), [("latent_hw=[4096,4096]", "latent_shape .* more than"), ("sigma_max=10", "raise sigma_max above 15")]
+)
+def test_what_no_checkpoint_can_tell_is_refused_before_training(composed, word: str, why: str) -> None:
+    """What is accepted alone and cannot be sampled together."""
+    run = composed("experiment=toy_sf_dmd_c1-1", f"model.config.{word}")
+    with pytest.raises(ConfigError, match=f"this run cannot be described: .*{why}"):
+        description(run)

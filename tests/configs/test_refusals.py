@@ -120,13 +120,22 @@ REFUSED = {
         r"net.text_dim=64 does not fit text_encoder_class=umT5 of width 4096",
     ),
     "part that is not a name": (["net={dim:8}"], r"net is chosen by name: net="),
-    "interpolation": (["job.name=${nowhere}"], r"does not compose: .*nowhere"),
+    "interpolation": (["job.name=${nowhere}"], r"does not compose: job.name has no value: .*nowhere.*; give it a plain one$"),
+    "mandatory value": (["trainer.seed=???"], r"trainer.seed has no value: Missing mandatory value: seed; give it a plain one$"),
+    "part in another place": (["net@model.config.net_causal_teacher=toy"], r"write net=... without @model.config.net_causal_teacher"),
+    "list without brackets": (["optimizer.betas=0.9,0.99"], r"do you mean a list: 'optimizer.betas=\[0.9,0.99\]'"),
+    "two experiments in one word": (["experiment=toy_tf_c3-3,toy_df_c3-3"], r"several runs; launch one at a time$"),
+    "method of the other family": (["method=rcm"], r"model=fsdp_t2v_distill_rcm has no key .*of one family"),
     "family": (["model.name=wan"], r"model.name='wan' must be one of 'fsdp_t2v_causal'"),
     "division by zero": ([M + "causal_guidance=1/0"], r"causal_guidance='1/0' must be a number"),
     "dcm skip": ([M + "dcm_skipping_interval_steps=48"], r"dcm_skipping_interval_steps=48 must be in 1"),
     "nan share": (["trainer.nan_sample_limit=2"], r"nan_sample_limit=2.0 must be a share"),
     "shift3 twice": (
         [M + "shift3_backward=True", M + "backward_timesteps=[0.5]"],
+        r"shift3_backward=True contradicts model.config.backward_timesteps",
+    ),
+    "shift3 twice in one word": (
+        ["model.config={shift3_backward: true, backward_timesteps: [0.5]}"],
         r"shift3_backward=True contradicts model.config.backward_timesteps",
     ),
 }

@@ -29,7 +29,7 @@ class LoRAConfig(Record):
     # rank of every update (PEFT's r); 0 = no adapters, all weights are trained
     rank: int = within(0, least=0)
     # strength of an update times the rank (lora_alpha); null = the rank, strength 1
-    alpha: float | None = None
+    alpha: float | None = within(None, most=1e9)
     # ends of layer names (target_modules), of both attentions
     targets: tuple[str, ...] = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 
